@@ -1,0 +1,81 @@
+"""Rewards to advantages."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lossfns.errors import LossInputError, LossWarning, did_you_mean
+
+EPS = 1e-6
+
+
+def group_advantages(rewards: Any, groups: Sequence[Hashable], scale: str = "std") -> Tensor:
+    """(r − group mean) / (group std + 1e-6): advantages relative to the samples of the same prompt.
+
+    Args:
+        rewards: ``[B]`` finite numbers.
+        groups: ``[B]`` labels; samples with equal labels are one group, in any order.
+        scale: ``"std"`` (ddof 1; GRPO, arXiv:2402.03300) or ``"none"`` (Dr. GRPO, arXiv:2503.20783).
+
+    Returns ``[B]`` float64. A group whose rewards are all equal gets exactly 0; so does a group of one,
+    with a warning. ``group_metrics`` counts both.
+
+    >>> group_advantages([1.0, 0.0, 5.0, 5.0], ["a", "a", "b", "b"], scale="none")
+    tensor([ 0.5000, -0.5000,  0.0000,  0.0000], dtype=torch.float64)
+    """
+    if scale not in ("std", "none"):
+        raise LossInputError("scale", "'std' or 'none'", repr(scale), did_you_mean(str(scale), ("std", "none")))
+    r, index, size = grouped(rewards, groups)
+    if (size == 1).any():
+        warnings.warn(
+            "group_advantages: a group of one has advantage 0; are the groups right?",
+            LossWarning,
+            stacklevel=2,
+        )
+    centred = r - (np.bincount(index, r) / size)[index]
+    std = np.sqrt(np.bincount(index, centred**2) / np.maximum(size - 1, 1))
+    advantages = centred if scale == "none" else centred / (std[index] + EPS)
+    return torch.from_numpy(np.where(constant(r, index, size)[index], 0.0, advantages))
+
+
+def group_metrics(rewards: Any, groups: Sequence[Hashable]) -> dict[str, float]:
+    """How much signal the groups carry: mean reward, groups, and the shares that give none."""
+    r, index, size = grouped(rewards, groups)
+    return {
+        "reward": float(r.mean()),
+        "groups": float(len(size)),
+        "groups_constant": float(constant(r, index, size).mean()),
+        "groups_of_one": float((size == 1).mean()),
+    }
+
+
+def grouped(rewards: Any, groups: Sequence[Hashable]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rewards ``[B]``, the group index of each ``[B]``, and the size of each group ``[G]``."""
+    r = np.asarray(rewards.detach().cpu() if isinstance(rewards, Tensor) else rewards, dtype=np.float64)
+    if r.ndim != 1 or r.size == 0:
+        raise LossInputError("rewards", "one number for each sample", f"shape {r.shape}", "Pass a flat list.")
+    if len(groups) != len(r):
+        fix = "Give each sample the label of its prompt."
+        raise LossInputError("groups", f"{len(r)} labels, one per reward", str(len(groups)), fix)
+    if not np.isfinite(r).all():
+        i = int(np.flatnonzero(~np.isfinite(r))[0])
+        raise LossInputError(f"rewards[{i}]", "a finite number", f"{r[i]}", "Drop samples that have no reward.")
+    labels = groups.tolist() if isinstance(groups, (Tensor, np.ndarray)) else list(groups)
+    order = {label: i for i, label in enumerate(dict.fromkeys(labels))}
+    index = np.array([order[label] for label in labels])
+    return r, index, np.bincount(index)
+
+
+def constant(r: np.ndarray, index: np.ndarray, size: np.ndarray) -> np.ndarray:
+    """``[G]`` bool: groups whose rewards are all the same, by comparison and not by a rounded deviation."""
+    high, low = np.full(len(size), -np.inf), np.full(len(size), np.inf)
+    np.maximum.at(high, index, r)
+    np.minimum.at(low, index, r)
+    same: np.ndarray = high == low
+    return same

@@ -1,0 +1,87 @@
+"""What a knob of a preset accepts: one check for each knob name, the same wherever the name appears."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from lossfns.errors import LossInputError
+
+
+def number(name: str, value: Any, expected: str, accept: Callable[[float], bool], fix: str) -> None:
+    """Refuse what is not a finite number, or not one that ``accept`` takes."""
+    real = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not (real and math.isfinite(value) and accept(value)):
+        raise LossInputError(name, expected, repr(value), fix)
+
+
+def positive(name: str, value: Any) -> None:
+    number(name, value, "a finite number above 0", lambda x: x > 0, "Without it the loss has no signal.")
+
+
+def non_negative(name: str, value: Any) -> None:
+    number(name, value, "a finite number of at least 0", lambda x: x >= 0, "Pass 0 to switch the term off.")
+
+
+def clip(name: str, value: Any) -> None:
+    """Absolute bounds of the ratio, ``0 <= low <= 1 <= high``."""
+    expected = "ratio bounds (low, high) with 0 <= low <= 1 <= high"
+    numbers = (int, float)
+    if (
+        not isinstance(value, (tuple, list))
+        or len(value) != 2
+        or not all(isinstance(x, numbers) and not isinstance(x, bool) for x in value)
+    ):
+        raise LossInputError(name, expected, repr(value), "An epsilon of 0.2 is clip=(0.8, 1.2).")
+    low, high = value
+    if 0 <= low < 1 and 0 <= high < 1:
+        fix = f"These look like epsilons: pass clip=({1 - low:g}, {1 + high:g})."
+        raise LossInputError(name, expected, repr(value), fix)
+    if not 0 <= low <= 1 <= high:
+        raise LossInputError(name, expected, repr(value), "The bounds must enclose the ratio 1.")
+
+
+def log_ratio_cap(name: str, value: Any) -> None:
+    if value is not None:
+        number(name, value, "a number above 0, or None", lambda x: x > 0, "None is the paper's uncapped form.")
+
+
+def dual_clip(name: str, value: Any) -> None:
+    if value is not None:
+        fix = "c is the ratio beyond which a negative advantage is clipped, 3.0 in the paper."
+        number(name, value, "a number above 1, or None", lambda x: x > 1, fix)
+
+
+def label_smoothing(name: str, value: Any) -> None:
+    fix = "It is the probability that a pair is labelled the wrong way round."
+    number(name, value, "a number in [0, 0.5]", lambda x: 0 <= x <= 0.5, fix)
+
+
+def function(name: str, value: Any) -> None:
+    """A function of ours, not the name of one."""
+    if not callable(value):
+        fix = f"Import it and pass it: `from lossfns import {str(value).replace('-', '_')}`."
+        raise LossInputError(name, "a function such as k3", repr(value), fix)
+
+
+KNOBS: dict[str, Callable[[str, Any], None]] = {
+    "clip": clip,
+    "kl_beta": non_negative,
+    "beta": positive,
+    "lam": non_negative,
+    "cap": positive,
+    "length": positive,
+    "c": dual_clip,
+    "dual_clip": dual_clip,
+    "log_ratio_cap": log_ratio_cap,
+    "label_smoothing": label_smoothing,
+    "kl": function,
+}
+
+
+def check_knobs(knobs: dict[str, Any]) -> None:
+    """Refuse the first knob that is out of its range."""
+    for name, value in knobs.items():
+        if name in KNOBS:
+            KNOBS[name](name, value)

@@ -1,0 +1,151 @@
+"""The other two lanes of a loss: the traced per-datum form, and the fold into a service's built-ins.
+
+Both put share / denominator into the datums, so that a service which only sums over tokens computes
+exactly the weighed loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from math import prod
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lossfns.errors import LossInputError
+from lossfns.loss import BoundLoss, Loss, named
+from lossfns.pack import blank, find, pack_weights
+from lossfns.tokens import PAIRS
+
+DatumFn = Callable[..., tuple[Tensor, dict[str, Tensor]]]
+
+
+def as_datum_fn(loss: Loss) -> DatumFn:
+    """The loss of one datum: ``fn(logprobs, weights, *reads) -> (0-d tensor, {"custom/<name>:sum": tensor})``.
+
+    torch.fx-traceable, in the form of Tinker's ``create_custom_loss``. ``weights`` must already be
+    share / denominator, as ``datums`` writes them; losses then add over datums. Metrics are sums over the
+    active tokens: divide by ``custom/rows:sum``.
+
+    Raises:
+        LossInputError: for a loss that couples datums (pairs).
+
+    >>> from lossfns import ppo
+    >>> as_datum_fn(ppo()).__code__.co_varnames
+    ('logprobs', 'weights', 'advantages', 'old_logprobs')
+    """
+    if loss.rows == PAIRS:
+        fix = "Use it as a custom loss over the batch: forward_backward_custom(data, loss)."
+        raise LossInputError("as_datum_fn", "a loss of single datums", f"{loss!r}, which couples two", fix)
+
+    def body(logprobs: Tensor, weights: Tensor, *columns: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        t = blank(logprobs.flatten(), weights.flatten(), None, dict(zip(loss.reads, columns)))
+        term, statistics = loss.terms(t)
+        active = t.active.to(torch.float32)
+        sums = {name: (active * x.detach()).sum() for name, x in statistics.items()}
+        metrics = {f"custom/{name}:sum": total for name, total in ({"rows": active.sum()} | sums).items()}
+        return (t.weights * term).sum(), metrics
+
+    # The service reads the parameters' names, and fx their number, from the code itself.
+    names = ", ".join(("logprobs", "weights", *loss.reads))
+    fn: DatumFn = eval(f"lambda {names}: body({names})", {"body": body})
+    fn.__name__ = fn.__qualname__ = loss.name
+    return fn
+
+
+def datums(loss: Loss | BoundLoss, data: Sequence[Any]) -> list[Any]:
+    """The datums with ``weights`` = share / denominator and every column the loss reads in place."""
+    bound = loss if isinstance(loss, BoundLoss) else loss.bind()
+    loss = bound.loss
+    with named(loss):
+        columns = {name: rows_of(name, data, bound.columns) for name in loss.reads}
+        columns["weights"] = coefficients(bound, data)
+    return [rebuilt(datum, {name: rows[i] for name, rows in columns.items()}) for i, datum in enumerate(data)]
+
+
+def coefficients(bound: BoundLoss, data: Sequence[Any]) -> list[np.ndarray]:
+    """share / denominator of every token, by datum; they hold all of the weighing."""
+    loss = bound.loss
+    t = pack_weights(data, bound.columns, rows=loss.rows)
+    share = loss.share(t)
+    if loss.count is not None:
+        share = share / (bound.divisor or loss.count(t))
+    shapes = [row.shape for row in find("weights", data, bound.columns)]
+    parts = torch.split(share, [prod(shape) for shape in shapes])
+    return [part.numpy().reshape(shape) for part, shape in zip(parts, shapes)]
+
+
+def rows_of(name: str, data: Sequence[Any], columns: Mapping[str, Any]) -> list[np.ndarray]:
+    """A column as one row per datum, numbers spread over the datum's tokens."""
+    found, lengths = find(name, data, columns), [len(row) for row in find("weights", data, columns)]
+    return [np.broadcast_to(np.asarray(value, dtype=np.float32), (n,)) for value, n in zip(found, lengths)]
+
+
+def rebuilt(datum: Any, fields: Mapping[str, np.ndarray]) -> Any:
+    """The datum with fields replaced, of its own classes."""
+    wrap = type(datum.loss_fn_inputs["target_tokens"])
+    new = {name: wrap.from_numpy(np.ascontiguousarray(row, dtype=np.float32)) for name, row in fields.items()}
+    return type(datum)(datum.model_input, {**datum.loss_fn_inputs, **new})
+
+
+class Folded(NamedTuple):
+    """Arguments of ``forward_backward(data, loss_fn, loss_fn_config)``."""
+
+    data: list[Any]
+    loss_fn: str
+    loss_fn_config: dict[str, float] | None
+
+
+def fold(loss: Loss | BoundLoss, data: Sequence[Any]) -> Folded:
+    """The loss as a hosted service's one-pass built-in, exactly: advantages (or weights) times share / denominator.
+
+    Raises:
+        LossInputError: where no built-in is the same function: a KL or dual clip, a log-ratio cap
+            (built-ins are uncapped), coupled datums, or a loss the services do not have.
+    """
+    bound = loss if isinstance(loss, BoundLoss) else loss.bind()
+    loss = bound.loss
+    name = builtin(loss)
+    ready = datums(bound, data)
+    if name == "cross_entropy":
+        return Folded([keep(d, ("target_tokens", "weights")) for d in ready], name, None)
+    folded = [advantages_times_weights(d, with_mask=name == "gspo") for d in ready]
+    if name == "importance_sampling":
+        return Folded(folded, name, None)
+    low, high = loss.knobs["clip"]
+    return Folded(folded, name, {"clip_low_threshold": low, "clip_high_threshold": high})
+
+
+BUILTINS = {
+    "cross_entropy": "cross_entropy",
+    "multi_target_cross_entropy": "cross_entropy",
+    "importance_sampling": "importance_sampling",
+    "ppo": "ppo",
+    "dapo": "ppo",
+    "grpo": "ppo",
+    "gspo_token": "gspo",
+}
+
+
+def builtin(loss: Loss) -> str:
+    """The name of the built-in that is this loss once its weights are folded in."""
+    inexact = [name for name in ("kl_beta", "dual_clip", "log_ratio_cap") if loss.knobs.get(name)]
+    if loss.name in BUILTINS and not inexact:
+        return BUILTINS[loss.name]
+    because = f"its {inexact[0]}: pass {inexact[0]}={0 if inexact[0] == 'kl_beta' else None}" if inexact else "its name"
+    raise LossInputError("fold", f"one of {', '.join(BUILTINS)}", f"{loss!r}", f"No built-in has {because}.")
+
+
+def advantages_times_weights(datum: Any, *, with_mask: bool) -> Any:
+    """A policy datum of the services: ``target_tokens``, ``logprobs`` (old) and folded ``advantages``."""
+    weights, advantages, old = (datum.loss_fn_inputs[n].to_numpy() for n in ("weights", "advantages", "old_logprobs"))
+    active = weights != 0
+    fields = {"logprobs": np.where(active, old, 0), "advantages": np.where(active, advantages, 0) * weights}
+    mask = {"sequence_ratio_mask": active} if with_mask else {}
+    return keep(rebuilt(datum, fields | mask), ("target_tokens", *fields, *mask))
+
+
+def keep(datum: Any, names: Sequence[str]) -> Any:
+    return type(datum)(datum.model_input, {name: datum.loss_fn_inputs[name] for name in names})

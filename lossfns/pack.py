@@ -1,0 +1,247 @@
+"""The one door: ``(data, logprobs_list, columns)`` in, one masked ``Tokens`` out.
+
+Shapes, types and lengths are checked here, before any maths. After the door nothing masks, and nothing
+checks but ``judge`` (see ``readings``), once the numbers are on the host with the metrics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import prod
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lossfns.errors import LossInputError
+from lossfns.tokens import DATUM_FIELDS, ON_POLICY, PAIRS, TARGETS, TOKENS, FlatLogprobs, Tokens
+
+Row = np.ndarray[Any, Any] | Tensor
+Rows = list[Row]
+
+FIXES = {
+    "weights": "Give one number for each target: 0 for the prompt, 1 for what is trained on.",
+    "advantages": "Pass bind(advantages=...): a number or a row for each datum, as group_advantages makes them.",
+    "old_logprobs": "Pass bind(old_logprobs=...): the logprobs before the update, or ON_POLICY to say they are these.",
+    "ref_logprobs": "Pass bind(ref_logprobs=...): the frozen reference model's logprobs of the same targets.",
+    "sampler_logprobs": "Pass bind(sampler_logprobs=...): see align_sampler_logprobs.",
+}
+
+
+def pack(
+    data: Sequence[Any],
+    logprobs_list: Sequence[Tensor],
+    reads: Sequence[str] = (),
+    columns: Mapping[str, Any] | None = None,
+    *,
+    rows: str = TOKENS,
+    align: str = "strict",
+) -> Tokens:
+    """Check, align, concatenate, convert and mask a batch.
+
+    Args:
+        data: B datums, whose ``loss_fn_inputs`` map field names to TensorData, arrays, tensors or lists.
+        logprobs_list: B float tensors ``[N_i]``, or ``[N_i, K]`` for a loss over K targets.
+        reads: the columns to take besides ``weights``: from ``columns``, else from the datums.
+        columns: for each name one row per datum, or one number per datum.
+        rows: what a row of the loss is: tokens, targets or pairs.
+        align: ``"strict"``, or ``"truncate"`` to cut every row of a datum to the shortest of them.
+
+    Raises:
+        LossInputError: naming datum, field, what was expected, what came, and the fix.
+
+    The result has the logprobs' device and their dtype, float32 at least. Every slot of weight 0 holds 0
+    in every column, so that no nan or inf can leak from it.
+    """
+    columns = columns or {}
+    check_data(data, rows)
+    check_logprobs(data, logprobs_list, rank=2 if rows == TARGETS else 1)
+    on_policy = [name for name in reads if columns.get(name) is ON_POLICY]
+    table = {name: find(name, data, columns) for name in ("weights", *reads) if name not in on_policy}
+    if align == "truncate":
+        logprobs_list, table = truncate(logprobs_list, table)
+    shapes = [lp.shape for lp in logprobs_list]
+    logprobs = concatenate(logprobs_list)
+    lengths = torch.tensor([prod(shape) for shape in shapes], device=logprobs.device)
+    flat = {name: fill(name, found, shapes, lengths, logprobs) for name, found in table.items()}
+    flat |= {name: logprobs.detach() for name in on_policy}
+    return blank(logprobs, flat.pop("weights"), lengths, flat)
+
+
+def pack_weights(data: Sequence[Any], columns: Mapping[str, Any], *, rows: str, align: str = "strict") -> Tokens:
+    """What is known of a batch before any forward pass: its weights, in float64."""
+    check_data(data, rows)
+    found = find("weights", data, columns)
+    if align == "truncate":
+        targets = [as_row(field(d, "target_tokens"), "target_tokens", i) for i, d in enumerate(data)]
+        found = [w[: len(y)] for w, y in zip(found, targets)]
+    shapes = [w.shape for w in found]
+    lengths = torch.tensor([prod(shape) for shape in shapes])
+    weights = fill("weights", found, shapes, lengths, torch.empty(0, dtype=torch.float64))
+    return blank(torch.zeros_like(weights), weights, lengths, {})
+
+
+def blank(logprobs: Tensor, weights: Tensor, lengths: Tensor | None, columns: Mapping[str, Tensor]) -> Tokens:
+    """Put 0 into every inactive slot of every column, before any maths."""
+    active = weights != 0
+    blanked = {name: torch.where(active, x, 0) for name, x in columns.items()}
+    return Tokens(torch.where(active, logprobs, 0), weights, lengths, blanked)
+
+
+def check_data(data: Sequence[Any], rows: str) -> None:
+    if not isinstance(data, (list, tuple)):
+        raise LossInputError("data", "a list of datums", f"a {type(data).__name__}", "Pass [datum] for a single one.")
+    if not data:
+        raise LossInputError("data", "at least one datum", "data is empty", "Skip the call for an empty batch.")
+    for i, datum in enumerate(data):
+        if not hasattr(datum, "loss_fn_inputs"):
+            fix = "Build it with datum_from_tokens, or pass tinker.Datum objects."
+            raise LossInputError("loss_fn_inputs", "a Datum", f"a {type(datum).__name__}", fix, datum=i)
+    if rows == PAIRS and len(data) % 2:
+        fix = "Interleave them: 2i chosen, 2i + 1 rejected."
+        raise LossInputError("data", "chosen/rejected pairs", f"{len(data)} datums, an odd number", fix)
+
+
+def check_logprobs(data: Sequence[Any], logprobs_list: Sequence[Tensor], rank: int) -> None:
+    if not isinstance(logprobs_list, (list, tuple)):
+        got = f"a {type(logprobs_list).__name__}"
+        raise LossInputError("logprobs_list", "a list of tensors, one per datum", got, "Split it by sequence.")
+    if len(data) != len(logprobs_list):
+        got = f"{len(data)} datums but {len(logprobs_list)} logprobs tensors"
+        raise LossInputError("logprobs_list", "one tensor per datum", got, "Pass the datums of the same forward call.")
+    for i, lp in enumerate(logprobs_list):
+        if not isinstance(lp, Tensor):
+            raise LossInputError("logprobs", "a torch.Tensor", f"a {type(lp).__name__}", "Call torch.tensor.", datum=i)
+        if not lp.is_floating_point():
+            fix = "Logprobs are real numbers: were token ids passed?"
+            raise LossInputError("logprobs", "a floating point tensor", str(lp.dtype), fix, datum=i)
+        if lp.ndim != rank:
+            other = "multi_target_cross_entropy" if rank == 1 else "cross_entropy"
+            fix = f"For rank {lp.ndim} use {other}."
+            raise LossInputError("logprobs", ("[N]", "[N, K]")[rank - 1], f"shape {tuple(lp.shape)}", fix, datum=i)
+        if lp.device != logprobs_list[0].device:
+            got = f"{lp.device}, while datum[0] has {logprobs_list[0].device}"
+            raise LossInputError("logprobs", "one device for the whole batch", got, "Move them with .to().", datum=i)
+
+
+def find(name: str, data: Sequence[Any], columns: Mapping[str, Any]) -> Any:
+    """A column as it came: a list of B rows, or one array ``[B]`` of a number for each datum."""
+    if name in columns:
+        given = columns[name]
+        if not hasattr(given, "__len__") or len(given) != len(data):
+            got = str(len(given)) if hasattr(given, "__len__") else f"a {type(given).__name__}"
+            fix = "Bind one for each of the datums that are passed."
+            raise LossInputError(name, f"{len(data)} entries, one per datum", got, fix)
+    else:
+        given = [field(datum, name) for datum in data]
+        missing = next((i for i, value in enumerate(given) if value is None), None)
+        if missing is not None and name == "weights":
+            return default_weights(data, given, missing)
+        if missing is not None:
+            got, fix = "nothing bound, nor in the datum", FIXES.get(name, f"Pass bind({name}=...).")
+            raise LossInputError(name, "one row per datum", got, fix, datum=missing)
+    if isinstance(given, (Tensor, np.ndarray)) and given.ndim == 1:
+        return numbers(name, as_row(given, name, None))
+    rows = [as_row(value, name, i) for i, value in enumerate(given)]
+    scalar = [row.ndim == 0 for row in rows]
+    if not any(scalar):
+        return rows
+    if not all(scalar):
+        i = scalar.index(not scalar[0])
+        raise LossInputError(name, "a row for each datum, or a number for each", "a mix", "Use one form.", datum=i)
+    return numbers(name, torch.stack([torch.as_tensor(row) for row in rows]))
+
+
+def numbers(name: str, given: Row) -> Row:
+    """``[B]``, a number for each datum: only advantages may come so."""
+    if name != "advantages":
+        raise LossInputError(name, "a row for each datum", "a number for each", "Only advantages may be numbers.")
+    return given
+
+
+def default_weights(data: Sequence[Any], given: list[Any], missing: int) -> Rows:
+    """Ones, in the one case where that is the format: per-token ``advantages`` in every datum (RL datums)."""
+    advantages = [field(datum, "advantages") for datum in data]
+    masks = [name for name in ("mask", "loss_mask") if field(data[missing], name) is not None]
+    rows = [] if None in advantages else [as_row(a, "advantages", i) for i, a in enumerate(advantages)]
+    if not rows or any(w is not None for w in given) or masks or any(row.ndim != 1 for row in rows):
+        fix = f"Its {masks[0]!r} is not read: pass it as weights." if masks else FIXES["weights"]
+        raise LossInputError("weights", "a row for each datum", "loss_fn_inputs without weights", fix, datum=missing)
+    return [np.ones(len(row), dtype=np.float32) for row in rows]
+
+
+def field(datum: Any, name: str) -> Any:
+    """The datum's own value of a column, or None."""
+    names = DATUM_FIELDS.get(name, (name,))
+    inputs = datum.loss_fn_inputs
+    return next((inputs[key] for key in names if key in inputs), None)
+
+
+def as_row(value: Any, name: str, datum: int | None) -> Row:
+    """One datum's row as an array or a constant tensor; ``None`` among the numbers becomes nan."""
+    if isinstance(value, Tensor):
+        return value.detach()
+    try:
+        row = value.to_numpy() if hasattr(value, "to_numpy") else value
+        row = row if isinstance(row, np.ndarray) else np.asarray(row, dtype=np.float64)
+        if row.dtype.kind in "fiub":
+            return row
+    except (TypeError, ValueError):
+        pass
+    got = f"a {type(value).__name__} that is no rectangular array of numbers"
+    raise LossInputError(
+        name, "a number or a row of numbers", got, "Use a list, array, tensor or TensorData.", datum=datum
+    )
+
+
+def truncate(logprobs_list: Sequence[Tensor], table: dict[str, Any]) -> tuple[list[Tensor], dict[str, Any]]:
+    """Cut every row of a datum to the shortest of them."""
+    ragged = {name: rows for name, rows in table.items() if isinstance(rows, list)}
+    shortest = [min(map(len, rows)) for rows in zip(logprobs_list, *ragged.values())]
+    cut = {name: [row[:n] for row, n in zip(rows, shortest)] for name, rows in ragged.items()}
+    return [lp[:n] for lp, n in zip(logprobs_list, shortest)], table | cut
+
+
+def concatenate(logprobs_list: Sequence[Tensor]) -> Tensor:
+    """All logprobs end to end, float32 at least, without a copy where they are views of one tensor."""
+    if isinstance(logprobs_list, FlatLogprobs):
+        flat = logprobs_list.flat
+    else:
+        flat = torch.cat([lp.reshape(-1) for lp in logprobs_list])
+    return flat.to(torch.promote_types(flat.dtype, torch.float32))
+
+
+def fill(name: str, found: Any, shapes: Sequence[Sequence[int]], lengths: Tensor, like: Tensor) -> Tensor:
+    """A column laid end to end like the logprobs, in their dtype and on their device."""
+    if not isinstance(found, list):
+        numbers = torch.as_tensor(found).to(like.device, like.dtype)
+        return torch.repeat_interleave(numbers, lengths, output_size=sum(map(prod, shapes)))
+    if [row.shape for row in found] != list(shapes):
+        found = [align_row(row, shape, name, i) for i, (row, shape) in enumerate(zip(found, shapes))]
+    if len(shapes[0]) > 1:
+        found = [row.reshape(-1) for row in found]
+    if any(isinstance(row, Tensor) for row in found):
+        flat = torch.cat([torch.as_tensor(row) for row in found])
+    else:
+        flat = torch.from_numpy(np.concatenate(found))
+    return flat.to(like.device, like.dtype)
+
+
+def align_row(row: Row, shape: Sequence[int], name: str, datum: int) -> Row:
+    """The row if it has the logprobs' shape, or lists the entries of [N, K] row-major; else an error."""
+    shape = tuple(shape)
+    if tuple(row.shape) == shape or (row.ndim == 1 and len(shape) == 2 and len(row) == prod(shape)):
+        return row
+    if len(shape) == 2 or row.ndim != 1:
+        expected, got = f"shape {shape}, that of logprobs", f"shape {tuple(row.shape)}"
+        raise LossInputError(name, expected, got, "One number for each entry, row-major.", datum=datum)
+    fix = {
+        1: "It has the length of the tokens: drop the first entry, as position j holds token j + 1.",
+        -1: "It looks shifted twice: weights and targets are both shifted by one, once.",
+    }.get(
+        len(row) - shape[0],
+        'Every row has the length of target_tokens; align="truncate" cuts to the shortest.',
+    )
+    expected = f"{shape[0]} values (the length of logprobs)"
+    raise LossInputError(name, expected, str(len(row)), fix, datum=datum)

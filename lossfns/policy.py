@@ -1,0 +1,144 @@
+"""Policy-gradient losses: one row for each token, importance ratio r = exp(lp − old), advantages A.
+
+All read ``advantages`` and ``old_logprobs``. Clip bounds are absolute ratios. ``log_ratio_cap`` bounds
+|lp − old| before the exponential (``None``: the paper's uncapped form). Statistics: ``ratio``,
+``ratio_capped``, ``kl_old``, and where the loss clips ``clip_low`` and ``clip_high``, the shares of
+tokens whose gradient a bound removes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from torch import Tensor
+
+from lossfns import terms as eq
+from lossfns.loss import KL, Loss, Statistics, geometric_level, method, weighed, with_kl
+from lossfns.loss import dual_clip as with_dual_clip
+from lossfns.terms import k3
+from lossfns.tokens import Tokens
+from lossfns.weigh import Weighing, sequence_mean, token_mean
+
+Clip = tuple[float, float]
+LogRatio = Callable[[Tokens], Tensor]
+
+
+def token_ratio(t: Tokens) -> Tensor:
+    """d = lp − old, each token by itself."""
+    return t.logprobs - t.old_logprobs
+
+
+def sequence_ratio(t: Tokens) -> Tensor:
+    """d = mean of lp − old over the active tokens of the sequence, with gradient to each of them."""
+    return geometric_level(t, token_ratio(t))
+
+
+def sequence_ratio_by_token(t: Tokens) -> Tensor:
+    """The same in value, but each token's d passes gradient to its own logprob alone."""
+    return eq.straight_through(sequence_ratio(t), t.logprobs)
+
+
+def ratio_loss(
+    log_ratio: LogRatio,
+    surrogate: Callable[[Tensor, Tensor], Tensor],
+    weigh: Weighing,
+    log_ratio_cap: float | None,
+    shares: Callable[[Tensor, Tensor], Statistics] = lambda ratio, advantages: {},
+) -> Loss:
+    """surrogate(r, A) of each token, r = exp(capped log-ratio)."""
+
+    def terms(t: Tokens) -> tuple[Tensor, Statistics]:
+        d = log_ratio(t)
+        r = eq.cap(d, log_ratio_cap).exp()
+        statistics = {
+            "ratio": r.detach(),
+            "ratio_capped": d.detach().abs() > (float("inf") if log_ratio_cap is None else log_ratio_cap),
+            "kl_old": k3(t.old_logprobs, t.logprobs.detach()),
+        }
+        return surrogate(r, t.advantages), statistics | shares(r.detach(), t.advantages)
+
+    return weighed(terms, ("advantages", "old_logprobs"), weigh)
+
+
+def clip_shares(ratio: Tensor, advantages: Tensor, clip: Clip) -> Statistics:
+    """Where a bound removes the gradient: below low with A < 0, above high with A > 0."""
+    low, high = clip
+    return {"clip_low": (advantages < 0) & (ratio < low), "clip_high": (advantages > 0) & (ratio > high)}
+
+
+def clipped(
+    log_ratio: LogRatio, clip: Clip, weigh: Weighing, log_ratio_cap: float | None, dual_clip: float | None
+) -> Loss:
+    """−min(r·A, clip(r)·A), dual-clipped if asked."""
+    surrogate, shares = partial(eq.clipped_surrogate, clip=clip), partial(clip_shares, clip=clip)
+    return with_dual_clip(ratio_loss(log_ratio, surrogate, weigh, log_ratio_cap, shares), dual_clip)
+
+
+@method
+def importance_sampling(weigh: Weighing = token_mean, log_ratio_cap: float | None = 20.0) -> Loss:
+    """−r·A: the policy gradient corrected for the policy that sampled."""
+    return ratio_loss(token_ratio, eq.surrogate, weigh, log_ratio_cap)
+
+
+@method
+def ppo(
+    clip: Clip = (0.8, 1.2),
+    weigh: Weighing = token_mean,
+    log_ratio_cap: float | None = 20.0,
+    dual_clip: float | None = None,
+) -> Loss:
+    """−min(r·A, clip(r)·A). Schulman et al. 2017, arXiv:1707.06347, equation 7."""
+    return clipped(token_ratio, clip, weigh, log_ratio_cap, dual_clip)
+
+
+@method
+def grpo(
+    clip: Clip = (0.8, 1.2),
+    kl_beta: float = 1e-3,
+    kl: KL = k3,
+    weigh: Weighing = token_mean,
+    log_ratio_cap: float | None = 20.0,
+    dual_clip: float | None = None,
+) -> Loss:
+    """PPO's clip plus β·KL to a reference, advantages from groups. Shao et al. 2024, arXiv:2402.03300, eq. 3.
+
+    Reads ``ref_logprobs`` too, unless ``kl_beta=0``. The paper's own average is ``weigh=sequence_mean``.
+
+    >>> grpo(kl_beta=0.01)
+    grpo(clip=(0.8, 1.2), kl_beta=0.01, kl=k3, weigh=token_mean, log_ratio_cap=20.0, dual_clip=None)
+    """
+    return with_kl(clipped(token_ratio, clip, weigh, log_ratio_cap, dual_clip), kl_beta, kl)
+
+
+@method
+def dapo(
+    clip: Clip = (0.8, 1.28),
+    weigh: Weighing = token_mean,
+    log_ratio_cap: float | None = 20.0,
+    dual_clip: float | None = None,
+) -> Loss:
+    """PPO with the upper bound raised, no KL, token mean. Yu et al. 2025, arXiv:2503.14476, equation 8."""
+    return clipped(token_ratio, clip, weigh, log_ratio_cap, dual_clip)
+
+
+@method
+def gspo(
+    clip: Clip = (1 - 3e-4, 1 + 4e-4),
+    weigh: Weighing = sequence_mean,
+    log_ratio_cap: float | None = 20.0,
+    dual_clip: float | None = None,
+) -> Loss:
+    """One ratio for the sequence, (π/π_old)^(1/|y|), and its gradient. Zheng et al. 2025, arXiv:2507.18071, eq. 5."""
+    return clipped(sequence_ratio, clip, weigh, log_ratio_cap, dual_clip)
+
+
+@method
+def gspo_token(
+    clip: Clip = (1 - 3e-4, 1 + 4e-4),
+    weigh: Weighing = sequence_mean,
+    log_ratio_cap: float | None = 20.0,
+    dual_clip: float | None = None,
+) -> Loss:
+    """GSPO's ratio in value, each token's own gradient: advantages may differ by token. arXiv:2507.18071, eq. 13."""
+    return clipped(sequence_ratio_by_token, clip, weigh, log_ratio_cap, dual_clip)

@@ -1,0 +1,96 @@
+"""The page of equations: plain functions on plain tensors of any one shape.
+
+Symbols: lp current, old, ref logprobs; d = log-ratio, r = exp(d) ratio; A advantages; sg = stop-gradient.
+Nothing here checks, masks or reduces: the door (``pack``) and the one reduction (``evaluate``) do.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+KL_LOG_RATIO_CAP = 20.0
+"""k3 is exponential in the log-ratio; beyond e²⁰ it is constant, so that one token cannot overflow a batch."""
+
+ONE_MINUS_P_FLOOR = 1e-15
+"""The least 1 − p that the log-odds see; below what any model's float logprob of 0 can mean."""
+
+
+def nll(logprobs: Tensor) -> Tensor:
+    """Negative log-likelihood, −lp."""
+    return -logprobs
+
+
+def cap(log_ratio: Tensor, limit: float | None) -> Tensor:
+    """d clamped to ±limit, with no gradient beyond it; ``None`` leaves d as it is."""
+    return log_ratio if limit is None else log_ratio.clamp(-limit, limit)
+
+
+def surrogate(ratio: Tensor, advantages: Tensor) -> Tensor:
+    """−r·A: importance-weighted policy gradient."""
+    return -ratio * advantages
+
+
+def clipped_surrogate(ratio: Tensor, advantages: Tensor, clip: tuple[float, float]) -> Tensor:
+    """−min(r·A, clip(r, low, high)·A). Schulman et al. 2017 (arXiv:1707.06347), equation 7."""
+    return -torch.minimum(ratio * advantages, ratio.clamp(*clip) * advantages)
+
+
+def dual_clipped(loss: Tensor, advantages: Tensor, c: float) -> Tensor:
+    """min(loss, −c·A) where A < 0, else loss. Ye et al. 2020 (arXiv:1912.09729), equation 5."""
+    return torch.where(advantages < 0, torch.minimum(loss, -c * advantages), loss)
+
+
+def straight_through(value: Tensor, gradient: Tensor) -> Tensor:
+    """The value of one tensor with the gradient of another: sg(value) + gradient − sg(gradient)."""
+    return value.detach() + (gradient - gradient.detach())
+
+
+def importance_weight(log_weight: Tensor, limit: float) -> Tensor:
+    """min(exp(d), limit), a constant: truncated importance sampling (Ionides 2008)."""
+    return cap(log_weight, KL_LOG_RATIO_CAP).exp().clamp(max=limit).detach()
+
+
+def k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """lp − ref: unbiased for KL(π‖ref) as a value; as a loss its expected gradient is 0, so it is no penalty.
+
+    Estimators k1, k2, k3: Schulman 2020, "Approximating KL divergence".
+    """
+    return logprobs - ref_logprobs
+
+
+def k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """(lp − ref)²/2: on-policy, its expected gradient is that of the reverse KL(π‖ref)."""
+    return (logprobs - ref_logprobs).square() / 2
+
+
+def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """exp(x) − x − 1 with x = ref − lp: unbiased and never negative as a value.
+
+    On-policy, its expected gradient is that of the forward KL(ref‖π); multiplied by the ratio r (with
+    gradient) it becomes that of the reverse KL(π‖ref). |x| is capped at 20.
+    """
+    x = cap(ref_logprobs - logprobs, KL_LOG_RATIO_CAP)
+    return torch.expm1(x) - x
+
+
+def preference(margin: Tensor, beta: float, label_smoothing: float) -> Tensor:
+    """−(1−ε)·log σ(β·m) − ε·log σ(−β·m). Rafailov et al. 2023 (arXiv:2305.18290), eq. 7; ε: Mitchell 2023, cDPO."""
+    h = beta * margin
+    return -(1 - label_smoothing) * F.logsigmoid(h) - label_smoothing * F.logsigmoid(-h)
+
+
+def log_odds(a: Tensor) -> Tensor:
+    """log(p / (1 − p)) = a − log(1 − eᵃ) for a = log p, with value and gradient finite down to p = 1.
+
+    1 − p has a floor in value but keeps its own gradient −p: where p_chosen = 1, the loss −log σ(Δ)
+    then still has its exact gradient −p_rejected / (1 − p_rejected).
+    """
+    one_minus_p = -torch.expm1(a)
+    return a - straight_through(one_minus_p.clamp(min=ONE_MINUS_P_FLOOR), one_minus_p).log()
+
+
+def odds_ratio(log_odds_ratio: Tensor) -> Tensor:
+    """−log σ(Δ), Δ the log odds ratio. Hong et al. 2024 (arXiv:2403.07691), equation 7."""
+    return -F.logsigmoid(log_odds_ratio)

@@ -1,0 +1,1 @@
+"""Check anyone's loss: oracle now; laws, strategies and vectors build on it."""

@@ -1,0 +1,435 @@
+"""Every loss in plain floats: its value and its closed-form gradient, straight from the papers.
+
+A row holds one sequence, a token counts iff its weight is not 0, and a slot that does not count is never
+read. Sums are exactly rounded, so what separates an implementation from this file is its own rounding.
+"""
+
+import math
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import TypedDict, Unpack
+
+Row = list[float]
+Rows = list[Row]
+Loss = tuple[float, Rows]  # L and ∂L/∂lp
+Term = tuple[float, float]  # a value and its slope
+Clip = tuple[float, float]
+
+TOKEN_WEIGHINGS = ("token_mean", "sequence_mean", "sequence_sum_mean", "fixed_length", "token_sum")
+PAIR_WEIGHINGS = ("pair_mean", "pair_sum")
+
+
+class Knobs(TypedDict, total=False):
+    """What every policy loss takes beyond its own arguments; the defaults stand in `policy`."""
+
+    dual_clip: float | None
+    log_ratio_cap: float | None
+    sampler_logprobs: Rows | None
+    tis_cap: float | None
+    tis_level: str
+    length: int | None
+    denominator: float | None
+
+
+# Arithmetic
+
+
+def total(values: Iterable[float]) -> float:
+    """Σ values, exactly rounded while finite."""
+    values = list(values)
+    try:
+        return math.fsum(values)
+    except (OverflowError, ValueError):  # past the largest float, or ∞ − ∞
+        return sum(values)
+
+
+def exp(x: float) -> float:
+    """eˣ, with ∞ past the largest float."""
+    try:
+        return math.exp(x)
+    except OverflowError:
+        return math.inf
+
+
+def sigmoid(x: float) -> float:
+    """σ(x) = 1 / (1 + e⁻ˣ)."""
+    return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
+
+
+def softplus(x: float) -> float:
+    """log(1 + eˣ) = −log σ(−x)."""
+    return max(x, 0.0) + math.log1p(math.exp(-abs(x)))
+
+
+def capped(x: float, cap: float | None) -> Term:
+    """c = clamp(x, ±cap) and dc/dx = 1[|x| ≤ cap]."""
+    if cap is not None and abs(x) > cap:
+        return math.copysign(cap, x), 0.0
+    return x, 1.0
+
+
+# Rows
+
+
+def active(weights: Row) -> list[int]:
+    """The slots t with wₜ ≠ 0."""
+    return [t for t, w in enumerate(weights) if w != 0]
+
+
+def difference(weights: Rows, left: Rows, right: Rows) -> Rows:
+    """left − right where a token counts, 0 elsewhere."""
+    return [
+        [x - y if w != 0 else 0.0 for w, x, y in zip(*rows, strict=True)]
+        for rows in zip(weights, left, right, strict=True)
+    ]
+
+
+def averaged(weights: Rows, values: Rows) -> Rows:
+    """Each counting token gets the plain mean over its sequence's counting tokens."""
+    rows = []
+    for row, xs in zip(weights, values, strict=True):
+        slots = active(row)
+        mean = total(xs[t] for t in slots) / len(slots) if slots else 0.0
+        rows.append([mean if w != 0 else 0.0 for w in row])
+    return rows
+
+
+def normalized(weights: Rows) -> Rows:
+    """w / Σw within each sequence."""
+    masses = [total(row) for row in weights]
+    return [[w / mass if w != 0 else 0.0 for w in row] for row, mass in zip(weights, masses, strict=True)]
+
+
+# From terms to a loss
+
+
+def divisor(weigh: str, mass: float, count: int, length: int | None, denominator: float | None) -> float:
+    """D: nothing for a sum, `denominator` if given, else Σw, the count, or length · count."""
+    if weigh in ("token_sum", "pair_sum"):
+        return 1.0
+    if denominator is not None:
+        return denominator
+    if weigh == "fixed_length":
+        if length is None:
+            raise ValueError("fixed_length needs length")
+        count *= length
+    if count == 0:
+        return 1.0
+    return mass if weigh == "token_mean" else float(count)
+
+
+def reduce(
+    term: Callable[[int, int], Term], weights: Rows, weigh: str, length: int | None, denominator: float | None
+) -> Loss:
+    """L = Σ share·term / D over the counting tokens, where share = w, or w / Σw for sequence_mean."""
+    if weigh not in TOKEN_WEIGHINGS:
+        raise ValueError(f"weigh is one of {TOKEN_WEIGHINGS}, not {weigh!r}")
+    shares = normalized(weights) if weigh == "sequence_mean" else weights
+    mass = total(w for row in weights for w in row)
+    by = divisor(weigh, mass, sum(1 for row in weights if active(row)), length, denominator)
+    values: Row = []
+    grads = [[0.0] * len(row) for row in weights]
+    for i, row in enumerate(weights):
+        for t in active(row):
+            value, slope = term(i, t)
+            values.append(shares[i][t] * value)
+            grads[i][t] = shares[i][t] * slope / by
+    return total(values) / by, grads
+
+
+def reduce_pairs(
+    term: Callable[[float, float], tuple[float, float, float]],
+    logprobs: Rows,
+    weights: Rows,
+    weigh: str,
+    length: int | None,
+    denominator: float | None,
+) -> Loss:
+    """L = Σ term(h₂ᵢ, h₂ᵢ₊₁) / D with h = Σ w·lp, over the pairs with two non-empty sides."""
+    if weigh not in PAIR_WEIGHINGS:
+        raise ValueError(f"weigh is one of {PAIR_WEIGHINGS}, not {weigh!r}")
+    if len(weights) % 2:
+        raise ValueError("pairs need an even number of sequences")
+    pairs = [i for i in range(0, len(weights), 2) if active(weights[i]) and active(weights[i + 1])]
+    by = divisor(weigh, 0.0, len(pairs), length, denominator)
+    scores = [total(w[t] * lp[t] for t in active(w)) for w, lp in zip(weights, logprobs, strict=True)]
+    values, slopes = [], [0.0] * len(weights)
+    for i in pairs:
+        value, slopes[i], slopes[i + 1] = term(scores[i], scores[i + 1])
+        values.append(value)
+    grads = [[slope * w / by if w != 0 else 0.0 for w in row] for slope, row in zip(slopes, weights, strict=True)]
+    return total(values) / by, grads
+
+
+# Supervised
+
+
+def cross_entropy(
+    *,
+    logprobs: Rows,
+    weights: Rows,
+    weigh: str = "token_mean",
+    length: int | None = None,
+    denominator: float | None = None,
+) -> Loss:
+    """Term −lp, slope −1; a negative weight pushes the token down."""
+    return reduce(lambda i, t: (-logprobs[i][t], -1.0), weights, weigh, length, denominator)
+
+
+def multi_target_cross_entropy(
+    *,
+    logprobs: Rows,
+    weights: Rows,
+    weigh: str = "token_mean",
+    length: int | None = None,
+    denominator: float | None = None,
+) -> Loss:
+    """Cross-entropy where a row holds the N·K entries of N positions with K targets each."""
+    return cross_entropy(logprobs=logprobs, weights=weights, weigh=weigh, length=length, denominator=denominator)
+
+
+# Policy gradient
+
+
+def surrogate(d: float, advantage: float, clip: Clip, dual_clip: float | None, cap: float | None) -> Term:
+    """−min(rA, clamp(r)A) with r = e^clamp(d, ±cap), at most −cA where A < 0; slope −rA where unclipped.
+
+    Both bounds belong to the unclipped side, and so does the tie rA = cA of the dual clip.
+    """
+    capped_d, inside = capped(d, cap)
+    r = exp(capped_d)
+    gain, clipped = r * advantage, min(max(r, clip[0]), clip[1]) * advantage
+    value, slope = (-clipped, 0.0) if clipped < gain else (-gain, -gain * inside)
+    if dual_clip is not None and advantage < 0 and -dual_clip * advantage < value:
+        return -dual_clip * advantage, 0.0
+    return value, slope
+
+
+def truncation(weights: Rows, old: Rows, sampler: Rows | None, cap: float | None, level: str) -> Rows:
+    """ρ = min(e^clamp(old − sampler, ±20), cap), of a token or of its sequence's sum (Yao et al. 2025)."""
+    if level not in ("token", "sequence"):
+        raise ValueError(f"tis_level is 'token' or 'sequence', not {level!r}")
+    if cap is None:
+        return [[1.0] * len(row) for row in weights]
+    if sampler is None:
+        raise ValueError("tis_cap needs sampler_logprobs")
+    gaps = difference(weights, old, sampler)
+    if level == "sequence":
+        gaps = [[total(row)] * len(row) for row in gaps]
+    return [[min(exp(capped(gap, 20.0)[0]), cap) for gap in row] for row in gaps]
+
+
+def policy(
+    log_ratios: Rows,
+    weights: Rows,
+    advantages: Rows,
+    old_logprobs: Rows,
+    clip: Clip,
+    weigh: str,
+    *,
+    dual_clip: float | None = None,
+    log_ratio_cap: float | None = 20.0,
+    sampler_logprobs: Rows | None = None,
+    tis_cap: float | None = None,
+    tis_level: str = "token",
+    length: int | None = None,
+    denominator: float | None = None,
+) -> Loss:
+    """Term ρ·surrogate(d, A), with its slope taken in each token's own log ratio d."""
+    rho = truncation(weights, old_logprobs, sampler_logprobs, tis_cap, tis_level)
+
+    def term(i: int, t: int) -> Term:
+        value, slope = surrogate(log_ratios[i][t], advantages[i][t], clip, dual_clip, log_ratio_cap)
+        return rho[i][t] * value, rho[i][t] * slope
+
+    return reduce(term, weights, weigh, length, denominator)
+
+
+def ppo(
+    *,
+    logprobs: Rows,
+    weights: Rows,
+    advantages: Rows,
+    old_logprobs: Rows,
+    clip: Clip = (0.8, 1.2),
+    weigh: str = "token_mean",
+    **knobs: Unpack[Knobs],
+) -> Loss:
+    """Term −min(rA, clamp(r)A) with r = e^(lp − old) (Schulman et al. 2017; dual clip Ye et al. 2020)."""
+    d = difference(weights, logprobs, old_logprobs)
+    return policy(d, weights, advantages, old_logprobs, clip, weigh, **knobs)
+
+
+def importance_sampling(
+    *,
+    logprobs: Rows,
+    weights: Rows,
+    advantages: Rows,
+    old_logprobs: Rows,
+    weigh: str = "token_mean",
+    **knobs: Unpack[Knobs],
+) -> Loss:
+    """Term −rA with r = e^(lp − old): the off-policy policy gradient."""
+    d = difference(weights, logprobs, old_logprobs)
+    return policy(d, weights, advantages, old_logprobs, (-math.inf, math.inf), weigh, **knobs)
+
+
+def dapo(
+    *,
+    logprobs: Rows,
+    weights: Rows,
+    advantages: Rows,
+    old_logprobs: Rows,
+    clip: Clip = (0.8, 1.28),
+    weigh: str = "token_mean",
+    **knobs: Unpack[Knobs],
+) -> Loss:
+    """PPO's term with a higher upper bound, over all tokens alike (Yu et al. 2025)."""
+    d = difference(weights, logprobs, old_logprobs)
+    return policy(d, weights, advantages, old_logprobs, clip, weigh, **knobs)
+
+
+def divergence(x: float, kl: str) -> Term:
+    """k1 = −x, k2 = x²/2, k3 = eᶜ − c − 1 with c = clamp(x, ±20), at x = ref − lp (Schulman 2020).
+
+    The slope is in lp, so −dk/dx.
+    """
+    if kl == "k1":
+        return -x, 1.0
+    if kl == "k2":
+        return x * x / 2, -x
+    if kl != "k3":
+        raise ValueError(f"kl is 'k1', 'k2' or 'k3', not {kl!r}")
+    c, inside = capped(x, 20.0)
+    return math.expm1(c) - c, -math.expm1(c) * inside
+
+
+def grpo(
+    *,
+    logprobs: Rows,
+    weights: Rows,
+    advantages: Rows,
+    old_logprobs: Rows,
+    ref_logprobs: Rows,
+    clip: Clip = (0.8, 1.2),
+    kl_beta: float = 0.001,
+    kl: str = "k3",
+    weigh: str = "sequence_mean",
+    **knobs: Unpack[Knobs],
+) -> Loss:
+    """L = PPO + β·KL(π ‖ ref), each sequence weighing the same (Shao et al. 2024)."""
+    d = difference(weights, logprobs, old_logprobs)
+    loss, grads = policy(d, weights, advantages, old_logprobs, clip, weigh, **knobs)
+    x = difference(weights, ref_logprobs, logprobs)
+    length, denominator = knobs.get("length"), knobs.get("denominator")
+    penalty, pulls = reduce(lambda i, t: divergence(x[i][t], kl), weights, weigh, length, denominator)
+    for row, pull in zip(grads, pulls, strict=True):
+        row[:] = [g + kl_beta * p for g, p in zip(row, pull, strict=True)]
+    return loss + kl_beta * penalty, grads
+
+
+def gspo_token(
+    *,
+    logprobs: Rows,
+    weights: Rows,
+    advantages: Rows,
+    old_logprobs: Rows,
+    clip: Clip = (1 - 3e-4, 1 + 4e-4),
+    weigh: str = "sequence_mean",
+    **knobs: Unpack[Knobs],
+) -> Loss:
+    """PPO's term at log sₜ = sg(mean d) + lpₜ − sg(lpₜ): GSPO with a slope by token (Zheng et al. 2025)."""
+    mean_d = averaged(weights, difference(weights, logprobs, old_logprobs))
+    return policy(mean_d, weights, advantages, old_logprobs, clip, weigh, **knobs)
+
+
+def gspo(
+    *,
+    logprobs: Rows,
+    weights: Rows,
+    advantages: Rows,
+    old_logprobs: Rows,
+    clip: Clip = (1 - 3e-4, 1 + 4e-4),
+    weigh: str = "sequence_mean",
+    **knobs: Unpack[Knobs],
+) -> Loss:
+    """PPO's term at log s = mean d, so ∂L/∂lpⱼ = Σₜ (∂L/∂log s)ₜ / n for all j alike (Zheng et al. 2025)."""
+    mean_d = averaged(weights, difference(weights, logprobs, old_logprobs))
+    loss, slopes = policy(mean_d, weights, advantages, old_logprobs, clip, weigh, **knobs)
+    return loss, averaged(weights, slopes)
+
+
+# Preferences
+
+
+def dpo(
+    *,
+    logprobs: Rows,
+    weights: Rows,
+    ref_logprobs: Rows,
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+    weigh: str = "pair_mean",
+    length: int | None = None,
+    denominator: float | None = None,
+) -> Loss:
+    """Term −(1−ε)·log σ(βm) − ε·log σ(−βm) at m = h_w − h_l, h = Σ w·(lp − ref) (Rafailov et al. 2023).
+
+    ε > 0 allows for swapped labels (Mitchell 2023).
+    """
+
+    def term(chosen: float, rejected: float) -> tuple[float, float, float]:
+        z, eps = beta * (chosen - rejected), label_smoothing
+        slope = beta * (eps * sigmoid(z) - (1 - eps) * sigmoid(-z))
+        return (1 - eps) * softplus(-z) + eps * softplus(z), slope, -slope
+
+    gaps = difference(weights, logprobs, ref_logprobs)
+    return reduce_pairs(term, gaps, weights, weigh, length, denominator)
+
+
+def log_odds(a: float) -> Term:
+    """log(p / (1 − p)) at p = eᵃ, slope 1 + p / (1 − p), with 1 − p at least 1e-15."""
+    p, q = exp(a), max(-math.expm1(a), 1e-15)
+    return a - math.log(q), 1 + p / q
+
+
+def orpo(
+    *,
+    logprobs: Rows,
+    weights: Rows,
+    lam: float = 0.1,
+    weigh: str = "pair_mean",
+    length: int | None = None,
+    denominator: float | None = None,
+) -> Loss:
+    """Term −a_w − λ·log σ(logodds a_w − logodds a_l) at a = Σw·lp / Σw (Hong et al. 2024)."""
+
+    def term(chosen: float, rejected: float) -> tuple[float, float, float]:
+        (odds_w, slope_w), (odds_l, slope_l) = log_odds(chosen), log_odds(rejected)
+        doubt = lam * sigmoid(odds_l - odds_w)
+        return lam * softplus(odds_l - odds_w) - chosen, -1 - doubt * slope_w, doubt * slope_l
+
+    return reduce_pairs(term, logprobs, normalized(weights), weigh, length, denominator)
+
+
+# Advantages
+
+
+def group_advantages(*, rewards: Sequence[float], groups: Sequence[Hashable], scale: str = "std") -> Row:
+    """A = (r − mean) / (std + 1e-6) within each group, 0 where all rewards agree (Shao et al. 2024).
+
+    The std has n − 1 below; scale "none" leaves it out (Liu et al. 2025).
+    """
+    if scale not in ("std", "none"):
+        raise ValueError(f"scale is 'std' or 'none', not {scale!r}")
+    members: dict[Hashable, Row] = {}
+    for reward, group in zip(rewards, groups, strict=True):
+        members.setdefault(group, []).append(reward)
+
+    def advantage(reward: float, peers: Row) -> float:
+        if max(peers) == min(peers):
+            return 0.0
+        mean = total(peers) / len(peers)
+        std = math.sqrt(total((r - mean) ** 2 for r in peers) / (len(peers) - 1))
+        return (reward - mean) / (std + 1e-6) if scale == "std" else reward - mean
+
+    return [advantage(reward, members[group]) for reward, group in zip(rewards, groups, strict=True)]

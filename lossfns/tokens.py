@@ -1,0 +1,75 @@
+"""What every loss computes on: the tokens of a batch laid end to end.
+
+Shape legend, used in every docstring:
+
+    B  sequences of the batch, one per datum
+    N  tokens of the batch (one sequence has the length of its ``target_tokens``)
+    K  candidate targets of one position; ``[N, K]`` is laid out row-major as N·K entries
+    P  pairs: sequences 2i (chosen) and 2i + 1 (rejected), P = B / 2
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+TOKENS, TARGETS, PAIRS = "tokens", "targets", "pairs"
+"""What one row of a loss is: a token, one of K candidate targets of a position, or a preference pair."""
+
+LOGPROB_COLUMNS = ("old_logprobs", "ref_logprobs", "sampler_logprobs")
+COLUMNS = ("weights", "advantages", *LOGPROB_COLUMNS)
+"""The column vocabulary; a loss of your own may read others."""
+
+DATUM_FIELDS = {"old_logprobs": ("old_logprobs", "logprobs")}
+"""Where a datum keeps a column, if not under its own name: Tinker calls the old logprobs ``logprobs``."""
+
+
+class _OnPolicy:
+    def __repr__(self) -> str:
+        return "ON_POLICY"
+
+
+ON_POLICY = _OnPolicy()
+"""Bind as ``old_logprobs``: the old policy is the current one, so the ratio is exp(lp − sg(lp)) = 1."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A packed batch: ``t.logprobs``, ``t.weights`` and one attribute for each column, all ``[N]``.
+
+    ``lengths`` ``[B]`` says where sequences end; ``None`` means that all N tokens are one sequence.
+    Slots of weight 0 hold 0 in every column.
+    """
+
+    logprobs: Tensor
+    weights: Tensor
+    lengths: Tensor | None = None
+    columns: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __getattr__(self, name: str) -> Tensor:
+        columns: Mapping[str, Tensor] = self.__dict__.get("columns", {})
+        if name not in columns:
+            raise AttributeError(f"Tokens has no column {name!r}; a loss names the columns it uses in `reads`")
+        return columns[name]
+
+    @property
+    def active(self) -> Tensor:
+        """``[N]`` bool: which tokens take part."""
+        return self.weights != 0
+
+
+class FlatLogprobs(list[Any]):
+    """A ``logprobs_list`` whose tensors are views of one flat tensor, which the door then uses directly.
+
+    Thousands of sequences thus cost autograd one leaf instead of thousands.
+    """
+
+    def __init__(self, flat: Tensor, shapes: Sequence[Sequence[int]]) -> None:
+        sizes = [prod(shape) for shape in shapes]
+        super().__init__(view.view(tuple(shape)) for view, shape in zip(torch.split(flat, sizes), shapes))
+        self.flat = flat
