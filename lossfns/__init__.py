@@ -47,6 +47,7 @@ from lossfns.policy import gspo as gspo
 from lossfns.policy import gspo_token as gspo_token
 from lossfns.policy import importance_sampling as importance_sampling
 from lossfns.policy import ppo as ppo
+from lossfns.policy import reinforce as reinforce
 from lossfns.preference import dpo as dpo
 from lossfns.preference import orpo as orpo
 from lossfns.supervised import cross_entropy as cross_entropy

@@ -86,7 +86,7 @@ def rows_of(name: str, data: Sequence[Any], columns: Mapping[str, Any]) -> list[
 def rebuilt(datum: Any, fields: Mapping[str, np.ndarray]) -> Any:
     """The datum with fields replaced, of its own classes."""
     wrap = type(datum.loss_fn_inputs["target_tokens"])
-    new = {name: wrap.from_numpy(np.ascontiguousarray(row, dtype=np.float32)) for name, row in fields.items()}
+    new = {name: wrap.from_numpy(np.array(row, dtype=np.float32)) for name, row in fields.items()}
     return type(datum)(datum.model_input, {**datum.loss_fn_inputs, **new})
 
 

@@ -82,7 +82,7 @@ def evaluate(loss: Loss, t: Tokens, denominator: Tensor | float | None = None) -
     if loss.count is not None:
         total = total / (loss.count(t) if denominator is None else denominator)
     active = (share != 0).to(total.dtype)
-    sums = {name: (active * x.detach()).sum() for name, x in statistics.items()}
+    sums = {name: torch.dot(active, x.detach().to(active.dtype)) for name, x in statistics.items()}
     return total, {"rows": active.sum(), **sums}
 
 

@@ -74,7 +74,7 @@ def pack_weights(data: Sequence[Any], columns: Mapping[str, Any], *, rows: str, 
     check_data(data, rows)
     found = find("weights", data, columns)
     if align == "truncate":
-        targets = [as_row(field(d, "target_tokens"), "target_tokens", i) for i, d in enumerate(data)]
+        targets = as_rows(fields(data, "target_tokens"), "target_tokens")
         found = [w[: len(y)] for w, y in zip(found, targets)]
     shapes = [w.shape for w in found]
     lengths = torch.tensor([prod(shape) for shape in shapes])
@@ -134,7 +134,7 @@ def find(name: str, data: Sequence[Any], columns: Mapping[str, Any]) -> Any:
             fix = "Bind one for each of the datums that are passed."
             raise LossInputError(name, f"{len(data)} entries, one per datum", got, fix)
     else:
-        given = [field(datum, name) for datum in data]
+        given = fields(data, name)
         missing = next((i for i, value in enumerate(given) if value is None), None)
         if missing is not None and name == "weights":
             return default_weights(data, given, missing)
@@ -143,13 +143,13 @@ def find(name: str, data: Sequence[Any], columns: Mapping[str, Any]) -> Any:
             raise LossInputError(name, "one row per datum", got, fix, datum=missing)
     if isinstance(given, (Tensor, np.ndarray)) and given.ndim == 1:
         return numbers(name, as_row(given, name, None))
-    rows = [as_row(value, name, i) for i, value in enumerate(given)]
-    scalar = [row.ndim == 0 for row in rows]
-    if not any(scalar):
+    rows = as_rows(given, name)
+    scalar = next((i for i, row in enumerate(rows) if row.ndim == 0), None)
+    if scalar is None:
         return rows
-    if not all(scalar):
-        i = scalar.index(not scalar[0])
-        raise LossInputError(name, "a row for each datum, or a number for each", "a mix", "Use one form.", datum=i)
+    if any(row.ndim for row in rows):
+        expected = "a row for each datum, or a number for each"
+        raise LossInputError(name, expected, "a number among rows", "Use one form.", datum=scalar)
     return numbers(name, torch.stack([torch.as_tensor(row) for row in rows]))
 
 
@@ -162,37 +162,51 @@ def numbers(name: str, given: Row) -> Row:
 
 def default_weights(data: Sequence[Any], given: list[Any], missing: int) -> Rows:
     """Ones, in the one case where that is the format: per-token ``advantages`` in every datum (RL datums)."""
-    advantages = [field(datum, "advantages") for datum in data]
-    masks = [name for name in ("mask", "loss_mask") if field(data[missing], name) is not None]
-    rows = [] if None in advantages else [as_row(a, "advantages", i) for i, a in enumerate(advantages)]
-    if not rows or any(w is not None for w in given) or masks or any(row.ndim != 1 for row in rows):
+    advantages = fields(data, "advantages")
+    masks = [name for name in ("mask", "loss_mask") if name in data[missing].loss_fn_inputs]
+    if masks or any(a is None for a in advantages) or any(w is not None for w in given):
         fix = f"Its {masks[0]!r} is not read: pass it as weights." if masks else FIXES["weights"]
         raise LossInputError("weights", "a row for each datum", "loss_fn_inputs without weights", fix, datum=missing)
+    rows = as_rows(advantages, "advantages")
+    if any(row.ndim != 1 for row in rows):
+        got = "advantages that are no rows, and no weights"
+        raise LossInputError("weights", "a row for each datum", got, FIXES["weights"], datum=missing)
     return [np.ones(len(row), dtype=np.float32) for row in rows]
 
 
-def field(datum: Any, name: str) -> Any:
-    """The datum's own value of a column, or None."""
-    names = DATUM_FIELDS.get(name, (name,))
-    inputs = datum.loss_fn_inputs
-    return next((inputs[key] for key in names if key in inputs), None)
+def fields(data: Sequence[Any], name: str) -> list[Any]:
+    """The datums' own values of a column, None where there is none."""
+    inputs = [datum.loss_fn_inputs for datum in data]
+    first, *others = DATUM_FIELDS.get(name, (name,))
+    values = [fields.get(first) for fields in inputs]
+    for other in others:
+        values = [fields.get(other) if value is None else value for value, fields in zip(values, inputs)]
+    return values
+
+
+def as_rows(values: Any, name: str) -> Rows:
+    """Each datum's row as an array or a constant tensor."""
+    kind, *others = set(map(type, values))
+    if not others and hasattr(kind, "to_numpy") and not issubclass(kind, Tensor):
+        return [value.to_numpy() for value in values]
+    return [as_row(value, name, i) for i, value in enumerate(values)]
 
 
 def as_row(value: Any, name: str, datum: int | None) -> Row:
-    """One datum's row as an array or a constant tensor; ``None`` among the numbers becomes nan."""
+    """One row as an array or a constant tensor; ``None`` among the numbers becomes nan."""
     if isinstance(value, Tensor):
         return value.detach()
     try:
+        if value is None:
+            raise TypeError
         row = value.to_numpy() if hasattr(value, "to_numpy") else value
         row = row if isinstance(row, np.ndarray) else np.asarray(row, dtype=np.float64)
         if row.dtype.kind in "fiub":
             return row
     except (TypeError, ValueError):
         pass
-    got = f"a {type(value).__name__} that is no rectangular array of numbers"
-    raise LossInputError(
-        name, "a number or a row of numbers", got, "Use a list, array, tensor or TensorData.", datum=datum
-    )
+    got, fix = f"a {type(value).__name__} that is no rectangular array of numbers", "Use a list, array or tensor."
+    raise LossInputError(name, "a number or a row of numbers", got, fix, datum=datum)
 
 
 def truncate(logprobs_list: Sequence[Tensor], table: dict[str, Any]) -> tuple[list[Tensor], dict[str, Any]]:
@@ -208,7 +222,7 @@ def concatenate(logprobs_list: Sequence[Tensor]) -> Tensor:
     if isinstance(logprobs_list, FlatLogprobs):
         flat = logprobs_list.flat
     else:
-        flat = torch.cat([lp.reshape(-1) for lp in logprobs_list])
+        flat = torch.cat([lp if lp.ndim == 1 else lp.flatten() for lp in logprobs_list])
     return flat.to(torch.promote_types(flat.dtype, torch.float32))
 
 

@@ -1,14 +1,15 @@
 """Policy-gradient losses: one row for each token, importance ratio r = exp(lp − old), advantages A.
 
-All read ``advantages`` and ``old_logprobs``. Clip bounds are absolute ratios. ``log_ratio_cap`` bounds
+All read ``advantages`` and (but for ``reinforce``) ``old_logprobs``. Clip bounds are absolute ratios. ``log_ratio_cap`` bounds
 |lp − old| before the exponential (``None``: the paper's uncapped form). Statistics: ``ratio``,
-``ratio_capped``, ``kl_old``, and where the loss clips ``clip_low`` and ``clip_high``, the shares of
+``ratio_capped``, ``log_ratio_abs``, ``kl_old``, and where the loss clips ``clip_low`` and ``clip_high``, the shares of
 tokens whose gradient a bound removes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+import math
 from functools import partial
 
 from torch import Tensor
@@ -51,9 +52,11 @@ def ratio_loss(
     def terms(t: Tokens) -> tuple[Tensor, Statistics]:
         d = log_ratio(t)
         r = eq.cap(d, log_ratio_cap).exp()
+        distance = d.detach().abs()
         statistics = {
             "ratio": r.detach(),
-            "ratio_capped": d.detach().abs() > (float("inf") if log_ratio_cap is None else log_ratio_cap),
+            "ratio_capped": distance > (math.inf if log_ratio_cap is None else log_ratio_cap),
+            "log_ratio_abs": distance,
             "kl_old": k3(t.old_logprobs, t.logprobs.detach()),
         }
         return surrogate(r, t.advantages), statistics | shares(r.detach(), t.advantages)
@@ -73,6 +76,19 @@ def clipped(
     """−min(r·A, clip(r)·A), dual-clipped if asked."""
     surrogate, shares = partial(eq.clipped_surrogate, clip=clip), partial(clip_shares, clip=clip)
     return with_dual_clip(ratio_loss(log_ratio, surrogate, weigh, log_ratio_cap, shares), dual_clip)
+
+
+@method
+def reinforce(weigh: Weighing = token_mean) -> Loss:
+    """−A·lp: the policy gradient on-policy; reads no ``old_logprobs``. Statistic: ``nll``.
+
+    The hosted APIs' example GRPO is ``with_kl(reinforce(weigh=sequence_sum_mean), kl_beta=0.001, kl=k1)``.
+    """
+
+    def terms(t: Tokens) -> tuple[Tensor, Statistics]:
+        return eq.policy_gradient(t.logprobs, t.advantages), {"nll": -t.logprobs.detach()}
+
+    return weighed(terms, ("advantages",), weigh)
 
 
 @method

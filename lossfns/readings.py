@@ -75,8 +75,9 @@ def judge(values: Sequence[float], t: Tokens, *, signed: bool) -> None:
 
 def doubt(metrics: Mapping[str, float]) -> None:
     """Warn where the old policy is too far away to be one."""
-    if metrics.get("kl_old", 0.0) > 4:
-        got = f"kl_old is {metrics['kl_old']:.3g} nats a token"
+    distance = metrics.get("log_ratio_abs", 0.0)
+    if distance > 5:
+        got = f"the mean |log-ratio| is {distance:.3g}"
         warnings.warn(f"{got}: are the old_logprobs those of these tokens?", LossWarning, stacklevel=5)
 
 

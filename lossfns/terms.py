@@ -27,6 +27,11 @@ def cap(log_ratio: Tensor, limit: float | None) -> Tensor:
     return log_ratio if limit is None else log_ratio.clamp(-limit, limit)
 
 
+def policy_gradient(logprobs: Tensor, advantages: Tensor) -> Tensor:
+    """−A·lp. Williams 1992, "Simple statistical gradient-following algorithms"."""
+    return -advantages * logprobs
+
+
 def surrogate(ratio: Tensor, advantages: Tensor) -> Tensor:
     """−r·A: importance-weighted policy gradient."""
     return -ratio * advantages

@@ -259,6 +259,23 @@ def ppo(
     return policy(d, weights, advantages, old_logprobs, clip, weigh, **knobs)
 
 
+def reinforce(
+    *,
+    logprobs: Rows,
+    weights: Rows,
+    advantages: Rows,
+    weigh: str = "token_mean",
+    length: int | None = None,
+    denominator: float | None = None,
+) -> Loss:
+    """Term −A·lp: the on-policy policy gradient (Williams 1992)."""
+
+    def term(i: int, t: int) -> Term:
+        return -advantages[i][t] * logprobs[i][t], -advantages[i][t]
+
+    return reduce(term, weights, weigh, length, denominator)
+
+
 def importance_sampling(
     *,
     logprobs: Rows,
@@ -313,10 +330,10 @@ def grpo(
     clip: Clip = (0.8, 1.2),
     kl_beta: float = 0.001,
     kl: str = "k3",
-    weigh: str = "sequence_mean",
+    weigh: str = "token_mean",
     **knobs: Unpack[Knobs],
 ) -> Loss:
-    """L = PPO + β·KL(π ‖ ref), each sequence weighing the same (Shao et al. 2024)."""
+    """L = PPO + β·KL(π ‖ ref) (Shao et al. 2024, whose own average is sequence_mean)."""
     d = difference(weights, logprobs, old_logprobs)
     loss, grads = policy(d, weights, advantages, old_logprobs, clip, weigh, **knobs)
     x = difference(weights, ref_logprobs, logprobs)

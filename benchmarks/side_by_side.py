@@ -1,0 +1,72 @@
+"""Time alternatives side by side: every round runs each once, in changing order; medians over rounds."""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def device_name() -> str:
+    """The accelerator's name, or the processor's and its core count."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    models = re.findall(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else []
+    return f"{models[0] if models else platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def seconds(run: Callable[[], Any]) -> float:
+    synchronize()
+    start = time.perf_counter()
+    run()
+    synchronize()
+    return time.perf_counter() - start
+
+
+def race(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of every run in every round, after one warm-up round; the order rotates."""
+    names = list(runs)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for r in range(rounds + 1):
+        for name in names[r % len(names) :] + names[: r % len(names)]:
+            elapsed = seconds(runs[name])
+            if r:
+                times[name].append(elapsed)
+    return times
+
+
+def ratio(times: dict[str, list[float]], name: str, to: str) -> float:
+    """Median over rounds of time(name) / time(to): noise that hits a whole round cancels."""
+    return statistics.median(a / b for a, b in zip(times[name], times[to]))
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(header, *rows)]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in [header, *rows]]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def save(benchmark: str, rows: list[dict[str, Any]]) -> Path:
+    """Write ``results/<benchmark>.<device>.json`` with what is needed to read it later."""
+    device = device_name()
+    slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{benchmark}.{slug}.json"
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    path.write_text(json.dumps({"benchmark": benchmark, "device": device, **versions, "rows": rows}, indent=1) + "\n")
+    return path

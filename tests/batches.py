@@ -1,0 +1,178 @@
+"""Random ragged batches, and the table of methods beside their oracles, shared by the tests."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from random import Random
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import lossfns
+from lossfns import Datum, Loss, ModelInput, TensorData
+from lossfns.testing import oracle
+
+Rows = list[list[float]]
+LOGPROBS = ("old_logprobs", "ref_logprobs", "sampler_logprobs")
+
+
+@dataclass
+class Batch:
+    """Plain rows of floats: what the oracle reads, and what is packed into datums and tensors for a loss."""
+
+    logprobs: Rows
+    weights: Rows
+    columns: dict[str, Rows] = field(default_factory=dict)
+    targets: int = 0
+
+    def tensors(self, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+        shape = (-1, self.targets) if self.targets else (-1,)
+        return [torch.tensor(row, dtype=dtype).reshape(shape).requires_grad_() for row in self.logprobs]
+
+    def data(self, sdk: Any = lossfns) -> list[Any]:
+        """Datums that carry nothing but targets, of ours or of another SDK."""
+        shapes = [[len(row) // self.targets, self.targets] if self.targets else [len(row)] for row in self.weights]
+        fields = [{"target_tokens": sdk.TensorData([0] * math.prod(s), "int64", s)} for s in shapes]
+        return [sdk.Datum(sdk.ModelInput.from_ints([0] * s[0]), f) for s, f in zip(shapes, fields)]
+
+    def bound(self, reads: tuple[str, ...] | list[str]) -> dict[str, Any]:
+        """The columns for ``bind``: in float64, so that nothing is rounded on the way."""
+        return {"weights": self.shaped(self.weights), **{name: self.shaped(self.columns[name]) for name in reads}}
+
+    def shaped(self, rows: Rows) -> list[Any]:
+        if not self.targets:
+            return rows
+        return [torch.tensor(row, dtype=torch.float64).reshape(-1, self.targets) for row in rows]
+
+    def take(self, indices: list[int]) -> Batch:
+        pick = lambda rows: [rows[i] for i in indices]  # noqa: E731
+        columns = {name: pick(rows) for name, rows in self.columns.items()}
+        return Batch(pick(self.logprobs), pick(self.weights), columns, self.targets)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A loss, the oracle's function for it, and the arguments that make them the same."""
+
+    loss: Loss
+    oracle: Callable[..., tuple[float, Rows]]
+    knobs: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return repr(self.loss)
+
+    @property
+    def pairs(self) -> bool:
+        return self.loss.rows == "pairs"
+
+    def batch(self, rng: Random, **options: Any) -> Batch:
+        targets = 3 if self.loss.rows == "targets" else 0
+        return random_batch(rng, pairs=self.pairs, targets=targets, **options)
+
+    def expected(self, batch: Batch, **more: Any) -> tuple[float, Rows]:
+        columns = {name: batch.columns[name] for name in self.loss.reads}
+        return self.oracle(logprobs=batch.logprobs, weights=batch.weights, **columns, **self.knobs, **more)
+
+
+def random_batch(
+    rng: Random, *, pairs: bool = False, targets: int = 0, sequences: int | None = None, longest: int = 9
+) -> Batch:
+    """Ragged sequences with interior zeros, fractional weights, and (not in pairs) one fully masked sequence.
+
+    Log-ratios are mostly small, sometimes past every clip bound, once in a while past the cap of 20.
+    """
+    count = sequences or (2 * rng.randint(1, 4) if pairs else rng.randint(2, 7))
+    lengths = [rng.randint(1, longest) * (targets or 1) for _ in range(count)]
+    row = lambda draw: [[draw() for _ in range(n)] for n in lengths]  # noqa: E731
+    logprobs = row(lambda: -rng.uniform(1e-3, 6))
+    weights = row(lambda: rng.choice((0.0, 1.0, 1.0, 1.0, 0.5, 2.0)))
+    for sequence in weights:
+        sequence[-1] = 1.0
+    if not pairs:
+        weights[rng.randrange(count)] = [0.0] * lengths[0]
+        weights = [w if any(w) else [0.0] * n for w, n in zip(weights, lengths)]
+
+    def near(lp: float) -> float:
+        return min(
+            lp - (rng.choice((-25, 25)) if rng.random() < 0.08 else rng.gauss(0, rng.choice((0.02, 0.5)))), -1e-4
+        )
+
+    columns = {name: [[near(lp) for lp in sequence] for sequence in logprobs] for name in LOGPROBS}
+    columns["advantages"] = row(lambda: rng.choice((rng.gauss(0, 1), rng.gauss(0, 1), 0.0)))
+    return Batch(logprobs, weights, columns, targets)
+
+
+def call(
+    loss: Loss, batch: Batch, dtype: torch.dtype = torch.float64, **bind: Any
+) -> tuple[float, Rows, dict[str, float]]:
+    """Value, gradients and metrics of a loss on a batch."""
+    logprobs = batch.tensors(dtype)
+    value, metrics = loss.bind(**batch.bound(loss.reads), **bind)(batch.data(), logprobs)
+    value.backward()
+    return value.item(), [lp.grad.flatten().tolist() for lp in logprobs], metrics
+
+
+def apart(a: Any, b: Any) -> float:
+    """The largest relative difference (absolute below 1) between two nested lists of floats."""
+    if isinstance(a, float):
+        return abs(a - b) / max(1.0, abs(a), abs(b)) if math.isfinite(a - b) else math.inf
+    assert len(a) == len(b)
+    return max((apart(x, y) for x, y in zip(a, b)), default=0.0)
+
+
+def cases() -> Iterator[Case]:
+    """Every method with every weighing and with its knobs away from their defaults."""
+    for name in ("token_mean", "sequence_mean", "sequence_sum_mean", "token_sum", "fixed_length"):
+        weigh = lossfns.fixed_length(7) if name == "fixed_length" else getattr(lossfns, name)
+        w: dict[str, Any] = {"weigh": name} | ({"length": 7} if name == "fixed_length" else {})
+        yield Case(lossfns.cross_entropy(weigh=weigh), oracle.cross_entropy, w)
+        yield Case(lossfns.multi_target_cross_entropy(weigh=weigh), oracle.multi_target_cross_entropy, w)
+        yield Case(lossfns.reinforce(weigh=weigh), oracle.reinforce, w)
+        yield Case(lossfns.importance_sampling(weigh=weigh), oracle.importance_sampling, w)
+        yield Case(lossfns.ppo(weigh=weigh), oracle.ppo, w)
+        yield Case(lossfns.grpo(weigh=weigh), oracle.grpo, w)
+        yield Case(lossfns.dapo(weigh=weigh), oracle.dapo, w)
+        yield Case(lossfns.gspo(weigh=weigh), oracle.gspo, w)
+        yield Case(lossfns.gspo_token(weigh=weigh), oracle.gspo_token, w)
+    t, s = {"weigh": "token_mean"}, {"weigh": "sequence_mean"}
+    yield Case(lossfns.ppo(clip=(0.5, 3.0), dual_clip=4.0), oracle.ppo, t | {"clip": (0.5, 3.0), "dual_clip": 4.0})
+    yield Case(lossfns.ppo(log_ratio_cap=0.3), oracle.ppo, t | {"log_ratio_cap": 0.3})
+    yield Case(lossfns.gspo(clip=(0.5, 2.0)), oracle.gspo, s | {"clip": (0.5, 2.0)})
+    yield Case(lossfns.gspo_token(clip=(0.5, 2.0)), oracle.gspo_token, s | {"clip": (0.5, 2.0)})
+    for kl, beta in itertools.product(("k2", "k3"), (0.5,)):
+        knobs = {"kl": kl, "kl_beta": beta}
+        yield Case(lossfns.grpo(kl=getattr(lossfns, kl), kl_beta=beta), oracle.grpo, t | knobs)
+    for level in ("token", "sequence"):
+        tis = lossfns.with_tis(lossfns.ppo(), cap=1.3, level=getattr(lossfns, f"{level}_level"))
+        knobs = {"tis_cap": 1.3, "tis_level": level}
+        yield Case(tis, oracle.ppo, t | knobs)
+        yield Case(lossfns.with_kl(tis, kl_beta=0.2), oracle.grpo, t | knobs | {"kl_beta": 0.2})
+    for name in ("pair_mean", "pair_sum"):
+        weigh, w = getattr(lossfns, name), {"weigh": name}
+        yield Case(lossfns.dpo(weigh=weigh), oracle.dpo, w)
+        yield Case(
+            lossfns.dpo(beta=0.7, label_smoothing=0.2, weigh=weigh),
+            oracle.dpo,
+            w | {"beta": 0.7, "label_smoothing": 0.2},
+        )
+        yield Case(lossfns.orpo(weigh=weigh), oracle.orpo, w)
+        yield Case(lossfns.orpo(lam=1.5, weigh=weigh), oracle.orpo, w | {"lam": 1.5})
+
+
+CASES = list(cases())
+
+
+def sdks() -> list[Any]:
+    """Ours, and the real ``tinker`` where it is installed."""
+    try:
+        import tinker
+    except ImportError:
+        return [lossfns]
+    return [lossfns, tinker]
+
+
+__all__ = ["CASES", "Batch", "Case", "Datum", "ModelInput", "TensorData", "apart", "call", "random_batch", "sdks"]

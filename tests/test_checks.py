@@ -1,0 +1,95 @@
+"""What each knob accepts: the edges of its range, and the numbers just outside."""
+
+import inspect
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+import lossfns
+from lossfns import LossInputError, k3
+from lossfns.checks import KNOBS, check_knobs
+
+TINY = math.ulp(0.0)
+BELOW, ABOVE = math.nextafter(1.0, 0.0), math.nextafter(1.0, 2.0)
+NO_NUMBER = ["1", True, None, [1.0], math.nan, math.inf, -math.inf, 1j]
+
+ACCEPTED: dict[str, list[Any]] = {
+    "clip": [(0, 1), (1, 1), (0.0, math.inf), (0.8, 1.2), [0.8, 1.28], (1 - 3e-4, 1 + 4e-4)],
+    "kl_beta": [0, 0.0, TINY, 1e9],
+    "lam": [0, 0.1, 10],
+    "beta": [TINY, 0.1, 5],
+    "cap": [TINY, 2, 2.0],
+    "length": [1, 0.5, 4096],
+    "c": [None, ABOVE, 3],
+    "dual_clip": [None, ABOVE, 3.0],
+    "log_ratio_cap": [None, TINY, 20, 1e9],
+    "label_smoothing": [0, 0.25, 0.5],
+    "kl": [k3, lambda logprobs, ref: logprobs - ref],
+}
+REFUSED: dict[str, list[Any]] = {
+    "clip": [
+        *[(0.2, 0.28), (0.0, BELOW), (1.2, 0.8), (-TINY, 1.2), (ABOVE, 2.0), (-math.inf, math.inf)],
+        *[(math.nan, 1.2), (0.8, math.nan), ("0.8", 1.2), (0.8, None), (True, 1.2)],
+        *[(0.8,), (0.8, 1.0, 1.2), 0.2, None, "ab"],
+    ],
+    "kl_beta": [-TINY, -1, *NO_NUMBER],
+    "lam": [-0.1, *NO_NUMBER],
+    "beta": [0, 0.0, -0.1, *NO_NUMBER],
+    "cap": [0, -1, *NO_NUMBER],
+    "length": [0, -8, *NO_NUMBER],
+    "c": [1, BELOW, 0, -3, True, "3", math.nan, math.inf],
+    "dual_clip": [1.0, BELOW, -3.0, True, "3", math.nan, math.inf],
+    "log_ratio_cap": [0, -20, True, "20", math.nan, math.inf],
+    "label_smoothing": [-TINY, math.nextafter(0.5, 1), 1, *NO_NUMBER],
+    "kl": ["k3", None, 3, 0.001],
+}
+
+
+def test_every_check_is_tested() -> None:
+    assert set(ACCEPTED) == set(REFUSED) == set(KNOBS)
+
+
+@pytest.mark.parametrize("name, value", [(name, value) for name, values in ACCEPTED.items() for value in values])
+def test_a_value_in_its_range_is_accepted(name: str, value: Any) -> None:
+    check_knobs({name: value})
+
+
+@pytest.mark.parametrize("name, value", [(name, value) for name, values in REFUSED.items() for value in values])
+def test_a_value_out_of_its_range_is_refused_by_name_with_a_fix(name: str, value: Any) -> None:
+    with pytest.raises(LossInputError) as caught:
+        check_knobs({name: value})
+    assert (caught.value.field, caught.value.got) == (name, repr(value))
+    assert caught.value.expected
+    assert caught.value.fix.endswith(".")
+
+
+@pytest.mark.parametrize("name", ["beta", "length", "kl_beta", "dual_clip"])
+def test_numpy_numbers_are_numbers(name: str) -> None:
+    """As a sweep over np.linspace or np.arange hands them in."""
+    for value in (np.float64(2.0), np.float32(2.0), np.int64(2)):
+        check_knobs({name: value})
+
+
+@pytest.mark.parametrize("clip, epsilons", [((0.2, 0.2), "(0.8, 1.2)"), ((0.2, 0.28), "(0.8, 1.28)")])
+def test_epsilons_are_answered_with_the_bounds_they_mean(clip: tuple[float, float], epsilons: str) -> None:
+    with pytest.raises(LossInputError, match="look like epsilons") as caught:
+        check_knobs({"clip": clip})
+    assert f"pass clip={epsilons}" in str(caught.value)
+
+
+def test_the_first_bad_knob_is_named_and_unknown_ones_pass() -> None:
+    check_knobs({"weigh": "anything"})
+    with pytest.raises(LossInputError, match="beta"):
+        check_knobs({"weigh": "anything", "lam": 0.1, "beta": 0, "kl_beta": -1})
+
+
+def test_every_number_a_preset_takes_has_a_check() -> None:
+    """A knob whose default is a number, a pair of them or None has an entry in the table."""
+    presets = [f for f in vars(lossfns).values() if hasattr(f, "__wrapped__")]
+    assert len(presets) > 10
+    for preset in presets:
+        for name, parameter in inspect.signature(preset).parameters.items():
+            if isinstance(parameter.default, (int, float, tuple, type(None))):
+                assert name in KNOBS, f"{preset.__name__}({name}=)"

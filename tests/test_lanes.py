@@ -1,0 +1,140 @@
+"""The three lanes of a loss give the same gradient: batch contract, traced per-datum form, fold to a built-in."""
+
+import math
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+from batches import CASES, Case, apart, call, sdks
+from torch import Tensor
+
+import lossfns
+from lossfns import LossInputError, lanes
+
+SINGLE = [case for case in CASES if not case.pairs]
+pytestmark = pytest.mark.filterwarnings("ignore:.*log-ratio.*")
+
+
+def trace(fn: Any, ranks: dict[str, int]) -> list[Any]:
+    """The function itself, traced by torch.fx, and traced by the SDK's own tracer where it is installed."""
+    traced = [fn, torch.fx.symbolic_trace(fn)]
+    if len(sdks()) > 1:
+        from tinker.lib.public_interfaces.custom_loss import trace_loss
+
+        traced.append(trace_loss(fn, ranks, session_id="here").graph)
+    return traced
+
+
+@pytest.mark.parametrize("case", SINGLE, ids=str)
+def test_the_traced_form_summed_over_datums_is_the_batch_loss(case: Case) -> None:
+    fn = lanes.as_datum_fn(case.loss)
+    rank = 2 if case.loss.rows == "targets" else 1
+    graphs = trace(fn, dict.fromkeys(("logprobs", "weights", *case.loss.reads), rank))
+    for seed in (1, 2):
+        batch = case.batch(Random(seed))
+        value, gradients, metrics = call(case.loss, batch)
+        for sdk in sdks():
+            bound = case.loss.bind(**batch.bound(case.loss.reads))
+            data = lanes.datums(bound, batch.data(sdk))
+            assert all(type(d) is sdk.Datum for d in data)
+            for graph in graphs:
+                logprobs = batch.tensors()
+                parts = [graph(lp, *inputs(d, case)) for d, lp in zip(data, logprobs)]
+                total = sum(loss for loss, _ in parts)
+                total.backward()
+                assert apart(total.item(), value) < 1e-6
+                assert apart([lp.grad.flatten().tolist() for lp in logprobs], gradients) < 1e-6
+                rows = sum(m["custom/rows:sum"].item() for _, m in parts)
+                for name in parts[0][1].keys() - {"custom/rows:sum"}:
+                    mean = sum(m[name].item() for _, m in parts) / rows
+                    assert apart(mean, metrics[name.removeprefix("custom/").removesuffix(":sum")]) < 1e-5
+
+
+def inputs(datum: Any, case: Case) -> list[Tensor]:
+    return [datum.loss_fn_inputs[name].to_torch() for name in ("weights", *case.loss.reads)]
+
+
+@pytest.mark.parametrize("loss", [lossfns.dpo(), lossfns.orpo()], ids=str)
+def test_losses_that_couple_datums_have_no_per_datum_form(loss: lossfns.Loss) -> None:
+    with pytest.raises(LossInputError, match="couples two"):
+        lanes.as_datum_fn(loss)
+
+
+def hosted(name: str, datum: Any, lp: Tensor, config: dict[str, float] | None) -> Tensor:
+    """The services' built-ins as their documentation gives them: a raw sum over the datum's tokens."""
+    field = {name: data.to_torch() for name, data in datum.loss_fn_inputs.items()}
+    if name == "cross_entropy":
+        return -(lp * field["weights"]).sum()
+    d = lp - field["logprobs"]
+    if name == "gspo":
+        mask = field["sequence_ratio_mask"] != 0
+        mean = d[mask].mean().detach() if mask.any() else torch.tensor(0.0)
+        d = mean + lp - lp.detach()
+    r, a = d.exp(), field["advantages"]
+    if name == "importance_sampling":
+        return -(r * a).sum()
+    assert config is not None
+    low, high = config["clip_low_threshold"], config["clip_high_threshold"]
+    return -torch.minimum(r * a, r.clamp(low, high) * a).sum()
+
+
+FOLDABLE = [
+    lossfns.cross_entropy(weigh=lossfns.sequence_mean),
+    lossfns.multi_target_cross_entropy(),
+    lossfns.importance_sampling(log_ratio_cap=None),
+    lossfns.ppo(log_ratio_cap=None, weigh=lossfns.fixed_length(5)),
+    lossfns.dapo(log_ratio_cap=None),
+    lossfns.grpo(log_ratio_cap=None, kl_beta=0, weigh=lossfns.sequence_mean),
+    lossfns.gspo_token(log_ratio_cap=None, clip=(0.7, 1.5)),
+    lossfns.gspo_token(log_ratio_cap=None, weigh=lossfns.token_mean),
+]
+
+
+@pytest.mark.parametrize("loss", FOLDABLE, ids=str)
+def test_a_folded_loss_is_the_built_in_with_the_same_gradient(loss: lossfns.Loss) -> None:
+    case = Case(loss, lambda: (0.0, []))
+    for seed in (1, 2, 3):
+        batch = case.batch(Random(seed))
+        value, gradients, _ = call(loss, batch)
+        for sdk in sdks():
+            folded = lanes.fold(loss.bind(**batch.bound(loss.reads)), batch.data(sdk))
+            logprobs = batch.tensors()
+            total = sum(hosted(folded.loss_fn, d, lp, folded.loss_fn_config) for d, lp in zip(folded.data, logprobs))
+            total.backward()
+            assert apart(total.item(), value) < 1e-6
+            assert apart([lp.grad.flatten().tolist() for lp in logprobs], gradients) < 1e-6
+
+
+def test_folded_datums_carry_only_what_the_built_in_takes() -> None:
+    case = Case(FOLDABLE[3], lambda: (0.0, []))
+    batch = case.batch(Random(1))
+    folded = lanes.fold(case.loss.bind(**batch.bound(case.loss.reads)), batch.data())
+    assert all(d.loss_fn_inputs.keys() == {"target_tokens", "logprobs", "advantages"} for d in folded.data)
+    assert folded.loss_fn_config == {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}
+    assert all(math.isfinite(x) for d in folded.data for x in d.loss_fn_inputs["advantages"].data)
+
+
+@pytest.mark.parametrize(
+    ("loss", "reason"),
+    [
+        (lossfns.grpo(log_ratio_cap=None), "kl_beta=0"),
+        (lossfns.ppo(), "log_ratio_cap=None"),
+        (lossfns.ppo(log_ratio_cap=None, dual_clip=3.0), "dual_clip=None"),
+        (lossfns.gspo(log_ratio_cap=None), "gspo_token"),
+        (lossfns.dpo(), "cross_entropy"),
+        (lossfns.with_kl(lossfns.ppo()), "ppo"),
+    ],
+    ids=str,
+)
+def test_what_no_built_in_computes_is_refused(loss: lossfns.Loss, reason: str) -> None:
+    with pytest.raises(LossInputError, match=reason):
+        lanes.fold(loss, [])
+
+
+def test_datums_hold_share_over_denominator() -> None:
+    """Two sequences with weights (0, 1, 1) and (2): sequence_mean gives 1/2 · (0, ½, ½) and 1/2 · (1)."""
+    data = [lossfns.datum_from_tokens([1, 2, 3, 4], [0, 0, 1, 1]), lossfns.datum_from_tokens([1, 2], [0, 2])]
+    ready = lanes.datums(lossfns.cross_entropy(weigh=lossfns.sequence_mean), data)
+    assert [d.loss_fn_inputs["weights"].data for d in ready] == [[0.0, 0.25, 0.25], [0.5]]
+    assert data[0].loss_fn_inputs["weights"].data == [0.0, 1.0, 1.0]

@@ -1,0 +1,231 @@
+"""Laws that every loss obeys, on random batches."""
+
+import math
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+from batches import CASES, Batch, Case, apart, call
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import lossfns
+from lossfns import merge_metrics
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*log-ratio.*")
+POISON = (math.nan, math.inf, -math.inf, 1e30)
+every_loss = pytest.mark.parametrize("case", CASES, ids=str)
+seeds = given(st.integers(0, 2**32 - 1))
+few = settings(max_examples=8)
+
+
+def partition(rng: Random, case: Case, sequences: int) -> list[list[int]]:
+    """The batch's datums in random chunks; pairs stay together."""
+    unit = 2 if case.pairs else 1
+    units = list(range(sequences // unit))
+    rng.shuffle(units)
+    cuts = sorted(rng.sample(range(1, len(units)), rng.randint(0, len(units) - 1))) if len(units) > 1 else []
+    parts = [units[a:b] for a, b in zip([0, *cuts], [*cuts, len(units)])]
+    return [[u * unit + side for u in part for side in range(unit)] for part in parts]
+
+
+def denominator(case: Case, batch: Batch) -> float:
+    return case.loss.bind(weights=batch.shaped(batch.weights)).denominator(batch.data())
+
+
+@every_loss
+@few
+@seeds
+def test_any_partition_sums_to_the_whole(case: Case, seed: int) -> None:
+    """With the denominator added up front: loss, gradients and metrics."""
+    rng = Random(seed)
+    batch = case.batch(rng)
+    value, gradients, metrics = call(case.loss, batch)
+    chunks = partition(rng, case, len(batch.weights))
+    whole = denominator(case, batch)
+    if case.loss.count is not None:
+        assert apart(whole, sum(denominator(case, batch.take(chunk)) for chunk in chunks)) < 1e-12
+    total, parts = 0.0, []
+    for chunk in chunks:
+        loss, chunk_gradients, chunk_metrics = call(case.loss, batch.take(chunk), denominator=whole)
+        total += loss
+        parts.append(chunk_metrics)
+        assert apart(chunk_gradients, [gradients[i] for i in chunk]) < 1e-12
+    assert apart(total, value) < 1e-12
+    merged = merge_metrics(parts)
+    assert merged.keys() == metrics.keys()
+    for name, metric in metrics.items():
+        assert apart(merged[name], metric) < 1e-12, name
+
+
+@every_loss
+@few
+@seeds
+def test_duplicating_the_batch_leaves_means_and_doubles_sums(case: Case, seed: int) -> None:
+    batch = case.batch(Random(seed))
+    indices = list(range(len(batch.weights)))
+    value, gradients, _ = call(case.loss, batch)
+    twice, twice_gradients, _ = call(case.loss, batch.take(indices * 2))
+    factor = 1 if case.loss.count is not None else 2
+    assert apart(twice, factor * value) < 1e-12
+    halves = [[g * (2 / factor) for g in row] for row in twice_gradients[: len(indices)]]
+    assert apart(halves, gradients) < 1e-12
+
+
+@every_loss
+@few
+@seeds
+def test_order_does_not_matter(case: Case, seed: int) -> None:
+    rng = Random(seed)
+    batch = case.batch(rng)
+    order = [i for part in partition(rng, case, len(batch.weights)) for i in part]
+    value, gradients, _ = call(case.loss, batch)
+    shuffled, shuffled_gradients, _ = call(case.loss, batch.take(order))
+    assert apart(shuffled, value) < 1e-12
+    assert apart(shuffled_gradients, [gradients[i] for i in order]) < 1e-12
+
+
+@every_loss
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_what_stands_in_an_inactive_slot_changes_nothing_bit_for_bit(case: Case, dtype: torch.dtype) -> None:
+    for seed in range(3):
+        batch = case.batch(Random(seed))
+        clean = call(case.loss, batch, dtype)
+        for poison in POISON:
+            poisoned = call(case.loss, poisoned_batch(batch, poison), dtype)
+            assert repr(poisoned) == repr(clean)
+
+
+def poisoned_batch(batch: Batch, poison: float) -> Batch:
+    def fill(rows: Any) -> Any:
+        return [[poison if w == 0 else x for x, w in zip(row, ws)] for row, ws in zip(rows, batch.weights)]
+
+    columns = {name: fill(rows) for name, rows in batch.columns.items()}
+    return Batch(fill(batch.logprobs), batch.weights, columns, batch.targets)
+
+
+@every_loss
+def test_masked_tokens_have_a_gradient_of_exactly_zero(case: Case) -> None:
+    """And it is present for a datum with no active token at all (in pairs: for a pair of such datums)."""
+    batch = case.batch(Random(5))
+    masked = [0, 1] if case.pairs else [1]
+    for i in masked:
+        batch.weights[i] = [0.0] * len(batch.weights[i])
+    _, gradients, metrics = call(case.loss, batch)
+    for row, weights in zip(gradients, batch.weights):
+        assert all(g == 0 for g, w in zip(row, weights) if w == 0)
+    assert metrics["sequences_empty"] == sum(not any(row) for row in batch.weights)
+    assert any(g != 0 for row in gradients for g in row)
+
+
+@every_loss
+def test_prepended_and_appended_masked_tokens_change_nothing(case: Case) -> None:
+    batch = case.batch(Random(11))
+    pad = [0.0] * (batch.targets or 1)
+
+    def padded(rows: Any) -> Any:
+        return [pad + row + pad + pad for row in rows]
+
+    wide = Batch(
+        padded(batch.logprobs), padded(batch.weights), {n: padded(r) for n, r in batch.columns.items()}, batch.targets
+    )
+    value, gradients, metrics = call(case.loss, batch)
+    wide_value, wide_gradients, wide_metrics = call(case.loss, wide)
+    assert apart(wide_value, value) < 1e-14
+    assert apart(wide_gradients, padded(gradients)) < 1e-14
+    assert all(apart(wide_metrics[name], metrics[name]) < 1e-14 for name in metrics)
+
+
+@every_loss
+def test_no_knob_is_inert(case: Case) -> None:
+    """Changing any one knob changes value or gradient on some batch."""
+    changes: dict[str, Any] = {
+        "clip": (0.97, 1.02),
+        "kl_beta": 0.9,
+        "kl": lossfns.k2,
+        "log_ratio_cap": 0.05,
+        "dual_clip": 1.01,
+        "beta": 0.33,
+        "lam": 0.77,
+        "label_smoothing": 0.4,
+        "weigh": lossfns.pair_sum if case.pairs else lossfns.fixed_length(3),
+    }
+    preset = getattr(lossfns, case.loss.name)
+    batches = [case.batch(Random(seed)) for seed in range(6)]
+    knobs = dict(case.loss.knobs)
+    for name in knobs.keys() & changes.keys():
+        value = lossfns.pair_mean if knobs[name] is lossfns.pair_sum else changes[name]
+        changed = preset(**{**knobs, name: value})
+        if knobs[name] == value or changed.reads != case.loss.reads:
+            continue
+        assert any(call(changed, batch)[:2] != call(case.loss, batch)[:2] for batch in batches), name
+
+
+@every_loss
+def test_no_column_is_inert(case: Case) -> None:
+    """Changing any column that the loss reads, at one active token, changes value or gradient on some batch."""
+    for name in case.loss.reads:
+        changed = []
+        for seed in range(12):
+            batch = case.batch(Random(seed))
+            before = call(case.loss, batch)[:2]
+            row = next(i for i, w in enumerate(batch.weights) if any(w))
+            batch.columns[name][row][batch.weights[row].index(next(filter(None, batch.weights[row])))] -= 0.37
+            changed.append(call(case.loss, batch)[:2] != before)
+        assert any(changed), name
+
+
+@every_loss
+def test_inputs_are_left_as_they_were(case: Case) -> None:
+    batch = case.batch(Random(3))
+    logprobs, data, columns = batch.tensors(), batch.data(), batch.bound(case.loss.reads)
+    before = repr((logprobs, [d.loss_fn_inputs for d in data], columns))
+    first = case.loss.bind(**columns)(data, logprobs)
+    assert repr((logprobs, [d.loss_fn_inputs for d in data], columns)) == before
+    again = case.loss.bind(**columns)(data, logprobs)
+    assert repr(first) == repr(again)
+
+
+@every_loss
+def test_gradcheck_in_float64(case: Case) -> None:
+    """Away from kinks; GSPO-token's gradient is not that of its value, by design."""
+    if case.loss.name == "gspo_token":
+        return
+    batch = case.batch(Random(21), sequences=4, longest=4)
+    calm = Random(4)
+    for rows in batch.columns.values():
+        if rows is not batch.columns["advantages"]:
+            rows[:] = [[lp - calm.choice((0.03, 0.05, 0.6)) for lp in row] for row in batch.logprobs]
+    loss = case.loss.bind(**batch.bound(case.loss.reads))
+    data = batch.data()
+    assert torch.autograd.gradcheck(
+        lambda *lps: loss(data, list(lps))[0], batch.tensors(), eps=1e-6, atol=1e-7, rtol=1e-5
+    )
+
+
+EXTREMES = (0.0, -1e-10, -1e-6, -1.0, -50.0, -1e4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("loss", [lossfns.orpo(), lossfns.dpo(), lossfns.orpo(lam=10), lossfns.dpo(beta=1)], ids=str)
+def test_preferences_are_finite_at_the_extremes(loss: lossfns.Loss, dtype: torch.dtype) -> None:
+    for chosen in EXTREMES:
+        for rejected in EXTREMES:
+            for length in (1, 3):
+                rows = [[chosen] * length, [rejected] * length]
+                ref = {"ref_logprobs": [[-1.0] * length] * 2}
+                value, gradients, metrics = call(loss, Batch(rows, [[1.0] * length] * 2, ref), dtype)
+                assert math.isfinite(value) and all(math.isfinite(m) for m in metrics.values())
+                assert all(math.isfinite(g) for row in gradients for g in row), (chosen, rejected)
+
+
+@pytest.mark.parametrize("weigh", [lossfns.token_mean, lossfns.token_sum])
+def test_weights_count_like_repetitions(weigh: lossfns.Weighing) -> None:
+    """A token of weight 2 is two tokens of weight 1, in a policy loss as in cross-entropy."""
+    for loss in (lossfns.cross_entropy(weigh=weigh), lossfns.ppo(weigh=weigh)):
+        columns = {"advantages": [[1.0, -2.0]], "old_logprobs": [[-1.1, -0.4]]}
+        twice = {name: [[row[0][0], row[0][1], row[0][1]]] for name, row in columns.items()}
+        value, _, _ = call(loss, Batch([[-1.0, -0.5]], [[1.0, 2.0]], columns))
+        repeated, _, _ = call(loss, Batch([[-1.0, -0.5, -0.5]], [[1.0, 1.0, 1.0]], twice))
+        assert value == pytest.approx(repeated, rel=1e-14)

@@ -1,0 +1,478 @@
+"""The door: whatever form a batch comes in, one masked table of numbers leaves it."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lossfns import (
+    ON_POLICY,
+    Datum,
+    Loss,
+    LossInputError,
+    ModelInput,
+    TensorData,
+    cross_entropy,
+    dapo,
+    dpo,
+    fixed_length,
+    grpo,
+    gspo,
+    gspo_token,
+    importance_sampling,
+    multi_target_cross_entropy,
+    orpo,
+    pack,
+    ppo,
+    sequence_level,
+    sequence_mean,
+    sequence_sum_mean,
+    token_sum,
+    with_tis,
+)
+from lossfns.tokens import FlatLogprobs
+
+# Two sequences with a masked slot each, an empty one, and one masked throughout; as pairs: one that counts.
+WEIGHTS = [[0.0, 1.0, 0.5], [1.0, 0.0], [], [0.0, 0.0]]
+LOGPROBS = [[-9.0, -1.0, -2.0], [-0.5, -1.5], [], [-1.0, -2.0]]
+COLUMNS: dict[str, list[Any]] = {
+    "advantages": [[1.0, 1.0, 1.0], [-0.5, -0.5], [], [3.0, 3.0]],
+    "old_logprobs": [[-8.0, -1.25, -1.5], [-0.25, -1.0], [], [-1.0, -1.0]],
+    "ref_logprobs": [[-8.5, -0.75, -1.75], [-0.5, -2.0], [], [-2.0, -1.0]],
+    "sampler_logprobs": [[-8.0, -1.5, -1.5], [-0.5, -1.0], [], [-1.0, -1.0]],
+}
+ADVANTAGES = [1.0, -0.5, 7.0, 3.0]
+
+LOSSES = [
+    cross_entropy(),
+    cross_entropy(weigh=sequence_mean),
+    cross_entropy(weigh=token_sum),
+    importance_sampling(weigh=sequence_sum_mean, log_ratio_cap=None),
+    ppo(clip=(0.9, 1.1), dual_clip=2.0),
+    grpo(kl_beta=0.1),
+    dapo(weigh=fixed_length(8)),
+    gspo(clip=(0.5, 2.0)),
+    gspo_token(clip=(0.5, 2.0)),
+    with_tis(ppo(), level=sequence_level),
+    dpo(),
+    orpo(),
+]
+
+
+def datums(*rows: list[Any], name: str = "weights", **fields: Any) -> list[Datum]:
+    """One datum per row of a field, with the targets it needs."""
+    return [
+        Datum(ModelInput.from_ints(range(len(row))), {"target_tokens": list(range(len(row))), name: row, **fields})
+        for row in rows
+    ]
+
+
+def bare(rows: list[Any]) -> list[Datum]:
+    """Datums of targets alone, for what is bound."""
+    return [Datum(ModelInput.from_ints(range(len(row))), {"target_tokens": list(range(len(row)))}) for row in rows]
+
+
+def leaves(rows: list[Any], dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    return [torch.tensor(row, dtype=dtype, requires_grad=True) for row in rows]
+
+
+def columns_of(loss: Loss) -> dict[str, Any]:
+    return {name: COLUMNS[name] for name in loss.reads}
+
+
+def outcome(loss: Any, data: list[Datum], rows: list[Any]) -> tuple[float, list[Any], dict[str, float]]:
+    """Loss, gradients and metrics of logprobs given as nested lists."""
+    logprobs = leaves(rows)
+    total, metrics = loss(data, logprobs)
+    total.backward()
+    return total.item(), [lp.grad.tolist() for lp in logprobs], metrics
+
+
+def poisoned(rows: list[list[float]], value: float) -> list[list[float]]:
+    """The rows with the value in every inactive slot."""
+    return [[x if w else value for x, w in zip(row, weights)] for row, weights in zip(rows, WEIGHTS)]
+
+
+# ---- masking -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e30, -1e30])
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.name)
+def test_nothing_leaks_from_an_inactive_slot(loss: Loss, value: float) -> None:
+    """Poison in the logprobs and in every column changes neither loss, gradient nor metrics by a bit."""
+    clean = outcome(loss.bind(weights=WEIGHTS, **columns_of(loss)), bare(LOGPROBS), LOGPROBS)
+    bad = {name: poisoned(rows, value) for name, rows in columns_of(loss).items()}
+    dirty = outcome(loss.bind(weights=WEIGHTS, **bad), bare(LOGPROBS), poisoned(LOGPROBS, value))
+    assert dirty == clean
+    inactive = [g for grads, weights in zip(dirty[1], WEIGHTS) for g, w in zip(grads, weights) if not w]
+    assert inactive == [0.0] * 4
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e30])
+def test_nothing_leaks_from_an_unused_target(value: float) -> None:
+    """K = 2 with one unused slot in the first position and both in the second: L = 3·0.5/0.5."""
+    data = datums([[0.5, 0.0], [0.0, 0.0]])
+    loss, (grad,), metrics = outcome(multi_target_cross_entropy(), data, [[[-3.0, value], [value, value]]])
+    assert (loss, grad, metrics["tokens"]) == (3.0, [[-1.0, 0.0], [0.0, 0.0]], 1.0)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_masked_datum_may_have_any_advantage(value: float) -> None:
+    """Datums 2 and 3 have no active token: their advantages are never read."""
+    loss = importance_sampling().bind(weights=WEIGHTS, old_logprobs=COLUMNS["old_logprobs"])
+    clean = outcome(loss.bind(advantages=ADVANTAGES), bare(LOGPROBS), LOGPROBS)
+    assert outcome(loss.bind(advantages=[1.0, -0.5, value, value]), bare(LOGPROBS), LOGPROBS) == clean
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.name)
+def test_an_empty_or_masked_sequence_has_a_gradient_of_zeros(loss: Loss) -> None:
+    """Present, not None: the services refuse a tensor without one."""
+    bound = loss.bind(weights=WEIGHTS, **columns_of(loss))
+    _, grads, metrics = outcome(bound, bare(LOGPROBS), LOGPROBS)
+    assert grads[2:] == [[], [0.0, 0.0]]
+    assert (metrics["sequences"], metrics["sequences_empty"]) == (4.0, 2.0)
+
+
+@pytest.mark.parametrize("loss", LOSSES[:10], ids=lambda loss: loss.name)
+def test_an_empty_or_masked_sequence_changes_nothing(loss: Loss) -> None:
+    two = {name: rows[:2] for name, rows in columns_of(loss).items()}
+    alone = outcome(loss.bind(weights=WEIGHTS[:2], **two), bare(LOGPROBS[:2]), LOGPROBS[:2])
+    total, grads, _ = outcome(loss.bind(weights=WEIGHTS, **columns_of(loss)), bare(LOGPROBS), LOGPROBS)
+    assert (total, grads[:2]) == alone[:2]
+
+
+def test_null_may_stand_where_nothing_is_trained() -> None:
+    """As a sampler returns it, bound or in the datum; on-policy otherwise, so L = −A·(1 + 1)/2."""
+    loss = importance_sampling().bind(advantages=[2.0])
+    rows, old = [[-5.0, -1.0, -2.0]], [None, -1.0, -2.0]
+    in_datum = outcome(loss, datums([0.0, 1.0, 1.0], logprobs=old), rows)
+    bound = outcome(loss.bind(old_logprobs=[old]), datums([0.0, 1.0, 1.0]), rows)
+    assert in_datum == bound
+    assert bound[:2] == (-2.0, [[0.0, -1.0, -1.0]])
+
+
+# ---- the packed batch --------------------------------------------------------------------------------------------
+
+
+def test_tokens_are_laid_end_to_end_and_masked() -> None:
+    t = pack(datums(*WEIGHTS), leaves(LOGPROBS), ("advantages", "old_logprobs"), {**COLUMNS, "advantages": ADVANTAGES})
+    assert t.lengths.tolist() == [3, 2, 0, 2]
+    assert t.weights.tolist() == [0.0, 1.0, 0.5, 1.0, 0.0, 0.0, 0.0]
+    assert t.active.tolist() == [False, True, True, True, False, False, False]
+    assert t.logprobs.tolist() == [0.0, -1.0, -2.0, -0.5, 0.0, 0.0, 0.0]
+    assert t.old_logprobs.tolist() == [0.0, -1.25, -1.5, -0.25, 0.0, 0.0, 0.0]
+    assert t.advantages.tolist() == [0.0, 1.0, 1.0, -0.5, 0.0, 0.0, 0.0]
+
+
+def test_a_column_that_was_not_read_is_not_there() -> None:
+    t = pack(datums(*WEIGHTS), leaves(LOGPROBS))
+    with pytest.raises(AttributeError, match=r"no column 'ref_logprobs'.*`reads`"):
+        _ = t.ref_logprobs
+
+
+def test_on_policy_is_the_logprobs_without_gradient() -> None:
+    t = pack(datums(*WEIGHTS), leaves(LOGPROBS), ("old_logprobs",), {"old_logprobs": ON_POLICY})
+    assert torch.equal(t.old_logprobs, t.logprobs)
+    assert t.logprobs.requires_grad
+    assert not t.old_logprobs.requires_grad
+
+
+# ---- dtypes ------------------------------------------------------------------------------------------------------
+
+F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+
+
+@pytest.mark.parametrize(
+    "dtypes, result",
+    [
+        ((F32, F32), F32),
+        ((F32, F64), F64),
+        ((F64, F32), F64),
+        ((F64, F64), F64),
+        ((BF16, BF16), F32),
+        ((F16, F16), F32),
+        ((F16, BF16), F32),
+        ((BF16, F64), F64),
+    ],
+)
+def test_the_widest_dtype_is_computed_in_and_float32_at_least(dtypes: Any, result: torch.dtype) -> None:
+    """L = (1 + 2)/2, and each logprob gets its gradient in its own dtype."""
+    logprobs = [torch.tensor([-x], dtype=dtype, requires_grad=True) for x, dtype in zip((1.0, 2.0), dtypes)]
+    loss, _ = cross_entropy()(datums([1.0], [1.0]), logprobs)
+    loss.backward()
+    assert (loss.dtype, loss.item()) == (result, 1.5)
+    assert [(lp.grad.dtype, lp.grad.item()) for lp in logprobs] == [(dtype, -0.5) for dtype in dtypes]
+
+
+def test_columns_follow_the_logprobs() -> None:
+    """Their dtype does not widen the result: 1/3 in float32 where the logprobs are."""
+    for dtype in (F32, F64):
+        old = [torch.tensor([-1 / 3], dtype=F64)]
+        t = pack(datums([1.0]), leaves([[-1.0]], dtype), ("old_logprobs",), {"old_logprobs": old})
+        assert t.old_logprobs.dtype == t.weights.dtype == dtype
+        assert t.old_logprobs.item() == torch.tensor(-1 / 3, dtype=dtype).item()
+
+
+# ---- forms of a column -------------------------------------------------------------------------------------------
+
+ROWS: dict[str, list[list[float]]] = {
+    "weights": [[0.0, 1.0, 1.0], [1.0, 0.5, 0.0]],
+    "advantages": [[1.0, 1.0, 1.0], [-2.0, -2.0, -2.0]],
+    "old_logprobs": [[-1.5, -2.0, -0.5], [-1.0, -1.0, -3.0]],
+    "ref_logprobs": [[-1.0, -2.5, -0.5], [-1.5, -1.0, -2.0]],
+}
+LPS = [[-1.0, -2.25, -0.75], [-1.25, -0.75, -2.0]]
+FORMS: dict[str, Callable[[list[list[float]]], Any]] = {
+    "tuple of tuples": lambda rows: tuple(map(tuple, rows)),
+    "arrays": lambda rows: [np.array(row) for row in rows],
+    "float32 arrays": lambda rows: [np.array(row, np.float32) for row in rows],
+    "tensors": lambda rows: [torch.tensor(row) for row in rows],
+    "float64 tensors": lambda rows: [torch.tensor(row, dtype=F64) for row in rows],
+    "bfloat16 tensors": lambda rows: [torch.tensor(row, dtype=BF16) for row in rows],
+    "TensorData": lambda rows: [TensorData(row, "float32") for row in rows],
+    "TensorData with shape": lambda rows: [TensorData(row, "float32", [3]) for row in rows],
+    "[B, T] tensor": torch.tensor,
+    "[B, T] array": np.array,
+    "a mix": lambda rows: [rows[0], torch.tensor(rows[1], dtype=F64)],
+    "another mix": lambda rows: [torch.tensor(rows[0]), TensorData(rows[1], "float32")],
+    "strided tensors": lambda rows: torch.tensor(rows).T.contiguous().T,
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("form", FORMS)
+def test_a_column_may_come_in_any_form(name: str, form: str) -> None:
+    loss = grpo(kl_beta=0.1).bind(**ROWS)
+    given = FORMS[form](ROWS[name])
+    assert outcome(loss.bind(**{name: given}), bare(LPS), LPS) == outcome(loss, bare(LPS), LPS)
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        [1.0, -2.0],
+        [1, -2],
+        (1.0, -2.0),
+        np.array([1.0, -2.0]),
+        np.array([1, -2]),
+        torch.tensor([1.0, -2.0]),
+        torch.tensor([1, -2]),
+        torch.tensor([1.0, -2.0], dtype=F64, requires_grad=True),
+        [torch.tensor(1.0), torch.tensor(-2.0)],
+        [np.float32(1.0), torch.tensor(-2.0)],
+        [TensorData(1.0, "float32"), TensorData(-2.0, "float32")],
+    ],
+    ids=lambda numbers: f"{type(numbers).__name__} of {getattr(numbers, 'dtype', type(numbers[0]).__name__)}",
+)
+def test_an_advantage_may_be_one_number_for_each_datum(numbers: Any) -> None:
+    loss = grpo(kl_beta=0.1).bind(**ROWS)
+    assert outcome(loss.bind(advantages=numbers), bare(LPS), LPS) == outcome(loss, bare(LPS), LPS)
+
+
+def test_a_mask_may_be_of_booleans() -> None:
+    for mask in ([[True, False]], torch.tensor([[True, False]]), np.array([[True, False]])):
+        assert outcome(cross_entropy().bind(weights=mask), datums([1.0, 1.0]), [[-3.0, -1.0]])[0] == 3.0
+
+
+def test_targets_may_be_flat() -> None:
+    """[N, K] in row-major order: (0.5·1 + 0.25·2 + 0·3 + 1·4)/1.75."""
+    rows = [[[-1.0, -2.0], [-3.0, -4.0]]]
+    for weights in ([0.5, 0.25, 0.0, 1.0], [[0.5, 0.25], [0.0, 1.0]]):
+        loss, (grad,), _ = outcome(multi_target_cross_entropy().bind(weights=[weights]), datums([1.0, 1.0]), rows)
+        assert loss == pytest.approx(5 / 1.75, rel=1e-6)
+        assert grad == [pytest.approx([-0.5 / 1.75, -0.25 / 1.75]), pytest.approx([0.0, -1 / 1.75])]
+
+
+def test_logprobs_may_be_slices_of_one_output() -> None:
+    """Non-contiguous columns of a [T, B] tensor, as a time-major model returns them."""
+    output = torch.tensor([[-1.0, -2.0], [-3.0, -4.0]], requires_grad=True)
+    loss, _ = cross_entropy()(datums([1.0, 0.0], [1.0, 1.0]), list(output.unbind(1)))
+    loss.backward()
+    assert loss.item() == pytest.approx((1 + 2 + 4) / 3)
+    assert output.grad.tolist() == [pytest.approx([-1 / 3, -1 / 3]), pytest.approx([0.0, -1 / 3])]
+
+
+# ---- one flat leaf -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.name)
+def test_views_of_one_flat_tensor_are_the_same_batch(loss: Loss) -> None:
+    bound = loss.bind(weights=WEIGHTS, **columns_of(loss))
+    total, grads, metrics = outcome(bound, bare(LOGPROBS), LOGPROBS)
+    flat = torch.tensor([x for row in LOGPROBS for x in row], requires_grad=True)
+    views = FlatLogprobs(flat, [(len(row),) for row in LOGPROBS])
+    assert [view.tolist() for view in views] == LOGPROBS
+    flat_total, flat_metrics = bound(bare(LOGPROBS), views)
+    flat_total.backward()
+    assert (flat_total.item(), flat_metrics) == (total, metrics)
+    assert flat.grad.tolist() == [g for grad in grads for g in grad]
+
+
+def test_views_may_have_a_rank_of_two() -> None:
+    flat = torch.tensor([-1.0, -2.0, -3.0, -4.0, -5.0], requires_grad=True)
+    views = FlatLogprobs(flat, [(2, 2), (1, 1)])
+    assert [view.tolist() for view in views] == [[[-1.0, -2.0], [-3.0, -4.0]], [[-5.0]]]
+    data = datums([[1.0, 1.0], [0.0, 1.0]], [[1.0]])
+    assert multi_target_cross_entropy()(data, views)[0].item() == (1 + 2 + 4 + 5) / 4
+
+
+def test_a_list_of_views_may_be_reordered() -> None:
+    """L = Σ w·(−lp) / Σ w over the list as it now is: (2 + 3 + 0·1)/2."""
+    views = FlatLogprobs(torch.tensor([-1.0, -2.0, -3.0]), [(1,), (2,)])
+    views.reverse()
+    assert cross_entropy()(datums([1.0, 1.0], [0.0]), views)[0].item() == 2.5
+
+
+# ---- truncation --------------------------------------------------------------------------------------------------
+
+
+def cut(rows: list[list[float]], lengths: list[int]) -> list[list[float]]:
+    return [row[:n] for row, n in zip(rows, lengths)]
+
+
+@pytest.mark.parametrize("short", ["logprobs", "weights", "advantages", "old_logprobs", "ref_logprobs"])
+def test_truncation_is_to_the_shortest_row_of_each_datum(short: str) -> None:
+    """The documents' ``min_len = min(len(lp), len(w), ...)``: the same as cutting by hand, then strictly."""
+    lengths = [2, 3]
+    table = {"logprobs": LPS, **ROWS}
+    table[short] = cut(table[short], lengths)
+    logprobs = table.pop("logprobs")
+    by_hand = {name: cut(rows, lengths) for name, rows in ROWS.items()}
+    loss = grpo(kl_beta=0.1)
+    total, grads, metrics = outcome(loss.bind(align="truncate", **table), bare(LPS), logprobs)
+    expected, expected_grads, expected_metrics = outcome(
+        loss.bind(**by_hand), bare(cut(LPS, lengths)), cut(LPS, lengths)
+    )
+    assert (total, metrics) == (expected, expected_metrics)
+    assert cut(grads, lengths) == expected_grads
+    assert grads[0][2:] in ([], [0.0])
+    if short != "logprobs":
+        with pytest.raises(LossInputError, match=f"{short}: expected 3 values"):
+            outcome(loss.bind(**table), bare(LPS), logprobs)
+
+
+@pytest.mark.parametrize("short", ["weights", "advantages", "old_logprobs"])
+def test_a_truncated_denominator_is_known_in_advance(short: str) -> None:
+    """Columns that are already bound cut as much before the forward pass as after it."""
+    table = {**ROWS, short: cut(ROWS[short], [2, 3])}
+    bound = grpo(kl_beta=0.1).bind(align="truncate", **table)
+    assert bound.denominator(bare(LPS)) == outcome(bound, bare(LPS), LPS)[2]["denominator"] == 2.5
+
+
+def test_truncation_of_targets_cuts_positions() -> None:
+    """Of two weighted positions one has logprobs: (0.5·1 + 0.25·2)/0.75."""
+    loss = multi_target_cross_entropy().bind(align="truncate", weights=[[[0.5, 0.25], [0.0, 1.0]]])
+    assert outcome(loss, bare([[1, 2]]), [[[-1.0, -2.0]]])[0] == pytest.approx(1 / 0.75)
+
+
+@pytest.mark.parametrize("weights", [[[0.5, 0.25], [0.0, 1.0]], [0.5, 0.25, 0.0, 1.0]], ids=["nested", "flat"])
+def test_truncation_with_nothing_to_cut_changes_nothing(weights: list[Any]) -> None:
+    loss = multi_target_cross_entropy().bind(weights=[weights])
+    rows = [[[-1.0, -2.0], [-3.0, -4.0]]]
+    assert outcome(loss.bind(align="truncate"), bare([[1, 2]]), rows) == outcome(loss, bare([[1, 2]]), rows)
+
+
+def test_numbers_for_each_datum_are_not_truncated() -> None:
+    loss = importance_sampling().bind(advantages=[1.0, -2.0], old_logprobs=LPS, align="truncate")
+    assert outcome(loss, datums([1.0], [1.0, 1.0, 1.0]), LPS)[0] == (-1.0 + 3 * 2.0) / 4
+
+
+# ---- where a column is found -------------------------------------------------------------------------------------
+
+
+def test_what_is_bound_replaces_what_a_datum_has() -> None:
+    for name, rows in ROWS.items():
+        other = {other: x for other, x in ROWS.items() if other != name}
+        wrong = TensorData([-9.0] * 3, "float32")
+        loss = grpo(kl_beta=0.1).bind(**other)
+        data = bare(LPS)
+        for datum, row in zip(data, rows):
+            datum.loss_fn_inputs[name] = row
+        found = outcome(loss, data, LPS)
+        for datum in data:
+            datum.loss_fn_inputs[name] = wrong
+        assert outcome(loss.bind(**{name: rows}), data, LPS) == found
+
+
+def test_what_is_bound_again_is_replaced() -> None:
+    loss = grpo(kl_beta=0.1).bind(**ROWS)
+    assert outcome(loss.bind(advantages=[9.0, 9.0]).bind(advantages=ROWS["advantages"]), bare(LPS), LPS) == outcome(
+        loss, bare(LPS), LPS
+    )
+    assert loss.columns["advantages"] is ROWS["advantages"]
+
+
+def test_a_datum_s_logprobs_are_the_old_ones() -> None:
+    """r = e^(−1 + 1.5) = e^½, L = −r·A; under both names ``old_logprobs`` is the one."""
+    loss = importance_sampling().bind(advantages=[2.0])
+    expected = pytest.approx(-2 * math.exp(0.5), rel=1e-6)
+    assert outcome(loss, datums([1.0], logprobs=[-1.5]), [[-1.0]])[0] == expected
+    assert outcome(loss, datums([1.0], logprobs=[-9.0], old_logprobs=[-1.5]), [[-1.0]])[0] == expected
+
+
+def test_other_columns_do_not_stand_in_for_one_another() -> None:
+    """Neither old logprobs for the sampler's nor the sampler's for the reference's."""
+    fields = {"logprobs": [-1.0], "sampler_logprobs": [-1.0], "advantages": [1.0]}
+    with pytest.raises(LossInputError, match="sampler_logprobs"):
+        outcome(with_tis(ppo()), datums([1.0], logprobs=[-1.0], advantages=[1.0]), [[-1.0]])
+    with pytest.raises(LossInputError, match="ref_logprobs"):
+        outcome(grpo(), datums([1.0], **fields), [[-1.0]])
+
+
+def test_an_rl_datum_without_weights_trains_on_every_token() -> None:
+    """Per-token advantages are the format: L = −(1·A₀ + 1·A₁)/2, on-policy."""
+    data = datums([1.0, 3.0], name="advantages", logprobs=[-1.0, -2.0])
+    loss, grads, metrics = outcome(importance_sampling(), data, [[-1.0, -2.0]])
+    assert (loss, grads, metrics["tokens"]) == (-2.0, [[-0.5, -1.5]], 2.0)
+    assert importance_sampling().denominator(data) == 2.0
+
+
+def test_bound_advantages_do_not_make_weights() -> None:
+    with pytest.raises(LossInputError, match=r"datum\[0\]\.weights"):
+        outcome(
+            importance_sampling().bind(advantages=[[1.0, 3.0]]),
+            datums([-1.0, -2.0], name="logprobs"),
+            [[-1.0, -2.0]],
+        )
+
+
+# ---- what is handed in stays as it was ---------------------------------------------------------------------------
+
+
+def test_no_gradient_reaches_a_column() -> None:
+    given = {name: torch.tensor(rows, requires_grad=True) for name, rows in ROWS.items()}
+    rowwise = {name: [torch.tensor(row, requires_grad=True) for row in rows] for name, rows in ROWS.items()}
+    for columns in (given, rowwise):
+        loss = grpo(kl_beta=0.1).bind(**columns)
+        assert outcome(loss, bare(LPS), LPS) == outcome(grpo(kl_beta=0.1).bind(**ROWS), bare(LPS), LPS)
+        assert all(x.grad is None for column in columns.values() for x in column if x.is_leaf)
+
+
+@pytest.mark.parametrize("form", ["arrays", "tensors", "TensorData", "[B, T] tensor", "[B, T] array"])
+def test_inputs_are_not_written_to(form: str) -> None:
+    """Although every inactive slot becomes 0 inside."""
+    rows = {**ROWS, "weights": [[0.0, 1.0, 1.0], [1.0, 0.0, 0.0]]}
+    given = {name: FORMS[form](x) for name, x in rows.items()}
+    data, logprobs = bare(LPS), leaves(LPS)
+    fields = [dict(datum.loss_fn_inputs) for datum in data]
+    loss, _ = grpo(kl_beta=0.1).bind(**given)(data, logprobs)
+    loss.backward()
+    assert {name: [list(row.tolist()) for row in column] for name, column in given.items()} == rows
+    assert [lp.tolist() for lp in logprobs] == LPS
+    assert [datum.loss_fn_inputs for datum in data] == fields
+
+
+def test_a_flat_leaf_of_one_sequence_is_not_written_to() -> None:
+    flat = torch.tensor([-1.0, -2.0], requires_grad=True)
+    cross_entropy()(datums([0.0, 1.0]), FlatLogprobs(flat, [(2,)]))[0].backward()
+    assert flat.tolist() == [-1.0, -2.0]
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.name)
+def test_calling_twice_is_calling_once(loss: Loss) -> None:
+    bound = loss.bind(weights=WEIGHTS, **columns_of(loss))
+    data = bare(LOGPROBS)
+    assert outcome(bound, data, LOGPROBS) == outcome(bound, data, LOGPROBS)
