@@ -1,15 +1,15 @@
 """Policy-gradient losses: one row for each token, importance ratio r = exp(lp − old), advantages A.
 
-All read ``advantages`` and (but for ``reinforce``) ``old_logprobs``. Clip bounds are absolute ratios. ``log_ratio_cap`` bounds
-|lp − old| before the exponential (``None``: the paper's uncapped form). Statistics: ``ratio``,
+All read ``advantages`` and (but for ``reinforce``) ``old_logprobs``. Clip bounds are absolute ratios.
+``log_ratio_cap`` bounds |lp − old| before the exponential (``None``: the paper's uncapped form). Statistics: ``ratio``,
 ``ratio_capped``, ``log_ratio_abs``, ``kl_old``, and where the loss clips ``clip_low`` and ``clip_high``, the shares of
 tokens whose gradient a bound removes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 import math
+from collections.abc import Callable
 from functools import partial
 
 from torch import Tensor

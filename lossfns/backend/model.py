@@ -1,0 +1,206 @@
+"""A small Llama-style decoder: RMSNorm, rotary positions, grouped-query attention and SwiGLU."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class Decoder(nn.Module):
+    """Causal transformer over packed sequences; ``Decoder(**model.shape)`` builds another like it."""
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        dim: int,
+        layers: int,
+        heads: int,
+        kv_heads: int,
+        hidden: int,
+        rope_theta: float = 10_000.0,
+        tied: bool = True,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.shape: dict[str, Any] = {
+            "vocab_size": vocab_size,
+            "dim": dim,
+            "layers": layers,
+            "heads": heads,
+            "kv_heads": kv_heads,
+            "hidden": hidden,
+            "rope_theta": rope_theta,
+            "tied": tied,
+            "seed": seed,
+        }
+        self.kv_heads, self.head_dim, self.rope_theta = kv_heads, dim // heads, rope_theta
+        self.embed = nn.Embedding(vocab_size, dim)
+        self.layers = nn.ModuleList(Layer(dim, heads, kv_heads, hidden) for _ in range(layers))
+        self.norm = nn.RMSNorm(dim, eps=1e-6)
+        self.unembed = self.embed if tied else nn.Embedding(vocab_size, dim)
+        self._initialise(seed)
+
+    @torch.no_grad()
+    def _initialise(self, seed: int) -> None:
+        # Uniform rather than normal draws: they are exact arithmetic, so every platform gets the same bits.
+        generator = torch.Generator("cpu").manual_seed(seed)
+        for name, weight in self.named_parameters():
+            if weight.dim() == 2:
+                std = 0.02 if "embed" in name else weight.shape[1] ** -0.5
+                if name.endswith(("out.weight", "down.weight")):
+                    # Each layer adds two branches to the residual: together they start at unit variance.
+                    std /= math.sqrt(2 * len(self.layers))
+                uniform = torch.rand(weight.shape, generator=generator, dtype=torch.float32, device="cpu")
+                weight.copy_((2 * uniform - 1) * (math.sqrt(3) * std))
+
+    @property
+    def head(self) -> Tensor:
+        """Unembedding weight [V, D]: ``logits = hidden @ head.T``."""
+        return self.unembed.weight
+
+    def forward(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Hidden states [N, D] after the final norm, of sequences laid end to end in ``tokens`` [N]."""
+        packing = Packing(lengths, tokens.device)
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return packing.pack(causal_attention(packing.pad(q), packing.pad(k), packing.pad(v)))
+
+        return self._run(tokens, packing.positions, attend)
+
+    def prefill(self, tokens: Tensor, lengths: Sequence[int], room: int) -> tuple[Tensor, Cache]:
+        """Last hidden state of each packed prompt [B, D], and a cache with room for ``room`` more tokens."""
+        packing = Packing(lengths, tokens.device)
+        size = (len(self.layers), len(lengths), self.kv_heads, max(lengths) + room, self.head_dim)
+        cache = Cache(
+            keys=self.head.new_zeros(size),
+            values=self.head.new_zeros(size),
+            lengths=torch.tensor(lengths, device=tokens.device),
+            longest=max(lengths),
+        )
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            q, k, v = packing.pad(q), packing.pad(k), packing.pad(v)
+            cache.keys[layer, :, :, : cache.longest] = k
+            cache.values[layer, :, :, : cache.longest] = v
+            return packing.pack(causal_attention(q, k, v))
+
+        hidden = self._run(tokens, packing.positions, attend)
+        return hidden[cache.lengths.cumsum(0) - 1], cache
+
+    def step(self, tokens: Tensor, cache: Cache) -> Tensor:
+        """Hidden states [B, D] of one more token per row, ``tokens`` [B], which the cache takes in."""
+        rows = torch.arange(len(tokens), device=tokens.device)
+        positions, cache.lengths = cache.lengths, cache.lengths + 1
+        cache.longest += 1
+        seen = torch.arange(cache.longest, device=tokens.device) < cache.lengths[:, None]
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            cache.keys[layer][rows, :, positions] = k
+            cache.values[layer][rows, :, positions] = v
+            q, k, v = q[:, :, None], cache.keys[layer], cache.values[layer]
+            k, v = k[:, :, : cache.longest], v[:, :, : cache.longest]
+            return F.scaled_dot_product_attention(q, k, v, seen[:, None, None], enable_gqa=True).squeeze(2)
+
+        return self._run(tokens, positions, attend)
+
+    def _run(
+        self, tokens: Tensor, positions: Tensor, attend: Callable[[int, Tensor, Tensor, Tensor], Tensor]
+    ) -> Tensor:
+        """The layers over ``tokens`` [N]; only ``attend`` knows which tokens see one another."""
+        x: Tensor = self.embed(tokens)
+        rope = rotation(positions, self.head_dim, self.rope_theta, x.dtype)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, rope, partial(attend, i))
+        hidden: Tensor = self.norm(x)
+        return hidden
+
+
+class Layer(nn.Module):
+    """One transformer layer on packed tokens: grouped-query attention, then SwiGLU."""
+
+    def __init__(self, dim: int, heads: int, kv_heads: int, hidden: int) -> None:
+        super().__init__()
+        self.head_dim = dim // heads
+        self.groups = [heads, kv_heads, kv_heads]
+        self.attention_norm = nn.RMSNorm(dim, eps=1e-6)
+        self.qkv = nn.Linear(dim, sum(self.groups) * self.head_dim, bias=False)
+        self.out = nn.Linear(dim, dim, bias=False)
+        self.mlp_norm = nn.RMSNorm(dim, eps=1e-6)
+        self.gate_up = nn.Linear(dim, 2 * hidden, bias=False)
+        self.down = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+        """x [N, D] -> [N, D]; ``attend`` maps q [N, H, d], k and v [N, Hkv, d] to [N, H, d]."""
+        qkv: Tensor = self.qkv(self.attention_norm(x))
+        q, k, v = torch.split(qkv.view(len(x), -1, self.head_dim), self.groups, dim=1)
+        x = x + self.out(attend(rotate(q, rope), rotate(k, rope), v).flatten(1))
+        gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, dim=1)
+        x = x + self.down(F.silu(gate) * up)
+        return x
+
+
+class Packing:
+    """Where the tokens of sequences laid end to end [N, ...] sit in a right-padded batch [B, T]."""
+
+    def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
+        counts = torch.tensor(lengths)  # index arithmetic stays on the host: repeat_interleave would sync
+        self.rows, self.longest = len(lengths), max(lengths)
+        row = torch.arange(self.rows).repeat_interleave(counts)
+        positions = torch.arange(len(row)) - (counts.cumsum(0) - counts)[row]
+        self.ragged = min(lengths) < self.longest
+        self.positions = positions.to(device)
+        self.slots = (row * self.longest + positions).to(device)
+
+    def pad(self, x: Tensor) -> Tensor:
+        """[N, H, d] -> [B, H, T, d], zeros on the right; causal attention never looks at them."""
+        if self.ragged:
+            x = x.new_zeros(self.rows * self.longest, *x.shape[1:]).index_copy(0, self.slots, x)
+        return x.view(self.rows, self.longest, *x.shape[1:]).transpose(1, 2)
+
+    def pack(self, x: Tensor) -> Tensor:
+        """[B, H, T, d] -> [N, H, d], the inverse of ``pad``."""
+        x = x.transpose(1, 2).flatten(0, 1)
+        return x.index_select(0, self.slots) if self.ragged else x
+
+
+@dataclass
+class Cache:
+    """Keys and values [L, B, Hkv, T, d], of which row ``b`` holds ``lengths[b]`` and none over ``longest``."""
+
+    keys: Tensor
+    values: Tensor
+    lengths: Tensor
+    longest: int
+
+    def select(self, rows: Tensor) -> Cache:
+        """The cache of the given rows, in that order; a row may be repeated."""
+        return Cache(self.keys[:, rows], self.values[:, rows], self.lengths[rows], self.longest)
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """q [B, H, T, d] over k and v [B, Hkv, T, d]: each position sees itself and what came before it."""
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+
+def rotation(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [N, 1, d/2] of the rotary angles; in float32, since bfloat16 cannot count past 256."""
+    pair = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device)
+    angle = positions[:, None, None] * theta ** (-pair / head_dim)
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Turns each pair (x[..., i], x[..., i + d/2]) of x [N, H, d] by its position's angle."""
+    cos, sin = rope
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)

@@ -1,0 +1,387 @@
+"""The local client: what a request computes, accumulates, refuses and saves."""
+
+import asyncio
+import math
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from batches import sdks
+from torch import Tensor
+
+import lossfns
+from lossfns import LossInputError, TensorData, lanes
+from lossfns.backend import AdamParams, Decoder, LocalTrainingClient, SamplingParams
+from lossfns.backend.tokenizer import ByteTokenizer
+
+SHAPE: dict[str, Any] = {"vocab_size": 257, "dim": 32, "layers": 2, "heads": 2, "kv_heads": 1, "hidden": 48}
+
+
+def client(seed: int = 0) -> LocalTrainingClient:
+    return LocalTrainingClient(Decoder(**SHAPE, seed=seed), tokenizer=ByteTokenizer(), device="cpu")
+
+
+def texts(sdk: Any = lossfns, count: int = 4) -> list[Any]:
+    """Ragged datums of random bytes: targets and weights, of one SDK's classes."""
+    rng = Random(3)
+    data = []
+    for _ in range(count):
+        ids = [rng.randrange(256) for _ in range(rng.randint(3, 12))]
+        n = len(ids) - 1
+        fields = {
+            "target_tokens": sdk.TensorData(ids[1:], "int64", [n]),
+            "weights": sdk.TensorData([float(i >= n // 3) for i in range(n)], "float32", [n]),
+        }
+        data.append(sdk.Datum(sdk.ModelInput.from_ints(ids[:-1]), fields))
+    return data
+
+
+def policy_columns(data: list[Any]) -> dict[str, Any]:
+    rng = Random(5)
+    old = [[-5.5 + rng.gauss(0, 0.3) for _ in d.loss_fn_inputs["weights"].data] for d in data]
+    return {"advantages": [rng.gauss(0, 1) for _ in data], "old_logprobs": old, "ref_logprobs": old}
+
+
+def gradients(c: LocalTrainingClient) -> list[Tensor]:
+    taken = [p.grad.clone() if p.grad is not None else torch.zeros_like(p) for p in c.model.parameters()]
+    c.model.zero_grad(set_to_none=True)
+    return taken
+
+
+def assert_same_gradients(a: list[Tensor], b: list[Tensor], tolerance: float = 1e-6) -> None:
+    assert any(x.abs().max() > 1e-6 for x in a)
+    for x, y in zip(a, b):
+        torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance)
+
+
+def test_custom_cross_entropy_has_the_built_ins_gradient_and_value() -> None:
+    for sdk in sdks():
+        c, data = client(), texts(sdk)
+        builtin = c.forward_backward(data, "cross_entropy").result()
+        expected = gradients(c)
+        custom = c.forward_backward_custom(data, lossfns.cross_entropy(weigh=lossfns.token_sum)).result()
+        assert_same_gradients(expected, gradients(c))
+        assert custom.metrics["loss:sum"] == pytest.approx(builtin.metrics["loss:sum"], rel=1e-6)
+
+
+METHODS = [
+    lossfns.cross_entropy(),
+    lossfns.importance_sampling(),
+    lossfns.grpo(),
+    lossfns.dapo(),
+    lossfns.gspo(),
+    lossfns.gspo_token(),
+    lossfns.dpo(),
+    lossfns.orpo(),
+]
+
+
+@pytest.mark.parametrize("loss", METHODS, ids=lambda loss: loss.name)
+def test_one_pass_has_the_gradient_of_autograd_through_the_whole(loss: lossfns.Loss) -> None:
+    """Cut at the logprobs and continued, or one graph from weights to loss."""
+    c, data = client(), texts()
+    columns = policy_columns(data)
+    bound = loss.bind(**{name: columns[name] for name in loss.reads})
+    result = c.forward_backward_custom(data, bound).result()
+    cut = gradients(c)
+    batch = lossfns.backend.engine.pack_datums(data, c.model)
+    logprobs = torch.split(c._engine.logprobs(batch), batch.lengths)
+    value, metrics = bound(data, list(logprobs))
+    value.backward()
+    assert_same_gradients(cut, gradients(c))
+    assert result.metrics["loss:sum"] == pytest.approx(value.item())
+    assert {name: result.metrics[name] for name in metrics} == pytest.approx(metrics)
+
+
+@pytest.mark.parametrize("loss", METHODS, ids=lambda loss: loss.name)
+def test_one_pass_has_the_gradient_of_the_two_pass_protocol(loss: lossfns.Loss) -> None:
+    """Forward, gradient on the logprobs, then built-in cross-entropy with weights −gradient."""
+    c, data = client(), texts()
+    columns = policy_columns(data)
+    bound = loss.bind(**{name: columns[name] for name in loss.reads})
+    c.forward_backward_custom(data, bound).result()
+    once = gradients(c)
+    forward = c.forward(data, "cross_entropy").result()
+    leaves = [o["logprobs"].to_torch().clone().requires_grad_() for o in forward.loss_fn_outputs]
+    bound(data, leaves)[0].backward()
+    surrogate = [
+        lossfns.Datum(
+            d.model_input,
+            {"target_tokens": d.loss_fn_inputs["target_tokens"], "weights": TensorData.from_torch(-leaf.grad)},
+        )
+        for d, leaf in zip(data, leaves)
+    ]
+    c.forward_backward(surrogate, "cross_entropy").result()
+    assert_same_gradients(once, gradients(c))
+
+
+def test_multi_target_is_cross_entropy_over_the_candidates() -> None:
+    """K copies of the target with weights that sum to one are the single target."""
+    c, data = client(), texts()
+    c.forward_backward(data, "cross_entropy").result()
+    single = gradients(c)
+    multi = []
+    for d in data:
+        ids, weights = (d.loss_fn_inputs[name].to_numpy() for name in ("target_tokens", "weights"))
+        two = np.stack([ids, ids], 1)
+        shares = np.stack([0.25 * weights, 0.75 * weights], 1)
+        fields = {"target_tokens": TensorData(two, "int64", two.shape), "weights": TensorData.from_numpy(shares)}
+        multi.append(lossfns.Datum(d.model_input, fields))
+    result = c.forward_backward(multi, "cross_entropy").result()
+    assert_same_gradients(single, gradients(c))
+    assert result.loss_fn_outputs[0]["logprobs"].shape == [len(data[0].loss_fn_inputs["weights"].data), 2]
+    c.forward_backward_custom(multi, lossfns.multi_target_cross_entropy(weigh=lossfns.token_sum)).result()
+    assert_same_gradients(single, gradients(c))
+
+
+@pytest.mark.parametrize(
+    "loss", [lossfns.ppo(log_ratio_cap=None), lossfns.importance_sampling(log_ratio_cap=None)], ids=str
+)
+def test_a_folded_loss_through_the_built_in_has_the_custom_gradient(loss: lossfns.Loss) -> None:
+    c, data = client(), texts()
+    columns = policy_columns(data)
+    bound = loss.bind(**{name: columns[name] for name in loss.reads})
+    c.forward_backward_custom(data, bound).result()
+    custom = gradients(c)
+    folded = lanes.fold(bound, data)
+    c.forward_backward(folded.data, folded.loss_fn, folded.loss_fn_config).result()
+    assert_same_gradients(custom, gradients(c), 2e-6)
+
+
+def test_gradients_add_up_until_the_step() -> None:
+    c, data = client(), texts()
+    c.forward_backward(data, "cross_entropy").result()
+    whole = gradients(c)
+    for datum in data:
+        c.forward_backward([datum], "cross_entropy").result()
+    assert_same_gradients(whole, gradients(c), 2e-6)
+
+
+def test_forward_changes_no_gradient_and_agrees_with_forward_backward() -> None:
+    c, data = client(), texts()
+    forward = c.forward(data, "cross_entropy").result()
+    assert all(p.grad is None for p in c.model.parameters())
+    both = c.forward_backward(data, "cross_entropy").result()
+    for a, b in zip(forward.loss_fn_outputs, both.loss_fn_outputs):
+        assert a["logprobs"].data == b["logprobs"].data
+    weighed = [np.dot(o["logprobs"].data, d.loss_fn_inputs["weights"].data) for o, d in zip(both.loss_fn_outputs, data)]
+    assert both.metrics["loss:sum"] == pytest.approx(-sum(weighed), rel=1e-6)
+
+
+def test_missing_weights_are_ones_for_a_built_in() -> None:
+    c, data = client(), texts()
+    for d in data:
+        n = len(d.loss_fn_inputs.pop("weights").data)
+        assert n
+    result = c.forward_backward(data, "cross_entropy").result()
+    assert result.metrics["loss:sum"] == pytest.approx(-sum(sum(o["logprobs"].data) for o in result.loss_fn_outputs))
+
+
+def test_the_step_is_adamw() -> None:
+    """Against torch's own optimizer, three steps, with decay and clipping."""
+    c, d, data = client(), client(), texts()
+    adam = AdamParams(learning_rate=1e-2, beta1=0.8, beta2=0.9, eps=1e-7, weight_decay=0.1, grad_clip_norm=0.5)
+    reference = torch.optim.AdamW(d.model.parameters(), lr=1e-2, betas=(0.8, 0.9), eps=1e-7, weight_decay=0.1)
+    for _ in range(3):
+        c.forward_backward(data, "cross_entropy")
+        response = c.optim_step(adam).result()
+        d.forward_backward(data, "cross_entropy").result()
+        norm = torch.nn.utils.clip_grad_norm_(d.model.parameters(), 0.5)
+        reference.step()
+        reference.zero_grad()
+        assert response.metrics["grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
+    for a, b in zip(c.model.parameters(), d.model.parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+    assert c.get_info()["steps"] == 3
+
+
+def test_sdk_adam_params_are_accepted() -> None:
+    for sdk in sdks():
+        c = client()
+        params = AdamParams(learning_rate=1e-3) if sdk is lossfns else sdk.AdamParams(learning_rate=1e-3)
+        c.forward_backward(texts(sdk), "cross_entropy")
+        before = [p.detach().clone() for p in c.model.parameters()]
+        c.optim_step(params).result()
+        assert any((a != b).any() for a, b in zip(before, c.model.parameters()))
+
+
+def test_a_documents_style_loss_gets_leaves_of_its_own() -> None:
+    def loss_fn(data: list[Any], logprobs_list: list[Tensor]) -> tuple[Tensor, dict[str, float]]:
+        assert all(lp.is_leaf and lp.requires_grad and lp.dtype == torch.float32 for lp in logprobs_list)
+        total = torch.tensor(0.0)
+        for d, lp in zip(data, logprobs_list):
+            total = total - torch.dot(lp, torch.tensor(d.loss_fn_inputs["weights"].data))
+        return total, {"mine": 1.5}
+
+    c, data = client(), texts()
+    result = c.forward_backward_custom(data, loss_fn).result()
+    custom = gradients(c)
+    c.forward_backward(data, "cross_entropy").result()
+    assert_same_gradients(custom, gradients(c))
+    assert result.metrics["mine"] == 1.5
+    assert result.metrics["surrogate_loss:sum"] == pytest.approx(result.metrics["loss:sum"], rel=1e-5)
+
+
+BAD_LOSSES: list[tuple[Callable[[Any, list[Tensor]], Any], str]] = [
+    (lambda data, lps: lps[0].sum(), r"expected \(loss, metrics\), got a Tensor"),
+    (lambda data, lps: (lps[0].sum(), {}, 0), "a tuple of 3"),
+    (lambda data, lps: (1.0, {}), "got a float"),
+    (lambda data, lps: (torch.cat(lps), {}), "Reduce it"),
+    (lambda data, lps: (lps[0].detach().sum(), {}), "constant without grad_fn"),
+    (lambda data, lps: (torch.cat(lps).sum() * math.nan, {}), "got nan"),
+    (lambda data, lps: (torch.cat(lps).sum(), None), "a dict of floats"),
+    (lambda data, lps: (lps[0].sum() + lps[2].sum(), {}), r"datum\[1\].logprobs: .*No gradient computed"),
+]
+
+
+@pytest.mark.parametrize(("loss_fn", "message"), BAD_LOSSES, ids=[message for _, message in BAD_LOSSES])
+def test_a_custom_loss_that_breaks_the_contract_is_refused_before_any_gradient(loss_fn: Any, message: str) -> None:
+    c, data = client(), texts()
+    with pytest.raises(LossInputError, match=message):
+        c.forward_backward_custom(data, loss_fn).result()
+    assert all(p.grad is None for p in c.model.parameters())
+    c.forward_backward(data, "cross_entropy").result()
+
+
+def datum(ids: list[int], targets: Any) -> lossfns.Datum:
+    return lossfns.Datum(lossfns.ModelInput.from_ints(ids), {"target_tokens": TensorData(targets, "int64")})
+
+
+@pytest.mark.parametrize(
+    ("data", "loss_fn", "config", "message"),
+    [
+        ([], "cross_entropy", None, "No data provided"),
+        (
+            [lossfns.Datum(lossfns.ModelInput.from_ints([1]))],
+            "cross_entropy",
+            None,
+            "missing required field 'target_tokens'",
+        ),
+        ([datum([1, 2], [2])], "cross_entropy", None, r"datum\[0\].target_tokens: expected 2 rows .*got 1"),
+        ([datum([1], [2]), datum([1, 300], [2, 3])], "cross_entropy", None, r"datum\[1\].model_input: .*\[0, 257\)"),
+        ([datum([1, 2], [2, 257])], "cross_entropy", None, "target_tokens: expected integers in .* 2 to 257"),
+        ([datum([1, 2], [2, -1])], "cross_entropy", None, "-1 to 2"),
+        ([datum([], [])], "cross_entropy", None, "at least one token"),
+        ([datum([1], [2])], "crossentropy", None, "Did you mean 'cross_entropy'"),
+        (
+            [datum([1], [2])],
+            "cross_entropy",
+            {"beta": 1},
+            "loss_fn_config: expected nothing for cross_entropy, got 'beta'",
+        ),
+        ([datum([1], [2])], "ppo", {"clip": 0.2}, "clip_low_threshold"),
+        ([datum([1], [2])], "ppo", None, "advantages"),
+        (
+            [datum([1, 2], [1, 2]), datum([1], [2])],
+            "ppo",
+            {"clip_low_threshold": 0.2, "clip_high_threshold": 0.28},
+            "epsilons",
+        ),
+    ],
+    ids=str,
+)
+def test_a_bad_request_is_refused_by_name(data: Any, loss_fn: str, config: Any, message: str) -> None:
+    c = client()
+    with pytest.raises(LossInputError, match=message):
+        c.forward_backward(data, loss_fn, config).result()
+    assert all(p.grad is None for p in c.model.parameters())
+
+
+def test_a_key_that_the_built_in_does_not_read_is_refused() -> None:
+    data = texts()
+    data[1].loss_fn_inputs["mask"] = data[1].loss_fn_inputs["weights"]
+    with pytest.raises(LossInputError, match=r"datum\[1\].loss_fn_inputs: .*'mask'"):
+        client().forward_backward(data, "cross_entropy").result()
+
+
+def test_a_step_without_a_gradient_is_refused() -> None:
+    with pytest.raises(LossInputError, match="Call forward_backward first"):
+        client().optim_step(AdamParams()).result()
+
+
+def test_an_error_that_nobody_read_is_raised_by_the_next_call() -> None:
+    c = client()
+    failed = c.forward_backward([], "cross_entropy")
+    failed.future().exception()
+    with pytest.raises(LossInputError, match="No data provided"):
+        c.get_info(), c.forward(texts(), "cross_entropy")
+    assert c.forward(texts(), "cross_entropy").result().metrics
+
+
+def test_futures_can_be_read_often_awaited_and_out_of_order() -> None:
+    c, data = client(), texts()
+    first, step = c.forward_backward(data, "cross_entropy"), c.optim_step(AdamParams())
+
+    async def awaited() -> Any:
+        return await step, await first, await first.result_async(10)
+
+    response, a, b = asyncio.run(awaited())
+    assert a is b is first.result(timeout=10) and response is step.result()
+
+
+def test_a_saved_state_resumes_bit_for_bit(tmp_path: Path) -> None:
+    data, adam = texts(), AdamParams(learning_rate=1e-2)
+
+    def train(c: LocalTrainingClient, steps: int) -> list[float]:
+        losses = []
+        for _ in range(steps):
+            losses.append(c.forward_backward(data, "cross_entropy").result().metrics["loss:sum"])
+            c.optim_step(adam).result()
+        return losses
+
+    whole = train(client(), 6)
+    c = client()
+    first = train(c, 3)
+    path = c.save_state(tmp_path / "state.npz").result().path
+    resumed = client(seed=9)
+    resumed.load_state_with_optimizer(path).result()
+    assert first + train(resumed, 3) == whole
+    fresh = client(seed=9)
+    fresh.load_state(path).result()
+    rest = train(fresh, 3)
+    assert rest[0] == whole[3] and rest != whole[3:]
+
+
+def test_accumulated_gradients_are_not_dropped_by_a_save(tmp_path: Path) -> None:
+    c = client()
+    c.forward_backward(texts(), "cross_entropy")
+    with pytest.raises(LossInputError, match="optim_step first"):
+        c.save_state(tmp_path / "state.npz").result()
+
+
+def test_sampling_is_from_a_snapshot_and_reports_its_logprobs() -> None:
+    c = client()
+    sampler = c.save_weights_and_get_sampling_client()
+    prompt = lossfns.ModelInput.from_ints([72, 105])
+    params = SamplingParams(max_tokens=6, seed=1)
+    before = sampler.sample(prompt, 3, params).result()
+    assert len(before.sequences) == 3
+    c.forward_backward(texts(), "cross_entropy")
+    c.optim_step(AdamParams(learning_rate=0.1)).result()
+    assert sampler.sample(prompt, 3, params).result() == before
+    for sequence in before.sequences:
+        known = sampler.compute_logprobs(lossfns.ModelInput.from_ints([72, 105, *sequence.tokens])).result()
+        assert known[0] is None
+        assert known[2:] == pytest.approx(sequence.logprobs, abs=1e-4)
+
+
+def test_stops_end_a_sample_where_they_end() -> None:
+    """Greedy text, then the same again with two of its own bytes, or one, as the stop."""
+    sampler = client().save_weights_and_get_sampling_client()
+    prompt = lossfns.ModelInput.from_ints([72, 105])
+    free = sampler.sample(prompt, 1, SamplingParams(max_tokens=8, temperature=0)).result().sequences[0]
+    one = (
+        sampler.sample(prompt, 1, SamplingParams(max_tokens=8, temperature=0, stop=[free.tokens[2]]))
+        .result()
+        .sequences[0]
+    )
+    end = free.tokens.index(free.tokens[2]) + 1
+    assert one.tokens == free.tokens[:end] and one.stop_reason == "stop"
+    cut = lossfns.backend.client.cut
+    sample = lossfns.backend.sampler.Sample([5, 6, 5, 7, 8], [-1.0, -2.0, -3.0, -4.0, -5.0], "length")
+    assert cut(sample, [[5, 7]]) == ([5, 6, 5, 7], [-1.0, -2.0, -3.0, -4.0], "stop")
+    assert cut(sample, [[7, 5]]) == sample
