@@ -119,6 +119,12 @@ def gradient(run: Callable[[], Any], leaves: list[Tensor]) -> tuple[Tensor, dict
     return torch.cat([leaf.grad for leaf in leaves if leaf.grad is not None]), metrics
 
 
+def cell(row: dict[str, Any], name: str) -> str:
+    if name not in row["milliseconds"]:
+        return "-"
+    return f"{row['milliseconds'][name]:.2f} ms ({row['times_ours'][name]:.2f}x)"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
@@ -151,14 +157,7 @@ def main() -> None:
             }
         )
     print(f"GRPO with k3 KL and metrics, forward + backward; {device_name()}, torch {torch.__version__}")
-    rows = [
-        [f"{row['sequences']}x{row['length']}"]
-        + [
-            f"{row['milliseconds'][name]:.2f} ms ({row['times_ours'][name]:.2f}x)" if name in row["milliseconds"] else "-"
-            for name in losses
-        ]
-        for row in results
-    ]
+    rows = [[f"{row['sequences']}x{row['length']}"] + [cell(row, name) for name in losses] for row in results]
     print(table(["sequences x tokens", *losses], rows))
     print(f"written: {save('loss_overhead', results).name}")
 

@@ -16,6 +16,7 @@ import argparse
 import random
 import statistics
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,6 +50,11 @@ def two_passes(client: LocalTrainingClient, data: list[Any]) -> None:
     client.forward_backward(surrogate, "cross_entropy").result()
 
 
+def fresh(client: LocalTrainingClient, request: Callable[[], Any]) -> None:
+    client.model.zero_grad(set_to_none=True)
+    request()
+
+
 def batch(sequences: int, length: int) -> list[Any]:
     rng = random.Random(0)
     rows = [[rng.randrange(256) for _ in range(rng.randint(length // 2, 3 * length // 2))] for _ in range(sequences)]
@@ -71,14 +77,7 @@ def main() -> None:
             "two passes": lambda data=data: two_passes(client, data),
         }
 
-        def fresh(request: Callable[[], Any]) -> Callable[[], None]:
-            def run() -> None:
-                client.model.zero_grad(set_to_none=True)
-                request()
-
-            return run
-
-        runs = {name: fresh(request) for name, request in requests.items()}
+        runs = {name: partial(fresh, client, request) for name, request in requests.items()}
         gradients = {}
         for name, run in runs.items():
             run()
@@ -97,7 +96,7 @@ def main() -> None:
             }
         )
     info = client.get_info()
-    print(f"forward + backward of a step, {info['parameters']:,} parameters; {device_name()}, torch {torch.__version__}")
+    print(f"a step's forward + backward, {info['parameters']:,} parameters; {device_name()}, torch {torch.__version__}")
     names = list(results[0]["milliseconds"])
     rows = [
         [f"{row['sequences']}x{row['length']}"]

@@ -38,7 +38,7 @@ def imported(path: Path) -> set[str]:
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "lossfns":
-            head, _, rest = node.module.partition(".")
+            _, _, rest = node.module.partition(".")
             names = [rest.split(".")[0]] if rest else [alias.name for alias in node.names]
             found |= {name if (ROOT / f"{name}.py").exists() or (ROOT / name).is_dir() else "" for name in names}
         elif isinstance(node, ast.Import):

@@ -1,0 +1,155 @@
+"""Policy losses by hand: two short sequences, numbers that can be redone on paper."""
+
+import math
+
+import pytest
+import torch
+from batches import Batch, call
+
+import lossfns
+from lossfns import ON_POLICY
+
+LN = math.log
+# Ratios 1.5 and 0.5 with advantage 1 and −1 on a prompt token and three response tokens.
+BATCH = Batch(
+    logprobs=[[-9.0, -1.0, -1.0], [-2.0]],
+    weights=[[0.0, 1.0, 1.0], [1.0]],
+    columns={
+        "advantages": [[9.0, 1.0, 1.0], [-1.0]],
+        "old_logprobs": [[-9.0, -1.0 - LN(1.5), -1.0 - LN(0.5)], [-2.0 - LN(0.5)]],
+        "ref_logprobs": [[-9.0, -1.0 - LN(2), -1.0], [-2.0]],
+        "sampler_logprobs": [[-9.0, -1.0 - LN(1.5) - LN(3), -1.0 - LN(0.5)], [-2.0 - LN(0.5) + LN(2)]],
+    },
+)
+
+
+def test_importance_sampling() -> None:
+    """−(1.5 + 0.5 − 0.5) / 3 = −0.5; gradients −r·A/3."""
+    value, gradients, metrics = call(lossfns.importance_sampling(), BATCH)
+    assert value == pytest.approx(-0.5)
+    assert gradients == [pytest.approx([0.0, -0.5, -0.5 / 3]), pytest.approx([0.5 / 3])]
+    assert metrics["ratio"] == pytest.approx(2.5 / 3)
+
+
+def test_ppo() -> None:
+    """1.5 is cut to 1.2 and 0.5 with A < 0 to 0.8: −(1.2 + 0.5 − 0.8) / 3 = −0.3; both lose their gradient."""
+    value, gradients, metrics = call(lossfns.ppo(), BATCH)
+    assert value == pytest.approx(-0.3)
+    assert gradients == [pytest.approx([0.0, 0.0, -0.5 / 3]), [0.0]]
+    assert (metrics["clip_high"], metrics["clip_low"]) == pytest.approx((1 / 3, 1 / 3))
+
+
+def test_dapo_raises_the_upper_bound_alone() -> None:
+    """−(1.28 + 0.5 − 0.8) / 3."""
+    assert call(lossfns.dapo(), BATCH)[0] == pytest.approx(-0.98 / 3)
+
+
+def test_grpo_adds_the_kl() -> None:
+    """Only one token is off the reference, by ln 2: k3 = ln 2 − ½, its gradient ½, over 3 tokens."""
+    value, gradients, metrics = call(lossfns.grpo(kl_beta=0.6), BATCH)
+    k3 = LN(2) - 0.5
+    assert value == pytest.approx(-0.3 + 0.6 * k3 / 3)
+    assert gradients[0] == pytest.approx([0.0, 0.6 * 0.5 / 3, -0.5 / 3])
+    assert metrics["kl_ref"] == pytest.approx(k3 / 3)
+
+
+def test_grpo_without_kl_is_ppo_and_reads_no_reference() -> None:
+    assert lossfns.grpo(kl_beta=0).reads == ("advantages", "old_logprobs")
+    assert call(lossfns.grpo(kl_beta=0), BATCH)[:2] == call(lossfns.ppo(), BATCH)[:2]
+
+
+def test_gspo_and_gspo_token_differ_in_the_gradient_alone() -> None:
+    """s₁ = √(1.5·0.5) = 0.8660, s₂ = ½. Unclipped, mean over sequences: −(s₁ − s₂)/2.
+
+    Token-wise each token of the first sequence gets −s₁·A/2/2; with equal advantages gspo's is the same. With
+    advantages 1 and 3 the sequence ratio passes the mean advantage to both, gspo_token each its own.
+    """
+    s = math.sqrt(0.75)
+    wide = (0.0, 10.0)
+    for loss in (lossfns.gspo(clip=wide), lossfns.gspo_token(clip=wide)):
+        value, gradients, metrics = call(loss, BATCH)
+        assert value == pytest.approx(-(s - 0.5) / 2)
+        assert gradients == [pytest.approx([0.0, -s / 4, -s / 4]), pytest.approx([0.25])]
+        assert metrics["ratio"] == pytest.approx((2 * s + 0.5) / 3)
+    uneven = Batch(BATCH.logprobs, BATCH.weights, {**BATCH.columns, "advantages": [[9.0, 1.0, 3.0], [-1.0]]})
+    assert call(lossfns.gspo(clip=wide), uneven)[1][0] == pytest.approx([0.0, -s / 2, -s / 2])
+    assert call(lossfns.gspo_token(clip=wide), uneven)[1][0] == pytest.approx([0.0, -s / 4, -3 * s / 4])
+
+
+def test_a_clipped_sequence_has_no_gradient_at_all() -> None:
+    _, gradients, metrics = call(lossfns.gspo_token(), BATCH)
+    assert gradients[1] == [0.0] and metrics["clip_low"] == pytest.approx(1 / 3)
+
+
+def test_on_policy_the_ratio_is_one_and_the_gradient_is_reinforce() -> None:
+    for loss in (lossfns.importance_sampling(), lossfns.ppo(), lossfns.dapo(), lossfns.grpo(kl_beta=0)):
+        logprobs = BATCH.tensors()
+        bound = loss.bind(weights=BATCH.weights, advantages=BATCH.columns["advantages"], old_logprobs=ON_POLICY)
+        value, metrics = bound(BATCH.data(), logprobs)
+        value.backward()
+        assert metrics["ratio"] == 1 and metrics["kl_old"] == 0
+        assert value.item() == pytest.approx(-1 / 3)
+        assert logprobs[0].grad.tolist() == pytest.approx([0.0, -1 / 3, -1 / 3])
+        assert logprobs[1].grad.tolist() == pytest.approx([1 / 3])
+
+
+def test_reinforce() -> None:
+    """−(−1 − 1 + 2)/3 = 0; gradients −A/3."""
+    value, gradients, _ = call(lossfns.reinforce(), BATCH)
+    assert value == pytest.approx(0)
+    assert gradients == [pytest.approx([0.0, -1 / 3, -1 / 3]), pytest.approx([1 / 3])]
+
+
+def test_tis_scales_each_token_by_its_capped_weight() -> None:
+    """old/sampler = 3 → 2 (capped), 1 and ½: −(2·1.5 + 1·0.5 − ½·0.5) / 3."""
+    value, gradients, metrics = call(lossfns.with_tis(lossfns.importance_sampling(), cap=2.0), BATCH)
+    assert value == pytest.approx(-3.25 / 3)
+    assert gradients[0] == pytest.approx([0.0, -1.0, -0.5 / 3])
+    assert metrics["tis_weight"] == pytest.approx(3.5 / 3) and metrics["tis_capped"] == pytest.approx(1 / 3)
+
+
+def test_tis_by_sequence_is_the_product_and_geometric_its_root() -> None:
+    """First sequence: product 3, root √3."""
+    by_product = lossfns.with_tis(lossfns.importance_sampling(), cap=5.0, level=lossfns.sequence_level)
+    assert call(by_product, BATCH)[0] == pytest.approx(-(3 * 2 - 0.25) / 3)
+    by_root = lossfns.with_tis(lossfns.importance_sampling(), cap=5.0, level=lossfns.geometric_level)
+    assert call(by_root, BATCH)[0] == pytest.approx(-(math.sqrt(3) * 2 - 0.25) / 3)
+
+
+def test_the_kl_is_not_importance_weighted() -> None:
+    tis = lossfns.with_tis(lossfns.importance_sampling(), cap=2.0)
+    with_kl, without = call(lossfns.with_kl(tis, kl_beta=0.6), BATCH)[0], call(tis, BATCH)[0]
+    assert with_kl - without == pytest.approx(0.6 * (LN(2) - 0.5) / 3)
+
+
+def test_dual_clip_bounds_what_a_bad_token_can_cost() -> None:
+    """r = e² = 7.39 with A = −1 costs 7.39, dual-clipped at 3 it costs 3 and has no gradient."""
+    batch = Batch([[-1.0]], [[1.0]], {"advantages": [[-1.0]], "old_logprobs": [[-3.0]]})
+    assert call(lossfns.ppo(), batch)[:2] == (pytest.approx(math.exp(2)), [pytest.approx([math.exp(2)])])
+    value, gradients, metrics = call(lossfns.ppo(dual_clip=3.0), batch)
+    assert (value, gradients, metrics["clip_dual"]) == (3.0, [[0.0]], 1.0)
+    assert call(lossfns.dual_clip(lossfns.ppo(), c=3.0), batch)[:2] == (3.0, [[0.0]])
+
+
+@pytest.mark.parametrize("loss", [lossfns.grpo(), lossfns.with_tis(lossfns.ppo())], ids=repr)
+def test_combinators_go_on_from_inside_out(loss: lossfns.Loss) -> None:
+    for combinator in (lossfns.dual_clip, lossfns.with_tis):
+        with pytest.raises(lossfns.LossInputError, match="Apply with_kl last"):
+            combinator(loss)
+
+
+def test_capped_tokens_are_counted_and_have_no_gradient() -> None:
+    batch = Batch([[-1.0, -1.0]], [[1.0, 1.0]], {"advantages": [[1.0, 1.0]], "old_logprobs": [[-1.0, -3.0]]})
+    _, gradients, metrics = call(lossfns.importance_sampling(log_ratio_cap=1.0), batch)
+    assert gradients == [pytest.approx([-0.5, 0.0])]
+    assert metrics["ratio_capped"] == 0.5 and metrics["ratio"] == pytest.approx((1 + math.e) / 2)
+
+
+def test_without_a_cap_an_overflow_is_an_error_and_not_an_inf() -> None:
+    batch = Batch([[-1.0]], [[1.0]], {"advantages": [[1.0]], "old_logprobs": [[-900.0]]})
+    with pytest.raises(lossfns.LossInputError, match="log_ratio_cap"):
+        call(lossfns.importance_sampling(log_ratio_cap=None), batch)
+    with pytest.warns(lossfns.LossWarning, match="log-ratio"):
+        value, _, _ = call(lossfns.importance_sampling(), batch)
+    assert value == pytest.approx(-math.exp(20))
+    assert torch.isfinite(torch.tensor(value))

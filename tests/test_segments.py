@@ -1,0 +1,41 @@
+"""Sums and means over sequences, against slices; one sequence without lengths is the same as with them."""
+
+import pytest
+import torch
+
+from lossfns import Tokens, segments
+
+LENGTHS = [3, 0, 2, 1]
+WEIGHTS = torch.tensor([0.0, 1.0, 2.0, 1.0, 0.5, 0.0], dtype=torch.float64)
+X = torch.tensor([0.0, 3.0, 5.0, 7.0, 11.0, 0.0], dtype=torch.float64)
+T = Tokens(X, WEIGHTS, torch.tensor(LENGTHS))
+
+
+@pytest.mark.parametrize(
+    ("fn", "expected"),
+    [
+        (lambda: segments.sequence_sum(T, X), [8.0, 0.0, 18.0, 0.0]),
+        (lambda: segments.active_tokens(T), [2.0, 0.0, 2.0, 0.0]),
+        (lambda: segments.nonempty(T), [True, False, True, False]),
+        (lambda: segments.active_mean(T, X), [4.0, 0.0, 9.0, 0.0]),
+        (lambda: segments.weighted_sum(T, X), [13.0, 0.0, 12.5, 0.0]),
+        (lambda: segments.weighted_mean(T, X), [13 / 3, 0.0, 12.5 / 1.5, 0.0]),
+        (lambda: segments.total_weight(T), [3.0, 1.0, 1.5, 1.0]),
+        (lambda: segments.spread(T, torch.tensor([1.0, 2.0, 3.0, 4.0])), [1.0, 1.0, 1.0, 3.0, 3.0, 4.0]),
+    ],
+)
+def test_by_hand(fn, expected: list[float]) -> None:
+    assert fn().tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("fn", ["sequence_sum", "active_mean", "weighted_sum", "weighted_mean"])
+def test_one_sequence_needs_no_lengths(fn: str) -> None:
+    with_lengths = Tokens(X, WEIGHTS, torch.tensor([6]))
+    without = Tokens(X, WEIGHTS)
+    assert getattr(segments, fn)(with_lengths, X).tolist() == getattr(segments, fn)(without, X).tolist()
+    assert segments.spread(without, torch.tensor([4.0])).tolist() == [4.0] * 6
+
+
+def test_pairs_are_even_and_odd_sequences() -> None:
+    y = torch.arange(6)
+    assert segments.chosen(y).tolist() == [0, 2, 4] and segments.rejected(y).tolist() == [1, 3, 5]

@@ -1,0 +1,73 @@
+"""Weighings: shares and counts by hand, and what they refuse."""
+
+import math
+
+import pytest
+import torch
+
+import lossfns
+from lossfns import LossInputError, Tokens, Weighing
+
+# Sequences (0, 1, 2), (1, ½), (0): the last is empty.
+WEIGHTS = torch.tensor([0.0, 1.0, 2.0, 1.0, 0.5, 0.0], dtype=torch.float64)
+T = Tokens(torch.zeros(6, dtype=torch.float64), WEIGHTS, torch.tensor([3, 2, 1]))
+ITSELF = WEIGHTS.tolist()
+
+
+@pytest.mark.parametrize(
+    ("weigh", "share", "count"),
+    [
+        (lossfns.token_mean, ITSELF, 4.5),
+        (lossfns.sequence_mean, [0, 1 / 3, 2 / 3, 2 / 3, 1 / 3, 0], 2),
+        (lossfns.sequence_sum_mean, ITSELF, 2),
+        (lossfns.fixed_length(10), ITSELF, 20),
+        (lossfns.token_sum, ITSELF, None),
+    ],
+    ids=repr,
+)
+def test_token_weighings(weigh: Weighing, share: list[float], count: float | None) -> None:
+    assert weigh.share(T).tolist() == pytest.approx(share)
+    assert (weigh.count and weigh.count(T).item()) == (None if count is None else pytest.approx(count))
+
+
+def test_pairs_count_where_both_sides_are_active() -> None:
+    """Four sequences: a pair with active tokens, and a pair that is masked altogether."""
+    t = Tokens(torch.zeros(4), torch.tensor([1.0, 1.0, 0.0, 0.0]), torch.tensor([1, 1, 1, 1]))
+    assert lossfns.pair_mean.share(t).tolist() == [1.0, 0.0]
+    assert lossfns.pair_mean.count(t).item() == 1
+    assert lossfns.pair_sum.count is None
+
+
+def test_a_sequence_whose_signed_weights_have_no_positive_sum_has_no_mean() -> None:
+    t = Tokens(torch.zeros(3), torch.tensor([1.0, 1.0, -2.0]), torch.tensor([1, 2]))
+    assert math.isnan(lossfns.sequence_mean.count(t).item())
+    data = [lossfns.datum_from_tokens([1, 2], [0, 1]), lossfns.datum_from_tokens([1, 2, 3], [0, 1, -2])]
+    loss = lossfns.cross_entropy(weigh=lossfns.sequence_mean)
+    logprobs = [torch.tensor([-1.0], requires_grad=True), torch.tensor([-1.0, -2.0], requires_grad=True)]
+    with pytest.raises(LossInputError, match="a denominator above 0, got nan"):
+        loss(data, logprobs)
+    with pytest.raises(LossInputError, match="a denominator above 0"):
+        loss.denominator(data)
+    value, _ = lossfns.cross_entropy(weigh=lossfns.token_sum)(data, logprobs)
+    assert value.item() == 1 + 1 - 4
+
+
+def test_repr_is_the_name() -> None:
+    assert repr(lossfns.token_mean) == "token_mean"
+    assert repr(lossfns.fixed_length(256)) == "fixed_length(256)"
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: lossfns.ppo(weigh="token-mean"), r"ppo: weigh: .* Did you mean 'token_mean'\?"),
+        (lambda: lossfns.ppo(weigh=lossfns.pair_mean), "a weighing of tokens, got pair_mean"),
+        (lambda: lossfns.dpo(weigh=lossfns.token_mean), "a weighing of pairs, got token_mean"),
+        (lambda: lossfns.multi_target_cross_entropy(weigh=lossfns.pair_sum), "a weighing of tokens"),
+        (lambda: lossfns.fixed_length(0), "length: expected a finite number above 0"),
+        (lambda: lossfns.fixed_length("9"), "length"),
+    ],
+)
+def test_what_does_not_fit_is_refused(build, message: str) -> None:
+    with pytest.raises(LossInputError, match=message):
+        build()
