@@ -90,12 +90,8 @@ def test_pairs_average_and_sum() -> None:
 
 def test_a_masked_pair_is_inert_and_a_pair_with_one_side_is_refused() -> None:
     one, two = pair([-1.0], [-3.0]), pair([-2.0], [-1.5])
-    weights = [*one.weights, [0.0, 0.0], [0.0, 0.0]]
-    both = Batch(
-        one.logprobs + two.logprobs,
-        weights,
-        {"ref_logprobs": one.columns["ref_logprobs"] + two.columns["ref_logprobs"]},
-    )
+    both = joined(one, two)
+    both.weights[2:] = [[0.0, 0.0], [0.0, 0.0]]
     for loss in (lossfns.dpo(), lossfns.orpo()):
         value, gradients, metrics = call(loss, both)
         assert value == pytest.approx(call(loss, one)[0])

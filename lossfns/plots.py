@@ -1,0 +1,45 @@
+"""Pictures of a run; needs the extra ``viz``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def curves(history: Sequence[Mapping[str, Any]], evaluations: Mapping[str, tuple[float, float]], path: Path) -> None:
+    """One panel for each metric that moves, against the step: faint as it came, strong as its running mean.
+
+    Held-out values before and after, where there are any, are dots at the two ends of their panel.
+    """
+    from matplotlib.figure import Figure
+
+    phases = list(dict.fromkeys(row["phase"] for row in history))
+    panels = [(p, name) for p in phases for name in moving([row for row in history if row["phase"] == p])]
+    figure = Figure(figsize=(4 * min(3, len(panels)), 2.6 * -(-len(panels) // 3)), layout="constrained")
+    for i, (phase, name) in enumerate(panels):
+        axes = figure.add_subplot(-(-len(panels) // 3), min(3, len(panels)), i + 1)
+        rows = [row for row in history if row["phase"] == phase and name in row]
+        steps, values = [row["step"] for row in rows], [row[name] for row in rows]
+        axes.plot(steps, values, color="C0", alpha=0.3, linewidth=1)
+        axes.plot(steps, running_mean(values), color="C0", linewidth=2)
+        if name in evaluations and phase == phases[-1]:
+            axes.plot([steps[0], steps[-1]], evaluations[name], "o--", color="C1", label="held out")
+            axes.legend(frameon=False)
+        axes.set_title(f"{phase}: {name}" if len(phases) > 1 else name, fontsize=10)
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.2)
+    figure.savefig(path, dpi=120)
+
+
+def moving(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The metrics worth a panel: those of the usual ones that are not constant."""
+    names = ("loss", "reward", "accuracy", "nll", "ratio", "kl_old", "kl_ref", "clip_high", "margin", "grad_norm")
+    return [name for name in names if len({row[name] for row in rows if name in row}) > 1]
+
+
+def running_mean(values: Sequence[float], share: float = 0.1) -> list[float]:
+    """Mean of the values up to each one, over a tenth of them."""
+    width = max(1, round(len(values) * share))
+    windows = (values[max(0, i + 1 - width) : i + 1] for i in range(len(values)))
+    return [sum(window) / len(window) for window in windows]

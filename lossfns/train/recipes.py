@@ -1,0 +1,135 @@
+"""A recipe for each method: its data, its loss, how long and how fast; what to measure before and after."""
+
+from __future__ import annotations
+
+import copy
+from argparse import Namespace
+from collections.abc import Callable
+from functools import partial
+from random import Random
+from typing import Any, NamedTuple
+
+from lossfns import Loss, cross_entropy, dapo, dpo, grpo, gspo_token, orpo
+from lossfns.backend import LocalTrainingClient
+from lossfns.train import methods, tasks
+from lossfns.train.run import Run
+
+POLICIES: dict[str, Callable[[], Loss]] = {"grpo": grpo, "dapo": dapo, "gspo-token": gspo_token}
+PREFERENCES: dict[str, Callable[[], Loss]] = {"dpo": dpo, "orpo": orpo}
+METHODS = {"sft": cross_entropy, **POLICIES, **PREFERENCES}
+
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "sft": {"steps": 400, "batch": 16, "lr": 3e-3},
+    **{m: {"steps": 100, "batch": 32, "lr": 5e-4, "group": 16, "updates": 2, "warmup_steps": 200} for m in POLICIES},
+    "dpo": {"steps": 300, "batch": 32, "lr": 1e-3, "warmup_steps": 100},
+    "orpo": {"steps": 400, "batch": 20, "lr": 3e-3, "warmup_steps": 0},
+}
+
+
+class Outcome(NamedTuple):
+    """What was measured on held-out examples: its name as in the metrics, its title, before and after."""
+
+    name: str
+    title: str
+    before: float
+    after: float
+
+
+def frozen(client: LocalTrainingClient) -> LocalTrainingClient:
+    """A copy that stays as the client is now: the reference policy."""
+    device = next(client.model.parameters()).device
+    return LocalTrainingClient(copy.deepcopy(client.model), tokenizer=client.get_tokenizer(), device=device)
+
+
+def sft(run: Run, client: LocalTrainingClient, args: Namespace) -> Outcome:
+    task = tasks.own_demonstrations(args.data, args.seed) if args.data else tasks.english()
+    run.say(f"sft on {task.name}: {cross_entropy()!r}")
+    before = methods.bits_per_byte(client, task.held_out)
+    methods.supervised(
+        run,
+        client,
+        task.draw,
+        phase="sft",
+        steps=args.steps,
+        batch=args.batch,
+        learning_rate=methods.cosine(args.lr, args.steps),
+        seed=args.seed,
+    )
+    return Outcome("bits_per_byte", "held-out bits per byte", before, methods.bits_per_byte(client, task.held_out))
+
+
+def preference(run: Run, client: LocalTrainingClient, args: Namespace) -> Outcome:
+    loss = PREFERENCES[args.method]()
+    task = tasks.own_preferences(args.data, args.seed) if args.data else tasks.continuations()
+    run.say(f"{args.method} on {task.name}: {loss!r}")
+
+    def demonstrations(rng: Random, n: int) -> list[tasks.Demonstration]:
+        return [tasks.Demonstration(e.prompt, e.chosen) for e in task.draw(rng, n)]
+
+    warm_up(run, client, demonstrations, args)
+    reference = frozen(client)
+    measure = methods.margin_accuracy if "ref_logprobs" in loss.reads else methods.likelihood_accuracy
+    measured = partial(measure, client, reference, task.held_out)
+    before = measured()
+    methods.preference(
+        run,
+        client,
+        reference,
+        loss,
+        task,
+        steps=args.steps,
+        batch=args.batch,
+        learning_rate=methods.cosine(args.lr, args.steps, rise=10),
+        seed=args.seed,
+    )
+    return Outcome("accuracy", "held-out preference accuracy", before, measured())
+
+
+def policy(run: Run, client: LocalTrainingClient, args: Namespace) -> Outcome:
+    loss = POLICIES[args.method]()
+    task = tasks.own_problems(args.data, args.seed) if args.data else tasks.arithmetic()
+    run.say(f"{args.method} on {task.name}: {loss!r}")
+    demonstrate = tasks.correct if args.data else tasks.careless
+
+    def demonstrations(rng: Random, n: int) -> list[tasks.Demonstration]:
+        return [demonstrate(problem, rng) for problem in task.draw(rng, n)]
+
+    warm_up(run, client, demonstrations, args)
+    longest = max(len(tasks.TOKENIZER.encode(p.answer)) for p in task.held_out + task.draw(Random(0), 200)) + 1
+    max_tokens = args.max_tokens or longest
+    measured = partial(methods.reward, client, task.held_out, max_tokens)
+    before = measured()
+    methods.policy(
+        run,
+        client,
+        frozen(client),
+        loss,
+        task,
+        steps=args.steps,
+        batch=args.batch,
+        group=args.group,
+        updates=args.updates,
+        learning_rate=methods.falling(args.lr, args.steps),
+        max_tokens=max_tokens,
+        seed=args.seed,
+    )
+    return Outcome("reward", "held-out reward", before, measured())
+
+
+def warm_up(
+    run: Run,
+    client: LocalTrainingClient,
+    draw: Callable[[Random, int], list[tasks.Demonstration]],
+    args: Namespace,
+) -> None:
+    """A short supervised start, so that there is something to prefer or to reward."""
+    methods.supervised(
+        run,
+        client,
+        draw,
+        phase="warm-up",
+        steps=args.warmup_steps,
+        batch=256,
+        learning_rate=methods.constant(2e-3),
+        seed=args.seed,
+    )
