@@ -34,12 +34,12 @@ def curves(history: Sequence[Mapping[str, Any]], evaluations: Mapping[str, tuple
 
 def moving(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """The metrics worth a panel: those of the usual ones that are not constant."""
-    names = ("loss", "reward", "accuracy", "nll", "ratio", "kl_old", "kl_ref", "clip_high", "margin", "grad_norm")
+    names = ("reward", "accuracy", "loss", "ratio", "kl_old", "kl_ref", "clip_high", "margin", "grad_norm")
     return [name for name in names if len({row[name] for row in rows if name in row}) > 1]
 
 
 def running_mean(values: Sequence[float], share: float = 0.1) -> list[float]:
-    """Mean of the values up to each one, over a tenth of them."""
-    width = max(1, round(len(values) * share))
-    windows = (values[max(0, i + 1 - width) : i + 1] for i in range(len(values)))
+    """Mean of the values around each one, over a tenth of them."""
+    half = max(1, round(len(values) * share / 2))
+    windows = (values[max(0, i - half) : i + half + 1] for i in range(len(values)))
     return [sum(window) / len(window) for window in windows]

@@ -131,7 +131,7 @@ def test_min_length_truncation_on_request(seed: int) -> None:
     batch = full(Random(seed), longest=6)
     data = datums(batch, sdks()[-1])
     for datum, weights in zip(data, batch.weights):
-        datum.loss_fn_inputs["weights"] = TensorData(weights + [1.0, 1.0], "float32", [len(weights) + 2])
+        datum.loss_fn_inputs["weights"] = TensorData([*weights, 1.0, 1.0], "float32", [len(weights) + 2])
     expected, expected_gradients, _ = run(cross_entropy_loss, data, batch)
     value, gradients, _ = run(cross_entropy(weigh=sequence_sum_mean).bind(align="truncate"), data, batch)
     assert value == pytest.approx(expected, rel=1e-6)

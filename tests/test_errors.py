@@ -51,3 +51,8 @@ def test_its_kinds() -> None:
 )
 def test_the_nearest_name_or_all_of_them(name: str, hint: str) -> None:
     assert did_you_mean(name, ["token_mean", "pair_mean"]) == hint
+
+
+def test_a_dash_is_an_underscore() -> None:
+    """Without that 'pairsum' would be nearer."""
+    assert did_you_mean("pair-sum", ["pair_sum", "pairsum"]) == "Did you mean 'pair_sum'?"

@@ -21,8 +21,8 @@ METHODS = {"sft": cross_entropy, **POLICIES, **PREFERENCES}
 DEFAULTS: dict[str, dict[str, Any]] = {
     "sft": {"steps": 400, "batch": 16, "lr": 3e-3},
     **{m: {"steps": 100, "batch": 32, "lr": 5e-4, "group": 16, "updates": 2, "warmup_steps": 200} for m in POLICIES},
-    "dpo": {"steps": 300, "batch": 32, "lr": 1e-3, "warmup_steps": 100},
-    "orpo": {"steps": 400, "batch": 20, "lr": 3e-3, "warmup_steps": 0},
+    "dpo": {"steps": 400, "batch": 32, "lr": 3e-4, "warmup_steps": 300},
+    "orpo": {"steps": 500, "batch": 32, "lr": 3e-3, "warmup_steps": 0},
 }
 
 
@@ -59,16 +59,21 @@ def sft(run: Run, client: LocalTrainingClient, args: Namespace) -> Outcome:
 
 
 def preference(run: Run, client: LocalTrainingClient, args: Namespace) -> Outcome:
+    """DPO prefers relative to a supervised start; ORPO needs none: it learns the chosen texts as it goes."""
     loss = PREFERENCES[args.method]()
+    relative = "ref_logprobs" in loss.reads
     task = tasks.own_preferences(args.data, args.seed) if args.data else tasks.continuations()
+    if not (args.data or relative):
+        task = tasks.whole_texts(task)
     run.say(f"{args.method} on {task.name}: {loss!r}")
 
-    def demonstrations(rng: Random, n: int) -> list[tasks.Demonstration]:
+    def chosen(rng: Random, n: int) -> list[tasks.Demonstration]:
         return [tasks.Demonstration(e.prompt, e.chosen) for e in task.draw(rng, n)]
 
-    warm_up(run, client, demonstrations, args)
+    draw = chosen if args.data else tasks.english().draw
+    warm_up(run, client, draw, args, batch=16, learning_rate=methods.cosine(3e-3, args.warmup_steps))
     reference = frozen(client)
-    measure = methods.margin_accuracy if "ref_logprobs" in loss.reads else methods.likelihood_accuracy
+    measure = methods.margin_accuracy if relative else methods.likelihood_accuracy
     measured = partial(measure, client, reference, task.held_out)
     before = measured()
     methods.preference(
@@ -94,7 +99,7 @@ def policy(run: Run, client: LocalTrainingClient, args: Namespace) -> Outcome:
     def demonstrations(rng: Random, n: int) -> list[tasks.Demonstration]:
         return [demonstrate(problem, rng) for problem in task.draw(rng, n)]
 
-    warm_up(run, client, demonstrations, args)
+    warm_up(run, client, demonstrations, args, batch=256, learning_rate=methods.constant(2e-3))
     longest = max(len(tasks.TOKENIZER.encode(p.answer)) for p in task.held_out + task.draw(Random(0), 200)) + 1
     max_tokens = args.max_tokens or longest
     measured = partial(methods.reward, client, task.held_out, max_tokens)
@@ -121,15 +126,12 @@ def warm_up(
     client: LocalTrainingClient,
     draw: Callable[[Random, int], list[tasks.Demonstration]],
     args: Namespace,
+    *,
+    batch: int,
+    learning_rate: methods.Schedule,
 ) -> None:
     """A short supervised start, so that there is something to prefer or to reward."""
+    steps = args.warmup_steps
     methods.supervised(
-        run,
-        client,
-        draw,
-        phase="warm-up",
-        steps=args.warmup_steps,
-        batch=256,
-        learning_rate=methods.constant(2e-3),
-        seed=args.seed,
+        run, client, draw, phase="warm-up", steps=steps, batch=batch, learning_rate=learning_rate, seed=args.seed
     )

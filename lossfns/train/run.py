@@ -19,13 +19,13 @@ class Run:
     a second one interrupts at once.
     """
 
-    def __init__(self, folder: str | Path, config: Mapping[str, Any], *, terminal: TextIO = sys.stderr) -> None:
+    def __init__(self, folder: str | Path, config: Mapping[str, Any], *, terminal: TextIO | None = None) -> None:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
         self.history: list[dict[str, Any]] = []
         self.stopped = False
-        self.terminal = terminal
+        self.terminal = terminal or sys.stderr
         self.start = time.monotonic()
         self._metrics = (self.folder / "metrics.jsonl").open("w", encoding="utf-8")
 

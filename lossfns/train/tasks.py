@@ -21,6 +21,10 @@ END = [TOKENIZER.eos_token_id]
 """Ends a completion, and starts a text that has no prompt."""
 
 
+HELD_OUT = 400
+"""Held-out examples, where there are that many; passages of text are longer and half as many do."""
+
+
 class Demonstration(NamedTuple):
     prompt: list[int]
     completion: list[int]
@@ -53,12 +57,26 @@ class Task(Generic[T]):
 
 
 def corpus() -> tuple[dict[str, list[int]], dict[str, list[int]]]:
-    """The topics to train on and the topics held out (one in six), as bytes."""
+    """The topics to train on and the topics held out (one in six), as bytes.
+
+    Topics quote one another at length: a paragraph of a held-out one is taken out of all the others.
+    """
     names = sorted(name for name, text in topics.items() if len(text) > 600)
     Random(0).shuffle(names)
-    texts = {name: TOKENIZER.encode(topics[name]) for name in names}
     held_out = names[: len(names) // 6]
-    return {n: t for n, t in texts.items() if n not in held_out}, {n: texts[n] for n in held_out}
+    known = {words(p) for name in held_out for p in paragraphs(topics[name])}
+    texts = {n: "\n\n".join(p for p in paragraphs(topics[n]) if words(p) not in known) for n in names[len(held_out) :]}
+    train = {name: TOKENIZER.encode(text) for name, text in texts.items() if len(text) > 600}
+    return train, {name: TOKENIZER.encode(topics[name]) for name in held_out}
+
+
+def paragraphs(text: str) -> list[str]:
+    return text.split("\n\n")
+
+
+def words(paragraph: str) -> str:
+    """The paragraph without its indentation and line breaks."""
+    return " ".join(paragraph.split())
 
 
 def english(length: int = 128) -> Task[Demonstration]:
@@ -70,7 +88,9 @@ def english(length: int = 128) -> Task[Demonstration]:
 
     rng = Random(1)
     return Task(
-        "CPython's documentation", draw, [Demonstration(END, passage(rng, held_out, length)) for _ in range(192)]
+        "CPython's documentation",
+        draw,
+        [Demonstration(END, passage(rng, held_out, length)) for _ in range(HELD_OUT // 2)],
     )
 
 
@@ -81,7 +101,7 @@ def passage(rng: Random, texts: dict[str, list[int]], length: int) -> list[int]:
     return text[start : start + length]
 
 
-def continuations(prompt: int = 40, length: int = 8) -> Task[Preference]:
+def continuations(prompt: int = 16, length: int = 6) -> Task[Preference]:
     """A prompt cut inside a word, its true continuation, and one from inside a word of another topic."""
     train, held_out = corpus()
     cuts = {name: within_words(text, prompt, length) for name, text in (train | held_out).items()}
@@ -99,7 +119,17 @@ def continuations(prompt: int = 40, length: int = 8) -> Task[Preference]:
         return [pair(rng, train) for _ in range(n)]
 
     rng = Random(1)
-    return Task("true continuations in CPython's documentation", draw, [pair(rng, held_out) for _ in range(400)])
+    return Task("true continuations in CPython's documentation", draw, [pair(rng, held_out) for _ in range(HELD_OUT)])
+
+
+def whole_texts(task: Task[Preference]) -> Task[Preference]:
+    """The same pairs with the prompt as the beginning of both sides: learned too, where it is chosen."""
+
+    def whole(e: Preference) -> Preference:
+        begin = e.prompt[len(END) :]
+        return Preference(END, begin + e.chosen, begin + e.rejected)
+
+    return Task(task.name, lambda rng, n: [whole(e) for e in task.draw(rng, n)], [whole(e) for e in task.held_out])
 
 
 def within_words(text: Sequence[int], before: int, after: int) -> list[int]:
@@ -117,7 +147,7 @@ def arithmetic() -> Task[Problem]:
     Random(0).shuffle(problems)
     examples = [Problem(TOKENIZER.encode(f"{a}+{b}="), str(a + b)) for a, b in problems]
     held_out, train = examples[:200], examples[200:]
-    return Task("sums", lambda rng, n: rng.sample(train, min(n, len(train))), held_out)
+    return Task("sums", lambda rng, n: rng.sample(train, min(n, len(train))), held_out[:HELD_OUT])
 
 
 def careless(problem: Problem, rng: Random, slips: float = 0.6) -> Demonstration:
@@ -161,9 +191,9 @@ def read(path: str | Path, keys: Sequence[str]) -> list[dict[str, str]]:
 
 
 def own(name: str, examples: list[T], seed: int) -> Task[T]:
-    """One in ten examples held out (at least one, at most 400), the rest to train on."""
+    """One in ten examples held out (at least one, at most ``HELD_OUT``), the rest to train on."""
     Random(seed).shuffle(examples)
-    size = min(400, max(1, len(examples) // 10))
+    size = min(HELD_OUT, max(1, len(examples) // 10))
     held_out, train = examples[:size], examples[size:]
 
     def draw(rng: Random, n: int) -> list[T]:

@@ -1,0 +1,135 @@
+"""``lossfns train`` end to end, small: every method, one's own data, a clean stop, readable refusals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lossfns.backend import checkpoint
+from lossfns.cli import main
+from lossfns.train.recipes import METHODS
+
+SMALL = ["--steps", "2", "--warmup-steps", "1", "--batch", "4"]
+ROWS = {
+    "sft": {"prompt": "The sky is", "completion": " blue."},
+    "grpo": {"prompt": "2+2=", "answer": "4"},
+    "dpo": {"prompt": "Say hello: ", "chosen": "hello", "rejected": "goodbye"},
+}
+
+
+def jsonl(path: Path, rows: list[object]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_leaves_a_whole_run_folder(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("lossfns.train.tasks.HELD_OUT", 8)
+    assert main(["train", method, "--out", str(tmp_path), *SMALL]) == 0
+    shown = capsys.readouterr()
+    assert "before" in shown.out and "after" in shown.out and f"{method} on" in shown.err
+    assert {p.name for p in tmp_path.iterdir()} == {
+        *("config.json", "metrics.jsonl", "result.json", "checkpoint.npz", "curves.png")
+    }
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    steps = [row["step"] for row in rows if row["phase"] != "warm-up"]
+    assert steps == [1, 2] and all("loss" in row and "grad_norm" in row for row in rows)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["steps"] == 2 and config["loss"] == repr(METHODS[method]())
+    assert json.loads((tmp_path / "result.json").read_text())["stopped_early"] is False
+    assert checkpoint.load(tmp_path / "checkpoint.npz")[1]["steps"] >= 2
+
+
+@pytest.mark.parametrize("method", ROWS)
+def test_ones_own_rows_are_learned(method: str, tmp_path: Path) -> None:
+    """Thirty copies of one row: what is held out is what is trained on, so it must get better at once."""
+    data = jsonl(tmp_path / "rows.jsonl", [ROWS[method]] * 30)
+    steps = ["--steps", "12", "--warmup-steps", "12" if method == "grpo" else "0", "--batch", "8", "--lr", "0.003"]
+    assert main(["train", method, "--data", data, "--out", str(tmp_path / "run"), *steps]) == 0
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    [(name, measured)] = [(k, v) for k, v in result.items() if isinstance(v, dict)]
+    better = (
+        measured["before"] - measured["after"] if name == "bits_per_byte" else measured["after"] - measured["before"]
+    )
+    assert better > 0.2
+
+
+def test_a_run_is_repeatable_and_starts_from_a_checkpoint(tmp_path: Path) -> None:
+    data = jsonl(tmp_path / "rows.jsonl", [ROWS["sft"]] * 4)
+    command = ["train", "sft", "--data", data, "--steps", "3", "--batch", "4"]
+
+    def losses(name: str, *more: str) -> list[float]:
+        assert main([*command, "--out", str(tmp_path / name), *more]) == 0
+        return [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+
+    first = losses("a")
+    assert losses("b") == first
+    assert losses("c", "--seed", "1") != first
+    assert losses("d", "--init", str(tmp_path / "a" / "checkpoint.npz"))[0] < first[-1]
+
+
+@pytest.mark.parametrize(
+    ("method", "text", "message"),
+    [
+        ("sft", "", "at least 2 rows, got 0"),
+        ("sft", '{"prompt": "a", "completion": "b"}\n', "at least 2 rows, got 1"),
+        ("sft", '{"prompt": "a", "completion": "b"}\n{nonsense\n', "rows.jsonl:2: expected a JSON object"),
+        ("sft", '{"prompt": "a"}\n', "rows.jsonl:1: expected text under 'completion', got nothing"),
+        ("grpo", '{"prompt": "a", "answer": 7}\n', "expected text under 'answer', got 7"),
+        ("dpo", '{"prompt": "a", "chosen": "b", "rejected": ""}\n', "expected text under 'rejected', got ''"),
+        ("orpo", "[1, 2]\n", "expected text under 'prompt', got nothing"),
+    ],
+)
+def test_rows_that_do_not_fit_are_refused_by_their_line(
+    method: str, text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(text)
+    assert main(["train", method, "--data", str(path), "--out", str(tmp_path / "run")]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_missing_file_and_a_foreign_checkpoint_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "sft", "--data", str(tmp_path / "none.jsonl"), "--out", str(tmp_path / "run")]) == 2
+    assert "none.jsonl" in capsys.readouterr().err
+    (tmp_path / "x.npz").write_text("hello")
+    assert main(["train", "sft", "--init", str(tmp_path / "x.npz"), "--out", str(tmp_path / "run")]) == 2
+    assert "x.npz" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["train"], ["train", "ppo2"], ["train", "sft", "--steps", "0"], []])
+def test_a_command_that_makes_no_sense_shows_its_usage(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    assert exit_.value.code == 2 and "usage" in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_a_run_with_everything_saved(tmp_path: Path) -> None:
+    data = jsonl(tmp_path / "rows.jsonl", [ROWS["sft"]] * 8)
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "lossfns", "train", "sft", "--data", data, "--steps", "100000", "--out", str(out)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ})
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not (out / "metrics.jsonl").exists():
+        time.sleep(0.05)
+    while time.monotonic() < deadline and len((out / "metrics.jsonl").read_text().splitlines()) < 3:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    shown, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert "stopping after this step" in errors and "Traceback" not in errors
+    assert "stopped early" in shown and "held-out bits per byte" in shown
+    rows = (out / "metrics.jsonl").read_text().splitlines()
+    assert checkpoint.load(out / "checkpoint.npz")[1]["steps"] == len(rows) == json.loads(rows[-1])["step"]
+    assert json.loads((out / "result.json").read_text())["stopped_early"] is True

@@ -1,0 +1,124 @@
+"""The pieces of ``lossfns train``: tasks, rewards, schedules, the bar and the table."""
+
+import io
+import math
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+
+from lossfns.backend import ByteTokenizer, Decoder, LocalTrainingClient
+from lossfns.plots import running_mean
+from lossfns.train import methods, tasks
+from lossfns.train.run import Run, table
+
+TEXT = ByteTokenizer()
+
+
+def test_held_out_problems_are_never_drawn_and_answers_are_right() -> None:
+    task = tasks.arithmetic()
+    held_out = {tuple(p.prompt) for p in task.held_out}
+    drawn = task.draw(Random(0), 10_000)
+    assert len(drawn) == 810 - len(held_out) and not held_out & {tuple(p.prompt) for p in drawn}
+    for problem in drawn + task.held_out:
+        a, b = TEXT.decode(problem.prompt).rstrip("=").split("+")
+        assert int(a) + int(b) == int(problem.answer)
+
+
+def test_careless_demonstrations_slip_six_times_in_ten() -> None:
+    problem, rng = tasks.arithmetic().held_out[0], Random(0)
+    shown = [TEXT.decode(tasks.careless(problem, rng).completion) for _ in range(2000)]
+    right = sum(answer == problem.answer for answer in shown) / 2000
+    assert right == pytest.approx(0.4, abs=0.04)
+    assert {abs(int(answer) - int(problem.answer)) for answer in shown} == {0, 1, 10}
+
+
+def test_topics_are_held_out_whole() -> None:
+    train, held_out = tasks.corpus()
+    assert not train.keys() & held_out.keys() and len(held_out) > 8
+    everything = " ".join(tasks.words(TEXT.decode(text)) for text in train.values())
+    for example in tasks.english().held_out:
+        assert tasks.words(TEXT.decode(example.completion)) not in everything
+
+
+def test_a_true_continuation_continues_and_the_other_comes_from_elsewhere() -> None:
+    _, held_out = tasks.corpus()
+    texts = {name: TEXT.decode(text) for name, text in held_out.items()}
+    for pair in tasks.continuations().held_out[:40]:
+        prompt, chosen, rejected = (TEXT.decode(ids) for ids in pair)
+        homes = {name for name, text in texts.items() if prompt + chosen in text}
+        assert homes and any(rejected in text for name, text in texts.items() if name not in homes)
+        assert prompt[-1].isalpha() and chosen[0].isalpha() and rejected[0].isalpha()
+        assert len(chosen) == len(rejected)
+
+
+def test_rewards_are_for_exactly_the_answer() -> None:
+    """A model that can only say one thing: its own greedy answer is right, anything else is not."""
+    shape: dict[str, Any] = {"vocab_size": 257, "dim": 16, "layers": 1, "heads": 1, "kv_heads": 1, "hidden": 16}
+    client = LocalTrainingClient(Decoder(**shape), tokenizer=TEXT, device="cpu")
+    problem = tasks.Problem([50, 61], "x")
+    (_, tokens, _, right), *_ = methods.attempts(client, [problem], 1, 4, seed=0, temperature=0)
+    assert right is (tokens == [*TEXT.encode("x"), 256])
+    draw = lambda rng, n: [tasks.Demonstration(problem.prompt, [120, 256])] * n  # noqa: E731
+    run = Run.__new__(Run)
+    run.stopped, run.history, run.log = False, [], lambda step, metrics: None  # type: ignore[method-assign]
+    methods.supervised(
+        run, client, draw, phase="warm-up", steps=60, batch=4, learning_rate=methods.constant(3e-2), seed=0
+    )
+    assert methods.reward(client, [problem], 4) > 0.9
+    assert methods.reward(client, [tasks.Problem([50, 61], "xx")], 4) < 0.1
+
+
+def test_accuracy_counts_a_tie_half() -> None:
+    assert methods.accuracy([1.0, -2.0, 0.0, 3.0]) == 2.5 / 4
+
+
+def test_schedules() -> None:
+    cosine, falling, constant = methods.cosine(2.0, 100, 10), methods.falling(2.0, 100), methods.constant(2.0, 4)
+    assert [constant(s) for s in (0, 1, 3, 50)] == [0.5, 1.0, 2.0, 2.0]
+    assert cosine(0) == 0.2 and cosine(9) == 2.0
+    assert cosine(55) == pytest.approx(2 * (0.1 + 0.45)) and cosine(100) == pytest.approx(0.2)
+    assert falling(4) == pytest.approx(2 * (1 - 0.036)) and falling(99) == pytest.approx(2 * (1 - 0.891))
+
+
+def test_the_bar_is_redrawn_on_a_terminal_and_sparse_elsewhere(tmp_path: Path) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    def shown(stream: io.StringIO) -> str:
+        with Run(tmp_path, {}, terminal=stream) as run:
+            for step in run.steps("sft", 30):
+                run.log(step, {"loss": 1.0, "reward": 0.5})
+        return stream.getvalue()
+
+    live, quiet = shown(Terminal()), shown(io.StringIO())
+    assert live.count("\r") == 30 and live.count("\n") == 1 and "30/30" in live
+    assert quiet.count("\n") == 10 and "\r" not in quiet and "loss 1.000  reward 0.500" in quiet
+
+
+def test_a_stop_ends_the_steps_after_the_one_in_hand(tmp_path: Path) -> None:
+    done = []
+    with Run(tmp_path, {}, terminal=io.StringIO()) as run:
+        for step in run.steps("sft", 5):
+            if step == 2:
+                run._stop(2, None)
+            done.append(step)
+        assert list(run.steps("more", 5)) == []
+        with pytest.raises(KeyboardInterrupt):
+            run._stop(2, None)
+    assert done == [0, 1, 2]
+
+
+def test_table_lines_up() -> None:
+    assert table([("", "before", "after"), ("reward", "0.5", "0.75")]).splitlines() == [
+        "        before  after",
+        "---------------------",
+        "reward     0.5   0.75",
+    ]
+
+
+def test_running_mean_is_centred() -> None:
+    assert running_mean([0.0, 1.0, 2.0, 3.0, 4.0]) == [0.5, 1.0, 2.0, 3.0, 3.5]
+    assert all(map(math.isfinite, running_mean([float(i) for i in range(100)])))
