@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Hashable, Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lossfns.errors import LossInputError, LossWarning, did_you_mean
+from lossfns.errors import LossInputError, did_you_mean, warn
 
 EPS = 1e-6
 
@@ -33,11 +32,7 @@ def group_advantages(rewards: Any, groups: Sequence[Hashable], scale: str = "std
         raise LossInputError("scale", "'std' or 'none'", repr(scale), did_you_mean(str(scale), ("std", "none")))
     r, index, size = grouped(rewards, groups)
     if (size == 1).any():
-        warnings.warn(
-            "group_advantages: a group of one has advantage 0; are the groups right?",
-            LossWarning,
-            stacklevel=2,
-        )
+        warn("group_advantages: a group of one has advantage 0; are the groups right?")
     centred = r - (np.bincount(index, r) / size)[index]
     std = np.sqrt(np.bincount(index, centred**2) / np.maximum(size - 1, 1))
     advantages = centred if scale == "none" else centred / (std[index] + EPS)
@@ -57,16 +52,22 @@ def group_metrics(rewards: Any, groups: Sequence[Hashable]) -> dict[str, float]:
 
 def grouped(rewards: Any, groups: Sequence[Hashable]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Rewards ``[B]``, the group index of each ``[B]``, and the size of each group ``[G]``."""
-    r = np.asarray(rewards.detach().cpu() if isinstance(rewards, Tensor) else rewards, dtype=np.float64)
+    try:
+        r = np.asarray(rewards.detach().cpu().double() if isinstance(rewards, Tensor) else rewards, dtype=np.float64)
+    except (TypeError, ValueError):
+        fix = "Pass a flat list."
+        raise LossInputError("rewards", "one number for each sample", repr(rewards), fix) from None
     if r.ndim != 1 or r.size == 0:
         raise LossInputError("rewards", "one number for each sample", f"shape {r.shape}", "Pass a flat list.")
-    if len(groups) != len(r):
-        fix = "Give each sample the label of its prompt."
-        raise LossInputError("groups", f"{len(r)} labels, one per reward", str(len(groups)), fix)
+    given = groups.tolist() if isinstance(groups, (Tensor, np.ndarray)) else groups
+    labels = list(given) if isinstance(given, (list, tuple, str)) else []
+    if len(labels) != len(r) or not all(isinstance(label, Hashable) for label in labels):
+        got = f"{len(labels)} of them" if labels else repr(groups)
+        fix = "Give each sample the label of its prompt: a string or a number."
+        raise LossInputError("groups", f"{len(r)} labels, one per reward", got, fix)
     if not np.isfinite(r).all():
         i = int(np.flatnonzero(~np.isfinite(r))[0])
         raise LossInputError(f"rewards[{i}]", "a finite number", f"{r[i]}", "Drop samples that have no reward.")
-    labels = groups.tolist() if isinstance(groups, (Tensor, np.ndarray)) else list(groups)
     order = {label: i for i, label in enumerate(dict.fromkeys(labels))}
     index = np.array([order[label] for label in labels])
     return r, index, np.bincount(index)

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable
 from typing import Any
 
-from lossfns.errors import LossInputError
+import numpy as np
+
+from lossfns.errors import LossInputError, did_you_mean
+
+
+def is_real(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, (bool, np.bool_))
 
 
 def number(name: str, value: Any, expected: str, accept: Callable[[float], bool], fix: str) -> None:
     """Refuse what is not a finite number, or not one that ``accept`` takes."""
-    real = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not (real and math.isfinite(value) and accept(value)):
+    if not (is_real(value) and math.isfinite(value) and accept(value)):
         raise LossInputError(name, expected, repr(value), fix)
 
 
@@ -27,12 +33,7 @@ def non_negative(name: str, value: Any) -> None:
 def clip(name: str, value: Any) -> None:
     """Absolute bounds of the ratio, ``0 <= low <= 1 <= high``."""
     expected = "ratio bounds (low, high) with 0 <= low <= 1 <= high"
-    numbers = (int, float)
-    if (
-        not isinstance(value, (tuple, list))
-        or len(value) != 2
-        or not all(isinstance(x, numbers) and not isinstance(x, bool) for x in value)
-    ):
+    if not isinstance(value, (tuple, list)) or len(value) != 2 or not all(map(is_real, value)):
         raise LossInputError(name, expected, repr(value), "An epsilon of 0.2 is clip=(0.8, 1.2).")
     low, high = value
     if 0 <= low < 1 and 0 <= high < 1:
@@ -58,11 +59,16 @@ def label_smoothing(name: str, value: Any) -> None:
     number(name, value, "a number in [0, 0.5]", lambda x: 0 <= x <= 0.5, fix)
 
 
-def function(name: str, value: Any) -> None:
-    """A function of ours, not the name of one."""
-    if not callable(value):
-        fix = f"Import it and pass it: `from lossfns import {str(value).replace('-', '_')}`."
-        raise LossInputError(name, "a function such as k3", repr(value), fix)
+def function(*known: str) -> Callable[[str, Any], None]:
+    """A function, such as those of the known names, and not a name."""
+
+    def check(name: str, value: Any) -> None:
+        if not callable(value):
+            name_of_it = value if value in known else known[-1]
+            hint = f"{did_you_mean(str(value), known)} Write `from lossfns import {name_of_it}`."
+            raise LossInputError(name, f"a function such as {known[-1]}", repr(value), hint)
+
+    return check
 
 
 KNOBS: dict[str, Callable[[str, Any], None]] = {
@@ -76,7 +82,8 @@ KNOBS: dict[str, Callable[[str, Any], None]] = {
     "dual_clip": dual_clip,
     "log_ratio_cap": log_ratio_cap,
     "label_smoothing": label_smoothing,
-    "kl": function,
+    "kl": function("k1", "k2", "k3"),
+    "level": function("sequence_level", "geometric_level", "token_level"),
 }
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lossfns.checks import is_real
 from lossfns.errors import LossInputError, did_you_mean
 
 NUMPY = {"float32": np.float32, "int64": np.int64}
@@ -88,9 +89,19 @@ class TensorData:
             raise LossInputError(
                 "data", "a constant tensor", got, "Call .detach(): what a datum holds has no gradient."
             )
-        kind = "f" if tensor.is_floating_point() else "b" if tensor.dtype == torch.bool else "i"
-        dtype = tensor_dtype(kind, str(tensor.dtype))
+        whole = tensor.dtype in (torch.int8, torch.int16, torch.int32, torch.int64)
+        dtype = tensor_dtype("f" if tensor.is_floating_point() else "i" if whole else "", str(tensor.dtype))
         return cls(tensor.cpu().to(getattr(torch, dtype)).numpy(), dtype, tensor.shape)
+
+    @classmethod
+    def from_torch_sparse(cls, tensor: Tensor) -> TensorData:
+        """CSR where that is smaller: a matrix with many zeros."""
+        dense = cls.from_torch(tensor)
+        array = dense.to_numpy()
+        if array.ndim != 2 or array.shape[0] + 1 + 2 * np.count_nonzero(array) >= array.size:
+            return dense
+        crow = [0, *np.cumsum(np.count_nonzero(array, axis=1)).tolist()]
+        return cls(array[array != 0], dense.dtype, array.shape, crow, np.nonzero(array)[1].tolist())
 
     @property
     def data(self) -> list[Any]:
@@ -117,7 +128,7 @@ class TensorData:
 
 
 def tensor_dtype(kind: str, name: str) -> str:
-    if kind not in "fi":
+    if kind not in ("f", "i"):
         fix = "Convert it: .float() for numbers, .long() for ids."
         raise LossInputError("dtype", "floating point or signed integers", name, fix)
     return "float32" if kind == "f" else "int64"
@@ -138,9 +149,27 @@ def cast(data: Any, dtype: str, name: str) -> np.ndarray:
     if array.dtype.kind not in "fiub":
         got = f"a {type(data).__name__} of {array.dtype}"
         raise LossInputError(name, "a rectangular numeric array", got, "None and strings are no numbers.")
-    if dtype == "int64" and array.dtype.kind == "f" and not (np.isfinite(array) & (array == np.trunc(array))).all():
-        raise LossInputError(name, "whole numbers", "fractions", "Ids are integers; were weights passed?")
+    if dtype == "int64" and array.dtype.kind == "f":
+        if not (np.isfinite(array) & (array == np.trunc(array))).all():
+            raise LossInputError(name, "whole numbers", "fractions", "Ids are integers; were weights passed?")
+        if not (np.abs(array) < 2.0**63).all():
+            raise LossInputError(name, "whole numbers of 64 bits", f"{np.abs(array).max():g}", "No id is that large.")
     return array.astype(NUMPY[dtype], copy=False)
+
+
+def token_ids(tokens: Any, name: str) -> np.ndarray:
+    """``[T]`` ids, whole and not negative."""
+    ids = cast(tokens if hasattr(tokens, "__array__") else list(tokens), "int64", name)
+    if ids.ndim != 1:
+        raise LossInputError(name, "a flat list of token ids", f"shape {ids.shape}", "One datum holds one sequence.")
+    check_ids(ids, name)
+    return ids
+
+
+def check_ids(ids: np.ndarray, name: str) -> None:
+    if ids.size and ids.min() < 0:
+        fix = "To leave a position out, give it weight 0."
+        raise LossInputError(name, "ids of at least 0", str(ids.min()), fix)
 
 
 def check_csr(stored: int, crow: Sequence[int] | None, col: Sequence[int] | None, shape: Sequence[int] | None) -> None:
@@ -164,6 +193,9 @@ class EncodedTextChunk:
     tokens: tuple[int, ...]
     type: str = "encoded_text"
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tokens", tuple(self.tokens))
+
     @property
     def length(self) -> int:
         return len(self.tokens)
@@ -181,13 +213,16 @@ class ModelInput:
 
     @classmethod
     def from_ints(cls, tokens: Iterable[int]) -> ModelInput:
-        return cls((EncodedTextChunk(tuple(cast(list(tokens), "int64", "tokens").tolist())),))
+        ids = cast(list(tokens), "int64", "tokens")
+        if ids.ndim != 1:
+            raise LossInputError("tokens", "a flat list of token ids", f"shape {ids.shape}", "Flatten it.")
+        return cls((EncodedTextChunk(tuple(ids.tolist())),))
 
     def append(self, chunk: EncodedTextChunk) -> ModelInput:
         return ModelInput((*self.chunks, chunk))
 
     def append_int(self, token: int) -> ModelInput:
-        return self.append(EncodedTextChunk((int(token),)))
+        return ModelInput((*self.chunks, *ModelInput.from_ints([token]).chunks))
 
     def to_ints(self) -> list[int]:
         return [token for chunk in self.chunks for token in chunk.tokens]
@@ -219,15 +254,24 @@ def tensor_data(name: str, value: Any) -> Any:
         return value
     try:
         if isinstance(value, Tensor):
-            return TensorData.from_torch(value)
-        if isinstance(value, np.ndarray):
-            return TensorData.from_numpy(value)
+            made = TensorData.from_torch(value)
+        elif isinstance(value, np.ndarray):
+            made = TensorData.from_numpy(value)
+        elif isinstance(value, list):
+            made = from_list(name, value)
+        else:
+            got = f"a {type(value).__name__}"
+            raise LossInputError(name, "a list, array, tensor or TensorData", got, "Wrap it in TensorData.")
     except LossInputError as error:
         error.field = name
         raise
-    if not isinstance(value, list):
-        got = f"a {type(value).__name__}"
-        raise LossInputError(name, "a list, array, tensor or TensorData", got, "Wrap it in TensorData.")
+    if FIELD_DTYPES.get(name) == "int64":
+        made = TensorData(cast(made.to_numpy(), "int64", name), "int64", made.shape)
+        check_ids(made.to_numpy(), name)
+    return made
+
+
+def from_list(name: str, value: list[Any]) -> TensorData:
     if name not in FIELD_DTYPES:
         fix = "Wrap it in TensorData(data=..., dtype=...), which says what it is."
         raise LossInputError(name, "a known field for a plain list", f"the unknown field {name!r}", fix)
@@ -258,28 +302,42 @@ def datum_from_tokens(
     >>> datum.loss_fn_inputs["target_tokens"].data, datum.loss_fn_inputs["weights"].data
     ([6, 7, 8], [0.0, 1.0, 1.0])
     """
-    ids = cast(list(tokens), "int64", "tokens")
+    ids = token_ids(tokens, "tokens")
     if (weights is None) == (prompt_length is None):
-        raise LossInputError(
-            "weights", "either weights or prompt_length", "both or neither", "They say the same thing."
-        )
-    if prompt_length is not None and not 0 <= prompt_length <= len(ids):
-        fix = "It counts the tokens before the response."
-        raise LossInputError("prompt_length", f"0 to {len(ids)}, the number of tokens", str(prompt_length), fix)
+        fix = "They say the same thing."
+        raise LossInputError("weights", "either weights or prompt_length", "both or neither", fix)
+    if prompt_length is not None:
+        check_count("prompt_length", prompt_length, 0, len(ids), "It counts the tokens before the response.")
+    if max_length is not None:
+        check_count("max_length", max_length, 1, None, "It counts the tokens to keep.")
     full = np.arange(len(ids)) >= prompt_length if prompt_length is not None else host(weights, "weights")
-    if len(full) != len(ids):
+    if full.shape != ids.shape:
         fix = "Weights are given for tokens and shifted here, once."
-        raise LossInputError("weights", f"{len(ids)} values, one per token", str(len(full)), fix)
-    ids, full = ids[:max_length], full[:max_length]
-    if len(ids) < 2:
-        raise LossInputError("tokens", "at least 2 tokens", str(len(ids)), "One token has nothing to predict.")
+        raise LossInputError("weights", f"{len(ids)} values, one per token", sizes(full), fix)
+    kept = len(ids[:max_length])
+    if kept < 2:
+        raise LossInputError("tokens", "at least 2 tokens", str(kept), "One token has nothing to predict.")
+    inputs = {"target_tokens": ids[1:kept], "weights": reduced(full[1:kept].astype(np.float32), reduction)}
     for name, value in fields.items():
-        if len(host(value, name)) != len(ids) - 1:
+        row = tensor_data(name, value).to_numpy() if np.ndim(value) or hasattr(value, "to_numpy") else np.asarray(value)
+        if row.shape[:1] != (len(ids) - 1,):
             fix = "Fields are in the frame of target_tokens; see align_sampler_logprobs."
-            raise LossInputError(name, f"{len(ids) - 1} values, one per target", str(len(value)), fix)
-    shifted = full[1:].astype(np.float32)
-    inputs = {"target_tokens": ids[1:], "weights": reduced(shifted, reduction), **fields}
-    return Datum(ModelInput.from_ints(ids[:-1].tolist()), inputs)
+            raise LossInputError(name, f"{len(ids) - 1} values, one per target", sizes(row), fix)
+        inputs[name] = row[: kept - 1]
+    return Datum(ModelInput.from_ints(ids[: kept - 1].tolist()), inputs)
+
+
+def check_count(name: str, value: Any, least: int, most: int | None, fix: str) -> None:
+    """Refuse what is no whole number in [least, most]."""
+    whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if not whole or value < least or (most is not None and value > most):
+        expected = f"at least {least}" if most is None else f"{least} to {most}, the number of tokens"
+        raise LossInputError(name, expected, repr(value), fix)
+
+
+def sizes(row: np.ndarray) -> str:
+    """How many values there are, for an error."""
+    return str(len(row)) if row.ndim == 1 else f"shape {row.shape}"
 
 
 def reduced(weights: np.ndarray, reduction: str) -> np.ndarray:
@@ -303,7 +361,7 @@ def datum_from_model_input_weights(
     return datum_from_tokens(model_input.to_ints(), weights, max_length=max_length, reduction=reduction)
 
 
-def align_sampler_logprobs(logprobs: Sequence[float | None], targets: int) -> Tensor:
+def align_sampler_logprobs(logprobs: Any, targets: int) -> Tensor:
     """What a sampler returned, in the frame of N targets, as float32 ``[N]`` (0 where it says nothing).
 
     Accepts the completion alone (its last C <= N targets), all N targets, or all N + 1 tokens with the
@@ -314,17 +372,15 @@ def align_sampler_logprobs(logprobs: Sequence[float | None], targets: int) -> Te
     >>> align_sampler_logprobs([None, -3.0, -2.0, -0.5, -0.25], targets=4)
     tensor([-3.0000, -2.0000, -0.5000, -0.2500])
     """
-    values = list(logprobs)
-    if len(values) == targets + 1 and values[0] is None:
-        values = values[1:]
-    if len(values) > targets:
+    values = list(logprobs.tolist() if isinstance(logprobs, (Tensor, np.ndarray)) else logprobs)
+    skipped = int(len(values) == targets + 1 and values[0] is None)
+    if len(values) - skipped > targets:
         fix = "Pass the number of target_tokens; a row over all tokens starts with None."
         raise LossInputError("logprobs", f"at most {targets} values, or None and {targets}", str(len(values)), fix)
     known = next((i for i, value in enumerate(values) if value is not None), len(values))
-    if None in values[known:]:
-        i = known + values[known:].index(None)
-        raise LossInputError(
-            f"logprobs[{i}]", "a number after the first number", "None", "Only the prompt may be null."
-        )
-    aligned = [0.0] * (targets - len(values) + known) + [float(value) for value in values[known:] if value is not None]
-    return torch.tensor(aligned, dtype=torch.float32)
+    for i, value in enumerate(values[known:], known):
+        if not is_real(value):
+            expected = "a number after the first number" if value is None else "a number"
+            raise LossInputError(f"logprobs[{i}]", expected, repr(value), "Only the prompt may be null.")
+    numbers = [float(value) for value in values[known:] if value is not None]
+    return torch.tensor([0.0] * (targets - len(numbers)) + numbers, dtype=torch.float32)

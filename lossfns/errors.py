@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import warnings
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -35,6 +37,14 @@ class LossInputError(ValueError):
 
 class LossWarning(UserWarning):
     """An input that a loss accepts although it is more often a mistake than a wish."""
+
+
+def warn(message: str) -> None:
+    """A ``LossWarning`` that points at the caller's line, however deep in the library it arose."""
+    depth, frame = 1, inspect.currentframe()
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == __package__:
+        depth, frame = depth + 1, frame.f_back
+    warnings.warn(message, LossWarning, stacklevel=depth)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

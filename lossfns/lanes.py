@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lossfns.errors import LossInputError
 from lossfns.loss import BoundLoss, Loss, named
-from lossfns.pack import blank, find, pack_weights
+from lossfns.pack import blank, find, pack_weights, weight_rows
 from lossfns.tokens import PAIRS
 
 DatumFn = Callable[..., tuple[Tensor, dict[str, Tensor]]]
@@ -60,7 +60,8 @@ def datums(loss: Loss | BoundLoss, data: Sequence[Any]) -> list[Any]:
     bound = loss if isinstance(loss, BoundLoss) else loss.bind()
     loss = bound.loss
     with named(loss):
-        columns = {name: rows_of(name, data, bound.columns) for name in loss.reads}
+        lengths = [len(row) for row in weight_rows(data, loss.reads, bound.columns)]
+        columns = {name: rows_of(name, data, bound.columns, lengths) for name in loss.reads}
         columns["weights"] = coefficients(bound, data)
     return [rebuilt(datum, {name: rows[i] for name, rows in columns.items()}) for i, datum in enumerate(data)]
 
@@ -68,19 +69,19 @@ def datums(loss: Loss | BoundLoss, data: Sequence[Any]) -> list[Any]:
 def coefficients(bound: BoundLoss, data: Sequence[Any]) -> list[np.ndarray]:
     """share / denominator of every token, by datum; they hold all of the weighing."""
     loss = bound.loss
-    t = pack_weights(data, bound.columns, rows=loss.rows)
+    t = pack_weights(data, loss.reads, bound.columns, rows=loss.rows)
     share = loss.share(t)
     if loss.count is not None:
         share = share / (bound.divisor or loss.count(t))
-    shapes = [row.shape for row in find("weights", data, bound.columns)]
+    shapes = [row.shape for row in weight_rows(data, loss.reads, bound.columns)]
     parts = torch.split(share, [prod(shape) for shape in shapes])
     return [part.numpy().reshape(shape) for part, shape in zip(parts, shapes)]
 
 
-def rows_of(name: str, data: Sequence[Any], columns: Mapping[str, Any]) -> list[np.ndarray]:
+def rows_of(name: str, data: Sequence[Any], columns: Mapping[str, Any], lengths: Sequence[int]) -> list[np.ndarray]:
     """A column as one row per datum, numbers spread over the datum's tokens."""
-    found, lengths = find(name, data, columns), [len(row) for row in find("weights", data, columns)]
-    return [np.broadcast_to(np.asarray(value, dtype=np.float32), (n,)) for value, n in zip(found, lengths)]
+    rows = zip(find(name, data, columns), lengths)
+    return [np.broadcast_to(np.asarray(value, dtype=np.float32), (n,)) for value, n in rows]
 
 
 def rebuilt(datum: Any, fields: Mapping[str, np.ndarray]) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -15,8 +14,8 @@ import torch
 from torch import Tensor
 
 from lossfns import terms as eq
-from lossfns.checks import check_knobs
-from lossfns.errors import LossInputError, LossWarning, did_you_mean
+from lossfns.checks import check_knobs, number
+from lossfns.errors import LossInputError, did_you_mean, warn
 from lossfns.pack import pack, pack_weights
 from lossfns.readings import doubt, judge, readings
 from lossfns.segments import active_mean, nonempty, sequence_sum, spread
@@ -110,7 +109,8 @@ class BoundLoss:
         **columns: Any,
     ) -> BoundLoss:
         """The same with more bound; what is bound again is replaced."""
-        check_bound(self.loss, columns, denominator, align)
+        with named(self.loss):
+            check_bound(self.loss, columns, denominator, align)
         return replace(
             self,
             columns={**self.columns, **columns},
@@ -124,7 +124,8 @@ class BoundLoss:
         if self.loss.count is None:
             return 1.0
         with named(self.loss):
-            count = float(self.loss.count(pack_weights(data, self.columns, rows=self.loss.rows, align=self.align)))
+            t = pack_weights(data, self.loss.reads, self.columns, rows=self.loss.rows, align=self.align)
+            count = float(self.loss.count(t))
             if math.isnan(count):
                 raise not_divisible(count)
         return count
@@ -159,7 +160,7 @@ class BoundLoss:
         if self.divisor is None and rows == 0:
             fix = "Bind denominator= where this is one chunk of a larger batch."
             raise LossInputError("weights", "at least one active token in the batch", "only zeros", fix)
-        if self.divisor is None and not count > 0:
+        if math.isnan(count) or (self.divisor is None and count <= 0):
             raise not_divisible(count)
         if not math.isfinite(totals["loss"]):
             fix = "A finite log_ratio_cap keeps exp from overflowing."
@@ -193,6 +194,9 @@ def merge_metrics(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 def grad_l1(total: Tensor, t: Tokens) -> Tensor:
     """Σ|∂L/∂logprob| over the batch."""
+    if not total.requires_grad:
+        fix = "Pass leaves with requires_grad=True, outside no_grad."
+        raise LossInputError("logprobs_list", "tensors that require grad, for grad_l1", "constants", fix)
     return torch.autograd.grad(total, t.logprobs, retain_graph=True)[0].abs().sum()
 
 
@@ -216,15 +220,15 @@ def check_bound(loss: Loss, columns: Mapping[str, Any], denominator: float | Non
     for name, value in columns.items():
         if name not in known:
             got, fix = f"the name {name!r}", did_you_mean(name, known | {"denominator", "align", "grad_l1"})
-            raise LossInputError("bind", "the name of a column", got, fix, loss=loss.name)
+            raise LossInputError("bind", "the name of a column", got, fix)
         if value is None or (value is ON_POLICY and name != "old_logprobs"):
             fix = "Leave it out to read the datums' own."
-            raise LossInputError(name, "one row per datum", repr(value), fix, loss=loss.name)
+            raise LossInputError(name, "one row per datum", repr(value), fix)
         if name != "weights" and name not in loss.reads:
-            warnings.warn(f"{loss!r} does not read {name}: binding it has no effect", LossWarning, stacklevel=4)
-    if denominator is not None and not (math.isfinite(denominator) and denominator > 0):
+            warn(f"{loss!r} does not read {name}: binding it has no effect")
+    if denominator is not None:
         fix = "Take it from loss.denominator(whole_batch)."
-        raise LossInputError("denominator", "a finite number above 0", repr(denominator), fix, loss=loss.name)
+        number("denominator", denominator, "a finite number above 0", lambda d: d > 0, fix)
     if align not in (None, "strict", "truncate"):
         raise LossInputError(
             "align", "'strict' or 'truncate'", repr(align), did_you_mean(str(align), ("strict", "truncate"))
@@ -261,7 +265,9 @@ def method(preset: Callable[P, Loss]) -> Callable[P, Loss]:
 
 
 def innermost(loss: Loss, combinator: str, *columns: str) -> None:
-    """Refuse to wrap a loss whose term already contains what the combinator must not touch."""
+    """Refuse to wrap what is no loss, or one whose term already contains what the combinator must not touch."""
+    if not isinstance(loss, Loss):
+        raise LossInputError("loss", "a Loss such as ppo()", show(loss), "Call the preset: ppo(), not ppo.")
     for name in columns:
         if name in loss.reads:
             fix = "Apply with_kl last, with_tis before it, dual_clip first: with_kl(with_tis(ppo()), kl_beta=0.01)."
@@ -274,10 +280,11 @@ def with_kl(loss: Loss, kl_beta: float = 1e-3, kl: KL = eq.k3) -> Loss:
 
     Reads ``ref_logprobs`` besides the loss's own columns; with ``kl_beta=0`` it is the loss.
     """
+    innermost(loss, "with_kl")
     if kl_beta == 0:
         return loss
     if kl is eq.k1:
-        warnings.warn("k1 in a loss has an expected gradient of 0: use k2 or k3", LossWarning, stacklevel=3)
+        warn("k1 in a loss has an expected gradient of 0: use k2 or k3")
 
     def terms(t: Tokens) -> tuple[Tensor, Statistics]:
         term, statistics = loss.terms(t)

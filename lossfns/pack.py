@@ -6,7 +6,7 @@ checks but ``judge`` (see ``readings``), once the numbers are on the host with t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from math import prod
 from typing import Any
 
@@ -21,6 +21,7 @@ Row = np.ndarray[Any, Any] | Tensor
 Rows = list[Row]
 
 FIXES = {
+    "target_tokens": "Build the datum with datum_from_tokens.",
     "weights": "Give one number for each target: 0 for the prompt, 1 for what is trained on.",
     "advantages": "Pass bind(advantages=...): a number or a row for each datum, as group_advantages makes them.",
     "old_logprobs": "Pass bind(old_logprobs=...): the logprobs before the update, or ON_POLICY to say they are these.",
@@ -58,28 +59,48 @@ def pack(
     check_data(data, rows)
     check_logprobs(data, logprobs_list, rank=2 if rows == TARGETS else 1)
     on_policy = [name for name in reads if columns.get(name) is ON_POLICY]
-    table = {name: find(name, data, columns) for name in ("weights", *reads) if name not in on_policy}
+    table = {name: find(name, data, columns) for name in reads if name not in on_policy}
+    table["weights"] = find_weights(data, columns, reads)
     if align == "truncate":
         logprobs_list, table = truncate(logprobs_list, table)
+    else:
+        check_targets(data, logprobs_list)
     shapes = [lp.shape for lp in logprobs_list]
     logprobs = concatenate(logprobs_list)
     lengths = torch.tensor([prod(shape) for shape in shapes], device=logprobs.device)
     flat = {name: fill(name, found, shapes, lengths, logprobs) for name, found in table.items()}
-    flat |= {name: logprobs.detach() for name in on_policy}
-    return blank(logprobs, flat.pop("weights"), lengths, flat)
+    weights = flat.pop("weights")
+    return blank(logprobs, weights, lengths, flat | {name: logprobs.detach() for name in on_policy})
 
 
-def pack_weights(data: Sequence[Any], columns: Mapping[str, Any], *, rows: str, align: str = "strict") -> Tokens:
+def pack_weights(
+    data: Sequence[Any], reads: Sequence[str], columns: Mapping[str, Any], *, rows: str, align: str = "strict"
+) -> Tokens:
     """What is known of a batch before any forward pass: its weights, in float64."""
     check_data(data, rows)
-    found = find("weights", data, columns)
+    found = weight_rows(data, reads, columns)
     if align == "truncate":
-        targets = as_rows(fields(data, "target_tokens"), "target_tokens")
-        found = [w[: len(y)] for w, y in zip(found, targets)]
+        others = [rows for name in reads if isinstance(rows := known(name, data, columns), list)]
+        shortest = zip(found, find("target_tokens", data, columns), *others)
+        found = [w[: min(map(len, (w, *rest)))] for w, *rest in shortest]
     shapes = [w.shape for w in found]
     lengths = torch.tensor([prod(shape) for shape in shapes])
     weights = fill("weights", found, shapes, lengths, torch.empty(0, dtype=torch.float64))
     return blank(torch.zeros_like(weights), weights, lengths, {})
+
+
+def weight_rows(data: Sequence[Any], reads: Sequence[str], columns: Mapping[str, Any]) -> Rows:
+    """The weights of each datum, ones for RL datums that have none."""
+    found: Rows | None = find_weights(data, columns, reads)
+    if found is not None:
+        return found
+    return [np.ones(len(row), dtype=np.float32) for row in as_rows(fields(data, "advantages"), "advantages")]
+
+
+def known(name: str, data: Sequence[Any], columns: Mapping[str, Any]) -> Any:
+    """A column that is there already, else None."""
+    there = name in columns or not any(value is None for value in fields(data, name))
+    return find(name, data, columns) if there and columns.get(name) is not ON_POLICY else None
 
 
 def blank(logprobs: Tensor, weights: Tensor, lengths: Tensor | None, columns: Mapping[str, Tensor]) -> Tokens:
@@ -117,27 +138,38 @@ def check_logprobs(data: Sequence[Any], logprobs_list: Sequence[Tensor], rank: i
             fix = "Logprobs are real numbers: were token ids passed?"
             raise LossInputError("logprobs", "a floating point tensor", str(lp.dtype), fix, datum=i)
         if lp.ndim != rank:
-            other = "multi_target_cross_entropy" if rank == 1 else "cross_entropy"
-            fix = f"For rank {lp.ndim} use {other}."
+            others = {1: "For [N] use cross_entropy.", 2: "For [N, K] use multi_target_cross_entropy."}
+            fix = others.get(lp.ndim, "Split the batch by sequence.")
             raise LossInputError("logprobs", ("[N]", "[N, K]")[rank - 1], f"shape {tuple(lp.shape)}", fix, datum=i)
         if lp.device != logprobs_list[0].device:
             got = f"{lp.device}, while datum[0] has {logprobs_list[0].device}"
             raise LossInputError("logprobs", "one device for the whole batch", got, "Move them with .to().", datum=i)
 
 
+def check_targets(data: Sequence[Any], logprobs_list: Sequence[Tensor]) -> None:
+    """Logprobs are those of the datum's targets, where it has any."""
+    for i, (datum, lp) in enumerate(zip(data, logprobs_list)):
+        targets = datum.loss_fn_inputs.get("target_tokens")
+        if targets is not None and hasattr(targets, "to_numpy"):
+            count = targets.shape[0] if targets.shape else len(targets.to_numpy())
+            if count != len(lp) and count != lp.numel():
+                got, fix = str(len(lp)), "Pass the logprobs of these datums' targets."
+                raise LossInputError("logprobs", f"{count} rows (the length of target_tokens)", got, fix, datum=i)
+
+
 def find(name: str, data: Sequence[Any], columns: Mapping[str, Any]) -> Any:
     """A column as it came: a list of B rows, or one array ``[B]`` of a number for each datum."""
     if name in columns:
         given = columns[name]
-        if not hasattr(given, "__len__") or len(given) != len(data):
-            got = str(len(given)) if hasattr(given, "__len__") else f"a {type(given).__name__}"
-            fix = "Bind one for each of the datums that are passed."
+        if isinstance(given, (Mapping, Set)) or not hasattr(given, "__len__") or getattr(given, "ndim", 1) == 0:
+            got, fix = f"a {type(given).__name__}", "Bind a list with one entry for each datum."
             raise LossInputError(name, f"{len(data)} entries, one per datum", got, fix)
+        if len(given) != len(data):
+            fix = "Bind one for each of the datums that are passed."
+            raise LossInputError(name, f"{len(data)} entries, one per datum", str(len(given)), fix)
     else:
         given = fields(data, name)
         missing = next((i for i, value in enumerate(given) if value is None), None)
-        if missing is not None and name == "weights":
-            return default_weights(data, given, missing)
         if missing is not None:
             got, fix = "nothing bound, nor in the datum", FIXES.get(name, f"Pass bind({name}=...).")
             raise LossInputError(name, "one row per datum", got, fix, datum=missing)
@@ -160,18 +192,22 @@ def numbers(name: str, given: Row) -> Row:
     return given
 
 
-def default_weights(data: Sequence[Any], given: list[Any], missing: int) -> Rows:
-    """Ones, in the one case where that is the format: per-token ``advantages`` in every datum (RL datums)."""
-    advantages = fields(data, "advantages")
+def find_weights(data: Sequence[Any], columns: Mapping[str, Any], reads: Sequence[str]) -> Any:
+    """The weights; None stands for ones, in the one case where that is the format.
+
+    RL datums have per-token ``advantages`` and no weights. A mask beside them is not passed over in silence.
+    """
+    given = [] if "weights" in columns else fields(data, "weights")
+    missing = next((i for i, value in enumerate(given) if value is None), None)
+    if missing is None:
+        return find("weights", data, columns)
     masks = [name for name in ("mask", "loss_mask") if name in data[missing].loss_fn_inputs]
-    if masks or any(a is None for a in advantages) or any(w is not None for w in given):
+    advantages = fields(data, "advantages") if "advantages" in reads else [None]
+    rl = not any(a is None for a in advantages) and all(w is None for w in given) and not masks
+    if not rl or any(row.ndim != 1 for row in as_rows(advantages, "advantages")):
         fix = f"Its {masks[0]!r} is not read: pass it as weights." if masks else FIXES["weights"]
         raise LossInputError("weights", "a row for each datum", "loss_fn_inputs without weights", fix, datum=missing)
-    rows = as_rows(advantages, "advantages")
-    if any(row.ndim != 1 for row in rows):
-        got = "advantages that are no rows, and no weights"
-        raise LossInputError("weights", "a row for each datum", got, FIXES["weights"], datum=missing)
-    return [np.ones(len(row), dtype=np.float32) for row in rows]
+    return None
 
 
 def fields(data: Sequence[Any], name: str) -> list[Any]:
@@ -212,14 +248,22 @@ def as_row(value: Any, name: str, datum: int | None) -> Row:
 def truncate(logprobs_list: Sequence[Tensor], table: dict[str, Any]) -> tuple[list[Tensor], dict[str, Any]]:
     """Cut every row of a datum to the shortest of them."""
     ragged = {name: rows for name, rows in table.items() if isinstance(rows, list)}
+    if logprobs_list[0].ndim == 2:
+        ragged = {name: [in_rows(r, lp) for r, lp in zip(rows, logprobs_list)] for name, rows in ragged.items()}
     shortest = [min(map(len, rows)) for rows in zip(logprobs_list, *ragged.values())]
     cut = {name: [row[:n] for row, n in zip(rows, shortest)] for name, rows in ragged.items()}
     return [lp[:n] for lp, n in zip(logprobs_list, shortest)], table | cut
 
 
+def in_rows(row: Row, logprobs: Tensor) -> Row:
+    """A flat list of [N, K] entries as N rows of K."""
+    targets = logprobs.shape[1]
+    return row.reshape(-1, targets) if row.ndim == 1 and targets and len(row) % targets == 0 else row
+
+
 def concatenate(logprobs_list: Sequence[Tensor]) -> Tensor:
     """All logprobs end to end, float32 at least, without a copy where they are views of one tensor."""
-    if isinstance(logprobs_list, FlatLogprobs):
+    if isinstance(logprobs_list, FlatLogprobs) and logprobs_list.whole:
         flat = logprobs_list.flat
     else:
         flat = torch.cat([lp if lp.ndim == 1 else lp.flatten() for lp in logprobs_list])
@@ -227,7 +271,9 @@ def concatenate(logprobs_list: Sequence[Tensor]) -> Tensor:
 
 
 def fill(name: str, found: Any, shapes: Sequence[Sequence[int]], lengths: Tensor, like: Tensor) -> Tensor:
-    """A column laid end to end like the logprobs, in their dtype and on their device."""
+    """A column laid end to end like the logprobs, in their dtype and on their device; ones for None."""
+    if found is None:
+        return torch.ones_like(like, requires_grad=False)
     if not isinstance(found, list):
         numbers = torch.as_tensor(found).to(like.device, like.dtype)
         return torch.repeat_interleave(numbers, lengths, output_size=sum(map(prod, shapes)))

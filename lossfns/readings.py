@@ -7,13 +7,12 @@ and ``judge`` reads them on the host before the loss is returned.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from lossfns.errors import LossInputError, LossWarning
+from lossfns.errors import LossInputError, warn
 from lossfns.segments import chosen, nonempty, rejected
 from lossfns.tokens import LOGPROB_COLUMNS, PAIRS, Tokens
 
@@ -70,7 +69,7 @@ def judge(values: Sequence[float], t: Tokens, *, signed: bool) -> None:
         got = f"none on the {side} side of pair {pair}"
         raise LossInputError("weights", "active tokens on both sides", got, "Drop the pair, or mask both.", datum=datum)
     if bounds.get("old_logprobs") == (0, 0) and bounds["logprobs"][0] < -LOGPROB_TOLERANCE:
-        warnings.warn("old_logprobs are 0 at every active token: were they left unset?", LossWarning, stacklevel=4)
+        warn("old_logprobs are 0 at every active token: were they left unset?")
 
 
 def doubt(metrics: Mapping[str, float]) -> None:
@@ -78,7 +77,7 @@ def doubt(metrics: Mapping[str, float]) -> None:
     distance = metrics.get("log_ratio_abs", 0.0)
     if distance > 5:
         got = f"the mean |log-ratio| is {distance:.3g}"
-        warnings.warn(f"{got}: are the old_logprobs those of these tokens?", LossWarning, stacklevel=5)
+        warn(f"{got}: are the old_logprobs those of these tokens?")
 
 
 HINT = {

@@ -10,6 +10,7 @@ Shape legend, used in every docstring:
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
@@ -70,6 +71,11 @@ class FlatLogprobs(list[Any]):
     """
 
     def __init__(self, flat: Tensor, shapes: Sequence[Sequence[int]]) -> None:
-        sizes = [prod(shape) for shape in shapes]
-        super().__init__(view.view(tuple(shape)) for view, shape in zip(torch.split(flat, sizes), shapes))
-        self.flat = flat
+        views = torch.split(flat, [prod(shape) for shape in shapes])
+        self.flat, self.views = flat, [view.view(tuple(shape)) for view, shape in zip(views, shapes)]
+        super().__init__(self.views)
+
+    @property
+    def whole(self) -> bool:
+        """Whether the list still is what it was made as: the views, all of them and in order."""
+        return len(self) == len(self.views) and all(map(operator.is_, self, self.views))

@@ -26,6 +26,7 @@ ACCEPTED: dict[str, list[Any]] = {
     "dual_clip": [None, ABOVE, 3.0],
     "log_ratio_cap": [None, TINY, 20, 1e9],
     "label_smoothing": [0, 0.25, 0.5],
+    "level": [lambda t, log_weight: log_weight],
     "kl": [k3, lambda logprobs, ref: logprobs - ref],
 }
 REFUSED: dict[str, list[Any]] = {
@@ -43,6 +44,7 @@ REFUSED: dict[str, list[Any]] = {
     "dual_clip": [1.0, BELOW, -3.0, True, "3", math.nan, math.inf],
     "log_ratio_cap": [0, -20, True, "20", math.nan, math.inf],
     "label_smoothing": [-TINY, math.nextafter(0.5, 1), 1, *NO_NUMBER],
+    "level": ["sequence_level", "token", None],
     "kl": ["k3", None, 3, 0.001],
 }
 
