@@ -44,7 +44,8 @@ def batch(sequences: int, length: int) -> tuple[list[Datum], list[Tensor]]:
         old = logprobs + torch.randn(n, generator=generator) / 10 - 0.5
         columns = (weights, torch.full((n,), rng.gauss(0, 1)), old, old - 0.1)
         inputs = {name: TensorData.from_torch(x) for name, x in zip(COLUMNS, columns)}
-        data.append(Datum(ModelInput.from_ints([0]), inputs))
+        inputs["target_tokens"] = TensorData.from_torch(torch.zeros(n, dtype=torch.long))
+        data.append(Datum(ModelInput.from_ints([0] * n), inputs))
         leaves.append(logprobs.requires_grad_())
     return data, leaves
 

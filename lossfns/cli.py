@@ -36,6 +36,7 @@ def parser() -> argparse.ArgumentParser:
     add("--out", metavar="DIR", help="run folder; default runs/METHOD-TIME")
     add("--init", metavar="FILE", help="start from the weights of this checkpoint")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    add("--threads", type=count, default=1, metavar="N", help="CPU threads; more help little on so small a model")
     add("--seed", type=int, default=0, help="of the model, the batches and the samples")
     add("--steps", type=count, metavar="N", help="steps of the method; default by method")
     add("--warmup-steps", type=int, metavar="N", help="supervised steps before it; default by method")
@@ -69,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train(args: argparse.Namespace) -> int:
     """Build the model, run the recipe, save and report; a first Ctrl-C ends the recipe early, with all of the rest."""
+    torch.set_num_threads(args.threads)
     client = LocalTrainingClient(device=args.device, seed=args.seed)
     if args.init:
         client.load_state(args.init).result()

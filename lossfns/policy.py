@@ -15,49 +15,40 @@ from functools import partial
 from torch import Tensor
 
 from lossfns import terms as eq
-from lossfns.loss import KL, Loss, Statistics, geometric_level, method, weighed, with_kl
+from lossfns.loss import KL, Loss, Statistics, geometric_level, method, token_level, weighed, with_kl
 from lossfns.loss import dual_clip as with_dual_clip
 from lossfns.terms import k3
 from lossfns.tokens import Tokens
 from lossfns.weigh import Weighing, sequence_mean, token_mean
 
 Clip = tuple[float, float]
-LogRatio = Callable[[Tokens], Tensor]
+Level = Callable[[Tokens, Tensor], Tensor]
 
 
-def token_ratio(t: Tokens) -> Tensor:
-    """d = lp − old, each token by itself."""
-    return t.logprobs - t.old_logprobs
-
-
-def sequence_ratio(t: Tokens) -> Tensor:
-    """d = mean of lp − old over the active tokens of the sequence, with gradient to each of them."""
-    return geometric_level(t, token_ratio(t))
-
-
-def sequence_ratio_by_token(t: Tokens) -> Tensor:
-    """The same in value, but each token's d passes gradient to its own logprob alone."""
-    return eq.straight_through(sequence_ratio(t), t.logprobs)
+def geometric_level_by_token(t: Tokens, log_ratio: Tensor) -> Tensor:
+    """The sequence's mean in value, but each token's gradient goes to its own logprob alone."""
+    return eq.straight_through(geometric_level(t, log_ratio), log_ratio)
 
 
 def ratio_loss(
-    log_ratio: LogRatio,
+    level: Level,
     surrogate: Callable[[Tensor, Tensor], Tensor],
     weigh: Weighing,
     log_ratio_cap: float | None,
     shares: Callable[[Tensor, Tensor], Statistics] = lambda ratio, advantages: {},
 ) -> Loss:
-    """surrogate(r, A) of each token, r = exp(capped log-ratio)."""
+    """surrogate(r, A) of each token, r = exp(capped d), d = lp − old of the token or its sequence."""
 
     def terms(t: Tokens) -> tuple[Tensor, Statistics]:
-        d = log_ratio(t)
+        log_ratio = t.logprobs - t.old_logprobs
+        d = level(t, log_ratio)
         r = eq.cap(d, log_ratio_cap).exp()
         distance = d.detach().abs()
         statistics = {
             "ratio": r.detach(),
             "ratio_capped": distance > (math.inf if log_ratio_cap is None else log_ratio_cap),
             "log_ratio_abs": distance,
-            "kl_old": k3(t.old_logprobs, t.logprobs.detach()),
+            "kl_old": eq.k3_of(log_ratio.detach()),
         }
         return surrogate(r, t.advantages), statistics | shares(r.detach(), t.advantages)
 
@@ -70,12 +61,10 @@ def clip_shares(ratio: Tensor, advantages: Tensor, clip: Clip) -> Statistics:
     return {"clip_low": (advantages < 0) & (ratio < low), "clip_high": (advantages > 0) & (ratio > high)}
 
 
-def clipped(
-    log_ratio: LogRatio, clip: Clip, weigh: Weighing, log_ratio_cap: float | None, dual_clip: float | None
-) -> Loss:
+def clipped(level: Level, clip: Clip, weigh: Weighing, log_ratio_cap: float | None, dual_clip: float | None) -> Loss:
     """−min(r·A, clip(r)·A), dual-clipped if asked."""
     surrogate, shares = partial(eq.clipped_surrogate, clip=clip), partial(clip_shares, clip=clip)
-    return with_dual_clip(ratio_loss(log_ratio, surrogate, weigh, log_ratio_cap, shares), dual_clip)
+    return with_dual_clip(ratio_loss(level, surrogate, weigh, log_ratio_cap, shares), dual_clip)
 
 
 @method
@@ -94,7 +83,7 @@ def reinforce(weigh: Weighing = token_mean) -> Loss:
 @method
 def importance_sampling(weigh: Weighing = token_mean, log_ratio_cap: float | None = 20.0) -> Loss:
     """−r·A: the policy gradient corrected for the policy that sampled."""
-    return ratio_loss(token_ratio, eq.surrogate, weigh, log_ratio_cap)
+    return ratio_loss(token_level, eq.surrogate, weigh, log_ratio_cap)
 
 
 @method
@@ -105,7 +94,7 @@ def ppo(
     dual_clip: float | None = None,
 ) -> Loss:
     """−min(r·A, clip(r)·A). Schulman et al. 2017, arXiv:1707.06347, equation 7."""
-    return clipped(token_ratio, clip, weigh, log_ratio_cap, dual_clip)
+    return clipped(token_level, clip, weigh, log_ratio_cap, dual_clip)
 
 
 @method
@@ -124,7 +113,7 @@ def grpo(
     >>> grpo(kl_beta=0.01)
     grpo(clip=(0.8, 1.2), kl_beta=0.01, kl=k3, weigh=token_mean, log_ratio_cap=20.0, dual_clip=None)
     """
-    return with_kl(clipped(token_ratio, clip, weigh, log_ratio_cap, dual_clip), kl_beta, kl)
+    return with_kl(clipped(token_level, clip, weigh, log_ratio_cap, dual_clip), kl_beta, kl)
 
 
 @method
@@ -135,7 +124,7 @@ def dapo(
     dual_clip: float | None = None,
 ) -> Loss:
     """PPO with the upper bound raised, no KL, token mean. Yu et al. 2025, arXiv:2503.14476, equation 8."""
-    return clipped(token_ratio, clip, weigh, log_ratio_cap, dual_clip)
+    return clipped(token_level, clip, weigh, log_ratio_cap, dual_clip)
 
 
 @method
@@ -146,7 +135,7 @@ def gspo(
     dual_clip: float | None = None,
 ) -> Loss:
     """One ratio for the sequence, (π/π_old)^(1/|y|), and its gradient. Zheng et al. 2025, arXiv:2507.18071, eq. 5."""
-    return clipped(sequence_ratio, clip, weigh, log_ratio_cap, dual_clip)
+    return clipped(geometric_level, clip, weigh, log_ratio_cap, dual_clip)
 
 
 @method
@@ -157,4 +146,4 @@ def gspo_token(
     dual_clip: float | None = None,
 ) -> Loss:
     """GSPO's ratio in value, each token's own gradient: advantages may differ by token. arXiv:2507.18071, eq. 13."""
-    return clipped(sequence_ratio_by_token, clip, weigh, log_ratio_cap, dual_clip)
+    return clipped(geometric_level_by_token, clip, weigh, log_ratio_cap, dual_clip)

@@ -76,7 +76,12 @@ def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     On-policy, its expected gradient is that of the forward KL(ref‖π); multiplied by the ratio r (with
     gradient) it becomes that of the reverse KL(π‖ref). |x| is capped at 20.
     """
-    x = cap(ref_logprobs - logprobs, KL_LOG_RATIO_CAP)
+    return k3_of(ref_logprobs - logprobs)
+
+
+def k3_of(x: Tensor) -> Tensor:
+    """exp(x) − x − 1 of a log-ratio x, capped."""
+    x = cap(x, KL_LOG_RATIO_CAP)
     return torch.expm1(x) - x
 
 

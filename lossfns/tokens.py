@@ -43,6 +43,7 @@ ON_POLICY = _OnPolicy()
 class Tokens:
     """A packed batch: ``t.logprobs``, ``t.weights`` and one attribute for each column, all ``[N]``.
 
+    ``active`` ``[N]`` says which tokens take part: those whose weight is not 0.
     ``lengths`` ``[B]`` says where sequences end; ``None`` means that all N tokens are one sequence.
     Slots of weight 0 hold 0 in every column.
     """
@@ -51,17 +52,16 @@ class Tokens:
     weights: Tensor
     lengths: Tensor | None = None
     columns: Mapping[str, Tensor] = field(default_factory=dict)
+    active: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "active", self.weights != 0)
 
     def __getattr__(self, name: str) -> Tensor:
         columns: Mapping[str, Tensor] = self.__dict__.get("columns", {})
         if name not in columns:
             raise AttributeError(f"Tokens has no column {name!r}; a loss names the columns it uses in `reads`")
         return columns[name]
-
-    @property
-    def active(self) -> Tensor:
-        """``[N]`` bool: which tokens take part."""
-        return self.weights != 0
 
 
 class FlatLogprobs(list[Any]):
