@@ -19,6 +19,7 @@ Batches may be split at will: ``D = bound.denominator(data)`` adds over micro-ba
 ``bound.bind(denominator=D)`` on each part sums exactly to the whole.
 """
 
+from lossfns import lanes as lanes
 from lossfns.advantages import group_advantages as group_advantages
 from lossfns.advantages import group_metrics as group_metrics
 from lossfns.datum import Datum as Datum

@@ -14,15 +14,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lossfns.datum import TensorData
 from lossfns.errors import LossInputError
-from lossfns.loss import BoundLoss, Loss, named
-from lossfns.pack import blank, find, pack_weights, weight_rows
-from lossfns.tokens import PAIRS
+from lossfns.loss import BoundLoss, Loss, named, not_divisible
+from lossfns.pack import blank, check_data, pack, weight_rows
+from lossfns.readings import judge, readings
+from lossfns.tokens import ON_POLICY, PAIRS, TARGETS, Tokens
 
 DatumFn = Callable[..., tuple[Tensor, dict[str, Tensor]]]
 
 
-def as_datum_fn(loss: Loss) -> DatumFn:
+def as_datum_fn(loss: Loss | BoundLoss) -> DatumFn:
     """The loss of one datum: ``fn(logprobs, weights, *reads) -> (0-d tensor, {"custom/<name>:sum": tensor})``.
 
     torch.fx-traceable, in the form of Tinker's ``create_custom_loss``. ``weights`` must already be
@@ -36,6 +38,7 @@ def as_datum_fn(loss: Loss) -> DatumFn:
     >>> as_datum_fn(ppo()).__code__.co_varnames
     ('logprobs', 'weights', 'advantages', 'old_logprobs')
     """
+    loss = as_bound(loss).loss
     if loss.rows == PAIRS:
         fix = "Use it as a custom loss over the batch: forward_backward_custom(data, loss)."
         raise LossInputError("as_datum_fn", "a loss of single datums", f"{loss!r}, which couples two", fix)
@@ -55,38 +58,59 @@ def as_datum_fn(loss: Loss) -> DatumFn:
     return fn
 
 
+def as_bound(loss: Loss | BoundLoss) -> BoundLoss:
+    if isinstance(loss, Loss):
+        return loss.bind()
+    if not isinstance(loss, BoundLoss):
+        raise LossInputError("loss", "a Loss such as ppo()", f"{loss!r}", "Call the preset: ppo(), not ppo.")
+    return loss
+
+
 def datums(loss: Loss | BoundLoss, data: Sequence[Any]) -> list[Any]:
-    """The datums with ``weights`` = share / denominator and every column the loss reads in place."""
-    bound = loss if isinstance(loss, BoundLoss) else loss.bind()
+    """The datums with ``weights`` = share / denominator and every column the loss reads in place.
+
+    They come through the same door as the batch contract, so they are refused for the same reasons.
+    """
+    bound = as_bound(loss)
     loss = bound.loss
     with named(loss):
-        lengths = [len(row) for row in weight_rows(data, loss.reads, bound.columns)]
-        columns = {name: rows_of(name, data, bound.columns, lengths) for name in loss.reads}
-        columns["weights"] = coefficients(bound, data)
-    return [rebuilt(datum, {name: rows[i] for name, rows in columns.items()}) for i, datum in enumerate(data)]
+        t, shapes = constants(bound, data)
+        share = loss.share(t)
+        if loss.count is not None:
+            count = float(loss.count(t)) if bound.divisor is None else bound.divisor
+            if not count > 0:
+                raise not_divisible(count)
+            share = share / count
+    columns = {"weights": share, **t.columns}
+    rows = {name: torch.split(x.cpu(), [prod(shape) for shape in shapes]) for name, x in columns.items()}
+    return [
+        rebuilt(datum, {name: parts[i].reshape(shape).numpy() for name, parts in rows.items()})
+        for i, (datum, shape) in enumerate(zip(data, shapes))
+    ]
 
 
-def coefficients(bound: BoundLoss, data: Sequence[Any]) -> list[np.ndarray]:
-    """share / denominator of every token, by datum; they hold all of the weighing."""
+def constants(bound: BoundLoss, data: Sequence[Any]) -> tuple[Tokens, list[Sequence[int]]]:
+    """The packed batch without its logprobs, checked in value too, and the shape of each datum's rows."""
     loss = bound.loss
-    t = pack_weights(data, loss.reads, bound.columns, rows=loss.rows)
-    share = loss.share(t)
-    if loss.count is not None:
-        share = share / (bound.divisor or loss.count(t))
+    if bound.align != "strict" or any(x is ON_POLICY for x in bound.columns.values()):
+        got = "align='truncate'" if bound.align != "strict" else "old_logprobs=ON_POLICY"
+        fix = "A datum holds what the service will read: rows of its own length, and numbers."
+        raise LossInputError("bind", "rows as the datums have them", got, fix)
+    check_data(data, loss.rows)
     shapes = [row.shape for row in weight_rows(data, loss.reads, bound.columns)]
-    parts = torch.split(share, [prod(shape) for shape in shapes])
-    return [part.numpy().reshape(shape) for part, shape in zip(parts, shapes)]
-
-
-def rows_of(name: str, data: Sequence[Any], columns: Mapping[str, Any], lengths: Sequence[int]) -> list[np.ndarray]:
-    """A column as one row per datum, numbers spread over the datum's tokens."""
-    rows = zip(find(name, data, columns), lengths)
-    return [np.broadcast_to(np.asarray(value, dtype=np.float32), (n,)) for value, n in rows]
+    targets = [d.loss_fn_inputs.get("target_tokens") for d in data]
+    if loss.rows == TARGETS:
+        shapes = [shape if len(shape) == 2 or y is None else y.to_numpy().shape for shape, y in zip(shapes, targets)]
+    zeros = [torch.zeros(shape, dtype=torch.float64) for shape in shapes]
+    t = pack(data, zeros, loss.reads, bound.columns, rows=loss.rows)
+    values = [float(x) for x in readings(t, loss.rows)]
+    judge(values, t, signed=loss.signed)
+    return t, shapes
 
 
 def rebuilt(datum: Any, fields: Mapping[str, np.ndarray]) -> Any:
     """The datum with fields replaced, of its own classes."""
-    wrap = type(datum.loss_fn_inputs["target_tokens"])
+    wrap = type(datum.loss_fn_inputs.get("target_tokens", TensorData([], "int64")))
     new = {name: wrap.from_numpy(np.array(row, dtype=np.float32)) for name, row in fields.items()}
     return type(datum)(datum.model_input, {**datum.loss_fn_inputs, **new})
 
@@ -106,10 +130,14 @@ def fold(loss: Loss | BoundLoss, data: Sequence[Any]) -> Folded:
         LossInputError: where no built-in is the same function: a KL or dual clip, a log-ratio cap
             (built-ins are uncapped), coupled datums, or a loss the services do not have.
     """
-    bound = loss if isinstance(loss, BoundLoss) else loss.bind()
+    bound = as_bound(loss)
     loss = bound.loss
     name = builtin(loss)
     ready = datums(bound, data)
+    for i, datum in enumerate(ready):
+        if "target_tokens" not in datum.loss_fn_inputs:
+            fix = "Build it with datum_from_tokens."
+            raise LossInputError("target_tokens", "the ids of the targets", "nothing", fix, datum=i, loss=loss.name)
     if name == "cross_entropy":
         return Folded([keep(d, ("target_tokens", "weights")) for d in ready], name, None)
     folded = [advantages_times_weights(d, with_mask=name == "gspo") for d in ready]

@@ -28,7 +28,7 @@ KL = Callable[[Tensor, Tensor], Tensor]
 P = ParamSpec("P")
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Loss:
     """L = Σ share·term / Σ count over the rows (tokens, targets or pairs) of a batch.
 
@@ -49,6 +49,11 @@ class Loss:
     share: Callable[[Tokens], Tensor]
     count: Callable[[Tokens], Tensor] | None
     rows: str = TOKENS
+
+    @property
+    def signed(self) -> bool:
+        """Whether weights may be negative: for plain likelihood, where they are coefficients."""
+        return self.rows != PAIRS and not self.reads
 
     def __repr__(self) -> str:
         return f"{self.name}({', '.join(f'{name}={show(value)}' for name, value in self.knobs.items())})"
@@ -148,8 +153,8 @@ class BoundLoss:
             **({"grad_l1": grad_l1(total, t)} if self.grad_l1 else {}),
         }
         device = [*totals.values(), *sums.values(), *readings(t, loss.rows)]
-        host = torch.stack([x.detach().double() for x in device]).tolist()
-        judge(host[len(totals) + len(sums) :], t, signed=loss.rows != PAIRS and not loss.reads)
+        host = torch.stack([x.to(total.dtype) for x in device]).tolist()
+        judge(host[len(totals) + len(sums) :], t, signed=loss.signed)
         metrics = self.metrics(dict(zip(totals, host)), dict(zip(sums, host[len(totals) :])))
         return total, metrics | {"sequences": float(len(t.lengths))} if t.lengths is not None else metrics
 
@@ -182,12 +187,15 @@ def merge_metrics(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
     Counts add; statistics are averaged by their rows; the loss is Σ loss·denominator / Σ count, which is
     Σ loss for chunks that were bound to the whole batch's denominator, and for raw sums.
     """
+    if not parts:
+        raise LossInputError("parts", "the metrics of at least one chunk", "none", "Merge after the first chunk.")
     row_name = "pairs" if "pairs" in parts[0] else "tokens"
-    sums = {name: sum(part[name] for part in parts) for name in SUMS if name in parts[0]}
+    added = [name for name in parts[0] if name in SUMS or name.endswith(":sum")]
+    sums = {name: sum(part[name] for part in parts) for name in added}
     rows = sums[row_name] or 1.0
     denominator = sums.get("count", 1.0)
-    loss = sum(part["loss"] * part["denominator"] for part in parts) / denominator
-    means = [name for name in parts[0] if name not in (*SUMS, "loss", "denominator")]
+    loss = sum(part["loss"] * part["denominator"] for part in parts) / (denominator or 1.0)
+    means = [name for name in parts[0] if name not in (*added, "loss", "denominator")]
     merged = {name: sum(part[name] * part[row_name] for part in parts) / rows for name in means}
     return {"loss": loss, **sums, "denominator": denominator, **merged}
 
@@ -226,7 +234,7 @@ def check_bound(loss: Loss, columns: Mapping[str, Any], denominator: float | Non
             raise LossInputError(name, "one row per datum", repr(value), fix)
         if name != "weights" and name not in loss.reads:
             warn(f"{loss!r} does not read {name}: binding it has no effect")
-    if denominator is not None:
+    if denominator is not None and not (isinstance(denominator, Tensor) and denominator.numel() == 1):
         fix = "Take it from loss.denominator(whole_batch)."
         number("denominator", denominator, "a finite number above 0", lambda d: d > 0, fix)
     if align not in (None, "strict", "truncate"):
@@ -264,14 +272,17 @@ def method(preset: Callable[P, Loss]) -> Callable[P, Loss]:
     return build
 
 
-def innermost(loss: Loss, combinator: str, *columns: str) -> None:
+def innermost(loss: Loss, *columns: str) -> None:
     """Refuse to wrap what is no loss, or one whose term already contains what the combinator must not touch."""
     if not isinstance(loss, Loss):
         raise LossInputError("loss", "a Loss such as ppo()", show(loss), "Call the preset: ppo(), not ppo.")
     for name in columns:
         if name in loss.reads:
             fix = "Apply with_kl last, with_tis before it, dual_clip first: with_kl(with_tis(ppo()), kl_beta=0.01)."
-            raise LossInputError(combinator, f"a loss that does not read {name}", repr(loss), fix)
+            raise LossInputError("loss", f"a loss that does not read {name}", repr(loss), fix)
+    if loss.rows != TOKENS:
+        fix = "It works on a term of each token."
+        raise LossInputError("loss", "a loss whose rows are tokens", f"{loss!r} over {loss.rows}", fix)
 
 
 @method
@@ -280,7 +291,7 @@ def with_kl(loss: Loss, kl_beta: float = 1e-3, kl: KL = eq.k3) -> Loss:
 
     Reads ``ref_logprobs`` besides the loss's own columns; with ``kl_beta=0`` it is the loss.
     """
-    innermost(loss, "with_kl")
+    innermost(loss, "ref_logprobs")
     if kl_beta == 0:
         return loss
     if kl is eq.k1:
@@ -315,7 +326,7 @@ def with_tis(loss: Loss, cap: float = 2.0, level: Callable[[Tokens, Tensor], Ten
 
     Reads ``sampler_logprobs`` and ``old_logprobs`` besides the loss's own columns. The weight is constant.
     """
-    innermost(loss, "with_tis", "ref_logprobs", "sampler_logprobs")
+    innermost(loss, "ref_logprobs", "sampler_logprobs")
 
     def terms(t: Tokens) -> tuple[Tensor, Statistics]:
         term, statistics = loss.terms(t)
@@ -333,7 +344,9 @@ def dual_clip(loss: Loss, c: float | None = 3.0) -> Loss:
 
     Ye et al. 2020, arXiv:1912.09729. ``c=None`` leaves the loss as it is.
     """
-    innermost(loss, "dual_clip", "ref_logprobs", "sampler_logprobs")
+    innermost(loss, "ref_logprobs", "sampler_logprobs")
+    if "advantages" not in loss.reads:
+        raise LossInputError("loss", "a loss that reads advantages", repr(loss), "There is nothing to clip by.")
     if c is None:
         return loss
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lossfns.checks import is_real
 from lossfns.errors import LossInputError
 from lossfns.tokens import DATUM_FIELDS, ON_POLICY, PAIRS, TARGETS, TOKENS, FlatLogprobs, Tokens
 
@@ -80,9 +81,9 @@ def pack_weights(
     check_data(data, rows)
     found = weight_rows(data, reads, columns)
     if align == "truncate":
-        others = [rows for name in reads if isinstance(rows := known(name, data, columns), list)]
-        shortest = zip(found, find("target_tokens", data, columns), *others)
-        found = [w[: min(map(len, (w, *rest)))] for w, *rest in shortest]
+        targets = [torch.zeros(row.shape) for row in find("target_tokens", data, columns)]
+        table = {name: known(name, data, columns) for name in reads} | {"weights": found}
+        found = truncate(targets, table)[1]["weights"]
     shapes = [w.shape for w in found]
     lengths = torch.tensor([prod(shape) for shape in shapes])
     weights = fill("weights", found, shapes, lengths, torch.empty(0, dtype=torch.float64))
@@ -214,9 +215,9 @@ def fields(data: Sequence[Any], name: str) -> list[Any]:
     """The datums' own values of a column, None where there is none."""
     inputs = [datum.loss_fn_inputs for datum in data]
     first, *others = DATUM_FIELDS.get(name, (name,))
-    values = [fields.get(first) for fields in inputs]
+    values = [own.get(first) for own in inputs]
     for other in others:
-        values = [fields.get(other) if value is None else value for value, fields in zip(values, inputs)]
+        values = [own.get(other) if value is None else value for value, own in zip(values, inputs)]
     return values
 
 
@@ -230,16 +231,15 @@ def as_rows(values: Any, name: str) -> Rows:
 
 def as_row(value: Any, name: str, datum: int | None) -> Row:
     """One row as an array or a constant tensor; ``None`` among the numbers becomes nan."""
-    if isinstance(value, Tensor):
+    if isinstance(value, Tensor) and value.layout == torch.strided and not value.is_complex():
         return value.detach()
     try:
-        if value is None:
-            raise TypeError
-        row = value.to_numpy() if hasattr(value, "to_numpy") else value
-        row = row if isinstance(row, np.ndarray) else np.asarray(row, dtype=np.float64)
-        if row.dtype.kind in "fiub":
+        row = np.asarray(value.to_numpy() if hasattr(value, "to_numpy") else value)
+        if row.dtype == object and row.ndim and all(x is None or is_real(x) for x in row.flat):
+            row = row.astype(np.float64)
+        if row.dtype.kind in "fiub" and not isinstance(value, Tensor):
             return row
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RuntimeError):
         pass
     got, fix = f"a {type(value).__name__} that is no rectangular array of numbers", "Use a list, array or tensor."
     raise LossInputError(name, "a number or a row of numbers", got, fix, datum=datum)

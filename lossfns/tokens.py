@@ -34,6 +34,9 @@ class _OnPolicy:
     def __repr__(self) -> str:
         return "ON_POLICY"
 
+    def __reduce__(self) -> str:
+        return "ON_POLICY"  # a copy is the same object
+
 
 ON_POLICY = _OnPolicy()
 """Bind as ``old_logprobs``: the old policy is the current one, so the ratio is exp(lp − sg(lp)) = 1."""

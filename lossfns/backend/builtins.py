@@ -21,12 +21,12 @@ from lossfns.errors import did_you_mean
 
 BUILTINS: dict[str, Callable[..., Loss]] = {
     "cross_entropy": lambda: cross_entropy(weigh=token_sum),
-    "importance_sampling": lambda: importance_sampling(weigh=token_sum),
+    "importance_sampling": lambda: importance_sampling(weigh=token_sum, log_ratio_cap=None),
     "ppo": lambda clip_low_threshold=0.8, clip_high_threshold=1.2: ppo(
-        clip=(clip_low_threshold, clip_high_threshold), weigh=token_sum
+        clip=(clip_low_threshold, clip_high_threshold), weigh=token_sum, log_ratio_cap=None
     ),
 }
-"""Raw sums, as at the hosted services; the arguments are the keys of ``loss_fn_config``."""
+"""Raw sums without a log-ratio cap, as at the hosted services; the arguments are the keys of ``loss_fn_config``."""
 
 DATUM_KEYS = {
     "cross_entropy": ("target_tokens", "weights"),
