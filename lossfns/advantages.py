@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -60,8 +60,8 @@ def grouped(rewards: Any, groups: Sequence[Hashable]) -> tuple[np.ndarray, np.nd
     if r.ndim != 1 or r.size == 0:
         raise LossInputError("rewards", "one number for each sample", f"shape {r.shape}", "Pass a flat list.")
     given = groups.tolist() if isinstance(groups, (Tensor, np.ndarray)) else groups
-    labels = list(given) if isinstance(given, (list, tuple, str)) else []
-    if len(labels) != len(r) or not all(isinstance(label, Hashable) for label in labels):
+    labels = list(given) if isinstance(given, Iterable) else []
+    if len(labels) != len(r) or not all(map(hashable, labels)):
         got = f"{len(labels)} of them" if labels else repr(groups)
         fix = "Give each sample the label of its prompt: a string or a number."
         raise LossInputError("groups", f"{len(r)} labels, one per reward", got, fix)
@@ -71,6 +71,14 @@ def grouped(rewards: Any, groups: Sequence[Hashable]) -> tuple[np.ndarray, np.nd
     order = {label: i for i, label in enumerate(dict.fromkeys(labels))}
     index = np.array([order[label] for label in labels])
     return r, index, np.bincount(index)
+
+
+def hashable(label: Any) -> bool:
+    try:
+        hash(label)
+    except TypeError:
+        return False
+    return True
 
 
 def constant(r: np.ndarray, index: np.ndarray, size: np.ndarray) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
 import sys
 import time
@@ -37,30 +38,45 @@ def parser() -> argparse.ArgumentParser:
     add("--init", metavar="FILE", help="start from the weights of this checkpoint")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     add("--threads", type=count, default=1, metavar="N", help="CPU threads; more help little on so small a model")
-    add("--seed", type=int, default=0, help="of the model, the batches and the samples")
+    add("--seed", type=whole, default=0, help="of the model, the batches and the samples")
     add("--steps", type=count, metavar="N", help="steps of the method; default by method")
-    add("--warmup-steps", type=int, metavar="N", help="supervised steps before it; default by method")
+    add("--warmup-steps", type=whole, metavar="N", help="supervised steps before it; default by method")
     add("--batch", type=count, metavar="N", help="examples, pairs or problems in a step; default by method")
-    add("--lr", type=float, metavar="X", help="learning rate; default by method")
+    add("--lr", type=rate, metavar="X", help="learning rate; default by method")
     add("--group", type=count, metavar="N", help="samples of each problem (grpo, dapo, gspo-token)")
     add("--updates", type=count, metavar="N", help="optimizer steps for each round of samples")
     add("--max-tokens", type=count, metavar="N", help="longest sample; default: the longest answer")
     return p
 
 
-def count(text: str) -> int:
+def whole(text: str, least: int = 0) -> int:
     number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"at least 1, got {number}")
+    if not least <= number < 2**63:
+        raise argparse.ArgumentTypeError(f"a whole number of at least {least}, got {number}")
+    return number
+
+
+def count(text: str) -> int:
+    return whole(text, least=1)
+
+
+def rate(text: str) -> float:
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"a finite number above 0, got {number}")
     return number
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; 0 if it did what was asked, 2 for input that it refuses."""
-    args = parser().parse_args(argv)
-    for name, value in recipes.DEFAULTS[args.method].items():
+    p = parser()
+    args = p.parse_args(argv)
+    options = recipes.METHODS[args.method].options
+    for name in recipes.POLICY:
         if getattr(args, name) is None:
-            setattr(args, name, value)
+            setattr(args, name, options.get(name))
+        elif name not in options:
+            p.error(f"{args.method} has no --{name.replace('_', '-')}")
     try:
         return train(args)
     except LossInputError as error:
@@ -71,12 +87,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train(args: argparse.Namespace) -> int:
     """Build the model, run the recipe, save and report; a first Ctrl-C ends the recipe early, with all of the rest."""
     torch.set_num_threads(args.threads)
+    method = recipes.METHODS[args.method]
+    loss, task = method.loss(), method.task(args)
     client = LocalTrainingClient(device=args.device, seed=args.seed)
     if args.init:
         client.load_state(args.init).result()
     folder = Path(args.out or f"runs/{args.method}-{time.strftime('%Y%m%d-%H%M%S')}")
     with Run(folder, config(args, client)) as run:
-        outcome = RECIPES[args.method](run, client, args)
+        run.say(f"{args.method} on {task.name}: {loss!r}")
+        outcome = method.recipe(run, client, task, loss, args)
         saved = client.save_state(folder / "checkpoint.npz").result().path
     report = {
         "stopped_early": run.stopped,
@@ -94,17 +113,10 @@ def train(args: argparse.Namespace) -> int:
     return 0
 
 
-RECIPES = {
-    "sft": recipes.sft,
-    **dict.fromkeys(recipes.POLICIES, recipes.policy),
-    **dict.fromkeys(recipes.PREFERENCES, recipes.preference),
-}
-
-
 def config(args: argparse.Namespace, client: LocalTrainingClient) -> dict[str, Any]:
     """Everything that is needed to run it again."""
     versions = {"lossfns": lossfns.__version__, "torch": torch.__version__, "python": platform.python_version()}
-    loss = repr(recipes.METHODS[args.method]())
+    loss = repr(recipes.METHODS[args.method].loss())
     return {"loss": loss, **vars(args), "model": client.get_info(), "shape": client.model.shape, "versions": versions}
 
 
@@ -113,7 +125,7 @@ def draw(run: Run, outcome: recipes.Outcome, path: Path) -> str:
     try:
         from lossfns.plots import curves
 
-        curves(run.history, {outcome.name: (outcome.before, outcome.after)}, path)
+        drawn = curves(run.history, {outcome.name: (outcome.before, outcome.after)}, path)
     except ImportError:
         return "not drawn: pip install 'lossfns[viz]'"
-    return str(path)
+    return str(path) if drawn else "not drawn: nothing has moved yet"

@@ -372,6 +372,9 @@ def align_sampler_logprobs(logprobs: Any, targets: int) -> Tensor:
     >>> align_sampler_logprobs([None, -3.0, -2.0, -0.5, -0.25], targets=4)
     tensor([-3.0000, -2.0000, -0.5000, -0.2500])
     """
+    if not isinstance(logprobs, (Iterable, Tensor)):
+        got, fix = f"a {type(logprobs).__name__}", "Pass the logprobs of one sample."
+        raise LossInputError("logprobs", "a list of numbers", got, fix)
     values = list(logprobs.tolist() if isinstance(logprobs, (Tensor, np.ndarray)) else logprobs)
     skipped = int(len(values) == targets + 1 and values[0] is None)
     if len(values) - skipped > targets:

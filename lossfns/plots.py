@@ -7,15 +7,18 @@ from pathlib import Path
 from typing import Any
 
 
-def curves(history: Sequence[Mapping[str, Any]], evaluations: Mapping[str, tuple[float, float]], path: Path) -> None:
-    """One panel for each metric that moves, against the step: faint as it came, strong as its running mean.
+def curves(history: Sequence[Mapping[str, Any]], evaluations: Mapping[str, tuple[float, float]], path: Path) -> bool:
+    """A panel for each metric that moves, against the step: faint as it came, strong as its running mean.
 
-    Held-out values before and after, where there are any, are dots at the two ends of their panel.
+    Held-out values before and after, where there are any, are dots at the two ends of their panel. False,
+    and no picture, where nothing has moved yet.
     """
     from matplotlib.figure import Figure
 
     phases = list(dict.fromkeys(row["phase"] for row in history))
     panels = [(p, name) for p in phases for name in moving([row for row in history if row["phase"] == p])]
+    if not panels:
+        return False
     figure = Figure(figsize=(4 * min(3, len(panels)), 2.6 * -(-len(panels) // 3)), layout="constrained")
     for i, (phase, name) in enumerate(panels):
         axes = figure.add_subplot(-(-len(panels) // 3), min(3, len(panels)), i + 1)
@@ -30,6 +33,7 @@ def curves(history: Sequence[Mapping[str, Any]], evaluations: Mapping[str, tuple
         axes.set_xlabel("step")
         axes.grid(alpha=0.2)
     figure.savefig(path, dpi=120)
+    return True
 
 
 def moving(rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -14,7 +14,7 @@ from lossfns.backend import checkpoint
 from lossfns.cli import main
 from lossfns.train.recipes import METHODS
 
-SMALL = ["--steps", "2", "--warmup-steps", "1", "--batch", "4"]
+SMALL = ["--steps", "2", "--batch", "4"]
 ROWS = {
     "sft": {"prompt": "The sky is", "completion": " blue."},
     "grpo": {"prompt": "2+2=", "answer": "4"},
@@ -27,12 +27,18 @@ def jsonl(path: Path, rows: list[object]) -> str:
     return str(path)
 
 
+def variants(method: str, count: int) -> list[object]:
+    """The row under different prompts."""
+    return [ROWS[method] | {"prompt": f"{i} {ROWS[method]['prompt']}"} for i in range(count)]
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_leaves_a_whole_run_folder(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("lossfns.train.tasks.HELD_OUT", 8)
-    assert main(["train", method, "--out", str(tmp_path), *SMALL]) == 0
+    warm_up = [] if method == "sft" else ["--warmup-steps", "1"]
+    assert main(["train", method, "--out", str(tmp_path), *SMALL, *warm_up]) == 0
     shown = capsys.readouterr()
     assert "before" in shown.out and "after" in shown.out and f"{method} on" in shown.err
     assert {p.name for p in tmp_path.iterdir()} == {
@@ -42,16 +48,17 @@ def test_every_method_leaves_a_whole_run_folder(
     steps = [row["step"] for row in rows if row["phase"] != "warm-up"]
     assert steps == [1, 2] and all("loss" in row and "grad_norm" in row for row in rows)
     config = json.loads((tmp_path / "config.json").read_text())
-    assert config["steps"] == 2 and config["loss"] == repr(METHODS[method]())
+    assert config["steps"] == 2 and config["loss"] == repr(METHODS[method].loss())
     assert json.loads((tmp_path / "result.json").read_text())["stopped_early"] is False
     assert checkpoint.load(tmp_path / "checkpoint.npz")[1]["steps"] >= 2
 
 
 @pytest.mark.parametrize("method", ROWS)
 def test_ones_own_rows_are_learned(method: str, tmp_path: Path) -> None:
-    """Thirty copies of one row: what is held out is what is trained on, so it must get better at once."""
-    data = jsonl(tmp_path / "rows.jsonl", [ROWS[method]] * 30)
-    steps = ["--steps", "12", "--warmup-steps", "12" if method == "grpo" else "0", "--batch", "8", "--lr", "0.003"]
+    """Thirty rows with one answer: what is held out is nearly what is trained on, so it must get better at once."""
+    data = jsonl(tmp_path / "rows.jsonl", variants(method, 30))
+    warm_up = {"sft": [], "grpo": ["--warmup-steps", "12"], "dpo": ["--warmup-steps", "0"]}[method]
+    steps = ["--steps", "12", "--batch", "8", "--lr", "0.003", *warm_up]
     assert main(["train", method, "--data", data, "--out", str(tmp_path / "run"), *steps]) == 0
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     [(name, measured)] = [(k, v) for k, v in result.items() if isinstance(v, dict)]
@@ -62,7 +69,7 @@ def test_ones_own_rows_are_learned(method: str, tmp_path: Path) -> None:
 
 
 def test_a_run_is_repeatable_and_starts_from_a_checkpoint(tmp_path: Path) -> None:
-    data = jsonl(tmp_path / "rows.jsonl", [ROWS["sft"]] * 4)
+    data = jsonl(tmp_path / "rows.jsonl", variants("sft", 4))
     command = ["train", "sft", "--data", data, "--steps", "3", "--batch", "4"]
 
     def losses(name: str, *more: str) -> list[float]:
@@ -80,6 +87,7 @@ def test_a_run_is_repeatable_and_starts_from_a_checkpoint(tmp_path: Path) -> Non
     [
         ("sft", "", "at least 2 rows, got 0"),
         ("sft", '{"prompt": "a", "completion": "b"}\n', "at least 2 rows, got 1"),
+        ("sft", '{"prompt": "a", "completion": "b"}\n' * 3, "at least 2 different rows, got 1"),
         ("sft", '{"prompt": "a", "completion": "b"}\n{nonsense\n', "rows.jsonl:2: expected a JSON object"),
         ("sft", '{"prompt": "a"}\n', "rows.jsonl:1: expected text under 'completion', got nothing"),
         ("grpo", '{"prompt": "a", "answer": 7}\n', "expected text under 'answer', got 7"),
@@ -106,7 +114,13 @@ def test_a_missing_file_and_a_foreign_checkpoint_are_refused(
     assert "x.npz" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [["train"], ["train", "ppo2"], ["train", "sft", "--steps", "0"], []])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *([], ["train"], ["train", "ppo2"], ["train", "sft", "--steps", "0"], ["train", "sft", "--lr", "nan"]),
+        *(["train", "sft", "--group", "4"], ["train", "dpo", "--max-tokens", "3"], ["train", "sft", "--seed", "-1"]),
+    ],
+)
 def test_a_command_that_makes_no_sense_shows_its_usage(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -115,8 +129,32 @@ def test_a_command_that_makes_no_sense_shows_its_usage(
     assert exit_.value.code == 2 and "usage" in capsys.readouterr().err
 
 
+def test_other_line_separators_and_a_byte_order_mark_are_no_trouble(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    rows = [{"prompt": f"a\u2028{i}", "completion": "b\x85c"} for i in range(3)]
+    path.write_text("\ufeff" + "\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
+    assert main(["train", "sft", "--data", str(path), "--steps", "1", "--out", str(tmp_path / "run")]) == 0
+    assert not (tmp_path / "run" / "curves.png").exists()  # nothing has moved yet
+
+
+def test_another_run_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = jsonl(tmp_path / "rows.jsonl", variants("sft", 4))
+    command = ["train", "sft", "--data", data, "--steps", "2", "--out", str(tmp_path / "run")]
+    assert main(command) == 0
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert main(command) == 2 and "nothing is overwritten" in capsys.readouterr().err
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+    assert main([*command[:-1], data]) == 2 and "is a file" in capsys.readouterr().err
+
+
+def test_a_device_that_is_not_there_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "sft", "--device", "nonsense", "--out", str(tmp_path / "run")]) == 2
+    assert "device: expected a device of this machine, got 'nonsense'" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_ctrl_c_ends_a_run_with_everything_saved(tmp_path: Path) -> None:
-    data = jsonl(tmp_path / "rows.jsonl", [ROWS["sft"]] * 8)
+    data = jsonl(tmp_path / "rows.jsonl", variants("sft", 8))
     out = tmp_path / "run"
     command = [sys.executable, "-m", "lossfns", "train", "sft", "--data", data, "--steps", "100000", "--out", str(out)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ})

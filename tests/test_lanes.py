@@ -138,3 +138,33 @@ def test_datums_hold_share_over_denominator() -> None:
     ready = lanes.datums(lossfns.cross_entropy(weigh=lossfns.sequence_mean), data)
     assert [d.loss_fn_inputs["weights"].data for d in ready] == [[0.0, 0.25, 0.25], [0.5]]
     assert data[0].loss_fn_inputs["weights"].data == [0.0, 1.0, 1.0]
+
+
+PPO = lossfns.ppo(log_ratio_cap=None)
+ROW = [-1.0, -1.0, -1.0]
+
+
+@pytest.mark.parametrize(
+    ("bind", "message"),
+    [
+        ({"advantages": [1.0], "old_logprobs": [[-1.0]]}, r"ppo: datum\[0\].old_logprobs: expected 3 values"),
+        ({"advantages": [math.nan], "old_logprobs": [ROW]}, r"ppo: datum\[0\].advantages\[0\]: .* got nan"),
+        ({"advantages": [1.0], "old_logprobs": [[1.0, 2.0, 3.0]]}, "a logprob, at most 0"),
+        ({"advantages": [1.0], "old_logprobs": [ROW], "weights": [[-1.0, -1.0, -1.0]]}, "a weight of at least 0"),
+        ({"advantages": [1.0], "old_logprobs": [ROW], "weights": [[0.0, 0.0, 0.0]]}, "a denominator above 0, got 0"),
+        ({"advantages": [1.0], "old_logprobs": lossfns.ON_POLICY}, "ON_POLICY"),
+        ({"advantages": [1.0], "old_logprobs": [ROW], "align": "truncate"}, "truncate"),
+    ],
+)
+def test_the_lanes_refuse_what_the_batch_contract_refuses(bind: dict[str, Any], message: str) -> None:
+    data = [lossfns.datum_from_tokens([1, 2, 3, 4], prompt_length=0)]
+    for lane in (lanes.datums, lanes.fold):
+        with pytest.raises(LossInputError, match=message):
+            lane(PPO.bind(**bind), data)
+
+
+def test_a_bound_loss_has_a_per_datum_form_and_an_uncalled_preset_has_none() -> None:
+    assert lanes.as_datum_fn(PPO.bind(advantages=[1.0])).__name__ == "ppo"
+    for lane in (lanes.as_datum_fn, lambda loss: lanes.fold(loss, []), lambda loss: lanes.datums(loss, [])):
+        with pytest.raises(LossInputError, match="Call the preset"):
+            lane(lossfns.ppo)

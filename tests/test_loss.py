@@ -1,5 +1,6 @@
 """The record itself: repr, binding, metrics, host transfers, and a loss of one's own."""
 
+import copy
 import math
 import warnings
 from random import Random
@@ -164,3 +165,33 @@ def test_float64_in_float64_out_and_half_precision_is_widened() -> None:
         value, _ = lossfns.cross_entropy()(data, [leaf])
         value.backward()
         assert value.dtype == expected and leaf.grad.dtype == dtype
+
+
+def test_merging_adds_what_is_named_a_sum_and_takes_chunks_without_any_token() -> None:
+    data, logprobs = data_and_logprobs((0.0, 0.0, 0.0))
+    _, empty = lossfns.cross_entropy().bind(denominator=5)(data, logprobs)
+    assert merge_metrics([empty, empty])["loss"] == 0
+    full = call(lossfns.cross_entropy(), random_batch(Random(1)))[2] | {"loss:sum": 2.0}
+    assert merge_metrics([full, full])["loss:sum"] == 4.0
+    with pytest.raises(LossInputError, match="at least one chunk"):
+        merge_metrics([])
+
+
+def test_a_denominator_may_be_a_tensor_as_all_reduce_leaves_it() -> None:
+    data, logprobs = data_and_logprobs()
+    assert lossfns.cross_entropy().bind(denominator=torch.tensor(5.0))(data, logprobs)[0].item() == 1.0
+
+
+def test_losses_can_be_copied_and_kept_in_sets() -> None:
+    data, logprobs = data_and_logprobs()
+    bound = copy.deepcopy(lossfns.ppo().bind(advantages=[1.0], old_logprobs=lossfns.ON_POLICY))
+    assert bound(data, logprobs)[0].item() == -1
+    assert len({lossfns.ppo(), lossfns.ppo()}) == 2
+
+
+@pytest.mark.parametrize("advantages", ["12", ["1", "2"], [b"1", b"2"], [1j, 2j], [torch.tensor(1j)] * 2])
+def test_text_and_complex_numbers_are_no_numbers(advantages: Any) -> None:
+    data, logprobs = data_and_logprobs()
+    bound = lossfns.ppo().bind(advantages=advantages, old_logprobs=lossfns.ON_POLICY)
+    with pytest.raises(LossInputError, match="advantages: expected a number or a row of numbers"):
+        bound(data * 2, logprobs * 2)

@@ -1,6 +1,7 @@
 """Policy losses by hand: two short sequences, numbers that can be redone on paper."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -153,3 +154,18 @@ def test_without_a_cap_an_overflow_is_an_error_and_not_an_inf() -> None:
         value, _, _ = call(lossfns.importance_sampling(), batch)
     assert value == pytest.approx(-math.exp(20))
     assert torch.isfinite(torch.tensor(value))
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: lossfns.with_kl(lossfns.grpo()),
+        lambda: lossfns.with_kl(lossfns.dpo()),
+        lambda: lossfns.with_kl(lossfns.orpo()),
+        lambda: lossfns.with_tis(lossfns.multi_target_cross_entropy()),
+        lambda: lossfns.dual_clip(lossfns.cross_entropy()),
+    ],
+)
+def test_nothing_is_counted_twice_or_put_where_it_has_no_meaning(build: Any) -> None:
+    with pytest.raises(lossfns.LossInputError, match=r"^(with_kl|with_tis|dual_clip): loss: expected a loss"):
+        build()

@@ -88,7 +88,7 @@ def test_the_bar_is_redrawn_on_a_terminal_and_sparse_elsewhere(tmp_path: Path) -
             return True
 
     def shown(stream: io.StringIO) -> str:
-        with Run(tmp_path, {}, terminal=stream) as run:
+        with Run(tmp_path / type(stream).__name__, {}, terminal=stream) as run:
             for step in run.steps("sft", 30):
                 run.log(step, {"loss": 1.0, "reward": 0.5})
         return stream.getvalue()

@@ -37,7 +37,7 @@ DATUM_KEYS = {
 
 def builtin(name: str, config: Mapping[str, Any] | None, data: Sequence[Any], targets: int) -> BoundLoss:
     """The loss of that name, bound to the weights of the data: 1 where a datum has none."""
-    if name not in BUILTINS:
+    if not isinstance(name, str) or name not in BUILTINS:
         raise LossInputError("loss_fn", "the name of a built-in loss", repr(name), did_you_mean(str(name), BUILTINS))
     for i, datum in enumerate(data):
         for key in datum.loss_fn_inputs:

@@ -25,11 +25,15 @@ def save(path: str | Path, tensors: Mapping[str, Tensor], data: Mapping[str, Any
     meta = {"format": FORMAT, "dtypes": {name: str(x.dtype) for name, x in tensors.items()}, "data": dict(data)}
     arrays = {name: raw(x) for name, x in tensors.items()}
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with open(temporary, "wb") as file:
-        np.savez(file, meta=np.frombuffer(json.dumps(meta).encode(), dtype=np.uint8), **arrays)  # type: ignore[arg-type]
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            np.savez(file, meta=np.frombuffer(json.dumps(meta).encode(), dtype=np.uint8), **arrays)  # type: ignore[arg-type]
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise LossInputError("path", "a place to write to", f"{path} ({error})", "Choose another.") from error
     return path
 
 
@@ -44,7 +48,7 @@ def load(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             return tensors, meta["data"]
     except FileNotFoundError:
         raise LossInputError("path", "a checkpoint", f"no file {path}", "Was it saved elsewhere?") from None
-    except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except (KeyError, ValueError, TypeError, OSError, EOFError, zipfile.BadZipFile) as error:
         got = f"{path}, which cannot be read ({type(error).__name__})"
         raise LossInputError("path", f"a whole {FORMAT} file", got, "It is truncated, corrupt or foreign.") from error
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lossfns import LossInputError, ModelInput
+from lossfns import LossInputError
 from lossfns.backend import checkpoint
 from lossfns.backend.engine import Engine, LossFn
 from lossfns.backend.futures import APIFuture, Worker
@@ -33,7 +33,13 @@ EMBEDDED: dict[str, Any] = {"dim": 128, "layers": 4, "heads": 4, "kv_heads": 2, 
 
 def pick_device(device: str | torch.device) -> torch.device:
     """``"auto"`` is the GPU if there is one."""
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        got, fix = f"{device!r} ({str(error).splitlines()[0]})", "auto takes the GPU if there is one."
+        raise LossInputError("device", "a device of this machine", got, fix) from None
 
 
 class LocalTrainingClient:
@@ -44,10 +50,10 @@ class LocalTrainingClient:
     weights and gradients as they were; an error that nobody reads is raised by the next call.
 
     Args:
-        model: a module with ``forward(tokens [N], lengths) -> hidden [N, D]`` and ``head`` [V, D];
-            without one, a small byte-level decoder that starts from ``seed``.
+        model: a module with ``forward(tokens [N], lengths) -> hidden [N, D]`` and ``head`` [V, D] (sampling
+            also needs ``prefill`` and ``step``); without one, a small byte-level decoder from ``seed``.
         device: ``"auto"`` (the GPU if there is one), or any torch device.
-        dtype: of the weights; None keeps the model's own. Logprobs are always float32.
+        dtype: of the weights; None keeps the model's own. Logprobs are float32 at least.
 
     >>> from lossfns import cross_entropy, datum_from_tokens
     >>> client = LocalTrainingClient(seed=1)
@@ -102,9 +108,9 @@ class LocalTrainingClient:
         snapshot = self._worker.submit(copy.deepcopy, self.model).result()
         return LocalSamplingClient(snapshot, self._tokenizer)
 
-    def save_state(self, path: str | Path) -> APIFuture[SaveResponse]:
-        """Weights, optimizer state and step count in one file. Accumulated gradients are refused, not dropped."""
-        return self._worker.submit(self._save, path)
+    def save_state(self, name: str | Path) -> APIFuture[SaveResponse]:
+        """Weights, optimizer state and steps in one file, at the path ``name``; refuses accumulated gradients."""
+        return self._worker.submit(self._save, name)
 
     def load_state(self, path: str | Path) -> APIFuture[None]:
         """The weights of ``save_state``; the optimizer starts afresh."""
@@ -146,17 +152,21 @@ class LocalTrainingClient:
     def _load(self, path: str | Path, with_optimizer: bool) -> None:
         tensors, data = checkpoint.load(path)
         weights = {name.removeprefix("model."): x for name, x in tensors.items() if name.startswith("model.")}
-        try:
-            self.model.load_state_dict(weights)
-        except RuntimeError as error:
+        shapes = [{name: x.shape for name, x in state.items()} for state in (weights, self.model.state_dict())]
+        if shapes[0] != shapes[1]:
             got = f"{path}, of a model of shape {data['shape']}"
-            raise LossInputError("path", "a checkpoint of this model", got, "Build the same model first.") from error
+            raise LossInputError("path", "a checkpoint of this model", got, "Build the same model first.")
+        self.model.load_state_dict(weights)
+        self.model.zero_grad(set_to_none=True)
         self._engine = Engine(self.model)
         if with_optimizer:
             names = [name for name, _ in self.model.named_parameters()]
             groups = self._engine.optimizer.state_dict()["param_groups"]
             keys = sorted({name.split(".")[1] for name in tensors if name.startswith("optim.")})
-            state = {i: {key: tensors[f"optim.{key}.{name}"] for key in keys} for i, name in enumerate(names) if keys}
+            saved = [
+                {k: tensors[f"optim.{k}.{name}"] for k in keys if f"optim.{k}.{name}" in tensors} for name in names
+            ]
+            state = {i: moments for i, moments in enumerate(saved) if moments}
             self._engine.optimizer.load_state_dict({"state": state, "param_groups": groups})
             self._engine.steps = data["steps"]
 
@@ -184,12 +194,15 @@ class LocalSamplingClient:
         return self._worker.submit(self._compute_logprobs, prompt)
 
     def _sample(self, prompts: Sequence[Any], num_samples: int, params: Any) -> list[SampleResponse]:
-        ids = [prompt.to_ints() for prompt in prompts for _ in range(num_samples)]
+        max_tokens = SamplingParams.max_tokens if params.max_tokens is None else params.max_tokens
+        check_count("num_samples", num_samples)
+        check_count("max_tokens", max_tokens)
+        ids = [self._ids(prompt) for prompt in prompts for _ in range(num_samples)]
         strings, stop_ids = stops(params.stop, self._tokenizer)
         samples = generate(
             self.model,  # type: ignore[arg-type]
             ids,
-            max_tokens=params.max_tokens or SamplingParams.max_tokens,
+            max_tokens=max_tokens,
             temperature=params.temperature,
             top_k=params.top_k,
             top_p=params.top_p,
@@ -200,12 +213,29 @@ class LocalSamplingClient:
         starts = range(0, len(sequences), num_samples)
         return [SampleResponse(sequences[i : i + num_samples]) for i in starts]
 
+    def _ids(self, prompt: Any) -> list[int]:
+        """The prompt's tokens, at least one, all in the vocabulary."""
+        if not hasattr(prompt, "to_ints"):
+            fix = "Call ModelInput.from_ints(tokens)."
+            raise LossInputError("prompt", "a ModelInput", f"a {type(prompt).__name__}", fix)
+        ids: list[int] = prompt.to_ints()
+        vocabulary = len(self.model.head)  # type: ignore[arg-type]
+        if not ids or not 0 <= min(ids) <= max(ids) < vocabulary:
+            got = f"ids from {min(ids)} to {max(ids)}" if ids else "no token"
+            raise LossInputError("prompt", f"tokens in [0, {vocabulary})", got, "Use the tokenizer of this model.")
+        return ids
+
     @torch.inference_mode()
     def _compute_logprobs(self, prompt: Any) -> list[float | None]:
-        ids = torch.tensor(prompt.to_ints(), device=next(self.model.parameters()).device)
+        ids = torch.tensor(self._ids(prompt), device=next(self.model.parameters()).device)
         hidden = self.model(ids[:-1], [len(ids) - 1]) if len(ids) > 1 else None
         known = [] if hidden is None else linear_logprobs(hidden, self.model.head, ids[1:]).tolist()  # type: ignore[arg-type]
         return [None, *known]
+
+
+def check_count(name: str, value: Any) -> None:
+    if not isinstance(value, int) or value < 1:
+        raise LossInputError(name, "a whole number of at least 1", repr(value), "Nothing would be sampled.")
 
 
 def stops(stop: Any, tokenizer: Any) -> tuple[list[list[int]], list[int]]:
@@ -223,6 +253,3 @@ def cut(sample: Sample, sequences: Sequence[Sequence[int]]) -> Sample:
         if any(sample.tokens[max(0, end - len(s)) : end] == list(s) for s in sequences):
             return Sample(sample.tokens[:end], sample.logprobs[:end], "stop")
     return sample
-
-
-__all__ = ["LocalSamplingClient", "LocalTrainingClient", "ModelInput"]

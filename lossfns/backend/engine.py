@@ -14,7 +14,9 @@ from lossfns import BoundLoss, Loss, LossInputError, TensorData
 from lossfns.backend.builtins import builtin
 from lossfns.backend.logprobs import linear_logprobs
 from lossfns.backend.types import ForwardBackwardOutput, OptimStepResponse
-from lossfns.tokens import FlatLogprobs
+from lossfns.checks import number
+from lossfns.pack import check_data
+from lossfns.tokens import TOKENS, FlatLogprobs
 
 LossFn = Callable[[list[Any], list[Tensor]], tuple[Tensor, dict[str, float]]]
 
@@ -78,6 +80,7 @@ class Engine:
 
     def optim_step(self, adam: Any) -> OptimStepResponse:
         """Clip, step, clear: AdamW on the accumulated gradient."""
+        check_adam(adam)
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         if not parameters:
             fix = "Call forward_backward first."
@@ -94,10 +97,30 @@ class Engine:
         return OptimStepResponse({"grad_norm": float(norm), "lr": adam.learning_rate})
 
 
+def check_adam(adam: Any) -> None:
+    """Refuse what is no AdamParams, or would move the weights nowhere or up."""
+    if not all(hasattr(adam, name) for name in ADAM):
+        got, fix = f"a {type(adam).__name__}", "Pass AdamParams(learning_rate=...)."
+        raise LossInputError("adam_params", "AdamParams", got, fix)
+    for name, (expected, accept) in ADAM.items():
+        number(name, getattr(adam, name), expected, accept, "AdamW has no use for it.")
+
+
+ADAM: dict[str, tuple[str, Callable[[float], bool]]] = {
+    "learning_rate": ("a finite number of at least 0", lambda x: x >= 0),
+    "beta1": ("a number in [0, 1)", lambda x: 0 <= x < 1),
+    "beta2": ("a number in [0, 1)", lambda x: 0 <= x < 1),
+    "eps": ("a finite number of at least 0", lambda x: x >= 0),
+    "weight_decay": ("a finite number of at least 0", lambda x: x >= 0),
+    "grad_clip_norm": ("a finite number of at least 0", lambda x: x >= 0),
+}
+
+
 def pack_datums(data: Sequence[Any], model: nn.Module) -> Batch:
     """Datums to flat tensors on the model's device; refuses what does not fit together, or the vocabulary."""
-    if not data:
+    if isinstance(data, (list, tuple)) and not data:
         raise LossInputError("data", "at least one datum", "No data provided", "Skip the call for an empty batch.")
+    check_data(data, TOKENS)
     tokens, targets = [], []
     for i, datum in enumerate(data):
         if "target_tokens" not in datum.loss_fn_inputs:
@@ -143,8 +166,10 @@ def value_and_gradient(
     Our own losses run where the logprobs are, on one flat leaf. Any other callable gets what the hosted
     services give it: one float32 leaf for each datum, on the CPU.
     """
-    ours = isinstance(loss_fn, (Loss, BoundLoss))
-    if ours:
+    if isinstance(loss_fn, str) or not callable(loss_fn):
+        fix = "A built-in's name goes to forward_backward, a loss such as grpo() comes here."
+        raise LossInputError("loss_fn", "a function (data, logprobs_list) -> (loss, metrics)", repr(loss_fn), fix)
+    if isinstance(loss_fn, (Loss, BoundLoss)):
         leaves: list[Tensor] = views(logprobs, batch)
     else:
         sizes = [math.prod(shape) for shape in batch.shapes]
@@ -186,12 +211,12 @@ def gradient_of(leaf: Tensor, datum: int) -> Tensor:
     return leaf.grad
 
 
-SUMS = ("loss", "tokens", "sequences", "sequences_empty")
+TOTALS = ("loss", "tokens", "sequences", "sequences_empty")
 
 
 def server_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
     """Metrics in the services' ``name:reduction`` form, which says how they combine over requests."""
-    return {f"{name}:{'sum' if name in SUMS else 'mean'}": x for name, x in metrics.items() if name != "denominator"}
+    return {f"{name}:{'sum' if name in TOTALS else 'mean'}": x for name, x in metrics.items() if name != "denominator"}
 
 
 def output(logprobs: Tensor, batch: Batch, metrics: dict[str, float]) -> ForwardBackwardOutput:

@@ -8,7 +8,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from lossfns import LossInputError
 from lossfns.backend.model import Decoder
+from lossfns.checks import number
 
 
 class Sample(NamedTuple):
@@ -36,9 +38,9 @@ def generate(
     A prompt that occurs many times is read once. Without ``seed``, PyTorch's global generator draws.
     """
     if not all(map(len, prompts)):
-        raise ValueError("every prompt needs at least one token")
-    if not (temperature >= 0 and 0 < top_p <= 1):
-        raise ValueError(f"temperature must be >= 0 and top_p in (0, 1], got {temperature} and {top_p}")
+        raise LossInputError("prompt", "at least one token", "none", "Start from the end-of-sequence token.")
+    number("temperature", temperature, "a finite number of at least 0", lambda x: x >= 0, "0 is greedy.")
+    number("top_p", top_p, "a number in (0, 1]", lambda x: 0 < x <= 1, "1 keeps all of the distribution.")
     if not prompts:
         return []
     device = model.head.device

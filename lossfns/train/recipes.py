@@ -13,17 +13,7 @@ from lossfns import Loss, cross_entropy, dapo, dpo, grpo, gspo_token, orpo
 from lossfns.backend import LocalTrainingClient
 from lossfns.train import methods, tasks
 from lossfns.train.run import Run
-
-POLICIES: dict[str, Callable[[], Loss]] = {"grpo": grpo, "dapo": dapo, "gspo-token": gspo_token}
-PREFERENCES: dict[str, Callable[[], Loss]] = {"dpo": dpo, "orpo": orpo}
-METHODS = {"sft": cross_entropy, **POLICIES, **PREFERENCES}
-
-DEFAULTS: dict[str, dict[str, Any]] = {
-    "sft": {"steps": 400, "batch": 16, "lr": 3e-3},
-    **{m: {"steps": 100, "batch": 32, "lr": 5e-4, "group": 16, "updates": 2, "warmup_steps": 200} for m in POLICIES},
-    "dpo": {"steps": 400, "batch": 32, "lr": 3e-4, "warmup_steps": 300},
-    "orpo": {"steps": 500, "batch": 32, "lr": 3e-3, "warmup_steps": 0},
-}
+from lossfns.train.tasks import Demonstration, Preference, Problem, Task
 
 
 class Outcome(NamedTuple):
@@ -41,9 +31,7 @@ def frozen(client: LocalTrainingClient) -> LocalTrainingClient:
     return LocalTrainingClient(copy.deepcopy(client.model), tokenizer=client.get_tokenizer(), device=device)
 
 
-def sft(run: Run, client: LocalTrainingClient, args: Namespace) -> Outcome:
-    task = tasks.own_demonstrations(args.data, args.seed) if args.data else tasks.english()
-    run.say(f"sft on {task.name}: {cross_entropy()!r}")
+def sft(run: Run, client: LocalTrainingClient, task: Task[Demonstration], loss: Loss, args: Namespace) -> Outcome:
     before = methods.bits_per_byte(client, task.held_out)
     methods.supervised(
         run,
@@ -58,22 +46,16 @@ def sft(run: Run, client: LocalTrainingClient, args: Namespace) -> Outcome:
     return Outcome("bits_per_byte", "held-out bits per byte", before, methods.bits_per_byte(client, task.held_out))
 
 
-def preference(run: Run, client: LocalTrainingClient, args: Namespace) -> Outcome:
+def preference(run: Run, client: LocalTrainingClient, task: Task[Preference], loss: Loss, args: Namespace) -> Outcome:
     """DPO prefers relative to a supervised start; ORPO needs none: it learns the chosen texts as it goes."""
-    loss = PREFERENCES[args.method]()
-    relative = "ref_logprobs" in loss.reads
-    task = tasks.own_preferences(args.data, args.seed) if args.data else tasks.continuations()
-    if not (args.data or relative):
-        task = tasks.whole_texts(task)
-    run.say(f"{args.method} on {task.name}: {loss!r}")
 
-    def chosen(rng: Random, n: int) -> list[tasks.Demonstration]:
-        return [tasks.Demonstration(e.prompt, e.chosen) for e in task.draw(rng, n)]
+    def chosen(rng: Random, n: int) -> list[Demonstration]:
+        return [Demonstration(e.prompt, e.chosen) for e in task.draw(rng, n)]
 
     draw = chosen if args.data else tasks.english().draw
     warm_up(run, client, draw, args, batch=16, learning_rate=methods.cosine(3e-3, args.warmup_steps))
     reference = frozen(client)
-    measure = methods.margin_accuracy if relative else methods.likelihood_accuracy
+    measure = methods.margin_accuracy if "ref_logprobs" in loss.reads else methods.likelihood_accuracy
     measured = partial(measure, client, reference, task.held_out)
     before = measured()
     methods.preference(
@@ -90,13 +72,11 @@ def preference(run: Run, client: LocalTrainingClient, args: Namespace) -> Outcom
     return Outcome("accuracy", "held-out preference accuracy", before, measured())
 
 
-def policy(run: Run, client: LocalTrainingClient, args: Namespace) -> Outcome:
-    loss = POLICIES[args.method]()
-    task = tasks.own_problems(args.data, args.seed) if args.data else tasks.arithmetic()
-    run.say(f"{args.method} on {task.name}: {loss!r}")
+def policy(run: Run, client: LocalTrainingClient, task: Task[Problem], loss: Loss, args: Namespace) -> Outcome:
+    """Reinforcement learning from a warm start that is right only some of the time."""
     demonstrate = tasks.correct if args.data else tasks.careless
 
-    def demonstrations(rng: Random, n: int) -> list[tasks.Demonstration]:
+    def demonstrations(rng: Random, n: int) -> list[Demonstration]:
         return [demonstrate(problem, rng) for problem in task.draw(rng, n)]
 
     warm_up(run, client, demonstrations, args, batch=256, learning_rate=methods.constant(2e-3))
@@ -124,7 +104,7 @@ def policy(run: Run, client: LocalTrainingClient, args: Namespace) -> Outcome:
 def warm_up(
     run: Run,
     client: LocalTrainingClient,
-    draw: Callable[[Random, int], list[tasks.Demonstration]],
+    draw: Callable[[Random, int], list[Demonstration]],
     args: Namespace,
     *,
     batch: int,
@@ -135,3 +115,48 @@ def warm_up(
     methods.supervised(
         run, client, draw, phase="warm-up", steps=steps, batch=batch, learning_rate=learning_rate, seed=args.seed
     )
+
+
+class Method(NamedTuple):
+    """A loss, where its examples come from, how it is trained on, and the options it has with their defaults."""
+
+    loss: Callable[[], Loss]
+    task: Callable[[Namespace], Task[Any]]
+    recipe: Callable[..., Outcome]
+    options: dict[str, Any]
+
+
+def demonstrations(args: Namespace) -> Task[Demonstration]:
+    return tasks.own_demonstrations(args.data, args.seed) if args.data else tasks.english()
+
+
+def pairs(args: Namespace) -> Task[Preference]:
+    return tasks.own_preferences(args.data, args.seed) if args.data else tasks.continuations()
+
+
+def whole_pairs(args: Namespace) -> Task[Preference]:
+    return tasks.own_preferences(args.data, args.seed) if args.data else tasks.whole_texts(tasks.continuations())
+
+
+def problems(args: Namespace) -> Task[Problem]:
+    return tasks.own_problems(args.data, args.seed) if args.data else tasks.arithmetic()
+
+
+POLICY = {
+    "steps": 100,
+    "batch": 32,
+    "lr": 5e-4,
+    "warmup_steps": 200,
+    "group": 16,
+    "updates": 2,
+    "max_tokens": None,
+}
+
+METHODS = {
+    "sft": Method(cross_entropy, demonstrations, sft, {"steps": 400, "batch": 16, "lr": 3e-3}),
+    "grpo": Method(grpo, problems, policy, POLICY),
+    "dapo": Method(dapo, problems, policy, POLICY),
+    "gspo-token": Method(gspo_token, problems, policy, POLICY),
+    "dpo": Method(dpo, pairs, preference, {"steps": 400, "batch": 32, "lr": 3e-4, "warmup_steps": 300}),
+    "orpo": Method(orpo, whole_pairs, preference, {"steps": 500, "batch": 32, "lr": 3e-3, "warmup_steps": 0}),
+}

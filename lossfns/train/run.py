@@ -11,6 +11,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
 
+from lossfns import LossInputError
+
 
 class Run:
     """Writes ``config.json`` and ``metrics.jsonl`` into its folder and shows a progress bar.
@@ -21,6 +23,9 @@ class Run:
 
     def __init__(self, folder: str | Path, config: Mapping[str, Any], *, terminal: TextIO | None = None) -> None:
         self.folder = Path(folder)
+        if (self.folder / "config.json").exists() or (self.folder.exists() and not self.folder.is_dir()):
+            got, fix = f"{folder}, which holds another run or is a file", "Choose another: nothing is overwritten."
+            raise LossInputError("--out", "a new or empty folder", got, fix)
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
         self.history: list[dict[str, Any]] = []

@@ -169,7 +169,8 @@ def read(path: str | Path, keys: Sequence[str]) -> list[dict[str, str]]:
     """The rows of a JSONL file, each with text under every one of the keys; an error names the line."""
     rows = []
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        # Not splitlines: JSON may hold other line separators than the newline as they are.
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise LossInputError("--data", "a JSONL file", f"{path} ({error})", "One JSON object a line.") from None
     for number, line in enumerate(lines, 1):
@@ -191,7 +192,10 @@ def read(path: str | Path, keys: Sequence[str]) -> list[dict[str, str]]:
 
 
 def own(name: str, examples: list[T], seed: int) -> Task[T]:
-    """One in ten examples held out (at least one, at most ``HELD_OUT``), the rest to train on."""
+    """One in ten of the different examples held out (at least one, at most ``HELD_OUT``), the rest to train on."""
+    examples = list({repr(example): example for example in examples}.values())
+    if len(examples) < 2:
+        raise LossInputError("--data", "at least 2 different rows", "1", "One in ten is held out.")
     Random(seed).shuffle(examples)
     size = min(HELD_OUT, max(1, len(examples) // 10))
     held_out, train = examples[:size], examples[size:]

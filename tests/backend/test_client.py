@@ -385,3 +385,68 @@ def test_stops_end_a_sample_where_they_end() -> None:
     sample = lossfns.backend.sampler.Sample([5, 6, 5, 7, 8], [-1.0, -2.0, -3.0, -4.0, -5.0], "length")
     assert cut(sample, [[5, 7]]) == ([5, 6, 5, 7], [-1.0, -2.0, -3.0, -4.0], "stop")
     assert cut(sample, [[7, 5]]) == sample
+
+
+def test_a_checkpoint_of_another_shape_leaves_the_client_as_it_was(tmp_path: Path) -> None:
+    other = LocalTrainingClient(Decoder(**SHAPE | {"hidden": 32}), tokenizer=ByteTokenizer(), device="cpu")
+    path = other.save_state(tmp_path / "other.npz").result().path
+    c = client()
+    before = [p.detach().clone() for p in c.model.parameters()]
+    with pytest.raises(LossInputError, match="a checkpoint of this model"):
+        c.load_state(path).result()
+    assert all(torch.equal(a, b) for a, b in zip(before, c.model.parameters()))
+
+
+def test_a_load_clears_gradients_and_takes_a_model_with_frozen_parts(tmp_path: Path) -> None:
+    c, data = client(), texts()
+    c.model.norm.weight.requires_grad_(False)
+    c.forward_backward(data, "cross_entropy")
+    c.optim_step(AdamParams()).result()
+    path = c.save_state(tmp_path / "x.npz").result().path
+    c.forward_backward(data, "cross_entropy").result()
+    c.load_state_with_optimizer(path).result()
+    assert all(p.grad is None for p in c.model.parameters()) and c.get_info()["steps"] == 1
+
+
+@pytest.mark.parametrize(
+    "change", [{"learning_rate": -1.0}, {"learning_rate": math.nan}, {"beta1": 1.0}, {"eps": -1.0}]
+)
+def test_a_step_with_numbers_out_of_range_is_refused(change: dict[str, float]) -> None:
+    c = client()
+    c.forward_backward(texts(), "cross_entropy").result()
+    with pytest.raises(LossInputError, match=next(iter(change))):
+        c.optim_step(AdamParams(**change)).result()
+    with pytest.raises(LossInputError, match="adam_params"):
+        c.optim_step(None).result()
+    assert c.optim_step(AdamParams()).result().metrics["grad_norm"] > 0
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (lambda c: c.forward_backward(texts()[0], "cross_entropy"), "a list of datums"),
+        (lambda c: c.forward_backward(["x"], "cross_entropy"), "a Datum"),
+        (lambda c: c.forward_backward(texts(), lossfns.cross_entropy()), "the name of a built-in"),
+        (lambda c: c.forward_backward_custom(texts(), "cross_entropy"), "a function"),
+    ],
+)
+def test_a_confused_call_is_refused_in_words(request_: Any, message: str) -> None:
+    with pytest.raises(LossInputError, match=message):
+        request_(client()).result()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "count", "params", "message"),
+    [
+        ([72], 1, {}, "a ModelInput"),
+        (lossfns.ModelInput.from_ints([999]), 1, {}, r"tokens in \[0, 257\)"),
+        (lossfns.ModelInput.empty(), 1, {}, "no token"),
+        (lossfns.ModelInput.from_ints([72]), 0, {}, "num_samples"),
+        (lossfns.ModelInput.from_ints([72]), 1, {"max_tokens": 0}, "max_tokens"),
+        (lossfns.ModelInput.from_ints([72]), 1, {"temperature": -1.0}, "temperature"),
+    ],
+)
+def test_a_sample_that_cannot_be_drawn_is_refused(prompt: Any, count: int, params: Any, message: str) -> None:
+    sampler = client().save_weights_and_get_sampling_client()
+    with pytest.raises(LossInputError, match=message):
+        sampler.sample(prompt, count, SamplingParams(**params)).result()
