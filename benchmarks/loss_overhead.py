@@ -10,7 +10,7 @@ From ``TensorData`` and a list of leaf logprobs to the gradients on the leaves, 
 
 All compute the same loss, gradients and metrics; the script checks that before it times them.
 
-    python benchmarks/loss_overhead.py [--rounds 9]
+    python benchmarks/loss_overhead.py [--rounds 9] [--threads 1]
 """
 
 from __future__ import annotations
@@ -129,7 +129,9 @@ def cell(row: dict[str, Any], name: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--threads", type=int, default=1, help="on shared cores two OpenMP threads stall each other")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     losses = {
         "ours": grpo(clip=(LOW, HIGH), kl_beta=BETA),
         "loop": loop,
@@ -148,7 +150,7 @@ def main() -> None:
             torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-8)
             for name, value in metrics.items():
                 assert abs(own[name] - value) <= 1e-4 * max(1, abs(value)), (name, own[name], value)
-        times = race(runs, rounds)
+        times = race(runs, args.rounds)
         results.append(
             {
                 "sequences": sequences,

@@ -44,11 +44,14 @@ def as_datum_fn(loss: Loss | BoundLoss) -> DatumFn:
         raise LossInputError("as_datum_fn", "a loss of single datums", f"{loss!r}, which couples two", fix)
 
     def body(logprobs: Tensor, weights: Tensor, *columns: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        t = blank(logprobs.flatten(), weights.flatten(), None, dict(zip(loss.reads, columns)))
+        w = weights.flatten()
+        active = w != 0
+        blanked = {name: blank(x.flatten(), active) for name, x in zip(loss.reads, columns)}
+        t = Tokens(blank(logprobs.flatten(), active), w, None, blanked)
         term, statistics = loss.terms(t)
-        active = t.active.to(torch.float32)
-        sums = {name: (active * x.detach()).sum() for name, x in statistics.items()}
-        metrics = {f"custom/{name}:sum": total for name, total in ({"rows": active.sum()} | sums).items()}
+        counted = t.active.to(torch.float32)
+        sums = {name: (counted * x.detach()).sum() for name, x in statistics.items()}
+        metrics = {f"custom/{name}:sum": total for name, total in ({"rows": counted.sum()} | sums).items()}
         return (t.weights * term).sum(), metrics
 
     # The service reads the parameters' names, and fx their number, from the code itself.

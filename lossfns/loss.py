@@ -82,10 +82,10 @@ def evaluate(loss: Loss, t: Tokens, denominator: Tensor | float | None = None) -
     """
     term, statistics = loss.terms(t)
     share = loss.share(t)
-    total = (share * term).sum()
+    total = torch.dot(share, term)
     if loss.count is not None:
         total = total / (loss.count(t) if denominator is None else denominator)
-    active = (share != 0).to(total.dtype)
+    active = (share != 0 if loss.rows == PAIRS else t.active).to(total.dtype)
     sums = {name: torch.dot(active, x.detach().to(active.dtype)) for name, x in statistics.items()}
     return total, {"rows": active.sum(), **sums}
 

@@ -71,7 +71,10 @@ def pack(
     lengths = torch.tensor([prod(shape) for shape in shapes], device=logprobs.device)
     flat = {name: fill(name, found, shapes, lengths, logprobs) for name, found in table.items()}
     weights = flat.pop("weights")
-    return blank(logprobs, weights, lengths, flat | {name: logprobs.detach() for name in on_policy})
+    active = weights != 0
+    logprobs, inactive = blank(logprobs, active), ~active
+    blanked = {name: x.masked_fill_(inactive, 0) for name, x in flat.items()}  # in place: `fill` made them
+    return Tokens(logprobs, weights, lengths, blanked | {name: logprobs.detach() for name in on_policy})
 
 
 def pack_weights(
@@ -87,7 +90,7 @@ def pack_weights(
     shapes = [w.shape for w in found]
     lengths = torch.tensor([prod(shape) for shape in shapes])
     weights = fill("weights", found, shapes, lengths, torch.empty(0, dtype=torch.float64))
-    return blank(torch.zeros_like(weights), weights, lengths, {})
+    return Tokens(torch.zeros_like(weights), weights, lengths)
 
 
 def weight_rows(data: Sequence[Any], reads: Sequence[str], columns: Mapping[str, Any]) -> Rows:
@@ -104,11 +107,9 @@ def known(name: str, data: Sequence[Any], columns: Mapping[str, Any]) -> Any:
     return find(name, data, columns) if there and columns.get(name) is not ON_POLICY else None
 
 
-def blank(logprobs: Tensor, weights: Tensor, lengths: Tensor | None, columns: Mapping[str, Tensor]) -> Tokens:
-    """Put 0 into every inactive slot of every column, before any maths."""
-    active = weights != 0
-    blanked = {name: torch.where(active, x, 0) for name, x in columns.items()}
-    return Tokens(torch.where(active, logprobs, 0), weights, lengths, blanked)
+def blank(x: Tensor, active: Tensor) -> Tensor:
+    """0 in every inactive slot, before any maths: what stands there can then reach neither value nor gradient."""
+    return torch.where(active, x, 0)
 
 
 def check_data(data: Sequence[Any], rows: str) -> None:

@@ -38,8 +38,13 @@ def surrogate(ratio: Tensor, advantages: Tensor) -> Tensor:
 
 
 def clipped_surrogate(ratio: Tensor, advantages: Tensor, clip: tuple[float, float]) -> Tensor:
-    """−min(r·A, clip(r, low, high)·A). Schulman et al. 2017 (arXiv:1707.06347), equation 7."""
-    return -torch.minimum(ratio * advantages, ratio.clamp(*clip) * advantages)
+    """−min(r·A, clip(r, low, high)·A). Schulman et al. 2017 (arXiv:1707.06347), equation 7.
+
+    The minimum is r·A with r bounded above by ``high`` where A > 0, and below by ``low`` where A < 0.
+    """
+    low, high = clip
+    bounded = torch.where(advantages > 0, ratio.clamp(max=high), ratio.clamp(min=low))
+    return -advantages * bounded
 
 
 def dual_clipped(loss: Tensor, advantages: Tensor, c: float) -> Tensor:
