@@ -109,7 +109,7 @@ def test_nothing_to_do(model: Decoder) -> None:
 
 @pytest.mark.parametrize("options", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}])
 def test_refuses_settings_that_describe_no_distribution(model: Decoder, options: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="temperature|top_p"):
+    with pytest.raises(ValueError, match=r"temperature|top_p"):
         generate(model, PROMPTS, max_tokens=1, **options)
 
 
