@@ -82,7 +82,7 @@ def evaluate(loss: Loss, t: Tokens, denominator: Tensor | float | None = None) -
     """
     term, statistics = loss.terms(t)
     share = loss.share(t)
-    total = torch.dot(share, term)
+    total = torch.dot(share.to(term.dtype), term)
     if loss.count is not None:
         total = total / (loss.count(t) if denominator is None else denominator)
     active = (share != 0 if loss.rows == PAIRS else t.active).to(total.dtype)
@@ -156,7 +156,8 @@ class BoundLoss:
         host = torch.stack([x.to(total.dtype) for x in device]).tolist()
         judge(host[len(totals) + len(sums) :], t, signed=loss.signed)
         metrics = self.metrics(dict(zip(totals, host)), dict(zip(sums, host[len(totals) :])))
-        return total, metrics | {"sequences": float(len(t.lengths))} if t.lengths is not None else metrics
+        assert t.lengths is not None  # the door made them
+        return total, metrics | {"sequences": float(len(t.lengths))}
 
     def metrics(self, totals: dict[str, float], sums: dict[str, float]) -> dict[str, float]:
         """Metrics of the contract from host sums; each statistic becomes its mean over the active rows."""
@@ -234,9 +235,10 @@ def check_bound(loss: Loss, columns: Mapping[str, Any], denominator: float | Non
             raise LossInputError(name, "one row per datum", repr(value), fix)
         if name != "weights" and name not in loss.reads:
             warn(f"{loss!r} does not read {name}: binding it has no effect")
-    if denominator is not None and not (isinstance(denominator, Tensor) and denominator.numel() == 1):
+    if denominator is not None:
         fix = "Take it from loss.denominator(whole_batch)."
-        number("denominator", denominator, "a finite number above 0", lambda d: d > 0, fix)
+        value = denominator.item() if isinstance(denominator, Tensor) and denominator.numel() == 1 else denominator
+        number("denominator", value, "a finite number above 0", lambda d: d > 0, fix)
     if align not in (None, "strict", "truncate"):
         raise LossInputError(
             "align", "'strict' or 'truncate'", repr(align), did_you_mean(str(align), ("strict", "truncate"))

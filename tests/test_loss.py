@@ -6,6 +6,7 @@ import warnings
 from random import Random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from batches import CASES, Case, call, random_batch
@@ -180,6 +181,24 @@ def test_merging_adds_what_is_named_a_sum_and_takes_chunks_without_any_token() -
 def test_a_denominator_may_be_a_tensor_as_all_reduce_leaves_it() -> None:
     data, logprobs = data_and_logprobs()
     assert lossfns.cross_entropy().bind(denominator=torch.tensor(5.0))(data, logprobs)[0].item() == 1.0
+    for value in (0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(LossInputError, match="cross_entropy: denominator: expected a finite number above 0"):
+            lossfns.cross_entropy().bind(denominator=torch.tensor(value))
+
+
+def test_a_share_may_be_a_mask() -> None:
+    data, logprobs = data_and_logprobs()
+    loss = Loss("nll", {}, (), lambda t: (-t.logprobs, {}), lambda t: t.active, lambda t: t.active.sum())
+    assert loss(data, logprobs)[0].item() == 2.5
+
+
+def test_a_bound_tensor_is_not_written_to() -> None:
+    """Blanking happens in the door's own copy, for a single datum too."""
+    data, logprobs = data_and_logprobs()
+    for old in (torch.tensor([math.nan, -2.0, -3.0]), np.array([math.nan, -2.0, -3.0], dtype=np.float32)):
+        before = repr(old)
+        lossfns.ppo().bind(advantages=[1.0], old_logprobs=[old])(data, logprobs)
+        assert repr(old) == before
 
 
 def test_losses_can_be_copied_and_kept_in_sets() -> None:
