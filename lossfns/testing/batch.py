@@ -1,0 +1,93 @@
+"""A batch as plain rows of floats: what laws edit, strategies draw and the oracle reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import prod
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import lossfns
+from lossfns.datum import Datum, ModelInput, TensorData
+from lossfns.tokens import COLUMNS
+
+Row = list[float]
+Rows = list[Row]
+
+ALIASES = {"old_logprobs": "logprobs", "weights": "mask"}
+"""Second names under which a datum holds a column too, so that a loss written for another framework finds it."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of floats, one for each datum; its ``repr`` makes it again.
+
+    With ``targets=K`` a row holds the N·K entries of N positions, row-major. Columns of a datum are float32,
+    so give numbers that float32 holds where exactness matters; logprobs take any dtype.
+
+    >>> batch = Batch([[-1.0, -2.0]], [[0.0, 1.0]], {"advantages": [[1.0, 1.0]]})
+    >>> data, logprobs = batch.data(), batch.tensors()
+    >>> Batch.of(data, logprobs) == batch
+    True
+    """
+
+    logprobs: Rows
+    weights: Rows
+    columns: Mapping[str, Rows] = field(default_factory=dict)
+    targets: int = 0
+
+    @classmethod
+    def of(cls, data: Sequence[Any], logprobs: Sequence[Tensor]) -> Batch:
+        """The rows of datums that carry their columns, and their logprobs."""
+        inputs = [datum.loss_fn_inputs for datum in data]
+        flat = lambda name: [own[name].to_numpy().reshape(-1).tolist() for own in inputs]  # noqa: E731
+        columns = {name: flat(name) for name in COLUMNS if name != "weights" and all(name in own for own in inputs)}
+        targets = logprobs[0].shape[1] if logprobs and logprobs[0].ndim == 2 else 0
+        return cls([lp.detach().flatten().tolist() for lp in logprobs], flat("weights"), columns, targets)
+
+    def shape(self, row: Sequence[float]) -> list[int]:
+        return [len(row) // self.targets, self.targets] if self.targets else [len(row)]
+
+    def data(self, sdk: Any = lossfns) -> list[Any]:
+        """Datums of ours (or of another SDK) that carry every column, and the aliases."""
+        return [self.datum(i, sdk) for i in range(len(self.weights))]
+
+    def datum(self, i: int, sdk: Any = lossfns) -> Any:
+        shape = self.shape(self.weights[i])
+        columns = {"weights": self.weights[i], **{name: rows[i] for name, rows in self.columns.items()}}
+        named = columns | {ALIASES[name]: row for name, row in columns.items() if name in ALIASES}
+        fields = {name: np.array(row, np.float32).reshape(shape) for name, row in named.items()}
+        ids = (np.arange(prod(shape)) % 50 + 3).reshape(shape)
+        made = {name: sdk.TensorData.from_numpy(x) for name, x in (fields | {"target_tokens": ids}).items()}
+        return sdk.Datum(sdk.ModelInput.from_ints([2] * shape[0]), made)
+
+    def tensors(self, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+        """The logprobs as leaves that require grad."""
+        return [
+            torch.tensor(row, dtype=dtype).reshape(self.shape(row)).requires_grad_() for row in self.logprobs
+        ]
+
+    def take(self, indices: Sequence[int]) -> Batch:
+        """The datums of these indices, in this order."""
+        return self.map(lambda rows: [rows[i] for i in indices])
+
+    def map(self, change: Any) -> Batch:
+        """The same change to the rows of logprobs, weights and every column."""
+        columns = {name: change(rows) for name, rows in self.columns.items()}
+        return replace(self, logprobs=change(self.logprobs), weights=change(self.weights), columns=columns)
+
+    def having(self, *, logprobs: Rows | None = None, weights: Rows | None = None, **columns: Rows) -> Batch:
+        """The batch with these rows in place of its own."""
+        return replace(
+            self,
+            logprobs=self.logprobs if logprobs is None else logprobs,
+            weights=self.weights if weights is None else weights,
+            columns={**self.columns, **columns},
+        )
+
+
+__all__ = ["ALIASES", "Batch", "Datum", "ModelInput", "Row", "Rows", "TensorData"]

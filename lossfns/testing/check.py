@@ -1,0 +1,383 @@
+"""``check``: every law of a loss's kind on edge-rich batches, and what the first broken one means."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+from xml.etree import ElementTree
+
+import torch
+from torch import Tensor
+
+from lossfns.errors import LossInputError, LossWarning
+from lossfns.loss import BoundLoss, Loss
+from lossfns.testing.batch import Batch
+from lossfns.testing.bugs import BUGS
+from lossfns.testing.laws import ADVANTAGES, CRAFTED, GROUPS, AdvantageLaw, Law, LawBroken, NotApplicable
+from lossfns.testing.laws.base import LossFn, Watched
+from lossfns.testing.subject import Made, Padded, adapt, column_of
+from lossfns.tokens import PAIRS, TARGETS
+
+READS = {
+    "policy": ("advantages", "old_logprobs", "ref_logprobs", "sampler_logprobs"),
+    "preference": ("ref_logprobs",),
+    "supervised": (),
+}
+READS["any"] = READS["policy"]
+KINDS = (*GROUPS, "advantages")
+CANDIDATES = 3
+"""How many targets a position has, in the batches for a loss over ``[N, K]``."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What one law said: ``"pass"``, ``"fail"`` or ``"n/a"``, and where it fails the bug and the smallest batch."""
+
+    law: str
+    says: str
+    verdict: str
+    seconds: float
+    bug: str = ""
+    seen: str = ""
+    example: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """The verdicts on one subject, in the order of diagnosis."""
+
+    subject: str
+    kind: str
+    verdicts: list[Verdict] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        return all(v.verdict != "fail" for v in self.verdicts)
+
+    @property
+    def failures(self) -> list[Verdict]:
+        return [v for v in self.verdicts if v.verdict == "fail"]
+
+    @property
+    def bug(self) -> str:
+        """The most likely bug: that of the first broken law, "" where none is broken."""
+        return self.failures[0].bug if self.failures else ""
+
+    def as_dict(self) -> dict[str, Any]:
+        verdicts = [vars(v) for v in self.verdicts]
+        return {"subject": self.subject, "kind": self.kind, "ok": self.ok, "bug": self.bug, "verdicts": verdicts}
+
+    def table(self) -> str:
+        """What a person reads: a line for each law, then the broken ones at length, most telling first."""
+        width = max(len(v.law) for v in self.verdicts)
+        sign = {"pass": "ok  ", "fail": "FAIL", "n/a": "–   "}
+        lines = [f"{self.subject} ({self.kind})", ""]
+        for v in self.verdicts:
+            remark = v.bug if v.verdict == "fail" else v.seen if v.verdict == "n/a" else ""
+            lines.append(f"{sign[v.verdict]}  {v.law:{width}}  {v.says if v.verdict == 'pass' else remark or v.says}")
+        for v in self.failures:
+            lines += ["", f"{v.law}: {v.says}", f"  seen     {v.seen}", f"  bug      {v.bug}: {BUGS[v.bug].words}"]
+            lines += [f"  also in  {', '.join(BUGS[v.bug].seen)}"] * bool(BUGS[v.bug].seen)
+            lines += [f"  batch    {v.example}"] * bool(v.example)
+        count = len(self.failures)
+        tested = sum(v.verdict != "n/a" for v in self.verdicts)
+        done = f"{tested} laws hold" if self.ok else f"{count} of {tested} laws broken; most likely: {self.bug}"
+        return "\n".join([*lines, "", f"{done} ({sum(v.seconds for v in self.verdicts):.1f} s)"])
+
+    def junit(self) -> str:
+        """The same as JUnit XML, a test case for each law."""
+        suite = ElementTree.Element("testsuite", name=f"lossfns check {self.subject}", tests=str(len(self.verdicts)),
+            failures=str(len(self.failures)), skipped=str(sum(v.verdict == "n/a" for v in self.verdicts)))  # fmt: skip
+        for v in self.verdicts:
+            case = ElementTree.SubElement(suite, "testcase", classname=self.subject, name=v.law, time=f"{v.seconds:.3f}")
+            if v.verdict == "fail":
+                ElementTree.SubElement(case, "failure", message=v.bug).text = f"{v.seen}\n{v.example}"
+            elif v.verdict == "n/a":
+                ElementTree.SubElement(case, "skipped", message=v.seen)
+        return ElementTree.tostring(suite, encoding="unicode")
+
+
+class Trial(NamedTuple):
+    """One law, ready to be tried on the subject."""
+
+    law: str
+    run: Callable[[], Verdict]
+
+
+def trials(
+    subject: Any,
+    *,
+    kind: str | None = None,
+    factory: bool | None = None,
+    like: Loss | None = None,
+    examples: int = 20,
+) -> tuple[str, list[Trial]]:
+    """The kind of a subject and the trials of every law of that kind, in the order of diagnosis; see ``check``."""
+    kind = kind or getattr(subject, "kind", None)
+    if kind not in (None, *KINDS):
+        raise LossInputError("kind", f"one of {', '.join(KINDS)}", repr(kind), "Leave it out to have it found.")
+    if kind == "advantages":
+        return kind, [Trial(law.__name__, partial(of_advantages, law, subject)) for law in ADVANTAGES]
+    with quiet():
+        loss_fn = adapt(subject, factory=factory)
+        kind = kind or kind_of_loss(loss_fn)
+        laws = of_laws(loss_fn, kind, targets_of(loss_fn, kind), examples)
+    return kind, laws
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the warnings that batches which are wild on purpose give rise to."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", LossWarning)
+        warnings.filterwarnings("ignore", message="Converting a tensor with requires_grad")
+        yield
+
+
+def check(
+    subject: Any,
+    *,
+    kind: str | None = None,
+    factory: bool | None = None,
+    like: Loss | None = None,
+    name: str | None = None,
+    examples: int = 20,
+    progress: Callable[[str], None] = lambda law: None,
+) -> Report:
+    """Test a loss by every law of its kind, and by the golden vectors of the method it claims to be.
+
+    Args:
+        subject: a contract function, a ``Loss``, a factory of one, or a function of padded ``[B, T]`` tensors.
+        kind: "policy", "supervised", "preference", "any" or "advantages"; found out where it can be.
+        factory: whether the subject is a factory; found out where it can be.
+        like: the loss of ours that it claims to be; our own losses and those with an attribute ``like`` say so.
+        name: what the report calls it.
+        examples: how many random batches a law is tried on, after the small ones that it always is.
+        progress: called with the name of each law before it runs.
+
+    Raises:
+        LossInputError: where the subject is nothing that can be tested.
+
+    >>> import lossfns
+    >>> report = check(lossfns.dpo(), examples=1)
+    >>> report.kind, report.ok
+    ('preference', True)
+    """
+    name = name or str(getattr(subject, "__name__", None) or repr(subject))
+    kind, ready = trials(subject, kind=kind, factory=factory, like=like, examples=examples)
+    report = Report(name, kind)
+    for trial in ready:
+        progress(trial.law)
+        with quiet():
+            report.verdicts.append(trial.run())
+        if trial.law == "contract" and not report.ok:
+            break  # nothing else can be measured
+    return report
+
+
+def of_laws(loss_fn: LossFn, kind: str, targets: int, examples: int) -> list[Trial]:
+    """The laws of a kind on small batches and drawn ones."""
+    from lossfns.testing.strategies import batches
+
+    small = [replace_columns(batch, kind, targets) for batch in SMALL]
+    dtype = working_dtype(loss_fn, small[0])
+    drawn = batches(
+        reads=READS[kind],
+        pairs=kind == "preference",
+        targets=targets,
+        per_token=not per_datum(loss_fn, small[0]),
+        extremes=False,
+        max_sequences=4,
+        max_length=6,
+    )
+
+    def tried(law: Law, batch: Batch) -> None:
+        law(loss_fn, batch.data(), batch.tensors(dtype))
+
+    return [
+        Trial(law.__name__, partial(judged, law, partial(tried, law), small, drawn, 0 if law in CRAFTED else examples))
+        for law in GROUPS[kind]
+    ]
+
+
+def judged(
+    law: Law, on: Callable[[Batch], None], small: Sequence[Batch], drawn: Any, examples: int
+) -> Verdict:
+    """Try the small batches in their order, then random ones, and keep the smallest that breaks the law."""
+    start = time.monotonic()
+    reasons: list[str] = []
+    held = 0
+
+    def broken(batch: Batch) -> LawBroken | None:
+        nonlocal held
+        try:
+            on(batch)
+        except NotApplicable as reason:
+            reasons.append(str(reason))
+            return None
+        except LawBroken as error:
+            return error
+        except Exception as error:
+            return LawBroken("not-the-contract", f"On a valid batch the call raises {type(error).__name__}: {error}.")
+        held += 1
+        return None
+
+    tried = ((batch, broken(batch)) for batch in small)
+    failed = next(((batch, error) for batch, error in tried if error), None)
+    if failed is None and examples:
+        failed = smallest(broken, drawn, examples)
+    seconds = time.monotonic() - start
+    if failed:
+        batch, error = failed
+        return Verdict(law.__name__, says(law), "fail", seconds, error.bug, error.seen, repr(batch))
+    if held:
+        return Verdict(law.__name__, says(law), "pass", seconds)
+    return Verdict(law.__name__, says(law), "n/a", seconds, seen=reasons[0])
+
+
+def smallest(broken: Callable[[Batch], LawBroken | None], drawn: Any, examples: int) -> tuple[Batch, LawBroken] | None:
+    """The smallest of the drawn batches that breaks the law, the same in every run."""
+    from hypothesis import HealthCheck, Phase, given, settings
+
+    last: list[tuple[Batch, LawBroken]] = []
+
+    @settings(max_examples=examples, derandomize=True, database=None, deadline=None, report_multiple_bugs=False,
+              suppress_health_check=list(HealthCheck), phases=(Phase.generate, Phase.shrink))  # fmt: skip
+    @given(drawn)
+    def holds(batch: Batch) -> None:
+        error = broken(batch)
+        if error:
+            last.append((batch, error))
+            raise error
+
+    try:
+        holds()
+    except Exception:
+        if not last:
+            raise
+    return last[-1] if last else None
+
+
+def says(law: Callable[..., None]) -> str:
+    return (law.__doc__ or "").partition("\n")[0]
+
+
+def of_advantages(law: AdvantageLaw, fn: Any) -> Verdict:
+    """The verdict of a law of group advantages, on interleaved groups of unequal size."""
+    rewards, groups = [1.0, 0.0, 0.5, 0.25, 0.0, 1.0, 0.75], ["a", "b", "a", "b", "a", "a", "b"]
+    start = time.monotonic()
+    verdict = partial(Verdict, law.__name__, says(law))
+    try:
+        law(fn, rewards, groups)
+    except NotApplicable as reason:
+        return verdict("n/a", time.monotonic() - start, seen=str(reason))
+    except LawBroken as error:
+        example = f"rewards={rewards}, groups={groups}"
+        return verdict("fail", time.monotonic() - start, error.bug, error.seen, example)
+    return verdict("pass", time.monotonic() - start)
+
+
+# Batches that every law is tried on first, smallest first
+
+SMALL = (
+    Batch(
+        [[-1.0], [-1.5], [-0.5], [-2.0]],
+        [[1.0]] * 4,
+        {
+            "advantages": [[1.0], [-1.0], [0.5], [2.0]],
+            "old_logprobs": [[-1.0], [-1.5], [-0.5], [-2.0]],
+            "ref_logprobs": [[-1.0], [-1.5], [-0.5], [-2.0]],
+            "sampler_logprobs": [[-1.0], [-1.5], [-0.5], [-2.0]],
+        },
+    ),
+    Batch(
+        [[-1.0, -2.0, -0.5], [-1.0, -0.25, -3.0, -1.5, -0.75], [-0.5, -1.0], [-2.0]],
+        [[0.0, 1.0, 1.0], [1.0, 0.0, 1.0, 1.0, 1.0], [1.0, 1.0], [1.0]],
+        {
+            "advantages": [[1.0] * 3, [-1.0] * 5, [0.5] * 2, [-2.0]],
+            "old_logprobs": [[-1.0, -2.5, -0.75], [-1.0, -0.25, -2.75, -1.75, -0.875], [-0.625, -0.875], [-2.0625]],
+            "ref_logprobs": [[-1.0, -2.25, -1.0], [-1.5, -0.25, -2.5, -1.25, -0.75], [-1.0, -1.5], [-1.5]],
+            "sampler_logprobs": [[-1.0, -2.25, -0.5], [-1.5, -0.5, -2.5, -1.75, -1.0], [-0.75, -1.0], [-2.0]],
+        },
+    ),
+)
+
+
+def replace_columns(batch: Batch, kind: str, targets: int) -> Batch:
+    """A small batch with the columns that the kind reads, and each position K times over for ``[N, K]``."""
+    batch = Batch(batch.logprobs, batch.weights, {name: batch.columns[name] for name in READS[kind]})
+    if not targets:
+        return batch
+    wide = batch.map(lambda rows: [[x * (1 + k / 4) for x in row for k in range(targets)] for row in rows])
+    return Batch(wide.logprobs, [[x for x in row for _ in range(targets)] for row in batch.weights], wide.columns, targets)  # fmt: skip
+
+
+# What a subject is, found by trying
+
+
+def attempt(loss_fn: LossFn, batch: Batch, dtype: torch.dtype) -> Tensor | None:
+    """The loss on a batch, None where the call does not give one."""
+    try:
+        loss = loss_fn(batch.data(), batch.tensors(dtype))[0]
+    except NotApplicable:
+        raise
+    except Exception:
+        return None
+    return loss if isinstance(loss, Tensor) else None
+
+
+def working_dtype(loss_fn: LossFn, batch: Batch) -> torch.dtype:
+    """float64 where the loss takes and keeps it, else float32: laws are as sharp as the loss is."""
+    loss = attempt(loss_fn, batch, torch.float64)
+    return torch.float64 if loss is not None and loss.dtype == torch.float64 else torch.float32
+
+
+def per_datum(loss_fn: LossFn, batch: Batch) -> bool:
+    """Whether a factory takes one advantage for each datum, not one for each token."""
+    if not isinstance(loss_fn, Made):
+        return False
+    attempt(loss_fn, batch, torch.float32)
+    return loss_fn.forms is not None and "numbers" in loss_fn.forms
+
+
+def kind_of_loss(loss_fn: LossFn) -> str:
+    """The kind by what the loss declares, else by what it reads."""
+    loss = loss_fn.loss if isinstance(loss_fn, BoundLoss) else loss_fn
+    if isinstance(loss, Loss):
+        reads: set[str | None] = set(loss.reads)
+        if loss.rows == PAIRS:
+            return "preference"
+    elif isinstance(loss, (Made, Padded)):
+        reads = {column_of(name) for name in loss.required}
+    else:
+        reads = set(fields_read(loss_fn))
+    if "advantages" in reads:
+        return "policy"
+    return "preference" if any(name and "ref_logprobs" in name for name in reads) else "supervised"
+
+
+def fields_read(loss_fn: LossFn) -> set[str]:
+    """The fields of the datums that a call reads, even one that fails."""
+    read: set[str] = set()
+    for batch in (replace_columns(SMALL[1], "policy", 0), replace_columns(SMALL[1], "policy", CANDIDATES)):
+        try:
+            loss_fn([Watched(datum, read) for datum in batch.data()], batch.tensors(torch.float32))
+        except Exception:
+            continue
+    return read
+
+
+def targets_of(loss_fn: LossFn, kind: str) -> int:
+    """How many targets a position has: K for a loss that takes ``[N, K]`` and not ``[N]``."""
+    loss = loss_fn.loss if isinstance(loss_fn, BoundLoss) else loss_fn
+    if isinstance(loss, Loss):
+        return CANDIDATES if loss.rows == TARGETS else 0
+    if kind != "supervised":
+        return 0
+    flat, wide = (attempt(loss_fn, replace_columns(SMALL[1], kind, k), torch.float32) for k in (0, CANDIDATES))
+    return CANDIDATES if flat is None and wide is not None else 0

@@ -1,0 +1,254 @@
+"""What every law is made of: measuring a loss on a batch, and saying what is broken."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lossfns.testing.batch import Batch, Row, Rows
+from lossfns.testing.bugs import BUGS
+
+LossFn = Callable[..., tuple[Tensor, dict[str, float]]]
+Law = Callable[[LossFn, Sequence[Any], Sequence[Tensor]], None]
+
+TOLERANCE = {torch.float64: 1e-8, torch.float32: 2e-4}
+"""How far two numbers that should be equal may be apart, relative to the larger, by the dtype of the loss.
+
+Laws compare a loss with itself, over sums and exponentials: a thousand roundings fit, no bug does.
+"""
+
+
+class LawBroken(AssertionError):
+    """A loss breaks a law: the bug it most likely has, and in words what was seen where."""
+
+    def __init__(self, bug: str, seen: str) -> None:
+        super().__init__(f"{seen} Likely bug: {bug}: {BUGS[bug].words}.")
+        self.bug, self.seen = bug, seen
+
+
+class NotApplicable(Exception):
+    """This batch, or this loss, gives the law nothing to test."""
+
+
+def demand(holds: bool, bug: str, seen: str) -> None:
+    if not holds:
+        raise LawBroken(bug, seen)
+
+
+def suppose(holds: bool, why: str) -> None:
+    if not holds:
+        raise NotApplicable(why)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a call gave: the value, the gradient of each datum's logprobs (zeros for none) and the metrics."""
+
+    value: float
+    gradients: Rows
+    metrics: dict[str, Any]
+    missing: tuple[int, ...]
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.value) and all(math.isfinite(g) for row in self.gradients for g in row)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A loss under test and the batch it is tested on: the one way a law measures."""
+
+    loss_fn: LossFn
+    batch: Batch
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> Probe:
+        return cls(loss_fn, Batch.of(data, logprobs), logprobs[0].dtype)
+
+    def __call__(self, batch: Batch | None = None, loss_fn: LossFn | None = None) -> Outcome:
+        """Value and gradients on a batch; an exception, or no loss at all, breaks the contract."""
+        batch, loss_fn = batch or self.batch, loss_fn or self.loss_fn
+        return measured(loss_fn, batch.data(), batch.tensors(self.dtype))
+
+    def gradients(self, batch: Batch | None = None) -> Rows:
+        return self(batch).gradients
+
+    def same(self, a: Any, b: Any, scale: float = 1.0) -> bool:
+        """Whether two nested lists of numbers agree to the tolerance of the dtype, nan with nan."""
+        return apart(a, b) <= scale * TOLERANCE.get(self.dtype, 5e-2)
+
+    def on(self, batch: Batch) -> Probe:
+        return replace(self, batch=batch)
+
+
+def measured(loss_fn: LossFn, data: Sequence[Any], logprobs: list[Tensor]) -> Outcome:
+    """Call, backward and bring everything to the host."""
+    try:
+        value, metrics = loss_fn(data, logprobs)
+        value.backward()
+    except NotApplicable:
+        raise
+    except Exception as error:
+        seen = f"On a valid batch the call raises {type(error).__name__}: {str(error)[:200]}."
+        raise LawBroken("not-the-contract", seen) from error
+    missing = tuple(i for i, lp in enumerate(logprobs) if lp.grad is None)
+    zeros = [torch.zeros_like(lp) if lp.grad is None else lp.grad for lp in logprobs]
+    return Outcome(float(value.detach()), [g.flatten().tolist() for g in zeros], metrics, missing)
+
+
+def apart(a: Any, b: Any) -> float:
+    """The largest difference of two nested lists of numbers, relative to the largest number in them."""
+    x, y = list(flat(a)), list(flat(b))
+    if len(x) != len(y) or any(math.isnan(p) != math.isnan(q) for p, q in zip(x, y)):
+        return math.inf
+    gaps = [0.0 if p == q or math.isnan(p) else abs(p - q) for p, q in zip(x, y)]
+    size = max((abs(p) for p in (*x, *y) if math.isfinite(p)), default=1.0)
+    return max(gaps, default=0.0) / (size or 1.0)
+
+
+def flat(x: Any) -> Iterator[float]:
+    if isinstance(x, (list, tuple)):
+        for item in x:
+            yield from flat(item)
+    else:
+        yield float(x)
+
+
+# Batches made from the drawn one
+
+
+def filled(batch: Batch, **columns: float) -> Batch:
+    """The batch with columns set to one number everywhere; logprobs and weights too."""
+    constant = {name: [[x] * len(row) for row in batch.weights] for name, x in columns.items()}
+    return batch.having(**constant)
+
+
+def neutral(batch: Batch) -> Batch:
+    """Policy, old policy, sampler and reference all the same: ratio 1, KL 0, margin 0."""
+    like = {name: batch.logprobs for name in batch.columns if name.endswith("_logprobs")}
+    return batch.having(**like)
+
+
+def edited(rows: Rows, i: int, change: Callable[[Row], Row]) -> Rows:
+    """The rows with row i changed."""
+    return [change(list(row)) if k == i else row for k, row in enumerate(rows)]
+
+
+def put(rows: Rows, i: int, j: int, value: float) -> Rows:
+    """The rows with one slot set."""
+    return [[value if (k, t) == (i, j) else x for t, x in enumerate(row)] for k, row in enumerate(rows)]
+
+
+def moved(rows: Rows, slots: Iterable[tuple[int, int]], by: float) -> Rows:
+    """The rows with these slots shifted by a number."""
+    chosen = set(slots)
+    return [[x + by if (k, t) in chosen else x for t, x in enumerate(row)] for k, row in enumerate(rows)]
+
+
+def slots(batch: Batch, active: bool = True) -> list[tuple[int, int]]:
+    """(datum, position) of every slot that is active, or that is not."""
+    return [(i, j) for i, row in enumerate(batch.weights) for j, w in enumerate(row) if (w != 0) == active]
+
+
+def at(rows: Rows, where: Iterable[tuple[int, int]]) -> Row:
+    return [rows[i][j] for i, j in where]
+
+
+def stretched(batch: Batch, least: int) -> Batch:
+    """Every row repeated until it has at least so many positions."""
+    width = batch.targets or 1
+    repeat = lambda rows: [row * -(-least * width // len(row)) for row in rows]  # noqa: E731
+    return batch.map(repeat)
+
+
+def unpoisoned(batch: Batch) -> Batch:
+    """Plain numbers in the inactive slots too."""
+    clean = lambda rows: [[x if w else -1.0 for x, w in zip(r, ws)] for r, ws in zip(rows, batch.weights)]  # noqa: E731
+    return replace(batch.map(clean), weights=batch.weights)
+
+
+def single(batch: Batch, *, length: int = 1, datums: int = 1, **columns: float) -> Batch:
+    """Datums of a few equal active tokens: the smallest batch with the columns of this one.
+
+    Logprobs −2, weights 1 and advantages 1 unless given; the other policies' logprobs equal the policy's.
+    """
+    width = length * (batch.targets or 1)
+    base = {"logprobs": -2.0, "weights": 1.0, "advantages": 1.0} | columns
+    rows = lambda x: [[x] * width for _ in range(datums)]  # noqa: E731
+    named = {name: rows(base.get(name, base["logprobs"])) for name in batch.columns}
+    return Batch(rows(base["logprobs"]), rows(base["weights"]), named, batch.targets)
+
+
+def kind_of(batch: Batch) -> str:
+    """Which kind of loss such a batch is for: policy losses have advantages, preferences only a reference."""
+    return "policy" if "advantages" in batch.columns else "preference" if batch.columns else "supervised"
+
+
+def unit(batch: Batch) -> int:
+    """How many neighbouring datums belong together: a pair's two sides."""
+    return 2 if kind_of(batch) == "preference" else 1
+
+
+def units(batch: Batch) -> list[list[int]]:
+    step = unit(batch)
+    return [list(range(i, i + step)) for i in range(0, len(batch.weights), step)]
+
+
+def with_empty(batch: Batch) -> Batch:
+    """The batch with one more datum (or pair) whose weights are all 0."""
+    masked = single(batch, length=2, datums=unit(batch), weights=0.0)
+    columns = {name: [*rows, *masked.columns[name]] for name, rows in batch.columns.items()}
+    return replace(
+        batch, logprobs=batch.logprobs + masked.logprobs, weights=batch.weights + masked.weights, columns=columns
+    )
+
+
+def influences(probe: Probe, column: str, batch: Batch, where: list[tuple[int, int]], by: float = 0.25) -> bool:
+    """Whether shifting these slots of a column changes the value or any gradient beyond rounding."""
+    if not where:
+        return False
+    before = probe(batch)
+    after = probe(batch.having(**{column: moved(rows_of(batch, column), where, by)}))
+    return not probe.same([before.value, before.gradients], [after.value, after.gradients], scale=0.01)
+
+
+def rows_of(batch: Batch, column: str) -> Rows:
+    if column == "weights":
+        return batch.weights
+    return batch.logprobs if column == "logprobs" else batch.columns[column]
+
+
+class Recorder(dict[str, Any]):
+    """A datum's fields that note which of them are read."""
+
+    def __init__(self, fields: dict[str, Any], read: set[str]) -> None:
+        super().__init__(fields)
+        self.read = read
+
+    def __getitem__(self, name: str) -> Any:
+        self.read.add(name)
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self.read.add(name)
+        return super().get(name, default)
+
+
+class Watched:
+    """A datum with ``Recorder`` fields."""
+
+    def __init__(self, datum: Any, read: set[str]) -> None:
+        self.model_input, self.loss_fn_inputs = datum.model_input, Recorder(datum.loss_fn_inputs, read)
+
+
+def columns_read(probe: Probe) -> set[str]:
+    """The names of the datum's fields that a call reads."""
+    read: set[str] = set()
+    measured(probe.loss_fn, [Watched(datum, read) for datum in probe.batch.data()], probe.batch.tensors(probe.dtype))
+    return {"old_logprobs" if name == "logprobs" else name for name in read} - {"target_tokens"}

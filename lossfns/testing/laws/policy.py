@@ -1,0 +1,239 @@
+"""Laws of policy losses: importance ratio r = exp(lp − old), advantages A, and what stands around them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from lossfns.testing.batch import Batch
+from lossfns.testing.laws.base import (
+    LossFn,
+    Probe,
+    columns_read,
+    demand,
+    filled,
+    influences,
+    moved,
+    neutral,
+    single,
+    slots,
+    suppose,
+    unpoisoned,
+)
+from lossfns.testing.laws.batches import COUNTS
+
+UP = [0.001 * 1.35**i for i in range(28)]
+"""Log-ratios from 0.001, inside GSPO's bounds, to 3.4, past every other."""
+
+
+def gradient_at(probe: Probe, d: float, advantage: float, **columns: float) -> tuple[float, float]:
+    """Value and gradient of a single token of log-ratio d: its old logprob is d below its own."""
+    old = {"old_logprobs": -30.0 - d} if "old_logprobs" in probe.batch.columns else {}
+    batch = single(probe.batch, logprobs=-30.0, advantages=advantage, **old | columns)
+    if "sampler_logprobs" in batch.columns and "sampler_logprobs" not in columns:
+        batch = batch.having(sampler_logprobs=batch.columns["old_logprobs"])
+    result = probe(batch)
+    return result.value, result.gradients[0][0]
+
+
+def reads_ratio(probe: Probe) -> bool:
+    return "old_logprobs" in columns_read(probe)
+
+
+def sign(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
+    """Descent makes a token of positive advantage likelier, and one of negative advantage less likely."""
+    probe = Probe.of(loss_fn, data, logprobs)
+    value, good = gradient_at(probe, 0.0, 1.0)
+    _, better = gradient_at(probe, 0.0, 2.0)
+    _, bad = gradient_at(probe, 0.0, -1.0)
+    seen = f"On-policy the gradient is {good:g} for advantage 1, {better:g} for 2 and {bad:g} for −1"
+    suppose(good != 0 or bad != 0, "there is no gradient")
+    demand(not probe.same([good, good], [better, bad]), "advantage-inert", f"{seen}.")
+    demand(good * bad <= 0, "advantage-sign-lost", f"{seen}: one sign for both.")
+    likely = "ratio-inverted" if reads_ratio(probe) and value < 0 else "sign-flipped"
+    demand(good < 0 < bad, likely, f"{seen}, and the loss is {value:g} for advantage 1.")
+
+
+def zero_advantage(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
+    """Advantage 0 at the reference: loss and gradient are 0."""
+    probe = Probe.of(loss_fn, data, logprobs)
+    batch = neutral(filled(unpoisoned(probe.batch), advantages=0.0))
+    result = probe(batch)
+    g = max((g for row in result.gradients for g in row), key=abs)
+    seen = f"With advantages 0 and every policy the same, the loss is {result.value} and a gradient is {g}."
+    kl = "ref_logprobs" in batch.columns and influences(probe, "ref_logprobs", batch, slots(batch), -0.5)
+    demand(probe.same([g, 1.0], [0.0, 1.0]) and abs(result.value) < 1e-6, "k1-in-loss" if kl else "sign-flipped", seen)
+
+
+def kl(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
+    """The KL term pulls to the reference, from either side, whatever the advantage."""
+    probe = Probe.of(loss_fn, data, logprobs)
+    suppose("ref_logprobs" in columns_read(probe), "it reads no reference")
+    lp = -30.0
+    pull = {
+        (a, x): gradient_at(probe, 0.0, a, ref_logprobs=lp - x)[1] - gradient_at(probe, 0.0, a, ref_logprobs=lp)[1]
+        for a in (0.0, 1.0, -2.0)
+        for x in (0.5, -0.5)
+    }
+    values = [gradient_at(probe, 0.0, 0.0, ref_logprobs=lp - x)[0] for x in (0.0, 0.5)]
+    still = gradient_at(probe, 0.0, 0.0, ref_logprobs=lp)[1]
+    above, below = pull[0.0, 0.5], pull[0.0, -0.5]
+    seen = f"Half a nat above the reference the KL term's gradient is {above:g}, half a nat below it {below:g}"
+    if all(p == 0 for p in pull.values()):
+        demand(still == 0, "k1-in-loss", f"{seen}: {still:g} everywhere.")
+        moves = values[0] != values[1]
+        demand(False, "kl-detached" if moves else "ref-inert", f"{seen}; its value {'moves' if moves else 'does not'}.")
+    spread = max(abs(pull[a, x] - pull[0.0, x]) for a, x in pull)
+    shared = spread <= 1e-3 * max(map(abs, pull.values()))
+    demand(shared, "kl-scaled-by-advantage", f"{seen} at advantage 0, {pull[1.0, 0.5]:g} at 1, {pull[-2.0, 0.5]:g} at −2.")
+    demand(above > 0 > below, "kl-sign", f"{seen}: it pushes away.")
+
+
+def ratio(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
+    """On a sequence whose tokens all have the log-ratio d, the ratio is exp(d), however long it is.
+
+    Measured below 1 with a positive advantage, where no clipping binds.
+    """
+    probe = Probe.of(loss_fn, data, logprobs)
+    suppose(reads_ratio(probe), "it reads no old logprobs")
+    value = lambda *ds: sequence_value(probe, ds)  # noqa: E731
+    base, lower = value(0.0, 0.0, 0.0), value(-0.5, -0.5, -0.5)
+    measured = lower / base if base else math.nan
+    seen = f"With 3 tokens of log-ratio −0.5 and advantage 1 the loss is {lower:g}, on-policy {base:g}"
+    slopes = sequence_gradient(probe, 3), sequence_gradient(probe, 1)
+    demand(slopes[0] != 0 or slopes[1] == 0, "ratio-sum", f"{seen}: with 3 tokens on-policy there is no gradient.")
+    demand(base != 0, "ratio-not-exponentiated", f"{seen}.")
+    demand(measured != 1, "old-logprobs-inert", f"{seen}: the same.")
+    suppose(not math.isclose(measured, 1 + 0.5 / -30, rel_tol=0.2) or measured < 0.9, "the value is no ratio")
+    demand(not math.isclose(measured, math.exp(-1.5), rel_tol=1e-3), "ratio-product", f"{seen}: exp(3 · −0.5) of it.")
+    demand(not math.isclose(measured, math.exp(0.5), rel_tol=1e-3), "ratio-inverted", f"{seen}: exp(0.5) of it.")
+    right = math.isclose(measured, math.exp(-0.5), rel_tol=1e-3)
+    demand(right, "ratio-not-exponentiated", f"{seen}: {measured:g} of it, not exp(−0.5).")
+    if coupled(probe):
+        even, uneven = value(-0.5, -0.5, -0.5), value(-1.0, -0.25, -0.25)
+        seen = f"Log-ratios −1, −0.25, −0.25 have the same mean as three of −0.5, but the loss is {uneven:g}, not {even:g}."
+        demand(math.isclose(even, uneven, rel_tol=1e-4), "ratio-sum", seen)
+
+
+def sequence_batch(probe: Probe, log_ratios: Sequence[float]) -> Batch:
+    batch = single(probe.batch, length=len(log_ratios), logprobs=-30.0)
+    old = [[-30.0 - d for d in log_ratios]]
+    return batch.having(**{n: old for n in ("old_logprobs", "sampler_logprobs") if n in batch.columns})
+
+
+def sequence_value(probe: Probe, log_ratios: Sequence[float]) -> float:
+    return probe(sequence_batch(probe, log_ratios)).value
+
+
+def sequence_gradient(probe: Probe, length: int) -> float:
+    return probe(sequence_batch(probe, [0.0] * length)).gradients[0][0]
+
+
+def coupled(probe: Probe) -> bool:
+    """Whether a token's gradient depends on another token's ratio: a ratio of the sequence."""
+    if "old_logprobs" not in probe.batch.columns:
+        return False
+    gradient = lambda d: probe(sequence_batch(probe, [0.0, d])).gradients[0][0]  # noqa: E731
+    return not probe.same(gradient(0.0), gradient(-0.5))
+
+
+def on_policy(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
+    """On-policy the gradient is −A·w / D, with one D of Σw, tokens, sequences, …: the policy gradient."""
+    probe = Probe.of(loss_fn, data, logprobs)
+    batch = weighed_apart(probe)
+    gradients = probe(batch).gradients
+    suppose(any(g != 0 for row in gradients for g in row), "there is no gradient")
+    factors = [[-g / w for g, w in zip(gs, ws)] for gs, ws in zip(gradients, batch.weights)]
+    by_logprob = batch.having(logprobs=moved(batch.logprobs, [(0, 0)], -1.0))
+    seen = f"On-policy, with advantages 1 and weights {batch.weights}, the gradients are {gradients}."
+    shifted = probe(neutral(by_logprob)).gradients
+    demand(probe.same(shifted, gradients), "missing-stop-gradient", f"{seen} They change with the logprobs.")
+    if not coupled(probe) and not all(probe.same(row, [row[0]] * len(row)) for row in factors):
+        squared = [[-g / w**2 for g, w in zip(gs, ws)] for gs, ws in zip(gradients, batch.weights)]
+        twice = all(probe.same(row, [row[0]] * len(row)) for row in squared)
+        demand(False, "weights-squared" if twice else "weights-binarised", seen)
+    scale(probe, batch, 1.0)
+
+
+def weighed_apart(probe: Probe) -> Batch:
+    """Two datums of unequal length and weights, on-policy, with advantages 1."""
+    rows = [[1.0, 0.5, 2.0], [0.5, 2.0, 1.0, 1.0, 0.5]]
+    if probe.batch.targets:
+        rows = [row * probe.batch.targets for row in rows]
+    logprobs = [[-1.0 - 0.25 * j for j in range(len(row))] for row in rows]
+    named = {name: [[1.0] * len(row) for row in rows] for name in probe.batch.columns}
+    return neutral(Batch(logprobs, rows, named, probe.batch.targets))
+
+
+def scale(probe: Probe, batch: Batch, unit: float) -> None:
+    """The gradient's size is 1 / D for a count D of the batch: nothing else scales it."""
+    ones = batch.having(weights=[[1.0] * len(row) for row in batch.weights])
+    parts = [ones, ones.take([0]), ones.take([1]), ones.take([1, 1, 0])]
+    sizes = [[-row[0] / unit for row in probe(part).gradients] for part in parts]
+    counts = {name: [[count(part)] * len(part.weights) for part in parts] for name, count in COUNTS.items()}
+    counts["sequence means"] = [[len(row) * len(part.weights) for row in part.weights] for part in parts]
+    kappas = {name: [s * c for ss, cs in zip(sizes, row) for s, c in zip(ss, cs)] for name, row in counts.items()}
+    steady = {name: ks[0] for name, ks in kappas.items() if probe.same(ks, [ks[0]] * len(ks))}
+    seen = f"The gradients of tokens of weight 1 are {[[-s for s in row] for row in sizes]}"
+    if any(name in ("sequences", "datums") or probe.same(k, 1.0) for name, k in steady.items()):
+        return
+    for name, k in steady.items():
+        doubled = probe.same(k, 2.0) and (coupled(probe) or "sampler_logprobs" in columns_read(probe))
+        demand(False, "missing-stop-gradient" if doubled else "constant-factor", f"{seen}: {k:g} / {name}.")
+    for name, row in counts.items():
+        extra = [1 / s - c for ss, cs in zip(sizes, row) for s, c in zip(ss, cs) if s]
+        added = probe.same(extra, [extra[0]] * len(extra))
+        demand(not added, "epsilon-in-denominator", f"{seen}: 1 / ({name} + {extra[0]:g}).")
+    demand(False, "constant-factor", f"{seen}, which is 1 / D for no D of {', '.join(counts)}.")
+
+
+def clip(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
+    """The truth table: a bound removes the gradient above it for A > 0 and below it for A < 0, nowhere else."""
+    probe = Probe.of(loss_fn, data, logprobs)
+    suppose(reads_ratio(probe), "it reads no old logprobs")
+    grid = [*(-d for d in reversed(UP)), *UP]
+    table = {a: [(d, *gradient_at(probe, d, a)) for d in grid] for a in (1.0, -1.0)}
+    none = lambda a, side: [d for d, _, g in table[a] if g == 0 and d * side > 0]  # noqa: E731
+    good_below, good_above, bad_below, bad_above = none(1, -1), none(1, 1), none(-1, -1), none(-1, 1)
+    low, high = [f"{math.exp(x[0]):.3g}" if x else "no ratio" for x in (good_below[-1:], bad_above[:1])]
+    seen = f"A token of advantage 1 has no gradient below the ratio {low}, one of −1 none above {high}"
+    # A dual clip ends the gradient of bad tokens far above 1, a cap that of all tokens: both leave ratios near 1 be.
+    binds_bad = [d for d in bad_above if d < 0.5]
+    if good_below or binds_bad:
+        kept = not good_above and not bad_below
+        demand(False, "clip-max-for-min" if kept else "clip-without-min", f"{seen}.")
+    for a, side in ((1.0, 1), (-1.0, -1)):
+        far = [(v, g) for d, v, g in table[a] if d * side > 1.5]
+        flat = all(probe.same(v, far[0][0]) for v, _ in far)
+        leaks = flat and all(g != 0 for _, g in far)
+        seen = f"With advantage {a:g} the loss is {far[0][0]:g} for all ratios past {math.exp(1.5 * side):.3g}"
+        demand(not leaks, "clip-gradient-leaks", f"{seen}, but its gradient is {far[0][1]:g}.")
+
+
+def tis(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
+    """The sampler correction is exp(old − sampler), at most a cap, and 1 where the two agree."""
+    probe = Probe.of(loss_fn, data, logprobs)
+    suppose("sampler_logprobs" in columns_read(probe), "it reads no sampler logprobs")
+    base = gradient_at(probe, 0.0, 1.0)[1]
+    suppose(base != 0, "there is no gradient")
+    factor = {x: gradient_at(probe, 0.0, 1.0, sampler_logprobs=-30.0 - x)[1] / base for x in (-0.5, 0.2, 8.0, 25.0)}
+    seen = f"With old − sampler = −0.5 the gradient is {factor[-0.5]:g} times that at 0; with 8, {factor[8.0]:g}"
+    demand(set(factor.values()) != {1.0}, "tis-inert", f"{seen}.")
+    demand(not math.isclose(factor[-0.5], math.exp(0.5), rel_tol=1e-3), "tis-inverted", f"{seen}.")
+    demand(not (factor[8.0] > 1000 and factor[25.0] > factor[8.0]), "tis-uncapped", f"{seen}.")
+
+
+def clip_metrics(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
+    """A clip fraction counts the tokens whose gradient a bound removes, and no others."""
+    probe = Probe.of(loss_fn, data, logprobs)
+    for d, advantage in ((-1.0, 1.0), (1.0, -1.0), (0.0, 1.0)):
+        old = {"old_logprobs": -30.0 - d, "sampler_logprobs": -30.0 - d}
+        result = probe(single(probe.batch, logprobs=-30.0, advantages=advantage, **old))
+        for name, value in result.metrics.items():
+            fraction = "clip" in name and not any(word in name for word in ("low_", "high_", "bound", "threshold"))
+            if fraction and result.gradients[0][0] != 0:
+                seen = f"At ratio {math.exp(d):.3g} and advantage {advantage:g} the gradient is there, but {name!r} is {value}."
+                demand(value == 0, "metric-counts-nonbinding", seen)

@@ -1,0 +1,161 @@
+"""Laws of preference losses: datum 2i is the chosen side of pair i, datum 2i + 1 the rejected."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lossfns.testing.batch import Batch
+from lossfns.testing.laws.base import (
+    LossFn,
+    Probe,
+    columns_read,
+    demand,
+    influences,
+    moved,
+    neutral,
+    put,
+    single,
+    slots,
+    suppose,
+)
+
+
+def pair(probe: Probe, chosen: float = -2.0, rejected: float = -2.0, length: int = 1, pairs: int = 1) -> Batch:
+    """Pairs of equal sides but for their logprobs; the reference is at −2."""
+    batch = single(probe.batch, length=length, datums=2 * pairs)
+    return batch.having(logprobs=[[chosen] * length, [rejected] * length] * pairs)
+
+
+def sides(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
+    """Descent makes the chosen side likelier and the rejected side less likely, in every pair."""
+    probe = Probe.of(loss_fn, data, logprobs)
+    (chosen,), (rejected,) = probe(pair(probe)).gradients
+    seen = f"In one pair of equal sides the gradient is {chosen:g} for the chosen and {rejected:g} for the rejected"
+    suppose(chosen != 0 or rejected != 0, "there is no gradient")
+    demand(chosen != 0 and rejected != 0, "side-detached", f"{seen}.")
+    demand(chosen < 0 < rejected, "sides-swapped", f"{seen}.")
+    rows = probe(pair(probe, pairs=3)).gradients
+    right = all((row[0] < 0) == (i % 2 == 0) for i, row in enumerate(rows))
+    demand(right, "pair-layout", f"In three equal pairs the gradients are {[row[0] for row in rows]}.")
+
+
+def pair_canary(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
+    """With one token of each side active, the gradients are at those two, and only their columns matter."""
+    probe = Probe.of(loss_fn, data, logprobs)
+    batch = neutral(single(probe.batch, length=4, datums=4, logprobs=-1.0))
+    blank = batch.having(weights=[[0.0] * 4 for _ in range(4)])
+    for j, k in ((1, 2), (2, 1), (0, 3), (3, 0)):
+        weights = put(put(put(put(blank.weights, 0, j, 1.0), 1, k, 1.0), 2, j, 1.0), 3, k, 1.0)
+        alone = blank.having(weights=weights)
+        rows = probe(alone).gradients
+        hit = [[t for t, g in enumerate(row) if g != 0] for row in rows]
+        seen = f"With tokens {j} (chosen) and {k} (rejected) active, the gradients are at {hit}."
+        if not hit[2] and not hit[3] and hit[0]:
+            demand(False, "datum-ignored", seen)
+        swapped = hit[0] == hit[1] and hit[0] in ([j], [k])
+        demand(not swapped and hit[:2] != [[k], [j]], "pair-masks-swapped", seen)
+        demand(all(len(h) < 2 for h in hit), "mask-missing", seen)
+        if hit[0] != [j] or hit[1] != [k]:
+            lost = not hit[0] or not hit[1]
+            demand(False, "target-dropped" if lost and {j, k} & {0, 3} and {j, k} != {1, 2} else "frame-shift", seen)
+        others = slots(alone, active=False)
+        if "ref_logprobs" in batch.columns and influences(probe, "ref_logprobs", alone, others):
+            own = influences(probe, "ref_logprobs", alone, slots(alone))
+            demand(False, "kl-unmasked" if own and not shifted(probe, alone, j) else "frame-shift",
+                   "The reference's logprobs of masked tokens matter.")  # fmt: skip
+
+
+def shifted(probe: Probe, batch: Batch, j: int) -> bool:
+    """Whether the chosen side's own reference logprob has no effect."""
+    return not influences(probe, "ref_logprobs", batch, [(0, j)])
+
+
+def reference(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
+    """What policy and reference share has no effect: only their difference counts."""
+    probe = Probe.of(loss_fn, data, logprobs)
+    suppose("ref_logprobs" in columns_read(probe), "it reads no reference")
+    batch = pair(probe, chosen=-1.5)
+    inert = not influences(probe, "ref_logprobs", batch, [(0, 0)])
+    demand(not inert, "ref-inert", "Changing the reference's logprobs of the chosen side changes nothing.")
+    plain = probe(batch).value
+    for i, side in enumerate(("chosen", "rejected")):
+        both = batch.having(
+            logprobs=moved(batch.logprobs, [(i, 0)], -0.5),
+            ref_logprobs=moved(batch.columns["ref_logprobs"], [(i, 0)], -0.5),
+        )
+        value = probe(both).value
+        seen = f"Lowering policy and reference of the {side} side alike by 0.5 makes the loss {value}, not {plain}."
+        demand(probe.same(value, plain), "reference-misused", seen)
+
+
+def step_zero(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
+    """At the reference a logistic loss is ln 2 for each pair, and its margin sums logprobs."""
+    probe = Probe.of(loss_fn, data, logprobs)
+    suppose("ref_logprobs" in columns_read(probe), "it reads no reference")
+    one, two = probe(pair(probe)), probe(pair(probe, pairs=2))
+    seen = f"With policy = reference the loss of one pair is {one.value:g}, of two {two.value:g}"
+    half = probe.same(one.value, math.log(2) / 2)
+    demand(not half, "pairs-miscounted", f"{seen}: half of ln 2.")
+    long = probe(pair(probe, length=4))
+    seen = f"With policy = reference the gradient of a token is {one.gradients[0][0]:g} alone, {long.gradients[0][0]:g} of four."
+    demand(probe.same(long.gradients[0][0], one.gradients[0][0]), "mean-logprob-margin", seen)
+
+
+def monotone(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
+    """A pair ranked wrong by more has the larger loss."""
+    probe = Probe.of(loss_fn, data, logprobs)
+    values = [(m, probe(pair(probe, chosen=-12.0 + m / 2, rejected=-12.0 - m / 2))) for m in (-16, -4, -1, 0)]
+    for (a, before), (b, after) in zip(values, values[1:]):
+        seen = f"With a margin of {a} the loss is {before.value}, with {b} {after.value}."
+        demand(after.value < before.value, "sides-swapped", seen)
+
+
+def odds(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
+    """Without a reference, the rejected side's pull is constant at equal sides, or the odds' 1 / (1 − p)."""
+    probe = Probe.of(loss_fn, data, logprobs)
+    suppose("ref_logprobs" not in columns_read(probe), "it has a reference")
+    probed = (-1.0, -0.1, -1e-3, -1e-5) if probe.dtype == torch.float64 else (-1.0, -0.1, -1e-2)
+    pulls = {a: probe(pair(probe, chosen=a, rejected=a)).gradients[1][0] for a in probed}
+    first = pulls[-1.0]
+    suppose(first != 0, "the rejected side has no gradient")
+    expected = {a: (1 - math.exp(-1.0)) / -math.expm1(a) for a in pulls}
+    ratios = {a: g / first for a, g in pulls.items()}
+    constant = all(probe.same(x, 1.0) for x in ratios.values())
+    right = all(math.isclose(ratios[a], expected[a], rel_tol=1e-4) for a in pulls)
+    worst = max(pulls, key=lambda a: abs(math.log(abs(ratios[a] / expected[a]) + 1e-30)))
+    seen = f"At logprob {worst:g} on both sides the rejected side's gradient is {ratios[worst]:g} of that at −1, not {expected[worst]:g}."
+    demand(constant or right, "log-odds-biased", seen)
+
+
+def odd(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
+    """An odd number of datums is refused."""
+    probe = Probe.of(loss_fn, data, logprobs)
+    batch = pair(probe, pairs=2).take([0, 1, 2])
+    try:
+        loss_fn(batch.data(), batch.tensors(probe.dtype))
+    except Exception:
+        return
+    demand(False, "odd-datum-dropped", "Three datums are taken, as one pair and a half.")
+
+
+def margin_metrics(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
+    """A metric named reward margin is what stands in the sigmoid: β times the margin, once."""
+    probe = Probe.of(loss_fn, data, logprobs)
+    suppose("ref_logprobs" in columns_read(probe), "it reads no reference")
+    batch = pair(probe, chosen=-1.5, rejected=-2.5)
+    result = probe(batch)
+    zero = probe(pair(probe)).gradients[0][0]
+    beta = -2 * zero
+    suppose(probe.same(probe(pair(probe)).value, math.log(2)), "it is not logistic, or smoothed")
+    inside = -math.log(math.expm1(result.value)) if result.value > 0 else math.nan
+    suppose(math.isclose(inside, beta, rel_tol=1e-3), "its labels are smoothed")
+    for name, value in result.metrics.items():
+        if "margin" in name:
+            right = [inside] if "reward" in name else [inside, 1.0]
+            seen = f"At margin 1 with β = {beta:g} the metric {name!r} is {value}, not {' or '.join(map(str, right))}."
+            demand(any(math.isclose(value, x, rel_tol=1e-3) for x in right), "metric-scaled-twice", seen)

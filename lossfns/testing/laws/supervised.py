@@ -1,0 +1,40 @@
+"""Laws of likelihood losses: −Σ w·lp / D, linear in the logprobs, with weights of either sign."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from lossfns.testing.laws.base import LossFn, Probe, demand, moved, suppose, unpoisoned
+from lossfns.testing.laws.policy import scale, weighed_apart
+
+
+def likelihood(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
+    """The gradient is −w / D, whatever the logprobs."""
+    probe = Probe.of(loss_fn, data, logprobs)
+    batch = weighed_apart(probe)
+    gradients = probe(batch).gradients
+    suppose(any(g != 0 for row in gradients for g in row), "there is no gradient")
+    seen = f"With weights {batch.weights} the gradients are {gradients}."
+    shifted = probe(batch.having(logprobs=moved(batch.logprobs, [(0, 0)], -1.0))).gradients
+    curved = "renormalised-targets" if batch.targets else "not-likelihood"
+    demand(probe.same(shifted, gradients), curved, f"{seen} They change with the logprobs.")
+    demand(gradients[0][0] < 0, "sign-flipped", seen)
+    factors = [[-g / w for g, w in zip(gs, ws)] for gs, ws in zip(gradients, batch.weights)]
+    if not all(probe.same(row, [row[0]] * len(row)) for row in factors):
+        squared = [[-g / w**2 for g, w in zip(gs, ws)] for gs, ws in zip(gradients, batch.weights)]
+        twice = all(probe.same(row, [row[0]] * len(row)) for row in squared)
+        demand(False, "weights-squared" if twice else "weights-binarised", seen)
+    scale(probe, batch, 1.0)
+
+
+def negative_weights(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
+    """A negative weight pushes its token down: the two-pass protocol sends gradients as weights."""
+    probe = Probe.of(loss_fn, data, logprobs)
+    batch = weighed_apart(probe)
+    weights = [[-0.25 if j == 1 else w for j, w in enumerate(row)] for row in batch.weights]
+    gradients = probe(unpoisoned(batch).having(weights=weights)).gradients
+    seen = f"With weights {weights[0]} the gradients are {gradients[0]}."
+    demand(probe.same(gradients[0][1] / gradients[0][0], -0.25 / weights[0][0]), "negative-weights-lost", seen)

@@ -1,0 +1,271 @@
+"""The loss under test, in whatever form it comes: a contract function, a factory, a padded ``[B, T]`` function."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib.util
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import lossfns
+from lossfns.errors import LossInputError, did_you_mean
+from lossfns.loss import BoundLoss, Loss
+from lossfns.testing.laws.base import LossFn, NotApplicable
+
+NAMES: dict[str, tuple[str, ...]] = {
+    "logprobs": ("logprobs", "logps", "log_prob", "log_probs", "new_logprobs", "per_token_logps", "target_logprobs", "policy_logprobs", "pi_logprobs"),
+    "weights": ("weights", "mask", "loss_mask", "response_mask", "completion_mask", "action_mask", "masks", "token_mask"),
+    "advantages": ("advantages", "advantage", "adv"),
+    "old_logprobs": ("old_logprobs", "old_logprobs_list", "old_log_prob", "old_log_probs", "old_per_token_logps", "old_logps", "inf_logprobs", "sampling_logprobs"),
+    "ref_logprobs": ("ref_logprobs", "ref_logprobs_list", "ref_log_prob", "ref_log_probs", "ref_per_token_logps", "reference_logprobs", "ref_logps"),
+    "sampler_logprobs": ("sampler_logprobs", "rollout_log_probs", "behavior_logprobs", "inference_logprobs", "vllm_logprobs"),
+    "chosen ref_logprobs": ("ref_chosen", "chosen_ref_logprobs", "ref_chosen_logprobs", "reference_chosen_logprobs", "reference_chosen_logps"),
+    "rejected ref_logprobs": ("ref_rejected", "rejected_ref_logprobs", "ref_rejected_logprobs", "reference_rejected_logprobs", "reference_rejected_logps"),
+}  # fmt: skip
+"""What other frameworks call the columns: parameters of these names are filled from the datums."""
+
+
+def column_of(parameter: str) -> str | None:
+    return next((column for column, names in NAMES.items() if parameter in names), None)
+
+
+def load(path: str) -> Any:
+    """The object that ``package.module:name`` (or ``file.py:name``) means; a dotted name looks inside."""
+    module_name, _, attribute = path.partition(":")
+    if not attribute:
+        raise LossInputError("subject", "module:loss_fn", repr(path), "Name the function after a colon.")
+    module = from_file(module_name) if module_name.endswith(".py") else importlib.import_module(module_name)
+    found: Any = module
+    for name in attribute.split("."):
+        if not hasattr(found, name):
+            hint = did_you_mean(name, [n for n in vars(found) if not n.startswith("_")])
+            raise LossInputError("subject", f"a name in {module_name}", repr(name), hint)
+        found = getattr(found, name)
+    return found
+
+
+def method(text: str) -> Loss:
+    """The loss that a text such as ``grpo(kl_beta=0.04, weigh=sequence_mean)`` builds from our names and numbers."""
+    try:
+        tree = ast.parse(text, mode="eval").body
+        named = tree if isinstance(tree, ast.Call) else ast.Call(tree, [], [])
+        preset = getattr(lossfns, ast.unparse(named.func))
+        built = preset(*map(setting, named.args), **{k.arg or "": setting(k.value) for k in named.keywords})
+    except (SyntaxError, AttributeError, ValueError) as error:
+        fix = "Write a preset, such as ppo or grpo(kl_beta=0.04, weigh=sequence_mean)."
+        raise LossInputError("like", "a loss of ours", repr(text), f"{fix} ({error})") from error
+    if not isinstance(built, Loss):
+        raise LossInputError("like", "a loss of ours", repr(text), "Name a preset, such as ppo.")
+    return built
+
+
+def setting(node: ast.expr) -> Any:
+    """A literal, or one of our functions by its name; nothing else is evaluated."""
+    if isinstance(node, ast.Name):
+        return getattr(lossfns, node.id)
+    if isinstance(node, ast.Call):
+        return getattr(lossfns, ast.unparse(node.func))(*map(setting, node.args))
+    return ast.literal_eval(node)
+
+
+def from_file(path: str) -> Any:
+    spec = importlib.util.spec_from_file_location("subject_under_test", path)
+    if spec is None or spec.loader is None:
+        raise LossInputError("subject", "a Python file", repr(path), "Check the path.")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def adapt(subject: Any, *, factory: bool | None = None) -> LossFn:
+    """A contract function that reads every column from the datums, made of a subject in any form."""
+    if isinstance(subject, (Loss, BoundLoss)):
+        return subject
+    if not callable(subject):
+        raise LossInputError("subject", "a loss function or a factory of one", repr(subject), "Name a callable.")
+    required = [p.name for p in parameters(subject) if p.default is p.empty]
+    if factory is None and len(required) == 2 and column_of(required[0]) is None and required[0] in ("data", "datums", "batch"):
+        return subject  # type: ignore[no-any-return]
+    if factory is None and "logprobs" in map(column_of, required):
+        return Padded(subject)
+    if factory is False:
+        return subject  # type: ignore[no-any-return]
+    if not required:
+        made = subject()
+        if isinstance(made, (Loss, BoundLoss)) or factory:
+            return made if isinstance(made, Loss) else Made(subject, ())
+    unknown = [name for name in required if column_of(name) is None]
+    if unknown:
+        if factory is None and len(required) == 2:
+            return subject  # type: ignore[no-any-return]
+        known = [name for names in NAMES.values() for name in names]
+        fix = f"{did_you_mean(unknown[0], known)} Or wrap it: a function (data, logprobs_list) that reads the datums."
+        raise LossInputError("subject", "parameters that name columns", repr(unknown[0]), fix)
+    return Made(subject, tuple(required))
+
+
+def parameters(fn: Callable[..., Any]) -> list[inspect.Parameter]:
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [p for p in inspect.signature(fn).parameters.values() if p.kind not in kinds]
+
+
+def column(data: Sequence[Any], name: str) -> list[Tensor]:
+    """A column of the datums as float32 rows; of one side of each pair where the name says so."""
+    side, _, plain = name.rpartition(" ")
+    chosen = {"": data, "chosen": data[0::2], "rejected": data[1::2]}[side]
+    return [torch.from_numpy(datum.loss_fn_inputs[plain].to_numpy().copy()) for datum in chosen]
+
+
+class Made:
+    """A factory's loss: for each call the factory is given the batch's columns, in the form that it takes.
+
+    Rows of tensors are tried first, then rows of lists, then one number for each datum (advantages), then
+    the only pair's row by itself. The first form with which a call gives a loss is kept.
+    """
+
+    FORMS: Mapping[str, Callable[[list[Tensor]], Any]] = {
+        "rows": lambda rows: rows,
+        "lists": lambda rows: [row.tolist() for row in rows],
+        "numbers": lambda rows: [number_of(row) for row in rows],
+        "row": lambda rows: rows[0].tolist(),
+    }
+
+    def __init__(self, factory: Callable[..., Any], required: Sequence[str], knobs: Mapping[str, Any] | None = None) -> None:
+        self.factory, self.required, self.settings = factory, tuple(required), dict(knobs or {})
+        self.forms: tuple[str, ...] | None = None
+        self.__name__ = getattr(factory, "__name__", repr(factory))
+
+    def __call__(self, data: Sequence[Any], logprobs_list: Sequence[Tensor]) -> Any:
+        if self.forms is None:
+            self.forms = self.found(data, logprobs_list)
+        return self.made(data, self.forms)(data, logprobs_list)
+
+    def made(self, data: Sequence[Any], forms: Sequence[str]) -> Any:
+        columns = {name: column(data, column_of(name) or "") for name in self.required}
+        given = {name: self.FORMS[form](columns[name]) for name, form in zip(self.required, forms)}
+        return self.factory(**given, **self.settings)
+
+    def found(self, data: Sequence[Any], logprobs_list: Sequence[Tensor]) -> tuple[str, ...]:
+        """The first forms of the columns with which a call gives a 0-d loss."""
+        errors = []
+        for forms in self.candidates():
+            try:
+                loss, _ = self.made(data, forms)(data, [lp.detach().clone().requires_grad_() for lp in logprobs_list])
+            except NotApplicable:
+                raise
+            except Exception as error:
+                errors.append(f"{', '.join(forms)}: {type(error).__name__}: {error}")
+                continue
+            if isinstance(loss, Tensor) and loss.ndim == 0:
+                return forms
+        raise TypeError("no form of the columns gives a 0-d loss: " + "; ".join(errors))
+
+    def candidates(self) -> Iterator[tuple[str, ...]]:
+        plain = ("rows", "lists")
+        for form in plain:
+            yield (form,) * len(self.required)
+        for form in plain:
+            yield tuple("numbers" if column_of(name) == "advantages" else form for name in self.required)
+        yield tuple("row" if " " in (column_of(name) or "") else "rows" for name in self.required)
+
+
+def number_of(row: Tensor) -> float:
+    """A per-datum number from a row that is constant where it is known; else this batch is not for this loss."""
+    known = row[torch.isfinite(row) & (row.abs() < 1e29)]
+    if len(known) and bool((known != known[0]).any()):
+        raise NotApplicable("it takes one advantage for each datum")
+    return float(known[0]) if len(known) else 0.0
+
+
+class Padded:
+    """A function of ``[B, T]`` tensors, called by the contract: the adapter pads, and unpacks what it returns.
+
+    Parameters are filled by their names (``NAMES``). It may return the loss, ``(loss, metrics)``, or a tuple
+    that starts with the loss.
+    """
+
+    def __init__(self, fn: Callable[..., Any], settings: Mapping[str, Any] | None = None) -> None:
+        self.fn, self.settings, self.__name__ = fn, dict(settings or {}), getattr(fn, "__name__", repr(fn))
+        self.required = tuple(p.name for p in parameters(fn) if p.name not in self.settings and column_of(p.name))
+
+    def __call__(self, data: Sequence[Any], logprobs_list: Sequence[Tensor]) -> tuple[Tensor, dict[str, float]]:
+        rows = {
+            name: list(logprobs_list) if column_of(name) == "logprobs" else column(data, column_of(name) or "")
+            for name in self.required
+        }
+        like = logprobs_list[0]
+        padded = {
+            name: torch.nn.utils.rnn.pad_sequence([row.to(like.dtype) for row in own], batch_first=True)
+            for name, own in rows.items()
+        }
+        result = self.fn(**padded, **self.settings)
+        if not isinstance(result, tuple):
+            return result, {}
+        metrics = result[1] if len(result) == 2 and isinstance(result[1], dict) else {}
+        return result[0], {name: float(value) for name, value in metrics.items()}
+
+
+def padded(fn: Callable[..., Any], **settings: Any) -> LossFn:
+    """A contract function from one of padded ``[B, T]`` tensors, for ``lossfns check`` and the laws.
+
+    >>> def pg(logprobs, advantages, mask):
+    ...     return -(logprobs * advantages * mask).sum() / mask.sum()
+    >>> loss_fn = padded(pg)
+    """
+    return Padded(fn, settings)
+
+
+# Settings
+
+
+def knobs(loss_fn: LossFn) -> dict[str, Any]:
+    """The settings of a loss that can be varied from outside, with their values."""
+    if isinstance(loss_fn, BoundLoss):
+        return knobs(loss_fn.loss)
+    if isinstance(loss_fn, Loss):
+        return {n: v for n, v in loss_fn.knobs.items() if hasattr(lossfns, loss_fn.name) and not isinstance(v, Loss)}
+    fn = loss_fn.factory if isinstance(loss_fn, Made) else loss_fn.fn if isinstance(loss_fn, Padded) else loss_fn
+    own = {p.name: p.default for p in parameters(fn) if p.default is not p.empty and column_of(p.name) is None}
+    return own | (loss_fn.settings if isinstance(loss_fn, (Made, Padded)) else {})
+
+
+def variants(loss_fn: LossFn, name: str) -> Iterator[LossFn]:
+    """The loss with other values of one setting: those that it accepts."""
+    for value in others(knobs(loss_fn)[name], name):
+        try:
+            yield vary(loss_fn, **{name: value})
+        except (TypeError, ValueError):
+            continue
+
+
+def others(value: Any, name: str) -> list[Any]:
+    """Values of a setting unlike the one it has, plausible first."""
+    if isinstance(value, bool):
+        return [not value]
+    if isinstance(value, (int, float)):
+        return [value * 2 + 0.125, value / 2, value + 1, 1.5]
+    if value is None:
+        return [1.01, 0.05, 2.0, 1e-3]
+    if isinstance(value, (tuple, list)) and len(value) == 2:
+        return [type(value)(pair) for pair in ((0.97, 1.02), (0.5, 1.0), (0.02, 0.03))]
+    named = {"kl": ("k2", "k3"), "weigh": ("fixed_length", "pair_sum", "pair_mean", "token_sum"), "level": ("sequence_level", "token_level")}
+    found = [getattr(lossfns, other) for other in named.get(name, ())]
+    return [x(3) if x is lossfns.fixed_length else x for x in found if x is not value]
+
+
+def vary(loss_fn: LossFn, **settings: Any) -> LossFn:
+    """The loss with other settings."""
+    if isinstance(loss_fn, BoundLoss):
+        return BoundLoss(vary(loss_fn.loss, **settings), loss_fn.columns)  # type: ignore[arg-type]
+    if isinstance(loss_fn, Loss):
+        return getattr(lossfns, loss_fn.name)(**{**loss_fn.knobs, **settings})  # type: ignore[no-any-return]
+    if isinstance(loss_fn, Made):
+        return Made(loss_fn.factory, loss_fn.required, {**loss_fn.settings, **settings})
+    if isinstance(loss_fn, Padded):
+        return Padded(loss_fn.fn, {**loss_fn.settings, **settings})
+    return functools.partial(loss_fn, **settings)
