@@ -1,0 +1,148 @@
+"""The form of a case, and how rows are written.
+
+Rows are text, ``|`` between datums. Besides its columns a policy case may say ``d = lp − old``, ``x = ref − lp`` and
+``gap = old − sampler``, which is what the losses see of them. All numbers of data are exact in float32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import cycle
+from typing import Any, NamedTuple
+
+Data = list[dict[str, Any]]
+Refusal = tuple[str, str, int | None]
+"""Why an input is refused: code, field, datum."""
+
+
+class Case(NamedTuple):
+    """The inputs of one vector.
+
+    ``flags`` are the bugs it hunts: those that do not show here are dropped. ``beside`` holds arguments of the
+    oracle just beyond a kink; ``error`` is the answer of a must-reject.
+    """
+
+    loss: str
+    kind: str
+    comment: str
+    config: Mapping[str, Any]
+    data: Data
+    flags: Sequence[str] = ()
+    denominator: float | None = None
+    beside: Mapping[str, Any] = {}
+    error: Refusal | None = None
+
+
+class Situation(NamedTuple):
+    """Data on which several losses are asked."""
+
+    kind: str
+    comment: str
+    data: Data
+    flags: Sequence[str]
+    denominator: float | None = None
+
+    def under(self, loss: str, suffix: str = "", more: Sequence[str] = (), **settings: Any) -> Case:
+        """This situation asked of a loss, with settings away from its own."""
+        config, data = DEFAULTS[loss] | settings, reading(loss, self.data, settings)
+        comment = f"{self.comment}; {suffix}" if suffix else self.comment
+        return Case(loss, self.kind, comment, config, data, (*more, *self.flags), self.denominator)
+
+
+RATIO: dict[str, Any] = {
+    "weigh": "token_mean",
+    "log_ratio_cap": 20.0,
+    "dual_clip": None,
+    "tis_cap": None,
+    "tis_level": "token",
+}
+
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "cross_entropy": {"weigh": "token_mean"},
+    "multi_target_cross_entropy": {"weigh": "token_mean"},
+    "reinforce": {"weigh": "token_mean"},
+    "importance_sampling": RATIO,
+    "ppo": {"clip": [0.8, 1.2], **RATIO},
+    "grpo": {"clip": [0.8, 1.2], "kl": "k3", "kl_beta": 0.25, **RATIO},
+    "dapo": {"clip": [0.8, 1.28], **RATIO},
+    "gspo": {"clip": [0.8, 1.25], **RATIO, "weigh": "sequence_mean"},
+    "gspo_token": {"clip": [0.8, 1.25], **RATIO, "weigh": "sequence_mean"},
+    "dpo": {"beta": 0.1, "label_smoothing": 0.0, "weigh": "pair_mean"},
+    "orpo": {"lam": 0.1, "weigh": "pair_mean"},
+    "group_advantages": {"scale": "std"},
+}
+"""The settings a case starts from; where they hide too much (a KL of 0.001, GSPO's window) they are not the paper's."""
+
+POLICY = ("reinforce", "importance_sampling", "ppo", "grpo", "dapo", "gspo", "gspo_token")
+RATIOS = POLICY[1:]
+CLIPPED = POLICY[2:]
+SEQUENCE = ("gspo", "gspo_token")
+PAIRS = ("dpo", "orpo")
+TIGHT = [1 - 3e-4, 1 + 4e-4]
+"""GSPO's own window."""
+
+NAN, INF, HUGE = math.nan, math.inf, 2.0**100
+
+
+def rows(text: str) -> list[list[float]]:
+    """``"-1 -2 | -0.5"`` → two rows; nothing between two bars is a row of none.
+
+    >>> rows("-1 -2 | | -0.5")
+    [[-1.0, -2.0], [], [-0.5]]
+    """
+    return [[float(word) for word in row.split()] for row in text.split("|")]
+
+
+def data(**columns: str | list[Any]) -> Data:
+    """One mapping for each datum, from one text or list of rows for each column."""
+    named = {name: rows(text) if isinstance(text, str) else text for name, text in columns.items()}
+    return [dict(zip(named, values)) for values in zip(*named.values(), strict=True)]
+
+
+def policy_data(lp: str, w: str, adv: str, d: str = "", old: str = "", x: str = "", gap: str = "") -> Data:
+    """Data with every column of the policy losses; what is left out takes turns through a few gaps."""
+    logprobs = rows(lp)
+
+    def turns(*gaps: float) -> list[list[float]]:
+        return [[g for _, g in zip(row, cycle(gaps))] for row in logprobs]
+
+    ds = rows(d) if d else turns(0.125, -0.0625)
+    olds = rows(old) if old else minus(logprobs, ds)
+    refs = minus(logprobs, rows(x) if x else turns(0.25, -0.125, 0.5, -0.25), sign=-1)
+    samplers = minus(olds, rows(gap) if gap else turns(0.25, -0.5, 0.75))
+    return data(logprobs=lp, weights=w, advantages=adv, old_logprobs=olds, ref_logprobs=refs, sampler_logprobs=samplers)
+
+
+def minus(left: list[list[float]], right: list[list[float]], sign: float = 1.0) -> list[list[float]]:
+    """left − right, or left + right where that would be above 0 and no logprob."""
+
+    def apart(u: float, v: float) -> float:
+        return u + v if u <= 0 < u - v else u - v
+
+    return [[apart(u, sign * v) for u, v in zip(*pair, strict=True)] for pair in zip(left, right, strict=True)]
+
+
+def reading(loss: str, given: Data, settings: Mapping[str, Any]) -> Data:
+    """The data with the columns that the loss reads."""
+    names = ["logprobs", "weights"]
+    names += ["advantages"] * (loss in POLICY) + ["old_logprobs"] * (loss in RATIOS)
+    names += ["ref_logprobs"] * (loss in ("grpo", "dpo")) + ["sampler_logprobs"] * (settings.get("tis_cap") is not None)
+    return [{name: row[name] for name in names} for row in given]
+
+
+WEIGHINGS: list[dict[str, Any]] = [
+    {"weigh": "sequence_mean"},
+    {"weigh": "sequence_sum_mean"},
+    {"weigh": "token_sum"},
+    {"weigh": "fixed_length", "length": 8},
+]
+"""Beside token_mean, from which most cases start."""
+
+
+def weighed(loss: str, situations: Sequence[Situation], more: Sequence[str] = ()) -> Iterator[Case]:
+    """Every weighing on these situations, but for the one that the loss starts from."""
+    for settings in ({"weigh": "token_mean"}, *WEIGHINGS):
+        if settings["weigh"] != DEFAULTS[loss]["weigh"]:
+            for situation in situations:
+                yield situation.under(loss, settings["weigh"], more, **settings)

@@ -1,0 +1,43 @@
+"""Cases at a kink: where two one-sided gradients meet."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from lossfns.testing.vectors.cases.form import CLIPPED, DEFAULTS, RATIOS, Case, Data, policy_data, reading
+
+
+def kinks() -> Iterator[Case]:
+    """At a bound either one-sided gradient is right, and so is what lies between; the value is not in doubt."""
+    near = 1e-12
+    for loss in CLIPPED:
+        at = policy_data(lp="-1 -2", w="1 1", adv="-1 -1", d="0 0", x="0 0")
+        high = policy_data(lp="-1 -2", w="1 1", adv="1 1", d="0 0", x="0 0")
+        up = policy_data(lp="-1 -2 | -1", w="1 1 | 1", adv="1 1 | -1", d="0.25 0.25 | 0", x="0 0 | 0")
+        e = math.exp(0.25)
+        yield kink(
+            loss, "on-policy with a lower bound of 1, A < 0", at, {"clip": [1.0, 1.5]}, {"clip": (1 + near, 1.5)}
+        )
+        yield kink(
+            loss, "on-policy with an upper bound of 1, A > 0", high, {"clip": [0.5, 1.0]}, {"clip": (0.5, 1 - near)}
+        )
+        yield kink(loss, "a ratio of exactly the upper bound", up, {"clip": [0.5, e]}, {"clip": (0.5, e - near)})
+    for loss in RATIOS:
+        wide = {"clip": [0.25, 8.0]} if loss in CLIPPED else {}
+        tie = policy_data(lp="-1 -2", w="1 1", adv="-1 -1", d="1.5 1.5", x="0 0")
+        c = math.exp(1.5)
+        for sign, word in ((1, "at the cap"), (-1, "at minus the cap")):
+            cap = policy_data(lp="-1 -2", w="1 1", adv="1 1", d=f"{0.5 * sign} {0.5 * sign}", x="0 0")
+            settings = {**wide, "log_ratio_cap": 0.5}
+            yield kink(loss, f"log-ratios exactly {word}", cap, settings, {"log_ratio_cap": 0.5 - near})
+        yield kink(loss, "a dual clip that ties with the ratio", tie, {**wide, "dual_clip": c}, {"dual_clip": c - near})
+    for x in (20.0, -20.0):
+        far = policy_data(lp="-21 -1" if x > 0 else "-1 -1", w="1 1", adv="0 0", d="0 0", x=f"{x} 0")
+        nudged = [[row["ref_logprobs"][0] + math.copysign(1e-9, x), *row["ref_logprobs"][1:]] for row in far]
+        yield kink("grpo", f"a reference of exactly {x:g} nats away, where k3 stops", far, {}, {"ref_logprobs": nudged})
+
+
+def kink(loss: str, comment: str, given: Data, settings: Mapping[str, Any], beside: Mapping[str, Any]) -> Case:
+    return Case(loss, "kink", comment, {**DEFAULTS[loss], **settings}, reading(loss, given, settings), beside=beside)

@@ -1,0 +1,442 @@
+"""Cases of the policy-gradient losses: episodes, ratios beyond the bounds, samplers, references."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from lossfns.testing.vectors.cases.form import (
+    CLIPPED,
+    HUGE,
+    POLICY,
+    RATIOS,
+    SEQUENCE,
+    TIGHT,
+    Case,
+    Situation,
+    policy_data,
+    weighed,
+)
+
+PLAIN = Situation(
+    "valid",
+    "two sequences of different lengths behind masked prompts",
+    policy_data(
+        lp="-1 -0.5 -2 -0.75 | -3 -1.5 -0.75",
+        w="0 1 1 1 | 0 1 1",
+        adv="1 1 1 1 | -0.5 -0.5 -0.5",
+        d="0.5 0.125 -0.125 0.0625 | -0.75 -0.0625 0.125",
+        x="-0.5 0.25 -0.5 0.125 | 1 0.5 -0.25",
+    ),
+    ("sign-flipped", "mask-missing", "mean-of-means", "advantage-inert", "old-logprobs-inert", "ratio-inverted"),
+)
+
+BY_TOKEN = Situation(
+    "valid",
+    "advantages that differ by token, zeros between trained tokens",
+    policy_data(
+        lp="-1 -4 -0.5 -2 | -0.75 -3 -1.25",
+        w="1 0 1 1 | 1 0 1",
+        adv="1 5 -2 0.5 | -1 -3 2",
+        d="0.0625 1 -0.125 0.125 | 0.125 -2 -0.0625",
+    ),
+    (
+        "advantages-pooled",
+        "frame-shift",
+        "advantage-sign-lost",
+        "mask-missing",
+        "ratio-not-exponentiated",
+        "cross-talk",
+    ),
+)
+
+RAGGED = Situation(
+    "edge",
+    "fractional weights, a fully masked sequence and an empty one",
+    policy_data(
+        lp="-1 -0.5 -2 | -3 -1.5 | | -0.75 -1.25",
+        w="0.5 1.5 0.25 | 0 0 | | 2 0",
+        adv="1 1 1 | 2 2 | | -1 -1",
+        d="0.125 -0.0625 0.0625 | 0.5 -0.5 | | 0.125 1",
+    ),
+    (
+        "empty-sequence-counted",
+        "empty-sequence-nan",
+        "gradient-missing",
+        "weights-binarised",
+        "weights-squared",
+        "padding-in-denominator",
+        "padding-in-sequence-ratio",
+    ),
+)
+
+CHUNK = Situation(
+    "valid",
+    "one chunk of a larger batch: divided by what it is told, not by its own count",
+    policy_data(lp="-1 -0.5 -2 | -3 -1.5", w="0 1 1 | 1 1", adv="1 1 1 | -2 -2", d="1 0.125 -0.0625 | 0.0625 0.125"),
+    ("mean-of-means", "divided-twice"),
+    denominator=16.0,
+)
+
+EPISODES = [
+    PLAIN,
+    Situation(
+        "valid",
+        "the same in the other order: the value stays, the gradients change places",
+        PLAIN.data[::-1],
+        ("datum-ignored", "mean-of-means"),
+    ),
+    BY_TOKEN,
+    RAGGED,
+    CHUNK,
+    Situation(
+        "edge",
+        "a chunk of which nothing counts",
+        policy_data(lp="-1 -0.5 | -3", w="0 0 | 0", adv="1 1 | -2", d="0.5 0.25 | 0.5"),
+        ("gradient-missing", "mask-missing", "empty-sequence-nan"),
+        denominator=16.0,
+    ),
+    Situation(
+        "valid",
+        "two datums of one length: a column of the other one would fit",
+        policy_data(
+            lp="-1 -0.5 -2 | -3 -1.5 -0.75",
+            w="1 1 1 | 1 1 1",
+            adv="1 1 1 | -2 -2 -2",
+            d="0.125 0 0.0625 | 0 -0.125 0.0625",
+        ),
+        ("datum-misaligned", "broadcast", "datum-ignored", "target-dropped", "advantage-sign-lost"),
+    ),
+    Situation(
+        "valid",
+        "on-policy: every ratio is 1",
+        policy_data(lp="-1 -0.5 | -3 -1.5 -0.25", w="1 1 | 1 1 1", adv="1 1 | -0.5 -0.5 -0.5", d="0 0 | 0 0 0"),
+        ("constant-factor", "no-gradient", "sign-flipped", "missing-stop-gradient", "ratio-not-exponentiated"),
+    ),
+    Situation(
+        "valid",
+        "centred advantages on-policy: the value says nothing, the gradient does",
+        policy_data(lp="-1 -0.5 | -2 -1.5", w="1 1 | 1 1", adv="1 1 | -1 -1", d="0 0 | 0 0", x="0 0 | 0 0"),
+        ("no-gradient", "sign-flipped", "advantage-sign-lost"),
+    ),
+    Situation(
+        "edge",
+        "a datum of advantage 0 still counts in the denominator",
+        policy_data(lp="-1 -0.5 -2 | -3 -1.5", w="1 1 1 | 1 1", adv="1 1 1 | 0 0", d="0.125 -0.0625 0 | 0.125 -0.125"),
+        ("zero-advantage-denominator", "advantage-inert", "kl-scaled-by-advantage"),
+    ),
+    Situation(
+        "edge",
+        "every advantage 0: no policy gradient at all",
+        policy_data(lp="-1 -0.5 | -3 -1.5", w="1 1 | 1 1", adv="0 0 | 0 0", d="0.125 -0.125 | 0.5 0"),
+        ("advantage-inert", "zero-advantage-denominator", "kl-scaled-by-advantage"),
+    ),
+    Situation(
+        "edge",
+        "sequences of one token",
+        policy_data(lp="-1 | -0.5 | -4", w="1 | 1 | 1", adv="1 | -2 | 0.5", d="0.125 | 0.0625 | -0.125"),
+        ("datum-ignored", "epsilon-in-denominator", "old-logprobs-inert"),
+    ),
+    Situation(
+        "edge",
+        "nan in every column of masked slots",
+        policy_data(
+            lp="nan -1 nan -2 | -0.5 nan",
+            w="0 1 0 1 | 1 0",
+            adv="nan 1 nan 1 | -1 nan",
+            d="0 0.125 0 -0.0625 | 0.0625 0",
+        ),
+        ("mask-after-exp", "where-after-exp", "mask-missing", "padding-in-sequence-ratio"),
+    ),
+    Situation(
+        "edge",
+        "inf, -inf and huge numbers in masked slots",
+        policy_data(
+            lp=f"-inf -1 {HUGE} | -0.5 inf",
+            w="0 1 0 | 1 0",
+            adv=f"inf 1 -{HUGE} | -1 -inf",
+            old=f"-inf -1.125 -{HUGE} | -0.4375 -inf",
+            x="0 0.25 0 | 0.25 0",
+        ),
+        ("mask-after-exp", "where-after-exp", "mask-missing", "padding-in-sequence-ratio"),
+    ),
+    Situation(
+        "edge",
+        "logprobs of 0 and of -10000",
+        policy_data(
+            lp="0 -10000 -1 | -2 0",
+            w="1 1 1 | 1 1",
+            adv="1 1 1 | -2 -2",
+            old="-0.125 -10000.0625 -1 | -2.125 0",
+            x="-0.25 -0.25 0 | 0.5 0",
+        ),
+        ("no-gradient", "ratio-inverted", "kl-detached"),
+    ),
+]
+
+FAR = [
+    Situation(
+        "edge",
+        "log-ratios past 20: the ratio and its gradient stop at the cap",
+        policy_data(lp="-1 -2 | -0.5 -1.5", w="1 1 | 1 1", adv="1 1 | -1 -1", old="-26 -2 | -0.5 -40"),
+        ("exp-overflow", "clip-inert", "clip-without-min", "ratio-inverted"),
+    ),
+    Situation(
+        "edge",
+        "log-ratios below -20",
+        policy_data(lp="-26 -2 | -0.5 -40", w="1 1 | 1 1", adv="1 1 | -1 -1", old="-1 -2 | -0.5 -1.5"),
+        ("clip-inert", "clip-max-for-min", "ratio-inverted"),
+    ),
+    Situation(
+        "edge",
+        "a log-ratio of 9999, which exp cannot hold",
+        policy_data(lp="-1 -2 | -0.5", w="1 1 | 1", adv="-1 1 | 1", old="-10000 -2 | -0.5", x="-0.25 -0.25 | 0"),
+        ("exp-overflow",),
+    ),
+]
+
+CUT = [
+    Situation(
+        "valid",
+        "above the upper bound: no gradient where A > 0, all of it where A < 0",
+        policy_data(lp="-1 -1 | -1 -1", w="1 1 | 1 1", adv="1 1 | -1 -1", d="0.5 0.75 | 0.5 0.75", x="0 0.25 | 0.25 0"),
+        ("clip-inert", "clip-max-for-min", "clip-without-min", "clip-gradient-leaks", "clip-as-epsilon"),
+    ),
+    Situation(
+        "valid",
+        "below the lower bound: no gradient where A < 0, all of it where A > 0",
+        policy_data(
+            lp="-1 -1 | -1 -1", w="1 1 | 1 1", adv="1 1 | -1 -1", d="-0.5 -0.75 | -0.5 -0.75", x="0 0.25 | 0.25 0"
+        ),
+        ("clip-inert", "clip-max-for-min", "clip-without-min", "clip-gradient-leaks"),
+    ),
+    Situation(
+        "valid",
+        "ratios of both sides in one sequence: in the sequence's ratio they cancel, in the tokens' they do not",
+        policy_data(
+            lp="-1 -1 -2 | -1 -1 -2",
+            w="1 1 1 | 1 1 1",
+            adv="1 1 1 | -1 -1 -1",
+            d="0.75 -0.75 0.125 | 0.75 -0.75 -0.0625",
+            x="0 0.25 0.25 | 0.25 0 -0.5",
+        ),
+        ("clip-without-min", "clip-gradient-leaks", "ratio-sum", "ratio-product"),
+    ),
+]
+
+SEQUENCES = [
+    Situation(
+        "valid",
+        "a small drift at every token: the ratio is the geometric mean, not the product and not the sum",
+        policy_data(
+            lp="-1 -0.5 -2 -1 -3 -1.5 | -1 -2",
+            w="1 1 1 1 1 1 | 1 1",
+            adv="1 1 1 1 1 1 | -1 -1",
+            d="0.0625 0.0625 0.0625 0.125 0.0625 0 | -0.125 0.0625",
+        ),
+        ("ratio-product", "ratio-sum", "old-logprobs-inert", "missing-stop-gradient"),
+    ),
+    Situation(
+        "valid",
+        "masked tokens inside a sequence: its ratio is the mean over those that count",
+        policy_data(
+            lp="-1 -0.5 -2 -1 | -1 -2 -3",
+            w="0 1 0 1 | 1 0 1",
+            adv="1 1 1 1 | -1 -1 -1",
+            d="0.5 0.0625 -0.75 0.125 | -0.125 0.75 0.0625",
+        ),
+        ("padding-in-sequence-ratio", "mask-missing", "padding-in-denominator", "missing-stop-gradient"),
+    ),
+    Situation(
+        "edge",
+        "fractional weights weigh the terms, and the ratio is still the plain mean over tokens",
+        policy_data(
+            lp="-1 -0.5 -2 | -1 -2",
+            w="0.25 1 2 | 0.5 1",
+            adv="1 1 1 | -1 -1",
+            d="0.25 0.0625 -0.125 | -0.25 0.125",
+        ),
+        ("weights-binarised", "weights-squared", "ratio-product", "padding-in-denominator"),
+    ),
+    Situation(
+        "valid",
+        "advantages by token: gspo_token gives each token its own, gspo spreads them over the sequence",
+        policy_data(
+            lp="-1 -0.5 -2 | -1 -2", w="1 1 1 | 1 1", adv="1 -2 4 | -1 3", d="0.125 0.0625 -0.0625 | 0.0625 0.125"
+        ),
+        ("advantages-pooled", "missing-stop-gradient", "frame-shift", "no-gradient"),
+    ),
+]
+
+NARROW = [
+    Situation(
+        "valid",
+        "in GSPO's own window of 3e-4 and 4e-4",
+        policy_data(
+            lp="-1 -0.5 -2 -1 | -1 -2",
+            w="1 1 1 1 | 1 1",
+            adv="1 1 1 1 | -1 -1",
+            d=f"{2**-12} 0 {2**-12} {2**-13} | -{2**-12} {2**-13}",
+        ),
+        ("ratio-product", "no-gradient", "constant-factor", "missing-stop-gradient"),
+    ),
+    Situation(
+        "valid",
+        "just outside GSPO's own window: a whole sequence is cut",
+        policy_data(
+            lp="-1 -0.5 -2 -1 | -1 -2 | -1 -1",
+            w="1 1 1 1 | 1 1 | 1 1",
+            adv="1 1 1 1 | -1 -1 | 1 1",
+            d=f"{2**-10} {2**-11} {2**-11} {2**-10} | -{2**-10} -{2**-11} | -{2**-10} -{2**-10}",
+        ),
+        ("clip-inert", "clip-gradient-leaks", "clip-max-for-min", "clip-without-min"),
+    ),
+]
+
+LOUD = Situation(
+    "valid",
+    "ratios of 7 and of 2 with advantages of both signs",
+    policy_data(
+        lp="-1 -1 -1 | -1 -1 -1",
+        w="1 1 1 | 1 1 1",
+        adv="0.5 0.5 0.5 | -1 -1 -1",
+        d="2 0.75 0.0625 | 2 0.75 0.0625",
+        x="0 0.25 0.25 | 0.25 0 -0.5",
+    ),
+    ("inert-knob",),
+)
+"""For the dual clip, which binds at 7 and not at 2."""
+
+SAMPLED = Situation(
+    "valid",
+    "a sampler whose logprobs are off by up to 2 nats",
+    policy_data(
+        lp="-1 -0.5 -2 | -3 -1.5",
+        w="1 1 1 | 1 1",
+        adv="1 1 1 | -1 -1",
+        d="0.125 -0.0625 0.0625 | 0.0625 -0.125",
+        old="-1.125 -0.4375 -2.0625 | -3.0625 -1.375",
+        gap="2 -0.25 0.25 | -2 0.5",
+    ),
+    ("tis-inverted", "tis-inert", "tis-uncapped", "inert-knob"),
+)
+
+OFF_SAMPLER = Situation(
+    "edge",
+    "a sampler 30 nats away, with masked slots that are further",
+    policy_data(
+        lp="-1 -0.5 -2 | -40 -1.5",
+        w="0 1 1 | 1 1",
+        adv="1 1 1 | -1 -1",
+        old="-1.125 -0.4375 -2.0625 | -40.0625 -1.375",
+        d="0.125 -0.0625 0.0625 | 0.0625 -0.125",
+        gap="90 30 0.25 | -30 0.5",
+    ),
+    ("tis-uncapped", "tis-inverted", "tis-inert"),
+)
+
+DRIFTED = Situation(
+    "valid",
+    "a policy that has left its reference by up to 1.5 nats both ways",
+    policy_data(
+        lp="-2 -0.5 -3 -1 | -1.5 -2",
+        w="1 1 0 1 | 1 1",
+        adv="1 1 1 1 | -0.5 -0.5",
+        d="0.125 0 1 0.0625 | -0.0625 0.0625",
+        x="1.5 -0.5 2 0.25 | -1.5 0.5",
+    ),
+    (
+        "kl-sign",
+        "kl-detached",
+        "ref-inert",
+        "kl-unmasked",
+        "kl-scaled-by-advantage",
+        "k1-in-loss",
+        "mixed-denominators",
+    ),
+)
+
+QUIET = Situation(
+    "edge",
+    "advantages of 0: nothing but the KL, which neither A nor clipping touches",
+    policy_data(lp="-2 -0.5 | -1.5 -2", w="1 1 | 1 1", adv="0 0 | 0 0", d="0.75 0 | -0.75 0", x="1.5 -0.5 | -1.5 0.5"),
+    ("kl-sign", "kl-detached", "ref-inert", "kl-scaled-by-advantage", "k1-in-loss"),
+)
+
+AT_REFERENCE = Situation(
+    "edge",
+    "at the reference: k2 and k3 and their gradients are 0",
+    policy_data(lp="-2 -0.5 | -1.5 -2", w="1 1 | 1 1", adv="1 1 | -1 -1", d="0 0 | 0 0", x="0 0 | 0 0"),
+    ("k1-in-loss", "frame-shift", "no-gradient"),
+)
+
+LOST = Situation(
+    "edge",
+    "a reference more than 20 nats away: k3 and its gradient stop at the cap",
+    policy_data(lp="-30 -0.5 | -1 -2", w="1 1 | 1 1", adv="0 0 | 0 0", d="0 0 | 0 0", x="24 0.25 | -26 0.5"),
+    ("k1-in-loss", "kl-sign", "ref-inert"),
+)
+
+GONE = Situation(
+    "edge",
+    "a reference 9999 nats away, which exp cannot hold",
+    policy_data(lp="-10000 -0.5 | -1 -2", w="1 1 | 1 1", adv="1 1 | -1 -1", d="0 0 | 0 0", x="9999 0.25 | -9999 0.5"),
+    ("exp-overflow", "kl-sign", "ref-inert"),
+)
+
+
+def policies() -> Iterator[Case]:
+    for loss in POLICY:
+        yield from (situation.under(loss) for situation in EPISODES)
+        yield from weighed(loss, [PLAIN, RAGGED, *([BY_TOKEN] if loss in ("ppo", *SEQUENCE) else [CHUNK])])
+    for loss in RATIOS:
+        yield from (situation.under(loss) for situation in FAR)
+        yield from knobs(loss)
+    for loss in CLIPPED:
+        yield from (situation.under(loss) for situation in CUT)
+        asymmetric = "bounds of 0.5 and 2.5"
+        yield from (s.under(loss, asymmetric, ("inert-knob",), clip=[0.5, 2.5]) for s in CUT[:2])
+    for loss in SEQUENCE:
+        yield from (situation.under(loss) for situation in SEQUENCES)
+        yield from (situation.under(loss, "the paper's own bounds", clip=TIGHT) for situation in (*NARROW, *CUT))
+        yield SEQUENCES[0].under(loss, "every token of the batch counts alike", weigh="token_mean")
+    yield from divergences()
+
+
+def knobs(loss: str) -> Iterator[Case]:
+    """What every loss with a ratio can be set to."""
+    wide: dict[str, Any] = {"clip": [0.5, 8.0]} if loss in CLIPPED else {}
+    flags = ("inert-knob", "dual-clip-on-positive", "clip-max-for-min")
+    yield LOUD.under(loss, "a dual clip at 3", flags, dual_clip=3.0, **wide)
+    yield LOUD.under(loss, "a cap of 0.5 on the log-ratio", log_ratio_cap=0.5, **wide)
+    yield FAR[0].under(loss, "no cap: the paper's uncapped form", ("inert-knob",), log_ratio_cap=None)
+    for cap in (2.0, 1.25):
+        yield SAMPLED.under(loss, f"token weights of at most {cap}", tis_cap=cap)
+        yield SAMPLED.under(loss, f"sequence weights of at most {cap}", tis_cap=cap, tis_level="sequence")
+    yield OFF_SAMPLER.under(loss, "token weights of at most 2", tis_cap=2.0)
+    yield RAGGED.under(loss, "with sequence weights", ("tis-inert", "tis-inverted"), tis_cap=4.0, tis_level="sequence")
+    if loss in ("ppo", "gspo"):
+        yield LOUD.under(loss, "no cap on the log-ratio, which none reaches", log_ratio_cap=None, **wide)
+        yield LOUD.under(loss, "a dual clip at 1.5, summed by sequence", flags, dual_clip=1.5,
+            **wide | {"weigh": "sequence_sum_mean"})  # fmt: skip
+        yield SAMPLED.under(loss, "sequence weights, summed by sequence", tis_cap=2.0, tis_level="sequence",
+            weigh="sequence_sum_mean")  # fmt: skip
+
+
+def divergences() -> Iterator[Case]:
+    """What grpo's KL can be set to."""
+    for kl in ("k1", "k2", "k3"):
+        yield DRIFTED.under("grpo", f"{kl} at 0.5", kl=kl, kl_beta=0.5)
+        yield DRIFTED.under("grpo", f"{kl}, each sequence counts alike", kl=kl, kl_beta=0.5, weigh="sequence_mean")
+        yield QUIET.under("grpo", f"{kl} at 0.125", kl=kl, kl_beta=0.125)
+        yield AT_REFERENCE.under("grpo", kl, kl=kl)
+        yield RAGGED.under("grpo", f"{kl} at 0.5", ("kl-unmasked", "kl-detached"), kl=kl, kl_beta=0.5)
+    yield LOST.under("grpo")
+    yield LOST.under("grpo", "k2, which has no cap", kl="k2")
+    yield GONE.under("grpo")
+    yield DRIFTED.under("grpo", "a KL of 0, its reference not read", ("inert-knob",), kl_beta=0.0)
+    yield DRIFTED.under("grpo", "the default of 0.001", ("inert-knob",), kl_beta=0.001)
+    yield DRIFTED.under("grpo", "a KL of 4", ("inert-knob",), kl_beta=4.0)
+    yield SAMPLED.under("grpo", "the sampler's weight is not the KL's", tis_cap=1.25, kl_beta=2.0)
+    yield LOUD.under("grpo", "the dual clip is not the KL's", dual_clip=1.5, clip=[0.5, 8.0], kl_beta=2.0)
+    yield CUT[0].under("grpo", "clipping is not the KL's", ("kl-detached",), kl_beta=2.0)

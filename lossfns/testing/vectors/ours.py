@@ -1,0 +1,108 @@
+"""The losses of this library as a subject of the vectors."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import lossfns
+from lossfns import Datum, Loss, LossInputError, LossWarning, ModelInput, TensorData
+from lossfns.loss import BoundLoss
+from lossfns.testing.vectors.vector import Vector, targets
+
+SETTINGS = {"cap": "tis_cap", "level": "tis_level"}
+"""Knobs of ours that vectors know by another name."""
+
+
+def subject_for(vector: Vector) -> BoundLoss:
+    """Our loss with a vector's settings; it reads its columns from the datums.
+
+    Raises:
+        LossInputError: for settings that no loss has.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", LossWarning)  # k1 is asked for on purpose
+        loss = subject(vector.loss, vector.config)
+    return loss.bind() if vector.denominator is None else loss.bind(denominator=vector.denominator)
+
+
+def subject(name: str, config: Mapping[str, Any]) -> Loss:
+    """The preset, and what it has no knob for put around it: dual clip, sampler's weight, KL."""
+    cap = config.get("tis_cap")
+    preset: Any = lossfns.ppo if name == "grpo" and cap is not None else getattr(lossfns, name)
+    settings: dict[str, Any] = {key: tuple(x) if isinstance(x, list) else x for key, x in config.items()}
+    settings["weigh"] = weighing(config)
+    if "kl" in settings:
+        settings["kl"] = named(settings["kl"])
+    knobs = inspect.signature(preset).parameters
+    loss: Loss = preset(**{key: x for key, x in settings.items() if key in knobs})
+    if config.get("dual_clip") is not None and "dual_clip" not in knobs:
+        loss = lossfns.dual_clip(loss, settings["dual_clip"])
+    if cap is not None:
+        loss = lossfns.with_tis(loss, cap, named(f"{settings['tis_level']}_level"))
+    if "kl" in settings and "kl" not in knobs:
+        loss = lossfns.with_kl(loss, settings["kl_beta"], settings["kl"])
+    return loss
+
+
+def weighing(config: Mapping[str, Any]) -> Any:
+    return lossfns.fixed_length(config["length"]) if config["weigh"] == "fixed_length" else named(config["weigh"])
+
+
+def named(name: str) -> Any:
+    """What the library has under this name, or the name itself, for the library to refuse."""
+    return getattr(lossfns, name, name)
+
+
+def datums(vector: Vector) -> list[Datum]:
+    """The data as datums with all columns, however malformed."""
+    return [datum(row, targets(vector.data)) for row in vector.data]
+
+
+def datum(row: Mapping[str, Any], k: int) -> Datum:
+    n = len(row["logprobs"])
+    ids = np.arange(n * (k or 1)).reshape((n, k) if k else (n,))
+    columns = {name: column(x, k) for name, x in row.items() if name != "logprobs"}
+    return Datum(ModelInput.from_ints([2] * n), {"target_tokens": TensorData.from_numpy(ids), **columns})
+
+
+def column(values: list[Any], k: int) -> TensorData | list[Any]:
+    empty = TensorData.from_numpy(np.zeros((0, k), np.float32))
+    return empty if k and not values else values
+
+
+def leaves(vector: Vector, dtype: torch.dtype) -> list[Tensor]:
+    k = targets(vector.data)
+    shape = (-1, k) if k else (-1,)
+    return [torch.tensor(row["logprobs"], dtype=dtype).reshape(shape).requires_grad_() for row in vector.data]
+
+
+def ask(vector: Vector, dtype: str = "float64") -> dict[str, Any]:
+    """Our reply to a vector, in the terms of the protocol."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", LossWarning)  # inputs at the edge are what vectors are for
+        try:
+            return advantages(vector) if vector.loss == "group_advantages" else losses(vector, getattr(torch, dtype))
+        except LossInputError as error:
+            field = error.field.partition("[")[0]
+            return {"error": {"message": str(error), "field": SETTINGS.get(field, field), "datum": error.datum}}
+
+
+def losses(vector: Vector, dtype: torch.dtype) -> dict[str, Any]:
+    logprobs = leaves(vector, dtype)
+    loss, metrics = subject_for(vector)(datums(vector), logprobs)
+    loss.backward()  # type: ignore[no-untyped-call]
+    grads = [None if lp.grad is None else lp.grad.tolist() for lp in logprobs]
+    return {"loss": loss.item(), "grad": grads, "metrics": {name: metrics[name] for name in ("tokens", "denominator")}}
+
+
+def advantages(vector: Vector) -> dict[str, Any]:
+    rewards = [row["reward"] for row in vector.data]
+    groups = [row["group"] for row in vector.data if "group" in row]
+    return {"advantages": lossfns.group_advantages(rewards, groups, **vector.config).tolist()}

@@ -1,0 +1,86 @@
+"""The right answer to a vector's inputs: what the oracle says, and how exactly a float can say it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from lossfns.testing import oracle
+from lossfns.testing.vectors.vector import Answer, flat, targets
+
+Arguments = dict[str, Any]
+Oracle = Callable[..., tuple[float, list[list[float]]]]
+
+FLOAT32 = 2.0**-24
+"""Half a unit in the last place of 1."""
+
+
+def arguments(
+    config: Mapping[str, Any], data: Sequence[Mapping[str, Any]], denominator: float | None = None
+) -> Arguments:
+    """What the oracle takes: rows by column, and the settings."""
+    rows = {name: [flat(datum[name]) for datum in data] for name in data[0]}
+    settings = {name: tuple(value) if isinstance(value, list) else value for name, value in config.items()}
+    return rows | settings | {"denominator": denominator}
+
+
+def grouping(config: Mapping[str, Any], data: Sequence[Mapping[str, Any]]) -> Arguments:
+    """The same for ``group_advantages``, whose data are samples."""
+    return {"rewards": [row["reward"] for row in data], "groups": [row["group"] for row in data], **config}
+
+
+def right(
+    loss: str, config: Mapping[str, Any], data: Sequence[Mapping[str, Any]], denominator: float | None = None
+) -> Answer:
+    """The oracle's answer, in the shape of the data."""
+    if loss == "group_advantages":
+        return {"advantages": oracle.group_advantages(**grouping(config, data))}
+    return shaped(getattr(oracle, loss)(**arguments(config, data, denominator)), data)
+
+
+def shaped(answer: tuple[float, list[list[float]]], data: Sequence[Mapping[str, Any]]) -> Answer:
+    """Flat rows of gradients as rows of K where logprobs are."""
+    value, grads = answer
+    k = targets(data)
+    nested = [[row[i : i + k] for i in range(0, len(row), k)] for row in grads] if k else grads
+    return {"loss": value, "grad": nested}
+
+
+def divisor(a: Arguments) -> float:
+    """The denominator that these arguments lead to."""
+    alive = [bool(oracle.active(row)) for row in a["weights"]]
+    pairs = a["weigh"] in oracle.PAIR_WEIGHINGS
+    count = sum(map(all, zip(alive[0::2], alive[1::2]))) if pairs else sum(alive)
+    mass = oracle.total(w for row in a["weights"] for w in row)
+    return oracle.divisor(a["weigh"], mass, count, a.get("length"), a["denominator"])
+
+
+def tokens(a: Arguments) -> int:
+    """How many entries count."""
+    return sum(len(oracle.active(row)) for row in a["weights"])
+
+
+def tolerance(answer: Answer, a: Arguments) -> tuple[dict[str, list[float]], str]:
+    """dtype → [rtol, atol], looser in float32 where terms that nearly cancel leave a loss that it cannot know.
+
+    Rounding every logprob by half a unit, and every ratio, moves the loss by up to 2⁻²⁴·Σ |g|·(|lp| + 1[ratio]).
+    """
+    tol, reason = {"float64": [1e-9, 1e-12], "float32": [1e-5, 1e-6]}, ""
+    if "loss" not in answer:
+        return tol, reason
+    g, lp, ratio = flat(answer["grad"]), flat(a["logprobs"]), float("old_logprobs" in a)
+    noise = 4 * FLOAT32 * sum(abs(x) * (abs(y) + ratio) for x, y in zip(g, lp) if x != 0)
+    if noise > 1e-6 + 1e-5 * abs(answer["loss"]):
+        tol["float32"][1] = float(f"{noise:.1e}")
+        reason = f"terms cancel: 4·2⁻²⁴·Σ|g|(|lp| + 1[ratio]) = {noise:.1e}"
+    return tol, reason
+
+
+def digits(x: Any, count: int = 12) -> Any:
+    """Numbers rounded to so many significant digits: enough for any tolerance, few enough for any maths library."""
+    if isinstance(x, Mapping):
+        return {name: digits(value, count) for name, value in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [digits(value, count) for value in x]
+    return float(f"{x:.{count}g}") + 0.0 if isinstance(x, float) and math.isfinite(x) else x

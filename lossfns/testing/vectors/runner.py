@@ -1,0 +1,305 @@
+"""The vectors put to a program in any language: JSON lines on its standard input, JSON lines back."""
+
+from __future__ import annotations
+
+import json
+import queue
+import shlex
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from typing import IO, Any, NamedTuple
+
+from lossfns.errors import LossInputError
+from lossfns.testing.bugs import BUGS
+from lossfns.testing.vectors.vector import METHODS, SUITE, Vector, load, mistake
+from lossfns.testing.vectors.wrong import explains
+
+SHOWN = 10
+"""How many failures the table shows; the JSON report has all."""
+
+NOISE = 1000
+"""How many lines that are no reply are read before giving up."""
+
+
+def run(
+    command: str,
+    *,
+    loss: str | None = None,
+    dtype: str = "float64",
+    timeout: float = 10.0,
+    xfail: Sequence[str] = (),
+    progress: Callable[[str], None] = lambda line: None,
+) -> Report:
+    """Ask a program for every answer and compare.
+
+    Args:
+        command: started once, split as a shell would; see docs/vectors.md for what it reads and writes.
+        loss: one method, or all.
+        dtype: "float64" or "float32", what the program computes in: which tolerance it gets.
+        timeout: the longest wait for a reply, in seconds.
+        xfail: ids, or patterns such as ``gspo-*``, that are expected to fail.
+        progress: called with a line whenever there is something new to say.
+
+    Raises:
+        LossInputError: if the command cannot be started.
+    """
+    asked = load(loss)
+    told = exchange(command, asked, timeout, progress)
+    results = [judged(vector, told, dtype, xfail) for vector in asked]
+    return Report(command, dtype, results, told.complaint)
+
+
+class Exchange(NamedTuple):
+    """What came back: replies by id, and why there are no more of them; empty if nothing is wrong."""
+
+    replies: dict[str, Mapping[str, Any]]
+    complaint: str
+
+
+class Result(NamedTuple):
+    """One vector's verdict: pass, fail, xfail or xpass, and what was wrong."""
+
+    vector: Vector
+    verdict: str
+    wrong: str
+    explained: tuple[str, ...] = ()
+    """The flags of bugs whose answer the reply is."""
+
+
+def judged(vector: Vector, told: Exchange, dtype: str, xfail: Sequence[str]) -> Result:
+    reply = told.replies.get(vector.id)
+    wrong = mistake(vector, reply, dtype) if reply is not None else "no reply"
+    expected = any(fnmatch(vector.id, pattern) for pattern in xfail)
+    verdict = ("xfail" if wrong else "xpass") if expected else ("fail" if wrong else "pass")
+    if not wrong or reply is None:
+        return Result(vector, verdict, wrong)
+    accepted = vector.error is not None
+    return Result(
+        vector, verdict, wrong, tuple(bug for bug in vector.flags if accepted or explains(bug, vector, reply, dtype))
+    )
+
+
+# The other process
+
+
+def exchange(command: str, asked: Sequence[Vector], timeout: float, progress: Callable[[str], None]) -> Exchange:
+    """Start the program, write every request, read the replies as they come, and end it."""
+    with tempfile.TemporaryFile() as errors:
+        process = start(command, errors)
+        lines: queue.Queue[str | None] = queue.Queue()
+        for work in (lambda: write_all(process, asked), lambda: read_all(process, lines)):
+            threading.Thread(target=work, daemon=True).start()
+        try:
+            replies, complaint = collect(lines, [vector.id for vector in asked], timeout, progress)
+            if complaint == ENDED:
+                complaint = f"it ended with exit status {process.wait(timeout)}{last_words(errors)}"
+        except subprocess.TimeoutExpired:
+            complaint = "it closed its output and did not end"
+        finally:
+            process.kill()
+            process.wait()
+    return Exchange(replies, complaint)
+
+
+ENDED = "it ended"
+
+
+def start(command: str, errors: IO[bytes]) -> subprocess.Popen[str]:
+    try:
+        return subprocess.Popen(
+            shlex.split(command),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+        )
+    except (OSError, ValueError, IndexError) as error:
+        raise LossInputError("--cmd", "a command that starts", f"{command!r}: {error}", "Try it in a shell.") from None
+
+
+def write_all(process: subprocess.Popen[str], asked: Iterable[Vector]) -> None:
+    """Write in a thread of its own: neither side then waits for the other to read."""
+    assert process.stdin is not None
+    with suppress(OSError), process.stdin:  # it may stop reading; what it does not answer counts as failed
+        for vector in asked:
+            process.stdin.write(json.dumps(vector.request, allow_nan=False) + "\n")
+            process.stdin.flush()
+
+
+def read_all(process: subprocess.Popen[str], lines: queue.Queue[str | None]) -> None:
+    assert process.stdout is not None
+    with process.stdout:
+        for line in process.stdout:
+            lines.put(line)
+    lines.put(None)
+
+
+def collect(
+    lines: queue.Queue[str | None], asked: Sequence[str], timeout: float, progress: Callable[[str], None]
+) -> tuple[dict[str, Mapping[str, Any]], str]:
+    """Replies until all are there, or until there is no more hope, with the reason."""
+    replies: dict[str, Mapping[str, Any]] = {}
+    noise: list[str] = []
+    missing, deadline = set(asked), time.monotonic() + timeout
+    while missing:
+        try:
+            line = lines.get(timeout=max(deadline - time.monotonic(), 0.001))
+        except queue.Empty:
+            return replies, with_noise(f"it gave no reply for {timeout:g} s", noise)
+        if line is None:
+            return replies, with_noise("", noise) or ENDED
+        reply = parsed(line)
+        if reply is None or reply.get("id") not in missing:
+            noise.append(line)
+            if len(noise) == NOISE:
+                return replies, with_noise(f"{NOISE} lines were no reply", noise)
+            continue
+        replies[reply["id"]] = reply
+        missing.remove(reply["id"])
+        deadline = time.monotonic() + timeout
+        progress(f"{len(replies)}/{len(asked)}")
+    return replies, with_noise("", noise)
+
+
+def parsed(line: str) -> Mapping[str, Any] | None:
+    """A reply, or None for a line that is none."""
+    try:
+        reply = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return reply if isinstance(reply, dict) and isinstance(reply.get("id"), str) else None
+
+
+def with_noise(complaint: str, noise: Sequence[str]) -> str:
+    if not noise:
+        return complaint
+    said = f"it wrote a line that is no reply to any open request: {noise[0].strip()[:80]!r}"
+    return f"{complaint}; {said}" if complaint else said
+
+
+def last_words(errors: IO[bytes]) -> str:
+    """The end of what it wrote to standard error."""
+    errors.seek(0)
+    words = errors.read().decode("utf-8", "replace").strip().splitlines()[-3:]
+    return "".join(f"\n  {line[:200]}" for line in words)
+
+
+# The report
+
+
+class Likely(NamedTuple):
+    """A bug that the failures speak for."""
+
+    flag: str
+    vectors: int
+    failed: int
+    explained: int
+
+    def __str__(self) -> str:
+        exact = f", {self.explained} with the very answer of such a loss" if self.explained else ""
+        return f"{self.flag}: {BUGS[self.flag].words} ({self.failed} of its {self.vectors} vectors fail{exact})"
+
+
+@dataclass(frozen=True)
+class Report:
+    """Every vector's verdict, and what they say together."""
+
+    command: str
+    dtype: str
+    results: list[Result]
+    complaint: str = ""
+
+    @property
+    def failures(self) -> list[Result]:
+        return [result for result in self.results if result.verdict == "fail"]
+
+    @property
+    def ok(self) -> bool:
+        return not self.failures
+
+    def count(self, verdict: str, loss: str | None = None) -> int:
+        return sum(r.verdict == verdict and loss in (None, r.vector.loss) for r in self.results)
+
+    @property
+    def losses(self) -> list[str]:
+        present = {result.vector.loss for result in self.results}
+        return [loss for loss in METHODS if loss in present]
+
+    def likely(self, most: int = 5) -> list[Likely]:
+        """Bugs by the share of their vectors that get their very answer; if none does, those whose vectors all fail."""
+        flags = {flag for result in self.failures for flag in result.vector.flags}
+        found = [self.evidence(flag) for flag in BUGS if flag in flags]
+        exact = [bug for bug in found if bug.explained]
+        whole = [bug for bug in found if bug.failed == bug.vectors]
+        return sorted(exact or whole, key=lambda bug: (-bug.explained / bug.vectors, -bug.failed))[:most]
+
+    def evidence(self, flag: str) -> Likely:
+        hunting = [result for result in self.results if flag in result.vector.flags]
+        failed = [result for result in hunting if result.verdict == "fail"]
+        return Likely(flag, len(hunting), len(failed), sum(flag in result.explained for result in failed))
+
+    def table(self) -> str:
+        """The report for a terminal."""
+        verdicts = [v for v in ("pass", "fail", "xfail", "xpass") if v in ("pass", "fail") or self.count(v)]
+        head = [f"vectors {SUITE}".ljust(28), *(v.rjust(6) for v in (*verdicts, "total"))]
+        rows = [[loss.ljust(28), *self.counts(verdicts, loss)] for loss in self.losses]
+        parts = ["".join(row) for row in [head, *rows, ["all".ljust(28), *self.counts(verdicts, None)]]]
+        if self.complaint:
+            parts += ["", f"{self.command}: {self.complaint}"]
+        if self.failures:
+            parts += ["", *map(failure_text, self.failures[:SHOWN])]
+            rest = len(self.failures) - SHOWN
+            parts += [f"... and {rest} more; --json FILE has all"] * (rest > 0)
+        if likely := self.likely():
+            parts += ["", "likely bugs, the likeliest first", *(f"  {bug}" for bug in likely)]
+        return "\n".join(parts)
+
+    def counts(self, verdicts: Sequence[str], loss: str | None) -> list[str]:
+        numbers = [self.count(verdict, loss) for verdict in verdicts]
+        return [str(n).rjust(6) for n in (*numbers, sum(numbers))]
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it as plain JSON."""
+        verdicts = ("pass", "fail", "xfail", "xpass")
+        return {
+            "suite": SUITE,
+            "command": self.command,
+            "dtype": self.dtype,
+            "ok": self.ok,
+            "counts": {verdict: self.count(verdict) for verdict in verdicts},
+            "losses": {loss: {verdict: self.count(verdict, loss) for verdict in verdicts} for loss in self.losses},
+            "complaint": self.complaint,
+            "failures": [
+                {
+                    "id": result.vector.id,
+                    "kind": result.vector.kind,
+                    "comment": result.vector.comment,
+                    "flags": list(result.vector.flags),
+                    "wrong": result.wrong,
+                }
+                for result in self.failures
+            ],
+            "likely_bugs": [{**bug._asdict(), "words": BUGS[bug.flag].words} for bug in self.likely()],
+        }
+
+
+def failure_text(result: Result) -> str:
+    """A failure in two lines, and a line for each bug that it hunts."""
+    vector = result.vector
+    bugs = [f"    {flag}: {BUGS[flag].words}" for flag in result.explained or vector.flags]
+    return "\n".join([f"{vector.id} ({vector.kind}) {vector.comment}", f"    {result.wrong}", *bugs])
+
+
+def show_progress(line: str) -> None:
+    """A line that the next one overwrites, where someone is looking."""
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)

@@ -1,0 +1,235 @@
+"""One golden vector: a loss, its settings, its inputs, and the answer that is right."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import lossfns
+from lossfns.testing.batch import Batch
+
+FOLDER = Path(__file__).parent.parent / "data"
+
+SCHEMA, SUITE = "lossfns-vectors/1", "2026.11"
+"""The shape of the files, and the version of their contents."""
+
+METHODS = (
+    "cross_entropy",
+    "multi_target_cross_entropy",
+    "reinforce",
+    "importance_sampling",
+    "ppo",
+    "grpo",
+    "dapo",
+    "gspo",
+    "gspo_token",
+    "dpo",
+    "orpo",
+    "group_advantages",
+)
+"""One file of vectors for each."""
+
+Answer = Mapping[str, Any]
+"""``{"loss", "grad"}`` or ``{"advantages"}``, with plain floats; a refusal has ``"error"``."""
+
+
+@dataclass(frozen=True)
+class Vector:
+    """Inputs and the right answer, numbers as floats (``nan`` and ``inf`` where the file has strings).
+
+    Attributes:
+        kind: ``valid``, ``edge``, ``kink`` (two gradients are right) or ``must-reject`` (no number is).
+        config: every setting of the loss, none left to a default.
+        flags: the bugs of ``BUGS`` that give another answer here.
+        data: one mapping for each datum: its ``logprobs``, ``weights`` and side columns, all of one shape.
+        denominator: what to divide by instead of the batch's own count, for a chunk of a larger batch.
+        expected, grad: L and ∂L/∂logprobs; ``advantages`` for ``group_advantages``; ``error`` for must-reject.
+        grad_alternatives: at a kink, the gradients of the other side.
+        metrics: ``tokens`` that count and the ``denominator``, which an answer may give too.
+        tol: dtype → (rtol, atol); see ``mistake``.
+    """
+
+    id: str
+    loss: str
+    kind: str
+    config: Mapping[str, Any]
+    flags: tuple[str, ...]
+    comment: str
+    data: Sequence[Mapping[str, Any]]
+    denominator: float | None = None
+    expected: float | None = None
+    grad: list[Any] | None = None
+    grad_alternatives: list[list[Any]] = field(default_factory=list)
+    advantages: list[float] | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    tol: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    tol_reason: str = ""
+    error: Mapping[str, Any] | None = None
+
+    @property
+    def batch(self) -> Batch:
+        """The rows of a batch that is well formed; its datums are ``batch.data()``, without the denominator."""
+        rows = {name: [flat(datum[name]) for datum in self.data] for name in self.data[0]}
+        logprobs, weights = rows.pop("logprobs"), rows.pop("weights")
+        return Batch(logprobs, weights, rows, targets(self.data))
+
+    @property
+    def request(self) -> dict[str, Any]:
+        """The line of the protocol that asks for the answer."""
+        asked = {"id": self.id, "loss": self.loss, "config": self.config, "data": self.data}
+        encoded: dict[str, Any] = encode(
+            asked if self.denominator is None else asked | {"denominator": self.denominator}
+        )
+        return encoded
+
+    @property
+    def answer(self) -> Answer:
+        if self.error is not None:
+            return {"error": self.error}
+        if self.advantages is not None:
+            return {"advantages": self.advantages}
+        return {"loss": self.expected, "grad": self.grad}
+
+    def having(self, answer: Answer) -> Vector:
+        """The vector with another answer held to be right."""
+        if "advantages" in answer:
+            return replace(self, advantages=answer["advantages"])
+        return replace(self, expected=answer["loss"], grad=answer["grad"], grad_alternatives=[])
+
+
+def load(loss: str | None = None) -> list[Vector]:
+    """The vectors of one loss, or of all.
+
+    >>> vector = load("dpo")[0]
+    >>> vector.id, sorted(vector.batch.columns)
+    ('dpo-0001', ['ref_logprobs'])
+    """
+    if loss is not None and loss not in METHODS:
+        hint = lossfns.errors.did_you_mean(loss, METHODS)
+        raise lossfns.LossInputError("loss", "a loss that has vectors", repr(loss), hint)
+    return [vector for name in METHODS if loss in (None, name) for vector in read(FOLDER / f"{name}.json")]
+
+
+@cache
+def read(path: Path) -> tuple[Vector, ...]:
+    """The vectors of one file."""
+    return tuple(vectors(json.loads(path.read_text(encoding="utf-8"))))
+
+
+def vectors(file: Mapping[str, Any]) -> Iterator[Vector]:
+    """The vectors of one file's contents."""
+    for group in file["groups"]:
+        for test in group["tests"]:
+            fields = {name: value for name, value in decode(test).items() if name not in ("loss", "flags")}
+            yield Vector(
+                loss=file["loss"],
+                config=group["config"],
+                flags=tuple(test["flags"]),
+                **fields | ({"expected": test["loss"]} if "loss" in test else {}),
+            )
+
+
+NUMBERS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+
+
+def decode(x: Any) -> Any:
+    """JSON values with the three strings as numbers, in data; a group's label is left alone."""
+    if isinstance(x, dict):
+        return {name: value if name in ("id", "comment", "group") else decode(value) for name, value in x.items()}
+    if isinstance(x, list):
+        return [decode(value) for value in x]
+    return NUMBERS.get(x, x) if isinstance(x, str) else x
+
+
+def encode(x: Any) -> Any:
+    """The reverse of ``decode``: JSON has no nan and no inf."""
+    if isinstance(x, Mapping):
+        return {name: encode(value) for name, value in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [encode(value) for value in x]
+    if isinstance(x, float) and not math.isfinite(x):
+        return "nan" if math.isnan(x) else "inf" if x > 0 else "-inf"
+    return x
+
+
+def flat(x: Any) -> list[Any]:
+    """The leaves of a nested list, in order."""
+    return [leaf for part in x for leaf in flat(part)] if isinstance(x, (list, tuple)) else [x]
+
+
+def targets(data: Sequence[Mapping[str, Any]]) -> int:
+    """K where logprobs are [N, K], else 0."""
+    first = next((datum["logprobs"] for datum in data if datum.get("logprobs")), [0.0])
+    return len(first[0]) if isinstance(first[0], list) else 0
+
+
+def mistake(vector: Vector, reply: Mapping[str, Any], dtype: str = "float64") -> str:
+    """What is wrong with a reply, in words with the error and its tolerance; empty if it agrees.
+
+    A number x agrees with the right y if |x − y| <= atol·s + rtol·|y|. For the loss and for advantages s = 1;
+    for the gradient s is the largest of its absolute values, so that a gradient of 0 has to be 0.
+    """
+    if vector.error is not None:
+        return "" if "error" in reply else f"accepted what must be refused ({vector.error['code']})"
+    if "error" in reply:
+        return f"refused: {reply['error']}"
+    if vector.advantages is not None:
+        wrong = apart("advantages", reply.get("advantages"), vector.advantages, vector.tol[dtype])
+        return wrong
+    wrong = apart("loss", reply.get("loss"), vector.expected, vector.tol[dtype])
+    wrong = wrong or gradient_mistake(vector, reply.get("grad"), vector.tol[dtype])
+    metrics = reply.get("metrics", {})
+    known = [name for name in vector.metrics if isinstance(metrics, Mapping) and name in metrics]
+    return wrong or next(filter(None, (apart(k, metrics[k], vector.metrics[k], vector.tol[dtype]) for k in known)), "")
+
+
+def gradient_mistake(vector: Vector, grad: Any, tol: Sequence[float]) -> str:
+    """At a kink any gradient between the one-sided ones is right."""
+    rtol, atol = tol
+    sides = [vector.grad, *vector.grad_alternatives]
+    scale = max((abs(y) for y in flat(sides) if math.isfinite(y)), default=0.0)
+    if not vector.grad_alternatives:
+        return apart("grad", grad, vector.grad, (rtol, atol * scale))
+    if shape(grad) != shape(vector.grad):
+        return apart("grad", grad, vector.grad, tol)
+    for i, (x, *ys) in enumerate(zip(flat(grad), *map(flat, sides))):
+        slack = atol * scale + rtol * max(map(abs, ys))
+        if not min(ys) - slack <= number(x) <= max(ys) + slack:
+            return f"grad entry {i} is {x}, not between {min(ys):.9g} and {max(ys):.9g}"
+    return ""
+
+
+def apart(name: str, x: Any, y: Any, tol: Sequence[float]) -> str:
+    """Where x, a number or a nested list, differs from y by more than atol + rtol·|y|; empty if nowhere."""
+    if isinstance(y, list):
+        if not isinstance(x, (list, tuple)):
+            return f"{name} is {shown(x)}, not a list of {len(y)}"
+        if len(x) != len(y):
+            return f"{name} has {len(x)} entries, not {len(y)}"
+        return next(filter(None, (apart(f"{name}[{i}]", u, v, tol) for i, (u, v) in enumerate(zip(x, y)))), "")
+    value, (rtol, atol) = number(x), tol
+    slack = atol + rtol * abs(y)
+    if value == y or abs(value - y) <= slack or (math.isnan(y) and math.isnan(value)):
+        return ""
+    return f"{name} is {shown(x)}, not {y:.9g}: off by {abs(value - y):.2g}, tolerance {slack:.2g}"
+
+
+def number(x: Any) -> float:
+    """A number of a reply; nan for anything else."""
+    if isinstance(x, str):
+        return NUMBERS.get(x, math.nan)
+    return float(x) if isinstance(x, (int, float)) and not isinstance(x, bool) else math.nan
+
+
+def shown(x: Any) -> str:
+    return f"{x:.9g}" if isinstance(x, float) else "missing" if x is None else f"{x!r}"[:40]
+
+
+def shape(x: Any) -> Any:
+    """The nested lengths of a list."""
+    return [shape(part) for part in x] if isinstance(x, (list, tuple)) else None

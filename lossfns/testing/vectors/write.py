@@ -1,0 +1,179 @@
+"""From cases to files: the oracle's answers, the flags that are true, and ids that never change."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lossfns.testing import oracle
+from lossfns.testing.bugs import BUGS
+from lossfns.testing.vectors.cases import Case, cases
+from lossfns.testing.vectors.right import arguments, digits, divisor, right, shaped, tokens, tolerance
+from lossfns.testing.vectors.vector import FOLDER, METHODS, SCHEMA, SUITE, Answer, Vector, encode, vectors
+from lossfns.testing.vectors.wrong import shows
+
+LEDGER = "ids.json"
+
+Test = dict[str, Any]
+Ledger = dict[str, str]
+"""id → fingerprint, for every id that was ever given."""
+
+
+class Group(NamedTuple):
+    """Tests that share their settings."""
+
+    config: Mapping[str, Any]
+    tests: list[Test]
+
+
+def answered(case: Case) -> Test:
+    """A case with its answer, in the form of the file but for its id and with the flags still unproven."""
+    flags = list(dict.fromkeys(case.flags))
+    asked: Test = {"kind": case.kind, "comment": case.comment, "flags": flags, "data": case.data}
+    if case.denominator is not None:
+        asked["denominator"] = case.denominator
+    if case.error is not None:
+        code, name, datum = case.error
+        return asked | {"error": {"code": code, "field": name} | ({} if datum is None else {"datum": datum})}
+    answer: Answer = digits(right(case.loss, case.config, case.data, case.denominator))
+    if "advantages" in answer:
+        return {**asked, **answer, "tol": tolerance(answer, {})[0]}
+    a = arguments(case.config, case.data, case.denominator)
+    tol, reason = tolerance(answer, a)
+    return asked | {
+        **answer,
+        **({"grad_alternatives": [beyond(case, a)]} if case.beside else {}),
+        "metrics": {"tokens": tokens(a), "denominator": digits(float(divisor(a)))},
+        "tol": tol,
+        **({"tol_reason": reason} if reason else {}),
+    }
+
+
+def beyond(case: Case, a: dict[str, Any]) -> Any:
+    """The gradient just beyond a kink."""
+    return digits(shaped(getattr(oracle, case.loss)(**{**a, **case.beside}), case.data)["grad"], 9)
+
+
+def proven(test: Test, vector: Vector) -> Test:
+    """The test with the flags of bugs that do show."""
+    if vector.error is not None:
+        return test
+    return test | {"flags": [bug for bug in test["flags"] if shows(bug, vector)]}
+
+
+def fingerprint(loss: str, config: Mapping[str, Any], test: Test) -> str:
+    """What an id stands for: the inputs, and the answer to six digits."""
+    asked = [test.get(name) for name in ("data", "denominator", "error")]
+    told = [test.get(name) for name in ("loss", "grad", "advantages")]
+    text = json.dumps(encode([loss, config, asked, digits(told, 6)]), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def identify(loss: str, prints: Iterable[str], ledger: Ledger) -> dict[str, str]:
+    """fingerprint → id: the one it has always had, else the next of its loss, which is entered in the ledger."""
+    known = {print_: name for name, print_ in ledger.items() if name.rpartition("-")[0] == loss}
+    for print_ in prints:
+        if print_ not in known:
+            known[print_] = f"{loss}-{len(known) + 1:04d}"
+            ledger[known[print_]] = print_
+    return known
+
+
+def contents(ledger: Ledger) -> dict[str, str]:
+    """File name → text, for every method and for the ledger, which new ids are added to."""
+    asked: dict[str, dict[str, Group]] = {loss: {} for loss in METHODS}
+    for case in cases():
+        asked[case.loss].setdefault(json.dumps(case.config), Group(case.config, [])).tests.append(answered(case))
+    texts = {f"{loss}.json": file(loss, list(groups.values()), ledger) for loss, groups in asked.items()}
+    current = {name for text in texts.values() for name in ids(json.loads(text))}
+    book = {"suite": SUITE, "ids": ledger, "withdrawn": [name for name in ledger if name not in current]}
+    return texts | {LEDGER: json.dumps(book, indent=1) + "\n"}
+
+
+def ids(parsed: Mapping[str, Any]) -> list[str]:
+    return [test["id"] for group in parsed["groups"] for test in group["tests"]]
+
+
+def file(loss: str, groups: list[Group], ledger: Ledger) -> str:
+    """The text of one method's file."""
+    prints = [fingerprint(loss, group.config, test) for group in groups for test in group.tests]
+    names = identify(loss, prints, ledger)
+    numbers = iter(prints)
+    named = [Group(group.config, [{"id": names[next(numbers)], **test} for test in group.tests]) for group in groups]
+    loaded = vectors({"loss": loss, "groups": [encode(group._asdict()) for group in named]})
+    true = [Group(group.config, [proven(test, next(loaded)) for test in group.tests]) for group in named]
+    flags = {flag for group in true for test in group.tests for flag in test["flags"]}
+    head = {
+        "schema": SCHEMA,
+        "suite": SUITE,
+        "loss": loss,
+        "generator": "python -m lossfns.testing.vectors write",
+        "notes": {bug: {"words": BUGS[bug].words, "seen": list(BUGS[bug].seen)} for bug in BUGS if bug in flags},
+    }
+    return laid_out(head, true)
+
+
+def laid_out(head: Mapping[str, Any], groups: list[Group]) -> str:
+    """JSON with a line for each thing a person looks at: a group's settings, a test's head, a datum, the answer."""
+    top = "".join(f' "{name}": {line(value)},\n' for name, value in head.items() if name != "notes")
+    notes = listed("notes", "{}", [f'"{bug}": {line(note)}' for bug, note in head["notes"].items()], 2)
+    body = listed("groups", "[]", [group_text(group) for group in groups], 2)
+    return f"{{\n{top} {notes},\n {body}\n}}\n"
+
+
+def group_text(group: Group) -> str:
+    tests = listed("tests", "[]", [test_text(test) for test in group.tests], 4)
+    return f'{{"config": {line(group.config)},\n   {tests}}}'
+
+
+def test_text(test: Test) -> str:
+    first = ", ".join(f'"{name}": {line(test[name])}' for name in ("id", "kind", "comment", "flags"))
+    data = listed("data", "[]", [line(row) for row in test["data"]], 6)
+    others = [name for name in test if name not in ("id", "kind", "comment", "flags", "data")]
+    return ",\n     ".join([f"{{{first}", data, *(f'"{name}": {line(test[name])}' for name in others)]) + "}"
+
+
+def listed(name: str, brackets: str, items: list[str], indent: int) -> str:
+    """A named list or object with an item on each line."""
+    margin = "\n" + " " * indent
+    inside = margin + f",{margin}".join(items) if items else ""
+    return f'"{name}": {brackets[0]}{inside}{brackets[1]}'
+
+
+def line(x: Any) -> str:
+    return json.dumps(encode(x), ensure_ascii=False, allow_nan=False)
+
+
+def ledger_of(folder: Path) -> Ledger:
+    path = folder / LEDGER
+    ledger: Ledger = json.loads(path.read_text(encoding="utf-8"))["ids"] if path.exists() else {}
+    return ledger
+
+
+def write(folder: Path = FOLDER) -> list[Path]:
+    """Write every file, and return the paths of those that changed."""
+    changed = differing(folder)
+    for path, text in changed.items():
+        path.write_text(text, encoding="utf-8")
+    return list(changed)
+
+
+def violations(folder: Path = FOLDER) -> list[str]:
+    """Where the files do not follow the schema, or are not there."""
+    jsonschema = import_module("jsonschema")  # of the extra `testing`
+    validator = jsonschema.Draft202012Validator(json.loads((folder / "schema.json").read_text(encoding="utf-8")))
+    found = []
+    for name in (f"{loss}.json" for loss in METHODS):
+        parsed = json.loads((folder / name).read_text(encoding="utf-8")) if (folder / name).exists() else None
+        found += [f"{name}, {error.json_path}: {error.message[:200]}" for error in validator.iter_errors(parsed)]
+    return found
+
+
+def differing(folder: Path = FOLDER) -> dict[Path, str]:
+    """The files that are not what would be written, with what would be."""
+    texts = {folder / name: text for name, text in contents(ledger_of(folder)).items()}
+    return {p: text for p, text in texts.items() if not p.exists() or p.read_text(encoding="utf-8") != text}

@@ -1,0 +1,540 @@
+"""Golden vectors: what is committed is what the tool writes, ours meet it, and flags, ids and the runner hold."""
+
+import json
+import os
+import re
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import lossfns
+from lossfns import LossInputError
+from lossfns.testing.bugs import BUGS
+from lossfns.testing.oracle import PAIR_WEIGHINGS, TOKEN_WEIGHINGS
+from lossfns.testing.vectors import METHODS, Vector, load, mistake, run, subject_for
+from lossfns.testing.vectors.cases import cases
+from lossfns.testing.vectors.command import main
+from lossfns.testing.vectors.ours import ask
+from lossfns.testing.vectors.right import right
+from lossfns.testing.vectors.runner import Report
+from lossfns.testing.vectors.vector import FOLDER, decode, encode, flat
+from lossfns.testing.vectors.write import LEDGER, contents, differing, fingerprint, identify, violations, write
+from lossfns.testing.vectors.wrong import ADVANTAGES, TARGETS, WRONG, explains, wrong
+
+ROOT = Path(lossfns.__file__).parent.parent
+NODE, DOCS = ROOT / "examples" / "vectors.mjs", ROOT / "docs" / "vectors.md"
+VECTORS = load()
+ANSWERED = [vector for vector in VECTORS if vector.error is None]
+LOSSES = [vector for vector in ANSWERED if vector.loss != "group_advantages"]
+
+
+def blocks() -> list[dict[str, Any]]:
+    """The JSON of the documentation."""
+    return [json.loads(text) for text in re.findall(r"```json\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.S)]
+
+
+def each(x: Any, change: Callable[[float], float]) -> Any:
+    """A change to every number of a nested list."""
+    return [each(part, change) for part in x] if isinstance(x, list) else change(x)
+
+
+# The files
+
+
+def test_the_files_are_what_the_tool_writes() -> None:
+    """Byte for byte, ids and flags included, so that every flag has just been proven."""
+    assert list(differing()) == []
+
+
+def test_writing_twice_writes_the_same(tmp_path: Path) -> None:
+    assert len(write(tmp_path)) == len(METHODS) + 1
+    assert write(tmp_path) == []
+
+
+def test_the_files_follow_the_schema() -> None:
+    assert violations() == []
+
+
+def test_what_breaks_the_schema_is_named(tmp_path: Path) -> None:
+    for path in FOLDER.glob("*.json"):
+        shutil.copy(path, tmp_path)
+    path = tmp_path / "dpo.json"
+    path.write_text(path.read_text().replace('"loss": 0.', '"los": 0.', 1))
+    assert violations(tmp_path)[0].startswith("dpo.json, $.groups[0].tests[0]")
+
+
+def test_requests_and_replies_follow_the_schema() -> None:
+    from jsonschema import Draft202012Validator
+
+    schema = json.loads((FOLDER / "schema.json").read_text())
+    for name, lines in (
+        ("request", [vector.request for vector in VECTORS]),
+        ("reply", [encode({"id": vector.id, **vector.answer}) for vector in VECTORS]),
+    ):
+        validator = Draft202012Validator({"$ref": f"#/$defs/{name}", "$defs": schema["$defs"]})
+        assert [error.message for line in lines for error in validator.iter_errors(line)] == []
+
+
+def test_the_documented_examples_are_true() -> None:
+    example, request, reply = blocks()
+    vector = next(v for v in VECTORS if v.id == request["id"])
+    assert request == vector.request
+    assert mistake(vector, reply) == ""
+    shown = dict(example["groups"][0]["tests"][0])
+    kept = json.loads((FOLDER / "dpo.json").read_text())
+    (test,) = (test for group in kept["groups"] for test in group["tests"] if test["id"] == vector.id)
+    assert set(shown.pop("flags")) <= set(vector.flags)
+    assert shown.items() <= test.items()
+    assert {name: example[name] for name in ("schema", "suite", "loss", "generator")}.items() <= kept.items()
+
+
+def test_the_documentation_names_every_code_setting_and_loss() -> None:
+    words = DOCS.read_text(encoding="utf-8")
+    codes = {v.error["code"] for v in VECTORS if v.error is not None}
+    settings = {name for v in VECTORS for name in v.config}
+    assert [name for name in codes | settings | set(METHODS) if f"`{name}`" not in words] == []
+
+
+def test_they_are_many_and_small() -> None:
+    assert len(VECTORS) >= 400
+    assert sum(path.stat().st_size for path in FOLDER.glob("*.json")) < 2_000_000
+    assert {vector.loss for vector in VECTORS} == set(METHODS)
+    assert {vector.kind for vector in VECTORS} == {"valid", "edge", "kink", "must-reject"}
+
+
+def test_every_comment_is_one_line_and_no_two_vectors_of_a_loss_share_one() -> None:
+    shared = Counter((v.loss, v.comment, json.dumps(v.config, sort_keys=True)) for v in VECTORS)
+    assert [key for key, count in shared.items() if count > 1] == []
+    assert [v.id for v in VECTORS if "\n" in v.comment or len(v.comment) > 160] == []
+
+
+def test_all_data_are_exact_in_float32() -> None:
+    """So that an implementation in float32 reads the same numbers."""
+    for vector in LOSSES:
+        values = np.array(flat([list(row.values()) for row in vector.data]), dtype=np.float64)
+        single = values.astype(np.float32).astype(np.float64)
+        assert np.array_equal(values, single, equal_nan=True), vector.id
+
+
+def settings(loss: str, name: str) -> set[Any]:
+    return {v.config.get(name) if not isinstance(v.config.get(name), list) else tuple(v.config[name])
+            for v in load(loss) if v.error is None}  # fmt: skip
+
+
+@pytest.mark.parametrize("loss", [m for m in METHODS if m != "group_advantages"])
+def test_every_weighing_and_every_knob_appears(loss: str) -> None:
+    """Each knob in at least two settings, and a bound denominator."""
+    assert settings(loss, "weigh") == set(PAIR_WEIGHINGS if loss in ("dpo", "orpo") else TOKEN_WEIGHINGS)
+    for name in load(loss)[0].config:
+        assert len(settings(loss, name)) >= 2, name
+    assert any(v.denominator is not None for v in load(loss) if v.error is None)
+    if "tis_cap" in load(loss)[0].config:
+        assert settings(loss, "tis_level") == {"token", "sequence"}
+        assert None in settings(loss, "log_ratio_cap")
+
+
+def test_every_estimator_and_scale_appears() -> None:
+    assert settings("grpo", "kl") == {"k1", "k2", "k3"}
+    assert settings("group_advantages", "scale") == {"std", "none"}
+
+
+@pytest.mark.parametrize("factor", [1 - 2e-5, 1 + 2e-5])
+def test_no_ratio_is_near_a_bound_but_at_a_kink(factor: float) -> None:
+    """Bounds a little to the side lead to the same gradient: no decision hangs on the rounding of float32."""
+    for v in (v for v in LOSSES if v.kind != "kink" and "log_ratio_cap" in v.config):
+        bounds = {name: v.config.get(name) for name in ("clip", "dual_clip", "log_ratio_cap")}
+        moved = {name: each(x, lambda bound: bound * factor) for name, x in bounds.items() if x is not None}
+        answer = right(v.loss, {**v.config, **moved}, v.data, v.denominator)
+        gaps = [abs(x - y) for x, y in zip(flat(answer["grad"]), flat(v.grad))]
+        assert max(gaps) <= 1e-3 * max(map(abs, flat(v.grad))), v.id
+
+
+# Ours
+
+
+@pytest.mark.parametrize("loss", METHODS)
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_ours_meet_every_vector(loss: str, dtype: str) -> None:
+    wrong = {v.id: mistake(v, ask(v, dtype), dtype) for v in load(loss) if v.error is None}
+    assert {name: words for name, words in wrong.items() if words} == {}
+
+
+def test_ours_refuse_what_must_be_refused() -> None:
+    """By a LossInputError that names the field, and the datum where there is one."""
+    for v in (v for v in VECTORS if v.error is not None):
+        said = ask(v).get("error", {})
+        assert (said.get("field"), said.get("datum")) == (v.error["field"], v.error.get("datum")), v.id
+
+
+@pytest.mark.parametrize("loss", METHODS[:-1])
+@pytest.mark.filterwarnings("ignore::lossfns.LossWarning")
+def test_the_batch_of_a_vector_carries_its_columns(loss: str) -> None:
+    """The same answers from the datums that the rest of the kit makes of it."""
+    for vector in [v for v in load(loss) if v.kind == "valid"][:12]:
+        logprobs = vector.batch.tensors()
+        value, _ = subject_for(vector)(vector.batch.data(), logprobs)
+        value.backward()
+        assert mistake(vector, {"loss": value.item(), "grad": [lp.grad.tolist() for lp in logprobs]}) == ""
+
+
+def test_one_loss_is_loaded_by_name() -> None:
+    assert {vector.loss for vector in load("gspo_token")} == {"gspo_token"}
+    with pytest.raises(LossInputError, match=r"expected a loss that has vectors, got 'gspo-token'. Did you mean"):
+        load("gspo-token")
+
+
+def test_decode_and_encode_are_inverse() -> None:
+    line = {"comment": "nan", "data": [{"logprobs": ["nan", -1.0, "-inf"], "group": "inf"}]}
+    assert encode(decode(line)) == line
+    assert np.isnan(decode(line)["data"][0]["logprobs"][0])
+
+
+# What a mistake is
+
+
+EXAMPLE = next(v for v in load("cross_entropy") if v.kind == "valid")
+KINK = next(v for v in load("ppo") if v.kind == "kink" and "on-policy with a lower" in v.comment)
+
+
+def reply(**changes: Any) -> dict[str, Any]:
+    return {"loss": EXAMPLE.expected, "grad": EXAMPLE.grad} | changes
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        (reply(loss=EXAMPLE.expected + 1e-6), "loss is "),
+        (reply(loss="nan"), "loss is 'nan', not"),
+        (reply(loss=None), "loss is missing"),
+        (reply(loss=True), "loss is True"),
+        (reply(grad=None), "grad is missing, not a list of 2"),
+        (reply(grad=EXAMPLE.grad[:1]), "grad has 1 entries, not 2"),
+        (reply(grad=[EXAMPLE.grad[0], [0.0]]), "grad[1] has 1 entries, not 2"),
+        (reply(grad=[EXAMPLE.grad[0], [0.0, [1.0]]]), "grad[1][1] is [1.0]"),
+        (reply(grad=[EXAMPLE.grad[0], [1e-9, EXAMPLE.grad[1][1]]]), "grad[1][0] is 1e-09, not 0: off by 1e-09"),
+        (reply(metrics={"denominator": 2.0}), "denominator is 2, not 4"),
+        ({"error": {"message": "no"}}, "refused: "),
+    ],
+)
+def test_a_mistake_says_what_is_off_by_how_much(said: dict[str, Any], words: str) -> None:
+    assert words in mistake(EXAMPLE, said)
+
+
+def test_what_is_within_the_tolerance_is_no_mistake() -> None:
+    assert mistake(EXAMPLE, reply(loss=EXAMPLE.expected + 1e-6), "float32") == ""
+    assert mistake(EXAMPLE, reply(metrics={"tokens": 4, "mine": "x"})) == ""
+
+
+def test_at_a_kink_both_sides_and_what_lies_between_are_right() -> None:
+    ours, other = KINK.grad, KINK.grad_alternatives[0]
+    half = [[(x + y) / 2 for x, y in zip(*rows)] for rows in zip(ours, other)]
+    assert other != ours
+    for grad in (ours, other, half):
+        assert mistake(KINK, {"loss": KINK.expected, "grad": grad}) == ""
+    beyond = [[2 * x - y for x, y in zip(*rows)] for rows in zip(ours, other)]
+    assert "not between" in mistake(KINK, {"loss": KINK.expected, "grad": beyond})
+    assert "grad has 0 entries" in mistake(KINK, {"loss": KINK.expected, "grad": []})
+
+
+def test_a_value_where_an_error_must_be_is_a_mistake() -> None:
+    vector = next(v for v in VECTORS if v.error and v.error["code"] == "odd_pairs")
+    assert mistake(vector, {"error": "three"}) == ""
+    assert mistake(vector, {"loss": 0.0, "grad": []}) == "accepted what must be refused (odd_pairs)"
+
+
+# Flags
+
+
+UNSEEN = {
+    "not-the-contract",
+    "inputs-mutated",
+    "state-between-calls",
+    "host-sync-per-datum",
+    "branch-on-values",
+    "no-grad-for-detach",
+    "mask-by-token-id",
+    "world-size-factor",
+    "order-dependent",
+    "metric-not-mergeable",
+    "metric-scaled-twice",
+    "metric-counts-nonbinding",
+}
+"""What cannot show in one answer: it is about time, traces, metrics, token ids and ranks."""
+
+
+def test_flags_are_bugs_and_nearly_all_bugs_of_a_loss_have_vectors() -> None:
+    hunted = Counter(flag for vector in VECTORS for flag in vector.flags)
+    assert set(hunted) <= set(BUGS) - UNSEEN
+    assert len(hunted) >= 76
+    assert [flag for flag, count in hunted.items() if count < 2] == []
+
+
+def test_every_flag_that_a_case_names_can_be_proven() -> None:
+    """A name that no variant has would be dropped in silence."""
+    provable = set(WRONG) | set(TARGETS) | set(ADVANTAGES)
+    asked = {flag for case in cases() if case.error is None for flag in case.flags}
+    assert asked <= provable <= set(BUGS)
+    assert {flag for case in cases() if case.error for flag in case.flags} <= set(BUGS)
+
+
+def test_every_vector_with_an_answer_hunts_something() -> None:
+    assert [v.id for v in ANSWERED if not v.flags and v.kind != "kink"] == []
+
+
+def row_edit(change: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable[[Vector], Vector]:
+    return lambda v: replace(v, data=[{**row, **change(row)} for row in v.data])
+
+
+def config_edit(**settings: Any) -> Callable[[Vector], Vector]:
+    return lambda v: replace(v, config={**v.config, **settings})
+
+
+def divided_by(count: Callable[[Vector], float]) -> Callable[[Vector], Vector]:
+    return lambda v: replace(v, denominator=count(v))
+
+
+def alive(v: Vector) -> int:
+    return sum(1 for row in v.data if any(flat(row["weights"])))
+
+
+SLIPS: dict[str, Callable[[Vector], Vector]] = {
+    "advantage-inert": row_edit(lambda row: {"advantages": [1.0] * len(row["advantages"])}),
+    "advantage-sign-lost": row_edit(lambda row: {"advantages": each(row["advantages"], abs)}),
+    "old-logprobs-inert": row_edit(lambda row: {"old_logprobs": row["logprobs"]}),
+    "ref-inert": row_edit(lambda row: {"ref_logprobs": row["logprobs"]}),
+    "weights-binarised": row_edit(lambda row: {"weights": each(row["weights"], lambda w: float(w != 0))}),
+    "clip-inert": config_edit(clip=[0.0, 1e30]),
+    "k1-in-loss": config_edit(kl="k1"),
+    "kl-detached": config_edit(kl_beta=0.0),
+    "tis-inert": config_edit(tis_cap=None),
+    "tis-uncapped": config_edit(tis_cap=1e30),
+    "tis-inverted": lambda v: replace(v, data=[{**row, "sampler_logprobs": mirrored(row)} for row in v.data]),
+    "epsilon-in-denominator": divided_by(lambda v: v.metrics["denominator"] + 1e-3),
+    "pairs-miscounted": divided_by(lambda v: v.metrics["denominator"] * 2),
+    "empty-sequence-counted": divided_by(lambda v: v.metrics["denominator"] / alive(v) * len(v.data)),
+    "groups-ignored": row_edit(lambda row: {"group": "all"}),
+    "frame-shift": row_edit(lambda row: shifted(row)),
+}
+"""Slips made in the input of our own torch losses: another road to a wrong answer than the oracle's variants."""
+
+
+def mirrored(row: dict[str, Any]) -> list[float]:
+    """Sampler logprobs as far from the old ones on the other side."""
+    return [min(2 * old - sampler, 0.0) for old, sampler in zip(row["old_logprobs"], row["sampler_logprobs"])]
+
+
+def shifted(row: dict[str, Any]) -> dict[str, Any]:
+    name = next(n for n in ("old_logprobs", "ref_logprobs", "advantages", "weights") if n in row)
+    return {name: row[name][-1:] + row[name][:-1]}
+
+
+@pytest.mark.parametrize("flag", SLIPS)
+def test_a_flag_tells_a_loss_with_this_bug_from_a_right_one(flag: str) -> None:
+    hunting = [v for v in ANSWERED if flag in v.flags]
+    blind = [v.id for v in hunting if not mistake(v, ask(SLIPS[flag](v)), "float32")]
+    assert hunting
+    assert blind == []
+
+
+def test_a_reply_that_is_a_wrong_answer_names_its_bug() -> None:
+    vector = next(v for v in VECTORS if "kl-sign" in v.flags)
+    assert explains("kl-sign", vector, wrong("kl-sign", vector), "float64")
+    assert not explains("kl-detached", vector, wrong("kl-sign", vector), "float64")
+    assert not explains("kl-sign", vector, vector.answer, "float64")
+
+
+# Ids
+
+
+def test_every_id_stands_for_what_the_ledger_says() -> None:
+    """Inputs changed by hand under an old id fail here; changed in the cases they get a new one."""
+    book = json.loads((FOLDER / LEDGER).read_text())
+    seen = []
+    for loss in METHODS:
+        parsed = json.loads((FOLDER / f"{loss}.json").read_text())
+        for group in parsed["groups"]:
+            for test in group["tests"]:
+                seen.append(test["id"])
+                assert book["ids"][test["id"]] == fingerprint(loss, group["config"], test), test["id"]
+    assert len(set(seen)) == len(seen)
+    assert set(book["ids"]) == set(seen) | set(book["withdrawn"])
+    assert not set(seen) & set(book["withdrawn"])
+    assert len(set(book["ids"].values())) == len(book["ids"])
+
+
+def test_an_id_is_never_given_twice() -> None:
+    ledger = {"dpo-0001": "aaa", "dpo-0002": "bbb", "ppo-0001": "ccc"}
+    names = identify("dpo", ["bbb", "ddd", "aaa", "eee"], ledger)
+    assert [names[p] for p in ("aaa", "bbb", "ddd", "eee")] == ["dpo-0001", "dpo-0002", "dpo-0003", "dpo-0004"]
+    assert ledger["dpo-0003"] == "ddd"
+    assert identify("dpo", ["fff"], ledger)["fff"] == "dpo-0005"
+
+
+def test_a_vector_that_is_gone_is_withdrawn_and_its_id_kept() -> None:
+    ledger = {"dpo-0001": "no longer asked"}
+    book = json.loads(contents(ledger)[LEDGER])
+    assert book["withdrawn"] == ["dpo-0001"]
+    assert book["ids"]["dpo-0002"] != "no longer asked"
+
+
+# The runner, on the Node example
+
+
+def node(tmp_path: Path, constant: str = "", value: str = "") -> str:
+    """The command of the example, with one constant changed."""
+    if shutil.which("node") is None and not os.environ.get("LOSSFNS_WITHOUT_NODE"):
+        pytest.fail("node is not installed; set LOSSFNS_WITHOUT_NODE=1 to skip the tests that need it")
+    if shutil.which("node") is None:
+        pytest.skip("LOSSFNS_WITHOUT_NODE is set")
+    if not constant:
+        return f"node '{NODE}'"
+    text, count = re.subn(rf"^const {constant} = \S+", f"const {constant} = {value}", NODE.read_text(), flags=re.M)
+    assert count == 1
+    path = tmp_path / "changed.mjs"
+    path.write_text(text)
+    return f"node '{path}'"
+
+
+def test_the_example_passes(tmp_path: Path) -> None:
+    report = run(node(tmp_path))
+    assert report.ok, report.table()
+    assert report.count("pass") == len(VECTORS)
+    assert report.complaint == ""
+
+
+def test_the_example_is_short() -> None:
+    assert len(NODE.read_text().splitlines()) <= 250
+
+
+@pytest.mark.parametrize(
+    ("constant", "value", "loss", "flag"),
+    [
+        ("RATIO_SIGN", "-1", "ppo", "ratio-inverted"),
+        ("KL_SIGN", "-1", "grpo", "kl-sign"),
+        ("DDOF", "0", "group_advantages", "std-over-n"),
+        ("ONE", "1.0001", "orpo", "log-odds-biased"),
+        ("CHOSEN", "1", "dpo", "sides-swapped"),
+        ("DENOMINATOR_EPS", "1", "cross_entropy", "epsilon-in-denominator"),
+        ("EMPTY_COUNTS", "1", "gspo", "empty-sequence-counted"),
+    ],
+)
+def test_a_changed_constant_fails_and_names_its_bug(
+    tmp_path: Path, constant: str, value: str, loss: str, flag: str
+) -> None:
+    report = run(node(tmp_path, constant, value), loss=loss)
+    first = report.likely()[0]
+    assert not report.ok
+    assert (first.flag, first.failed, first.explained) == (flag, first.vectors, first.vectors)
+    assert f"  {flag}: {BUGS[flag].words}" in report.table()
+
+
+# The runner, on programs that do not play along
+
+
+def program(tmp_path: Path, text: str) -> str:
+    path = tmp_path / "program.py"
+    path.write_text("import json, sys, time\n" + text)
+    return f"'{sys.executable}' -S '{path}'"
+
+
+def only_failures(report: Report, count: int = len(load("dpo"))) -> str:
+    assert report.count("fail") == count
+    return report.complaint
+
+
+def test_a_program_that_dies_is_reported_with_its_last_words(tmp_path: Path) -> None:
+    said = only_failures(run(program(tmp_path, "sys.exit('no licence')"), loss="dpo"))
+    assert said == "it ended with exit status 1\n  no licence"
+
+
+def test_a_program_that_writes_garbage_is_quoted(tmp_path: Path) -> None:
+    said = only_failures(
+        run(program(tmp_path, "print('hello'); print('[1, 2]'); print('{\"id\": \"x\"}')"), loss="dpo")
+    )
+    assert said == "it wrote a line that is no reply to any open request: 'hello'"
+
+
+def test_a_program_that_never_stops_writing_garbage_is_stopped(tmp_path: Path) -> None:
+    said = only_failures(run(program(tmp_path, "while True: print('y' * 1000)"), loss="dpo"))
+    assert said.startswith("1000 lines were no reply; it wrote a line that is no reply to any open request: 'yyy")
+
+
+def test_an_answer_that_is_repeated_for_ever_is_no_progress(tmp_path: Path) -> None:
+    text = "while True: print(json.dumps({'id': 'dpo-0001', 'error': 'no'}))"
+    report = run(program(tmp_path, text), loss="dpo")
+    assert report.complaint.startswith("1000 lines were no reply")
+    assert report.results[0].wrong == "refused: no"
+
+
+def test_a_program_that_hangs_is_given_up_on(tmp_path: Path) -> None:
+    said = only_failures(run(program(tmp_path, "time.sleep(60)"), loss="dpo", timeout=0.3))
+    assert said == "it gave no reply for 0.3 s"
+
+
+def test_a_program_that_reads_everything_first_does_not_block(tmp_path: Path) -> None:
+    """Requests and replies are larger than the pipes."""
+    echo = "for line in sys.stdin.readlines(): print(json.dumps({'id': json.loads(line)['id'], 'error': 'x' * 4000}))"
+    report = run(program(tmp_path, echo))
+    assert report.count("pass") == len(VECTORS) - len(ANSWERED)
+    assert report.complaint == ""
+
+
+def test_replies_may_come_in_any_order(tmp_path: Path) -> None:
+    answers = {v.id: encode({"id": v.id, **v.answer}) for v in load("orpo")}
+    (tmp_path / "answers.json").write_text(json.dumps(answers))
+    text = f"answers = json.load(open({str(tmp_path / 'answers.json')!r}))\n"
+    text += "for line in reversed(sys.stdin.readlines()): print(json.dumps(answers[json.loads(line)['id']]))"
+    assert run(program(tmp_path, text), loss="orpo").ok
+
+
+def test_a_command_that_cannot_start_is_refused() -> None:
+    for command in ("/no/such/program", "", "'"):
+        with pytest.raises(LossInputError, match="--cmd: expected a command that starts"):
+            run(command)
+
+
+# The command line
+
+
+def test_run_reports_as_json_and_honours_xfail(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    refuse_all = "for line in sys.stdin: print(json.dumps({'id': json.loads(line)['id'], 'error': 'no'}), flush=True)"
+    command, expected, out = program(tmp_path, refuse_all), tmp_path / "xfail.txt", tmp_path / "report.json"
+    assert main(["run", "--cmd", command, "--loss", "dpo", "--json", str(out)]) == 1
+    report = json.loads(out.read_text())
+    assert report["counts"]["fail"] == len(report["failures"]) == sum(v.loss == "dpo" for v in ANSWERED)
+    assert report["failures"][0] == {
+        "id": "dpo-0001",
+        "kind": "valid",
+        "comment": load("dpo")[0].comment,
+        "flags": list(load("dpo")[0].flags),
+        "wrong": "refused: no",
+    }
+    table = capsys.readouterr().out
+    assert "dpo-0001 (valid) one pair of unequal lengths behind masked prompts\n    refused: no\n" in table
+    assert "--json FILE has all" in table
+    expected.write_text("dpo-*  # not written yet\n\n# nothing else\n")
+    assert main(["run", "--cmd", command, "--loss", "dpo", "--xfail", str(expected)]) == 0
+    assert "xfail" in capsys.readouterr().out
+
+
+def test_a_command_or_a_file_that_is_not_there_is_an_error_of_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", "--cmd", "/no/such/program"]) == 2
+    assert main(["run", "--cmd", "true", "--xfail", str(tmp_path / "none")]) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 2
+
+
+def test_write_check_and_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check"]) == 0
+    assert main(["export", str(tmp_path / "vendored")]) == 0
+    assert main(["write", "--out", str(tmp_path / "vendored")]) == 0
+    assert "nothing to write" in capsys.readouterr().out
+    assert {p.name for p in FOLDER.glob("*.json")} == {p.name for p in (tmp_path / "vendored").iterdir()}
