@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from batches import sdks
 
 from lossfns import (
     ON_POLICY,
@@ -122,11 +123,11 @@ def test_other_losses_pass() -> None:
     assert flight.ok and flight.numbers["step zero"]["tis_weight"] == 1.0
 
 
-def test_the_objects_of_the_sdk() -> None:
-    tinker = pytest.importorskip("tinker")
+@pytest.mark.parametrize("sdk", sdks())
+def test_the_objects_of_the_sdk(sdk: Any) -> None:
     data = [
-        tinker.Datum(
-            tinker.ModelInput.from_ints(tokens[:-1]),
+        sdk.Datum(
+            sdk.ModelInput.from_ints(tokens[:-1]),
             {"target_tokens": tokens[1:], "weights": [0.0] + [1.0] * (len(tokens) - 2)},
         )
         for tokens in SFT
