@@ -1,4 +1,4 @@
-"""The command line: ``lossfns train METHOD``."""
+"""The command line: ``lossfns train METHOD``, ``lossfns check SUBJECT`` and ``lossfns vectors``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import math
 import platform
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ import torch
 import lossfns
 from lossfns import LossInputError
 from lossfns.backend import LocalTrainingClient
+from lossfns.testing.command import add_check
+from lossfns.testing.vectors.command import add_vectors
 from lossfns.train import recipes
 from lossfns.train.run import Run, table
 
@@ -24,7 +26,15 @@ from lossfns.train.run import Run, table
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="lossfns", description="LLM post-training losses, and a local model to train.")
     p.add_argument("--version", action="version", version=f"lossfns {lossfns.__version__}")
-    train = p.add_subparsers(dest="command", required=True).add_parser(
+    commands = p.add_subparsers(dest="command", required=True)
+    add_check(commands)
+    add_vectors(commands)
+    add_train(commands)
+    return p
+
+
+def add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    train = commands.add_parser(
         "train",
         help="train a local model with one of the losses",
         description="Train a local model, measure it on held-out data before and after, and keep all of it in --out.",
@@ -46,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
     add("--group", type=count, metavar="N", help="samples of each problem (grpo, dapo, gspo-token)")
     add("--updates", type=count, metavar="N", help="optimizer steps for each round of samples")
     add("--max-tokens", type=count, metavar="N", help="longest sample; default: the longest answer")
-    return p
+    train.set_defaults(run=train_command, parser=train)
 
 
 def whole(text: str, least: int = 0) -> int:
@@ -68,15 +78,20 @@ def rate(text: str) -> float:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; 0 if it did what was asked, 2 for input that it refuses."""
-    p = parser()
-    args = p.parse_args(argv)
+    """Run the command line; 0 if it did what was asked, 1 if a check failed, 2 for input that it refuses."""
+    args = parser().parse_args(argv)
+    run: Callable[[argparse.Namespace], int] = args.run
+    return run(args)
+
+
+def train_command(args: argparse.Namespace) -> int:
+    """Run ``lossfns train``."""
     options = recipes.METHODS[args.method].options
     for name in recipes.POLICY:
         if getattr(args, name) is None:
             setattr(args, name, options.get(name))
         elif name not in options:
-            p.error(f"{args.method} has no --{name.replace('_', '-')}")
+            args.parser.error(f"{args.method} has no --{name.replace('_', '-')}")
     try:
         return train(args)
     except LossInputError as error:
@@ -117,7 +132,8 @@ def config(args: argparse.Namespace, client: LocalTrainingClient) -> dict[str, A
     """Everything that is needed to run it again."""
     versions = {"lossfns": lossfns.__version__, "torch": torch.__version__, "python": platform.python_version()}
     loss = repr(recipes.METHODS[args.method].loss())
-    return {"loss": loss, **vars(args), "model": client.get_info(), "shape": client.model.shape, "versions": versions}
+    chosen = {name: value for name, value in vars(args).items() if name not in ("run", "parser")}
+    return {"loss": loss, **chosen, "model": client.get_info(), "shape": client.model.shape, "versions": versions}
 
 
 def draw(run: Run, outcome: recipes.Outcome, path: Path) -> str:

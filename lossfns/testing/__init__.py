@@ -1,1 +1,16 @@
-"""Check anyone's loss: oracle now; laws, strategies and vectors build on it."""
+"""The conformance kit: is this loss right? See docs/testing.md.
+
+    >>> import lossfns
+    >>> from lossfns.testing import check
+    >>> check(lossfns.cross_entropy(), examples=1).ok
+    True
+
+``check`` draws batches with hypothesis: ``pip install 'lossfns[testing]'``. The rest needs the core alone.
+"""
+
+from lossfns.testing.batch import Batch as Batch
+from lossfns.testing.check import Report as Report
+from lossfns.testing.check import check as check
+from lossfns.testing.preflight import preflight as preflight
+from lossfns.testing.report import grad_report as grad_report
+from lossfns.testing.subject import padded as padded

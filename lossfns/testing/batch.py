@@ -44,13 +44,25 @@ class Batch:
     def of(cls, data: Sequence[Any], logprobs: Sequence[Tensor]) -> Batch:
         """The rows of datums that carry their columns, and their logprobs."""
         inputs = [datum.loss_fn_inputs for datum in data]
-        flat = lambda name: [own[name].to_numpy().reshape(-1).tolist() for own in inputs]  # noqa: E731
+
+        def flat(name: str) -> Rows:
+            return [own[name].to_numpy().reshape(-1).tolist() for own in inputs]
+
         columns = {name: flat(name) for name in COLUMNS if name != "weights" and all(name in own for own in inputs)}
         targets = logprobs[0].shape[1] if logprobs and logprobs[0].ndim == 2 else 0
         return cls([lp.detach().flatten().tolist() for lp in logprobs], flat("weights"), columns, targets)
 
     def shape(self, row: Sequence[float]) -> list[int]:
         return [len(row) // self.targets, self.targets] if self.targets else [len(row)]
+
+    def __str__(self) -> str:
+        """The ``repr`` over lines, a column on each, without what was left at its default."""
+        columns = [f"        {name!r}: {rows}," for name, rows in self.columns.items()]
+        lines = [f"    logprobs={self.logprobs},", f"    weights={self.weights},"]
+        lines += ["    columns={", *columns, "    },"] * bool(columns) + [f"    targets={self.targets},"] * bool(
+            self.targets
+        )
+        return "\n".join(["Batch(", *lines, ")"])
 
     def data(self, sdk: Any = lossfns) -> list[Any]:
         """Datums of ours (or of another SDK) that carry every column, and the aliases."""
@@ -63,13 +75,12 @@ class Batch:
         fields = {name: np.array(row, np.float32).reshape(shape) for name, row in named.items()}
         ids = (np.arange(prod(shape)) % 50 + 3).reshape(shape)
         made = {name: sdk.TensorData.from_numpy(x) for name, x in (fields | {"target_tokens": ids}).items()}
-        return sdk.Datum(sdk.ModelInput.from_ints([2] * shape[0]), made)
+        first = ids.reshape(shape[0], -1)[:, 0] if shape[0] else ids
+        return sdk.Datum(sdk.ModelInput.from_ints([2, *first[:-1].tolist()][: shape[0]]), made)
 
     def tensors(self, dtype: torch.dtype = torch.float64) -> list[Tensor]:
         """The logprobs as leaves that require grad."""
-        return [
-            torch.tensor(row, dtype=dtype).reshape(self.shape(row)).requires_grad_() for row in self.logprobs
-        ]
+        return [torch.tensor(row, dtype=dtype).reshape(self.shape(row)).requires_grad_() for row in self.logprobs]
 
     def take(self, indices: Sequence[int]) -> Batch:
         """The datums of these indices, in this order."""

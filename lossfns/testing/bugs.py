@@ -124,8 +124,9 @@ BUGS: dict[str, Bug] = {
     "kl-scaled-by-advantage": Bug("the KL term is multiplied by the advantage", ()),
     "ref-inert": Bug("reference logprobs have no effect", ("linkedin/Liger-Kernel#387",)),
     # Knobs and metrics
-    "inert-knob": Bug("a setting has no effect on the loss",
-        ("NovaSky-AI/SkyRL#1053", "huggingface/trl#6808", "NVIDIA-NeMo/RL#3792")),
+    "another-loss": Bug("it is not the loss that it claims to be",
+        ("NovaSky-AI/SkyRL#1053", "huggingface/trl#6808", "swift#10167")),
+    "inert-knob": Bug("a setting has no effect on the loss", ("NVIDIA-NeMo/RL#3792", "unsloth-zoo#890")),
     "metric-not-mergeable": Bug("a metric of chunks does not merge to the whole's: only the last chunk is reported",
         ("verl-project/verl#3129", "fw-ai/cookbook#376")),
     "metric-scaled-twice": Bug("a metric is scaled twice (beta in the margin, the batch in the loss)",

@@ -18,6 +18,7 @@ from lossfns.errors import LossInputError, LossWarning
 from lossfns.loss import BoundLoss, Loss
 from lossfns.testing.batch import Batch
 from lossfns.testing.bugs import BUGS
+from lossfns.testing.claims import agreement, claim_of, golden, matching
 from lossfns.testing.laws import ADVANTAGES, CRAFTED, GROUPS, AdvantageLaw, Law, LawBroken, NotApplicable
 from lossfns.testing.laws.base import LossFn, Watched
 from lossfns.testing.subject import Made, Padded, adapt, column_of
@@ -83,10 +84,14 @@ class Report:
         for v in self.failures:
             lines += ["", f"{v.law}: {v.says}", f"  seen     {v.seen}", f"  bug      {v.bug}: {BUGS[v.bug].words}"]
             lines += [f"  also in  {', '.join(BUGS[v.bug].seen)}"] * bool(BUGS[v.bug].seen)
-            lines += [f"  batch    {v.example}"] * bool(v.example)
+            lines += [f"  batch    {v.example}".replace("\n", "\n           ")] * bool(v.example)
         count = len(self.failures)
         tested = sum(v.verdict != "n/a" for v in self.verdicts)
-        done = f"{tested} laws hold" if self.ok else f"{count} of {tested} laws broken; most likely: {self.bug}"
+        done = (
+            f"{tested} laws hold"
+            if self.ok
+            else f"{count} of {tested} laws broken; most likely {self.bug}: {BUGS[self.bug].words}"
+        )
         return "\n".join([*lines, "", f"{done} ({sum(v.seconds for v in self.verdicts):.1f} s)"])
 
     def junit(self) -> str:
@@ -94,7 +99,8 @@ class Report:
         suite = ElementTree.Element("testsuite", name=f"lossfns check {self.subject}", tests=str(len(self.verdicts)),
             failures=str(len(self.failures)), skipped=str(sum(v.verdict == "n/a" for v in self.verdicts)))  # fmt: skip
         for v in self.verdicts:
-            case = ElementTree.SubElement(suite, "testcase", classname=self.subject, name=v.law, time=f"{v.seconds:.3f}")
+            named = {"classname": self.subject, "name": v.law, "time": f"{v.seconds:.3f}"}
+            case = ElementTree.SubElement(suite, "testcase", named)
             if v.verdict == "fail":
                 ElementTree.SubElement(case, "failure", message=v.bug).text = f"{v.seen}\n{v.example}"
             elif v.verdict == "n/a":
@@ -126,8 +132,11 @@ def trials(
     with quiet():
         loss_fn = adapt(subject, factory=factory)
         kind = kind or kind_of_loss(loss_fn)
-        laws = of_laws(loss_fn, kind, targets_of(loss_fn, kind), examples)
-    return kind, laws
+        claimed = like or claim_of(subject, loss_fn)
+        claims = [] if claimed is None else [golden(subject, claimed, matching(subject, claimed))]
+        if claimed is not None and claimed is not loss_fn:
+            claims.append(agreement(claimed))
+        return kind, of_laws(loss_fn, kind, targets_of(loss_fn, kind), examples, claims)
 
 
 @contextmanager
@@ -180,8 +189,8 @@ def check(
     return report
 
 
-def of_laws(loss_fn: LossFn, kind: str, targets: int, examples: int) -> list[Trial]:
-    """The laws of a kind on small batches and drawn ones."""
+def of_laws(loss_fn: LossFn, kind: str, targets: int, examples: int, claims: Sequence[Law]) -> list[Trial]:
+    """The laws of a kind, and those of what it claims to be, on small batches and drawn ones."""
     from lossfns.testing.strategies import batches
 
     small = [replace_columns(batch, kind, targets) for batch in SMALL]
@@ -199,15 +208,14 @@ def of_laws(loss_fn: LossFn, kind: str, targets: int, examples: int) -> list[Tri
     def tried(law: Law, batch: Batch) -> None:
         law(loss_fn, batch.data(), batch.tensors(dtype))
 
-    return [
-        Trial(law.__name__, partial(judged, law, partial(tried, law), small, drawn, 0 if law in CRAFTED else examples))
-        for law in GROUPS[kind]
-    ]
+    def trial(law: Law) -> Trial:
+        once = law in CRAFTED or law.__name__ == "vectors"
+        return Trial(law.__name__, partial(judged, law, partial(tried, law), small, drawn, 0 if once else examples))
+
+    return [trial(law) for law in (*GROUPS[kind], *claims)]
 
 
-def judged(
-    law: Law, on: Callable[[Batch], None], small: Sequence[Batch], drawn: Any, examples: int
-) -> Verdict:
+def judged(law: Law, on: Callable[[Batch], None], small: Sequence[Batch], drawn: Any, examples: int) -> Verdict:
     """Try the small batches in their order, then random ones, and keep the smallest that breaks the law."""
     start = time.monotonic()
     reasons: list[str] = []
@@ -234,7 +242,8 @@ def judged(
     seconds = time.monotonic() - start
     if failed:
         batch, error = failed
-        return Verdict(law.__name__, says(law), "fail", seconds, error.bug, error.seen, repr(batch))
+        example = "" if law in CRAFTED or law.__name__ == "vectors" else str(batch)  # those say it themselves
+        return Verdict(law.__name__, says(law), "fail", seconds, error.bug, error.seen, example)
     if held:
         return Verdict(law.__name__, says(law), "pass", seconds)
     return Verdict(law.__name__, says(law), "n/a", seconds, seen=reasons[0])
@@ -314,7 +323,8 @@ def replace_columns(batch: Batch, kind: str, targets: int) -> Batch:
     if not targets:
         return batch
     wide = batch.map(lambda rows: [[x * (1 + k / 4) for x in row for k in range(targets)] for row in rows])
-    return Batch(wide.logprobs, [[x for x in row for _ in range(targets)] for row in batch.weights], wide.columns, targets)  # fmt: skip
+    weights = [[x for x in row for _ in range(targets)] for row in batch.weights]
+    return Batch(wide.logprobs, weights, wide.columns, targets)
 
 
 # What a subject is, found by trying

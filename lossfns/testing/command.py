@@ -28,7 +28,7 @@ def add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     p.add_argument("--like", metavar="METHOD", help="the method it claims to be, such as 'grpo(kl_beta=0.04)': its "
         "golden vectors are run too")  # fmt: skip
     p.add_argument("--examples", type=int, default=20, metavar="N", help="random batches for each law")
-    p.add_argument("--json", metavar="FILE", help="write the report as JSON ('-' for standard output, in place of the table)")
+    p.add_argument("--json", metavar="FILE", help="write the report as JSON; '-': to standard output, for the table")
     p.add_argument("--junit", metavar="FILE", help="write the report as JUnit XML")
     p.set_defaults(run=check_command)
 

@@ -17,21 +17,28 @@ from lossfns.errors import LossInputError, did_you_mean
 from lossfns.loss import BoundLoss, Loss
 from lossfns.testing.laws.base import LossFn, NotApplicable
 
-NAMES: dict[str, tuple[str, ...]] = {
-    "logprobs": ("logprobs", "logps", "log_prob", "log_probs", "new_logprobs", "per_token_logps", "target_logprobs", "policy_logprobs", "pi_logprobs"),
-    "weights": ("weights", "mask", "loss_mask", "response_mask", "completion_mask", "action_mask", "masks", "token_mask"),
-    "advantages": ("advantages", "advantage", "adv"),
-    "old_logprobs": ("old_logprobs", "old_logprobs_list", "old_log_prob", "old_log_probs", "old_per_token_logps", "old_logps", "inf_logprobs", "sampling_logprobs"),
-    "ref_logprobs": ("ref_logprobs", "ref_logprobs_list", "ref_log_prob", "ref_log_probs", "ref_per_token_logps", "reference_logprobs", "ref_logps"),
-    "sampler_logprobs": ("sampler_logprobs", "rollout_log_probs", "behavior_logprobs", "inference_logprobs", "vllm_logprobs"),
-    "chosen ref_logprobs": ("ref_chosen", "chosen_ref_logprobs", "ref_chosen_logprobs", "reference_chosen_logprobs", "reference_chosen_logps"),
-    "rejected ref_logprobs": ("ref_rejected", "rejected_ref_logprobs", "ref_rejected_logprobs", "reference_rejected_logprobs", "reference_rejected_logps"),
-}  # fmt: skip
+NAMES = {
+    "logprobs": "logprobs logps log_prob log_probs new_logprobs per_token_logps target_logprobs policy_logprobs "
+    "pi_logprobs",
+    "weights": "weights mask loss_mask response_mask completion_mask action_mask masks token_mask",
+    "advantages": "advantages advantage adv",
+    "old_logprobs": "old_logprobs old_logprobs_list old_log_prob old_log_probs old_per_token_logps old_logps "
+    "inf_logprobs sampling_logprobs",
+    "ref_logprobs": "ref_logprobs ref_logprobs_list ref_log_prob ref_log_probs ref_per_token_logps "
+    "reference_logprobs ref_logps",
+    "sampler_logprobs": "sampler_logprobs rollout_log_probs behavior_logprobs inference_logprobs vllm_logprobs",
+    "chosen ref_logprobs": "ref_chosen chosen_ref_logprobs ref_chosen_logprobs reference_chosen_logprobs "
+    "reference_chosen_logps",
+    "rejected ref_logprobs": "ref_rejected rejected_ref_logprobs ref_rejected_logprobs reference_rejected_logprobs "
+    "reference_rejected_logps",
+}
 """What other frameworks call the columns: parameters of these names are filled from the datums."""
+
+COLUMN = {parameter: column for column, names in NAMES.items() for parameter in names.split()}
 
 
 def column_of(parameter: str) -> str | None:
-    return next((column for column, names in NAMES.items() if parameter in names), None)
+    return COLUMN.get(parameter)
 
 
 def load(path: str) -> Any:
@@ -89,7 +96,12 @@ def adapt(subject: Any, *, factory: bool | None = None) -> LossFn:
     if not callable(subject):
         raise LossInputError("subject", "a loss function or a factory of one", repr(subject), "Name a callable.")
     required = [p.name for p in parameters(subject) if p.default is p.empty]
-    if factory is None and len(required) == 2 and column_of(required[0]) is None and required[0] in ("data", "datums", "batch"):
+    if (
+        factory is None
+        and len(required) == 2
+        and column_of(required[0]) is None
+        and required[0] in ("data", "datums", "batch")
+    ):
         return subject  # type: ignore[no-any-return]
     if factory is None and "logprobs" in map(column_of, required):
         return Padded(subject)
@@ -103,8 +115,7 @@ def adapt(subject: Any, *, factory: bool | None = None) -> LossFn:
     if unknown:
         if factory is None and len(required) == 2:
             return subject  # type: ignore[no-any-return]
-        known = [name for names in NAMES.values() for name in names]
-        fix = f"{did_you_mean(unknown[0], known)} Or wrap it: a function (data, logprobs_list) that reads the datums."
+        fix = f"{did_you_mean(unknown[0], COLUMN)} Or wrap it: a function (data, logprobs_list) that reads the datums."
         raise LossInputError("subject", "parameters that name columns", repr(unknown[0]), fix)
     return Made(subject, tuple(required))
 
@@ -135,7 +146,9 @@ class Made:
         "row": lambda rows: rows[0].tolist(),
     }
 
-    def __init__(self, factory: Callable[..., Any], required: Sequence[str], knobs: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, factory: Callable[..., Any], required: Sequence[str], knobs: Mapping[str, Any] | None = None
+    ) -> None:
         self.factory, self.required, self.settings = factory, tuple(required), dict(knobs or {})
         self.forms: tuple[str, ...] | None = None
         self.__name__ = getattr(factory, "__name__", repr(factory))
@@ -234,13 +247,28 @@ def knobs(loss_fn: LossFn) -> dict[str, Any]:
     return own | (loss_fn.settings if isinstance(loss_fn, (Made, Padded)) else {})
 
 
-def variants(loss_fn: LossFn, name: str) -> Iterator[LossFn]:
-    """The loss with other values of one setting: those that it accepts."""
-    for value in others(knobs(loss_fn)[name], name):
+def elements(value: Any) -> Iterator[int | None]:
+    """What can be varied by itself: each element of a pair, else the whole."""
+    yield from range(len(value)) if isinstance(value, (tuple, list)) else (None,)
+
+
+def variants(loss_fn: LossFn, name: str, element: int | None = None) -> Iterator[LossFn]:
+    """The loss with other values of one setting, or of one element of it: those that it accepts."""
+    usual = knobs(loss_fn)[name]
+    for value in others(usual if element is None else usual[element], name):
+        whole = value if element is None else [value if i == element else x for i, x in enumerate(usual)]
         try:
-            yield vary(loss_fn, **{name: value})
+            yield vary(loss_fn, **{name: whole if element is None else type(usual)(whole)})
         except (TypeError, ValueError):
             continue
+
+
+NAMED = {
+    "kl": ("k2", "k3"),
+    "weigh": ("fixed_length", "pair_sum", "pair_mean", "token_sum"),
+    "level": ("sequence_level", "token_level"),
+}
+"""Our functions that a setting of this name may be."""
 
 
 def others(value: Any, name: str) -> list[Any]:
@@ -248,13 +276,10 @@ def others(value: Any, name: str) -> list[Any]:
     if isinstance(value, bool):
         return [not value]
     if isinstance(value, (int, float)):
-        return [value * 2 + 0.125, value / 2, value + 1, 1.5]
+        return [value * 2 + 0.125, value / 2, value + 1, 1.5, 0.97, 1.02]
     if value is None:
         return [1.01, 0.05, 2.0, 1e-3]
-    if isinstance(value, (tuple, list)) and len(value) == 2:
-        return [type(value)(pair) for pair in ((0.97, 1.02), (0.5, 1.0), (0.02, 0.03))]
-    named = {"kl": ("k2", "k3"), "weigh": ("fixed_length", "pair_sum", "pair_mean", "token_sum"), "level": ("sequence_level", "token_level")}
-    found = [getattr(lossfns, other) for other in named.get(name, ())]
+    found = [getattr(lossfns, other) for other in NAMED.get(name, ())]
     return [x(3) if x is lossfns.fixed_length else x for x in found if x is not value]
 
 

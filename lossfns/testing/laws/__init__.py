@@ -13,46 +13,66 @@ from lossfns.testing.laws.base import Law as Law
 from lossfns.testing.laws.base import LawBroken as LawBroken
 from lossfns.testing.laws.base import NotApplicable as NotApplicable
 
+FIRST: tuple[Law, ...] = (contract.contract, contract.repeatable, contract.token_ids)
 CONTRACT: tuple[Law, ...] = (
-    contract.contract,
     contract.inputs_unchanged,
-    contract.repeatable,
     contract.every_gradient,
     contract.lengths,
-    contract.token_ids,
-    contract.precision,
+    contract.tracing,
     contract.host_sync,
+    contract.precision,
 )
-BATCHES: tuple[Law, ...] = (batches.independence, batches.canary, batches.poison, batches.padding, batches.empty)
+MASKS: tuple[Law, ...] = (batches.poison, batches.padding)
 SUMS: tuple[Law, ...] = (
     batches.duplication,
+    batches.empty,
     batches.replicas,
     batches.split,
     batches.permutation,
 )
-LAST: tuple[Law, ...] = (contract.no_inert_knob, contract.tracing, batches.metric_loss, batches.metric_merge)
+LAST: tuple[Law, ...] = (contract.no_inert_knob, batches.metric_loss, batches.metric_merge)
 
-ALL = (*CONTRACT, batches.signal, contract.finite, *BATCHES, *SUMS, *LAST)
-POLICY = (
-    *CONTRACT,
+ALL = (
+    *FIRST,
     batches.signal,
+    batches.independence,
+    batches.canary,
+    *CONTRACT,
+    *MASKS,
+    contract.finite,
+    *SUMS,
+    *LAST,
+)
+POLICY = (
+    *FIRST,
+    batches.signal,
+    policy.stop_gradient,
     policy.sign,
-    *BATCHES,
-    policy.zero_advantage,
-    policy.ratio,
+    batches.independence,
+    batches.canary,
+    *CONTRACT,
+    *MASKS,
     policy.kl,
-    policy.tis,
+    policy.zero_advantage,
     policy.clip,
+    policy.clip_bounds,
+    policy.ratio,
+    policy.tis,
     contract.finite,
     *SUMS,
     policy.on_policy,
     *LAST,
     policy.clip_metrics,
+    policy.kl_metrics,
 )
 SUPERVISED = (
-    *CONTRACT,
+    *FIRST,
     batches.signal,
-    *BATCHES,
+    supervised.linear,
+    batches.independence,
+    batches.canary,
+    *CONTRACT,
+    *MASKS,
     contract.finite,
     *SUMS,
     supervised.likelihood,
@@ -61,15 +81,19 @@ SUPERVISED = (
     *LAST,
 )
 PREFERENCE = (
-    *CONTRACT,
+    *FIRST,
     preference.odd,
     batches.signal,
     preference.sides,
+    batches.independence,
     preference.pair_canary,
     preference.reference,
-    *BATCHES,
+    preference.pair_weights,
+    *CONTRACT,
     contract.finite,
+    *MASKS,
     preference.step_zero,
+    preference.pair_scale,
     preference.monotone,
     preference.odds,
     *SUMS,
@@ -95,15 +119,21 @@ CRAFTED = frozenset(
         batches.signal,
         batches.independence,
         batches.canary,
+        policy.stop_gradient,
         policy.sign,
         policy.ratio,
         policy.kl,
         policy.tis,
         policy.clip,
+        policy.clip_bounds,
         policy.on_policy,
         policy.clip_metrics,
+        policy.kl_metrics,
+        supervised.linear,
         supervised.likelihood,
         supervised.negative_weights,
+        preference.pair_weights,
+        preference.pair_scale,
         preference.odd,
         preference.sides,
         preference.pair_canary,

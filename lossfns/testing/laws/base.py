@@ -91,7 +91,8 @@ def measured(loss_fn: LossFn, data: Sequence[Any], logprobs: list[Tensor]) -> Ou
     """Call, backward and bring everything to the host."""
     try:
         value, metrics = loss_fn(data, logprobs)
-        value.backward()
+        if value.requires_grad:
+            value.backward()  # type: ignore[no-untyped-call]
     except NotApplicable:
         raise
     except Exception as error:
@@ -163,14 +164,13 @@ def at(rows: Rows, where: Iterable[tuple[int, int]]) -> Row:
 def stretched(batch: Batch, least: int) -> Batch:
     """Every row repeated until it has at least so many positions."""
     width = batch.targets or 1
-    repeat = lambda rows: [row * -(-least * width // len(row)) for row in rows]  # noqa: E731
-    return batch.map(repeat)
+    return batch.map(lambda rows: [row * -(-least * width // len(row)) for row in rows])
 
 
 def unpoisoned(batch: Batch) -> Batch:
     """Plain numbers in the inactive slots too."""
-    clean = lambda rows: [[x if w else -1.0 for x, w in zip(r, ws)] for r, ws in zip(rows, batch.weights)]  # noqa: E731
-    return replace(batch.map(clean), weights=batch.weights)
+    clean = batch.map(lambda rows: [[x if w else -1.0 for x, w in zip(r, ws)] for r, ws in zip(rows, batch.weights)])
+    return replace(clean, weights=batch.weights)
 
 
 def single(batch: Batch, *, length: int = 1, datums: int = 1, **columns: float) -> Batch:
@@ -180,9 +180,14 @@ def single(batch: Batch, *, length: int = 1, datums: int = 1, **columns: float) 
     """
     width = length * (batch.targets or 1)
     base = {"logprobs": -2.0, "weights": 1.0, "advantages": 1.0} | columns
-    rows = lambda x: [[x] * width for _ in range(datums)]  # noqa: E731
+
+    def rows(x: float) -> Rows:
+        return [[x] * width for _ in range(datums)]
+
     named = {name: rows(base.get(name, base["logprobs"])) for name in batch.columns}
-    return Batch(rows(base["logprobs"]), rows(base["weights"]), named, batch.targets)
+    # The candidates of a position differ in weight: equal ones would hide that they are renormalised.
+    apart = [[w / 2 ** (j % (batch.targets or 1)) for j, w in enumerate(row)] for row in rows(base["weights"])]
+    return Batch(rows(base["logprobs"]), apart, named, batch.targets)
 
 
 def kind_of(batch: Batch) -> str:
@@ -207,6 +212,12 @@ def with_empty(batch: Batch) -> Batch:
     return replace(
         batch, logprobs=batch.logprobs + masked.logprobs, weights=batch.weights + masked.weights, columns=columns
     )
+
+
+def inhabited(batch: Batch) -> Batch:
+    """The units of which every datum has an active token."""
+    whole = [part for part in units(batch) if all(any(batch.weights[i]) for i in part)]
+    return batch.take([i for part in whole for i in part])
 
 
 def influences(probe: Probe, column: str, batch: Batch, where: list[tuple[int, int]], by: float = 0.25) -> bool:

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
 from lossfns.datum import TensorData
-from lossfns.testing.batch import Batch
+from lossfns.testing.batch import Batch, Rows
 from lossfns.testing.laws.base import (
     LawBroken,
     LossFn,
     NotApplicable,
     Probe,
+    columns_read,
     demand,
     filled,
     kind_of,
@@ -27,6 +29,7 @@ from lossfns.testing.laws.base import (
     slots,
     stretched,
     suppose,
+    unit,
     unpoisoned,
     with_empty,
 )
@@ -36,11 +39,15 @@ from lossfns.tokens import LOGPROB_COLUMNS as OTHERS
 def contract(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
     """A call returns a 0-d tensor that requires grad, and a dict of plain floats."""
     probe, bug = Probe.of(loss_fn, data, logprobs), "not-the-contract"
+    probe = probe.on(unpoisoned(stretched(probe.batch, 3)))
+    if "advantages" in probe.batch.columns:
+        probe = probe.on(filled(probe.batch, advantages=1.0))
     try:
         result: Any = loss_fn(probe.batch.data(), probe.batch.tensors(probe.dtype))
     except NotApplicable:
         raise
     except Exception as error:
+        misaligned(probe)
         raise LawBroken(bug, f"On a valid batch the call raises {type(error).__name__}: {error}.") from error
     demand(isinstance(result, tuple) and len(result) == 2, bug, f"The call returns {result!r}, not (loss, metrics).")
     loss, metrics = result
@@ -52,6 +59,19 @@ def contract(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -
         plain = isinstance(value, (float, int)) and not isinstance(value, bool)
         demand(plain, bug, f"The metric {name!r} is a {type(value).__name__}, not a float.")
     probe()
+
+
+def misaligned(probe: Probe) -> None:
+    """Whether a call that fails on datums of unequal length mixes datums up on equal ones."""
+    from lossfns.testing.laws.batches import independence
+
+    try:
+        independence(probe.loss_fn, probe.batch.data(), probe.batch.tensors(probe.dtype))
+    except LawBroken as error:
+        if error.bug != "not-the-contract":
+            raise
+    except NotApplicable:
+        return
 
 
 def inputs_unchanged(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
@@ -68,21 +88,44 @@ def inputs_unchanged(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Te
 
 def snapshot(data: Sequence[Any], logprobs: Sequence[Tensor]) -> dict[str, str]:
     fields = {
-        f"datum[{i}].{name}": repr(x.to_numpy().tolist()) for i, d in enumerate(data) for name, x in d.loss_fn_inputs.items()
-    }  # fmt: skip
+        f"datum[{i}].{name}": repr(values.to_numpy().tolist())
+        for i, datum in enumerate(data)
+        for name, values in datum.loss_fn_inputs.items()
+    }
     return fields | {f"datum[{i}].logprobs (tensor)": repr(lp.tolist()) for i, lp in enumerate(logprobs)}
 
 
 def repeatable(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
     """The same call gives the same bits, whatever was called in between."""
     probe = Probe.of(loss_fn, data, logprobs)
-    first = probe()
-    other = unpoisoned(probe.batch)
-    probe(replace(stretched(other, 5), logprobs=moved(stretched(other, 5).logprobs, slots(stretched(other, 5)), -0.5)))
-    again = probe()
+    batch = stretched(unpoisoned(probe.batch), 3)
+    first = probe(batch)
+    probe(batch.having(logprobs=moved(batch.logprobs, slots(batch), -0.5)))
+    probe(single(batch, length=5, datums=2, logprobs=-0.5))
+    again = probe(batch)
     same = repr((first.value, first.gradients)) == repr((again.value, again.gradients))
-    seen = f"The same batch gave {first.value} and, after a call on another batch, {again.value}."
+    seen = f"The same batch gave {first.value} and, after calls on other batches, {again.value}."
     demand(same, "state-between-calls", seen)
+    half, fresh = halves(probe, (11, 12)), halves(probe, (13, 14))
+    seen = "A batch of the shape of an earlier one gives another result than in a shape of its own."
+    demand(not probe.same(*fresh) or probe.same(*half), "state-between-calls", seen)
+
+
+def halves(probe: Probe, lengths: tuple[int, int]) -> tuple[list[Any], list[Any]]:
+    """A batch of these lengths and its mirror image; between two odd lengths, a call with other weights comes first."""
+    step = unit(probe.batch)
+    datums = [single(probe.batch, length=n, datums=step) for n in lengths]
+
+    def joined(a: Batch, b: Batch) -> Batch:
+        columns = {name: rows + b.columns[name] for name, rows in a.columns.items()}
+        return a.having(logprobs=a.logprobs + b.logprobs, weights=a.weights + b.weights, **columns)
+
+    batch, mirror = joined(*datums), joined(*reversed(datums))
+    if lengths[0] == 11:
+        ones = [[1.0 if j == 0 else 0.0 for j in range(len(row))] for row in batch.weights]
+        probe(batch.having(weights=ones))
+    plain, turned = probe(batch), probe(mirror)
+    return [plain.value, plain.gradients], [turned.value, turned.gradients[step:] + turned.gradients[:step]]
 
 
 def every_gradient(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
@@ -91,11 +134,17 @@ def every_gradient(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tens
     batch = with_empty(probe.batch)
     zero = filled(batch, advantages=0.0) if "advantages" in batch.columns else batch
     for tried in (probe.batch, batch, zero):
-        for i in probe(tried).missing:
+        for i in missing_gradients(probe, tried):
             used = tried is not zero and any(tried.weights[i])
             why = "though it has active tokens" if used else "for its weights or advantages are 0"
             seen = f"logprobs_list[{i}].grad is None, {why}."
             demand(False, "datum-ignored" if used else "gradient-missing", seen)
+
+
+def missing_gradients(probe: Probe, batch: Batch) -> Sequence[int]:
+    """The datums without a gradient: all, where the loss has none itself."""
+    loss, _ = probe.loss_fn(batch.data(), batch.tensors(probe.dtype))
+    return probe(batch).missing if loss.requires_grad else range(len(batch.weights))
 
 
 def lengths(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
@@ -103,16 +152,20 @@ def lengths(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) ->
     probe = Probe.of(loss_fn, data, logprobs)
     batch = stretched(unpoisoned(probe.batch), 3)
     width = batch.targets or 1
-    for extra in (1, -1):
-        rows = [row + [1.0] * width if extra == 1 else row[:-width] for row in batch.weights]
+    cuts: dict[str, Callable[[list[float]], list[float]]] = {
+        "one token longer than the logprobs": lambda row: row + [1.0] * width,
+        "one token shorter than the logprobs": lambda row: row[:-width],
+        "for one token, with logprobs of many,": lambda row: row[:width],
+    }
+    for words, cut in cuts.items():
+        rows = [cut(row) for row in batch.weights]
         wrong = replace(batch, logprobs=rows, weights=rows, columns={}).data()
-        mixed = [with_fields(d, {n: w.loss_fn_inputs[n] for n in ("weights", "mask")}) for d, w in zip(batch.data(), wrong)]
+        fields = [{name: datum.loss_fn_inputs[name] for name in ("weights", "mask")} for datum in wrong]
         try:
-            loss_fn(mixed, batch.tensors(probe.dtype))
+            loss_fn(list(map(with_fields, batch.data(), fields)), batch.tensors(probe.dtype))
         except Exception:
             continue
-        seen = f"Weights one token {'longer' if extra == 1 else 'shorter'} than the logprobs are taken in silence."
-        demand(False, "silent-truncation", seen)
+        demand(False, "silent-truncation", f"Weights {words} are taken in silence.")
 
 
 def with_fields(datum: Any, fields: dict[str, Any]) -> Any:
@@ -125,28 +178,37 @@ def token_ids(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) 
     batch = stretched(unpoisoned(probe.batch), 4)
     plain = probe(batch).value
     for token in range(64):
-        ids = [TensorData.from_numpy(d.loss_fn_inputs["target_tokens"].to_numpy() * 0 + token) for d in batch.data()]
-        same = [with_fields(datum, {"target_tokens": row}) for datum, row in zip(batch.data(), ids)]
+        same = [with_fields(datum, {"target_tokens": every_other(datum, token)}) for datum in batch.data()]
         value = measured(loss_fn, same, batch.tensors(probe.dtype)).value
-        seen = f"With {token} as every target token the loss is {value}, not {plain}."
+        seen = f"With {token} as every other target token the loss is {value}, not {plain}."
         demand(probe.same(value, plain, scale=0.01), "mask-by-token-id", seen)
+
+
+def every_other(datum: Any, token: int) -> TensorData:
+    ids = datum.loss_fn_inputs["target_tokens"].to_numpy()
+    return TensorData.from_numpy(np.where(np.arange(ids.size) % 2, 1000, token).reshape(ids.shape))
 
 
 def precision(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
     """The maths is in float32 at least: a logprob's change of 1e-4 is seen."""
     probe = Probe.of(loss_fn, data, logprobs)
     batch = single(probe.batch, datums=2, logprobs=-1.0)
-    before = probe(batch)
-    after = probe(batch.having(logprobs=moved(batch.logprobs, [(0, 0)], -(2.0**-13))))
-    suppose(any(map(any, before.gradients)), "there is no gradient")
-    seen = f"Lowering a logprob from −1 by 2⁻¹³ leaves the loss at exactly {before.value}."
-    demand(before.value != after.value, "low-precision", seen)
+    tried = [batch]
+    if kind_of(batch) == "policy" and "ref_logprobs" in columns_read(probe):
+        tried.append(filled(batch, advantages=0.0, ref_logprobs=-1.5))  # the KL term alone
+    for base in tried:
+        lowered = [base.having(logprobs=moved(base.logprobs, [(0, 0)], by)) for by in (0.0, -(2.0**-13), -0.5)]
+        before, near, far = map(probe, lowered)
+        if before.value != far.value:
+            seen = f"Lowering a logprob from −1 by 2⁻¹³ leaves the loss at exactly {before.value}."
+            demand(before.value != near.value, "low-precision", seen)
     half = batch.tensors(torch.bfloat16)
     try:
         loss, _ = loss_fn(batch.data(), half)
     except Exception as error:
         raise NotApplicable("it takes no bfloat16") from error
-    demand(loss.dtype in (torch.float32, torch.float64), "low-precision", f"For bfloat16 logprobs the loss is {loss.dtype}.")  # fmt: skip
+    seen = f"For bfloat16 logprobs the loss is {loss.dtype}."
+    demand(loss.dtype in (torch.float32, torch.float64), "low-precision", seen)
 
 
 def host_sync(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
@@ -173,27 +235,40 @@ class Transfers(TorchFunctionMode):
 
 def transfers(probe: Probe, batch: Batch) -> int:
     data, logprobs = batch.data(), batch.tensors(probe.dtype)
-    with Transfers() as mode:
+    counted = Transfers()
+    with counted:
         probe.loss_fn(data, logprobs)
-    return mode.count
+    return counted.count
 
 
 def tracing(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
     """A trace of the maths, run on other logprobs, gives their value and gradient."""
     probe = Probe.of(loss_fn, data, logprobs)
-    batch = unpoisoned(probe.batch)
-    data, shown = batch.data(), batch.tensors(probe.dtype)
+    traced_like(probe, unpoisoned(probe.batch), (-0.75, -0.01, 0.4))
+    if kind_of(probe.batch) == "policy":
+        deep = {name: [[x - 30 for x in row] for row in rows] for name, rows in unpoisoned(probe.batch).columns.items()}
+        low = unpoisoned(probe.batch).having(
+            **deep | {"advantages": unpoisoned(probe.batch).columns["advantages"]},
+            logprobs=[[x - 30 for x in row] for row in unpoisoned(probe.batch).logprobs],
+        )
+        traced_like(probe, low, (25.0,))
+
+
+def traced_like(probe: Probe, batch: Batch, shifts: Sequence[float]) -> None:
+    """Trace on a batch, run on its logprobs shifted, and compare with the function itself."""
+    loss_fn, data, shown = probe.loss_fn, batch.data(), batch.tensors(probe.dtype)
     try:
         traced = make_fx(lambda *lps: loss_fn(data, list(lps))[0], _error_on_data_dependent_ops=False)(*shown)
     except Exception as error:
         raise NotApplicable(f"it cannot be traced: {type(error).__name__}") from error
-    for shift in (-0.75, -0.01, 0.4):
+    for shift in shifts:
         other = batch.having(logprobs=[[min(x + shift, -1e-3) for x in row] for row in batch.logprobs])
         leaves = other.tensors(probe.dtype)
         value = traced(*leaves)
         eager = probe(other)
-        seen = f"Traced at these logprobs and run {shift:+} from them, the loss is {float(value.detach())}, not {eager.value}."
-        demand(probe.same(float(value.detach()), eager.value), "branch-on-values", seen)
+        run = float(value.detach())
+        seen = f"Traced at these logprobs and run {shift:+} from them, the loss is {run}, not {eager.value}."
+        demand(probe.same(run, eager.value), "branch-on-values", seen)
         if value.requires_grad:
             value.backward()
         grads = [torch.zeros_like(lp) if lp.grad is None else lp.grad for lp in leaves]
@@ -204,19 +279,22 @@ def tracing(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) ->
 
 def no_inert_knob(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
     """Each setting changes value or gradient on some batch."""
-    from lossfns.testing.subject import knobs, variants
+    from lossfns.testing.subject import elements, knobs, variants
 
     probe = Probe.of(loss_fn, data, logprobs)
-    settings = knobs(loss_fn)
-    suppose(bool(settings), "it has no settings that can be seen")
+    inert = {name: list(elements(value)) for name, value in knobs(loss_fn).items()}
+    suppose(bool(inert), "it has no settings that can be seen")
     for batch in generic(probe.batch):
         usual = probe(batch)
-        for name in list(settings):
-            if any(changed(probe, batch, usual, other) for other in variants(loss_fn, name)):
-                del settings[name]
-    for name, value in settings.items():
-        clip = name.startswith(("clip", "eps")) and "dual" not in name
-        demand(False, "clip-inert" if clip else "inert-knob", f"Whatever {name} is, value and gradient are those of {value!r}.")  # fmt: skip
+        for name, left in inert.items():
+            moves = [any(changed(probe, batch, usual, v) for v in variants(loss_fn, name, e)) for e in left]
+            inert[name] = [e for e, moved_ in zip(left, moves) if not moved_]
+    for name, left in inert.items():
+        whole = len(left) == len(list(elements(knobs(loss_fn)[name])))
+        clip = name.startswith(("clip", "eps")) and whole
+        part = "" if whole else f"[{left[0]}]" if left else ""
+        seen = f"Whatever {name}{part} is, value and gradient are those of {knobs(loss_fn)[name]!r}."
+        demand(not left, "clip-inert" if clip else "inert-knob", seen)
 
 
 def changed(probe: Probe, batch: Batch, usual: Any, other: LossFn) -> bool:
@@ -239,14 +317,17 @@ def generic(like: Batch) -> list[Batch]:
 
 def made(like: Batch, d: float, *, alternate: bool) -> Batch:
     """Four datums of unequal length whose log-ratios are ±d, alternating by token or by sequence."""
-    flip = lambda i, j: (-1.0) ** (i // 2 + j * alternate)  # noqa: E731
-    fill = lambda value: [  # noqa: E731
-        [float(value(i, j)) for j in range(n * (like.targets or 1))] for i, n in enumerate((2, 3, 1, 4))
-    ]
+
+    def flip(i: int, j: int) -> float:
+        return -1.0 if (i // 2 + j * alternate) % 2 else 1.0
+
+    def fill(value: Callable[[int, int], float]) -> Rows:
+        return [[value(i, j) for j in range(n * (like.targets or 1))] for i, n in enumerate((2, 3, 1, 4))]
+
     level = -30.0 if "old_logprobs" in like.columns else -0.75
     logprobs = fill(lambda i, j: level if level == -30 else level - 0.125 * i - d / 8)
     columns = {
-        "advantages": fill(lambda i, j: (-1) ** i * (1 + 0.25 * j)),
+        "advantages": fill(lambda i, j: (1 + 0.25 * j) * (-1 if i % 2 else 1)),
         "old_logprobs": fill(lambda i, j: level + d * flip(i, j)),
         "ref_logprobs": fill(lambda i, j: level - 0.25 - 0.25 * d * (1 + (i + j) % 3)),
         "sampler_logprobs": fill(lambda i, j: level - 0.375 * d * flip(i, j)),

@@ -16,7 +16,7 @@ from lossfns.testing.laws.base import (
     demand,
     filled,
     influences,
-    moved,
+    inhabited,
     neutral,
     single,
     slots,
@@ -31,11 +31,9 @@ UP = [0.001 * 1.35**i for i in range(28)]
 
 def gradient_at(probe: Probe, d: float, advantage: float, **columns: float) -> tuple[float, float]:
     """Value and gradient of a single token of log-ratio d: its old logprob is d below its own."""
-    old = {"old_logprobs": -30.0 - d} if "old_logprobs" in probe.batch.columns else {}
-    batch = single(probe.batch, logprobs=-30.0, advantages=advantage, **old | columns)
-    if "sampler_logprobs" in batch.columns and "sampler_logprobs" not in columns:
-        batch = batch.having(sampler_logprobs=batch.columns["old_logprobs"])
-    result = probe(batch)
+    batch = single(probe.batch, logprobs=-30.0, advantages=advantage)
+    given = {"old_logprobs": -30.0 - d, "sampler_logprobs": -30.0 - d, **columns}
+    result = probe(filled(batch, **{name: x for name, x in given.items() if name in batch.columns}))
     return result.value, result.gradients[0][0]
 
 
@@ -57,10 +55,18 @@ def sign(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> No
     demand(good < 0 < bad, likely, f"{seen}, and the loss is {value:g} for advantage 1.")
 
 
+def stop_gradient(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
+    """On-policy the gradient does not depend on how likely the token was."""
+    probe = Probe.of(loss_fn, data, logprobs)
+    likely, unlikely = (probe(single(probe.batch, logprobs=lp)).gradients[0][0] for lp in (-0.5, -3.0))
+    seen = f"On-policy, with advantage 1, the gradient is {likely:g} at logprob −0.5 and {unlikely:g} at −3."
+    demand(probe.same(likely, unlikely), "missing-stop-gradient", seen)
+
+
 def zero_advantage(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
     """Advantage 0 at the reference: loss and gradient are 0."""
     probe = Probe.of(loss_fn, data, logprobs)
-    batch = neutral(filled(unpoisoned(probe.batch), advantages=0.0))
+    batch = neutral(filled(inhabited(unpoisoned(probe.batch)), advantages=0.0))
     result = probe(batch)
     g = max((g for row in result.gradients for g in row), key=abs)
     seen = f"With advantages 0 and every policy the same, the loss is {result.value} and a gradient is {g}."
@@ -88,7 +94,8 @@ def kl(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None
         demand(False, "kl-detached" if moves else "ref-inert", f"{seen}; its value {'moves' if moves else 'does not'}.")
     spread = max(abs(pull[a, x] - pull[0.0, x]) for a, x in pull)
     shared = spread <= 1e-3 * max(map(abs, pull.values()))
-    demand(shared, "kl-scaled-by-advantage", f"{seen} at advantage 0, {pull[1.0, 0.5]:g} at 1, {pull[-2.0, 0.5]:g} at −2.")
+    by_advantage = f"{seen} at advantage 0, {pull[1.0, 0.5]:g} at 1, {pull[-2.0, 0.5]:g} at −2."
+    demand(shared, "kl-scaled-by-advantage", by_advantage)
     demand(above > 0 > below, "kl-sign", f"{seen}: it pushes away.")
 
 
@@ -99,8 +106,7 @@ def ratio(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> N
     """
     probe = Probe.of(loss_fn, data, logprobs)
     suppose(reads_ratio(probe), "it reads no old logprobs")
-    value = lambda *ds: sequence_value(probe, ds)  # noqa: E731
-    base, lower = value(0.0, 0.0, 0.0), value(-0.5, -0.5, -0.5)
+    base, lower = sequence_value(probe, [0.0] * 3), sequence_value(probe, [-0.5] * 3)
     measured = lower / base if base else math.nan
     seen = f"With 3 tokens of log-ratio −0.5 and advantage 1 the loss is {lower:g}, on-policy {base:g}"
     slopes = sequence_gradient(probe, 3), sequence_gradient(probe, 1)
@@ -113,9 +119,9 @@ def ratio(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> N
     right = math.isclose(measured, math.exp(-0.5), rel_tol=1e-3)
     demand(right, "ratio-not-exponentiated", f"{seen}: {measured:g} of it, not exp(−0.5).")
     if coupled(probe):
-        even, uneven = value(-0.5, -0.5, -0.5), value(-1.0, -0.25, -0.25)
-        seen = f"Log-ratios −1, −0.25, −0.25 have the same mean as three of −0.5, but the loss is {uneven:g}, not {even:g}."
-        demand(math.isclose(even, uneven, rel_tol=1e-4), "ratio-sum", seen)
+        uneven = sequence_value(probe, [-1.0, -0.25, -0.25])
+        seen = f"Log-ratios −1, −0.25, −0.25 have the mean of three of −0.5, but the loss is {uneven:g}, not {lower:g}."
+        demand(math.isclose(lower, uneven, rel_tol=1e-4), "ratio-sum", seen)
 
 
 def sequence_batch(probe: Probe, log_ratios: Sequence[float]) -> Batch:
@@ -136,8 +142,8 @@ def coupled(probe: Probe) -> bool:
     """Whether a token's gradient depends on another token's ratio: a ratio of the sequence."""
     if "old_logprobs" not in probe.batch.columns:
         return False
-    gradient = lambda d: probe(sequence_batch(probe, [0.0, d])).gradients[0][0]  # noqa: E731
-    return not probe.same(gradient(0.0), gradient(-0.5))
+    below, above, on = (probe(sequence_batch(probe, [0.0, d])).gradients[0][0] for d in (-0.5, 3.0, 0.0))
+    return not probe.same([below, above], [on, on])
 
 
 def on_policy(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
@@ -147,10 +153,7 @@ def on_policy(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) 
     gradients = probe(batch).gradients
     suppose(any(g != 0 for row in gradients for g in row), "there is no gradient")
     factors = [[-g / w for g, w in zip(gs, ws)] for gs, ws in zip(gradients, batch.weights)]
-    by_logprob = batch.having(logprobs=moved(batch.logprobs, [(0, 0)], -1.0))
     seen = f"On-policy, with advantages 1 and weights {batch.weights}, the gradients are {gradients}."
-    shifted = probe(neutral(by_logprob)).gradients
-    demand(probe.same(shifted, gradients), "missing-stop-gradient", f"{seen} They change with the logprobs.")
     if not coupled(probe) and not all(probe.same(row, [row[0]] * len(row)) for row in factors):
         squared = [[-g / w**2 for g, w in zip(gs, ws)] for gs, ws in zip(gradients, batch.weights)]
         twice = all(probe.same(row, [row[0]] * len(row)) for row in squared)
@@ -160,9 +163,8 @@ def on_policy(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) 
 
 def weighed_apart(probe: Probe) -> Batch:
     """Two datums of unequal length and weights, on-policy, with advantages 1."""
-    rows = [[1.0, 0.5, 2.0], [0.5, 2.0, 1.0, 1.0, 0.5]]
-    if probe.batch.targets:
-        rows = [row * probe.batch.targets for row in rows]
+    cycle = (1.0, 0.5, 2.0, 0.5, 1.0)
+    rows = [[cycle[(i + j) % 5] for j in range(n * (probe.batch.targets or 1))] for i, n in enumerate((3, 5))]
     logprobs = [[-1.0 - 0.25 * j for j in range(len(row))] for row in rows]
     named = {name: [[1.0] * len(row) for row in rows] for name in probe.batch.columns}
     return neutral(Batch(logprobs, rows, named, probe.batch.targets))
@@ -196,8 +198,9 @@ def clip(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> No
     suppose(reads_ratio(probe), "it reads no old logprobs")
     grid = [*(-d for d in reversed(UP)), *UP]
     table = {a: [(d, *gradient_at(probe, d, a)) for d in grid] for a in (1.0, -1.0)}
-    none = lambda a, side: [d for d, _, g in table[a] if g == 0 and d * side > 0]  # noqa: E731
-    good_below, good_above, bad_below, bad_above = none(1, -1), none(1, 1), none(-1, -1), none(-1, 1)
+    good_below, good_above, bad_below, bad_above = (
+        [d for d, _, g in table[a] if g == 0 and d * side > 0] for a in (1.0, -1.0) for side in (-1, 1)
+    )
     low, high = [f"{math.exp(x[0]):.3g}" if x else "no ratio" for x in (good_below[-1:], bad_above[:1])]
     seen = f"A token of advantage 1 has no gradient below the ratio {low}, one of −1 none above {high}"
     # A dual clip ends the gradient of bad tokens far above 1, a cap that of all tokens: both leave ratios near 1 be.
@@ -208,9 +211,26 @@ def clip(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> No
     for a, side in ((1.0, 1), (-1.0, -1)):
         far = [(v, g) for d, v, g in table[a] if d * side > 1.5]
         flat = all(probe.same(v, far[0][0]) for v, _ in far)
-        leaks = flat and all(g != 0 for _, g in far)
+        leaks = flat and all(g != 0 for _, g in far) and not probe.same(far[0][0], table[a][len(UP)][1])
         seen = f"With advantage {a:g} the loss is {far[0][0]:g} for all ratios past {math.exp(1.5 * side):.3g}"
         demand(not leaks, "clip-gradient-leaks", f"{seen}, but its gradient is {far[0][1]:g}.")
+
+
+def clip_bounds(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
+    """The gradient ends at the bounds that the settings name."""
+    from lossfns.testing.subject import knobs
+
+    probe = Probe.of(loss_fn, data, logprobs)
+    clips = [value for name, value in knobs(loss_fn).items() if name.startswith("clip")]
+    named = [value for value in clips if isinstance(value, (tuple, list)) and len(value) == 2]
+    suppose(len(named) == 1 and named[0][0] <= 1 <= named[0][1], "it names no absolute bounds")
+    low, high = named[0]
+    for bound, mistaken, advantage in ((high, 1 + high, 1.0), (low, 1 - low, -1.0)):
+        beyond = gradient_at(probe, math.log(bound) * 1.01, advantage)[1]
+        suppose(mistaken > 0 and beyond != 0, "its bounds are as named")
+        inside, outside = (gradient_at(probe, math.log(mistaken) * by, advantage)[1] for by in (0.99, 1.01))
+        seen = f"The setting says {bound:g}; at advantage {advantage:g} the gradient ends at {mistaken:g}."
+        demand(not (inside != 0 and outside == 0), "clip-as-epsilon", seen)
 
 
 def tis(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
@@ -230,10 +250,25 @@ def clip_metrics(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor
     """A clip fraction counts the tokens whose gradient a bound removes, and no others."""
     probe = Probe.of(loss_fn, data, logprobs)
     for d, advantage in ((-1.0, 1.0), (1.0, -1.0), (0.0, 1.0)):
-        old = {"old_logprobs": -30.0 - d, "sampler_logprobs": -30.0 - d}
-        result = probe(single(probe.batch, logprobs=-30.0, advantages=advantage, **old))
+        old = -30.0 - d
+        batch = single(probe.batch, logprobs=-30.0, advantages=advantage, old_logprobs=old, sampler_logprobs=old)
+        result = probe(batch)
         for name, value in result.metrics.items():
             fraction = "clip" in name and not any(word in name for word in ("low_", "high_", "bound", "threshold"))
             if fraction and result.gradients[0][0] != 0:
-                seen = f"At ratio {math.exp(d):.3g} and advantage {advantage:g} the gradient is there, but {name!r} is {value}."
-                demand(value == 0, "metric-counts-nonbinding", seen)
+                seen = f"At ratio {math.exp(d):.3g} and advantage {advantage:g} there is a gradient"
+                demand(value == 0, "metric-counts-nonbinding", f"{seen}, but {name!r} is {value}.")
+
+
+def kl_metrics(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
+    """A metric named kl_ref is one of the estimators k1, k2, k3 of the KL to the reference."""
+    probe = Probe.of(loss_fn, data, logprobs)
+    suppose("ref_logprobs" in columns_read(probe), "it reads no reference")
+    x = -0.5
+    batch = single(probe.batch, length=2, logprobs=-3.0, ref_logprobs=-3.0 + x, old_logprobs=-3.0)
+    estimates = [0.0, x, -x, x * x / 2, math.exp(x) - x - 1, math.exp(-x) + x - 1]
+    for name, value in probe(batch).metrics.items():
+        if "kl" in name and "ref" in name:
+            seen = f"Half a nat above the reference {name!r} is {value}, not one of {estimates}."
+            right = any(math.isclose(value, e, rel_tol=1e-4, abs_tol=1e-7) for e in estimates)
+            demand(right, "metric-scaled-twice", seen)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from lossfns.testing.laws.base import (
     slots,
     suppose,
 )
+from lossfns.testing.laws.batches import slope
 
 
 def pair(probe: Probe, chosen: float = -2.0, rejected: float = -2.0, length: int = 1, pairs: int = 1) -> Batch:
@@ -34,12 +36,18 @@ def pair(probe: Probe, chosen: float = -2.0, rejected: float = -2.0, length: int
 def sides(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
     """Descent makes the chosen side likelier and the rejected side less likely, in every pair."""
     probe = Probe.of(loss_fn, data, logprobs)
-    (chosen,), (rejected,) = probe(pair(probe)).gradients
+    result = probe(pair(probe))
+    (chosen,), (rejected,) = result.gradients
     seen = f"In one pair of equal sides the gradient is {chosen:g} for the chosen and {rejected:g} for the rejected"
     suppose(chosen != 0 or rejected != 0, "there is no gradient")
-    demand(chosen != 0 and rejected != 0, "side-detached", f"{seen}.")
-    demand(chosen < 0 < rejected, "sides-swapped", f"{seen}.")
+    if chosen == 0 or rejected == 0:
+        moves = slope(probe, pair(probe), 0, 0, 1e-4)
+        right = math.isclose(chosen, moves, rel_tol=1e-3, abs_tol=1e-6)
+        demand(False, "side-detached" if right else "detached-term", f"{seen}.")
+    likely = "sign-flipped" if result.value < 0 else "sides-swapped"
+    demand(chosen < 0 < rejected, likely, f"{seen}, the loss {result.value:g}.")
     rows = probe(pair(probe, pairs=3)).gradients
+    demand(all(map(any, rows)), "datum-ignored", f"In three equal pairs the gradients are {[row[0] for row in rows]}.")
     right = all((row[0] < 0) == (i % 2 == 0) for i, row in enumerate(rows))
     demand(right, "pair-layout", f"In three equal pairs the gradients are {[row[0] for row in rows]}.")
 
@@ -63,16 +71,37 @@ def pair_canary(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]
         if hit[0] != [j] or hit[1] != [k]:
             lost = not hit[0] or not hit[1]
             demand(False, "target-dropped" if lost and {j, k} & {0, 3} and {j, k} != {1, 2} else "frame-shift", seen)
-        others = slots(alone, active=False)
-        if "ref_logprobs" in batch.columns and influences(probe, "ref_logprobs", alone, others):
-            own = influences(probe, "ref_logprobs", alone, slots(alone))
-            demand(False, "kl-unmasked" if own and not shifted(probe, alone, j) else "frame-shift",
-                   "The reference's logprobs of masked tokens matter.")  # fmt: skip
+    if "ref_logprobs" in batch.columns:
+        of_reference(probe, alone)
 
 
-def shifted(probe: Probe, batch: Batch, j: int) -> bool:
-    """Whether the chosen side's own reference logprob has no effect."""
-    return not influences(probe, "ref_logprobs", batch, [(0, j)])
+def of_reference(probe: Probe, batch: Batch) -> None:
+    """Only the active tokens' reference logprobs matter, and those of the datum itself."""
+    suppose("ref_logprobs" in columns_read(probe), "it reads no reference")
+    ((i, j), *_), masked = slots(batch), slots(batch, active=False)
+    moves = [slot for slot in [(i, j), *masked, *slots(batch)[1:]] if influences(probe, "ref_logprobs", batch, [slot])]
+    suppose(bool(moves), "its reference has no effect")
+    seen = f"With only tokens {slots(batch)} active, the reference's logprobs of {moves} matter"
+    if (i, j) not in moves:
+        whole = [[x + 0.25 * (k == i) for x in row] for k, row in enumerate(batch.columns["ref_logprobs"])]
+        own = not probe.same(probe(batch.having(ref_logprobs=whole)).value, probe(batch).value, scale=0.01)
+        partner = {k for k, _ in moves} <= {0, 1}
+        bug = "frame-shift" if own else "reference-misused" if partner else "datum-misaligned"
+        demand(False, bug, f"{seen}; that of the first does not.")
+    demand(not set(moves) & set(masked), "kl-unmasked", f"{seen}.")
+
+
+def pair_weights(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
+    """Within a side, a token's gradient is in proportion to its weight."""
+    probe = Probe.of(loss_fn, data, logprobs)
+    weights = [1.0, 0.5, 2.0]
+    batch = pair(probe, length=3).having(weights=[weights, weights])
+    row = probe(batch).gradients[0]
+    seen = f"With weights {weights} the chosen side's gradients are {row}."
+    suppose(row[0] != 0, "there is no gradient")
+    if not probe.same([g / row[0] for g in row], weights):
+        squared = probe.same([g / row[0] for g in row], [w * w for w in weights])
+        demand(False, "weights-squared" if squared else "weights-binarised", seen)
 
 
 def reference(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
@@ -101,16 +130,31 @@ def step_zero(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) 
     seen = f"With policy = reference the loss of one pair is {one.value:g}, of two {two.value:g}"
     half = probe.same(one.value, math.log(2) / 2)
     demand(not half, "pairs-miscounted", f"{seen}: half of ln 2.")
+    lost = probe(pair(probe, chosen=-2e4)).gradients[0][0]
+    logistic = probe.same(lost / one.gradients[0][0], 2.0) if one.gradients[0][0] else False
+    demand(not logistic or probe.same(one.value, math.log(2)), "constant-factor", f"{seen}: not ln 2.")
     long = probe(pair(probe, length=4))
-    seen = f"With policy = reference the gradient of a token is {one.gradients[0][0]:g} alone, {long.gradients[0][0]:g} of four."
-    demand(probe.same(long.gradients[0][0], one.gradients[0][0]), "mean-logprob-margin", seen)
+    alone, of_four = one.gradients[0][0], long.gradients[0][0]
+    seen = f"With policy = reference the gradient of a token is {alone:g} alone, {of_four:g} of four."
+    demand(probe.same(of_four, alone), "mean-logprob-margin", seen)
+
+
+def pair_scale(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
+    """Where a pair is ranked right beyond doubt, what is left of a loss without reference is the chosen side's nll."""
+    probe = Probe.of(loss_fn, data, logprobs)
+    suppose("ref_logprobs" not in columns_read(probe), "it has a reference")
+    left = probe(pair(probe, chosen=-1e-3, rejected=-30.0)).gradients[0][0]
+    suppose(abs(left) > 1e-3, "it has no nll term")
+    seen = f"A pair with no doubt left has the gradient {left:g} for its chosen token, not −1."
+    demand(not math.isclose(left, -0.5, rel_tol=1e-3), "pairs-miscounted", seen)
+    demand(math.isclose(left, -1, rel_tol=1e-3), "constant-factor", seen)
 
 
 def monotone(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
     """A pair ranked wrong by more has the larger loss."""
     probe = Probe.of(loss_fn, data, logprobs)
     values = [(m, probe(pair(probe, chosen=-12.0 + m / 2, rejected=-12.0 - m / 2))) for m in (-16, -4, -1, 0)]
-    for (a, before), (b, after) in zip(values, values[1:]):
+    for (a, before), (b, after) in pairwise(values):
         seen = f"With a margin of {a} the loss is {before.value}, with {b} {after.value}."
         demand(after.value < before.value, "sides-swapped", seen)
 
@@ -128,8 +172,8 @@ def odds(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> No
     constant = all(probe.same(x, 1.0) for x in ratios.values())
     right = all(math.isclose(ratios[a], expected[a], rel_tol=1e-4) for a in pulls)
     worst = max(pulls, key=lambda a: abs(math.log(abs(ratios[a] / expected[a]) + 1e-30)))
-    seen = f"At logprob {worst:g} on both sides the rejected side's gradient is {ratios[worst]:g} of that at −1, not {expected[worst]:g}."
-    demand(constant or right, "log-odds-biased", seen)
+    seen = f"At logprob {worst:g} on both sides the rejected side's gradient is {ratios[worst]:g} of that at −1"
+    demand(constant or right, "log-odds-biased", f"{seen}, not {expected[worst]:g}.")
 
 
 def odd(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,16 +12,32 @@ from lossfns.testing.laws.base import LossFn, Probe, demand, moved, suppose, unp
 from lossfns.testing.laws.policy import scale, weighed_apart
 
 
+def linear(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
+    """The gradient does not depend on the logprobs; of K candidates each counts by its weight."""
+    probe = Probe.of(loss_fn, data, logprobs)
+    batch = weighed_apart(probe)
+    gradients = probe(batch).gradients
+    shifted = probe(batch.having(logprobs=moved(batch.logprobs, [(0, 0)], -1.0))).gradients
+    sums = [math.fsum(gradients[0][i : i + batch.targets]) for i in range(0, len(gradients[0]), batch.targets or 99)]
+    free = batch.targets and probe.same([1.0, *sums], [1.0] + [0.0] * len(sums))
+    seen = f"With weights {batch.weights} the gradients are {gradients}; they change with the logprobs."
+    demand(probe.same(shifted, gradients), "renormalised-targets" if free else "not-likelihood", seen)
+    if batch.targets:
+        factors = [-g / w for g, w in zip(gradients[0], batch.weights[0])]
+        by_candidate = [factors[k :: batch.targets] for k in range(batch.targets)]
+        steady = all(probe.same(row, [row[0]] * len(row)) for row in by_candidate)
+        along = steady and not probe.same(factors, [factors[0]] * len(factors))
+        seen = f"The first, second, … candidates weigh {by_candidate} in the gradient."
+        demand(not along, "targets-transposed", seen)
+
+
 def likelihood(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
-    """The gradient is −w / D, whatever the logprobs."""
+    """The gradient is −w / D."""
     probe = Probe.of(loss_fn, data, logprobs)
     batch = weighed_apart(probe)
     gradients = probe(batch).gradients
     suppose(any(g != 0 for row in gradients for g in row), "there is no gradient")
     seen = f"With weights {batch.weights} the gradients are {gradients}."
-    shifted = probe(batch.having(logprobs=moved(batch.logprobs, [(0, 0)], -1.0))).gradients
-    curved = "renormalised-targets" if batch.targets else "not-likelihood"
-    demand(probe.same(shifted, gradients), curved, f"{seen} They change with the logprobs.")
     demand(gradients[0][0] < 0, "sign-flipped", seen)
     factors = [[-g / w for g, w in zip(gs, ws)] for gs, ws in zip(gradients, batch.weights)]
     if not all(probe.same(row, [row[0]] * len(row)) for row in factors):

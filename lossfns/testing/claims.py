@@ -1,0 +1,82 @@
+"""A loss against the one it claims to be: value and gradient on any batch, and the golden vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import lossfns
+from lossfns.loss import BoundLoss, Loss
+from lossfns.testing.laws.base import Law, LawBroken, LossFn, NotApplicable, Probe, demand, suppose, unpoisoned
+from lossfns.testing.laws.contract import generic
+from lossfns.testing.vectors.ours import ask, datums, leaves, subject_for
+from lossfns.testing.vectors.runner import Exchange, Report, judged
+from lossfns.testing.vectors.vector import METHODS, Vector, load
+
+
+def claim_of(subject: Any, loss_fn: LossFn) -> Loss | None:
+    """The loss of ours that a subject is, or says it is (by an attribute ``like``)."""
+    own = loss_fn.loss if isinstance(loss_fn, BoundLoss) else loss_fn
+    like = own if isinstance(own, Loss) else getattr(subject, "like", None)
+    return like if isinstance(like, Loss) else None
+
+
+def agreement(like: Loss) -> Law:
+    """The law that a loss has the value and the gradient of the one it claims to be."""
+
+    def agreement(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
+        probe = Probe.of(loss_fn, data, logprobs)
+        for batch in (unpoisoned(probe.batch), *generic(probe.batch)):
+            own, theirs = probe(batch), probe(batch, like)
+            seen = f"The loss is {own.value} with gradients {own.gradients}"
+            same = probe.same([own.value, own.gradients], [theirs.value, theirs.gradients])
+            demand(same, "another-loss", f"{seen}; that of {like!r} is {theirs.value} with {theirs.gradients}.")
+
+    agreement.__doc__ = f"It has the value and the gradient of {like!r}."
+    return agreement
+
+
+def matching(subject: Any, like: Loss) -> list[Vector]:
+    """The golden vectors that a subject can be asked: all of a preset's method, else those of its very settings."""
+    if like.name not in METHODS:
+        return []
+    every = load(like.name)
+    if subject is getattr(lossfns, like.name):
+        return every
+    return [v for v in every if v.denominator is None and v.error is None and repr(subject_for(v).loss) == repr(like)]
+
+
+def golden(subject: Any, like: Loss, found: Sequence[Vector]) -> Law:
+    """The law that a loss gives the right answer to golden vectors."""
+
+    def vectors(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
+        suppose(bool(found), "there are none of its settings")
+        dtype = str(logprobs[0].dtype).removeprefix("torch.")
+        preset = subject is getattr(lossfns, like.name)
+        replies = {v.id: ask(v, dtype) if preset else answer(loss_fn, v, logprobs[0].dtype) for v in found}
+        report = Report(repr(like), dtype, [judged(v, Exchange(replies, ""), dtype, ()) for v in found])
+        if report.ok:
+            return
+        first = report.failures[0]
+        likely = [bug.flag for bug in report.likely()] or [*first.vector.flags, "another-loss"]
+        seen = f"{len(report.failures)} of {len(found)} golden vectors fail, first {first.vector.id}"
+        raise LawBroken(likely[0], f"{seen} ({first.vector.comment}): {first.wrong}.")
+
+    vectors.__doc__ = f"It gives the right answer to the {len(found)} golden vectors of {like.name} with its settings."
+    return vectors
+
+
+def answer(loss_fn: LossFn, vector: Vector, dtype: torch.dtype) -> Mapping[str, Any]:
+    """A contract function's reply to a vector."""
+    logprobs = leaves(vector, dtype)
+    try:
+        loss, _ = loss_fn(datums(vector), logprobs)
+        loss.backward()  # type: ignore[no-untyped-call]
+    except NotApplicable:
+        raise
+    except Exception as error:
+        return {"error": {"message": str(error)}}
+    return {"loss": loss.item(), "grad": [None if lp.grad is None else lp.grad.tolist() for lp in logprobs]}

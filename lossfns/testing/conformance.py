@@ -1,0 +1,36 @@
+"""The laws as a pytest suite for a loss chosen from outside: a test for each law.
+
+    LOSSFNS_SUBJECT=mypackage.losses:my_loss pytest --pyargs lossfns.testing.conformance
+
+``LOSSFNS_KIND`` names the kind where it cannot be found out. With the plugin, ``--lossfns-subject`` and
+``--lossfns-kind`` do the same.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+
+from lossfns.testing.check import Trial, quiet, trials
+from lossfns.testing.subject import load
+
+
+def pytest_generate_tests(metafunc: Any) -> None:
+    """A test for each law of the subject's kind."""
+    subject = os.environ.get("LOSSFNS_SUBJECT")
+    if not subject:
+        raise pytest.UsageError("set LOSSFNS_SUBJECT=module:loss_fn, or pass --lossfns-subject module:loss_fn")
+    _, ready = trials(load(subject), kind=os.environ.get("LOSSFNS_KIND"))
+    metafunc.parametrize("trial", ready, ids=[trial.law for trial in ready])
+
+
+def test_law(trial: Trial) -> None:
+    """The subject obeys the law, or it says nothing of such a loss."""
+    with quiet():
+        verdict = trial.run()
+    if verdict.verdict == "n/a":
+        pytest.skip(verdict.seen)
+    if verdict.verdict == "fail":
+        pytest.fail(f"{verdict.says}\n{verdict.seen}\nLikely bug: {verdict.bug}\n{verdict.example}", pytrace=False)

@@ -1,0 +1,39 @@
+"""The pytest plugin of lossfns: a fixture to test a loss by its laws, and options to choose one from outside.
+
+It imports lossfns only where it is used, so that it costs nothing in a run that does not.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("lossfns")
+    group.addoption("--lossfns-subject", metavar="MODULE:NAME", help="the loss that lossfns.testing.conformance tests")
+    group.addoption("--lossfns-kind", metavar="KIND", help="policy, supervised, preference, any or advantages")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for option, variable in (("--lossfns-subject", "LOSSFNS_SUBJECT"), ("--lossfns-kind", "LOSSFNS_KIND")):
+        if config.getoption(option):
+            os.environ[variable] = config.getoption(option)
+
+
+@pytest.fixture
+def check_loss() -> Callable[..., Any]:
+    """``check_loss(loss_fn, kind="policy")`` fails the test with the table of laws if one is broken."""
+
+    def check_loss(subject: Any, **options: Any) -> Any:
+        from lossfns.testing.check import check
+
+        report = check(subject, **options)
+        if not report.ok:
+            pytest.fail(report.table(), pytrace=False)
+        return report
+
+    return check_loss
