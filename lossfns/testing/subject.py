@@ -212,6 +212,11 @@ class Padded:
             for name in self.required
         }
         like = logprobs_list[0]
+        for name, own in rows.items():
+            for i, (row, lp) in enumerate(zip(own, logprobs_list)):
+                if row.shape != lp.shape:
+                    fix = "Every row has the length of target_tokens."
+                    raise LossInputError(name, f"shape {tuple(lp.shape)}", str(tuple(row.shape)), fix, datum=i)
         padded = {
             name: torch.nn.utils.rnn.pad_sequence([row.to(like.dtype) for row in own], batch_first=True)
             for name, own in rows.items()

@@ -17,9 +17,6 @@ FIRST: tuple[Law, ...] = (contract.contract, contract.repeatable, contract.token
 CONTRACT: tuple[Law, ...] = (
     contract.inputs_unchanged,
     contract.every_gradient,
-    contract.lengths,
-    contract.tracing,
-    contract.host_sync,
     contract.precision,
 )
 MASKS: tuple[Law, ...] = (batches.poison, batches.padding)
@@ -30,7 +27,14 @@ SUMS: tuple[Law, ...] = (
     batches.split,
     batches.permutation,
 )
-LAST: tuple[Law, ...] = (contract.no_inert_knob, batches.metric_loss, batches.metric_merge)
+LAST: tuple[Law, ...] = (
+    contract.lengths,
+    contract.tracing,
+    contract.host_sync,
+    contract.no_inert_knob,
+    batches.metric_loss,
+    batches.metric_merge,
+)
 
 ALL = (
     *FIRST,
