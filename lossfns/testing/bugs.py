@@ -68,7 +68,7 @@ BUGS: dict[str, Bug] = {
     "epsilon-in-denominator": Bug("a constant is added to the denominator, which small batches feel",
         ("verl-project/verl", "1e-8 and 1 in masked means")),
     "broadcast": Bug("[B] meets [B, 1]: the loss runs over all pairs of datums", ("RLinf#1565",)),
-    "cross-talk": Bug("a datum's gradient depends on another datum's values (whitening or clipping over the batch)", ()),
+    "cross-talk": Bug("a datum's gradient depends on another's values (whitening or clipping over the batch)", ()),
     "zero-advantage-denominator": Bug("tokens whose advantage is 0 leave the denominator",
         ("Fireworks' NUM_LOSS_TOKENS",)),
     # Frame
@@ -134,7 +134,7 @@ BUGS: dict[str, Bug] = {
     "metric-counts-nonbinding": Bug("the clip fraction counts tokens where clipping does not bind",
         ("huggingface/trl#6021",)),
     # Supervised
-    "not-likelihood": Bug("the gradient is not −weight / denominator: probabilities or another function of logprobs", ()),
+    "not-likelihood": Bug("the gradient changes with the logprobs: it is of probabilities, or another function", ()),
     # Preference
     "pair-masks-swapped": Bug("one side's mask is used for both sides", ("CosyVoice#1449",)),
     "sides-swapped": Bug("the rejected side is preferred", ()),
