@@ -21,7 +21,7 @@ from lossfns.testing.bugs import BUGS
 from lossfns.testing.claims import agreement, claim_of, golden, matching
 from lossfns.testing.laws import ADVANTAGES, CRAFTED, GROUPS, AdvantageLaw, Law, LawBroken, NotApplicable
 from lossfns.testing.laws.base import LossFn, Watched
-from lossfns.testing.subject import Made, Padded, adapt, column_of
+from lossfns.testing.subject import Made, Padded, adapt, column_of, parameters, vary
 from lossfns.tokens import PAIRS, TARGETS
 
 READS = {
@@ -121,18 +121,18 @@ def trials(
     kind: str | None = None,
     factory: bool | None = None,
     like: Loss | None = None,
-    examples: int = 20,
+    examples: int = 12,
 ) -> tuple[str, list[Trial]]:
     """The kind of a subject and the trials of every law of that kind, in the order of diagnosis; see ``check``."""
-    kind = kind or getattr(subject, "kind", None)
+    kind = kind or getattr(subject, "kind", None) or ("advantages" if takes_rewards(subject) else None)
     if kind not in (None, *KINDS):
         raise LossInputError("kind", f"one of {', '.join(KINDS)}", repr(kind), "Leave it out to have it found.")
     if kind == "advantages":
         return kind, [Trial(law.__name__, partial(of_advantages, law, subject)) for law in ADVANTAGES]
     with quiet():
         loss_fn = adapt(subject, factory=factory)
-        kind = kind or kind_of_loss(loss_fn)
         claimed = like or claim_of(subject, loss_fn)
+        kind = kind or kind_of_loss(claimed or loss_fn)
         claims = [] if claimed is None else [golden(subject, claimed, matching(subject, claimed))]
         if claimed is not None and claimed is not loss_fn:
             claims.append(agreement(claimed))
@@ -155,7 +155,7 @@ def check(
     factory: bool | None = None,
     like: Loss | None = None,
     name: str | None = None,
-    examples: int = 20,
+    examples: int = 12,
     progress: Callable[[str], None] = lambda law: None,
 ) -> Report:
     """Test a loss by every law of its kind, and by the golden vectors of the method it claims to be.
@@ -194,12 +194,12 @@ def of_laws(loss_fn: LossFn, kind: str, targets: int, examples: int, claims: Seq
     from lossfns.testing.strategies import batches
 
     small = [replace_columns(batch, kind, targets) for batch in SMALL]
-    dtype = working_dtype(loss_fn, small[0])
+    dtype = working_dtype(loss_fn, small[-1])
     drawn = batches(
         reads=READS[kind],
         pairs=kind == "preference",
         targets=targets,
-        per_token=not per_datum(loss_fn, small[0]),
+        per_token=not per_datum(loss_fn, small[-1]),
         extremes=False,
         max_sequences=4,
         max_length=6,
@@ -231,7 +231,7 @@ def judged(law: Law, on: Callable[[Batch], None], small: Sequence[Batch], drawn:
         except LawBroken as error:
             return error
         except Exception as error:
-            return LawBroken("not-the-contract", f"On a valid batch the call raises {type(error).__name__}: {error}.")
+            return raised(error)
         held += 1
         return None
 
@@ -272,6 +272,10 @@ def smallest(broken: Callable[[Batch], LawBroken | None], drawn: Any, examples: 
     return last[-1] if last else None
 
 
+def raised(error: Exception) -> LawBroken:
+    return LawBroken("not-the-contract", f"On valid input the call raises {type(error).__name__}: {error}.")
+
+
 def says(law: Callable[..., None]) -> str:
     return (law.__doc__ or "").partition("\n")[0]
 
@@ -285,9 +289,10 @@ def of_advantages(law: AdvantageLaw, fn: Any) -> Verdict:
         law(fn, rewards, groups)
     except NotApplicable as reason:
         return verdict("n/a", time.monotonic() - start, seen=str(reason))
-    except LawBroken as error:
+    except Exception as error:
+        broken = error if isinstance(error, LawBroken) else raised(error)
         example = f"rewards={rewards}, groups={groups}"
-        return verdict("fail", time.monotonic() - start, error.bug, error.seen, example)
+        return verdict("fail", time.monotonic() - start, broken.bug, broken.seen, example)
     return verdict("pass", time.monotonic() - start)
 
 
@@ -355,6 +360,12 @@ def per_datum(loss_fn: LossFn, batch: Batch) -> bool:
     return loss_fn.forms is not None and "numbers" in loss_fn.forms
 
 
+def takes_rewards(subject: Any) -> bool:
+    """Whether it is a function of rewards, as advantages are."""
+    first = next(iter(parameters(subject)), None) if callable(subject) else None
+    return first is not None and first.name == "rewards"
+
+
 def kind_of_loss(loss_fn: LossFn) -> str:
     """The kind by what the loss declares, else by what it reads."""
     loss = loss_fn.loss if isinstance(loss_fn, BoundLoss) else loss_fn
@@ -363,12 +374,21 @@ def kind_of_loss(loss_fn: LossFn) -> str:
         if loss.rows == PAIRS:
             return "preference"
     elif isinstance(loss, (Made, Padded)):
-        reads = {column_of(name) for name in loss.required}
+        own = fields_read(vary(loss))  # of a copy: the loss itself tries its forms later
+        reads = {*map(column_of, loss.required), *own}
     else:
-        reads = set(fields_read(loss_fn))
+        reads = set(fields_read(loss))
     if "advantages" in reads:
         return "policy"
-    return "preference" if any(name and "ref_logprobs" in name for name in reads) else "supervised"
+    reference = any(name and "ref_logprobs" in name for name in reads)
+    return "preference" if reference or takes_pairs(loss_fn) else "supervised"
+
+
+def takes_pairs(loss_fn: LossFn) -> bool:
+    """Whether it refuses an odd number of datums, and takes an even one."""
+    batch = replace_columns(SMALL[1], "supervised", 0)
+    odd, even = (attempt(loss_fn, batch.take(range(n)), torch.float32) for n in (3, 4))
+    return odd is None and even is not None
 
 
 def fields_read(loss_fn: LossFn) -> set[str]:

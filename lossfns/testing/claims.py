@@ -12,7 +12,7 @@ import lossfns
 from lossfns.loss import BoundLoss, Loss
 from lossfns.testing.laws.base import Law, LawBroken, LossFn, NotApplicable, Probe, demand, suppose, unpoisoned
 from lossfns.testing.laws.contract import generic
-from lossfns.testing.vectors.ours import ask, datums, leaves, subject_for
+from lossfns.testing.vectors.ours import ask, subject_for
 from lossfns.testing.vectors.runner import Exchange, Report, judged
 from lossfns.testing.vectors.vector import METHODS, Vector, load
 
@@ -71,9 +71,9 @@ def golden(subject: Any, like: Loss, found: Sequence[Vector]) -> Law:
 
 def answer(loss_fn: LossFn, vector: Vector, dtype: torch.dtype) -> Mapping[str, Any]:
     """A contract function's reply to a vector."""
-    logprobs = leaves(vector, dtype)
+    data, logprobs = vector.batch.data(), vector.batch.tensors(dtype)
     try:
-        loss, _ = loss_fn(datums(vector), logprobs)
+        loss, _ = loss_fn(data, logprobs)
         loss.backward()  # type: ignore[no-untyped-call]
     except NotApplicable:
         raise

@@ -27,7 +27,7 @@ def add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     p.add_argument("--factory", action="store_true", default=None, help="the name is a factory; found out if left out")
     p.add_argument("--like", metavar="METHOD", help="the method it claims to be, such as 'grpo(kl_beta=0.04)': its "
         "golden vectors are run too")  # fmt: skip
-    p.add_argument("--examples", type=int, default=20, metavar="N", help="random batches for each law")
+    p.add_argument("--examples", type=int, default=12, metavar="N", help="random batches for each law")
     p.add_argument("--json", metavar="FILE", help="write the report as JSON; '-': to standard output, for the table")
     p.add_argument("--junit", metavar="FILE", help="write the report as JUnit XML")
     p.set_defaults(run=check_command)
@@ -59,9 +59,9 @@ def check_command(args: argparse.Namespace) -> int:
     as_json = json.dumps(report.as_dict(), indent=1, ensure_ascii=False)
     print(as_json if args.json == "-" else report.table())
     if args.json and args.json != "-":
-        Path(args.json).write_text(as_json + "\n")
+        Path(args.json).write_text(as_json + "\n", encoding="utf-8")
     if args.junit:
-        Path(args.junit).write_text(report.junit() + "\n")
+        Path(args.junit).write_text(report.junit() + "\n", encoding="utf-8")
     return 0 if report.ok else 1
 
 

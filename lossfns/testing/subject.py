@@ -46,11 +46,15 @@ def load(path: str) -> Any:
     module_name, _, attribute = path.partition(":")
     if not attribute:
         raise LossInputError("subject", "module:loss_fn", repr(path), "Name the function after a colon.")
-    module = from_file(module_name) if module_name.endswith(".py") else importlib.import_module(module_name)
+    try:
+        module = from_file(module_name) if module_name.endswith(".py") else importlib.import_module(module_name)
+    except Exception as error:
+        got = f"{type(error).__name__}: {error}"
+        raise LossInputError("subject", f"that {module_name} can be imported", got, "Check the name.") from error
     found: Any = module
     for name in attribute.split("."):
         if not hasattr(found, name):
-            hint = did_you_mean(name, [n for n in vars(found) if not n.startswith("_")])
+            hint = did_you_mean(name, [n for n in dir(found) if not n.startswith("_")])
             raise LossInputError("subject", f"a name in {module_name}", repr(name), hint)
         found = getattr(found, name)
     return found
@@ -63,7 +67,7 @@ def method(text: str) -> Loss:
         named = tree if isinstance(tree, ast.Call) else ast.Call(tree, [], [])
         preset = getattr(lossfns, ast.unparse(named.func))
         built = preset(*map(setting, named.args), **{k.arg or "": setting(k.value) for k in named.keywords})
-    except (SyntaxError, AttributeError, ValueError) as error:
+    except (SyntaxError, AttributeError, TypeError, ValueError) as error:
         fix = "Write a preset, such as ppo or grpo(kl_beta=0.04, weigh=sequence_mean)."
         raise LossInputError("like", "a loss of ours", repr(text), f"{fix} ({error})") from error
     if not isinstance(built, Loss):
@@ -96,28 +100,29 @@ def adapt(subject: Any, *, factory: bool | None = None) -> LossFn:
     if not callable(subject):
         raise LossInputError("subject", "a loss function or a factory of one", repr(subject), "Name a callable.")
     required = [p.name for p in parameters(subject) if p.default is p.empty]
-    if (
-        factory is None
-        and len(required) == 2
-        and column_of(required[0]) is None
-        and required[0] in ("data", "datums", "batch")
-    ):
+    unknown = [name for name in required if column_of(name) is None]
+    if factory is False or (factory is None and follows_contract(subject, required)):
         return subject  # type: ignore[no-any-return]
+    if unknown:
+        hint = did_you_mean(unknown[0], COLUMN)
+        fix = f"{hint} Or give it a default, or wrap it: a function (data, logprobs_list) that reads the datums."
+        raise LossInputError("subject", "parameters that name columns", repr(unknown[0]), fix)
     if factory is None and "logprobs" in map(column_of, required):
         return Padded(subject)
-    if factory is False:
-        return subject  # type: ignore[no-any-return]
-    if not required:
+    if required:
+        return Made(subject, required)
+    try:
         made = subject()
-        if isinstance(made, (Loss, BoundLoss)) or factory:
-            return made if isinstance(made, Loss) else Made(subject, ())
-    unknown = [name for name in required if column_of(name) is None]
-    if unknown:
-        if factory is None and len(required) == 2:
-            return subject  # type: ignore[no-any-return]
-        fix = f"{did_you_mean(unknown[0], COLUMN)} Or wrap it: a function (data, logprobs_list) that reads the datums."
-        raise LossInputError("subject", "parameters that name columns", repr(unknown[0]), fix)
-    return Made(subject, tuple(required))
+    except Exception as error:
+        got = f"{type(error).__name__}: {error}"
+        raise LossInputError("subject", "a factory that needs no arguments", got, "Give it required ones.") from error
+    return made if isinstance(made, (Loss, BoundLoss)) else Made(subject, ())
+
+
+def follows_contract(fn: Callable[..., Any], required: Sequence[str]) -> bool:
+    """Whether a function takes two arguments of which the first is no column, or does not say what it takes."""
+    open_ended = any(p.kind is p.VAR_POSITIONAL for p in inspect.signature(fn).parameters.values())
+    return column_of(required[0]) is None if len(required) == 2 else open_ended and not required
 
 
 def parameters(fn: Callable[..., Any]) -> list[inspect.Parameter]:
@@ -125,11 +130,15 @@ def parameters(fn: Callable[..., Any]) -> list[inspect.Parameter]:
     return [p for p in inspect.signature(fn).parameters.values() if p.kind not in kinds]
 
 
-def column(data: Sequence[Any], name: str) -> list[Tensor]:
-    """A column of the datums as float32 rows; of one side of each pair where the name says so."""
-    side, _, plain = name.rpartition(" ")
+def column(data: Sequence[Any], parameter: str) -> list[Tensor]:
+    """What a parameter is filled with: float32 rows of all datums, or of one side of each pair.
+
+    A parameter that is called a mask reads the datum's ``mask``: it is no set of weights.
+    """
+    side, _, plain = (column_of(parameter) or "").rpartition(" ")
     chosen = {"": data, "chosen": data[0::2], "rejected": data[1::2]}[side]
-    return [torch.from_numpy(datum.loss_fn_inputs[plain].to_numpy().copy()) for datum in chosen]
+    field = "mask" if plain == "weights" and "mask" in parameter else plain
+    return [torch.from_numpy(datum.loss_fn_inputs[field].to_numpy().copy()) for datum in chosen]
 
 
 class Made:
@@ -159,7 +168,7 @@ class Made:
         return self.made(data, self.forms)(data, logprobs_list)
 
     def made(self, data: Sequence[Any], forms: Sequence[str]) -> Any:
-        columns = {name: column(data, column_of(name) or "") for name in self.required}
+        columns = {name: column(data, name) for name in self.required}
         given = {name: self.FORMS[form](columns[name]) for name, form in zip(self.required, forms)}
         return self.factory(**given, **self.settings)
 
@@ -208,8 +217,7 @@ class Padded:
 
     def __call__(self, data: Sequence[Any], logprobs_list: Sequence[Tensor]) -> tuple[Tensor, dict[str, float]]:
         rows = {
-            name: list(logprobs_list) if column_of(name) == "logprobs" else column(data, column_of(name) or "")
-            for name in self.required
+            name: list(logprobs_list) if column_of(name) == "logprobs" else column(data, name) for name in self.required
         }
         like = logprobs_list[0]
         for name, own in rows.items():

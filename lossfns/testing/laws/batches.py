@@ -131,8 +131,6 @@ def canary(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> 
     probe = Probe.of(loss_fn, data, logprobs)
     batch = stretched(single(probe.batch, length=1, datums=3 * unit(probe.batch)), 3)
     batch = neutral(batch.map(lambda rows: [row + row[: i * (batch.targets or 1)] for i, row in enumerate(rows)]))
-    if unit(batch) == 2:
-        return  # the preference laws have a canary for pairs
     lost = {}
     for i, j in slots(batch):
         masked = batch.having(weights=[[0.0] * len(row) for row in batch.weights])
@@ -346,10 +344,17 @@ def active(batch: Batch) -> list[int]:
     return [sum(w != 0 for w in row) for row in batch.weights]
 
 
+def positions(batch: Batch) -> int:
+    """Positions with an active target: of K candidates one is enough."""
+    k = batch.targets or 1
+    return sum(any(row[i : i + k]) for row in batch.weights for i in range(0, len(row), k))
+
+
 COUNTS: dict[str, Count] = {
     "1": lambda b: 1.0,
     "Σ weights": lambda b: math.fsum(w for row in b.weights for w in row),
     "active tokens": lambda b: sum(active(b)),
+    "positions": positions,
     "sequences": lambda b: sum(n > 0 for n in active(b)),
     "Σ |weights|": lambda b: math.fsum(abs(w) for row in b.weights for w in row),
     "datums": lambda b: len(b.weights),

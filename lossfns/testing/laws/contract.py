@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from lossfns.testing.laws.base import (
     LawBroken,
     LossFn,
     NotApplicable,
+    Outcome,
     Probe,
     columns_read,
     demand,
@@ -25,15 +27,15 @@ from lossfns.testing.laws.base import (
     kind_of,
     measured,
     moved,
+    rows_of,
     single,
     slots,
     stretched,
     suppose,
-    unit,
     unpoisoned,
     with_empty,
 )
-from lossfns.tokens import LOGPROB_COLUMNS as OTHERS
+from lossfns.tokens import LOGPROB_COLUMNS
 
 
 def contract(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
@@ -106,26 +108,6 @@ def repeatable(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor])
     same = repr((first.value, first.gradients)) == repr((again.value, again.gradients))
     seen = f"The same batch gave {first.value} and, after calls on other batches, {again.value}."
     demand(same, "state-between-calls", seen)
-    half, fresh = halves(probe, (11, 12)), halves(probe, (13, 14))
-    seen = "A batch of the shape of an earlier one gives another result than in a shape of its own."
-    demand(not probe.same(*fresh) or probe.same(*half), "state-between-calls", seen)
-
-
-def halves(probe: Probe, lengths: tuple[int, int]) -> tuple[list[Any], list[Any]]:
-    """A batch of these lengths and its mirror image; between two odd lengths, a call with other weights comes first."""
-    step = unit(probe.batch)
-    datums = [single(probe.batch, length=n, datums=step) for n in lengths]
-
-    def joined(a: Batch, b: Batch) -> Batch:
-        columns = {name: rows + b.columns[name] for name, rows in a.columns.items()}
-        return a.having(logprobs=a.logprobs + b.logprobs, weights=a.weights + b.weights, **columns)
-
-    batch, mirror = joined(*datums), joined(*reversed(datums))
-    if lengths[0] == 11:
-        ones = [[1.0 if j == 0 else 0.0 for j in range(len(row))] for row in batch.weights]
-        probe(batch.having(weights=ones))
-    plain, turned = probe(batch), probe(mirror)
-    return [plain.value, plain.gradients], [turned.value, turned.gradients[step:] + turned.gradients[:step]]
 
 
 def every_gradient(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
@@ -208,43 +190,49 @@ def host_sync(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) 
     """The number of device-to-host transfers does not grow with the batch."""
     probe = Probe.of(loss_fn, data, logprobs)
     few, many = (transfers(probe, single(probe.batch, datums=n)) for n in (2, 8))
-    seen = f"A call moves values to the host {few} times for 2 datums and {many} times for 8."
+    seen = f"A call moves results to the host {few} times for 2 datums and {many} times for 8."
     demand(many <= few, "host-sync-per-datum", seen)
 
 
 class Transfers(TorchFunctionMode):
-    """Counts what waits for the device."""
+    """Notes every value that is brought to the host."""
 
     NAMES = frozenset({"item", "tolist", "numpy", "__bool__", "__float__", "__int__", "__index__", "__array__"})
 
     def __init__(self) -> None:
         super().__init__()
-        self.count = 0
+        self.values: list[str] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += getattr(func, "__name__", "") in self.NAMES
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if getattr(func, "__name__", "") in self.NAMES:
+            self.values.append(repr(result))
+        return result
 
 
 def transfers(probe: Probe, batch: Batch) -> int:
-    data, logprobs = batch.data(), batch.tensors(probe.dtype)
-    counted = Transfers()
-    with counted:
-        probe.loss_fn(data, logprobs)
-    return counted.count
+    """How many of the values that a call brings to the host depend on the logprobs: a datum's own are there already."""
+    noted = []
+    apart = [[x - 0.25 / (2 + i) for x in row] for i, row in enumerate(batch.logprobs)]  # alike, they would cancel
+    for shifted in (batch, batch.having(logprobs=apart)):
+        data, logprobs = shifted.data(), shifted.tensors(probe.dtype)
+        noting = Transfers()
+        with noting:
+            probe.loss_fn(data, logprobs)
+        noted.append(noting.values)
+    return sum(a != b for a, b in zip_longest(*noted))
 
 
 def tracing(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
     """A trace of the maths, run on other logprobs, gives their value and gradient."""
     probe = Probe.of(loss_fn, data, logprobs)
-    traced_like(probe, unpoisoned(probe.batch), (-0.75, -0.01, 0.4))
-    if kind_of(probe.batch) == "policy":
-        deep = {name: [[x - 30 for x in row] for row in rows] for name, rows in unpoisoned(probe.batch).columns.items()}
-        low = unpoisoned(probe.batch).having(
-            **deep | {"advantages": unpoisoned(probe.batch).columns["advantages"]},
-            logprobs=[[x - 30 for x in row] for row in unpoisoned(probe.batch).logprobs],
-        )
-        traced_like(probe, low, (25.0,))
+    batch = unpoisoned(probe.batch)
+    traced_like(probe, batch, (-0.75, -0.01, 0.4))
+    if kind_of(batch) == "policy":
+        low = {
+            name: [[x - 30 for x in row] for row in rows_of(batch, name)] for name in ("logprobs", *others_of(batch))
+        }
+        traced_like(probe, batch.having(**low), (25.0,))  # past every cap
 
 
 def traced_like(probe: Probe, batch: Batch, shifts: Sequence[float]) -> None:
@@ -275,12 +263,17 @@ def no_inert_knob(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tenso
     from lossfns.testing.subject import elements, knobs, variants
 
     probe = Probe.of(loss_fn, data, logprobs)
-    inert = {name: list(elements(value)) for name, value in knobs(loss_fn).items()}
+    inert = {
+        name: [e for e in elements(value) if next(variants(loss_fn, name, e), None)]
+        for name, value in knobs(loss_fn).items()
+    }
+    inert = {name: left for name, left in inert.items() if left}
     suppose(bool(inert), "it has no settings that can be seen")
     for batch in generic(probe.batch):
         usual = probe(batch)
         for name, left in inert.items():
-            moves = [any(changed(probe, batch, usual, v) for v in variants(loss_fn, name, e)) for e in left]
+            told = isinstance(knobs(loss_fn)[name], bool)  # a switch may be for the metrics alone
+            moves = [any(changed(probe, batch, usual, v, told) for v in variants(loss_fn, name, e)) for e in left]
             inert[name] = [e for e, moved_ in zip(left, moves) if not moved_]
     for name, left in inert.items():
         whole = len(left) == len(list(elements(knobs(loss_fn)[name])))
@@ -290,12 +283,14 @@ def no_inert_knob(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tenso
         demand(not left, "clip-inert" if clip else "inert-knob", seen)
 
 
-def changed(probe: Probe, batch: Batch, usual: Any, other: LossFn) -> bool:
+def changed(probe: Probe, batch: Batch, usual: Outcome, other: LossFn, told: bool) -> bool:
+    """Whether another setting gives another value or gradient, or, where that counts, other metrics."""
     try:
         result = probe(batch, other)
     except Exception:
         return False
-    return not probe.same([result.value, result.gradients], [usual.value, usual.gradients], scale=0.01)
+    same = probe.same([result.value, result.gradients], [usual.value, usual.gradients], scale=0.01)
+    return not same or (told and result.metrics != usual.metrics)
 
 
 def generic(like: Batch) -> list[Batch]:
@@ -305,11 +300,15 @@ def generic(like: Batch) -> list[Batch]:
     throughout a sequence, past every cap.
     """
     steady = [made(like, d, alternate=False) for d in (0.3, 2.0, 25.0)]
-    return [made(like, d, alternate=True) for d in (0.0, 0.01, 0.15, 0.3, 1.0, 2.0, 25.0)] + steady
+    calm = [made(like, d, alternate=True) for d in (0.0, 0.01, 0.15, 0.3, 1.0, 2.0, 25.0)]
+    return [*calm, *steady, made(like, 0.25, alternate=True, level=-0.75)]
 
 
-def made(like: Batch, d: float, *, alternate: bool) -> Batch:
-    """Four datums of unequal length whose log-ratios are ±d, alternating by token or by sequence."""
+def made(like: Batch, d: float, *, alternate: bool, level: float = -30.0) -> Batch:
+    """Four datums of unequal length whose log-ratios are ±d, alternating by token or by sequence.
+
+    Around logprobs of −30 there is room for any ratio; a loss of the probabilities themselves needs likely ones.
+    """
 
     def flip(i: int, j: int) -> float:
         return -1.0 if (i // 2 + j * alternate) % 2 else 1.0
@@ -317,7 +316,7 @@ def made(like: Batch, d: float, *, alternate: bool) -> Batch:
     def fill(value: Callable[[int, int], float]) -> Rows:
         return [[value(i, j) for j in range(n * (like.targets or 1))] for i, n in enumerate((2, 3, 1, 4))]
 
-    level = -30.0 if "old_logprobs" in like.columns else -0.75
+    level = level if "old_logprobs" in like.columns else -0.75
     logprobs = fill(lambda i, j: level if level == -30 else level - 0.125 * i - d / 8)
     columns = {
         "advantages": fill(lambda i, j: (1 + 0.25 * j) * (-1 if i % 2 else 1)),
@@ -344,12 +343,14 @@ def finite(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> 
         for x, y in ends:
             for advantage in (1.0, -1.0):
                 batch = single(probe.batch, datums=2, logprobs=x, advantages=advantage)
-                other = {name: [[y] * len(row) for row in batch.weights] for name in batch.columns if name in OTHERS}
-                if pairs:
-                    both = [[x] * len(batch.weights[0]), [y] * len(batch.weights[1])]
-                    batch = batch.having(logprobs=both, **{name: [[-1.0] * len(r) for r in both] for name in other})
-                else:
-                    batch = batch.having(**other)
-                result = probe(batch)
+                width = len(batch.weights[0])
+                sides = [[x] * width, [y if pairs else x] * width]
+                others = {name: [[-1.0 if pairs else y] * width] * 2 for name in others_of(batch)}
+                result = probe(batch.having(logprobs=sides, **others))
                 seen = f"At logprobs {x:g} and {y:g} the value is {result.value} and the gradients {result.gradients}."
                 demand(result.finite, bug if pairs else "exp-overflow", seen)
+
+
+def others_of(batch: Batch) -> list[str]:
+    """The columns that hold another policy's logprobs."""
+    return [name for name in batch.columns if name in LOGPROB_COLUMNS]

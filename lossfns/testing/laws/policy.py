@@ -17,6 +17,7 @@ from lossfns.testing.laws.base import (
     filled,
     influences,
     inhabited,
+    masks_only,
     neutral,
     single,
     slots,
@@ -76,8 +77,12 @@ def zero_advantage(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tens
 
 def kl(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
     """The KL term pulls to the reference, from either side, whatever the advantage."""
+    from lossfns.testing.subject import knobs
+
     probe = Probe.of(loss_fn, data, logprobs)
     suppose("ref_logprobs" in columns_read(probe), "it reads no reference")
+    off = [name for name, value in knobs(loss_fn).items() if "kl" in name and value == 0]
+    suppose(not off, f"{off[0] if off else ''} is 0")
     lp = -30.0
     pull = {
         (a, x): gradient_at(probe, 0.0, a, ref_logprobs=lp - x)[1] - gradient_at(probe, 0.0, a, ref_logprobs=lp)[1]
@@ -91,12 +96,24 @@ def kl(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None
     if all(p == 0 for p in pull.values()):
         demand(still == 0, "k1-in-loss", f"{seen}: {still:g} everywhere.")
         moves = values[0] != values[1]
+        suppose(moves or not only_reported(probe), "the reference is for its metrics alone")
         demand(False, "kl-detached" if moves else "ref-inert", f"{seen}; its value {'moves' if moves else 'does not'}.")
     spread = max(abs(pull[a, x] - pull[0.0, x]) for a, x in pull)
     shared = spread <= 1e-3 * max(map(abs, pull.values()))
     by_advantage = f"{seen} at advantage 0, {pull[1.0, 0.5]:g} at 1, {pull[-2.0, 0.5]:g} at −2."
     demand(shared, "kl-scaled-by-advantage", by_advantage)
     demand(above > 0 > below, "kl-sign", f"{seen}: it pushes away.")
+
+
+def only_reported(probe: Probe) -> bool:
+    """Whether the reference moves a metric of a loss that has no setting for a KL term."""
+    from lossfns.testing.subject import knobs
+
+    reported = [
+        probe(single(probe.batch, logprobs=-30.0, old_logprobs=-30.0, sampler_logprobs=-30.0, ref_logprobs=ref)).metrics
+        for ref in (-30.0, -30.5)
+    ]
+    return reported[0] != reported[1] and not any("kl" in name or "beta" in name for name in knobs(probe.loss_fn))
 
 
 def ratio(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
@@ -115,6 +132,8 @@ def ratio(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> N
     demand(measured != 1, "old-logprobs-inert", f"{seen}: the same.")
     suppose(not math.isclose(measured, 1 + 0.5 / -30, rel_tol=0.2) or measured < 0.9, "the value is no ratio")
     demand(not math.isclose(measured, math.exp(-1.5), rel_tol=1e-3), "ratio-product", f"{seen}: exp(3 · −0.5) of it.")
+    squared = "sampler_logprobs" in columns_read(probe) and math.isclose(measured, math.exp(-1), rel_tol=1e-3)
+    demand(not squared, "missing-stop-gradient", f"{seen}: the ratio enters twice, by the sampler correction too.")
     demand(not math.isclose(measured, math.exp(0.5), rel_tol=1e-3), "ratio-inverted", f"{seen}: exp(0.5) of it.")
     right = math.isclose(measured, math.exp(-0.5), rel_tol=1e-3)
     demand(right, "ratio-not-exponentiated", f"{seen}: {measured:g} of it, not exp(−0.5).")
@@ -154,7 +173,11 @@ def on_policy(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) 
     suppose(any(g != 0 for row in gradients for g in row), "there is no gradient")
     factors = [[-g / w for g, w in zip(gs, ws)] for gs, ws in zip(gradients, batch.weights)]
     seen = f"On-policy, with advantages 1 and weights {batch.weights}, the gradients are {gradients}."
-    if not coupled(probe) and not all(probe.same(row, [row[0]] * len(row)) for row in factors):
+    if (
+        not coupled(probe)
+        and not masks_only(probe)
+        and not all(probe.same(row, [row[0]] * len(row)) for row in factors)
+    ):
         squared = [[-g / w**2 for g, w in zip(gs, ws)] for gs, ws in zip(gradients, batch.weights)]
         twice = all(probe.same(row, [row[0]] * len(row)) for row in squared)
         demand(False, "weights-squared" if twice else "weights-binarised", seen)
@@ -208,12 +231,25 @@ def clip(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> No
     if good_below or binds_bad:
         kept = not good_above and not bad_below
         demand(False, "clip-max-for-min" if kept else "clip-without-min", f"{seen}.")
-    for a, side in ((1.0, 1), (-1.0, -1)):
-        far = [(v, g) for d, v, g in table[a] if d * side > 1.5]
-        flat = all(probe.same(v, far[0][0]) for v, _ in far)
-        leaks = flat and all(g != 0 for _, g in far) and not probe.same(far[0][0], table[a][len(UP)][1])
-        seen = f"With advantage {a:g} the loss is {far[0][0]:g} for all ratios past {math.exp(1.5 * side):.3g}"
-        demand(not leaks, "clip-gradient-leaks", f"{seen}, but its gradient is {far[0][1]:g}.")
+    for a, d in ((1.0, 2.5), (-1.0, -2.5)):
+        value, gradient = gradient_at(probe, d, a)
+        moved = single_value(probe, d, a, -0.25)
+        still = probe.same(value, moved) and gradient != 0
+        seen = f"At the ratio {math.exp(d):.3g} and advantage {a:g} the loss does not move with its logprob"
+        demand(not still or steady(table[a]), "clip-gradient-leaks", f"{seen}, but its gradient is {gradient:g}.")
+
+
+def single_value(probe: Probe, d: float, advantage: float, by: float) -> float:
+    """The value of a single token of log-ratio d whose own logprob is moved a little."""
+    batch = single(
+        probe.batch, logprobs=-30.0, advantages=advantage, old_logprobs=-30.0 - d, sampler_logprobs=-30.0 - d
+    )
+    return probe(batch.having(logprobs=[[x + by for x in row] for row in batch.logprobs])).value
+
+
+def steady(table: list[tuple[float, float, float]]) -> bool:
+    """Whether the value is the same at every ratio, as that of a ratio which is always 1."""
+    return all(value == table[0][1] for _, value, _ in table)
 
 
 def clip_bounds(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
