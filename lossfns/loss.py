@@ -179,14 +179,15 @@ class BoundLoss:
         return metrics
 
 
-SUMS = ("tokens", "sequences", "sequences_empty", "pairs", "count", "grad_l1")
+SUMS = ("tokens", "sequences", "sequences_empty", "pairs", "count")
+DIVIDED = ("loss", "grad_l1")
 
 
 def merge_metrics(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """The metrics of a whole batch from those of its chunks, exactly.
 
-    Counts add; statistics are averaged by their rows; the loss is Σ loss·denominator / Σ count, which is
-    Σ loss for chunks that were bound to the whole batch's denominator, and for raw sums.
+    Counts add; statistics are averaged by their rows; the loss (and ``grad_l1``) is Σ loss·denominator / Σ count,
+    which is Σ loss for chunks that were bound to the whole batch's denominator, and for raw sums.
     """
     if not parts:
         raise LossInputError("parts", "the metrics of at least one chunk", "none", "Merge after the first chunk.")
@@ -195,10 +196,11 @@ def merge_metrics(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
     sums = {name: sum(part[name] for part in parts) for name in added}
     rows = sums[row_name] or 1.0
     denominator = sums.get("count", 1.0)
-    loss = sum(part["loss"] * part["denominator"] for part in parts) / (denominator or 1.0)
-    means = [name for name in parts[0] if name not in (*added, "loss", "denominator")]
+    divided = [name for name in DIVIDED if name in parts[0]]
+    totals = {name: sum(part[name] * part["denominator"] for part in parts) / (denominator or 1.0) for name in divided}
+    means = [name for name in parts[0] if name not in (*added, *divided, "denominator")]
     merged = {name: sum(part[name] * part[row_name] for part in parts) / rows for name in means}
-    return {"loss": loss, **sums, "denominator": denominator, **merged}
+    return {**totals, **sums, "denominator": denominator, **merged}
 
 
 def grad_l1(total: Tensor, t: Tokens) -> Tensor:

@@ -75,6 +75,12 @@ def test_a_group_of_one_has_no_advantage_and_says_so(scale: str) -> None:
     assert result[1] == -result[2] != 0
 
 
+def test_a_group_of_one_divides_by_nothing() -> None:
+    """Its deviation has no degree of freedom; no 0/0 is computed on the way, not even one that is masked after."""
+    with np.errstate(all="raise"), pytest.warns(LossWarning):
+        assert advantages([5.0, 1.0, 3.0], ["lone", "a", "a"])[0] == 0.0
+
+
 def test_a_rare_success_keeps_its_scale() -> None:
     """One success in four: mean ¼, variance (9/16 + 3/16)/3 = ¼, so 3/4 and −1/4 over ½ are 1.5 and −0.5."""
     assert advantages([0, 0, 1, 0], "qqqq") == pytest.approx([-0.5, -0.5, 1.5, -0.5], rel=3e-6)
@@ -141,6 +147,10 @@ def test_labels_may_be_anything_that_can_be_told_apart(groups: Any) -> None:
     assert advantages([1.0, 10.0, 3.0, 30.0], groups, "none") == [-1.0, -10.0, 1.0, 10.0]
 
 
+def test_labels_may_come_one_by_one() -> None:
+    assert advantages([1.0, 10.0, 3.0, 30.0], (label for label in "pqpq"), "none") == [-1.0, -10.0, 1.0, 10.0]
+
+
 @pytest.mark.parametrize(
     "rewards",
     [
@@ -183,16 +193,21 @@ def test_metrics_count_groups_without_signal() -> None:
     [
         ([1.0, 2.0], ["a"], "groups: expected 2 labels, one per reward, got 1"),
         ([1.0], ["a", "b"], "groups: expected 1 labels, one per reward, got 2"),
-        ([1.0, 2.0], None, "groups: expected 2 labels, one per reward"),
-        ([1.0, 2.0], 2, "groups: expected 2 labels, one per reward"),
+        ([1.0, 2.0], None, "groups: expected 2 labels, one per reward, got None"),
+        ([1.0, 2.0], 2, "groups: expected 2 labels, one per reward, got 2"),
+        ([1.0, 2.0], "", "groups: expected 2 labels, one per reward, got ''"),
+        ([1.0, 2.0], ["a", ["b"]], "groups: expected 2 labels, one per reward"),
+        ([1.0, 2.0], np.array(7), "groups: expected 2 labels, one per reward"),
         ([1.0, 2.0], torch.tensor([[0], [0]]), "groups: expected"),
         ([], [], "rewards: expected one number for each sample"),
         (1.0, ["a"], "rewards: expected one number for each sample"),
         ([[1.0, 2.0]], ["a"], "rewards: expected one number for each sample"),
         ([[1.0], [1.0, 2.0]], ["a", "a"], "rewards: expected one number for each sample"),
         (["1.0", "good"], ["a", "a"], "rewards: expected one number for each sample"),
+        ([{"reward": 1.0}, 2.0], ["a", "a"], "rewards: expected one number for each sample"),
         ([0.0, None], ["a", "a"], r"rewards\[1\]: expected a finite number"),
         ([0.0, math.nan], ["a", "a"], r"rewards\[1\]: expected a finite number, got nan"),
+        ([0.0, math.nan, 1.0, math.inf], "aaaa", r"rewards\[1\]: expected a finite number, got nan"),
         ([math.inf, 0.0], ["a", "a"], r"rewards\[0\]: expected a finite number, got inf"),
     ],
 )

@@ -1,19 +1,22 @@
 """The record itself: repr, binding, metrics, host transfers, and a loss of one's own."""
 
 import copy
+import dataclasses
 import math
 import warnings
 from random import Random
 from typing import Any
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
 import torch
-from batches import CASES, Case, call, random_batch
+from batches import CASES, Batch, Case, call, random_batch
 from torch import Tensor
 
 import lossfns
-from lossfns import Loss, LossInputError, LossWarning, Tokens, datum_from_tokens, merge_metrics, token_mean
+from lossfns import ON_POLICY, Loss, LossInputError, LossWarning, Tokens, datum_from_tokens, merge_metrics, token_mean
+from lossfns.loss import weighed
 
 NAMESPACE = {name: getattr(lossfns, name) for name in dir(lossfns)}
 
@@ -70,6 +73,14 @@ def test_grad_l1_on_request() -> None:
     assert metrics["grad_l1"] == pytest.approx(logprobs[0].grad.abs().sum().item()) == pytest.approx(1.0)
 
 
+def test_grad_l1_of_chunks_merges_like_the_loss() -> None:
+    """Token-mean CE: Σ|∂L/∂lp| = Σ w / Σ w = 1, of the whole and of each chunk with a denominator of its own."""
+    first, second = data_and_logprobs(), data_and_logprobs((1.0, 1.0, 1.0))
+    loss = lossfns.cross_entropy().bind(grad_l1=True)
+    merged = merge_metrics([loss(*first)[1], loss(*second)[1]])
+    assert merged["grad_l1"] == loss(first[0] + second[0], first[1] + second[1])[1]["grad_l1"] == pytest.approx(1.0)
+
+
 def test_binding_accumulates_and_replaces() -> None:
     data, logprobs = data_and_logprobs()
     bound = lossfns.ppo().bind(advantages=[1.0]).bind(old_logprobs=lossfns.ON_POLICY)
@@ -85,6 +96,12 @@ def test_denominator_before_any_forward_pass() -> None:
     assert lossfns.cross_entropy(weigh=lossfns.fixed_length(7)).denominator(data * 3) == 21
     assert lossfns.cross_entropy(weigh=lossfns.token_sum).denominator(data) == 1
     assert lossfns.cross_entropy().bind(weights=[[1.0, 0.5, 0.25]]).denominator(data) == 1.75
+
+
+def test_a_raw_sum_is_divided_by_1_whatever_is_bound() -> None:
+    data, logprobs = data_and_logprobs()
+    value, metrics = lossfns.cross_entropy(weigh=lossfns.token_sum).bind(denominator=8)(data, logprobs)
+    assert value.item() == 5 and metrics["denominator"] == 1 and "count" not in metrics
 
 
 def test_a_chunk_without_any_active_token_is_a_valid_part_of_a_larger_batch() -> None:
@@ -180,7 +197,8 @@ def test_merging_adds_what_is_named_a_sum_and_takes_chunks_without_any_token() -
 
 def test_a_denominator_may_be_a_tensor_as_all_reduce_leaves_it() -> None:
     data, logprobs = data_and_logprobs()
-    assert lossfns.cross_entropy().bind(denominator=torch.tensor(5.0))(data, logprobs)[0].item() == 1.0
+    value, metrics = lossfns.cross_entropy().bind(denominator=torch.tensor(5.0))(data, logprobs)
+    assert value.item() == 1.0 and metrics["denominator"] == 5 and type(metrics["denominator"]) is float
     for value in (0.0, -1.0, math.nan, math.inf):
         with pytest.raises(LossInputError, match="cross_entropy: denominator: expected a finite number above 0"):
             lossfns.cross_entropy().bind(denominator=torch.tensor(value))
@@ -214,3 +232,224 @@ def test_text_and_complex_numbers_are_no_numbers(advantages: Any) -> None:
     bound = lossfns.ppo().bind(advantages=advantages, old_logprobs=lossfns.ON_POLICY)
     with pytest.raises(LossInputError, match="advantages: expected a number or a row of numbers"):
         bound(data * 2, logprobs * 2)
+
+
+def test_defaults_of_the_combinators() -> None:
+    """β = 0.001 with k3, a weight of at most 2 on each token, and a dual clip at 3."""
+    assert lossfns.with_kl(lossfns.ppo()).knobs == {"loss": ANY, "kl_beta": 1e-3, "kl": lossfns.k3}
+    assert lossfns.with_tis(lossfns.ppo()).knobs == {"loss": ANY, "cap": 2.0, "level": lossfns.token_level}
+    assert lossfns.dual_clip(lossfns.ppo()).knobs == {"loss": ANY, "c": 3.0}
+
+
+def test_a_combinator_adds_the_columns_it_reads_once_and_in_order() -> None:
+    assert lossfns.with_tis(lossfns.reinforce()).reads == ("advantages", "old_logprobs", "sampler_logprobs")
+    assert lossfns.with_tis(lossfns.ppo()).reads == ("advantages", "old_logprobs", "sampler_logprobs")
+    assert lossfns.with_kl(lossfns.reinforce()).reads == ("advantages", "ref_logprobs")
+    assert lossfns.dual_clip(lossfns.ppo()).reads == ("advantages", "old_logprobs")
+
+
+def test_a_combinator_keeps_the_statistics_of_the_loss_inside() -> None:
+    batch = random_batch(Random(1))
+    inside = call(lossfns.ppo(), batch)[2]
+    for outer, added in (
+        (lossfns.with_kl(lossfns.ppo()), {"kl_ref"}),
+        (lossfns.with_tis(lossfns.ppo()), {"tis_weight", "tis_capped"}),
+        (lossfns.dual_clip(lossfns.ppo()), {"clip_dual"}),
+    ):
+        metrics = call(outer, batch)[2]
+        assert metrics.keys() == inside.keys() | added
+        assert all(metrics[name] == inside[name] for name in inside.keys() - {"loss"})
+
+
+def test_a_loss_without_a_preset_is_named_loss() -> None:
+    bare = weighed(lambda t: (-t.logprobs, {}), ["advantages"], token_mean)
+    assert repr(bare) == "loss()" and bare.reads == ("advantages",) and bare.rows == "tokens"
+
+
+def own(term: float, advantages: list[float]) -> tuple[Tensor, dict[str, float]]:
+    """A loss of one's own, the same at every token, dual-clipped at 3."""
+    terms: Any = lambda t: (term + 0 * t.logprobs, {})  # noqa: E731
+    loss = lossfns.dual_clip(Loss("own", {}, ("advantages",), terms, token_mean.share, token_mean.count))
+    data, logprobs = data_and_logprobs((1.0, 1.0, 1.0))
+    return loss.bind(advantages=[advantages])(data, logprobs)
+
+
+@pytest.mark.parametrize(
+    ("advantages", "value", "binds"),
+    [
+        ([-0.25, -0.25, -0.25], 0.75, 1.0),  # min(1.5, 3·0.25)
+        ([-0.25, -1.0, -0.25], 1.0, 2 / 3),  # min(1.5, 3) at the second
+        ([-0.5, -0.5, -0.5], 1.5, 0.0),  # on the bound nothing changes
+        ([0.0, 1.0, 0.25], 1.5, 0.0),  # only a negative advantage is clipped by
+    ],
+)
+def test_a_dual_clip_binds_where_it_changes_the_loss(advantages: list[float], value: float, binds: float) -> None:
+    """A loss of 1.5 against −3·A."""
+    got, metrics = own(1.5, advantages)
+    assert got.item() == pytest.approx(value) and metrics["clip_dual"] == pytest.approx(binds)
+
+
+def test_a_weight_at_its_cap_is_not_counted_as_capped() -> None:
+    """old = sampler: weight 1 with a cap of 1 is what it would be without."""
+    data, logprobs = data_and_logprobs()
+    columns = {"advantages": [1.0], "old_logprobs": [[-1.0, -2.0, -3.0]], "sampler_logprobs": [[-1.0, -2.0, -3.5]]}
+    _, metrics = lossfns.with_tis(lossfns.ppo(), cap=1.0).bind(**columns)(data, logprobs)
+    assert metrics["tis_capped"] == 0.5 and metrics["tis_weight"] == 1.0
+
+
+def test_statistics_are_means_over_active_tokens_whatever_their_share() -> None:
+    """The second of two active tokens has a share of 0: it is no part of the loss, but still a token."""
+    loss = Loss(
+        name="first",
+        knobs={},
+        reads=(),
+        terms=lambda t: (-t.logprobs, {"nll": -t.logprobs}),
+        share=lambda t: t.weights * torch.tensor([0.0, 1.0, 0.0]),
+        count=token_mean.count,
+    )
+    data, logprobs = data_and_logprobs()
+    value, metrics = loss(data, logprobs)
+    assert value.item() == 2 / 2 and metrics["nll"] == (2 + 3) / 2
+
+
+def test_a_pair_of_negative_share_is_a_pair() -> None:
+    """Two pairs, the first with share −1, the second with none: one row, and its margin is the mean."""
+    dpo = lossfns.dpo()
+    loss = dataclasses.replace(dpo, share=lambda t: torch.tensor([-1.0, 0.0], dtype=t.weights.dtype), count=None)
+    ref = {"ref_logprobs": [[-1.0]] * 4}
+    value, _, metrics = call(loss, Batch([[-1.0], [-3.0], [-1.0], [-9.0]], [[1.0]] * 4, ref))
+    assert value == pytest.approx(-math.log1p(math.exp(-0.2))) and metrics["pairs"] == 1 and metrics["margin"] == 2
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_statistics_of_every_loss_are_constants(case: Case) -> None:
+    batch, reads = case.batch(Random(0)), case.loss.reads
+    t = lossfns.pack(batch.data(), batch.tensors(), reads, batch.bound(reads), rows=case.loss.rows)
+    term, statistics = case.loss.terms(t)
+    assert term.requires_grad and not any(x.requires_grad for x in statistics.values())
+
+
+def test_the_reduction_takes_statistics_off_the_graph() -> None:
+    loss = Loss("nll", {}, (), lambda t: (-t.logprobs, {"nll": -t.logprobs}), token_mean.share, token_mean.count)
+    _, statistics = lossfns.evaluate(loss, Tokens(torch.zeros(2, requires_grad=True), torch.ones(2)))
+    assert statistics.keys() == {"rows", "nll"} and not any(x.requires_grad for x in statistics.values())
+
+
+def test_weights_with_a_negative_sum_have_no_mean() -> None:
+    data, logprobs = data_and_logprobs((1.0, -2.0, 0.0))
+    with pytest.raises(LossInputError, match=r"weights: expected a denominator above 0, got -1\."):
+        lossfns.cross_entropy()(data, logprobs)
+    assert lossfns.cross_entropy().denominator(data) == -1  # a part: the others may make the sum positive
+    assert lossfns.cross_entropy().bind(denominator=2)(data, logprobs)[0].item() == (1 - 4) / 2
+
+
+def test_what_is_bound_stays_bound_until_it_is_bound_again() -> None:
+    data, logprobs = data_and_logprobs()
+    loss = lossfns.cross_entropy().bind(grad_l1=True, align="truncate", denominator=4)
+    again = loss.bind(weights=[[0.0, 1.0, 1.0, 7.0]])
+    value, metrics = again(data, logprobs)
+    assert value.item() == 5 / 4 and metrics["grad_l1"] == 2 / 4 and metrics["denominator"] == 4
+    assert "grad_l1" not in again.bind(grad_l1=False)(data, logprobs)[1]
+    with pytest.raises(LossInputError, match="weights"):
+        again.bind(align="strict")(data, logprobs)
+
+
+@pytest.mark.parametrize(
+    ("columns", "field", "got", "fix"),
+    [
+        ({"advantage": [1.0]}, "bind", "the name 'advantage'", "Did you mean 'advantages'?"),
+        ({"denominators": 3}, "bind", "the name 'denominators'", "Did you mean 'denominator'?"),
+        ({"aling": "strict"}, "bind", "the name 'aling'", "Did you mean 'align'?"),
+        ({"grad_11": True}, "bind", "the name 'grad_11'", "Did you mean 'grad_l1'?"),
+        ({"align": "truncated"}, "align", "'truncated'", "Did you mean 'truncate'?"),
+        ({"align": "strickt"}, "align", "'strickt'", "Did you mean 'strict'?"),
+        ({"advantages": None}, "advantages", "None", "Leave it out to read the datums' own."),
+        ({"advantages": ON_POLICY}, "advantages", "ON_POLICY", "Leave it out to read the datums' own."),
+        ({"ref_logprobs": ON_POLICY}, "ref_logprobs", "ON_POLICY", "Leave it out to read the datums' own."),
+        ({"denominator": 0}, "denominator", "0", "Take it from loss.denominator(whole_batch)."),
+        ({"denominator": torch.ones(0)}, "denominator", "tensor([])", "Take it from loss.denominator(whole_batch)."),
+        (
+            {"denominator": torch.ones(2)},
+            "denominator",
+            "tensor([1., 1.])",
+            "Take it from loss.denominator(whole_batch).",
+        ),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_bound_is_refused(columns: dict[str, Any], field: str, got: str, fix: str) -> None:
+    with pytest.raises(LossInputError) as caught:
+        lossfns.grpo().bind(**columns)
+    error = caught.value
+    assert (error.loss, error.field, error.got, error.fix) == ("grpo", field, got, fix)
+
+
+def test_everything_is_bound_by_name() -> None:
+    with pytest.raises(TypeError):
+        lossfns.ppo().bind().bind(5)
+
+
+def test_a_column_that_is_not_read_is_bound_with_a_warning() -> None:
+    with pytest.warns(LossWarning, match=r"reinforce\(weigh=token_mean\) does not read old_logprobs"):
+        lossfns.reinforce().bind(old_logprobs=[[0.0, -1.0, -2.0]])
+    lossfns.reinforce().bind(weights=[[0.0, 1.0, 1.0]], advantages=[1.0])
+
+
+def test_grad_l1_adds_over_chunks_of_one_denominator() -> None:
+    data, logprobs = data_and_logprobs()
+    loss = lossfns.cross_entropy().bind(grad_l1=True, denominator=4)
+    assert merge_metrics([loss(data, logprobs)[1], loss(data, logprobs)[1]])["grad_l1"] == 1.0
+
+
+def test_grad_l1_of_constants_is_refused() -> None:
+    data, logprobs = data_and_logprobs()
+    with pytest.raises(LossInputError, match="logprobs_list: expected tensors that require grad, for grad_l1"):
+        lossfns.cross_entropy().bind(grad_l1=True)(data, [logprobs[0].detach()])
+
+
+def test_k1_as_a_penalty_is_doubted() -> None:
+    with pytest.warns(LossWarning, match="k1 in a loss has an expected gradient of 0"):
+        lossfns.with_kl(lossfns.ppo(), kl=lossfns.k1)
+
+
+@pytest.mark.parametrize(
+    ("build", "field", "got", "fix"),
+    [
+        (lambda: lossfns.with_kl(lossfns.ppo), "loss", "ppo", "Call the preset: ppo(), not ppo."),
+        (lambda: lossfns.with_kl(3), "loss", "3", "Call the preset: ppo(), not ppo."),
+        (
+            lambda: lossfns.with_kl(lossfns.dpo(weigh=lossfns.pair_sum)),
+            "loss",
+            "dpo(beta=0.1, label_smoothing=0.0, weigh=pair_sum)",
+            "Apply with_kl last, with_tis before it, dual_clip first: with_kl(with_tis(ppo()), kl_beta=0.01).",
+        ),
+        (
+            lambda: lossfns.with_kl(lossfns.orpo()),
+            "loss",
+            "orpo(lam=0.1, weigh=pair_mean) over pairs",
+            "It works on a term of each token.",
+        ),
+        (
+            lambda: lossfns.dual_clip(lossfns.cross_entropy()),
+            "loss",
+            "cross_entropy(weigh=token_mean)",
+            "There is nothing to clip by.",
+        ),
+    ],
+)
+def test_what_cannot_be_wrapped_is_refused(build: Any, field: str, got: str, fix: str) -> None:
+    with pytest.raises(LossInputError) as caught:
+        build()
+    assert (caught.value.field, caught.value.got, caught.value.fix) == (field, got, fix)
+
+
+def test_an_unknown_knob_is_a_type_error_with_a_hint() -> None:
+    with pytest.raises(TypeError, match=r"^ppo\(\) has no knob 'clp'\. Did you mean 'clip'\?$"):
+        lossfns.ppo(clp=(0.8, 1.2))
+
+
+def test_records_cannot_be_changed() -> None:
+    loss = lossfns.ppo()
+    for record, name in ((loss, "name"), (loss.bind(denominator=2), "divisor")):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(record, name, None)

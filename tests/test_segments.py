@@ -18,6 +18,10 @@ T = Tokens(X, WEIGHTS, torch.tensor(LENGTHS))
         (lambda: segments.active_tokens(T), [2.0, 0.0, 2.0, 0.0]),
         (lambda: segments.nonempty(T), [True, False, True, False]),
         (lambda: segments.active_mean(T, X), [4.0, 0.0, 9.0, 0.0]),
+        (
+            lambda: segments.active_mean(T, X + 1),
+            [5.0, 0.0, 10.0, 0.0],
+        ),  # (4 + 6)/2, (8 + 12)/2: a masked 1 adds nothing
         (lambda: segments.weighted_sum(T, X), [13.0, 0.0, 12.5, 0.0]),
         (lambda: segments.weighted_mean(T, X), [13 / 3, 0.0, 12.5 / 1.5, 0.0]),
         (lambda: segments.total_weight(T), [3.0, 1.0, 1.5, 1.0]),
@@ -36,6 +40,23 @@ def test_one_sequence_needs_no_lengths(fn: str) -> None:
     assert segments.spread(without, torch.tensor([4.0])).tolist() == [4.0] * 6
 
 
+@pytest.mark.parametrize("fn", ["active_tokens", "nonempty", "total_weight"])
+def test_counts_of_one_sequence_have_the_dtype_they_have_of_many(fn: str) -> None:
+    with_lengths = getattr(segments, fn)(Tokens(X, WEIGHTS, torch.tensor([6])))
+    without = getattr(segments, fn)(Tokens(X, WEIGHTS))
+    assert with_lengths.tolist() == without.tolist() and with_lengths.dtype == without.dtype
+
+
 def test_pairs_are_even_and_odd_sequences() -> None:
     y = torch.arange(6)
     assert segments.chosen(y).tolist() == [0, 2, 4] and segments.rejected(y).tolist() == [1, 3, 5]
+
+
+def test_no_shape_depends_on_a_value() -> None:
+    """On meta tensors, which have no values: so nothing here makes a device wait to learn a size."""
+    x = torch.zeros(6, device="meta")
+    t = Tokens(x, torch.ones(6, device="meta"), torch.tensor([3, 2, 1], device="meta"))
+    for fn in (segments.sequence_sum, segments.active_mean, segments.weighted_sum, segments.weighted_mean):
+        assert fn(t, x).shape == (3,)
+        assert segments.spread(t, fn(t, x)).shape == (6,)
+    assert segments.total_weight(t).shape == segments.nonempty(t).shape == (3,)

@@ -55,6 +55,12 @@ def test_dual_clip_truth_table(ratio: float, advantage: float, value: float, gra
     assert got == pytest.approx((value, gradient), abs=1e-15)
 
 
+def test_dual_clip_leaves_a_token_without_advantage_as_it_is() -> None:
+    """At A = 0 the bound −c·A is 0: a loss of 1 there is no cost of a bad token, and keeps value and gradient."""
+    zero = torch.tensor(0.0, dtype=torch.float64)
+    assert slope(lambda loss: eq.dual_clipped(loss, zero, 3.0), 1.0) == (1.0, 1.0)
+
+
 def test_the_cap_has_no_gradient_beyond_it() -> None:
     assert slope(lambda d: eq.cap(d, 20.0), 19.0) == (19.0, 1.0)
     assert slope(lambda d: eq.cap(d, 20.0), -25.0) == (-20.0, 0.0)
@@ -62,7 +68,7 @@ def test_the_cap_has_no_gradient_beyond_it() -> None:
 
 
 def test_straight_through_takes_the_value_of_one_and_the_gradient_of_the_other() -> None:
-    assert slope(lambda x: eq.straight_through(x * 0 + 7, 3 * x), 2.0) == (7.0, 3.0)
+    assert slope(lambda x: eq.straight_through(x * x, 3 * x), 2.0) == (4.0, 3.0)
 
 
 def test_importance_weight_is_a_bounded_constant() -> None:
@@ -70,6 +76,11 @@ def test_importance_weight_is_a_bounded_constant() -> None:
     weight = eq.importance_weight(x, 2.0)
     assert weight.tolist() == pytest.approx([1.0, 1.5, 2.0, 2.0])
     assert not weight.requires_grad
+
+
+def test_importance_weight_without_a_bound_of_its_own_stops_at_the_cap_of_the_log_ratio() -> None:
+    x = torch.tensor([90.0, 19.0], dtype=torch.float64)
+    assert eq.importance_weight(x, math.inf).tolist() == pytest.approx([math.exp(20), math.exp(19)])
 
 
 def test_kl_estimators_by_hand() -> None:
@@ -139,6 +150,11 @@ def test_preference_by_hand() -> None:
 def test_log_odds_by_hand() -> None:
     """p = ¼: log(¼ / ¾) = −log 3, and its slope in log p is 1 / (1 − p) = 4/3."""
     assert slope(eq.log_odds, math.log(0.25)) == pytest.approx((-math.log(3), 4 / 3))
+
+
+def test_log_odds_of_certainty_are_those_of_the_floor() -> None:
+    """At p = 1 the odds are 1 / 1e-15, so log(1e15) = 34.538776; the slope is 1 + p / 1e-15."""
+    assert slope(eq.log_odds, 0.0) == pytest.approx((34.538776394910684, 1e15), rel=1e-12)
 
 
 @pytest.mark.parametrize("a", [-1e-15 * 2, -1e-12, -1e-6, -1e-3, -0.7, -5.0, -800.0])

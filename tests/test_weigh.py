@@ -1,5 +1,6 @@
 """Weighings: shares and counts by hand, and what they refuse."""
 
+import dataclasses
 import math
 
 import pytest
@@ -38,6 +39,15 @@ def test_pairs_count_where_both_sides_are_active() -> None:
     assert lossfns.pair_sum.count is None
 
 
+@pytest.mark.parametrize("weights", [[1.0, 0.0, 0.0, 1.0], [0.0, 1.0, 1.0, 0.0]])
+def test_a_pair_with_one_active_side_does_not_count(weights: list[float]) -> None:
+    t = Tokens(torch.zeros(4), torch.tensor(weights, dtype=torch.float64), torch.tensor([1, 1, 1, 1]))
+    for weigh in (lossfns.pair_mean, lossfns.pair_sum):
+        share = weigh.share(t)
+        assert share.tolist() == [0.0, 0.0] and share.dtype == torch.float64
+    assert lossfns.pair_mean.count(t).item() == 0
+
+
 def test_a_sequence_whose_signed_weights_have_no_positive_sum_has_no_mean() -> None:
     t = Tokens(torch.zeros(3), torch.tensor([1.0, 1.0, -2.0]), torch.tensor([1, 2]))
     assert math.isnan(lossfns.sequence_mean.count(t).item())
@@ -71,3 +81,34 @@ def test_repr_is_the_name() -> None:
 def test_what_does_not_fit_is_refused(build, message: str) -> None:
     with pytest.raises(LossInputError, match=message):
         build()
+
+
+TOKEN_WEIGHINGS = ["token_mean", "sequence_mean", "sequence_sum_mean", "token_sum", "fixed_length"]
+PAIR_WEIGHINGS = ["pair_mean", "pair_sum"]
+
+
+@pytest.mark.parametrize(
+    ("preset", "wrong", "rows", "fitting"),
+    [
+        (lossfns.ppo, lossfns.pair_mean, "tokens", TOKEN_WEIGHINGS),
+        (lossfns.multi_target_cross_entropy, lossfns.pair_sum, "tokens", TOKEN_WEIGHINGS),
+        (lossfns.dpo, lossfns.token_sum, "pairs", PAIR_WEIGHINGS),
+    ],
+)
+def test_the_refusal_names_every_weighing_that_fits_and_no_other(preset, wrong, rows: str, fitting: list[str]) -> None:
+    with pytest.raises(LossInputError) as caught:
+        preset(weigh=wrong)
+    error = caught.value
+    assert error.field == "weigh" and error.expected == f"a weighing of {rows}"
+    assert error.fix == f"This loss has one row for each of its {rows}: {', '.join(fitting)}."
+    for name in fitting:
+        with pytest.raises(LossInputError, match=f"Did you mean '{name}'"):
+            preset(weigh=name.replace("_", "-"))
+    with pytest.raises(LossInputError) as caught:
+        preset(weigh="xyz")
+    assert caught.value.fix == f"Known: {', '.join(sorted(fitting))}. Import it from lossfns."
+
+
+def test_a_weighing_cannot_be_changed() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        lossfns.token_mean.count = None

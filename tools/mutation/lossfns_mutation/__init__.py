@@ -1,0 +1,1 @@
+"""Plugins for cosmic-ray; see the README beside this package."""
