@@ -20,7 +20,7 @@ from lossfns.testing.batch import Batch
 from lossfns.testing.bugs import BUGS
 from lossfns.testing.claims import agreement, claim_of, golden, matching
 from lossfns.testing.laws import ADVANTAGES, CRAFTED, GROUPS, AdvantageLaw, Law, LawBroken, NotApplicable
-from lossfns.testing.laws.base import LossFn, Watched
+from lossfns.testing.laws.base import EVERY, LossFn, Watched
 from lossfns.testing.subject import Made, Padded, adapt, column_of, parameters, vary
 from lossfns.tokens import PAIRS, TARGETS
 
@@ -210,7 +210,8 @@ def of_laws(loss_fn: LossFn, kind: str, targets: int, examples: int, claims: Seq
 
     def trial(law: Law) -> Trial:
         once = law in CRAFTED or law.__name__ == "vectors"
-        return Trial(law.__name__, partial(judged, law, partial(tried, law), small, drawn, 0 if once else examples))
+        batches_, count = (small[-1:], 0) if once else (small, examples)
+        return Trial(law.__name__, partial(judged, law, partial(tried, law), batches_, drawn, count))
 
     return [trial(law) for law in (*GROUPS[kind], *claims)]
 
@@ -378,7 +379,7 @@ def kind_of_loss(loss_fn: LossFn) -> str:
         reads = {*map(column_of, loss.required), *own}
     else:
         reads = set(fields_read(loss))
-    if "advantages" in reads:
+    if reads & {"advantages", EVERY}:
         return "policy"
     reference = any(name and "ref_logprobs" in name for name in reads)
     return "preference" if reference or takes_pairs(loss_fn) else "supervised"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
 from pathlib import Path
 
 from lossfns.errors import LossInputError
+from lossfns.testing.check import Report
 
 
 def add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -27,7 +29,7 @@ def add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     p.add_argument("--factory", action="store_true", default=None, help="the name is a factory; found out if left out")
     p.add_argument("--like", metavar="METHOD", help="the method it claims to be, such as 'grpo(kl_beta=0.04)': its "
         "golden vectors are run too")  # fmt: skip
-    p.add_argument("--examples", type=int, default=12, metavar="N", help="random batches for each law")
+    p.add_argument("--examples", type=whole, default=12, metavar="N", help="random batches for each law")
     p.add_argument("--json", metavar="FILE", help="write the report as JSON; '-': to standard output, for the table")
     p.add_argument("--junit", metavar="FILE", help="write the report as JUnit XML")
     p.set_defaults(run=check_command)
@@ -42,27 +44,41 @@ def check_command(args: argparse.Namespace) -> int:
 
         like = None if args.like is None else method(args.like)
         subject = load(args.subject)
-        report = check(
-            subject,
-            kind=args.kind,
-            factory=args.factory,
-            like=like,
-            name=args.subject,
-            examples=args.examples,
-            progress=show_progress,
-        )
-    except (LossInputError, ImportError) as error:
+        with contextlib.redirect_stdout(sys.stderr):  # what a loss prints is no part of the report
+            report = check(
+                subject,
+                kind=args.kind,
+                factory=args.factory,
+                like=like,
+                name=args.subject,
+                examples=args.examples,
+                progress=show_progress,
+            )
+        write(report, args)
+    except (LossInputError, ImportError, OSError) as error:
         print(f"lossfns: {error}", file=sys.stderr)
         return 2
     finally:
         show_progress("")
+    return 0 if report.ok else 1
+
+
+def write(report: Report, args: argparse.Namespace) -> None:
+    """Print the table, or the JSON in its place, and write the files that were asked for."""
     as_json = json.dumps(report.as_dict(), indent=1, ensure_ascii=False)
+    show_progress("")
     print(as_json if args.json == "-" else report.table())
     if args.json and args.json != "-":
         Path(args.json).write_text(as_json + "\n", encoding="utf-8")
     if args.junit:
         Path(args.junit).write_text(report.junit() + "\n", encoding="utf-8")
-    return 0 if report.ok else 1
+
+
+def whole(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"a whole number of at least 0, got {number}")
+    return number
 
 
 def show_progress(law: str) -> None:

@@ -22,10 +22,10 @@ CONTRACT: tuple[Law, ...] = (
 MASKS: tuple[Law, ...] = (batches.poison, batches.padding)
 SUMS: tuple[Law, ...] = (
     batches.duplication,
-    batches.empty,
     batches.replicas,
     batches.split,
     batches.permutation,
+    batches.empty,
 )
 LAST: tuple[Law, ...] = (
     contract.lengths,
@@ -116,6 +116,7 @@ ADVANTAGES: tuple[AdvantageLaw, ...] = (
 
 CRAFTED = frozenset(
     (
+        contract.token_ids,
         contract.precision,
         contract.host_sync,
         contract.finite,

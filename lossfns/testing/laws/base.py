@@ -95,7 +95,7 @@ def measured(loss_fn: LossFn, data: Sequence[Any], logprobs: list[Tensor]) -> Ou
             value.backward()  # type: ignore[no-untyped-call]
     except NotApplicable:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         seen = f"On a valid batch the call raises {type(error).__name__}: {str(error)[:200]}."
         raise LawBroken("not-the-contract", seen) from error
     missing = tuple(i for i, lp in enumerate(logprobs) if lp.grad is None)
@@ -235,6 +235,10 @@ def rows_of(batch: Batch, column: str) -> Rows:
     return batch.logprobs if column == "logprobs" else batch.columns[column]
 
 
+EVERY = "*"
+"""Noted where a datum's fields are read all at once, so that nobody knows which of them matter."""
+
+
 class Recorder(dict[str, Any]):
     """A datum's fields that note which of them are read."""
 
@@ -249,6 +253,14 @@ class Recorder(dict[str, Any]):
     def get(self, name: str, default: Any = None) -> Any:
         self.read.add(name)
         return super().get(name, default)
+
+    def items(self) -> Any:
+        self.read.add(EVERY)
+        return super().items()
+
+    def values(self) -> Any:
+        self.read.add(EVERY)
+        return super().values()
 
 
 class Watched:
@@ -268,7 +280,7 @@ def fields_read(probe: Probe) -> set[str]:
 def columns_read(probe: Probe) -> set[str]:
     """The columns that a call reads, under whichever of their names."""
     names = {alias: column for column, alias in ALIASES.items()}
-    return {names.get(name, name) for name in fields_read(probe)} - {"target_tokens"}
+    return {names.get(name, name) for name in fields_read(probe)} - {"target_tokens", EVERY}
 
 
 def masks_only(probe: Probe) -> bool:

@@ -129,14 +129,20 @@ def ratio(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> N
     slopes = sequence_gradient(probe, 3), sequence_gradient(probe, 1)
     demand(slopes[0] != 0 or slopes[1] == 0, "ratio-sum", f"{seen}: with 3 tokens on-policy there is no gradient.")
     demand(base != 0, "ratio-not-exponentiated", f"{seen}.")
-    demand(measured != 1, "old-logprobs-inert", f"{seen}: the same.")
+    if measured == 1:
+        weighed = gradient_at(probe, 0.0, -1.0) != gradient_at(probe, -0.5, -1.0)
+        demand(weighed, "old-logprobs-inert", f"{seen}: the same.")
+        suppose(False, "the ratio weighs bad tokens alone")
     suppose(not math.isclose(measured, 1 + 0.5 / -30, rel_tol=0.2) or measured < 0.9, "the value is no ratio")
     demand(not math.isclose(measured, math.exp(-1.5), rel_tol=1e-3), "ratio-product", f"{seen}: exp(3 · −0.5) of it.")
     squared = "sampler_logprobs" in columns_read(probe) and math.isclose(measured, math.exp(-1), rel_tol=1e-3)
     demand(not squared, "missing-stop-gradient", f"{seen}: the ratio enters twice, by the sampler correction too.")
     demand(not math.isclose(measured, math.exp(0.5), rel_tol=1e-3), "ratio-inverted", f"{seen}: exp(0.5) of it.")
     right = math.isclose(measured, math.exp(-0.5), rel_tol=1e-3)
-    demand(right, "ratio-not-exponentiated", f"{seen}: {measured:g} of it, not exp(−0.5).")
+    half = sequence_value(probe, [-0.25] * 3)
+    linear = math.isclose(lower - base, 2 * (half - base), rel_tol=1e-6)
+    demand(right or not linear, "ratio-not-exponentiated", f"{seen}: linear in the log-ratio.")
+    suppose(right, "it is another function of the ratio than the ratio")
     if coupled(probe):
         uneven = sequence_value(probe, [-1.0, -0.25, -0.25])
         seen = f"Log-ratios −1, −0.25, −0.25 have the mean of three of −0.5, but the loss is {uneven:g}, not {lower:g}."
