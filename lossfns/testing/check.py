@@ -145,6 +145,7 @@ def quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", LossWarning)
         warnings.filterwarnings("ignore", message="Converting a tensor with requires_grad")
+        warnings.filterwarnings("ignore", message="To copy construct from a tensor")
         yield
 
 
@@ -348,9 +349,11 @@ def attempt(loss_fn: LossFn, batch: Batch, dtype: torch.dtype) -> Tensor | None:
 
 
 def working_dtype(loss_fn: LossFn, batch: Batch) -> torch.dtype:
-    """float64 where the loss takes and keeps it, else float32: laws are as sharp as the loss is."""
-    loss = attempt(loss_fn, batch, torch.float64)
-    return torch.float64 if loss is not None and loss.dtype == torch.float64 else torch.float32
+    """float64 where the loss computes in it, so that it feels 2⁻⁴⁰, else float32: laws are as sharp as the loss is."""
+    near = [[x - 2.0**-40 for x in row] for row in batch.logprobs]
+    values = [attempt(loss_fn, b, torch.float64) for b in (batch, batch.having(logprobs=near))]
+    sharp = all(value is not None and value.dtype == torch.float64 for value in values)
+    return torch.float64 if sharp and not torch.equal(*values) else torch.float32  # type: ignore[arg-type]
 
 
 def per_datum(loss_fn: LossFn, batch: Batch) -> bool:
@@ -408,7 +411,7 @@ def targets_of(loss_fn: LossFn, kind: str) -> int:
     loss = loss_fn.loss if isinstance(loss_fn, BoundLoss) else loss_fn
     if isinstance(loss, Loss):
         return CANDIDATES if loss.rows == TARGETS else 0
-    if kind != "supervised":
+    if kind not in ("supervised", "any"):
         return 0
     flat, wide = (attempt(loss_fn, replace_columns(SMALL[1], kind, k), torch.float32) for k in (0, CANDIDATES))
     return CANDIDATES if flat is None and wide is not None else 0

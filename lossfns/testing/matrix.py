@@ -1,6 +1,6 @@
 """The laws on the mutants: which law kills which, and which bug the first one names.
 
-    python -m lossfns.testing.matrix write      # measures it all (100 s) and writes docs/laws.md
+    python -m lossfns.testing.matrix write      # measures it all (a minute) and writes docs/laws.md
     python -m lossfns.testing.matrix render     # writes it anew from its own measurements, for words that changed
     python -m lossfns.testing.matrix check      # measures it all; exits 1 where the page says something else
 

@@ -148,11 +148,11 @@ class Made:
     the only pair's row by itself. The first form with which a call gives a loss is kept.
     """
 
-    FORMS: Mapping[str, Callable[[list[Tensor]], Any]] = {
-        "rows": lambda rows: rows,
-        "lists": lambda rows: [row.tolist() for row in rows],
-        "numbers": lambda rows: [number_of(row) for row in rows],
-        "row": lambda rows: rows[0].tolist(),
+    FORMS: Mapping[str, Callable[[list[Tensor], list[Tensor]], Any]] = {
+        "rows": lambda rows, weights: rows,
+        "lists": lambda rows, weights: [row.tolist() for row in rows],
+        "numbers": lambda rows, weights: list(map(number_of, rows, weights)),
+        "row": lambda rows, weights: rows[0].tolist(),
     }
 
     def __init__(
@@ -169,7 +169,8 @@ class Made:
 
     def made(self, data: Sequence[Any], forms: Sequence[str]) -> Any:
         columns = {name: column(data, name) for name in self.required}
-        given = {name: self.FORMS[form](columns[name]) for name, form in zip(self.required, forms)}
+        weights = column(data, "weights")
+        given = {name: self.FORMS[form](columns[name], weights) for name, form in zip(self.required, forms)}
         return self.factory(**given, **self.settings)
 
     def found(self, data: Sequence[Any], logprobs_list: Sequence[Tensor]) -> tuple[str, ...]:
@@ -196,12 +197,12 @@ class Made:
         yield tuple("row" if " " in (column_of(name) or "") else "rows" for name in self.required)
 
 
-def number_of(row: Tensor) -> float:
-    """A per-datum number from a row that is constant where it is known; else this batch is not for this loss."""
-    known = row[torch.isfinite(row) & (row.abs() < 1e29)]
-    if len(known) and bool((known != known[0]).any()):
+def number_of(row: Tensor, weights: Tensor) -> float:
+    """A per-datum number from a row that is constant over its active tokens; else this batch is not for this loss."""
+    active = {x for x, w in zip(row.tolist(), weights.tolist()) if w}
+    if len(active) > 1:
         raise NotApplicable("it takes one advantage for each datum")
-    return float(known[0]) if len(known) else 0.0
+    return active.pop() if active else 0.0
 
 
 class Padded:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
 
@@ -12,8 +13,12 @@ AdvantageLaw = Callable[[AdvantageFn, Sequence[float], Sequence[Hashable]], None
 
 
 def listed(fn: AdvantageFn, rewards: Sequence[float], groups: Sequence[Hashable]) -> list[float]:
-    """The advantages as floats; ``groups`` goes by name."""
-    return [float(a) for a in fn(list(rewards), groups=list(groups))]
+    """The advantages as floats; the groups go second, or by name where they must."""
+    try:
+        inspect.signature(fn).bind(rewards, groups)
+    except TypeError:
+        return [float(a) for a in fn(list(rewards), groups=list(groups))]
+    return [float(a) for a in fn(list(rewards), list(groups))]
 
 
 def members(groups: Sequence[Hashable]) -> dict[Hashable, list[int]]:

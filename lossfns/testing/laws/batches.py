@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -16,6 +17,7 @@ from lossfns.testing.batch import Batch, Rows
 from lossfns.testing.laws.base import (
     LawBroken,
     LossFn,
+    NotApplicable,
     Outcome,
     Probe,
     demand,
@@ -141,7 +143,8 @@ def canary(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> 
     if lost:
         misplaced(batch, lost)
     if "advantages" in batch.columns:
-        of_one_advantage(probe, batch)
+        with suppress(NotApplicable):  # it takes one advantage for each datum
+            of_one_advantage(probe, batch)
     for i, j in ((0, 1), (2, 2)):
         weights = put([[0.0] * len(row) for row in batch.weights], i, j, 1.0)
         columns_at(probe, batch.having(weights=weights), (i, j))
@@ -189,6 +192,7 @@ def misplaced(batch: Batch, lost: dict[tuple[int, int], list[tuple[int, int]]]) 
     if any(len(h) > 1 for h in lost.values()):
         demand(False, "mask-missing", seen)
     if not any(lost.values()):
+        demand(not batch.targets or len(lost) < len(everywhere), "renormalised-targets", seen)
         whole = {k for k, _ in lost if all((k, t) in lost for t in range(len(batch.weights[k])))}
         demand(False, "datum-ignored" if whole and len(lost) < len(everywhere) else "target-dropped", seen)
     if batch.targets:
@@ -280,7 +284,7 @@ def empty(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> N
     probe = Probe.of(loss_fn, data, logprobs)
     batch = unpoisoned(probe.batch)
     before, after = probe(batch), probe(with_empty(batch))
-    seen = f"With a fully masked datum the loss is {after.value}, not {before.value}"
+    seen = f"With a fully masked datum the loss is {after.value}, not {before.value}, or the others' gradients differ"
     demand(after.finite, "empty-sequence-nan", f"{seen}; its gradients are {after.gradients[-1]}.")
     suppose(before.finite, "it is not finite without it either")
     rest = after.gradients[: len(before.gradients)]
@@ -328,6 +332,7 @@ def world(size: int) -> Iterator[None]:
     names = {"is_available": True, "is_initialized": True, "get_world_size": size, "get_rank": 0}
     with mock.patch.dict(os.environ, {"WORLD_SIZE": str(size), "RANK": "0"}):
         patches = [mock.patch.object(torch.distributed, n, lambda *_, r=r: r, create=True) for n, r in names.items()]
+        patches.append(mock.patch.object(torch.distributed, "all_reduce", partial(all_reduce, size), create=True))
         for patch in patches:
             patch.start()
         try:
@@ -335,6 +340,12 @@ def world(size: int) -> Iterator[None]:
         finally:
             for patch in patches:
                 patch.stop()
+
+
+def all_reduce(size: int, tensor: Tensor, op: Any = None, *_: Any, **__: Any) -> None:
+    """What ``torch.distributed.all_reduce`` does where every rank holds the same: a sum is so many times as much."""
+    if op in (None, torch.distributed.ReduceOp.SUM):
+        tensor.mul_(size)
 
 
 Count = Callable[[Batch], float]
@@ -379,10 +390,12 @@ def split(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> N
         if mixed:
             demand(False, "mixed-denominators", f"{seen} With advantages 0 it is {alone[0]}, without KL {alone[1]}.")
     plain = neutral(filled(batch, **{"advantages": 1.0} if "advantages" in batch.columns else {}))
-    crossed_ = math.fsum(1 / math.fsum(row) for row in batch.weights) / len(batch.weights) ** 2
+    crossed_ = math.fsum(1 / (math.fsum(row) or 1.0) for row in batch.weights) / len(batch.weights) ** 2
     shares = [-g / w for gs, ws in zip(probe(plain).gradients, plain.weights) for g, w in zip(gs, ws) if w]
     every = unit(batch) == 1 and probe.same(shares, [crossed_] * len(shares))
     demand(not every, "broadcast", f"{seen} Each datum is divided by every datum's weights.")
+    heavy = batch.having(weights=[[8 * w for w in row] for row in batch.weights])
+    demand(not dividers(probe, heavy), "epsilon-in-denominator", f"{seen} With 8 times the weights one does.")
     one = batch.having(weights=[[1.0 if j == 0 else 0.0 for j in range(len(row))] for row in batch.weights])
     demand(bool(dividers(probe, one)), "order-dependent", f"{seen} Not even with one token of each.")
     demand(False, "mean-of-means", seen)

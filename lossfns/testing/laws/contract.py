@@ -221,7 +221,8 @@ class Transfers(TorchFunctionMode):
 def transfers(probe: Probe, batch: Batch) -> int:
     """How many of the values that a call brings to the host depend on the logprobs: a datum's own are there already."""
     noted = []
-    apart = [[x - 0.25 / (2 + i) for x in row] for i, row in enumerate(batch.logprobs)]  # alike, they would cancel
+    # Each by another amount: alike, they would cancel, within a position or over the batch.
+    apart = [[x - 0.25 / (2 + i + j) for j, x in enumerate(row)] for i, row in enumerate(batch.logprobs)]
     for shifted in (batch, batch.having(logprobs=apart)):
         data, logprobs = shifted.data(), shifted.tensors(probe.dtype)
         noting = Transfers()
@@ -327,7 +328,7 @@ def made(like: Batch, d: float, *, alternate: bool, level: float = -30.0) -> Bat
     level = level if "old_logprobs" in like.columns else -0.75
     logprobs = fill(lambda i, j: level if level == -30 else level - 0.125 * i - d / 8)
     columns = {
-        "advantages": fill(lambda i, j: (1 + 0.25 * j) * (-1 if i % 2 else 1)),
+        "advantages": fill(lambda i, j: (1 + 0.25 * i) * (-1 if i % 2 else 1)),
         "old_logprobs": fill(lambda i, j: level + d * flip(i, j)),
         "ref_logprobs": fill(lambda i, j: level - 0.25 - 0.25 * d * (1 + (i + j) % 3)),
         "sampler_logprobs": fill(lambda i, j: level - 0.375 * d * flip(i, j)),
@@ -354,9 +355,13 @@ def finite(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> 
                 width = len(batch.weights[0])
                 sides = [[x] * width, [y if pairs else x] * width]
                 others = {name: [[-1.0 if pairs else y] * width] * 2 for name in others_of(batch)}
-                result = probe(batch.having(logprobs=sides, **others))
-                seen = f"At logprobs {x:g} and {y:g} the value is {result.value} and the gradients {result.gradients}."
-                demand(result.finite, bug if pairs else "exp-overflow", seen)
+                at, named = f"At logprobs {x:g} and {y:g}", bug if pairs else "exp-overflow"
+                try:
+                    result = probe(batch.having(logprobs=sides, **others))
+                except LawBroken as error:  # it may refuse what is not finite
+                    raise LawBroken(named, f"{at}: {error.seen}") from error
+                seen = f"{at} the value is {result.value} and the gradients {result.gradients}."
+                demand(result.finite, named, seen)
 
 
 def others_of(batch: Batch) -> list[str]:

@@ -240,7 +240,7 @@ def clip(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> No
     for a, d in ((1.0, 2.5), (-1.0, -2.5)):
         value, gradient = gradient_at(probe, d, a)
         moved = single_value(probe, d, a, -0.25)
-        still = probe.same(value, moved) and gradient != 0
+        still = probe.same(value, moved) and not probe.same(value, value + 0.25 * gradient, scale=10)
         seen = f"At the ratio {math.exp(d):.3g} and advantage {a:g} the loss does not move with its logprob"
         demand(not still or steady(table[a]), "clip-gradient-leaks", f"{seen}, but its gradient is {gradient:g}.")
 

@@ -53,5 +53,6 @@ def negative_weights(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Te
     batch = weighed_apart(probe)
     weights = [[-0.25 if j == 1 else w for j, w in enumerate(row)] for row in batch.weights]
     gradients = probe(unpoisoned(batch).having(weights=weights)).gradients
+    suppose(gradients[0][0] != 0, "its first token has no gradient")
     seen = f"With weights {weights[0]} the gradients are {gradients[0]}."
     demand(probe.same(gradients[0][1] / gradients[0][0], -0.25 / weights[0][0]), "negative-weights-lost", seen)
