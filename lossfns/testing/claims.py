@@ -12,7 +12,7 @@ import lossfns
 from lossfns.loss import BoundLoss, Loss
 from lossfns.testing.batch import Batch
 from lossfns.testing.laws.base import Law, LawBroken, LossFn, NotApplicable, Probe, demand, suppose, unpoisoned
-from lossfns.testing.laws.contract import generic
+from lossfns.testing.laws.knobs import generic
 from lossfns.testing.vectors.ours import ask, subject_for
 from lossfns.testing.vectors.runner import Exchange, Report, judged
 from lossfns.testing.vectors.vector import METHODS, Vector, load

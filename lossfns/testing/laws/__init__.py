@@ -7,7 +7,18 @@ later ones too, so the first that fails names the bug.
 
 from __future__ import annotations
 
-from lossfns.testing.laws import advantages, batches, contract, policy, preference, supervised
+from lossfns.testing.laws import (
+    advantages,
+    contract,
+    frames,
+    knobs,
+    masks,
+    metrics,
+    policy,
+    preference,
+    sums,
+    supervised,
+)
 from lossfns.testing.laws.advantages import AdvantageLaw as AdvantageLaw
 from lossfns.testing.laws.base import Law as Law
 from lossfns.testing.laws.base import LawBroken as LawBroken
@@ -19,28 +30,28 @@ CONTRACT: tuple[Law, ...] = (
     contract.every_gradient,
     contract.precision,
 )
-MASKS: tuple[Law, ...] = (batches.poison, batches.padding)
+MASKS: tuple[Law, ...] = (masks.poison, masks.padding)
 SUMS: tuple[Law, ...] = (
-    batches.duplication,
-    batches.replicas,
-    batches.split,
-    batches.permutation,
-    batches.empty,
+    sums.duplication,
+    sums.replicas,
+    sums.split,
+    sums.permutation,
+    masks.empty,
 )
 LAST: tuple[Law, ...] = (
     contract.lengths,
     contract.tracing,
     contract.host_sync,
-    contract.no_inert_knob,
-    batches.metric_loss,
-    batches.metric_merge,
+    knobs.no_inert_knob,
+    metrics.metric_loss,
+    metrics.metric_merge,
 )
 
 ALL = (
     *FIRST,
-    batches.signal,
-    batches.independence,
-    batches.canary,
+    frames.signal,
+    frames.independence,
+    frames.canary,
     *CONTRACT,
     *MASKS,
     contract.finite,
@@ -49,11 +60,11 @@ ALL = (
 )
 POLICY = (
     *FIRST,
-    batches.signal,
+    frames.signal,
     policy.stop_gradient,
     policy.sign,
-    batches.independence,
-    batches.canary,
+    frames.independence,
+    frames.canary,
     *CONTRACT,
     *MASKS,
     policy.kl,
@@ -71,25 +82,25 @@ POLICY = (
 )
 SUPERVISED = (
     *FIRST,
-    batches.signal,
+    frames.signal,
     supervised.linear,
-    batches.independence,
-    batches.canary,
+    frames.independence,
+    frames.canary,
     *CONTRACT,
     *MASKS,
     contract.finite,
     *SUMS,
     supervised.likelihood,
     supervised.negative_weights,
-    batches.finite_differences,
+    sums.finite_differences,
     *LAST,
 )
 PREFERENCE = (
     *FIRST,
     preference.odd,
-    batches.signal,
+    frames.signal,
     preference.sides,
-    batches.independence,
+    frames.independence,
     preference.pair_canary,
     preference.reference,
     preference.pair_weights,
@@ -101,7 +112,7 @@ PREFERENCE = (
     preference.monotone,
     preference.odds,
     *SUMS,
-    batches.finite_differences,
+    sums.finite_differences,
     *LAST,
     preference.margin_metrics,
 )
@@ -120,10 +131,10 @@ CRAFTED = frozenset(
         contract.precision,
         contract.host_sync,
         contract.finite,
-        contract.no_inert_knob,
-        batches.signal,
-        batches.independence,
-        batches.canary,
+        knobs.no_inert_knob,
+        frames.signal,
+        frames.independence,
+        frames.canary,
         policy.stop_gradient,
         policy.sign,
         policy.ratio,

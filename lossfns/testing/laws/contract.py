@@ -14,12 +14,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
 from lossfns.datum import TensorData
-from lossfns.testing.batch import Batch, Rows
+from lossfns.testing.batch import Batch
 from lossfns.testing.laws.base import (
     LawBroken,
     LossFn,
     NotApplicable,
-    Outcome,
     Probe,
     columns_read,
     demand,
@@ -31,7 +30,6 @@ from lossfns.testing.laws.base import (
     single,
     slots,
     stretched,
-    suppose,
     unpoisoned,
     with_empty,
 )
@@ -65,7 +63,7 @@ def contract(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -
 
 def misaligned(probe: Probe) -> None:
     """Whether a call that fails on datums of unequal length mixes datums up on equal ones."""
-    from lossfns.testing.laws.batches import independence
+    from lossfns.testing.laws.frames import independence
 
     try:
         independence(probe.loss_fn, probe.batch.data(), probe.batch.tensors(probe.dtype))
@@ -265,76 +263,6 @@ def traced_like(probe: Probe, batch: Batch, shifts: Sequence[float]) -> None:
         traced_gradients = [g.flatten().tolist() for g in grads]
         seen = f"Traced, the loss has the gradients {traced_gradients}; eager, {eager.gradients}."
         demand(probe.same(traced_gradients, eager.gradients), "no-grad-for-detach", seen)
-
-
-def no_inert_knob(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
-    """Each setting changes value or gradient on some batch."""
-    from lossfns.testing.subject import elements, knobs, variants
-
-    probe = Probe.of(loss_fn, data, logprobs)
-    inert = {
-        name: [e for e in elements(value) if next(variants(loss_fn, name, e), None)]
-        for name, value in knobs(loss_fn).items()
-    }
-    inert = {name: left for name, left in inert.items() if left}
-    suppose(bool(inert), "it has no settings that can be seen")
-    for batch in generic(probe.batch):
-        usual = probe(batch)
-        for name, left in inert.items():
-            told = isinstance(knobs(loss_fn)[name], bool)  # a switch may be for the metrics alone
-            moves = [any(changed(probe, batch, usual, v, told) for v in variants(loss_fn, name, e)) for e in left]
-            inert[name] = [e for e, moved_ in zip(left, moves) if not moved_]
-    for name, left in inert.items():
-        whole = len(left) == len(list(elements(knobs(loss_fn)[name])))
-        clip = name.startswith(("clip", "eps")) and whole
-        part = "" if whole else f"[{left[0]}]" if left else ""
-        seen = f"Whatever {name}{part} is, value and gradient are those of {knobs(loss_fn)[name]!r}."
-        demand(not left, "clip-inert" if clip else "inert-knob", seen)
-
-
-def changed(probe: Probe, batch: Batch, usual: Outcome, other: LossFn, told: bool) -> bool:
-    """Whether another setting gives another value or gradient, or, where that counts, other metrics."""
-    try:
-        result = probe(batch, other)
-    except Exception:
-        return False
-    same = probe.same([result.value, result.gradients], [usual.value, usual.gradients], scale=0.01)
-    return not same or (told and result.metrics != usual.metrics)
-
-
-def generic(like: Batch) -> list[Batch]:
-    """Batches on which every term of a loss is at work: log-ratios across all bounds, both signs, both sides.
-
-    They come from calm to wild, because one large term can drown the others; the last ones have one log-ratio
-    throughout a sequence, past every cap.
-    """
-    steady = [made(like, d, alternate=False) for d in (0.3, 2.0, 25.0)]
-    calm = [made(like, d, alternate=True) for d in (0.0, 0.01, 0.15, 0.3, 1.0, 2.0, 25.0)]
-    return [*calm, *steady, made(like, 0.25, alternate=True, level=-0.75)]
-
-
-def made(like: Batch, d: float, *, alternate: bool, level: float = -30.0) -> Batch:
-    """Four datums of unequal length whose log-ratios are ±d, alternating by token or by sequence.
-
-    Around logprobs of −30 there is room for any ratio; a loss of the probabilities themselves needs likely ones.
-    """
-
-    def flip(i: int, j: int) -> float:
-        return -1.0 if (i // 2 + j * alternate) % 2 else 1.0
-
-    def fill(value: Callable[[int, int], float]) -> Rows:
-        return [[value(i, j) for j in range(n * (like.targets or 1))] for i, n in enumerate((2, 3, 1, 4))]
-
-    level = level if "old_logprobs" in like.columns else -0.75
-    logprobs = fill(lambda i, j: level if level == -30 else level - 0.125 * i - d / 8)
-    columns = {
-        "advantages": fill(lambda i, j: (1 + 0.25 * i) * (-1 if i % 2 else 1)),
-        "old_logprobs": fill(lambda i, j: level + d * flip(i, j)),
-        "ref_logprobs": fill(lambda i, j: level - 0.25 - 0.25 * d * (1 + (i + j) % 3)),
-        "sampler_logprobs": fill(lambda i, j: level - 0.375 * d * flip(i, j)),
-    }
-    weights = fill(lambda i, j: (1.0, 0.5, 1.0, 2.0)[j % 4])
-    return Batch(logprobs, weights, {name: columns[name] for name in like.columns}, like.targets)
 
 
 FAR = ((-1.0, -1e4), (-1e4, -1.0), (-1e4, -1e4), (-50.0, -1.0), (-1.0, -50.0))

@@ -24,7 +24,7 @@ from lossfns.testing.laws.base import (
     suppose,
     unpoisoned,
 )
-from lossfns.testing.laws.batches import COUNTS
+from lossfns.testing.laws.sums import COUNTS
 
 UP = [0.001 * 1.35**i for i in range(28)]
 """Log-ratios from 0.001, inside GSPO's bounds, to 3.4, past every other."""

@@ -25,7 +25,7 @@ from lossfns.testing.laws.base import (
     slots,
     suppose,
 )
-from lossfns.testing.laws.batches import slope
+from lossfns.testing.laws.sums import slope
 
 
 def pair(probe: Probe, chosen: float = -2.0, rejected: float = -2.0, length: int = 1, pairs: int = 1) -> Batch:

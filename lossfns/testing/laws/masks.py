@@ -1,0 +1,95 @@
+"""Laws of masks: what has weight 0 takes no part, whatever stands there and however much of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from lossfns.testing.batch import Batch, Rows
+from lossfns.testing.laws.base import (
+    LossFn,
+    Outcome,
+    Probe,
+    demand,
+    neutral,
+    suppose,
+    unpoisoned,
+    with_empty,
+)
+
+POISON = (math.nan, math.inf, -math.inf, 1e30)
+
+
+def poison(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
+    """nan, ±inf or 1e30 in a masked slot changes nothing, bit for bit."""
+    probe = Probe.of(loss_fn, data, logprobs)
+    batch = with_holes(unpoisoned(probe.batch))
+    clean = probe(batch)
+    suppose(clean.finite, "it is not finite without poison either")
+    for name in ("logprobs", *batch.columns):
+        for value in POISON:
+            rows = batch.logprobs if name == "logprobs" else batch.columns[name]
+            bad = [[x if w else value for x, w in zip(r, ws)] for r, ws in zip(rows, batch.weights)]
+            result = probe(batch.having(**{name: bad}))
+            same = repr((result.value, result.gradients, result.metrics)) == repr(
+                (clean.value, clean.gradients, clean.metrics)
+            )
+            if not same:
+                demand(False, *leak(name, value, clean, result))
+
+
+def with_holes(batch: Batch) -> Batch:
+    """The batch with an inactive token before and after each sequence."""
+    width = batch.targets or 1
+
+    def pad(rows: Rows, x: float) -> Rows:
+        return [[x] * width + row + [x] * width for row in rows]
+
+    wide = batch.map(lambda rows: pad(rows, -1.0))
+    return wide.having(weights=pad(batch.weights, 0.0))
+
+
+def leak(name: str, value: float, clean: Outcome, result: Outcome) -> tuple[str, str]:
+    """Which bug lets a masked slot through."""
+    what = f"{value} in the masked slots of {name}"
+    seen = f"{what}: the loss is {result.value}, not {clean.value}"
+    if math.isfinite(result.value) and result.value == clean.value:
+        if result.gradients == clean.gradients:
+            return "mask-after-exp", f"{what} changes the metrics."
+        return "where-after-exp", f"{what} leaves the loss as it is, but the gradients are {result.gradients}."
+    if math.isnan(result.value) or not math.isfinite(result.value):
+        return "mask-after-exp", f"{seen}."
+    return "kl-unmasked" if name == "ref_logprobs" else "mask-missing", f"{seen}."
+
+
+def padding(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
+    """Masked tokens before and after a sequence change nothing, and get a gradient of exactly 0."""
+    probe = Probe.of(loss_fn, data, logprobs)
+    batch, width = unpoisoned(probe.batch), probe.batch.targets or 1
+    for on_policy in (True, False):
+        plain = neutral(batch) if on_policy else batch
+        before, after = probe(plain), probe(with_holes(plain))
+        kept = probe.same(after.value, before.value)
+        inner = [row[width:-width] for row in after.gradients]
+        outer = [g for row in after.gradients for g in (*row[:width], *row[-width:])]
+        demand(not any(outer), "mask-missing", f"Masked tokens have the gradients {outer}.")
+        seen = f"With a masked token at both ends of each sequence the loss is {after.value}, not {before.value}"
+        same = probe.same([after.value, inner], [before.value, before.gradients])
+        bug = "padding-in-denominator" if on_policy and not kept else "padding-in-sequence-ratio"
+        demand(same, bug, f"{seen} ({'on-policy' if on_policy else 'off-policy only'}).")
+
+
+def empty(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
+    """A fully masked datum (or pair) changes nothing."""
+    probe = Probe.of(loss_fn, data, logprobs)
+    batch = unpoisoned(probe.batch)
+    before, after = probe(batch), probe(with_empty(batch))
+    seen = f"With a fully masked datum the loss is {after.value}, not {before.value}, or the others' gradients differ"
+    demand(after.finite, "empty-sequence-nan", f"{seen}; its gradients are {after.gradients[-1]}.")
+    suppose(before.finite, "it is not finite without it either")
+    rest = after.gradients[: len(before.gradients)]
+    same = probe.same([after.value, rest], [before.value, before.gradients])
+    demand(same, "empty-sequence-counted", f"{seen}.")

@@ -1,0 +1,458 @@
+"""``check``: what a subject is, what the report says, and the command line and pytest around it."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from torch import Tensor
+
+import lossfns
+from lossfns import LossInputError
+from lossfns.cli import main
+from lossfns.testing import padded
+from lossfns.testing.batch import Batch
+from lossfns.testing.bugs import BUGS
+from lossfns.testing.check import KINDS, Verdict, check, quiet, trials
+from lossfns.testing.laws import ADVANTAGES, GROUPS, LawBroken, NotApplicable, advantages, contract, masks, policy, sums
+from lossfns.testing.mutants import MUTANTS
+from lossfns.testing.subject import Made, Padded, adapt
+
+# Losses as others write them
+
+
+def column(datum: Any, name: str) -> Tensor:
+    return torch.from_numpy(datum.loss_fn_inputs[name].to_numpy().copy())
+
+
+def active(datum: Any, logprobs: Tensor, *names: str) -> list[Tensor]:
+    """Weights, logprobs and columns with zeros where the weight is 0."""
+    w = column(datum, "weights")
+    if w.shape != logprobs.shape:
+        raise ValueError(f"{w.shape} weights for {logprobs.shape} logprobs")
+    return [w, *(torch.where(w != 0, x, 0) for x in (logprobs, *(column(datum, name) for name in names)))]
+
+
+def nll(data: Sequence[Any], logprobs_list: Sequence[Tensor]) -> tuple[Tensor, dict[str, float]]:
+    rows = [active(*pair) for pair in zip(data, logprobs_list)]
+    loss = -sum((w * lp).sum() for w, lp in rows) / sum(w.sum() for w, _ in rows)
+    return loss, {"loss": float(loss)}
+
+
+def reinforce(batch: Sequence[Any], logprobs: Sequence[Tensor]) -> tuple[Tensor, dict[str, float]]:
+    rows = [active(*pair, "advantages") for pair in zip(batch, logprobs)]
+    return -sum((w * a * lp).sum() for w, lp, a in rows) / sum(w.sum() for w, *_ in rows), {}
+
+
+def dpo(data: Sequence[Any], logprobs_list: Sequence[Tensor], beta: float = 0.1) -> tuple[Tensor, dict[str, float]]:
+    if len(data) % 2:
+        raise ValueError("an odd number of datums")
+    rows = [active(*pair, "ref_logprobs") for pair in zip(data, logprobs_list)]
+    gaps = torch.stack([(w * (lp - ref)).sum() for w, lp, ref in rows])
+    trained = torch.stack([(w != 0).any() for w, *_ in rows])
+    both = trained[0::2] & trained[1::2]
+    terms = torch.where(both, -torch.nn.functional.logsigmoid(beta * (gaps[0::2] - gaps[1::2])), 0)
+    return terms.sum() / both.sum(), {}
+
+
+def ppo_of_tensors(
+    logprobs: Tensor, old_log_probs: Tensor, advantages: Tensor, response_mask: Tensor, eps: float = 0.2
+) -> Tensor:
+    lp, old, a = (torch.where(response_mask != 0, x, 0) for x in (logprobs, old_log_probs, advantages))
+    ratio = (lp - old).clamp(-20, 20).exp()
+    terms = -torch.min(ratio * a, ratio.clamp(1 - eps, 1 + eps) * a)
+    return (response_mask * terms).sum() / response_mask.sum()
+
+
+def make_reinforce_loss(advantages: Sequence[float], ref_logprobs: Sequence[Tensor], kl_beta: float = 0.1) -> Any:
+    """With one advantage for each datum, as the hosted APIs' documented example takes them."""
+
+    def loss_fn(data: Sequence[Any], logprobs_list: Sequence[Tensor]) -> tuple[Tensor, dict[str, float]]:
+        total, count = torch.zeros(()), torch.zeros(())
+        for datum, lp, a, given in zip(data, logprobs_list, advantages, ref_logprobs):
+            w, lp = active(datum, lp.float())
+            ref = torch.where(w != 0, torch.as_tensor(given), 0)
+            log_ratio = (ref - lp).clamp(-20, 20)
+            total = total - a * w.dot(lp) + kl_beta * w.dot(log_ratio.exp() - log_ratio - 1)
+            count = count + w.sum()
+        return total / count, {}
+
+    return loss_fn
+
+
+def make_dpo_loss(ref_chosen: Sequence[float], ref_rejected: Sequence[float], beta: float = 0.1) -> Any:
+    """For one pair, and deaf to others, as the documented example is."""
+
+    def loss_fn(data: Sequence[Any], logprobs_list: Sequence[Tensor]) -> tuple[Tensor, dict[str, float]]:
+        gaps = []
+        for datum, lp, row in zip(data, logprobs_list, (ref_chosen, ref_rejected)):
+            w, lp = active(datum, lp)
+            gaps.append((w * (lp - torch.where(w != 0, torch.tensor(row), 0))).sum())
+        return -torch.nn.functional.logsigmoid(beta * (gaps[0] - gaps[1])), {}
+
+    return loss_fn
+
+
+class Scaled:
+    """A loss with settings, to be made and then called."""
+
+    def __init__(self, scale: float = 1.0) -> None:
+        self.scale = scale
+
+    def __call__(self, data: Sequence[Any], logprobs_list: Sequence[Tensor]) -> tuple[Tensor, dict[str, float]]:
+        return self.scale * reinforce(data, logprobs_list)[0], {}
+
+
+def whatever(*args: Any) -> Any:
+    return nll(*args)
+
+
+def half_of_nll(data: Sequence[Any], logprobs_list: Sequence[Tensor]) -> Any:
+    return nll(data, logprobs_list)[0] / 2, {}
+
+
+def centred(rewards: Sequence[float], groups: Sequence[Any]) -> list[float]:
+    means = {g: sum(r for r, h in zip(rewards, groups) if h == g) / groups.count(g) for g in groups}
+    return [r - means[g] if r != means[g] and len(set(rewards)) > 1 else 0.0 for r, g in zip(rewards, groups)]
+
+
+# What a subject is
+
+
+@pytest.mark.parametrize(
+    ("subject", "kind"),
+    [
+        (nll, "supervised"),
+        (reinforce, "policy"),
+        (dpo, "preference"),
+        (whatever, "supervised"),
+        (ppo_of_tensors, "policy"),
+        (padded(ppo_of_tensors, eps=0.3), "policy"),
+        (make_reinforce_loss, "policy"),
+        (make_dpo_loss, "preference"),
+        (Scaled, "policy"),
+        (Scaled(2.0), "policy"),
+        (centred, "advantages"),
+        (lossfns.cross_entropy, "supervised"),
+        (lossfns.multi_target_cross_entropy(), "supervised"),
+        (lossfns.grpo, "policy"),
+        (lossfns.gspo(), "policy"),
+        (lossfns.reinforce, "policy"),
+        (lossfns.dpo(beta=0.5), "preference"),
+        (lossfns.orpo, "preference"),
+        (lossfns.cross_entropy().bind(denominator=4.0), "supervised"),
+        (lossfns.group_advantages, "advantages"),
+        (MUTANTS["multi_target_transposed"], "supervised"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else getattr(x, "__name__", repr(x)),
+)
+def test_the_kind_is_found_out(subject: Any, kind: str) -> None:
+    found, ready = trials(subject, examples=0)
+    assert found == kind
+    laws = ADVANTAGES if kind == "advantages" else GROUPS[kind]
+    assert [t.law for t in ready][: len(laws)] == [law.__name__ for law in laws]
+    assert {t.law for t in ready[len(laws) :]} <= {"vectors", "agreement"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_kind_that_is_given_is_taken(kind: str) -> None:
+    assert trials(centred if kind == "advantages" else nll, kind=kind)[0] == kind
+
+
+def test_a_claim_says_the_kind_too() -> None:
+    assert trials(lambda data, logprobs_list: (torch.zeros(()), {}), like=lossfns.dpo())[0] == "preference"
+
+
+@pytest.mark.parametrize(
+    ("subject", "options", "field"),
+    [
+        (3, {}, "subject"),
+        (nll, {"kind": "rl"}, "kind"),
+        (nll, {"factory": True}, "subject"),
+        (lambda logprobs, mask, temperature: None, {}, "subject"),
+        (lambda: 1 / 0, {}, "subject"),
+    ],
+    ids=["a number", "no such kind", "no such column", "a parameter without a value", "a factory that fails"],
+)
+def test_what_cannot_be_tested_is_refused(subject: Any, options: dict[str, Any], field: str) -> None:
+    with pytest.raises(LossInputError) as caught:
+        check(subject, **options)
+    assert caught.value.field == field
+
+
+def test_forms_are_found_out() -> None:
+    assert adapt(nll) is nll and adapt(whatever) is whatever and adapt(make_dpo_loss, factory=False) is make_dpo_loss
+    assert isinstance(adapt(ppo_of_tensors), Padded) and repr(adapt(lossfns.ppo)) == repr(lossfns.ppo())
+    made = adapt(make_reinforce_loss)
+    assert isinstance(made, Made)
+    made(BATCH.data(), BATCH.tensors())
+    assert made.forms == ("numbers", "rows")
+
+
+@pytest.mark.parametrize(
+    "subject", [nll, reinforce, dpo, ppo_of_tensors, make_reinforce_loss, Scaled, centred, whatever]
+)
+def test_a_correct_loss_of_another_hand_obeys_every_law(subject: Any) -> None:
+    report = check(subject, examples=3)
+    assert report.ok, report.table()
+
+
+def test_the_settings_of_every_form_are_varied() -> None:
+    for subject in (dpo, ppo_of_tensors, Scaled, lossfns.grpo, lossfns.grpo()):
+        assert verdict(subject, "no_inert_knob").verdict == "pass"
+
+
+def test_a_loss_of_one_pair_ignores_the_others() -> None:
+    report = check(make_dpo_loss, examples=0)
+    assert report.kind == "preference" and "datum-ignored" in {v.bug for v in report.failures}, report.table()
+
+
+def test_what_is_made_with_another_setting_is_another_loss() -> None:
+    assert check(Scaled(2.0), examples=0).bug == "constant-factor"
+
+
+def verdict(subject: Any, law: str, examples: int = 0) -> Verdict:
+    """What one law says."""
+    with quiet():
+        return next(trial for trial in trials(subject, examples=examples)[1] if trial.law == law).run()
+
+
+# What the report says
+
+
+def test_a_report_is_json_and_a_table() -> None:
+    report = check(half_of_nll, examples=2, name="mine")
+    parsed = json.loads(json.dumps(report.as_dict()))
+    assert parsed["subject"] == "mine" and parsed["kind"] == "supervised" and parsed["ok"] is False
+    assert parsed["bug"] == report.bug == report.failures[0].bug == "constant-factor"
+    assert [v["law"] for v in parsed["verdicts"]] == [law.__name__ for law in GROUPS["supervised"]]
+    for v in parsed["verdicts"]:
+        assert v["verdict"] in ("pass", "fail", "n/a") and v["seconds"] >= 0 and v["says"].endswith(".")
+        assert (v["bug"] in BUGS) == (v["verdict"] == "fail") and bool(v["seen"]) == (v["verdict"] != "pass")
+    lines = report.table().splitlines()
+    assert lines[0] == "mine (supervised)"
+    assert sum(line.startswith("ok ") for line in lines) + sum(line.startswith("FAIL ") for line in lines) > 20
+    assert any(BUGS["constant-factor"].words in line for line in lines) and "most likely constant-factor: " in lines[-1]
+
+
+def test_a_report_of_a_loss_without_fault_names_no_bug() -> None:
+    report = check(nll, examples=0)
+    assert report.ok and report.bug == "" and report.failures == [] and "laws hold" in report.table()
+
+
+def test_the_batch_that_breaks_a_law_breaks_it_again() -> None:
+    mutant = MUTANTS["cross_entropy_padding_in_denominator"]
+    broken = verdict(mutant, "padding")
+    batch = eval(broken.example, {"Batch": Batch})
+    with pytest.raises(LawBroken) as caught:
+        masks.padding(mutant, batch.data(), batch.tensors())
+    assert (caught.value.bug, caught.value.seen) == (broken.bug, broken.seen)
+
+
+def test_what_small_batches_do_not_show_a_random_one_does_and_shrinks() -> None:
+    def wrong_with_a_weight_of_two(data: Sequence[Any], logprobs_list: Sequence[Tensor]) -> Any:
+        loss, metrics = nll(data, logprobs_list)
+        return loss * (1 + any(float(column(datum, "weights").max()) == 2 for datum in data)), metrics
+
+    assert verdict(wrong_with_a_weight_of_two, "split").verdict == "pass"
+    broken = verdict(wrong_with_a_weight_of_two, "split", examples=40)
+    assert sorted(w for row in eval(broken.example, {"Batch": Batch}).weights for w in row) == [1.0, 2.0]
+
+
+def test_nothing_else_is_measured_of_what_is_no_loss() -> None:
+    report = check(lambda data, logprobs_list: (1.0, {}), examples=0)
+    assert [v.law for v in report.verdicts] == ["contract"] and report.bug == "not-the-contract"
+
+
+def test_junit_counts_what_the_report_does() -> None:
+    report = check(half_of_nll, examples=0, name="mine")
+    suite = ElementTree.fromstring(report.junit())
+    cases = suite.findall("testcase")
+    assert suite.get("tests") == str(len(cases)) == str(len(report.verdicts))
+    assert suite.get("failures") == str(len(suite.findall("testcase/failure"))) == str(len(report.failures)) == "1"
+    skipped = [v for v in report.verdicts if v.verdict == "n/a"]
+    assert suite.get("skipped") == str(len(suite.findall("testcase/skipped"))) == str(len(skipped)) != "0"
+    assert [case.get("name") for case in cases] == [v.law for v in report.verdicts]
+    (failure,) = suite.iter("failure")
+    assert failure.get("message") == "constant-factor" and report.failures[0].seen in (failure.text or "")
+
+
+# A claim
+
+
+def test_a_claim_adds_the_golden_vectors_and_the_agreement() -> None:
+    subject = padded(ppo_of_tensors, eps=0.2)
+    report = check(subject, like=lossfns.ppo(), examples=0)
+    assert report.ok and [v.law for v in report.verdicts][-2:] == ["vectors", "agreement"], report.table()
+    wrong = check(subject, like=lossfns.ppo(clip=(0.9, 1.1)), examples=0)
+    assert [v.law for v in wrong.failures] == ["agreement"] and wrong.bug == "another-loss"
+    last = check(subject, like=lossfns.dapo(), examples=0).failures
+    assert {v.law for v in last} == {"vectors", "agreement"}
+
+
+# A law by itself
+
+
+def test_a_law_is_a_plain_function() -> None:
+    data, logprobs = BATCH.data(), BATCH.tensors()
+    for law in (contract.contract, sums.split, policy.sign, masks.poison):
+        law(reinforce, data, logprobs)
+        law(lossfns.ppo(), data, logprobs)
+    with pytest.raises(LawBroken, match="sign-flipped: the loss is maximised") as caught:
+        policy.sign(MUTANTS["reinforce_sign_flipped"], data, logprobs)
+    assert caught.value.bug == "sign-flipped" and isinstance(caught.value, AssertionError)
+    with pytest.raises(NotApplicable, match="no reference"):
+        policy.kl(reinforce, data, logprobs)
+    with pytest.raises(LawBroken, match="not-the-contract"):
+        contract.contract(lambda data, logprobs_list: 0.0, data, logprobs)  # type: ignore[arg-type,return-value]
+
+
+def test_a_law_of_advantages_is_one_too() -> None:
+    advantages.centred(centred, [1.0, 0.0], ["a", "a"])
+    with pytest.raises(LawBroken, match="std-over-n"):
+        advantages.deviation(MUTANTS["advantages_std_over_n"], [1.0, 0.0], ["a", "a"])
+    broken = check(lambda rewards, groups: 1 / 0)
+    assert broken.kind == "advantages" and {v.bug for v in broken.verdicts} == {"not-the-contract"}
+
+
+BATCH = Batch(
+    [[-1.0, -2.0, -0.5], [-1.5, -0.25]],
+    [[0.0, 1.0, 1.0], [1.0, 2.0]],
+    {
+        "advantages": [[1.0] * 3, [-0.5] * 2],
+        "old_logprobs": [[-1.0, -2.25, -0.5], [-1.5, -0.5]],
+        "ref_logprobs": [[-1.0, -2.5, -1.0], [-2.0, -0.25]],
+    },
+)
+
+
+# The command line
+
+HERE = f"{__file__}:"
+
+
+def run(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]:
+    """Exit status, standard output and standard error of ``lossfns check``, without random batches."""
+    status = main(["check", *args, "--examples", "0"])
+    return status, *capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("args", "status", "words"),
+    [
+        (["lossfns:cross_entropy"], 0, "laws hold"),
+        (["lossfns:group_advantages"], 0, "6 laws hold"),
+        ([HERE + "nll"], 0, "nll (supervised)"),
+        ([HERE + "half_of_nll"], 1, "most likely constant-factor"),
+        ([HERE + "make_reinforce_loss", "--factory"], 0, "(policy)"),
+        ([HERE + "nll", "--kind", "any"], 0, "(any)"),
+        ([HERE + "nll", "--like", "cross_entropy"], 0, "ok    agreement"),
+        ([HERE + "half_of_nll", "--like", "cross_entropy(weigh=sequence_mean)"], 1, "FAIL  agreement"),
+        (["lossfns.testing.mutants:ppo_mask_after_exp"], 1, "most likely mask-after-exp"),
+        (["lossfns.testing.mutants:MUTANTS.get", "--kind", "advantages"], 1, "not-the-contract"),
+        (["lossfns:crossentropy"], 2, "Did you mean 'cross_entropy'?"),
+        (["lossfns.testing.mutants:dpo_halfs"], 2, "Did you mean 'dpo_halves'?"),
+        (["lossfns:cross_entropy.weigh"], 2, "'weigh'"),
+        (["lossfns"], 2, "after a colon"),
+        (["no_such_module:loss"], 2, "No module named 'no_such_module'"),
+        (["no/such/file.py:loss"], 2, "FileNotFoundError"),
+        (["lossfns:__version__"], 2, "a loss function or a factory of one"),
+        ([HERE + "nll", "--like", "grop"], 2, "'grop'"),
+        ([HERE + "nll", "--like", "grpo(kl=k9)"], 2, "k9"),
+        ([HERE + "nll", "--like", "grpo(beta=1)"], 2, "no knob 'beta'"),
+        ([HERE + "nll", "--like", "cross_entropy(weigh=open('x'))"], 2, "like"),
+        ([HERE + "nll", "--like", "TensorData([1], 'int64')"], 2, "like"),
+        ([HERE + "nll", "--factory"], 2, "'data'"),
+    ],
+    ids=lambda x: " ".join(x).replace(HERE, ":") if isinstance(x, list) else "",
+)
+def test_the_command_exits_0_1_or_2(
+    capsys: pytest.CaptureFixture[str], args: list[str], status: int, words: str
+) -> None:
+    found, out, err = run(capsys, *args)
+    assert found == status and words in (err if status == 2 else out), out + err
+    assert (out == "") == (status == 2) and (err.startswith("lossfns: ") if status == 2 else err == "")
+
+
+def test_a_kind_that_does_not_exist_is_refused_by_the_parser(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["check", "lossfns:ppo", "--kind", "rl"])
+    assert caught.value.code == 2 and "advantages" in capsys.readouterr().err
+
+
+def test_a_file_of_ones_own_is_checked_from_where_one_stands(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a file, and as a module in the current folder."""
+    source = (
+        "from lossfns import cross_entropy\nmine = cross_entropy()\ndef loss(data, lps):\n    return mine(data, lps)\n"
+    )
+    (tmp_path / "x.py").write_text(source)
+    (tmp_path / "own_losses_for_check.py").write_text(source)
+    (tmp_path / "wrong.py").write_text("loss = (")
+    assert run(capsys, f"{tmp_path / 'x.py'}:loss")[0] == 0
+    assert "SyntaxError" in run(capsys, f"{tmp_path / 'wrong.py'}:loss")[2]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert run(capsys, "own_losses_for_check:loss")[0] == 0
+
+
+def test_reports_are_written_as_json_and_junit(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    as_json, as_junit = tmp_path / "report.json", tmp_path / "report.xml"
+    status, out, _ = run(capsys, HERE + "half_of_nll", "--json", str(as_json), "--junit", str(as_junit))
+    assert status == 1 and "most likely" in out
+    parsed = json.loads(as_json.read_text(encoding="utf-8"))
+    assert parsed["bug"] == "constant-factor" and parsed["subject"].endswith(":half_of_nll")
+    assert ElementTree.parse(as_junit).getroot().get("tests") == str(len(parsed["verdicts"]))
+    status, out, _ = run(capsys, HERE + "half_of_nll", "--json", "-")
+    assert status == 1 and json.loads(out)["bug"] == "constant-factor"
+
+
+# pytest
+
+
+def pytest_run(folder: Path, *args: str, **variables: str) -> tuple[int, str]:
+    """Exit status and output of a pytest of its own, in an empty folder."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("LOSSFNS")}
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *args]
+    done = subprocess.run(command, cwd=folder, env=environment | variables, capture_output=True, text=True, timeout=120)
+    return done.returncode, done.stdout + done.stderr
+
+
+CONFORMANCE = ("--pyargs", "lossfns.testing.conformance")
+
+
+def test_conformance_is_a_test_for_each_law(tmp_path: Path) -> None:
+    status, out = pytest_run(tmp_path, *CONFORMANCE, "-v", LOSSFNS_SUBJECT=HERE + "nll")
+    assert status == 0 and "test_law[likelihood] PASSED" in out and "test_law[no_inert_knob] SKIPPED" in out, out
+
+
+def test_conformance_fails_with_the_bug(tmp_path: Path) -> None:
+    mutant = "lossfns.testing.mutants:cross_entropy_padding_in_denominator"
+    status, out = pytest_run(tmp_path, *CONFORMANCE, "--lossfns-subject", mutant, "--lossfns-kind", "any")
+    assert status == 1 and "Likely bug: padding-in-denominator" in out and "test_law[padding]" in out, out
+    assert "likelihood" not in out
+
+
+def test_conformance_needs_a_subject(tmp_path: Path) -> None:
+    status, out = pytest_run(tmp_path, *CONFORMANCE)
+    assert status in (2, 4) and "set LOSSFNS_SUBJECT=module:loss_fn" in out and "Traceback" not in out, out
+
+
+def test_the_fixture_fails_with_the_table(tmp_path: Path) -> None:
+    (tmp_path / "test_mine.py").write_text(
+        "from lossfns.testing import mutants\n"
+        "import lossfns\n\n"
+        "def test_right(check_loss):\n"
+        "    assert check_loss(lossfns.cross_entropy(), examples=0).kind == 'supervised'\n\n"
+        "def test_wrong(check_loss):\n"
+        "    check_loss(mutants.cross_entropy_in_bits, kind='supervised', examples=0)\n"
+    )
+    status, out = pytest_run(tmp_path)
+    assert status == 1 and "1 failed, 1 passed" in out and "most likely constant-factor" in out, out

@@ -1,0 +1,70 @@
+"""docs/findings.md: each command that it names finds what its table says, no more and no less."""
+
+import ast
+import re
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lossfns.cli import parser
+from lossfns.testing.check import check
+from lossfns.testing.subject import load
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs" / "findings.md").read_text(encoding="utf-8")
+
+
+def sections() -> Iterator[tuple[str, str, set[tuple[str, str]]]]:
+    """Of each section: the package and version that its chapter is about, the command, and the broken laws."""
+    for chapter in re.split(r"^## ", PAGE, flags=re.M)[1:]:
+        title, _, text = chapter.partition("\n")
+        for section in re.split(r"^### ", text, flags=re.M)[1:]:
+            (command,) = re.findall(r"^lossfns (check .+)$", section, re.M)
+            yield title, command, set(re.findall(r"^\| `(\w+)` \| `([\w-]+)` \|", section, re.M))
+
+
+def installed(title: str) -> bool:
+    """Whether a chapter is about no package, or about one that is installed in just this version."""
+    package, _, wanted = title.partition(" ")
+    try:
+        return not wanted or version(package) == wanted
+    except PackageNotFoundError:
+        return False
+
+
+def functions(file: str) -> set[str]:
+    tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+    return {f"{file}:{node.name}" for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+HERE = [
+    pytest.param(parser().parse_args(command.split()), broken, id=command.removeprefix("check examples/"))
+    for title, command, broken in sections()
+    if installed(title)
+]
+
+
+@pytest.mark.parametrize(("args", "broken"), HERE)
+def test_the_kit_finds_what_the_page_says(args: Any, broken: set[tuple[str, str]]) -> None:
+    report = check(load(f"{ROOT}/{args.subject}"), kind=args.kind, factory=args.factory)
+    assert {(v.law, v.bug) for v in report.failures} == broken
+
+
+def test_the_page_names_every_loss_of_the_examples() -> None:
+    """But for the helpers that the adapters share."""
+    named = {command.split()[1] for _, command, _ in sections()}
+    files = [f"examples/{path.name}" for path in (ROOT / "examples").glob("*_losses.py")]
+    there = {name for file in files for name in functions(file)}
+    assert there - named == {
+        "examples/cookbook_losses.py:inner",
+        "examples/library_losses.py:hatchery",
+        "examples/library_losses.py:verl",
+    }
+    assert named <= there
+
+
+def test_the_documented_losses_are_always_tried() -> None:
+    assert functions("examples/documented_losses.py") <= {case.values[0].subject for case in HERE}
