@@ -32,7 +32,7 @@ BUGS: dict[str, Bug] = {
         ("Fireworks' and Tinker's documented examples",)),
     "detached-term": Bug("part of the value has no gradient, or another one than its own", ()),
     # Masks
-    "mask-after-exp": Bug("the mask multiplies after exp or log: 0·inf = nan in the loss",
+    "mask-after-exp": Bug("the mask multiplies what may be inf or nan, after exp or log or as it came: 0·inf = nan",
         ("PrimeIntellect-ai/prime-rl#2084", "NVIDIA-NeMo/RL#4120", "OpenRLHF/OpenRLHF#1240")),
     "where-after-exp": Bug("where() after exp or log: the loss is right, the gradient is 0·inf = nan",
         ("PrimeIntellect-ai/prime-rl#2085", "huggingface/trl#5413")),
