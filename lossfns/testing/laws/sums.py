@@ -16,6 +16,7 @@ from torch import Tensor
 from lossfns.testing.batch import Batch
 from lossfns.testing.laws.base import (
     LossFn,
+    Outcome,
     Probe,
     demand,
     filled,
@@ -42,14 +43,25 @@ def duplication(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]
         half = [[2 * g / factor for g in row] for row in twice.gradients[:count]]
         if probe.same([twice.value / factor, half], [once.value, once.gradients]):
             return
-    sizes = [math.fsum(abs(g) for row in rows for g in row) for rows in (once.gradients, twice.gradients[:count])]
-    share = 2 * sizes[1] / sizes[0]
+    share = growth(once, twice)
     seen = f"The batch twice has {share:g} times the gradient and the loss {twice.value}, once {once.value}"
     if not probe.same(twice.gradients[:count], twice.gradients[count:]):
         equal = len(set(active(batch))) == 1
         demand(False, "order-dependent" if equal else "mean-of-means", f"{seen}; the two copies differ.")
-    likely = "divided-twice" if share < 0.75 else "broadcast" if share > 2 else "epsilon-in-denominator"
+    heavy = batch.having(weights=[[64 * w for w in row] for row in batch.weights])
+    same = probe.same(growth(probe(heavy), probe(heavy.take([*range(count)] * 2))), share)
+    between = "mean-of-means" if same else "epsilon-in-denominator"
+    likely = "divided-twice" if share < 0.75 else "broadcast" if share > 2 else between
     demand(False, likely, f"{seen}: a mean gives 1 and a sum 2.")
+
+
+def growth(once: Outcome, twice: Outcome) -> float:
+    """The gradient of a batch in its double, both copies together, as a multiple of its own."""
+    own, copy = (
+        math.fsum(abs(g) for row in rows for g in row)
+        for rows in (once.gradients, twice.gradients[: len(once.gradients)])
+    )
+    return 2 * copy / own
 
 
 def replicas(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
