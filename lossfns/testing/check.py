@@ -210,11 +210,15 @@ def of_laws(loss_fn: LossFn, kind: str, targets: int, examples: int, claims: Seq
         law(loss_fn, batch.data(), batch.tensors(dtype))
 
     def trial(law: Law) -> Trial:
-        once = law in CRAFTED or law.__name__ == "vectors"
-        batches_, count = (small[-1:], 0) if once else (small, examples)
-        return Trial(law.__name__, partial(judged, law, partial(tried, law), batches_, drawn, count))
+        first, count = (small[-1:], 0) if crafted(law) else (small, examples)
+        return Trial(law.__name__, partial(judged, law, partial(tried, law), first, drawn, count))
 
     return [trial(law) for law in (*GROUPS[kind], *claims)]
+
+
+def crafted(law: Law) -> bool:
+    """Whether a law brings its own batches: the golden vectors do, too."""
+    return law in CRAFTED or law.__name__ == "vectors"
 
 
 def judged(law: Law, on: Callable[[Batch], None], small: Sequence[Batch], drawn: Any, examples: int) -> Verdict:
@@ -244,7 +248,7 @@ def judged(law: Law, on: Callable[[Batch], None], small: Sequence[Batch], drawn:
     seconds = time.monotonic() - start
     if failed:
         batch, error = failed
-        example = "" if law in CRAFTED or law.__name__ == "vectors" else str(batch)  # those say it themselves
+        example = "" if crafted(law) else str(batch)  # those say it themselves
         return Verdict(law.__name__, says(law), "fail", seconds, error.bug, error.seen, example)
     if held:
         return Verdict(law.__name__, says(law), "pass", seconds)
@@ -275,7 +279,7 @@ def smallest(broken: Callable[[Batch], LawBroken | None], drawn: Any, examples: 
 
 
 def raised(error: Exception) -> LawBroken:
-    return LawBroken("not-the-contract", f"On valid input the call raises {type(error).__name__}: {error}.")
+    return LawBroken("not-the-contract", f"On valid input a law ends in {type(error).__name__}: {error}.")
 
 
 def says(law: Callable[..., None]) -> str:

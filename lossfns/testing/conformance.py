@@ -31,6 +31,6 @@ def test_law(trial: Trial) -> None:
     with quiet():
         verdict = trial.run()
     if verdict.verdict == "n/a":
-        pytest.skip(verdict.seen)
+        pytest.skip(verdict.seen)  # the law has nothing to test in such a loss, and says why
     if verdict.verdict == "fail":
         pytest.fail(f"{verdict.says}\n{verdict.seen}\nLikely bug: {verdict.bug}\n{verdict.example}", pytrace=False)

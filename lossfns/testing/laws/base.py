@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lossfns.testing.batch import ALIASES, Batch, Row, Rows
+from lossfns.testing.batch import ALIASES, Batch, Rows
 from lossfns.testing.bugs import BUGS
 
 LossFn = Callable[..., tuple[Tensor, dict[str, float]]]
@@ -136,11 +136,6 @@ def neutral(batch: Batch) -> Batch:
     return batch.having(**like)
 
 
-def edited(rows: Rows, i: int, change: Callable[[Row], Row]) -> Rows:
-    """The rows with row i changed."""
-    return [change(list(row)) if k == i else row for k, row in enumerate(rows)]
-
-
 def put(rows: Rows, i: int, j: int, value: float) -> Rows:
     """The rows with one slot set."""
     return [[value if (k, t) == (i, j) else x for t, x in enumerate(row)] for k, row in enumerate(rows)]
@@ -155,10 +150,6 @@ def moved(rows: Rows, slots: Iterable[tuple[int, int]], by: float) -> Rows:
 def slots(batch: Batch, active: bool = True) -> list[tuple[int, int]]:
     """(datum, position) of every slot that is active, or that is not."""
     return [(i, j) for i, row in enumerate(batch.weights) for j, w in enumerate(row) if (w != 0) == active]
-
-
-def at(rows: Rows, where: Iterable[tuple[int, int]]) -> Row:
-    return [rows[i][j] for i, j in where]
 
 
 def stretched(batch: Batch, least: int) -> Batch:

@@ -66,22 +66,23 @@ def silent(probe: Probe) -> None:
 
 def independence(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
     """A datum's (or pair's) gradient does not depend on the values of another."""
-    probe, step = Probe.of(loss_fn, data, logprobs), unit(Probe.of(loss_fn, data, logprobs).batch)
+    probe = Probe.of(loss_fn, data, logprobs)
+    step = unit(probe.batch)
     batch = neutral(single(probe.batch, length=2, datums=3 * step))
     usual = probe(batch).gradients[:step]
     suppose(any(g != 0 for row in usual for g in row), "there is no gradient")
 
-    def felt(name: str, by: Callable[[float], float], unit_: int | None) -> bool:
-        """Whether the first unit's gradient changes with a column of one unit, or of all others (its first sides)."""
+    def felt(name: str, moves: Callable[[int], bool]) -> bool:
+        """Whether the first unit's gradient changes when a column does in these units, on their first sides."""
         rows = rows_of(batch, name)
-        hit = [i % step == 0 and (i // step == unit_ if unit_ is not None else i >= step) for i in range(len(rows))]
-        changed = [[by(x) if h else x for x in row] for row, h in zip(rows, hit)]
-        return not probe.same(probe(batch.having(**{name: changed})).gradients[:step], usual)
+        hit = [i % step == 0 and moves(i // step) for i in range(len(rows))]
+        shifted = [[x - 0.125 if h else x for x in row] for row, h in zip(rows, hit)]
+        return not probe.same(probe(batch.having(**{name: shifted})).gradients[:step], usual)
 
     for name in ("logprobs", *(name for name in batch.columns if name != "advantages")):
-        if felt(name, lambda x: x - 0.125, None):
+        if felt(name, lambda i: i > 0):
             seen = f"Changing the {name} of other datums changes the gradient of datum 0"
-            own = felt(name, lambda x: x - 0.125, 0)
+            own = felt(name, lambda i: i == 0)
             demand(own or name == "logprobs", "datum-misaligned", f"{seen}; changing its own does not.")
             demand(False, crossed(probe, batch.take(range(step))), f"{seen}.")
     masked = [[0.0] * len(row) if i < step else row for i, row in enumerate(batch.weights)]

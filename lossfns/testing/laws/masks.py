@@ -15,6 +15,7 @@ from lossfns.testing.laws.base import (
     Probe,
     demand,
     neutral,
+    rows_of,
     suppose,
     unpoisoned,
     with_empty,
@@ -31,13 +32,10 @@ def poison(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> 
     suppose(clean.finite, "it is not finite without poison either")
     for name in ("logprobs", *batch.columns):
         for value in POISON:
-            rows = batch.logprobs if name == "logprobs" else batch.columns[name]
+            rows = rows_of(batch, name)
             bad = [[x if w else value for x, w in zip(r, ws)] for r, ws in zip(rows, batch.weights)]
             result = probe(batch.having(**{name: bad}))
-            same = repr((result.value, result.gradients, result.metrics)) == repr(
-                (clean.value, clean.gradients, clean.metrics)
-            )
-            if not same:
+            if repr(result) != repr(clean):
                 demand(False, *leak(name, value, clean, result))
 
 

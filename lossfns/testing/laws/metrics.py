@@ -33,8 +33,7 @@ def metric_loss(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]
 def metric_merge(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
     """A metric of the whole is a sum, a mean over some count, or an extreme of its parts'."""
     probe = Probe.of(loss_fn, data, logprobs)
-    batch = unpoisoned(probe.batch)
-    batch = inhabited(batch)
+    batch = inhabited(unpoisoned(probe.batch))
     suppose(len(units(batch)) > 1, "one datum cannot be split")
     parts = [batch.take(part) for part in units(batch)]
     whole, of_parts = probe(batch).metrics, [probe(part).metrics for part in parts]

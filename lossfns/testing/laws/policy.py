@@ -187,7 +187,7 @@ def on_policy(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) 
         squared = [[-g / w**2 for g, w in zip(gs, ws)] for gs, ws in zip(gradients, batch.weights)]
         twice = all(probe.same(row, [row[0]] * len(row)) for row in squared)
         demand(False, "weights-squared" if twice else "weights-binarised", seen)
-    scale(probe, batch, 1.0)
+    scale(probe, batch)
 
 
 def weighed_apart(probe: Probe) -> Batch:
@@ -199,11 +199,11 @@ def weighed_apart(probe: Probe) -> Batch:
     return neutral(Batch(logprobs, rows, named, probe.batch.targets))
 
 
-def scale(probe: Probe, batch: Batch, unit: float) -> None:
+def scale(probe: Probe, batch: Batch) -> None:
     """The gradient's size is 1 / D for a count D of the batch: nothing else scales it."""
     ones = batch.having(weights=[[1.0] * len(row) for row in batch.weights])
     parts = [ones, ones.take([0]), ones.take([1]), ones.take([1, 1, 0])]
-    sizes = [[-row[0] / unit for row in probe(part).gradients] for part in parts]
+    sizes = [[-row[0] for row in probe(part).gradients] for part in parts]
     counts = {name: [[count(part)] * len(part.weights) for part in parts] for name, count in COUNTS.items()}
     counts["sequence means"] = [[len(row) * len(part.weights) for row in part.weights] for part in parts]
     kappas = {name: [s * c for ss, cs in zip(sizes, row) for s, c in zip(ss, cs)] for name, row in counts.items()}
@@ -268,8 +268,9 @@ def clip_bounds(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]
     suppose(len(named) == 1 and named[0][0] <= 1 <= named[0][1], "it names no absolute bounds")
     low, high = named[0]
     for bound, mistaken, advantage in ((high, 1 + high, 1.0), (low, 1 - low, -1.0)):
-        beyond = gradient_at(probe, math.log(bound) * 1.01, advantage)[1]
-        suppose(mistaken > 0 and beyond != 0, "its bounds are as named")
+        ends = bound <= 0 or gradient_at(probe, math.log(bound) * 1.01, advantage)[1] == 0
+        if ends or mistaken <= 0:
+            continue  # as it says; and no ratio is below 0
         inside, outside = (gradient_at(probe, math.log(mistaken) * by, advantage)[1] for by in (0.99, 1.01))
         seen = f"The setting says {bound:g}; at advantage {advantage:g} the gradient ends at {mistaken:g}."
         demand(not (inside != 0 and outside == 0), "clip-as-epsilon", seen)

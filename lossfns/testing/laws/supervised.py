@@ -44,7 +44,7 @@ def likelihood(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor])
         squared = [[-g / w**2 for g, w in zip(gs, ws)] for gs, ws in zip(gradients, batch.weights)]
         twice = all(probe.same(row, [row[0]] * len(row)) for row in squared)
         demand(False, "weights-squared" if twice else "weights-binarised", seen)
-    scale(probe, batch, 1.0)
+    scale(probe, batch)
 
 
 def negative_weights(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
