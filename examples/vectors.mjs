@@ -85,14 +85,23 @@ const reinforce = (c, ...how) =>
   reduce((i, t) => [-c.advantages[i][t] * c.logprobs[i][t], -c.advantages[i][t]], c.weights, ...how)
 
 // Policy gradient
-function surrogate(d, A, { clip = [-Infinity, Infinity], dual_clip, log_ratio_cap }) {
-  const cap = log_ratio_cap ?? Infinity
-  const r = Math.exp(clamp(d, -cap, cap))
+const ratio = (d, cap) => Math.exp(cap === null ? d : clamp(d, -cap, cap))
+
+function surrogate(d, A, { clip = [-Infinity, Infinity], dual_clip, log_ratio_cap: cap }) {
+  const r = ratio(d, cap)
   const cut = -clamp(r, ...clip) * A
-  let [value, slope] = cut > -r * A ? [cut, 0] : [-r * A, Math.abs(d) <= cap ? -r * A : 0]
+  let [value, slope] = cut > -r * A ? [cut, 0] : [-r * A, Math.abs(d) <= (cap ?? Infinity) ? -r * A : 0]
   if (dual_clip !== null && A < 0 && -dual_clip * A < value) [value, slope] = [-dual_clip * A, 0]
   return [value, RATIO_SIGN * slope]
 }
+
+function cispo(d, A, { clip, log_ratio_cap: cap }, lp) { // the bounds limit a weight, which is a constant
+  const w = clamp(ratio(d, cap), ...clip)
+  return [-w * A * lp, -w * A]
+}
+
+const dro = (d, A, { beta }, lp) => [(beta * d * d) / 2 - A * lp, beta * d - A]
+const TERMS = { cispo, dro }
 
 function samplerWeights(c, config) { // min(exp(old − sampler), cap) of a token, or of the sequence's sum
   if (config.tis_cap === null) return c.weights.map(row => row.map(() => 1))
@@ -113,7 +122,8 @@ function policy(c, config, denominator, loss) {
   const byToken = difference(c.weights, c.logprobs, c.old_logprobs).map(row => row.map(d => RATIO_SIGN * d))
   const d = sequence ? averaged(c.weights, byToken) : byToken
   const rho = samplerWeights(c, config)
-  const term = (i, t) => surrogate(d[i][t], c.advantages[i][t], config).map(x => rho[i][t] * x)
+  const l = TERMS[loss] ?? surrogate
+  const term = (i, t) => l(d[i][t], c.advantages[i][t], config, c.logprobs[i][t]).map(x => rho[i][t] * x)
   const main = reduce(term, c.weights, config, denominator)
   if (loss === 'gspo') main.grad = averaged(c.weights, main.grad)
   if (loss !== 'grpo') return main

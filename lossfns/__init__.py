@@ -42,7 +42,9 @@ from lossfns.loss import token_level as token_level
 from lossfns.loss import with_kl as with_kl
 from lossfns.loss import with_tis as with_tis
 from lossfns.pack import pack as pack
+from lossfns.policy import cispo as cispo
 from lossfns.policy import dapo as dapo
+from lossfns.policy import dro as dro
 from lossfns.policy import grpo as grpo
 from lossfns.policy import gspo as gspo
 from lossfns.policy import gspo_token as gspo_token

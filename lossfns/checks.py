@@ -30,6 +30,11 @@ def non_negative(name: str, value: Any) -> None:
     number(name, value, "a finite number of at least 0", lambda x: x >= 0, "Pass 0 to switch the term off.")
 
 
+def beta(name: str, value: Any) -> None:
+    fix = "At 0 a dpo has no signal, and a dro is reinforce."
+    number(name, value, "a finite number above 0", lambda x: x > 0, fix)
+
+
 def clip(name: str, value: Any) -> None:
     """Absolute bounds of the ratio, ``0 <= low <= 1 <= high``."""
     expected = "ratio bounds (low, high) with 0 <= low <= 1 <= high"
@@ -74,7 +79,7 @@ def function(*known: str) -> Callable[[str, Any], None]:
 KNOBS: dict[str, Callable[[str, Any], None]] = {
     "clip": clip,
     "kl_beta": non_negative,
-    "beta": positive,
+    "beta": beta,
     "lam": non_negative,
     "cap": positive,
     "length": positive,

@@ -131,7 +131,8 @@ def fold(loss: Loss | BoundLoss, data: Sequence[Any]) -> Folded:
 
     Raises:
         LossInputError: where no built-in is the same function: a KL or dual clip, a log-ratio cap
-            (built-ins are uncapped), coupled datums, or a loss the services do not have.
+            (built-ins are uncapped), coupled datums, a penalty (``dro``: advantages cannot scale it), or a
+            loss the services do not have.
     """
     bound = as_bound(loss)
     loss = bound.loss
@@ -158,11 +159,15 @@ BUILTINS = {
     "dapo": "ppo",
     "grpo": "ppo",
     "gspo_token": "gspo",
+    "cispo": "cispo",
 }
 
 
 def builtin(loss: Loss) -> str:
     """The name of the built-in that is this loss once its weights are folded in."""
+    if loss.name == "dro":
+        fix = "The built-in dro holds every token to the old policy alike: it has no place for a share, nor for a mask."
+        raise LossInputError("fold", "a loss whose weights its advantages can carry", f"{loss!r}", fix)
     inexact = [name for name in ("kl_beta", "dual_clip", "log_ratio_cap") if loss.knobs.get(name)]
     if loss.name in BUILTINS and not inexact:
         return BUILTINS[loss.name]

@@ -3,7 +3,8 @@
 All read ``advantages`` and (but for ``reinforce``) ``old_logprobs``. Clip bounds are absolute ratios.
 ``log_ratio_cap`` bounds |lp − old| before the exponential (``None``: the paper's uncapped form). Statistics: ``ratio``,
 ``ratio_capped``, ``log_ratio_abs``, ``kl_old``, and where the loss clips ``clip_low`` and ``clip_high``, the shares of
-tokens whose gradient a bound removes.
+tokens whose gradient a bound removes. Where a bound limits the weight and the gradient stays (``cispo``), those shares
+are ``bound_low`` and ``bound_high``.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from lossfns.weigh import Weighing, sequence_mean, token_mean
 
 Clip = tuple[float, float]
 Level = Callable[[Tokens, Tensor], Tensor]
+Surrogate = Callable[[Tokens, Tensor], Tensor]
+Shares = Callable[[Tokens, Tensor], Statistics]
 
 
 def geometric_level_by_token(t: Tokens, log_ratio: Tensor) -> Tensor:
@@ -32,12 +35,12 @@ def geometric_level_by_token(t: Tokens, log_ratio: Tensor) -> Tensor:
 
 def ratio_loss(
     level: Level,
-    surrogate: Callable[[Tensor, Tensor], Tensor],
+    surrogate: Surrogate,
     weigh: Weighing,
     log_ratio_cap: float | None,
-    shares: Callable[[Tensor, Tensor], Statistics] = lambda ratio, advantages: {},
+    shares: Shares = lambda t, ratio: {},
 ) -> Loss:
-    """surrogate(r, A) of each token, r = exp(capped d), d = lp − old of the token or its sequence."""
+    """surrogate(t, r) of each token, r = exp(capped d), d = lp − old of the token or its sequence."""
 
     def terms(t: Tokens) -> tuple[Tensor, Statistics]:
         log_ratio = t.logprobs - t.old_logprobs
@@ -50,20 +53,30 @@ def ratio_loss(
             "log_ratio_abs": distance,
             "kl_old": eq.k3_of(log_ratio.detach()),
         }
-        return surrogate(r, t.advantages), statistics | shares(r.detach(), t.advantages)
+        return surrogate(t, r), statistics | shares(t, r.detach())
 
     return weighed(terms, ("advantages", "old_logprobs"), weigh)
 
 
-def clip_shares(ratio: Tensor, advantages: Tensor, clip: Clip) -> Statistics:
+def clip_shares(t: Tokens, ratio: Tensor, clip: Clip) -> Statistics:
     """Where a bound removes the gradient: below low with A < 0, above high with A > 0."""
     low, high = clip
-    return {"clip_low": (advantages < 0) & (ratio < low), "clip_high": (advantages > 0) & (ratio > high)}
+    return {"clip_low": (t.advantages < 0) & (ratio < low), "clip_high": (t.advantages > 0) & (ratio > high)}
+
+
+def bound_shares(t: Tokens, ratio: Tensor, clip: Clip) -> Statistics:
+    """Where a bound limits a weight, whatever the advantage."""
+    low, high = clip
+    return {"bound_low": ratio < low, "bound_high": ratio > high}
 
 
 def clipped(level: Level, clip: Clip, weigh: Weighing, log_ratio_cap: float | None, dual_clip: float | None) -> Loss:
     """−min(r·A, clip(r)·A), dual-clipped if asked."""
-    surrogate, shares = partial(eq.clipped_surrogate, clip=clip), partial(clip_shares, clip=clip)
+
+    def surrogate(t: Tokens, ratio: Tensor) -> Tensor:
+        return eq.clipped_surrogate(ratio, t.advantages, clip)
+
+    shares = partial(clip_shares, clip=clip)
     return with_dual_clip(ratio_loss(level, surrogate, weigh, log_ratio_cap, shares), dual_clip)
 
 
@@ -83,7 +96,7 @@ def reinforce(weigh: Weighing = token_mean) -> Loss:
 @method
 def importance_sampling(weigh: Weighing = token_mean, log_ratio_cap: float | None = 20.0) -> Loss:
     """−r·A: the policy gradient corrected for the policy that sampled."""
-    return ratio_loss(token_level, eq.surrogate, weigh, log_ratio_cap)
+    return ratio_loss(token_level, lambda t, ratio: eq.surrogate(ratio, t.advantages), weigh, log_ratio_cap)
 
 
 @method
@@ -147,3 +160,30 @@ def gspo_token(
 ) -> Loss:
     """GSPO's ratio in value, each token's own gradient: advantages may differ by token. arXiv:2507.18071, eq. 13."""
     return clipped(geometric_level_by_token, clip, weigh, log_ratio_cap, dual_clip)
+
+
+@method
+def cispo(clip: Clip = (0.0, 4.0), weigh: Weighing = token_mean, log_ratio_cap: float | None = 20.0) -> Loss:
+    """−sg(clip(r))·A·lp: a bound limits a token's weight, not its gradient. MiniMax 2025, arXiv:2506.13585, eq. 4.
+
+    The paper bounds from above alone, as here. Statistics: ``bound_low``, ``bound_high``; nothing is clipped away.
+    """
+
+    def weighted(t: Tokens, ratio: Tensor) -> Tensor:
+        return eq.weighted_policy_gradient(t.logprobs, ratio, t.advantages, clip)
+
+    return ratio_loss(token_level, weighted, weigh, log_ratio_cap, partial(bound_shares, clip=clip))
+
+
+@method
+def dro(beta: float = 0.05, weigh: Weighing = token_mean) -> Loss:
+    """−(A·lp − ½β(lp − old)²): a pull back to the policy that sampled. Richemond et al. 2024, arXiv:2405.19107.
+
+    By token, as the hosted services have it; the paper's log-ratio is that of the sequence. No ratio is in the loss:
+    the statistics ``ratio`` and ``ratio_capped`` are those of a cap of 20.
+    """
+
+    def penalised(t: Tokens, ratio: Tensor) -> Tensor:
+        return eq.direct_reward(t.logprobs, t.old_logprobs, t.advantages, beta)
+
+    return ratio_loss(token_level, penalised, weigh, eq.KL_LOG_RATIO_CAP)

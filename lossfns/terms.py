@@ -47,6 +47,20 @@ def clipped_surrogate(ratio: Tensor, advantages: Tensor, clip: tuple[float, floa
     return -advantages * bounded
 
 
+def weighted_policy_gradient(logprobs: Tensor, ratio: Tensor, advantages: Tensor, clip: tuple[float, float]) -> Tensor:
+    """−sg(clip(r, low, high))·A·lp. MiniMax 2025 (arXiv:2506.13585), equations 4 and 5.
+
+    A bound limits the weight of a token; no token loses its gradient.
+    """
+    low, high = clip
+    return policy_gradient(logprobs, ratio.detach().clamp(low, high) * advantages)
+
+
+def direct_reward(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, beta: float) -> Tensor:
+    """−(A·lp − ½β(lp − old)²), by token. Richemond et al. 2024 (arXiv:2405.19107), who sum over the sequence first."""
+    return policy_gradient(logprobs, advantages) + beta * k2(logprobs, old_logprobs)
+
+
 def dual_clipped(loss: Tensor, advantages: Tensor, c: float) -> Tensor:
     """min(loss, −c·A) where A < 0, else loss. Ye et al. 2020 (arXiv:1912.09729), equation 5."""
     return torch.where(advantages < 0, torch.minimum(loss, -c * advantages), loss)

@@ -138,11 +138,24 @@ def cases() -> Iterator[Case]:
         yield Case(lossfns.dapo(weigh=weigh), oracle.dapo, w)
         yield Case(lossfns.gspo(weigh=weigh), oracle.gspo, w)
         yield Case(lossfns.gspo_token(weigh=weigh), oracle.gspo_token, w)
+        yield Case(lossfns.cispo(weigh=weigh), oracle.cispo, w)
+        yield Case(lossfns.dro(weigh=weigh), oracle.dro, w)
     t, s = {"weigh": "token_mean"}, {"weigh": "sequence_mean"}
     yield Case(lossfns.ppo(clip=(0.5, 3.0), dual_clip=4.0), oracle.ppo, t | {"clip": (0.5, 3.0), "dual_clip": 4.0})
     yield Case(lossfns.ppo(log_ratio_cap=0.3), oracle.ppo, t | {"log_ratio_cap": 0.3})
     yield Case(lossfns.gspo(clip=(0.5, 2.0)), oracle.gspo, s | {"clip": (0.5, 2.0)})
     yield Case(lossfns.gspo_token(clip=(0.5, 2.0)), oracle.gspo_token, s | {"clip": (0.5, 2.0)})
+    yield Case(lossfns.cispo(clip=(0.8, 1.28)), oracle.cispo, t | {"clip": (0.8, 1.28)})
+    yield Case(lossfns.cispo(log_ratio_cap=0.3), oracle.cispo, t | {"log_ratio_cap": 0.3})
+    yield Case(lossfns.dro(beta=2.0), oracle.dro, t | {"beta": 2.0})
+    for loss, policy, own in (
+        (lossfns.cispo(clip=(0.5, 2.0)), oracle.cispo, {"clip": (0.5, 2.0)}),
+        (lossfns.dro(beta=0.7), oracle.dro, {"beta": 0.7}),
+    ):
+        tis = {"tis_cap": 1.3, "tis_level": "sequence"}
+        corrected = lossfns.with_tis(loss, cap=1.3, level=lossfns.sequence_level)
+        yield Case(corrected, policy, t | own | tis)
+        yield Case(lossfns.with_kl(corrected, kl_beta=0.2), penalised(policy), t | own | tis | {"kl_beta": 0.2})
     for kl, beta in itertools.product(("k2", "k3"), (0.5,)):
         knobs = {"kl": kl, "kl_beta": beta}
         yield Case(lossfns.grpo(kl=getattr(lossfns, kl), kl_beta=beta), oracle.grpo, t | knobs)
@@ -161,6 +174,20 @@ def cases() -> Iterator[Case]:
         )
         yield Case(lossfns.orpo(weigh=weigh), oracle.orpo, w)
         yield Case(lossfns.orpo(lam=1.5, weigh=weigh), oracle.orpo, w | {"lam": 1.5})
+
+
+def penalised(policy: Callable[..., tuple[float, Rows]]) -> Callable[..., tuple[float, Rows]]:
+    """A policy loss of the oracle and β·KL, which is its grpo where every advantage is 0."""
+
+    def oracle_of_both(*, ref_logprobs: Rows, kl_beta: float, **given: Any) -> tuple[float, Rows]:
+        value, gradients = policy(**given)
+        columns = {name: given[name] for name in ("logprobs", "weights", "old_logprobs", "weigh")}
+        denominator = {name: x for name, x in given.items() if name == "denominator"}
+        silent = [[0.0] * len(row) for row in given["weights"]]
+        kl, pulls = oracle.grpo(**columns, **denominator, advantages=silent, ref_logprobs=ref_logprobs, kl_beta=kl_beta)
+        return value + kl, [[g + p for g, p in zip(*rows)] for rows in zip(gradients, pulls)]
+
+    return oracle_of_both
 
 
 CASES = list(cases())

@@ -189,8 +189,8 @@ def test_inputs_are_left_as_they_were(case: Case) -> None:
 
 @every_loss
 def test_gradcheck_in_float64(case: Case) -> None:
-    """Away from kinks; GSPO-token's gradient is not that of its value, by design."""
-    if case.loss.name == "gspo_token":
+    """Away from kinks; GSPO-token's gradient and CISPO's are not those of their values, by design."""
+    if any(name in str(case) for name in ("gspo_token", "cispo")):
         return
     batch = case.batch(Random(21), sequences=4, longest=4)
     calm = Random(4)

@@ -38,6 +38,9 @@ TOKEN_CASES: list[tuple[str, tuple[str, ...], dict[str, Any]]] = [
     ("gspo", POLICY, {"clip": UNCLIPPED, "tis_cap": 1.1}),
     ("gspo", POLICY, {"clip": UNCLIPPED, "dual_clip": 1.1}),
     ("gspo", POLICY, {"clip": UNCLIPPED, "log_ratio_cap": 0.1}),
+    ("dro", POLICY, {}),
+    ("dro", POLICY, {"beta": 1.5}),
+    ("dro", POLICY, {"beta": 1.5, "tis_cap": 1.1, "tis_level": "sequence"}),
 ]
 PAIR_CASES: list[tuple[str, tuple[str, ...], dict[str, Any]]] = [
     ("dpo", PAIRS, {}),
@@ -276,6 +279,52 @@ def test_truncated_importance_sampling_by_hand(level: str, cap: float, factors: 
     assert grads == near([-rho for rho in factors])
 
 
+def test_cispo_by_hand() -> None:
+    """r = 2/3 and 6 at lp = log ½ and log ¼: weights 0.8 and 1.2 of −A·lp = log 2 and −2·log 4 = −4·log 2.
+
+    0.8·log 2 − 4.8·log 2 = −4·log 2, over two tokens −2·log 2; slopes −wA/2, beyond the bounds as within.
+    """
+    loss, grads = oracle.cispo(
+        logprobs=[[-LN2, -2 * LN2]],
+        old_logprobs=[[-LN2 + math.log(1.5), -2 * LN2 - math.log(6)]],
+        advantages=[[1, -2]],
+        weights=[[1, 1]],
+        clip=(0.8, 1.2),
+    )
+    assert loss == near(-2 * LN2)
+    assert grads == [near([-0.4, 1.2])]
+
+
+def test_cispo_has_the_slope_of_importance_sampling_within_its_bounds() -> None:
+    """−sg(r)·A·∇lp = −∇(r·A)."""
+    given = pick(POLICY, batch(4))
+    _, grads = method("cispo")(**given, clip=UNCLIPPED, tis_cap=1.1)
+    _, slopes = method("importance_sampling")(**given, tis_cap=1.1)
+    assert any(flat(grads))
+    assert flat(grads) == near(flat(slopes))
+
+
+@pytest.mark.parametrize("cap", [20.0, None])
+def test_cispo_weighs_a_far_token_by_the_bound(cap: float | None) -> None:
+    """r = e¹⁰⁰⁰ counts as 4: −4·A·lp with lp = −1."""
+    rows: dict[str, Any] = {"logprobs": [[-1]], "old_logprobs": [[-1001]], "weights": [[1]], "advantages": [[1]]}
+    assert oracle.cispo(**rows, log_ratio_cap=cap) == (4, [[-4]])
+
+
+def test_dro_by_hand() -> None:
+    """d = 2 and −1 at lp = −1 and −3, A = 1 and −2, β = ½: 1 + ¼·4 = 2 and −6 + ¼ = −5.75, slopes −1 + 1, 2 − ½."""
+    loss, grads = oracle.dro(
+        logprobs=[[-1, -3]],
+        old_logprobs=[[-3, -2]],
+        advantages=[[1, -2]],
+        weights=[[1, 1]],
+        beta=0.5,
+        weigh="token_sum",
+    )
+    assert loss == near(-3.75)
+    assert grads == [near([0, 1.5])]
+
+
 def test_truncation_spares_the_kl() -> None:
     """ρ = 2 doubles −1 but not β·k2 = 0.1·(log 2)²/2."""
     loss, grads = ratios(
@@ -392,10 +441,14 @@ def test_gspo_token_is_ppo_from_moved_logprobs(weigh: str, clip: tuple[float, fl
 # What does not count
 
 
-GSPO_TOKEN = ("gspo_token", POLICY, {"weigh": "sequence_mean", "tis_cap": 1.1})
+STOPPED = [
+    ("gspo_token", POLICY, {"weigh": "sequence_mean", "tis_cap": 1.1}),
+    ("cispo", POLICY, {"weigh": "sequence_mean", "tis_cap": 1.1, "clip": (0.9, 1.1)}),
+]
+"""Cases whose gradient is not the slope of their value, by design."""
 
 
-@pytest.mark.parametrize(("name", "columns", "knobs"), [*CASES, GSPO_TOKEN])
+@pytest.mark.parametrize(("name", "columns", "knobs"), [*CASES, *STOPPED])
 @pytest.mark.parametrize("junk", [math.nan, math.inf, -math.inf])
 def test_inactive_slots_are_never_read(name: str, columns: tuple[str, ...], knobs: dict[str, Any], junk: float) -> None:
     """Junk where w = 0 changes no bit, and the gradient there is 0."""
@@ -413,7 +466,7 @@ def test_inactive_slots_are_never_read(name: str, columns: tuple[str, ...], knob
     assert [g for g, w in zip(flat(clean[1]), flat(weights), strict=True) if w == 0 and g != 0] == []
 
 
-@pytest.mark.parametrize(("name", "columns", "knobs"), [*CASES, GSPO_TOKEN])
+@pytest.mark.parametrize(("name", "columns", "knobs"), [*CASES, *STOPPED])
 def test_nothing_counts(name: str, columns: tuple[str, ...], knobs: dict[str, Any]) -> None:
     """No token that counts, or no sequence: the loss is 0."""
     given = {column: [[math.nan] * 2, []] for column in columns}

@@ -82,6 +82,80 @@ def test_a_clipped_sequence_has_no_gradient_at_all() -> None:
     assert gradients[1] == [0.0] and metrics["clip_low"] == pytest.approx(1 / 3)
 
 
+def test_cispo_bounds_the_weight_of_a_token_and_keeps_its_gradient() -> None:
+    """Weights 1.5 → 1.2 and 0.5 → 0.8 twice: −(−1.2 − 0.8 + 0.8·2) / 3; gradients −w·A/3, none of them 0."""
+    value, gradients, metrics = call(lossfns.cispo(clip=(0.8, 1.2)), BATCH)
+    assert value == pytest.approx(0.4 / 3)
+    assert gradients == [pytest.approx([0.0, -0.4, -0.8 / 3]), pytest.approx([0.8 / 3])]
+    assert (metrics["bound_high"], metrics["bound_low"]) == pytest.approx((1 / 3, 2 / 3))
+    assert not metrics.keys() & {"clip_low", "clip_high"}
+
+
+def test_cispo_takes_the_bounds_of_the_services_by_default() -> None:
+    """0 and 4: nothing is bound here, and the gradient is that of importance sampling."""
+    value, gradients, metrics = call(lossfns.cispo(), BATCH)
+    assert value == pytest.approx((1.5 + 0.5 - 0.5 * 2) / 3)
+    assert gradients == call(lossfns.importance_sampling(), BATCH)[1]
+    assert metrics["bound_high"] == metrics["bound_low"] == 0
+    assert metrics["ratio"] == pytest.approx(2.5 / 3)
+
+
+@pytest.mark.parametrize("cap", [20.0, None])
+def test_a_far_ratio_weighs_a_token_of_cispo_by_the_bound(cap: float | None) -> None:
+    """e⁸⁹⁹ is inf in floats: the weight is 4, with a gradient, and the cap is not needed."""
+    batch = Batch([[-1.0, -900.0]], [[1.0, 1.0]], {"advantages": [[1.0, -1.0]], "old_logprobs": [[-900.0, -1.0]]})
+    with pytest.warns(lossfns.LossWarning, match="log-ratio"):
+        value, gradients, metrics = call(lossfns.cispo(clip=(0.5, 4.0), log_ratio_cap=cap), batch)
+    assert (value, gradients) == ((4 - 450) / 2, [[-2.0, 0.25]])
+    assert metrics["bound_low"] == metrics["bound_high"] == 0.5
+
+
+def test_dro() -> None:
+    """d = ln 1.5, ln ½, ln ½ and β = 0.6: −(−1 − 1 + 2)/3 + 0.3·Σd²/3; gradients (−A + 0.6·d)/3."""
+    value, gradients, metrics = call(lossfns.dro(beta=0.6), BATCH)
+    near, far = LN(1.5), LN(0.5)
+    assert value == pytest.approx(0.3 * (near**2 + 2 * far**2) / 3)
+    assert gradients[0] == pytest.approx([0.0, (-1 + 0.6 * near) / 3, (-1 + 0.6 * far) / 3])
+    assert gradients[1] == pytest.approx([(1 + 0.6 * far) / 3])
+    assert metrics["log_ratio_abs"] == pytest.approx((near - 2 * far) / 3)
+    assert metrics["ratio"] == pytest.approx(2.5 / 3) and metrics["ratio_capped"] == 0
+    assert metrics["kl_old"] == pytest.approx((0.5 - near + 2 * (-0.5 - far)) / 3)
+
+
+def test_dro_is_reinforce_with_k2_to_the_old_policy() -> None:
+    held = lossfns.with_kl(lossfns.reinforce(), kl_beta=0.6, kl=lossfns.k2)
+    batch = Batch(BATCH.logprobs, BATCH.weights, {**BATCH.columns, "ref_logprobs": BATCH.columns["old_logprobs"]})
+    assert call(lossfns.dro(beta=0.6), batch)[:2] == call(held, batch)[:2]
+
+
+def test_the_penalty_of_dro_has_no_cap() -> None:
+    """900 nats away it pulls with 0.05·900, and the metrics are finite."""
+    batch = Batch([[-1.0]], [[1.0]], {"advantages": [[1.0]], "old_logprobs": [[-901.0]]})
+    with pytest.warns(lossfns.LossWarning, match="log-ratio"):
+        value, gradients, metrics = call(lossfns.dro(), batch)
+    assert value == pytest.approx(1 + 0.025 * 900**2) and gradients == [[pytest.approx(44.0)]]
+    assert metrics["ratio_capped"] == 1 and all(map(math.isfinite, metrics.values()))
+
+
+def test_the_samplers_weight_is_that_of_the_whole_term_of_dro() -> None:
+    """Weights 2 (capped), 1 and ½ of reward and penalty alike."""
+    rho, ds = (2.0, 1.0, 0.5), (LN(1.5), LN(0.5), LN(0.5))
+    value, gradients, _ = call(lossfns.with_tis(lossfns.dro(beta=0.6), cap=2.0), BATCH)
+    rewards = (-1.0, -1.0, 2.0)
+    assert value == pytest.approx(sum(p * (0.3 * d**2 - r) for p, d, r in zip(rho, ds, rewards)) / 3)
+    assert gradients[1] == pytest.approx([0.5 * (1 + 0.6 * LN(0.5)) / 3])
+
+
+@pytest.mark.parametrize("loss", [lossfns.cispo(clip=(0.8, 1.2)), lossfns.dro(beta=0.6)], ids=repr)
+def test_the_kl_joins_a_loss_without_a_clipped_ratio(loss: lossfns.Loss) -> None:
+    """The reference is off by ln 2 at one token: k3 = ln 2 − ½ with the gradient ½, over 3 tokens."""
+    value, gradients, metrics = call(lossfns.with_kl(loss, kl_beta=0.6), BATCH)
+    alone, pulls, _ = call(loss, BATCH)
+    assert value - alone == pytest.approx(0.6 * (LN(2) - 0.5) / 3)
+    assert gradients[0][1] - pulls[0][1] == pytest.approx(0.6 * 0.5 / 3)
+    assert metrics["kl_ref"] == pytest.approx((LN(2) - 0.5) / 3)
+
+
 def test_on_policy_the_ratio_is_one_and_the_gradient_is_reinforce() -> None:
     for loss in (lossfns.importance_sampling(), lossfns.ppo(), lossfns.dapo(), lossfns.grpo(kl_beta=0)):
         logprobs = BATCH.tensors()
@@ -92,6 +166,18 @@ def test_on_policy_the_ratio_is_one_and_the_gradient_is_reinforce() -> None:
         assert value.item() == pytest.approx(-1 / 3)
         assert logprobs[0].grad.tolist() == pytest.approx([0.0, -1 / 3, -1 / 3])
         assert logprobs[1].grad.tolist() == pytest.approx([1 / 3])
+
+
+@pytest.mark.parametrize("loss", [lossfns.cispo(), lossfns.dro()], ids=repr)
+def test_on_policy_cispo_and_dro_are_reinforce(loss: lossfns.Loss) -> None:
+    logprobs = BATCH.tensors()
+    bound = loss.bind(weights=BATCH.weights, advantages=BATCH.columns["advantages"], old_logprobs=ON_POLICY)
+    value, metrics = bound(BATCH.data(), logprobs)
+    value.backward()
+    expected, gradients, _ = call(lossfns.reinforce(), BATCH)
+    assert value.item() == pytest.approx(expected)
+    assert [lp.grad.tolist() for lp in logprobs] == [pytest.approx(row) for row in gradients]
+    assert metrics["ratio"] == 1 and metrics["kl_old"] == metrics["log_ratio_abs"] == 0
 
 
 def test_reinforce() -> None:

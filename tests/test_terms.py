@@ -61,6 +61,40 @@ def test_dual_clip_leaves_a_token_without_advantage_as_it_is() -> None:
     assert slope(lambda loss: eq.dual_clipped(loss, zero, 3.0), 1.0) == (1.0, 1.0)
 
 
+@pytest.mark.parametrize("advantage", [A_POSITIVE, A_NEGATIVE])
+@pytest.mark.parametrize(("ratio", "weight"), [(0.5, 0.8), (0.8, 0.8), (1.1, 1.1), (1.2, 1.2), (1.5, 1.2)])
+def test_a_bounded_weight_keeps_the_gradient_of_every_token(ratio: float, weight: float, advantage: float) -> None:
+    """At lp = −3 the loss is 3·w·A and its slope −w·A, on either side of either bound."""
+    r = torch.tensor(ratio, dtype=torch.float64, requires_grad=True)
+    a = torch.tensor(advantage, dtype=torch.float64)
+    got = slope(lambda lp: eq.weighted_policy_gradient(lp, r, a, (0.8, 1.2)), -3.0)
+    assert got == pytest.approx((3 * weight * advantage, -weight * advantage), abs=1e-15)
+    assert r.grad is None
+
+
+def test_the_ratio_gives_the_weight_of_a_policy_gradient_no_gradient_of_its_own() -> None:
+    """lp in the ratio too: d/dlp of −sg(exp(lp + 1))·lp is −exp(lp + 1) alone, not the (1 + lp)-fold of it."""
+    one = torch.tensor(1.0, dtype=torch.float64)
+    got = slope(lambda lp: eq.weighted_policy_gradient(lp, (lp + 1).exp(), one, (0.0, math.inf)), -3.0)
+    assert got == pytest.approx((3 * math.exp(-2), -math.exp(-2)))
+
+
+@pytest.mark.parametrize(
+    ("d", "advantage", "value", "gradient"),
+    [
+        (0.0, 2.0, 6.0, -2.0),
+        (1.0, 2.0, 6.25, -1.5),  # −(2·−3 − ½·½·1) and −2 + ½·1
+        (-1.0, 2.0, 6.25, -2.5),  # below the old policy the penalty pulls up as well
+        (3.0, 0.0, 2.25, 1.5),  # without a reward it still pulls back
+        (4.0, 2.0, 10.0, 0.0),  # where β·d = A, reward and penalty are even
+    ],
+)
+def test_direct_reward_by_hand(d: float, advantage: float, value: float, gradient: float) -> None:
+    """β = ½, lp = −3."""
+    old, a = torch.tensor(-3.0 - d, dtype=torch.float64), torch.tensor(advantage, dtype=torch.float64)
+    assert slope(lambda lp: eq.direct_reward(lp, old, a, 0.5), -3.0) == pytest.approx((value, gradient))
+
+
 def test_the_cap_has_no_gradient_beyond_it() -> None:
     assert slope(lambda d: eq.cap(d, 20.0), 19.0) == (19.0, 1.0)
     assert slope(lambda d: eq.cap(d, 20.0), -25.0) == (-20.0, 0.0)

@@ -108,6 +108,7 @@ BUGS: dict[str, Bug] = {
         ("NovaSky-AI/SkyRL#924",)),
     "clip-inert": Bug("clipping has no effect", ("huggingface/trl#3120",)),
     "clip-gradient-leaks": Bug("a clipped token's value is flat but its gradient is not 0", ()),
+    "clip-drops-tokens": Bug("a bound that should limit a token's weight takes the token's gradient away", ()),
     "dual-clip-on-positive": Bug("the dual clip acts on positive advantages too", ("tianshou#433",)),
     "dual-clip-below-one": Bug("the dual clip's constant is below 1, so that it cuts on-policy tokens",
         ("PPOxFamily#95",)),
@@ -116,6 +117,9 @@ BUGS: dict[str, Bug] = {
     "tis-inert": Bug("the sampler correction has no effect", ("linkedin/Liger-Kernel#1082",)),
     "exp-overflow": Bug("exp of a large log-ratio overflows: inf or nan at a finite input",
         ("PrimeIntellect-ai/prime-rl#2084",)),
+    "penalty-sign": Bug("the penalty on leaving the old policy rewards it", ()),
+    "half-missing": Bug("the half of a penalty ½β(lp − old)² is missing: it pulls twice as hard", ()),
+    "penalty-gated": Bug("the penalty leaves out tokens whose advantage is 0", ("fw-ai/cookbook",)),
     # KL
     "k1-in-loss": Bug("k1 = lp − ref is differentiated: its expected gradient is 0, a constant push on each sample",
         ("allenai/open-instruct#534", "huggingface/trl#3025", "NovaSky-AI/SkyRL#1445")),

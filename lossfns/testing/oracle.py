@@ -18,16 +18,21 @@ TOKEN_WEIGHINGS = ("token_mean", "sequence_mean", "sequence_sum_mean", "fixed_le
 PAIR_WEIGHINGS = ("pair_mean", "pair_sum")
 
 
-class Knobs(TypedDict, total=False):
-    """What every policy loss takes beyond its own arguments; the defaults stand in `policy`."""
+class Correction(TypedDict, total=False):
+    """What every off-policy loss takes beyond its own arguments; the defaults stand in `corrected`."""
 
-    dual_clip: float | None
-    log_ratio_cap: float | None
     sampler_logprobs: Rows | None
     tis_cap: float | None
     tis_level: str
     length: int | None
     denominator: float | None
+
+
+class Knobs(Correction, total=False):
+    """The same of the losses that are a surrogate of the ratio; the defaults stand in `policy`."""
+
+    dual_clip: float | None
+    log_ratio_cap: float | None
 
 
 # Arithmetic
@@ -218,6 +223,28 @@ def truncation(weights: Rows, old: Rows, sampler: Rows | None, cap: float | None
     return [[min(exp(capped(gap, 20.0)[0]), cap) for gap in row] for row in gaps]
 
 
+def corrected(
+    term: Callable[[int, int], Term],
+    weights: Rows,
+    old_logprobs: Rows,
+    weigh: str,
+    *,
+    sampler_logprobs: Rows | None = None,
+    tis_cap: float | None = None,
+    tis_level: str = "token",
+    length: int | None = None,
+    denominator: float | None = None,
+) -> Loss:
+    """Term ρ·term."""
+    rho = truncation(weights, old_logprobs, sampler_logprobs, tis_cap, tis_level)
+
+    def product(i: int, t: int) -> Term:
+        value, slope = term(i, t)
+        return rho[i][t] * value, rho[i][t] * slope
+
+    return reduce(product, weights, weigh, length, denominator)
+
+
 def policy(
     log_ratios: Rows,
     weights: Rows,
@@ -228,20 +255,14 @@ def policy(
     *,
     dual_clip: float | None = None,
     log_ratio_cap: float | None = 20.0,
-    sampler_logprobs: Rows | None = None,
-    tis_cap: float | None = None,
-    tis_level: str = "token",
-    length: int | None = None,
-    denominator: float | None = None,
+    **correction: Unpack[Correction],
 ) -> Loss:
     """Term ρ·surrogate(d, A), with its slope taken in each token's own log ratio d."""
-    rho = truncation(weights, old_logprobs, sampler_logprobs, tis_cap, tis_level)
 
     def term(i: int, t: int) -> Term:
-        value, slope = surrogate(log_ratios[i][t], advantages[i][t], clip, dual_clip, log_ratio_cap)
-        return rho[i][t] * value, rho[i][t] * slope
+        return surrogate(log_ratios[i][t], advantages[i][t], clip, dual_clip, log_ratio_cap)
 
-    return reduce(term, weights, weigh, length, denominator)
+    return corrected(term, weights, old_logprobs, weigh, **correction)
 
 
 def ppo(
@@ -373,6 +394,52 @@ def gspo(
     mean_d = averaged(weights, difference(weights, logprobs, old_logprobs))
     loss, slopes = policy(mean_d, weights, advantages, old_logprobs, clip, weigh, **knobs)
     return loss, averaged(weights, slopes)
+
+
+def limited(d: float, lp: float, advantage: float, clip: Clip, cap: float | None) -> Term:
+    """−sg(w)·A·lp with w = clamp(r), r = e^clamp(d, ±cap); slope −wA, within the bounds and beyond."""
+    pull = min(max(exp(capped(d, cap)[0]), clip[0]), clip[1]) * advantage
+    return -pull * lp, -pull
+
+
+def cispo(
+    *,
+    logprobs: Rows,
+    weights: Rows,
+    advantages: Rows,
+    old_logprobs: Rows,
+    clip: Clip = (0.0, 4.0),
+    weigh: str = "token_mean",
+    log_ratio_cap: float | None = 20.0,
+    **correction: Unpack[Correction],
+) -> Loss:
+    """Term −sg(clamp(r))·A·lp with r = e^(lp − old): a bound limits the weight, not the gradient (MiniMax 2025)."""
+    d = difference(weights, logprobs, old_logprobs)
+
+    def term(i: int, t: int) -> Term:
+        return limited(d[i][t], logprobs[i][t], advantages[i][t], clip, log_ratio_cap)
+
+    return corrected(term, weights, old_logprobs, weigh, **correction)
+
+
+def dro(
+    *,
+    logprobs: Rows,
+    weights: Rows,
+    advantages: Rows,
+    old_logprobs: Rows,
+    beta: float = 0.05,
+    weigh: str = "token_mean",
+    **correction: Unpack[Correction],
+) -> Loss:
+    """Term −(A·lp − ½βd²) with d = lp − old, so its slope is −A + βd (Richemond et al. 2024, by token)."""
+    d = difference(weights, logprobs, old_logprobs)
+
+    def term(i: int, t: int) -> Term:
+        x = d[i][t]
+        return beta * x * x / 2 - advantages[i][t] * logprobs[i][t], beta * x - advantages[i][t]
+
+    return corrected(term, weights, old_logprobs, weigh, **correction)
 
 
 # Preferences

@@ -23,6 +23,7 @@ AT_STEP_ZERO: dict[str, dict[str, tuple[float, ...]]] = {
         **dict.fromkeys(("ratio", "ratio_mean", "mean_ratio"), (1.0,)),
         **dict.fromkeys(("kl_old", "approx_kl", "ppo_kl", "log_ratio_abs", "ratio_capped"), (0.0,)),
         **dict.fromkeys(("clip_low", "clip_high", "clip_dual", "clip_frac", "clipfrac"), (0.0,)),
+        **dict.fromkeys(("bound_low", "bound_high"), (0.0,)),
     },
     "ref_logprobs": dict.fromkeys(("kl_ref", "margin", "reward_margin"), (0.0,)) | {"accuracy": (0.5, 0.0, 1.0)},
     "sampler_logprobs": {"tis_weight": (1.0,), "tis_capped": (0.0,)},

@@ -290,7 +290,7 @@ def others(value: Any, name: str) -> list[Any]:
     if isinstance(value, bool):
         return [not value]
     if isinstance(value, (int, float)):
-        return [value * 2 + 0.125, value / 2, value + 1, 1.5, 0.97, 1.02]
+        return [value * 2 + 0.125, value / 2, value + 1, 1.5, 0.97, 1.02, 0.05]
     if value is None:
         return [1.01, 0.05, 2.0, 1e-3]
     found = [getattr(lossfns, other) for other in NAMED.get(name, ())]

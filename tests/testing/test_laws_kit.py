@@ -1,5 +1,6 @@
 """The kit against itself: laws kill mutants and spare what is right, and docs/laws.md says so truly."""
 
+import math
 import re
 from collections.abc import Iterator
 from functools import cache
@@ -104,6 +105,12 @@ SETTINGS = (
     lossfns.orpo(weigh=lossfns.pair_sum, lam=1.0),
     lossfns.with_kl(lossfns.with_tis(lossfns.ppo(dual_clip=3.0, weigh=lossfns.sequence_mean)), 0.1, lossfns.k2),
     lossfns.with_tis(lossfns.gspo(), level=lossfns.sequence_level),
+    lossfns.ppo(clip=(0.5, math.inf)),
+    lossfns.cispo(clip=(0.8, 1.28), weigh=lossfns.sequence_mean),
+    lossfns.cispo(clip=(0.0, math.inf)),
+    lossfns.with_kl(lossfns.with_tis(lossfns.cispo(log_ratio_cap=None)), 0.1),
+    lossfns.dro(beta=2.0, weigh=lossfns.token_sum),
+    lossfns.with_kl(lossfns.with_tis(lossfns.dro()), 0.1),
 )
 
 

@@ -153,6 +153,8 @@ LOSSES = {
         lossfns.grpo(),
         lossfns.gspo(),
         lossfns.gspo_token(),
+        lossfns.cispo(),
+        lossfns.dro(),
         lossfns.with_kl(lossfns.with_tis(lossfns.ppo())),
         lossfns.cross_entropy(weigh=lossfns.sequence_mean),
     ],

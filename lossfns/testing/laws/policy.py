@@ -75,6 +75,20 @@ def zero_advantage(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tens
     demand(probe.same([g, 1.0], [0.0, 1.0]) and abs(result.value) < 1e-6, "k1-in-loss" if kl else "sign-flipped", seen)
 
 
+def penalty(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
+    """At advantage 0, what a loss holds against leaving the old policy pulls back to it, from either side."""
+    probe = Probe.of(loss_fn, data, logprobs)
+    suppose(reads_ratio(probe), "it reads no old logprobs")
+    (high, above), (level, still), (low, below) = (gradient_at(probe, d, 0.0) for d in (0.5, 0.0, -0.5))
+    pulls = above - still, below - still
+    seen = f"At advantage 0, half a nat above the old policy the gradient is {above:g}, half a nat below it {below:g}"
+    if max(map(abs, pulls)) < 1e-7:
+        flat = probe.same([1.0, high, low], [1.0, level, level])
+        demand(flat, "detached-term", f"{seen}; the loss is {high:g} and {low:g}, on-policy {level:g}.")
+        suppose(False, "it holds nothing against leaving the old policy")
+    demand(pulls[0] > 0 > pulls[1], "penalty-sign", f"{seen}, on it {still:g}.")
+
+
 def kl(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
     """The KL term pulls to the reference, from either side, whatever the advantage."""
     from lossfns.testing.subject import knobs
@@ -133,6 +147,9 @@ def ratio(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> N
         weighed = gradient_at(probe, 0.0, -1.0) != gradient_at(probe, -0.5, -1.0)
         demand(weighed, "old-logprobs-inert", f"{seen}: the same.")
         suppose(False, "the ratio weighs bad tokens alone")
+    on, near, far = (gradient_at(probe, d, 1.0)[1] for d in (0.0, -0.05, -0.1))
+    inverted = on != 0 and probe.same([near / on, far / on], [math.exp(0.05), math.exp(0.1)])
+    demand(not inverted, "ratio-inverted", f"At log-ratio −0.1 the gradient is exp(0.1) times that of {on:g} at 0.")
     suppose(not math.isclose(measured, 1 + 0.5 / -30, rel_tol=0.2) or measured < 0.9, "the value is no ratio")
     demand(not math.isclose(measured, math.exp(-1.5), rel_tol=1e-3), "ratio-product", f"{seen}: exp(3 · −0.5) of it.")
     squared = "sampler_logprobs" in columns_read(probe) and math.isclose(measured, math.exp(-1), rel_tol=1e-3)
@@ -259,7 +276,7 @@ def steady(table: list[tuple[float, float, float]]) -> bool:
 
 
 def clip_bounds(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
-    """The gradient ends at the bounds that the settings name."""
+    """The gradient ends, or no longer grows, at the bounds that the settings name."""
     from lossfns.testing.subject import knobs
 
     probe = Probe.of(loss_fn, data, logprobs)
@@ -268,12 +285,17 @@ def clip_bounds(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]
     suppose(len(named) == 1 and named[0][0] <= 1 <= named[0][1], "it names no absolute bounds")
     low, high = named[0]
     for bound, mistaken, advantage in ((high, 1 + high, 1.0), (low, 1 - low, -1.0)):
-        ends = bound <= 0 or gradient_at(probe, math.log(bound) * 1.01, advantage)[1] == 0
-        if ends or mistaken <= 0:
-            continue  # as it says; and no ratio is below 0
-        inside, outside = (gradient_at(probe, math.log(mistaken) * by, advantage)[1] for by in (0.99, 1.01))
-        seen = f"The setting says {bound:g}; at advantage {advantage:g} the gradient ends at {mistaken:g}."
-        demand(not (inside != 0 and outside == 0), "clip-as-epsilon", seen)
+        if not 0 < bound < math.inf or mistaken <= 0 or stops(probe, bound, advantage):
+            continue  # no ratio is there, or as it says
+        seen = f"The setting says {bound:g}; at advantage {advantage:g} the gradient ends, or stays, at {mistaken:g}."
+        demand(not stops(probe, mistaken, advantage), "clip-as-epsilon", seen)
+
+
+def stops(probe: Probe, ratio: float, advantage: float) -> bool:
+    """Whether the gradient changes with the ratio up to this one, away from 1, and no longer beyond."""
+    d = math.log(ratio)
+    inner, inside, outside, outer = (gradient_at(probe, d * by, advantage)[1] for by in (0.98, 0.99, 1.01, 1.02))
+    return outside == outer and inside != outside and (outside == 0 or inner != inside)
 
 
 def tis(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:

@@ -213,10 +213,20 @@ def unclipped(t: Tokens, r: Tensor, clip: Clip) -> Tensor:
     return -r * t.advantages
 
 
+def weighted(t: Tokens, r: Tensor, clip: Clip) -> Tensor:
+    """−sg(clip(r))·A·lp."""
+    return -r.detach().clamp(*clip) * t.advantages * t.logprobs
+
+
 def binding(t: Tokens, r: Tensor, clip: Clip) -> Tensor:
     """Where a bound removes the gradient."""
     low, high = clip
     return ((t.advantages < 0) & (r < low)) | ((t.advantages > 0) & (r > high))
+
+
+def nowhere(t: Tokens, r: Tensor, clip: Clip) -> Tensor:
+    """No bound removes a gradient."""
+    return torch.zeros_like(t.active)
 
 
 def k3(t: Tokens) -> Tensor:
@@ -301,6 +311,41 @@ def gspo_token_loss(data: Data, logprobs_list: Logprobs, *, clip: Clip = CLIP) -
 def importance_sampling_loss(data: Data, logprobs_list: Logprobs) -> Result:
     """−r·A, token mean."""
     return policy(data, logprobs_list, term=unclipped)
+
+
+@baseline(kind="policy", like=lossfns.cispo(clip=CLIP))
+def cispo_loss(data: Data, logprobs_list: Logprobs, *, clip: Clip = CLIP) -> Result:
+    """−sg(clip(r))·A·lp, token mean."""
+    return policy(data, logprobs_list, clip=clip, term=weighted, binds=nowhere)
+
+
+def half_square(t: Tokens) -> Tensor:
+    """½(lp − old)²."""
+    return log_ratio(t).square() / 2
+
+
+def reward(t: Tokens) -> Tensor:
+    """A·lp."""
+    return t.advantages * t.logprobs
+
+
+def dro(
+    data: Data,
+    logprobs_list: Logprobs,
+    *,
+    beta: float,
+    reward: Callable[[Tokens], Tensor] = reward,
+    penalty: Callable[[Tokens], Tensor] = half_square,
+) -> Result:
+    """The mean of β·penalty − reward over the tokens: DRO, if no part is replaced."""
+    t = masked(data, logprobs_list, PPO)
+    return report(t.active, *token_mean(t, beta * penalty(t) - reward(t)), {"log_ratio_abs": log_ratio(t).abs()})
+
+
+@baseline(kind="policy", like=lossfns.dro(beta=0.5))
+def dro_loss(data: Data, logprobs_list: Logprobs, *, beta: float = 0.5) -> Result:
+    """−(A·lp − ½β(lp − old)²), token mean."""
+    return dro(data, logprobs_list, beta=beta)
 
 
 @baseline(kind="policy", like=lossfns.reinforce())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -24,22 +25,27 @@ from lossfns.testing.mutants.parts import (
     capped_exp,
     clipped,
     corrected,
+    dro,
     each_sequence,
+    half_square,
     k3,
     lengths_of,
     log_ratio,
     mean_log_ratio,
+    nowhere,
     packed,
     penalised,
     policy,
     reinforce,
     report,
+    reward,
     sequence_mean,
     sequence_ratio,
     sequence_ratio_by_token,
     token_mean,
     token_ratio,
     unclipped,
+    weighted,
 )
 from lossfns.testing.mutants.wrong import over, times
 from lossfns.tokens import Tokens
@@ -47,6 +53,7 @@ from lossfns.tokens import Tokens
 mutant = partial(parts.mutant, kind="policy")
 gspo = partial(policy, ratio=sequence_ratio, reduce=sequence_mean)
 gspo_token = partial(policy, ratio=sequence_ratio_by_token, reduce=sequence_mean)
+cispo = partial(policy, term=weighted, binds=nowhere)
 
 LIKE_PPO = lossfns.ppo()
 LIKE_PPO_SEQUENCE_MEAN = lossfns.ppo(weigh=lossfns.sequence_mean)
@@ -54,6 +61,8 @@ LIKE_DAPO = lossfns.dapo()
 LIKE_GRPO = lossfns.grpo(kl_beta=0.1)
 LIKE_GSPO = lossfns.gspo(clip=CLIP)
 LIKE_GSPO_TOKEN = lossfns.gspo_token(clip=CLIP)
+LIKE_CISPO = lossfns.cispo(clip=CLIP)
+LIKE_DRO = lossfns.dro(beta=0.5)
 LIKE_DUAL_CLIP = lossfns.ppo(dual_clip=3.0)
 LIKE_TIS = lossfns.with_tis(lossfns.ppo(), cap=2.0)
 
@@ -655,6 +664,12 @@ def reinforce_missing_stop_gradient(data: Data, logprobs_list: Logprobs) -> Resu
     )
 
 
+@mutant("missing-stop-gradient", like=LIKE_CISPO)
+def cispo_weight_carries_gradient(data: Data, logprobs_list: Logprobs, *, clip: Clip = CLIP) -> Result:
+    """−clip(r)·A·lp: the weight has a gradient of its own."""
+    return cispo(data, logprobs_list, clip=clip, term=lambda t, r, clip: -r.clamp(*clip) * t.advantages * t.logprobs)
+
+
 def constant(x: Tensor) -> Tensor:
     """x with a gradient of 0."""
     return x.detach() + 0 * x
@@ -670,6 +685,12 @@ def ppo_ratio_detached(data: Data, logprobs_list: Logprobs, *, clip: Clip = CLIP
 def grpo_ratio_detached(data: Data, logprobs_list: Logprobs, *, clip: Clip = CLIP, kl_beta: float = 0.1) -> Result:
     """The ratio is constant: KL alone is trained."""
     return penalised(data, logprobs_list, clip=clip, kl_beta=kl_beta, ratio=lambda t: constant(token_ratio(t)))
+
+
+@mutant("no-gradient", like=LIKE_CISPO)
+def cispo_without_logprob(data: Data, logprobs_list: Logprobs, *, clip: Clip = CLIP) -> Result:
+    """−sg(clip(r))·A: what the weight should multiply is forgotten."""
+    return cispo(data, logprobs_list, clip=clip, term=lambda t, r, clip: -constant(r.clamp(*clip)) * t.advantages)
 
 
 @mutant("old-logprobs-inert", like=LIKE_PPO, seen="GMISWE/tinker-cloud#66")
@@ -694,6 +715,12 @@ def ppo_ratio_inverted(data: Data, logprobs_list: Logprobs, *, clip: Clip = CLIP
 def gspo_ratio_inverted(data: Data, logprobs_list: Logprobs, *, clip: Clip = CLIP) -> Result:
     """exp(mean of old − lp)."""
     return gspo(data, logprobs_list, clip=clip, ratio=lambda t: capped_exp(-mean_log_ratio(t)))
+
+
+@mutant("ratio-inverted", like=LIKE_CISPO)
+def cispo_ratio_inverted(data: Data, logprobs_list: Logprobs, *, clip: Clip = CLIP) -> Result:
+    """A weight of exp(old − lp)."""
+    return cispo(data, logprobs_list, clip=clip, ratio=lambda t: capped_exp(-log_ratio(t)))
 
 
 @mutant("ratio-not-exponentiated", like=LIKE_PPO)
@@ -766,11 +793,38 @@ def gspo_clip_without_min(data: Data, logprobs_list: Logprobs, *, clip: Clip = C
     return gspo(data, logprobs_list, clip=clip, term=clamped)
 
 
+@mutant("clip-without-min", like=LIKE_CISPO)
+def cispo_drops_outside(data: Data, logprobs_list: Logprobs, *, clip: Clip = CLIP) -> Result:
+    """A weight of r within the bounds and of 0 beyond them."""
+
+    def term(t: Tokens, r: Tensor, clip: Clip) -> Tensor:
+        return torch.where(outside(t, r.detach(), clip), 0, weighted(t, r, clip))
+
+    return cispo(data, logprobs_list, clip=clip, term=term)
+
+
+@mutant("clip-drops-tokens", like=LIKE_CISPO)
+def cispo_drops_clipped(data: Data, logprobs_list: Logprobs, *, clip: Clip = CLIP) -> Result:
+    """PPO's min on top: where it would cut, the token is dropped."""
+
+    def term(t: Tokens, r: Tensor, clip: Clip) -> Tensor:
+        return torch.where(parts.binding(t, r.detach(), clip), 0, weighted(t, r, clip))
+
+    return cispo(data, logprobs_list, clip=clip, term=term)
+
+
 @mutant("clip-as-epsilon", like=LIKE_PPO, seen="NovaSky-AI/SkyRL#924")
 def ppo_bounds_as_epsilons(data: Data, logprobs_list: Logprobs, *, clip: Clip = CLIP) -> Result:
     """Bounds 1 − 0.8 and 1 + 1.2, where 0.8 and 1.2 were meant."""
     low, high = clip
     return policy(data, logprobs_list, clip=(1 - low, 1 + high))
+
+
+@mutant("clip-as-epsilon", like=LIKE_CISPO)
+def cispo_bounds_as_epsilons(data: Data, logprobs_list: Logprobs, *, clip: Clip = CLIP) -> Result:
+    """The same of the bounds of a weight."""
+    low, high = clip
+    return cispo(data, logprobs_list, clip=(1 - low, 1 + high))
 
 
 @mutant("clip-as-epsilon", like=LIKE_DAPO, seen="NovaSky-AI/SkyRL#924")
@@ -795,6 +849,12 @@ def ppo_clip_inert(data: Data, logprobs_list: Logprobs, *, clip: Clip = CLIP) ->
 def gspo_clip_inert(data: Data, logprobs_list: Logprobs, *, clip: Clip = CLIP) -> Result:
     """−s·A."""
     return gspo(data, logprobs_list, clip=clip, term=unclipped)
+
+
+@mutant("clip-inert", like=LIKE_CISPO)
+def cispo_clip_inert(data: Data, logprobs_list: Logprobs, *, clip: Clip = CLIP) -> Result:
+    """−sg(r)·A·lp."""
+    return cispo(data, logprobs_list, clip=clip, term=lambda t, r, clip: weighted(t, r, (0.0, math.inf)))
 
 
 @mutant("clip-gradient-leaks", like=LIKE_PPO)
@@ -863,6 +923,39 @@ def grpo_kl_overflow(data: Data, logprobs_list: Logprobs, *, clip: Clip = CLIP, 
         return x.exp() - x - 1
 
     return penalised(data, logprobs_list, clip=clip, kl_beta=kl_beta, kl=kl)
+
+
+# Penalty
+
+
+@mutant("penalty-sign", like=LIKE_DRO)
+def dro_penalty_sign(data: Data, logprobs_list: Logprobs, *, beta: float = 0.5) -> Result:
+    """−(A·lp + ½β(lp − old)²)."""
+    return dro(data, logprobs_list, beta=beta, penalty=lambda t: -half_square(t))
+
+
+@mutant("half-missing", like=LIKE_DRO)
+def dro_half_missing(data: Data, logprobs_list: Logprobs, *, beta: float = 0.5) -> Result:
+    """−(A·lp − β(lp − old)²)."""
+    return dro(data, logprobs_list, beta=beta, penalty=lambda t: 2 * half_square(t))
+
+
+@mutant("penalty-gated", like=LIKE_DRO, seen="fw-ai/cookbook")
+def dro_penalty_gated(data: Data, logprobs_list: Logprobs, *, beta: float = 0.5) -> Result:
+    """−(A·lp − ½β(lp − old)²·1[A ≠ 0])."""
+    return dro(data, logprobs_list, beta=beta, penalty=lambda t: torch.where(t.advantages != 0, half_square(t), 0))
+
+
+@mutant("detached-term", like=LIKE_DRO)
+def dro_penalty_detached(data: Data, logprobs_list: Logprobs, *, beta: float = 0.5) -> Result:
+    """−(A·lp − sg(½β(lp − old)²))."""
+    return dro(data, logprobs_list, beta=beta, penalty=lambda t: half_square(t).detach())
+
+
+@mutant("constant-factor", like=LIKE_DRO)
+def dro_beta_on_the_reward(data: Data, logprobs_list: Logprobs, *, beta: float = 0.5) -> Result:
+    """−(β·A·lp − ½(lp − old)²)."""
+    return dro(data, logprobs_list, beta=1.0, reward=lambda t: beta * reward(t))
 
 
 # KL
@@ -951,6 +1044,12 @@ def outside(t: Tokens, r: Tensor, clip: Clip) -> Tensor:
 def ppo_clip_frac_nonbinding(data: Data, logprobs_list: Logprobs, *, clip: Clip = CLIP) -> Result:
     """|r − 1| > ε, whatever the advantage's sign."""
     return policy(data, logprobs_list, clip=clip, binds=outside)
+
+
+@mutant("metric-counts-nonbinding", like=LIKE_CISPO)
+def cispo_clip_frac_of_weights(data: Data, logprobs_list: Logprobs, *, clip: Clip = CLIP) -> Result:
+    """Tokens whose weight is at a bound count as clipped; they have their gradient."""
+    return cispo(data, logprobs_list, clip=clip, binds=outside)
 
 
 @mutant("metric-counts-nonbinding", like=LIKE_GSPO_TOKEN)

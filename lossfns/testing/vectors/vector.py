@@ -28,6 +28,8 @@ METHODS = (
     "dapo",
     "gspo",
     "gspo_token",
+    "cispo",
+    "dro",
     "dpo",
     "orpo",
     "group_advantages",

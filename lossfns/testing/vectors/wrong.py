@@ -257,7 +257,7 @@ def renormalised_targets(f: Oracle, a: Arguments, k: int) -> Loss:
 # Policy
 
 
-def surrogate_of(value_and_slope: Callable[[float, float, tuple[float, float]], Term]) -> Wrong:
+def surrogate_of(value_and_slope: Callable[[float, float, tuple[float, float]], Term]) -> Callable[..., Term]:
     """Another clipped surrogate in the place of the oracle's: (r, A, clip) → (value, slope in log r)."""
 
     def surrogate(d: float, advantage: float, clip: Any, dual: float | None, cap: float | None) -> Term:
@@ -267,7 +267,7 @@ def surrogate_of(value_and_slope: Callable[[float, float, tuple[float, float]], 
             return -dual * advantage, 0.0
         return value, slope * inside
 
-    return patched(surrogate=surrogate)
+    return surrogate
 
 
 def clamped(r: float, clip: tuple[float, float]) -> float:
@@ -287,6 +287,32 @@ def leaking(r: float, advantage: float, clip: tuple[float, float]) -> Term:
     return -min(r * advantage, clamped(r, clip) * advantage), -r * advantage
 
 
+def limited_of(weight_and_slope: Callable[[float, float, tuple[float, float]], Term]) -> Callable[..., Term]:
+    """Another weight in the place of cispo's: (r, A, clip) → (w, dw / d log r)."""
+
+    def limited(d: float, lp: float, advantage: float, clip: Any, cap: float | None) -> Term:
+        c, inside = oracle.capped(d, cap)
+        weight, slope = weight_and_slope(oracle.exp(c), advantage, clip)
+        return -weight * advantage * lp, -weight * advantage - slope * inside * advantage * lp
+
+    return limited
+
+
+def moving(r: float, advantage: float, clip: tuple[float, float]) -> Term:
+    """A weight that carries gradient."""
+    return clamped(r, clip), r if clip[0] < r < clip[1] else 0.0
+
+
+def dropped_outside(r: float, advantage: float, clip: tuple[float, float]) -> Term:
+    return (r if clip[0] <= r <= clip[1] else 0.0), 0.0
+
+
+def dropped_where_cut(r: float, advantage: float, clip: tuple[float, float]) -> Term:
+    """0 where PPO's min cuts."""
+    cut = (r > clip[1] and advantage > 0) or (r < clip[0] and advantage < 0)
+    return (0.0 if cut else clamped(r, clip)), 0.0
+
+
 def of_log_ratio(r: float, advantage: float, clip: tuple[float, float]) -> Term:
     return -math.log(r) * advantage if r else 0.0, -advantage
 
@@ -302,13 +328,13 @@ def dual_clip_on_positive(f: Oracle, a: Arguments) -> Loss:
 
 
 def ratio_inverted(f: Oracle, a: Arguments) -> Loss:
-    right_one = oracle.surrogate
+    surrogate_, limited_ = oracle.surrogate, oracle.limited
 
     def surrogate(d: float, *others: Any) -> Term:
-        value, slope = right_one(-d, *others)
+        value, slope = surrogate_(-d, *others)
         return value, -slope
 
-    return patched(surrogate=surrogate)(f, a)
+    return patched(surrogate=surrogate, limited=lambda d, *others: limited_(-d, *others))(f, a)
 
 
 def ratio_product(f: Oracle, a: Arguments) -> Loss:
@@ -337,8 +363,8 @@ def masked(weights: Rows, rows: Rows) -> Rows:
 
 
 def missing_stop_gradient(f: Oracle, a: Arguments) -> Loss:
-    """sₜ = s · exp(lp − sg lp) with s left in the graph: both gradients."""
-    value, grads = f(**a)
+    """sₜ = s · exp(lp − sg lp) with s left in the graph: both gradients. A weight of cispo that is left in it."""
+    value, grads = patched(limited=limited_of(moving))(f, a)
     return (value, plus((0.0, grads), oracle.gspo(**a))[1]) if f is oracle.gspo_token else (value, grads)
 
 
@@ -352,6 +378,28 @@ def exp_overflow(f: Oracle, a: Arguments) -> Loss:
     """No cap on the log-ratio, and float32's exp."""
     exp32 = lambda x: math.inf if x > 88.7 else math.exp(x)  # noqa: E731
     return patched(exp=exp32, capped=lambda x, cap: (x, 1.0))(f, a)
+
+
+# Penalty
+
+
+def of_dro(change: Callable[[Arguments], Arguments]) -> Wrong:
+    """A change to what dro is given; every other loss is right."""
+    return lambda f, a: f(**change(a)) if f is oracle.dro else f(**a)
+
+
+def without_penalty(a: Arguments) -> Arguments:
+    return a | {"beta": 0.0}
+
+
+def gated(a: Arguments) -> Arguments:
+    """No way from the old policy where A = 0."""
+    rows = zip(a["advantages"], a["logprobs"], a["old_logprobs"])
+    return a | {"old_logprobs": [[y if x != 0 else lp for x, lp, y in zip(*row)] for row in rows]}
+
+
+def detached_term(f: Oracle, a: Arguments) -> Loss:
+    return f(**a)[0], of_dro(without_penalty)(f, given(a, lam=0.0))[1]
 
 
 # KL
@@ -465,7 +513,7 @@ def probabilities(f: Oracle, a: Arguments) -> Loss:
 
 WRONG: dict[str, Wrong] = {
     "low-precision": low_precision,
-    "detached-term": lambda f, a: (f(**a)[0], f(**given(a, lam=0.0))[1]),
+    "detached-term": detached_term,
     "mask-after-exp": mask_after_exp,
     "where-after-exp": where_after_exp,
     "mask-missing": mask_missing,
@@ -498,14 +546,18 @@ WRONG: dict[str, Wrong] = {
     "no-gradient": lambda f, a: scaled(f(**a), 1, 0),
     "old-logprobs-inert": lambda f, a: f(**given(a, old_logprobs=a["logprobs"])),
     "ratio-inverted": ratio_inverted,
-    "ratio-not-exponentiated": surrogate_of(of_log_ratio),
+    "ratio-not-exponentiated": patched(surrogate=surrogate_of(of_log_ratio)),
     "ratio-product": ratio_product,
     "ratio-sum": ratio_sum,
-    "clip-max-for-min": surrogate_of(max_for_min),
-    "clip-without-min": surrogate_of(without_min),
+    "clip-max-for-min": patched(surrogate=surrogate_of(max_for_min)),
+    "clip-without-min": patched(surrogate=surrogate_of(without_min), limited=limited_of(dropped_outside)),
+    "clip-drops-tokens": patched(limited=limited_of(dropped_where_cut)),
     "clip-as-epsilon": lambda f, a: f(**given(a, clip=(1 - a["clip"][0], 1 + a["clip"][1]))),
     "clip-inert": lambda f, a: f(**given(a, clip=(0.0, math.inf))),
-    "clip-gradient-leaks": surrogate_of(leaking),
+    "clip-gradient-leaks": patched(surrogate=surrogate_of(leaking)),
+    "penalty-sign": of_dro(lambda a: a | {"beta": -a["beta"]}),
+    "half-missing": of_dro(lambda a: a | {"beta": 2 * a["beta"]}),
+    "penalty-gated": of_dro(gated),
     "dual-clip-on-positive": dual_clip_on_positive,
     "tis-inverted": tis_inverted,
     "tis-uncapped": lambda f, a: f(**a | ({} if a["tis_cap"] is None else {"tis_cap": math.inf})),

@@ -50,13 +50,8 @@ class Situation(NamedTuple):
         return Case(loss, self.kind, comment, config, data, (*more, *self.flags), self.denominator)
 
 
-RATIO: dict[str, Any] = {
-    "weigh": "token_mean",
-    "log_ratio_cap": 20.0,
-    "dual_clip": None,
-    "tis_cap": None,
-    "tis_level": "token",
-}
+CORRECTION: dict[str, Any] = {"tis_cap": None, "tis_level": "token"}
+RATIO: dict[str, Any] = {"weigh": "token_mean", "log_ratio_cap": 20.0, "dual_clip": None, **CORRECTION}
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "cross_entropy": {"weigh": "token_mean"},
@@ -68,15 +63,18 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "dapo": {"clip": [0.8, 1.28], **RATIO},
     "gspo": {"clip": [0.8, 1.25], **RATIO, "weigh": "sequence_mean"},
     "gspo_token": {"clip": [0.8, 1.25], **RATIO, "weigh": "sequence_mean"},
+    "cispo": {"clip": [0.8, 1.2], "weigh": "token_mean", "log_ratio_cap": 20.0, **CORRECTION},
+    "dro": {"beta": 0.5, "weigh": "token_mean", **CORRECTION},
     "dpo": {"beta": 0.1, "label_smoothing": 0.0, "weigh": "pair_mean"},
     "orpo": {"lam": 0.1, "weigh": "pair_mean"},
     "group_advantages": {"scale": "std"},
 }
 """The settings a case starts from; where they hide too much (a KL of 0.001, GSPO's window) they are not the paper's."""
 
-POLICY = ("reinforce", "importance_sampling", "ppo", "grpo", "dapo", "gspo", "gspo_token")
-RATIOS = POLICY[1:]
-CLIPPED = POLICY[2:]
+CLIPPED = ("ppo", "grpo", "dapo", "gspo", "gspo_token")
+RATIOS = ("importance_sampling", *CLIPPED)
+OFF_POLICY = (*RATIOS, "cispo", "dro")
+POLICY = ("reinforce", *OFF_POLICY)
 SEQUENCE = ("gspo", "gspo_token")
 PAIRS = ("dpo", "orpo")
 TIGHT = [1 - 3e-4, 1 + 4e-4]
@@ -126,7 +124,7 @@ def minus(left: list[list[float]], right: list[list[float]], sign: float = 1.0) 
 def reading(loss: str, given: Data, settings: Mapping[str, Any]) -> Data:
     """The data with the columns that the loss reads."""
     names = ["logprobs", "weights"]
-    names += ["advantages"] * (loss in POLICY) + ["old_logprobs"] * (loss in RATIOS)
+    names += ["advantages"] * (loss in POLICY) + ["old_logprobs"] * (loss in OFF_POLICY)
     names += ["ref_logprobs"] * (loss in ("grpo", "dpo")) + ["sampler_logprobs"] * (settings.get("tis_cap") is not None)
     return [{name: row[name] for name in names} for row in given]
 

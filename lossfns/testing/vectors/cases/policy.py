@@ -385,6 +385,54 @@ GONE = Situation(
 )
 
 
+LIMITED = [
+    Situation(
+        "valid",
+        "above the upper bound: the weight is the bound for either sign of A, and every token has a gradient",
+        CUT[0].data,
+        ("clip-inert", "clip-drops-tokens", "clip-without-min", "clip-as-epsilon", "ratio-inverted"),
+    ),
+    Situation(
+        "valid",
+        "below the lower bound: the weight is the bound for either sign of A, and every token has a gradient",
+        CUT[1].data,
+        ("clip-inert", "clip-drops-tokens", "clip-without-min", "ratio-inverted"),
+    ),
+    Situation(
+        "valid",
+        "weights at both bounds and between them",
+        CUT[2].data,
+        ("clip-drops-tokens", "clip-without-min", "missing-stop-gradient", "clip-inert"),
+    ),
+]
+
+DRIFT = Situation(
+    "valid",
+    "up to 2 nats from the old policy, on both sides of it, with advantages of both signs",
+    policy_data(
+        lp="-3 -0.5 -2 -1 | -1 -2.5 -0.25",
+        w="1 1 0 1 | 1 0.5 1",
+        adv="1 1 1 1 | -0.5 -0.5 -0.5",
+        d="-2 0.5 3 1 | 2 -1.5 -0.125",
+    ),
+    ("penalty-sign", "half-missing", "detached-term", "old-logprobs-inert", "frame-shift"),
+)
+
+IDLE = Situation(
+    "edge",
+    "advantages of 0: nothing but the pull back to the old policy",
+    policy_data(lp="-2 -0.5 | -1.5 -2", w="1 1 | 1 1", adv="0 0 | 0 0", d="0.75 -0.5 | -1 0"),
+    ("penalty-gated", "penalty-sign", "half-missing", "detached-term"),
+)
+
+PARTLY = Situation(
+    "edge",
+    "some advantages of 0: those tokens are held to the old policy too",
+    policy_data(lp="-2 -0.5 -1 | -1.5 -2", w="1 1 1 | 1 1", adv="0 1 0 | -2 0", d="1 0.25 -0.5 | -0.5 1.5"),
+    ("penalty-gated", "penalty-sign", "half-missing"),
+)
+
+
 def policies() -> Iterator[Case]:
     for loss in POLICY:
         yield from (situation.under(loss) for situation in EPISODES)
@@ -401,6 +449,8 @@ def policies() -> Iterator[Case]:
         yield from (situation.under(loss, "the paper's own bounds", clip=TIGHT) for situation in (*NARROW, *CUT))
         yield SEQUENCES[0].under(loss, "every token of the batch counts alike", weigh="token_mean")
     yield from divergences()
+    yield from limits()
+    yield from penalties()
 
 
 def knobs(loss: str) -> Iterator[Case]:
@@ -410,17 +460,55 @@ def knobs(loss: str) -> Iterator[Case]:
     yield LOUD.under(loss, "a dual clip at 3", flags, dual_clip=3.0, **wide)
     yield LOUD.under(loss, "a cap of 0.5 on the log-ratio", log_ratio_cap=0.5, **wide)
     yield FAR[0].under(loss, "no cap: the paper's uncapped form", ("inert-knob",), log_ratio_cap=None)
-    for cap in (2.0, 1.25):
-        yield SAMPLED.under(loss, f"token weights of at most {cap}", tis_cap=cap)
-        yield SAMPLED.under(loss, f"sequence weights of at most {cap}", tis_cap=cap, tis_level="sequence")
-    yield OFF_SAMPLER.under(loss, "token weights of at most 2", tis_cap=2.0)
-    yield RAGGED.under(loss, "with sequence weights", ("tis-inert", "tis-inverted"), tis_cap=4.0, tis_level="sequence")
+    yield from sampled(loss)
     if loss in ("ppo", "gspo"):
         yield LOUD.under(loss, "no cap on the log-ratio, which none reaches", log_ratio_cap=None, **wide)
         yield LOUD.under(loss, "a dual clip at 1.5, summed by sequence", flags, dual_clip=1.5,
             **wide | {"weigh": "sequence_sum_mean"})  # fmt: skip
         yield SAMPLED.under(loss, "sequence weights, summed by sequence", tis_cap=2.0, tis_level="sequence",
             weigh="sequence_sum_mean")  # fmt: skip
+
+
+def sampled(loss: str) -> Iterator[Case]:
+    """What every loss with old logprobs can be corrected by."""
+    for cap in (2.0, 1.25):
+        yield SAMPLED.under(loss, f"token weights of at most {cap}", tis_cap=cap)
+        yield SAMPLED.under(loss, f"sequence weights of at most {cap}", tis_cap=cap, tis_level="sequence")
+    yield OFF_SAMPLER.under(loss, "token weights of at most 2", tis_cap=2.0)
+    yield RAGGED.under(loss, "with sequence weights", ("tis-inert", "tis-inverted"), tis_cap=4.0, tis_level="sequence")
+
+
+def limits() -> Iterator[Case]:
+    """What cispo's bounds and its cap can be set to; where the ratio is cut, the weight stays."""
+    yield from (situation.under("cispo") for situation in LIMITED)
+    yield from (s.under("cispo", "bounds of 0.5 and 2.5", ("inert-knob",), clip=[0.5, 2.5]) for s in LIMITED[:2])
+    for clip, name in (([0.0, 4.0], "0 and 4"), ([0.0, 2.0], "0 and 2: none from below"), ([1.0, 1.0], "1 and 1")):
+        yield LOUD.under("cispo", f"bounds of {name}", ("clip-as-epsilon", "clip-inert"), clip=clip)
+        yield LIMITED[2].under("cispo", f"bounds of {name}", ("inert-knob",), clip=clip)
+    far = [situation._replace(flags=("clip-inert", "clip-drops-tokens")) for situation in FAR]
+    yield far[0]._replace(comment="log-ratios past 20: the weight is the upper bound").under("cispo")
+    yield far[1]._replace(comment="log-ratios below -20: the weight is the lower bound").under("cispo")
+    yield far[2]._replace(comment="a log-ratio of 9999: the weight is the upper bound").under("cispo")
+    yield (
+        far[0]
+        ._replace(comment="log-ratios past 20 without a cap: the weight is the upper bound")
+        .under("cispo", log_ratio_cap=None)
+    )
+    yield LOUD.under("cispo", "a cap of 0.5 on the log-ratio", log_ratio_cap=0.5, clip=[0.5, 8.0])
+    yield from sampled("cispo")
+
+
+def penalties() -> Iterator[Case]:
+    """What dro's penalty can be set to, and how far it reaches: it has no cap."""
+    for situation in (DRIFT, IDLE, PARTLY):
+        yield situation.under("dro")
+        yield situation.under("dro", "the hosted services' default of 0.05", ("inert-knob",), beta=0.05)
+        yield situation.under("dro", "a beta of 4, each sequence counts alike", beta=4.0, weigh="sequence_mean")
+    words = ("log-ratios past 20", "log-ratios below -20", "a log-ratio of 9999")
+    for far, word in zip(FAR, words):
+        yield far._replace(comment=f"{word}: no cap", flags=("penalty-sign", "half-missing")).under("dro")
+    yield from sampled("dro")
+    yield DRIFT.under("dro", "the sampler's weight is the penalty's too", ("tis-inert", "tis-inverted"), tis_cap=1.5)
 
 
 def divergences() -> Iterator[Case]:

@@ -7,7 +7,6 @@ from typing import Any
 
 from lossfns.testing.vectors.cases.advantages import samples
 from lossfns.testing.vectors.cases.form import (
-    CLIPPED,
     DEFAULTS,
     INF,
     NAN,
@@ -123,12 +122,12 @@ def refused_by_policy(loss: str) -> Iterator[Case]:
             high = changed(fine, 0, **{name: at_end(row, 0.5)})
             yield bad(loss, f"{name} above 0", ("positive_logprob", name, 0), high)
     yield bad(loss, "a negative weight", ("negative_weight", "weights", 1), changed(fine, 1, weights=[1.0, -1.0]))
-    if loss in CLIPPED:
+    if "clip" in DEFAULTS[loss]:
         yield bad(loss, "epsilons for bounds", out_of("clip"), fine, ("clip-as-epsilon",), clip=[0.2, 0.28])
 
 
 def refused_knobs() -> Iterator[Case]:
-    ppo, grpo = good("ppo"), good("grpo")
+    ppo, grpo, dro = good("ppo"), good("grpo"), good("dro")
     sampled = reading(
         "ppo", policy_data(lp="-1 -0.5 -2 | -3 -1.5", w="0 1 1 | 1 1", adv="1 1 1 | -1 -1"), {"tis_cap": 2.0}
     )
@@ -143,6 +142,8 @@ def refused_knobs() -> Iterator[Case]:
     yield bad("ppo", "an unknown level", ("unknown_name", "tis_level", None), sampled, tis_cap=2.0, tis_level="batch")
     yield bad("grpo", "a negative kl_beta", out_of("kl_beta"), grpo, kl_beta=-0.1)
     yield bad("grpo", "an unknown estimator", ("unknown_name", "kl", None), grpo, kl="k4")
+    for value in (0.0, -0.5):
+        yield bad("dro", f"a beta of {value}", out_of("beta"), dro, beta=value)
 
 
 def refused_by_pairs(loss: str) -> Iterator[Case]:
