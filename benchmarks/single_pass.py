@@ -96,7 +96,7 @@ def main() -> None:
             }
         )
     info = client.get_info()
-    print(f"a step's forward + backward, {info['parameters']:,} parameters; {device_name()}, torch {torch.__version__}")
+    print(f"a step's forward + backward, {info.parameters:,} parameters; {device_name()}, torch {torch.__version__}")
     names = list(results[0]["milliseconds"])
     rows = [
         [f"{row['sequences']}x{row['length']}"]

@@ -34,7 +34,7 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class ForwardBackwardOutput:
-    """``loss_fn_outputs[i]["logprobs"]`` of each datum, and metrics named ``name:reduction``."""
+    """``loss_fn_outputs[i]`` holds the ``"logprobs"`` or the ``"embedding"`` of datum i; metrics by name."""
 
     loss_fn_output_type: str
     loss_fn_outputs: list[dict[str, TensorData]]
@@ -43,6 +43,8 @@ class ForwardBackwardOutput:
 
 @dataclass(frozen=True)
 class OptimStepResponse:
+    """``grad_norm`` as it was after normalisation and before clipping, and ``lr``."""
+
     metrics: dict[str, float]
 
 
@@ -57,9 +59,46 @@ class SampledSequence:
 
 @dataclass(frozen=True)
 class SampleResponse:
+    """Sequences of one prompt, and the prompt's own logprobs (``None`` first) if they were asked for."""
+
     sequences: list[SampledSequence]
+    prompt_logprobs: list[float | None] | None = None
 
 
 @dataclass(frozen=True)
 class SaveResponse:
+    """Where the file is: the path that ``load_state`` and ``create_sampling_client`` take."""
+
     path: str
+
+
+@dataclass(frozen=True)
+class LoadWeightsResponse:
+    """The file that was loaded."""
+
+    path: str
+
+
+@dataclass(frozen=True)
+class ModelData:
+    """The model's class, its name, and its tokenizer's."""
+
+    arch: str
+    model_name: str
+    tokenizer_id: str | None
+
+
+@dataclass(frozen=True)
+class GetInfoResponse:
+    """What runs, and where; ``steps`` are the optimizer steps so far, ``profile`` the service it follows."""
+
+    model_data: ModelData
+    model_id: str
+    is_lora: bool
+    lora_rank: int | None
+    model_name: str
+    parameters: int
+    device: str
+    dtype: str
+    steps: int
+    profile: str

@@ -1,0 +1,74 @@
+"""What a checkpoint keeps of a model in training, as named tensors: weights, optimizer, random numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lossfns import LossInputError
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    """``model.<name>``: every tensor of the model."""
+    return {f"model.{name}": x for name, x in model.state_dict().items()}
+
+
+def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], path: str) -> None:
+    """Take over the weights, or refuse them and change nothing."""
+    given = {name.removeprefix("model."): x for name, x in tensors.items() if name.startswith("model.")}
+    own, other = ({name: tuple(x.shape) for name, x in state.items()} for state in (model.state_dict(), given))
+    if own != other:
+        wrong = next(name for name in (*own, *other) if own.get(name) != other.get(name))
+        got = f"{path}, in which {wrong} is {other.get(wrong, 'missing')} in place of {own.get(wrong, 'nothing')}"
+        raise LossInputError("path", "a checkpoint of this model", got, "Build the same model first.")
+    model.load_state_dict(given)
+
+
+def description(model: nn.Module) -> dict[str, Any]:
+    """What the tensors do not tell: a ``Decoder``'s arguments, and those of its adapters."""
+    return {name: getattr(model, name, None) for name in ("shape", "lora")}
+
+
+def check_description(model: nn.Module, data: Mapping[str, Any], path: str) -> None:
+    """Refuse a checkpoint of a model that makes something else of tensors of the same shapes."""
+    for name, own in description(model).items():
+        given = data.get(name) or {}
+        for key in own if own and given else ():
+            if key != "seed" and own[key] != given.get(key):
+                got = f"{path}, in which {key} is {given.get(key)} in place of {own[key]}"
+                raise LossInputError("path", "a checkpoint of this model", got, "Build the same model first.")
+
+
+def moments(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    """``optim.<key>.<parameter>``: what the optimizer keeps of each parameter."""
+    names = [name for name, _ in model.named_parameters()]
+    kept = optimizer.state_dict()["state"]
+    return {f"optim.{key}.{names[i]}": x for i, state in kept.items() for key, x in state.items()}
+
+
+def load_moments(model: nn.Module, optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """The inverse of ``moments``, on an optimizer of the same parameters."""
+    kept: dict[int, dict[str, Tensor]] = {}
+    index = {name: i for i, (name, _) in enumerate(model.named_parameters())}
+    for name, x in tensors.items():
+        if name.startswith("optim."):
+            _, key, parameter = name.split(".", 2)
+            kept.setdefault(index[parameter], {})[key] = x
+    optimizer.load_state_dict({"state": kept, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def random(device: torch.device) -> dict[str, Tensor]:
+    """``random.<device>``: torch's generators, from which samples without a seed are drawn."""
+    cuda = {"random.cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
+    return {"random.cpu": torch.get_rng_state(), **cuda}
+
+
+def load_random(tensors: Mapping[str, Tensor], device: torch.device) -> None:
+    if "random.cpu" in tensors:
+        torch.set_rng_state(tensors["random.cpu"])
+    if "random.cuda" in tensors and device.type == "cuda":
+        torch.cuda.set_rng_state(tensors["random.cuda"], device)
