@@ -181,6 +181,7 @@ class Engine:
 
     def load_state(self, tensors: Mapping[str, Tensor], path: str, steps: int) -> None:
         """Take over everything of ``state``: training continues as if it had not been interrupted."""
+        state.check_dtypes(self.model, tensors, path)
         self.load_weights(tensors, path)
         state.load_moments(self.model, self.optimizer, tensors)
         state.load_random(tensors, self.device)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,13 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 class Decoder(nn.Module):
     """Causal transformer over packed sequences; ``Decoder(**model.shape)`` builds another like it."""
+
+    lora_targets: ClassVar[dict[str, tuple[str, ...]]] = {
+        "mlp": ("gate_up", "down"),
+        "attn": ("qkv", "out"),
+        "unembed": ("unembed",),
+    }
+    """The linear layers of each part, for ``lora.adapt``."""
 
     def __init__(
         self,
@@ -47,7 +54,9 @@ class Decoder(nn.Module):
         self.embed = nn.Embedding(vocab_size, dim)
         self.layers = nn.ModuleList(Layer(dim, heads, kv_heads, hidden) for _ in range(layers))
         self.norm = nn.RMSNorm(dim, eps=1e-6)
-        self.unembed = self.embed if tied else nn.Embedding(vocab_size, dim)
+        self.unembed = nn.Linear(dim, vocab_size, bias=False, device="meta" if tied else None)
+        if tied:  # one weight in two layers: an adapter of the one leaves the other alone
+            self.unembed.weight = self.embed.weight
         self._initialise(seed)
 
     @torch.no_grad()
@@ -65,8 +74,11 @@ class Decoder(nn.Module):
 
     @property
     def head(self) -> Tensor:
-        """Unembedding weight [V, D]: ``logits = hidden @ head.T``."""
-        return self.unembed.weight
+        """Unembedding weight [V, D], the parts of adapters included: ``logits = hidden @ head.T``."""
+        weight: Tensor = self.unembed.weight
+        for adapter in getattr(self.unembed, "active_adapters", ()):
+            weight = weight + self.unembed.get_delta_weight(adapter).to(weight.dtype)  # type: ignore[operator]
+        return weight
 
     def forward(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
         """Hidden states [N, D] after the final norm, of sequences laid end to end in ``tokens`` [N]."""
@@ -82,8 +94,8 @@ class Decoder(nn.Module):
         packing = Packing(lengths, tokens.device)
         size = (len(self.layers), len(lengths), self.kv_heads, max(lengths) + room, self.head_dim)
         cache = Cache(
-            keys=self.head.new_zeros(size),
-            values=self.head.new_zeros(size),
+            keys=self.embed.weight.new_zeros(size),
+            values=self.embed.weight.new_zeros(size),
             lengths=torch.tensor(lengths, device=tokens.device),
             longest=max(lengths),
         )

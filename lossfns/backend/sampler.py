@@ -43,7 +43,8 @@ def generate(
     number("top_p", top_p, "a number in (0, 1]", lambda x: 0 < x <= 1, "1 keeps all of the distribution.")
     if not prompts:
         return []
-    device = model.head.device
+    head = model.head
+    device = head.device
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
     stops = torch.tensor(sorted(stop), dtype=torch.long, device=device)
 
@@ -59,7 +60,7 @@ def generate(
     which = torch.tensor([distinct[tuple(prompt)] for prompt in prompts], device=device)
     hidden, cache = hidden[which], cache.select(which)
     for t in range(max_tokens):
-        logits = (hidden @ model.head.T).float()
+        logits = (hidden @ head.T).float()
         chosen = pick(logits, temperature, top_k, top_p, generator)
         tokens[rows, t] = chosen
         logprobs[rows, t] = logits.log_softmax(1).gather(1, chosen[:, None]).squeeze(1)

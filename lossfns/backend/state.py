@@ -43,6 +43,15 @@ def check_description(model: nn.Module, data: Mapping[str, Any], path: str) -> N
                 raise LossInputError("path", "a checkpoint of this model", got, "Build the same model first.")
 
 
+def check_dtypes(model: nn.Module, tensors: Mapping[str, Tensor], path: str) -> None:
+    """Refuse to continue in another precision, which would round the weights."""
+    for name, x in weights(model).items():
+        if name in tensors and tensors[name].dtype != x.dtype:
+            got = f"{path}, in which {name} is {tensors[name].dtype} in place of {x.dtype}"
+            fix = "Build the client with that dtype; load_state converts the weights alone."
+            raise LossInputError("path", "a checkpoint of the same precision", got, fix)
+
+
 def moments(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
     """``optim.<key>.<parameter>``: what the optimizer keeps of each parameter."""
     names = [name for name, _ in model.named_parameters()]

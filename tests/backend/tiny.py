@@ -1,0 +1,48 @@
+"""The smallest client that is one, and datums for it: shared by the tests that make very many requests."""
+
+from random import Random
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import lossfns
+from lossfns.backend import Decoder, LocalTrainingClient
+from lossfns.backend.tokenizer import ByteTokenizer
+
+SHAPE: dict[str, Any] = {"vocab_size": 31, "dim": 8, "layers": 1, "heads": 2, "kv_heads": 1, "hidden": 12}
+
+
+def client(seed: int = 0, **options: Any) -> LocalTrainingClient:
+    return LocalTrainingClient(Decoder(**SHAPE, seed=seed), tokenizer=ByteTokenizer(), device="cpu", **options)
+
+
+def texts(rng: Random, count: int = 2, sdk: Any = lossfns, longest: int = 6, targets: int = 0) -> list[Any]:
+    """Datums of 2 tokens to ``longest``, their last weight 1; with ``targets`` K, [N, K] of them."""
+    return [text(rng, rng.randint(2, longest), sdk, targets) for _ in range(count)]
+
+
+def text(rng: Random, length: int, sdk: Any = lossfns, targets: int = 0) -> Any:
+    ids = [rng.randrange(SHAPE["vocab_size"]) for _ in range(length)]
+    n, k = length - 1, targets or 1
+    shape = [n, k] if targets else [n]
+    chosen = ids[1:] if not targets else [rng.randrange(SHAPE["vocab_size"]) for _ in range(n * k)]
+    weights = [rng.choice((0.0, 0.5, 1.0)) for _ in range(n * k - 1)] + [1.0]
+    fields = {
+        "target_tokens": sdk.TensorData(data=chosen, dtype="int64", shape=shape),
+        "weights": sdk.TensorData(data=weights, dtype="float32", shape=shape),
+    }
+    return sdk.Datum(model_input=sdk.ModelInput.from_ints(ids[:-1]), loss_fn_inputs=fields)
+
+
+def weights(c: LocalTrainingClient) -> list[Tensor]:
+    return [p.detach().clone() for p in c.model.parameters()]
+
+
+def gradients(c: LocalTrainingClient) -> list[Tensor | None]:
+    return [None if p.grad is None else p.grad.clone() for p in c.model.parameters()]
+
+
+def same(a: list[Tensor | None], b: list[Tensor | None]) -> bool:
+    """Bit for bit, and None where the other has None."""
+    return len(a) == len(b) and all(x is y if x is None or y is None else torch.equal(x, y) for x, y in zip(a, b))
