@@ -42,13 +42,14 @@ def test_every_method_leaves_a_whole_run_folder(
     shown = capsys.readouterr()
     assert "before" in shown.out and "after" in shown.out and f"{method} on" in shown.err
     assert {p.name for p in tmp_path.iterdir()} == {
-        *("config.json", "metrics.jsonl", "result.json", "checkpoint.npz", "curves.png")
+        *("config.json", "metrics.jsonl", "result.json", "checkpoint.npz", "curves.png"),
+        *([] if method == "sft" else ["reference.npz"]),
     }
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     steps = [row["step"] for row in rows if row["phase"] != "warm-up"]
     assert steps == [1, 2] and all("loss" in row and "grad_norm" in row for row in rows)
     config = json.loads((tmp_path / "config.json").read_text())
-    assert config["steps"] == 2 and config["loss"] == repr(METHODS[method].loss())
+    assert config["options"]["steps"] == 2 and config["loss"] == repr(METHODS[method].loss())
     assert json.loads((tmp_path / "result.json").read_text())["stopped_early"] is False
     assert checkpoint.load(tmp_path / "checkpoint.npz")[1]["steps"] >= 2
 
@@ -119,6 +120,13 @@ def test_a_missing_file_and_a_foreign_checkpoint_are_refused(
     [
         *([], ["train"], ["train", "ppo2"], ["train", "sft", "--steps", "0"], ["train", "sft", "--lr", "nan"]),
         *(["train", "sft", "--group", "4"], ["train", "dpo", "--max-tokens", "3"], ["train", "sft", "--seed", "-1"]),
+        *(["train", "--resume", "x", "--steps", "2"], ["train", "sft", "--resume", "x"], ["train", "--resume"]),
+        *(
+            ["train", "--resume", "x", "--seed", "0"],
+            ["train", "--resume", "x", "--out", "x"],
+            ["train", "--steps", "2"],
+        ),
+        ["train", "sft", "--save-every", "0"],
     ],
 )
 def test_a_command_that_makes_no_sense_shows_its_usage(
@@ -171,3 +179,167 @@ def test_ctrl_c_ends_a_run_with_everything_saved(tmp_path: Path) -> None:
     rows = (out / "metrics.jsonl").read_text().splitlines()
     assert checkpoint.load(out / "checkpoint.npz")[1]["steps"] == len(rows) == json.loads(rows[-1])["step"]
     assert json.loads((out / "result.json").read_text())["stopped_early"] is True
+
+
+# --resume
+
+
+def unfinished(tmp_path: Path, *more: str, method: str = "sft") -> Path:
+    """A run that was killed before its first checkpoint, by what it left."""
+    data = jsonl(tmp_path / "rows.jsonl", variants(method, 6))
+    folder = tmp_path / "run"
+    assert main(["train", method, "--data", data, "--out", str(folder), "--batch", "2", "--steps", "3", *more]) == 0
+    for name in ("result.json", "checkpoint.npz"):
+        (folder / name).unlink()
+    return folder
+
+
+def losses(folder: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def refused(folder: Path, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """With that message, and the folder is as it was."""
+    before = {path.name: path.read_bytes() for path in folder.iterdir()} if folder.is_dir() else {}
+    capsys.readouterr()
+    assert main(["train", "--resume", str(folder)]) == 2
+    assert message in capsys.readouterr().err
+    assert before == ({path.name: path.read_bytes() for path in folder.iterdir()} if folder.is_dir() else {})
+
+
+@pytest.mark.parametrize("more", [[], ["--lr", "0.00123", "--seed", "3", "--save-every", "1", "--threads", "2"]])
+def test_a_run_without_a_checkpoint_begins_again_with_the_same_options(
+    tmp_path: Path, more: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = unfinished(tmp_path, *more)
+    config, rows = (folder / "config.json").read_bytes(), losses(folder)
+    assert main(["train", "--resume", str(folder)]) == 0
+    assert losses(folder) == rows and (folder / "config.json").read_bytes() == config
+    assert "resumed after" not in capsys.readouterr().err
+
+
+def test_a_run_killed_before_its_result_only_measures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = unfinished(tmp_path)
+    assert main(["train", "--resume", str(folder)]) == 0
+    first, saved = json.loads((folder / "result.json").read_text()), (folder / "checkpoint.npz").stat()
+    (folder / "result.json").unlink()
+    assert main(["train", "--resume", str(folder)]) == 0
+    assert "resumed after 3 steps" in capsys.readouterr().err
+    assert json.loads((folder / "result.json").read_text())["bits_per_byte"] == first["bits_per_byte"]
+    assert (folder / "checkpoint.npz").stat() == saved
+
+
+def test_a_finished_run_is_left_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = unfinished(tmp_path)
+    assert main(["train", "--resume", str(folder)]) == 0
+    before = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()}
+    assert main(["train", "--resume", str(folder)]) == 0
+    assert "is finished" in capsys.readouterr().out
+    assert {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()} == before
+
+
+def test_a_run_goes_on_from_another_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    jsonl(Path("rows.jsonl"), variants("sft", 6))
+    assert main(["train", "sft", "--data", "rows.jsonl", "--out", "run", "--batch", "2", "--steps", "3"]) == 0
+    rows = losses(Path("run"))
+    for name in ("result.json", "checkpoint.npz"):
+        Path("run", name).unlink()
+    monkeypatch.chdir("/")
+    assert main(["train", "--resume", str(tmp_path / "run")]) == 0
+    assert losses(tmp_path / "run") == rows
+
+
+def test_what_is_no_run_cannot_be_resumed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    refused(tmp_path / "none", "none, which is no folder", capsys)
+    (tmp_path / "file").write_text("hello")
+    refused(tmp_path / "file", "file, which is no folder", capsys)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    refused(folder, "run, which has no config.json", capsys)
+    for text in ("", "{nonsense", "[1, 2]", "3", "{}", '{"options": 3}', "\udcff"):
+        (folder / "config.json").write_text(text, errors="surrogateescape")
+        refused(folder, "config.json, which is damaged or of another version", capsys)
+
+
+def test_options_that_someone_has_put_into_a_config_are_checked(tmp_path: Path) -> None:
+    folder = unfinished(tmp_path)
+    text = (folder / "config.json").read_text()
+    for new in ('"steps": -3', '"steps": "many"', '"stops": 3'):
+        (folder / "config.json").write_text(text.replace('"steps": 3', new, 1))
+        with pytest.raises(SystemExit):
+            main(["train", "--resume", str(folder)])
+
+
+def test_a_run_goes_on_only_with_the_data_it_began_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = unfinished(tmp_path)
+    rows = tmp_path / "rows.jsonl"
+    text = rows.read_text()
+    rows.write_text(text.replace("blue", "grey"))
+    refused(folder, f"--data: expected the file that {folder} began with, got {rows}, which has changed since", capsys)
+    rows.unlink()
+    refused(folder, "rows.jsonl", capsys)
+    rows.write_text(text)
+    assert main(["train", "--resume", str(folder)]) == 0
+
+
+def test_a_run_needs_its_first_weights_until_it_has_some_of_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (first := tmp_path / "first").mkdir()
+    init = unfinished(first)
+    assert main(["train", "--resume", str(init)]) == 0
+    folder = unfinished(tmp_path, "--init", str(init / "checkpoint.npz"))
+    rows, weights = losses(folder), (init / "checkpoint.npz").read_bytes()
+    (init / "checkpoint.npz").unlink()
+    refused(folder, "checkpoint.npz", capsys)
+    other = first / "other"
+    assert main(["train", "sft", "--steps", "1", "--batch", "1", "--seed", "5", "--out", str(other)]) == 0
+    (init / "checkpoint.npz").write_bytes((other / "checkpoint.npz").read_bytes())
+    refused(folder, "which has changed since", capsys)
+    (init / "checkpoint.npz").write_bytes(weights)
+    assert main(["train", "--resume", str(folder)]) == 0 and losses(folder) == rows
+    (init / "checkpoint.npz").unlink()
+    (folder / "result.json").unlink()
+    assert main(["train", "--resume", str(folder)]) == 0 and losses(folder) == rows
+
+
+def test_a_run_of_another_version_goes_on_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = unfinished(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    config["versions"]["torch"] = "1.0"
+    (folder / "config.json").write_text(json.dumps(config))
+    assert main(["train", "--resume", str(folder)]) == 0
+    said = capsys.readouterr().err
+    assert "began with torch 1.0, now 2" in said and "it may not go on bit for bit" in said
+
+
+@pytest.mark.parametrize("damage", ["truncated", "foreign", "of something else"])
+def test_a_checkpoint_that_is_not_the_runs_own_is_named(
+    tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = unfinished(tmp_path)
+    assert main(["train", "--resume", str(folder)]) == 0
+    (folder / "result.json").unlink()
+    path = folder / "checkpoint.npz"
+    tensors, data = checkpoint.load(path)
+    if damage == "of something else":
+        checkpoint.save(path, tensors, data | {"user_metadata": {}})
+    else:
+        path.write_bytes(path.read_bytes()[:-1000] if damage == "truncated" else b"hello")
+    refused(folder, "checkpoint.npz", capsys)
+
+
+def test_a_folder_that_holds_part_of_a_run_is_not_taken_for_a_new_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = unfinished(tmp_path)
+    (folder / "config.json").unlink()
+    assert main(["train", "sft", "--steps", "1", "--batch", "1", "--out", str(folder)]) == 2
+    assert "nothing is overwritten" in capsys.readouterr().err
+    (folder / "metrics.jsonl").unlink()
+    for path in folder.iterdir():
+        path.unlink()
+    (folder / ".config.json.0123.partial").write_text("killed here")
+    assert main(["train", "sft", "--steps", "1", "--batch", "1", "--out", str(folder)]) == 0
+    assert not list(folder.glob(".*"))

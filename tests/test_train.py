@@ -1,6 +1,7 @@
 """The pieces of ``lossfns train``: tasks, rewards, schedules, the bar and the table."""
 
 import io
+import json
 import math
 from pathlib import Path
 from random import Random
@@ -8,10 +9,11 @@ from typing import Any
 
 import pytest
 
+from lossfns import LossInputError
 from lossfns.backend import ByteTokenizer, Decoder, LocalTrainingClient
 from lossfns.plots import running_mean
 from lossfns.train import methods, tasks
-from lossfns.train.run import Run, table
+from lossfns.train.run import Run, State, table
 
 TEXT = ByteTokenizer()
 
@@ -53,7 +55,7 @@ def test_a_true_continuation_continues_and_the_other_comes_from_elsewhere() -> N
         assert len(chosen) == len(rejected)
 
 
-def test_rewards_are_for_exactly_the_answer() -> None:
+def test_rewards_are_for_exactly_the_answer(tmp_path: Path) -> None:
     """A model that can only say one thing: its own greedy answer is right, anything else is not."""
     shape: dict[str, Any] = {"vocab_size": 257, "dim": 16, "layers": 1, "heads": 1, "kv_heads": 1, "hidden": 16}
     client = LocalTrainingClient(Decoder(**shape), tokenizer=TEXT, device="cpu")
@@ -61,11 +63,9 @@ def test_rewards_are_for_exactly_the_answer() -> None:
     (_, tokens, _, right), *_ = methods.attempts(client, [problem], 1, 4, seed=0, temperature=0)
     assert right is (tokens == [*TEXT.encode("x"), 256])
     draw = lambda rng, n: [tasks.Demonstration(problem.prompt, [120, 256])] * n  # noqa: E731
-    run = Run.__new__(Run)
-    run.stopped, run.history, run.log = False, [], lambda step, metrics: None  # type: ignore[method-assign]
-    methods.supervised(
-        run, client, draw, phase="warm-up", steps=60, batch=4, learning_rate=methods.constant(3e-2), seed=0
-    )
+    rate = methods.constant(3e-2)
+    with Run(tmp_path, terminal=io.StringIO()) as run:
+        methods.supervised(run, client, draw, phase="warm-up", steps=60, batch=4, learning_rate=rate, seed=0)
     assert methods.reward(client, [problem], 4) > 0.9
     assert methods.reward(client, [tasks.Problem([50, 61], "xx")], 4) < 0.1
 
@@ -88,8 +88,9 @@ def test_the_bar_is_redrawn_on_a_terminal_and_sparse_elsewhere(tmp_path: Path) -
             return True
 
     def shown(stream: io.StringIO) -> str:
-        with Run(tmp_path / type(stream).__name__, {}, terminal=stream) as run:
-            for step in run.steps("sft", 30):
+        (folder := tmp_path / type(stream).__name__).mkdir()
+        with Run(folder, terminal=stream) as run:
+            for step in run.steps("sft", 30, Random(0)):
                 run.log(step, {"loss": 1.0, "reward": 0.5})
         return stream.getvalue()
 
@@ -99,16 +100,83 @@ def test_the_bar_is_redrawn_on_a_terminal_and_sparse_elsewhere(tmp_path: Path) -
 
 
 def test_a_stop_ends_the_steps_after_the_one_in_hand(tmp_path: Path) -> None:
-    done = []
-    with Run(tmp_path, {}, terminal=io.StringIO()) as run:
-        for step in run.steps("sft", 5):
+    done, saved = [], []
+    with Run(tmp_path, saved.append, terminal=io.StringIO()) as run:
+        for step in run.steps("sft", 5, Random(0)):
             if step == 2:
                 run._stop(2, None)
             done.append(step)
-        assert list(run.steps("more", 5)) == []
+        run.once("after the stop", lambda: 1)
+        assert list(run.steps("more", 5, Random(0))) == []
         with pytest.raises(KeyboardInterrupt):
             run._stop(2, None)
-    assert done == [0, 1, 2]
+    assert done == [0, 1, 2] and run.stopped
+    assert [(state.done, state.measured) for state in saved] == [({"sft": 3}, {})]
+
+
+def test_a_stop_after_the_last_step_is_too_late_to_cut_anything(tmp_path: Path) -> None:
+    with Run(tmp_path, terminal=io.StringIO()) as run:
+        assert list(run.steps("sft", 2, Random(0))) == [0, 1]
+        run._stop(2, None)
+        assert list(run.steps("sft", 2, Random(0))) == [] and not run.stopped
+
+
+def drawn(run: Run, until: int = 99) -> list[tuple[str, int, float]]:
+    """Two phases that draw and log, up to so many steps."""
+    steps = []
+    for phase, count in (("warm-up", 5), ("grpo", 7)):
+        run.once(f"before {phase}", lambda phase=phase: f"{phase} {len(run.history)}")  # type: ignore[misc]
+        rng = Random(phase)
+        for step in run.steps(phase, count, rng):
+            if run.steps_done == until:
+                return steps
+            steps.append((phase, step, rng.gauss(0, 1)))
+            run.log(step, {"loss": steps[-1][2]})
+    return steps
+
+
+@pytest.mark.parametrize("until", range(13))
+def test_a_run_goes_on_from_its_newest_state(tmp_path: Path, until: int) -> None:
+    """Wherever it breaks off: the same draws, rows and measurements as in one go; states that JSON has carried."""
+    (tmp_path / "whole").mkdir(), (tmp_path / "broken").mkdir()
+    states: list[str] = []
+
+    def save(state: State) -> None:
+        states.append(json.dumps(state))
+
+    with Run(tmp_path / "whole", save, every=2, terminal=io.StringIO()) as run:
+        whole = drawn(run)
+    last = states[-1]
+    states.clear()
+    with Run(tmp_path / "broken", save, every=2, terminal=io.StringIO()) as run:
+        first = drawn(run, until)
+    (tmp_path / "broken" / ".checkpoint.npz.0123.partial").write_text("half of a ch")
+    state = State(*json.loads(states[-1])) if states else None
+    with Run(tmp_path / "broken", save, state=state, every=2, terminal=io.StringIO()) as run:
+        kept = run.steps_done
+        assert until - 2 < kept <= until and not list(tmp_path.rglob("*.partial"))
+        assert first[:kept] + drawn(run) == whole
+    rows = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("whole", "broken")]
+    assert [[json.loads(row)["loss"] for row in part] for part in rows] == [[x for *_, x in whole]] * 2
+    assert states[-1] == last
+    assert run.measured == {"before warm-up": "warm-up 0", "before grpo": "grpo 5"}
+
+
+def test_rows_that_the_state_counts_on_must_be_there(tmp_path: Path) -> None:
+    state = State({"sft": 2}, [*Random(0).getstate()], {})
+    row = '{"phase": "sft", "step": 1, "seconds": 0.5}\n'
+    for text in ("", row, row + "{nonsense\n", row + "[]\n", row + "{}\n", row + "\udcff\n"):
+        (tmp_path / "metrics.jsonl").write_text(text, errors="surrogateescape")
+        with pytest.raises(LossInputError, match=r"expected 2 rows of metrics, got .*metrics\.jsonl"):
+            Run(tmp_path, state=state)
+        assert (tmp_path / "metrics.jsonl").read_text(errors="surrogateescape") == text
+
+
+def test_two_processes_cannot_have_one_run(tmp_path: Path) -> None:
+    with Run(tmp_path), pytest.raises(LossInputError, match="which is still running"):
+        Run(tmp_path)
+    with Run(tmp_path):
+        pass
 
 
 def test_table_lines_up() -> None:

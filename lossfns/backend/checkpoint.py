@@ -1,13 +1,21 @@
-"""Checkpoints: tensors and plain data in one file, written whole or not at all, read without pickle."""
+"""Checkpoints: tensors and plain data in one file, written whole or not at all, read without pickle.
+
+The file is an npz archive, uncompressed: an array for each tensor, and the array ``meta``, whose bytes are
+JSON with the format, the tensors' dtypes and the data.
+"""
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -15,50 +23,132 @@ from torch import Tensor
 
 from lossfns import LossInputError
 
-FORMAT = "lossfns-checkpoint-1"
+FAMILY, VERSION = "lossfns-checkpoint", 1
+FORMAT = f"{FAMILY}-{VERSION}"
 
 
 def save(path: str | Path, tensors: Mapping[str, Tensor], data: Mapping[str, Any]) -> Path:
-    """Write to a temporary file, flush it to the disk, rename: a reader sees the old file or the new one."""
+    """The path, once the file is whole and on the disk; until then, an older one stays as it was."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    meta = {"format": FORMAT, "dtypes": {name: str(x.dtype) for name, x in tensors.items()}, "data": dict(data)}
-    arrays = {name: raw(x) for name, x in tensors.items()}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    arrays = {name: raw(name, x) for name, x in tensors.items()}
+    arrays["meta"] = encoded({name: str(x.dtype) for name, x in tensors.items()}, data)
     try:
-        with open(temporary, "wb") as file:
-            np.savez(file, meta=np.frombuffer(json.dumps(meta).encode(), dtype=np.uint8), **arrays)  # type: ignore[arg-type]
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as file, zipfile.ZipFile(file, "w") as archive:
+            for name, x in arrays.items():
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                    np.lib.format.write_array(member, x, allow_pickle=False)
+    except (OSError, ValueError) as error:
         raise LossInputError("path", "a place to write to", f"{path} ({error})", "Choose another.") from error
     return path
 
 
 def load(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and the data of a checkpoint; an error that names the file if it is not a whole one."""
+    with opened(path) as (archive, meta):
+        return {name: restored(array(archive, name), dtype) for name, dtype in meta["dtypes"].items()}, meta["data"]
+
+
+def metadata(path: str | Path) -> dict[str, Any]:
+    """The data alone, without reading the tensors."""
+    with opened(path) as (_, meta):
+        data: dict[str, Any] = meta["data"]
+        return data
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write that takes the path's place when it is whole and on the disk; on any error it is removed."""
+    temporary = path.with_name(f".{path.name}.{uuid4().hex[:12]}.partial")
     try:
-        with np.load(path, allow_pickle=False) as file:
-            meta = json.loads(bytes(file["meta"]))
-            if meta["format"] != FORMAT:
-                raise KeyError(meta["format"])
-            tensors = {name: restored(file[name], dtype) for name, dtype in meta["dtypes"].items()}
-            return tensors, meta["data"]
-    except FileNotFoundError:
-        raise LossInputError("path", "a checkpoint", f"no file {path}", "Was it saved elsewhere?") from None
-    except (KeyError, ValueError, TypeError, OSError, EOFError, zipfile.BadZipFile) as error:
-        got = f"{path}, which cannot be read ({type(error).__name__})"
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sync(folder: Path) -> None:
+    """The folder's entries to the disk, where the system can: a rename is not there before that."""
+    if os.name == "nt":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(handle)
+
+
+def encoded(dtypes: Mapping[str, str], data: Mapping[str, Any]) -> np.ndarray:
+    try:
+        text = json.dumps({"format": FORMAT, "dtypes": dtypes, "data": dict(data)})
+    except (TypeError, ValueError) as error:
+        raise LossInputError("data", "what JSON can hold", str(error), "Keep it as text or numbers.") from error
+    return np.frombuffer(text.encode(), dtype=np.uint8)
+
+
+def raw(name: str, x: Tensor) -> np.ndarray:
+    """What goes into the file: numpy has no bfloat16, its bits travel as integers."""
+    if not isinstance(name, str) or name in ("", "meta") or "\0" in name:
+        raise LossInputError("tensors", "names that a file can hold", repr(name), "Rename it.")
+    try:
+        x = x.detach().cpu().contiguous()
+        return x.view(torch.int16).numpy() if x.dtype == torch.bfloat16 else x.numpy()
+    except (AttributeError, NotImplementedError, RuntimeError, TypeError) as error:
+        got = f"{x.dtype}, {x.layout} on {x.device}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+        fix = "Convert it first, or keep it elsewhere."
+        raise LossInputError(f"tensors[{name!r}]", "a dense tensor of plain numbers", got, fix) from error
+
+
+@contextmanager
+def opened(path: str | Path) -> Iterator[tuple[zipfile.ZipFile, dict[str, Any]]]:
+    """The archive and its meta. Damaged bytes can raise nearly anything: all of it names the file."""
+    try:
+        if not Path(path).exists():
+            raise LossInputError("path", "a checkpoint", f"no file {path}", "Was it saved elsewhere?")
+        if not Path(path).is_file():
+            raise LossInputError("path", "a checkpoint", f"{path}, which is no file", "Name the file.")
+        with zipfile.ZipFile(path) as archive:
+            meta = json.loads(bytes(array(archive, "meta")))
+            if newer(meta["format"]):
+                got = f"{path}, written by a newer version of lossfns ({meta['format']})"
+                raise LossInputError("path", f"a {FORMAT} file", got, "Update lossfns.")
+            if meta["format"] != FORMAT or not isinstance(meta["data"], dict):
+                raise TypeError("another format")
+            yield archive, meta
+    except LossInputError:
+        raise
+    except Exception as error:
+        got = f"{path}, which cannot be read ({type(error).__name__}: {error})"
         raise LossInputError("path", f"a whole {FORMAT} file", got, "It is truncated, corrupt or foreign.") from error
 
 
-def raw(x: Tensor) -> np.ndarray:
-    """numpy has no bfloat16: its bits travel as integers."""
-    x = x.detach().cpu().contiguous()
-    return x.view(torch.int16).numpy() if x.dtype == torch.bfloat16 else x.numpy()
+def newer(form: str) -> bool:
+    family, _, version = form.rpartition("-")
+    return family == FAMILY and version.isdecimal() and int(version) > VERSION
+
+
+def array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    """One array. Its bytes are read to the end before they are parsed: the checksum is of all of them."""
+    info = archive.getinfo(f"{name}.npy")
+    if info.compress_type != zipfile.ZIP_STORED:
+        raise ValueError(f"{name} is compressed")
+    file = io.BytesIO(archive.read(info))
+    x: np.ndarray = np.lib.format.read_array(file, allow_pickle=False)
+    if file.read(1):
+        raise ValueError(f"{name} is longer than its header says")
+    return x
 
 
 def restored(array: np.ndarray, dtype: str) -> Tensor:
     x = torch.from_numpy(array)
+    stored = "torch.int16" if dtype == "torch.bfloat16" else dtype
+    if str(x.dtype) != stored:
+        raise TypeError(f"{x.dtype} where {stored} is due")
     return x.view(torch.bfloat16) if dtype == "torch.bfloat16" else x

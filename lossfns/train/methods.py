@@ -98,7 +98,7 @@ def supervised(
 ) -> None:
     """Token-mean cross-entropy on demonstrations; ``learning_rate(step)``."""
     rng, loss = Random(seed), cross_entropy()
-    for step in run.steps(phase, steps):
+    for step in run.steps(phase, steps, rng):
         data = [datum(*example) for example in draw(rng, batch)]
         run.log(step, step_on(client, data, loss, learning_rate(step)))
 
@@ -131,7 +131,7 @@ def preference(
 ) -> None:
     """A preference loss on pairs, with the reference's logprobs where the loss reads them."""
     rng = Random(seed)
-    for step in run.steps(loss.name, steps):
+    for step in run.steps(loss.name, steps, rng):
         data = interleaved(task.draw(rng, batch))
         columns = {"ref_logprobs": logprobs(reference, data)} if "ref_logprobs" in loss.reads else {}
         run.log(step, step_on(client, data, loss.bind(**columns), learning_rate(step)))
@@ -185,7 +185,7 @@ def policy(
     sampler's logprobs are the old policy's.
     """
     rng = Random(seed)
-    for step in run.steps(loss.name, steps):
+    for step in run.steps(loss.name, steps, rng):
         problems = task.draw(rng, batch)
         samples = attempts(client, problems, group, max_tokens, seed=rng.getrandbits(31))
         rewards = [float(correct) for *_, correct in samples]

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from lossfns import Loss, cross_entropy, dapo, dpo, grpo, gspo_token, orpo
 from lossfns.backend import LocalTrainingClient
 from lossfns.train import methods, tasks
-from lossfns.train.run import Run
+from lossfns.train.run import REFERENCE, Run
 from lossfns.train.tasks import Demonstration, Preference, Problem, Task
 
 
@@ -25,14 +25,22 @@ class Outcome(NamedTuple):
     after: float
 
 
-def frozen(client: LocalTrainingClient) -> LocalTrainingClient:
-    """A copy that stays as the client is now: the reference policy."""
+def frozen(run: Run, client: LocalTrainingClient) -> LocalTrainingClient:
+    """A copy that stays as the client is when the run first gets here: the reference policy."""
     device = next(client.model.parameters()).device
-    return LocalTrainingClient(copy.deepcopy(client.model), tokenizer=client.get_tokenizer(), device=device)
+    reference = LocalTrainingClient(copy.deepcopy(client.model), tokenizer=client.get_tokenizer(), device=device)
+
+    def kept() -> str:
+        reference.save_state(run.folder / REFERENCE, overwrite=True).result()
+        return REFERENCE
+
+    reference.load_state(run.folder / run.once("reference", kept)).result()
+    return reference
 
 
 def sft(run: Run, client: LocalTrainingClient, task: Task[Demonstration], loss: Loss, args: Namespace) -> Outcome:
-    before = methods.bits_per_byte(client, task.held_out)
+    measured = partial(methods.bits_per_byte, client, task.held_out)
+    before = run.once("before", measured)
     methods.supervised(
         run,
         client,
@@ -43,7 +51,7 @@ def sft(run: Run, client: LocalTrainingClient, task: Task[Demonstration], loss: 
         learning_rate=methods.cosine(args.lr, args.steps),
         seed=args.seed,
     )
-    return Outcome("bits_per_byte", "held-out bits per byte", before, methods.bits_per_byte(client, task.held_out))
+    return Outcome("bits_per_byte", "held-out bits per byte", before, measured())
 
 
 def preference(run: Run, client: LocalTrainingClient, task: Task[Preference], loss: Loss, args: Namespace) -> Outcome:
@@ -54,10 +62,10 @@ def preference(run: Run, client: LocalTrainingClient, task: Task[Preference], lo
 
     draw = chosen if args.data else tasks.english().draw
     warm_up(run, client, draw, args, batch=16, learning_rate=methods.cosine(3e-3, args.warmup_steps))
-    reference = frozen(client)
+    reference = frozen(run, client)
     measure = methods.margin_accuracy if "ref_logprobs" in loss.reads else methods.likelihood_accuracy
     measured = partial(measure, client, reference, task.held_out)
-    before = measured()
+    before = run.once("before", measured)
     methods.preference(
         run,
         client,
@@ -83,11 +91,11 @@ def policy(run: Run, client: LocalTrainingClient, task: Task[Problem], loss: Los
     longest = max(len(tasks.TOKENIZER.encode(p.answer)) for p in task.held_out + task.draw(Random(0), 200)) + 1
     max_tokens = args.max_tokens or longest
     measured = partial(methods.reward, client, task.held_out, max_tokens)
-    before = measured()
+    before = run.once("before", measured)
     methods.policy(
         run,
         client,
-        frozen(client),
+        frozen(run, client),
         loss,
         task,
         steps=args.steps,
