@@ -129,7 +129,8 @@ class Worker:
         WORKERS.add(self)
 
     def __del__(self) -> None:
-        log_errors(self._unread)
+        if self._unread:  # at the end of the program it is empty, and names such as log_errors are gone
+            log_errors(self._unread)
 
     def submit(self, request: Callable[..., T], *args: Any) -> APIFuture[T]:
         """Queue a request. An error of an earlier one that nobody read is raised here rather than lost."""
