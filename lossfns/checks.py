@@ -16,9 +16,18 @@ def is_real(value: Any) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, (bool, np.bool_))
 
 
+LARGEST = 1e30
+"""Beyond it a knob is a mistake, and its products overflow float32."""
+
+
+def is_finite(value: Any) -> bool:
+    """Whether torch takes the number as it is: float32 holds it, and an integer has 64 bits."""
+    return bool(abs(value) <= (2**62 if isinstance(value, int) else LARGEST))
+
+
 def number(name: str, value: Any, expected: str, accept: Callable[[float], bool], fix: str) -> None:
     """Refuse what is not a finite number, or not one that ``accept`` takes."""
-    if not (is_real(value) and math.isfinite(value) and accept(value)):
+    if not (is_real(value) and is_finite(value) and accept(value)):
         raise LossInputError(name, expected, repr(value), fix)
 
 
@@ -44,7 +53,7 @@ def clip(name: str, value: Any) -> None:
     if 0 <= low < 1 and 0 <= high < 1:
         fix = f"These look like epsilons: pass clip=({1 - low:g}, {1 + high:g})."
         raise LossInputError(name, expected, repr(value), fix)
-    if not 0 <= low <= 1 <= high:
+    if not 0 <= low <= 1 <= high or not (is_finite(high) or high == math.inf):
         raise LossInputError(name, expected, repr(value), "The bounds must enclose the ratio 1.")
 
 

@@ -153,7 +153,8 @@ def check_targets(data: Sequence[Any], logprobs_list: Sequence[Tensor]) -> None:
     for i, (datum, lp) in enumerate(zip(data, logprobs_list)):
         targets = datum.loss_fn_inputs.get("target_tokens")
         if targets is not None and hasattr(targets, "to_numpy"):
-            count = targets.shape[0] if targets.shape else len(targets.to_numpy())
+            shape = targets.shape
+            count = shape[0] if isinstance(shape, (list, tuple)) and shape else len(targets.to_numpy())
             if count != len(lp) and count != lp.numel():
                 got, fix = str(len(lp)), "Pass the logprobs of these datums' targets."
                 raise LossInputError("logprobs", f"{count} rows (the length of target_tokens)", got, fix, datum=i)
@@ -225,25 +226,30 @@ def fields(data: Sequence[Any], name: str) -> list[Any]:
 def as_rows(values: Any, name: str) -> Rows:
     """Each datum's row as an array or a constant tensor."""
     kind, *others = set(map(type, values))
-    if not others and hasattr(kind, "to_numpy") and not issubclass(kind, Tensor):
+    if not others and kind.__name__ == "TensorData":  # ours, or an SDK's: no need to look at each
         return [value.to_numpy() for value in values]
     return [as_row(value, name, i) for i, value in enumerate(values)]
 
 
 def as_row(value: Any, name: str, datum: int | None) -> Row:
     """One row as an array or a constant tensor; ``None`` among the numbers becomes nan."""
-    if isinstance(value, Tensor) and value.layout == torch.strided and not value.is_complex():
+    if isinstance(value, Tensor) and is_plain(value):
         return value.detach()
     try:
         row = np.asarray(value.to_numpy() if hasattr(value, "to_numpy") else value)
         if row.dtype == object and row.ndim and all(x is None or is_real(x) for x in row.flat):
             row = row.astype(np.float64)
         if row.dtype.kind in "fiub" and not isinstance(value, Tensor):
-            return row
-    except (TypeError, ValueError, RuntimeError):
+            return row.astype(np.float64) if row.dtype == np.longdouble else row  # torch has no wider floats
+    except Exception:  # whatever the value's own to_numpy raises
         pass
     got, fix = f"a {type(value).__name__} that is no rectangular array of numbers", "Use a list, array or tensor."
     raise LossInputError(name, "a number or a row of numbers", got, fix, datum=datum)
+
+
+def is_plain(x: Tensor) -> bool:
+    """Whether a tensor is a rectangular array of real numbers, and has them."""
+    return x.layout == torch.strided and not (x.is_complex() or x.is_meta or x.is_nested or x.is_quantized)
 
 
 def truncate(logprobs_list: Sequence[Tensor], table: dict[str, Any]) -> tuple[list[Tensor], dict[str, Any]]:

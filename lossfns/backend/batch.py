@@ -9,32 +9,33 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lossfns import LossInputError
+from lossfns import LossInputError, TensorData
 from lossfns.pack import as_row, check_data
 from lossfns.tokens import TOKENS
 
 
 class Batch(NamedTuple):
-    """``inputs`` [N] and ``targets`` [N] or [N, K], datum after datum, and the rows of each."""
+    """``inputs`` [N] and ``targets`` [N] or [N, K], datum after datum, and the rows of each; the model's head [V, D].
+
+    ``wrap`` is the datums' own class of tensors, in which results go back.
+    """
 
     inputs: Tensor
     targets: Tensor
     lengths: list[int]
-
-    @property
-    def shapes(self) -> list[tuple[int, ...]]:
-        return [(n, *self.targets.shape[1:]) for n in self.lengths]
+    head: Tensor
+    wrap: Any
 
 
 def pack_datums(data: Sequence[Any], model: nn.Module) -> Batch:
     """Datums to flat tensors on the model's device; refuses what does not fit together, or the vocabulary."""
     check_datums(data)
-    vocabulary = len(model.head)  # type: ignore[arg-type]
-    tokens = [token_ids(datum, vocabulary, i) for i, datum in enumerate(data)]
-    targets = [target_ids(datum, vocabulary, i) for i, datum in enumerate(data)]
+    head: Tensor = model.head  # type: ignore[assignment]  # once: with an adapter it is a product of matrices
+    tokens = [token_ids(datum, len(head), i) for i, datum in enumerate(data)]
+    targets = [target_ids(datum, len(head), i) for i, datum in enumerate(data)]
     for i, (ids, row) in enumerate(zip(tokens, targets)):
         check_frame(ids, row, targets[0], i)
-    return Batch(flat(tokens, model), flat(targets, model), [len(ids) for ids in tokens])
+    return Batch(flat(tokens, model), flat(targets, model), [len(ids) for ids in tokens], head, wrapper(data))
 
 
 def pack_tokens(data: Sequence[Any], model: nn.Module) -> tuple[Tensor, list[int]]:
@@ -44,6 +45,12 @@ def pack_tokens(data: Sequence[Any], model: nn.Module) -> tuple[Tensor, list[int
     empty = "Cannot pool embedding from an empty text sequence"
     tokens = [token_ids(datum, vocabulary, i, empty) for i, datum in enumerate(data)]
     return flat(tokens, model), [len(ids) for ids in tokens]
+
+
+def wrapper(data: Sequence[Any]) -> Any:
+    """The class of the datums' tensors: ours, or an SDK's, whose Datum takes no other."""
+    kinds = (type(value) for datum in data for value in datum.loss_fn_inputs.values())
+    return next((kind for kind in kinds if kind.__name__ == "TensorData" and hasattr(kind, "from_numpy")), TensorData)
 
 
 def flat(rows: Sequence[np.ndarray], model: nn.Module) -> Tensor:
@@ -72,20 +79,25 @@ def missing(name: str, required: Sequence[str], fix: str, datum: int) -> LossInp
 
 def token_ids(datum: Any, vocabulary: int, i: int, empty: str = "none") -> np.ndarray:
     """The ids [N] of a datum's model input; ``empty`` says what it means that there are none."""
-    if not callable(getattr(getattr(datum, "model_input", None), "to_ints", None)):
-        got = f"a {type(getattr(datum, 'model_input', None)).__name__}"
-        raise LossInputError("model_input", "a ModelInput", got, "Call ModelInput.from_ints(tokens).", datum=i)
+    return input_ids(getattr(datum, "model_input", None), "model_input", vocabulary, i, empty)
+
+
+def input_ids(given: Any, name: str, vocabulary: int, i: int | None = None, empty: str = "none") -> np.ndarray:
+    """The ids [N] of a model input, at least one; an error calls it ``name``."""
     try:
-        ids = host_row(datum.model_input.to_ints(), "model_input", i)
-    except LossInputError:
-        raise
-    except ValueError as error:
-        fix = "The local model reads text."
-        raise LossInputError("model_input", "chunks of token ids", f"{error}", fix, datum=i) from error
+        ints = given.to_ints()
+    except Exception as error:
+        if isinstance(error, ValueError):
+            got, fix = f"{error}", "The local model reads text."
+        else:
+            got, fix = f"a {type(given).__name__}", "Call ModelInput.from_ints(tokens)."
+        raise LossInputError(name, "a ModelInput of token ids", got, fix, datum=i) from error
+    ids = host_row(ints, name, i)
     if ids.ndim != 1 or len(ids) == 0:
         got = empty if ids.ndim == 1 else f"shape {tuple(ids.shape)}"
-        raise LossInputError("model_input", "at least one token", got, "Drop the datum.", datum=i)
-    return in_vocabulary(ids, "model_input", vocabulary, i)
+        fix = "Start from the end-of-sequence token." if i is None else "Drop the datum."
+        raise LossInputError(name, "at least one token", got, fix, datum=i)
+    return in_vocabulary(ids, name, vocabulary, i)
 
 
 def target_ids(datum: Any, vocabulary: int, i: int) -> np.ndarray:
@@ -99,7 +111,7 @@ def target_ids(datum: Any, vocabulary: int, i: int) -> np.ndarray:
     return in_vocabulary(ids, "target_tokens", vocabulary, i)
 
 
-def host_row(value: Any, name: str, i: int) -> np.ndarray:
+def host_row(value: Any, name: str, i: int | None) -> np.ndarray:
     """A datum's values as an array."""
     row = as_row(value, name, i)
     if isinstance(row, Tensor):
@@ -108,7 +120,7 @@ def host_row(value: Any, name: str, i: int) -> np.ndarray:
     return row
 
 
-def in_vocabulary(ids: np.ndarray, name: str, vocabulary: int, i: int) -> np.ndarray:
+def in_vocabulary(ids: np.ndarray, name: str, vocabulary: int, i: int | None) -> np.ndarray:
     if ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= vocabulary:
         got = f"{ids.dtype}" if ids.dtype.kind not in "iu" else f"ids from {ids.min()} to {ids.max()}"
         fix = "Use the tokenizer of this model."

@@ -75,9 +75,7 @@ def builtin(name: Any, config: Mapping[str, Any] | None, data: Sequence[Any], ta
 
 def knobs(name: str, own: Builtin, config: Any) -> dict[str, Any]:
     """The preset's knobs from a ``loss_fn_config``: its own defaults, but for the cap, where a key is not given."""
-    if config is not None and not isinstance(config, Mapping):
-        fix = "Pass {name: value}."
-        raise LossInputError("loss_fn_config", "a dict or None", f"a {type(config).__name__}", fix)
+    check_config(config)
     given = dict(config or {})
     unknown = [key for key in given if key not in own.config]
     if unknown:
@@ -91,9 +89,16 @@ def knobs(name: str, own: Builtin, config: Any) -> dict[str, Any]:
     try:
         check_knobs(chosen)
     except LossInputError as error:
-        error.field = f"loss_fn_config {error.field}"
+        keys = [key for key, knob in own.config.items() if knob == error.field and key in given]
+        error.field = f"loss_fn_config {', '.join(keys)}"
         raise
     return chosen
+
+
+def check_config(config: Any) -> None:
+    if config is not None and not isinstance(config, Mapping):
+        fix = "Pass {name: value}."
+        raise LossInputError("loss_fn_config", "a dict or None", f"a {type(config).__name__}", fix)
 
 
 def check_fields(datum: Any, name: str, required: Sequence[str], optional: Sequence[str], i: int) -> None:

@@ -1,12 +1,14 @@
 """Checkpoints: tensors and plain data in one file, written whole or not at all, read without pickle.
 
 The file is an npz archive, uncompressed: an array for each tensor, and the array ``meta``, whose bytes are
-JSON with the format, the tensors' dtypes and the data.
+JSON with the format, the tensors' dtypes and the data. The archive's comment, at the very end, is the SHA-256 of
+all that stands before it.
 """
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import io
 import json
 import os
@@ -23,7 +25,7 @@ from torch import Tensor
 
 from lossfns import LossInputError
 
-FAMILY, VERSION = "lossfns-checkpoint", 1
+FAMILY, VERSION = "lossfns-checkpoint", 2
 FORMAT = f"{FAMILY}-{VERSION}"
 
 
@@ -34,10 +36,15 @@ def save(path: str | Path, tensors: Mapping[str, Tensor], data: Mapping[str, Any
     arrays["meta"] = encoded({name: str(x.dtype) for name, x in tensors.items()}, data)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as file, zipfile.ZipFile(file, "w") as archive:
-            for name, x in arrays.items():
-                with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                    np.lib.format.write_array(member, x, allow_pickle=False)
+        with replacing(path) as file:
+            with zipfile.ZipFile(file, "w") as archive:
+                archive.comment = b"0" * DIGEST
+                for name, x in arrays.items():
+                    with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                        np.lib.format.write_array(member, x, allow_pickle=False)
+            seal = digest(file)
+            file.seek(-DIGEST, os.SEEK_END)
+            file.write(seal)
     except (OSError, ValueError) as error:
         raise LossInputError("path", "a place to write to", f"{path} ({error})", "Choose another.") from error
     return path
@@ -46,6 +53,9 @@ def save(path: str | Path, tensors: Mapping[str, Tensor], data: Mapping[str, Any
 def load(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and the data of a checkpoint; an error that names the file if it is not a whole one."""
     with opened(path) as (archive, meta):
+        with open(path, "rb") as file:
+            if archive.comment != digest(file):
+                raise ValueError("its bytes are not those that were written")
         return {name: restored(array(archive, name), dtype) for name, dtype in meta["dtypes"].items()}, meta["data"]
 
 
@@ -56,12 +66,26 @@ def metadata(path: str | Path) -> dict[str, Any]:
         return data
 
 
+DIGEST = 64
+
+
+def digest(file: IO[bytes]) -> bytes:
+    """SHA-256 of all of the file but its last ``DIGEST`` bytes, in hexadecimal."""
+    left, sha = file.seek(-DIGEST, os.SEEK_END), hashlib.sha256()
+    file.seek(0)
+    while left:
+        chunk = file.read(min(left, 2**20))
+        left -= len(chunk)
+        sha.update(chunk)
+    return sha.hexdigest().encode()
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
     """A file to write that takes the path's place when it is whole and on the disk; on any error it is removed."""
     temporary = path.with_name(f".{path.name}.{uuid4().hex[:12]}.partial")
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "w+b") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +14,25 @@ from torch import nn
 
 from lossfns import LossInputError
 from lossfns.backend import checkpoint
-from lossfns.backend.batch import check_datums
-from lossfns.backend.custom import LossFn, Value
+from lossfns.backend.batch import pack_datums
+from lossfns.backend.builtins import check_config
+from lossfns.backend.custom import LossFn, Outputs, Value
 from lossfns.backend.engine import POOLS, Engine
 from lossfns.backend.futures import APIFuture, Ready, Worker, log, twin
 from lossfns.backend.model import Decoder
-from lossfns.backend.profiles import profile_of
+from lossfns.backend.profiles import named, profile_of
+from lossfns.backend.requests import (
+    check_loss_type,
+    check_no_more,
+    check_output,
+    check_path,
+    check_save,
+    check_targets,
+    refuse_existing,
+    snapshot,
+)
 from lossfns.backend.sampling import LocalSamplingClient
-from lossfns.backend.state import check_description, description, load_weights, weights
+from lossfns.backend.state import check_description, description, load_weights, stepped, weights
 from lossfns.backend.tokenizer import ByteTokenizer
 from lossfns.backend.types import (
     ForwardBackwardOutput,
@@ -43,6 +56,10 @@ def pick_device(device: str | torch.device) -> torch.device:
     except (RuntimeError, AssertionError, TypeError) as error:
         got, fix = f"{device!r} ({str(error).splitlines()[0]})", "auto takes the GPU if there is one."
         raise LossInputError("device", "a device of this machine", got, fix) from None
+
+
+def output_of(value: Value, metrics: dict[str, Any]) -> ForwardBackwardOutput:
+    return ForwardBackwardOutput("TensorData", value.outputs.records(), metrics)
 
 
 class LocalReferenceClient(Ready):
@@ -92,15 +109,15 @@ class LocalReferenceClient(Ready):
         With ``output="embedding"`` (here or in ``loss_fn_config``, as Fireworks has it) each datum's hidden
         states after the final norm, pooled over the model input by ``"mean"`` or ``"last"``, [D].
         """
-        config = dict(loss_fn_config) if isinstance(loss_fn_config, Mapping) else {}
+        check_config(loss_fn_config)
+        config = dict(loss_fn_config or {})
         output, pooling = config.pop("output", output), config.pop("pooling", pooling)
         check_output(output, pooling)
         self._profile.check_call(data)
         if output == "embedding":
             check_no_more(config)
             return self._worker.submit(self._embed, snapshot(data), pooling)
-        rest = config if isinstance(loss_fn_config, Mapping) else loss_fn_config
-        return self._worker.submit(self._forward, snapshot(data), loss_fn, rest)
+        return self._worker.submit(self._forward, snapshot(data), loss_fn, config)
 
     def get_info(self) -> GetInfoResponse:
         """What runs, and where."""
@@ -120,7 +137,7 @@ class LocalReferenceClient(Ready):
 
     def _forward(self, data: Any, loss_fn: Any, config: Any) -> ForwardBackwardOutput:
         value = self._engine.forward(data, loss_fn, config)
-        return output_of(value, self._profile.builtin_metrics("forward", value))
+        return output_of(value, named(value.metrics))
 
     @torch.no_grad()
     def _embed(self, data: Any, pooling: str) -> ForwardBackwardOutput:
@@ -129,12 +146,13 @@ class LocalReferenceClient(Ready):
 
     def _info(self) -> GetInfoResponse:
         parameters = list(self.model.parameters())
-        lora = [module for module in self.model.modules() if hasattr(module, "lora_A")]
+        lora = getattr(self.model, "lora", None)
+        rank = lora["rank"] if isinstance(lora, dict) else None
         return GetInfoResponse(
             model_data=ModelData(type(self.model).__name__, self._name, getattr(self._tokenizer, "name_or_path", None)),
             model_id=f"{self._name}-{id(self):x}",
-            is_lora=bool(lora),
-            lora_rank=max((max(m.r.values()) for m in lora), default=None),  # type: ignore[operator]
+            is_lora=rank is not None,
+            lora_rank=rank,
             model_name=self._name,
             parameters=sum(p.numel() for p in parameters),
             device=str(parameters[0].device),
@@ -166,7 +184,7 @@ class LocalTrainingClient(LocalReferenceClient):
     ) -> APIFuture[ForwardBackwardOutput]:
         """A built-in loss by name (a raw sum over tokens), and its gradient."""
         self._profile.check_call(data)
-        return self._worker.submit(self._forward_backward, snapshot(data), loss_fn, loss_fn_config)
+        return self._worker.submit_gradient(self._forward_backward, snapshot(data), loss_fn, loss_fn_config)
 
     def forward_backward_custom(
         self,
@@ -218,7 +236,7 @@ class LocalTrainingClient(LocalReferenceClient):
             got = "Specify optim_params or legacy adam_params, not both"
             raise LossInputError("optim_params", "one of the two", got, "They mean the same.")
         params = optim_params if adam_params is None else adam_params
-        return self._worker.submit_dependent(self._optim_step, params, grad_accumulation_normalization)
+        return self._worker.submit_step(self._engine.optim_step, params, grad_accumulation_normalization)
 
     def save_state(
         self,
@@ -233,6 +251,8 @@ class LocalTrainingClient(LocalReferenceClient):
         accumulated gradients, which are not part of a checkpoint.
         """
         check_save(name, ttl_seconds, user_metadata)
+        if not isinstance(overwrite, bool):
+            raise LossInputError("overwrite", "True or False", repr(overwrite), "A string is neither.")
         return self._worker.submit(self._save_state, name, overwrite, dict(user_metadata or {}))
 
     def load_state(self, path: str | Path, weights_access_token: str | None = None) -> APIFuture[LoadWeightsResponse]:
@@ -282,40 +302,40 @@ class LocalTrainingClient(LocalReferenceClient):
     load_state_with_optimizer_async = twin(load_state_with_optimizer)
     save_weights_for_sampler_async = twin(save_weights_for_sampler)
 
-    # What the worker runs
-
-    def _forward_backward(self, data: Any, loss_fn: Any, config: Any) -> ForwardBackwardOutput:
-        value = self._engine.forward_backward(data, loss_fn, config)
-        return output_of(value, self._profile.builtin_metrics(loss_fn, value))
-
     def _submit_custom(
         self, data: Any, loss_fn: Any, loss_type_input: Any, output: Any, pooling: Any
     ) -> APIFuture[ForwardBackwardOutput]:
         check_output(output, pooling)
-        if loss_type_input not in (None, "logprobs"):
-            fix = (
-                f"Unsupported loss_type_input={loss_type_input!r}. Supported values are: logprobs. "
-                "Set output='embedding' instead of loss_type_input for a loss of embeddings."
-            )
-            raise LossInputError("loss_type_input", "'logprobs'", repr(loss_type_input), fix)
+        check_loss_type(loss_type_input)
         self._profile.check_call(data)
+        if output == "logprobs":
+            check_targets(data)
+        outputs = self._logprobs if output == "logprobs" else partial(self._embeddings, pooling=pooling)
         # The loss gets the datums themselves, as from the services, in a list that the caller may go on filling.
-        run = self._custom_embedding if output == "embedding" else self._custom
         own = list(data) if isinstance(data, list) else data
-        return self._worker.submit(run, snapshot(data), own, loss_fn, pooling)
+        return self._worker.submit_gradient(self._custom, snapshot(data), own, loss_fn, outputs)
 
-    def _custom(self, now: Any, data: Any, loss_fn: Any, pooling: str) -> ForwardBackwardOutput:
-        check_datums(now)
-        self._profile.check_custom(now)
-        value = self._engine.backward(loss_fn, data, self._engine.logprobs(now))
-        return output_of(value, self._profile.custom_metrics(value))
+    # What the worker runs
 
-    def _custom_embedding(self, now: Any, data: Any, loss_fn: Any, pooling: str) -> ForwardBackwardOutput:
-        value = self._engine.backward(loss_fn, data, self._engine.embeddings(now, POOLS[pooling]))
-        return output_of(value, self._profile.custom_metrics(value))
+    def _forward_backward(self, data: Any, loss_fn: Any, config: Any) -> ForwardBackwardOutput:
+        def report(value: Value) -> ForwardBackwardOutput:
+            return output_of(value, self._profile.builtin_metrics(loss_fn, value))
 
-    def _optim_step(self, params: Any, normalization: Any) -> OptimStepResponse:
-        return self._engine.optim_step(params, normalization)
+        return self._engine.forward_backward(data, loss_fn, config, report)
+
+    def _custom(self, fields: Any, data: Any, loss_fn: Any, outputs: Callable[[Any], Outputs]) -> ForwardBackwardOutput:
+        def report(value: Value) -> ForwardBackwardOutput:
+            return output_of(value, self._profile.custom_metrics(value))
+
+        return self._engine.backward(loss_fn, data, outputs(fields), report)
+
+    def _logprobs(self, data: Any) -> Outputs:
+        batch = pack_datums(data, self.model)
+        self._profile.check_custom(data)
+        return self._engine.logprobs(batch)
+
+    def _embeddings(self, data: Any, pooling: str) -> Outputs:
+        return self._engine.embeddings(data, POOLS[pooling])
 
     def _save_state(self, path: str | Path, overwrite: bool, metadata: dict[str, str]) -> SaveResponse:
         if any(p.grad is not None for p in self.model.parameters()):
@@ -323,27 +343,32 @@ class LocalTrainingClient(LocalReferenceClient):
             raise LossInputError("save_state", "no accumulated gradient", "one", fix)
         if not overwrite:
             refuse_existing(path)
-        return self._write(path, self._engine.state(), "state", metadata)
+        tensors = self._engine.state()
+        return self._write(path, tensors, "state", metadata, stepped=stepped(tensors))
 
     def _save_weights(self, path: str | Path, metadata: dict[str, str]) -> SaveResponse:
         refuse_existing(path)
         return self._write(path, weights(self.model), "sampler", metadata)
 
-    def _write(self, path: str | Path, tensors: Any, kind: str, metadata: dict[str, str]) -> SaveResponse:
-        data = {
+    def _write(self, path: str | Path, tensors: Any, kind: str, metadata: dict[str, str], **more: Any) -> SaveResponse:
+        data = more | {
             "kind": kind,
             "steps": self._engine.steps,
             "model": self._name,
             **description(self.model),
             "user_metadata": self.user_metadata | metadata,
         }
-        return SaveResponse(str(checkpoint.save(path, tensors, data)))
+        try:
+            return SaveResponse(str(checkpoint.save(path, tensors, data)))
+        except LossInputError as error:
+            error.field = "name" if error.field == "path" else error.field
+            raise
 
     def _load_state(self, path: str | Path) -> LoadWeightsResponse:
         tensors, data = checkpoint.load(path)
         check_description(self.model, data, str(path))
-        self._say_what_is_dropped(path)
-        self._engine.load_weights(tensors, str(path))
+        with self._saying_what_is_dropped(path):
+            self._engine.load_weights(tensors, str(path))
         return LoadWeightsResponse(str(path))
 
     def _load_state_with_optimizer(self, path: str | Path) -> LoadWeightsResponse:
@@ -352,19 +377,19 @@ class LocalTrainingClient(LocalReferenceClient):
             fix = "Take load_state, or a file of save_state."
             raise LossInputError("path", "a checkpoint with an optimizer", f"{path}, weights for a sampler", fix)
         check_description(self.model, data, str(path))
-        self._say_what_is_dropped(path)
-        self._engine.load_state(tensors, str(path), data["steps"])
+        with self._saying_what_is_dropped(path):
+            self._engine.load_state(tensors, str(path), data)
         return LoadWeightsResponse(str(path))
 
-    def _say_what_is_dropped(self, path: str | Path) -> None:
-        if self._engine.accumulated.sequences:
-            count = self._engine.accumulated.sequences
-            log.warning("Loading %s drops the accumulated gradient of %d sequences.", path, count)
+    @contextmanager
+    def _saying_what_is_dropped(self, path: str | Path) -> Iterator[None]:
+        count = int(self._engine.accumulated.sequences)
+        yield
+        if count:
+            log.warning("Loading %s has dropped the accumulated gradient of %d sequences.", path, count)
 
     def _snapshot(self) -> LocalSamplingClient:
-        model = copy.deepcopy(self.model)
-        model.zero_grad(set_to_none=True)
-        return LocalSamplingClient(model, self._tokenizer)
+        return LocalSamplingClient(copy.deepcopy(self.model), self._tokenizer)
 
     def _sampling_client(self, path: str | Path) -> LocalSamplingClient:
         tensors, data = checkpoint.load(path)
@@ -372,68 +397,3 @@ class LocalTrainingClient(LocalReferenceClient):
         sampler = self._snapshot()
         load_weights(sampler.model, tensors, str(path))
         return sampler
-
-
-def snapshot(data: Any) -> Any:
-    """The datums as they are now: what the caller does to them afterwards is not part of the request."""
-    return [datum_now(datum) for datum in data] if isinstance(data, (list, tuple)) else data
-
-
-def datum_now(datum: Any) -> Any:
-    if not isinstance(getattr(datum, "loss_fn_inputs", None), dict):
-        return datum
-    now = copy.copy(datum)
-    object.__setattr__(now, "loss_fn_inputs", dict(datum.loss_fn_inputs))
-    return now
-
-
-def output_of(value: Value, metrics: dict[str, Any]) -> ForwardBackwardOutput:
-    return ForwardBackwardOutput("TensorData", value.outputs.records(), metrics)
-
-
-OUTPUTS = ("logprobs", "embedding")
-
-
-def check_output(output: Any, pooling: Any) -> None:
-    """Refuse an output or a pooling that is not known, in the services' words."""
-    if output not in OUTPUTS:
-        fix = f"Unsupported output={output!r}; here they are 'logprobs' and 'embedding'"
-        raise LossInputError("output", "'logprobs' or 'embedding'", repr(output), fix)
-    if not isinstance(pooling, str) or pooling not in POOLS:
-        fix = f"Unsupported pooling={pooling!r}; expected 'mean' or 'last'"
-        raise LossInputError("pooling", "'mean' or 'last'", repr(pooling), fix)
-
-
-def check_no_more(config: Mapping[str, Any]) -> None:
-    """Refuse what an embedding does not read: a ``pooling`` misspelt would be another embedding."""
-    if config:
-        got = ", ".join(map(repr, config))
-        raise LossInputError("loss_fn_config", "output and pooling for an embedding", got, "Drop the others.")
-
-
-def check_path(field: str, path: Any) -> None:
-    if not isinstance(path, (str, Path)) or not str(path) or "\0" in str(path):
-        raise LossInputError(field, "the path of a file", repr(path), "Pass a string or a Path.")
-
-
-def check_save(name: Any, ttl_seconds: Any, user_metadata: Any) -> None:
-    """Refuse what a local file cannot keep."""
-    check_path("name", name)
-    if ttl_seconds is not None:
-        raise LossInputError("ttl_seconds", "None", repr(ttl_seconds), "Nothing expires here: delete the file.")
-    check_metadata(user_metadata)
-
-
-def check_metadata(user_metadata: Any) -> None:
-    pairs = user_metadata.items() if isinstance(user_metadata, Mapping) else ()
-    if user_metadata is not None and (
-        not isinstance(user_metadata, Mapping) or not all(isinstance(x, str) for pair in pairs for x in pair)
-    ):
-        got, fix = f"{user_metadata!r}", "json.dumps makes a string of anything plain."
-        raise LossInputError("user_metadata", "a dict of strings", got, fix)
-
-
-def refuse_existing(path: str | Path) -> None:
-    if Path(path).exists():
-        fix = "Choose another name; save_state(..., overwrite=True) replaces it."
-        raise LossInputError("name", "a file that does not exist yet", f"{path}", fix)

@@ -1,6 +1,6 @@
 """A loss of the model's outputs, guarded: its value, and its gradient with respect to them.
 
-Nothing of the model is touched here, so that a loss which breaks the contract leaves it as it was.
+A loss which breaks the contract is refused before its gradient goes on into the model.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lossfns import BoundLoss, Loss, LossInputError, TensorData
+from lossfns import BoundLoss, Loss, LossInputError
 from lossfns.tokens import FlatLogprobs
 
 LossFn = Callable[[list[Any], list[Tensor]], tuple[Tensor, dict[str, float]]]
@@ -28,6 +28,7 @@ class Outputs(NamedTuple):
     name: str
     values: Tensor
     lengths: list[int]
+    wrap: Any
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:
@@ -35,11 +36,10 @@ class Outputs(NamedTuple):
         own = tuple(self.values.shape[1:])
         return [own if self.name == "embedding" else (n, *own) for n in self.lengths]
 
-    def records(self) -> list[dict[str, TensorData]]:
-        """The parts as ``loss_fn_outputs``."""
+    def records(self) -> list[dict[str, Any]]:
+        """The parts as ``loss_fn_outputs``, in the datums' own class of tensors."""
         rows = np.split(self.values.detach().float().cpu().numpy(), np.cumsum(self.lengths)[:-1])
-        parts = (row.reshape(shape) for row, shape in zip(rows, self.shapes))
-        return [{self.name: TensorData(part, "float32", part.shape)} for part in parts]
+        return [{self.name: self.wrap.from_numpy(row.reshape(shape))} for row, shape in zip(rows, self.shapes)]
 
 
 class Value(NamedTuple):
@@ -72,14 +72,13 @@ def differentiate(loss_fn: LossFn | Loss | BoundLoss, data: list[Any], outputs: 
         raise LossInputError("loss_fn", "a function (data, logprobs_list) -> (loss, metrics)", repr(loss_fn), fix)
     if isinstance(loss_fn, (Loss, BoundLoss)):
         flat = FlatLogprobs(outputs.values.detach().reshape(-1).requires_grad_(), outputs.shapes)
+        leaves = [flat.flat]
         loss, metrics = checked(loss_fn(data, flat))
-        torch.autograd.backward(loss)
-        gradient = gradient_of(flat.flat, 0, outputs.name)
     else:
         leaves = separate(outputs)
-        loss, metrics = checked(loss_fn(data, leaves))
-        torch.autograd.backward(loss)
-        gradient = torch.cat([gradient_of(leaf, i, outputs.name).flatten() for i, leaf in enumerate(leaves)])
+        loss, metrics = checked(loss_fn(data, leaves.copy()))  # it may do with its list what it likes
+    go_back(loss, leaves)
+    gradient = torch.cat([gradient_of(leaf, i, outputs.name).flatten() for i, leaf in enumerate(leaves)])
     gradient = gradient.view_as(outputs.values).to(outputs.values)
     check_finite(gradient, outputs)
     return Value(float(loss.detach()), gradient, metrics, outputs)
@@ -106,12 +105,34 @@ def checked(result: Any) -> tuple[Tensor, dict[str, Any]]:
     if not loss.requires_grad:
         got = "a constant without grad_fn"
         raise LossInputError("loss", "a loss that depends on logprobs", got, "Was something detached?")
-    if not math.isfinite(float(loss.detach())):
-        raise LossInputError("loss", "a finite value", f"{float(loss.detach())}", "Mask before the maths, not after.")
+    if not math.isfinite(value_of(loss)):
+        raise LossInputError("loss", "a finite value", f"{value_of(loss)}", "Mask before the maths, not after.")
     if not isinstance(metrics, dict) or not all(isinstance(name, str) for name in metrics):
         got = f"a {type(metrics).__name__}" + (" with other keys" if isinstance(metrics, dict) else "")
         raise LossInputError("metrics", "a dict of floats by name", got, "Return {} for none.")
     return loss, metrics
+
+
+def value_of(loss: Tensor) -> float:
+    try:
+        return float(loss.detach())
+    except RuntimeError as error:
+        got, fix = f"{error}", "Compute it from the logprobs, on their device."
+        raise LossInputError("loss", "a number", got, fix) from error
+
+
+def go_back(loss: Tensor, leaves: list[Tensor]) -> None:
+    """From the loss to the leaves, for the first time: what a loss added itself would count twice."""
+    if any(leaf.grad is not None for leaf in leaves):
+        got = "one whose loss_fn has called backward()"
+        raise LossInputError("loss", "a loss without a gradient yet", got, "Return it, and leave backward() out.")
+    try:
+        torch.autograd.backward(loss)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        fix = "Change no tensor in place, and leave backward() out."
+        raise LossInputError("loss", "a loss that autograd can differentiate", f"{error}", fix) from error
 
 
 def gradient_of(leaf: Tensor, datum: int, name: str) -> Tensor:

@@ -6,11 +6,14 @@ import asyncio
 import atexit
 import functools
 import logging
+import os
+import traceback
 import weakref
 from collections.abc import Callable, Coroutine, Generator, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, TimeoutError
 from contextlib import contextmanager
 from threading import Lock, get_ident
+from types import TracebackType
 from typing import Any, Generic, ParamSpec, Self, TypeVar
 
 from lossfns import LossInputError
@@ -28,29 +31,39 @@ class APIFuture(Generic[T]):
     request as it is. An error is raised to each reader with the traceback of the request.
     """
 
-    def __init__(self, future: Future[T], thread: int) -> None:
-        self._future, self._thread = future, thread
-        self._waiters: list[object] = []
+    def __init__(self, worker: Worker, request: Callable[..., T], *args: Any) -> None:
+        self._thread, self._failed = worker.thread, worker.failed
+        self._waiters: list[Callable[[], bool]] = []
+        self._frames: TracebackType | None = None
+        self._error: BaseException | None = None
         self.read = False
+        self._future = worker.pool.submit(self._run, request, *args)
+
+    def _run(self, request: Callable[..., T], *args: Any) -> T:
+        try:
+            return request(*args)
+        except BaseException as error:
+            release(error)
+            self._error, self._frames = error, error.__traceback__ and error.__traceback__.tb_next
+            if not isinstance(error, NotRun):
+                self._failed.append(self)
+            raise
 
     def result(self, timeout: float | None = None) -> T:
         """Wait for the result; raises the request's error, or TimeoutError."""
         self._refuse_to_wait_within()
-        with self._waiting():
+        with self._waiting(lambda: True):
             self._future.exception(timeout)
             return self._value()
 
     async def result_async(self, timeout: float | None = None) -> T:
         """The same without blocking the event loop."""
         self._refuse_to_wait_within()
-        waiter = asyncio.wrap_future(self._finished())
-        with self._waiting():
-            try:
-                if not (await asyncio.wait([waiter], timeout=timeout))[0]:
-                    raise TimeoutError
-            finally:
-                waiter.cancel()
-            return self._value()
+        if not self._future.done():
+            loop = asyncio.get_running_loop()
+            with self._waiting(loop.is_running):
+                await self._done(timeout)
+        return self._value()
 
     def __await__(self) -> Generator[Any, None, T]:
         return self.result_async().__await__()
@@ -64,40 +77,27 @@ class APIFuture(Generic[T]):
         return self._future
 
     @property
-    def error(self) -> BaseException | None:
-        """The error of a request that has failed, or was cancelled through ``future()``."""
-        if self._future.cancelled():
-            return CancelledError()
-        return self._future.exception() if self._future.done() else None
-
-    @property
-    def unread(self) -> bool:
-        """Whether the request has failed and nobody has read why."""
-        return not (self.read or self.error is None or isinstance(self.error, KNOWN))
-
-    @property
     def lost(self) -> bool:
-        """Whether nobody waits to read it either."""
-        return self.unread and not self._waiters
-
-    @contextmanager
-    def _waiting(self) -> Iterator[None]:
-        """Whoever waits will read the error: the next call need not raise it."""
-        waiter = object()
-        self._waiters.append(waiter)
-        try:
-            yield
-        finally:
-            self._waiters.remove(waiter)
+        """Whether the request has failed, nobody has read why, and nobody waits to."""
+        return not self.read and self._error is not None and not any(there() for there in self._waiters)
 
     def _value(self) -> T:
         self.read = True
-        if self.error is not None:
-            raise own(self.error)
+        if self._error is not None:
+            raise self._error.with_traceback(self._frames)
         return self._future.result()
 
-    def _finished(self) -> Future[None]:
-        """A future of its own for each waiter: one that is cancelled does not cancel the request."""
+    @contextmanager
+    def _waiting(self, there: Callable[[], bool]) -> Iterator[None]:
+        """Whoever waits, as long as it is ``there``, will read the error: the next call need not raise it."""
+        self._waiters.append(there)
+        try:
+            yield
+        finally:
+            self._waiters.remove(there)
+
+    async def _done(self, timeout: float | None) -> None:
+        """Wait on a future of one's own: a waiter that is cancelled does not cancel the request."""
         finished: Future[None] = Future()
 
         def finish(_: Future[T]) -> None:
@@ -105,13 +105,53 @@ class APIFuture(Generic[T]):
                 finished.set_result(None)
 
         self._future.add_done_callback(finish)
-        return finished
+        waiter = asyncio.wrap_future(finished)
+        try:
+            if not (await asyncio.wait([waiter], timeout=timeout))[0]:
+                raise TimeoutError
+        finally:
+            if not waiter.get_loop().is_closed():
+                waiter.cancel()
 
     def _refuse_to_wait_within(self) -> None:
         """A loss function that waits for a request of its own client would wait for ever."""
         if get_ident() == self._thread and not self._future.done():
-            fix = "A loss runs within a request of this client: it cannot wait for a later one."
+            self._future.cancel()
+            fix = "A loss runs within a request of this client: it cannot wait for a later one, which is cancelled."
             raise LossInputError("result", "a wait outside of the client's own requests", "one inside", fix)
+
+
+def release(error: BaseException) -> None:
+    """Let go of what the frames of an error hold: the graph of a forward pass would live as long as the error."""
+    chain: list[BaseException] = [error]
+    for each in chain:
+        traceback.clear_frames(each.__traceback__)
+        chain += [e for e in (each.__cause__, each.__context__) if e is not None and e not in chain]
+
+
+class NotRun(LossInputError):
+    """A step that was not taken, since a gradient before it failed."""
+
+
+class Failures:
+    """How many gradients have failed or were cancelled, and the last one's error."""
+
+    count = 0
+    last: BaseException | None = None
+
+    def add(self, future: Future[Any]) -> None:
+        """Take note of a gradient that is done, if it is one that failed."""
+        error = CancelledError() if future.cancelled() else future.exception()
+        if error is not None:
+            self.count, self.last = self.count + 1, error
+
+    def step(self, known: int, request: Callable[..., T], *args: Any) -> T:
+        """Run a step, unless a gradient has failed since the step was queued: it would step on a part."""
+        if self.count > known:
+            fix = "The gradient is that of the requests that succeeded: submit the failed one and the step again."
+            got = f"one that failed ({type(self.last).__name__}: {self.last})"
+            raise NotRun("optim_step", "requests before it that succeed", got, fix) from self.last
+        return request(*args)
 
 
 class Worker:
@@ -122,43 +162,48 @@ class Worker:
     """
 
     def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="lossfns")
-        self._lock = Lock()
-        self._unread: list[APIFuture[Any]] = []
-        self._thread = self._pool.submit(get_ident).result()
+        self.pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="lossfns")
+        self.thread = self.pool.submit(get_ident).result()
+        self.failed: list[APIFuture[Any]] = []
+        self._lock, self._process = Lock(), os.getpid()
+        self._failures = Failures()
         WORKERS.add(self)
 
     def __del__(self) -> None:
-        if self._unread:  # at the end of the program it is empty, and names such as log_errors are gone
-            log_errors(self._unread)
+        if self.failed:  # at the end of the program it is empty, and names such as log_errors are gone
+            log_errors(self.failed)
 
     def submit(self, request: Callable[..., T], *args: Any) -> APIFuture[T]:
         """Queue a request. An error of an earlier one that nobody read is raised here rather than lost."""
         with self._lock:
-            self._raise_unread()
-            return self._queue(request, *args)
+            self._check()
+            return APIFuture(self, request, *args)
 
-    def submit_dependent(self, request: Callable[..., T], *args: Any) -> APIFuture[T]:
-        """Queue a request that is refused if one before it fails whose outcome is not yet known.
-
-        An optimizer step is such a request: queued behind a forward_backward that fails, it would step on
-        a part of the gradient.
-        """
+    def submit_gradient(self, request: Callable[..., T], *args: Any) -> APIFuture[T]:
+        """Queue a request that adds to the gradient."""
         with self._lock:
-            self._raise_unread()
-            return self._queue(after, tuple(self._unread), request, *args)
+            self._check()
+            submitted = APIFuture(self, request, *args)
+            submitted.future().add_done_callback(self._failures.add)
+            return submitted
 
-    def _queue(self, request: Callable[..., T], *args: Any) -> APIFuture[T]:
-        submitted = APIFuture(self._pool.submit(request, *args), self._thread)
-        self._unread.append(submitted)
-        return submitted
+    def submit_step(self, request: Callable[..., T], *args: Any) -> APIFuture[T]:
+        """Queue a request that takes the gradient; it is refused if a gradient before it still fails."""
+        with self._lock:
+            known = self._failures.count  # before the check, which raises what of it nobody has read
+            self._check()
+            return APIFuture(self, self._failures.step, known, request, *args)
 
-    def _raise_unread(self) -> None:
-        """Raise the first error that nobody has read; forget what is read or has succeeded."""
-        failed = next((f for f in self._unread if f.lost), None)
-        self._unread[:] = [f for f in self._unread if not f.future().done() or (f.unread and f is not failed)]
-        if failed is not None:
-            failed._value()
+    def _check(self) -> None:
+        """Raise the first error that nobody has read; refuse a process that has not got the thread."""
+        if os.getpid() != self._process:
+            fix = "Make a client in each process, after the fork."
+            raise LossInputError("client", "the process that made it", "a fork of it", fix)
+        for future in tuple(self.failed):  # which the thread may append to meanwhile
+            if future.read or future.lost:
+                self.failed.remove(future)
+            if future.lost:
+                future._value()
 
 
 WORKERS: weakref.WeakSet[Worker] = weakref.WeakSet()
@@ -168,40 +213,15 @@ WORKERS: weakref.WeakSet[Worker] = weakref.WeakSet()
 def log_all_errors() -> None:
     """At the end of the program. No finalizer: errors have frames that have the client, which would never go."""
     for worker in WORKERS:
-        log_errors(worker._unread)
+        log_errors(worker.failed)
 
 
-class NotRun(LossInputError):
-    """A request that was not run, since one before it failed."""
-
-
-KNOWN = (NotRun, CancelledError)
-"""Errors that tell of nothing new: of another request's failure, of one's own wish."""
-
-
-def after(before: tuple[APIFuture[Any], ...], request: Callable[..., T], *args: Any) -> T:
-    """Run the request unless one of those before it has failed."""
-    # A request that was not run was queued behind the one that failed; so is this one, or its caller may know of it.
-    error = next((f.error for f in before if f.error is not None and not isinstance(f.error, NotRun)), None)
-    if error is not None:
-        fix = "The gradient is that of the requests that succeeded: submit the failed one and the step again."
-        got = f"one that failed ({type(error).__name__}: {error})"
-        raise NotRun("optim_step", "requests before it that succeed", got, fix) from error
-    return request(*args)
-
-
-def own(error: BaseException) -> BaseException:
-    """The error with the request's own traceback, without those of earlier readers."""
-    frames = error.__dict__.setdefault("_request_traceback", error.__traceback__)
-    return error.with_traceback(frames)
-
-
-def log_errors(futures: list[APIFuture[Any]]) -> None:
+def log_errors(failed: list[APIFuture[Any]]) -> None:
     """Say what went wrong in requests whose outcome nobody has read."""
-    for future in futures:
-        if future.unread:
-            log.error("A request failed and nobody read its error.", exc_info=future.error)
-    futures.clear()
+    for future in failed:
+        if not future.read:
+            log.error("A request failed and nobody read its error.", exc_info=future._error)
+    failed.clear()
 
 
 class Ready:

@@ -39,7 +39,7 @@ def generate(
     """
     if not all(map(len, prompts)):
         raise LossInputError("prompt", "at least one token", "none", "Start from the end-of-sequence token.")
-    number("temperature", temperature, "a finite number of at least 0", lambda x: x >= 0, "0 is greedy.")
+    number("temperature", temperature, "0, or a finite number above 1e-6", lambda x: x == 0 or x > 1e-6, "0 is greedy.")
     number("top_p", top_p, "a number in (0, 1]", lambda x: 0 < x <= 1, "1 keeps all of the distribution.")
     if not prompts:
         return []
@@ -60,7 +60,7 @@ def generate(
     which = torch.tensor([distinct[tuple(prompt)] for prompt in prompts], device=device)
     hidden, cache = hidden[which], cache.select(which)
     for t in range(max_tokens):
-        logits = (hidden @ head.T).float()
+        logits = (hidden.to(head.dtype) @ head.T).float()
         chosen = pick(logits, temperature, top_k, top_p, generator)
         tokens[rows, t] = chosen
         logprobs[rows, t] = logits.log_softmax(1).gather(1, chosen[:, None]).squeeze(1)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lossfns import LossInputError
+from lossfns.backend.batch import input_ids
 from lossfns.backend.futures import APIFuture, Ready, Worker, awaited
 from lossfns.backend.logprobs import linear_logprobs
 from lossfns.backend.sampler import Sample, generate
@@ -58,10 +59,16 @@ class LocalSamplingClient(Ready):
             fix = "Pass SamplingParams(max_tokens=...)."
             raise LossInputError("sampling_params", "SamplingParams", f"a {type(params).__name__}", fix)
         max_tokens = SamplingParams.max_tokens if params.max_tokens is None else params.max_tokens
-        check_count("num_samples", num_samples)
-        check_count("max_tokens", max_tokens)
-        ids = [self._ids(prompt) for prompt in prompts for _ in range(num_samples)]
-        strings, stop_ids = stops(params.stop, self._tokenizer)
+        check_whole("num_samples", num_samples, 1, MOST, "Nothing would be sampled, or nothing would hold it.")
+        check_whole("max_tokens", max_tokens, 1, MOST, "Nothing would be sampled, or nothing would hold it.")
+        check_whole("top_k", params.top_k, -1, MOST, "-1 keeps all tokens.")
+        if params.seed is not None:
+            check_whole("seed", params.seed, -(2**63), 2**63 - 1, "None draws from torch's own random numbers.")
+        if not isinstance(prompts, (list, tuple)):
+            got, fix = f"a {type(prompts).__name__}", "Pass [prompt] for one."
+            raise LossInputError("prompts", "a list of prompts", got, fix)
+        ids = [row for prompt in prompts for row in [self._ids(prompt)] * num_samples]
+        strings, stop_ids = stops(params.stop, self._tokenizer, self._vocabulary)
         samples = generate(
             self.model,  # type: ignore[arg-type]
             ids,
@@ -78,14 +85,7 @@ class LocalSamplingClient(Ready):
 
     def _ids(self, prompt: Any) -> list[int]:
         """The prompt's tokens, at least one, all in the vocabulary."""
-        if not hasattr(prompt, "to_ints"):
-            fix = "Call ModelInput.from_ints(tokens)."
-            raise LossInputError("prompt", "a ModelInput", f"a {type(prompt).__name__}", fix)
-        ids: list[int] = prompt.to_ints()
-        if not ids or not 0 <= min(ids) <= max(ids) < self._vocabulary:
-            got = f"ids from {min(ids)} to {max(ids)}" if ids else "no token"
-            expected, fix = f"tokens in [0, {self._vocabulary})", "Use the tokenizer of this model."
-            raise LossInputError("prompt", expected, got, fix)
+        ids: list[int] = input_ids(prompt, "prompt", self._vocabulary, empty="no token").tolist()
         return ids
 
     @torch.inference_mode()
@@ -96,14 +96,26 @@ class LocalSamplingClient(Ready):
         return [None, *known]
 
 
-def check_count(name: str, value: Any) -> None:
-    if not isinstance(value, int) or value < 1:
-        raise LossInputError(name, "a whole number of at least 1", repr(value), "Nothing would be sampled.")
+MOST = 2**20
+"""The most samples of a prompt, or tokens of a sample."""
 
 
-def stops(stop: Any, tokenizer: Any) -> tuple[list[list[int]], list[int]]:
+def check_whole(name: str, value: Any, low: int, high: int, fix: str) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise LossInputError(name, f"a whole number from {low} to {high}", repr(value), fix)
+
+
+def stops(stop: Any, tokenizer: Any, vocabulary: int) -> tuple[list[list[int]], list[int]]:
     """Stop sequences of several tokens, and single stop tokens (the tokenizer's end of sequence among them)."""
-    given = [stop] if isinstance(stop, (str, int)) else list(stop or [])
+    given = [] if stop is None else [stop] if isinstance(stop, (str, int)) else stop
+    if not isinstance(given, (list, tuple)) or not all(isinstance(s, (str, int)) for s in given):
+        got, fix = f"a {type(stop).__name__}", "Pass [id, ...], [text, ...] or one of them."
+        raise LossInputError("stop", "token ids or strings", got, fix)
+    if any(isinstance(s, str) for s in given) and tokenizer is None:
+        raise LossInputError("stop", "token ids, without a tokenizer", "strings", "Pass tokenizer= to the client.")
+    for s in given:
+        if not isinstance(s, str):
+            check_whole("stop", s, 0, vocabulary - 1, "Use the tokenizer of this model.")
     sequences = [tokenizer.encode(s) if isinstance(s, str) else [s] for s in given]
     end = getattr(tokenizer, "eos_token_id", None)
     singles = [s[0] for s in sequences if len(s) == 1] + [end] * (end is not None)

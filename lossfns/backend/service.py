@@ -12,20 +12,14 @@ from threading import Lock
 from typing import Any, ParamSpec, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lossfns import LossInputError
 from lossfns.backend import checkpoint, lora, state
-from lossfns.backend.client import (
-    EMBEDDED,
-    LocalReferenceClient,
-    LocalTrainingClient,
-    check_metadata,
-    check_path,
-    pick_device,
-)
+from lossfns.backend.client import EMBEDDED, LocalReferenceClient, LocalTrainingClient, pick_device
 from lossfns.backend.model import Decoder
 from lossfns.backend.profiles import profile_of
+from lossfns.backend.requests import check_metadata, check_path
 from lossfns.backend.sampling import LocalSamplingClient
 from lossfns.backend.tokenizer import ByteTokenizer
 
@@ -178,7 +172,7 @@ class LocalServiceClient:
         ``base_model`` overrides the name in the checkpoint; the model has to be of the same shape.
         """
         check_optimizer(optimizer)
-        name, model, _ = self._saved(path, base_model)
+        name, model = self._saved(path, base_model)
         client = self._client(LocalTrainingClient, name, model, user_metadata)
         client.load_state(path).result()
         return client
@@ -191,7 +185,7 @@ class LocalServiceClient:
         weights_access_token: str | None = None,
     ) -> LocalTrainingClient:
         """The same with optimizer, steps and random state: training continues as if it had not been interrupted."""
-        name, model, _ = self._saved(path, base_model)
+        name, model = self._saved(path, base_model)
         client = self._client(LocalTrainingClient, name, model, user_metadata)
         client.load_state_with_optimizer(path).result()
         return client
@@ -223,8 +217,8 @@ class LocalServiceClient:
             fix = "The local sampler records nothing but tokens and logprobs."
             raise LossInputError("record_stability_info", "False", repr(record_stability_info), fix)
         if model_path is not None:
-            name, model, tensors = self._saved(model_path, base_model)
-            state.load_weights(model, tensors, str(model_path))
+            name, model = self._saved(model_path, base_model)
+            state.load_weights(model, checkpoint.load(model_path)[0], str(model_path))
         elif base_model is not None:
             name, model = base_model, self._model(base_model)
         else:
@@ -261,14 +255,14 @@ class LocalServiceClient:
         """A copy of the base model."""
         return copy.deepcopy(self._base(name)[0]).to(self._device, self._dtype).eval()
 
-    def _saved(self, path: Any, base_model: str | None) -> tuple[str, nn.Module, dict[str, Tensor]]:
-        """Name and model of a checkpoint, still with the base model's weights, and the checkpoint's tensors."""
+    def _saved(self, path: Any, base_model: str | None) -> tuple[str, nn.Module]:
+        """Name and model of a checkpoint, still with the base model's weights."""
         check_path("path", path)
-        tensors, data = checkpoint.load(path)
+        data = checkpoint.metadata(path)
         name: Any = data.get("model") if base_model is None else base_model
         model = self._model(name)
         state.check_description(model, data, str(path))
-        return name, lora.adapt(model, **data["lora"]) if data.get("lora") else model, tensors
+        return name, lora.adapt(model, **data["lora"]) if data.get("lora") else model
 
     def _client(self, kind: type[C], name: str, model: nn.Module, user_metadata: Any) -> C:
         check_metadata(user_metadata)

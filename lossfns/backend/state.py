@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,17 +31,59 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], path: str) -> 
 
 def description(model: nn.Module) -> dict[str, Any]:
     """What the tensors do not tell: a ``Decoder``'s arguments, and those of its adapters."""
-    return {name: getattr(model, name, None) for name in ("shape", "lora")}
+    known = {name: getattr(model, name, None) for name in ("shape", "lora")}
+    return {name: value if isinstance(value, dict) else None for name, value in known.items()}
 
 
 def check_description(model: nn.Module, data: Mapping[str, Any], path: str) -> None:
     """Refuse a checkpoint of a model that makes something else of tensors of the same shapes."""
     for name, own in description(model).items():
-        given = data.get(name) or {}
-        for key in own if own and given else ():
-            if key != "seed" and own[key] != given.get(key):
+        given = data.get(name)
+        if not own or not isinstance(given, dict):
+            continue
+        for key in own:
+            if key != "seed" and plain(own[key]) != given.get(key):
                 got = f"{path}, in which {key} is {given.get(key)} in place of {own[key]}"
                 raise LossInputError("path", "a checkpoint of this model", got, "Build the same model first.")
+
+
+def plain(value: Any) -> Any:
+    """As JSON gives it back."""
+    return json.loads(json.dumps(value, default=str))
+
+
+def check_whole(model: nn.Module, tensors: Mapping[str, Tensor], data: Mapping[str, Any], path: str) -> None:
+    """Refuse what training could not go on from: other dtypes, or not all that the optimizer has of each parameter."""
+    check_dtypes(model, tensors, path)
+    steps, parameters = data.get("steps"), dict(model.named_parameters())
+    moved = stepped(tensors)
+    wrong = None
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
+        wrong = f"steps = {steps!r}"
+    elif data.get("stepped") != moved:
+        wrong = "an incomplete optimizer"
+    elif not set(moved) <= parameters.keys():
+        wrong = f"moments of {min(set(moved) - parameters.keys())}, which is no parameter of this model"
+    else:
+        for name in moved:
+            shapes = [tuple(tensors.get(f"optim.{k}.{name}", torch.empty(0, 0)).shape) for k in MOMENTS]
+            if shapes != [tuple(parameters[name].shape), tuple(parameters[name].shape), ()]:
+                wrong = f"moments of {name} of shapes {shapes}"
+    generator = tensors.get("random.cpu")
+    if generator is None or generator.dtype != torch.uint8 or generator.shape != torch.get_rng_state().shape:
+        wrong = wrong or "no state of random numbers"
+    if wrong is not None:
+        fix = "load_state takes the weights alone."
+        raise LossInputError("path", "a whole state of training", f"{path}, with {wrong}", fix)
+
+
+def stepped(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The parameters of which the optimizer has moments."""
+    return sorted({name.split(".", 2)[2] for name in tensors if name.startswith("optim.")})
+
+
+MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+"""What AdamW keeps of a parameter."""
 
 
 def check_dtypes(model: nn.Module, tensors: Mapping[str, Tensor], path: str) -> None:

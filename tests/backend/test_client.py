@@ -1,7 +1,11 @@
 """The local client: what a request computes, accumulates, refuses and saves."""
 
 import asyncio
+import gc
 import math
+import pickle
+import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
@@ -15,7 +19,8 @@ from torch import Tensor
 
 import lossfns
 from lossfns import LossInputError, TensorData, lanes
-from lossfns.backend import AdamParams, Decoder, LocalTrainingClient, SamplingParams
+from lossfns.backend import AdamParams, Decoder, LocalTrainingClient, SamplingParams, checkpoint
+from lossfns.backend.batch import pack_datums
 from lossfns.backend.tokenizer import ByteTokenizer
 
 SHAPE: dict[str, Any] = {"vocab_size": 257, "dim": 32, "layers": 2, "heads": 2, "kv_heads": 1, "hidden": 48}
@@ -88,7 +93,7 @@ def test_one_pass_has_the_gradient_of_autograd_through_the_whole(loss: lossfns.L
     bound = loss.bind(**{name: columns[name] for name in loss.reads})
     result = c.forward_backward_custom(data, bound).result()
     cut = gradients(c)
-    outputs = c._engine.logprobs(data)
+    outputs = c._engine.logprobs(pack_datums(data, c.model))
     logprobs = torch.split(outputs.values, outputs.lengths)
     value, metrics = bound(data, list(logprobs))
     value.backward()
@@ -439,7 +444,7 @@ def test_a_confused_call_is_refused_in_words(request_: Any, message: str) -> Non
     ("prompt", "count", "params", "message"),
     [
         ([72], 1, {}, "a ModelInput"),
-        (lossfns.ModelInput.from_ints([999]), 1, {}, r"tokens in \[0, 257\)"),
+        (lossfns.ModelInput.from_ints([999]), 1, {}, r"integers in \[0, 257\)"),
         (lossfns.ModelInput.empty(), 1, {}, "no token"),
         (lossfns.ModelInput.from_ints([72]), 0, {}, "num_samples"),
         (lossfns.ModelInput.from_ints([72]), 1, {"max_tokens": 0}, "max_tokens"),
@@ -450,3 +455,120 @@ def test_a_sample_that_cannot_be_drawn_is_refused(prompt: Any, count: int, param
     sampler = client().save_weights_and_get_sampling_client()
     with pytest.raises(LossInputError, match=message):
         sampler.sample(prompt, count, SamplingParams(**params)).result()
+
+
+# What a failure leaves
+
+
+def test_results_come_in_the_datums_own_class() -> None:
+    """So that they go straight into another datum, of the old policy's logprobs for one."""
+    for sdk in sdks():
+        data = texts(sdk)
+        forward = client().forward(data, "cross_entropy").result()
+        logprobs = forward.loss_fn_outputs[0]["logprobs"]
+        again = sdk.Datum(data[0].model_input, {**data[0].loss_fn_inputs, "logprobs": logprobs})
+        assert again.loss_fn_inputs["logprobs"].data == logprobs.data
+
+
+def test_a_failed_request_holds_no_graph_and_its_error_travels() -> None:
+    c, leaves = client(), []
+
+    def fails(data: Any, logprobs_list: list[Tensor]) -> Any:
+        leaves.append(weakref.ref(logprobs_list[0]))
+        raise KeyError("mine")
+
+    gc.disable()
+    try:
+        with pytest.raises(KeyError) as caught:
+            c.forward_backward_custom(texts(), fails).result()
+        assert leaves[0]() is None
+    finally:
+        gc.enable()
+    assert pickle.loads(pickle.dumps(caught.value)).args == ("mine",)
+
+
+def test_a_step_that_fails_leaves_the_gradient_as_it_was() -> None:
+    """Also where it was divided and clipped for the step: a retry would do so again."""
+    c = client()
+    c.forward_backward(texts(), "cross_entropy").result()
+    before, step = [p.grad.clone() for p in c.model.parameters() if p.grad is not None], c._engine.optimizer.step
+
+    def out_of_memory() -> None:
+        raise torch.OutOfMemoryError("no room for the moments")
+
+    c._engine.optimizer.step = out_of_memory
+    with pytest.raises(torch.OutOfMemoryError):
+        c.optim_step(AdamParams(grad_clip_norm=0.1), "num_loss_tokens").result()
+    assert all(torch.equal(a, p.grad) for a, p in zip(before, c.model.parameters()))
+    c._engine.optimizer.step = step
+    assert c.optim_step(AdamParams(), "num_loss_tokens").result().metrics["grad_norm"] > 0
+
+
+@pytest.mark.parametrize(
+    ("dtype", "eps"), [(torch.float32, 0.0), (torch.float16, 1e-12), (torch.float32, 1e-50)], ids=str
+)
+def test_an_epsilon_that_is_zero_would_make_nan_of_weights_without_gradient(dtype: torch.dtype, eps: float) -> None:
+    c = LocalTrainingClient(Decoder(**SHAPE), device="cpu", dtype=dtype)
+    c.forward_backward(texts(), "cross_entropy").result()
+    with pytest.raises(LossInputError, match="eps: expected a number above 0"):
+        c.optim_step(AdamParams(eps=eps)).result()
+    c.optim_step(AdamParams(eps=1e-4)).result()
+    assert all(p.isfinite().all() for p in c.model.parameters())
+
+
+def test_gradients_cleared_by_hand_are_not_counted() -> None:
+    c, data = client(), texts()
+    c.forward_backward(data, "cross_entropy").result()
+    c.model.zero_grad()
+    c.forward_backward(data[:1], "cross_entropy").result()
+    assert int(c._engine.accumulated.sequences) == 1
+
+
+def test_a_state_without_all_its_moments_is_refused_and_changes_nothing(tmp_path: Path) -> None:
+    c, data = client(), texts()
+    c.forward_backward(data, "cross_entropy")
+    c.optim_step(AdamParams()).result()
+    path = c.save_state(tmp_path / "whole").result().path
+    tensors, meta = checkpoint.load(path)
+    less = {name: x for name, x in tensors.items() if name != "optim.exp_avg.norm.weight"}
+    for kept, told in ((less, meta), (tensors, meta | {"steps": "many"}), (tensors, meta | {"stepped": []})):
+        checkpoint.save(tmp_path / "part", kept, told)
+        other = client(seed=5)
+        before = [p.detach().clone() for p in other.model.parameters()]
+        with pytest.raises(LossInputError, match="a whole state of training"):
+            other.load_state_with_optimizer(tmp_path / "part").result()
+        assert all(torch.equal(a, b) for a, b in zip(before, other.model.parameters()))
+
+
+def test_a_model_of_which_nothing_is_trained_is_refused() -> None:
+    c = client()
+    c.model.requires_grad_(False)
+    with pytest.raises(LossInputError, match="outputs that parameters can move"):
+        c.forward_backward(texts(), "cross_entropy").result()
+
+
+def test_a_fork_is_told_that_it_has_not_got_the_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    c = client()
+    monkeypatch.setattr("lossfns.backend.futures.os.getpid", lambda: -1)
+    with pytest.raises(LossInputError, match="a client in each process"):
+        c.forward(texts(), "cross_entropy")
+
+
+def test_failures_of_other_requests_than_gradients_do_not_hold_up_a_step() -> None:
+    c, bad = client(), [datum([1, 2], [2])]
+    gate = threading.Event()
+
+    def waits(data: Any, logprobs_list: list[Tensor]) -> Any:
+        gate.wait(60)
+        return sum(lp.sum() for lp in logprobs_list), {}
+
+    first = c.forward_backward_custom(texts(), waits)
+    step, empty = c.optim_step(AdamParams()), c.optim_step(AdamParams())
+    forward = c.forward(bad, "cross_entropy")
+    second, last = c.forward_backward(texts(), "cross_entropy"), c.optim_step(AdamParams())
+    gate.set()
+    assert first.result() and step.result() and second.result() and last.result()
+    for failed, words in ((empty, "none since the last step"), (forward, "expected 2 rows")):
+        with pytest.raises(LossInputError, match=words):
+            failed.result()
+    assert c.get_info().steps == 2

@@ -293,25 +293,26 @@ def test_embeddings_are_sequences_and_not_tokens() -> None:
 
 
 def huge(data: Any, logprobs_list: list[Tensor]) -> tuple[Tensor, dict[str, float]]:
-    """A loss of 0 with a gradient of 1e38, which overflows on its way through the model."""
-    return sum(1e38 * (lp - lp.detach()).sum() for lp in logprobs_list), {}
+    """A loss of 0 with a gradient so large that in the model float32 holds its norm, but not that of twenty."""
+    return sum(1e16 * (lp - lp.detach()).sum() for lp in logprobs_list), {}
 
 
-@pytest.mark.parametrize("mode", [None, *MODES])
-def test_a_gradient_that_is_not_finite_moves_nothing(mode: str | None) -> None:
+def test_a_sum_of_gradients_that_is_not_finite_moves_nothing() -> None:
+    """A single one is refused by the request itself; divided by a count, the sum would be in range again."""
     c, d = client(), client()
     for x in (c, d):
         x.forward_backward(texts(), CE)
         x.optim_step(AdamParams()).result()
     c.forward_backward(texts(), CE)
-    c.forward_backward_custom([datum(50)], huge).result()
+    for _ in range(20):
+        c.forward_backward_custom([datum(50)], huge).result()
     with pytest.raises(LossInputError, match=r"expected a finite gradient, got a norm of (inf|nan).*dropped"):
-        c.optim_step(AdamParams(weight_decay=0.1), mode).result()
+        c.optim_step(AdamParams(weight_decay=0.1)).result()
     assert all(map(torch.equal, c.model.parameters(), d.model.parameters())) and c.get_info().steps == 1
     assert all(p.grad is None for p in c.model.parameters())
     for x in (c, d):
         x.forward_backward(texts(), CE)
-        x.optim_step(AdamParams(), mode).result()
+        x.optim_step(AdamParams()).result()
     assert all(map(torch.equal, c.model.parameters(), d.model.parameters()))
 
 

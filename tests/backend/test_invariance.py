@@ -1,0 +1,119 @@
+"""A batch has one gradient: in one call, in a thousand, in any order."""
+
+from collections.abc import Sequence
+from functools import cache
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+from tiny import client, gradients, same, texts
+from torch import Tensor
+
+import lossfns
+from lossfns import LossInputError
+from lossfns.backend import Decoder, LocalTrainingClient
+from lossfns.backend.engine import add_compensated
+
+MODEL = Decoder(vocab_size=257, dim=32, layers=2, heads=2, kv_heads=1, hidden=48)
+TEXT = "A sum in floating point depends on its order; that of a gradient should not. "
+
+
+@cache
+def datums(count: int = 1000, longest: int = 200) -> list[Any]:
+    """From 2 tokens to ``longest``: half of them random bytes, half of them text, in which a few bytes are frequent."""
+    rng = Random(0)
+    data = []
+    for i in range(count):
+        length, start = rng.randint(2, longest), rng.randrange(len(TEXT))
+        ids = (
+            list((TEXT * 4)[start : start + length].encode()) if i % 2 else [rng.randrange(257) for _ in range(length)]
+        )
+        data.append(lossfns.datum_from_tokens(ids, prompt_length=0))
+    return data
+
+
+def gradient(calls: Sequence[list[Any]], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """What the calls accumulate, in float64."""
+    c = LocalTrainingClient(Decoder(**MODEL.shape), device="cpu", dtype=dtype)
+    futures = [c.forward_backward(call, "cross_entropy") for call in calls]
+    assert len(futures) == sum(len(future.result().loss_fn_outputs) > 0 for future in futures)
+    return {name: p.grad.double() for name, p in c.model.named_parameters() if p.grad is not None}
+
+
+def apart(a: dict[str, Tensor], b: dict[str, Tensor]) -> tuple[float, dict[str, float]]:
+    """‖a − b‖ / ‖b‖ of the whole, and of each parameter."""
+    of = {name: (a[name] - b[name]).norm().item() / b[name].norm().item() for name in b}
+    difference = torch.stack([(a[name] - b[name]).norm() for name in b]).norm()
+    return (difference / torch.stack([x.norm() for x in b.values()]).norm()).item(), of
+
+
+def shuffled(data: list[Any], seed: int) -> list[Any]:
+    return Random(seed).sample(data, len(data))
+
+
+@cache
+def whole() -> dict[str, Tensor]:
+    return gradient([datums()])
+
+
+@pytest.mark.parametrize(
+    ("calls", "seed"), [(1, 1), (1000, None), (1000, 2), (10, 3)], ids=["1 shuffled", "1000", "1000 shuffled", "10"]
+)
+def test_a_thousand_datums_have_one_gradient(calls: int, seed: int | None) -> None:
+    data = datums() if seed is None else shuffled(datums(), seed)
+    size = len(data) // calls
+    difference, of = apart(gradient([data[i : i + size] for i in range(0, len(data), size)]), whole())
+    print(f"\n{difference:.1e} as a whole;", ", ".join(f"{name} {x:.1e}" for name, x in of.items()))
+    assert 0 < difference < 1e-6
+
+
+def test_many_calls_in_bfloat16_lose_no_more_than_its_last_rounding() -> None:
+    """Against the same gradients, each taken away and added up in float64. In bfloat16, 1 + 1/257 is 1."""
+    c = LocalTrainingClient(Decoder(**MODEL.shape), device="cpu", dtype=torch.bfloat16)
+    data, parts = datums(300, longest=20), []
+    for datum in data:
+        c.forward_backward([datum], "cross_entropy").result()
+        parts.append({name: p.grad.double() for name, p in c.model.named_parameters() if p.grad is not None})
+        c._engine.clear()
+    sums = {name: torch.stack([part[name] for part in parts]).sum(0) for name in parts[0]}
+    difference, _ = apart(gradient([[datum] for datum in data], torch.bfloat16), sums)
+    print(f"\n{difference:.1e}")
+    assert difference < torch.finfo(torch.bfloat16).eps / 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_rounding_takes_from_a_sum_is_given_back(dtype: torch.dtype) -> None:
+    """1 and a thousand times what is too small to change it."""
+    small = torch.finfo(dtype).eps / 4
+    total, rounded = torch.ones((), dtype=dtype), torch.zeros((), dtype=dtype)
+    for _ in range(1000):
+        add_compensated([total], [torch.tensor(small, dtype=dtype)], [rounded])
+    assert (total + rounded).item() == pytest.approx(1 + 1000 * small, rel=torch.finfo(dtype).eps)
+    assert torch.ones((), dtype=dtype) + small == 1
+
+
+def test_a_request_that_fails_leaves_no_trace_in_the_sum() -> None:
+    """Bit for bit, also in what comes after it."""
+
+    def fails(data: Any, logprobs_list: list[Tensor]) -> Any:
+        return sum(1e38 * (lp - lp.detach()).sum() for lp in logprobs_list), {}  # too large for the model
+
+    through, smooth = client(), client()
+    for i in range(20):
+        for c in (through, smooth):
+            c.forward_backward(texts(Random(i)), "cross_entropy").result()
+        with pytest.raises(LossInputError, match="gradient"):
+            through.forward_backward_custom(texts(Random(-i)), fails).result()
+    assert same(gradients(through), gradients(smooth))
+
+
+def test_a_gradient_that_is_cleared_by_hand_leaves_no_trace_either() -> None:
+    c, fresh = client(), client()
+    for i in range(5):
+        c.forward_backward(texts(Random(i)), "cross_entropy").result()
+    c.model.zero_grad(set_to_none=True)
+    for i in range(5, 9):
+        for each in (c, fresh):
+            each.forward_backward(texts(Random(i)), "cross_entropy").result()
+    assert same(gradients(c), gradients(fresh))
