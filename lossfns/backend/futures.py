@@ -59,11 +59,10 @@ class APIFuture(Generic[T]):
     async def result_async(self, timeout: float | None = None) -> T:
         """The same without blocking the event loop."""
         self._refuse_to_wait_within()
-        if not self._future.done():
-            loop = asyncio.get_running_loop()
-            with self._waiting(loop.is_running):
+        with self._waiting(asyncio.get_running_loop().is_running):
+            if not self._future.done():
                 await self._done(timeout)
-        return self._value()
+            return self._value()
 
     def __await__(self) -> Generator[Any, None, T]:
         return self.result_async().__await__()

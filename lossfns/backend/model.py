@@ -131,7 +131,7 @@ class Decoder(nn.Module):
         """The layers over ``tokens`` [N]; only ``attend`` knows which tokens see one another."""
         # In runs: the gradient of a frequent token is a sum over its occurrences, one after the other. Of a
         # thousand datums in one call, rounding in it was more than in all other weights (1.2e-6 of its norm).
-        x: Tensor = torch.cat([self.embed(run) for run in tokens.split(max(self.embed.num_embeddings, 1024))])
+        x: Tensor = torch.cat([self.embed(run) for run in torch.split(tokens, max(self.embed.num_embeddings, 1024))])
         rope = rotation(positions, self.head_dim, self.rope_theta, x.dtype)
         for i, layer in enumerate(self.layers):
             x = layer(x, rope, partial(attend, i))

@@ -550,6 +550,25 @@ def test_a_step_that_arrives_while_a_failure_is_being_noted_is_not_taken(monkeyp
     assert c.get_info().steps == 0
 
 
+def test_a_failure_between_the_check_for_errors_and_the_queue_stops_the_step_too(gate: Gate) -> None:
+    c = client()
+    c.forward_backward(texts(Random(1)), "cross_entropy").result()
+    failed = c.forward_backward_custom(texts(Random(1)), raising_after(gate))
+    worker = c._worker
+    check = worker._check
+
+    def check_too_early() -> None:
+        check()
+        gate.end.set()
+        wait_for(lambda: worker._failures.count > 0)
+
+    worker._check = check_too_early  # type: ignore[method-assign]
+    with pytest.raises(NotRun):
+        c.optim_step(ADAM).result(60)
+    with pytest.raises(Broken):
+        failed.result(60)
+
+
 def test_a_step_that_is_submitted_once_the_failure_is_known_runs(gate: Gate) -> None:
     """Although a step that was refused on its account is still in the queue."""
     c = client()
