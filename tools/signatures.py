@@ -174,7 +174,6 @@ def equal(theirs: str, ours: str) -> bool:
 
 
 NO_SERVICE = "There is no service behind it, and so no console, no telemetry, no session."
-NO_RETRY = "Nothing is sent, so nothing is retried."
 MADE = "There, the service makes one; here it is made of a model."
 AT_ONCE = "A client is there at once; code that expects a future of it reads it all the same."
 EMBEDDING = "Fireworks' losses over embeddings."
@@ -196,9 +195,7 @@ WHY: dict[str, str] = {
     "TrainingClient.forward_backward_custom(pooling)": EMBEDDING,
     "TrainingClient.optim_step(grad_accumulation_normalization)": "Fireworks' argument, in its place.",
     "TrainingClient.save_weights_external": "There is no bucket to export to: the file of `save_state` is one's own.",
-    "TrainingClient.create_sampling_client(retry_config)": NO_RETRY,
     "TrainingClient.create_sampling_client(record_stability_info)": NO_SERVICE,
-    "TrainingClient.save_weights_and_get_sampling_client(retry_config)": NO_RETRY,
     "TrainingClient.save_weights_and_get_sampling_client(record_stability_info)": NO_SERVICE,
     "TrainingClient.save_weights_and_get_sampling_client(kind)": "It is always a snapshot, the default there.",
     "TrainingClient.result": AT_ONCE,

@@ -277,20 +277,29 @@ class LocalTrainingClient(LocalReferenceClient):
         check_save(name, ttl_seconds, user_metadata)
         return self._worker.submit(self._save_weights, name, dict(user_metadata or {}))
 
-    def save_weights_and_get_sampling_client(self, name: str | None = None) -> LocalSamplingClient:
-        """A sampler of a snapshot of the weights: it does not change when training goes on."""
+    def save_weights_and_get_sampling_client(
+        self, name: str | None = None, retry_config: Any = None
+    ) -> LocalSamplingClient:
+        """A sampler of a snapshot of the weights: it does not change when training goes on.
+
+        No file is written, so a name has no use; nor has ``retry_config``, as nothing is sent.
+        """
         return self._worker.submit(self._snapshot).result()
 
-    async def save_weights_and_get_sampling_client_async(self, name: str | None = None) -> LocalSamplingClient:
+    async def save_weights_and_get_sampling_client_async(
+        self, name: str | None = None, retry_config: Any = None
+    ) -> LocalSamplingClient:
         """The same without blocking the event loop."""
         return await self._worker.submit(self._snapshot)
 
-    def create_sampling_client(self, model_path: str | Path) -> LocalSamplingClient:
-        """A sampler of the weights in a file."""
+    def create_sampling_client(self, model_path: str | Path, retry_config: Any = None) -> LocalSamplingClient:
+        """A sampler of the weights in a file. Nothing is sent, so nothing is retried."""
         check_path("model_path", model_path)
         return self._worker.submit(self._sampling_client, model_path).result()
 
-    async def create_sampling_client_async(self, model_path: str | Path) -> LocalSamplingClient:
+    async def create_sampling_client_async(
+        self, model_path: str | Path, retry_config: Any = None
+    ) -> LocalSamplingClient:
         """The same without blocking the event loop."""
         check_path("model_path", model_path)
         return await self._worker.submit(self._sampling_client, model_path)
