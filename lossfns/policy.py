@@ -164,7 +164,7 @@ def gspo_token(
 
 @method
 def cispo(clip: Clip = (0.0, 4.0), weigh: Weighing = token_mean, log_ratio_cap: float | None = 20.0) -> Loss:
-    """−sg(clip(r))·A·lp: a bound limits a token's weight, not its gradient. MiniMax 2025, arXiv:2506.13585, eq. 4.
+    """−sg(clip(r))·A·lp: a bound limits a token's weight, not its gradient. MiniMax 2025, arXiv:2506.13585.
 
     The paper bounds from above alone, as here. Statistics: ``bound_low``, ``bound_high``; nothing is clipped away.
     """

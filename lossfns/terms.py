@@ -48,7 +48,7 @@ def clipped_surrogate(ratio: Tensor, advantages: Tensor, clip: tuple[float, floa
 
 
 def weighted_policy_gradient(logprobs: Tensor, ratio: Tensor, advantages: Tensor, clip: tuple[float, float]) -> Tensor:
-    """−sg(clip(r, low, high))·A·lp. MiniMax 2025 (arXiv:2506.13585), equations 4 and 5.
+    """−sg(clip(r, low, high))·A·lp. MiniMax 2025 (arXiv:2506.13585).
 
     A bound limits the weight of a token; no token loses its gradient.
     """
