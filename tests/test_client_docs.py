@@ -70,24 +70,24 @@ def test_the_page_has_every_way_to_break_it() -> None:
     assert kept.metrics.keys() == {"loss:sum", "surrogate_loss:sum"}
 
 
-@pytest.mark.parametrize("sdk", sdks()[1:], ids=lambda sdk: sdk.__name__)
 @pytest.mark.parametrize(("expression", "outcome"), [(row[0], row[1]) for row in BROKEN])
-def test_what_the_sdk_does_with_it(expression: str, outcome: str, sdk: Any) -> None:
-    """Its own code, fed by our forward: the words of an error as far as the page has them, or what it sends on."""
+def test_what_the_sdk_does_with_it(expression: str, outcome: str) -> None:
+    """Where it is installed: the words of an error as far as the page has them, or what it sends on."""
+    for sdk in sdks()[1:]:
+        assert answer(sdk, expression).startswith(outcome.strip("`"))
+
+
+def answer(sdk: Any, expression: str) -> str:
+    """What the SDK's own code makes of the loss, fed by our forward."""
     data = three(sdk)
     forward = client().forward(data, "cross_entropy").result()
-
-    def run() -> str:
+    try:
         made = sdk.TrainingClient._compute_custom_loss(data, loss_of(expression), forward)
         {}.update(made.metrics)
-        sent = {float(x) for datum in made.data for x in datum.loss_fn_inputs["weights"].data}
-        return "takes it" if all(map(math.isfinite, sent)) else f"sends weights of {sent.pop()}"
-
-    try:
-        got = run()
     except Exception as error:
-        got = f"{type(error).__name__}: {error}"
-    assert got.startswith(outcome.strip("`"))
+        return f"{type(error).__name__}: {error}"
+    sent = {float(x) for datum in made.data for x in datum.loss_fn_inputs["weights"].data}
+    return "takes it" if all(map(math.isfinite, sent)) else f"sends weights of {sent.pop()}"
 
 
 # Built-ins
