@@ -218,24 +218,29 @@ def test_a_run_without_a_checkpoint_begins_again_with_the_same_options(
     assert "resumed after" not in capsys.readouterr().err
 
 
+def written(path: Path) -> tuple[bytes, int]:
+    """What is in a file, and when it was written."""
+    return path.read_bytes(), path.stat().st_mtime_ns
+
+
 def test_a_run_killed_before_its_result_only_measures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = unfinished(tmp_path)
     assert main(["train", "--resume", str(folder)]) == 0
-    first, saved = json.loads((folder / "result.json").read_text()), (folder / "checkpoint.npz").stat()
+    first, saved = json.loads((folder / "result.json").read_text()), written(folder / "checkpoint.npz")
     (folder / "result.json").unlink()
     assert main(["train", "--resume", str(folder)]) == 0
     assert "resumed after 3 steps" in capsys.readouterr().err
     assert json.loads((folder / "result.json").read_text())["bits_per_byte"] == first["bits_per_byte"]
-    assert (folder / "checkpoint.npz").stat() == saved
+    assert written(folder / "checkpoint.npz") == saved
 
 
 def test_a_finished_run_is_left_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = unfinished(tmp_path)
     assert main(["train", "--resume", str(folder)]) == 0
-    before = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()}
+    before = {path.name: written(path) for path in folder.iterdir()}
     assert main(["train", "--resume", str(folder)]) == 0
     assert "is finished" in capsys.readouterr().out
-    assert {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()} == before
+    assert {path.name: written(path) for path in folder.iterdir()} == before
 
 
 def test_a_run_goes_on_from_another_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
