@@ -124,7 +124,7 @@ def raw(name: str, x: Tensor) -> np.ndarray:
     try:
         x = x.detach().cpu().contiguous()
         return x.view(torch.int16).numpy() if x.dtype == torch.bfloat16 else x.numpy()
-    except (AttributeError, NotImplementedError, RuntimeError, TypeError) as error:
+    except (AttributeError, RuntimeError, TypeError) as error:  # what torch says of layouts that numpy has not got
         got = f"{x.dtype}, {x.layout} on {x.device}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
         fix = "Convert it first, or keep it elsewhere."
         raise LossInputError(f"tensors[{name!r}]", "a dense tensor of plain numbers", got, fix) from error

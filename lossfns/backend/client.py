@@ -63,7 +63,9 @@ def output_of(value: Value, metrics: dict[str, Any]) -> ForwardBackwardOutput:
 
 
 class LocalReferenceClient(Ready):
-    """A model behind ``forward`` alone: what a frozen reference policy needs, and nothing that could move it.
+    """A model behind ``forward`` alone, which is what a frozen reference policy needs.
+
+    The module is the one that is given, and no copy of it: where that one is trained, pass a copy.
 
     Args:
         model: a module with ``forward(tokens [N], lengths) -> hidden [N, D]`` and ``head`` [V, D] (sampling
@@ -167,7 +169,7 @@ class LocalTrainingClient(LocalReferenceClient):
 
     Requests run in submission order on one worker thread and return futures at once. Gradients add up
     over ``forward_backward*`` until ``optim_step``, which clears them. A request that fails leaves
-    weights and gradients as they were; an error that nobody reads is raised by the next call. Arguments are
+    weights and gradients as they were; an error that nobody reads is raised by the next request. Arguments are
     those of ``LocalReferenceClient``.
 
     >>> from lossfns import cross_entropy, datum_from_tokens

@@ -3,20 +3,17 @@
 import math
 import sys
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import pytest
 import torch
-from tiny import SHAPE, texts
+from tiny import DATA, RATE, SHAPE, logprobs, train
 from torch import Tensor, nn
 
-from lossfns import LossInputError, ModelInput, cross_entropy
+from lossfns import LossInputError, ModelInput
 from lossfns.backend import AdamParams, Decoder, LocalServiceClient, LocalTrainingClient, SamplingParams, lora
 from lossfns.backend.tokenizer import ByteTokenizer
 
-RATE = AdamParams(learning_rate=1e-2)
-DATA = texts(Random(0), count=4, longest=12)
 PARTS = {"mlp": ("gate_up", "down"), "attn": ("qkv", "out"), "unembed": ("unembed",)}
 
 
@@ -30,18 +27,6 @@ def service(dtype: torch.dtype | None = None, **options: Any) -> LocalServiceCli
 
 def client(rank: int = 4, seed: int | None = 0, **options: Any) -> LocalTrainingClient:
     return service().create_lora_training_client("tiny", rank, seed, **options)
-
-
-def train(c: LocalTrainingClient, steps: int = 3) -> list[float]:
-    losses = []
-    for _ in range(steps):
-        losses.append(c.forward_backward_custom(DATA, cross_entropy()).result().metrics["loss:sum"])
-        c.optim_step(RATE).result()
-    return losses
-
-
-def logprobs(c: Any) -> list[Tensor]:
-    return [o["logprobs"].to_torch() for o in c.forward(DATA, "cross_entropy").result().loss_fn_outputs]
 
 
 def tensors(c: LocalTrainingClient) -> dict[str, Tensor]:

@@ -5,17 +5,15 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import pytest
 import torch
-from tiny import SHAPE, texts
+from tiny import DATA, SHAPE, logprobs, train
 from torch import Tensor, nn
 
-from lossfns import LossInputError, ModelInput, cross_entropy
+from lossfns import LossInputError, ModelInput
 from lossfns.backend import (
-    AdamParams,
     Decoder,
     LocalReferenceClient,
     LocalSamplingClient,
@@ -26,8 +24,6 @@ from lossfns.backend import (
 )
 from lossfns.backend.tokenizer import ByteTokenizer
 
-RATE = AdamParams(learning_rate=1e-2)
-DATA = texts(Random(0), count=4, longest=12)
 TOKENIZER = ByteTokenizer()
 
 
@@ -37,18 +33,6 @@ def tiny() -> tuple[nn.Module, Any]:
 
 def service(**options: Any) -> LocalServiceClient:
     return LocalServiceClient({"tiny": tiny, "other": lambda: Decoder(**SHAPE | {"dim": 16})}, device="cpu", **options)
-
-
-def train(c: LocalTrainingClient, steps: int = 3) -> list[float]:
-    losses = []
-    for _ in range(steps):
-        losses.append(c.forward_backward_custom(DATA, cross_entropy()).result().metrics["loss:sum"])
-        c.optim_step(RATE).result()
-    return losses
-
-
-def logprobs(c: LocalReferenceClient) -> list[Tensor]:
-    return [o["logprobs"].to_torch() for o in c.forward(DATA, "cross_entropy").result().loss_fn_outputs]
 
 
 def weights(c: LocalReferenceClient) -> list[Tensor]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import lossfns
-from lossfns.backend import Decoder, LocalTrainingClient
+from lossfns.backend import AdamParams, Decoder, LocalReferenceClient, LocalTrainingClient
 from lossfns.backend.tokenizer import ByteTokenizer
 
 SHAPE: dict[str, Any] = {"vocab_size": 31, "dim": 8, "layers": 1, "heads": 2, "kv_heads": 1, "hidden": 12}
@@ -46,3 +46,21 @@ def gradients(c: LocalTrainingClient) -> list[Tensor | None]:
 def same(a: list[Tensor | None], b: list[Tensor | None]) -> bool:
     """Bit for bit, and None where the other has None."""
     return len(a) == len(b) and all(x is y if x is None or y is None else torch.equal(x, y) for x, y in zip(a, b))
+
+
+DATA = texts(Random(0), count=4, longest=12)
+RATE = AdamParams(learning_rate=1e-2)
+
+
+def train(c: LocalTrainingClient, steps: int = 3) -> list[float]:
+    """The losses of some steps on ``DATA``."""
+    losses = []
+    for _ in range(steps):
+        losses.append(c.forward_backward_custom(DATA, lossfns.cross_entropy()).result().metrics["loss:sum"])
+        c.optim_step(RATE).result()
+    return losses
+
+
+def logprobs(c: LocalReferenceClient) -> list[Tensor]:
+    """Those of ``DATA``."""
+    return [o["logprobs"].to_torch() for o in c.forward(DATA, "cross_entropy").result().loss_fn_outputs]

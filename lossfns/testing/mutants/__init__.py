@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from lossfns.testing.mutants import advantages, parts, policy, preference, supervised
+from lossfns.testing.mutants import advantages, parts, policy, policy_batch, preference, supervised
 
 
 def marked(module: Any, name: str) -> dict[str, Callable[..., Any]]:
@@ -25,7 +25,7 @@ def marked(module: Any, name: str) -> dict[str, Callable[..., Any]]:
 
 MUTANTS = {
     name: function
-    for module in (policy, supervised, preference, advantages)
+    for module in (policy_batch, policy, supervised, preference, advantages)
     for name, function in marked(module, "bug").items()
 }
 """Every mutant by its name."""
