@@ -1,0 +1,292 @@
+"""A tile of logits, tokens × vocabulary: read for its log-sum-exp, or turned into its own gradient.
+
+Two pure functions know the maths, ``absorb`` and ``slopes``; ``survey`` and ``sweep`` take them over all tiles.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+TOKENS, VOCABULARY = 8192, 4096
+"""The largest tile. Fewer tokens at a time, and ∂weight would be read and written too often."""
+
+STRIP = 2**19
+"""Logits that a CPU works on at a time, so that they stay in its cache."""
+
+ALL = slice(None)
+
+
+class Head(NamedTuple):
+    """The unembedding: logits z = c·tanh((h·Wᵀ + b) / c) / T, softcap c and temperature T."""
+
+    weight: Tensor
+    bias: Tensor | None
+    temperature: float
+    softcap: float | None
+
+    def raw(self, hidden: Tensor, columns: slice, spare: Tensor | None = None) -> Tensor:
+        """h·Wᵀ + b in the dtype of the weight: [n, D] -> [n, v]; in the memory of a ``spare`` tile, if there is one."""
+        weight = self.weight[columns].T
+        out = fitted(spare, len(hidden), weight.shape[1])
+        if self.bias is None:
+            return torch.mm(hidden, weight, out=out)
+        return torch.addmm(self.bias[columns], hidden, weight, out=out)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """z of the whole vocabulary, [n, V]."""
+        return self.z(self.raw(hidden.to(self.weight.dtype), ALL))
+
+    def z(self, raw: Tensor) -> Tensor:
+        """Logits of raw ones, in float32 or better; raw ones themselves where nothing is to be done."""
+        z = raw.to(wide(raw))
+        z = z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
+        return z if self.temperature == 1 else z / self.temperature
+
+    def bend(self, d: Tensor, z: Tensor) -> Tensor:
+        """∂/∂z to ∂/∂raw."""
+        d = d if self.softcap is None else d * (1 - (z * (self.temperature / self.softcap)).square())
+        return d if self.temperature == 1 else d / self.temperature
+
+
+class Reading(NamedTuple):
+    """What is known of n tokens once a part of the vocabulary is read."""
+
+    lse: Tensor  # [n] log Σ exp(z), never below a z that was read
+    mean: Tensor | None  # [n] Σ p·z, for the entropy
+    chosen: Tensor  # [n, K] z at the targets, once their column is read
+
+    def rows(self, which: slice) -> Reading:
+        return Reading(self.lse[which], part(self.mean, which), self.chosen[which])
+
+
+class Slope(NamedTuple):
+    """The gradient that reaches n tokens, and what it takes to carry it on to their logits."""
+
+    targets: Tensor  # [n, K]
+    lse: Tensor  # [n]
+    mean: Tensor | None  # [n] Σ p·z
+    g: Tensor  # [n, K] ∂/∂logprob
+    tilt: Tensor | None  # [n] ∂/∂entropy
+
+    def rows(self, which: Any) -> Slope:
+        return Slope(
+            self.targets[which], self.lse[which], part(self.mean, which), self.g[which], part(self.tilt, which)
+        )
+
+    @property
+    def reached(self) -> Tensor:
+        """[n] whether any gradient does."""
+        reached = (self.g != 0).any(1)
+        return reached if self.tilt is None else reached | (self.tilt != 0)
+
+
+def part(x: Tensor | None, which: Any) -> Tensor | None:
+    return None if x is None else x[which]
+
+
+# The two bodies
+
+
+def absorb(seen: Reading, z: Tensor, local: Tensor) -> tuple[Reading, Tensor, Tensor, Tensor]:
+    """What is known once z [n, v] is read as well; ``local`` [n, K] are the targets' columns in z.
+
+    Also p within z, and the shares of what was read before and of z: p of the whole is share·p.
+    """
+    p = z.softmax(1)
+    own = z.amax(1) - p.amax(1).log()  # in one kernel exp and its sum; the largest p tells what it was divided by
+    lse = torch.logaddexp(seen.lse, own)
+    before, here = (seen.lse - lse).exp(), (own - lse).exp()
+    mean = None if seen.mean is None else seen.mean.lerp(torch.linalg.vecdot(p, z), here)
+    found = z.gather(1, local.clamp(0, z.shape[1] - 1))
+    return Reading(lse, mean, torch.where(within(local, z), found, seen.chosen)), p, before, here
+
+
+def slopes(slope: Slope, z: Tensor, local: Tensor) -> Tensor:
+    """∂/∂z [n, v] of Σ g·logprob + tilt·entropy: g·onehot − p·(Σ_k g + tilt·(z − Σ p·z))."""
+    p, pull = (z - slope.lse[:, None]).exp_(), -slope.g.sum(1, keepdim=True)
+    if slope.tilt is not None and slope.mean is not None:
+        pull = pull - slope.tilt[:, None] * (z - slope.mean[:, None])
+    onehot = torch.where(within(local, z), slope.g, 0)
+    return p.mul_(pull).scatter_add_(1, local.clamp(0, z.shape[1] - 1), onehot)
+
+
+def within(local: Tensor, z: Tensor) -> Tensor:
+    return (local >= 0) & (local < z.shape[1])
+
+
+@cache
+def body(function: Callable[..., Any], device: str) -> Callable[..., Any]:
+    """A body as it runs on a device: fused by the compiler on a GPU, as it stands on a CPU, strip by strip."""
+    return torch.compile(function, dynamic=True) if device == "cuda" else function
+
+
+# Tiles
+
+
+def wide(x: Tensor) -> torch.dtype:
+    """The dtype that is computed in."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def spans(n: int, size: int) -> Iterator[slice]:
+    """0 to n in steps of ``size``."""
+    return (slice(start, min(start + size, n)) for start in range(0, n, size))
+
+
+def strips(raw: Tensor) -> Iterator[slice]:
+    """The rows of a tile, as many at a time as are worked on together."""
+    return spans(len(raw), max(1, STRIP // raw.shape[1]) if raw.device.type == "cpu" else max(1, len(raw)))
+
+
+def fitted(spare: Tensor | None, n: int, v: int) -> Tensor | None:
+    """[n, v] in memory that is there already: a system takes its time to hand out fresh pages."""
+    return None if spare is None or spare.numel() < n * v else spare.view(-1)[: n * v].view(n, v)
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a·b, in float32 where the device can sum half precision so."""
+    if a.is_cuda and a.dtype != wide(a):
+        return torch.mm(a, b, out_dtype=wide(a))
+    return a @ b
+
+
+def add_product(to: Tensor, a: Tensor, b: Tensor) -> None:
+    """to += a·b; in one step where the dtypes are the same."""
+    if a.dtype == to.dtype:
+        to.addmm_(a, b)
+    else:
+        to += product(a, b)
+
+
+def add_rows(to: Tensor, d: Tensor, weight: Tensor, local: Tensor) -> None:
+    """to += d·W, as exact as one product over the whole vocabulary.
+
+    A CPU rounds the product of each tile to half precision. What the chosen tokens add is by far the largest, so it is
+    taken out of the product and added in float32.
+    """
+    if d.dtype == to.dtype or d.is_cuda:
+        return add_product(to, d, weight)
+    rows, k = within(local, d).nonzero(as_tuple=True)
+    places = torch.unique(rows * d.shape[1] + local[rows, k])
+    flat = d.view(-1)
+    chosen = flat[places]
+    flat[places] = 0
+    add_product(to, d, weight)
+    flat[places] = chosen
+    for few, own in zip(torch.split(places, len(d)), torch.split(chosen, len(d))):
+        to.index_add_(0, few // d.shape[1], own[:, None].to(to.dtype) * weight[few % d.shape[1]])
+
+
+def unread(hidden: Tensor, targets: Tensor, entropy: bool) -> Reading:
+    zeros = torch.zeros(len(hidden), dtype=wide(hidden), device=hidden.device)
+    return Reading(zeros - math.inf, zeros if entropy else None, zeros.new_zeros(targets.shape))
+
+
+def read(head: Head, raw: Tensor, seen: Reading, local: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Take raw logits into ``seen``, in place; returns z and what else ``absorb`` does."""
+    z = head.z(raw)
+    known, p, before, here = body(absorb, raw.device.type)(seen, z, local)
+    for old, new in zip(seen, known):
+        if old is not None:
+            old.copy_(new)
+    return z, p, before, here
+
+
+def turn(head: Head, raw: Tensor, slope: Slope, start: int) -> Tensor:
+    """Turn a tile of raw logits, whose first column is ``start``, into its own gradient, in place."""
+    for rows in strips(raw):
+        here, z = slope.rows(rows), head.z(raw[rows])
+        raw[rows] = head.bend(body(slopes, raw.device.type)(here, z, here.targets - start), z)
+    return raw
+
+
+Tiles = dict[tuple[int, int], Tensor]
+"""Raw logits by their first row and column."""
+
+
+def survey(head: Head, hidden: Tensor, targets: Tensor, entropy: bool, budget: float) -> tuple[Reading, Tiles]:
+    """Read all of the vocabulary, tile by tile, and keep as many tiles as ``budget`` bytes hold."""
+    seen, kept, spare = unread(hidden, targets, entropy), {}, None
+    for rows in spans(len(hidden), TOKENS):
+        for columns in spans(len(head.weight), VOCABULARY):
+            raw = head.raw(hidden[rows], columns, spare)
+            here, local = seen.rows(rows), targets[rows] - columns.start
+            for strip in strips(raw):
+                read(head, raw[strip], here.rows(strip), local[strip])
+            budget -= raw.nbytes
+            if budget >= 0:
+                kept[rows.start, columns.start] = raw
+            else:
+                spare = raw
+    return seen, kept
+
+
+Wanted = tuple[bool, ...]
+"""Whether hidden, weight and bias need a gradient."""
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+def sweep(head: Head, hidden: Tensor, slope: Slope, kept: Tiles, wanted: Wanted) -> Gradients:
+    """Carry the gradient through the logits, tile by tile; those that were not kept are computed again.
+
+    The vocabulary is the outer loop, so that each tile of ∂weight is summed in float32 and written once. Tokens
+    that no gradient reaches are left out.
+    """
+    blocks = [Block.of(rows, hidden, slope) for rows in spans(len(hidden), TOKENS)]
+    d_hidden = [torch.zeros_like(block.hidden, dtype=wide(hidden)) if wanted[0] else None for block in blocks]
+    d_weight = torch.zeros_like(head.weight) if wanted[1] else None
+    d_bias = torch.zeros(len(head.weight), dtype=wide(hidden), device=hidden.device) if wanted[2] else None
+    summed = head.weight.dtype if len(blocks) == 1 else wide(hidden)
+    spare: Tensor | None = None
+    for columns in spans(len(head.weight), VOCABULARY):
+        tile = None if d_weight is None else d_weight[columns].to(summed)  # itself, unless it takes another dtype
+        for block, d_block in zip(blocks, d_hidden):
+            spare = d = turn(head, block.raw(head, columns, kept, spare), block.slope, columns.start)
+            if d_block is not None:
+                add_rows(d_block, d, head.weight[columns], block.slope.targets - columns.start)
+            if tile is not None:
+                add_product(tile, d.T, block.hidden)
+            if d_bias is not None:
+                d_bias[columns] += d.sum(0, dtype=d_bias.dtype)
+        if d_weight is not None and tile is not None and tile.dtype != d_weight.dtype:
+            d_weight[columns] = tile
+    parts = [block.spread(d) for block, d in zip(blocks, d_hidden) if d is not None]
+    whole = torch.cat([hidden[:0], *parts]) if wanted[0] else None
+    return whole, d_weight, None if d_bias is None else d_bias.to(hidden.dtype)
+
+
+class Block(NamedTuple):
+    """The tokens of one tile that a gradient reaches."""
+
+    start: int
+    size: int
+    reached: Tensor | None  # [m] which of them; None for all
+    hidden: Tensor  # [m, D]
+    slope: Slope
+
+    @staticmethod
+    def of(rows: slice, hidden: Tensor, slope: Slope) -> Block:
+        hidden, slope = hidden[rows], slope.rows(rows)
+        reached = slope.reached.nonzero().squeeze(1)
+        if len(reached) == len(hidden):
+            return Block(rows.start, len(hidden), None, hidden, slope)
+        return Block(rows.start, len(hidden), reached, hidden[reached], slope.rows(reached))
+
+    def raw(self, head: Head, columns: slice, kept: Tiles, spare: Tensor | None) -> Tensor:
+        """Their logits; a tile that was kept is handed out once, to be overwritten."""
+        raw = kept.pop((self.start, columns.start), None)
+        if raw is None:
+            return head.raw(self.hidden, columns, spare)
+        return raw if self.reached is None else raw[self.reached]
+
+    def spread(self, d: Tensor) -> Tensor:
+        """∂hidden [m, D] as that of all tokens of the tile, in their dtype."""
+        d = d.to(self.hidden.dtype)
+        return d if self.reached is None else d.new_zeros(self.size, d.shape[1]).index_copy_(0, self.reached, d)
