@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lossfns import LossInputError
 from lossfns.checks import number
@@ -30,10 +31,10 @@ def adapt(
     targets = [name for part in parts for name in named(model)[part]]
     config = peft().LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets)
     peft().inject_adapter_in_model(config, model, ADAPTER)
-    initialise([module for module in model.modules() if hasattr(module, "lora_A")], seed)
+    initialise(layers(model), seed)
     model.lora = {"rank": rank, "parts": sorted(parts), "alpha": alpha}  # type: ignore[assignment]
     if "unembed" in parts and not model.head.requires_grad:
-        fix = "Add the layer's get_delta_weight to the weight, as Decoder.head does, or pass train_unembed=False."
+        fix = "Let it be lora.adapted(layer), as in Decoder.head, or pass train_unembed=False."
         raise LossInputError("base_model", "a head with its adapter", f"{type(model).__name__}.head without", fix)
     return model
 
@@ -48,6 +49,35 @@ def initialise(adapters: list[Any], seed: int | None) -> None:
         module.lora_B.to(torch.promote_types(module.weight.dtype, torch.float32))
         a = module.lora_A[ADAPTER].weight
         a.copy_((2 * torch.rand(a.shape, generator=generator) - 1) / math.sqrt(a.shape[1]))
+
+
+def layers(model: nn.Module) -> list[Any]:
+    """The layers that have an adapter."""
+    return [module for module in model.modules() if hasattr(module, "lora_A")]
+
+
+def adapted(layer: Any) -> Tensor:
+    """A linear layer's weight [out, in], with its adapter if there is one that is on, and in its precision."""
+    weight: Tensor = layer.weight
+    if not getattr(layer, "disable_adapters", True):
+        for adapter in layer.active_adapters:
+            weight = weight + layer.get_delta_weight(adapter)
+    return weight
+
+
+@contextmanager
+def off(model: nn.Module) -> Iterator[None]:
+    """Without its adapters the model is what it was before it was adapted: the reference policy, on one copy."""
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    for layer in layers(model):
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers(model):
+            layer.enable_adapters(True)
+        for p, flag in flags:  # which enabling sets for all adapters
+            p.requires_grad_(flag)
 
 
 def peft() -> Any:
@@ -80,13 +110,24 @@ def check(model: nn.Module, rank: Any, parts: Collection[str], alpha: Any, seed:
     if not parts:
         fix = "At least one of train_mlp, train_attn, or train_unembed must be True."
         raise LossInputError("train_mlp", "a part to train", "none", fix)
-    linear = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    ends = {end for name, module in model.named_modules() if is_linear(module) for end in endings(name)}
     for part in parts:
-        unknown = sorted(set(named(model).get(part, ())) - linear)
+        unknown = sorted(set(named(model).get(part, ())) - ends)
         if unknown or not named(model).get(part):
             got = f"no linear layer {unknown[0]!r}" if unknown else "none in lora_targets"
             fix = f"Correct the model's lora_targets, or pass train_{part}=False."
             raise LossInputError("base_model", f"linear layers of part {part!r}", got, fix)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether it is a layer of a kind that is adapted; GPT-2 has its own."""
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def endings(name: str) -> list[str]:
+    """What a module may be called: a.b.c is also b.c and c."""
+    path = name.split(".")
+    return [".".join(path[i:]) for i in range(len(path))]
 
 
 def is_whole(value: Any) -> bool:

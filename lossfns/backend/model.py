@@ -11,6 +11,10 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lossfns.backend import lora
+from lossfns.backend.attention import Layout
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -24,6 +28,8 @@ class Decoder(nn.Module):
         "unembed": ("unembed",),
     }
     """The linear layers of each part, for ``lora.adapt``."""
+    checkpointing = False
+    """Whether the backward pass computes each layer again, instead of keeping what is inside it."""
 
     def __init__(
         self,
@@ -75,23 +81,23 @@ class Decoder(nn.Module):
     @property
     def head(self) -> Tensor:
         """Unembedding weight [V, D], adapters included and in their precision: ``logits = hidden @ head.T``."""
-        weight: Tensor = self.unembed.weight
-        for adapter in getattr(self.unembed, "active_adapters", ()):
-            weight = weight + self.unembed.get_delta_weight(adapter)  # type: ignore[operator]
-        return weight
+        return lora.adapted(self.unembed)
 
-    def forward(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
-        """Hidden states [N, D] after the final norm, of sequences laid end to end in ``tokens`` [N]."""
-        packing = Packing(lengths, tokens.device)
+    def forward(self, tokens: Tensor, lengths: Sequence[int], parents: Sequence[int | None] | None = None) -> Tensor:
+        """Hidden states [N, D] after the final norm, of segments laid end to end in ``tokens`` [N].
+
+        Segment i continues the tokens of segment ``parents[i]``, as ``Layout`` has it; None begins a sequence.
+        """
+        layout = Layout(lengths, parents, tokens.device)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return packing.pack(causal_attention(packing.pad(q), packing.pad(k), packing.pad(v)))
+            return layout.attend(q, k, v)
 
-        return self._run(tokens, packing.positions, attend)
+        return self._run(tokens, layout.positions, attend)
 
     def prefill(self, tokens: Tensor, lengths: Sequence[int], room: int) -> tuple[Tensor, Cache]:
         """Last hidden state of each packed prompt [B, D], and a cache with room for ``room`` more tokens."""
-        packing = Packing(lengths, tokens.device)
+        layout = Layout(lengths, device=tokens.device)
         size = (len(self.layers), len(lengths), self.kv_heads, max(lengths) + room, self.head_dim)
         cache = Cache(
             keys=self.embed.weight.new_zeros(size),
@@ -99,14 +105,14 @@ class Decoder(nn.Module):
             lengths=torch.tensor(lengths, device=tokens.device),
             longest=max(lengths),
         )
+        rows, _ = layout.segments
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            q, k, v = packing.pad(q), packing.pad(k), packing.pad(v)
-            cache.keys[layer, :, :, : cache.longest] = k
-            cache.values[layer, :, :, : cache.longest] = v
-            return packing.pack(causal_attention(q, k, v))
+            cache.keys[layer][rows, :, layout.positions] = k
+            cache.values[layer][rows, :, layout.positions] = v
+            return layout.attend(q, k, v)
 
-        hidden = self._run(tokens, packing.positions, attend)
+        hidden = self._run(tokens, layout.positions, attend)
         return hidden[cache.lengths.cumsum(0) - 1], cache
 
     def step(self, tokens: Tensor, cache: Cache) -> Tensor:
@@ -134,7 +140,12 @@ class Decoder(nn.Module):
         x: Tensor = torch.cat([self.embed(run) for run in torch.split(tokens, max(self.embed.num_embeddings, 1024))])
         rope = rotation(positions, self.head_dim, self.rope_theta, x.dtype)
         for i, layer in enumerate(self.layers):
-            x = layer(x, rope, partial(attend, i))
+            run = (
+                partial(checkpoint, layer, use_reentrant=False)
+                if self.checkpointing and torch.is_grad_enabled()
+                else layer
+            )
+            x = run(x, rope, partial(attend, i))
         hidden: Tensor = self.norm(x)
         return hidden
 
@@ -163,30 +174,6 @@ class Layer(nn.Module):
         return x
 
 
-class Packing:
-    """Where the tokens of sequences laid end to end [N, ...] sit in a right-padded batch [B, T]."""
-
-    def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
-        counts = torch.tensor(lengths)  # index arithmetic stays on the host: repeat_interleave would sync
-        self.rows, self.longest = len(lengths), max(lengths)
-        row = torch.arange(self.rows).repeat_interleave(counts)
-        positions = torch.arange(len(row)) - (counts.cumsum(0) - counts)[row]
-        self.ragged = min(lengths) < self.longest
-        self.positions = positions.to(device)
-        self.slots = (row * self.longest + positions).to(device)
-
-    def pad(self, x: Tensor) -> Tensor:
-        """[N, H, d] -> [B, H, T, d], zeros on the right; causal attention never looks at them."""
-        if self.ragged:
-            x = x.new_zeros(self.rows * self.longest, *x.shape[1:]).index_copy(0, self.slots, x)
-        return x.view(self.rows, self.longest, *x.shape[1:]).transpose(1, 2)
-
-    def pack(self, x: Tensor) -> Tensor:
-        """[B, H, T, d] -> [N, H, d], the inverse of ``pad``."""
-        x = x.transpose(1, 2).flatten(0, 1)
-        return x.index_select(0, self.slots) if self.ragged else x
-
-
 @dataclass
 class Cache:
     """Keys and values [L, B, Hkv, T, d], of which row ``b`` holds ``lengths[b]`` and none over ``longest``."""
@@ -199,11 +186,6 @@ class Cache:
     def select(self, rows: Tensor) -> Cache:
         """The cache of the given rows, in that order; a row may be repeated."""
         return Cache(self.keys[:, rows], self.values[:, rows], self.lengths[rows], self.longest)
-
-
-def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """q [B, H, T, d] over k and v [B, Hkv, T, d]: each position sees itself and what came before it."""
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
 
 def rotation(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lossfns import LossInputError
+from lossfns.backend.logprobs import head_of
 from lossfns.backend.model import Decoder
 from lossfns.checks import number
 
@@ -43,8 +44,8 @@ def generate(
     number("top_p", top_p, "a number in (0, 1]", lambda x: 0 < x <= 1, "1 keeps all of the distribution.")
     if not prompts:
         return []
-    head = model.head
-    device = head.device
+    head = head_of(model)
+    device = head.weight.device
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
     stops = torch.tensor(sorted(stop), dtype=torch.long, device=device)
 
@@ -60,7 +61,7 @@ def generate(
     which = torch.tensor([distinct[tuple(prompt)] for prompt in prompts], device=device)
     hidden, cache = hidden[which], cache.select(which)
     for t in range(max_tokens):
-        logits = (hidden.to(head.dtype) @ head.T).float()
+        logits = head.logits(hidden).float()
         chosen = pick(logits, temperature, top_k, top_p, generator)
         tokens[rows, t] = chosen
         logprobs[rows, t] = logits.log_softmax(1).gather(1, chosen[:, None]).squeeze(1)

@@ -178,6 +178,61 @@ def test_a_loss_over_embeddings_trains_all_but_the_unembedding() -> None:
     c.optim_step(RATE).result()
 
 
+# The reference
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_with_its_adapters_off_the_model_is_the_base(tied: bool) -> None:
+    s = service(tied=tied)
+    c = s.create_lora_training_client("tiny", 4, seed=0)
+    move(c)
+    expected, tokens = s.create_reference_client("tiny").model, torch.arange(6)
+    before = c.model.head.clone()
+    with torch.no_grad(), lora.off(c.model):
+        assert torch.equal(c.model(tokens, [6]), expected(tokens, [6]))
+        assert torch.equal(c.model.head, expected.head)
+    assert torch.equal(c.model.head, before) and not torch.equal(before, expected.head)
+
+
+def test_adapters_that_were_off_train_as_if_nothing_had_happened() -> None:
+    one, other = client(), client()
+    other.forward_backward(DATA[:2], "cross_entropy").result()
+    with pytest.raises(ZeroDivisionError), lora.off(other.model):
+        assert not any(p.requires_grad for p in other.model.parameters())
+        raise ZeroDivisionError
+    one.forward_backward(DATA[:2], "cross_entropy").result()
+    assert [p.requires_grad for p in one.model.parameters()] == [p.requires_grad for p in other.model.parameters()]
+    assert train(one) == train(other) and same(tensors(one), tensors(other))
+
+
+def test_off_leaves_frozen_adapters_frozen() -> None:
+    c = client()
+    c.model.requires_grad_(False)
+    with lora.off(c.model):
+        pass
+    assert not any(p.requires_grad for p in c.model.parameters())
+
+
+def test_the_reference_is_the_base_model_while_the_policy_moves() -> None:
+    s = service()
+    c = s.create_lora_training_client("tiny", 4, seed=0)
+    reference, expected = c.reference(), logprobs(s.create_reference_client("tiny"))
+    c.forward_backward(DATA, "cross_entropy").result()
+    assert all(map(torch.equal, logprobs(reference), expected))
+    c.optim_step(RATE).result()
+    assert all(map(torch.equal, logprobs(reference), expected))
+    assert not any(map(torch.equal, logprobs(c), expected))
+    assert not hasattr(reference, "optim_step") and reference.model is c.model
+    embedding = [o["embedding"] for o in reference.forward(DATA, "", output="embedding").result().loss_fn_outputs]
+    wanted = s.create_reference_client("tiny").forward(DATA, "", output="embedding").result().loss_fn_outputs
+    assert [e.data for e in embedding] == [o["embedding"].data for o in wanted]
+
+
+def test_a_reference_of_a_model_without_adapters_is_refused() -> None:
+    with pytest.raises(LossInputError, match="a model with adapters, which can be switched off"):
+        LocalTrainingClient(base(), device="cpu").reference()
+
+
 # Samplers
 
 
@@ -332,12 +387,26 @@ def test_a_module_of_ones_own_says_which_layers_are_adapted() -> None:
     assert last < first
 
 
+class Dotted(Plain):
+    lora_targets = {"unembed": ("unembed",), "mlp": ("first.mix",), "attn": ("second.mix", "third.mix")}  # noqa: RUF012
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = (nn.ModuleDict({"mix": nn.Linear(8, 8)}) for _ in range(2))
+
+
+def test_layers_of_one_name_are_told_apart_by_the_path() -> None:
+    model = lora.adapt(Dotted(), rank=2, parts=["mlp"])
+    assert {name.split(".lora_")[0] for name, p in model.named_parameters() if p.requires_grad} == {"first.mix"}
+
+
 @pytest.mark.parametrize(
     ("model", "parts", "text"),
     [
         (Plain, ("mlp",), "a model that names its layers for adapters, got a Plain without lora_targets"),
         (Named, ("attn",), "linear layers of part 'attn', got no linear layer 'embed'"),
         (Named, ("mlp", "unembed"), "a head with its adapter, got Named.head without"),
+        (Dotted, ("attn",), "linear layers of part 'attn', got no linear layer 'third.mix'"),
         (Named, ("experts",), "linear layers of part 'experts', got none in lora_targets"),
     ],
     ids=str,

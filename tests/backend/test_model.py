@@ -45,6 +45,20 @@ def test_packed_batch_equals_each_sequence_alone(lengths: list[int]) -> None:
         torch.testing.assert_close(a, b, atol=1e-5 * float(b.abs().max()), rtol=1e-5)
 
 
+def test_checkpointing_runs_each_layer_again_to_the_same_gradient() -> None:
+    model, tokens, calls = make(), draw_tokens(18), []
+    for layer in model.layers:
+        layer.register_forward_pre_hook(lambda *_: calls.append(1))
+    expected = torch.autograd.grad(model(tokens, LENGTHS).square().sum(), list(model.parameters()))
+    model.checkpointing = True
+    ours = torch.autograd.grad(model(tokens, LENGTHS).square().sum(), list(model.parameters()))
+    assert len(calls) == 2 + 2 * 2
+    assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+    with torch.no_grad():
+        model(tokens, LENGTHS)
+    assert len(calls) == 2 + 2 * 2 + 2
+
+
 def test_a_later_token_changes_nothing_before_it() -> None:
     model, tokens = make(), draw_tokens(12)
     changed = tokens.clone()

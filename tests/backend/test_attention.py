@@ -1,0 +1,246 @@
+"""Attention over a layout of segments, against one that is written out in float64, mask and all."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.attention.flex_attention import create_mask
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lossfns import LossInputError
+from lossfns.backend import attention
+from lossfns.backend.attention import Layout, Run, on_cuda, visible
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+def sees(lengths: list[int], parents: list[int | None], window: int | None) -> Tensor:
+    """[N, N]: whether token i sees token j, from the list of what comes before each."""
+    rows = torch.arange(sum(lengths)).split(lengths)
+    seen = torch.zeros(sum(lengths), sum(lengths), dtype=torch.bool)
+    for own, parent in zip(rows, parents, strict=True):
+        before = [] if parent is None else rows[parent].tolist()
+        for i in own.tolist():
+            before.append(i)
+            seen[i, before[-window:] if window else before] = True
+    return seen
+
+
+def written_out(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float | None, softcap: float | None) -> Tensor:
+    """Head by head, in float64."""
+    q, k, v = (x.double() for x in (q, k, v))
+    heads = []
+    for h in range(q.shape[1]):
+        group = h * k.shape[1] // q.shape[1]
+        scores = q[:, h] @ k[:, group].T * (scale or q.shape[2] ** -0.5)
+        scores = softcap * torch.tanh(scores / softcap) if softcap else scores
+        exp = (scores - scores.detach().amax()).exp() * seen.to(q.device)
+        heads.append(exp / exp.sum(1, keepdim=True) @ v[:, group])
+    return torch.stack(heads, 1)
+
+
+def draw(n: int, heads: int = 4, kv_heads: int = 2, dim: int = 16, seed: int = 0, **kind: Any) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(n, heads, dim), (n, kv_heads, dim), (n, kv_heads, dim)]
+    return [torch.randn(shape, generator=generator).to(**kind).requires_grad_() for shape in shapes]
+
+
+def apart(layout: Layout, qkv: list[Tensor], *, window: int | None = None, **options: Any) -> float:
+    """The largest difference to what is written out, of the output and of the three gradients."""
+    seen = sees(layout.lengths, layout.parents, window)
+    ours = layout.attend(*qkv, window=window, **options)
+    theirs = written_out(*qkv, seen, options.get("scale"), options.get("softcap"))
+    assert ours.shape == theirs.shape and ours.dtype == qkv[0].dtype
+    direction = torch.randn(ours.shape, generator=torch.Generator().manual_seed(1)).to(ours)
+    pairs = zip(*(torch.autograd.grad((x * direction).sum(), qkv) for x in (ours, theirs)))
+    return max(float((a.detach().double() - b.detach()).abs().max()) for a, b in [(ours, theirs), *pairs])
+
+
+@st.composite
+def layouts(draw: st.DrawFn) -> tuple[list[int], list[int | None]]:
+    lengths = draw(st.lists(st.integers(1, 6), min_size=1, max_size=6))
+    parents: list[int | None] = []
+    for _ in lengths:
+        parents.append(draw(st.sampled_from([None, *(i for i, parent in enumerate(parents) if parent is None)])))
+    return lengths, parents
+
+
+@given(
+    layouts(),
+    st.sampled_from([(1, 1), (2, 2), (4, 2), (3, 1)]),
+    st.sampled_from([None, 1, 2, 5]),
+    st.sampled_from([None, 0.5, 3.0]),
+    st.sampled_from([None, 0.4]),
+    st.integers(0, 99),
+)
+def test_any_layout_is_what_its_mask_says(
+    of: tuple[list[int], list[int | None]],
+    heads: tuple[int, int],
+    window: int | None,
+    softcap: float | None,
+    scale: float | None,
+    seed: int,
+) -> None:
+    qkv = draw(sum(of[0]), *heads, dim=5, seed=seed, dtype=torch.float64)
+    assert apart(Layout(*of), qkv, window=window, softcap=softcap, scale=scale) < 1e-12
+
+
+GROUPS: tuple[list[int], list[int | None]] = ([70, 33, 9, 9, 1, 140, 5], [None, None, 0, 0, 0, 1, None])
+TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 0.1}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("options", [{}, {"window": 20}, {"softcap": 2.0}, {"window": 3, "softcap": 2.0, "scale": 0.3}])
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("of", [GROUPS, ([50], [None]), ([40, 40, 40], [None] * 3)], ids=["groups", "one", "equal"])
+def test_routes_agree_with_the_mask(of: Any, dtype: torch.dtype, options: dict[str, Any], device: str) -> None:
+    layout = Layout(*of, device=device)
+    assert apart(layout, draw(sum(of[0]), device=device, dtype=dtype), **options) < TOLERANCES[dtype]
+    assert layout.route == attention.route(torch.device(device), dtype, 16, "softcap" in options)
+
+
+def test_gradient_is_that_of_finite_differences() -> None:
+    layout = Layout([3, 2, 1, 2], [None, 0, 0, None])
+    qkv = draw(8, heads=2, kv_heads=1, dim=3, dtype=torch.float64)
+    assert torch.autograd.gradcheck(layout.attend, qkv)
+    assert torch.autograd.gradcheck(lambda *qkv: layout.attend(*qkv, window=2, softcap=1.0), qkv)
+
+
+def test_a_parents_gradient_is_summed_in_float32() -> None:
+    """Over 512 calls, of which each adds less than bfloat16 keeps; what is left is its last rounding, 0.4 %."""
+    lengths, parents = [3] + [1, 2] * 256, [None] + [0] * 512
+    qkv = draw(sum(lengths), heads=1, kv_heads=1, dim=8, dtype=torch.bfloat16)
+    direction = torch.ones(sum(lengths) - 3, 1, 8, dtype=torch.bfloat16)
+    ours = Layout(lengths, parents).attend(*qkv)[3:]
+    theirs = written_out(*qkv, sees(lengths, parents, None), None, None)[3:].to(torch.bfloat16)
+    a, b = (torch.autograd.grad(x, qkv[2], direction)[0][:3].double() for x in (ours, theirs))
+    assert ((a - b).abs() / b).max() < 2**-8
+
+
+def test_positions_go_on_after_the_parent() -> None:
+    layout = Layout([3, 2, 1, 2], [None, None, 0, 1])
+    assert layout.positions.tolist() == [0, 1, 2, 0, 1, 3, 2, 3]
+
+
+def test_adjacent_segments_of_one_parent_and_length_are_one_call() -> None:
+    layout = Layout([2, 2, 3, 1, 1, 1], [None, None, None, 0, 0, 1])
+    assert layout.runs == [Run(None, 2, 2), Run(None, 3, 1), Run(0, 1, 2), Run(1, 1, 1)]
+    assert Layout([1, 2, 1]).runs == [Run(None, 1, 1), Run(None, 2, 1), Run(None, 1, 1)]
+
+
+class Calls(TorchDispatchMode):
+    """The operations that are executed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(op._schema.name.removeprefix("aten::"))
+        return op(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("lengths", [[12], [4, 4, 4], [1] * 12])
+def test_sequences_of_one_length_are_not_copied(lengths: list[int]) -> None:
+    layout, qkv = Layout(lengths), [x.detach() for x in draw(12)]
+    with Calls() as calls:
+        layout.attend(*qkv)
+    views = ("split_with_sizes", "view", "transpose", "detach")
+    assert [name for name in calls.names if name not in views] == ["_scaled_dot_product_flash_attention_for_cpu"]
+
+
+def test_what_continuations_see_is_written_down_once() -> None:
+    """For all their lengths and all layers: position 5 is the first that needs it, 8 tokens the most to see."""
+    layout, qkv = Layout([9, 5, 3, 2], [None, None, 1, 1]), draw(19)
+    layout.attend(*qkv)
+    (bias,) = layout.biases.values()
+    assert bias.tolist() == [[0.0] * (6 + i) + [-torch.inf] * (3 - i) for i in range(4)]
+    layout.attend(*qkv)
+    assert [each is bias for each in layout.biases.values()] == [True]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "parents", "message"),
+    [
+        ([], None, "lengths: expected segments of a token or more, got []"),
+        ([3, 0], None, "got [3, 0]"),
+        ([3, 2], [None], "parents: expected 2, one a segment, got 1"),
+        ([3, 2], [None, 1], "for segment 1 an earlier one that has none itself, got 1"),
+        ([3, 2], [1, None], "for segment 0"),
+        ([3, 2, 1], [None, 0, 1], "for segment 2"),
+        ([3, 2], [None, -2], "got -2"),
+    ],
+)
+def test_segments_that_do_not_fit_are_refused(lengths: Any, parents: Any, message: str) -> None:
+    with pytest.raises(LossInputError) as error:
+        Layout(lengths, parents)
+    assert message in str(error.value)
+
+
+# What runs on a GPU alone, as far as it can be tested without one.
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "softcap", "has_varlen", "expected"),
+    [
+        (torch.bfloat16, 64, False, True, "varlen"),
+        (torch.float16, 256, False, True, "varlen"),
+        (torch.bfloat16, 96, False, True, "varlen"),
+        (torch.bfloat16, 100, False, True, "sdpa-by-length"),
+        (torch.bfloat16, 512, False, True, "sdpa-by-length"),
+        (torch.bfloat16, 64, False, False, "flex"),
+        (torch.bfloat16, 256, True, True, "flex"),
+        (torch.float32, 64, False, True, "flex"),
+        (torch.float32, 256, False, True, "sdpa-by-length"),
+        (torch.float32, 8, False, True, "sdpa-by-length"),
+        (torch.float32, 80, True, True, "sdpa-by-length"),
+        (torch.float64, 64, False, True, "sdpa-by-length"),
+    ],
+)
+def test_route_on_a_gpu(dtype: torch.dtype, head_dim: int, softcap: bool, has_varlen: bool, expected: str) -> None:
+    assert on_cuda(dtype, head_dim, softcap, has_varlen) == expected
+
+
+def test_route_elsewhere() -> None:
+    for dtype in TOLERANCES:
+        assert attention.route(torch.device("cpu"), dtype, 64) == "sdpa-by-length"
+
+
+def kernel(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, **options: Any
+) -> Tensor:
+    """What ``varlen_attn`` documents: sequence by sequence, causal from the end, ``window_size[0]`` keys back."""
+    assert cu_q.dtype == cu_k.dtype == torch.int32 and options["enable_gqa"] and options["window_size"][1] == 0
+    assert (max_q, max_k) == (int(cu_q.diff().max()), int(cu_k.diff().max()))
+    outputs = []
+    for a, b, c, d in zip(cu_q[:-1], cu_q[1:], cu_k[:-1], cu_k[1:], strict=True):
+        ago = torch.arange(d - c)[-(b - a) :, None] - torch.arange(d - c)
+        left = options["window_size"][0]
+        seen = (ago >= 0) & (ago <= (left if left >= 0 else ago.max()))
+        padded = torch.cat((q.new_zeros(int(d - c - b + a), *q.shape[1:]), q[a:b]))
+        everything = torch.cat((torch.ones(int(d - c - b + a), int(d - c), dtype=torch.bool), seen))
+        outputs.append(written_out(padded, k[c:d], v[c:d], everything, options["scale"], None)[-(b - a) :].to(q.dtype))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("window", [None, 1, 4])
+@pytest.mark.parametrize("of", [([5, 3, 2, 2, 1], [None, None, 0, 0, 1]), ([2, 5], [None, None])])
+def test_varlen_route_asks_the_kernel_for_the_mask(
+    of: Any, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in for the kernel, which runs on GPUs alone; so this is about what it is given."""
+    monkeypatch.setattr(attention, "varlen_kernel", lambda: kernel)
+    monkeypatch.setattr(attention, "route", lambda *_: "varlen")
+    layout = Layout(*of)
+    assert apart(layout, draw(sum(of[0])), window=window) < 2e-5
+    assert layout.route == "varlen"
+
+
+@given(layouts(), st.sampled_from([None, 1, 3]))
+def test_flex_route_has_the_mask(of: tuple[list[int], list[int | None]], window: int | None) -> None:
+    n = sum(of[0])
+    mask = create_mask(visible(Layout(*of), window), None, None, n, n, "cpu")
+    assert torch.equal(mask[0, 0], sees(*of, window))

