@@ -53,6 +53,7 @@ from lossfns.policy import ppo as ppo
 from lossfns.policy import reinforce as reinforce
 from lossfns.preference import dpo as dpo
 from lossfns.preference import orpo as orpo
+from lossfns.separable import token_gradient as token_gradient
 from lossfns.supervised import cross_entropy as cross_entropy
 from lossfns.supervised import multi_target_cross_entropy as multi_target_cross_entropy
 from lossfns.terms import k1 as k1

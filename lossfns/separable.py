@@ -1,0 +1,74 @@
+"""∂L/∂logprob of a few tokens at a time, for losses in which no token depends on another's logprob.
+
+What computes logprobs can then turn them into gradients at once, and keep nothing for a backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lossfns.errors import LossInputError
+from lossfns.loss import BoundLoss, Loss, named
+from lossfns.pack import weight_rows
+from lossfns.tokens import ON_POLICY, PAIRS, Tokens
+
+TokenGradient = Callable[[Tensor, Any], Tensor]
+"""Logprobs of some tokens, in float32 or better, and their index in the batch -> ∂L/∂logprob, in their shape."""
+
+
+@dataclass(frozen=True)
+class Lone(Tokens):
+    """Tokens of which nobody may ask which sequence they belong to."""
+
+    def __getattribute__(self, name: str) -> Any:
+        if name == "lengths":
+            raise LossInputError("loss", "a loss whose tokens stand for themselves", "one of whole sequences", FIX)
+        return super().__getattribute__(name)
+
+
+FIX = "Its gradient is known once all logprobs are: take another plan."
+
+
+def token_gradient(loss: Loss | BoundLoss, data: Sequence[Any], device: torch.device | str = "cpu") -> TokenGradient:
+    """The gradient of a loss as a function of any part of the batch's tokens, laid end to end.
+
+    The denominator is that of the whole batch, or the one that is bound. For ``linear_logprobs(plan="separable")``.
+
+    Raises:
+        LossInputError: where a token's term depends on other tokens, as in gspo, dpo and orpo.
+
+    >>> from lossfns import datum_from_tokens, reinforce
+    >>> data = [datum_from_tokens([5, 6, 7, 8], prompt_length=2)]
+    >>> gradient = token_gradient(reinforce().bind(advantages=[2.0]), data)
+    >>> gradient(torch.tensor([-1.0, -2.0]), slice(1, 3))  # the two tokens of the completion
+    tensor([-1., -1.])
+    """
+    bound = loss.bind() if isinstance(loss, Loss) else loss
+    if bound.loss.rows == PAIRS:
+        raise LossInputError("loss", "a loss whose tokens stand for themselves", f"{bound.loss!r}, over pairs", FIX)
+    nowhere = [torch.zeros(row.shape, device=device) for row in weight_rows(data, bound.loss.reads, bound.columns)]
+    t = bound.packed(data, nowhere)
+    divisor = 1.0 if bound.loss.count is None else bound.divisor or bound.denominator(data)
+    share = bound.loss.share(t) / divisor
+    on_policy = [name for name in bound.loss.reads if bound.columns.get(name) is ON_POLICY]
+
+    def gradient(logprobs: Tensor, index: Any) -> Tensor:
+        def some(x: Tensor) -> Tensor:
+            return x.view(-1, *logprobs.shape[1:])[index].flatten()
+
+        with torch.enable_grad():
+            lp = logprobs.detach().requires_grad_()
+            kept = torch.where(some(t.active), lp.flatten(), 0)
+            columns = {name: kept.detach() if name in on_policy else some(x) for name, x in t.columns.items()}
+            term, _ = bound.loss.terms(Lone(kept, some(t.weights), None, columns))
+            (g,) = torch.autograd.grad(torch.dot(some(share).to(term.dtype), term), lp)
+        return g
+
+    with named(bound.loss):
+        gradient(nowhere[0][:1], slice(0, 1))  # refuses a loss of another kind before any work is done
+    return gradient

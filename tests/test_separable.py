@@ -1,0 +1,114 @@
+"""``token_gradient``: any part of a batch's tokens has the gradient that it has in the whole."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import lossfns
+from lossfns import ON_POLICY, Loss, LossInputError
+from lossfns.backend.logprobs import linear_logprobs
+from lossfns.separable import token_gradient
+
+LENGTHS = (5, 1, 8, 3)
+N = sum(LENGTHS)
+
+BY_TOKEN: list[Loss] = [
+    lossfns.cross_entropy(),
+    lossfns.reinforce(weigh=lossfns.sequence_mean),
+    lossfns.importance_sampling(weigh=lossfns.token_sum),
+    lossfns.ppo(weigh=lossfns.sequence_sum_mean),
+    lossfns.grpo(kl_beta=0.1),
+    lossfns.dapo(dual_clip=3.0),
+    lossfns.cispo(),
+    lossfns.dro(),
+    lossfns.with_tis(lossfns.ppo()),
+]
+BY_SEQUENCE: list[Loss] = [lossfns.gspo(), lossfns.gspo_token(), lossfns.dpo(), lossfns.orpo()]
+
+
+def random(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def batch() -> list[Any]:
+    return [lossfns.datum_from_tokens(range(2, n + 3), prompt_length=min(2, n)) for n in LENGTHS]
+
+
+def bound(loss: Loss) -> Any:
+    columns: dict[str, Any] = {"advantages": [1.0, -2.0, 0.5, 3.0]}
+    names = ("old_logprobs", "ref_logprobs", "sampler_logprobs")
+    columns |= {name: list((-random(i, N).abs()).split(LENGTHS)) for i, name in enumerate(names)}
+    return loss.bind(**{name: columns[name] for name in loss.reads})
+
+
+def whole(loss: Any, logprobs: Tensor) -> Tensor:
+    leaf = logprobs.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(batch(), list(leaf.split(LENGTHS)))[0], leaf)
+    return gradient
+
+
+@pytest.mark.parametrize("loss", BY_TOKEN, ids=repr)
+@pytest.mark.parametrize(
+    "index", [slice(None), slice(3, 9), slice(16, 17), torch.tensor([11, 0, 4])], ids=["all", "some", "one", "any"]
+)
+def test_a_part_has_the_gradient_that_it_has_in_the_whole(loss: Loss, index: Any) -> None:
+    logprobs = -random(7, N).abs()
+    gradient = token_gradient(bound(loss), batch())
+    torch.testing.assert_close(
+        gradient(logprobs[index], index), whole(bound(loss), logprobs)[index], rtol=1e-6, atol=1e-8
+    )
+
+
+def test_a_denominator_that_is_bound_and_one_that_is_not() -> None:
+    """Weights of the four datums: 4, 1, 7 and 2 completion tokens, so the batch's own count is 14."""
+    logprobs = -random(7, N).abs()
+    own, fixed = (
+        token_gradient(loss, batch())
+        for loss in (lossfns.cross_entropy(), lossfns.cross_entropy().bind(denominator=7.0))
+    )
+    torch.testing.assert_close(2 * own(logprobs, slice(None)), fixed(logprobs, slice(None)))
+    assert sorted(set(own(logprobs, slice(None)).tolist())) == pytest.approx([-1 / 14, 0])
+
+
+def test_on_policy_the_old_logprobs_are_those_of_each_part() -> None:
+    """r = 1 wherever one looks, so ∂/∂lp = −A/n of the 14 tokens that count."""
+    loss = lossfns.ppo().bind(advantages=[1.0, -2.0, 0.5, 3.0], old_logprobs=ON_POLICY)
+    gradient = token_gradient(loss, batch())(-random(7, N).abs()[5:6], slice(5, 6))
+    assert gradient.item() == pytest.approx(2 / 14)
+
+
+def test_several_targets() -> None:
+    data = [
+        lossfns.Datum(
+            lossfns.ModelInput.from_ints([1, 2]),
+            {"target_tokens": [[1, 2], [3, 4]], "weights": [[0.5, 0.0], [1.0, 0.5]]},
+        )
+    ]
+    gradient = token_gradient(lossfns.multi_target_cross_entropy(weigh=lossfns.token_sum), data)
+    assert gradient(torch.tensor([[-1.0, -2.0]]), slice(1, 2)).tolist() == [[-1.0, -0.5]]
+
+
+@pytest.mark.parametrize("loss", BY_SEQUENCE, ids=repr)
+def test_a_loss_of_whole_sequences_is_refused_by_name(loss: Loss) -> None:
+    with pytest.raises(LossInputError, match="tokens stand for themselves") as error:
+        token_gradient(bound(loss), batch())
+    assert loss.name in str(error.value)
+
+
+@pytest.mark.parametrize("make", [lossfns.cross_entropy, lossfns.grpo, lossfns.cispo], ids=lambda make: make.__name__)
+def test_the_separable_plan_with_a_loss_is_the_loss(make: Callable[[], Loss]) -> None:
+    """From hidden states to gradients in one sweep, against the loss behind logits in float64."""
+    hidden, weight = random(1, N, 6), random(2, 11, 6)
+    targets = torch.cat([torch.tensor(d.loss_fn_inputs["target_tokens"].data) for d in batch()]) % 11
+    loss = bound(make())
+    leaves = [hidden.double().requires_grad_(), weight.double().requires_grad_()]
+    logprobs = (leaves[0] @ leaves[1].T).log_softmax(1).gather(1, targets[:, None]).squeeze(1)
+    expected = torch.autograd.grad(loss(batch(), list(logprobs.split(LENGTHS)))[0], leaves)
+    ours = [hidden.requires_grad_(), weight.requires_grad_()]
+    logprobs = linear_logprobs(*ours, targets, plan="separable", gradient=token_gradient(loss, batch()))
+    got = torch.autograd.grad(loss(batch(), list(logprobs.split(LENGTHS)))[0], ours)
+    for g, e in zip(got, expected):
+        torch.testing.assert_close(g.double(), e, rtol=1e-4, atol=1e-6)
