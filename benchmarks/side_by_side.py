@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import math
 import platform
 import re
 import statistics
@@ -45,24 +46,38 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def seconds(run: Callable[[], Any]) -> float:
+def seconds(run: Callable[[], Any]) -> tuple[float, Any]:
+    """How long it took, and what it returned."""
     synchronize()
     start = time.perf_counter()
-    run()
+    result = run()
     synchronize()
-    return time.perf_counter() - start
+    return time.perf_counter() - start, result
 
 
-def race(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every run in every round, after one warm-up round; the order rotates."""
+def race(
+    runs: dict[str, Callable[[], Any]],
+    rounds: int,
+    patience: float = math.inf,
+    look: Callable[[str, Any], None] = lambda name, result: None,
+) -> dict[str, list[float]]:
+    """Seconds of every run in every round, after one warm-up round; the order rotates.
+
+    ``look`` is shown what each returned in the warm-up. One that has used up ``patience`` seconds sits out the rest.
+    """
     keep_freed_memory()
     names = list(runs)
     times: dict[str, list[float]] = {name: [] for name in names}
     for r in range(rounds + 1):
         for name in names[r % len(names) :] + names[: r % len(names)]:
-            elapsed = seconds(runs[name])
+            if sum(times[name]) > patience:
+                continue
+            elapsed, result = seconds(runs[name])
             if r:
                 times[name].append(elapsed)
+            else:
+                look(name, result)
+            del result
     return times
 
 
@@ -77,12 +92,23 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
+def results_file(benchmark: str) -> Path:
+    """``results/<benchmark>.<device>.json``"""
+    slug = re.sub(r"[^a-z0-9]+", "-", device_name().lower()).strip("-")
+    return RESULTS / f"{benchmark}.{slug}.json"
+
+
+def load(benchmark: str) -> list[dict[str, Any]]:
+    """The rows that were written on this device before."""
+    path = results_file(benchmark)
+    rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
+    return rows
+
+
 def save(benchmark: str, rows: list[dict[str, Any]]) -> Path:
-    """Write ``results/<benchmark>.<device>.json`` with what is needed to read it later."""
-    device = device_name()
-    slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+    """Write the rows with what is needed to read them later."""
+    device, path = device_name(), results_file(benchmark)
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{benchmark}.{slug}.json"
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     path.write_text(json.dumps({"benchmark": benchmark, "device": device, **versions, "rows": rows}, indent=1) + "\n")
     return path

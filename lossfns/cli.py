@@ -10,7 +10,8 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -20,11 +21,11 @@ import torch
 
 import lossfns
 from lossfns import LossInputError
-from lossfns.backend import LocalTrainingClient, checkpoint
+from lossfns.backend import LocalTrainingClient, checkpoint, distributed
 from lossfns.testing.command import add_check
 from lossfns.testing.vectors.command import add_vectors
 from lossfns.train import recipes
-from lossfns.train.run import CHECKPOINT, CURVES, METRICS, RESULT, Run, State, begin, begun, table, write
+from lossfns.train.run import CHECKPOINTS, CURVES, METRICS, RESULT, Run, State, begin, begun, table, write
 
 
 def parser() -> argparse.ArgumentParser:
@@ -101,10 +102,18 @@ def train_command(args: argparse.Namespace) -> int:
     if args.resume is not None and given:
         args.parser.error(f"--resume takes all options from the run: leave out {', '.join(given)}")
     try:
-        return start(completed(args)) if args.resume is None else resume(Path(args.resume))
+        with silent() if int(os.environ.get("RANK", 0)) else nullcontext():
+            return start(completed(args)) if args.resume is None else resume(Path(args.resume))
     except LossInputError as error:
         print(f"lossfns: {error}", file=sys.stderr)
         return 2
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """Nothing on the terminal but errors: of many ranks, the first one writes."""
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield
 
 
 def completed(args: argparse.Namespace) -> argparse.Namespace:
@@ -144,30 +153,40 @@ def train(args: argparse.Namespace, folder: Path, check: Callable[[dict[str, Any
     torch.manual_seed(args.seed)  # whatever a recipe draws elsewhere than from its own seeds
     method = recipes.METHODS[args.method]
     loss, task = method.loss(), method.task(args)
-    client = LocalTrainingClient(device=args.device, seed=args.seed)
-    if args.init and not (folder / CHECKPOINT).exists():
+    client = LocalTrainingClient(device=args.device, seed=args.seed, mesh=distributed.start(args.device))
+    ranks = client.ranks
+    if args.init and not saved(folder):
         client.load_state(args.init).result()
-    check(config(args, client))
+    ranks.ask(ranks.first, check, config(args, client))
     state, save = newest(client, folder), partial(save_state, client, folder)
-    with Run(folder, save, state=state, every=args.save_every) as run:
+    with Run(folder, save, state=state, every=args.save_every, ranks=ranks) as run:
         run.say(f"{args.method} on {task.name}: {loss!r}")
         if run.history:
             run.say(f"resumed after {run.steps_done} steps")
         outcome = method.recipe(run, client, task, loss, args)
-    report(run, outcome)
+    if ranks.rank == 0:
+        report(run, outcome)
     return 0
 
 
 def save_state(client: LocalTrainingClient, folder: Path, state: State) -> None:
     metadata = {"run": json.dumps(state._asdict())}
-    client.save_state(folder / CHECKPOINT, overwrite=True, user_metadata=metadata).result()
+    name, other = CHECKPOINTS if client.ranks.size == 1 else CHECKPOINTS[::-1]
+    client.save_state(folder / name, overwrite=True, user_metadata=metadata).result()
+    client.ranks.ask(client.ranks.first, checkpoint.remove, folder / other)
+
+
+def saved(folder: Path) -> list[Path]:
+    """The checkpoint of a run; also an older one, if it was killed as another number of processes went on with it."""
+    paths = [folder / name for name in CHECKPOINTS if checkpoint.exists(folder / name)]
+    return sorted(paths, key=lambda path: checkpoint.metadata(path).get("steps", 0), reverse=True)
 
 
 def newest(client: LocalTrainingClient, folder: Path) -> State:
     """Load the newest checkpoint of the run and give its state, the first one where there is none."""
-    path = folder / CHECKPOINT
-    if not path.exists():
+    if not saved(folder):
         return State({}, [], {})
+    path = saved(folder)[0]
     client.load_state_with_optimizer(path).result()
     try:
         return State(**json.loads(checkpoint.metadata(path)["user_metadata"]["run"]))
@@ -188,7 +207,7 @@ def report(run: Run, outcome: recipes.Outcome) -> None:
     head = ("", "before", "after", "change")
     print("\n" + table([head, (outcome.title, f"{outcome.before:.3f}", f"{outcome.after:.3f}", change)]))
     print(f"\n{run.steps_done} steps in {result['seconds']} s{', stopped early' if run.stopped else ''}")
-    print(f"checkpoint  {run.folder / CHECKPOINT}")
+    print(f"checkpoint  {saved(run.folder)[0]}")
     print(f"metrics     {run.folder / METRICS}")
     print(f"curves      {draw(run, outcome, run.folder / CURVES)}")
     if run.stopped:
@@ -225,7 +244,7 @@ def sha256(path: str) -> str:
 
 def check_same(then: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
     """Refuse to go on with another file than the run began with; say where the same bits cannot be promised."""
-    needed = ["data"] if (folder / CHECKPOINT).exists() else ["data", "init"]
+    needed = ["data"] if saved(folder) else ["data", "init"]
     for name in needed:
         if then["sha256"].get(name) != now["sha256"].get(name):
             got, fix = f"{now['options'][name]}, which has changed since", "Put it back, or start a new run."

@@ -136,10 +136,21 @@ class BoundLoss:
         return count
 
     def __call__(self, data: Sequence[Any], logprobs_list: Sequence[Tensor]) -> tuple[Tensor, dict[str, float]]:
-        loss = self.loss
-        with named(loss):
-            t = pack(data, logprobs_list, loss.reads, self.columns, rows=loss.rows, align=self.align)
-            return self.measured(t)
+        with named(self.loss):
+            return self.measured(self.packed(data, logprobs_list))
+
+    def value(self, data: Sequence[Any], logprobs_list: Sequence[Tensor]) -> Tensor:
+        """The loss alone, for a chunk of a batch whose metrics are taken as a whole; nothing goes to the host."""
+        with named(self.loss):
+            return evaluate(self.loss, self.packed(data, logprobs_list), self.divisor)[0]
+
+    def packed(self, data: Sequence[Any], logprobs_list: Sequence[Tensor]) -> Tokens:
+        return pack(data, logprobs_list, self.loss.reads, self.columns, rows=self.loss.rows, align=self.align)
+
+    def part(self, which: slice) -> BoundLoss:
+        """The same for some of the datums: every bound column is cut to theirs."""
+        columns = {name: given if given is ON_POLICY else given[which] for name, given in self.columns.items()}
+        return replace(self, columns=columns)
 
     def measured(self, t: Tokens) -> tuple[Tensor, dict[str, float]]:
         """Loss and metrics of a packed batch; metrics and checks take one transfer to the host."""

@@ -269,12 +269,28 @@ def in_rows(row: Row, logprobs: Tensor) -> Row:
 
 
 def concatenate(logprobs_list: Sequence[Tensor]) -> Tensor:
-    """All logprobs end to end, float32 at least, without a copy where they are views of one tensor."""
+    """All logprobs end to end, float32 at least, without a copy where they are views of one leaf."""
     if isinstance(logprobs_list, FlatLogprobs) and logprobs_list.whole:
-        flat = logprobs_list.flat
+        flat: Tensor | None = logprobs_list.flat
     else:
+        flat = common_leaf(logprobs_list)
+    if flat is None:
         flat = torch.cat([lp if lp.ndim == 1 else lp.flatten() for lp in logprobs_list])
     return flat.to(torch.promote_types(flat.dtype, torch.float32))
+
+
+def common_leaf(logprobs_list: Sequence[Tensor]) -> Tensor | None:
+    """The flat leaf whose consecutive views these are, all of it; gradients then arrive in the leaf alone."""
+    leaf = logprobs_list[0]._base
+    if leaf is None or not leaf.is_leaf or not leaf.requires_grad or leaf.ndim != 1:
+        return None
+    end = leaf.storage_offset()
+    for lp in logprobs_list:
+        plain = lp._base is leaf and lp.requires_grad and lp.is_contiguous() and lp.storage_offset() == end
+        if not plain or lp._backward_hooks or lp.dtype != leaf.dtype:
+            return None
+        end += lp.numel()
+    return leaf if end == leaf.storage_offset() + leaf.numel() and leaf.is_contiguous() else None
 
 
 def fill(name: str, found: Any, shapes: Sequence[Sequence[int]], lengths: Tensor, like: Tensor) -> Tensor:

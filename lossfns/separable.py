@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from lossfns.errors import LossInputError
-from lossfns.loss import BoundLoss, Loss, named
-from lossfns.pack import weight_rows
+from lossfns.loss import BoundLoss, Loss, named, show
+from lossfns.pack import check_data, find
 from lossfns.tokens import ON_POLICY, PAIRS, Tokens
 
 TokenGradient = Callable[[Tensor, Any], Tensor]
@@ -37,10 +37,11 @@ FIX = "Its gradient is known once all logprobs are: take another plan."
 def token_gradient(loss: Loss | BoundLoss, data: Sequence[Any], device: torch.device | str = "cpu") -> TokenGradient:
     """The gradient of a loss as a function of any part of the batch's tokens, laid end to end.
 
-    The denominator is that of the whole batch, or the one that is bound. For ``linear_logprobs(plan="separable")``.
+    The denominator is that of the whole batch, or the one that is bound. For ``linear_logprobs(plan="separable")``,
+    whose backward pass refuses it where a term of one's own mixes tokens unnoticed here.
 
     Raises:
-        LossInputError: where a token's term depends on other tokens, as in gspo, dpo and orpo.
+        LossInputError: where a token's term depends on its sequence, as in gspo, dpo and orpo.
 
     >>> from lossfns import datum_from_tokens, reinforce
     >>> data = [datum_from_tokens([5, 6, 7, 8], prompt_length=2)]
@@ -48,11 +49,18 @@ def token_gradient(loss: Loss | BoundLoss, data: Sequence[Any], device: torch.de
     >>> gradient(torch.tensor([-1.0, -2.0]), slice(1, 3))  # the two tokens of the completion
     tensor([-1., -1.])
     """
+    if not isinstance(loss, Loss | BoundLoss):
+        raise LossInputError("loss", "a Loss such as ppo()", show(loss), "Nothing is known of another function.")
     bound = loss.bind() if isinstance(loss, Loss) else loss
     if bound.loss.rows == PAIRS:
         raise LossInputError("loss", "a loss whose tokens stand for themselves", f"{bound.loss!r}, over pairs", FIX)
-    nowhere = [torch.zeros(row.shape, device=device) for row in weight_rows(data, bound.loss.reads, bound.columns)]
-    t = bound.packed(data, nowhere)
+    with named(bound.loss):
+        check_data(data, bound.loss.rows)
+        nowhere = [torch.zeros(row.shape, device=device) for row in find("target_tokens", data, bound.columns)]
+        t = bound.packed(data, nowhere)
+        if len(t.logprobs) < sum(lp.numel() for lp in nowhere):
+            fix = "An index counts all targets: bring the rows of each datum to their length."
+            raise LossInputError("align", "rows as long as target_tokens", "'truncate', which cuts them", fix)
     divisor = 1.0 if bound.loss.count is None else bound.divisor or bound.denominator(data)
     share = bound.loss.share(t) / divisor
     on_policy = [name for name in bound.loss.reads if bound.columns.get(name) is ON_POLICY]

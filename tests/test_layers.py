@@ -14,7 +14,7 @@ LAYERS = [
     {"segments"},
     {"weigh", "pack", "readings"},
     {"loss"},
-    {"policy", "supervised", "preference", "advantages", "datum"},
+    {"policy", "supervised", "preference", "advantages", "datum", "separable"},
     {"lanes"},
     {"testing"},
     {"backend"},

@@ -91,6 +91,30 @@ def test_several_targets() -> None:
     assert gradient(torch.tensor([[-1.0, -2.0]]), slice(1, 2)).tolist() == [[-1.0, -0.5]]
 
 
+def test_the_entries_of_several_targets_may_be_listed() -> None:
+    """Four weights in a row are two for each of two tokens, as everywhere else."""
+    fields = {"target_tokens": [[1, 2], [3, 4]], "weights": [0.5, 0.0, 1.0, 0.5]}
+    data = [lossfns.Datum(lossfns.ModelInput.from_ints([1, 2]), fields)]
+    gradient = token_gradient(lossfns.multi_target_cross_entropy(weigh=lossfns.token_sum), data)
+    assert gradient(torch.tensor([[-1.0, -2.0]]), slice(1, 2)).tolist() == [[-1.0, -0.5]]
+
+
+def test_rows_that_would_be_cut_are_refused() -> None:
+    """An index counts all targets, also those whose advantages are missing."""
+    loss = lossfns.reinforce().bind(advantages=[[1.0] * n for n in (5, 1, 2, 3)], align="truncate")
+    with pytest.raises(LossInputError, match="reinforce: align: expected rows as long as target_tokens"):
+        token_gradient(loss, batch())
+    whole_rows = loss.bind(advantages=[[1.0] * n for n in LENGTHS])
+    assert (token_gradient(whole_rows, batch())(torch.zeros(2), slice(5, 7)) != 0).tolist() == [True, False]
+
+
+@pytest.mark.parametrize(("loss", "data", "field"), [(lossfns.cross_entropy(), [], "data"), (sum, batch(), "loss")])
+def test_neither_an_empty_batch_nor_another_function_has_one(loss: Any, data: list[Any], field: str) -> None:
+    with pytest.raises(LossInputError) as caught:
+        token_gradient(loss, data)
+    assert caught.value.field == field
+
+
 @pytest.mark.parametrize("loss", BY_SEQUENCE, ids=repr)
 def test_a_loss_of_whole_sequences_is_refused_by_name(loss: Loss) -> None:
     with pytest.raises(LossInputError, match="tokens stand for themselves") as error:

@@ -47,12 +47,13 @@ class Layout:
         self.shared = any(parent is not None for parent in self.parents)
         self.runs = [Run(*of, len(list(segments))) for of, segments in groupby(zip(self.parents, self.lengths))]
         self.route: str | None = None
+        # Of each segment: its tokens, where they start, and how many come before the first of them.
         self.own = np.array(self.lengths)
         self.start = self.own.cumsum() - self.own
         self.before = np.array([0 if parent is None else self.lengths[parent] for parent in self.parents])
         self.longest = int((self.before + self.own).max())
         self.positions = self.move(ranges(self.before, self.own))
-        self.biases: dict[tuple[int, int | None, torch.dtype], Tensor] = {}
+        self.biases: dict[tuple[int | None, torch.dtype], tuple[int, Tensor]] = {}
         self.block_masks: dict[int | None, Any] = {}
 
     def attend(
@@ -79,16 +80,20 @@ class Layout:
     def move(self, index: np.ndarray) -> Tensor:
         return torch.from_numpy(index).to(self.device)
 
-    def bias(self, first: int, window: int | None, dtype: torch.dtype) -> Tensor:
-        """To add to scores: 0 where the token at position ``first + i`` sees the one at j, else -inf.
+    def bias(self, start: int, end: int, window: int | None, dtype: torch.dtype) -> Tensor:
+        """To add to scores: 0 where the token at position ``start + i`` sees the one at j, else -inf; both to ``end``.
 
-        Made once; what each run needs is a part of it.
+        Made once, for all segments that take one: without a window those that continue another. What a run needs
+        is a part of it.
         """
-        if (first, window, dtype) not in self.biases:
-            hidden = torch.full((self.longest - first, self.longest), -torch.inf, dtype=dtype, device=self.device)
+        if (window, dtype) not in self.biases:
+            taking = (self.before > 0) | (window is not None)
+            first, last = int(self.before[taking].min()), int((self.before + self.own)[taking].max())
+            hidden = torch.full((last - first, last), -torch.inf, dtype=dtype, device=self.device)
             bias = hidden.triu(first + 1)
-            self.biases[first, window, dtype] = bias if window is None else bias + hidden.tril(first - window)
-        return self.biases[first, window, dtype]
+            self.biases[window, dtype] = first, bias if window is None else bias + hidden.tril(first - window)
+        first, bias = self.biases[window, dtype]
+        return bias[start - first : end - first, :end]
 
     @cached_property
     def keys(self) -> Tensor:
@@ -138,7 +143,6 @@ def by_length(
 ) -> Tensor:
     """PyTorch's dense attention, once for each run of segments."""
     attention = dense if softcap is None else partial(capped, softcap=softcap)
-    first = 0 if window is not None or not layout.shared else int(layout.before[layout.before > 0].min())
     sizes = [run.length * run.segments for run in layout.runs]
     outputs = []
     # Split, not sliced: the gradient of all the pieces is written once, where each slice writes a whole of its own.
@@ -148,7 +152,7 @@ def by_length(
         queries = rows.view(run.segments, run.length, *rows.shape[1:]).transpose(1, 2)
         bias, end = None, keys.shape[2]
         if window is not None or run.parent is not None:
-            bias = layout.bias(first, window, q.dtype)[end - run.length - first : end - first, :end]
+            bias = layout.bias(end - run.length, end, window, q.dtype)
         outputs.append(attention(queries, keys, values, bias, scale).transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 

@@ -2,59 +2,110 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lossfns import LossInputError, TensorData
+from lossfns.backend.prefixes import Shared, heads
 from lossfns.pack import as_row, check_data
 from lossfns.tokens import TOKENS
 
 
-class Batch(NamedTuple):
-    """``inputs`` [N] and ``targets`` [N] or [N, K], datum after datum, and the rows of each; the model's head [V, D].
+class Rows(NamedTuple):
+    """What datums give the model, checked: ids [N_i] of each, and its ``targets`` [N_i] or [N_i, K], if there are any.
 
     ``wrap`` is the datums' own class of tensors, in which results go back.
     """
 
-    inputs: Tensor
-    targets: Tensor
-    lengths: list[int]
-    head: Tensor
+    tokens: list[np.ndarray]
+    targets: list[np.ndarray]
     wrap: Any
 
+    def part(self, which: slice) -> Rows:
+        return Rows(self.tokens[which], self.targets[which], self.wrap)
 
-def pack_datums(data: Sequence[Any], model: nn.Module) -> Batch:
-    """Datums to flat tensors on the model's device; refuses what does not fit together, or the vocabulary."""
+    @property
+    def lengths(self) -> list[int]:
+        return [len(ids) for ids in self.tokens]
+
+    @property
+    def counts(self) -> list[int]:
+        """How many values each datum has: one for each target, or an embedding."""
+        return self.lengths if self.targets else [1] * len(self.tokens)
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """The shape of each datum's logprobs."""
+        return [row.shape for row in self.targets]
+
+
+def with_targets(data: Sequence[Any], vocabulary: int) -> Rows:
+    """Model inputs and targets; refuses what does not fit together, or the vocabulary."""
     check_datums(data)
-    head: Tensor = model.head  # type: ignore[assignment]  # once: with an adapter it is a product of matrices
-    tokens = [token_ids(datum, len(head), i) for i, datum in enumerate(data)]
-    targets = [target_ids(datum, len(head), i) for i, datum in enumerate(data)]
+    tokens = [token_ids(datum, vocabulary, i) for i, datum in enumerate(data)]
+    targets = [target_ids(datum, vocabulary, i) for i, datum in enumerate(data)]
     for i, (ids, row) in enumerate(zip(tokens, targets)):
         check_frame(ids, row, targets[0], i)
-    return Batch(flat(tokens, model), flat(targets, model), [len(ids) for ids in tokens], head, wrapper(data))
+    return Rows(tokens, targets, wrapper(data))
 
 
-def pack_tokens(data: Sequence[Any], model: nn.Module) -> tuple[Tensor, list[int]]:
-    """The model inputs alone, for losses that have no targets: ids [N], and how many each datum has."""
+def without_targets(data: Sequence[Any], vocabulary: int) -> Rows:
+    """The model inputs alone, for losses that have no targets."""
     check_datums(data)
-    vocabulary = len(model.head)  # type: ignore[arg-type]
     empty = "Cannot pool embedding from an empty text sequence"
-    tokens = [token_ids(datum, vocabulary, i, empty) for i, datum in enumerate(data)]
-    return flat(tokens, model), [len(ids) for ids in tokens]
+    return Rows([token_ids(datum, vocabulary, i, empty) for i, datum in enumerate(data)], [], wrapper(data))
+
+
+class Batch(NamedTuple):
+    """Tokens as the model takes them, segment after segment, and where the values of the datums come from.
+
+    A prefix that datums have in common is a segment of its own (``prefixes.share``). Head row r reads the hidden
+    state of token ``read[r]`` and scores ``targets[r]``; position n of the datums takes head row ``spread[n]``.
+    None stands for all of them, in order.
+    """
+
+    inputs: Tensor
+    lengths: list[int]
+    parents: list[int | None]
+    read: Tensor | None
+    targets: Tensor | None
+    spread: Tensor | None
+
+
+def batch_of(rows: Rows, share_prefixes: Callable[[Sequence[np.ndarray]], Shared], device: torch.device) -> Batch:
+    """The datums' tokens laid end to end, as ``share_prefixes`` finds what they have in common."""
+
+    def moved(x: np.ndarray) -> Tensor:
+        return torch.from_numpy(x).to(device)
+
+    def unless_all(index: np.ndarray) -> Tensor | None:
+        return None if np.array_equal(index, np.arange(len(index))) else moved(index)
+
+    shared = share_prefixes(rows.tokens)
+    inputs = moved(np.concatenate(rows.tokens)[shared.order])
+    if not rows.targets:
+        return Batch(inputs, shared.lengths, shared.parents, unless_all(shared.rows), None, None)
+    targets = np.concatenate(rows.targets)
+    read, spread = heads(shared.rows, targets)
+    if len(read) < len(spread):
+        targets = targets[np.unique(spread, return_index=True)[1]]
+    return Batch(inputs, shared.lengths, shared.parents, unless_all(read), moved(targets), unless_all(spread))
+
+
+def apart(tokens: Sequence[np.ndarray]) -> Shared:
+    """Every sequence by itself, for a model that cannot continue a segment."""
+    every = np.arange(sum(map(len, tokens)))
+    return Shared(every, [len(ids) for ids in tokens], [None] * len(tokens), every)
 
 
 def wrapper(data: Sequence[Any]) -> Any:
     """The class of the datums' tensors: ours, or an SDK's, whose Datum takes no other."""
     kinds = (type(value) for datum in data for value in datum.loss_fn_inputs.values())
     return next((kind for kind in kinds if kind.__name__ == "TensorData" and hasattr(kind, "from_numpy")), TensorData)
-
-
-def flat(rows: Sequence[np.ndarray], model: nn.Module) -> Tensor:
-    return torch.from_numpy(np.concatenate(rows)).to(next(model.parameters()).device)
 
 
 def check_datums(data: Sequence[Any]) -> None:

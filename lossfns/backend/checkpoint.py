@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -27,6 +28,8 @@ from lossfns import LossInputError
 
 FAMILY, VERSION = "lossfns-checkpoint", 2
 FORMAT = f"{FAMILY}-{VERSION}"
+FOLDER_META = "meta.json"
+"""In a folder, which many processes write: ``folders``."""
 
 
 def save(path: str | Path, tensors: Mapping[str, Tensor], data: Mapping[str, Any]) -> Path:
@@ -52,6 +55,10 @@ def save(path: str | Path, tensors: Mapping[str, Tensor], data: Mapping[str, Any
 
 def load(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and the data of a checkpoint; an error that names the file if it is not a whole one."""
+    if Path(path).is_dir():
+        from lossfns.backend import folders  # half a second, which a file need not spend
+
+        return folders.load(path)
     with opened(path) as (archive, meta):
         with open(path, "rb") as file:
             if archive.comment != digest(file):
@@ -61,9 +68,23 @@ def load(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def metadata(path: str | Path) -> dict[str, Any]:
     """The data alone, without reading the tensors."""
+    if Path(path).is_dir():
+        from lossfns.backend import folders
+
+        return folders.metadata(path)
     with opened(path) as (_, meta):
         data: dict[str, Any] = meta["data"]
         return data
+
+
+def exists(path: Path) -> bool:
+    """Whether there is a checkpoint; a folder that a killed save has left is none."""
+    return path.is_file() or (path / FOLDER_META).is_file()
+
+
+def remove(path: Path) -> None:
+    """The checkpoint that is there, if any."""
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 DIGEST = 64

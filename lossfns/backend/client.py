@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from lossfns import LossInputError
-from lossfns.backend import checkpoint
-from lossfns.backend.batch import pack_datums
+from lossfns.backend import checkpoint, lora
 from lossfns.backend.builtins import check_config
-from lossfns.backend.custom import LossFn, Outputs, Value
+from lossfns.backend.custom import LossFn, Value
+from lossfns.backend.distributed import Alone, Ranks
 from lossfns.backend.engine import POOLS, Engine
 from lossfns.backend.futures import APIFuture, Ready, Worker, log, twin
+from lossfns.backend.memory import check_budget
 from lossfns.backend.model import Decoder
-from lossfns.backend.profiles import named, profile_of
+from lossfns.backend.passes import Work
+from lossfns.backend.profiles import cost, named, profile_of
 from lossfns.backend.requests import (
     check_loss_type,
     check_no_more,
@@ -42,6 +43,9 @@ from lossfns.backend.types import (
     OptimStepResponse,
     SaveResponse,
 )
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 EMBEDDED: dict[str, Any] = {"dim": 128, "layers": 4, "heads": 4, "kv_heads": 2, "hidden": 384}
 """The shape of the model that is used when none is given."""
@@ -75,6 +79,9 @@ class LocalReferenceClient(Ready):
         dtype: of the weights; None keeps the model's own. Logprobs are float32 at least.
         profile: ``"tinker"`` or ``"fireworks"``, the service that is followed where the two differ.
         name: what ``get_info`` calls the model; its class if it is not given.
+        memory_budget: bytes that a request may take beyond the weights and what is accumulated already; a batch
+            that needs more goes in micro-batches, with the same gradient. None: most of what is free.
+        mesh: of ``distributed.start``, to share the model with other processes, which make the same calls.
     """
 
     def __init__(
@@ -87,15 +94,19 @@ class LocalReferenceClient(Ready):
         seed: int = 0,
         profile: str = "tinker",
         name: str | None = None,
+        memory_budget: float | None = None,
+        mesh: DeviceMesh | None = None,
     ) -> None:
+        check_budget(memory_budget)
         self._profile = profile_of(profile)
         self._tokenizer = tokenizer or (ByteTokenizer() if model is None else None)
         model = model if model is not None else Decoder(vocab_size=ByteTokenizer.vocab_size, seed=seed, **EMBEDDED)
-        self.model = model.to(pick_device(device), dtype).eval()
+        self.ranks = Alone() if mesh is None else Ranks(mesh, device)
+        self.model = model.to(pick_device(device) if mesh is None else None, dtype).eval()
         self._name = name or type(model).__name__
         self.user_metadata: dict[str, str] = {}  # goes into every checkpoint, below what the save itself is given
-        self._engine = Engine(self.model)
-        self._worker = Worker()
+        self._worker = Worker(self.ranks.line, self.ranks.call)
+        self._engine = self._worker.submit(Engine, self.model, self.ranks, memory_budget).result()
 
     def forward(
         self,
@@ -141,26 +152,26 @@ class LocalReferenceClient(Ready):
         value = self._engine.forward(data, loss_fn, config)
         return output_of(value, named(value.metrics))
 
-    @torch.no_grad()
     def _embed(self, data: Any, pooling: str) -> ForwardBackwardOutput:
-        outputs = self._engine.embeddings(data, POOLS[pooling])
+        outputs = self._engine.values(self._engine.embeddings(data, POOLS[pooling]))
         return ForwardBackwardOutput("TensorData", outputs.records(), {})
 
     def _info(self) -> GetInfoResponse:
         parameters = list(self.model.parameters())
-        lora = getattr(self.model, "lora", None)
-        rank = lora["rank"] if isinstance(lora, dict) else None
+        adapters, shape = (getattr(self.model, name, None) or {} for name in ("lora", "shape"))
+        arch = shape.get("architecture", type(self.model).__name__)
         return GetInfoResponse(
-            model_data=ModelData(type(self.model).__name__, self._name, getattr(self._tokenizer, "name_or_path", None)),
+            model_data=ModelData(arch, self._name, getattr(self._tokenizer, "name_or_path", None)),
             model_id=f"{self._name}-{id(self):x}",
-            is_lora=rank is not None,
-            lora_rank=rank,
+            is_lora=bool(adapters),
+            lora_rank=adapters.get("rank"),
             model_name=self._name,
             parameters=sum(p.numel() for p in parameters),
             device=str(parameters[0].device),
             dtype=str(parameters[0].dtype),
             steps=self._engine.steps,
             profile=self._profile.name,
+            attention=getattr(self.model, "attention", None),
         )
 
 
@@ -306,6 +317,16 @@ class LocalTrainingClient(LocalReferenceClient):
         check_path("model_path", model_path)
         return await self._worker.submit(self._sampling_client, model_path)
 
+    def reference(self) -> LocalReferenceClient:
+        """This model as it was before it got adapters, behind ``forward`` alone: the reference policy on one copy.
+
+        Its requests and this client's run in one order, on one thread and on the same weights.
+        """
+        if not lora.layers(self.model):
+            fix = "Pass a copy of the model to LocalReferenceClient, before the first step."
+            raise LossInputError("reference", "a model with adapters, which can be switched off", "none", fix)
+        return Unadapted(self)
+
     forward_backward_async = twin(forward_backward)
     optim_step_async = twin(optim_step)
     save_state_async = twin(save_state)
@@ -321,31 +342,31 @@ class LocalTrainingClient(LocalReferenceClient):
         self._profile.check_call(data)
         if output == "logprobs":
             check_targets(data)
-        outputs = self._logprobs if output == "logprobs" else partial(self._embeddings, pooling=pooling)
+        work = self._logprobs if output == "logprobs" else partial(self._embeddings, pooling=pooling)
         # The loss gets the datums themselves, as from the services, in a list that the caller may go on filling.
         own = list(data) if isinstance(data, list) else data
-        return self._worker.submit_gradient(self._custom, snapshot(data), own, loss_fn, outputs)
+        return self._worker.submit_gradient(self._custom, snapshot(data), own, loss_fn, work)
 
     # What the worker runs
 
     def _forward_backward(self, data: Any, loss_fn: Any, config: Any) -> ForwardBackwardOutput:
         def report(value: Value) -> ForwardBackwardOutput:
-            return output_of(value, self._profile.builtin_metrics(loss_fn, value))
+            return output_of(value, self._profile.builtin_metrics(loss_fn, value) | named(cost(value)))
 
         return self._engine.forward_backward(data, loss_fn, config, report)
 
-    def _custom(self, fields: Any, data: Any, loss_fn: Any, outputs: Callable[[Any], Outputs]) -> ForwardBackwardOutput:
+    def _custom(self, fields: Any, data: Any, loss_fn: Any, work: Callable[[Any], Work]) -> ForwardBackwardOutput:
         def report(value: Value) -> ForwardBackwardOutput:
-            return output_of(value, self._profile.custom_metrics(value))
+            return output_of(value, cost(value) | self._profile.custom_metrics(value))
 
-        return self._engine.backward(loss_fn, data, outputs(fields), report)
+        return self._engine.backward(loss_fn, data, work(fields), report)
 
-    def _logprobs(self, data: Any) -> Outputs:
-        batch = pack_datums(data, self.model)
+    def _logprobs(self, data: Any) -> Work:
+        work = self._engine.logprobs(data)
         self._profile.check_custom(data)
-        return self._engine.logprobs(batch)
+        return work
 
-    def _embeddings(self, data: Any, pooling: str) -> Outputs:
+    def _embeddings(self, data: Any, pooling: str) -> Work:
         return self._engine.embeddings(data, POOLS[pooling])
 
     def _save_state(self, path: str | Path, overwrite: bool, metadata: dict[str, str]) -> SaveResponse:
@@ -353,12 +374,12 @@ class LocalTrainingClient(LocalReferenceClient):
             fix = "Call optim_step first: gradients are not part of a checkpoint."
             raise LossInputError("save_state", "no accumulated gradient", "one", fix)
         if not overwrite:
-            refuse_existing(path)
+            self.ranks.first(refuse_existing, path)
         tensors = self._engine.state()
         return self._write(path, tensors, "state", metadata, stepped=stepped(tensors))
 
     def _save_weights(self, path: str | Path, metadata: dict[str, str]) -> SaveResponse:
-        refuse_existing(path)
+        self.ranks.first(refuse_existing, path)
         return self._write(path, weights(self.model), "sampler", metadata)
 
     def _write(self, path: str | Path, tensors: Any, kind: str, metadata: dict[str, str], **more: Any) -> SaveResponse:
@@ -370,20 +391,20 @@ class LocalTrainingClient(LocalReferenceClient):
             "user_metadata": self.user_metadata | metadata,
         }
         try:
-            return SaveResponse(str(checkpoint.save(path, tensors, data)))
+            return SaveResponse(str(self.ranks.save(path, tensors, data)))
         except LossInputError as error:
             error.field = "name" if error.field == "path" else error.field
             raise
 
     def _load_state(self, path: str | Path) -> LoadWeightsResponse:
-        tensors, data = checkpoint.load(path)
+        tensors, data = self.ranks.load(path)
         check_description(self.model, data, str(path))
         with self._saying_what_is_dropped(path):
             self._engine.load_weights(tensors, str(path))
         return LoadWeightsResponse(str(path))
 
     def _load_state_with_optimizer(self, path: str | Path) -> LoadWeightsResponse:
-        tensors, data = checkpoint.load(path)
+        tensors, data = self.ranks.load(path)
         if data.get("kind") == "sampler":
             fix = "Take load_state, or a file of save_state."
             raise LossInputError("path", "a checkpoint with an optimizer", f"{path}, weights for a sampler", fix)
@@ -400,7 +421,7 @@ class LocalTrainingClient(LocalReferenceClient):
             log.warning("Loading %s has dropped the accumulated gradient of %d sequences.", path, count)
 
     def _snapshot(self) -> LocalSamplingClient:
-        return LocalSamplingClient(copy.deepcopy(self.model), self._tokenizer)
+        return LocalSamplingClient(self.ranks.copy(), self._tokenizer, self.ranks)
 
     def _sampling_client(self, path: str | Path) -> LocalSamplingClient:
         tensors, data = checkpoint.load(path)
@@ -408,3 +429,18 @@ class LocalTrainingClient(LocalReferenceClient):
         sampler = self._snapshot()
         load_weights(sampler.model, tensors, str(path))
         return sampler
+
+
+class Unadapted(LocalReferenceClient):
+    """The model of a client with its adapters off, on the client's own thread."""
+
+    def __init__(self, policy: LocalTrainingClient) -> None:
+        vars(self).update(vars(policy))
+
+    def _forward(self, data: Any, loss_fn: Any, config: Any) -> ForwardBackwardOutput:
+        with lora.off(self.model):
+            return super()._forward(data, loss_fn, config)
+
+    def _embed(self, data: Any, pooling: str) -> ForwardBackwardOutput:
+        with lora.off(self.model):
+            return super()._embed(data, pooling)

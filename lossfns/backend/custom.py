@@ -43,12 +43,18 @@ class Outputs(NamedTuple):
 
 
 class Value(NamedTuple):
-    """A loss, ``gradient`` = ∂loss/∂outputs in their shape, and the metrics that the loss itself returned."""
+    """A loss, ``gradient`` = ∂loss/∂outputs in their shape, and the metrics that the loss itself returned.
+
+    ``passes`` and ``micro_batches`` say how it was computed, ``peak_memory`` the bytes that this took at most.
+    """
 
     loss: float
     gradient: Tensor
     metrics: dict[str, Any]
     outputs: Outputs
+    passes: int = 1
+    micro_batches: int = 1
+    peak_memory: int = 0
 
     @property
     def surrogate(self) -> float:
@@ -64,31 +70,27 @@ class Value(NamedTuple):
 def differentiate(loss_fn: LossFn | Loss | BoundLoss, data: list[Any], outputs: Outputs) -> Value:
     """Call the loss once, on leaves cut off from the model, and take its gradient.
 
-    Our own losses run where the outputs are, on one flat leaf. Any other callable gets what the hosted
-    services give it: one leaf for each datum, on the CPU.
+    Our own losses run where the outputs are. Any other callable gets what the hosted services give it, tensors on
+    the CPU, one for each datum. All of them are views of one flat leaf, which a loss of ours takes as it is, also
+    within another callable: autograd has one leaf to fill then, in place of thousands.
     """
     if isinstance(loss_fn, str) or not callable(loss_fn):
         fix = "A built-in's name goes to forward_backward, a loss such as grpo() comes here."
         raise LossInputError("loss_fn", "a function (data, logprobs_list) -> (loss, metrics)", repr(loss_fn), fix)
+    values = outputs.values.detach().flatten()
     if isinstance(loss_fn, (Loss, BoundLoss)):
-        flat = FlatLogprobs(outputs.values.detach().reshape(-1).requires_grad_(), outputs.shapes)
-        leaves = [flat.flat]
+        flat = FlatLogprobs(values.requires_grad_(), outputs.shapes)
         loss, metrics = checked(loss_fn(data, flat))
+        go_back(loss, flat.flat)
     else:
-        leaves = separate(outputs)
-        loss, metrics = checked(loss_fn(data, leaves.copy()))  # it may do with its list what it likes
-    go_back(loss, leaves)
-    gradient = torch.cat([gradient_of(leaf, i, outputs.name).flatten() for i, leaf in enumerate(leaves)])
-    gradient = gradient.view_as(outputs.values).to(outputs.values)
+        flat = FlatLogprobs(values.cpu().clone().requires_grad_(), outputs.shapes)
+        loss, metrics = checked(loss_fn(data, list(flat)))  # it may do with its list what it likes
+        go_back(loss, flat.flat)
+        check_used(loss, flat, outputs.name)
+    assert flat.flat.grad is not None
+    gradient = flat.flat.grad.view_as(outputs.values).to(outputs.values)
     check_finite(gradient, outputs)
     return Value(float(loss.detach()), gradient, metrics, outputs)
-
-
-def separate(outputs: Outputs) -> list[Tensor]:
-    """A leaf for each datum, on the CPU."""
-    sizes = [math.prod(shape) for shape in outputs.shapes]
-    parts = torch.split(outputs.values.detach().cpu().flatten(), sizes)
-    return [part.reshape(shape).clone().requires_grad_() for part, shape in zip(parts, outputs.shapes)]
 
 
 def checked(result: Any) -> tuple[Tensor, dict[str, Any]]:
@@ -121,9 +123,9 @@ def value_of(loss: Tensor) -> float:
         raise LossInputError("loss", "a number", got, fix) from error
 
 
-def go_back(loss: Tensor, leaves: list[Tensor]) -> None:
-    """From the loss to the leaves, for the first time: what a loss added itself would count twice."""
-    if any(leaf.grad is not None for leaf in leaves):
+def go_back(loss: Tensor, leaf: Tensor) -> None:
+    """From the loss to the leaf, for the first time: what a loss added itself would count twice."""
+    if leaf.grad is not None:
         got = "one whose loss_fn has called backward()"
         raise LossInputError("loss", "a loss without a gradient yet", got, "Return it, and leave backward() out.")
     try:
@@ -135,18 +137,46 @@ def go_back(loss: Tensor, leaves: list[Tensor]) -> None:
         raise LossInputError("loss", "a loss that autograd can differentiate", f"{error}", fix) from error
 
 
-def gradient_of(leaf: Tensor, datum: int, name: str) -> Tensor:
-    if leaf.grad is None:
-        one = "logprob" if name == "logprobs" else name
-        fix = f"Every datum's {name} must enter the loss, if only as 0.0 * {name}.sum()."
-        raise LossInputError(name, "a gradient", f"No gradient computed for {one} tensor", fix, datum=datum)
-    return leaf.grad
+def check_used(loss: Tensor, flat: FlatLogprobs, name: str) -> None:
+    """Refuse a loss that leaves out a datum, as the services do."""
+    if flat.flat.grad is None:
+        raise not_used(name, 0)
+    starts = np.cumsum([0, *(math.prod(view.shape) for view in flat.views[:-1])])
+    still = np.flatnonzero(~np.logical_or.reduceat((flat.flat.grad != 0).numpy(), starts))
+    if len(still):  # a gradient of 0, or none at all? The graph tells.
+        reached = used(loss, flat)
+        left_out = [int(i) for i in still if i not in reached]
+        if left_out:
+            raise not_used(name, left_out[0])
 
 
-def check_finite(gradient: Tensor, outputs: Outputs) -> None:
-    """A loss may be finite where its gradient is not: sqrt at 0, or inf times 0."""
+def used(loss: Tensor, flat: FlatLogprobs) -> set[int]:
+    """The datums whose views, or whose common base, the graph of a loss leads to."""
+    split = flat.views[0].grad_fn.next_functions[0][0]  # type: ignore[union-attr]
+    (base, _), *_ = split.next_functions  # type: ignore[union-attr]
+    reached, seen, to_do = set(), {split}, [(loss.grad_fn, 0)]
+    while to_do:
+        node, output = to_do.pop()
+        if node is split:
+            reached.add(output)
+        elif node is base:
+            return set(range(len(flat.views)))
+        if node is not None and node not in seen:
+            seen.add(node)
+            to_do.extend(node.next_functions)
+    return reached
+
+
+def not_used(name: str, datum: int) -> LossInputError:
+    one = "logprob" if name == "logprobs" else name
+    fix = f"Every datum's {name} must enter the loss, if only as 0.0 * {name}.sum()."
+    return LossInputError(name, "a gradient", f"No gradient computed for {one} tensor", fix, datum=datum)
+
+
+def check_finite(gradient: Tensor, outputs: Outputs, first: int = 0) -> None:
+    """A loss may be finite where its gradient is not: sqrt at 0, or inf times 0. ``first`` counts the datums before."""
     if not gradient.isfinite().all():
         parts = torch.split(gradient, outputs.lengths)
-        datum = next(i for i, part in enumerate(parts) if not part.isfinite().all())
+        datum = first + next(i for i, part in enumerate(parts) if not part.isfinite().all())
         got, fix = "nan or inf", "Mask before the maths, not after; sqrt and log have no slope at 0."
         raise LossInputError(outputs.name, "a finite gradient", got, fix, datum=datum)

@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from enum import Enum
+from functools import partial
+from inspect import signature
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lossfns import BoundLoss, Loss, LossInputError
-from lossfns.backend import state
-from lossfns.backend.batch import Batch, pack_datums, pack_tokens, wrapper
+from lossfns.backend import passes, state
+from lossfns.backend.batch import Batch, Rows, apart, batch_of, with_targets, without_targets
 from lossfns.backend.builtins import builtin
-from lossfns.backend.custom import LossFn, Outputs, Value, differentiate
-from lossfns.backend.logprobs import linear_logprobs
+from lossfns.backend.custom import LossFn, Outputs, Value
+from lossfns.backend.distributed import Alone, Ranks, entire, shard_of
+from lossfns.backend.logprobs import model_logprobs
+from lossfns.backend.memory import FEW, MARGIN, Footprint, cut, footprint, free, too_small
+from lossfns.backend.passes import Work
+from lossfns.backend.prefixes import share
 from lossfns.backend.types import OptimStepResponse
 from lossfns.checks import number
-from lossfns.tokens import FlatLogprobs
+from lossfns.tokens import PAIRS, FlatLogprobs
 
 T = TypeVar("T")
 
@@ -52,8 +59,12 @@ class Accumulated(NamedTuple):
 class Engine:
     """A model with accumulated gradients and an AdamW optimizer."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, ranks: Alone | Ranks, memory_budget: float | None = None) -> None:
+        self.model, self.ranks, self.memory_budget = model, ranks, memory_budget
+        with torch.no_grad():
+            self.vocabulary, self.width = len(model.head), model.head[0].nbytes  # type: ignore[arg-type,index]
+        self.footprints = FOOTPRINTS if getattr(model, "shape", None) else {}  # for one kind of model, or for this one
+        ranks.hold(model)
         self.start_optimizer()
 
     def start_optimizer(self) -> None:
@@ -69,58 +80,89 @@ class Engine:
 
     # Forward
 
-    def logprobs(self, batch: Batch) -> Outputs:
+    def logprobs(self, data: Sequence[Any]) -> Work:
         """Float32 logprobs of the targets, in their shape."""
-        hidden = self.model(batch.inputs, batch.lengths)
-        logprobs = linear_logprobs(hidden, batch.head, batch.targets)
-        return Outputs("logprobs", logprobs, batch.lengths, batch.wrap)
+        rows = self.readable(with_targets(data, self.vocabulary))
+        run = partial(self.run_logprobs, room=partial(self.room, longest=max(rows.lengths)))
+        return Work("logprobs", rows, partial(self.ranks.run, run))
 
-    def embeddings(self, data: Sequence[Any], pool: Pool) -> Outputs:
+    def embeddings(self, data: Sequence[Any], pool: Pool) -> Work:
         """Float32 hidden states after the final norm, pooled over each datum's tokens: [B, D]."""
-        tokens, lengths = pack_tokens(data, self.model)
-        hidden = self.model(tokens, lengths)
-        pooled = pool(hidden.to(torch.promote_types(hidden.dtype, torch.float32)), lengths)
-        return Outputs("embedding", pooled, [1] * len(lengths), wrapper(data))
+        rows = self.readable(without_targets(data, self.vocabulary))
+        return Work("embedding", rows, partial(self.ranks.run, partial(self.run_embeddings, pool=pool)))
 
-    @torch.no_grad()
+    def readable(self, rows: Rows) -> Rows:
+        """Refuse what is longer than the model can read: here, on all ranks, before one of them finds out."""
+        context = getattr(self.model, "context", math.inf)
+        for i, length in enumerate(rows.lengths):
+            if length > context:
+                expected = f"sequences of at most {context} tokens, the context of the model"
+                raise LossInputError("model_input", expected, f"{length}", "Cut it.", datum=i)
+        return rows
+
+    def values(self, work: Work) -> Outputs:
+        """The values of all datums, no gradient."""
+        with torch.no_grad():
+            return work.outputs(passes.forward(work, self.parts(work)))
+
+    def run_logprobs(self, rows: Rows, room: Callable[[int], float]) -> Tensor:
+        """With ``room(tokens)`` bytes for logits that are kept for the backward pass."""
+        batch, hidden = self.run(rows)
+        assert batch.targets is not None
+        logprobs = model_logprobs(self.model, taken(hidden, batch.read), batch.targets, room(len(hidden)))
+        return taken(logprobs, batch.spread)
+
+    def run_embeddings(self, rows: Rows, pool: Pool) -> Tensor:
+        batch, hidden = self.run(rows)
+        hidden = taken(hidden, batch.read)
+        return pool(hidden.to(torch.promote_types(hidden.dtype, torch.float32)), rows.lengths)
+
+    def run(self, rows: Rows) -> tuple[Batch, Tensor]:
+        """Hidden states after the final norm, of the tokens of a batch; prefixes in common are computed once."""
+        if "parents" not in signature(self.model.forward).parameters:
+            batch = batch_of(rows, apart, self.device)
+            return batch, self.model(batch.inputs, batch.lengths)
+        batch = batch_of(rows, share, self.device)
+        return batch, self.model(batch.inputs, batch.lengths, batch.parents)
+
     def forward(self, data: list[Any], loss_fn: Any, config: Any) -> Value:
         """Logprobs and the built-in's value, no gradient."""
-        batch = pack_datums(data, self.model)
-        loss_fn = builtin(loss_fn, config, data, batch.targets.ndim - 1)
-        outputs = self.logprobs(batch)
-        loss, metrics = loss_fn(data, FlatLogprobs(outputs.values.flatten(), outputs.shapes))
+        work = self.logprobs(data)
+        bound = builtin(loss_fn, config, data, work.rows.targets[0].ndim - 1)
+        outputs = self.values(work)
+        loss, metrics = bound(data, FlatLogprobs(outputs.values.flatten(), outputs.shapes))
         return Value(float(loss), torch.zeros_like(outputs.values), metrics, outputs)
 
     # Backward
 
     def forward_backward(self, data: list[Any], loss_fn: Any, config: Any, report: Callable[[Value], T]) -> T:
         """A built-in loss: forward, backward, gradients added to what is accumulated."""
-        batch = pack_datums(data, self.model)
-        loss_fn = builtin(loss_fn, config, data, batch.targets.ndim - 1)
-        return self.backward(loss_fn, data, self.logprobs(batch), report)
+        work = self.logprobs(data)
+        return self.backward(builtin(loss_fn, config, data, work.rows.targets[0].ndim - 1), data, work, report)
 
     def backward(
         self,
         loss_fn: LossFn | Loss | BoundLoss,
         data: list[Any],
-        outputs: Outputs,
+        work: Work,
         report: Callable[[Value], T],
     ) -> T:
-        """Any callable of the contract, in the same single forward and backward as a built-in.
+        """Any callable of the contract, at the price of a built-in.
 
         The loss sees outputs cut off from the model; its gradient then continues through the graph that
         the forward left, so parameters get exactly the gradient of the whole. What ``report`` makes of the
         loss is the result; if that fails, the gradient is not added either.
         """
-        if not outputs.values.requires_grad:
-            got, fix = "a model in which all that computes them is frozen", "Train a part that they depend on."
-            raise LossInputError(outputs.name, "outputs that parameters can move", got, fix)
         if all(p.grad is None for p in self.model.parameters()):
             self.clear()  # whoever cleared the gradients by hand has cleared what is counted, too
-        with torch.enable_grad(), self.all_or_nothing():  # a loss that switches gradients off does so for itself
-            value = differentiate(loss_fn, data, outputs)
-            result, accumulated = report(value), self.accumulated.add(loss_fn, value)
-            torch.autograd.backward(outputs.values, value.gradient)
+        with torch.enable_grad():  # a loss that switches gradients off does so for itself
+            parts = self.parts(work, loss_fn)
+            peak = self.peak(work, parts)
+            with self.all_or_nothing():
+                with summed_in_float32(self.model) if len(parts) > 1 else nullcontext():
+                    value = passes.step(self.ranks.everywhere(loss_fn), data, work, parts)
+                value = value._replace(micro_batches=len(parts), peak_memory=peak)
+                result, accumulated = report(value), self.accumulated.add(loss_fn, value)
         self.accumulated = accumulated
         return result
 
@@ -146,6 +188,75 @@ class Engine:
             if gradient is not None:
                 p.grad = gradient
 
+    # Memory
+
+    def parts(self, work: Work, loss_fn: LossFn | Loss | BoundLoss | None = None) -> list[slice]:
+        """Micro-batches that fit the budget; pairs stay together where the loss is one of pairs, and each fits."""
+        lengths, longest = work.rows.lengths, max(work.rows.lengths)
+        summable = self.ranks.least(self.budget - self.gradients - self.rounding) >= 0
+        room = self.ranks.least(self.footprint(longest).tokens(self.budget - self.gradients)) if summable else 0
+        if self.memory_budget is not None and longest > room:
+            datum = next(i for i, n in enumerate(lengths) if n > room)
+            raise too_small(self.memory_budget, self.needs(lengths[datum], longest), datum)
+        loss = loss_fn.loss if isinstance(loss_fn, BoundLoss) else loss_fn
+        return self.ranks.abreast(cut(lengths, room, 2 if isinstance(loss, Loss) and loss.rows == PAIRS else 1))
+
+    def peak(self, work: Work, parts: list[slice]) -> int:
+        """Bytes that the largest micro-batch takes, with the logits that are kept where there is room."""
+        tokens = max(self.ranks.most(work.rows.lengths[part]) for part in parts)
+        needed, kept = self.needs(tokens, max(work.rows.lengths)), self.width * (self.vocabulary + tokens) // 2
+        return max(needed, int(min(self.budget, needed + kept)))
+
+    def needs(self, tokens: int, longest: int = FEW) -> int:
+        """Bytes that a step over so many tokens takes at its peak, beyond the weights and what is accumulated."""
+        return self.gradients + max(self.footprint(longest).of(tokens), self.rounding)
+
+    def room(self, tokens: int, longest: int) -> float:
+        """Bytes that a step over so many tokens leaves of the budget."""
+        if not torch.is_grad_enabled():
+            return 0.0  # without a backward pass, nothing has a use for it
+        return max(0.0, self.budget - self.gradients - self.footprint(longest).of(tokens))
+
+    @property
+    def budget(self) -> float:
+        """What is planned with."""
+        return MARGIN * (free(self.device) if self.memory_budget is None else self.memory_budget)
+
+    @property
+    def gradients(self) -> int:
+        """Bytes of the gradients of one call, if they are summed over micro-batches."""
+        return sum(shard_of(p).numel() * max(p.itemsize, 4) for p in self.trained)
+
+    @property
+    def rounding(self) -> int:
+        """Bytes that compensate for rounding, where a gradient will be the first that is added to another."""
+        return sum(shard_of(p).nbytes for p in self.trained if p.grad is not None and p not in self.rounded)
+
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        """What gets a gradient; nothing in a forward pass alone."""
+        return [p for p in self.model.parameters() if p.requires_grad and torch.is_grad_enabled()]
+
+    def footprint(self, longest: int) -> Footprint:
+        """What the tokens of a step take, in sequences up to ``longest``; measured at the first need."""
+        # As long as a model with few positions can take, and odd: no activation is to have the size of a weight.
+        piece = 2 ** ((min(longest, FEW) + 1).bit_length() - 1) - 1
+        kind = (type(self.model), repr(getattr(self.model, "shape", None)), getattr(self.model, "checkpointing", False))
+        each = ((p.shape, p.dtype, p.requires_grad) for p in self.model.parameters())
+        key = (piece, torch.is_grad_enabled(), self.device, self.ranks.size, *kind, *each)
+        if key not in self.footprints:
+            self.footprints[key] = footprint(partial(self.trial, piece), list(self.model.parameters()))
+        return self.footprints[key]
+
+    def trial(self, piece: int) -> None:
+        """A step over ``FEW`` tokens, in sequences of ``piece``, whose gradients are dropped as they come."""
+        ids = np.random.default_rng(0).integers(self.vocabulary, size=FEW)  # with no prefixes in common
+        rows = np.split(ids, range(piece, FEW, piece))
+        with dropped_gradients(self.model), torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            values = self.ranks.whole(partial(self.run_logprobs, Rows(rows, rows, None), lambda tokens: 0.0))
+            if values.requires_grad:
+                torch.autograd.backward(values.sum())
+
     # Step
 
     def optim_step(self, adam: Any, normalization: Any = None) -> OptimStepResponse:
@@ -157,7 +268,7 @@ class Engine:
             fix = "Call forward_backward first."
             raise LossInputError("optim_step", "an accumulated gradient", "none since the last step", fix)
         gradients = [p.grad for p in parameters if p.grad is not None]
-        norm = float(torch.nn.utils.get_total_norm(gradients)) / divisor
+        norm = float(entire(torch.nn.utils.get_total_norm(gradients))) / divisor
         if not math.isfinite(norm):
             self.clear()
             fix = "The gradient is dropped and the weights are as they were; a smaller batch may be in range."
@@ -209,11 +320,62 @@ class Engine:
         return next(self.model.parameters()).device
 
 
+FOOTPRINTS: dict[Any, Footprint] = {}
+"""What is known of models of one kind."""
+
+
+@contextmanager
+def dropped_gradients(model: nn.Module) -> Iterator[None]:
+    """Without the gradients that are there, and without keeping those that come."""
+    before = [(p, p.grad) for p in model.parameters()]
+    hooks = [p.register_post_accumulate_grad_hook(drop) for p, _ in before if p.requires_grad]  # type: ignore[no-untyped-call]
+    try:
+        model.zero_grad(set_to_none=True)
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for p, gradient in before:
+            p.grad = gradient
+
+
+def drop(p: Tensor) -> None:
+    p.grad = None
+
+
+@contextmanager
+def summed_in_float32(model: nn.Module) -> Iterator[None]:
+    """Gradients of many backward passes, rounded once to the dtype of narrower parameters: it counts no thousands."""
+    totals: dict[nn.Parameter, Tensor] = {}
+
+    def take(p: nn.Parameter) -> None:
+        assert p.grad is not None
+        totals[p] = totals[p].add_(p.grad) if p in totals else p.grad.float()
+        p.grad = None
+
+    narrow = [p for p in model.parameters() if p.requires_grad and p.itemsize < 4]
+    hooks = [p.register_post_accumulate_grad_hook(take) for p in narrow]  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+    while totals:
+        p, total = totals.popitem()
+        p.grad = total.to(p.dtype)
+
+
+def taken(x: Tensor, rows: Tensor | None) -> Tensor:
+    """x[rows]; None takes all."""
+    return x if rows is None else x.index_select(0, rows)
+
+
 def add_compensated(totals: list[Tensor], parts: list[Tensor], rounded: list[Tensor]) -> None:
     """totals += parts in place; ``rounded`` carries over what rounding has taken from the totals (Kahan 1965).
 
     Thousands of micro-batches thus sum to the gradient of the whole batch to rounding, also in bfloat16.
     """
+    totals, parts, rounded = ([shard_of(x) for x in tensors] for tensors in (totals, parts, rounded))
     torch._foreach_add_(parts, rounded)
     torch._foreach_copy_(rounded, totals)
     torch._foreach_add_(totals, parts)
@@ -271,7 +433,7 @@ def normalization_mode(given: Any) -> str:
 def check_finite_gradients(parameters: Sequence[nn.Parameter]) -> None:
     """Refuse a gradient that has overflowed on its way through the model: it would spoil what is accumulated."""
     gradients = [p.grad for p in parameters if p.grad is not None]
-    if not torch.nn.utils.get_total_norm(gradients, norm_type=math.inf).isfinite():
+    if not entire(torch.nn.utils.get_total_norm(gradients, norm_type=math.inf)).isfinite():
         got, fix = "nan or inf in one of a parameter", "Are weights or advantages as large as they should be?"
         raise LossInputError("gradient", "finite gradients of the parameters", got, fix)
 

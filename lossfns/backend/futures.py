@@ -32,16 +32,16 @@ class APIFuture(Generic[T]):
     """
 
     def __init__(self, worker: Worker, request: Callable[..., T], *args: Any) -> None:
-        self._thread, self._failed = worker.thread, worker.failed
+        self._thread, self._failed = worker.line.thread, worker.failed
         self._waiters: list[Callable[[], bool]] = []
         self._frames: TracebackType | None = None
         self._error: BaseException | None = None
         self.read = False
-        self._future = worker.pool.submit(self._run, request, *args)
+        self._future = worker.line.submit(self._run, worker.call, request, *args)
 
-    def _run(self, request: Callable[..., T], *args: Any) -> T:
+    def _run(self, call: Callable[..., T], *args: Any) -> T:
         try:
-            return request(*args)
+            return call(*args)
         except BaseException as error:
             release(error)
             self._error, self._frames = error, error.__traceback__ and error.__traceback__.tb_next
@@ -153,16 +153,28 @@ class Failures:
         return request(*args)
 
 
+class Line(ThreadPoolExecutor):
+    """One thread, which requests wait in line for."""
+
+    def __init__(self, initializer: Callable[[], None] | None = None) -> None:
+        super().__init__(max_workers=1, thread_name_prefix="lossfns", initializer=initializer)
+        self.thread = self.submit(get_ident).result()
+
+
+def direct(request: Callable[..., T], *args: Any) -> T:
+    """Call it, and no more."""
+    return request(*args)
+
+
 class Worker:
-    """One thread that executes requests in the order of their submission, from whatever thread that came.
+    """Has requests executed in the order of their submission, from whatever thread that came, each by ``call``.
 
     An error that nobody has read is raised by the next ``submit``; one that is left when the worker goes,
     at the end of the program at the latest, is logged with its traceback.
     """
 
-    def __init__(self) -> None:
-        self.pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="lossfns")
-        self.thread = self.pool.submit(get_ident).result()
+    def __init__(self, line: Line | None = None, call: Callable[..., Any] = direct) -> None:
+        self.line, self.call = line or Line(), call
         self.failed: list[APIFuture[Any]] = []
         self._lock, self._process = Lock(), os.getpid()
         self._failures = Failures()

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lossfns import LossInputError
 from lossfns.backend import lora
-from lossfns.backend.attention import Layout
+from lossfns.backend.attention import Layout, route
 from lossfns.backend.tiles import ALL, Head
 
 Attend = Callable[..., Tensor]
@@ -88,6 +88,14 @@ class CausalLM(nn.Module):
         return float(getattr(config, "logits_scaling", None) or 1 / (getattr(config, "logit_scale", None) or 1))
 
     # Running
+
+    @property
+    def attention(self) -> str:
+        """The route that its attention takes."""
+        config, weight = self.model.config.get_text_config(), self.model.get_output_embeddings().weight
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        softcap = getattr(config, "attn_logit_softcapping", None) is not None
+        return route(weight.device, weight.dtype, head_dim, softcap)
 
     def forward(self, tokens: Tensor, lengths: Sequence[int], parents: Sequence[int | None] | None = None) -> Tensor:
         """Hidden states [N, D] after the final norm, of segments laid end to end in ``tokens`` [N]."""

@@ -97,7 +97,7 @@ class Frozen(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *knobs: Any) -> Tensor:
         head, seen = Head(weight, bias, *knobs), unread(hidden, targets, entropy=False)
-        pull = torch.empty_like(hidden)
+        pull = torch.empty_like(hidden, dtype=wide(hidden))  # taken from a target's row, it may leave little
         for rows in spans(len(hidden), TOKENS):
             pull[rows] = pulled(head, hidden[rows], targets[rows], seen.rows(rows))
         logprobs = logprobs_of(seen)
@@ -111,10 +111,11 @@ class Frozen(torch.autograd.Function):
         pull, weight, targets, bend, p = ctx.saved_tensors
         total = g.sum(1, keepdim=True)
         push = (g - total * p) * bend
-        d_hidden = torch.empty_like(pull)
-        for rows in strips(pull):
-            chosen = torch.einsum("nk,nkd->nd", push[rows], weight[targets[rows]].to(g.dtype))
-            d_hidden[rows] = chosen - total[rows] * pull[rows]
+        d_hidden = torch.empty_like(pull, dtype=weight.dtype)
+        with plainly(pull):
+            for rows in strips(pull):
+                chosen = torch.einsum("nk,nkd->nd", push[rows], weight[targets[rows]].to(g.dtype))
+                d_hidden[rows] = chosen - total[rows] * pull[rows]
         return d_hidden.masked_fill_((g == 0).all(1)[:, None], 0), *[None] * 5
 
 
@@ -183,7 +184,8 @@ class Separable(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         known, *gradients = ctx.saved_tensors
         scale = torch.sum(g * known) / known.square().sum().clamp(min=torch.finfo(g.dtype).tiny)
-        if g.numel() and not torch.allclose(g, scale * known, rtol=1e-4, atol=1e-6 * float(g.abs().max())):
+        announced = scale * known
+        if g.numel() and not ((g - announced).abs() <= 1e-4 * announced.abs() + 1e-6 * g.abs().max()).all():
             raise RuntimeError("the gradient that reaches linear_logprobs is not the one that was announced")
         return *(None if x is None else (scale * x).to(d) for x, d in zip(gradients, ctx.dtypes)), *[None] * 5
 
@@ -231,8 +233,9 @@ def linear_logprobs(
         temperature, softcap: T, and c or None.
         return_entropy: also return the entropy −Σ p·log p of each token, [N], in nats.
         plan: ``"auto"``, or one of ``"tiled"``, ``"saved"``, ``"frozen"`` and ``"separable"``.
-        gradient: for separable, ``(logprobs of some tokens, index of these) -> ∂loss/∂logprob``: up to one factor
-            for all tokens it must be what arrives in the backward pass.
+        gradient: for separable, ``(logprobs of some tokens, index of these) -> ∂loss/∂logprob``, as
+            ``lossfns.token_gradient`` makes it of a loss: up to one factor for all tokens it must be what arrives in
+            the backward pass.
         memory_budget: bytes of logits that may be kept (separable: held at a time); None, without a plan: half of
             what hidden and weight take.
 
@@ -373,6 +376,8 @@ def check(
         "rows": (rows, (n,), "One bool for each row of hidden."),
     }
     for name, (given, shape, fix) in shapes.items():
+        if given is not None and not isinstance(given, Tensor):
+            raise LossInputError(name, "a tensor", f"a {type(given).__name__}", fix)
         if given is not None and tuple(given.shape) != shape:
             raise LossInputError(name, f"shape {shape}", f"{tuple(given.shape)}", fix)
         if given is not None and given.device != hidden.device:
@@ -380,6 +385,9 @@ def check(
     for name, number_like in (("hidden", hidden), ("weight", weight), ("bias", bias)):
         if number_like is not None and not number_like.is_floating_point():
             raise LossInputError(name, "a floating point tensor", str(number_like.dtype), "Were token ids passed?")
+    if bias is not None and not bias.isfinite().all():
+        fix = "Of a token that cannot occur, a large negative one such as -1e30."
+        raise LossInputError("bias", "finite numbers", "inf or nan among them", fix)
     if rows is not None and rows.dtype != torch.bool:
         raise LossInputError("rows", "a bool tensor", str(rows.dtype), "Pass mask != 0.")
     if targets.dtype != torch.long:
@@ -388,7 +396,8 @@ def check(
     if softcap is not None:
         number("softcap", softcap, "a finite number above 0, or None", lambda c: c > 0, "None leaves the logits alone.")
     if memory_budget is not None:
-        number("memory_budget", memory_budget, "bytes", lambda b: b >= 0, "0 keeps no logits.")
+        fix = "0 keeps no logits, plan='saved' all."
+        number("memory_budget", memory_budget, "a finite number of bytes", lambda b: b >= 0, fix)
     if not targets.numel():
         return
     low, high = torch.stack(targets.aminmax()).tolist()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lossfns.backend import lora
-from lossfns.backend.attention import Layout
+from lossfns.backend.attention import Layout, route
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -82,6 +82,11 @@ class Decoder(nn.Module):
     def head(self) -> Tensor:
         """Unembedding weight [V, D], adapters included and in their precision: ``logits = hidden @ head.T``."""
         return lora.adapted(self.unembed)
+
+    @property
+    def attention(self) -> str:
+        """The route that its attention takes."""
+        return route(self.embed.weight.device, self.embed.weight.dtype, self.head_dim)
 
     def forward(self, tokens: Tensor, lengths: Sequence[int], parents: Sequence[int | None] | None = None) -> Tensor:
         """Hidden states [N, D] after the final norm, of segments laid end to end in ``tokens`` [N].

@@ -47,9 +47,23 @@ def only_custom_keys(data: Sequence[Any]) -> None:
             raise LossInputError("loss_fn_inputs", "target_tokens and weights alone", got, fix, datum=i)
 
 
+MOST = ("passes", "peak_memory")
+ADDED = (*TOTALS, "micro_batches")
+
+
+def cost(value: Value) -> dict[str, float]:
+    """How a request was computed: passes over the model, micro-batches, and bytes at the peak as planned."""
+    counts = {"passes": value.passes, "micro_batches": value.micro_batches, "peak_memory": value.peak_memory}
+    return {name: float(count) for name, count in counts.items()}
+
+
+def reduction(name: str) -> str:
+    return "sum" if name in ADDED else "max" if name in MOST else "mean"
+
+
 def named(metrics: dict[str, float]) -> dict[str, float]:
     """Metrics in the services' ``name:reduction`` form, which says how they combine over requests."""
-    return {f"{name}:{'sum' if name in TOTALS else 'mean'}": x for name, x in metrics.items() if name != "denominator"}
+    return {f"{name}:{reduction(name)}": x for name, x in metrics.items() if name != "denominator"}
 
 
 def with_response_tokens(loss_fn: str, value: Value) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,20 +12,22 @@ from torch import nn
 
 from lossfns import LossInputError
 from lossfns.backend.batch import input_ids
+from lossfns.backend.distributed import Alone, Ranks
 from lossfns.backend.futures import APIFuture, Ready, Worker, awaited
-from lossfns.backend.logprobs import linear_logprobs
+from lossfns.backend.logprobs import model_logprobs
 from lossfns.backend.sampler import Sample, generate
 from lossfns.backend.types import SampledSequence, SampleResponse, SamplingParams
 
 
 class LocalSamplingClient(Ready):
-    """Samples from a snapshot of a model."""
+    """Samples from a snapshot of a model; under a mesh rank 0 draws them, for all."""
 
-    def __init__(self, model: nn.Module, tokenizer: Any = None) -> None:
+    def __init__(self, model: nn.Module, tokenizer: Any = None, ranks: Alone | Ranks | None = None) -> None:
         self.model = model
         self._tokenizer = tokenizer
         self._vocabulary = len(model.head)  # type: ignore[arg-type]
-        self._worker = Worker()
+        ranks = ranks or Alone()
+        self._worker = Worker(ranks.line, partial(ranks.call, ranks.first))
 
     def sample(
         self, prompt: Any, num_samples: int, sampling_params: Any, include_prompt_logprobs: bool = False
@@ -92,7 +95,7 @@ class LocalSamplingClient(Ready):
     def _compute_logprobs(self, prompt: Any) -> list[float | None]:
         ids = torch.tensor(self._ids(prompt), device=next(self.model.parameters()).device)
         hidden = self.model(ids[:-1], [len(ids) - 1]) if len(ids) > 1 else None
-        known = [] if hidden is None else linear_logprobs(hidden, self.model.head, ids[1:]).tolist()  # type: ignore[arg-type]
+        known = [] if hidden is None else model_logprobs(self.model, hidden, ids[1:]).tolist()
         return [None, *known]
 
 
@@ -116,7 +119,7 @@ def stops(stop: Any, tokenizer: Any, vocabulary: int) -> tuple[list[list[int]], 
     for s in given:
         if not isinstance(s, str):
             check_whole("stop", s, 0, vocabulary - 1, "Use the tokenizer of this model.")
-    sequences = [tokenizer.encode(s) if isinstance(s, str) else [s] for s in given]
+    sequences = [tokenizer.encode(s, add_special_tokens=False) if isinstance(s, str) else [s] for s in given]
     end = getattr(tokenizer, "eos_token_id", None)
     singles = [s[0] for s in sequences if len(s) == 1] + [end] * (end is not None)
     return [s for s in sequences if len(s) > 1], singles

@@ -9,7 +9,7 @@ from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
-from typing import Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import torch
 from torch import nn
@@ -17,11 +17,16 @@ from torch import nn
 from lossfns import LossInputError
 from lossfns.backend import checkpoint, lora, state
 from lossfns.backend.client import EMBEDDED, LocalReferenceClient, LocalTrainingClient, pick_device
+from lossfns.backend.distributed import Alone, Ranks
+from lossfns.backend.memory import check_budget
 from lossfns.backend.model import Decoder
 from lossfns.backend.profiles import profile_of
 from lossfns.backend.requests import check_metadata, check_path
 from lossfns.backend.sampling import LocalSamplingClient
 from lossfns.backend.tokenizer import ByteTokenizer
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -75,8 +80,9 @@ class LocalServiceClient:
         models: for each name a function that builds the model, or ``(model, tokenizer)``. It is called once, and
             every client gets a copy: all start from the same weights, and none moves another's. Without it,
             ``"Decoder"``, the small byte-level decoder.
-        device, dtype, profile: of every client, as in ``LocalTrainingClient``.
+        device, dtype, profile, memory_budget: of every client, as in ``LocalTrainingClient``.
         user_metadata: strings by name, which every checkpoint of every training client carries.
+        mesh: of every client, as in ``LocalTrainingClient``; each process makes the same clients in the same order.
         base_url, api_key, project_id: taken and left alone; nothing is called.
 
     ``base_model`` may be left out where there is but one. A client is there at once, and code that expects a
@@ -96,13 +102,19 @@ class LocalServiceClient:
         dtype: torch.dtype | None = None,
         profile: str = "tinker",
         user_metadata: Mapping[str, str] | None = None,
+        memory_budget: float | None = None,
+        mesh: DeviceMesh | None = None,
         base_url: str | None = None,
         api_key: str | None = None,
         project_id: str | None = None,
     ) -> None:
         check_metadata(user_metadata)
+        check_budget(memory_budget)
+        self._budget = memory_budget
         self._models = dict(check_models(MODELS if models is None else models))
-        self._device, self._dtype, self._profile = pick_device(device), dtype, profile_of(profile).name
+        self._ranks = Alone() if mesh is None else Ranks(mesh, device)
+        self._device = pick_device(device if mesh is None else mesh.device_type)
+        self._dtype, self._profile = dtype, profile_of(profile).name
         self._metadata = dict(user_metadata or {})
         self._bases: dict[str, tuple[nn.Module, Any]] = {}
         self._lock = Lock()
@@ -224,7 +236,7 @@ class LocalServiceClient:
         else:
             fix = "Either model_path or base_model must be provided."
             raise LossInputError("model_path", "a path, or the name of a base model", "neither", fix)
-        return LocalSamplingClient(model, self._base(name)[1])
+        return LocalSamplingClient(model, self._base(name)[1], self._ranks)
 
     get_server_capabilities_async = in_thread(get_server_capabilities)
     create_training_client_async = in_thread(create_training_client)
@@ -267,7 +279,15 @@ class LocalServiceClient:
     def _client(self, kind: type[C], name: str, model: nn.Module, user_metadata: Any) -> C:
         check_metadata(user_metadata)
         tokenizer = self._base(name)[1]
-        client = kind(model, tokenizer=tokenizer, device=self._device, profile=self._profile, name=name)
+        client = kind(
+            model,
+            tokenizer=tokenizer,
+            device=self._device,
+            profile=self._profile,
+            name=name,
+            memory_budget=self._budget,
+            mesh=self._ranks.mesh,
+        )
         client.user_metadata = self._metadata | dict(user_metadata or {})
         return client
 

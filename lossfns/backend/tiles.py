@@ -16,7 +16,7 @@ from torch import Tensor
 TOKENS, VOCABULARY = 8192, 4096
 """The largest tile. Fewer tokens at a time, and ∂weight would be read and written too often."""
 
-STRIP = 2**19
+STRIP = 2**20
 """Logits that a CPU works on at a time, so that they stay in its cache."""
 
 ALL = slice(None)
@@ -156,19 +156,21 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return a @ b
 
 
-def add_product(to: Tensor, a: Tensor, b: Tensor) -> None:
-    """to += a·b; in one step where the dtypes are the same."""
+def add_product(to: Tensor, a: Tensor, b: Tensor, first: bool = False) -> None:
+    """to += a·b, or to = a·b for the first; in one step where the dtypes are the same."""
     if a.dtype == to.dtype:
-        to.addmm_(a, b)
+        to.addmm_(a, b, beta=not first)
+    elif first:
+        to.copy_(product(a, b))
     else:
         to += product(a, b)
 
 
 def add_rows(to: Tensor, d: Tensor, weight: Tensor, local: Tensor) -> None:
-    """to += d·W, as exact as one product over the whole vocabulary.
+    """to += d·W, about as exact as one product over the whole vocabulary.
 
     A CPU rounds the product of each tile to half precision. What the chosen tokens add is by far the largest, so it is
-    taken out of the product and added in float32.
+    taken out of the product and added in float32. Where all rows of W have much in common, the tiles' rounding stays.
     """
     if d.dtype == to.dtype or d.is_cuda:
         return add_product(to, d, weight)
@@ -239,9 +241,9 @@ def sweep(head: Head, hidden: Tensor, slope: Slope, kept: Tiles, wanted: Wanted)
     The vocabulary is the outer loop, so that each tile of ∂weight is summed in float32 and written once. Tokens
     that no gradient reaches are left out.
     """
-    blocks = [Block.of(rows, hidden, slope) for rows in spans(len(hidden), TOKENS)]
+    blocks = [Block.of(rows, hidden, slope) for rows in spans(max(1, len(hidden)), TOKENS)]
     d_hidden = [torch.zeros_like(block.hidden, dtype=wide(hidden)) if wanted[0] else None for block in blocks]
-    d_weight = torch.zeros_like(head.weight) if wanted[1] else None
+    d_weight = torch.empty_like(head.weight) if wanted[1] else None
     d_bias = torch.zeros(len(head.weight), dtype=wide(hidden), device=hidden.device) if wanted[2] else None
     summed = head.weight.dtype if len(blocks) == 1 else wide(hidden)
     spare: Tensor | None = None
@@ -252,7 +254,7 @@ def sweep(head: Head, hidden: Tensor, slope: Slope, kept: Tiles, wanted: Wanted)
             if d_block is not None:
                 add_rows(d_block, d, head.weight[columns], block.slope.targets - columns.start)
             if tile is not None:
-                add_product(tile, d.T, block.hidden)
+                add_product(tile, d.T, block.hidden, first=block is blocks[0])
             if d_bias is not None:
                 d_bias[columns] += d.sum(0, dtype=d_bias.dtype)
         if d_weight is not None and tile is not None and tile.dtype != d_weight.dtype:

@@ -90,7 +90,10 @@ class ModelData:
 
 @dataclass(frozen=True)
 class GetInfoResponse:
-    """What runs, and where; ``steps`` are the optimizer steps so far, ``profile`` the service it follows."""
+    """What runs, and where; ``steps`` are the optimizer steps so far, ``profile`` the service it follows.
+
+    ``attention`` is the route that packed attention takes, None if the model does not tell.
+    """
 
     model_data: ModelData
     model_id: str
@@ -102,3 +105,4 @@ class GetInfoResponse:
     dtype: str
     steps: int
     profile: str
+    attention: str | None

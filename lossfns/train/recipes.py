@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
@@ -12,7 +11,7 @@ from typing import Any, NamedTuple
 from lossfns import Loss, cross_entropy, dapo, dpo, grpo, gspo_token, orpo
 from lossfns.backend import LocalTrainingClient
 from lossfns.train import methods, tasks
-from lossfns.train.run import REFERENCE, Run
+from lossfns.train.run import REFERENCES, Run
 from lossfns.train.tasks import Demonstration, Preference, Problem, Task
 
 
@@ -27,12 +26,14 @@ class Outcome(NamedTuple):
 
 def frozen(run: Run, client: LocalTrainingClient) -> LocalTrainingClient:
     """A copy that stays as the client is when the run first gets here: the reference policy."""
-    device = next(client.model.parameters()).device
-    reference = LocalTrainingClient(copy.deepcopy(client.model), tokenizer=client.get_tokenizer(), device=device)
+    ranks, device = client.ranks, next(client.model.parameters()).device
+    model = ranks.ask(ranks.copy)
+    reference = LocalTrainingClient(model, tokenizer=client.get_tokenizer(), device=device, mesh=ranks.mesh)
 
     def kept() -> str:
-        reference.save_state(run.folder / REFERENCE, overwrite=True).result()
-        return REFERENCE
+        name = REFERENCES[ranks.size > 1]
+        reference.save_state(run.folder / name, overwrite=True).result()
+        return name
 
     reference.load_state(run.folder / run.once("reference", kept)).result()
     return reference

@@ -10,18 +10,23 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from random import Random
+from tempfile import TemporaryFile
 from types import FrameType
 from typing import IO, Any, NamedTuple, TextIO
 
 from lossfns import LossInputError
 from lossfns.backend import checkpoint
+from lossfns.backend.distributed import Alone, Ranks
 
 if sys.platform != "win32":
     import fcntl
 
 CONFIG, METRICS, RESULT = "config.json", "metrics.jsonl", "result.json"
 CHECKPOINT, REFERENCE, CURVES = "checkpoint.npz", "reference.npz", "curves.png"
-FILES = {CONFIG, METRICS, RESULT, CHECKPOINT, REFERENCE, CURVES}
+CHECKPOINTS, REFERENCES = (CHECKPOINT, "checkpoint"), (REFERENCE, "reference")
+"""A file of one process, a folder of many."""
+FILES = {CONFIG, METRICS, RESULT, *CHECKPOINTS, *REFERENCES, CURVES}
+ALONE = Alone()
 
 
 class State(NamedTuple):
@@ -40,7 +45,7 @@ class Run:
 
     ``save`` writes a checkpoint with the state it is given; it is called every ``every`` steps, at the end of
     a phase, and at a stop. As a context the run turns the first Ctrl-C into ``stopping``, which ends ``steps``
-    after the step in hand; a second one interrupts at once.
+    after the step in hand; a second one interrupts at once. Of many ``ranks`` the first writes; all stop together.
     """
 
     def __init__(
@@ -51,12 +56,14 @@ class Run:
         state: State | None = None,
         every: int = 20,
         terminal: TextIO | None = None,
+        ranks: Alone | Ranks = ALONE,
     ) -> None:
         state = state or State({}, [], {})
         self.folder, self.save, self.every, self.terminal = folder, save, every, terminal or sys.stderr
         self.done, self.random, self.measured = dict(state.done), state.random, dict(state.measured)
         self.stopping = self.stopped = False
-        self._metrics, self.history = taken(folder, sum(self.done.values()))
+        self.ranks = ranks
+        self._metrics, self.history = (seen if ranks.rank else taken)(folder, sum(self.done.values()))
         self.start = time.monotonic() - (self.history[-1]["seconds"] if self.history else 0)
 
     def __enter__(self) -> Run:
@@ -83,7 +90,7 @@ class Run:
             restore(rng, self.random)
         self.phase, self.count, self.first, self.phase_start = phase, count, first, time.monotonic()
         for step in range(first, count):
-            if self.stopping:
+            if any(self.ranks.ask(self.ranks.gather, self.stopping)):
                 # Once: what a recipe measures on its way out of a stopped run is no part of its state.
                 if not self.stopped:
                     self.checkpoint()
@@ -177,13 +184,21 @@ def taken(folder: Path, count: int) -> tuple[IO[bytes], list[dict[str, Any]]]:
     metrics = (folder / METRICS).open("ab+")
     try:
         lock(metrics, folder)
-        rows = cut(metrics, count)
+        history = cut(metrics, count)
     except LossInputError:
         metrics.close()
         raise
     for left in folder.glob(".*.partial"):
         left.unlink()
-    return metrics, rows
+    return metrics, history
+
+
+def seen(folder: Path, count: int) -> tuple[IO[bytes], list[dict[str, Any]]]:
+    """The same for a rank that writes nowhere: the rows are those of rank 0."""
+    if count == 0:
+        return TemporaryFile(), []
+    with (folder / METRICS).open("rb") as metrics:
+        return TemporaryFile(), read(metrics, count)
 
 
 def lock(metrics: IO[bytes], folder: Path) -> None:
@@ -200,14 +215,19 @@ def lock(metrics: IO[bytes], folder: Path) -> None:
 def cut(metrics: IO[bytes], count: int) -> list[dict[str, Any]]:
     """The first rows, which become the only ones: a killed run has more of them than its checkpoint knows."""
     metrics.seek(0)
+    history = read(metrics, count)
+    metrics.truncate(metrics.tell())
+    return history
+
+
+def read(metrics: IO[bytes], count: int) -> list[dict[str, Any]]:
+    """The next rows."""
     try:
         rows = [json.loads(metrics.readline()) for _ in range(count)]
-        history = [{**row, "seconds": float(row["seconds"])} for row in rows]
+        return [{**row, "seconds": float(row["seconds"])} for row in rows]
     except (ValueError, KeyError, TypeError):
         got = f"{metrics.name}, which is damaged"
         raise LossInputError("--resume", f"{count} rows of metrics", got, "Start a new run.") from None
-    metrics.truncate(metrics.tell())
-    return history
 
 
 def restore(rng: Random, state: list[Any]) -> None:

@@ -418,9 +418,10 @@ def goes_back_itself(data: Any, outputs: list[Tensor]) -> Any:
     return loss, metrics
 
 
-def turns_off_a_leaf(data: Any, outputs: list[Tensor]) -> Any:
-    outputs[0].requires_grad_(False)
-    return torch.stack([x.sum() for x in (*outputs, torch.ones(1, requires_grad=True))]).sum(), {}
+def detaches_a_datum(data: Any, outputs: list[Tensor]) -> Any:
+    return torch.stack(
+        [x.sum() for x in (outputs[0].detach(), *outputs[1:], torch.ones(1, requires_grad=True))]
+    ).sum(), {}
 
 
 def spoils_its_graph(data: Any, outputs: list[Tensor]) -> Any:
@@ -476,7 +477,7 @@ CUSTOM: list[tuple[Any, ...]] = [
     (infinite_slope, "datum[0].", "a finite gradient"),
     (frees_its_graph, "loss"),
     (goes_back_itself, "loss"),
-    (turns_off_a_leaf, "datum[0].", "No gradient computed"),
+    (detaches_a_datum, "datum[0].", "No gradient computed"),
     (spoils_its_graph, "loss"),
     (replaces_leaves, "datum[0].", "No gradient computed"),
     (raises_on_the_way_back, "loss"),

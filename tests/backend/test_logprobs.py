@@ -691,7 +691,7 @@ WRONG: dict[str, tuple[str, dict[str, Any]]] = {
     "temperature 0": ("temperature", {"temperature": 0.0}),
     "temperature below 0": ("temperature", {"temperature": -1.0}),
     "temperature nan": ("temperature", {"temperature": math.nan}),
-    "temperature True": ("temperature", {"temperature": "1"}),
+    "temperature of text": ("temperature", {"temperature": "1"}),
     "softcap 0": ("softcap", {"softcap": 0.0}),
     "softcap infinite": ("softcap", {"softcap": math.inf}),
     "budget below 0": ("memory_budget", {"memory_budget": -1}),

@@ -131,7 +131,7 @@ class Watch:
         self.executed: list[int] = []
         self.numbers = itertools.count()
         self.last: dict[int, int] = {}
-        pool = c._worker.pool
+        pool = c._worker.line
         submit = pool.submit
 
         def numbered(request: Callable[..., Any], *args: Any) -> Any:

@@ -1,6 +1,6 @@
 """Sharing prefixes: nothing is lost, the most is saved, and a model computes the same."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import accumulate, takewhile
 
 import numpy as np
@@ -10,6 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+import lossfns
+from lossfns.backend import LocalTrainingClient
 from lossfns.backend.attention import Layout
 from lossfns.backend.model import Decoder
 from lossfns.backend.prefixes import Shared, heads, share
@@ -182,3 +184,25 @@ def test_a_model_computes_the_same(dtype: torch.dtype, checkpointing: bool) -> N
     torch.testing.assert_close(together, alone, atol=1e-12 if exact else 1e-5, rtol=0)
     for a, b in zip(gradients(together), gradients(alone), strict=True):
         assert (a - b).norm() <= (1e-12 if exact else 1e-5) * b.norm()
+
+
+class Whole(Decoder):
+    """A decoder that takes whole sequences only, so that a client shares nothing."""
+
+    def forward(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:  # type: ignore[override]
+        return super().forward(tokens, lengths)
+
+
+def test_a_client_computes_the_same() -> None:
+    """Logprobs of each datum, and the gradient of a loss that takes every one of them."""
+    data = [lossfns.datum_from_tokens(row, prompt_length=1) for row in BATCH]
+    logprobs, gradients = [], []
+    for kind in (Decoder, Whole):
+        c = LocalTrainingClient(kind(vocab_size=50, dim=16, layers=1, heads=2, kv_heads=1, hidden=24), device="cpu")
+        output = c.forward_backward_custom(data, lossfns.cross_entropy()).result()
+        logprobs.append([o["logprobs"].to_torch() for o in output.loss_fn_outputs])
+        gradients.append([p.grad for p in c.model.parameters()])
+    for ours, theirs in zip(*logprobs, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+    for a, b in zip(*gradients, strict=True):
+        assert b.norm() > 0 and (a - b).norm() <= 1e-5 * b.norm()

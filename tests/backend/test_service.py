@@ -140,7 +140,7 @@ def test_a_reference_client_has_no_way_to_move_its_weights() -> None:
     public = {name for name in dir(c) if not name.startswith("_")}
     assert public == {
         *("forward", "forward_async", "get_info", "get_info_async", "get_tokenizer"),
-        *("model", "user_metadata", "result", "result_async"),
+        *("model", "ranks", "user_metadata", "result", "result_async"),
     }
     assert not any(p.requires_grad for p in c.model.parameters())
     before = weights(c)

@@ -35,6 +35,14 @@ def text(rng: Random, length: int, sdk: Any = lossfns, targets: int = 0) -> Any:
     return sdk.Datum(model_input=sdk.ModelInput.from_ints(ids[:-1]), loss_fn_inputs=fields)
 
 
+def own_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Metrics without those that say what a request took."""
+    return {name: x for name, x in metrics.items() if name.partition(":")[0] not in COST}
+
+
+COST = ("passes", "micro_batches", "peak_memory")
+
+
 def weights(c: LocalTrainingClient) -> list[Tensor]:
     return [p.detach().clone() for p in c.model.parameters()]
 

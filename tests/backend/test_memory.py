@@ -1,0 +1,441 @@
+"""What a step takes: counted, foretold, kept within a budget, and refused where it cannot be."""
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import DATA, SHAPE, client, gradients, same, text
+from torch import Tensor, nn
+
+import lossfns
+from lossfns import LossInputError, datum_from_tokens
+from lossfns.backend import AdamParams, Decoder, LocalReferenceClient, LocalTrainingClient, lora
+from lossfns.backend.memory import FEW, MARGIN, Footprint, Watch, cut, footprint, free, left
+
+# Counting
+
+KB = 1000
+"""Bytes of 250 float32 numbers."""
+
+
+def numbers(kilobytes: int = 1) -> Tensor:
+    return torch.ones(250 * kilobytes)
+
+
+class Doubled(torch.autograd.Function):
+    """2x, by way of a tensor that is gone afterwards; keeps x for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x.clone())
+        return torch.cat([x, x]).view(2, -1).sum(0)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return 2 * g * ctx.saved_tensors[0].sign()
+
+
+def test_a_tensor_counts_until_it_is_freed() -> None:
+    with Watch(set()) as watch:
+        a = numbers(2)
+        assert (watch.growing.total, watch.growing.peak) == (2 * KB, 2 * KB)
+        b = numbers(1)
+        assert watch.growing.total == 3 * KB
+        del a
+        assert watch.growing.total == KB
+        c = numbers(1)
+        assert (watch.growing.total, watch.growing.peak) == (2 * KB, 3 * KB)
+        del b, c
+    assert watch.growing.total == 0 and watch.fixed.peak == 0
+
+
+def test_a_view_keeps_its_tensor_and_takes_nothing_itself() -> None:
+    with Watch(set()) as watch:
+        a = numbers(4)
+        view, first = a.view(2, -1)[1], torch.split(a, 250)[0]
+        del a
+        assert watch.growing.total == 4 * KB
+        detached = view.detach()
+        del view, first
+        assert watch.growing.total == 4 * KB
+        del detached
+    assert watch.growing.total == 0
+
+
+def test_what_is_done_in_place_takes_nothing() -> None:
+    before = numbers(4)
+    with Watch(set()) as watch:
+        before.add_(1).mul_(2)[:250].zero_()
+        torch.add(before, 1, out=before)
+        assert watch.growing.peak == 0
+        a = numbers(1)
+        a += 1
+        a.copy_(a)
+    assert watch.growing.peak == KB
+
+
+def test_every_result_of_an_operation_counts() -> None:
+    """The values are float32 and the places int64."""
+    with Watch(set()) as watch:
+        result = torch.ones(250).sort()
+    assert watch.growing.total == KB + 2 * KB and len(result) == 2
+
+
+def test_what_autograd_keeps_counts_until_the_backward_pass_is_over() -> None:
+    x = numbers(1).requires_grad_()
+    with Watch(set()) as watch:
+        y = (x * x).exp()  # keeps x, which was there, and the result
+        assert (watch.growing.total, watch.growing.peak) == (KB, 2 * KB)
+        total = y.sum()
+        del y
+        assert watch.growing.total == KB + 4
+        total.backward()
+        del total
+        assert x.grad is not None and watch.growing.total == KB
+        x.grad = None
+    assert watch.growing.total == 0
+
+
+def test_what_a_function_makes_and_keeps_inside_counts() -> None:
+    x = numbers(1).requires_grad_()
+    with Watch(set()) as watch:
+        y = Doubled.apply(x)  # type: ignore[no-untyped-call]
+        assert watch.growing.total == 2 * KB and watch.growing.peak == 4 * KB
+        y.backward(torch.ones_like(y))
+        del y
+        assert watch.growing.total == KB
+    assert x.grad is not None and torch.equal(x.grad, torch.full_like(x, 2))
+
+
+def test_certain_sizes_are_counted_by_themselves() -> None:
+    with Watch({2 * KB}) as watch:
+        a, b, c = numbers(1), numbers(2), numbers(2)
+        del b
+        assert (watch.growing.peak, watch.fixed.peak, watch.fixed.total) == (KB, 4 * KB, 2 * KB)
+        del a, c
+    assert watch.growing.total == watch.fixed.total == 0
+
+
+def test_a_footprint_is_that_of_the_peak_by_tokens_and_by_weight() -> None:
+    """Two activations of 8 numbers a token at once, before them one of 8 and one of 4; and a gradient of a weight."""
+    weight = torch.ones(8, 8)
+
+    def step() -> None:
+        for widths in ((8, 4), (8, 8)):
+            activations = [torch.ones(FEW, width) for width in widths]
+            gradient = torch.ones(8, 8)
+            del activations, gradient
+
+    found = footprint(step, [weight])
+    assert found == Footprint(fixed=8 * 8 * 4, each=(8 + 8) * 4)
+    assert found.of(10) == 256 + 640
+
+
+@given(st.integers(0, 10**12), st.integers(1, 10**8), st.integers(1, 10**6))
+def test_as_many_tokens_fit_as_do_and_not_one_more(fixed: int, each: int, tokens: int) -> None:
+    found = Footprint(fixed, each)
+    assert found.tokens(found.of(tokens)) == tokens
+    assert found.tokens(found.of(tokens) - 1) == tokens - 1
+    assert found.tokens(math.inf) == math.inf
+
+
+# Foretelling
+
+
+def adapted(model: Decoder) -> None:
+    lora.adapt(model, rank=2, parts=["attn", "mlp"])
+
+
+def checkpointing(model: Decoder) -> None:
+    model.checkpointing = True
+
+
+def frozen_head(model: Decoder) -> None:
+    model.embed.requires_grad_(False)
+
+
+SMALL: dict[str, Any] = {"vocab_size": 257, "dim": 32, "layers": 2, "heads": 2, "kv_heads": 1, "hidden": 48}
+MODELS: dict[str, tuple[dict[str, Any], Callable[[Decoder], Any], Any]] = {
+    "tiny": (SHAPE, id, None),
+    "small": (SMALL, id, None),
+    "untied": ({**SMALL, "tied": False}, id, None),
+    "deep": ({**SMALL, "layers": 8, "heads": 4, "kv_heads": 4}, id, None),
+    "bfloat16": (SMALL, id, torch.bfloat16),
+    "checkpointing": (SMALL, checkpointing, None),
+    "adapted": (SMALL, adapted, None),
+    "frozen head": (SMALL, frozen_head, None),
+}
+
+
+@pytest.mark.parametrize("lengths", [[600], [100, 200, 300, 200], [40] * 10, [400, 3, 50, 60]], ids=str)
+@pytest.mark.parametrize("name", MODELS)
+def test_the_foretold_peak_is_a_bound_and_not_twice_what_a_step_takes(name: str, lengths: list[int]) -> None:
+    shape, change, dtype = MODELS[name]
+    model = Decoder(**shape)
+    change(model)
+    c, rng = LocalTrainingClient(model, tokenizer=1, device="cpu", dtype=dtype), Random(0)
+    data = [
+        datum_from_tokens([rng.randrange(shape["vocab_size"]) for _ in range(n + 1)], prompt_length=1) for n in lengths
+    ]
+    c._engine.footprint(max(lengths))
+    work = c._engine.logprobs(data)
+    with Watch(set()) as watch:
+        foretold = c._engine.backward(lossfns.cross_entropy(), data, work, lambda value: value.peak_memory)
+    assert watch.growing.peak <= foretold <= 2 * watch.growing.peak
+
+
+def test_the_measurement_leaves_no_trace() -> None:
+    """Not in gradients, nor in random numbers, which a resumed training draws again."""
+    c = client()
+    custom = c.forward_backward_custom(DATA, lossfns.cross_entropy()).result()
+    before, random = gradients(c), torch.get_rng_state()
+    c.model.register_forward_hook(lambda module, args, hidden: nn.functional.dropout(hidden, 0.5))
+    c._engine.footprints = {}
+    c._engine.footprint(7)
+    assert len(c._engine.footprints) == 1
+    assert same(gradients(c), before) and torch.equal(torch.get_rng_state(), random)
+    assert not any(p._post_accumulate_grad_hooks for p in c.model.parameters())  # type: ignore[attr-defined]
+    assert custom.metrics["passes"] == 1
+
+
+def test_a_model_that_fails_in_the_measurement_keeps_its_gradients() -> None:
+    c = client()
+    c.forward_backward_custom(DATA, lossfns.cross_entropy()).result()
+    before = gradients(c)
+
+    def fail(*_: Any) -> None:
+        raise torch.OutOfMemoryError("no more")
+
+    c.model.register_forward_pre_hook(fail)
+    c._engine.footprints = {}
+    with pytest.raises(torch.OutOfMemoryError):
+        c.forward_backward_custom(DATA, lossfns.cross_entropy()).result()
+    assert same(gradients(c), before)
+    assert not any(p._post_accumulate_grad_hooks for p in c.model.parameters())  # type: ignore[attr-defined]
+
+
+class Positions(nn.Module):
+    """A model of one's own, with a table of positions."""
+
+    def __init__(self, positions: int, loops: int = 1) -> None:
+        super().__init__()
+        self.embed, self.places = nn.Embedding(31, 8), nn.Embedding(positions, 8)
+        self.inner, self.loops = nn.Linear(8, 8), loops
+
+    @property
+    def head(self) -> Tensor:
+        return self.embed.weight
+
+    def forward(self, tokens: Tensor, lengths: list[int]) -> Tensor:
+        x: Tensor = self.embed(tokens) + self.places(torch.cat([torch.arange(n) for n in lengths]))
+        for _ in range(self.loops):
+            x = x + self.inner(x).tanh()
+        return x
+
+
+def test_a_model_need_not_read_more_than_the_datums_have() -> None:
+    longest = max(d.model_input.length for d in DATA)
+    c = LocalTrainingClient(Positions(longest), tokenizer=1, device="cpu")
+    assert c.forward_backward_custom(DATA, lossfns.cross_entropy()).result().metrics["micro_batches"] == 1
+
+
+def test_models_that_do_not_say_what_they_are_are_measured_one_by_one() -> None:
+    """Of the same class and parameters, one takes more."""
+    once, often = (LocalTrainingClient(Positions(300, loops), tokenizer=1, device="cpu") for loops in (1, 20))
+    assert often._engine.footprint(100).each > 3 * once._engine.footprint(100).each
+
+
+def test_a_reference_runs_no_backward_pass() -> None:
+    c = LocalReferenceClient(Decoder(**{**SHAPE, "hidden": 13}), device="cpu")  # of a shape that was not measured yet
+    backward = []
+    c.model.embed.weight.register_hook(lambda g: backward.append(g))
+    c.forward(DATA, "cross_entropy").result()
+    assert not backward
+
+
+def test_with_a_budget_training_is_the_same_to_the_bit() -> None:
+    """Where none is given, what is free decides."""
+    runs = []
+    for _ in range(2):
+        c = client(memory_budget=30_000)
+        for _ in range(3):
+            done = c.forward_backward_custom(DATA, lossfns.grpo(kl_beta=0).bind(**RL)).result()
+            c.optim_step(AdamParams(learning_rate=1e-2)).result()
+        assert done.metrics["micro_batches"] > 1
+        runs.append([p.detach().clone() for p in c.model.parameters()])
+    assert same(*runs)
+
+
+RL = {"advantages": [1.0, -2.0, 0.5, 1.0], "old_logprobs": [[-3.4] * d.model_input.length for d in DATA]}
+
+
+# Cutting
+
+LENGTHS = st.lists(st.integers(1, 30), min_size=1, max_size=30)
+
+
+@given(LENGTHS, st.one_of(st.integers(-5, 100), st.just(math.inf)))
+def test_micro_batches_are_all_datums_in_order_as_many_as_there_is_room_for(lengths: list[int], room: float) -> None:
+    parts = cut(lengths, room, 1)
+    assert [i for part in parts for i in range(len(lengths))[part]] == list(range(len(lengths)))
+    sizes = [sum(lengths[part]) for part in parts]
+    assert all(size <= room or part.stop - part.start == 1 for size, part in zip(sizes, parts))
+    for part, after in pairwise(parts):
+        assert sum(lengths[part]) + lengths[after.start] > room
+
+
+@given(LENGTHS, st.integers(1, 100))
+def test_pairs_stay_together_if_all_of_them_fit(lengths: list[int], room: int) -> None:
+    pairs = [sum(lengths[i : i + 2]) for i in range(0, len(lengths), 2)]
+    parts = cut(lengths, room, 2)
+    if max(pairs) > room:
+        assert parts == cut(lengths, room, 1)
+    else:
+        assert parts == [slice(2 * p.start, min(2 * p.stop, len(lengths))) for p in cut(pairs, room, 1)]
+
+
+# Budgets
+
+
+def test_what_is_free_is_part_of_what_there_is() -> None:
+    device = torch.device("cpu")
+    assert 0 < free(device) < 2**60
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"), [("max", math.inf), ("1000000", 1_000_000 - 700_000 + 200_000), (None, math.inf)]
+)
+def test_a_container_has_what_its_limit_leaves(limit: str | None, expected: float, tmp_path: Path) -> None:
+    """Of which files that were read, and are not in use, are no part."""
+    if limit is not None:
+        (tmp_path / "memory.max").write_text(f"{limit}\n")
+        (tmp_path / "memory.current").write_text("700000\n")
+        (tmp_path / "memory.stat").write_text("anon 500000\nfile 200000\ninactive_file 200000\nactive_file 0\n")
+    assert left(tmp_path) == expected
+
+
+@pytest.mark.parametrize("budget", [0, -1, True, "1GB", math.nan, [1], 1j])
+def test_a_budget_that_is_none_is_refused(budget: Any) -> None:
+    with pytest.raises(LossInputError, match="memory_budget"):
+        client(memory_budget=budget)
+
+
+@pytest.mark.parametrize("budget", [10**9, 1e9, np.int64(10**9), np.float32(1e9), math.inf, None])
+def test_any_number_is_a_budget(budget: Any) -> None:
+    c = client(memory_budget=budget)
+    assert c.forward_backward_custom(DATA, lossfns.cross_entropy()).result().metrics["micro_batches"] == 1
+
+
+def asked_for(c: LocalTrainingClient, data: list[Any], datum: int) -> int:
+    """The bytes that a refusal says are enough."""
+    with pytest.raises(LossInputError, match="for this datum alone") as error:
+        c.forward_backward_custom(data, lossfns.cross_entropy()).result()
+    assert error.value.datum == datum and error.value.field == "memory_budget"
+    return int(error.value.expected.split()[2].replace(",", ""))
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 40, 100, 300])
+def test_a_datum_that_does_not_fit_is_refused_with_the_bytes_that_are_enough(length: int) -> None:
+    data = [text(Random(0), n + 1) for n in (length, 2 * length, 1)]
+    first = asked_for(client(memory_budget=1000), data, 0)
+    enough = asked_for(client(memory_budget=first), data, 1)
+    assert asked_for(client(memory_budget=enough - 5), data, 1) == enough > first
+    metrics = client(memory_budget=enough).forward_backward_custom(data, lossfns.cross_entropy()).result().metrics
+    assert metrics["micro_batches"] == 2 and metrics["peak_memory"] <= enough
+
+
+def test_adding_a_gradient_to_another_has_to_fit_as_well() -> None:
+    """What rounding takes from a sum is kept beside it from the second request on, here of a model with few tokens."""
+
+    def step(c: LocalTrainingClient) -> int:
+        work = c._engine.logprobs(data)
+        return c._engine.backward(lossfns.cross_entropy(), data, work, lambda value: value.peak_memory)
+
+    shape, data = {**SHAPE, "hidden": 40, "layers": 400}, [text(Random(0), 2)]
+    c = LocalTrainingClient(Decoder(**shape), tokenizer=1, device="cpu")
+    weights = sum(p.nbytes for p in c.model.parameters())
+    first = step(c)
+    with Watch(set()) as watch:
+        second = step(c)
+    assert first < 2 * weights <= watch.growing.peak <= second
+    third = step(c)
+    assert third == first
+    lean = LocalTrainingClient(Decoder(**shape), tokenizer=1, device="cpu", memory_budget=1.9 * weights / MARGIN)
+    assert step(lean) == first
+    before = gradients(lean)
+    with pytest.raises(LossInputError, match=f"{2 * weights / MARGIN + 1:,.0f} bytes"):
+        step(lean)
+    assert same(gradients(lean), before)
+
+
+def test_requests_that_add_up_are_cut_alike() -> None:
+    c = client(memory_budget=30_000)
+    counts = [
+        c.forward_backward_custom(DATA, lossfns.cross_entropy()).result().metrics["micro_batches"] for _ in range(3)
+    ]
+    assert len(set(counts)) == 1 and counts[0] > 1
+
+
+# A process of its own
+
+DEEP: dict[str, Any] = {"vocab_size": 300, "dim": 64, "layers": 24, "heads": 4, "kv_heads": 4, "hidden": 160}
+SCRIPT = f"""
+import json, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_memory import trained
+print(json.dumps(trained(float(sys.argv[1]))))
+"""
+
+
+def coupled(data: list[Any], logprobs_list: list[Tensor]) -> tuple[Tensor, dict[str, float]]:
+    """Every sequence against all others."""
+    return torch.stack([lp.mean() for lp in logprobs_list]).logsumexp(0), {}
+
+
+def in_use(name: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return 1024 * int(line.split()[1])
+
+
+def trained(budget: float) -> dict[str, Any]:
+    """Metrics and gradients of a loss that streams and one that does not, and how far the memory in use rose."""
+    torch.set_num_threads(1)
+    rng = Random(0)
+    rows = [[rng.randrange(300) for _ in range(rng.randint(40, 100))] for _ in range(20)]
+    data = [datum_from_tokens(row, prompt_length=5) for row in rows]
+    c = LocalTrainingClient(Decoder(**DEEP), tokenizer=1, device="cpu", memory_budget=budget)
+    c.forward(data[:1], "cross_entropy").result()  # what libraries load once is no part of it
+    before = in_use("VmRSS")
+    found: dict[str, Any] = {}
+    for name, loss_fn in (("twice", coupled), ("streamed", lossfns.cross_entropy())):
+        found[name] = c.forward_backward_custom(data, loss_fn).result().metrics
+        found[f"{name} gradient"] = [p.grad.flatten().tolist() for p in c.model.parameters() if p.grad is not None]
+        c._engine.clear()
+    return {**found, "rise": in_use("VmHWM") - before}
+
+
+def test_a_batch_of_four_times_the_budget_trains_within_it() -> None:
+    """The system's figure, of everything that a process takes."""
+    whole = trained(math.inf)
+    budget = whole["streamed"]["peak_memory"] / 4
+    done = subprocess.run([sys.executable, "-c", SCRIPT, str(budget)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    cut_up = json.loads(done.stdout)
+    assert cut_up["rise"] <= budget
+    for name, passes in (("streamed", 1), ("twice", 2)):
+        assert cut_up[name]["micro_batches"] >= 4 and cut_up[name]["passes"] == passes
+        assert cut_up[name]["peak_memory"] <= budget
+        assert cut_up[name]["loss:sum"] == pytest.approx(whole[name]["loss:sum"], rel=1e-5)
+        a, b = (np.concatenate(run[f"{name} gradient"]) for run in (cut_up, whole))
+        assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b) > 0
