@@ -7,6 +7,7 @@ checks but ``judge`` (see ``readings``), once the numbers are on the host with t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -16,10 +17,11 @@ from torch import Tensor
 
 from lossfns.checks import is_real
 from lossfns.errors import LossInputError
-from lossfns.tokens import DATUM_FIELDS, ON_POLICY, PAIRS, TARGETS, TOKENS, FlatLogprobs, Tokens
+from lossfns.tokens import DATUM_FIELDS, ON_POLICY, PAIRS, TARGETS, TOKENS, Tokens
 
 Row = np.ndarray[Any, Any] | Tensor
 Rows = list[Row]
+Shapes = Sequence[Sequence[int]]
 
 FIXES = {
     "target_tokens": "Build the datum with datum_from_tokens.",
@@ -56,25 +58,84 @@ def pack(
     The result has the logprobs' device and their dtype, float32 at least. Every slot of weight 0 holds 0
     in every column, so that no nan or inf can leak from it.
     """
-    columns = columns or {}
     check_data(data, rows)
-    check_logprobs(data, logprobs_list, rank=2 if rows == TARGETS else 1)
-    on_policy = [name for name in reads if columns.get(name) is ON_POLICY]
+    check_logprobs(data, logprobs_list, rank_of(rows))
+    shapes, logprobs = [lp.shape for lp in logprobs_list], concatenate(logprobs_list)
+    return lay_out(data, shapes, logprobs, reads, columns or {}, align).at(logprobs)
+
+
+def pack_columns(
+    data: Sequence[Any],
+    shapes: Shapes,
+    like: Tensor,
+    reads: Sequence[str] = (),
+    columns: Mapping[str, Any] | None = None,
+    *,
+    rows: str = TOKENS,
+    align: str = "strict",
+) -> Columns:
+    """``pack`` for logprobs that are still to come, in these shapes, with the dtype and on the device of ``like``.
+
+    As many as one likes: ``pack_columns(data, shapes, ...).at(logprobs)`` is ``pack(data, logprobs_list, ...)``.
+    """
+    check_data(data, rows)
+    check_shapes(data, shapes, rank_of(rows))
+    return lay_out(data, shapes, like, reads, columns or {}, align)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """A packed batch but for its logprobs. ON_POLICY in ``columns`` stands for these.
+
+    ``kept`` masks those of each datum; it is empty unless they are to be truncated.
+    """
+
+    weights: Tensor
+    active: Tensor
+    lengths: Tensor
+    columns: Mapping[str, Any]
+    kept: list[Tensor]
+
+    def at(self, logprobs: Tensor) -> Tokens:
+        """The batch with its logprobs, end to end."""
+        logprobs = blank(logprobs[torch.cat(self.kept)] if self.kept else logprobs, self.active)
+        columns = {name: logprobs.detach() if x is ON_POLICY else x for name, x in self.columns.items()}
+        return Tokens(logprobs, self.weights, self.lengths, columns)
+
+    def part(self, which: slice) -> Columns:
+        """Those of ``data[which]``, consecutive datums."""
+        first, last, _ = which.indices(len(self.lengths))
+        own = slice(int(self.lengths[:first].sum()), int(self.lengths[:last].sum()))
+        columns = {name: x if x is ON_POLICY else x[own] for name, x in self.columns.items()}
+        return Columns(self.weights[own], self.active[own], self.lengths[which], columns, self.kept[which])
+
+
+def lay_out(
+    data: Sequence[Any], shapes: Shapes, like: Tensor, reads: Sequence[str], columns: Mapping[str, Any], align: str
+) -> Columns:
+    """Every column end to end, in the shapes and dtype of the logprobs and on their device."""
+    on_policy = {name: ON_POLICY for name in reads if columns.get(name) is ON_POLICY}
     table = {name: find(name, data, columns) for name in reads if name not in on_policy}
     table["weights"] = find_weights(data, columns, reads)
+    kept: list[Tensor] = []
     if align == "truncate":
-        logprobs_list, table = truncate(logprobs_list, table)
+        whole = shapes
+        shapes, table = truncate(shapes, table)
+        kept = [torch.arange(prod(shape)) < prod(cut) for shape, cut in zip(whole, shapes)]
     else:
-        check_targets(data, logprobs_list)
-    shapes = [lp.shape for lp in logprobs_list]
-    logprobs = concatenate(logprobs_list)
-    lengths = torch.tensor([prod(shape) for shape in shapes], device=logprobs.device)
-    flat = {name: fill(name, found, shapes, lengths, logprobs) for name, found in table.items()}
+        check_targets(data, shapes)
+    lengths = torch.from_numpy(np.array([prod(shape) for shape in shapes], dtype=np.int64))
+    flat = {name: fill(name, found, shapes, lengths, like) for name, found in table.items()}
     weights = flat.pop("weights")
     active = weights != 0
-    logprobs, inactive = blank(logprobs, active), ~active
+    inactive = ~active
     blanked = {name: x.masked_fill_(inactive, 0) for name, x in flat.items()}  # in place: `fill` made them
-    return Tokens(logprobs, weights, lengths, blanked | {name: logprobs.detach() for name in on_policy})
+    return Columns(weights, active, lengths.to(like.device), blanked | on_policy, kept)
+
+
+def rank_of(rows: str) -> int:
+    """How many dimensions a datum's logprobs have: ``[N]``, or ``[N, K]``."""
+    return 2 if rows == TARGETS else 1
 
 
 def pack_weights(
@@ -82,9 +143,9 @@ def pack_weights(
 ) -> Tokens:
     """What is known of a batch before any forward pass: its weights, in float64."""
     check_data(data, rows)
-    found = weight_rows(data, reads, columns)
+    found: Rows = weight_rows(data, reads, columns)
     if align == "truncate":
-        targets = [torch.zeros(row.shape) for row in find("target_tokens", data, columns)]
+        targets = [row.shape for row in find("target_tokens", data, columns)]
         table = {name: known(name, data, columns) for name in reads} | {"weights": found}
         found = truncate(targets, table)[1]["weights"]
     shapes = [w.shape for w in found]
@@ -131,8 +192,8 @@ def check_logprobs(data: Sequence[Any], logprobs_list: Sequence[Tensor], rank: i
         got = f"a {type(logprobs_list).__name__}"
         raise LossInputError("logprobs_list", "a list of tensors, one per datum", got, "Split it by sequence.")
     if len(data) != len(logprobs_list):
-        got = f"{len(data)} datums but {len(logprobs_list)} logprobs tensors"
-        raise LossInputError("logprobs_list", "one tensor per datum", got, "Pass the datums of the same forward call.")
+        raise wrong_count(data, logprobs_list)
+    device = getattr(logprobs_list[0], "device", None)
     for i, lp in enumerate(logprobs_list):
         if not isinstance(lp, Tensor):
             raise LossInputError("logprobs", "a torch.Tensor", f"a {type(lp).__name__}", "Call torch.tensor.", datum=i)
@@ -140,23 +201,39 @@ def check_logprobs(data: Sequence[Any], logprobs_list: Sequence[Tensor], rank: i
             fix = "Logprobs are real numbers: were token ids passed?"
             raise LossInputError("logprobs", "a floating point tensor", str(lp.dtype), fix, datum=i)
         if lp.ndim != rank:
-            others = {1: "For [N] use cross_entropy.", 2: "For [N, K] use multi_target_cross_entropy."}
-            fix = others.get(lp.ndim, "Split the batch by sequence.")
-            raise LossInputError("logprobs", ("[N]", "[N, K]")[rank - 1], f"shape {tuple(lp.shape)}", fix, datum=i)
-        if lp.device != logprobs_list[0].device:
-            got = f"{lp.device}, while datum[0] has {logprobs_list[0].device}"
+            raise wrong_rank(lp.shape, rank, i)
+        if lp.device != device:
+            got = f"{lp.device}, while datum[0] has {device}"
             raise LossInputError("logprobs", "one device for the whole batch", got, "Move them with .to().", datum=i)
 
 
-def check_targets(data: Sequence[Any], logprobs_list: Sequence[Tensor]) -> None:
+def check_shapes(data: Sequence[Any], shapes: Shapes, rank: int) -> None:
+    if len(data) != len(shapes):
+        raise wrong_count(data, shapes)
+    for i, shape in enumerate(shapes):
+        if len(shape) != rank:
+            raise wrong_rank(shape, rank, i)
+
+
+def wrong_count(data: Sequence[Any], logprobs_list: Sequence[Any]) -> LossInputError:
+    got = f"{len(data)} datums but {len(logprobs_list)} logprobs tensors"
+    return LossInputError("logprobs_list", "one tensor per datum", got, "Pass the datums of the same forward call.")
+
+
+def wrong_rank(shape: Sequence[int], rank: int, datum: int) -> LossInputError:
+    others = {1: "For [N] use cross_entropy.", 2: "For [N, K] use multi_target_cross_entropy."}
+    fix = others.get(len(shape), "Split the batch by sequence.")
+    return LossInputError("logprobs", ("[N]", "[N, K]")[rank - 1], f"shape {tuple(shape)}", fix, datum=datum)
+
+
+def check_targets(data: Sequence[Any], shapes: Shapes) -> None:
     """Logprobs are those of the datum's targets, where it has any."""
-    for i, (datum, lp) in enumerate(zip(data, logprobs_list)):
-        targets = datum.loss_fn_inputs.get("target_tokens")
-        if targets is not None and hasattr(targets, "to_numpy"):
-            shape = targets.shape
-            count = shape[0] if isinstance(shape, (list, tuple)) and shape else len(targets.to_numpy())
-            if count != len(lp) and count != lp.numel():
-                got, fix = str(len(lp)), "Pass the logprobs of these datums' targets."
+    for i, (targets, shape) in enumerate(zip(fields(data, "target_tokens"), shapes)):
+        if hasattr(targets, "to_numpy"):
+            own = targets.shape
+            count = own[0] if isinstance(own, (list, tuple)) and own else len(targets.to_numpy())
+            if count != shape[0] and count != prod(shape):
+                got, fix = str(shape[0]), "Pass the logprobs of these datums' targets."
                 raise LossInputError("logprobs", f"{count} rows (the length of target_tokens)", got, fix, datum=i)
 
 
@@ -176,13 +253,19 @@ def find(name: str, data: Sequence[Any], columns: Mapping[str, Any]) -> Any:
         if missing is not None:
             got, fix = "nothing bound, nor in the datum", FIXES.get(name, f"Pass bind({name}=...).")
             raise LossInputError(name, "one row per datum", got, fix, datum=missing)
+    return read(name, given)
+
+
+def read(name: str, given: Any) -> Any:
+    """The rows of a column, or its numbers."""
     if isinstance(given, (Tensor, np.ndarray)) and given.ndim == 1:
         return numbers(name, as_row(given, name, None))
     rows = as_rows(given, name)
-    scalar = next((i for i, row in enumerate(rows) if row.ndim == 0), None)
-    if scalar is None:
+    ranks = {row.ndim for row in rows}
+    if 0 not in ranks:
         return rows
-    if any(row.ndim for row in rows):
+    if ranks != {0}:
+        scalar = next(i for i, row in enumerate(rows) if row.ndim == 0)
         expected = "a row for each datum, or a number for each"
         raise LossInputError(name, expected, "a number among rows", "Use one form.", datum=scalar)
     return numbers(name, torch.stack([torch.as_tensor(row) for row in rows]))
@@ -200,10 +283,12 @@ def find_weights(data: Sequence[Any], columns: Mapping[str, Any], reads: Sequenc
 
     RL datums have per-token ``advantages`` and no weights. A mask beside them is not passed over in silence.
     """
-    given = [] if "weights" in columns else fields(data, "weights")
+    if "weights" in columns:
+        return find("weights", data, columns)
+    given = fields(data, "weights")
     missing = next((i for i, value in enumerate(given) if value is None), None)
     if missing is None:
-        return find("weights", data, columns)
+        return read("weights", given)
     masks = [name for name in ("mask", "loss_mask") if name in data[missing].loss_fn_inputs]
     advantages = fields(data, "advantages") if "advantages" in reads else [None]
     rl = not any(a is None for a in advantages) and all(w is None for w in given) and not masks
@@ -252,59 +337,55 @@ def is_plain(x: Tensor) -> bool:
     return x.layout == torch.strided and not (x.is_complex() or x.is_meta or x.is_nested or x.is_quantized)
 
 
-def truncate(logprobs_list: Sequence[Tensor], table: dict[str, Any]) -> tuple[list[Tensor], dict[str, Any]]:
-    """Cut every row of a datum to the shortest of them."""
+def truncate(shapes: Shapes, table: dict[str, Any]) -> tuple[Shapes, dict[str, Any]]:
+    """Cut every row of a datum, and the shape of its logprobs, to the shortest of them."""
     ragged = {name: rows for name, rows in table.items() if isinstance(rows, list)}
-    if logprobs_list[0].ndim == 2:
-        ragged = {name: [in_rows(r, lp) for r, lp in zip(rows, logprobs_list)] for name, rows in ragged.items()}
-    shortest = [min(map(len, rows)) for rows in zip(logprobs_list, *ragged.values())]
+    if len(shapes[0]) == 2:
+        ragged = {name: [in_rows(row, shape[1]) for row, shape in zip(rows, shapes)] for name, rows in ragged.items()}
+    shortest = [min(shape[0], *map(len, rows)) for shape, *rows in zip(shapes, *ragged.values())]
     cut = {name: [row[:n] for row, n in zip(rows, shortest)] for name, rows in ragged.items()}
-    return [lp[:n] for lp, n in zip(logprobs_list, shortest)], table | cut
+    return [(n, *shape[1:]) for shape, n in zip(shapes, shortest)], table | cut
 
 
-def in_rows(row: Row, logprobs: Tensor) -> Row:
+def in_rows(row: Row, targets: int) -> Row:
     """A flat list of [N, K] entries as N rows of K."""
-    targets = logprobs.shape[1]
     return row.reshape(-1, targets) if row.ndim == 1 and targets and len(row) % targets == 0 else row
 
 
 def concatenate(logprobs_list: Sequence[Tensor]) -> Tensor:
-    """All logprobs end to end, float32 at least, without a copy where they are views of one leaf."""
-    if isinstance(logprobs_list, FlatLogprobs) and logprobs_list.whole:
-        flat: Tensor | None = logprobs_list.flat
-    else:
-        flat = common_leaf(logprobs_list)
+    """All logprobs end to end, float32 at least, without a copy where they are the parts of one leaf."""
+    flat = common_leaf(logprobs_list)
     if flat is None:
         flat = torch.cat([lp if lp.ndim == 1 else lp.flatten() for lp in logprobs_list])
-    return flat.to(torch.promote_types(flat.dtype, torch.float32))
+    return flat.flatten().to(torch.promote_types(flat.dtype, torch.float32))
 
 
 def common_leaf(logprobs_list: Sequence[Tensor]) -> Tensor | None:
-    """The flat leaf whose consecutive views these are, all of it; gradients then arrive in the leaf alone."""
-    leaf = logprobs_list[0]._base
-    if leaf is None or not leaf.is_leaf or not leaf.requires_grad or leaf.ndim != 1:
+    """The leaf that ``torch.split`` cut into these, all of them in order; its gradient then need not pass them."""
+    split = logprobs_list[0].grad_fn
+    if split is None or split.name() not in ("SplitWithSizesBackward0", "SplitBackward0"):
         return None
-    end = leaf.storage_offset()
-    for lp in logprobs_list:
-        plain = lp._base is leaf and lp.requires_grad and lp.is_contiguous() and lp.storage_offset() == end
-        if not plain or lp._backward_hooks or lp.dtype != leaf.dtype:
+    leaf: Tensor | None = getattr(split.next_functions[0][0], "variable", None)
+    if leaf is None or leaf.shape[1:] != logprobs_list[0].shape[1:]:
+        return None
+    for i, lp in enumerate(logprobs_list):
+        if lp.grad_fn is not split or lp.output_nr != i or lp._backward_hooks or lp.retains_grad:
             return None
-        end += lp.numel()
-    return leaf if end == leaf.storage_offset() + leaf.numel() and leaf.is_contiguous() else None
+    return leaf if sum(lp.numel() for lp in logprobs_list) == leaf.numel() else None
 
 
-def fill(name: str, found: Any, shapes: Sequence[Sequence[int]], lengths: Tensor, like: Tensor) -> Tensor:
+def fill(name: str, found: Any, shapes: Shapes, lengths: Tensor, like: Tensor) -> Tensor:
     """A column laid end to end like the logprobs, in their dtype and on their device; ones for None."""
     if found is None:
-        return torch.ones_like(like, requires_grad=False)
+        return like.new_ones(int(lengths.sum()))
     if not isinstance(found, list):
         numbers = torch.as_tensor(found).to(like.device, like.dtype)
-        return torch.repeat_interleave(numbers, lengths, output_size=sum(map(prod, shapes)))
-    if [row.shape for row in found] != list(shapes):
+        return torch.repeat_interleave(numbers, lengths.to(like.device), output_size=int(lengths.sum()))
+    if any(row.shape != shape for row, shape in zip(found, shapes)):
         found = [align_row(row, shape, name, i) for i, (row, shape) in enumerate(zip(found, shapes))]
     if len(shapes[0]) > 1:
         found = [row.reshape(-1) for row in found]
-    if any(isinstance(row, Tensor) for row in found):
+    if any(issubclass(kind, Tensor) for kind in set(map(type, found))):
         flat = torch.cat([torch.as_tensor(row) for row in found])
     else:
         flat = torch.from_numpy(np.concatenate(found))

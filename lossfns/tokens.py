@@ -10,11 +10,9 @@ Shape legend, used in every docstring:
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,18 +65,10 @@ class Tokens:
         return columns[name]
 
 
-class FlatLogprobs(list[Any]):
-    """A ``logprobs_list`` whose tensors are views of one flat tensor, which the door then uses directly.
-
-    Thousands of sequences thus cost autograd one leaf instead of thousands.
-    """
+class FlatLogprobs(list[Tensor]):
+    """A ``logprobs_list`` cut from one flat tensor."""
 
     def __init__(self, flat: Tensor, shapes: Sequence[Sequence[int]]) -> None:
-        views = torch.split(flat, [prod(shape) for shape in shapes])
-        self.flat, self.views = flat, [view.view(tuple(shape)) for view, shape in zip(views, shapes)]
-        super().__init__(self.views)
-
-    @property
-    def whole(self) -> bool:
-        """Whether the list still is what it was made as: the views, all of them and in order."""
-        return len(self) == len(self.views) and all(map(operator.is_, self, self.views))
+        self.flat = flat
+        parts = torch.split(flat, [prod(shape) for shape in shapes])
+        super().__init__(part if len(shape) == 1 else part.view(*shape) for part, shape in zip(parts, shapes))

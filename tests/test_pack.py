@@ -33,7 +33,7 @@ from lossfns import (
     token_sum,
     with_tis,
 )
-from lossfns.tokens import FlatLogprobs
+from lossfns.pack import pack_columns
 
 # Two sequences with a masked slot each, an empty one, and one masked throughout; as pairs: one that counts.
 WEIGHTS = [[0.0, 1.0, 0.5], [1.0, 0.0], [], [0.0, 0.0]]
@@ -297,33 +297,187 @@ def test_logprobs_may_be_slices_of_one_output() -> None:
 
 # ---- one flat leaf -----------------------------------------------------------------------------------------------
 
+FLAT = [x for row in LOGPROBS for x in row]
+LENGTHS = [len(row) for row in LOGPROBS]
+
+
+def flat_leaf() -> torch.Tensor:
+    return torch.tensor(FLAT, requires_grad=True)
+
 
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.name)
-def test_views_of_one_flat_tensor_are_the_same_batch(loss: Loss) -> None:
+def test_parts_of_one_leaf_are_the_same_batch(loss: Loss) -> None:
+    """And the gradient reaches the leaf past the parts: there are none of them in the graph."""
     bound = loss.bind(weights=WEIGHTS, **columns_of(loss))
     total, grads, metrics = outcome(bound, bare(LOGPROBS), LOGPROBS)
-    flat = torch.tensor([x for row in LOGPROBS for x in row], requires_grad=True)
-    views = FlatLogprobs(flat, [(len(row),) for row in LOGPROBS])
-    assert [view.tolist() for view in views] == LOGPROBS
-    flat_total, flat_metrics = bound(bare(LOGPROBS), views)
-    flat_total.backward()
-    assert (flat_total.item(), flat_metrics) == (total, metrics)
-    assert flat.grad.tolist() == [g for grad in grads for g in grad]
+    leaf = flat_leaf()
+    parts = torch.split(leaf, LENGTHS)
+    part_total, part_metrics = bound(bare(LOGPROBS), parts)
+    assert torch.autograd.grad(part_total, parts, retain_graph=True, allow_unused=True) == (None,) * len(parts)
+    part_total.backward()
+    assert (part_total.item(), part_metrics) == (total, metrics)
+    assert leaf.grad.tolist() == [g for grad in grads for g in grad]
 
 
-def test_views_may_have_a_rank_of_two() -> None:
-    flat = torch.tensor([-1.0, -2.0, -3.0, -4.0, -5.0], requires_grad=True)
-    views = FlatLogprobs(flat, [(2, 2), (1, 1)])
-    assert [view.tolist() for view in views] == [[[-1.0, -2.0], [-3.0, -4.0]], [[-5.0]]]
-    data = datums([[1.0, 1.0], [0.0, 1.0]], [[1.0]])
-    assert multi_target_cross_entropy()(data, views)[0].item() == (1 + 2 + 4 + 5) / 4
+def test_parts_may_have_a_rank_of_two() -> None:
+    """(1 + 2 + 4 + 5 + 6)/5, of rows [N, K] of one leaf."""
+    leaf = torch.tensor([[-1.0, -2.0], [-3.0, -4.0], [-5.0, -6.0]], requires_grad=True)
+    parts = torch.split(leaf, [2, 1])
+    loss, _ = multi_target_cross_entropy()(datums([[1.0, 1.0], [0.0, 1.0]], [[1.0, 1.0]]), parts)
+    assert torch.autograd.grad(loss, parts, retain_graph=True, allow_unused=True) == (None, None)
+    loss.backward()
+    assert loss.item() == pytest.approx(18 / 5)
+    assert leaf.grad.tolist() == [pytest.approx(row) for row in ([-0.2, -0.2], [0.0, -0.2], [-0.2, -0.2])]
 
 
-def test_a_list_of_views_may_be_reordered() -> None:
-    """L = Σ w·(−lp) / Σ w over the list as it now is: (2 + 3 + 0·1)/2."""
-    views = FlatLogprobs(torch.tensor([-1.0, -2.0, -3.0]), [(1,), (2,)])
-    views.reverse()
-    assert cross_entropy()(datums([1.0, 1.0], [0.0]), views)[0].item() == 2.5
+class Reversed(torch.autograd.Function):
+    """Its value is a view of what it is given, its gradient is not."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return -gradient
+
+
+def hooked(leaf: torch.Tensor) -> list[torch.Tensor]:
+    parts = list(torch.split(leaf, [1, 2]))
+    parts[1].register_hook(lambda gradient: 10 * gradient)
+    return parts
+
+
+def retained(leaf: torch.Tensor) -> list[torch.Tensor]:
+    parts = list(torch.split(leaf, [1, 2]))
+    for part in parts:
+        part.retain_grad()
+    return parts
+
+
+def made_without_a_graph(leaf: torch.Tensor) -> list[torch.Tensor]:
+    with torch.no_grad():
+        parts = list(torch.split(leaf, [1, 2]))
+    return [part.requires_grad_() for part in parts]
+
+
+@pytest.mark.parametrize(
+    "parts, gradient",
+    [
+        (lambda leaf: [leaf[:1], leaf[1:]], [-0.5, -0.25, -0.25]),
+        (hooked, [-0.5, -2.5, -2.5]),
+        (retained, [-0.5, -0.25, -0.25]),
+        (lambda leaf: list(map(Reversed.apply, torch.split(leaf, [1, 2]))), [0.5, 0.25, 0.25]),
+        (lambda leaf: list(torch.split(Reversed.apply(leaf), [1, 2])), [0.5, 0.25, 0.25]),
+        (lambda leaf: [torch.split(leaf, [1, 2])[0], torch.split(leaf, [1, 2])[1]], [-0.5, -0.25, -0.25]),
+        (lambda leaf: list(torch.split(leaf * 2, [1, 2])), [-1.0, -0.5, -0.5]),
+        (made_without_a_graph, None),
+    ],
+    ids=["slices", "hook", "retain_grad", "function", "function before", "two splits", "no leaf", "leaves themselves"],
+)
+def test_what_else_looks_like_parts_keeps_its_own_gradient(parts: Any, gradient: list[float] | None) -> None:
+    """Weights 1 and ½, ½: −w/2 each, times whatever stands between the leaf and the list."""
+    leaf = torch.tensor([-1.0, -2.0, -3.0], requires_grad=True)
+    given = parts(leaf)
+    cross_entropy()(datums([1.0], [0.5, 0.5]), given)[0].backward()
+    assert (None if leaf.grad is None else leaf.grad.tolist()) == gradient
+    if all(part.is_leaf or part.retains_grad for part in given):
+        assert [part.grad.tolist() for part in given] == [[-0.5], [-0.25, -0.25]]
+
+
+@pytest.mark.parametrize(
+    "order, loss, gradient",
+    [
+        ([1, 0], (2 + 0.5 * 1) / 1.5, [-1 / 3, -2 / 3, 0.0]),
+        ([0, 0], (1 + 0.5 * 1) / 1.5, [-1.0, 0.0, 0.0]),
+        ([1, 2], (2 + 0.5 * 3) / 1.5, [0.0, -2 / 3, -1 / 3]),
+        ([0, 1], (1 + 0.5 * 2) / 1.5, [-2 / 3, -1 / 3, 0.0]),
+    ],
+    ids=str,
+)
+def test_some_of_the_parts_and_in_another_order(order: list[int], loss: float, gradient: list[float]) -> None:
+    """Weights 1 and ½ of the list as it is, whatever it was cut from."""
+    leaf = torch.tensor([-1.0, -2.0, -3.0], requires_grad=True)
+    parts = torch.split(leaf, 1)
+    total, _ = cross_entropy()(datums([1.0], [0.5]), [parts[i] for i in order])
+    total.backward()
+    assert total.item() == pytest.approx(loss)
+    assert leaf.grad.tolist() == pytest.approx(gradient)
+
+
+@pytest.mark.parametrize(
+    "made, gradient", [(lambda leaf: 2 * leaf, [-1.5, -0.5]), (Reversed.apply, [0.75, 0.25])], ids=["2x", "function"]
+)
+def test_one_tensor_made_of_a_leaf_is_no_part_of_it(made: Any, gradient: list[float]) -> None:
+    """The leaf itself would get −w/2 = −0.75 and −0.25."""
+    leaf = torch.tensor([-1.0, -2.0], requires_grad=True)
+    cross_entropy()(datums([1.5, 0.5]), [made(leaf)])[0].backward()
+    assert leaf.grad.tolist() == gradient
+
+
+def test_parts_of_two_leaves_are_no_leaf() -> None:
+    one, other = (torch.tensor(row, requires_grad=True) for row in ([-1.0, -2.0], [-3.0, -4.0]))
+    loss, _ = cross_entropy()(datums([1.0], [1.0]), [torch.split(one, 1)[0], torch.split(other, 1)[1]])
+    loss.backward()
+    assert (loss.item(), one.grad.tolist(), other.grad.tolist()) == (2.5, [-0.5, 0.0], [0.0, -0.5])
+
+
+def test_columns_of_a_matrix_are_laid_end_to_end() -> None:
+    """Split the other way the parts are not what the leaf holds in a row: 1·1 + 3·1 + 2·0 + 4·½."""
+    leaf = torch.tensor([[-1.0, -2.0], [-3.0, -4.0]], requires_grad=True)
+    loss, _ = multi_target_cross_entropy()(datums([[1.0], [1.0]], [[0.0], [0.5]]), torch.split(leaf, 1, dim=1))
+    loss.backward()
+    assert loss.item() == pytest.approx(6 / 2.5)
+    assert leaf.grad.tolist() == [pytest.approx([-0.4, 0.0]), pytest.approx([-0.4, -0.2])]
+
+
+# ---- without the logprobs ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.name)
+def test_columns_are_packed_once_for_any_logprobs(loss: Loss) -> None:
+    """Packed before them, the columns with two sets of logprobs are two calls."""
+    bound = loss.bind(weights=WEIGHTS, **columns_of(loss))
+    shapes = [(n,) for n in LENGTHS]
+    columns = pack_columns(bare(LOGPROBS), shapes, torch.empty(0), loss.reads, bound.columns, rows=loss.rows)
+    for rows in (LOGPROBS, [[2 * x for x in row] for row in LOGPROBS]):
+        total, grads, metrics = outcome(bound, bare(rows), rows)
+        leaf = torch.tensor([x for row in rows for x in row], requires_grad=True)
+        packed_total, packed_metrics = bound.measured(columns.at(leaf))
+        packed_total.backward()
+        assert (packed_total.item(), packed_metrics) == (total, metrics)
+        assert leaf.grad.tolist() == [g for grad in grads for g in grad]
+
+
+@pytest.mark.parametrize("align", ["strict", "truncate"])
+@pytest.mark.parametrize("old", [ON_POLICY, COLUMNS["old_logprobs"]], ids=["on-policy", "old"])
+def test_a_part_of_the_columns_is_that_of_the_datums(old: Any, align: str) -> None:
+    """Also where the last logprob of datum 0 is cut off, as it has no advantage."""
+    reads = ("advantages", "old_logprobs")
+    whole = {"advantages": [row[:2] for row in COLUMNS["advantages"]], "old_logprobs": old}
+    if align == "strict":
+        whole["advantages"] = ADVANTAGES
+    columns = pack_columns(datums(*WEIGHTS), [(n,) for n in LENGTHS], torch.empty(0), reads, whole, align=align)
+    for which in (slice(0, 1), slice(0, 3), slice(1, 4), slice(2, 4), slice(None)):
+        part = {name: given if given is ON_POLICY else given[which] for name, given in whole.items()}
+        expected = pack(datums(*WEIGHTS[which]), leaves(LOGPROBS[which]), reads, part, align=align)
+        got = columns.part(which).at(torch.tensor([x for row in LOGPROBS[which] for x in row]))
+        assert len(got.logprobs) == sum(LENGTHS[which]) - (align == "truncate" and which.start in (0, None))
+        for name in ("logprobs", "weights", "lengths", "active", *reads):
+            assert torch.equal(getattr(got, name), getattr(expected, name)), (which, name)
+
+
+@pytest.mark.parametrize(
+    "shapes, message",
+    [
+        ([(2,)], r"logprobs_list: expected one tensor per datum, got 2 datums but 1 logprobs tensors"),
+        ([(2,), (2, 3)], r"datum\[1\].logprobs: expected \[N\], got shape \(2, 3\). For \[N, K\] use multi_target"),
+        ([(2,), (3,)], r"datum\[1\].logprobs: expected 2 rows \(the length of target_tokens\), got 3"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused_before_there_are_logprobs(shapes: Any, message: str) -> None:
+    with pytest.raises(LossInputError, match=message):
+        pack_columns(datums([1.0, 1.0], [1.0, 1.0]), shapes, torch.empty(0))
 
 
 # ---- truncation --------------------------------------------------------------------------------------------------
@@ -465,10 +619,10 @@ def test_inputs_are_not_written_to(form: str) -> None:
     assert [datum.loss_fn_inputs for datum in data] == fields
 
 
-def test_a_flat_leaf_of_one_sequence_is_not_written_to() -> None:
-    flat = torch.tensor([-1.0, -2.0], requires_grad=True)
-    cross_entropy()(datums([0.0, 1.0]), FlatLogprobs(flat, [(2,)]))[0].backward()
-    assert flat.tolist() == [-1.0, -2.0]
+def test_a_leaf_of_one_sequence_is_not_written_to() -> None:
+    leaf = torch.tensor([-1.0, -2.0], requires_grad=True)
+    cross_entropy()(datums([0.0, 1.0]), torch.split(leaf, 2))[0].backward()
+    assert leaf.tolist() == [-1.0, -2.0]
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.name)

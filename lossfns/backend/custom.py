@@ -6,7 +6,8 @@ A loss which breaks the contract is refused before its gradient goes on into the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,7 +15,8 @@ import torch
 from torch import Tensor
 
 from lossfns import BoundLoss, Loss, LossInputError
-from lossfns.tokens import FlatLogprobs
+from lossfns.loss import named
+from lossfns.pack import Columns, pack_columns
 
 LossFn = Callable[[list[Any], list[Tensor]], tuple[Tensor, dict[str, float]]]
 
@@ -68,27 +70,57 @@ class Value(NamedTuple):
 
 
 def differentiate(loss_fn: LossFn | Loss | BoundLoss, data: list[Any], outputs: Outputs) -> Value:
-    """Call the loss once, on leaves cut off from the model, and take its gradient.
+    """Call the loss once, on leaves cut off from the model, and take its gradient."""
+    return prepared(loss_fn, data, outputs)(outputs)
 
-    Our own losses run where the outputs are. Any other callable gets what the hosted services give it, tensors on
-    the CPU, one for each datum. All of them are views of one flat leaf, which a loss of ours takes as it is, also
-    within another callable: autograd has one leaf to fill then, in place of thousands.
+
+def prepared(loss_fn: LossFn | Loss | BoundLoss, data: list[Any], form: Outputs) -> Callable[[Outputs], Value]:
+    """The loss as a function of outputs that are to have this form: its values may have no rows yet.
+
+    What a loss of ours takes from the datums is checked and packed now, whenever the outputs come.
     """
     if isinstance(loss_fn, str) or not callable(loss_fn):
         fix = "A built-in's name goes to forward_backward, a loss such as grpo() comes here."
         raise LossInputError("loss_fn", "a function (data, logprobs_list) -> (loss, metrics)", repr(loss_fn), fix)
-    values = outputs.values.detach().flatten()
-    if isinstance(loss_fn, (Loss, BoundLoss)):
-        flat = FlatLogprobs(values.requires_grad_(), outputs.shapes)
-        loss, metrics = checked(loss_fn(data, flat))
-        go_back(loss, flat.flat)
-    else:
-        flat = FlatLogprobs(values.cpu().clone().requires_grad_(), outputs.shapes)
-        loss, metrics = checked(loss_fn(data, list(flat)))  # it may do with its list what it likes
-        go_back(loss, flat.flat)
-        check_used(loss, flat, outputs.name)
-    assert flat.flat.grad is not None
-    gradient = flat.flat.grad.view_as(outputs.values).to(outputs.values)
+    bound = loss_fn.bind() if isinstance(loss_fn, Loss) else loss_fn
+    if isinstance(bound, BoundLoss):
+        loss, align = bound.loss, bound.align
+        with named(loss):
+            columns = pack_columns(
+                data, form.shapes, form.values, loss.reads, bound.columns, rows=loss.rows, align=align
+            )
+        return partial(of_ours, bound, columns)
+    return partial(of_callable, loss_fn, data)
+
+
+def of_ours(bound: BoundLoss, columns: Columns, outputs: Outputs) -> Value:
+    """A loss of ours runs where the outputs are, on all of them end to end."""
+    leaf = outputs.values.detach().requires_grad_()
+    with named(bound.loss):
+        result = bound.measured(columns.at(leaf.flatten()))
+    loss, metrics = checked(result)
+    go_back(loss, leaf)
+    return value(loss, metrics, leaf, outputs)
+
+
+def of_callable(loss_fn: LossFn, data: list[Any], outputs: Outputs) -> Value:
+    """Any other callable gets what the hosted services give it: tensors on the CPU, one for each datum.
+
+    They are parts of one leaf, so that autograd has one to fill, not thousands; a loss of ours that is called within
+    takes the leaf itself.
+    """
+    leaf = outputs.values.detach().cpu().clone().requires_grad_()
+    parts = leaf.unbind() if outputs.name == "embedding" else torch.split(leaf, outputs.lengths)
+    loss, metrics = checked(loss_fn(data, list(parts)))
+    go_back(loss, leaf)
+    check_used(loss, leaf, parts, outputs)
+    return value(loss, metrics, leaf, outputs)
+
+
+def value(loss: Tensor, metrics: dict[str, Any], leaf: Tensor, outputs: Outputs) -> Value:
+    """What came of a loss that has gone back to its leaf."""
+    assert leaf.grad is not None
+    gradient = leaf.grad.to(outputs.values)
     check_finite(gradient, outputs)
     return Value(float(loss.detach()), gradient, metrics, outputs)
 
@@ -137,31 +169,31 @@ def go_back(loss: Tensor, leaf: Tensor) -> None:
         raise LossInputError("loss", "a loss that autograd can differentiate", f"{error}", fix) from error
 
 
-def check_used(loss: Tensor, flat: FlatLogprobs, name: str) -> None:
+def check_used(loss: Tensor, leaf: Tensor, parts: Sequence[Tensor], outputs: Outputs) -> None:
     """Refuse a loss that leaves out a datum, as the services do."""
-    if flat.flat.grad is None:
-        raise not_used(name, 0)
-    starts = np.cumsum([0, *(math.prod(view.shape) for view in flat.views[:-1])])
-    still = np.flatnonzero(~np.logical_or.reduceat((flat.flat.grad != 0).numpy(), starts))
-    if len(still):  # a gradient of 0, or none at all? The graph tells.
-        reached = used(loss, flat)
-        left_out = [int(i) for i in still if i not in reached]
+    if leaf.grad is None:
+        raise not_used(outputs.name, 0)
+    rows = (leaf.grad != 0).reshape(len(leaf.grad), -1).any(1).numpy()
+    moved = np.logical_or.reduceat(rows, np.cumsum([0, *outputs.lengths[:-1]]))
+    if not moved.all():  # a gradient of 0, or none at all? The graph tells.
+        reached = used(loss, parts)
+        left_out = [int(i) for i in np.flatnonzero(~moved) if i not in reached]
         if left_out:
-            raise not_used(name, left_out[0])
+            raise not_used(outputs.name, left_out[0])
 
 
-def used(loss: Tensor, flat: FlatLogprobs) -> set[int]:
-    """The datums whose views, or whose common base, the graph of a loss leads to."""
-    split = flat.views[0].grad_fn.next_functions[0][0]  # type: ignore[union-attr]
-    (base, _), *_ = split.next_functions  # type: ignore[union-attr]
-    reached, seen, to_do = set(), {split}, [(loss.grad_fn, 0)]
+def used(loss: Tensor, parts: Sequence[Tensor]) -> set[int]:
+    """Which of the parts of a leaf the graph of a loss leads to: all of them, where it leads to the leaf itself."""
+    split: Any = parts[0].grad_fn
+    leaf = split.next_functions[0][0]
+    reached, seen, to_do = set(), set(), [(loss.grad_fn, loss.output_nr)]
     while to_do:
         node, output = to_do.pop()
+        if node is leaf:
+            return set(range(len(parts)))
         if node is split:
             reached.add(output)
-        elif node is base:
-            return set(range(len(flat.views)))
-        if node is not None and node not in seen:
+        elif node is not None and node not in seen:
             seen.add(node)
             to_do.extend(node.next_functions)
     return reached
@@ -173,10 +205,10 @@ def not_used(name: str, datum: int) -> LossInputError:
     return LossInputError(name, "a gradient", f"No gradient computed for {one} tensor", fix, datum=datum)
 
 
-def check_finite(gradient: Tensor, outputs: Outputs, first: int = 0) -> None:
-    """A loss may be finite where its gradient is not: sqrt at 0, or inf times 0. ``first`` counts the datums before."""
+def check_finite(gradient: Tensor, outputs: Outputs) -> None:
+    """A loss may be finite where its gradient is not: sqrt at 0, or inf times 0."""
     if not gradient.isfinite().all():
         parts = torch.split(gradient, outputs.lengths)
-        datum = first + next(i for i, part in enumerate(parts) if not part.isfinite().all())
+        datum = next(i for i, part in enumerate(parts) if not part.isfinite().all())
         got, fix = "nan or inf", "Mask before the maths, not after; sqrt and log have no slope at 0."
         raise LossInputError(outputs.name, "a finite gradient", got, fix, datum=datum)

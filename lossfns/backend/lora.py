@@ -69,12 +69,13 @@ def adapted(layer: Any) -> Tensor:
 def off(model: nn.Module) -> Iterator[None]:
     """Without its adapters the model is what it was before it was adapted: the reference policy, on one copy."""
     flags = [(p, p.requires_grad) for p in model.parameters()]
-    for layer in layers(model):
+    on = [layer for layer in layers(model) if not layer.disable_adapters]
+    for layer in on:
         layer.enable_adapters(False)
     try:
         yield
     finally:
-        for layer in layers(model):
+        for layer in on:
             layer.enable_adapters(True)
         for p, flag in flags:  # which enabling sets for all adapters
             p.requires_grad_(flag)

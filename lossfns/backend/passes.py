@@ -79,21 +79,24 @@ def streamed(bound: BoundLoss, data: list[Any], work: Work, parts: Parts) -> Val
     if not denominator > 0:
         return twice(bound, data, work, parts)  # which says what is wrong
     fixed = bound.bind(denominator=denominator)
-    values, gradients = [], []
-    for part in parts:
-        own = moved(work.values(part), work.name)
-        lp = FlatLogprobs(own.detach().flatten().requires_grad_(), work.rows.part(part).shapes)
-        go_back(fixed.part(part).value(data[part], lp), lp.flat)
-        assert lp.flat.grad is not None
-        torch.autograd.backward(own, lp.flat.grad.view_as(own))
-        values.append(own.detach())
-        gradients.append(lp.flat.grad.view_as(own))
+    values, gradients = zip(*(own_part(fixed.part(part), data[part], work, part) for part in parts))
     value = differentiate(bound, data, work.outputs(torch.cat(values)))
     rest = value.gradient - torch.cat(gradients)
     if rest.norm() <= ROUNDING * value.gradient.norm():
         return value
     add(rest, work, parts)  # terms of one's own may couple datums, and nothing but their gradient shows it
     return value._replace(passes=2)
+
+
+def own_part(bound: BoundLoss, data: list[Any], work: Work, part: slice) -> tuple[Tensor, Tensor]:
+    """Values and their gradient of one micro-batch, all of whose graph is gone before the next needs the memory."""
+    own = moved(work.values(part), work.name)
+    lp = FlatLogprobs(own.detach().flatten().requires_grad_(), work.rows.part(part).shapes)
+    go_back(bound.value(data, lp), lp.flat)
+    assert lp.flat.grad is not None
+    gradient = lp.flat.grad.view_as(own)
+    torch.autograd.backward(own, gradient)
+    return own.detach(), gradient
 
 
 ROUNDING = 1e-5

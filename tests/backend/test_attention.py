@@ -153,13 +153,13 @@ def test_sequences_of_one_length_are_not_copied(lengths: list[int]) -> None:
 
 
 def test_what_continuations_see_is_written_down_once() -> None:
-    """For all their lengths and all layers: position 5 is the first that needs it, 8 tokens the most to see."""
+    """For all their lengths and layers, however long the others: position 5 is the first that needs it, 7 the last."""
     layout, qkv = Layout([9, 5, 3, 2], [None, None, 1, 1]), draw(19)
     layout.attend(*qkv)
-    (bias,) = layout.biases.values()
-    assert bias.tolist() == [[0.0] * (6 + i) + [-torch.inf] * (3 - i) for i in range(4)]
+    ((first, bias),) = layout.biases.values()
+    assert first == 5 and bias.tolist() == [[0.0] * (6 + i) + [-torch.inf] * (2 - i) for i in range(3)]
     layout.attend(*qkv)
-    assert [each is bias for each in layout.biases.values()] == [True]
+    assert [each is bias for _, each in layout.biases.values()] == [True]
 
 
 @pytest.mark.parametrize(

@@ -375,6 +375,14 @@ def recurrent_gemma() -> Any:
     return transformers.RecurrentGemmaForCausalLM(config)
 
 
+def lfm2() -> Any:
+    """Short convolutions between attention, of which little is seen in the precision that it comes in."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = transformers.Lfm2Config(**SIZE, layer_types=["conv", "full_attention"])
+        return transformers.Lfm2ForCausalLM(config).to(torch.bfloat16)
+
+
 def llama4() -> Any:
     config = transformers.Llama4TextConfig(**SIZE, intermediate_size_mlp=24, num_local_experts=2, head_dim=4)
     return transformers.Llama4ForCausalLM(config)
@@ -428,6 +436,7 @@ def scaled() -> Any:
     [
         (mamba, "a MambaForCausalLM the same for packed sequences as for each alone"),
         (recurrent_gemma, "a RecurrentGemmaForCausalLM the same for packed sequences"),
+        (lfm2, "a Lfm2ForCausalLM the same for packed sequences as for each alone, got logits that another sequence"),
         (bloom, "a BloomForCausalLM the same for packed sequences"),
         (gptj, "a GPTJForCausalLM the same for packed sequences"),
         (bidirectional, "got a mask of its own"),

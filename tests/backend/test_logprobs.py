@@ -269,6 +269,17 @@ def test_half_precision_is_no_worse_than_the_naive_way_with_float32_logits(plan:
         assert apart([got], [want]) <= 1.2 * apart([plain], [want])
 
 
+def test_a_frozen_head_keeps_what_nearly_cancels_in_float32() -> None:
+    """Rows of the weight that share a mean as large as what they differ by: from the target's it is taken off."""
+    case = freeze(draw(n=64, d=48, v=20_000))
+    weight = (case.weight + torch.linspace(-0.2, 0.2, 48)).bfloat16()
+    case = case._replace(hidden=case.hidden.detach().bfloat16().requires_grad_(), weight=weight, g=torch.ones(64))
+    exact = case._replace(hidden=case.hidden.detach().double().requires_grad_())
+    naive = (case.hidden @ weight.T).float().log_softmax(1)[torch.arange(64), case.targets]
+    (want,), (plain,) = gradients(exact, expected(exact)), gradients(case, naive)
+    assert apart(gradients(case, compute(case, "frozen")), [want]) <= 1.2 * apart([plain], [want])
+
+
 def test_half_precision_is_normalised_in_float32() -> None:
     case = draw(n=7, v=50, dtype=torch.bfloat16)._replace(targets=torch.arange(50).expand(7, 50))
     total = compute(case, "tiled").exp().sum(1)
@@ -590,6 +601,9 @@ def test_separable_refuses_another_gradient_than_was_announced(small: None) -> N
             gradients(case, compute(case, "separable"), g)
     with pytest.raises(RuntimeError, match="announced"):
         gradients(case, compute(case, "separable", gradient=lambda lp, _: torch.zeros_like(lp)))
+    for wrong in (math.nan, math.inf):
+        with pytest.raises(RuntimeError, match="announced"):
+            gradients(case, compute(case, "separable"), torch.full_like(case.g, wrong))
 
 
 def test_separable_holds_as_many_logits_as_the_budget_allows(small: None) -> None:
@@ -652,6 +666,17 @@ def test_autocast_says_in_what_dtype_the_product_is(small: None, plan: str) -> N
 
 
 @every_plan
+def test_a_backward_pass_in_autocast_is_none(small: None, plan: str) -> None:
+    """The products have the dtypes of the forward pass, wherever ``backward`` is called."""
+    case = suited(draw(k=3, dtype=torch.float32), plan)
+    outside = gradients(case, compute(case, plan))
+    out = compute(case, plan)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = gradients(case, out)
+    assert all(map(torch.equal, inside, outside))
+
+
+@every_plan
 def test_gradients_arrive_through_the_graph_around_it(small: None, plan: str) -> None:
     """A leaf below hidden, a tied weight, a loss above."""
     case = draw(v=37)
@@ -685,8 +710,11 @@ WRONG: dict[str, tuple[str, dict[str, Any]]] = {
     "a negative id": ("targets", {"targets": torch.tensor([0, -100, 1])}),
     "an id past the end": ("targets", {"targets": torch.tensor([0, 5, 1])}),
     "bias of another length": ("bias", {"bias": torch.zeros(4)}),
+    "bias that is a list": ("bias", {"bias": [0.0] * 5}),
+    "bias of -inf, which a whole tile may be": ("bias", {"bias": torch.full((5,), -math.inf)}),
     "bias of a column": ("bias", {"bias": torch.zeros(5, 1)}),
     "rows of another length": ("rows", {"rows": torch.ones(2, dtype=torch.bool)}),
+    "rows that are a list": ("rows", {"rows": [True, False, True]}),
     "rows that are indices": ("rows", {"rows": torch.arange(3)}),
     "temperature 0": ("temperature", {"temperature": 0.0}),
     "temperature below 0": ("temperature", {"temperature": -1.0}),

@@ -191,6 +191,9 @@ def test_with_its_adapters_off_the_model_is_the_base(tied: bool) -> None:
     with torch.no_grad(), lora.off(c.model):
         assert torch.equal(c.model(tokens, [6]), expected(tokens, [6]))
         assert torch.equal(c.model.head, expected.head)
+        with lora.off(c.model):
+            pass
+        assert torch.equal(c.model.head, expected.head)  # still
     assert torch.equal(c.model.head, before) and not torch.equal(before, expected.head)
 
 

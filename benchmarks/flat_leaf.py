@@ -1,0 +1,105 @@
+"""What a leaf for each sequence costs: GRPO with k3 KL and its metrics over 4,096 sequences.
+
+From the model's logprobs, end to end, to the loss's gradient with respect to them, end to end:
+
+- separate: as the hosted SDKs do it: a leaf for each datum, the loss of the list, backward, the gradients concatenated
+- client: as the local client does it: one leaf for all datums
+- wrapped: the client's, for a callable that calls the loss: it gets a tensor for each datum, parts of one leaf
+
+What the loss reads of the datums (weights, advantages, old and reference logprobs, as ``TensorData``) does not depend
+on the logprobs: ``prepared`` packs it once, before them. The first two are timed on such columns, and with packing
+them in every call; the third packs when it is called. ``packing`` is that alone.
+
+All compute the same loss, gradient and metrics; the script checks that before it times them.
+
+    python benchmarks/flat_leaf.py [--rounds 15] [--sequences 4096]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from loss_overhead import batch
+from side_by_side import device_name, race, ratio, save, table
+from torch import Tensor
+
+from lossfns import BoundLoss, Datum, TensorData, grpo
+from lossfns.backend.custom import Outputs, Value, differentiate, prepared
+from lossfns.pack import Columns, pack_columns
+
+LENGTHS = (16, 64, 256)
+RATIOS = {
+    "separate / client": ("separate", "client"),
+    "with packing": ("separate + packing", "client + packing"),
+    "wrapped": ("separate + packing", "wrapped"),
+}
+
+
+def separate(loss: Callable[[list[Tensor]], tuple[Tensor, dict[str, float]]], outputs: Outputs) -> Value:
+    leaves = [part.clone().requires_grad_() for part in torch.split(outputs.values, outputs.lengths)]
+    total, metrics = loss(leaves)
+    torch.autograd.backward(total)
+    return Value(total.item(), torch.cat([leaf.grad for leaf in leaves if leaf.grad is not None]), metrics, outputs)
+
+
+def of_columns(loss: BoundLoss, columns: Columns, leaves: list[Tensor]) -> tuple[Tensor, dict[str, float]]:
+    return loss.measured(columns.at(torch.cat(leaves)))
+
+
+def alternatives(loss: BoundLoss, data: list[Datum], outputs: Outputs) -> dict[str, Callable[[], Value]]:
+    columns = packing(loss, data, outputs)
+    return {
+        "separate": partial(separate, partial(of_columns, loss, columns), outputs),
+        "client": partial(prepared(loss, data, outputs), outputs),
+        "separate + packing": partial(separate, partial(loss, data), outputs),
+        "client + packing": partial(differentiate, loss, data, outputs),
+        "wrapped": partial(differentiate, lambda data, logprobs_list: loss(data, logprobs_list), data, outputs),
+    }
+
+
+def packing(loss: BoundLoss, data: list[Datum], outputs: Outputs) -> Columns:
+    return pack_columns(data, outputs.shapes, outputs.values, loss.loss.reads, loss.columns)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--sequences", type=int, default=4096)
+    args = parser.parse_args()
+    loss = grpo(clip=(0.8, 1.2), kl_beta=1e-3).bind()
+    results = []
+    for length in LENGTHS:
+        data, leaves = batch(args.sequences, length)
+        outputs = Outputs("logprobs", torch.cat(leaves).detach(), [len(leaf) for leaf in leaves], TensorData)
+        runs = alternatives(loss, data, outputs)
+        expected = runs["separate + packing"]()
+        for name, run in runs.items():
+            got = run()
+            assert (got.loss, got.metrics) == (expected.loss, expected.metrics), name
+            assert torch.equal(got.gradient, expected.gradient), name
+        times = race({**runs, "packing": partial(packing, loss, data, outputs)}, args.rounds)
+        results.append(
+            {
+                "sequences": args.sequences,
+                "length": length,
+                "milliseconds": {name: round(1e3 * statistics.median(t), 2) for name, t in times.items()},
+                "ratios": {name: round(ratio(times, *pair), 1) for name, pair in RATIOS.items()},
+            }
+        )
+    print(f"GRPO with k3 KL and metrics, loss and gradient, ms; {device_name()}, torch {torch.__version__}")
+    rows = [
+        [f"{row['sequences']}x{row['length']}"]
+        + [f"{t:.2f}" for t in row["milliseconds"].values()]
+        + [f"{x:.1f}x" for x in row["ratios"].values()]
+        for row in results
+    ]
+    print(table(["sequences x tokens", *results[0]["milliseconds"], *RATIOS], rows))
+    print(f"written: {save('flat_leaf', results).name}")
+
+
+if __name__ == "__main__":
+    main()
