@@ -62,7 +62,9 @@ class Engine:
     def __init__(self, model: nn.Module, ranks: Alone | Ranks, memory_budget: float | None = None) -> None:
         self.model, self.ranks, self.memory_budget = model, ranks, memory_budget
         with torch.no_grad():
-            self.vocabulary, self.width = len(model.head), model.head[0].nbytes  # type: ignore[arg-type,index]
+            head: Tensor = model.head  # type: ignore[assignment]
+        self.vocabulary, self.width = len(head), head[0].nbytes
+        self.dtype = torch.promote_types(head.dtype, torch.float32)
         self.footprints = FOOTPRINTS if getattr(model, "shape", None) else {}  # for one kind of model, or for this one
         ranks.hold(model)
         self.start_optimizer()
@@ -84,12 +86,12 @@ class Engine:
         """Float32 logprobs of the targets, in their shape."""
         rows = self.readable(with_targets(data, self.vocabulary))
         run = partial(self.run_logprobs, room=partial(self.room, longest=max(rows.lengths)))
-        return Work("logprobs", rows, partial(self.ranks.run, run))
+        return Work("logprobs", rows, partial(self.ranks.run, run), self.like)
 
     def embeddings(self, data: Sequence[Any], pool: Pool) -> Work:
         """Float32 hidden states after the final norm, pooled over each datum's tokens: [B, D]."""
         rows = self.readable(without_targets(data, self.vocabulary))
-        return Work("embedding", rows, partial(self.ranks.run, partial(self.run_embeddings, pool=pool)))
+        return Work("embedding", rows, partial(self.ranks.run, partial(self.run_embeddings, pool=pool)), self.like)
 
     def readable(self, rows: Rows) -> Rows:
         """Refuse what is longer than the model can read: here, on all ranks, before one of them finds out."""
@@ -318,6 +320,11 @@ class Engine:
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+    @property
+    def like(self) -> Tensor:
+        """No values, of the dtype and on the device of those that are to come."""
+        return torch.empty(0, dtype=self.dtype, device=self.device)
 
 
 FOOTPRINTS: dict[Any, Footprint] = {}

@@ -7,26 +7,31 @@ without a graph, the loss sees the whole, and each goes forward again for its ba
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lossfns import BoundLoss, Loss, LossInputError
+from lossfns import BoundLoss, Loss, LossInputError, evaluate
 from lossfns.backend.batch import Rows
-from lossfns.backend.custom import LossFn, Outputs, Value, differentiate, go_back
+from lossfns.backend.custom import LossFn, Outputs, Value, differentiate, go_back, of_ours
 from lossfns.loss import named
-from lossfns.tokens import PAIRS, FlatLogprobs
+from lossfns.pack import Columns, pack_columns
+from lossfns.tokens import PAIRS, Tokens
 
 
 class Work(NamedTuple):
-    """What a request computes of its datums: ``run`` gives some of them their values, with the graph."""
+    """What a request computes of its datums: ``run`` gives some of them their values, with the graph.
+
+    ``like`` is an empty tensor of the dtype and on the device of these.
+    """
 
     name: str
     rows: Rows
     run: Callable[[Rows], Tensor]
+    like: Tensor
 
     def values(self, part: slice) -> Tensor:
         return self.run(self.rows.part(part))
@@ -75,12 +80,15 @@ def at_once(loss_fn: LossFn | Loss | BoundLoss, data: list[Any], work: Work) -> 
 
 def streamed(bound: BoundLoss, data: list[Any], work: Work, parts: Parts) -> Value:
     """Forward, loss and backward of one micro-batch after the other; then loss and metrics of the whole."""
-    denominator = divisor(bound, data, work)
+    loss, shapes, align = bound.loss, work.rows.shapes, bound.align
+    with named(loss):  # refuses, before the first forward, what does not fit together
+        columns = pack_columns(data, shapes, work.like, loss.reads, bound.columns, rows=loss.rows, align=align)
+    denominator = divisor(bound, columns)
     if not denominator > 0:
         return twice(bound, data, work, parts)  # which says what is wrong
-    fixed = bound.bind(denominator=denominator)
-    values, gradients = zip(*(own_part(fixed.part(part), data[part], work, part) for part in parts))
-    value = differentiate(bound, data, work.outputs(torch.cat(values)))
+    value_of = partial(evaluate, loss, denominator=denominator)
+    values, gradients = zip(*(own_part(value_of, columns.part(part), work, part) for part in parts))
+    value = of_ours(bound, columns, work.outputs(torch.cat(values)))
     rest = value.gradient - torch.cat(gradients)
     if rest.norm() <= ROUNDING * value.gradient.norm():
         return value
@@ -88,15 +96,22 @@ def streamed(bound: BoundLoss, data: list[Any], work: Work, parts: Parts) -> Val
     return value._replace(passes=2)
 
 
-def own_part(bound: BoundLoss, data: list[Any], work: Work, part: slice) -> tuple[Tensor, Tensor]:
+def own_part(value_of: Callable[[Tokens], Any], columns: Columns, work: Work, part: slice) -> tuple[Tensor, Tensor]:
     """Values and their gradient of one micro-batch, all of whose graph is gone before the next needs the memory."""
     own = moved(work.values(part), work.name)
-    lp = FlatLogprobs(own.detach().flatten().requires_grad_(), work.rows.part(part).shapes)
-    go_back(bound.value(data, lp), lp.flat)
-    assert lp.flat.grad is not None
-    gradient = lp.flat.grad.view_as(own)
-    torch.autograd.backward(own, gradient)
-    return own.detach(), gradient
+    leaf = own.detach().requires_grad_()
+    loss, _ = value_of(columns.at(leaf.flatten()))
+    go_back(loss, leaf)
+    torch.autograd.backward(own, leaf.grad)
+    assert leaf.grad is not None
+    return own.detach(), leaf.grad
+
+
+def divisor(bound: BoundLoss, columns: Columns) -> float:
+    """What the loss divides by, which takes no logprobs."""
+    if bound.divisor is not None or bound.loss.count is None:
+        return bound.divisor or 1.0
+    return float(bound.loss.count(Tokens(torch.zeros_like(columns.weights), columns.weights, columns.lengths)))
 
 
 ROUNDING = 1e-5
@@ -114,16 +129,6 @@ def add(gradient: Tensor, work: Work, parts: Parts) -> None:
     """Add to the parameters what a gradient of the values gives."""
     for part, own in zip(parts, torch.split(gradient, [sum(work.lengths[part]) for part in parts])):
         torch.autograd.backward(moved(work.values(part), work.name), own)
-
-
-def divisor(bound: BoundLoss, data: list[Any], work: Work) -> float:
-    """What the loss divides by; refuses, before the first forward, what does not fit together."""
-    shapes = work.rows.shapes
-    nowhere = torch.zeros(sum(map(math.prod, shapes)), dtype=torch.float64)
-    with named(bound.loss):
-        t = bound.packed(data, FlatLogprobs(nowhere, shapes))
-    count = 1.0 if bound.loss.count is None else float(bound.loss.count(t))
-    return count if bound.divisor is None else bound.divisor
 
 
 def moved(values: Tensor, name: str) -> Tensor:

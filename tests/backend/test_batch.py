@@ -1,0 +1,140 @@
+"""Datums as the model takes them: every token and target is found again, with prefixes in common or apart."""
+
+from collections.abc import Callable
+from random import Random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import DATA, SHAPE, client, texts
+
+from lossfns import Datum, LossInputError, ModelInput, TensorData
+from lossfns.backend.batch import Rows, apart, batch_of, with_targets, without_targets
+from lossfns.backend.prefixes import share
+
+CPU = torch.device("cpu")
+
+
+@st.composite
+def datums(draw: Callable[..., Any]) -> Rows:
+    """Sequences of which some begin alike, for 16 tokens or more, and some are all alike; targets [N] or [N, K]."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    beginnings = [rng.integers(5, size=rng.integers(1, 40)) for _ in range(draw(st.integers(1, 3)))]
+    count, targets = draw(st.integers(1, 8)), draw(st.sampled_from([(), (1,), (3,)]))
+    ends = [rng.integers(5, size=rng.integers(0, 12)) for _ in range(count)]
+    tokens = [np.concatenate([beginnings[rng.integers(len(beginnings))], end]) for end in ends]
+    rows = [rng.integers(draw(st.sampled_from([1, 3])), size=(len(ids), *targets)) for ids in tokens]
+    return Rows(tokens, rows, TensorData)
+
+
+def whole(index: torch.Tensor | None, count: int) -> torch.Tensor:
+    return torch.arange(count) if index is None else index
+
+
+@pytest.mark.parametrize("share_prefixes", [share, apart])
+@given(datums())
+def test_every_position_reads_its_own_past_and_its_own_target(share_prefixes: Any, rows: Rows) -> None:
+    """By way of the head row that it takes, and the token whose hidden state that row reads."""
+    batch = batch_of(rows, share_prefixes, CPU)
+    begins = np.cumsum([0, *batch.lengths])
+    segment = np.repeat(np.arange(len(batch.lengths)), batch.lengths)
+
+    def past(token: int) -> list[int]:
+        """The tokens that a computed one sees, itself at last."""
+        i = segment[token]
+        parent = batch.parents[i]
+        before = [] if parent is None else batch.inputs[begins[parent] : begins[parent + 1]].tolist()
+        return before + batch.inputs[begins[i] : token + 1].tolist()
+
+    assert batch.targets is not None
+    read, head_rows = whole(batch.read, len(batch.inputs)), len(batch.targets)
+    spread = whole(batch.spread, head_rows)
+    assert len(read) == head_rows and len(spread) == sum(rows.lengths)
+    n = 0
+    for ids, targets in zip(rows.tokens, rows.targets):
+        for i, target in enumerate(targets.tolist()):
+            assert past(int(read[spread[n]])) == ids[: i + 1].tolist()
+            assert batch.targets[spread[n]].tolist() == target
+            n += 1
+
+
+@given(datums())
+def test_nothing_is_computed_or_scored_for_nothing(rows: Rows) -> None:
+    batch = batch_of(rows, share, CPU)
+    assert batch.targets is not None
+    assert set(whole(batch.read, len(batch.inputs)).tolist()) == set(range(len(batch.inputs)))
+    assert set(whole(batch.spread, len(batch.targets)).tolist()) == set(range(len(batch.targets)))
+    assert len(batch.inputs) <= sum(rows.lengths) == len(batch_of(rows, apart, CPU).inputs)
+
+
+@given(datums(), st.integers(0, 8), st.integers(0, 8))
+def test_a_part_is_that_of_the_datums(rows: Rows, first: int, last: int) -> None:
+    part = rows.part(slice(first, last))
+    assert part.lengths == rows.lengths[first:last] == part.counts
+    assert part.shapes == rows.shapes[first:last] and part.wrap is rows.wrap
+    embedded = Rows(rows.tokens, [], TensorData)
+    assert embedded.counts == [1] * len(rows.tokens) and embedded.shapes == []
+
+
+def test_without_targets_a_token_that_is_shared_is_read_by_each() -> None:
+    """Two sequences of 20 tokens that differ in the last: 21 tokens, each sequence with 19 of its own in common."""
+    ids = np.arange(20)
+    rows = Rows([ids, np.append(ids[:-1], 25)], [], TensorData)
+    batch = batch_of(rows, share, CPU)
+    assert batch.targets is None and batch.spread is None and batch.read is not None
+    assert len(batch.inputs) == 21
+    assert batch.inputs[batch.read].tolist() == [*ids, *ids[:-1], 25]
+
+
+def test_datums_become_rows_of_ids() -> None:
+    rows = with_targets(texts_of([3, 1, 2], [1, 2, 3]), 4)
+    assert [ids.tolist() for ids in rows.tokens] == [[3, 1, 2]]
+    assert [ids.tolist() for ids in rows.targets] == [[1, 2, 3]]
+    assert rows.tokens[0].dtype == np.int64
+    assert without_targets(texts_of([3, 1, 2], [1, 2, 3]), 4).targets == []
+
+
+def texts_of(ids: list[int], targets: list[int]) -> list[Datum]:
+    return [Datum(ModelInput.from_ints(ids), {"target_tokens": TensorData(targets, "int64", [len(targets)])})]
+
+
+@pytest.mark.parametrize(
+    ("ids", "targets", "field"),
+    [
+        ([4], [1], "model_input"),
+        ([-1], [1], "model_input"),
+        ([], [], "model_input"),
+        ([1], [4], "target_tokens"),
+        ([1, 2], [1], "target_tokens"),
+    ],
+)
+def test_ids_that_the_model_does_not_have_are_refused_by_their_datum(
+    ids: list[int], targets: list[int], field: str
+) -> None:
+    with pytest.raises(LossInputError) as error:
+        with_targets([*texts_of([1], [1]), *texts_of(ids, targets)], 4)
+    assert (error.value.datum, error.value.field) == (1, field)
+
+
+def test_one_call_has_one_number_of_targets() -> None:
+    with pytest.raises(LossInputError, match=r"datum\[4\].*one K"):
+        with_targets([*DATA, *texts(Random(0), count=1, targets=2)], SHAPE["vocab_size"])
+
+
+def test_the_model_gets_what_the_datums_share_once() -> None:
+    """A group of five with a prompt of 20 tokens and one token each."""
+    c, counted = client(), []
+    prompt = list(range(20))
+    data = [
+        Datum(
+            ModelInput.from_ints([*prompt, i]),
+            {"target_tokens": [*prompt[1:], i, 30], "weights": [0.0] * 20 + [1.0]},
+        )
+        for i in range(5)
+    ]
+    c.model.register_forward_hook(lambda module, args, hidden: counted.append(len(hidden)))
+    c.forward_backward(data, "cross_entropy").result()
+    assert counted[-1] == 20 + 5
