@@ -159,7 +159,7 @@ def picture(rows: list[Row], path: Path) -> Path:
     """Time and memory of training at each shape, as shares of naive."""
     rows = [row for row in rows if row["section"] == "training"]
     figure = Figure(figsize=(6.2 * len(rows), 5.6), dpi=110, layout="constrained")
-    figure.suptitle(f"Logprobs of tokens and their gradients, as shares of naive; {device_name()}")
+    figure.suptitle(f"Logprobs and their gradients, as shares of naive\n{device_name()}")
     panels = [panel(axes, row) for axes, row in zip(figure.subplots(1, len(rows), squeeze=False)[0], rows)]
     renderer = FigureCanvasAgg(figure).get_renderer()
     figure.draw(renderer)  # the layout is made here, and labels are placed on it
