@@ -7,7 +7,7 @@ backward pass; with N tokens, width D and vocabulary V, one GEMM is 2·N·D·V o
     frozen     Σ p·∂z/∂hidden, [N, D]         2       weight and bias need no gradient
     separable  the gradients themselves       3       the gradient of the loss is known in the forward pass
     saved      the logits                     3       they fit
-    tiled      one float for each token       4       otherwise
+    tiled      [N, tiles] floats              4       otherwise
 
 The last two are the ends of one scale: as many tiles of logits are kept as the budget holds, and turned into their
 own gradient in place; the others are computed again.
@@ -31,12 +31,14 @@ from lossfns.backend.tiles import (
     Reading,
     Slope,
     add_product,
-    read,
+    body,
+    look,
     spans,
     strips,
     survey,
     sweep,
     unread,
+    weigh,
     wide,
     within,
 )
@@ -63,7 +65,7 @@ def once(backward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Swept(torch.autograd.Function):
-    """Keeps one float for each token (two with the entropy), and what the budget holds of the logits."""
+    """Keeps a float for each token and tile of the vocabulary, and what the budget holds of the logits."""
 
     @staticmethod
     def forward(
@@ -77,16 +79,17 @@ class Swept(torch.autograd.Function):
         *knobs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         seen, ctx.kept = survey(Head(weight, bias, *knobs), hidden, targets, entropy, budget)
-        ctx.save_for_backward(hidden, weight, bias, targets, seen.lse, seen.mean)
+        average = seen.average
+        ctx.save_for_backward(hidden, weight, bias, targets, seen.share, average)
         ctx.knobs = knobs
-        return logprobs_of(seen), None if seen.mean is None else seen.lse - seen.mean
+        return logprobs_of(seen), None if average is None else seen.lse - average
 
     @staticmethod
     @once
     def backward(ctx: Any, g: Tensor, tilt: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, lse, mean = ctx.saved_tensors
+        hidden, weight, bias, targets, share, average = ctx.saved_tensors
         with plainly(hidden):
-            slope = Slope(targets, lse, mean, g, tilt)
+            slope = Slope(targets, share, average, g, tilt)
             gradients = sweep(Head(weight, bias, *ctx.knobs), hidden, slope, ctx.kept, ctx.needs_input_grad[:3])
         return *gradients, *[None] * 5
 
@@ -96,7 +99,7 @@ class Frozen(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *knobs: Any) -> Tensor:
-        head, seen = Head(weight, bias, *knobs), unread(hidden, targets, entropy=False)
+        head, seen = Head(weight, bias, *knobs), unread(hidden, len(weight), targets, entropy=False)
         pull = torch.empty_like(hidden, dtype=wide(hidden))  # taken from a target's row, it may leave little
         for rows in spans(len(hidden), TOKENS):
             pull[rows] = pulled(head, hidden[rows], targets[rows], seen.rows(rows))
@@ -126,13 +129,16 @@ def pulled(head: Head, hidden: Tensor, targets: Tensor, seen: Reading) -> Tensor
     is added in float32.
     """
     pull, raw = torch.zeros_like(hidden, dtype=wide(hidden)), None
-    for columns in spans(len(head.weight), VOCABULARY):
+    lse = torch.full_like(seen.own[:, 0], -math.inf)
+    for tile, columns in enumerate(spans(len(head.weight), VOCABULARY)):
         raw, local = head.raw(hidden, columns, raw), targets - columns.start
+        look(head, raw, seen, targets, columns)
         for rows in strips(raw):
-            z, p, before, here = read(head, raw[rows], seen.rows(rows), local[rows])
-            pull[rows] *= before[:, None]
-            raw[rows] = head.bend(p.mul_(here[:, None]), z)
-        at, k = within(local, raw).nonzero(as_tuple=True)
+            z, before = head.z(raw[rows]), lse[rows].clone()
+            seen.own[rows, tile], lse[rows], p = body(weigh, raw.device.type)(z, before)
+            pull[rows] *= (before - lse[rows]).exp_()[:, None]
+            raw[rows] = head.bend(p, z)
+        at, k = within(local, columns).nonzero(as_tuple=True)
         raw[at, local[at, k]] = 0
         add_product(pull, raw, head.weight[columns])
     return pull
@@ -171,7 +177,7 @@ class Separable(torch.autograd.Function):
             seen, kept = survey(head, hidden[rows], targets[rows], entropy=False, budget=math.inf)
             logprobs[rows] = logprobs_of(seen)
             known[rows] = gradient(logprobs[rows], rows)
-            slope = Slope(targets[rows], seen.lse, None, known[rows], None)
+            slope = Slope(targets[rows], seen.share, None, known[rows], None)
             d, *parts = sweep(head, hidden[rows], slope, kept, wanted)
             d_hidden += [] if d is None else [d]
             sums = [x if x is None or total is None else total.to(wide(x)).add_(x) for total, x in zip(sums, parts)]

@@ -5,7 +5,6 @@ Two pure functions know the maths, ``absorb`` and ``slopes``; ``survey`` and ``s
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any, NamedTuple
@@ -55,28 +54,44 @@ class Head(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """What is known of n tokens once a part of the vocabulary is read."""
+    """What is known of n tokens, a column for each tile of the vocabulary that was read."""
 
-    lse: Tensor  # [n] log Σ exp(z), never below a z that was read
-    mean: Tensor | None  # [n] Σ p·z, for the entropy
-    chosen: Tensor  # [n, K] z at the targets, once their column is read
+    own: Tensor  # [n, tiles] log Σ exp(z) over the tile
+    mean: Tensor | None  # [n, tiles] Σ p·z over the tile, by the p of its own softmax; for the entropy
+    chosen: Tensor  # [n, K] z at the targets, once their tile is read
 
     def rows(self, which: slice) -> Reading:
-        return Reading(self.lse[which], part(self.mean, which), self.chosen[which])
+        return Reading(self.own[which], part(self.mean, which), self.chosen[which])
+
+    @property
+    def lse(self) -> Tensor:
+        """[n] log Σ exp(z) over the vocabulary, never below a z."""
+        lse: Tensor = self.own.logsumexp(1)
+        return lse
+
+    @property
+    def share(self) -> Tensor:
+        """[n, tiles] the probability of each tile: p of the whole is share·p of the tile."""
+        return (self.own - self.lse[:, None]).exp_()
+
+    @property
+    def average(self) -> Tensor | None:
+        """[n] Σ p·z over the vocabulary."""
+        return None if self.mean is None else torch.linalg.vecdot(self.share, self.mean)
 
 
 class Slope(NamedTuple):
     """The gradient that reaches n tokens, and what it takes to carry it on to their logits."""
 
     targets: Tensor  # [n, K]
-    lse: Tensor  # [n]
-    mean: Tensor | None  # [n] Σ p·z
+    share: Tensor  # [n, tiles]
+    average: Tensor | None  # [n] Σ p·z
     g: Tensor  # [n, K] ∂/∂logprob
     tilt: Tensor | None  # [n] ∂/∂entropy
 
     def rows(self, which: Any) -> Slope:
         return Slope(
-            self.targets[which], self.lse[which], part(self.mean, which), self.g[which], part(self.tilt, which)
+            self.targets[which], self.share[which], part(self.average, which), self.g[which], part(self.tilt, which)
         )
 
     @property
@@ -85,39 +100,70 @@ class Slope(NamedTuple):
         reached = (self.g != 0).any(1)
         return reached if self.tilt is None else reached | (self.tilt != 0)
 
+    def at(self, tile: int, columns: slice) -> Local:
+        """What of it goes to the columns of a tile."""
+        local, share = self.targets - columns.start, self.share[:, tile, None]
+        pull = share * self.g.sum(1, keepdim=True)
+        onehot = torch.where(within(local, columns), self.g, 0)
+        local = local.clamp(0, columns.stop - columns.start - 1)  # of the others 0 is added, anywhere
+        if self.tilt is None or self.average is None:
+            return Local(local, onehot, pull, None, None)
+        return Local(local, onehot, pull, share * self.tilt[:, None], self.average[:, None])
+
+
+class Local(NamedTuple):
+    """The gradient that reaches n tokens, as one tile of the vocabulary needs it."""
+
+    targets: Tensor  # [n, K] columns of the tile
+    g: Tensor  # [n, K] ∂/∂logprob, 0 where the target is none of its columns
+    pull: Tensor  # [n, 1] share·Σ_k g
+    tilt: Tensor | None  # [n, 1] share·∂/∂entropy
+    average: Tensor | None  # [n, 1] Σ p·z over the vocabulary
+
+    def rows(self, which: slice) -> Local:
+        return Local(
+            self.targets[which], self.g[which], self.pull[which], part(self.tilt, which), part(self.average, which)
+        )
+
 
 def part(x: Tensor | None, which: Any) -> Tensor | None:
     return None if x is None else x[which]
 
 
-# The two bodies
+# The bodies
 
 
-def absorb(seen: Reading, z: Tensor, local: Tensor) -> tuple[Reading, Tensor, Tensor, Tensor]:
-    """What is known once z [n, v] is read as well; ``local`` [n, K] are the targets' columns in z.
-
-    Also p within z, and the shares of what was read before and of z: p of the whole is share·p.
-    """
-    p = z.softmax(1)
-    own = z.amax(1) - p.amax(1).log()  # in one kernel exp and its sum; the largest p tells what it was divided by
-    lse = torch.logaddexp(seen.lse, own)
-    before, here = (seen.lse - lse).exp(), (own - lse).exp()
-    mean = None if seen.mean is None else seen.mean.lerp(torch.linalg.vecdot(p, z), here)
-    found = z.gather(1, local.clamp(0, z.shape[1] - 1))
-    return Reading(lse, mean, torch.where(within(local, z), found, seen.chosen)), p, before, here
+def softmax(z: Tensor) -> tuple[Tensor, Tensor]:
+    """log Σ exp(z) [n], never below a z, and p [n, v]."""
+    p = z.softmax(1)  # in one kernel exp and its sum; the largest p tells what it was divided by
+    return z.amax(1) - p.amax(1).log_(), p
 
 
-def slopes(slope: Slope, z: Tensor, local: Tensor) -> Tensor:
+def absorb(z: Tensor, entropy: bool) -> tuple[Tensor, Tensor | None]:
+    """What there is to know of a tile [n, v]: log Σ exp(z) and Σ p·z, [n]."""
+    own, p = softmax(z)
+    return own, torch.linalg.vecdot(p, z) if entropy else None
+
+
+def weigh(z: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """log Σ exp(z) [n] of a tile, that of it and all before it, whose is ``lse``, and p [n, v] among all of these."""
+    own, p = softmax(z)
+    lse = torch.logaddexp(lse, own)
+    return own, lse, p.mul_((own - lse).exp_()[:, None])
+
+
+def slopes(slope: Local, z: Tensor) -> Tensor:
     """∂/∂z [n, v] of Σ g·logprob + tilt·entropy: g·onehot − p·(Σ_k g + tilt·(z − Σ p·z))."""
-    p, pull = (z - slope.lse[:, None]).exp_(), -slope.g.sum(1, keepdim=True)
-    if slope.tilt is not None and slope.mean is not None:
-        pull = pull - slope.tilt[:, None] * (z - slope.mean[:, None])
-    onehot = torch.where(within(local, z), slope.g, 0)
-    return p.mul_(pull).scatter_add_(1, local.clamp(0, z.shape[1] - 1), onehot)
+    pull = slope.pull
+    if slope.tilt is not None and slope.average is not None:
+        pull = pull + slope.tilt * (z - slope.average)
+    return z.softmax(1).mul_(-pull).scatter_add_(1, slope.targets, slope.g)
 
 
-def within(local: Tensor, z: Tensor) -> Tensor:
-    return (local >= 0) & (local < z.shape[1])
+def within(local: Tensor, columns: slice) -> Tensor:
+    """Which columns of a tile, counted from its first, are columns of it."""
+    size: int = columns.stop - columns.start
+    return (local >= 0) & (local < size)
 
 
 @cache
@@ -174,7 +220,7 @@ def add_rows(to: Tensor, d: Tensor, weight: Tensor, local: Tensor) -> None:
     """
     if d.dtype == to.dtype or d.is_cuda:
         return add_product(to, d, weight)
-    rows, k = within(local, d).nonzero(as_tuple=True)
+    rows, k = within(local, slice(0, d.shape[1])).nonzero(as_tuple=True)
     places = torch.unique(rows * d.shape[1] + local[rows, k])
     flat = d.view(-1)
     chosen = flat[places]
@@ -185,26 +231,24 @@ def add_rows(to: Tensor, d: Tensor, weight: Tensor, local: Tensor) -> None:
         to.index_add_(0, few // d.shape[1], own[:, None].to(to.dtype) * weight[few % d.shape[1]])
 
 
-def unread(hidden: Tensor, targets: Tensor, entropy: bool) -> Reading:
-    zeros = torch.zeros(len(hidden), dtype=wide(hidden), device=hidden.device)
-    return Reading(zeros - math.inf, zeros if entropy else None, zeros.new_zeros(targets.shape))
+def unread(hidden: Tensor, vocabulary: int, targets: Tensor, entropy: bool) -> Reading:
+    zeros = torch.zeros(targets.shape, dtype=wide(hidden), device=hidden.device)
+    own = zeros.new_empty(len(hidden), -(-vocabulary // VOCABULARY))
+    return Reading(own, torch.empty_like(own) if entropy else None, zeros)
 
 
-def read(head: Head, raw: Tensor, seen: Reading, local: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Take raw logits into ``seen``, in place; returns z and what else ``absorb`` does."""
-    z = head.z(raw)
-    known, p, before, here = body(absorb, raw.device.type)(seen, z, local)
-    for old, new in zip(seen, known):
-        if old is not None:
-            old.copy_(new)
-    return z, p, before, here
+def look(head: Head, raw: Tensor, seen: Reading, targets: Tensor, columns: slice) -> None:
+    """Take z at the targets that are in a tile of raw logits into ``seen``, in place."""
+    local = targets - columns.start
+    found = head.z(raw.gather(1, local.clamp(0, raw.shape[1] - 1)))
+    torch.where(within(local, columns), found, seen.chosen, out=seen.chosen)
 
 
-def turn(head: Head, raw: Tensor, slope: Slope, start: int) -> Tensor:
-    """Turn a tile of raw logits, whose first column is ``start``, into its own gradient, in place."""
+def turn(head: Head, raw: Tensor, slope: Local) -> Tensor:
+    """Turn a tile of raw logits into its own gradient, in place."""
     for rows in strips(raw):
-        here, z = slope.rows(rows), head.z(raw[rows])
-        raw[rows] = head.bend(body(slopes, raw.device.type)(here, z, here.targets - start), z)
+        z = head.z(raw[rows])
+        raw[rows] = head.bend(body(slopes, raw.device.type)(slope.rows(rows), z), z)
     return raw
 
 
@@ -214,13 +258,17 @@ Tiles = dict[tuple[int, int], Tensor]
 
 def survey(head: Head, hidden: Tensor, targets: Tensor, entropy: bool, budget: float) -> tuple[Reading, Tiles]:
     """Read all of the vocabulary, tile by tile, and keep as many tiles as ``budget`` bytes hold."""
-    seen, kept, spare = unread(hidden, targets, entropy), {}, None
+    seen, kept, spare = unread(hidden, len(head.weight), targets, entropy), Tiles(), None
     for rows in spans(len(hidden), TOKENS):
-        for columns in spans(len(head.weight), VOCABULARY):
+        here = seen.rows(rows)
+        for tile, columns in enumerate(spans(len(head.weight), VOCABULARY)):
             raw = head.raw(hidden[rows], columns, spare)
-            here, local = seen.rows(rows), targets[rows] - columns.start
+            look(head, raw, here, targets[rows], columns)
             for strip in strips(raw):
-                read(head, raw[strip], here.rows(strip), local[strip])
+                own, mean = body(absorb, raw.device.type)(head.z(raw[strip]), entropy)
+                here.own[strip, tile] = own
+                if here.mean is not None:
+                    here.mean[strip, tile] = mean
             budget -= raw.nbytes
             if budget >= 0:
                 kept[rows.start, columns.start] = raw
@@ -247,10 +295,10 @@ def sweep(head: Head, hidden: Tensor, slope: Slope, kept: Tiles, wanted: Wanted)
     d_bias = torch.zeros(len(head.weight), dtype=wide(hidden), device=hidden.device) if wanted[2] else None
     summed = head.weight.dtype if len(blocks) == 1 else wide(hidden)
     spare: Tensor | None = None
-    for columns in spans(len(head.weight), VOCABULARY):
+    for number, columns in enumerate(spans(len(head.weight), VOCABULARY)):
         tile = None if d_weight is None else d_weight[columns].to(summed)  # itself, unless it takes another dtype
         for block, d_block in zip(blocks, d_hidden):
-            spare = d = turn(head, block.raw(head, columns, kept, spare), block.slope, columns.start)
+            spare = d = turn(head, block.raw(head, columns, kept, spare), block.slope.at(number, columns))
             if d_block is not None:
                 add_rows(d_block, d, head.weight[columns], block.slope.targets - columns.start)
             if tile is not None:
