@@ -42,6 +42,15 @@ class Rows(NamedTuple):
         """The shape of each datum's logprobs."""
         return [row.shape for row in self.targets]
 
+    @property
+    def longest(self) -> int:
+        return max(self.lengths)
+
+    @property
+    def choices(self) -> int:
+        """Targets of each token, K."""
+        return self.targets[0].size // len(self.targets[0]) if self.targets else 1
+
 
 def with_targets(data: Sequence[Any], vocabulary: int) -> Rows:
     """Model inputs and targets; refuses what does not fit together, or the vocabulary."""

@@ -133,12 +133,12 @@ class LocalReferenceClient(Ready):
         return self._worker.submit(self._forward, snapshot(data), loss_fn, config)
 
     def get_info(self) -> GetInfoResponse:
-        """What runs, and where."""
-        return self._worker.submit(self._info).result()
+        """What runs, and where; of many ranks, any may ask."""
+        return self._worker.submit_here(self._info).result()
 
     async def get_info_async(self) -> GetInfoResponse:
         """``get_info`` without blocking the event loop."""
-        return await self._worker.submit(self._info)
+        return await self._worker.submit_here(self._info)
 
     def get_tokenizer(self) -> Any:
         """The tokenizer that was given; the embedded model's reads bytes."""

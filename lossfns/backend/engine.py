@@ -21,7 +21,7 @@ from lossfns.backend.builtins import builtin
 from lossfns.backend.custom import LossFn, Outputs, Value
 from lossfns.backend.distributed import Alone, Ranks, entire, shard_of
 from lossfns.backend.logprobs import model_logprobs
-from lossfns.backend.memory import FEW, MARGIN, Footprint, cut, footprint, free, too_small
+from lossfns.backend.memory import FEW, HOLES, LOSS, MARGIN, Footprint, cut, footprint, free, too_small
 from lossfns.backend.passes import Work
 from lossfns.backend.prefixes import share
 from lossfns.backend.types import OptimStepResponse
@@ -85,7 +85,7 @@ class Engine:
     def logprobs(self, data: Sequence[Any]) -> Work:
         """Float32 logprobs of the targets, in their shape."""
         rows = self.readable(with_targets(data, self.vocabulary))
-        run = partial(self.run_logprobs, room=partial(self.room, longest=max(rows.lengths)))
+        run = partial(self.run_logprobs, room=partial(self.room, rows))
         return Work("logprobs", rows, partial(self.ranks.run, run), self.like)
 
     def embeddings(self, data: Sequence[Any], pool: Pool) -> Work:
@@ -194,35 +194,43 @@ class Engine:
 
     def parts(self, work: Work, loss_fn: LossFn | Loss | BoundLoss | None = None) -> list[slice]:
         """Micro-batches that fit the budget; pairs stay together where the loss is one of pairs, and each fits."""
-        lengths, longest = work.rows.lengths, max(work.rows.lengths)
-        summable = self.ranks.least(self.budget - self.gradients - self.rounding) >= 0
-        room = self.ranks.least(self.footprint(longest).tokens(self.budget - self.gradients)) if summable else 0
-        if self.memory_budget is not None and longest > room:
-            datum = next(i for i, n in enumerate(lengths) if n > room)
-            raise too_small(self.memory_budget, self.needs(lengths[datum], longest), datum)
+        rows = work.rows
+        left = self.budget - self.aside(rows)
+        room = self.ranks.least(self.footprint(rows).tokens(left) if left >= self.rounding else 0)
+        if self.memory_budget is not None and rows.longest > room:
+            datum = next(i for i, n in enumerate(rows.lengths) if n > room)
+            raise too_small(self.memory_budget, self.needs(rows.lengths[datum], rows) / self.margin, datum)
         loss = loss_fn.loss if isinstance(loss_fn, BoundLoss) else loss_fn
-        return self.ranks.abreast(cut(lengths, room, 2 if isinstance(loss, Loss) and loss.rows == PAIRS else 1))
+        return self.ranks.abreast(cut(rows.lengths, room, 2 if isinstance(loss, Loss) and loss.rows == PAIRS else 1))
 
     def peak(self, work: Work, parts: list[slice]) -> int:
         """Bytes that the largest micro-batch takes, with the logits that are kept where there is room."""
         tokens = max(self.ranks.most(work.rows.lengths[part]) for part in parts)
-        needed, kept = self.needs(tokens, max(work.rows.lengths)), self.width * (self.vocabulary + tokens) // 2
+        needed, kept = self.needs(tokens, work.rows), self.width * (self.vocabulary + tokens) // 2
         return max(needed, int(min(self.budget, needed + kept)))
 
-    def needs(self, tokens: int, longest: int = FEW) -> int:
-        """Bytes that a step over so many tokens takes at its peak, beyond the weights and what is accumulated."""
-        return self.gradients + max(self.footprint(longest).of(tokens), self.rounding)
+    def needs(self, tokens: int, rows: Rows) -> int:
+        """Bytes that steps over so many of a call's tokens take, beyond the weights and what is accumulated."""
+        return self.aside(rows) + max(self.footprint(rows).of(tokens), self.rounding)
 
-    def room(self, tokens: int, longest: int) -> float:
-        """Bytes that a step over so many tokens leaves of the budget."""
+    def room(self, rows: Rows, tokens: int) -> float:
+        """Bytes that a step over so many of a call's tokens leaves of the budget."""
         if not torch.is_grad_enabled():
             return 0.0  # without a backward pass, nothing has a use for it
-        return max(0.0, self.budget - self.gradients - self.footprint(longest).of(tokens))
+        return max(0.0, self.budget - self.needs(tokens, rows))
+
+    def aside(self, rows: Rows) -> int:
+        """Bytes that a call takes, in however many steps: the gradients, and what the loss makes of the values."""
+        return self.gradients + LOSS * sum(rows.counts) * rows.choices
 
     @property
     def budget(self) -> float:
         """What is planned with."""
-        return MARGIN * (free(self.device) if self.memory_budget is None else self.memory_budget)
+        return self.margin * (free(self.device) if self.memory_budget is None else self.memory_budget)
+
+    @property
+    def margin(self) -> float:
+        return HOLES if getattr(self.model, "checkpointing", False) else MARGIN
 
     @property
     def gradients(self) -> int:
@@ -239,23 +247,25 @@ class Engine:
         """What gets a gradient; nothing in a forward pass alone."""
         return [p for p in self.model.parameters() if p.requires_grad and torch.is_grad_enabled()]
 
-    def footprint(self, longest: int) -> Footprint:
-        """What the tokens of a step take, in sequences up to ``longest``; measured at the first need."""
+    def footprint(self, rows: Rows) -> Footprint:
+        """What the tokens of a step take, in sequences and with targets like these; measured at the first need."""
         # As long as a model with few positions can take, and odd: no activation is to have the size of a weight.
-        piece = 2 ** ((min(longest, FEW) + 1).bit_length() - 1) - 1
+        piece = 2 ** ((min(rows.longest, FEW) + 1).bit_length() - 1) - 1
         kind = (type(self.model), repr(getattr(self.model, "shape", None)), getattr(self.model, "checkpointing", False))
         each = ((p.shape, p.dtype, p.requires_grad) for p in self.model.parameters())
-        key = (piece, torch.is_grad_enabled(), self.device, self.ranks.size, *kind, *each)
+        key = (piece, rows.choices, torch.is_grad_enabled(), self.device, self.ranks.size, *kind, *each)
         if key not in self.footprints:
-            self.footprints[key] = footprint(partial(self.trial, piece), list(self.model.parameters()))
+            step = partial(self.trial, piece, rows.choices)
+            self.footprints[key] = footprint(step, list(self.model.parameters()))
         return self.footprints[key]
 
-    def trial(self, piece: int) -> None:
+    def trial(self, piece: int, choices: int) -> None:
         """A step over ``FEW`` tokens, in sequences of ``piece``, whose gradients are dropped as they come."""
-        ids = np.random.default_rng(0).integers(self.vocabulary, size=FEW)  # with no prefixes in common
-        rows = np.split(ids, range(piece, FEW, piece))
+        draw = partial(np.random.default_rng(0).integers, self.vocabulary)  # with no prefixes in common
+        ends = range(piece, FEW, piece)
+        rows = Rows(np.split(draw(size=FEW), ends), np.split(draw(size=(FEW, choices)), ends), None)
         with dropped_gradients(self.model), torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-            values = self.ranks.whole(partial(self.run_logprobs, Rows(rows, rows, None), lambda tokens: 0.0))
+            values = self.ranks.whole(partial(self.run_logprobs, rows, lambda tokens: 0.0))
             if values.requires_grad:
                 torch.autograd.backward(values.sum())
 

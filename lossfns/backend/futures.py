@@ -37,11 +37,11 @@ class APIFuture(Generic[T]):
         self._frames: TracebackType | None = None
         self._error: BaseException | None = None
         self.read = False
-        self._future = worker.line.submit(self._run, worker.call, request, *args)
+        self._future = worker.line.submit(self._run, request, *args)
 
-    def _run(self, call: Callable[..., T], *args: Any) -> T:
+    def _run(self, request: Callable[..., T], *args: Any) -> T:
         try:
-            return call(*args)
+            return request(*args)
         except BaseException as error:
             release(error)
             self._error, self._frames = error, error.__traceback__ and error.__traceback__.tb_next
@@ -188,13 +188,19 @@ class Worker:
         """Queue a request. An error of an earlier one that nobody read is raised here rather than lost."""
         with self._lock:
             self._check()
-            return APIFuture(self, request, *args)
+            return APIFuture(self, self.call, request, *args)
+
+    def submit_here(self, request: Callable[..., T], *args: Any) -> APIFuture[T]:
+        """Queue a request that this process answers by itself, whatever ``call`` would do."""
+        with self._lock:
+            self._check()
+            return APIFuture(self, direct, request, *args)
 
     def submit_gradient(self, request: Callable[..., T], *args: Any) -> APIFuture[T]:
         """Queue a request that adds to the gradient."""
         with self._lock:
             self._check()
-            submitted = APIFuture(self, request, *args)
+            submitted = APIFuture(self, self.call, request, *args)
             submitted.future().add_done_callback(self._failures.add)
             return submitted
 
@@ -203,7 +209,7 @@ class Worker:
         with self._lock:
             known = self._failures.count  # before the check, which raises what of it nobody has read
             self._check()
-            return APIFuture(self, self._failures.step, known, request, *args)
+            return APIFuture(self, self.call, self._failures.step, known, request, *args)
 
     def _check(self) -> None:
         """Raise the first error that nobody has read; refuse a process that has not got the thread."""

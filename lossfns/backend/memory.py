@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
+import sys
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,11 +18,20 @@ from torch.utils._pytree import tree_leaves
 from lossfns import LossInputError
 from lossfns.checks import is_real
 
+C = ctypes.CDLL(None) if sys.platform == "linux" else None
+
 FEW = 251
 """Tokens of the measurement; a prime, so that no activation has the size of a weight."""
 
 MARGIN = 0.7
 """What is planned of a budget: an allocator takes more than the tensors in it, glibc's up to 1.3 times as much."""
+
+
+HOLES = 0.6
+"""The same with checkpointing: between what layers make and free in the backward pass, the allocator leaves holes."""
+
+LOSS = 24
+"""Bytes that a loss takes for each value of the batch, however it is cut: what counts where a token has many targets."""
 
 
 class Footprint(NamedTuple):
@@ -110,6 +121,13 @@ def left(folder: Path) -> float:
     return math.inf if limit.strip() == "max" else float(int(limit) - int(used) + int(cached))
 
 
+def give_back(device: torch.device) -> None:
+    """Hand freed memory back to the system: glibc keeps it, with holes that the next tensors do not fit in."""
+    trim = getattr(C, "malloc_trim", None)
+    if trim is not None and device.type == "cpu":
+        trim(0)
+
+
 def cut(lengths: Sequence[int], room: float, together: int) -> list[slice]:
     """The datums in order, as many at a time as have ``room`` tokens; ``together`` of them stay so if they all fit."""
     groups = [sum(lengths[start : start + together]) for start in range(0, len(lengths), together)]
@@ -131,6 +149,6 @@ def check_budget(budget: Any) -> None:
 
 
 def too_small(budget: float, needed: float, datum: int) -> LossInputError:
-    expected = f"at least {needed / MARGIN + 1:,.0f} bytes, for this datum alone"
+    expected = f"at least {needed + 1:,.0f} bytes, for this datum alone"
     fix = "Raise it, shorten the datum, or turn on checkpointing."
     return LossInputError("memory_budget", expected, f"{budget:,.0f}", fix, datum=datum)

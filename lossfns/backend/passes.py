@@ -17,6 +17,7 @@ from torch import Tensor
 from lossfns import BoundLoss, Loss, LossInputError, evaluate
 from lossfns.backend.batch import Rows
 from lossfns.backend.custom import LossFn, Outputs, Value, differentiate, go_back, of_ours
+from lossfns.backend.memory import give_back
 from lossfns.loss import named
 from lossfns.pack import Columns, pack_columns
 from lossfns.tokens import PAIRS, Tokens
@@ -34,7 +35,11 @@ class Work(NamedTuple):
     like: Tensor
 
     def values(self, part: slice) -> Tensor:
-        return self.run(self.rows.part(part))
+        """Of a micro-batch; what the one before has freed is handed back first."""
+        own = self.rows.part(part)
+        if len(own.tokens) < len(self.rows.tokens):
+            give_back(self.like.device)
+        return self.run(own)
 
     def outputs(self, values: Tensor) -> Outputs:
         return Outputs(self.name, values, self.lengths, self.rows.wrap)

@@ -109,13 +109,18 @@ def micro_batches(mesh: Any) -> Result:
 
 
 def within_budget(mesh: Any) -> LocalTrainingClient:
-    return client(mesh, budget=client(None)._engine.needs(24))
+    engine = client(None)._engine
+    return client(mesh, budget=engine.needs(24, engine.logprobs(many()).rows))
+
+
+def many() -> list[Any]:
+    """Datums of 88 tokens."""
+    return texts(Random(3), count=16, longest=12)
 
 
 def count_of(c: LocalTrainingClient, loss_fn: Any) -> float:
-    """Micro-batches of a batch of 88 tokens."""
-    data = texts(Random(3), count=16, longest=12)
-    return c.forward_backward_custom(data, loss_fn).result().metrics["micro_batches"]
+    """Micro-batches of them."""
+    return c.forward_backward_custom(many(), loss_fn).result().metrics["micro_batches"]
 
 
 def embeddings(mesh: Any) -> Result:
@@ -267,6 +272,8 @@ def refused(call: Callable[[], Any]) -> str:
 def mistakes(mesh: Any, folder: Path) -> tuple[dict[str, str], Result]:
     """What each rank is told, and the gradient of what was right."""
     rank, c = mesh.get_rank(), client(mesh)
+    if rank == 0:
+        assert c.get_info().steps == 0  # which one may ask without the others
     good, own = pairs(Random(10)), pairs(Random(20 + rank))
 
     def fails_on_one(data: list[Any], logprobs_list: list[Tensor]) -> tuple[Tensor, dict[str, float]]:
@@ -283,7 +290,7 @@ def mistakes(mesh: Any, folder: Path) -> tuple[dict[str, str], Result]:
     c.forward_backward(good, "cross_entropy").result()
     told = {
         "other data": refused(lambda: c.forward_backward(own, "cross_entropy").result()),
-        "other calls": refused(lambda: (c.get_info if rank else c.optim_step(RATE).result)()),
+        "other calls": refused(lambda: (c.forward(good, "cross_entropy") if rank else c.optim_step(RATE)).result()),
         "other advantages": refused(lambda: c.forward_backward_custom(good, biased).result()),
         "a loss that draws": refused(lambda: c.forward_backward_custom(good, draws).result()),
         "other models": refused(lambda: client(mesh, dim=8 + 8 * rank)),

@@ -84,7 +84,7 @@ def test_what_one_rank_alone_does_wrong_is_an_error_on_all(folder: Path) -> None
     assert told[0].keys() == told[1].keys() == ranks.MISTAKES
     for name in ("other data", "other calls", "other advantages", "other models"):
         assert told[0][name] == told[1][name] and "request: expected the same on all ranks" in told[0][name]
-    assert "step (" in told[0]["other calls"] and "info (" in told[0]["other calls"]
+    assert "step (" in told[0]["other calls"] and "forward (" in told[0]["other calls"]
     assert "loss: expected the same on all ranks" in told[0]["a loss that draws"]
     assert told[1]["a loss that fails on one"] == "KeyError: 'advantage'"
     assert "on rank 1 (KeyError: 'advantage')" in told[0]["a loss that fails on one"]

@@ -28,6 +28,7 @@ from lossfns import (
     token_mean,
 )
 from lossfns.backend import AdamParams, Decoder, LocalReferenceClient, LocalTrainingClient, lora
+from lossfns.backend.engine import last_pool
 from lossfns.backend.memory import MARGIN
 from lossfns.backend.tokenizer import ByteTokenizer
 
@@ -37,8 +38,9 @@ Call = Callable[[LocalTrainingClient], Any]
 
 def budget(make: Make, data: list[Any], tokens: int | None = None) -> int:
     """Bytes for so many tokens of these datums at a time: if it is not said how many, those of the longest."""
-    longest = max(d.model_input.length for d in data)
-    return math.ceil(make()._engine.needs(tokens or longest, longest) / MARGIN) + 1
+    engine = make()._engine
+    rows = engine.logprobs(data).rows
+    return math.ceil(engine.needs(tokens or rows.longest, rows) / engine.margin) + 1
 
 
 def vector(c: LocalTrainingClient) -> Tensor:
@@ -593,7 +595,9 @@ def test_a_forward_alone_is_cut_to_the_same_outputs(output: str) -> None:
     config = {"output": "embedding", "pooling": "last"} if output == "embedding" else None
     whole = LocalReferenceClient(Decoder(**SHAPE), device="cpu")
     with torch.no_grad():
-        least = math.ceil(whole._engine.needs(11, 11) / MARGIN) + 1
+        engine = whole._engine
+        rows = engine.logprobs(DATA).rows if output == "logprobs" else engine.embeddings(DATA, last_pool).rows
+        least = math.ceil(engine.needs(11, rows) / MARGIN) + 1
     cut = LocalReferenceClient(Decoder(**SHAPE), device="cpu", memory_budget=least)
     results = [c.forward(DATA, "cross_entropy", config).result() for c in (whole, cut)]
     tokens = counted(cut)
