@@ -31,7 +31,7 @@ HOLES = 0.6
 """The same with checkpointing: between what layers make and free in the backward pass, the allocator leaves holes."""
 
 LOSS = 24
-"""Bytes that a loss takes for each value of the batch, however it is cut: what counts where a token has many targets."""
+"""Bytes that a loss takes for each value of the batch, however that is cut; many where a token has many targets."""
 
 
 class Footprint(NamedTuple):

@@ -1,7 +1,6 @@
 """Two processes are one: results, parameters, checkpoints and runs; and what ranks that disagree are told."""
 
 import json
-import math
 import re
 import shutil
 import subprocess
@@ -60,10 +59,11 @@ def test_two_ranks_are_one(scenario: str, rank: int, folder: Path) -> None:
 
 
 def test_two_ranks_take_half_as_many_micro_batches(folder: Path) -> None:
-    """The budget is of each of them."""
+    """The budget is of each of them, and one that has only its shards of the weights gathers the rest in it."""
     one = ranks.count_of(ranks.within_budget(None), ranks.coupled)
     for rank in (0, 1):
-        assert json.loads((folder / f"rank{rank}.json").read_text())["micro_batches"] == math.ceil(one / 2) < one
+        two = json.loads((folder / f"rank{rank}.json").read_text())["micro_batches"]
+        assert one / 2 <= two <= one / 2 + 1 < one
 
 
 @pytest.mark.parametrize("written_by", ["one", "two"])
