@@ -62,6 +62,21 @@ def pick_device(device: str | torch.device) -> torch.device:
         raise LossInputError("device", "a device of this machine", got, fix) from None
 
 
+def check_model(model: Any) -> None:
+    """Refuse what is no model with weights and a head."""
+    expected = "a module with forward(tokens [N], lengths) -> hidden [N, D], head [V, D] and weights"
+    got = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+    if not isinstance(model, nn.Module):
+        fix = "Pass the model itself; one by its name is made by LocalServiceClient, or by hf.load."
+        raise LossInputError("model", expected, got, fix)
+    if not hasattr(model, "head"):
+        fix = "Wrap a model of transformers: lossfns.backend.hf.CausalLM(model)."
+        raise LossInputError("model", expected, f"{got} without head", fix)
+    if not any(True for _ in model.parameters()) or any(p.is_meta for p in model.parameters()):
+        fix = "Load its weights first: model.to_empty(device=...) makes room for them."
+        raise LossInputError("model", expected, f"{got} whose weights are not there", fix)
+
+
 def output_of(value: Value, metrics: dict[str, Any]) -> ForwardBackwardOutput:
     return ForwardBackwardOutput("TensorData", value.outputs.records(), metrics)
 
@@ -101,6 +116,7 @@ class LocalReferenceClient(Ready):
         self._profile = profile_of(profile)
         self._tokenizer = tokenizer or (ByteTokenizer() if model is None else None)
         model = model if model is not None else Decoder(vocab_size=ByteTokenizer.vocab_size, seed=seed, **EMBEDDED)
+        check_model(model)
         self.ranks = Alone() if mesh is None else Ranks(mesh, device)
         self.model = model.to(pick_device(device) if mesh is None else None, dtype).eval()
         self._name = name or type(model).__name__

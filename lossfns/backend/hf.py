@@ -37,8 +37,13 @@ def load(
     if path.suffix == ".gguf":
         source, given = path.parent, {"gguf_file": path.name}
     hf = transformers()
-    model = hf.AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation="eager", **given)
-    return CausalLM(model).to(device), hf.AutoTokenizer.from_pretrained(source, **given)
+    try:
+        model = hf.AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation="eager", **given)
+        tokenizer = hf.AutoTokenizer.from_pretrained(source, **given)
+    except OSError as error:
+        expected, got = "a folder, a GGUF file or the name of a repository", f"{path} ({str(error).splitlines()[0]})"
+        raise LossInputError("source", expected, got, "Is the path right, and the repository within reach?") from error
+    return CausalLM(model).to(device), tokenizer
 
 
 class CausalLM(nn.Module):

@@ -315,7 +315,7 @@ def modest(hidden: Tensor, weight: Tensor) -> float:
 
 def block(memory_budget: float | None, weight: Tensor) -> int:
     """Tokens whose logits the separable plan holds at a time: 2048, or as many as the budget allows."""
-    return BLOCK if memory_budget is None else max(1, int(memory_budget // weight[:, :1].nbytes))
+    return BLOCK if memory_budget is None else max(1, int(min(memory_budget, 2**62) // weight[:, :1].nbytes))
 
 
 def in_one_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -374,6 +374,8 @@ def check(
             got = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
             expected = {"hidden": "[N, D]", "weight": "[V, D]", "targets": "[N] or [N, K]"}[name]
             raise LossInputError(name, f"a tensor {expected}", got, "Flatten batch and time: x.flatten(0, 1).")
+        if x.is_meta:
+            raise LossInputError(name, "a tensor with values", "one on the meta device", "Load or compute it first.")
     (n, width), vocabulary = hidden.shape, len(weight)
     shapes = {
         "weight": (weight, (vocabulary, width), "One row for each token of the vocabulary."),
@@ -401,9 +403,9 @@ def check(
     number("temperature", temperature, "a finite number above 0", lambda t: t > 0, "1.0 leaves the logits alone.")
     if softcap is not None:
         number("softcap", softcap, "a finite number above 0, or None", lambda c: c > 0, "None leaves the logits alone.")
-    if memory_budget is not None:
-        fix = "0 keeps no logits, plan='saved' all."
-        number("memory_budget", memory_budget, "a finite number of bytes", lambda b: b >= 0, fix)
+    if memory_budget is not None and memory_budget != math.inf:
+        fix = "0 keeps no logits, math.inf all."
+        number("memory_budget", memory_budget, "a number of bytes", lambda b: b >= 0, fix)
     if not targets.numel():
         return
     low, high = torch.stack(targets.aminmax()).tolist()

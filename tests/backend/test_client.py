@@ -547,6 +547,30 @@ def test_a_model_of_which_nothing_is_trained_is_refused() -> None:
         c.forward_backward(texts(), "cross_entropy").result()
 
 
+class Headless(torch.nn.Linear):
+    """Computes hidden states, and has nothing to make logits of them."""
+
+
+def without_weights() -> torch.nn.Module:
+    model = Decoder(**SHAPE)
+    return model.to("meta")
+
+
+@pytest.mark.parametrize(
+    ("model", "got"),
+    [
+        ("gpt2", "a str"),
+        (Decoder, "the class Decoder"),
+        (Headless(2, 2), "a Headless without head"),
+        (without_weights(), "a Decoder whose weights are not there"),
+    ],
+    ids=["name", "class", "no head", "no weights"],
+)
+def test_what_is_no_model_is_refused(model: Any, got: str) -> None:
+    with pytest.raises(LossInputError, match=f"model: expected a module .*, got {got}"):
+        LocalTrainingClient(model, device="cpu")
+
+
 def test_a_fork_is_told_that_it_has_not_got_the_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     c = client()
     monkeypatch.setattr("lossfns.backend.futures.os.getpid", lambda: -1)

