@@ -28,7 +28,7 @@ MARGIN = 0.7
 
 
 HOLES = 0.6
-"""The same with checkpointing: between what layers make and free in the backward pass, the allocator leaves holes."""
+"""The same with checkpointing: in what layers make and free on the way back, glibc leaves holes of some 64 MB."""
 
 LOSS = 24
 """Bytes that a loss takes for each value of the batch, however that is cut; many where a token has many targets."""
