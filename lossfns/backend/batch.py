@@ -44,11 +44,12 @@ class Rows(NamedTuple):
 
     @property
     def longest(self) -> int:
+        """The most tokens of a datum."""
         return max(self.lengths)
 
     @property
     def choices(self) -> int:
-        """Targets of each token, K."""
+        """Targets of each token, K; 1 where there are none."""
         return self.targets[0].size // len(self.targets[0]) if self.targets else 1
 
 

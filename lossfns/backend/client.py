@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lossfns import LossInputError
 from lossfns.backend import checkpoint, lora
@@ -69,10 +69,17 @@ def check_model(model: Any) -> None:
     if not isinstance(model, nn.Module):
         fix = "Pass the model itself; one by its name is made by LocalServiceClient, or by hf.load."
         raise LossInputError("model", expected, got, fix)
-    if not hasattr(model, "head"):
+    with torch.no_grad():
+        head = getattr(model, "head", None)
+    if head is None:
         fix = "Wrap a model of transformers: lossfns.backend.hf.CausalLM(model)."
         raise LossInputError("model", expected, f"{got} without head", fix)
-    if not any(True for _ in model.parameters()) or any(p.is_meta for p in model.parameters()):
+    if not isinstance(head, Tensor) or head.ndim != 2:
+        fix = "It is the weight itself, [V, D]: as a property, self.unembed.weight."
+        raise LossInputError("model", expected, f"{got} whose head is a {type(head).__name__}", fix)
+    if not any(True for _ in model.parameters()):
+        raise LossInputError("model", expected, f"{got} without parameters", "Register what it computes with.")
+    if any(p.is_meta for p in model.parameters()):
         fix = "Load its weights first: model.to_empty(device=...) makes room for them."
         raise LossInputError("model", expected, f"{got} whose weights are not there", fix)
 

@@ -63,7 +63,7 @@ class Engine:
         self.model, self.ranks, self.memory_budget = model, ranks, memory_budget
         with torch.no_grad():
             head: Tensor = model.head  # type: ignore[assignment]
-        self.vocabulary, self.width = len(head), head[0].nbytes
+        (self.vocabulary, self.dim), self.width = head.shape, head[0].nbytes
         self.dtype = torch.promote_types(head.dtype, torch.float32)
         self.footprints = FOOTPRINTS if getattr(model, "shape", None) else {}  # for one kind of model, or for this one
         ranks.hold(model)
@@ -221,7 +221,7 @@ class Engine:
 
     def aside(self, rows: Rows) -> int:
         """Bytes that a call takes, in however many steps: the gradients, and what the loss makes of the values."""
-        return self.gradients + LOSS * sum(rows.counts) * rows.choices
+        return self.gradients + LOSS * sum(rows.counts) * (rows.choices if rows.targets else self.dim)
 
     @property
     def budget(self) -> float:

@@ -167,7 +167,7 @@ def direct(request: Callable[..., T], *args: Any) -> T:
 
 
 class Worker:
-    """Has requests executed in the order of their submission, from whatever thread that came, each by ``call``.
+    """Has requests executed in the order of their submission, from whatever thread that came, by ``call`` as a rule.
 
     An error that nobody has read is raised by the next ``submit``; one that is left when the worker goes,
     at the end of the program at the latest, is logged with its traceback.
@@ -191,9 +191,11 @@ class Worker:
             return APIFuture(self, self.call, request, *args)
 
     def submit_here(self, request: Callable[..., T], *args: Any) -> APIFuture[T]:
-        """Queue a request that this process answers by itself, whatever ``call`` would do."""
+        """Queue a request that one process of many may make: of an unread error the next one of all tells."""
+        if self.call is direct:
+            return self.submit(request, *args)
         with self._lock:
-            self._check()
+            self._check_process()
             return APIFuture(self, direct, request, *args)
 
     def submit_gradient(self, request: Callable[..., T], *args: Any) -> APIFuture[T]:
@@ -212,15 +214,19 @@ class Worker:
             return APIFuture(self, self.call, self._failures.step, known, request, *args)
 
     def _check(self) -> None:
-        """Raise the first error that nobody has read; refuse a process that has not got the thread."""
-        if os.getpid() != self._process:
-            fix = "Make a client in each process, after the fork."
-            raise LossInputError("client", "the process that made it", "a fork of it", fix)
+        """Raise the first error that nobody has read."""
+        self._check_process()
         for future in tuple(self.failed):  # which the thread may append to meanwhile
             if future.read or future.lost:
                 self.failed.remove(future)
             if future.lost:
                 future._value()
+
+    def _check_process(self) -> None:
+        """Refuse a process that has not got the thread."""
+        if os.getpid() != self._process:
+            fix = "Make a client in each process, after the fork."
+            raise LossInputError("client", "the process that made it", "a fork of it", fix)
 
 
 WORKERS: weakref.WeakSet[Worker] = weakref.WeakSet()

@@ -393,9 +393,9 @@ def check(
     for name, number_like in (("hidden", hidden), ("weight", weight), ("bias", bias)):
         if number_like is not None and not number_like.is_floating_point():
             raise LossInputError(name, "a floating point tensor", str(number_like.dtype), "Were token ids passed?")
-    if bias is not None and not bias.isfinite().all():
-        fix = "Of a token that cannot occur, a large negative one such as -1e30."
-        raise LossInputError("bias", "finite numbers", "inf or nan among them", fix)
+    if bias is not None and not bias.to(weight.dtype).isfinite().all():
+        fix = "Of a token that cannot occur, a large negative one such as -1e30, in float16 -6e4."
+        raise LossInputError("bias", f"finite numbers in {weight.dtype}", "inf or nan among them", fix)
     if rows is not None and rows.dtype != torch.bool:
         raise LossInputError("rows", "a bool tensor", str(rows.dtype), "Pass mask != 0.")
     if targets.dtype != torch.long:

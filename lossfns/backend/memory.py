@@ -26,12 +26,11 @@ FEW = 251
 MARGIN = 0.7
 """What is planned of a budget: an allocator takes more than the tensors in it, glibc's up to 1.3 times as much."""
 
-
 HOLES = 0.6
 """The same with checkpointing: in what layers make and free on the way back, glibc leaves holes of some 64 MB."""
 
-LOSS = 24
-"""Bytes that a loss takes for each value of the batch, however that is cut; many where a token has many targets."""
+LOSS = 56
+"""Bytes that a loss takes for each value of the batch, however that is cut: those of GRPO with its metrics."""
 
 
 class Footprint(NamedTuple):
@@ -149,6 +148,6 @@ def check_budget(budget: Any) -> None:
 
 
 def too_small(budget: float, needed: float, datum: int) -> LossInputError:
-    expected = f"at least {needed + 1:,.0f} bytes, for this datum alone"
-    fix = "Raise it, shorten the datum, or turn on checkpointing."
+    expected = f"at least {needed + 1:,.0f} bytes, for this datum by itself and the loss of all"
+    fix = "Raise it, shorten the datum, pass fewer at a time, or turn on checkpointing."
     return LossInputError("memory_budget", expected, f"{budget:,.0f}", fix, datum=datum)

@@ -1,6 +1,6 @@
 """A tile of logits, tokens × vocabulary: read for its log-sum-exp, or turned into its own gradient.
 
-Two pure functions know the maths, ``absorb`` and ``slopes``; ``survey`` and ``sweep`` take them over all tiles.
+Pure functions know the maths, ``absorb`` or ``weigh``, and ``slopes``; ``survey`` and ``sweep`` go over all tiles.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Reading(NamedTuple):
     @property
     def share(self) -> Tensor:
         """[n, tiles] the probability of each tile: p of the whole is share·p of the tile."""
-        return (self.own - self.lse[:, None]).exp_()
+        return self.own.softmax(1)  # which sums to 1 also where all of z is large, and exp(own − lse) does not
 
     @property
     def average(self) -> Tensor | None:

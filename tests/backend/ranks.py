@@ -257,6 +257,7 @@ MISTAKES = {
     "a loss that draws",
     "a loss that fails on one",
     "saved over",
+    "unread",
     "too long",
 }
 
@@ -272,9 +273,11 @@ def refused(call: Callable[[], Any]) -> str:
 def mistakes(mesh: Any, folder: Path) -> tuple[dict[str, str], Result]:
     """What each rank is told, and the gradient of what was right."""
     rank, c = mesh.get_rank(), client(mesh)
-    if rank == 0:
-        assert c.get_info().steps == 0  # which one may ask without the others
     good, own = pairs(Random(10)), pairs(Random(20 + rank))
+    unread = c.forward_backward(good, "cross_entropy", {"no such": 1})
+    if rank == 0:
+        assert c.get_info().steps == 0  # which one may ask without the others, and nothing is told to it alone
+    told_unread = refused(lambda: (unread.future().exception(), c.forward_backward(good, "cross_entropy"))[1])
 
     def fails_on_one(data: list[Any], logprobs_list: list[Tensor]) -> tuple[Tensor, dict[str, float]]:
         if rank == 1:
@@ -294,6 +297,7 @@ def mistakes(mesh: Any, folder: Path) -> tuple[dict[str, str], Result]:
         "other advantages": refused(lambda: c.forward_backward_custom(good, biased).result()),
         "a loss that draws": refused(lambda: c.forward_backward_custom(good, draws).result()),
         "other models": refused(lambda: client(mesh, dim=8 + 8 * rank)),
+        "unread": told_unread,
         "too long": refused(lambda: client(mesh, budget=1e4).forward_backward(good, "cross_entropy").result()),
         "saved over": refused(lambda: c.save_weights_for_sampler(folder / "rows.jsonl").result()),
     }

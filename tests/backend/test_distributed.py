@@ -88,6 +88,7 @@ def test_what_one_rank_alone_does_wrong_is_an_error_on_all(folder: Path) -> None
     assert "loss: expected the same on all ranks" in told[0]["a loss that draws"]
     assert told[1]["a loss that fails on one"] == "KeyError: 'advantage'"
     assert "on rank 1 (KeyError: 'advantage')" in told[0]["a loss that fails on one"]
+    assert all("no such" in each["unread"] for each in told)
     assert "a file that does not exist yet" in told[0]["saved over"] and "rank 0" in told[1]["saved over"]
     assert all("memory_budget: expected at least" in each["too long"] for each in told)
     c, good = ranks.client(None), ranks.pairs(Random(10))

@@ -291,6 +291,22 @@ def test_a_frozen_head_keeps_what_nearly_cancels_in_float32() -> None:
     assert apart(gradients(case, compute(case, "frozen")), [want]) <= 1.2 * apart([plain], [want])
 
 
+@pytest.mark.parametrize("offset", [0.0, 100.0, 1e4])
+@pytest.mark.parametrize("plan", ["tiled", "saved"])
+def test_what_all_logits_have_in_common_costs_no_more_than_rounding(plan: str, offset: float) -> None:
+    """In float32 they are rounded to 6e-8 of the offset; entropy and gradients may be a few times as far off."""
+    case = draw(n=16, d=8, v=20_000, dtype=torch.float32)._replace(bias=torch.full((20_000,), offset))
+    double, tilt = in_double(case), torch.ones(16)
+    logprobs, entropy = compute(case, plan, return_entropy=True)
+    log_p = definition(double)
+    exact = -(log_p.exp() * log_p).sum(1)
+    rounding = 1e-6 * max(5.0, offset)
+    assert (entropy - exact).abs().max() <= rounding * 10
+    got = torch.autograd.grad((logprobs, entropy), case.inputs, (case.g, tilt))
+    want = torch.autograd.grad((expected(double) * case.g).sum() + exact.sum(), double.inputs)
+    assert apart(got, want) <= rounding
+
+
 def test_half_precision_is_normalised_in_float32() -> None:
     case = draw(n=7, v=50, dtype=torch.bfloat16)._replace(targets=torch.arange(50).expand(7, 50))
     total = compute(case, "tiled").exp().sum(1)
@@ -724,6 +740,10 @@ WRONG: dict[str, tuple[str, dict[str, Any]]] = {
     "bias of another length": ("bias", {"bias": torch.zeros(4)}),
     "bias that is a list": ("bias", {"bias": [0.0] * 5}),
     "bias of -inf, which a whole tile may be": ("bias", {"bias": torch.full((5,), -math.inf)}),
+    "bias that float16 has not got": (
+        "bias",
+        {"hidden": torch.zeros(3, 2).half(), "weight": torch.zeros(5, 2).half(), "bias": torch.full((5,), -1e30)},
+    ),
     "bias of a column": ("bias", {"bias": torch.zeros(5, 1)}),
     "rows of another length": ("rows", {"rows": torch.ones(2, dtype=torch.bool)}),
     "rows that are a list": ("rows", {"rows": [True, False, True]}),

@@ -18,9 +18,10 @@ from tiny import DATA, SHAPE, client, gradients, same, text
 from torch import Tensor, nn
 
 import lossfns
-from lossfns import LossInputError, datum_from_tokens
+from lossfns import Datum, LossInputError, ModelInput, TensorData, datum_from_tokens
 from lossfns.backend import AdamParams, Decoder, LocalReferenceClient, LocalTrainingClient, lora
 from lossfns.backend.batch import Rows
+from lossfns.backend.engine import mean_pool
 from lossfns.backend.memory import FEW, LOSS, MARGIN, Footprint, Watch, cut, footprint, free, left
 
 # Counting
@@ -195,6 +196,70 @@ def test_the_foretold_peak_is_a_bound_and_not_twice_what_a_step_takes(name: str,
     assert watch.growing.peak <= foretold <= 2 * watch.growing.peak
 
 
+def many_targets(count: int, k: int) -> list[Any]:
+    """Datums of 8 tokens, each with K targets."""
+    rng = torch.Generator().manual_seed(0)
+    return [
+        Datum(
+            ModelInput.from_ints([1 + i % 7] * 8),
+            {
+                "target_tokens": TensorData.from_torch(torch.randint(31, (8, k), generator=rng)),
+                "weights": TensorData.from_torch(torch.rand(8, k, generator=rng)),
+            },
+        )
+        for i in range(count)
+    ]
+
+
+def spread_out(data: list[Any], vectors: list[Tensor]) -> tuple[Tensor, dict[str, float]]:
+    return torch.stack(vectors).square().mean(), {}
+
+
+def grouped(data: list[Any]) -> Any:
+    old = [[-3.0] * d.model_input.length for d in data]
+    return lossfns.grpo(kl_beta=0.1).bind(advantages=[1.0, -1.0] * (len(data) // 2), old_logprobs=old, ref_logprobs=old)
+
+
+@pytest.mark.parametrize("what", ["a loss of many tokens", "many targets", "embeddings"])
+def test_what_a_loss_makes_of_the_values_of_all_micro_batches_is_foretold(what: str) -> None:
+    """Where a step takes little of its own."""
+    data = many_targets(200, 300) if what == "many targets" else [text(Random(i), 9) for i in range(4000)]
+    loss_fn = {"a loss of many tokens": grouped(data), "many targets": lossfns.multi_target_cross_entropy()}.get(
+        what, spread_out
+    )
+
+    def step(c: LocalTrainingClient) -> tuple[int, int]:
+        work = c._engine.embeddings(data, mean_pool) if what == "embeddings" else c._engine.logprobs(data)
+        return c._engine.backward(loss_fn, data, work, lambda value: (value.peak_memory, value.micro_batches))
+
+    whole, _ = step(client())
+    c = client(memory_budget=whole)
+    step(c)
+    c._engine.clear()
+    with Watch(set()) as watch:
+        foretold, parts = step(c)
+    assert parts > 1 and watch.growing.peak <= foretold <= whole * MARGIN
+
+
+def test_the_bytes_that_are_asked_for_are_enough_with_checkpointing_and_many_targets() -> None:
+    data, loss = many_targets(2, 50), lossfns.multi_target_cross_entropy()
+    c = client(memory_budget=1000)
+    c.model.checkpointing = True  # type: ignore[assignment]
+    enough = client(memory_budget=asked_for(c, data, 0, loss))
+    enough.model.checkpointing = True  # type: ignore[assignment]
+    assert enough.forward_backward_custom(data, loss).result().metrics["micro_batches"] == 2
+
+
+def test_freed_memory_is_handed_back_between_micro_batches_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[torch.device] = []
+    monkeypatch.setattr("lossfns.backend.passes.give_back", calls.append)
+    client().forward_backward_custom(DATA, lossfns.cross_entropy()).result()
+    assert calls == []
+    c = client(memory_budget=30_000)
+    parts = c.forward_backward_custom(DATA, lossfns.cross_entropy()).result().metrics["micro_batches"]
+    assert len(calls) == parts > 1
+
+
 def like(n: int) -> Rows:
     """What a call over one sequence has."""
     return Rows([np.zeros(n, dtype=np.int64)], [np.zeros(n, dtype=np.int64)], None)
@@ -342,10 +407,10 @@ def test_any_number_is_a_budget(budget: Any) -> None:
     assert c.forward_backward_custom(DATA, lossfns.cross_entropy()).result().metrics["micro_batches"] == 1
 
 
-def asked_for(c: LocalTrainingClient, data: list[Any], datum: int) -> int:
+def asked_for(c: LocalTrainingClient, data: list[Any], datum: int, loss: Any = None) -> int:
     """The bytes that a refusal says are enough."""
-    with pytest.raises(LossInputError, match="for this datum alone") as error:
-        c.forward_backward_custom(data, lossfns.cross_entropy()).result()
+    with pytest.raises(LossInputError, match="for this datum by itself") as error:
+        c.forward_backward_custom(data, loss or lossfns.cross_entropy()).result()
     assert error.value.datum == datum and error.value.field == "memory_budget"
     return int(error.value.expected.split()[2].replace(",", ""))
 
