@@ -56,10 +56,11 @@ def gradients(c: LocalTrainingClient) -> list[Tensor]:
     return taken
 
 
-def assert_same_gradients(a: list[Tensor], b: list[Tensor], tolerance: float = 1e-6) -> None:
-    assert any(x.abs().max() > 1e-6 for x in a)
-    for x, y in zip(a, b):
-        torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance)
+def assert_same_gradients(a: list[Tensor], b: list[Tensor], tolerance: float = 3e-6) -> None:
+    """Each parameter's difference against that parameter's norm: 8e-7 on two threads, 1e-6 with the slowest kernels."""
+    assert any(x.norm() > 1e-6 for x in a)
+    for x, y in zip(a, b, strict=True):
+        assert (x - y).norm() <= tolerance * x.norm()
 
 
 def test_custom_cross_entropy_has_the_built_ins_gradient_and_value() -> None:
@@ -154,7 +155,7 @@ def test_a_folded_loss_through_the_built_in_has_the_custom_gradient(loss: lossfn
     custom = gradients(c)
     folded = lanes.fold(bound, data)
     c.forward_backward(folded.data, folded.loss_fn, folded.loss_fn_config).result()
-    assert_same_gradients(custom, gradients(c), 2e-6)
+    assert_same_gradients(custom, gradients(c))
 
 
 def test_gradients_add_up_until_the_step() -> None:
@@ -163,7 +164,7 @@ def test_gradients_add_up_until_the_step() -> None:
     whole = gradients(c)
     for datum in data:
         c.forward_backward([datum], "cross_entropy").result()
-    assert_same_gradients(whole, gradients(c), 2e-6)
+    assert_same_gradients(whole, gradients(c))
 
 
 def test_forward_changes_no_gradient_and_agrees_with_forward_backward() -> None:
