@@ -30,6 +30,7 @@ from lossfns.backend.tiles import (
     Head,
     Reading,
     Slope,
+    Sums,
     add_product,
     body,
     look,
@@ -89,9 +90,10 @@ class Swept(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor, tilt: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, share, average = ctx.saved_tensors
         with plainly(hidden):
-            slope = Slope(targets, share, average, g, tilt)
-            gradients = sweep(Head(weight, bias, *ctx.knobs), hidden, slope, ctx.kept, ctx.needs_input_grad[:3])
-        return *gradients, *[None] * 5
+            slope, wanted = Slope(targets, share, average, g, tilt), ctx.needs_input_grad
+            sums = Sums.of(weight, wanted[1:3], weight.dtype)
+            d_hidden = sweep(Head(weight, bias, *ctx.knobs), hidden, slope, ctx.kept, sums, wanted[0])
+        return d_hidden, sums.weight, None if sums.bias is None else sums.bias.to(weight.dtype), *[None] * 5
 
 
 class Frozen(torch.autograd.Function):
@@ -169,18 +171,17 @@ class Separable(torch.autograd.Function):
         block: int,
         *knobs: Any,
     ) -> Tensor:
-        head, wanted = Head(weight, bias, *knobs), ctx.needs_input_grad[:3]
+        head, wanted = Head(weight, bias, *knobs), ctx.needs_input_grad
+        sums = Sums.of(weight, wanted[1:3], weight.dtype if len(hidden) <= block else wide(weight))
         logprobs = torch.empty(targets.shape, dtype=wide(hidden), device=hidden.device)
         known, d_hidden = torch.empty_like(logprobs), [hidden[:0]]
-        sums: list[Tensor | None] = [None, None]
         for rows in spans(max(1, len(hidden)), block):  # no tokens have gradients too: zeros
             seen, kept = survey(head, hidden[rows], targets[rows], entropy=False, budget=math.inf)
             logprobs[rows] = logprobs_of(seen)
             known[rows] = gradient(logprobs[rows], rows)
             slope = Slope(targets[rows], seen.share, None, known[rows], None)
-            d, *parts = sweep(head, hidden[rows], slope, kept, wanted)
+            d = sweep(head, hidden[rows], slope, kept, sums, wanted[0], first=rows.start == 0)
             d_hidden += [] if d is None else [d]
-            sums = [x if x is None or total is None else total.to(wide(x)).add_(x) for total, x in zip(sums, parts)]
         ctx.save_for_backward(known, torch.cat(d_hidden) if wanted[0] else None, *sums)
         ctx.dtypes = (hidden.dtype, weight.dtype, weight.dtype)
         return logprobs
@@ -193,7 +194,12 @@ class Separable(torch.autograd.Function):
         announced = scale * known
         if g.numel() and not ((g - announced).abs() <= 1e-4 * announced.abs() + 1e-6 * g.abs().max()).all():
             raise RuntimeError("the gradient that reaches linear_logprobs is not the one that was announced")
-        return *(None if x is None else (scale * x).to(d) for x, d in zip(gradients, ctx.dtypes)), *[None] * 5
+        return *(None if x is None else scaled(x, scale, d) for x, d in zip(gradients, ctx.dtypes)), *[None] * 5
+
+
+def scaled(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor of its own; in one pass where the loss is what backward starts from, and the scale 1."""
+    return x.to(dtype, copy=True) if scale == 1 else (scale * x).to(dtype)
 
 
 def logprobs_of(seen: Reading) -> Tensor:

@@ -277,39 +277,49 @@ def survey(head: Head, hidden: Tensor, targets: Tensor, entropy: bool, budget: f
     return seen, kept
 
 
-Wanted = tuple[bool, ...]
-"""Whether hidden, weight and bias need a gradient."""
+class Sums(NamedTuple):
+    """Where gradients are summed over tokens, None where none is wanted; ∂weight holds nothing yet."""
 
-Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+    weight: Tensor | None
+    bias: Tensor | None
+
+    @staticmethod
+    def of(weight: Tensor, wanted: tuple[bool, ...], dtype: torch.dtype) -> Sums:
+        """For (weight, bias) as they are wanted; the dtype is that of ∂weight."""
+        return Sums(
+            torch.empty_like(weight, dtype=dtype) if wanted[0] else None,
+            weight.new_zeros(len(weight), dtype=wide(weight)) if wanted[1] else None,
+        )
 
 
-def sweep(head: Head, hidden: Tensor, slope: Slope, kept: Tiles, wanted: Wanted) -> Gradients:
-    """Carry the gradient through the logits, tile by tile; those that were not kept are computed again.
+def sweep(
+    head: Head, hidden: Tensor, slope: Slope, kept: Tiles, sums: Sums, wanted: bool, first: bool = True
+) -> Tensor | None:
+    """Carry the gradient through the logits, tile by tile, to ``sums`` and, if wanted, to the hidden states.
 
-    The vocabulary is the outer loop, so that each tile of ∂weight is summed in float32 and written once. Tokens
-    that no gradient reaches are left out.
+    Tiles that were not kept are computed again. The vocabulary is the outer loop, so that each tile of ∂weight is
+    summed in float32 and written once; the ``first`` to write it need not add. Tokens that no gradient reaches are
+    left out.
     """
     blocks = [Block.of(rows, hidden, slope) for rows in spans(max(1, len(hidden)), TOKENS)]
-    d_hidden = [torch.zeros_like(block.hidden, dtype=wide(hidden)) if wanted[0] else None for block in blocks]
-    d_weight = torch.empty_like(head.weight) if wanted[1] else None
-    d_bias = torch.zeros(len(head.weight), dtype=wide(hidden), device=hidden.device) if wanted[2] else None
-    summed = head.weight.dtype if len(blocks) == 1 else wide(hidden)
+    d_hidden = [torch.zeros_like(block.hidden, dtype=wide(hidden)) if wanted else None for block in blocks]
     spare: Tensor | None = None
     for number, columns in enumerate(spans(len(head.weight), VOCABULARY)):
-        tile = None if d_weight is None else d_weight[columns].to(summed)  # itself, unless it takes another dtype
+        tile = None if sums.weight is None else sums.weight[columns]
+        if tile is not None and len(blocks) > 1:
+            tile = tile.to(wide(hidden))  # itself, unless it is narrower
         for block, d_block in zip(blocks, d_hidden):
             spare = d = turn(head, block.raw(head, columns, kept, spare), block.slope.at(number, columns))
             if d_block is not None:
                 add_rows(d_block, d, head.weight[columns], block.slope.targets - columns.start)
             if tile is not None:
-                add_product(tile, d.T, block.hidden, first=block is blocks[0])
-            if d_bias is not None:
-                d_bias[columns] += d.sum(0, dtype=d_bias.dtype)
-        if d_weight is not None and tile is not None and tile.dtype != d_weight.dtype:
-            d_weight[columns] = tile
+                add_product(tile, d.T, block.hidden, first=first and block is blocks[0])
+            if sums.bias is not None:
+                sums.bias[columns] += d.sum(0, dtype=sums.bias.dtype)
+        if sums.weight is not None and tile is not None and tile.dtype != sums.weight.dtype:
+            sums.weight[columns] = tile
     parts = [block.spread(d) for block, d in zip(blocks, d_hidden) if d is not None]
-    whole = torch.cat([hidden[:0], *parts]) if wanted[0] else None
-    return whole, d_weight, None if d_bias is None else d_bias.to(hidden.dtype)
+    return torch.cat([hidden[:0], *parts]) if wanted else None
 
 
 class Block(NamedTuple):
