@@ -206,7 +206,7 @@ class Engine:
     def peak(self, work: Work, parts: list[slice]) -> int:
         """Bytes that the largest micro-batch takes, with the logits that are kept where there is room."""
         tokens = max(self.ranks.most(work.rows.lengths[part]) for part in parts)
-        needed, kept = self.needs(tokens, work.rows), self.width * (self.vocabulary + tokens) // 2
+        needed, kept = self.needs(tokens, work.rows), self.width * (self.vocabulary + tokens)
         return max(needed, int(min(self.budget, needed + kept)))
 
     def needs(self, tokens: int, rows: Rows) -> int:

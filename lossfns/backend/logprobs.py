@@ -248,8 +248,8 @@ def linear_logprobs(
         gradient: for separable, ``(logprobs of some tokens, index of these) -> ∂loss/∂logprob``, as
             ``lossfns.token_gradient`` makes it of a loss: up to one factor for all tokens it must be what arrives in
             the backward pass.
-        memory_budget: bytes of logits that may be kept (separable: held at a time); None, without a plan: half of
-            what hidden and weight take.
+        memory_budget: bytes of logits that may be kept (separable: held at a time); None, without a plan: as many
+            as hidden and weight take.
 
     Returns:
         Logprobs in the shape of ``targets``, float32 (float64 for float64); if asked, with the entropies.
@@ -315,8 +315,8 @@ def learns(*inputs: Tensor | None) -> bool:
 
 
 def modest(hidden: Tensor, weight: Tensor) -> float:
-    """Half of what the gradients will take."""
-    return (hidden.nbytes + weight.nbytes) / 2
+    """As much as the gradients will take."""
+    return hidden.nbytes + weight.nbytes
 
 
 def block(memory_budget: float | None, weight: Tensor) -> int:
