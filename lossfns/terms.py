@@ -40,11 +40,11 @@ def surrogate(ratio: Tensor, advantages: Tensor) -> Tensor:
 def clipped_surrogate(ratio: Tensor, advantages: Tensor, clip: tuple[float, float]) -> Tensor:
     """−min(r·A, clip(r, low, high)·A). Schulman et al. 2017 (arXiv:1707.06347), equation 7.
 
-    The minimum is A⁺·min(r, high) + A⁻·max(r, low) with A⁺ = max(A, 0) and A⁻ = min(A, 0): one product is 0.
+    The minimum is r·A with r bounded above by ``high`` where A > 0, and below by ``low`` where A < 0.
     """
     low, high = clip
-    gains, penalties = advantages.clamp(min=0), advantages.clamp(max=0)
-    return -(gains * ratio.clamp(max=high) + penalties * ratio.clamp(min=low))
+    bounded = torch.where(advantages > 0, ratio.clamp(max=high), ratio.clamp(min=low))
+    return -advantages * bounded
 
 
 def weighted_policy_gradient(logprobs: Tensor, ratio: Tensor, advantages: Tensor, clip: tuple[float, float]) -> Tensor:

@@ -315,7 +315,7 @@ def learns(*inputs: Tensor | None) -> bool:
 
 
 def modest(hidden: Tensor, weight: Tensor) -> float:
-    """As much as the gradients will take."""
+    """As much as the inputs take, and their gradients, if all are wanted."""
     return hidden.nbytes + weight.nbytes
 
 

@@ -309,16 +309,22 @@ def changes_what_it_used(parts: list[Tensor]) -> Tensor:
     return loss
 
 
+def root_at_its_end(parts: list[Tensor]) -> Tensor:
+    return torch.cat(parts[:2]).add(3).sqrt().sum() + 0.0 * parts[2].sum()
+
+
 @pytest.mark.parametrize(
     "loss, message",
     [
         (goes_back_itself, "one whose loss_fn has called backward"),
         (changes_what_it_used, "modified by an inplace operation"),
         (lambda parts: torch.cat(parts).add(3).abs().sqrt().sum(), r"datum\[1\].logprobs: expected a finite gradient"),
+        (root_at_its_end, r"datum\[1\].logprobs: expected a finite gradient"),
+        (lambda parts: -root_at_its_end(parts), r"datum\[1\].logprobs: expected a finite gradient"),
     ],
-    ids=["backward", "in place", "sqrt at 0"],
+    ids=["backward", "in place", "nan", "inf", "-inf"],
 )
 def test_a_gradient_that_cannot_be_used_is_refused(loss: Any, message: str) -> None:
-    """√|lp + 3| has no slope at −3, the second logprob of datum 1."""
+    """√|lp + 3| has no slope at −3, the second logprob of datum 1; √(lp + 3) an infinite one."""
     with pytest.raises(LossInputError, match=message):
         of(loss)

@@ -280,6 +280,16 @@ def test_half_precision_is_no_worse_than_the_naive_way_with_float32_logits(plan:
         assert apart([got], [want]) <= 1.2 * apart([plain], [want])
 
 
+@pytest.mark.parametrize("plan", ["tiled", "separable"])
+def test_blocks_of_tokens_are_summed_in_float32(small: None, plan: str) -> None:
+    """∂weight of 2,048 tokens, 8 or 16 at a time: summed in bfloat16, its error would be six times that of rounding."""
+    case = draw(n=2048, d=16, v=64, dtype=torch.bfloat16)._replace(g=torch.ones(2048))
+    double = in_double(case)
+    _, want = gradients(double, expected(double))
+    _, got = gradients(case, compute(case, plan))
+    assert apart([got], [want]) < 0.005
+
+
 def test_a_frozen_head_keeps_what_nearly_cancels_in_float32() -> None:
     """Rows of the weight that share a mean as large as what they differ by: from the target's it is taken off."""
     case = freeze(draw(n=64, d=48, v=20_000))
@@ -546,6 +556,20 @@ def test_auto_takes_the_plan_with_the_fewest_products(small: None) -> None:
     with torch.no_grad():
         assert operations(case, memory_budget=1e9) == 1
     assert operations(case._replace(hidden=case.hidden.detach(), weight=case.weight.detach())) == 1
+
+
+def test_auto_keeps_as_many_bytes_of_logits_as_the_inputs_take(small: None) -> None:
+    """Here two tiles of 16 × 20 numbers: the inputs have 3·(16 + 200) = 648."""
+    case = draw(n=16, d=3, v=200)
+    size, tile = 8 * 648, 8 * 320
+
+    def operations(**options: Any) -> float:
+        with Watch() as watch:
+            gradients(case, compute(case, "auto", **options))
+        return watch.operations
+
+    costs = [operations(memory_budget=budget) for budget in (size - tile, size, size + tile)]
+    assert operations() == costs[1] and costs == sorted(set(costs), reverse=True)
 
 
 def test_auto_with_the_entropy_of_a_frozen_head(small: None) -> None:

@@ -171,6 +171,7 @@ MODELS: dict[str, tuple[dict[str, Any], Callable[[Decoder], Any], Any]] = {
     "tiny": (SHAPE, id, None),
     "small": (SMALL, id, None),
     "untied": ({**SMALL, "tied": False}, id, None),
+    "mostly head": ({**SMALL, "vocab_size": 20000}, id, None),
     "deep": ({**SMALL, "layers": 8, "heads": 4, "kv_heads": 4}, id, None),
     "bfloat16": (SMALL, id, torch.bfloat16),
     "checkpointing": (SMALL, checkpointing, None),
