@@ -25,8 +25,8 @@ from lossfns.backend.tokenizer import ByteTokenizer
 SHAPE: dict[str, Any] = {"vocab_size": 257, "dim": 32, "layers": 2, "heads": 2, "kv_heads": 1, "hidden": 48}
 
 
-def client(seed: int = 0) -> LocalTrainingClient:
-    return LocalTrainingClient(Decoder(**SHAPE, seed=seed), tokenizer=ByteTokenizer(), device="cpu")
+def client(seed: int = 0, dtype: torch.dtype | None = None) -> LocalTrainingClient:
+    return LocalTrainingClient(Decoder(**SHAPE, seed=seed), tokenizer=ByteTokenizer(), device="cpu", dtype=dtype)
 
 
 def texts(sdk: Any = lossfns, count: int = 4) -> list[Any]:
@@ -56,11 +56,10 @@ def gradients(c: LocalTrainingClient) -> list[Tensor]:
     return taken
 
 
-def assert_same_gradients(a: list[Tensor], b: list[Tensor], tolerance: float = 3e-6) -> None:
-    """Each parameter's difference against that parameter's norm: 8e-7 on two threads, 1e-6 with the slowest kernels."""
-    assert any(x.norm() > 1e-6 for x in a)
+def assert_same_gradients(a: list[Tensor], b: list[Tensor], tolerance: float = 1e-6) -> None:
+    assert any(x.abs().max() > 1e-6 for x in a)
     for x, y in zip(a, b, strict=True):
-        assert (x - y).norm() <= tolerance * x.norm()
+        torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance)
 
 
 def test_custom_cross_entropy_has_the_built_ins_gradient_and_value() -> None:
@@ -155,16 +154,17 @@ def test_a_folded_loss_through_the_built_in_has_the_custom_gradient(loss: lossfn
     custom = gradients(c)
     folded = lanes.fold(bound, data)
     c.forward_backward(folded.data, folded.loss_fn, folded.loss_fn_config).result()
-    assert_same_gradients(custom, gradients(c))
+    assert_same_gradients(custom, gradients(c), 2e-6)
 
 
 def test_gradients_add_up_until_the_step() -> None:
-    c, data = client(), texts()
+    """In float64: products of other sizes round otherwise, in float32 by what the processor has."""
+    c, data = client(dtype=torch.float64), texts()
     c.forward_backward(data, "cross_entropy").result()
     whole = gradients(c)
     for datum in data:
         c.forward_backward([datum], "cross_entropy").result()
-    assert_same_gradients(whole, gradients(c))
+    assert_same_gradients(whole, gradients(c), 1e-12)
 
 
 def test_forward_changes_no_gradient_and_agrees_with_forward_backward() -> None:

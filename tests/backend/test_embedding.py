@@ -42,7 +42,7 @@ def by_hand(model: Any, ids: Sequence[list[int]], pooling: str) -> list[Tensor]:
 
 def exact() -> LocalTrainingClient:
     """In float64, since these gradients are large: an untrained model's texts are all near to one another."""
-    return LocalTrainingClient(Decoder(**SHAPE), tokenizer=ByteTokenizer(), device="cpu", dtype=torch.float64)
+    return client(dtype=torch.float64)
 
 
 def embedded(result: Any) -> list[Tensor]:
@@ -52,7 +52,7 @@ def embedded(result: Any) -> list[Tensor]:
 @each_pooling
 @pytest.mark.parametrize("sdk", sdks(), ids=lambda sdk: sdk.__name__)
 def test_an_embedding_is_the_pooled_output_of_the_final_norm(sdk: Any, pooling: str) -> None:
-    c, seen = client(), []
+    c, seen = exact(), []
     c.model.norm.weight.data.uniform_(0.5, 2.0)  # a norm of ones could hide on which side of it one stands
     result = c.forward(datums(sdk=sdk), "cross_entropy", output="embedding", pooling=pooling).result()
     with c.model.norm.register_forward_hook(lambda module, given, out: seen.append(out)):
@@ -61,7 +61,7 @@ def test_an_embedding_is_the_pooled_output_of_the_final_norm(sdk: Any, pooling: 
     assert [output["embedding"].shape for output in result.loss_fn_outputs] == [[SHAPE["dim"]]] * len(IDS)
     for got, want in zip(embedded(result), expected):
         assert got.dtype == torch.float32
-        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(got, want.float(), rtol=1e-6, atol=1e-6)
     assert all(p.grad is None for p in c.model.parameters()) and result.metrics == {}
 
 
@@ -158,7 +158,7 @@ def test_a_text_does_not_feel_the_others(own: int, pooling: str) -> None:
         datums(IDS[own : own + 1]), lambda data, e: (e[0] @ v, {}), output="embedding", pooling=pooling
     ).result()
     assert_same_gradients(expected, gradients(c), 1e-9)
-    torch.testing.assert_close(embedded(crowded)[own], embedded(alone)[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(embedded(crowded)[own], embedded(alone)[0], rtol=1e-6, atol=1e-6)
 
 
 def test_a_loss_gets_tensors_cut_off_from_the_model_and_the_datums_as_they_are() -> None:

@@ -63,7 +63,10 @@ def assert_cut_changes_nothing(
     assert (cost[0]["passes"], cost[0]["micro_batches"]) == (1, 1)
     assert cost[1]["passes"] == passes and cost[1]["micro_batches"] > 1
     assert cost[1]["peak_memory"] <= budget(make, data, room) and cost[1]["peak_memory"] < cost[0]["peak_memory"]
-    assert own_metrics(b.metrics) == pytest.approx(own_metrics(a.metrics), rel=1e-5, abs=1e-5)
+    own = [own_metrics(r.metrics) for r in (a, b)]
+    surrogates = [each.pop("surrogate_loss:sum", 0.0) for each in own]  # a sum of products that may cancel
+    assert surrogates[1] == pytest.approx(surrogates[0], rel=1e-5, abs=3e-6)
+    assert own[1] == pytest.approx(own[0], rel=1e-5, abs=1e-6)
     for x, y in zip(a.loss_fn_outputs, b.loss_fn_outputs, strict=True):
         assert x.keys() == y.keys()
         for name in x:
@@ -605,7 +608,7 @@ def test_a_forward_alone_is_cut_to_the_same_outputs(output: str) -> None:
     assert max(tokens) <= 11 and sum(tokens) == sum(d.model_input.length for d in DATA)
     assert results[1].metrics == pytest.approx(results[0].metrics, rel=1e-5)
     for a, b in zip(*(r.loss_fn_outputs for r in results)):
-        torch.testing.assert_close(a[output].to_torch(), b[output].to_torch(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(a[output].to_torch(), b[output].to_torch(), rtol=1e-5, atol=1e-6)
 
 
 def test_a_forward_needs_less_than_a_step() -> None:
