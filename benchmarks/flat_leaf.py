@@ -28,7 +28,7 @@ from side_by_side import device_name, race, ratio, save, table
 from torch import Tensor
 
 from lossfns import BoundLoss, Datum, TensorData, grpo
-from lossfns.backend.custom import Outputs, Value, differentiate, prepared
+from lossfns.backend.engine.differentiate import Outputs, Value, differentiate, prepared
 from lossfns.pack import Columns, pack_columns
 
 LENGTHS = (16, 64, 256)

@@ -35,8 +35,8 @@ from side_by_side import RESULTS, load, race, save
 from torch import Tensor
 
 from lossfns import Datum, ModelInput, TensorData, grpo, token_gradient
-from lossfns.backend.logprobs import linear_logprobs
-from lossfns.backend.tiles import TOKENS, VOCABULARY, spans
+from lossfns.logprobs.linear import linear_logprobs
+from lossfns.logprobs.tiles import TOKENS, VOCABULARY, spans
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PATIENCE = 6.0

@@ -23,8 +23,8 @@ from memory import elsewhere, peak
 from side_by_side import device_name, load, race, ratio, save, table
 from torch import Tensor
 
-from lossfns.backend.logprobs import linear_logprobs
-from lossfns.backend.model import Decoder
+from lossfns.backend.model.decoder import Decoder
+from lossfns.logprobs.linear import linear_logprobs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MODEL: dict[str, Any] = {"vocab_size": 4096, "dim": 256, "layers": 4, "heads": 4, "kv_heads": 2, "hidden": 704}

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from lossfns import Datum, datum_from_tokens, grpo
 from lossfns.backend import LocalTrainingClient
-from lossfns.backend.model import Decoder
+from lossfns.backend.model.decoder import Decoder
 
 MODEL: dict[str, Any] = {"vocab_size": 4096, "dim": 512, "layers": 4, "heads": 8, "kv_heads": 4, "hidden": 1408}
 

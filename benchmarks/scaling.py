@@ -28,7 +28,7 @@ from side_by_side import device_name, save, seconds, table
 
 from lossfns import datum_from_tokens, grpo
 from lossfns.backend import AdamParams, Decoder, LocalTrainingClient
-from lossfns.backend.distributed import start
+from lossfns.backend.engine.ranks import start
 
 SIZES = [2**n for n in range(10, 21, 2)]
 FEW = 2**16

@@ -19,7 +19,6 @@ Batches may be split at will: ``D = bound.denominator(data)`` adds over micro-ba
 ``bound.bind(denominator=D)`` on each part sums exactly to the whole.
 """
 
-from lossfns import lanes as lanes
 from lossfns.advantages import group_advantages as group_advantages
 from lossfns.advantages import group_metrics as group_metrics
 from lossfns.datum import Datum as Datum
@@ -31,6 +30,8 @@ from lossfns.datum import datum_from_model_input_weights as datum_from_model_inp
 from lossfns.datum import datum_from_tokens as datum_from_tokens
 from lossfns.errors import LossInputError as LossInputError
 from lossfns.errors import LossWarning as LossWarning
+from lossfns.export import lanes as lanes
+from lossfns.export.gradient import token_gradient as token_gradient
 from lossfns.loss import BoundLoss as BoundLoss
 from lossfns.loss import Loss as Loss
 from lossfns.loss import dual_clip as dual_clip
@@ -41,21 +42,20 @@ from lossfns.loss import sequence_level as sequence_level
 from lossfns.loss import token_level as token_level
 from lossfns.loss import with_kl as with_kl
 from lossfns.loss import with_tis as with_tis
+from lossfns.losses.policy import cispo as cispo
+from lossfns.losses.policy import dapo as dapo
+from lossfns.losses.policy import dro as dro
+from lossfns.losses.policy import grpo as grpo
+from lossfns.losses.policy import gspo as gspo
+from lossfns.losses.policy import gspo_token as gspo_token
+from lossfns.losses.policy import importance_sampling as importance_sampling
+from lossfns.losses.policy import ppo as ppo
+from lossfns.losses.policy import reinforce as reinforce
+from lossfns.losses.preference import dpo as dpo
+from lossfns.losses.preference import orpo as orpo
+from lossfns.losses.supervised import cross_entropy as cross_entropy
+from lossfns.losses.supervised import multi_target_cross_entropy as multi_target_cross_entropy
 from lossfns.pack import pack as pack
-from lossfns.policy import cispo as cispo
-from lossfns.policy import dapo as dapo
-from lossfns.policy import dro as dro
-from lossfns.policy import grpo as grpo
-from lossfns.policy import gspo as gspo
-from lossfns.policy import gspo_token as gspo_token
-from lossfns.policy import importance_sampling as importance_sampling
-from lossfns.policy import ppo as ppo
-from lossfns.policy import reinforce as reinforce
-from lossfns.preference import dpo as dpo
-from lossfns.preference import orpo as orpo
-from lossfns.separable import token_gradient as token_gradient
-from lossfns.supervised import cross_entropy as cross_entropy
-from lossfns.supervised import multi_target_cross_entropy as multi_target_cross_entropy
 from lossfns.terms import k1 as k1
 from lossfns.terms import k2 as k2
 from lossfns.terms import k3 as k3

@@ -20,8 +20,10 @@ from typing import Any
 import torch
 
 import lossfns
-from lossfns import LossInputError
-from lossfns.backend import LocalTrainingClient, checkpoint, distributed
+from lossfns.backend import LocalTrainingClient
+from lossfns.backend.engine import ranks as distributed
+from lossfns.backend.storage import checkpoint
+from lossfns.errors import LossInputError
 from lossfns.testing.command import add_check
 from lossfns.testing.vectors.command import add_vectors
 from lossfns.train import recipes
@@ -258,7 +260,7 @@ def check_same(then: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
 def draw(run: Run, outcome: recipes.Outcome, path: Path) -> str:
     """The path of the picture, or what it takes to get one."""
     try:
-        from lossfns.plots import curves
+        from lossfns.train.plots import curves
 
         drawn = curves(run.history, {outcome.name: (outcome.before, outcome.after)}, path)
     except ImportError:

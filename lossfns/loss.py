@@ -17,9 +17,9 @@ from lossfns import terms as eq
 from lossfns.checks import check_knobs, number
 from lossfns.errors import LossInputError, did_you_mean, warn
 from lossfns.pack import pack, pack_weights
-from lossfns.readings import doubt, judge, readings
 from lossfns.segments import active_mean, nonempty, sequence_sum, spread
 from lossfns.tokens import COLUMNS, ON_POLICY, PAIRS, TOKENS, Tokens
+from lossfns.values import doubt, judge, readings
 from lossfns.weigh import Weighing, check_weigh
 
 Statistics = dict[str, Tensor]

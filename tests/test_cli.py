@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lossfns.backend import checkpoint
+from lossfns.backend.storage import checkpoint
 from lossfns.cli import main
 from lossfns.train.recipes import METHODS
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from lossfns.backend import checkpoint
+from lossfns.backend.storage import checkpoint
 from lossfns.cli import main
 from lossfns.train.run import CHECKPOINT, CONFIG, METRICS, REFERENCE, RESULT
 

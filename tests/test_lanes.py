@@ -10,7 +10,8 @@ from batches import CASES, Case, apart, call, sdks
 from torch import Tensor
 
 import lossfns
-from lossfns import LossInputError, lanes
+from lossfns import LossInputError
+from lossfns.export import lanes as lanes
 
 SINGLE = [case for case in CASES if not case.pairs]
 pytestmark = pytest.mark.filterwarnings("ignore:.*log-ratio.*")

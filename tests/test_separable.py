@@ -9,8 +9,8 @@ from torch import Tensor
 
 import lossfns
 from lossfns import ON_POLICY, Loss, LossInputError
-from lossfns.backend.logprobs import linear_logprobs
-from lossfns.separable import token_gradient
+from lossfns.export.gradient import token_gradient
+from lossfns.logprobs.linear import linear_logprobs
 
 LENGTHS = (5, 1, 8, 3)
 N = sum(LENGTHS)

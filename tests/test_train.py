@@ -11,8 +11,8 @@ import pytest
 
 from lossfns import LossInputError
 from lossfns.backend import ByteTokenizer, Decoder, LocalTrainingClient
-from lossfns.plots import running_mean
 from lossfns.train import methods, tasks
+from lossfns.train.plots import running_mean
 from lossfns.train.run import Run, State, table
 
 TEXT = ByteTokenizer()

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lossfns.backend import APIFuture, LocalSamplingClient, LocalTrainingClient, types
-from lossfns.backend.service import GetServerCapabilitiesResponse, LocalServiceClient
+from lossfns.backend.client.service import GetServerCapabilitiesResponse, LocalServiceClient
 from lossfns.testing.matrix import table
 
 PAGE = Path("docs/signatures.md")

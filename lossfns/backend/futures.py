@@ -16,7 +16,7 @@ from threading import Lock, get_ident
 from types import TracebackType
 from typing import Any, Generic, ParamSpec, Self, TypeVar
 
-from lossfns import LossInputError
+from lossfns.errors import LossInputError
 
 T = TypeVar("T")
 P = ParamSpec("P")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from lossfns import TensorData
+from lossfns.datum import TensorData
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,9 +8,9 @@
 ``check`` draws batches with hypothesis: ``pip install 'lossfns[testing]'``. The rest needs the core alone.
 """
 
+from lossfns.inspect.gradients import grad_report as grad_report
+from lossfns.inspect.preflight import preflight as preflight
 from lossfns.testing.batch import Batch as Batch
 from lossfns.testing.check import Report as Report
 from lossfns.testing.check import check as check
-from lossfns.testing.preflight import preflight as preflight
-from lossfns.testing.report import grad_report as grad_report
 from lossfns.testing.subject import padded as padded

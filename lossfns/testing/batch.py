@@ -13,13 +13,11 @@ from torch import Tensor
 
 import lossfns
 from lossfns.datum import Datum, ModelInput, TensorData
+from lossfns.inspect.probe import ALIASES
 from lossfns.tokens import COLUMNS
 
 Row = list[float]
 Rows = list[Row]
-
-ALIASES = {"old_logprobs": "logprobs", "weights": "mask"}
-"""Second names under which a datum holds a column too, so that a loss written for another framework finds it."""
 
 
 @dataclass(frozen=True)

@@ -7,18 +7,16 @@ from collections.abc import Callable, Iterable, Sequence
 from random import Random
 from typing import Any
 
-from lossfns import (
+from lossfns.advantages import group_advantages, group_metrics
+from lossfns.backend import AdamParams, LocalTrainingClient, SamplingParams
+from lossfns.datum import (
     Datum,
-    Loss,
     ModelInput,
     align_sampler_logprobs,
-    cross_entropy,
     datum_from_tokens,
-    group_advantages,
-    group_metrics,
-    merge_metrics,
 )
-from lossfns.backend import AdamParams, LocalTrainingClient, SamplingParams
+from lossfns.loss import Loss, merge_metrics
+from lossfns.losses.supervised import cross_entropy
 from lossfns.train.run import Run
 from lossfns.train.tasks import END, TOKENIZER, Demonstration, Preference, Problem, Task
 

@@ -8,8 +8,11 @@ from functools import partial
 from random import Random
 from typing import Any, NamedTuple
 
-from lossfns import Loss, cross_entropy, dapo, dpo, grpo, gspo_token, orpo
 from lossfns.backend import LocalTrainingClient
+from lossfns.loss import Loss
+from lossfns.losses.policy import dapo, grpo, gspo_token
+from lossfns.losses.preference import dpo, orpo
+from lossfns.losses.supervised import cross_entropy
 from lossfns.train import methods, tasks
 from lossfns.train.run import REFERENCES, Run
 from lossfns.train.tasks import Demonstration, Preference, Problem, Task

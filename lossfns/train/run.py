@@ -14,9 +14,9 @@ from tempfile import TemporaryFile
 from types import FrameType
 from typing import IO, Any, NamedTuple, TextIO
 
-from lossfns import LossInputError
-from lossfns.backend import checkpoint
-from lossfns.backend.distributed import Alone, Ranks
+from lossfns.backend.engine.ranks import Alone, Ranks
+from lossfns.backend.storage import checkpoint
+from lossfns.errors import LossInputError
 
 if sys.platform != "win32":
     import fcntl

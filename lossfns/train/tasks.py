@@ -13,8 +13,8 @@ from pydoc_data.topics import topics
 from random import Random
 from typing import Generic, NamedTuple, TypeVar
 
-from lossfns import LossInputError
-from lossfns.backend.tokenizer import ByteTokenizer
+from lossfns.backend.model.tokenizer import ByteTokenizer
+from lossfns.errors import LossInputError
 
 TOKENIZER = ByteTokenizer()
 END = [TOKENIZER.eos_token_id]

@@ -17,9 +17,10 @@ from torch import Tensor
 
 import lossfns
 from lossfns import Datum, LossInputError, ModelInput, datum_from_tokens
-from lossfns.backend import AdamParams, Decoder, LocalTrainingClient, SamplingParams, lora
-from lossfns.backend.distributed import entire, start
-from lossfns.backend.tokenizer import ByteTokenizer
+from lossfns.backend import AdamParams, Decoder, LocalTrainingClient, SamplingParams
+from lossfns.backend.engine.ranks import entire, start
+from lossfns.backend.model import lora
+from lossfns.backend.model.tokenizer import ByteTokenizer
 from lossfns.cli import main
 from lossfns.train.run import Run
 

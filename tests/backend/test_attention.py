@@ -11,8 +11,8 @@ from torch.nn.attention.flex_attention import create_mask
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lossfns import LossInputError
-from lossfns.backend import attention
-from lossfns.backend.attention import Layout, Run, on_cuda, visible
+from lossfns.backend.model import attention
+from lossfns.backend.model.attention import Layout, Run, on_cuda, visible
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 

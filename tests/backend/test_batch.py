@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from tiny import DATA, SHAPE, client, texts
 
 from lossfns import Datum, LossInputError, ModelInput, TensorData
-from lossfns.backend.batch import Rows, apart, batch_of, with_targets, without_targets
-from lossfns.backend.prefixes import share
+from lossfns.backend.engine.batch import Rows, apart, batch_of, with_targets, without_targets
+from lossfns.backend.model.prefixes import share
 
 CPU = torch.device("cpu")
 

@@ -19,7 +19,7 @@ from torch import Tensor
 import lossfns
 from lossfns import LossInputError, TensorData, token_sum
 from lossfns.backend import ByteTokenizer, Decoder, LocalTrainingClient
-from lossfns.backend.builtins import BUILTINS
+from lossfns.backend.engine.builtins import BUILTINS
 
 RATIO = ("importance_sampling", "ppo", "cispo", "gspo", "gspo-token", "grpo", "dapo")
 POLICY = (*RATIO, "dro")

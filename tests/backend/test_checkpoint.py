@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lossfns import LossInputError
-from lossfns.backend import checkpoint
+from lossfns.backend.storage import checkpoint
 
 SEEDED = torch.Generator().manual_seed(0)
 TENSORS = {

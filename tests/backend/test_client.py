@@ -18,9 +18,11 @@ from batches import sdks
 from torch import Tensor
 
 import lossfns
-from lossfns import LossInputError, TensorData, lanes
-from lossfns.backend import AdamParams, Decoder, LocalTrainingClient, SamplingParams, checkpoint
-from lossfns.backend.tokenizer import ByteTokenizer
+from lossfns import LossInputError, TensorData
+from lossfns.backend import AdamParams, Decoder, LocalTrainingClient, SamplingParams
+from lossfns.backend.model.tokenizer import ByteTokenizer
+from lossfns.backend.storage import checkpoint
+from lossfns.export import lanes as lanes
 
 SHAPE: dict[str, Any] = {"vocab_size": 257, "dim": 32, "layers": 2, "heads": 2, "kv_heads": 1, "hidden": 48}
 
@@ -387,8 +389,8 @@ def test_stops_end_a_sample_where_they_end() -> None:
     )
     end = free.tokens.index(free.tokens[2]) + 1
     assert one.tokens == free.tokens[:end] and one.stop_reason == "stop"
-    cut = lossfns.backend.sampling.cut
-    sample = lossfns.backend.sampler.Sample([5, 6, 5, 7, 8], [-1.0, -2.0, -3.0, -4.0, -5.0], "length")
+    cut = lossfns.backend.client.sampling.cut
+    sample = lossfns.backend.model.generate.Sample([5, 6, 5, 7, 8], [-1.0, -2.0, -3.0, -4.0, -5.0], "length")
     assert cut(sample, [[5, 7]]) == ([5, 6, 5, 7], [-1.0, -2.0, -3.0, -4.0], "stop")
     assert cut(sample, [[7, 5]]) == sample
 

@@ -20,7 +20,7 @@ from lossfns import (
     multi_target_cross_entropy,
     token_sum,
 )
-from lossfns.backend.custom import Outputs, Value, differentiate, prepared
+from lossfns.backend.engine.differentiate import Outputs, Value, differentiate, prepared
 
 LENGTHS = [1, 2, 3]
 LOGPROBS = [-1.0, -2.0, -3.0, -4.0, -5.0, -6.0]

@@ -20,8 +20,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lossfns import LossInputError
-from lossfns.backend import Decoder, checkpoint, folders
-from lossfns.backend.distributed import layers, replaced, shares, start, tied
+from lossfns.backend import Decoder
+from lossfns.backend.engine.ranks import layers, replaced, shares, start, tied
+from lossfns.backend.storage import checkpoint
+from lossfns.backend.storage import folder as folders
 from lossfns.cli import main
 from lossfns.train.run import METRICS, RESULT
 

@@ -22,8 +22,8 @@ from torch import Tensor
 import lossfns
 from lossfns import LossInputError, TensorData
 from lossfns.backend import AdamParams, APIFuture, Decoder, LocalSamplingClient, LocalTrainingClient, SamplingParams
-from lossfns.backend.builtins import BUILTINS
-from lossfns.backend.profiles import PROFILES
+from lossfns.backend.client.profiles import PROFILES
+from lossfns.backend.engine.builtins import BUILTINS
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

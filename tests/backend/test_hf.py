@@ -15,15 +15,8 @@ from tokenizers import Tokenizer, models
 from torch import Tensor, nn
 
 from lossfns import LossInputError, ModelInput, datum_from_tokens
-from lossfns.backend import (
-    AdamParams,
-    LocalReferenceClient,
-    LocalServiceClient,
-    LocalTrainingClient,
-    SamplingParams,
-    hf,
-    lora,
-)
+from lossfns.backend import AdamParams, LocalReferenceClient, LocalServiceClient, LocalTrainingClient, SamplingParams
+from lossfns.backend.model import hf, lora
 
 COMMON: dict[str, Any] = {"vocab_size": 31, "max_position_embeddings": 512}
 SIZE: dict[str, Any] = {

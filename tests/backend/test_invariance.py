@@ -13,7 +13,7 @@ from torch import Tensor
 import lossfns
 from lossfns import LossInputError
 from lossfns.backend import Decoder, LocalTrainingClient
-from lossfns.backend.engine import add_compensated
+from lossfns.backend.engine.engine import add_compensated
 
 MODEL = Decoder(vocab_size=257, dim=32, layers=2, heads=2, kv_heads=1, hidden=48)
 TEXT = "A sum in floating point depends on its order; that of a gradient should not. "

@@ -13,9 +13,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lossfns import LossInputError
-from lossfns.backend import logprobs as plans
-from lossfns.backend import tiles
-from lossfns.backend.logprobs import linear_logprobs
+from lossfns.logprobs import linear as plans
+from lossfns.logprobs import tiles
+from lossfns.logprobs.linear import linear_logprobs
 
 TILES = {"TOKENS": 16, "VOCABULARY": 20, "STRIP": 140, "BLOCK": 8}
 """Small enough that a few dozen tokens make several tiles, with ragged edges: strips of 7 rows."""

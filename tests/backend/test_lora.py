@@ -11,8 +11,9 @@ from tiny import DATA, RATE, SHAPE, logprobs, train
 from torch import Tensor, nn
 
 from lossfns import LossInputError, ModelInput
-from lossfns.backend import AdamParams, Decoder, LocalServiceClient, LocalTrainingClient, SamplingParams, lora
-from lossfns.backend.tokenizer import ByteTokenizer
+from lossfns.backend import AdamParams, Decoder, LocalServiceClient, LocalTrainingClient, SamplingParams
+from lossfns.backend.model import lora
+from lossfns.backend.model.tokenizer import ByteTokenizer
 
 PARTS = {"mlp": ("gate_up", "down"), "attn": ("qkv", "out"), "unembed": ("unembed",)}
 

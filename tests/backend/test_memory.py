@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 import lossfns
 from lossfns import Datum, LossInputError, ModelInput, TensorData, datum_from_tokens
-from lossfns.backend import AdamParams, Decoder, LocalReferenceClient, LocalTrainingClient, lora
-from lossfns.backend.batch import Rows
-from lossfns.backend.engine import mean_pool
-from lossfns.backend.memory import FEW, LOSS, MARGIN, Footprint, Watch, cut, footprint, free, left
+from lossfns.backend import AdamParams, Decoder, LocalReferenceClient, LocalTrainingClient
+from lossfns.backend.engine.batch import Rows
+from lossfns.backend.engine.engine import mean_pool
+from lossfns.backend.engine.memory import FEW, LOSS, MARGIN, Footprint, Watch, cut, footprint, free, left
+from lossfns.backend.model import lora
 
 # Counting
 
@@ -253,7 +254,7 @@ def test_the_bytes_that_are_asked_for_are_enough_with_checkpointing_and_many_tar
 
 def test_freed_memory_is_handed_back_between_micro_batches_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[torch.device] = []
-    monkeypatch.setattr("lossfns.backend.passes.give_back", calls.append)
+    monkeypatch.setattr("lossfns.backend.engine.passes.give_back", calls.append)
     client().forward_backward_custom(DATA, lossfns.cross_entropy()).result()
     assert calls == []
     c = client(memory_budget=30_000)

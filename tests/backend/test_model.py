@@ -4,8 +4,8 @@ from typing import Any
 import pytest
 import torch
 
-from lossfns.backend.logprobs import linear_logprobs
-from lossfns.backend.model import Decoder, Layer, rotate, rotation
+from lossfns.backend.model.decoder import Decoder, Layer, rotate, rotation
+from lossfns.logprobs.linear import linear_logprobs
 
 LENGTHS = [5, 1, 9, 3]
 

@@ -27,10 +27,11 @@ from lossfns import (
     datum_from_tokens,
     token_mean,
 )
-from lossfns.backend import AdamParams, Decoder, LocalReferenceClient, LocalTrainingClient, lora
-from lossfns.backend.engine import last_pool
-from lossfns.backend.memory import MARGIN
-from lossfns.backend.tokenizer import ByteTokenizer
+from lossfns.backend import AdamParams, Decoder, LocalReferenceClient, LocalTrainingClient
+from lossfns.backend.engine.engine import last_pool
+from lossfns.backend.engine.memory import MARGIN
+from lossfns.backend.model import lora
+from lossfns.backend.model.tokenizer import ByteTokenizer
 
 Make = Callable[..., LocalTrainingClient]
 Call = Callable[[LocalTrainingClient], Any]

@@ -12,9 +12,9 @@ from torch import Tensor
 
 import lossfns
 from lossfns.backend import LocalTrainingClient
-from lossfns.backend.attention import Layout
-from lossfns.backend.model import Decoder
-from lossfns.backend.prefixes import Shared, heads, share
+from lossfns.backend.model.attention import Layout
+from lossfns.backend.model.decoder import Decoder
+from lossfns.backend.model.prefixes import Shared, heads, share
 
 Sequences = list[list[int]]
 

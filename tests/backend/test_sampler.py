@@ -4,9 +4,9 @@ from typing import Any
 import pytest
 import torch
 
-from lossfns.backend.logprobs import linear_logprobs
-from lossfns.backend.model import Decoder
-from lossfns.backend.sampler import generate
+from lossfns.backend.model.decoder import Decoder
+from lossfns.backend.model.generate import generate
+from lossfns.logprobs.linear import linear_logprobs
 
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9], [4], [1, 2, 3]]
 VOCAB = 13

@@ -20,9 +20,9 @@ from lossfns.backend import (
     LocalServiceClient,
     LocalTrainingClient,
     SamplingParams,
-    checkpoint,
 )
-from lossfns.backend.tokenizer import ByteTokenizer
+from lossfns.backend.model.tokenizer import ByteTokenizer
+from lossfns.backend.storage import checkpoint
 
 TOKENIZER = ByteTokenizer()
 

@@ -18,14 +18,8 @@ import torch
 from torch import Tensor
 
 from lossfns import Datum, ModelInput, TensorData, datum_from_tokens, dpo
-from lossfns.backend import (
-    AdamParams,
-    LocalReferenceClient,
-    LocalServiceClient,
-    LocalTrainingClient,
-    SamplingParams,
-    hf,
-)
+from lossfns.backend import AdamParams, LocalReferenceClient, LocalServiceClient, LocalTrainingClient, SamplingParams
+from lossfns.backend.model import hf
 
 NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 ROOT = Path(__file__).parents[2]

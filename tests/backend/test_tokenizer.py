@@ -1,4 +1,4 @@
-from lossfns.backend.tokenizer import ByteTokenizer
+from lossfns.backend.model.tokenizer import ByteTokenizer
 
 tokenizer = ByteTokenizer()
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 import lossfns
 from lossfns.backend import AdamParams, Decoder, LocalReferenceClient, LocalTrainingClient
-from lossfns.backend.tokenizer import ByteTokenizer
+from lossfns.backend.model.tokenizer import ByteTokenizer
 
 SHAPE: dict[str, Any] = {"vocab_size": 31, "dim": 8, "layers": 1, "heads": 2, "kv_heads": 1, "hidden": 12}
 

@@ -28,8 +28,8 @@ from lossfns import (
     sequence_mean,
     with_tis,
 )
+from lossfns.inspect.preflight import Preflight, preflight
 from lossfns.testing.batch import Batch
-from lossfns.testing.preflight import Preflight, preflight
 
 EOS = 2
 SFT = [[5, 6, 7, 8, EOS], [5, 6, 9, EOS]]

@@ -15,9 +15,9 @@ from batches import sdks
 
 import lossfns
 from lossfns import ON_POLICY, LossInputError, dpo, grpo, multi_target_cross_entropy, ppo, with_tis
+from lossfns.inspect.gradients import GradReport, grad_report
+from lossfns.inspect.pictures import MASKED, cells, heat_strip
 from lossfns.testing.batch import Batch
-from lossfns.testing.pictures import MASKED, cells, heat_strip
-from lossfns.testing.report import GradReport, grad_report
 
 E = math.exp(0.5)
 CLIPPED = Batch(

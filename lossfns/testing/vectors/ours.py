@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 import lossfns
-from lossfns import Datum, Loss, LossInputError, LossWarning, ModelInput, TensorData
-from lossfns.loss import BoundLoss
+from lossfns.datum import Datum, ModelInput, TensorData
+from lossfns.errors import LossInputError, LossWarning
+from lossfns.loss import BoundLoss, Loss
 from lossfns.testing.vectors.vector import Vector, targets
 
 SETTINGS = {"cap": "tis_cap", "level": "tis_level"}

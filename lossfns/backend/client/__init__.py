@@ -1,0 +1,1 @@
+"""What a caller holds: training, reference, sampling and service clients."""

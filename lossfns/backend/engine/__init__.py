@@ -1,0 +1,1 @@
+"""What a request runs: batch, passes, memory, gradients, optimizer, ranks."""

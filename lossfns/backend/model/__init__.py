@@ -1,0 +1,1 @@
+"""Models, their attention, adapters, tokenizer and sampling."""

@@ -1,0 +1,135 @@
+"""Low-rank adapters on the linear layers of a model, by ``peft``; needs the extra ``lora``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lossfns.checks import number
+from lossfns.errors import LossInputError
+
+ALPHA = 32
+"""The hosted services' numerator of the scale, whatever the rank."""
+ADAPTER = "default"
+
+
+def adapt(
+    model: nn.Module, *, rank: int, parts: Collection[str], alpha: float = ALPHA, seed: int | None = None
+) -> nn.Module:
+    """Freeze a model and put adapters on its ``parts``, in place: y = x(W + alpha/rank·BA)ᵀ.
+
+    A [rank, in] is uniform in ±1/√in from ``seed`` (None takes another one each time), B [out, rank] is zero:
+    at first the model computes what it did. Both are float32 at least. ``model.lora_targets`` names the linear
+    layers of each part, as in ``Decoder``; with ``"unembed"``, the model's ``head`` has to contain its adapter.
+    """
+    check(model, rank, parts, alpha, seed)
+    targets = [name for part in parts for name in named(model)[part]]
+    config = peft().LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets)
+    peft().inject_adapter_in_model(config, model, ADAPTER)
+    initialise(layers(model), seed)
+    model.lora = {"rank": rank, "parts": sorted(parts), "alpha": alpha}  # type: ignore[assignment]
+    if "unembed" in parts and not model.head.requires_grad:
+        fix = "Let it be lora.adapted(layer), as in Decoder.head, or pass train_unembed=False."
+        raise LossInputError("base_model", "a head with its adapter", f"{type(model).__name__}.head without", fix)
+    return model
+
+
+@torch.no_grad()
+def initialise(adapters: list[Any], seed: int | None) -> None:
+    """Drawn on the CPU, so that a seed is the same adapter on every device; ``peft`` has set B to zero."""
+    generator = torch.Generator("cpu")
+    generator.seed() if seed is None else generator.manual_seed(seed)
+    for module in adapters:
+        module.lora_A.to(torch.promote_types(module.weight.dtype, torch.float32))
+        module.lora_B.to(torch.promote_types(module.weight.dtype, torch.float32))
+        a = module.lora_A[ADAPTER].weight
+        a.copy_((2 * torch.rand(a.shape, generator=generator) - 1) / math.sqrt(a.shape[1]))
+
+
+def layers(model: nn.Module) -> list[Any]:
+    """The layers that have an adapter."""
+    return [module for module in model.modules() if hasattr(module, "lora_A")]
+
+
+def adapted(layer: Any) -> Tensor:
+    """A linear layer's weight [out, in], with its adapter if there is one that is on, and in its precision."""
+    weight: Tensor = layer.weight
+    if not getattr(layer, "disable_adapters", True):
+        for adapter in layer.active_adapters:
+            weight = weight + layer.get_delta_weight(adapter)
+    return weight
+
+
+@contextmanager
+def off(model: nn.Module) -> Iterator[None]:
+    """Without its adapters the model is what it was before it was adapted: the reference policy, on one copy."""
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    on = [layer for layer in layers(model) if not layer.disable_adapters]
+    for layer in on:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in on:
+            layer.enable_adapters(True)
+        for p, flag in flags:  # which enabling sets for all adapters
+            p.requires_grad_(flag)
+
+
+def peft() -> Any:
+    """The library, or an error that names the extra."""
+    try:
+        import peft
+    except ImportError as error:
+        raise ImportError("adapters need peft: pip install 'lossfns[lora]'") from error
+    return peft
+
+
+def named(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """The model's linear layers by part."""
+    targets = getattr(model, "lora_targets", None)
+    if not isinstance(targets, dict):
+        got = f"a {type(model).__name__} without lora_targets"
+        fix = 'Its class names them: lora_targets = {"attn": ("q_proj", ...), "mlp": (...), "unembed": (...)}.'
+        raise LossInputError("base_model", "a model that names its layers for adapters", got, fix)
+    return targets
+
+
+def check(model: nn.Module, rank: Any, parts: Collection[str], alpha: Any, seed: Any) -> None:
+    """Refuse what would adapt nothing, or something else than was asked for."""
+    if not is_whole(rank) or rank < 1:
+        fix = "create_training_client trains all parameters."
+        raise LossInputError("rank", "a whole number of at least 1", repr(rank), fix)
+    number("alpha", alpha, "a finite number above 0", lambda x: x > 0, "At 0 adapters change nothing.")
+    if seed is not None and (not is_whole(seed) or not 0 <= seed < 2**63):
+        raise LossInputError("seed", "a whole number in [0, 2^63), or None", repr(seed), "None draws one.")
+    if not parts:
+        fix = "At least one of train_mlp, train_attn, or train_unembed must be True."
+        raise LossInputError("train_mlp", "a part to train", "none", fix)
+    ends = {end for name, module in model.named_modules() if is_linear(module) for end in endings(name)}
+    for part in parts:
+        unknown = sorted(set(named(model).get(part, ())) - ends)
+        if unknown or not named(model).get(part):
+            got = f"no linear layer {unknown[0]!r}" if unknown else "none in lora_targets"
+            fix = f"Correct the model's lora_targets, or pass train_{part}=False."
+            raise LossInputError("base_model", f"linear layers of part {part!r}", got, fix)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether it is a layer of a kind that is adapted; GPT-2 has its own."""
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def endings(name: str) -> list[str]:
+    """What a module may be called: a.b.c is also b.c and c."""
+    path = name.split(".")
+    return [".".join(path[i:]) for i in range(len(path))]
+
+
+def is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

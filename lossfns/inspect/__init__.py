@@ -1,0 +1,1 @@
+"""Look at a batch, a loss and its gradients before training."""

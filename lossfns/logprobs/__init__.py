@@ -1,0 +1,1 @@
+"""Logprobs from hidden states without the logits."""

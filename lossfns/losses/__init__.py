@@ -1,0 +1,1 @@
+"""The losses by family: equation and preset side by side."""
