@@ -137,7 +137,7 @@ def centred(rewards: Sequence[float], groups: Sequence[Any]) -> list[float]:
         (make_reinforce_loss, "policy"),
         (make_dpo_loss, "preference"),
         (Scaled, "policy"),
-        (Scaled(2.0), "policy"),
+        pytest.param(Scaled(2.0), "policy", id="Scaled(2.0)"),
         (centred, "advantages"),
         (lossfns.cross_entropy, "supervised"),
         (lossfns.multi_target_cross_entropy(), "supervised"),
