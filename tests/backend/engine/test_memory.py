@@ -464,7 +464,7 @@ def test_requests_that_add_up_are_cut_alike() -> None:
 DEEP: dict[str, Any] = {"vocab_size": 300, "dim": 128, "layers": 12, "heads": 4, "kv_heads": 4, "hidden": 256}
 SCRIPT = f"""
 import sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
+sys.path[:0] = {[str(folder) for folder in Path(__file__).parents[:3]]!r}
 from test_memory import *
 trained(float(sys.argv[1]), Path(sys.argv[2]), twice=coupled, streamed=lossfns.cross_entropy())
 """

@@ -19,7 +19,7 @@ from signatures import (
     unlike,
 )
 
-PAGE = Path(__file__).parents[2] / "docs" / "signatures.md"
+PAGE = Path(__file__).parents[3] / "docs" / "signatures.md"
 TEXT = PAGE.read_text(encoding="utf-8")
 STALE = "docs/signatures.md is out of date: python tools/signatures.py"
 

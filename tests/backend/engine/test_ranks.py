@@ -1,6 +1,7 @@
 """Two processes are one: results, parameters, checkpoints and runs; and what ranks that disagree are told."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -39,7 +40,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ranks.save(None, folder / "one")
     ranks.stopped(folder, folder / "one-stopped", rank=0)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    with subprocess.Popen([*launch, str(HERE / "ranks.py"), str(folder)], stderr=subprocess.PIPE, text=True) as process:
+    command = [*launch, str(HERE / "ranks.py"), str(folder)]
+    helpers = os.environ | {"PYTHONPATH": str(HERE.parent)}
+    with subprocess.Popen(command, env=helpers, stderr=subprocess.PIPE, text=True) as process:
         try:
             said = process.communicate(timeout=120)[1]
         finally:

@@ -272,7 +272,7 @@ def test_a_likelihood_loss_is_no_loss_of_embeddings() -> None:
 
 def test_the_contrastive_example_learns() -> None:
     """A quarter of its training: among 128 held-out pairs a guess is right in 0.8 % of cases."""
-    example = from_file(str(Path(__file__).parents[2] / "examples" / "contrastive.py"))
+    example = from_file(str(Path(__file__).parents[3] / "examples" / "contrastive.py"))
     pairs = example.sentences()
     held_out, known = pairs[:128], pairs[128:]
     assert not set(held_out) & set(known) and len({document for _, document in pairs}) == 4096
@@ -285,7 +285,7 @@ def test_the_contrastive_example_learns() -> None:
 
 def test_the_examples_loss_is_half_of_both_directions() -> None:
     """Two pairs at right angles: S/τ = [[2, 0], [0, 1]] for τ = 0.5 and a second document half turned away."""
-    example = from_file(str(Path(__file__).parents[2] / "examples" / "contrastive.py"))
+    example = from_file(str(Path(__file__).parents[3] / "examples" / "contrastive.py"))
     q = [torch.tensor([3.0, 0.0, 0.0]), torch.tensor([0.0, 0.1, 0.0])]
     d = [torch.tensor([7.0, 0.0, 0.0]), torch.tensor([0.0, 1.0, math.sqrt(3)])]
     loss, metrics = example.info_nce(0.5)(None, [*q, *d])

@@ -22,7 +22,7 @@ from lossfns.backend import AdamParams, LocalReferenceClient, LocalServiceClient
 from lossfns.backend.model import hf
 
 NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")

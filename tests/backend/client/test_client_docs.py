@@ -19,7 +19,7 @@ from lossfns.backend import AdamParams, Decoder, LocalServiceClient, LocalTraini
 from lossfns.backend.engine.builtins import BUILTINS, Builtin
 from lossfns.backend.engine.engine import NORMALIZATIONS
 
-PAGE = (Path(__file__).parents[1] / "docs" / "client.md").read_text()
+PAGE = (Path(__file__).parents[3] / "docs" / "client.md").read_text()
 SHAPE: dict[str, Any] = {"vocab_size": 257, "dim": 16, "layers": 1, "heads": 2, "kv_heads": 1, "hidden": 16}
 
 
