@@ -41,7 +41,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ranks.stopped(folder, folder / "one-stopped", rank=0)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*launch, str(HERE / "ranks.py"), str(folder)]
-    helpers = os.environ | {"PYTHONPATH": str(HERE.parent)}
+    paths = [str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    helpers = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     with subprocess.Popen(command, env=helpers, stderr=subprocess.PIPE, text=True) as process:
         try:
             said = process.communicate(timeout=120)[1]
