@@ -29,7 +29,7 @@ from torch import Tensor
 
 from lossfns import BoundLoss, Datum, TensorData, grpo
 from lossfns.backend.engine.differentiate import Outputs, Value, differentiate, prepared
-from lossfns.pack import Columns, pack_columns
+from lossfns.pack import PackedColumns, pack_side_columns
 
 LENGTHS = (16, 64, 256)
 RATIOS = {
@@ -46,7 +46,7 @@ def separate(loss: Callable[[list[Tensor]], tuple[Tensor, dict[str, float]]], ou
     return Value(total.item(), torch.cat([leaf.grad for leaf in leaves if leaf.grad is not None]), metrics, outputs)
 
 
-def of_columns(loss: BoundLoss, columns: Columns, leaves: list[Tensor]) -> tuple[Tensor, dict[str, float]]:
+def of_columns(loss: BoundLoss, columns: PackedColumns, leaves: list[Tensor]) -> tuple[Tensor, dict[str, float]]:
     return loss.measured(columns.at(torch.cat(leaves)))
 
 
@@ -61,8 +61,8 @@ def alternatives(loss: BoundLoss, data: list[Datum], outputs: Outputs) -> dict[s
     }
 
 
-def packing(loss: BoundLoss, data: list[Datum], outputs: Outputs) -> Columns:
-    return pack_columns(data, outputs.shapes, outputs.values, loss.loss.reads, loss.columns)
+def packing(loss: BoundLoss, data: list[Datum], outputs: Outputs) -> PackedColumns:
+    return pack_side_columns(data, outputs.shapes, outputs.values, loss.loss.reads, loss.columns)
 
 
 def main() -> None:

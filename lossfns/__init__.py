@@ -1,7 +1,7 @@
 """lossfns: the reference implementation of LLM post-training losses, in pure PyTorch.
 
-Every loss is an object that is called by the contract of the hosted training APIs,
-``(data, logprobs_list) -> (loss, metrics)``, and prints what it is:
+Every loss is an object with the contract of the hosted training APIs,
+``(data, logprobs_list) -> (loss, metrics)``:
 
     >>> import torch
     >>> from lossfns import datum_from_tokens, grpo
@@ -15,33 +15,29 @@ Every loss is an object that is called by the contract of the hosted training AP
     >>> logprobs[0].grad
     tensor([-0.2500, -0.2500])
 
-Batches may be split at will: ``D = bound.denominator(data)`` adds over micro-batches and ranks, and
-``bound.bind(denominator=D)`` on each part sums exactly to the whole.
+A batch may be split at will. ``D = bound.denominator(data)`` adds over micro-batches and ranks, and the losses of
+``bound.bind(denominator=D)`` on the parts sum exactly to the loss of the whole.
 """
 
+from lossfns import export as export
 from lossfns.advantages import group_advantages as group_advantages
 from lossfns.advantages import group_metrics as group_metrics
+from lossfns.combine import with_dual_clip as with_dual_clip
+from lossfns.combine import with_kl as with_kl
+from lossfns.combine import with_tis as with_tis
 from lossfns.datum import Datum as Datum
 from lossfns.datum import EncodedTextChunk as EncodedTextChunk
 from lossfns.datum import ModelInput as ModelInput
 from lossfns.datum import TensorData as TensorData
-from lossfns.datum import align_sampler_logprobs as align_sampler_logprobs
-from lossfns.datum import datum_from_model_input_weights as datum_from_model_input_weights
-from lossfns.datum import datum_from_tokens as datum_from_tokens
 from lossfns.errors import LossInputError as LossInputError
 from lossfns.errors import LossWarning as LossWarning
-from lossfns.export import lanes as lanes
-from lossfns.export.gradient import token_gradient as token_gradient
+from lossfns.export.token_gradient import token_gradient as token_gradient
+from lossfns.frame import align_sampler_logprobs as align_sampler_logprobs
+from lossfns.frame import datum_from_model_input_weights as datum_from_model_input_weights
+from lossfns.frame import datum_from_tokens as datum_from_tokens
 from lossfns.loss import BoundLoss as BoundLoss
 from lossfns.loss import Loss as Loss
-from lossfns.loss import dual_clip as dual_clip
 from lossfns.loss import evaluate as evaluate
-from lossfns.loss import geometric_level as geometric_level
-from lossfns.loss import merge_metrics as merge_metrics
-from lossfns.loss import sequence_level as sequence_level
-from lossfns.loss import token_level as token_level
-from lossfns.loss import with_kl as with_kl
-from lossfns.loss import with_tis as with_tis
 from lossfns.losses.policy import cispo as cispo
 from lossfns.losses.policy import dapo as dapo
 from lossfns.losses.policy import dro as dro
@@ -55,13 +51,20 @@ from lossfns.losses.preference import dpo as dpo
 from lossfns.losses.preference import orpo as orpo
 from lossfns.losses.supervised import cross_entropy as cross_entropy
 from lossfns.losses.supervised import multi_target_cross_entropy as multi_target_cross_entropy
+from lossfns.metrics import merge_metrics as merge_metrics
 from lossfns.pack import pack as pack
+from lossfns.segments import geometric_level as geometric_level
+from lossfns.segments import sequence_level as sequence_level
+from lossfns.segments import token_level as token_level
 from lossfns.terms import k1 as k1
 from lossfns.terms import k2 as k2
 from lossfns.terms import k3 as k3
 from lossfns.tokens import ON_POLICY as ON_POLICY
+from lossfns.tokens import Rows as Rows
 from lossfns.tokens import Tokens as Tokens
 from lossfns.weigh import Weighing as Weighing
+from lossfns.weigh import datum_mean as datum_mean
+from lossfns.weigh import datum_sum as datum_sum
 from lossfns.weigh import fixed_length as fixed_length
 from lossfns.weigh import pair_mean as pair_mean
 from lossfns.weigh import pair_sum as pair_sum

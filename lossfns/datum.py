@@ -1,8 +1,6 @@
-"""Datums: drop-in shapes of the hosted SDKs' ``Datum``, ``ModelInput`` and ``TensorData``, and their builders.
+"""``Datum``, ``ModelInput`` and ``TensorData``, in the shapes of the hosted SDKs.
 
-One frame only. Of tokens ``[0..T-1]`` the model input is the first T − 1 and the targets the last T − 1;
-every per-token field has the length N = T − 1 of the targets, and position j holds token j + 1. The
-shift by one happens in this file and nowhere else. The SDKs' own objects are accepted wherever these are.
+Each takes the place of the SDK's class of that name, and the SDKs' own objects are accepted wherever these are.
 """
 
 from __future__ import annotations
@@ -16,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lossfns.checks import is_real
 from lossfns.errors import LossInputError, did_you_mean
 
 NUMPY = {"float32": np.float32, "int64": np.int64}
@@ -38,10 +35,10 @@ FIELD_DTYPES = {
         "float32",
     ),
 }
-"""What a plain list under each key becomes."""
+"""The dtype that a plain list becomes, by field."""
 
 NULLABLE = ("logprobs", "old_logprobs", "ref_logprobs", "sampler_logprobs")
-"""Fields in which a server's null may stand, as nan, where nothing is trained on."""
+"""Fields that may hold a server's null, as nan, at positions without weight."""
 
 
 class TensorData:
@@ -86,16 +83,14 @@ class TensorData:
     def from_torch(cls, tensor: Tensor) -> TensorData:
         if tensor.requires_grad:
             got = "a tensor that requires grad"
-            raise LossInputError(
-                "data", "a constant tensor", got, "Call .detach(): what a datum holds has no gradient."
-            )
-        whole = tensor.dtype in (torch.int8, torch.int16, torch.int32, torch.int64)
-        dtype = tensor_dtype("f" if tensor.is_floating_point() else "i" if whole else "", str(tensor.dtype))
+            raise LossInputError("data", "a constant tensor", got, "Call .detach(): a datum holds no gradient.")
+        is_integer = tensor.dtype in (torch.int8, torch.int16, torch.int32, torch.int64)
+        dtype = tensor_dtype("f" if tensor.is_floating_point() else "i" if is_integer else "", str(tensor.dtype))
         return cls(tensor.cpu().to(getattr(torch, dtype)).numpy(), dtype, tensor.shape)
 
     @classmethod
     def from_torch_sparse(cls, tensor: Tensor) -> TensorData:
-        """CSR where that is smaller: a matrix with many zeros."""
+        """Store a matrix in CSR form if that is smaller, as it is with many zeros; else dense."""
         dense = cls.from_torch(tensor)
         array = dense.to_numpy()
         if array.ndim != 2 or array.shape[0] + 1 + 2 * np.count_nonzero(array) >= array.size:
@@ -135,7 +130,7 @@ def tensor_dtype(kind: str, name: str) -> str:
 
 
 def cast(data: Any, dtype: str, name: str) -> np.ndarray:
-    """Numbers as an array of the dtype; what would be cut off or invented on the way is refused."""
+    """Convert numbers to an array of the dtype. Refuse a conversion that would lose or invent a value."""
     try:
         array = np.asarray(data)
     except ValueError:
@@ -158,7 +153,7 @@ def cast(data: Any, dtype: str, name: str) -> np.ndarray:
 
 
 def token_ids(tokens: Any, name: str) -> np.ndarray:
-    """``[T]`` ids, whole and not negative."""
+    """Convert tokens to ``[T]`` int64 ids, and refuse fractions and negative numbers."""
     ids = cast(tokens if hasattr(tokens, "__array__") else list(tokens), "int64", name)
     if ids.ndim != 1:
         raise LossInputError(name, "a flat list of token ids", f"shape {ids.shape}", "One datum holds one sequence.")
@@ -188,7 +183,7 @@ def check_csr(stored: int, crow: Sequence[int] | None, col: Sequence[int] | None
 
 @dataclass(frozen=True)
 class EncodedTextChunk:
-    """A run of token ids."""
+    """A chunk of token ids."""
 
     tokens: tuple[int, ...]
     type: str = "encoded_text"
@@ -203,7 +198,7 @@ class EncodedTextChunk:
 
 @dataclass(frozen=True)
 class ModelInput:
-    """What the model reads: chunks of token ids. Equal by value."""
+    """The input of the model: chunks of token ids. Two with the same ids are equal."""
 
     chunks: tuple[EncodedTextChunk, ...] = ()
 
@@ -249,7 +244,7 @@ class Datum:
 
 
 def tensor_data(name: str, value: Any) -> Any:
-    """A field's value as TensorData, by the SDKs' rules but without their silent losses."""
+    """Convert a field's value to TensorData, by the SDKs' rules, but refuse where they lose values in silence."""
     if hasattr(value, "to_numpy") and hasattr(value, "dtype"):
         return value
     try:
@@ -277,113 +272,3 @@ def from_list(name: str, value: list[Any]) -> TensorData:
         raise LossInputError(name, "a known field for a plain list", f"the unknown field {name!r}", fix)
     array = cast(value, FIELD_DTYPES[name], name)
     return TensorData(array, FIELD_DTYPES[name], array.shape)
-
-
-def datum_from_tokens(
-    tokens: Sequence[int],
-    weights: Any = None,
-    *,
-    prompt_length: int | None = None,
-    max_length: int | None = None,
-    reduction: str = "none",
-    **fields: Any,
-) -> Datum:
-    """A datum from T tokens: input ``tokens[:-1]``, targets ``tokens[1:]``, weights shifted with them.
-
-    Args:
-        tokens: T >= 2 token ids.
-        weights: ``[T]``, one for each token: how much predicting it counts. Or:
-        prompt_length: weights 0 for the first ``prompt_length`` tokens and 1 for the rest.
-        max_length: keep at most this many tokens, cutting on the right.
-        reduction: ``"none"``, or ``"mean"`` to scale the weights to sum to 1.
-        fields: further fields that already are in the frame of the targets, ``[T − 1]``.
-
-    >>> datum = datum_from_tokens([5, 6, 7, 8], prompt_length=2)
-    >>> datum.loss_fn_inputs["target_tokens"].data, datum.loss_fn_inputs["weights"].data
-    ([6, 7, 8], [0.0, 1.0, 1.0])
-    """
-    ids = token_ids(tokens, "tokens")
-    if (weights is None) == (prompt_length is None):
-        fix = "They say the same thing."
-        raise LossInputError("weights", "either weights or prompt_length", "both or neither", fix)
-    if prompt_length is not None:
-        check_count("prompt_length", prompt_length, 0, len(ids), "It counts the tokens before the response.")
-    if max_length is not None:
-        check_count("max_length", max_length, 1, None, "It counts the tokens to keep.")
-    full = np.arange(len(ids)) >= prompt_length if prompt_length is not None else host(weights, "weights")
-    if full.shape != ids.shape:
-        fix = "Weights are given for tokens and shifted here, once."
-        raise LossInputError("weights", f"{len(ids)} values, one per token", sizes(full), fix)
-    kept = len(ids[:max_length])
-    if kept < 2:
-        raise LossInputError("tokens", "at least 2 tokens", str(kept), "One token has nothing to predict.")
-    inputs = {"target_tokens": ids[1:kept], "weights": reduced(full[1:kept].astype(np.float32), reduction)}
-    for name, value in fields.items():
-        row = tensor_data(name, value).to_numpy() if np.ndim(value) or hasattr(value, "to_numpy") else np.asarray(value)
-        if row.shape[:1] != (len(ids) - 1,):
-            fix = "Fields are in the frame of target_tokens; see align_sampler_logprobs."
-            raise LossInputError(name, f"{len(ids) - 1} values, one per target", sizes(row), fix)
-        inputs[name] = row[: kept - 1]
-    return Datum(ModelInput.from_ints(ids[: kept - 1].tolist()), inputs)
-
-
-def check_count(name: str, value: Any, least: int, most: int | None, fix: str) -> None:
-    """Refuse what is no whole number in [least, most]."""
-    whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-    if not whole or value < least or (most is not None and value > most):
-        expected = f"at least {least}" if most is None else f"{least} to {most}, the number of tokens"
-        raise LossInputError(name, expected, repr(value), fix)
-
-
-def sizes(row: np.ndarray) -> str:
-    """How many values there are, for an error."""
-    return str(len(row)) if row.ndim == 1 else f"shape {row.shape}"
-
-
-def reduced(weights: np.ndarray, reduction: str) -> np.ndarray:
-    if reduction not in ("none", "mean"):
-        hint = did_you_mean(reduction, ("none", "mean"))
-        raise LossInputError("reduction", "'none' or 'mean'", repr(reduction), hint)
-    total = weights.sum()
-    return weights / total if reduction == "mean" and total > 0 else weights
-
-
-def host(values: Any, name: str) -> np.ndarray:
-    """Numbers as a float array, wherever they came from."""
-    values = values.detach().cpu().float().numpy() if isinstance(values, Tensor) else values
-    return cast(values.to_numpy() if hasattr(values, "to_numpy") else values, "float32", name)
-
-
-def datum_from_model_input_weights(
-    model_input: Any, weights: Any, max_length: int | None = None, reduction: str = "none"
-) -> Datum:
-    """A datum from a model input of T tokens and ``[T]`` weights: ``datum_from_tokens`` in the cookbook's form."""
-    return datum_from_tokens(model_input.to_ints(), weights, max_length=max_length, reduction=reduction)
-
-
-def align_sampler_logprobs(logprobs: Any, targets: int) -> Tensor:
-    """What a sampler returned, in the frame of N targets, as float32 ``[N]`` (0 where it says nothing).
-
-    Accepts the completion alone (its last C <= N targets), all N targets, or all N + 1 tokens with the
-    leading ``None`` that no token predicts; further leading ``None`` (the prompt's) become 0 as well.
-
-    >>> align_sampler_logprobs([-0.5, -0.25], targets=4)
-    tensor([ 0.0000,  0.0000, -0.5000, -0.2500])
-    >>> align_sampler_logprobs([None, -3.0, -2.0, -0.5, -0.25], targets=4)
-    tensor([-3.0000, -2.0000, -0.5000, -0.2500])
-    """
-    if not isinstance(logprobs, (Iterable, Tensor)):
-        got, fix = f"a {type(logprobs).__name__}", "Pass the logprobs of one sample."
-        raise LossInputError("logprobs", "a list of numbers", got, fix)
-    values = list(logprobs.tolist() if isinstance(logprobs, (Tensor, np.ndarray)) else logprobs)
-    skipped = int(len(values) == targets + 1 and values[0] is None)
-    if len(values) - skipped > targets:
-        fix = "Pass the number of target_tokens; a row over all tokens starts with None."
-        raise LossInputError("logprobs", f"at most {targets} values, or None and {targets}", str(len(values)), fix)
-    known = next((i for i, value in enumerate(values) if value is not None), len(values))
-    for i, value in enumerate(values[known:], known):
-        if not is_real(value):
-            expected = "a number after the first number" if value is None else "a number"
-            raise LossInputError(f"logprobs[{i}]", expected, repr(value), "Only the prompt may be null.")
-    numbers = [float(value) for value in values[known:] if value is not None]
-    return torch.tensor([0.0] * (targets - len(numbers)) + numbers, dtype=torch.float32)

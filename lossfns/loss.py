@@ -13,33 +13,32 @@ from typing import Any, ParamSpec
 import torch
 from torch import Tensor
 
-from lossfns import terms as eq
 from lossfns.checks import check_knobs, number
 from lossfns.errors import LossInputError, did_you_mean, warn
 from lossfns.pack import pack, pack_weights
-from lossfns.segments import active_mean, nonempty, sequence_sum, spread
-from lossfns.tokens import COLUMNS, ON_POLICY, PAIRS, TOKENS, Tokens
-from lossfns.values import doubt, judge, readings
+from lossfns.segments import nonempty
+from lossfns.tokens import COLUMNS, ON_POLICY, TOKENS, Rows, Tokens
+from lossfns.values import check_values, extremes, warn_if_far_off_policy
 from lossfns.weigh import Weighing, check_weigh
 
 Statistics = dict[str, Tensor]
+"""A value of each row by name, without gradient."""
 Terms = Callable[[Tokens], tuple[Tensor, Statistics]]
-KL = Callable[[Tensor, Tensor], Tensor]
 P = ParamSpec("P")
 
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Loss:
-    """L = Σ share·term / Σ count over the rows (tokens, targets or pairs) of a batch.
+    """L = Σ share·term / Σ count over the rows of a batch.
 
     Attributes:
-        name, knobs: for ``repr``, metrics and logs.
-        reads: the columns it needs besides ``logprobs`` and ``weights``.
-        terms: ``t -> (loss of each row, statistics of each row)``, pure torch; reads packed ``Tokens``.
-        share: ``t -> coefficient of each row`` within its sequence or pair; reads no logprobs.
-        count: ``t -> this batch's part of the denominator``, which adds over micro-batches and ranks;
-            ``None`` for a raw sum, whose denominator is 1 however the batch is split.
-        rows: what a row is: ``"tokens"``, ``"targets"`` or ``"pairs"``.
+        name, knobs: the preset and its arguments, for ``repr``, metrics and logs.
+        reads: the columns that it needs besides ``logprobs`` and ``weights``.
+        terms: ``t -> (loss of each row, statistics of each row)``, pure torch on a packed batch ``t``.
+        share: ``t -> coefficient of each row`` within its sequence or pair. It reads no logprobs.
+        count: ``t -> this batch's part of the denominator``, which adds over micro-batches and ranks. It reads
+            no logprobs. ``None`` makes the loss a raw sum, whose denominator is 1 however the batch is split.
+        rows: the kind of row: ``"tokens"``, ``"targets"``, ``"pairs"`` or ``"sequences"`` (one for each datum).
     """
 
     name: str
@@ -48,55 +47,68 @@ class Loss:
     terms: Terms
     share: Callable[[Tokens], Tensor]
     count: Callable[[Tokens], Tensor] | None
-    rows: str = TOKENS
+    rows: Rows = TOKENS
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rows", Rows(self.rows))
 
     @property
     def signed(self) -> bool:
-        """Whether weights may be negative: for plain likelihood, where they are coefficients."""
-        return self.rows != PAIRS and not self.reads
+        """Whether weights may be negative. They may in a plain likelihood, where they are coefficients."""
+        return self.rows.per_token and not self.reads
 
     def __repr__(self) -> str:
         return f"{self.name}({', '.join(f'{name}={show(value)}' for name, value in self.knobs.items())})"
 
     def __call__(self, data: Sequence[Any], logprobs_list: Sequence[Tensor]) -> tuple[Tensor, dict[str, float]]:
-        """The contract: a 0-d loss and plain float metrics, all columns read from the datums."""
+        """The contract: a 0-d loss and a dict of floats. Every column is read from the datums."""
         return BoundLoss(self)(data, logprobs_list)
 
     def bind(self, **columns: Any) -> BoundLoss:
-        """The loss with side columns, and optionally ``denominator=`` or ``align=``; see ``BoundLoss``."""
+        """Give side columns, and optionally ``denominator=``, ``align=`` or ``grad_l1=``; see ``BoundLoss``."""
         return BoundLoss(self).bind(**columns)
 
     def denominator(self, data: Sequence[Any]) -> float:
-        """This batch's part of the denominator, before any forward pass; adds over chunks and ranks."""
+        """This batch's part of the denominator, before any forward pass. It adds over micro-batches and ranks."""
         return BoundLoss(self).denominator(data)
 
 
 def show(value: Any) -> str:
+    """A function's name, or the ``repr`` of any other value."""
     return getattr(value, "__name__", repr(value))
 
 
 def evaluate(loss: Loss, t: Tokens, denominator: Tensor | float | None = None) -> tuple[Tensor, Statistics]:
-    """The one reduction: Σ share·term / denominator, and the sum of each statistic over the active rows.
+    """The one reduction: Σ share·term / denominator.
 
-    Without a ``denominator`` the batch's own ``count`` is used. A raw sum is never divided.
+    Args:
+        loss: the loss, whose ``count(t)`` is the denominator unless one is given. A raw sum is never divided.
+        t: a packed batch.
+        denominator: the count of the whole batch, where ``t`` is a part of it.
+
+    Returns:
+        The 0-d loss, and 0-d sums over the active rows: ``rows``, their number, and each statistic by name.
     """
     term, statistics = loss.terms(t)
     share = loss.share(t)
     total = torch.dot(share.to(term.dtype), term)
     if loss.count is not None:
         total = total / (loss.count(t) if denominator is None else denominator)
-    active = (share != 0 if loss.rows == PAIRS else t.active).to(total.dtype)
+    active = (t.active if loss.rows.per_token else share != 0).to(total.dtype)
     sums = {name: torch.dot(active, x.detach().to(active.dtype)) for name, x in statistics.items()}
     return total, {"rows": active.sum(), **sums}
 
 
 @dataclass(frozen=True)
 class BoundLoss:
-    """A ``Loss`` with its side columns: what goes to ``forward_backward_custom(data, loss_fn)``.
+    """A ``Loss`` with its side columns, as ``forward_backward_custom(data, loss_fn)`` takes it.
 
-    A bound column replaces the datums' own. ``denominator`` replaces the batch's count, so that chunks sum
-    exactly to the whole; ``align="truncate"`` cuts the rows of a datum to the shortest instead of
-    refusing; ``grad_l1=True`` adds the metric Σ|∂L/∂logprob|.
+    Attributes:
+        loss: the loss.
+        columns: side columns by name: one row, or one number, for each datum. They replace the datums' own.
+        divisor: the denominator of the whole batch, where calls get chunks of it; None for the batch's own count.
+        align: ``"strict"``, or ``"truncate"`` to cut the rows of a datum to the shortest of them.
+        grad_l1: whether to add the metric ``grad_l1``, Σ|∂L/∂logprob|.
     """
 
     loss: Loss
@@ -113,8 +125,8 @@ class BoundLoss:
         grad_l1: bool | None = None,
         **columns: Any,
     ) -> BoundLoss:
-        """The same with more bound; what is bound again is replaced."""
-        with named(self.loss):
+        """Bind more. A column that is bound already is replaced."""
+        with blaming(self.loss):
             check_bound(self.loss, columns, denominator, align)
         return replace(
             self,
@@ -125,10 +137,10 @@ class BoundLoss:
         )
 
     def denominator(self, data: Sequence[Any]) -> float:
-        """This batch's part of the denominator; 1 for a raw sum, which ignores any bound denominator."""
+        """This batch's part of the denominator, whatever is bound; 1 for a raw sum."""
         if self.loss.count is None:
             return 1.0
-        with named(self.loss):
+        with blaming(self.loss):
             t = pack_weights(data, self.loss.reads, self.columns, rows=self.loss.rows, align=self.align)
             count = float(self.loss.count(t))
             if math.isnan(count):
@@ -136,42 +148,44 @@ class BoundLoss:
         return count
 
     def __call__(self, data: Sequence[Any], logprobs_list: Sequence[Tensor]) -> tuple[Tensor, dict[str, float]]:
-        with named(self.loss):
-            return self.measured(self.packed(data, logprobs_list))
+        """The contract: a 0-d loss and a dict of floats."""
+        with blaming(self.loss):
+            return self.evaluate_packed(self.packed(data, logprobs_list))
 
     def value(self, data: Sequence[Any], logprobs_list: Sequence[Tensor]) -> Tensor:
-        """The loss alone, for a chunk of a batch whose metrics are taken as a whole; nothing goes to the host."""
-        with named(self.loss):
+        """The loss without metrics and without checks of values. Nothing is copied to the host."""
+        with blaming(self.loss):
             return evaluate(self.loss, self.packed(data, logprobs_list), self.divisor)[0]
 
     def packed(self, data: Sequence[Any], logprobs_list: Sequence[Tensor]) -> Tokens:
+        """The batch as the loss's terms read it."""
         return pack(data, logprobs_list, self.loss.reads, self.columns, rows=self.loss.rows, align=self.align)
 
     def part(self, which: slice) -> BoundLoss:
-        """The same for some of the datums: every bound column is cut to theirs."""
+        """The loss for ``data[which]``: every bound column is cut to these datums."""
         columns = {name: given if given is ON_POLICY else given[which] for name, given in self.columns.items()}
         return replace(self, columns=columns)
 
-    def measured(self, t: Tokens) -> tuple[Tensor, dict[str, float]]:
-        """Loss and metrics of a packed batch; metrics and checks take one transfer to the host."""
+    def evaluate_packed(self, t: Tokens) -> tuple[Tensor, dict[str, float]]:
+        """Loss and metrics of a packed batch. Metrics and checks of values share one transfer to the host."""
         loss = self.loss
-        total, sums = evaluate(loss, t, self.divisor)
+        count = {} if loss.count is None else {"count": loss.count(t)}
+        total, sums = evaluate(loss, t, count.get("count") if self.divisor is None else self.divisor)
         totals = {
             "loss": total.detach(),
             "tokens": t.active.sum(),
             "sequences_empty": (~nonempty(t)).sum(),
-            **({} if loss.count is None else {"count": loss.count(t)}),
+            **count,
             **({"grad_l1": grad_l1(total, t)} if self.grad_l1 else {}),
         }
-        device = [*totals.values(), *sums.values(), *readings(t, loss.rows)]
-        host = torch.stack([x.to(total.dtype) for x in device]).tolist()
-        judge(host[len(totals) + len(sums) :], t, signed=loss.signed)
-        metrics = self.metrics(dict(zip(totals, host)), dict(zip(sums, host[len(totals) :])))
+        on_host, sums_on_host, found = to_host(total.dtype, totals, sums, extremes(t, loss.rows))
+        check_values(found, t, signed=loss.signed)
+        metrics = self.metrics(on_host, sums_on_host)
         assert t.lengths is not None  # the door made them
         return total, metrics | {"sequences": float(len(t.lengths))}
 
     def metrics(self, totals: dict[str, float], sums: dict[str, float]) -> dict[str, float]:
-        """Metrics of the contract from host sums; each statistic becomes its mean over the active rows."""
+        """Metrics of the contract from sums on the host. Each statistic becomes its mean over the active rows."""
         rows = sums.pop("rows")
         count = totals.get("count", 1.0)
         if self.divisor is None and rows == 0:
@@ -183,35 +197,17 @@ class BoundLoss:
             fix = "A finite log_ratio_cap keeps exp from overflowing."
             raise LossInputError("loss", "a finite value", f"{totals['loss']:g}", fix)
         means = {name: total / rows if rows else 0.0 for name, total in sums.items()}
-        pairs = {"pairs": rows} if self.loss.rows == PAIRS else {}
+        units = {} if self.loss.rows.per_token else {self.loss.rows.unit: rows}
         divisor = count if self.divisor is None or self.loss.count is None else self.divisor
-        metrics = {**totals, "denominator": divisor, **pairs, **means}
-        doubt(metrics)
+        metrics = {**totals, "denominator": divisor, **units, **means}
+        warn_if_far_off_policy(metrics)
         return metrics
 
 
-SUMS = ("tokens", "sequences", "sequences_empty", "pairs", "count")
-DIVIDED = ("loss", "grad_l1")
-
-
-def merge_metrics(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The metrics of a whole batch from those of its chunks, exactly.
-
-    Counts add; statistics are averaged by their rows; the loss (and ``grad_l1``) is Σ loss·denominator / Σ count,
-    which is Σ loss for chunks that were bound to the whole batch's denominator, and for raw sums.
-    """
-    if not parts:
-        raise LossInputError("parts", "the metrics of at least one chunk", "none", "Merge after the first chunk.")
-    row_name = "pairs" if "pairs" in parts[0] else "tokens"
-    added = [name for name in parts[0] if name in SUMS or name.endswith(":sum")]
-    sums = {name: sum(part[name] for part in parts) for name in added}
-    rows = sums[row_name] or 1.0
-    denominator = sums.get("count", 1.0)
-    divided = [name for name in DIVIDED if name in parts[0]]
-    totals = {name: sum(part[name] * part["denominator"] for part in parts) / (denominator or 1.0) for name in divided}
-    means = [name for name in parts[0] if name not in (*added, *divided, "denominator")]
-    merged = {name: sum(part[name] * part[row_name] for part in parts) / rows for name in means}
-    return {**totals, **sums, "denominator": denominator, **merged}
+def to_host(dtype: torch.dtype, *tables: Mapping[str, Tensor]) -> list[dict[str, float]]:
+    """Copy the 0-d tensors of several tables to the host in one transfer."""
+    numbers = iter(torch.stack([x.to(dtype) for table in tables for x in table.values()]).tolist())
+    return [dict(zip(table, numbers)) for table in tables]
 
 
 def grad_l1(total: Tensor, t: Tokens) -> Tensor:
@@ -223,13 +219,14 @@ def grad_l1(total: Tensor, t: Tokens) -> Tensor:
 
 
 def not_divisible(count: float) -> LossInputError:
+    """The error for a batch whose count cannot be a denominator."""
     fix = "A mean needs weights with a positive sum; token_sum takes any."
     return LossInputError("weights", "a denominator above 0", f"{count:g}", fix)
 
 
 @contextmanager
-def named(loss: Loss) -> Iterator[None]:
-    """Name the loss in an error that passes through."""
+def blaming(loss: Loss) -> Iterator[None]:
+    """Add the loss's name to a ``LossInputError`` that is raised inside."""
     try:
         yield
     except LossInputError as error:
@@ -238,6 +235,7 @@ def named(loss: Loss) -> Iterator[None]:
 
 
 def check_bound(loss: Loss, columns: Mapping[str, Any], denominator: float | None, align: str | None) -> None:
+    """Refuse a column that no loss has, and warn about one that this loss does not read."""
     known = {*COLUMNS, *loss.reads}
     for name, value in columns.items():
         if name not in known:
@@ -253,121 +251,34 @@ def check_bound(loss: Loss, columns: Mapping[str, Any], denominator: float | Non
         value = denominator.item() if isinstance(denominator, Tensor) and denominator.numel() == 1 else denominator
         number("denominator", value, "a finite number above 0", lambda d: d > 0, fix)
     if align not in (None, "strict", "truncate"):
-        raise LossInputError(
-            "align", "'strict' or 'truncate'", repr(align), did_you_mean(str(align), ("strict", "truncate"))
-        )
+        hint = did_you_mean(str(align), ("strict", "truncate"))
+        raise LossInputError("align", "'strict' or 'truncate'", repr(align), hint)
 
 
-def weighed(terms: Terms, reads: Sequence[str], weigh: Weighing, rows: str = TOKENS) -> Loss:
-    """A loss from its terms and a weighing of its rows; ``method`` names it."""
+def make_loss(terms: Terms, reads: Sequence[str], weigh: Weighing, rows: Rows = TOKENS) -> Loss:
+    """Make a loss from its terms and the weighing of its rows. ``preset`` then names it."""
+    rows = Rows(rows)
     check_weigh(weigh, rows)
     return Loss("loss", {}, tuple(reads), terms, weigh.share, weigh.count, rows)
 
 
-def method(preset: Callable[P, Loss]) -> Callable[P, Loss]:
-    """A preset as a named loss: its name and arguments become the loss's ``name`` and ``knobs``, once checked."""
-    signature = inspect.signature(preset)
+def preset(build: Callable[P, Loss]) -> Callable[P, Loss]:
+    """Decorate a function that builds a loss: check its arguments, and make them the loss's name and knobs."""
+    signature = inspect.signature(build)
 
-    @functools.wraps(preset)
-    def build(*args: P.args, **kwargs: P.kwargs) -> Loss:
+    @functools.wraps(build)
+    def named(*args: P.args, **kwargs: P.kwargs) -> Loss:
         for name in kwargs:
             if name not in signature.parameters:
                 hint = did_you_mean(name, signature.parameters)
-                raise TypeError(f"{preset.__name__}() has no knob {name!r}. {hint}")
+                raise TypeError(f"{build.__name__}() has no knob {name!r}. {hint}")
         knobs = signature.bind(*args, **kwargs)
         knobs.apply_defaults()
-        with_name = functools.partial(replace, name=preset.__name__, knobs=dict(knobs.arguments))
         try:
             check_knobs(knobs.arguments)
-            return with_name(preset(*args, **kwargs))
+            return replace(build(*args, **kwargs), name=build.__name__, knobs=dict(knobs.arguments))
         except LossInputError as error:
-            error.loss = preset.__name__
+            error.loss = build.__name__
             raise
 
-    return build
-
-
-def innermost(loss: Loss, *columns: str) -> None:
-    """Refuse to wrap what is no loss, or one whose term already contains what the combinator must not touch."""
-    if not isinstance(loss, Loss):
-        raise LossInputError("loss", "a Loss such as ppo()", show(loss), "Call the preset: ppo(), not ppo.")
-    for name in columns:
-        if name in loss.reads:
-            fix = "Apply with_kl last, with_tis before it, dual_clip first: with_kl(with_tis(ppo()), kl_beta=0.01)."
-            raise LossInputError("loss", f"a loss that does not read {name}", repr(loss), fix)
-    if loss.rows != TOKENS:
-        fix = "It works on a term of each token."
-        raise LossInputError("loss", "a loss whose rows are tokens", f"{loss!r} over {loss.rows}", fix)
-
-
-@method
-def with_kl(loss: Loss, kl_beta: float = 1e-3, kl: KL = eq.k3) -> Loss:
-    """l + β·KL(lp, ref): the same share and denominator as the loss itself, not importance-weighted.
-
-    Reads ``ref_logprobs`` besides the loss's own columns; with ``kl_beta=0`` it is the loss.
-    """
-    innermost(loss, "ref_logprobs")
-    if kl_beta == 0:
-        return loss
-    if kl is eq.k1:
-        warn("k1 in a loss has an expected gradient of 0: use k2 or k3")
-
-    def terms(t: Tokens) -> tuple[Tensor, Statistics]:
-        term, statistics = loss.terms(t)
-        divergence = kl(t.logprobs, t.ref_logprobs)
-        return term + kl_beta * divergence, {**statistics, "kl_ref": divergence.detach()}
-
-    return replace(loss, reads=(*loss.reads, "ref_logprobs"), terms=terms)
-
-
-def token_level(t: Tokens, log_weight: Tensor) -> Tensor:
-    """Each token by itself."""
-    return log_weight
-
-
-def sequence_level(t: Tokens, log_weight: Tensor) -> Tensor:
-    """Σ over the sequence's active tokens: the product of its ratios."""
-    return spread(t, sequence_sum(t, log_weight))
-
-
-def geometric_level(t: Tokens, log_weight: Tensor) -> Tensor:
-    """Mean over the sequence's active tokens: the geometric mean of its ratios."""
-    return spread(t, active_mean(t, log_weight))
-
-
-@method
-def with_tis(loss: Loss, cap: float = 2.0, level: Callable[[Tokens, Tensor], Tensor] = token_level) -> Loss:
-    """min(exp(old − sampler), cap)·l: truncated importance sampling for logprobs that the sampler got wrong.
-
-    Reads ``sampler_logprobs`` and ``old_logprobs`` besides the loss's own columns. The weight is constant.
-    """
-    innermost(loss, "ref_logprobs", "sampler_logprobs")
-
-    def terms(t: Tokens) -> tuple[Tensor, Statistics]:
-        term, statistics = loss.terms(t)
-        log_weight = level(t, t.old_logprobs - t.sampler_logprobs)
-        weight = eq.importance_weight(log_weight, cap)
-        capped = log_weight > math.log(cap)
-        return weight * term, {**statistics, "tis_weight": weight, "tis_capped": capped}
-
-    return replace(loss, reads=tuple(dict.fromkeys((*loss.reads, "old_logprobs", "sampler_logprobs"))), terms=terms)
-
-
-@method
-def dual_clip(loss: Loss, c: float | None = 3.0) -> Loss:
-    """min(l, −c·A) where A < 0: bounds what a token with a large ratio can be pushed down by.
-
-    Ye et al. 2020, arXiv:1912.09729. ``c=None`` leaves the loss as it is.
-    """
-    innermost(loss, "ref_logprobs", "sampler_logprobs")
-    if "advantages" not in loss.reads:
-        raise LossInputError("loss", "a loss that reads advantages", repr(loss), "There is nothing to clip by.")
-    if c is None:
-        return loss
-
-    def terms(t: Tokens) -> tuple[Tensor, Statistics]:
-        term, statistics = loss.terms(t)
-        binds = (t.advantages < 0) & (term.detach() > -c * t.advantages)
-        return eq.dual_clipped(term, t.advantages, c), {**statistics, "clip_dual": binds}
-
-    return replace(loss, terms=terms)
+    return named

@@ -1,7 +1,7 @@
 """The one door: ``(data, logprobs_list, columns)`` in, one masked ``Tokens`` out.
 
-Shapes, types and lengths are checked here, before any maths. After the door nothing masks, and nothing
-checks but ``judge`` (see ``readings``), once the numbers are on the host with the metrics.
+The door checks shapes, types and lengths before any maths, and it masks. No later code masks, and the only later
+check is ``values.check_values``, which runs once the numbers are on the host with the metrics.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from torch import Tensor
 
 from lossfns.checks import is_real
 from lossfns.errors import LossInputError
-from lossfns.tokens import DATUM_FIELDS, ON_POLICY, PAIRS, TARGETS, TOKENS, Tokens
+from lossfns.tokens import DATUM_FIELDS, LOGPROB_COLUMNS, ON_POLICY, SEQUENCES, TOKENS, Rows, Tokens
 
 Row = np.ndarray[Any, Any] | Tensor
-Rows = list[Row]
+"""One datum's values of a column."""
 Shapes = Sequence[Sequence[int]]
+"""The shape of each datum's logprobs: ``[N_i]``, or ``[N_i, K]``."""
 
 FIXES = {
     "target_tokens": "Build the datum with datum_from_tokens.",
@@ -39,7 +40,7 @@ def pack(
     reads: Sequence[str] = (),
     columns: Mapping[str, Any] | None = None,
     *,
-    rows: str = TOKENS,
+    rows: Rows = TOKENS,
     align: str = "strict",
 ) -> Tokens:
     """Check, align, concatenate, convert and mask a batch.
@@ -48,132 +49,137 @@ def pack(
         data: B datums, whose ``loss_fn_inputs`` map field names to TensorData, arrays, tensors or lists.
         logprobs_list: B float tensors ``[N_i]``, or ``[N_i, K]`` for a loss over K targets.
         reads: the columns to take besides ``weights``: from ``columns``, else from the datums.
-        columns: for each name one row per datum, or one number per datum.
-        rows: what a row of the loss is: tokens, targets or pairs.
+        columns: for each name one row for each datum, or one number for each datum.
+        rows: the kind of row of the loss: tokens, targets, pairs or sequences.
         align: ``"strict"``, or ``"truncate"`` to cut every row of a datum to the shortest of them.
 
+    Returns:
+        The packed batch, on the logprobs' device and in their dtype, float32 at least. Every slot of weight 0
+        holds 0 in every column, so that no nan or inf can leak from it.
+
     Raises:
-        LossInputError: naming datum, field, what was expected, what came, and the fix.
+        LossInputError: with the datum, the field, what was expected, what came, and the fix.
 
-    The result has the logprobs' device and their dtype, float32 at least. Every slot of weight 0 holds 0
-    in every column, so that no nan or inf can leak from it.
+    >>> import torch
+    >>> from lossfns import datum_from_tokens
+    >>> t = pack([datum_from_tokens([5, 6, 7], prompt_length=2)], [torch.tensor([-1.0, -2.0])])
+    >>> t.logprobs, t.active
+    (tensor([ 0., -2.]), tensor([False,  True]))
     """
+    rows = Rows(rows)
     check_data(data, rows)
-    check_logprobs(data, logprobs_list, rank_of(rows))
+    check_logprobs(data, logprobs_list)
     shapes, logprobs = [lp.shape for lp in logprobs_list], concatenate(logprobs_list)
-    return lay_out(data, shapes, logprobs, reads, columns or {}, align).at(logprobs)
+    return pack_side_columns(data, shapes, logprobs, reads, columns, rows=rows, align=align).at(logprobs)
 
 
-def pack_columns(
+def pack_side_columns(
     data: Sequence[Any],
     shapes: Shapes,
     like: Tensor,
     reads: Sequence[str] = (),
     columns: Mapping[str, Any] | None = None,
     *,
-    rows: str = TOKENS,
+    rows: Rows = TOKENS,
     align: str = "strict",
-) -> Columns:
-    """``pack`` for logprobs that are still to come, in these shapes, with the dtype and on the device of ``like``.
+) -> PackedColumns:
+    """Pack every column but the logprobs: ``pack_side_columns(data, shapes, ...).at(logprobs)`` is ``pack``.
 
-    As many as one likes: ``pack_columns(data, shapes, ...).at(logprobs)`` is ``pack(data, logprobs_list, ...)``.
+    Args:
+        data, reads, columns, rows, align: as for ``pack``.
+        shapes: the shape of each datum's logprobs.
+        like: a tensor with the dtype and the device of the logprobs.
     """
     check_data(data, rows)
-    check_shapes(data, shapes, rank_of(rows))
-    return lay_out(data, shapes, like, reads, columns or {}, align)
+    check_shapes(data, shapes, rows.rank)
+    columns = columns or {}
+    on_policy = {name: ON_POLICY for name in reads if columns.get(name) is ON_POLICY}
+    table = {name: find_column(name, data, columns, rows) for name in reads if name not in on_policy}
+    table["weights"] = find_weights(data, columns, reads)
+    truncation: list[Tensor] = []
+    if align == "truncate":
+        uncut = shapes
+        shapes, table = truncate(shapes, table)
+        truncation = [torch.arange(prod(shape)) < prod(cut) for shape, cut in zip(uncut, shapes)]
+    else:
+        check_targets(data, shapes)
+    lengths = torch.from_numpy(np.array([prod(shape) for shape in shapes], dtype=np.int64))
+    flat = {name: flatten_column(name, column, shapes, lengths, like) for name, column in table.items()}
+    weights = flat.pop("weights")
+    active = weights != 0
+    inactive = ~active
+    blanked = {name: x.masked_fill_(inactive, 0) for name, x in flat.items()}  # in place: flatten_column made them
+    return PackedColumns(weights, active, lengths.to(like.device), blanked | on_policy, truncation)
 
 
 @dataclass(frozen=True)
-class Columns:
-    """A packed batch but for its logprobs. ON_POLICY in ``columns`` stands for these.
+class PackedColumns:
+    """A packed batch without its logprobs.
 
-    ``kept`` masks those of each datum; it is empty unless they are to be truncated.
+    Attributes:
+        weights, active: ``[N]``, as in ``Tokens``.
+        lengths: ``[B]`` tokens of each sequence.
+        columns: the other columns ``[N]``. ON_POLICY stands for the logprobs that are still to come.
+        truncation: for each datum a mask of the logprobs to keep; empty unless rows are truncated.
     """
 
     weights: Tensor
     active: Tensor
     lengths: Tensor
     columns: Mapping[str, Any]
-    kept: list[Tensor]
+    truncation: list[Tensor]
 
     def at(self, logprobs: Tensor) -> Tokens:
-        """The batch with its logprobs, end to end."""
-        logprobs = blank(logprobs[torch.cat(self.kept)] if self.kept else logprobs, self.active)
+        """The batch with its logprobs, which are given end to end."""
+        logprobs = blank(logprobs[torch.cat(self.truncation)] if self.truncation else logprobs, self.active)
         columns = {name: logprobs.detach() if x is ON_POLICY else x for name, x in self.columns.items()}
         return Tokens(logprobs, self.weights, self.lengths, columns)
 
-    def part(self, which: slice) -> Columns:
-        """Those of ``data[which]``, consecutive datums."""
+    def part(self, which: slice) -> PackedColumns:
+        """The columns of ``data[which]``, consecutive datums, as views."""
         first, last, _ = which.indices(len(self.lengths))
         own = slice(int(self.lengths[:first].sum()), int(self.lengths[:last].sum()))
         columns = {name: x if x is ON_POLICY else x[own] for name, x in self.columns.items()}
-        return Columns(self.weights[own], self.active[own], self.lengths[which], columns, self.kept[which])
-
-
-def lay_out(
-    data: Sequence[Any], shapes: Shapes, like: Tensor, reads: Sequence[str], columns: Mapping[str, Any], align: str
-) -> Columns:
-    """Every column end to end, in the shapes and dtype of the logprobs and on their device."""
-    on_policy = {name: ON_POLICY for name in reads if columns.get(name) is ON_POLICY}
-    table = {name: find(name, data, columns) for name in reads if name not in on_policy}
-    table["weights"] = find_weights(data, columns, reads)
-    kept: list[Tensor] = []
-    if align == "truncate":
-        whole = shapes
-        shapes, table = truncate(shapes, table)
-        kept = [torch.arange(prod(shape)) < prod(cut) for shape, cut in zip(whole, shapes)]
-    else:
-        check_targets(data, shapes)
-    lengths = torch.from_numpy(np.array([prod(shape) for shape in shapes], dtype=np.int64))
-    flat = {name: fill(name, found, shapes, lengths, like) for name, found in table.items()}
-    weights = flat.pop("weights")
-    active = weights != 0
-    inactive = ~active
-    blanked = {name: x.masked_fill_(inactive, 0) for name, x in flat.items()}  # in place: `fill` made them
-    return Columns(weights, active, lengths.to(like.device), blanked | on_policy, kept)
-
-
-def rank_of(rows: str) -> int:
-    """How many dimensions a datum's logprobs have: ``[N]``, or ``[N, K]``."""
-    return 2 if rows == TARGETS else 1
+        return PackedColumns(self.weights[own], self.active[own], self.lengths[which], columns, self.truncation[which])
 
 
 def pack_weights(
-    data: Sequence[Any], reads: Sequence[str], columns: Mapping[str, Any], *, rows: str, align: str = "strict"
+    data: Sequence[Any], reads: Sequence[str], columns: Mapping[str, Any], *, rows: Rows, align: str = "strict"
 ) -> Tokens:
-    """What is known of a batch before any forward pass: its weights, in float64."""
+    """Pack the weights alone, in float64: enough for a denominator before any forward pass. Logprobs are 0."""
     check_data(data, rows)
-    found: Rows = weight_rows(data, reads, columns)
+    weights = weight_rows(data, reads, columns)
     if align == "truncate":
-        targets = [row.shape for row in find("target_tokens", data, columns)]
-        table = {name: known(name, data, columns) for name in reads} | {"weights": found}
-        found = truncate(targets, table)[1]["weights"]
-    shapes = [w.shape for w in found]
+        targets = [row.shape for row in find_column("target_tokens", data, columns)]
+        table = {name: column_or_none(name, data, columns, rows) for name in reads} | {"weights": weights}
+        weights = truncate(targets, table)[1]["weights"]
+    shapes = [w.shape for w in weights]
     lengths = torch.tensor([prod(shape) for shape in shapes])
-    weights = fill("weights", found, shapes, lengths, torch.empty(0, dtype=torch.float64))
-    return Tokens(torch.zeros_like(weights), weights, lengths)
+    packed = flatten_column("weights", weights, shapes, lengths, torch.empty(0, dtype=torch.float64))
+    return Tokens(torch.zeros_like(packed), packed, lengths)
 
 
-def weight_rows(data: Sequence[Any], reads: Sequence[str], columns: Mapping[str, Any]) -> Rows:
-    """The weights of each datum, ones for RL datums that have none."""
-    found: Rows | None = find_weights(data, columns, reads)
-    if found is not None:
-        return found
+def weight_rows(data: Sequence[Any], reads: Sequence[str], columns: Mapping[str, Any]) -> list[Row]:
+    """The weights of each datum; ones for RL datums that have none."""
+    weights: list[Row] | None = find_weights(data, columns, reads)
+    if weights is not None:
+        return weights
     return [np.ones(len(row), dtype=np.float32) for row in as_rows(fields(data, "advantages"), "advantages")]
 
 
-def known(name: str, data: Sequence[Any], columns: Mapping[str, Any]) -> Any:
-    """A column that is there already, else None."""
+def column_or_none(name: str, data: Sequence[Any], columns: Mapping[str, Any], rows: Rows) -> Any:
+    """A column that is bound, or that all datums have; else None."""
     there = name in columns or not any(value is None for value in fields(data, name))
-    return find(name, data, columns) if there and columns.get(name) is not ON_POLICY else None
+    return find_column(name, data, columns, rows) if there and columns.get(name) is not ON_POLICY else None
 
 
 def blank(x: Tensor, active: Tensor) -> Tensor:
-    """0 in every inactive slot, before any maths: what stands there can then reach neither value nor gradient."""
+    """Put 0 into every inactive slot, before any maths: its content can then reach neither value nor gradient."""
     return torch.where(active, x, 0)
 
 
-def check_data(data: Sequence[Any], rows: str) -> None:
+def check_data(data: Sequence[Any], rows: Rows) -> None:
+    """Refuse anything but a list of datums, in pairs where the loss is one of pairs."""
     if not isinstance(data, (list, tuple)):
         raise LossInputError("data", "a list of datums", f"a {type(data).__name__}", "Pass [datum] for a single one.")
     if not data:
@@ -182,12 +188,13 @@ def check_data(data: Sequence[Any], rows: str) -> None:
         if not hasattr(datum, "loss_fn_inputs"):
             fix = "Build it with datum_from_tokens, or pass tinker.Datum objects."
             raise LossInputError("loss_fn_inputs", "a Datum", f"a {type(datum).__name__}", fix, datum=i)
-    if rows == PAIRS and len(data) % 2:
+    if len(data) % rows.datums:
         fix = "Interleave them: 2i chosen, 2i + 1 rejected."
         raise LossInputError("data", "chosen/rejected pairs", f"{len(data)} datums, an odd number", fix)
 
 
-def check_logprobs(data: Sequence[Any], logprobs_list: Sequence[Tensor], rank: int) -> None:
+def check_logprobs(data: Sequence[Any], logprobs_list: Sequence[Tensor]) -> None:
+    """Refuse anything but one floating point tensor for each datum, all on one device."""
     if not isinstance(logprobs_list, (list, tuple)):
         got = f"a {type(logprobs_list).__name__}"
         raise LossInputError("logprobs_list", "a list of tensors, one per datum", got, "Split it by sequence.")
@@ -200,14 +207,13 @@ def check_logprobs(data: Sequence[Any], logprobs_list: Sequence[Tensor], rank: i
         if not lp.is_floating_point():
             fix = "Logprobs are real numbers: were token ids passed?"
             raise LossInputError("logprobs", "a floating point tensor", str(lp.dtype), fix, datum=i)
-        if lp.ndim != rank:
-            raise wrong_rank(lp.shape, rank, i)
         if lp.device != device:
             got = f"{lp.device}, while datum[0] has {device}"
             raise LossInputError("logprobs", "one device for the whole batch", got, "Move them with .to().", datum=i)
 
 
 def check_shapes(data: Sequence[Any], shapes: Shapes, rank: int) -> None:
+    """Refuse logprobs of another count than the datums', or of another rank than the loss has."""
     if len(data) != len(shapes):
         raise wrong_count(data, shapes)
     for i, shape in enumerate(shapes):
@@ -227,7 +233,7 @@ def wrong_rank(shape: Sequence[int], rank: int, datum: int) -> LossInputError:
 
 
 def check_targets(data: Sequence[Any], shapes: Shapes) -> None:
-    """Logprobs are those of the datum's targets, where it has any."""
+    """Refuse logprobs of another length than the datum's ``target_tokens``, where it has them."""
     for i, (targets, shape) in enumerate(zip(fields(data, "target_tokens"), shapes)):
         if hasattr(targets, "to_numpy"):
             own = targets.shape
@@ -237,8 +243,8 @@ def check_targets(data: Sequence[Any], shapes: Shapes) -> None:
                 raise LossInputError("logprobs", f"{count} rows (the length of target_tokens)", got, fix, datum=i)
 
 
-def find(name: str, data: Sequence[Any], columns: Mapping[str, Any]) -> Any:
-    """A column as it came: a list of B rows, or one array ``[B]`` of a number for each datum."""
+def find_column(name: str, data: Sequence[Any], columns: Mapping[str, Any], rows: Rows = TOKENS) -> Any:
+    """A column as it was given: a list of B rows, or one array ``[B]`` of a number for each datum."""
     if name in columns:
         given = columns[name]
         if isinstance(given, (Mapping, Set)) or not hasattr(given, "__len__") or getattr(given, "ndim", 1) == 0:
@@ -253,42 +259,43 @@ def find(name: str, data: Sequence[Any], columns: Mapping[str, Any]) -> Any:
         if missing is not None:
             got, fix = "nothing bound, nor in the datum", FIXES.get(name, f"Pass bind({name}=...).")
             raise LossInputError(name, "one row per datum", got, fix, datum=missing)
-    return read(name, given)
+    return as_column(name, given, rows)
 
 
-def read(name: str, given: Any) -> Any:
-    """The rows of a column, or its numbers."""
+def as_column(name: str, given: Any, rows: Rows = TOKENS) -> Any:
+    """Convert a column to a list of B rows, or to one array ``[B]`` where each datum has a number."""
     if isinstance(given, (Tensor, np.ndarray)) and given.ndim == 1:
-        return numbers(name, as_row(given, name, None))
-    rows = as_rows(given, name)
-    ranks = {row.ndim for row in rows}
+        return one_number_each(name, as_row(given, name, None), rows)
+    found = as_rows(given, name)
+    ranks = {row.ndim for row in found}
     if 0 not in ranks:
-        return rows
+        return found
     if ranks != {0}:
-        scalar = next(i for i, row in enumerate(rows) if row.ndim == 0)
+        number = next(i for i, row in enumerate(found) if row.ndim == 0)
         expected = "a row for each datum, or a number for each"
-        raise LossInputError(name, expected, "a number among rows", "Use one form.", datum=scalar)
-    return numbers(name, torch.stack([torch.as_tensor(row) for row in rows]))
+        raise LossInputError(name, expected, "a number among rows", "Use one form.", datum=number)
+    return one_number_each(name, torch.stack([torch.as_tensor(row) for row in found]), rows)
 
 
-def numbers(name: str, given: Row) -> Row:
-    """``[B]``, a number for each datum: only advantages may come so."""
-    if name != "advantages":
+def one_number_each(name: str, given: Row, rows: Rows) -> Row:
+    """Numbers ``[B]``, one for each datum: for advantages, and for a column of a loss with a row for each sequence."""
+    of_sequences = rows is SEQUENCES and name not in ("weights", "target_tokens", *LOGPROB_COLUMNS)
+    if name != "advantages" and not of_sequences:
         raise LossInputError(name, "a row for each datum", "a number for each", "Only advantages may be numbers.")
     return given
 
 
 def find_weights(data: Sequence[Any], columns: Mapping[str, Any], reads: Sequence[str]) -> Any:
-    """The weights; None stands for ones, in the one case where that is the format.
+    """The weights, or None for ones: RL datums have per-token ``advantages`` and no weights.
 
-    RL datums have per-token ``advantages`` and no weights. A mask beside them is not passed over in silence.
+    A mask beside them under another name is refused, as it would otherwise have no effect.
     """
     if "weights" in columns:
-        return find("weights", data, columns)
+        return find_column("weights", data, columns)
     given = fields(data, "weights")
     missing = next((i for i, value in enumerate(given) if value is None), None)
     if missing is None:
-        return read("weights", given)
+        return as_column("weights", given)
     masks = [name for name in ("mask", "loss_mask") if name in data[missing].loss_fn_inputs]
     advantages = fields(data, "advantages") if "advantages" in reads else [None]
     rl = not any(a is None for a in advantages) and all(w is None for w in given) and not masks
@@ -299,7 +306,7 @@ def find_weights(data: Sequence[Any], columns: Mapping[str, Any], reads: Sequenc
 
 
 def fields(data: Sequence[Any], name: str) -> list[Any]:
-    """The datums' own values of a column, None where there is none."""
+    """Each datum's own value of a column, or None."""
     inputs = [datum.loss_fn_inputs for datum in data]
     first, *others = DATUM_FIELDS.get(name, (name,))
     values = [own.get(first) for own in inputs]
@@ -308,8 +315,8 @@ def fields(data: Sequence[Any], name: str) -> list[Any]:
     return values
 
 
-def as_rows(values: Any, name: str) -> Rows:
-    """Each datum's row as an array or a constant tensor."""
+def as_rows(values: Any, name: str) -> list[Row]:
+    """Convert each datum's row to an array or a constant tensor."""
     kind, *others = set(map(type, values))
     if not others and kind.__name__ == "TensorData":  # ours, or an SDK's: no need to look at each
         return [value.to_numpy() for value in values]
@@ -317,7 +324,7 @@ def as_rows(values: Any, name: str) -> Rows:
 
 
 def as_row(value: Any, name: str, datum: int | None) -> Row:
-    """One row as an array or a constant tensor; ``None`` among the numbers becomes nan."""
+    """Convert one row to an array or a constant tensor; a ``None`` among the numbers becomes nan."""
     if isinstance(value, Tensor) and is_plain(value):
         return value.detach()
     try:
@@ -333,7 +340,7 @@ def as_row(value: Any, name: str, datum: int | None) -> Row:
 
 
 def is_plain(x: Tensor) -> bool:
-    """Whether a tensor is a rectangular array of real numbers, and has them."""
+    """Whether a tensor is a dense array of real numbers with storage."""
     return x.layout == torch.strided and not (x.is_complex() or x.is_meta or x.is_nested or x.is_quantized)
 
 
@@ -341,19 +348,19 @@ def truncate(shapes: Shapes, table: dict[str, Any]) -> tuple[Shapes, dict[str, A
     """Cut every row of a datum, and the shape of its logprobs, to the shortest of them."""
     ragged = {name: rows for name, rows in table.items() if isinstance(rows, list)}
     if len(shapes[0]) == 2:
-        ragged = {name: [in_rows(row, shape[1]) for row, shape in zip(rows, shapes)] for name, rows in ragged.items()}
+        ragged = {name: [as_matrix(row, shape[1]) for row, shape in zip(rows, shapes)] for name, rows in ragged.items()}
     shortest = [min(shape[0], *map(len, rows)) for shape, *rows in zip(shapes, *ragged.values())]
     cut = {name: [row[:n] for row, n in zip(rows, shortest)] for name, rows in ragged.items()}
     return [(n, *shape[1:]) for shape, n in zip(shapes, shortest)], table | cut
 
 
-def in_rows(row: Row, targets: int) -> Row:
-    """A flat list of [N, K] entries as N rows of K."""
+def as_matrix(row: Row, targets: int) -> Row:
+    """Reshape a flat list of N·K entries to ``[N, K]``."""
     return row.reshape(-1, targets) if row.ndim == 1 and targets and len(row) % targets == 0 else row
 
 
 def concatenate(logprobs_list: Sequence[Tensor]) -> Tensor:
-    """All logprobs end to end, float32 at least, without a copy where they are the parts of one leaf."""
+    """Lay all logprobs end to end, in float32 at least, without a copy where they are the parts of one leaf."""
     flat = common_leaf(logprobs_list)
     if flat is None:
         flat = torch.cat([lp if lp.ndim == 1 else lp.flatten() for lp in logprobs_list])
@@ -361,7 +368,10 @@ def concatenate(logprobs_list: Sequence[Tensor]) -> Tensor:
 
 
 def common_leaf(logprobs_list: Sequence[Tensor]) -> Tensor | None:
-    """The leaf that ``torch.split`` cut into these, all of them in order; its gradient then need not pass them."""
+    """The leaf that ``torch.split`` cut into these tensors, all of them and in order, else None.
+
+    The gradient can then go to the leaf at once, instead of to thousands of parts.
+    """
     split = logprobs_list[0].grad_fn
     if split is None or split.name() not in ("SplitWithSizesBackward0", "SplitBackward0"):
         return None
@@ -374,26 +384,26 @@ def common_leaf(logprobs_list: Sequence[Tensor]) -> Tensor | None:
     return leaf if sum(lp.numel() for lp in logprobs_list) == leaf.numel() else None
 
 
-def fill(name: str, found: Any, shapes: Shapes, lengths: Tensor, like: Tensor) -> Tensor:
-    """A column laid end to end like the logprobs, in their dtype and on their device; ones for None."""
-    if found is None:
+def flatten_column(name: str, column: Any, shapes: Shapes, lengths: Tensor, like: Tensor) -> Tensor:
+    """Lay a column end to end, in the dtype and on the device of ``like``: ``[N]``. None becomes ones."""
+    if column is None:
         return like.new_ones(int(lengths.sum()))
-    if not isinstance(found, list):
-        numbers = torch.as_tensor(found).to(like.device, like.dtype)
+    if not isinstance(column, list):
+        numbers = torch.as_tensor(column).to(like.device, like.dtype)
         return torch.repeat_interleave(numbers, lengths.to(like.device), output_size=int(lengths.sum()))
-    if any(row.shape != shape for row, shape in zip(found, shapes)):
-        found = [align_row(row, shape, name, i) for i, (row, shape) in enumerate(zip(found, shapes))]
+    if any(row.shape != shape for row, shape in zip(column, shapes)):
+        column = [align_row(row, shape, name, i) for i, (row, shape) in enumerate(zip(column, shapes))]
     if len(shapes[0]) > 1:
-        found = [row.reshape(-1) for row in found]
-    if any(issubclass(kind, Tensor) for kind in set(map(type, found))):
-        flat = torch.cat([torch.as_tensor(row) for row in found])
+        column = [row.reshape(-1) for row in column]
+    if any(issubclass(kind, Tensor) for kind in set(map(type, column))):
+        flat = torch.cat([torch.as_tensor(row) for row in column])
     else:
-        flat = torch.from_numpy(np.concatenate(found))
+        flat = torch.from_numpy(np.concatenate(column))
     return flat.to(like.device, like.dtype)
 
 
 def align_row(row: Row, shape: Sequence[int], name: str, datum: int) -> Row:
-    """The row if it has the logprobs' shape, or lists the entries of [N, K] row-major; else an error."""
+    """Return the row if it has the logprobs' shape, or lists the entries of ``[N, K]`` row-major; else refuse it."""
     shape = tuple(shape)
     if tuple(row.shape) == shape or (row.ndim == 1 and len(shape) == 2 and len(row) == prod(shape)):
         return row

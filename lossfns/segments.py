@@ -1,41 +1,59 @@
-"""Sums and means over sequences and pairs: the only code that knows tokens belong to sequences."""
+"""Sums and means over sequences and pairs. No other module knows which tokens belong to which sequence."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from lossfns.tokens import Tokens
 
+Level = Callable[[Tokens, Tensor], Tensor]
+"""A function ``(t, log_ratio [N]) -> [N]`` that gives each token the log-ratio of its token or sequence."""
+
 
 def sequence_sum(t: Tokens, x: Tensor) -> Tensor:
-    """Σ of x over each sequence: ``[N] -> [B]``."""
+    """Σ x over each sequence: ``[N] -> [B]``."""
     if t.lengths is None:
         return x.sum(0, keepdim=True)
     # `unsafe` skips a check that would cost a device synchronisation; the door made the lengths.
     return torch.segment_reduce(x, "sum", lengths=t.lengths, unsafe=True)
 
 
-def spread(t: Tokens, y: Tensor) -> Tensor:
-    """Each sequence's value at each of its tokens: ``[B] -> [N]``."""
+def to_tokens(t: Tokens, y: Tensor) -> Tensor:
+    """Repeat each sequence's value over its tokens: ``[B] -> [N]``."""
     if t.lengths is None:
         return y.expand_as(t.logprobs)
     return torch.repeat_interleave(y, t.lengths, output_size=t.logprobs.shape[0])
 
 
-def active_tokens(t: Tokens) -> Tensor:
-    """How many tokens of each sequence take part: ``[B]``."""
+def active_counts(t: Tokens) -> Tensor:
+    """Number of active tokens of each sequence: ``[B]``."""
     return sequence_sum(t, t.active.to(t.weights.dtype))
 
 
 def nonempty(t: Tokens) -> Tensor:
-    """``[B]`` bool: which sequences have an active token."""
-    return active_tokens(t) > 0
+    """``[B]`` bool: True where a sequence has an active token."""
+    return active_counts(t) > 0
 
 
 def active_mean(t: Tokens, x: Tensor) -> Tensor:
     """Mean of x over the active tokens of each sequence, 0 where there are none: ``[N] -> [B]``."""
-    return sequence_sum(t, x * t.active) / active_tokens(t).clamp(min=1)
+    return sequence_sum(t, x * t.active) / active_counts(t).clamp(min=1)
+
+
+def sequence_value(t: Tokens, x: Tensor) -> Tensor:
+    """The one value that x has at the active tokens of each sequence, 0 where there are none: ``[N] -> [B]``.
+
+    For columns that hold one number for each datum, such as a label. Exact, where a mean would round.
+    """
+    least = torch.where(t.active, x, -torch.inf)
+    if t.lengths is None:
+        top = least.amax(0, keepdim=True)
+    else:
+        top = torch.segment_reduce(least, "max", lengths=t.lengths, unsafe=True)
+    return torch.where(nonempty(t), top, 0)
 
 
 def weighted_sum(t: Tokens, x: Tensor) -> Tensor:
@@ -45,11 +63,11 @@ def weighted_sum(t: Tokens, x: Tensor) -> Tensor:
 
 def weighted_mean(t: Tokens, x: Tensor) -> Tensor:
     """Σ w·x / Σ w over each sequence, 0 where it is empty: ``[N] -> [B]``."""
-    return weighted_sum(t, x) / total_weight(t)
+    return weighted_sum(t, x) / weight_divisor(t)
 
 
-def total_weight(t: Tokens) -> Tensor:
-    """Σ w of each sequence, 1 where it is empty: a divisor, ``[B]``."""
+def weight_divisor(t: Tokens) -> Tensor:
+    """Σ w of each sequence, or 1 where the sequence is empty, so that it can divide: ``[B]``."""
     return torch.where(nonempty(t), sequence_sum(t, t.weights), 1.0)
 
 
@@ -61,3 +79,18 @@ def chosen(y: Tensor) -> Tensor:
 def rejected(y: Tensor) -> Tensor:
     """The rejected side of each pair: ``[B] -> [P]``."""
     return y[1::2]
+
+
+def token_level(t: Tokens, log_ratio: Tensor) -> Tensor:
+    """Each token's own log-ratio: ``[N] -> [N]``."""
+    return log_ratio
+
+
+def sequence_level(t: Tokens, log_ratio: Tensor) -> Tensor:
+    """Σ over the sequence's active tokens, at each of its tokens: the log of the product of its ratios."""
+    return to_tokens(t, sequence_sum(t, log_ratio))
+
+
+def geometric_level(t: Tokens, log_ratio: Tensor) -> Tensor:
+    """Mean over the sequence's active tokens, at each of its tokens: the log of the geometric mean of its ratios."""
+    return to_tokens(t, active_mean(t, log_ratio))

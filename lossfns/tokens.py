@@ -1,9 +1,9 @@
-"""What every loss computes on: the tokens of a batch laid end to end.
+"""The packed batch on which every loss computes: the tokens of all sequences, end to end.
 
 Shape legend, used in every docstring:
 
-    B  sequences of the batch, one per datum
-    N  tokens of the batch (one sequence has the length of its ``target_tokens``)
+    B  sequences of the batch, one for each datum
+    N  tokens of the batch (a sequence has the length of its ``target_tokens``)
     K  candidate targets of one position; ``[N, K]`` is laid out row-major as N·K entries
     P  pairs: sequences 2i (chosen) and 2i + 1 (rejected), P = B / 2
 """
@@ -12,20 +12,54 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 from math import prod
 
 import torch
 from torch import Tensor
 
-TOKENS, TARGETS, PAIRS = "tokens", "targets", "pairs"
-"""What one row of a loss is: a token, one of K candidate targets of a position, or a preference pair."""
+
+class Rows(StrEnum):
+    """The kind of row that a loss sums over: a token, one of K targets of a position, a pair, or a sequence.
+
+    >>> Rows.PAIRS == "pairs", Rows.PAIRS.datums, Rows.TARGETS.rank, Rows.SEQUENCES.unit
+    (True, 2, 2, 'datums')
+    """
+
+    TOKENS = "tokens"
+    TARGETS = "targets"
+    PAIRS = "pairs"
+    SEQUENCES = "sequences"
+
+    @property
+    def rank(self) -> int:
+        """Dimensions of one datum's logprobs: 1 for ``[N]``, 2 for ``[N, K]``."""
+        return 2 if self is Rows.TARGETS else 1
+
+    @property
+    def datums(self) -> int:
+        """Datums that one row spans, and that a micro-batch must therefore keep together."""
+        return 2 if self is Rows.PAIRS else 1
+
+    @property
+    def per_token(self) -> bool:
+        """Whether terms have one entry for each of the N (or N·K) entries of the batch."""
+        return self in (Rows.TOKENS, Rows.TARGETS)
+
+    @property
+    def unit(self) -> str:
+        """Name of the metric that counts the active rows."""
+        return {Rows.PAIRS: "pairs", Rows.SEQUENCES: "datums"}.get(self, "tokens")
+
+
+TOKENS, TARGETS, PAIRS, SEQUENCES = Rows
 
 LOGPROB_COLUMNS = ("old_logprobs", "ref_logprobs", "sampler_logprobs")
 COLUMNS = ("weights", "advantages", *LOGPROB_COLUMNS)
-"""The column vocabulary; a loss of your own may read others."""
+"""The names of the usual columns. A loss of your own may read others."""
 
 DATUM_FIELDS = {"old_logprobs": ("old_logprobs", "logprobs")}
-"""Where a datum keeps a column, if not under its own name: Tinker calls the old logprobs ``logprobs``."""
+"""Fields of a datum that may hold a column, by preference. Tinker calls the old logprobs ``logprobs``."""
 
 
 class _OnPolicy:
@@ -37,16 +71,21 @@ class _OnPolicy:
 
 
 ON_POLICY = _OnPolicy()
-"""Bind as ``old_logprobs``: the old policy is the current one, so the ratio is exp(lp − sg(lp)) = 1."""
+"""Bind as ``old_logprobs`` where the old policy is the current one: the ratio is then exp(lp − sg(lp)) = 1."""
 
 
 @dataclass(frozen=True)
 class Tokens:
     """A packed batch: ``t.logprobs``, ``t.weights`` and one attribute for each column, all ``[N]``.
 
-    ``active`` ``[N]`` says which tokens take part: those whose weight is not 0.
-    ``lengths`` ``[B]`` says where sequences end; ``None`` means that all N tokens are one sequence.
-    Slots of weight 0 hold 0 in every column.
+    Attributes:
+        logprobs: ``[N]`` logprobs of the targets, with their graph.
+        weights: ``[N]`` weights of the tokens.
+        lengths: ``[B]`` tokens of each sequence. ``None``: all N tokens are one sequence.
+        columns: the other columns by name, each ``[N]``.
+        active: ``[N]`` bool, True where the weight is not 0.
+
+    Every column holds 0 where ``active`` is False.
     """
 
     logprobs: Tensor
@@ -66,7 +105,7 @@ class Tokens:
 
 
 class FlatLogprobs(list[Tensor]):
-    """A ``logprobs_list`` cut from one flat tensor."""
+    """A ``logprobs_list`` whose tensors are views of one flat tensor."""
 
     def __init__(self, flat: Tensor, shapes: Sequence[Sequence[int]]) -> None:
         self.flat = flat

@@ -1,8 +1,8 @@
-"""Weighings: how much each row counts, and what the sum is divided by.
+"""Weighings: how much each row counts, and what the sum over rows is divided by.
 
-A weighing is a pair of functions that read no logprobs: ``share(t)``, each row's coefficient within its
-sequence or pair, and ``count(t)``, this batch's part of the denominator. Counts add over micro-batches
-and ranks, so L = Σ share·term / Σ count is the same under any split.
+A weighing is a pair of functions that read no logprobs: ``share(t)``, the coefficient of each row within its
+sequence or pair, and ``count(t)``, this batch's part of the denominator. Counts add over micro-batches and
+ranks, so L = Σ share·term / Σ count is the same under any split of the batch.
 """
 
 from __future__ import annotations
@@ -15,16 +15,23 @@ from torch import Tensor
 
 from lossfns.checks import check_knobs
 from lossfns.errors import LossInputError, did_you_mean
-from lossfns.segments import chosen, nonempty, rejected, sequence_sum, spread, total_weight
-from lossfns.tokens import PAIRS, TOKENS, Tokens
+from lossfns.segments import chosen, nonempty, rejected, sequence_sum, to_tokens, weight_divisor
+from lossfns.tokens import PAIRS, SEQUENCES, TOKENS, Rows, Tokens
 
 
 @dataclass(frozen=True, repr=False)
 class Weighing:
-    """``share(t)`` of each row and ``count(t)``, a scalar; no count: the sum is never divided."""
+    """A named pair of functions of a packed batch.
+
+    Attributes:
+        name: the name that ``repr`` shows.
+        rows: the kind of row that it weighs.
+        share: ``t -> coefficient of each row``.
+        count: ``t -> this batch's part of the denominator``, a scalar; ``None`` for a sum that is never divided.
+    """
 
     name: str
-    rows: str
+    rows: Rows
     share: Callable[[Tokens], Tensor]
     count: Callable[[Tokens], Tensor] | None
 
@@ -33,39 +40,44 @@ class Weighing:
 
 
 def weights(t: Tokens) -> Tensor:
-    """w: each token by its weight."""
+    """w of each token: ``[N]``."""
     return t.weights
 
 
 def weights_in_sequence(t: Tokens) -> Tensor:
-    """w / Σ_seq w: each sequence counts 1, shared out over its tokens."""
-    return t.weights / spread(t, total_weight(t))
+    """w / Σ_seq w of each token, so that every sequence counts 1: ``[N]``."""
+    return t.weights / to_tokens(t, weight_divisor(t))
 
 
 def weight_sum(t: Tokens) -> Tensor:
-    """Σ w."""
+    """Σ w over the batch."""
     return t.weights.sum()
 
 
 def sequences(t: Tokens) -> Tensor:
-    """The number of sequences with an active token."""
+    """Number of sequences with an active token."""
     return nonempty(t).sum()
 
 
 def normalisable_sequences(t: Tokens) -> Tensor:
-    """The same, but nan where a sequence's (signed) weights have no positive sum to divide by."""
+    """Number of sequences with an active token, or nan if the (signed) weights of one have no positive sum."""
     valid = (sequence_sum(t, t.weights) > 0) | ~nonempty(t)
     return torch.where(valid.all(), sequences(t), torch.nan)
 
 
+def each_sequence(t: Tokens) -> Tensor:
+    """1 for each sequence with an active token, else 0: ``[B]``."""
+    return nonempty(t).to(t.weights.dtype)
+
+
 def each_pair(t: Tokens) -> Tensor:
-    """1 for each pair that has active tokens: ``[P]``."""
+    """1 for each pair with active tokens on both sides, else 0: ``[P]``."""
     has = nonempty(t)
     return (chosen(has) & rejected(has)).to(t.weights.dtype)
 
 
 def pairs(t: Tokens) -> Tensor:
-    """The number of pairs with active tokens."""
+    """Number of pairs with active tokens on both sides."""
     return each_pair(t).sum()
 
 
@@ -87,11 +99,20 @@ pair_mean = Weighing("pair_mean", PAIRS, each_pair, pairs)
 pair_sum = Weighing("pair_sum", PAIRS, each_pair, None)
 """Σ over pairs, never divided."""
 
-WEIGHINGS = (token_mean, sequence_mean, sequence_sum_mean, token_sum, pair_mean, pair_sum)
+datum_mean = Weighing("datum_mean", SEQUENCES, each_sequence, sequences)
+"""Mean over datums with an active token, for losses with one term for each datum (unpaired preference, rewards)."""
+
+datum_sum = Weighing("datum_sum", SEQUENCES, each_sequence, None)
+"""Σ over datums with an active token, never divided."""
+
+WEIGHINGS = (token_mean, sequence_mean, sequence_sum_mean, token_sum, pair_mean, pair_sum, datum_mean, datum_sum)
 
 
 def fixed_length(length: float) -> Weighing:
-    """Σ w·l / (length · sequences): a constant in place of each length. Dr. GRPO, arXiv:2503.20783.
+    """Σ w·l / (length · sequences): one constant in place of each sequence's length. Dr. GRPO, arXiv:2503.20783.
+
+    Args:
+        length: a finite number above 0, such as the longest completion that is sampled.
 
     >>> fixed_length(1024)
     fixed_length(1024)
@@ -100,13 +121,13 @@ def fixed_length(length: float) -> Weighing:
     return Weighing(f"fixed_length({length!r})", TOKENS, weights, lambda t: length * sequences(t))
 
 
-def check_weigh(weigh: object, rows: str) -> None:
-    """Refuse what is no weighing, or one for other rows than the loss has."""
-    fits = PAIRS if rows == PAIRS else TOKENS
-    names = [w.name for w in WEIGHINGS if w.rows == fits] + ["fixed_length"] * (fits == TOKENS)
+def check_weigh(weigh: object, rows: Rows) -> None:
+    """Refuse anything that is not a weighing of this kind of row. Targets are weighed as tokens."""
+    fits = TOKENS if rows.per_token else rows
+    names = [w.name for w in WEIGHINGS if w.rows is fits] + ["fixed_length"] * (fits is TOKENS)
     if not isinstance(weigh, Weighing):
         hint = did_you_mean(str(weigh), names)
         raise LossInputError("weigh", f"a weighing of {fits}", repr(weigh), f"{hint} Import it from lossfns.")
-    if weigh.rows != fits:
+    if weigh.rows is not fits:
         fix = f"This loss has one row for each of its {fits}: {', '.join(names)}."
         raise LossInputError("weigh", f"a weighing of {fits}", repr(weigh), fix)

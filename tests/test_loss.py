@@ -16,7 +16,7 @@ from torch import Tensor
 
 import lossfns
 from lossfns import ON_POLICY, Loss, LossInputError, LossWarning, Tokens, datum_from_tokens, merge_metrics, token_mean
-from lossfns.loss import weighed
+from lossfns.loss import make_loss
 
 NAMESPACE = {name: getattr(lossfns, name) for name in dir(lossfns)}
 
@@ -238,14 +238,14 @@ def test_defaults_of_the_combinators() -> None:
     """β = 0.001 with k3, a weight of at most 2 on each token, and a dual clip at 3."""
     assert lossfns.with_kl(lossfns.ppo()).knobs == {"loss": ANY, "kl_beta": 1e-3, "kl": lossfns.k3}
     assert lossfns.with_tis(lossfns.ppo()).knobs == {"loss": ANY, "cap": 2.0, "level": lossfns.token_level}
-    assert lossfns.dual_clip(lossfns.ppo()).knobs == {"loss": ANY, "c": 3.0}
+    assert lossfns.with_dual_clip(lossfns.ppo()).knobs == {"loss": ANY, "c": 3.0}
 
 
 def test_a_combinator_adds_the_columns_it_reads_once_and_in_order() -> None:
     assert lossfns.with_tis(lossfns.reinforce()).reads == ("advantages", "old_logprobs", "sampler_logprobs")
     assert lossfns.with_tis(lossfns.ppo()).reads == ("advantages", "old_logprobs", "sampler_logprobs")
     assert lossfns.with_kl(lossfns.reinforce()).reads == ("advantages", "ref_logprobs")
-    assert lossfns.dual_clip(lossfns.ppo()).reads == ("advantages", "old_logprobs")
+    assert lossfns.with_dual_clip(lossfns.ppo()).reads == ("advantages", "old_logprobs")
 
 
 def test_a_combinator_keeps_the_statistics_of_the_loss_inside() -> None:
@@ -254,7 +254,7 @@ def test_a_combinator_keeps_the_statistics_of_the_loss_inside() -> None:
     for outer, added in (
         (lossfns.with_kl(lossfns.ppo()), {"kl_ref"}),
         (lossfns.with_tis(lossfns.ppo()), {"tis_weight", "tis_capped"}),
-        (lossfns.dual_clip(lossfns.ppo()), {"clip_dual"}),
+        (lossfns.with_dual_clip(lossfns.ppo()), {"clip_dual"}),
     ):
         metrics = call(outer, batch)[2]
         assert metrics.keys() == inside.keys() | added
@@ -262,14 +262,14 @@ def test_a_combinator_keeps_the_statistics_of_the_loss_inside() -> None:
 
 
 def test_a_loss_without_a_preset_is_named_loss() -> None:
-    bare = weighed(lambda t: (-t.logprobs, {}), ["advantages"], token_mean)
+    bare = make_loss(lambda t: (-t.logprobs, {}), ["advantages"], token_mean)
     assert repr(bare) == "loss()" and bare.reads == ("advantages",) and bare.rows == "tokens"
 
 
 def own(term: float, advantages: list[float]) -> tuple[Tensor, dict[str, float]]:
     """A loss of one's own, the same at every token, dual-clipped at 3."""
     terms: Any = lambda t: (term + 0 * t.logprobs, {})  # noqa: E731
-    loss = lossfns.dual_clip(Loss("own", {}, ("advantages",), terms, token_mean.share, token_mean.count))
+    loss = lossfns.with_dual_clip(Loss("own", {}, ("advantages",), terms, token_mean.share, token_mean.count))
     data, logprobs = data_and_logprobs((1.0, 1.0, 1.0))
     return loss.bind(advantages=[advantages])(data, logprobs)
 
@@ -421,7 +421,7 @@ def test_k1_as_a_penalty_is_doubted() -> None:
             lambda: lossfns.with_kl(lossfns.dpo(weigh=lossfns.pair_sum)),
             "loss",
             "dpo(beta=0.1, label_smoothing=0.0, weigh=pair_sum)",
-            "Apply with_kl last, with_tis before it, dual_clip first: with_kl(with_tis(ppo()), kl_beta=0.01).",
+            "Apply with_kl last, with_tis before it, with_dual_clip first: with_kl(with_tis(ppo()), kl_beta=0.01).",
         ),
         (
             lambda: lossfns.with_kl(lossfns.orpo()),
@@ -430,7 +430,7 @@ def test_k1_as_a_penalty_is_doubted() -> None:
             "It works on a term of each token.",
         ),
         (
-            lambda: lossfns.dual_clip(lossfns.cross_entropy()),
+            lambda: lossfns.with_dual_clip(lossfns.cross_entropy()),
             "loss",
             "cross_entropy(weigh=token_mean)",
             "There is nothing to clip by.",

@@ -33,7 +33,7 @@ from lossfns import (
     token_sum,
     with_tis,
 )
-from lossfns.pack import pack_columns
+from lossfns.pack import pack_side_columns
 
 # Two sequences with a masked slot each, an empty one, and one masked throughout; as pairs: one that counts.
 WEIGHTS = [[0.0, 1.0, 0.5], [1.0, 0.0], [], [0.0, 0.0]]
@@ -439,11 +439,11 @@ def test_columns_are_packed_once_for_any_logprobs(loss: Loss) -> None:
     """Packed before them, the columns with two sets of logprobs are two calls."""
     bound = loss.bind(weights=WEIGHTS, **columns_of(loss))
     shapes = [(n,) for n in LENGTHS]
-    columns = pack_columns(bare(LOGPROBS), shapes, torch.empty(0), loss.reads, bound.columns, rows=loss.rows)
+    columns = pack_side_columns(bare(LOGPROBS), shapes, torch.empty(0), loss.reads, bound.columns, rows=loss.rows)
     for rows in (LOGPROBS, [[2 * x for x in row] for row in LOGPROBS]):
         total, grads, metrics = outcome(bound, bare(rows), rows)
         leaf = torch.tensor([x for row in rows for x in row], requires_grad=True)
-        packed_total, packed_metrics = bound.measured(columns.at(leaf))
+        packed_total, packed_metrics = bound.evaluate_packed(columns.at(leaf))
         packed_total.backward()
         assert (packed_total.item(), packed_metrics) == (total, metrics)
         assert leaf.grad.tolist() == [g for grad in grads for g in grad]
@@ -457,7 +457,7 @@ def test_a_part_of_the_columns_is_that_of_the_datums(old: Any, align: str) -> No
     whole = {"advantages": [row[:2] for row in COLUMNS["advantages"]], "old_logprobs": old}
     if align == "strict":
         whole["advantages"] = ADVANTAGES
-    columns = pack_columns(datums(*WEIGHTS), [(n,) for n in LENGTHS], torch.empty(0), reads, whole, align=align)
+    columns = pack_side_columns(datums(*WEIGHTS), [(n,) for n in LENGTHS], torch.empty(0), reads, whole, align=align)
     for which in (slice(0, 1), slice(0, 3), slice(1, 4), slice(2, 4), slice(None)):
         part = {name: given if given is ON_POLICY else given[which] for name, given in whole.items()}
         expected = pack(datums(*WEIGHTS[which]), leaves(LOGPROBS[which]), reads, part, align=align)
@@ -477,7 +477,7 @@ def test_a_part_of_the_columns_is_that_of_the_datums(old: Any, align: str) -> No
 )
 def test_shapes_that_do_not_fit_are_refused_before_there_are_logprobs(shapes: Any, message: str) -> None:
     with pytest.raises(LossInputError, match=message):
-        pack_columns(datums([1.0, 1.0], [1.0, 1.0]), shapes, torch.empty(0))
+        pack_side_columns(datums([1.0, 1.0], [1.0, 1.0]), shapes, torch.empty(0))
 
 
 # ---- truncation --------------------------------------------------------------------------------------------------
@@ -510,7 +510,7 @@ def test_truncation_is_to_the_shortest_row_of_each_datum(short: str) -> None:
 
 @pytest.mark.parametrize("short", ["weights", "advantages", "old_logprobs"])
 def test_a_truncated_denominator_is_known_in_advance(short: str) -> None:
-    """Columns that are already bound cut as much before the forward pass as after it."""
+    """PackedColumns that are already bound cut as much before the forward pass as after it."""
     table = {**ROWS, short: cut(ROWS[short], [2, 3])}
     bound = grpo(kl_beta=0.1).bind(align="truncate", **table)
     assert bound.denominator(bare(LPS)) == outcome(bound, bare(LPS), LPS)[2]["denominator"] == 2.5

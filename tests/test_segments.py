@@ -15,7 +15,7 @@ T = Tokens(X, WEIGHTS, torch.tensor(LENGTHS))
     ("fn", "expected"),
     [
         (lambda: segments.sequence_sum(T, X), [8.0, 0.0, 18.0, 0.0]),
-        (lambda: segments.active_tokens(T), [2.0, 0.0, 2.0, 0.0]),
+        (lambda: segments.active_counts(T), [2.0, 0.0, 2.0, 0.0]),
         (lambda: segments.nonempty(T), [True, False, True, False]),
         (lambda: segments.active_mean(T, X), [4.0, 0.0, 9.0, 0.0]),
         (
@@ -24,8 +24,8 @@ T = Tokens(X, WEIGHTS, torch.tensor(LENGTHS))
         ),  # (4 + 6)/2, (8 + 12)/2: a masked 1 adds nothing
         (lambda: segments.weighted_sum(T, X), [13.0, 0.0, 12.5, 0.0]),
         (lambda: segments.weighted_mean(T, X), [13 / 3, 0.0, 12.5 / 1.5, 0.0]),
-        (lambda: segments.total_weight(T), [3.0, 1.0, 1.5, 1.0]),
-        (lambda: segments.spread(T, torch.tensor([1.0, 2.0, 3.0, 4.0])), [1.0, 1.0, 1.0, 3.0, 3.0, 4.0]),
+        (lambda: segments.weight_divisor(T), [3.0, 1.0, 1.5, 1.0]),
+        (lambda: segments.to_tokens(T, torch.tensor([1.0, 2.0, 3.0, 4.0])), [1.0, 1.0, 1.0, 3.0, 3.0, 4.0]),
     ],
 )
 def test_by_hand(fn, expected: list[float]) -> None:
@@ -37,10 +37,10 @@ def test_one_sequence_needs_no_lengths(fn: str) -> None:
     with_lengths = Tokens(X, WEIGHTS, torch.tensor([6]))
     without = Tokens(X, WEIGHTS)
     assert getattr(segments, fn)(with_lengths, X).tolist() == getattr(segments, fn)(without, X).tolist()
-    assert segments.spread(without, torch.tensor([4.0])).tolist() == [4.0] * 6
+    assert segments.to_tokens(without, torch.tensor([4.0])).tolist() == [4.0] * 6
 
 
-@pytest.mark.parametrize("fn", ["active_tokens", "nonempty", "total_weight"])
+@pytest.mark.parametrize("fn", ["active_counts", "nonempty", "weight_divisor"])
 def test_counts_of_one_sequence_have_the_dtype_they_have_of_many(fn: str) -> None:
     with_lengths = getattr(segments, fn)(Tokens(X, WEIGHTS, torch.tensor([6])))
     without = getattr(segments, fn)(Tokens(X, WEIGHTS))
@@ -58,5 +58,5 @@ def test_no_shape_depends_on_a_value() -> None:
     t = Tokens(x, torch.ones(6, device="meta"), torch.tensor([3, 2, 1], device="meta"))
     for fn in (segments.sequence_sum, segments.active_mean, segments.weighted_sum, segments.weighted_mean):
         assert fn(t, x).shape == (3,)
-        assert segments.spread(t, fn(t, x)).shape == (6,)
-    assert segments.total_weight(t).shape == segments.nonempty(t).shape == (3,)
+        assert segments.to_tokens(t, fn(t, x)).shape == (6,)
+    assert segments.weight_divisor(t).shape == segments.nonempty(t).shape == (3,)

@@ -1,1 +1,7 @@
-"""A loss in other contracts: a service's datums, its built-ins, a gradient by token."""
+"""A loss in other contracts: a traced function of one datum, a service's built-in, a gradient by token."""
+
+from lossfns.export.datums import Folded as Folded
+from lossfns.export.datums import as_datum_fn as as_datum_fn
+from lossfns.export.datums import fold as fold
+from lossfns.export.datums import with_denominators as with_denominators
+from lossfns.export.token_gradient import token_gradient as token_gradient

@@ -17,7 +17,7 @@ from lossfns.datum import FIELD_DTYPES
 from lossfns.errors import LossInputError
 from lossfns.inspect.findings import Found, caught, listed
 from lossfns.inspect.probe import ALIASES, Shapes
-from lossfns.pack import FIXES, align_row, as_row, find
+from lossfns.pack import FIXES, align_row, as_row, find_column
 from lossfns.tokens import COLUMNS, LOGPROB_COLUMNS, ON_POLICY
 from lossfns.values import LOGPROB_TOLERANCE
 
@@ -40,7 +40,7 @@ def target_rows(data: Sequence[Any], bound: Mapping[str, Any], vocab_size: int |
     for name, value in bound.items():
         if value is not ON_POLICY:
             with caught(found, name):
-                table[name] = find(name, data, bound)
+                table[name] = find_column(name, data, bound)
     rows: list[Array] = []
     for i, datum in enumerate(data):
         with caught(found, "loss_fn_inputs", i):

@@ -25,7 +25,7 @@ from lossfns.inspect.probe import (
     rows_of,
     split,
 )
-from lossfns.pack import check_data, check_logprobs
+from lossfns.pack import check_data, check_logprobs, check_shapes
 from lossfns.terms import KL_LOG_RATIO_CAP
 from lossfns.tokens import PAIRS, TOKENS
 
@@ -53,7 +53,8 @@ def grad_report(
     """
     paired = rows_of(loss_fn) == PAIRS if pairs is None else pairs
     check_data(data, PAIRS if paired else TOKENS)
-    check_logprobs(data, logprobs, rank=2 if getattr(next(iter(logprobs), None), "ndim", 1) == 2 else 1)
+    check_logprobs(data, logprobs)
+    check_shapes(data, [lp.shape for lp in logprobs], 2 if logprobs[0].ndim == 2 else 1)
     if getattr(loss_fn, "align", "strict") != "strict":
         fix = "Cut the rows to one length first: every token needs its place."
         raise LossInputError("align", "a loss bound with align='strict'", "'truncate'", fix)

@@ -31,7 +31,7 @@ from lossfns.inspect.probe import (
 )
 from lossfns.inspect.stepzero import judged, step_zero
 from lossfns.loss import BoundLoss, Loss
-from lossfns.pack import check_data, check_logprobs
+from lossfns.pack import check_data, check_logprobs, check_shapes
 from lossfns.tokens import LOGPROB_COLUMNS, PAIRS, TOKENS
 
 LEVELS = ("error", "warning", "note")
@@ -149,7 +149,8 @@ def inspected(loss_fn: LossFn, view: View, eos_id: int | None, paired: bool, fou
 def unmoved(view: View, logprobs: Sequence[Tensor] | None, data: Sequence[Any], vocab_size: int | None) -> Tensor:
     """``[N]`` float32 logprobs of a policy before its first step."""
     if logprobs is not None:
-        check_logprobs(data, logprobs, rank=len(view.shapes[0]))
+        check_logprobs(data, logprobs)
+        check_shapes(data, [lp.shape for lp in logprobs], len(view.shapes[0]))
         return torch.cat([lp.detach().flatten().cpu() for lp in logprobs]).float()
     uniform = torch.full_like(view.columns["weights"], -math.log(vocab_size) if vocab_size else -1.0)
     known = [view.columns[name] for name in LOGPROB_COLUMNS if name in view.columns]

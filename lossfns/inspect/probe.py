@@ -13,9 +13,9 @@ from torch import Tensor
 
 from lossfns.checks import is_real
 from lossfns.errors import LossInputError, LossWarning
-from lossfns.export.lanes import rebuilt
+from lossfns.export.datums import with_fields
 from lossfns.loss import BoundLoss, Loss, show
-from lossfns.pack import fill, known
+from lossfns.pack import column_or_none, flatten_column
 from lossfns.tokens import COLUMNS, TOKENS
 
 LossFn = Callable[[Any, Any], tuple[Tensor, dict[str, float]]]
@@ -96,10 +96,10 @@ def columns_of(loss_fn: Any, data: Sequence[Any], shapes: Shapes) -> dict[str, T
     """The columns that the binding or the datums hold, end to end in float64; weights are 1 where there are none."""
     bound, like = bound_of(loss_fn), torch.empty(0, dtype=torch.float64)
     lengths = torch.tensor([prod(shape) for shape in shapes])
-    found = {name: known(name, data, bound) for name in COLUMNS}
+    found = {name: column_or_none(name, data, bound, TOKENS) for name in COLUMNS}
     if found["weights"] is None:
-        found["weights"] = known(ALIASES["weights"], data, {})
-    flat = {name: fill(name, x, shapes, lengths, like) for name, x in found.items() if x is not None}
+        found["weights"] = column_or_none(ALIASES["weights"], data, {}, TOKENS)
+    flat = {name: flatten_column(name, x, shapes, lengths, like) for name, x in found.items() if x is not None}
     return {"weights": torch.ones(int(lengths.sum()), dtype=torch.float64)} | flat
 
 
@@ -110,7 +110,7 @@ def having(loss_fn: Any, data: Sequence[Any], columns: Mapping[str, Tensor], sha
 
     def changed(datum: Any, i: int) -> Any:
         names = {key: name for name in rows for key in (name, ALIASES.get(name, name)) if key in datum.loss_fn_inputs}
-        return rebuilt(datum, {key: rows[name][i].numpy() for key, name in names.items()}) if names else datum
+        return with_fields(datum, {key: rows[name][i].numpy() for key, name in names.items()}) if names else datum
 
     return (loss_fn.bind(**bound) if bound else loss_fn), [changed(datum, i) for i, datum in enumerate(data)]
 

@@ -1,1 +1,1 @@
-"""The losses by family: equation and preset side by side."""
+"""The losses by family: each preset with its equation."""

@@ -1,116 +1,107 @@
-"""Policy-gradient losses: one row for each token, importance ratio r = exp(lp − old), advantages A.
+"""Policy-gradient losses: one term for each token, advantages A, importance ratio r = exp(lp − old).
 
-All read ``advantages`` and (but for ``reinforce``) ``old_logprobs``. Clip bounds are absolute ratios.
-``log_ratio_cap`` bounds |lp − old| before the exponential (``None``: the paper's uncapped form). Statistics: ``ratio``,
-``ratio_capped``, ``log_ratio_abs``, ``kl_old``, and where the loss clips ``clip_low`` and ``clip_high``, the shares of
-tokens whose gradient a bound removes. Where a bound limits the weight and the gradient stays (``cispo``), those shares
-are ``bound_low`` and ``bound_high``.
+Advantages are one number for each datum or one for each token. Clip bounds are absolute ratios.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from functools import partial
 
 from torch import Tensor
 
 from lossfns import terms as eq
-from lossfns.loss import KL, Loss, Statistics, geometric_level, method, token_level, weighed, with_kl
-from lossfns.loss import dual_clip as with_dual_clip
+from lossfns.combine import KL, with_kl
+from lossfns.loss import Loss, Statistics, make_loss, preset
+from lossfns.losses.ratio import Clip, bound_statistics, clipped, geometric_level_by_token, ratio_loss
+from lossfns.segments import geometric_level, token_level
 from lossfns.terms import k3
 from lossfns.tokens import Tokens
 from lossfns.weigh import Weighing, sequence_mean, token_mean
 
-Clip = tuple[float, float]
-Level = Callable[[Tokens, Tensor], Tensor]
-Surrogate = Callable[[Tokens, Tensor], Tensor]
-Shares = Callable[[Tokens, Tensor], Statistics]
 
-
-def geometric_level_by_token(t: Tokens, log_ratio: Tensor) -> Tensor:
-    """The sequence's mean in value, but each token's gradient goes to its own logprob alone."""
-    return eq.straight_through(geometric_level(t, log_ratio), log_ratio)
-
-
-def ratio_loss(
-    level: Level,
-    surrogate: Surrogate,
-    weigh: Weighing,
-    log_ratio_cap: float | None,
-    shares: Shares = lambda t, ratio: {},
-) -> Loss:
-    """surrogate(t, r) of each token, r = exp(capped d), d = lp − old of the token or its sequence."""
-
-    def terms(t: Tokens) -> tuple[Tensor, Statistics]:
-        log_ratio = t.logprobs - t.old_logprobs
-        d = level(t, log_ratio)
-        r = eq.cap(d, log_ratio_cap).exp()
-        distance = d.detach().abs()
-        statistics = {
-            "ratio": r.detach(),
-            "ratio_capped": distance > (math.inf if log_ratio_cap is None else log_ratio_cap),
-            "log_ratio_abs": distance,
-            "kl_old": eq.k3_of(log_ratio.detach()),
-        }
-        return surrogate(t, r), statistics | shares(t, r.detach())
-
-    return weighed(terms, ("advantages", "old_logprobs"), weigh)
-
-
-def clip_shares(t: Tokens, ratio: Tensor, clip: Clip) -> Statistics:
-    """Where a bound removes the gradient: below low with A < 0, above high with A > 0."""
-    low, high = clip
-    return {"clip_low": (t.advantages < 0) & (ratio < low), "clip_high": (t.advantages > 0) & (ratio > high)}
-
-
-def bound_shares(t: Tokens, ratio: Tensor, clip: Clip) -> Statistics:
-    """Where a bound limits a weight, whatever the advantage."""
-    low, high = clip
-    return {"bound_low": ratio < low, "bound_high": ratio > high}
-
-
-def clipped(level: Level, clip: Clip, weigh: Weighing, log_ratio_cap: float | None, dual_clip: float | None) -> Loss:
-    """−min(r·A, clip(r)·A), dual-clipped if asked."""
-
-    def surrogate(t: Tokens, ratio: Tensor) -> Tensor:
-        return eq.clipped_surrogate(ratio, t.advantages, clip)
-
-    shares = partial(clip_shares, clip=clip)
-    return with_dual_clip(ratio_loss(level, surrogate, weigh, log_ratio_cap, shares), dual_clip)
-
-
-@method
+@preset
 def reinforce(weigh: Weighing = token_mean) -> Loss:
-    """−A·lp: the policy gradient on-policy; reads no ``old_logprobs``. Statistic: ``nll``.
+    """−A·lp: the policy gradient on-policy. Williams 1992.
 
     The hosted APIs' example GRPO is ``with_kl(reinforce(weigh=sequence_sum_mean), kl_beta=0.001, kl=k1)``.
+
+    Args:
+        weigh: how tokens count: ``token_mean``, ``sequence_mean``, ``sequence_sum_mean``, ``token_sum`` or
+            ``fixed_length(L)``.
+
+    Reads ``advantages``. Statistics, means over active tokens:
+
+        nll: mean −lp, in nats, at least 0.
+
+    >>> reinforce().reads
+    ('advantages',)
     """
 
     def terms(t: Tokens) -> tuple[Tensor, Statistics]:
         return eq.policy_gradient(t.logprobs, t.advantages), {"nll": -t.logprobs.detach()}
 
-    return weighed(terms, ("advantages",), weigh)
+    return make_loss(terms, ("advantages",), weigh)
 
 
-@method
+@preset
 def importance_sampling(weigh: Weighing = token_mean, log_ratio_cap: float | None = 20.0) -> Loss:
-    """−r·A: the policy gradient corrected for the policy that sampled."""
+    """−r·A: the policy gradient, corrected for the policy that sampled.
+
+    Args:
+        weigh: how tokens count: ``token_mean``, ``sequence_mean``, ``sequence_sum_mean``, ``token_sum`` or
+            ``fixed_length(L)``.
+        log_ratio_cap: bound of |lp − old| before the exponential, above 0; ``None`` is the paper's uncapped form.
+
+    Reads ``advantages`` and ``old_logprobs``. Statistics, means over active tokens:
+
+        ratio: mean r, above 0; 1 on-policy.
+        ratio_capped: share of tokens whose log-ratio the cap bounds, in [0, 1].
+        log_ratio_abs: mean |lp − old|, in nats.
+        kl_old: k3 estimate of KL(old‖π) by token, in nats, at least 0.
+
+    >>> importance_sampling()
+    importance_sampling(weigh=token_mean, log_ratio_cap=20.0)
+    """
     return ratio_loss(token_level, lambda t, ratio: eq.surrogate(ratio, t.advantages), weigh, log_ratio_cap)
 
 
-@method
+@preset
 def ppo(
     clip: Clip = (0.8, 1.2),
     weigh: Weighing = token_mean,
     log_ratio_cap: float | None = 20.0,
     dual_clip: float | None = None,
 ) -> Loss:
-    """−min(r·A, clip(r)·A). Schulman et al. 2017, arXiv:1707.06347, equation 7."""
+    """−min(r·A, clip(r, low, high)·A). Schulman et al. 2017, arXiv:1707.06347, equation 7.
+
+    Args:
+        clip: bounds (low, high) of the ratio itself, 0 <= low <= 1 <= high; an epsilon of 0.2 is (0.8, 1.2).
+        weigh: how tokens count: ``token_mean``, ``sequence_mean``, ``sequence_sum_mean``, ``token_sum`` or
+            ``fixed_length(L)``.
+        log_ratio_cap: bound of |lp − old| before the exponential, above 0; ``None`` is the paper's uncapped form.
+        dual_clip: c of ``with_dual_clip``, above 1; ``None`` for none.
+
+    Reads ``advantages`` and ``old_logprobs``. Statistics, means over active tokens:
+
+        ratio: mean r, above 0; 1 on-policy.
+        ratio_capped: share of tokens whose log-ratio the cap bounds, in [0, 1].
+        log_ratio_abs: mean |lp − old|, in nats.
+        kl_old: k3 estimate of KL(old‖π) by token, in nats, at least 0.
+        clip_low: share of tokens with A < 0 and r < low, whose gradient is 0; in [0, 1].
+        clip_high: share of tokens with A > 0 and r > high, whose gradient is 0; in [0, 1].
+        clip_dual: share of tokens whose loss the dual clip bounds, in [0, 1]; only with ``dual_clip``.
+
+    >>> import torch
+    >>> from lossfns import datum_from_tokens
+    >>> data = [datum_from_tokens([5, 6], prompt_length=1)]
+    >>> loss, metrics = ppo().bind(advantages=[1.0], old_logprobs=[[-2.0]])(data, [torch.tensor([-1.0])])
+    >>> round(float(loss), 3), round(metrics["ratio"], 3), metrics["clip_high"]
+    (-1.2, 2.718, 1.0)
+    """
     return clipped(token_level, clip, weigh, log_ratio_cap, dual_clip)
 
 
-@method
+@preset
 def grpo(
     clip: Clip = (0.8, 1.2),
     kl_beta: float = 1e-3,
@@ -119,68 +110,199 @@ def grpo(
     log_ratio_cap: float | None = 20.0,
     dual_clip: float | None = None,
 ) -> Loss:
-    """PPO's clip plus β·KL to a reference, advantages from groups. Shao et al. 2024, arXiv:2402.03300, eq. 3.
+    """−min(r·A, clip(r, low, high)·A) + β·KL(lp, ref). Shao et al. 2024, arXiv:2402.03300, equation 3.
 
-    Reads ``ref_logprobs`` too, unless ``kl_beta=0``. The paper's own average is ``weigh=sequence_mean``.
+    PPO's clip with a penalty towards a reference model. Advantages come from ``group_advantages``. The paper's own
+    average is ``weigh=sequence_mean``.
+
+    Args:
+        clip: bounds (low, high) of the ratio itself, 0 <= low <= 1 <= high; an epsilon of 0.2 is (0.8, 1.2).
+        kl_beta: β, at least 0; 0 leaves the penalty out, and ``ref_logprobs`` with it.
+        kl: the estimator of the penalty: ``k1``, ``k2`` or ``k3`` (see ``help(lossfns.k3)`` for its gradient).
+        weigh: how tokens count: ``token_mean``, ``sequence_mean``, ``sequence_sum_mean``, ``token_sum`` or
+            ``fixed_length(L)``.
+        log_ratio_cap: bound of |lp − old| before the exponential, above 0; ``None`` is the paper's uncapped form.
+        dual_clip: c of ``with_dual_clip``, above 1; ``None`` for none.
+
+    Reads ``advantages``, ``old_logprobs`` and, unless ``kl_beta=0``, ``ref_logprobs``.
+    Statistics, means over active tokens:
+
+        ratio: mean r, above 0; 1 on-policy.
+        ratio_capped: share of tokens whose log-ratio the cap bounds, in [0, 1].
+        log_ratio_abs: mean |lp − old|, in nats.
+        kl_old: k3 estimate of KL(old‖π) by token, in nats, at least 0.
+        clip_low: share of tokens with A < 0 and r < low, whose gradient is 0; in [0, 1].
+        clip_high: share of tokens with A > 0 and r > high, whose gradient is 0; in [0, 1].
+        clip_dual: share of tokens whose loss the dual clip bounds, in [0, 1]; only with ``dual_clip``.
+        kl_ref: mean of the estimator, in nats; only with ``kl_beta`` above 0.
 
     >>> grpo(kl_beta=0.01)
     grpo(clip=(0.8, 1.2), kl_beta=0.01, kl=k3, weigh=token_mean, log_ratio_cap=20.0, dual_clip=None)
+    >>> import torch
+    >>> from lossfns import datum_from_tokens
+    >>> data = [datum_from_tokens([5, 6], prompt_length=1)]
+    >>> loss_fn = grpo().bind(advantages=[1.0], old_logprobs=[[-1.0]], ref_logprobs=[[-1.0]])
+    >>> loss, metrics = loss_fn(data, [torch.tensor([-1.0])])
+    >>> float(loss), metrics["ratio"], metrics["kl_ref"]
+    (-1.0, 1.0, 0.0)
     """
     return with_kl(clipped(token_level, clip, weigh, log_ratio_cap, dual_clip), kl_beta, kl)
 
 
-@method
+@preset
 def dapo(
     clip: Clip = (0.8, 1.28),
     weigh: Weighing = token_mean,
     log_ratio_cap: float | None = 20.0,
     dual_clip: float | None = None,
 ) -> Loss:
-    """PPO with the upper bound raised, no KL, token mean. Yu et al. 2025, arXiv:2503.14476, equation 8."""
+    """−min(r·A, clip(r, low, high)·A), with a higher upper bound. Yu et al. 2025, arXiv:2503.14476, equation 8.
+
+    PPO's clip without a KL penalty, averaged over the tokens of the batch.
+
+    Args:
+        clip: bounds (low, high) of the ratio itself, 0 <= low <= 1 <= high; an epsilon of 0.2 is (0.8, 1.2).
+        weigh: how tokens count: ``token_mean``, ``sequence_mean``, ``sequence_sum_mean``, ``token_sum`` or
+            ``fixed_length(L)``.
+        log_ratio_cap: bound of |lp − old| before the exponential, above 0; ``None`` is the paper's uncapped form.
+        dual_clip: c of ``with_dual_clip``, above 1; ``None`` for none.
+
+    Reads ``advantages`` and ``old_logprobs``. Statistics, means over active tokens:
+
+        ratio: mean r, above 0; 1 on-policy.
+        ratio_capped: share of tokens whose log-ratio the cap bounds, in [0, 1].
+        log_ratio_abs: mean |lp − old|, in nats.
+        kl_old: k3 estimate of KL(old‖π) by token, in nats, at least 0.
+        clip_low: share of tokens with A < 0 and r < low, whose gradient is 0; in [0, 1].
+        clip_high: share of tokens with A > 0 and r > high, whose gradient is 0; in [0, 1].
+        clip_dual: share of tokens whose loss the dual clip bounds, in [0, 1]; only with ``dual_clip``.
+
+    >>> dapo().reads
+    ('advantages', 'old_logprobs')
+    """
     return clipped(token_level, clip, weigh, log_ratio_cap, dual_clip)
 
 
-@method
+@preset
 def gspo(
     clip: Clip = (1 - 3e-4, 1 + 4e-4),
     weigh: Weighing = sequence_mean,
     log_ratio_cap: float | None = 20.0,
     dual_clip: float | None = None,
 ) -> Loss:
-    """One ratio for the sequence, (π/π_old)^(1/|y|), and its gradient. Zheng et al. 2025, arXiv:2507.18071, eq. 5."""
+    """−min(s·A, clip(s, low, high)·A), with one ratio s = (π/π_old)^(1/|y|) for each sequence.
+
+    Zheng et al. 2025, arXiv:2507.18071, equation 5. |y| counts active tokens. The gradient of s reaches every token.
+
+    Args:
+        clip: bounds (low, high) of s, 0 <= low <= 1 <= high; an epsilon of 0.2 is (0.8, 1.2).
+        weigh: how tokens count: ``token_mean``, ``sequence_mean``, ``sequence_sum_mean``, ``token_sum`` or
+            ``fixed_length(L)``.
+        log_ratio_cap: bound of |log s| before the exponential, above 0; ``None`` is the paper's uncapped form.
+        dual_clip: c of ``with_dual_clip``, above 1; ``None`` for none.
+
+    Reads ``advantages`` and ``old_logprobs``. Statistics, means over active tokens:
+
+        ratio: mean s, above 0; 1 on-policy.
+        ratio_capped: share of tokens whose log-ratio the cap bounds, in [0, 1].
+        log_ratio_abs: mean |log s|, in nats.
+        kl_old: k3 estimate of KL(old‖π) by token, in nats, at least 0.
+        clip_low: share of tokens with A < 0 and s < low, whose gradient is 0; in [0, 1].
+        clip_high: share of tokens with A > 0 and s > high, whose gradient is 0; in [0, 1].
+        clip_dual: share of tokens whose loss the dual clip bounds, in [0, 1]; only with ``dual_clip``.
+
+    >>> gspo().knobs["weigh"]
+    sequence_mean
+    """
     return clipped(geometric_level, clip, weigh, log_ratio_cap, dual_clip)
 
 
-@method
+@preset
 def gspo_token(
     clip: Clip = (1 - 3e-4, 1 + 4e-4),
     weigh: Weighing = sequence_mean,
     log_ratio_cap: float | None = 20.0,
     dual_clip: float | None = None,
 ) -> Loss:
-    """GSPO's ratio in value, each token's own gradient: advantages may differ by token. arXiv:2507.18071, eq. 13."""
+    """−min(s·A, clip(s, low, high)·A), where s has GSPO's value and the gradient of each token's own logprob.
+
+    Zheng et al. 2025, arXiv:2507.18071, equation 13. Advantages may differ by token.
+
+    Args:
+        clip: bounds (low, high) of s, 0 <= low <= 1 <= high; an epsilon of 0.2 is (0.8, 1.2).
+        weigh: how tokens count: ``token_mean``, ``sequence_mean``, ``sequence_sum_mean``, ``token_sum`` or
+            ``fixed_length(L)``.
+        log_ratio_cap: bound of |log s| before the exponential, above 0; ``None`` is the paper's uncapped form.
+        dual_clip: c of ``with_dual_clip``, above 1; ``None`` for none.
+
+    Reads ``advantages`` and ``old_logprobs``. Statistics, means over active tokens:
+
+        ratio: mean s, above 0; 1 on-policy.
+        ratio_capped: share of tokens whose log-ratio the cap bounds, in [0, 1].
+        log_ratio_abs: mean |log s|, in nats.
+        kl_old: k3 estimate of KL(old‖π) by token, in nats, at least 0.
+        clip_low: share of tokens with A < 0 and s < low, whose gradient is 0; in [0, 1].
+        clip_high: share of tokens with A > 0 and s > high, whose gradient is 0; in [0, 1].
+        clip_dual: share of tokens whose loss the dual clip bounds, in [0, 1]; only with ``dual_clip``.
+
+    >>> gspo_token().reads
+    ('advantages', 'old_logprobs')
+    """
     return clipped(geometric_level_by_token, clip, weigh, log_ratio_cap, dual_clip)
 
 
-@method
+@preset
 def cispo(clip: Clip = (0.0, 4.0), weigh: Weighing = token_mean, log_ratio_cap: float | None = 20.0) -> Loss:
-    """−sg(clip(r))·A·lp: a bound limits a token's weight, not its gradient. MiniMax 2025, arXiv:2506.13585.
+    """−sg(clip(r, low, high))·A·lp: a bound limits the weight of a token, and no token loses its gradient.
 
-    The paper bounds from above alone, as here. Statistics: ``bound_low``, ``bound_high``; nothing is clipped away.
+    MiniMax 2025, arXiv:2506.13585. The paper bounds from above alone, as the default does.
+
+    Args:
+        clip: bounds (low, high) of the ratio itself, 0 <= low <= 1 <= high; an epsilon of 0.2 is (0.8, 1.2).
+        weigh: how tokens count: ``token_mean``, ``sequence_mean``, ``sequence_sum_mean``, ``token_sum`` or
+            ``fixed_length(L)``.
+        log_ratio_cap: bound of |lp − old| before the exponential, above 0; ``None`` is the paper's uncapped form.
+
+    Reads ``advantages`` and ``old_logprobs``. Statistics, means over active tokens:
+
+        ratio: mean r, above 0; 1 on-policy.
+        ratio_capped: share of tokens whose log-ratio the cap bounds, in [0, 1].
+        log_ratio_abs: mean |lp − old|, in nats.
+        kl_old: k3 estimate of KL(old‖π) by token, in nats, at least 0.
+        bound_low: share of tokens with r < low, whose weight is low; in [0, 1].
+        bound_high: share of tokens with r > high, whose weight is high; in [0, 1].
+
+    >>> cispo(clip=(0.0, 5.0))
+    cispo(clip=(0.0, 5.0), weigh=token_mean, log_ratio_cap=20.0)
     """
 
     def weighted(t: Tokens, ratio: Tensor) -> Tensor:
         return eq.weighted_policy_gradient(t.logprobs, ratio, t.advantages, clip)
 
-    return ratio_loss(token_level, weighted, weigh, log_ratio_cap, partial(bound_shares, clip=clip))
+    return ratio_loss(token_level, weighted, weigh, log_ratio_cap, partial(bound_statistics, clip=clip))
 
 
-@method
+@preset
 def dro(beta: float = 0.05, weigh: Weighing = token_mean) -> Loss:
-    """−(A·lp − ½β(lp − old)²): a pull back to the policy that sampled. Richemond et al. 2024, arXiv:2405.19107.
+    """−(A·lp − ½β(lp − old)²): a policy gradient with a pull back to the policy that sampled.
 
-    By token, as the hosted services have it; the paper's log-ratio is that of the sequence. No ratio is in the loss:
-    the statistics ``ratio`` and ``ratio_capped`` are those of a cap of 20.
+    Richemond et al. 2024, arXiv:2405.19107. The penalty is by token, as in the hosted services; the paper's is of
+    the sequence's log-ratio. No ratio enters the loss; the statistics of the ratio use a cap of 20.
+
+    Args:
+        beta: β, a finite number above 0.
+        weigh: how tokens count: ``token_mean``, ``sequence_mean``, ``sequence_sum_mean``, ``token_sum`` or
+            ``fixed_length(L)``.
+
+    Reads ``advantages`` and ``old_logprobs``. Statistics, means over active tokens:
+
+        ratio: mean r, above 0; 1 on-policy.
+        ratio_capped: share of tokens whose log-ratio the cap bounds, in [0, 1].
+        log_ratio_abs: mean |lp − old|, in nats.
+        kl_old: k3 estimate of KL(old‖π) by token, in nats, at least 0.
+
+    >>> dro(beta=0.1)
+    dro(beta=0.1, weigh=token_mean)
     """
 
     def penalised(t: Tokens, ratio: Tensor) -> Tensor:

@@ -1,15 +1,11 @@
-"""Preference losses: one row for each pair, datums interleaved 2i chosen, 2i + 1 rejected.
-
-Statistics: ``margin`` (dpo, in nats, not scaled by β) and ``reward_margin`` (β·margin), or
-``log_odds_ratio`` and ``nll`` (orpo); ``accuracy``, the share of pairs ranked right, a tie counting half.
-"""
+"""Preference losses: one term for each pair, datums interleaved 2i chosen, 2i + 1 rejected."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 from lossfns import terms as eq
-from lossfns.loss import Loss, Statistics, method, weighed
+from lossfns.loss import Loss, Statistics, make_loss, preset
 from lossfns.segments import chosen, rejected, weighted_mean, weighted_sum
 from lossfns.tokens import PAIRS, Tokens
 from lossfns.weigh import Weighing, pair_mean
@@ -20,11 +16,30 @@ def accuracy(difference: Tensor) -> Tensor:
     return (difference.detach().sign() + 1) / 2
 
 
-@method
+@preset
 def dpo(beta: float = 0.1, label_smoothing: float = 0.0, weigh: Weighing = pair_mean) -> Loss:
-    """−log σ(β·m), m = Σ w·(lp − ref) of the chosen less that of the rejected. arXiv:2305.18290, equation 7.
+    """−(1−ε)·log σ(β·m) − ε·log σ(−β·m), with m = Σ w·(lp − ref) of the chosen less that of the rejected.
 
-    Reads ``ref_logprobs``. ``label_smoothing`` ε gives the conservative form (1−ε, ε).
+    Rafailov et al. 2023, arXiv:2305.18290, equation 7. ε: Mitchell 2023, conservative DPO.
+
+    Args:
+        beta: β, a finite number above 0.
+        label_smoothing: ε in [0, 0.5], the probability that a pair is labelled the wrong way round.
+        weigh: ``pair_mean`` or ``pair_sum``.
+
+    Reads ``ref_logprobs``. Statistics, means over pairs:
+
+        margin: m, in nats.
+        reward_margin: β·m.
+        accuracy: share of pairs with m > 0, in [0, 1]; a tie counts ½.
+
+    >>> import torch
+    >>> from lossfns import datum_from_tokens
+    >>> pair = [datum_from_tokens([5, 6], prompt_length=1), datum_from_tokens([5, 7], prompt_length=1)]
+    >>> logprobs = [torch.tensor([-1.0]), torch.tensor([-2.0])]
+    >>> loss, metrics = dpo().bind(ref_logprobs=[[-2.0], [-1.0]])(pair, logprobs)
+    >>> round(float(loss), 4), metrics["margin"], metrics["accuracy"]  # −log σ(0.1 · 2)
+    (0.5981, 2.0, 1.0)
     """
 
     def terms(t: Tokens) -> tuple[Tensor, Statistics]:
@@ -33,14 +48,32 @@ def dpo(beta: float = 0.1, label_smoothing: float = 0.0, weigh: Weighing = pair_
         statistics = {"margin": m.detach(), "reward_margin": beta * m.detach(), "accuracy": accuracy(m)}
         return eq.preference(m, beta, label_smoothing), statistics
 
-    return weighed(terms, ("ref_logprobs",), weigh, rows=PAIRS)
+    return make_loss(terms, ("ref_logprobs",), weigh, rows=PAIRS)
 
 
-@method
+@preset
 def orpo(lam: float = 0.1, weigh: Weighing = pair_mean) -> Loss:
-    """−a_w + λ·(−log σ(log-odds(a_w) − log-odds(a_l))), a = Σ w·lp / Σ w. arXiv:2403.07691, equations 6 and 7.
+    """−a_w + λ·(−log σ(log-odds(a_w) − log-odds(a_l))), with a = Σ w·lp / Σ w of the chosen (w) and rejected (l).
 
-    No reference model. Finite in value and gradient for every logprob down to and including 0.
+    Hong et al. 2024, arXiv:2403.07691, equations 6 and 7. No reference model. Value and gradient are finite for every
+    logprob down to and including 0.
+
+    Args:
+        lam: λ, a finite number of at least 0.
+        weigh: ``pair_mean`` or ``pair_sum``.
+
+    Reads no column besides the weights. Statistics, means over pairs:
+
+        nll: −a of the chosen side, in nats, at least 0.
+        log_odds_ratio: log-odds(a_w) − log-odds(a_l), in nats.
+        accuracy: share of pairs with a log-odds ratio above 0, in [0, 1]; a tie counts ½.
+
+    >>> import torch
+    >>> from lossfns import datum_from_tokens
+    >>> pair = [datum_from_tokens([5, 6], prompt_length=1), datum_from_tokens([5, 7], prompt_length=1)]
+    >>> loss, metrics = orpo()(pair, [torch.tensor([-1.0]), torch.tensor([-1.0])])
+    >>> round(float(loss), 4), metrics["nll"], metrics["accuracy"]  # 1 + 0.1 · log 2
+    (1.0693, 1.0, 0.5)
     """
 
     def terms(t: Tokens) -> tuple[Tensor, Statistics]:
@@ -55,4 +88,4 @@ def orpo(lam: float = 0.1, weigh: Weighing = pair_mean) -> Loss:
         }
         return nll + lam * eq.odds_ratio(difference), statistics
 
-    return weighed(terms, (), weigh, rows=PAIRS)
+    return make_loss(terms, (), weigh, rows=PAIRS)

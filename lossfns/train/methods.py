@@ -9,14 +9,11 @@ from typing import Any
 
 from lossfns.advantages import group_advantages, group_metrics
 from lossfns.backend import AdamParams, LocalTrainingClient, SamplingParams
-from lossfns.datum import (
-    Datum,
-    ModelInput,
-    align_sampler_logprobs,
-    datum_from_tokens,
-)
-from lossfns.loss import Loss, merge_metrics
+from lossfns.datum import Datum, ModelInput
+from lossfns.frame import align_sampler_logprobs, datum_from_tokens
+from lossfns.loss import Loss
 from lossfns.losses.supervised import cross_entropy
+from lossfns.metrics import merge_metrics
 from lossfns.train.run import Run
 from lossfns.train.tasks import END, TOKENIZER, Demonstration, Preference, Problem, Task
 

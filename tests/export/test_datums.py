@@ -10,8 +10,7 @@ from batches import CASES, Case, apart, call, sdks
 from torch import Tensor
 
 import lossfns
-from lossfns import LossInputError
-from lossfns.export import lanes as lanes
+from lossfns import LossInputError, export
 
 SINGLE = [case for case in CASES if not case.pairs]
 pytestmark = pytest.mark.filterwarnings("ignore:.*log-ratio.*")
@@ -29,7 +28,7 @@ def trace(fn: Any, ranks: dict[str, int]) -> list[Any]:
 
 @pytest.mark.parametrize("case", SINGLE, ids=str)
 def test_the_traced_form_summed_over_datums_is_the_batch_loss(case: Case) -> None:
-    fn = lanes.as_datum_fn(case.loss)
+    fn = export.as_datum_fn(case.loss)
     rank = 2 if case.loss.rows == "targets" else 1
     graphs = trace(fn, dict.fromkeys(("logprobs", "weights", *case.loss.reads), rank))
     for seed in (1, 2):
@@ -37,7 +36,7 @@ def test_the_traced_form_summed_over_datums_is_the_batch_loss(case: Case) -> Non
         value, gradients, metrics = call(case.loss, batch)
         for sdk in sdks():
             bound = case.loss.bind(**batch.bound(case.loss.reads))
-            data = lanes.datums(bound, batch.data(sdk))
+            data = export.with_denominators(bound, batch.data(sdk))
             assert all(type(d) is sdk.Datum for d in data)
             for graph in graphs:
                 logprobs = batch.tensors()
@@ -59,7 +58,7 @@ def inputs(datum: Any, case: Case) -> list[Tensor]:
 @pytest.mark.parametrize("loss", [lossfns.dpo(), lossfns.orpo()], ids=str)
 def test_losses_that_couple_datums_have_no_per_datum_form(loss: lossfns.Loss) -> None:
     with pytest.raises(LossInputError, match="couples two"):
-        lanes.as_datum_fn(loss)
+        export.as_datum_fn(loss)
 
 
 def hosted(name: str, datum: Any, lp: Tensor, config: dict[str, float] | None) -> Tensor:
@@ -103,7 +102,7 @@ def test_a_folded_loss_is_the_built_in_with_the_same_gradient(loss: lossfns.Loss
         batch = case.batch(Random(seed))
         value, gradients, _ = call(loss, batch)
         for sdk in sdks():
-            folded = lanes.fold(loss.bind(**batch.bound(loss.reads)), batch.data(sdk))
+            folded = export.fold(loss.bind(**batch.bound(loss.reads)), batch.data(sdk))
             logprobs = batch.tensors()
             total = sum(hosted(folded.loss_fn, d, lp, folded.loss_fn_config) for d, lp in zip(folded.data, logprobs))
             total.backward()
@@ -114,7 +113,7 @@ def test_a_folded_loss_is_the_built_in_with_the_same_gradient(loss: lossfns.Loss
 def test_cispo_folds_to_the_services_own_thresholds() -> None:
     batch = Case(lossfns.cispo(log_ratio_cap=None), lambda: (0.0, [])).batch(Random(1))
     loss = lossfns.cispo(log_ratio_cap=None)
-    folded = lanes.fold(loss.bind(**batch.bound(loss.reads)), batch.data())
+    folded = export.fold(loss.bind(**batch.bound(loss.reads)), batch.data())
     assert folded.loss_fn == "cispo"
     assert folded.loss_fn_config == {"clip_low_threshold": 0.0, "clip_high_threshold": 4.0}
 
@@ -122,7 +121,7 @@ def test_cispo_folds_to_the_services_own_thresholds() -> None:
 def test_folded_datums_carry_only_what_the_built_in_takes() -> None:
     case = Case(FOLDABLE[3], lambda: (0.0, []))
     batch = case.batch(Random(1))
-    folded = lanes.fold(case.loss.bind(**batch.bound(case.loss.reads)), batch.data())
+    folded = export.fold(case.loss.bind(**batch.bound(case.loss.reads)), batch.data())
     assert all(d.loss_fn_inputs.keys() == {"target_tokens", "logprobs", "advantages"} for d in folded.data)
     assert folded.loss_fn_config == {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2}
     assert all(math.isfinite(x) for d in folded.data for x in d.loss_fn_inputs["advantages"].data)
@@ -145,13 +144,13 @@ def test_folded_datums_carry_only_what_the_built_in_takes() -> None:
 )
 def test_what_no_built_in_computes_is_refused(loss: lossfns.Loss, reason: str) -> None:
     with pytest.raises(LossInputError, match=reason):
-        lanes.fold(loss, [])
+        export.fold(loss, [])
 
 
 def test_datums_hold_share_over_denominator() -> None:
     """Two sequences with weights (0, 1, 1) and (2): sequence_mean gives 1/2 · (0, ½, ½) and 1/2 · (1)."""
     data = [lossfns.datum_from_tokens([1, 2, 3, 4], [0, 0, 1, 1]), lossfns.datum_from_tokens([1, 2], [0, 2])]
-    ready = lanes.datums(lossfns.cross_entropy(weigh=lossfns.sequence_mean), data)
+    ready = export.with_denominators(lossfns.cross_entropy(weigh=lossfns.sequence_mean), data)
     assert [d.loss_fn_inputs["weights"].data for d in ready] == [[0.0, 0.25, 0.25], [0.5]]
     assert data[0].loss_fn_inputs["weights"].data == [0.0, 1.0, 1.0]
 
@@ -174,13 +173,17 @@ ROW = [-1.0, -1.0, -1.0]
 )
 def test_the_lanes_refuse_what_the_batch_contract_refuses(bind: dict[str, Any], message: str) -> None:
     data = [lossfns.datum_from_tokens([1, 2, 3, 4], prompt_length=0)]
-    for lane in (lanes.datums, lanes.fold):
+    for lane in (export.with_denominators, export.fold):
         with pytest.raises(LossInputError, match=message):
             lane(PPO.bind(**bind), data)
 
 
 def test_a_bound_loss_has_a_per_datum_form_and_an_uncalled_preset_has_none() -> None:
-    assert lanes.as_datum_fn(PPO.bind(advantages=[1.0])).__name__ == "ppo"
-    for lane in (lanes.as_datum_fn, lambda loss: lanes.fold(loss, []), lambda loss: lanes.datums(loss, [])):
+    assert export.as_datum_fn(PPO.bind(advantages=[1.0])).__name__ == "ppo"
+    for lane in (
+        export.as_datum_fn,
+        lambda loss: export.fold(loss, []),
+        lambda loss: export.with_denominators(loss, []),
+    ):
         with pytest.raises(LossInputError, match="Call the preset"):
             lane(lossfns.ppo)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import lossfns
 from lossfns import ON_POLICY, Loss, LossInputError
-from lossfns.export.gradient import token_gradient
+from lossfns.export.token_gradient import token_gradient
 from lossfns.logprobs.linear import linear_logprobs
 
 LENGTHS = (5, 1, 8, 3)

@@ -215,12 +215,12 @@ def test_dual_clip_bounds_what_a_bad_token_can_cost() -> None:
     assert call(lossfns.ppo(), batch)[:2] == (pytest.approx(math.exp(2)), [pytest.approx([math.exp(2)])])
     value, gradients, metrics = call(lossfns.ppo(dual_clip=3.0), batch)
     assert (value, gradients, metrics["clip_dual"]) == (3.0, [[0.0]], 1.0)
-    assert call(lossfns.dual_clip(lossfns.ppo(), c=3.0), batch)[:2] == (3.0, [[0.0]])
+    assert call(lossfns.with_dual_clip(lossfns.ppo(), c=3.0), batch)[:2] == (3.0, [[0.0]])
 
 
 @pytest.mark.parametrize("loss", [lossfns.grpo(), lossfns.with_tis(lossfns.ppo())], ids=repr)
 def test_combinators_go_on_from_inside_out(loss: lossfns.Loss) -> None:
-    for combinator in (lossfns.dual_clip, lossfns.with_tis):
+    for combinator in (lossfns.with_dual_clip, lossfns.with_tis):
         with pytest.raises(lossfns.LossInputError, match="Apply with_kl last"):
             combinator(loss)
 
@@ -249,9 +249,9 @@ def test_without_a_cap_an_overflow_is_an_error_and_not_an_inf() -> None:
         lambda: lossfns.with_kl(lossfns.dpo()),
         lambda: lossfns.with_kl(lossfns.orpo()),
         lambda: lossfns.with_tis(lossfns.multi_target_cross_entropy()),
-        lambda: lossfns.dual_clip(lossfns.cross_entropy()),
+        lambda: lossfns.with_dual_clip(lossfns.cross_entropy()),
     ],
 )
 def test_nothing_is_counted_twice_or_put_where_it_has_no_meaning(build: Any) -> None:
-    with pytest.raises(lossfns.LossInputError, match=r"^(with_kl|with_tis|dual_clip): loss: expected a loss"):
+    with pytest.raises(lossfns.LossInputError, match=r"^(with_kl|with_tis|with_dual_clip): loss: expected a loss"):
         build()

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from lossfns.errors import LossInputError
-from lossfns.loss import BoundLoss, Loss, named
-from lossfns.pack import Columns, pack_columns
+from lossfns.loss import BoundLoss, Loss, blaming
+from lossfns.pack import PackedColumns, pack_side_columns
 
 LossFn = Callable[[list[Any], list[Tensor]], tuple[Tensor, dict[str, float]]]
 
@@ -85,19 +85,19 @@ def prepared(loss_fn: LossFn | Loss | BoundLoss, data: list[Any], form: Outputs)
     bound = loss_fn.bind() if isinstance(loss_fn, Loss) else loss_fn
     if isinstance(bound, BoundLoss):
         loss, align = bound.loss, bound.align
-        with named(loss):
-            columns = pack_columns(
+        with blaming(loss):
+            columns = pack_side_columns(
                 data, form.shapes, form.values, loss.reads, bound.columns, rows=loss.rows, align=align
             )
         return partial(of_ours, bound, columns)
     return partial(of_callable, loss_fn, data)
 
 
-def of_ours(bound: BoundLoss, columns: Columns, outputs: Outputs) -> Value:
+def of_ours(bound: BoundLoss, columns: PackedColumns, outputs: Outputs) -> Value:
     """A loss of ours runs where the outputs are, on all of them end to end."""
     leaf = outputs.values.detach().requires_grad_()
-    with named(bound.loss):
-        result = bound.measured(columns.at(leaf.flatten()))
+    with blaming(bound.loss):
+        result = bound.evaluate_packed(columns.at(leaf.flatten()))
     loss, metrics = checked(result)
     go_back(loss, leaf)
     return value(loss, metrics, leaf, outputs)

@@ -18,8 +18,8 @@ from lossfns.backend.engine.batch import Rows
 from lossfns.backend.engine.differentiate import LossFn, Outputs, Value, differentiate, go_back, of_ours
 from lossfns.backend.engine.memory import give_back
 from lossfns.errors import LossInputError
-from lossfns.loss import BoundLoss, Loss, evaluate, named
-from lossfns.pack import Columns, pack_columns
+from lossfns.loss import BoundLoss, Loss, blaming, evaluate
+from lossfns.pack import PackedColumns, pack_side_columns
 from lossfns.tokens import PAIRS, Tokens
 
 
@@ -86,8 +86,8 @@ def at_once(loss_fn: LossFn | Loss | BoundLoss, data: list[Any], work: Work) -> 
 def streamed(bound: BoundLoss, data: list[Any], work: Work, parts: Parts) -> Value:
     """Forward, loss and backward of one micro-batch after the other; then loss and metrics of the whole."""
     loss, shapes, align = bound.loss, work.rows.shapes, bound.align
-    with named(loss):  # refuses, before the first forward, what does not fit together
-        columns = pack_columns(data, shapes, work.like, loss.reads, bound.columns, rows=loss.rows, align=align)
+    with blaming(loss):  # refuses, before the first forward, what does not fit together
+        columns = pack_side_columns(data, shapes, work.like, loss.reads, bound.columns, rows=loss.rows, align=align)
     denominator = divisor(bound, columns)
     if not denominator > 0:
         return twice(bound, data, work, parts)  # which says what is wrong
@@ -101,7 +101,9 @@ def streamed(bound: BoundLoss, data: list[Any], work: Work, parts: Parts) -> Val
     return value._replace(passes=2)
 
 
-def own_part(value_of: Callable[[Tokens], Any], columns: Columns, work: Work, part: slice) -> tuple[Tensor, Tensor]:
+def own_part(
+    value_of: Callable[[Tokens], Any], columns: PackedColumns, work: Work, part: slice
+) -> tuple[Tensor, Tensor]:
     """Values and their gradient of one micro-batch, all of whose graph is gone before the next needs the memory."""
     own = moved(work.values(part), work.name)
     leaf = own.detach().requires_grad_()
@@ -112,7 +114,7 @@ def own_part(value_of: Callable[[Tokens], Any], columns: Columns, work: Work, pa
     return own.detach(), leaf.grad
 
 
-def divisor(bound: BoundLoss, columns: Columns) -> float:
+def divisor(bound: BoundLoss, columns: PackedColumns) -> float:
     """What the loss divides by, which takes no logprobs."""
     if bound.divisor is not None or bound.loss.count is None:
         return bound.divisor or 1.0

@@ -18,7 +18,7 @@ from torch import Tensor
 import lossfns
 from lossfns import terms as eq
 from lossfns.errors import LossInputError
-from lossfns.segments import active_mean, chosen, nonempty, rejected, spread, weighted_mean, weighted_sum
+from lossfns.segments import active_mean, chosen, nonempty, rejected, to_tokens, weighted_mean, weighted_sum
 from lossfns.tokens import Tokens
 from lossfns.weigh import each_pair, weights_in_sequence
 
@@ -111,7 +111,7 @@ def lengths_of(logprobs_list: Logprobs) -> list[int]:
 
 def each_sequence(t: Tokens, values: Tensor) -> Tensor:
     """A number of each sequence at each of its tokens."""
-    return spread(t, values.to(t.weights))
+    return to_tokens(t, values.to(t.weights))
 
 
 # Reducing and reporting
@@ -185,7 +185,7 @@ def log_ratio(t: Tokens) -> Tensor:
 
 def mean_log_ratio(t: Tokens) -> Tensor:
     """The mean of d over the sequence's active tokens, at each of them."""
-    return spread(t, active_mean(t, log_ratio(t)))
+    return to_tokens(t, active_mean(t, log_ratio(t)))
 
 
 def token_ratio(t: Tokens) -> Tensor:

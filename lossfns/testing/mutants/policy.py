@@ -11,7 +11,7 @@ from torch import Tensor
 
 import lossfns
 from lossfns import terms as eq
-from lossfns.segments import active_mean, sequence_sum, spread
+from lossfns.segments import active_mean, sequence_sum, to_tokens
 from lossfns.testing.mutants import parts
 from lossfns.testing.mutants.families import (
     LIKE_CISPO,
@@ -116,7 +116,7 @@ def ppo_advantages_averaged(data: Data, logprobs_list: Logprobs, *, clip: Clip =
         logprobs_list,
         clip=clip,
         term=lambda t, r, clip: clipped(
-            with_advantages(t, t.active * spread(t, active_mean(t, t.advantages))), r, clip
+            with_advantages(t, t.active * to_tokens(t, active_mean(t, t.advantages))), r, clip
         ),
     )
 
@@ -129,7 +129,7 @@ def gspo_token_advantages_summed(data: Data, logprobs_list: Logprobs, *, clip: C
         logprobs_list,
         clip=clip,
         term=lambda t, r, clip: clipped(
-            with_advantages(t, t.active * spread(t, sequence_sum(t, t.advantages))), r, clip
+            with_advantages(t, t.active * to_tokens(t, sequence_sum(t, t.advantages))), r, clip
         ),
     )
 
@@ -230,7 +230,7 @@ def importance_sampling_not_exponentiated(data: Data, logprobs_list: Logprobs) -
 @mutant("ratio-product", like=LIKE_GSPO, seen="NVIDIA-NeMo/RL#2269")
 def gspo_ratio_product(data: Data, logprobs_list: Logprobs, *, clip: Clip = CLIP) -> Result:
     """exp(Σ d)."""
-    return gspo(data, logprobs_list, clip=clip, ratio=lambda t: capped_exp(spread(t, sequence_sum(t, log_ratio(t)))))
+    return gspo(data, logprobs_list, clip=clip, ratio=lambda t: capped_exp(to_tokens(t, sequence_sum(t, log_ratio(t)))))
 
 
 @mutant("ratio-product", like=LIKE_GSPO_TOKEN, seen="walkinglabs/hands-on-modern-rl#75")
@@ -238,7 +238,7 @@ def gspo_token_ratio_product(data: Data, logprobs_list: Logprobs, *, clip: Clip 
     """exp(Σ d) in value."""
 
     def ratio(t: Tokens) -> Tensor:
-        return capped_exp(eq.straight_through(spread(t, sequence_sum(t, log_ratio(t))), t.logprobs))
+        return capped_exp(eq.straight_through(to_tokens(t, sequence_sum(t, log_ratio(t))), t.logprobs))
 
     return gspo_token(data, logprobs_list, clip=clip, ratio=ratio)
 
@@ -246,13 +246,15 @@ def gspo_token_ratio_product(data: Data, logprobs_list: Logprobs, *, clip: Clip 
 @mutant("ratio-sum", like=LIKE_GSPO, seen="unsloth-zoo#870")
 def gspo_ratio_sum(data: Data, logprobs_list: Logprobs, *, clip: Clip = CLIP) -> Result:
     """Σ exp(d)."""
-    return gspo(data, logprobs_list, clip=clip, ratio=lambda t: spread(t, sequence_sum(t, t.active * token_ratio(t))))
+    return gspo(
+        data, logprobs_list, clip=clip, ratio=lambda t: to_tokens(t, sequence_sum(t, t.active * token_ratio(t)))
+    )
 
 
 @mutant("ratio-sum", like=LIKE_GSPO)
 def gspo_ratio_arithmetic(data: Data, logprobs_list: Logprobs, *, clip: Clip = CLIP) -> Result:
     """The mean of exp(d)."""
-    return gspo(data, logprobs_list, clip=clip, ratio=lambda t: spread(t, active_mean(t, token_ratio(t))))
+    return gspo(data, logprobs_list, clip=clip, ratio=lambda t: to_tokens(t, active_mean(t, token_ratio(t))))
 
 
 # Clipping

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lossfns import terms as eq
-from lossfns.segments import nonempty, sequence_sum, spread, total_weight
+from lossfns.segments import nonempty, sequence_sum, to_tokens, weight_divisor
 from lossfns.testing.mutants import parts, wrong
 from lossfns.testing.mutants.families import (
     LIKE_GRPO,
@@ -285,7 +285,7 @@ def ppo_padding_in_sequence_mean(data: Data, logprobs_list: Logprobs, *, clip: C
         data,
         logprobs_list,
         clip=clip,
-        reduce=lambda t, x: sequence_mean(t, x * spread(t, total_weight(t)) / spread(t, full_length(t))),
+        reduce=lambda t, x: sequence_mean(t, x * to_tokens(t, weight_divisor(t)) / to_tokens(t, full_length(t))),
     )
 
 
@@ -300,7 +300,7 @@ def gspo_padding_in_ratio(data: Data, logprobs_list: Logprobs, *, clip: Clip = C
         data,
         logprobs_list,
         clip=clip,
-        ratio=lambda t: capped_exp(spread(t, sequence_sum(t, log_ratio(t)) / full_length(t))),
+        ratio=lambda t: capped_exp(to_tokens(t, sequence_sum(t, log_ratio(t)) / full_length(t))),
     )
 
 
@@ -309,7 +309,7 @@ def gspo_token_padding_in_ratio(data: Data, logprobs_list: Logprobs, *, clip: Cl
     """The same for GSPO-token."""
 
     def ratio(t: Tokens) -> Tensor:
-        mean = spread(t, sequence_sum(t, log_ratio(t)) / full_length(t))
+        mean = to_tokens(t, sequence_sum(t, log_ratio(t)) / full_length(t))
         return capped_exp(eq.straight_through(mean, t.logprobs))
 
     return gspo_token(data, logprobs_list, clip=clip, ratio=ratio)
@@ -338,7 +338,7 @@ def gspo_empty_sequence_nan(data: Data, logprobs_list: Logprobs, *, clip: Clip =
 
     def ratio(t: Tokens) -> Tensor:
         mean = sequence_sum(t, log_ratio(t)) / sequence_sum(t, t.active.to(t.weights))
-        return capped_exp(spread(t, mean))
+        return capped_exp(to_tokens(t, mean))
 
     return gspo(data, logprobs_list, clip=clip, ratio=ratio)
 
@@ -438,7 +438,7 @@ def ppo_broadcast(data: Data, logprobs_list: Logprobs, *, clip: Clip = CLIP) -> 
 
     def reduce(t: Tokens, x: Tensor) -> Mean:
         has, count = nonempty(t), nonempty(t).sum()
-        every = sequence_sum(t, t.weights * x) / total_weight(t)[:, None]
+        every = sequence_sum(t, t.weights * x) / weight_divisor(t)[:, None]
         return (has[:, None] * every).sum() / count**2, count
 
     return policy(data, logprobs_list, clip=clip, reduce=reduce)

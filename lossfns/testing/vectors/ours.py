@@ -44,7 +44,7 @@ def subject(name: str, config: Mapping[str, Any]) -> Loss:
     knobs = inspect.signature(preset).parameters
     loss: Loss = preset(**{key: x for key, x in settings.items() if key in knobs})
     if config.get("dual_clip") is not None and "dual_clip" not in knobs:
-        loss = lossfns.dual_clip(loss, settings["dual_clip"])
+        loss = lossfns.with_dual_clip(loss, settings["dual_clip"])
     if cap is not None:
         loss = lossfns.with_tis(loss, cap, named(f"{settings['tis_level']}_level"))
     if "kl" in settings and "kl" not in knobs:

@@ -18,11 +18,10 @@ from batches import sdks
 from torch import Tensor
 
 import lossfns
-from lossfns import LossInputError, TensorData
+from lossfns import LossInputError, TensorData, export
 from lossfns.backend import AdamParams, Decoder, LocalTrainingClient, SamplingParams
 from lossfns.backend.model.tokenizer import ByteTokenizer
 from lossfns.backend.storage import checkpoint
-from lossfns.export import lanes as lanes
 
 SHAPE: dict[str, Any] = {"vocab_size": 257, "dim": 32, "layers": 2, "heads": 2, "kv_heads": 1, "hidden": 48}
 
@@ -154,7 +153,7 @@ def test_a_folded_loss_through_the_built_in_has_the_custom_gradient(loss: lossfn
     bound = loss.bind(**{name: columns[name] for name in loss.reads})
     c.forward_backward_custom(data, bound).result()
     custom = gradients(c)
-    folded = lanes.fold(bound, data)
+    folded = export.fold(bound, data)
     c.forward_backward(folded.data, folded.loss_fn, folded.loss_fn_config).result()
     assert_same_gradients(custom, gradients(c), 2e-6)
 

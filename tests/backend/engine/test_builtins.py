@@ -56,7 +56,7 @@ def needs(name: str) -> tuple[str, ...]:
     return BUILTINS[name].required + (("ref_logprobs",) if name == "grpo" else ())
 
 
-def weighed(data: list[Any]) -> list[Any]:
+def make_loss(data: list[Any]) -> list[Any]:
     """With weights of all kinds, a whole sequence of zeros among them."""
     rng = Random(12)
     for i, d in enumerate(data):
@@ -250,7 +250,7 @@ def test_a_built_in_is_its_formula_and_the_public_loss(name: str, config: Any, l
 
 @pytest.mark.parametrize("case", [case for case in CASES if case[0] != "gspo"], ids=lambda case: f"{case[0]}{case[1]}")
 def test_weights_multiply_each_tokens_term(case: Case) -> None:
-    check(client(), weighed(batch(case[0])), case)
+    check(client(), make_loss(batch(case[0])), case)
 
 
 def test_the_cases_hold_every_name_and_every_key() -> None:
@@ -378,7 +378,7 @@ def test_gspos_mask_holds_zeros_and_ones_and_covers_every_advantage(
 
 def test_gspo_takes_no_weights_beside_its_mask() -> None:
     with pytest.raises(LossInputError, match="got 'weights'"):
-        client().forward_backward(weighed(batch("gspo")), "gspo").result()
+        client().forward_backward(make_loss(batch("gspo")), "gspo").result()
 
 
 @pytest.mark.parametrize(

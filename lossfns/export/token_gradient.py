@@ -1,6 +1,6 @@
-"""∂L/∂logprob of a few tokens at a time, for losses in which no token depends on another's logprob.
+"""∂L/∂logprob of a few tokens at a time, for losses in which no token depends on another token's logprob.
 
-What computes logprobs can then turn them into gradients at once, and keep nothing for a backward pass.
+Code that computes logprobs can then turn them into gradients at once, and keep nothing for a backward pass.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ import torch
 from torch import Tensor
 
 from lossfns.errors import LossInputError
-from lossfns.loss import BoundLoss, Loss, named, show
-from lossfns.pack import check_data, find
-from lossfns.tokens import ON_POLICY, PAIRS, Tokens
+from lossfns.loss import BoundLoss, Loss, blaming, show
+from lossfns.pack import check_data, find_column
+from lossfns.tokens import ON_POLICY, Tokens
 
 TokenGradient = Callable[[Tensor, Any], Tensor]
-"""Logprobs of some tokens, in float32 or better, and their index in the batch -> ∂L/∂logprob, in their shape."""
+"""A function ``(logprobs of some tokens, their index in the batch) -> ∂L/∂logprob`` in the logprobs' shape."""
 
 
 @dataclass(frozen=True)
-class Lone(Tokens):
-    """Tokens of which nobody may ask which sequence they belong to."""
+class TokenwiseTokens(Tokens):
+    """Tokens without sequences: a term that asks for ``lengths`` is refused."""
 
     def __getattribute__(self, name: str) -> Any:
         if name == "lengths":
@@ -35,10 +35,20 @@ FIX = "Its gradient is known once all logprobs are: take another plan."
 
 
 def token_gradient(loss: Loss | BoundLoss, data: Sequence[Any], device: torch.device | str = "cpu") -> TokenGradient:
-    """The gradient of a loss as a function of any part of the batch's tokens, laid end to end.
+    """Write the gradient of a loss as a function of any part of the batch's tokens.
 
-    The denominator is that of the whole batch, or the one that is bound. For ``linear_logprobs(plan="separable")``,
-    whose backward pass refuses it where a term of one's own mixes tokens unnoticed here.
+    For ``linear_logprobs(plan="separable")``. A term of your own that mixes tokens unnoticed here is refused by its
+    backward pass.
+
+    Args:
+        loss: a loss of tokens or targets, with its side columns. The denominator is the one that is bound, or that
+            of the whole batch.
+        data: B datums with ``target_tokens``.
+        device: where the logprobs will be.
+
+    Returns:
+        ``gradient(logprobs, index)``: logprobs ``[n]`` or ``[n, K]`` in float32 or better, and their index (a slice
+        or a tensor) in the batch's tokens laid end to end; it gives ∂L/∂logprob in the logprobs' shape.
 
     Raises:
         LossInputError: where a token's term depends on its sequence, as in gspo, dpo and orpo.
@@ -52,13 +62,14 @@ def token_gradient(loss: Loss | BoundLoss, data: Sequence[Any], device: torch.de
     if not isinstance(loss, Loss | BoundLoss):
         raise LossInputError("loss", "a Loss such as ppo()", show(loss), "Nothing is known of another function.")
     bound = loss.bind() if isinstance(loss, Loss) else loss
-    if bound.loss.rows == PAIRS:
-        raise LossInputError("loss", "a loss whose tokens stand for themselves", f"{bound.loss!r}, over pairs", FIX)
-    with named(bound.loss):
+    if not bound.loss.rows.per_token:
+        got = f"{bound.loss!r}, over {bound.loss.rows}"
+        raise LossInputError("loss", "a loss whose tokens stand for themselves", got, FIX)
+    with blaming(bound.loss):
         check_data(data, bound.loss.rows)
-        nowhere = [torch.zeros(row.shape, device=device) for row in find("target_tokens", data, bound.columns)]
-        t = bound.packed(data, nowhere)
-        if len(t.logprobs) < sum(lp.numel() for lp in nowhere):
+        zeros = [torch.zeros(row.shape, device=device) for row in find_column("target_tokens", data, bound.columns)]
+        t = bound.packed(data, zeros)
+        if len(t.logprobs) < sum(lp.numel() for lp in zeros):
             fix = "An index counts all targets: bring the rows of each datum to their length."
             raise LossInputError("align", "rows as long as target_tokens", "'truncate', which cuts them", fix)
     divisor = 1.0 if bound.loss.count is None else bound.divisor or bound.denominator(data)
@@ -73,10 +84,10 @@ def token_gradient(loss: Loss | BoundLoss, data: Sequence[Any], device: torch.de
             lp = logprobs.detach().requires_grad_()
             kept = torch.where(some(t.active), lp.flatten(), 0)
             columns = {name: kept.detach() if name in on_policy else some(x) for name, x in t.columns.items()}
-            term, _ = bound.loss.terms(Lone(kept, some(t.weights), None, columns))
+            term, _ = bound.loss.terms(TokenwiseTokens(kept, some(t.weights), None, columns))
             (g,) = torch.autograd.grad(torch.dot(some(share).to(term.dtype), term), lp)
         return g
 
-    with named(bound.loss):
-        gradient(nowhere[0][:1], slice(0, 1))  # refuses a loss of another kind before any work is done
+    with blaming(bound.loss):
+        gradient(zeros[0][:1], slice(0, 1))  # refuses a loss of another kind before any work is done
     return gradient

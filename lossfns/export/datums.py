@@ -1,0 +1,234 @@
+"""A loss in two other contracts: a traced function of one datum, and a hosted service's built-in.
+
+Both put share / denominator into the datums. A service that only sums over tokens then computes exactly the
+weighed loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from math import prod
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lossfns.datum import TensorData
+from lossfns.errors import LossInputError
+from lossfns.loss import BoundLoss, Loss, blaming, not_divisible, to_host
+from lossfns.pack import Shapes, blank, check_data, pack, weight_rows
+from lossfns.segments import active_counts, to_tokens
+from lossfns.tokens import ON_POLICY, TARGETS, Tokens
+from lossfns.values import check_values, extremes
+
+DatumFn = Callable[..., tuple[Tensor, dict[str, Tensor]]]
+
+
+def as_datum_fn(loss: Loss | BoundLoss) -> DatumFn:
+    """Write a loss as a function of one datum, in the form of Tinker's ``create_custom_loss``.
+
+    Args:
+        loss: a loss of tokens, targets or sequences.
+
+    Returns:
+        ``fn(logprobs, weights, *reads) -> (0-d tensor, {"custom/<name>:sum": tensor})``, traceable by torch.fx. A loss
+        of sequences takes ``fn(logprobs, weights, share, *reads)``. The datums are those of ``with_denominators``, and
+        the losses of datums add up. Metrics are sums over the active rows: divide by ``custom/rows:sum``.
+
+    Raises:
+        LossInputError: for a loss of pairs, which couples datums.
+
+    >>> from lossfns import ppo
+    >>> as_datum_fn(ppo()).__code__.co_varnames
+    ('logprobs', 'weights', 'advantages', 'old_logprobs')
+    """
+    loss = as_bound(loss).loss
+    if loss.rows.datums > 1:
+        fix = "Use it as a custom loss over the batch: forward_backward_custom(data, loss)."
+        raise LossInputError("as_datum_fn", "a loss of single datums", f"{loss!r}, which couples two", fix)
+
+    def sums(t: Tokens, share: Tensor, active: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        term, statistics = loss.terms(t)
+        counted = active.to(torch.float32)
+        totals = {name: (counted * x.detach()).sum() for name, x in statistics.items()}
+        metrics = {f"custom/{name}:sum": total for name, total in ({"rows": counted.sum()} | totals).items()}
+        return (share * term).sum(), metrics
+
+    def packed(logprobs: Tensor, weights: Tensor, columns: Sequence[Tensor]) -> Tokens:
+        w = weights.flatten()
+        active = w != 0
+        blanked = {name: blank(x.flatten(), active) for name, x in zip(loss.reads, columns)}
+        return Tokens(blank(logprobs.flatten(), active), w, None, blanked)
+
+    def of_tokens(logprobs: Tensor, weights: Tensor, *columns: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        t = packed(logprobs, weights, columns)
+        return sums(t, t.weights, t.active)
+
+    def of_sequence(
+        logprobs: Tensor, weights: Tensor, share: Tensor, *columns: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        own = share.sum(0, keepdim=True)
+        return sums(packed(logprobs, weights, columns), own, own != 0)
+
+    # The service reads the parameters' names, and fx their number, from the code itself.
+    extra, body = ((), of_tokens) if loss.rows.per_token else (("share",), of_sequence)
+    names = ", ".join(("logprobs", "weights", *extra, *loss.reads))
+    fn: DatumFn = eval(f"lambda {names}: body({names})", {"body": body})
+    fn.__name__ = fn.__qualname__ = loss.name
+    return fn
+
+
+def as_bound(loss: Loss | BoundLoss) -> BoundLoss:
+    """Bind nothing to a ``Loss``, and refuse anything that is not a loss of this library."""
+    if isinstance(loss, Loss):
+        return loss.bind()
+    if not isinstance(loss, BoundLoss):
+        raise LossInputError("loss", "a Loss such as ppo()", f"{loss!r}", "Call the preset: ppo(), not ppo.")
+    return loss
+
+
+def with_denominators(loss: Loss | BoundLoss, data: Sequence[Any]) -> list[Any]:
+    """Copy the datums, with share / denominator in ``weights`` and every column that the loss reads in place.
+
+    A loss of sequences keeps its weights, which its terms may read; its share / denominator goes into the field
+    ``share``, at the first active token of each datum.
+
+    Args:
+        loss: a loss, bound to its side columns and, for a chunk, to the whole batch's denominator.
+        data: datums, which pass the same checks as in a call of the loss.
+
+    Raises:
+        LossInputError: for what a call of the loss refuses, for ``align="truncate"`` and for ``ON_POLICY``.
+    """
+    bound = as_bound(loss)
+    loss = bound.loss
+    with blaming(loss):
+        t, shapes = packed_without_logprobs(bound, data)
+        share = loss.share(t)
+        if loss.count is not None:
+            count = float(loss.count(t)) if bound.divisor is None else bound.divisor
+            if not count > 0:
+                raise not_divisible(count)
+            share = share / count
+    if loss.rows.per_token:
+        columns = {"weights": share, **t.columns}
+    else:
+        columns = {"weights": t.weights, "share": at_first_active(t, share), **t.columns}
+    parts = {name: torch.split(x.cpu(), [prod(shape) for shape in shapes]) for name, x in columns.items()}
+    return [
+        with_fields(datum, {name: rows[i].reshape(shape).numpy() for name, rows in parts.items()})
+        for i, (datum, shape) in enumerate(zip(data, shapes))
+    ]
+
+
+def at_first_active(t: Tokens, y: Tensor) -> Tensor:
+    """Put each sequence's value at its first active token, and 0 elsewhere: ``[B] -> [N]``."""
+    counts = active_counts(t)
+    before = to_tokens(t, counts.cumsum(0) - counts)
+    first = t.active & (t.active.cumsum(0) - before == 1)
+    return torch.where(first, to_tokens(t, y), 0)
+
+
+def packed_without_logprobs(bound: BoundLoss, data: Sequence[Any]) -> tuple[Tokens, Shapes]:
+    """Pack a batch whose logprobs are 0, check its values, and give the shape of each datum's rows."""
+    loss = bound.loss
+    if bound.align != "strict" or any(x is ON_POLICY for x in bound.columns.values()):
+        got = "align='truncate'" if bound.align != "strict" else "old_logprobs=ON_POLICY"
+        fix = "A datum holds what the service will read: rows of its own length, and numbers."
+        raise LossInputError("bind", "rows as the datums have them", got, fix)
+    check_data(data, loss.rows)
+    shapes: list[Sequence[int]] = [row.shape for row in weight_rows(data, loss.reads, bound.columns)]
+    targets = [d.loss_fn_inputs.get("target_tokens") for d in data]
+    if loss.rows is TARGETS:
+        shapes = [shape if len(shape) == 2 or y is None else y.to_numpy().shape for shape, y in zip(shapes, targets)]
+    zeros = [torch.zeros(shape, dtype=torch.float64) for shape in shapes]
+    t = pack(data, zeros, loss.reads, bound.columns, rows=loss.rows)
+    (found,) = to_host(torch.float64, extremes(t, loss.rows))
+    check_values(found, t, signed=loss.signed)
+    return t, shapes
+
+
+def with_fields(datum: Any, fields: Mapping[str, np.ndarray]) -> Any:
+    """Copy a datum, of its own class, with fields replaced by float32 tensors of its own class."""
+    wrap = type(datum.loss_fn_inputs.get("target_tokens", TensorData([], "int64")))
+    new = {name: wrap.from_numpy(np.array(row, dtype=np.float32)) for name, row in fields.items()}
+    return type(datum)(datum.model_input, {**datum.loss_fn_inputs, **new})
+
+
+def with_only(datum: Any, names: Sequence[str]) -> Any:
+    """Copy a datum with these fields alone."""
+    return type(datum)(datum.model_input, {name: datum.loss_fn_inputs[name] for name in names})
+
+
+class Folded(NamedTuple):
+    """The arguments of ``forward_backward(data, loss_fn, loss_fn_config)``."""
+
+    data: list[Any]
+    loss_fn: str
+    loss_fn_config: dict[str, float] | None
+
+
+def fold(loss: Loss | BoundLoss, data: Sequence[Any]) -> Folded:
+    """Write a loss as a hosted service's built-in, which takes one pass: fold share / denominator into the datums.
+
+    The advantages (or the weights of a cross-entropy) are multiplied by share / denominator. The gradient is exactly
+    that of the loss.
+
+    Args:
+        loss: a loss, bound to its side columns.
+        data: datums, which pass the same checks as in a call of the loss.
+
+    Raises:
+        LossInputError: where no built-in is the same function: with a KL penalty, a dual clip or a log-ratio cap
+            (built-ins have none), for coupled datums, for ``dro`` (advantages cannot scale its penalty), and for a
+            loss that the services do not have.
+    """
+    bound = as_bound(loss)
+    loss = bound.loss
+    name = builtin(loss)
+    ready = with_denominators(bound, data)
+    for i, datum in enumerate(ready):
+        if "target_tokens" not in datum.loss_fn_inputs:
+            fix = "Build it with datum_from_tokens."
+            raise LossInputError("target_tokens", "the ids of the targets", "nothing", fix, datum=i, loss=loss.name)
+    if name == "cross_entropy":
+        return Folded([with_only(d, ("target_tokens", "weights")) for d in ready], name, None)
+    folded = [advantages_times_weights(d, with_mask=name == "gspo") for d in ready]
+    if name == "importance_sampling":
+        return Folded(folded, name, None)
+    low, high = loss.knobs["clip"]
+    return Folded(folded, name, {"clip_low_threshold": low, "clip_high_threshold": high})
+
+
+BUILTINS = {
+    "cross_entropy": "cross_entropy",
+    "multi_target_cross_entropy": "cross_entropy",
+    "importance_sampling": "importance_sampling",
+    "ppo": "ppo",
+    "dapo": "ppo",
+    "grpo": "ppo",
+    "gspo_token": "gspo",
+    "cispo": "cispo",
+}
+
+
+def builtin(loss: Loss) -> str:
+    """The name of the built-in that equals this loss once its weights are folded in."""
+    if loss.name == "dro":
+        fix = "The built-in dro holds every token to the old policy alike: it has no place for a share, nor for a mask."
+        raise LossInputError("fold", "a loss whose weights its advantages can carry", f"{loss!r}", fix)
+    inexact = [name for name in ("kl_beta", "dual_clip", "log_ratio_cap") if loss.knobs.get(name)]
+    if loss.name in BUILTINS and not inexact:
+        return BUILTINS[loss.name]
+    because = f"its {inexact[0]}: pass {inexact[0]}={0 if inexact[0] == 'kl_beta' else None}" if inexact else "its name"
+    raise LossInputError("fold", f"one of {', '.join(BUILTINS)}", f"{loss!r}", f"No built-in has {because}.")
+
+
+def advantages_times_weights(datum: Any, *, with_mask: bool) -> Any:
+    """A policy datum of the services: ``target_tokens``, the old ``logprobs``, and advantages times weights."""
+    weights, advantages, old = (datum.loss_fn_inputs[n].to_numpy() for n in ("weights", "advantages", "old_logprobs"))
+    active = weights != 0
+    fields = {"logprobs": np.where(active, old, 0), "advantages": np.where(active, advantages, 0) * weights}
+    mask = {"sequence_ratio_mask": active} if with_mask else {}
+    return with_only(with_fields(datum, fields | mask), ("target_tokens", *fields, *mask))

@@ -1,0 +1,74 @@
+"""Losses of the importance ratio r = exp(lp − old): the parts that the policy presets share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+from torch import Tensor
+
+from lossfns import terms as eq
+from lossfns.combine import with_dual_clip
+from lossfns.loss import Loss, Statistics, make_loss
+from lossfns.segments import Level, geometric_level
+from lossfns.tokens import Tokens
+from lossfns.weigh import Weighing
+
+Clip = tuple[float, float]
+"""Bounds (low, high) of the ratio itself."""
+Surrogate = Callable[[Tokens, Tensor], Tensor]
+"""A function ``(t, ratio [N]) -> loss of each token [N]``."""
+RatioStatistics = Callable[[Tokens, Tensor], Statistics]
+
+
+def geometric_level_by_token(t: Tokens, log_ratio: Tensor) -> Tensor:
+    """The value of the sequence's mean, with the gradient of each token's own log-ratio."""
+    return eq.straight_through(geometric_level(t, log_ratio), log_ratio)
+
+
+def ratio_loss(
+    level: Level,
+    surrogate: Surrogate,
+    weigh: Weighing,
+    log_ratio_cap: float | None,
+    more_statistics: RatioStatistics = lambda t, ratio: {},
+) -> Loss:
+    """surrogate(t, r) of each token, with r = exp(d) and d = the capped log-ratio of the token or its sequence."""
+
+    def terms(t: Tokens) -> tuple[Tensor, Statistics]:
+        log_ratio = t.logprobs - t.old_logprobs
+        d = level(t, log_ratio)
+        r = eq.cap(d, log_ratio_cap).exp()
+        distance = d.detach().abs()
+        statistics = {
+            "ratio": r.detach(),
+            "ratio_capped": distance > (math.inf if log_ratio_cap is None else log_ratio_cap),
+            "log_ratio_abs": distance,
+            "kl_old": eq.k3_of(log_ratio.detach()),
+        }
+        return surrogate(t, r), statistics | more_statistics(t, r.detach())
+
+    return make_loss(terms, ("advantages", "old_logprobs"), weigh)
+
+
+def clip_statistics(t: Tokens, ratio: Tensor, clip: Clip) -> Statistics:
+    """Where a bound removes the gradient: below ``low`` with A < 0, above ``high`` with A > 0."""
+    low, high = clip
+    return {"clip_low": (t.advantages < 0) & (ratio < low), "clip_high": (t.advantages > 0) & (ratio > high)}
+
+
+def bound_statistics(t: Tokens, ratio: Tensor, clip: Clip) -> Statistics:
+    """Where a bound limits the weight of a token, whatever its advantage."""
+    low, high = clip
+    return {"bound_low": ratio < low, "bound_high": ratio > high}
+
+
+def clipped(level: Level, clip: Clip, weigh: Weighing, log_ratio_cap: float | None, dual_clip: float | None) -> Loss:
+    """−min(r·A, clip(r, low, high)·A), dual-clipped where ``dual_clip`` is given."""
+
+    def surrogate(t: Tokens, ratio: Tensor) -> Tensor:
+        return eq.clipped_surrogate(ratio, t.advantages, clip)
+
+    statistics = partial(clip_statistics, clip=clip)
+    return with_dual_clip(ratio_loss(level, surrogate, weigh, log_ratio_cap, statistics), dual_clip)

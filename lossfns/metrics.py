@@ -1,0 +1,46 @@
+"""Metrics of a whole batch from the metrics of its chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from lossfns.errors import LossInputError
+from lossfns.tokens import Rows
+
+UNITS = tuple(dict.fromkeys(rows.unit for rows in Rows))
+"""Metrics that count rows, one of which every statistic is a mean over."""
+SUMS = ("tokens", "sequences", "sequences_empty", *UNITS[1:], "count")
+DIVIDED = ("loss", "grad_l1")
+"""Metrics that have been divided by the denominator."""
+
+
+def merge_metrics(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Merge the metrics of chunks into the metrics of the whole batch, exactly.
+
+    Counts add. A statistic is averaged with the number of its rows as weight. The loss (and ``grad_l1``) is
+    Σ loss·denominator / Σ count, which is Σ loss for raw sums and for chunks with the whole batch's denominator.
+
+    Args:
+        parts: the metrics of each chunk, all from the same loss.
+
+    Raises:
+        LossInputError: if there are no parts.
+
+    >>> a = {"loss": 2.0, "denominator": 1.0, "count": 1.0, "tokens": 1.0, "nll": 2.0}
+    >>> b = {"loss": 1.0, "denominator": 3.0, "count": 3.0, "tokens": 3.0, "nll": 1.0}
+    >>> merged = merge_metrics([a, b])
+    >>> merged["loss"], merged["tokens"], merged["nll"]
+    (1.25, 4.0, 1.25)
+    """
+    if not parts:
+        raise LossInputError("parts", "the metrics of at least one chunk", "none", "Merge after the first chunk.")
+    unit = next((name for name in reversed(UNITS) if name in parts[0]), "tokens")
+    added = [name for name in parts[0] if name in SUMS or name.endswith(":sum")]
+    sums = {name: sum(part[name] for part in parts) for name in added}
+    rows = sums[unit] or 1.0
+    denominator = sums.get("count", 1.0)
+    divided = [name for name in DIVIDED if name in parts[0]]
+    totals = {name: sum(part[name] * part["denominator"] for part in parts) / (denominator or 1.0) for name in divided}
+    means = [name for name in parts[0] if name not in (*added, *divided, "denominator")]
+    merged = {name: sum(part[name] * part[unit] for part in parts) / rows for name in means}
+    return {**totals, **sums, "denominator": denominator, **merged}
