@@ -246,7 +246,7 @@ WHY: dict[str, str] = {
     "GetInfoResponse.lora_rank": FILLED,
     "GetInfoResponse.model_name": FILLED,
     "APIFuture.__init__": "There it is an interface.",
-    "APIFuture.lost": "For the worker, which loses no error.",
+    "APIFuture.unread_failure": "For the worker, which loses no error.",
     "SaveWeightsResponse.type": KIND,
     "SaveWeightsResponse.get_console_url": NO_SERVICE,
     "SaveWeightsForSamplerResponse.type": KIND,

@@ -389,10 +389,10 @@ def test_stops_end_a_sample_where_they_end() -> None:
     )
     end = free.tokens.index(free.tokens[2]) + 1
     assert one.tokens == free.tokens[:end] and one.stop_reason == "stop"
-    cut = lossfns.backend.client.sampling.cut
+    end_at_stop = lossfns.backend.client.sampling.end_at_stop
     sample = lossfns.backend.model.generate.Sample([5, 6, 5, 7, 8], [-1.0, -2.0, -3.0, -4.0, -5.0], "length")
-    assert cut(sample, [[5, 7]]) == ([5, 6, 5, 7], [-1.0, -2.0, -3.0, -4.0], "stop")
-    assert cut(sample, [[7, 5]]) == sample
+    assert end_at_stop(sample, [[5, 7]]) == ([5, 6, 5, 7], [-1.0, -2.0, -3.0, -4.0], "stop")
+    assert end_at_stop(sample, [[7, 5]]) == sample
 
 
 def test_a_checkpoint_of_another_shape_leaves_the_client_as_it_was(tmp_path: Path) -> None:
