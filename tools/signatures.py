@@ -1,11 +1,11 @@
-"""The local client's surface beside the published SDK's: every difference, and why.
+"""Compare the public members of the local client with those of the published SDK, and give each difference a reason.
 
-    python tools/signatures.py           # prints the differences from what the page records
-    python tools/signatures.py write     # records the installed `tinker`, writes docs/signatures.md
-    python tools/signatures.py render    # writes it anew from its own record, for a client that changed
-    python tools/signatures.py check     # exits 1 where the page says something else than the installed SDK
+    python tools/signatures.py           # prints the differences from the SDK that the page records
+    python tools/signatures.py write     # records the installed `tinker` and writes docs/signatures.md
+    python tools/signatures.py render    # writes the page again from its own record, after a change of the client
+    python tools/signatures.py check     # exits 1 if the page does not match the installed SDK
 
-The page is the record: ``read`` takes the SDK's surface from it, ``page`` makes it of that again.
+The page keeps the record of the SDK: ``read_record`` reads it, and ``render`` writes the page from it.
 """
 
 from __future__ import annotations
@@ -45,27 +45,27 @@ OURS: dict[str, type] = {
     "SampledSequence": types.SampledSequence,
     "GetServerCapabilitiesResponse": GetServerCapabilitiesResponse,
 }
-"""The SDK's classes, and what stands in for each here."""
+"""The SDK's classes by name, and the class that stands for each here."""
 
 Surface = dict[str, str]
-"""The public members of a class: ``"(data, loss_fn=None)"`` of a method, ``"= 0.9"`` or ``"="`` of a field."""
+"""The public members of a class, as text: a method is ``"(data, loss_fn=None)"``, a field ``"= 0.9"`` or ``"="``."""
 
 
-# What a class has
+# Members of a class
 
 
 def surface(of: type) -> Surface:
-    """Its fields, its properties, and its methods without their annotations; constructors of what is no record."""
+    """Return the members of a class: fields, properties, methods, and the constructor of one without fields."""
     own = [kind for kind in of.__mro__ if re.match(r"(tinker|lossfns)(?!\._)", kind.__module__)]
     names = {name: value for kind in reversed(own) for name, value in vars(kind).items()}
-    fields = dict(record(of))
-    constructor = {} if fields or "__init__" not in names else {"__init__": member(names["__init__"])}
-    methods = {name: member(value) for name, value in names.items() if not name.startswith("_")}
+    fields = dict(record_fields(of))
+    constructor = {} if fields or "__init__" not in names else {"__init__": member_text(names["__init__"])}
+    methods = {name: member_text(value) for name, value in names.items() if not name.startswith("_")}
     return constructor | {name: text for name, text in methods.items() if text and name not in fields} | fields
 
 
-def record(of: type) -> Iterator[tuple[str, str]]:
-    """The fields of a dataclass or of a pydantic model, with their defaults."""
+def record_fields(of: type) -> Iterator[tuple[str, str]]:
+    """Yield the fields of a dataclass or of a pydantic model, with their defaults."""
     if dataclasses.is_dataclass(of):
         for field in dataclasses.fields(of):
             if not field.name.startswith("_"):
@@ -75,26 +75,27 @@ def record(of: type) -> Iterator[tuple[str, str]]:
         yield name, "=" if field.is_required() else f"= {field.get_default(call_default_factory=True)!r}"
 
 
-def member(value: Any) -> str:
-    """The text of a member; nothing for what is neither a method nor a property."""
+def member_text(value: Any) -> str:
+    """Return the text of a method or property; an empty string for anything else."""
     if isinstance(value, (property, cached_property)):
         return "property"
     if isinstance(value, (staticmethod, classmethod)):
-        return f"static {signature(value.__func__, skip=isinstance(value, classmethod))}"
+        return f"static {signature_text(value.__func__, skip=isinstance(value, classmethod))}"
     if not callable(value):
         return ""
     coroutine = any(map(inspect.iscoroutinefunction, (value, inspect.unwrap(value))))  # either may wrap the other
-    return f"{'async ' if coroutine else ''}{signature(value, skip=True)}"
+    return f"{'async ' if coroutine else ''}{signature_text(value, skip=True)}"
 
 
-def signature(function: Any, skip: bool) -> str:
-    whole = inspect.signature(function)
-    bare = [p.replace(annotation=inspect.Parameter.empty) for p in whole.parameters.values()]
+def signature_text(function: Any, skip: bool) -> str:
+    """Return a signature without annotations; ``skip`` leaves out its first parameter."""
+    parameters = inspect.signature(function).parameters.values()
+    bare = [p.replace(annotation=inspect.Parameter.empty) for p in parameters]
     return str(inspect.Signature(bare[1:] if skip else bare))
 
 
 def published() -> dict[str, Surface]:
-    """The SDK's classes as they are installed."""
+    """Return the members of the SDK's classes as they are installed."""
     import tinker
     from tinker import types as sdk
 
@@ -106,14 +107,14 @@ def published() -> dict[str, Surface]:
 
 
 class Parameter(NamedTuple):
-    """A parameter: where it stands, -1 if it goes by keyword only, and its default."""
+    """A parameter: its position, or -1 if it is keyword-only, and its default."""
 
-    place: int
+    position: int
     default: str | None
 
 
-def parameters(text: str) -> dict[str, Parameter]:
-    """Those of a signature; fields, which are not called, have none."""
+def parse_parameters(text: str) -> dict[str, Parameter]:
+    """Parse the parameters of a member's text; a field has none."""
     if "(" not in text:
         return {}
     function = ast.parse(f"def f{text[text.index('(') :]}: ...").body[0]
@@ -128,7 +129,7 @@ def parameters(text: str) -> dict[str, Parameter]:
 
 
 def differences(theirs: Mapping[str, Surface], ours: Mapping[str, Surface]) -> dict[str, str]:
-    """For each place in which the two differ, how: ``Class.method(parameter)`` or ``Class.member``."""
+    """Return how the two differ, by place: ``Class.method(parameter)`` or ``Class.member``."""
     found = {}
     for name, own in ours.items():
         for key in dict.fromkeys((*theirs[name], *own)):
@@ -136,126 +137,126 @@ def differences(theirs: Mapping[str, Surface], ours: Mapping[str, Surface]) -> d
             if key not in own:
                 found[place] = "missing"
             elif key not in theirs[name]:
-                found[place] = "more"
+                found[place] = "added"
             elif place in WHY:
-                found |= {} if theirs[name][key] == own[key] else {place: f"another: `{own[key]}`"}
+                found |= {} if theirs[name][key] == own[key] else {place: f"differs: `{own[key]}`"}
             else:
-                found |= {f"{place}{where}": how for where, how in unlike(theirs[name][key], own[key])}
+                found |= {f"{place}{where}": how for where, how in member_differences(theirs[name][key], own[key])}
     return found
 
 
-def unlike(theirs: str, ours: str) -> Iterator[tuple[str, str]]:
-    """How two members of one name differ: as a whole, ``""``, or in ``"(a parameter)"``."""
+def member_differences(theirs: str, ours: str) -> Iterator[tuple[str, str]]:
+    """Yield how two members of one name differ: as a whole (``""``), or in a parameter (``"(its name)"``)."""
     kinds = [text.partition("(")[0].strip() for text in (theirs, ours)]
-    if kinds[0] != kinds[1] and "property" not in kinds and not equal(*kinds):  # a property reads like a field
+    if kinds[0] != kinds[1] and "property" not in kinds and not same_default(*kinds):  # a property is read like a field
         yield "", f"`{kinds[0] or 'a method'}` there, `{kinds[1] or 'a method'}` here"
-    a, b = parameters(theirs), parameters(ours)
+    a, b = parse_parameters(theirs), parse_parameters(ours)
     for name in dict.fromkeys((*a, *b)):
         where = f"({name})"
         if name not in b:
             yield where, "missing"
         elif name not in a:
-            yield where, "more" if b[name].default is not None or name.startswith("*") else "more, and required"
-        elif b[name].place == -1 != a[name].place:
-            yield where, "by keyword only"
-        elif a[name].place not in (-1, b[name].place):
-            yield where, f"at position {b[name].place} instead of {a[name].place}"
+            yield where, "added" if b[name].default is not None or name.startswith("*") else "added, and required"
+        elif b[name].position == -1 != a[name].position:
+            yield where, "keyword-only"
+        elif a[name].position not in (-1, b[name].position):
+            yield where, f"at position {b[name].position} instead of {a[name].position}"
         elif a[name].default != b[name].default:
             there, here = ((x.default and f"`{x.default}` by default") or "required" for x in (a[name], b[name]))
             yield where, f"{here}, {there} there"
 
 
-def equal(theirs: str, ours: str) -> bool:
-    """Whether two defaults are the same value: 1 is 1.0."""
+def same_default(theirs: str, ours: str) -> bool:
+    """Return whether two defaults have the same value, as 1 and 1.0 have."""
     try:
         return bool(ast.literal_eval(theirs.strip("= ")) == ast.literal_eval(ours.strip("= ")))
     except (SyntaxError, ValueError):
         return False
 
 
-NO_SERVICE = "There is no service behind it, and so no console, no telemetry, no session."
-MADE = "There, the service makes one; here it is made of a model."
-AT_ONCE = "A client is there at once; code that expects a future of it reads it all the same."
-EMBEDDING = "Fireworks' losses over embeddings."
+NO_SERVICE = "There is no service behind the client: no console, no telemetry, no session."
+CREATED = "There, the service creates it; here, it is constructed from a model."
+RESOLVED = "A client needs no waiting. Code that expects a future of it can read it as one."
+EMBEDDING = "Fireworks has losses over embeddings."
 FIREWORKS = "Fireworks has it."
-ONE_MODEL = "It may be left out where there is but one model."
-NOT_SAMPLED = "The local sampler gives the logprobs of what it draws, and of the prompt; no others."
-ARRAYS = "Lists are what is read; arrays are made of them in a line."
-KIND = "Its type says what it is."
-FILLED = "It is always there."
-LOCAL = "What a local run wants to know besides."
+ONE_MODEL = "It may be omitted if the service has one model alone."
+NOT_SAMPLED = "The local sampler returns the logprobs of the tokens that it draws and of the prompt, and no others."
+ARRAYS = "Results are lists; numpy.array makes an array of one."
+KIND = "Its class says the same."
+ALWAYS_SET = "It is always set."
+LOCAL = "It describes the local run."
 
 WHY: dict[str, str] = {
-    "TrainingClient.__init__": MADE,
+    "TrainingClient.__init__": CREATED,
     "TrainingClient.get_telemetry": NO_SERVICE,
     "TrainingClient.get_console_url": NO_SERVICE,
     "TrainingClient.forward(output)": EMBEDDING,
     "TrainingClient.forward(pooling)": EMBEDDING,
     "TrainingClient.forward_backward_custom(output)": EMBEDDING,
     "TrainingClient.forward_backward_custom(pooling)": EMBEDDING,
-    "TrainingClient.optim_step(grad_accumulation_normalization)": "Fireworks' argument, in its place.",
-    "TrainingClient.save_weights_external": "There is no bucket to export to: the file of `save_state` is one's own.",
+    "TrainingClient.optim_step(grad_accumulation_normalization)": "Fireworks has it, in the same position.",
+    "TrainingClient.save_weights_external": "There is no bucket to export from: `save_state` writes a local file.",
     "TrainingClient.create_sampling_client(record_stability_info)": NO_SERVICE,
     "TrainingClient.save_weights_and_get_sampling_client(record_stability_info)": NO_SERVICE,
-    "TrainingClient.save_weights_and_get_sampling_client(kind)": "It is always a snapshot, the default there.",
-    "TrainingClient.reference": "The model without its adapters is there: no second copy.",
-    "TrainingClient.result": AT_ONCE,
-    "TrainingClient.result_async": AT_ONCE,
-    "ServiceClient.__init__(models)": "The base models of this service, by name.",
-    "ServiceClient.__init__(device)": "Where the models run.",
-    "ServiceClient.__init__(dtype)": "What the models compute in.",
-    "ServiceClient.__init__(memory_budget)": "What a request may take; a larger batch goes in micro-batches.",
-    "ServiceClient.__init__(mesh)": "The processes that share a model.",
-    "ServiceClient.__init__(profile)": "Which service is followed where the two differ.",
-    "ServiceClient.__init__(user_metadata)": "The models come first.",
-    "ServiceClient.__init__(project_id)": "The models come first.",
+    "TrainingClient.save_weights_and_get_sampling_client(kind)": "It is always a snapshot, which is the default there.",
+    "TrainingClient.reference": "It gives a reference policy on the same weights, with the adapters switched off.",
+    "TrainingClient.result": RESOLVED,
+    "TrainingClient.result_async": RESOLVED,
+    "ServiceClient.__init__(models)": "It defines the base models of this service.",
+    "ServiceClient.__init__(device)": "It says where the models run.",
+    "ServiceClient.__init__(dtype)": "It sets the precision of the models.",
+    "ServiceClient.__init__(memory_budget)": "It limits the memory of a request; larger batches are split.",
+    "ServiceClient.__init__(mesh)": "It names the processes that share a model.",
+    "ServiceClient.__init__(profile)": "It chooses the service to follow where the two differ.",
+    "ServiceClient.__init__(user_metadata)": "`models` is the only positional argument.",
+    "ServiceClient.__init__(project_id)": "`models` is the only positional argument.",
     "ServiceClient.__init__(display_name)": NO_SERVICE,
     "ServiceClient.__init__(default_headers_overrides)": NO_SERVICE,
-    "ServiceClient.__init__(**kwargs)": "A name that means nothing is refused.",
+    "ServiceClient.__init__(**kwargs)": "An unknown argument is refused.",
     "ServiceClient.holder": NO_SERVICE,
     "ServiceClient.get_telemetry": NO_SERVICE,
     "ServiceClient.get_console_url": NO_SERVICE,
     "ServiceClient.create_rest_client": NO_SERVICE,
     "ServiceClient.close": NO_SERVICE,
-    "ServiceClient.copy_weights": "A checkpoint is a file: copy it.",
-    "ServiceClient.create_custom_loss": "`forward_backward_custom` takes any function, at the price of a built-in.",
+    "ServiceClient.copy_weights": "A checkpoint is a file, which can be copied.",
+    "ServiceClient.create_custom_loss": "`forward_backward_custom` takes any function, at the cost of a built-in loss.",
     "ServiceClient.create_lora_training_client(base_model)": ONE_MODEL,
     "ServiceClient.create_lora_training_client(alpha)": FIREWORKS,
     "ServiceClient.create_training_client": f"{FIREWORKS} It trains all parameters.",
-    "ServiceClient.create_reference_client": f"{FIREWORKS} It cannot move the model.",
-    "SamplingClient.__init__": MADE,
+    "ServiceClient.create_reference_client": f"{FIREWORKS} It cannot change the weights.",
+    "SamplingClient.__init__": CREATED,
     "SamplingClient.get_telemetry": NO_SERVICE,
     "SamplingClient.on_queue_state_change": NO_SERVICE,
-    "SamplingClient.create": MADE,
+    "SamplingClient.create": CREATED,
     "SamplingClient.sample(topk_prompt_logprobs)": NOT_SAMPLED,
     "SamplingClient.sample(topk_sample_logprobs)": NOT_SAMPLED,
     "SamplingClient.sample(target_prompt_logprobs)": NOT_SAMPLED,
     "SamplingClient.sample(prompt_alt_tokens_k)": NOT_SAMPLED,
     "SamplingClient.sample(prompt_logprobs_last_n)": NOT_SAMPLED,
     "SamplingClient.compute_logprobs(prompt_logprobs_last_n)": NOT_SAMPLED,
-    "SamplingClient.get_base_model": "It samples a snapshot, which has no name.",
+    "SamplingClient.get_base_model": "It samples from a copy of the weights, which has no name.",
     "SamplingClient.get_sampler_handle": NO_SERVICE,
     "SamplingClient.from_sampler_handle": NO_SERVICE,
-    "SamplingClient.result": AT_ONCE,
-    "SamplingClient.result_async": AT_ONCE,
-    "SamplingClient.sample_batch": "Many prompts at once are much faster than one by one.",
-    "SamplingParams.max_tokens": "None means so many.",
-    "OptimStepResponse.metrics": FILLED,
-    "LoadWeightsResponse.path": FILLED,
-    "GetInfoResponse.is_lora": FILLED,
-    "GetInfoResponse.lora_rank": FILLED,
-    "GetInfoResponse.model_name": FILLED,
-    "APIFuture.__init__": "There it is an interface.",
-    "APIFuture.lost": "For the worker, which loses no error.",
+    "SamplingClient.result": RESOLVED,
+    "SamplingClient.result_async": RESOLVED,
+    "SamplingClient.sample_batch": "It samples for many prompts at once, which is much faster than one by one.",
+    "SamplingParams.max_tokens": "Without it, a sample has so many tokens at most.",
+    "OptimStepResponse.metrics": ALWAYS_SET,
+    "LoadWeightsResponse.path": ALWAYS_SET,
+    "GetInfoResponse.is_lora": ALWAYS_SET,
+    "GetInfoResponse.lora_rank": ALWAYS_SET,
+    "GetInfoResponse.model_name": ALWAYS_SET,
+    "APIFuture.__init__": "There it is an interface without a constructor.",
+    "APIFuture.unread_failure": "The client uses it to raise an error that nobody has read.",
     "SaveWeightsResponse.type": KIND,
     "SaveWeightsResponse.get_console_url": NO_SERVICE,
     "SaveWeightsForSamplerResponse.type": KIND,
     "SaveWeightsForSamplerResponse.get_console_url": NO_SERVICE,
     "SaveWeightsForSamplerResponse.get_playground_url": NO_SERVICE,
     "LoadWeightsResponse.type": KIND,
-    "LoadWeightsResponse.model_id": "It is the client's, in `get_info`.",
+    "LoadWeightsResponse.model_id": "The client has it, in `get_info`.",
     "GetInfoResponse.type": KIND,
-    "GetInfoResponse.optimizer_config": "It is AdamW.",
+    "GetInfoResponse.optimizer_config": "It is always AdamW.",
     "GetInfoResponse.parameters": LOCAL,
     "GetInfoResponse.device": LOCAL,
     "GetInfoResponse.dtype": LOCAL,
@@ -274,26 +275,27 @@ WHY: dict[str, str] = {
     "SampledSequence.topk_logprobs": NOT_SAMPLED,
     "SampledSequence.topk_logprobs_np": NOT_SAMPLED,
 }
-"""The reason of every difference; one for a method holds for its ``_async`` twin."""
+"""The reason of every difference. The reason of a method holds for its ``_async`` method, too."""
 
 
-def twin(place: str) -> str:
-    """The place of a method whose ``_async`` twin this is of."""
+def without_async(place: str) -> str:
+    """Return the place of the method that an ``_async`` method belongs to."""
     return place.replace("_async", "", 1)
 
 
 def reason(place: str) -> str:
-    """Why the two differ there; nothing if nobody has said so."""
-    return WHY.get(place) or WHY.get(twin(place), "")
+    """Return the reason of a difference; an empty string if it has none."""
+    return WHY.get(place) or WHY.get(without_async(place), "")
 
 
 def unexplained(found: Mapping[str, str]) -> list[str]:
+    """Return the differences without a reason."""
     return [f"{place}: {how}" for place, how in found.items() if not reason(place)]
 
 
-def idle(found: Mapping[str, str]) -> list[str]:
-    """Reasons for what does not differ."""
-    used = {place if place in WHY else twin(place) for place in found}
+def unused_reasons(found: Mapping[str, str]) -> list[str]:
+    """Return the places that have a reason but no difference."""
+    used = {place if place in WHY else without_async(place) for place in found}
     return [place for place in WHY if place not in used]
 
 
@@ -301,57 +303,70 @@ def idle(found: Mapping[str, str]) -> list[str]:
 
 
 INTRODUCTION = """\
-# The client's signatures beside the SDK's
+# Signatures of the client and of the SDK
 
-Written by `python tools/signatures.py write`; do not edit. `docs/client.md` says how the client is used.
+Written by `python tools/signatures.py write`; do not edit. `docs/client.md` explains how to use the client.
 
-Every public method, parameter, default and field of `tinker` {version} that is not the same here, and every one that
-is more here, each with its reason. What is not listed is the same, and what is said of a method holds for its `_async`
-twin. Annotations are not compared: where the SDK wants its own classes, any with the same attributes will do."""
+Every public method, parameter, default and field in which the local client differs from the SDK, `tinker` {version}, is
+listed with its reason. All others are the same. A difference of a method holds for its `_async` method, too.
+Annotations are not compared: where the SDK wants its own classes, the client accepts any object with the same
+attributes.
+
+`missing` means that only the SDK has it, and `added` that only the client has it. `differs` is followed by the client's
+own; `=` is a field without a default."""
 
 RECORD_HEAD = """\
-## What was compared
+## Record of the SDK
 
-The SDK's side, as it was installed: what the differences above are from."""
+The members of the installed SDK, which the tables above compare."""
 
 
-def page(theirs: Mapping[str, Surface], version: str) -> str:
-    """The whole page, from the SDK's surface as it was recorded, and ours as it is."""
+def render(theirs: Mapping[str, Surface], version: str) -> str:
+    """Return the page, from the record of the SDK and the client as it is."""
     found = differences(theirs, {name: surface(of) for name, of in OURS.items()})
     parts = (
         INTRODUCTION.format(version=version),
         summary(theirs, found),
-        *(f"## {name}\n\nHere `{of.__name__}`.\n\n{rows(found, name)}" for name, of in OURS.items()),
+        *(
+            f"## {name}\n\nThe client has `{of.__name__}`.\n\n{difference_table(found, name)}"
+            for name, of in OURS.items()
+        ),
         RECORD_HEAD,
-        "```python\n" + "\n".join(lines(theirs)) + "\n```",
+        "```python\n" + "\n".join(record_lines(theirs)) + "\n```",
     )
     return "\n\n".join(parts) + "\n"
 
 
 def summary(theirs: Mapping[str, Surface], found: Mapping[str, str]) -> str:
-    """How many members each class has there, and how many places differ."""
-    kinds = {name: Counter(map(kind_of, shown(found, name).values())) for name in OURS}
-    body = ((f"`{name}`", len(theirs[name]), n["missing"], n["more"], n["other"]) for name, n in kinds.items())
-    return table(("class", "members there", "missing here", "more here", "other differences"), body)
+    """Return a table with the number of the SDK's members and of differences for each class."""
+    kinds = {name: Counter(map(kind_of, own_differences(found, name).values())) for name in OURS}
+    body = ((f"`{name}`", len(theirs[name]), n["missing"], n["added"], n["other"]) for name, n in kinds.items())
+    return table(("class", "members of the SDK", "missing", "added", "other differences"), body)
 
 
 def kind_of(how: str) -> str:
-    return how if how in ("missing", "more") else "other"
+    return how if how in ("missing", "added") else "other"
 
 
-def shown(found: Mapping[str, str], name: str) -> dict[str, str]:
-    """The differences of a class, without those that a twin shares."""
+def own_differences(found: Mapping[str, str], name: str) -> dict[str, str]:
+    """Return the differences of a class, without those that an ``_async`` method shares with its method."""
     own = {place: how for place, how in found.items() if place.startswith(f"{name}.")}
-    return {place: how for place, how in own.items() if twin(place) == place or own.get(twin(place)) != how}
+    return {
+        place: how
+        for place, how in own.items()
+        if without_async(place) == place or own.get(without_async(place)) != how
+    }
 
 
-def rows(found: Mapping[str, str], name: str) -> str:
-    own = shown(found, name).items()
+def difference_table(found: Mapping[str, str], name: str) -> str:
+    """Return the table of a class: place, difference and reason."""
+    own = own_differences(found, name).items()
     body = [(f"`{place.removeprefix(f'{name}.')}`", how, reason(place)) for place, how in own]
-    return table(("where", "here", "why"), body) if body else "No difference."
+    return table(("where", "the client", "reason"), body) if body else "No difference."
 
 
-def lines(theirs: Mapping[str, Surface]) -> Iterator[str]:
+def record_lines(theirs: Mapping[str, Surface]) -> Iterator[str]:
+    """Yield the record of the SDK, one member a line."""
     for name, members in theirs.items():
         for key, text in members.items():
             yield f"{name}.{key} {text}"
@@ -360,26 +375,28 @@ def lines(theirs: Mapping[str, Surface]) -> Iterator[str]:
 LINE = re.compile(r"^(\w+)\.(\w+) (=.*|property|(?:async |static )?\(.*\))$", re.MULTILINE)
 
 
-def read(text: str) -> tuple[dict[str, Surface], str]:
-    """The SDK's surface and version that a page records."""
+def read_record(text: str) -> tuple[dict[str, Surface], str]:
+    """Return the SDK's members and version that a page records."""
     theirs: dict[str, Surface] = {name: {} for name in OURS}
     for name, key, member in LINE.findall(text.partition(RECORD_HEAD)[2]):
         theirs[name][key] = member
-    version = re.search(r"`tinker` (\S+) that", text)
+    version = re.search(r"`tinker` (\S+), is", text)
     return theirs, version[1] if version else ""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run ``python tools/signatures.py``; 1 if something is unexplained, idle or out of date."""
-    p = argparse.ArgumentParser(prog="python tools/signatures.py", description="The client beside the SDK.")
+    """Run ``python tools/signatures.py``. Return 1 if a reason is missing or unused, or the page is out of date."""
+    p = argparse.ArgumentParser(prog="python tools/signatures.py", description="Compare the local client with the SDK.")
     p.add_argument("action", choices=("show", "write", "render", "check"), nargs="?", default="show")
     p.add_argument("--page", type=Path, default=PAGE, metavar="FILE")
     args = p.parse_args(argv)
     was = args.page.read_text(encoding="utf-8") if args.page.exists() else ""
-    theirs, version = installed() if args.action in ("write", "check") else read(was)
-    text = page(theirs, version)
+    theirs, version = installed() if args.action in ("write", "check") else read_record(was)
+    text = render(theirs, version)
     found = differences(theirs, {name: surface(of) for name, of in OURS.items()})
-    faults = [f"no reason: {x}" for x in unexplained(found)] + [f"no such difference: {x}" for x in idle(found)]
+    faults = [f"no reason: {x}" for x in unexplained(found)] + [
+        f"reason without a difference: {x}" for x in unused_reasons(found)
+    ]
     if args.action in ("write", "render"):
         args.page.write_text(text, encoding="utf-8")
         print(f"wrote {args.page}")
@@ -393,6 +410,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def installed() -> tuple[dict[str, Surface], str]:
+    """Return the members and the version of the installed SDK."""
     from importlib.metadata import version
 
     return published(), version("tinker")

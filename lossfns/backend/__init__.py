@@ -1,8 +1,8 @@
-"""The local reference backend: a model, a training client and a sampler behind the hosted APIs' calls."""
+"""The local backend: training, reference, sampling and service clients with the calls of the hosted services."""
 
+from lossfns.backend.client.reference import LocalReferenceClient as LocalReferenceClient
 from lossfns.backend.client.sampling import LocalSamplingClient as LocalSamplingClient
 from lossfns.backend.client.service import LocalServiceClient as LocalServiceClient
-from lossfns.backend.client.training import LocalReferenceClient as LocalReferenceClient
 from lossfns.backend.client.training import LocalTrainingClient as LocalTrainingClient
 from lossfns.backend.futures import APIFuture as APIFuture
 from lossfns.backend.model.decoder import Decoder as Decoder

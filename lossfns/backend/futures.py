@@ -1,4 +1,4 @@
-"""Requests in submission order on one worker thread, each with a future."""
+"""Requests that run one at a time, in the order of their submission, each with a future."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import logging
 import os
 import traceback
 import weakref
-from collections.abc import Callable, Coroutine, Generator, Iterator
+from asyncio import AbstractEventLoop
+from collections.abc import Callable, Coroutine, Generator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, TimeoutError
-from contextlib import contextmanager
 from threading import Lock, get_ident
 from types import TracebackType
 from typing import Any, Generic, ParamSpec, Self, TypeVar
@@ -25,78 +25,89 @@ log = logging.getLogger("lossfns")
 
 
 class APIFuture(Generic[T]):
-    """The result of a request: ``.result(timeout)``, ``await``, ``.result_async(timeout)``; as often as wanted.
+    """The result of a request.
 
-    Any number of threads and coroutines may wait. One that gives up raises TimeoutError and leaves the
-    request as it is. An error is raised to each reader with the traceback of the request.
+    Any number of threads and coroutines may read it, with ``.result(timeout)``, ``await`` or
+    ``.result_async(timeout)``, as often as they like. A reader that times out leaves the request in its place.
+    If the request fails, each reader gets its exception with the same traceback.
+
+    Args:
+        worker: the worker whose thread runs the request.
+        request, args: what to call, and with which arguments.
     """
 
     def __init__(self, worker: Worker, request: Callable[..., T], *args: Any) -> None:
-        self._thread, self._failed = worker.line.thread, worker.failed
-        self._waiters: list[Callable[[], bool]] = []
-        self._frames: TracebackType | None = None
+        self._thread, self._failed = worker.thread.ident, worker.failed
+        self._readers: list[AbstractEventLoop | None] = []  # who waits now: a coroutine's event loop, None for a thread
+        self._traceback: TracebackType | None = None
         self._error: BaseException | None = None
-        self.read = False
-        self._future = worker.line.submit(self._run, request, *args)
+        self._was_read = False
+        self._future = worker.thread.submit(self._run, request, *args)
 
     def _run(self, request: Callable[..., T], *args: Any) -> T:
         try:
             return request(*args)
         except BaseException as error:
-            release(error)
-            self._error, self._frames = error, error.__traceback__ and error.__traceback__.tb_next
+            clear_frames(error)
+            self._error, self._traceback = error, error.__traceback__ and error.__traceback__.tb_next
             if not isinstance(error, NotRun):
                 self._failed.append(self)
             raise
 
     def result(self, timeout: float | None = None) -> T:
-        """Wait for the result; raises the request's error, or TimeoutError."""
-        self._refuse_to_wait_within()
-        with self._waiting(lambda: True):
+        """Wait for the result and return it.
+
+        Args:
+            timeout: seconds to wait at most; None waits as long as the request takes.
+
+        Raises the request's exception if it fails, TimeoutError after ``timeout``, CancelledError if the request
+        was cancelled, and LossInputError within a request of the same client, which would wait for ever.
+        """
+        self._refuse_deadlock()
+        self._readers.append(None)
+        try:
             self._future.exception(timeout)
             return self._value()
+        finally:
+            self._readers.remove(None)
 
     async def result_async(self, timeout: float | None = None) -> T:
-        """The same without blocking the event loop."""
-        self._refuse_to_wait_within()
-        with self._waiting(asyncio.get_running_loop().is_running):
+        """Wait for the result without blocking the event loop; arguments and errors are those of ``result``."""
+        self._refuse_deadlock()
+        loop = asyncio.get_running_loop()
+        self._readers.append(loop)
+        try:
             if not self._future.done():
                 await self._done(timeout)
             return self._value()
+        finally:
+            self._readers.remove(loop)
 
     def __await__(self) -> Generator[Any, None, T]:
         return self.result_async().__await__()
 
     async def coroutine(self) -> T:
-        """This future as a coroutine, for ``asyncio.create_task``."""
+        """Wait for the result, as a coroutine for ``asyncio.create_task``."""
         return await self
 
     def future(self) -> Future[T]:
-        """The same as a ``concurrent.futures.Future``; an error taken from it counts as unread."""
+        """Return the request as a ``concurrent.futures.Future``. An error that is read there counts as unread here."""
         return self._future
 
     @property
-    def lost(self) -> bool:
-        """Whether the request has failed, nobody has read why, and nobody waits to."""
-        return not self.read and self._error is not None and not any(there() for there in self._waiters)
+    def unread_failure(self) -> bool:
+        """Whether the request has failed, nobody has read its error, and nobody waits for it."""
+        waited_for = any(loop is None or loop.is_running() for loop in self._readers)
+        return self._error is not None and not self._was_read and not waited_for
 
     def _value(self) -> T:
-        self.read = True
+        self._was_read = True
         if self._error is not None:
-            raise self._error.with_traceback(self._frames)
+            raise self._error.with_traceback(self._traceback)
         return self._future.result()
 
-    @contextmanager
-    def _waiting(self, there: Callable[[], bool]) -> Iterator[None]:
-        """Whoever waits, as long as it is ``there``, will read the error: the next call need not raise it."""
-        self._waiters.append(there)
-        try:
-            yield
-        finally:
-            self._waiters.remove(there)
-
     async def _done(self, timeout: float | None) -> None:
-        """Wait on a future of one's own: a waiter that is cancelled does not cancel the request."""
+        """Wait on a future of this reader alone: cancelling the reader does not cancel the request."""
         finished: Future[None] = Future()
 
         def finish(_: Future[T]) -> None:
@@ -112,16 +123,16 @@ class APIFuture(Generic[T]):
             if not waiter.get_loop().is_closed():
                 waiter.cancel()
 
-    def _refuse_to_wait_within(self) -> None:
-        """A loss function that waits for a request of its own client would wait for ever."""
+    def _refuse_deadlock(self) -> None:
+        """Cancel a request that a loss function of the same client waits for: the thread cannot reach it."""
         if get_ident() == self._thread and not self._future.done():
             self._future.cancel()
             fix = "A loss runs within a request of this client: it cannot wait for a later one, which is cancelled."
             raise LossInputError("result", "a wait outside of the client's own requests", "one inside", fix)
 
 
-def release(error: BaseException) -> None:
-    """Let go of what the frames of an error hold: the graph of a forward pass would live as long as the error."""
+def clear_frames(error: BaseException) -> None:
+    """Clear the local variables of an error's traceback, which would keep the graph of a forward pass alive."""
     chain: list[BaseException] = [error]
     for each in chain:
         traceback.clear_frames(each.__traceback__)
@@ -129,23 +140,23 @@ def release(error: BaseException) -> None:
 
 
 class NotRun(LossInputError):
-    """A step that was not taken, since a gradient before it failed."""
+    """A step that was refused because a gradient before it failed."""
 
 
-class Failures:
-    """How many gradients have failed or were cancelled, and the last one's error."""
+class GradientFailures:
+    """The number of gradient requests that have failed or were cancelled, and the error of the last one."""
 
     count = 0
     last: BaseException | None = None
 
-    def add(self, future: Future[Any]) -> None:
-        """Take note of a gradient that is done, if it is one that failed."""
+    def record(self, future: Future[Any]) -> None:
+        """Count a gradient request that is done, if it failed or was cancelled."""
         error = CancelledError() if future.cancelled() else future.exception()
         if error is not None:
             self.count, self.last = self.count + 1, error
 
-    def step(self, known: int, request: Callable[..., T], *args: Any) -> T:
-        """Run a step, unless a gradient has failed since the step was queued: it would step on a part."""
+    def run_step(self, known: int, request: Callable[..., T], *args: Any) -> T:
+        """Run a step, unless more than ``known`` gradients have failed: part of its gradient would be missing."""
         if self.count > known:
             fix = "The gradient is that of the requests that succeeded: submit the failed one and the step again."
             got = f"one that failed ({type(self.last).__name__}: {self.last})"
@@ -153,77 +164,81 @@ class Failures:
         return request(*args)
 
 
-class Line(ThreadPoolExecutor):
-    """One thread, which requests wait in line for."""
+class RequestThread(ThreadPoolExecutor):
+    """One thread and its queue of requests.
+
+    Args:
+        initializer: called once on the thread, before the first request.
+    """
 
     def __init__(self, initializer: Callable[[], None] | None = None) -> None:
         super().__init__(max_workers=1, thread_name_prefix="lossfns", initializer=initializer)
-        self.thread = self.submit(get_ident).result()
-
-
-def direct(request: Callable[..., T], *args: Any) -> T:
-    """Call it, and no more."""
-    return request(*args)
+        self.ident = self.submit(get_ident).result()
 
 
 class Worker:
-    """Has requests executed in the order of their submission, from whatever thread that came, by ``call`` as a rule.
+    """Runs requests on one thread, in the order in which any thread submits them.
 
-    An error that nobody has read is raised by the next ``submit``; one that is left when the worker goes,
-    at the end of the program at the latest, is logged with its traceback.
+    An error that nobody has read is raised by the next submission. Errors that are still unread when the worker
+    is deleted, or at the end of the program, are logged with their tracebacks.
+
+    Args:
+        thread: the thread that runs the requests; None starts one.
+        call: runs every request, as ``call(request, *args)``; None calls the request itself.
     """
 
-    def __init__(self, line: Line | None = None, call: Callable[..., Any] = direct) -> None:
-        self.line, self.call = line or Line(), call
+    def __init__(self, thread: RequestThread | None = None, call: Callable[..., Any] | None = None) -> None:
+        self.thread = thread or RequestThread()
         self.failed: list[APIFuture[Any]] = []
+        self._caller = () if call is None else (call,)  # stands before the request in what the thread calls
         self._lock, self._process = Lock(), os.getpid()
-        self._failures = Failures()
+        self._failures = GradientFailures()
         WORKERS.add(self)
 
     def __del__(self) -> None:
-        if self.failed:  # at the end of the program it is empty, and names such as log_errors are gone
-            log_errors(self.failed)
+        if self.failed:  # at the end of the program it is empty, and names such as log_unread_failures are gone
+            log_unread_failures(self.failed)
 
     def submit(self, request: Callable[..., T], *args: Any) -> APIFuture[T]:
-        """Queue a request. An error of an earlier one that nobody read is raised here rather than lost."""
+        """Queue a request, or raise the error of an earlier one that nobody has read."""
         with self._lock:
-            self._check()
-            return APIFuture(self, self.call, request, *args)
+            self._raise_unread_failure()
+            return APIFuture(self, *self._caller, request, *args)
 
-    def submit_here(self, request: Callable[..., T], *args: Any) -> APIFuture[T]:
-        """Queue a request that one process of many may make: of an unread error the next one of all tells."""
-        if self.call is direct:
+    def submit_local(self, request: Callable[..., T], *args: Any) -> APIFuture[T]:
+        """Queue a request that only some ranks make. Unread errors are left for the next collective request."""
+        if not self._caller:
             return self.submit(request, *args)
         with self._lock:
-            self._check_process()
-            return APIFuture(self, direct, request, *args)
+            self._refuse_fork()
+            return APIFuture(self, request, *args)
 
     def submit_gradient(self, request: Callable[..., T], *args: Any) -> APIFuture[T]:
-        """Queue a request that adds to the gradient."""
+        """Queue a request that adds to the accumulated gradient."""
         with self._lock:
-            self._check()
-            submitted = APIFuture(self, self.call, request, *args)
-            submitted.future().add_done_callback(self._failures.add)
+            self._raise_unread_failure()
+            submitted: APIFuture[T] = APIFuture(self, *self._caller, request, *args)
+            submitted._future.add_done_callback(self._failures.record)
             return submitted
 
     def submit_step(self, request: Callable[..., T], *args: Any) -> APIFuture[T]:
-        """Queue a request that takes the gradient; it is refused if a gradient before it still fails."""
+        """Queue a request that consumes the accumulated gradient. It is refused if a gradient before it still fails."""
         with self._lock:
-            known = self._failures.count  # before the check, which raises what of it nobody has read
-            self._check()
-            return APIFuture(self, self.call, self._failures.step, known, request, *args)
+            known = self._failures.count  # before the next line, which raises those that nobody has read
+            self._raise_unread_failure()
+            return APIFuture(self, *self._caller, self._failures.run_step, known, request, *args)
 
-    def _check(self) -> None:
+    def _raise_unread_failure(self) -> None:
         """Raise the first error that nobody has read."""
-        self._check_process()
-        for future in tuple(self.failed):  # which the thread may append to meanwhile
-            if future.read or future.lost:
+        self._refuse_fork()
+        for future in tuple(self.failed):  # a copy, since the thread may append to the list
+            if future._was_read or future.unread_failure:
                 self.failed.remove(future)
-            if future.lost:
+            if future.unread_failure:
                 future._value()
 
-    def _check_process(self) -> None:
-        """Refuse a process that has not got the thread."""
+    def _refuse_fork(self) -> None:
+        """Refuse a forked process, which has no copy of the thread."""
         if os.getpid() != self._process:
             fix = "Make a client in each process, after the fork."
             raise LossInputError("client", "the process that made it", "a fork of it", fix)
@@ -233,54 +248,85 @@ WORKERS: weakref.WeakSet[Worker] = weakref.WeakSet()
 
 
 @atexit.register
-def log_all_errors() -> None:
-    """At the end of the program. No finalizer: errors have frames that have the client, which would never go."""
+def log_unread_failures_at_exit() -> None:
+    """Log the unread errors of all workers at the end of the program.
+
+    A finalizer of each worker would not do: the frames of an error refer to the client, which would never go.
+    """
     for worker in WORKERS:
-        log_errors(worker.failed)
+        log_unread_failures(worker.failed)
 
 
-def log_errors(failed: list[APIFuture[Any]]) -> None:
-    """Say what went wrong in requests whose outcome nobody has read."""
+def log_unread_failures(failed: list[APIFuture[Any]]) -> None:
+    """Log the errors that nobody has read, and empty the list."""
     for future in failed:
-        if not future.read:
+        if not future._was_read:
             log.error("A request failed and nobody read its error.", exc_info=future._error)
     failed.clear()
 
 
-class Ready:
-    """A client that is there at once, for code that expects a future of it: ``.result()`` and ``await`` give itself."""
+class Resolved:
+    """A client that needs no waiting, for code that expects a future of one: ``.result()`` and ``await`` return it."""
 
     def result(self, timeout: float | None = None) -> Self:
+        """Return the client itself, at once; ``timeout`` is not needed."""
         return self
 
     async def result_async(self, timeout: float | None = None) -> Self:
+        """Return the client itself, at once; ``timeout`` is not needed."""
         return self
 
     def __await__(self) -> Generator[Any, None, Self]:
         return self.result_async().__await__()
 
 
-def twin(method: Callable[P, T]) -> Callable[P, Coroutine[Any, Any, T]]:
-    """``method_async``: a coroutine function that submits and returns what the method returns, a future as a rule."""
+def async_of(
+    method: Callable[P, Any], doc: str | None = None
+) -> Callable[[Callable[..., Coroutine[Any, Any, T]]], Callable[P, Coroutine[Any, Any, T]]]:
+    """Decorate a coroutine function that passes its arguments on to ``method``.
 
-    @functools.wraps(method)
-    async def submitted(*args: P.args, **kwargs: P.kwargs) -> T:
+    It is named ``<method>_async`` and has the signature of ``method``, which is thus written once.
+
+    Args:
+        method: the method that takes the same arguments.
+        doc: the docstring; None keeps that of the coroutine function.
+    """
+
+    def decorate(function: Callable[..., Coroutine[Any, Any, T]]) -> Callable[P, Coroutine[Any, Any, T]]:
+        own = doc or function.__doc__
+        functools.update_wrapper(function, method)
+        function.__name__, function.__qualname__ = f"{method.__name__}_async", f"{method.__qualname__}_async"
+        function.__doc__ = own
+        return function
+
+    return decorate
+
+
+def async_submit(method: Callable[P, T]) -> Callable[P, Coroutine[Any, Any, T]]:
+    """Make ``<method>_async``, a coroutine function that submits the request and returns what the method returns."""
+
+    @async_of(method, f"``{method.__name__}`` for code that awaits the call as well as the future that it returns.")
+    async def submit(*args: P.args, **kwargs: P.kwargs) -> T:
         return method(*args, **kwargs)
 
-    submitted.__name__ = f"{method.__name__}_async"
-    submitted.__qualname__ = f"{method.__qualname__}_async"
-    submitted.__doc__ = f"``{method.__name__}`` for code that awaits the call itself as well as what it returns."
-    return submitted
+    return submit
 
 
-def awaited(method: Callable[P, APIFuture[T]]) -> Callable[P, Coroutine[Any, Any, T]]:
-    """``method_async``: a coroutine function that waits for the method's future and returns its result."""
+def async_result(method: Callable[P, APIFuture[T]]) -> Callable[P, Coroutine[Any, Any, T]]:
+    """Make ``<method>_async``, a coroutine function that awaits the method's future and returns its result."""
 
-    @functools.wraps(method)
+    @async_of(method, f"Await the result of ``{method.__name__}``.")
     async def result(*args: P.args, **kwargs: P.kwargs) -> T:
         return await method(*args, **kwargs)
 
-    result.__name__ = f"{method.__name__}_async"
-    result.__qualname__ = f"{method.__qualname__}_async"
-    result.__doc__ = f"The result of ``{method.__name__}``, awaited."
+    return result
+
+
+def async_in_thread(method: Callable[P, T]) -> Callable[P, Coroutine[Any, Any, T]]:
+    """Make ``<method>_async``, a coroutine function that runs a method which blocks in a thread of its own."""
+
+    @async_of(method, f"``{method.__name__}`` without blocking the event loop.")
+    async def result(*args: P.args, **kwargs: P.kwargs) -> T:
+        return await asyncio.to_thread(method, *args, **kwargs)
+
     return result

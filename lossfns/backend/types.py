@@ -1,4 +1,4 @@
-"""Requests' parameters and results, in the shapes of the hosted SDKs. Their own objects are accepted as well."""
+"""Parameters and results of requests, in the shapes of the hosted SDKs. The SDKs' own objects are accepted as well."""
 
 from __future__ import annotations
 
@@ -10,7 +10,15 @@ from lossfns.datum import TensorData
 
 @dataclass(frozen=True, kw_only=True)
 class AdamParams:
-    """AdamW with decoupled weight decay; ``grad_clip_norm`` 0 is off. The hosted services' defaults."""
+    """Settings of one AdamW step, with decoupled weight decay. Defaults are those of the hosted services.
+
+    Args:
+        learning_rate: at least 0.
+        beta1, beta2: decay of the first and second moment, in [0, 1).
+        eps: added to the root of the second moment, above 0 in the dtype of the weights.
+        weight_decay: at least 0; each step takes ``learning_rate * weight_decay`` of every weight.
+        grad_clip_norm: largest norm of the whole gradient; 0 does not clip.
+    """
 
     learning_rate: float = 1e-4
     beta1: float = 0.9
@@ -22,7 +30,16 @@ class AdamParams:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """``stop`` is a list of token ids or of strings; a string's tokens end the sample and stay in it."""
+    """Settings of a sampling request.
+
+    Args:
+        max_tokens: most tokens of a sample.
+        seed: seed of the draws; None draws from torch's own random numbers.
+        stop: a token id, a string, or a list of them. The tokens of a stop end the sample and stay in it.
+        temperature: a number above 1e-6, or 0, which takes the most probable token.
+        top_k: draw from the k most probable tokens; -1 draws from all.
+        top_p: draw from the most probable tokens that together have this probability, in (0, 1].
+    """
 
     max_tokens: int = 128
     seed: int | None = None
@@ -34,7 +51,13 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class ForwardBackwardOutput:
-    """``loss_fn_outputs[i]`` holds the ``"logprobs"`` or the ``"embedding"`` of datum i; metrics by name."""
+    """Result of a forward or forward-backward request.
+
+    Attributes:
+        loss_fn_output_type: ``"TensorData"``.
+        loss_fn_outputs: for each datum ``{"logprobs": [N] or [N, K]}`` or ``{"embedding": [D]}``, float32.
+        metrics: numbers by name; a custom loss may return other values as well.
+    """
 
     loss_fn_output_type: str
     loss_fn_outputs: list[dict[str, TensorData]]
@@ -43,14 +66,14 @@ class ForwardBackwardOutput:
 
 @dataclass(frozen=True)
 class OptimStepResponse:
-    """``grad_norm`` as it was after normalisation and before clipping, and ``lr``."""
+    """Result of a step: metrics ``grad_norm``, after normalisation and before clipping, and ``lr``, the rate."""
 
     metrics: dict[str, float]
 
 
 @dataclass(frozen=True)
 class SampledSequence:
-    """Tokens (a stop included), their logprobs at temperature 1, and why the sample ended."""
+    """One sample: its tokens, a stop included, their logprobs at temperature 1, and why it ended."""
 
     stop_reason: Literal["stop", "length"]
     tokens: list[int]
@@ -59,7 +82,7 @@ class SampledSequence:
 
 @dataclass(frozen=True)
 class SampleResponse:
-    """Sequences of one prompt, and the prompt's own logprobs (``None`` first) if they were asked for."""
+    """The samples of one prompt, and the logprobs of the prompt's tokens (None first) if they were requested."""
 
     sequences: list[SampledSequence]
     prompt_logprobs: list[float | None] | None = None
@@ -67,21 +90,21 @@ class SampleResponse:
 
 @dataclass(frozen=True)
 class SaveResponse:
-    """Where the file is: the path that ``load_state`` and ``create_sampling_client`` take."""
+    """The path of the saved file, for ``load_state`` and ``create_sampling_client``."""
 
     path: str
 
 
 @dataclass(frozen=True)
 class LoadWeightsResponse:
-    """The file that was loaded."""
+    """The path of the loaded file."""
 
     path: str
 
 
 @dataclass(frozen=True)
 class ModelData:
-    """The model's class, its name, and its tokenizer's."""
+    """The model's class, its name, and the name of its tokenizer, if it has one."""
 
     arch: str
     model_name: str
@@ -90,9 +113,18 @@ class ModelData:
 
 @dataclass(frozen=True)
 class GetInfoResponse:
-    """What runs, and where; ``steps`` are the optimizer steps so far, ``profile`` the service it follows.
+    """Description of a client's model.
 
-    ``attention`` is the route that packed attention takes, None if the model does not tell.
+    Attributes:
+        model_data: the model's class, name and tokenizer.
+        model_id: an id that differs between the clients of a process.
+        is_lora, lora_rank: whether the model has adapters, and their rank.
+        model_name: the model's name.
+        parameters: number of parameters, adapters included.
+        device, dtype: of the first parameter.
+        steps: optimizer steps so far.
+        profile: the service that is followed, ``"tinker"`` or ``"fireworks"``.
+        attention: the implementation of packed attention, None if the model does not name it.
     """
 
     model_data: ModelData

@@ -1,4 +1,7 @@
-"""The smallest client that is one, and datums for it: shared by the tests that make very many requests."""
+"""Small clients, and datums for them.
+
+The smallest, of ``SHAPE``, is for tests that make very many requests; ``BYTE_SHAPE`` is that of a model of bytes.
+"""
 
 from random import Random
 from typing import Any
@@ -11,10 +14,15 @@ from lossfns.backend import AdamParams, Decoder, LocalReferenceClient, LocalTrai
 from lossfns.backend.model.tokenizer import ByteTokenizer
 
 SHAPE: dict[str, Any] = {"vocab_size": 31, "dim": 8, "layers": 1, "heads": 2, "kv_heads": 1, "hidden": 12}
+BYTE_SHAPE: dict[str, Any] = {"vocab_size": 257, "dim": 32, "layers": 2, "heads": 2, "kv_heads": 1, "hidden": 48}
 
 
 def client(seed: int = 0, **options: Any) -> LocalTrainingClient:
     return LocalTrainingClient(Decoder(**SHAPE, seed=seed), tokenizer=ByteTokenizer(), device="cpu", **options)
+
+
+def byte_client(seed: int = 0, **options: Any) -> LocalTrainingClient:
+    return LocalTrainingClient(Decoder(**BYTE_SHAPE, seed=seed), tokenizer=ByteTokenizer(), device="cpu", **options)
 
 
 def texts(rng: Random, count: int = 2, sdk: Any = lossfns, longest: int = 6, targets: int = 0) -> list[Any]:
@@ -35,6 +43,21 @@ def text(rng: Random, length: int, sdk: Any = lossfns, targets: int = 0) -> Any:
     return sdk.Datum(model_input=sdk.ModelInput.from_ints(ids[:-1]), loss_fn_inputs=fields)
 
 
+def byte_texts(sdk: Any = lossfns, count: int = 4) -> list[Any]:
+    """Ragged datums of random bytes: targets and weights, of one SDK's classes."""
+    rng = Random(3)
+    data = []
+    for _ in range(count):
+        ids = [rng.randrange(256) for _ in range(rng.randint(3, 12))]
+        n = len(ids) - 1
+        fields = {
+            "target_tokens": sdk.TensorData(ids[1:], "int64", [n]),
+            "weights": sdk.TensorData([float(i >= n // 3) for i in range(n)], "float32", [n]),
+        }
+        data.append(sdk.Datum(sdk.ModelInput.from_ints(ids[:-1]), fields))
+    return data
+
+
 def own_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
     """Metrics without those that say what a request took."""
     return {name: x for name, x in metrics.items() if name.partition(":")[0] not in COST}
@@ -49,6 +72,19 @@ def weights(c: LocalTrainingClient) -> list[Tensor]:
 
 def gradients(c: LocalTrainingClient) -> list[Tensor | None]:
     return [None if p.grad is None else p.grad.clone() for p in c.model.parameters()]
+
+
+def take_gradients(c: LocalTrainingClient) -> list[Tensor]:
+    """The accumulated gradients, 0 where a parameter has none; the client has none of them afterwards."""
+    taken = [p.grad.clone() if p.grad is not None else torch.zeros_like(p) for p in c.model.parameters()]
+    c.model.zero_grad(set_to_none=True)
+    return taken
+
+
+def assert_same_gradients(a: list[Tensor], b: list[Tensor], tolerance: float = 1e-6) -> None:
+    assert any(x.abs().max() > 1e-6 for x in a)
+    for x, y in zip(a, b, strict=True):
+        torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance)
 
 
 def same(a: list[Tensor | None], b: list[Tensor | None]) -> bool:

@@ -1,1 +1,1 @@
-"""What a caller holds: training, reference, sampling and service clients."""
+"""The clients: training, reference, sampling and service, with the calls of the hosted services."""

@@ -1,4 +1,4 @@
-"""Where the hosted services differ: Tinker (SDK 0.38) and Fireworks (SDK 1.2), side by side."""
+"""The differences between the hosted services, side by side: Tinker (SDK 0.38) and Fireworks (SDK 1.2)."""
 
 from __future__ import annotations
 
@@ -9,32 +9,35 @@ from lossfns.backend.engine.batch import check_some
 from lossfns.backend.engine.differentiate import Value
 from lossfns.errors import LossInputError, did_you_mean
 
-TOTALS = ("loss", "tokens", "sequences", "sequences_empty")
-
 
 class Profile(NamedTuple):
-    """What one service does its own way."""
+    """The answers that one service gives in its own way."""
 
     name: str
-    check_call: Callable[[Any], None]
-    """What is refused at the call, rather than when the result is read."""
-    check_custom: Callable[[Sequence[Any]], None]
-    """What is refused of the datums of a custom loss over logprobs."""
-    custom_blocks: bool
-    """Whether forward_backward_custom waits, so that an error surfaces at the call."""
+    check_at_call: Callable[[Any], None]
+    """Refuses data at the call, rather than when the result is read."""
+    check_custom_data: Callable[[Sequence[Any]], None]
+    """Refuses datums of a custom loss over logprobs."""
+    custom_call_waits: bool
+    """Whether forward_backward_custom waits for its result, so that an error is raised at the call."""
     builtin_metrics: Callable[[str, Value], dict[str, float]]
+    """The metrics of a built-in loss of this name."""
     custom_metrics: Callable[[Value], dict[str, Any]]
+    """The metrics of a custom loss, its own among them."""
 
 
-def anything(data: Any) -> None:
+# Checks
+
+
+def accept_any(data: Any) -> None:
     """Refuse nothing."""
 
 
 CUSTOM_KEYS = ("target_tokens", "weights")
 
 
-def only_custom_keys(data: Sequence[Any]) -> None:
-    """Fireworks sends the datums of a custom loss as they are, and the service knows two fields."""
+def check_custom_keys(data: Sequence[Any]) -> None:
+    """Refuse other keys than Fireworks knows: it sends the datums of a custom loss to the service as they are."""
     for i, datum in enumerate(data):
         extra = sorted(set(datum.loss_fn_inputs) - set(CUSTOM_KEYS))
         if extra:
@@ -46,38 +49,49 @@ def only_custom_keys(data: Sequence[Any]) -> None:
             raise LossInputError("loss_fn_inputs", "target_tokens and weights alone", got, fix, datum=i)
 
 
-MOST = ("passes", "peak_memory")
-ADDED = (*TOTALS, "micro_batches")
+# Metrics
 
-
-def cost(value: Value) -> dict[str, float]:
-    """How a request was computed: passes over the model, micro-batches, and bytes at the peak as planned."""
-    counts = {"passes": value.passes, "micro_batches": value.micro_batches, "peak_memory": value.peak_memory}
-    return {name: float(count) for name, count in counts.items()}
+SUMS = ("loss", "tokens", "sequences", "sequences_empty", "micro_batches")
+MAXIMA = ("passes", "peak_memory")
 
 
 def reduction(name: str) -> str:
-    return "sum" if name in ADDED else "max" if name in MOST else "mean"
+    """Return how a metric combines over requests: ``"sum"``, ``"max"`` or ``"mean"``."""
+    return "sum" if name in SUMS else "max" if name in MAXIMA else "mean"
 
 
-def named(metrics: dict[str, float]) -> dict[str, float]:
-    """Metrics in the services' ``name:reduction`` form, which says how they combine over requests."""
+def with_reductions(metrics: dict[str, float]) -> dict[str, float]:
+    """Rename metrics to the services' form ``name:reduction``, without the denominator."""
     return {f"{name}:{reduction(name)}": x for name, x in metrics.items() if name != "denominator"}
 
 
-def with_response_tokens(loss_fn: str, value: Value) -> dict[str, float]:
-    """Fireworks adds to cross-entropy how many entries have a weight."""
+def request_cost(value: Value) -> dict[str, float]:
+    """Return the passes over the model, the micro-batches and the planned peak of memory in bytes."""
+    return {
+        "passes": float(value.passes),
+        "micro_batches": float(value.micro_batches),
+        "peak_memory": float(value.peak_memory),
+    }
+
+
+def tinker_builtin_metrics(loss_fn: str, value: Value) -> dict[str, float]:
+    """Return the metrics of the loss."""
+    return with_reductions(value.metrics)
+
+
+def fireworks_builtin_metrics(loss_fn: str, value: Value) -> dict[str, float]:
+    """Return the metrics of the loss; a cross-entropy also has the number of entries with a weight."""
     counted = {"response_tokens": value.nonzero} if loss_fn == "cross_entropy" else {}
-    return named(value.metrics) | counted
+    return with_reductions(value.metrics) | counted
 
 
-def true_loss(value: Value) -> dict[str, Any]:
-    """``loss:sum`` is the loss itself, whatever the loss calls so; the surrogate stands beside it."""
+def tinker_custom_metrics(value: Value) -> dict[str, Any]:
+    """Return the loss as ``loss:sum`` beside the surrogate. Metrics of the loss with these names are replaced."""
     return {**value.metrics, "loss:sum": value.loss, "surrogate_loss:sum": value.surrogate}
 
 
-def surrogate_loss(value: Value) -> dict[str, Any]:
-    """``loss:sum`` is the surrogate Σ lp·∂L/∂lp; metrics of the loss win over the service's."""
+def fireworks_custom_metrics(value: Value) -> dict[str, Any]:
+    """Return the surrogate Σ lp·∂L/∂lp as ``loss:sum``. Metrics of the loss with the service's names win."""
     counted = {"response_tokens": value.nonzero} if value.outputs.name == "logprobs" else {}
     return {"loss:sum": value.surrogate, **counted, **value.metrics}
 
@@ -87,26 +101,26 @@ PROFILES = {
     for profile in (
         Profile(
             name="tinker",
-            check_call=check_some,
-            check_custom=anything,
-            custom_blocks=False,
-            builtin_metrics=lambda loss_fn, value: named(value.metrics),
-            custom_metrics=true_loss,
+            check_at_call=check_some,
+            check_custom_data=accept_any,
+            custom_call_waits=False,
+            builtin_metrics=tinker_builtin_metrics,
+            custom_metrics=tinker_custom_metrics,
         ),
         Profile(
             name="fireworks",
-            check_call=anything,
-            check_custom=only_custom_keys,
-            custom_blocks=True,
-            builtin_metrics=with_response_tokens,
-            custom_metrics=surrogate_loss,
+            check_at_call=accept_any,
+            check_custom_data=check_custom_keys,
+            custom_call_waits=True,
+            builtin_metrics=fireworks_builtin_metrics,
+            custom_metrics=fireworks_custom_metrics,
         ),
     )
 }
 
 
-def profile_of(name: Any) -> Profile:
-    """The profile of that name."""
+def find_profile(name: Any) -> Profile:
+    """Return the profile of that name, or refuse the name."""
     if not isinstance(name, str) or name not in PROFILES:
         raise LossInputError("profile", "'tinker' or 'fireworks'", repr(name), did_you_mean(str(name), PROFILES))
     return PROFILES[name]

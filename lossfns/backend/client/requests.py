@@ -1,4 +1,4 @@
-"""What a call of a client takes: checked where the caller stands, and kept as it was at the call."""
+"""The arguments of a client's calls: checked at the call, and copied so that later changes do not matter."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from lossfns.backend.engine.engine import POOLS
 from lossfns.errors import LossInputError
 
 
-def snapshot(data: Any) -> Any:
-    """The datums as they are now: what the caller does to them afterwards is not part of the request."""
-    return [datum_now(datum) for datum in data] if isinstance(data, (list, tuple)) else data
+def copy_data(data: Any) -> Any:
+    """Copy a list of datums, so that the caller may change the list and the datums' fields after the call."""
+    return [copy_datum(datum) for datum in data] if isinstance(data, (list, tuple)) else data
 
 
-def datum_now(datum: Any) -> Any:
-    """A datum with fields of its own; what is none is left to the checks."""
+def copy_datum(datum: Any) -> Any:
+    """Return a shallow copy with its own fields; anything that is not a datum is returned as it is."""
     if not isinstance(getattr(datum, "loss_fn_inputs", None), Mapping):
         return datum
     try:
@@ -34,11 +34,11 @@ OUTPUTS = ("logprobs", "embedding")
 
 
 def check_output(output: Any, pooling: Any) -> None:
-    """Refuse an output or a pooling that is not known, in the services' words."""
+    """Refuse an unknown output or pooling, in the services' words."""
     if not isinstance(output, str) or output not in OUTPUTS:
         fix = (
             f"Unsupported output={output!r}; expected 'logprobs', 'embedding', 'projection', or "
-            "'cos_similarity_matrix', of which the local client has the first two"
+            "'cos_similarity_matrix'. The local client has the first two."
         )
         raise LossInputError("output", "'logprobs' or 'embedding'", repr(output), fix)
     if not isinstance(pooling, str) or pooling not in POOLS:
@@ -46,20 +46,21 @@ def check_output(output: Any, pooling: Any) -> None:
         raise LossInputError("pooling", "'mean' or 'last'", repr(pooling), fix)
 
 
-def check_no_more(config: Mapping[str, Any]) -> None:
-    """Refuse what an embedding does not read: a ``pooling`` misspelt would be another embedding."""
+def check_embedding_config(config: Mapping[str, Any]) -> None:
+    """Refuse settings that an embedding does not read: a misspelt ``pooling`` would give another embedding."""
     if config:
         got = ", ".join(map(repr, config))
         raise LossInputError("loss_fn_config", "output and pooling for an embedding", got, "Drop the others.")
 
 
 def check_path(field: str, path: Any) -> None:
+    """Refuse anything but a path that is not empty; ``field`` is the argument's name."""
     if not isinstance(path, (str, Path)) or not str(path) or "\0" in str(path):
         raise LossInputError(field, "the path of a file", repr(path), "Pass a string or a Path.")
 
 
 def check_save(name: Any, ttl_seconds: Any, user_metadata: Any) -> None:
-    """Refuse what a local file cannot keep."""
+    """Refuse arguments of a save that a local file cannot honour."""
     check_path("name", name)
     if ttl_seconds is not None:
         raise LossInputError("ttl_seconds", "None", repr(ttl_seconds), "Nothing expires here: delete the file.")
@@ -67,6 +68,7 @@ def check_save(name: Any, ttl_seconds: Any, user_metadata: Any) -> None:
 
 
 def check_metadata(user_metadata: Any) -> None:
+    """Refuse metadata that are not strings by name, or None."""
     strings = isinstance(user_metadata, Mapping) and all(
         isinstance(key, str) and isinstance(value, str) for key, value in user_metadata.items()
     )
@@ -76,6 +78,7 @@ def check_metadata(user_metadata: Any) -> None:
 
 
 def check_loss_type(loss_type_input: Any) -> None:
+    """Refuse an unknown ``loss_type_input``, in the services' words."""
     if loss_type_input is not None and (not isinstance(loss_type_input, str) or loss_type_input != "logprobs"):
         fix = (
             f"Unsupported loss_type_input={loss_type_input!r}. Supported values are: logprobs. "
@@ -84,8 +87,8 @@ def check_loss_type(loss_type_input: Any) -> None:
         raise LossInputError("loss_type_input", "'logprobs'", repr(loss_type_input), fix)
 
 
-def check_targets(data: Any) -> None:
-    """Refuse a custom loss without targets at the call, as both SDKs do."""
+def check_custom_targets(data: Any) -> None:
+    """Refuse a custom loss over logprobs without targets at the call, as both SDKs do."""
     for i, datum in enumerate(data if isinstance(data, (list, tuple)) else ()):
         inputs = getattr(datum, "loss_fn_inputs", None)
         if isinstance(inputs, Mapping) and inputs.get("target_tokens") is None:
@@ -94,6 +97,7 @@ def check_targets(data: Any) -> None:
 
 
 def refuse_existing(path: str | Path) -> None:
+    """Refuse to write over a file or folder that exists."""
     if os.path.exists(path):
         fix = "Choose another name; save_state(..., overwrite=True) replaces it."
         raise LossInputError("name", "a file that does not exist yet", f"{path}", fix)

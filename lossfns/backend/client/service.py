@@ -1,54 +1,45 @@
-"""A local stand-in for the hosted services' front door: clients of base models by name."""
+"""The service client: clients of base models by name, as the hosted services' front door creates them."""
 
 from __future__ import annotations
 
-import asyncio
 import copy
-import functools
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
 
-from lossfns.backend.client.profiles import profile_of
+from lossfns.backend.client.profiles import find_profile
+from lossfns.backend.client.reference import LocalReferenceClient, embedded_model, pick_device
 from lossfns.backend.client.requests import check_metadata, check_path
 from lossfns.backend.client.sampling import LocalSamplingClient
-from lossfns.backend.client.training import EMBEDDED, LocalReferenceClient, LocalTrainingClient, pick_device
+from lossfns.backend.client.training import LocalTrainingClient
 from lossfns.backend.engine import state
 from lossfns.backend.engine.memory import check_budget
 from lossfns.backend.engine.ranks import Alone, Ranks
+from lossfns.backend.futures import async_in_thread
 from lossfns.backend.model import lora
-from lossfns.backend.model.decoder import Decoder
-from lossfns.backend.model.tokenizer import ByteTokenizer
 from lossfns.backend.storage import checkpoint
 from lossfns.errors import LossInputError
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-T = TypeVar("T")
-P = ParamSpec("P")
 C = TypeVar("C", bound=LocalReferenceClient)
 
-Build = Callable[[], nn.Module | tuple[nn.Module, Any]]
+ModelBuilder = Callable[[], nn.Module | tuple[nn.Module, Any]]
 """Builds a base model, alone or with its tokenizer."""
 
-
-def embedded() -> tuple[nn.Module, Any]:
-    """The small byte-level decoder, as ``LocalTrainingClient()`` has it."""
-    return Decoder(vocab_size=ByteTokenizer.vocab_size, **EMBEDDED), ByteTokenizer()
-
-
-MODELS: dict[str, Build] = {"Decoder": embedded}
+MODELS: dict[str, ModelBuilder] = {"Decoder": embedded_model}
+"""The base models of a service to which none are given."""
 
 
 @dataclass(frozen=True)
 class SupportedModel:
-    """A base model that clients can be created of; any context length that fits in memory will do."""
+    """A base model that clients can be created of. Memory alone limits the context length, hence None."""
 
     model_name: str
     max_context_length: int | None = None
@@ -57,38 +48,28 @@ class SupportedModel:
 
 @dataclass(frozen=True)
 class GetServerCapabilitiesResponse:
-    """The base models by name."""
+    """The base models of a service."""
 
     supported_models: list[SupportedModel]
 
 
-def in_thread(method: Callable[P, T]) -> Callable[P, Coroutine[Any, Any, T]]:
-    """``method_async``: the method in a thread, since building a model would block the event loop."""
-
-    @functools.wraps(method)
-    async def result(*args: P.args, **kwargs: P.kwargs) -> T:
-        return await asyncio.to_thread(method, *args, **kwargs)
-
-    result.__name__ = f"{method.__name__}_async"
-    result.__qualname__ = f"{method.__qualname__}_async"
-    result.__doc__ = f"``{method.__name__}`` without blocking the event loop; awaited once, it gives the same."
-    return result
-
-
 class LocalServiceClient:
-    """Training, reference and sampling clients of base models by name.
+    """Creates training, reference and sampling clients of base models by name.
 
     Args:
-        models: for each name a function that builds the model, or ``(model, tokenizer)``. It is called once, and
-            every client gets a copy: all start from the same weights, and none moves another's. Without it,
-            ``"Decoder"``, the small byte-level decoder.
-        device, dtype, profile, memory_budget: of every client, as in ``LocalTrainingClient``.
-        user_metadata: strings by name, which every checkpoint of every training client carries.
-        mesh: of every client, as in ``LocalTrainingClient``; each process makes the same clients in the same order.
-        base_url, api_key, project_id: taken and left alone; nothing is called.
+        models: for each name a function without arguments that builds the model, or ``(model, tokenizer)``. It is
+            called once, at the first use. Every client gets a copy: all start from the same weights, and none changes
+            another's. None provides ``"Decoder"``, a small byte-level decoder.
+        device, dtype, profile, memory_budget, mesh: arguments of every client, as in ``LocalReferenceClient``. Under a
+            mesh, each process creates the same clients in the same order.
+        user_metadata: strings by name that every checkpoint of every training client carries.
+        base_url, api_key, project_id: not used; nothing is sent.
 
-    ``base_model`` may be left out where there is but one. A client is there at once, and code that expects a
-    future of it may call ``.result()`` or await it.
+    ``base_model`` may be omitted where the service has one model alone. A client needs no waiting; code that expects
+    a future of it may call ``.result()`` or await it.
+
+    Raises LossInputError for models that are no functions by name, an unknown device or profile, or a budget that is no
+    positive number.
 
     >>> service = LocalServiceClient(device="cpu")
     >>> policy, reference = service.create_training_client(), service.create_reference_client()
@@ -98,7 +79,7 @@ class LocalServiceClient:
 
     def __init__(
         self,
-        models: Mapping[str, Build] | None = None,
+        models: Mapping[str, ModelBuilder] | None = None,
         *,
         device: str | torch.device = "auto",
         dtype: torch.dtype | None = None,
@@ -116,13 +97,13 @@ class LocalServiceClient:
         self._models = dict(check_models(MODELS if models is None else models))
         self._ranks = Alone() if mesh is None else Ranks(mesh, device)
         self._device = pick_device(device if mesh is None else mesh.device_type)
-        self._dtype, self._profile = dtype, profile_of(profile).name
+        self._dtype, self._profile = dtype, find_profile(profile).name
         self._metadata = dict(user_metadata or {})
         self._bases: dict[str, tuple[nn.Module, Any]] = {}
         self._lock = Lock()
 
     def get_server_capabilities(self) -> GetServerCapabilitiesResponse:
-        """The base models that this service knows."""
+        """Return the base models that clients can be created of."""
         return GetServerCapabilitiesResponse([SupportedModel(name) for name in self._models])
 
     def create_training_client(
@@ -136,7 +117,17 @@ class LocalServiceClient:
         lora_alpha: float = lora.ALPHA,
         user_metadata: Mapping[str, str] | None = None,
     ) -> LocalTrainingClient:
-        """Training of all parameters, or with a ``lora_rank`` above 0 of adapters, to which alone the rest applies."""
+        """Create a client that trains all parameters, or adapters if ``lora_rank`` is above 0.
+
+        Args:
+            base_model: the model's name.
+            lora_rank: 0, or the rank of the adapters.
+            seed, train_mlp, train_attn, train_unembed, lora_alpha: of the adapters, as in
+                ``create_lora_training_client``.
+            user_metadata: strings by name that every checkpoint of the client carries, beside those of the service.
+
+        Raises LossInputError for an unknown model, and for a part that is left out without adapters.
+        """
         parts = {"train_mlp": train_mlp, "train_attn": train_attn, "train_unembed": train_unembed}
         if lora_rank != 0:
             return self.create_lora_training_client(
@@ -147,7 +138,7 @@ class LocalServiceClient:
             fix = "Pass a lora_rank: without adapters all parameters are trained."
             raise LossInputError(left_out, "True", repr(parts[left_out]), fix)
         name = self._name(base_model)
-        return self._client(LocalTrainingClient, name, self._model(name), user_metadata)
+        return self._client(LocalTrainingClient, name, self._copy(name), user_metadata)
 
     def create_lora_training_client(
         self,
@@ -162,15 +153,25 @@ class LocalServiceClient:
         *,
         alpha: float = lora.ALPHA,
     ) -> LocalTrainingClient:
-        """Training of adapters of a rank on the parts named, scaled by ``alpha / rank``; needs the extra ``lora``.
+        """Create a client that trains low-rank adapters. Until its first step it computes what the base model does.
 
-        ``seed`` draws the adapters (None takes another one each time). Until the first step the client computes
-        exactly what the base model does.
+        Args:
+            base_model: the model's name.
+            rank: rank of the adapters.
+            seed: seed of the adapters' weights; None draws another one each time.
+            train_mlp, train_attn, train_unembed: whether the linear layers of attention, the head, and all other
+                linear layers (``train_mlp``) get adapters.
+            user_metadata: strings by name that every checkpoint of the client carries, beside those of the service.
+            optimizer: None or AdamW.
+            alpha: adapters are scaled by ``alpha / rank``.
+
+        It needs the extra ``lora``. Raises LossInputError for an unknown model, a rank below 1, another optimizer, or a
+        model that has no layers in a part.
         """
         check_optimizer(optimizer)
         parts = [part for part, on in (("mlp", train_mlp), ("attn", train_attn), ("unembed", train_unembed)) if on]
         name = self._name(base_model)
-        model = lora.adapt(self._model(name), rank=rank, parts=parts, alpha=alpha, seed=seed)
+        model = lora.adapt(self._copy(name), rank=rank, parts=parts, alpha=alpha, seed=seed)
         return self._client(LocalTrainingClient, name, model, user_metadata)
 
     def create_training_client_from_state(
@@ -181,12 +182,19 @@ class LocalServiceClient:
         weights_access_token: str | None = None,
         optimizer: Any = None,
     ) -> LocalTrainingClient:
-        """The model of a checkpoint, adapters included, with its weights; the optimizer starts afresh.
+        """Create a training client with the weights of a checkpoint, adapters included, and a new optimizer.
 
-        ``base_model`` overrides the name in the checkpoint; the model has to be of the same shape.
+        Args:
+            path: a path that ``save_state`` or ``save_weights_for_sampler`` has written.
+            base_model: overrides the model's name in the checkpoint; the model must have the same shape.
+            user_metadata: strings by name that every checkpoint of the client carries, beside those of the service.
+            weights_access_token: not used.
+            optimizer: None or AdamW.
+
+        Raises LossInputError for a file that is missing, damaged or of another model.
         """
         check_optimizer(optimizer)
-        name, model = self._saved(path, base_model)
+        name, model = self._model_of_checkpoint(path, base_model)
         client = self._client(LocalTrainingClient, name, model, user_metadata)
         client.load_state(path).result()
         return client
@@ -198,8 +206,12 @@ class LocalServiceClient:
         user_metadata: Mapping[str, str] | None = None,
         weights_access_token: str | None = None,
     ) -> LocalTrainingClient:
-        """The same with optimizer, steps and random state: training continues as if it had not been interrupted."""
-        name, model = self._saved(path, base_model)
+        """Create a training client that continues a ``save_state`` as if training had not been interrupted.
+
+        It takes the optimizer's state, the number of steps and torch's random state as well. Arguments and errors are
+        those of ``create_training_client_from_state``; weights for a sampler are refused as well.
+        """
+        name, model = self._model_of_checkpoint(path, base_model)
         client = self._client(LocalTrainingClient, name, model, user_metadata)
         client.load_state_with_optimizer(path).result()
         return client
@@ -212,12 +224,17 @@ class LocalServiceClient:
         policy_client: LocalTrainingClient | None = None,
         user_metadata: Mapping[str, str] | None = None,
     ) -> LocalReferenceClient:
-        """The base model behind ``forward`` alone, frozen.
+        """Create a client of the frozen base model, which has ``forward`` alone.
 
-        ``lora_rank`` and ``policy_client`` tell Fireworks where to run it; here it is a copy of its own.
+        Args:
+            base_model: the model's name.
+            lora_rank, policy_client: not used. They tell Fireworks where to run the model; here it is a copy.
+            user_metadata: accepted as for other clients; a reference client saves nothing.
+
+        Raises LossInputError for an unknown model.
         """
         name = self._name(base_model)
-        return self._client(LocalReferenceClient, name, self._model(name).requires_grad_(False), user_metadata)
+        return self._client(LocalReferenceClient, name, self._copy(name).requires_grad_(False), user_metadata)
 
     def create_sampling_client(
         self,
@@ -226,55 +243,67 @@ class LocalServiceClient:
         retry_config: Any = None,
         record_stability_info: bool = False,
     ) -> LocalSamplingClient:
-        """A sampler of the weights in a file, or of a base model. There is nothing to retry here."""
+        """Create a client that samples from the weights of a checkpoint, or from a base model.
+
+        Args:
+            model_path: a checkpoint; None samples from the base model.
+            base_model: the model's name. With a checkpoint it overrides the name in the file.
+            retry_config: not used, as nothing is sent.
+            record_stability_info: False; the local sampler records tokens and logprobs alone.
+
+        Raises LossInputError without both, for an unknown model, and for a file that is missing, damaged or of another
+        model.
+        """
         if record_stability_info:
             fix = "The local sampler records nothing but tokens and logprobs."
             raise LossInputError("record_stability_info", "False", repr(record_stability_info), fix)
         if model_path is not None:
-            name, model = self._saved(model_path, base_model)
+            name, model = self._model_of_checkpoint(model_path, base_model)
             state.load_weights(model, checkpoint.load(model_path)[0], str(model_path))
         elif base_model is not None:
-            name, model = base_model, self._model(base_model)
+            name, model = base_model, self._copy(base_model)
         else:
             fix = "Either model_path or base_model must be provided."
             raise LossInputError("model_path", "a path, or the name of a base model", "neither", fix)
         return LocalSamplingClient(model, self._base(name)[1], self._ranks)
 
-    get_server_capabilities_async = in_thread(get_server_capabilities)
-    create_training_client_async = in_thread(create_training_client)
-    create_lora_training_client_async = in_thread(create_lora_training_client)
-    create_training_client_from_state_async = in_thread(create_training_client_from_state)
-    create_training_client_from_state_with_optimizer_async = in_thread(create_training_client_from_state_with_optimizer)
-    create_reference_client_async = in_thread(create_reference_client)
-    create_sampling_client_async = in_thread(create_sampling_client)
+    get_server_capabilities_async = async_in_thread(get_server_capabilities)
+    create_training_client_async = async_in_thread(create_training_client)
+    create_lora_training_client_async = async_in_thread(create_lora_training_client)
+    create_training_client_from_state_async = async_in_thread(create_training_client_from_state)
+    create_training_client_from_state_with_optimizer_async = async_in_thread(
+        create_training_client_from_state_with_optimizer
+    )
+    create_reference_client_async = async_in_thread(create_reference_client)
+    create_sampling_client_async = async_in_thread(create_sampling_client)
 
     # Models
 
     def _name(self, base_model: str | None) -> Any:
-        """The name that was given; without one, the only one there is."""
+        """Return the name that was given; without one, the name of the only model."""
         return next(iter(self._models)) if base_model is None and len(self._models) == 1 else base_model
 
     def _base(self, name: Any) -> tuple[nn.Module, Any]:
-        """The base model of that name and its tokenizer, built at its first use and never handed out."""
+        """Return a base model and its tokenizer, built at the first use. Clients get copies of it alone."""
         if not isinstance(name, str) or name not in self._models:
             expected = f"one of {', '.join(map(repr, self._models))}"
             fix = "LocalServiceClient(models={name: build}) adds others."
             raise LossInputError("base_model", expected, repr(name), fix)
         with self._lock:
             if name not in self._bases:
-                self._bases[name] = built(name, self._models[name]())
+                self._bases[name] = copied_model(name, self._models[name]())
             return self._bases[name]
 
-    def _model(self, name: Any) -> nn.Module:
-        """A copy of the base model."""
+    def _copy(self, name: Any) -> nn.Module:
+        """Return a copy of a base model, with the service's device and dtype."""
         return copy.deepcopy(self._base(name)[0]).to(self._device, self._dtype).eval()
 
-    def _saved(self, path: Any, base_model: str | None) -> tuple[str, nn.Module]:
-        """Name and model of a checkpoint, still with the base model's weights."""
+    def _model_of_checkpoint(self, path: Any, base_model: str | None) -> tuple[str, nn.Module]:
+        """Return the name and the model that a checkpoint is of, with adapters, but with the base model's weights."""
         check_path("path", path)
         data = checkpoint.metadata(path)
         name: Any = data.get("model") if base_model is None else base_model
-        model = self._model(name)
+        model = self._copy(name)
         state.check_description(model, data, str(path))
         return name, lora.adapt(model, **data["lora"]) if data.get("lora") else model
 
@@ -294,8 +323,8 @@ class LocalServiceClient:
         return client
 
 
-def check_models(models: Any) -> Mapping[str, Build]:
-    """Names, and for each a function without arguments."""
+def check_models(models: Any) -> Mapping[str, ModelBuilder]:
+    """Refuse anything but functions by name."""
     if not isinstance(models, Mapping) or not models or not all(isinstance(name, str) for name in models):
         raise LossInputError("models", "functions by name", repr(models), 'Pass {"name": lambda: (model, tokenizer)}.')
     for name, build in models.items():
@@ -305,9 +334,9 @@ def check_models(models: Any) -> Mapping[str, Build]:
     return models
 
 
-def built(name: str, result: Any) -> tuple[nn.Module, Any]:
-    """What a function in ``models`` has built, cut loose from what the caller still holds of it."""
-    model, tokenizer = result if isinstance(result, tuple) and len(result) == 2 else (result, None)
+def copied_model(name: str, built: Any) -> tuple[nn.Module, Any]:
+    """Copy the model that the function of ``name`` has built, since its owner may change it; add its tokenizer."""
+    model, tokenizer = built if isinstance(built, tuple) and len(built) == 2 else (built, None)
     if not isinstance(model, nn.Module):
         expected, got = f"a torch module from the function of {name!r}", f"a {type(model).__name__}"
         raise LossInputError("models", expected, got, "Return the model, or (model, tokenizer).")
@@ -315,6 +344,6 @@ def built(name: str, result: Any) -> tuple[nn.Module, Any]:
 
 
 def check_optimizer(optimizer: Any) -> None:
-    """Refuse another optimizer than AdamW."""
+    """Refuse any optimizer but AdamW."""
     if optimizer is not None and getattr(optimizer, "type", None) != "adamw":
-        raise LossInputError("optimizer", "None or AdamW", repr(optimizer), "The local client steps with AdamW alone.")
+        raise LossInputError("optimizer", "None or AdamW", repr(optimizer), "The local client has AdamW alone.")

@@ -1,4 +1,4 @@
-"""A local stand-in for the hosted training service: the same calls and futures, on a model of one's own."""
+"""The training client: the calls and futures of the hosted services, on a local model."""
 
 from __future__ import annotations
 
@@ -6,206 +6,39 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
-from torch import Tensor, nn
-
-from lossfns.backend.client.profiles import cost, named, profile_of
+from lossfns.backend.client.profiles import request_cost, with_reductions
+from lossfns.backend.client.reference import LocalReferenceClient, UnadaptedClient, response
 from lossfns.backend.client.requests import (
+    check_custom_targets,
     check_loss_type,
-    check_no_more,
     check_output,
     check_path,
     check_save,
-    check_targets,
+    copy_data,
     refuse_existing,
-    snapshot,
 )
 from lossfns.backend.client.sampling import LocalSamplingClient
-from lossfns.backend.engine.builtins import check_config
 from lossfns.backend.engine.differentiate import LossFn, Value
-from lossfns.backend.engine.engine import POOLS, Engine
-from lossfns.backend.engine.memory import check_budget
+from lossfns.backend.engine.engine import POOLS
 from lossfns.backend.engine.passes import Work
-from lossfns.backend.engine.ranks import Alone, Ranks
 from lossfns.backend.engine.state import check_description, description, load_weights, stepped, weights
-from lossfns.backend.futures import APIFuture, Ready, Worker, log, twin
+from lossfns.backend.futures import APIFuture, async_of, async_submit, log
 from lossfns.backend.model import lora
-from lossfns.backend.model.decoder import Decoder
-from lossfns.backend.model.tokenizer import ByteTokenizer
 from lossfns.backend.storage import checkpoint
-from lossfns.backend.types import (
-    ForwardBackwardOutput,
-    GetInfoResponse,
-    LoadWeightsResponse,
-    ModelData,
-    OptimStepResponse,
-    SaveResponse,
-)
+from lossfns.backend.types import ForwardBackwardOutput, LoadWeightsResponse, OptimStepResponse, SaveResponse
 from lossfns.errors import LossInputError
-
-if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
-
-EMBEDDED: dict[str, Any] = {"dim": 128, "layers": 4, "heads": 4, "kv_heads": 2, "hidden": 384}
-"""The shape of the model that is used when none is given."""
-
-
-def pick_device(device: str | torch.device) -> torch.device:
-    """``"auto"`` is the GPU if there is one."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError, TypeError) as error:
-        got, fix = f"{device!r} ({str(error).splitlines()[0]})", "auto takes the GPU if there is one."
-        raise LossInputError("device", "a device of this machine", got, fix) from None
-
-
-def check_model(model: Any) -> None:
-    """Refuse what is no model with weights and a head."""
-    expected = "a module with forward(tokens [N], lengths) -> hidden [N, D], head [V, D] and weights"
-    got = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
-    if not isinstance(model, nn.Module):
-        fix = "Pass the model itself; one by its name is made by LocalServiceClient, or by hf.load."
-        raise LossInputError("model", expected, got, fix)
-    with torch.no_grad():
-        head = getattr(model, "head", None)
-    if head is None:
-        fix = "Wrap a model of transformers: lossfns.backend.model.hf.CausalLM(model)."
-        raise LossInputError("model", expected, f"{got} without head", fix)
-    if not isinstance(head, Tensor) or head.ndim != 2:
-        fix = "It is the weight itself, [V, D]: as a property, self.unembed.weight."
-        raise LossInputError("model", expected, f"{got} whose head is a {type(head).__name__}", fix)
-    if not any(True for _ in model.parameters()):
-        raise LossInputError("model", expected, f"{got} without parameters", "Register what it computes with.")
-    if any(p.is_meta for p in model.parameters()):
-        fix = "Load its weights first: model.to_empty(device=...) makes room for them."
-        raise LossInputError("model", expected, f"{got} whose weights are not there", fix)
-
-
-def output_of(value: Value, metrics: dict[str, Any]) -> ForwardBackwardOutput:
-    return ForwardBackwardOutput("TensorData", value.outputs.records(), metrics)
-
-
-class LocalReferenceClient(Ready):
-    """A model behind ``forward`` alone, which is what a frozen reference policy needs.
-
-    The module is the one that is given, and no copy of it: where that one is trained, pass a copy.
-
-    Args:
-        model: a module with ``forward(tokens [N], lengths) -> hidden [N, D]`` and ``head`` [V, D] (sampling
-            also needs ``prefill`` and ``step``); without one, a small byte-level decoder from ``seed``.
-        tokenizer: what ``get_tokenizer`` returns; the embedded model has its own.
-        device: ``"auto"`` (the GPU if there is one), or any torch device.
-        dtype: of the weights; None keeps the model's own. Logprobs are float32 at least.
-        profile: ``"tinker"`` or ``"fireworks"``, the service that is followed where the two differ.
-        name: what ``get_info`` calls the model; its class if it is not given.
-        memory_budget: bytes that a request may take beyond the weights and what is accumulated already; a batch
-            that needs more goes in micro-batches, with the same gradient. None: most of what is free.
-        mesh: of ``distributed.start``, to share the model with other processes, which make the same calls.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module | None = None,
-        *,
-        tokenizer: Any = None,
-        device: str | torch.device = "auto",
-        dtype: torch.dtype | None = None,
-        seed: int = 0,
-        profile: str = "tinker",
-        name: str | None = None,
-        memory_budget: float | None = None,
-        mesh: DeviceMesh | None = None,
-    ) -> None:
-        check_budget(memory_budget)
-        self._profile = profile_of(profile)
-        self._tokenizer = tokenizer or (ByteTokenizer() if model is None else None)
-        model = model if model is not None else Decoder(vocab_size=ByteTokenizer.vocab_size, seed=seed, **EMBEDDED)
-        check_model(model)
-        self.ranks = Alone() if mesh is None else Ranks(mesh, device)
-        self.model = model.to(pick_device(device) if mesh is None else None, dtype).eval()
-        self._name = name or type(model).__name__
-        self.user_metadata: dict[str, str] = {}  # goes into every checkpoint, below what the save itself is given
-        self._worker = Worker(self.ranks.line, self.ranks.call)
-        self._engine = self._worker.submit(Engine, self.model, self.ranks, memory_budget).result()
-
-    def forward(
-        self,
-        data: list[Any],
-        loss_fn: str,
-        loss_fn_config: Mapping[str, Any] | None = None,
-        *,
-        output: str = "logprobs",
-        pooling: str = "mean",
-    ) -> APIFuture[ForwardBackwardOutput]:
-        """Logprobs of every target under the current weights, and the built-in's value; no gradient.
-
-        With ``output="embedding"`` (here or in ``loss_fn_config``, as Fireworks has it) each datum's hidden
-        states after the final norm, pooled over the model input by ``"mean"`` or ``"last"``, [D].
-        """
-        check_config(loss_fn_config)
-        config = dict(loss_fn_config or {})
-        output, pooling = config.pop("output", output), config.pop("pooling", pooling)
-        check_output(output, pooling)
-        self._profile.check_call(data)
-        if output == "embedding":
-            check_no_more(config)
-            return self._worker.submit(self._embed, snapshot(data), pooling)
-        return self._worker.submit(self._forward, snapshot(data), loss_fn, config)
-
-    def get_info(self) -> GetInfoResponse:
-        """What runs, and where; of many ranks, any may ask."""
-        return self._worker.submit_here(self._info).result()
-
-    async def get_info_async(self) -> GetInfoResponse:
-        """``get_info`` without blocking the event loop."""
-        return await self._worker.submit_here(self._info)
-
-    def get_tokenizer(self) -> Any:
-        """The tokenizer that was given; the embedded model's reads bytes."""
-        if self._tokenizer is None:
-            raise LossInputError("tokenizer", "a tokenizer of the model", "none", "Pass tokenizer= to the client.")
-        return self._tokenizer
-
-    forward_async = twin(forward)
-
-    def _forward(self, data: Any, loss_fn: Any, config: Any) -> ForwardBackwardOutput:
-        value = self._engine.forward(data, loss_fn, config)
-        return output_of(value, named(value.metrics))
-
-    def _embed(self, data: Any, pooling: str) -> ForwardBackwardOutput:
-        outputs = self._engine.values(self._engine.embeddings(data, POOLS[pooling]))
-        return ForwardBackwardOutput("TensorData", outputs.records(), {})
-
-    def _info(self) -> GetInfoResponse:
-        parameters = list(self.model.parameters())
-        adapters, shape = (getattr(self.model, name, None) or {} for name in ("lora", "shape"))
-        arch = shape.get("architecture", type(self.model).__name__)
-        return GetInfoResponse(
-            model_data=ModelData(arch, self._name, getattr(self._tokenizer, "name_or_path", None)),
-            model_id=f"{self._name}-{id(self):x}",
-            is_lora=bool(adapters),
-            lora_rank=adapters.get("rank"),
-            model_name=self._name,
-            parameters=sum(p.numel() for p in parameters),
-            device=str(parameters[0].device),
-            dtype=str(parameters[0].dtype),
-            steps=self._engine.steps,
-            profile=self._profile.name,
-            attention=getattr(self.model, "attention", None),
-        )
 
 
 class LocalTrainingClient(LocalReferenceClient):
-    """forward, forward_backward, forward_backward_custom and optim_step on a local model.
+    """A model with forward_backward, forward_backward_custom, optim_step and checkpoints.
 
-    Requests run in submission order on one worker thread and return futures at once. Gradients add up
-    over ``forward_backward*`` until ``optim_step``, which clears them. A request that fails leaves
-    weights and gradients as they were; an error that nobody reads is raised by the next request. Arguments are
-    those of ``LocalReferenceClient``.
+    Requests run in the order of submission on one thread and return futures at once. Gradients add up over
+    ``forward_backward`` and ``forward_backward_custom`` until ``optim_step``, which clears them. A request that fails
+    leaves weights and gradients as they were. An error that nobody reads is raised by the next request.
+
+    Its arguments are those of ``LocalReferenceClient``.
 
     >>> from lossfns import cross_entropy, datum_from_tokens
     >>> client = LocalTrainingClient(seed=1)
@@ -219,9 +52,19 @@ class LocalTrainingClient(LocalReferenceClient):
     def forward_backward(
         self, data: list[Any], loss_fn: str, loss_fn_config: Mapping[str, Any] | None = None
     ) -> APIFuture[ForwardBackwardOutput]:
-        """A built-in loss by name (a raw sum over tokens), and its gradient."""
-        self._profile.check_call(data)
-        return self._worker.submit_gradient(self._forward_backward, snapshot(data), loss_fn, loss_fn_config)
+        """Compute a built-in loss, a raw sum over tokens, and add its gradient to the accumulated one.
+
+        Args:
+            data: datums with ``target_tokens`` and the fields that the loss reads.
+            loss_fn: the name of a built-in loss.
+            loss_fn_config: settings of the built-in loss by name.
+
+        The result has the logprobs of each datum, in the shape of its targets, and metrics named
+        ``name:reduction``. The future raises LossInputError for an unknown name, setting or field, for data that do
+        not fit together, and for a loss or gradient that is not finite.
+        """
+        self._profile.check_at_call(data)
+        return self._worker.submit_gradient(self._forward_backward, copy_data(data), loss_fn, loss_fn_config)
 
     def forward_backward_custom(
         self,
@@ -232,42 +75,58 @@ class LocalTrainingClient(LocalReferenceClient):
         output: str = "logprobs",
         pooling: str = "mean",
     ) -> APIFuture[ForwardBackwardOutput]:
-        """Any ``(data, logprobs_list) -> (loss, metrics)``, in one forward and one backward.
+        """Compute any loss ``(data, logprobs_list) -> (loss, metrics)`` and add its gradient to the accumulated one.
 
-        The two are one request: nothing runs between them. With ``output="embedding"`` the loss gets each
-        datum's pooled hidden state [D] in place of logprobs, and model inputs are whole, unshifted sequences.
+        Forward, loss and backward are one request of one pass over the model, and nothing runs between them.
 
-        Metrics by profile: tinker's ``loss:sum`` is the loss, ``surrogate_loss:sum`` is Σ lp·∂L/∂lp; fireworks'
-        ``loss:sum`` is the latter, beside ``response_tokens``, the entries that have a gradient.
+        Args:
+            data: datums with ``target_tokens``; the loss gets them as they are.
+            loss_fn: a loss of ``lossfns``, bound or not, or a function. A function gets a CPU tensor for each datum.
+            loss_type_input: ``"logprobs"`` or None, as in Tinker's SDK.
+            output: ``"logprobs"``, or ``"embedding"`` for a loss over the pooled hidden states [D] of each datum. Model
+                inputs are then whole, unshifted sequences, and targets are not needed.
+            pooling: the pooling of embeddings, ``"mean"`` or ``"last"``, the token to take.
+
+        The metrics are those of the loss, ``passes``, ``micro_batches`` and ``peak_memory`` (bytes), and those of the
+        profile. Under ``"tinker"``, ``loss:sum`` is the loss and ``surrogate_loss:sum`` is Σ lp·∂L/∂lp. Under
+        ``"fireworks"``, ``loss:sum`` is the latter and ``response_tokens`` counts the entries with a gradient.
+
+        Raises LossInputError at the call for missing targets or an unknown option. The future raises it for a loss that
+        breaks the contract or is not finite, and whatever the loss itself raises. Under ``"fireworks"`` the call waits
+        for the result, so that all errors are raised there.
         """
-        future = self._submit_custom(data, loss_fn, loss_type_input, output, pooling)
-        if self._profile.custom_blocks:
+        future = self._submit_custom(data, loss_fn, loss_type_input=loss_type_input, output=output, pooling=pooling)
+        if self._profile.custom_call_waits:
             future.result()
         return future
 
-    async def forward_backward_custom_async(
-        self,
-        data: list[Any],
-        loss_fn: LossFn,
-        *,
-        loss_type_input: str | None = None,
-        output: str = "logprobs",
-        pooling: str = "mean",
-    ) -> APIFuture[ForwardBackwardOutput]:
-        """The same for code that awaits twice; where the call waits, it does not block the event loop."""
-        future = self._submit_custom(data, loss_fn, loss_type_input, output, pooling)
-        if self._profile.custom_blocks:
+    @async_of(forward_backward_custom)
+    async def forward_backward_custom_async(self, *args: Any, **kwargs: Any) -> APIFuture[ForwardBackwardOutput]:
+        """``forward_backward_custom`` for code that awaits the call as well as the future that it returns.
+
+        Where the call waits, it does not block the event loop.
+        """
+        future = self._submit_custom(*args, **kwargs)
+        if self._profile.custom_call_waits:
             await future
         return future
 
     def optim_step(
         self, optim_params: Any = None, grad_accumulation_normalization: Any = None, *, adam_params: Any = None
     ) -> APIFuture[OptimStepResponse]:
-        """One AdamW step on the accumulated gradient, which is then cleared.
+        """Normalise and clip the accumulated gradient, take one AdamW step with it, and clear it.
 
-        First the gradient is divided by the positions (``"num_loss_tokens"``) or sequences
-        (``"num_sequences"``) that have one since the last step, refused where a loss is a mean already; then it
-        is clipped. A step queued behind a request that fails is refused: its gradient would be a part.
+        Args:
+            optim_params: ``AdamParams``, or any object with the same attributes.
+            grad_accumulation_normalization: what the gradient is divided by first: ``"num_loss_tokens"``, the positions
+                that have had a gradient since the last step, ``"num_sequences"``, the datums with such a position, or
+                nothing (``"none"``, None).
+            adam_params: the former name of ``optim_params``.
+
+        The result's metrics are ``grad_norm``, the norm after the division and before clipping, and ``lr``. The future
+        raises LossInputError without a gradient, for a gradient that is not finite, for settings out of range, and
+        for a division of a loss that is a mean already. It raises NotRun if a gradient submitted before the step fails:
+        part of the gradient would be missing.
         """
         if optim_params is not None and adam_params is not None:
             got = "Specify optim_params or legacy adam_params, not both"
@@ -282,10 +141,16 @@ class LocalTrainingClient(LocalReferenceClient):
         overwrite: bool = False,
         user_metadata: Mapping[str, str] | None = None,
     ) -> APIFuture[SaveResponse]:
-        """Weights, optimizer, steps and random state in one file, written whole or not at all.
+        """Save weights, optimizer, number of steps and random state. The file appears whole or not at all.
 
-        ``name`` is the path of the file; one that exists stays, unless ``overwrite`` says otherwise. Refuses
-        accumulated gradients, which are not part of a checkpoint.
+        Args:
+            name: the path of the file; under a mesh, of a folder.
+            ttl_seconds: None. A local file does not expire.
+            overwrite: whether to replace a file that exists.
+            user_metadata: strings by name that the file carries, beside those of the client.
+
+        Raises LossInputError at the call for an unusable argument. The future raises it for a name that exists, a place
+        that cannot be written to, and an accumulated gradient, which is not part of a checkpoint.
         """
         check_save(name, ttl_seconds, user_metadata)
         if not isinstance(overwrite, bool):
@@ -293,14 +158,28 @@ class LocalTrainingClient(LocalReferenceClient):
         return self._worker.submit(self._save_state, name, overwrite, dict(user_metadata or {}))
 
     def load_state(self, path: str | Path, weights_access_token: str | None = None) -> APIFuture[LoadWeightsResponse]:
-        """The weights of ``save_state`` or ``save_weights_for_sampler``; the optimizer starts afresh."""
+        """Load the weights of a checkpoint, and start the optimizer afresh.
+
+        An accumulated gradient is dropped, which the log says.
+
+        Args:
+            path: a path that ``save_state`` or ``save_weights_for_sampler`` has written.
+            weights_access_token: not used.
+
+        The future raises LossInputError, with the client as it was, for a file that is missing, damaged or of another
+        model.
+        """
         check_path("path", path)
         return self._worker.submit(self._load_state, path)
 
     def load_state_with_optimizer(
         self, path: str | Path, weights_access_token: str | None = None
     ) -> APIFuture[LoadWeightsResponse]:
-        """Everything of ``save_state``: training continues as if it had not been interrupted."""
+        """Load all of ``save_state``: training continues as if it had not been interrupted.
+
+        This sets the random state of torch, which the whole process shares. Arguments and errors are those of
+        ``load_state``; weights for a sampler are refused as well.
+        """
         check_path("path", path)
         return self._worker.submit(self._load_state_with_optimizer, path)
 
@@ -310,84 +189,98 @@ class LocalTrainingClient(LocalReferenceClient):
         ttl_seconds: int | None = None,
         user_metadata: Mapping[str, str] | None = None,
     ) -> APIFuture[SaveResponse]:
-        """The weights alone, for ``create_sampling_client`` and ``load_state``."""
+        """Save the weights alone, for ``create_sampling_client`` and ``load_state``.
+
+        Arguments and errors are those of ``save_state``. A file that exists is never replaced, and an accumulated
+        gradient does not matter.
+        """
         check_save(name, ttl_seconds, user_metadata)
         return self._worker.submit(self._save_weights, name, dict(user_metadata or {}))
 
     def save_weights_and_get_sampling_client(
         self, name: str | None = None, retry_config: Any = None
     ) -> LocalSamplingClient:
-        """A sampler of a snapshot of the weights: it does not change when training goes on.
+        """Copy the weights and return a client that samples from the copy, which later steps do not change.
 
-        No file is written, so a name has no use; nor has ``retry_config``, as nothing is sent.
+        Args:
+            name: not used, as no file is written.
+            retry_config: not used, as nothing is sent.
         """
-        return self._worker.submit(self._snapshot).result()
+        return self._worker.submit(self._copy_to_sampler).result()
 
     async def save_weights_and_get_sampling_client_async(
         self, name: str | None = None, retry_config: Any = None
     ) -> LocalSamplingClient:
-        """The same without blocking the event loop."""
-        return await self._worker.submit(self._snapshot)
+        """``save_weights_and_get_sampling_client`` without blocking the event loop."""
+        return await self._worker.submit(self._copy_to_sampler)
 
     def create_sampling_client(self, model_path: str | Path, retry_config: Any = None) -> LocalSamplingClient:
-        """A sampler of the weights in a file. Nothing is sent, so nothing is retried."""
+        """Return a client that samples from the weights of a file.
+
+        Args:
+            model_path: a checkpoint of this model.
+            retry_config: not used, as nothing is sent.
+
+        Raises LossInputError for a file that is missing, damaged or of another model.
+        """
         check_path("model_path", model_path)
         return self._worker.submit(self._sampling_client, model_path).result()
 
     async def create_sampling_client_async(
         self, model_path: str | Path, retry_config: Any = None
     ) -> LocalSamplingClient:
-        """The same without blocking the event loop."""
+        """``create_sampling_client`` without blocking the event loop."""
         check_path("model_path", model_path)
         return await self._worker.submit(self._sampling_client, model_path)
 
     def reference(self) -> LocalReferenceClient:
-        """This model as it was before it got adapters, behind ``forward`` alone: the reference policy on one copy.
+        """Return a client of this model with its adapters switched off: the reference policy, without a second copy.
 
-        Its requests and this client's run in one order, on one thread and on the same weights.
+        Its requests run in one order with those of this client, on the same thread and weights. Raises LossInputError
+        for a model without adapters.
         """
         if not lora.layers(self.model):
             fix = "Pass a copy of the model to LocalReferenceClient, before the first step."
             raise LossInputError("reference", "a model with adapters, which can be switched off", "none", fix)
-        return Unadapted(self)
+        return UnadaptedClient(self)
 
-    forward_backward_async = twin(forward_backward)
-    optim_step_async = twin(optim_step)
-    save_state_async = twin(save_state)
-    load_state_async = twin(load_state)
-    load_state_with_optimizer_async = twin(load_state_with_optimizer)
-    save_weights_for_sampler_async = twin(save_weights_for_sampler)
+    forward_backward_async = async_submit(forward_backward)
+    optim_step_async = async_submit(optim_step)
+    save_state_async = async_submit(save_state)
+    load_state_async = async_submit(load_state)
+    load_state_with_optimizer_async = async_submit(load_state_with_optimizer)
+    save_weights_for_sampler_async = async_submit(save_weights_for_sampler)
 
     def _submit_custom(
-        self, data: Any, loss_fn: Any, loss_type_input: Any, output: Any, pooling: Any
+        self, data: Any, loss_fn: Any, *, loss_type_input: Any = None, output: Any = "logprobs", pooling: Any = "mean"
     ) -> APIFuture[ForwardBackwardOutput]:
         check_output(output, pooling)
         check_loss_type(loss_type_input)
-        self._profile.check_call(data)
+        self._profile.check_at_call(data)
         if output == "logprobs":
-            check_targets(data)
+            check_custom_targets(data)
         work = self._logprobs if output == "logprobs" else partial(self._embeddings, pooling=pooling)
-        # The loss gets the datums themselves, as from the services, in a list that the caller may go on filling.
+        # The loss gets the datums themselves, as from the services. The list is a copy: the caller may change it.
         own = list(data) if isinstance(data, list) else data
-        return self._worker.submit_gradient(self._custom, snapshot(data), own, loss_fn, work)
+        return self._worker.submit_gradient(self._custom, copy_data(data), own, loss_fn, work)
 
-    # What the worker runs
+    # Run by the worker
 
     def _forward_backward(self, data: Any, loss_fn: Any, config: Any) -> ForwardBackwardOutput:
         def report(value: Value) -> ForwardBackwardOutput:
-            return output_of(value, self._profile.builtin_metrics(loss_fn, value) | named(cost(value)))
+            return response(value, self._profile.builtin_metrics(loss_fn, value) | with_reductions(request_cost(value)))
 
         return self._engine.forward_backward(data, loss_fn, config, report)
 
     def _custom(self, fields: Any, data: Any, loss_fn: Any, work: Callable[[Any], Work]) -> ForwardBackwardOutput:
         def report(value: Value) -> ForwardBackwardOutput:
-            return output_of(value, cost(value) | self._profile.custom_metrics(value))
+            return response(value, request_cost(value) | self._profile.custom_metrics(value))
 
         return self._engine.backward(loss_fn, data, work(fields), report)
 
     def _logprobs(self, data: Any) -> Work:
         work = self._engine.logprobs(data)
-        self._profile.check_custom(data)
+        self._profile.check_custom_data(data)
         return work
 
     def _embeddings(self, data: Any, pooling: str) -> Work:
@@ -423,7 +316,7 @@ class LocalTrainingClient(LocalReferenceClient):
     def _load_state(self, path: str | Path) -> LoadWeightsResponse:
         tensors, data = self.ranks.load(path)
         check_description(self.model, data, str(path))
-        with self._saying_what_is_dropped(path):
+        with self._logging_dropped_gradient(path):
             self._engine.load_weights(tensors, str(path))
         return LoadWeightsResponse(str(path))
 
@@ -433,38 +326,23 @@ class LocalTrainingClient(LocalReferenceClient):
             fix = "Take load_state, or a file of save_state."
             raise LossInputError("path", "a checkpoint with an optimizer", f"{path}, weights for a sampler", fix)
         check_description(self.model, data, str(path))
-        with self._saying_what_is_dropped(path):
+        with self._logging_dropped_gradient(path):
             self._engine.load_state(tensors, str(path), data)
         return LoadWeightsResponse(str(path))
 
     @contextmanager
-    def _saying_what_is_dropped(self, path: str | Path) -> Iterator[None]:
+    def _logging_dropped_gradient(self, path: str | Path) -> Iterator[None]:
         count = int(self._engine.accumulated.sequences)
         yield
         if count:
             log.warning("Loading %s has dropped the accumulated gradient of %d sequences.", path, count)
 
-    def _snapshot(self) -> LocalSamplingClient:
+    def _copy_to_sampler(self) -> LocalSamplingClient:
         return LocalSamplingClient(self.ranks.copy(), self._tokenizer, self.ranks)
 
     def _sampling_client(self, path: str | Path) -> LocalSamplingClient:
         tensors, data = checkpoint.load(path)
         check_description(self.model, data, str(path))
-        sampler = self._snapshot()
+        sampler = self._copy_to_sampler()
         load_weights(sampler.model, tensors, str(path))
         return sampler
-
-
-class Unadapted(LocalReferenceClient):
-    """The model of a client with its adapters off, on the client's own thread."""
-
-    def __init__(self, policy: LocalTrainingClient) -> None:
-        vars(self).update(vars(policy))
-
-    def _forward(self, data: Any, loss_fn: Any, config: Any) -> ForwardBackwardOutput:
-        with lora.off(self.model):
-            return super()._forward(data, loss_fn, config)
-
-    def _embed(self, data: Any, pooling: str) -> ForwardBackwardOutput:
-        with lora.off(self.model):
-            return super()._embed(data, pooling)

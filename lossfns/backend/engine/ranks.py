@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lossfns.backend.engine.batch import Rows
-from lossfns.backend.futures import Line, direct
+from lossfns.backend.futures import RequestThread
 from lossfns.backend.storage import checkpoint
 from lossfns.errors import LossInputError
 from lossfns.loss import BoundLoss, Loss
@@ -68,16 +68,21 @@ def gpu_of(local_rank: int) -> int:
 
 
 @cache
-def line(device: torch.device) -> Line:
-    """The one thread of all clients of this process: thus their collectives have one order, the same on all ranks."""
-    return Line(initializer=partial(torch.cuda.set_device, device) if device.type == "cuda" else None)
+def request_thread(device: torch.device) -> RequestThread:
+    """Return the one thread of all clients of this process: their collectives have one order, the same on all ranks."""
+    return RequestThread(initializer=partial(torch.cuda.set_device, device) if device.type == "cuda" else None)
 
 
 class Alone:
     """The only process, which has all of a model; its methods are those of ``Ranks``."""
 
-    mesh, line, group, rank, size = None, None, None, 0, 1
-    call = ask = first = together = staticmethod(direct)
+    mesh, thread, call, group, rank, size = None, None, None, None, 0, 1
+
+    @staticmethod
+    def first(function: Callable[..., T], *arguments: Any) -> T:
+        return function(*arguments)
+
+    ask = together = first
 
     def gather(self, word: T) -> list[T]:
         return [word]
@@ -129,7 +134,7 @@ class Ranks:
         gpu = mesh.device_type == "cuda"
         self.mesh, self.device = mesh, torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
         self.group, self.rank, self.size = mesh.get_group(), mesh.get_local_rank(), mesh.size()
-        self.line = line(self.device)
+        self.thread = request_thread(self.device)
         self.ran: Any = None  # the model, once it has run in shards
 
     # What the ranks tell one another
@@ -146,7 +151,7 @@ class Ranks:
 
     def ask(self, method: Callable[..., T], *arguments: Any) -> T:
         """Call one of these methods from elsewhere: when all requests before it are done."""
-        return self.line.submit(method, *arguments).result()
+        return self.thread.submit(method, *arguments).result()
 
     def compare(self, request: Callable[..., Any], arguments: Sequence[Any]) -> None:
         """Refuse a request that is not the same on every rank: its gradient would be one of nothing."""

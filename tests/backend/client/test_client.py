@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from batches import sdks
+from tiny import BYTE_SHAPE, assert_same_gradients, byte_client, byte_texts, take_gradients
 from torch import Tensor
 
 import lossfns
@@ -23,27 +24,6 @@ from lossfns.backend import AdamParams, Decoder, LocalTrainingClient, SamplingPa
 from lossfns.backend.model.tokenizer import ByteTokenizer
 from lossfns.backend.storage import checkpoint
 
-SHAPE: dict[str, Any] = {"vocab_size": 257, "dim": 32, "layers": 2, "heads": 2, "kv_heads": 1, "hidden": 48}
-
-
-def client(seed: int = 0, dtype: torch.dtype | None = None) -> LocalTrainingClient:
-    return LocalTrainingClient(Decoder(**SHAPE, seed=seed), tokenizer=ByteTokenizer(), device="cpu", dtype=dtype)
-
-
-def texts(sdk: Any = lossfns, count: int = 4) -> list[Any]:
-    """Ragged datums of random bytes: targets and weights, of one SDK's classes."""
-    rng = Random(3)
-    data = []
-    for _ in range(count):
-        ids = [rng.randrange(256) for _ in range(rng.randint(3, 12))]
-        n = len(ids) - 1
-        fields = {
-            "target_tokens": sdk.TensorData(ids[1:], "int64", [n]),
-            "weights": sdk.TensorData([float(i >= n // 3) for i in range(n)], "float32", [n]),
-        }
-        data.append(sdk.Datum(sdk.ModelInput.from_ints(ids[:-1]), fields))
-    return data
-
 
 def policy_columns(data: list[Any]) -> dict[str, Any]:
     rng = Random(5)
@@ -51,25 +31,13 @@ def policy_columns(data: list[Any]) -> dict[str, Any]:
     return {"advantages": [rng.gauss(0, 1) for _ in data], "old_logprobs": old, "ref_logprobs": old}
 
 
-def gradients(c: LocalTrainingClient) -> list[Tensor]:
-    taken = [p.grad.clone() if p.grad is not None else torch.zeros_like(p) for p in c.model.parameters()]
-    c.model.zero_grad(set_to_none=True)
-    return taken
-
-
-def assert_same_gradients(a: list[Tensor], b: list[Tensor], tolerance: float = 1e-6) -> None:
-    assert any(x.abs().max() > 1e-6 for x in a)
-    for x, y in zip(a, b, strict=True):
-        torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance)
-
-
 def test_custom_cross_entropy_has_the_built_ins_gradient_and_value() -> None:
     for sdk in sdks():
-        c, data = client(), texts(sdk)
+        c, data = byte_client(), byte_texts(sdk)
         builtin = c.forward_backward(data, "cross_entropy").result()
-        expected = gradients(c)
+        expected = take_gradients(c)
         custom = c.forward_backward_custom(data, lossfns.cross_entropy(weigh=lossfns.token_sum)).result()
-        assert_same_gradients(expected, gradients(c))
+        assert_same_gradients(expected, take_gradients(c))
         assert custom.metrics["loss:sum"] == pytest.approx(builtin.metrics["loss:sum"], rel=1e-6)
 
 
@@ -88,17 +56,17 @@ METHODS = [
 @pytest.mark.parametrize("loss", METHODS, ids=lambda loss: loss.name)
 def test_one_pass_has_the_gradient_of_autograd_through_the_whole(loss: lossfns.Loss) -> None:
     """Cut at the logprobs and continued, or one graph from weights to loss."""
-    c, data = client(), texts()
+    c, data = byte_client(), byte_texts()
     columns = policy_columns(data)
     bound = loss.bind(**{name: columns[name] for name in loss.reads})
     result = c.forward_backward_custom(data, bound).result()
-    cut = gradients(c)
+    cut = take_gradients(c)
     work = c._engine.logprobs(data)
     outputs = work.outputs(work.values(slice(None)))
     logprobs = torch.split(outputs.values, outputs.lengths)
     value, metrics = bound(data, list(logprobs))
     value.backward()
-    assert_same_gradients(cut, gradients(c))
+    assert_same_gradients(cut, take_gradients(c))
     assert result.metrics["loss:sum"] == pytest.approx(value.item())
     assert {name: result.metrics[name] for name in metrics} == pytest.approx(metrics)
 
@@ -106,11 +74,11 @@ def test_one_pass_has_the_gradient_of_autograd_through_the_whole(loss: lossfns.L
 @pytest.mark.parametrize("loss", METHODS, ids=lambda loss: loss.name)
 def test_one_pass_has_the_gradient_of_the_two_pass_protocol(loss: lossfns.Loss) -> None:
     """Forward, gradient on the logprobs, then built-in cross-entropy with weights −gradient."""
-    c, data = client(), texts()
+    c, data = byte_client(), byte_texts()
     columns = policy_columns(data)
     bound = loss.bind(**{name: columns[name] for name in loss.reads})
     c.forward_backward_custom(data, bound).result()
-    once = gradients(c)
+    once = take_gradients(c)
     forward = c.forward(data, "cross_entropy").result()
     leaves = [o["logprobs"].to_torch().clone().requires_grad_() for o in forward.loss_fn_outputs]
     bound(data, leaves)[0].backward()
@@ -122,14 +90,14 @@ def test_one_pass_has_the_gradient_of_the_two_pass_protocol(loss: lossfns.Loss) 
         for d, leaf in zip(data, leaves)
     ]
     c.forward_backward(surrogate, "cross_entropy").result()
-    assert_same_gradients(once, gradients(c))
+    assert_same_gradients(once, take_gradients(c))
 
 
 def test_multi_target_is_cross_entropy_over_the_candidates() -> None:
     """K copies of the target with weights that sum to one are the single target."""
-    c, data = client(), texts()
+    c, data = byte_client(), byte_texts()
     c.forward_backward(data, "cross_entropy").result()
-    single = gradients(c)
+    single = take_gradients(c)
     multi = []
     for d in data:
         ids, weights = (d.loss_fn_inputs[name].to_numpy() for name in ("target_tokens", "weights"))
@@ -138,38 +106,43 @@ def test_multi_target_is_cross_entropy_over_the_candidates() -> None:
         fields = {"target_tokens": TensorData(two, "int64", two.shape), "weights": TensorData.from_numpy(shares)}
         multi.append(lossfns.Datum(d.model_input, fields))
     result = c.forward_backward(multi, "cross_entropy").result()
-    assert_same_gradients(single, gradients(c))
+    assert_same_gradients(single, take_gradients(c))
     assert result.loss_fn_outputs[0]["logprobs"].shape == [len(data[0].loss_fn_inputs["weights"].data), 2]
     c.forward_backward_custom(multi, lossfns.multi_target_cross_entropy(weigh=lossfns.token_sum)).result()
-    assert_same_gradients(single, gradients(c))
+    assert_same_gradients(single, take_gradients(c))
 
 
 @pytest.mark.parametrize(
     "loss", [lossfns.ppo(log_ratio_cap=None), lossfns.importance_sampling(log_ratio_cap=None)], ids=str
 )
 def test_a_folded_loss_through_the_built_in_has_the_custom_gradient(loss: lossfns.Loss) -> None:
-    c, data = client(), texts()
+    c, data = byte_client(), byte_texts()
     columns = policy_columns(data)
     bound = loss.bind(**{name: columns[name] for name in loss.reads})
     c.forward_backward_custom(data, bound).result()
+<<<<<<< HEAD
     custom = gradients(c)
     folded = export.fold(bound, data)
+=======
+    custom = take_gradients(c)
+    folded = lanes.fold(bound, data)
+>>>>>>> fd29a3b5a775086f90ed1149a6416229f86c46f0
     c.forward_backward(folded.data, folded.loss_fn, folded.loss_fn_config).result()
-    assert_same_gradients(custom, gradients(c), 2e-6)
+    assert_same_gradients(custom, take_gradients(c), 2e-6)
 
 
 def test_gradients_add_up_until_the_step() -> None:
     """In float64: products of other sizes round otherwise, in float32 by what the processor has."""
-    c, data = client(dtype=torch.float64), texts()
+    c, data = byte_client(dtype=torch.float64), byte_texts()
     c.forward_backward(data, "cross_entropy").result()
-    whole = gradients(c)
+    whole = take_gradients(c)
     for datum in data:
         c.forward_backward([datum], "cross_entropy").result()
-    assert_same_gradients(whole, gradients(c), 1e-12)
+    assert_same_gradients(whole, take_gradients(c), 1e-12)
 
 
 def test_forward_changes_no_gradient_and_agrees_with_forward_backward() -> None:
-    c, data = client(), texts()
+    c, data = byte_client(), byte_texts()
     forward = c.forward(data, "cross_entropy").result()
     assert all(p.grad is None for p in c.model.parameters())
     both = c.forward_backward(data, "cross_entropy").result()
@@ -180,7 +153,7 @@ def test_forward_changes_no_gradient_and_agrees_with_forward_backward() -> None:
 
 
 def test_missing_weights_are_ones_for_a_built_in() -> None:
-    c, data = client(), texts()
+    c, data = byte_client(), byte_texts()
     for d in data:
         n = len(d.loss_fn_inputs.pop("weights").data)
         assert n
@@ -190,7 +163,7 @@ def test_missing_weights_are_ones_for_a_built_in() -> None:
 
 def test_the_step_is_adamw() -> None:
     """Against torch's own optimizer, three steps, with decay and clipping."""
-    c, d, data = client(), client(), texts()
+    c, d, data = byte_client(), byte_client(), byte_texts()
     adam = AdamParams(learning_rate=1e-2, beta1=0.8, beta2=0.9, eps=1e-7, weight_decay=0.1, grad_clip_norm=0.5)
     reference = torch.optim.AdamW(d.model.parameters(), lr=1e-2, betas=(0.8, 0.9), eps=1e-7, weight_decay=0.1)
     for _ in range(3):
@@ -208,9 +181,9 @@ def test_the_step_is_adamw() -> None:
 
 def test_sdk_adam_params_are_accepted() -> None:
     for sdk in sdks():
-        c = client()
+        c = byte_client()
         params = AdamParams(learning_rate=1e-3) if sdk is lossfns else sdk.AdamParams(learning_rate=1e-3)
-        c.forward_backward(texts(sdk), "cross_entropy")
+        c.forward_backward(byte_texts(sdk), "cross_entropy")
         before = [p.detach().clone() for p in c.model.parameters()]
         c.optim_step(params).result()
         assert any((a != b).any() for a, b in zip(before, c.model.parameters()))
@@ -224,11 +197,11 @@ def test_a_documents_style_loss_gets_ordinary_tensors() -> None:
             total = total - torch.dot(lp, torch.tensor(d.loss_fn_inputs["weights"].data))
         return total, {"mine": 1.5}
 
-    c, data = client(), texts()
+    c, data = byte_client(), byte_texts()
     result = c.forward_backward_custom(data, loss_fn).result()
-    custom = gradients(c)
+    custom = take_gradients(c)
     c.forward_backward(data, "cross_entropy").result()
-    assert_same_gradients(custom, gradients(c))
+    assert_same_gradients(custom, take_gradients(c))
     assert result.metrics["mine"] == 1.5
     assert result.metrics["surrogate_loss:sum"] == pytest.approx(result.metrics["loss:sum"], rel=1e-5)
 
@@ -247,7 +220,7 @@ BAD_LOSSES: list[tuple[Callable[[Any, list[Tensor]], Any], str]] = [
 
 @pytest.mark.parametrize(("loss_fn", "message"), BAD_LOSSES, ids=[message for _, message in BAD_LOSSES])
 def test_a_custom_loss_that_breaks_the_contract_is_refused_before_any_gradient(loss_fn: Any, message: str) -> None:
-    c, data = client(), texts()
+    c, data = byte_client(), byte_texts()
     with pytest.raises(LossInputError, match=message):
         c.forward_backward_custom(data, loss_fn).result()
     assert all(p.grad is None for p in c.model.parameters())
@@ -292,35 +265,35 @@ def datum(ids: list[int], targets: Any) -> lossfns.Datum:
     ids=str,
 )
 def test_a_bad_request_is_refused_by_name(data: Any, loss_fn: str, config: Any, message: str) -> None:
-    c = client()
+    c = byte_client()
     with pytest.raises(LossInputError, match=message):
         c.forward_backward(data, loss_fn, config).result()
     assert all(p.grad is None for p in c.model.parameters())
 
 
 def test_a_key_that_the_built_in_does_not_read_is_refused() -> None:
-    data = texts()
+    data = byte_texts()
     data[1].loss_fn_inputs["mask"] = data[1].loss_fn_inputs["weights"]
     with pytest.raises(LossInputError, match=r"datum\[1\].loss_fn_inputs: .*'mask'"):
-        client().forward_backward(data, "cross_entropy").result()
+        byte_client().forward_backward(data, "cross_entropy").result()
 
 
 def test_a_step_without_a_gradient_is_refused() -> None:
     with pytest.raises(LossInputError, match="Call forward_backward first"):
-        client().optim_step(AdamParams()).result()
+        byte_client().optim_step(AdamParams()).result()
 
 
 def test_an_error_that_nobody_read_is_raised_by_the_next_call() -> None:
-    c = client()
+    c = byte_client()
     failed = c.forward_backward([datum([1, 2], [2])], "cross_entropy")
     failed.future().exception()
     with pytest.raises(LossInputError, match="expected 2 rows"):
-        c.forward(texts(), "cross_entropy")
-    assert c.forward(texts(), "cross_entropy").result().metrics
+        c.forward(byte_texts(), "cross_entropy")
+    assert c.forward(byte_texts(), "cross_entropy").result().metrics
 
 
 def test_futures_can_be_read_often_awaited_and_out_of_order() -> None:
-    c, data = client(), texts()
+    c, data = byte_client(), byte_texts()
     first, step = c.forward_backward(data, "cross_entropy"), c.optim_step(AdamParams())
 
     async def awaited() -> Any:
@@ -331,7 +304,7 @@ def test_futures_can_be_read_often_awaited_and_out_of_order() -> None:
 
 
 def test_a_saved_state_resumes_bit_for_bit(tmp_path: Path) -> None:
-    data, adam = texts(), AdamParams(learning_rate=1e-2)
+    data, adam = byte_texts(), AdamParams(learning_rate=1e-2)
 
     def train(c: LocalTrainingClient, steps: int) -> list[float]:
         losses = []
@@ -340,34 +313,34 @@ def test_a_saved_state_resumes_bit_for_bit(tmp_path: Path) -> None:
             c.optim_step(adam).result()
         return losses
 
-    whole = train(client(), 6)
-    c = client()
+    whole = train(byte_client(), 6)
+    c = byte_client()
     first = train(c, 3)
     path = c.save_state(tmp_path / "state.npz").result().path
-    resumed = client(seed=9)
+    resumed = byte_client(seed=9)
     resumed.load_state_with_optimizer(path).result()
     assert first + train(resumed, 3) == whole
-    fresh = client(seed=9)
+    fresh = byte_client(seed=9)
     fresh.load_state(path).result()
     rest = train(fresh, 3)
     assert rest[0] == whole[3] and rest != whole[3:]
 
 
 def test_accumulated_gradients_are_not_dropped_by_a_save(tmp_path: Path) -> None:
-    c = client()
-    c.forward_backward(texts(), "cross_entropy")
+    c = byte_client()
+    c.forward_backward(byte_texts(), "cross_entropy")
     with pytest.raises(LossInputError, match="optim_step first"):
         c.save_state(tmp_path / "state.npz").result()
 
 
 def test_sampling_is_from_a_snapshot_and_reports_its_logprobs() -> None:
-    c = client()
+    c = byte_client()
     sampler = c.save_weights_and_get_sampling_client()
     prompt = lossfns.ModelInput.from_ints([72, 105])
     params = SamplingParams(max_tokens=6, seed=1)
     before = sampler.sample(prompt, 3, params).result()
     assert len(before.sequences) == 3
-    c.forward_backward(texts(), "cross_entropy")
+    c.forward_backward(byte_texts(), "cross_entropy")
     c.optim_step(AdamParams(learning_rate=0.1)).result()
     assert sampler.sample(prompt, 3, params).result() == before
     for sequence in before.sequences:
@@ -378,7 +351,7 @@ def test_sampling_is_from_a_snapshot_and_reports_its_logprobs() -> None:
 
 def test_stops_end_a_sample_where_they_end() -> None:
     """Greedy text, then the same again with two of its own bytes, or one, as the stop."""
-    sampler = client().save_weights_and_get_sampling_client()
+    sampler = byte_client().save_weights_and_get_sampling_client()
     prompt = lossfns.ModelInput.from_ints([72, 105])
     free = sampler.sample(prompt, 1, SamplingParams(max_tokens=8, temperature=0)).result().sequences[0]
     one = (
@@ -388,16 +361,16 @@ def test_stops_end_a_sample_where_they_end() -> None:
     )
     end = free.tokens.index(free.tokens[2]) + 1
     assert one.tokens == free.tokens[:end] and one.stop_reason == "stop"
-    cut = lossfns.backend.client.sampling.cut
+    end_at_stop = lossfns.backend.client.sampling.end_at_stop
     sample = lossfns.backend.model.generate.Sample([5, 6, 5, 7, 8], [-1.0, -2.0, -3.0, -4.0, -5.0], "length")
-    assert cut(sample, [[5, 7]]) == ([5, 6, 5, 7], [-1.0, -2.0, -3.0, -4.0], "stop")
-    assert cut(sample, [[7, 5]]) == sample
+    assert end_at_stop(sample, [[5, 7]]) == ([5, 6, 5, 7], [-1.0, -2.0, -3.0, -4.0], "stop")
+    assert end_at_stop(sample, [[7, 5]]) == sample
 
 
 def test_a_checkpoint_of_another_shape_leaves_the_client_as_it_was(tmp_path: Path) -> None:
-    other = LocalTrainingClient(Decoder(**SHAPE | {"hidden": 32}), tokenizer=ByteTokenizer(), device="cpu")
+    other = LocalTrainingClient(Decoder(**BYTE_SHAPE | {"hidden": 32}), tokenizer=ByteTokenizer(), device="cpu")
     path = other.save_state(tmp_path / "other.npz").result().path
-    c = client()
+    c = byte_client()
     before = [p.detach().clone() for p in c.model.parameters()]
     with pytest.raises(LossInputError, match="a checkpoint of this model"):
         c.load_state(path).result()
@@ -405,7 +378,7 @@ def test_a_checkpoint_of_another_shape_leaves_the_client_as_it_was(tmp_path: Pat
 
 
 def test_a_load_clears_gradients_and_takes_a_model_with_frozen_parts(tmp_path: Path) -> None:
-    c, data = client(), texts()
+    c, data = byte_client(), byte_texts()
     c.model.norm.weight.requires_grad_(False)
     c.forward_backward(data, "cross_entropy")
     c.optim_step(AdamParams()).result()
@@ -419,8 +392,8 @@ def test_a_load_clears_gradients_and_takes_a_model_with_frozen_parts(tmp_path: P
     "change", [{"learning_rate": -1.0}, {"learning_rate": math.nan}, {"beta1": 1.0}, {"eps": -1.0}]
 )
 def test_a_step_with_numbers_out_of_range_is_refused(change: dict[str, float]) -> None:
-    c = client()
-    c.forward_backward(texts(), "cross_entropy").result()
+    c = byte_client()
+    c.forward_backward(byte_texts(), "cross_entropy").result()
     with pytest.raises(LossInputError, match=next(iter(change))):
         c.optim_step(AdamParams(**change)).result()
     with pytest.raises(LossInputError, match="adam_params"):
@@ -431,15 +404,15 @@ def test_a_step_with_numbers_out_of_range_is_refused(change: dict[str, float]) -
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
-        (lambda c: c.forward_backward(texts()[0], "cross_entropy"), "a list of datums"),
+        (lambda c: c.forward_backward(byte_texts()[0], "cross_entropy"), "a list of datums"),
         (lambda c: c.forward_backward(["x"], "cross_entropy"), "a Datum"),
-        (lambda c: c.forward_backward(texts(), lossfns.cross_entropy()), "the name of a built-in"),
-        (lambda c: c.forward_backward_custom(texts(), "cross_entropy"), "a function"),
+        (lambda c: c.forward_backward(byte_texts(), lossfns.cross_entropy()), "the name of a built-in"),
+        (lambda c: c.forward_backward_custom(byte_texts(), "cross_entropy"), "a function"),
     ],
 )
 def test_a_confused_call_is_refused_in_words(request_: Any, message: str) -> None:
     with pytest.raises(LossInputError, match=message):
-        request_(client()).result()
+        request_(byte_client()).result()
 
 
 @pytest.mark.parametrize(
@@ -454,7 +427,7 @@ def test_a_confused_call_is_refused_in_words(request_: Any, message: str) -> Non
     ],
 )
 def test_a_sample_that_cannot_be_drawn_is_refused(prompt: Any, count: int, params: Any, message: str) -> None:
-    sampler = client().save_weights_and_get_sampling_client()
+    sampler = byte_client().save_weights_and_get_sampling_client()
     with pytest.raises(LossInputError, match=message):
         sampler.sample(prompt, count, SamplingParams(**params)).result()
 
@@ -465,15 +438,15 @@ def test_a_sample_that_cannot_be_drawn_is_refused(prompt: Any, count: int, param
 def test_results_come_in_the_datums_own_class() -> None:
     """So that they go straight into another datum, of the old policy's logprobs for one."""
     for sdk in sdks():
-        data = texts(sdk)
-        forward = client().forward(data, "cross_entropy").result()
+        data = byte_texts(sdk)
+        forward = byte_client().forward(data, "cross_entropy").result()
         logprobs = forward.loss_fn_outputs[0]["logprobs"]
         again = sdk.Datum(data[0].model_input, {**data[0].loss_fn_inputs, "logprobs": logprobs})
         assert again.loss_fn_inputs["logprobs"].data == logprobs.data
 
 
 def test_a_failed_request_holds_no_graph_and_its_error_travels() -> None:
-    c, leaves = client(), []
+    c, leaves = byte_client(), []
 
     def fails(data: Any, logprobs_list: list[Tensor]) -> Any:
         leaves.append(weakref.ref(logprobs_list[0]))
@@ -482,7 +455,7 @@ def test_a_failed_request_holds_no_graph_and_its_error_travels() -> None:
     gc.disable()
     try:
         with pytest.raises(KeyError) as caught:
-            c.forward_backward_custom(texts(), fails).result()
+            c.forward_backward_custom(byte_texts(), fails).result()
         assert leaves[0]() is None
     finally:
         gc.enable()
@@ -491,8 +464,8 @@ def test_a_failed_request_holds_no_graph_and_its_error_travels() -> None:
 
 def test_a_step_that_fails_leaves_the_gradient_as_it_was() -> None:
     """Also where it was divided and clipped for the step: a retry would do so again."""
-    c = client()
-    c.forward_backward(texts(), "cross_entropy").result()
+    c = byte_client()
+    c.forward_backward(byte_texts(), "cross_entropy").result()
     before, step = [p.grad.clone() for p in c.model.parameters() if p.grad is not None], c._engine.optimizer.step
 
     def out_of_memory() -> None:
@@ -510,8 +483,8 @@ def test_a_step_that_fails_leaves_the_gradient_as_it_was() -> None:
     ("dtype", "eps"), [(torch.float32, 0.0), (torch.float16, 1e-12), (torch.float32, 1e-50)], ids=str
 )
 def test_an_epsilon_that_is_zero_would_make_nan_of_weights_without_gradient(dtype: torch.dtype, eps: float) -> None:
-    c = LocalTrainingClient(Decoder(**SHAPE), device="cpu", dtype=dtype)
-    c.forward_backward(texts(), "cross_entropy").result()
+    c = LocalTrainingClient(Decoder(**BYTE_SHAPE), device="cpu", dtype=dtype)
+    c.forward_backward(byte_texts(), "cross_entropy").result()
     with pytest.raises(LossInputError, match="eps: expected a number above 0"):
         c.optim_step(AdamParams(eps=eps)).result()
     c.optim_step(AdamParams(eps=1e-4)).result()
@@ -519,7 +492,7 @@ def test_an_epsilon_that_is_zero_would_make_nan_of_weights_without_gradient(dtyp
 
 
 def test_gradients_cleared_by_hand_are_not_counted() -> None:
-    c, data = client(), texts()
+    c, data = byte_client(), byte_texts()
     c.forward_backward(data, "cross_entropy").result()
     c.model.zero_grad()
     c.forward_backward(data[:1], "cross_entropy").result()
@@ -527,7 +500,7 @@ def test_gradients_cleared_by_hand_are_not_counted() -> None:
 
 
 def test_a_state_without_all_its_moments_is_refused_and_changes_nothing(tmp_path: Path) -> None:
-    c, data = client(), texts()
+    c, data = byte_client(), byte_texts()
     c.forward_backward(data, "cross_entropy")
     c.optim_step(AdamParams()).result()
     path = c.save_state(tmp_path / "whole").result().path
@@ -535,7 +508,7 @@ def test_a_state_without_all_its_moments_is_refused_and_changes_nothing(tmp_path
     less = {name: x for name, x in tensors.items() if name != "optim.exp_avg.norm.weight"}
     for kept, told in ((less, meta), (tensors, meta | {"steps": "many"}), (tensors, meta | {"stepped": []})):
         checkpoint.save(tmp_path / "part", kept, told)
-        other = client(seed=5)
+        other = byte_client(seed=5)
         before = [p.detach().clone() for p in other.model.parameters()]
         with pytest.raises(LossInputError, match="a whole state of training"):
             other.load_state_with_optimizer(tmp_path / "part").result()
@@ -543,10 +516,10 @@ def test_a_state_without_all_its_moments_is_refused_and_changes_nothing(tmp_path
 
 
 def test_a_model_of_which_nothing_is_trained_is_refused() -> None:
-    c = client()
+    c = byte_client()
     c.model.requires_grad_(False)
     with pytest.raises(LossInputError, match="outputs that parameters can move"):
-        c.forward_backward(texts(), "cross_entropy").result()
+        c.forward_backward(byte_texts(), "cross_entropy").result()
 
 
 class Headless(torch.nn.Linear):
@@ -554,7 +527,7 @@ class Headless(torch.nn.Linear):
 
 
 def without_weights() -> torch.nn.Module:
-    model = Decoder(**SHAPE)
+    model = Decoder(**BYTE_SHAPE)
     return model.to("meta")
 
 
@@ -574,24 +547,24 @@ def test_what_is_no_model_is_refused(model: Any, got: str) -> None:
 
 
 def test_a_fork_is_told_that_it_has_not_got_the_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    c = client()
+    c = byte_client()
     monkeypatch.setattr("lossfns.backend.futures.os.getpid", lambda: -1)
     with pytest.raises(LossInputError, match="a client in each process"):
-        c.forward(texts(), "cross_entropy")
+        c.forward(byte_texts(), "cross_entropy")
 
 
 def test_failures_of_other_requests_than_gradients_do_not_hold_up_a_step() -> None:
-    c, bad = client(), [datum([1, 2], [2])]
+    c, bad = byte_client(), [datum([1, 2], [2])]
     gate = threading.Event()
 
     def waits(data: Any, logprobs_list: list[Tensor]) -> Any:
         gate.wait(60)
         return sum(lp.sum() for lp in logprobs_list), {}
 
-    first = c.forward_backward_custom(texts(), waits)
+    first = c.forward_backward_custom(byte_texts(), waits)
     step, empty = c.optim_step(AdamParams()), c.optim_step(AdamParams())
     forward = c.forward(bad, "cross_entropy")
-    second, last = c.forward_backward(texts(), "cross_entropy"), c.optim_step(AdamParams())
+    second, last = c.forward_backward(byte_texts(), "cross_entropy"), c.optim_step(AdamParams())
     gate.set()
     assert first.result() and step.result() and second.result() and last.result()
     for failed, words in ((empty, "none since the last step"), (forward, "expected 2 rows")):

@@ -131,7 +131,7 @@ class Watch:
         self.executed: list[int] = []
         self.numbers = itertools.count()
         self.last: dict[int, int] = {}
-        pool = c._worker.line
+        pool = c._worker.thread
         submit = pool.submit
 
         def numbered(request: Callable[..., Any], *args: Any) -> Any:
@@ -436,7 +436,7 @@ def test_an_error_that_somebody_waits_for_is_theirs_alone(gate: Gate, loop: bool
 
     thread = threading.Thread(target=reader)
     thread.start()
-    wait_for(lambda: bool(future._waiters))
+    wait_for(lambda: bool(future._readers))
     gate.end.set()
     wait_for(lambda: future.future().done())
     assert c.get_info().steps == 0
@@ -532,15 +532,15 @@ def test_a_step_behind_a_request_that_fails_is_refused_and_the_gradient_before_i
 
 def test_a_step_that_arrives_while_a_failure_is_being_noted_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor is the error lost on the way: the call raises it, or the step is refused on its account."""
-    c, noting, release = client(), threading.Event(), futures.release
+    c, noting, clear_frames = client(), threading.Event(), futures.clear_frames
     c.forward_backward(texts(Random(1)), "cross_entropy").result()
 
     def slowly(error: BaseException) -> None:
         noting.set()
         time.sleep(0.1)
-        release(error)
+        clear_frames(error)
 
-    monkeypatch.setattr(futures, "release", slowly)
+    monkeypatch.setattr(futures, "clear_frames", slowly)
     failed = c.forward_backward_custom(texts(Random(1)), breaks)
     assert noting.wait(60)
     with pytest.raises((Broken, NotRun)):
@@ -555,14 +555,14 @@ def test_a_failure_between_the_check_for_errors_and_the_queue_stops_the_step_too
     c.forward_backward(texts(Random(1)), "cross_entropy").result()
     failed = c.forward_backward_custom(texts(Random(1)), raising_after(gate))
     worker = c._worker
-    check = worker._check
+    check = worker._raise_unread_failure
 
     def check_too_early() -> None:
         check()
         gate.end.set()
         wait_for(lambda: worker._failures.count > 0)
 
-    worker._check = check_too_early  # type: ignore[method-assign]
+    worker._raise_unread_failure = check_too_early  # type: ignore[method-assign]
     with pytest.raises(NotRun):
         c.optim_step(ADAM).result(60)
     with pytest.raises(Broken):

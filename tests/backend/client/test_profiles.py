@@ -8,20 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from test_client import SHAPE, texts
-from tiny import own_metrics
+from tiny import BYTE_SHAPE, byte_client, byte_texts, own_metrics
 from torch import Tensor
 
 import lossfns
 from lossfns import LossInputError, TensorData
-from lossfns.backend import AdamParams, ByteTokenizer, Decoder, LocalTrainingClient
+from lossfns.backend import AdamParams, Decoder, LocalTrainingClient
 
 PROFILES = ("tinker", "fireworks")
 each_profile = pytest.mark.parametrize("profile", PROFILES)
 
 
 def client(profile: str) -> LocalTrainingClient:
-    return LocalTrainingClient(Decoder(**SHAPE), tokenizer=ByteTokenizer(), device="cpu", profile=profile)
+    return byte_client(profile=profile)
 
 
 def weights_of(data: list[Any]) -> list[list[float]]:
@@ -57,7 +56,7 @@ def test_tinker_hands_extra_keys_to_the_loss() -> None:
         seen.extend(sorted(d.loss_fn_inputs) for d in data)
         return squares(data, logprobs_list)
 
-    client("tinker").forward_backward_custom(with_extra(texts()), loss_fn).result()
+    client("tinker").forward_backward_custom(with_extra(byte_texts()), loss_fn).result()
     assert seen == [["target_tokens", "weights"]] + [["advantages", "mask", "target_tokens", "weights"]] * 3
 
 
@@ -68,21 +67,21 @@ def test_fireworks_refuses_extra_keys_at_the_call_in_its_own_words() -> None:
         r"{'target_tokens', 'weights'}; found unexpected keys: \['advantages', 'mask'\].*bind\(advantages="
     )
     with pytest.raises(LossInputError, match=message):
-        c.forward_backward_custom(with_extra(texts()), squares)
+        c.forward_backward_custom(with_extra(byte_texts()), squares)
     assert all(p.grad is None for p in c.model.parameters())
     with pytest.raises(LossInputError, match="unexpected keys"):
-        c.forward_backward_custom(with_extra(texts()), lossfns.cross_entropy())
+        c.forward_backward_custom(with_extra(byte_texts()), lossfns.cross_entropy())
     bound = lossfns.importance_sampling().bind(advantages=[1.0] * 4, old_logprobs=[[-5.0] * len(w) for w in weights()])
-    assert c.forward_backward_custom(texts(), bound).result().metrics["response_tokens"] > 0
+    assert c.forward_backward_custom(byte_texts(), bound).result().metrics["response_tokens"] > 0
 
 
 def weights() -> list[list[float]]:
-    return weights_of(texts())
+    return weights_of(byte_texts())
 
 
 def test_the_keys_of_embeddings_and_built_ins_are_their_own() -> None:
     c = client("fireworks")
-    c.forward_backward_custom(with_extra(texts()), squares, output="embedding").result()
+    c.forward_backward_custom(with_extra(byte_texts()), squares, output="embedding").result()
     c.forward_backward([targets(2, logprobs=row(-5, -5), advantages=row(1, 1))], "ppo").result()
 
 
@@ -96,7 +95,7 @@ def test_tinker_runs_the_loss_on_its_own_thread_and_raises_when_the_result_is_re
         threads.append(threading.current_thread())
         raise ZeroDivisionError("in the loss")
 
-    future = c.forward_backward_custom(texts(), loss_fn)
+    future = c.forward_backward_custom(byte_texts(), loss_fn)
     with pytest.raises(ZeroDivisionError, match="in the loss"):
         future.result()
     assert threads and threads[0] is not threading.current_thread()
@@ -104,7 +103,7 @@ def test_tinker_runs_the_loss_on_its_own_thread_and_raises_when_the_result_is_re
 
 def test_fireworks_raises_at_the_call() -> None:
     with pytest.raises(ZeroDivisionError, match="in the loss"):
-        client("fireworks").forward_backward_custom(texts(), failing)
+        client("fireworks").forward_backward_custom(byte_texts(), failing)
 
 
 @each_profile
@@ -114,7 +113,7 @@ def test_the_same_for_code_that_awaits_twice(profile: str) -> None:
     async def run() -> str:
         c = client(profile)
         try:
-            future = await c.forward_backward_custom_async(texts(), failing)
+            future = await c.forward_backward_custom_async(byte_texts(), failing)
         except ZeroDivisionError:
             return "fireworks"
         with pytest.raises(ZeroDivisionError):
@@ -129,9 +128,9 @@ def test_the_client_is_usable_after_a_loss_error(profile: str) -> None:
     """Tinker's own is poisoned; here the gradient before the error is still there, and is what the step takes."""
     c, d = client(profile), client(profile)
     for x in (c, d):
-        x.forward_backward(texts(), "cross_entropy").result()
+        x.forward_backward(byte_texts(), "cross_entropy").result()
     with pytest.raises(ZeroDivisionError):
-        c.forward_backward_custom(texts(), failing).result()
+        c.forward_backward_custom(byte_texts(), failing).result()
     steps = [x.optim_step(AdamParams()).result().metrics for x in (c, d)]
     assert steps[0] == steps[1] and steps[0]["grad_norm"] > 0
     assert all(map(torch.equal, c.model.parameters(), d.model.parameters()))
@@ -157,21 +156,21 @@ def test_an_empty_batch_is_refused_at_the_call_but_by_fireworks_when_read(call: 
     else:
         with pytest.raises(LossInputError, match="No data provided"):
             CALLS[call](c)
-    assert c.forward(texts(), "cross_entropy").result().metrics
+    assert c.forward(byte_texts(), "cross_entropy").result().metrics
 
 
 # Metrics of a custom loss
 
 
 def test_tinkers_loss_sum_is_the_loss_beside_the_surrogate() -> None:
-    result = client("tinker").forward_backward_custom(texts(), squares).result()
+    result = client("tinker").forward_backward_custom(byte_texts(), squares).result()
     loss = squares_of(result)
     expected = {"mine": 1.5, "loss:sum": loss, "surrogate_loss:sum": 2 * loss}
     assert own_metrics(result.metrics) == pytest.approx(expected, rel=1e-5)
 
 
 def test_fireworks_loss_sum_is_the_surrogate_and_response_tokens_have_a_gradient() -> None:
-    result = client("fireworks").forward_backward_custom(texts(), squares).result()
+    result = client("fireworks").forward_backward_custom(byte_texts(), squares).result()
     expected = {"mine": 1.5, "loss:sum": 2 * squares_of(result), "response_tokens": float(sum(map(len, weights())))}
     assert own_metrics(result.metrics) == pytest.approx(expected, rel=1e-5)
 
@@ -182,9 +181,9 @@ def test_response_tokens_of_a_custom_loss_are_the_entries_that_it_moves() -> Non
     def firsts(data: Any, logprobs_list: list[Tensor]) -> tuple[Tensor, dict[str, Any]]:
         return sum(-lp[0] + 0.0 * lp[1:].sum() for lp in logprobs_list), {}
 
-    assert client("fireworks").forward_backward_custom(texts(), firsts).result().metrics["response_tokens"] == 4.0
+    assert client("fireworks").forward_backward_custom(byte_texts(), firsts).result().metrics["response_tokens"] == 4.0
     masked = sum(w != 0 for row in weights() for w in row)
-    ours = client("fireworks").forward_backward_custom(texts(), lossfns.cross_entropy()).result().metrics
+    ours = client("fireworks").forward_backward_custom(byte_texts(), lossfns.cross_entropy()).result().metrics
     assert ours["response_tokens"] == masked < sum(map(len, weights()))
 
 
@@ -196,20 +195,22 @@ def colliding(data: Any, logprobs_list: list[Tensor]) -> tuple[Tensor, dict[str,
 
 
 def test_names_of_tinker_win_over_the_users_and_those_of_fireworks_lose() -> None:
-    tinker = client("tinker").forward_backward_custom(texts(), colliding).result()
+    tinker = client("tinker").forward_backward_custom(byte_texts(), colliding).result()
     loss = squares_of(tinker)
     note = {"note": "any object"}
     assert tinker.metrics.pop("note") == note["note"]
     expected = {"loss:sum": loss, "surrogate_loss:sum": 2 * loss, "response_tokens": 7.0}
     assert own_metrics(tinker.metrics) == pytest.approx(expected, rel=1e-5)
-    assert own_metrics(client("fireworks").forward_backward_custom(texts(), colliding).result().metrics) == COLLIDING
+    assert (
+        own_metrics(client("fireworks").forward_backward_custom(byte_texts(), colliding).result().metrics) == COLLIDING
+    )
     assert COLLIDING["loss:sum"] == 5.0  # the loss's own dict is not written to
 
 
 def test_a_loss_of_ours_keeps_its_metrics_under_both() -> None:
     """``loss`` is the mean that was differentiated; ``loss:sum`` is the profile's."""
     tinker, fireworks = (
-        client(p).forward_backward_custom(texts(), lossfns.cross_entropy()).result().metrics for p in PROFILES
+        client(p).forward_backward_custom(byte_texts(), lossfns.cross_entropy()).result().metrics for p in PROFILES
     )
     assert tinker["loss"] == tinker["loss:sum"] == pytest.approx(fireworks["loss"])
     assert fireworks["loss:sum"] == pytest.approx(tinker["surrogate_loss:sum"])
@@ -224,7 +225,10 @@ def test_a_loss_of_ours_keeps_its_metrics_under_both() -> None:
 @each_profile
 def test_metrics_of_a_built_in_say_how_they_combine(profile: str) -> None:
     c = client(profile)
-    for result in (c.forward(texts(), "cross_entropy").result(), c.forward_backward(texts(), "cross_entropy").result()):
+    for result in (
+        c.forward(byte_texts(), "cross_entropy").result(),
+        c.forward_backward(byte_texts(), "cross_entropy").result(),
+    ):
         lps = [output["logprobs"].data for output in result.loss_fn_outputs]
         rows = [(lp, w) for row, own in zip(lps, weights()) for lp, w in zip(row, own)]
         expected = {
@@ -287,7 +291,7 @@ def test_fireworks_counts_them_for_no_other_built_in() -> None:
 @each_profile
 def test_embeddings_and_normalisation_are_there_under_both(profile: str) -> None:
     c = client(profile)
-    c.forward_backward_custom(texts(), squares, output="embedding", pooling="last").result()
+    c.forward_backward_custom(byte_texts(), squares, output="embedding", pooling="last").result()
     assert c.optim_step(AdamParams(), "num_sequences").result().metrics["grad_norm"] > 0
 
 
@@ -295,8 +299,8 @@ def test_embeddings_and_normalisation_are_there_under_both(profile: str) -> None
 def test_the_gradient_is_the_same_under_both(profile: str) -> None:
     c, d = client(profile), client("tinker")
     for x in (c, d):
-        x.forward_backward(texts(), "cross_entropy")
-        x.forward_backward_custom(texts(), squares).result()
+        x.forward_backward(byte_texts(), "cross_entropy")
+        x.forward_backward_custom(byte_texts(), squares).result()
     for p, q in zip(c.model.parameters(), d.model.parameters()):
         assert p.grad is not None and q.grad is not None and torch.equal(p.grad, q.grad)
     assert c.get_info().profile == profile
@@ -308,4 +312,4 @@ def test_the_gradient_is_the_same_under_both(profile: str) -> None:
 )
 def test_an_unknown_profile_is_refused(name: Any, hint: str) -> None:
     with pytest.raises(LossInputError, match=rf"profile: expected 'tinker' or 'fireworks', got .*{hint}"):
-        LocalTrainingClient(Decoder(**SHAPE), device="cpu", profile=name)
+        LocalTrainingClient(Decoder(**BYTE_SHAPE), device="cpu", profile=name)

@@ -1,4 +1,4 @@
-"""The client's surface beside the published SDK's: every difference has a reason, every reason a difference."""
+"""The client and the published SDK: every difference has a reason, every reason a difference."""
 
 from pathlib import Path
 from typing import Any
@@ -9,14 +9,14 @@ from batches import sdks
 from signatures import (
     OURS,
     differences,
-    idle,
-    page,
+    member_differences,
     published,
-    read,
+    read_record,
     reason,
+    render,
     surface,
     unexplained,
-    unlike,
+    unused_reasons,
 )
 
 PAGE = Path(__file__).parents[3] / "docs" / "signatures.md"
@@ -25,7 +25,7 @@ STALE = "docs/signatures.md is out of date: python tools/signatures.py"
 
 
 def found() -> dict[str, str]:
-    return differences(read(TEXT)[0], {name: surface(of) for name, of in OURS.items()})
+    return differences(read_record(TEXT)[0], {name: surface(of) for name, of in OURS.items()})
 
 
 def test_every_difference_has_a_reason_and_every_reason_a_difference() -> None:
@@ -34,16 +34,16 @@ def test_every_difference_has_a_reason_and_every_reason_a_difference() -> None:
     for place, how in found().items():
         print(f"{place}: {how}. {reason(place)}")
     assert unexplained(found()) == []
-    assert idle(found()) == []
+    assert unused_reasons(found()) == []
 
 
 def test_the_page_is_what_its_own_record_makes() -> None:
-    assert page(*read(TEXT)) == TEXT, f"{STALE} render"
+    assert render(*read_record(TEXT)) == TEXT, f"{STALE} render"
 
 
 def test_the_record_is_of_the_published_sdk() -> None:
     """Where ``tinker`` is installed; the record alone is looked at where it is not."""
-    theirs, version = read(TEXT)
+    theirs, version = read_record(TEXT)
     assert version and all(theirs[name] for name in OURS)
     for sdk in sdks()[1:]:
         assert published() == theirs, f"{STALE} write"
@@ -53,21 +53,21 @@ def test_the_record_is_of_the_published_sdk() -> None:
 def test_a_reason_that_is_taken_away_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(signatures.WHY, "TrainingClient.forward(output)")
     monkeypatch.setitem(signatures.WHY, "TrainingClient.forward(data)", "None at all.")
-    missed = ["TrainingClient.forward(output): more", "TrainingClient.forward_async(output): more"]
+    missed = ["TrainingClient.forward(output): added", "TrainingClient.forward_async(output): added"]
     assert unexplained(found()) == missed
-    assert idle(found()) == ["TrainingClient.forward(data)"]
+    assert unused_reasons(found()) == ["TrainingClient.forward(data)"]
 
 
 @pytest.mark.parametrize(
     ("theirs", "ours", "expected"),
     [
         ("(a, b=1)", "(a, b=1)", {}),
-        ("(a)", "(a, b=1)", {"(b)": "more"}),
-        ("(a)", "(a, b)", {"(b)": "more, and required"}),
+        ("(a)", "(a, b=1)", {"(b)": "added"}),
+        ("(a)", "(a, b)", {"(b)": "added, and required"}),
         ("(a, b=1)", "(a)", {"(b)": "missing"}),
         ("(a, b=1)", "(a, b=2)", {"(b)": "`2` by default, `1` by default there"}),
         ("(a, b)", "(a, b=None)", {"(b)": "`None` by default, required there"}),
-        ("(a, b)", "(a, *, b)", {"(b)": "by keyword only"}),
+        ("(a, b)", "(a, *, b)", {"(b)": "keyword-only"}),
         ("(a, *, b)", "(a, b)", {}),
         ("(a, b)", "(b, a)", {"(a)": "at position 1 instead of 0", "(b)": "at position 0 instead of 1"}),
         ("(a, **rest)", "(a)", {"(**rest)": "missing"}),
@@ -78,9 +78,9 @@ def test_a_reason_that_is_taken_away_is_missed(monkeypatch: pytest.MonkeyPatch) 
     ],
 )
 def test_what_differs_is_seen(theirs: str, ours: str, expected: dict[str, str]) -> None:
-    assert dict(unlike(theirs, ours)) == expected
+    assert dict(member_differences(theirs, ours)) == expected
 
 
 def test_members_that_only_one_has_are_seen() -> None:
     surfaces: list[dict[str, Any]] = [{"APIFuture": {"x": "()", "y": "()"}}, {"APIFuture": {"y": "()", "z": "()"}}]
-    assert differences(*surfaces) == {"APIFuture.x": "missing", "APIFuture.z": "more"}
+    assert differences(*surfaces) == {"APIFuture.x": "missing", "APIFuture.z": "added"}

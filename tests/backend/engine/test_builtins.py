@@ -12,13 +12,12 @@ from typing import Any
 import pytest
 import torch
 from batches import sdks
-from test_client import SHAPE, assert_same_gradients, gradients
-from tiny import own_metrics
+from tiny import assert_same_gradients, byte_client, own_metrics, take_gradients
 from torch import Tensor
 
 import lossfns
 from lossfns import LossInputError, TensorData, token_sum
-from lossfns.backend import ByteTokenizer, Decoder, LocalTrainingClient
+from lossfns.backend import LocalTrainingClient
 from lossfns.backend.engine.builtins import BUILTINS
 
 RATIO = ("importance_sampling", "ppo", "cispo", "gspo", "gspo-token", "grpo", "dapo")
@@ -26,7 +25,7 @@ POLICY = (*RATIO, "dro")
 
 
 def client() -> LocalTrainingClient:
-    return LocalTrainingClient(Decoder(**SHAPE), tokenizer=ByteTokenizer(), device="cpu", dtype=torch.float64)
+    return byte_client(dtype=torch.float64)
 
 
 def batch(name: str, sdk: Any = lossfns, count: int = 6) -> list[Any]:
@@ -226,17 +225,17 @@ def by_formula(c: LocalTrainingClient, data: list[Any], formula: Callable[[Row],
 def check(c: LocalTrainingClient, data: list[Any], case: Case) -> None:
     name, config, loss, formula = case
     result = c.forward_backward(data, name, config or None).result()
-    got = gradients(c)
+    got = take_gradients(c)
     expected = by_formula(c, data, formula)
     assert result.metrics["loss:sum"] == pytest.approx(expected, rel=1e-9)
-    assert_same_gradients(got, gradients(c), 1e-9)
+    assert_same_gradients(got, take_gradients(c), 1e-9)
     # A raw sum: the denominator only says that a batch without any weight is welcome.
     weights = {"weights": [d.loss_fn_inputs["sequence_ratio_mask"].data for d in data]} if name == "gspo" else {}
     if name == "cross_entropy" and "weights" not in data[0].loss_fn_inputs:
         weights = {"weights": [[1.0] * len(d.loss_fn_inputs["target_tokens"].data) for d in data]}
     custom = c.forward_backward_custom(data, loss.bind(**weights)).result()
     assert custom.metrics["loss:sum"] == pytest.approx(result.metrics["loss:sum"], rel=1e-12)
-    assert_same_gradients(got, gradients(c), 1e-12)
+    assert_same_gradients(got, take_gradients(c), 1e-12)
     assert c.forward(data, name, config or None).result().metrics == pytest.approx(
         own_metrics(result.metrics), rel=1e-12
     )
@@ -334,12 +333,12 @@ def test_gspos_prompt_reaches_nothing() -> None:
     """Old logprobs outside of the mask may be anything, even null as a server sends it."""
     c, data = client(), batch("gspo")
     c.forward_backward(data, "gspo").result()
-    expected = gradients(c)
+    expected = take_gradients(c)
     for d in data:
         mask, old = (d.loss_fn_inputs[key].to_torch() for key in ("sequence_ratio_mask", "logprobs"))
         d.loss_fn_inputs["logprobs"] = TensorData.from_torch(torch.where(mask == 0, torch.nan, old))
     c.forward_backward(data, "gspo").result()
-    assert_same_gradients(expected, gradients(c), 1e-12)
+    assert_same_gradients(expected, take_gradients(c), 1e-12)
 
 
 def test_a_sequence_outside_of_gspos_mask_has_no_gradient() -> None:
@@ -469,14 +468,14 @@ def few(n: int) -> torch.Tensor:
 def test_cross_entropy_of_several_targets_is_the_sum_over_all_of_them(form: Any, dense: Any) -> None:
     c, data = client(), candidates(form)
     result = c.forward_backward(data, "cross_entropy").result()
-    got, total = gradients(c), torch.tensor(0.0, dtype=torch.float64)
+    got, total = take_gradients(c), torch.tensor(0.0, dtype=torch.float64)
     for d in data:
         ids = d.model_input.to_ints()
         logprobs = (c.model(torch.tensor(ids), [len(ids)]) @ c.model.head.T).log_softmax(1)
         total = total - (dense(len(ids)) * logprobs.gather(1, d.loss_fn_inputs["target_tokens"].to_torch())).sum()
     total.backward()
     assert result.metrics["loss:sum"] == pytest.approx(total.item(), rel=1e-9)
-    assert_same_gradients(got, gradients(c), 1e-9)
+    assert_same_gradients(got, take_gradients(c), 1e-9)
     assert [output["logprobs"].shape for output in result.loss_fn_outputs] == [[6, 4], [9, 4]]
 
 

@@ -9,8 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from batches import sdks
-from test_client import SHAPE, assert_same_gradients, client, gradients, texts
-from tiny import own_metrics
+from tiny import BYTE_SHAPE, assert_same_gradients, byte_client, byte_texts, own_metrics, take_gradients
 from torch import Tensor
 
 import lossfns
@@ -42,7 +41,7 @@ def by_hand(model: Any, ids: Sequence[list[int]], pooling: str) -> list[Tensor]:
 
 def exact() -> LocalTrainingClient:
     """In float64, since these gradients are large: an untrained model's texts are all near to one another."""
-    return client(dtype=torch.float64)
+    return byte_client(dtype=torch.float64)
 
 
 def embedded(result: Any) -> list[Tensor]:
@@ -58,7 +57,7 @@ def test_an_embedding_is_the_pooled_output_of_the_final_norm(sdk: Any, pooling: 
     with c.model.norm.register_forward_hook(lambda module, given, out: seen.append(out)):
         by_hand(c.model, IDS, pooling)
     expected = [POOL[pooling](hidden.detach()) for hidden in seen]
-    assert [output["embedding"].shape for output in result.loss_fn_outputs] == [[SHAPE["dim"]]] * len(IDS)
+    assert [output["embedding"].shape for output in result.loss_fn_outputs] == [[BYTE_SHAPE["dim"]]] * len(IDS)
     for got, want in zip(embedded(result), expected):
         assert got.dtype == torch.float32
         torch.testing.assert_close(got, want.float(), rtol=1e-6, atol=1e-6)
@@ -66,7 +65,7 @@ def test_an_embedding_is_the_pooled_output_of_the_final_norm(sdk: Any, pooling: 
 
 
 def test_forward_takes_output_and_pooling_by_name_or_in_the_config() -> None:
-    c = client()
+    c = byte_client()
     ask = lambda *args, **kwargs: embedded(c.forward(datums(), "cross_entropy", *args, **kwargs).result())  # noqa: E731
     mean, last = ask(output="embedding"), ask(output="embedding", pooling="last")
     assert any((a != b).any() for a, b in zip(mean, last))
@@ -77,7 +76,7 @@ def test_forward_takes_output_and_pooling_by_name_or_in_the_config() -> None:
 
 
 def test_forward_takes_logprobs_by_name_too() -> None:
-    c, data = client(), texts()
+    c, data = byte_client(), byte_texts()
     plain = c.forward(data, "cross_entropy").result()
     for named in (c.forward(data, "cross_entropy", {"output": "logprobs"}), c.forward(data, "cross_entropy", {})):
         assert named.result().metrics == plain.metrics
@@ -88,10 +87,10 @@ def test_forward_takes_logprobs_by_name_too() -> None:
 def test_the_gradient_is_autograds_straight_through_the_model(sdk: Any, pooling: str) -> None:
     c = exact()
     result = c.forward_backward_custom(datums(sdk=sdk), crowd, output="embedding", pooling=pooling).result()
-    cut = gradients(c)
+    cut = take_gradients(c)
     loss, metrics = crowd(None, by_hand(c.model, IDS, pooling))
     loss.backward()
-    assert_same_gradients(cut, gradients(c), 1e-9)
+    assert_same_gradients(cut, take_gradients(c), 1e-9)
     assert result.metrics["loss:sum"] == pytest.approx(loss.item(), rel=1e-9)
     assert result.metrics["near"] == pytest.approx(metrics["near"], rel=1e-9)
 
@@ -101,7 +100,7 @@ def test_the_gradient_is_the_slope_of_the_loss(pooling: str) -> None:
     """A central difference along a random direction, in float64: no autograd in the expectation."""
     c = exact()
     c.forward_backward_custom(datums(), crowd, output="embedding", pooling=pooling).result()
-    slopes = gradients(c)
+    slopes = take_gradients(c)
     generator = torch.Generator().manual_seed(1)
     way = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in c.model.parameters()]
     step, values = 1e-6, []
@@ -118,10 +117,10 @@ def test_the_gradient_is_the_slope_of_the_loss(pooling: str) -> None:
 def test_the_order_of_the_texts_does_not_matter(pooling: str) -> None:
     c, order = exact(), [3, 0, 4, 2, 1]
     c.forward_backward_custom(datums(), crowd, output="embedding", pooling=pooling).result()
-    straight = gradients(c)
+    straight = take_gradients(c)
     mixed = datums([IDS[i] for i in order])
     c.forward_backward_custom(mixed, crowd, output="embedding", pooling=pooling).result()
-    assert_same_gradients(straight, gradients(c), 1e-9)
+    assert_same_gradients(straight, take_gradients(c), 1e-9)
 
 
 @each_pooling
@@ -133,12 +132,12 @@ def test_gradients_accumulate_over_calls(pooling: str) -> None:
 
     c = exact()
     whole = c.forward_backward_custom(datums(), lengths, output="embedding", pooling=pooling).result()
-    expected = gradients(c)
+    expected = take_gradients(c)
     parts = [
         c.forward_backward_custom([datum], lengths, output="embedding", pooling=pooling).result().metrics["loss:sum"]
         for datum in datums()
     ]
-    assert_same_gradients(expected, gradients(c), 1e-9)
+    assert_same_gradients(expected, take_gradients(c), 1e-9)
     assert sum(parts) == pytest.approx(whole.metrics["loss:sum"], rel=1e-9)
 
 
@@ -146,23 +145,23 @@ def test_gradients_accumulate_over_calls(pooling: str) -> None:
 @pytest.mark.parametrize("own", range(len(IDS)))
 def test_a_text_does_not_feel_the_others(own: int, pooling: str) -> None:
     """Its embedding and its gradient are the same alone and among longer and shorter ones."""
-    v = torch.linspace(-1, 1, SHAPE["dim"], dtype=torch.float64)
+    v = torch.linspace(-1, 1, BYTE_SHAPE["dim"], dtype=torch.float64)
 
     def among(data: Any, embeddings: list[Tensor]) -> tuple[Tensor, dict[str, float]]:
         return embeddings[own] @ v + sum(0.0 * e.sum() for i, e in enumerate(embeddings) if i != own), {}
 
     c = exact()
     crowded = c.forward_backward_custom(datums(), among, output="embedding", pooling=pooling).result()
-    expected = gradients(c)
+    expected = take_gradients(c)
     alone = c.forward_backward_custom(
         datums(IDS[own : own + 1]), lambda data, e: (e[0] @ v, {}), output="embedding", pooling=pooling
     ).result()
-    assert_same_gradients(expected, gradients(c), 1e-9)
+    assert_same_gradients(expected, take_gradients(c), 1e-9)
     torch.testing.assert_close(embedded(crowded)[own], embedded(alone)[0], rtol=1e-6, atol=1e-6)
 
 
 def test_a_loss_gets_tensors_cut_off_from_the_model_and_the_datums_as_they_are() -> None:
-    c, data = client(), datums()
+    c, data = byte_client(), datums()
     seen = {}
 
     def loss_fn(given: Any, embeddings: list[Tensor]) -> tuple[Tensor, dict[str, float]]:
@@ -178,7 +177,7 @@ def test_a_loss_gets_tensors_cut_off_from_the_model_and_the_datums_as_they_are()
 
 def test_embeddings_of_a_half_precision_model_are_pooled_in_float32() -> None:
     """The mean of 4,001 bfloat16 states, of which rounding at each addition would leave little."""
-    c = LocalTrainingClient(Decoder(**SHAPE), tokenizer=ByteTokenizer(), device="cpu", dtype=torch.bfloat16)
+    c = LocalTrainingClient(Decoder(**BYTE_SHAPE), tokenizer=ByteTokenizer(), device="cpu", dtype=torch.bfloat16)
     ids = [[65] * 4001]
     (got,) = embedded(c.forward(datums(ids), "cross_entropy", output="embedding").result())
     with torch.no_grad():
@@ -192,13 +191,13 @@ def test_metrics_follow_the_profile() -> None:
     def cubes(data: Any, embeddings: list[Tensor]) -> tuple[Tensor, dict[str, float]]:
         return torch.stack([(e**3).sum() for e in embeddings]).sum(), {"texts": 5.0}
 
-    e = torch.stack(embedded(client().forward(datums(), "cross_entropy", output="embedding").result()))
+    e = torch.stack(embedded(byte_client().forward(datums(), "cross_entropy", output="embedding").result()))
     loss = (e**3).sum().item()
-    tinker = client().forward_backward_custom(datums(), cubes, output="embedding").result().metrics
+    tinker = byte_client().forward_backward_custom(datums(), cubes, output="embedding").result().metrics
     assert own_metrics(tinker) == pytest.approx(
         {"texts": 5.0, "loss:sum": loss, "surrogate_loss:sum": 3 * loss}, rel=1e-4
     )
-    fireworks = LocalTrainingClient(Decoder(**SHAPE), tokenizer=ByteTokenizer(), device="cpu", profile="fireworks")
+    fireworks = LocalTrainingClient(Decoder(**BYTE_SHAPE), tokenizer=ByteTokenizer(), device="cpu", profile="fireworks")
     metrics = fireworks.forward_backward_custom(datums(), cubes, output="embedding").result().metrics
     assert own_metrics(metrics) == pytest.approx({"texts": 5.0, "loss:sum": 3 * loss}, rel=1e-4)
 
@@ -238,7 +237,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("change", "message"), REFUSED, ids=[message for _, message in REFUSED])
 def test_a_bad_call_is_refused_and_the_accumulated_gradient_kept(change: dict[str, Any], message: str) -> None:
-    c = client()
+    c = byte_client()
     c.forward_backward_custom(datums(), crowd, output="embedding").result()
     before = [p.grad.clone() for p in c.model.parameters() if p.grad is not None]
     call = {"data": datums(), "loss_fn": total, "output": "embedding"} | change
@@ -259,7 +258,7 @@ def test_a_bad_call_is_refused_and_the_accumulated_gradient_kept(change: dict[st
     ],
 )
 def test_forward_refuses_the_same(config: Any, keywords: dict[str, Any], message: str) -> None:
-    c = client()
+    c = byte_client()
     with pytest.raises(LossInputError, match=message):
         c.forward(datums(), "cross_entropy", config, **keywords).result()
     assert len(embedded(c.forward(datums(), "cross_entropy", output="embedding").result())) == len(IDS)
@@ -267,7 +266,7 @@ def test_forward_refuses_the_same(config: Any, keywords: dict[str, Any], message
 
 def test_a_likelihood_loss_is_no_loss_of_embeddings() -> None:
     with pytest.raises(LossInputError):
-        client().forward_backward_custom(datums(), lossfns.cross_entropy(), output="embedding").result()
+        byte_client().forward_backward_custom(datums(), lossfns.cross_entropy(), output="embedding").result()
 
 
 def test_the_contrastive_example_learns() -> None:
@@ -295,7 +294,7 @@ def test_the_examples_loss_is_half_of_both_directions() -> None:
 
 def test_datums_of_plain_ids_need_no_targets() -> None:
     """The whole sequence, its last token too: leaving it out gives another embedding."""
-    c = client()
+    c = byte_client()
     ask = lambda ids: embedded(  # noqa: E731
         c.forward([Datum(ModelInput.from_ints(ids))], "cross_entropy", output="embedding", pooling="last").result()
     )[0]

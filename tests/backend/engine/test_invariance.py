@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import client, gradients, same, texts
+from tiny import BYTE_SHAPE, client, gradients, same, texts
 from torch import Tensor
 
 import lossfns
@@ -15,7 +15,7 @@ from lossfns import LossInputError
 from lossfns.backend import Decoder, LocalTrainingClient
 from lossfns.backend.engine.engine import add_compensated
 
-MODEL = Decoder(vocab_size=257, dim=32, layers=2, heads=2, kv_heads=1, hidden=48)
+MODEL = Decoder(**BYTE_SHAPE)
 TEXT = "A sum in floating point depends on its order; that of a gradient should not. "
 
 

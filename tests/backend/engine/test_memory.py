@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import DATA, SHAPE, client, gradients, same, text
+from tiny import BYTE_SHAPE, DATA, SHAPE, client, gradients, same, text
 from torch import Tensor, nn
 
 import lossfns
@@ -167,17 +167,16 @@ def frozen_head(model: Decoder) -> None:
     model.embed.requires_grad_(False)
 
 
-SMALL: dict[str, Any] = {"vocab_size": 257, "dim": 32, "layers": 2, "heads": 2, "kv_heads": 1, "hidden": 48}
 MODELS: dict[str, tuple[dict[str, Any], Callable[[Decoder], Any], Any]] = {
     "tiny": (SHAPE, id, None),
-    "small": (SMALL, id, None),
-    "untied": ({**SMALL, "tied": False}, id, None),
-    "mostly head": ({**SMALL, "vocab_size": 20000}, id, None),
-    "deep": ({**SMALL, "layers": 8, "heads": 4, "kv_heads": 4}, id, None),
-    "bfloat16": (SMALL, id, torch.bfloat16),
-    "checkpointing": (SMALL, checkpointing, None),
-    "adapted": (SMALL, adapted, None),
-    "frozen head": (SMALL, frozen_head, None),
+    "small": (BYTE_SHAPE, id, None),
+    "untied": ({**BYTE_SHAPE, "tied": False}, id, None),
+    "mostly head": ({**BYTE_SHAPE, "vocab_size": 20000}, id, None),
+    "deep": ({**BYTE_SHAPE, "layers": 8, "heads": 4, "kv_heads": 4}, id, None),
+    "bfloat16": (BYTE_SHAPE, id, torch.bfloat16),
+    "checkpointing": (BYTE_SHAPE, checkpointing, None),
+    "adapted": (BYTE_SHAPE, adapted, None),
+    "frozen head": (BYTE_SHAPE, frozen_head, None),
 }
 
 

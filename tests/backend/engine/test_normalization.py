@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from batches import sdks
-from test_client import client, texts
+from tiny import byte_client, byte_texts
 from torch import Tensor
 
 import lossfns
@@ -103,7 +103,7 @@ COUNTS: list[tuple[str, list[Call], int, int]] = [
 @pytest.mark.parametrize(("calls", "tokens", "sequences"), [c[1:] for c in COUNTS], ids=[c[0] for c in COUNTS])
 def test_the_gradient_is_divided_by_what_has_one(calls: list[Call], tokens: int, sequences: int) -> None:
     for mode, count in (("num_loss_tokens", tokens), ("num_sequences", sequences), (None, 1)):
-        c = client()
+        c = byte_client()
         for call in calls:
             call(c).result()
         norm = accumulated(c)
@@ -114,7 +114,7 @@ def test_the_gradient_is_divided_by_what_has_one(calls: list[Call], tokens: int,
 
 @pytest.mark.parametrize("mode", MODES)
 def test_counts_begin_again_after_a_step(mode: str) -> None:
-    c, d = client(), client()
+    c, d = byte_client(), byte_client()
     c.forward_backward([masked(1, 1, 1), masked(1)], CE)
     c.optim_step(AdamParams(learning_rate=0.0), mode).result()
     c.forward_backward([masked(1, 1), masked(0, 1)], CE)
@@ -124,7 +124,7 @@ def test_counts_begin_again_after_a_step(mode: str) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_neither_a_forward_nor_a_request_that_fails_is_counted(mode: str) -> None:
-    c, d, data = client(), client(), [masked(1, 1), masked(0, 1)]
+    c, d, data = byte_client(), byte_client(), [masked(1, 1), masked(0, 1)]
     for x in (c, d):
         x.forward_backward(data, CE).result()
     c.forward(data, CE).result()
@@ -137,7 +137,7 @@ def test_one_batch_and_its_parts_step_alike() -> None:
     """That is what the counts are for: 1, 2 or 4 requests, the same step."""
     weights = []
     for size in (4, 2, 1):
-        c, data = client(), texts()
+        c, data = byte_client(), byte_texts()
         for i in range(0, 4, size):
             c.forward_backward(data[i : i + size], CE)
         c.optim_step(AdamParams(learning_rate=0.1, eps=1.0), "num_loss_tokens").result()
@@ -153,7 +153,7 @@ def test_a_step_normalises_then_clips_then_is_adamw(mode: str | None, clip: floa
     """Three steps beside torch's own optimizer, of other sizes each, with an ε that lets the scale through."""
     batches = [[masked(0, 1, 1), masked(1)], [datum(6)], [masked(1, 0), masked(0, 0), masked(1, 1)]]
     counts = {None: (1, 1, 1), "num_loss_tokens": (3, 6, 3), "num_sequences": (2, 1, 2)}[mode]
-    c, d = client(), client()
+    c, d = byte_client(), byte_client()
     adam = AdamParams(learning_rate=1e-2, beta1=0.8, beta2=0.9, eps=1e-3, weight_decay=0.1, grad_clip_norm=clip)
     reference = torch.optim.AdamW(d.model.parameters(), lr=1e-2, betas=(0.8, 0.9), eps=1e-3, weight_decay=0.1)
     for data, count in zip(batches, counts):
@@ -205,7 +205,7 @@ class Plain(enum.Enum):
     ids=repr,
 )
 def test_a_mode_has_a_name_in_any_case_or_is_an_enumerations(mode: Any, count: int) -> None:
-    c = client()
+    c = byte_client()
     c.forward_backward([masked(0, 1, 1), masked(1)], CE).result()
     norm = accumulated(c)
     got = c.optim_step(AdamParams(), grad_accumulation_normalization=mode).result().metrics["grad_norm"]
@@ -214,7 +214,7 @@ def test_a_mode_has_a_name_in_any_case_or_is_an_enumerations(mode: Any, count: i
 
 @pytest.mark.parametrize("mode", ["foo", "", "num_tokens", "num-sequences", 3, True, ["num_sequences"], object()])
 def test_an_unknown_mode_is_refused_in_the_services_words_and_the_gradient_kept(mode: Any) -> None:
-    c = client()
+    c = byte_client()
     c.forward_backward([masked(0, 1, 1), masked(1)], CE).result()
     norm = accumulated(c)
     with pytest.raises(LossInputError) as caught:
@@ -241,7 +241,7 @@ MEANS = [
 @pytest.mark.parametrize("loss", MEANS, ids=lambda loss: repr(getattr(loss, "loss", loss)))
 def test_a_mean_is_not_divided_again(loss: Any, mode: str) -> None:
     """Nor a sum that it has been added to, or a sum added to it: they cannot be told apart any more."""
-    c, data = client(), [masked(0, 1, 1), masked(1)]
+    c, data = byte_client(), [masked(0, 1, 1), masked(1)]
     c.forward_backward(data, CE)
     c.forward_backward_custom(data, loss)
     c.forward_backward(data, CE).result()
@@ -257,7 +257,7 @@ def test_a_mean_is_not_divided_again(loss: Any, mode: str) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_sums_may_be_divided(mode: str) -> None:
-    c, data = client(), [masked(0, 1, 1), masked(1)]
+    c, data = byte_client(), [masked(0, 1, 1), masked(1)]
     reference = {"ref_logprobs": [[-1.0] * 3, [-1.0]]}
     c.forward_backward_custom(data, SUM).result()
     c.forward_backward_custom(data, SUM.bind(denominator=3.0)).result()  # which a raw sum ignores
@@ -274,7 +274,7 @@ def total(data: Any, embeddings: list[Tensor]) -> tuple[Tensor, dict[str, float]
 
 def test_embeddings_are_sequences_and_not_tokens() -> None:
     """Of five texts two have a gradient; a count of tokens has no meaning, nor has it for a mixture."""
-    c = client()
+    c = byte_client()
     custom(total, *[datum(n) for n in (4, 3, 2, 1, 5)], output="embedding")(c).result()
     norm = accumulated(c)
     with pytest.raises(LossInputError, match=r"grad_accumulation_normalization: .*over embeddings.*'num_sequences'"):
@@ -299,11 +299,11 @@ def huge(data: Any, logprobs_list: list[Tensor]) -> tuple[Tensor, dict[str, floa
 
 def test_a_sum_of_gradients_that_is_not_finite_moves_nothing() -> None:
     """A single one is refused by the request itself; divided by a count, the sum would be in range again."""
-    c, d = client(), client()
+    c, d = byte_client(), byte_client()
     for x in (c, d):
-        x.forward_backward(texts(), CE)
+        x.forward_backward(byte_texts(), CE)
         x.optim_step(AdamParams()).result()
-    c.forward_backward(texts(), CE)
+    c.forward_backward(byte_texts(), CE)
     for _ in range(20):
         c.forward_backward_custom([datum(50)], huge).result()
     with pytest.raises(LossInputError, match=r"expected a finite gradient, got a norm of (inf|nan).*dropped"):
@@ -311,14 +311,14 @@ def test_a_sum_of_gradients_that_is_not_finite_moves_nothing() -> None:
     assert all(map(torch.equal, c.model.parameters(), d.model.parameters())) and c.get_info().steps == 1
     assert all(p.grad is None for p in c.model.parameters())
     for x in (c, d):
-        x.forward_backward(texts(), CE)
+        x.forward_backward(byte_texts(), CE)
         x.optim_step(AdamParams()).result()
     assert all(map(torch.equal, c.model.parameters(), d.model.parameters()))
 
 
 @pytest.mark.parametrize("mode", [None, *MODES])
 def test_a_step_without_a_gradient_is_refused(mode: str | None) -> None:
-    c = client()
+    c = byte_client()
     before = [p.detach().clone() for p in c.model.parameters()]
     with pytest.raises(LossInputError, match="optim_step: expected an accumulated gradient, got none since the last"):
         c.optim_step(AdamParams(weight_decay=0.5), mode).result()
@@ -328,9 +328,9 @@ def test_a_step_without_a_gradient_is_refused(mode: str | None) -> None:
 @pytest.mark.parametrize("sdk", sdks(), ids=lambda sdk: sdk.__name__)
 def test_params_go_by_place_or_by_either_name(sdk: Any) -> None:
     params = (AdamParams if sdk is lossfns else sdk.AdamParams)(learning_rate=1e-2)
-    clients = [client() for _ in range(3)]
+    clients = [byte_client() for _ in range(3)]
     for c in clients:
-        c.forward_backward(texts(), CE)
+        c.forward_backward(byte_texts(), CE)
     a, b, c = clients
     steps = [a.optim_step(params), b.optim_step(optim_params=params), c.optim_step(adam_params=params)]
     assert steps[0].result() == steps[1].result() == steps[2].result()
@@ -340,8 +340,8 @@ def test_params_go_by_place_or_by_either_name(sdk: Any) -> None:
 
 
 def test_both_names_at_once_are_refused_at_the_call() -> None:
-    c = client()
-    c.forward_backward(texts(), CE).result()
+    c = byte_client()
+    c.forward_backward(byte_texts(), CE).result()
     with pytest.raises(LossInputError, match="Specify optim_params or legacy adam_params, not both"):
         c.optim_step(AdamParams(), adam_params=AdamParams())
     assert c.optim_step(AdamParams()).result().metrics["grad_norm"] > 0
@@ -359,8 +359,8 @@ def others() -> list[Any]:
 
 @pytest.mark.parametrize("params", [None, {"learning_rate": 1e-3}, 1e-3, *others()], ids=lambda p: type(p).__name__)
 def test_params_of_anything_but_adam_are_refused(params: Any) -> None:
-    c = client()
-    c.forward_backward(texts(), CE).result()
+    c = byte_client()
+    c.forward_backward(byte_texts(), CE).result()
     with pytest.raises(LossInputError, match=r"AdamParams.*Expected AdamParams or OptimParamsBase"):
         c.optim_step(params).result()
     assert c.optim_step(AdamParams()).result().metrics["grad_norm"] > 0
