@@ -346,7 +346,7 @@ class LocalTrainingClient(LocalReferenceClient):
 
         Its requests and this client's run in one order, on one thread and on the same weights.
         """
-        if not lora.layers(self.model):
+        if not lora.adapted_layers(self.model):
             fix = "Pass a copy of the model to LocalReferenceClient, before the first step."
             raise LossInputError("reference", "a model with adapters, which can be switched off", "none", fix)
         return Unadapted(self)
@@ -462,9 +462,9 @@ class Unadapted(LocalReferenceClient):
         vars(self).update(vars(policy))
 
     def _forward(self, data: Any, loss_fn: Any, config: Any) -> ForwardBackwardOutput:
-        with lora.off(self.model):
+        with lora.disabled(self.model):
             return super()._forward(data, loss_fn, config)
 
     def _embed(self, data: Any, pooling: str) -> ForwardBackwardOutput:
-        with lora.off(self.model):
+        with lora.disabled(self.model):
             return super()._embed(data, pooling)
