@@ -294,8 +294,8 @@ def head_of(model: Any) -> Head:
     return Head(model.head, bias, getattr(model, "head_temperature", 1.0), softcap)
 
 
-def model_logprobs(model: Any, hidden: Tensor, targets: Tensor, room: float = math.inf) -> Tensor:
-    """``linear_logprobs`` with the head of a model, and ``room`` bytes for logits at most."""
+def model_logprobs(model: Any, hidden: Tensor, targets: Tensor, memory_budget: float = math.inf) -> Tensor:
+    """``linear_logprobs`` with the head of a model, and ``memory_budget`` bytes for logits at most."""
     weight, bias, temperature, softcap = head_of(model)
     logprobs: Tensor = linear_logprobs(
         hidden,
@@ -304,7 +304,7 @@ def model_logprobs(model: Any, hidden: Tensor, targets: Tensor, room: float = ma
         bias=bias,
         temperature=temperature,
         softcap=softcap,
-        memory_budget=min(room, modest(hidden, weight)),
+        memory_budget=min(memory_budget, modest(hidden, weight)),
     )
     return logprobs
 

@@ -203,9 +203,9 @@ class UnadaptedClient(LocalReferenceClient):
         vars(self).update(vars(client))
 
     def _forward(self, data: Any, loss_fn: Any, config: Any) -> ForwardBackwardOutput:
-        with lora.off(self.model):
+        with lora.disabled(self.model):
             return super()._forward(data, loss_fn, config)
 
     def _embed(self, data: Any, pooling: str) -> ForwardBackwardOutput:
-        with lora.off(self.model):
+        with lora.disabled(self.model):
             return super()._embed(data, pooling)

@@ -239,7 +239,7 @@ class LocalTrainingClient(LocalReferenceClient):
         Its requests run in one order with those of this client, on the same thread and weights. Raises LossInputError
         for a model without adapters.
         """
-        if not lora.layers(self.model):
+        if not lora.adapted_layers(self.model):
             fix = "Pass a copy of the model to LocalReferenceClient, before the first step."
             raise LossInputError("reference", "a model with adapters, which can be switched off", "none", fix)
         return UnadaptedClient(self)

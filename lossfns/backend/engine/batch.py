@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lossfns.backend.model.prefixes import Shared, heads
+from lossfns.backend.model.prefixes import SharedPrefixes, head_rows
 from lossfns.datum import TensorData
 from lossfns.errors import LossInputError
 from lossfns.pack import as_row, check_data
@@ -74,7 +74,7 @@ def without_targets(data: Sequence[Any], vocabulary: int) -> Rows:
 class Batch(NamedTuple):
     """Tokens as the model takes them, segment after segment, and where the values of the datums come from.
 
-    A prefix that datums have in common is a segment of its own (``prefixes.share``). Head row r reads the hidden
+    A prefix that datums have in common is a segment of its own (``share_prefixes``). Head row r reads the hidden
     state of token ``read[r]`` and scores ``targets[r]``; position n of the datums takes head row ``spread[n]``.
     None stands for all of them, in order.
     """
@@ -87,7 +87,9 @@ class Batch(NamedTuple):
     spread: Tensor | None
 
 
-def batch_of(rows: Rows, share_prefixes: Callable[[Sequence[np.ndarray]], Shared], device: torch.device) -> Batch:
+def batch_of(
+    rows: Rows, share_prefixes: Callable[[Sequence[np.ndarray]], SharedPrefixes], device: torch.device
+) -> Batch:
     """The datums' tokens laid end to end, as ``share_prefixes`` finds what they have in common."""
 
     def moved(x: np.ndarray) -> Tensor:
@@ -99,18 +101,18 @@ def batch_of(rows: Rows, share_prefixes: Callable[[Sequence[np.ndarray]], Shared
     shared = share_prefixes(rows.tokens)
     inputs = moved(np.concatenate(rows.tokens)[shared.order])
     if not rows.targets:
-        return Batch(inputs, shared.lengths, shared.parents, unless_all(shared.rows), None, None)
+        return Batch(inputs, shared.lengths, shared.parents, unless_all(shared.inverse), None, None)
     targets = np.concatenate(rows.targets)
-    read, spread = heads(shared.rows, targets)
+    read, spread = head_rows(shared.inverse, targets)
     if len(read) < len(spread):
         targets = targets[np.unique(spread, return_index=True)[1]]
     return Batch(inputs, shared.lengths, shared.parents, unless_all(read), moved(targets), unless_all(spread))
 
 
-def apart(tokens: Sequence[np.ndarray]) -> Shared:
+def apart(tokens: Sequence[np.ndarray]) -> SharedPrefixes:
     """Every sequence by itself, for a model that cannot continue a segment."""
     every = np.arange(sum(map(len, tokens)))
-    return Shared(every, [len(ids) for ids in tokens], [None] * len(tokens), every)
+    return SharedPrefixes(every, [len(ids) for ids in tokens], [None] * len(tokens), every)
 
 
 def wrapper(data: Sequence[Any]) -> Any:

@@ -21,7 +21,7 @@ from lossfns.backend.engine.differentiate import LossFn, Outputs, Value
 from lossfns.backend.engine.memory import FEW, HOLES, LOSS, MARGIN, Footprint, cut, footprint, free, too_small
 from lossfns.backend.engine.passes import Work
 from lossfns.backend.engine.ranks import Alone, Ranks, entire, shard_of
-from lossfns.backend.model.prefixes import share
+from lossfns.backend.model.prefixes import share_prefixes
 from lossfns.backend.types import OptimStepResponse
 from lossfns.checks import number
 from lossfns.errors import LossInputError
@@ -125,7 +125,7 @@ class Engine:
         if "parents" not in signature(self.model.forward).parameters:
             batch = batch_of(rows, apart, self.device)
             return batch, self.model(batch.inputs, batch.lengths)
-        batch = batch_of(rows, share, self.device)
+        batch = batch_of(rows, share_prefixes, self.device)
         return batch, self.model(batch.inputs, batch.lengths, batch.parents)
 
     def forward(self, data: list[Any], loss_fn: Any, config: Any) -> Value:

@@ -29,7 +29,7 @@ class Layout:
     """Which of N tokens see one another: segments of ``lengths`` end to end, segment i after ``parents[i]``.
 
     A parent is laid before its continuations and continues nothing itself. Adjacent segments of one parent and
-    one length share a call, so the fewest are made where equal ones are side by side (``prefixes.share`` does
+    one length share a call, so the fewest are made where equal ones are side by side (``prefixes.share_prefixes`` does
     that). ``positions`` [N] count from the start of a token's sequence, its parent included. ``route`` names the
     attention in use, once there was some. All indices are made on the host and moved once.
     """

@@ -81,7 +81,7 @@ class Decoder(nn.Module):
     @property
     def head(self) -> Tensor:
         """Unembedding weight [V, D], adapters included and in their precision: ``logits = hidden @ head.T``."""
-        return lora.adapted(self.unembed)
+        return lora.adapted_weight(self.unembed)
 
     @property
     def attention(self) -> str:
@@ -100,10 +100,10 @@ class Decoder(nn.Module):
 
         return self._run(tokens, layout.positions, attend)
 
-    def prefill(self, tokens: Tensor, lengths: Sequence[int], room: int) -> tuple[Tensor, Cache]:
-        """Last hidden state of each packed prompt [B, D], and a cache with room for ``room`` more tokens."""
+    def prefill(self, tokens: Tensor, lengths: Sequence[int], max_new_tokens: int) -> tuple[Tensor, Cache]:
+        """Last hidden state of each packed prompt [B, D], and a cache with room for ``max_new_tokens`` more."""
         layout = Layout(lengths, device=tokens.device)
-        size = (len(self.layers), len(lengths), self.kv_heads, max(lengths) + room, self.head_dim)
+        size = (len(self.layers), len(lengths), self.kv_heads, max(lengths) + max_new_tokens, self.head_dim)
         cache = Cache(
             keys=self.embed.weight.new_zeros(size),
             values=self.embed.weight.new_zeros(size),

@@ -73,7 +73,7 @@ class CausalLM(nn.Module):
     @property
     def head(self) -> Tensor:
         """Unembedding weight [V, D], adapters included and in their precision."""
-        return lora.adapted(self.model.get_output_embeddings())
+        return lora.adapted_weight(self.model.get_output_embeddings())
 
     @property
     def head_bias(self) -> Tensor | None:
@@ -109,15 +109,15 @@ class CausalLM(nn.Module):
         layout = Layout(lengths, parents, tokens.device)
         return self._run(tokens, layout.positions, layout.attend)
 
-    def prefill(self, tokens: Tensor, lengths: Sequence[int], room: int) -> tuple[Tensor, Cache]:
-        """Last hidden state of each packed prompt [B, D], and a cache with room for ``room`` more tokens."""
-        self._check_length(max(lengths) + room, "max_tokens", "Ask for fewer, or shorten the prompt.")
+    def prefill(self, tokens: Tensor, lengths: Sequence[int], max_new_tokens: int) -> tuple[Tensor, Cache]:
+        """Last hidden state of each packed prompt [B, D], and a cache with room for ``max_new_tokens`` more."""
+        self._check_length(max(lengths) + max_new_tokens, "max_tokens", "Ask for fewer, or shorten the prompt.")
         layout = Layout(lengths, device=tokens.device)
         rows = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).to(tokens.device)
         cache = Cache([], torch.tensor(lengths, device=tokens.device), max(lengths))
 
         def attend(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-            kept = [x.new_zeros(len(lengths), cache.longest + room, *x.shape[1:]) for x in (k, v)]
+            kept = [x.new_zeros(len(lengths), cache.longest + max_new_tokens, *x.shape[1:]) for x in (k, v)]
             cache.layers.append([to.index_put((rows, layout.positions), x) for to, x in zip(kept, (k, v))])
             return layout.attend(q, k, v, **options)
 

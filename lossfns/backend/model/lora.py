@@ -31,10 +31,10 @@ def adapt(
     targets = [name for part in parts for name in named(model)[part]]
     config = peft().LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets)
     peft().inject_adapter_in_model(config, model, ADAPTER)
-    initialise(layers(model), seed)
+    initialise(adapted_layers(model), seed)
     model.lora = {"rank": rank, "parts": sorted(parts), "alpha": alpha}  # type: ignore[assignment]
     if "unembed" in parts and not model.head.requires_grad:
-        fix = "Let it be lora.adapted(layer), as in Decoder.head, or pass train_unembed=False."
+        fix = "Let it be lora.adapted_weight(layer), as in Decoder.head, or pass train_unembed=False."
         raise LossInputError("base_model", "a head with its adapter", f"{type(model).__name__}.head without", fix)
     return model
 
@@ -51,12 +51,12 @@ def initialise(adapters: list[Any], seed: int | None) -> None:
         a.copy_((2 * torch.rand(a.shape, generator=generator) - 1) / math.sqrt(a.shape[1]))
 
 
-def layers(model: nn.Module) -> list[Any]:
+def adapted_layers(model: nn.Module) -> list[Any]:
     """The layers that have an adapter."""
     return [module for module in model.modules() if hasattr(module, "lora_A")]
 
 
-def adapted(layer: Any) -> Tensor:
+def adapted_weight(layer: Any) -> Tensor:
     """A linear layer's weight [out, in], with its adapter if there is one that is on, and in its precision."""
     weight: Tensor = layer.weight
     if not getattr(layer, "disable_adapters", True):
@@ -66,10 +66,10 @@ def adapted(layer: Any) -> Tensor:
 
 
 @contextmanager
-def off(model: nn.Module) -> Iterator[None]:
+def disabled(model: nn.Module) -> Iterator[None]:
     """Without its adapters the model is what it was before it was adapted: the reference policy, on one copy."""
     flags = [(p, p.requires_grad) for p in model.parameters()]
-    on = [layer for layer in layers(model) if not layer.disable_adapters]
+    on = [layer for layer in adapted_layers(model) if not layer.disable_adapters]
     for layer in on:
         layer.enable_adapters(False)
     try:

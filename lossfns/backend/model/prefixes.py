@@ -9,20 +9,20 @@ from typing import NamedTuple
 import numpy as np
 
 
-class Shared(NamedTuple):
+class SharedPrefixes(NamedTuple):
     """What is computed of N tokens end to end, and where each of them finds what was computed.
 
     ``order`` [M] are the tokens to compute, segment after segment of ``lengths``; segment i continues segment
-    ``parents[i]``. Token n has the hidden state of computed token ``rows[n]``.
+    ``parents[i]``. Token n has the hidden state of computed token ``inverse[n]``.
     """
 
     order: np.ndarray
     lengths: list[int]
     parents: list[int | None]
-    rows: np.ndarray
+    inverse: np.ndarray
 
 
-def share(tokens: Sequence[np.ndarray], least: int = 16) -> Shared:
+def share_prefixes(tokens: Sequence[np.ndarray], least: int = 16) -> SharedPrefixes:
     """Groups the sequences by common prefixes such that the most tokens are saved.
 
     A sequence is in one group at most; each group computes the prefix of all its members once, and each member
@@ -36,7 +36,7 @@ def share(tokens: Sequence[np.ndarray], least: int = 16) -> Shared:
     common = common_prefixes(flat, (lengths.cumsum() - lengths)[ranking], lengths[ranking], least)
     if not common.any():
         each = np.arange(len(flat))
-        return Shared(each, lengths.tolist(), [None] * len(tokens), each)
+        return SharedPrefixes(each, lengths.tolist(), [None] * len(tokens), each)
     group, prefix = np.empty_like(ranking), np.empty_like(ranking)
     group[ranking], prefix[ranking] = best_groups(common)
     return lay_out(lengths, group, prefix)
@@ -94,7 +94,7 @@ def best_groups(common: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return group, prefix
 
 
-def lay_out(lengths: np.ndarray, group: np.ndarray, prefix: np.ndarray) -> Shared:
+def lay_out(lengths: np.ndarray, group: np.ndarray, prefix: np.ndarray) -> SharedPrefixes:
     """The segments of sequences of which those of one group share a prefix: first what continues nothing."""
     each, own, starts = np.arange(len(lengths)), lengths - prefix, lengths.cumsum() - lengths
     _, member, which = np.unique(group, return_index=True, return_inverse=True)
@@ -111,7 +111,7 @@ def lay_out(lengths: np.ndarray, group: np.ndarray, prefix: np.ndarray) -> Share
     begins[:, 0] = begins[leader, 0]
     segment = np.zeros(len(lengths), int)
     segment[leads] = np.argsort(place)[: len(leads)]
-    return Shared(
+    return SharedPrefixes(
         ranges(reads[place], counts[place]),
         counts[place].tolist(),
         [int(segment[i]) if i >= 0 else None for i in after[place]],
@@ -119,7 +119,7 @@ def lay_out(lengths: np.ndarray, group: np.ndarray, prefix: np.ndarray) -> Share
     )
 
 
-def heads(rows: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def head_rows(rows: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Which logprobs to compute, for tokens n that have hidden state ``rows[n]`` and ``targets`` [N] or [N, K].
 
     Row r of the head reads hidden state ``read[r]`` [R], and token n takes what row ``spread[n]`` [N] gives: the

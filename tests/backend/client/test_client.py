@@ -120,13 +120,8 @@ def test_a_folded_loss_through_the_built_in_has_the_custom_gradient(loss: lossfn
     columns = policy_columns(data)
     bound = loss.bind(**{name: columns[name] for name in loss.reads})
     c.forward_backward_custom(data, bound).result()
-<<<<<<< HEAD
-    custom = gradients(c)
-    folded = export.fold(bound, data)
-=======
     custom = take_gradients(c)
-    folded = lanes.fold(bound, data)
->>>>>>> fd29a3b5a775086f90ed1149a6416229f86c46f0
+    folded = export.fold(bound, data)
     c.forward_backward(folded.data, folded.loss_fn, folded.loss_fn_config).result()
     assert_same_gradients(custom, take_gradients(c), 2e-6)
 

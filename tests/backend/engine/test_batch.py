@@ -13,7 +13,7 @@ from tiny import DATA, SHAPE, client, texts
 
 from lossfns import Datum, LossInputError, ModelInput, TensorData
 from lossfns.backend.engine.batch import Rows, apart, batch_of, with_targets, without_targets
-from lossfns.backend.model.prefixes import share
+from lossfns.backend.model.prefixes import share_prefixes
 
 CPU = torch.device("cpu")
 
@@ -34,7 +34,7 @@ def whole(index: torch.Tensor | None, count: int) -> torch.Tensor:
     return torch.arange(count) if index is None else index
 
 
-@pytest.mark.parametrize("share_prefixes", [share, apart])
+@pytest.mark.parametrize("share_prefixes", [share_prefixes, apart])
 @given(datums())
 def test_every_position_reads_its_own_past_and_its_own_target(share_prefixes: Any, rows: Rows) -> None:
     """By way of the head row that it takes, and the token whose hidden state that row reads."""
@@ -63,7 +63,7 @@ def test_every_position_reads_its_own_past_and_its_own_target(share_prefixes: An
 
 @given(datums())
 def test_nothing_is_computed_or_scored_for_nothing(rows: Rows) -> None:
-    batch = batch_of(rows, share, CPU)
+    batch = batch_of(rows, share_prefixes, CPU)
     assert batch.targets is not None
     assert set(whole(batch.read, len(batch.inputs)).tolist()) == set(range(len(batch.inputs)))
     assert set(whole(batch.spread, len(batch.targets)).tolist()) == set(range(len(batch.targets)))
@@ -83,7 +83,7 @@ def test_without_targets_a_token_that_is_shared_is_read_by_each() -> None:
     """Two sequences of 20 tokens that differ in the last: 21 tokens, each sequence with 19 of its own in common."""
     ids = np.arange(20)
     rows = Rows([ids, np.append(ids[:-1], 25)], [], TensorData)
-    batch = batch_of(rows, share, CPU)
+    batch = batch_of(rows, share_prefixes, CPU)
     assert batch.targets is None and batch.spread is None and batch.read is not None
     assert len(batch.inputs) == 21
     assert batch.inputs[batch.read].tolist() == [*ids, *ids[:-1], 25]

@@ -120,7 +120,7 @@ def test_cached_decoding_equals_the_packed_forward() -> None:
     full = torch.split(model(tokens, [n + 3 for n in LENGTHS]), [n + 3 for n in LENGTHS])
 
     prompts = torch.cat([s[:n] for s, n in zip(sequences, LENGTHS, strict=True)])
-    hidden, cache = model.prefill(prompts, LENGTHS, room=3)
+    hidden, cache = model.prefill(prompts, LENGTHS, max_new_tokens=3)
     for i in range(4):
         expected = torch.stack([h[n - 1 + i] for h, n in zip(full, LENGTHS, strict=True)])
         torch.testing.assert_close(hidden, expected, atol=1e-5, rtol=1e-5)
@@ -131,7 +131,7 @@ def test_cached_decoding_equals_the_packed_forward() -> None:
 
 def test_selected_cache_rows_decode_as_those_rows() -> None:
     model, tokens, rows = make(), draw_tokens(sum(LENGTHS)), torch.tensor([2, 0, 2])
-    _, cache = model.prefill(tokens, LENGTHS, room=1)
+    _, cache = model.prefill(tokens, LENGTHS, max_new_tokens=1)
     picked = cache.select(rows)
     following = torch.tensor([1, 2, 3, 4])
     torch.testing.assert_close(

@@ -189,10 +189,10 @@ def test_with_its_adapters_off_the_model_is_the_base(tied: bool) -> None:
     move(c)
     expected, tokens = s.create_reference_client("tiny").model, torch.arange(6)
     before = c.model.head.clone()
-    with torch.no_grad(), lora.off(c.model):
+    with torch.no_grad(), lora.disabled(c.model):
         assert torch.equal(c.model(tokens, [6]), expected(tokens, [6]))
         assert torch.equal(c.model.head, expected.head)
-        with lora.off(c.model):
+        with lora.disabled(c.model):
             pass
         assert torch.equal(c.model.head, expected.head)  # still
     assert torch.equal(c.model.head, before) and not torch.equal(before, expected.head)
@@ -201,7 +201,7 @@ def test_with_its_adapters_off_the_model_is_the_base(tied: bool) -> None:
 def test_adapters_that_were_off_train_as_if_nothing_had_happened() -> None:
     one, other = client(), client()
     other.forward_backward(DATA[:2], "cross_entropy").result()
-    with pytest.raises(ZeroDivisionError), lora.off(other.model):
+    with pytest.raises(ZeroDivisionError), lora.disabled(other.model):
         assert not any(p.requires_grad for p in other.model.parameters())
         raise ZeroDivisionError
     one.forward_backward(DATA[:2], "cross_entropy").result()
@@ -212,7 +212,7 @@ def test_adapters_that_were_off_train_as_if_nothing_had_happened() -> None:
 def test_off_leaves_frozen_adapters_frozen() -> None:
     c = client()
     c.model.requires_grad_(False)
-    with lora.off(c.model):
+    with lora.disabled(c.model):
         pass
     assert not any(p.requires_grad for p in c.model.parameters())
 

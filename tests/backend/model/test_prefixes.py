@@ -14,13 +14,13 @@ import lossfns
 from lossfns.backend import LocalTrainingClient
 from lossfns.backend.model.attention import Layout
 from lossfns.backend.model.decoder import Decoder
-from lossfns.backend.model.prefixes import Shared, heads, share
+from lossfns.backend.model.prefixes import SharedPrefixes, head_rows, share_prefixes
 
 Sequences = list[list[int]]
 
 
-def shared(sequences: Sequences, least: int) -> Shared:
-    return share([np.array(row) for row in sequences], least)
+def shared(sequences: Sequences, least: int) -> SharedPrefixes:
+    return share_prefixes([np.array(row) for row in sequences], least)
 
 
 def saved(sequences: Sequences, least: int) -> int:
@@ -127,7 +127,7 @@ def test_a_head_row_for_each_hidden_state_and_target() -> None:
     """The last token of a prefix predicts another token in each sequence."""
     *_, rows = shared([[5, 6, 7, 8], [5, 6, 9], [5, 6, 7]], least=2)
     targets = np.array([6, 7, 8, 1, 6, 9, 1, 6, 7, 3])
-    read, spread = heads(rows, targets)
+    read, spread = head_rows(rows, targets)
     assert read[spread].tolist() == rows.tolist()
     assert len(read) == len(set(zip(rows.tolist(), targets.tolist())))
     assert [spread[i] == spread[j] for i, j in [(0, 4), (0, 7), (1, 5), (1, 8), (2, 9)]] == [
@@ -141,9 +141,9 @@ def test_a_head_row_for_each_hidden_state_and_target() -> None:
 
 @given(families(8), st.sampled_from([(), (2,)]), st.integers(0, 99))
 def test_head_rows_give_every_token_its_own(sequences: Sequences, more: tuple[int, ...], seed: int) -> None:
-    rows = shared(sequences, least=1).rows
+    rows = shared(sequences, least=1).inverse
     targets = np.random.default_rng(seed).integers(0, 2, (len(rows), *more))
-    read, spread = heads(rows, targets)
+    read, spread = head_rows(rows, targets)
     assert read[spread].tolist() == rows.tolist()
     target_of = {row: targets[n].tolist() for n, row in reversed(list(enumerate(spread.tolist())))}
     assert [target_of[row] for row in spread.tolist()] == targets.tolist()
