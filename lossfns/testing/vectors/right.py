@@ -3,31 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lossfns.testing import oracle
-from lossfns.testing.vectors.vector import Answer, flat, targets
-
-Arguments = dict[str, Any]
-Oracle = Callable[..., tuple[float, list[list[float]]]]
+from lossfns.testing.planted import Arguments
+from lossfns.testing.vectors.flags import arguments, grouping, shaped
+from lossfns.testing.vectors.vector import Answer, flat
 
 FLOAT32 = 2.0**-24
 """Half a unit in the last place of 1."""
-
-
-def arguments(
-    config: Mapping[str, Any], data: Sequence[Mapping[str, Any]], denominator: float | None = None
-) -> Arguments:
-    """What the oracle takes: rows by column, and the settings."""
-    rows = {name: [flat(datum[name]) for datum in data] for name in data[0]}
-    settings = {name: tuple(value) if isinstance(value, list) else value for name, value in config.items()}
-    return rows | settings | {"denominator": denominator}
-
-
-def grouping(config: Mapping[str, Any], data: Sequence[Mapping[str, Any]]) -> Arguments:
-    """The same for ``group_advantages``, whose data are samples."""
-    return {"rewards": [row["reward"] for row in data], "groups": [row["group"] for row in data], **config}
 
 
 def right(
@@ -37,23 +22,6 @@ def right(
     if loss == "group_advantages":
         return {"advantages": oracle.group_advantages(**grouping(config, data))}
     return shaped(getattr(oracle, loss)(**arguments(config, data, denominator)), data)
-
-
-def shaped(answer: tuple[float, list[list[float]]], data: Sequence[Mapping[str, Any]]) -> Answer:
-    """Flat rows of gradients as rows of K where logprobs are."""
-    value, grads = answer
-    k = targets(data)
-    nested = [[row[i : i + k] for i in range(0, len(row), k)] for row in grads] if k else grads
-    return {"loss": value, "grad": nested}
-
-
-def divisor(a: Arguments) -> float:
-    """The denominator that these arguments lead to."""
-    alive = [bool(oracle.active(row)) for row in a["weights"]]
-    pairs = a["weigh"] in oracle.PAIR_WEIGHINGS
-    count = sum(map(all, zip(alive[0::2], alive[1::2]))) if pairs else sum(alive)
-    mass = oracle.total(w for row in a["weights"] for w in row)
-    return oracle.divisor(a["weigh"], mass, count, a.get("length"), a["denominator"])
 
 
 def tokens(a: Arguments) -> int:

@@ -18,8 +18,8 @@ from typing import IO, Any, NamedTuple
 
 from lossfns.errors import LossInputError
 from lossfns.testing.bugs import BUGS
+from lossfns.testing.vectors.flags import explains
 from lossfns.testing.vectors.vector import METHODS, SUITE, Vector, load, mistake
-from lossfns.testing.vectors.wrong import explains
 
 SHOWN = 10
 """How many failures the table shows; the JSON report has all."""
@@ -293,9 +293,9 @@ class Report:
 
 
 def failure_text(result: Result) -> str:
-    """A failure in two lines, and a line for each bug that it hunts."""
+    """A failure in two lines, and a line for each bug whose answer the reply is."""
     vector = result.vector
-    bugs = [f"    {flag}: {BUGS[flag].words}" for flag in result.explained or vector.flags]
+    bugs = [f"    {flag}: {BUGS[flag].words}" for flag in result.explained]
     return "\n".join([f"{vector.id} ({vector.kind}) {vector.comment}", f"    {result.wrong}", *bugs])
 
 

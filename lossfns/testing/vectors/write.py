@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 
 from lossfns.testing import oracle
 from lossfns.testing.bugs import BUGS
+from lossfns.testing.planted import divisor
 from lossfns.testing.vectors.cases import Case, cases
-from lossfns.testing.vectors.right import arguments, digits, divisor, right, shaped, tokens, tolerance
-from lossfns.testing.vectors.vector import FOLDER, METHODS, SCHEMA, SUITE, Answer, Vector, encode, vectors
-from lossfns.testing.vectors.wrong import shows
+from lossfns.testing.vectors.flags import arguments, flags, shaped
+from lossfns.testing.vectors.right import digits, right, tokens, tolerance
+from lossfns.testing.vectors.vector import FOLDER, METHODS, SCHEMA, SUITE, Answer, encode, vectors
 
 LEDGER = "ids.json"
 
@@ -31,9 +32,8 @@ class Group(NamedTuple):
 
 
 def answered(case: Case) -> Test:
-    """A case with its answer, in the form of the file but for its id and with the flags still unproven."""
-    flags = list(dict.fromkeys(case.flags))
-    asked: Test = {"kind": case.kind, "comment": case.comment, "flags": flags, "data": case.data}
+    """A case with its answer, in the form of the file but for its id and without its flags."""
+    asked: Test = {"kind": case.kind, "comment": case.comment, "flags": [], "data": case.data}
     if case.denominator is not None:
         asked["denominator"] = case.denominator
     if case.error is not None:
@@ -56,13 +56,6 @@ def answered(case: Case) -> Test:
 def beyond(case: Case, a: dict[str, Any]) -> Any:
     """The gradient just beyond a kink."""
     return digits(shaped(getattr(oracle, case.loss)(**{**a, **case.beside}), case.data)["grad"], 9)
-
-
-def proven(test: Test, vector: Vector) -> Test:
-    """The test with the flags of bugs that do show."""
-    if vector.error is not None:
-        return test
-    return test | {"flags": [bug for bug in test["flags"] if shows(bug, vector)]}
 
 
 def fingerprint(loss: str, config: Mapping[str, Any], test: Test) -> str:
@@ -105,16 +98,16 @@ def file(loss: str, groups: list[Group], ledger: Ledger) -> str:
     numbers = iter(prints)
     named = [Group(group.config, [{"id": names[next(numbers)], **test} for test in group.tests]) for group in groups]
     loaded = vectors({"loss": loss, "groups": [encode(group._asdict()) for group in named]})
-    true = [Group(group.config, [proven(test, next(loaded)) for test in group.tests]) for group in named]
-    flags = {flag for group in true for test in group.tests for flag in test["flags"]}
+    flagged = [Group(group.config, [test | {"flags": flags(next(loaded))} for test in group.tests]) for group in named]
+    hunted = {flag for group in flagged for test in group.tests for flag in test["flags"]}
     head = {
         "schema": SCHEMA,
         "suite": SUITE,
         "loss": loss,
         "generator": "python -m lossfns.testing.vectors write",
-        "notes": {bug: {"words": BUGS[bug].words, "seen": list(BUGS[bug].seen)} for bug in BUGS if bug in flags},
+        "notes": {bug: {"words": BUGS[bug].words, "seen": list(BUGS[bug].seen)} for bug in BUGS if bug in hunted},
     }
-    return laid_out(head, true)
+    return laid_out(head, flagged)
 
 
 def laid_out(head: Mapping[str, Any], groups: list[Group]) -> str:

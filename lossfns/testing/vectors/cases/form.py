@@ -19,8 +19,7 @@ Refusal = tuple[str, str, int | None]
 class Case(NamedTuple):
     """The inputs of one vector.
 
-    ``flags`` are the bugs it hunts: those that do not show here are dropped. ``beside`` holds arguments of the
-    oracle just beyond a kink; ``error`` is the answer of a must-reject.
+    ``beside`` holds arguments of the oracle just beyond a kink; ``error`` is the answer of a must-reject.
     """
 
     loss: str
@@ -28,7 +27,6 @@ class Case(NamedTuple):
     comment: str
     config: Mapping[str, Any]
     data: Data
-    flags: Sequence[str] = ()
     denominator: float | None = None
     beside: Mapping[str, Any] = {}
     error: Refusal | None = None
@@ -40,14 +38,13 @@ class Situation(NamedTuple):
     kind: str
     comment: str
     data: Data
-    flags: Sequence[str]
     denominator: float | None = None
 
-    def under(self, loss: str, suffix: str = "", more: Sequence[str] = (), **settings: Any) -> Case:
+    def under(self, loss: str, suffix: str = "", **settings: Any) -> Case:
         """This situation asked of a loss, with settings away from its own."""
         config, data = DEFAULTS[loss] | settings, reading(loss, self.data, settings)
         comment = f"{self.comment}; {suffix}" if suffix else self.comment
-        return Case(loss, self.kind, comment, config, data, (*more, *self.flags), self.denominator)
+        return Case(loss, self.kind, comment, config, data, self.denominator)
 
 
 CORRECTION: dict[str, Any] = {"tis_cap": None, "tis_level": "token"}
@@ -138,9 +135,9 @@ WEIGHINGS: list[dict[str, Any]] = [
 """Beside token_mean, from which most cases start."""
 
 
-def weighed(loss: str, situations: Sequence[Situation], more: Sequence[str] = ()) -> Iterator[Case]:
+def weighed(loss: str, situations: Sequence[Situation]) -> Iterator[Case]:
     """Every weighing on these situations, but for the one that the loss starts from."""
     for settings in ({"weigh": "token_mean"}, *WEIGHINGS):
         if settings["weigh"] != DEFAULTS[loss]["weigh"]:
             for situation in situations:
-                yield situation.under(loss, settings["weigh"], more, **settings)
+                yield situation.under(loss, settings["weigh"], **settings)

@@ -15,7 +15,6 @@ SIDES = [
             weights="0 1 1 1 | 0 1 1",
             ref_logprobs="-1.5 -0.75 -2.5 -0.5 | -1.25 -1.25 -0.5",
         ),
-        ("sides-swapped", "side-detached", "mean-logprob-margin", "pairs-miscounted", "reference-misused"),
     ),
     Situation(
         "valid",
@@ -25,7 +24,6 @@ SIDES = [
             weights="0 1 1 | 0 1 1 1",
             ref_logprobs="-1.25 -1.25 -0.5 | -1.5 -0.75 -2.5 -0.5",
         ),
-        ("sides-swapped", "side-detached", "mask-missing", "detached-term"),
     ),
     Situation(
         "valid",
@@ -35,7 +33,6 @@ SIDES = [
             weights="1 1 | 1 1 | 1 1 | 1 1",
             ref_logprobs="-1.5 -0.75 | -1 -1.25 | -0.5 -2 | -3 -1",
         ),
-        ("pair-layout", "pairs-miscounted", "datum-ignored", "datum-misaligned", "sides-swapped"),
     ),
     Situation(
         "valid",
@@ -45,7 +42,6 @@ SIDES = [
             weights="1 | 1 | 1 1 | 1 1 | 1 | 1",
             ref_logprobs="-1.5 | -1 | -2 -1 | -1 -2 | -0.25 | -2",
         ),
-        ("pairs-miscounted", "pair-layout", "divided-twice", "epsilon-in-denominator"),
     ),
     Situation(
         "valid",
@@ -55,7 +51,6 @@ SIDES = [
             weights="0 0 1 1 | 0 1 1 0",
             ref_logprobs="-1.5 -0.75 -2.5 -0.5 | -1.25 -1.25 -0.5 -1",
         ),
-        ("pair-masks-swapped", "mask-missing", "frame-shift", "target-dropped"),
     ),
     Situation(
         "valid",
@@ -65,29 +60,23 @@ SIDES = [
             weights="1 1 1 | 1 1 1",
             ref_logprobs="-1.25 -0.75 -2.5 | -1.25 -0.75 -2",
         ),
-        ("target-dropped", "sides-swapped", "no-gradient"),
     ),
     Situation(
         "valid",
         "the policy is the reference: log 2",
         data(logprobs="-1 -0.5 | -2 -1.5", weights="1 1 | 1 1", ref_logprobs="-1 -0.5 | -2 -1.5"),
-        ("reference-misused", "ref-inert", "constant-factor", "sides-swapped", "low-precision"),
     ),
     Situation(
         "valid",
         "both sides alike",
         data(logprobs="-1 -0.5 | -1 -0.5", weights="1 1 | 1 1", ref_logprobs="-1 -0.75 | -1 -0.75"),
-        ("no-gradient", "side-detached", "sign-flipped", "detached-term"),
     ),
     Situation(
         "edge",
         "zeros between trained tokens",
         data(
-            logprobs="-1 -4 -0.5 -2 | -1 -8 -3",
-            weights="1 0 1 1 | 1 0 1",
-            ref_logprobs="-1.5 -1 -0.75 -1 | -2 -0.5 -2",
+            logprobs="-1 -4 -0.5 -2 | -1 -8 -3", weights="1 0 1 1 | 1 0 1", ref_logprobs="-1.5 -1 -0.75 -1 | -2 -0.5 -2"
         ),
-        ("mask-missing", "mean-logprob-margin", "padding-in-denominator", "frame-shift"),
     ),
     Situation(
         "edge",
@@ -97,7 +86,6 @@ SIDES = [
             weights="0.5 2 0.25 | 1.5 1",
             ref_logprobs="-1.5 -0.75 -2.5 | -1.25 -0.5",
         ),
-        ("weights-binarised", "weights-squared", "mean-logprob-margin"),
     ),
     Situation(
         "edge",
@@ -107,20 +95,13 @@ SIDES = [
             weights="1 1 | 1 1 | 0 | 0 0",
             ref_logprobs="-1.5 -0.75 | -1 -1.25 | -0.5 | -3 -2",
         ),
-        ("empty-sequence-counted", "gradient-missing", "mask-missing", "empty-sequence-nan"),
     ),
     Situation(
         "edge",
         "a pair of two empty responses",
         data(logprobs="-1 -0.5 | -2 | |", weights="1 1 | 1 | |", ref_logprobs="-1.5 -0.75 | -1 | |"),
-        ("empty-sequence-counted", "empty-sequence-nan"),
     ),
-    Situation(
-        "edge",
-        "sides of one token",
-        data(logprobs="-1 | -0.5", weights="1 | 1", ref_logprobs="-0.5 | -1.5"),
-        ("sides-swapped", "pairs-miscounted", "ref-inert"),
-    ),
+    Situation("edge", "sides of one token", data(logprobs="-1 | -0.5", weights="1 | 1", ref_logprobs="-0.5 | -1.5")),
     Situation(
         "edge",
         "nan in masked slots of both sides",
@@ -129,7 +110,6 @@ SIDES = [
             weights="0 1 1 | 1 0 0",
             ref_logprobs="nan -0.75 -2.5 | -1.25 nan nan",
         ),
-        ("mask-after-exp", "mask-missing", "padding-in-denominator"),
     ),
     Situation(
         "edge",
@@ -139,36 +119,29 @@ SIDES = [
             weights="0 1 0 | 1 0",
             ref_logprobs=[[-INF, -0.75, -INF], [-1.25, -HUGE]],
         ),
-        ("mask-after-exp", "mask-missing"),
     ),
     Situation(
         "valid",
         "one chunk of a larger batch: divided by what it is told",
         data(logprobs="-1 -0.5 | -2 -1.5", weights="1 1 | 1 1", ref_logprobs="-1.5 -0.75 | -1 -1.25"),
-        ("mean-of-means", "pairs-miscounted", "low-precision"),
         denominator=8.0,
     ),
     Situation(
         "edge",
         "a chunk of which nothing counts",
         data(logprobs="-1 -0.5 | -2 -1.5", weights="0 0 | 0 0", ref_logprobs="-1.5 -0.75 | -1 -1.25"),
-        ("gradient-missing", "mask-missing"),
         denominator=8.0,
     ),
     Situation(
         "edge",
         "logprobs of 0 and of -10000",
         data(logprobs="0 -0.5 | -10000 -1", weights="1 1 | 1 1", ref_logprobs="-0.25 -0.75 | -10000.5 -1.5"),
-        ("sides-swapped", "ref-inert", "frame-shift"),
     ),
 ]
 
 MARGINS = [
     Situation(
-        "edge",
-        f"a margin of {margin}: the loss is {seen}",
-        data(logprobs=left, weights="1 | 1", ref_logprobs=right),
-        ("log-of-sigmoid", "sides-swapped", "ref-inert"),
+        "edge", f"a margin of {margin}: the loss is {seen}", data(logprobs=left, weights="1 | 1", ref_logprobs=right)
     )
     for margin, seen, left, right in (
         ("-10000", "linear, its gradient beta", "-10000 | -1", "-1 | -2"),
@@ -179,12 +152,7 @@ MARGINS = [
 ]
 
 CERTAIN = [
-    Situation(
-        "edge",
-        comment,
-        data(logprobs=text, weights="1 | 1"),
-        ("log-odds-nan", "log-odds-biased", "sides-swapped"),
-    )
+    Situation("edge", comment, data(logprobs=text, weights="1 | 1"))
     for comment, text in (
         ("a chosen side of probability 1", "0 | -1"),
         ("a chosen side of probability 1 - 2^-20", f"-{2**-20} | -1"),
@@ -204,7 +172,6 @@ LONGER = Situation(
     "valid",
     "the longer side has the lower sum and the higher mean",
     data(logprobs="-1 -1 -1 -1 | -2 -1.5", weights="1 1 1 1 | 1 1", ref_logprobs="-1.25 -1 -1 -1 | -2 -1.75"),
-    ("mean-logprob-margin", "sides-swapped", "detached-term"),
 )
 
 
@@ -213,16 +180,16 @@ def preferences() -> Iterator[Case]:
         yield from (situation.under(loss) for situation in (*SIDES, LONGER))
         yield from (SIDES[i].under(loss, "summed over pairs", weigh="pair_sum") for i in (0, 2, 3, 10, 15))
     for beta in (0.01, 0.5, 2.0):
-        yield from (SIDES[i].under("dpo", f"beta {beta}", ("inert-knob",), beta=beta) for i in (0, 2))
+        yield from (SIDES[i].under("dpo", f"beta {beta}", beta=beta) for i in (0, 2))
     for eps in (0.125, 0.5):
         smoothed = f"label smoothing of {eps}"
-        yield from (SIDES[i].under("dpo", smoothed, ("inert-knob",), label_smoothing=eps) for i in (0, 2))
-    yield SIDES[3].under("dpo", "beta 0.5, smoothed", ("inert-knob",), beta=0.5, label_smoothing=0.25, weigh="pair_sum")
+        yield from (SIDES[i].under("dpo", smoothed, label_smoothing=eps) for i in (0, 2))
+    yield SIDES[3].under("dpo", "beta 0.5, smoothed", beta=0.5, label_smoothing=0.25, weigh="pair_sum")
     for margin in MARGINS:
         yield from (margin.under("dpo", f"beta {beta}", beta=beta) for beta in (0.1, 1.0))
-        yield margin.under("dpo", "smoothed", ("inert-knob",), label_smoothing=0.25)
+        yield margin.under("dpo", "smoothed", label_smoothing=0.25)
     for lam in (0.0, 0.5, 2.0):
-        yield from (SIDES[i].under("orpo", f"lambda {lam}", ("inert-knob",), lam=lam) for i in (0, 2))
+        yield from (SIDES[i].under("orpo", f"lambda {lam}", lam=lam) for i in (0, 2))
     for situation in CERTAIN:
         yield situation.under("orpo")
         yield situation.under("orpo", "lambda 1", lam=1.0)

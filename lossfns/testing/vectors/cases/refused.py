@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from lossfns.testing.vectors.cases.advantages import samples
@@ -48,11 +48,9 @@ def good(loss: str) -> Data:
     return reading(loss, policy_data(lp="-1 -0.5 -2 | -3 -1.5", w="0 1 1 | 1 1", adv="1 1 1 | -1 -1"), {})
 
 
-def bad(loss: str, comment: str, error: Refusal, given: Data, flags: Sequence[str] = (),
+def bad(loss: str, comment: str, error: Refusal, given: Data,
         denominator: float | None = None, **settings: Any) -> Case:  # fmt: skip
-    return Case(
-        loss, "must-reject", comment, DEFAULTS[loss] | settings, given, flags, denominator=denominator, error=error
-    )
+    return Case(loss, "must-reject", comment, DEFAULTS[loss] | settings, given, denominator=denominator, error=error)
 
 
 def out_of(name: str) -> Refusal:
@@ -75,7 +73,7 @@ def refused_first(loss: str) -> Iterator[Case]:
     zeros = [{**row, "weights": zeroed(row["weights"])} for row in fine]
     short, absent = changed(fine, 0, weights=fine[0]["weights"][:-1]), changed(fine, 1, weights=None)
     nans = changed(fine, 1, logprobs=at_end(fine[1]["logprobs"], NAN))
-    yield bad(loss, "a weight too few", ("length_mismatch", "weights", 0), short, ("silent-truncation",))
+    yield bad(loss, "a weight too few", ("length_mismatch", "weights", 0), short)
     yield bad(loss, "a datum without weights", ("missing_field", "weights", 1), absent)
     yield bad(loss, "a logprob of nan at a token that counts", ("not_finite", "logprobs", 1), nans)
     yield bad(loss, "a batch of which nothing counts", ("no_active_token", "weights", None), zeros)
@@ -90,7 +88,7 @@ def refused_by_any(loss: str) -> Iterator[Case]:
     lp, w = fine[1]["logprobs"], fine[1]["weights"]
     yield bad(loss, "no datum", ("empty_batch", "data", None), [])
     long = changed(fine, 1, weights=[*w, w[0]])
-    yield bad(loss, "a weight too many", ("length_mismatch", "weights", 1), long, ("silent-truncation",))
+    yield bad(loss, "a weight too many", ("length_mismatch", "weights", 1), long)
     for value in (-INF, INF):
         row = changed(fine, 1, logprobs=at_end(lp, value))
         yield bad(loss, f"a logprob of {value} at a token that counts", ("not_finite", "logprobs", 1), row)
@@ -107,15 +105,13 @@ def refused_by_any(loss: str) -> Iterator[Case]:
 
 
 def refused_by_policy(loss: str) -> Iterator[Case]:
-    fine, cut = good(loss), ("silent-truncation",)
+    fine = good(loss)
     columns = [name for name in fine[0] if name not in ("logprobs", "weights")]
     for name in columns:
         row = fine[0][name]
-        yield bad(loss, f"{name} too short", ("length_mismatch", name, 0), changed(fine, 0, **{name: row[:-1]}), cut)
+        yield bad(loss, f"{name} too short", ("length_mismatch", name, 0), changed(fine, 0, **{name: row[:-1]}))
         if loss in FULLY:
-            yield bad(
-                loss, f"{name} too long", ("length_mismatch", name, 0), changed(fine, 0, **{name: [-1.0, *row]}), cut
-            )
+            yield bad(loss, f"{name} too long", ("length_mismatch", name, 0), changed(fine, 0, **{name: [-1.0, *row]}))
             yield bad(loss, f"{name} of nan", ("not_finite", name, 0), changed(fine, 0, **{name: at_end(row, NAN)}))
             yield bad(loss, f"a datum without {name}", ("missing_field", name, 1), changed(fine, 1, **{name: None}))
         if loss in FULLY and name != "advantages":
@@ -123,7 +119,7 @@ def refused_by_policy(loss: str) -> Iterator[Case]:
             yield bad(loss, f"{name} above 0", ("positive_logprob", name, 0), high)
     yield bad(loss, "a negative weight", ("negative_weight", "weights", 1), changed(fine, 1, weights=[1.0, -1.0]))
     if "clip" in DEFAULTS[loss]:
-        yield bad(loss, "epsilons for bounds", out_of("clip"), fine, ("clip-as-epsilon",), clip=[0.2, 0.28])
+        yield bad(loss, "epsilons for bounds", out_of("clip"), fine, clip=[0.2, 0.28])
 
 
 def refused_knobs() -> Iterator[Case]:
@@ -134,8 +130,8 @@ def refused_knobs() -> Iterator[Case]:
     no_sampler = ("missing_field", "sampler_logprobs", 0)
     yield bad("ppo", "bounds in the wrong order", out_of("clip"), ppo, clip=[1.2, 0.8])
     yield bad("ppo", "a negative bound", out_of("clip"), ppo, clip=[-0.2, 1.2])
-    yield bad("ppo", "a dual clip below 1", out_of("dual_clip"), ppo, ("dual-clip-below-one",), dual_clip=0.5)
-    yield bad("dapo", "a dual clip below 1", out_of("dual_clip"), ppo, ("dual-clip-below-one",), dual_clip=0.5)
+    yield bad("ppo", "a dual clip below 1", out_of("dual_clip"), ppo, dual_clip=0.5)
+    yield bad("dapo", "a dual clip below 1", out_of("dual_clip"), ppo, dual_clip=0.5)
     yield bad("ppo", "a log-ratio cap of 0", out_of("log_ratio_cap"), ppo, log_ratio_cap=0.0)
     yield bad("ppo", "no sampler_logprobs to correct by", no_sampler, ppo, tis_cap=2.0)
     yield bad("ppo", "a sampler cap of 0", out_of("tis_cap"), sampled, tis_cap=0.0)
@@ -149,9 +145,7 @@ def refused_knobs() -> Iterator[Case]:
 def refused_by_pairs(loss: str) -> Iterator[Case]:
     fine = good(loss)
     dead = changed(fine, 0, weights=[0.0, 0.0, 0.0])
-    yield bad(
-        loss, "three datums, an odd number", ("odd_pairs", "data", None), [*fine, fine[0]], ("odd-datum-dropped",)
-    )
+    yield bad(loss, "three datums, an odd number", ("odd_pairs", "data", None), [*fine, fine[0]])
     yield bad(loss, "a chosen side of which nothing counts", ("lone_side", "weights", 0), dead)
     none = changed(fine, 1, weights=[0.0, 0.0])
     yield bad(loss, "a rejected side of which nothing counts", ("lone_side", "weights", 1), none)
@@ -159,20 +153,15 @@ def refused_by_pairs(loss: str) -> Iterator[Case]:
     if loss == "orpo":
         yield bad(loss, "a negative lambda", out_of("lam"), fine, lam=-0.1)
         return
-    row, cut = fine[0]["ref_logprobs"], ("silent-truncation",)
+    row = fine[0]["ref_logprobs"]
     yield bad(
-        loss,
-        "ref_logprobs too short",
-        ("length_mismatch", "ref_logprobs", 0),
-        changed(fine, 0, ref_logprobs=row[:-1]),
-        cut,
+        loss, "ref_logprobs too short", ("length_mismatch", "ref_logprobs", 0), changed(fine, 0, ref_logprobs=row[:-1])
     )
     yield bad(
         loss,
         "ref_logprobs too long",
         ("length_mismatch", "ref_logprobs", 0),
         changed(fine, 0, ref_logprobs=[-1.0, *row]),
-        cut,
     )
     yield bad(
         loss, "ref_logprobs of nan", ("not_finite", "ref_logprobs", 0), changed(fine, 0, ref_logprobs=at_end(row, NAN))
@@ -195,9 +184,9 @@ def refused_by_supervised() -> Iterator[Case]:
     multi = "multi_target_cross_entropy"
     fine = good(multi)
     other = changed(fine, 1, weights=[[1.0, 1.0, 1.0]])
-    yield bad(multi, "weights of another K", ("length_mismatch", "weights", 1), other, ("silent-truncation",))
+    yield bad(multi, "weights of another K", ("length_mismatch", "weights", 1), other)
     ragged = changed(fine, 0, weights=[[1.0, 0.5], [0.5]])
-    yield bad(multi, "a ragged row of weights", ("length_mismatch", "weights", None), ragged, ("silent-truncation",))
+    yield bad(multi, "a ragged row of weights", ("length_mismatch", "weights", None), ragged)
 
 
 def refused_groups() -> Iterator[Case]:

@@ -1,59 +1,76 @@
-"""Wrong answers: for each bug the oracle with its input, its output or one of its functions replaced.
+"""The oracle with a bug planted in it: for each bug, the answer of a loss that has it.
 
-They prove the flags (a vector carries a flag only if the bug gives another answer there) and name a bug from a
-reply (a reply that equals a wrong answer has that bug). A variant gives the right answer where its bug does not show.
+A variant replaces an argument, the answer or a function of the oracle. It works on every loss that has what the bug is
+about, and gives the right answer where the bug does not show. These variants say which bugs a golden vector hunts, name
+the bug from a wrong reply, and make known-wrong losses (``lossfns.testing.mutants``).
 """
 
 from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from functools import partial, reduce
 from typing import Any
 
 from lossfns.testing import oracle
-from lossfns.testing.batch import Row, Rows
-from lossfns.testing.oracle import Loss, Term, active, averaged, normalized, total
-from lossfns.testing.vectors.right import Arguments, Oracle, arguments, divisor, grouping, shaped
-from lossfns.testing.vectors.vector import Answer, Vector, mistake, targets
+from lossfns.testing.oracle import Loss, Row, Rows, Term, active, averaged, normalized, total
 
-Wrong = Callable[[Oracle, Arguments], Loss]
+Arguments = dict[str, Any]
+"""What a function of the oracle takes: rows by column, and the settings."""
+Oracle = Callable[..., Loss]
+Variant = Callable[[Oracle, Arguments], Loss]
+
 NAN = math.nan
+SEQUENCE_RATIO = (oracle.gspo, oracle.gspo_token)
 
 
-def wrong(bug: str, vector: Vector) -> Answer:
-    """What a loss with this bug would answer; the right answer if the loss lacks the column or setting it is about."""
-    if vector.loss == "group_advantages":
-        return {"advantages": ADVANTAGES[bug](**grouping(vector.config, vector.data))}
-    f, a = getattr(oracle, vector.loss), arguments(vector.config, vector.data, vector.denominator)
+def wrong(bug: str, loss: str, a: Arguments, targets: int = 0) -> Loss | None:
+    """Return the answer of a loss that has the bug, or None where the bug is about something that the loss lacks.
+
+    Args:
+        bug: a key of ``EVERY``, ``LIKELIHOOD``, ``CANDIDATES`` or ``PAIRS``.
+        loss: the name of the oracle's function.
+        a: its arguments, with ``weigh`` and ``denominator`` among them.
+        targets: K where a position has K targets, else 0.
+    """
+    f: Oracle = getattr(oracle, loss)
     try:
-        answer = TARGETS[bug](f, a, targets(vector.data) or 1) if bug in TARGETS else WRONG[bug](f, a)
+        if bug in CANDIDATES and targets:
+            return CANDIDATES[bug](f, a, targets)
+        if bug in PAIRS and paired(a):
+            return PAIRS[bug](f, a)
+        if bug in LIKELIHOOD and a.keys().isdisjoint(("advantages", "ref_logprobs")) and not paired(a):
+            return LIKELIHOOD[bug](f, a)
+        if bug in EVERY:
+            return EVERY[bug](f, a)
     except KeyError:
-        return vector.answer
-    except (ArithmeticError, ValueError):  # where math raises, arrays hold inf and nan
-        answer = scaled((0.0, a["weights"]), NAN)
-    return shaped(answer, vector.data)
-
-
-def shows(bug: str, vector: Vector) -> bool:
-    """Whether the bug fails the vector, by more than ten times the tolerance of float32."""
-    coarse = {dtype: [10 * x for x in vector.tol["float32"]] for dtype in vector.tol}
-    return mistake(replace(vector, tol=coarse), wrong(bug, vector), "float32") != ""
-
-
-def explains(bug: str, vector: Vector, reply: Mapping[str, Any], dtype: str) -> bool:
-    """Whether a reply is the answer of a loss with this bug."""
-    return vector.error is None and not mistake(vector.having(wrong(bug, vector)), reply, dtype)
+        return None
+    except (ArithmeticError, ValueError):  # where Python's math raises, tensors hold inf and nan
+        return scaled((0.0, a["weights"]), NAN)
+    return None
 
 
 # Tools
 
 
+def paired(a: Arguments) -> bool:
+    """Whether the loss compares datum 2i with 2i + 1."""
+    return a["weigh"] in oracle.PAIR_WEIGHINGS
+
+
+def divisor(a: Arguments) -> float:
+    """The denominator that these arguments lead to."""
+    alive = [bool(active(row)) for row in a["weights"]]
+    count = sum(map(all, zip(alive[0::2], alive[1::2]))) if paired(a) else sum(alive)
+    mass = total(w for row in a["weights"] for w in row)
+    return oracle.divisor(a["weigh"], mass, count, a.get("length"), a["denominator"])
+
+
 @contextmanager
 def replaced(**functions: Callable[..., Any]) -> Iterator[None]:
-    """The oracle with some of its functions replaced."""
+    """Replace functions of the oracle for a while."""
     before = {name: getattr(oracle, name) for name in functions}
     try:
         vars(oracle).update(functions)
@@ -62,7 +79,9 @@ def replaced(**functions: Callable[..., Any]) -> Iterator[None]:
         vars(oracle).update(before)
 
 
-def patched(**functions: Callable[..., Any]) -> Wrong:
+def patched(**functions: Callable[..., Any]) -> Variant:
+    """The variant that calls the oracle with some of its functions replaced."""
+
     def variant(f: Oracle, a: Arguments) -> Loss:
         with replaced(**functions):
             return f(**a)
@@ -86,12 +105,22 @@ def given(a: Arguments, **changes: Any) -> Arguments:
 
 
 def each(a: Arguments, name: str, change: Callable[[Row], Row]) -> Arguments:
-    """A change to each row of one column, where there is one."""
-    return a | {name: [change(row) for row in a[name]]} if name in a else a
+    """The arguments with each row of one column changed; KeyError where the loss does not read it."""
+    return a | {name: [change(row) for row in a[name]]}
+
+
+def of_rows(column: str, change: Callable[[Row], Row]) -> Variant:
+    """The variant that changes each row of one column."""
+    return lambda f, a: f(**each(a, column, change))
+
+
+def of_setting(name: str, change: Callable[[Any], Any]) -> Variant:
+    """The variant that changes one setting, where it is switched on."""
+    return lambda f, a: f(**a | ({} if a[name] is None else {name: change(a[name])}))
 
 
 def kept(a: Arguments) -> Arguments:
-    """The right denominator, said outright, before weights change."""
+    """The arguments with the right denominator said outright, before weights change."""
     return a | {"denominator": divisor(a)}
 
 
@@ -100,9 +129,26 @@ def first(a: Arguments, *names: str) -> str:
     return next(name for name in (*names, "weights") if name in a)
 
 
-def whole(rows: Rows) -> Rows:
-    """Weights with every masked slot let in."""
-    return [[w or 1.0 for w in row] for row in rows]
+def units(a: Arguments) -> list[list[int]]:
+    """The indices of each datum, or of the two sides of each pair."""
+    step = 2 if paired(a) else 1
+    return [list(range(i, i + step)) for i in range(0, len(a["weights"]), step)]
+
+
+def take(a: Arguments, indices: list[int]) -> Arguments:
+    """The arguments of these datums alone."""
+    return {name: [x[i] for i in indices] if isinstance(x, list) else x for name, x in a.items()}
+
+
+def reordered(order: Callable[[int], list[int]]) -> Variant:
+    """The variant that lays the datums out in another order, their gradients back in their own."""
+
+    def variant(f: Oracle, a: Arguments) -> Loss:
+        places = order(len(a["weights"]))
+        value, grads = f(**take(a, places))
+        return value, [grads[places.index(i)] for i in range(len(places))]
+
+    return variant
 
 
 # Masks
@@ -132,47 +178,40 @@ def where_after_exp(f: Oracle, a: Arguments) -> Loss:
     return f(**a)[0], mask_after_exp(f, a)[1]
 
 
-def mask_missing(f: Oracle, a: Arguments) -> Loss:
-    return f(**kept(a) | {"weights": whole(a["weights"])})
-
-
-def kl_unmasked(f: Oracle, a: Arguments) -> Loss:
-    return plus(policy_part(f, a), kl_part(kept(a) | {"weights": whole(a["weights"])}))
+def unmasked(a: Arguments) -> Arguments:
+    """Every masked slot let in with weight 1; the denominator stays."""
+    return each(kept(a), "weights", lambda row: [w or 1.0 for w in row])
 
 
 def padding_in_denominator(f: Oracle, a: Arguments) -> Loss:
-    slots = float(sum(map(len, a["weights"])))
+    counted = a["weigh"] == "token_mean" and a["denominator"] is None
+    by = float(sum(map(len, a["weights"]))) if counted else a["denominator"]
     with replaced(normalized=lambda weights: [[w / len(row) for w in row] for row in weights]):
-        return f(**a | ({"denominator": slots} if a["weigh"] == "token_mean" else {}))
+        return f(**a | {"denominator": by})
 
 
 def padding_in_sequence_ratio(f: Oracle, a: Arguments) -> Loss:
     def mean_of_all(weights: Rows, values: Rows) -> Rows:
         return [[sum(row) / max(len(row), 1)] * len(row) for row in values]
 
-    with replaced(averaged=mean_of_all, difference=difference_everywhere):
-        return f(**a)
+    return patched(averaged=mean_of_all, difference=difference_everywhere)(f, a)
 
 
 def empty_sequence_nan(f: Oracle, a: Arguments) -> Loss:
-    divides = a["weigh"] == "sequence_mean" or f in (oracle.gspo, oracle.gspo_token, oracle.orpo)
+    divides = a["weigh"] == "sequence_mean" or f in (*SEQUENCE_RATIO, oracle.orpo)
     return scaled(f(**a), NAN) if divides and not all(map(any, a["weights"])) else f(**a)
 
 
 def empty_sequence_counted(f: Oracle, a: Arguments) -> Loss:
-    count = len(a["weights"]) / (2 if a["weigh"] in oracle.PAIR_WEIGHINGS else 1)
-    by = {"fixed_length": count * (a.get("length") or 1), "token_mean": divisor(a)}.get(a["weigh"], count)
-    return f(**a | {"denominator": by})
+    if a["weigh"] == "token_mean" or a["denominator"] is not None:
+        return f(**a)
+    return f(**a | {"denominator": float(len(units(a)) * (a.get("length") or 1))})
 
 
 def gradient_missing(f: Oracle, a: Arguments) -> Loss:
     """A gradient that is None is no number."""
     value, grads = f(**a)
     return value, [row if any(w) else [NAN] * len(row) for row, w in zip(grads, a["weights"])]
-
-
-def weights_squared(f: Oracle, a: Arguments) -> Loss:
-    return f(**each(kept(a), "weights", lambda row: [w * w for w in row]))
 
 
 # Normalisation
@@ -182,13 +221,9 @@ def mean_of_means(f: Oracle, a: Arguments) -> Loss:
     """Each datum (or pair) by its own denominator, then the plain mean; of a chunk, its own denominator."""
     if a["denominator"] is not None:
         return f(**a | {"denominator": None})
-    step = 2 if a["weigh"] in oracle.PAIR_WEIGHINGS else 1
-    chunks = [
-        {name: x[i : i + step] if isinstance(x, list) else x for name, x in a.items()}
-        for i in range(0, len(a["weights"]), step)
-    ]
+    chunks = [take(a, unit) for unit in units(a)]
     parts = [f(**chunk) for chunk in chunks]
-    count = sum(1 for chunk in chunks if any(map(any, chunk["weights"]))) or 1
+    count = sum(any(map(any, chunk["weights"])) for chunk in chunks) or 1
     by = 1.0 if a["weigh"].endswith("_sum") else float(count)
     return sum(value for value, _ in parts) / by, [[g / by for g in row] for _, grads in parts for row in grads]
 
@@ -204,18 +239,46 @@ def zero_advantage_denominator(f: Oracle, a: Arguments) -> Loss:
 
 
 def broadcast(f: Oracle, a: Arguments) -> Loss:
-    """The mean over all pairs of datums: each token meets every datum's advantage."""
+    """The mean over all pairs of datums: each token meets every datum's advantage, each chosen side every rejected."""
+    if paired(a):
+        turns = range(len(units(a)))
+        parts = [reordered(partial(rejected_turned, by))(f, a) for by in turns]
+        return scaled(reduce(plus, parts), 1 / len(parts)) if parts else f(**a)
     heads = [row[active(w)[0]] for row, w in zip(a["advantages"], a["weights"]) if any(w)]
     mean = sum(heads) / max(len(heads), 1)
     return f(**each(a, "advantages", lambda row: [mean] * len(row)))
 
 
+def rejected_turned(by: int, count: int) -> list[int]:
+    """Each chosen side with the rejected side of the pair so many places on."""
+    return [i if i % 2 == 0 else (i + 2 * by) % count for i in range(count)]
+
+
 def cross_talk(f: Oracle, a: Arguments) -> Loss:
-    """Advantages whitened over the batch."""
+    """Advantages whitened over the batch, or margins less the batch's mean margin."""
+    if paired(a):
+        return centred_margins(f, a)
     pool = [x for row, w in zip(a["advantages"], a["weights"]) for t, x in enumerate(row) if w[t] != 0]
     mean = sum(pool) / max(len(pool), 1)
     std = math.sqrt(sum((x - mean) ** 2 for x in pool) / max(len(pool) - 1, 1)) or 1.0
     return f(**each(a, "advantages", lambda row: [(x - mean) / std for x in row]))
+
+
+def centred_margins(f: Oracle, a: Arguments) -> Loss:
+    right_one = oracle.reduce_pairs
+
+    def reduce_pairs(term: Any, *others: Any) -> Loss:
+        margins: Row = []
+
+        def noted(chosen: float, rejected: float) -> tuple[float, float, float]:
+            margins.append(chosen - rejected)
+            return 0.0, 0.0, 0.0
+
+        right_one(noted, *others)
+        mean = sum(margins) / max(len(margins), 1)
+        return right_one(lambda chosen, rejected: term(chosen - mean, rejected), *others)
+
+    return patched(reduce_pairs=reduce_pairs)(f, a)
 
 
 # Frame
@@ -233,9 +296,15 @@ def datum_misaligned(f: Oracle, a: Arguments) -> Loss:
 
 
 def datum_ignored(f: Oracle, a: Arguments) -> Loss:
-    last = -2 if a["weigh"] in oracle.PAIR_WEIGHINGS else -1
+    last = -2 if paired(a) else -1
     rest = [[0.0] * len(row) for row in a["weights"][:last]]
     return f(**kept(a) | {"weights": rest + a["weights"][last:]})
+
+
+def order_dependent(f: Oracle, a: Arguments) -> Loss:
+    """Datum (or pair) i counts 1 / (i + 1)."""
+    parts = [scaled(f(**take(kept(a), unit)), 1 / (i + 1)) for i, unit in enumerate(units(a))]
+    return sum(value for value, _ in parts), [row for _, grads in parts for row in grads]
 
 
 def targets_transposed(f: Oracle, a: Arguments, k: int) -> Loss:
@@ -287,8 +356,12 @@ def leaking(r: float, advantage: float, clip: tuple[float, float]) -> Term:
     return -min(r * advantage, clamped(r, clip) * advantage), -r * advantage
 
 
+def of_log_ratio(r: float, advantage: float, clip: tuple[float, float]) -> Term:
+    return -math.log(r) * advantage if r else 0.0, -advantage
+
+
 def limited_of(weight_and_slope: Callable[[float, float, tuple[float, float]], Term]) -> Callable[..., Term]:
-    """Another weight in the place of cispo's: (r, A, clip) → (w, dw / d log r)."""
+    """Another limited weight in the place of the oracle's: (r, A, clip) → (w, dw / d log r)."""
 
     def limited(d: float, lp: float, advantage: float, clip: Any, cap: float | None) -> Term:
         c, inside = oracle.capped(d, cap)
@@ -311,10 +384,6 @@ def dropped_where_cut(r: float, advantage: float, clip: tuple[float, float]) -> 
     """0 where PPO's min cuts."""
     cut = (r > clip[1] and advantage > 0) or (r < clip[0] and advantage < 0)
     return (0.0 if cut else clamped(r, clip)), 0.0
-
-
-def of_log_ratio(r: float, advantage: float, clip: tuple[float, float]) -> Term:
-    return -math.log(r) * advantage if r else 0.0, -advantage
 
 
 def dual_clip_on_positive(f: Oracle, a: Arguments) -> Loss:
@@ -341,29 +410,25 @@ def ratio_product(f: Oracle, a: Arguments) -> Loss:
     def summed(weights: Rows, values: Rows) -> Rows:
         return [[n * x for x in row] for n, row in zip(map(len, map(active, weights)), averaged(weights, values))]
 
-    return patched(averaged=summed)(f, a) if f in (oracle.gspo, oracle.gspo_token) else f(**a)
+    return patched(averaged=summed)(f, a) if f in SEQUENCE_RATIO else f(**a)
 
 
 def ratio_sum(f: Oracle, a: Arguments) -> Loss:
     """log s = log of the mean ratio; its slope in one log-ratio is that ratio's part of their sum."""
-    if f not in (oracle.gspo, oracle.gspo_token):
+    if f not in SEQUENCE_RATIO:
         return f(**a)
     d = oracle.difference(a["weights"], a["logprobs"], a["old_logprobs"])
     r = [[oracle.exp(x) for x in row] for row in d]
     means = [[math.log(x) if x else 0.0 for x in row] for row in averaged(a["weights"], r)]
     value, slopes = patched(averaged=lambda weights, values: means)(oracle.gspo_token, a)
     if f is oracle.gspo:
-        sums = [total(row) for row in slopes]
-        slopes = [[s * x for x in row] for s, row in zip(sums, normalized(masked(a["weights"], r)))]
+        parts = [[x if w != 0 else 0.0 for w, x in zip(*rows)] for rows in zip(a["weights"], r)]
+        slopes = [[total(row) * x for x in part] for row, part in zip(slopes, normalized(parts))]
     return value, slopes
 
 
-def masked(weights: Rows, rows: Rows) -> Rows:
-    return [[x if w != 0 else 0.0 for w, x in zip(*pair)] for pair in zip(weights, rows)]
-
-
 def missing_stop_gradient(f: Oracle, a: Arguments) -> Loss:
-    """sₜ = s · exp(lp − sg lp) with s left in the graph: both gradients. A weight of cispo that is left in it."""
+    """sₜ = s · exp(lp − sg lp) with s left in the graph: both gradients. A limited weight that is left in it."""
     value, grads = patched(limited=limited_of(moving))(f, a)
     return (value, plus((0.0, grads), oracle.gspo(**a))[1]) if f is oracle.gspo_token else (value, grads)
 
@@ -371,7 +436,7 @@ def missing_stop_gradient(f: Oracle, a: Arguments) -> Loss:
 def tis_inverted(f: Oracle, a: Arguments) -> Loss:
     right_one = oracle.truncation
     swapped = lambda weights, old, sampler, cap, level: right_one(weights, sampler, old, cap, level)  # noqa: E731
-    return patched(truncation=swapped)(f, a) if a.get("tis_cap") is not None else f(**a)
+    return patched(truncation=swapped)(f, a) if a["tis_cap"] is not None else f(**a)
 
 
 def exp_overflow(f: Oracle, a: Arguments) -> Loss:
@@ -383,13 +448,9 @@ def exp_overflow(f: Oracle, a: Arguments) -> Loss:
 # Penalty
 
 
-def of_dro(change: Callable[[Arguments], Arguments]) -> Wrong:
-    """A change to what dro is given; every other loss is right."""
+def of_dro(change: Callable[[Arguments], Arguments]) -> Variant:
+    """The variant that changes what dro is given; every other loss is right."""
     return lambda f, a: f(**change(a)) if f is oracle.dro else f(**a)
-
-
-def without_penalty(a: Arguments) -> Arguments:
-    return a | {"beta": 0.0}
 
 
 def gated(a: Arguments) -> Arguments:
@@ -399,7 +460,7 @@ def gated(a: Arguments) -> Arguments:
 
 
 def detached_term(f: Oracle, a: Arguments) -> Loss:
-    return f(**a)[0], of_dro(without_penalty)(f, given(a, lam=0.0))[1]
+    return f(**a)[0], of_dro(lambda a: a | {"beta": 0.0})(f, given(a, lam=0.0))[1]
 
 
 # KL
@@ -410,55 +471,32 @@ def policy_part(f: Oracle, a: Arguments) -> Loss:
 
 
 def kl_part(a: Arguments, factor: Callable[[int, int], float] = lambda i, t: 1.0) -> Loss:
-    """β·KL alone, each token's times a factor; nothing where the loss has no KL."""
-    if "kl_beta" not in a:
-        return 0.0, [[0.0] * len(row) for row in a["weights"]]
-    x = oracle.difference(a["weights"], a["ref_logprobs"], a["logprobs"])
+    """β·KL alone, each token's times a factor; KeyError where the loss has no KL."""
+    beta, x = a["kl_beta"], oracle.difference(a["weights"], a["ref_logprobs"], a["logprobs"])
 
     def term(i: int, t: int) -> Term:
         value, slope = oracle.divergence(x[i][t], a["kl"])
         return factor(i, t) * value, factor(i, t) * slope
 
-    return scaled(oracle.reduce(term, a["weights"], a["weigh"], a.get("length"), a["denominator"]), a["kl_beta"])
+    return scaled(oracle.reduce(term, a["weights"], a["weigh"], a.get("length"), a["denominator"]), beta)
 
 
 # Preference
 
 
-def rejected_as_chosen(rows: Rows) -> Rows:
-    return [row for i in range(0, len(rows), 2) for row in (rows[i], rows[i] if fits(rows, i) else rows[i + 1])]
-
-
-def fits(rows: Rows, i: int) -> bool:
-    return len(rows[i]) == len(rows[i + 1])
-
-
-def reordered(order: Callable[[int], list[int]]) -> Wrong:
-    """Datums in another order, the gradients back in their own."""
-
-    def variant(f: Oracle, a: Arguments) -> Loss:
-        places = order(len(a["weights"]))
-        value, grads = f(**{k: [x[i] for i in places] if isinstance(x, list) else x for k, x in a.items()})
-        return value, [grads[places.index(i)] for i in range(len(places))]
-
-    return variant
+def chosen_masks(f: Oracle, a: Arguments) -> Loss:
+    """The chosen side's mask on both sides, where it fits."""
+    w = a["weights"]
+    return f(**a | {"weights": [w[i - i % 2] if len(w[i - i % 2]) == len(w[i]) else w[i] for i in range(len(w))]})
 
 
 def halves(count: int) -> list[int]:
     return [i for pair in zip(range(count // 2), range(count // 2, count)) for i in pair]
 
 
-def swapped(count: int) -> list[int]:
-    return [i ^ 1 for i in range(count)]
-
-
 def side_detached(f: Oracle, a: Arguments) -> Loss:
     value, grads = f(**a)
     return value, [[g * (i % 2 == 0) for g in row] for i, row in enumerate(grads)]
-
-
-def pairs_miscounted(f: Oracle, a: Arguments) -> Loss:
-    return scaled(f(**a), 0.5) if a["weigh"] == "pair_mean" else f(**a)
 
 
 def log_of_sigmoid(f: Oracle, a: Arguments) -> Loss:
@@ -511,37 +549,37 @@ def probabilities(f: Oracle, a: Arguments) -> Loss:
     return oracle.reduce(term, a["weights"], a["weigh"], a.get("length"), a["denominator"])
 
 
-WRONG: dict[str, Wrong] = {
+EVERY: dict[str, Variant] = {
     "low-precision": low_precision,
     "detached-term": detached_term,
     "mask-after-exp": mask_after_exp,
     "where-after-exp": where_after_exp,
-    "mask-missing": mask_missing,
-    "kl-unmasked": kl_unmasked,
+    "mask-missing": lambda f, a: f(**unmasked(a)),
+    "kl-unmasked": lambda f, a: plus(policy_part(f, a), kl_part(unmasked(a))),
     "padding-in-denominator": padding_in_denominator,
     "padding-in-sequence-ratio": padding_in_sequence_ratio,
     "empty-sequence-nan": empty_sequence_nan,
     "empty-sequence-counted": empty_sequence_counted,
     "gradient-missing": gradient_missing,
-    "weights-squared": weights_squared,
-    "weights-binarised": lambda f, a: f(**each(a, "weights", lambda row: [float(w != 0) for w in row])),
-    "negative-weights-lost": lambda f, a: f(**each(kept(a), "weights", lambda row: [max(w, 0.0) for w in row])),
+    "weights-squared": lambda f, a: f(**each(kept(a), "weights", lambda row: [w * w for w in row])),
+    "weights-binarised": of_rows("weights", lambda row: [float(w != 0) for w in row]),
     "mean-of-means": mean_of_means,
     "mixed-denominators": mixed_denominators,
-    "divided-twice": lambda f, a: scaled(f(**a), 1 / len(a["weights"])),
-    "constant-factor": lambda f, a: scaled(f(**a), 1, 2),
+    "divided-twice": lambda f, a: scaled(f(**a), 1 / max(len(a["weights"]), 1)),
+    "constant-factor": lambda f, a: scaled(f(**a), 2),
     "epsilon-in-denominator": lambda f, a: f(**a | {"denominator": divisor(a) + 1}),
     "broadcast": broadcast,
     "cross-talk": cross_talk,
     "zero-advantage-denominator": zero_advantage_denominator,
     "frame-shift": frame_shift,
-    "target-dropped": lambda f, a: f(**each(a, "weights", lambda row: [*row[:-1], 0.0][: len(row)])),
+    "target-dropped": of_rows("weights", lambda row: [*row[:-1], 0.0][: len(row)]),
     "datum-misaligned": datum_misaligned,
     "datum-ignored": datum_ignored,
+    "order-dependent": order_dependent,
     "sign-flipped": lambda f, a: scaled(f(**a), -1),
-    "advantage-sign-lost": lambda f, a: f(**each(a, "advantages", lambda row: list(map(abs, row)))),
-    "advantage-inert": lambda f, a: f(**each(a, "advantages", lambda row: [1.0] * len(row))),
-    "advantages-pooled": lambda f, a: f(**given(a, advantages=averaged(a["weights"], a["advantages"]))),
+    "advantage-sign-lost": of_rows("advantages", lambda row: list(map(abs, row))),
+    "advantage-inert": of_rows("advantages", lambda row: [1.0] * len(row)),
+    "advantages-pooled": lambda f, a: f(**a | {"advantages": averaged(a["weights"], a["advantages"])}),
     "missing-stop-gradient": missing_stop_gradient,
     "no-gradient": lambda f, a: scaled(f(**a), 1, 0),
     "old-logprobs-inert": lambda f, a: f(**given(a, old_logprobs=a["logprobs"])),
@@ -552,42 +590,54 @@ WRONG: dict[str, Wrong] = {
     "clip-max-for-min": patched(surrogate=surrogate_of(max_for_min)),
     "clip-without-min": patched(surrogate=surrogate_of(without_min), limited=limited_of(dropped_outside)),
     "clip-drops-tokens": patched(limited=limited_of(dropped_where_cut)),
-    "clip-as-epsilon": lambda f, a: f(**given(a, clip=(1 - a["clip"][0], 1 + a["clip"][1]))),
-    "clip-inert": lambda f, a: f(**given(a, clip=(0.0, math.inf))),
+    "clip-as-epsilon": of_setting("clip", lambda clip: (1 - clip[0], 1 + clip[1])),
+    "clip-inert": of_setting("clip", lambda clip: (0.0, math.inf)),
     "clip-gradient-leaks": patched(surrogate=surrogate_of(leaking)),
+    "dual-clip-on-positive": dual_clip_on_positive,
+    "dual-clip-below-one": of_setting("dual_clip", lambda c: 0.5),
+    "tis-inverted": tis_inverted,
+    "tis-uncapped": of_setting("tis_cap", lambda cap: math.inf),
+    "tis-inert": of_setting("tis_cap", lambda cap: None),
+    "exp-overflow": exp_overflow,
     "penalty-sign": of_dro(lambda a: a | {"beta": -a["beta"]}),
     "half-missing": of_dro(lambda a: a | {"beta": 2 * a["beta"]}),
     "penalty-gated": of_dro(gated),
-    "dual-clip-on-positive": dual_clip_on_positive,
-    "tis-inverted": tis_inverted,
-    "tis-uncapped": lambda f, a: f(**a | ({} if a["tis_cap"] is None else {"tis_cap": math.inf})),
-    "tis-inert": lambda f, a: f(**a | {"tis_cap": None}),
-    "exp-overflow": exp_overflow,
-    "k1-in-loss": lambda f, a: f(**given(a, kl="k1")),
+    "k1-in-loss": of_setting("kl", lambda kl: "k1"),
     "kl-sign": lambda f, a: plus(policy_part(f, a), scaled(kl_part(a), -1)),
     "kl-detached": lambda f, a: plus(policy_part(f, a), scaled(kl_part(a), 1, 0)),
     "kl-scaled-by-advantage": lambda f, a: plus(policy_part(f, a), kl_part(a, lambda i, t: a["advantages"][i][t])),
     "ref-inert": lambda f, a: f(**given(a, ref_logprobs=a["logprobs"])),
     "inert-knob": at_defaults,
+}
+"""Bugs that losses of several kinds can have."""
+
+LIKELIHOOD: dict[str, Variant] = {
+    "negative-weights-lost": lambda f, a: f(**each(kept(a), "weights", lambda row: [max(w, 0.0) for w in row])),
     "not-likelihood": probabilities,
-    "pair-masks-swapped": lambda f, a: f(**a | {"weights": rejected_as_chosen(a["weights"])}),
-    "sides-swapped": reordered(swapped),
+}
+"""Bugs of losses that read weights alone."""
+
+CANDIDATES: dict[str, Callable[[Oracle, Arguments, int], Loss]] = {
+    "frame-shift": lambda f, a, k: f(**each(a, "weights", lambda row: row[-k:] + row[:-k])),
+    "target-dropped": lambda f, a, k: f(**each(a, "weights", lambda row: [*row[:-k], *[0.0] * k][: len(row)])),
+    "targets-transposed": targets_transposed,
+    "renormalised-targets": renormalised_targets,
+}
+"""Bugs of losses with K targets, for which a position is K entries of a row."""
+
+PAIRS: dict[str, Variant] = {
+    "pair-masks-swapped": chosen_masks,
+    "sides-swapped": reordered(lambda count: [i ^ 1 for i in range(count)]),
     "pair-layout": reordered(halves),
-    "reference-misused": lambda f, a: f(**each(a, "ref_logprobs", lambda row: [-x for x in row])),
+    "reference-misused": of_rows("ref_logprobs", lambda row: [-x for x in row]),
     "side-detached": side_detached,
     "mean-logprob-margin": lambda f, a: f(**a | {"weights": normalized(a["weights"])}),
-    "pairs-miscounted": pairs_miscounted,
+    "pairs-miscounted": lambda f, a: scaled(f(**a), 0.5) if a["weigh"] == "pair_mean" else f(**a),
     "log-of-sigmoid": log_of_sigmoid,
     "log-odds-nan": patched(log_odds=log_odds_nan),
     "log-odds-biased": patched(log_odds=log_odds_biased),
 }
-"""Bug → the answer of a loss that has it."""
-
-TARGETS: dict[str, Callable[[Oracle, Arguments, int], Loss]] = {
-    "targets-transposed": targets_transposed,
-    "renormalised-targets": renormalised_targets,
-}
-"""The same where the number of targets matters."""
+"""Bugs of losses over pairs."""
 
 
 # Advantages
@@ -641,4 +691,4 @@ ADVANTAGES: dict[str, Callable[..., Row]] = {
     "order-lost": lambda rewards, groups, scale: list(map(abs, standardised(rewards, groups, scale))),
     "inert-knob": lambda rewards, groups, scale: standardised(rewards, groups, "std"),
 }
-"""The same for ``group_advantages``."""
+"""Bugs of group advantages, ``(rewards, groups, scale) -> advantages``."""
