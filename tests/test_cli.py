@@ -7,12 +7,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lossfns.backend.storage import checkpoint
 from lossfns.cli import main
-from lossfns.train.recipes import METHODS
+from lossfns.train.recipes import METHODS, complete_options, own_options
 
 SMALL = ["--steps", "2", "--batch", "4"]
 ROWS = {
@@ -36,7 +37,7 @@ def variants(method: str, count: int) -> list[object]:
 def test_every_method_leaves_a_whole_run_folder(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("lossfns.train.tasks.HELD_OUT", 8)
+    monkeypatch.setattr("lossfns.train.tasks.MAX_HELD_OUT", 8)
     warm_up = [] if method == "sft" else ["--warmup-steps", "1"]
     assert main(["train", method, "--out", str(tmp_path), *SMALL, *warm_up]) == 0
     shown = capsys.readouterr()
@@ -267,13 +268,36 @@ def test_what_is_no_run_cannot_be_resumed(tmp_path: Path, capsys: pytest.Capture
         refused(folder, "config.json, which is damaged or of another version", capsys)
 
 
-def test_options_that_someone_has_put_into_a_config_are_checked(tmp_path: Path) -> None:
-    folder = unfinished(tmp_path)
-    text = (folder / "config.json").read_text()
-    for new in ('"steps": -3', '"steps": "many"', '"stops": 3'):
-        (folder / "config.json").write_text(text.replace('"steps": 3', new, 1))
-        with pytest.raises(SystemExit):
-            main(["train", "--resume", str(folder)])
+@pytest.mark.parametrize(
+    ("new", "message"),
+    [
+        ('"steps": -3', "--steps: expected a whole number of at least 1, got -3"),
+        ('"steps": "many"', "--steps: expected a whole number of at least 1, got 'many'"),
+        ('"steps": true', "--steps: expected a whole number of at least 1, got True"),
+        ('"lr": "fast", "steps": 3', "--lr: expected a finite number above 0, got 'fast'"),
+        ('"group": 4, "steps": 3', "--group: expected a method that has it (grpo, dapo, gspo-token), got sft"),
+        ('"stops": 3', "got 'stops'"),
+        ('"out": 3, "steps": 3', "--out: expected text, got 3"),
+        ('"method": "ppo2", "steps": 3', "method: expected one of sft, grpo"),
+    ],
+)
+def test_options_that_someone_has_put_into_a_config_are_checked(
+    tmp_path: Path, new: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    options: dict[str, Any] = {"method": "sft", "steps": 3, "lr": 0.003, "group": None}
+    written = json.loads("{" + new + "}")
+    config = {"options": {k: v for k, v in options.items() if k != "steps"} | written}
+    (folder / "config.json").write_text(json.dumps(config | {"model": {}, "sha256": {}, "versions": {}}))
+    refused(folder, message, capsys)
+
+
+def test_a_config_that_does_not_name_an_option_takes_its_default() -> None:
+    """A run of an earlier version, which had fewer options, and ``null`` for those that its method did not have."""
+    options = complete_options({"method": "dpo", "batch": 3, "group": None, "out": None})
+    assert (options.batch, options.steps, options.warmup_steps, options.save_every) == (3, 400, 300, 20)
+    assert complete_options(own_options(options)) == options and own_options(options)["group"] is None
 
 
 def test_a_run_goes_on_only_with_the_data_it_began_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -316,7 +340,7 @@ def test_a_run_of_another_version_goes_on_and_says_so(tmp_path: Path, capsys: py
     (folder / "config.json").write_text(json.dumps(config))
     assert main(["train", "--resume", str(folder)]) == 0
     said = capsys.readouterr().err
-    assert "began with torch 1.0, now 2" in said and "it may not go on bit for bit" in said
+    assert "began with torch 1.0, now 2" in said and "it may not continue bit for bit" in said
 
 
 @pytest.mark.parametrize("damage", ["truncated", "foreign", "of something else"])

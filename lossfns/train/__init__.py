@@ -1,1 +1,1 @@
-"""``lossfns train``: every method on a local model, on built-in data or on one's own."""
+"""``lossfns train``: train a local model with any of the methods, on built-in data or on your own."""

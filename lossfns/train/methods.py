@@ -1,11 +1,11 @@
-"""The training loops: supervised, preference and policy, each over the client's public calls."""
+"""The training loops and the held-out measurements. They make only public calls of the client."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 
 from lossfns.advantages import group_advantages, group_metrics
 from lossfns.backend import AdamParams, LocalTrainingClient, SamplingParams
@@ -20,37 +20,38 @@ from lossfns.train.tasks import END, TOKENIZER, Demonstration, Preference, Probl
 CHUNK = 256
 """Sequences in one evaluation request."""
 
-
-def adam(learning_rate: float) -> AdamParams:
-    return AdamParams(learning_rate=learning_rate, eps=1e-8, grad_clip_norm=1.0)
+# Learning rates
 
 
 Schedule = Callable[[int], float]
-"""The learning rate of a step."""
+"""The learning rate of a step, counted from 0."""
 
 
-def constant(rate: float, rise: int = 20) -> Schedule:
-    """Linear over the first steps, then constant."""
-    return lambda step: rate * min(1, (step + 1) / rise)
+def constant(rate: float, ramp: int = 20) -> Schedule:
+    """Rise linearly over the first ``ramp`` steps, then stay constant."""
+    return lambda step: rate * min(1, (step + 1) / ramp)
 
 
-def cosine(rate: float, steps: int, rise: int = 20) -> Schedule:
-    """Linear over the first steps, then a half cosine down to a tenth."""
+def cosine(rate: float, steps: int, ramp: int = 20) -> Schedule:
+    """Rise linearly over the first ``ramp`` steps, then fall along a half cosine to a tenth of ``rate``."""
 
     def at(step: int) -> float:
-        done = max(0, step - rise) / max(1, steps - rise)
-        return rate * min(1, (step + 1) / rise) * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
+        done = max(0, step - ramp) / max(1, steps - ramp)
+        return rate * min(1, (step + 1) / ramp) * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
 
     return at
 
 
-def falling(rate: float, steps: int, rise: int = 5) -> Schedule:
-    """Linear over the first steps, on a line down to a tenth."""
-    return lambda step: rate * min(1, (step + 1) / rise) * (1 - 0.9 * step / steps)
+def linear_decay(rate: float, steps: int, ramp: int = 5) -> Schedule:
+    """Fall linearly to a tenth of ``rate``, after a linear rise over the first ``ramp`` steps."""
+    return lambda step: rate * min(1, (step + 1) / ramp) * (1 - 0.9 * step / steps)
 
 
-def datum(prompt: Sequence[int], completion: Sequence[int]) -> Datum:
-    """Train on the completion, given the prompt."""
+# Requests
+
+
+def completion_datum(prompt: Sequence[int], completion: Sequence[int]) -> Datum:
+    """A datum that trains the completion, given the prompt."""
     return datum_from_tokens([*prompt, *completion], prompt_length=len(prompt))
 
 
@@ -58,21 +59,22 @@ def chunks(data: Sequence[Any], size: int = CHUNK) -> Iterable[list[Any]]:
     return (list(data[i : i + size]) for i in range(0, len(data), size))
 
 
-def logprobs(client: LocalTrainingClient, data: Sequence[Datum]) -> list[Any]:
-    """The targets' logprobs of each datum, under the current weights."""
+def target_logprobs(client: LocalTrainingClient, data: Sequence[Datum]) -> list[Any]:
+    """Return the logprobs of each datum's targets under the current weights."""
     outputs = (client.forward(chunk, "cross_entropy").result().loss_fn_outputs for chunk in chunks(data))
     return [output["logprobs"] for part in outputs for output in part]
 
 
-def completion_sums(client: LocalTrainingClient, data: Sequence[Datum]) -> list[float]:
-    """Σ of the logprobs of each datum's completion."""
-    rows = zip(logprobs(client, data), data)
+def completion_logprobs(client: LocalTrainingClient, data: Sequence[Datum]) -> list[float]:
+    """Return the logprob of each datum's completion: the sum over its tokens."""
+    rows = zip(target_logprobs(client, data), data)
     return [float(lp.to_numpy() @ d.loss_fn_inputs["weights"].to_numpy()) for lp, d in rows]
 
 
-def step_on(client: LocalTrainingClient, data: list[Datum], loss: Any, learning_rate: float) -> dict[str, float]:
-    """One optimizer step; both requests are queued before either is waited for."""
-    pending, step = client.forward_backward_custom(data, loss), client.optim_step(adam(learning_rate))
+def train_step(client: LocalTrainingClient, data: list[Datum], loss: Any, learning_rate: float) -> dict[str, float]:
+    """Take one optimizer step. Both requests are queued before either is waited for."""
+    adam = AdamParams(learning_rate=learning_rate, eps=1e-8, grad_clip_norm=1.0)
+    pending, step = client.forward_backward_custom(data, loss), client.optim_step(adam)
     metrics = pending.result().metrics | step.result().metrics
     return {name: value for name, value in metrics.items() if ":" not in name}
 
@@ -80,7 +82,7 @@ def step_on(client: LocalTrainingClient, data: list[Datum], loss: Any, learning_
 # Supervised
 
 
-def supervised(
+def train_supervised(
     run: Run,
     client: LocalTrainingClient,
     draw: Callable[[Random, int], list[Demonstration]],
@@ -91,28 +93,28 @@ def supervised(
     learning_rate: Schedule,
     seed: int,
 ) -> None:
-    """Token-mean cross-entropy on demonstrations; ``learning_rate(step)``."""
+    """Train with token-mean cross-entropy on demonstrations."""
     rng, loss = Random(seed), cross_entropy()
     for step in run.steps(phase, steps, rng):
-        data = [datum(*example) for example in draw(rng, batch)]
-        run.log(step, step_on(client, data, loss, learning_rate(step)))
+        data = [completion_datum(*example) for example in draw(rng, batch)]
+        run.log(step, train_step(client, data, loss, learning_rate(step)))
 
 
 def bits_per_byte(client: LocalTrainingClient, examples: Sequence[Demonstration]) -> float:
-    """Held-out cross-entropy, in bits for each byte of the completions."""
-    data = [datum(*example) for example in examples]
-    return -sum(completion_sums(client, data)) / sum(len(e.completion) for e in examples) / math.log(2)
+    """Return the held-out cross-entropy, in bits for each byte of the completions."""
+    data = [completion_datum(*example) for example in examples]
+    return -sum(completion_logprobs(client, data)) / sum(len(e.completion) for e in examples) / math.log(2)
 
 
 # Preference
 
 
-def interleaved(examples: Sequence[Preference]) -> list[Datum]:
-    """Datums 2i chosen, 2i + 1 rejected."""
-    return [datum(e.prompt, completion) for e in examples for completion in (e.chosen, e.rejected)]
+def pair_datums(examples: Sequence[Preference]) -> list[Datum]:
+    """Two datums for each example: datum 2i is chosen, datum 2i + 1 is rejected."""
+    return [completion_datum(e.prompt, completion) for e in examples for completion in (e.chosen, e.rejected)]
 
 
-def preference(
+def train_preference(
     run: Run,
     client: LocalTrainingClient,
     reference: LocalTrainingClient,
@@ -124,42 +126,42 @@ def preference(
     learning_rate: Schedule,
     seed: int,
 ) -> None:
-    """A preference loss on pairs, with the reference's logprobs where the loss reads them."""
+    """Train with a preference loss on pairs. The reference is evaluated only if the loss reads its logprobs."""
     rng = Random(seed)
     for step in run.steps(loss.name, steps, rng):
-        data = interleaved(task.draw(rng, batch))
-        columns = {"ref_logprobs": logprobs(reference, data)} if "ref_logprobs" in loss.reads else {}
-        run.log(step, step_on(client, data, loss.bind(**columns), learning_rate(step)))
+        data = pair_datums(task.draw(rng, batch))
+        columns = {"ref_logprobs": target_logprobs(reference, data)} if "ref_logprobs" in loss.reads else {}
+        run.log(step, train_step(client, data, loss.bind(**columns), learning_rate(step)))
 
 
-def accuracy(leads: Sequence[float]) -> float:
-    """The share of pairs whose chosen side leads; a tie counts half."""
-    return sum((lead > 0) + 0.5 * (lead == 0) for lead in leads) / len(leads)
+def share_positive(margins: Sequence[float]) -> float:
+    """The share of margins above 0. A margin of 0 counts half."""
+    return sum((margin > 0) + 0.5 * (margin == 0) for margin in margins) / len(margins)
 
 
 def margin_accuracy(
     client: LocalTrainingClient, reference: LocalTrainingClient, examples: Sequence[Preference]
 ) -> float:
-    """Held-out: does the chosen side gain more over the reference than the rejected?"""
-    data = interleaved(examples)
-    gains = [a - b for a, b in zip(completion_sums(client, data), completion_sums(reference, data))]
-    return accuracy([chosen - rejected for chosen, rejected in zip(gains[0::2], gains[1::2])])
+    """Return the share of held-out pairs whose chosen side gains more over the reference than the rejected side."""
+    data = pair_datums(examples)
+    gains = [a - b for a, b in zip(completion_logprobs(client, data), completion_logprobs(reference, data))]
+    return share_positive([chosen - rejected for chosen, rejected in zip(gains[0::2], gains[1::2])])
 
 
 def likelihood_accuracy(
     client: LocalTrainingClient, reference: LocalTrainingClient, examples: Sequence[Preference]
 ) -> float:
-    """Held-out: is the chosen side likelier than the rejected, for each token?"""
-    sums = completion_sums(client, interleaved(examples))
+    """Return the share of held-out pairs whose chosen side has the larger mean logprob of a token."""
+    sums = completion_logprobs(client, pair_datums(examples))
     lengths = [len(completion) for e in examples for completion in (e.chosen, e.rejected)]
     means = [total / length for total, length in zip(sums, lengths)]
-    return accuracy([chosen - rejected for chosen, rejected in zip(means[0::2], means[1::2])])
+    return share_positive([chosen - rejected for chosen, rejected in zip(means[0::2], means[1::2])])
 
 
 # Policy
 
 
-def policy(
+def train_policy(
     run: Run,
     client: LocalTrainingClient,
     reference: LocalTrainingClient,
@@ -174,55 +176,61 @@ def policy(
     max_tokens: int,
     seed: int,
 ) -> None:
-    """Sample groups, reward exact answers, and step on the loss with group-relative advantages.
+    """Train with a policy loss: sample groups, reward exact answers, and step with group-relative advantages.
 
-    ``updates`` optimizer steps share one round of samples, each on its own part of the groups; the
-    sampler's logprobs are the old policy's.
+    ``updates`` optimizer steps share one round of samples, and each takes its own part of the groups. The sampler's
+    logprobs are the old policy's.
     """
     rng = Random(seed)
     for step in run.steps(loss.name, steps, rng):
         problems = task.draw(rng, batch)
-        samples = attempts(client, problems, group, max_tokens, seed=rng.getrandbits(31))
-        rewards = [float(correct) for *_, correct in samples]
-        labels = [i for i in range(len(problems)) for _ in range(group)]
-        advantages = group_advantages(rewards, labels)
-        data = [datum(prompt, tokens) for prompt, tokens, *_ in samples]
-        old = [align_sampler_logprobs(lps, d.model_input.length) for (_, _, lps, _), d in zip(samples, data)]
-        ref = logprobs(reference, data) if "ref_logprobs" in loss.reads else old
+        samples = sample_answers(client, problems, group, max_tokens, seed=rng.getrandbits(31))
+        rewards = [float(sample.correct) for sample in samples]
+        groups = [i for i in range(len(problems)) for _ in range(group)]
+        advantages = group_advantages(rewards, groups)
+        data = [completion_datum(sample.prompt, sample.tokens) for sample in samples]
+        old = [align_sampler_logprobs(s.logprobs, d.model_input.length) for s, d in zip(samples, data)]
+        ref = target_logprobs(reference, data) if "ref_logprobs" in loss.reads else old
         columns = {"advantages": advantages.tolist(), "old_logprobs": old, "ref_logprobs": ref}
-        parts = []
-        for part in range(min(updates, len(problems))):
-            rows = [i for i, label in enumerate(labels) if label % updates == part]
-            bound = loss.bind(**{name: [columns[name][i] for i in rows] for name in loss.reads})
-            parts.append(step_on(client, [data[i] for i in rows], bound, learning_rate(step)))
-        norm = sum(part["grad_norm"] for part in parts) / len(parts)
-        run.log(step, {**merge_metrics(parts), **group_metrics(rewards, labels), "grad_norm": norm})
+        metrics = []
+        for update in range(min(updates, len(problems))):
+            members = [i for i, label in enumerate(groups) if label % updates == update]
+            bound = loss.bind(**{name: [columns[name][i] for i in members] for name in loss.reads})
+            metrics.append(train_step(client, [data[i] for i in members], bound, learning_rate(step)))
+        norm = sum(m["grad_norm"] for m in metrics) / len(metrics)
+        run.log(step, {**merge_metrics(metrics), **group_metrics(rewards, groups), "grad_norm": norm})
 
 
-Attempt = tuple[list[int], list[int], list[float], bool]
+class Sample(NamedTuple):
+    """A sampled answer to a problem; ``logprobs`` are the sampler's, one for each of ``tokens``."""
+
+    prompt: list[int]
+    tokens: list[int]
+    logprobs: list[float]
+    correct: bool
 
 
-def attempts(
+def sample_answers(
     client: LocalTrainingClient,
     problems: Sequence[Problem],
     group: int,
     max_tokens: int,
     seed: int,
     temperature: float = 1.0,
-) -> list[Attempt]:
-    """``group`` samples for each problem: prompt, tokens, their logprobs, and whether the answer is right."""
+) -> list[Sample]:
+    """Sample ``group`` answers to each problem under the current weights."""
     sampler = client.save_weights_and_get_sampling_client()
     params = SamplingParams(max_tokens=max_tokens, seed=seed, temperature=temperature)
     prompts = [ModelInput.from_ints(problem.prompt) for problem in problems]
     responses = sampler.sample_batch(prompts, group, params).result()
     return [
-        (problem.prompt, s.tokens, s.logprobs, s.tokens == TOKENIZER.encode(problem.answer) + END)
+        Sample(problem.prompt, s.tokens, s.logprobs, s.tokens == TOKENIZER.encode(problem.answer) + END)
         for problem, response in zip(problems, responses)
         for s in response.sequences
     ]
 
 
-def reward(client: LocalTrainingClient, problems: Sequence[Problem], max_tokens: int, samples: int = 4) -> float:
-    """Held-out share of right answers, sampled at temperature 1."""
-    drawn = attempts(client, problems, samples, max_tokens, seed=7)
-    return sum(correct for *_, correct in drawn) / len(drawn)
+def mean_reward(client: LocalTrainingClient, problems: Sequence[Problem], max_tokens: int, samples: int = 4) -> float:
+    """Return the share of correct answers to held-out problems, sampled at temperature 1."""
+    answers = sample_answers(client, problems, samples, max_tokens, seed=7)
+    return sum(answer.correct for answer in answers) / len(answers)

@@ -1,4 +1,4 @@
-"""Pictures of a run; needs the extra ``viz``."""
+"""The curves of a run as a picture; needs the extra ``viz``."""
 
 from __future__ import annotations
 
@@ -6,17 +6,25 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+PLOTTED = ("reward", "accuracy", "loss", "ratio", "kl_old", "kl_ref", "clip_high", "margin", "grad_norm")
+"""The metrics that get a panel, if they are not constant."""
 
-def curves(history: Sequence[Mapping[str, Any]], evaluations: Mapping[str, tuple[float, float]], path: Path) -> bool:
-    """A panel for each metric that moves, against the step: faint as it came, strong as its running mean.
 
-    Held-out values before and after, where there are any, are dots at the two ends of their panel. False,
-    and no picture, where nothing has moved yet.
+def draw(history: Sequence[Mapping[str, Any]], evaluations: Mapping[str, tuple[float, float]], path: Path) -> bool:
+    """Draw each metric that changes against the step: the values faint, their running mean strong.
+
+    Args:
+        history: the rows of ``metrics.jsonl``.
+        evaluations: held-out values before and after by metric, drawn as dots at the two ends of its panel.
+        path: where to write the picture.
+
+    Returns:
+        False, without a picture, if no metric changes.
     """
     from matplotlib.figure import Figure
 
     phases = list(dict.fromkeys(row["phase"] for row in history))
-    panels = [(p, name) for p in phases for name in moving([row for row in history if row["phase"] == p])]
+    panels = [(p, name) for p in phases for name in changing([row for row in history if row["phase"] == p])]
     if not panels:
         return False
     figure = Figure(figsize=(4 * min(3, len(panels)), 2.6 * -(-len(panels) // 3)), layout="constrained")
@@ -36,14 +44,13 @@ def curves(history: Sequence[Mapping[str, Any]], evaluations: Mapping[str, tuple
     return True
 
 
-def moving(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The metrics worth a panel: those of the usual ones that are not constant."""
-    names = ("reward", "accuracy", "loss", "ratio", "kl_old", "kl_ref", "clip_high", "margin", "grad_norm")
-    return [name for name in names if len({row[name] for row in rows if name in row}) > 1]
+def changing(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The metrics of ``PLOTTED`` that are not constant."""
+    return [name for name in PLOTTED if len({row[name] for row in rows if name in row}) > 1]
 
 
 def running_mean(values: Sequence[float], share: float = 0.1) -> list[float]:
-    """Mean of the values around each one, over a tenth of them."""
+    """The mean around each value, over a window of this share of all values."""
     half = max(1, round(len(values) * share / 2))
     windows = (values[max(0, i - half) : i + half + 1] for i in range(len(values)))
     return [sum(window) / len(window) for window in windows]

@@ -1,25 +1,32 @@
-"""A recipe for each method: its data, its loss, how long and how fast; what to measure before and after."""
+"""A recipe for each method: its loss, its data, its defaults, and the measurement before and after."""
 
 from __future__ import annotations
 
-from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, fields
 from functools import partial
 from random import Random
 from typing import Any, NamedTuple
 
 from lossfns.backend import LocalTrainingClient
+from lossfns.errors import LossInputError
 from lossfns.loss import Loss
 from lossfns.losses.policy import dapo, grpo, gspo_token
 from lossfns.losses.preference import dpo, orpo
 from lossfns.losses.supervised import cross_entropy
 from lossfns.train import methods, tasks
+from lossfns.train.options import Options, check_option, flag
 from lossfns.train.run import REFERENCES, Run
 from lossfns.train.tasks import Demonstration, Preference, Problem, Task
 
 
 class Outcome(NamedTuple):
-    """What was measured on held-out examples: its name as in the metrics, its title, before and after."""
+    """A measurement on held-out examples, before and after training.
+
+    Attributes:
+        name: the name of the metric that it corresponds to.
+        title: its name for the report.
+    """
 
     name: str
     title: str
@@ -27,148 +34,199 @@ class Outcome(NamedTuple):
     after: float
 
 
-def frozen(run: Run, client: LocalTrainingClient) -> LocalTrainingClient:
-    """A copy that stays as the client is when the run first gets here: the reference policy."""
+def frozen_copy(run: Run, client: LocalTrainingClient) -> LocalTrainingClient:
+    """A client with the weights that ``client`` has when the run first calls this: the reference policy."""
     ranks, device = client.ranks, next(client.model.parameters()).device
     model = ranks.ask(ranks.copy)
     reference = LocalTrainingClient(model, tokenizer=client.get_tokenizer(), device=device, mesh=ranks.mesh)
 
-    def kept() -> str:
+    def save() -> str:
         name = REFERENCES[ranks.size > 1]
         reference.save_state(run.folder / name, overwrite=True).result()
         return name
 
-    reference.load_state(run.folder / run.once("reference", kept)).result()
+    reference.load_state(run.folder / run.once("reference", save)).result()
     return reference
 
 
-def sft(run: Run, client: LocalTrainingClient, task: Task[Demonstration], loss: Loss, args: Namespace) -> Outcome:
-    measured = partial(methods.bits_per_byte, client, task.held_out)
-    before = run.once("before", measured)
-    methods.supervised(
+# Recipes
+
+
+def sft(run: Run, client: LocalTrainingClient, task: Task[Demonstration], loss: Loss, options: Options) -> Outcome:
+    """Supervised fine-tuning on demonstrations."""
+    measure = partial(methods.bits_per_byte, client, task.held_out)
+    before = run.once("before", measure)
+    methods.train_supervised(
         run,
         client,
         task.draw,
         phase="sft",
-        steps=args.steps,
-        batch=args.batch,
-        learning_rate=methods.cosine(args.lr, args.steps),
-        seed=args.seed,
+        steps=options.steps,
+        batch=options.batch,
+        learning_rate=methods.cosine(options.lr, options.steps),
+        seed=options.seed,
     )
-    return Outcome("bits_per_byte", "held-out bits per byte", before, measured())
+    return Outcome("bits_per_byte", "held-out bits per byte", before, measure())
 
 
-def preference(run: Run, client: LocalTrainingClient, task: Task[Preference], loss: Loss, args: Namespace) -> Outcome:
-    """DPO prefers relative to a supervised start; ORPO needs none: it learns the chosen texts as it goes."""
+def preference(run: Run, client: LocalTrainingClient, task: Task[Preference], loss: Loss, options: Options) -> Outcome:
+    """Preference learning on pairs.
 
-    def chosen(rng: Random, n: int) -> list[Demonstration]:
+    DPO learns relative to a reference, so it needs a supervised start. ORPO needs none: it learns the chosen texts too.
+    """
+
+    def draw_chosen(rng: Random, n: int) -> list[Demonstration]:
         return [Demonstration(e.prompt, e.chosen) for e in task.draw(rng, n)]
 
-    draw = chosen if args.data else tasks.english().draw
-    warm_up(run, client, draw, args, batch=16, learning_rate=methods.cosine(3e-3, args.warmup_steps))
-    reference = frozen(run, client)
-    measure = methods.margin_accuracy if "ref_logprobs" in loss.reads else methods.likelihood_accuracy
-    measured = partial(measure, client, reference, task.held_out)
-    before = run.once("before", measured)
-    methods.preference(
+    draw = draw_chosen if options.data else tasks.documentation().draw
+    warm_up(run, client, draw, options, batch=16, learning_rate=methods.cosine(3e-3, options.warmup_steps))
+    reference = frozen_copy(run, client)
+    accuracy = methods.margin_accuracy if "ref_logprobs" in loss.reads else methods.likelihood_accuracy
+    measure = partial(accuracy, client, reference, task.held_out)
+    before = run.once("before", measure)
+    methods.train_preference(
         run,
         client,
         reference,
         loss,
         task,
-        steps=args.steps,
-        batch=args.batch,
-        learning_rate=methods.cosine(args.lr, args.steps, rise=10),
-        seed=args.seed,
+        steps=options.steps,
+        batch=options.batch,
+        learning_rate=methods.cosine(options.lr, options.steps, ramp=10),
+        seed=options.seed,
     )
-    return Outcome("accuracy", "held-out preference accuracy", before, measured())
+    return Outcome("accuracy", "held-out preference accuracy", before, measure())
 
 
-def policy(run: Run, client: LocalTrainingClient, task: Task[Problem], loss: Loss, args: Namespace) -> Outcome:
-    """Reinforcement learning from a warm start that is right only some of the time."""
-    demonstrate = tasks.correct if args.data else tasks.careless
+def policy(run: Run, client: LocalTrainingClient, task: Task[Problem], loss: Loss, options: Options) -> Outcome:
+    """Reinforcement learning, from a supervised start that solves only some of the problems."""
+    demonstrate = tasks.correct_demonstration if options.data else tasks.noisy_demonstration
 
-    def demonstrations(rng: Random, n: int) -> list[Demonstration]:
+    def draw_demonstrations(rng: Random, n: int) -> list[Demonstration]:
         return [demonstrate(problem, rng) for problem in task.draw(rng, n)]
 
-    warm_up(run, client, demonstrations, args, batch=256, learning_rate=methods.constant(2e-3))
+    warm_up(run, client, draw_demonstrations, options, batch=256, learning_rate=methods.constant(2e-3))
     longest = max(len(tasks.TOKENIZER.encode(p.answer)) for p in task.held_out + task.draw(Random(0), 200)) + 1
-    max_tokens = args.max_tokens or longest
-    measured = partial(methods.reward, client, task.held_out, max_tokens)
-    before = run.once("before", measured)
-    methods.policy(
+    max_tokens = options.max_tokens or longest
+    measure = partial(methods.mean_reward, client, task.held_out, max_tokens)
+    before = run.once("before", measure)
+    methods.train_policy(
         run,
         client,
-        frozen(run, client),
+        frozen_copy(run, client),
         loss,
         task,
-        steps=args.steps,
-        batch=args.batch,
-        group=args.group,
-        updates=args.updates,
-        learning_rate=methods.falling(args.lr, args.steps),
+        steps=options.steps,
+        batch=options.batch,
+        group=options.group,
+        updates=options.updates,
+        learning_rate=methods.linear_decay(options.lr, options.steps),
         max_tokens=max_tokens,
-        seed=args.seed,
+        seed=options.seed,
     )
-    return Outcome("reward", "held-out reward", before, measured())
+    return Outcome("reward", "held-out reward", before, measure())
 
 
 def warm_up(
     run: Run,
     client: LocalTrainingClient,
     draw: Callable[[Random, int], list[Demonstration]],
-    args: Namespace,
+    options: Options,
     *,
     batch: int,
     learning_rate: methods.Schedule,
 ) -> None:
-    """A short supervised start, so that there is something to prefer or to reward."""
-    steps = args.warmup_steps
-    methods.supervised(
-        run, client, draw, phase="warm-up", steps=steps, batch=batch, learning_rate=learning_rate, seed=args.seed
+    """Train supervised for a few steps, so that the method starts from a model that produces plausible text."""
+    methods.train_supervised(
+        run,
+        client,
+        draw,
+        phase="warm-up",
+        steps=options.warmup_steps,
+        batch=batch,
+        learning_rate=learning_rate,
+        seed=options.seed,
     )
 
 
+# Data
+
+
+def demonstrations(options: Options) -> Task[Demonstration]:
+    return tasks.load_demonstrations(options.data, options.seed) if options.data else tasks.documentation()
+
+
+def pairs(options: Options) -> Task[Preference]:
+    return tasks.load_preferences(options.data, options.seed) if options.data else tasks.continuations()
+
+
+def pairs_with_prompts(options: Options) -> Task[Preference]:
+    """Pairs for ORPO, which learns the chosen texts: the built-in prompts are part of them."""
+    if options.data:
+        return tasks.load_preferences(options.data, options.seed)
+    return tasks.with_prompts_trained(tasks.continuations())
+
+
+def problems(options: Options) -> Task[Problem]:
+    return tasks.load_problems(options.data, options.seed) if options.data else tasks.arithmetic()
+
+
+# Methods
+
+
 class Method(NamedTuple):
-    """A loss, where its examples come from, how it is trained on, and the options it has with their defaults."""
+    """A training method.
+
+    Attributes:
+        loss: makes the loss.
+        task: makes the examples to train on and to hold out.
+        recipe: trains and measures.
+        defaults: the defaults of the options that depend on the method. Other such options the method does not have.
+    """
 
     loss: Callable[[], Loss]
-    task: Callable[[Namespace], Task[Any]]
-    recipe: Callable[..., Outcome]
-    options: dict[str, Any]
+    task: Callable[[Options], Task[Any]]
+    recipe: Callable[[Run, LocalTrainingClient, Task[Any], Loss, Options], Outcome]
+    defaults: dict[str, Any]
 
 
-def demonstrations(args: Namespace) -> Task[Demonstration]:
-    return tasks.own_demonstrations(args.data, args.seed) if args.data else tasks.english()
-
-
-def pairs(args: Namespace) -> Task[Preference]:
-    return tasks.own_preferences(args.data, args.seed) if args.data else tasks.continuations()
-
-
-def whole_pairs(args: Namespace) -> Task[Preference]:
-    return tasks.own_preferences(args.data, args.seed) if args.data else tasks.whole_texts(tasks.continuations())
-
-
-def problems(args: Namespace) -> Task[Problem]:
-    return tasks.own_problems(args.data, args.seed) if args.data else tasks.arithmetic()
-
-
-POLICY = {
-    "steps": 100,
-    "batch": 32,
-    "lr": 5e-4,
-    "warmup_steps": 200,
-    "group": 16,
-    "updates": 2,
-    "max_tokens": None,
-}
-
+POLICY = {"steps": 100, "batch": 32, "lr": 5e-4, "warmup_steps": 200, "group": 16, "updates": 2, "max_tokens": None}
 METHODS = {
     "sft": Method(cross_entropy, demonstrations, sft, {"steps": 400, "batch": 16, "lr": 3e-3}),
     "grpo": Method(grpo, problems, policy, POLICY),
     "dapo": Method(dapo, problems, policy, POLICY),
     "gspo-token": Method(gspo_token, problems, policy, POLICY),
     "dpo": Method(dpo, pairs, preference, {"steps": 400, "batch": 32, "lr": 3e-4, "warmup_steps": 300}),
-    "orpo": Method(orpo, whole_pairs, preference, {"steps": 500, "batch": 32, "lr": 3e-3, "warmup_steps": 0}),
+    "orpo": Method(orpo, pairs_with_prompts, preference, {"steps": 500, "batch": 32, "lr": 3e-3, "warmup_steps": 0}),
 }
+
+
+def complete_options(given: Mapping[str, Any]) -> Options:
+    """Check the options that are given, and fill in the defaults of the method. ``None`` counts as not given.
+
+    Raises:
+        LossInputError: for an option that does not exist, that the method does not have, or whose value is wrong.
+    """
+    given = {name: value for name, value in given.items() if value is not None}
+    method = given.get("method")
+    if method not in METHODS:
+        raise LossInputError("method", f"one of {', '.join(METHODS)}", repr(method), "Name one of them.")
+    known = {field.name for field in fields(Options)}
+    for name, value in given.items():
+        if name not in known:
+            raise LossInputError("options", f"options among {', '.join(sorted(known))}", repr(name), "Leave it out.")
+        check_option(name, value)
+        if not has_option(method, name):
+            having = ", ".join(other for other in METHODS if has_option(other, name))
+            raise LossInputError(flag(name), f"a method that has it ({having})", method, "Leave it out.")
+    return Options(**METHODS[method].defaults | given)
+
+
+def has_option(method: str, name: str) -> bool:
+    """Whether an option is one of all methods, or of this one."""
+    return name not in POLICY or name in METHODS[method].defaults
+
+
+def own_options(options: Options) -> dict[str, Any]:
+    """The options as ``config.json`` holds them: ``None`` for those that the method does not have."""
+    return {name: value if has_option(options.method, name) else None for name, value in asdict(options).items()}

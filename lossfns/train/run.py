@@ -1,4 +1,4 @@
-"""A run: its folder, its progress on the terminal, a clean end at Ctrl-C, and what it takes to go on after a kill."""
+"""One run: its folder, its steps and metrics, a clean end at Ctrl-C, and the state that a resumed run needs."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from typing import IO, Any, NamedTuple, TextIO
 from lossfns.backend.engine.ranks import Alone, Ranks
 from lossfns.backend.storage import checkpoint
 from lossfns.errors import LossInputError
+from lossfns.train.display import display_on
 
 if sys.platform != "win32":
     import fcntl
@@ -24,13 +25,19 @@ if sys.platform != "win32":
 CONFIG, METRICS, RESULT = "config.json", "metrics.jsonl", "result.json"
 CHECKPOINT, REFERENCE, CURVES = "checkpoint.npz", "reference.npz", "curves.png"
 CHECKPOINTS, REFERENCES = (CHECKPOINT, "checkpoint"), (REFERENCE, "reference")
-"""A file of one process, a folder of many."""
+"""One process writes a file, several processes write a folder."""
 FILES = {CONFIG, METRICS, RESULT, *CHECKPOINTS, *REFERENCES, CURVES}
 ALONE = Alone()
 
 
 class State(NamedTuple):
-    """What a run knows beside the weights: steps done by phase, the batches' random state, and values measured."""
+    """The state of a run besides the weights. A checkpoint keeps it as JSON.
+
+    Attributes:
+        done: the number of finished steps of each phase.
+        random: the state of the random generator that draws the batches of the current phase.
+        measured: the values that ``Run.once`` has measured, by name.
+    """
 
     done: dict[str, int]
     random: list[Any]
@@ -41,11 +48,19 @@ Save = Callable[[State], None]
 
 
 class Run:
-    """The metrics, the progress bar, the steps and the checkpoints of a run in ``folder``, from ``state`` on.
+    """A run in ``folder``, from ``state`` on: its steps, metrics, checkpoints and progress.
 
-    ``save`` writes a checkpoint with the state it is given; it is called every ``every`` steps, at the end of
-    a phase, and at a stop. As a context the run turns the first Ctrl-C into ``stopping``, which ends ``steps``
-    after the step in hand; a second one interrupts at once. Of many ``ranks`` the first writes; all stop together.
+    As a context manager the run handles Ctrl-C. The first one sets ``stopping``, which ends ``steps`` after the
+    current step. The second one raises KeyboardInterrupt at once.
+
+    Args:
+        folder: an existing folder.
+        save: writes a checkpoint that holds the state it is given. It is called every ``every`` steps, at the end
+            of a phase, and at a stop.
+        state: the state of the newest checkpoint; None for a new run.
+        every: the number of steps from one checkpoint to the next.
+        terminal: where to show progress; standard error by default.
+        ranks: the processes of the run. Rank 0 writes the files, and all ranks stop after the same step.
     """
 
     def __init__(
@@ -59,12 +74,12 @@ class Run:
         ranks: Alone | Ranks = ALONE,
     ) -> None:
         state = state or State({}, [], {})
-        self.folder, self.save, self.every, self.terminal = folder, save, every, terminal or sys.stderr
+        self.folder, self.save, self.every, self.ranks = folder, save, every, ranks
         self.done, self.random, self.measured = dict(state.done), state.random, dict(state.measured)
         self.stopping = self.stopped = False
-        self.ranks = ranks
-        self._metrics, self.history = (seen if ranks.rank else taken)(folder, sum(self.done.values()))
+        self._metrics, self.history = (read_metrics if ranks.rank else open_metrics)(folder, sum(self.done.values()))
         self.start = time.monotonic() - (self.history[-1]["seconds"] if self.history else 0)
+        self.display = display_on(terminal or sys.stderr)
 
     def __enter__(self) -> Run:
         self._handler = signal.signal(signal.SIGINT, self._stop)
@@ -72,6 +87,7 @@ class Run:
 
     def __exit__(self, *error: object) -> None:
         signal.signal(signal.SIGINT, self._handler)
+        self.display.close()
         self._metrics.close()
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
@@ -81,17 +97,19 @@ class Run:
         self.say("stopping after this step; Ctrl-C again stops at once")
 
     def steps(self, phase: str, count: int, rng: Random) -> Iterator[int]:
-        """The steps of a phase that are not done yet, of 0 to count − 1, as long as nobody asks to stop.
+        """Yield the steps of a phase that are not done yet, of 0 to ``count`` − 1, until a stop is requested.
 
-        ``rng`` is what the steps draw from: it goes on where the last checkpoint left it.
+        A resumed phase restores ``rng``, which draws the batches, to its state in the last checkpoint.
         """
         first = self.done.get(phase, 0)
         if 0 < first < count:
-            restore(rng, self.random)
-        self.phase, self.count, self.first, self.phase_start = phase, count, first, time.monotonic()
+            restore_rng(rng, self.random)
+        if first < count:
+            self.display.begin_phase(phase, first, count)
+        self.phase = phase
         for step in range(first, count):
             if any(self.ranks.ask(self.ranks.gather, self.stopping)):
-                # Once: what a recipe measures on its way out of a stopped run is no part of its state.
+                # Save once: measurements that the recipe makes on its way out are not part of the stopped state.
                 if not self.stopped:
                     self.checkpoint()
                 self.stopped = True
@@ -102,23 +120,23 @@ class Run:
                 self.checkpoint()
 
     def once(self, name: str, measure: Callable[[], Any]) -> Any:
-        """What ``measure`` gave the first time, something that JSON can hold; a resumed run remembers it."""
+        """Return ``measure()``, a value that JSON can hold. A resumed run returns the value of the first time."""
         if name not in self.measured:
             self.measured[name] = measure()
         return self.measured[name]
 
     def checkpoint(self) -> None:
-        """The rows so far to the disk, then the state that counts on them."""
+        """Flush the metrics to the disk, then save the state that counts on them."""
         os.fsync(self._metrics.fileno())
         self.save(State(dict(self.done), self.random, dict(self.measured)))
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One line of ``metrics.jsonl``, and the bar."""
+        """Append a row to ``metrics.jsonl`` and show it."""
         row = {"phase": self.phase, "step": step + 1, "seconds": round(self.seconds, 3), **metrics}
         self.history.append(row)
         self._metrics.write(json.dumps(row).encode() + b"\n")
         self._metrics.flush()
-        self.show(step + 1, metrics)
+        self.display.show_step(step + 1, metrics)
 
     @property
     def steps_done(self) -> int:
@@ -126,43 +144,49 @@ class Run:
 
     @property
     def seconds(self) -> float:
-        """Since the start; of a resumed run, without the time between."""
+        """The time spent on the run. The time between a stop and a resumption does not count."""
         return time.monotonic() - self.start
 
-    def show(self, done: int, metrics: Mapping[str, float]) -> None:
-        """A bar that is redrawn on a terminal; elsewhere a line for every tenth of the way."""
-        live = self.terminal.isatty()
-        if not live and done * 10 // self.count == (done - 1) * 10 // self.count:
-            return
-        left = (time.monotonic() - self.phase_start) / (done - self.first) * (self.count - done)
-        bar = ("#" * (20 * done // self.count)).ljust(20, ".")
-        shown = "  ".join(f"{name} {metrics[name]:.3f}" for name in ("loss", "reward", "accuracy") if name in metrics)
-        line = f"{self.phase:>8} [{bar}] {done}/{self.count}  {shown}  {left:.0f} s left"
-        end = "\n" if done == self.count or not live else ""
-        print(("\r" + line.ljust(100) if live else line), end=end, file=self.terminal, flush=True)
-
     def say(self, text: str) -> None:
-        print(text, file=self.terminal, flush=True)
+        """Write a line to the terminal."""
+        self.display.say(text)
 
 
-def begin(folder: Path, config: Mapping[str, Any]) -> None:
-    """The folder of a new run, with its ``config.json``; where there is a run already, nothing is overwritten."""
+def restore_rng(rng: Random, state: list[Any]) -> None:
+    """Restore a generator to a state that has been JSON."""
+    version, internal, gauss = state
+    rng.setstate((version, tuple(internal), gauss))
+
+
+# The folder
+
+
+def create_run(folder: Path, config: Mapping[str, Any]) -> None:
+    """Create the folder of a new run and write its ``config.json``.
+
+    Raises:
+        LossInputError: if the folder holds another run, or cannot be written.
+    """
     try:
         if folder.exists() and (not folder.is_dir() or FILES & {path.name for path in folder.iterdir()}):
             got = f"{folder}, which holds another run or is a file"
-            fix = "Choose another: nothing is overwritten. --resume goes on with a run."
+            fix = "Choose another: nothing is overwritten. --resume continues a run."
             raise LossInputError("--out", "a new or empty folder", got, fix)
         folder.mkdir(parents=True, exist_ok=True)
-        write(folder / CONFIG, config)
+        write_json(folder / CONFIG, config)
     except OSError as error:
         raise LossInputError("--out", "a folder to write in", f"{folder} ({error})", "Choose another.") from None
 
 
-def begun(folder: Path) -> dict[str, Any]:
-    """The config of a run."""
+def load_config(folder: Path) -> dict[str, Any]:
+    """Return the config of an earlier run.
+
+    Raises:
+        LossInputError: if the folder holds no run, or its config is damaged.
+    """
     if not (folder / CONFIG).is_file():
         got = f"{folder}, which {'has no config.json' if folder.is_dir() else 'is no folder'}"
-        raise LossInputError("--resume", "the folder of a run", got, "It is what --out named.")
+        raise LossInputError("--resume", "the folder of a run", got, "Pass the folder that --out named.")
     try:
         config: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         if all(isinstance(config[key], dict) for key in ("options", "model", "sha256", "versions")):
@@ -173,18 +197,34 @@ def begun(folder: Path) -> dict[str, Any]:
     raise LossInputError("--resume", "the config of a run", got, "Start a new run.")
 
 
-def write(path: Path, content: Mapping[str, Any]) -> None:
-    """JSON, whole or not at all."""
+def is_finished(folder: Path) -> bool:
+    """Whether the run has come to its end, with all of its steps."""
+    try:
+        return json.loads((folder / RESULT).read_text())["stopped_early"] is False
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write JSON to a file, completely or not at all."""
     with checkpoint.replacing(path) as file:
         file.write(json.dumps(content, indent=1).encode() + b"\n")
 
 
-def taken(folder: Path, count: int) -> tuple[IO[bytes], list[dict[str, Any]]]:
-    """The metrics of a run that is ours alone from here on, with so many rows; what a killed save left is swept."""
+def open_metrics(folder: Path, count: int) -> tuple[IO[bytes], list[dict[str, Any]]]:
+    """Lock the metrics of a run, cut them to their first ``count`` rows, and return the file and the rows.
+
+    A killed run has more rows than its checkpoint knows. Files that a killed save left half written are deleted.
+
+    Raises:
+        LossInputError: if another process has the lock, or there are fewer rows.
+    """
     metrics = (folder / METRICS).open("ab+")
     try:
         lock(metrics, folder)
-        history = cut(metrics, count)
+        metrics.seek(0)
+        history = read_rows(metrics, count)
+        metrics.truncate(metrics.tell())
     except LossInputError:
         metrics.close()
         raise
@@ -193,16 +233,16 @@ def taken(folder: Path, count: int) -> tuple[IO[bytes], list[dict[str, Any]]]:
     return metrics, history
 
 
-def seen(folder: Path, count: int) -> tuple[IO[bytes], list[dict[str, Any]]]:
-    """The same for a rank that writes nowhere: the rows are those of rank 0."""
+def read_metrics(folder: Path, count: int) -> tuple[IO[bytes], list[dict[str, Any]]]:
+    """Return the first ``count`` rows of rank 0, and a temporary file in which another rank writes its own."""
     if count == 0:
         return TemporaryFile(), []
     with (folder / METRICS).open("rb") as metrics:
-        return TemporaryFile(), read(metrics, count)
+        return TemporaryFile(), read_rows(metrics, count)
 
 
 def lock(metrics: IO[bytes], folder: Path) -> None:
-    """Two processes would write into each other's run; the lock goes with the process, however it ends."""
+    """Keep other processes from writing to the run. The lock ends with the process, even if it is killed."""
     if sys.platform == "win32":
         return
     try:
@@ -212,31 +252,11 @@ def lock(metrics: IO[bytes], folder: Path) -> None:
         raise LossInputError("--resume", "a run that has ended", got, "Wait for it, or stop it.") from None
 
 
-def cut(metrics: IO[bytes], count: int) -> list[dict[str, Any]]:
-    """The first rows, which become the only ones: a killed run has more of them than its checkpoint knows."""
-    metrics.seek(0)
-    history = read(metrics, count)
-    metrics.truncate(metrics.tell())
-    return history
-
-
-def read(metrics: IO[bytes], count: int) -> list[dict[str, Any]]:
-    """The next rows."""
+def read_rows(metrics: IO[bytes], count: int) -> list[dict[str, Any]]:
+    """Read the next ``count`` rows of a file of metrics."""
     try:
         rows = [json.loads(metrics.readline()) for _ in range(count)]
         return [{**row, "seconds": float(row["seconds"])} for row in rows]
     except (ValueError, KeyError, TypeError):
         got = f"{metrics.name}, which is damaged"
         raise LossInputError("--resume", f"{count} rows of metrics", got, "Start a new run.") from None
-
-
-def restore(rng: Random, state: list[Any]) -> None:
-    version, internal, gauss = state
-    rng.setstate((version, tuple(internal), gauss))
-
-
-def table(rows: list[tuple[str, ...]]) -> str:
-    """Rows in columns, the first row as the head."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = ["  ".join([row[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(row[1:], widths[1:])]) for row in rows]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])

@@ -1,6 +1,6 @@
-"""What there is to learn: examples to train on and examples held out, built in or from a JSONL file.
+"""Tasks: examples to train on and held-out examples, built in or from a JSONL file.
 
-Built in is only what every machine has: the documentation that comes with CPython, and arithmetic.
+The built-in tasks need no download. They use the documentation that comes with CPython, and arithmetic.
 """
 
 from __future__ import annotations
@@ -20,9 +20,8 @@ TOKENIZER = ByteTokenizer()
 END = [TOKENIZER.eos_token_id]
 """Ends a completion, and starts a text that has no prompt."""
 
-
-HELD_OUT = 400
-"""Held-out examples, where there are that many; passages of text are longer and half as many do."""
+MAX_HELD_OUT = 400
+"""The number of held-out examples, if there are that many. Passages are longer, so half as many are enough."""
 
 
 class Demonstration(NamedTuple):
@@ -46,7 +45,7 @@ T = TypeVar("T", Demonstration, Preference, Problem)
 
 @dataclass(frozen=True)
 class Task(Generic[T]):
-    """``draw(rng, n)`` gives n training examples; ``held_out`` shares none with them."""
+    """A task. ``draw(rng, n)`` returns n training examples; none of them is in ``held_out``."""
 
     name: str
     draw: Callable[[Random, int], list[T]]
@@ -57,15 +56,18 @@ class Task(Generic[T]):
 
 
 def corpus() -> tuple[dict[str, list[int]], dict[str, list[int]]]:
-    """The topics to train on and the topics held out (one in six), as bytes.
+    """Return the training topics and the held-out topics (one in six), as tokens by name.
 
-    Topics quote one another at length: a paragraph of a held-out one is taken out of all the others.
+    Topics quote one another at length. The paragraphs of held-out topics are therefore removed from all others.
     """
     names = sorted(name for name, text in topics.items() if len(text) > 600)
     Random(0).shuffle(names)
     held_out = names[: len(names) // 6]
-    known = {words(p) for name in held_out for p in paragraphs(topics[name])}
-    texts = {n: "\n\n".join(p for p in paragraphs(topics[n]) if words(p) not in known) for n in names[len(held_out) :]}
+    reserved = {normalized(p) for name in held_out for p in paragraphs(topics[name])}
+    texts = {
+        name: "\n\n".join(p for p in paragraphs(topics[name]) if normalized(p) not in reserved)
+        for name in names[len(held_out) :]
+    }
     train = {name: TOKENIZER.encode(text) for name, text in texts.items() if len(text) > 600}
     return train, {name: TOKENIZER.encode(topics[name]) for name in held_out}
 
@@ -74,44 +76,41 @@ def paragraphs(text: str) -> list[str]:
     return text.split("\n\n")
 
 
-def words(paragraph: str) -> str:
+def normalized(paragraph: str) -> str:
     """The paragraph without its indentation and line breaks."""
     return " ".join(paragraph.split())
 
 
-def english(length: int = 128) -> Task[Demonstration]:
-    """Passages of CPython's documentation, to be learned byte by byte."""
+def documentation(length: int = 128) -> Task[Demonstration]:
+    """Predict passages of CPython's documentation, byte by byte."""
     train, held_out = corpus()
 
     def draw(rng: Random, n: int) -> list[Demonstration]:
         return [Demonstration(END, passage(rng, train, length)) for _ in range(n)]
 
     rng = Random(1)
-    return Task(
-        "CPython's documentation",
-        draw,
-        [Demonstration(END, passage(rng, held_out, length)) for _ in range(HELD_OUT // 2)],
-    )
+    examples = [Demonstration(END, passage(rng, held_out, length)) for _ in range(MAX_HELD_OUT // 2)]
+    return Task("CPython's documentation", draw, examples)
 
 
 def passage(rng: Random, texts: dict[str, list[int]], length: int) -> list[int]:
-    """A stretch of one text, texts drawn by their length."""
+    """Draw a passage of one text. A text is drawn with a probability proportional to its length."""
     text = rng.choices(list(texts.values()), weights=[len(text) for text in texts.values()])[0]
     start = rng.randrange(len(text) - length)
     return text[start : start + length]
 
 
 def continuations(prompt: int = 16, length: int = 6) -> Task[Preference]:
-    """A prompt cut inside a word, its true continuation, and one from inside a word of another topic."""
+    """Prefer the true continuation of a prompt that ends inside a word to one from another topic."""
     train, held_out = corpus()
-    cuts = {name: within_words(text, prompt, length) for name, text in (train | held_out).items()}
+    splits = {name: splits_of_words(text, prompt, length) for name, text in (train | held_out).items()}
 
     def pair(rng: Random, texts: dict[str, list[int]]) -> Preference:
-        names, weights = list(texts), [len(cuts[name]) for name in texts]
+        names, weights = list(texts), [len(splits[name]) for name in texts]
         here = there = rng.choices(names, weights)[0]
         while there == here:
             there = rng.choices(names, weights)[0]
-        i, j = rng.choice(cuts[here]), rng.choice(cuts[there])
+        i, j = rng.choice(splits[here]), rng.choice(splits[there])
         own, other = texts[here], texts[there]
         return Preference([*END, *own[i - prompt : i]], own[i : i + length], other[j : j + length])
 
@@ -119,57 +118,65 @@ def continuations(prompt: int = 16, length: int = 6) -> Task[Preference]:
         return [pair(rng, train) for _ in range(n)]
 
     rng = Random(1)
-    return Task("true continuations in CPython's documentation", draw, [pair(rng, held_out) for _ in range(HELD_OUT)])
+    examples = [pair(rng, held_out) for _ in range(MAX_HELD_OUT)]
+    return Task("true continuations in CPython's documentation", draw, examples)
 
 
-def whole_texts(task: Task[Preference]) -> Task[Preference]:
-    """The same pairs with the prompt as the beginning of both sides: learned too, where it is chosen."""
+def splits_of_words(text: Sequence[int], before: int, after: int) -> list[int]:
+    """Return the positions i that split a word after its second letter or later.
 
-    def whole(e: Preference) -> Preference:
-        begin = e.prompt[len(END) :]
-        return Preference(END, begin + e.chosen, begin + e.rejected)
-
-    return Task(task.name, lambda rng, n: [whole(e) for e in task.draw(rng, n)], [whole(e) for e in task.held_out])
-
-
-def within_words(text: Sequence[int], before: int, after: int) -> list[int]:
-    """Positions between two letters, the second letter of a word at least, with room on both sides."""
+    There are at least ``before`` tokens before i, and ``after`` tokens from i on.
+    """
     letter = [ord("a") <= byte <= ord("z") for byte in text]
     return [i for i in range(before, len(text) - after) if letter[i - 2] and letter[i - 1] and letter[i]]
+
+
+def with_prompts_trained(task: Task[Preference]) -> Task[Preference]:
+    """Move the prompts into both sides of the pairs, so that the prompt of a chosen text is trained too."""
+
+    def joined(e: Preference) -> Preference:
+        prompt = e.prompt[len(END) :]
+        return Preference(END, prompt + e.chosen, prompt + e.rejected)
+
+    return Task(task.name, lambda rng, n: [joined(e) for e in task.draw(rng, n)], [joined(e) for e in task.held_out])
 
 
 # Arithmetic: held-out problems are never trained on
 
 
 def arithmetic() -> Task[Problem]:
-    """Sums of a number of two digits and one of one digit: "47+8=" -> "55"."""
+    """Add a number of one digit to a number of two digits: "47+8=" -> "55"."""
     problems = [(a, b) for a in range(10, 100) for b in range(1, 10)]
     Random(0).shuffle(problems)
     examples = [Problem(TOKENIZER.encode(f"{a}+{b}="), str(a + b)) for a, b in problems]
     held_out, train = examples[:200], examples[200:]
-    return Task("sums", lambda rng, n: rng.sample(train, min(n, len(train))), held_out[:HELD_OUT])
+    return Task("sums", lambda rng, n: rng.sample(train, min(n, len(train))), held_out[:MAX_HELD_OUT])
 
 
-def careless(problem: Problem, rng: Random, slips: float = 0.6) -> Demonstration:
-    """A demonstration that is off by 1 or by 10 in six cases of ten: what reinforcement learning has to mend."""
+def noisy_demonstration(problem: Problem, rng: Random, error_rate: float = 0.6) -> Demonstration:
+    """A demonstration whose answer is off by 1 or 10 in six cases of ten: reinforcement learning has to correct it."""
     answer = int(problem.answer)
-    if rng.random() < slips:
+    if rng.random() < error_rate:
         answer += rng.choice([d for d in (-10, -1, 1, 10) if answer + d >= 0])
     return Demonstration(problem.prompt, TOKENIZER.encode(str(answer)) + END)
 
 
-def correct(problem: Problem, rng: Random) -> Demonstration:
+def correct_demonstration(problem: Problem, rng: Random) -> Demonstration:
     return Demonstration(problem.prompt, TOKENIZER.encode(problem.answer) + END)
 
 
-# One's own data
+# Rows of a JSONL file
 
 
-def read(path: str | Path, keys: Sequence[str]) -> list[dict[str, str]]:
-    """The rows of a JSONL file, each with text under every one of the keys; an error names the line."""
+def read_rows(path: str | Path, keys: Sequence[str]) -> list[dict[str, str]]:
+    """Read a JSONL file whose rows have text under every one of the keys.
+
+    Raises:
+        LossInputError: with the line that does not fit, or if there are fewer than two rows.
+    """
     rows = []
     try:
-        # Not splitlines: JSON may hold other line separators than the newline as they are.
+        # Not splitlines: a JSON string may contain line separators other than the newline.
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise LossInputError("--data", "a JSONL file", f"{path} ({error})", "One JSON object a line.") from None
@@ -191,13 +198,17 @@ def read(path: str | Path, keys: Sequence[str]) -> list[dict[str, str]]:
     return rows
 
 
-def own(name: str, examples: list[T], seed: int) -> Task[T]:
-    """One in ten of the different examples held out (at least one, at most ``HELD_OUT``), the rest to train on."""
+def split_task(name: str, examples: list[T], seed: int) -> Task[T]:
+    """Hold out one in ten of the different examples (at least one, at most ``MAX_HELD_OUT``), and train on the rest.
+
+    Raises:
+        LossInputError: if all examples are equal.
+    """
     examples = list({repr(example): example for example in examples}.values())
     if len(examples) < 2:
         raise LossInputError("--data", "at least 2 different rows", "1", "One in ten is held out.")
     Random(seed).shuffle(examples)
-    size = min(HELD_OUT, max(1, len(examples) // 10))
+    size = min(MAX_HELD_OUT, max(1, len(examples) // 10))
     held_out, train = examples[:size], examples[size:]
 
     def draw(rng: Random, n: int) -> list[T]:
@@ -206,25 +217,25 @@ def own(name: str, examples: list[T], seed: int) -> Task[T]:
     return Task(name, draw, held_out)
 
 
-def own_demonstrations(path: str, seed: int) -> Task[Demonstration]:
-    """``{"prompt", "completion"}``"""
-    rows = read(path, ("prompt", "completion"))
+def load_demonstrations(path: str, seed: int) -> Task[Demonstration]:
+    """Load rows ``{"prompt", "completion"}``."""
+    rows = read_rows(path, ("prompt", "completion"))
     encode = TOKENIZER.encode
     examples = [Demonstration(encode(r["prompt"]) or END, encode(r["completion"]) + END) for r in rows]
-    return own(path, examples, seed)
+    return split_task(path, examples, seed)
 
 
-def own_preferences(path: str, seed: int) -> Task[Preference]:
-    """``{"prompt", "chosen", "rejected"}``"""
-    rows = read(path, ("prompt", "chosen", "rejected"))
+def load_preferences(path: str, seed: int) -> Task[Preference]:
+    """Load rows ``{"prompt", "chosen", "rejected"}``."""
+    rows = read_rows(path, ("prompt", "chosen", "rejected"))
     encode = TOKENIZER.encode
     examples = [
         Preference(encode(r["prompt"]) or END, encode(r["chosen"]) + END, encode(r["rejected"]) + END) for r in rows
     ]
-    return own(path, examples, seed)
+    return split_task(path, examples, seed)
 
 
-def own_problems(path: str, seed: int) -> Task[Problem]:
-    """``{"prompt", "answer"}``; the reward is 1 for exactly the answer."""
-    rows = read(path, ("prompt", "answer"))
-    return own(path, [Problem(TOKENIZER.encode(r["prompt"]) or END, r["answer"]) for r in rows], seed)
+def load_problems(path: str, seed: int) -> Task[Problem]:
+    """Load rows ``{"prompt", "answer"}``. The reward is 1 for exactly the answer, and 0 for anything else."""
+    rows = read_rows(path, ("prompt", "answer"))
+    return split_task(path, [Problem(TOKENIZER.encode(r["prompt"]) or END, r["answer"]) for r in rows], seed)

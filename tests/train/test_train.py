@@ -1,8 +1,10 @@
-"""The pieces of ``lossfns train``: tasks, rewards, schedules, the bar and the table."""
+"""The pieces of ``lossfns train``: tasks, rewards, schedules, what the terminal shows."""
 
 import io
 import json
 import math
+import re
+import sys
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -12,8 +14,10 @@ import pytest
 from lossfns import LossInputError
 from lossfns.backend import ByteTokenizer, Decoder, LocalTrainingClient
 from lossfns.train import methods, tasks
+from lossfns.train.command import print_outcome
 from lossfns.train.plots import running_mean
-from lossfns.train.run import Run, State, table
+from lossfns.train.recipes import Outcome
+from lossfns.train.run import Run, State
 
 TEXT = ByteTokenizer()
 
@@ -30,7 +34,7 @@ def test_held_out_problems_are_never_drawn_and_answers_are_right() -> None:
 
 def test_careless_demonstrations_slip_six_times_in_ten() -> None:
     problem, rng = tasks.arithmetic().held_out[0], Random(0)
-    shown = [TEXT.decode(tasks.careless(problem, rng).completion) for _ in range(2000)]
+    shown = [TEXT.decode(tasks.noisy_demonstration(problem, rng).completion) for _ in range(2000)]
     right = sum(answer == problem.answer for answer in shown) / 2000
     assert right == pytest.approx(0.4, abs=0.04)
     assert {abs(int(answer) - int(problem.answer)) for answer in shown} == {0, 1, 10}
@@ -39,9 +43,9 @@ def test_careless_demonstrations_slip_six_times_in_ten() -> None:
 def test_topics_are_held_out_whole() -> None:
     train, held_out = tasks.corpus()
     assert not train.keys() & held_out.keys() and len(held_out) > 8
-    everything = " ".join(tasks.words(TEXT.decode(text)) for text in train.values())
-    for example in tasks.english().held_out:
-        assert tasks.words(TEXT.decode(example.completion)) not in everything
+    everything = " ".join(tasks.normalized(TEXT.decode(text)) for text in train.values())
+    for example in tasks.documentation().held_out:
+        assert tasks.normalized(TEXT.decode(example.completion)) not in everything
 
 
 def test_a_true_continuation_continues_and_the_other_comes_from_elsewhere() -> None:
@@ -60,43 +64,98 @@ def test_rewards_are_for_exactly_the_answer(tmp_path: Path) -> None:
     shape: dict[str, Any] = {"vocab_size": 257, "dim": 16, "layers": 1, "heads": 1, "kv_heads": 1, "hidden": 16}
     client = LocalTrainingClient(Decoder(**shape), tokenizer=TEXT, device="cpu")
     problem = tasks.Problem([50, 61], "x")
-    (_, tokens, _, right), *_ = methods.attempts(client, [problem], 1, 4, seed=0, temperature=0)
+    (_, tokens, _, right), *_ = methods.sample_answers(client, [problem], 1, 4, seed=0, temperature=0)
     assert right is (tokens == [*TEXT.encode("x"), 256])
     draw = lambda rng, n: [tasks.Demonstration(problem.prompt, [120, 256])] * n  # noqa: E731
     rate = methods.constant(3e-2)
     with Run(tmp_path, terminal=io.StringIO()) as run:
-        methods.supervised(run, client, draw, phase="warm-up", steps=60, batch=4, learning_rate=rate, seed=0)
-    assert methods.reward(client, [problem], 4) > 0.9
-    assert methods.reward(client, [tasks.Problem([50, 61], "xx")], 4) < 0.1
+        methods.train_supervised(run, client, draw, phase="warm-up", steps=60, batch=4, learning_rate=rate, seed=0)
+    assert methods.mean_reward(client, [problem], 4) > 0.9
+    assert methods.mean_reward(client, [tasks.Problem([50, 61], "xx")], 4) < 0.1
 
 
 def test_accuracy_counts_a_tie_half() -> None:
-    assert methods.accuracy([1.0, -2.0, 0.0, 3.0]) == 2.5 / 4
+    assert methods.share_positive([1.0, -2.0, 0.0, 3.0]) == 2.5 / 4
 
 
 def test_schedules() -> None:
-    cosine, falling, constant = methods.cosine(2.0, 100, 10), methods.falling(2.0, 100), methods.constant(2.0, 4)
+    cosine, decay, constant = methods.cosine(2.0, 100, 10), methods.linear_decay(2.0, 100), methods.constant(2.0, 4)
     assert [constant(s) for s in (0, 1, 3, 50)] == [0.5, 1.0, 2.0, 2.0]
     assert cosine(0) == 0.2 and cosine(9) == 2.0
     assert cosine(55) == pytest.approx(2 * (0.1 + 0.45)) and cosine(100) == pytest.approx(0.2)
-    assert falling(4) == pytest.approx(2 * (1 - 0.036)) and falling(99) == pytest.approx(2 * (1 - 0.891))
+    assert decay(4) == pytest.approx(2 * (1 - 0.036)) and decay(99) == pytest.approx(2 * (1 - 0.891))
 
 
-def test_the_bar_is_redrawn_on_a_terminal_and_sparse_elsewhere(tmp_path: Path) -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
 
-    def shown(stream: io.StringIO) -> str:
-        (folder := tmp_path / type(stream).__name__).mkdir()
-        with Run(folder, terminal=stream) as run:
-            for step in run.steps("sft", 30, Random(0)):
-                run.log(step, {"loss": 1.0, "reward": 0.5})
-        return stream.getvalue()
 
-    live, quiet = shown(Terminal()), shown(io.StringIO())
-    assert live.count("\r") == 30 and live.count("\n") == 1 and "30/30" in live
-    assert quiet.count("\n") == 10 and "\r" not in quiet and "loss 1.000  reward 0.500" in quiet
+def shown(stream: io.StringIO, folder: Path) -> str:
+    """What a run of two phases and a remark writes to a stream."""
+    folder.mkdir()
+    with Run(folder, terminal=stream) as run:
+        for phase, count in (("warm-up", 3), ("sft", 30)):
+            for step in run.steps(phase, count, Random(0)):
+                run.log(step, {"loss": 1.0, "reward": 0.5, "grad_norm": 2.0})
+        run.say("[b]done[/b]")
+    return stream.getvalue()
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
+    """A terminal of 80 columns, whatever that of the tests is."""
+    for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "80")
+    return Terminal()
+
+
+def test_a_terminal_gets_a_bar_for_each_phase(terminal: Terminal, tmp_path: Path) -> None:
+    text = shown(terminal, tmp_path / "run")
+    assert re.search(r"\x1b\[[\d;]*m", text) and re.search(r"\x1b\[\d+A", text)  # colours, and the cursor goes up
+    last = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", text).splitlines()[-3:]
+    assert any("warm-up" in line and "3/3" in line for line in last)
+    assert any("sft" in line and "30/30" in line and "loss 1.000  reward 0.500" in line for line in last)
+    assert "[b]done[/b]" in text and all(len(line) <= 80 for line in last)
+
+
+def test_no_color_is_respected(terminal: Terminal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert not re.search(r"\x1b\[(\d+;)*(3|4|9|10)\d[;m]", shown(terminal, tmp_path / "run"))
+
+
+@pytest.mark.parametrize("case", ["no terminal", "a dumb terminal", "no rich"])
+def test_all_else_gets_a_line_for_each_tenth(
+    terminal: Terminal, case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if case == "a dumb terminal":
+        monkeypatch.setenv("TERM", "dumb")
+    if case == "no rich":
+        monkeypatch.setitem(sys.modules, "rich.console", None)
+    text = shown(io.StringIO() if case == "no terminal" else terminal, tmp_path / "run")
+    lines = text.splitlines()
+    assert "\x1b" not in text and "\r" not in text and len(lines) == 3 + 10 + 1
+    assert re.fullmatch(r"     sft 15/30  loss 1\.000  reward 0\.500  0:00:0\d left", lines[3 + 4])
+    assert lines[-1] == "[b]done[/b]"
+
+
+@pytest.mark.parametrize("live", [True, False])
+def test_the_outcome_is_a_table_on_a_terminal_and_a_line_elsewhere(
+    live: bool, terminal: Terminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = terminal if live else io.StringIO()
+    monkeypatch.setattr(sys, "stdout", stream)
+    print_outcome(Outcome("reward", "held-out reward", 0.25, 0.875))
+    text = re.sub(r"\x1b\[[\d;]*m", "", stream.getvalue())
+    if live:
+        assert [line.split() for line in text.splitlines() if line.strip(" ─")] == [
+            ["before", "after", "change"],
+            ["held-out", "reward", "0.250", "0.875", "+0.625"],
+        ]
+    else:
+        assert text == "held-out reward: 0.250 before, 0.875 after (+0.625)\n"
 
 
 def test_a_stop_ends_the_steps_after_the_one_in_hand(tmp_path: Path) -> None:
@@ -177,14 +236,6 @@ def test_two_processes_cannot_have_one_run(tmp_path: Path) -> None:
         Run(tmp_path)
     with Run(tmp_path):
         pass
-
-
-def test_table_lines_up() -> None:
-    assert table([("", "before", "after"), ("reward", "0.5", "0.75")]).splitlines() == [
-        "        before  after",
-        "---------------------",
-        "reward     0.5   0.75",
-    ]
 
 
 def test_running_mean_is_centred() -> None:

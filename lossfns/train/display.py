@@ -1,0 +1,87 @@
+"""The progress of a run on the terminal: live bars where a person watches, else a line for each tenth of a phase."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import TYPE_CHECKING, TextIO
+
+from lossfns.terminal import console_on
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+SHOWN = ("loss", "reward", "accuracy")
+"""The metrics to show, of those that a method has."""
+
+
+def display_on(stream: TextIO) -> PlainDisplay:
+    """Return the live display for a terminal, the plain one for all else or where rich is not installed."""
+    console = console_on(stream)
+    return PlainDisplay(stream) if console is None else LiveDisplay(stream, console)
+
+
+class PlainDisplay:
+    """Progress as lines of text."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def begin_phase(self, phase: str, first: int, count: int) -> None:
+        """Start a phase of ``count`` steps, of which ``first`` are done."""
+        self.phase, self.first, self.count, self.start = phase, first, count, time.monotonic()
+
+    def show_step(self, done: int, metrics: Mapping[str, float]) -> None:
+        """Show that ``done`` steps of the phase are done, and the metrics of the last one."""
+        if done * 10 // self.count > (done - 1) * 10 // self.count:
+            self.say(f"{self.phase:>8} {done}/{self.count}  {shown(metrics)}  {self.time_left(done)}")
+
+    def say(self, text: str) -> None:
+        """Write a line."""
+        print(text, file=self.stream, flush=True)
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+
+    def time_left(self, done: int) -> str:
+        """The time that the rest of the phase will take at its mean speed; at its end the time that it took."""
+        spent = time.monotonic() - self.start
+        if done == self.count:
+            return f"in {clock(spent)}"
+        return f"{clock(spent / (done - self.first) * (self.count - done))} left"
+
+
+class LiveDisplay(PlainDisplay):
+    """Progress as a bar for each phase, redrawn in place."""
+
+    def __init__(self, stream: TextIO, console: Console) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+        super().__init__(stream)
+        texts = [TextColumn("{task.fields[metrics]}", markup=False), TextColumn("{task.fields[left]}", markup=False)]
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), *texts)
+        self.progress = Progress(*columns, console=console, refresh_per_second=4)
+
+    def begin_phase(self, phase: str, first: int, count: int) -> None:
+        super().begin_phase(phase, first, count)
+        self.task = self.progress.add_task(phase, total=count, completed=first, metrics="", left="")
+        self.progress.start()
+
+    def show_step(self, done: int, metrics: Mapping[str, float]) -> None:
+        self.progress.update(self.task, completed=done, metrics=shown(metrics), left=self.time_left(done))
+
+    def say(self, text: str) -> None:
+        self.progress.console.print(text)
+
+    def close(self) -> None:
+        self.progress.stop()
+
+
+def shown(metrics: Mapping[str, float]) -> str:
+    return "  ".join(f"{name} {metrics[name]:.3f}" for name in SHOWN if name in metrics)
+
+
+def clock(seconds: float) -> str:
+    """A time as h:mm:ss."""
+    return str(timedelta(seconds=round(seconds)))

@@ -1,0 +1,71 @@
+"""The options of a run: one record, from the command line or from the ``config.json`` of an earlier run."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from lossfns.errors import LossInputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The options of ``lossfns train``. ``None`` stands for an option that was not given.
+
+    Attributes:
+        method: name of the method, such as ``"grpo"``.
+        data: path of a JSONL file to train on; ``None`` for the built-in data.
+        out: path of the run folder; ``None`` for ``runs/METHOD-TIME``.
+        init: path of a checkpoint to start from.
+        device: device to train on, such as ``"auto"`` or ``"cuda:1"``.
+        threads: CPU threads.
+        seed: seed of the model, the batches and the samples.
+        steps: steps of the method.
+        warmup_steps: supervised steps before the method; 0 for none.
+        batch: examples, pairs or problems in a step.
+        lr: learning rate.
+        group: samples of each problem; 0 for a method that does not sample.
+        updates: optimizer steps for each round of samples; 0 for a method that does not sample.
+        max_tokens: most tokens of a sample; ``None`` for the length of the longest answer.
+        save_every: steps from one checkpoint to the next.
+    """
+
+    method: str
+    data: str | None = None
+    out: str | None = None
+    init: str | None = None
+    device: str = "auto"
+    threads: int = 1
+    seed: int = 0
+    steps: int
+    warmup_steps: int = 0
+    batch: int
+    lr: float
+    group: int = 0
+    updates: int = 0
+    max_tokens: int | None = None
+    save_every: int = 20
+
+
+def check_option(name: str, value: Any) -> None:
+    """Refuse a value that has the wrong type or is out of range.
+
+    Raises:
+        LossInputError: with the flag of the option.
+    """
+    if name in ("method", "data", "out", "init", "device"):
+        expected, accepted = "text", isinstance(value, str)
+    elif name == "lr":
+        expected, accepted = "a finite number above 0", type(value) in (int, float) and 0 < value < math.inf
+    else:
+        smallest = 0 if name in ("seed", "warmup_steps") else 1
+        expected = f"a whole number of at least {smallest}"
+        accepted = type(value) is int and smallest <= value < 2**63
+    if not accepted:
+        raise LossInputError(flag(name), expected, repr(value), "See lossfns train --help.")
+
+
+def flag(name: str) -> str:
+    """The flag of an option on the command line."""
+    return f"--{name.replace('_', '-')}"
