@@ -62,6 +62,7 @@ from lossfns.terms import k3 as k3
 from lossfns.tokens import ON_POLICY as ON_POLICY
 from lossfns.tokens import Rows as Rows
 from lossfns.tokens import Tokens as Tokens
+from lossfns.version import __version__ as __version__
 from lossfns.weigh import Weighing as Weighing
 from lossfns.weigh import datum_mean as datum_mean
 from lossfns.weigh import datum_sum as datum_sum
@@ -72,5 +73,3 @@ from lossfns.weigh import sequence_mean as sequence_mean
 from lossfns.weigh import sequence_sum_mean as sequence_sum_mean
 from lossfns.weigh import token_mean as token_mean
 from lossfns.weigh import token_sum as token_sum
-
-__version__ = "0.1.0"

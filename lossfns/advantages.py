@@ -1,4 +1,4 @@
-"""Rewards to advantages."""
+"""Advantages from rewards."""
 
 from __future__ import annotations
 
@@ -15,15 +15,19 @@ EPS = 1e-6
 
 
 def group_advantages(rewards: Any, groups: Sequence[Hashable], scale: str = "std") -> Tensor:
-    """(r − group mean) / (group std + 1e-6): advantages relative to the samples of the same prompt.
+    """(r − group mean) / (group std + 1e-6): advantages relative to the other samples of the same prompt.
 
     Args:
         rewards: ``[B]`` finite numbers.
-        groups: ``[B]`` labels; samples with equal labels are one group, in any order.
+        groups: ``[B]`` hashable labels. Samples with equal labels are one group, in any order.
         scale: ``"std"`` (ddof 1; GRPO, arXiv:2402.03300) or ``"none"`` (Dr. GRPO, arXiv:2503.20783).
 
-    Returns ``[B]`` float64. A group whose rewards are all equal gets exactly 0; so does a group of one,
-    with a warning. ``group_metrics`` counts both.
+    Returns:
+        ``[B]`` float64. A group whose rewards are all equal gets exactly 0. So does a group of one, with a warning.
+        ``group_metrics`` counts both.
+
+    Raises:
+        LossInputError: for rewards that are not finite numbers, or labels of another count.
 
     >>> group_advantages([1.0, 0.0, 5.0, 5.0], ["a", "a", "b", "b"], scale="none")
     tensor([ 0.5000, -0.5000,  0.0000,  0.0000], dtype=torch.float64)
@@ -40,7 +44,18 @@ def group_advantages(rewards: Any, groups: Sequence[Hashable], scale: str = "std
 
 
 def group_metrics(rewards: Any, groups: Sequence[Hashable]) -> dict[str, float]:
-    """How much signal the groups carry: mean reward, groups, and the shares that give none."""
+    """Measure how much signal groups of rewards carry.
+
+    Args:
+        rewards, groups: as for ``group_advantages``.
+
+    Returns:
+        ``reward``: mean reward. ``groups``: number of groups. ``groups_constant``: share of groups whose rewards are
+        all equal, and ``groups_of_one``: share of groups with one sample, both in [0, 1]. Neither has a gradient.
+
+    >>> group_metrics([1.0, 0.0, 5.0, 5.0], ["a", "a", "b", "b"])
+    {'reward': 2.75, 'groups': 2.0, 'groups_constant': 0.5, 'groups_of_one': 0.0}
+    """
     r, index, size = grouped(rewards, groups)
     return {
         "reward": float(r.mean()),
@@ -74,6 +89,7 @@ def grouped(rewards: Any, groups: Sequence[Hashable]) -> tuple[np.ndarray, np.nd
 
 
 def hashable(label: Any) -> bool:
+    """Whether a label can be a key of a dict."""
     try:
         hash(label)
     except TypeError:
@@ -82,7 +98,7 @@ def hashable(label: Any) -> bool:
 
 
 def constant(r: np.ndarray, index: np.ndarray, size: np.ndarray) -> np.ndarray:
-    """``[G]`` bool: groups whose rewards are all the same, by comparison and not by a rounded deviation."""
+    """``[G]`` bool: True where all rewards of a group are equal. A deviation would be rounded."""
     high, low = np.full(len(size), -np.inf), np.full(len(size), np.inf)
     np.maximum.at(high, index, r)
     np.minimum.at(low, index, r)

@@ -1,4 +1,4 @@
-"""What a knob of a preset accepts: one check for each knob name, the same wherever the name appears."""
+"""Checks of the knobs of presets: one check for each knob name, the same in every preset."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ from lossfns.errors import LossInputError, did_you_mean
 
 
 def is_real(value: Any) -> bool:
+    """Whether a value is a real number, and not a bool."""
     return isinstance(value, numbers.Real) and not isinstance(value, (bool, np.bool_))
 
 
 LARGEST = 1e30
-"""Beyond it a knob is a mistake, and its products overflow float32."""
+"""The largest float that a knob may be. Products of larger ones overflow float32."""
 
 
 def is_finite(value: Any) -> bool:
-    """Whether torch takes the number as it is: float32 holds it, and an integer has 64 bits."""
+    """Whether torch can hold the number: a float in float32, an integer in 64 bits."""
     return bool(abs(value) <= (2**62 if isinstance(value, int) else LARGEST))
 
 
 def number(name: str, value: Any, expected: str, accept: Callable[[float], bool], fix: str) -> None:
-    """Refuse what is not a finite number, or not one that ``accept`` takes."""
+    """Refuse a value that is not a finite number, or that ``accept`` returns False for."""
     if not (is_real(value) and is_finite(value) and accept(value)):
         raise LossInputError(name, expected, repr(value), fix)
 
@@ -45,7 +46,7 @@ def beta(name: str, value: Any) -> None:
 
 
 def clip(name: str, value: Any) -> None:
-    """Absolute bounds of the ratio, ``0 <= low <= 1 <= high``."""
+    """Refuse clip bounds other than absolute bounds of the ratio, ``0 <= low <= 1 <= high``."""
     expected = "ratio bounds (low, high) with 0 <= low <= 1 <= high"
     if not isinstance(value, (tuple, list)) or len(value) != 2 or not all(map(is_real, value)):
         raise LossInputError(name, expected, repr(value), "An epsilon of 0.2 is clip=(0.8, 1.2).")
@@ -74,12 +75,12 @@ def label_smoothing(name: str, value: Any) -> None:
 
 
 def function(*known: str) -> Callable[[str, Any], None]:
-    """A function, such as those of the known names, and not a name."""
+    """Make a check that refuses anything but a function; its hint names the ``known`` functions."""
 
     def check(name: str, value: Any) -> None:
         if not callable(value):
-            name_of_it = value if value in known else known[-1]
-            hint = f"{did_you_mean(str(value), known)} Write `from lossfns import {name_of_it}`."
+            suggested = value if value in known else known[-1]
+            hint = f"{did_you_mean(str(value), known)} Write `from lossfns import {suggested}`."
             raise LossInputError(name, f"a function such as {known[-1]}", repr(value), hint)
 
     return check

@@ -1,4 +1,4 @@
-"""The one error of the library, for everything a caller can hand in wrong."""
+"""The error and the warning of the library, both for a caller's input."""
 
 from __future__ import annotations
 
@@ -9,7 +9,13 @@ from difflib import get_close_matches
 
 
 class LossInputError(ValueError):
-    """An input a loss refuses: where it is, what was expected, what came, how to mend it.
+    """An input that is refused: where it is, what was expected, what came, and the fix.
+
+    Attributes:
+        field: the name of the argument, column or field.
+        expected, got, fix: the parts of the message.
+        datum: index of the datum in the batch, or None.
+        loss: name of the loss, or None.
 
     >>> print(LossInputError("weights", "12 values (the length of logprobs)", "11", "Shift once.", datum=2))
     datum[2].weights: expected 12 values (the length of logprobs), got 11. Shift once.
@@ -36,11 +42,11 @@ class LossInputError(ValueError):
 
 
 class LossWarning(UserWarning):
-    """An input that a loss accepts although it is more often a mistake than a wish."""
+    """A warning about an input that is accepted, but is usually a mistake."""
 
 
 def warn(message: str) -> None:
-    """A ``LossWarning`` that points at the caller's line, however deep in the library it arose."""
+    """Issue a ``LossWarning`` at the caller's line, however deep in the library the call is."""
     depth, frame = 1, inspect.currentframe()
     while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == __package__:
         depth, frame = depth + 1, frame.f_back
@@ -48,7 +54,7 @@ def warn(message: str) -> None:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """A hint for a name that is not known: the nearest one that is, else all of them."""
+    """A hint for an unknown name: the most similar known name, or all known names if none is similar."""
     known = sorted(known)
     near = get_close_matches(name.replace("-", "_"), known, n=1)
     return f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(known)}."

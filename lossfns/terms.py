@@ -1,7 +1,7 @@
-"""The page of equations: plain functions on plain tensors of any one shape.
+"""The equations that losses share: functions of tensors, all of one shape.
 
 Symbols: lp current, old, ref logprobs; d = log-ratio, r = exp(d) ratio; A advantages; sg = stop-gradient.
-Nothing here checks, masks or reduces: the door (``pack``) and the one reduction (``evaluate``) do.
+These functions do not check, mask or reduce. The door (``pack``) checks and masks, and ``evaluate`` reduces.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 KL_LOG_RATIO_CAP = 20.0
-"""k3 is exponential in the log-ratio; beyond e²⁰ it is constant, so that one token cannot overflow a batch."""
+"""Bound of |ref − lp| in k3, which is exponential in it: one token cannot overflow a batch."""
 
 ONE_MINUS_P_FLOOR = 1e-15
-"""The least 1 − p that the log-odds see; below what any model's float logprob of 0 can mean."""
+"""Smallest 1 − p in the log-odds. It is below the rounding of any float logprob near 0."""
 
 
 def nll(logprobs: Tensor) -> Tensor:
@@ -23,7 +23,7 @@ def nll(logprobs: Tensor) -> Tensor:
 
 
 def cap(log_ratio: Tensor, limit: float | None) -> Tensor:
-    """d clamped to ±limit, with no gradient beyond it; ``None`` leaves d as it is."""
+    """Clamp d to ±limit, with gradient 0 outside. ``None`` leaves d as it is."""
     return log_ratio if limit is None else log_ratio.clamp(-limit, limit)
 
 
@@ -50,14 +50,14 @@ def clipped_surrogate(ratio: Tensor, advantages: Tensor, clip: tuple[float, floa
 def weighted_policy_gradient(logprobs: Tensor, ratio: Tensor, advantages: Tensor, clip: tuple[float, float]) -> Tensor:
     """−sg(clip(r, low, high))·A·lp. MiniMax 2025 (arXiv:2506.13585).
 
-    A bound limits the weight of a token; no token loses its gradient.
+    A bound limits the weight of a token, and no token loses its gradient.
     """
     low, high = clip
     return policy_gradient(logprobs, ratio.detach().clamp(low, high) * advantages)
 
 
 def direct_reward(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, beta: float) -> Tensor:
-    """−(A·lp − ½β(lp − old)²), by token. Richemond et al. 2024 (arXiv:2405.19107), who sum over the sequence first."""
+    """−(A·lp − ½β(lp − old)²) of each token. Richemond et al. 2024 (arXiv:2405.19107) sum over the sequence first."""
     return policy_gradient(logprobs, advantages) + beta * k2(logprobs, old_logprobs)
 
 
@@ -67,12 +67,12 @@ def dual_clipped(loss: Tensor, advantages: Tensor, c: float) -> Tensor:
 
 
 def straight_through(value: Tensor, gradient: Tensor) -> Tensor:
-    """The value of one tensor with the gradient of another: sg(value) + gradient − sg(gradient)."""
+    """sg(value) + gradient − sg(gradient): the value of one tensor with the gradient of the other."""
     return value.detach() + (gradient - gradient.detach())
 
 
 def importance_weight(log_weight: Tensor, limit: float) -> Tensor:
-    """min(exp(d), limit), a constant: truncated importance sampling (Ionides 2008)."""
+    """min(exp(d), limit), without gradient: truncated importance sampling (Ionides 2008)."""
     return cap(log_weight, KL_LOG_RATIO_CAP).exp().clamp(max=limit).detach()
 
 
@@ -99,7 +99,7 @@ def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
 
 def k3_of(x: Tensor) -> Tensor:
-    """exp(x) − x − 1 of a log-ratio x, capped."""
+    """exp(x) − x − 1 of a log-ratio x, which is first capped at ±20."""
     x = cap(x, KL_LOG_RATIO_CAP)
     return torch.expm1(x) - x
 
@@ -111,10 +111,10 @@ def preference(margin: Tensor, beta: float, label_smoothing: float) -> Tensor:
 
 
 def log_odds(a: Tensor) -> Tensor:
-    """log(p / (1 − p)) = a − log(1 − eᵃ) for a = log p, with value and gradient finite down to p = 1.
+    """log(p / (1 − p)) = a − log(1 − eᵃ) for a = log p. Value and gradient are finite up to p = 1.
 
-    1 − p has a floor in value but keeps its own gradient −p: where p_chosen = 1, the loss −log σ(Δ)
-    then still has its exact gradient −p_rejected / (1 − p_rejected).
+    1 − p has a floor in value, but keeps its own gradient −p. So where p_chosen = 1, the loss −log σ(Δ)
+    still has its exact gradient −p_rejected / (1 − p_rejected).
     """
     one_minus_p = -torch.expm1(a)
     return a - straight_through(one_minus_p.clamp(min=ONE_MINUS_P_FLOOR), one_minus_p).log()

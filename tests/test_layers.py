@@ -1,6 +1,8 @@
-"""Imports point one way: a module may import only from the layers before its own."""
+"""Imports point one way: between rooms by their order, and within a room without a circle."""
 
 import ast
+import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -9,76 +11,94 @@ import lossfns
 
 ROOT = Path(lossfns.__file__).parent
 LAYERS = [
-    {"errors", "terminal"},
+    {"errors", "version"},
     {"tokens", "terms", "checks"},
     {"segments"},
-    {"weigh", "pack", "values", "metrics", "logprobs"},
+    {"weigh", "pack", "values", "metrics"},
     {"loss"},
     {"combine"},
-    {"losses", "advantages", "datum"},
+    {"losses", "advantages", "datum", "logprobs"},
     {"frame"},
     {"export"},
+    {"__init__"},
+    {"terminal"},
     {"inspect"},
     {"testing"},
+    {"backend/types", "backend/futures"},
+    {"backend/model", "backend/storage"},
+    {"backend/engine"},
+    {"backend/client"},
     {"backend"},
     {"train"},
     {"cli"},
     {"__main__"},
 ]
-FACADE = {"__init__"}
-"""``lossfns/__init__`` re-exports the core; the layers above it import through it, the core never does."""
+"""Rooms (folders or modules) in order. A module may import from rooms above its own, and from its own."""
+
+CORE = set().union(*LAYERS[: LAYERS.index({"terminal"})])
+"""The rooms that a plain install needs: they import torch, numpy and the standard library alone."""
 
 
-def modules() -> list[Path]:
-    return sorted(ROOT.rglob("*.py"))
+def name_of(path: Path) -> str:
+    """A module by its path in the package, without ``.py``; a package by its folder."""
+    name = path.relative_to(ROOT).with_suffix("").as_posix()
+    return name.removesuffix("/__init__")
+
+
+MODULES = {name_of(path): path for path in sorted(ROOT.rglob("*.py"))}
+
+
+def room(name: str) -> str:
+    """The longest room that holds a module."""
+    rooms = set().union(*LAYERS)
+    parts = name.split("/")
+    heads = ("/".join(parts[:n]) for n in range(len(parts), 0, -1))
+    return next(head for head in heads if head in rooms)
 
 
 def layer(name: str) -> int:
-    return next(i for i, names in enumerate(LAYERS) if name in names)
+    return next(i for i, rooms in enumerate(LAYERS) if room(name) in rooms)
 
 
-def imported(path: Path) -> set[str]:
-    """First-level names of ours that a module imports, anywhere in it; ``""`` for the package itself."""
+def imported(name: str) -> set[str]:
+    """The modules of ours that a module imports, anywhere in it."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "lossfns":
-            _, _, rest = node.module.partition(".")
-            names = [rest.split(".")[0]] if rest else [alias.name for alias in node.names]
-            found |= {name if (ROOT / f"{name}.py").exists() or (ROOT / name).is_dir() else "" for name in names}
+    for node in ast.walk(ast.parse(MODULES[name].read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "lossfns":
+            base = "/".join((node.module or "").split(".")[1:])
+            inner = [f"{base}/{alias.name}".lstrip("/") for alias in node.names]
+            found |= {each if each in MODULES else base or "__init__" for each in inner}
         elif isinstance(node, ast.Import):
-            found |= {a.name.partition(".")[2].split(".")[0] for a in node.names if a.name.split(".")[0] == "lossfns"}
+            names = [alias.name.split(".") for alias in node.names]
+            found |= {"/".join(parts[1:]) or "__init__" for parts in names if parts[0] == "lossfns"}
     return found
 
 
-@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports_point_down(path: Path) -> None:
-    own = path.relative_to(ROOT).parts[0].removesuffix(".py")
-    if own in FACADE:
-        assert all(layer(name) <= layer("export") for name in imported(path) - {""})
-        return
-    for name in imported(path):
-        target = layer("export") if name == "" else layer(name)
-        assert target < layer(own) or name == own, f"{own} imports {name or 'lossfns'}"
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_point_to_rooms_above(name: str) -> None:
+    for other in imported(name):
+        assert layer(other) < layer(name) or room(other) == room(name), f"{name} imports {other}"
 
 
-def test_every_module_has_its_layer() -> None:
-    tops = {path.relative_to(ROOT).parts[0].removesuffix(".py") for path in modules()} - FACADE
-    assert tops <= set().union(*LAYERS)
+def test_no_module_is_in_a_circle() -> None:
+    """Imports inside functions count: ``TopologicalSorter`` raises ``CycleError`` with the circle."""
+    TopologicalSorter({name: imported(name) - {name} for name in MODULES}).prepare()
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_no_module_imports_from_the_facade(name: str) -> None:
+    """A name comes from the room that defines it; ``lossfns/__init__`` is for users."""
+    assert "__init__" not in imported(name)
 
 
 def test_the_oracle_imports_nothing_of_ours() -> None:
-    assert imported(ROOT / "testing" / "oracle.py") == set()
+    assert imported("testing/oracle") == set()
 
 
-def test_the_core_imports_torch_numpy_and_the_standard_library_alone() -> None:
-    import sys
-
-    for path in modules():
-        if path.parent != ROOT or path.stem in ("cli", "__main__", "terminal"):
-            continue
-        for node in ast.walk(ast.parse(path.read_text())):
-            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            for name in names:
-                top = name.split(".")[0]
-                assert top in {"lossfns", "torch", "numpy"} or top in sys.stdlib_module_names, (path.name, name)
+@pytest.mark.parametrize("name", [name for name in MODULES if room(name) in CORE])
+def test_the_core_imports_torch_numpy_and_the_standard_library_alone(name: str) -> None:
+    for node in ast.walk(ast.parse(MODULES[name].read_text())):
+        names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        for top in (each.split(".")[0] for each in names):
+            assert top in {"lossfns", "torch", "numpy"} or top in sys.stdlib_module_names, (name, top)
