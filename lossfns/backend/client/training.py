@@ -29,6 +29,7 @@ from lossfns.backend.model import lora
 from lossfns.backend.storage import checkpoint
 from lossfns.backend.types import ForwardBackwardOutput, LoadWeightsResponse, OptimStepResponse, SaveResponse
 from lossfns.errors import LossInputError
+from lossfns.export.builtins import check_config
 
 
 class LocalTrainingClient(LocalReferenceClient):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lossfns.backend.engine import passes, state
 from lossfns.backend.engine.batch import Batch, Rows, apart, batch_of, with_targets, without_targets
-from lossfns.backend.engine.builtins import builtin
+from lossfns.backend.engine.builtins import bind_builtin
 from lossfns.backend.engine.differentiate import LossFn, Outputs, Value
 from lossfns.backend.engine.memory import FEW, HOLES, LOSS, MARGIN, Footprint, cut, footprint, free, too_small
 from lossfns.backend.engine.passes import Work
@@ -131,7 +131,7 @@ class Engine:
     def forward(self, data: list[Any], loss_fn: Any, config: Any) -> Value:
         """Logprobs and the built-in's value, no gradient."""
         work = self.logprobs(data)
-        bound = builtin(loss_fn, config, data, work.rows.targets[0].ndim - 1)
+        bound = bind_builtin(loss_fn, config, data, multi_target=work.rows.targets[0].ndim == 2)
         outputs = self.values(work)
         loss, metrics = bound(data, FlatLogprobs(outputs.values.flatten(), outputs.shapes))
         return Value(float(loss), torch.zeros_like(outputs.values), metrics, outputs)
@@ -141,7 +141,8 @@ class Engine:
     def forward_backward(self, data: list[Any], loss_fn: Any, config: Any, report: Callable[[Value], T]) -> T:
         """A built-in loss: forward, backward, gradients added to what is accumulated."""
         work = self.logprobs(data)
-        return self.backward(builtin(loss_fn, config, data, work.rows.targets[0].ndim - 1), data, work, report)
+        bound = bind_builtin(loss_fn, config, data, multi_target=work.rows.targets[0].ndim == 2)
+        return self.backward(bound, data, work, report)
 
     def backward(
         self,

@@ -23,7 +23,7 @@ import lossfns
 from lossfns import LossInputError, TensorData
 from lossfns.backend import AdamParams, APIFuture, Decoder, LocalSamplingClient, LocalTrainingClient, SamplingParams
 from lossfns.backend.client.profiles import PROFILES
-from lossfns.backend.engine.builtins import BUILTINS
+from lossfns.export.builtins import BUILTINS
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
