@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from lossfns.backend.client.profiles import find_profile, with_reductions
 from lossfns.backend.client.requests import check_embedding_config, check_output, copy_data
-from lossfns.backend.engine.builtins import check_config
 from lossfns.backend.engine.differentiate import Value
 from lossfns.backend.engine.engine import POOLS, Engine
 from lossfns.backend.engine.memory import check_budget
@@ -21,6 +20,7 @@ from lossfns.backend.model.decoder import Decoder
 from lossfns.backend.model.tokenizer import ByteTokenizer
 from lossfns.backend.types import ForwardBackwardOutput, GetInfoResponse, ModelData
 from lossfns.errors import LossInputError
+from lossfns.export.builtins import check_config
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

@@ -20,7 +20,7 @@ from lossfns.backend.client.requests import (
     refuse_existing,
 )
 from lossfns.backend.client.sampling import LocalSamplingClient
-from lossfns.backend.engine.differentiate import LossFn, Value
+from lossfns.backend.engine.differentiate import LossFn
 from lossfns.backend.engine.engine import POOLS
 from lossfns.backend.engine.passes import Work
 from lossfns.backend.engine.state import check_description, description, load_weights, stepped, weights
@@ -29,7 +29,6 @@ from lossfns.backend.model import lora
 from lossfns.backend.storage import checkpoint
 from lossfns.backend.types import ForwardBackwardOutput, LoadWeightsResponse, OptimStepResponse, SaveResponse
 from lossfns.errors import LossInputError
-from lossfns.export.builtins import check_config
 
 
 class LocalTrainingClient(LocalReferenceClient):
@@ -268,16 +267,14 @@ class LocalTrainingClient(LocalReferenceClient):
     # Run by the worker
 
     def _forward_backward(self, data: Any, loss_fn: Any, config: Any) -> ForwardBackwardOutput:
-        def report(value: Value) -> ForwardBackwardOutput:
+        with self._engine.gradients.all_or_nothing():  # the response included
+            value = self._engine.forward_backward(data, loss_fn, config)
             return response(value, self._profile.builtin_metrics(loss_fn, value) | with_reductions(request_cost(value)))
 
-        return self._engine.forward_backward(data, loss_fn, config, report)
-
     def _custom(self, fields: Any, data: Any, loss_fn: Any, work: Callable[[Any], Work]) -> ForwardBackwardOutput:
-        def report(value: Value) -> ForwardBackwardOutput:
+        with self._engine.gradients.all_or_nothing():
+            value = self._engine.backward(loss_fn, data, work(fields))
             return response(value, request_cost(value) | self._profile.custom_metrics(value))
-
-        return self._engine.backward(loss_fn, data, work(fields), report)
 
     def _logprobs(self, data: Any) -> Work:
         work = self._engine.logprobs(data)
@@ -333,7 +330,7 @@ class LocalTrainingClient(LocalReferenceClient):
 
     @contextmanager
     def _logging_dropped_gradient(self, path: str | Path) -> Iterator[None]:
-        count = int(self._engine.accumulated.sequences)
+        count = int(self._engine.gradients.accumulated.sequences)
         yield
         if count:
             log.warning("Loading %s has dropped the accumulated gradient of %d sequences.", path, count)

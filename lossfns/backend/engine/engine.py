@@ -8,7 +8,7 @@ from contextlib import contextmanager, nullcontext
 from enum import Enum
 from functools import partial
 from inspect import signature
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from lossfns.backend.engine import passes, state
 from lossfns.backend.engine.batch import Batch, Rows, apart, batch_of, with_targets, without_targets
 from lossfns.backend.engine.builtins import bind_builtin
 from lossfns.backend.engine.differentiate import LossFn, Outputs, Value
+from lossfns.backend.engine.gradients import Gradients, dropped_gradients, summed_in_float32
 from lossfns.backend.engine.memory import FEW, HOLES, LOSS, MARGIN, Footprint, cut, footprint, free, too_small
 from lossfns.backend.engine.passes import Work
 from lossfns.backend.engine.ranks import Alone, Ranks, entire, shard_of
@@ -28,33 +29,6 @@ from lossfns.errors import LossInputError
 from lossfns.logprobs.linear import model_logprobs
 from lossfns.loss import BoundLoss, Loss
 from lossfns.tokens import PAIRS, FlatLogprobs
-
-T = TypeVar("T")
-
-
-class Accumulated(NamedTuple):
-    """What the gradient since the last step is made of: positions and sequences that have a gradient.
-
-    ``mean`` is a loss among them that divides by a count of its own, ``pooled`` whether one is over embeddings.
-    """
-
-    positions: Tensor | int = 0
-    sequences: Tensor | int = 0
-    mean: str | None = None
-    pooled: bool = False
-
-    def add(self, loss_fn: LossFn | Loss | BoundLoss, value: Value) -> Accumulated:
-        """With one more loss; the counts stay on the device until a step asks for them."""
-        rows = (value.gradient.reshape(len(value.gradient), -1) != 0).any(1).float()
-        lengths = torch.tensor(value.outputs.lengths, device=rows.device)
-        loss = loss_fn.loss if isinstance(loss_fn, BoundLoss) else loss_fn
-        mean = repr(loss) if isinstance(loss, Loss) and loss.count is not None else None
-        return Accumulated(
-            self.positions + rows.count_nonzero(),
-            self.sequences + torch.segment_reduce(rows, "max", lengths=lengths, unsafe=True).count_nonzero(),
-            self.mean or mean,
-            self.pooled or value.outputs.name == "embedding",
-        )
 
 
 class Engine:
@@ -68,18 +42,14 @@ class Engine:
         self.dtype = torch.promote_types(head.dtype, torch.float32)
         self.footprints = FOOTPRINTS if getattr(model, "shape", None) else {}  # for one kind of model, or for this one
         ranks.hold(model)
+        self.gradients = Gradients(model)
         self.start_optimizer()
 
     def start_optimizer(self) -> None:
         """Afresh: no moments, no steps, no gradient."""
         self.optimizer = torch.optim.AdamW(self.model.parameters())
         self.steps = 0
-        self.clear()
-
-    def clear(self) -> None:
-        self.model.zero_grad(set_to_none=True)
-        self.accumulated = Accumulated()
-        self.rounded: dict[nn.Parameter, Tensor] = {}
+        self.gradients.clear()
 
     # Forward
 
@@ -138,59 +108,25 @@ class Engine:
 
     # Backward
 
-    def forward_backward(self, data: list[Any], loss_fn: Any, config: Any, report: Callable[[Value], T]) -> T:
+    def forward_backward(self, data: list[Any], loss_fn: Any, config: Any) -> Value:
         """A built-in loss: forward, backward, gradients added to what is accumulated."""
         work = self.logprobs(data)
         bound = bind_builtin(loss_fn, config, data, multi_target=work.rows.targets[0].ndim == 2)
-        return self.backward(bound, data, work, report)
+        return self.backward(bound, data, work)
 
-    def backward(
-        self,
-        loss_fn: LossFn | Loss | BoundLoss,
-        data: list[Any],
-        work: Work,
-        report: Callable[[Value], T],
-    ) -> T:
-        """Any callable of the contract, at the price of a built-in.
+    def backward(self, loss_fn: LossFn | Loss | BoundLoss, data: list[Any], work: Work) -> Value:
+        """Any callable of the contract, at the price of a built-in; within ``gradients.all_or_nothing``.
 
         The loss sees outputs cut off from the model; its gradient then continues through the graph that
-        the forward left, so parameters get exactly the gradient of the whole. What ``report`` makes of the
-        loss is the result; if that fails, the gradient is not added either.
+        the forward left, so parameters get exactly the gradient of the whole.
         """
-        if all(p.grad is None for p in self.model.parameters()):
-            self.clear()  # whoever cleared the gradients by hand has cleared what is counted, too
         with torch.enable_grad():  # a loss that switches gradients off does so for itself
             parts = self.parts(work, loss_fn)
             peak = self.peak(work, parts)
-            with self.all_or_nothing():
-                with summed_in_float32(self.model) if len(parts) > 1 else nullcontext():
-                    value = passes.step(self.ranks.everywhere(loss_fn), data, work, parts)
-                value = value._replace(micro_batches=len(parts), peak_memory=peak)
-                result, accumulated = report(value), self.accumulated.add(loss_fn, value)
-        self.accumulated = accumulated
-        return result
-
-    @contextmanager
-    def all_or_nothing(self) -> Iterator[None]:
-        """Add the gradients of a backward pass to those accumulated only once it is complete, and finite."""
-        parameters = list(self.model.parameters())
-        before = [p.grad for p in parameters]
-        for p in parameters:
-            p.grad = None
-        try:
-            yield
-            check_finite_gradients(parameters)
-            both = [(p, g, p.grad) for p, g in zip(parameters, before) if g is not None and p.grad is not None]
-            self.rounded |= {p: torch.zeros_like(g) for p, g, _ in both if p not in self.rounded}
-        except BaseException:
-            for p, gradient in zip(parameters, before):
-                p.grad = gradient
-            raise
-        if both:
-            add_compensated([g for _, g, _ in both], [part for *_, part in both], [self.rounded[p] for p, *_ in both])
-        for p, gradient in zip(parameters, before):
-            if gradient is not None:
-                p.grad = gradient
+            with summed_in_float32(self.model) if len(parts) > 1 else nullcontext():
+                value = passes.step(self.ranks.everywhere(loss_fn), data, work, parts)
+            self.gradients.accumulated = self.gradients.accumulated.add(loss_fn, value)
+        return value._replace(micro_batches=len(parts), peak_memory=peak)
 
     # Memory
 
@@ -198,7 +134,7 @@ class Engine:
         """Micro-batches that fit the budget; pairs stay together where the loss is one of pairs, and each fits."""
         rows = work.rows
         left = self.budget - self.aside(rows)
-        room = self.ranks.least(self.footprint(rows).tokens(left) if left >= self.rounding else 0)
+        room = self.ranks.least(self.footprint(rows).tokens(left) if left >= self.gradients.compensation_bytes else 0)
         if self.memory_budget is not None and rows.longest > room:
             datum = next(i for i, n in enumerate(rows.lengths) if n > room)
             raise too_small(self.memory_budget, self.needs(rows.lengths[datum], rows) / self.margin, datum)
@@ -213,17 +149,17 @@ class Engine:
 
     def needs(self, tokens: int, rows: Rows) -> int:
         """Bytes that steps over so many of a call's tokens take, beyond the weights and what is accumulated."""
-        return self.aside(rows) + max(self.footprint(rows).of(tokens), self.rounding)
+        return self.aside(rows) + max(self.footprint(rows).of(tokens), self.gradients.compensation_bytes)
 
     def room(self, rows: Rows, tokens: int) -> float:
         """Bytes that a step over so many of a call's tokens leaves of the budget."""
         if not torch.is_grad_enabled():
             return 0.0  # without a backward pass, nothing has a use for it
-        return max(0.0, self.budget - self.needs(tokens, rows))
+        return max(0.0, self.budget - self.aside(rows) - self.footprint(rows).of(tokens))
 
     def aside(self, rows: Rows) -> int:
         """Bytes that a call takes, in however many steps: the gradients, and what the loss makes of the values."""
-        return self.gradients + LOSS * sum(rows.counts) * (rows.choices if rows.targets else self.dim)
+        return self.gradient_bytes + LOSS * sum(rows.counts) * (rows.choices if rows.targets else self.dim)
 
     @property
     def budget(self) -> float:
@@ -235,14 +171,9 @@ class Engine:
         return HOLES if getattr(self.model, "checkpointing", False) else MARGIN
 
     @property
-    def gradients(self) -> int:
+    def gradient_bytes(self) -> int:
         """Bytes of the gradients of one call, if they are summed over micro-batches."""
         return sum(shard_of(p).numel() * max(p.itemsize, 4) for p in self.trained)
-
-    @property
-    def rounding(self) -> int:
-        """Bytes that compensate for rounding, where a gradient will be the first that is added to another."""
-        return sum(shard_of(p).nbytes for p in self.trained if p.grad is not None and p not in self.rounded)
 
     @property
     def trained(self) -> list[nn.Parameter]:
@@ -284,7 +215,7 @@ class Engine:
         gradients = [p.grad for p in parameters if p.grad is not None]
         norm = float(entire(torch.nn.utils.get_total_norm(gradients))) / divisor
         if not math.isfinite(norm):
-            self.clear()
+            self.gradients.clear()
             fix = "The gradient is dropped and the weights are as they were; a smaller batch may be in range."
             raise LossInputError("optim_step", "a finite gradient", f"a norm of {norm}", fix)
         clip = float(adam.grad_clip_norm)
@@ -292,23 +223,26 @@ class Engine:
             group.update(knobs)
         with scaled(parameters, min(1.0, clip / (norm + 1e-6) if clip else 1.0) / divisor):
             self.optimizer.step()
-        self.clear()
+        self.gradients.clear()
         self.steps += 1
         return OptimStepResponse({"grad_norm": norm, "lr": knobs["lr"]})
 
     def divisor(self, normalization: Any) -> int:
         """What the accumulated gradient is divided by; 1 where nothing has a gradient."""
-        mode = normalization_mode(normalization)
+        mode, accumulated = normalization_mode(normalization), self.gradients.accumulated
         if mode == "none":
             return 1
-        if self.accumulated.mean is not None:
-            got = f"{mode!r} for the gradient of {self.accumulated.mean}, which divides by a count of its own"
+        if accumulated.mean is not None:
+            got = f"{mode!r} for the gradient of {accumulated.mean!r}, which divides by a count of its own"
             fix = "Pass None, or weigh the loss with token_sum: normalised twice, a gradient is too small."
             raise LossInputError("grad_accumulation_normalization", "None for a mean", got, fix)
-        if mode == "num_loss_tokens" and self.accumulated.pooled:
+        if mode == "num_loss_tokens" and accumulated.pooled:
             got, fix = "'num_loss_tokens' for a loss over embeddings", "Pass 'num_sequences' or None."
             raise LossInputError("grad_accumulation_normalization", "a count of sequences", got, fix)
-        return max(1, int(self.accumulated.positions if mode == "num_loss_tokens" else self.accumulated.sequences))
+        return max(
+            1,
+            int(accumulated.positions if mode == "num_loss_tokens" else accumulated.sequences),
+        )
 
     # State
 
@@ -343,63 +277,9 @@ FOOTPRINTS: dict[Any, Footprint] = {}
 """What is known of models of one kind."""
 
 
-@contextmanager
-def dropped_gradients(model: nn.Module) -> Iterator[None]:
-    """Without the gradients that are there, and without keeping those that come."""
-    before = [(p, p.grad) for p in model.parameters()]
-    hooks = [p.register_post_accumulate_grad_hook(drop) for p, _ in before if p.requires_grad]  # type: ignore[no-untyped-call]
-    try:
-        model.zero_grad(set_to_none=True)
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for p, gradient in before:
-            p.grad = gradient
-
-
-def drop(p: Tensor) -> None:
-    p.grad = None
-
-
-@contextmanager
-def summed_in_float32(model: nn.Module) -> Iterator[None]:
-    """Gradients of many backward passes, rounded once to the dtype of narrower parameters: it counts no thousands."""
-    totals: dict[nn.Parameter, Tensor] = {}
-
-    def take(p: nn.Parameter) -> None:
-        assert p.grad is not None
-        totals[p] = totals[p].add_(p.grad) if p in totals else p.grad.float()
-        p.grad = None
-
-    narrow = [p for p in model.parameters() if p.requires_grad and p.itemsize < 4]
-    hooks = [p.register_post_accumulate_grad_hook(take) for p in narrow]  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-    while totals:
-        p, total = totals.popitem()
-        p.grad = total.to(p.dtype)
-
-
 def taken(x: Tensor, rows: Tensor | None) -> Tensor:
     """x[rows]; None takes all."""
     return x if rows is None else x.index_select(0, rows)
-
-
-def add_compensated(totals: list[Tensor], parts: list[Tensor], rounded: list[Tensor]) -> None:
-    """totals += parts in place; ``rounded`` carries over what rounding has taken from the totals (Kahan 1965).
-
-    Thousands of micro-batches thus sum to the gradient of the whole batch to rounding, also in bfloat16.
-    """
-    totals, parts, rounded = ([shard_of(x) for x in tensors] for tensors in (totals, parts, rounded))
-    torch._foreach_add_(parts, rounded)
-    torch._foreach_copy_(rounded, totals)
-    torch._foreach_add_(totals, parts)
-    torch._foreach_sub_(rounded, totals)
-    torch._foreach_add_(rounded, parts)
 
 
 @contextmanager
@@ -447,14 +327,6 @@ def normalization_mode(given: Any) -> str:
         )
         raise LossInputError("grad_accumulation_normalization", "the name of a mode, or None", repr(given), fix)
     return name.lower()
-
-
-def check_finite_gradients(parameters: Sequence[nn.Parameter]) -> None:
-    """Refuse a gradient that has overflowed on its way through the model: it would spoil what is accumulated."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    if not entire(torch.nn.utils.get_total_norm(gradients, norm_type=math.inf)).isfinite():
-        got, fix = "nan or inf in one of a parameter", "Are weights or advantages as large as they should be?"
-        raise LossInputError("gradient", "finite gradients of the parameters", got, fix)
 
 
 def adam_knobs(adam: Any, dtypes: set[torch.dtype]) -> dict[str, Any]:

@@ -491,7 +491,7 @@ def test_gradients_cleared_by_hand_are_not_counted() -> None:
     c.forward_backward(data, "cross_entropy").result()
     c.model.zero_grad()
     c.forward_backward(data[:1], "cross_entropy").result()
-    assert int(c._engine.accumulated.sequences) == 1
+    assert int(c._engine.gradients.accumulated.sequences) == 1
 
 
 def test_a_state_without_all_its_moments_is_refused_and_changes_nothing(tmp_path: Path) -> None:

@@ -155,6 +155,12 @@ def test_as_many_tokens_fit_as_do_and_not_one_more(fixed: int, each: int, tokens
 # Foretelling
 
 
+def backward(c: LocalTrainingClient, loss_fn: Any, data: list[Any], work: Any) -> Any:
+    """A request without its response."""
+    with c._engine.gradients.all_or_nothing():
+        return c._engine.backward(loss_fn, data, work)
+
+
 def adapted(model: Decoder) -> None:
     lora.adapt(model, rank=2, parts=["attn", "mlp"])
 
@@ -193,7 +199,7 @@ def test_the_foretold_peak_is_a_bound_and_not_twice_what_a_step_takes(name: str,
     work = c._engine.logprobs(data)
     c._engine.footprint(work.rows)
     with Watch(set()) as watch:
-        foretold = c._engine.backward(lossfns.cross_entropy(), data, work, lambda value: value.peak_memory)
+        foretold = backward(c, lossfns.cross_entropy(), data, work).peak_memory
     assert watch.growing.peak <= foretold <= 2 * watch.growing.peak
 
 
@@ -231,12 +237,13 @@ def test_what_a_loss_makes_of_the_values_of_all_micro_batches_is_foretold(what: 
 
     def step(c: LocalTrainingClient) -> tuple[int, int]:
         work = c._engine.embeddings(data, mean_pool) if what == "embeddings" else c._engine.logprobs(data)
-        return c._engine.backward(loss_fn, data, work, lambda value: (value.peak_memory, value.micro_batches))
+        value = backward(c, loss_fn, data, work)
+        return value.peak_memory, value.micro_batches
 
     whole, _ = step(client())
     c = client(memory_budget=whole)
     step(c)
-    c._engine.clear()
+    c._engine.gradients.clear()
     with Watch(set()) as watch:
         foretold, parts = step(c)
     assert parts > 1 and watch.growing.peak <= foretold <= whole * MARGIN
@@ -430,8 +437,7 @@ def test_adding_a_gradient_to_another_has_to_fit_as_well() -> None:
     """What rounding takes from a sum is kept beside it from the second request on, here of a model with few tokens."""
 
     def step(c: LocalTrainingClient) -> int:
-        work = c._engine.logprobs(data)
-        return c._engine.backward(lossfns.cross_entropy(), data, work, lambda value: value.peak_memory)
+        return backward(c, lossfns.cross_entropy(), data, c._engine.logprobs(data)).peak_memory
 
     shape, data = {**SHAPE, "hidden": 40, "layers": 40}, [text(Random(0), 2)]
     c = LocalTrainingClient(Decoder(**shape), tokenizer=1, device="cpu")
@@ -492,7 +498,7 @@ def trained(budget: float, folder: Path, **losses: Any) -> None:
         metrics = c.forward_backward_custom(data, loss_fn).result().metrics
         rise = in_use("VmHWM") - before
         torch.save([metrics, rise, [p.grad for p in c.model.parameters()]], folder / name)
-        c._engine.clear()
+        c._engine.gradients.clear()
 
 
 def test_a_batch_of_four_times_the_budget_trains_within_it(tmp_path: Path) -> None:

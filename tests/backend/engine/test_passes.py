@@ -74,7 +74,7 @@ def assert_cut_changes_nothing(
             assert x[name].shape == y[name].shape
             torch.testing.assert_close(y[name].to_torch(), x[name].to_torch(), rtol=1e-5, atol=1e-5)
     assert_near(vector(cut), vector(whole))
-    counted = [[int(n) for n in c._engine.accumulated[:2]] for c in (whole, cut)]
+    counted = [[int(n) for n in c._engine.gradients.accumulated[:2]] for c in (whole, cut)]
     assert counted[0] == counted[1]
     return b
 
@@ -91,6 +91,10 @@ def columns(rng: Random, data: list[Any], loss: Loss) -> dict[str, Any]:
 
 def custom(loss_fn: Any, data: list[Any], **options: Any) -> Call:
     return lambda c: c.forward_backward_custom(data, loss_fn, **options).result()
+
+
+def builtin(c: LocalTrainingClient) -> Any:
+    return c.forward_backward(DATA, "cross_entropy").result()
 
 
 DATA = texts(Random(2), count=10, longest=12)
@@ -455,22 +459,25 @@ def test_a_micro_batch_that_fails_leaves_the_gradient_of_those_before_out(error:
     c = client(memory_budget=budget(client, DATA))
     done = custom(loss_fn, DATA)(c)
     before = gradients_of(c)
-    counted = [int(n) for n in c._engine.accumulated[:2]]
+    counted = [int(n) for n in c._engine.gradients.accumulated[:2]]
     forwards = int(done.metrics["micro_batches"] * done.metrics["passes"])
     stop_at(c, forwards - 1, error)
     with pytest.raises(type(error)):
         custom(loss_fn, DATA)(c)
     assert same(gradients_of(c), before)
-    assert [int(n) for n in c._engine.accumulated[:2]] == counted
+    assert [int(n) for n in c._engine.gradients.accumulated[:2]] == counted
 
 
-def test_so_does_a_report_that_fails() -> None:
+@pytest.mark.parametrize("call", [custom(lossfns.cross_entropy(), DATA), builtin], ids=["custom", "builtin"])
+def test_so_does_a_response_that_cannot_be_made(call: Call) -> None:
     c = client(memory_budget=budget(client, DATA))
     custom(lossfns.cross_entropy(), DATA)(c)
-    before = gradients_of(c)
+    before, counted = gradients_of(c), [int(n) for n in c._engine.gradients.accumulated[:2]]
+    c._profile = c._profile._replace(custom_metrics=lambda value: 1 / 0, builtin_metrics=lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        c._engine.backward(lossfns.cross_entropy(), DATA, c._engine.logprobs(DATA), lambda value: 1 / 0)
+        call(c)
     assert same(gradients_of(c), before)
+    assert [int(n) for n in c._engine.gradients.accumulated[:2]] == counted
 
 
 def test_a_gradient_that_overflows_in_one_micro_batch_is_none_of_the_whole() -> None:
