@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from lossfns.backend.engine.batch import host_row, missing
+from lossfns.backend.engine.batch import as_array, missing_field
 from lossfns.errors import LossInputError
 from lossfns.export.builtins import BUILTINS, builtin_loss
 from lossfns.loss import BoundLoss
@@ -37,7 +37,7 @@ def check_fields(datum: Any, name: str, required: Sequence[str], optional: Seque
             raise LossInputError("loss_fn_inputs", expected, f"{key!r}", fix, datum=i)
     for key in required:
         if datum.loss_fn_inputs.get(key) is None:
-            raise missing(key, required, FIXES.get(key, f"{name} reads one value for each target."), i)
+            raise missing_field(key, required, FIXES.get(key, f"{name} reads one value for each target."), i)
 
 
 FIXES = {"ref_logprobs": "Put the reference's logprobs into the datum, or pass loss_fn_config={'kl_beta': 0.0}."}
@@ -48,13 +48,13 @@ def given_or_ones(datum: Any, i: int) -> Any:
     inputs = datum.loss_fn_inputs
     if "weights" in inputs:
         return inputs["weights"]
-    return np.ones(host_row(inputs["target_tokens"], "target_tokens", i).shape, np.float32)
+    return np.ones(as_array(inputs["target_tokens"], "target_tokens", i).shape, np.float32)
 
 
 def ratio_mask(datum: Any, i: int) -> Any:
     """Return the mask of the tokens in gspo's sequence ratio; every other token must have advantage 0."""
     keys = ("sequence_ratio_mask", "advantages", "target_tokens")
-    mask, advantages, targets = (host_row(datum.loss_fn_inputs[key], key, i) for key in keys)
+    mask, advantages, targets = (as_array(datum.loss_fn_inputs[key], key, i) for key in keys)
     if mask.shape != targets.shape:
         expected, fix = f"shape {targets.shape}, that of target_tokens", "One number for each target."
         raise LossInputError("sequence_ratio_mask", expected, f"shape {mask.shape}", fix, datum=i)

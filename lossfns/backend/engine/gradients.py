@@ -13,10 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lossfns.backend.engine.differentiate import LossFn, Value
-from lossfns.backend.engine.ranks import entire, shard_of
+from lossfns.backend.engine.differentiate import Differentiated, Objective
+from lossfns.backend.engine.ranks import full_tensor, local_shards
 from lossfns.errors import LossInputError
-from lossfns.loss import BoundLoss, Loss
+from lossfns.loss import Loss
 
 
 class Accumulated(NamedTuple):
@@ -34,16 +34,15 @@ class Accumulated(NamedTuple):
     mean: Loss | None = None
     pooled: bool = False
 
-    def add(self, loss_fn: LossFn | Loss | BoundLoss, value: Value) -> Accumulated:
+    def add(self, objective: Objective, result: Differentiated) -> Accumulated:
         """Return the record with one more loss. The counts stay on the device until a step reads them."""
-        rows = (value.gradient.reshape(len(value.gradient), -1) != 0).any(1).float()
-        lengths = torch.tensor(value.outputs.lengths, device=rows.device)
-        loss = loss_fn.loss if isinstance(loss_fn, BoundLoss) else loss_fn
+        rows = (result.gradient.reshape(len(result.gradient), -1) != 0).any(1).float()
+        lengths = torch.tensor(result.outputs.lengths, device=rows.device)
         return Accumulated(
             self.positions + rows.count_nonzero(),
             self.sequences + torch.segment_reduce(rows, "max", lengths=lengths, unsafe=True).count_nonzero(),
-            self.mean or (loss if isinstance(loss, Loss) and loss.count is not None else None),
-            self.pooled or value.outputs.name == "embedding",
+            self.mean or objective.mean,
+            self.pooled or result.outputs.name == "embedding",
         )
 
 
@@ -66,6 +65,10 @@ class Gradients:
         self.accumulated = Accumulated()
         self.compensation: dict[nn.Parameter, Tensor] = {}
         self.set_aside: dict[nn.Parameter, Tensor] = {}
+
+    def count(self, objective: Objective, result: Differentiated) -> None:
+        """Note a loss whose gradient has been added."""
+        self.accumulated = self.accumulated.add(objective, result)
 
     @contextmanager
     def all_or_nothing(self) -> Iterator[None]:
@@ -98,7 +101,7 @@ class Gradients:
     def compensation_bytes(self) -> int:
         """The bytes that adding a request's gradient will take, beyond the gradient itself."""
         first = [p for p in self.set_aside if p.requires_grad and p not in self.compensation]
-        return sum([shard_of(p).nbytes for p in first])
+        return sum([x.nbytes for x in local_shards(first)])
 
 
 def set_gradients(parameters: Iterable[nn.Parameter], gradients: Mapping[nn.Parameter, Tensor]) -> None:
@@ -114,7 +117,7 @@ def add_compensated(totals: list[Tensor], parts: list[Tensor], compensation: lis
     """
     if not totals:
         return
-    totals, parts, compensation = ([shard_of(x) for x in tensors] for tensors in (totals, parts, compensation))
+    totals, parts, compensation = map(local_shards, (totals, parts, compensation))
     torch._foreach_add_(parts, compensation)
     torch._foreach_copy_(compensation, totals)
     torch._foreach_add_(totals, parts)
@@ -125,7 +128,7 @@ def add_compensated(totals: list[Tensor], parts: list[Tensor], compensation: lis
 def check_finite_gradients(parameters: Sequence[nn.Parameter]) -> None:
     """Refuse a gradient that has overflowed on its way through the model: it would spoil the accumulated one."""
     gradients = [p.grad for p in parameters if p.grad is not None]
-    if not entire(torch.nn.utils.get_total_norm(gradients, norm_type=math.inf)).isfinite():
+    if not full_tensor(torch.nn.utils.get_total_norm(gradients, norm_type=math.inf)).isfinite():
         got, fix = "nan or inf in one of a parameter", "Are weights or advantages as large as they should be?"
         raise LossInputError("gradient", "finite gradients of the parameters", got, fix)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 import lossfns
 from lossfns import LossInputError, TensorData
 from lossfns.backend import AdamParams, Decoder, LocalServiceClient, LocalTrainingClient
-from lossfns.backend.engine.engine import NORMALIZATIONS
+from lossfns.backend.engine.optimizer import NORMALIZATIONS
 from lossfns.export.builtins import BUILTINS, Builtin
 
 PAGE = (Path(__file__).parents[3] / "docs" / "client.md").read_text()

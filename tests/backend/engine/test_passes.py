@@ -28,8 +28,8 @@ from lossfns import (
     token_mean,
 )
 from lossfns.backend import AdamParams, Decoder, LocalReferenceClient, LocalTrainingClient
-from lossfns.backend.engine.engine import last_pool
-from lossfns.backend.engine.memory import MARGIN
+from lossfns.backend.engine.budget import MARGIN
+from lossfns.backend.engine.pooling import last_pool
 from lossfns.backend.model import lora
 from lossfns.backend.model.tokenizer import ByteTokenizer
 
@@ -40,8 +40,9 @@ Call = Callable[[LocalTrainingClient], Any]
 def budget(make: Make, data: list[Any], tokens: int | None = None) -> int:
     """Bytes for so many tokens of these datums at a time: if it is not said how many, those of the longest."""
     engine = make()._engine
-    rows = engine.logprobs(data).rows
-    return math.ceil(engine.needs(tokens or rows.longest, rows) / engine.margin) + 1
+    inputs = engine.logprobs(data).inputs
+    needed = engine.budget.costs(inputs).of_step(tokens or max(inputs.lengths))
+    return math.ceil(needed / engine.budget.margin) + 1
 
 
 def vector(c: LocalTrainingClient) -> Tensor:
@@ -607,8 +608,8 @@ def test_a_forward_alone_is_cut_to_the_same_outputs(output: str) -> None:
     whole = LocalReferenceClient(Decoder(**SHAPE), device="cpu")
     with torch.no_grad():
         engine = whole._engine
-        rows = engine.logprobs(DATA).rows if output == "logprobs" else engine.embeddings(DATA, last_pool).rows
-        least = math.ceil(engine.needs(11, rows) / MARGIN) + 1
+        forward = engine.logprobs(DATA) if output == "logprobs" else engine.embeddings(DATA, last_pool)
+        least = math.ceil(engine.budget.costs(forward.inputs).of_step(11) / MARGIN) + 1
     cut = LocalReferenceClient(Decoder(**SHAPE), device="cpu", memory_budget=least)
     results = [c.forward(DATA, "cross_entropy", config).result() for c in (whole, cut)]
     tokens = counted(cut)
@@ -628,7 +629,7 @@ def test_a_forward_needs_less_than_a_step() -> None:
         c.forward_backward(data, "cross_entropy").result()
 
 
-def test_a_long_datum_among_short_ones_has_a_micro_batch_of_its_own() -> None:
+def test_a_long_datum_among_short_ones_has_a_micro_pack_inputs_its_own() -> None:
     data = [
         Datum(ModelInput.from_ints(ids[:-1]), {"target_tokens": ids[1:], "weights": [1.0] * (len(ids) - 1)})
         for ids in ([1, 2, 3], [4, 5], list(range(1, 30)), [6, 7, 8, 9])
