@@ -7,7 +7,7 @@ From the model's logprobs, end to end, to the loss's gradient with respect to th
 - wrapped: the client's, for a callable that calls the loss: it gets a tensor for each datum, parts of one leaf
 
 What the loss reads of the datums (weights, advantages, old and reference logprobs, as ``TensorData``) does not depend
-on the logprobs: ``prepared`` packs it once, before them. The first two are timed on such columns, and with packing
+on the logprobs: ``bind`` packs it once, before them. The first two are timed on such columns, and with packing
 them in every call; the third packs when it is called. ``packing`` is that alone.
 
 All compute the same loss, gradient and metrics; the script checks that before it times them.
@@ -28,7 +28,7 @@ from side_by_side import device_name, race, ratio, save, table
 from torch import Tensor
 
 from lossfns import BoundLoss, Datum, TensorData, grpo
-from lossfns.backend.engine.differentiate import Outputs, Value, differentiate, prepared
+from lossfns.backend.engine.differentiate import Differentiated, LossFn, Outputs, objective_of
 from lossfns.pack import PackedColumns, pack_side_columns
 
 LENGTHS = (16, 64, 256)
@@ -39,22 +39,31 @@ RATIOS = {
 }
 
 
-def separate(loss: Callable[[list[Tensor]], tuple[Tensor, dict[str, float]]], outputs: Outputs) -> Value:
+def bind(loss: LossFn, data: list[Datum], form: Outputs) -> Callable[[Outputs], Differentiated]:
+    return objective_of(loss, agreeing=lambda loss_fn: loss_fn).bind(data, form)
+
+
+def differentiate(loss: LossFn, data: list[Datum], outputs: Outputs) -> Differentiated:
+    return bind(loss, data, outputs)(outputs)
+
+
+def separate(loss: Callable[[list[Tensor]], tuple[Tensor, dict[str, float]]], outputs: Outputs) -> Differentiated:
     leaves = [part.clone().requires_grad_() for part in torch.split(outputs.values, outputs.lengths)]
     total, metrics = loss(leaves)
     torch.autograd.backward(total)
-    return Value(total.item(), torch.cat([leaf.grad for leaf in leaves if leaf.grad is not None]), metrics, outputs)
+    gradient = torch.cat([leaf.grad for leaf in leaves if leaf.grad is not None])
+    return Differentiated(total.item(), gradient, metrics, outputs)
 
 
 def of_columns(loss: BoundLoss, columns: PackedColumns, leaves: list[Tensor]) -> tuple[Tensor, dict[str, float]]:
-    return loss.measured(columns.at(torch.cat(leaves)))
+    return loss.evaluate_packed(columns.at(torch.cat(leaves)))
 
 
-def alternatives(loss: BoundLoss, data: list[Datum], outputs: Outputs) -> dict[str, Callable[[], Value]]:
+def alternatives(loss: BoundLoss, data: list[Datum], outputs: Outputs) -> dict[str, Callable[[], Differentiated]]:
     columns = packing(loss, data, outputs)
     return {
         "separate": partial(separate, partial(of_columns, loss, columns), outputs),
-        "client": partial(prepared(loss, data, outputs), outputs),
+        "client": partial(bind(loss, data, outputs), outputs),
         "separate + packing": partial(separate, partial(loss, data), outputs),
         "client + packing": partial(differentiate, loss, data, outputs),
         "wrapped": partial(differentiate, lambda data, logprobs_list: loss(data, logprobs_list), data, outputs),

@@ -82,7 +82,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
                 "tokens": tokens,
                 "seconds": round(statistics.median(elapsed for elapsed, _ in rounds), 4),
                 "micro_batches": int(rounds[0][1]["micro_batches"]),
-                "peak_MiB": round(max(ranks.ask(ranks.gather, peak()))),
+                "peak_MiB": round(max(ranks.when_idle(ranks.gather, peak()))),
             }
         )
     return rows[1:]

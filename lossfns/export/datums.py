@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lossfns.datum import TensorData
 from lossfns.errors import LossInputError
+from lossfns.export.builtins import BUILTINS, CLIP, builtin_name
 from lossfns.loss import BoundLoss, Loss, blaming, not_divisible, to_host
 from lossfns.pack import Shapes, blank, check_data, pack, weight_rows
 from lossfns.segments import active_counts, to_tokens
@@ -186,7 +187,7 @@ def fold(loss: Loss | BoundLoss, data: Sequence[Any]) -> Folded:
     """
     bound = as_bound(loss)
     loss = bound.loss
-    name = builtin(loss)
+    name = builtin_name(loss)
     ready = with_denominators(bound, data)
     for i, datum in enumerate(ready):
         if "target_tokens" not in datum.loss_fn_inputs:
@@ -194,35 +195,10 @@ def fold(loss: Loss | BoundLoss, data: Sequence[Any]) -> Folded:
             raise LossInputError("target_tokens", "the ids of the targets", "nothing", fix, datum=i, loss=loss.name)
     if name == "cross_entropy":
         return Folded([with_only(d, ("target_tokens", "weights")) for d in ready], name, None)
-    folded = [advantages_times_weights(d, with_mask=name == "gspo") for d in ready]
-    if name == "importance_sampling":
-        return Folded(folded, name, None)
-    low, high = loss.knobs["clip"]
-    return Folded(folded, name, {"clip_low_threshold": low, "clip_high_threshold": high})
-
-
-BUILTINS = {
-    "cross_entropy": "cross_entropy",
-    "multi_target_cross_entropy": "cross_entropy",
-    "importance_sampling": "importance_sampling",
-    "ppo": "ppo",
-    "dapo": "ppo",
-    "grpo": "ppo",
-    "gspo_token": "gspo",
-    "cispo": "cispo",
-}
-
-
-def builtin(loss: Loss) -> str:
-    """The name of the built-in that equals this loss once its weights are folded in."""
-    if loss.name == "dro":
-        fix = "The built-in dro holds every token to the old policy alike: it has no place for a share, nor for a mask."
-        raise LossInputError("fold", "a loss whose weights its advantages can carry", f"{loss!r}", fix)
-    inexact = [name for name in ("kl_beta", "dual_clip", "log_ratio_cap") if loss.knobs.get(name)]
-    if loss.name in BUILTINS and not inexact:
-        return BUILTINS[loss.name]
-    because = f"its {inexact[0]}: pass {inexact[0]}={0 if inexact[0] == 'kl_beta' else None}" if inexact else "its name"
-    raise LossInputError("fold", f"one of {', '.join(BUILTINS)}", f"{loss!r}", f"No built-in has {because}.")
+    own = BUILTINS[name]
+    folded = [advantages_times_weights(d, with_mask="sequence_ratio_mask" in own.required) for d in ready]
+    clips = CLIP.keys() <= own.config.keys()
+    return Folded(folded, name, dict(zip(CLIP, loss.knobs["clip"])) if clips else None)
 
 
 def advantages_times_weights(datum: Any, *, with_mask: bool) -> Any:

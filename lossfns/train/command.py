@@ -130,7 +130,7 @@ def train(options: Options, folder: Path, check_config: Callable[[dict[str, Any]
     ranks = client.ranks
     if options.init and not checkpoints(folder):
         client.load_state(options.init).result()
-    ranks.ask(ranks.first, check_config, config_of(options, client))
+    ranks.when_idle(ranks.on_rank_zero, check_config, config_of(options, client))
     state, save = load_newest(client, folder), partial(save_checkpoint, client, folder)
     with Run(folder, save, state=state, every=options.save_every, ranks=ranks) as run:
         run.say(f"{options.method} on {task.name}: {loss!r}")
@@ -159,7 +159,7 @@ def save_checkpoint(client: LocalTrainingClient, folder: Path, state: State) -> 
     metadata = {"run": json.dumps(state._asdict())}
     name, other = CHECKPOINTS if client.ranks.size == 1 else CHECKPOINTS[::-1]
     client.save_state(folder / name, overwrite=True, user_metadata=metadata).result()
-    client.ranks.ask(client.ranks.first, checkpoint.remove, folder / other)
+    client.ranks.when_idle(client.ranks.on_rank_zero, checkpoint.remove, folder / other)
 
 
 def load_newest(client: LocalTrainingClient, folder: Path) -> State:

@@ -37,7 +37,7 @@ class Outcome(NamedTuple):
 def frozen_copy(run: Run, client: LocalTrainingClient) -> LocalTrainingClient:
     """A client with the weights that ``client`` has when the run first calls this: the reference policy."""
     ranks, device = client.ranks, next(client.model.parameters()).device
-    model = ranks.ask(ranks.copy)
+    model = ranks.when_idle(ranks.copy_model)
     reference = LocalTrainingClient(model, tokenizer=client.get_tokenizer(), device=device, mesh=ranks.mesh)
 
     def save() -> str:

@@ -14,8 +14,8 @@ from tempfile import TemporaryFile
 from types import FrameType
 from typing import IO, Any, NamedTuple, TextIO
 
-from lossfns.backend.engine.ranks import Alone, Ranks
-from lossfns.backend.storage import checkpoint
+from lossfns.backend.engine.ranks import Ranks, SingleProcess
+from lossfns.backend.storage.file import replacing
 from lossfns.errors import LossInputError
 from lossfns.train.display import display_on
 
@@ -27,7 +27,7 @@ CHECKPOINT, REFERENCE, CURVES = "checkpoint.npz", "reference.npz", "curves.png"
 CHECKPOINTS, REFERENCES = (CHECKPOINT, "checkpoint"), (REFERENCE, "reference")
 """One process writes a file, several processes write a folder."""
 FILES = {CONFIG, METRICS, RESULT, *CHECKPOINTS, *REFERENCES, CURVES}
-ALONE = Alone()
+ONE_PROCESS = SingleProcess()
 
 
 class State(NamedTuple):
@@ -71,7 +71,7 @@ class Run:
         state: State | None = None,
         every: int = 20,
         terminal: TextIO | None = None,
-        ranks: Alone | Ranks = ALONE,
+        ranks: SingleProcess | Ranks = ONE_PROCESS,
     ) -> None:
         state = state or State({}, [], {})
         self.folder, self.save, self.every, self.ranks = folder, save, every, ranks
@@ -108,7 +108,7 @@ class Run:
             self.display.begin_phase(phase, first, count)
         self.phase = phase
         for step in range(first, count):
-            if any(self.ranks.ask(self.ranks.gather, self.stopping)):
+            if any(self.ranks.when_idle(self.ranks.gather, self.stopping)):
                 # Save once: measurements that the recipe makes on its way out are not part of the stopped state.
                 if not self.stopped:
                     self.checkpoint()
@@ -207,7 +207,7 @@ def is_finished(folder: Path) -> bool:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write JSON to a file, completely or not at all."""
-    with checkpoint.replacing(path) as file:
+    with replacing(path) as file:
         file.write(json.dumps(content, indent=1).encode() + b"\n")
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from lossfns.backend.engine.batch import check_some
-from lossfns.backend.engine.differentiate import Value
+from lossfns.backend.engine.batch import check_not_empty
+from lossfns.backend.engine.differentiate import Differentiated
 from lossfns.errors import LossInputError, did_you_mean
 
 
@@ -20,9 +20,9 @@ class Profile(NamedTuple):
     """Refuses datums of a custom loss over logprobs."""
     custom_call_waits: bool
     """Whether forward_backward_custom waits for its result, so that an error is raised at the call."""
-    builtin_metrics: Callable[[str, Value], dict[str, float]]
+    builtin_metrics: Callable[[str, Differentiated], dict[str, float]]
     """The metrics of a built-in loss of this name."""
-    custom_metrics: Callable[[Value], dict[str, Any]]
+    custom_metrics: Callable[[Differentiated], dict[str, Any]]
     """The metrics of a custom loss, its own among them."""
 
 
@@ -65,35 +65,35 @@ def with_reductions(metrics: dict[str, float]) -> dict[str, float]:
     return {f"{name}:{reduction(name)}": x for name, x in metrics.items() if name != "denominator"}
 
 
-def request_cost(value: Value) -> dict[str, float]:
+def request_cost(result: Differentiated) -> dict[str, float]:
     """Return the passes over the model, the micro-batches and the planned peak of memory in bytes."""
     return {
-        "passes": float(value.passes),
-        "micro_batches": float(value.micro_batches),
-        "peak_memory": float(value.peak_memory),
+        "passes": float(result.passes),
+        "micro_batches": float(result.micro_batches),
+        "peak_memory": float(result.peak_memory),
     }
 
 
-def tinker_builtin_metrics(loss_fn: str, value: Value) -> dict[str, float]:
+def tinker_builtin_metrics(loss_fn: str, result: Differentiated) -> dict[str, float]:
     """Return the metrics of the loss."""
-    return with_reductions(value.metrics)
+    return with_reductions(result.metrics)
 
 
-def fireworks_builtin_metrics(loss_fn: str, value: Value) -> dict[str, float]:
+def fireworks_builtin_metrics(loss_fn: str, result: Differentiated) -> dict[str, float]:
     """Return the metrics of the loss; a cross-entropy also has the number of entries with a weight."""
-    counted = {"response_tokens": value.nonzero} if loss_fn == "cross_entropy" else {}
-    return with_reductions(value.metrics) | counted
+    counted = {"response_tokens": result.nonzero} if loss_fn == "cross_entropy" else {}
+    return with_reductions(result.metrics) | counted
 
 
-def tinker_custom_metrics(value: Value) -> dict[str, Any]:
+def tinker_custom_metrics(result: Differentiated) -> dict[str, Any]:
     """Return the loss as ``loss:sum`` beside the surrogate. Metrics of the loss with these names are replaced."""
-    return {**value.metrics, "loss:sum": value.loss, "surrogate_loss:sum": value.surrogate}
+    return {**result.metrics, "loss:sum": result.loss, "surrogate_loss:sum": result.surrogate}
 
 
-def fireworks_custom_metrics(value: Value) -> dict[str, Any]:
+def fireworks_custom_metrics(result: Differentiated) -> dict[str, Any]:
     """Return the surrogate Σ lp·∂L/∂lp as ``loss:sum``. Metrics of the loss with the service's names win."""
-    counted = {"response_tokens": value.nonzero} if value.outputs.name == "logprobs" else {}
-    return {"loss:sum": value.surrogate, **counted, **value.metrics}
+    counted = {"response_tokens": result.nonzero} if result.outputs.name == "logprobs" else {}
+    return {"loss:sum": result.surrogate, **counted, **result.metrics}
 
 
 PROFILES = {
@@ -101,7 +101,7 @@ PROFILES = {
     for profile in (
         Profile(
             name="tinker",
-            check_at_call=check_some,
+            check_at_call=check_not_empty,
             check_custom_data=accept_any,
             custom_call_waits=False,
             builtin_metrics=tinker_builtin_metrics,

@@ -10,17 +10,18 @@ from torch import Tensor, nn
 
 from lossfns.backend.client.profiles import find_profile, with_reductions
 from lossfns.backend.client.requests import check_embedding_config, check_output, copy_data
-from lossfns.backend.engine.builtins import check_config
-from lossfns.backend.engine.differentiate import Value
-from lossfns.backend.engine.engine import POOLS, Engine
-from lossfns.backend.engine.memory import check_budget
-from lossfns.backend.engine.ranks import Alone, Ranks
+from lossfns.backend.engine.budget import check_budget
+from lossfns.backend.engine.differentiate import Differentiated
+from lossfns.backend.engine.engine import Engine
+from lossfns.backend.engine.pooling import POOLS
+from lossfns.backend.engine.ranks import Ranks, SingleProcess
 from lossfns.backend.futures import APIFuture, Resolved, Worker, async_submit
 from lossfns.backend.model import lora
 from lossfns.backend.model.decoder import Decoder
 from lossfns.backend.model.tokenizer import ByteTokenizer
 from lossfns.backend.types import ForwardBackwardOutput, GetInfoResponse, ModelData
 from lossfns.errors import LossInputError
+from lossfns.export.builtins import check_config
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -66,9 +67,9 @@ def check_model(model: Any) -> None:
         raise LossInputError("model", expected, f"{got} whose weights are not there", fix)
 
 
-def response(value: Value, metrics: dict[str, Any]) -> ForwardBackwardOutput:
+def response(result: Differentiated, metrics: dict[str, Any]) -> ForwardBackwardOutput:
     """Return a request's outputs, one record for each datum, and its metrics."""
-    return ForwardBackwardOutput("TensorData", value.outputs.records(), metrics)
+    return ForwardBackwardOutput("TensorData", result.outputs.records(), metrics)
 
 
 class LocalReferenceClient(Resolved):
@@ -112,7 +113,7 @@ class LocalReferenceClient(Resolved):
             model, default = embedded_model(seed)
             tokenizer = tokenizer or default
         check_model(model)
-        self.ranks = Alone() if mesh is None else Ranks(mesh, device)
+        self.ranks = SingleProcess() if mesh is None else Ranks(mesh, device)
         self.model = model.to(pick_device(device) if mesh is None else None, dtype).eval()
         self._tokenizer, self._name = tokenizer, name or type(model).__name__
         self.user_metadata: dict[str, str] = {}  # in every checkpoint; those of the save itself take precedence
@@ -170,11 +171,11 @@ class LocalReferenceClient(Resolved):
     # Run by the worker
 
     def _forward(self, data: Any, loss_fn: Any, config: Any) -> ForwardBackwardOutput:
-        value = self._engine.forward(data, loss_fn, config)
-        return response(value, with_reductions(value.metrics))
+        result = self._engine.forward(data, loss_fn, config)
+        return response(result, with_reductions(result.metrics))
 
     def _embed(self, data: Any, pooling: str) -> ForwardBackwardOutput:
-        outputs = self._engine.values(self._engine.embeddings(data, POOLS[pooling]))
+        outputs = self._engine.outputs(self._engine.embeddings(data, POOLS[pooling]))
         return ForwardBackwardOutput("TensorData", outputs.records(), {})
 
     def _info(self) -> GetInfoResponse:

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lossfns.backend.engine.batch import missing
-from lossfns.backend.engine.engine import POOLS
+from lossfns.backend.engine.batch import missing_field
+from lossfns.backend.engine.pooling import POOLS
 from lossfns.errors import LossInputError
 
 
@@ -93,7 +93,7 @@ def check_custom_targets(data: Any) -> None:
         inputs = getattr(datum, "loss_fn_inputs", None)
         if isinstance(inputs, Mapping) and inputs.get("target_tokens") is None:
             fix = "target_tokens must be provided when using cross_entropy: build the datum with datum_from_tokens."
-            raise missing("target_tokens", ["target_tokens"], fix, i)
+            raise missing_field("target_tokens", ["target_tokens"], fix, i)
 
 
 def refuse_existing(path: str | Path) -> None:

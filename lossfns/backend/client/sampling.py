@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lossfns.backend.engine.batch import input_ids
-from lossfns.backend.engine.ranks import Alone, Ranks
+from lossfns.backend.engine.ranks import Ranks, SingleProcess
 from lossfns.backend.futures import APIFuture, Resolved, Worker, async_result
 from lossfns.backend.model.generate import Sample, generate
 from lossfns.backend.types import SampledSequence, SampleResponse, SamplingParams
@@ -29,12 +29,12 @@ class LocalSamplingClient(Resolved):
         ranks: the processes that make the same calls; None is this process alone.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any = None, ranks: Alone | Ranks | None = None) -> None:
+    def __init__(self, model: nn.Module, tokenizer: Any = None, ranks: SingleProcess | Ranks | None = None) -> None:
         self.model = model
         self._tokenizer = tokenizer
         self._vocabulary = len(model.head)  # type: ignore[arg-type]
-        ranks = ranks or Alone()
-        self._on_rank_zero = ranks.first  # not the ranks: those of one process hold the model in training
+        ranks = ranks or SingleProcess()
+        self._on_rank_zero = ranks.on_rank_zero  # not the ranks: those of one process hold the model in training
         self._worker = Worker(ranks.thread, ranks.call)
 
     def sample(

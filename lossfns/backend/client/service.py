@@ -18,8 +18,8 @@ from lossfns.backend.client.requests import check_metadata, check_path
 from lossfns.backend.client.sampling import LocalSamplingClient
 from lossfns.backend.client.training import LocalTrainingClient
 from lossfns.backend.engine import state
-from lossfns.backend.engine.memory import check_budget
-from lossfns.backend.engine.ranks import Alone, Ranks
+from lossfns.backend.engine.budget import check_budget
+from lossfns.backend.engine.ranks import Ranks, SingleProcess
 from lossfns.backend.futures import async_in_thread
 from lossfns.backend.model import lora
 from lossfns.backend.storage import checkpoint
@@ -95,7 +95,7 @@ class LocalServiceClient:
         check_budget(memory_budget)
         self._budget = memory_budget
         self._models = dict(check_models(MODELS if models is None else models))
-        self._ranks = Alone() if mesh is None else Ranks(mesh, device)
+        self._ranks = SingleProcess() if mesh is None else Ranks(mesh, device)
         self._device = pick_device(device if mesh is None else mesh.device_type)
         self._dtype, self._profile = dtype, find_profile(profile).name
         self._metadata = dict(user_metadata or {})

@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from lossfns.backend.client.profiles import request_cost, with_reductions
 from lossfns.backend.client.reference import LocalReferenceClient, UnadaptedClient, response
 from lossfns.backend.client.requests import (
@@ -20,13 +22,14 @@ from lossfns.backend.client.requests import (
     refuse_existing,
 )
 from lossfns.backend.client.sampling import LocalSamplingClient
-from lossfns.backend.engine.differentiate import LossFn, Value
-from lossfns.backend.engine.engine import POOLS
-from lossfns.backend.engine.passes import Work
+from lossfns.backend.engine.differentiate import LossFn
+from lossfns.backend.engine.passes import Forward
+from lossfns.backend.engine.pooling import POOLS
 from lossfns.backend.engine.state import check_description, description, load_weights, stepped, weights
 from lossfns.backend.futures import APIFuture, async_of, async_submit, log
 from lossfns.backend.model import lora
 from lossfns.backend.storage import checkpoint
+from lossfns.backend.storage.folder import Processes
 from lossfns.backend.types import ForwardBackwardOutput, LoadWeightsResponse, OptimStepResponse, SaveResponse
 from lossfns.errors import LossInputError
 
@@ -259,31 +262,29 @@ class LocalTrainingClient(LocalReferenceClient):
         self._profile.check_at_call(data)
         if output == "logprobs":
             check_custom_targets(data)
-        work = self._logprobs if output == "logprobs" else partial(self._embeddings, pooling=pooling)
+        forward = self._logprobs if output == "logprobs" else partial(self._embeddings, pooling=pooling)
         # The loss gets the datums themselves, as from the services. The list is a copy: the caller may change it.
         own = list(data) if isinstance(data, list) else data
-        return self._worker.submit_gradient(self._custom, copy_data(data), own, loss_fn, work)
+        return self._worker.submit_gradient(self._custom, copy_data(data), own, loss_fn, forward)
 
     # Run by the worker
 
     def _forward_backward(self, data: Any, loss_fn: Any, config: Any) -> ForwardBackwardOutput:
-        def report(value: Value) -> ForwardBackwardOutput:
+        with self._engine.gradients.all_or_nothing():  # the response included
+            value = self._engine.forward_backward(data, loss_fn, config)
             return response(value, self._profile.builtin_metrics(loss_fn, value) | with_reductions(request_cost(value)))
 
-        return self._engine.forward_backward(data, loss_fn, config, report)
-
-    def _custom(self, fields: Any, data: Any, loss_fn: Any, work: Callable[[Any], Work]) -> ForwardBackwardOutput:
-        def report(value: Value) -> ForwardBackwardOutput:
+    def _custom(self, fields: Any, data: Any, loss_fn: Any, forward: Callable[[Any], Forward]) -> ForwardBackwardOutput:
+        with self._engine.gradients.all_or_nothing():
+            value = self._engine.backward(loss_fn, data, forward(fields))
             return response(value, request_cost(value) | self._profile.custom_metrics(value))
 
-        return self._engine.backward(loss_fn, data, work(fields), report)
-
-    def _logprobs(self, data: Any) -> Work:
-        work = self._engine.logprobs(data)
+    def _logprobs(self, data: Any) -> Forward:
+        forward = self._engine.logprobs(data)
         self._profile.check_custom_data(data)
-        return work
+        return forward
 
-    def _embeddings(self, data: Any, pooling: str) -> Work:
+    def _embeddings(self, data: Any, pooling: str) -> Forward:
         return self._engine.embeddings(data, POOLS[pooling])
 
     def _save_state(self, path: str | Path, overwrite: bool, metadata: dict[str, str]) -> SaveResponse:
@@ -291,12 +292,12 @@ class LocalTrainingClient(LocalReferenceClient):
             fix = "Call optim_step first: gradients are not part of a checkpoint."
             raise LossInputError("save_state", "no accumulated gradient", "one", fix)
         if not overwrite:
-            self.ranks.first(refuse_existing, path)
+            self.ranks.on_rank_zero(refuse_existing, path)
         tensors = self._engine.state()
         return self._write(path, tensors, "state", metadata, stepped=stepped(tensors))
 
     def _save_weights(self, path: str | Path, metadata: dict[str, str]) -> SaveResponse:
-        self.ranks.first(refuse_existing, path)
+        self.ranks.on_rank_zero(refuse_existing, path)
         return self._write(path, weights(self.model), "sampler", metadata)
 
     def _write(self, path: str | Path, tensors: Any, kind: str, metadata: dict[str, str], **more: Any) -> SaveResponse:
@@ -308,20 +309,27 @@ class LocalTrainingClient(LocalReferenceClient):
             "user_metadata": self.user_metadata | metadata,
         }
         try:
-            return SaveResponse(str(self.ranks.save(path, tensors, data)))
+            return SaveResponse(str(checkpoint.save(path, tensors, data, self._processes())))
         except LossInputError as error:
             error.field = "name" if error.field == "path" else error.field
             raise
 
+    def _load(self, path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        return checkpoint.load(path, self._processes(), self.ranks.empty_for)
+
+    def _processes(self) -> Processes:
+        ranks = self.ranks
+        return Processes(ranks.rank, ranks.size, ranks.group, ranks.gather, ranks.on_rank_zero, ranks.all_or_none)
+
     def _load_state(self, path: str | Path) -> LoadWeightsResponse:
-        tensors, data = self.ranks.load(path)
+        tensors, data = self._load(path)
         check_description(self.model, data, str(path))
         with self._logging_dropped_gradient(path):
             self._engine.load_weights(tensors, str(path))
         return LoadWeightsResponse(str(path))
 
     def _load_state_with_optimizer(self, path: str | Path) -> LoadWeightsResponse:
-        tensors, data = self.ranks.load(path)
+        tensors, data = self._load(path)
         if data.get("kind") == "sampler":
             fix = "Take load_state, or a file of save_state."
             raise LossInputError("path", "a checkpoint with an optimizer", f"{path}, weights for a sampler", fix)
@@ -332,13 +340,13 @@ class LocalTrainingClient(LocalReferenceClient):
 
     @contextmanager
     def _logging_dropped_gradient(self, path: str | Path) -> Iterator[None]:
-        count = int(self._engine.accumulated.sequences)
+        count = int(self._engine.gradients.accumulated.sequences)
         yield
         if count:
             log.warning("Loading %s has dropped the accumulated gradient of %d sequences.", path, count)
 
     def _copy_to_sampler(self) -> LocalSamplingClient:
-        return LocalSamplingClient(self.ranks.copy(), self._tokenizer, self.ranks)
+        return LocalSamplingClient(self.ranks.copy_model(), self._tokenizer, self.ranks)
 
     def _sampling_client(self, path: str | Path) -> LocalSamplingClient:
         tensors, data = checkpoint.load(path)

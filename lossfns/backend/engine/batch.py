@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,113 +18,129 @@ from lossfns.pack import as_row, check_data
 from lossfns.tokens import TOKENS
 
 
-class Rows(NamedTuple):
-    """What datums give the model, checked: ids [N_i] of each, and its ``targets`` [N_i] or [N_i, K], if there are any.
+@dataclass(frozen=True)
+class ModelInputs:
+    """The ids that a model reads of each datum, checked.
 
-    ``wrap`` is the datums' own class of tensors, in which results go back.
+    Attributes:
+        tokens: for each datum the ids of its model input, [N_i].
+        targets: for each datum the ids of its targets, [N_i] or [N_i, K]; empty where the model's output is an
+            embedding.
+        tensor_class: the class of the datums' own tensors, in which results are returned.
     """
 
     tokens: list[np.ndarray]
     targets: list[np.ndarray]
-    wrap: Any
+    tensor_class: Any
 
-    def part(self, which: slice) -> Rows:
-        return Rows(self.tokens[which], self.targets[which], self.wrap)
+    def part(self, which: slice) -> ModelInputs:
+        """Return the inputs of some of the datums."""
+        return ModelInputs(self.tokens[which], self.targets[which], self.tensor_class)
 
-    @property
+    @cached_property
     def lengths(self) -> list[int]:
+        """Tokens of each datum."""
         return [len(ids) for ids in self.tokens]
 
     @property
-    def counts(self) -> list[int]:
-        """How many values each datum has: one for each target, or an embedding."""
+    def output_lengths(self) -> list[int]:
+        """Rows of output of each datum: one for each target, or one embedding."""
         return self.lengths if self.targets else [1] * len(self.tokens)
 
     @property
-    def shapes(self) -> list[tuple[int, ...]]:
-        """The shape of each datum's logprobs."""
-        return [row.shape for row in self.targets]
-
-    @property
-    def longest(self) -> int:
-        """The most tokens of a datum."""
-        return max(self.lengths)
-
-    @property
-    def choices(self) -> int:
-        """Targets of each token, K; 1 where there are none."""
+    def targets_per_token(self) -> int:
+        """K; 1 for targets [N] and for none."""
         return self.targets[0].size // len(self.targets[0]) if self.targets else 1
 
 
-def with_targets(data: Sequence[Any], vocabulary: int) -> Rows:
-    """Model inputs and targets; refuses what does not fit together, or the vocabulary."""
+def inputs_with_targets(data: Sequence[Any], vocabulary: int) -> ModelInputs:
+    """Read model inputs and targets; refuse any that do not fit together, or the vocabulary."""
     check_datums(data)
-    tokens = [token_ids(datum, vocabulary, i) for i, datum in enumerate(data)]
+    tokens = token_ids(data, vocabulary)
     targets = [target_ids(datum, vocabulary, i) for i, datum in enumerate(data)]
-    for i, (ids, row) in enumerate(zip(tokens, targets)):
-        check_frame(ids, row, targets[0], i)
-    return Rows(tokens, targets, wrapper(data))
+    for i, (ids, own) in enumerate(zip(tokens, targets)):
+        check_target_shape(ids, own, targets[0], i)
+    return ModelInputs(tokens, targets, tensor_class(data))
 
 
-def without_targets(data: Sequence[Any], vocabulary: int) -> Rows:
-    """The model inputs alone, for losses that have no targets."""
+def inputs_without_targets(data: Sequence[Any], vocabulary: int) -> ModelInputs:
+    """Read the model inputs alone, for embeddings."""
     check_datums(data)
-    empty = "Cannot pool embedding from an empty text sequence"
-    return Rows([token_ids(datum, vocabulary, i, empty) for i, datum in enumerate(data)], [], wrapper(data))
+    tokens = token_ids(data, vocabulary, empty="Cannot pool embedding from an empty text sequence")
+    return ModelInputs(tokens, [], tensor_class(data))
 
 
-class Batch(NamedTuple):
-    """Tokens as the model takes them, segment after segment, and where the values of the datums come from.
+class PackedInputs(NamedTuple):
+    """Tokens as a model computes them, segment after segment, and where the datums find their outputs.
 
-    A prefix that datums have in common is a segment of its own (``share_prefixes``). Head row r reads the hidden
-    state of token ``read[r]`` and scores ``targets[r]``; position n of the datums takes head row ``spread[n]``.
-    None stands for all of them, in order.
+    Attributes:
+        tokens: ids of all segments, end to end. A prefix that datums share is a segment of its own.
+        lengths, parents: for each segment its tokens, and the segment that it continues.
+        hidden_rows: [R], for each row of the head the token whose hidden state it reads.
+        targets: [R] or [R, K], for each row of the head the targets that it scores; None for embeddings.
+        inverse: for each position of the datums, end to end, the row of the head that has its output.
+
+    An index that takes everything in order is None.
     """
 
-    inputs: Tensor
+    tokens: Tensor
     lengths: list[int]
     parents: list[int | None]
-    read: Tensor | None
+    hidden_rows: Tensor | None
     targets: Tensor | None
-    spread: Tensor | None
+    inverse: Tensor | None
 
 
-def batch_of(
-    rows: Rows, share_prefixes: Callable[[Sequence[np.ndarray]], SharedPrefixes], device: torch.device
-) -> Batch:
-    """The datums' tokens laid end to end, as ``share_prefixes`` finds what they have in common."""
+def pack_inputs(
+    inputs: ModelInputs, share: Callable[[Sequence[np.ndarray]], SharedPrefixes], device: torch.device
+) -> PackedInputs:
+    """Lay the tokens of the datums end to end, with the prefixes in common that ``share`` finds."""
 
-    def moved(x: np.ndarray) -> Tensor:
+    def on_device(x: np.ndarray) -> Tensor:
         return torch.from_numpy(x).to(device)
 
-    def unless_all(index: np.ndarray) -> Tensor | None:
-        return None if np.array_equal(index, np.arange(len(index))) else moved(index)
+    def index_or_none(index: np.ndarray) -> Tensor | None:
+        return None if np.array_equal(index, np.arange(len(index))) else on_device(index)
 
-    shared = share_prefixes(rows.tokens)
-    inputs = moved(np.concatenate(rows.tokens)[shared.order])
-    if not rows.targets:
-        return Batch(inputs, shared.lengths, shared.parents, unless_all(shared.inverse), None, None)
-    targets = np.concatenate(rows.targets)
-    read, spread = head_rows(shared.inverse, targets)
-    if len(read) < len(spread):
-        targets = targets[np.unique(spread, return_index=True)[1]]
-    return Batch(inputs, shared.lengths, shared.parents, unless_all(read), moved(targets), unless_all(spread))
+    shared = share(inputs.tokens)
+    tokens = on_device(np.concatenate(inputs.tokens)[shared.order])
+    if not inputs.targets:
+        return PackedInputs(tokens, shared.lengths, shared.parents, index_or_none(shared.inverse), None, None)
+    targets = np.concatenate(inputs.targets)
+    hidden_rows, inverse = head_rows(shared.inverse, targets)
+    if len(hidden_rows) < len(inverse):
+        targets = targets[np.unique(inverse, return_index=True)[1]]
+    return PackedInputs(
+        tokens, shared.lengths, shared.parents, index_or_none(hidden_rows), on_device(targets), index_or_none(inverse)
+    )
 
 
-def apart(tokens: Sequence[np.ndarray]) -> SharedPrefixes:
-    """Every sequence by itself, for a model that cannot continue a segment."""
+def index_or_all(x: Tensor, index: Tensor | None) -> Tensor:
+    """Return x[index]; None takes everything."""
+    return x if index is None else x.index_select(0, index)
+
+
+def unshared(tokens: Sequence[np.ndarray]) -> SharedPrefixes:
+    """Make each sequence a segment of its own, for a model that cannot continue a segment."""
     every = np.arange(sum(map(len, tokens)))
     return SharedPrefixes(every, [len(ids) for ids in tokens], [None] * len(tokens), every)
 
 
-def wrapper(data: Sequence[Any]) -> Any:
-    """The class of the datums' tensors: ours, or an SDK's, whose Datum takes no other."""
-    kinds = (type(value) for datum in data for value in datum.loss_fn_inputs.values())
-    return next((kind for kind in kinds if kind.__name__ == "TensorData" and hasattr(kind, "from_numpy")), TensorData)
+def tensor_class(data: Sequence[Any]) -> Any:
+    """Return the class of the datums' tensors: ours, or that of an SDK, whose Datum takes no other."""
+    for datum in data:
+        for value in datum.loss_fn_inputs.values():
+            if type(value).__name__ == "TensorData" and hasattr(value, "from_numpy"):
+                return type(value)
+    return TensorData
+
+
+# Checks
 
 
 def check_datums(data: Sequence[Any]) -> None:
-    check_some(data)
+    """Refuse a batch that is empty or holds anything but datums."""
+    check_not_empty(data)
     check_data(data, TOKENS)
     for i, datum in enumerate(data):
         if not isinstance(datum.loss_fn_inputs, Mapping):
@@ -130,24 +148,28 @@ def check_datums(data: Sequence[Any]) -> None:
             raise LossInputError("loss_fn_inputs", "a dict", got, fix, datum=i)
 
 
-def check_some(data: Any) -> None:
+def check_not_empty(data: Any) -> None:
     """Refuse a call without a datum, in the services' words."""
     if isinstance(data, (list, tuple)) and not data:
         raise LossInputError("data", "at least one datum", "No data provided", "Skip the call for an empty batch.")
 
 
-def missing(name: str, required: Sequence[str], fix: str, datum: int) -> LossInputError:
-    """A required field that a datum lacks, in the services' words."""
+def missing_field(name: str, required: Sequence[str], fix: str, datum: int) -> LossInputError:
+    """The error for a datum that lacks a required field, in the services' words."""
     return LossInputError("loss_fn_inputs", ", ".join(required), f"missing required field '{name}'", fix, datum=datum)
 
 
-def token_ids(datum: Any, vocabulary: int, i: int, empty: str = "none") -> np.ndarray:
-    """The ids [N] of a datum's model input; ``empty`` says what it means that there are none."""
-    return input_ids(getattr(datum, "model_input", None), "model_input", vocabulary, i, empty)
+def token_ids(data: Sequence[Any], vocabulary: int, empty: str = "none") -> list[np.ndarray]:
+    """Return the ids [N_i] of each datum's model input; an error calls one without a token ``empty``."""
+    inputs = [getattr(datum, "model_input", None) for datum in data]
+    return [input_ids(given, "model_input", vocabulary, i, empty) for i, given in enumerate(inputs)]
 
 
 def input_ids(given: Any, name: str, vocabulary: int, i: int | None = None, empty: str = "none") -> np.ndarray:
-    """The ids [N] of a model input, at least one; an error calls it ``name``."""
+    """Return the ids [N] of a model input, at least one.
+
+    An error calls the input ``name``, says that it belongs to datum ``i``, and calls one without a token ``empty``.
+    """
     try:
         ints = given.to_ints()
     except Exception as error:
@@ -156,7 +178,7 @@ def input_ids(given: Any, name: str, vocabulary: int, i: int | None = None, empt
         else:
             got, fix = f"a {type(given).__name__}", "Call ModelInput.from_ints(tokens)."
         raise LossInputError(name, "a ModelInput of token ids", got, fix, datum=i) from error
-    ids = host_row(ints, name, i)
+    ids = as_array(ints, name, i)
     if ids.ndim != 1 or len(ids) == 0:
         got = empty if ids.ndim == 1 else f"shape {tuple(ids.shape)}"
         fix = "Start from the end-of-sequence token." if i is None else "Drop the datum."
@@ -165,18 +187,18 @@ def input_ids(given: Any, name: str, vocabulary: int, i: int | None = None, empt
 
 
 def target_ids(datum: Any, vocabulary: int, i: int) -> np.ndarray:
-    """The targets [N] or [N, K] of a datum."""
+    """Return the ids [N] or [N, K] of a datum's targets."""
     if datum.loss_fn_inputs.get("target_tokens") is None:
-        raise missing("target_tokens", ["target_tokens"], "Build it with datum_from_tokens.", i)
-    ids = host_row(datum.loss_fn_inputs["target_tokens"], "target_tokens", i)
+        raise missing_field("target_tokens", ["target_tokens"], "Build it with datum_from_tokens.", i)
+    ids = as_array(datum.loss_fn_inputs["target_tokens"], "target_tokens", i)
     if ids.ndim not in (1, 2) or ids.size == 0:
         fix = "One id for each input token, or K of them."
         raise LossInputError("target_tokens", "[N], or [N, K] for K targets", f"shape {ids.shape}", fix, datum=i)
     return in_vocabulary(ids, "target_tokens", vocabulary, i)
 
 
-def host_row(value: Any, name: str, i: int | None) -> np.ndarray:
-    """A datum's values as an array."""
+def as_array(value: Any, name: str, i: int | None) -> np.ndarray:
+    """Return a datum's values as an array."""
     row = as_row(value, name, i)
     if isinstance(row, Tensor):
         row = row.cpu()
@@ -185,6 +207,7 @@ def host_row(value: Any, name: str, i: int | None) -> np.ndarray:
 
 
 def in_vocabulary(ids: np.ndarray, name: str, vocabulary: int, i: int | None) -> np.ndarray:
+    """Return ids as int64; refuse numbers that are not ids of the vocabulary."""
     if ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= vocabulary:
         got = f"{ids.dtype}" if ids.dtype.kind not in "iu" else f"ids from {ids.min()} to {ids.max()}"
         fix = "Use the tokenizer of this model."
@@ -192,8 +215,8 @@ def in_vocabulary(ids: np.ndarray, name: str, vocabulary: int, i: int | None) ->
     return ids.astype(np.int64, copy=False)
 
 
-def check_frame(tokens: np.ndarray, targets: np.ndarray, first: np.ndarray, datum: int) -> None:
-    """One target row for each input token, one K for the whole batch."""
+def check_target_shape(tokens: np.ndarray, targets: np.ndarray, first: np.ndarray, datum: int) -> None:
+    """Require one row of targets for each input token, and one K for the whole batch."""
     if len(targets) != len(tokens):
         fix = "model_input is tokens[:-1] and target_tokens is tokens[1:]."
         expected = f"{len(tokens)} rows (the length of model_input)"

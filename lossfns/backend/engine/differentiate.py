@@ -1,6 +1,6 @@
-"""A loss of the model's outputs, guarded: its value, and its gradient with respect to them.
+"""A loss of the model's outputs: its value, its metrics and its gradient with respect to them.
 
-A loss which breaks the contract is refused before its gradient goes on into the model.
+A loss that breaks the contract is refused before its gradient goes on into the model.
 """
 
 from __future__ import annotations
@@ -19,35 +19,47 @@ from lossfns.loss import BoundLoss, Loss, blaming
 from lossfns.pack import PackedColumns, pack_side_columns
 
 LossFn = Callable[[list[Any], list[Tensor]], tuple[Tensor, dict[str, float]]]
+"""The contract: ``(data, logprobs_list) -> (loss, metrics)``."""
 
 
 class Outputs(NamedTuple):
-    """What the model computed of each datum: ``values`` [rows, ...] with their graph, datum after datum.
+    """The outputs of a model for all datums, end to end.
 
-    ``name`` is what they are: ``"logprobs"``, ``lengths[i]`` rows of datum i, or ``"embedding"``, one row each.
+    Attributes:
+        name: ``"logprobs"`` or ``"embedding"``.
+        values: [R], [R, K] or [R, D], with the graph of the forward pass.
+        lengths: rows of each datum: its targets, or one embedding.
+        tensor_class: the class of the datums' own tensors.
     """
 
     name: str
     values: Tensor
     lengths: list[int]
-    wrap: Any
+    tensor_class: Any
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:
-        """The shape of each datum's part: [N_i], [N_i, K], or [D] of an embedding."""
+        """The shape of each datum's outputs: [N_i], [N_i, K], or [D] of an embedding."""
         own = tuple(self.values.shape[1:])
         return [own if self.name == "embedding" else (n, *own) for n in self.lengths]
 
     def records(self) -> list[dict[str, Any]]:
-        """The parts as ``loss_fn_outputs``, in the datums' own class of tensors."""
+        """Return the outputs as ``loss_fn_outputs``, in the datums' own class of tensors."""
         rows = np.split(self.values.detach().float().cpu().numpy(), np.cumsum(self.lengths)[:-1])
-        return [{self.name: self.wrap.from_numpy(row.reshape(shape))} for row, shape in zip(rows, self.shapes)]
+        return [{self.name: self.tensor_class.from_numpy(row.reshape(own))} for row, own in zip(rows, self.shapes)]
 
 
-class Value(NamedTuple):
-    """A loss, ``gradient`` = ∂loss/∂outputs in their shape, and the metrics that the loss itself returned.
+class Differentiated(NamedTuple):
+    """A loss and its gradient with respect to the model's outputs.
 
-    ``passes`` and ``micro_batches`` say how it was computed, ``peak_memory`` the bytes that this took at most.
+    Attributes:
+        loss: the value.
+        gradient: ∂loss/∂outputs, in the shape of ``outputs.values``.
+        metrics: what the loss itself has returned.
+        outputs: the outputs that it was computed on.
+        passes: forward passes over the model: 1 or 2.
+        micro_batches: how many parts of the batch went through the model one after the other.
+        peak_memory: the bytes that the request was planned to take at most.
     """
 
     loss: float
@@ -60,7 +72,7 @@ class Value(NamedTuple):
 
     @property
     def surrogate(self) -> float:
-        """Σ output·∂loss/∂output: what a service sees of a custom loss."""
+        """Σ output·∂loss/∂output, which a service sees of a custom loss."""
         return float((self.outputs.values.detach() * self.gradient).sum())
 
     @property
@@ -69,94 +81,87 @@ class Value(NamedTuple):
         return float(self.gradient.count_nonzero())
 
 
-def differentiate(loss_fn: LossFn | Loss | BoundLoss, data: list[Any], outputs: Outputs) -> Value:
-    """Call the loss once, on leaves cut off from the model, and take its gradient."""
-    return prepared(loss_fn, data, outputs)(outputs)
+# The objective of a request
 
 
-def prepared(loss_fn: LossFn | Loss | BoundLoss, data: list[Any], form: Outputs) -> Callable[[Outputs], Value]:
-    """The loss as a function of outputs that are to have this form: its values may have no rows yet.
+class Objective(NamedTuple):
+    """A loss as the engine needs to know it: the answers for a loss of ours, or for any other callable.
 
-    What a loss of ours takes from the datums is checked and packed now, whenever the outputs come.
+    Attributes:
+        bind: ``bind(data, form)`` checks what the loss reads of the datums, before any forward pass, and returns
+            the function that differentiates it on outputs. ``form`` has their shapes, and no rows yet.
+        bound: a loss of ours, which is a sum over datums once its denominator is known; None for any other
+            callable, which may couple all datums.
+        group: how many consecutive datums one term of the loss couples: 2 for pairs.
+        mean: a loss of ours that divides by a count of its own.
     """
+
+    bind: Callable[[list[Any], Outputs], Callable[[Outputs], Differentiated]]
+    bound: BoundLoss | None = None
+    group: int = 1
+    mean: Loss | None = None
+
+
+def objective_of(loss_fn: LossFn | Loss | BoundLoss, agreeing: Callable[[LossFn], LossFn]) -> Objective:
+    """Return the objective that a loss is; ``agreeing`` makes a callable fail on all ranks if it fails on one."""
+    bound = loss_fn.bind() if isinstance(loss_fn, Loss) else loss_fn
+    if isinstance(bound, BoundLoss):
+        loss = bound.loss
+        return Objective(partial(bind_loss, bound), bound, loss.rows.datums, None if loss.count is None else loss)
     if isinstance(loss_fn, str) or not callable(loss_fn):
         fix = "A built-in's name goes to forward_backward, a loss such as grpo() comes here."
         raise LossInputError("loss_fn", "a function (data, logprobs_list) -> (loss, metrics)", repr(loss_fn), fix)
-    bound = loss_fn.bind() if isinstance(loss_fn, Loss) else loss_fn
-    if isinstance(bound, BoundLoss):
-        loss, align = bound.loss, bound.align
-        with blaming(loss):
-            columns = pack_side_columns(
-                data, form.shapes, form.values, loss.reads, bound.columns, rows=loss.rows, align=align
-            )
-        return partial(of_ours, bound, columns)
-    return partial(of_callable, loss_fn, data)
+    return Objective(partial(bind_callable, agreeing(loss_fn)))
 
 
-def of_ours(bound: BoundLoss, columns: PackedColumns, outputs: Outputs) -> Value:
-    """A loss of ours runs where the outputs are, on all of them end to end."""
+def bind_loss(bound: BoundLoss, data: list[Any], form: Outputs) -> Callable[[Outputs], Differentiated]:
+    """Bind a loss of ours to the batch, before the forward pass: its columns are checked and packed now."""
+    return partial(native, bound, packed_columns(bound, data, form))
+
+
+def packed_columns(bound: BoundLoss, data: list[Any], form: Outputs) -> PackedColumns:
+    """Pack all that a loss of ours reads of the batch but the outputs themselves."""
+    loss = bound.loss
+    with blaming(loss):
+        return pack_side_columns(
+            data, form.shapes, form.values, loss.reads, bound.columns, rows=loss.rows, align=bound.align
+        )
+
+
+def bind_callable(loss_fn: LossFn, data: list[Any], form: Outputs) -> Callable[[Outputs], Differentiated]:
+    """Bind any other callable to the batch. It is called once the outputs are there."""
+    return partial(foreign, loss_fn, data)
+
+
+# Value and gradient
+
+
+def native(bound: BoundLoss, columns: PackedColumns, outputs: Outputs) -> Differentiated:
+    """Differentiate a loss of ours: on the device of the outputs, on all of them end to end."""
     leaf = outputs.values.detach().requires_grad_()
     with blaming(bound.loss):
         result = bound.evaluate_packed(columns.at(leaf.flatten()))
-    loss, metrics = checked(result)
-    go_back(loss, leaf)
-    return value(loss, metrics, leaf, outputs)
+    loss, metrics = check_contract(result)
+    backward_to(leaf, loss)
+    return differentiated(loss, metrics, leaf, outputs)
 
 
-def of_callable(loss_fn: LossFn, data: list[Any], outputs: Outputs) -> Value:
-    """Any other callable gets what the hosted services give it: tensors on the CPU, one for each datum.
+def foreign(loss_fn: LossFn, data: list[Any], outputs: Outputs) -> Differentiated:
+    """Differentiate any other callable. It gets what services give it: tensors on the CPU, one for each datum.
 
-    They are parts of one leaf, so that autograd has one to fill, not thousands; a loss of ours that is called within
-    takes the leaf itself.
+    They are parts of one leaf, so that autograd fills one tensor and not thousands. A loss of ours that is called
+    within takes the leaf itself.
     """
     leaf = outputs.values.detach().cpu().clone().requires_grad_()
     parts = leaf.unbind() if outputs.name == "embedding" else torch.split(leaf, outputs.lengths)
-    loss, metrics = checked(loss_fn(data, list(parts)))
-    go_back(loss, leaf)
+    loss, metrics = check_contract(loss_fn(data, list(parts)))
+    backward_to(leaf, loss)
     check_used(loss, leaf, parts, outputs)
-    return value(loss, metrics, leaf, outputs)
+    return differentiated(loss, metrics, leaf, outputs)
 
 
-def value(loss: Tensor, metrics: dict[str, Any], leaf: Tensor, outputs: Outputs) -> Value:
-    """What came of a loss that has gone back to its leaf."""
-    assert leaf.grad is not None
-    gradient = leaf.grad.to(outputs.values)
-    check_finite(gradient, outputs)
-    return Value(float(loss.detach()), gradient, metrics, outputs)
-
-
-def checked(result: Any) -> tuple[Tensor, dict[str, Any]]:
-    """``(loss, metrics)`` as the contract has it: a finite scalar with a graph, and a dict."""
-    if not isinstance(result, tuple) or len(result) != 2:
-        got = f"a {type(result).__name__}" + (f" of {len(result)}" if isinstance(result, tuple) else "")
-        raise LossInputError("loss_fn", "(loss, metrics)", got, "Return the loss and a dict of floats.")
-    loss, metrics = result
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
-        raise LossInputError("loss", "a 0-d tensor", got, "Reduce it, and do not call .item().")
-    if loss.is_complex():
-        raise LossInputError("loss", "a real number", str(loss.dtype), "Take its real part or its absolute value.")
-    if not loss.requires_grad:
-        got = "a constant without grad_fn"
-        raise LossInputError("loss", "a loss that depends on logprobs", got, "Was something detached?")
-    if not math.isfinite(value_of(loss)):
-        raise LossInputError("loss", "a finite value", f"{value_of(loss)}", "Mask before the maths, not after.")
-    if not isinstance(metrics, dict) or not all(isinstance(name, str) for name in metrics):
-        got = f"a {type(metrics).__name__}" + (" with other keys" if isinstance(metrics, dict) else "")
-        raise LossInputError("metrics", "a dict of floats by name", got, "Return {} for none.")
-    return loss, metrics
-
-
-def value_of(loss: Tensor) -> float:
-    try:
-        return float(loss.detach())
-    except RuntimeError as error:
-        got, fix = f"{error}", "Compute it from the logprobs, on their device."
-        raise LossInputError("loss", "a number", got, fix) from error
-
-
-def go_back(loss: Tensor, leaf: Tensor) -> None:
-    """From the loss to the leaf, for the first time: what a loss added itself would count twice."""
+def backward_to(leaf: Tensor, loss: Tensor) -> None:
+    """Set the gradient of the leaf; refuse a leaf that has one, since a loss's own backward() would count twice."""
     if leaf.grad is not None:
         got = "one whose loss_fn has called backward()"
         raise LossInputError("loss", "a loss without a gradient yet", got, "Return it, and leave backward() out.")
@@ -169,21 +174,64 @@ def go_back(loss: Tensor, leaf: Tensor) -> None:
         raise LossInputError("loss", "a loss that autograd can differentiate", f"{error}", fix) from error
 
 
+def differentiated(loss: Tensor, metrics: dict[str, Any], leaf: Tensor, outputs: Outputs) -> Differentiated:
+    """Return the loss with the gradient of its leaf, in the dtype and on the device of the outputs."""
+    assert leaf.grad is not None
+    gradient = leaf.grad.to(outputs.values)
+    check_finite(gradient, outputs)
+    return Differentiated(float(loss.detach()), gradient, metrics, outputs)
+
+
+# Checks
+
+
+def check_contract(result: Any) -> tuple[Tensor, dict[str, Any]]:
+    """Return ``(loss, metrics)``; refuse all but a finite scalar with a graph, and a dict."""
+    if not isinstance(result, tuple) or len(result) != 2:
+        got = f"a {type(result).__name__}" + (f" of {len(result)}" if isinstance(result, tuple) else "")
+        raise LossInputError("loss_fn", "(loss, metrics)", got, "Return the loss and a dict of floats.")
+    loss, metrics = result
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+        raise LossInputError("loss", "a 0-d tensor", got, "Reduce it, and do not call .item().")
+    if loss.is_complex():
+        raise LossInputError("loss", "a real number", str(loss.dtype), "Take its real part or its absolute value.")
+    if not loss.requires_grad:
+        got = "a constant without grad_fn"
+        raise LossInputError("loss", "a loss that depends on logprobs", got, "Was something detached?")
+    number = value_of(loss)
+    if not math.isfinite(number):
+        raise LossInputError("loss", "a finite value", f"{number}", "Mask before the maths, not after.")
+    if not isinstance(metrics, dict) or not all(isinstance(name, str) for name in metrics):
+        got = f"a {type(metrics).__name__}" + (" with other keys" if isinstance(metrics, dict) else "")
+        raise LossInputError("metrics", "a dict of floats by name", got, "Return {} for none.")
+    return loss, metrics
+
+
+def value_of(loss: Tensor) -> float:
+    """Return the number in a loss; a loss on the meta device has none."""
+    try:
+        return float(loss.detach())
+    except RuntimeError as error:
+        got, fix = f"{error}", "Compute it from the logprobs, on their device."
+        raise LossInputError("loss", "a number", got, fix) from error
+
+
 def check_used(loss: Tensor, leaf: Tensor, parts: Sequence[Tensor], outputs: Outputs) -> None:
     """Refuse a loss that leaves out a datum, as the services do."""
     if leaf.grad is None:
         raise not_used(outputs.name, 0)
     rows = (leaf.grad != 0).reshape(len(leaf.grad), -1).any(1).numpy()
-    moved = np.logical_or.reduceat(rows, np.cumsum([0, *outputs.lengths[:-1]]))
-    if not moved.all():  # a gradient of 0, or none at all? The graph tells.
-        reached = used(loss, parts)
-        left_out = [int(i) for i in np.flatnonzero(~moved) if i not in reached]
+    has_gradient = np.logical_or.reduceat(rows, np.cumsum([0, *outputs.lengths[:-1]]))
+    if not has_gradient.all():  # is the gradient 0, or is there none? The graph tells.
+        reached = reached_parts(loss, parts)
+        left_out = [int(i) for i in np.flatnonzero(~has_gradient) if i not in reached]
         if left_out:
             raise not_used(outputs.name, left_out[0])
 
 
-def used(loss: Tensor, parts: Sequence[Tensor]) -> set[int]:
-    """Which of the parts of a leaf the graph of a loss leads to: all of them, where it leads to the leaf itself."""
+def reached_parts(loss: Tensor, parts: Sequence[Tensor]) -> set[int]:
+    """Return which parts of a leaf the graph of a loss leads to: all of them, where it leads to the leaf itself."""
     split: Any = parts[0].grad_fn
     leaf = split.next_functions[0][0]
     reached, seen, to_do = set(), set(), [(loss.grad_fn, loss.output_nr)]
@@ -200,13 +248,14 @@ def used(loss: Tensor, parts: Sequence[Tensor]) -> set[int]:
 
 
 def not_used(name: str, datum: int) -> LossInputError:
+    """The error for a datum that a loss leaves out."""
     one = "logprob" if name == "logprobs" else name
     fix = f"Every datum's {name} must enter the loss, if only as 0.0 * {name}.sum()."
     return LossInputError(name, "a gradient", f"No gradient computed for {one} tensor", fix, datum=datum)
 
 
 def check_finite(gradient: Tensor, outputs: Outputs) -> None:
-    """A loss may be finite where its gradient is not: sqrt at 0, or inf times 0."""
+    """Refuse a gradient that is not finite. That of a finite loss may not be: sqrt at 0, or inf times 0."""
     if not all(map(math.isfinite, torch.stack(torch.aminmax(gradient)).tolist())):
         parts = torch.split(gradient, outputs.lengths)
         datum = next(i for i, part in enumerate(parts) if not part.isfinite().all())

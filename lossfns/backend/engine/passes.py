@@ -1,4 +1,4 @@
-"""One forward and backward over a batch of any size: at once, streamed in micro-batches, or in two passes.
+"""One forward and backward over a batch of any size: in a single pass, streamed in micro-batches, or in two passes.
 
 All three leave the same gradient. A loss of ours is a sum over datums (or pairs) once its denominator is fixed, so
 micro-batches stream through one pass. Any other callable may couple datums: then every micro-batch goes forward
@@ -14,132 +14,139 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lossfns.backend.engine.batch import Rows
-from lossfns.backend.engine.differentiate import LossFn, Outputs, Value, differentiate, go_back, of_ours
-from lossfns.backend.engine.memory import give_back
+from lossfns.backend.engine.batch import ModelInputs
+from lossfns.backend.engine.budget import Plan, SpareBytes
+from lossfns.backend.engine.differentiate import (
+    Differentiated,
+    Objective,
+    Outputs,
+    backward_to,
+    native,
+    packed_columns,
+)
+from lossfns.backend.engine.memory import trim_heap
 from lossfns.errors import LossInputError
-from lossfns.loss import BoundLoss, Loss, blaming, evaluate
-from lossfns.pack import PackedColumns, pack_side_columns
-from lossfns.tokens import PAIRS, Tokens
+from lossfns.loss import BoundLoss, evaluate
+from lossfns.pack import PackedColumns
+from lossfns.tokens import Tokens
 
 
-class Work(NamedTuple):
-    """What a request computes of its datums: ``run`` gives some of them their values, with the graph.
+class Forward(NamedTuple):
+    """The forward pass of a request.
 
-    ``like`` is an empty tensor of the dtype and on the device of these.
+    Attributes:
+        name: the name of its outputs, ``"logprobs"`` or ``"embedding"``.
+        inputs: the inputs of all datums.
+        compute: ``compute(inputs, spare_bytes)`` returns the outputs of some of the datums, with their graph.
+        empty_output: outputs of no datum, in the shape, dtype and on the device of those that are to come.
     """
 
     name: str
-    rows: Rows
-    run: Callable[[Rows], Tensor]
-    like: Tensor
+    inputs: ModelInputs
+    compute: Callable[[ModelInputs, SpareBytes], Tensor]
+    empty_output: Tensor
 
-    def values(self, part: slice) -> Tensor:
-        """Of a micro-batch; what the one before has freed is handed back first."""
-        own = self.rows.part(part)
-        if len(own.tokens) < len(self.rows.tokens):
-            give_back(self.like.device)
-        return self.run(own)
+    def micro_batch(self, part: slice, plan: Plan) -> Tensor:
+        """Return the outputs of a micro-batch."""
+        own = self.inputs.part(part)
+        if len(own.tokens) < len(self.inputs.tokens):
+            trim_heap(self.empty_output.device)  # the one before has freed memory
+        return self.compute(own, plan.spare_bytes)
 
     def outputs(self, values: Tensor) -> Outputs:
-        return Outputs(self.name, values, self.lengths, self.rows.wrap)
-
-    @property
-    def lengths(self) -> list[int]:
-        """How many rows of the values each datum has: its targets, or one embedding."""
-        return self.rows.counts
+        """Return the outputs of all datums, given their values."""
+        return Outputs(self.name, values, self.inputs.output_lengths, self.inputs.tensor_class)
 
 
-Parts = Sequence[slice]
-"""Micro-batches: slices of the datums, which cover them in order."""
-
-
-def forward(work: Work, parts: Parts) -> Tensor:
-    """The values of all datums, without a graph."""
+def forward_only(forward: Forward, plan: Plan) -> Tensor:
+    """Return the outputs of all datums, without a graph."""
     with torch.no_grad():
-        return torch.cat([work.values(part) for part in parts])
+        return torch.cat([forward.micro_batch(part, plan) for part in plan.micro_batches])
 
 
-def step(loss_fn: LossFn | Loss | BoundLoss, data: list[Any], work: Work, parts: Parts) -> Value:
-    """A loss, and its gradient added to that of the parameters, in as few passes as are possible."""
-    if len(parts) == 1:
-        return at_once(loss_fn, data, work)
-    bound = loss_fn.bind() if isinstance(loss_fn, Loss) else loss_fn
-    if isinstance(bound, BoundLoss) and work.name == "logprobs" and splits(bound, parts):
-        return streamed(bound, data, work, parts)
-    return twice(loss_fn, data, work, parts)
+def forward_backward(objective: Objective, data: list[Any], forward: Forward, plan: Plan) -> Differentiated:
+    """Compute a loss, and add its gradient to that of the parameters, in as few passes as possible."""
+    if len(plan.micro_batches) == 1:
+        return single_pass(objective, data, forward, plan)
+    if objective.bound and forward.name == "logprobs" and is_sum_over(plan.micro_batches, objective.group):
+        return streamed(objective, objective.bound, data, forward, plan)
+    return two_pass(objective, data, forward, plan)
 
 
-def splits(bound: BoundLoss, parts: Parts) -> bool:
-    """Whether the loss is a sum over these micro-batches: no pair is torn apart."""
-    return bound.loss.rows != PAIRS or all(part.start % 2 == 0 for part in parts)
+def is_sum_over(micro_batches: Sequence[slice], group: int) -> bool:
+    """Whether a loss is a sum over these micro-batches: no pair is torn apart."""
+    return all(part.start % group == 0 for part in micro_batches)
 
 
-def at_once(loss_fn: LossFn | Loss | BoundLoss, data: list[Any], work: Work) -> Value:
-    """The loss sees values cut off from the model; its gradient goes on through the graph that they left."""
-    outputs = work.outputs(moved(work.values(slice(None)), work.name))
-    value = differentiate(loss_fn, data, outputs)
-    torch.autograd.backward(outputs.values, value.gradient)
-    return value
+def single_pass(objective: Objective, data: list[Any], forward: Forward, plan: Plan) -> Differentiated:
+    """Differentiate the loss on outputs cut off from the model, and continue through the graph that they left."""
+    differentiate = objective.bind(data, forward.outputs(forward.empty_output))
+    outputs = forward.outputs(check_trainable(forward.micro_batch(plan.micro_batches[0], plan), forward.name))
+    result = differentiate(outputs)
+    torch.autograd.backward(outputs.values, result.gradient)
+    return result
 
 
-def streamed(bound: BoundLoss, data: list[Any], work: Work, parts: Parts) -> Value:
-    """Forward, loss and backward of one micro-batch after the other; then loss and metrics of the whole."""
-    loss, shapes, align = bound.loss, work.rows.shapes, bound.align
-    with blaming(loss):  # refuses, before the first forward, what does not fit together
-        columns = pack_side_columns(data, shapes, work.like, loss.reads, bound.columns, rows=loss.rows, align=align)
+def streamed(objective: Objective, bound: BoundLoss, data: list[Any], forward: Forward, plan: Plan) -> Differentiated:
+    """Take each micro-batch forward and backward, one after the other; then evaluate loss and metrics of the whole."""
+    columns = packed_columns(bound, data, forward.outputs(forward.empty_output))
     denominator = divisor(bound, columns)
     if not denominator > 0:
-        return twice(bound, data, work, parts)  # which says what is wrong
-    value_of = partial(evaluate, loss, denominator=denominator)
-    values, gradients = zip(*(own_part(value_of, columns.part(part), work, part) for part in parts))
-    value = of_ours(bound, columns, work.outputs(torch.cat(values)))
-    rest = value.gradient - torch.cat(gradients)
-    if rest.norm() <= ROUNDING * value.gradient.norm():
-        return value
-    add(rest, work, parts)  # terms of one's own may couple datums, and nothing but their gradient shows it
-    return value._replace(passes=2)
+        return two_pass(objective, data, forward, plan)  # which says what is wrong
+    evaluate_part = partial(evaluate, bound.loss, denominator=denominator)
+    values, gradients = zip(
+        *(stream_part(evaluate_part, columns.part(part), forward, part, plan) for part in plan.micro_batches)
+    )
+    result = native(bound, columns, forward.outputs(torch.cat(values)))
+    rest = result.gradient - torch.cat(gradients)
+    if rest.norm() <= ROUNDING * result.gradient.norm():
+        return result
+    backward_again(rest, forward, plan)  # a user's terms may couple datums, and only their gradient shows it
+    return result._replace(passes=2)
 
 
-def own_part(
-    value_of: Callable[[Tokens], Any], columns: PackedColumns, work: Work, part: slice
+def stream_part(
+    evaluate_part: Callable[[Tokens], Any], columns: PackedColumns, forward: Forward, part: slice, plan: Plan
 ) -> tuple[Tensor, Tensor]:
-    """Values and their gradient of one micro-batch, all of whose graph is gone before the next needs the memory."""
-    own = moved(work.values(part), work.name)
-    leaf = own.detach().requires_grad_()
-    loss, _ = value_of(columns.at(leaf.flatten()))
-    go_back(loss, leaf)
-    torch.autograd.backward(own, leaf.grad)
+    """Return outputs of a micro-batch and their gradient. Its graph is gone before the next needs the memory."""
+    values = check_trainable(forward.micro_batch(part, plan), forward.name)
+    leaf = values.detach().requires_grad_()
+    loss, _ = evaluate_part(columns.at(leaf.flatten()))
+    backward_to(leaf, loss)
+    torch.autograd.backward(values, leaf.grad)
     assert leaf.grad is not None
-    return own.detach(), leaf.grad
+    return values.detach(), leaf.grad
 
 
 def divisor(bound: BoundLoss, columns: PackedColumns) -> float:
-    """What the loss divides by, which takes no logprobs."""
+    """Return the denominator of the whole batch, which depends on no logprob."""
     if bound.divisor is not None or bound.loss.count is None:
         return bound.divisor or 1.0
     return float(bound.loss.count(Tokens(torch.zeros_like(columns.weights), columns.weights, columns.lengths)))
 
 
 ROUNDING = 1e-5
-"""What the gradients of a loss's parts may differ by from that of the whole, in relation to its norm."""
+"""How far the gradient of a loss's parts may be from that of the whole by rounding, relative to its norm."""
 
 
-def twice(loss_fn: LossFn | Loss | BoundLoss, data: list[Any], work: Work, parts: Parts) -> Value:
-    """Forward without a graph, the loss of the whole, then forward again and backward, micro-batch by micro-batch."""
-    value = differentiate(loss_fn, data, work.outputs(forward(work, parts)))
-    add(value.gradient, work, parts)
-    return value._replace(passes=2)
+def two_pass(objective: Objective, data: list[Any], forward: Forward, plan: Plan) -> Differentiated:
+    """Take all micro-batches forward without a graph, evaluate the loss on the whole, and go back through each."""
+    differentiate = objective.bind(data, forward.outputs(forward.empty_output))
+    result = differentiate(forward.outputs(forward_only(forward, plan)))
+    backward_again(result.gradient, forward, plan)
+    return result._replace(passes=2)
 
 
-def add(gradient: Tensor, work: Work, parts: Parts) -> None:
-    """Add to the parameters what a gradient of the values gives."""
-    for part, own in zip(parts, torch.split(gradient, [sum(work.lengths[part]) for part in parts])):
-        torch.autograd.backward(moved(work.values(part), work.name), own)
+def backward_again(gradient: Tensor, forward: Forward, plan: Plan) -> None:
+    """Take each micro-batch forward once more, and back from this gradient of its outputs."""
+    lengths = forward.inputs.output_lengths
+    parts = torch.split(gradient, [sum(lengths[part]) for part in plan.micro_batches])
+    for part, own in zip(plan.micro_batches, parts):
+        torch.autograd.backward(check_trainable(forward.micro_batch(part, plan), forward.name), own)
 
 
-def moved(values: Tensor, name: str) -> Tensor:
-    """The values, if a parameter can move them."""
+def check_trainable(values: Tensor, name: str) -> Tensor:
+    """Return outputs; refuse those that no trainable parameter can move."""
     if not values.requires_grad:
         got, fix = "a model in which all that computes them is frozen", "Train a part that they depend on."
         raise LossInputError(name, "outputs that parameters can move", got, fix)

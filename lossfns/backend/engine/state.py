@@ -1,4 +1,4 @@
-"""What a checkpoint keeps of a model in training, as named tensors: weights, optimizer, random numbers."""
+"""The state of a model in training as named tensors: weights, optimizer, random numbers."""
 
 from __future__ import annotations
 
@@ -12,14 +12,24 @@ from torch.optim import Optimizer
 
 from lossfns.errors import LossInputError
 
+# Weights
+
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
-    """``model.<name>``: every tensor of the model."""
-    return {f"model.{name}": x for name, x in model.state_dict().items()}
+    """Return every tensor of the model as ``model.<name>``. Tied weights are one tensor under several names."""
+    own, tied = model.state_dict(), tied_names(model)
+    return {f"model.{name}": own[tied.get(name, name)] for name in own}
+
+
+def tied_names(model: nn.Module) -> dict[str, str]:
+    """Return the names of parameters that are another one, and the first name of that one."""
+    first: dict[nn.Parameter, str] = {}
+    every = model.named_parameters(remove_duplicate=False)
+    return {name: first[p] for name, p in every if first.setdefault(p, name) != name}
 
 
 def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], path: str) -> None:
-    """Take over the weights, or refuse them and change nothing."""
+    """Load the weights, or refuse them and change nothing."""
     given = {name.removeprefix("model."): x for name, x in tensors.items() if name.startswith("model.")}
     own, other = ({name: tuple(x.shape) for name, x in state.items()} for state in (model.state_dict(), given))
     if own != other:
@@ -29,43 +39,78 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], path: str) -> 
     model.load_state_dict(given)
 
 
+# Description
+
+
 def description(model: nn.Module) -> dict[str, Any]:
-    """What the tensors do not tell: a ``Decoder``'s arguments, and those of its adapters."""
+    """Return the settings that the tensors do not tell: the arguments of a ``Decoder``, and those of its adapters."""
     known = {name: getattr(model, name, None) for name in ("shape", "lora")}
     return {name: value if isinstance(value, dict) else None for name, value in known.items()}
 
 
 def check_description(model: nn.Module, data: Mapping[str, Any], path: str) -> None:
-    """Refuse a checkpoint of a model that makes something else of tensors of the same shapes."""
+    """Refuse the checkpoint of a model that computes something else from tensors of the same shapes."""
     for name, own in description(model).items():
         given = data.get(name)
         if not own or not isinstance(given, dict):
             continue
         for key in own:
-            if key != "seed" and plain(own[key]) != given.get(key):
+            if key != "seed" and as_json(own[key]) != given.get(key):
                 got = f"{path}, in which {key} is {given.get(key)} in place of {own[key]}"
                 raise LossInputError("path", "a checkpoint of this model", got, "Build the same model first.")
 
 
-def plain(value: Any) -> Any:
-    """As JSON gives it back."""
+def as_json(value: Any) -> Any:
+    """Return a value as JSON gives it back."""
     return json.loads(json.dumps(value, default=str))
 
 
-def check_whole(model: nn.Module, tensors: Mapping[str, Tensor], data: Mapping[str, Any], path: str) -> None:
-    """Refuse what training could not go on from: other dtypes, or not all that the optimizer has of each parameter."""
+# Optimizer
+
+MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+"""What AdamW keeps of a parameter."""
+
+
+def moments(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    """Return what the optimizer keeps of each parameter as ``optim.<key>.<parameter>``."""
+    names = [name for name, _ in model.named_parameters()]
+    kept = optimizer.state_dict()["state"]
+    return {f"optim.{key}.{names[i]}": x for i, state in kept.items() for key, x in state.items()}
+
+
+def load_moments(model: nn.Module, optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Load what ``moments`` has returned into an optimizer of the same parameters."""
+    kept: dict[int, dict[str, Tensor]] = {}
+    index = {name: i for i, (name, _) in enumerate(model.named_parameters())}
+    for name, x in tensors.items():
+        if name.startswith("optim."):
+            _, key, parameter = name.split(".", 2)
+            kept.setdefault(index[parameter], {})[key] = x
+    optimizer.load_state_dict({"state": kept, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def stepped(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Return the parameters that the optimizer has moments of."""
+    return sorted({name.split(".", 2)[2] for name in tensors if name.startswith("optim.")})
+
+
+def check_complete(model: nn.Module, tensors: Mapping[str, Tensor], data: Mapping[str, Any], path: str) -> None:
+    """Refuse a state from which training could not continue as it was.
+
+    That is one of other dtypes, or without some of what the optimizer keeps of a parameter.
+    """
     check_dtypes(model, tensors, path)
     steps, parameters = data.get("steps"), dict(model.named_parameters())
-    moved = stepped(tensors)
+    names = stepped(tensors)
     wrong = None
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
         wrong = f"steps = {steps!r}"
-    elif data.get("stepped") != moved:
+    elif data.get("stepped") != names:
         wrong = "an incomplete optimizer"
-    elif not set(moved) <= parameters.keys():
-        wrong = f"moments of {min(set(moved) - parameters.keys())}, which is no parameter of this model"
+    elif not set(names) <= parameters.keys():
+        wrong = f"moments of {min(set(names) - parameters.keys())}, which is no parameter of this model"
     else:
-        for name in moved:
+        for name in names:
             shapes = [tuple(tensors.get(f"optim.{k}.{name}", torch.empty(0, 0)).shape) for k in MOMENTS]
             if shapes != [tuple(parameters[name].shape), tuple(parameters[name].shape), ()]:
                 wrong = f"moments of {name} of shapes {shapes}"
@@ -77,17 +122,8 @@ def check_whole(model: nn.Module, tensors: Mapping[str, Tensor], data: Mapping[s
         raise LossInputError("path", "a whole state of training", f"{path}, with {wrong}", fix)
 
 
-def stepped(tensors: Mapping[str, Tensor]) -> list[str]:
-    """The parameters of which the optimizer has moments."""
-    return sorted({name.split(".", 2)[2] for name in tensors if name.startswith("optim.")})
-
-
-MOMENTS = ("exp_avg", "exp_avg_sq", "step")
-"""What AdamW keeps of a parameter."""
-
-
 def check_dtypes(model: nn.Module, tensors: Mapping[str, Tensor], path: str) -> None:
-    """Refuse to continue in another precision, which would round the weights."""
+    """Refuse weights of another precision, which would be rounded."""
     for name, x in weights(model).items():
         if name in tensors and tensors[name].dtype != x.dtype:
             got = f"{path}, in which {name} is {tensors[name].dtype} in place of {x.dtype}"
@@ -95,31 +131,17 @@ def check_dtypes(model: nn.Module, tensors: Mapping[str, Tensor], path: str) -> 
             raise LossInputError("path", "a checkpoint of the same precision", got, fix)
 
 
-def moments(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """``optim.<key>.<parameter>``: what the optimizer keeps of each parameter."""
-    names = [name for name, _ in model.named_parameters()]
-    kept = optimizer.state_dict()["state"]
-    return {f"optim.{key}.{names[i]}": x for i, state in kept.items() for key, x in state.items()}
-
-
-def load_moments(model: nn.Module, optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """The inverse of ``moments``, on an optimizer of the same parameters."""
-    kept: dict[int, dict[str, Tensor]] = {}
-    index = {name: i for i, (name, _) in enumerate(model.named_parameters())}
-    for name, x in tensors.items():
-        if name.startswith("optim."):
-            _, key, parameter = name.split(".", 2)
-            kept.setdefault(index[parameter], {})[key] = x
-    optimizer.load_state_dict({"state": kept, "param_groups": optimizer.state_dict()["param_groups"]})
+# Random numbers
 
 
 def random(device: torch.device) -> dict[str, Tensor]:
-    """``random.<device>``: torch's generators, from which samples without a seed are drawn."""
+    """Return torch's generators, from which samples without a seed are drawn, as ``random.<device>``."""
     cuda = {"random.cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
     return {"random.cpu": torch.get_rng_state(), **cuda}
 
 
 def load_random(tensors: Mapping[str, Tensor], device: torch.device) -> None:
+    """Set torch's generators. This is a state of the whole process."""
     if "random.cpu" in tensors:
         torch.set_rng_state(tensors["random.cpu"])
     if "random.cuda" in tensors and device.type == "cuda":

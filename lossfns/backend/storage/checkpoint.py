@@ -1,199 +1,67 @@
-"""Checkpoints: tensors and plain data in one file, written whole or not at all, read without pickle.
-
-The file is an npz archive, uncompressed: an array for each tensor, and the array ``meta``, whose bytes are
-JSON with the format, the tensors' dtypes and the data. The archive's comment, at the very end, is the SHA-256 of
-all that stands before it.
-"""
+"""Checkpoints: tensors and plain data under one path, which is a file or, of many processes, a folder."""
 
 from __future__ import annotations
 
-import errno
-import hashlib
-import io
-import json
-import os
 import shutil
-import zipfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
-from uuid import uuid4
+from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
-from lossfns.errors import LossInputError
-
-FAMILY, VERSION = "lossfns-checkpoint", 2
-FORMAT = f"{FAMILY}-{VERSION}"
-FOLDER_META = "meta.json"
-"""In a folder, which many processes write: ``folders``."""
+from lossfns.backend.storage import file, folder
+from lossfns.backend.storage.folder import Processes
 
 
-def save(path: str | Path, tensors: Mapping[str, Tensor], data: Mapping[str, Any]) -> Path:
-    """The path, once the file is whole and on the disk; until then, an older one stays as it was."""
-    path = Path(path)
-    arrays = {name: raw(name, x) for name, x in tensors.items()}
-    arrays["meta"] = encoded({name: str(x.dtype) for name, x in tensors.items()}, data)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as file:
-            with zipfile.ZipFile(file, "w") as archive:
-                archive.comment = b"0" * DIGEST
-                for name, x in arrays.items():
-                    with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-                        np.lib.format.write_array(member, x, allow_pickle=False)
-            seal = digest(file)
-            file.seek(-DIGEST, os.SEEK_END)
-            file.write(seal)
-    except (OSError, ValueError) as error:
-        raise LossInputError("path", "a place to write to", f"{path} ({error})", "Choose another.") from error
-    return path
+def save(
+    path: str | Path, tensors: Mapping[str, Tensor], data: Mapping[str, Any], processes: Processes = folder.ONE
+) -> Path:
+    """Write a checkpoint: one process a file, many a folder.
+
+    Args:
+        path: where to write. A checkpoint that is there is replaced once the new one is whole and on the disk.
+        tensors: dense tensors by name; those of many processes may be sharded (``DTensor``).
+        data: anything that JSON can hold.
+        processes: those that call this together.
+
+    Raises:
+        LossInputError: for a path that cannot be written to, and for tensors or data that cannot be kept.
+    """
+    if processes.group is None:
+        return file.save(path, tensors, data)
+    return folder.save(path, tensors, data, processes)
 
 
-def load(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and the data of a checkpoint; an error that names the file if it is not a whole one."""
+def load(
+    path: str | Path, processes: Processes = folder.ONE, empty_for: folder.EmptyFor = folder.empty
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the tensors and the data of a checkpoint, whatever number of processes has written it.
+
+    Args:
+        path: a file or a folder.
+        processes: those that call this together.
+        empty_for: ``empty_for(name, shape, dtype)`` is the tensor that one of a folder is loaded into. Tensors of a
+            file are whole.
+
+    Raises:
+        LossInputError: naming the path, unless it holds a whole checkpoint.
+    """
     if Path(path).is_dir():
-        from lossfns.backend.storage import folder as folders  # half a second, which a file need not spend
-
-        return folders.load(path)
-    with opened(path) as (archive, meta):
-        with open(path, "rb") as file:
-            if archive.comment != digest(file):
-                raise ValueError("its bytes are not those that were written")
-        return {name: restored(array(archive, name), dtype) for name, dtype in meta["dtypes"].items()}, meta["data"]
+        return folder.load(path, processes, empty_for)
+    tensors, data = processes.all_or_none(file.load, path)
+    return tensors, data
 
 
 def metadata(path: str | Path) -> dict[str, Any]:
-    """The data alone, without reading the tensors."""
-    if Path(path).is_dir():
-        from lossfns.backend.storage import folder as folders
-
-        return folders.metadata(path)
-    with opened(path) as (_, meta):
-        data: dict[str, Any] = meta["data"]
-        return data
+    """Return the data alone, without reading the tensors."""
+    return folder.metadata(path) if Path(path).is_dir() else file.metadata(path)
 
 
 def exists(path: Path) -> bool:
-    """Whether there is a checkpoint; a folder that a killed save has left is none."""
-    return path.is_file() or (path / FOLDER_META).is_file()
+    """Whether there is a checkpoint. A folder that a killed save has left is none."""
+    return path.is_file() or (path / folder.META).is_file()
 
 
 def remove(path: Path) -> None:
-    """The checkpoint that is there, if any."""
+    """Remove the checkpoint that is there, if any."""
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-
-
-DIGEST = 64
-
-
-def digest(file: IO[bytes]) -> bytes:
-    """SHA-256 of all of the file but its last ``DIGEST`` bytes, in hexadecimal."""
-    left, sha = file.seek(-DIGEST, os.SEEK_END), hashlib.sha256()
-    file.seek(0)
-    while left:
-        chunk = file.read(min(left, 2**20))
-        left -= len(chunk)
-        sha.update(chunk)
-    return sha.hexdigest().encode()
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write that takes the path's place when it is whole and on the disk; on any error it is removed."""
-    temporary = path.with_name(f".{path.name}.{uuid4().hex[:12]}.partial")
-    try:
-        with open(temporary, "w+b") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def sync(folder: Path) -> None:
-    """The folder's entries to the disk, where the system can: a rename is not there before that."""
-    if os.name == "nt":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(handle)
-
-
-def encoded(dtypes: Mapping[str, str], data: Mapping[str, Any]) -> np.ndarray:
-    try:
-        text = json.dumps({"format": FORMAT, "dtypes": dtypes, "data": dict(data)})
-    except (TypeError, ValueError) as error:
-        raise LossInputError("data", "what JSON can hold", str(error), "Keep it as text or numbers.") from error
-    return np.frombuffer(text.encode(), dtype=np.uint8)
-
-
-def raw(name: str, x: Tensor) -> np.ndarray:
-    """What goes into the file: numpy has no bfloat16, its bits travel as integers."""
-    if not isinstance(name, str) or name in ("", "meta") or "\0" in name:
-        raise LossInputError("tensors", "names that a file can hold", repr(name), "Rename it.")
-    try:
-        x = x.detach().cpu().contiguous()
-        return x.view(torch.int16).numpy() if x.dtype == torch.bfloat16 else x.numpy()
-    except (AttributeError, RuntimeError, TypeError) as error:  # what torch says of layouts that numpy has not got
-        got = f"{x.dtype}, {x.layout} on {x.device}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
-        fix = "Convert it first, or keep it elsewhere."
-        raise LossInputError(f"tensors[{name!r}]", "a dense tensor of plain numbers", got, fix) from error
-
-
-@contextmanager
-def opened(path: str | Path) -> Iterator[tuple[zipfile.ZipFile, dict[str, Any]]]:
-    """The archive and its meta. Damaged bytes can raise nearly anything: all of it names the file."""
-    try:
-        if not Path(path).exists():
-            raise LossInputError("path", "a checkpoint", f"no file {path}", "Was it saved elsewhere?")
-        if not Path(path).is_file():
-            raise LossInputError("path", "a checkpoint", f"{path}, which is no file", "Name the file.")
-        with zipfile.ZipFile(path) as archive:
-            meta = json.loads(bytes(array(archive, "meta")))
-            if newer(meta["format"]):
-                got = f"{path}, written by a newer version of lossfns ({meta['format']})"
-                raise LossInputError("path", f"a {FORMAT} file", got, "Update lossfns.")
-            if meta["format"] != FORMAT or not isinstance(meta["data"], dict):
-                raise TypeError("another format")
-            yield archive, meta
-    except LossInputError:
-        raise
-    except Exception as error:
-        got = f"{path}, which cannot be read ({type(error).__name__}: {error})"
-        raise LossInputError("path", f"a whole {FORMAT} file", got, "It is truncated, corrupt or foreign.") from error
-
-
-def newer(form: str) -> bool:
-    family, _, version = form.rpartition("-")
-    return family == FAMILY and version.isdecimal() and int(version) > VERSION
-
-
-def array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
-    """One array. Its bytes are read to the end before they are parsed: the checksum is of all of them."""
-    info = archive.getinfo(f"{name}.npy")
-    if info.compress_type != zipfile.ZIP_STORED:
-        raise ValueError(f"{name} is compressed")
-    file = io.BytesIO(archive.read(info))
-    x: np.ndarray = np.lib.format.read_array(file, allow_pickle=False)
-    if file.read(1):
-        raise ValueError(f"{name} is longer than its header says")
-    return x
-
-
-def restored(array: np.ndarray, dtype: str) -> Tensor:
-    x = torch.from_numpy(array)
-    stored = "torch.int16" if dtype == "torch.bfloat16" else dtype
-    if str(x.dtype) != stored:
-        raise TypeError(f"{x.dtype} where {stored} is due")
-    return x.view(torch.bfloat16) if dtype == "torch.bfloat16" else x

@@ -1,7 +1,7 @@
-"""Checkpoints of many processes: a folder, in which torch's distributed checkpoint keeps what each of them has.
+"""A checkpoint in a folder, which many processes write: each of them the tensors, or shards, that it has.
 
-``meta.json`` names the folder with the tensors, beside it (safetensors, which any number of processes can read), and
-has the data and the SHA-256 of every file. It is replaced in one go: the checkpoint is the old one or the new one.
+``meta.json`` names the subfolder with the tensors (safetensors, which any number of processes can read), and has the
+data and the SHA-256 of every file. Replacing it replaces the checkpoint: at any time it is the old one or the new one.
 """
 
 from __future__ import annotations
@@ -11,68 +11,113 @@ import importlib.util
 import json
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import uuid4
 
+import torch
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.state_dict_loader import load as read
-from torch.distributed.checkpoint.state_dict_saver import save as write
 
-from lossfns.backend.engine.ranks import Alone, Ranks
-from lossfns.backend.storage import checkpoint
+from lossfns.backend.storage.file import FAMILY, replacing, sync, to_json
 from lossfns.errors import LossInputError
 
-META, FORMAT = checkpoint.FOLDER_META, f"{checkpoint.FAMILY}-folder-1"
-ALONE = Alone()
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+META, FORMAT = "meta.json", f"{FAMILY}-folder-1"
 
 
-def save(
-    path: str | Path, tensors: Mapping[str, Tensor], data: Mapping[str, Any], ranks: Ranks, tied: Mapping[str, str]
-) -> Path:
-    """The path, once all ranks have written. ``tied`` are names of tensors that are written under another's."""
+def call(function: Callable[..., Any], *arguments: Any) -> Any:
+    return function(*arguments)
+
+
+class Processes(NamedTuple):
+    """The processes that save or load together, as one of them sees them; by default, this one alone.
+
+    Attributes:
+        rank, size: which of them this one is, and how many there are.
+        group: their process group, of ``torch.distributed``.
+        gather: ``gather(x)`` returns the list of what each process passes.
+        on_rank_zero: ``on_rank_zero(function, *arguments)`` returns on each process the result of the first.
+        all_or_none: ``all_or_none(function, *arguments)`` returns the result, or raises on each if one fails.
+    """
+
+    rank: int = 0
+    size: int = 1
+    group: ProcessGroup | None = None
+    gather: Callable[[Any], list[Any]] = lambda x: [x]
+    on_rank_zero: Callable[..., Any] = call
+    all_or_none: Callable[..., Any] = call
+
+
+ONE = Processes()
+"""A process on its own."""
+
+EmptyFor = Callable[[str, Sequence[int], torch.dtype], Tensor]
+
+
+def empty(name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Return a whole tensor to load into."""
+    return torch.empty(tuple(shape), dtype=dtype)
+
+
+def save(path: str | Path, tensors: Mapping[str, Tensor], data: Mapping[str, Any], processes: Processes) -> Path:
+    """Write a checkpoint, and return its path once all processes have written.
+
+    A tensor that has several names is written once.
+    """
+    from torch.distributed.checkpoint.api import CheckpointException  # takes half a second, which files need not spend
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import save as write
+
     path = Path(path)
-    part = ranks.first(begin, path, data)
+    part = processes.on_rank_zero(begin, path, data)
+    first: dict[int, str] = {}
+    tied = {name: first[id(x)] for name, x in tensors.items() if first.setdefault(id(x), name) != name}
     try:
         writer = HuggingFaceStorageWriter(str(path / part), save_distributed=True)
         written = {name: x for name, x in tensors.items() if name not in tied}
-        write(written, storage_writer=writer, process_group=ranks.group)
-        files = sums(path / part, ranks)
-        ranks.first(
-            commit, path, {"format": FORMAT, "part": part, "files": files, "tied": dict(tied), "data": dict(data)}
-        )
+        write(written, storage_writer=writer, process_group=processes.group)
+        meta = {"part": part, "files": checksums(path / part, processes), "tied": tied, "data": dict(data)}
+        processes.on_rank_zero(commit, path, {"format": FORMAT, **meta})
     except (OSError, CheckpointException) as error:
-        ranks.first(sweep, path)
+        processes.on_rank_zero(sweep, path)
         raise LossInputError("path", "a place to write to", f"{path} ({error})", "Choose another.") from error
     return path
 
 
-def load(path: str | Path, ranks: Alone | Ranks = ALONE) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and the data of a whole folder, whatever the number of ranks that wrote it."""
-    meta = ranks.together(opened, path)
+def load(
+    path: str | Path, processes: Processes = ONE, empty_for: EmptyFor = empty
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the tensors and the data, whatever number of processes has written them.
+
+    ``empty_for(name, shape, dtype)`` is the tensor that a stored one is loaded into.
+    """
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load as read
+
+    meta = processes.all_or_none(read_meta, path)
     part = Path(path) / meta["part"]
-    if sums(part, ranks) != meta["files"]:
+    if checksums(part, processes) != meta["files"]:
         raise damaged(path, "its files are not those that were written")
     reader = HuggingFaceStorageReader(str(part))
-    kept = reader.read_metadata().state_dict_metadata
-    tensors = {name: ranks.room(name, x.size, x.properties.dtype) for name, x in kept.items()}  # type: ignore[union-attr]
+    stored = reader.read_metadata().state_dict_metadata
+    tensors = {name: empty_for(name, x.size, x.properties.dtype) for name, x in stored.items()}  # type: ignore[union-attr]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that one process is alone
-        read(tensors, storage_reader=reader, process_group=ranks.group, no_dist=ranks.group is None)
+        warnings.simplefilter("ignore", UserWarning)  # torch warns that one process is alone
+        read(tensors, storage_reader=reader, process_group=processes.group, no_dist=processes.group is None)
     return tensors | {name: tensors[other] for name, other in meta["tied"].items()}, meta["data"]
 
 
 def metadata(path: str | Path) -> dict[str, Any]:
-    """The data alone, without reading the tensors."""
-    data: dict[str, Any] = opened(path)["data"]
+    """Return the data alone, without reading the tensors."""
+    data: dict[str, Any] = read_meta(path)["data"]
     return data
 
 
-def opened(path: str | Path) -> dict[str, Any]:
-    """The meta of a folder; any damage is an error that names it."""
+def read_meta(path: str | Path) -> dict[str, Any]:
+    """Read the meta of a folder. Any damage is an error that names the folder."""
     file = Path(path) / META
     if not file.is_file():
         got = f"{path}, a folder without {META}"
@@ -88,6 +133,7 @@ def opened(path: str | Path) -> dict[str, Any]:
 
 
 def damaged(path: str | Path, why: str) -> LossInputError:
+    """The error for a folder that is not as it was written."""
     got = f"{path}, which cannot be read ({why})"
     return LossInputError("path", f"a whole {FORMAT}", got, "It is truncated, corrupt or foreign.")
 
@@ -96,16 +142,18 @@ def damaged(path: str | Path, why: str) -> LossInputError:
 
 
 def seal(meta: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of the meta."""
     return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
-def sums(part: Path, ranks: Alone | Ranks) -> dict[str, str]:
-    """The SHA-256 of every file; each rank reads some of them."""
-    own = ranks.together(own_sums, part, ranks.rank, ranks.size)
-    return {name: sha for each in ranks.gather(own) for name, sha in each.items()}
+def checksums(part: Path, processes: Processes) -> dict[str, str]:
+    """Return the SHA-256 of every file; each process reads some of them."""
+    own = processes.all_or_none(own_checksums, part, processes.rank, processes.size)
+    return {name: sha for each in processes.gather(own) for name, sha in each.items()}
 
 
-def own_sums(part: Path, rank: int, size: int) -> dict[str, str]:
+def own_checksums(part: Path, rank: int, size: int) -> dict[str, str]:
+    """Return the SHA-256 of every ``size``-th file, from number ``rank`` on."""
     return {file.name: sha256(file) for file in sorted(part.iterdir())[rank::size]} if part.is_dir() else {}
 
 
@@ -114,14 +162,14 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-# What rank 0 does for all
+# Steps of rank 0
 
 
 def begin(path: Path, data: Mapping[str, Any]) -> str:
-    """A new folder for tensors in that of the checkpoint, by name."""
+    """Make a new subfolder for tensors, and return its name."""
     if importlib.util.find_spec("safetensors") is None:
         raise ImportError("checkpoints of many processes need safetensors: pip install 'lossfns[ranks]'")
-    checkpoint.encoded({}, data)  # refuses what JSON cannot hold
+    to_json(data)  # refuses data that JSON cannot hold, before anything is written
     part = f"{uuid4().hex[:12]}.part"
     try:
         (path / part).mkdir(parents=True)
@@ -131,16 +179,16 @@ def begin(path: Path, data: Mapping[str, Any]) -> str:
 
 
 def commit(path: Path, meta: Mapping[str, Any]) -> None:
-    """From here on the checkpoint is this one; what was there before goes."""
-    checkpoint.sync(path / meta["part"])
-    with checkpoint.replacing(path / META) as file:
+    """Make the new subfolder the checkpoint, and remove the older one."""
+    sync(path / meta["part"])
+    with replacing(path / META) as file:
         file.write(json.dumps({"seal": seal(meta), "meta": meta}).encode())
     sweep(path)
 
 
 def sweep(path: Path) -> None:
-    """Remove the tensors of other checkpoints: older ones, and those of a save that was killed."""
-    current = opened(path)["part"] if (path / META).exists() else None
+    """Remove the tensors of other checkpoints: of older ones, and of a save that was killed."""
+    current = read_meta(path)["part"] if (path / META).exists() else None
     for part in path.glob("*.part"):
         if part.name != current:
             shutil.rmtree(part, ignore_errors=True)

@@ -61,8 +61,8 @@ def test_one_pass_has_the_gradient_of_autograd_through_the_whole(loss: lossfns.L
     bound = loss.bind(**{name: columns[name] for name in loss.reads})
     result = c.forward_backward_custom(data, bound).result()
     cut = take_gradients(c)
-    work = c._engine.logprobs(data)
-    outputs = work.outputs(work.values(slice(None)))
+    forward = c._engine.logprobs(data)
+    outputs = forward.outputs(forward.compute(forward.inputs, lambda tokens: 0.0))
     logprobs = torch.split(outputs.values, outputs.lengths)
     value, metrics = bound(data, list(logprobs))
     value.backward()
@@ -491,7 +491,7 @@ def test_gradients_cleared_by_hand_are_not_counted() -> None:
     c.forward_backward(data, "cross_entropy").result()
     c.model.zero_grad()
     c.forward_backward(data[:1], "cross_entropy").result()
-    assert int(c._engine.accumulated.sequences) == 1
+    assert int(c._engine.gradients.accumulated.sequences) == 1
 
 
 def test_a_state_without_all_its_moments_is_refused_and_changes_nothing(tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ from torch import Tensor
 import lossfns
 from lossfns import LossInputError, TensorData
 from lossfns.backend import AdamParams, Decoder, LocalServiceClient, LocalTrainingClient
-from lossfns.backend.engine.builtins import BUILTINS, Builtin
-from lossfns.backend.engine.engine import NORMALIZATIONS
+from lossfns.backend.engine.optimizer import NORMALIZATIONS
+from lossfns.export.builtins import BUILTINS, Builtin
 
 PAGE = (Path(__file__).parents[3] / "docs" / "client.md").read_text()
 SHAPE: dict[str, Any] = {"vocab_size": 257, "dim": 16, "layers": 1, "heads": 2, "kv_heads": 1, "hidden": 16}

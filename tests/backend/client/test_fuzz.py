@@ -23,7 +23,7 @@ import lossfns
 from lossfns import LossInputError, TensorData
 from lossfns.backend import AdamParams, APIFuture, Decoder, LocalSamplingClient, LocalTrainingClient, SamplingParams
 from lossfns.backend.client.profiles import PROFILES
-from lossfns.backend.engine.builtins import BUILTINS
+from lossfns.export.builtins import BUILTINS
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -670,7 +670,7 @@ class Subjects:
     def state(self) -> list[Tensor | None]:
         """Weights, gradients, and how many steps and sequences there were."""
         clients = (self.rested, *self.busy)
-        counts = [torch.tensor([c._engine.steps, *c._engine.accumulated[:2]]) for c in clients]
+        counts = [torch.tensor([c._engine.steps, *c._engine.gradients.accumulated[:2]]) for c in clients]
         return [*counts, *self.sampler.model.parameters(), *(x for c in clients for x in (*weights(c), *gradients(c)))]
 
 
@@ -744,7 +744,7 @@ def test_the_calls_are_valid_until_they_are_spoiled(folder: Path) -> None:
             arguments["name"] = Path(f"{i}.npz")
         if name == "optim_step":
             for c in subjects.busy:
-                c._engine.clear()
+                c._engine.gradients.clear()
                 c.forward_backward(texts(Random(1)), "cross_entropy").result()
         assert subjects.perform(Call(name, arguments, []), rng) is None, (i, name, arguments)
 

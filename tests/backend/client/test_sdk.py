@@ -82,7 +82,7 @@ LOSSES = [
 def gradient(c: LocalTrainingClient) -> Tensor:
     """That of all parameters, as one vector, taken away from the client."""
     whole = torch.cat([p.grad.flatten() for p in c.model.parameters() if p.grad is not None])
-    c._engine.clear()
+    c._engine.gradients.clear()
     return whole
 
 

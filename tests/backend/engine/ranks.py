@@ -1,4 +1,4 @@
-"""What ``test_distributed`` compares: scenarios that give tensors by name, run by one process and by two.
+"""What ``test_ranks`` compares: scenarios that give tensors by name, run by one process and by two.
 
 ``torchrun --nproc-per-node 2 ranks.py FOLDER`` runs all of them and leaves what each rank got in the folder.
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 import lossfns
 from lossfns import Datum, LossInputError, ModelInput, datum_from_tokens
 from lossfns.backend import AdamParams, Decoder, LocalTrainingClient, SamplingParams
-from lossfns.backend.engine.ranks import entire, start
+from lossfns.backend.engine.ranks import full_tensor, start
 from lossfns.backend.model import lora
 from lossfns.backend.model.tokenizer import ByteTokenizer
 from lossfns.cli import main
@@ -38,11 +38,11 @@ def client(
 
 
 def parameters(c: LocalTrainingClient) -> Result:
-    return {name: entire(p.detach()).clone() for name, p in c.model.named_parameters()}
+    return {name: full_tensor(p.detach()).clone() for name, p in c.model.named_parameters()}
 
 
 def gradients(c: LocalTrainingClient) -> Result:
-    return {name: entire(p.grad).clone() for name, p in c.model.named_parameters() if p.grad is not None}
+    return {name: full_tensor(p.grad).clone() for name, p in c.model.named_parameters() if p.grad is not None}
 
 
 def columns(rng: Random, data: list[Datum], loss: lossfns.Loss) -> dict[str, Any]:
@@ -111,7 +111,7 @@ def micro_batches(mesh: Any) -> Result:
 
 def within_budget(mesh: Any) -> LocalTrainingClient:
     engine = client(None)._engine
-    return client(mesh, budget=engine.needs(24, engine.logprobs(many()).rows))
+    return client(mesh, budget=engine.budget.costs(engine.logprobs(many()).inputs).of_step(24))
 
 
 def many() -> list[Any]:

@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 from tiny import DATA, SHAPE, client, texts
 
 from lossfns import Datum, LossInputError, ModelInput, TensorData
-from lossfns.backend.engine.batch import Rows, apart, batch_of, with_targets, without_targets
+from lossfns.backend.engine.batch import ModelInputs, inputs_with_targets, inputs_without_targets, pack_inputs, unshared
 from lossfns.backend.model.prefixes import share_prefixes
 
 CPU = torch.device("cpu")
 
 
 @st.composite
-def datums(draw: Callable[..., Any]) -> Rows:
+def datums(draw: Callable[..., Any]) -> ModelInputs:
     """Sequences of which some begin alike, for 16 tokens or more, and some are all alike; targets [N] or [N, K]."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     beginnings = [rng.integers(5, size=rng.integers(1, 40)) for _ in range(draw(st.integers(1, 3)))]
@@ -27,18 +27,18 @@ def datums(draw: Callable[..., Any]) -> Rows:
     ends = [rng.integers(5, size=rng.integers(0, 12)) for _ in range(count)]
     tokens = [np.concatenate([beginnings[rng.integers(len(beginnings))], end]) for end in ends]
     rows = [rng.integers(draw(st.sampled_from([1, 3])), size=(len(ids), *targets)) for ids in tokens]
-    return Rows(tokens, rows, TensorData)
+    return ModelInputs(tokens, rows, TensorData)
 
 
 def whole(index: torch.Tensor | None, count: int) -> torch.Tensor:
     return torch.arange(count) if index is None else index
 
 
-@pytest.mark.parametrize("share_prefixes", [share_prefixes, apart])
+@pytest.mark.parametrize("share_prefixes", [share_prefixes, unshared])
 @given(datums())
-def test_every_position_reads_its_own_past_and_its_own_target(share_prefixes: Any, rows: Rows) -> None:
+def test_every_position_reads_its_own_past_and_its_own_target(share_prefixes: Any, inputs: ModelInputs) -> None:
     """By way of the head row that it takes, and the token whose hidden state that row reads."""
-    batch = batch_of(rows, share_prefixes, CPU)
+    batch = pack_inputs(inputs, share_prefixes, CPU)
     begins = np.cumsum([0, *batch.lengths])
     segment = np.repeat(np.arange(len(batch.lengths)), batch.lengths)
 
@@ -46,55 +46,55 @@ def test_every_position_reads_its_own_past_and_its_own_target(share_prefixes: An
         """The tokens that a computed one sees, itself at last."""
         i = segment[token]
         parent = batch.parents[i]
-        before = [] if parent is None else batch.inputs[begins[parent] : begins[parent + 1]].tolist()
-        return before + batch.inputs[begins[i] : token + 1].tolist()
+        before = [] if parent is None else batch.tokens[begins[parent] : begins[parent + 1]].tolist()
+        return before + batch.tokens[begins[i] : token + 1].tolist()
 
     assert batch.targets is not None
-    read, head_rows = whole(batch.read, len(batch.inputs)), len(batch.targets)
-    spread = whole(batch.spread, head_rows)
-    assert len(read) == head_rows and len(spread) == sum(rows.lengths)
+    hidden_rows, count = whole(batch.hidden_rows, len(batch.tokens)), len(batch.targets)
+    inverse = whole(batch.inverse, count)
+    assert len(hidden_rows) == count and len(inverse) == sum(inputs.lengths)
     n = 0
-    for ids, targets in zip(rows.tokens, rows.targets):
+    for ids, targets in zip(inputs.tokens, inputs.targets):
         for i, target in enumerate(targets.tolist()):
-            assert past(int(read[spread[n]])) == ids[: i + 1].tolist()
-            assert batch.targets[spread[n]].tolist() == target
+            assert past(int(hidden_rows[inverse[n]])) == ids[: i + 1].tolist()
+            assert batch.targets[inverse[n]].tolist() == target
             n += 1
 
 
 @given(datums())
-def test_nothing_is_computed_or_scored_for_nothing(rows: Rows) -> None:
-    batch = batch_of(rows, share_prefixes, CPU)
+def test_nothing_is_computed_or_scored_for_nothing(inputs: ModelInputs) -> None:
+    batch = pack_inputs(inputs, share_prefixes, CPU)
     assert batch.targets is not None
-    assert set(whole(batch.read, len(batch.inputs)).tolist()) == set(range(len(batch.inputs)))
-    assert set(whole(batch.spread, len(batch.targets)).tolist()) == set(range(len(batch.targets)))
-    assert len(batch.inputs) <= sum(rows.lengths) == len(batch_of(rows, apart, CPU).inputs)
+    assert set(whole(batch.hidden_rows, len(batch.tokens)).tolist()) == set(range(len(batch.tokens)))
+    assert set(whole(batch.inverse, len(batch.targets)).tolist()) == set(range(len(batch.targets)))
+    assert len(batch.tokens) <= sum(inputs.lengths) == len(pack_inputs(inputs, unshared, CPU).tokens)
 
 
 @given(datums(), st.integers(0, 8), st.integers(0, 8))
-def test_a_part_is_that_of_the_datums(rows: Rows, first: int, last: int) -> None:
-    part = rows.part(slice(first, last))
-    assert part.lengths == rows.lengths[first:last] == part.counts
-    assert part.shapes == rows.shapes[first:last] and part.wrap is rows.wrap
-    embedded = Rows(rows.tokens, [], TensorData)
-    assert embedded.counts == [1] * len(rows.tokens) and embedded.shapes == []
+def test_a_part_is_that_of_the_datums(inputs: ModelInputs, first: int, last: int) -> None:
+    part = inputs.part(slice(first, last))
+    assert part.lengths == inputs.lengths[first:last] == part.output_lengths
+    assert part.targets == inputs.targets[first:last] and part.tensor_class is inputs.tensor_class
+    embedded = ModelInputs(inputs.tokens, [], TensorData)
+    assert embedded.output_lengths == [1] * len(inputs.tokens) and embedded.targets_per_token == 1
 
 
 def test_without_targets_a_token_that_is_shared_is_read_by_each() -> None:
     """Two sequences of 20 tokens that differ in the last: 21 tokens, each sequence with 19 of its own in common."""
     ids = np.arange(20)
-    rows = Rows([ids, np.append(ids[:-1], 25)], [], TensorData)
-    batch = batch_of(rows, share_prefixes, CPU)
-    assert batch.targets is None and batch.spread is None and batch.read is not None
-    assert len(batch.inputs) == 21
-    assert batch.inputs[batch.read].tolist() == [*ids, *ids[:-1], 25]
+    inputs = ModelInputs([ids, np.append(ids[:-1], 25)], [], TensorData)
+    batch = pack_inputs(inputs, share_prefixes, CPU)
+    assert batch.targets is None and batch.inverse is None and batch.hidden_rows is not None
+    assert len(batch.tokens) == 21
+    assert batch.tokens[batch.hidden_rows].tolist() == [*ids, *ids[:-1], 25]
 
 
 def test_datums_become_rows_of_ids() -> None:
-    rows = with_targets(texts_of([3, 1, 2], [1, 2, 3]), 4)
-    assert [ids.tolist() for ids in rows.tokens] == [[3, 1, 2]]
-    assert [ids.tolist() for ids in rows.targets] == [[1, 2, 3]]
-    assert rows.tokens[0].dtype == np.int64
-    assert without_targets(texts_of([3, 1, 2], [1, 2, 3]), 4).targets == []
+    inputs = inputs_with_targets(texts_of([3, 1, 2], [1, 2, 3]), 4)
+    assert [ids.tolist() for ids in inputs.tokens] == [[3, 1, 2]]
+    assert [ids.tolist() for ids in inputs.targets] == [[1, 2, 3]]
+    assert inputs.tokens[0].dtype == np.int64
+    assert inputs_without_targets(texts_of([3, 1, 2], [1, 2, 3]), 4).targets == []
 
 
 def texts_of(ids: list[int], targets: list[int]) -> list[Datum]:
@@ -115,13 +115,13 @@ def test_ids_that_the_model_does_not_have_are_refused_by_their_datum(
     ids: list[int], targets: list[int], field: str
 ) -> None:
     with pytest.raises(LossInputError) as error:
-        with_targets([*texts_of([1], [1]), *texts_of(ids, targets)], 4)
+        inputs_with_targets([*texts_of([1], [1]), *texts_of(ids, targets)], 4)
     assert (error.value.datum, error.value.field) == (1, field)
 
 
 def test_one_call_has_one_number_of_targets() -> None:
     with pytest.raises(LossInputError, match=r"datum\[4\].*one K"):
-        with_targets([*DATA, *texts(Random(0), count=1, targets=2)], SHAPE["vocab_size"])
+        inputs_with_targets([*DATA, *texts(Random(0), count=1, targets=2)], SHAPE["vocab_size"])
 
 
 def test_the_model_gets_what_the_datums_share_once() -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 import lossfns
 from lossfns import LossInputError, TensorData, token_sum
 from lossfns.backend import LocalTrainingClient
-from lossfns.backend.engine.builtins import BUILTINS
+from lossfns.export.builtins import BUILTINS
 
 RATIO = ("importance_sampling", "ppo", "cispo", "gspo", "gspo-token", "grpo", "dapo")
 POLICY = (*RATIO, "dro")

@@ -20,7 +20,7 @@ from lossfns import (
     multi_target_cross_entropy,
     token_sum,
 )
-from lossfns.backend.engine.differentiate import Outputs, Value, differentiate, prepared
+from lossfns.backend.engine.differentiate import Differentiated, Outputs, objective_of
 
 LENGTHS = [1, 2, 3]
 LOGPROBS = [-1.0, -2.0, -3.0, -4.0, -5.0, -6.0]
@@ -41,7 +41,16 @@ def outputs(values: Any = LOGPROBS, lengths: list[int] = LENGTHS, name: str = "l
     return Outputs(name, torch.tensor(values, requires_grad=True) * 1, lengths, TensorData)
 
 
-def of(loss: Callable[[list[Tensor]], Tensor], given: Outputs | None = None) -> Value:
+def bind(loss_fn: Any, data: list[Datum], form: Outputs) -> Callable[[Outputs], Differentiated]:
+    """A loss as a function of outputs that are to have this form."""
+    return objective_of(loss_fn, agreeing=lambda loss_fn: loss_fn).bind(data, form)
+
+
+def differentiate(loss_fn: Any, data: list[Datum], given: Outputs) -> Differentiated:
+    return bind(loss_fn, data, given)(given)
+
+
+def of(loss: Callable[[list[Tensor]], Tensor], given: Outputs | None = None) -> Differentiated:
     """A loss of the logprobs alone, differentiated."""
     return differentiate(lambda data, logprobs_list: (loss(logprobs_list), {}), data(), given or outputs())
 
@@ -164,17 +173,17 @@ def test_what_is_wrong_with_the_datums_is_said_before_there_are_outputs() -> Non
     """Of the outputs only their form is known: no rows, but as many as the lengths say to come."""
     form = outputs([])
     with pytest.raises(LossInputError, match=r"grpo: datum\[0\].advantages: .* nothing bound"):
-        prepared(grpo(), data(), form)
+        bind(grpo(), data(), form)
     with pytest.raises(LossInputError, match=r"dpo: data: expected chosen/rejected pairs, got 3 datums"):
-        prepared(dpo(), data(), form)
+        bind(dpo(), data(), form)
     with pytest.raises(LossInputError, match=r"cross_entropy: datum\[1\].logprobs: expected 2 rows .* got 1"):
-        prepared(cross_entropy(), data(), form._replace(lengths=[1, 1, 3]))
+        bind(cross_entropy(), data(), form._replace(lengths=[1, 1, 3]))
     with pytest.raises(LossInputError, match="loss_fn: expected a function"):
-        prepared("cross_entropy", data(), form)
+        bind("cross_entropy", data(), form)
 
 
-def test_a_prepared_loss_takes_any_outputs() -> None:
-    evaluate = prepared(cross_entropy(weigh=token_sum), data(), outputs([]))
+def test_a_bound_loss_takes_any_outputs() -> None:
+    evaluate = bind(cross_entropy(weigh=token_sum), data(), outputs([]))
     for scale in (1.0, 2.0):
         value = evaluate(outputs([scale * x for x in LOGPROBS]))
         assert (value.loss, value.gradient.tolist()) == (scale * 14.0, SUMMED)

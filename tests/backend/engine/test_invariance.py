@@ -13,7 +13,7 @@ from torch import Tensor
 import lossfns
 from lossfns import LossInputError
 from lossfns.backend import Decoder, LocalTrainingClient
-from lossfns.backend.engine.engine import add_compensated
+from lossfns.backend.engine.gradients import add_compensated
 
 MODEL = Decoder(**BYTE_SHAPE)
 TEXT = "A sum in floating point depends on its order; that of a gradient should not. "
@@ -75,7 +75,7 @@ def test_many_calls_in_bfloat16_lose_no_more_than_its_last_rounding() -> None:
     for datum in data:
         c.forward_backward([datum], "cross_entropy").result()
         parts.append({name: p.grad.double() for name, p in c.model.named_parameters() if p.grad is not None})
-        c._engine.clear()
+        c._engine.gradients.clear()
     sums = {name: torch.stack([part[name] for part in parts]).sum(0) for name in parts[0]}
     difference, _ = apart(gradient([[datum] for datum in data], torch.bfloat16), sums)
     print(f"\n{difference:.1e}")

@@ -20,9 +20,17 @@ from torch import Tensor, nn
 import lossfns
 from lossfns import Datum, LossInputError, ModelInput, TensorData, datum_from_tokens
 from lossfns.backend import AdamParams, Decoder, LocalReferenceClient, LocalTrainingClient
-from lossfns.backend.engine.batch import Rows
-from lossfns.backend.engine.engine import mean_pool
-from lossfns.backend.engine.memory import FEW, LOSS, MARGIN, Footprint, Watch, cut, footprint, free, left
+from lossfns.backend.engine.batch import ModelInputs
+from lossfns.backend.engine.budget import LOSS_BYTES_PER_VALUE, MARGIN, into_micro_batches
+from lossfns.backend.engine.memory import (
+    PROBE_TOKENS,
+    AllocationTracker,
+    Footprint,
+    available_bytes,
+    cgroup_headroom,
+    footprint,
+)
+from lossfns.backend.engine.pooling import mean_pool
 from lossfns.backend.model import lora
 
 # Counting
@@ -49,7 +57,7 @@ class Doubled(torch.autograd.Function):
 
 
 def test_a_tensor_counts_until_it_is_freed() -> None:
-    with Watch(set()) as watch:
+    with AllocationTracker(set()) as watch:
         a = numbers(2)
         assert (watch.growing.total, watch.growing.peak) == (2 * KB, 2 * KB)
         b = numbers(1)
@@ -63,7 +71,7 @@ def test_a_tensor_counts_until_it_is_freed() -> None:
 
 
 def test_a_view_keeps_its_tensor_and_takes_nothing_itself() -> None:
-    with Watch(set()) as watch:
+    with AllocationTracker(set()) as watch:
         a = numbers(4)
         view, first = a.view(2, -1)[1], torch.split(a, 250)[0]
         del a
@@ -77,7 +85,7 @@ def test_a_view_keeps_its_tensor_and_takes_nothing_itself() -> None:
 
 def test_what_is_done_in_place_takes_nothing() -> None:
     before = numbers(4)
-    with Watch(set()) as watch:
+    with AllocationTracker(set()) as watch:
         before.add_(1).mul_(2)[:250].zero_()
         torch.add(before, 1, out=before)
         assert watch.growing.peak == 0
@@ -89,14 +97,14 @@ def test_what_is_done_in_place_takes_nothing() -> None:
 
 def test_every_result_of_an_operation_counts() -> None:
     """The values are float32 and the places int64."""
-    with Watch(set()) as watch:
+    with AllocationTracker(set()) as watch:
         result = torch.ones(250).sort()
     assert watch.growing.total == KB + 2 * KB and len(result) == 2
 
 
 def test_what_autograd_keeps_counts_until_the_backward_pass_is_over() -> None:
     x = numbers(1).requires_grad_()
-    with Watch(set()) as watch:
+    with AllocationTracker(set()) as watch:
         y = (x * x).exp()  # keeps x, which was there, and the result
         assert (watch.growing.total, watch.growing.peak) == (KB, 2 * KB)
         total = y.sum()
@@ -111,7 +119,7 @@ def test_what_autograd_keeps_counts_until_the_backward_pass_is_over() -> None:
 
 def test_what_a_function_makes_and_keeps_inside_counts() -> None:
     x = numbers(1).requires_grad_()
-    with Watch(set()) as watch:
+    with AllocationTracker(set()) as watch:
         y = Doubled.apply(x)  # type: ignore[no-untyped-call]
         assert watch.growing.total == 2 * KB and watch.growing.peak == 4 * KB
         y.backward(torch.ones_like(y))
@@ -121,7 +129,7 @@ def test_what_a_function_makes_and_keeps_inside_counts() -> None:
 
 
 def test_certain_sizes_are_counted_by_themselves() -> None:
-    with Watch({2 * KB}) as watch:
+    with AllocationTracker({2 * KB}) as watch:
         a, b, c = numbers(1), numbers(2), numbers(2)
         del b
         assert (watch.growing.peak, watch.fixed.peak, watch.fixed.total) == (KB, 4 * KB, 2 * KB)
@@ -135,7 +143,7 @@ def test_a_footprint_is_that_of_the_peak_by_tokens_and_by_weight() -> None:
 
     def step() -> None:
         for widths in ((8, 4), (8, 8)):
-            activations = [torch.ones(FEW, width) for width in widths]
+            activations = [torch.ones(PROBE_TOKENS, width) for width in widths]
             gradient = torch.ones(8, 8)
             del activations, gradient
 
@@ -153,6 +161,12 @@ def test_as_many_tokens_fit_as_do_and_not_one_more(fixed: int, each: int, tokens
 
 
 # Foretelling
+
+
+def backward(c: LocalTrainingClient, loss_fn: Any, data: list[Any], forward: Any) -> Any:
+    """A request without its response."""
+    with c._engine.gradients.all_or_nothing():
+        return c._engine.backward(loss_fn, data, forward)
 
 
 def adapted(model: Decoder) -> None:
@@ -190,10 +204,10 @@ def test_the_foretold_peak_is_a_bound_and_not_twice_what_a_step_takes(name: str,
     data = [
         datum_from_tokens([rng.randrange(shape["vocab_size"]) for _ in range(n + 1)], prompt_length=1) for n in lengths
     ]
-    work = c._engine.logprobs(data)
-    c._engine.footprint(work.rows)
-    with Watch(set()) as watch:
-        foretold = c._engine.backward(lossfns.cross_entropy(), data, work, lambda value: value.peak_memory)
+    forward = c._engine.logprobs(data)
+    c._engine.budget.footprint(forward.inputs)
+    with AllocationTracker(set()) as watch:
+        foretold = backward(c, lossfns.cross_entropy(), data, forward).peak_memory
     assert watch.growing.peak <= foretold <= 2 * watch.growing.peak
 
 
@@ -230,14 +244,15 @@ def test_what_a_loss_makes_of_the_values_of_all_micro_batches_is_foretold(what: 
     )
 
     def step(c: LocalTrainingClient) -> tuple[int, int]:
-        work = c._engine.embeddings(data, mean_pool) if what == "embeddings" else c._engine.logprobs(data)
-        return c._engine.backward(loss_fn, data, work, lambda value: (value.peak_memory, value.micro_batches))
+        forward = c._engine.embeddings(data, mean_pool) if what == "embeddings" else c._engine.logprobs(data)
+        value = backward(c, loss_fn, data, forward)
+        return value.peak_memory, value.micro_batches
 
     whole, _ = step(client())
     c = client(memory_budget=whole)
     step(c)
-    c._engine.clear()
-    with Watch(set()) as watch:
+    c._engine.gradients.clear()
+    with AllocationTracker(set()) as watch:
         foretold, parts = step(c)
     assert parts > 1 and watch.growing.peak <= foretold <= whole * MARGIN
 
@@ -253,7 +268,7 @@ def test_the_bytes_that_are_asked_for_are_enough_with_checkpointing_and_many_tar
 
 def test_freed_memory_is_handed_back_between_micro_batches_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[torch.device] = []
-    monkeypatch.setattr("lossfns.backend.engine.passes.give_back", calls.append)
+    monkeypatch.setattr("lossfns.backend.engine.passes.trim_heap", calls.append)
     client().forward_backward_custom(DATA, lossfns.cross_entropy()).result()
     assert calls == []
     c = client(memory_budget=30_000)
@@ -261,9 +276,9 @@ def test_freed_memory_is_handed_back_between_micro_batches_alone(monkeypatch: py
     assert len(calls) == parts > 1
 
 
-def like(n: int) -> Rows:
+def like(n: int) -> ModelInputs:
     """What a call over one sequence has."""
-    return Rows([np.zeros(n, dtype=np.int64)], [np.zeros(n, dtype=np.int64)], None)
+    return ModelInputs([np.zeros(n, dtype=np.int64)], [np.zeros(n, dtype=np.int64)], None)
 
 
 def test_the_measurement_leaves_no_trace() -> None:
@@ -272,9 +287,9 @@ def test_the_measurement_leaves_no_trace() -> None:
     custom = c.forward_backward_custom(DATA, lossfns.cross_entropy()).result()
     before, random = gradients(c), torch.get_rng_state()
     c.model.register_forward_hook(lambda module, args, hidden: nn.functional.dropout(hidden, 0.5))
-    c._engine.footprints = {}
-    c._engine.footprint(like(7))
-    assert len(c._engine.footprints) == 1
+    c._engine.budget.footprints = {}
+    c._engine.budget.footprint(like(7))
+    assert len(c._engine.budget.footprints) == 1
     assert same(gradients(c), before) and torch.equal(torch.get_rng_state(), random)
     assert not any(p._post_accumulate_grad_hooks for p in c.model.parameters())  # type: ignore[attr-defined]
     assert custom.metrics["passes"] == 1
@@ -289,7 +304,7 @@ def test_a_model_that_fails_in_the_measurement_keeps_its_gradients() -> None:
         raise torch.OutOfMemoryError("no more")
 
     c.model.register_forward_pre_hook(fail)
-    c._engine.footprints = {}
+    c._engine.budget.footprints = {}
     with pytest.raises(torch.OutOfMemoryError):
         c.forward_backward_custom(DATA, lossfns.cross_entropy()).result()
     assert same(gradients(c), before)
@@ -324,7 +339,7 @@ def test_a_model_need_not_read_more_than_the_datums_have() -> None:
 def test_models_that_do_not_say_what_they_are_are_measured_one_by_one() -> None:
     """Of the same class and parameters, one takes more."""
     once, often = (LocalTrainingClient(Positions(300, loops), tokenizer=1, device="cpu") for loops in (1, 20))
-    assert often._engine.footprint(like(100)).each > 3 * once._engine.footprint(like(100)).each
+    assert often._engine.budget.footprint(like(100)).each > 3 * once._engine.budget.footprint(like(100)).each
 
 
 def test_a_reference_runs_no_backward_pass() -> None:
@@ -358,7 +373,7 @@ LENGTHS = st.lists(st.integers(1, 30), min_size=1, max_size=30)
 
 @given(LENGTHS, st.one_of(st.integers(-5, 100), st.just(math.inf)))
 def test_micro_batches_are_all_datums_in_order_as_many_as_there_is_room_for(lengths: list[int], room: float) -> None:
-    parts = cut(lengths, room, 1)
+    parts = into_micro_batches(lengths, room, 1)
     assert [i for part in parts for i in range(len(lengths))[part]] == list(range(len(lengths)))
     sizes = [sum(lengths[part]) for part in parts]
     assert all(size <= room or part.stop - part.start == 1 for size, part in zip(sizes, parts))
@@ -369,11 +384,11 @@ def test_micro_batches_are_all_datums_in_order_as_many_as_there_is_room_for(leng
 @given(LENGTHS, st.integers(1, 100))
 def test_pairs_stay_together_if_all_of_them_fit(lengths: list[int], room: int) -> None:
     pairs = [sum(lengths[i : i + 2]) for i in range(0, len(lengths), 2)]
-    parts = cut(lengths, room, 2)
+    parts = into_micro_batches(lengths, room, 2)
     if max(pairs) > room:
-        assert parts == cut(lengths, room, 1)
+        assert parts == into_micro_batches(lengths, room, 1)
     else:
-        assert parts == [slice(2 * p.start, min(2 * p.stop, len(lengths))) for p in cut(pairs, room, 1)]
+        assert parts == [slice(2 * p.start, min(2 * p.stop, len(lengths))) for p in into_micro_batches(pairs, room, 1)]
 
 
 # Budgets
@@ -381,7 +396,7 @@ def test_pairs_stay_together_if_all_of_them_fit(lengths: list[int], room: int) -
 
 def test_what_is_free_is_part_of_what_there_is() -> None:
     device = torch.device("cpu")
-    assert 0 < free(device) < 2**60
+    assert 0 < available_bytes(device) < 2**60
 
 
 @pytest.mark.parametrize(
@@ -393,7 +408,7 @@ def test_a_container_has_what_its_limit_leaves(limit: str | None, expected: floa
         (tmp_path / "memory.max").write_text(f"{limit}\n")
         (tmp_path / "memory.current").write_text("700000\n")
         (tmp_path / "memory.stat").write_text("anon 500000\nfile 200000\ninactive_file 200000\nactive_file 0\n")
-    assert left(tmp_path) == expected
+    assert cgroup_headroom(tmp_path) == expected
 
 
 @pytest.mark.parametrize("budget", [0, -1, True, "1GB", math.nan, [1], 1j])
@@ -430,14 +445,13 @@ def test_adding_a_gradient_to_another_has_to_fit_as_well() -> None:
     """What rounding takes from a sum is kept beside it from the second request on, here of a model with few tokens."""
 
     def step(c: LocalTrainingClient) -> int:
-        work = c._engine.logprobs(data)
-        return c._engine.backward(lossfns.cross_entropy(), data, work, lambda value: value.peak_memory)
+        return backward(c, lossfns.cross_entropy(), data, c._engine.logprobs(data)).peak_memory
 
     shape, data = {**SHAPE, "hidden": 40, "layers": 40}, [text(Random(0), 2)]
     c = LocalTrainingClient(Decoder(**shape), tokenizer=1, device="cpu")
     weights = sum(p.nbytes for p in c.model.parameters())
     first = step(c)
-    with Watch(set()) as watch:
+    with AllocationTracker(set()) as watch:
         second = step(c)
     assert first < 2 * weights <= watch.growing.peak <= second
     third = step(c)
@@ -445,9 +459,22 @@ def test_adding_a_gradient_to_another_has_to_fit_as_well() -> None:
     lean = LocalTrainingClient(Decoder(**shape), tokenizer=1, device="cpu", memory_budget=1.9 * weights / MARGIN)
     assert step(lean) == first
     before = gradients(lean)
-    with pytest.raises(LossInputError, match=f"{(2 * weights + LOSS) / MARGIN + 1:,.0f} bytes"):
+    with pytest.raises(LossInputError, match=f"{(2 * weights + LOSS_BYTES_PER_VALUE) / MARGIN + 1:,.0f} bytes"):
         step(lean)
     assert same(gradients(lean), before)
+
+
+@pytest.mark.parametrize("loss_fn", [lossfns.cross_entropy(), spread_out], ids=["streamed", "twice"])
+def test_what_is_free_is_read_once_for_a_request(loss_fn: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So what the micro-batches and the logits take is planned with one number."""
+    reads = []
+    monkeypatch.setattr("lossfns.backend.engine.budget.available_bytes", lambda device: reads.append(1) or 40_000)
+    c = client()
+    options = {} if loss_fn is not spread_out else {"output": "embedding"}
+    assert c.forward_backward_custom(DATA, loss_fn, **options).result().metrics["micro_batches"] > 1
+    assert reads == [1]
+    c.forward(DATA, "cross_entropy").result()
+    assert reads == [1, 1]
 
 
 def test_requests_that_add_up_are_cut_alike() -> None:
@@ -492,10 +519,10 @@ def trained(budget: float, folder: Path, **losses: Any) -> None:
         metrics = c.forward_backward_custom(data, loss_fn).result().metrics
         rise = in_use("VmHWM") - before
         torch.save([metrics, rise, [p.grad for p in c.model.parameters()]], folder / name)
-        c._engine.clear()
+        c._engine.gradients.clear()
 
 
-def test_a_batch_of_four_times_the_budget_trains_within_it(tmp_path: Path) -> None:
+def test_a_pack_inputs_four_times_the_budget_trains_within_it(tmp_path: Path) -> None:
     """The system's figure, of everything that a process takes."""
     trained(math.inf, tmp_path, whole=lossfns.cross_entropy())
     whole, _, gradient = torch.load(tmp_path / "whole")

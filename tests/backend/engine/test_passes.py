@@ -28,8 +28,8 @@ from lossfns import (
     token_mean,
 )
 from lossfns.backend import AdamParams, Decoder, LocalReferenceClient, LocalTrainingClient
-from lossfns.backend.engine.engine import last_pool
-from lossfns.backend.engine.memory import MARGIN
+from lossfns.backend.engine.budget import MARGIN
+from lossfns.backend.engine.pooling import last_pool
 from lossfns.backend.model import lora
 from lossfns.backend.model.tokenizer import ByteTokenizer
 
@@ -40,8 +40,9 @@ Call = Callable[[LocalTrainingClient], Any]
 def budget(make: Make, data: list[Any], tokens: int | None = None) -> int:
     """Bytes for so many tokens of these datums at a time: if it is not said how many, those of the longest."""
     engine = make()._engine
-    rows = engine.logprobs(data).rows
-    return math.ceil(engine.needs(tokens or rows.longest, rows) / engine.margin) + 1
+    inputs = engine.logprobs(data).inputs
+    needed = engine.budget.costs(inputs).of_step(tokens or max(inputs.lengths))
+    return math.ceil(needed / engine.budget.margin) + 1
 
 
 def vector(c: LocalTrainingClient) -> Tensor:
@@ -74,7 +75,7 @@ def assert_cut_changes_nothing(
             assert x[name].shape == y[name].shape
             torch.testing.assert_close(y[name].to_torch(), x[name].to_torch(), rtol=1e-5, atol=1e-5)
     assert_near(vector(cut), vector(whole))
-    counted = [[int(n) for n in c._engine.accumulated[:2]] for c in (whole, cut)]
+    counted = [[int(n) for n in c._engine.gradients.accumulated[:2]] for c in (whole, cut)]
     assert counted[0] == counted[1]
     return b
 
@@ -91,6 +92,10 @@ def columns(rng: Random, data: list[Any], loss: Loss) -> dict[str, Any]:
 
 def custom(loss_fn: Any, data: list[Any], **options: Any) -> Call:
     return lambda c: c.forward_backward_custom(data, loss_fn, **options).result()
+
+
+def builtin(c: LocalTrainingClient) -> Any:
+    return c.forward_backward(DATA, "cross_entropy").result()
 
 
 DATA = texts(Random(2), count=10, longest=12)
@@ -455,22 +460,25 @@ def test_a_micro_batch_that_fails_leaves_the_gradient_of_those_before_out(error:
     c = client(memory_budget=budget(client, DATA))
     done = custom(loss_fn, DATA)(c)
     before = gradients_of(c)
-    counted = [int(n) for n in c._engine.accumulated[:2]]
+    counted = [int(n) for n in c._engine.gradients.accumulated[:2]]
     forwards = int(done.metrics["micro_batches"] * done.metrics["passes"])
     stop_at(c, forwards - 1, error)
     with pytest.raises(type(error)):
         custom(loss_fn, DATA)(c)
     assert same(gradients_of(c), before)
-    assert [int(n) for n in c._engine.accumulated[:2]] == counted
+    assert [int(n) for n in c._engine.gradients.accumulated[:2]] == counted
 
 
-def test_so_does_a_report_that_fails() -> None:
+@pytest.mark.parametrize("call", [custom(lossfns.cross_entropy(), DATA), builtin], ids=["custom", "builtin"])
+def test_so_does_a_response_that_cannot_be_made(call: Call) -> None:
     c = client(memory_budget=budget(client, DATA))
     custom(lossfns.cross_entropy(), DATA)(c)
-    before = gradients_of(c)
+    before, counted = gradients_of(c), [int(n) for n in c._engine.gradients.accumulated[:2]]
+    c._profile = c._profile._replace(custom_metrics=lambda value: 1 / 0, builtin_metrics=lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        c._engine.backward(lossfns.cross_entropy(), DATA, c._engine.logprobs(DATA), lambda value: 1 / 0)
+        call(c)
     assert same(gradients_of(c), before)
+    assert [int(n) for n in c._engine.gradients.accumulated[:2]] == counted
 
 
 def test_a_gradient_that_overflows_in_one_micro_batch_is_none_of_the_whole() -> None:
@@ -600,8 +608,8 @@ def test_a_forward_alone_is_cut_to_the_same_outputs(output: str) -> None:
     whole = LocalReferenceClient(Decoder(**SHAPE), device="cpu")
     with torch.no_grad():
         engine = whole._engine
-        rows = engine.logprobs(DATA).rows if output == "logprobs" else engine.embeddings(DATA, last_pool).rows
-        least = math.ceil(engine.needs(11, rows) / MARGIN) + 1
+        forward = engine.logprobs(DATA) if output == "logprobs" else engine.embeddings(DATA, last_pool)
+        least = math.ceil(engine.budget.costs(forward.inputs).of_step(11) / MARGIN) + 1
     cut = LocalReferenceClient(Decoder(**SHAPE), device="cpu", memory_budget=least)
     results = [c.forward(DATA, "cross_entropy", config).result() for c in (whole, cut)]
     tokens = counted(cut)
@@ -621,7 +629,7 @@ def test_a_forward_needs_less_than_a_step() -> None:
         c.forward_backward(data, "cross_entropy").result()
 
 
-def test_a_long_datum_among_short_ones_has_a_micro_batch_of_its_own() -> None:
+def test_a_long_datum_among_short_ones_has_a_micro_pack_inputs_its_own() -> None:
     data = [
         Datum(ModelInput.from_ints(ids[:-1]), {"target_tokens": ids[1:], "weights": [1.0] * (len(ids) - 1)})
         for ids in ([1, 2, 3], [4, 5], list(range(1, 30)), [6, 7, 8, 9])

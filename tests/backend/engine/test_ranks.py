@@ -22,7 +22,8 @@ from torch import nn
 
 from lossfns import LossInputError
 from lossfns.backend import Decoder
-from lossfns.backend.engine.ranks import layers, replaced, shares, start, tied
+from lossfns.backend.engine.ranks import copied_with, rank_bounds, start, transformer_layers
+from lossfns.backend.engine.state import tied_names
 from lossfns.backend.storage import checkpoint
 from lossfns.backend.storage import folder as folders
 from lossfns.cli import main
@@ -188,7 +189,7 @@ def test_a_folder_with_other_files_in_it_is_refused(written: Path) -> None:
 
 
 def test_what_a_killed_save_leaves_is_not_the_checkpoint(written: Path) -> None:
-    """It has written tensors, but ``meta.json`` names the older ones until it is replaced; the next save sweeps."""
+    """It has written tensors, but ``meta.json`` names the older ones until it is copied_with; the next save sweeps."""
     left = written / "0123456789ab.part"
     shutil.copytree(next(written.glob("*.part")), left)
     shortened(next(left.glob("shard-00002*")))
@@ -208,7 +209,7 @@ def test_a_folder_of_another_model_is_refused(written: Path) -> None:
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=12), st.integers(1, 5))
 def test_shares_cover_the_datums_and_the_most_are_the_fewest(lengths: list[int], size: int) -> None:
     """Against all ways to cut the datums into runs."""
-    bounds = shares(lengths, size)
+    bounds = rank_bounds(lengths, size)
     assert bounds[0] == 0 and bounds[-1] == len(lengths) and len(bounds) == size + 1 and bounds == sorted(bounds)
 
     def most(cuts: Sequence[int]) -> int:
@@ -222,11 +223,11 @@ def test_shares_cover_the_datums_and_the_most_are_the_fewest(lengths: list[int],
 def test_a_copy_with_other_tensors_is_tied_as_the_model_is(one: bool) -> None:
     model = Decoder(**ranks.SHAPE, tied=one)
     model.norm.weight.requires_grad_(False)
-    copied = replaced(model, {name: torch.zeros_like(p) for name, p in model.named_parameters()})
+    copied = copied_with(model, {name: torch.zeros_like(p) for name, p in model.named_parameters()})
     assert (copied.unembed.weight is copied.embed.weight) == one
     assert all((p == 0).all() for p in copied.parameters()) and model.embed.weight.any()
     assert [p.requires_grad for p in copied.parameters()] == [p.requires_grad for p in model.parameters()]
-    assert tied(model) == ({"model.unembed.weight": "model.embed.weight"} if one else {})
+    assert tied_names(model) == ({"unembed.weight": "embed.weight"} if one else {})
 
 
 def test_layers_are_the_items_of_the_outermost_lists() -> None:
@@ -235,7 +236,7 @@ def test_layers_are_the_items_of_the_outermost_lists() -> None:
     model = nn.ModuleDict(
         {"deep": nn.ModuleDict({"layers": nn.ModuleList([block, nn.Identity()])}), "head": nn.Linear(2, 2)}
     )
-    assert [layer is block for layer in layers(model)] == [True, False]
+    assert [layer is block for layer in transformer_layers(model)] == [True, False]
 
 
 def test_a_process_on_its_own_has_no_mesh() -> None:

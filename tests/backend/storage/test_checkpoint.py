@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lossfns import LossInputError
 from lossfns.backend.storage import checkpoint
+from lossfns.backend.storage import file as storage_file
 
 SEEDED = torch.Generator().manual_seed(0)
 TENSORS = {
@@ -107,7 +108,7 @@ def test_a_place_that_cannot_be_written_to_is_refused_and_left_as_it_was(tmp_pat
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, MemoryError])
 def test_whatever_breaks_a_write_leaves_the_old_file_alone(tmp_path: Path, error: type[BaseException]) -> None:
     (tmp_path / "x").write_text("old")
-    with pytest.raises(error), checkpoint.replacing(tmp_path / "x") as file:
+    with pytest.raises(error), storage_file.replacing(tmp_path / "x") as file:
         file.write(b"half of the n")
         raise error
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("x", "old")]
@@ -177,15 +178,15 @@ def test_a_mangled_file_is_refused_by_name(tmp_path: Path) -> None:
 def archive(arrays: dict[str, np.ndarray], **meta: Any) -> bytes:
     """An npz as a checkpoint is one, with such meta."""
     file = io.BytesIO()
-    text = json.dumps({"format": checkpoint.FORMAT, "dtypes": {}, "data": {}} | meta)
+    text = json.dumps({"format": storage_file.FORMAT, "dtypes": {}, "data": {}} | meta)
     np.savez(file, meta=np.frombuffer(text.encode(), dtype=np.uint8), **arrays)  # type: ignore[arg-type]
     return sealed(file)
 
 
 def sealed(file: io.BytesIO) -> bytes:
     with zipfile.ZipFile(file, "a") as target:
-        target.comment = b"0" * checkpoint.DIGEST
-    return file.getvalue()[: -checkpoint.DIGEST] + checkpoint.digest(file)
+        target.comment = b"0" * storage_file.DIGEST
+    return file.getvalue()[: -storage_file.DIGEST] + storage_file.digest(file)
 
 
 def header(shape: tuple[int, ...], dtype: str = "<f4") -> bytes:
@@ -266,7 +267,7 @@ def test_a_checkpoint_made_by_the_helpers_above_is_read(tmp_path: Path) -> None:
 
 def test_a_newer_format_says_so(tmp_path: Path) -> None:
     path = tmp_path / "x.npz"
-    path.write_bytes(archive({}, format=f"{checkpoint.FAMILY}-{checkpoint.VERSION + 1}", dtypes=None))
+    path.write_bytes(archive({}, format=f"{storage_file.FAMILY}-{storage_file.VERSION + 1}", dtypes=None))
     for read in (checkpoint.load, checkpoint.metadata):
         with pytest.raises(LossInputError, match=r"x\.npz, written by a newer version of lossfns"):
             read(path)

@@ -1,0 +1,182 @@
+"""The memory budget: how many datums go through the model at a time, and how many bytes are left for logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lossfns.backend.engine.batch import ModelInputs
+from lossfns.backend.engine.memory import PROBE_TOKENS, Footprint, available_bytes, footprint
+from lossfns.backend.engine.ranks import Ranks, SingleProcess, local_shards
+from lossfns.checks import is_real
+from lossfns.errors import LossInputError
+
+MARGIN = 0.7
+"""The part of a budget that is planned with: allocators take more than the tensors in them, glibc up to 1.3 times."""
+
+CHECKPOINTING_MARGIN = 0.6
+"""The same with checkpointing: layers allocate and free on the way back, which leaves holes of some 64 MB in glibc."""
+
+LOSS_BYTES_PER_VALUE = 56
+"""Bytes that a loss takes for each output of the batch, however the batch is split: those of GRPO with its metrics."""
+
+FOOTPRINTS: dict[Any, Footprint] = {}
+"""Footprints of models that say what they are: one measurement serves every model of a kind."""
+
+
+SpareBytes = Callable[[int], float]
+"""``spare_bytes(tokens)``: the bytes for logits that a micro-batch of so many tokens may keep until its backward."""
+
+
+class Costs(NamedTuple):
+    """Bytes that a request takes beyond the weights and the accumulated gradient.
+
+    Attributes:
+        per_call: bytes for any number of micro-batches: the request's gradients, and what the loss makes of the
+            outputs.
+        footprint: bytes for the tokens of a micro-batch.
+        compensation: bytes for adding the gradients to the accumulated one, after the last micro-batch.
+    """
+
+    per_call: int
+    footprint: Footprint
+    compensation: int
+
+    def of_step(self, tokens: int) -> int:
+        """Return the bytes for a micro-batch of so many tokens."""
+        return self.per_call + max(self.footprint.of(tokens), self.compensation)
+
+    def tokens(self, budget: float) -> float:
+        """Return how many tokens a micro-batch may have."""
+        left = budget - self.per_call
+        return self.footprint.tokens(left) if left >= self.compensation else 0
+
+
+class Plan(NamedTuple):
+    """How a request is computed: decided once, before its first forward pass.
+
+    Attributes:
+        budget: bytes that it may take.
+        costs: bytes that it takes.
+        micro_batches: slices of the datums, which cover them in order.
+        peak_memory: bytes that the largest micro-batch takes, kept logits included.
+    """
+
+    budget: float
+    costs: Costs
+    micro_batches: list[slice]
+    peak_memory: int
+
+    def spare_bytes(self, tokens: int) -> float:
+        """Return the bytes that a micro-batch of so many tokens leaves; 0 where there is no backward pass."""
+        if not torch.is_grad_enabled():
+            return 0.0
+        return max(0.0, self.budget - self.costs.per_call - self.costs.footprint.of(tokens))
+
+
+class Budget:
+    """The memory that requests to a model may take.
+
+    Args:
+        model, head, ranks: the model, its head [V, D], and the processes that share it.
+        limit: bytes beyond the weights and the accumulated gradient; None takes most of what is free.
+        probe_step: ``probe_step(length, targets)`` runs a step over ``PROBE_TOKENS`` tokens in sequences of a length,
+            with so many targets for each token.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        head: Tensor,
+        ranks: SingleProcess | Ranks,
+        limit: float | None,
+        probe_step: Callable[[int, int], None],
+    ) -> None:
+        self.model, self.ranks, self.limit, self.probe_step = model, ranks, limit, probe_step
+        (self.vocabulary, self.dim), self.bytes_per_hidden = head.shape, head[0].nbytes
+        self.footprints = FOOTPRINTS if getattr(model, "shape", None) else {}
+
+    def plan(self, inputs: ModelInputs, group: int = 1, compensation: int = 0) -> Plan:
+        """Decide how to compute a request.
+
+        Args:
+            inputs: the inputs of all datums.
+            group: how many consecutive datums to keep in one micro-batch, where every such group fits.
+            compensation: bytes for adding the request's gradient to the accumulated one.
+
+        Raises:
+            LossInputError: if a datum by itself does not fit the budget that was given.
+        """
+        budget, costs = self.planned_bytes(), self.costs(inputs, compensation)
+        most = self.ranks.min(costs.tokens(budget))
+        if self.limit is not None:
+            for i, length in enumerate(inputs.lengths):
+                if length > most:
+                    raise budget_too_small(self.limit, costs.of_step(length) / self.margin, i)
+        micro_batches = self.ranks.one_per_rank(into_micro_batches(inputs.lengths, most, group))
+        tokens = max([self.ranks.max_tokens(inputs.lengths[part]) for part in micro_batches])
+        needed, kept_logits = costs.of_step(tokens), self.bytes_per_hidden * (self.vocabulary + tokens)
+        return Plan(budget, costs, micro_batches, max(needed, int(min(budget, needed + kept_logits))))
+
+    def planned_bytes(self) -> float:
+        """Return the bytes to plan with, of those that were given or are free now."""
+        device = next(self.model.parameters()).device
+        return self.margin * (available_bytes(device) if self.limit is None else self.limit)
+
+    @property
+    def margin(self) -> float:
+        return CHECKPOINTING_MARGIN if getattr(self.model, "checkpointing", False) else MARGIN
+
+    def costs(self, inputs: ModelInputs, compensation: int = 0) -> Costs:
+        """Return the bytes that a request over these inputs takes."""
+        trainable = [p for p in self.model.parameters() if p.requires_grad and torch.is_grad_enabled()]
+        gradients = sum([p.numel() * max(p.itemsize, 4) for p in local_shards(trainable)])  # summed in float32
+        values = sum(inputs.output_lengths) * (inputs.targets_per_token if inputs.targets else self.dim)
+        return Costs(gradients + LOSS_BYTES_PER_VALUE * values, self.footprint(inputs), compensation)
+
+    def footprint(self, inputs: ModelInputs) -> Footprint:
+        """Return the footprint of tokens in sequences and with targets like these; it is measured at the first need."""
+        # As long as a model with few positions can read, and odd: no activation is to have the size of a weight.
+        length = 2 ** ((min(max(inputs.lengths), PROBE_TOKENS) + 1).bit_length() - 1) - 1
+        parameters = list(self.model.parameters())
+        kind = (type(self.model), repr(getattr(self.model, "shape", None)), getattr(self.model, "checkpointing", False))
+        each = [(p.shape, p.dtype, p.requires_grad) for p in parameters]
+        step = (length, inputs.targets_per_token)
+        key = (*step, torch.is_grad_enabled(), parameters[0].device, self.ranks.size, *kind, *each)
+        if key not in self.footprints:
+            self.footprints[key] = footprint(lambda: self.probe_step(*step), parameters)
+        return self.footprints[key]
+
+
+def into_micro_batches(lengths: Sequence[int], most: float, group: int) -> list[slice]:
+    """Split the datums, in order, into micro-batches of at most ``most`` tokens.
+
+    Groups of ``group`` datums are kept whole if every group fits. A datum that is longer is a micro-batch of its own.
+    """
+    sizes = [sum(lengths[start : start + group]) for start in range(0, len(lengths), group)]
+    if group > 1 and max(sizes) > most:
+        return into_micro_batches(lengths, most, 1)
+    micro_batches, first, filled = [], 0, 0
+    for start, size in zip(range(0, len(lengths), group), sizes):
+        if filled and filled + size > most:
+            micro_batches.append(slice(first, start))
+            first, filled = start, 0
+        filled += size
+    return [*micro_batches, slice(first, len(lengths))]
+
+
+def check_budget(limit: Any) -> None:
+    """Refuse a budget that is not a number of bytes above 0, or None."""
+    if limit is not None and not (is_real(limit) and limit > 0):
+        fix = "None takes what is free."
+        raise LossInputError("memory_budget", "bytes, a number above 0, or None", repr(limit), fix)
+
+
+def budget_too_small(limit: float, needed: float, datum: int) -> LossInputError:
+    """The error for a datum that does not fit the budget."""
+    expected = f"at least {needed + 1:,.0f} bytes, for this datum by itself and the loss of all"
+    fix = "Raise it, shorten the datum, pass fewer at a time, or turn on checkpointing."
+    return LossInputError("memory_budget", expected, f"{limit:,.0f}", fix, datum=datum)

@@ -1,0 +1,177 @@
+"""The gradient that requests accumulate until a step: each request adds all of its own or nothing.
+
+Sums lose nothing to rounding: micro-batches are summed in float32, requests with compensation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lossfns.backend.engine.differentiate import Differentiated, Objective
+from lossfns.backend.engine.ranks import full_tensor, local_shards
+from lossfns.errors import LossInputError
+from lossfns.loss import Loss
+
+
+class Accumulated(NamedTuple):
+    """The losses whose gradients have been added up.
+
+    Attributes:
+        positions: how many rows of outputs (tokens, or embeddings) have had a gradient.
+        sequences: how many datums have had such a row.
+        mean: a loss among them that divides by a count of its own.
+        pooled: whether a loss over embeddings is among them.
+    """
+
+    positions: Tensor | int = 0
+    sequences: Tensor | int = 0
+    mean: Loss | None = None
+    pooled: bool = False
+
+    def add(self, objective: Objective, result: Differentiated) -> Accumulated:
+        """Return the record with one more loss. The counts stay on the device until a step reads them."""
+        rows = (result.gradient.reshape(len(result.gradient), -1) != 0).any(1).float()
+        lengths = torch.tensor(result.outputs.lengths, device=rows.device)
+        return Accumulated(
+            self.positions + rows.count_nonzero(),
+            self.sequences + torch.segment_reduce(rows, "max", lengths=lengths, unsafe=True).count_nonzero(),
+            self.mean or objective.mean,
+            self.pooled or result.outputs.name == "embedding",
+        )
+
+
+class Gradients:
+    """The accumulated gradient of a model, in the parameters' ``grad``.
+
+    Attributes:
+        accumulated: the losses whose gradient it is.
+        compensation: what rounding has taken from the sum of a parameter's gradients.
+        set_aside: the sums so far, while a request computes its own gradient.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.clear()
+
+    def clear(self) -> None:
+        """Drop the gradient."""
+        self.model.zero_grad(set_to_none=True)
+        self.accumulated = Accumulated()
+        self.compensation: dict[nn.Parameter, Tensor] = {}
+        self.set_aside: dict[nn.Parameter, Tensor] = {}
+
+    def count(self, objective: Objective, result: Differentiated) -> None:
+        """Note a loss whose gradient has been added."""
+        self.accumulated = self.accumulated.add(objective, result)
+
+    @contextmanager
+    def all_or_nothing(self) -> Iterator[None]:
+        """Run a request within. Its gradient is added once all of it has succeeded and the gradient is finite.
+
+        On any error the accumulated gradient is left as it was.
+        """
+        parameters = list(self.model.parameters())
+        before = {p: p.grad for p in parameters if p.grad is not None}
+        if not before:
+            self.clear()  # gradients may have been cleared by hand, without the counts
+        self.set_aside, accumulated = before, self.accumulated
+        set_gradients(parameters, {})
+        try:
+            yield
+            check_finite_gradients(parameters)
+            both = [p for p in before if p.grad is not None]
+            self.compensation |= {p: torch.zeros_like(before[p]) for p in both if p not in self.compensation}
+        except BaseException:
+            set_gradients(parameters, before)
+            self.accumulated = accumulated
+            raise
+        finally:
+            self.set_aside = {}
+        own = [p.grad for p in both if p.grad is not None]
+        add_compensated([before[p] for p in both], own, [self.compensation[p] for p in both])
+        set_gradients(before, before)
+
+    @property
+    def compensation_bytes(self) -> int:
+        """The bytes that adding a request's gradient will take, beyond the gradient itself."""
+        first = [p for p in self.set_aside if p.requires_grad and p not in self.compensation]
+        return sum([x.nbytes for x in local_shards(first)])
+
+
+def set_gradients(parameters: Iterable[nn.Parameter], gradients: Mapping[nn.Parameter, Tensor]) -> None:
+    """Give each parameter its gradient; None where there is none."""
+    for p in parameters:
+        p.grad = gradients.get(p)
+
+
+def add_compensated(totals: list[Tensor], parts: list[Tensor], compensation: list[Tensor]) -> None:
+    """totals += parts in place; ``compensation`` carries what rounding has taken from the totals (Kahan 1965).
+
+    Thousands of micro-batches thus sum to the gradient of the whole batch to rounding, also in bfloat16.
+    """
+    if not totals:
+        return
+    totals, parts, compensation = map(local_shards, (totals, parts, compensation))
+    torch._foreach_add_(parts, compensation)
+    torch._foreach_copy_(compensation, totals)
+    torch._foreach_add_(totals, parts)
+    torch._foreach_sub_(compensation, totals)
+    torch._foreach_add_(compensation, parts)
+
+
+def check_finite_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Refuse a gradient that has overflowed on its way through the model: it would spoil the accumulated one."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if not full_tensor(torch.nn.utils.get_total_norm(gradients, norm_type=math.inf)).isfinite():
+        got, fix = "nan or inf in one of a parameter", "Are weights or advantages as large as they should be?"
+        raise LossInputError("gradient", "finite gradients of the parameters", got, fix)
+
+
+@contextmanager
+def summed_in_float32(model: nn.Module) -> Iterator[None]:
+    """Sum the gradients of backward passes in float32, and round once to the dtype of narrower parameters.
+
+    A sum in bfloat16 is lost on its thousandth term.
+    """
+    totals: dict[nn.Parameter, Tensor] = {}
+
+    def take(p: nn.Parameter) -> None:
+        assert p.grad is not None
+        totals[p] = totals[p].add_(p.grad) if p in totals else p.grad.float()
+        p.grad = None
+
+    narrow = [p for p in model.parameters() if p.requires_grad and p.itemsize < 4]
+    hooks = [p.register_post_accumulate_grad_hook(take) for p in narrow]  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+    while totals:
+        p, total = totals.popitem()
+        p.grad = total.to(p.dtype)
+
+
+@contextmanager
+def dropped_gradients(model: nn.Module) -> Iterator[None]:
+    """Drop every gradient as it comes. Those from before are set aside, and are back afterwards."""
+    before = [(p, p.grad) for p in model.parameters()]
+    hooks = [p.register_post_accumulate_grad_hook(drop) for p, _ in before if p.requires_grad]  # type: ignore[no-untyped-call]
+    try:
+        model.zero_grad(set_to_none=True)
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for p, gradient in before:
+            p.grad = gradient
+
+
+def drop(p: Tensor) -> None:
+    p.grad = None

@@ -1,0 +1,24 @@
+"""Embeddings: the hidden states of a sequence pooled into one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+Pool = Callable[[Tensor, Sequence[int]], Tensor]
+"""``pool(hidden [N, D], lengths)`` returns [B, D]."""
+
+
+def mean_pool(hidden: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Return the mean over each sequence: [N, D] -> [B, D]."""
+    return torch.segment_reduce(hidden, "mean", lengths=torch.tensor(lengths, device=hidden.device), unsafe=True)
+
+
+def last_pool(hidden: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Return the last token of each sequence: [N, D] -> [B, D]."""
+    return hidden[torch.tensor(lengths).cumsum(0).to(hidden.device) - 1]
+
+
+POOLS: dict[str, Pool] = {"mean": mean_pool, "last": last_pool}

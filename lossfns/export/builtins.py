@@ -1,0 +1,127 @@
+"""The hosted services' built-in losses: the one table that connects their names with our losses.
+
+Read from name to loss (``builtin_loss``), it gives what a service computes. Read from loss to name
+(``builtin_name``), it gives the built-in into which a loss can be folded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from lossfns.checks import check_knobs
+from lossfns.errors import LossInputError, did_you_mean
+from lossfns.loss import Loss
+from lossfns.losses.policy import cispo, dapo, dro, grpo, gspo_token, importance_sampling, ppo
+from lossfns.losses.supervised import cross_entropy, multi_target_cross_entropy
+from lossfns.weigh import token_sum
+
+Preset = Callable[..., Loss]
+
+
+class Builtin(NamedTuple):
+    """A built-in of the services, which sums over tokens and divides by nothing.
+
+    Attributes:
+        preset: the loss that the built-in computes, with ``weigh=token_sum``.
+        config: for each key of its ``loss_fn_config`` the knob of the preset.
+        required, optional: the fields of its datums besides ``target_tokens``. ``logprobs`` are the old
+            policy's. ``weights`` multiply the term of each token and are 1 where they are missing.
+        folds: the presets whose losses this built-in computes exactly, once advantages or weights carry the
+            share of each token.
+    """
+
+    preset: Preset
+    config: dict[str, str]
+    required: tuple[str, ...] = ("logprobs", "advantages")
+    optional: tuple[str, ...] = ("weights",)
+    folds: tuple[Preset, ...] = ()
+
+
+CLIP = {"clip_low_threshold": "clip", "clip_high_threshold": "clip"}
+"""Clip thresholds are absolute bounds of the ratio."""
+
+CAP = {"ratio_log_cap": "log_ratio_cap"}
+"""Unless the config sets it, a built-in has no log-ratio cap."""
+
+BUILTINS = {
+    "cross_entropy": Builtin(cross_entropy, {}, required=(), folds=(cross_entropy, multi_target_cross_entropy)),
+    "importance_sampling": Builtin(importance_sampling, CAP, folds=(importance_sampling,)),
+    "ppo": Builtin(ppo, CLIP | CAP, folds=(ppo, dapo, grpo)),
+    "cispo": Builtin(cispo, CLIP | CAP, folds=(cispo,)),
+    "dro": Builtin(dro, {"beta": "beta"}),  # its penalty has no place for a share
+    "gspo": Builtin(
+        gspo_token, CLIP | CAP, ("logprobs", "advantages", "sequence_ratio_mask"), optional=(), folds=(gspo_token,)
+    ),
+    "gspo-token": Builtin(gspo_token, CLIP | CAP),
+    "grpo": Builtin(grpo, CLIP | CAP | {"kl_beta": "kl_beta"}, optional=("weights", "ref_logprobs")),
+    "dapo": Builtin(dapo, CLIP | CAP | {"eps_clip_c": "dual_clip"}),
+}
+
+FOLDS = {preset.__name__: name for name, own in BUILTINS.items() for preset in own.folds}
+"""The built-in of each loss that can be folded."""
+
+
+def builtin_name(loss: Loss) -> str:
+    """Return the name of the built-in that computes this loss once its weights are folded in.
+
+    Raises:
+        LossInputError: where no built-in is the same function.
+    """
+    if loss.name == "dro":
+        fix = "The built-in dro holds every token to the old policy alike: it has no place for a share, nor for a mask."
+        raise LossInputError("fold", "a loss whose weights its advantages can carry", f"{loss!r}", fix)
+    inexact = [knob for knob in ("kl_beta", "dual_clip", "log_ratio_cap") if loss.knobs.get(knob)]
+    if loss.name in FOLDS and not inexact:
+        return FOLDS[loss.name]
+    because = f"its {inexact[0]}: pass {inexact[0]}={0 if inexact[0] == 'kl_beta' else None}" if inexact else "its name"
+    raise LossInputError("fold", f"one of {', '.join(FOLDS)}", f"{loss!r}", f"No built-in has {because}.")
+
+
+def builtin_loss(name: Any, config: Mapping[str, Any] | None = None, *, multi_target: bool = False) -> Loss:
+    """Return the loss that a service computes for ``forward_backward(data, name, config)``.
+
+    Args:
+        name: one of ``BUILTINS``.
+        config: the ``loss_fn_config``; the preset's own default where a key is not given.
+        multi_target: whether targets are ``[N, K]``. Only cross-entropy has a form for these.
+
+    Raises:
+        LossInputError: for a name, a key or a value that the services refuse.
+
+    >>> builtin_loss("ppo", {"clip_high_threshold": 1.3})
+    ppo(clip=(0.8, 1.3), weigh=token_sum, log_ratio_cap=None, dual_clip=None)
+    """
+    if not isinstance(name, str) or name not in BUILTINS:
+        raise LossInputError("loss_fn", "the name of a built-in loss", repr(name), did_you_mean(str(name), BUILTINS))
+    preset = multi_target_cross_entropy if multi_target and name == "cross_entropy" else BUILTINS[name].preset
+    return preset(weigh=token_sum, **knobs_from_config(name, config))
+
+
+def knobs_from_config(name: str, config: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the preset's knobs that a ``loss_fn_config`` sets; without a key for it, the cap is off."""
+    check_config(config)
+    own, given = BUILTINS[name], dict(config or {})
+    unknown = [key for key in given if key not in own.config]
+    if unknown:
+        expected = f"{', '.join(own.config) or 'nothing'} for {name}"
+        raise LossInputError("loss_fn_config", expected, ", ".join(map(repr, unknown)), "Drop the others.")
+    knobs = dict.fromkeys(CAP.values()) if "ratio_log_cap" in own.config else {}
+    knobs |= {own.config[key]: value for key, value in given.items() if key not in CLIP}
+    if set(CLIP) & set(given):
+        low, high = own.preset().knobs["clip"]
+        knobs["clip"] = (given.get("clip_low_threshold", low), given.get("clip_high_threshold", high))
+    try:
+        check_knobs(knobs)
+    except LossInputError as error:
+        keys = [key for key, knob in own.config.items() if knob == error.field and key in given]
+        error.field = f"loss_fn_config {', '.join(keys)}"
+        raise
+    return knobs
+
+
+def check_config(config: Any) -> None:
+    """Refuse a ``loss_fn_config`` that is not a dict."""
+    if config is not None and not isinstance(config, Mapping):
+        fix = "Pass {name: value}."
+        raise LossInputError("loss_fn_config", "a dict or None", f"a {type(config).__name__}", fix)
