@@ -1,6 +1,6 @@
 """Small clients, and datums for them.
 
-The smallest, of ``SHAPE``, is for tests that make very many requests; ``BYTE_SHAPE`` is that of a model of bytes.
+``SHAPE`` is the smallest, for tests that make very many requests. ``BYTE_SHAPE`` reads bytes.
 """
 
 from random import Random
@@ -26,7 +26,7 @@ def byte_client(seed: int = 0, **options: Any) -> LocalTrainingClient:
 
 
 def texts(rng: Random, count: int = 2, sdk: Any = lossfns, longest: int = 6, targets: int = 0) -> list[Any]:
-    """Datums of 2 tokens to ``longest``, their last weight 1; with ``targets`` K, [N, K] of them."""
+    """Make datums of 2 to ``longest`` tokens, with last weight 1; with ``targets`` K, targets are [N, K]."""
     return [text(rng, rng.randint(2, longest), sdk, targets) for _ in range(count)]
 
 
@@ -44,7 +44,7 @@ def text(rng: Random, length: int, sdk: Any = lossfns, targets: int = 0) -> Any:
 
 
 def byte_texts(sdk: Any = lossfns, count: int = 4) -> list[Any]:
-    """Ragged datums of random bytes: targets and weights, of one SDK's classes."""
+    """Make datums of 3 to 12 random bytes with targets and weights, of an SDK's classes."""
     rng = Random(3)
     data = []
     for _ in range(count):
@@ -59,7 +59,7 @@ def byte_texts(sdk: Any = lossfns, count: int = 4) -> list[Any]:
 
 
 def own_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
-    """Metrics without those that say what a request took."""
+    """Return metrics without passes, micro-batches and memory."""
     return {name: x for name, x in metrics.items() if name.partition(":")[0] not in COST}
 
 
@@ -75,7 +75,7 @@ def gradients(c: LocalTrainingClient) -> list[Tensor | None]:
 
 
 def take_gradients(c: LocalTrainingClient) -> list[Tensor]:
-    """The accumulated gradients, 0 where a parameter has none; the client has none of them afterwards."""
+    """Return the accumulated gradients, 0 where a parameter has none, and clear them."""
     taken = [p.grad.clone() if p.grad is not None else torch.zeros_like(p) for p in c.model.parameters()]
     c.model.zero_grad(set_to_none=True)
     return taken
@@ -88,7 +88,7 @@ def assert_same_gradients(a: list[Tensor], b: list[Tensor], tolerance: float = 1
 
 
 def same(a: list[Tensor | None], b: list[Tensor | None]) -> bool:
-    """Bit for bit, and None where the other has None."""
+    """Whether two lists are equal bit for bit, with None in the same places."""
     return len(a) == len(b) and all(x is y if x is None or y is None else torch.equal(x, y) for x, y in zip(a, b))
 
 
@@ -97,7 +97,7 @@ RATE = AdamParams(learning_rate=1e-2)
 
 
 def train(c: LocalTrainingClient, steps: int = 3) -> list[float]:
-    """The losses of some steps on ``DATA``."""
+    """Train some steps on ``DATA`` and return their losses."""
     losses = []
     for _ in range(steps):
         losses.append(c.forward_backward_custom(DATA, lossfns.cross_entropy()).result().metrics["loss:sum"])
@@ -106,5 +106,5 @@ def train(c: LocalTrainingClient, steps: int = 3) -> list[float]:
 
 
 def logprobs(c: LocalReferenceClient) -> list[Tensor]:
-    """Those of ``DATA``."""
+    """Return the logprobs of ``DATA``."""
     return [o["logprobs"].to_torch() for o in c.forward(DATA, "cross_entropy").result().loss_fn_outputs]

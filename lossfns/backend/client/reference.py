@@ -137,7 +137,7 @@ class LocalReferenceClient(Resolved):
             loss_fn_config: settings of the built-in loss by name, or ``output`` and ``pooling`` as Fireworks has them.
             output: ``"logprobs"``, or ``"embedding"`` for the hidden states after the final norm, pooled over each
                 datum's model input. Embeddings need no targets.
-            pooling: ``"mean"`` or ``"last"``, the token to take. Logprobs do not use it.
+            pooling: how embeddings are pooled: the ``"mean"`` over the tokens, or the ``"last"`` token.
 
         The result has ``"logprobs"`` [N] or [N, K], in the shape of the targets, or ``"embedding"`` [D] for each
         datum. Raises LossInputError at the call for arguments that it does not know, and from the future for data.

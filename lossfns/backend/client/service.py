@@ -137,8 +137,8 @@ class LocalServiceClient:
         if left_out:
             fix = "Pass a lora_rank: without adapters all parameters are trained."
             raise LossInputError(left_out, "True", repr(parts[left_out]), fix)
-        name = self._name(base_model)
-        return self._client(LocalTrainingClient, name, self._copy(name), user_metadata)
+        name = self._resolve_name(base_model)
+        return self._make_client(LocalTrainingClient, name, self._copied_base(name), user_metadata)
 
     def create_lora_training_client(
         self,
@@ -159,8 +159,8 @@ class LocalServiceClient:
             base_model: the model's name.
             rank: rank of the adapters.
             seed: seed of the adapters' weights; None draws another one each time.
-            train_mlp, train_attn, train_unembed: whether the linear layers of attention, the head, and all other
-                linear layers (``train_mlp``) get adapters.
+            train_mlp, train_attn, train_unembed: which linear layers get adapters: those outside of attention, those of
+                attention, and the head.
             user_metadata: strings by name that every checkpoint of the client carries, beside those of the service.
             optimizer: None or AdamW.
             alpha: adapters are scaled by ``alpha / rank``.
@@ -170,9 +170,9 @@ class LocalServiceClient:
         """
         check_optimizer(optimizer)
         parts = [part for part, on in (("mlp", train_mlp), ("attn", train_attn), ("unembed", train_unembed)) if on]
-        name = self._name(base_model)
-        model = lora.adapt(self._copy(name), rank=rank, parts=parts, alpha=alpha, seed=seed)
-        return self._client(LocalTrainingClient, name, model, user_metadata)
+        name = self._resolve_name(base_model)
+        model = lora.adapt(self._copied_base(name), rank=rank, parts=parts, alpha=alpha, seed=seed)
+        return self._make_client(LocalTrainingClient, name, model, user_metadata)
 
     def create_training_client_from_state(
         self,
@@ -195,7 +195,7 @@ class LocalServiceClient:
         """
         check_optimizer(optimizer)
         name, model = self._model_of_checkpoint(path, base_model)
-        client = self._client(LocalTrainingClient, name, model, user_metadata)
+        client = self._make_client(LocalTrainingClient, name, model, user_metadata)
         client.load_state(path).result()
         return client
 
@@ -212,7 +212,7 @@ class LocalServiceClient:
         those of ``create_training_client_from_state``; weights for a sampler are refused as well.
         """
         name, model = self._model_of_checkpoint(path, base_model)
-        client = self._client(LocalTrainingClient, name, model, user_metadata)
+        client = self._make_client(LocalTrainingClient, name, model, user_metadata)
         client.load_state_with_optimizer(path).result()
         return client
 
@@ -233,8 +233,10 @@ class LocalServiceClient:
 
         Raises LossInputError for an unknown model.
         """
-        name = self._name(base_model)
-        return self._client(LocalReferenceClient, name, self._copy(name).requires_grad_(False), user_metadata)
+        name = self._resolve_name(base_model)
+        return self._make_client(
+            LocalReferenceClient, name, self._copied_base(name).requires_grad_(False), user_metadata
+        )
 
     def create_sampling_client(
         self,
@@ -246,13 +248,13 @@ class LocalServiceClient:
         """Create a client that samples from the weights of a checkpoint, or from a base model.
 
         Args:
-            model_path: a checkpoint; None samples from the base model.
+            model_path: the path of a checkpoint; None samples from the base model.
             base_model: the model's name. With a checkpoint it overrides the name in the file.
             retry_config: not used, as nothing is sent.
             record_stability_info: False; the local sampler records tokens and logprobs alone.
 
-        Raises LossInputError without both, for an unknown model, and for a file that is missing, damaged or of another
-        model.
+        Raises LossInputError if neither is given, for an unknown model, and for a file that is missing, damaged or of
+        another model.
         """
         if record_stability_info:
             fix = "The local sampler records nothing but tokens and logprobs."
@@ -261,11 +263,11 @@ class LocalServiceClient:
             name, model = self._model_of_checkpoint(model_path, base_model)
             state.load_weights(model, checkpoint.load(model_path)[0], str(model_path))
         elif base_model is not None:
-            name, model = base_model, self._copy(base_model)
+            name, model = base_model, self._copied_base(base_model)
         else:
             fix = "Either model_path or base_model must be provided."
             raise LossInputError("model_path", "a path, or the name of a base model", "neither", fix)
-        return LocalSamplingClient(model, self._base(name)[1], self._ranks)
+        return LocalSamplingClient(model, self._base_model(name)[1], self._ranks)
 
     get_server_capabilities_async = async_in_thread(get_server_capabilities)
     create_training_client_async = async_in_thread(create_training_client)
@@ -279,11 +281,11 @@ class LocalServiceClient:
 
     # Models
 
-    def _name(self, base_model: str | None) -> Any:
+    def _resolve_name(self, base_model: str | None) -> Any:
         """Return the name that was given; without one, the name of the only model."""
         return next(iter(self._models)) if base_model is None and len(self._models) == 1 else base_model
 
-    def _base(self, name: Any) -> tuple[nn.Module, Any]:
+    def _base_model(self, name: Any) -> tuple[nn.Module, Any]:
         """Return a base model and its tokenizer, built at the first use. Clients get copies of it alone."""
         if not isinstance(name, str) or name not in self._models:
             expected = f"one of {', '.join(map(repr, self._models))}"
@@ -294,22 +296,23 @@ class LocalServiceClient:
                 self._bases[name] = copied_model(name, self._models[name]())
             return self._bases[name]
 
-    def _copy(self, name: Any) -> nn.Module:
+    def _copied_base(self, name: Any) -> nn.Module:
         """Return a copy of a base model, with the service's device and dtype."""
-        return copy.deepcopy(self._base(name)[0]).to(self._device, self._dtype).eval()
+        return copy.deepcopy(self._base_model(name)[0]).to(self._device, self._dtype).eval()
 
     def _model_of_checkpoint(self, path: Any, base_model: str | None) -> tuple[str, nn.Module]:
         """Return the name and the model that a checkpoint is of, with adapters, but with the base model's weights."""
         check_path("path", path)
         data = checkpoint.metadata(path)
         name: Any = data.get("model") if base_model is None else base_model
-        model = self._copy(name)
+        model = self._copied_base(name)
         state.check_description(model, data, str(path))
         return name, lora.adapt(model, **data["lora"]) if data.get("lora") else model
 
-    def _client(self, kind: type[C], name: str, model: nn.Module, user_metadata: Any) -> C:
+    def _make_client(self, kind: type[C], name: str, model: nn.Module, user_metadata: Any) -> C:
+        """Create a client of a model with the service's settings and metadata."""
         check_metadata(user_metadata)
-        tokenizer = self._base(name)[1]
+        tokenizer = self._base_model(name)[1]
         client = kind(
             model,
             tokenizer=tokenizer,

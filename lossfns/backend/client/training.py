@@ -80,7 +80,8 @@ class LocalTrainingClient(LocalReferenceClient):
     ) -> APIFuture[ForwardBackwardOutput]:
         """Compute any loss ``(data, logprobs_list) -> (loss, metrics)`` and add its gradient to the accumulated one.
 
-        Forward, loss and backward are one request of one pass over the model, and nothing runs between them.
+        Forward, loss and backward are one request, and nothing runs between them. A batch that fits the memory budget
+        takes one pass over the model; a function that is no loss of ``lossfns`` takes two for a larger one.
 
         Args:
             data: datums with ``target_tokens``; the loss gets them as they are.
@@ -88,7 +89,7 @@ class LocalTrainingClient(LocalReferenceClient):
             loss_type_input: ``"logprobs"`` or None, as in Tinker's SDK.
             output: ``"logprobs"``, or ``"embedding"`` for a loss over the pooled hidden states [D] of each datum. Model
                 inputs are then whole, unshifted sequences, and targets are not needed.
-            pooling: the pooling of embeddings, ``"mean"`` or ``"last"``, the token to take.
+            pooling: how embeddings are pooled: the ``"mean"`` over the tokens, or the ``"last"`` token.
 
         The metrics are those of the loss, ``passes``, ``micro_batches`` and ``peak_memory`` (bytes), and those of the
         profile. Under ``"tinker"``, ``loss:sum`` is the loss and ``surrogate_loss:sum`` is Σ lp·∂L/∂lp. Under

@@ -55,7 +55,7 @@ METHODS = [
 
 @pytest.mark.parametrize("loss", METHODS, ids=lambda loss: loss.name)
 def test_one_pass_has_the_gradient_of_autograd_through_the_whole(loss: lossfns.Loss) -> None:
-    """Cut at the logprobs and continued, or one graph from weights to loss."""
+    """The gradient is cut at the logprobs and continued; autograd has one graph from weights to loss."""
     c, data = byte_client(), byte_texts()
     columns = policy_columns(data)
     bound = loss.bind(**{name: columns[name] for name in loss.reads})
@@ -73,7 +73,7 @@ def test_one_pass_has_the_gradient_of_autograd_through_the_whole(loss: lossfns.L
 
 @pytest.mark.parametrize("loss", METHODS, ids=lambda loss: loss.name)
 def test_one_pass_has_the_gradient_of_the_two_pass_protocol(loss: lossfns.Loss) -> None:
-    """Forward, gradient on the logprobs, then built-in cross-entropy with weights −gradient."""
+    """The protocol: forward, gradient on the logprobs, then built-in cross-entropy with weights −gradient."""
     c, data = byte_client(), byte_texts()
     columns = policy_columns(data)
     bound = loss.bind(**{name: columns[name] for name in loss.reads})
@@ -127,7 +127,7 @@ def test_a_folded_loss_through_the_built_in_has_the_custom_gradient(loss: lossfn
 
 
 def test_gradients_add_up_until_the_step() -> None:
-    """In float64: products of other sizes round otherwise, in float32 by what the processor has."""
+    """In float64, since float32 products of other sizes round in ways that depend on the processor."""
     c, data = byte_client(dtype=torch.float64), byte_texts()
     c.forward_backward(data, "cross_entropy").result()
     whole = take_gradients(c)
@@ -157,7 +157,7 @@ def test_missing_weights_are_ones_for_a_built_in() -> None:
 
 
 def test_the_step_is_adamw() -> None:
-    """Against torch's own optimizer, three steps, with decay and clipping."""
+    """Three steps agree with torch's own optimizer, with decay and clipping."""
     c, d, data = byte_client(), byte_client(), byte_texts()
     adam = AdamParams(learning_rate=1e-2, beta1=0.8, beta2=0.9, eps=1e-7, weight_decay=0.1, grad_clip_norm=0.5)
     reference = torch.optim.AdamW(d.model.parameters(), lr=1e-2, betas=(0.8, 0.9), eps=1e-7, weight_decay=0.1)
@@ -345,7 +345,7 @@ def test_sampling_is_from_a_snapshot_and_reports_its_logprobs() -> None:
 
 
 def test_stops_end_a_sample_where_they_end() -> None:
-    """Greedy text, then the same again with two of its own bytes, or one, as the stop."""
+    """The same greedy text is sampled again, with two of its own bytes, or one, as the stop."""
     sampler = byte_client().save_weights_and_get_sampling_client()
     prompt = lossfns.ModelInput.from_ints([72, 105])
     free = sampler.sample(prompt, 1, SamplingParams(max_tokens=8, temperature=0)).result().sequences[0]
@@ -427,11 +427,11 @@ def test_a_sample_that_cannot_be_drawn_is_refused(prompt: Any, count: int, param
         sampler.sample(prompt, count, SamplingParams(**params)).result()
 
 
-# What a failure leaves
+# The client after a failure
 
 
 def test_results_come_in_the_datums_own_class() -> None:
-    """So that they go straight into another datum, of the old policy's logprobs for one."""
+    """They can thus go straight into another datum, for example as the old policy's logprobs."""
     for sdk in sdks():
         data = byte_texts(sdk)
         forward = byte_client().forward(data, "cross_entropy").result()
@@ -458,7 +458,7 @@ def test_a_failed_request_holds_no_graph_and_its_error_travels() -> None:
 
 
 def test_a_step_that_fails_leaves_the_gradient_as_it_was() -> None:
-    """Also where it was divided and clipped for the step: a retry would do so again."""
+    """The gradient is also restored after division and clipping, since a retry would repeat both."""
     c = byte_client()
     c.forward_backward(byte_texts(), "cross_entropy").result()
     before, step = [p.grad.clone() for p in c.model.parameters() if p.grad is not None], c._engine.optimizer.step
@@ -518,7 +518,7 @@ def test_a_model_of_which_nothing_is_trained_is_refused() -> None:
 
 
 class Headless(torch.nn.Linear):
-    """Computes hidden states, and has nothing to make logits of them."""
+    """A model with hidden states but without a head."""
 
 
 def without_weights() -> torch.nn.Module:

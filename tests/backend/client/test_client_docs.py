@@ -1,4 +1,4 @@
-"""What ``docs/client.md`` says in tables, computed anew. Its code is a doctest."""
+"""The tables of ``docs/client.md``, computed again. Its code is a doctest."""
 
 import inspect
 import math
@@ -24,7 +24,7 @@ SHAPE: dict[str, Any] = {"vocab_size": 257, "dim": 16, "layers": 1, "heads": 2, 
 
 
 def table(header: str) -> list[list[str]]:
-    """The cells of the table that begins so."""
+    """Return the cells of the table with this header."""
     lines = PAGE[PAGE.index(header) :].splitlines()[2:]
     rows = lines[: next(i for i, line in enumerate(lines) if not line.startswith("|"))]
     return [[cell.strip() for cell in row.strip("|").split(" | ")] for row in rows]
@@ -36,7 +36,7 @@ BROKEN = table("| the loss returns |")
 
 
 def loss_of(expression: str) -> Callable[[Any, list[Tensor]], Any]:
-    """The loss that returns what the page says, of ``lps`` and their sum ``total``."""
+    """Make the loss that returns an expression of the page, in ``lps`` and their sum ``total``."""
 
     def loss_fn(data: Any, logprobs_list: list[Tensor]) -> Any:
         names = {"lps": logprobs_list, "total": torch.cat(logprobs_list).sum(), "torch": torch, "math": math}
@@ -72,13 +72,13 @@ def test_the_page_has_every_way_to_break_it() -> None:
 
 @pytest.mark.parametrize(("expression", "outcome"), [(row[0], row[1]) for row in BROKEN])
 def test_what_the_sdk_does_with_it(expression: str, outcome: str) -> None:
-    """Where it is installed: the words of an error as far as the page has them, or what it sends on."""
+    """If the SDK is installed, it raises the error of which the page has the beginning, or sends what the page says."""
     for sdk in sdks()[1:]:
         assert answer(sdk, expression).startswith(outcome.strip("`"))
 
 
 def answer(sdk: Any, expression: str) -> str:
-    """What the SDK's own code makes of the loss, fed by our forward."""
+    """Run the SDK's own code on the loss, with our logprobs: its error, or the weights that it sends."""
     data = three(sdk)
     forward = client().forward(data, "cross_entropy").result()
     try:
@@ -98,7 +98,7 @@ def listed(names: Any) -> str:
 
 
 def default(own: Builtin, key: str) -> str:
-    """A config key's default: the preset's own, but no ratio is capped."""
+    """Return the default of a config key: that of the preset, except that no ratio is capped."""
     knob = own.config[key]
     if knob == "log_ratio_cap":
         return "None"
@@ -123,7 +123,7 @@ def test_the_built_ins_are_those_of_the_page() -> None:
 
 @pytest.mark.parametrize("name", BUILTINS)
 def test_a_default_of_the_page_is_a_default(name: str) -> None:
-    """Passed as the page has them, they change nothing; the ratios here lie far outside of every bound."""
+    """Passing the page's defaults changes nothing, although the ratios lie far outside of every bound."""
     own, n = BUILTINS[name], 4
     rows = {"logprobs": [-9.0, -2.0, -5.5, -4.5], "ref_logprobs": [-6.0] * n, "advantages": [1.0, -1.0, 1.0, -1.0]}
     rows |= {"sequence_ratio_mask": [1.0] * n}
@@ -153,14 +153,14 @@ def test_the_modes_and_defaults_of_a_step_are_those_of_the_page() -> None:
 
 @pytest.mark.parametrize("kind", [LocalTrainingClient, LocalServiceClient])
 def test_every_call_is_on_the_page(kind: type) -> None:
-    """But the ``_async`` twins, and what says that a client is there at once."""
+    """Except for the ``_async`` methods, and ``result``, which returns the client itself."""
     names = [name for name, _ in inspect.getmembers(kind, inspect.isfunction) if not name.startswith("_")]
     calls = [name for name in names if not name.endswith("_async") and name != "result"]
     assert len(calls) > 5 and [name for name in calls if name not in PAGE] == []
 
 
 def test_the_first_example_is_a_program_that_ends_in_silence(tmp_path: Path) -> None:
-    """Also where the client outlives the modules, as it does behind an ``import *`` of them."""
+    """Also if the client outlives the modules, as it does after an ``import *``."""
     first = PAGE.split("```")[1].splitlines()[1:]
     code = [line[4:] for line in first if line.startswith((">>>", "..."))]
     program = "\n".join(["from lossfns.backend import *", *code])

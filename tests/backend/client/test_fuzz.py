@@ -1,6 +1,6 @@
-"""20,000 malformed calls: each is refused by the name of what is wrong, and leaves weights and gradients as they were.
+"""20,000 malformed calls: each is refused with the name of the wrong argument, and changes no weight and no gradient.
 
-Call i is made of ``Random(i)`` alone: a valid call, of which one argument or two are then spoiled.
+Call i depends on ``Random(i)`` alone: it is a valid call with one or two spoiled arguments.
 """
 
 import inspect
@@ -58,7 +58,7 @@ def builtin_call(rng: Random) -> Arguments:
 
 
 def datums(rng: Random, targets: int, keys: tuple[str, ...] = ("weights",)) -> list[Any]:
-    """One to three datums with these fields: ours, tinker's, or of classes that nobody knows."""
+    """Make one to three datums with these fields: ours, tinker's, or of unknown classes."""
     sdk = rng.choice(sdks())
     data = texts(rng, rng.randint(1, 3), sdk, targets=targets)
     for datum in data:
@@ -81,7 +81,7 @@ ONE: dict[str, Callable[[Random], float]] = {
 
 
 def duck(datum: Any, rng: Random) -> Any:
-    """The same datum, of lists, arrays or tensors."""
+    """Return the same datum, made of lists, arrays or tensors."""
     form = rng.choice((list, np.asarray, torch.tensor))
     ids, fields = datum.model_input.to_ints(), datum.loss_fn_inputs
     inputs = {name: form(x.to_numpy().tolist()) for name, x in fields.items()}
@@ -150,7 +150,7 @@ def prompt_call(rng: Random) -> Arguments:
 
 
 class Raises:
-    """Looks like a value, until it is read."""
+    """A value that raises when it is read."""
 
     dtype, shape = "float32", [3]
 
@@ -162,7 +162,7 @@ class Raises:
 
 
 class Lies:
-    """Claims to be everything, and is nothing."""
+    """A value with all attributes and with nonsense in them."""
 
     dtype, shape, ndim, value, length = "float32", [3], 1, 7, 3
 
@@ -222,14 +222,14 @@ IDS: list[Callable[[], Any]] = [
 
 
 def junk(rng: Random, good: Callable[[Any], bool] = lambda x: False) -> Any:
-    """A value that ``good`` does not take."""
+    """Draw a value that ``good`` does not accept."""
     while good(value := rng.choice(JUNK)()):
         pass
     return value
 
 
 def other_than(good: Callable[[Any], bool]) -> Spoil:
-    """The argument is anything that is not good."""
+    """Replace the argument by a value that ``good`` does not accept."""
 
     def spoil(rng: Random, arguments: Arguments, name: str) -> Place:
         arguments[name] = junk(rng, good)
@@ -300,7 +300,7 @@ WRONG: dict[str, list[Any]] = {
 
 
 def field_of(rng: Random, name: str, right: Any) -> Any:
-    """No row of numbers, or one that does not fit, or one with a number that the field cannot hold."""
+    """Return no row of numbers, a row that does not fit, or a row with a number that the field cannot hold."""
     row = right.tolist() if hasattr(right, "tolist") else list(right)
     at = rng.randrange(len(row))
     width = len(row[at]) if isinstance(row[at], list) else 0
@@ -385,7 +385,7 @@ def loss_is_wrong(rng: Random, arguments: Arguments, name: str) -> Place:
 
 
 def returns(make: Callable[[Tensor], Any]) -> Callable[[Any, list[Tensor]], Any]:
-    """What is made of the sum of all outputs."""
+    """Make a loss that returns a function of the sum of all outputs."""
     return lambda data, outputs: make(torch.cat([x.flatten() for x in outputs]).sum())
 
 
@@ -486,11 +486,11 @@ CUSTOM: list[tuple[Any, ...]] = [
 
 
 class Own(Exception):
-    """What a loss of the user's own raises."""
+    """The error of a user's own loss."""
 
 
 def with_an_error(rng: Random) -> tuple[Callable[..., Any], BaseException]:
-    """A loss that spoils what it can reach, then raises."""
+    """Make a loss that spoils what it can reach, then raises."""
     error = rng.choice((Own, KeyError, RuntimeError, ZeroDivisionError, AssertionError, TypeError, OSError))("its own")
 
     def loss_fn(data: Any, outputs: list[Tensor]) -> Any:
@@ -560,7 +560,7 @@ def sampling_is_wrong(rng: Random, arguments: Arguments, name: str) -> Place:
 
 
 class Method(NamedTuple):
-    """How a method is called, what spoils each argument, and its share of all calls."""
+    """How to call a method and to spoil each argument, and the method's share of all calls."""
 
     valid: Callable[[Random], Arguments]
     spoils: dict[str, Spoil]
@@ -610,7 +610,7 @@ METHODS = {
 
 
 class Call(NamedTuple):
-    """A method, its arguments, the places that are wrong, and what the loss itself raises."""
+    """A method, its arguments, the places that are wrong, and the error that the loss itself raises."""
 
     method: str
     arguments: Arguments
@@ -619,7 +619,7 @@ class Call(NamedTuple):
 
 
 def make(i: int) -> Call:
-    """The malformed call of that number."""
+    """Make the malformed call of that number."""
     rng = Random(i)
     (name,) = rng.choices(list(METHODS), [method.share for method in METHODS.values()])
     method = METHODS[name]
@@ -635,12 +635,12 @@ def make(i: int) -> Call:
 
 
 def order(method: Method) -> Callable[[str], int]:
-    """Data is spoiled before the name of the loss, which says what the data should be."""
+    """Sort data before the loss's name: spoiling data needs the name, which says what the data should be."""
     return list(method.spoils).index
 
 
 class Subjects:
-    """Clients that have trained a step and hold a gradient, one without it, since a save refuses one, and a sampler."""
+    """Clients after a step, with a gradient, one client without (a save refuses gradients), and a sampler."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -653,7 +653,7 @@ class Subjects:
         self.sampler = self.rested.save_weights_and_get_sampling_client()
 
     def perform(self, call: Call, rng: Random) -> BaseException | None:
-        """The error that came of it."""
+        """Make the call and return its error."""
         saves = call.method.startswith("save")
         subject = (
             self.sampler if hasattr(self.sampler, call.method) else self.rested if saves else rng.choice(self.busy)
@@ -668,14 +668,14 @@ class Subjects:
         return None
 
     def state(self) -> list[Tensor | None]:
-        """Weights, gradients, and how many steps and sequences there were."""
+        """Return weights, gradients, and the numbers of steps and sequences."""
         clients = (self.rested, *self.busy)
         counts = [torch.tensor([c._engine.steps, *c._engine.gradients.accumulated[:2]]) for c in clients]
         return [*counts, *self.sampler.model.parameters(), *(x for c in clients for x in (*weights(c), *gradients(c)))]
 
 
 def verdict(call: Call, error: BaseException | None) -> str:
-    """What is wrong with the answer to a malformed call, or nothing."""
+    """Say what is wrong with the answer to a malformed call; an empty string if nothing is."""
     if call.raises is not None:
         return "" if error is call.raises else f"the loss's own error became {error!r}"
     if error is None:
@@ -689,7 +689,7 @@ def verdict(call: Call, error: BaseException | None) -> str:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A checkpoint, sampler weights, and files that are neither."""
+    """Write a checkpoint, weights for a sampler, and files that are neither."""
     return fill(tmp_path)
 
 
@@ -724,7 +724,7 @@ def test_malformed_calls_are_refused_by_name_and_change_nothing(folder: Path, co
 
 
 def culprit(calls: range, folder: Path) -> int | None:
-    """The first call that changes something, on subjects of its own."""
+    """Find the first call that changes something, on new subjects."""
     subjects = Subjects(folder)
     before = [x if x is None else x.clone() for x in subjects.state()]
     for i in calls:
@@ -750,7 +750,7 @@ def test_the_calls_are_valid_until_they_are_spoiled(folder: Path) -> None:
 
 
 def test_every_method_is_among_them() -> None:
-    """But for those that take nothing, or what means nothing here, and the twins, which only pass on."""
+    """Except for methods without arguments, or with unused ones alone, and ``_async`` methods, which only pass on."""
     for kind in (LocalTrainingClient, LocalSamplingClient):
         for name, method in inspect.getmembers(kind, inspect.isfunction):
             parameters = set(inspect.signature(method).parameters) - {"self", "timeout", "name", "retry_config"}
@@ -758,7 +758,7 @@ def test_every_method_is_among_them() -> None:
                 assert name in METHODS
 
 
-# What is well-formed, and harms all the same
+# Well-formed calls that would do harm
 
 
 def test_a_gradient_that_overflows_in_the_model_is_refused_and_spoils_nothing() -> None:

@@ -1,4 +1,4 @@
-"""Futures and order: many threads on one client, and what every reader of a future gets."""
+"""Futures and order: many threads on one client, and many readers of one future."""
 
 import asyncio
 import gc
@@ -51,7 +51,7 @@ def bad_data() -> list[Any]:
 
 
 class Broken(Exception):
-    """What a loss of the user's own raises."""
+    """The error of a user's own loss."""
 
 
 def breaks(data: Any, logprobs_list: list[Tensor]) -> Any:
@@ -64,7 +64,7 @@ Order = tuple[str, int]
 
 
 def perform(c: LocalTrainingClient, order: Order, folder: Path) -> Any:
-    """Make the request: a future, or what the client returns at once."""
+    """Make the request and return its future, or the answer that the client returns at once."""
     kind, seed = order
     rng = Random(seed)
     match kind:
@@ -114,8 +114,8 @@ SHARES = {
 }
 
 
-class Taken(NamedTuple):
-    """A request with the worker's number of it, when its submission began and ended, and what came of it."""
+class Submitted(NamedTuple):
+    """A request, its number in the worker's order, the beginning and end of its submission, and its outcome."""
 
     number: int
     order: Order
@@ -125,7 +125,7 @@ class Taken(NamedTuple):
 
 
 class Watch:
-    """Numbers a client's requests as its worker takes them in, and logs the numbers as they are executed."""
+    """Numbers requests in the order of the worker's queue, and logs the numbers in the order of execution."""
 
     def __init__(self, c: LocalTrainingClient) -> None:
         self.executed: list[int] = []
@@ -147,12 +147,12 @@ class Watch:
 
 
 class Crowd:
-    """Threads that send requests to one client and read what they get now, late, together, in a loop, or never."""
+    """Threads that send requests to one client and read results at once, late, together, in an event loop, or never."""
 
     def __init__(self, c: LocalTrainingClient, folder: Path) -> None:
         self.client, self.folder, self.watch = c, folder, Watch(c)
         self.clock = itertools.count()
-        self.taken: list[list[Taken]] = [[] for _ in range(THREADS)]
+        self.taken: list[list[Submitted]] = [[] for _ in range(THREADS)]
         self.common: list[APIFuture[Any]] = []
         self.read: list[BaseException] = []
         self.raised: list[BaseException] = []
@@ -201,13 +201,13 @@ class Crowd:
             self.take(future)
 
     def submit(self, i: int, order: Order) -> Any:
-        """Try until the request is taken in: a call may raise an error of another request instead."""
+        """Repeat the call until the request is queued: it may raise an unread error of another request instead."""
         while True:
             began = next(self.clock)
             outcome = self.call(lambda: perform(self.client, order, self.folder))
             if outcome is not None:
                 number = self.watch.last[threading.get_ident()]
-                self.taken[i].append(Taken(number, order, began, next(self.clock), outcome))
+                self.taken[i].append(Submitted(number, order, began, next(self.clock), outcome))
                 return outcome
 
     def call(self, method: Callable[[], Any]) -> Any:
@@ -228,8 +228,8 @@ class Crowd:
         self.read += [result for result in results if isinstance(result, BaseException)]
 
 
-def told(outcome: Any, folder: Path) -> Any:
-    """What a request gave, in a form that can be compared."""
+def comparable(outcome: Any, folder: Path) -> Any:
+    """Return the outcome of a request in a form that can be compared."""
     if isinstance(outcome, APIFuture):
         try:
             outcome = outcome.result(60)
@@ -266,10 +266,10 @@ def test_many_threads_act_in_the_order_of_submission_and_as_one_thread_would(tmp
         assert request.ended > latest, "a request overtook one that had been submitted before it"
         latest = max(latest, request.began)
 
-    told_by_many = [told(outcome, folders[0]) for *_, outcome in taken]
+    told_by_many = [comparable(outcome, folders[0]) for *_, outcome in taken]
     for (number, order, *_), was in zip(taken, told_by_many):
         if not isinstance(was, tuple) or was[0] is not NotRun:
-            assert was == told(perform(one, order, folders[1]), folders[1]), (number, order)
+            assert was == comparable(perform(one, order, folders[1]), folders[1]), (number, order)
     assert same(weights(many), weights(one)) and same(gradients(many), gradients(one))
     assert many.get_info().steps == one.get_info().steps
     stepped = [was for (_, order, *_), was in zip(taken, told_by_many) if order[0] == "step" and isinstance(was, float)]
@@ -286,7 +286,7 @@ def test_many_threads_act_in_the_order_of_submission_and_as_one_thread_would(tmp
 
 
 class Gate:
-    """A loss that begins, and ends when it is let."""
+    """A loss that signals its beginning and waits for permission to end."""
 
     def __init__(self) -> None:
         self.begun, self.end = threading.Event(), threading.Event()
@@ -415,14 +415,14 @@ def test_each_of_two_errors_that_nobody_read_is_raised_by_a_call_of_its_own(gate
 
 @pytest.mark.parametrize("loop", [False, True])
 def test_an_error_that_somebody_waits_for_is_theirs_alone(gate: Gate, loop: bool) -> None:
-    """One thread makes requests and reads them; the errors of another, which reads its own, do not reach it."""
+    """A thread that reads its own requests gets no errors of another thread, which reads its own."""
     c = client()
     future = c.forward_backward_custom(texts(Random(1)), raising_after(gate))
     read: list[BaseException] = []
     value = future._value
 
     def late() -> Any:
-        """What the reader calls once it wakes up."""
+        """Delay the reader between waking up and reading."""
         time.sleep(0.2)
         return value()
 
@@ -489,7 +489,7 @@ def test_standard_tools_take_the_standard_future() -> None:
 
 
 def test_a_request_that_is_cancelled_before_it_begins_is_not_run(gate: Gate) -> None:
-    """And the client goes on; a step behind it is refused, since a part of its gradient is missing."""
+    """The client stays usable. A step behind it is refused, since a part of its gradient is missing."""
     c = client()
     first = c.forward_backward_custom(texts(Random(1)), gate)
     second = c.forward_backward_custom(texts(Random(2)), half_squared)
@@ -531,7 +531,7 @@ def test_a_step_behind_a_request_that_fails_is_refused_and_the_gradient_before_i
 
 
 def test_a_step_that_arrives_while_a_failure_is_being_noted_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nor is the error lost on the way: the call raises it, or the step is refused on its account."""
+    """Nor is the error lost: the call raises it, or the step is refused because of it."""
     c, noting, clear_frames = client(), threading.Event(), futures.clear_frames
     c.forward_backward(texts(Random(1)), "cross_entropy").result()
 
@@ -570,7 +570,7 @@ def test_a_failure_between_the_check_for_errors_and_the_queue_stops_the_step_too
 
 
 def test_a_step_that_is_submitted_once_the_failure_is_known_runs(gate: Gate) -> None:
-    """Although a step that was refused on its account is still in the queue."""
+    """Even while a step that will be refused because of it is still in the queue."""
     c = client()
     bad = c.forward_backward(bad_data(), "cross_entropy")
     refused = c.optim_step(ADAM)
@@ -624,7 +624,7 @@ def test_a_loss_may_submit_later_requests_and_read_earlier_ones() -> None:
 
 
 def test_nothing_runs_between_a_custom_loss_and_its_backward(gate: Gate) -> None:
-    """Steps and loads that arrive from other threads while the loss is at work act on its gradient, or after it."""
+    """Requests that other threads submit during the loss run after its backward pass."""
     c, serial = client(), client()
     for each in (c, serial):
         each.forward_backward(texts(Random(1)), "cross_entropy").result()
@@ -676,7 +676,7 @@ def test_data_is_taken_as_it_is_at_the_call(gate: Gate) -> None:
     assert len(c.forward(texts(Random(1), 3), "cross_entropy").result().loss_fn_outputs) == 3
 
 
-# A client that goes
+# A client that goes out of scope
 
 
 def threads_of_clients() -> set[threading.Thread]:

@@ -1,4 +1,4 @@
-"""The two profiles: every row in which the hosted services differ, and what is the same in both."""
+"""The two profiles: each difference between the hosted services, and the behaviour that both profiles share."""
 
 import asyncio
 import math
@@ -28,7 +28,7 @@ def weights_of(data: list[Any]) -> list[list[float]]:
 
 
 def squares(data: Any, logprobs_list: list[Tensor]) -> tuple[Tensor, dict[str, Any]]:
-    """Σ lp²: its gradient is 2·lp, so that the surrogate Σ lp·∂L/∂lp is twice the loss."""
+    """Σ lp², with gradient 2·lp, so that the surrogate Σ lp·∂L/∂lp is twice the loss."""
     return torch.cat(logprobs_list).square().sum(), {"mine": 1.5}
 
 
@@ -85,7 +85,7 @@ def test_the_keys_of_embeddings_and_built_ins_are_their_own() -> None:
     c.forward_backward([targets(2, logprobs=row(-5, -5), advantages=row(1, 1))], "ppo").result()
 
 
-# When an error surfaces, and what is left
+# When an error is raised, and the client after it
 
 
 def test_tinker_runs_the_loss_on_its_own_thread_and_raises_when_the_result_is_read() -> None:
@@ -108,7 +108,7 @@ def test_fireworks_raises_at_the_call() -> None:
 
 @each_profile
 def test_the_same_for_code_that_awaits_twice(profile: str) -> None:
-    """Tinker's second await raises, Fireworks' first."""
+    """The second await raises under Tinker's profile, the first under Fireworks'."""
 
     async def run() -> str:
         c = client(profile)
@@ -125,7 +125,7 @@ def test_the_same_for_code_that_awaits_twice(profile: str) -> None:
 
 @each_profile
 def test_the_client_is_usable_after_a_loss_error(profile: str) -> None:
-    """Tinker's own is poisoned; here the gradient before the error is still there, and is what the step takes."""
+    """Tinker's own client is not. Here the step uses the gradient from before the error."""
     c, d = client(profile), client(profile)
     for x in (c, d):
         x.forward_backward(byte_texts(), "cross_entropy").result()
@@ -147,7 +147,7 @@ CALLS: dict[str, Callable[[LocalTrainingClient], Any]] = {
 @each_profile
 @pytest.mark.parametrize("call", CALLS)
 def test_an_empty_batch_is_refused_at_the_call_but_by_fireworks_when_read(call: str, profile: str) -> None:
-    """A custom loss of Fireworks waits within the call."""
+    """Under Fireworks' profile the call of a custom loss waits, so it is refused there."""
     c = client(profile)
     if profile == "fireworks" and call.startswith("forward") and call != "forward_backward_custom":
         future = CALLS[call](c)
@@ -176,7 +176,7 @@ def test_fireworks_loss_sum_is_the_surrogate_and_response_tokens_have_a_gradient
 
 
 def test_response_tokens_of_a_custom_loss_are_the_entries_that_it_moves() -> None:
-    """Of each datum the first token alone; a zero times the rest is no gradient."""
+    """The loss moves the first token of each datum; the others enter with a factor of 0."""
 
     def firsts(data: Any, logprobs_list: list[Tensor]) -> tuple[Tensor, dict[str, Any]]:
         return sum(-lp[0] + 0.0 * lp[1:].sum() for lp in logprobs_list), {}
@@ -208,7 +208,7 @@ def test_names_of_tinker_win_over_the_users_and_those_of_fireworks_lose() -> Non
 
 
 def test_a_loss_of_ours_keeps_its_metrics_under_both() -> None:
-    """``loss`` is the mean that was differentiated; ``loss:sum`` is the profile's."""
+    """``loss`` is the mean that was differentiated; ``loss:sum`` depends on the profile."""
     tinker, fireworks = (
         client(p).forward_backward_custom(byte_texts(), lossfns.cross_entropy()).result().metrics for p in PROFILES
     )
@@ -285,7 +285,7 @@ def test_fireworks_counts_them_for_no_other_built_in() -> None:
     assert "response_tokens" not in client("fireworks").forward_backward(data, "ppo").result().metrics
 
 
-# What both have here, though one service lacks it
+# Features of both profiles that one service lacks
 
 
 @each_profile

@@ -1,4 +1,4 @@
-"""The two-pass protocol over the local model: the published SDK's own code, and the same by hand."""
+"""The two-pass protocol on the local model, with the published SDK's own code and written by hand."""
 
 from collections.abc import Callable
 from random import Random
@@ -17,7 +17,7 @@ LENGTHS = (2, 17, 3, 9, 30, 5, 12, 8)
 
 
 class Surrogate(NamedTuple):
-    """Datums for the built-in cross-entropy with weights −∂loss/∂logprob, and the loss itself."""
+    """Datums for the built-in cross-entropy, with weights −∂loss/∂logprob, and the value of the loss."""
 
     data: list[Any]
     loss: float
@@ -45,7 +45,7 @@ def by_tinker(data: list[Any], loss_fn: Any, forward: ForwardBackwardOutput) -> 
 
 
 def protocols() -> list[tuple[Any, Protocol]]:
-    """Whose datums, and who computes: by hand with ours, and where ``tinker`` is installed all of it is tinker's."""
+    """The protocol by hand with our datums; if ``tinker`` is installed, also its own code with its datums."""
     return [(lossfns, by_hand), *((sdk, by_tinker) for sdk in sdks()[1:])]
 
 
@@ -62,7 +62,7 @@ def datums(sdk: Any, targets: int) -> list[Any]:
 
 
 def columns(data: list[Any]) -> dict[str, Any]:
-    """A policy nearby, so that ratios are at times beyond their clips."""
+    """Columns of a policy near the current one: some ratios are beyond their clips."""
     rng = Random(2)
     old = [[-3.4 + rng.gauss(0, 0.4) for _ in range(n - 1)] for n in LENGTHS]
     ref = [[lp + rng.gauss(0, 0.2) for lp in row] for row in old]
@@ -80,7 +80,7 @@ LOSSES = [
 
 
 def gradient(c: LocalTrainingClient) -> Tensor:
-    """That of all parameters, as one vector, taken away from the client."""
+    """Return the gradient of all parameters as one vector, and clear it."""
     whole = torch.cat([p.grad.flatten() for p in c.model.parameters() if p.grad is not None])
     c._engine.gradients.clear()
     return whole
@@ -106,7 +106,7 @@ def test_the_surrogate_of_the_two_pass_protocol_has_the_gradient_of_one_pass(los
 
 
 def test_the_published_sdk_sends_a_sparse_gradient_of_many_targets() -> None:
-    """And it arrives: what the test above compares is not all dense."""
+    """So the test above does compare a sparse gradient."""
     for sdk, protocol in protocols():
         c, data = client(), datums(sdk, 2)
         forward = c.forward(data, "cross_entropy").result()

@@ -1,4 +1,4 @@
-"""The front door: clients of base models by name, of checkpoints, and what neither can be."""
+"""The service client: clients of base models and of checkpoints, and its refusals."""
 
 import asyncio
 import threading
@@ -63,21 +63,21 @@ def test_a_training_client_trains_all_parameters() -> None:
 
 def test_clients_start_alike_and_none_moves_another() -> None:
     s = service()
-    policy, twin = s.create_training_client("tiny"), s.create_training_client("tiny")
+    policy, other = s.create_training_client("tiny"), s.create_training_client("tiny")
     reference = s.create_reference_client("tiny")
     sampler = s.create_sampling_client(base_model="tiny")
     before, prompt = logprobs(reference), ModelInput.from_ints([1, 2, 3])
     sampled = sampler.compute_logprobs(prompt).result()
-    assert same(logprobs(policy), before) and same(logprobs(twin), before)
+    assert same(logprobs(policy), before) and same(logprobs(other), before)
     train(policy)
-    assert same(logprobs(reference), before) and same(logprobs(twin), before)
+    assert same(logprobs(reference), before) and same(logprobs(other), before)
     assert same(logprobs(s.create_training_client("tiny")), before)
     assert sampler.compute_logprobs(prompt).result() == sampled
     assert not same(logprobs(policy), before)
 
 
 def test_a_model_that_the_caller_keeps_is_not_the_services() -> None:
-    """A function that returns the same module each time, with what its owner does to it afterwards."""
+    """The function returns one module each time, which its owner changes afterwards."""
     own = Decoder(**SHAPE)
     s = LocalServiceClient({"own": lambda: own}, device="cpu")
     before = logprobs(s.create_reference_client("own"))
@@ -213,7 +213,7 @@ def test_a_checkpoint_under_another_name_takes_a_base_model(tmp_path: Path) -> N
 
 
 def test_a_model_of_the_same_tensors_that_computes_something_else_is_refused(tmp_path: Path) -> None:
-    """One head or two, with as many keys and values: every tensor has the same shape."""
+    """With one head or two, and as many keys and values, all tensors have the same shapes."""
     c = LocalTrainingClient(Decoder(**SHAPE | {"heads": 2, "kv_heads": 2}), device="cpu")
     other = LocalTrainingClient(Decoder(**SHAPE | {"heads": 1, "kv_heads": 1}), device="cpu")
     path, before = saved(c, tmp_path / "state"), weights(other)
@@ -236,7 +236,7 @@ def test_metadata_is_in_every_checkpoint(tmp_path: Path) -> None:
     assert checkpoint.load(third)[1]["user_metadata"] == {"owner": "a", "run": "1"}
 
 
-# Futures of clients, and twins
+# Clients as futures, and async methods
 
 CREATORS: dict[str, Callable[[str], dict[str, Any]]] = {
     "create_training_client": lambda path: {"base_model": "tiny"},
@@ -257,15 +257,15 @@ def test_a_client_is_there_at_once_and_answers_as_a_future(name: str, tmp_path: 
     async def run() -> None:
         c = getattr(s, name)(**options)
         assert isinstance(c, KINDS) and c.result() is c and await c is c
-        twin = await getattr(s, f"{name}_async")(**options)
-        assert type(twin) is type(c) and twin is not c
-        assert same(*([p.detach() for n, p in m.model.named_parameters() if "lora_" not in n] for m in (c, twin)))
+        other = await getattr(s, f"{name}_async")(**options)
+        assert type(other) is type(c) and other is not c
+        assert same(*([p.detach() for n, p in m.model.named_parameters() if "lora_" not in n] for m in (c, other)))
 
     asyncio.run(run())
 
 
-def test_twins_leave_the_event_loop_free() -> None:
-    """The build waits for a coroutine that runs meanwhile."""
+def test_async_methods_leave_the_event_loop_free() -> None:
+    """Building the model waits for a coroutine that runs meanwhile."""
     begun, meanwhile = threading.Event(), threading.Event()
 
     def build() -> nn.Module:

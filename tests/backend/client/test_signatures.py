@@ -29,7 +29,7 @@ def found() -> dict[str, str]:
 
 
 def test_every_difference_has_a_reason_and_every_reason_a_difference() -> None:
-    """From what the page records of the SDK, which need not be installed."""
+    """From the page's record of the SDK, which need not be installed."""
     print()
     for place, how in found().items():
         print(f"{place}: {how}. {reason(place)}")
@@ -42,7 +42,7 @@ def test_the_page_is_what_its_own_record_makes() -> None:
 
 
 def test_the_record_is_of_the_published_sdk() -> None:
-    """Where ``tinker`` is installed; the record alone is looked at where it is not."""
+    """If ``tinker`` is not installed, the test checks only that the record is complete."""
     theirs, version = read_record(TEXT)
     assert version and all(theirs[name] for name in OURS)
     for sdk in sdks()[1:]:
