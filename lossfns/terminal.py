@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TextIO
 
@@ -24,6 +25,28 @@ def console_on(stream: TextIO) -> Console | None:
         return None
     console = Console(file=stream, markup=False, highlight=False, emoji=False)
     return console if console.is_terminal and not console.is_dumb_terminal else None
+
+
+def print_rows(console: Console, rows: Sequence[Sequence[str]], styles: Sequence[str] = ()) -> None:
+    """Print rows of cells in columns. A style is that of a row's first cell. The last column is wrapped to fit."""
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    for _ in rows[0][:-1]:
+        grid.add_column(no_wrap=True)
+    grid.add_column(overflow="fold")
+    for row, style in zip(rows, styles or [""] * len(rows)):
+        grid.add_row(Text(row[0], style), *row[1:])
+    console.print(grid)
+
+
+def print_wrapped(console: Console, lines: Iterable[str]) -> None:
+    """Print lines of text. The continuation of a long line is indented deeper than the line."""
+    for line in lines:
+        deeper = " " * (len(line) - len(line.lstrip()) + 2)
+        parts = textwrap.wrap(line, console.width, subsequent_indent=deeper, break_on_hyphens=False)
+        console.print("\n".join(parts))
 
 
 @contextmanager

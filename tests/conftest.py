@@ -1,9 +1,10 @@
-"""Settings of a test run.
+"""Settings of a test run, and a terminal to write to.
 
 Property tests draw a few examples, the same in every run. With ``-m exhaustive`` they count as exhaustive tests and
 draw many examples, outside CI new ones in every run. Processes that run tests side by side use one thread each.
 """
 
+import io
 import os
 
 import pytest
@@ -25,3 +26,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if isinstance(item, pytest.Function) and is_hypothesis_test(item.obj):
                 item.add_marker("exhaustive")
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
+    """A terminal of 80 columns, whatever the environment of the tests is."""
+    for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "80")
+    return Terminal()

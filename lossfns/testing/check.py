@@ -35,9 +35,22 @@ CANDIDATES = 3
 """How many targets a position has, in the batches for a loss over ``[N, K]``."""
 
 
+SIGNS = {"pass": "ok", "fail": "FAIL", "n/a": "–"}
+
+
 @dataclass(frozen=True)
 class Verdict:
-    """What one law said: ``"pass"``, ``"fail"`` or ``"n/a"``, and where it fails the bug and the smallest batch."""
+    """The verdict of one law.
+
+    Attributes:
+        law: the name of the law.
+        says: the law in one sentence.
+        verdict: ``"pass"``, ``"fail"`` or ``"n/a"``.
+        seconds: the time that the law took.
+        bug: the bug that a broken law speaks for.
+        seen: the observation that broke the law, or the reason why it does not apply.
+        example: the smallest batch that breaks the law.
+    """
 
     law: str
     says: str
@@ -46,6 +59,23 @@ class Verdict:
     bug: str = ""
     seen: str = ""
     example: str = ""
+
+    @property
+    def remark(self) -> str:
+        """The most telling text for one line: the bug, the reason why the law does not apply, or the law itself."""
+        return {"fail": self.bug, "n/a": self.seen}.get(self.verdict) or self.says
+
+    @property
+    def explanation(self) -> list[tuple[str, str]]:
+        """The details of a broken law, each with its label."""
+        bug = BUGS[self.bug]
+        found = {
+            "seen": self.seen,
+            "bug": f"{self.bug}: {bug.words}",
+            "also in": ", ".join(bug.seen),
+            "batch": self.example,
+        }
+        return [(label, text) for label, text in found.items() if text]
 
 
 @dataclass(frozen=True)
@@ -73,26 +103,26 @@ class Report:
         verdicts = [vars(v) for v in self.verdicts]
         return {"subject": self.subject, "kind": self.kind, "ok": self.ok, "bug": self.bug, "verdicts": verdicts}
 
-    def table(self) -> str:
-        """What a person reads: a line for each law, then the broken ones at length, most telling first."""
-        width = max(len(v.law) for v in self.verdicts)
-        sign = {"pass": "ok  ", "fail": "FAIL", "n/a": "–   "}
-        lines = [f"{self.subject} ({self.kind})", ""]
-        for v in self.verdicts:
-            remark = v.bug if v.verdict == "fail" else v.seen if v.verdict == "n/a" else ""
-            lines.append(f"{sign[v.verdict]}  {v.law:{width}}  {v.says if v.verdict == 'pass' else remark or v.says}")
-        for v in self.failures:
-            lines += ["", f"{v.law}: {v.says}", f"  seen     {v.seen}", f"  bug      {v.bug}: {BUGS[v.bug].words}"]
-            lines += [f"  also in  {', '.join(BUGS[v.bug].seen)}"] * bool(BUGS[v.bug].seen)
-            lines += [f"  batch    {v.example}".replace("\n", "\n           ")] * bool(v.example)
-        count = len(self.failures)
+    @property
+    def summary(self) -> str:
+        """The verdict in one line, with the time that it took."""
         tested = sum(v.verdict != "n/a" for v in self.verdicts)
-        done = (
+        verdict = (
             f"{tested} laws hold"
             if self.ok
-            else f"{count} of {tested} laws broken; most likely {self.bug}: {BUGS[self.bug].words}"
+            else f"{len(self.failures)} of {tested} laws broken; most likely {self.bug}: {BUGS[self.bug].words}"
         )
-        return "\n".join([*lines, "", f"{done} ({sum(v.seconds for v in self.verdicts):.1f} s)"])
+        return f"{verdict} ({sum(v.seconds for v in self.verdicts):.1f} s)"
+
+    def table(self) -> str:
+        """The report as plain text: a line for each law, then an explanation of each broken law, then the summary."""
+        width = max(len(v.law) for v in self.verdicts)
+        lines = [f"{self.subject} ({self.kind})", ""]
+        lines += [f"{SIGNS[v.verdict]:4}  {v.law:{width}}  {v.remark}" for v in self.verdicts]
+        for v in self.failures:
+            lines += ["", f"{v.law}: {v.says}"]
+            lines += [f"  {label:8} {text}".replace("\n", "\n           ") for label, text in v.explanation]
+        return "\n".join([*lines, "", self.summary])
 
     def junit(self) -> str:
         """The same as JUnit XML, a test case for each law."""

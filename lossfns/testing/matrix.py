@@ -17,9 +17,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lossfns.terminal import status
 from lossfns.testing.bugs import BUGS
 from lossfns.testing.check import Report, check, says
-from lossfns.testing.command import show_progress
 from lossfns.testing.laws import ADVANTAGES, GROUPS
 from lossfns.testing.mutants import MUTANTS
 
@@ -71,13 +71,13 @@ def kind_of(mutant: str) -> str:
     return str(MUTANTS[mutant].kind)  # type: ignore[attr-defined]
 
 
-def measured(progress: Callable[[str], None] = show_progress) -> list[Kill]:
+def measured() -> list[Kill]:
     """Every law on every mutant, on the small batches that every law is tried on."""
     kills = []
-    for i, (name, mutant) in enumerate(MUTANTS.items(), 1):
-        progress(f"{i}/{len(MUTANTS)} {name}")
-        kills.append(kill(name, check(mutant, examples=0)))
-    progress("")
+    with status() as show:
+        for i, (name, mutant) in enumerate(MUTANTS.items(), 1):
+            show(f"{i}/{len(MUTANTS)} {name}")
+            kills.append(kill(name, check(mutant, examples=0)))
     return kills
 
 

@@ -229,9 +229,8 @@ def report(run: Run, outcome: recipes.Outcome) -> None:
         outcome.name: {"before": outcome.before, "after": outcome.after},
     }
     write_json(run.folder / RESULT, result)
-    print()
     print_outcome(outcome)
-    print(f"\n{run.steps_done} steps in {result['seconds']} s{', stopped early' if run.stopped else ''}")
+    print(f"{run.steps_done} steps in {result['seconds']} s{', stopped early' if run.stopped else ''}")
     print(f"checkpoint  {checkpoints(run.folder)[0]}")
     print(f"metrics     {run.folder / METRICS}")
     print(f"curves      {draw_curves(run, outcome, run.folder / CURVES)}")
@@ -240,11 +239,11 @@ def report(run: Run, outcome: recipes.Outcome) -> None:
 
 
 def print_outcome(outcome: recipes.Outcome) -> None:
-    """Print the held-out measurement before and after: a table on a terminal, else a line."""
+    """Print the held-out measurement before and after between blank lines: a table on a terminal, else one line."""
     before, after, change = f"{outcome.before:.3f}", f"{outcome.after:.3f}", f"{outcome.after - outcome.before:+.3f}"
     console = console_on(sys.stdout)
     if console is None:
-        print(f"{outcome.title}: {before} before, {after} after ({change})")
+        print(f"\n{outcome.title}: {before} before, {after} after ({change})\n")
         return
     from rich import box
     from rich.table import Table

@@ -86,11 +86,6 @@ def test_schedules() -> None:
     assert decay(4) == pytest.approx(2 * (1 - 0.036)) and decay(99) == pytest.approx(2 * (1 - 0.891))
 
 
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
 def shown(stream: io.StringIO, folder: Path) -> str:
     """What a run of two phases and a remark writes to a stream."""
     folder.mkdir()
@@ -102,17 +97,7 @@ def shown(stream: io.StringIO, folder: Path) -> str:
     return stream.getvalue()
 
 
-@pytest.fixture
-def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
-    """A terminal of 80 columns, whatever that of the tests is."""
-    for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("TERM", "xterm-256color")
-    monkeypatch.setenv("COLUMNS", "80")
-    return Terminal()
-
-
-def test_a_terminal_gets_a_bar_for_each_phase(terminal: Terminal, tmp_path: Path) -> None:
+def test_a_terminal_gets_a_bar_for_each_phase(terminal: io.StringIO, tmp_path: Path) -> None:
     text = shown(terminal, tmp_path / "run")
     assert re.search(r"\x1b\[[\d;]*m", text) and re.search(r"\x1b\[\d+A", text)  # colours, and the cursor goes up
     last = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", text).splitlines()[-3:]
@@ -121,14 +106,14 @@ def test_a_terminal_gets_a_bar_for_each_phase(terminal: Terminal, tmp_path: Path
     assert "[b]done[/b]" in text and all(len(line) <= 80 for line in last)
 
 
-def test_no_color_is_respected(terminal: Terminal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_color_is_respected(terminal: io.StringIO, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_COLOR", "1")
     assert not re.search(r"\x1b\[(\d+;)*(3|4|9|10)\d[;m]", shown(terminal, tmp_path / "run"))
 
 
 @pytest.mark.parametrize("case", ["no terminal", "a dumb terminal", "no rich"])
 def test_all_else_gets_a_line_for_each_tenth(
-    terminal: Terminal, case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    terminal: io.StringIO, case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if case == "a dumb terminal":
         monkeypatch.setenv("TERM", "dumb")
@@ -143,7 +128,7 @@ def test_all_else_gets_a_line_for_each_tenth(
 
 @pytest.mark.parametrize("live", [True, False])
 def test_the_outcome_is_a_table_on_a_terminal_and_a_line_elsewhere(
-    live: bool, terminal: Terminal, monkeypatch: pytest.MonkeyPatch
+    live: bool, terminal: io.StringIO, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stream = terminal if live else io.StringIO()
     monkeypatch.setattr(sys, "stdout", stream)
@@ -155,7 +140,7 @@ def test_the_outcome_is_a_table_on_a_terminal_and_a_line_elsewhere(
             ["held-out", "reward", "0.250", "0.875", "+0.625"],
         ]
     else:
-        assert text == "held-out reward: 0.250 before, 0.875 after (+0.625)\n"
+        assert text == "\nheld-out reward: 0.250 before, 0.875 after (+0.625)\n\n"
 
 
 def test_a_stop_ends_the_steps_after_the_one_in_hand(tmp_path: Path) -> None:

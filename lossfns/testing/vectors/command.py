@@ -1,4 +1,4 @@
-"""``lossfns vectors``: run the vectors on a program, write them, check them, export them."""
+"""``lossfns vectors``: run the golden vectors on a program, write the files, check them, export them."""
 
 from __future__ import annotations
 
@@ -8,11 +8,19 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lossfns.errors import LossInputError
+from lossfns.terminal import console_on, print_wrapped, status
 from lossfns.testing.vectors.vector import FOLDER, METHODS
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from lossfns.testing.vectors.runner import Report
+
 FILES = (*(f"{loss}.json" for loss in METHODS), "schema.json", "ids.json")
+STYLES = {"pass": "green", "fail": "bold red", "xfail": "yellow", "xpass": "yellow"}
 
 
 def add_vectors(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -26,57 +34,85 @@ def add_vectors(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 
 def add_actions(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the actions of the ``vectors`` command."""
     p = actions.add_parser(
         "run",
-        help="put the vectors to a program",
-        description="Put the vectors to a program that reads requests and writes replies as JSON lines. Exits 0 if "
-        "every reply is right, 1 if one is not, 2 if the program cannot be started.",
+        help="run the vectors on a program",
+        description="Run the vectors on a program that reads requests and writes replies as JSON lines. Exits with 0 "
+        "if every reply is right, 1 if one is not, 2 if the program cannot be started.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     p.add_argument("--cmd", required=True, metavar="COMMAND", help="the program, such as './my_impl --fast'")
     p.add_argument("--loss", choices=METHODS, metavar="NAME", help=f"one of {', '.join(METHODS)}; all if left out")
     p.add_argument("--dtype", choices=("float64", "float32"), default="float64", help="what the program computes in")
     p.add_argument("--timeout", type=float, default=10.0, metavar="S", help="the longest wait for a reply, in seconds")
-    p.add_argument("--xfail", metavar="FILE", help="ids or patterns, one a line, of vectors expected to fail")
-    p.add_argument("--json", metavar="FILE", help="write the report as JSON ('-': to standard output, for the table)")
+    p.add_argument("--xfail", metavar="FILE", help="ids or patterns of vectors that are expected to fail, one a line")
+    p.add_argument("--json", metavar="FILE", help="write the report as JSON; '-' prints it in place of the table")
     p.set_defaults(run=run_command)
-    p = actions.add_parser("write", help="write the files from the oracle", description="Write the files anew.")
-    p.add_argument(
-        "--out", type=Path, default=FOLDER, metavar="DIR", help="where to; by default the package's own data"
-    )
+    description = "Write the files from the oracle."
+    p = actions.add_parser("write", help="write the files from the oracle", description=description)
+    p.add_argument("--out", type=Path, default=FOLDER, metavar="DIR", help="the folder (default: the package's data)")
     p.set_defaults(run=write_command)
-    p = actions.add_parser("check", help="check that the files are what would be written, and follow the schema")
+    description = "Check that the files are what would be written, and that they follow the schema."
+    p = actions.add_parser("check", help="check the files", description=description)
     p.set_defaults(run=check_command)
-    p = actions.add_parser("export", help="copy the files, to vendor them", description="Copy the files.")
+    description = "Copy the files to a folder, to keep them in a repository of your own."
+    p = actions.add_parser("export", help="copy the files", description=description)
     p.add_argument("folder", type=Path, metavar="DIR")
     p.set_defaults(run=export_command)
 
 
 def run_command(args: argparse.Namespace) -> int:
-    """Run ``lossfns vectors run``; 0, 1 or 2."""
-    from lossfns.testing.vectors.runner import run, show_progress
+    """Run ``lossfns vectors run``.
+
+    Returns:
+        0 if every reply is right, 1 if one is not, 2 if the program cannot be started.
+    """
+    from lossfns.testing.vectors.runner import run
 
     try:
-        expected = patterns(args.xfail)
-        report = run(
-            args.cmd, loss=args.loss, dtype=args.dtype, timeout=args.timeout, xfail=expected, progress=show_progress
-        )
+        expected = read_patterns(args.xfail)
+        with status() as show:
+            report = run(
+                args.cmd, loss=args.loss, dtype=args.dtype, timeout=args.timeout, xfail=expected, progress=show
+            )
     except (LossInputError, OSError) as error:
         print(f"lossfns: {error}", file=sys.stderr)
         return 2
-    finally:
-        show_progress("")
     text = json.dumps(report.as_dict(), indent=1, ensure_ascii=False)
-    print(text if args.json == "-" else report.table())
+    console = console_on(sys.stdout)
+    if args.json == "-":
+        print(text)
+    elif console is None:
+        print(report.table())
+    else:
+        print_report(report, console)
     if args.json and args.json != "-":
         Path(args.json).write_text(text + "\n", encoding="utf-8")
     return 0 if report.ok else 1
 
 
-def patterns(path: str | None) -> list[str]:
-    """The lines of a file but for comments after ``#``."""
+def print_report(report: Report, console: Console) -> None:
+    """Print what ``Report.table`` says, in colours and wrapped to the width of the terminal."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    (title, *verdicts), *rows = report.counts()
+    table = Table(title, box=box.SIMPLE_HEAD, pad_edge=False)
+    for verdict in verdicts:
+        table.add_column(verdict, justify="right")
+    for loss, *numbers in rows:
+        styles = ["" if n == "0" else STYLES.get(verdict, "") for n, verdict in zip(numbers, verdicts)]
+        table.add_row(loss, *map(Text, numbers, styles))
+    console.print(table)
+    print_wrapped(console, report.remarks()[1:])  # the table ends with an empty line
+
+
+def read_patterns(path: str | None) -> list[str]:
+    """Read the lines of a file, without comments after ``#``."""
     lines = Path(path).read_text(encoding="utf-8").splitlines() if path else []
-    return [word for line in lines if (word := line.partition("#")[0].strip())]
+    return [pattern for line in lines if (pattern := line.partition("#")[0].strip())]
 
 
 def write_command(args: argparse.Namespace) -> int:
@@ -90,7 +126,11 @@ def write_command(args: argparse.Namespace) -> int:
 
 
 def check_command(args: argparse.Namespace) -> int:
-    """Run ``lossfns vectors check``; 1 if a file is not what it should be."""
+    """Run ``lossfns vectors check``.
+
+    Returns:
+        0, or 1 if a file is not what it should be.
+    """
     from lossfns.testing.vectors.write import differing, violations
 
     wrong = [f"{path.name} is not what would be written" for path in differing()] + violations()
@@ -108,7 +148,7 @@ def export_command(args: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """``python -m lossfns.testing.vectors``: the same actions."""
+    """Run the same actions as ``python -m lossfns.testing.vectors``."""
     p = argparse.ArgumentParser(prog="python -m lossfns.testing.vectors", description="Golden vectors.")
     add_actions(p.add_subparsers(dest="action", required=True))
     args = p.parse_args(argv)

@@ -6,7 +6,6 @@ import json
 import queue
 import shlex
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -248,24 +247,31 @@ class Report:
         return Likely(flag, len(hunting), len(failed), sum(flag in result.explained for result in failed))
 
     def table(self) -> str:
-        """The report for a terminal."""
-        verdicts = [v for v in ("pass", "fail", "xfail", "xpass") if v in ("pass", "fail") or self.count(v)]
-        head = [f"vectors {SUITE}".ljust(28), *(v.rjust(6) for v in (*verdicts, "total"))]
-        rows = [[loss.ljust(28), *self.counts(verdicts, loss)] for loss in self.losses]
-        parts = ["".join(row) for row in [head, *rows, ["all".ljust(28), *self.counts(verdicts, None)]]]
-        if self.complaint:
-            parts += ["", f"{self.command}: {self.complaint}"]
-        if self.failures:
-            parts += ["", *map(failure_text, self.failures[:SHOWN])]
-            rest = len(self.failures) - SHOWN
-            parts += [f"... and {rest} more; --json FILE has all"] * (rest > 0)
-        if likely := self.likely():
-            parts += ["", "likely bugs, the likeliest first", *(f"  {bug}" for bug in likely)]
-        return "\n".join(parts)
+        """The report as plain text: the counts of every loss, then the remarks."""
+        first, *others = zip(*self.counts())
+        columns = [[cell.ljust(28) for cell in first], *([cell.rjust(6) for cell in column] for column in others)]
+        return "\n".join(["".join(row) for row in zip(*columns)] + self.remarks())
 
-    def counts(self, verdicts: Sequence[str], loss: str | None) -> list[str]:
-        numbers = [self.count(verdict, loss) for verdict in verdicts]
-        return [str(n).rjust(6) for n in (*numbers, sum(numbers))]
+    def counts(self) -> list[list[str]]:
+        """A row for each loss and one for all, under a heading: how many vectors have each verdict."""
+        verdicts = [v for v in ("pass", "fail", "xfail", "xpass") if v in ("pass", "fail") or self.count(v)]
+
+        def row(title: str, loss: str | None) -> list[str]:
+            numbers = [self.count(verdict, loss) for verdict in verdicts]
+            return [title, *map(str, (*numbers, sum(numbers)))]
+
+        return [[f"vectors {SUITE}", *verdicts, "total"], *(row(loss, loss) for loss in self.losses), row("all", None)]
+
+    def remarks(self) -> list[str]:
+        """Lines about the program, the first failures and the likely bugs. Each part begins with an empty line."""
+        lines = ["", f"{self.command}: {self.complaint}"] if self.complaint else []
+        if self.failures:
+            rest = len(self.failures) - SHOWN
+            lines += ["", *(line for result in self.failures[:SHOWN] for line in failure_text(result).splitlines())]
+            lines += [f"... and {rest} more; --json FILE has all"] * (rest > 0)
+        if likely := self.likely():
+            lines += ["", "likely bugs, the likeliest first", *(f"  {bug}" for bug in likely)]
+        return lines
 
     def as_dict(self) -> dict[str, Any]:
         """All of it as plain JSON."""
@@ -297,9 +303,3 @@ def failure_text(result: Result) -> str:
     vector = result.vector
     bugs = [f"    {flag}: {BUGS[flag].words}" for flag in result.explained]
     return "\n".join([f"{vector.id} ({vector.kind}) {vector.comment}", f"    {result.wrong}", *bugs])
-
-
-def show_progress(line: str) -> None:
-    """A line that the next one overwrites, where someone is looking."""
-    if sys.stderr.isatty():
-        print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)

@@ -1,0 +1,114 @@
+"""What a person at a terminal sees of the reports: the words of the plain text, coloured and wrapped to 80 columns."""
+
+import io
+import re
+import sys
+from collections.abc import Callable
+
+import pytest
+
+from lossfns.terminal import console_on, print_wrapped, status
+from lossfns.testing import command as check_command
+from lossfns.testing.check import Report, Verdict
+from lossfns.testing.vectors import command as vectors_command
+from lossfns.testing.vectors.runner import Report as VectorReport
+from lossfns.testing.vectors.runner import Result
+from lossfns.testing.vectors.vector import load
+
+REPORT = Report(
+    "mine[0]:my_loss",
+    "policy",
+    [
+        Verdict("contract", "A call returns a 0-d tensor that requires grad, and a dict of plain floats.", "pass", 0.1),
+        Verdict(
+            law="poison",
+            says="nan, ±inf or 1e30 in a masked slot changes nothing, bit for bit.",
+            verdict="fail",
+            seconds=0.2,
+            bug="mask-after-exp",
+            seen="nan in the masked slots of logprobs: the loss is nan, not -0.625.",
+            example="Batch(\n    logprobs=[[-1.0], [-1.5]],\n    weights=[[1.0], [1.0]],\n)",
+        ),
+        Verdict("kl", "The KL term pulls to the reference.", "n/a", 0.1, seen="it reads no reference"),
+    ],
+)
+RIGHT, WRONG = load("dpo")[:2]
+RESULTS = [Result(RIGHT, "pass", ""), Result(WRONG, "fail", "loss is 1, not 2")]
+VECTORS = VectorReport("./mine", "float64", RESULTS, "it wrote a line that is no reply to any open request: '[b]'")
+PRINTED: list[tuple[Callable[..., None], Report | VectorReport]] = [
+    (check_command.print_report, REPORT),
+    (vectors_command.print_report, VECTORS),
+]
+COLOUR = re.compile(r"\x1b\[(\d+;)*(3|4|9|10)\d[;m]")
+
+
+def without_escapes(text: str) -> str:
+    return re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", text)
+
+
+@pytest.mark.parametrize(("print_report", "report"), PRINTED, ids=["check", "vectors"])
+def test_a_report_on_a_terminal_has_the_words_of_the_plain_one(
+    print_report: Callable[..., None], report: Report | VectorReport, terminal: io.StringIO
+) -> None:
+    print_report(report, console_on(terminal))
+    text = terminal.getvalue()
+    shown = without_escapes(text)
+    assert COLOUR.search(text) and not COLOUR.search(report.table())
+    assert re.sub(r"[\s─]+", "", shown) == re.sub(r"\s+", "", report.table())
+    assert all(len(line) <= 80 for line in shown.splitlines())
+
+
+def test_a_batch_is_shown_as_python_that_can_be_copied(terminal: io.StringIO) -> None:
+    check_command.print_report(REPORT, console_on(terminal))  # type: ignore[arg-type]
+    lines = [line.strip() for line in without_escapes(terminal.getvalue()).splitlines()]
+    first = lines.index("batch    Batch(")
+    assert eval("\n".join(lines[first:][:4]).removeprefix("batch"), {"Batch": dict})
+
+
+@pytest.mark.parametrize(("print_report", "report"), PRINTED, ids=["check", "vectors"])
+def test_no_color_is_respected(
+    print_report: Callable[..., None],
+    report: Report | VectorReport,
+    terminal: io.StringIO,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
+    print_report(report, console_on(terminal))
+    assert terminal.getvalue() and not COLOUR.search(terminal.getvalue())
+
+
+def test_pipes_dumb_terminals_and_installations_without_rich_get_no_console(
+    terminal: io.StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert console_on(terminal) is not None
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert console_on(io.StringIO()) is None
+    monkeypatch.delenv("FORCE_COLOR")
+    monkeypatch.setenv("TERM", "dumb")
+    assert console_on(terminal) is None
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    assert console_on(terminal) is None
+
+
+def test_a_status_line_goes_away(terminal: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with status() as show:
+        show("checking [poison]")
+        print("a loss prints")
+    text = terminal.getvalue()
+    assert "checking [poison]" in text and "a loss prints" in text
+    assert text.rstrip().endswith("\x1b[2K")  # the last line is erased
+    monkeypatch.setattr(sys, "stderr", quiet := io.StringIO())
+    with status() as show:
+        show("checking poison")
+    assert quiet.getvalue() == ""
+
+
+def test_a_wrapped_line_continues_deeper(terminal: io.StringIO) -> None:
+    console = console_on(terminal)
+    assert console is not None
+    print_wrapped(console, ["short", "", "    " + "word " * 20, "  [b] stays"])
+    lines = [line.rstrip() for line in terminal.getvalue().splitlines()]
+    assert [len(line) - len(line.lstrip()) for line in lines] == [0, 0, 4, 6, 2]
+    assert lines[-1] == "  [b] stays"
