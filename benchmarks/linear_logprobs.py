@@ -36,7 +36,7 @@ from torch import Tensor
 
 from lossfns import Datum, ModelInput, TensorData, grpo, token_gradient
 from lossfns.logprobs.linear import linear_logprobs
-from lossfns.logprobs.tiles import TOKENS, VOCABULARY, spans
+from lossfns.logprobs.tiles import TILE_TOKENS, TILE_VOCAB, blocks
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PATIENCE = 6.0
@@ -80,7 +80,7 @@ def draw(shape: Shape) -> Case:
     normal = partial(torch.randn, generator=generator, device=DEVICE)
     dtype, (n, d, v) = getattr(torch, shape.dtype), shape[1:]
     weight = torch.empty(v, d, dtype=dtype, device=DEVICE)
-    for rows in spans(v, 4096):
+    for rows in blocks(v, 4096):
         weight[rows] = (normal(len(weight[rows]), d) / d**0.5).to(dtype)
     targets = torch.randint(v, (n,), generator=generator, device=DEVICE)
     return Case(normal(n, d).to(dtype).requires_grad_(), weight.requires_grad_(), targets, normal(n), normal(n))
@@ -120,8 +120,8 @@ def products(case: Case, count: int) -> Run:
     hidden, weight = case.hidden.detach(), case.weight.detach()
 
     def run() -> tuple[Tensor, ...]:
-        for rows in spans(len(hidden), TOKENS):
-            for columns in spans(len(weight), VOCABULARY):
+        for rows in blocks(len(hidden), TILE_TOKENS):
+            for columns in blocks(len(weight), TILE_VOCAB):
                 for _ in range(2 if count == 4 else 1):
                     z = hidden[rows] @ weight[columns].T
                 z @ weight[columns]
@@ -137,7 +137,7 @@ def truth(case: Case, slope: Callable[[Tensor, slice], Tensor], tilt: Tensor | N
     hidden, weight = case.hidden.detach().double(), case.weight.detach().double()
     logprobs, entropy = (torch.empty(len(hidden), dtype=torch.float64, device=DEVICE) for _ in range(2))
     d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight)
-    for rows in spans(len(hidden), 256):
+    for rows in blocks(len(hidden), 256):
         logp = (hidden[rows] @ weight.T).log_softmax(1)
         p, chosen = logp.exp(), case.targets[rows][:, None]
         logprobs[rows] = logp.gather(1, chosen).squeeze(1)
@@ -288,9 +288,9 @@ def rollouts(case: Case) -> Rollouts:
     """Of a policy that has moved by 0.1 in its logprobs."""
     n, generator = len(case.targets), torch.Generator().manual_seed(1)
     with torch.no_grad():
-        blocks = [naive(case.hidden[b], case.weight, case.targets[b]) for b in spans(n, 256)]
+        parts = [naive(case.hidden[rows], case.weight, case.targets[rows]) for rows in blocks(n, 256)]
     noise, advantages = torch.randn(2, n, generator=generator), torch.randn(SEQUENCES, generator=generator)
-    old, ref = torch.cat(blocks) + 0.1 * noise.to(DEVICE)
+    old, ref = torch.cat(parts) + 0.1 * noise.to(DEVICE)
     mask = (torch.arange(n) % (n // SEQUENCES) >= n // SEQUENCES // 4).float()
     return Rollouts(mask.to(DEVICE), advantages.to(DEVICE), old, ref)
 

@@ -1,7 +1,7 @@
 """Log-probabilities of chosen tokens from hidden states and the unembedding weight, without the logits.
 
-``linear_logprobs`` is one function with four exact plans. They differ in what the forward pass keeps for the
-backward pass; with N tokens, width D and vocabulary V, one GEMM is 2·N·D·V operations:
+``linear_logprobs`` has four exact plans. They differ in what the forward pass keeps for the backward pass. With N
+tokens, width D and vocabulary V, one product of matrices (GEMM) is 2·N·D·V operations:
 
     plan       kept                           GEMMs   when
     frozen     Σ p·∂z/∂hidden, [N, D]         2       weight and bias need no gradient
@@ -9,14 +9,14 @@ backward pass; with N tokens, width D and vocabulary V, one GEMM is 2·N·D·V o
     saved      the logits                     3       they fit
     tiled      [N, tiles] floats              4       otherwise
 
-The last two are the ends of one scale: as many tiles of logits are kept as the budget holds, and turned into their
-own gradient in place; the others are computed again.
+Saved and tiled are the ends of one scale: as many tiles of logits are kept as the budget holds, and overwritten with
+their own gradient; the others are computed again. ``lossfns.logprobs.tiles`` has the maths of a tile.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
@@ -27,31 +27,32 @@ from lossfns.checks import number
 from lossfns.errors import LossInputError, did_you_mean
 from lossfns.logprobs.tiles import (
     ALL,
-    TOKENS,
-    VOCABULARY,
+    TILE_TOKENS,
+    TILE_VOCAB,
     Head,
-    Reading,
-    Slope,
-    Sums,
-    add_product,
-    body,
-    look,
-    spans,
-    strips,
-    survey,
-    sweep,
-    unread,
-    weigh,
-    wide,
-    within,
+    HeadGrads,
+    OutputGrad,
+    TileStats,
+    add_matmul_,
+    backward_tiles,
+    blocks,
+    compiled_on_gpu,
+    compute_dtype,
+    forward_tiles,
+    gather_targets,
+    is_inside,
+    row_blocks,
+    running_lse,
 )
 
-BLOCK = 2048
-"""Tokens whose logits the separable plan holds at a time."""
+PLANS = ("auto", "tiled", "saved", "frozen", "separable")
+
+SEPARABLE_TOKENS = 2048
+"""Tokens whose logits the separable plan holds at a time, without a memory budget."""
 
 
-def once(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """A backward pass that has no derivative, and refuses to be taken for a constant."""
+def no_double_backward(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a backward pass raise under ``create_graph``, where autograd would take its result for a constant."""
 
     @wraps(backward)
     def refusing(ctx: Any, *gradients: Tensor) -> Any:
@@ -66,7 +67,7 @@ def once(backward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Swept(torch.autograd.Function):
-    """Keeps a float for each token and tile of the vocabulary, and what the budget holds of the logits."""
+    """Plans tiled and saved: keep [N, tiles] floats, and as many tiles of logits as the budget holds."""
 
     @staticmethod
     def forward(
@@ -79,86 +80,97 @@ class Swept(torch.autograd.Function):
         budget: float,
         *knobs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        seen, ctx.kept = survey(Head(weight, bias, *knobs), hidden, targets, entropy, budget)
-        average = seen.average
-        ctx.save_for_backward(hidden, weight, bias, targets, seen.share, average)
+        stats, ctx.kept = forward_tiles(Head(weight, bias, *knobs), hidden, targets, entropy, budget)
+        mean_logit = stats.mean_logit
+        ctx.save_for_backward(hidden, weight, bias, targets, stats.tile_prob, mean_logit)
         ctx.knobs = knobs
-        return logprobs_of(seen), None if average is None else seen.lse - average
+        return stats.logprobs, None if mean_logit is None else stats.lse - mean_logit
 
     @staticmethod
-    @once
-    def backward(ctx: Any, g: Tensor, tilt: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, share, average = ctx.saved_tensors
-        with plainly(hidden):
-            slope, wanted = Slope(targets, share, average, g, tilt), ctx.needs_input_grad
-            sums = Sums.of(weight, wanted[1:3], weight.dtype)
-            d_hidden = sweep(Head(weight, bias, *ctx.knobs), hidden, slope, ctx.kept, sums, wanted[0])
+    @no_double_backward
+    def backward(ctx: Any, g: Tensor, d_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, targets, tile_prob, mean_logit = ctx.saved_tensors
+        with without_autocast(hidden):
+            grad, needed = OutputGrad(targets, tile_prob, mean_logit, g, d_entropy), ctx.needs_input_grad
+            sums = HeadGrads.allocate(weight, needed[1:3], weight.dtype)
+            d_hidden = backward_tiles(Head(weight, bias, *ctx.knobs), hidden, grad, ctx.kept, sums, needed[0])
         return d_hidden, sums.weight, None if sums.bias is None else sums.bias.to(weight.dtype), *[None] * 5
 
 
 class Frozen(torch.autograd.Function):
-    """Keeps Σ p·∂z/∂hidden over all but the targets: all there is to know if weight and bias need no gradient."""
+    """Plan frozen: keep r = Σ p_v·∂z_v/∂hidden, [N, D], over all entries of the vocabulary that are no target.
+
+    With p of the targets, nothing else is needed for ∂hidden, if weight and bias need no gradient:
+
+        ∂hidden = Σ_k (g_k − G·p_k)·∂z_k/∂hidden − G·r,  k over the targets and G = Σ_k g_k
+
+    The targets are left out of r because of rounding. Where a target is nearly certain, p_k is near 1 and r is small;
+    r would lose its digits beside p_k·∂z_k/∂hidden.
+    """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *knobs: Any) -> Tensor:
-        head, seen = Head(weight, bias, *knobs), unread(hidden, len(weight), targets, entropy=False)
-        pull = torch.empty_like(hidden, dtype=wide(hidden))  # taken from a target's row, it may leave little
-        for rows in spans(len(hidden), TOKENS):
-            pull[rows] = pulled(head, hidden[rows], targets[rows], seen.rows(rows))
-        logprobs = logprobs_of(seen)
-        bend = head.bend(torch.ones_like(seen.chosen), seen.chosen)
-        ctx.save_for_backward(pull, weight, targets, bend, logprobs.exp() * first_of_its_kind(targets))
+        head, stats = Head(weight, bias, *knobs), TileStats.empty(hidden, len(weight), targets, entropy=False)
+        rest = torch.empty_like(hidden, dtype=compute_dtype(hidden))
+        for rows in blocks(len(hidden), TILE_TOKENS):
+            rest[rows] = mean_gradient_of_others(head, hidden[rows], targets[rows], stats.rows(rows))
+        logprobs = stats.logprobs
+        d_raw = head.chain_through_head(torch.ones_like(stats.target_logits), stats.target_logits)
+        ctx.save_for_backward(rest, weight, targets, d_raw, logprobs.exp() * first_occurrence(targets))
         return logprobs
 
     @staticmethod
-    @once
+    @no_double_backward
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        pull, weight, targets, bend, p = ctx.saved_tensors
+        rest, weight, targets, d_raw, p = ctx.saved_tensors
         total = g.sum(1, keepdim=True)
-        push = (g - total * p) * bend
-        d_hidden = torch.empty_like(pull, dtype=weight.dtype)
-        with plainly(pull):
-            for rows in strips(pull):
-                chosen = torch.einsum("nk,nkd->nd", push[rows], weight[targets[rows]].to(g.dtype))
-                d_hidden[rows] = chosen - total[rows] * pull[rows]
+        factors = (g - total * p) * d_raw
+        d_hidden = torch.empty_like(rest, dtype=weight.dtype)
+        with without_autocast(rest):
+            for rows in row_blocks(rest):
+                of_targets = torch.einsum("nk,nkd->nd", factors[rows], weight[targets[rows]].to(g.dtype))
+                d_hidden[rows] = of_targets - total[rows] * rest[rows]
         return d_hidden.masked_fill_((g == 0).all(1)[:, None], 0), *[None] * 5
 
 
-def pulled(head: Head, hidden: Tensor, targets: Tensor, seen: Reading) -> Tensor:
-    """Σ p·∂z/∂hidden [n, D] of the tokens of one tile over all but their targets; they are read into ``seen``.
+def mean_gradient_of_others(head: Head, hidden: Tensor, targets: Tensor, stats: TileStats) -> Tensor:
+    """Return r = Σ p_v·∂z_v/∂hidden [n, D] over all but the targets, and fill in ``stats``.
 
-    Where a target is nearly certain, all else is small, and so is its rounding: the target's own part g·(1 − p)
-    is added in float32.
+    p is known only after the last tile. Until then it is taken under the running log-sum-exp, and the sum so far is
+    scaled by exp(old − new) at each tile.
     """
-    pull, raw = torch.zeros_like(hidden, dtype=wide(hidden)), None
-    lse = torch.full_like(seen.own[:, 0], -math.inf)
-    for tile, columns in enumerate(spans(len(head.weight), VOCABULARY)):
-        raw, local = head.raw(hidden, columns, raw), targets - columns.start
-        look(head, raw, seen, targets, columns)
-        for rows in strips(raw):
-            z, before = head.z(raw[rows]), lse[rows].clone()
-            seen.own[rows, tile], lse[rows], p = body(weigh, raw.device.type)(z, before)
-            pull[rows] *= (before - lse[rows]).exp_()[:, None]
-            raw[rows] = head.bend(p, z)
-        at, k = within(local, columns).nonzero(as_tuple=True)
+    rest, raw = torch.zeros_like(hidden, dtype=compute_dtype(hidden)), None
+    lse = torch.full_like(stats.tile_lse[:, 0], -math.inf)
+    for tile, vocab in enumerate(blocks(len(head.weight), TILE_VOCAB)):
+        raw, local = head.raw(hidden, vocab, raw), targets - vocab.start
+        gather_targets(head, raw, stats, targets, vocab)
+        for rows in row_blocks(raw):
+            z, before = head.to_logits(raw[rows]), lse[rows].clone()
+            stats.tile_lse[rows, tile], lse[rows], p = compiled_on_gpu(running_lse, raw.device.type)(z, before)
+            rest[rows] *= (before - lse[rows]).exp_()[:, None]
+            raw[rows] = head.chain_through_head(p, z)
+        at, k = is_inside(local, vocab).nonzero(as_tuple=True)
         raw[at, local[at, k]] = 0
-        add_product(pull, raw, head.weight[columns])
-    return pull
+        add_matmul_(rest, raw, head.weight[vocab])
+    return rest
 
 
-def first_of_its_kind(targets: Tensor) -> Tensor:
-    """[N, K] whether a target stands at no earlier place of its row."""
+def first_occurrence(targets: Tensor) -> Tensor:
+    """Return [N, K], whether a target is the first of its kind among the K of its token."""
     k = targets.shape[1]
     earlier = torch.ones(k, k, dtype=torch.bool, device=targets.device).tril(-1)
     return ~((targets[:, :, None] == targets[:, None, :]) & earlier).any(2)
 
 
 Gradient = Callable[[Tensor, slice], Tensor]
-"""∂loss/∂logprob of a block of rows from its logprobs, [n] or [n, K] as the targets: of a sum over tokens."""
+"""``(logprobs of some tokens [n] or [n, K], their slice) -> ∂loss/∂logprob`` of the same shape."""
 
 
 class Separable(torch.autograd.Function):
-    """Asks for ∂loss/∂logprob block by block in the forward pass, and keeps the gradients that follow from it."""
+    """Plan separable: ask for ∂loss/∂logprob in the forward pass, block by block, and keep the final gradients.
+
+    The backward pass scales them by the one factor by which the gradient that arrives differs from ``gradient``'s.
+    """
 
     @staticmethod
     def forward(
@@ -171,43 +183,40 @@ class Separable(torch.autograd.Function):
         block: int,
         *knobs: Any,
     ) -> Tensor:
-        head, wanted = Head(weight, bias, *knobs), ctx.needs_input_grad
-        sums = Sums.of(weight, wanted[1:3], weight.dtype if len(hidden) <= block else wide(weight))
-        logprobs = torch.empty(targets.shape, dtype=wide(hidden), device=hidden.device)
-        known, d_hidden = torch.empty_like(logprobs), [hidden[:0]]
-        for rows in spans(max(1, len(hidden)), block):  # no tokens have gradients too: zeros
-            seen, kept = survey(head, hidden[rows], targets[rows], entropy=False, budget=math.inf)
-            logprobs[rows] = logprobs_of(seen)
-            known[rows] = gradient(logprobs[rows], rows)
-            slope = Slope(targets[rows], seen.share, None, known[rows], None)
-            d = sweep(head, hidden[rows], slope, kept, sums, wanted[0], first=rows.start == 0)
+        head, needed = Head(weight, bias, *knobs), ctx.needs_input_grad
+        one_block = len(hidden) <= block
+        sums = HeadGrads.allocate(weight, needed[1:3], weight.dtype if one_block else compute_dtype(weight))
+        logprobs = torch.empty(targets.shape, dtype=compute_dtype(hidden), device=hidden.device)
+        declared, d_hidden = torch.empty_like(logprobs), [hidden[:0]]
+        for rows in blocks(max(1, len(hidden)), block):  # one block even without tokens: gradients are then zeros
+            stats, kept = forward_tiles(head, hidden[rows], targets[rows], entropy=False, budget=math.inf)
+            logprobs[rows] = stats.logprobs
+            declared[rows] = gradient(logprobs[rows], rows)
+            grad = OutputGrad(targets[rows], stats.tile_prob, None, declared[rows], None)
+            d = backward_tiles(head, hidden[rows], grad, kept, sums, needed[0], overwrite=rows.start == 0)
             d_hidden += [] if d is None else [d]
-        ctx.save_for_backward(known, torch.cat(d_hidden) if wanted[0] else None, *sums)
+        ctx.save_for_backward(declared, torch.cat(d_hidden) if needed[0] else None, *sums)
         ctx.dtypes = (hidden.dtype, weight.dtype, weight.dtype)
         return logprobs
 
     @staticmethod
-    @once
+    @no_double_backward
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        known, *gradients = ctx.saved_tensors
-        scale = torch.sum(g * known) / known.square().sum().clamp(min=torch.finfo(g.dtype).tiny)
-        announced = scale * known
-        if g.numel() and not ((g - announced).abs() <= 1e-4 * announced.abs() + 1e-6 * g.abs().max()).all():
-            raise RuntimeError("the gradient that reaches linear_logprobs is not the one that was announced")
+        declared, *gradients = ctx.saved_tensors
+        scale = torch.sum(g * declared) / declared.square().sum().clamp(min=torch.finfo(g.dtype).tiny)
+        expected = scale * declared
+        if g.numel() and not ((g - expected).abs() <= 1e-4 * expected.abs() + 1e-6 * g.abs().max()).all():
+            raise RuntimeError("linear_logprobs: backward brings another gradient than the one that gradient= declared")
         return *(None if x is None else scaled(x, scale, d) for x, d in zip(gradients, ctx.dtypes)), *[None] * 5
 
 
 def scaled(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """A tensor of its own; in one pass where the loss is what backward starts from, and the scale 1."""
+    """Return scale·x as a new tensor. A scale of 1, the usual one, costs a single pass."""
     return x.to(dtype, copy=True) if scale == 1 else (scale * x).to(dtype)
 
 
-def logprobs_of(seen: Reading) -> Tensor:
-    return seen.chosen - seen.lse[:, None]
-
-
-def plainly(x: Tensor) -> torch.autocast:
-    """Without autocast: every product has the dtypes that stand there."""
+def without_autocast(x: Tensor) -> torch.autocast:
+    """Switch autocast off on the device of ``x``, so that products have the dtypes of their factors."""
     return torch.autocast(x.device.type, enabled=False)
 
 
@@ -234,25 +243,34 @@ def linear_logprobs(
 ) -> Any:
     """log softmax(z) at ``targets``, z = c·tanh((hidden·weightᵀ + bias) / c) / T, never above 0.
 
-    Exact, and without the logits [N, V]: the table of plans is above. In half precision z is what a product of
-    matrices of that precision gives, and all that follows is float32. Tokens that receive a gradient of exactly
-    0 cost nothing in the backward pass. There is no second derivative.
+    Exact, and without the logits [N, V]; the table of plans is at the top of this module. In half precision, z is the
+    result of a half-precision product of matrices, and everything after it is float32. Tokens whose incoming gradient
+    is exactly 0 cost nothing in the backward pass. There is no second derivative.
 
     Args:
-        hidden, weight, bias: [N, D], [V, D] and [V]; hidden and bias are taken in the dtype of the weight.
-        targets: ids [N], or [N, K] of K targets for each token.
-        rows: [N] bool, the tokens that are wanted; the others cost nothing, get 0 and have no gradient.
-        temperature, softcap: T, and c or None.
+        hidden: [N, D] hidden states, taken in the dtype of the weight (under autocast: in autocast's dtype).
+        weight: [V, D] unembedding.
+        targets: [N] token ids, or [N, K] for K targets per token; torch.long.
+        bias: [V], taken in the dtype of the weight.
+        rows: [N] bool, the tokens to compute. The others cost nothing, get 0 and have no gradient.
+        temperature: T, above 0.
+        softcap: c, above 0, or None.
         return_entropy: also return the entropy −Σ p·log p of each token, [N], in nats.
-        plan: ``"auto"``, or one of ``"tiled"``, ``"saved"``, ``"frozen"`` and ``"separable"``.
-        gradient: for separable, ``(logprobs of some tokens, index of these) -> ∂loss/∂logprob``, as
-            ``lossfns.token_gradient`` makes it of a loss: up to one factor for all tokens it must be what arrives in
-            the backward pass.
-        memory_budget: bytes of logits that may be kept (separable: held at a time); None, without a plan: as many
-            as hidden and weight take.
+        plan: ``"auto"``, the cheapest that is possible, or one of ``"tiled"``, ``"saved"``, ``"frozen"`` and
+            ``"separable"``.
+        gradient: for the separable plan, ``(logprobs of some tokens, their slice) -> ∂loss/∂logprob``;
+            ``lossfns.token_gradient`` makes it from a loss. The gradient that arrives in the backward pass must be
+            this one, up to one factor for all tokens.
+        memory_budget: for auto, bytes of logits to keep for the backward pass; None keeps as many as hidden and
+            weight take. For separable, bytes of logits to hold at a time; None holds 2048 tokens.
 
     Returns:
-        Logprobs in the shape of ``targets``, float32 (float64 for float64); if asked, with the entropies.
+        Logprobs in the shape of ``targets``, float32 (float64 for a float64 weight); with ``return_entropy`` the pair
+        (logprobs, entropy).
+
+    Raises:
+        LossInputError: shapes, dtypes, devices, ids or options that do not fit.
+        RuntimeError: in the backward pass, under ``create_graph`` or for another gradient than was declared.
 
     >>> hidden, weight = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 0.0], [0.0, 0.0], [0.0, 5.0]])
     >>> linear_logprobs(hidden, weight, torch.tensor([2])).exp()  # of three logits of 0
@@ -260,42 +278,38 @@ def linear_logprobs(
     """
     check(hidden, weight, targets, bias, rows, temperature, softcap, memory_budget)
     hidden, weight, bias = in_one_dtype(hidden, weight, bias)
-    wanted: Any = ALL if rows is None else rows.nonzero().squeeze(1)
-    given = (hidden[wanted], weight, bias, (targets[:, None] if targets.ndim == 1 else targets)[wanted])
-    knobs = (temperature, softcap)
+    index: Any = ALL if rows is None else rows.nonzero().squeeze(1)
+    inputs = (hidden[index], weight, bias, (targets[:, None] if targets.ndim == 1 else targets)[index])
+    plan, knobs, entropy = chosen_plan(plan, inputs, return_entropy, gradient), (temperature, softcap), None
 
-    def swept(budget: float) -> tuple[Tensor, Tensor | None]:
-        both: tuple[Tensor, Tensor | None] = apply(
-            Swept, *given, return_entropy, budget if learns(*given) else 0.0, *knobs
-        )
-        return both
-
-    def announced(logprobs: Tensor, index: slice) -> Tensor:
+    def declared_gradient(logprobs: Tensor, block: slice) -> Tensor:
+        """Ask ``gradient`` in the shape of ``targets`` and with positions among all rows."""
         assert gradient is not None
-        shown = logprobs.view(len(logprobs), *targets.shape[1:])
-        return gradient(shown, index if rows is None else wanted[index]).view_as(logprobs)
+        in_shape = logprobs.view(len(logprobs), *targets.shape[1:])
+        return gradient(in_shape, block if rows is None else index[block]).view_as(logprobs)
 
-    plans: dict[str, Callable[[], tuple[Tensor, Tensor | None]]] = {
-        "auto": lambda: swept(modest(hidden, weight) if memory_budget is None else memory_budget),
-        "tiled": lambda: swept(0.0),
-        "saved": lambda: swept(math.inf),
-        "frozen": lambda: (apply(Frozen, *given, *knobs), None),
-        "separable": lambda: (apply(Separable, *given, announced, block(memory_budget, weight), *knobs), None),
-    }
-    with plainly(hidden):
-        logprobs, entropy = plans[chosen_plan(plan, plans, given, return_entropy, gradient)]()
-    logprobs = whole(logprobs, rows, wanted).view_as(targets)
-    return (logprobs, whole(entropy, rows, wanted)) if return_entropy else logprobs
+    with without_autocast(hidden):
+        if plan == "frozen":
+            logprobs = apply(Frozen, *inputs, *knobs)
+        elif plan == "separable":
+            block = separable_tokens(memory_budget, weight)
+            logprobs = apply(Separable, *inputs, declared_gradient, block, *knobs)
+        else:
+            auto = default_budget(hidden, weight) if memory_budget is None else memory_budget
+            kept_bytes = {"auto": auto, "tiled": 0.0, "saved": math.inf}[plan] if needs_backward(*inputs) else 0.0
+            logprobs, entropy = apply(Swept, *inputs, return_entropy, kept_bytes, *knobs)
+    logprobs = scatter_rows(logprobs, rows, index).view_as(targets)
+    return (logprobs, scatter_rows(entropy, rows, index)) if return_entropy else logprobs
 
 
 def head_of(model: Any) -> Head:
-    """A model's unembedding: ``head`` [V, D] and, where it has them, its bias, temperature and softcap."""
+    """Return a model's unembedding: ``head`` [V, D] and, where it has them, its bias, temperature and softcap."""
     bias, softcap = getattr(model, "head_bias", None), getattr(model, "head_softcap", None)
     return Head(model.head, bias, getattr(model, "head_temperature", 1.0), softcap)
 
 
 def model_logprobs(model: Any, hidden: Tensor, targets: Tensor, memory_budget: float = math.inf) -> Tensor:
-    """``linear_logprobs`` with the head of a model, and ``memory_budget`` bytes for logits at most."""
+    """``linear_logprobs`` with the head of a model; it keeps at most ``memory_budget`` bytes of logits."""
     weight, bias, temperature, softcap = head_of(model)
     logprobs: Tensor = linear_logprobs(
         hidden,
@@ -304,58 +318,58 @@ def model_logprobs(model: Any, hidden: Tensor, targets: Tensor, memory_budget: f
         bias=bias,
         temperature=temperature,
         softcap=softcap,
-        memory_budget=min(memory_budget, modest(hidden, weight)),
+        memory_budget=min(memory_budget, default_budget(hidden, weight)),
     )
     return logprobs
 
 
-def learns(*inputs: Tensor | None) -> bool:
-    """Whether there will be a backward pass."""
+def needs_backward(*inputs: Tensor | None) -> bool:
+    """Return whether autograd will record a call with these inputs."""
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
 
 
-def modest(hidden: Tensor, weight: Tensor) -> float:
-    """As much as the inputs take, and their gradients, if all are wanted."""
+def default_budget(hidden: Tensor, weight: Tensor) -> float:
+    """Return the bytes of logits to keep: as many as hidden and weight take, and thus as their gradients take."""
     return hidden.nbytes + weight.nbytes
 
 
-def block(memory_budget: float | None, weight: Tensor) -> int:
-    """Tokens whose logits the separable plan holds at a time: 2048, or as many as the budget allows."""
-    return BLOCK if memory_budget is None else max(1, int(min(memory_budget, 2**62) // weight[:, :1].nbytes))
+def separable_tokens(memory_budget: float | None, weight: Tensor) -> int:
+    """Return how many tokens' logits the separable plan holds at a time: as many as the budget allows, at least 1."""
+    one_token = weight[:, :1].nbytes
+    return SEPARABLE_TOKENS if memory_budget is None else max(1, int(min(memory_budget, 2**62) // one_token))
 
 
 def in_one_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """That of the weight, or what autocast says."""
+    """Convert all three to the dtype of the weight or, under autocast, to autocast's."""
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
-def whole(x: Tensor | None, rows: Tensor | None, wanted: Tensor) -> Any:
-    """Values of the wanted rows among zeros."""
-    return x if x is None or rows is None else x.new_zeros(len(rows), *x.shape[1:]).index_copy(0, wanted, x)
+def scatter_rows(x: Tensor | None, rows: Tensor | None, index: Tensor) -> Any:
+    """Return the values of the tokens that were computed at their places among all, with zeros elsewhere."""
+    return x if x is None or rows is None else x.new_zeros(len(rows), *x.shape[1:]).index_copy(0, index, x)
 
 
 def chosen_plan(
-    plan: str,
-    plans: Iterable[str],
-    given: tuple[Tensor, Tensor, Tensor | None, Tensor],
-    entropy: bool,
-    gradient: Gradient | None,
+    plan: str, inputs: tuple[Tensor, Tensor, Tensor | None, Tensor], entropy: bool, gradient: Gradient | None
 ) -> str:
-    """The plan by name; ``"auto"`` is the one with the fewest products that is possible."""
-    hidden, *head, _ = given
-    if plan not in plans:
-        raise LossInputError("plan", "the name of a plan", repr(plan), did_you_mean(str(plan), plans))
+    """Replace ``"auto"`` by the plan with the fewest products; ``"auto"`` is left where the budget decides.
+
+    Refuse a plan that does not exist, or that the other arguments rule out.
+    """
+    hidden, *head, _ = inputs
+    if plan not in PLANS:
+        raise LossInputError("plan", "the name of a plan", repr(plan), did_you_mean(str(plan), PLANS))
     if plan == "auto":
         if gradient is not None:
             return "separable"
-        return "frozen" if learns(hidden) and not learns(*head) and not entropy else "auto"
+        return "frozen" if needs_backward(hidden) and not needs_backward(*head) and not entropy else "auto"
     if (plan == "separable") != (gradient is not None):
         fix = "It is ∂loss/∂logprob of a block of tokens; without one take plan='auto'."
         got = "none" if gradient is None else f"one for plan={plan!r}"
         raise LossInputError("gradient", "a function for the separable plan alone", got, fix)
-    if plan == "frozen" and learns(*head):
+    if plan == "frozen" and needs_backward(*head):
         got = "one that requires grad"
         raise LossInputError("weight", "a frozen head for plan='frozen'", got, "Detach it, or take plan='auto'.")
     if entropy and plan in ("frozen", "separable"):
@@ -374,7 +388,7 @@ def check(
     softcap: float | None,
     memory_budget: float | None,
 ) -> None:
-    """Refuse what does not fit together."""
+    """Refuse arguments of ``linear_logprobs`` that do not fit together."""
     for name, x, ndims in (("hidden", hidden, (2,)), ("weight", weight, (2,)), ("targets", targets, (1, 2))):
         if not isinstance(x, Tensor) or x.ndim not in ndims:
             got = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
@@ -396,11 +410,11 @@ def check(
             raise LossInputError(name, f"shape {shape}", f"{tuple(given.shape)}", fix)
         if given is not None and given.device != hidden.device:
             raise LossInputError(name, f"a tensor on {hidden.device}", f"one on {given.device}", "Move it.")
-    for name, number_like in (("hidden", hidden), ("weight", weight), ("bias", bias)):
-        if number_like is not None and not number_like.is_floating_point():
-            raise LossInputError(name, "a floating point tensor", str(number_like.dtype), "Were token ids passed?")
+    for name, value in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if value is not None and not value.is_floating_point():
+            raise LossInputError(name, "a floating point tensor", str(value.dtype), "Were token ids passed?")
     if bias is not None and not bias.to(weight.dtype).isfinite().all():
-        fix = "Of a token that cannot occur, a large negative one such as -1e30, in float16 -6e4."
+        fix = "For a token that cannot occur use a large negative number such as -1e30, in float16 -6e4."
         raise LossInputError("bias", f"finite numbers in {weight.dtype}", "inf or nan among them", fix)
     if rows is not None and rows.dtype != torch.bool:
         raise LossInputError("rows", "a bool tensor", str(rows.dtype), "Pass mask != 0.")

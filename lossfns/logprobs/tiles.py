@@ -1,6 +1,38 @@
-"""A tile of logits, tokens × vocabulary: read for its log-sum-exp, or turned into its own gradient.
+"""Log-sum-exp and gradient of the logits, one tile at a time.
 
-Pure functions know the maths, ``absorb`` or ``weigh``, and ``slopes``; ``survey`` and ``sweep`` go over all tiles.
+The logits of a batch, [N, V], are often the largest tensor of a training step. Here they are computed in tiles of
+``TILE_TOKENS`` × ``TILE_VOCAB``. A tile is reduced to a few numbers per token and then dropped, kept for the backward
+pass, or overwritten with its own gradient.
+
+Symbols: N tokens, width D, vocabulary V, K targets per token. A tile has n tokens and v vocabulary entries.
+
+    raw  [n, v]   h·Wᵀ + b, as the matrix product gives it, in the dtype of the weight
+    z    [n, v]   the logits c·tanh(raw / c) / T, with softcap c and temperature T; float32, float64 for float64
+
+Forward pass. Each tile t gives lse_t = log Σ_{v in t} exp(z_v) and, for the entropy, m_t = Σ_{v in t} q_v·z_v with
+q = softmax of the tile alone. These [N, tiles] numbers determine everything about the whole vocabulary:
+
+    lse      log Σ_t exp(lse_t)
+    π_t      exp(lse_t − lse), the probability of tile t
+    p_v      π_t·q_v
+    m        Σ_v p_v·z_v = Σ_t π_t·m_t
+    logprob  z_target − lse
+    entropy  lse − m
+
+Backward pass. With g_k = ∂loss/∂logprob_k and e = ∂loss/∂entropy, each tile becomes its own gradient in place:
+
+    ∂loss/∂z_v    Σ_k g_k·[v = target_k] − p_v·(Σ_k g_k + e·(z_v − m))
+    ∂loss/∂raw_v  ∂loss/∂z_v·(1 − (T·z_v / c)²) / T
+
+and the chain rule gives ∂hidden = ∂raw·W, ∂W = ∂rawᵀ·h and ∂b = the sum of ∂raw over tokens.
+
+Precision: matrix products take and give the dtype of the weight; everything elementwise, and every sum over tiles or
+tokens, is float32 or better. Memory: one tile in the dtype of the weight, the tiles that are kept, and float32 copies
+of ``BLOCK_LOGITS`` logits at a time. On a GPU the elementwise functions are compiled, so that these copies stay in
+registers.
+
+``tile_lse``, ``running_lse`` and ``logit_grad`` are the equations. ``forward_tiles`` and ``backward_tiles`` are the
+loops over all tiles.
 """
 
 from __future__ import annotations
@@ -12,341 +44,399 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-TOKENS, VOCABULARY = 8192, 4096
-"""The largest tile. Fewer tokens at a time, and ∂weight would be read and written too often."""
+TILE_TOKENS, TILE_VOCAB = 8192, 4096
+"""The largest tile. With fewer tokens per tile, ∂weight would be read and written more often."""
 
-STRIP = 2**20
-"""Logits that a CPU works on at a time, so that they stay in its cache."""
+BLOCK_LOGITS = 2**20
+"""Logits that a CPU converts to float32 and processes at a time, so that they stay in its cache."""
 
 ALL = slice(None)
 
 
 class Head(NamedTuple):
-    """The unembedding: logits z = c·tanh((h·Wᵀ + b) / c) / T, softcap c and temperature T."""
+    """The unembedding: logits z = c·tanh(raw / c) / T of raw = h·Wᵀ + b, with softcap c and temperature T."""
 
-    weight: Tensor
-    bias: Tensor | None
+    weight: Tensor  # [V, D]
+    bias: Tensor | None  # [V]
     temperature: float
     softcap: float | None
 
-    def raw(self, hidden: Tensor, columns: slice, spare: Tensor | None = None) -> Tensor:
-        """h·Wᵀ + b in the dtype of the weight: [n, D] -> [n, v]; in the memory of a ``spare`` tile, if there is one."""
-        weight = self.weight[columns].T
-        out = fitted(spare, len(hidden), weight.shape[1])
+    def raw(self, hidden: Tensor, vocab: slice, buffer: Tensor | None = None) -> Tensor:
+        """Return h·Wᵀ + b [n, v] for hidden [n, D], in the dtype of the weight and, if it fits, in the buffer."""
+        weight = self.weight[vocab].T
+        out = view_of(buffer, len(hidden), weight.shape[1])
         if self.bias is None:
             return torch.mm(hidden, weight, out=out)
-        return torch.addmm(self.bias[columns], hidden, weight, out=out)
+        return torch.addmm(self.bias[vocab], hidden, weight, out=out)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """z of the whole vocabulary, [n, V]."""
-        return self.z(self.raw(hidden.to(self.weight.dtype), ALL))
-
-    def z(self, raw: Tensor) -> Tensor:
-        """Logits of raw ones, in float32 or better; raw ones themselves where nothing is to be done."""
-        z = raw.to(wide(raw))
+    def to_logits(self, raw: Tensor) -> Tensor:
+        """Return z for ``raw``, in ``compute_dtype``. This is ``raw`` itself if nothing changes."""
+        z = raw.to(compute_dtype(raw))
         z = z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
         return z if self.temperature == 1 else z / self.temperature
 
-    def bend(self, d: Tensor, z: Tensor) -> Tensor:
-        """∂/∂z to ∂/∂raw."""
+    def chain_through_head(self, d: Tensor, z: Tensor) -> Tensor:
+        """Return ∂loss/∂raw from ``d`` = ∂loss/∂z at the logits ``z``."""
         d = d if self.softcap is None else d * (1 - (z * (self.temperature / self.softcap)).square())
         return d if self.temperature == 1 else d / self.temperature
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return z over the whole vocabulary, [n, V], for hidden [n, D] of any dtype."""
+        return self.to_logits(self.raw(hidden.to(self.weight.dtype), ALL))
 
-class Reading(NamedTuple):
-    """What is known of n tokens, a column for each tile of the vocabulary that was read."""
 
-    own: Tensor  # [n, tiles] log Σ exp(z) over the tile
-    mean: Tensor | None  # [n, tiles] Σ p·z over the tile, by the p of its own softmax; for the entropy
-    chosen: Tensor  # [n, K] z at the targets, once their tile is read
+class TileStats(NamedTuple):
+    """Statistics of the logits of n tokens, one column per tile of the vocabulary. The tiles fill them in."""
 
-    def rows(self, which: slice) -> Reading:
-        return Reading(self.own[which], part(self.mean, which), self.chosen[which])
+    tile_lse: Tensor  # [n, tiles] log Σ exp(z) over the tile
+    tile_mean: Tensor | None  # [n, tiles] Σ q·z over the tile, q its own softmax; None without entropy
+    target_logits: Tensor  # [n, K] z at the targets
+
+    @staticmethod
+    def empty(hidden: Tensor, vocabulary: int, targets: Tensor, entropy: bool) -> TileStats:
+        """Allocate the statistics of all tokens of ``hidden``."""
+        target_logits = torch.zeros(targets.shape, dtype=compute_dtype(hidden), device=hidden.device)
+        tile_lse = target_logits.new_empty(len(hidden), -(-vocabulary // TILE_VOCAB))
+        return TileStats(tile_lse, torch.empty_like(tile_lse) if entropy else None, target_logits)
+
+    def rows(self, index: slice) -> TileStats:
+        """Return a view of some of the tokens."""
+        return TileStats(self.tile_lse[index], take(self.tile_mean, index), self.target_logits[index])
 
     @property
     def lse(self) -> Tensor:
-        """[n] log Σ exp(z) over the vocabulary, never below a z."""
-        lse: Tensor = self.own.logsumexp(1)
+        """[n] log Σ exp(z) over the vocabulary, never below a single z."""
+        lse: Tensor = self.tile_lse.logsumexp(1)
         return lse
 
     @property
-    def share(self) -> Tensor:
-        """[n, tiles] the probability of each tile: p of the whole is share·p of the tile."""
-        return self.own.softmax(1)  # which sums to 1 also where all of z is large, and exp(own − lse) does not
+    def logprobs(self) -> Tensor:
+        """[n, K] log-probabilities of the targets."""
+        return self.target_logits - self.lse[:, None]
 
     @property
-    def average(self) -> Tensor | None:
+    def tile_prob(self) -> Tensor:
+        """[n, tiles] π, the probability of each tile."""
+        # Unlike exp(tile_lse − lse), softmax sums to 1 even where all logits are large and lse is rounded coarsely.
+        return self.tile_lse.softmax(1)
+
+    @property
+    def mean_logit(self) -> Tensor | None:
         """[n] Σ p·z over the vocabulary."""
-        return None if self.mean is None else torch.linalg.vecdot(self.share, self.mean)
+        return None if self.tile_mean is None else torch.linalg.vecdot(self.tile_prob, self.tile_mean)
 
 
-class Slope(NamedTuple):
-    """The gradient that reaches n tokens, and what it takes to carry it on to their logits."""
+class OutputGrad(NamedTuple):
+    """The gradient of the loss in the outputs of n tokens, with what it takes to turn it into that of their logits."""
 
-    targets: Tensor  # [n, K]
-    share: Tensor  # [n, tiles]
-    average: Tensor | None  # [n] Σ p·z
-    g: Tensor  # [n, K] ∂/∂logprob
-    tilt: Tensor | None  # [n] ∂/∂entropy
+    targets: Tensor  # [n, K] vocabulary ids
+    tile_prob: Tensor  # [n, tiles]
+    mean_logit: Tensor | None  # [n] Σ p·z over the vocabulary
+    g: Tensor  # [n, K] ∂loss/∂logprob
+    d_entropy: Tensor | None  # [n] ∂loss/∂entropy
 
-    def rows(self, which: Any) -> Slope:
-        return Slope(
-            self.targets[which], self.share[which], part(self.average, which), self.g[which], part(self.tilt, which)
+    def rows(self, index: Any) -> OutputGrad:
+        """Return the part of some of the tokens."""
+        return OutputGrad(
+            self.targets[index],
+            self.tile_prob[index],
+            take(self.mean_logit, index),
+            self.g[index],
+            take(self.d_entropy, index),
         )
 
     @property
-    def reached(self) -> Tensor:
-        """[n] whether any gradient does."""
-        reached = (self.g != 0).any(1)
-        return reached if self.tilt is None else reached | (self.tilt != 0)
+    def nonzero(self) -> Tensor:
+        """[n] bool, whether a token has any gradient."""
+        nonzero = (self.g != 0).any(1)
+        return nonzero if self.d_entropy is None else nonzero | (self.d_entropy != 0)
 
-    def at(self, tile: int, columns: slice) -> Local:
-        """What of it goes to the columns of a tile."""
-        local, share = self.targets - columns.start, self.share[:, tile, None]
-        pull = share * self.g.sum(1, keepdim=True)
-        onehot = torch.where(within(local, columns), self.g, 0)
-        local = local.clamp(0, columns.stop - columns.start - 1)  # of the others 0 is added, anywhere
-        if self.tilt is None or self.average is None:
-            return Local(local, onehot, pull, None, None)
-        return Local(local, onehot, pull, share * self.tilt[:, None], self.average[:, None])
+    def in_tile(self, tile: int, vocab: slice) -> TileGrad:
+        """Return the part that one tile needs: tile number ``tile``, which covers ``vocab``."""
+        local, tile_prob = self.targets - vocab.start, self.tile_prob[:, tile, None]
+        grad_mass = tile_prob * self.g.sum(1, keepdim=True)
+        g = torch.where(is_inside(local, vocab), self.g, 0)
+        local = local.clamp(0, vocab.stop - vocab.start - 1)  # a target outside adds 0, so any valid index will do
+        if self.d_entropy is None or self.mean_logit is None:
+            return TileGrad(local, g, grad_mass, None, None)
+        return TileGrad(local, g, grad_mass, tile_prob * self.d_entropy[:, None], self.mean_logit[:, None])
 
 
-class Local(NamedTuple):
-    """The gradient that reaches n tokens, as one tile of the vocabulary needs it."""
+class TileGrad(NamedTuple):
+    """The part of an ``OutputGrad`` that one tile of the vocabulary needs."""
 
-    targets: Tensor  # [n, K] columns of the tile
-    g: Tensor  # [n, K] ∂/∂logprob, 0 where the target is none of its columns
-    pull: Tensor  # [n, 1] share·Σ_k g
-    tilt: Tensor | None  # [n, 1] share·∂/∂entropy
-    average: Tensor | None  # [n, 1] Σ p·z over the vocabulary
+    targets: Tensor  # [n, K] indices within the tile
+    g: Tensor  # [n, K] ∂loss/∂logprob, 0 where the target lies outside the tile
+    grad_mass: Tensor  # [n, 1] π·Σ_k g_k
+    d_entropy: Tensor | None  # [n, 1] π·∂loss/∂entropy
+    mean_logit: Tensor | None  # [n, 1] Σ p·z over the vocabulary
 
-    def rows(self, which: slice) -> Local:
-        return Local(
-            self.targets[which], self.g[which], self.pull[which], part(self.tilt, which), part(self.average, which)
+    def rows(self, index: slice) -> TileGrad:
+        """Return a view of some of the tokens."""
+        return TileGrad(
+            self.targets[index],
+            self.g[index],
+            self.grad_mass[index],
+            take(self.d_entropy, index),
+            take(self.mean_logit, index),
         )
 
 
-def part(x: Tensor | None, which: Any) -> Tensor | None:
-    return None if x is None else x[which]
+def take(x: Tensor | None, index: Any) -> Tensor | None:
+    return None if x is None else x[index]
 
 
-# The bodies
+# The equations, for the logits z [n, v] of one tile
 
 
-def softmax(z: Tensor) -> tuple[Tensor, Tensor]:
-    """log Σ exp(z) [n], never below a z, and p [n, v]."""
-    p = z.softmax(1)  # in one kernel exp and its sum; the largest p tells what it was divided by
-    return z.amax(1) - p.amax(1).log_(), p
+def softmax_and_lse(z: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax [n, v] of a tile and its log Σ exp(z) [n], which is never below a single z."""
+    q = z.softmax(1)  # one kernel for exp and sum; max q = exp(max z − lse) gives the lse back
+    return q, z.amax(1) - q.amax(1).log_()
 
 
-def absorb(z: Tensor, entropy: bool) -> tuple[Tensor, Tensor | None]:
-    """What there is to know of a tile [n, v]: log Σ exp(z) and Σ p·z, [n]."""
-    own, p = softmax(z)
-    return own, torch.linalg.vecdot(p, z) if entropy else None
+def tile_lse(z: Tensor, entropy: bool) -> tuple[Tensor, Tensor | None]:
+    """log Σ exp(z) [n] of a tile and, for the entropy, Σ q·z [n] with q its softmax."""
+    q, lse = softmax_and_lse(z)
+    return lse, torch.linalg.vecdot(q, z) if entropy else None
 
 
-def weigh(z: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """log Σ exp(z) [n] of a tile, that of it and all before it, whose is ``lse``, and p [n, v] among all of these."""
-    own, p = softmax(z)
+def running_lse(z: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Running softmax: the tile's log-sum-exp, the running one, and the tile's probabilities under it.
+
+    ``lse`` [n] is the log-sum-exp of all tiles before this one, −inf before the first. Whatever was weighted by
+    probabilities under the old ``lse`` is made current by the factor exp(old − new).
+    """
+    q, own = softmax_and_lse(z)
     lse = torch.logaddexp(lse, own)
-    return own, lse, p.mul_((own - lse).exp_()[:, None])
+    return own, lse, q.mul_((own - lse).exp_()[:, None])
 
 
-def slopes(slope: Local, z: Tensor) -> Tensor:
-    """∂/∂z [n, v] of Σ g·logprob + tilt·entropy: g·onehot − p·(Σ_k g + tilt·(z − Σ p·z))."""
-    pull = slope.pull
-    if slope.tilt is not None and slope.average is not None:
-        pull = pull + slope.tilt * (z - slope.average)
-    return z.softmax(1).mul_(-pull).scatter_add_(1, slope.targets, slope.g)
-
-
-def within(local: Tensor, columns: slice) -> Tensor:
-    """Which columns of a tile, counted from its first, are columns of it."""
-    size: int = columns.stop - columns.start
-    return (local >= 0) & (local < size)
+def logit_grad(grad: TileGrad, z: Tensor) -> Tensor:
+    """∂loss/∂z [n, v] = Σ_k g_k·[v = target_k] − p·(Σ_k g_k + e·(z − Σ p·z)), with p = π·q and e = ∂loss/∂entropy."""
+    grad_mass = grad.grad_mass
+    if grad.d_entropy is not None and grad.mean_logit is not None:
+        grad_mass = grad_mass + grad.d_entropy * (z - grad.mean_logit)
+    return z.softmax(1).mul_(-grad_mass).scatter_add_(1, grad.targets, grad.g)
 
 
 @cache
-def body(function: Callable[..., Any], device: str) -> Callable[..., Any]:
-    """A body as it runs on a device: fused by the compiler on a GPU, as it stands on a CPU, strip by strip."""
+def compiled_on_gpu(function: Callable[..., Any], device: str) -> Callable[..., Any]:
+    """Return the function fused by the compiler on a GPU, and as it is on a CPU."""
     return torch.compile(function, dynamic=True) if device == "cuda" else function
 
 
-# Tiles
+# Slices, dtypes and products
 
 
-def wide(x: Tensor) -> torch.dtype:
-    """The dtype that is computed in."""
-    return torch.promote_types(x.dtype, torch.float32)
-
-
-def spans(n: int, size: int) -> Iterator[slice]:
-    """0 to n in steps of ``size``."""
+def blocks(n: int, size: int) -> Iterator[slice]:
+    """Split 0 to n into slices of at most ``size``."""
     return (slice(start, min(start + size, n)) for start in range(0, n, size))
 
 
-def strips(raw: Tensor) -> Iterator[slice]:
-    """The rows of a tile, as many at a time as are worked on together."""
-    return spans(len(raw), max(1, STRIP // raw.shape[1]) if raw.device.type == "cpu" else max(1, len(raw)))
+def row_blocks(raw: Tensor) -> Iterator[slice]:
+    """Split the rows of a tile into those that are processed together: ``BLOCK_LOGITS`` on a CPU, all on a GPU."""
+    return blocks(len(raw), max(1, BLOCK_LOGITS // raw.shape[1]) if raw.device.type == "cpu" else max(1, len(raw)))
 
 
-def fitted(spare: Tensor | None, n: int, v: int) -> Tensor | None:
-    """[n, v] in memory that is there already: a system takes its time to hand out fresh pages."""
-    return None if spare is None or spare.numel() < n * v else spare.view(-1)[: n * v].view(n, v)
+def is_inside(local: Tensor, vocab: slice) -> Tensor:
+    """Whether indices that count from the first entry of ``vocab`` lie in it."""
+    size: int = vocab.stop - vocab.start
+    return (local >= 0) & (local < size)
 
 
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """a·b, in float32 where the device can sum half precision so."""
-    if a.is_cuda and a.dtype != wide(a):
-        return torch.mm(a, b, out_dtype=wide(a))
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of elementwise maths and of sums: float32, or float64 for float64."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def view_of(buffer: Tensor | None, n: int, v: int) -> Tensor | None:
+    """Return an [n, v] view of the buffer, or None if it is too small. Fresh pages are slow to get from the system."""
+    return None if buffer is None or buffer.numel() < n * v else buffer.view(-1)[: n * v].view(n, v)
+
+
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """Return a·b, on a GPU with a float32 result for half-precision inputs. A CPU rounds the result to their dtype."""
+    if a.is_cuda and a.dtype != compute_dtype(a):
+        return torch.mm(a, b, out_dtype=compute_dtype(a))
     return a @ b
 
 
-def add_product(to: Tensor, a: Tensor, b: Tensor, first: bool = False) -> None:
-    """to += a·b, or to = a·b for the first; in one step where the dtypes are the same."""
-    if a.dtype == to.dtype:
-        to.addmm_(a, b, beta=not first)
-    elif first:
-        to.copy_(product(a, b))
+def add_matmul_(total: Tensor, a: Tensor, b: Tensor, overwrite: bool = False) -> None:
+    """total += a·b, or total = a·b to ``overwrite`` it; in one kernel if the dtypes are the same."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b, beta=not overwrite)
+    elif overwrite:
+        total.copy_(matmul(a, b))
     else:
-        to += product(a, b)
+        total += matmul(a, b)
 
 
-def add_rows(to: Tensor, d: Tensor, weight: Tensor, local: Tensor) -> None:
-    """to += d·W, about as exact as one product over the whole vocabulary.
+def add_hidden_grad_(total: Tensor, d: Tensor, weight: Tensor, local: Tensor) -> None:
+    """total [n, D] += d·W for the gradient ``d`` [n, v] of a tile, with the target entries compensated.
 
-    A CPU rounds the product of each tile to half precision. What the chosen tokens add is by far the largest, so it is
-    taken out of the product and added in float32. Where all rows of W have much in common, the tiles' rounding stays.
+    ``local`` [n, K] are the targets, counted from the first entry of the tile.
+
+    A CPU rounds a half-precision product to half precision, here once per tile instead of once for the whole
+    vocabulary. The error is proportional to the entries of ``d``. Those of the targets are by far the largest, so
+    they are left out of the product and added in float32. The sum is then about as exact as one product over the
+    whole vocabulary, except where the rows of W have a large part in common.
     """
-    if d.dtype == to.dtype or d.is_cuda:
-        return add_product(to, d, weight)
-    rows, k = within(local, slice(0, d.shape[1])).nonzero(as_tuple=True)
-    places = torch.unique(rows * d.shape[1] + local[rows, k])
+    if d.dtype == total.dtype or d.is_cuda:
+        return add_matmul_(total, d, weight)
+    rows, k = is_inside(local, slice(0, d.shape[1])).nonzero(as_tuple=True)
+    places = torch.unique(rows * d.shape[1] + local[rows, k])  # a target that occurs twice is one entry of d
     flat = d.view(-1)
-    chosen = flat[places]
+    entries = flat[places]
     flat[places] = 0
-    add_product(to, d, weight)
-    flat[places] = chosen
-    for few, own in zip(torch.split(places, len(d)), torch.split(chosen, len(d))):
-        to.index_add_(0, few // d.shape[1], own[:, None].to(to.dtype) * weight[few % d.shape[1]])
+    add_matmul_(total, d, weight)
+    flat[places] = entries
+    for some, values in zip(torch.split(places, len(d)), torch.split(entries, len(d))):
+        total.index_add_(0, some // d.shape[1], values[:, None].to(total.dtype) * weight[some % d.shape[1]])
 
 
-def unread(hidden: Tensor, vocabulary: int, targets: Tensor, entropy: bool) -> Reading:
-    zeros = torch.zeros(targets.shape, dtype=wide(hidden), device=hidden.device)
-    own = zeros.new_empty(len(hidden), -(-vocabulary // VOCABULARY))
-    return Reading(own, torch.empty_like(own) if entropy else None, zeros)
+# All tiles, forward
 
 
-def look(head: Head, raw: Tensor, seen: Reading, targets: Tensor, columns: slice) -> None:
-    """Take z at the targets that are in a tile of raw logits into ``seen``, in place."""
-    local = targets - columns.start
-    found = head.z(raw.gather(1, local.clamp(0, raw.shape[1] - 1)))
-    torch.where(within(local, columns), found, seen.chosen, out=seen.chosen)
+KeptTiles = dict[tuple[int, int], Tensor]
+"""Raw logits of the tiles that are kept, by their first token and first vocabulary entry."""
 
 
-def turn(head: Head, raw: Tensor, slope: Local) -> Tensor:
-    """Turn a tile of raw logits into its own gradient, in place."""
-    for rows in strips(raw):
-        z = head.z(raw[rows])
-        raw[rows] = head.bend(body(slopes, raw.device.type)(slope.rows(rows), z), z)
-    return raw
+def forward_tiles(
+    head: Head, hidden: Tensor, targets: Tensor, entropy: bool, budget: float
+) -> tuple[TileStats, KeptTiles]:
+    """Compute all tiles of the logits and keep as many of them as ``budget`` bytes hold.
 
+    Args:
+        hidden, targets: [N, D] and [N, K].
+        entropy: also collect what the entropy needs.
 
-Tiles = dict[tuple[int, int], Tensor]
-"""Raw logits by their first row and column."""
-
-
-def survey(head: Head, hidden: Tensor, targets: Tensor, entropy: bool, budget: float) -> tuple[Reading, Tiles]:
-    """Read all of the vocabulary, tile by tile, and keep as many tiles as ``budget`` bytes hold."""
-    seen, kept, spare = unread(hidden, len(head.weight), targets, entropy), Tiles(), None
-    for rows in spans(len(hidden), TOKENS):
-        here = seen.rows(rows)
-        for tile, columns in enumerate(spans(len(head.weight), VOCABULARY)):
-            raw = head.raw(hidden[rows], columns, spare)
-            look(head, raw, here, targets[rows], columns)
-            for strip in strips(raw):
-                own, mean = body(absorb, raw.device.type)(head.z(raw[strip]), entropy)
-                here.own[strip, tile] = own
-                if here.mean is not None:
-                    here.mean[strip, tile] = mean
+    Returns:
+        The statistics of all tokens, and the tiles that are kept for ``backward_tiles``.
+    """
+    stats, kept, buffer = TileStats.empty(hidden, len(head.weight), targets, entropy), KeptTiles(), None
+    for tokens in blocks(len(hidden), TILE_TOKENS):
+        here = stats.rows(tokens)
+        for tile, vocab in enumerate(blocks(len(head.weight), TILE_VOCAB)):
+            raw = head.raw(hidden[tokens], vocab, buffer)
+            gather_targets(head, raw, here, targets[tokens], vocab)
+            for rows in row_blocks(raw):
+                lse, mean = compiled_on_gpu(tile_lse, raw.device.type)(head.to_logits(raw[rows]), entropy)
+                here.tile_lse[rows, tile] = lse
+                if here.tile_mean is not None:
+                    here.tile_mean[rows, tile] = mean
             budget -= raw.nbytes
             if budget >= 0:
-                kept[rows.start, columns.start] = raw
+                kept[tokens.start, vocab.start] = raw
             else:
-                spare = raw
-    return seen, kept
+                buffer = raw
+    return stats, kept
 
 
-class Sums(NamedTuple):
-    """Where gradients are summed over tokens, None where none is wanted; ∂weight holds nothing yet."""
+def gather_targets(head: Head, raw: Tensor, stats: TileStats, targets: Tensor, vocab: slice) -> None:
+    """Write z at the targets that lie in this tile of raw logits into ``stats.target_logits``."""
+    local = targets - vocab.start
+    found = head.to_logits(raw.gather(1, local.clamp(0, raw.shape[1] - 1)))
+    torch.where(is_inside(local, vocab), found, stats.target_logits, out=stats.target_logits)
 
-    weight: Tensor | None
-    bias: Tensor | None
+
+# All tiles, backward
+
+
+class HeadGrads(NamedTuple):
+    """Sums over tokens for the gradients of the head; None where a gradient is not needed."""
+
+    weight: Tensor | None  # [V, D], uninitialised
+    bias: Tensor | None  # [V] of zeros, in ``compute_dtype``
 
     @staticmethod
-    def of(weight: Tensor, wanted: tuple[bool, ...], dtype: torch.dtype) -> Sums:
-        """For (weight, bias) as they are wanted; the dtype is that of ∂weight."""
-        return Sums(
-            torch.empty_like(weight, dtype=dtype) if wanted[0] else None,
-            weight.new_zeros(len(weight), dtype=wide(weight)) if wanted[1] else None,
+    def allocate(weight: Tensor, needed: tuple[bool, ...], dtype: torch.dtype) -> HeadGrads:
+        """Allocate those of (weight, bias) that are ``needed``; ``dtype`` is that of ∂weight."""
+        return HeadGrads(
+            torch.empty_like(weight, dtype=dtype) if needed[0] else None,
+            weight.new_zeros(len(weight), dtype=compute_dtype(weight)) if needed[1] else None,
         )
 
 
-def sweep(
-    head: Head, hidden: Tensor, slope: Slope, kept: Tiles, sums: Sums, wanted: bool, first: bool = True
+def backward_tiles(
+    head: Head,
+    hidden: Tensor,
+    grad: OutputGrad,
+    kept: KeptTiles,
+    head_grads: HeadGrads,
+    needs_hidden: bool,
+    overwrite: bool = True,
 ) -> Tensor | None:
-    """Carry the gradient through the logits, tile by tile, to ``sums`` and, if wanted, to the hidden states.
+    """Turn every tile of the logits into its gradient and multiply that with hidden states and weight.
 
-    Tiles that were not kept are computed again. The vocabulary is the outer loop, so that each tile of ∂weight is
-    summed in float32 and written once; the ``first`` to write it need not add. Tokens that no gradient reaches are
-    left out.
+    Tiles that were not ``kept`` are computed again. Those that were are overwritten, so ``kept`` is empty afterwards.
+    Tokens without gradient are left out. The vocabulary is the outer loop: ∂weight of one slice of it is summed over
+    all tokens in float32 and written once.
+
+    Args:
+        hidden: [N, D].
+        head_grads: receives ∂weight and ∂bias.
+        needs_hidden: whether ∂hidden is needed.
+        overwrite: write ∂weight over what ``head_grads`` holds instead of adding to it.
+
+    Returns:
+        ∂hidden [N, D] in the dtype of ``hidden``, or None.
     """
-    blocks = [Block.of(rows, hidden, slope) for rows in spans(max(1, len(hidden)), TOKENS)]
-    d_hidden = [torch.zeros_like(block.hidden, dtype=wide(hidden)) if wanted else None for block in blocks]
-    spare: Tensor | None = None
-    for number, columns in enumerate(spans(len(head.weight), VOCABULARY)):
-        tile = None if sums.weight is None else sums.weight[columns]
-        if tile is not None and len(blocks) > 1:
-            tile = tile.to(wide(hidden))  # itself, unless it is narrower
-        for block, d_block in zip(blocks, d_hidden):
-            spare = d = turn(head, block.raw(head, columns, kept, spare), block.slope.at(number, columns))
-            if d_block is not None:
-                add_rows(d_block, d, head.weight[columns], block.slope.targets - columns.start)
-            if tile is not None:
-                add_product(tile, d.T, block.hidden, first=first and block is blocks[0])
-            if sums.bias is not None:
-                sums.bias[columns] += d.sum(0, dtype=sums.bias.dtype)
-        if sums.weight is not None and tile is not None and tile.dtype != sums.weight.dtype:
-            sums.weight[columns] = tile
-    parts = [block.spread(d) for block, d in zip(blocks, d_hidden) if d is not None]
-    return torch.cat([hidden[:0], *parts]) if wanted else None
+    active = [ActiveTokens.of(tokens, hidden, grad) for tokens in blocks(max(1, len(hidden)), TILE_TOKENS)]
+    d_hidden = [torch.zeros_like(a.hidden, dtype=compute_dtype(hidden)) if needs_hidden else None for a in active]
+    buffer: Tensor | None = None
+    for tile, vocab in enumerate(blocks(len(head.weight), TILE_VOCAB)):
+        d_weight = None if head_grads.weight is None else head_grads.weight[vocab]
+        if d_weight is not None and len(active) > 1:
+            d_weight = d_weight.to(compute_dtype(hidden))  # a copy only if it is narrower than float32
+        for a, d_a in zip(active, d_hidden):
+            buffer = d = to_gradient_(head, a.raw(head, vocab, kept, buffer), a.grad.in_tile(tile, vocab))
+            if d_a is not None:
+                add_hidden_grad_(d_a, d, head.weight[vocab], a.grad.targets - vocab.start)
+            if d_weight is not None:
+                add_matmul_(d_weight, d.T, a.hidden, overwrite=overwrite and a is active[0])
+            if head_grads.bias is not None:
+                head_grads.bias[vocab] += d.sum(0, dtype=head_grads.bias.dtype)
+        if head_grads.weight is not None and d_weight is not None and d_weight.dtype != head_grads.weight.dtype:
+            head_grads.weight[vocab] = d_weight
+    parts = [a.scatter(d_a) for a, d_a in zip(active, d_hidden) if d_a is not None]
+    return torch.cat([hidden[:0], *parts]) if needs_hidden else None
 
 
-class Block(NamedTuple):
-    """The tokens of one tile that a gradient reaches."""
+def to_gradient_(head: Head, raw: Tensor, grad: TileGrad) -> Tensor:
+    """Overwrite a tile of raw logits [n, v] with ∂loss/∂raw, and return it."""
+    for rows in row_blocks(raw):
+        z = head.to_logits(raw[rows])
+        raw[rows] = head.chain_through_head(compiled_on_gpu(logit_grad, raw.device.type)(grad.rows(rows), z), z)
+    return raw
 
-    start: int
-    size: int
-    reached: Tensor | None  # [m] which of them; None for all
+
+class ActiveTokens(NamedTuple):
+    """The m tokens, out of up to ``TILE_TOKENS`` adjacent ones, that have a gradient."""
+
+    start: int  # position of the first of the adjacent tokens in the batch
+    size: int  # count of the adjacent tokens
+    positions: Tensor | None  # [m] of the active ones, counted from ``start``; None if all are active
     hidden: Tensor  # [m, D]
-    slope: Slope
+    grad: OutputGrad  # of the m tokens
 
     @staticmethod
-    def of(rows: slice, hidden: Tensor, slope: Slope) -> Block:
-        hidden, slope = hidden[rows], slope.rows(rows)
-        reached = slope.reached.nonzero().squeeze(1)
-        if len(reached) == len(hidden):
-            return Block(rows.start, len(hidden), None, hidden, slope)
-        return Block(rows.start, len(hidden), reached, hidden[reached], slope.rows(reached))
+    def of(tokens: slice, hidden: Tensor, grad: OutputGrad) -> ActiveTokens:
+        """Select the active ones among ``tokens`` of the batch."""
+        hidden, grad = hidden[tokens], grad.rows(tokens)
+        positions = grad.nonzero.nonzero().squeeze(1)
+        if len(positions) == len(hidden):
+            return ActiveTokens(tokens.start, len(hidden), None, hidden, grad)
+        return ActiveTokens(tokens.start, len(hidden), positions, hidden[positions], grad.rows(positions))
 
-    def raw(self, head: Head, columns: slice, kept: Tiles, spare: Tensor | None) -> Tensor:
-        """Their logits; a tile that was kept is handed out once, to be overwritten."""
-        raw = kept.pop((self.start, columns.start), None)
+    def raw(self, head: Head, vocab: slice, kept: KeptTiles, buffer: Tensor | None) -> Tensor:
+        """Return their raw logits [m, v], to be overwritten: taken out of ``kept``, or computed again."""
+        raw = kept.pop((self.start, vocab.start), None)
         if raw is None:
-            return head.raw(self.hidden, columns, spare)
-        return raw if self.reached is None else raw[self.reached]
+            return head.raw(self.hidden, vocab, buffer)
+        return raw if self.positions is None else raw[self.positions]
 
-    def spread(self, d: Tensor) -> Tensor:
-        """∂hidden [m, D] as that of all tokens of the tile, in their dtype."""
+    def scatter(self, d: Tensor) -> Tensor:
+        """Return ∂hidden of all adjacent tokens, [size, D] in the dtype of hidden, from that of the active ones."""
         d = d.to(self.hidden.dtype)
-        return d if self.reached is None else d.new_zeros(self.size, d.shape[1]).index_copy_(0, self.reached, d)
+        return d if self.positions is None else d.new_zeros(self.size, d.shape[1]).index_copy_(0, self.positions, d)

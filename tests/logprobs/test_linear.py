@@ -17,7 +17,7 @@ from lossfns.logprobs import linear as plans
 from lossfns.logprobs import tiles
 from lossfns.logprobs.linear import linear_logprobs
 
-TILES = {"TOKENS": 16, "VOCABULARY": 20, "STRIP": 140, "BLOCK": 8}
+TILES = {"TILE_TOKENS": 16, "TILE_VOCAB": 20, "BLOCK_LOGITS": 140, "SEPARABLE_TOKENS": 8}
 """Small enough that a few dozen tokens make several tiles, with ragged edges: strips of 7 rows."""
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -651,12 +651,12 @@ def test_separable_refuses_another_gradient_than_was_announced(small: None) -> N
     other = case.g.clone()
     other[5] += 1e-2
     for g in (other, torch.ones_like(case.g)):
-        with pytest.raises(RuntimeError, match="announced"):
+        with pytest.raises(RuntimeError, match="another gradient"):
             gradients(case, compute(case, "separable"), g)
-    with pytest.raises(RuntimeError, match="announced"):
+    with pytest.raises(RuntimeError, match="another gradient"):
         gradients(case, compute(case, "separable", gradient=lambda lp, _: torch.zeros_like(lp)))
     for wrong in (math.nan, math.inf):
-        with pytest.raises(RuntimeError, match="announced"):
+        with pytest.raises(RuntimeError, match="another gradient"):
             gradients(case, compute(case, "separable"), torch.full_like(case.g, wrong))
 
 

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from lossfns.backend.model import lora
 from lossfns.backend.model.attention import Layout, route
 from lossfns.errors import LossInputError
-from lossfns.logprobs.tiles import ALL, Head
+from lossfns.logprobs.linear import head_of
 
 Attend = Callable[..., Tensor]
 """``attend(q [N, H, d], k, v [N, Hkv, d], scale=, window=, softcap=) -> [N, H, d]``."""
@@ -329,7 +329,7 @@ def check(model: CausalLM) -> None:
     model.model.set_attn_implementation(NAME)
     try:
         packed, beside = (
-            logits(model, model(torch.cat((prefix, rest, second)), lengths, parents)).float()
+            head_of(model).logits(model(torch.cat((prefix, rest, second)), lengths, parents)).float()
             for rest in (first, first.flip(0))
         )
     except LossInputError:
@@ -353,12 +353,6 @@ def distance(a: Tensor, b: Tensor) -> float:
     centred = (b - b.mean(1, keepdim=True)).norm(dim=1)
     away = (a - b - (a - b).mean(1, keepdim=True)).norm(dim=1)
     return float((away / centred).median())
-
-
-def logits(model: CausalLM, hidden: Tensor) -> Tensor:
-    """[N, D] -> [N, V]."""
-    head = Head(model.head, model.head_bias, model.head_temperature, model.head_softcap)
-    return head.z(head.raw(hidden.to(head.weight.dtype), ALL))
 
 
 def refused(model: CausalLM, got: str) -> LossInputError:
