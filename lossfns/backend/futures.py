@@ -34,14 +34,22 @@ class APIFuture(Generic[T]):
     Args:
         worker: the worker whose thread runs the request.
         request, args: what to call, and with which arguments.
+        on_error: called with the request's error before any reader can see it.
     """
 
-    def __init__(self, worker: Worker, request: Callable[..., T], *args: Any) -> None:
+    def __init__(
+        self,
+        worker: Worker,
+        request: Callable[..., T],
+        *args: Any,
+        on_error: Callable[[BaseException], None] = lambda error: None,
+    ) -> None:
         self._thread, self._failed = worker.thread.ident, worker.failed
         self._readers: list[AbstractEventLoop | None] = []  # who waits now: a coroutine's event loop, None for a thread
         self._traceback: TracebackType | None = None
         self._error: BaseException | None = None
         self._was_read = False
+        self._on_error = on_error
         self._future = worker.thread.submit(self._run, request, *args)
 
     def _run(self, request: Callable[..., T], *args: Any) -> T:
@@ -52,6 +60,7 @@ class APIFuture(Generic[T]):
             self._error, self._traceback = error, error.__traceback__ and error.__traceback__.tb_next
             if not isinstance(error, NotRun):
                 self._failed.append(self)
+            self._on_error(error)
             raise
 
     def result(self, timeout: float | None = None) -> T:
@@ -149,11 +158,14 @@ class GradientFailures:
     count = 0
     last: BaseException | None = None
 
-    def record(self, future: Future[Any]) -> None:
-        """Count a gradient request that is done, if it failed or was cancelled."""
-        error = CancelledError() if future.cancelled() else future.exception()
-        if error is not None:
-            self.count, self.last = self.count + 1, error
+    def record(self, error: BaseException) -> None:
+        """Count one more failure."""
+        self.count, self.last = self.count + 1, error
+
+    def record_cancelled(self, future: Future[Any]) -> None:
+        """Count a gradient request that was cancelled before it ran."""
+        if future.cancelled():
+            self.record(CancelledError())
 
     def run_step(self, known: int, request: Callable[..., T], *args: Any) -> T:
         """Run a step, unless more than ``known`` gradients have failed: part of its gradient would be missing."""
@@ -217,8 +229,8 @@ class Worker:
         """Queue a request that adds to the accumulated gradient."""
         with self._lock:
             self._raise_unread_failure()
-            submitted: APIFuture[T] = APIFuture(self, *self._caller, request, *args)
-            submitted._future.add_done_callback(self._failures.record)
+            submitted: APIFuture[T] = APIFuture(self, *self._caller, request, *args, on_error=self._failures.record)
+            submitted._future.add_done_callback(self._failures.record_cancelled)
             return submitted
 
     def submit_step(self, request: Callable[..., T], *args: Any) -> APIFuture[T]:

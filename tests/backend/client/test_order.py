@@ -550,6 +550,21 @@ def test_a_step_that_arrives_while_a_failure_is_being_noted_is_not_taken(monkeyp
     assert c.get_info().steps == 0
 
 
+def test_a_failure_that_has_been_read_is_counted_already(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that the reader of the error submits at once runs, however long it takes to note the error."""
+    c, record = client(), futures.GradientFailures.record
+    c.forward_backward(texts(Random(1)), "cross_entropy").result()
+
+    def slowly(*args: Any) -> None:
+        time.sleep(0.1)
+        record(*args)
+
+    monkeypatch.setattr(futures.GradientFailures, "record", slowly)
+    with pytest.raises(Broken):
+        c.forward_backward_custom(texts(Random(1)), breaks).result(60)
+    assert c.optim_step(ADAM).result(60).metrics["grad_norm"] > 0
+
+
 def test_a_failure_between_the_check_for_errors_and_the_queue_stops_the_step_too(gate: Gate) -> None:
     c = client()
     c.forward_backward(texts(Random(1)), "cross_entropy").result()
