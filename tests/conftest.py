@@ -1,9 +1,24 @@
-"""Property tests: the same examples every time in CI, new ones on every local run."""
+"""Hypothesis: few examples, the same every time; with the exhaustive tests many, and new ones outside CI.
+
+With ``-m exhaustive`` every property test is one of the exhaustive tests.
+"""
 
 import os
 
-from hypothesis import settings
+import pytest
+from hypothesis import is_hypothesis_test, settings
 
-settings.register_profile("ci", derandomize=True, deadline=None, max_examples=25)
-settings.register_profile("explore", deadline=None, max_examples=100)
-settings.load_profile("ci" if os.environ.get("CI") else "explore")
+settings.register_profile("default", derandomize=True, deadline=None, max_examples=25)
+settings.register_profile("exhaustive", derandomize=bool(os.environ.get("CI")), deadline=None, max_examples=200)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    settings.load_profile("exhaustive" if config.getoption("markexpr") == "exhaustive" else "default")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("markexpr") == "exhaustive":
+        for item in items:
+            if isinstance(item, pytest.Function) and is_hypothesis_test(item.obj):
+                item.add_marker("exhaustive")

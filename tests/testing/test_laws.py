@@ -17,7 +17,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*log-ratio.*")
 POISON = (math.nan, math.inf, -math.inf, 1e30)
 every_loss = pytest.mark.parametrize("case", CASES, ids=str)
 seeds = given(st.integers(0, 2**32 - 1))
-few = settings(max_examples=8)
+few = settings(max_examples=settings().max_examples // 3)
 
 
 def partition(rng: Random, case: Case, sequences: int) -> list[list[int]]:

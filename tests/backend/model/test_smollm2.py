@@ -21,6 +21,8 @@ from lossfns import Datum, ModelInput, TensorData, datum_from_tokens, dpo
 from lossfns.backend import AdamParams, LocalReferenceClient, LocalServiceClient, LocalTrainingClient, SamplingParams
 from lossfns.backend.model import hf
 
+pytestmark = pytest.mark.exhaustive
+
 NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 ROOT = Path(__file__).parents[3]
 
