@@ -1,6 +1,7 @@
-"""Hypothesis: few examples, the same every time; with the exhaustive tests many, and new ones outside CI.
+"""Settings of a test run.
 
-With ``-m exhaustive`` every property test is one of the exhaustive tests.
+Property tests draw a few examples, the same in every run. With ``-m exhaustive`` they count as exhaustive tests and
+draw many examples, outside CI new ones in every run. Processes that run tests side by side use one thread each.
 """
 
 import os
@@ -13,6 +14,8 @@ settings.register_profile("exhaustive", derandomize=bool(os.environ.get("CI")), 
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("numprocesses", None):
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # inherited by the processes, which have not started yet
     settings.load_profile("exhaustive" if config.getoption("markexpr") == "exhaustive" else "default")
 
 

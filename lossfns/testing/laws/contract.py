@@ -10,6 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch._guards import TracingContext
+from torch._guards import tracing as trace_context
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
@@ -246,7 +249,8 @@ def traced_like(probe: Probe, batch: Batch, shifts: Sequence[float]) -> None:
     """Trace on a batch, run on its logprobs shifted, and compare with the function itself."""
     loss_fn, data, shown = probe.loss_fn, batch.data(), batch.tensors(probe.dtype)
     try:
-        traced = make_fx(lambda *lps: loss_fn(data, list(lps))[0], _error_on_data_dependent_ops=False)(*shown)
+        with trace_context(TracingContext(FakeTensorMode())):  # or make_fx makes such a mode for each operation
+            traced = make_fx(lambda *lps: loss_fn(data, list(lps))[0], _error_on_data_dependent_ops=False)(*shown)
     except Exception as error:
         raise NotApplicable(f"it cannot be traced: {type(error).__name__}") from error
     for shift in shifts:
