@@ -58,7 +58,13 @@ def whole() -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("calls", "seed"), [(1, 1), (1000, None), (1000, 2), (10, 3)], ids=["1 shuffled", "1000", "1000 shuffled", "10"]
+    ("calls", "seed"),
+    [
+        pytest.param(1, 1, id="1 shuffled"),
+        pytest.param(10, 3, id="10"),
+        pytest.param(1000, None, id="1000", marks=pytest.mark.exhaustive),
+        pytest.param(1000, 2, id="1000 shuffled", marks=pytest.mark.exhaustive),
+    ],
 )
 def test_a_thousand_datums_have_one_gradient(calls: int, seed: int | None) -> None:
     data = datums() if seed is None else shuffled(datums(), seed)
@@ -68,10 +74,11 @@ def test_a_thousand_datums_have_one_gradient(calls: int, seed: int | None) -> No
     assert 0 < difference < 1e-6
 
 
-def test_many_calls_in_bfloat16_lose_no_more_than_its_last_rounding() -> None:
+@pytest.mark.parametrize("count", [60, pytest.param(300, marks=pytest.mark.exhaustive)])
+def test_many_calls_in_bfloat16_lose_no_more_than_its_last_rounding(count: int) -> None:
     """Against the same gradients, each taken away and added up in float64. In bfloat16, 1 + 1/257 is 1."""
     c = LocalTrainingClient(Decoder(**MODEL.shape), device="cpu", dtype=torch.bfloat16)
-    data, parts = datums(300, longest=20), []
+    data, parts = datums(count, longest=20), []
     for datum in data:
         c.forward_backward([datum], "cross_entropy").result()
         parts.append({name: p.grad.double() for name, p in c.model.named_parameters() if p.grad is not None})
