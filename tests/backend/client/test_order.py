@@ -248,7 +248,7 @@ def told(outcome: Any, folder: Path) -> Any:
     return outcome.metrics["grad_norm"]
 
 
-@pytest.mark.parametrize("count", [40, pytest.param(200, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("count", [80, pytest.param(200, marks=pytest.mark.exhaustive)])
 def test_many_threads_act_in_the_order_of_submission_and_as_one_thread_would(tmp_path: Path, count: int) -> None:
     folders = [tmp_path / "many", tmp_path / "one"]
     many, one = (client(), client())
@@ -475,7 +475,9 @@ print("the end of the program")
 """
 
 
-@pytest.mark.parametrize("hold", ["", "del client; import gc; gc.collect()"])
+@pytest.mark.parametrize(
+    "hold", ["", pytest.param("del client; import gc; gc.collect()", marks=pytest.mark.exhaustive)]
+)
 def test_an_error_that_is_unread_at_the_end_of_the_program_is_logged(hold: str) -> None:
     ran = subprocess.run([sys.executable, "-c", UNREAD + hold], capture_output=True, text=True, timeout=120)
     assert ran.returncode == 0 and "the end of the program" in ran.stdout
