@@ -428,6 +428,7 @@ def pytest_run(folder: Path, *args: str, **variables: str) -> tuple[int, str]:
 CONFORMANCE = ("--pyargs", "lossfns.testing.conformance")
 
 
+@pytest.mark.exhaustive
 def test_conformance_is_a_test_for_each_law(tmp_path: Path) -> None:
     status, out = pytest_run(tmp_path, *CONFORMANCE, "-v", LOSSFNS_SUBJECT=HERE + "nll")
     assert status == 0 and "test_law[likelihood] PASSED" in out and "test_law[no_inert_knob] SKIPPED" in out, out
@@ -440,6 +441,7 @@ def test_conformance_fails_with_the_bug(tmp_path: Path) -> None:
     assert "likelihood" not in out
 
 
+@pytest.mark.exhaustive
 def test_conformance_needs_a_subject(tmp_path: Path) -> None:
     status, out = pytest_run(tmp_path, *CONFORMANCE)
     assert status in (2, 4) and "set LOSSFNS_SUBJECT=module:loss_fn" in out and "Traceback" not in out, out

@@ -148,7 +148,7 @@ def test_a_run_killed_again_and_again_ends_as_one_left_alone(method: str, kills:
     pytest.fail(f"kills still to come, inside a save and outside: {due[True]}, {due[False]}")
 
 
-@pytest.mark.parametrize("method", ["sft", "grpo"])
+@pytest.mark.parametrize("method", ["sft", pytest.param("grpo", marks=pytest.mark.exhaustive)])
 def test_a_run_stopped_by_ctrl_c_goes_on_as_one_left_alone(method: str, tmp_path: Path) -> None:
     expected = contents(finish(method, tmp_path / "whole"))
     folder = tmp_path / "stopped"
@@ -163,6 +163,7 @@ def test_a_run_stopped_by_ctrl_c_goes_on_as_one_left_alone(method: str, tmp_path
     assert contents(finish(method, folder)) == expected
 
 
+@pytest.mark.exhaustive
 def test_real_processes_killed_and_resumed_from_the_command_line(tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
 
