@@ -5,16 +5,16 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 
-import lossfns
 from lossfns.testing.command import add_check
 from lossfns.testing.vectors.command import add_vectors
 from lossfns.train.command import add_train
+from lossfns.version import __version__
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line. Each command is defined beside its code."""
     p = argparse.ArgumentParser(prog="lossfns", description="LLM post-training losses: train with them, test your own.")
-    p.add_argument("--version", action="version", version=f"lossfns {lossfns.__version__}")
+    p.add_argument("--version", action="version", version=f"lossfns {__version__}")
     commands = p.add_subparsers(dest="command", required=True)
     add_check(commands)
     add_vectors(commands)

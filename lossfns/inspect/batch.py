@@ -1,10 +1,10 @@
-"""What can be seen of a batch without a loss: frames, ids, weights, ends of responses, columns. Nothing raises."""
+"""Inspect a batch without a loss: frames, ids, weights, ends of responses, columns. Nothing here raises."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -15,79 +15,98 @@ from torch import Tensor
 
 from lossfns.datum import FIELD_DTYPES
 from lossfns.errors import LossInputError
-from lossfns.inspect.findings import Found, caught, listed
-from lossfns.inspect.probe import ALIASES, Shapes
-from lossfns.pack import FIXES, align_row, as_row, find_column
-from lossfns.tokens import COLUMNS, LOGPROB_COLUMNS, ON_POLICY
+from lossfns.inspect.findings import Findings, name_datums, recorded
+from lossfns.inspect.probe import ALIASES, sum_by_datum
+from lossfns.pack import Shapes, as_row, pack_side_columns
+from lossfns.tokens import COLUMNS, LOGPROB_COLUMNS, ON_POLICY, TARGETS, TOKENS
 from lossfns.values import LOGPROB_TOLERANCE
 
 Array = np.ndarray[Any, Any]
 Numbers = dict[str, Any]
 PER_TOKEN = {*COLUMNS, *FIELD_DTYPES, *ALIASES.values()}
-FAR = 5.0
-"""A mean |log-ratio| that no two policies over the same tokens have."""
+"""The fields of a datum that have an entry for each target."""
 
-ENOUGH = 8
-"""How many tokens it takes to see that a column is shifted."""
+MAX_MEAN_GAP = 5.0
+"""The mean |log-ratio|, in nats, above which two columns are hardly of the same tokens."""
+
+MIN_SHIFT_TOKENS = 8
+"""The number of tokens that it takes to see that a column is shifted."""
 
 
 # Frames
 
 
-def target_rows(data: Sequence[Any], bound: Mapping[str, Any], vocab_size: int | None, found: Found) -> list[Array]:
-    """Each datum's targets, with every field that does not fit them among the findings."""
-    table = {}
-    for name, value in bound.items():
-        if value is not ON_POLICY:
-            with caught(found, name):
-                table[name] = find_column(name, data, bound)
+def target_rows(
+    data: Sequence[Any], bound: Mapping[str, Any], vocab_size: int | None, findings: Findings
+) -> list[Array]:
+    """Return each datum's targets, and record every field and bound column that does not fit them."""
+    entries = {}
+    for name, column in bound.items():
+        if column is not ON_POLICY:
+            with recorded(findings, name):
+                entries[name] = entries_of(name, column, len(data))
     rows: list[Array] = []
     for i, datum in enumerate(data):
-        with caught(found, "loss_fn_inputs", i):
+        with recorded(findings, "loss_fn_inputs", i):
             fields = dict(datum.loss_fn_inputs)
             rows.append(targets_of(fields, vocab_size, i))
-            for name, value in (fields | {name: given[i] for name, given in table.items()}).items():
-                with caught(found, name, i):
-                    check_length(name, np.asarray(as_row(value, name, i)), rows[-1].shape, i, found)
-            with caught(found, "model_input", i):
-                check_model_input(datum.model_input, rows[-1], i, found)
+            for name, value in (fields | {name: column[i] for name, column in entries.items()}).items():
+                with recorded(findings, name, i):
+                    check_length(name, as_row(value, name, i), datum, rows[-1].shape, i, findings)
+            with recorded(findings, "model_input", i):
+                check_model_input(datum.model_input, rows[-1], i, findings)
     if extra := {name for datum in data for name in datum.loss_fn_inputs} - {"target_tokens", "weights"}:
         message = (
             f"{', '.join(sorted(extra))} are for Tinker; Fireworks refuses them in a custom call: bind them there."
         )
-        found.add("note", "loss_fn_inputs", message)
+        findings.add("note", "loss_fn_inputs", message)
     return rows
 
 
+def entries_of(name: str, column: Any, count: int) -> list[Any]:
+    """Split a bound column into the entries of the datums."""
+    sized = hasattr(column, "__len__") and getattr(column, "ndim", 1) > 0 and not isinstance(column, (Mapping, Set))
+    if not sized or len(column) != count:
+        got = str(len(column)) if sized else f"a {type(column).__name__}"
+        raise LossInputError(name, f"{count} entries, one per datum", got, "Bind a list with one entry for each datum.")
+    return list(column)
+
+
 def targets_of(inputs: Mapping[str, Any], vocab_size: int | None, datum: int) -> Array:
+    """Return a datum's targets if they are ids ``[N]`` or ``[N, K]``."""
     if inputs.get("target_tokens") is None:
-        raise LossInputError("target_tokens", "the ids of the targets", "nothing", FIXES["target_tokens"], datum=datum)
+        fix = "Build the datum with datum_from_tokens."
+        raise LossInputError("target_tokens", "the ids of the targets", "nothing", fix, datum=datum)
     ids = np.asarray(as_row(inputs["target_tokens"], "target_tokens", datum))
     if ids.ndim not in (1, 2) or not ids.size:
         fix = "Drop a datum that has nothing to predict."
         raise LossInputError("target_tokens", "ids [N] or [N, K]", f"shape {ids.shape}", fix, datum=datum)
-    whole, top = ids.dtype.kind in "iu", math.inf if vocab_size is None else vocab_size
-    if not whole or ids.min() < 0 or ids.max() >= top:
-        got = f"ids from {ids.min()} to {ids.max()}" if whole else str(ids.dtype)
+    integral, top = ids.dtype.kind in "iu", math.inf if vocab_size is None else vocab_size
+    if not integral or ids.min() < 0 or ids.max() >= top:
+        got = f"ids from {ids.min()} to {ids.max()}" if integral else str(ids.dtype)
         fix = "Use the tokenizer of this model."
         raise LossInputError("target_tokens", f"integers in [0, {top})", got, fix, datum=datum)
     return ids
 
 
-def check_length(name: str, row: Array, shape: Sequence[int], datum: int, found: Found) -> None:
-    """A per-token field has one number for each target; of other fields one can only say that they differ."""
-    if name in PER_TOKEN and row.ndim:
+def check_length(
+    name: str, row: Array | Tensor, datum: Any, shape: Sequence[int], index: int, findings: Findings
+) -> None:
+    """Refuse a per-token field that does not have one entry for each target; note the length of any other field."""
+    if name in PER_TOKEN and row.ndim and tuple(row.shape) != tuple(shape):
+        column = {"weights": [torch.ones(tuple(shape))], name: [row]}
+        like, rows = torch.empty(0, dtype=torch.float64), TARGETS if len(shape) == 2 else TOKENS
         try:
-            align_row(row, shape, name, datum)
+            pack_side_columns([datum], [shape], like, (name,), column, rows=rows)
         except LossInputError as error:
             error.expected = error.expected.replace("logprobs", "target_tokens")
             raise
-    elif row.ndim and len(row) != shape[0]:
-        found.add("note", name, f"{len(row)} values beside {shape[0]} targets: is it per token?", datum)
+    elif name not in PER_TOKEN and row.ndim and len(row) != shape[0]:
+        findings.add("note", name, f"{len(row)} values beside {shape[0]} targets: is it per token?", index)
 
 
-def check_model_input(model_input: Any, targets: Array, datum: int, found: Found) -> None:
-    """As many inputs as targets, and target j is input j + 1."""
+def check_model_input(model_input: Any, targets: Array, datum: int, findings: Findings) -> None:
+    """Refuse inputs that are not as many as the targets, or whose token j + 1 is not target j."""
     length, n = int(model_input.length), len(targets)
     if length != n:
         fix = "model_input is tokens[:-1] and target_tokens is tokens[1:]."
@@ -105,20 +124,21 @@ def check_model_input(model_input: Any, targets: Array, datum: int, found: Found
         raise LossInputError("target_tokens", "the next tokens", "the model_input itself, not shifted", fix)
     if (ids[2:] == targets[:-2]).all():
         raise LossInputError("target_tokens", "the next tokens", "the tokens after the next: shifted twice", fix)
-    found.add(
-        "note",
-        "target_tokens",
-        "are not the model_input's next tokens. For distillation that is as it should be.",
-        datum,
-    )
+    message = "are not the model_input's next tokens. For distillation that is as it should be."
+    findings.add("note", "target_tokens", message, datum)
 
 
 # Columns
 
 
 @dataclass(frozen=True)
-class View:
-    """A batch whose frames fit: targets by datum, columns end to end."""
+class BatchView:
+    """A batch whose frames fit.
+
+    Attributes:
+        targets: the targets of each datum, ``[N_i]`` or ``[N_i, K]``.
+        columns: the visible columns as ``[N]``, datums end to end.
+    """
 
     targets: list[Array]
     columns: dict[str, Tensor]
@@ -131,39 +151,40 @@ class View:
     def active(self) -> Tensor:
         return self.columns["weights"] != 0
 
-    def by_datum(self, x: Tensor) -> Tensor:
-        """Σ of x over each datum: ``[N] -> [B]``."""
-        lengths = torch.tensor([row.size for row in self.targets])
-        datums = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
-        return torch.zeros(len(lengths), dtype=torch.float64).index_add_(0, datums, x.double())
+    def sum_by_datum(self, x: Tensor) -> Tensor:
+        """Sum over each datum: ``[N] -> [B]``."""
+        return sum_by_datum(x, self.shapes)
 
-    def any(self, x: Tensor) -> Tensor:
-        """Which datums have one: ``[B]`` bool."""
-        return self.by_datum(x) > 0
+    def datums_with(self, x: Tensor) -> Tensor:
+        """Whether a datum has an entry of a mask: ``[N] -> [B]`` bool."""
+        return self.sum_by_datum(x) > 0
 
 
-def weights(view: View, signed: bool | None, paired: bool, found: Found) -> Numbers:
-    """How many tokens are trained, and what is odd about their weights; ``signed=None``: the loss does not say."""
+def inspect_weights(view: BatchView, signed: bool | None, paired: bool, findings: Findings) -> Numbers:
+    """Count the trained tokens, and record unusual weights.
+
+    ``signed`` says whether the loss takes negative weights; None if that is not known.
+    """
     w, active = view.columns["weights"], view.active
-    counts = view.by_datum(active)
-    empty, bad, negative = counts == 0, view.any(~w.isfinite()), view.any(w < 0)
+    counts = view.sum_by_datum(active)
+    empty, bad, negative = counts == 0, view.datums_with(~w.isfinite()), view.datums_with(w < 0)
     lone = empty & ~empty.reshape(-1, 2).all(1).repeat_interleave(2) if paired else torch.zeros_like(empty)
     if bad.any():
-        found.add("error", "weights", f"not finite in {listed(bad)}. Give 0 to what is not trained.", bad)
+        message = f"not finite in {name_datums(bad)}. Give 0 to what is not trained."
+        findings.add("error", "weights", message, bad)
     if empty.all():
-        found.add("error", "weights", "0 everywhere: there is nothing to train. Is the mask inverted?", empty)
+        findings.add("error", "weights", "0 everywhere: there is nothing to train. Is the mask inverted?", empty)
     elif lone.any():
-        found.add("error", "weights", f"one side of a pair has no active token: {listed(lone)}. Drop the pair.", lone)
+        message = f"one side of a pair has no active token: {name_datums(lone)}. Drop the pair."
+        findings.add("error", "weights", message, lone)
     elif empty.any():
         cost = "it costs a forward pass and trains nothing."
-        found.add("warning", "weights", f"no active token in {listed(empty)}: {cost}", empty)
+        findings.add("warning", "weights", f"no active token in {name_datums(empty)}: {cost}", empty)
     if negative.any() and signed is not True:
-        fix = "Only likelihood takes that: put the sign into the advantages."
-        found.add(
-            "warning" if signed is None else "error", "weights", f"negative in {listed(negative)}. {fix}", negative
-        )
+        message = f"negative in {name_datums(negative)}. Only likelihood takes that: put the sign into the advantages."
+        findings.add("warning" if signed is None else "error", "weights", message, negative)
     if active.all():
-        found.add("note", "weights", "no target is masked in any datum: is the prompt trained on too?")
+        findings.add("note", "weights", "no target is masked in any datum: is the prompt trained on too?")
     return {
         "active": int(active.sum()),
         "share": float(active.double().mean()),
@@ -175,75 +196,85 @@ def weights(view: View, signed: bool | None, paired: bool, found: Found) -> Numb
     }
 
 
-def last_targets(view: View, eos_id: int | None, found: Found) -> Numbers:
-    """With which token the trained part of each datum ends, and whether the datum ends there too."""
+def inspect_ends(view: BatchView, eos_id: int | None, findings: Findings) -> Numbers:
+    """Look at the last trained token of each datum: whether it is EOS, and the datum's last target."""
     parts = torch.split(view.columns["weights"], [row.size for row in view.targets])
     rows = [(t.reshape(len(t), -1), w.reshape(len(t), -1).abs().numpy()) for t, w in zip(view.targets, parts)]
     lasts = [(t, w, np.flatnonzero(w.any(1))[-1]) for t, w in rows if w.any()]
-    ids = [int(t[last, w[last].argmax()]) for t, w, last in lasts]  # of K targets the heaviest
+    ids = [int(t[last, w[last].argmax()]) for t, w, last in lasts]  # the heaviest of K targets
     complete = sum(int(last == len(t) - 1) for t, _, last in lasts)
     numbers: Numbers = {"responses": len(ids), "trained to the last target": complete}
     if not complete:
         message = "the last target is masked in every datum: is it padding, or is no response trained to its end?"
-        found.add("warning", "target_tokens", message)
+        findings.add("warning", "target_tokens", message)
     if eos_id is None:
         [(most, times)] = Counter(ids).most_common(1)
         return numbers | {"most often end with": most, "times": times}
     stops = ids.count(eos_id)
-    there = any((t == eos_id).any() for t in view.targets)
+    present = any((t == eos_id).any() for t in view.targets)
     if not stops:
         why = (
-            "it is in the targets, but not the last that is trained: is pad = eos masked?" if there else "no target is."
+            "it is in the targets, but not the last that is trained: is pad = eos masked?"
+            if present
+            else "no target is."
         )
-        found.add("warning", "target_tokens", f"no response is trained to end with EOS ({eos_id}): {why}")
+        findings.add("warning", "target_tokens", f"no response is trained to end with EOS ({eos_id}): {why}")
     elif stops < len(ids):
         others = f"{len(ids) - stops} of {len(ids)} responses"
-        found.add("note", "target_tokens", f"{others} are not trained to end with EOS ({eos_id}): cut off?")
+        findings.add("note", "target_tokens", f"{others} are not trained to end with EOS ({eos_id}): cut off?")
     return numbers | {"end with EOS": stops}
 
 
-def advantages(view: View, found: Found) -> Numbers:
-    """Whether the advantages have something to say."""
+def inspect_advantages(view: BatchView, findings: Findings) -> Numbers:
+    """Describe the advantages of active tokens, and record if they carry no signal."""
     a = torch.where(view.active, view.columns["advantages"], 0)
-    values, bad = a[view.active], view.any(~a.isfinite())
-    silent = view.any(view.active) & ~view.any(a != 0)
+    values, bad = a[view.active], view.datums_with(~a.isfinite())
+    silent = view.datums_with(view.active) & ~view.datums_with(a != 0)
     if bad.any():
-        found.add("error", "advantages", f"not finite in {listed(bad)}. A group of one has no standard deviation.", bad)
+        message = f"not finite in {name_datums(bad)}. A group of one has no standard deviation."
+        findings.add("error", "advantages", message, bad)
     elif silent.any() and not values.any():
-        why = "Were all rewards of each group equal?"
-        found.add("error", "advantages", f"0 at every active token: there is no policy gradient. {why}")
+        message = "0 at every active token: there is no policy gradient. Were all rewards of each group equal?"
+        findings.add("error", "advantages", message)
     elif (values == values[0]).all():
-        found.add("warning", "advantages", "one number for all tokens: nothing is told apart. Is the baseline missing?")
+        message = "one number for all tokens: nothing is told apart. Is the baseline missing?"
+        findings.add("warning", "advantages", message)
     elif values.min() >= 0:
-        found.add("warning", "advantages", "none is negative: are these rewards? See group_advantages.")
+        findings.add("warning", "advantages", "none is negative: are these rewards? See group_advantages.")
     if silent.any() and values.any():
-        found.add("note", "advantages", f"0 throughout {listed(silent)}: no policy gradient there.", silent)
-    shares = {"zero": values == 0, "positive": values > 0, "negative": values < 0}
-    spread = {"mean": float(values.mean()), "std": float(values.std(correction=0))}
-    return spread | {name: float(share.double().mean()) for name, share in shares.items()}
+        findings.add("note", "advantages", f"0 throughout {name_datums(silent)}: no policy gradient there.", silent)
+    moments = {"mean": float(values.mean()), "std": float(values.std(correction=0))}
+    signs = {"zero": values == 0, "positive": values > 0, "negative": values < 0}
+    return moments | {name: float(mask.double().mean()) for name, mask in signs.items()}
 
 
-def logprob_columns(view: View, reads: Sequence[str], found: Found) -> Numbers:
-    """Whether old, reference and sampler logprobs are logprobs, and of these tokens: mean |difference| of each two."""
+def inspect_logprobs(view: BatchView, reads: Sequence[str], findings: Findings) -> Numbers:
+    """Return the mean gap between each two of the old, reference and sampler logprobs.
+
+    Record columns that are not logprobs, or not of these tokens.
+    """
     columns = {name: x for name, x in view.columns.items() if name in LOGPROB_COLUMNS and name in reads}
     for name, x in columns.items():
-        bad = view.any(view.active & ~((x <= LOGPROB_TOLERANCE) & x.isfinite()))
+        bad = view.datums_with(view.active & ~((x <= LOGPROB_TOLERANCE) & x.isfinite()))
         if bad.any():
-            message = f"nan, infinite or above 0 at an active token of {listed(bad)}. Mask it, or mend it."
-            found.add("error", name, message, bad)
+            message = f"nan, infinite or above 0 at an active token of {name_datums(bad)}. Mask it, or mend it."
+            findings.add("error", name, message, bad)
         elif not x[view.active].any():
-            found.add("warning", name, "0 at every active token: was it left unset?")
+            findings.add("warning", name, "0 at every active token: was it left unset?")
     numbers: Numbers = {}
     for (one, x), (other, y) in combinations(columns.items(), 2):
-        distance = numbers[f"|{one.split('_')[0]} - {other.split('_')[0]}|"] = apart(x, y, view.active)
+        gap = numbers[f"|{one.split('_')[0]} - {other.split('_')[0]}|"] = mean_gap(x, y, view.active)
         both = view.active[1:] & view.active[:-1]
-        shifted = min(apart(x[1:], y[:-1], both), apart(x[:-1], y[1:], both)) if both.sum() >= ENOUGH else distance
-        if shifted < distance / 2:
-            found.add("warning", other, f"fits {one} better by one token on: position j holds that of token j + 1.")
-        elif distance > FAR:
-            found.add("warning", other, f"{distance:.3g} nats from {one} on average: are both of these tokens?")
+        enough = both.sum() >= MIN_SHIFT_TOKENS
+        shifted = min(mean_gap(x[1:], y[:-1], both), mean_gap(x[:-1], y[1:], both)) if enough else gap
+        if shifted < gap / 2:
+            message = f"fits {one} better by one token on: position j holds that of token j + 1."
+            findings.add("warning", other, message)
+        elif gap > MAX_MEAN_GAP:
+            findings.add("warning", other, f"{gap:.3g} nats from {one} on average: are both of these tokens?")
     return numbers
 
 
-def apart(x: Tensor, y: Tensor, active: Tensor) -> float:
+def mean_gap(x: Tensor, y: Tensor, active: Tensor) -> float:
+    """The mean |x − y| over active tokens, in nats."""
     return float((x - y)[active].abs().mean())

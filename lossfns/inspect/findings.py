@@ -1,4 +1,4 @@
-"""What an inspection finds: errors, warnings and notes, each with its datum and its field."""
+"""The findings of an inspection: errors, warnings and notes, each with its datum and its field."""
 
 from __future__ import annotations
 
@@ -11,13 +11,23 @@ from torch import Tensor
 
 from lossfns.errors import LossInputError
 
-LONGEST = 200
-"""How many characters of what came, or of someone else's error, a finding repeats."""
+MAX_QUOTED = 200
+"""The number of characters that a finding quotes of a value or of another error."""
+
+MAX_NAMED = 5
+"""The number of datums that a finding names."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing to know: an ``"error"`` (do not pay for this), a ``"warning"`` (rarely meant) or a ``"note"``."""
+    """One finding of an inspection.
+
+    Attributes:
+        level: ``"error"`` (the call would fail or be useless), ``"warning"`` (rarely intended) or ``"note"``.
+        field: the field, column, metric or part of the result that it is about.
+        message: what is wrong, and how to mend it.
+        datum: the index of the first datum that it is about; None if it is about none in particular.
+    """
 
     level: str
     field: str
@@ -28,34 +38,34 @@ class Finding:
         return f"{self.level}: {'' if self.datum is None else f'datum[{self.datum}].'}{self.field}: {self.message}"
 
 
-class Found(list[Finding]):
-    """Findings as they are made."""
+class Findings(list[Finding]):
+    """A list of findings that grows during an inspection."""
 
     def add(self, level: str, field: str, message: str, which: Tensor | int | None = None) -> None:
-        """One more, about a datum, or about the first of ``[B]`` bool."""
+        """Append a finding about a datum: its index, or a mask ``[B]`` whose first datum is taken."""
         datum = int(which.nonzero()[0]) if isinstance(which, Tensor) else which
         self.append(Finding(level, field, message, datum))
 
     @property
-    def fine(self) -> bool:
+    def ok(self) -> bool:
+        """Whether there is no error."""
         return all(finding.level != "error" for finding in self)
 
 
 @contextmanager
-def caught(found: Found, field: str, datum: int | None = None) -> Iterator[None]:
-    """What is raised inside becomes a finding."""
+def recorded(findings: Findings, field: str, datum: int | None = None) -> Iterator[None]:
+    """Turn an exception into a finding of level error. An error of ours names its own field."""
     try:
         yield
     except LossInputError as error:
-        got = shorten(error.got, LONGEST)
-        message = f"expected {error.expected}, got {got}. {error.fix}"
-        found.add("error", error.field, message, datum if error.datum is None else error.datum)
-    except Exception as error:  # anything at all may be handed in, or go wrong in someone's loss
-        found.add("error", field, f"{type(error).__name__}: {shorten(str(error), LONGEST)}", datum)
+        message = f"expected {error.expected}, got {shorten(error.got, MAX_QUOTED)}. {error.fix}"
+        findings.add("error", error.field, message, error.datum if datum is None else datum)
+    except Exception as error:  # a datum or a loss of the user's can raise anything
+        findings.add("error", field, f"{type(error).__name__}: {shorten(str(error), MAX_QUOTED)}", datum)
 
 
-def listed(which: Tensor) -> str:
-    """The first few datums of ``[B]`` bool, in words."""
+def name_datums(which: Tensor) -> str:
+    """The first few datums of a mask ``[B]``, in words."""
     indices = which.nonzero().flatten().tolist()
-    more = f" and {len(indices) - 5} more" if len(indices) > 5 else ""
-    return f"datum{'s' * (len(indices) > 1)} {', '.join(map(str, indices[:5]))}{more}"
+    more = f" and {len(indices) - MAX_NAMED} more" if len(indices) > MAX_NAMED else ""
+    return f"datum{'s' * (len(indices) > 1)} {', '.join(map(str, indices[:MAX_NAMED]))}{more}"

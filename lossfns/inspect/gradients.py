@@ -1,48 +1,52 @@
-"""What crosses the wire of ``forward_backward_custom``: ∂L/∂logprob of every token, and where it comes from."""
+"""The gradient report: what ``forward_backward_custom`` sends back, ∂L/∂logprob of every token, and its causes."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from lossfns.errors import LossInputError
+from lossfns.inspect.pictures import Strip, heat_strip
 from lossfns.inspect.probe import (
     LossFn,
-    Shapes,
-    columns_of,
     gradient_of,
-    having,
-    name_of,
-    quietly,
-    reads_of,
-    rows_of,
-    split,
+    loss_name,
+    readable_columns,
+    row_kind,
+    split_by_datum,
+    sum_by_datum,
+    visible_columns,
+    with_columns,
+    without_warnings,
 )
-from lossfns.pack import check_data, check_logprobs, check_shapes
+from lossfns.pack import Shapes, check_data, check_logprobs, check_shapes
 from lossfns.terms import KL_LOG_RATIO_CAP
 from lossfns.tokens import PAIRS, TOKENS
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def grad_report(
     loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor], *, pairs: bool | None = None
 ) -> GradReport:
-    """The gradient that a loss sends back for each token, by sequence, by pair and by column.
+    """Report the gradient that a loss sends back for each token, by sequence, by pair and by column.
 
     Args:
-        loss_fn: anything that follows the contract: a ``Loss``, a ``BoundLoss``, a function.
+        loss_fn: any function that follows the contract: a ``Loss``, a ``BoundLoss``, a function of your own.
         data: B datums.
-        logprobs: B tensors ``[N]`` or ``[N, K]``. The report makes leaves of its own; nothing is written to these.
+        logprobs: B tensors ``[N]`` or ``[N, K]``. The report copies them: they get no gradient.
         pairs: whether datums 2i and 2i + 1 are chosen and rejected; by default what the loss says.
 
     Raises:
-        LossInputError: where the loss breaks the contract: no scalar tensor, no graph, a datum without gradient.
+        LossInputError: if the loss breaks the contract: no scalar tensor, no graph, a datum without gradient.
 
     >>> from lossfns import ppo
     >>> from lossfns.testing.batch import Batch
@@ -51,7 +55,7 @@ def grad_report(
     >>> report.gradients, report.clipped
     ([tensor([0., 1.], dtype=torch.float64)], tensor([ True, False]))
     """
-    paired = rows_of(loss_fn) == PAIRS if pairs is None else pairs
+    paired = row_kind(loss_fn) == PAIRS if pairs is None else pairs
     check_data(data, PAIRS if paired else TOKENS)
     check_logprobs(data, logprobs)
     check_shapes(data, [lp.shape for lp in logprobs], 2 if logprobs[0].ndim == 2 else 1)
@@ -60,34 +64,35 @@ def grad_report(
         raise LossInputError("align", "a loss bound with align='strict'", "'truncate'", fix)
     shapes = [tuple(x.shape) for x in logprobs]
     lp = torch.cat([x.detach().flatten() for x in logprobs]).double().cpu()
-    columns = columns_of(loss_fn, data, shapes)
+    columns = visible_columns(loss_fn, data, shapes)
     active = columns["weights"] != 0
     old = columns.get("old_logprobs", lp)
     neutral = {"advantages": 0 * lp, "old_logprobs": lp, "ref_logprobs": lp, "sampler_logprobs": old}
 
     def gradient_without(*names: str) -> Tensor:
-        silent = {name: torch.where(active, neutral[name], columns[name]) for name in names}
-        with quietly():
-            return gradient_of(*having(loss_fn, data, silent, shapes), logprobs)[1]
+        neutralized = {name: torch.where(active, neutral[name], columns[name]) for name in names}
+        with without_warnings():
+            return gradient_of(*with_columns(loss_fn, data, neutralized, shapes), logprobs)[1]
 
     loss, gradient, metrics = gradient_of(loss_fn, data, logprobs)
-    without = {name: gradient_without(name) for name in reads_of(loss_fn) if name in columns}
+    without = {name: gradient_without(name) for name in readable_columns(loss_fn) if name in columns}
     capped = (active & ((lp - old).abs() > KL_LOG_RATIO_CAP)) if "old_logprobs" in without else None
     clipped = None
     if {"advantages", "old_logprobs"} <= without.keys():
-        pulls = gradient != without["advantages"]  # what other terms add, such as KL, is in both
+        contributes = gradient != without["advantages"]  # other terms, such as KL, contribute to both
         would = without["old_logprobs"] != gradient_without("advantages", "old_logprobs")
-        clipped = active & (columns["advantages"] != 0) & ~pulls & would
+        clipped = active & (columns["advantages"] != 0) & ~contributes & would
     effects = {name: mass(gradient - other) for name, other in without.items()}
-    return GradReport(name_of(loss_fn), loss, metrics, gradient, active, clipped, capped, shapes, effects, paired)
+    return GradReport(loss_name(loss_fn), loss, metrics, gradient, active, clipped, capped, shapes, effects, paired)
 
 
 def finite(x: Tensor) -> Tensor:
+    """Put 0 in place of nan and infinities."""
     return x.nan_to_num(0, 0, 0)
 
 
 def mass(gradient: Tensor) -> float:
-    """Σ|g| of what is finite."""
+    """Σ|g| over finite entries."""
     return float(finite(gradient).abs().sum())
 
 
@@ -101,13 +106,17 @@ class GradReport:
     """Gradients g = ∂L/∂logprob of a batch: ``[N]``, datums end to end, entries of [N, K] row-major.
 
     Attributes:
-        gradient: as it came, in float64; sums leave out what is not finite, ``nonfinite`` names it.
-        active: weight not 0.
-        clipped: active, advantage not 0, yet the advantage adds nothing to the gradient, although on-policy it
-            would; ``None`` where advantages or old logprobs cannot be seen.
-        capped: active and |lp − old| > 20; ``None`` where old logprobs cannot be seen.
-        effects: for each column Σ|g − g′|, g′ being the gradient where the column says nothing: advantages 0,
-            old and ref the current logprobs, sampler the old ones. They overlap, and need not add up to Σ|g|.
+        loss_fn: name of the loss.
+        loss: value of the loss.
+        metrics: metrics of the loss.
+        gradient: the gradient in float64. Sums leave out entries that are not finite; ``nonfinite`` lists them.
+        active: whether the weight is not 0.
+        clipped: whether an active token with an advantage other than 0 gets no gradient from it, although it would
+            on-policy; ``None`` if advantages or old logprobs are not visible.
+        capped: whether an active token has |lp − old| > 20; ``None`` if old logprobs are not visible.
+        shapes: shape of each datum's logprobs.
+        effects: for each column Σ|g − g′|, where g′ is the gradient with the column made neutral: advantages 0, old
+            and reference the current logprobs, sampler the old ones. Effects overlap and need not add up to Σ|g|.
         pairs: whether datums 2i and 2i + 1 are chosen and rejected.
     """
 
@@ -125,7 +134,7 @@ class GradReport:
     @property
     def gradients(self) -> list[Tensor]:
         """The gradient of each datum, in the shape of its logprobs."""
-        return split(self.gradient, self.shapes)
+        return split_by_datum(self.gradient, self.shapes)
 
     @property
     def l1(self) -> float:
@@ -139,33 +148,31 @@ class GradReport:
 
     @property
     def cancellation(self) -> float:
-        """1 − |Σg| / Σ|g|: 0 where every token is pushed the same way, 1 where the pushes sum to nothing."""
+        """1 − |Σg| / Σ|g|: 0 if all gradients have one sign, 1 if they sum to 0."""
         g = finite(self.gradient)
         return float(cancelled(g.sum(), g.abs().sum()))
 
     @property
     def kinds(self) -> dict[str, Tensor]:
-        """Which entries are what. Signs are those of active entries; a leak is a gradient at a masked one."""
+        """A mask ``[N]`` for each kind of token. Signs are of active tokens; masked tokens with a gradient leak."""
         g, on = self.gradient, self.active
         signs = {"positive": on & (g > 0), "negative": on & (g < 0), "zero": on & (g == 0)}
-        known = {name: x for name, x in (("clipped", self.clipped), ("capped", self.capped)) if x is not None}
-        return {"active": on, "masked": ~on, **signs, **known, "leaking": ~on & (g != 0)}
+        bounds = {name: x for name, x in (("clipped", self.clipped), ("capped", self.capped)) if x is not None}
+        return {"active": on, "masked": ~on, **signs, **bounds, "leaking": ~on & (g != 0)}
 
     def by_sequence(self, x: Tensor) -> Tensor:
-        """Σ of x over each datum: ``[N] -> [B]``."""
-        lengths = torch.tensor([prod(shape) for shape in self.shapes])
-        datums = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
-        return torch.zeros(len(lengths), dtype=torch.float64).index_add_(0, datums, x.double())
+        """Sum over each datum: ``[N] -> [B]``."""
+        return sum_by_datum(x, self.shapes)
 
     def sequences(self) -> dict[str, list[float]]:
-        """What the gradient of each datum amounts to: a list over the datums for every quantity."""
+        """Σ|g|, its share of the batch, Σg, cancellation and counts: for each, a list over the datums."""
         g = finite(self.gradient)
         l1, total = self.by_sequence(g.abs()), self.by_sequence(g)
         sums = {"l1": l1, "share": l1 / (self.l1 or 1.0), "sum": total, "cancellation": cancelled(total, l1)}
-        return {name: x.tolist() for name, x in (sums | each(self.by_sequence, self.kinds)).items()}
+        return {name: x.tolist() for name, x in (sums | map_values(self.by_sequence, self.kinds)).items()}
 
     def pair_masses(self) -> list[dict[str, float]]:
-        """Σ|g| of the chosen and of the rejected side of each pair."""
+        """Σ|g| of the chosen side and of the rejected side of each pair."""
         sides = self.by_sequence(finite(self.gradient).abs()).reshape(-1, 2).tolist()
         return [{"chosen": chosen, "rejected": rejected} for chosen, rejected in sides]
 
@@ -175,10 +182,11 @@ class GradReport:
         return [self.entry(i) for i in size.topk(min(count, len(size))).indices.tolist() if size[i] > 0]
 
     def nonfinite(self) -> list[dict[str, float]]:
-        """Every gradient that is nan or infinite."""
+        """The entries whose gradient is nan or infinite."""
         return [self.entry(i) for i in (~self.gradient.isfinite()).nonzero().flatten().tolist()]
 
     def entry(self, i: int) -> dict[str, float]:
+        """Datum, position (and which of K targets) and gradient of entry i of the batch."""
         ends = torch.tensor([prod(shape) for shape in self.shapes]).cumsum(0)
         datum = int(torch.searchsorted(ends, i, right=True))
         offset = i - (int(ends[datum - 1]) if datum else 0)
@@ -187,16 +195,16 @@ class GradReport:
         return {"datum": datum, **place, "gradient": float(self.gradient[i])}
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything as plain JSON: numbers, strings and lists; nan and infinities are strings."""
+        """The whole report as JSON: numbers, strings and lists. nan and infinities are strings."""
         report = {
             "loss_fn": self.loss_fn,
             "loss": self.loss,
-            "metrics": each(float, self.metrics),
+            "metrics": map_values(float, self.metrics),
             "l1": self.l1,
             "l2": self.l2,
             "cancellation": self.cancellation,
-            "tokens": {"all": len(self.gradient), **each(lambda x: int(x.sum()), self.kinds)},
-            "columns": each(lambda x: {"l1_change": x, "share": x / (self.l1 or 1.0)}, self.effects),
+            "tokens": {"all": len(self.gradient), **map_values(lambda x: int(x.sum()), self.kinds)},
+            "columns": map_values(lambda x: {"l1_change": x, "share": x / (self.l1 or 1.0)}, self.effects),
             "sequences": self.sequences(),
             **({"pairs": self.pair_masses()} if self.pairs else {}),
             "largest": self.largest(),
@@ -204,31 +212,108 @@ class GradReport:
             "gradients": [row.tolist() for row in self.gradients],
             "signs": [row.sign().tolist() for row in self.gradients],
         }
-        return plain(report)  # type: ignore[no-any-return]
+        return json_safe(report)  # type: ignore[no-any-return]
 
     def table(self, rows: int = 16) -> str:
-        """The report for a terminal, with at most so many sequences."""
-        from lossfns.inspect.pictures import report_text
-
-        return report_text(self, rows)
+        """The report as text, with at most so many sequences."""
+        totals = f"loss {self.loss:.6g}   Σ|g| {self.l1:.4g}   √Σg² {self.l2:.4g}"
+        head = [self.loss_fn, f"{totals}   cancelled {self.cancellation:.0%}   (g = ∂L/∂logprob)"]
+        tables = [kind_rows(self), column_rows(self), sequence_rows(self, rows), pair_rows(self, rows)]
+        blocks = [head, *(in_columns(cells) for cells in tables if len(cells) > 1)]
+        if len(self.shapes) > rows:
+            blocks[-1].append(f"(the first {rows} of {len(self.shapes)}; as_dict() has them all)")
+        for name, entries in (("largest", self.largest()), ("not finite", self.nonfinite())):
+            blocks.append([f"{name}: {entry_text(entry)}" for entry in entries[:rows]])
+        return "\n\n".join("\n".join(lines) for lines in blocks if lines)
 
     __str__ = __repr__ = table
 
+    def figure(self) -> Figure:
+        """A heat strip with a cell for each token; needs the extra ``viz``."""
+        clipped = None if self.clipped is None else split_by_datum(self.clipped, self.shapes)
+        strip = Strip(self.gradients, split_by_datum(self.active, self.shapes), clipped)
+        sides = ("chosen", "rejected")
+        labels = [f"{sides[i % 2]} {i // 2}" if self.pairs else str(i) for i in range(len(self.shapes))]
+        title = (self.loss_fn, f"loss {self.loss:.4g}, Σ|g| {self.l1:.4g}")
+        return heat_strip(strip, title=title, labels=labels, axis="" if self.pairs else "datum")
+
     def picture(self, path: str | Path) -> None:
-        """A heat strip, one cell for each token, written to a file; needs the extra ``viz``."""
-        from lossfns.inspect.pictures import heat_strip
-
-        heat_strip(self).savefig(path, dpi=120)
+        """Write the heat strip to a file; needs the extra ``viz``."""
+        self.figure().savefig(path, dpi=120)
 
 
-def each(f: Any, named: Any) -> dict[str, Any]:
-    return {name: f(x) for name, x in named.items()}
+# The report as text
 
 
-def plain(x: Any) -> Any:
-    """JSON has no nan and no infinity: they become strings."""
+def in_columns(rows: Iterable[Sequence[str]]) -> list[str]:
+    """Align cells in columns: the first column to the left, the others to the right."""
+    cells = [list(row) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in cells]
+
+
+def entry_text(entry: Mapping[str, float]) -> str:
+    target = f" target {entry['target']}" if "target" in entry else ""
+    return f"datum {entry['datum']} position {entry['position']}{target}, g = {entry['gradient']:.4g}"
+
+
+def kind_rows(report: GradReport) -> list[list[str]]:
+    """A row for each kind of token: count and share, of all tokens or, where indented, of the active ones."""
+    count = {name: int(x.sum()) for name, x in report.kinds.items()}
+    total = len(report.gradient)
+
+    def cells(name: str, of: int) -> list[str]:
+        return [str(count[name]), f"{count[name] / max(of, 1):.1%}"]
+
+    titles = {
+        "negative": "g < 0, made more likely",
+        "positive": "g > 0, made less likely",
+        "zero": "g = 0",
+        "clipped": "clipped",
+        "capped": "|lp - old| > 20",
+    }
+    rows = [["tokens", str(total), ""], ["masked", *cells("masked", total)], ["active", *cells("active", total)]]
+    rows += [[f"  {text}", *cells(name, count["active"])] for name, text in titles.items() if name in count]
+    return rows + ([["masked, with a gradient!", *cells("leaking", total)]] if count["leaking"] else [])
+
+
+def column_rows(report: GradReport) -> list[list[str]]:
+    """A row for each column: how much the gradient changes if the column is made neutral."""
+    shares = [[name, f"{x:.4g}", f"{x / (report.l1 or 1):.1%}"] for name, x in report.effects.items()]
+    return [["without", "Σ|g - g'|", "of Σ|g|"], *shares]
+
+
+def sequence_rows(report: GradReport, most: int) -> list[list[str]]:
+    """A row for each of the first ``most`` sequences."""
+    columns = report.sequences()
+    counts = [name for name in ("active", "negative", "positive", "zero", "clipped") if name in columns]
+    signs = {"negative": "g < 0", "positive": "g > 0", "zero": "g = 0"}
+    rows = [["datum", "Σ|g|", "share", "Σg", "cancelled", *(signs.get(name, name) for name in counts)]]
+    for i in range(min(most, len(report.shapes))):
+        l1, share, total, cancelled = (columns[name][i] for name in ("l1", "share", "sum", "cancellation"))
+        numbers = [f"{l1:.4g}", f"{share:.1%}", f"{total:.4g}", f"{cancelled:.0%}"]
+        rows.append([str(i), *numbers, *(f"{columns[name][i]:.0f}" for name in counts)])
+    return rows
+
+
+def pair_rows(report: GradReport, most: int) -> list[list[str]]:
+    """A row for each of the first ``most`` pairs."""
+    sides = report.pair_masses()[:most] if report.pairs else []
+    masses = [[str(i), f"{side['chosen']:.4g}", f"{side['rejected']:.4g}"] for i, side in enumerate(sides)]
+    return [["pair", "Σ|g| chosen", "rejected"], *masses]
+
+
+# JSON
+
+
+def map_values(f: Callable[[Any], Any], table: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: f(x) for name, x in table.items()}
+
+
+def json_safe(x: Any) -> Any:
+    """Turn nan and infinities into strings, as JSON has neither."""
     if isinstance(x, dict):
-        return each(plain, x)
+        return map_values(json_safe, x)
     if isinstance(x, list):
-        return [plain(value) for value in x]
+        return [json_safe(value) for value in x]
     return str(x) if isinstance(x, float) and not math.isfinite(x) else x

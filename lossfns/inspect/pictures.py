@@ -1,101 +1,49 @@
-"""A gradient report to look at: as text for a terminal, and as a heat strip of tokens (extra ``viz``)."""
+"""A heat strip of token gradients (extra ``viz``)."""
 
 from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lossfns.inspect.gradients import GradReport, finite
-from lossfns.inspect.probe import split
-
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-MOST_ROWS, MOST_CELLS = 64, 250
-"""What a strip shows legibly; it says so where it shows less than there is."""
+MAX_ROWS, MAX_CELLS = 64, 250
+"""The rows and cells that a strip shows legibly. It says so if there are more."""
 
 MASKED, CLIPPED, NONFINITE = "0.75", "black", "gold"
 OUTLIER = 2.0
-"""Colours end at the 99th percentile of |g| where the largest is so many times that; else one token pales the rest."""
+"""Colours end at the 99th percentile of |g| if the largest is this many times larger: it would pale all others."""
 
 
-def aligned(rows: Iterable[Sequence[str]]) -> list[str]:
-    """Lines of cells under one another: the first column set left, the others right."""
-    cells = [list(row) for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in cells]
+class Strip(NamedTuple):
+    """The token gradients to draw: for each sequence ``[N]``, or ``[N, K]`` for K targets of a position.
 
+    Attributes:
+        gradients: the gradients.
+        active: whether a token is active.
+        clipped: whether a token is clipped; None if that is not known.
+    """
 
-def report_text(report: GradReport, most: int) -> str:
-    """What a terminal shows of a ``GradReport``: totals, kinds of tokens, columns, sequences, pairs, the largest."""
-    totals = f"loss {report.loss:.6g}   Σ|g| {report.l1:.4g}   √Σg² {report.l2:.4g}"
-    head = [report.loss_fn, f"{totals}   cancelled {report.cancellation:.0%}   (g = ∂L/∂logprob)"]
-    tables = [kinds_rows(report), column_rows(report), sequence_rows(report, most), pair_rows(report, most)]
-    blocks = [head, *(aligned(rows) for rows in tables if len(rows) > 1)]
-    if len(report.shapes) > most:
-        blocks[-1].append(f"(the first {most} of {len(report.shapes)}; as_dict() has them all)")
-    for name, entries in (("largest", report.largest()), ("not finite", report.nonfinite())):
-        blocks.append([f"{name}: {place(entry)}" for entry in entries[:most]])
-    return "\n\n".join("\n".join(lines) for lines in blocks if lines)
-
-
-def place(entry: dict[str, float]) -> str:
-    target = f" target {entry['target']}" if "target" in entry else ""
-    return f"datum {entry['datum']} position {entry['position']}{target}, g = {entry['gradient']:.4g}"
-
-
-def kinds_rows(report: GradReport) -> list[list[str]]:
-    """How many tokens are what; shares are of all tokens, then of the active ones."""
-    count = {name: int(x.sum()) for name, x in report.kinds.items()}
-    total = len(report.gradient)
-
-    def share(name: str, of: int) -> list[str]:
-        return [str(count[name]), f"{count[name] / max(of, 1):.1%}"]
-
-    words = {
-        "negative": "g < 0, made more likely",
-        "positive": "g > 0, made less likely",
-        "zero": "g = 0",
-        "clipped": "clipped",
-        "capped": "|lp - old| > 20",
-    }
-    rows = [["tokens", str(total), ""], ["masked", *share("masked", total)], ["active", *share("active", total)]]
-    rows += [[f"  {text}", *share(name, count["active"])] for name, text in words.items() if name in count]
-    return rows + ([["masked, with a gradient!", *share("leaking", total)]] if count["leaking"] else [])
-
-
-def column_rows(report: GradReport) -> list[list[str]]:
-    """By how much the gradient would change where a column said nothing."""
-    shares = [[name, f"{x:.4g}", f"{x / (report.l1 or 1):.1%}"] for name, x in report.effects.items()]
-    return [["without", "Σ|g - g'|", "of Σ|g|"], *shares]
-
-
-def sequence_rows(report: GradReport, most: int) -> list[list[str]]:
-    columns = report.sequences()
-    counts = [name for name in ("active", "negative", "positive", "zero", "clipped") if name in columns]
-    signs = {"negative": "g < 0", "positive": "g > 0", "zero": "g = 0"}
-    rows = [["datum", "Σ|g|", "share", "Σg", "cancelled", *(signs.get(name, name) for name in counts)]]
-    for i in range(min(most, len(report.shapes))):
-        l1, share, total, cancelled = (columns[name][i] for name in ("l1", "share", "sum", "cancellation"))
-        numbers = [f"{l1:.4g}", f"{share:.1%}", f"{total:.4g}", f"{cancelled:.0%}"]
-        rows.append([str(i), *numbers, *(f"{columns[name][i]:.0f}" for name in counts)])
-    return rows
-
-
-def pair_rows(report: GradReport, most: int) -> list[list[str]]:
-    sides = report.pair_masses()[:most] if report.pairs else []
-    masses = [[str(i), f"{side['chosen']:.4g}", f"{side['rejected']:.4g}"] for i, side in enumerate(sides)]
-    return [["pair", "Σ|g| chosen", "rejected"], *masses]
+    gradients: list[Tensor]
+    active: list[Tensor]
+    clipped: list[Tensor] | None
 
 
 class Cells(NamedTuple):
-    """What a strip shows, all ``[rows, cells]``; gradients are masked (in numpy's sense) beyond a row's end."""
+    """The cells that a strip shows, all ``[rows, cells]``.
+
+    Attributes:
+        gradient: the gradient of each cell, masked (in numpy's sense) beyond the end of a row.
+        masked, clipped, nonfinite: whether a cell has the mark.
+        tokens_each: the number of neighbouring tokens that a cell stands for.
+    """
 
     gradient: np.ma.MaskedArray[Any, Any]
     masked: np.ndarray[Any, Any]
@@ -104,65 +52,75 @@ class Cells(NamedTuple):
     tokens_each: int
 
 
-def cells(report: GradReport, most_rows: int = MOST_ROWS, most_cells: int = MOST_CELLS) -> Cells:
-    """One cell for each token, or, where rows are too long, for a few neighbours: the largest |g| of them.
+def cells(strip: Strip, max_rows: int = MAX_ROWS, max_cells: int = MAX_CELLS) -> Cells:
+    """Return one cell for each token, or one for several neighbours if rows are too long: their largest |g|.
 
-    K targets of a position are summed. A cell is masked if all its tokens are, clipped or not finite if any is.
+    K targets of a position are summed. A cell is masked if all its tokens are, clipped or nonfinite if one of them is.
     """
-    g = report.gradient
-    clipped = torch.zeros_like(report.active) if report.clipped is None else report.clipped
-    layers = [finite(g), torch.ones_like(g), report.active, clipped, ~g.isfinite()]
-    longest = max(1, *(shape[0] for shape in report.shapes[:most_rows]))
-    each = max(1, math.ceil(longest / most_cells))
+    longest = max(1, *(len(row) for row in strip.gradients[:max_rows]))
+    each = max(1, math.ceil(longest / max_cells))
     width = math.ceil(longest / each)
 
-    def grid(x: Tensor) -> np.ndarray[Any, Any]:
-        rows = [row.double().reshape(len(row), -1).sum(1).numpy() for row in split(x, report.shapes)[:most_rows]]
-        return np.stack([np.pad(row, (0, width * each - len(row))) for row in rows]).reshape(len(rows), width, each)
+    def grid(rows: Sequence[Tensor]) -> np.ndarray[Any, Any]:
+        flat = [row.double().reshape(len(row), -1).sum(1).numpy() for row in rows[:max_rows]]
+        return np.stack([np.pad(row, (0, width * each - len(row))) for row in flat]).reshape(len(flat), width, each)
 
-    gradient, *marks = map(grid, layers)
+    def marks(rows: Sequence[Tensor]) -> np.ndarray[Any, Any]:
+        return np.asarray(grid(rows).any(-1))
+
+    gradient = grid([g.nan_to_num(0, 0, 0) for g in strip.gradients])
+    inside, active = marks([torch.ones_like(g) for g in strip.gradients]), marks(strip.active)
+    nonfinite = marks([~g.isfinite() for g in strip.gradients])
+    clipped = np.zeros_like(inside) if strip.clipped is None else marks(strip.clipped)
     strongest = np.take_along_axis(gradient, np.abs(gradient).argmax(-1)[..., None], -1)[..., 0]
-    inside, active, clips, broken = (np.asarray(mark.any(-1)) for mark in marks)
-    return Cells(np.ma.array(strongest, mask=~inside), inside & ~active, clips, broken, each)
+    return Cells(np.ma.array(strongest, mask=~inside), inside & ~active, clipped, nonfinite, each)
 
 
-def heat_strip(report: GradReport) -> Figure:
-    """The figure: a row for each sequence, a cell for each token, red where g > 0 and blue where g < 0.
+def heat_strip(strip: Strip, *, title: tuple[str, str], labels: Sequence[str], axis: str = "datum") -> Figure:
+    """Draw a row for each sequence and a cell for each token, red where g > 0 and blue where g < 0.
 
     Masked cells are grey, clipped ones are crossed, gradients that are not finite are golden. The scale is
-    symmetric. What is left out or put together is said below.
+    symmetric. A note below says if sequences are left out or tokens share a cell.
+
+    Args:
+        strip: the gradients.
+        title: two lines; the first one is wrapped.
+        labels: the labels of the rows.
+        axis: the label of all rows.
+
+    Raises:
+        ImportError: if matplotlib is not installed.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("a picture needs matplotlib: pip install 'lossfns[viz]'") from error
 
-    shown = cells(report)
+    shown = cells(strip)
     rows, width = shown.gradient.shape
-    limit, largest = scale(np.abs(shown.gradient.compressed()))
+    limit, largest = colour_limit(np.abs(shown.gradient.compressed()))
     across, down = min(11.0, max(5.0, 0.3 * width)), min(0.4, max(0.15, 6 / rows))  # inches of the strip and a row
     figure = Figure(figsize=(across + 2.2, max(2.8, down * rows + 1.8)), layout="constrained")
     axes = figure.add_subplot()
     image = paint(axes, shown, limit, side=72 * min(across / width, down))
-    ends = [shape[0] - 0.5 for shape in report.shapes[:rows]]
+    ends = [len(row) - 0.5 for row in strip.gradients[:rows]]
     axes.vlines(ends, np.arange(rows) - 0.4, np.arange(rows) + 0.4, colors="0.5", linewidth=1)
-    labels = [f"{('chosen', 'rejected')[i % 2]} {i // 2}" if report.pairs else str(i) for i in range(rows)]
-    axes.set_yticks(range(rows), labels, fontsize=min(9, 55 * down))
+    axes.set_yticks(range(rows), labels[:rows], fontsize=min(9, 55 * down))
     axes.set_xlabel("position in target_tokens")
-    axes.set_ylabel("" if report.pairs else "datum")
-    name = textwrap.fill(report.loss_fn, int(14 * across))
-    axes.set_title(f"{name}\nloss {report.loss:.4g}, Σ|g| {report.l1:.4g}", fontsize=9, loc="left")
+    axes.set_ylabel(axis)
+    axes.set_title("\n".join([textwrap.fill(title[0], int(14 * across)), title[1]]), fontsize=9, loc="left")
     extend = "both" if limit < largest else "neither"
     bar: Any = figure.colorbar(image, ax=axes, extend=extend, extendfrac=0.03, pad=0.01, aspect=max(8, 6 * rows * down))
     bar.formatter.set_powerlimits((-3, 4))
     bar.set_label("g = ∂L/∂logprob\n← more likely   less likely →", fontsize=8)
-    figure.legend(handles=key(report, shown), loc="outside lower right", ncols=3, frameon=False, fontsize=8)
-    figure.text(0.01, 0.01, "  ".join(notes(report, shown, limit, largest)), fontsize=8)
+    handles = legend_handles(shown, with_clipped=strip.clipped is not None)
+    figure.legend(handles=handles, loc="outside lower right", ncols=3, frameon=False, fontsize=8)
+    figure.text(0.01, 0.01, "  ".join(notes(strip, shown, limit, largest)), fontsize=8)
     return figure
 
 
 def paint(axes: Any, shown: Cells, limit: float, side: float) -> Any:
-    """The cells, with crosses to fit cells of ``side`` points; returns the image of the gradients."""
+    """Draw the cells and their marks. ``side`` is that of a cell, in points. Return the image of the gradients."""
     from matplotlib.colors import ListedColormap
 
     rows, width = shown.gradient.shape
@@ -180,19 +138,18 @@ def paint(axes: Any, shown: Cells, limit: float, side: float) -> Any:
     return image
 
 
-def key(report: GradReport, shown: Cells) -> list[Any]:
-    """What the marks mean, of those that there can be."""
+def legend_handles(shown: Cells, with_clipped: bool) -> list[Any]:
+    """The marks that can occur in the strip."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
     cross = Line2D([], [], color=CLIPPED, marker="x", linestyle="", label="clipped")
-    clipped = [cross] if report.clipped is not None else []
-    broken = [Patch(color=NONFINITE, label="not finite")] if shown.nonfinite.any() else []
-    return [Patch(color=MASKED, label="masked"), *clipped, *broken]
+    nonfinite = [Patch(color=NONFINITE, label="not finite")] if shown.nonfinite.any() else []
+    return [Patch(color=MASKED, label="masked"), *([cross] if with_clipped else []), *nonfinite]
 
 
-def scale(sizes: np.ndarray[Any, Any]) -> tuple[float, float]:
-    """Where the colours end, and the largest |g|."""
+def colour_limit(sizes: np.ndarray[Any, Any]) -> tuple[float, float]:
+    """Return the |g| at which the colours end, and the largest |g|."""
     above = sizes[sizes > 0]
     if not above.size:
         return 1.0, 0.0
@@ -200,14 +157,14 @@ def scale(sizes: np.ndarray[Any, Any]) -> tuple[float, float]:
     return (usual if largest > OUTLIER * usual else largest), largest
 
 
-def notes(report: GradReport, shown: Cells, limit: float, largest: float) -> list[str]:
-    """What the picture leaves out or puts together."""
+def notes(strip: Strip, shown: Cells, limit: float, largest: float) -> list[str]:
+    """Sentences about what the picture leaves out or puts together."""
     found = []
-    if len(report.shapes) > len(shown.gradient):
-        found.append(f"The first {len(shown.gradient)} of {len(report.shapes)} sequences.")
+    if len(strip.gradients) > len(shown.gradient):
+        found.append(f"The first {len(shown.gradient)} of {len(strip.gradients)} sequences.")
     if shown.tokens_each > 1:
         found.append(f"A cell is {shown.tokens_each} tokens: the largest |g| of them, clipped if any is.")
-    if any(len(shape) == 2 for shape in report.shapes):
+    if any(row.ndim == 2 for row in strip.gradients):
         found.append("The K targets of a position are summed.")
     if limit < largest:
         found.append(f"Colours end at the 99th percentile; the largest |g| is {largest:.3g}.")

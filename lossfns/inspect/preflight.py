@@ -1,4 +1,4 @@
-"""The dry run before a paid call: a batch inspected, a loss at step zero on fake logprobs, no model."""
+"""The dry run before a paid call: inspect a batch, and run the loss at step zero on made-up logprobs."""
 
 from __future__ import annotations
 
@@ -14,35 +14,44 @@ import torch
 from torch import Tensor
 
 from lossfns.inspect import batch as inspection
-from lossfns.inspect.batch import Array, Numbers, View, target_rows
-from lossfns.inspect.findings import Finding, Found, caught
-from lossfns.inspect.gradients import GradReport, plain
+from lossfns.inspect.batch import Array, BatchView, Numbers, target_rows
+from lossfns.inspect.findings import Finding, Findings, recorded
+from lossfns.inspect.gradients import GradReport, json_safe
 from lossfns.inspect.probe import (
     LossFn,
-    bound_of,
-    columns_of,
+    bound_columns,
     gradient_of,
+    loss_name,
     loss_of,
-    name_of,
-    quietly,
-    reads_of,
-    rows_of,
-    split,
+    readable_columns,
+    row_kind,
+    split_by_datum,
+    visible_columns,
+    without_warnings,
 )
-from lossfns.inspect.stepzero import judged, step_zero
+from lossfns.inspect.stepzero import check_step_zero, step_zero
 from lossfns.loss import BoundLoss, Loss
 from lossfns.pack import check_data, check_logprobs, check_shapes
 from lossfns.tokens import LOGPROB_COLUMNS, PAIRS, TOKENS
 
 LEVELS = ("error", "warning", "note")
-GLUE = "\x00"  # what textwrap does not break at
-SHOWN = 3
-"""How many findings of one kind a terminal shows."""
+NO_BREAK = "\x00"
+"""Stands for a space at which textwrap must not break a line."""
+
+MAX_ALIKE = 3
+"""The number of findings of one level and field that the table shows."""
 
 
 @dataclass(frozen=True)
 class Preflight:
-    """What a dry run found: numbers by section, findings with errors first, the gradients at step zero."""
+    """The result of a dry run.
+
+    Attributes:
+        loss_fn: name of the loss.
+        numbers: numbers about the batch and the loss, by section.
+        findings: errors first, then warnings, then notes.
+        step_zero: the gradients at step zero; None if errors kept them from being measured.
+    """
 
     loss_fn: str
     numbers: dict[str, Numbers]
@@ -51,30 +60,30 @@ class Preflight:
 
     @property
     def ok(self) -> bool:
-        """No errors; warnings are for a person to judge."""
+        """Whether there are no errors. Warnings are for a person to judge."""
         return all(finding.level != "error" for finding in self.findings)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain JSON: verdict, numbers, findings, and the report of the gradients at step zero."""
+        """The whole result as JSON: verdict, numbers, findings, and the report of the gradients at step zero."""
         report = None if self.step_zero is None else self.step_zero.as_dict()
         findings = [vars(finding) for finding in self.findings]
-        found = {"loss_fn": self.loss_fn, "ok": self.ok, "numbers": self.numbers, "findings": findings}
-        return plain(found | {"step_zero": report})  # type: ignore[no-any-return]
+        result = {"loss_fn": self.loss_fn, "ok": self.ok, "numbers": self.numbers, "findings": findings}
+        return json_safe(result | {"step_zero": report})  # type: ignore[no-any-return]
 
     def table(self) -> str:
-        """The verdict, the numbers, the findings, for a terminal."""
+        """The verdict, the numbers and the findings as text."""
         counts = Counter(finding.level for finding in self.findings)
         tally = ", ".join(f"{counts[level]} {level}{'s' * (counts[level] != 1)}" for level in LEVELS)
         lines = [f"{'ready' if self.ok else 'NOT READY'} ({tally})   {self.loss_fn}", ""]
         for section, values in self.numbers.items():
-            text = "   ".join(f"{name} {value:.6g}".replace(" ", GLUE) for name, value in values.items())
+            text = "   ".join(f"{name} {value:.6g}".replace(" ", NO_BREAK) for name, value in values.items())
             wrapped = textwrap.wrap(text, 110, initial_indent=f"{section:<14}", subsequent_indent=" " * 14)
-            lines += [line.replace(GLUE, " ") for line in wrapped]
+            lines += [line.replace(NO_BREAK, " ") for line in wrapped]
         lines += [""] * bool(self.numbers)
         for _, group in groupby(self.findings, key=lambda finding: (finding.level, finding.field)):
             alike = list(group)
-            lines += map(str, alike[:SHOWN])
-            lines += [f"  ... and {len(alike) - SHOWN} more about {alike[0].field}"] * (len(alike) > SHOWN)
+            lines += map(str, alike[:MAX_ALIKE])
+            lines += [f"  ... and {len(alike) - MAX_ALIKE} more about {alike[0].field}"] * (len(alike) > MAX_ALIKE)
         return "\n".join(lines).rstrip()
 
     __str__ = table
@@ -89,14 +98,14 @@ def preflight(
     vocab_size: int | None = None,
     pairs: bool | None = None,
 ) -> Preflight:
-    """What can be known of a batch and a loss before the first forward pass. Bad data is found, not raised.
+    """Inspect a batch and a loss before the first forward pass. Bad data is reported, not raised.
 
     Args:
-        loss_fn: anything that follows the contract; a bound loss's columns are read from its binding.
+        loss_fn: any function that follows the contract. The columns of a bound loss are read from its binding.
         data: B datums, of ours or of an SDK.
-        logprobs: what to take for the policy's; by default the old logprobs, else the reference's, else uniform.
+        logprobs: the logprobs to take for the policy's; by default the old ones, else the reference's, else uniform.
         eos_id: the token that ends a response, to see whether it is trained.
-        vocab_size: bounds the ids; uniform logprobs are −ln(vocab_size), without it −1.
+        vocab_size: bounds the ids. Uniform logprobs are −ln(vocab_size), or −1 without it.
         pairs: whether datums 2i and 2i + 1 are chosen and rejected; by default what the loss says.
 
     >>> from lossfns import cross_entropy, datum_from_tokens
@@ -107,59 +116,65 @@ def preflight(
     >>> print(flight.findings[0])
     warning: datum[1].weights: no active token in datum 1: it costs a forward pass and trains nothing.
     """
-    paired = rows_of(loss_fn) == PAIRS if pairs is None else pairs
-    found, numbers, report = Found(), {}, None
-    with caught(found, "data"):
+    paired = row_kind(loss_fn) == PAIRS if pairs is None else pairs
+    findings, numbers, report = Findings(), {}, None
+    with recorded(findings, "data"):
         check_data(data, PAIRS if paired else TOKENS)
-        targets = target_rows(data, bound_of(loss_fn), vocab_size, found)
-        numbers["data"] = shape_of(data, targets)
-        if found.fine:
-            view = View(targets, columns_of(loss_fn, data, [row.shape for row in targets]))
-            numbers |= inspected(loss_fn, view, eos_id, paired, found)
-    if found.fine:
-        with caught(found, "loss_fn"), quietly():
-            base = unmoved(view, logprobs, data, vocab_size)
+        targets = target_rows(data, bound_columns(loss_fn), vocab_size, findings)
+        numbers["data"] = count_targets(data, targets)
+        if findings.ok:
+            view = BatchView(targets, visible_columns(loss_fn, data, [row.shape for row in targets]))
+            numbers |= inspect_columns(loss_fn, view, eos_id, paired, findings)
+    if findings.ok:
+        with recorded(findings, "loss_fn"), without_warnings():
+            base = policy_logprobs(view, logprobs, data, vocab_size)
             numbers["denominators"] = denominators(loss_fn, data, view, paired)
-            gradient_of(loss_fn, data, split(base, view.shapes))  # its columns as they are: it may refuse them
+            # With its own columns first, as a loss may refuse these and accept those of step zero.
+            gradient_of(loss_fn, data, split_by_datum(base, view.shapes))
             zero = step_zero(loss_fn, data, view, base, paired)
             report = zero.report
-            numbers["step zero"] = judged(zero, view, numbers["denominators"], found)
+            numbers["step zero"] = check_step_zero(zero, view, numbers["denominators"], findings)
     if report is None:
-        found.add("note", "step zero", "not measured: mend the errors first.")
-    return Preflight(name_of(loss_fn), numbers, sorted(found, key=lambda f: LEVELS.index(f.level)), report)
+        findings.add("note", "step zero", "not measured: mend the errors first.")
+    ordered = sorted(findings, key=lambda finding: LEVELS.index(finding.level))
+    return Preflight(loss_name(loss_fn), numbers, ordered, report)
 
 
-def shape_of(data: Sequence[Any], targets: Sequence[Array]) -> Numbers:
+def count_targets(data: Sequence[Any], targets: Sequence[Array]) -> Numbers:
     lengths = [len(row) for row in targets] or [0]
     return {"datums": len(data), "targets": sum(lengths), "shortest": min(lengths), "longest": max(lengths)}
 
 
-def inspected(loss_fn: LossFn, view: View, eos_id: int | None, paired: bool, found: Found) -> dict[str, Numbers]:
-    """What the datums and the binding say by themselves, of the columns that the loss may read."""
-    loss, reads = loss_of(loss_fn), reads_of(loss_fn)
-    sections = {"weights": inspection.weights(view, loss.signed if loss else None, paired, found)}
+def inspect_columns(
+    loss_fn: LossFn, view: BatchView, eos_id: int | None, paired: bool, findings: Findings
+) -> dict[str, Numbers]:
+    """Inspect the weights, the ends of responses, and the columns that the loss may read."""
+    loss, reads = loss_of(loss_fn), readable_columns(loss_fn)
+    sections = {"weights": inspection.inspect_weights(view, loss.signed if loss else None, paired, findings)}
     if view.active.any():
-        sections["responses"] = inspection.last_targets(view, eos_id, found)
+        sections["responses"] = inspection.inspect_ends(view, eos_id, findings)
         if "advantages" in reads and "advantages" in view.columns:
-            sections["advantages"] = inspection.advantages(view, found)
-        sections["mean gaps"] = inspection.logprob_columns(view, reads, found)
+            sections["advantages"] = inspection.inspect_advantages(view, findings)
+        sections["mean gaps"] = inspection.inspect_logprobs(view, reads, findings)
     return {name: numbers for name, numbers in sections.items() if numbers}
 
 
-def unmoved(view: View, logprobs: Sequence[Tensor] | None, data: Sequence[Any], vocab_size: int | None) -> Tensor:
-    """``[N]`` float32 logprobs of a policy before its first step."""
+def policy_logprobs(
+    view: BatchView, logprobs: Sequence[Tensor] | None, data: Sequence[Any], vocab_size: int | None
+) -> Tensor:
+    """Return the ``[N]`` float32 logprobs to take for those of the policy before its first step."""
     if logprobs is not None:
         check_logprobs(data, logprobs)
         check_shapes(data, [lp.shape for lp in logprobs], len(view.shapes[0]))
         return torch.cat([lp.detach().flatten().cpu() for lp in logprobs]).float()
     uniform = torch.full_like(view.columns["weights"], -math.log(vocab_size) if vocab_size else -1.0)
-    known = [view.columns[name] for name in LOGPROB_COLUMNS if name in view.columns]
-    return torch.where(view.active, known[0] if known else uniform, uniform).float()
+    visible = [view.columns[name] for name in LOGPROB_COLUMNS if name in view.columns]
+    return torch.where(view.active, visible[0] if visible else uniform, uniform).float()
 
 
-def denominators(loss_fn: LossFn, data: Sequence[Any], view: View, paired: bool) -> Numbers:
-    """What a loss may divide by, its own first where it says."""
-    trained = int((view.by_datum(view.active) > 0).sum())
+def denominators(loss_fn: LossFn, data: Sequence[Any], view: BatchView, paired: bool) -> Numbers:
+    """Return the numbers by which a loss may divide: its own first, if it says."""
+    trained = int((view.sum_by_datum(view.active) > 0).sum())
     rows = {"tokens": int(view.active.sum()), "Σw": float(view.columns["weights"].sum()), "sequences": trained}
     own = {"its own": loss_fn.denominator(data)} if isinstance(loss_fn, (Loss, BoundLoss)) else {}
     bound = {"bound": loss_fn.divisor} if isinstance(loss_fn, BoundLoss) and loss_fn.divisor else {}

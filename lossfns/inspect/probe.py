@@ -1,4 +1,4 @@
-"""A loss seen from outside: one call of the contract, its gradient, and the columns it may read."""
+"""A loss as a black box: one call of the contract, its gradient, and the columns that it may read."""
 
 from __future__ import annotations
 
@@ -14,35 +14,48 @@ from torch import Tensor
 from lossfns.checks import is_real
 from lossfns.errors import LossInputError, LossWarning
 from lossfns.export.datums import with_fields
-from lossfns.loss import BoundLoss, Loss, show
-from lossfns.pack import column_or_none, flatten_column
-from lossfns.tokens import COLUMNS, TOKENS
+from lossfns.loss import BoundLoss, Loss
+from lossfns.pack import Shapes, pack_side_columns
+from lossfns.tokens import COLUMNS, DATUM_FIELDS, ON_POLICY, TARGETS, TOKENS, Rows
 
 LossFn = Callable[[Any, Any], tuple[Tensor, dict[str, float]]]
-Shapes = Sequence[Sequence[int]]
 
 ALIASES = {"old_logprobs": "logprobs", "weights": "mask"}
-"""Second names under which a datum holds a column too, so that a loss written for another framework finds it."""
+"""Other names under which datums hold a column, for losses that were written for another framework."""
+
+
+# One call
 
 
 def gradient_of(
     loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]
 ) -> tuple[float, Tensor, dict[str, float]]:
-    """One call on leaves of its own: value, ∂L/∂logprob end to end in float64, metrics."""
+    """Call a loss on leaves of its own.
+
+    Returns:
+        The value, ∂L/∂logprob as ``[N]`` float64, datums end to end, and the metrics.
+
+    Raises:
+        LossInputError: if the result breaks the contract, or a datum has no gradient.
+    """
     with torch.enable_grad():
         leaves = [lp.detach().clone().requires_grad_() for lp in logprobs]
         loss, metrics = check_result(loss_fn(data, leaves))
-        found = torch.autograd.grad(loss.sum(), leaves, allow_unused=True)
-    for i, gradient in enumerate(found):
+        gradients = torch.autograd.grad(loss.sum(), leaves, allow_unused=True)
+    for i, gradient in enumerate(gradients):
         if gradient is None:
             fix = "Every datum's logprobs must enter the loss, if only as 0.0 * logprobs.sum()."
             raise LossInputError(f"logprobs_list[{i}]", "a gradient", "no gradient", fix)
-    flat = torch.cat([gradient.flatten().double().cpu() for gradient in found])
-    return float(loss.detach()), flat + 0.0, metrics  # + 0.0 makes −0 a plain 0
+    flat = torch.cat([gradient.flatten().double().cpu() for gradient in gradients])
+    return float(loss.detach()), flat + 0.0, metrics  # + 0.0 turns −0 into 0
 
 
 def check_result(result: Any) -> tuple[Tensor, dict[str, float]]:
-    """``(loss, metrics)`` as the contract has it: a scalar with a graph, and a dict of numbers; values may be nan."""
+    """Return the result of a loss if it is ``(loss, metrics)`` as the contract has it. Values may be nan.
+
+    Raises:
+        LossInputError: if it is not a scalar tensor with a graph, and a dict of numbers.
+    """
     expected = "loss_fn to return (0-dim tensor, dict)"
     if not isinstance(result, tuple) or len(result) != 2:
         got = f"a tuple of {len(result)}" if isinstance(result, tuple) else type(result).__name__
@@ -68,45 +81,88 @@ def check_result(result: Any) -> tuple[Tensor, dict[str, float]]:
     return loss, metrics
 
 
+@contextmanager
+def without_warnings() -> Iterator[None]:
+    """Suppress the warnings of a loss about inputs that an inspection made up."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", LossWarning)
+        yield
+
+
+# The loss
+
+
 def loss_of(loss_fn: Any) -> Loss | None:
-    """The ``Loss`` inside, if it is one of this library's."""
+    """The ``Loss`` inside, or None for a function of the user's."""
     return loss_fn.loss if isinstance(loss_fn, BoundLoss) else loss_fn if isinstance(loss_fn, Loss) else None
 
 
-def bound_of(loss_fn: Any) -> Mapping[str, Any]:
-    return loss_fn.columns if isinstance(loss_fn, BoundLoss) else {}
-
-
-def reads_of(loss_fn: Any) -> list[str]:
-    """The columns that a loss may read besides weights: any of ``COLUMNS`` where it does not say."""
+def loss_name(loss_fn: Any) -> str:
     loss = loss_of(loss_fn)
-    return [name for name in COLUMNS[1:] if loss is None or name in loss.reads]
+    return getattr(loss_fn, "__name__", repr(loss_fn)) if loss is None else repr(loss)
 
 
-def rows_of(loss_fn: Any) -> str:
+def row_kind(loss_fn: Any) -> Rows:
     loss = loss_of(loss_fn)
     return TOKENS if loss is None else loss.rows
 
 
-def name_of(loss_fn: Any) -> str:
-    return show(loss_of(loss_fn) or loss_fn)
+def bound_columns(loss_fn: Any) -> Mapping[str, Any]:
+    return loss_fn.columns if isinstance(loss_fn, BoundLoss) else {}
 
 
-def columns_of(loss_fn: Any, data: Sequence[Any], shapes: Shapes) -> dict[str, Tensor]:
-    """The columns that the binding or the datums hold, end to end in float64; weights are 1 where there are none."""
-    bound, like = bound_of(loss_fn), torch.empty(0, dtype=torch.float64)
-    lengths = torch.tensor([prod(shape) for shape in shapes])
-    found = {name: column_or_none(name, data, bound, TOKENS) for name in COLUMNS}
-    if found["weights"] is None:
-        found["weights"] = column_or_none(ALIASES["weights"], data, {}, TOKENS)
-    flat = {name: flatten_column(name, x, shapes, lengths, like) for name, x in found.items() if x is not None}
-    return {"weights": torch.ones(int(lengths.sum()), dtype=torch.float64)} | flat
+def readable_columns(loss_fn: Any) -> list[str]:
+    """The columns besides weights that a loss may read. A function of the user's may read any."""
+    loss = loss_of(loss_fn)
+    return [name for name in COLUMNS[1:] if loss is None or name in loss.reads]
 
 
-def having(loss_fn: Any, data: Sequence[Any], columns: Mapping[str, Tensor], shapes: Shapes) -> tuple[Any, list[Any]]:
-    """The loss and datums with these columns in place of their own, under every name that a datum has them."""
-    rows = {name: split(x, shapes) for name, x in columns.items()}
-    bound = {name: x for name, x in rows.items() if name in bound_of(loss_fn)}
+# The columns of a batch
+
+
+def visible_columns(loss_fn: Any, data: Sequence[Any], shapes: Shapes) -> dict[str, Tensor]:
+    """Return the columns that the binding or all datums hold, as ``[N]`` float64, datums end to end.
+
+    Masked slots keep their values. Weights are ones where there are none.
+
+    Raises:
+        LossInputError: if a column does not fit the shapes.
+    """
+    bound, like = bound_columns(loss_fn), torch.empty(0, dtype=torch.float64)
+    rows = TARGETS if len(shapes[0]) == 2 else TOKENS
+    ones = [torch.ones(tuple(shape)) for shape in shapes]
+    names = [name for name in COLUMNS[1:] if is_visible(name, data, bound)]
+    # Weights of one for the other columns: the door then masks no slot, so that every slot keeps its value.
+    unmasked = pack_side_columns(data, shapes, like, names, {**bound, "weights": ones}, rows=rows)
+    given = visible_weights(data, bound)
+    weights = pack_side_columns(
+        data, shapes, like, (), {"weights": ones if given is None else given}, rows=rows
+    ).weights
+    return {"weights": weights, **unmasked.columns}
+
+
+def visible_weights(data: Sequence[Any], bound: Mapping[str, Any]) -> Any:
+    """The weights that are bound, or that all datums hold under one of their names; else None."""
+    if "weights" in bound:
+        return bound["weights"]
+    fields = ([datum.loss_fn_inputs.get(name) for datum in data] for name in ("weights", ALIASES["weights"]))
+    return next((values for values in fields if all(value is not None for value in values)), None)
+
+
+def is_visible(name: str, data: Sequence[Any], bound: Mapping[str, Any]) -> bool:
+    """Whether a column is bound to numbers, or all datums hold it."""
+    if name in bound:
+        return bound[name] is not ON_POLICY
+    fields = DATUM_FIELDS.get(name, (name,))
+    return all(any(datum.loss_fn_inputs.get(field) is not None for field in fields) for datum in data)
+
+
+def with_columns(
+    loss_fn: Any, data: Sequence[Any], columns: Mapping[str, Tensor], shapes: Shapes
+) -> tuple[Any, list[Any]]:
+    """Replace columns in the binding and in the datums, there under every name that a datum has for them."""
+    rows = {name: split_by_datum(x, shapes) for name, x in columns.items()}
+    bound = {name: x for name, x in rows.items() if name in bound_columns(loss_fn)}
 
     def changed(datum: Any, i: int) -> Any:
         names = {key: name for name in rows for key in (name, ALIASES.get(name, name)) if key in datum.loss_fn_inputs}
@@ -115,15 +171,14 @@ def having(loss_fn: Any, data: Sequence[Any], columns: Mapping[str, Tensor], sha
     return (loss_fn.bind(**bound) if bound else loss_fn), [changed(datum, i) for i, datum in enumerate(data)]
 
 
-def split(x: Tensor, shapes: Shapes) -> list[Tensor]:
-    """What lies end to end as the rows of the datums."""
+def split_by_datum(x: Tensor, shapes: Shapes) -> list[Tensor]:
+    """Split ``[N]``, datums end to end, into the rows of the datums."""
     parts = torch.split(x, [prod(shape) for shape in shapes])
     return [part.reshape(tuple(shape)) for part, shape in zip(parts, shapes)]
 
 
-@contextmanager
-def quietly() -> Iterator[None]:
-    """Without a loss's doubts about inputs that are not the caller's."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", LossWarning)
-        yield
+def sum_by_datum(x: Tensor, shapes: Shapes) -> Tensor:
+    """Sum over each datum: ``[N] -> [B]`` float64."""
+    lengths = torch.tensor([prod(shape) for shape in shapes])
+    datums = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+    return torch.zeros(len(lengths), dtype=torch.float64).index_add_(0, datums, x.double())

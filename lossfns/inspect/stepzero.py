@@ -1,4 +1,4 @@
-"""Step zero: what a loss does where policy, old, reference and sampler are one, and what it has to do there."""
+"""Step zero: what a loss does when policy, old, reference and sampler are the same, checked against what it must do."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lossfns.inspect.batch import Numbers, View
-from lossfns.inspect.findings import Found, listed
+from lossfns.inspect.batch import BatchView, Numbers
+from lossfns.inspect.findings import Findings, name_datums
 from lossfns.inspect.gradients import GradReport, grad_report
-from lossfns.inspect.probe import LossFn, gradient_of, having, loss_of, reads_of, split
+from lossfns.inspect.probe import LossFn, gradient_of, loss_of, readable_columns, split_by_datum, with_columns
 from lossfns.tokens import LOGPROB_COLUMNS
 
 TOLERANCE = 1e-4
-"""How far float32 may carry a value."""
+"""The error of a value in float32."""
 
 AT_STEP_ZERO: dict[str, dict[str, tuple[float, ...]]] = {
     "old_logprobs": {
@@ -28,13 +28,17 @@ AT_STEP_ZERO: dict[str, dict[str, tuple[float, ...]]] = {
     "ref_logprobs": dict.fromkeys(("kl_ref", "margin", "reward_margin"), (0.0,)) | {"accuracy": (0.5, 0.0, 1.0)},
     "sampler_logprobs": {"tis_weight": (1.0,), "tis_capped": (0.0,)},
 }
-"""What a metric of such a name may be where all policies are one; it needs its column. (A tie ranks as one likes.)"""
+"""The possible values of metrics at step zero, under the column that they need. A tie may rank either way."""
 
 
 class StepZero(NamedTuple):
-    """The gradients where all policies are one, and which of the columns in sight change anything there.
+    """A loss at step zero.
 
-    ``sure`` says that what the loss wants of each token is in sight: a function may bring advantages of its own.
+    Attributes:
+        report: the gradients.
+        used: the visible columns that change the loss there.
+        idle: the visible columns that do not.
+        sure: whether the signal of each token is visible. A function of the user's may hold advantages of its own.
     """
 
     report: GradReport
@@ -43,66 +47,71 @@ class StepZero(NamedTuple):
     sure: bool
 
 
-def step_zero(loss_fn: LossFn, data: Sequence[Any], view: View, base: Tensor, paired: bool) -> StepZero:
-    """Measure where policy, old, reference and sampler agree; then move one column at a time, by 0.1 to 0.3 nats."""
-    on, logprobs = view.active, split(base, view.shapes)
-    one = {name: torch.where(on, base, x) if name in LOGPROB_COLUMNS else x for name, x in view.columns.items()}
-    same, agreeing = having(loss_fn, data, one, view.shapes)
-    report = grad_report(same, agreeing, logprobs, pairs=paired)
+def step_zero(loss_fn: LossFn, data: Sequence[Any], view: BatchView, base: Tensor, paired: bool) -> StepZero:
+    """Measure the loss with all logprobs equal to ``base`` ``[N]``, then move one column at a time by 0.1 to 0.3."""
+    on, logprobs = view.active, split_by_datum(base, view.shapes)
+    equal = {name: torch.where(on, base, x) if name in LOGPROB_COLUMNS else x for name, x in view.columns.items()}
+    loss_there, data_there = with_columns(loss_fn, data, equal, view.shapes)
+    report = grad_report(loss_there, data_there, logprobs, pairs=paired)
     move = torch.where(on, 0.1 * (1 + torch.arange(len(base)) % 3), 0)
 
-    def changes(name: str) -> bool:
-        loss, gradient, _ = gradient_of(*having(same, agreeing, {name: one[name] - move}, view.shapes), logprobs)
+    def has_effect(name: str) -> bool:
+        moved = with_columns(loss_there, data_there, {name: equal[name] - move}, view.shapes)
+        loss, gradient, _ = gradient_of(*moved, logprobs)
         return loss != report.loss or not torch.equal(gradient, report.gradient)
 
-    moves = {name: changes(name) for name in reads_of(loss_fn) if name in one}
-    used = [name for name in moves if moves[name]]
+    effects = {name: has_effect(name) for name in readable_columns(loss_fn) if name in equal}
+    used = [name for name in effects if effects[name]]
     sure = loss_of(loss_fn) is not None or paired or "advantages" in used
-    return StepZero(report, used, [name for name in moves if not moves[name]], sure)
+    return StepZero(report, used, [name for name in effects if not effects[name]], sure)
 
 
-def judged(zero: StepZero, view: View, divisors: Numbers, found: Found) -> Numbers:
-    """Step zero against what it has to be: finite, silent at masked tokens, known in value, of the right sign."""
+def check_step_zero(zero: StepZero, view: BatchView, divisors: Numbers, findings: Findings) -> Numbers:
+    """Check that step zero is finite, zero at masked tokens, of the known value and of the right sign."""
     report = zero.report
     for name, value in {"loss": report.loss, **{f"metrics[{k!r}]": x for k, x in report.metrics.items()}}.items():
         if not math.isfinite(value):
-            found.add("error", name, f"is {value}. Mask before the maths, not after.")
+            findings.add("error", name, f"is {value}. Mask before the maths, not after.")
     for what, bad in (("not finite", ~report.gradient.isfinite()), ("not 0 at masked tokens", report.kinds["leaking"])):
         if bad.any():
-            found.add("error", "gradient", f"{what}, in {listed(view.any(bad))}.", view.any(bad))
+            datums = view.datums_with(bad)
+            findings.add("error", "gradient", f"{what}, in {name_datums(datums)}.", datums)
     for name in zero.idle:
-        found.add("warning", name, "is there, but changes nothing: the loss does not read it.")
-    judge_signs(zero, view, found)
+        findings.add("warning", name, "is there, but changes nothing: the loss does not read it.")
+    check_signs(zero, view, findings)
     preference = report.pairs and "ref_logprobs" in zero.used
-    expected = judge_preference(report.loss, divisors, found) if preference else {}
-    return {"loss": report.loss, **expected, "Σ|g|": report.l1, **judge_metrics(zero, found)}
+    expected = check_preference_value(report.loss, divisors, findings) if preference else {}
+    return {"loss": report.loss, **expected, "Σ|g|": report.l1, **check_metrics(zero, findings)}
 
 
-def judge_signs(zero: StepZero, view: View, found: Found) -> None:
-    """Descent makes a token more likely where g < 0, so g has the opposite sign of what the token deserves."""
-    g, slope = zero.report.gradient, slopes(zero, view)
-    signal = view.active & (slope != 0)
-    wrong, still = signal & (g * slope > 0), signal & (g == 0)
-    silent, where = view.any(signal) & ~view.any(signal & ~still), view.any(wrong)
+def check_signs(zero: StepZero, view: BatchView, findings: Findings) -> None:
+    """Check that g and the signal of a token have opposite signs: descent makes a token likelier where g < 0."""
+    g, signal = zero.report.gradient, token_signal(zero, view)
+    should_learn = view.active & (signal != 0)
+    wrong, still = should_learn & (g * signal > 0), should_learn & (g == 0)
+    silent = view.datums_with(should_learn) & ~view.datums_with(should_learn & ~still)
+    datums = view.datums_with(wrong)
     error, warning = ("error", "warning") if zero.sure else ("warning", "note")
     unless = "" if zero.sure else " Unless it has advantages of its own."
-    if wrong.any() and torch.equal(wrong, signal):
-        found.add(error, "gradient", f"pushes every token the wrong way: is the loss maximised?{unless}", where)
+    if wrong.any() and torch.equal(wrong, should_learn):
+        message = f"pushes every token the wrong way: is the loss maximised?{unless}"
+        findings.add(error, "gradient", message, datums)
     elif wrong.any():
-        odd = not zero.sure and torch.equal(where, torch.arange(len(where)) % 2 == 1)
+        odd = not zero.sure and torch.equal(datums, torch.arange(len(datums)) % 2 == 1)
         why = " Are these pairs? Say pairs=True." if odd else unless
-        message = f"pushes {int(wrong.sum())} tokens the wrong way, in {listed(where)}.{why}"
-        found.add(warning, "gradient", message, where)
+        message = f"pushes {int(wrong.sum())} tokens the wrong way, in {name_datums(datums)}.{why}"
+        findings.add(warning, "gradient", message, datums)
     if silent.any():
         why = f"Left out of the loss, or clipped at ratio 1?{unless}"
-        found.add(error, "gradient", f"0 at every token of {listed(silent)}, which should learn. {why}", silent)
+        message = f"0 at every token of {name_datums(silent)}, which should learn. {why}"
+        findings.add(error, "gradient", message, silent)
     elif still.any():
-        why = f"Are the clip bounds epsilons?{unless}"
-        found.add(warning, "gradient", f"0 at {int(still.sum())} tokens that should learn. {why}", view.any(still))
+        message = f"0 at {int(still.sum())} tokens that should learn. Are the clip bounds epsilons?{unless}"
+        findings.add(warning, "gradient", message, view.datums_with(still))
 
 
-def slopes(zero: StepZero, view: View) -> Tensor:
-    """How much likelier a token ought to become, up to a factor: w·A, ±w of the sides of a pair, or w."""
+def token_signal(zero: StepZero, view: BatchView) -> Tensor:
+    """How much likelier each token should become, up to a factor: w·A, ±w on the sides of a pair, or w."""
     w = view.columns["weights"]
     if zero.report.pairs:
         sides = torch.tensor([1.0, -1.0]).repeat(len(view.targets) // 2)
@@ -110,25 +119,25 @@ def slopes(zero: StepZero, view: View) -> Tensor:
     return w * view.columns["advantages"] if "advantages" in zero.used else w
 
 
-def judge_preference(loss: float, divisors: Numbers, found: Found) -> Numbers:
-    """ln 2 for each pair, as mean, sum, or over a denominator that was bound."""
+def check_preference_value(loss: float, divisors: Numbers, findings: Findings) -> Numbers:
+    """Check that the loss is ln 2 for each pair: their mean, their sum, or over a bound denominator."""
     pairs = divisors["pairs"]
     possible = [math.log(2) * x for x in (1, pairs, pairs / divisors.get("bound", pairs))]
     expected = min(possible, key=lambda x: abs(x - loss))
     if abs(expected - loss) > TOLERANCE * expected:
         message = f"{loss:.4g} where policy and reference are one; DPO has ln 2 a pair (IPO and hinge have not)."
-        found.add("warning", "loss", message)
+        findings.add("warning", "loss", message)
     return {"expected": expected}
 
 
-def judge_metrics(zero: StepZero, found: Found) -> Numbers:
-    """The metrics whose value at step zero is known."""
-    known = {name: value for column in zero.used for name, value in AT_STEP_ZERO.get(column, {}).items()}
-    named = {key: key.rpartition("/")[2].partition(":")[0] for key in zero.report.metrics}
-    values = {key: zero.report.metrics[key] for key, name in named.items() if name in known}
-    for key, value in values.items():
-        expected = known[named[key]]
-        if min(abs(value - x) for x in expected) > TOLERANCE:
-            message = f"{value:.4g} where all policies are one: expected {expected[0]:g}."
-            found.add("warning", f"metrics[{key!r}]", message)
-    return dict(values)
+def check_metrics(zero: StepZero, findings: Findings) -> Numbers:
+    """Return the metrics whose value at step zero is known, and record those that have another one."""
+    expected = {name: values for column in zero.used for name, values in AT_STEP_ZERO.get(column, {}).items()}
+    names = {key: key.rpartition("/")[2].partition(":")[0] for key in zero.report.metrics}
+    found = {key: zero.report.metrics[key] for key, name in names.items() if name in expected}
+    for key, value in found.items():
+        possible = expected[names[key]]
+        if min(abs(value - x) for x in possible) > TOLERANCE:
+            message = f"{value:.4g} where all policies are one: expected {possible[0]:g}."
+            findings.add("warning", f"metrics[{key!r}]", message)
+    return dict(found)

@@ -8,8 +8,8 @@
 ``check`` draws batches with hypothesis: ``pip install 'lossfns[testing]'``. The rest needs the core alone.
 """
 
-from lossfns.inspect.gradients import grad_report as grad_report
-from lossfns.inspect.preflight import preflight as preflight
+from lossfns.inspect import grad_report as grad_report
+from lossfns.inspect import preflight as preflight
 from lossfns.testing.batch import Batch as Batch
 from lossfns.testing.check import Report as Report
 from lossfns.testing.check import check as check

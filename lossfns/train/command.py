@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 
-import lossfns
 from lossfns.backend import LocalTrainingClient
 from lossfns.backend.engine.ranks import start as start_ranks
 from lossfns.backend.storage import checkpoint
@@ -38,6 +37,7 @@ from lossfns.train.run import (
     load_config,
     write_json,
 )
+from lossfns.version import __version__
 
 
 def add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -187,7 +187,7 @@ def config_of(options: Options, client: LocalTrainingClient) -> dict[str, Any]:
         "loss": repr(recipes.METHODS[options.method].loss()),
         "model": asdict(client.get_info()),
         "shape": client.model.shape,
-        "versions": {"lossfns": lossfns.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        "versions": {"lossfns": __version__, "torch": torch.__version__, "python": platform.python_version()},
     }
 
 

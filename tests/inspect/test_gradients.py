@@ -15,8 +15,9 @@ from batches import sdks
 
 import lossfns
 from lossfns import ON_POLICY, LossInputError, dpo, grpo, multi_target_cross_entropy, ppo, with_tis
-from lossfns.inspect.gradients import GradReport, grad_report
-from lossfns.inspect.pictures import MASKED, cells, heat_strip
+from lossfns.inspect import GradReport, grad_report
+from lossfns.inspect.pictures import MASKED, Cells, Strip, cells
+from lossfns.inspect.probe import split_by_datum
 from lossfns.testing.batch import Batch
 
 E = math.exp(0.5)
@@ -62,6 +63,12 @@ def plain_dpo(data: list[Any], logprobs: list[torch.Tensor]) -> tuple[torch.Tens
 
 def report(loss_fn: Any, batch: Batch, **options: Any) -> GradReport:
     return grad_report(loss_fn, batch.data(), batch.tensors(), **options)
+
+
+def cells_of(r: GradReport) -> Cells:
+    """The cells of the picture of a report."""
+    clipped = None if r.clipped is None else split_by_datum(r.clipped, r.shapes)
+    return cells(Strip(r.gradients, split_by_datum(r.active, r.shapes), clipped))
 
 
 @pytest.mark.parametrize("loss_fn", [ppo(), plain_ppo], ids=["ours", "plain"])
@@ -157,7 +164,7 @@ def test_many_targets() -> None:
         {"datum": 0, "position": 1, "target": 1, "gradient": -1 / 2},
         {"datum": 0, "position": 0, "target": 0, "gradient": -3 / 8},
     ]
-    assert cells(r).gradient.tolist() == [[-1 / 2, -1 / 2]]  # K targets summed
+    assert cells_of(r).gradient.tolist() == [[-1 / 2, -1 / 2]]  # K targets summed
 
 
 def test_capped_tokens() -> None:
@@ -232,7 +239,9 @@ def test_a_loss_that_breaks_the_contract(result: Callable[[Any], Any], message: 
 def test_inputs_that_do_not_fit() -> None:
     with pytest.raises(LossInputError, match="2 datums but 1 logprobs tensors"):
         grad_report(ppo(), CLIPPED.data(), CLIPPED.tensors()[:1])
-    with pytest.raises(LossInputError, match=r"datum\[0\].weights: expected 2 values"):
+    with pytest.raises(
+        LossInputError, match=r"datum\[0\].logprobs: expected 3 rows \(the length of target_tokens\), got 2"
+    ):
         grad_report(plain_ppo, CLIPPED.data(), [torch.zeros(2), torch.zeros(2)])
     with pytest.raises(LossInputError, match="odd number"):
         report(plain_ppo, CLIPPED.take([0]), pairs=True)
@@ -244,7 +253,7 @@ def test_inputs_that_do_not_fit() -> None:
 
 
 def test_cells_of_a_known_case() -> None:
-    shown = cells(report(ppo(), CLIPPED))
+    shown = cells_of(report(ppo(), CLIPPED))
     assert shown.gradient.tolist() == [[-0.25, 0.0, 0.0], [pytest.approx(E / 2), 0.0, None]]  # None: past the end
     assert shown.masked.tolist() == [[False, False, True], [False, False, False]]
     assert shown.clipped.tolist() == [[False, True, False], [False, True, False]]
@@ -252,7 +261,7 @@ def test_cells_of_a_known_case() -> None:
 
 def test_colours_of_a_known_case() -> None:
     """The scale is ±√e/2, so that token is at its red end; −1/4 is blue, 0 in the middle, and masked is grey."""
-    axes = heat_strip(report(ppo(), CLIPPED)).axes[0]
+    axes = report(ppo(), CLIPPED).figure().axes[0]
     gradients, masked, _ = axes.images
     assert gradients.get_clim() == pytest.approx((-E / 2, E / 2))
     image = gradients.to_rgba(gradients.get_array())
@@ -271,16 +280,16 @@ def test_long_and_many_rows_are_binned_and_cut_with_a_note() -> None:
     rows = 100
     batch = Batch([[-1.0] * 600] * rows, [[1.0] * 600] * rows)
     r = report(lambda data, lps: (torch.stack(lps).sum() - 9 * lps[2][301], {}), batch)
-    shown = cells(r)
+    shown = cells_of(r)
     assert shown.gradient.shape == (64, 200) and shown.tokens_each == 3
     assert shown.gradient[2, 100] == -8 and shown.gradient[2, 99] == 1
-    [note] = heat_strip(r).texts
+    [note] = r.figure().texts
     assert "first 64 of 100 sequences" in note.get_text() and "A cell is 3 tokens" in note.get_text()
 
 
 def test_one_outlier_does_not_pale_the_rest() -> None:
     batch = Batch([[-1.0] * 200], [[1.0] * 200])
-    figure = heat_strip(report(lambda data, lps: (lps[0].sum() + 99 * lps[0][7], {}), batch))
+    figure = report(lambda data, lps: (lps[0].sum() + 99 * lps[0][7], {}), batch).figure()
     assert figure.axes[0].images[0].get_clim()[1] == pytest.approx(1.0)
     assert "the largest |g| is 100" in figure.texts[0].get_text()
 

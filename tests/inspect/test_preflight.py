@@ -28,7 +28,7 @@ from lossfns import (
     sequence_mean,
     with_tis,
 )
-from lossfns.inspect.preflight import Preflight, preflight
+from lossfns.inspect import Preflight, preflight
 from lossfns.testing.batch import Batch
 
 EOS = 2
