@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,6 @@ from lossfns.backend.client.requests import (
 )
 from lossfns.backend.client.sampling import LocalSamplingClient
 from lossfns.backend.engine.differentiate import LossFn
-from lossfns.backend.engine.passes import Forward
 from lossfns.backend.engine.pooling import POOLS
 from lossfns.backend.engine.state import check_description, description, load_weights, stepped, weights
 from lossfns.backend.futures import APIFuture, async_of, async_submit, log
@@ -263,30 +261,30 @@ class LocalTrainingClient(LocalReferenceClient):
         self._profile.check_at_call(data)
         if output == "logprobs":
             check_custom_targets(data)
-        forward = self._logprobs if output == "logprobs" else partial(self._embeddings, pooling=pooling)
         # The loss gets the datums themselves, as from the services. The list is a copy: the caller may change it.
         own = list(data) if isinstance(data, list) else data
-        return self._worker.submit_gradient(self._custom, copy_data(data), own, loss_fn, forward)
+        request = self._forward_backward_custom
+        return self._worker.submit_gradient(request, copy_data(data), own, loss_fn, output, pooling)
 
     # Run by the worker
 
     def _forward_backward(self, data: Any, loss_fn: Any, config: Any) -> ForwardBackwardOutput:
         with self._engine.gradients.all_or_nothing():  # the response included
-            value = self._engine.forward_backward(data, loss_fn, config)
-            return response(value, self._profile.builtin_metrics(loss_fn, value) | with_reductions(request_cost(value)))
+            result = self._engine.forward_backward(data, loss_fn, config)
+            metrics = self._profile.builtin_metrics(loss_fn, result) | with_reductions(request_cost(result))
+            return response(result, metrics)
 
-    def _custom(self, fields: Any, data: Any, loss_fn: Any, forward: Callable[[Any], Forward]) -> ForwardBackwardOutput:
+    def _forward_backward_custom(
+        self, fields: Any, data: Any, loss_fn: Any, output: str, pooling: str
+    ) -> ForwardBackwardOutput:
+        if output == "embedding":
+            forward = self._engine.embeddings(fields, POOLS[pooling])
+        else:
+            forward = self._engine.logprobs(fields)
+            self._profile.check_custom_data(fields)
         with self._engine.gradients.all_or_nothing():
-            value = self._engine.backward(loss_fn, data, forward(fields))
-            return response(value, request_cost(value) | self._profile.custom_metrics(value))
-
-    def _logprobs(self, data: Any) -> Forward:
-        forward = self._engine.logprobs(data)
-        self._profile.check_custom_data(data)
-        return forward
-
-    def _embeddings(self, data: Any, pooling: str) -> Forward:
-        return self._engine.embeddings(data, POOLS[pooling])
+            result = self._engine.backward(loss_fn, data, forward)
+            return response(result, request_cost(result) | self._profile.custom_metrics(result))
 
     def _save_state(self, path: str | Path, overwrite: bool, metadata: dict[str, str]) -> SaveResponse:
         if any(p.grad is not None for p in self.model.parameters()):
