@@ -104,7 +104,7 @@ class Objective(NamedTuple):
 
 def objective_of(loss_fn: LossFn | Loss | BoundLoss, agreeing: Callable[[LossFn], LossFn]) -> Objective:
     """Return the objective that a loss is; ``agreeing`` makes a callable fail on all ranks if it fails on one."""
-    bound = loss_fn.bind() if isinstance(loss_fn, Loss) else loss_fn
+    bound = BoundLoss(loss_fn) if isinstance(loss_fn, Loss) else loss_fn
     if isinstance(bound, BoundLoss):
         loss = bound.loss
         return Objective(partial(bind_loss, bound), bound, loss.rows.datums, None if loss.count is None else loss)
