@@ -23,7 +23,7 @@ from lossfns.backend.client.requests import (
 )
 from lossfns.backend.client.sampling import LocalSamplingClient
 from lossfns.backend.engine.differentiate import LossFn
-from lossfns.backend.engine.passes import Forward
+from lossfns.backend.engine.forward import Forward
 from lossfns.backend.engine.pooling import POOLS
 from lossfns.backend.engine.state import check_description, description, load_weights, stepped, weights
 from lossfns.backend.futures import APIFuture, async_of, async_submit, log

@@ -55,7 +55,7 @@ class Gradients:
         self.compensation: dict[nn.Parameter, Tensor] = {}
         self.set_aside: dict[nn.Parameter, Tensor] = {}
 
-    def count(self, objective: Objective, result: Differentiated) -> None:
+    def record(self, objective: Objective, result: Differentiated) -> None:
         """Record a loss whose gradient has been added. The counts stay on the device until a step reads them."""
         has_gradient = (result.gradient.reshape(len(result.gradient), -1) != 0).any(1).float()
         lengths = torch.tensor(result.outputs.lengths, device=has_gradient.device)
