@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lossfns.backend.engine.batch import ModelInputs
+from lossfns.backend.engine.forward import compute_logprobs
+from lossfns.backend.engine.gradients import dropped_gradients
 from lossfns.backend.engine.memory import PROBE_TOKENS, Footprint, available_bytes, footprint
 from lossfns.backend.engine.ranks import Ranks, SingleProcess, local_shards
 from lossfns.checks import is_real
+from lossfns.datum import TensorData
 from lossfns.errors import LossInputError
 
 MARGIN = 0.7
@@ -27,32 +32,28 @@ FOOTPRINTS: dict[Any, Footprint] = {}
 """Footprints of models that say what they are: one measurement serves every model of a kind."""
 
 
-SpareBytes = Callable[[int], float]
-"""``spare_bytes(tokens)``: the bytes for logits that a micro-batch of so many tokens may keep until its backward."""
-
-
 class Costs(NamedTuple):
     """Bytes that a request takes beyond the weights and the accumulated gradient.
 
     Attributes:
-        per_call: bytes for any number of micro-batches: the request's gradients, and what the loss makes of the
+        per_call_bytes: bytes for any number of micro-batches: the request's gradients, and what the loss makes of the
             outputs.
         footprint: bytes for the tokens of a micro-batch.
-        compensation: bytes for adding the gradients to the accumulated one, after the last micro-batch.
+        compensation_bytes: bytes for adding the gradients to the accumulated one, after the last micro-batch.
     """
 
-    per_call: int
+    per_call_bytes: int
     footprint: Footprint
-    compensation: int
+    compensation_bytes: int
 
-    def of_step(self, tokens: int) -> int:
+    def step_bytes(self, tokens: int) -> int:
         """Return the bytes for a micro-batch of so many tokens."""
-        return self.per_call + max(self.footprint.of(tokens), self.compensation)
+        return self.per_call_bytes + max(self.footprint.of(tokens), self.compensation_bytes)
 
-    def tokens(self, budget: float) -> float:
+    def max_tokens(self, budget: float) -> float:
         """Return how many tokens a micro-batch may have."""
-        left = budget - self.per_call
-        return self.footprint.tokens(left) if left >= self.compensation else 0
+        left = budget - self.per_call_bytes
+        return self.footprint.tokens(left) if left >= self.compensation_bytes else 0
 
 
 class Plan(NamedTuple):
@@ -74,7 +75,7 @@ class Plan(NamedTuple):
         """Return the bytes that a micro-batch of so many tokens leaves; 0 where there is no backward pass."""
         if not torch.is_grad_enabled():
             return 0.0
-        return max(0.0, self.budget - self.costs.per_call - self.costs.footprint.of(tokens))
+        return max(0.0, self.budget - self.costs.per_call_bytes - self.costs.footprint.of(tokens))
 
 
 class Budget:
@@ -83,8 +84,6 @@ class Budget:
     Args:
         model, head, ranks: the model, its head [V, D], and the processes that share it.
         limit: bytes beyond the weights and the accumulated gradient; None takes most of what is free.
-        probe_step: ``probe_step(length, targets)`` runs a step over ``PROBE_TOKENS`` tokens in sequences of a length,
-            with so many targets for each token.
     """
 
     def __init__(
@@ -93,32 +92,31 @@ class Budget:
         head: Tensor,
         ranks: SingleProcess | Ranks,
         limit: float | None,
-        probe_step: Callable[[int, int], None],
     ) -> None:
-        self.model, self.ranks, self.limit, self.probe_step = model, ranks, limit, probe_step
+        self.model, self.ranks, self.limit = model, ranks, limit
         (self.vocabulary, self.dim), self.bytes_per_hidden = head.shape, head[0].nbytes
         self.footprints = FOOTPRINTS if getattr(model, "shape", None) else {}
 
-    def plan(self, inputs: ModelInputs, group: int = 1, compensation: int = 0) -> Plan:
+    def plan(self, inputs: ModelInputs, group: int = 1, compensation_bytes: int = 0) -> Plan:
         """Decide how to compute a request.
 
         Args:
             inputs: the inputs of all datums.
             group: how many consecutive datums to keep in one micro-batch, where every such group fits.
-            compensation: bytes for adding the request's gradient to the accumulated one.
+            compensation_bytes: bytes for adding the request's gradient to the accumulated one.
 
         Raises:
             LossInputError: if a datum by itself does not fit the budget that was given.
         """
-        budget, costs = self.planned_bytes(), self.costs(inputs, compensation)
-        most = self.ranks.min(costs.tokens(budget))
+        budget, costs = self.planned_bytes(), self.costs(inputs, compensation_bytes)
+        most = self.ranks.min(costs.max_tokens(budget))
         if self.limit is not None:
             for i, length in enumerate(inputs.lengths):
                 if length > most:
-                    raise budget_too_small(self.limit, costs.of_step(length) / self.margin, i)
+                    raise budget_too_small(self.limit, costs.step_bytes(length) / self.margin, i)
         micro_batches = self.ranks.one_per_rank(into_micro_batches(inputs.lengths, most, group))
         tokens = max([self.ranks.max_tokens(inputs.lengths[part]) for part in micro_batches])
-        needed, kept_logits = costs.of_step(tokens), self.bytes_per_hidden * (self.vocabulary + tokens)
+        needed, kept_logits = costs.step_bytes(tokens), self.bytes_per_hidden * (self.vocabulary + tokens)
         return Plan(budget, costs, micro_batches, max(needed, int(min(budget, needed + kept_logits))))
 
     def planned_bytes(self) -> float:
@@ -130,12 +128,12 @@ class Budget:
     def margin(self) -> float:
         return CHECKPOINTING_MARGIN if getattr(self.model, "checkpointing", False) else MARGIN
 
-    def costs(self, inputs: ModelInputs, compensation: int = 0) -> Costs:
+    def costs(self, inputs: ModelInputs, compensation_bytes: int = 0) -> Costs:
         """Return the bytes that a request over these inputs takes."""
         trainable = [p for p in self.model.parameters() if p.requires_grad and torch.is_grad_enabled()]
         gradients = sum([p.numel() * max(p.itemsize, 4) for p in local_shards(trainable)])  # summed in float32
         values = sum(inputs.output_lengths) * (inputs.targets_per_token if inputs.targets else self.dim)
-        return Costs(gradients + LOSS_BYTES_PER_VALUE * values, self.footprint(inputs), compensation)
+        return Costs(gradients + LOSS_BYTES_PER_VALUE * values, self.footprint(inputs), compensation_bytes)
 
     def footprint(self, inputs: ModelInputs) -> Footprint:
         """Return the footprint of tokens in sequences and with targets like these; it is measured at the first need."""
@@ -144,11 +142,26 @@ class Budget:
         parameters = list(self.model.parameters())
         kind = (type(self.model), repr(getattr(self.model, "shape", None)), getattr(self.model, "checkpointing", False))
         each = [(p.shape, p.dtype, p.requires_grad) for p in parameters]
-        step = (length, inputs.targets_per_token)
-        key = (*step, torch.is_grad_enabled(), parameters[0].device, self.ranks.size, *kind, *each)
+        tokens = (length, inputs.targets_per_token)
+        key = (*tokens, torch.is_grad_enabled(), parameters[0].device, self.ranks.size, *kind, *each)
         if key not in self.footprints:
-            self.footprints[key] = footprint(lambda: self.probe_step(*step), parameters)
+            self.footprints[key] = footprint(partial(self.probe_step, *tokens), parameters)
         return self.footprints[key]
+
+    def probe_step(self, length: int, targets: int) -> None:
+        """Run a step over ``PROBE_TOKENS`` tokens, and drop its gradients as they come.
+
+        The tokens are in sequences of ``length`` tokens, with so many targets each.
+        """
+        draw = partial(np.random.default_rng(0).integers, self.vocabulary)  # prefixes in common are unlikely
+        ends = range(length, PROBE_TOKENS, length)
+        tokens, drawn = (np.split(draw(size=size), ends) for size in (PROBE_TOKENS, (PROBE_TOKENS, targets)))
+        compute = partial(compute_logprobs, self.model, ModelInputs(tokens, drawn, TensorData), lambda tokens: 0.0)
+        device = next(self.model.parameters()).device
+        with dropped_gradients(self.model), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            logprobs = self.ranks.with_full_weights(compute)
+            if logprobs.requires_grad:
+                torch.autograd.backward(logprobs.sum())
 
 
 def into_micro_batches(lengths: Sequence[int], most: float, group: int) -> list[slice]:

@@ -85,15 +85,15 @@ class Differentiated(NamedTuple):
 
 
 class Objective(NamedTuple):
-    """A loss as the engine needs to know it: the answers for a loss of ours, or for any other callable.
+    """A loss as the engine needs to know it: the answers for a loss of this library, or for any other callable.
 
     Attributes:
         bind: ``bind(data, form)`` checks what the loss reads of the datums, before any forward pass, and returns
             the function that differentiates it on outputs. ``form`` has their shapes, and no rows yet.
-        bound: a loss of ours, which is a sum over datums once its denominator is known; None for any other
+        bound: a loss of this library, which is a sum over datums once its denominator is known; None for any other
             callable, which may couple all datums.
         group: how many consecutive datums one term of the loss couples: 2 for pairs.
-        mean: a loss of ours that divides by a count of its own.
+        mean: a loss of this library that divides by a count of its own.
     """
 
     bind: Callable[[list[Any], Outputs], Callable[[Outputs], Differentiated]]
@@ -104,7 +104,7 @@ class Objective(NamedTuple):
 
 def objective_of(loss_fn: LossFn | Loss | BoundLoss, agreeing: Callable[[LossFn], LossFn]) -> Objective:
     """Return the objective that a loss is; ``agreeing`` makes a callable fail on all ranks if it fails on one."""
-    bound = loss_fn.bind() if isinstance(loss_fn, Loss) else loss_fn
+    bound = BoundLoss(loss_fn) if isinstance(loss_fn, Loss) else loss_fn
     if isinstance(bound, BoundLoss):
         loss = bound.loss
         return Objective(partial(bind_loss, bound), bound, loss.rows.datums, None if loss.count is None else loss)
@@ -115,12 +115,12 @@ def objective_of(loss_fn: LossFn | Loss | BoundLoss, agreeing: Callable[[LossFn]
 
 
 def bind_loss(bound: BoundLoss, data: list[Any], form: Outputs) -> Callable[[Outputs], Differentiated]:
-    """Bind a loss of ours to the batch, before the forward pass: its columns are checked and packed now."""
+    """Bind a loss of this library to the batch, before the forward pass: its columns are checked and packed now."""
     return partial(native, bound, packed_columns(bound, data, form))
 
 
 def packed_columns(bound: BoundLoss, data: list[Any], form: Outputs) -> PackedColumns:
-    """Pack all that a loss of ours reads of the batch but the outputs themselves."""
+    """Pack all that a loss of this library reads of the batch but the outputs themselves."""
     loss = bound.loss
     with blaming(loss):
         return pack_side_columns(
@@ -137,7 +137,7 @@ def bind_callable(loss_fn: LossFn, data: list[Any], form: Outputs) -> Callable[[
 
 
 def native(bound: BoundLoss, columns: PackedColumns, outputs: Outputs) -> Differentiated:
-    """Differentiate a loss of ours: on the device of the outputs, on all of them end to end."""
+    """Differentiate a loss of this library: on the device of the outputs, on all of them end to end."""
     leaf = outputs.values.detach().requires_grad_()
     with blaming(bound.loss):
         result = bound.evaluate_packed(columns.at(leaf.flatten()))
@@ -149,8 +149,8 @@ def native(bound: BoundLoss, columns: PackedColumns, outputs: Outputs) -> Differ
 def foreign(loss_fn: LossFn, data: list[Any], outputs: Outputs) -> Differentiated:
     """Differentiate any other callable. It gets what services give it: tensors on the CPU, one for each datum.
 
-    They are parts of one leaf, so that autograd fills one tensor and not thousands. A loss of ours that is called
-    within takes the leaf itself.
+    They are parts of one leaf, so that autograd fills one tensor and not thousands. A loss of this library that the
+    callable calls takes the leaf itself.
     """
     leaf = outputs.values.detach().cpu().clone().requires_grad_()
     parts = leaf.unbind() if outputs.name == "embedding" else torch.split(leaf, outputs.lengths)

@@ -6,36 +6,23 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
-from inspect import signature
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lossfns.backend.engine import passes, state
-from lossfns.backend.engine.batch import (
-    ModelInputs,
-    PackedInputs,
-    index_or_all,
-    inputs_with_targets,
-    inputs_without_targets,
-    pack_inputs,
-    unshared,
-)
-from lossfns.backend.engine.budget import Budget, SpareBytes
+from lossfns.backend.engine.batch import ModelInputs, inputs_with_targets, inputs_without_targets
+from lossfns.backend.engine.budget import Budget
 from lossfns.backend.engine.builtins import bind_builtin
 from lossfns.backend.engine.differentiate import Differentiated, LossFn, Outputs, objective_of
-from lossfns.backend.engine.gradients import Gradients, dropped_gradients, summed_in_float32
-from lossfns.backend.engine.memory import PROBE_TOKENS
+from lossfns.backend.engine.forward import Forward, compute_embeddings, compute_logprobs
+from lossfns.backend.engine.gradients import Gradients, summed_in_float32
 from lossfns.backend.engine.optimizer import adam_settings, clip_factor, gradient_divisor, gradient_norm, take_step
-from lossfns.backend.engine.passes import Forward
 from lossfns.backend.engine.pooling import Pool
 from lossfns.backend.engine.ranks import Ranks, SingleProcess
-from lossfns.backend.model.prefixes import share_prefixes
 from lossfns.backend.types import OptimStepResponse
 from lossfns.errors import LossInputError
-from lossfns.logprobs.linear import model_logprobs
 from lossfns.loss import BoundLoss, Loss
 from lossfns.tokens import FlatLogprobs
 
@@ -53,9 +40,8 @@ class Engine:
         self.model, self.ranks = model, ranks
         with torch.no_grad():
             head: Tensor = model.head  # type: ignore[assignment]
-        self.budget = Budget(model, head, ranks, memory_budget, self.probe_step)
+        self.budget = Budget(model, head, ranks, memory_budget)
         self.output_dtype = torch.promote_types(head.dtype, torch.float32)
-        self.continues_segments = "parents" in signature(model.forward).parameters
         ranks.shard(model)
         self.gradients = Gradients(model)
         self.reset_optimizer()
@@ -71,13 +57,13 @@ class Engine:
     def logprobs(self, data: Sequence[Any]) -> Forward:
         """Return the forward pass to logprobs of the targets: in their shape, in float32 at least."""
         inputs = self.check_context(inputs_with_targets(data, self.budget.vocabulary))
-        compute = partial(self.ranks.run, self.compute_logprobs)
+        compute = partial(self.ranks.run, partial(compute_logprobs, self.model))
         return Forward("logprobs", inputs, compute, self.empty_output(*inputs.targets[0].shape[1:]))
 
     def embeddings(self, data: Sequence[Any], pool: Pool) -> Forward:
         """Return the forward pass to hidden states after the final norm, pooled over each datum's tokens: [B, D]."""
         inputs = self.check_context(inputs_without_targets(data, self.budget.vocabulary))
-        compute = partial(self.ranks.run, partial(self.compute_embeddings, pool))
+        compute = partial(self.ranks.run, partial(compute_embeddings, self.model, pool))
         return Forward("embedding", inputs, compute, self.empty_output(self.budget.dim))
 
     def empty_output(self, *shape: int) -> Tensor:
@@ -92,29 +78,6 @@ class Engine:
                 expected = f"sequences of at most {context} tokens, the context of the model"
                 raise LossInputError("model_input", expected, f"{length}", "Cut it.", datum=i)
         return inputs
-
-    def compute_logprobs(self, inputs: ModelInputs, spare_bytes: SpareBytes) -> Tensor:
-        """Return logprobs; ``spare_bytes(tokens)`` bytes of logits may be kept for the backward pass."""
-        packed, hidden = self.hidden_states(inputs)
-        assert packed.targets is not None
-        rows = index_or_all(hidden, packed.hidden_rows)
-        logprobs = model_logprobs(self.model, rows, packed.targets, spare_bytes(len(hidden)))
-        return index_or_all(logprobs, packed.inverse)
-
-    def compute_embeddings(self, pool: Pool, inputs: ModelInputs, spare_bytes: SpareBytes) -> Tensor:
-        """Return embeddings. They keep no logits."""
-        packed, hidden = self.hidden_states(inputs)
-        hidden = index_or_all(hidden, packed.hidden_rows)
-        return pool(hidden.to(torch.promote_types(hidden.dtype, torch.float32)), inputs.lengths)
-
-    def hidden_states(self, inputs: ModelInputs) -> tuple[PackedInputs, Tensor]:
-        """Return hidden states after the final norm. Prefixes in common are computed once, if the model can do so."""
-        device = next(self.model.parameters()).device
-        if not self.continues_segments:
-            packed = pack_inputs(inputs, unshared, device)
-            return packed, self.model(packed.tokens, packed.lengths)
-        packed = pack_inputs(inputs, share_prefixes, device)
-        return packed, self.model(packed.tokens, packed.lengths, packed.parents)
 
     def outputs(self, forward: Forward) -> Outputs:
         """Run a forward pass without gradient."""
@@ -148,23 +111,8 @@ class Engine:
             plan = self.budget.plan(forward.inputs, objective.group, self.gradients.compensation_bytes)
             with summed_in_float32(self.model) if len(plan.micro_batches) > 1 else nullcontext():
                 result = passes.forward_backward(objective, data, forward, plan)
-            self.gradients.count(objective, result)
+            self.gradients.record(objective, result)
         return result._replace(micro_batches=len(plan.micro_batches), peak_memory=plan.peak_memory)
-
-    def probe_step(self, length: int, targets: int) -> None:
-        """Run a step over ``PROBE_TOKENS`` tokens, to measure it, and drop its gradients as they come.
-
-        The tokens are in sequences of ``length``, with so many targets each.
-        """
-        draw = partial(np.random.default_rng(0).integers, self.budget.vocabulary)  # prefixes in common are unlikely
-        ends = range(length, PROBE_TOKENS, length)
-        tokens, drawn = (np.split(draw(size=size), ends) for size in (PROBE_TOKENS, (PROBE_TOKENS, targets)))
-        compute = partial(self.compute_logprobs, ModelInputs(tokens, drawn, None), lambda tokens: 0.0)
-        device = next(self.model.parameters()).device
-        with dropped_gradients(self.model), torch.random.fork_rng([device] if device.type == "cuda" else []):
-            logprobs = self.ranks.with_full_weights(compute)
-            if logprobs.requires_grad:
-                torch.autograd.backward(logprobs.sum())
 
     # Step
 

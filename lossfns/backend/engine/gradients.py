@@ -34,17 +34,6 @@ class Accumulated(NamedTuple):
     mean: Loss | None = None
     pooled: bool = False
 
-    def add(self, objective: Objective, result: Differentiated) -> Accumulated:
-        """Return the record with one more loss. The counts stay on the device until a step reads them."""
-        rows = (result.gradient.reshape(len(result.gradient), -1) != 0).any(1).float()
-        lengths = torch.tensor(result.outputs.lengths, device=rows.device)
-        return Accumulated(
-            self.positions + rows.count_nonzero(),
-            self.sequences + torch.segment_reduce(rows, "max", lengths=lengths, unsafe=True).count_nonzero(),
-            self.mean or objective.mean,
-            self.pooled or result.outputs.name == "embedding",
-        )
-
 
 class Gradients:
     """The accumulated gradient of a model, in the parameters' ``grad``.
@@ -66,9 +55,18 @@ class Gradients:
         self.compensation: dict[nn.Parameter, Tensor] = {}
         self.set_aside: dict[nn.Parameter, Tensor] = {}
 
-    def count(self, objective: Objective, result: Differentiated) -> None:
-        """Note a loss whose gradient has been added."""
-        self.accumulated = self.accumulated.add(objective, result)
+    def record(self, objective: Objective, result: Differentiated) -> None:
+        """Record a loss whose gradient has been added. The counts stay on the device until a step reads them."""
+        has_gradient = (result.gradient.reshape(len(result.gradient), -1) != 0).any(1).float()
+        lengths = torch.tensor(result.outputs.lengths, device=has_gradient.device)
+        by_datum = torch.segment_reduce(has_gradient, "max", lengths=lengths, unsafe=True)
+        before = self.accumulated
+        self.accumulated = Accumulated(
+            before.positions + has_gradient.count_nonzero(),
+            before.sequences + by_datum.count_nonzero(),
+            before.mean or objective.mean,
+            before.pooled or result.outputs.name == "embedding",
+        )
 
     @contextmanager
     def all_or_nothing(self) -> Iterator[None]:

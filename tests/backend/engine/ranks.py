@@ -111,7 +111,7 @@ def micro_batches(mesh: Any) -> Result:
 
 def within_budget(mesh: Any) -> LocalTrainingClient:
     engine = client(None)._engine
-    return client(mesh, budget=engine.budget.costs(engine.logprobs(many()).inputs).of_step(24))
+    return client(mesh, budget=engine.budget.costs(engine.logprobs(many()).inputs).step_bytes(24))
 
 
 def many() -> list[Any]:

@@ -268,7 +268,7 @@ def test_the_bytes_that_are_asked_for_are_enough_with_checkpointing_and_many_tar
 
 def test_freed_memory_is_handed_back_between_micro_batches_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[torch.device] = []
-    monkeypatch.setattr("lossfns.backend.engine.passes.trim_heap", calls.append)
+    monkeypatch.setattr("lossfns.backend.engine.forward.trim_heap", calls.append)
     client().forward_backward_custom(DATA, lossfns.cross_entropy()).result()
     assert calls == []
     c = client(memory_budget=30_000)

@@ -41,7 +41,7 @@ def budget(make: Make, data: list[Any], tokens: int | None = None) -> int:
     """Bytes for so many tokens of these datums at a time: if it is not said how many, those of the longest."""
     engine = make()._engine
     inputs = engine.logprobs(data).inputs
-    needed = engine.budget.costs(inputs).of_step(tokens or max(inputs.lengths))
+    needed = engine.budget.costs(inputs).step_bytes(tokens or max(inputs.lengths))
     return math.ceil(needed / engine.budget.margin) + 1
 
 
@@ -609,7 +609,7 @@ def test_a_forward_alone_is_cut_to_the_same_outputs(output: str) -> None:
     with torch.no_grad():
         engine = whole._engine
         forward = engine.logprobs(DATA) if output == "logprobs" else engine.embeddings(DATA, last_pool)
-        least = math.ceil(engine.budget.costs(forward.inputs).of_step(11) / MARGIN) + 1
+        least = math.ceil(engine.budget.costs(forward.inputs).step_bytes(11) / MARGIN) + 1
     cut = LocalReferenceClient(Decoder(**SHAPE), device="cpu", memory_budget=least)
     results = [c.forward(DATA, "cross_entropy", config).result() for c in (whole, cut)]
     tokens = counted(cut)

@@ -1,0 +1,82 @@
+"""The forward pass: from the inputs of datums to logprobs of their targets, or to their embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from inspect import signature
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lossfns.backend.engine.batch import ModelInputs, PackedInputs, index_or_all, pack_inputs, unshared
+from lossfns.backend.engine.differentiate import Outputs
+from lossfns.backend.engine.memory import trim_heap
+from lossfns.backend.engine.pooling import Pool
+from lossfns.backend.model.prefixes import share_prefixes
+from lossfns.errors import LossInputError
+from lossfns.logprobs.linear import model_logprobs
+
+SpareBytes = Callable[[int], float]
+"""``spare_bytes(tokens)``: the bytes of logits that a forward pass over so many tokens may keep for its backward."""
+
+
+class Forward(NamedTuple):
+    """The forward pass of a request.
+
+    Attributes:
+        name: the name of its outputs, ``"logprobs"`` or ``"embedding"``.
+        inputs: the inputs of all datums.
+        compute: ``compute(inputs, spare_bytes)`` returns the outputs of some of the datums, with their graph.
+        empty_output: outputs of no datum, in the shape and dtype and on the device of those that are to come.
+    """
+
+    name: str
+    inputs: ModelInputs
+    compute: Callable[[ModelInputs, SpareBytes], Tensor]
+    empty_output: Tensor
+
+    @property
+    def form(self) -> Outputs:
+        """The outputs of all datums as they will be, still without rows."""
+        return self.outputs(self.empty_output)
+
+    def micro_batch(self, part: slice, spare_bytes: SpareBytes) -> Tensor:
+        """Return the outputs of a micro-batch; refuse outputs for a backward pass that no parameter can move."""
+        own = self.inputs.part(part)
+        if len(own.tokens) < len(self.inputs.tokens):
+            trim_heap(self.empty_output.device)  # the micro-batch before it has freed memory
+        values = self.compute(own, spare_bytes)
+        if torch.is_grad_enabled() and not values.requires_grad:
+            got, fix = "a model in which all that computes them is frozen", "Train a part that they depend on."
+            raise LossInputError(self.name, "outputs that parameters can move", got, fix)
+        return values
+
+    def outputs(self, values: Tensor) -> Outputs:
+        """Return the outputs of all datums, given their values."""
+        return Outputs(self.name, values, self.inputs.output_lengths, self.inputs.tensor_class)
+
+
+def compute_logprobs(model: nn.Module, inputs: ModelInputs, spare_bytes: SpareBytes) -> Tensor:
+    """Return the logprobs of the targets: [N] or [N, K], in float32 at least."""
+    packed, hidden = hidden_states(model, inputs)
+    assert packed.targets is not None
+    rows = index_or_all(hidden, packed.hidden_rows)
+    return index_or_all(model_logprobs(model, rows, packed.targets, spare_bytes(len(hidden))), packed.inverse)
+
+
+def compute_embeddings(model: nn.Module, pool: Pool, inputs: ModelInputs, spare_bytes: SpareBytes) -> Tensor:
+    """Return the pooled hidden states of each datum: [B, D], in float32 at least. No logits are computed."""
+    packed, hidden = hidden_states(model, inputs)
+    hidden = index_or_all(hidden, packed.hidden_rows)
+    return pool(hidden.to(torch.promote_types(hidden.dtype, torch.float32)), inputs.lengths)
+
+
+def hidden_states(model: nn.Module, inputs: ModelInputs) -> tuple[PackedInputs, Tensor]:
+    """Return hidden states after the final norm. Prefixes in common are computed once, if the model can do so."""
+    device = next(model.parameters()).device
+    if "parents" not in signature(model.forward).parameters:
+        packed = pack_inputs(inputs, unshared, device)
+        return packed, model(packed.tokens, packed.lengths)
+    packed = pack_inputs(inputs, share_prefixes, device)
+    return packed, model(packed.tokens, packed.lengths, packed.parents)
