@@ -1,4 +1,4 @@
-"""``lossfns vectors``: run the vectors on a program, write them, check them, export them."""
+"""``lossfns vectors``: run the vectors on a program, or export them."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ import argparse
 import json
 import shutil
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from lossfns.errors import LossInputError
-from lossfns.testing.vectors.vector import FOLDER, METHODS
+from lossfns.testing.vectors.vector import FOLDER, LEDGER, METHODS
 
-FILES = (*(f"{loss}.json" for loss in METHODS), "schema.json", "ids.json")
+FILES = (*(f"{loss}.json" for loss in METHODS), "schema.json", LEDGER)
 
 
 def add_vectors(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -22,10 +21,7 @@ def add_vectors(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         help="golden vectors: right answers as JSON, for a loss in any language",
         description="Golden vectors: right answers as JSON, for a loss in any language.",
     )
-    add_actions(p.add_subparsers(dest="action", required=True))
-
-
-def add_actions(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    actions = p.add_subparsers(dest="action", required=True)
     p = actions.add_parser(
         "run",
         help="put the vectors to a program",
@@ -40,13 +36,6 @@ def add_actions(actions: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     p.add_argument("--xfail", metavar="FILE", help="ids or patterns, one a line, of vectors expected to fail")
     p.add_argument("--json", metavar="FILE", help="write the report as JSON ('-': to standard output, for the table)")
     p.set_defaults(run=run_command)
-    p = actions.add_parser("write", help="write the files from the oracle", description="Write the files anew.")
-    p.add_argument(
-        "--out", type=Path, default=FOLDER, metavar="DIR", help="where to; by default the package's own data"
-    )
-    p.set_defaults(run=write_command)
-    p = actions.add_parser("check", help="check that the files are what would be written, and follow the schema")
-    p.set_defaults(run=check_command)
     p = actions.add_parser("export", help="copy the files, to vendor them", description="Copy the files.")
     p.add_argument("folder", type=Path, metavar="DIR")
     p.set_defaults(run=export_command)
@@ -79,25 +68,6 @@ def patterns(path: str | None) -> list[str]:
     return [word for line in lines if (word := line.partition("#")[0].strip())]
 
 
-def write_command(args: argparse.Namespace) -> int:
-    """Run ``lossfns vectors write``."""
-    from lossfns.testing.vectors.write import write
-
-    args.out.mkdir(parents=True, exist_ok=True)
-    changed = write(args.out)
-    print("\n".join(f"wrote {path}" for path in changed) or "nothing to write: every file is up to date")
-    return 0
-
-
-def check_command(args: argparse.Namespace) -> int:
-    """Run ``lossfns vectors check``; 1 if a file is not what it should be."""
-    from lossfns.testing.vectors.write import differing, violations
-
-    wrong = [f"{path.name} is not what would be written" for path in differing()] + violations()
-    print("\n".join(wrong) or f"{len(METHODS)} files are as they should be")
-    return 1 if wrong else 0
-
-
 def export_command(args: argparse.Namespace) -> int:
     """Run ``lossfns vectors export``."""
     args.folder.mkdir(parents=True, exist_ok=True)
@@ -105,11 +75,3 @@ def export_command(args: argparse.Namespace) -> int:
         shutil.copyfile(FOLDER / name, args.folder / name)
     print(f"{len(FILES)} files in {args.folder}")
     return 0
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """``python -m lossfns.testing.vectors``: the same actions."""
-    p = argparse.ArgumentParser(prog="python -m lossfns.testing.vectors", description="Golden vectors.")
-    add_actions(p.add_subparsers(dest="action", required=True))
-    args = p.parse_args(argv)
-    return int(args.run(args))
