@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 from lossfns.backend import APIFuture, LocalSamplingClient, LocalTrainingClient, types
 from lossfns.backend.client.service import GetServerCapabilitiesResponse, LocalServiceClient
-from lossfns.testing.matrix import table
+from tools.laws import table
 
 PAGE = Path("docs/signatures.md")
 

@@ -12,6 +12,7 @@ import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial, reduce
+from inspect import signature
 from typing import Any
 
 from lossfns.testing import oracle
@@ -167,7 +168,7 @@ def averaged_by_product(weights: Rows, values: Rows) -> Rows:
     rows = []
     for w, xs in zip(weights, values):
         mean = sum((u != 0) * x for u, x in zip(w, xs)) / max(len(active(w)), 1)
-        rows.append([mean] * len(w))
+        rows.append([(u != 0) * mean for u in w])
     return rows
 
 
@@ -192,14 +193,14 @@ def padding_in_denominator(f: Oracle, a: Arguments) -> Loss:
 
 def padding_in_sequence_ratio(f: Oracle, a: Arguments) -> Loss:
     def mean_of_all(weights: Rows, values: Rows) -> Rows:
-        return [[sum(row) / max(len(row), 1)] * len(row) for row in values]
+        return [[sum(row) / len(row) if w != 0 else 0.0 for w in ws] for ws, row in zip(weights, values)]
 
     return patched(averaged=mean_of_all, difference=difference_everywhere)(f, a)
 
 
 def empty_sequence_nan(f: Oracle, a: Arguments) -> Loss:
     divides = a["weigh"] == "sequence_mean" or f in (*SEQUENCE_RATIO, oracle.orpo)
-    return scaled(f(**a), NAN) if divides and not all(map(any, a["weights"])) else f(**a)
+    return (NAN, f(**a)[1]) if divides and not all(map(any, a["weights"])) else f(**a)
 
 
 def empty_sequence_counted(f: Oracle, a: Arguments) -> Loss:
@@ -527,20 +528,29 @@ def log_odds_biased(mean: float) -> Term:
 
 
 def bfloat16(x: float) -> float:
-    """The upper half of a float32."""
-    rounded: float = struct.unpack("<f", b"\0\0" + struct.pack("<f", x)[2:])[0]
-    return rounded
+    """The nearest number of eight binary digits; infinities and nan as they are."""
+    fraction, exponent = math.frexp(x)
+    return math.ldexp(round(fraction * 256), exponent - 8) if math.isfinite(x) else x
 
 
 def low_precision(f: Oracle, a: Arguments) -> Loss:
-    value, grads = f(**a)
-    return bfloat16(value), [[bfloat16(g) for g in row] for row in grads]
+    """Each row's term and its slopes in bfloat16."""
+    reduce_, reduce_pairs_ = oracle.reduce, oracle.reduce_pairs
+
+    def rounded(term: Callable[..., tuple[float, ...]]) -> Callable[..., Any]:
+        return lambda *at: tuple(map(bfloat16, term(*at)))
+
+    return patched(
+        reduce=lambda term, *others: reduce_(rounded(term), *others),
+        reduce_pairs=lambda term, *others: reduce_pairs_(rounded(term), *others),
+    )(f, a)
 
 
 def at_defaults(f: Oracle, a: Arguments) -> Loss:
-    """Every setting but the weighing at the oracle's default."""
+    """Every setting at the oracle's default, but for the weighing and the lower bound."""
     bare = {name: x for name, x in a.items() if isinstance(x, list) or name in ("weigh", "length", "denominator")}
-    return f(**bare)
+    high = {"clip": (a["clip"][0], signature(f).parameters["clip"].default[1])} if "clip" in a else {}
+    return f(**bare | high)
 
 
 def probabilities(f: Oracle, a: Arguments) -> Loss:
@@ -565,8 +575,8 @@ EVERY: dict[str, Variant] = {
     "weights-binarised": of_rows("weights", lambda row: [float(w != 0) for w in row]),
     "mean-of-means": mean_of_means,
     "mixed-denominators": mixed_denominators,
-    "divided-twice": lambda f, a: scaled(f(**a), 1 / max(len(a["weights"]), 1)),
-    "constant-factor": lambda f, a: scaled(f(**a), 2),
+    "divided-twice": lambda f, a: scaled(f(**a), 1 / max(len(units(a)), 1)),
+    "constant-factor": lambda f, a: scaled(f(**a), 1 / 4),
     "epsilon-in-denominator": lambda f, a: f(**a | {"denominator": divisor(a) + 1}),
     "broadcast": broadcast,
     "cross-talk": cross_talk,
@@ -671,8 +681,8 @@ def standardised(
 
 
 def by_position(groups: list[Any]) -> list[Any]:
-    """Groups of equal size in the order of the samples."""
-    size = max(len(groups) // len(set(groups)), 1)
+    """Runs of equal length in the order of the samples."""
+    size = -(-len(groups) // len(set(groups)))
     return [i // size for i in range(len(groups))]
 
 
@@ -687,7 +697,9 @@ ADVANTAGES: dict[str, Callable[..., Row]] = {
     ],
     "groups-by-position": lambda rewards, groups, scale: standardised(rewards, by_position(groups), scale),
     "groups-ignored": lambda rewards, groups, scale: standardised(rewards, [0] * len(groups), scale),
-    "not-centred": lambda rewards, groups, scale: standardised(rewards, groups, scale, centre=False, constant=False),
+    "not-centred": lambda rewards, groups, scale: standardised(
+        rewards, groups, scale, centre=False, constant=scale == "std"
+    ),
     "order-lost": lambda rewards, groups, scale: list(map(abs, standardised(rewards, groups, scale))),
     "inert-knob": lambda rewards, groups, scale: standardised(rewards, groups, "std"),
 }

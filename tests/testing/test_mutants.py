@@ -1,447 +1,254 @@
-"""Every mutant has one bug: it shows, and nothing else is wrong."""
+"""Known-wrong losses: right but for their bug, and wrong as torch code with that bug is."""
 
-import ast
 import inspect
-import math
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from random import Random
 from typing import Any
 
 import pytest
 import torch
 from batches import apart, random_batch
-from torch.overrides import TorchFunctionMode
+from torch import Tensor
 
-import lossfns
-from lossfns.testing import mutants
+from lossfns.loss import Loss
 from lossfns.testing.batch import Batch
 from lossfns.testing.bugs import BUGS
-from lossfns.testing.mutants import BASELINES, MUTANTS
+from lossfns.testing.check import check
+from lossfns.testing.mutants import CALLS, MUTANTS, answering, exemplars, mutant, right, showing
+from lossfns.testing.planted import ADVANTAGES, CANDIDATES, EVERY, LIKELIHOOD, PAIRS
+from lossfns.testing.subject import padded
+from lossfns.testing.vectors import METHODS, load
 
 pytestmark = pytest.mark.filterwarnings("ignore::lossfns.LossWarning")
-BASELINE = {repr(function.like): function for function in BASELINES.values()}
-LOSSES = {name: f for name, f in (BASELINES | MUTANTS).items() if f.kind != "advantages"}
-every_loss = pytest.mark.parametrize("loss_fn", LOSSES.values(), ids=LOSSES.keys())
-LOGPROBS = ("old_logprobs", "ref_logprobs", "sampler_logprobs")
-FIELDS = ("logprobs", "advantages", *LOGPROBS)
+LOSSES = [loss for loss in METHODS if loss != "group_advantages"]
 
 
-def every_loss_but(*bugs: str) -> Any:
-    """Parametrise over the losses that are not meant to fail this test."""
-    meant = {name: f for name, f in LOSSES.items() if getattr(f, "bug", "") not in bugs}
-    return pytest.mark.parametrize("loss_fn", meant.values(), ids=meant.keys())
-
-
-def kind_batch(loss_fn: Any, seed: int, **options: Any) -> Batch:
-    """A random batch of the loss's kind, in the form that carries its columns."""
-    rows = getattr(loss_fn.like, "rows", "tokens")
-    drawn = random_batch(Random(seed), pairs=rows == "pairs", targets=3 if rows == "targets" else 0, **options)
-    return Batch(drawn.logprobs, drawn.weights, drawn.columns, drawn.targets)
-
-
-def calm_batch(loss_fn: Any, seed: int, sequences: int = 6) -> Batch:
-    """A batch within every bound: log-ratios below 0.1, no sequence fully masked, weights 0 (first) or 1."""
-    rng = Random(seed)
-    batch = kind_batch(loss_fn, seed, sequences=sequences, longest=6)
-    weights = [[float(w != 0 and j > 0) for j, w in enumerate(row[:-1])] + [1.0] for row in batch.weights]
-    near = lambda: [[lp + rng.uniform(-0.1, 0.1) for lp in row] for row in below]  # noqa: E731
-    below = [[lp - 0.1 for lp in row] for row in batch.logprobs]
-    return batch.having(logprobs=below, weights=weights, **{name: near() for name in LOGPROBS})
-
-
-def call(loss_fn: Any, batch: Batch, dtype: torch.dtype = torch.float64, **knobs: Any) -> Any:
-    """Value, gradients and metrics; what the call raises, if it does."""
-    logprobs = batch.tensors(dtype)
-    try:
-        result = loss_fn(batch.data(), logprobs, **knobs)
-        value, metrics = result
-        value.backward()
-    except Exception as error:
-        return type(error).__name__
-    return [value.tolist(), [lp.grad if lp.grad is None else lp.grad.flatten().tolist() for lp in logprobs], metrics]
-
-
-def far(a: Any, b: Any) -> bool:
-    """Whether two results are apart by more than rounding."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() != b.keys() or any(far(a[name], b[name]) for name in a)
-    if isinstance(a, list) and isinstance(b, list):
-        return len(a) != len(b) or any(map(far, a, b))
-    if type(a) is float and type(b) is float and not math.isnan(a + b):
-        return apart(a, b) > 1e-10
-    return repr(a) != repr(b)
-
-
-# The baselines
-
-
-@pytest.mark.parametrize("name", [name for name in BASELINES if name in LOSSES])
-@pytest.mark.parametrize("seed", range(12))
-def test_a_baseline_equals_the_library(name: str, seed: int) -> None:
-    baseline = BASELINES[name]
-    batch = with_empty(kind_batch(baseline, seed))
-    if name == "cross_entropy_sum_loss":
-        batch = signed(batch)
-    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
-        (value, gradients, _), expected = call(baseline, batch, dtype), call(baseline.like, batch, dtype)
-        assert apart(value, expected[0]) < tolerance
-        assert apart(gradients, expected[1]) < tolerance
-
-
-def test_the_baseline_of_advantages_equals_the_library() -> None:
-    rng = Random(0)
-    for _ in range(50):
-        groups = [rng.choice("abcd") for _ in range(rng.randint(1, 12))]
-        rewards = [rng.choice((0.0, 1.0, rng.random())) for _ in groups]
-        expected = lossfns.group_advantages(rewards, groups).tolist()
-        assert apart(BASELINES["group_advantages"](rewards, groups), expected) < 1e-9
-
-
-def with_empty(batch: Batch) -> Batch:
-    """The batch and two datums (a pair) in which nothing is trained on."""
-    more = batch.take([0, 1])
+def batch_for(like: Loss, seed: int) -> Batch:
+    """A random batch of the loss's kind, two sequences of it (a pair) fully masked."""
+    drawn = random_batch(Random(seed), pairs=like.rows == "pairs", targets=3 if like.rows == "targets" else 0)
+    batch = Batch(drawn.logprobs, drawn.weights, drawn.columns, drawn.targets)
     both = batch.take([*range(len(batch.weights)), 0, 1])
-    return both.having(weights=batch.weights + [[0.0] * len(row) for row in more.weights])
+    return both.having(weights=batch.weights + [[0.0] * len(row) for row in batch.weights[:2]])
 
 
-# The list
+def call(loss_fn: Any, batch: Batch, dtype: torch.dtype = torch.float64) -> tuple[float, list[list[float]]]:
+    logprobs = batch.tensors(dtype)
+    value, _ = loss_fn(batch.data(), logprobs)
+    value.backward()
+    return value.item(), [lp.grad.flatten().tolist() for lp in logprobs]
 
 
-def test_there_are_many_and_names_are_unique() -> None:
-    paths = sorted(Path(mutants.__file__).parent.glob("*.py"))
-    nodes = [node for path in paths for node in ast.parse(path.read_text()).body]
-    marked = [
-        node.name
-        for node in nodes
-        if isinstance(node, ast.FunctionDef) and any(ast.unparse(d).startswith("mutant(") for d in node.decorator_list)
-    ]
-    assert len(marked) == len(MUTANTS) >= 75
-    assert set(marked) == set(MUTANTS)
+# The catalogue
 
 
-def test_every_bug_has_a_mutant() -> None:
-    assert {function.bug for function in MUTANTS.values()} == set(BUGS)
+def test_every_bug_has_one_implementation_and_an_exemplar() -> None:
+    of_answers = {*EVERY, *LIKELIHOOD, *CANDIDATES, *PAIRS, *ADVANTAGES}
+    assert of_answers | CALLS.keys() == BUGS.keys()
+    assert not of_answers & CALLS.keys()
+    assert {vars(made)["bug"] for made in MUTANTS.values()} == BUGS.keys()
+
+
+def test_the_exemplars_are_no_fewer_than_the_bugs_of_every_kind() -> None:
+    assert len(MUTANTS) == len(exemplars()) >= 200
+    assert sum(bool(showing(bug, loss)) for bug in BUGS for loss in METHODS) >= 600
 
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_mutant_says_what_it_is(name: str) -> None:
-    function = MUTANTS[name]
-    assert getattr(mutants, name) is function and function.__name__ == name and function.__doc__
-    assert function.bug in BUGS and isinstance(function.seen, str)
-    assert repr(function.like) in BASELINE
-    assert function.kind == BASELINE[repr(function.like)].kind
-    _, _, *knobs = inspect.signature(function).parameters.values()
-    assert all(p.kind is p.KEYWORD_ONLY and p.default is not p.empty for p in knobs)
+    made: Any = MUTANTS[name]
+    assert made.__name__ == name and made.bug in BUGS and BUGS[made.bug].words in made.__doc__
+    assert made.kind == check(made.like, examples=0).kind if made.kind == "advantages" else made.kind
 
 
-# Each shows
-
-
-@pytest.mark.parametrize("name", MUTANTS)
-def test_a_mutant_differs_from_its_baseline(name: str) -> None:
-    function = MUTANTS[name]
-    if function.kind == "advantages":
-        expected = lossfns.group_advantages
-        assert any(far(function(*case), expected(*case).tolist()) for case in REWARDS)
-        return
-    baseline = BASELINE[repr(function.like)]
-    assert any(far(probe(function), probe(baseline)) for probe in probes(function))
-
-
-REWARDS = (
-    ([1.0, 0.0, 0.5, 0.25, 0.0], ["a", "b", "a", "b", "a"]),
-    ([0.1] * 3 + [0.7] * 8, ["a"] * 3 + ["b"] * 8),
-    ([1.0, 0.0, 0.0, 1.0], ["a", "a", "a", "b"]),
-)
-
-
-def probes(function: Any) -> Iterator[Callable[[Any], Any]]:
-    """Ways to look at a loss, each a function from the loss to what was seen."""
-    knobs = inspect.signature(function).parameters.keys() - {"data", "logprobs_list"}
-    for seed in range(6):
-        batch = with_empty(kind_batch(function, seed))
-        yield lambda loss_fn, batch=batch: call(loss_fn, batch)
-        yield lambda loss_fn, batch=batch: call(loss_fn, signed(batch))
-        yield lambda loss_fn, batch=batch: call(loss_fn, poisoned(batch, *FIELDS))
-        for name in knobs:
-            values = {name: OTHER[name]}
-            yield lambda loss_fn, batch=batch, values=values: call(loss_fn, batch, **values)
-    yield from (contract, unchanged, repeated, transfers, grad_switches, refusals, ranks, extremes)
-
-
-OTHER = {
-    "clip": (0.9, 1.5),
-    "kl_beta": 0.5,
-    "dual_clip": 1.5,
-    "cap": 1.1,
-    "beta": 0.7,
-    "label_smoothing": 0.2,
-    "lam": 0.9,
-}
-
-
-def signed(batch: Batch) -> Batch:
-    """The batch with every other weight negative."""
-    return batch.having(weights=[[w * (-1) ** j for j, w in enumerate(row)] for row in batch.weights])
-
-
-def poisoned(batch: Batch, *names: str, value: float = math.nan) -> Batch:
-    """The batch with this value in the masked slots of these columns."""
-    fill = lambda rows: [[x if w else value for x, w in zip(r, ws)] for r, ws in zip(rows, batch.weights)]  # noqa: E731
-    columns = {"logprobs": batch.logprobs, **batch.columns}
-    return batch.having(**{name: fill(rows) for name, rows in columns.items() if name in names})
-
-
-def contract(loss_fn: Any) -> Any:
-    """Whether it returns a 0-d tensor that requires grad, and plain floats."""
-    batch = calm_batch(loss_fn, 1)
-    result = loss_fn(batch.data(), batch.tensors())
-    if not isinstance(result, tuple):
-        return "no pair"
-    loss, metrics = result
-    return [list(loss.shape), loss.requires_grad, [type(value).__name__ for value in metrics.values()]]
-
-
-def unchanged(loss_fn: Any) -> Any:
-    """Whether datums and logprobs are as they were."""
-    batch = calm_batch(loss_fn, 2)
-    data, logprobs = batch.data(), batch.tensors()
-    loss_fn(data, logprobs)
-    return repr(Batch.of(data, logprobs)) == repr(Batch.of(batch.data(), batch.tensors()))
-
-
-def repeated(loss_fn: Any) -> Any:
-    """Whether a call gives something else after one with another batch of the same lengths."""
-    batch = calm_batch(loss_fn, 3)
-    other = batch.having(
-        weights=[[1.0] * len(row) for row in batch.weights],
-        advantages=[[x + 1 for x in row] for row in batch.columns["advantages"]],
-    )
-    first, _, again = call(loss_fn, other), call(loss_fn, batch), call(loss_fn, other)
-    return far(first, again)
-
-
-class Seen(TorchFunctionMode):
-    """The names of the functions called on tensors."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(getattr(func, "__name__", ""))
-        return func(*args, **(kwargs or {}))
-
-
-def seen(loss_fn: Any, sequences: int, *names: str) -> int:
-    batch = calm_batch(loss_fn, 4, sequences)
-    data, logprobs = batch.data(), batch.tensors()
-    with Seen() as mode:
-        loss_fn(data, logprobs)
-    return sum(name in names for name in mode.names)
-
-
-def transfers(loss_fn: Any) -> list[int]:
-    """How often a value goes to the host, for two datums and for eight."""
-    return [seen(loss_fn, n, "item", "tolist", "__bool__", "__float__", "numpy") for n in (2, 8)]
-
-
-def grad_switches(loss_fn: Any) -> int:
-    """How often grad mode is switched."""
-    return seen(loss_fn, 4, "_set_grad_enabled", "set_grad_enabled")
-
-
-def refusals(loss_fn: Any) -> list[str]:
-    """What is raised where a row is too short, too long or of one value, and where a datum is one too many."""
-    batch = calm_batch(loss_fn, 5)
-    width = batch.targets or 1
-    found = []
-    for name in ("weights", *getattr(loss_fn.like, "reads", ())):
-        for change in (
-            lambda row: row[:-width],
-            lambda row: row + row[:width],
-            lambda row: row[:width] * (len(row) > width),
-        ):
-            short = batch.map(lambda rows, change=change: [change(row) for row in rows])
-            wrong = [
-                type(d)(d.model_input, d.loss_fn_inputs | {name: s.loss_fn_inputs[name]})
-                for d, s in zip(batch.data(), short.data())
-            ]
-            found.append(raised(loss_fn, wrong, batch.tensors()))
-    found.append(raised(loss_fn, batch.data(), batch.tensors()[:-1]))
-    odd = batch.take(range(5))
-    found.append(raised(loss_fn, odd.data(), odd.tensors()))
-    return found
-
-
-def raised(loss_fn: Any, data: Any, logprobs: Any) -> str:
-    try:
-        loss_fn(data, logprobs)
-    except Exception as error:
-        return type(error).__name__
-    return ""
-
-
-def ranks(loss_fn: Any) -> Any:
-    """What a second rank changes."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("WORLD_SIZE", "4")
-        return call(loss_fn, calm_batch(loss_fn, 6))
-
-
-def extremes(loss_fn: Any) -> list[Any]:
-    """What comes of logprobs at both ends of what there is."""
-    batch = calm_batch(loss_fn, 7)
-    found = []
-    for here in (-1e4, -0.01, -1e-8, 0.0):
-        for there in (-1e4, -1.0, 0.0):
-            row = lambda x: [[x] * len(row) for row in batch.weights]  # noqa: E731
-            sides = [[there if i % 2 else here] * len(row) for i, row in enumerate(batch.weights)]
-            others = dict.fromkeys(LOGPROBS, row(there))
-            moved = batch.having(logprobs=sides if loss_fn.kind == "preference" else row(here), **others)
-            found.append(call(loss_fn, moved)[:2])
-    return found
-
-
-def finite(value: float, gradients: list[list[float]]) -> bool:
-    return math.isfinite(value) and all(math.isfinite(g) for row in gradients for g in row)
+def test_settings_are_keywords_and_those_left_out_are_of_the_first_vector() -> None:
+    made: Any = mutant("sign-flipped", "ppo", clip=(0.9, 1.1))
+    assert made.like.knobs["clip"] == (0.9, 1.1)
+    assert inspect.signature(made).parameters["clip"].default == (0.9, 1.1)
+    batch = batch_for(made.like, 0)
+    assert call(lambda *given: made(*given, clip=(0.5, 3.0)), batch) != call(made, batch)
+    assert right("ppo", load("ppo")[0].config).knobs["clip"] == (0.8, 1.2)
 
 
 # Nothing else is wrong
 
 
-CHANGES_NOTHING_HERE = {
-    "not-the-contract", "inputs-mutated", "gradient-missing", "host-sync-per-datum", "branch-on-values",
-    "no-grad-for-detach", "silent-truncation", "mask-after-exp", "where-after-exp", "empty-sequence-nan",
-    "empty-sequence-counted", "weights-squared", "weights-binarised", "negative-weights-lost", "world-size-factor",
-    "clip-inert", "clip-without-min", "clip-max-for-min", "clip-gradient-leaks", "tis-uncapped", "exp-overflow",
-    "metric-not-mergeable", "metric-scaled-twice", "metric-counts-nonbinding", "odd-datum-dropped",
-    "log-of-sigmoid", "log-odds-nan", "inert-knob",
-}  # fmt: skip
-"""Bugs that value and gradient do not show on a calm batch: log-ratios within the bounds, weights of 0 and 1."""
+@pytest.mark.parametrize("loss", LOSSES)
+def test_without_a_bug_the_answer_is_that_of_the_library(loss: str) -> None:
+    configs = {repr(v.config): v.config for v in load(loss) if v.error is None}
+    for seed, config in enumerate(configs.values()):
+        like = right(loss, config)
+        batch = batch_for(like, seed)
+        for dtype, tolerance in ((torch.float64, 1e-11), (torch.float32, 1e-4)):
+            value, gradients = call(answering("", loss, config), batch, dtype)
+            expected, slopes = call(like, batch, dtype)
+            assert apart(value, expected) < tolerance and apart(gradients, slopes) < tolerance, config
 
 
-@every_loss
-def test_a_bug_that_is_not_triggered_changes_nothing(loss_fn: Any) -> None:
-    if getattr(loss_fn, "bug", "") not in CHANGES_NOTHING_HERE:
-        return
-    for seed in range(3):
-        batch = calm_batch(loss_fn, seed)
-        logprobs, expected = batch.tensors(), call(BASELINE[repr(loss_fn.like)], batch)
-        result = loss_fn(batch.data(), logprobs)
-        loss = result[0] if isinstance(result, tuple) else result
-        assert not far(loss.sum().item(), expected[0])
-        if loss.requires_grad:
-            loss.backward()
-            present = [torch.zeros_like(lp) if lp.grad is None else lp.grad for lp in logprobs]
-            assert not far([g.flatten().tolist() for g in present], expected[1])
+KEPT = [bug for bug in CALLS if bug not in ("state-between-calls", "another-loss", "mask-by-token-id")]
+"""Bugs of the call that leave value and gradient of a plain batch as they are."""
 
 
-@every_loss_but("not-the-contract")
-def test_it_returns_the_contract(loss_fn: Any) -> None:
-    shape, requires_grad, types = contract(loss_fn)
-    assert shape == [] and requires_grad and set(types) == {"float"}
+@pytest.mark.parametrize("bug", KEPT)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_bug_of_the_call_leaves_value_and_gradient_alone(bug: str, loss: str) -> None:
+    for config in showing(bug, loss)[:1]:
+        like = right(loss, config)
+        batch = batch_for(like, 1)
+        assert apart(list(call(mutant(bug, loss, **config), batch)), list(call(like, batch))) < 1e-12
 
 
-@every_loss_but("inputs-mutated")
-def test_inputs_stay_as_they_were(loss_fn: Any) -> None:
-    assert unchanged(loss_fn)
+def test_what_the_loss_refuses_a_mutant_refuses_too() -> None:
+    batch = batch_for(right("dpo", load("dpo")[0].config), 0)
+    for odd, logprobs in ((batch.take(range(3)), 3), (batch, len(batch.weights) - 1)):
+        with pytest.raises(ValueError):
+            mutant("sign-flipped", "dpo")(odd.data(), odd.tensors()[:logprobs])
 
 
-@every_loss_but("state-between-calls")
-def test_calls_do_not_know_of_each_other(loss_fn: Any) -> None:
-    assert not repeated(loss_fn)
+# Wrong as torch code is
 
 
-@every_loss_but("gradient-missing", "not-the-contract")
-def test_every_datum_has_a_gradient(loss_fn: Any) -> None:
-    """Where nothing is trained on, or all advantages are 0."""
-    batch = with_empty(calm_batch(loss_fn, 0))
-    zero = batch.having(
-        advantages=[[0.0] * len(row) if i else row for i, row in enumerate(batch.columns["advantages"])]
-    )
-    for tried in (batch, zero):
-        gradients = call(loss_fn, tried)[1]
-        assert all(g is not None for g in gradients)
+def mean(x: Tensor, mask: Tensor) -> Tensor:
+    return (mask * x).sum() / mask.sum()
 
 
-@every_loss_but("host-sync-per-datum", "branch-on-values")
-def test_values_go_to_the_host_once(loss_fn: Any) -> None:
-    assert transfers(loss_fn) == [1, 1]
+def blank(mask: Tensor, *columns: Tensor) -> tuple[Tensor, ...]:
+    return tuple(torch.where(mask != 0, x, 0) for x in columns)
 
 
-@every_loss_but("no-grad-for-detach")
-def test_grad_mode_is_not_switched(loss_fn: Any) -> None:
-    assert grad_switches(loss_fn) == 0
+def surrogate(r: Tensor, a: Tensor, low: float = 0.8, high: float = 1.2) -> Tensor:
+    return -torch.min(r * a, r.clamp(low, high) * a)
 
 
-@every_loss_but("silent-truncation", "odd-datum-dropped")
-def test_bad_inputs_are_refused(loss_fn: Any) -> None:
-    *lengths, odd = refusals(loss_fn)
-    assert set(lengths) == {"LossInputError"}
-    assert odd == ("LossInputError" if loss_fn.kind == "preference" else "")
+def unmasked_ratio(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
+    """exp of the log-ratio within ±20; unlike ``clamp`` it passes on the gradient of a nan."""
+    d = logprobs - old_logprobs
+    return torch.maximum(torch.minimum(d, d.new_tensor(20.0)), d.new_tensor(-20.0)).exp()
 
 
-@every_loss_but("world-size-factor", "state-between-calls")
-def test_the_number_of_ranks_does_not_matter(loss_fn: Any) -> None:
-    assert not far(ranks(loss_fn), call(loss_fn, calm_batch(loss_fn, 6)))
+def where_after_exp(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+    return mean(torch.where(mask != 0, surrogate(unmasked_ratio(logprobs, old_logprobs), advantages), 0), mask)
 
 
-@every_loss_but("exp-overflow", "log-of-sigmoid", "log-odds-nan", "not-the-contract")
-def test_extremes_are_finite(loss_fn: Any) -> None:
-    assert all(finite(*outcome) for outcome in extremes(loss_fn))
+def mask_after_exp(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+    return mean(surrogate(unmasked_ratio(logprobs, old_logprobs), advantages), mask)
 
 
-@every_loss_but("not-the-contract")
-def test_the_dtype_is_kept_and_at_least_float32(loss_fn: Any) -> None:
-    batch = calm_batch(loss_fn, 8)
-    for given, computed in (
-        (torch.float64, torch.float64),
-        (torch.float32, torch.float32),
-        (torch.bfloat16, torch.float32),
-    ):
-        assert loss_fn(batch.data(), batch.tensors(given))[0].dtype == computed
+def max_for_min(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+    lp, old, a = blank(mask, logprobs, old_logprobs, advantages)
+    r = (lp - old).clamp(-20, 20).exp()
+    return mean(-torch.max(r * a, r.clamp(0.8, 1.2) * a), mask)
 
 
-LEAKS = (
-    "mask-after-exp", "where-after-exp", "mask-missing", "kl-unmasked", "frame-shift", "datum-misaligned",
-    "pair-masks-swapped", "targets-transposed", "not-the-contract", "state-between-calls",
-)  # fmt: skip
-"""Bugs by which a masked slot is read."""
+def weight_carries_gradient(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+    lp, old, a = blank(mask, logprobs, old_logprobs, advantages)
+    return mean(-(lp - old).clamp(-20, 20).exp().clamp(0.8, 1.2) * a * lp, mask)
 
 
-@every_loss_but(*LEAKS)
-@pytest.mark.parametrize("value", (math.nan, math.inf))
-def test_masked_slots_are_not_read(loss_fn: Any, value: float) -> None:
-    batch = calm_batch(loss_fn, 9)
-    plain = call(loss_fn, batch)
-    for names in (FIELDS, *((name,) for name in FIELDS)):
-        assert repr(call(loss_fn, poisoned(batch, *names, value=value))) == repr(plain)
+def product_of_ratios(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+    lp, old, a = blank(mask, logprobs, old_logprobs, advantages)
+    s = (lp - old).sum(1, keepdim=True).clamp(-20, 20).exp()
+    return by_sequence(surrogate(s, a, 0.8, 1.25), mask)
 
 
-@every_loss_but(
-    *("not-the-contract", "gradient-missing", "mask-missing", "kl-unmasked", "padding-in-denominator"),
-    *("empty-sequence-nan", "empty-sequence-counted", "divided-twice", "datum-misaligned", "datum-ignored"),
-    *("order-dependent", "state-between-calls", "pair-layout", "pair-masks-swapped", "broadcast", "cross-talk"),
-    *("metric-not-mergeable", "metric-scaled-twice", "targets-transposed"),
-)
-def test_a_fully_masked_datum_is_inert(loss_fn: Any) -> None:
-    """In these bugs' mutants too, but for those that lose count of datums."""
-    batch = calm_batch(loss_fn, 10)
-    (value, gradients, metrics), plain = call(loss_fn, with_empty(batch)), call(loss_fn, batch)
-    assert not far([value, gradients[:-2], metrics], plain)
-    assert all(g == 0 for row in gradients[-2:] for g in row)
+def sum_of_ratios(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+    lp, old, a = blank(mask, logprobs, old_logprobs, advantages)
+    counts = (mask != 0).sum(1, keepdim=True).clamp(min=1)
+    s = ((mask != 0) * (lp - old).exp()).sum(1, keepdim=True) / counts
+    return by_sequence(surrogate(s, a, 0.8, 1.25), mask)
 
 
-INERT = (
-    "inert-knob", "clip-inert", "old-logprobs-inert", "advantage-inert", "empty-sequence-nan", "not-the-contract",
-    "state-between-calls",
-)  # fmt: skip
+def by_sequence(x: Tensor, mask: Tensor) -> Tensor:
+    masses = mask.sum(1)
+    return ((mask * x).sum(1) / torch.where(masses != 0, masses, 1)).sum() / (masses != 0).sum()
 
 
-@every_loss_but(*INERT)
-def test_every_knob_has_an_effect(loss_fn: Any) -> None:
-    for name in inspect.signature(loss_fn).parameters.keys() - {"data", "logprobs_list"}:
-        batches = [kind_batch(loss_fn, seed, sequences=6) for seed in range(4)]
-        assert any(far(call(loss_fn, b)[:2], call(loss_fn, b, **{name: OTHER[name]})[:2]) for b in batches), name
+def missing_stop_gradient(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+    lp, old, a = blank(mask, logprobs, old_logprobs, advantages)
+    mean_d = (lp - old).sum(1, keepdim=True) / (mask != 0).sum(1, keepdim=True).clamp(min=1)
+    return by_sequence(surrogate((mean_d + lp - lp.detach()).clamp(-20, 20).exp(), a, 0.8, 1.25), mask)
+
+
+def kl_detached(
+    logprobs: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor, advantages: Tensor, mask: Tensor
+) -> Tensor:
+    lp, old, ref, a = blank(mask, logprobs, old_logprobs, ref_logprobs, advantages)
+    x = (ref - lp.detach()).clamp(-20, 20)
+    return mean(surrogate((lp - old).clamp(-20, 20).exp(), a) + 0.25 * (x.exp() - x - 1), mask)
+
+
+def penalty_detached(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+    lp, old, a = blank(mask, logprobs, old_logprobs, advantages)
+    return mean(0.25 * (lp.detach() - old).square() - a * lp, mask)
+
+
+def margins(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    lp, ref = blank(mask, logprobs, ref_logprobs)
+    h = (mask * (lp - ref)).sum(1)
+    return h[0::2], h[1::2]
+
+
+def over_pairs(x: Tensor, mask: Tensor) -> Tensor:
+    both = (mask != 0).any(1).reshape(-1, 2).all(1)
+    return torch.where(both, x, 0).sum() / both.sum()
+
+
+def every_chosen_against_every_rejected(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> Tensor:
+    chosen, rejected = margins(logprobs, ref_logprobs, mask)
+    both = (mask != 0).any(1).reshape(-1, 2).all(1)
+    every = -torch.nn.functional.logsigmoid(0.1 * (chosen[:, None] - rejected))
+    return torch.where(both[:, None] & both, every, 0).sum() / both.sum() ** 2
+
+
+def centred_margins(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> Tensor:
+    chosen, rejected = margins(logprobs, ref_logprobs, mask)
+    m = chosen - rejected
+    return over_pairs(-torch.nn.functional.logsigmoid(0.1 * (m - over_pairs(m, mask).detach())), mask)
+
+
+def rejected_detached(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> Tensor:
+    chosen, rejected = margins(logprobs, ref_logprobs, mask)
+    return over_pairs(-torch.nn.functional.logsigmoid(0.1 * (chosen - rejected.detach())), mask)
+
+
+IN_TORCH: dict[tuple[str, str], Callable[..., Tensor]] = {
+    ("where-after-exp", "ppo"): where_after_exp,
+    ("mask-after-exp", "ppo"): mask_after_exp,
+    ("clip-max-for-min", "ppo"): max_for_min,
+    ("missing-stop-gradient", "cispo"): weight_carries_gradient,
+    ("ratio-product", "gspo"): product_of_ratios,
+    ("ratio-sum", "gspo"): sum_of_ratios,
+    ("missing-stop-gradient", "gspo_token"): missing_stop_gradient,
+    ("kl-detached", "grpo"): kl_detached,
+    ("detached-term", "dro"): penalty_detached,
+    ("broadcast", "dpo"): every_chosen_against_every_rejected,
+    ("cross-talk", "dpo"): centred_margins,
+    ("side-detached", "dpo"): rejected_detached,
+}
+
+
+@pytest.mark.parametrize(("bug", "loss"), IN_TORCH)
+def test_a_planted_bug_answers_as_torch_code_with_it(bug: str, loss: str) -> None:
+    made: Any = mutant(bug, loss)
+    for seed in range(6):
+        batch = batch_for(made.like, seed)
+        batch = batch.take(range(len(batch.weights) - 2))
+        rows = {name: calm(batch.logprobs, Random(seed + i)) for i, name in enumerate(batch.columns) if "log" in name}
+        batch = batch.having(**rows)
+        found, expected = call(made, batch), call(padded(IN_TORCH[bug, loss]), batch)
+        assert apart(list(found), list(expected)) < 1e-6, seed
+
+
+def calm(rows: list[list[float]], rng: Random) -> list[list[float]]:
+    """Logprobs of another policy, within half a nat: a cap is then the same for a sum as for its parts."""
+    return [[min(lp + rng.uniform(-0.5, 0.5), 0.0) for lp in row] for row in rows]
+
+
+@pytest.mark.parametrize("bug", ["where-after-exp", "mask-after-exp"])
+def test_a_masked_nan_comes_through_as_in_torch_code(bug: str) -> None:
+    """In the value, or in the gradient alone; at the datum's own masked slots, or everywhere."""
+    made: Any = mutant(bug, "ppo")
+    batch = Batch([[-1.0, -2.0], [-0.5]], [[0.0, 1.0], [1.0]],
+        {"advantages": [[1.0, 1.0], [-1.0]], "old_logprobs": [[float("nan"), -2.5], [-0.5]]})  # fmt: skip
+    (value, gradients), (expected, slopes) = call(made, batch), call(padded(IN_TORCH[bug, "ppo"]), batch)
+    assert repr(value) == repr(expected)
+    assert [[repr(g) for g in row] for row in gradients] == [[repr(g) for g in row] for row in slopes]

@@ -1,4 +1,4 @@
-"""``lossfns vectors``: run the golden vectors on a program, write the files, check them, export them."""
+"""``lossfns vectors``: run the golden vectors on a program, or export them."""
 
 from __future__ import annotations
 
@@ -6,20 +6,19 @@ import argparse
 import json
 import shutil
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lossfns.errors import LossInputError
 from lossfns.terminal import console_on, print_wrapped, status
-from lossfns.testing.vectors.vector import FOLDER, METHODS
+from lossfns.testing.vectors.vector import FOLDER, LEDGER, METHODS
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from lossfns.testing.vectors.runner import Report
 
-FILES = (*(f"{loss}.json" for loss in METHODS), "schema.json", "ids.json")
+FILES = (*(f"{loss}.json" for loss in METHODS), "schema.json", LEDGER)
 STYLES = {"pass": "green", "fail": "bold red", "xfail": "yellow", "xpass": "yellow"}
 
 
@@ -30,11 +29,7 @@ def add_vectors(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         help="golden vectors: right answers as JSON, for a loss in any language",
         description="Golden vectors: right answers as JSON, for a loss in any language.",
     )
-    add_actions(p.add_subparsers(dest="action", required=True))
-
-
-def add_actions(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the actions of the ``vectors`` command."""
+    actions = p.add_subparsers(dest="action", required=True)
     p = actions.add_parser(
         "run",
         help="run the vectors on a program",
@@ -49,13 +44,6 @@ def add_actions(actions: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     p.add_argument("--xfail", metavar="FILE", help="ids or patterns of vectors that are expected to fail, one a line")
     p.add_argument("--json", metavar="FILE", help="write the report as JSON; '-' prints it in place of the table")
     p.set_defaults(run=run_command)
-    description = "Write the files from the oracle."
-    p = actions.add_parser("write", help="write the files from the oracle", description=description)
-    p.add_argument("--out", type=Path, default=FOLDER, metavar="DIR", help="the folder (default: the package's data)")
-    p.set_defaults(run=write_command)
-    description = "Check that the files are what would be written, and that they follow the schema."
-    p = actions.add_parser("check", help="check the files", description=description)
-    p.set_defaults(run=check_command)
     description = "Copy the files to a folder, to keep them in a repository of your own."
     p = actions.add_parser("export", help="copy the files", description=description)
     p.add_argument("folder", type=Path, metavar="DIR")
@@ -115,29 +103,6 @@ def read_patterns(path: str | None) -> list[str]:
     return [pattern for line in lines if (pattern := line.partition("#")[0].strip())]
 
 
-def write_command(args: argparse.Namespace) -> int:
-    """Run ``lossfns vectors write``."""
-    from lossfns.testing.vectors.write import write
-
-    args.out.mkdir(parents=True, exist_ok=True)
-    changed = write(args.out)
-    print("\n".join(f"wrote {path}" for path in changed) or "nothing to write: every file is up to date")
-    return 0
-
-
-def check_command(args: argparse.Namespace) -> int:
-    """Run ``lossfns vectors check``.
-
-    Returns:
-        0, or 1 if a file is not what it should be.
-    """
-    from lossfns.testing.vectors.write import differing, violations
-
-    wrong = [f"{path.name} is not what would be written" for path in differing()] + violations()
-    print("\n".join(wrong) or f"{len(METHODS)} files are as they should be")
-    return 1 if wrong else 0
-
-
 def export_command(args: argparse.Namespace) -> int:
     """Run ``lossfns vectors export``."""
     args.folder.mkdir(parents=True, exist_ok=True)
@@ -145,11 +110,3 @@ def export_command(args: argparse.Namespace) -> int:
         shutil.copyfile(FOLDER / name, args.folder / name)
     print(f"{len(FILES)} files in {args.folder}")
     return 0
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the same actions as ``python -m lossfns.testing.vectors``."""
-    p = argparse.ArgumentParser(prog="python -m lossfns.testing.vectors", description="Golden vectors.")
-    add_actions(p.add_subparsers(dest="action", required=True))
-    args = p.parse_args(argv)
-    return int(args.run(args))

@@ -18,23 +18,13 @@ FOLDER = Path(__file__).parent.parent / "data"
 SCHEMA, SUITE = "lossfns-vectors/1", "2026.11"
 """The shape of the files, and the version of their contents."""
 
-METHODS = (
-    "cross_entropy",
-    "multi_target_cross_entropy",
-    "reinforce",
-    "importance_sampling",
-    "ppo",
-    "grpo",
-    "dapo",
-    "gspo",
-    "gspo_token",
-    "cispo",
-    "dro",
-    "dpo",
-    "orpo",
-    "group_advantages",
+LEDGER = "ids.json"
+"""The file of all ids that were ever given."""
+
+METHODS = tuple(
+    dict.fromkeys(name.rpartition("-")[0] for name in json.loads((FOLDER / LEDGER).read_text(encoding="utf-8"))["ids"])
 )
-"""One file of vectors for each."""
+"""The losses that have a file of vectors, in the order in which they were given one."""
 
 Answer = Mapping[str, Any]
 """``{"loss", "grad"}`` or ``{"advantages"}``, with plain floats; a refusal has ``"error"``."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from lossfns.testing.vectors.cases.advantages import groups
-from lossfns.testing.vectors.cases.form import Case
-from lossfns.testing.vectors.cases.kinks import kinks
-from lossfns.testing.vectors.cases.policy import policies
-from lossfns.testing.vectors.cases.preference import preferences
-from lossfns.testing.vectors.cases.refused import refused
-from lossfns.testing.vectors.cases.supervised import supervised
+from tools.vectors.cases.advantages import groups
+from tools.vectors.cases.form import Case
+from tools.vectors.cases.kinks import kinks
+from tools.vectors.cases.policy import policies
+from tools.vectors.cases.preference import preferences
+from tools.vectors.cases.refused import refused
+from tools.vectors.cases.supervised import supervised
 
 
 def cases() -> Iterator[Case]:

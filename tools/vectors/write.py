@@ -12,12 +12,10 @@ from typing import Any, NamedTuple
 from lossfns.testing import oracle
 from lossfns.testing.bugs import BUGS
 from lossfns.testing.planted import divisor
-from lossfns.testing.vectors.cases import Case, cases
 from lossfns.testing.vectors.flags import arguments, flags, shaped
-from lossfns.testing.vectors.right import digits, right, tokens, tolerance
-from lossfns.testing.vectors.vector import FOLDER, METHODS, SCHEMA, SUITE, Answer, encode, vectors
-
-LEDGER = "ids.json"
+from lossfns.testing.vectors.vector import FOLDER, LEDGER, METHODS, SCHEMA, SUITE, Answer, encode, vectors
+from tools.vectors.cases import Case, cases
+from tools.vectors.right import digits, right, tokens, tolerance
 
 Test = dict[str, Any]
 Ledger = dict[str, str]
@@ -78,9 +76,11 @@ def identify(loss: str, prints: Iterable[str], ledger: Ledger) -> dict[str, str]
 
 def contents(ledger: Ledger) -> dict[str, str]:
     """File name → text, for every method and for the ledger, which new ids are added to."""
-    asked: dict[str, dict[str, Group]] = {loss: {} for loss in METHODS}
+    asked: dict[str, dict[str, Group]] = {}
     for case in cases():
-        asked[case.loss].setdefault(json.dumps(case.config), Group(case.config, [])).tests.append(answered(case))
+        asked.setdefault(case.loss, {}).setdefault(json.dumps(case.config), Group(case.config, [])).tests.append(
+            answered(case)
+        )
     texts = {f"{loss}.json": file(loss, list(groups.values()), ledger) for loss, groups in asked.items()}
     current = {name for text in texts.values() for name in ids(json.loads(text))}
     book = {"suite": SUITE, "ids": ledger, "withdrawn": [name for name in ledger if name not in current]}
@@ -104,7 +104,7 @@ def file(loss: str, groups: list[Group], ledger: Ledger) -> str:
         "schema": SCHEMA,
         "suite": SUITE,
         "loss": loss,
-        "generator": "python -m lossfns.testing.vectors write",
+        "generator": "python -m tools.vectors write",
         "notes": {bug: {"words": BUGS[bug].words, "seen": list(BUGS[bug].seen)} for bug in BUGS if bug in hunted},
     }
     return laid_out(head, flagged)

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from lossfns.testing.vectors.cases.form import (
+from tools.vectors.cases.form import (
     CLIPPED,
+    COMPARED,
     HUGE,
+    LIMITING,
+    PENALISED,
     POLICY,
     RATIOS,
     SEQUENCE,
@@ -373,9 +376,12 @@ def policies() -> Iterator[Case]:
         yield from (situation.under(loss) for situation in SEQUENCES)
         yield from (situation.under(loss, "the paper's own bounds", clip=TIGHT) for situation in (*NARROW, *CUT))
         yield SEQUENCES[0].under(loss, "every token of the batch counts alike", weigh="token_mean")
-    yield from divergences()
-    yield from limits()
-    yield from penalties()
+    for loss in COMPARED:
+        yield from divergences(loss)
+    for loss in LIMITING:
+        yield from limits(loss)
+    for loss in PENALISED:
+        yield from penalties(loss)
 
 
 def knobs(loss: str) -> Iterator[Case]:
@@ -402,13 +408,13 @@ def sampled(loss: str) -> Iterator[Case]:
     yield RAGGED.under(loss, "with sequence weights", tis_cap=4.0, tis_level="sequence")
 
 
-def limits() -> Iterator[Case]:
-    """What cispo's bounds and its cap can be set to; where the ratio is cut, the weight stays."""
-    yield from (situation.under("cispo") for situation in LIMITED)
-    yield from (s.under("cispo", "bounds of 0.5 and 2.5", clip=[0.5, 2.5]) for s in LIMITED[:2])
+def limits(loss: str) -> Iterator[Case]:
+    """What the bounds of a weight and its cap can be set to; where the ratio is cut, the weight stays."""
+    yield from (situation.under(loss) for situation in LIMITED)
+    yield from (s.under(loss, "bounds of 0.5 and 2.5", clip=[0.5, 2.5]) for s in LIMITED[:2])
     for clip, name in (([0.0, 4.0], "0 and 4"), ([0.0, 2.0], "0 and 2: none from below"), ([1.0, 1.0], "1 and 1")):
-        yield LOUD.under("cispo", f"bounds of {name}", clip=clip)
-        yield LIMITED[2].under("cispo", f"bounds of {name}", clip=clip)
+        yield LOUD.under(loss, f"bounds of {name}", clip=clip)
+        yield LIMITED[2].under(loss, f"bounds of {name}", clip=clip)
     far_away: list[tuple[Situation, str, dict[str, Any]]] = [
         (FAR[0], "log-ratios past 20: the weight is the upper bound", {}),
         (FAR[1], "log-ratios below -20: the weight is the lower bound", {}),
@@ -416,38 +422,38 @@ def limits() -> Iterator[Case]:
         (FAR[0], "log-ratios past 20 without a cap: the weight is the upper bound", {"log_ratio_cap": None}),
     ]
     for far, comment, settings in far_away:
-        yield far._replace(comment=comment).under("cispo", **settings)
-    yield LOUD.under("cispo", "a cap of 0.5 on the log-ratio", log_ratio_cap=0.5, clip=[0.5, 8.0])
-    yield from sampled("cispo")
+        yield far._replace(comment=comment).under(loss, **settings)
+    yield LOUD.under(loss, "a cap of 0.5 on the log-ratio", log_ratio_cap=0.5, clip=[0.5, 8.0])
+    yield from sampled(loss)
 
 
-def penalties() -> Iterator[Case]:
-    """What dro's penalty can be set to, and how far it reaches: it has no cap."""
+def penalties(loss: str) -> Iterator[Case]:
+    """What the penalty on leaving the old policy can be set to, and how far it reaches: it has no cap."""
     for situation in (DRIFT, IDLE, PARTLY):
-        yield situation.under("dro")
-        yield situation.under("dro", "the hosted services' default of 0.05", beta=0.05)
-        yield situation.under("dro", "a beta of 4, each sequence counts alike", beta=4.0, weigh="sequence_mean")
+        yield situation.under(loss)
+        yield situation.under(loss, "the hosted services' default of 0.05", beta=0.05)
+        yield situation.under(loss, "a beta of 4, each sequence counts alike", beta=4.0, weigh="sequence_mean")
     words = ("log-ratios past 20", "log-ratios below -20", "a log-ratio of 9999")
     for far, word in zip(FAR, words):
-        yield far._replace(comment=f"{word}: no cap").under("dro")
-    yield from sampled("dro")
-    yield DRIFT.under("dro", "the sampler's weight is the penalty's too", tis_cap=1.5)
+        yield far._replace(comment=f"{word}: no cap").under(loss)
+    yield from sampled(loss)
+    yield DRIFT.under(loss, "the sampler's weight is the penalty's too", tis_cap=1.5)
 
 
-def divergences() -> Iterator[Case]:
-    """What grpo's KL can be set to."""
+def divergences(loss: str) -> Iterator[Case]:
+    """What the KL can be set to."""
     for kl in ("k1", "k2", "k3"):
-        yield DRIFTED.under("grpo", f"{kl} at 0.5", kl=kl, kl_beta=0.5)
-        yield DRIFTED.under("grpo", f"{kl}, each sequence counts alike", kl=kl, kl_beta=0.5, weigh="sequence_mean")
-        yield QUIET.under("grpo", f"{kl} at 0.125", kl=kl, kl_beta=0.125)
-        yield AT_REFERENCE.under("grpo", kl, kl=kl)
-        yield RAGGED.under("grpo", f"{kl} at 0.5", kl=kl, kl_beta=0.5)
-    yield LOST.under("grpo")
-    yield LOST.under("grpo", "k2, which has no cap", kl="k2")
-    yield GONE.under("grpo")
-    yield DRIFTED.under("grpo", "a KL of 0, its reference not read", kl_beta=0.0)
-    yield DRIFTED.under("grpo", "the default of 0.001", kl_beta=0.001)
-    yield DRIFTED.under("grpo", "a KL of 4", kl_beta=4.0)
-    yield SAMPLED.under("grpo", "the sampler's weight is not the KL's", tis_cap=1.25, kl_beta=2.0)
-    yield LOUD.under("grpo", "the dual clip is not the KL's", dual_clip=1.5, clip=[0.5, 8.0], kl_beta=2.0)
-    yield CUT[0].under("grpo", "clipping is not the KL's", kl_beta=2.0)
+        yield DRIFTED.under(loss, f"{kl} at 0.5", kl=kl, kl_beta=0.5)
+        yield DRIFTED.under(loss, f"{kl}, each sequence counts alike", kl=kl, kl_beta=0.5, weigh="sequence_mean")
+        yield QUIET.under(loss, f"{kl} at 0.125", kl=kl, kl_beta=0.125)
+        yield AT_REFERENCE.under(loss, kl, kl=kl)
+        yield RAGGED.under(loss, f"{kl} at 0.5", kl=kl, kl_beta=0.5)
+    yield LOST.under(loss)
+    yield LOST.under(loss, "k2, which has no cap", kl="k2")
+    yield GONE.under(loss)
+    yield DRIFTED.under(loss, "a KL of 0, its reference not read", kl_beta=0.0)
+    yield DRIFTED.under(loss, "the default of 0.001", kl_beta=0.001)
+    yield DRIFTED.under(loss, "a KL of 4", kl_beta=4.0)
+    yield SAMPLED.under(loss, "the sampler's weight is not the KL's", tis_cap=1.25, kl_beta=2.0)
+    yield LOUD.under(loss, "the dual clip is not the KL's", dual_clip=1.5, clip=[0.5, 8.0], kl_beta=2.0)
+    yield CUT[0].under(loss, "clipping is not the KL's", kl_beta=2.0)

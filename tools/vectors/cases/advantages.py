@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from lossfns.testing.vectors.cases.form import Case, Data
+from tools.vectors.cases.form import Case, Data
 
 
 def samples(rewards: Sequence[float], groups: Sequence[Any]) -> Data:

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import cycle
 from typing import Any, NamedTuple
 
+from lossfns.testing.vectors.ours import subject
+
 Data = list[dict[str, Any]]
 Refusal = tuple[str, str, int | None]
 """Why an input is refused: code, field, datum."""
@@ -68,12 +70,23 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 """The settings a case starts from; where they hide too much (a KL of 0.001, GSPO's window) they are not the paper's."""
 
-CLIPPED = ("ppo", "grpo", "dapo", "gspo", "gspo_token")
-RATIOS = ("importance_sampling", *CLIPPED)
-OFF_POLICY = (*RATIOS, "cispo", "dro")
-POLICY = ("reinforce", *OFF_POLICY)
-SEQUENCE = ("gspo", "gspo_token")
-PAIRS = ("dpo", "orpo")
+READS = {loss: subject(loss, row).reads for loss, row in DEFAULTS.items() if "weigh" in row}
+"""The columns of each loss besides logprobs and weights."""
+
+
+def having(*settings: str, without: str = "") -> tuple[str, ...]:
+    """The losses that have these settings, in the order of their rows."""
+    return tuple(loss for loss, row in DEFAULTS.items() if row.keys() >= set(settings) and without not in row)
+
+
+CLIPPED = having("clip", "dual_clip")
+RATIOS = having("dual_clip")
+LIMITING = having("clip", without="dual_clip")
+PENALISED = having("beta", "tis_cap")
+COMPARED = having("kl")
+POLICY = tuple(loss for loss in READS if "advantages" in READS[loss])
+SEQUENCE = tuple(loss for loss in CLIPPED if DEFAULTS[loss]["weigh"] == "sequence_mean")
+PAIRS = tuple(loss for loss in READS if DEFAULTS[loss]["weigh"] == "pair_mean")
 TIGHT = [1 - 3e-4, 1 + 4e-4]
 """GSPO's own window."""
 
@@ -120,9 +133,8 @@ def minus(left: list[list[float]], right: list[list[float]], sign: float = 1.0) 
 
 def reading(loss: str, given: Data, settings: Mapping[str, Any]) -> Data:
     """The data with the columns that the loss reads."""
-    names = ["logprobs", "weights"]
-    names += ["advantages"] * (loss in POLICY) + ["old_logprobs"] * (loss in OFF_POLICY)
-    names += ["ref_logprobs"] * (loss in ("grpo", "dpo")) + ["sampler_logprobs"] * (settings.get("tis_cap") is not None)
+    sampled = settings.get("tis_cap") is not None
+    names = ["logprobs", "weights", *READS[loss], *["sampler_logprobs"] * sampled]
     return [{name: row[name] for name in names} for row in given]
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from lossfns.testing.vectors.cases.advantages import samples
-from lossfns.testing.vectors.cases.form import (
+from tools.vectors.cases.advantages import samples
+from tools.vectors.cases.form import (
     DEFAULTS,
     INF,
     NAN,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from itertools import product
 from typing import Any
 
-from lossfns.testing.vectors.cases.form import CLIPPED, DEFAULTS, RATIOS, Case, Data, policy_data, reading
+from tools.vectors.cases.form import CLIPPED, COMPARED, DEFAULTS, RATIOS, Case, Data, policy_data, reading
 
 
 def kinks() -> Iterator[Case]:
@@ -33,10 +34,10 @@ def kinks() -> Iterator[Case]:
             settings = {**wide, "log_ratio_cap": 0.5}
             yield kink(loss, f"log-ratios exactly {word}", cap, settings, {"log_ratio_cap": 0.5 - near})
         yield kink(loss, "a dual clip that ties with the ratio", tie, {**wide, "dual_clip": c}, {"dual_clip": c - near})
-    for x in (20.0, -20.0):
+    for loss, x in product(COMPARED, (20.0, -20.0)):
         far = policy_data(lp="-21 -1" if x > 0 else "-1 -1", w="1 1", adv="0 0", d="0 0", x=f"{x} 0")
         nudged = [[row["ref_logprobs"][0] + math.copysign(1e-9, x), *row["ref_logprobs"][1:]] for row in far]
-        yield kink("grpo", f"a reference of exactly {x:g} nats away, where k3 stops", far, {}, {"ref_logprobs": nudged})
+        yield kink(loss, f"a reference of exactly {x:g} nats away, where k3 stops", far, {}, {"ref_logprobs": nudged})
 
 
 def kink(loss: str, comment: str, given: Data, settings: Mapping[str, Any], beside: Mapping[str, Any]) -> Case:

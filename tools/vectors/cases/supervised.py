@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from lossfns.testing.vectors.cases.form import HUGE, INF, NAN, Case, Situation, data, weighed
+from tools.vectors.cases.form import HUGE, INF, NAN, Case, Situation, data, weighed
 
 TOKENS = [
     Situation(

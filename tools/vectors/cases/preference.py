@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from lossfns.testing.vectors.cases.form import HUGE, INF, PAIRS, Case, Situation, data
+from tools.vectors.cases.form import HUGE, INF, PAIRS, Case, Situation, data
 
 SIDES = [
     Situation(

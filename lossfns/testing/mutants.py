@@ -1,0 +1,317 @@
+"""Known-wrong losses: any loss with any bug of the catalogue planted in it.
+
+A mutant is ``(data, logprobs_list) -> (loss, metrics)`` with its settings as keywords (that of group advantages is
+``(rewards, groups) -> advantages``). Its attributes are ``bug``, ``kind`` and ``like``, the correct loss that it claims
+to be. Bugs of the answer come from ``lossfns.testing.planted``; bugs of the call stand here.
+
+>>> from lossfns.testing.mutants import MUTANTS, mutant
+>>> wrong = mutant("ratio-inverted", "ppo", clip=(0.9, 1.1))
+>>> wrong.bug, wrong.kind, wrong.like.name
+('ratio-inverted', 'policy', 'ppo')
+>>> from lossfns.testing.mutants import gspo_ratio_product
+>>> gspo_ratio_product.like.name, len(MUTANTS) > 200
+('gspo', True)
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+from lossfns.advantages import group_advantages
+from lossfns.datum import Datum, TensorData
+from lossfns.loss import Loss
+from lossfns.testing import oracle, planted
+from lossfns.testing.bugs import BUGS
+from lossfns.testing.vectors.flags import arguments
+from lossfns.testing.vectors.ours import subject
+from lossfns.testing.vectors.vector import METHODS, load
+from lossfns.tokens import PAIRS, TARGETS
+
+Data = Sequence[Any]
+Logprobs = Sequence[Tensor]
+Result = tuple[Tensor, dict[str, Any]]
+Config = Mapping[str, Any]
+Subject = Callable[..., Any]
+
+
+def mutant(bug: str, loss: str, **settings: Any) -> Subject:
+    """Make a loss that is correct but for one bug.
+
+    Args:
+        bug: an id of ``lossfns.testing.bugs``.
+        loss: the name of a method that has golden vectors.
+        settings: named as in the vectors; those of the method's first vector where they are left out.
+    """
+    config = {**load(loss)[0].config, **settings}
+    like = right(loss, config)
+    made: Subject
+    if loss == "group_advantages":
+        made = partial(planted.ADVANTAGES[bug], **config)
+    else:
+        made = CALLS[bug](like) if bug in CALLS else answering(bug, loss, config)
+    name, words = f"{loss}_{bug.replace('-', '_')}", f"{loss}, but {BUGS[bug].words}."
+    marks = {"bug": bug, "kind": kind_of(like), "like": like, "__name__": name, "__doc__": words}
+    for mark, value in marks.items():
+        setattr(made, mark, value)
+    return made
+
+
+def right(loss: str, config: Config) -> Any:
+    """The correct loss with these settings."""
+    return group_advantages if loss == "group_advantages" else subject(loss, config)
+
+
+def kind_of(like: Any) -> str:
+    if not isinstance(like, Loss):
+        return "advantages"
+    return "policy" if "advantages" in like.reads else "preference" if like.rows == PAIRS else "supervised"
+
+
+def showing(bug: str, loss: str) -> list[Config]:
+    """The settings, of those in the golden vectors, with which a loss can have the bug: none if it cannot."""
+    vectors = [v for v in load(loss) if v.error is None and v.denominator is None]
+    possible = bug in CALLS and NEEDS.get(bug, is_loss)(right(loss, vectors[0].config))
+    return list({repr(v.config): v.config for v in vectors if possible or bug in v.flags}.values())
+
+
+# Bugs of the answer
+
+
+class Given(torch.autograd.Function):
+    """A value with a given gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, logprobs: Tensor, value: float, gradient: list[float]) -> Tensor:
+        ctx.gradient = logprobs.new_tensor(gradient)
+        return logprobs.new_tensor(value)
+
+    @staticmethod
+    def backward(ctx: Any, by: Tensor) -> tuple[Tensor, None, None]:
+        return by * ctx.gradient, None, None
+
+
+def answering(bug: str, loss: str, config: Config) -> Subject:
+    """The contract function with the oracle's value and gradient, right with an empty ``bug``.
+
+    It refuses what the loss of ours refuses.
+    """
+    like = subject(loss, config)
+    names = dict.fromkeys(("weights", *subject(loss, load(loss)[0].config).reads, *like.reads))
+    plain = {name: x for name, x in config.items() if isinstance(x, (float, tuple, list))}
+
+    def answer(data: Data, logprobs_list: Logprobs, **settings: Any) -> Result:
+        if get_proxy_mode() is not None:
+            raise RuntimeError("the oracle computes in plain floats, which a trace does not see")
+        like(data, [lp.detach() for lp in logprobs_list])
+        a = arguments({**config, **settings}, columns(data, logprobs_list, names))
+        candidates = logprobs_list[0].shape[-1] if like.rows == TARGETS else 0
+        wrong = planted.wrong(bug, loss, a, candidates) if bug else None
+        value, rows = wrong if wrong is not None else getattr(oracle, loss)(**a)
+        lost = [bug == "gradient-missing" and not any(w) for w in a["weights"]]
+        leaves = torch.cat([lp.detach().flatten() if out else lp.flatten() for lp, out in zip(logprobs_list, lost)])
+        total: Tensor = Given.apply(leaves, value, [g for row in rows for g in row])  # type: ignore[no-untyped-call]
+        return total, {"loss": value, "tokens": float(sum(len(oracle.active(w)) for w in a["weights"]))}
+
+    given = inspect.signature(answer).parameters
+    knobs = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=x) for name, x in plain.items()]
+    vars(answer)["__signature__"] = inspect.Signature([given["data"], given["logprobs_list"], *knobs])
+    return answer
+
+
+def columns(data: Data, logprobs_list: Logprobs, names: Iterable[str]) -> list[dict[str, list[float]]]:
+    """The rows of these columns, and the logprobs, of each datum as plain floats, with one move to the host."""
+    flat = torch.cat([lp.detach().flatten().double() for lp in logprobs_list]).tolist()
+    rows = []
+    for datum, lp in zip(data, logprobs_list):
+        own = {name: datum.loss_fn_inputs[name].to_numpy().ravel().tolist() for name in names}
+        rows.append({"logprobs": flat[: lp.numel()], **own})
+        flat = flat[lp.numel() :]
+    return rows
+
+
+# Bugs of the call
+
+
+def tensors_in_metrics(loss: Loss, data: Data, logprobs_list: Logprobs) -> Result:
+    """The metrics still are tensors."""
+    value, metrics = loss(data, logprobs_list)
+    return value, {name: torch.tensor(x) for name, x in metrics.items()}
+
+
+def blanks_in_place(loss: Loss, data: Data, logprobs_list: Logprobs) -> Result:
+    """Masked logprobs are overwritten where they stand."""
+    for datum, lp in zip(data, logprobs_list):
+        lp.detach().masked_fill_(~active(datum), 0)
+    return loss(data, logprobs_list)
+
+
+def anneals(loss: Loss, calls: list[int], data: Data, logprobs_list: Logprobs) -> Result:
+    """The loss is smaller with every call."""
+    calls.append(1)
+    value, metrics = loss(data, logprobs_list)
+    return value * 0.99 ** len(calls), metrics
+
+
+def items(loss: Loss, data: Data, logprobs_list: Logprobs) -> Result:
+    """``.item()`` for each datum."""
+    value, metrics = loss(data, logprobs_list)
+    lowest = [torch.where(active(datum), lp.detach(), 0).min().item() for datum, lp in zip(data, logprobs_list)]
+    return value, metrics | {"logprob_min": min(lowest)}
+
+
+def item_in_the_maths(loss: Loss, data: Data, logprobs_list: Logprobs) -> Result:
+    """The value is a number of Python, which a trace bakes in."""
+    value, metrics = loss(data, logprobs_list)
+    return value - value.detach() + value.item(), metrics
+
+
+def no_grad(loss: Loss, data: Data, logprobs_list: Logprobs) -> Result:
+    """A term is constant by ``no_grad``, which vanishes in a trace."""
+    value, metrics = loss(data, logprobs_list)
+    with torch.no_grad():
+        constant, _ = loss(data, logprobs_list)
+    return value + (constant - value.detach()), metrics
+
+
+def truncates(loss: Loss, data: Data, logprobs_list: Logprobs) -> Result:
+    """Every row is cut to the shortest of its datum."""
+    rows = [{name: d.loss_fn_inputs[name].to_numpy() for name in ("weights", *loss.reads)} for d in data]
+    shortest = [min(len(lp), *map(len, own.values())) for own, lp in zip(rows, logprobs_list)]
+    cut = [with_columns(d, {name: x[:n] for name, x in own.items()}) for d, own, n in zip(data, rows, shortest)]
+    return loss(cut, [lp[:n] for lp, n in zip(logprobs_list, shortest)])
+
+
+EOS = 5
+"""The id of the token that ends a sequence."""
+
+
+def masks_eos(loss: Loss, data: Data, logprobs_list: Logprobs) -> Result:
+    """Every end-of-sequence token is taken for padding; the denominator stays."""
+    rest = [
+        with_columns(d, {"weights": d.loss_fn_inputs["weights"].to_numpy() * (targets.to_numpy() != EOS)})
+        for d, targets in ((d, d.loss_fn_inputs["target_tokens"]) for d in data)
+    ]
+    return loss.bind(denominator=loss.denominator(data))(rest, logprobs_list)
+
+
+def scaled_by_ranks(loss: Loss, data: Data, logprobs_list: Logprobs) -> Result:
+    """The loss times the number of ranks, for a mean that nobody takes."""
+    value, metrics = loss(data, logprobs_list)
+    return value * int(os.environ.get("WORLD_SIZE", "1")), metrics
+
+
+def drops_odd(loss: Loss, data: Data, logprobs_list: Logprobs) -> Result:
+    """``len(data) // 2`` pairs, whatever is left over."""
+    count = len(data) // 2 * 2
+    value, metrics = loss(data[:count], logprobs_list[:count])
+    return value + sum(0 * lp.sum() for lp in logprobs_list[count:]), metrics
+
+
+def last_metrics(loss: Loss, data: Data, logprobs_list: Logprobs) -> Result:
+    """The metrics are those of the last datum (or pair) that has any."""
+    value, metrics = loss(data, logprobs_list)
+    step = 2 if loss.rows == PAIRS else 1
+    parts = [slice(i, i + step) for i in range(0, len(data), step)]
+    last = next(part for part in reversed(parts) if any(active(datum).any() for datum in data[part]))
+    _, own = loss(data[last], [lp.detach() for lp in logprobs_list[last]])
+    return value, own | {"loss": metrics["loss"]}
+
+
+def scaled_metrics(loss: Loss, data: Data, logprobs_list: Logprobs) -> Result:
+    """Metrics that are scaled already are scaled once more."""
+    value, metrics = loss(data, logprobs_list)
+    return value, {name: 0.1 * x if name in ("loss", "kl_ref", "reward_margin") else x for name, x in metrics.items()}
+
+
+def counts_outside(loss: Loss, data: Data, logprobs_list: Logprobs) -> Result:
+    """The clip fraction is of the ratios outside the bounds, whether or not a bound removes their gradient."""
+    value, metrics = loss(data, logprobs_list)
+    low, high = loss.knobs["clip"]
+    old = [torch.from_numpy(datum.loss_fn_inputs["old_logprobs"].to_numpy()) for datum in data]
+    ratios = torch.cat([(lp.detach() - row)[active(d)].exp() for d, lp, row in zip(data, logprobs_list, old)])
+    return value, metrics | {"clip_fraction": ((ratios < low) | (ratios > high)).double().mean().item()}
+
+
+def another(loss: Loss) -> Loss | None:
+    """Another method over the same columns."""
+    others = [subject(name, load(name)[0].config) for name in METHODS if name not in (loss.name, "group_advantages")]
+    return next((other for other in others if (other.reads, other.rows) == (loss.reads, loss.rows)), None)
+
+
+def active(datum: Any) -> Tensor:
+    return torch.from_numpy(datum.loss_fn_inputs["weights"].to_numpy() != 0)
+
+
+def with_columns(datum: Any, changed: Mapping[str, Any]) -> Datum:
+    """The datum with other values in some of its columns."""
+    fields = {name: TensorData.from_numpy(values) for name, values in changed.items()}
+    return Datum(datum.model_input, {**datum.loss_fn_inputs, **fields})
+
+
+CALLS: dict[str, Callable[[Loss], Subject]] = {
+    "not-the-contract": lambda loss: partial(tensors_in_metrics, loss),
+    "inputs-mutated": lambda loss: partial(blanks_in_place, loss),
+    "state-between-calls": lambda loss: partial(anneals, loss, []),
+    "host-sync-per-datum": lambda loss: partial(items, loss),
+    "branch-on-values": lambda loss: partial(item_in_the_maths, loss),
+    "no-grad-for-detach": lambda loss: partial(no_grad, loss),
+    "silent-truncation": lambda loss: partial(truncates, loss),
+    "mask-by-token-id": lambda loss: partial(masks_eos, loss),
+    "world-size-factor": lambda loss: partial(scaled_by_ranks, loss),
+    "odd-datum-dropped": lambda loss: partial(drops_odd, loss),
+    "metric-not-mergeable": lambda loss: partial(last_metrics, loss),
+    "metric-scaled-twice": lambda loss: partial(scaled_metrics, loss),
+    "metric-counts-nonbinding": lambda loss: partial(counts_outside, loss),
+    "another-loss": lambda loss: partial(another(loss) or loss),
+}
+"""Bug → the contract function that has it, made of a correct loss."""
+
+
+def is_loss(like: Any) -> bool:
+    return isinstance(like, Loss)
+
+
+NEEDS: dict[str, Callable[[Any], bool]] = {
+    "odd-datum-dropped": lambda like: is_loss(like) and like.rows == PAIRS,
+    "metric-counts-nonbinding": lambda like: is_loss(like) and "clip" in like.knobs,
+    "another-loss": lambda like: is_loss(like) and another(like) is not None,
+}
+"""Bug → what can have it; every loss can have the other bugs of the call."""
+
+
+def exemplars() -> list[tuple[str, str, Config]]:
+    """A bug, a loss and its settings, for each bug and kind of loss, with a reference and without.
+
+    The loss and the settings are the first with which the bug shows.
+    """
+    found: dict[tuple[str, bool, str], tuple[str, str, Config]] = {}
+    for loss in METHODS:
+        like = right(loss, load(loss)[0].config)
+        family = kind_of(like), "ref_logprobs" in getattr(like, "reads", ())
+        for bug in BUGS:
+            if (*family, bug) not in found and (settings := showing(bug, loss)):
+                found[*family, bug] = bug, loss, settings[0]
+    return list(found.values())
+
+
+MUTANTS = {(made := mutant(bug, loss, **settings)).__name__: made for bug, loss, settings in exemplars()}
+"""The exemplars by name."""
+
+globals().update(MUTANTS)
+
+
+def __getattr__(name: str) -> Subject:
+    """Any other ``loss_bug``, with the first settings that show the bug."""
+    for loss in METHODS:
+        bug = name.removeprefix(f"{loss}_").replace("_", "-")
+        if name.startswith(f"{loss}_") and bug in BUGS and (settings := showing(bug, loss)):
+            return mutant(bug, loss, **settings[0])
+    raise AttributeError(f"no mutant {name!r}: write the loss, then the bug, as in ppo_ratio_inverted")

@@ -1,0 +1,344 @@
+"""The laws on known-wrong losses: which law kills which, and which bug the first one names.
+
+    python -m tools.laws write      # measures them all (some minutes) and writes docs/laws.md
+    python -m tools.laws render     # writes the page anew from its own measurements, for words that changed
+    python -m tools.laws check      # measures them all; exits 1 where the page says something else
+
+The page is the record: ``read`` takes the measurements from it, ``page`` makes it of them again. Two populations are
+measured. The exemplars stand in the page one by one. The held-out losses are the rest of the cross product of losses
+and bugs, with other settings; no law is to be tuned on them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lossfns.testing.bugs import BUGS
+from lossfns.testing.check import check, says
+from lossfns.testing.laws import ADVANTAGES, GROUPS
+from lossfns.testing.mutants import MUTANTS, exemplars, mutant, showing
+from lossfns.testing.vectors.vector import METHODS
+
+PAGE = Path("docs/laws.md")
+
+CLAIMS = {
+    "vectors": "It gives the right answer to the golden vectors of the loss that it claims to be.",
+    "agreement": "It has the value and the gradient of the loss that it claims to be.",
+}
+"""The laws of what a loss claims to be; ``lossfns.testing.claims`` makes them for each claim."""
+
+LAWS: dict[str, Callable[..., None]] = {law.__name__: law for laws in (*GROUPS.values(), ADVANTAGES) for law in laws}
+"""Every law of every kind by its name."""
+
+KINDS = {kind: [law.__name__ for law in laws] for kind, laws in GROUPS.items()}
+KINDS["advantages"] = [law.__name__ for law in ADVANTAGES]
+"""The laws of each kind by name, in the order of diagnosis."""
+
+PLANTED = [kind for kind in KINDS if kind != "any"]
+"""The kinds that mutants are of."""
+
+
+class Planted(NamedTuple):
+    """A mutant to be measured: its bug, the loss that has it, and that loss's settings."""
+
+    bug: str
+    loss: str
+    settings: Mapping[str, Any]
+
+
+class Kill(NamedTuple):
+    """A measured mutant: the laws that it breaks, in the order of diagnosis, and the bug that the first one named."""
+
+    loss: str
+    bug: str
+    named: str
+    laws: tuple[str, ...]
+
+    def killed(self) -> bool:
+        return bool(self.laws)
+
+    def without_claim(self) -> bool:
+        return bool(set(self.laws) - set(CLAIMS))
+
+    def right(self) -> bool:
+        return self.named == self.bug
+
+    @property
+    def first(self) -> str:
+        return self.laws[0] if self.laws else ""
+
+    @property
+    def mutant(self) -> str:
+        return f"{self.loss}_{self.bug.replace('-', '_')}"
+
+
+class Held(NamedTuple):
+    """The held-out mutants of one loss: how many there are, are killed, are killed without a claim, are named right."""
+
+    loss: str
+    mutants: int
+    killed: int
+    without_claim: int
+    right: int
+
+
+class Record(NamedTuple):
+    """All measurements: the exemplars, the held-out mutants by loss, and those of them that are not named right."""
+
+    exemplars: list[Kill]
+    held: list[Held]
+    misnamed: list[Kill]
+
+
+def held_out() -> Iterator[Planted]:
+    """Every loss with every bug that it can have, with the last settings that show it, but for the exemplars."""
+    known = [(bug, loss, settings) for bug, loss, settings in exemplars()]
+    for loss in METHODS:
+        for bug in BUGS:
+            for settings in showing(bug, loss)[-1:]:
+                if (bug, loss, settings) not in known:
+                    yield Planted(bug, loss, settings)
+
+
+def kill(planted: Planted) -> Kill:
+    """Every law on a mutant, on the small batches that every law is tried on."""
+    report = check(mutant(planted.bug, planted.loss, **planted.settings), examples=0)
+    return Kill(planted.loss, planted.bug, report.bug, tuple(verdict.law for verdict in report.failures))
+
+
+def kills(population: Iterable[Planted], told: str) -> list[Kill]:
+    """The measurements of a population, with as many processes as there are processors."""
+    listed, found = list(population), []
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        for one in pool.map(kill, listed, chunksize=4):
+            found.append(one)
+            print(f"\r\x1b[K{told} {len(found)}/{len(listed)}", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    return found
+
+
+def measured() -> Record:
+    """Both populations, measured."""
+    known = kills((Planted(*one) for one in exemplars()), "exemplars")
+    others = kills(held_out(), "held out")
+    by_loss = {loss: [k for k in others if k.loss == loss] for loss in METHODS}
+    return Record(known, [held(loss, own) for loss, own in by_loss.items()], [k for k in others if not k.right()])
+
+
+def held(loss: str, own: Sequence[Kill]) -> Held:
+    return Held(loss, len(own), *(sum(map(test, own)) for test in (Kill.killed, Kill.without_claim, Kill.right)))
+
+
+# The page
+
+
+def page(record: Record) -> str:
+    """``docs/laws.md``."""
+    known = record.exemplars
+    parts = (
+        INTRODUCTION,
+        summary(known),
+        held_out_text(record),
+        LAWS_HEAD,
+        *laws_by_module(known),
+        orders(),
+        BUGS_HEAD,
+        bugs(known),
+        MATRIX_HEAD,
+        *(f"### {kind}\n\n{rows(known, kind)}" for kind in PLANTED),
+    )
+    return "\n\n".join(parts) + "\n"
+
+
+INTRODUCTION = """\
+# Laws, bugs and mutants
+
+Written by `python -m tools.laws write`; do not edit. `docs/testing.md` says how the laws are used, why each holds, and
+what to do about one that is broken.
+
+A law is a property of every correct loss of its kind. A mutant is a loss that is correct but for one planted bug
+(`lossfns.testing.mutants`). Each law is tried on each mutant of its kind: a law that fails there kills the mutant, and
+names a bug. The laws stand in the order of diagnosis; the bug that the first broken law names is the answer that
+`lossfns check` gives. Every mutant also says which loss it claims to be, which a loss of yours may not: the tables say
+how many are killed without that.
+
+## The exemplars
+
+One mutant for each bug and kind of loss, with a reference and without. The laws are developed on these, so this is no
+measure of what they do on a bug of yours."""
+
+HELD_OUT = """\
+## Held out
+
+How often `lossfns check` names the bug of a loss that its laws were not developed on: every loss of this library with
+every bug of the catalogue that it can have, each with the last settings among its golden vectors that show the bug,
+without the exemplars. The bugs are planted in the oracle, the laws were written on others, planted in torch code, and
+have not been changed since these were first measured. Whoever changes a law on account of one of these has to publish
+another population.
+
+`python -m tools.laws write` measures it."""
+
+LAWS_HEAD = """\
+## The laws
+
+Kills: how many exemplars break the law. First: how many break it before any other, and which bugs it names for them."""
+
+BUGS_HEAD = """\
+## The bugs
+
+Exemplars: how many have this bug planted. Named by: the laws that name it where they are the first to break."""
+
+MATRIX_HEAD = """\
+## Which law kills which exemplar
+
+The bug named is that of the first broken law, which is bold; ✓ where it is the one planted. The others follow in the
+order of diagnosis."""
+
+SHARES = ("killed", "killed without a claim", "named right by the first broken law")
+
+
+def summary(known: Sequence[Kill]) -> str:
+    """How many exemplars are killed, how many without a look at the claim, and how many named, by kind and in all."""
+    parts = {kind: [k for k in known if kind_of(k) == kind] for kind in PLANTED} | {"all": known}
+    return table(("kind", "mutants", *SHARES), (counts(held(kind, part)) for kind, part in parts.items()))
+
+
+def counts(held: Held) -> tuple[Any, ...]:
+    loss, count, *parts = held
+    return loss, count, *(f"{part} ({part / count:.1%})" if count else "–" for part in parts)
+
+
+def total(held: Sequence[Held]) -> Held:
+    return Held("all", *(sum(column) for column in list(zip(*held))[1:]))
+
+
+def held_out_text(record: Record) -> str:
+    whole = total(record.held)
+    right = f"**{whole.right} of {whole.mutants} are named right ({whole.right / whole.mutants:.1%})**"
+    head = f"{right}; {whole.killed} are killed."
+    listed = table(("loss", *("mutants", *SHARES)), (counts(own) for own in (*record.held, whole)))
+    others = ((f"`{k.mutant}`", k.bug, k.named or "–", k.first or "–") for k in record.misnamed)
+    return "\n\n".join([HELD_OUT, head, listed, "Not named right:",
+        table(("held-out mutant", "planted bug", "named", "by"), others)])  # fmt: skip
+
+
+def kind_of(kill: Kill) -> str:
+    return str(vars(MUTANTS[kill.mutant])["kind"])
+
+
+def laws_by_module(known: Sequence[Kill]) -> Iterable[str]:
+    """A table for each module of laws, then one for the claims."""
+    broken = Counter(law for k in known for law in k.laws)
+
+    def row(name: str, words: str) -> tuple[Any, ...]:
+        first = Counter(k.named for k in known if k.first == name)
+        named = ", ".join(f"{bug}{f' ×{n}' * (n > 1)}" for bug, n in first.items())
+        return f"`{name}`", words, kinds_with(name), broken[name], first.total(), named or "–"
+
+    modules = dict.fromkeys(law.__module__.rpartition(".")[2] for law in LAWS.values())
+    head = ("law", "what holds", "kinds", "kills", "first", "bugs")
+    for module in modules:
+        own = {name: law for name, law in LAWS.items() if law.__module__.endswith(f".{module}")}
+        yield f"### {module}\n\n" + table(head, (row(name, says(law)) for name, law in own.items()))
+    yield "### claims\n\n" + table(head, (row(name, words) for name, words in CLAIMS.items()))
+
+
+def kinds_with(law: str) -> str:
+    if law in CLAIMS:
+        return "with a claim"
+    kinds = [kind for kind, laws in KINDS.items() if law in laws]
+    return "every" if len(kinds) == len(GROUPS) else ", ".join(kinds)
+
+
+def orders() -> str:
+    """The order of diagnosis of each kind."""
+    listed = [f"- {kind}: {', '.join(laws)}" for kind, laws in KINDS.items()]
+    return "### The order of diagnosis\n\nThe claims come last, `vectors` before `agreement`.\n\n" + "\n".join(listed)
+
+
+def bugs(known: Sequence[Kill]) -> str:
+    def row(bug: str) -> tuple[Any, ...]:
+        own = [k for k in known if k.bug == bug]
+        naming = dict.fromkeys(k.first for k in own if k.right())
+        return f"`{bug}`", BUGS[bug].words, ", ".join(BUGS[bug].seen) or "–", len(own), ", ".join(naming) or "–"
+
+    return table(("bug", "in words", "seen in", "exemplars", "named by"), map(row, BUGS))
+
+
+def rows(known: Sequence[Kill], kind: str) -> str:
+    """The exemplars of a kind, with the laws that kill each."""
+    return table(
+        ("mutant", "planted bug", "named", "killed by"),
+        (
+            (f"`{k.mutant}`", k.bug, "✓" if k.right() else k.named or "–", killers(k.laws))
+            for k in known
+            if kind_of(k) == kind
+        ),
+    )
+
+
+def killers(laws: Sequence[str]) -> str:
+    return ", ".join(f"**{law}**" if i == 0 else law for i, law in enumerate(laws)) or "–"
+
+
+def table(head: Sequence[str], body: Iterable[Sequence[Any]]) -> str:
+    """A Markdown table."""
+    cells = [head, ["---"] * len(head), *body]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in cells)
+
+
+ROW = re.compile(r"^\| `(\w+)` \| ([\w-]+) \| (✓|–|[\w-]+) \| ([*\w, –]+) \|$", re.MULTILINE)
+COUNTS = re.compile(r"^\| (\w+) \| (\d+)" + r" \| (\d+)(?: \([\d.]+%\))?" * 3 + r" \|$", re.MULTILINE)
+
+
+def read(text: str) -> Record:
+    """The measurements that a page was made of."""
+    _, _, rest = text.partition(HELD_OUT)
+    held_text, _, rest = rest.partition(LAWS_HEAD)
+    _, _, matrix = rest.partition(MATRIX_HEAD)
+    by_loss = [Held(loss, *map(int, numbers)) for loss, *numbers in COUNTS.findall(held_text) if loss != "all"]
+    return Record(kills_of(matrix), by_loss, kills_of(held_text))
+
+
+def kills_of(text: str) -> list[Kill]:
+    """The rows of a page's matrix."""
+    return [
+        Kill(
+            name.removesuffix("_" + bug.replace("-", "_")),
+            bug,
+            {"✓": bug, "–": ""}.get(named, named),
+            tuple(re.findall(r"\w+", laws)),
+        )
+        for name, bug, named, laws in ROW.findall(text)
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``python -m tools.laws``; 1 if a check finds the page untrue."""
+    p = argparse.ArgumentParser(prog="python -m tools.laws", description="The laws on known-wrong losses.")
+    p.add_argument(
+        "action", choices=("write", "render", "check"), help="measure and write; write anew; measure and compare"
+    )
+    p.add_argument("--page", type=Path, default=PAGE, metavar="FILE")
+    args = p.parse_args(argv)
+    was = args.page.read_text(encoding="utf-8") if args.page.exists() else ""
+    text = page(read(was) if args.action == "render" else measured())
+    if args.action == "check":
+        for line in sorted(set(text.splitlines()) ^ set(was.splitlines())):
+            print("+" if line in text else "-", line)
+        return 0 if text == was else 1
+    args.page.write_text(text, encoding="utf-8")
+    print(f"wrote {args.page}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The writer of the golden vectors: cases written by hand, answered by the oracle."""

@@ -1,0 +1,35 @@
+"""Write the golden vectors, or check that they are what would be written.
+
+python -m tools.vectors write [--out DIR]     # writes the files whose contents changed
+python -m tools.vectors check                 # exits 1 where a file is not what would be written
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from lossfns.testing.vectors.vector import FOLDER
+from tools.vectors.write import differing, violations, write
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``python -m tools.vectors``."""
+    p = argparse.ArgumentParser(prog="python -m tools.vectors", description="Write the golden vectors, or check them.")
+    p.add_argument("action", choices=("write", "check"))
+    p.add_argument("--out", type=Path, default=FOLDER, metavar="DIR", help="the folder of the files")
+    args = p.parse_args(argv)
+    if args.action == "write":
+        args.out.mkdir(parents=True, exist_ok=True)
+        changed = write(args.out)
+        print("\n".join(f"wrote {path}" for path in changed) or "nothing to write: every file is up to date")
+        return 0
+    wrong = [f"{path.name} is not what would be written" for path in differing(args.out)] + violations(args.out)
+    print("\n".join(wrong) or "every file is as it should be")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
