@@ -26,8 +26,11 @@ POLL_SECONDS = 0.01
 class ForkDistributor(Distributor):
     """Runs the work items one after another.
 
-    The test command is a list of argument lists of pytest, separated by ``;``, the quickest first. Modules named in
-    ``preload`` are imported before the first fork; the mutated package itself must not be one of them.
+    The test command is a list of paths for pytest, separated by ``;``, the quickest first. Options of the distributor:
+
+        options: arguments of pytest that go before each part of the test command.
+        preload: modules that are imported before the first fork; the mutated package itself must not be one of them.
+        first: by the name of a mutated module, the tests that run before the test command.
     """
 
     def __call__(
@@ -41,8 +44,11 @@ class ForkDistributor(Distributor):
         gc.freeze()
         sys.dont_write_bytecode = True  # two mutants of one second and one size would share a cache
         cosmic_ray.mutating.run_tests = run_tests
+        options, first = distributor_config.get("options", ""), distributor_config.get("first", {})
         for item in pending_work:
-            on_task_complete(item.job_id, cosmic_ray.mutating.mutate_and_test(item.mutations, test_command, timeout))
+            own = [first[m.module_path.stem] for m in item.mutations if m.module_path.stem in first]
+            command = ";".join(f"{options} {part}" for part in [*own, *test_command.split(";")])
+            on_task_complete(item.job_id, cosmic_ray.mutating.mutate_and_test(item.mutations, command, timeout))
 
 
 def run_tests(command: str, timeout: float) -> tuple[TestOutcome, str]:
