@@ -62,8 +62,29 @@ def test_a_sequence_whose_signed_weights_have_no_positive_sum_has_no_mean() -> N
     assert value.item() == 1 + 1 - 4
 
 
-def test_repr_is_the_name() -> None:
-    assert repr(lossfns.token_mean) == "token_mean"
+def test_a_datum_counts_where_it_has_an_active_token() -> None:
+    """Two of the three sequences, whatever their weights."""
+    for weigh in (lossfns.datum_mean, lossfns.datum_sum):
+        share = weigh.share(T)
+        assert share.tolist() == [1.0, 1.0, 0.0] and share.dtype == torch.float64
+    assert lossfns.datum_mean.count(T).item() == 2
+    assert lossfns.datum_sum.count is None
+
+
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [
+        *((name, "tokens") for name in ("token_mean", "sequence_mean", "sequence_sum_mean", "token_sum")),
+        *((name, "pairs") for name in ("pair_mean", "pair_sum")),
+        *((name, "sequences") for name in ("datum_mean", "datum_sum")),
+    ],
+)
+def test_repr_is_the_name(name: str, rows: str) -> None:
+    weigh = getattr(lossfns, name)
+    assert repr(weigh) == name and weigh.rows == rows
+
+
+def test_repr_of_a_fixed_length_has_the_length() -> None:
     assert repr(lossfns.fixed_length(256)) == "fixed_length(256)"
 
 

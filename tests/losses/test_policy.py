@@ -40,6 +40,18 @@ def test_ppo() -> None:
     assert (metrics["clip_high"], metrics["clip_low"]) == pytest.approx((1 / 3, 1 / 3))
 
 
+def test_a_ratio_is_counted_as_clipped_where_the_bound_takes_its_gradient() -> None:
+    """Ratios ½, 1 and 1½ with A = 1, 0 and −1 against (1, 1): one of nine tokens on each side, none on a bound."""
+    old = [-3.0 - LN(0.5), -3.0, -3.0 - LN(1.5)]
+    columns = {"advantages": [[1.0] * 3 + [0.0] * 3 + [-1.0] * 3], "old_logprobs": [old * 3]}
+    batch = Batch([[-3.0] * 9], [[1.0] * 9], columns)
+    _, gradients, metrics = call(lossfns.ppo(clip=(1.0, 1.0)), batch)
+    assert (metrics["clip_low"], metrics["clip_high"]) == pytest.approx((1 / 9, 1 / 9))
+    assert gradients[0] == pytest.approx([-0.5 / 9, -1 / 9, 0, 0, 0, 0, 0, 1 / 9, 1.5 / 9])
+    _, _, metrics = call(lossfns.cispo(clip=(1.0, 1.0)), batch)
+    assert (metrics["bound_low"], metrics["bound_high"]) == pytest.approx((3 / 9, 3 / 9))
+
+
 def test_dapo_raises_the_upper_bound_alone() -> None:
     """−(1.28 + 0.5 − 0.8) / 3."""
     assert call(lossfns.dapo(), BATCH)[0] == pytest.approx(-0.98 / 3)
@@ -216,6 +228,17 @@ def test_dual_clip_bounds_what_a_bad_token_can_cost() -> None:
     value, gradients, metrics = call(lossfns.ppo(dual_clip=3.0), batch)
     assert (value, gradients, metrics["clip_dual"]) == (3.0, [[0.0]], 1.0)
     assert call(lossfns.with_dual_clip(lossfns.ppo(), c=3.0), batch)[:2] == (3.0, [[0.0]])
+
+
+@pytest.mark.parametrize("preset", [lossfns.ppo, lossfns.dapo, lossfns.grpo, lossfns.gspo, lossfns.gspo_token])
+def test_every_clipped_loss_has_a_cap_and_a_dual_clip(preset: Any) -> None:
+    """A = −1 at ratio e²: e² without either, e where the log-ratio is capped at 1, 2 with a dual clip of 2."""
+    columns = {"advantages": [[-1.0]], "old_logprobs": [[-3.0]], "ref_logprobs": [[-1.0]]}
+    batch = Batch([[-1.0]], [[1.0]], columns)
+    for knobs, value in (({}, math.exp(2)), ({"log_ratio_cap": 1.0}, math.e), ({"dual_clip": 2.0}, 2.0)):
+        got, _, metrics = call(preset(**knobs), batch)
+        assert got == pytest.approx(value)
+        assert metrics["ratio_capped"] == ("log_ratio_cap" in knobs) and ("clip_dual" in metrics) == (value == 2)
 
 
 @pytest.mark.parametrize("loss", [lossfns.grpo(), lossfns.with_tis(lossfns.ppo())], ids=repr)
