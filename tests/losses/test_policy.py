@@ -194,8 +194,8 @@ def test_on_policy_cispo_and_dro_are_reinforce(loss: lossfns.Loss) -> None:
 
 def test_reinforce() -> None:
     """−(−1 − 1 + 2)/3 = 0; gradients −A/3."""
-    value, gradients, _ = call(lossfns.reinforce(), BATCH)
-    assert value == pytest.approx(0)
+    value, gradients, metrics = call(lossfns.reinforce(), BATCH)
+    assert value == pytest.approx(0) and metrics["nll"] == pytest.approx((1 + 1 + 2) / 3)
     assert gradients == [pytest.approx([0.0, -1 / 3, -1 / 3]), pytest.approx([1 / 3])]
 
 
