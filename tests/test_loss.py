@@ -226,6 +226,16 @@ def test_a_denominator_may_be_a_tensor_as_all_reduce_leaves_it() -> None:
             lossfns.cross_entropy().bind(denominator=torch.tensor(value))
 
 
+def test_a_part_has_the_columns_of_its_datums() -> None:
+    """On-policy the loss is −A: −(1 − 2) / 2 of both datums, and 2 of the second alone."""
+    data, logprobs = data_and_logprobs()
+    bound = lossfns.ppo().bind(advantages=[1.0, -2.0], old_logprobs=ON_POLICY, align="truncate")
+    assert bound(data * 2, logprobs * 2)[0].item() == 0.5
+    second = bound.part(slice(1, 2))
+    assert second(data, logprobs)[0].item() == 2 and second.align == "truncate"
+    assert second.columns == {"advantages": [-2.0], "old_logprobs": ON_POLICY}
+
+
 def test_the_value_alone_is_that_of_the_call() -> None:
     """(2 + 3) / 2, or over 5 where that is bound; its gradient is the call's."""
     data, logprobs = data_and_logprobs()
