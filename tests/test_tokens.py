@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lossfns import ON_POLICY, Rows, Tokens
-from lossfns.tokens import FlatLogprobs
+from lossfns.tokens import COLUMNS, DATUM_FIELDS, FlatLogprobs
 
 
 @pytest.mark.parametrize(
@@ -22,6 +22,12 @@ from lossfns.tokens import FlatLogprobs
 def test_kinds_of_rows(rows: Rows, name: str, rank: int, datums: int, per_token: bool, unit: str) -> None:
     assert Rows(name) is rows and str(rows) == name
     assert (rows.rank, rows.datums, rows.per_token, rows.unit) == (rank, datums, per_token, unit)
+
+
+def test_the_usual_columns() -> None:
+    """Each may be bound to any loss, with a warning where it is not read."""
+    assert COLUMNS == ("weights", "advantages", "old_logprobs", "ref_logprobs", "sampler_logprobs")
+    assert DATUM_FIELDS == {"old_logprobs": ("old_logprobs", "logprobs")}
 
 
 def test_columns_are_attributes() -> None:

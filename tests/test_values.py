@@ -13,6 +13,7 @@ from lossfns.tokens import PAIRS, TOKENS
 from lossfns.values import check_values, extremes, raise_at_first, warn_if_far_off_policy
 
 NAN = math.nan
+LOGPROB_COLUMNS = ("old_logprobs", "ref_logprobs", "sampler_logprobs")
 
 
 def data(*weights: list[float]) -> list[Datum]:
@@ -21,12 +22,12 @@ def data(*weights: list[float]) -> list[Datum]:
 
 
 def refused(logprobs: list[list[float]], weights: list[list[float]], **columns: Any) -> LossInputError:
-    """The error of ``grpo`` with a KL, whose other columns are in order."""
+    """The error of a loss that reads every column, where the others are in order."""
     rows = [[-1.0] * len(row) for row in logprobs]
-    bound = {"advantages": [1.0] * len(rows), "old_logprobs": rows, "ref_logprobs": rows, **columns}
+    bound = {"advantages": [1.0] * len(rows), **dict.fromkeys(LOGPROB_COLUMNS, rows), **columns}
     tensors = [torch.tensor(row, dtype=torch.float64) for row in logprobs]
     with pytest.raises(LossInputError) as caught:
-        lossfns.grpo().bind(**bound)(data(*weights), tensors)
+        lossfns.with_kl(lossfns.with_tis(lossfns.ppo())).bind(**bound)(data(*weights), tensors)
     return caught.value
 
 
@@ -39,6 +40,7 @@ SERVERS = "Servers send null for the prompt: give those positions weight 0."
         ({}, "logprobs[1]", "A token that the model cannot produce has no finite logprob: mask it."),
         ({"old_logprobs": [[-1.0, NAN]]}, "old_logprobs[1]", SERVERS),
         ({"ref_logprobs": [[-1.0, NAN]]}, "ref_logprobs[1]", SERVERS),
+        ({"sampler_logprobs": [[-1.0, NAN]]}, "sampler_logprobs[1]", SERVERS),
         (
             {"advantages": [[1.0, NAN]]},
             "advantages[1]",
@@ -67,7 +69,7 @@ def test_a_logprob_may_lie_above_0_by_the_tolerance() -> None:
     """1e-4 is rounding, a little more is a probability. An advantage may be anything."""
     loss = lossfns.grpo(kl_beta=0).bind(advantages=[9.0], old_logprobs=[[-1.0, 1e-4]])
     loss(data([1.0, 1.0]), [torch.tensor([-1.0, 1e-4], dtype=torch.float64)])
-    for name in ("old_logprobs", "ref_logprobs"):
+    for name in LOGPROB_COLUMNS:
         error = refused([[-1.0] * 3], [[1.0] * 3], **{name: [[-1.0, 1e-4, 1.1e-4]]})
         assert (error.field, error.expected, error.got) == (f"{name}[2]", "a logprob, at most 0", "0.00011")
         assert error.fix == "Were probabilities or logits passed?"
