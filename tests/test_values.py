@@ -87,6 +87,7 @@ def test_a_negative_weight_is_found_behind_masked_ones() -> None:
         ([[0.0], [1.0], [1.0], [1.0]], 0, "none on the chosen side of pair 0"),
         ([[1.0], [1.0], [1.0], [0.0]], 3, "none on the rejected side of pair 1"),
         ([[0.0], [0.0], [0.0], [1.0]], 2, "none on the chosen side of pair 1"),
+        ([[1.0], [0.0], [0.0], [1.0]], 1, "none on the rejected side of pair 0"),
     ],
 )
 def test_a_pair_with_one_side_is_refused_by_the_datum_without_tokens(weights: Any, datum: int, got: str) -> None:
