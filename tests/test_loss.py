@@ -221,6 +221,7 @@ def test_a_denominator_may_be_a_tensor_as_all_reduce_leaves_it() -> None:
     data, logprobs = data_and_logprobs()
     value, metrics = lossfns.cross_entropy().bind(denominator=torch.tensor(5.0))(data, logprobs)
     assert value.item() == 1.0 and metrics["denominator"] == 5 and type(metrics["denominator"]) is float
+    assert lossfns.cross_entropy().bind(denominator=0.5).divisor == 0.5
     for value in (0.0, -1.0, math.nan, math.inf):
         with pytest.raises(LossInputError, match="cross_entropy: denominator: expected a finite number above 0"):
             lossfns.cross_entropy().bind(denominator=torch.tensor(value))
@@ -241,6 +242,8 @@ def test_the_value_alone_is_that_of_the_call() -> None:
     data, logprobs = data_and_logprobs()
     bound = lossfns.cross_entropy().bind(weights=[[0.0, 1.0, 1.0]])
     assert bound.value(data, logprobs).item() == bound(data, logprobs)[0].item() == 2.5
+    with pytest.raises(LossInputError, match="cross_entropy: logprobs_list"):
+        bound.value(data, [])
     value = bound.bind(denominator=5).value(data, logprobs)
     value.backward()
     assert value.item() == 1.0 and logprobs[0].grad.tolist() == pytest.approx([0.0, -0.2, -0.2])
@@ -398,6 +401,7 @@ def test_what_is_bound_stays_bound_until_it_is_bound_again() -> None:
     again = loss.bind(weights=[[0.0, 1.0, 1.0, 7.0]])
     value, metrics = again(data, logprobs)
     assert value.item() == 5 / 4 and metrics["grad_l1"] == 2 / 4 and metrics["denominator"] == 4
+    assert again.align == "truncate" and lossfns.cross_entropy().bind().align == "strict"
     assert "grad_l1" not in again.bind(grad_l1=False)(data, logprobs)[1]
     with pytest.raises(LossInputError, match="weights"):
         again.bind(align="strict")(data, logprobs)

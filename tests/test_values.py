@@ -107,6 +107,8 @@ def test_the_numbers_that_are_checked() -> None:
     empty = Tokens(torch.zeros(0), torch.zeros(0), torch.tensor([0]))
     assert extremes(empty, PAIRS) == {}
     check_values({}, empty, signed=False)
+    with pytest.raises(TypeError):
+        check_values({}, empty, False)
 
 
 def test_the_place_of_an_entry() -> None:

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import lossfns
-from lossfns import LossInputError, Tokens, Weighing
+from lossfns import LossInputError, Rows, Tokens, Weighing
+from lossfns.loss import make_loss
 
 # Sequences (0, 1, 2), (1, ½), (0): the last is empty.
 WEIGHTS = torch.tensor([0.0, 1.0, 2.0, 1.0, 0.5, 0.0], dtype=torch.float64)
@@ -106,6 +107,11 @@ def test_what_does_not_fit_is_refused(build, message: str) -> None:
 
 TOKEN_WEIGHINGS = ["token_mean", "sequence_mean", "sequence_sum_mean", "token_sum", "fixed_length"]
 PAIR_WEIGHINGS = ["pair_mean", "pair_sum"]
+DATUM_WEIGHINGS = ["datum_mean", "datum_sum"]
+
+
+def of_sequences(weigh: Weighing) -> lossfns.Loss:
+    return make_loss(lambda t: (t.logprobs, {}), (), weigh, rows=Rows.SEQUENCES)
 
 
 @pytest.mark.parametrize(
@@ -114,6 +120,7 @@ PAIR_WEIGHINGS = ["pair_mean", "pair_sum"]
         (lossfns.ppo, lossfns.pair_mean, "tokens", TOKEN_WEIGHINGS),
         (lossfns.multi_target_cross_entropy, lossfns.pair_sum, "tokens", TOKEN_WEIGHINGS),
         (lossfns.dpo, lossfns.token_sum, "pairs", PAIR_WEIGHINGS),
+        (of_sequences, lossfns.pair_sum, "sequences", DATUM_WEIGHINGS),
     ],
 )
 def test_the_refusal_names_every_weighing_that_fits_and_no_other(preset, wrong, rows: str, fitting: list[str]) -> None:

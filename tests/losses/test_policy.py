@@ -41,15 +41,15 @@ def test_ppo() -> None:
 
 
 def test_a_ratio_is_counted_as_clipped_where_the_bound_takes_its_gradient() -> None:
-    """Ratios ½, 1 and 1½ with A = 1, 0 and −1 against (1, 1): one of nine tokens on each side, none on a bound."""
-    old = [-3.0 - LN(0.5), -3.0, -3.0 - LN(1.5)]
-    columns = {"advantages": [[1.0] * 3 + [0.0] * 3 + [-1.0] * 3], "old_logprobs": [old * 3]}
-    batch = Batch([[-3.0] * 9], [[1.0] * 9], columns)
+    """Ratios ½, 1, 1½ and 2 with A = 1, 0 and −1 against (1, 1): twelve tokens, and those on a bound are inside."""
+    ratios = (0.5, 1.0, 1.5, 2.0)
+    columns = {"advantages": [[1.0] * 4 + [0.0] * 4 + [-1.0] * 4], "old_logprobs": [[-3.0 - LN(r) for r in ratios] * 3]}
+    batch = Batch([[-3.0] * 12], [[1.0] * 12], columns)
     _, gradients, metrics = call(lossfns.ppo(clip=(1.0, 1.0)), batch)
-    assert (metrics["clip_low"], metrics["clip_high"]) == pytest.approx((1 / 9, 1 / 9))
-    assert gradients[0] == pytest.approx([-0.5 / 9, -1 / 9, 0, 0, 0, 0, 0, 1 / 9, 1.5 / 9])
+    assert (metrics["clip_low"], metrics["clip_high"]) == pytest.approx((1 / 12, 2 / 12))
+    assert gradients[0] == pytest.approx([x / 12 for x in (-0.5, -1, 0, 0, 0, 0, 0, 0, 0, 1, 1.5, 2)])
     _, _, metrics = call(lossfns.cispo(clip=(1.0, 1.0)), batch)
-    assert (metrics["bound_low"], metrics["bound_high"]) == pytest.approx((3 / 9, 3 / 9))
+    assert (metrics["bound_low"], metrics["bound_high"]) == pytest.approx((3 / 12, 6 / 12))
 
 
 def test_dapo_raises_the_upper_bound_alone() -> None:
@@ -253,6 +253,13 @@ def test_capped_tokens_are_counted_and_have_no_gradient() -> None:
     _, gradients, metrics = call(lossfns.importance_sampling(log_ratio_cap=1.0), batch)
     assert gradients == [pytest.approx([-0.5, 0.0])]
     assert metrics["ratio_capped"] == 0.5 and metrics["ratio"] == pytest.approx((1 + math.e) / 2)
+
+
+def test_a_log_ratio_at_its_cap_is_not_counted_as_capped() -> None:
+    """Log-ratios 1 and −1 with a cap of 1: they are what they would be without."""
+    batch = Batch([[-1.0, -2.0]], [[1.0, 1.0]], {"advantages": [[1.0, 1.0]], "old_logprobs": [[-2.0, -1.0]]})
+    value, _, metrics = call(lossfns.importance_sampling(log_ratio_cap=1.0), batch)
+    assert metrics["ratio_capped"] == 0 and value == call(lossfns.importance_sampling(), batch)[0]
 
 
 def test_without_a_cap_an_overflow_is_an_error_and_not_an_inf() -> None:
