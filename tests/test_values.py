@@ -111,6 +111,12 @@ def test_the_numbers_that_are_checked() -> None:
         check_values({}, empty, False)
 
 
+def test_only_weights_have_a_sign() -> None:
+    """A column of one's own may be negative, whatever its name."""
+    t = Tokens(torch.tensor([-1.0]), torch.tensor([1.0]), torch.tensor([1]), {"a": -torch.ones(1), "z": -torch.ones(1)})
+    check_values({name: float(x) for name, x in extremes(t, TOKENS).items()}, t, signed=False)
+
+
 def test_the_place_of_an_entry() -> None:
     """Lengths 2, 0, 2: entry 2 is the first of datum 2. Without lengths all entries are of one datum."""
     x = torch.tensor([-1.0, -1.0, 0.5, 0.5])
