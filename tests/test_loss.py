@@ -252,6 +252,7 @@ def test_the_value_alone_is_that_of_the_call() -> None:
 def test_the_kind_of_row_may_be_a_string() -> None:
     dpo = dataclasses.replace(lossfns.dpo(), rows="pairs")
     assert dpo.rows is lossfns.Rows.PAIRS
+    assert make_loss(dpo.terms, dpo.reads, lossfns.pair_mean, rows="pairs").rows is lossfns.Rows.PAIRS
     with pytest.raises(ValueError, match="pair"):
         dataclasses.replace(dpo, rows="pair")
 

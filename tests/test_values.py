@@ -125,6 +125,7 @@ def test_the_place_of_an_entry() -> None:
             raise_at_first(Tokens(x, torch.ones(4), lengths), "logprobs", x > 0, "a logprob", "")
         error = caught.value
         assert (error.datum, error.field, error.got, error.fix) == (datum, field, "0.5", "Check the data.")
+        assert type(error.datum) is int
 
 
 @pytest.mark.parametrize(
