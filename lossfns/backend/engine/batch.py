@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from lossfns.backend.model.prefixes import SharedPrefixes, head_rows
-from lossfns.datum import TensorData
 from lossfns.errors import LossInputError
 from lossfns.pack import as_row, check_data
 from lossfns.tokens import TOKENS
@@ -26,16 +25,14 @@ class ModelInputs:
         tokens: for each datum the ids of its model input, [N_i].
         targets: for each datum the ids of its targets, [N_i] or [N_i, K]; empty where the model's output is an
             embedding.
-        tensor_class: the class of the datums' own tensors, in which results are returned.
     """
 
     tokens: list[np.ndarray]
     targets: list[np.ndarray]
-    tensor_class: Any
 
     def part(self, which: slice) -> ModelInputs:
         """Return the inputs of some of the datums."""
-        return ModelInputs(self.tokens[which], self.targets[which], self.tensor_class)
+        return ModelInputs(self.tokens[which], self.targets[which])
 
     @cached_property
     def lengths(self) -> list[int]:
@@ -44,7 +41,7 @@ class ModelInputs:
 
     @property
     def output_lengths(self) -> list[int]:
-        """Rows of output of each datum: one for each target, or one embedding."""
+        """Rows of output of each datum: one for each position with targets, or one embedding."""
         return self.lengths if self.targets else [1] * len(self.tokens)
 
     @property
@@ -60,14 +57,13 @@ def inputs_with_targets(data: Sequence[Any], vocabulary: int) -> ModelInputs:
     targets = [target_ids(datum, vocabulary, i) for i, datum in enumerate(data)]
     for i, (ids, own) in enumerate(zip(tokens, targets)):
         check_target_shape(ids, own, targets[0], i)
-    return ModelInputs(tokens, targets, tensor_class(data))
+    return ModelInputs(tokens, targets)
 
 
 def inputs_without_targets(data: Sequence[Any], vocabulary: int) -> ModelInputs:
     """Read the model inputs alone, for embeddings."""
     check_datums(data)
-    tokens = token_ids(data, vocabulary, empty="Cannot pool embedding from an empty text sequence")
-    return ModelInputs(tokens, [], tensor_class(data))
+    return ModelInputs(token_ids(data, vocabulary, empty="Cannot pool embedding from an empty text sequence"), [])
 
 
 class PackedInputs(NamedTuple):
@@ -92,9 +88,9 @@ class PackedInputs(NamedTuple):
 
 
 def pack_inputs(
-    inputs: ModelInputs, share: Callable[[Sequence[np.ndarray]], SharedPrefixes], device: torch.device
+    inputs: ModelInputs, find_prefixes: Callable[[Sequence[np.ndarray]], SharedPrefixes], device: torch.device
 ) -> PackedInputs:
-    """Lay the tokens of the datums end to end, with the prefixes in common that ``share`` finds."""
+    """Lay the tokens of the datums end to end. ``find_prefixes`` tells which of them are computed once."""
 
     def on_device(x: np.ndarray) -> Tensor:
         return torch.from_numpy(x).to(device)
@@ -102,7 +98,7 @@ def pack_inputs(
     def index_or_none(index: np.ndarray) -> Tensor | None:
         return None if np.array_equal(index, np.arange(len(index))) else on_device(index)
 
-    shared = share(inputs.tokens)
+    shared = find_prefixes(inputs.tokens)
     tokens = on_device(np.concatenate(inputs.tokens)[shared.order])
     if not inputs.targets:
         return PackedInputs(tokens, shared.lengths, shared.parents, index_or_none(shared.inverse), None, None)
@@ -124,15 +120,6 @@ def unshared(tokens: Sequence[np.ndarray]) -> SharedPrefixes:
     """Make each sequence a segment of its own, for a model that cannot continue a segment."""
     every = np.arange(sum(map(len, tokens)))
     return SharedPrefixes(every, [len(ids) for ids in tokens], [None] * len(tokens), every)
-
-
-def tensor_class(data: Sequence[Any]) -> Any:
-    """Return the class of the datums' tensors: ours, or that of an SDK, whose Datum takes no other."""
-    for datum in data:
-        for value in datum.loss_fn_inputs.values():
-            if type(value).__name__ == "TensorData" and hasattr(value, "from_numpy"):
-                return type(value)
-    return TensorData
 
 
 # Checks
@@ -161,8 +148,10 @@ def missing_field(name: str, required: Sequence[str], fix: str, datum: int) -> L
 
 def token_ids(data: Sequence[Any], vocabulary: int, empty: str = "none") -> list[np.ndarray]:
     """Return the ids [N_i] of each datum's model input; an error calls one without a token ``empty``."""
-    inputs = [getattr(datum, "model_input", None) for datum in data]
-    return [input_ids(given, "model_input", vocabulary, i, empty) for i, given in enumerate(inputs)]
+    return [
+        input_ids(getattr(datum, "model_input", None), "model_input", vocabulary, i, empty)
+        for i, datum in enumerate(data)
+    ]
 
 
 def input_ids(given: Any, name: str, vocabulary: int, i: int | None = None, empty: str = "none") -> np.ndarray:

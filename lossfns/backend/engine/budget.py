@@ -16,7 +16,6 @@ from lossfns.backend.engine.gradients import dropped_gradients
 from lossfns.backend.engine.memory import PROBE_TOKENS, Footprint, available_bytes, footprint
 from lossfns.backend.engine.ranks import Ranks, SingleProcess, local_shards
 from lossfns.checks import is_real
-from lossfns.datum import TensorData
 from lossfns.errors import LossInputError
 
 MARGIN = 0.7
@@ -52,8 +51,8 @@ class Costs(NamedTuple):
 
     def max_tokens(self, budget: float) -> float:
         """Return how many tokens a micro-batch may have."""
-        left = budget - self.per_call_bytes
-        return self.footprint.tokens(left) if left >= self.compensation_bytes else 0
+        spare = budget - self.per_call_bytes
+        return self.footprint.tokens(spare) if spare >= self.compensation_bytes else 0
 
 
 class Plan(NamedTuple):
@@ -132,7 +131,7 @@ class Budget:
         """Return the bytes that a request over these inputs takes."""
         trainable = [p for p in self.model.parameters() if p.requires_grad and torch.is_grad_enabled()]
         gradients = sum([p.numel() * max(p.itemsize, 4) for p in local_shards(trainable)])  # summed in float32
-        values = sum(inputs.output_lengths) * (inputs.targets_per_token if inputs.targets else self.dim)
+        values = sum([x.size for x in inputs.targets]) if inputs.targets else len(inputs.tokens) * self.dim
         return Costs(gradients + LOSS_BYTES_PER_VALUE * values, self.footprint(inputs), compensation_bytes)
 
     def footprint(self, inputs: ModelInputs) -> Footprint:
@@ -156,7 +155,7 @@ class Budget:
         draw = partial(np.random.default_rng(0).integers, self.vocabulary)  # prefixes in common are unlikely
         ends = range(length, PROBE_TOKENS, length)
         tokens, drawn = (np.split(draw(size=size), ends) for size in (PROBE_TOKENS, (PROBE_TOKENS, targets)))
-        compute = partial(compute_logprobs, self.model, ModelInputs(tokens, drawn, TensorData), lambda tokens: 0.0)
+        compute = partial(compute_logprobs, self.model, ModelInputs(tokens, drawn), lambda tokens: 0.0)
         device = next(self.model.parameters()).device
         with dropped_gradients(self.model), torch.random.fork_rng([device] if device.type == "cuda" else []):
             logprobs = self.ranks.with_full_weights(compute)

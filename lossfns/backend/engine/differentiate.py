@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lossfns.datum import TensorData
 from lossfns.errors import LossInputError
 from lossfns.loss import BoundLoss, Loss, blaming
 from lossfns.pack import PackedColumns, pack_side_columns
@@ -43,10 +44,23 @@ class Outputs(NamedTuple):
         own = tuple(self.values.shape[1:])
         return [own if self.name == "embedding" else (n, *own) for n in self.lengths]
 
+    def by_datum(self, x: Tensor) -> Sequence[Tensor]:
+        """Split a tensor of the form of ``values`` into those of the datums."""
+        return x.unbind() if self.name == "embedding" else torch.split(x, self.lengths)
+
     def records(self) -> list[dict[str, Any]]:
         """Return the outputs as ``loss_fn_outputs``, in the datums' own class of tensors."""
-        rows = np.split(self.values.detach().float().cpu().numpy(), np.cumsum(self.lengths)[:-1])
-        return [{self.name: self.tensor_class.from_numpy(row.reshape(own))} for row, own in zip(rows, self.shapes)]
+        on_host = self.values.detach().float().cpu()
+        return [{self.name: self.tensor_class.from_numpy(x.numpy())} for x in self.by_datum(on_host)]
+
+
+def tensor_class(data: Sequence[Any]) -> Any:
+    """Return the class of the datums' tensors: ours, or that of an SDK, whose Datum takes no other."""
+    for datum in data:
+        for value in datum.loss_fn_inputs.values():
+            if type(value).__name__ == "TensorData" and hasattr(value, "from_numpy"):
+                return type(value)
+    return TensorData
 
 
 class Differentiated(NamedTuple):
@@ -141,9 +155,9 @@ def native(bound: BoundLoss, columns: PackedColumns, outputs: Outputs) -> Differ
     leaf = outputs.values.detach().requires_grad_()
     with blaming(bound.loss):
         result = bound.evaluate_packed(columns.at(leaf.flatten()))
-    loss, metrics = check_contract(result)
+    loss, value, metrics = check_contract(result)
     backward_to(leaf, loss)
-    return differentiated(loss, metrics, leaf, outputs)
+    return differentiated(value, metrics, leaf, outputs)
 
 
 def foreign(loss_fn: LossFn, data: list[Any], outputs: Outputs) -> Differentiated:
@@ -153,11 +167,11 @@ def foreign(loss_fn: LossFn, data: list[Any], outputs: Outputs) -> Differentiate
     callable calls takes the leaf itself.
     """
     leaf = outputs.values.detach().cpu().clone().requires_grad_()
-    parts = leaf.unbind() if outputs.name == "embedding" else torch.split(leaf, outputs.lengths)
-    loss, metrics = check_contract(loss_fn(data, list(parts)))
+    parts = outputs.by_datum(leaf)
+    loss, value, metrics = check_contract(loss_fn(data, list(parts)))
     backward_to(leaf, loss)
     check_used(loss, leaf, parts, outputs)
-    return differentiated(loss, metrics, leaf, outputs)
+    return differentiated(value, metrics, leaf, outputs)
 
 
 def backward_to(leaf: Tensor, loss: Tensor) -> None:
@@ -174,19 +188,19 @@ def backward_to(leaf: Tensor, loss: Tensor) -> None:
         raise LossInputError("loss", "a loss that autograd can differentiate", f"{error}", fix) from error
 
 
-def differentiated(loss: Tensor, metrics: dict[str, Any], leaf: Tensor, outputs: Outputs) -> Differentiated:
+def differentiated(value: float, metrics: dict[str, Any], leaf: Tensor, outputs: Outputs) -> Differentiated:
     """Return the loss with the gradient of its leaf, in the dtype and on the device of the outputs."""
     assert leaf.grad is not None
     gradient = leaf.grad.to(outputs.values)
     check_finite(gradient, outputs)
-    return Differentiated(float(loss.detach()), gradient, metrics, outputs)
+    return Differentiated(value, gradient, metrics, outputs)
 
 
 # Checks
 
 
-def check_contract(result: Any) -> tuple[Tensor, dict[str, Any]]:
-    """Return ``(loss, metrics)``; refuse all but a finite scalar with a graph, and a dict."""
+def check_contract(result: Any) -> tuple[Tensor, float, dict[str, Any]]:
+    """Return the loss, its value and its metrics; refuse all but a finite scalar with a graph, and a dict."""
     if not isinstance(result, tuple) or len(result) != 2:
         got = f"a {type(result).__name__}" + (f" of {len(result)}" if isinstance(result, tuple) else "")
         raise LossInputError("loss_fn", "(loss, metrics)", got, "Return the loss and a dict of floats.")
@@ -199,13 +213,13 @@ def check_contract(result: Any) -> tuple[Tensor, dict[str, Any]]:
     if not loss.requires_grad:
         got = "a constant without grad_fn"
         raise LossInputError("loss", "a loss that depends on logprobs", got, "Was something detached?")
-    number = value_of(loss)
-    if not math.isfinite(number):
-        raise LossInputError("loss", "a finite value", f"{number}", "Mask before the maths, not after.")
+    value = value_of(loss)
+    if not math.isfinite(value):
+        raise LossInputError("loss", "a finite value", f"{value}", "Mask before the maths, not after.")
     if not isinstance(metrics, dict) or not all(isinstance(name, str) for name in metrics):
         got = f"a {type(metrics).__name__}" + (" with other keys" if isinstance(metrics, dict) else "")
         raise LossInputError("metrics", "a dict of floats by name", got, "Return {} for none.")
-    return loss, metrics
+    return loss, value, metrics
 
 
 def value_of(loss: Tensor) -> float:
@@ -257,7 +271,6 @@ def not_used(name: str, datum: int) -> LossInputError:
 def check_finite(gradient: Tensor, outputs: Outputs) -> None:
     """Refuse a gradient that is not finite. That of a finite loss may not be: sqrt at 0, or inf times 0."""
     if not all(map(math.isfinite, torch.stack(torch.aminmax(gradient)).tolist())):
-        parts = torch.split(gradient, outputs.lengths)
-        datum = next(i for i, part in enumerate(parts) if not part.isfinite().all())
+        datum = next(i for i, part in enumerate(outputs.by_datum(gradient)) if not part.isfinite().all())
         got, fix = "nan or inf", "Mask before the maths, not after; sqrt and log have no slope at 0."
         raise LossInputError(outputs.name, "a finite gradient", got, fix, datum=datum)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -15,7 +15,7 @@ from lossfns.backend.engine import passes, state
 from lossfns.backend.engine.batch import ModelInputs, inputs_with_targets, inputs_without_targets
 from lossfns.backend.engine.budget import Budget
 from lossfns.backend.engine.builtins import bind_builtin
-from lossfns.backend.engine.differentiate import Differentiated, LossFn, Outputs, objective_of
+from lossfns.backend.engine.differentiate import Differentiated, LossFn, Outputs, objective_of, tensor_class
 from lossfns.backend.engine.forward import Forward, compute_embeddings, compute_logprobs
 from lossfns.backend.engine.gradients import Gradients, summed_in_float32
 from lossfns.backend.engine.optimizer import adam_settings, clip_factor, gradient_divisor, gradient_norm, take_step
@@ -56,28 +56,34 @@ class Engine:
 
     def logprobs(self, data: Sequence[Any]) -> Forward:
         """Return the forward pass to logprobs of the targets: in their shape, in float32 at least."""
-        inputs = self.check_context(inputs_with_targets(data, self.budget.vocabulary))
-        compute = partial(self.ranks.run, partial(compute_logprobs, self.model))
-        return Forward("logprobs", inputs, compute, self.empty_output(*inputs.targets[0].shape[1:]))
+        inputs = inputs_with_targets(data, self.budget.vocabulary)
+        return self.forward_pass("logprobs", data, inputs, compute_logprobs, inputs.targets[0].shape[1:])
 
     def embeddings(self, data: Sequence[Any], pool: Pool) -> Forward:
         """Return the forward pass to hidden states after the final norm, pooled over each datum's tokens: [B, D]."""
-        inputs = self.check_context(inputs_without_targets(data, self.budget.vocabulary))
-        compute = partial(self.ranks.run, partial(compute_embeddings, self.model, pool))
-        return Forward("embedding", inputs, compute, self.empty_output(self.budget.dim))
+        inputs = inputs_without_targets(data, self.budget.vocabulary)
+        return self.forward_pass("embedding", data, inputs, partial(compute_embeddings, pool=pool), [self.budget.dim])
 
-    def empty_output(self, *shape: int) -> Tensor:
-        """Return outputs of no datum, in the dtype and on the device of those that are to come."""
-        return torch.empty(0, *shape, dtype=self.output_dtype, device=next(self.model.parameters()).device)
+    def forward_pass(
+        self,
+        name: str,
+        data: Sequence[Any],
+        inputs: ModelInputs,
+        compute: Callable[..., Tensor],
+        shape: Sequence[int],
+    ) -> Forward:
+        """Return the forward pass to outputs of this name, each row of which has this shape.
 
-    def check_context(self, inputs: ModelInputs) -> ModelInputs:
-        """Return inputs; refuse any that are longer than the model can read, on all ranks before one finds out."""
+        Inputs longer than the model's context are refused here: on all ranks, before any of them computes.
+        """
         context = getattr(self.model, "context", math.inf)
         for i, length in enumerate(inputs.lengths):
             if length > context:
                 expected = f"sequences of at most {context} tokens, the context of the model"
                 raise LossInputError("model_input", expected, f"{length}", "Cut it.", datum=i)
-        return inputs
+        empty = torch.empty(0, *shape, dtype=self.output_dtype, device=next(self.model.parameters()).device)
+        form = Outputs(name, empty, inputs.output_lengths, tensor_class(data))
+        return Forward(inputs, partial(self.ranks.run, partial(compute, self.model)), form)
 
     def outputs(self, forward: Forward) -> Outputs:
         """Run a forward pass without gradient."""

@@ -25,36 +25,30 @@ class Forward(NamedTuple):
     """The forward pass of a request.
 
     Attributes:
-        name: the name of its outputs, ``"logprobs"`` or ``"embedding"``.
         inputs: the inputs of all datums.
         compute: ``compute(inputs, spare_bytes)`` returns the outputs of some of the datums, with their graph.
-        empty_output: outputs of no datum, in the shape and dtype and on the device of those that are to come.
+        form: the outputs of all datums, still without their values: ``form.values`` has no rows, but the dtype,
+            the device and the trailing dimensions of the values that are to come.
     """
 
-    name: str
     inputs: ModelInputs
     compute: Callable[[ModelInputs, SpareBytes], Tensor]
-    empty_output: Tensor
-
-    @property
-    def form(self) -> Outputs:
-        """The outputs of all datums as they will be, still without rows."""
-        return self.outputs(self.empty_output)
+    form: Outputs
 
     def micro_batch(self, part: slice, spare_bytes: SpareBytes) -> Tensor:
         """Return the outputs of a micro-batch; refuse outputs for a backward pass that no parameter can move."""
         own = self.inputs.part(part)
         if len(own.tokens) < len(self.inputs.tokens):
-            trim_heap(self.empty_output.device)  # the micro-batch before it has freed memory
+            trim_heap(self.form.values.device)  # the micro-batch before it has freed memory
         values = self.compute(own, spare_bytes)
         if torch.is_grad_enabled() and not values.requires_grad:
             got, fix = "a model in which all that computes them is frozen", "Train a part that they depend on."
-            raise LossInputError(self.name, "outputs that parameters can move", got, fix)
+            raise LossInputError(self.form.name, "outputs that parameters can move", got, fix)
         return values
 
     def outputs(self, values: Tensor) -> Outputs:
         """Return the outputs of all datums, given their values."""
-        return Outputs(self.name, values, self.inputs.output_lengths, self.inputs.tensor_class)
+        return self.form._replace(values=values)
 
 
 def compute_logprobs(model: nn.Module, inputs: ModelInputs, spare_bytes: SpareBytes) -> Tensor:
@@ -65,7 +59,7 @@ def compute_logprobs(model: nn.Module, inputs: ModelInputs, spare_bytes: SpareBy
     return index_or_all(model_logprobs(model, rows, packed.targets, spare_bytes(len(hidden))), packed.inverse)
 
 
-def compute_embeddings(model: nn.Module, pool: Pool, inputs: ModelInputs, spare_bytes: SpareBytes) -> Tensor:
+def compute_embeddings(model: nn.Module, inputs: ModelInputs, spare_bytes: SpareBytes, pool: Pool) -> Tensor:
     """Return the pooled hidden states of each datum: [B, D], in float32 at least. No logits are computed."""
     packed, hidden = hidden_states(model, inputs)
     hidden = index_or_all(hidden, packed.hidden_rows)

@@ -79,7 +79,7 @@ class Gradients:
         if not before:
             self.clear()  # gradients may have been cleared by hand, without the counts
         self.set_aside, accumulated = before, self.accumulated
-        set_gradients(parameters, {})
+        self.model.zero_grad(set_to_none=True)
         try:
             yield
             check_finite_gradients(parameters)

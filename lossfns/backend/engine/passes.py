@@ -38,7 +38,8 @@ def forward_backward(objective: Objective, data: list[Any], forward: Forward, pl
     """Compute a loss, and add its gradient to that of the parameters, in as few passes as possible."""
     if len(plan.micro_batches) == 1:
         return single_pass(objective, data, forward, plan)
-    if objective.bound is not None and forward.name == "logprobs" and is_sum_over(plan.micro_batches, objective.group):
+    sums = forward.form.name == "logprobs" and is_sum_over(plan.micro_batches, objective.group)
+    if objective.bound is not None and sums:
         return streamed(objective, objective.bound, data, forward, plan)
     return two_pass(objective, data, forward, plan)
 
@@ -109,7 +110,7 @@ def two_pass(objective: Objective, data: list[Any], forward: Forward, plan: Plan
 
 def backward_again(gradient: Tensor, forward: Forward, plan: Plan) -> None:
     """Take each micro-batch forward once more, and back from this gradient of its outputs."""
-    lengths = forward.inputs.output_lengths
+    lengths = forward.form.lengths
     parts = torch.split(gradient, [sum(lengths[part]) for part in plan.micro_batches])
     for part, own in zip(plan.micro_batches, parts):
         torch.autograd.backward(forward.micro_batch(part, plan.spare_bytes), own)

@@ -27,7 +27,7 @@ def datums(draw: Callable[..., Any]) -> ModelInputs:
     ends = [rng.integers(5, size=rng.integers(0, 12)) for _ in range(count)]
     tokens = [np.concatenate([beginnings[rng.integers(len(beginnings))], end]) for end in ends]
     rows = [rng.integers(draw(st.sampled_from([1, 3])), size=(len(ids), *targets)) for ids in tokens]
-    return ModelInputs(tokens, rows, TensorData)
+    return ModelInputs(tokens, rows)
 
 
 def whole(index: torch.Tensor | None, count: int) -> torch.Tensor:
@@ -74,15 +74,15 @@ def test_nothing_is_computed_or_scored_for_nothing(inputs: ModelInputs) -> None:
 def test_a_part_is_that_of_the_datums(inputs: ModelInputs, first: int, last: int) -> None:
     part = inputs.part(slice(first, last))
     assert part.lengths == inputs.lengths[first:last] == part.output_lengths
-    assert part.targets == inputs.targets[first:last] and part.tensor_class is inputs.tensor_class
-    embedded = ModelInputs(inputs.tokens, [], TensorData)
+    assert part.targets == inputs.targets[first:last]
+    embedded = ModelInputs(inputs.tokens, [])
     assert embedded.output_lengths == [1] * len(inputs.tokens) and embedded.targets_per_token == 1
 
 
 def test_without_targets_a_token_that_is_shared_is_read_by_each() -> None:
     """Two sequences of 20 tokens that differ in the last: 21 tokens, each sequence with 19 of its own in common."""
     ids = np.arange(20)
-    inputs = ModelInputs([ids, np.append(ids[:-1], 25)], [], TensorData)
+    inputs = ModelInputs([ids, np.append(ids[:-1], 25)], [])
     batch = pack_inputs(inputs, share_prefixes, CPU)
     assert batch.targets is None and batch.inverse is None and batch.hidden_rows is not None
     assert len(batch.tokens) == 21

@@ -278,7 +278,7 @@ def test_freed_memory_is_handed_back_between_micro_batches_alone(monkeypatch: py
 
 def like(n: int) -> ModelInputs:
     """What a call over one sequence has."""
-    return ModelInputs([np.zeros(n, dtype=np.int64)], [np.zeros(n, dtype=np.int64)], None)
+    return ModelInputs([np.zeros(n, dtype=np.int64)], [np.zeros(n, dtype=np.int64)])
 
 
 def test_the_measurement_leaves_no_trace() -> None:
@@ -522,7 +522,7 @@ def trained(budget: float, folder: Path, **losses: Any) -> None:
         c._engine.gradients.clear()
 
 
-def test_a_pack_inputs_four_times_the_budget_trains_within_it(tmp_path: Path) -> None:
+def test_a_batch_of_four_times_the_budget_trains_within_it(tmp_path: Path) -> None:
     """The system's figure, of everything that a process takes."""
     trained(math.inf, tmp_path, whole=lossfns.cross_entropy())
     whole, _, gradient = torch.load(tmp_path / "whole")

@@ -629,7 +629,7 @@ def test_a_forward_needs_less_than_a_step() -> None:
         c.forward_backward(data, "cross_entropy").result()
 
 
-def test_a_long_datum_among_short_ones_has_a_micro_pack_inputs_its_own() -> None:
+def test_a_long_datum_among_short_ones_has_a_micro_batch_of_its_own() -> None:
     data = [
         Datum(ModelInput.from_ints(ids[:-1]), {"target_tokens": ids[1:], "weights": [1.0] * (len(ids) - 1)})
         for ids in ([1, 2, 3], [4, 5], list(range(1, 30)), [6, 7, 8, 9])
