@@ -133,7 +133,7 @@ class APIFuture(Generic[T]):
                 waiter.cancel()
 
     def _refuse_deadlock(self) -> None:
-        """Cancel a request that a loss function of the same client waits for: the thread cannot reach it."""
+        """Refuse to wait on the thread that has yet to run the request, and cancel the request."""
         if get_ident() == self._thread and not self._future.done():
             self._future.cancel()
             fix = "A loss runs within a request of this client: it cannot wait for a later one, which is cancelled."
@@ -167,9 +167,12 @@ class GradientFailures:
         if future.cancelled():
             self.record(CancelledError())
 
-    def run_step(self, known: int, request: Callable[..., T], *args: Any) -> T:
-        """Run a step, unless more than ``known`` gradients have failed: part of its gradient would be missing."""
-        if self.count > known:
+    def run_step(self, count: int, request: Callable[..., T], *args: Any) -> T:
+        """Run a step that was submitted after ``count`` failures; refuse it if there are more by now.
+
+        Part of its gradient would be missing.
+        """
+        if self.count > count:
             fix = "The gradient is that of the requests that succeeded: submit the failed one and the step again."
             got = f"one that failed ({type(self.last).__name__}: {self.last})"
             raise NotRun("optim_step", "requests before it that succeed", got, fix) from self.last
@@ -202,13 +205,13 @@ class Worker:
     def __init__(self, thread: RequestThread | None = None, call: Callable[..., Any] | None = None) -> None:
         self.thread = thread or RequestThread()
         self.failed: list[APIFuture[Any]] = []
-        self._caller = () if call is None else (call,)  # stands before the request in what the thread calls
+        self._caller = () if call is None else (call,)  # put before each request and its arguments
         self._lock, self._process = Lock(), os.getpid()
         self._failures = GradientFailures()
         WORKERS.add(self)
 
     def __del__(self) -> None:
-        if self.failed:  # at the end of the program it is empty, and names such as log_unread_failures are gone
+        if self.failed:  # empty at the end of the program, when the module's names may be gone
             log_unread_failures(self.failed)
 
     def submit(self, request: Callable[..., T], *args: Any) -> APIFuture[T]:
@@ -234,11 +237,11 @@ class Worker:
             return submitted
 
     def submit_step(self, request: Callable[..., T], *args: Any) -> APIFuture[T]:
-        """Queue a request that consumes the accumulated gradient. It is refused if a gradient before it still fails."""
+        """Queue a request that consumes the accumulated gradient; refuse it if a gradient queued before it fails."""
         with self._lock:
-            known = self._failures.count  # before the next line, which raises those that nobody has read
+            count = self._failures.count  # taken first: the next line raises the failures that nobody has read
             self._raise_unread_failure()
-            return APIFuture(self, *self._caller, self._failures.run_step, known, request, *args)
+            return APIFuture(self, *self._caller, self._failures.run_step, count, request, *args)
 
     def _raise_unread_failure(self) -> None:
         """Raise the first error that nobody has read."""
@@ -263,7 +266,7 @@ WORKERS: weakref.WeakSet[Worker] = weakref.WeakSet()
 def log_unread_failures_at_exit() -> None:
     """Log the unread errors of all workers at the end of the program.
 
-    A finalizer of each worker would not do: the frames of an error refer to the client, which would never go.
+    ``weakref.finalize`` would hold the errors instead. Their frames refer to the client, which would never be freed.
     """
     for worker in WORKERS:
         log_unread_failures(worker.failed)

@@ -17,7 +17,7 @@ class AdamParams:
         beta1, beta2: decay of the first and second moment, in [0, 1).
         eps: added to the root of the second moment, above 0 in the dtype of the weights.
         weight_decay: at least 0; each step takes ``learning_rate * weight_decay`` of every weight.
-        grad_clip_norm: largest norm of the whole gradient; 0 does not clip.
+        grad_clip_norm: the largest norm of the whole gradient; 0 does not clip.
     """
 
     learning_rate: float = 1e-4
@@ -33,7 +33,7 @@ class SamplingParams:
     """Settings of a sampling request.
 
     Args:
-        max_tokens: most tokens of a sample.
+        max_tokens: the largest number of tokens of a sample.
         seed: seed of the draws; None draws from torch's own random numbers.
         stop: a token id, a string, or a list of them. The tokens of a stop end the sample and stay in it.
         temperature: a number above 1e-6, or 0, which takes the most probable token.

@@ -37,7 +37,7 @@ CUSTOM_KEYS = ("target_tokens", "weights")
 
 
 def check_custom_keys(data: Sequence[Any]) -> None:
-    """Refuse other keys than Fireworks knows: it sends the datums of a custom loss to the service as they are."""
+    """Refuse keys that Fireworks does not know: its SDK sends a custom loss's datums to the service as they are."""
     for i, datum in enumerate(data):
         extra = sorted(set(datum.loss_fn_inputs) - set(CUSTOM_KEYS))
         if extra:

@@ -153,7 +153,7 @@ class LocalReferenceClient(Resolved):
         return self._worker.submit(self._forward, copy_data(data), loss_fn, config)
 
     def get_info(self) -> GetInfoResponse:
-        """Return the model's name, size, device, dtype, adapters and number of steps. One rank of many may ask."""
+        """Return the model's name, size, device, dtype, adapters and number of steps. A single rank may call this."""
         return self._worker.submit_local(self._info).result()
 
     async def get_info_async(self) -> GetInfoResponse:

@@ -301,7 +301,10 @@ class LocalServiceClient:
         return copy.deepcopy(self._base_model(name)[0]).to(self._device, self._dtype).eval()
 
     def _model_of_checkpoint(self, path: Any, base_model: str | None) -> tuple[str, nn.Module]:
-        """Return the name and the model that a checkpoint is of, with adapters, but with the base model's weights."""
+        """Return the name of a checkpoint's model and a copy of the base model, with the checkpoint's adapters.
+
+        The weights are still those of the base model.
+        """
         check_path("path", path)
         data = checkpoint.metadata(path)
         name: Any = data.get("model") if base_model is None else base_model

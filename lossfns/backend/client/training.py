@@ -120,9 +120,9 @@ class LocalTrainingClient(LocalReferenceClient):
 
         Args:
             optim_params: ``AdamParams``, or any object with the same attributes.
-            grad_accumulation_normalization: what the gradient is divided by first: ``"num_loss_tokens"``, the positions
-                that have had a gradient since the last step, ``"num_sequences"``, the datums with such a position, or
-                nothing (``"none"``, None).
+            grad_accumulation_normalization: the count that divides the gradient before it is clipped:
+                ``"num_loss_tokens"``, the positions that have had a gradient since the last step;
+                ``"num_sequences"``, the datums with such a position; or none (``"none"``, None).
             adam_params: the former name of ``optim_params``.
 
         The result's metrics are ``grad_norm``, the norm after the division and before clipping, and ``lr``. The future

@@ -147,7 +147,7 @@ def missing_field(name: str, required: Sequence[str], fix: str, datum: int) -> L
 
 
 def token_ids(data: Sequence[Any], vocabulary: int, empty: str = "none") -> list[np.ndarray]:
-    """Return the ids [N_i] of each datum's model input; an error calls one without a token ``empty``."""
+    """Return the ids [N_i] of each datum's model input; ``empty`` is the error's word for an input without tokens."""
     return [
         input_ids(getattr(datum, "model_input", None), "model_input", vocabulary, i, empty)
         for i, datum in enumerate(data)
@@ -157,7 +157,11 @@ def token_ids(data: Sequence[Any], vocabulary: int, empty: str = "none") -> list
 def input_ids(given: Any, name: str, vocabulary: int, i: int | None = None, empty: str = "none") -> np.ndarray:
     """Return the ids [N] of a model input, at least one.
 
-    An error calls the input ``name``, says that it belongs to datum ``i``, and calls one without a token ``empty``.
+    Args:
+        given: the model input.
+        name, i: the argument and the datum that an error names.
+        vocabulary: the number of ids.
+        empty: the error's word for an input without tokens.
     """
     try:
         ints = given.to_ints()

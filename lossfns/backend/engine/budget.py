@@ -19,16 +19,16 @@ from lossfns.checks import is_real
 from lossfns.errors import LossInputError
 
 MARGIN = 0.7
-"""The part of a budget that is planned with: allocators take more than the tensors in them, glibc up to 1.3 times."""
+"""The part of a budget to plan with: allocators take more memory than their tensors have, glibc up to 1.3 times."""
 
 CHECKPOINTING_MARGIN = 0.6
-"""The same with checkpointing: layers allocate and free on the way back, which leaves holes of some 64 MB in glibc."""
+"""The same with checkpointing: layers allocate and free in the backward pass, which leaves holes of some 64 MB."""
 
 LOSS_BYTES_PER_VALUE = 56
-"""Bytes that a loss takes for each output of the batch, however the batch is split: those of GRPO with its metrics."""
+"""Bytes that a loss takes for each output of the whole batch, as GRPO with its metrics does."""
 
 FOOTPRINTS: dict[Any, Footprint] = {}
-"""Footprints of models that say what they are: one measurement serves every model of a kind."""
+"""Footprints of models that have a ``shape``: one measurement serves all models of the same shape."""
 
 
 class Costs(NamedTuple):
@@ -119,12 +119,13 @@ class Budget:
         return Plan(budget, costs, micro_batches, max(needed, int(min(budget, needed + kept_logits))))
 
     def planned_bytes(self) -> float:
-        """Return the bytes to plan with, of those that were given or are free now."""
+        """Return the bytes to plan with: a part of the limit or, without a limit, of the memory that is free now."""
         device = next(self.model.parameters()).device
         return self.margin * (available_bytes(device) if self.limit is None else self.limit)
 
     @property
     def margin(self) -> float:
+        """The part of the budget to plan with."""
         return CHECKPOINTING_MARGIN if getattr(self.model, "checkpointing", False) else MARGIN
 
     def costs(self, inputs: ModelInputs, compensation_bytes: int = 0) -> Costs:
@@ -135,8 +136,8 @@ class Budget:
         return Costs(gradients + LOSS_BYTES_PER_VALUE * values, self.footprint(inputs), compensation_bytes)
 
     def footprint(self, inputs: ModelInputs) -> Footprint:
-        """Return the footprint of tokens in sequences and with targets like these; it is measured at the first need."""
-        # As long as a model with few positions can read, and odd: no activation is to have the size of a weight.
+        """Return the footprint of a step over inputs like these. It is measured once, when it is first needed."""
+        # No longer than the inputs, which the model can read, and odd, so that no activation has the size of a weight.
         length = 2 ** ((min(max(inputs.lengths), PROBE_TOKENS) + 1).bit_length() - 1) - 1
         parameters = list(self.model.parameters())
         kind = (type(self.model), repr(getattr(self.model, "shape", None)), getattr(self.model, "checkpointing", False))
@@ -148,9 +149,9 @@ class Budget:
         return self.footprints[key]
 
     def probe_step(self, length: int, targets: int) -> None:
-        """Run a step over ``PROBE_TOKENS`` tokens, and drop its gradients as they come.
+        """Run a step over ``PROBE_TOKENS`` tokens, and drop each of its gradients as soon as it is computed.
 
-        The tokens are in sequences of ``length`` tokens, with so many targets each.
+        Sequences have ``length`` tokens, and each token has this many targets.
         """
         draw = partial(np.random.default_rng(0).integers, self.vocabulary)  # prefixes in common are unlikely
         ends = range(length, PROBE_TOKENS, length)
@@ -166,7 +167,7 @@ class Budget:
 def into_micro_batches(lengths: Sequence[int], most: float, group: int) -> list[slice]:
     """Split the datums, in order, into micro-batches of at most ``most`` tokens.
 
-    Groups of ``group`` datums are kept whole if every group fits. A datum that is longer is a micro-batch of its own.
+    Groups of ``group`` datums are kept whole if every group fits. A datum with more tokens is a micro-batch by itself.
     """
     sizes = [sum(lengths[start : start + group]) for start in range(0, len(lengths), group)]
     if group > 1 and max(sizes) > most:

@@ -86,7 +86,7 @@ class Differentiated(NamedTuple):
 
     @property
     def surrogate(self) -> float:
-        """Σ output·∂loss/∂output, which a service sees of a custom loss."""
+        """Σ output·∂loss/∂output, the loss that a hosted service computes in place of a custom loss."""
         return float((self.outputs.values.detach() * self.gradient).sum())
 
     @property
@@ -107,7 +107,7 @@ class Objective(NamedTuple):
         bound: a loss of this library, which is a sum over datums once its denominator is known; None for any other
             callable, which may couple all datums.
         group: how many consecutive datums one term of the loss couples: 2 for pairs.
-        mean: a loss of this library that divides by a count of its own.
+        mean: the loss, if it divides by a count of its own.
     """
 
     bind: Callable[[list[Any], Outputs], Callable[[Outputs], Differentiated]]
@@ -117,7 +117,7 @@ class Objective(NamedTuple):
 
 
 def objective_of(loss_fn: LossFn | Loss | BoundLoss, agreeing: Callable[[LossFn], LossFn]) -> Objective:
-    """Return the objective that a loss is; ``agreeing`` makes a callable fail on all ranks if it fails on one."""
+    """Describe a loss for the engine; ``agreeing`` wraps a callable to fail on all ranks if it fails on one."""
     bound = BoundLoss(loss_fn) if isinstance(loss_fn, Loss) else loss_fn
     if isinstance(bound, BoundLoss):
         loss = bound.loss
@@ -134,7 +134,7 @@ def bind_loss(bound: BoundLoss, data: list[Any], form: Outputs) -> Callable[[Out
 
 
 def packed_columns(bound: BoundLoss, data: list[Any], form: Outputs) -> PackedColumns:
-    """Pack all that a loss of this library reads of the batch but the outputs themselves."""
+    """Pack what a loss of this library reads of the batch besides the outputs."""
     loss = bound.loss
     with blaming(loss):
         return pack_side_columns(
@@ -157,7 +157,7 @@ def native(bound: BoundLoss, columns: PackedColumns, outputs: Outputs) -> Differ
         result = bound.evaluate_packed(columns.at(leaf.flatten()))
     loss, value, metrics = check_contract(result)
     backward_to(leaf, loss)
-    return differentiated(value, metrics, leaf, outputs)
+    return collect_result(value, metrics, leaf, outputs)
 
 
 def foreign(loss_fn: LossFn, data: list[Any], outputs: Outputs) -> Differentiated:
@@ -171,7 +171,7 @@ def foreign(loss_fn: LossFn, data: list[Any], outputs: Outputs) -> Differentiate
     loss, value, metrics = check_contract(loss_fn(data, list(parts)))
     backward_to(leaf, loss)
     check_used(loss, leaf, parts, outputs)
-    return differentiated(value, metrics, leaf, outputs)
+    return collect_result(value, metrics, leaf, outputs)
 
 
 def backward_to(leaf: Tensor, loss: Tensor) -> None:
@@ -188,7 +188,7 @@ def backward_to(leaf: Tensor, loss: Tensor) -> None:
         raise LossInputError("loss", "a loss that autograd can differentiate", f"{error}", fix) from error
 
 
-def differentiated(value: float, metrics: dict[str, Any], leaf: Tensor, outputs: Outputs) -> Differentiated:
+def collect_result(value: float, metrics: dict[str, Any], leaf: Tensor, outputs: Outputs) -> Differentiated:
     """Return the loss with the gradient of its leaf, in the dtype and on the device of the outputs."""
     assert leaf.grad is not None
     gradient = leaf.grad.to(outputs.values)
@@ -245,7 +245,7 @@ def check_used(loss: Tensor, leaf: Tensor, parts: Sequence[Tensor], outputs: Out
 
 
 def reached_parts(loss: Tensor, parts: Sequence[Tensor]) -> set[int]:
-    """Return which parts of a leaf the graph of a loss leads to: all of them, where it leads to the leaf itself."""
+    """Return the parts of a leaf that the graph of a loss leads to: all of them if it leads to the leaf itself."""
     split: Any = parts[0].grad_fn
     leaf = split.next_functions[0][0]
     reached, seen, to_do = set(), set(), [(loss.grad_fn, loss.output_nr)]
@@ -269,7 +269,7 @@ def not_used(name: str, datum: int) -> LossInputError:
 
 
 def check_finite(gradient: Tensor, outputs: Outputs) -> None:
-    """Refuse a gradient that is not finite. That of a finite loss may not be: sqrt at 0, or inf times 0."""
+    """Refuse a gradient that is not finite. A finite loss can have one: sqrt at 0, or inf times 0."""
     if not all(map(math.isfinite, torch.stack(torch.aminmax(gradient)).tolist())):
         datum = next(i for i, part in enumerate(outputs.by_datum(gradient)) if not part.isfinite().all())
         got, fix = "nan or inf", "Mask before the maths, not after; sqrt and log have no slope at 0."

@@ -36,7 +36,7 @@ class Forward(NamedTuple):
     form: Outputs
 
     def micro_batch(self, part: slice, spare_bytes: SpareBytes) -> Tensor:
-        """Return the outputs of a micro-batch; refuse outputs for a backward pass that no parameter can move."""
+        """Return the outputs of a micro-batch; refuse those that depend on no parameter if a backward pass follows."""
         own = self.inputs.part(part)
         if len(own.tokens) < len(self.inputs.tokens):
             trim_heap(self.form.values.device)  # the micro-batch before it has freed memory

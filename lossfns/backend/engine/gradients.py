@@ -25,7 +25,7 @@ class Accumulated(NamedTuple):
     Attributes:
         positions: how many rows of outputs (tokens, or embeddings) have had a gradient.
         sequences: how many datums have had such a row.
-        mean: a loss among them that divides by a count of its own.
+        mean: one of them that divides by a count of its own; None if there is none.
         pooled: whether a loss over embeddings is among them.
     """
 
@@ -158,7 +158,7 @@ def summed_in_float32(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def dropped_gradients(model: nn.Module) -> Iterator[None]:
-    """Drop every gradient as it comes. Those from before are set aside, and are back afterwards."""
+    """Drop each gradient as soon as it is computed. Gradients from before are put back at the end."""
     before = [(p, p.grad) for p in model.parameters()]
     hooks = [p.register_post_accumulate_grad_hook(drop) for p, _ in before if p.requires_grad]  # type: ignore[no-untyped-call]
     try:

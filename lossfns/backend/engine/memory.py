@@ -69,7 +69,7 @@ class AllocationTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self, fixed_sizes: set[int]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.fixed_sizes, self.known = fixed_sizes, set[int]()
+        self.fixed_sizes, self.tracked = fixed_sizes, set[int]()
         self.fixed, self.growing = ByteCount(), ByteCount()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -77,18 +77,18 @@ class AllocationTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         given = {x.untyped_storage()._cdata for x in strided_tensors((args, kwargs))}
         for x in strided_tensors(result):
             storage = x.untyped_storage()
-            if storage._cdata not in given and storage._cdata not in self.known:
+            if storage._cdata not in given and storage._cdata not in self.tracked:
                 self.allocated(storage)
         return result
 
     def allocated(self, storage: torch.UntypedStorage) -> None:
-        self.known.add(storage._cdata)
+        self.tracked.add(storage._cdata)
         count = self.fixed if storage.nbytes() in self.fixed_sizes else self.growing
         count.add(storage.nbytes())
         weakref.finalize(storage, self.freed, count, storage._cdata, storage.nbytes())
 
     def freed(self, count: ByteCount, key: int, size: int) -> None:
-        self.known.discard(key)
+        self.tracked.discard(key)
         count.add(-size)
 
 
@@ -112,7 +112,7 @@ def cgroup_headroom(folder: Path) -> float:
     if not (folder / "memory.max").exists():
         return math.inf
     limit, used, table = ((folder / f"memory.{name}").read_text() for name in ("max", "current", "stat"))
-    cached = dict(line.split() for line in table.splitlines())["inactive_file"]  # given up when asked for
+    cached = dict(line.split() for line in table.splitlines())["inactive_file"]  # which the kernel frees when needed
     return math.inf if limit.strip() == "max" else float(int(limit) - int(used) + int(cached))
 
 

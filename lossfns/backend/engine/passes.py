@@ -45,7 +45,7 @@ def forward_backward(objective: Objective, data: list[Any], forward: Forward, pl
 
 
 def is_sum_over(micro_batches: Sequence[slice], group: int) -> bool:
-    """Whether a loss is a sum over these micro-batches: no pair is torn apart."""
+    """Whether a loss is a sum over these micro-batches: no group of datums is split."""
     return all(part.start % group == 0 for part in micro_batches)
 
 

@@ -167,7 +167,7 @@ class Ranks:
                 raise LossInputError("request", "the same on all ranks, of the same data", got, fix)
 
     def gather(self, word: T) -> list[T]:
-        """Return what each rank passes."""
+        """Return what each rank passes, in the order of the ranks."""
         words: list[Any] = [None] * self.size
         dist.all_gather_object(words, word, group=self.group)
         return words
@@ -241,11 +241,11 @@ class Ranks:
     def run(self, compute: Callable[..., Tensor], inputs: ModelInputs, *arguments: Any) -> Tensor:
         """Return ``compute(inputs, *arguments)``, the outputs of all datums; each rank computes those of some.
 
-        The graph is that of this rank's datums, so the gradient of the whole goes back through this part of it.
+        Outputs of other ranks are constants here. Each rank takes the gradient back through its own part of the graph.
         """
         low, high = rank_bounds(inputs.lengths, self.size)[self.rank : self.rank + 2]
         ends = np.cumsum([0, *inputs.output_lengths]).tolist()
-        part = slice(low, high) if low < high else slice(0, 1)  # a rank without datums takes part with one it drops
+        part = slice(low, high) if low < high else slice(0, 1)  # without datums: compute one, and drop its outputs
         start, stop, end = ends[low], ends[high], ends[-1]
         own = self.with_full_weights(partial(compute, inputs.part(part), *arguments))[: stop - start]
         values = own.new_zeros(end, *own.shape[1:])
@@ -280,7 +280,7 @@ class Ranks:
 
 
 def do_nothing(*arguments: Any) -> Any:
-    """The part of the other ranks in ``on_rank_zero``."""
+    """Do what the other ranks do in ``on_rank_zero``: nothing."""
 
 
 # A model in shards
@@ -369,28 +369,28 @@ def checksum(arguments: Sequence[Any]) -> str:
     The request itself reports what is wrong with them.
     """
     try:
-        return f"{zlib.crc32(repr(digest(arguments)).encode()):08x}"
+        return f"{zlib.crc32(repr(comparable(arguments)).encode()):08x}"
     except Exception as error:
         return type(error).__name__
 
 
-def digest(x: Any) -> Any:
+def comparable(x: Any) -> Any:
     """Return what ranks compare of an argument: the content of data, the ``repr`` of anything else."""
     if isinstance(x, (list, tuple)):
         numbers = all(isinstance(item, (int, float)) for item in x)
-        return digest(np.array(x)) if numbers else [digest(item) for item in x]
+        return comparable(np.array(x)) if numbers else [comparable(item) for item in x]
     if isinstance(x, Mapping):
-        return {str(key): digest(x[key]) for key in x}
+        return {str(key): comparable(x[key]) for key in x}
     if isinstance(x, BoundLoss):
-        return digest(vars(x))
+        return comparable(vars(x))
     if isinstance(x, Tensor):
-        return digest(x.detach().cpu().double().numpy())
+        return comparable(x.detach().cpu().double().numpy())
     if hasattr(x, "loss_fn_inputs"):
-        return digest([x.model_input, x.loss_fn_inputs])
+        return comparable([x.model_input, x.loss_fn_inputs])
     if hasattr(x, "to_ints"):
-        return digest(np.array(x.to_ints()))
+        return comparable(np.array(x.to_ints()))
     if hasattr(x, "to_numpy"):
-        return digest(x.to_numpy())
+        return comparable(x.to_numpy())
     if isinstance(x, np.ndarray):
         return x.shape, zlib.crc32(np.ascontiguousarray(x).data)
     if isinstance(x, nn.Module):

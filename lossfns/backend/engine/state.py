@@ -22,7 +22,7 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:
-    """Return the names of parameters that are another one, and the first name of that one."""
+    """Map each further name of a tied parameter to its first name."""
     first: dict[nn.Parameter, str] = {}
     every = model.named_parameters(remove_duplicate=False)
     return {name: first[p] for name, p in every if first.setdefault(p, name) != name}
@@ -43,9 +43,9 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], path: str) -> 
 
 
 def description(model: nn.Module) -> dict[str, Any]:
-    """Return the settings that the tensors do not tell: the arguments of a ``Decoder``, and those of its adapters."""
-    known = {name: getattr(model, name, None) for name in ("shape", "lora")}
-    return {name: value if isinstance(value, dict) else None for name, value in known.items()}
+    """Return the settings that the tensors do not show: the arguments of a ``Decoder``, and those of its adapters."""
+    settings = {name: getattr(model, name, None) for name in ("shape", "lora")}
+    return {name: value if isinstance(value, dict) else None for name, value in settings.items()}
 
 
 def check_description(model: nn.Module, data: Mapping[str, Any], path: str) -> None:
@@ -61,7 +61,7 @@ def check_description(model: nn.Module, data: Mapping[str, Any], path: str) -> N
 
 
 def as_json(value: Any) -> Any:
-    """Return a value as JSON gives it back."""
+    """Return a value as it comes back from JSON."""
     return json.loads(json.dumps(value, default=str))
 
 
@@ -97,7 +97,7 @@ def stepped(tensors: Mapping[str, Tensor]) -> list[str]:
 def check_complete(model: nn.Module, tensors: Mapping[str, Tensor], data: Mapping[str, Any], path: str) -> None:
     """Refuse a state from which training could not continue as it was.
 
-    That is one of other dtypes, or without some of what the optimizer keeps of a parameter.
+    Such a state has other dtypes, or lacks something that the optimizer keeps of a parameter.
     """
     check_dtypes(model, tensors, path)
     steps, parameters = data.get("steps"), dict(model.named_parameters())

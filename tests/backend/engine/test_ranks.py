@@ -25,7 +25,7 @@ from lossfns.backend import Decoder
 from lossfns.backend.engine.ranks import copied_with, rank_bounds, start, transformer_layers
 from lossfns.backend.engine.state import tied_names
 from lossfns.backend.storage import checkpoint
-from lossfns.backend.storage import folder as folders
+from lossfns.backend.storage.folder import remove_other_parts
 from lossfns.cli import main
 from lossfns.train.run import METRICS, RESULT
 
@@ -194,7 +194,7 @@ def test_what_a_killed_save_leaves_is_not_the_checkpoint(written: Path) -> None:
     shutil.copytree(next(written.glob("*.part")), left)
     shortened(next(left.glob("shard-00002*")))
     assert checkpoint.load(written)[1]["steps"] == 2
-    folders.sweep(written)
+    remove_other_parts(written)
     assert len(list(written.glob("*.part"))) == 1 and checkpoint.load(written)[1]["steps"] == 2
 
 
