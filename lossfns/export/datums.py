@@ -202,7 +202,7 @@ def fold(loss: Loss | BoundLoss, data: Sequence[Any]) -> Folded:
 
 
 def advantages_times_weights(datum: Any, *, with_mask: bool) -> Any:
-    """A policy datum of the services: ``target_tokens``, the old ``logprobs``, and advantages times weights."""
+    """Make a policy datum of the services: ``target_tokens``, the old ``logprobs``, and advantages times weights."""
     weights, advantages, old = (datum.loss_fn_inputs[n].to_numpy() for n in ("weights", "advantages", "old_logprobs"))
     active = weights != 0
     fields = {"logprobs": np.where(active, old, 0), "advantages": np.where(active, advantages, 0) * weights}

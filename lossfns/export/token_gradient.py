@@ -37,8 +37,8 @@ FIX = "Its gradient is known once all logprobs are: take another plan."
 def token_gradient(loss: Loss | BoundLoss, data: Sequence[Any], device: torch.device | str = "cpu") -> TokenGradient:
     """Write the gradient of a loss as a function of any part of the batch's tokens.
 
-    For ``linear_logprobs(plan="separable")``. A term of your own that mixes tokens unnoticed here is refused by its
-    backward pass.
+    ``linear_logprobs(plan="separable")`` takes this function. Its backward pass refuses a term of your own that mixes
+    tokens in a way that is not seen here.
 
     Args:
         loss: a loss of tokens or targets, with its side columns. The denominator is the one that is bound, or that
@@ -82,9 +82,9 @@ def token_gradient(loss: Loss | BoundLoss, data: Sequence[Any], device: torch.de
 
         with torch.enable_grad():
             lp = logprobs.detach().requires_grad_()
-            kept = torch.where(some(t.active), lp.flatten(), 0)
-            columns = {name: kept.detach() if name in on_policy else some(x) for name, x in t.columns.items()}
-            term, _ = bound.loss.terms(TokenwiseTokens(kept, some(t.weights), None, columns))
+            blanked = torch.where(some(t.active), lp.flatten(), 0)
+            columns = {name: blanked.detach() if name in on_policy else some(x) for name, x in t.columns.items()}
+            term, _ = bound.loss.terms(TokenwiseTokens(blanked, some(t.weights), None, columns))
             (g,) = torch.autograd.grad(torch.dot(some(share).to(term.dtype), term), lp)
         return g
 

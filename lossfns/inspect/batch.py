@@ -276,5 +276,5 @@ def inspect_logprobs(view: BatchView, reads: Sequence[str], findings: Findings) 
 
 
 def mean_gap(x: Tensor, y: Tensor, active: Tensor) -> float:
-    """The mean |x − y| over active tokens, in nats."""
+    """Return the mean |x − y| over active tokens, in nats."""
     return float((x - y)[active].abs().mean())

@@ -1,4 +1,4 @@
-"""The gradient report: what ``forward_backward_custom`` sends back, ∂L/∂logprob of every token, and its causes."""
+"""The gradient report: ∂L/∂logprob of every token, which ``forward_backward_custom`` sends back, and its causes."""
 
 from __future__ import annotations
 
@@ -92,12 +92,12 @@ def finite(x: Tensor) -> Tensor:
 
 
 def mass(gradient: Tensor) -> float:
-    """Σ|g| over finite entries."""
+    """Return Σ|g| over finite entries."""
     return float(finite(gradient).abs().sum())
 
 
 def cancelled(total: Tensor, l1: Tensor) -> Tensor:
-    """1 − |Σg| / Σ|g|, and 0 where there is no gradient."""
+    """Return 1 − |Σg| / Σ|g|, and 0 where there is no gradient."""
     return torch.where(l1 > 0, 1 - total.abs() / l1, 0.0)
 
 
@@ -165,28 +165,28 @@ class GradReport:
         return sum_by_datum(x, self.shapes)
 
     def sequences(self) -> dict[str, list[float]]:
-        """Σ|g|, its share of the batch, Σg, cancellation and counts: for each, a list over the datums."""
+        """Return Σ|g|, its share of the batch, Σg, cancellation and counts: for each, a list over the datums."""
         g = finite(self.gradient)
         l1, total = self.by_sequence(g.abs()), self.by_sequence(g)
         sums = {"l1": l1, "share": l1 / (self.l1 or 1.0), "sum": total, "cancellation": cancelled(total, l1)}
         return {name: x.tolist() for name, x in (sums | map_values(self.by_sequence, self.kinds)).items()}
 
     def pair_masses(self) -> list[dict[str, float]]:
-        """Σ|g| of the chosen side and of the rejected side of each pair."""
+        """Return Σ|g| of the chosen side and of the rejected side of each pair."""
         sides = self.by_sequence(finite(self.gradient).abs()).reshape(-1, 2).tolist()
         return [{"chosen": chosen, "rejected": rejected} for chosen, rejected in sides]
 
     def largest(self, count: int = 5) -> list[dict[str, float]]:
-        """The entries with the largest |g| above 0: datum, position (and which of K targets), gradient."""
+        """Return the entries with the largest |g| above 0: datum, position (and which of K targets), gradient."""
         size = finite(self.gradient).abs()
         return [self.entry(i) for i in size.topk(min(count, len(size))).indices.tolist() if size[i] > 0]
 
     def nonfinite(self) -> list[dict[str, float]]:
-        """The entries whose gradient is nan or infinite."""
+        """Return the entries whose gradient is nan or infinite."""
         return [self.entry(i) for i in (~self.gradient.isfinite()).nonzero().flatten().tolist()]
 
     def entry(self, i: int) -> dict[str, float]:
-        """Datum, position (and which of K targets) and gradient of entry i of the batch."""
+        """Return datum, position (and which of K targets) and gradient of entry i of the batch."""
         ends = torch.tensor([prod(shape) for shape in self.shapes]).cumsum(0)
         datum = int(torch.searchsorted(ends, i, right=True))
         offset = i - (int(ends[datum - 1]) if datum else 0)
@@ -195,7 +195,7 @@ class GradReport:
         return {"datum": datum, **place, "gradient": float(self.gradient[i])}
 
     def as_dict(self) -> dict[str, Any]:
-        """The whole report as JSON: numbers, strings and lists. nan and infinities are strings."""
+        """Return the whole report as JSON: numbers, strings and lists. nan and infinities are strings."""
         report = {
             "loss_fn": self.loss_fn,
             "loss": self.loss,
@@ -215,7 +215,7 @@ class GradReport:
         return json_safe(report)  # type: ignore[no-any-return]
 
     def table(self, rows: int = 16) -> str:
-        """The report as text, with at most so many sequences."""
+        """Return the report as text, with at most ``rows`` sequences."""
         totals = f"loss {self.loss:.6g}   Σ|g| {self.l1:.4g}   √Σg² {self.l2:.4g}"
         head = [self.loss_fn, f"{totals}   cancelled {self.cancellation:.0%}   (g = ∂L/∂logprob)"]
         tables = [kind_rows(self), column_rows(self), sequence_rows(self, rows), pair_rows(self, rows)]
@@ -229,7 +229,7 @@ class GradReport:
     __str__ = __repr__ = table
 
     def figure(self) -> Figure:
-        """A heat strip with a cell for each token; needs the extra ``viz``."""
+        """Draw a heat strip with a cell for each token; needs the extra ``viz``."""
         clipped = None if self.clipped is None else split_by_datum(self.clipped, self.shapes)
         strip = Strip(self.gradients, split_by_datum(self.active, self.shapes), clipped)
         sides = ("chosen", "rejected")
@@ -258,7 +258,7 @@ def entry_text(entry: Mapping[str, float]) -> str:
 
 
 def kind_rows(report: GradReport) -> list[list[str]]:
-    """A row for each kind of token: count and share, of all tokens or, where indented, of the active ones."""
+    """Return a row for each kind of token: count and share, of all tokens or, where indented, of the active ones."""
     count = {name: int(x.sum()) for name, x in report.kinds.items()}
     total = len(report.gradient)
 
@@ -278,27 +278,27 @@ def kind_rows(report: GradReport) -> list[list[str]]:
 
 
 def column_rows(report: GradReport) -> list[list[str]]:
-    """A row for each column: how much the gradient changes if the column is made neutral."""
+    """Return a row for each column: how much the gradient changes if the column is made neutral."""
     shares = [[name, f"{x:.4g}", f"{x / (report.l1 or 1):.1%}"] for name, x in report.effects.items()]
     return [["without", "Σ|g - g'|", "of Σ|g|"], *shares]
 
 
-def sequence_rows(report: GradReport, most: int) -> list[list[str]]:
-    """A row for each of the first ``most`` sequences."""
+def sequence_rows(report: GradReport, max_rows: int) -> list[list[str]]:
+    """Return a row for each of the first ``max_rows`` sequences."""
     columns = report.sequences()
     counts = [name for name in ("active", "negative", "positive", "zero", "clipped") if name in columns]
     signs = {"negative": "g < 0", "positive": "g > 0", "zero": "g = 0"}
     rows = [["datum", "Σ|g|", "share", "Σg", "cancelled", *(signs.get(name, name) for name in counts)]]
-    for i in range(min(most, len(report.shapes))):
+    for i in range(min(max_rows, len(report.shapes))):
         l1, share, total, cancelled = (columns[name][i] for name in ("l1", "share", "sum", "cancellation"))
         numbers = [f"{l1:.4g}", f"{share:.1%}", f"{total:.4g}", f"{cancelled:.0%}"]
         rows.append([str(i), *numbers, *(f"{columns[name][i]:.0f}" for name in counts)])
     return rows
 
 
-def pair_rows(report: GradReport, most: int) -> list[list[str]]:
-    """A row for each of the first ``most`` pairs."""
-    sides = report.pair_masses()[:most] if report.pairs else []
+def pair_rows(report: GradReport, max_rows: int) -> list[list[str]]:
+    """Return a row for each of the first ``max_rows`` pairs."""
+    sides = report.pair_masses()[:max_rows] if report.pairs else []
     masses = [[str(i), f"{side['chosen']:.4g}", f"{side['rejected']:.4g}"] for i, side in enumerate(sides)]
     return [["pair", "Σ|g| chosen", "rejected"], *masses]
 

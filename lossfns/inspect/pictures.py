@@ -139,7 +139,7 @@ def paint(axes: Any, shown: Cells, limit: float, side: float) -> Any:
 
 
 def legend_handles(shown: Cells, with_clipped: bool) -> list[Any]:
-    """The marks that can occur in the strip."""
+    """Return the marks that can occur in the strip."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
@@ -158,7 +158,7 @@ def colour_limit(sizes: np.ndarray[Any, Any]) -> tuple[float, float]:
 
 
 def notes(strip: Strip, shown: Cells, limit: float, largest: float) -> list[str]:
-    """Sentences about what the picture leaves out or puts together."""
+    """Return sentences about what the picture leaves out or puts together."""
     found = []
     if len(strip.gradients) > len(shown.gradient):
         found.append(f"The first {len(shown.gradient)} of {len(strip.gradients)} sequences.")

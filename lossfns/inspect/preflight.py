@@ -64,14 +64,14 @@ class Preflight:
         return all(finding.level != "error" for finding in self.findings)
 
     def as_dict(self) -> dict[str, Any]:
-        """The whole result as JSON: verdict, numbers, findings, and the report of the gradients at step zero."""
+        """Return the whole result as JSON: verdict, numbers, findings, and the report of the gradients at step zero."""
         report = None if self.step_zero is None else self.step_zero.as_dict()
         findings = [vars(finding) for finding in self.findings]
         result = {"loss_fn": self.loss_fn, "ok": self.ok, "numbers": self.numbers, "findings": findings}
         return json_safe(result | {"step_zero": report})  # type: ignore[no-any-return]
 
     def table(self) -> str:
-        """The verdict, the numbers and the findings as text."""
+        """Return the verdict, the numbers and the findings as text."""
         counts = Counter(finding.level for finding in self.findings)
         tally = ", ".join(f"{counts[level]} {level}{'s' * (counts[level] != 1)}" for level in LEVELS)
         lines = [f"{'ready' if self.ok else 'NOT READY'} ({tally})   {self.loss_fn}", ""]

@@ -93,7 +93,7 @@ def without_warnings() -> Iterator[None]:
 
 
 def loss_of(loss_fn: Any) -> Loss | None:
-    """The ``Loss`` inside, or None for a function of the user's."""
+    """Return the ``Loss`` inside; None for a function of the user's."""
     return loss_fn.loss if isinstance(loss_fn, BoundLoss) else loss_fn if isinstance(loss_fn, Loss) else None
 
 
@@ -112,7 +112,7 @@ def bound_columns(loss_fn: Any) -> Mapping[str, Any]:
 
 
 def readable_columns(loss_fn: Any) -> list[str]:
-    """The columns besides weights that a loss may read. A function of the user's may read any."""
+    """Return the columns besides weights that a loss may read. A function of the user's may read any."""
     loss = loss_of(loss_fn)
     return [name for name in COLUMNS[1:] if loss is None or name in loss.reads]
 
@@ -142,7 +142,7 @@ def visible_columns(loss_fn: Any, data: Sequence[Any], shapes: Shapes) -> dict[s
 
 
 def visible_weights(data: Sequence[Any], bound: Mapping[str, Any]) -> Any:
-    """The weights that are bound, or that all datums hold under one of their names; else None."""
+    """Return the weights that are bound, or that all datums hold under one of their names; else None."""
     if "weights" in bound:
         return bound["weights"]
     fields = ([datum.loss_fn_inputs.get(name) for datum in data] for name in ("weights", ALIASES["weights"]))

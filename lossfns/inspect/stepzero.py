@@ -1,4 +1,4 @@
-"""Step zero: what a loss does when policy, old, reference and sampler are the same, checked against what it must do."""
+"""Step zero: value, gradient and metrics of a loss when policy, old, reference and sampler are the same."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class StepZero(NamedTuple):
 
 
 def step_zero(loss_fn: LossFn, data: Sequence[Any], view: BatchView, base: Tensor, paired: bool) -> StepZero:
-    """Measure the loss with all logprobs equal to ``base`` ``[N]``, then move one column at a time by 0.1 to 0.3."""
+    """Measure the loss with all logprobs equal to ``base`` [N], then with one column at a time moved by 0.1 to 0.3."""
     on, logprobs = view.active, split_by_datum(base, view.shapes)
     equal = {name: torch.where(on, base, x) if name in LOGPROB_COLUMNS else x for name, x in view.columns.items()}
     loss_there, data_there = with_columns(loss_fn, data, equal, view.shapes)
@@ -88,8 +88,8 @@ def check_signs(zero: StepZero, view: BatchView, findings: Findings) -> None:
     """Check that g and the signal of a token have opposite signs: descent makes a token likelier where g < 0."""
     g, signal = zero.report.gradient, token_signal(zero, view)
     should_learn = view.active & (signal != 0)
-    wrong, still = should_learn & (g * signal > 0), should_learn & (g == 0)
-    silent = view.datums_with(should_learn) & ~view.datums_with(should_learn & ~still)
+    wrong, untrained = should_learn & (g * signal > 0), should_learn & (g == 0)
+    silent = view.datums_with(should_learn) & ~view.datums_with(should_learn & ~untrained)
     datums = view.datums_with(wrong)
     error, warning = ("error", "warning") if zero.sure else ("warning", "note")
     unless = "" if zero.sure else " Unless it has advantages of its own."
@@ -105,13 +105,13 @@ def check_signs(zero: StepZero, view: BatchView, findings: Findings) -> None:
         why = f"Left out of the loss, or clipped at ratio 1?{unless}"
         message = f"0 at every token of {name_datums(silent)}, which should learn. {why}"
         findings.add(error, "gradient", message, silent)
-    elif still.any():
-        message = f"0 at {int(still.sum())} tokens that should learn. Are the clip bounds epsilons?{unless}"
-        findings.add(warning, "gradient", message, view.datums_with(still))
+    elif untrained.any():
+        message = f"0 at {int(untrained.sum())} tokens that should learn. Are the clip bounds epsilons?{unless}"
+        findings.add(warning, "gradient", message, view.datums_with(untrained))
 
 
 def token_signal(zero: StepZero, view: BatchView) -> Tensor:
-    """How much likelier each token should become, up to a factor: w·A, ±w on the sides of a pair, or w."""
+    """Return how much likelier each token should become, up to a factor: w·A, ±w on the sides of a pair, or w."""
     w = view.columns["weights"]
     if zero.report.pairs:
         sides = torch.tensor([1.0, -1.0]).repeat(len(view.targets) // 2)

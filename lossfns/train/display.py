@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 SHOWN = ("loss", "reward", "accuracy")
-"""The metrics to show, of those that a method has."""
+"""The metrics to show, if the method has them."""
 
 
 def display_on(stream: TextIO) -> PlainDisplay:
-    """Return the live display for a terminal, the plain one for all else or where rich is not installed."""
+    """Return a live display for a terminal; a plain one for any other stream, or without rich."""
     console = console_on(stream)
     return PlainDisplay(stream) if console is None else LiveDisplay(stream, console)
 
@@ -29,7 +29,7 @@ class PlainDisplay:
         self.stream = stream
 
     def begin_phase(self, phase: str, first: int, count: int) -> None:
-        """Start a phase of ``count`` steps, of which ``first`` are done."""
+        """Start a phase of ``count`` steps; the first ``first`` steps are done already."""
         self.phase, self.first, self.count, self.start = phase, first, count, time.monotonic()
 
     def show_step(self, done: int, metrics: Mapping[str, float]) -> None:
@@ -45,7 +45,7 @@ class PlainDisplay:
         """Leave the terminal as it was."""
 
     def time_left(self, done: int) -> str:
-        """The time that the rest of the phase will take at its mean speed; at its end the time that it took."""
+        """Return the time that the rest of the phase will take at its mean speed; at its end, the time that it took."""
         spent = time.monotonic() - self.start
         if done == self.count:
             return f"in {clock(spent)}"
@@ -83,5 +83,5 @@ def shown(metrics: Mapping[str, float]) -> str:
 
 
 def clock(seconds: float) -> str:
-    """A time as h:mm:ss."""
+    """Return a time as h:mm:ss."""
     return str(timedelta(seconds=round(seconds)))

@@ -8,7 +8,8 @@ from random import Random
 from typing import Any, NamedTuple
 
 from lossfns.advantages import group_advantages, group_metrics
-from lossfns.backend import AdamParams, LocalTrainingClient, SamplingParams
+from lossfns.backend.client.training import LocalTrainingClient
+from lossfns.backend.types import AdamParams, SamplingParams
 from lossfns.datum import Datum, ModelInput
 from lossfns.frame import align_sampler_logprobs, datum_from_tokens
 from lossfns.loss import Loss
@@ -51,7 +52,7 @@ def linear_decay(rate: float, steps: int, ramp: int = 5) -> Schedule:
 
 
 def completion_datum(prompt: Sequence[int], completion: Sequence[int]) -> Datum:
-    """A datum that trains the completion, given the prompt."""
+    """Make a datum that trains the completion, given the prompt."""
     return datum_from_tokens([*prompt, *completion], prompt_length=len(prompt))
 
 
@@ -110,7 +111,7 @@ def bits_per_byte(client: LocalTrainingClient, examples: Sequence[Demonstration]
 
 
 def pair_datums(examples: Sequence[Preference]) -> list[Datum]:
-    """Two datums for each example: datum 2i is chosen, datum 2i + 1 is rejected."""
+    """Make two datums of each example: datum 2i is chosen, datum 2i + 1 is rejected."""
     return [completion_datum(e.prompt, completion) for e in examples for completion in (e.chosen, e.rejected)]
 
 
@@ -135,14 +136,14 @@ def train_preference(
 
 
 def share_positive(margins: Sequence[float]) -> float:
-    """The share of margins above 0. A margin of 0 counts half."""
+    """Return the share of margins above 0. A margin of 0 counts half."""
     return sum((margin > 0) + 0.5 * (margin == 0) for margin in margins) / len(margins)
 
 
 def margin_accuracy(
     client: LocalTrainingClient, reference: LocalTrainingClient, examples: Sequence[Preference]
 ) -> float:
-    """Return the share of held-out pairs whose chosen side gains more over the reference than the rejected side."""
+    """Return the share of pairs whose chosen side gains more over the reference than the rejected side."""
     data = pair_datums(examples)
     gains = [a - b for a, b in zip(completion_logprobs(client, data), completion_logprobs(reference, data))]
     return share_positive([chosen - rejected for chosen, rejected in zip(gains[0::2], gains[1::2])])
@@ -151,7 +152,7 @@ def margin_accuracy(
 def likelihood_accuracy(
     client: LocalTrainingClient, reference: LocalTrainingClient, examples: Sequence[Preference]
 ) -> float:
-    """Return the share of held-out pairs whose chosen side has the larger mean logprob of a token."""
+    """Return the share of pairs whose chosen side has the larger mean logprob of its tokens."""
     sums = completion_logprobs(client, pair_datums(examples))
     lengths = [len(completion) for e in examples for completion in (e.chosen, e.rejected)]
     means = [total / length for total, length in zip(sums, lengths)]
@@ -201,7 +202,7 @@ def train_policy(
         run.log(step, {**merge_metrics(metrics), **group_metrics(rewards, groups), "grad_norm": norm})
 
 
-class Sample(NamedTuple):
+class Answer(NamedTuple):
     """A sampled answer to a problem; ``logprobs`` are the sampler's, one for each of ``tokens``."""
 
     prompt: list[int]
@@ -217,14 +218,14 @@ def sample_answers(
     max_tokens: int,
     seed: int,
     temperature: float = 1.0,
-) -> list[Sample]:
+) -> list[Answer]:
     """Sample ``group`` answers to each problem under the current weights."""
     sampler = client.save_weights_and_get_sampling_client()
     params = SamplingParams(max_tokens=max_tokens, seed=seed, temperature=temperature)
     prompts = [ModelInput.from_ints(problem.prompt) for problem in problems]
     responses = sampler.sample_batch(prompts, group, params).result()
     return [
-        Sample(problem.prompt, s.tokens, s.logprobs, s.tokens == TOKENIZER.encode(problem.answer) + END)
+        Answer(problem.prompt, s.tokens, s.logprobs, s.tokens == TOKENIZER.encode(problem.answer) + END)
         for problem, response in zip(problems, responses)
         for s in response.sequences
     ]

@@ -45,12 +45,12 @@ def draw(history: Sequence[Mapping[str, Any]], evaluations: Mapping[str, tuple[f
 
 
 def changing(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The metrics of ``PLOTTED`` that are not constant."""
+    """Return the metrics of ``PLOTTED`` that are not constant."""
     return [name for name in PLOTTED if len({row[name] for row in rows if name in row}) > 1]
 
 
-def running_mean(values: Sequence[float], share: float = 0.1) -> list[float]:
-    """The mean around each value, over a window of this share of all values."""
-    half = max(1, round(len(values) * share / 2))
+def running_mean(values: Sequence[float], fraction: float = 0.1) -> list[float]:
+    """Return the mean around each value, over a window of this fraction of all values."""
+    half = max(1, round(len(values) * fraction / 2))
     windows = (values[max(0, i - half) : i + half + 1] for i in range(len(values)))
     return [sum(window) / len(window) for window in windows]

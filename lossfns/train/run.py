@@ -228,8 +228,8 @@ def open_metrics(folder: Path, count: int) -> tuple[IO[bytes], list[dict[str, An
     except LossInputError:
         metrics.close()
         raise
-    for left in folder.glob(".*.partial"):
-        left.unlink()
+    for partial in folder.glob(".*.partial"):
+        partial.unlink()
     return metrics, history
 
 

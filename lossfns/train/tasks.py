@@ -21,7 +21,7 @@ END = [TOKENIZER.eos_token_id]
 """Ends a completion, and starts a text that has no prompt."""
 
 MAX_HELD_OUT = 400
-"""The number of held-out examples, if there are that many. Passages are longer, so half as many are enough."""
+"""The largest number of held-out examples. Passages are longer, so half as many are enough."""
 
 
 class Demonstration(NamedTuple):
@@ -77,7 +77,7 @@ def paragraphs(text: str) -> list[str]:
 
 
 def normalized(paragraph: str) -> str:
-    """The paragraph without its indentation and line breaks."""
+    """Return the paragraph without its indentation and line breaks."""
     return " ".join(paragraph.split())
 
 
@@ -154,7 +154,7 @@ def arithmetic() -> Task[Problem]:
 
 
 def noisy_demonstration(problem: Problem, rng: Random, error_rate: float = 0.6) -> Demonstration:
-    """A demonstration whose answer is off by 1 or 10 in six cases of ten: reinforcement learning has to correct it."""
+    """Make a demonstration whose answer is mostly off by 1 or 10, for reinforcement learning to correct."""
     answer = int(problem.answer)
     if rng.random() < error_rate:
         answer += rng.choice([d for d in (-10, -1, 1, 10) if answer + d >= 0])
