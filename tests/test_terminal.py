@@ -1,4 +1,4 @@
-"""What a person at a terminal sees of the reports: the words of the plain text, coloured and wrapped to 80 columns."""
+"""Reports on a terminal: the words of the plain text, coloured and wrapped to 80 columns."""
 
 import io
 import re

@@ -1,4 +1,4 @@
-"""The three lanes of a loss give the same gradient: batch contract, traced per-datum form, fold to a built-in."""
+"""Three forms of a loss have one gradient: the loss, its traced function of one datum, and the built-in."""
 
 import math
 from random import Random

@@ -1,4 +1,4 @@
-"""``token_gradient``: any part of a batch's tokens has the gradient that it has in the whole."""
+"""``token_gradient``: any part of a batch's tokens has the same gradient as in the whole batch."""
 
 from collections.abc import Callable
 from typing import Any
@@ -74,7 +74,7 @@ def test_a_denominator_that_is_bound_and_one_that_is_not() -> None:
 
 
 def test_on_policy_the_old_logprobs_are_those_of_each_part() -> None:
-    """r = 1 wherever one looks, so ∂/∂lp = −A/n of the 14 tokens that count."""
+    """r = 1 for any part, so ∂/∂lp = −A/n over the 14 active tokens."""
     loss = lossfns.ppo().bind(advantages=[1.0, -2.0, 0.5, 3.0], old_logprobs=ON_POLICY)
     gradient = token_gradient(loss, batch())(-random(7, N).abs()[5:6], slice(5, 6))
     assert gradient.item() == pytest.approx(2 / 14)
@@ -92,7 +92,7 @@ def test_several_targets() -> None:
 
 
 def test_the_entries_of_several_targets_may_be_listed() -> None:
-    """Four weights in a row are two for each of two tokens, as everywhere else."""
+    """A flat row of four weights stands for two weights of each of two tokens, as everywhere else."""
     fields = {"target_tokens": [[1, 2], [3, 4]], "weights": [0.5, 0.0, 1.0, 0.5]}
     data = [lossfns.Datum(lossfns.ModelInput.from_ints([1, 2]), fields)]
     gradient = token_gradient(lossfns.multi_target_cross_entropy(weigh=lossfns.token_sum), data)
@@ -124,7 +124,7 @@ def test_a_loss_of_whole_sequences_is_refused_by_name(loss: Loss) -> None:
 
 @pytest.mark.parametrize("make", [lossfns.cross_entropy, lossfns.grpo, lossfns.cispo], ids=lambda make: make.__name__)
 def test_the_separable_plan_with_a_loss_is_the_loss(make: Callable[[], Loss]) -> None:
-    """From hidden states to gradients in one sweep, against the loss behind logits in float64."""
+    """Gradients straight from hidden states, compared with the loss on logits in float64."""
     hidden, weight = random(1, N, 6), random(2, 11, 6)
     targets = torch.cat([torch.tensor(d.loss_fn_inputs["target_tokens"].data) for d in batch()]) % 11
     loss = bound(make())
