@@ -196,7 +196,7 @@ MODELS: dict[str, tuple[dict[str, Any], Callable[[Decoder], Any], Any]] = {
 
 @pytest.mark.parametrize("lengths", [[600], [100, 200, 300, 200], [40] * 10, [400, 3, 50, 60]], ids=str)
 @pytest.mark.parametrize("name", MODELS)
-def test_the_foretold_peak_is_a_bound_and_not_twice_what_a_step_takes(name: str, lengths: list[int]) -> None:
+def test_the_predicted_peak_is_a_bound_and_not_twice_what_a_step_takes(name: str, lengths: list[int]) -> None:
     shape, change, dtype = MODELS[name]
     model = Decoder(**shape)
     change(model)
@@ -207,8 +207,8 @@ def test_the_foretold_peak_is_a_bound_and_not_twice_what_a_step_takes(name: str,
     forward = c._engine.logprobs(data)
     c._engine.budget.footprint(forward.inputs)
     with AllocationTracker(set()) as watch:
-        foretold = backward(c, lossfns.cross_entropy(), data, forward).peak_memory
-    assert watch.growing.peak <= foretold <= 2 * watch.growing.peak
+        predicted = backward(c, lossfns.cross_entropy(), data, forward).peak_memory
+    assert watch.growing.peak <= predicted <= 2 * watch.growing.peak
 
 
 def many_targets(count: int, k: int) -> list[Any]:
@@ -253,8 +253,8 @@ def test_the_memory_of_a_loss_over_all_micro_batches_is_predicted(what: str) -> 
     step(c)
     c._engine.gradients.clear()
     with AllocationTracker(set()) as watch:
-        foretold, parts = step(c)
-    assert parts > 1 and watch.growing.peak <= foretold <= whole * MARGIN
+        predicted, parts = step(c)
+    assert parts > 1 and watch.growing.peak <= predicted <= whole * MARGIN
 
 
 def test_the_bytes_that_are_asked_for_are_enough_with_checkpointing_and_many_targets() -> None:
@@ -464,7 +464,7 @@ def test_adding_a_gradient_to_another_has_to_fit_as_well() -> None:
     assert same(gradients(lean), before)
 
 
-@pytest.mark.parametrize("loss_fn", [lossfns.cross_entropy(), spread_out], ids=["streamed", "twice"])
+@pytest.mark.parametrize("loss_fn", [lossfns.cross_entropy(), spread_out], ids=["streamed", "two_pass"])
 def test_what_is_free_is_read_once_for_a_request(loss_fn: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Micro-batches and logits are thus planned with the same number."""
     reads = []
@@ -492,7 +492,7 @@ SCRIPT = f"""
 import sys
 sys.path[:0] = {[str(folder) for folder in Path(__file__).parents[:3]]!r}
 from test_memory import *
-trained(float(sys.argv[1]), Path(sys.argv[2]), twice=coupled, streamed=lossfns.cross_entropy())
+trained(float(sys.argv[1]), Path(sys.argv[2]), two_pass=coupled, streamed=lossfns.cross_entropy())
 """
 
 
@@ -530,7 +530,7 @@ def test_a_batch_of_four_times_the_budget_trains_within_it(tmp_path: Path) -> No
     command = [sys.executable, "-c", SCRIPT, str(budget), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    for name, passes in (("twice", 2), ("streamed", 1)):
+    for name, passes in (("two_pass", 2), ("streamed", 1)):
         metrics, rise, own = torch.load(tmp_path / name)
         assert metrics["micro_batches"] >= 4 and metrics["passes"] == passes
         assert metrics["peak_memory"] <= budget and rise <= budget

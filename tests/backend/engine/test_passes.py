@@ -452,7 +452,7 @@ def stop_at(c: LocalTrainingClient, call: int, error: BaseException) -> None:
     c.model.register_forward_pre_hook(fail)
 
 
-@pytest.mark.parametrize("loss_fn", [lossfns.cross_entropy(), spread_of_all], ids=["streamed", "twice"])
+@pytest.mark.parametrize("loss_fn", [lossfns.cross_entropy(), spread_of_all], ids=["streamed", "two_pass"])
 @pytest.mark.parametrize(
     "error", [KeyboardInterrupt(), torch.OutOfMemoryError("no more"), LossInputError("x", "y", "z", "w")], ids=type
 )
@@ -491,7 +491,7 @@ def test_a_gradient_that_overflows_in_one_micro_batch_is_none_of_the_whole() -> 
     assert same(gradients_of(c), before)
 
 
-@pytest.mark.parametrize("loss_fn", [lossfns.cross_entropy(), spread_of_all], ids=["streamed", "twice"])
+@pytest.mark.parametrize("loss_fn", [lossfns.cross_entropy(), spread_of_all], ids=["streamed", "two_pass"])
 def test_gradients_of_requests_add_up(loss_fn: Any) -> None:
     """Three equal requests add the same gradient each time."""
     c, whole = client(memory_budget=budget(client, DATA, 20)), client()
@@ -502,7 +502,7 @@ def test_gradients_of_requests_add_up(loss_fn: Any) -> None:
         assert_near(vector(c) / k, vector(whole) / k)
 
 
-@pytest.mark.parametrize("loss_fn", ["streamed", "twice"])
+@pytest.mark.parametrize("loss_fn", ["streamed", "two_pass"])
 def test_hundreds_of_micro_batches_in_half_precision_are_as_near_as_one(loss_fn: str) -> None:
     """bfloat16 has 8 bits: beyond 256, a sum in bfloat16 would no longer change."""
     rng = Random(1)
@@ -530,7 +530,7 @@ def group(rng: Random) -> list[Any]:
     return [datum_from_tokens(row, prompt_length=20) for row in rows]
 
 
-@pytest.mark.parametrize("loss_fn", [lossfns.cross_entropy(), contrast], ids=["streamed", "twice"])
+@pytest.mark.parametrize("loss_fn", [lossfns.cross_entropy(), contrast], ids=["streamed", "two_pass"])
 @pytest.mark.parametrize("room", [30, 60, 100])
 def test_a_prefix_in_common_may_be_cut_apart(loss_fn: Any, room: int) -> None:
     data = group(Random(0))
@@ -570,7 +570,7 @@ def adapted(model: Decoder) -> None:
 
 
 @pytest.mark.parametrize("change", [frozen_body, frozen_head, checkpointing, adapted])
-@pytest.mark.parametrize("loss_fn", [lossfns.cross_entropy(), spread_of_all], ids=["streamed", "twice"])
+@pytest.mark.parametrize("loss_fn", [lossfns.cross_entropy(), spread_of_all], ids=["streamed", "two_pass"])
 def test_any_part_of_a_model_may_be_trained(change: Callable[[Decoder], Any], loss_fn: Any) -> None:
     make = built(change, tied=False, layers=2)
     assert_cut_changes_nothing(custom(loss_fn, DATA), DATA, 1 + (loss_fn is spread_of_all), make=make)
@@ -584,7 +584,7 @@ def test_in_float64_too() -> None:
     assert_near(vector(cut), vector(whole), 1e-12)
 
 
-@pytest.mark.parametrize("loss_fn", [lossfns.cross_entropy(), spread_of_all], ids=["streamed", "twice"])
+@pytest.mark.parametrize("loss_fn", [lossfns.cross_entropy(), spread_of_all], ids=["streamed", "two_pass"])
 def test_a_model_of_which_nothing_is_trained_is_refused(loss_fn: Any) -> None:
     make = built(lambda model: model.requires_grad_(False))
     for options in ({}, {"memory_budget": budget(make, DATA)}):
