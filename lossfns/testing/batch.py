@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import lossfns
+from lossfns import datum as ours
 from lossfns.datum import Datum, ModelInput, TensorData
 from lossfns.inspect.probe import ALIASES
 from lossfns.tokens import COLUMNS
@@ -62,11 +62,11 @@ class Batch:
         )
         return "\n".join(["Batch(", *lines, ")"])
 
-    def data(self, sdk: Any = lossfns) -> list[Any]:
+    def data(self, sdk: Any = ours) -> list[Any]:
         """Datums of ours (or of another SDK) that carry every column, and the aliases."""
         return [self.datum(i, sdk) for i in range(len(self.weights))]
 
-    def datum(self, i: int, sdk: Any = lossfns) -> Any:
+    def datum(self, i: int, sdk: Any = ours) -> Any:
         shape = self.shape(self.weights[i])
         columns = {"weights": self.weights[i], **{name: rows[i] for name, rows in self.columns.items()}}
         named = columns | {ALIASES[name]: row for name, row in columns.items() if name in ALIASES}

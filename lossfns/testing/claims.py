@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import lossfns
 from lossfns.loss import BoundLoss, Loss
 from lossfns.testing.batch import Batch
 from lossfns.testing.laws.base import Law, LawBroken, LossFn, NotApplicable, Probe, demand, suppose, unpoisoned
 from lossfns.testing.laws.knobs import generic
+from lossfns.testing.public import public
 from lossfns.testing.vectors.ours import ask, subject_for
 from lossfns.testing.vectors.runner import Exchange, Report, judged
 from lossfns.testing.vectors.vector import METHODS, Vector, load
@@ -52,7 +52,7 @@ def matching(subject: Any, like: Loss) -> list[Vector]:
     if like.name not in METHODS:
         return []
     every = load(like.name)
-    if subject is getattr(lossfns, like.name):
+    if subject is public(like.name):
         return every
     return [v for v in every if v.denominator is None and v.error is None and repr(subject_for(v).loss) == repr(like)]
 
@@ -63,7 +63,7 @@ def golden(subject: Any, like: Loss, found: Sequence[Vector]) -> Law:
     def vectors(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
         suppose(bool(found), "there are none of its settings")
         dtype = str(logprobs[0].dtype).removeprefix("torch.")
-        preset = subject is getattr(lossfns, like.name)
+        preset = subject is public(like.name)
         replies = {v.id: ask(v, dtype) if preset else answer(loss_fn, v, logprobs[0].dtype) for v in found}
         report = Report(repr(like), dtype, [judged(v, Exchange(replies, ""), dtype, ()) for v in found])
         if report.ok:

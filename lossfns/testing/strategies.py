@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-import lossfns
+from lossfns import datum as ours
 from lossfns.errors import did_you_mean
 from lossfns.testing.batch import Batch, Row
 from lossfns.tokens import COLUMNS, LOGPROB_COLUMNS
@@ -176,7 +176,7 @@ def batches(
     return Batch(rows.pop("logprobs"), rows.pop("weights"), rows, targets)
 
 
-def datums(*, sdk: Any = lossfns, **options: Any) -> st.SearchStrategy[list[Any]]:
+def datums(*, sdk: Any = ours, **options: Any) -> st.SearchStrategy[list[Any]]:
     """Lists of datums that carry their columns, of ours or of another SDK: ``sdk=tinker``.
 
     The options are those of ``batches``, which draws the logprobs as well.

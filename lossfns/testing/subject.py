@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import lossfns
 from lossfns.errors import LossInputError, did_you_mean
 from lossfns.loss import BoundLoss, Loss
 from lossfns.testing.laws.base import LossFn, NotApplicable
+from lossfns.testing.public import LIBRARY, public
+from lossfns.weigh import fixed_length
 
 NAMES = {
     "logprobs": "logprobs logps log_prob log_probs new_logprobs per_token_logps target_logprobs policy_logprobs "
@@ -65,7 +66,7 @@ def method(text: str) -> Loss:
     try:
         tree = ast.parse(text, mode="eval").body
         named = tree if isinstance(tree, ast.Call) else ast.Call(tree, [], [])
-        preset = getattr(lossfns, ast.unparse(named.func))
+        preset = public(ast.unparse(named.func))
         built = preset(*map(setting, named.args), **{k.arg or "": setting(k.value) for k in named.keywords})
     except (SyntaxError, AttributeError, TypeError, ValueError) as error:
         fix = "Write a preset, such as ppo or grpo(kl_beta=0.04, weigh=sequence_mean)."
@@ -78,9 +79,9 @@ def method(text: str) -> Loss:
 def setting(node: ast.expr) -> Any:
     """A literal, or one of our functions by its name; nothing else is evaluated."""
     if isinstance(node, ast.Name):
-        return getattr(lossfns, node.id)
+        return public(node.id)
     if isinstance(node, ast.Call):
-        return getattr(lossfns, ast.unparse(node.func))(*map(setting, node.args))
+        return public(ast.unparse(node.func))(*map(setting, node.args))
     return ast.literal_eval(node)
 
 
@@ -255,7 +256,7 @@ def knobs(loss_fn: LossFn) -> dict[str, Any]:
     if isinstance(loss_fn, BoundLoss):
         return knobs(loss_fn.loss)
     if isinstance(loss_fn, Loss):
-        return {n: v for n, v in loss_fn.knobs.items() if hasattr(lossfns, loss_fn.name) and not isinstance(v, Loss)}
+        return {n: v for n, v in loss_fn.knobs.items() if loss_fn.name in vars(LIBRARY) and not isinstance(v, Loss)}
     fn = loss_fn.factory if isinstance(loss_fn, Made) else loss_fn.fn if isinstance(loss_fn, Padded) else loss_fn
     own = {p.name: p.default for p in parameters(fn) if p.default is not p.empty and column_of(p.name) is None}
     return own | (loss_fn.settings if isinstance(loss_fn, (Made, Padded)) else {})
@@ -293,8 +294,8 @@ def others(value: Any, name: str) -> list[Any]:
         return [value * 2 + 0.125, value / 2, value + 1, 1.5, 0.97, 1.02, 0.05]
     if value is None:
         return [1.01, 0.05, 2.0, 1e-3]
-    found = [getattr(lossfns, other) for other in NAMED.get(name, ())]
-    return [x(3) if x is lossfns.fixed_length else x for x in found if x is not value]
+    found = [public(other) for other in NAMED.get(name, ())]
+    return [x(3) if x is fixed_length else x for x in found if x is not value]
 
 
 def vary(loss_fn: LossFn, **settings: Any) -> LossFn:
@@ -302,7 +303,7 @@ def vary(loss_fn: LossFn, **settings: Any) -> LossFn:
     if isinstance(loss_fn, BoundLoss):
         return BoundLoss(vary(loss_fn.loss, **settings), loss_fn.columns)  # type: ignore[arg-type]
     if isinstance(loss_fn, Loss):
-        return getattr(lossfns, loss_fn.name)(**{**loss_fn.knobs, **settings})  # type: ignore[no-any-return]
+        return public(loss_fn.name)(**{**loss_fn.knobs, **settings})  # type: ignore[no-any-return]
     if isinstance(loss_fn, Made):
         return Made(loss_fn.factory, loss_fn.required, {**loss_fn.settings, **settings})
     if isinstance(loss_fn, Padded):

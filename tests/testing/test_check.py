@@ -16,12 +16,11 @@ from torch import Tensor
 import lossfns
 from lossfns import LossInputError
 from lossfns.cli import main
-from lossfns.testing import padded
+from lossfns.testing import mutants, padded
 from lossfns.testing.batch import Batch
 from lossfns.testing.bugs import BUGS
 from lossfns.testing.check import KINDS, Verdict, check, quiet, trials
 from lossfns.testing.laws import ADVANTAGES, GROUPS, LawBroken, NotApplicable, advantages, contract, masks, policy, sums
-from lossfns.testing.mutants import MUTANTS
 from lossfns.testing.subject import Made, Padded, adapt
 
 # Losses as others write them
@@ -148,7 +147,7 @@ def centred(rewards: Sequence[float], groups: Sequence[Any]) -> list[float]:
         (lossfns.orpo, "preference"),
         (lossfns.cross_entropy().bind(denominator=4.0), "supervised"),
         (lossfns.group_advantages, "advantages"),
-        (MUTANTS["multi_target_transposed"], "supervised"),
+        (mutants.multi_target_cross_entropy_targets_transposed, "supervised"),
     ],
     ids=lambda x: x if isinstance(x, str) else getattr(x, "__name__", repr(x)),
 )
@@ -247,7 +246,7 @@ def test_a_report_of_a_loss_without_fault_names_no_bug() -> None:
 
 
 def test_the_batch_that_breaks_a_law_breaks_it_again() -> None:
-    mutant = MUTANTS["cross_entropy_padding_in_denominator"]
+    mutant = mutants.cross_entropy_padding_in_denominator
     broken = verdict(mutant, "padding")
     batch = eval(broken.example, {"Batch": Batch})
     with pytest.raises(LawBroken) as caught:
@@ -305,7 +304,7 @@ def test_a_law_is_a_plain_function() -> None:
         law(reinforce, data, logprobs)
         law(lossfns.ppo(), data, logprobs)
     with pytest.raises(LawBroken, match="sign-flipped: the loss is maximised") as caught:
-        policy.sign(MUTANTS["reinforce_sign_flipped"], data, logprobs)
+        policy.sign(mutants.reinforce_sign_flipped, data, logprobs)
     assert caught.value.bug == "sign-flipped" and isinstance(caught.value, AssertionError)
     with pytest.raises(NotApplicable, match="no reference"):
         policy.kl(reinforce, data, logprobs)
@@ -316,7 +315,7 @@ def test_a_law_is_a_plain_function() -> None:
 def test_a_law_of_advantages_is_one_too() -> None:
     advantages.centred(centred, [1.0, 0.0], ["a", "a"])
     with pytest.raises(LawBroken, match="std-over-n"):
-        advantages.deviation(MUTANTS["advantages_std_over_n"], [1.0, 0.0], ["a", "a"])
+        advantages.deviation(mutants.group_advantages_std_over_n, [1.0, 0.0], ["a", "a"])
     broken = check(lambda rewards, groups: 1 / 0)
     assert broken.kind == "advantages" and {v.bug for v in broken.verdicts} == {"not-the-contract"}
 
@@ -357,7 +356,7 @@ def run(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]:
         (["lossfns.testing.mutants:ppo_mask_after_exp"], 1, "most likely mask-after-exp"),
         (["lossfns.testing.mutants:MUTANTS.get", "--kind", "advantages"], 1, "not-the-contract"),
         (["lossfns:crossentropy"], 2, "Did you mean 'cross_entropy'?"),
-        (["lossfns.testing.mutants:dpo_halfs"], 2, "Did you mean 'dpo_halves'?"),
+        (["lossfns.testing.mutants:dpo_pair_layouts"], 2, "Did you mean 'dpo_pair_layout'?"),
         (["lossfns:cross_entropy.weigh"], 2, "'weigh'"),
         (["lossfns"], 2, "after a colon"),
         (["no_such_module:loss"], 2, "No module named 'no_such_module'"),
@@ -454,7 +453,7 @@ def test_the_fixture_fails_with_the_table(tmp_path: Path) -> None:
         "def test_right(check_loss):\n"
         "    assert check_loss(lossfns.cross_entropy(), examples=0).kind == 'supervised'\n\n"
         "def test_wrong(check_loss):\n"
-        "    check_loss(mutants.cross_entropy_in_bits, kind='supervised', examples=0)\n"
+        "    check_loss(mutants.cross_entropy_constant_factor, kind='supervised', examples=0)\n"
     )
     status, out = pytest_run(tmp_path)
     assert status == 1 and "1 failed, 1 passed" in out and "most likely constant-factor" in out, out

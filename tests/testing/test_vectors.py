@@ -16,16 +16,18 @@ import pytest
 
 import lossfns
 from lossfns import LossInputError
+from lossfns.cli import main
 from lossfns.testing.bugs import BUGS
 from lossfns.testing.oracle import PAIR_WEIGHINGS, TOKEN_WEIGHINGS
+from lossfns.testing.public import presets
 from lossfns.testing.vectors import METHODS, Vector, load, mistake, run, subject_for
-from lossfns.testing.vectors.command import main
 from lossfns.testing.vectors.flags import explains, flags, wrong
 from lossfns.testing.vectors.ours import ask
-from lossfns.testing.vectors.right import right
 from lossfns.testing.vectors.runner import Report
-from lossfns.testing.vectors.vector import FOLDER, decode, encode, flat
-from lossfns.testing.vectors.write import LEDGER, contents, differing, fingerprint, identify, violations, write
+from lossfns.testing.vectors.vector import FOLDER, LEDGER, decode, encode, flat
+from tools.vectors.__main__ import main as tool
+from tools.vectors.right import right
+from tools.vectors.write import contents, differing, fingerprint, identify, violations, write
 
 ROOT = Path(lossfns.__file__).parent.parent
 NODE, DOCS = ROOT / "examples" / "vectors.mjs", ROOT / "docs" / "vectors.md"
@@ -101,6 +103,10 @@ def test_the_documentation_names_every_code_setting_and_loss() -> None:
     assert [name for name in codes | settings | set(METHODS) if f"`{name}`" not in words] == []
 
 
+def test_every_loss_of_the_library_has_vectors() -> None:
+    assert set(METHODS) == {*presets(), "group_advantages"}
+
+
 def test_they_are_many_and_small() -> None:
     assert len(VECTORS) >= 400
     assert sum(path.stat().st_size for path in FOLDER.glob("*.json")) < 2_000_000
@@ -172,7 +178,7 @@ def test_ours_refuse_what_must_be_refused() -> None:
         assert (said.get("field"), said.get("datum")) == (v.error["field"], v.error.get("datum")), v.id
 
 
-@pytest.mark.parametrize("loss", METHODS[:-1])
+@pytest.mark.parametrize("loss", [m for m in METHODS if m != "group_advantages"])
 @pytest.mark.filterwarnings("ignore::lossfns.LossWarning")
 def test_the_batch_of_a_vector_carries_its_columns(loss: str) -> None:
     """The same answers from the datums that the rest of the kit makes of it."""
@@ -497,7 +503,7 @@ def test_a_command_that_cannot_start_is_refused() -> None:
 def test_run_reports_as_json_and_honours_xfail(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     refuse_all = "for line in sys.stdin: print(json.dumps({'id': json.loads(line)['id'], 'error': 'no'}), flush=True)"
     command, expected, out = program(tmp_path, refuse_all), tmp_path / "xfail.txt", tmp_path / "report.json"
-    assert main(["run", "--cmd", command, "--loss", "dpo", "--json", str(out)]) == 1
+    assert main(["vectors", "run", "--cmd", command, "--loss", "dpo", "--json", str(out)]) == 1
     report = json.loads(out.read_text())
     assert report["counts"]["fail"] == len(report["failures"]) == sum(v.loss == "dpo" for v in ANSWERED)
     assert report["failures"][0] == {
@@ -511,21 +517,21 @@ def test_run_reports_as_json_and_honours_xfail(tmp_path: Path, capsys: pytest.Ca
     assert "dpo-0001 (valid) one pair of unequal lengths behind masked prompts\n    refused: no\n" in table
     assert "--json FILE has all" in table
     expected.write_text("dpo-*  # not written yet\n\n# nothing else\n")
-    assert main(["run", "--cmd", command, "--loss", "dpo", "--xfail", str(expected)]) == 0
+    assert main(["vectors", "run", "--cmd", command, "--loss", "dpo", "--xfail", str(expected)]) == 0
     assert "xfail" in capsys.readouterr().out
 
 
 def test_a_command_or_a_file_that_is_not_there_is_an_error_of_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["run", "--cmd", "/no/such/program"]) == 2
-    assert main(["run", "--cmd", "true", "--xfail", str(tmp_path / "none")]) == 2
+    assert main(["vectors", "run", "--cmd", "/no/such/program"]) == 2
+    assert main(["vectors", "run", "--cmd", "true", "--xfail", str(tmp_path / "none")]) == 2
     assert len(capsys.readouterr().err.strip().splitlines()) == 2
 
 
 def test_write_check_and_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["check"]) == 0
-    assert main(["export", str(tmp_path / "vendored")]) == 0
-    assert main(["write", "--out", str(tmp_path / "vendored")]) == 0
+    assert main(["vectors", "export", str(tmp_path / "vendored")]) == 0
+    assert tool(["check"]) == 0
+    assert tool(["write", "--out", str(tmp_path / "vendored")]) == 0
     assert "nothing to write" in capsys.readouterr().out
     assert {p.name for p in FOLDER.glob("*.json")} == {p.name for p in (tmp_path / "vendored").iterdir()}

@@ -11,11 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import lossfns
+from lossfns.advantages import group_advantages
+from lossfns.combine import with_dual_clip, with_kl, with_tis
 from lossfns.datum import Datum, ModelInput, TensorData
 from lossfns.errors import LossInputError, LossWarning
 from lossfns.loss import BoundLoss, Loss
+from lossfns.testing.public import LIBRARY, public
 from lossfns.testing.vectors.vector import Vector, targets
+from lossfns.weigh import fixed_length
 
 SETTINGS = {"cap": "tis_cap", "level": "tis_level"}
 """Knobs of ours that vectors know by another name."""
@@ -36,7 +39,7 @@ def subject_for(vector: Vector) -> BoundLoss:
 def subject(name: str, config: Mapping[str, Any]) -> Loss:
     """The preset, and what it has no knob for put around it: dual clip, sampler's weight, KL."""
     cap = config.get("tis_cap")
-    preset: Any = lossfns.ppo if name == "grpo" and cap is not None else getattr(lossfns, name)
+    preset: Any = public("ppo" if name == "grpo" and cap is not None else name)
     settings: dict[str, Any] = {key: tuple(x) if isinstance(x, list) else x for key, x in config.items()}
     settings["weigh"] = weighing(config)
     if "kl" in settings:
@@ -44,21 +47,21 @@ def subject(name: str, config: Mapping[str, Any]) -> Loss:
     knobs = inspect.signature(preset).parameters
     loss: Loss = preset(**{key: x for key, x in settings.items() if key in knobs})
     if config.get("dual_clip") is not None and "dual_clip" not in knobs:
-        loss = lossfns.with_dual_clip(loss, settings["dual_clip"])
+        loss = with_dual_clip(loss, settings["dual_clip"])
     if cap is not None:
-        loss = lossfns.with_tis(loss, cap, named(f"{settings['tis_level']}_level"))
+        loss = with_tis(loss, cap, named(f"{settings['tis_level']}_level"))
     if "kl" in settings and "kl" not in knobs:
-        loss = lossfns.with_kl(loss, settings["kl_beta"], settings["kl"])
+        loss = with_kl(loss, settings["kl_beta"], settings["kl"])
     return loss
 
 
 def weighing(config: Mapping[str, Any]) -> Any:
-    return lossfns.fixed_length(config["length"]) if config["weigh"] == "fixed_length" else named(config["weigh"])
+    return fixed_length(config["length"]) if config["weigh"] == "fixed_length" else named(config["weigh"])
 
 
 def named(name: str) -> Any:
     """What the library has under this name, or the name itself, for the library to refuse."""
-    return getattr(lossfns, name, name)
+    return getattr(LIBRARY, name, name)
 
 
 def datums(vector: Vector) -> list[Datum]:
@@ -106,4 +109,4 @@ def losses(vector: Vector, dtype: torch.dtype) -> dict[str, Any]:
 def advantages(vector: Vector) -> dict[str, Any]:
     rewards = [row["reward"] for row in vector.data]
     groups = [row["group"] for row in vector.data if "group" in row]
-    return {"advantages": lossfns.group_advantages(rewards, groups, **vector.config).tolist()}
+    return {"advantages": group_advantages(rewards, groups, **vector.config).tolist()}

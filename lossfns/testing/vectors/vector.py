@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import lossfns
+from lossfns.errors import LossInputError, did_you_mean
 from lossfns.testing.batch import Batch
 
 FOLDER = Path(__file__).parent.parent / "data"
@@ -102,8 +102,8 @@ def load(loss: str | None = None) -> list[Vector]:
     ('dpo-0001', ['ref_logprobs'])
     """
     if loss is not None and loss not in METHODS:
-        hint = lossfns.errors.did_you_mean(loss, METHODS)
-        raise lossfns.LossInputError("loss", "a loss that has vectors", repr(loss), hint)
+        hint = did_you_mean(loss, METHODS)
+        raise LossInputError("loss", "a loss that has vectors", repr(loss), hint)
     return [vector for name in METHODS if loss in (None, name) for vector in read(FOLDER / f"{name}.json")]
 
 
