@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lossfns.backend.model import lora
-from lossfns.backend.model.attention import Layout, route
+from lossfns.backend.model.attention import Layout, choose_route
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -86,7 +86,7 @@ class Decoder(nn.Module):
     @property
     def attention(self) -> str:
         """The route that its attention takes."""
-        return route(self.embed.weight.device, self.embed.weight.dtype, self.head_dim)
+        return choose_route(self.embed.weight.device, self.embed.weight.dtype, self.head_dim)
 
     def forward(self, tokens: Tensor, lengths: Sequence[int], parents: Sequence[int | None] | None = None) -> Tensor:
         """Hidden states [N, D] after the final norm, of segments laid end to end in ``tokens`` [N].
@@ -110,7 +110,7 @@ class Decoder(nn.Module):
             lengths=torch.tensor(lengths, device=tokens.device),
             longest=max(lengths),
         )
-        rows, _ = layout.segments
+        rows = layout.segment_ids
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             cache.keys[layer][rows, :, layout.positions] = k

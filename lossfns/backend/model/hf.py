@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lossfns.backend.model import lora
-from lossfns.backend.model.attention import Layout, route
+from lossfns.backend.model.attention import Layout, choose_route
 from lossfns.errors import LossInputError
 from lossfns.logprobs.linear import head_of
 
@@ -100,7 +100,7 @@ class CausalLM(nn.Module):
         config, weight = self.model.config.get_text_config(), self.model.get_output_embeddings().weight
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         softcap = getattr(config, "attn_logit_softcapping", None) is not None
-        return route(weight.device, weight.dtype, head_dim, softcap)
+        return choose_route(weight.device, weight.dtype, head_dim, softcap)
 
     def forward(self, tokens: Tensor, lengths: Sequence[int], parents: Sequence[int | None] | None = None) -> Tensor:
         """Hidden states [N, D] after the final norm, of segments laid end to end in ``tokens`` [N]."""
