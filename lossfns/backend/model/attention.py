@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache, cached_property, partial
+from functools import cache, cached_property
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -28,6 +28,9 @@ from torch import Tensor
 
 from lossfns.backend.model.prefixes import ranges
 from lossfns.errors import LossInputError
+
+Attend = Callable[..., Tensor]
+"""``attend(q [N, H, d], k, v [N, Hkv, d], scale=, window=, softcap=) -> [N, H, d]``, as ``Layout.attend``."""
 
 
 class SegmentGroup(NamedTuple):
@@ -177,7 +180,6 @@ def sdpa_by_length(
     layout: Layout, q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int | None, softcap: float | None
 ) -> Tensor:
     """Attend with PyTorch's dense attention, one call per group of equal segments."""
-    attention = sdpa if softcap is None else partial(softcapped_sdpa, softcap=softcap)
     sizes = [group.length * group.segments for group in layout.groups]
     outputs = []
     # torch.split rather than slices: its backward writes one gradient for all pieces, each slice would write its own
@@ -189,7 +191,7 @@ def sdpa_by_length(
         bias, end = None, keys.shape[2]
         if window is not None or group.parent is not None:
             bias = layout.causal_bias(end - group.length, end, window, q.dtype)
-        outputs.append(attention(queries, keys, values, bias, scale).transpose(1, 2).flatten(0, 1))
+        outputs.append(sdpa(queries, keys, values, bias, scale, softcap).transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
 
@@ -206,15 +208,14 @@ def by_group(layout: Layout, x: Tensor, sizes: list[int]) -> Iterator[Tensor]:
         yield own.transpose(1, 2)
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float | None) -> Tensor:
-    """Attend from q [B, H, T, d] to k and v [B, Hkv, S, d]; ``bias`` [T, S] is added to the scores, None is causal."""
-    return F.scaled_dot_product_attention(q, k, v, bias, is_causal=bias is None, scale=scale, enable_gqa=True)
+def sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float | None, softcap: float | None) -> Tensor:
+    """Attend from q [B, H, T, d] to k and v [B, Hkv, S, d] with PyTorch's dense attention.
 
-
-def softcapped_sdpa(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float | None, *, softcap: float
-) -> Tensor:
-    """The same as ``sdpa`` with soft-capped scores, written out: in float32 or better, with all scores in memory."""
+    ``bias`` is added to the scores and broadcast to [B, H, T, S]; None is causal. With a softcap the attention is
+    written out, in float32 or better, with all scores in memory.
+    """
+    if softcap is None:
+        return F.scaled_dot_product_attention(q, k, v, bias, is_causal=bias is None, scale=scale, enable_gqa=True)
     dtype = torch.promote_types(q.dtype, torch.float32)
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1).to(dtype) for x in (k, v))
     scores = q.to(dtype) @ k.mT * (scale if scale is not None else q.shape[-1] ** -0.5)

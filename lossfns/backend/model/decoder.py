@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -14,9 +12,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lossfns.backend.model import lora
-from lossfns.backend.model.attention import Layout, choose_route
-
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+from lossfns.backend.model.attention import Attend, Layout, choose_route
+from lossfns.backend.model.cache import Cache
 
 
 class Decoder(nn.Module):
@@ -56,7 +53,7 @@ class Decoder(nn.Module):
             "tied": tied,
             "seed": seed,
         }
-        self.kv_heads, self.head_dim, self.rope_theta = kv_heads, dim // heads, rope_theta
+        self.head_dim, self.rope_theta = dim // heads, rope_theta
         self.embed = nn.Embedding(vocab_size, dim)
         self.layers = nn.ModuleList(Layer(dim, heads, kv_heads, hidden) for _ in range(layers))
         self.norm = nn.RMSNorm(dim, eps=1e-6)
@@ -85,72 +82,44 @@ class Decoder(nn.Module):
 
     @property
     def attention(self) -> str:
-        """The route that its attention takes."""
+        """Name of the route that the attention of a packed batch takes, as ``choose_route`` has it."""
         return choose_route(self.embed.weight.device, self.embed.weight.dtype, self.head_dim)
 
     def forward(self, tokens: Tensor, lengths: Sequence[int], parents: Sequence[int | None] | None = None) -> Tensor:
-        """Hidden states [N, D] after the final norm, of segments laid end to end in ``tokens`` [N].
+        """Return hidden states [N, D] after the final norm.
 
-        Segment i continues the tokens of segment ``parents[i]``, as ``Layout`` has it; None begins a sequence.
+        Args:
+            tokens: [N] ids of the segments, end to end.
+            lengths: tokens of each segment.
+            parents: for each segment the index of the earlier segment that it continues, or None; see ``Layout``.
         """
         layout = Layout(lengths, parents, tokens.device)
-
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return layout.attend(q, k, v)
-
-        return self._run(tokens, layout.positions, attend)
+        return self._run(tokens, layout.positions, layout.attend)
 
     def prefill(self, tokens: Tensor, lengths: Sequence[int], max_new_tokens: int) -> tuple[Tensor, Cache]:
-        """Last hidden state of each packed prompt [B, D], and a cache with room for ``max_new_tokens`` more."""
-        layout = Layout(lengths, device=tokens.device)
-        size = (len(self.layers), len(lengths), self.kv_heads, max(lengths) + max_new_tokens, self.head_dim)
-        cache = Cache(
-            keys=self.embed.weight.new_zeros(size),
-            values=self.embed.weight.new_zeros(size),
-            lengths=torch.tensor(lengths, device=tokens.device),
-            longest=max(lengths),
-        )
-        rows = layout.segment_ids
+        """Read packed prompts. Return the hidden state of the last token of each, [B, D], and a cache of them.
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            cache.keys[layer][rows, :, layout.positions] = k
-            cache.values[layer][rows, :, layout.positions] = v
-            return layout.attend(q, k, v)
-
-        hidden = self._run(tokens, layout.positions, attend)
+        The cache holds ``max_new_tokens`` more tokens for each prompt.
+        """
+        layout, cache = Layout(lengths, device=tokens.device), Cache.empty(lengths, max_new_tokens, tokens.device)
+        hidden = self._run(tokens, layout.positions, cache.prefill(layout))
         return hidden[cache.lengths.cumsum(0) - 1], cache
 
     def step(self, tokens: Tensor, cache: Cache) -> Tensor:
-        """Hidden states [B, D] of one more token per row, ``tokens`` [B], which the cache takes in."""
-        rows = torch.arange(len(tokens), device=tokens.device)
-        positions, cache.lengths = cache.lengths, cache.lengths + 1
-        cache.longest += 1
-        seen = torch.arange(cache.longest, device=tokens.device) < cache.lengths[:, None]
+        """Append one token to each cached sequence, ``tokens`` [B]. Return their hidden states [B, D]."""
+        return self._run(tokens, *cache.step())
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            cache.keys[layer][rows, :, positions] = k
-            cache.values[layer][rows, :, positions] = v
-            q, k, v = q[:, :, None], cache.keys[layer], cache.values[layer]
-            k, v = k[:, :, : cache.longest], v[:, :, : cache.longest]
-            return F.scaled_dot_product_attention(q, k, v, seen[:, None, None], enable_gqa=True).squeeze(2)
-
-        return self._run(tokens, positions, attend)
-
-    def _run(
-        self, tokens: Tensor, positions: Tensor, attend: Callable[[int, Tensor, Tensor, Tensor], Tensor]
-    ) -> Tensor:
-        """The layers over ``tokens`` [N]; only ``attend`` knows which tokens see one another."""
-        # In runs: the gradient of a frequent token is a sum over its occurrences, one after the other. Of a
-        # thousand datums in one call, rounding in it was more than in all other weights (1.2e-6 of its norm).
-        x: Tensor = torch.cat([self.embed(run) for run in torch.split(tokens, max(self.embed.num_embeddings, 1024))])
+    def _run(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """Run all layers over ``tokens`` [N]; only ``attend`` knows which tokens see one another."""
+        # The embedding is looked up in pieces. Its gradient adds the occurrences of a frequent token one after the
+        # other: with a thousand datums in one lookup, its rounding error exceeded that of all other weights (1.2e-6
+        # of its norm).
+        pieces = torch.split(tokens, max(self.embed.num_embeddings, 1024))
+        x: Tensor = torch.cat([self.embed(piece) for piece in pieces])
         rope = rotation(positions, self.head_dim, self.rope_theta, x.dtype)
-        for i, layer in enumerate(self.layers):
-            run = (
-                partial(checkpoint, layer, use_reentrant=False)
-                if self.checkpointing and torch.is_grad_enabled()
-                else layer
-            )
-            x = run(x, rope, partial(attend, i))
+        recompute = self.checkpointing and torch.is_grad_enabled()
+        for layer in self.layers:
+            x = checkpoint(layer, x, rope, attend, use_reentrant=False) if recompute else layer(x, rope, attend)
         hidden: Tensor = self.norm(x)
         return hidden
 
@@ -177,20 +146,6 @@ class Layer(nn.Module):
         gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, dim=1)
         x = x + self.down(F.silu(gate) * up)
         return x
-
-
-@dataclass
-class Cache:
-    """Keys and values [L, B, Hkv, T, d], of which row ``b`` holds ``lengths[b]`` and none over ``longest``."""
-
-    keys: Tensor
-    values: Tensor
-    lengths: Tensor
-    longest: int
-
-    def select(self, rows: Tensor) -> Cache:
-        """The cache of the given rows, in that order; a row may be repeated."""
-        return Cache(self.keys[:, rows], self.values[:, rows], self.lengths[rows], self.longest)
 
 
 def rotation(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

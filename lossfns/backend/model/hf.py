@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from types import MethodType
@@ -15,12 +14,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lossfns.backend.model import lora
-from lossfns.backend.model.attention import Layout, choose_route
+from lossfns.backend.model.attention import Attend, Layout, choose_route
+from lossfns.backend.model.cache import Cache
 from lossfns.errors import LossInputError
 from lossfns.logprobs.linear import head_of
-
-Attend = Callable[..., Tensor]
-"""``attend(q [N, H, d], k, v [N, Hkv, d], scale=, window=, softcap=) -> [N, H, d]``."""
 
 
 def load(
@@ -110,33 +107,18 @@ class CausalLM(nn.Module):
         return self._run(tokens, layout.positions, layout.attend)
 
     def prefill(self, tokens: Tensor, lengths: Sequence[int], max_new_tokens: int) -> tuple[Tensor, Cache]:
-        """Last hidden state of each packed prompt [B, D], and a cache with room for ``max_new_tokens`` more."""
+        """Read packed prompts. Return the hidden state of the last token of each, [B, D], and a cache of them.
+
+        The cache holds ``max_new_tokens`` more tokens for each prompt.
+        """
         self._check_length(max(lengths) + max_new_tokens, "max_tokens", "Ask for fewer, or shorten the prompt.")
-        layout = Layout(lengths, device=tokens.device)
-        rows = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).to(tokens.device)
-        cache = Cache([], torch.tensor(lengths, device=tokens.device), max(lengths))
-
-        def attend(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-            kept = [x.new_zeros(len(lengths), cache.longest + max_new_tokens, *x.shape[1:]) for x in (k, v)]
-            cache.layers.append([to.index_put((rows, layout.positions), x) for to, x in zip(kept, (k, v))])
-            return layout.attend(q, k, v, **options)
-
-        hidden = self._run(tokens, layout.positions, attend)
+        layout, cache = Layout(lengths, device=tokens.device), Cache.empty(lengths, max_new_tokens, tokens.device)
+        hidden = self._run(tokens, layout.positions, cache.prefill(layout))
         return hidden[cache.lengths.cumsum(0) - 1], cache
 
     def step(self, tokens: Tensor, cache: Cache) -> Tensor:
-        """Hidden states [B, D] of one more token per row, ``tokens`` [B], which the cache takes in."""
-        rows = torch.arange(len(tokens), device=tokens.device)
-        positions, cache.lengths = cache.lengths, cache.lengths + 1
-        cache.longest += 1
-        layers = iter(cache.layers)  # attention is called in the same order as in prefill
-
-        def attend(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-            keys, values = next(layers)
-            keys[rows, positions], values[rows, positions] = k, v
-            return attend_one(q, keys[:, : cache.longest], values[:, : cache.longest], positions, **options)
-
-        return self._run(tokens, positions, attend)
+        """Append one token to each cached sequence, ``tokens`` [B]. Return their hidden states [B, D]."""
+        return self._run(tokens, *cache.step())
 
     def _run(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """The model without its head over ``tokens`` [N]; only ``attend`` knows which see one another."""
@@ -189,42 +171,6 @@ def recomputed(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return checkpoint(
         partial(type(layer).forward, layer), *args, use_reentrant=False, preserve_rng_state=False, **kwargs
     )
-
-
-# Sampling
-
-
-@dataclass
-class Cache:
-    """Keys and values [B, T, Hkv, d] of each layer; row ``b`` holds ``lengths[b]`` of them, none over ``longest``."""
-
-    layers: list[list[Tensor]]
-    lengths: Tensor
-    longest: int
-
-    def select(self, rows: Tensor) -> Cache:
-        """The cache of the given rows, in that order; a row may be repeated."""
-        return Cache([[x[rows] for x in layer] for layer in self.layers], self.lengths[rows], self.longest)
-
-
-def attend_one(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    positions: Tensor,
-    *,
-    scale: float | None = None,
-    window: int | None = None,
-    softcap: float | None = None,
-) -> Tensor:
-    """q [B, H, d], each at its position, over the cached k and v [B, T, Hkv, d] -> [B, H, d]."""
-    groups = q.view(len(q), k.shape[2], -1, q.shape[-1])
-    scores = torch.einsum("bkgd,btkd->bkgt", groups, k).float() * (scale or q.shape[-1] ** -0.5)
-    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
-    ago = positions[:, None] - torch.arange(k.shape[1], device=q.device)
-    seen = (ago >= 0) & (ago < (window or math.inf))
-    weights = scores.masked_fill(~seen[:, None, None], -math.inf).softmax(-1).to(v.dtype)
-    return torch.einsum("bkgt,btkd->bkgd", weights, v).flatten(1, 2)
 
 
 # Our attention, as transformers calls it
