@@ -17,16 +17,31 @@ from lossfns.backend.model.cache import Cache
 
 
 class Decoder(nn.Module):
-    """Causal transformer over packed sequences; ``Decoder(**model.shape)`` builds another like it."""
+    """Causal transformer over packed sequences.
+
+    Args:
+        vocab_size: V.
+        dim: D, width of the hidden states.
+        layers: transformer layers.
+        heads: query heads; each has dim / heads channels.
+        kv_heads: key and value heads; it divides ``heads``.
+        hidden: width of the MLP.
+        rope_theta: base of the rotary frequencies.
+        tied: whether embedding and unembedding share one weight.
+        seed: of the initial weights, which are the same on every platform.
+
+    ``shape`` holds these arguments: ``Decoder(**model.shape)`` builds the same model with its initial weights.
+    """
 
     lora_targets: ClassVar[dict[str, tuple[str, ...]]] = {
         "mlp": ("gate_up", "down"),
         "attn": ("qkv", "out"),
         "unembed": ("unembed",),
     }
-    """The linear layers of each part, for ``lora.adapt``."""
+    """Names of the linear layers of each part, for ``lora.adapt``."""
+
     checkpointing = False
-    """Whether the backward pass computes each layer again, instead of keeping what is inside it."""
+    """Whether each layer keeps its input alone and runs again in the backward pass."""
 
     def __init__(
         self,
@@ -58,7 +73,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Layer(dim, heads, kv_heads, hidden) for _ in range(layers))
         self.norm = nn.RMSNorm(dim, eps=1e-6)
         self.unembed = nn.Linear(dim, vocab_size, bias=False, device="meta" if tied else None)
-        if tied:  # one weight in two layers: an adapter of the one leaves the other alone
+        if tied:  # two layers with one weight, so that an adapter of one does not change the other
             self.unembed.weight = self.embed.weight
         self._initialise(seed)
 
@@ -70,14 +85,15 @@ class Decoder(nn.Module):
             if weight.dim() == 2:
                 std = 0.02 if "embed" in name else weight.shape[1] ** -0.5
                 if name.endswith(("out.weight", "down.weight")):
-                    # Each layer adds two branches to the residual: together they start at unit variance.
+                    # Each layer adds two branches to the residual stream. Scaled so, all branches together start
+                    # at unit variance.
                     std /= math.sqrt(2 * len(self.layers))
                 uniform = torch.rand(weight.shape, generator=generator, dtype=torch.float32, device="cpu")
                 weight.copy_((2 * uniform - 1) * (math.sqrt(3) * std))
 
     @property
     def head(self) -> Tensor:
-        """Unembedding weight [V, D], adapters included and in their precision: ``logits = hidden @ head.T``."""
+        """Unembedding weight [V, D], its adapter included: ``logits = hidden @ head.T``."""
         return lora.adapted_weight(self.unembed)
 
     @property
@@ -139,7 +155,7 @@ class Layer(nn.Module):
         self.down = nn.Linear(hidden, dim, bias=False)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
-        """x [N, D] -> [N, D]; ``attend`` maps q [N, H, d], k and v [N, Hkv, d] to [N, H, d]."""
+        """Return the residual stream [N, D] after this layer, from ``x`` [N, D] and the ``rotation`` of positions."""
         qkv: Tensor = self.qkv(self.attention_norm(x))
         q, k, v = torch.split(qkv.view(len(x), -1, self.head_dim), self.groups, dim=1)
         x = x + self.out(attend(rotate(q, rope), rotate(k, rope), v).flatten(1))
@@ -149,14 +165,15 @@ class Layer(nn.Module):
 
 
 def rotation(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [N, 1, d/2] of the rotary angles; in float32, since bfloat16 cannot count past 256."""
+    """Return cosines and sines [N, 1, d/2] of the rotary angles."""
+    # The angles are float32: bfloat16 does not have the integers past 256.
     pair = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device)
     angle = positions[:, None, None] * theta ** (-pair / head_dim)
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Turns each pair (x[..., i], x[..., i + d/2]) of x [N, H, d] by its position's angle."""
+    """Rotate each pair (x[..., i], x[..., i + d/2]) of x [N, H, d] by the angle of its position."""
     cos, sin = rope
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
