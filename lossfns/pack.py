@@ -49,7 +49,7 @@ def pack(
     Args:
         data: B datums, whose ``loss_fn_inputs`` map field names to TensorData, arrays, tensors or lists.
         logprobs_list: B float tensors ``[N_i]``, or ``[N_i, K]`` for a loss over K targets.
-        reads: names of the columns to pack besides ``weights``: from ``columns``, or where it lacks one, from the datums.
+        reads: names of the columns to pack besides ``weights``: from ``columns``, or else from the datums.
         columns: for each name a list of B entries. An entry is one datum's row, or a number for the whole datum.
         rows: the kind of row of the loss: tokens, targets, pairs or sequences.
         align: ``"strict"``, or ``"truncate"`` to cut all columns of a datum to the length of its shortest.
@@ -424,7 +424,7 @@ def align_row(row: Values, shape: Sequence[int], name: str, datum: int) -> Value
         expected, got = f"shape {shape}, that of logprobs", f"shape {tuple(row.shape)}"
         raise LossInputError(name, expected, got, "Give one number for each of its entries, row-major.", datum=datum)
     fix = {
-        1: "It has one entry for each token of the sequence: drop the first, as position j holds token j + 1.",
+        1: "It has one entry for each token: drop the first entry, as position j holds token j + 1.",
         -1: "It looks shifted twice: weights and targets are both shifted by one, once.",
     }.get(
         len(row) - shape[0],
