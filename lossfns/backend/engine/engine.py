@@ -76,7 +76,7 @@ class Engine:
 
         Inputs longer than the model's context are refused here: on all ranks, before any of them computes.
         """
-        context = getattr(self.model, "context", math.inf)
+        context = getattr(self.model, "context_length", math.inf)
         for i, length in enumerate(inputs.lengths):
             if length > context:
                 expected = f"sequences of at most {context} tokens, the context of the model"
