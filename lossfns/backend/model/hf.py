@@ -75,8 +75,8 @@ class CausalLM(nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
         register_attention()
-        known = isinstance(model, transformers().PreTrainedModel)
-        if not known or not model.can_generate() or model.config.is_encoder_decoder:
+        pretrained = isinstance(model, transformers().PreTrainedModel)
+        if not pretrained or not model.can_generate() or model.config.is_encoder_decoder:
             fix = "Pass AutoModelForCausalLM.from_pretrained(...)."
             raise LossInputError("model", "a causal language model of transformers", f"a {type(model).__name__}", fix)
         self.model = model.eval()

@@ -1,4 +1,4 @@
-"""Adapters: their gradients by hand, what they leave alone, and their way through checkpoints and samplers."""
+"""Adapters: gradients by hand, frozen weights, the reference, checkpoints and samplers."""
 
 import math
 import sys
@@ -39,7 +39,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 def move(c: LocalTrainingClient) -> None:
-    """A B that is not zero, without a step."""
+    """Make B other than zero, without a step."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, p in c.model.named_parameters():
@@ -357,14 +357,14 @@ def test_adapters_of_a_bfloat16_model_are_float32(tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_what_is_no_adapter_is_refused(options: dict[str, Any], text: str) -> None:
+def test_settings_out_of_range_are_refused(options: dict[str, Any], text: str) -> None:
     with pytest.raises(LossInputError) as caught:
         client(**options)
     assert text in str(caught.value)
 
 
 class Plain(nn.Module):
-    """The protocol of a model, and no names for adapters."""
+    """A model that names no layers for adapters."""
 
     def __init__(self) -> None:
         super().__init__()
