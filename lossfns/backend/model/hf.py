@@ -49,7 +49,7 @@ def load(
         tokenizer = hf.AutoTokenizer.from_pretrained(source, **options)
     except OSError as error:
         expected, got = "a folder, a GGUF file or the name of a repository", f"{path} ({str(error).splitlines()[0]})"
-        raise LossInputError("source", expected, got, "Is the path right, and the repository within reach?") from error
+        raise LossInputError("source", expected, got, "Check the path, or the connection.") from error
     return CausalLM(model).to(device), tokenizer
 
 

@@ -135,7 +135,7 @@ def check_settings(model: nn.Module, rank: Any, parts: Collection[str], alpha: A
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear layer that can be adapted. GPT-2 has a class of its own, ``Conv1D``."""
+    """Return whether a module is a linear layer that can be adapted. GPT-2 has a class of its own, ``Conv1D``."""
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 

@@ -153,9 +153,9 @@ def test_a_shared_prefix_changes_no_hidden_state_and_no_gradient(name: str) -> N
     shared[5:].square().sum().backward()
     one = gradient(model)
     model.zero_grad()
-    apart = model(torch.cat((prefix, a, prefix, b)), [7, 11])
-    torch.testing.assert_close(shared, torch.cat((apart[:7], apart[12:])), rtol=0, atol=1e-5)
-    torch.cat((apart[5:7], apart[12:])).square().sum().backward()
+    separate = model(torch.cat((prefix, a, prefix, b)), [7, 11])
+    torch.testing.assert_close(shared, torch.cat((separate[:7], separate[12:])), rtol=0, atol=1e-5)
+    torch.cat((separate[5:7], separate[12:])).square().sum().backward()
     assert relative_difference(one, gradient(model)) < 1e-5
 
 
@@ -313,8 +313,8 @@ def test_samples_are_drawn_from_the_packed_distribution(name: str) -> None:
     responses = sampler.sample_batch([ModelInput.from_ints(p) for p in prompts], 2, params).result()
     for prompt, response in zip(prompts, responses):
         for sequence in response.sequences:
-            whole = ModelInput.from_ints([*prompt, *sequence.tokens])
-            read = sampler.compute_logprobs(whole).result()[len(prompt) :]
+            full = ModelInput.from_ints([*prompt, *sequence.tokens])
+            read = sampler.compute_logprobs(full).result()[len(prompt) :]
             assert sequence.logprobs == pytest.approx(read, abs=1e-5)
 
 

@@ -246,14 +246,14 @@ def test_a_sampler_has_the_adapters_and_is_a_snapshot() -> None:
     sampler = c.save_weights_and_get_sampling_client()
     prompt = ModelInput.from_ints([1, 2, 3])
     drawn = sampler.sample(prompt, 1, SamplingParams(max_tokens=6, temperature=0)).result().sequences[0]
-    whole = ModelInput.from_ints([1, 2, 3, *drawn.tokens])
-    before = sampler.compute_logprobs(whole).result()
+    full = ModelInput.from_ints([1, 2, 3, *drawn.tokens])
+    before = sampler.compute_logprobs(full).result()
     assert drawn.logprobs == pytest.approx(before[3:], abs=1e-5)
-    expected = service().create_sampling_client(base_model="tiny").compute_logprobs(whole).result()
+    expected = service().create_sampling_client(base_model="tiny").compute_logprobs(full).result()
     assert before[3:] != pytest.approx(expected[3:], abs=1e-3)
     train(c, 1)
-    assert sampler.compute_logprobs(whole).result() == before
-    assert c.save_weights_and_get_sampling_client().compute_logprobs(whole).result() != before
+    assert sampler.compute_logprobs(full).result() == before
+    assert c.save_weights_and_get_sampling_client().compute_logprobs(full).result() != before
 
 
 def test_samplers_of_a_file_are_the_clients(tmp_path: Path) -> None:
