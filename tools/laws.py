@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lossfns.testing.bugs import BUGS
-from lossfns.testing.check import check, says
-from lossfns.testing.laws import ADVANTAGES, GROUPS
-from lossfns.testing.mutants import MUTANTS, exemplars, mutant, showing
+from lossfns.testing.check import check, statement
+from lossfns.testing.laws import ADVANTAGES, LAWS_BY_KIND
+from lossfns.testing.mutants import MUTANTS, exemplars, mutant, settings_showing
 from lossfns.testing.vectors.vector import METHODS
 
 PAGE = Path("docs/laws.md")
@@ -35,18 +35,20 @@ CLAIMS = {
 }
 """The laws of what a loss claims to be; ``lossfns.testing.claims`` makes them for each claim."""
 
-LAWS: dict[str, Callable[..., None]] = {law.__name__: law for laws in (*GROUPS.values(), ADVANTAGES) for law in laws}
+LAWS: dict[str, Callable[..., None]] = {
+    law.__name__: law for laws in (*LAWS_BY_KIND.values(), ADVANTAGES) for law in laws
+}
 """Every law of every kind by its name."""
 
-KINDS = {kind: [law.__name__ for law in laws] for kind, laws in GROUPS.items()}
+KINDS = {kind: [law.__name__ for law in laws] for kind, laws in LAWS_BY_KIND.items()}
 KINDS["advantages"] = [law.__name__ for law in ADVANTAGES]
 """The laws of each kind by name, in the order of diagnosis."""
 
-PLANTED = [kind for kind in KINDS if kind != "any"]
+MUTANT_KINDS = [kind for kind in KINDS if kind != "any"]
 """The kinds that mutants are of."""
 
 
-class Planted(NamedTuple):
+class Specimen(NamedTuple):
     """A mutant to be measured: its bug, the loss that has it, and that loss's settings."""
 
     bug: str
@@ -54,7 +56,7 @@ class Planted(NamedTuple):
     settings: Mapping[str, Any]
 
 
-class Kill(NamedTuple):
+class Measurement(NamedTuple):
     """A measured mutant: the laws that it breaks, in the order of diagnosis, and the bug that the first one named."""
 
     loss: str
@@ -68,7 +70,7 @@ class Kill(NamedTuple):
     def without_claim(self) -> bool:
         return bool(set(self.laws) - set(CLAIMS))
 
-    def right(self) -> bool:
+    def named_right(self) -> bool:
         return self.named == self.bug
 
     @property
@@ -80,80 +82,88 @@ class Kill(NamedTuple):
         return f"{self.loss}_{self.bug.replace('-', '_')}"
 
 
-class Held(NamedTuple):
+class HeldOut(NamedTuple):
     """The held-out mutants of one loss: how many there are, are killed, are killed without a claim, are named right."""
 
     loss: str
     mutants: int
     killed: int
     without_claim: int
-    right: int
+    named_right: int
 
 
 class Record(NamedTuple):
     """All measurements: the exemplars, the held-out mutants by loss, and those of them that are not named right."""
 
-    exemplars: list[Kill]
-    held: list[Held]
-    misnamed: list[Kill]
+    exemplars: list[Measurement]
+    held_out: list[HeldOut]
+    misnamed: list[Measurement]
 
 
-def held_out() -> Iterator[Planted]:
+def held_out() -> Iterator[Specimen]:
     """Every loss with every bug that it can have, with the last settings that show it, but for the exemplars."""
-    known = [(bug, loss, settings) for bug, loss, settings in exemplars()]
+    shown = exemplars()
     for loss in METHODS:
         for bug in BUGS:
-            for settings in showing(bug, loss)[-1:]:
-                if (bug, loss, settings) not in known:
-                    yield Planted(bug, loss, settings)
+            for settings in settings_showing(bug, loss)[-1:]:
+                if (bug, loss, settings) not in shown:
+                    yield Specimen(bug, loss, settings)
 
 
-def kill(planted: Planted) -> Kill:
+def measure(specimen: Specimen) -> Measurement:
     """Every law on a mutant, on the small batches that every law is tried on."""
-    report = check(mutant(planted.bug, planted.loss, **planted.settings), examples=0)
-    return Kill(planted.loss, planted.bug, report.bug, tuple(verdict.law for verdict in report.failures))
+    report = check(mutant(specimen.bug, specimen.loss, **specimen.settings), examples=0)
+    return Measurement(specimen.loss, specimen.bug, report.bug, tuple(verdict.law for verdict in report.failures))
 
 
-def kills(population: Iterable[Planted], told: str) -> list[Kill]:
+def measure_all(population: Iterable[Specimen], label: str) -> list[Measurement]:
     """The measurements of a population, with as many processes as there are processors."""
     listed, found = list(population), []
     with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        for one in pool.map(kill, listed, chunksize=4):
+        for one in pool.map(measure, listed, chunksize=4):
             found.append(one)
-            print(f"\r\x1b[K{told} {len(found)}/{len(listed)}", end="", file=sys.stderr, flush=True)
+            print(f"\r\x1b[K{label} {len(found)}/{len(listed)}", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     return found
 
 
-def measured() -> Record:
+def measure_populations() -> Record:
     """Both populations, measured."""
-    known = kills((Planted(*one) for one in exemplars()), "exemplars")
-    others = kills(held_out(), "held out")
+    measured = measure_all((Specimen(*one) for one in exemplars()), "exemplars")
+    others = measure_all(held_out(), "held out")
     by_loss = {loss: [k for k in others if k.loss == loss] for loss in METHODS}
-    return Record(known, [held(loss, own) for loss, own in by_loss.items()], [k for k in others if not k.right()])
+    return Record(
+        measured,
+        [count_held_out(loss, own) for loss, own in by_loss.items()],
+        [k for k in others if not k.named_right()],
+    )
 
 
-def held(loss: str, own: Sequence[Kill]) -> Held:
-    return Held(loss, len(own), *(sum(map(test, own)) for test in (Kill.killed, Kill.without_claim, Kill.right)))
+def count_held_out(loss: str, own: Sequence[Measurement]) -> HeldOut:
+    return HeldOut(
+        loss,
+        len(own),
+        *(sum(map(test, own)) for test in (Measurement.killed, Measurement.without_claim, Measurement.named_right)),
+    )
 
 
 # The page
 
 
-def page(record: Record) -> str:
-    """``docs/laws.md``."""
-    known = record.exemplars
+def render_page(record: Record) -> str:
+    """``docs/laws.md``; exemplars in the order of the matrix, so that ``read`` gives them back in it."""
+    measured = sorted(record.exemplars, key=lambda k: MUTANT_KINDS.index(mutant_kind(k)))
     parts = (
         INTRODUCTION,
-        summary(known),
+        summary_table(measured),
         held_out_text(record),
         LAWS_HEAD,
-        *laws_by_module(known),
-        orders(),
+        *law_tables(measured),
+        diagnosis_orders(),
         BUGS_HEAD,
-        bugs(known),
+        bug_table(measured),
         MATRIX_HEAD,
-        *(f"### {kind}\n\n{rows(known, kind)}" for kind in PLANTED),
+        *(f"### {kind}\n\n{matrix_rows(measured, kind)}" for kind in MUTANT_KINDS),
     )
     return "\n\n".join(parts) + "\n"
 
@@ -205,41 +215,43 @@ order of diagnosis."""
 SHARES = ("killed", "killed without a claim", "named right by the first broken law")
 
 
-def summary(known: Sequence[Kill]) -> str:
+def summary_table(measured: Sequence[Measurement]) -> str:
     """How many exemplars are killed, how many without a look at the claim, and how many named, by kind and in all."""
-    parts = {kind: [k for k in known if kind_of(k) == kind] for kind in PLANTED} | {"all": known}
-    return table(("kind", "mutants", *SHARES), (counts(held(kind, part)) for kind, part in parts.items()))
+    parts = {kind: [k for k in measured if mutant_kind(k) == kind] for kind in MUTANT_KINDS} | {"all": measured}
+    return table(
+        ("kind", "mutants", *SHARES), (count_cells(count_held_out(kind, part)) for kind, part in parts.items())
+    )
 
 
-def counts(held: Held) -> tuple[Any, ...]:
-    loss, count, *parts = held
+def count_cells(counts: HeldOut) -> tuple[Any, ...]:
+    loss, count, *parts = counts
     return loss, count, *(f"{part} ({part / count:.1%})" if count else "–" for part in parts)
 
 
-def total(held: Sequence[Held]) -> Held:
-    return Held("all", *(sum(column) for column in list(zip(*held))[1:]))
+def totals(counts: Sequence[HeldOut]) -> HeldOut:
+    return HeldOut("all", *(sum(column) for column in list(zip(*counts))[1:]))
 
 
 def held_out_text(record: Record) -> str:
-    whole = total(record.held)
-    right = f"**{whole.right} of {whole.mutants} are named right ({whole.right / whole.mutants:.1%})**"
-    head = f"{right}; {whole.killed} are killed."
-    listed = table(("loss", *("mutants", *SHARES)), (counts(own) for own in (*record.held, whole)))
+    whole = totals(record.held_out)
+    share = f"**{whole.named_right} of {whole.mutants} are named right ({whole.named_right / whole.mutants:.1%})**"
+    head = f"{share}; {whole.killed} are killed."
+    listed = table(("loss", *("mutants", *SHARES)), (count_cells(own) for own in (*record.held_out, whole)))
     others = ((f"`{k.mutant}`", k.bug, k.named or "–", k.first or "–") for k in record.misnamed)
     return "\n\n".join([HELD_OUT, head, listed, "Not named right:",
         table(("held-out mutant", "planted bug", "named", "by"), others)])  # fmt: skip
 
 
-def kind_of(kill: Kill) -> str:
-    return str(vars(MUTANTS[kill.mutant])["kind"])
+def mutant_kind(measurement: Measurement) -> str:
+    return str(vars(MUTANTS[measurement.mutant])["kind"])
 
 
-def laws_by_module(known: Sequence[Kill]) -> Iterable[str]:
+def law_tables(measured: Sequence[Measurement]) -> Iterable[str]:
     """A table for each module of laws, then one for the claims."""
-    broken = Counter(law for k in known for law in k.laws)
+    broken = Counter(law for k in measured for law in k.laws)
 
     def row(name: str, words: str) -> tuple[Any, ...]:
-        first = Counter(k.named for k in known if k.first == name)
+        first = Counter(k.named for k in measured if k.first == name)
         named = ", ".join(f"{bug}{f' ×{n}' * (n > 1)}" for bug, n in first.items())
         return f"`{name}`", words, kinds_with(name), broken[name], first.total(), named or "–"
 
@@ -247,7 +259,7 @@ def laws_by_module(known: Sequence[Kill]) -> Iterable[str]:
     head = ("law", "what holds", "kinds", "kills", "first", "bugs")
     for module in modules:
         own = {name: law for name, law in LAWS.items() if law.__module__.endswith(f".{module}")}
-        yield f"### {module}\n\n" + table(head, (row(name, says(law)) for name, law in own.items()))
+        yield f"### {module}\n\n" + table(head, (row(name, statement(law)) for name, law in own.items()))
     yield "### claims\n\n" + table(head, (row(name, words) for name, words in CLAIMS.items()))
 
 
@@ -255,32 +267,38 @@ def kinds_with(law: str) -> str:
     if law in CLAIMS:
         return "with a claim"
     kinds = [kind for kind, laws in KINDS.items() if law in laws]
-    return "every" if len(kinds) == len(GROUPS) else ", ".join(kinds)
+    return "every" if len(kinds) == len(LAWS_BY_KIND) else ", ".join(kinds)
 
 
-def orders() -> str:
+def diagnosis_orders() -> str:
     """The order of diagnosis of each kind."""
     listed = [f"- {kind}: {', '.join(laws)}" for kind, laws in KINDS.items()]
     return "### The order of diagnosis\n\nThe claims come last, `vectors` before `agreement`.\n\n" + "\n".join(listed)
 
 
-def bugs(known: Sequence[Kill]) -> str:
+def bug_table(measured: Sequence[Measurement]) -> str:
     def row(bug: str) -> tuple[Any, ...]:
-        own = [k for k in known if k.bug == bug]
-        naming = dict.fromkeys(k.first for k in own if k.right())
-        return f"`{bug}`", BUGS[bug].words, ", ".join(BUGS[bug].seen) or "–", len(own), ", ".join(naming) or "–"
+        own = [k for k in measured if k.bug == bug]
+        naming = dict.fromkeys(k.first for k in own if k.named_right())
+        return (
+            f"`{bug}`",
+            BUGS[bug].description,
+            ", ".join(BUGS[bug].sources) or "–",
+            len(own),
+            ", ".join(naming) or "–",
+        )
 
     return table(("bug", "in words", "seen in", "exemplars", "named by"), map(row, BUGS))
 
 
-def rows(known: Sequence[Kill], kind: str) -> str:
+def matrix_rows(measured: Sequence[Measurement], kind: str) -> str:
     """The exemplars of a kind, with the laws that kill each."""
     return table(
         ("mutant", "planted bug", "named", "killed by"),
         (
-            (f"`{k.mutant}`", k.bug, "✓" if k.right() else k.named or "–", killers(k.laws))
-            for k in known
-            if kind_of(k) == kind
+            (f"`{k.mutant}`", k.bug, "✓" if k.named_right() else k.named or "–", killers(k.laws))
+            for k in measured
+            if mutant_kind(k) == kind
         ),
     )
 
@@ -299,19 +317,19 @@ ROW = re.compile(r"^\| `(\w+)` \| ([\w-]+) \| (✓|–|[\w-]+) \| ([*\w, –]+) 
 COUNTS = re.compile(r"^\| (\w+) \| (\d+)" + r" \| (\d+)(?: \([\d.]+%\))?" * 3 + r" \|$", re.MULTILINE)
 
 
-def read(text: str) -> Record:
+def read_page(text: str) -> Record:
     """The measurements that a page was made of."""
     _, _, rest = text.partition(HELD_OUT)
     held_text, _, rest = rest.partition(LAWS_HEAD)
     _, _, matrix = rest.partition(MATRIX_HEAD)
-    by_loss = [Held(loss, *map(int, numbers)) for loss, *numbers in COUNTS.findall(held_text) if loss != "all"]
-    return Record(kills_of(matrix), by_loss, kills_of(held_text))
+    by_loss = [HeldOut(loss, *map(int, numbers)) for loss, *numbers in COUNTS.findall(held_text) if loss != "all"]
+    return Record(read_measurements(matrix), by_loss, read_measurements(held_text))
 
 
-def kills_of(text: str) -> list[Kill]:
+def read_measurements(text: str) -> list[Measurement]:
     """The rows of a page's matrix."""
     return [
-        Kill(
+        Measurement(
             name.removesuffix("_" + bug.replace("-", "_")),
             bug,
             {"✓": bug, "–": ""}.get(named, named),
@@ -330,7 +348,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--page", type=Path, default=PAGE, metavar="FILE")
     args = p.parse_args(argv)
     was = args.page.read_text(encoding="utf-8") if args.page.exists() else ""
-    text = page(read(was) if args.action == "render" else measured())
+    text = render_page(read_page(was) if args.action == "render" else measure_populations())
     if args.action == "check":
         for line in sorted(set(text.splitlines()) ^ set(was.splitlines())):
             print("+" if line in text else "-", line)

@@ -8,8 +8,8 @@ from typing import NamedTuple
 class Bug(NamedTuple):
     """What is wrong in such a loss, and where it has been seen: ``owner/repository#number`` or a paper's reader."""
 
-    words: str
-    seen: tuple[str, ...] = ()
+    description: str
+    sources: tuple[str, ...] = ()
 
 
 BUGS: dict[str, Bug] = {

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from lossfns.testing.check import Trial, quiet, trials
+from lossfns.testing.check import Trial, trials, without_expected_warnings
 from lossfns.testing.subject import load
 
 
@@ -22,13 +22,13 @@ def pytest_generate_tests(metafunc: Any) -> None:
     subject = os.environ.get("LOSSFNS_SUBJECT")
     if not subject:
         raise pytest.UsageError("set LOSSFNS_SUBJECT=module:loss_fn, or pass --lossfns-subject module:loss_fn")
-    _, ready = trials(load(subject), kind=os.environ.get("LOSSFNS_KIND"))
-    metafunc.parametrize("trial", ready, ids=[trial.law for trial in ready])
+    _, prepared = trials(load(subject), kind=os.environ.get("LOSSFNS_KIND"))
+    metafunc.parametrize("trial", prepared, ids=[trial.law for trial in prepared])
 
 
 def test_law(trial: Trial) -> None:
     """The subject obeys the law, or it says nothing of such a loss."""
-    with quiet():
+    with without_expected_warnings():
         verdict = trial.run()
     if verdict.verdict == "n/a":
         pytest.skip(verdict.seen)  # the law has nothing to test in such a loss, and says why

@@ -31,7 +31,7 @@ from lossfns.loss import Loss
 from lossfns.testing import oracle, planted
 from lossfns.testing.bugs import BUGS
 from lossfns.testing.vectors.flags import arguments
-from lossfns.testing.vectors.ours import subject
+from lossfns.testing.vectors.ours import build_loss
 from lossfns.testing.vectors.vector import METHODS, load
 from lossfns.tokens import PAIRS, TARGETS
 
@@ -51,41 +51,41 @@ def mutant(bug: str, loss: str, **settings: Any) -> Subject:
         settings: named as in the vectors; those of the method's first vector where they are left out.
     """
     config = {**load(loss)[0].config, **settings}
-    like = right(loss, config)
-    made: Subject
+    like = correct_loss(loss, config)
+    built: Subject
     if loss == "group_advantages":
-        made = partial(planted.ADVANTAGES[bug], **config)
+        built = partial(planted.ADVANTAGE_BUGS[bug], **config)
     else:
-        made = CALLS[bug](like) if bug in CALLS else answering(bug, loss, config)
-    name, words = f"{loss}_{bug.replace('-', '_')}", f"{loss}, but {BUGS[bug].words}."
-    marks = {"bug": bug, "kind": kind_of(like), "like": like, "__name__": name, "__doc__": words}
-    for mark, value in marks.items():
-        setattr(made, mark, value)
-    return made
+        built = CALL_BUGS[bug](like) if bug in CALL_BUGS else oracle_loss(bug, loss, config)
+    name, words = f"{loss}_{bug.replace('-', '_')}", f"{loss}, but {BUGS[bug].description}."
+    attributes = {"bug": bug, "kind": loss_kind(like), "like": like, "__name__": name, "__doc__": words}
+    for attribute, value in attributes.items():
+        setattr(built, attribute, value)
+    return built
 
 
-def right(loss: str, config: Config) -> Any:
+def correct_loss(loss: str, config: Config) -> Any:
     """The correct loss with these settings."""
-    return group_advantages if loss == "group_advantages" else subject(loss, config)
+    return group_advantages if loss == "group_advantages" else build_loss(loss, config)
 
 
-def kind_of(like: Any) -> str:
+def loss_kind(like: Any) -> str:
     if not isinstance(like, Loss):
         return "advantages"
     return "policy" if "advantages" in like.reads else "preference" if like.rows == PAIRS else "supervised"
 
 
-def showing(bug: str, loss: str) -> list[Config]:
+def settings_showing(bug: str, loss: str) -> list[Config]:
     """The settings, of those in the golden vectors, with which a loss can have the bug: none if it cannot."""
     vectors = [v for v in load(loss) if v.error is None and v.denominator is None]
-    possible = bug in CALLS and NEEDS.get(bug, is_loss)(right(loss, vectors[0].config))
+    possible = bug in CALL_BUGS and APPLIES_TO.get(bug, is_loss)(correct_loss(loss, vectors[0].config))
     return list({repr(v.config): v.config for v in vectors if possible or bug in v.flags}.values())
 
 
 # Bugs of the answer
 
 
-class Given(torch.autograd.Function):
+class FixedGradient(torch.autograd.Function):
     """A value with a given gradient."""
 
     @staticmethod
@@ -98,13 +98,13 @@ class Given(torch.autograd.Function):
         return by * ctx.gradient, None, None
 
 
-def answering(bug: str, loss: str, config: Config) -> Subject:
+def oracle_loss(bug: str, loss: str, config: Config) -> Subject:
     """The contract function with the oracle's value and gradient, right with an empty ``bug``.
 
     It refuses what the loss of ours refuses.
     """
-    like = subject(loss, config)
-    names = dict.fromkeys(("weights", *subject(loss, load(loss)[0].config).reads, *like.reads))
+    like = build_loss(loss, config)
+    names = dict.fromkeys(("weights", *build_loss(loss, load(loss)[0].config).reads, *like.reads))
     plain = {name: x for name, x in config.items() if isinstance(x, (float, tuple, list))}
 
     def answer(data: Data, logprobs_list: Logprobs, **settings: Any) -> Result:
@@ -113,11 +113,11 @@ def answering(bug: str, loss: str, config: Config) -> Subject:
         like(data, [lp.detach() for lp in logprobs_list])
         a = arguments({**config, **settings}, columns(data, logprobs_list, names))
         candidates = logprobs_list[0].shape[-1] if like.rows == TARGETS else 0
-        wrong = planted.wrong(bug, loss, a, candidates) if bug else None
+        wrong = planted.wrong_loss(bug, loss, a, candidates) if bug else None
         value, rows = wrong if wrong is not None else getattr(oracle, loss)(**a)
         lost = [bug == "gradient-missing" and not any(w) for w in a["weights"]]
         leaves = torch.cat([lp.detach().flatten() if out else lp.flatten() for lp, out in zip(logprobs_list, lost)])
-        total: Tensor = Given.apply(leaves, value, [g for row in rows for g in row])  # type: ignore[no-untyped-call]
+        total: Tensor = FixedGradient.apply(leaves, value, [g for row in rows for g in row])  # type: ignore[no-untyped-call]
         return total, {"loss": value, "tokens": float(sum(len(oracle.active(w)) for w in a["weights"]))}
 
     given = inspect.signature(answer).parameters
@@ -160,7 +160,7 @@ def anneals(loss: Loss, calls: list[int], data: Data, logprobs_list: Logprobs) -
     return value * 0.99 ** len(calls), metrics
 
 
-def items(loss: Loss, data: Data, logprobs_list: Logprobs) -> Result:
+def item_per_datum(loss: Loss, data: Data, logprobs_list: Logprobs) -> Result:
     """``.item()`` for each datum."""
     value, metrics = loss(data, logprobs_list)
     lowest = [torch.where(active(datum), lp.detach(), 0).min().item() for datum, lp in zip(data, logprobs_list)]
@@ -240,9 +240,9 @@ def counts_outside(loss: Loss, data: Data, logprobs_list: Logprobs) -> Result:
     return value, metrics | {"clip_fraction": ((ratios < low) | (ratios > high)).double().mean().item()}
 
 
-def another(loss: Loss) -> Loss | None:
+def other_method(loss: Loss) -> Loss | None:
     """Another method over the same columns."""
-    others = [subject(name, load(name)[0].config) for name in METHODS if name not in (loss.name, "group_advantages")]
+    others = [build_loss(name, load(name)[0].config) for name in METHODS if name not in (loss.name, "group_advantages")]
     return next((other for other in others if (other.reads, other.rows) == (loss.reads, loss.rows)), None)
 
 
@@ -256,11 +256,11 @@ def with_columns(datum: Any, changed: Mapping[str, Any]) -> Datum:
     return Datum(datum.model_input, {**datum.loss_fn_inputs, **fields})
 
 
-CALLS: dict[str, Callable[[Loss], Subject]] = {
+CALL_BUGS: dict[str, Callable[[Loss], Subject]] = {
     "not-the-contract": lambda loss: partial(tensors_in_metrics, loss),
     "inputs-mutated": lambda loss: partial(blanks_in_place, loss),
     "state-between-calls": lambda loss: partial(anneals, loss, []),
-    "host-sync-per-datum": lambda loss: partial(items, loss),
+    "host-sync-per-datum": lambda loss: partial(item_per_datum, loss),
     "branch-on-values": lambda loss: partial(item_in_the_maths, loss),
     "no-grad-for-detach": lambda loss: partial(no_grad, loss),
     "silent-truncation": lambda loss: partial(truncates, loss),
@@ -270,7 +270,7 @@ CALLS: dict[str, Callable[[Loss], Subject]] = {
     "metric-not-mergeable": lambda loss: partial(last_metrics, loss),
     "metric-scaled-twice": lambda loss: partial(scaled_metrics, loss),
     "metric-counts-nonbinding": lambda loss: partial(counts_outside, loss),
-    "another-loss": lambda loss: partial(another(loss) or loss),
+    "another-loss": lambda loss: partial(other_method(loss) or loss),
 }
 """Bug → the contract function that has it, made of a correct loss."""
 
@@ -279,10 +279,10 @@ def is_loss(like: Any) -> bool:
     return isinstance(like, Loss)
 
 
-NEEDS: dict[str, Callable[[Any], bool]] = {
+APPLIES_TO: dict[str, Callable[[Any], bool]] = {
     "odd-datum-dropped": lambda like: is_loss(like) and like.rows == PAIRS,
     "metric-counts-nonbinding": lambda like: is_loss(like) and "clip" in like.knobs,
-    "another-loss": lambda like: is_loss(like) and another(like) is not None,
+    "another-loss": lambda like: is_loss(like) and other_method(like) is not None,
 }
 """Bug → what can have it; every loss can have the other bugs of the call."""
 
@@ -294,15 +294,15 @@ def exemplars() -> list[tuple[str, str, Config]]:
     """
     found: dict[tuple[str, bool, str], tuple[str, str, Config]] = {}
     for loss in METHODS:
-        like = right(loss, load(loss)[0].config)
-        family = kind_of(like), "ref_logprobs" in getattr(like, "reads", ())
+        like = correct_loss(loss, load(loss)[0].config)
+        family = loss_kind(like), "ref_logprobs" in getattr(like, "reads", ())
         for bug in BUGS:
-            if (*family, bug) not in found and (settings := showing(bug, loss)):
+            if (*family, bug) not in found and (settings := settings_showing(bug, loss)):
                 found[*family, bug] = bug, loss, settings[0]
     return list(found.values())
 
 
-MUTANTS = {(made := mutant(bug, loss, **settings)).__name__: made for bug, loss, settings in exemplars()}
+MUTANTS = {(built := mutant(bug, loss, **settings)).__name__: built for bug, loss, settings in exemplars()}
 """The exemplars by name."""
 
 globals().update(MUTANTS)
@@ -312,6 +312,6 @@ def __getattr__(name: str) -> Subject:
     """Any other ``loss_bug``, with the first settings that show the bug."""
     for loss in METHODS:
         bug = name.removeprefix(f"{loss}_").replace("_", "-")
-        if name.startswith(f"{loss}_") and bug in BUGS and (settings := showing(bug, loss)):
+        if name.startswith(f"{loss}_") and bug in BUGS and (settings := settings_showing(bug, loss)):
             return mutant(bug, loss, **settings[0])
     raise AttributeError(f"no mutant {name!r}: write the loss, then the bug, as in ppo_ratio_inverted")

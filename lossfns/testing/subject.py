@@ -18,7 +18,7 @@ from lossfns.testing.laws.base import LossFn, NotApplicable
 from lossfns.testing.public import LIBRARY, public
 from lossfns.weigh import fixed_length
 
-NAMES = {
+PARAMETER_NAMES = {
     "logprobs": "logprobs logps log_prob log_probs new_logprobs per_token_logps target_logprobs policy_logprobs "
     "pi_logprobs",
     "weights": "weights mask loss_mask response_mask completion_mask action_mask masks token_mask",
@@ -35,11 +35,13 @@ NAMES = {
 }
 """What other frameworks call the columns: parameters of these names are filled from the datums."""
 
-COLUMN = {parameter: column for column, names in NAMES.items() for parameter in names.split()}
+COLUMN_BY_PARAMETER = {
+    parameter: name for name, parameters in PARAMETER_NAMES.items() for parameter in parameters.split()
+}
 
 
 def column_of(parameter: str) -> str | None:
-    return COLUMN.get(parameter)
+    return COLUMN_BY_PARAMETER.get(parameter)
 
 
 def load(path: str) -> Any:
@@ -52,22 +54,22 @@ def load(path: str) -> Any:
     except Exception as error:
         got = f"{type(error).__name__}: {error}"
         raise LossInputError("subject", f"that {module_name} can be imported", got, "Check the name.") from error
-    found: Any = module
+    result: Any = module
     for name in attribute.split("."):
-        if not hasattr(found, name):
-            hint = did_you_mean(name, [n for n in dir(found) if not n.startswith("_")])
+        if not hasattr(result, name):
+            hint = did_you_mean(name, [n for n in dir(result) if not n.startswith("_")])
             raise LossInputError("subject", f"a name in {module_name}", repr(name), hint)
-        found = getattr(found, name)
-    return found
+        result = getattr(result, name)
+    return result
 
 
-def method(text: str) -> Loss:
+def parse_method(text: str) -> Loss:
     """The loss that a text such as ``grpo(kl_beta=0.04, weigh=sequence_mean)`` builds from our names and numbers."""
     try:
         tree = ast.parse(text, mode="eval").body
         named = tree if isinstance(tree, ast.Call) else ast.Call(tree, [], [])
         preset = public(ast.unparse(named.func))
-        built = preset(*map(setting, named.args), **{k.arg or "": setting(k.value) for k in named.keywords})
+        built = preset(*map(parse_value, named.args), **{k.arg or "": parse_value(k.value) for k in named.keywords})
     except (SyntaxError, AttributeError, TypeError, ValueError) as error:
         fix = "Write a preset, such as ppo or grpo(kl_beta=0.04, weigh=sequence_mean)."
         raise LossInputError("like", "a loss of ours", repr(text), f"{fix} ({error})") from error
@@ -76,12 +78,12 @@ def method(text: str) -> Loss:
     return built
 
 
-def setting(node: ast.expr) -> Any:
+def parse_value(node: ast.expr) -> Any:
     """A literal, or one of our functions by its name; nothing else is evaluated."""
     if isinstance(node, ast.Name):
         return public(node.id)
     if isinstance(node, ast.Call):
-        return public(ast.unparse(node.func))(*map(setting, node.args))
+        return public(ast.unparse(node.func))(*map(parse_value, node.args))
     return ast.literal_eval(node)
 
 
@@ -105,19 +107,19 @@ def adapt(subject: Any, *, factory: bool | None = None) -> LossFn:
     if factory is False or (factory is None and follows_contract(subject, required)):
         return subject  # type: ignore[no-any-return]
     if unknown:
-        hint = did_you_mean(unknown[0], COLUMN)
+        hint = did_you_mean(unknown[0], COLUMN_BY_PARAMETER)
         fix = f"{hint} Or give it a default, or wrap it: a function (data, logprobs_list) that reads the datums."
         raise LossInputError("subject", "parameters that name columns", repr(unknown[0]), fix)
     if factory is None and "logprobs" in map(column_of, required):
-        return Padded(subject)
+        return PaddedLoss(subject)
     if required:
-        return Made(subject, required)
+        return FactoryLoss(subject, required)
     try:
-        made = subject()
+        built = subject()
     except Exception as error:
         got = f"{type(error).__name__}: {error}"
         raise LossInputError("subject", "a factory that needs no arguments", got, "Give it required ones.") from error
-    return made if isinstance(made, (Loss, BoundLoss)) else Made(subject, ())
+    return built if isinstance(built, (Loss, BoundLoss)) else FactoryLoss(subject, ())
 
 
 def follows_contract(fn: Callable[..., Any], required: Sequence[str]) -> bool:
@@ -131,7 +133,7 @@ def parameters(fn: Callable[..., Any]) -> list[inspect.Parameter]:
     return [p for p in inspect.signature(fn).parameters.values() if p.kind not in kinds]
 
 
-def column(data: Sequence[Any], parameter: str) -> list[Tensor]:
+def parameter_rows(data: Sequence[Any], parameter: str) -> list[Tensor]:
     """What a parameter is filled with: float32 rows of all datums, or of one side of each pair.
 
     A parameter that is called a mask reads the datum's ``mask``: it is no set of weights.
@@ -142,7 +144,7 @@ def column(data: Sequence[Any], parameter: str) -> list[Tensor]:
     return [torch.from_numpy(datum.loss_fn_inputs[field].to_numpy().copy()) for datum in chosen]
 
 
-class Made:
+class FactoryLoss:
     """A factory's loss: for each call the factory is given the batch's columns, in the form that it takes.
 
     Rows of tensors are tried first, then rows of lists, then one number for each datum (advantages), then
@@ -152,7 +154,7 @@ class Made:
     FORMS: Mapping[str, Callable[[list[Tensor], list[Tensor]], Any]] = {
         "rows": lambda rows, weights: rows,
         "lists": lambda rows, weights: [row.tolist() for row in rows],
-        "numbers": lambda rows, weights: list(map(number_of, rows, weights)),
+        "numbers": lambda rows, weights: list(map(datum_advantage, rows, weights)),
         "row": lambda rows, weights: rows[0].tolist(),
     }
 
@@ -165,21 +167,21 @@ class Made:
 
     def __call__(self, data: Sequence[Any], logprobs_list: Sequence[Tensor]) -> Any:
         if self.forms is None:
-            self.forms = self.found(data, logprobs_list)
-        return self.made(data, self.forms)(data, logprobs_list)
+            self.forms = self.find_forms(data, logprobs_list)
+        return self.build(data, self.forms)(data, logprobs_list)
 
-    def made(self, data: Sequence[Any], forms: Sequence[str]) -> Any:
-        columns = {name: column(data, name) for name in self.required}
-        weights = column(data, "weights")
+    def build(self, data: Sequence[Any], forms: Sequence[str]) -> Any:
+        columns = {name: parameter_rows(data, name) for name in self.required}
+        weights = parameter_rows(data, "weights")
         given = {name: self.FORMS[form](columns[name], weights) for name, form in zip(self.required, forms)}
         return self.factory(**given, **self.settings)
 
-    def found(self, data: Sequence[Any], logprobs_list: Sequence[Tensor]) -> tuple[str, ...]:
+    def find_forms(self, data: Sequence[Any], logprobs_list: Sequence[Tensor]) -> tuple[str, ...]:
         """The first forms of the columns with which a call gives a 0-d loss."""
         errors = []
-        for forms in self.candidates():
+        for forms in self.candidate_forms():
             try:
-                loss, _ = self.made(data, forms)(data, [lp.detach().clone().requires_grad_() for lp in logprobs_list])
+                loss, _ = self.build(data, forms)(data, [lp.detach().clone().requires_grad_() for lp in logprobs_list])
             except NotApplicable:
                 raise
             except Exception as error:
@@ -189,7 +191,7 @@ class Made:
                 return forms
         raise TypeError("no form of the columns gives a 0-d loss: " + "; ".join(errors))
 
-    def candidates(self) -> Iterator[tuple[str, ...]]:
+    def candidate_forms(self) -> Iterator[tuple[str, ...]]:
         plain = ("rows", "lists")
         for form in plain:
             yield (form,) * len(self.required)
@@ -198,7 +200,7 @@ class Made:
         yield tuple("row" if " " in (column_of(name) or "") else "rows" for name in self.required)
 
 
-def number_of(row: Tensor, weights: Tensor) -> float:
+def datum_advantage(row: Tensor, weights: Tensor) -> float:
     """A per-datum number from a row that is constant over its active tokens; else this batch is not for this loss."""
     active = {x for x, w in zip(row.tolist(), weights.tolist()) if w}
     if len(active) > 1:
@@ -206,7 +208,7 @@ def number_of(row: Tensor, weights: Tensor) -> float:
     return active.pop() if active else 0.0
 
 
-class Padded:
+class PaddedLoss:
     """A function of ``[B, T]`` tensors, called by the contract: the adapter pads, and unpacks what it returns.
 
     Parameters are filled by their names (``NAMES``). It may return the loss, ``(loss, metrics)``, or a tuple
@@ -219,7 +221,8 @@ class Padded:
 
     def __call__(self, data: Sequence[Any], logprobs_list: Sequence[Tensor]) -> tuple[Tensor, dict[str, float]]:
         rows = {
-            name: list(logprobs_list) if column_of(name) == "logprobs" else column(data, name) for name in self.required
+            name: list(logprobs_list) if column_of(name) == "logprobs" else parameter_rows(data, name)
+            for name in self.required
         }
         like = logprobs_list[0]
         for name, own in rows.items():
@@ -245,7 +248,7 @@ def padded(fn: Callable[..., Any], **settings: Any) -> LossFn:
     ...     return -(logprobs * advantages * mask).sum() / mask.sum()
     >>> loss_fn = padded(pg)
     """
-    return Padded(fn, settings)
+    return PaddedLoss(fn, settings)
 
 
 # Settings
@@ -257,12 +260,14 @@ def knobs(loss_fn: LossFn) -> dict[str, Any]:
         return knobs(loss_fn.loss)
     if isinstance(loss_fn, Loss):
         return {n: v for n, v in loss_fn.knobs.items() if loss_fn.name in vars(LIBRARY) and not isinstance(v, Loss)}
-    fn = loss_fn.factory if isinstance(loss_fn, Made) else loss_fn.fn if isinstance(loss_fn, Padded) else loss_fn
+    fn = loss_fn
+    if isinstance(loss_fn, (FactoryLoss, PaddedLoss)):
+        fn = loss_fn.factory if isinstance(loss_fn, FactoryLoss) else loss_fn.fn
     own = {p.name: p.default for p in parameters(fn) if p.default is not p.empty and column_of(p.name) is None}
-    return own | (loss_fn.settings if isinstance(loss_fn, (Made, Padded)) else {})
+    return own | (loss_fn.settings if isinstance(loss_fn, (FactoryLoss, PaddedLoss)) else {})
 
 
-def elements(value: Any) -> Iterator[int | None]:
+def setting_elements(value: Any) -> Iterator[int | None]:
     """What can be varied by itself: each element of a pair, else the whole."""
     yield from range(len(value)) if isinstance(value, (tuple, list)) else (None,)
 
@@ -270,15 +275,15 @@ def elements(value: Any) -> Iterator[int | None]:
 def variants(loss_fn: LossFn, name: str, element: int | None = None) -> Iterator[LossFn]:
     """The loss with other values of one setting, or of one element of it: those that it accepts."""
     usual = knobs(loss_fn)[name]
-    for value in others(usual if element is None else usual[element], name):
+    for value in other_values(usual if element is None else usual[element], name):
         whole = value if element is None else [value if i == element else x for i, x in enumerate(usual)]
         try:
-            yield vary(loss_fn, **{name: whole if element is None else type(usual)(whole)})
+            yield with_settings(loss_fn, **{name: whole if element is None else type(usual)(whole)})
         except (TypeError, ValueError):
             continue
 
 
-NAMED = {
+NAMED_VALUES = {
     "kl": ("k2", "k3"),
     "weigh": ("fixed_length", "pair_sum", "pair_mean", "token_sum"),
     "level": ("sequence_level", "token_level"),
@@ -286,7 +291,7 @@ NAMED = {
 """Our functions that a setting of this name may be."""
 
 
-def others(value: Any, name: str) -> list[Any]:
+def other_values(value: Any, name: str) -> list[Any]:
     """Values of a setting unlike the one it has, plausible first."""
     if isinstance(value, bool):
         return [not value]
@@ -294,18 +299,18 @@ def others(value: Any, name: str) -> list[Any]:
         return [value * 2 + 0.125, value / 2, value + 1, 1.5, 0.97, 1.02, 0.05]
     if value is None:
         return [1.01, 0.05, 2.0, 1e-3]
-    found = [public(other) for other in NAMED.get(name, ())]
-    return [x(3) if x is fixed_length else x for x in found if x is not value]
+    result = [public(other) for other in NAMED_VALUES.get(name, ())]
+    return [x(3) if x is fixed_length else x for x in result if x is not value]
 
 
-def vary(loss_fn: LossFn, **settings: Any) -> LossFn:
+def with_settings(loss_fn: LossFn, **settings: Any) -> LossFn:
     """The loss with other settings."""
     if isinstance(loss_fn, BoundLoss):
-        return BoundLoss(vary(loss_fn.loss, **settings), loss_fn.columns)  # type: ignore[arg-type]
+        return BoundLoss(with_settings(loss_fn.loss, **settings), loss_fn.columns)  # type: ignore[arg-type]
     if isinstance(loss_fn, Loss):
         return public(loss_fn.name)(**{**loss_fn.knobs, **settings})  # type: ignore[no-any-return]
-    if isinstance(loss_fn, Made):
-        return Made(loss_fn.factory, loss_fn.required, {**loss_fn.settings, **settings})
-    if isinstance(loss_fn, Padded):
-        return Padded(loss_fn.fn, {**loss_fn.settings, **settings})
+    if isinstance(loss_fn, FactoryLoss):
+        return FactoryLoss(loss_fn.factory, loss_fn.required, {**loss_fn.settings, **settings})
+    if isinstance(loss_fn, PaddedLoss):
+        return PaddedLoss(loss_fn.fn, {**loss_fn.settings, **settings})
     return functools.partial(loss_fn, **settings)

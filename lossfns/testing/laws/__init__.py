@@ -126,7 +126,7 @@ ADVANTAGES: tuple[AdvantageLaw, ...] = (
     advantages.deviation,
 )
 
-CRAFTED = frozenset(
+SELF_CONTAINED = frozenset(
     (
         contract.token_ids,
         contract.precision,
@@ -164,5 +164,5 @@ CRAFTED = frozenset(
 )
 """Laws that make their own batches, and take from the one they are given no more than its columns: once is enough."""
 
-GROUPS = {"any": ALL, "policy": POLICY, "supervised": SUPERVISED, "preference": PREFERENCE}
+LAWS_BY_KIND = {"any": ALL, "policy": POLICY, "supervised": SUPERVISED, "preference": PREFERENCE}
 """The laws of each kind of loss; ``any`` is for a loss that is none of the others."""

@@ -27,7 +27,7 @@ class LawBroken(AssertionError):
     """A loss breaks a law: the bug it most likely has, and in words what was seen where."""
 
     def __init__(self, bug: str, seen: str) -> None:
-        super().__init__(f"{seen} Likely bug: {bug}: {BUGS[bug].words}.")
+        super().__init__(f"{seen} Likely bug: {bug}: {BUGS[bug].description}.")
         self.bug, self.seen = bug, seen
 
 
@@ -35,12 +35,12 @@ class NotApplicable(Exception):
     """This batch, or this loss, gives the law nothing to test."""
 
 
-def demand(holds: bool, bug: str, seen: str) -> None:
+def require(holds: bool, bug: str, seen: str) -> None:
     if not holds:
         raise LawBroken(bug, seen)
 
 
-def suppose(holds: bool, why: str) -> None:
+def assume(holds: bool, why: str) -> None:
     if not holds:
         raise NotApplicable(why)
 
@@ -74,20 +74,20 @@ class Probe:
     def __call__(self, batch: Batch | None = None, loss_fn: LossFn | None = None) -> Outcome:
         """Value and gradients on a batch; an exception, or no loss at all, breaks the contract."""
         batch, loss_fn = batch or self.batch, loss_fn or self.loss_fn
-        return measured(loss_fn, batch.data(), batch.tensors(self.dtype))
+        return measure(loss_fn, batch.data(), batch.tensors(self.dtype))
 
     def gradients(self, batch: Batch | None = None) -> Rows:
         return self(batch).gradients
 
-    def same(self, a: Any, b: Any, scale: float = 1.0) -> bool:
+    def close(self, a: Any, b: Any, scale: float = 1.0) -> bool:
         """Whether two nested lists of numbers agree to the tolerance of the dtype, nan with nan."""
-        return apart(a, b) <= scale * TOLERANCE.get(self.dtype, 5e-2)
+        return relative_difference(a, b) <= scale * TOLERANCE.get(self.dtype, 5e-2)
 
-    def on(self, batch: Batch) -> Probe:
+    def with_batch(self, batch: Batch) -> Probe:
         return replace(self, batch=batch)
 
 
-def measured(loss_fn: LossFn, data: Sequence[Any], logprobs: list[Tensor]) -> Outcome:
+def measure(loss_fn: LossFn, data: Sequence[Any], logprobs: list[Tensor]) -> Outcome:
     """Call, backward and bring everything to the host."""
     try:
         value, metrics = loss_fn(data, logprobs)
@@ -103,9 +103,9 @@ def measured(loss_fn: LossFn, data: Sequence[Any], logprobs: list[Tensor]) -> Ou
     return Outcome(float(value.detach()), [g.flatten().tolist() for g in zeros], metrics, missing)
 
 
-def apart(a: Any, b: Any) -> float:
+def relative_difference(a: Any, b: Any) -> float:
     """The largest difference of two nested lists of numbers, relative to the largest number in them."""
-    x, y = list(flat(a)), list(flat(b))
+    x, y = list(flatten(a)), list(flatten(b))
     if len(x) != len(y) or any(math.isnan(p) != math.isnan(q) for p, q in zip(x, y)):
         return math.inf
     gaps = [0.0 if p == q or math.isnan(p) else abs(p - q) for p, q in zip(x, y)]
@@ -113,10 +113,10 @@ def apart(a: Any, b: Any) -> float:
     return max(gaps, default=0.0) / (size or 1.0)
 
 
-def flat(x: Any) -> Iterator[float]:
+def flatten(x: Any) -> Iterator[float]:
     if isinstance(x, (list, tuple)):
         for item in x:
-            yield from flat(item)
+            yield from flatten(item)
     else:
         yield float(x)
 
@@ -124,24 +124,24 @@ def flat(x: Any) -> Iterator[float]:
 # Batches made from the drawn one
 
 
-def filled(batch: Batch, **columns: float) -> Batch:
+def with_constants(batch: Batch, **columns: float) -> Batch:
     """The batch with columns set to one number everywhere; logprobs and weights too."""
     constant = {name: [[x] * len(row) for row in batch.weights] for name, x in columns.items()}
     return batch.having(**constant)
 
 
-def neutral(batch: Batch) -> Batch:
+def on_policy_batch(batch: Batch) -> Batch:
     """Policy, old policy, sampler and reference all the same: ratio 1, KL 0, margin 0."""
     like = {name: batch.logprobs for name in batch.columns if name.endswith("_logprobs")}
     return batch.having(**like)
 
 
-def put(rows: Rows, i: int, j: int, value: float) -> Rows:
+def with_slot(rows: Rows, i: int, j: int, value: float) -> Rows:
     """The rows with one slot set."""
     return [[value if (k, t) == (i, j) else x for t, x in enumerate(row)] for k, row in enumerate(rows)]
 
 
-def moved(rows: Rows, slots: Iterable[tuple[int, int]], by: float) -> Rows:
+def shifted(rows: Rows, slots: Iterable[tuple[int, int]], by: float) -> Rows:
     """The rows with these slots shifted by a number."""
     chosen = set(slots)
     return [[x + by if (k, t) in chosen else x for t, x in enumerate(row)] for k, row in enumerate(rows)]
@@ -152,7 +152,7 @@ def slots(batch: Batch, active: bool = True) -> list[tuple[int, int]]:
     return [(i, j) for i, row in enumerate(batch.weights) for j, w in enumerate(row) if (w != 0) == active]
 
 
-def stretched(batch: Batch, least: int) -> Batch:
+def repeat_rows(batch: Batch, least: int) -> Batch:
     """Every row repeated until it has at least so many positions."""
     width = batch.targets or 1
     return batch.map(lambda rows: [row * -(-least * width // len(row)) for row in rows])
@@ -164,7 +164,7 @@ def unpoisoned(batch: Batch) -> Batch:
     return replace(clean, weights=batch.weights)
 
 
-def single(batch: Batch, *, length: int = 1, datums: int = 1, **columns: float) -> Batch:
+def uniform_batch(batch: Batch, *, length: int = 1, datums: int = 1, **columns: float) -> Batch:
     """Datums of a few equal active tokens: the smallest batch with the columns of this one.
 
     Logprobs −2, weights 1 and advantages 1 unless given; the other policies' logprobs equal the policy's.
@@ -177,38 +177,40 @@ def single(batch: Batch, *, length: int = 1, datums: int = 1, **columns: float) 
 
     named = {name: rows(base.get(name, base["logprobs"])) for name in batch.columns}
     # The candidates of a position differ in weight: equal ones would hide that they are renormalised.
-    apart = [[w / 2 ** (j % (batch.targets or 1)) for j, w in enumerate(row)] for row in rows(base["weights"])]
-    return Batch(rows(base["logprobs"]), apart, named, batch.targets)
+    relative_difference = [
+        [w / 2 ** (j % (batch.targets or 1)) for j, w in enumerate(row)] for row in rows(base["weights"])
+    ]
+    return Batch(rows(base["logprobs"]), relative_difference, named, batch.targets)
 
 
-def kind_of(batch: Batch) -> str:
+def batch_kind(batch: Batch) -> str:
     """Which kind of loss such a batch is for: policy losses have advantages, preferences only a reference."""
     return "policy" if "advantages" in batch.columns else "preference" if batch.columns else "supervised"
 
 
-def unit(batch: Batch) -> int:
+def unit_size(batch: Batch) -> int:
     """How many neighbouring datums belong together: a pair's two sides."""
-    return 2 if kind_of(batch) == "preference" else 1
+    return 2 if batch_kind(batch) == "preference" else 1
 
 
-def units(batch: Batch) -> list[list[int]]:
-    step = unit(batch)
+def unit_indices(batch: Batch) -> list[list[int]]:
+    step = unit_size(batch)
     return [list(range(i, i + step)) for i in range(0, len(batch.weights), step)]
 
 
-def with_empty(batch: Batch) -> Batch:
+def with_masked_unit(batch: Batch) -> Batch:
     """The batch with one more datum (or pair) whose weights are all 0."""
-    masked = single(batch, length=2, datums=unit(batch), weights=0.0)
+    masked = uniform_batch(batch, length=2, datums=unit_size(batch), weights=0.0)
     columns = {name: [*rows, *masked.columns[name]] for name, rows in batch.columns.items()}
     return replace(
         batch, logprobs=batch.logprobs + masked.logprobs, weights=batch.weights + masked.weights, columns=columns
     )
 
 
-def inhabited(batch: Batch) -> Batch:
+def without_empty_units(batch: Batch) -> Batch:
     """The units of which every datum has an active token."""
-    whole = [part for part in units(batch) if all(any(batch.weights[i]) for i in part)]
-    return batch.take([i for part in whole for i in part])
+    present = [part for part in unit_indices(batch) if all(any(batch.weights[i]) for i in part)]
+    return batch.take([i for part in present for i in part])
 
 
 def influences(probe: Probe, column: str, batch: Batch, where: list[tuple[int, int]], by: float = 0.25) -> bool:
@@ -216,21 +218,21 @@ def influences(probe: Probe, column: str, batch: Batch, where: list[tuple[int, i
     if not where:
         return False
     before = probe(batch)
-    after = probe(batch.having(**{column: moved(rows_of(batch, column), where, by)}))
-    return not probe.same([before.value, before.gradients], [after.value, after.gradients], scale=0.01)
+    after = probe(batch.having(**{column: shifted(column_rows(batch, column), where, by)}))
+    return not probe.close([before.value, before.gradients], [after.value, after.gradients], scale=0.01)
 
 
-def rows_of(batch: Batch, column: str) -> Rows:
+def column_rows(batch: Batch, column: str) -> Rows:
     if column == "weights":
         return batch.weights
     return batch.logprobs if column == "logprobs" else batch.columns[column]
 
 
-EVERY = "*"
+ALL_FIELDS = "*"
 """Noted where a datum's fields are read all at once, so that nobody knows which of them matter."""
 
 
-class Recorder(dict[str, Any]):
+class RecordingFields(dict[str, Any]):
     """A datum's fields that note which of them are read."""
 
     def __init__(self, fields: dict[str, Any], read: set[str]) -> None:
@@ -246,35 +248,37 @@ class Recorder(dict[str, Any]):
         return super().get(name, default)
 
     def items(self) -> Any:
-        self.read.add(EVERY)
+        self.read.add(ALL_FIELDS)
         return super().items()
 
     def values(self) -> Any:
-        self.read.add(EVERY)
+        self.read.add(ALL_FIELDS)
         return super().values()
 
 
-class Watched:
+class RecordingDatum:
     """A datum with ``Recorder`` fields."""
 
     def __init__(self, datum: Any, read: set[str]) -> None:
-        self.model_input, self.loss_fn_inputs = datum.model_input, Recorder(datum.loss_fn_inputs, read)
+        self.model_input, self.loss_fn_inputs = datum.model_input, RecordingFields(datum.loss_fn_inputs, read)
 
 
 def fields_read(probe: Probe) -> set[str]:
     """The names of the datum's fields that a call reads."""
     read: set[str] = set()
-    measured(probe.loss_fn, [Watched(datum, read) for datum in probe.batch.data()], probe.batch.tensors(probe.dtype))
+    measure(
+        probe.loss_fn, [RecordingDatum(datum, read) for datum in probe.batch.data()], probe.batch.tensors(probe.dtype)
+    )
     return read
 
 
 def columns_read(probe: Probe) -> set[str]:
     """The columns that a call reads, under whichever of their names."""
     names = {alias: column for column, alias in ALIASES.items()}
-    return {names.get(name, name) for name in fields_read(probe)} - {"target_tokens", EVERY}
+    return {names.get(name, name) for name in fields_read(probe)} - {"target_tokens", ALL_FIELDS}
 
 
-def masks_only(probe: Probe) -> bool:
+def reads_only_mask(probe: Probe) -> bool:
     """Whether it reads its weights as a mask: a mask has no fractions."""
     read = fields_read(probe)
     return "mask" in read and "weights" not in read

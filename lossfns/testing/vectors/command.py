@@ -16,7 +16,7 @@ from lossfns.testing.vectors.vector import FOLDER, LEDGER, METHODS
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from lossfns.testing.vectors.runner import Report
+    from lossfns.testing.vectors.runner import VectorReport
 
 FILES = (*(f"{loss}.json" for loss in METHODS), "schema.json", LEDGER)
 STYLES = {"pass": "green", "fail": "bold red", "xfail": "yellow", "xpass": "yellow"}
@@ -80,7 +80,7 @@ def run_command(args: argparse.Namespace) -> int:
     return 0 if report.ok else 1
 
 
-def print_report(report: Report, console: Console) -> None:
+def print_report(report: VectorReport, console: Console) -> None:
     """Print what ``Report.table`` says, in colours and wrapped to the width of the terminal."""
     from rich import box
     from rich.table import Table

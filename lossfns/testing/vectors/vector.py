@@ -66,9 +66,9 @@ class Vector:
     @property
     def batch(self) -> Batch:
         """The rows of a batch that is well formed; its datums are ``batch.data()``, without the denominator."""
-        rows = {name: [flat(datum[name]) for datum in self.data] for name in self.data[0]}
+        rows = {name: [flatten(datum[name]) for datum in self.data] for name in self.data[0]}
         logprobs, weights = rows.pop("logprobs"), rows.pop("weights")
-        return Batch(logprobs, weights, rows, targets(self.data))
+        return Batch(logprobs, weights, rows, num_targets(self.data))
 
     @property
     def request(self) -> dict[str, Any]:
@@ -149,12 +149,12 @@ def encode(x: Any) -> Any:
     return x
 
 
-def flat(x: Any) -> list[Any]:
+def flatten(x: Any) -> list[Any]:
     """The leaves of a nested list, in order."""
-    return [leaf for part in x for leaf in flat(part)] if isinstance(x, (list, tuple)) else [x]
+    return [leaf for part in x for leaf in flatten(part)] if isinstance(x, (list, tuple)) else [x]
 
 
-def targets(data: Sequence[Mapping[str, Any]]) -> int:
+def num_targets(data: Sequence[Mapping[str, Any]]) -> int:
     """K where logprobs are [N, K], else 0."""
     first = next((datum["logprobs"] for datum in data if datum.get("logprobs")), [0.0])
     return len(first[0]) if isinstance(first[0], list) else 0
@@ -171,57 +171,59 @@ def mistake(vector: Vector, reply: Mapping[str, Any], dtype: str = "float64") ->
     if "error" in reply:
         return f"refused: {reply['error']}"
     if vector.advantages is not None:
-        wrong = apart("advantages", reply.get("advantages"), vector.advantages, vector.tol[dtype])
+        wrong = mismatch("advantages", reply.get("advantages"), vector.advantages, vector.tol[dtype])
         return wrong
-    wrong = apart("loss", reply.get("loss"), vector.expected, vector.tol[dtype])
+    wrong = mismatch("loss", reply.get("loss"), vector.expected, vector.tol[dtype])
     wrong = wrong or gradient_mistake(vector, reply.get("grad"), vector.tol[dtype])
     metrics = reply.get("metrics", {})
     known = [name for name in vector.metrics if isinstance(metrics, Mapping) and name in metrics]
-    return wrong or next(filter(None, (apart(k, metrics[k], vector.metrics[k], vector.tol[dtype]) for k in known)), "")
+    return wrong or next(
+        filter(None, (mismatch(k, metrics[k], vector.metrics[k], vector.tol[dtype]) for k in known)), ""
+    )
 
 
 def gradient_mistake(vector: Vector, grad: Any, tol: Sequence[float]) -> str:
     """At a kink any gradient between the one-sided ones is right."""
     rtol, atol = tol
     sides = [vector.grad, *vector.grad_alternatives]
-    scale = max((abs(y) for y in flat(sides) if math.isfinite(y)), default=0.0)
+    scale = max((abs(y) for y in flatten(sides) if math.isfinite(y)), default=0.0)
     if not vector.grad_alternatives:
-        return apart("grad", grad, vector.grad, (rtol, atol * scale))
-    if shape(grad) != shape(vector.grad):
-        return apart("grad", grad, vector.grad, tol)
-    for i, (x, *ys) in enumerate(zip(flat(grad), *map(flat, sides))):
+        return mismatch("grad", grad, vector.grad, (rtol, atol * scale))
+    if nested_shape(grad) != nested_shape(vector.grad):
+        return mismatch("grad", grad, vector.grad, tol)
+    for i, (x, *ys) in enumerate(zip(flatten(grad), *map(flatten, sides))):
         slack = atol * scale + rtol * max(map(abs, ys))
-        if not min(ys) - slack <= number(x) <= max(ys) + slack:
+        if not min(ys) - slack <= parse_number(x) <= max(ys) + slack:
             return f"grad entry {i} is {x}, not between {min(ys):.9g} and {max(ys):.9g}"
     return ""
 
 
-def apart(name: str, x: Any, y: Any, tol: Sequence[float]) -> str:
+def mismatch(name: str, x: Any, y: Any, tol: Sequence[float]) -> str:
     """Where x, a number or a nested list, differs from y by more than atol + rtol·|y|; empty if nowhere."""
     if isinstance(y, list):
         if not isinstance(x, (list, tuple)):
-            return f"{name} is {shown(x)}, not a list of {len(y)}"
+            return f"{name} is {format_number(x)}, not a list of {len(y)}"
         if len(x) != len(y):
             return f"{name} has {len(x)} entries, not {len(y)}"
-        return next(filter(None, (apart(f"{name}[{i}]", u, v, tol) for i, (u, v) in enumerate(zip(x, y)))), "")
-    value, (rtol, atol) = number(x), tol
+        return next(filter(None, (mismatch(f"{name}[{i}]", u, v, tol) for i, (u, v) in enumerate(zip(x, y)))), "")
+    value, (rtol, atol) = parse_number(x), tol
     slack = atol + rtol * abs(y)
     if value == y or abs(value - y) <= slack or (math.isnan(y) and math.isnan(value)):
         return ""
-    return f"{name} is {shown(x)}, not {y:.9g}: off by {abs(value - y):.2g}, tolerance {slack:.2g}"
+    return f"{name} is {format_number(x)}, not {y:.9g}: off by {abs(value - y):.2g}, tolerance {slack:.2g}"
 
 
-def number(x: Any) -> float:
+def parse_number(x: Any) -> float:
     """A number of a reply; nan for anything else."""
     if isinstance(x, str):
         return NUMBERS.get(x, math.nan)
     return float(x) if isinstance(x, (int, float)) and not isinstance(x, bool) else math.nan
 
 
-def shown(x: Any) -> str:
+def format_number(x: Any) -> str:
     return f"{x:.9g}" if isinstance(x, float) else "missing" if x is None else f"{x!r}"[:40]
 
 
-def shape(x: Any) -> Any:
+def nested_shape(x: Any) -> Any:
     """The nested lengths of a list."""
-    return [shape(part) for part in x] if isinstance(x, (list, tuple)) else None
+    return [nested_shape(part) for part in x] if isinstance(x, (list, tuple)) else None

@@ -38,7 +38,7 @@ GROUPS: list[tuple[str, str, Data]] = [
 ]
 
 
-def groups() -> Iterator[Case]:
+def group_advantage_cases() -> Iterator[Case]:
     for scale in ("std", "none"):
         for kind, comment, rewards in GROUPS:
             words = f"{comment}; centred only" if scale == "none" else comment

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import cycle
 from typing import Any, NamedTuple
 
-from lossfns.testing.vectors.ours import subject
+from lossfns.testing.vectors.ours import build_loss
 
 Data = list[dict[str, Any]]
 Refusal = tuple[str, str, int | None]
@@ -42,9 +42,9 @@ class Situation(NamedTuple):
     data: Data
     denominator: float | None = None
 
-    def under(self, loss: str, suffix: str = "", **settings: Any) -> Case:
+    def case_for(self, loss: str, suffix: str = "", **settings: Any) -> Case:
         """This situation asked of a loss, with settings away from its own."""
-        config, data = DEFAULTS[loss] | settings, reading(loss, self.data, settings)
+        config, data = DEFAULTS[loss] | settings, select_columns(loss, self.data, settings)
         comment = f"{self.comment}; {suffix}" if suffix else self.comment
         return Case(loss, self.kind, comment, config, data, self.denominator)
 
@@ -70,20 +70,20 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 """The settings a case starts from; where they hide too much (a KL of 0.001, GSPO's window) they are not the paper's."""
 
-READS = {loss: subject(loss, row).reads for loss, row in DEFAULTS.items() if "weigh" in row}
+READS = {loss: build_loss(loss, row).reads for loss, row in DEFAULTS.items() if "weigh" in row}
 """The columns of each loss besides logprobs and weights."""
 
 
-def having(*settings: str, without: str = "") -> tuple[str, ...]:
+def losses_with(*settings: str, without: str = "") -> tuple[str, ...]:
     """The losses that have these settings, in the order of their rows."""
     return tuple(loss for loss, row in DEFAULTS.items() if row.keys() >= set(settings) and without not in row)
 
 
-CLIPPED = having("clip", "dual_clip")
-RATIOS = having("dual_clip")
-LIMITING = having("clip", without="dual_clip")
-PENALISED = having("beta", "tis_cap")
-COMPARED = having("kl")
+CLIPPED = losses_with("clip", "dual_clip")
+RATIOS = losses_with("dual_clip")
+LIMITING = losses_with("clip", without="dual_clip")
+PENALISED = losses_with("beta", "tis_cap")
+COMPARED = losses_with("kl")
 POLICY = tuple(loss for loss in READS if "advantages" in READS[loss])
 SEQUENCE = tuple(loss for loss in CLIPPED if DEFAULTS[loss]["weigh"] == "sequence_mean")
 PAIRS = tuple(loss for loss in READS if DEFAULTS[loss]["weigh"] == "pair_mean")
@@ -112,30 +112,30 @@ def policy_data(lp: str, w: str, adv: str, d: str = "", old: str = "", x: str = 
     """Data with every column of the policy losses; what is left out takes turns through a few gaps."""
     logprobs = rows(lp)
 
-    def turns(*gaps: float) -> list[list[float]]:
+    def cycled(*gaps: float) -> list[list[float]]:
         return [[g for _, g in zip(row, cycle(gaps))] for row in logprobs]
 
-    ds = rows(d) if d else turns(0.125, -0.0625)
-    olds = rows(old) if old else minus(logprobs, ds)
-    refs = minus(logprobs, rows(x) if x else turns(0.25, -0.125, 0.5, -0.25), sign=-1)
-    samplers = minus(olds, rows(gap) if gap else turns(0.25, -0.5, 0.75))
+    ds = rows(d) if d else cycled(0.125, -0.0625)
+    olds = rows(old) if old else subtract(logprobs, ds)
+    refs = subtract(logprobs, rows(x) if x else cycled(0.25, -0.125, 0.5, -0.25), sign=-1)
+    samplers = subtract(olds, rows(gap) if gap else cycled(0.25, -0.5, 0.75))
     return data(logprobs=lp, weights=w, advantages=adv, old_logprobs=olds, ref_logprobs=refs, sampler_logprobs=samplers)
 
 
-def minus(left: list[list[float]], right: list[list[float]], sign: float = 1.0) -> list[list[float]]:
+def subtract(left: list[list[float]], right: list[list[float]], sign: float = 1.0) -> list[list[float]]:
     """left − right, or left + right where that would be above 0 and no logprob."""
 
-    def apart(u: float, v: float) -> float:
+    def at_most_zero(u: float, v: float) -> float:
         return u + v if u <= 0 < u - v else u - v
 
-    return [[apart(u, sign * v) for u, v in zip(*pair, strict=True)] for pair in zip(left, right, strict=True)]
+    return [[at_most_zero(u, sign * v) for u, v in zip(*pair, strict=True)] for pair in zip(left, right, strict=True)]
 
 
-def reading(loss: str, given: Data, settings: Mapping[str, Any]) -> Data:
+def select_columns(loss: str, rows_given: Data, settings: Mapping[str, Any]) -> Data:
     """The data with the columns that the loss reads."""
     sampled = settings.get("tis_cap") is not None
     names = ["logprobs", "weights", *READS[loss], *["sampler_logprobs"] * sampled]
-    return [{name: row[name] for name in names} for row in given]
+    return [{name: row[name] for name in names} for row in rows_given]
 
 
 WEIGHINGS: list[dict[str, Any]] = [
@@ -147,9 +147,9 @@ WEIGHINGS: list[dict[str, Any]] = [
 """Beside token_mean, from which most cases start."""
 
 
-def weighed(loss: str, situations: Sequence[Situation]) -> Iterator[Case]:
+def with_every_weighing(loss: str, situations: Sequence[Situation]) -> Iterator[Case]:
     """Every weighing on these situations, but for the one that the loss starts from."""
     for settings in ({"weigh": "token_mean"}, *WEIGHINGS):
         if settings["weigh"] != DEFAULTS[loss]["weigh"]:
             for situation in situations:
-                yield situation.under(loss, settings["weigh"], **settings)
+                yield situation.case_for(loss, settings["weigh"], **settings)

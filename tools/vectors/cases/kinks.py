@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from itertools import product
 from typing import Any
 
-from tools.vectors.cases.form import CLIPPED, COMPARED, DEFAULTS, RATIOS, Case, Data, policy_data, reading
+from tools.vectors.cases.form import CLIPPED, COMPARED, DEFAULTS, RATIOS, Case, Data, policy_data, select_columns
 
 
 def kinks() -> Iterator[Case]:
@@ -41,4 +41,5 @@ def kinks() -> Iterator[Case]:
 
 
 def kink(loss: str, comment: str, given: Data, settings: Mapping[str, Any], beside: Mapping[str, Any]) -> Case:
-    return Case(loss, "kink", comment, {**DEFAULTS[loss], **settings}, reading(loss, given, settings), beside=beside)
+    config, data = DEFAULTS[loss] | settings, select_columns(loss, given, settings)
+    return Case(loss, "kink", comment, config, data, beside=beside)

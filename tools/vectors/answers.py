@@ -8,23 +8,23 @@ from typing import Any
 
 from lossfns.testing import oracle
 from lossfns.testing.planted import Arguments
-from lossfns.testing.vectors.flags import arguments, grouping, shaped
-from lossfns.testing.vectors.vector import Answer, flat
+from lossfns.testing.vectors.flags import advantage_arguments, arguments, to_answer
+from lossfns.testing.vectors.vector import Answer, flatten
 
 FLOAT32 = 2.0**-24
 """Half a unit in the last place of 1."""
 
 
-def right(
+def correct_answer(
     loss: str, config: Mapping[str, Any], data: Sequence[Mapping[str, Any]], denominator: float | None = None
 ) -> Answer:
     """The oracle's answer, in the shape of the data."""
     if loss == "group_advantages":
-        return {"advantages": oracle.group_advantages(**grouping(config, data))}
-    return shaped(getattr(oracle, loss)(**arguments(config, data, denominator)), data)
+        return {"advantages": oracle.group_advantages(**advantage_arguments(config, data))}
+    return to_answer(getattr(oracle, loss)(**arguments(config, data, denominator)), data)
 
 
-def tokens(a: Arguments) -> int:
+def count_tokens(a: Arguments) -> int:
     """How many entries count."""
     return sum(len(oracle.active(row)) for row in a["weights"])
 
@@ -37,7 +37,7 @@ def tolerance(answer: Answer, a: Arguments) -> tuple[dict[str, list[float]], str
     tol, reason = {"float64": [1e-9, 1e-12], "float32": [1e-5, 1e-6]}, ""
     if "loss" not in answer:
         return tol, reason
-    g, lp, ratio = flat(answer["grad"]), flat(a["logprobs"]), float("old_logprobs" in a)
+    g, lp, ratio = flatten(answer["grad"]), flatten(a["logprobs"]), float("old_logprobs" in a)
     noise = 4 * FLOAT32 * sum(abs(x) * (abs(y) + ratio) for x, y in zip(g, lp) if x != 0)
     if noise > 1e-6 + 1e-5 * abs(answer["loss"]):
         tol["float32"][1] = float(f"{noise:.1e}")
@@ -45,10 +45,10 @@ def tolerance(answer: Answer, a: Arguments) -> tuple[dict[str, list[float]], str
     return tol, reason
 
 
-def digits(x: Any, count: int = 12) -> Any:
+def round_significant(x: Any, count: int = 12) -> Any:
     """Numbers rounded to so many significant digits: enough for any tolerance, few enough for any maths library."""
     if isinstance(x, Mapping):
-        return {name: digits(value, count) for name, value in x.items()}
+        return {name: round_significant(value, count) for name, value in x.items()}
     if isinstance(x, (list, tuple)):
-        return [digits(value, count) for value in x]
+        return [round_significant(value, count) for value in x]
     return float(f"{x:.{count}g}") + 0.0 if isinstance(x, float) and math.isfinite(x) else x
