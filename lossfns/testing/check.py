@@ -1,4 +1,4 @@
-"""``check``: every law of a loss's kind on edge-rich batches, and what the first broken one means."""
+"""``check``: run every law of a loss's kind on batches with many edge cases, and report the likely bug."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ READS = {
 READS["any"] = READS["policy"]
 KINDS = (*LAWS_BY_KIND, "advantages")
 NUM_TARGETS = 3
-"""How many targets a position has, in the batches for a loss over ``[N, K]``."""
+"""K, the targets of a position, in the batches for a loss over ``[N, K]``."""
 
 
 MARKS = {"pass": "ok", "fail": "FAIL", "n/a": "–"}
@@ -47,7 +47,7 @@ class Verdict:
         says: the law in one sentence.
         verdict: ``"pass"``, ``"fail"`` or ``"n/a"``.
         seconds: the time that the law took.
-        bug: the bug that a broken law speaks for.
+        bug: the bug that most likely breaks the law.
         seen: the observation that broke the law, or the reason why it does not apply.
         example: the smallest batch that breaks the law.
     """
@@ -62,7 +62,7 @@ class Verdict:
 
     @property
     def remark(self) -> str:
-        """The most telling text for one line: the bug, the reason why the law does not apply, or the law itself."""
+        """The text for one line of the table: the bug, the reason why the law does not apply, or the law itself."""
         return {"fail": self.bug, "n/a": self.seen}.get(self.verdict) or self.says
 
     @property
@@ -96,10 +96,11 @@ class Report:
 
     @property
     def bug(self) -> str:
-        """The most likely bug: that of the first broken law, "" where none is broken."""
+        """The most likely bug, which the first broken law names; "" where every law holds."""
         return self.failures[0].bug if self.failures else ""
 
     def as_dict(self) -> dict[str, Any]:
+        """Return the report as plain JSON values."""
         verdicts = [vars(v) for v in self.verdicts]
         return {"subject": self.subject, "kind": self.kind, "ok": self.ok, "bug": self.bug, "verdicts": verdicts}
 
@@ -115,7 +116,7 @@ class Report:
         return f"{verdict} ({sum(v.seconds for v in self.verdicts):.1f} s)"
 
     def table(self) -> str:
-        """The report as plain text: a line for each law, then an explanation of each broken law, then the summary."""
+        """Return the report as plain text: a line for each law, an explanation of each broken law, and the summary."""
         width = max(len(v.law) for v in self.verdicts)
         lines = [f"{self.subject} ({self.kind})", ""]
         lines += [f"{MARKS[v.verdict]:4}  {v.law:{width}}  {v.remark}" for v in self.verdicts]
@@ -125,7 +126,7 @@ class Report:
         return "\n".join([*lines, "", self.summary])
 
     def junit(self) -> str:
-        """The same as JUnit XML, a test case for each law."""
+        """Return the report as JUnit XML, with a test case for each law."""
         suite = ElementTree.Element("testsuite", name=f"lossfns check {self.subject}", tests=str(len(self.verdicts)),
             failures=str(len(self.failures)), skipped=str(sum(v.verdict == "n/a" for v in self.verdicts)))  # fmt: skip
         for v in self.verdicts:
@@ -139,7 +140,7 @@ class Report:
 
 
 class Trial(NamedTuple):
-    """One law, ready to be tried on the subject."""
+    """A law that is ready to run on the subject."""
 
     law: str
     run: Callable[[], Verdict]
@@ -153,10 +154,10 @@ def trials(
     like: Loss | None = None,
     examples: int = 12,
 ) -> tuple[str, list[Trial]]:
-    """The kind of a subject and the trials of every law of that kind, in the order of diagnosis; see ``check``."""
+    """Return the kind of a subject and a trial of each law of that kind, in the order of diagnosis. See ``check``."""
     kind = kind or getattr(subject, "kind", None) or ("advantages" if takes_rewards(subject) else None)
     if kind not in (None, *KINDS):
-        raise LossInputError("kind", f"one of {', '.join(KINDS)}", repr(kind), "Leave it out to have it found.")
+        raise LossInputError("kind", f"one of {', '.join(KINDS)}", repr(kind), "Leave it out to have it detected.")
     if kind == "advantages":
         return kind, [Trial(law.__name__, partial(run_advantage_law, law, subject)) for law in ADVANTAGES]
     with without_expected_warnings():
@@ -171,7 +172,7 @@ def trials(
 
 @contextmanager
 def without_expected_warnings() -> Iterator[None]:
-    """Without the warnings that batches which are wild on purpose give rise to."""
+    """Ignore the warnings that deliberately extreme batches cause."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", LossWarning)
         warnings.filterwarnings("ignore", message="Converting a tensor with requires_grad")
@@ -193,15 +194,16 @@ def check(
 
     Args:
         subject: a contract function, a ``Loss``, a factory of one, or a function of padded ``[B, T]`` tensors.
-        kind: "policy", "supervised", "preference", "any" or "advantages"; found out where it can be.
-        factory: whether the subject is a factory; found out where it can be.
-        like: the loss of ours that it claims to be; our own losses and those with an attribute ``like`` say so.
-        name: what the report calls it.
-        examples: how many random batches a law is tried on, after the small ones that it always is.
+        kind: "policy", "supervised", "preference", "any" or "advantages"; detected if left out.
+        factory: whether the subject is a factory; detected if left out.
+        like: the loss of this library that the subject claims to be. Left out, it is the subject's attribute ``like``,
+            or the subject itself if it is a loss of this library.
+        name: the name of the subject in the report.
+        examples: the number of random batches for each law, in addition to the small ones.
         progress: called with the name of each law before it runs.
 
     Raises:
-        LossInputError: where the subject is nothing that can be tested.
+        LossInputError: if the subject cannot be tested.
 
     >>> import lossfns
     >>> report = check(lossfns.dpo(), examples=1)
@@ -221,7 +223,7 @@ def check(
 
 
 def law_trials(loss_fn: LossFn, kind: str, targets: int, examples: int, claims: Sequence[Law]) -> list[Trial]:
-    """The laws of a kind, and those of what it claims to be, on small batches and drawn ones."""
+    """Return trials of the laws of a kind and of ``claims``, on small batches and on random ones."""
     from lossfns.testing.strategies import batches
 
     small = [columns_for_kind(batch, kind, targets) for batch in SMALL]
@@ -247,12 +249,12 @@ def law_trials(loss_fn: LossFn, kind: str, targets: int, examples: int, claims: 
 
 
 def makes_own_batches(law: Law) -> bool:
-    """Whether a law brings its own batches: the golden vectors do, too."""
+    """Return whether a law makes its own batches, as the law of golden vectors also does."""
     return law in SELF_CONTAINED or law.__name__ == "vectors"
 
 
 def run_law(law: Law, on: Callable[[Batch], None], small: Sequence[Batch], drawn: Any, examples: int) -> Verdict:
-    """Try the small batches in their order, then random ones, and keep the smallest that breaks the law."""
+    """Run a law on the small batches in order, then on random ones, and report the smallest batch that breaks it."""
     start = time.monotonic()
     reasons: list[str] = []
     held = 0
@@ -278,7 +280,7 @@ def run_law(law: Law, on: Callable[[Batch], None], small: Sequence[Batch], drawn
     seconds = time.monotonic() - start
     if failed:
         batch, error = failed
-        example = "" if makes_own_batches(law) else str(batch)  # those say it themselves
+        example = "" if makes_own_batches(law) else str(batch)  # such a law describes its batch in what was seen
         return Verdict(law.__name__, statement(law), "fail", seconds, error.bug, error.seen, example)
     if held:
         return Verdict(law.__name__, statement(law), "pass", seconds)
@@ -288,7 +290,7 @@ def run_law(law: Law, on: Callable[[Batch], None], small: Sequence[Batch], drawn
 def smallest_failure(
     broken: Callable[[Batch], LawBroken | None], drawn: Any, examples: int
 ) -> tuple[Batch, LawBroken] | None:
-    """The smallest of the drawn batches that breaks the law, the same in every run."""
+    """Return the smallest drawn batch that breaks the law, the same one in every run, or None."""
     from hypothesis import HealthCheck, Phase, given, settings
 
     last: list[tuple[Batch, LawBroken]] = []
@@ -311,15 +313,17 @@ def smallest_failure(
 
 
 def crashed(error: Exception) -> LawBroken:
+    """Return the broken law for an unexpected exception."""
     return LawBroken("not-the-contract", f"On valid input a law ends in {type(error).__name__}: {error}.")
 
 
 def statement(law: Callable[..., None]) -> str:
+    """Return the sentence that a law states: the first line of its docstring."""
     return (law.__doc__ or "").partition("\n")[0]
 
 
 def run_advantage_law(law: AdvantageLaw, fn: Any) -> Verdict:
-    """The verdict of a law of group advantages, on interleaved groups of unequal size."""
+    """Run a law of group advantages on two interleaved groups of unequal size."""
     rewards, groups = [1.0, 0.0, 0.5, 0.25, 0.0, 1.0, 0.75], ["a", "b", "a", "b", "a", "a", "b"]
     start = time.monotonic()
     verdict = partial(Verdict, law.__name__, statement(law))
@@ -334,7 +338,7 @@ def run_advantage_law(law: AdvantageLaw, fn: Any) -> Verdict:
     return verdict("pass", time.monotonic() - start)
 
 
-# Batches that every law is tried on first, smallest first
+# The small batches, on which every law runs first
 
 SMALL = (
     Batch(
@@ -361,7 +365,7 @@ SMALL = (
 
 
 def columns_for_kind(batch: Batch, kind: str, targets: int) -> Batch:
-    """A small batch with the columns that the kind reads, and each position K times over for ``[N, K]``."""
+    """Return a small batch with the columns of a kind, and with K targets at each position where ``targets`` is K."""
     batch = Batch(batch.logprobs, batch.weights, {name: batch.columns[name] for name in READS[kind]})
     if not targets:
         return batch
@@ -370,11 +374,11 @@ def columns_for_kind(batch: Batch, kind: str, targets: int) -> Batch:
     return Batch(wide.logprobs, weights, wide.columns, targets)
 
 
-# What a subject is, found by trying
+# Detection of the kind of a subject
 
 
 def try_call(loss_fn: LossFn, batch: Batch, dtype: torch.dtype) -> Tensor | None:
-    """The loss on a batch, None where the call does not give one."""
+    """Return the loss on a batch, or None where the call fails or returns no tensor."""
     try:
         loss = loss_fn(batch.data(), batch.tensors(dtype))[0]
     except NotApplicable:
@@ -385,7 +389,7 @@ def try_call(loss_fn: LossFn, batch: Batch, dtype: torch.dtype) -> Tensor | None
 
 
 def working_dtype(loss_fn: LossFn, batch: Batch) -> torch.dtype:
-    """float64 where the loss computes in it, so that it feels 2⁻⁴⁰, else float32: laws are as sharp as the loss is."""
+    """Return float64 if the loss computes in it, so that a change of 2⁻⁴⁰ shows in the value; else float32."""
     near = [[x - 2.0**-40 for x in row] for row in batch.logprobs]
     values = [try_call(loss_fn, b, torch.float64) for b in (batch, batch.having(logprobs=near))]
     sharp = all(value is not None and value.dtype == torch.float64 for value in values)
@@ -393,7 +397,7 @@ def working_dtype(loss_fn: LossFn, batch: Batch) -> torch.dtype:
 
 
 def takes_datum_advantages(loss_fn: LossFn, batch: Batch) -> bool:
-    """Whether a factory takes one advantage for each datum, not one for each token."""
+    """Return whether the subject is a factory that takes one advantage for each datum."""
     if not isinstance(loss_fn, FactoryLoss):
         return False
     try_call(loss_fn, batch, torch.float32)
@@ -401,20 +405,20 @@ def takes_datum_advantages(loss_fn: LossFn, batch: Batch) -> bool:
 
 
 def takes_rewards(subject: Any) -> bool:
-    """Whether it is a function of rewards, as advantages are."""
+    """Return whether the first parameter of a subject is ``rewards``, as it is for group advantages."""
     first = next(iter(parameters(subject)), None) if callable(subject) else None
     return first is not None and first.name == "rewards"
 
 
 def detect_kind(loss_fn: LossFn) -> str:
-    """The kind by what the loss declares, else by what it reads."""
+    """Return the kind of a loss, from its declaration if it is a ``Loss``, else from the fields that it reads."""
     loss = loss_fn.loss if isinstance(loss_fn, BoundLoss) else loss_fn
     if isinstance(loss, Loss):
         reads: set[str | None] = set(loss.reads)
         if loss.rows == PAIRS:
             return "preference"
     elif isinstance(loss, (FactoryLoss, PaddedLoss)):
-        own = detect_fields_read(with_settings(loss))  # of a copy: the loss itself tries its forms later
+        own = detect_fields_read(with_settings(loss))  # on a copy, because the first call fixes the forms
         reads = {*map(column_of, loss.required), *own}
     else:
         reads = set(detect_fields_read(loss))
@@ -425,14 +429,14 @@ def detect_kind(loss_fn: LossFn) -> str:
 
 
 def takes_pairs(loss_fn: LossFn) -> bool:
-    """Whether it refuses an odd number of datums, and takes an even one."""
+    """Return whether a loss refuses an odd number of datums and accepts an even one."""
     batch = columns_for_kind(SMALL[1], "supervised", 0)
     odd, even = (try_call(loss_fn, batch.take(range(n)), torch.float32) for n in (3, 4))
     return odd is None and even is not None
 
 
 def detect_fields_read(loss_fn: LossFn) -> set[str]:
-    """The fields of the datums that a call reads, even one that fails."""
+    """Return the fields of the datums that a call reads, even if the call fails."""
     read: set[str] = set()
     for batch in (columns_for_kind(SMALL[1], "policy", 0), columns_for_kind(SMALL[1], "policy", NUM_TARGETS)):
         try:
@@ -443,7 +447,7 @@ def detect_fields_read(loss_fn: LossFn) -> set[str]:
 
 
 def detect_targets(loss_fn: LossFn, kind: str) -> int:
-    """How many targets a position has: K for a loss that takes ``[N, K]`` and not ``[N]``."""
+    """Return K for a loss that accepts ``[N, K]`` and refuses ``[N]``, else 0."""
     loss = loss_fn.loss if isinstance(loss_fn, BoundLoss) else loss_fn
     if isinstance(loss, Loss):
         return NUM_TARGETS if loss.rows == TARGETS else 0

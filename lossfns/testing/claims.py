@@ -1,4 +1,4 @@
-"""A loss against the one it claims to be: value and gradient on any batch, and the golden vectors."""
+"""Laws that compare a loss with the one that it claims to be, on any batch and on the golden vectors."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from lossfns.testing.vectors.vector import METHODS, Vector, load
 
 
 def claim_of(subject: Any, loss_fn: LossFn) -> Loss | None:
-    """The loss of ours that a subject is, or says it is (by an attribute ``like``)."""
+    """Return the loss of this library that a subject is, or claims to be by an attribute ``like``."""
     result = loss_fn.loss if isinstance(loss_fn, BoundLoss) else loss_fn
     like = result if isinstance(result, Loss) else getattr(subject, "like", None)
     return like if isinstance(like, Loss) else None
 
 
 def agreement(like: Loss) -> Law:
-    """The law that a loss has the value and the gradient of the one it claims to be."""
+    """Return the law that a loss has the value and the gradient of ``like``."""
 
     def agreement(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
         probe = Probe.of(loss_fn, data, logprobs)
@@ -45,14 +45,14 @@ def agreement(like: Loss) -> Law:
 
 
 def vary_advantages_by_token(batch: Batch) -> Iterator[Batch]:
-    """The batch with another advantage at each token, for a loss that takes them so."""
+    """Yield the batch with a different advantage at each token, if it has advantages."""
     if "advantages" in batch.columns:
         rows = [[a * (1 + j / 4) for j, a in enumerate(row)] for row in batch.columns["advantages"]]
         yield batch.having(advantages=rows)
 
 
 def matching_vectors(subject: Any, like: Loss) -> list[Vector]:
-    """The golden vectors that a subject can be asked: all of a preset's method, else those of its very settings."""
+    """Return the golden vectors for a subject: every one of a preset, else those with exactly the settings of ``like``."""
     if like.name not in METHODS:
         return []
     every = load(like.name)
@@ -62,7 +62,7 @@ def matching_vectors(subject: Any, like: Loss) -> list[Vector]:
 
 
 def vectors_law(subject: Any, like: Loss, matched: Sequence[Vector]) -> Law:
-    """The law that a loss gives the right answer to golden vectors."""
+    """Return the law that a loss gives the right answer to these golden vectors."""
 
     def vectors(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
         assume(bool(matched), "there are none of its settings")
@@ -84,7 +84,7 @@ def vectors_law(subject: Any, like: Loss, matched: Sequence[Vector]) -> Law:
 
 
 def reply_of(loss_fn: LossFn, vector: Vector, dtype: torch.dtype) -> Mapping[str, Any]:
-    """A contract function's reply to a vector."""
+    """Return a contract function's reply to a vector, in the terms of the protocol."""
     data, logprobs = vector.batch.data(), vector.batch.tensors(dtype)
     try:
         loss, _ = loss_fn(data, logprobs)

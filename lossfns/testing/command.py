@@ -1,4 +1,4 @@
-"""``lossfns check SUBJECT``: the laws from the command line."""
+"""The command ``lossfns check SUBJECT``."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     p.add_argument("--kind", choices=("policy", "supervised", "preference", "any", "advantages"),
         help="which laws to test; detected if left out")  # fmt: skip
     p.add_argument("--factory", action="store_true", default=None,
-        help="the name is that of a factory; detected if left out")  # fmt: skip
+        help="the name is the name of a factory; detected if left out")  # fmt: skip
     p.add_argument("--like", metavar="METHOD", help="the method that the subject claims to be, such as "
         "'grpo(kl_beta=0.04)': its golden vectors are run too")  # fmt: skip
     p.add_argument("--examples", type=non_negative, default=12, metavar="N", help="random batches for each law")
@@ -44,6 +44,7 @@ def add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 
 
 def non_negative(text: str) -> int:
+    """Parse an integer of at least 0."""
     number = int(text)
     if number < 0:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 0, got {number}")
@@ -82,7 +83,7 @@ def check_command(args: argparse.Namespace) -> int:
 
 
 def write(report: Report, args: argparse.Namespace) -> None:
-    """Print the report, and write the files that were asked for."""
+    """Print the report and write the requested files."""
     as_json = json.dumps(report.as_dict(), indent=1, ensure_ascii=False)
     console = console_on(sys.stdout)
     if args.json == "-":
@@ -98,7 +99,7 @@ def write(report: Report, args: argparse.Namespace) -> None:
 
 
 def print_report(report: Report, console: Console) -> None:
-    """Print what ``Report.table`` says, in colours and wrapped to the width of the terminal."""
+    """Print the text of ``Report.table`` in colours, wrapped to the width of the terminal."""
     console.print(f"{report.subject} ({report.kind})\n", style="bold")
     print_rows(console, [(MARKS[v.verdict], v.law, v.remark) for v in report.verdicts],
         styles=[STYLES[v.verdict] for v in report.verdicts])  # fmt: skip

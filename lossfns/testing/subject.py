@@ -1,4 +1,4 @@
-"""The loss under test, in whatever form it comes: a contract function, a factory, a padded ``[B, T]`` function."""
+"""Adapters that turn the loss under test into a contract function: from a factory or a function of padded tensors."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ PARAMETER_NAMES = {
     "rejected ref_logprobs": "ref_rejected rejected_ref_logprobs ref_rejected_logprobs reference_rejected_logprobs "
     "reference_rejected_logps",
 }
-"""What other frameworks call the columns: parameters of these names are filled from the datums."""
+"""Column → the parameter names that other frameworks use for it. Such parameters are filled from the datums."""
 
 COLUMN_BY_PARAMETER = {
     parameter: name for name, parameters in PARAMETER_NAMES.items() for parameter in parameters.split()
@@ -41,11 +41,12 @@ COLUMN_BY_PARAMETER = {
 
 
 def column_of(parameter: str) -> str | None:
+    """Return the column that fills a parameter of this name, or None."""
     return COLUMN_BY_PARAMETER.get(parameter)
 
 
 def load(path: str) -> Any:
-    """The object that ``package.module:name`` (or ``file.py:name``) means; a dotted name looks inside."""
+    """Import the object that ``package.module:name`` or ``file.py:name`` names. The name may be dotted."""
     module_name, _, attribute = path.partition(":")
     if not attribute:
         raise LossInputError("subject", "module:loss_fn", repr(path), "Name the function after a colon.")
@@ -64,7 +65,7 @@ def load(path: str) -> Any:
 
 
 def parse_method(text: str) -> Loss:
-    """The loss that a text such as ``grpo(kl_beta=0.04, weigh=sequence_mean)`` builds from our names and numbers."""
+    """Build the loss that a text such as ``grpo(kl_beta=0.04, weigh=sequence_mean)`` describes."""
     try:
         tree = ast.parse(text, mode="eval").body
         named = tree if isinstance(tree, ast.Call) else ast.Call(tree, [], [])
@@ -79,7 +80,7 @@ def parse_method(text: str) -> Loss:
 
 
 def parse_value(node: ast.expr) -> Any:
-    """A literal, or one of our functions by its name; nothing else is evaluated."""
+    """Return the value of a literal, of a public name, or of a call of one. Nothing else is evaluated."""
     if isinstance(node, ast.Name):
         return public(node.id)
     if isinstance(node, ast.Call):
@@ -88,6 +89,7 @@ def parse_value(node: ast.expr) -> Any:
 
 
 def from_file(path: str) -> Any:
+    """Import a Python file as a module."""
     spec = importlib.util.spec_from_file_location("subject_under_test", path)
     if spec is None or spec.loader is None:
         raise LossInputError("subject", "a Python file", repr(path), "Check the path.")
@@ -97,7 +99,7 @@ def from_file(path: str) -> Any:
 
 
 def adapt(subject: Any, *, factory: bool | None = None) -> LossFn:
-    """A contract function that reads every column from the datums, made of a subject in any form."""
+    """Turn a subject of any form into a contract function that reads every column from the datums."""
     if isinstance(subject, (Loss, BoundLoss)):
         return subject
     if not callable(subject):
@@ -123,20 +125,21 @@ def adapt(subject: Any, *, factory: bool | None = None) -> LossFn:
 
 
 def follows_contract(fn: Callable[..., Any], required: Sequence[str]) -> bool:
-    """Whether a function takes two arguments of which the first is no column, or does not say what it takes."""
+    """Return whether a function requires two arguments and the first is no column, or has only ``*args``."""
     open_ended = any(p.kind is p.VAR_POSITIONAL for p in inspect.signature(fn).parameters.values())
     return column_of(required[0]) is None if len(required) == 2 else open_ended and not required
 
 
 def parameters(fn: Callable[..., Any]) -> list[inspect.Parameter]:
+    """Return the named parameters of a function."""
     kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     return [p for p in inspect.signature(fn).parameters.values() if p.kind not in kinds]
 
 
 def parameter_rows(data: Sequence[Any], parameter: str) -> list[Tensor]:
-    """What a parameter is filled with: float32 rows of all datums, or of one side of each pair.
+    """Return the values of a parameter: float32 rows of all datums, or of one side of each pair.
 
-    A parameter that is called a mask reads the datum's ``mask``: it is no set of weights.
+    A parameter whose name contains "mask" reads the datum's ``mask``, which holds no fractions.
     """
     side, _, plain = (column_of(parameter) or "").rpartition(" ")
     chosen = {"": data, "chosen": data[0::2], "rejected": data[1::2]}[side]
@@ -145,10 +148,10 @@ def parameter_rows(data: Sequence[Any], parameter: str) -> list[Tensor]:
 
 
 class FactoryLoss:
-    """A factory's loss: for each call the factory is given the batch's columns, in the form that it takes.
+    """The loss of a factory, which is called with the batch's columns on every call.
 
-    Rows of tensors are tried first, then rows of lists, then one number for each datum (advantages), then
-    the only pair's row by itself. The first form with which a call gives a loss is kept.
+    The factory may take rows of tensors, rows of lists, one number for each datum (advantages), or the row of the
+    only pair. The forms are tried in this order on the first call, and the first one that gives a loss is kept.
     """
 
     FORMS: Mapping[str, Callable[[list[Tensor], list[Tensor]], Any]] = {
@@ -171,13 +174,14 @@ class FactoryLoss:
         return self.build(data, self.forms)(data, logprobs_list)
 
     def build(self, data: Sequence[Any], forms: Sequence[str]) -> Any:
+        """Call the factory with the columns in these forms."""
         columns = {name: parameter_rows(data, name) for name in self.required}
         weights = parameter_rows(data, "weights")
         given = {name: self.FORMS[form](columns[name], weights) for name, form in zip(self.required, forms)}
         return self.factory(**given, **self.settings)
 
     def find_forms(self, data: Sequence[Any], logprobs_list: Sequence[Tensor]) -> tuple[str, ...]:
-        """The first forms of the columns with which a call gives a 0-d loss."""
+        """Return the first forms of the columns with which a call gives a 0-d loss."""
         errors = []
         for forms in self.candidate_forms():
             try:
@@ -192,6 +196,7 @@ class FactoryLoss:
         raise TypeError("no form of the columns gives a 0-d loss: " + "; ".join(errors))
 
     def candidate_forms(self) -> Iterator[tuple[str, ...]]:
+        """Yield the combinations of forms to try, one form for each required parameter."""
         plain = ("rows", "lists")
         for form in plain:
             yield (form,) * len(self.required)
@@ -201,7 +206,7 @@ class FactoryLoss:
 
 
 def datum_advantage(row: Tensor, weights: Tensor) -> float:
-    """A per-datum number from a row that is constant over its active tokens; else this batch is not for this loss."""
+    """Return the one advantage of a datum; raise NotApplicable where it differs between active tokens."""
     active = {x for x, w in zip(row.tolist(), weights.tolist()) if w}
     if len(active) > 1:
         raise NotApplicable("it takes one advantage for each datum")
@@ -209,10 +214,10 @@ def datum_advantage(row: Tensor, weights: Tensor) -> float:
 
 
 class PaddedLoss:
-    """A function of ``[B, T]`` tensors, called by the contract: the adapter pads, and unpacks what it returns.
+    """A contract function that calls a function of padded ``[B, T]`` tensors.
 
-    Parameters are filled by their names (``NAMES``). It may return the loss, ``(loss, metrics)``, or a tuple
-    that starts with the loss.
+    Parameters are filled by their names (``PARAMETER_NAMES``). The function may return the loss, ``(loss, metrics)``,
+    or a tuple that starts with the loss.
     """
 
     def __init__(self, fn: Callable[..., Any], settings: Mapping[str, Any] | None = None) -> None:
@@ -242,7 +247,7 @@ class PaddedLoss:
 
 
 def padded(fn: Callable[..., Any], **settings: Any) -> LossFn:
-    """A contract function from one of padded ``[B, T]`` tensors, for ``lossfns check`` and the laws.
+    """Turn a function of padded ``[B, T]`` tensors into a contract function; ``settings`` are passed on to it.
 
     >>> def pg(logprobs, advantages, mask):
     ...     return -(logprobs * advantages * mask).sum() / mask.sum()
@@ -255,7 +260,7 @@ def padded(fn: Callable[..., Any], **settings: Any) -> LossFn:
 
 
 def knobs(loss_fn: LossFn) -> dict[str, Any]:
-    """The settings of a loss that can be varied from outside, with their values."""
+    """Return the settings of a loss that can be changed from outside, with their values."""
     if isinstance(loss_fn, BoundLoss):
         return knobs(loss_fn.loss)
     if isinstance(loss_fn, Loss):
@@ -268,12 +273,12 @@ def knobs(loss_fn: LossFn) -> dict[str, Any]:
 
 
 def setting_elements(value: Any) -> Iterator[int | None]:
-    """What can be varied by itself: each element of a pair, else the whole."""
+    """Yield the index of each element of a pair or list; yield None for any other value, which changes as a whole."""
     yield from range(len(value)) if isinstance(value, (tuple, list)) else (None,)
 
 
 def variants(loss_fn: LossFn, name: str, element: int | None = None) -> Iterator[LossFn]:
-    """The loss with other values of one setting, or of one element of it: those that it accepts."""
+    """Yield the loss with other values of one setting, or of one element of it. Values that it refuses are skipped."""
     usual = knobs(loss_fn)[name]
     for value in other_values(usual if element is None else usual[element], name):
         whole = value if element is None else [value if i == element else x for i, x in enumerate(usual)]
@@ -288,11 +293,11 @@ NAMED_VALUES = {
     "weigh": ("fixed_length", "pair_sum", "pair_mean", "token_sum"),
     "level": ("sequence_level", "token_level"),
 }
-"""Our functions that a setting of this name may be."""
+"""Setting → the public functions that it may be set to."""
 
 
 def other_values(value: Any, name: str) -> list[Any]:
-    """Values of a setting unlike the one it has, plausible first."""
+    """Return other values for a setting, the most plausible first."""
     if isinstance(value, bool):
         return [not value]
     if isinstance(value, (int, float)):
@@ -304,7 +309,7 @@ def other_values(value: Any, name: str) -> list[Any]:
 
 
 def with_settings(loss_fn: LossFn, **settings: Any) -> LossFn:
-    """The loss with other settings."""
+    """Return the loss with some of its settings replaced."""
     if isinstance(loss_fn, BoundLoss):
         return BoundLoss(with_settings(loss_fn.loss, **settings), loss_fn.columns)  # type: ignore[arg-type]
     if isinstance(loss_fn, Loss):

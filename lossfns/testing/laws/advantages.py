@@ -1,4 +1,4 @@
-"""Laws of group advantages: a function ``(rewards, groups) -> advantages``, one number for each reward."""
+"""Laws of group advantages, functions ``(rewards, groups) -> advantages`` with one number for each reward."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ AdvantageLaw = Callable[[AdvantageFn, Sequence[float], Sequence[Hashable]], None
 
 
 def advantages_of(fn: AdvantageFn, rewards: Sequence[float], groups: Sequence[Hashable]) -> list[float]:
-    """The advantages as floats; the groups go second, or by name where they must."""
+    """Return the advantages as floats. Groups are passed second, or by name where they are keyword-only."""
     try:
         inspect.signature(fn).bind(rewards, groups)
     except TypeError:
@@ -22,7 +22,7 @@ def advantages_of(fn: AdvantageFn, rewards: Sequence[float], groups: Sequence[Ha
 
 
 def group_members(groups: Sequence[Hashable]) -> dict[Hashable, list[int]]:
-    """The indices of each group, in order of first appearance."""
+    """Return the indices of each group, in order of first appearance."""
     found: dict[Hashable, list[int]] = {}
     for i, group in enumerate(groups):
         found.setdefault(group, []).append(i)
@@ -36,7 +36,7 @@ def alone(fn: AdvantageFn, rewards: Sequence[float], groups: Sequence[Hashable])
 
 
 def constant(fn: AdvantageFn, rewards: Sequence[float], groups: Sequence[Hashable]) -> None:
-    """Where all rewards of a group agree, its advantages are 0, to rounding."""
+    """Where all rewards of a group are equal, its advantages are 0 up to rounding."""
     result = advantages_of(fn, [0.7] * 8, ["same"] * 8)
     require(
         all(abs(a) < 1e-6 for a in result),
@@ -46,7 +46,7 @@ def constant(fn: AdvantageFn, rewards: Sequence[float], groups: Sequence[Hashabl
 
 
 def groupwise(fn: AdvantageFn, rewards: Sequence[float], groups: Sequence[Hashable]) -> None:
-    """Groups are told apart by their ids, wherever their members stand, and do not feel one another."""
+    """Groups are identified by their ids, in any order, and do not affect one another."""
     whole = advantages_of(fn, rewards, groups)
     parts = group_members(groups)
     own = {g: advantages_of(fn, [rewards[i] for i in where], [g] * len(where)) for g, where in parts.items()}
@@ -73,7 +73,7 @@ def ordered(fn: AdvantageFn, rewards: Sequence[float], groups: Sequence[Hashable
 
 
 def deviation(fn: AdvantageFn, rewards: Sequence[float], groups: Sequence[Hashable]) -> None:
-    """Scaled advantages of a group of n have Σ A² = n − 1: the standard deviation has n − 1 below."""
+    """Scaled advantages of a group of n have Σ A² = n − 1: the standard deviation divides by n − 1."""
     one, ten = (advantages_of(fn, [x, -x, 0.0], ["a"] * 3) for x in (1.0, 10.0))
     assume(relative_difference(one, ten) < 1e-3, "it does not scale")
     squares = math.fsum(a * a for a in one)

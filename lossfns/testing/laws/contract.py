@@ -1,4 +1,4 @@
-"""Laws of the contract: what any ``(data, logprobs_list) -> (loss, metrics)`` owes its caller."""
+"""Laws of the contract ``(data, logprobs_list) -> (loss, metrics)``."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def contract(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -
 
 
 def diagnose_misalignment(probe: Probe) -> None:
-    """Whether a call that fails on datums of unequal length mixes datums up on equal ones."""
+    """Raise LawBroken if a loss that fails on datums of unequal length mixes up datums of equal length."""
     from lossfns.testing.laws.frames import independence
 
     try:
@@ -90,6 +90,7 @@ def inputs_unchanged(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Te
 
 
 def snapshot(data: Sequence[Any], logprobs: Sequence[Tensor]) -> dict[str, str]:
+    """Return the ``repr`` of every field and logprob tensor, by its path."""
     fields = {
         f"datum[{i}].{name}": repr(values.to_numpy().tolist())
         for i, datum in enumerate(data)
@@ -112,7 +113,7 @@ def repeatable(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor])
 
 
 def every_gradient(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
-    """Each datum's logprobs get a gradient, be it 0: the hosted SDKs raise where it is None."""
+    """Each datum's logprobs get a gradient, which may be 0; the hosted SDKs raise where it is None."""
     probe = Probe.of(loss_fn, data, logprobs)
     batch = with_masked_unit(probe.batch)
     zero = with_constants(batch, advantages=0.0) if "advantages" in batch.columns else batch
@@ -125,7 +126,7 @@ def every_gradient(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tens
 
 
 def missing_gradients(probe: Probe, batch: Batch) -> Sequence[int]:
-    """The datums without a gradient: all, where the loss has none itself."""
+    """Return the datums whose gradient is None: all of them if the loss does not require grad."""
     loss, _ = probe.loss_fn(batch.data(), batch.tensors(probe.dtype))
     return probe(batch).missing if loss.requires_grad else range(len(batch.weights))
 
@@ -152,19 +153,20 @@ def lengths(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) ->
 
 
 def with_fields(datum: Any, fields: dict[str, Any]) -> Any:
+    """Return the datum with some of its fields replaced."""
     return type(datum)(datum.model_input, {**datum.loss_fn_inputs, **fields})
 
 
 SPECIAL_TOKEN_IDS = (*range(62), 128, 255, 50256, 100257, 128001, 128009, 151643, 151645)
-"""Ids that vocabularies have for the end of a text or a turn, and the small ones."""
+"""Ids of end-of-text and end-of-turn tokens in common vocabularies, and all small ids."""
 
 
 def token_ids(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
-    """Which tokens were the targets does not matter: masks are by position."""
+    """The ids of the target tokens do not matter: masks are by position."""
     probe = Probe.of(loss_fn, data, logprobs)
     batch = uniform_batch(
         probe.batch, length=len(SPECIAL_TOKEN_IDS), datums=2, ref_logprobs=-2.5
-    )  # at the reference a pair is silent
+    )  # at the reference a pair's margin is 0 for any mask
     plain, special = (value_with_targets(probe, batch, ids) for ids in ([1000], SPECIAL_TOKEN_IDS))
     if probe.close(special, plain, scale=0.01):
         return
@@ -175,7 +177,7 @@ def token_ids(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) 
 
 
 def value_with_targets(probe: Probe, batch: Batch, ids: Sequence[int]) -> float:
-    """The value where the first datum's targets are these ids, over and over: in both sides of a pair they cancel."""
+    """Return the value with these ids, repeated, as the targets of the first datum only: in both sides they cancel."""
     data = []
     for i, datum in enumerate(batch.data()):
         shape = datum.loss_fn_inputs["target_tokens"].to_numpy().shape
@@ -185,7 +187,7 @@ def value_with_targets(probe: Probe, batch: Batch, ids: Sequence[int]) -> float:
 
 
 def precision(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
-    """The maths is in float32 at least: a logprob's change of 1e-4 is seen."""
+    """The computation is in float32 at least: a change of a logprob by 1e-4 changes the loss."""
     probe = Probe.of(loss_fn, data, logprobs)
     batch = uniform_batch(probe.batch, datums=2, logprobs=-1.0)
     tried = [batch]
@@ -208,7 +210,7 @@ def host_sync(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) 
 
 
 class TransferRecorder(TorchFunctionMode):
-    """Notes every value that is brought to the host."""
+    """Record every value that a call moves to the host."""
 
     NAMES = frozenset({"item", "tolist", "numpy", "__bool__", "__float__", "__int__", "__index__", "__array__"})
 
@@ -224,9 +226,9 @@ class TransferRecorder(TorchFunctionMode):
 
 
 def count_transfers(probe: Probe, batch: Batch) -> int:
-    """How many of the values that a call brings to the host depend on the logprobs: a datum's own are there already."""
+    """Count the values moved to the host that depend on the logprobs. The data of a datum are on the host already."""
     recorded = []
-    # Each by another amount: alike, they would cancel, within a position or over the batch.
+    # Each logprob changes by a different amount: equal changes could cancel within a position or over the batch.
     perturbed = [[x - 0.25 / (2 + i + j) for j, x in enumerate(row)] for i, row in enumerate(batch.logprobs)]
     for tried in (batch, batch.having(logprobs=perturbed)):
         data, logprobs = tried.data(), tried.tensors(probe.dtype)
@@ -238,7 +240,7 @@ def count_transfers(probe: Probe, batch: Batch) -> int:
 
 
 def tracing(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
-    """A trace of the maths, run on other logprobs, gives their value and gradient."""
+    """A trace of the loss, run on other logprobs, gives the value and gradient of those logprobs."""
     probe = Probe.of(loss_fn, data, logprobs)
     batch = unpoisoned(probe.batch)
     check_trace(probe, batch, (-0.75, -0.01, 0.4))
@@ -251,10 +253,10 @@ def tracing(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) ->
 
 
 def check_trace(probe: Probe, batch: Batch, shifts: Sequence[float]) -> None:
-    """Trace on a batch, run on its logprobs shifted, and compare with the function itself."""
+    """Trace the loss on a batch, run the trace on shifted logprobs, and compare with an eager call."""
     loss_fn, data, shown = probe.loss_fn, batch.data(), batch.tensors(probe.dtype)
     try:
-        with trace_context(TracingContext(FakeTensorMode())):  # or make_fx makes such a mode for each operation
+        with trace_context(TracingContext(FakeTensorMode())):  # without it make_fx makes a mode for each operation
             traced = make_fx(lambda *lps: loss_fn(data, list(lps))[0], _error_on_data_dependent_ops=False)(*shown)
     except Exception as error:
         raise NotApplicable(f"it cannot be traced: {type(error).__name__}") from error
@@ -287,9 +289,9 @@ NEAR_ZERO_LOGPROBS = (
 
 
 def finite(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
-    """Finite logprobs give a finite value and finite gradients, however extreme.
+    """Finite logprobs give a finite value and finite gradients, however extreme they are.
 
-    The two numbers are the two sides of a pair, or the policy's logprob and everyone else's.
+    The two numbers are the two sides of a pair, or the logprobs of the policy and of every other policy.
     """
     probe = Probe.of(loss_fn, data, logprobs)
     pairs = batch_kind(probe.batch) == "preference"
@@ -303,12 +305,12 @@ def finite(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> 
                 at, named = f"At logprobs {x:g} and {y:g}", bug if pairs else "exp-overflow"
                 try:
                     result = probe(batch.having(logprobs=sides, **others))
-                except LawBroken as error:  # it may refuse what is not finite
+                except LawBroken as error:  # the loss may refuse a result that is not finite
                     raise LawBroken(named, f"{at}: {error.seen}") from error
                 seen = f"{at} the value is {result.value} and the gradients {result.gradients}."
                 require(result.finite, named, seen)
 
 
 def logprob_columns(batch: Batch) -> list[str]:
-    """The columns that hold another policy's logprobs."""
+    """Return the columns that hold another policy's logprobs."""
     return [name for name in batch.columns if name in LOGPROB_COLUMNS]

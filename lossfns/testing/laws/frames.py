@@ -1,4 +1,4 @@
-"""Laws of frames: each datum by itself, each token at its own place."""
+"""Laws of frames: datums are independent, and each token is read at its own position."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from lossfns.testing.laws.base import (
 
 
 def signal(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
-    """On-policy there is a gradient: for a good token and for a bad one."""
+    """On-policy, a token of positive and a token of negative advantage both have a gradient."""
     probe = Probe.of(loss_fn, data, logprobs)
     there = {
         sign: probe(uniform_batch(probe.batch, datums=unit_size(probe.batch), advantages=sign)) for sign in (1.0, -1.0)
@@ -48,7 +48,7 @@ def signal(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> 
 
 
 def diagnose_no_gradient(probe: Probe) -> None:
-    """Why there is no gradient on a single token: batch statistics, no advantages, or none at all."""
+    """Find out why a single token has no gradient, and raise LawBroken with that bug."""
     seen = "On-policy, on a single token of weight 1, the gradient is 0"
     three = probe(uniform_batch(probe.batch, length=3, datums=unit_size(probe.batch)))
     require(not any(g for row in three.gradients for g in row), "target-dropped", f"{seen}; of three it is not.")
@@ -75,7 +75,7 @@ def independence(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor
     assume(any(g != 0 for row in usual for g in row), "there is no gradient")
 
     def felt(name: str, moves: Callable[[int], bool]) -> bool:
-        """Whether the first unit's gradient changes when a column does in these units, on their first sides."""
+        """Return whether the first unit's gradient changes with a column of these units' first datums."""
         rows = column_rows(batch, name)
         hit = [i % step == 0 and moves(i // step) for i in range(len(rows))]
         lowered = [[x - 0.125 if h else x for x in row] for row, h in zip(rows, hit)]
@@ -97,13 +97,13 @@ def independence(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor
 
 
 def diagnose_coupling(probe: Probe, alone: Batch) -> str:
-    """What couples units: batch statistics leave a lone pair without a say in the value; a broadcast does not."""
+    """Return the bug that couples units. With batch statistics a single pair does not change the value."""
     lowered = alone.having(logprobs=[[x - 0.5 * (i == 0) for x in row] for i, row in enumerate(alone.logprobs)])
     return "broadcast" if unit_size(alone) == 2 and probe(lowered).value != probe(alone).value else "cross-talk"
 
 
 def check_advantage_coupling(probe: Probe, batch: Batch, mine: Callable[[Batch], Rows], usual: Rows) -> None:
-    """How datum 0 feels the advantages of datums 1 and 2, in words and as a bug."""
+    """Require that the gradient of datum 0 does not depend on the advantages of datums 1 and 2."""
 
     def given(*advantages: float) -> Batch:
         return batch.having(advantages=[[a] * len(row) for a, row in zip(advantages, batch.weights)])
@@ -144,7 +144,7 @@ def canary(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> 
 
 
 def gradient_positions(probe: Probe, batch: Batch) -> list[tuple[int, int]]:
-    """Where the gradient is; nowhere, if the loss finds nothing to train on and says so."""
+    """Return the positions with a gradient; none if the loss refuses the batch."""
     try:
         return nonzero_positions(probe.gradients(batch))
     except LawBroken:
@@ -152,7 +152,7 @@ def gradient_positions(probe: Probe, batch: Batch) -> list[tuple[int, int]]:
 
 
 def check_advantage_position(probe: Probe, batch: Batch) -> None:
-    """Where one token's advantage is not 0, the gradient is at it; with a sequence ratio, all over its sequence."""
+    """Require that one token's advantage acts at that token, or over its sequence if the ratio is the sequence's."""
     from lossfns.testing.laws.policy import has_sequence_ratio
 
     silent_batch = with_constants(batch, advantages=0.0)
@@ -163,7 +163,7 @@ def check_advantage_position(probe: Probe, batch: Batch) -> None:
         there = probe(alone).gradients
         hits[i, j] = nonzero_positions([[g - r for g, r in zip(gs, rs)] for gs, rs in zip(there, background)])
     if not any(hits.values()):
-        return  # clipped, or inert: other laws say which
+        return  # clipped or inert: other laws report it
     for (i, j), hit in hits.items():
         seen = f"The advantage of token {j} of datum {i} has its effect at {hit}."
         if hit == [(i, j)] or (has_sequence_ratio(probe) and {k for k, _ in hit} == {i}):
@@ -174,11 +174,12 @@ def check_advantage_position(probe: Probe, batch: Batch) -> None:
 
 
 def nonzero_positions(gradients: Rows) -> list[tuple[int, int]]:
+    """Return (datum, position) of every gradient that is not 0."""
     return [(i, j) for i, row in enumerate(gradients) for j, g in enumerate(row) if g != 0]
 
 
 def diagnose_misplaced_gradient(batch: Batch, lost: dict[tuple[int, int], list[tuple[int, int]]]) -> None:
-    """Name the bug from where the gradient of each lone active token went instead."""
+    """Raise LawBroken with the bug that moves the gradient of each single active token to ``lost``."""
     (i, j), hit = next(((at, hit) for at, hit in lost.items() if hit), next(iter(lost.items())))
     seen = f"With only token {j} of datum {i} active, the gradient is at {hit or 'no token'}."
     everywhere = {(k, t) for k, row in enumerate(batch.weights) for t in range(len(row))}
@@ -194,7 +195,7 @@ def diagnose_misplaced_gradient(batch: Batch, lost: dict[tuple[int, int], list[t
 
 
 def check_columns_at(probe: Probe, batch: Batch, where: tuple[int, int]) -> None:
-    """Only the active slot's values matter; where another's does, say which and why."""
+    """Require that no column matters outside the active slot ``where``."""
     others = slots(batch, active=False)
     for name in batch.columns:
         if not influences(probe, name, batch, others, -0.25):

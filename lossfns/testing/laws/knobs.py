@@ -1,4 +1,4 @@
-"""The law of settings: each has an effect on some batch."""
+"""The law of settings: each setting has an effect on some batch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lossfns.testing.laws.base import (
 
 
 def no_inert_knob(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
-    """Each setting changes value or gradient on some batch."""
+    """Each setting changes the value or the gradient on some batch."""
     from lossfns.testing.subject import knobs, setting_elements, variants
 
     probe = Probe.of(loss_fn, data, logprobs)
@@ -31,7 +31,7 @@ def no_inert_knob(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tenso
     for batch in generic_batches(probe.batch):
         usual = probe(batch)
         for name, left in inert.items():
-            metrics_too = isinstance(knobs(loss_fn)[name], bool)  # a switch may be for the metrics alone
+            metrics_too = isinstance(knobs(loss_fn)[name], bool)  # a switch may act on the metrics alone
             moves = [
                 any(changes_outcome(probe, batch, usual, v, metrics_too) for v in variants(loss_fn, name, e))
                 for e in left
@@ -46,7 +46,7 @@ def no_inert_knob(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tenso
 
 
 def changes_outcome(probe: Probe, batch: Batch, usual: Outcome, other: LossFn, metrics_too: bool) -> bool:
-    """Whether another setting gives another value or gradient, or, where that counts, other metrics."""
+    """Return whether another setting changes the value or the gradient, or with ``metrics_too`` the metrics."""
     try:
         result = probe(batch, other)
     except Exception:
@@ -56,10 +56,10 @@ def changes_outcome(probe: Probe, batch: Batch, usual: Outcome, other: LossFn, m
 
 
 def generic_batches(like: Batch) -> list[Batch]:
-    """Batches on which every term of a loss is at work: log-ratios across all bounds, both signs, both sides.
+    """Return batches on which every term of a loss acts: log-ratios past all bounds, in both directions.
 
-    They come from calm to wild, because one large term can drown the others; the last ones have one log-ratio
-    throughout a sequence, past every cap.
+    Log-ratios grow from batch to batch, because one large term can hide the others. In the later batches all
+    log-ratios of a sequence are equal.
     """
     steady = [ratio_batch(like, d, alternate=False) for d in (0.3, 2.0, 25.0)]
     calm = [ratio_batch(like, d, alternate=True) for d in (0.0, 0.01, 0.15, 0.3, 1.0, 2.0, 25.0)]
@@ -67,9 +67,10 @@ def generic_batches(like: Batch) -> list[Batch]:
 
 
 def ratio_batch(like: Batch, d: float, *, alternate: bool, level: float = -30.0) -> Batch:
-    """Four datums of unequal length whose log-ratios are ±d, alternating by token or by sequence.
+    """Return four datums of unequal length whose log-ratios are ±d, alternating by token or by sequence.
 
-    Around logprobs of −30 there is room for any ratio; a loss of the probabilities themselves needs likely ones.
+    Logprobs of −30 leave room for any ratio. A loss that reads no old logprobs gets likely tokens instead, because
+    it may depend on the probabilities themselves.
     """
 
     def flip(i: int, j: int) -> float:

@@ -1,4 +1,4 @@
-"""Laws of masks: what has weight 0 takes no part, whatever stands there and however much of it."""
+"""Laws of masks: tokens of weight 0 have no effect, whatever their values and number."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def poison(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> 
 
 
 def with_padding(batch: Batch) -> Batch:
-    """The batch with an inactive token before and after each sequence."""
+    """Return the batch with a masked token before and after each sequence."""
     width = batch.targets or 1
 
     def pad(rows: Rows, x: float) -> Rows:
@@ -51,7 +51,7 @@ def with_padding(batch: Batch) -> Batch:
 
 
 def diagnose_leak(name: str, value: float, clean: Outcome, result: Outcome) -> tuple[str, str]:
-    """Which bug lets a masked slot through."""
+    """Return the bug that lets a masked slot act, and what was seen."""
     what = f"{value} in the masked slots of {name}"
     seen = f"{what}: the loss is {result.value}, not {clean.value}"
     if math.isfinite(result.value) and result.value == clean.value:

@@ -1,4 +1,4 @@
-"""Laws of metrics: they say what their names say, and those of chunks merge."""
+"""Laws of metrics: a metric measures what its name says, and the metrics of chunks can be merged."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def metric_loss(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]
 
 
 def metric_merge(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
-    """A metric of the whole is a sum, a mean over some count, or an extreme of its parts'."""
+    """A metric of the batch is a sum, a mean over some count, or an extreme of the metrics of its parts."""
     probe = Probe.of(loss_fn, data, logprobs)
     batch = without_empty_units(unpoisoned(probe.batch))
     assume(len(unit_indices(batch)) > 1, "one datum cannot be split")

@@ -1,4 +1,4 @@
-"""Laws of policy losses: importance ratio r = exp(lp − old), advantages A, and what stands around them."""
+"""Laws of policy losses: the importance ratio r = exp(lp − old), the advantages A, clipping, KL and corrections."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from lossfns.testing.laws.base import (
 from lossfns.testing.laws.sums import COUNTS
 
 LOG_RATIOS = [0.001 * 1.35**i for i in range(28)]
-"""Log-ratios from 0.001, inside GSPO's bounds, to 3.4, past every other."""
+"""Log-ratios from 0.001, within GSPO's bounds, to 3.3, past the usual bounds of every loss."""
 
 
 def value_and_gradient_at(probe: Probe, d: float, advantage: float, **columns: float) -> tuple[float, float]:
-    """Value and gradient of a single token of log-ratio d: its old logprob is d below its own."""
+    """Return value and gradient of a single token with log-ratio d."""
     batch = uniform_batch(probe.batch, logprobs=-30.0, advantages=advantage)
     given = {"old_logprobs": -30.0 - d, "sampler_logprobs": -30.0 - d, **columns}
     result = probe(with_constants(batch, **{name: x for name, x in given.items() if name in batch.columns}))
@@ -39,11 +39,12 @@ def value_and_gradient_at(probe: Probe, d: float, advantage: float, **columns: f
 
 
 def reads_old_logprobs(probe: Probe) -> bool:
+    """Return whether the loss reads old logprobs."""
     return "old_logprobs" in columns_read(probe)
 
 
 def sign(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
-    """Descent makes a token of positive advantage likelier, and one of negative advantage less likely."""
+    """Descent makes a token of positive advantage more likely and a token of negative advantage less likely."""
     probe = Probe.of(loss_fn, data, logprobs)
     value, good = value_and_gradient_at(probe, 0.0, 1.0)
     _, better = value_and_gradient_at(probe, 0.0, 2.0)
@@ -78,7 +79,7 @@ def zero_advantage(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tens
 
 
 def penalty(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
-    """At advantage 0, what a loss holds against leaving the old policy pulls back to it, from either side."""
+    """At advantage 0, a penalty on leaving the old policy pulls back to it from either side."""
     probe = Probe.of(loss_fn, data, logprobs)
     assume(reads_old_logprobs(probe), "it reads no old logprobs")
     (high, above), (level, at_old), (low, below) = (value_and_gradient_at(probe, d, 0.0) for d in (0.5, 0.0, -0.5))
@@ -92,7 +93,7 @@ def penalty(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) ->
 
 
 def kl(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
-    """The KL term pulls to the reference, from either side, whatever the advantage."""
+    """The KL term pulls to the reference from either side, whatever the advantage."""
     from lossfns.testing.subject import knobs
 
     probe = Probe.of(loss_fn, data, logprobs)
@@ -125,7 +126,7 @@ def kl(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None
 
 
 def only_in_metrics(probe: Probe) -> bool:
-    """Whether the reference moves a metric of a loss that has no setting for a KL term."""
+    """Return whether the reference changes a metric and the loss has no setting for a KL term."""
     from lossfns.testing.subject import knobs
 
     reported = [
@@ -138,9 +139,9 @@ def only_in_metrics(probe: Probe) -> bool:
 
 
 def ratio(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
-    """On a sequence whose tokens all have the log-ratio d, the ratio is exp(d), however long it is.
+    """On a sequence whose tokens all have log-ratio d, the ratio is exp(d), whatever the length.
 
-    Measured below 1 with a positive advantage, where no clipping binds.
+    The ratio is measured below 1 with a positive advantage, where clipping does not bind.
     """
     probe = Probe.of(loss_fn, data, logprobs)
     assume(reads_old_logprobs(probe), "it reads no old logprobs")
@@ -174,6 +175,7 @@ def ratio(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> N
 
 
 def sequence_batch(probe: Probe, log_ratios: Sequence[float]) -> Batch:
+    """Return one sequence with these log-ratios."""
     batch = uniform_batch(probe.batch, length=len(log_ratios), logprobs=-30.0)
     old = [[-30.0 - d for d in log_ratios]]
     return batch.having(**{n: old for n in ("old_logprobs", "sampler_logprobs") if n in batch.columns})
@@ -188,7 +190,7 @@ def sequence_gradient(probe: Probe, length: int) -> float:
 
 
 def has_sequence_ratio(probe: Probe) -> bool:
-    """Whether a token's gradient depends on another token's ratio: a ratio of the sequence."""
+    """Return whether a token's gradient depends on the ratio of another token of its sequence."""
     if "old_logprobs" not in probe.batch.columns:
         return False
     below, above, on = (probe(sequence_batch(probe, [0.0, d])).gradients[0][0] for d in (-0.5, 3.0, 0.0))
@@ -196,7 +198,7 @@ def has_sequence_ratio(probe: Probe) -> bool:
 
 
 def on_policy(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
-    """On-policy the gradient is −A·w / D, with one D of Σw, tokens, sequences, …: the policy gradient."""
+    """On-policy the gradient is the policy gradient −A·w / D, where D counts weights, tokens, sequences, …."""
     probe = Probe.of(loss_fn, data, logprobs)
     batch = unequal_weights_batch(probe)
     gradients = probe(batch).gradients
@@ -215,7 +217,7 @@ def on_policy(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) 
 
 
 def unequal_weights_batch(probe: Probe) -> Batch:
-    """Two datums of unequal length and weights, on-policy, with advantages 1."""
+    """Return two on-policy datums of unequal length and weights, with advantages 1."""
     cycle = (1.0, 0.5, 2.0, 0.5, 1.0)
     rows = [[cycle[(i + j) % 5] for j in range(n * (probe.batch.targets or 1))] for i, n in enumerate((3, 5))]
     logprobs = [[-1.0 - 0.25 * j for j in range(len(row))] for row in rows]
@@ -224,7 +226,7 @@ def unequal_weights_batch(probe: Probe) -> Batch:
 
 
 def check_scale(probe: Probe, batch: Batch) -> None:
-    """The gradient's size is 1 / D for a count D of the batch: nothing else scales it."""
+    """Require that the gradient of a token of weight 1 is 1 / D in size, for one count D of the batch."""
     ones = batch.having(weights=[[1.0] * len(row) for row in batch.weights])
     parts = [ones, ones.take([0]), ones.take([1]), ones.take([1, 1, 0])]
     sizes = [[-row[0] for row in probe(part).gradients] for part in parts]
@@ -246,7 +248,7 @@ def check_scale(probe: Probe, batch: Batch) -> None:
 
 
 def clip(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
-    """The truth table: a bound removes the gradient above it for A > 0 and below it for A < 0, nowhere else."""
+    """The upper bound removes the gradient where A > 0, the lower bound where A < 0, and nowhere else."""
     probe = Probe.of(loss_fn, data, logprobs)
     assume(reads_old_logprobs(probe), "it reads no old logprobs")
     grid = [*(-d for d in reversed(LOG_RATIOS)), *LOG_RATIOS]
@@ -256,7 +258,8 @@ def clip(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> No
     )
     low, high = [f"{math.exp(x[0]):.3g}" if x else "no ratio" for x in (good_below[-1:], bad_above[:1])]
     seen = f"A token of advantage 1 has no gradient below the ratio {low}, one of −1 none above {high}"
-    # A dual clip ends the gradient of bad tokens far above 1, a cap that of all tokens: both leave ratios near 1 be.
+    # A dual clip removes the gradient where A < 0 and the ratio is far above 1, a cap removes it for every token.
+    # Neither acts on ratios near 1.
     binds_bad = [d for d in bad_above if d < 0.5]
     if good_below or binds_bad:
         kept = not good_above and not bad_below
@@ -272,7 +275,7 @@ def clip(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> No
 
 
 def value_after_nudge(probe: Probe, d: float, advantage: float, by: float) -> float:
-    """The value of a single token of log-ratio d whose own logprob is moved a little."""
+    """Return the value of a single token with log-ratio d, whose own logprob is shifted by ``by`` alone."""
     batch = uniform_batch(
         probe.batch, logprobs=-30.0, advantages=advantage, old_logprobs=-30.0 - d, sampler_logprobs=-30.0 - d
     )
@@ -280,12 +283,12 @@ def value_after_nudge(probe: Probe, d: float, advantage: float, by: float) -> fl
 
 
 def is_constant(table: list[tuple[float, float, float]]) -> bool:
-    """Whether the value is the same at every ratio, as that of a ratio which is always 1."""
+    """Return whether the value is the same at every ratio."""
     return all(value == table[0][1] for _, value, _ in table)
 
 
 def clip_bounds(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
-    """The gradient ends, or no longer grows, at the bounds that the settings name."""
+    """The gradient ends, or stops growing, at the bounds in the settings."""
     from lossfns.testing.subject import knobs
 
     probe = Probe.of(loss_fn, data, logprobs)
@@ -295,13 +298,13 @@ def clip_bounds(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]
     low, high = named[0]
     for bound, mistaken, advantage in ((high, 1 + high, 1.0), (low, 1 - low, -1.0)):
         if not 0 < bound < math.inf or mistaken <= 0 or gradient_ends_at(probe, bound, advantage):
-            continue  # no ratio is there, or as it says
+            continue  # no ratio lies there, or the bound acts as set
         seen = f"The setting says {bound:g}; at advantage {advantage:g} the gradient ends, or stays, at {mistaken:g}."
         require(not gradient_ends_at(probe, mistaken, advantage), "clip-as-epsilon", seen)
 
 
 def gradient_ends_at(probe: Probe, ratio: float, advantage: float) -> bool:
-    """Whether the gradient changes with the ratio up to this one, away from 1, and no longer beyond."""
+    """Return whether the gradient changes with the ratio up to this one and not beyond it."""
     d = math.log(ratio)
     inner, inside, outside, outer = (
         value_and_gradient_at(probe, d * by, advantage)[1] for by in (0.98, 0.99, 1.01, 1.02)

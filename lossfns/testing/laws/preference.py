@@ -1,4 +1,4 @@
-"""Laws of preference losses: datum 2i is the chosen side of pair i, datum 2i + 1 the rejected."""
+"""Laws of preference losses. Datum 2i is the chosen side of pair i, datum 2i + 1 the rejected side."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from lossfns.testing.laws.sums import central_difference
 
 
 def pair_batch(probe: Probe, chosen: float = -2.0, rejected: float = -2.0, length: int = 1, pairs: int = 1) -> Batch:
-    """Pairs of equal sides but for their logprobs; the reference is at −2."""
+    """Return pairs whose sides differ in their logprobs alone; the reference is at −2."""
     batch = uniform_batch(probe.batch, length=length, datums=2 * pairs)
     return batch.having(logprobs=[[chosen] * length, [rejected] * length] * pairs)
 
 
 def sides(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
-    """Descent makes the chosen side likelier and the rejected side less likely, in every pair."""
+    """Descent makes the chosen side of every pair more likely and the rejected side less likely."""
     probe = Probe.of(loss_fn, data, logprobs)
     result = probe(pair_batch(probe))
     (chosen,), (rejected,) = result.gradients
@@ -54,7 +54,7 @@ def sides(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> N
 
 
 def pair_canary(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
-    """With one token of each side active, the gradients are at those two, and only their columns matter."""
+    """With one token of each side active, the gradients are at these two, and only their columns matter."""
     probe = Probe.of(loss_fn, data, logprobs)
     batch = on_policy_batch(uniform_batch(probe.batch, length=4, datums=4, logprobs=-1.0))
     blank = batch.having(weights=[[0.0] * 4 for _ in range(4)])
@@ -77,11 +77,11 @@ def pair_canary(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]
 
 
 def check_reference_positions(probe: Probe, batch: Batch) -> None:
-    """Only the active tokens' reference logprobs matter, and those of the datum itself."""
+    """Require that only the reference logprobs of active tokens matter, each for its own datum."""
     ((i, j), *_), masked = slots(batch), slots(batch, active=False)
     moves = [slot for slot in [(i, j), *masked, *slots(batch)[1:]] if influences(probe, "ref_logprobs", batch, [slot])]
     if not moves:
-        return  # it is inert: another law says so
+        return  # the reference is inert: another law reports it
     seen = f"With only tokens {slots(batch)} active, the reference's logprobs of {moves} matter"
     if (i, j) not in moves:
         whole = [[x + 0.25 * (k == i) for x in row] for k, row in enumerate(batch.columns["ref_logprobs"])]
@@ -106,7 +106,7 @@ def pair_weights(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor
 
 
 def reference(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
-    """What policy and reference share has no effect: only their difference counts."""
+    """Only the difference of policy and reference matters: shifting both has no effect."""
     probe = Probe.of(loss_fn, data, logprobs)
     assume("ref_logprobs" in columns_read(probe), "it reads no reference")
     batch = pair_batch(probe, chosen=-1.5)
@@ -121,13 +121,13 @@ def reference(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) 
 
 
 def shift_both(batch: Batch, i: int, shift: float) -> Batch:
-    """Policy and reference of one side shifted alike."""
+    """Return the batch with policy and reference of one side shifted by the same amount."""
     rows = {name: shifted(column_rows(batch, name), [(i, 0)], shift) for name in ("logprobs", "ref_logprobs")}
     return batch.having(**rows)
 
 
 def step_zero(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
-    """At the reference a logistic loss is ln 2 for each pair, and its margin sums logprobs."""
+    """At the reference a logistic loss is ln 2 for each pair, and its margin is a sum of logprobs."""
     probe = Probe.of(loss_fn, data, logprobs)
     assume("ref_logprobs" in columns_read(probe), "it reads no reference")
     one, two = probe(pair_batch(probe)), probe(pair_batch(probe, pairs=2))
@@ -143,7 +143,7 @@ def step_zero(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) 
 
 
 def pair_scale(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
-    """Where a pair is ranked right beyond doubt, the chosen side's nll is not left halved."""
+    """Where a pair is ranked right by a large margin, the gradient of the chosen side's nll is not halved."""
     from lossfns.testing.subject import knobs
 
     probe = Probe.of(loss_fn, data, logprobs)
@@ -155,7 +155,7 @@ def pair_scale(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor])
 
 
 def monotone(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
-    """A pair ranked wrong by more has the larger loss."""
+    """A pair ranked wrong by a larger margin has the larger loss."""
     probe = Probe.of(loss_fn, data, logprobs)
     values = [(m, probe(pair_batch(probe, chosen=-12.0 + m / 2, rejected=-12.0 - m / 2))) for m in (-16, -4, -1, 0)]
     for (a, before), (b, after) in pairwise(values):
@@ -164,7 +164,7 @@ def monotone(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -
 
 
 def odds(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
-    """Without a reference, the rejected side's pull is constant at equal sides, or the odds' 1 / (1 − p)."""
+    """Without a reference, the rejected side's gradient at equal sides is constant or grows as 1 / (1 − p)."""
     probe = Probe.of(loss_fn, data, logprobs)
     assume("ref_logprobs" not in columns_read(probe), "it has a reference")
     probed = (-1.0, -0.1, -1e-3, -1e-5) if probe.dtype == torch.float64 else (-1.0, -0.1, -1e-2)
@@ -192,7 +192,7 @@ def odd(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> Non
 
 
 def margin_metrics(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
-    """A metric named reward margin is what stands in the sigmoid: β times the margin, once."""
+    """A metric named reward margin is the argument of the sigmoid: β times the margin, with β once."""
     probe = Probe.of(loss_fn, data, logprobs)
     assume("ref_logprobs" in columns_read(probe), "it reads no reference")
     batch = pair_batch(probe, chosen=-1.5, rejected=-2.5)

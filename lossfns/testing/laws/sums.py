@@ -1,4 +1,4 @@
-"""Laws of sums: how the parts of a batch, its copies and its ranks make up the whole."""
+"""Laws of sums: how the losses of chunks, copies and ranks add up to the loss of the batch."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from lossfns.testing.laws.base import (
 
 
 def duplication(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
-    """The batch twice: a mean stays, a sum doubles."""
+    """With the batch twice, a mean stays the same and a sum doubles."""
     probe = Probe.of(loss_fn, data, logprobs)
     batch = unpoisoned(probe.batch)
     count = len(batch.weights)
@@ -56,7 +56,7 @@ def duplication(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]
 
 
 def gradient_growth(once: Outcome, twice: Outcome) -> float:
-    """The gradient of a batch in its double, both copies together, as a multiple of its own."""
+    """Return the gradient of both copies in the doubled batch, relative to the gradient of the batch."""
     own, copy = (
         math.fsum(abs(g) for row in rows for g in row)
         for rows in (once.gradients, twice.gradients[: len(once.gradients)])
@@ -65,7 +65,7 @@ def gradient_growth(once: Outcome, twice: Outcome) -> float:
 
 
 def replicas(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
-    """Four ranks with the same batch, averaged, give what one process gives."""
+    """The average over four ranks with the same batch is the result of one process."""
     probe = Probe.of(loss_fn, data, logprobs)
     batch = unpoisoned(probe.batch)
     one = probe(batch)
@@ -79,7 +79,7 @@ def replicas(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -
 
 @contextmanager
 def simulated_world(size: int) -> Iterator[None]:
-    """What a loss sees of a process group of this size."""
+    """Simulate a process group of this size, in which every rank holds the same values."""
     names = {"is_available": True, "is_initialized": True, "get_world_size": size, "get_rank": 0}
     with mock.patch.dict(os.environ, {"WORLD_SIZE": str(size), "RANK": "0"}):
         patches = [mock.patch.object(torch.distributed, n, lambda *_, r=r: r, create=True) for n, r in names.items()]
@@ -94,7 +94,7 @@ def simulated_world(size: int) -> Iterator[None]:
 
 
 def all_reduce(size: int, tensor: Tensor, op: Any = None, *_: Any, **__: Any) -> None:
-    """What ``torch.distributed.all_reduce`` does where every rank holds the same: a sum is so many times as much."""
+    """Do as ``torch.distributed.all_reduce`` where every rank holds the same tensor: a sum is ``size`` times it."""
     if op in (None, torch.distributed.ReduceOp.SUM):
         tensor.mul_(size)
 
@@ -103,11 +103,12 @@ Count = Callable[[Batch], float]
 
 
 def active_counts(batch: Batch) -> list[int]:
+    """Return the number of active tokens of each datum."""
     return [sum(w != 0 for w in row) for row in batch.weights]
 
 
 def active_positions(batch: Batch) -> int:
-    """Positions with an active target: of K candidates one is enough."""
+    """Count the positions with at least one active target."""
     k = batch.targets or 1
     return sum(any(row[i : i + k]) for row in batch.weights for i in range(0, len(row), k))
 
@@ -122,11 +123,11 @@ COUNTS: dict[str, Count] = {
     "datums": lambda b: len(b.weights),
     "tokens": lambda b: sum(map(len, b.weights)),
 }
-"""What a loss may be divided by: numbers that add over the parts of a batch."""
+"""The possible denominators of a loss: counts that add up over the parts of a batch."""
 
 
 def split(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
-    """There is a count that adds, by which the parts of a batch make up the whole."""
+    """For some additive count D, the losses of the parts times their D add up to that of the batch."""
     probe = Probe.of(loss_fn, data, logprobs)
     batch = unpoisoned(probe.batch)
     batch = without_empty_units(batch)
@@ -153,7 +154,7 @@ def split(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> N
 
 
 def additive_counts(probe: Probe, batch: Batch) -> list[str]:
-    """The counts by which the parts of a batch add up to it."""
+    """Return the counts with which the parts of a batch add up to it."""
     whole, parts = probe(batch), [batch.take(part) for part in unit_indices(batch)]
     outcomes = [probe(part) for part in parts]
     fits = []
@@ -188,13 +189,14 @@ def finite_differences(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[
     for i, j in slots(batch)[:6]:
         slopes = [central_difference(probe, batch, i, j, step) for step in (1e-4, 2e-4)]
         if abs(slopes[0] - slopes[1]) > 1e-5 * (1 + abs(slopes[0])):
-            continue  # a kink is near
+            continue  # close to a kink
         g = gradients[i][j]
         seen = f"At token {j} of datum {i} the gradient is {g}; the loss moves by {slopes[0]} a nat."
         require(abs(g - slopes[0]) < 1e-4 * (1 + abs(g)), "detached-term", seen)
 
 
 def central_difference(probe: Probe, batch: Batch, i: int, j: int, step: float) -> float:
+    """Return the slope of the value in one logprob."""
     lp = batch.logprobs
     up, down = (probe(batch.having(logprobs=with_slot(lp, i, j, lp[i][j] + by))).value for by in (step, -step))
     return (up - down) / (2 * step)

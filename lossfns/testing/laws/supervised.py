@@ -1,4 +1,4 @@
-"""Laws of likelihood losses: −Σ w·lp / D, linear in the logprobs, with weights of either sign."""
+"""Laws of likelihood losses −Σ w·lp / D, which are linear in the logprobs and accept weights of both signs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lossfns.testing.laws.policy import check_scale, unequal_weights_batch
 
 
 def linear(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
-    """The gradient does not depend on the logprobs; of K candidates each counts by its weight."""
+    """The gradient does not depend on the logprobs, and each of K targets counts by its weight."""
     probe = Probe.of(loss_fn, data, logprobs)
     batch = unequal_weights_batch(probe)
     gradients = probe(batch).gradients
@@ -48,7 +48,7 @@ def likelihood(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor])
 
 
 def negative_weights(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
-    """A negative weight pushes its token down: the two-pass protocol sends gradients as weights."""
+    """A negative weight makes its token less likely: the two-pass protocol sends gradients as weights."""
     probe = Probe.of(loss_fn, data, logprobs)
     batch = unequal_weights_batch(probe)
     weights = [[-0.25 if j == 1 else w for j, w in enumerate(row)] for row in batch.weights]

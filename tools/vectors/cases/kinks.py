@@ -41,5 +41,5 @@ def kinks() -> Iterator[Case]:
 
 
 def kink(loss: str, comment: str, given: Data, settings: Mapping[str, Any], beside: Mapping[str, Any]) -> Case:
-    config, data = DEFAULTS[loss] | settings, select_columns(loss, given, settings)
+    config, data = {**DEFAULTS[loss], **settings}, select_columns(loss, given, settings)
     return Case(loss, "kink", comment, config, data, beside=beside)

@@ -57,7 +57,7 @@ def out_of_range(name: str) -> Refusal:
     return "out_of_range", name, None
 
 
-def edit_datum(given: Data, datum: int, **columns: Any) -> Data:
+def edit(given: Data, datum: int, **columns: Any) -> Data:
     """The data with columns of one datum replaced, or left out where None."""
     row = {name: value for name, value in {**given[datum], **columns}.items() if value is not None}
     return [*given[:datum], row, *given[datum + 1 :]]
@@ -69,10 +69,10 @@ def with_last(row: list[Any], value: float) -> list[Any]:
 
 
 def refused_first(loss: str) -> Iterator[Case]:
-    valid = valid_data(loss)
-    zeros = [{**row, "weights": zeroed(row["weights"])} for row in valid]
-    short, absent = edit_datum(valid, 0, weights=valid[0]["weights"][:-1]), edit_datum(valid, 1, weights=None)
-    nans = edit_datum(valid, 1, logprobs=with_last(valid[1]["logprobs"], NAN))
+    fine = valid_data(loss)
+    zeros = [{**row, "weights": zeroed(row["weights"])} for row in fine]
+    short, absent = edit(fine, 0, weights=fine[0]["weights"][:-1]), edit(fine, 1, weights=None)
+    nans = edit(fine, 1, logprobs=with_last(fine[1]["logprobs"], NAN))
     yield reject(loss, "a weight too few", ("length_mismatch", "weights", 0), short)
     yield reject(loss, "a datum without weights", ("missing_field", "weights", 1), absent)
     yield reject(loss, "a logprob of nan at a token that counts", ("not_finite", "logprobs", 1), nans)
@@ -84,50 +84,42 @@ def zeroed(row: list[Any]) -> list[Any]:
 
 
 def refused_by_any(loss: str) -> Iterator[Case]:
-    valid = valid_data(loss)
-    lp, w = valid[1]["logprobs"], valid[1]["weights"]
+    fine = valid_data(loss)
+    lp, w = fine[1]["logprobs"], fine[1]["weights"]
     yield reject(loss, "no datum", ("empty_batch", "data", None), [])
-    long = edit_datum(valid, 1, weights=[*w, w[0]])
+    long = edit(fine, 1, weights=[*w, w[0]])
     yield reject(loss, "a weight too many", ("length_mismatch", "weights", 1), long)
     for value in (-INF, INF):
-        row = edit_datum(valid, 1, logprobs=with_last(lp, value))
+        row = edit(fine, 1, logprobs=with_last(lp, value))
         yield reject(loss, f"a logprob of {value} at a token that counts", ("not_finite", "logprobs", 1), row)
-    row = edit_datum(valid, 1, logprobs=with_last(lp, 0.5))
+    row = edit(fine, 1, logprobs=with_last(lp, 0.5))
     yield reject(loss, "a logprob above 0: a probability", ("positive_logprob", "logprobs", 1), row)
-    yield reject(loss, "a weight of nan", ("not_finite", "weights", 1), edit_datum(valid, 1, weights=with_last(w, NAN)))
-    yield reject(loss, "an unknown weighing", ("unknown_name", "weigh", None), valid, weigh="token-mean")
+    yield reject(loss, "a weight of nan", ("not_finite", "weights", 1), edit(fine, 1, weights=with_last(w, NAN)))
+    yield reject(loss, "an unknown weighing", ("unknown_name", "weigh", None), fine, weigh="token-mean")
     rows_of = "pair_mean" if loss not in PAIRS else "token_mean"
-    yield reject(loss, "a weighing of other rows", ("unknown_name", "weigh", None), valid, weigh=rows_of)
+    yield reject(loss, "a weighing of other rows", ("unknown_name", "weigh", None), fine, weigh=rows_of)
     for value in (0.0, -4.0):
-        yield reject(loss, f"a denominator of {value:g}", out_of_range("denominator"), valid, denominator=value)
+        yield reject(loss, f"a denominator of {value:g}", out_of_range("denominator"), fine, denominator=value)
     if loss not in PAIRS:
-        yield reject(loss, "a constant length of 0", out_of_range("length"), valid, weigh="fixed_length", length=0)
+        yield reject(loss, "a constant length of 0", out_of_range("length"), fine, weigh="fixed_length", length=0)
 
 
 def refused_by_policy(loss: str) -> Iterator[Case]:
-    valid = valid_data(loss)
-    columns = [name for name in valid[0] if name not in ("logprobs", "weights")]
+    fine = valid_data(loss)
+    columns = [name for name in fine[0] if name not in ("logprobs", "weights")]
     for name in columns:
-        row = valid[0][name]
-        yield reject(loss, f"{name} too short", ("length_mismatch", name, 0), edit_datum(valid, 0, **{name: row[:-1]}))
+        row = fine[0][name]
+        yield reject(loss, f"{name} too short", ("length_mismatch", name, 0), edit(fine, 0, **{name: row[:-1]}))
         if loss in FULLY_TESTED:
-            yield reject(
-                loss, f"{name} too long", ("length_mismatch", name, 0), edit_datum(valid, 0, **{name: [-1.0, *row]})
-            )
-            yield reject(
-                loss, f"{name} of nan", ("not_finite", name, 0), edit_datum(valid, 0, **{name: with_last(row, NAN)})
-            )
-            yield reject(
-                loss, f"a datum without {name}", ("missing_field", name, 1), edit_datum(valid, 1, **{name: None})
-            )
+            yield reject(loss, f"{name} too long", ("length_mismatch", name, 0), edit(fine, 0, **{name: [-1.0, *row]}))
+            yield reject(loss, f"{name} of nan", ("not_finite", name, 0), edit(fine, 0, **{name: with_last(row, NAN)}))
+            yield reject(loss, f"a datum without {name}", ("missing_field", name, 1), edit(fine, 1, **{name: None}))
         if loss in FULLY_TESTED and name != "advantages":
-            high = edit_datum(valid, 0, **{name: with_last(row, 0.5)})
+            high = edit(fine, 0, **{name: with_last(row, 0.5)})
             yield reject(loss, f"{name} above 0", ("positive_logprob", name, 0), high)
-    yield reject(
-        loss, "a negative weight", ("negative_weight", "weights", 1), edit_datum(valid, 1, weights=[1.0, -1.0])
-    )
+    yield reject(loss, "a negative weight", ("negative_weight", "weights", 1), edit(fine, 1, weights=[1.0, -1.0]))
     if "clip" in DEFAULTS[loss]:
-        yield reject(loss, "epsilons for bounds", out_of_range("clip"), valid, clip=[0.2, 0.28])
+        yield reject(loss, "epsilons for bounds", out_of_range("clip"), fine, clip=[0.2, 0.28])
 
 
 def refused_knobs() -> Iterator[Case]:
@@ -153,48 +145,37 @@ def refused_knobs() -> Iterator[Case]:
 
 
 def refused_by_pairs(loss: str) -> Iterator[Case]:
-    valid = valid_data(loss)
-    dead = edit_datum(valid, 0, weights=[0.0, 0.0, 0.0])
-    yield reject(loss, "three datums, an odd number", ("odd_pairs", "data", None), [*valid, valid[0]])
+    fine = valid_data(loss)
+    dead = edit(fine, 0, weights=[0.0, 0.0, 0.0])
+    yield reject(loss, "three datums, an odd number", ("odd_pairs", "data", None), [*fine, fine[0]])
     yield reject(loss, "a chosen side of which nothing counts", ("lone_side", "weights", 0), dead)
-    none = edit_datum(valid, 1, weights=[0.0, 0.0])
+    none = edit(fine, 1, weights=[0.0, 0.0])
     yield reject(loss, "a rejected side of which nothing counts", ("lone_side", "weights", 1), none)
-    yield reject(
-        loss, "a negative weight", ("negative_weight", "weights", 1), edit_datum(valid, 1, weights=[1.0, -1.0])
-    )
+    yield reject(loss, "a negative weight", ("negative_weight", "weights", 1), edit(fine, 1, weights=[1.0, -1.0]))
     if loss == "orpo":
-        yield reject(loss, "a negative lambda", out_of_range("lam"), valid, lam=-0.1)
+        yield reject(loss, "a negative lambda", out_of_range("lam"), fine, lam=-0.1)
         return
-    row = valid[0]["ref_logprobs"]
+    row = fine[0]["ref_logprobs"]
     yield reject(
-        loss,
-        "ref_logprobs too short",
-        ("length_mismatch", "ref_logprobs", 0),
-        edit_datum(valid, 0, ref_logprobs=row[:-1]),
+        loss, "ref_logprobs too short", ("length_mismatch", "ref_logprobs", 0), edit(fine, 0, ref_logprobs=row[:-1])
     )
     yield reject(
         loss,
         "ref_logprobs too long",
         ("length_mismatch", "ref_logprobs", 0),
-        edit_datum(valid, 0, ref_logprobs=[-1.0, *row]),
+        edit(fine, 0, ref_logprobs=[-1.0, *row]),
     )
     yield reject(
-        loss,
-        "ref_logprobs of nan",
-        ("not_finite", "ref_logprobs", 0),
-        edit_datum(valid, 0, ref_logprobs=with_last(row, NAN)),
+        loss, "ref_logprobs of nan", ("not_finite", "ref_logprobs", 0), edit(fine, 0, ref_logprobs=with_last(row, NAN))
     )
     yield reject(
-        loss,
-        "a datum without ref_logprobs",
-        ("missing_field", "ref_logprobs", 1),
-        edit_datum(valid, 1, ref_logprobs=None),
+        loss, "a datum without ref_logprobs", ("missing_field", "ref_logprobs", 1), edit(fine, 1, ref_logprobs=None)
     )
     for value in (0.0, -0.1):
-        yield reject(loss, f"a beta of {value}", out_of_range("beta"), valid, beta=value)
+        yield reject(loss, f"a beta of {value}", out_of_range("beta"), fine, beta=value)
     for value in (0.75, -0.1):
         yield reject(
-            loss, f"a label_smoothing of {value}", out_of_range("label_smoothing"), valid, label_smoothing=value
+            loss, f"a label_smoothing of {value}", out_of_range("label_smoothing"), fine, label_smoothing=value
         )
 
 
@@ -205,10 +186,10 @@ def refused_by_supervised() -> Iterator[Case]:
     yield reject("cross_entropy", "weights that sum to 0 under a mean", words, cancel)
     yield reject("cross_entropy", "weights of a sequence that sum to 0", words, one, weigh="sequence_mean")
     multi = "multi_target_cross_entropy"
-    valid = valid_data(multi)
-    other = edit_datum(valid, 1, weights=[[1.0, 1.0, 1.0]])
+    fine = valid_data(multi)
+    other = edit(fine, 1, weights=[[1.0, 1.0, 1.0]])
     yield reject(multi, "weights of another K", ("length_mismatch", "weights", 1), other)
-    ragged = edit_datum(valid, 0, weights=[[1.0, 0.5], [0.5]])
+    ragged = edit(fine, 0, weights=[[1.0, 0.5], [0.5]])
     yield reject(multi, "a ragged row of weights", ("length_mismatch", "weights", None), ragged)
 
 
