@@ -1,12 +1,12 @@
-"""The laws on known-wrong losses: which law kills which, and which bug the first one names.
+"""Measure the laws on known-wrong losses: which laws each one breaks, and which bug the first broken law names.
 
-    python -m tools.laws write      # measures them all (some minutes) and writes docs/laws.md
-    python -m tools.laws render     # writes the page anew from its own measurements, for words that changed
-    python -m tools.laws check      # measures them all; exits 1 where the page says something else
+    python -m tools.laws write      # measure every mutant (tens of minutes) and write docs/laws.md
+    python -m tools.laws render     # write docs/laws.md again from its own measurements, after a change of wording
+    python -m tools.laws check      # measure every mutant; exit with 1 if docs/laws.md says something else
 
-The page is the record: ``read`` takes the measurements from it, ``page`` makes it of them again. Two populations are
-measured. The exemplars stand in the page one by one. The held-out losses are the rest of the cross product of losses
-and bugs, with other settings; no law is to be tuned on them.
+The page is the record: ``read_page`` takes the measurements from it, and ``render_page`` makes the page from them. Two
+populations are measured. The page lists each exemplar. The held-out mutants are the rest of the cross product of losses
+and bugs, with other settings. No law may be tuned on them.
 """
 
 from __future__ import annotations
@@ -33,23 +33,23 @@ CLAIMS = {
     "vectors": "It gives the right answer to the golden vectors of the loss that it claims to be.",
     "agreement": "It has the value and the gradient of the loss that it claims to be.",
 }
-"""The laws of what a loss claims to be; ``lossfns.testing.claims`` makes them for each claim."""
+"""The laws of a claim by their names; ``lossfns.testing.claims`` makes them for each claim."""
 
 LAWS: dict[str, Callable[..., None]] = {
     law.__name__: law for laws in (*LAWS_BY_KIND.values(), ADVANTAGES) for law in laws
 }
-"""Every law of every kind by its name."""
+"""Every other law by its name."""
 
 KINDS = {kind: [law.__name__ for law in laws] for kind, laws in LAWS_BY_KIND.items()}
 KINDS["advantages"] = [law.__name__ for law in ADVANTAGES]
 """The laws of each kind by name, in the order of diagnosis."""
 
 MUTANT_KINDS = [kind for kind in KINDS if kind != "any"]
-"""The kinds that mutants are of."""
+"""The kinds of the mutants."""
 
 
 class Specimen(NamedTuple):
-    """A mutant to be measured: its bug, the loss that has it, and that loss's settings."""
+    """A mutant to measure: a bug, the loss that has it, and the settings of the loss."""
 
     bug: str
     loss: str
@@ -57,7 +57,7 @@ class Specimen(NamedTuple):
 
 
 class Measurement(NamedTuple):
-    """A measured mutant: the laws that it breaks, in the order of diagnosis, and the bug that the first one named."""
+    """A measured mutant: the laws that it breaks, in the order of diagnosis, and the bug that the first one names."""
 
     loss: str
     bug: str
@@ -83,7 +83,7 @@ class Measurement(NamedTuple):
 
 
 class HeldOut(NamedTuple):
-    """The held-out mutants of one loss: how many there are, are killed, are killed without a claim, are named right."""
+    """Counts of the held-out mutants of one loss: all, killed, killed without a claim, and named right."""
 
     loss: str
     mutants: int
@@ -93,7 +93,7 @@ class HeldOut(NamedTuple):
 
 
 class Record(NamedTuple):
-    """All measurements: the exemplars, the held-out mutants by loss, and those of them that are not named right."""
+    """All measurements: the exemplars, the counts of held-out mutants by loss, and the misnamed held-out mutants."""
 
     exemplars: list[Measurement]
     held_out: list[HeldOut]
@@ -101,7 +101,7 @@ class Record(NamedTuple):
 
 
 def held_out() -> Iterator[Specimen]:
-    """Every loss with every bug that it can have, with the last settings that show it, but for the exemplars."""
+    """Yield every loss with every bug that it can have and the last settings that show it, except the exemplars."""
     shown = exemplars()
     for loss in METHODS:
         for bug in BUGS:
@@ -111,13 +111,13 @@ def held_out() -> Iterator[Specimen]:
 
 
 def measure(specimen: Specimen) -> Measurement:
-    """Every law on a mutant, on the small batches that every law is tried on."""
+    """Run every law on a mutant, on the small batches alone."""
     report = check(mutant(specimen.bug, specimen.loss, **specimen.settings), examples=0)
     return Measurement(specimen.loss, specimen.bug, report.bug, tuple(verdict.law for verdict in report.failures))
 
 
 def measure_all(population: Iterable[Specimen], label: str) -> list[Measurement]:
-    """The measurements of a population, with as many processes as there are processors."""
+    """Measure a population with one process for each processor."""
     listed, found = list(population), []
     with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         for one in pool.map(measure, listed, chunksize=4):
@@ -128,7 +128,7 @@ def measure_all(population: Iterable[Specimen], label: str) -> list[Measurement]
 
 
 def measure_populations() -> Record:
-    """Both populations, measured."""
+    """Measure both populations."""
     measured = measure_all((Specimen(*one) for one in exemplars()), "exemplars")
     others = measure_all(held_out(), "held out")
     by_loss = {loss: [k for k in others if k.loss == loss] for loss in METHODS}
@@ -151,7 +151,8 @@ def count_held_out(loss: str, own: Sequence[Measurement]) -> HeldOut:
 
 
 def render_page(record: Record) -> str:
-    """``docs/laws.md``; exemplars in the order of the matrix, so that ``read`` gives them back in it."""
+    """Return the text of ``docs/laws.md``."""
+    # In the order of the matrix, in which read_page finds them.
     measured = sorted(record.exemplars, key=lambda k: MUTANT_KINDS.index(mutant_kind(k)))
     parts = (
         INTRODUCTION,
@@ -171,52 +172,54 @@ def render_page(record: Record) -> str:
 INTRODUCTION = """\
 # Laws, bugs and mutants
 
-Written by `python -m tools.laws write`; do not edit. `docs/testing.md` says how the laws are used, why each holds, and
-what to do about one that is broken.
+Written by `python -m tools.laws write`; do not edit. `docs/testing.md` explains how to use the laws, why each holds,
+and what to do about a broken one.
 
-A law is a property of every correct loss of its kind. A mutant is a loss that is correct but for one planted bug
-(`lossfns.testing.mutants`). Each law is tried on each mutant of its kind: a law that fails there kills the mutant, and
-names a bug. The laws stand in the order of diagnosis; the bug that the first broken law names is the answer that
-`lossfns check` gives. Every mutant also says which loss it claims to be, which a loss of yours may not: the tables say
-how many are killed without that.
+A law is a property of every correct loss of its kind. A mutant is a loss that is correct except for one planted bug
+(`lossfns.testing.mutants`). Each law runs on each mutant of its kind. A law that fails kills the mutant and names a
+bug. The laws stand in the order of diagnosis, and `lossfns check` reports the bug that the first broken law names.
+Every mutant also claims to be a certain loss, which your own loss need not do. The tables therefore also count the
+mutants that are killed without the claim.
 
 ## The exemplars
 
-One mutant for each bug and kind of loss, with a reference and without. The laws are developed on these, so this is no
-measure of what they do on a bug of yours."""
+There is one mutant for each bug and kind of loss, with a reference and without. The laws were developed on these
+mutants, so these shares do not measure how well the laws name the bug of a new loss."""
 
 HELD_OUT = """\
 ## Held out
 
-How often `lossfns check` names the bug of a loss that its laws were not developed on: every loss of this library with
-every bug of the catalogue that it can have, each with the last settings among its golden vectors that show the bug,
-without the exemplars. The bugs are planted in the oracle, the laws were written on others, planted in torch code, and
-have not been changed since these were first measured. Whoever changes a law on account of one of these has to publish
-another population.
+These mutants were kept apart from the laws, so they measure how often `lossfns check` names the bug of a new loss.
+They are every loss of this library with every bug of the catalogue that it can have, without the exemplars. The
+settings are the last ones among the loss's golden vectors that show the bug. The laws were developed on bugs planted in
+torch code. They have not changed since this population, whose bugs are planted in the oracle, was first measured. If a
+law is changed because of one of these mutants, another held-out population must be published.
 
-`python -m tools.laws write` measures it."""
+`python -m tools.laws write` measures the population."""
 
 LAWS_HEAD = """\
 ## The laws
 
-Kills: how many exemplars break the law. First: how many break it before any other, and which bugs it names for them."""
+Kills: the number of exemplars that break the law. First: the number of exemplars for which it is the first broken law.
+Bugs: those that it names then."""
 
 BUGS_HEAD = """\
 ## The bugs
 
-Exemplars: how many have this bug planted. Named by: the laws that name it where they are the first to break."""
+Exemplars: the number of exemplars with this bug. Named by: the laws that name the bug where they are the first broken
+law."""
 
 MATRIX_HEAD = """\
 ## Which law kills which exemplar
 
-The bug named is that of the first broken law, which is bold; ✓ where it is the one planted. The others follow in the
-order of diagnosis."""
+The first broken law is bold. "Named" is the bug that it names, ✓ if that is the planted bug. The other broken laws
+follow in the order of diagnosis."""
 
 SHARES = ("killed", "killed without a claim", "named right by the first broken law")
 
 
 def summary_table(measured: Sequence[Measurement]) -> str:
-    """How many exemplars are killed, how many without a look at the claim, and how many named, by kind and in all."""
+    """Return the table of shares of the exemplars, by kind and in total."""
     parts = {kind: [k for k in measured if mutant_kind(k) == kind] for kind in MUTANT_KINDS} | {"all": measured}
     return table(
         ("kind", "mutants", *SHARES), (count_cells(count_held_out(kind, part)) for kind, part in parts.items())
@@ -247,7 +250,7 @@ def mutant_kind(measurement: Measurement) -> str:
 
 
 def law_tables(measured: Sequence[Measurement]) -> Iterable[str]:
-    """A table for each module of laws, then one for the claims."""
+    """Yield a table for each module of laws, then one for the claims."""
     broken = Counter(law for k in measured for law in k.laws)
 
     def row(name: str, words: str) -> tuple[Any, ...]:
@@ -271,7 +274,7 @@ def kinds_with(law: str) -> str:
 
 
 def diagnosis_orders() -> str:
-    """The order of diagnosis of each kind."""
+    """Return the order of diagnosis of each kind."""
     listed = [f"- {kind}: {', '.join(laws)}" for kind, laws in KINDS.items()]
     return "### The order of diagnosis\n\nThe claims come last, `vectors` before `agreement`.\n\n" + "\n".join(listed)
 
@@ -292,7 +295,7 @@ def bug_table(measured: Sequence[Measurement]) -> str:
 
 
 def matrix_rows(measured: Sequence[Measurement], kind: str) -> str:
-    """The exemplars of a kind, with the laws that kill each."""
+    """Return the table of the exemplars of a kind, with the laws that kill each one."""
     return table(
         ("mutant", "planted bug", "named", "killed by"),
         (
@@ -308,7 +311,7 @@ def killers(laws: Sequence[str]) -> str:
 
 
 def table(head: Sequence[str], body: Iterable[Sequence[Any]]) -> str:
-    """A Markdown table."""
+    """Return a Markdown table."""
     cells = [head, ["---"] * len(head), *body]
     return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in cells)
 
@@ -318,16 +321,16 @@ COUNTS = re.compile(r"^\| (\w+) \| (\d+)" + r" \| (\d+)(?: \([\d.]+%\))?" * 3 + 
 
 
 def read_page(text: str) -> Record:
-    """The measurements that a page was made of."""
-    _, _, rest = text.partition(HELD_OUT)
-    held_text, _, rest = rest.partition(LAWS_HEAD)
-    _, _, matrix = rest.partition(MATRIX_HEAD)
+    """Return the measurements in the text of a page."""
+    _, _, rest = text.partition(HELD_OUT.partition("\n")[0])
+    held_text, _, rest = rest.partition(LAWS_HEAD.partition("\n")[0])
+    _, _, matrix = rest.partition(MATRIX_HEAD.partition("\n")[0])
     by_loss = [HeldOut(loss, *map(int, numbers)) for loss, *numbers in COUNTS.findall(held_text) if loss != "all"]
     return Record(read_measurements(matrix), by_loss, read_measurements(held_text))
 
 
 def read_measurements(text: str) -> list[Measurement]:
-    """The rows of a page's matrix."""
+    """Return the measurements in tables of mutants."""
     return [
         Measurement(
             name.removesuffix("_" + bug.replace("-", "_")),
@@ -340,7 +343,7 @@ def read_measurements(text: str) -> list[Measurement]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run ``python -m tools.laws``; 1 if a check finds the page untrue."""
+    """Run ``python -m tools.laws``. Return 1 if ``check`` finds that the page is out of date."""
     p = argparse.ArgumentParser(prog="python -m tools.laws", description="The laws on known-wrong losses.")
     p.add_argument(
         "action", choices=("write", "render", "check"), help="measure and write; write anew; measure and compare"

@@ -52,7 +52,7 @@ def vary_advantages_by_token(batch: Batch) -> Iterator[Batch]:
 
 
 def matching_vectors(subject: Any, like: Loss) -> list[Vector]:
-    """Return the golden vectors for a subject: every one of a preset, else those with exactly the settings of ``like``."""
+    """Return the golden vectors for a subject: all of a preset's, else those with the settings of ``like``."""
     if like.name not in METHODS:
         return []
     every = load(like.name)

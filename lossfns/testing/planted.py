@@ -1,8 +1,8 @@
-"""The oracle with a bug planted in it: for each bug, the answer of a loss that has it.
+"""The oracle with planted bugs: for each bug, the answer of a loss that has it.
 
-A variant replaces an argument, the answer or a function of the oracle. It works on every loss that has what the bug is
-about, and gives the right answer where the bug does not show. These variants say which bugs a golden vector hunts, name
-the bug from a wrong reply, and make known-wrong losses (``lossfns.testing.mutants``).
+A variant replaces an argument, the answer or a function of the oracle. It works on every loss that can have the bug,
+and gives the right answer where the bug does not show. The variants serve three purposes: they compute the flags of a
+golden vector, they find the bug behind a wrong reply, and they make mutants (``lossfns.testing.mutants``).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lossfns.testing import oracle
 from lossfns.testing.oracle import Loss, Row, Rows, Term, active, averaged, normalized, total
 
 Arguments = dict[str, Any]
-"""What a function of the oracle takes: rows by column, and the settings."""
+"""The arguments of a function of the oracle: rows by column, and the settings."""
 Oracle = Callable[..., Loss]
 Variant = Callable[[Oracle, Arguments], Loss]
 
@@ -28,7 +28,7 @@ SEQUENCE_RATIO = (oracle.gspo, oracle.gspo_token)
 
 
 def wrong_loss(bug: str, loss: str, a: Arguments, targets: int = 0) -> Loss | None:
-    """Return the answer of a loss that has the bug, or None where the bug is about something that the loss lacks.
+    """Return the answer of a loss that has the bug, or None if this loss cannot have it.
 
     Args:
         bug: a key of ``EVERY``, ``LIKELIHOOD``, ``CANDIDATES`` or ``PAIRS``.
@@ -53,16 +53,16 @@ def wrong_loss(bug: str, loss: str, a: Arguments, targets: int = 0) -> Loss | No
     return None
 
 
-# Tools
+# Building blocks of variants
 
 
 def is_pairwise(a: Arguments) -> bool:
-    """Whether the loss compares datum 2i with 2i + 1."""
+    """Return whether the loss compares datum 2i with datum 2i + 1."""
     return a["weigh"] in oracle.PAIR_WEIGHINGS
 
 
 def divisor(a: Arguments) -> float:
-    """The denominator that these arguments lead to."""
+    """Return the denominator of the loss with these arguments."""
     alive = [bool(active(row)) for row in a["weights"]]
     count = sum(map(all, zip(alive[0::2], alive[1::2]))) if is_pairwise(a) else sum(alive)
     mass = total(w for row in a["weights"] for w in row)
@@ -71,7 +71,7 @@ def divisor(a: Arguments) -> float:
 
 @contextmanager
 def replaced(**functions: Callable[..., Any]) -> Iterator[None]:
-    """Replace functions of the oracle for a while."""
+    """Replace functions of the oracle within a block."""
     before = {name: getattr(oracle, name) for name in functions}
     try:
         vars(oracle).update(functions)
@@ -81,7 +81,7 @@ def replaced(**functions: Callable[..., Any]) -> Iterator[None]:
 
 
 def patched(**functions: Callable[..., Any]) -> Variant:
-    """The variant that calls the oracle with some of its functions replaced."""
+    """Return the variant that calls the oracle with some of its functions replaced."""
 
     def variant(f: Oracle, a: Arguments) -> Loss:
         with replaced(**functions):
@@ -91,58 +91,60 @@ def patched(**functions: Callable[..., Any]) -> Variant:
 
 
 def scale_loss(answer: Loss, by: float, grads_by: float | None = None) -> Loss:
+    """Multiply the value by ``by`` and the gradients by ``grads_by``, which defaults to ``by``."""
     value, grads = answer
     k = by if grads_by is None else grads_by
     return by * value, [[k * g for g in row] for row in grads]
 
 
 def add_losses(one: Loss, other: Loss) -> Loss:
+    """Add two losses, value and gradients."""
     return one[0] + other[0], [[g + h for g, h in zip(*rows)] for rows in zip(one[1], other[1])]
 
 
 def override(a: Arguments, **changes: Any) -> Arguments:
-    """The arguments with changed ones, as far as the loss has them."""
+    """Replace arguments; those that the loss does not have are left out."""
     return a | {name: value for name, value in changes.items() if name in a}
 
 
 def map_rows(a: Arguments, name: str, change: Callable[[Row], Row]) -> Arguments:
-    """The arguments with each row of one column changed; KeyError where the loss does not read it."""
+    """Apply a function to each row of one column. Raise KeyError if the loss does not read the column."""
     return a | {name: [change(row) for row in a[name]]}
 
 
 def changing_rows(column: str, change: Callable[[Row], Row]) -> Variant:
-    """The variant that changes each row of one column."""
+    """Return the variant that changes each row of one column."""
     return lambda f, a: f(**map_rows(a, column, change))
 
 
 def changing_setting(name: str, change: Callable[[Any], Any]) -> Variant:
-    """The variant that changes one setting, where it is switched on."""
+    """Return the variant that changes one setting unless it is None."""
     return lambda f, a: f(**a | ({} if a[name] is None else {name: change(a[name])}))
 
 
 def fix_denominator(a: Arguments) -> Arguments:
-    """The arguments with the right denominator said outright, before weights change."""
+    """Set the denominator to the right one, so that it stays when weights change."""
     return a | {"denominator": divisor(a)}
 
 
 def first_column(a: Arguments, *names: str) -> str:
-    """The first of these columns that the loss reads."""
+    """Return the first of these columns that the loss reads, else the weights."""
     return next(name for name in (*names, "weights") if name in a)
 
 
 def unit_indices(a: Arguments) -> list[list[int]]:
-    """The indices of each datum, or of the two sides of each pair."""
+    """Return the indices of the datums of each unit: a datum, or the two sides of a pair."""
     step = 2 if is_pairwise(a) else 1
     return [list(range(i, i + step)) for i in range(0, len(a["weights"]), step)]
 
 
 def select(a: Arguments, indices: list[int]) -> Arguments:
-    """The arguments of these datums alone."""
+    """Return the arguments with these datums alone."""
     return {name: [x[i] for i in indices] if isinstance(x, list) else x for name, x in a.items()}
 
 
 def reordered(order: Callable[[int], list[int]]) -> Variant:
-    """The variant that lays the datums out in another order, their gradients back in their own."""
+    """Return the variant that calls the oracle with reordered datums and restores the order of the gradients."""
 
     def variant(f: Oracle, a: Arguments) -> Loss:
         places = order(len(a["weights"]))
@@ -156,10 +158,12 @@ def reordered(order: Callable[[int], list[int]]) -> Variant:
 
 
 def every_slot(weights: Row) -> list[int]:
+    """Return every slot of a sequence with active tokens, for the oracle's ``active``."""
     return list(range(len(weights))) if any(weights) else []
 
 
 def difference_everywhere(weights: Rows, left: Rows, right: Rows) -> Rows:
+    """left − right in masked slots too."""
     return [[x - y for x, y in zip(*rows)] for rows in zip(left, right)]
 
 
@@ -180,7 +184,7 @@ def where_after_exp(f: Oracle, a: Arguments) -> Loss:
 
 
 def unmasked(a: Arguments) -> Arguments:
-    """Every masked slot let in with weight 1; the denominator stays."""
+    """Give every masked slot the weight 1; the denominator stays."""
     return map_rows(fix_denominator(a), "weights", lambda row: [w or 1.0 for w in row])
 
 
@@ -210,7 +214,7 @@ def empty_sequence_counted(f: Oracle, a: Arguments) -> Loss:
 
 
 def gradient_missing(f: Oracle, a: Arguments) -> Loss:
-    """A gradient that is None is no number."""
+    """nan stands for a gradient that is None."""
     value, grads = f(**a)
     return value, [row if any(w) else [NAN] * len(row) for row, w in zip(grads, a["weights"])]
 
@@ -219,7 +223,7 @@ def gradient_missing(f: Oracle, a: Arguments) -> Loss:
 
 
 def mean_of_means(f: Oracle, a: Arguments) -> Loss:
-    """Each datum (or pair) by its own denominator, then the plain mean; of a chunk, its own denominator."""
+    """Divide each unit by its own denominator and take the plain mean; a chunk is divided by its own denominator."""
     if a["denominator"] is not None:
         return f(**a | {"denominator": None})
     chunks = [select(a, unit) for unit in unit_indices(a)]
@@ -240,7 +244,7 @@ def zero_advantage_denominator(f: Oracle, a: Arguments) -> Loss:
 
 
 def broadcast(f: Oracle, a: Arguments) -> Loss:
-    """The mean over all pairs of datums: each token meets every datum's advantage, each chosen side every rejected."""
+    """Average over all pairs of datums: each token with every advantage, each chosen side with every rejected one."""
     if is_pairwise(a):
         turns = range(len(unit_indices(a)))
         parts = [reordered(partial(rejected_turned, by))(f, a) for by in turns]
@@ -251,12 +255,12 @@ def broadcast(f: Oracle, a: Arguments) -> Loss:
 
 
 def rejected_turned(by: int, count: int) -> list[int]:
-    """Each chosen side with the rejected side of the pair so many places on."""
+    """Return the order in which each chosen side stands before the rejected side of the pair ``by`` places on."""
     return [i if i % 2 == 0 else (i + 2 * by) % count for i in range(count)]
 
 
 def cross_talk(f: Oracle, a: Arguments) -> Loss:
-    """Advantages whitened over the batch, or margins less the batch's mean margin."""
+    """Whiten the advantages over the batch, or subtract the mean margin of the batch from every margin."""
     if is_pairwise(a):
         return centred_margins(f, a)
     pool = [x for row, w in zip(a["advantages"], a["weights"]) for t, x in enumerate(row) if w[t] != 0]
@@ -292,7 +296,7 @@ def frame_shift(f: Oracle, a: Arguments) -> Loss:
 
 
 def datum_misaligned(f: Oracle, a: Arguments) -> Loss:
-    """A column in the reverse order, where the lengths let that pass."""
+    """Reverse the order of a column's rows if their lengths fit."""
     name = first_column(a, "advantages", "ref_logprobs")
     back = a[name][::-1]
     return f(**a | ({name: back} if list(map(len, back)) == list(map(len, a[name])) else {}))
@@ -305,19 +309,19 @@ def datum_ignored(f: Oracle, a: Arguments) -> Loss:
 
 
 def order_dependent(f: Oracle, a: Arguments) -> Loss:
-    """Datum (or pair) i counts 1 / (i + 1)."""
+    """Give unit i the factor 1 / (i + 1)."""
     parts = [scale_loss(f(**select(fix_denominator(a), unit)), 1 / (i + 1)) for i, unit in enumerate(unit_indices(a))]
     return sum(value for value, _ in parts), [row for _, grads in parts for row in grads]
 
 
 def targets_transposed(f: Oracle, a: Arguments, k: int) -> Loss:
-    """Weights [N, K] read as [K, N]."""
+    """Read the weights [N, K] as [K, N]."""
     transposed = lambda row: [row[j * (len(row) // k) + i] for i in range(len(row) // k) for j in range(k)]  # noqa: E731
     return f(**map_rows(a, "weights", transposed))
 
 
 def renormalised_targets(f: Oracle, a: Arguments, k: int) -> Loss:
-    """lp − log Σ exp(lp) over the K of a position; the gradient is left as it is."""
+    """Replace lp by lp − log Σ exp(lp) over the K targets of a position; the gradient stays."""
 
     def renormalised(row: Row) -> Row:
         p = [oracle.exp(lp) for lp in row]
@@ -330,7 +334,7 @@ def renormalised_targets(f: Oracle, a: Arguments, k: int) -> Loss:
 
 
 def with_surrogate(value_and_slope: Callable[[float, float, tuple[float, float]], Term]) -> Callable[..., Term]:
-    """Another clipped surrogate in the place of the oracle's: (r, A, clip) → (value, slope in log r)."""
+    """Return a replacement of the oracle's ``surrogate``, made of (r, A, clip) → (value, slope in log r)."""
 
     def surrogate(d: float, advantage: float, clip: Any, dual: float | None, cap: float | None) -> Term:
         c, inside = oracle.capped(d, cap)
@@ -364,7 +368,7 @@ def of_log_ratio(r: float, advantage: float, clip: tuple[float, float]) -> Term:
 
 
 def with_limited_weight(weight_and_slope: Callable[[float, float, tuple[float, float]], Term]) -> Callable[..., Term]:
-    """Another limited weight in the place of the oracle's: (r, A, clip) → (w, dw / d log r)."""
+    """Return a replacement of the oracle's ``limited``, made of (r, A, clip) → (w, dw / d log r)."""
 
     def limited(d: float, lp: float, advantage: float, clip: Any, cap: float | None) -> Term:
         c, inside = oracle.capped(d, cap)
@@ -375,7 +379,7 @@ def with_limited_weight(weight_and_slope: Callable[[float, float, tuple[float, f
 
 
 def undetached_weight(r: float, advantage: float, clip: tuple[float, float]) -> Term:
-    """A weight that carries gradient."""
+    """The clamped weight, with gradient."""
     return clamped(r, clip), r if clip[0] < r < clip[1] else 0.0
 
 
@@ -384,7 +388,7 @@ def dropped_outside(r: float, advantage: float, clip: tuple[float, float]) -> Te
 
 
 def dropped_where_cut(r: float, advantage: float, clip: tuple[float, float]) -> Term:
-    """0 where PPO's min cuts."""
+    """The clamped weight, 0 where PPO's min removes the gradient."""
     cut = (r > clip[1] and advantage > 0) or (r < clip[0] and advantage < 0)
     return (0.0 if cut else clamped(r, clip)), 0.0
 
@@ -417,7 +421,7 @@ def ratio_product(f: Oracle, a: Arguments) -> Loss:
 
 
 def ratio_sum(f: Oracle, a: Arguments) -> Loss:
-    """log s = log of the mean ratio; its slope in one log-ratio is that ratio's part of their sum."""
+    """log s is the log of the mean ratio. Its slope in one log-ratio is that ratio divided by the sum of the ratios."""
     if f not in SEQUENCE_RATIO:
         return f(**a)
     d = oracle.difference(a["weights"], a["logprobs"], a["old_logprobs"])
@@ -431,7 +435,7 @@ def ratio_sum(f: Oracle, a: Arguments) -> Loss:
 
 
 def missing_stop_gradient(f: Oracle, a: Arguments) -> Loss:
-    """sₜ = s · exp(lp − sg lp) with s left in the graph: both gradients. A limited weight that is left in it."""
+    """Leave s in the graph of sₜ = s · exp(lp − sg lp), which adds both gradients; leave a limited weight in it."""
     value, grads = patched(limited=with_limited_weight(undetached_weight))(f, a)
     return (value, add_losses((0.0, grads), oracle.gspo(**a))[1]) if f is oracle.gspo_token else (value, grads)
 
@@ -443,7 +447,7 @@ def tis_inverted(f: Oracle, a: Arguments) -> Loss:
 
 
 def exp_overflow(f: Oracle, a: Arguments) -> Loss:
-    """No cap on the log-ratio, and float32's exp."""
+    """Use no cap on the log-ratio, and the exp of float32."""
     exp32 = lambda x: math.inf if x > 88.7 else math.exp(x)  # noqa: E731
     return patched(exp=exp32, capped=lambda x, cap: (x, 1.0))(f, a)
 
@@ -452,12 +456,12 @@ def exp_overflow(f: Oracle, a: Arguments) -> Loss:
 
 
 def changing_dro(change: Callable[[Arguments], Arguments]) -> Variant:
-    """The variant that changes what dro is given; every other loss is right."""
+    """Return the variant that changes the arguments of dro; every other loss is right."""
     return lambda f, a: f(**change(a)) if f is oracle.dro else f(**a)
 
 
 def without_zero_advantages(a: Arguments) -> Arguments:
-    """No way from the old policy where A = 0."""
+    """Set the old logprobs to the policy's where A = 0."""
     rows = zip(a["advantages"], a["logprobs"], a["old_logprobs"])
     return a | {"old_logprobs": [[y if x != 0 else lp for x, lp, y in zip(*row)] for row in rows]}
 
@@ -470,11 +474,12 @@ def detached_term(f: Oracle, a: Arguments) -> Loss:
 
 
 def policy_part(f: Oracle, a: Arguments) -> Loss:
+    """The loss without its KL term."""
     return f(**override(a, kl_beta=0.0))
 
 
 def kl_part(a: Arguments, factor: Callable[[int, int], float] = lambda i, t: 1.0) -> Loss:
-    """β·KL alone, each token's times a factor; KeyError where the loss has no KL."""
+    """The KL term alone, with a factor for each token. Raise KeyError if the loss has no KL term."""
     beta, x = a["kl_beta"], oracle.difference(a["weights"], a["ref_logprobs"], a["logprobs"])
 
     def term(i: int, t: int) -> Term:
@@ -488,12 +493,13 @@ def kl_part(a: Arguments, factor: Callable[[int, int], float] = lambda i, t: 1.0
 
 
 def chosen_masks(f: Oracle, a: Arguments) -> Loss:
-    """The chosen side's mask on both sides, where it fits."""
+    """Use the mask of the chosen side for both sides if their lengths are equal."""
     w = a["weights"]
     return f(**a | {"weights": [w[i - i % 2] if len(w[i - i % 2]) == len(w[i]) else w[i] for i in range(len(w))]})
 
 
 def halves_order(count: int) -> list[int]:
+    """Return the order that pairs datum i of the first half with datum i of the second half."""
     return [i for pair in zip(range(count // 2), range(count // 2, count)) for i in pair]
 
 
@@ -503,7 +509,7 @@ def side_detached(f: Oracle, a: Arguments) -> Loss:
 
 
 def log_of_sigmoid(f: Oracle, a: Arguments) -> Loss:
-    """softplus(x) = −log σ(−x) with a σ that reaches 0; its gradient is then 0/0."""
+    """Compute softplus(x) as −log σ(−x). Where σ underflows to 0 the gradient is 0/0."""
 
     def naive(x: float) -> float:
         s = 1 / (1 + oracle.exp(x))
@@ -514,7 +520,7 @@ def log_of_sigmoid(f: Oracle, a: Arguments) -> Loss:
 
 
 def log_odds_nan(mean: float) -> Term:
-    """log(1 − exp(a)) as float32 sees it."""
+    """The log-odds with log(1 − exp(a)) in float32."""
     p = oracle.exp(mean)
     q = struct.unpack("f", struct.pack("f", 1.0 - struct.unpack("f", struct.pack("f", p))[0]))[0]
     return (mean - math.log(q), 1 + p / q) if q > 0 else (NAN, NAN)
@@ -530,13 +536,13 @@ def log_odds_biased(mean: float) -> Term:
 
 
 def bfloat16(x: float) -> float:
-    """The nearest number of eight binary digits; infinities and nan as they are."""
+    """Round to eight binary digits; keep infinities and nan."""
     fraction, exponent = math.frexp(x)
     return math.ldexp(round(fraction * 256), exponent - 8) if math.isfinite(x) else x
 
 
 def low_precision(f: Oracle, a: Arguments) -> Loss:
-    """Each row's term and its slopes in bfloat16."""
+    """Round each term and its slopes to bfloat16."""
     reduce_, reduce_pairs_ = oracle.reduce, oracle.reduce_pairs
 
     def rounded(term: Callable[..., tuple[float, ...]]) -> Callable[..., Any]:
@@ -549,14 +555,14 @@ def low_precision(f: Oracle, a: Arguments) -> Loss:
 
 
 def at_defaults(f: Oracle, a: Arguments) -> Loss:
-    """Every setting at the oracle's default, but for the weighing and the lower bound."""
+    """Use the oracle's default for every setting except the weighing and the lower bound."""
     bare = {name: x for name, x in a.items() if isinstance(x, list) or name in ("weigh", "length", "denominator")}
     high = {"clip": (a["clip"][0], signature(f).parameters["clip"].default[1])} if "clip" in a else {}
     return f(**bare | high)
 
 
 def probabilities(f: Oracle, a: Arguments) -> Loss:
-    """−p in the place of −lp."""
+    """Use the term −p instead of −lp."""
     term = lambda i, t: (-oracle.exp(a["logprobs"][i][t]), -oracle.exp(a["logprobs"][i][t]))  # noqa: E731
     return oracle.reduce(term, a["weights"], a["weigh"], a.get("length"), a["denominator"])
 
@@ -631,7 +637,7 @@ LIKELIHOOD_BUGS: dict[str, Variant] = {
     ),
     "not-likelihood": probabilities,
 }
-"""Bugs of losses that read weights alone."""
+"""Bugs of losses that read no columns but the weights."""
 
 MULTI_TARGET_BUGS: dict[str, Callable[[Oracle, Arguments, int], Loss]] = {
     "frame-shift": lambda f, a, k: f(**map_rows(a, "weights", lambda row: row[-k:] + row[:-k])),
@@ -639,7 +645,7 @@ MULTI_TARGET_BUGS: dict[str, Callable[[Oracle, Arguments, int], Loss]] = {
     "targets-transposed": targets_transposed,
     "renormalised-targets": renormalised_targets,
 }
-"""Bugs of losses with K targets, for which a position is K entries of a row."""
+"""Bugs of losses with K targets. A position is K entries of a row."""
 
 PAIR_BUGS: dict[str, Variant] = {
     "pair-masks-swapped": chosen_masks,
@@ -669,7 +675,7 @@ def standardised(
     eps: float = 1e-6,
     constant: bool = True,
 ) -> Row:
-    """Group advantages with the parts that go wrong as arguments."""
+    """Compute group advantages; the arguments select the parts that may be wrong."""
     peers = {group: [r for r, other in zip(rewards, groups) if other == group] for group in groups}
 
     def advantage(reward: float, others: Row) -> float:
@@ -687,7 +693,7 @@ def standardised(
 
 
 def by_position(groups: list[Any]) -> list[Any]:
-    """Runs of equal length in the order of the samples."""
+    """Return group ids that split the samples, in order, into runs of equal length."""
     size = -(-len(groups) // len(set(groups)))
     return [i // size for i in range(len(groups))]
 

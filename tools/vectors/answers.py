@@ -1,4 +1,4 @@
-"""The right answer to a vector's inputs: what the oracle says, and how exactly a float can say it."""
+"""The right answer to the inputs of a vector, from the oracle, with its tolerance."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ FLOAT32 = 2.0**-24
 def correct_answer(
     loss: str, config: Mapping[str, Any], data: Sequence[Mapping[str, Any]], denominator: float | None = None
 ) -> Answer:
-    """The oracle's answer, in the shape of the data."""
+    """Return the oracle's answer in the shape of the data."""
     if loss == "group_advantages":
         return {"advantages": oracle.group_advantages(**advantage_arguments(config, data))}
     return to_answer(getattr(oracle, loss)(**arguments(config, data, denominator)), data)
 
 
 def count_tokens(a: Arguments) -> int:
-    """How many entries count."""
+    """Return the number of tokens that count."""
     return sum(len(oracle.active(row)) for row in a["weights"])
 
 
 def tolerance(answer: Answer, a: Arguments) -> tuple[dict[str, list[float]], str]:
-    """dtype → [rtol, atol], looser in float32 where terms that nearly cancel leave a loss that it cannot know.
+    """Return dtype → [rtol, atol], and the reason for a larger atol in float32, which is that terms nearly cancel.
 
     Rounding every logprob by half a unit, and every ratio, moves the loss by up to 2⁻²⁴·Σ |g|·(|lp| + 1[ratio]).
     """
@@ -46,7 +46,7 @@ def tolerance(answer: Answer, a: Arguments) -> tuple[dict[str, list[float]], str
 
 
 def round_significant(x: Any, count: int = 12) -> Any:
-    """Numbers rounded to so many significant digits: enough for any tolerance, few enough for any maths library."""
+    """Round numbers to ``count`` digits: more than any tolerance needs, and the same with any maths library."""
     if isinstance(x, Mapping):
         return {name: round_significant(value, count) for name, value in x.items()}
     if isinstance(x, (list, tuple)):

@@ -1,4 +1,4 @@
-"""From cases to files: the oracle's answers, the flags that are true, and ids that never change."""
+"""From cases to files: answers of the oracle, computed flags, and ids that never change."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tools.vectors.cases import Case, cases
 
 Test = dict[str, Any]
 Ledger = dict[str, str]
-"""id → fingerprint, for every id that was ever given."""
+"""id → fingerprint, for every id that was ever assigned."""
 
 
 class Group(NamedTuple):
@@ -30,7 +30,7 @@ class Group(NamedTuple):
 
 
 def answer_case(case: Case) -> Test:
-    """A case with its answer, in the form of the file but for its id and without its flags."""
+    """Return a case with its answer in the form of the file, without its id and its flags."""
     asked: Test = {"kind": case.kind, "comment": case.comment, "flags": [], "data": case.data}
     if case.denominator is not None:
         asked["denominator"] = case.denominator
@@ -52,12 +52,12 @@ def answer_case(case: Case) -> Test:
 
 
 def gradient_beyond_kink(case: Case, a: dict[str, Any]) -> Any:
-    """The gradient just beyond a kink."""
+    """Return the gradient just beyond a kink."""
     return round_significant(to_answer(getattr(oracle, case.loss)(**{**a, **case.beside}), case.data)["grad"], 9)
 
 
 def fingerprint(loss: str, config: Mapping[str, Any], test: Test) -> str:
-    """What an id stands for: the inputs, and the answer to six digits."""
+    """Return the hash that an id stands for: of the inputs, and of the answer to six digits."""
     asked = [test.get(name) for name in ("data", "denominator", "error")]
     answers = [test.get(name) for name in ("loss", "grad", "advantages")]
     text = json.dumps(encode([loss, config, asked, round_significant(answers, 6)]), sort_keys=True)
@@ -65,7 +65,7 @@ def fingerprint(loss: str, config: Mapping[str, Any], test: Test) -> str:
 
 
 def identify(loss: str, prints: Iterable[str], ledger: Ledger) -> dict[str, str]:
-    """fingerprint → id: the one it has always had, else the next of its loss, which is entered in the ledger."""
+    """Return fingerprint → id. A new fingerprint gets the next id of its loss, which is added to the ledger."""
     id_of = {fingerprint_: name for name, fingerprint_ in ledger.items() if name.rpartition("-")[0] == loss}
     for fingerprint_ in prints:
         if fingerprint_ not in id_of:
@@ -75,7 +75,7 @@ def identify(loss: str, prints: Iterable[str], ledger: Ledger) -> dict[str, str]
 
 
 def file_texts(ledger: Ledger) -> dict[str, str]:
-    """File name → text, for every method and for the ledger, which new ids are added to."""
+    """Return file name → text for every method and for the ledger, to which new ids are added."""
     asked: dict[str, dict[str, Group]] = {}
     for case in cases():
         asked.setdefault(case.loss, {}).setdefault(json.dumps(case.config), Group(case.config, [])).tests.append(
@@ -92,7 +92,7 @@ def ids(parsed: Mapping[str, Any]) -> list[str]:
 
 
 def file_text(loss: str, groups: list[Group], ledger: Ledger) -> str:
-    """The text of one method's file."""
+    """Return the text of one method's file."""
     prints = [fingerprint(loss, group.config, test) for group in groups for test in group.tests]
     names = identify(loss, prints, ledger)
     numbers = iter(prints)
@@ -113,7 +113,7 @@ def file_text(loss: str, groups: list[Group], ledger: Ledger) -> str:
 
 
 def format_file(head: Mapping[str, Any], groups: list[Group]) -> str:
-    """JSON with a line for each thing a person looks at: a group's settings, a test's head, a datum, the answer."""
+    """Format a file as JSON with one line for the settings of a group, the head of a test, a datum, and an answer."""
     top = "".join(f' "{name}": {to_json(value)},\n' for name, value in head.items() if name != "notes")
     notes = format_list("notes", "{}", [f'"{bug}": {to_json(note)}' for bug, note in head["notes"].items()], 2)
     body = format_list("groups", "[]", [group_text(group) for group in groups], 2)
@@ -133,7 +133,7 @@ def test_text(test: Test) -> str:
 
 
 def format_list(name: str, brackets: str, items: list[str], indent: int) -> str:
-    """A named list or object with an item on each line."""
+    """Format a named list or object with one item on each line."""
     margin = "\n" + " " * indent
     inside = margin + f",{margin}".join(items) if items else ""
     return f'"{name}": {brackets[0]}{inside}{brackets[1]}'
@@ -158,7 +158,7 @@ def write(folder: Path = FOLDER) -> list[Path]:
 
 
 def schema_violations(folder: Path = FOLDER) -> list[str]:
-    """Where the files do not follow the schema, or are not there."""
+    """Return where the files violate the schema or are missing."""
     jsonschema = import_module("jsonschema")  # of the extra `testing`
     validator = jsonschema.Draft202012Validator(json.loads((folder / "schema.json").read_text(encoding="utf-8")))
     found = []
@@ -169,6 +169,6 @@ def schema_violations(folder: Path = FOLDER) -> list[str]:
 
 
 def changed_files(folder: Path = FOLDER) -> dict[Path, str]:
-    """The files that are not what would be written, with what would be."""
+    """Return path → text for every file whose contents are not what would be written."""
     texts = {folder / name: text for name, text in file_texts(read_ledger(folder)).items()}
     return {p: text for p, text in texts.items() if not p.exists() or p.read_text(encoding="utf-8") != text}

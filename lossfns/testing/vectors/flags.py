@@ -1,4 +1,4 @@
-"""The bugs that a vector hunts, and the bug that a wrong reply speaks for."""
+"""The flags of a vector, which are the bugs that it detects, and the bugs that explain a wrong reply."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lossfns.testing.vectors.vector import Answer, Vector, flatten, mistake, num
 
 
 def accepts_refused(bug: str, vector: Vector) -> bool:
-    """Whether a loss that has the bug accepts what has to be refused."""
+    """Return whether a loss that has the bug accepts the input of a must-reject vector."""
     code, field = (vector.error or {})["code"], (vector.error or {})["field"]
     if field == "clip":
         low, high = vector.config["clip"]
@@ -26,25 +26,25 @@ BUG_OF_REFUSAL = {
     "odd_pairs": "odd-datum-dropped",
     "dual_clip": "dual-clip-below-one",
 }
-"""Code or field of a refusal → the bug of a loss that leaves it out."""
+"""Code or field of a refusal → the bug of a loss that does not refuse."""
 
 
 def arguments(
     config: Mapping[str, Any], data: Sequence[Mapping[str, Any]], denominator: float | None = None
 ) -> Arguments:
-    """The oracle's arguments: rows by column, and the settings."""
+    """Return the oracle's arguments: rows by column, and the settings."""
     rows = {name: [flatten(datum[name]) for datum in data] for name in data[0]}
     settings = {name: tuple(value) if isinstance(value, list) else value for name, value in config.items()}
     return rows | settings | {"denominator": denominator}
 
 
 def advantage_arguments(config: Mapping[str, Any], data: Sequence[Mapping[str, Any]]) -> Arguments:
-    """The arguments of ``group_advantages``, whose data are samples."""
+    """Return the arguments of the oracle's ``group_advantages``."""
     return {"rewards": [row["reward"] for row in data], "groups": [row["group"] for row in data], **config}
 
 
 def to_answer(answer: oracle.Loss, data: Sequence[Mapping[str, Any]]) -> Answer:
-    """The answer with its flat rows of gradients as rows of K where logprobs are."""
+    """Return the oracle's loss as an answer, with gradients in the shape of the logprobs."""
     value, grads = answer
     k = num_targets(data)
     nested = [[row[i : i + k] for i in range(0, len(row), k)] for row in grads] if k else grads
@@ -52,7 +52,7 @@ def to_answer(answer: oracle.Loss, data: Sequence[Mapping[str, Any]]) -> Answer:
 
 
 def wrong_answer(bug: str, vector: Vector) -> Answer | None:
-    """The answer of a loss that has the bug; None where the bug is about something that the loss lacks."""
+    """Return the answer of a loss that has the bug, or None if this loss cannot have it."""
     if vector.loss == "group_advantages":
         variant = ADVANTAGE_BUGS.get(bug)
         return variant and {"advantages": variant(**advantage_arguments(vector.config, vector.data))}
@@ -62,9 +62,9 @@ def wrong_answer(bug: str, vector: Vector) -> Answer | None:
 
 
 def shows(bug: str, vector: Vector) -> bool:
-    """Whether a loss that has the bug fails the vector, by more than ten times the tolerance of float32.
+    """Return whether a loss that has the bug fails the vector by more than ten times the tolerance of float32.
 
-    At a kink it depends on the side that the loss takes, so that no bug is said to show there.
+    No bug shows at a kink, because the answer there depends on the side that the loss takes.
     """
     if vector.error is not None:
         return accepts_refused(bug, vector)
@@ -76,11 +76,11 @@ def shows(bug: str, vector: Vector) -> bool:
 
 
 def flags(vector: Vector) -> list[str]:
-    """Every bug of the catalogue that shows on the vector."""
+    """Return every bug of the catalogue that shows on the vector."""
     return [bug for bug in BUGS if shows(bug, vector)]
 
 
 def explains(bug: str, vector: Vector, reply: Mapping[str, Any], dtype: str) -> bool:
-    """Whether a reply is the answer of a loss that has this bug."""
+    """Return whether a reply is the answer of a loss that has this bug."""
     answer = None if vector.error is not None else wrong_answer(bug, vector)
     return answer is not None and not mistake(vector.having(answer), reply, dtype)

@@ -1,4 +1,4 @@
-"""The vectors put to a program in any language: JSON lines on its standard input, JSON lines back."""
+"""The runner of the vectors: it sends requests to a program as JSON lines and compares the replies."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from lossfns.testing.vectors.flags import explains
 from lossfns.testing.vectors.vector import METHODS, SUITE, Vector, load, mistake
 
 MAX_SHOWN = 10
-"""How many failures the table shows; the JSON report has all."""
+"""The number of failures in the table. The JSON report has all of them."""
 
 MAX_NOISE = 1000
-"""How many lines that are no reply are read before giving up."""
+"""The number of lines that are no reply before the run stops."""
 
 
 def run(
@@ -36,15 +36,15 @@ def run(
     xfail: Sequence[str] = (),
     progress: Callable[[str], None] = lambda line: None,
 ) -> VectorReport:
-    """Ask a program for every answer and compare.
+    """Send every request to a program and compare its replies with the right answers.
 
     Args:
-        command: started once, split as a shell would; see docs/vectors.md for what it reads and writes.
+        command: the program, split as a shell would and started once; docs/vectors.md describes the protocol.
         loss: one method, or all.
-        dtype: "float64" or "float32", what the program computes in: which tolerance it gets.
+        dtype: "float64" or "float32", the precision of the program, which sets the tolerance.
         timeout: the longest wait for a reply, in seconds.
         xfail: ids, or patterns such as ``gspo-*``, that are expected to fail.
-        progress: called with a line whenever there is something new to say.
+        progress: called with a line of text after each reply.
 
     Raises:
         LossInputError: if the command cannot be started.
@@ -56,23 +56,24 @@ def run(
 
 
 class Exchange(NamedTuple):
-    """What came back: replies by id, and why there are no more of them; empty if nothing is wrong."""
+    """The replies by id, and the complaint about the program; empty if there is none."""
 
     replies: dict[str, Mapping[str, Any]]
     complaint: str
 
 
 class Result(NamedTuple):
-    """One vector's verdict: pass, fail, xfail or xpass, and what was wrong."""
+    """The verdict on one vector (pass, fail, xfail or xpass) and the mistake in the reply."""
 
     vector: Vector
     verdict: str
     wrong: str
     explained: tuple[str, ...] = ()
-    """The flags of bugs whose answer the reply is."""
+    """The bugs whose answer the reply is."""
 
 
 def evaluate(vector: Vector, replied: Exchange, dtype: str, xfail: Sequence[str]) -> Result:
+    """Compare the reply to a vector with the right answer."""
     reply = replied.replies.get(vector.id)
     wrong = mistake(vector, reply, dtype) if reply is not None else "no reply"
     expected = any(fnmatch(vector.id, pattern) for pattern in xfail)
@@ -89,7 +90,7 @@ def evaluate(vector: Vector, replied: Exchange, dtype: str, xfail: Sequence[str]
 
 
 def exchange(command: str, asked: Sequence[Vector], timeout: float, progress: Callable[[str], None]) -> Exchange:
-    """Start the program, write every request, read the replies as they come, and end it."""
+    """Start the program, write every request, read the replies, and end the program."""
     with tempfile.TemporaryFile() as errors:
         process = start_process(command, errors)
         lines: queue.Queue[str | None] = queue.Queue()
@@ -111,6 +112,7 @@ ENDED = "it ended"
 
 
 def start_process(command: str, errors: IO[bytes]) -> subprocess.Popen[str]:
+    """Start the program with pipes for requests and replies."""
     try:
         return subprocess.Popen(
             shlex.split(command),
@@ -126,15 +128,16 @@ def start_process(command: str, errors: IO[bytes]) -> subprocess.Popen[str]:
 
 
 def write_requests(process: subprocess.Popen[str], asked: Iterable[Vector]) -> None:
-    """Write in a thread of its own: neither side then waits for the other to read."""
+    """Write every request. This runs in its own thread, so that neither side waits for the other to read."""
     assert process.stdin is not None
-    with suppress(OSError), process.stdin:  # it may stop reading; what it does not answer counts as failed
+    with suppress(OSError), process.stdin:  # the program may stop reading; requests without a reply count as failed
         for vector in asked:
             process.stdin.write(json.dumps(vector.request, allow_nan=False) + "\n")
             process.stdin.flush()
 
 
 def read_lines(process: subprocess.Popen[str], lines: queue.Queue[str | None]) -> None:
+    """Put every line of output into the queue, then None."""
     assert process.stdout is not None
     with process.stdout:
         for line in process.stdout:
@@ -145,7 +148,7 @@ def read_lines(process: subprocess.Popen[str], lines: queue.Queue[str | None]) -
 def collect_replies(
     lines: queue.Queue[str | None], asked: Sequence[str], timeout: float, progress: Callable[[str], None]
 ) -> tuple[dict[str, Mapping[str, Any]], str]:
-    """Replies until all are there, or until there is no more hope, with the reason."""
+    """Return the replies by id and a complaint: read until every reply is there, or until the program fails."""
     replies: dict[str, Mapping[str, Any]] = {}
     ignored: list[str] = []
     missing, deadline = set(asked), time.monotonic() + timeout
@@ -170,7 +173,7 @@ def collect_replies(
 
 
 def parse_reply(line: str) -> Mapping[str, Any] | None:
-    """A reply, or None for a line that is none."""
+    """Return the reply in a line, or None if there is none."""
     try:
         reply = json.loads(line)
     except (ValueError, RecursionError):
@@ -179,6 +182,7 @@ def parse_reply(line: str) -> Mapping[str, Any] | None:
 
 
 def with_ignored_lines(complaint: str, ignored: Sequence[str]) -> str:
+    """Append the first ignored line to a complaint."""
     if not ignored:
         return complaint
     said = f"it wrote a line that is no reply to any open request: {ignored[0].strip()[:80]!r}"
@@ -186,7 +190,7 @@ def with_ignored_lines(complaint: str, ignored: Sequence[str]) -> str:
 
 
 def stderr_tail(errors: IO[bytes]) -> str:
-    """The end of what it wrote to standard error."""
+    """Return the last lines that the program wrote to standard error."""
     errors.seek(0)
     words = errors.read().decode("utf-8", "replace").strip().splitlines()[-3:]
     return "".join(f"\n  {line[:200]}" for line in words)
@@ -196,7 +200,7 @@ def stderr_tail(errors: IO[bytes]) -> str:
 
 
 class LikelyBug(NamedTuple):
-    """A bug that the failures speak for."""
+    """A likely bug, with the number of vectors that it flags, of those that fail, and of those that it explains."""
 
     flag: str
     vectors: int
@@ -210,7 +214,7 @@ class LikelyBug(NamedTuple):
 
 @dataclass(frozen=True)
 class VectorReport:
-    """Every vector's verdict, and what they say together."""
+    """The verdicts on every vector of a run."""
 
     command: str
     dtype: str
@@ -226,6 +230,7 @@ class VectorReport:
         return not self.failures
 
     def count(self, verdict: str, loss: str | None = None) -> int:
+        """Return the number of vectors with a verdict, of one loss or of all."""
         return sum(r.verdict == verdict and loss in (None, r.vector.loss) for r in self.results)
 
     @property
@@ -234,7 +239,11 @@ class VectorReport:
         return [loss for loss in METHODS if loss in present]
 
     def likely(self, most: int = 5) -> list[LikelyBug]:
-        """Bugs by the share of their vectors that get their very answer; if none does, those whose vectors all fail."""
+        """Return the likeliest bugs.
+
+        These are the bugs whose answers are among the replies, sorted by the share of their vectors that they explain.
+        If there are none, they are the bugs whose vectors all fail.
+        """
         flags = {flag for result in self.failures for flag in result.vector.flags}
         found = [self.likelihood(flag) for flag in BUGS if flag in flags]
         exact = [bug for bug in found if bug.explained]
@@ -247,13 +256,13 @@ class VectorReport:
         return LikelyBug(flag, len(hunting), len(failed), sum(flag in result.explained for result in failed))
 
     def table(self) -> str:
-        """The report as plain text: the counts of every loss, then the remarks."""
+        """Return the report as plain text: the counts of every loss, then the remarks."""
         first, *others = zip(*self.counts())
         columns = [[cell.ljust(28) for cell in first], *([cell.rjust(6) for cell in column] for column in others)]
         return "\n".join(["".join(row) for row in zip(*columns)] + self.remarks())
 
     def counts(self) -> list[list[str]]:
-        """A row for each loss and one for all, under a heading: how many vectors have each verdict."""
+        """Return the table of verdicts: a heading, a row of counts for each loss, and a row for all losses."""
         verdicts = [v for v in ("pass", "fail", "xfail", "xpass") if v in ("pass", "fail") or self.count(v)]
 
         def row(title: str, loss: str | None) -> list[str]:
@@ -263,7 +272,7 @@ class VectorReport:
         return [[f"vectors {SUITE}", *verdicts, "total"], *(row(loss, loss) for loss in self.losses), row("all", None)]
 
     def remarks(self) -> list[str]:
-        """Lines about the program, the first failures and the likely bugs. Each part begins with an empty line."""
+        """Return lines on the program, the first failures and the likely bugs. Each part begins with an empty line."""
         lines = ["", f"{self.command}: {self.complaint}"] if self.complaint else []
         if self.failures:
             rest = len(self.failures) - MAX_SHOWN
@@ -274,7 +283,7 @@ class VectorReport:
         return lines
 
     def as_dict(self) -> dict[str, Any]:
-        """All of it as plain JSON."""
+        """Return the report as plain JSON values."""
         verdicts = ("pass", "fail", "xfail", "xpass")
         return {
             "suite": SUITE,
@@ -299,7 +308,7 @@ class VectorReport:
 
 
 def failure_text(result: Result) -> str:
-    """A failure in two lines, and a line for each bug whose answer the reply is."""
+    """Return a failure in two lines, and a line for each bug that explains it."""
     vector = result.vector
     bugs = [f"    {flag}: {BUGS[flag].description}" for flag in result.explained]
     return "\n".join([f"{vector.id} ({vector.kind}) {vector.comment}", f"    {result.wrong}", *bugs])

@@ -1,4 +1,4 @@
-"""What the vectors ask: inputs written by hand, small enough to check, and the bugs that each hunts."""
+"""The inputs of the vectors, written by hand and small enough to check by hand."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tools.vectors.cases.supervised import supervised
 
 
 def cases() -> Iterator[Case]:
-    """All of them. Ids do not depend on their order, see ``ids.json``."""
+    """Yield every case. Ids do not depend on the order; see ``ids.json``."""
     yield from supervised()
     yield from policies()
     yield from preferences()

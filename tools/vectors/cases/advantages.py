@@ -1,4 +1,4 @@
-"""Cases of group_advantages."""
+"""Cases of ``group_advantages``."""
 
 from __future__ import annotations
 

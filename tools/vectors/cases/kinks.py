@@ -1,4 +1,4 @@
-"""Cases at a kink: where two one-sided gradients meet."""
+"""Cases at a kink, where the two one-sided gradients differ."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tools.vectors.cases.form import CLIPPED, COMPARED, DEFAULTS, RATIOS, Case, 
 
 
 def kinks() -> Iterator[Case]:
-    """At a bound either one-sided gradient is right, and so is what lies between; the value is not in doubt."""
+    """Yield cases at a bound. Both one-sided gradients are right, and all between them; the value is unique."""
     near = 1e-12
     for loss in CLIPPED:
         at = policy_data(lp="-1 -2", w="1 1", adv="-1 -1", d="0 0", x="0 0")

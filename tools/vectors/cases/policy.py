@@ -258,7 +258,7 @@ LOUD = Situation(
         x="0 0.25 0.25 | 0.25 0 -0.5",
     ),
 )
-"""For the dual clip, which binds at 7 and not at 2."""
+"""For the dual clip, which acts at 7 and not at 2."""
 
 SAMPLED = Situation(
     "valid",
@@ -385,7 +385,7 @@ def policies() -> Iterator[Case]:
 
 
 def knobs(loss: str) -> Iterator[Case]:
-    """What every loss with a ratio can be set to."""
+    """Yield cases of the settings of every loss with a ratio."""
     wide: dict[str, Any] = {"clip": [0.5, 8.0]} if loss in CLIPPED else {}
     yield LOUD.case_for(loss, "a dual clip at 3", dual_clip=3.0, **wide)
     yield LOUD.case_for(loss, "a cap of 0.5 on the log-ratio", log_ratio_cap=0.5, **wide)
@@ -400,7 +400,7 @@ def knobs(loss: str) -> Iterator[Case]:
 
 
 def sampled(loss: str) -> Iterator[Case]:
-    """What every loss with old logprobs can be corrected by."""
+    """Yield cases of the sampler correction, which every loss with old logprobs can have."""
     for cap in (2.0, 1.25):
         yield SAMPLED.case_for(loss, f"token weights of at most {cap}", tis_cap=cap)
         yield SAMPLED.case_for(loss, f"sequence weights of at most {cap}", tis_cap=cap, tis_level="sequence")
@@ -409,7 +409,7 @@ def sampled(loss: str) -> Iterator[Case]:
 
 
 def limits(loss: str) -> Iterator[Case]:
-    """What the bounds of a weight and its cap can be set to; where the ratio is cut, the weight stays."""
+    """Yield cases of the bounds and the cap of a limited weight, which keeps its gradient beyond them."""
     yield from (situation.case_for(loss) for situation in LIMITED)
     yield from (s.case_for(loss, "bounds of 0.5 and 2.5", clip=[0.5, 2.5]) for s in LIMITED[:2])
     for clip, name in (([0.0, 4.0], "0 and 4"), ([0.0, 2.0], "0 and 2: none from below"), ([1.0, 1.0], "1 and 1")):
@@ -428,7 +428,7 @@ def limits(loss: str) -> Iterator[Case]:
 
 
 def penalties(loss: str) -> Iterator[Case]:
-    """What the penalty on leaving the old policy can be set to, and how far it reaches: it has no cap."""
+    """Yield cases of the penalty on leaving the old policy, which has no cap."""
     for situation in (DRIFT, IDLE, PARTLY):
         yield situation.case_for(loss)
         yield situation.case_for(loss, "the hosted services' default of 0.05", beta=0.05)
@@ -441,7 +441,7 @@ def penalties(loss: str) -> Iterator[Case]:
 
 
 def divergences(loss: str) -> Iterator[Case]:
-    """What the KL can be set to."""
+    """Yield cases of the KL term."""
     for kl in ("k1", "k2", "k3"):
         yield DRIFTED.case_for(loss, f"{kl} at 0.5", kl=kl, kl_beta=0.5)
         yield DRIFTED.case_for(loss, f"{kl}, each sequence counts alike", kl=kl, kl_beta=0.5, weigh="sequence_mean")

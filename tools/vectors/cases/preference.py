@@ -1,4 +1,4 @@
-"""Cases of dpo and orpo."""
+"""Cases of the preference losses."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from tools.vectors.cases.form import (
 )
 
 FULLY_TESTED = ("cross_entropy", "multi_target_cross_entropy", "grpo", "dpo", "orpo")
-"""Asked about everything that can be malformed; the other losses about what they are most often handed."""
+"""The losses with a case for every kind of malformed input. The others have cases for the most common ones."""
 
 
 def refused() -> Iterator[Case]:
@@ -40,7 +40,7 @@ def refused() -> Iterator[Case]:
 
 
 def valid_data(loss: str) -> Data:
-    """Two datums that nothing is wrong with."""
+    """Return two valid datums."""
     if loss == "multi_target_cross_entropy":
         return data(
             logprobs=[[[-1.0, -2.0], [-0.5, -1.5]], [[-3.0, -1.0]]], weights=[[[1.0, 0.5], [0.5, 1.0]], [[1.0, 1.0]]]
@@ -58,13 +58,13 @@ def out_of_range(name: str) -> Refusal:
 
 
 def edit(given: Data, datum: int, **columns: Any) -> Data:
-    """The data with columns of one datum replaced, or left out where None."""
+    """Return the data with columns of one datum replaced, or removed where None."""
     row = {name: value for name, value in {**given[datum], **columns}.items() if value is not None}
     return [*given[:datum], row, *given[datum + 1 :]]
 
 
 def with_last(row: list[Any], value: float) -> list[Any]:
-    """A row with its last entry replaced."""
+    """Return a row with its last entry replaced."""
     return [*row[:-1], with_last(row[-1], value) if isinstance(row[-1], list) else value]
 
 

@@ -1,4 +1,4 @@
-"""Cases of cross-entropy, with one target and with K."""
+"""Cases of cross-entropy, with one target and with K targets."""
 
 from __future__ import annotations
 
