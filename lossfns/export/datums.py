@@ -17,7 +17,7 @@ from torch import Tensor
 from lossfns.datum import TensorData
 from lossfns.errors import LossInputError
 from lossfns.export.builtins import BUILTINS, CLIP, builtin_name
-from lossfns.loss import BoundLoss, Loss, blaming, not_divisible, to_host
+from lossfns.loss import BoundLoss, Loss, add_loss_name, not_divisible, to_host
 from lossfns.pack import Shapes, blank, check_data, pack, weight_rows
 from lossfns.segments import active_counts, to_tokens
 from lossfns.tokens import ON_POLICY, TARGETS, Tokens
@@ -104,7 +104,7 @@ def with_denominators(loss: Loss | BoundLoss, data: Sequence[Any]) -> list[Any]:
     """
     bound = as_bound(loss)
     loss = bound.loss
-    with blaming(loss):
+    with add_loss_name(loss):
         t, shapes = packed_without_logprobs(bound, data)
         share = loss.share(t)
         if loss.count is not None:

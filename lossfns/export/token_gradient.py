@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lossfns.errors import LossInputError
-from lossfns.loss import BoundLoss, Loss, blaming, show
+from lossfns.loss import BoundLoss, Loss, add_loss_name, name_or_repr
 from lossfns.pack import check_data, find_column
 from lossfns.tokens import ON_POLICY, Tokens
 
@@ -60,15 +60,17 @@ def token_gradient(loss: Loss | BoundLoss, data: Sequence[Any], device: torch.de
     tensor([-1., -1.])
     """
     if not isinstance(loss, Loss | BoundLoss):
-        raise LossInputError("loss", "a Loss such as ppo()", show(loss), "Nothing is known of another function.")
+        raise LossInputError(
+            "loss", "a Loss such as ppo()", name_or_repr(loss), "Nothing is known of another function."
+        )
     bound = loss.bind() if isinstance(loss, Loss) else loss
     if not bound.loss.rows.per_token:
         got = f"{bound.loss!r}, over {bound.loss.rows}"
         raise LossInputError("loss", "a loss whose tokens stand for themselves", got, FIX)
-    with blaming(bound.loss):
+    with add_loss_name(bound.loss):
         check_data(data, bound.loss.rows)
         zeros = [torch.zeros(row.shape, device=device) for row in find_column("target_tokens", data, bound.columns)]
-        t = bound.packed(data, zeros)
+        t = bound.pack(data, zeros)
         if len(t.logprobs) < sum(lp.numel() for lp in zeros):
             fix = "An index counts all targets: bring the rows of each datum to their length."
             raise LossInputError("align", "rows as long as target_tokens", "'truncate', which cuts them", fix)
@@ -88,6 +90,6 @@ def token_gradient(loss: Loss | BoundLoss, data: Sequence[Any], device: torch.de
             (g,) = torch.autograd.grad(torch.dot(some(share).to(term.dtype), term), lp)
         return g
 
-    with blaming(bound.loss):
+    with add_loss_name(bound.loss):
         gradient(zeros[0][:1], slice(0, 1))  # refuses a loss of another kind before any work is done
     return gradient

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lossfns.checks import number
+from lossfns.checks import check_number
 from lossfns.errors import LossInputError, did_you_mean
 from lossfns.logprobs.tiles import (
     ALL,
@@ -420,12 +420,14 @@ def check_arguments(
         raise LossInputError("rows", "a bool tensor", str(rows.dtype), "Pass mask != 0.")
     if targets.dtype != torch.long:
         raise LossInputError("targets", "ids of dtype torch.long", str(targets.dtype), "Call .long().")
-    number("temperature", temperature, "a finite number above 0", lambda t: t > 0, "1.0 leaves the logits alone.")
+    check_number("temperature", temperature, "a finite number above 0", lambda t: t > 0, "1.0 leaves the logits alone.")
     if softcap is not None:
-        number("softcap", softcap, "a finite number above 0, or None", lambda c: c > 0, "None leaves the logits alone.")
+        check_number(
+            "softcap", softcap, "a finite number above 0, or None", lambda c: c > 0, "None leaves the logits alone."
+        )
     if memory_budget is not None and memory_budget != math.inf:
         fix = "0 keeps no logits, math.inf all."
-        number("memory_budget", memory_budget, "a number of bytes", lambda b: b >= 0, fix)
+        check_number("memory_budget", memory_budget, "a number of bytes", lambda b: b >= 0, fix)
     if not targets.numel():
         return
     low, high = torch.stack(targets.aminmax()).tolist()

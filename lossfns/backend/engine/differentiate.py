@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lossfns.datum import TensorData
 from lossfns.errors import LossInputError
-from lossfns.loss import BoundLoss, Loss, blaming
+from lossfns.loss import BoundLoss, Loss, add_loss_name
 from lossfns.pack import PackedColumns, pack_side_columns
 
 LossFn = Callable[[list[Any], list[Tensor]], tuple[Tensor, dict[str, float]]]
@@ -136,7 +136,7 @@ def bind_loss(bound: BoundLoss, data: list[Any], form: Outputs) -> Callable[[Out
 def packed_columns(bound: BoundLoss, data: list[Any], form: Outputs) -> PackedColumns:
     """Pack what a loss of this library reads of the batch besides the outputs."""
     loss = bound.loss
-    with blaming(loss):
+    with add_loss_name(loss):
         return pack_side_columns(
             data, form.shapes, form.values, loss.reads, bound.columns, rows=loss.rows, align=bound.align
         )
@@ -153,7 +153,7 @@ def bind_callable(loss_fn: LossFn, data: list[Any], form: Outputs) -> Callable[[
 def native(bound: BoundLoss, columns: PackedColumns, outputs: Outputs) -> Differentiated:
     """Differentiate a loss of this library: on the device of the outputs, on all of them end to end."""
     leaf = outputs.values.detach().requires_grad_()
-    with blaming(bound.loss):
+    with add_loss_name(bound.loss):
         result = bound.evaluate_packed(columns.with_logprobs(leaf.flatten()))
     loss, value, metrics = check_contract(result)
     backward_to(leaf, loss)

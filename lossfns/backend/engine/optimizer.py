@@ -12,7 +12,7 @@ from torch import nn
 
 from lossfns.backend.engine.gradients import Accumulated
 from lossfns.backend.engine.ranks import full_tensor
-from lossfns.checks import number
+from lossfns.checks import check_number
 from lossfns.errors import LossInputError
 
 # Settings
@@ -51,7 +51,7 @@ def adam_settings(adam: Any, dtypes: set[torch.dtype]) -> dict[str, Any]:
         got, fix = f"a {type(adam).__name__}", "Expected AdamParams or OptimParamsBase; here only AdamW steps."
         raise LossInputError("adam_params", "AdamParams(learning_rate=...)", got, fix)
     for name, (expected, accept) in ADAM.items():
-        number(name, getattr(adam, name), expected, accept, "AdamW has no use for it.")
+        check_number(name, getattr(adam, name), expected, accept, "AdamW has no use for it.")
     rate, beta1, beta2, eps, decay, _ = (float(getattr(adam, name)) for name in ADAM)
     for dtype in dtypes:
         if torch.tensor(eps, dtype=dtype) == 0:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lossfns.checks import number
+from lossfns.checks import check_number
 from lossfns.errors import LossInputError
 
 ALPHA = 32
@@ -119,7 +119,7 @@ def check_settings(model: nn.Module, rank: Any, parts: Collection[str], alpha: A
     if not is_integer(rank) or rank < 1:
         fix = "create_training_client trains all parameters."
         raise LossInputError("rank", "a whole number of at least 1", repr(rank), fix)
-    number("alpha", alpha, "a finite number above 0", lambda x: x > 0, "At 0 adapters change nothing.")
+    check_number("alpha", alpha, "a finite number above 0", lambda x: x > 0, "At 0 adapters change nothing.")
     if seed is not None and (not is_integer(seed) or not 0 <= seed < 2**63):
         raise LossInputError("seed", "a whole number in [0, 2^63), or None", repr(seed), "None draws one.")
     if not parts:
