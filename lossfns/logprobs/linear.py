@@ -276,11 +276,11 @@ def linear_logprobs(
     >>> linear_logprobs(hidden, weight, torch.tensor([2])).exp()  # of three logits of 0
     tensor([0.3333])
     """
-    check(hidden, weight, targets, bias, rows, temperature, softcap, memory_budget)
-    hidden, weight, bias = in_one_dtype(hidden, weight, bias)
+    check_arguments(hidden, weight, targets, bias, rows, temperature, softcap, memory_budget)
+    hidden, weight, bias = to_one_dtype(hidden, weight, bias)
     index: Any = ALL if rows is None else rows.nonzero().squeeze(1)
     inputs = (hidden[index], weight, bias, (targets[:, None] if targets.ndim == 1 else targets)[index])
-    plan, knobs, entropy = chosen_plan(plan, inputs, return_entropy, gradient), (temperature, softcap), None
+    plan, knobs, entropy = choose_plan(plan, inputs, return_entropy, gradient), (temperature, softcap), None
 
     def declared_gradient(logprobs: Tensor, block: slice) -> Tensor:
         """Ask ``gradient`` in the shape of ``targets`` and with positions among all rows."""
@@ -339,7 +339,7 @@ def separable_tokens(memory_budget: float | None, weight: Tensor) -> int:
     return SEPARABLE_TOKENS if memory_budget is None else max(1, int(min(memory_budget, 2**62) // one_token))
 
 
-def in_one_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+def to_one_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Convert all three to the dtype of the weight or, under autocast, to autocast's."""
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
@@ -351,7 +351,7 @@ def scatter_rows(x: Tensor | None, rows: Tensor | None, index: Tensor) -> Any:
     return x if x is None or rows is None else x.new_zeros(len(rows), *x.shape[1:]).index_copy(0, index, x)
 
 
-def chosen_plan(
+def choose_plan(
     plan: str, inputs: tuple[Tensor, Tensor, Tensor | None, Tensor], entropy: bool, gradient: Gradient | None
 ) -> str:
     """Replace ``"auto"`` by the plan with the fewest products; ``"auto"`` is left where the budget decides.
@@ -378,7 +378,7 @@ def chosen_plan(
     return plan
 
 
-def check(
+def check_arguments(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,

@@ -127,7 +127,7 @@ class TileStats(NamedTuple):
 
 
 class OutputGrad(NamedTuple):
-    """The gradient of the loss in the outputs of n tokens, with what it takes to turn it into that of their logits."""
+    """The gradient of the loss in the outputs of n tokens, and all that turns it into the gradient in their logits."""
 
     targets: Tensor  # [n, K] vocabulary ids
     tile_prob: Tensor  # [n, tiles]
@@ -240,13 +240,13 @@ def row_blocks(raw: Tensor) -> Iterator[slice]:
 
 
 def is_inside(local: Tensor, vocab: slice) -> Tensor:
-    """Whether indices that count from the first entry of ``vocab`` lie in it."""
+    """Return whether indices that count from the first entry of ``vocab`` lie in it."""
     size: int = vocab.stop - vocab.start
     return (local >= 0) & (local < size)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of elementwise maths and of sums: float32, or float64 for float64."""
+    """Return the dtype of elementwise maths and of sums: float32, or float64 for float64."""
     return torch.promote_types(x.dtype, torch.float32)
 
 

@@ -14,8 +14,8 @@ from lossfns.loss import Loss
 from lossfns.testing.batch import Batch
 from lossfns.testing.bugs import BUGS
 from lossfns.testing.check import check
-from lossfns.testing.mutants import CALLS, MUTANTS, answering, exemplars, mutant, right, showing
-from lossfns.testing.planted import ADVANTAGES, CANDIDATES, EVERY, LIKELIHOOD, PAIRS
+from lossfns.testing.mutants import CALL_BUGS, MUTANTS, correct_loss, exemplars, mutant, oracle_loss, settings_showing
+from lossfns.testing.planted import ADVANTAGE_BUGS, GENERAL_BUGS, LIKELIHOOD_BUGS, MULTI_TARGET_BUGS, PAIR_BUGS
 from lossfns.testing.subject import padded
 from lossfns.testing.vectors import METHODS, load
 
@@ -42,21 +42,21 @@ def call(loss_fn: Any, batch: Batch, dtype: torch.dtype = torch.float64) -> tupl
 
 
 def test_every_bug_has_one_implementation_and_an_exemplar() -> None:
-    of_answers = {*EVERY, *LIKELIHOOD, *CANDIDATES, *PAIRS, *ADVANTAGES}
-    assert of_answers | CALLS.keys() == BUGS.keys()
-    assert not of_answers & CALLS.keys()
+    of_answers = {*GENERAL_BUGS, *LIKELIHOOD_BUGS, *MULTI_TARGET_BUGS, *PAIR_BUGS, *ADVANTAGE_BUGS}
+    assert of_answers | CALL_BUGS.keys() == BUGS.keys()
+    assert not of_answers & CALL_BUGS.keys()
     assert {vars(made)["bug"] for made in MUTANTS.values()} == BUGS.keys()
 
 
 def test_the_exemplars_are_no_fewer_than_the_bugs_of_every_kind() -> None:
     assert len(MUTANTS) == len(exemplars()) >= 200
-    assert sum(bool(showing(bug, loss)) for bug in BUGS for loss in METHODS) >= 600
+    assert sum(bool(settings_showing(bug, loss)) for bug in BUGS for loss in METHODS) >= 600
 
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_mutant_says_what_it_is(name: str) -> None:
     made: Any = MUTANTS[name]
-    assert made.__name__ == name and made.bug in BUGS and BUGS[made.bug].words in made.__doc__
+    assert made.__name__ == name and made.bug in BUGS and BUGS[made.bug].description in made.__doc__
     assert made.kind == check(made.like, examples=0).kind if made.kind == "advantages" else made.kind
 
 
@@ -66,7 +66,7 @@ def test_settings_are_keywords_and_those_left_out_are_of_the_first_vector() -> N
     assert inspect.signature(made).parameters["clip"].default == (0.9, 1.1)
     batch = batch_for(made.like, 0)
     assert call(lambda *given: made(*given, clip=(0.5, 3.0)), batch) != call(made, batch)
-    assert right("ppo", load("ppo")[0].config).knobs["clip"] == (0.8, 1.2)
+    assert correct_loss("ppo", load("ppo")[0].config).knobs["clip"] == (0.8, 1.2)
 
 
 # Nothing else is wrong
@@ -76,29 +76,29 @@ def test_settings_are_keywords_and_those_left_out_are_of_the_first_vector() -> N
 def test_without_a_bug_the_answer_is_that_of_the_library(loss: str) -> None:
     configs = {repr(v.config): v.config for v in load(loss) if v.error is None}
     for seed, config in enumerate(configs.values()):
-        like = right(loss, config)
+        like = correct_loss(loss, config)
         batch = batch_for(like, seed)
         for dtype, tolerance in ((torch.float64, 1e-11), (torch.float32, 1e-4)):
-            value, gradients = call(answering("", loss, config), batch, dtype)
+            value, gradients = call(oracle_loss("", loss, config), batch, dtype)
             expected, slopes = call(like, batch, dtype)
             assert apart(value, expected) < tolerance and apart(gradients, slopes) < tolerance, config
 
 
-KEPT = [bug for bug in CALLS if bug not in ("state-between-calls", "another-loss", "mask-by-token-id")]
+KEPT = [bug for bug in CALL_BUGS if bug not in ("state-between-calls", "another-loss", "mask-by-token-id")]
 """Bugs of the call that leave value and gradient of a plain batch as they are."""
 
 
 @pytest.mark.parametrize("bug", KEPT)
 @pytest.mark.parametrize("loss", LOSSES)
 def test_a_bug_of_the_call_leaves_value_and_gradient_alone(bug: str, loss: str) -> None:
-    for config in showing(bug, loss)[:1]:
-        like = right(loss, config)
+    for config in settings_showing(bug, loss)[:1]:
+        like = correct_loss(loss, config)
         batch = batch_for(like, 1)
         assert apart(list(call(mutant(bug, loss, **config), batch)), list(call(like, batch))) < 1e-12
 
 
 def test_what_the_loss_refuses_a_mutant_refuses_too() -> None:
-    batch = batch_for(right("dpo", load("dpo")[0].config), 0)
+    batch = batch_for(correct_loss("dpo", load("dpo")[0].config), 0)
     for odd, logprobs in ((batch.take(range(3)), 3), (batch, len(batch.weights) - 1)):
         with pytest.raises(ValueError):
             mutant("sign-flipped", "dpo")(odd.data(), odd.tensors()[:logprobs])

@@ -1,4 +1,4 @@
-"""The key-value cache: what sampling keeps of the tokens that a model has read."""
+"""The key-value cache: keys and values of the tokens that a model has read, for sampling."""
 
 from __future__ import annotations
 

@@ -122,7 +122,7 @@ class Decoder(nn.Module):
         return hidden[cache.lengths.cumsum(0) - 1], cache
 
     def step(self, tokens: Tensor, cache: Cache) -> Tensor:
-        """Append one token to each cached sequence, ``tokens`` [B]. Return their hidden states [B, D]."""
+        """Append one token to each cached sequence, ``tokens`` [B]. Return the hidden states [B, D] of these tokens."""
         return self._run(tokens, *cache.step())
 
     def _run(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:

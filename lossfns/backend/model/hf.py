@@ -49,7 +49,7 @@ def load(
         tokenizer = hf.AutoTokenizer.from_pretrained(source, **options)
     except OSError as error:
         expected, got = "a folder, a GGUF file or the name of a repository", f"{path} ({str(error).splitlines()[0]})"
-        raise LossInputError("source", expected, got, "Is the path right, and the repository within reach?") from error
+        raise LossInputError("source", expected, got, "Check the path, or the connection.") from error
     return CausalLM(model).to(device), tokenizer
 
 
@@ -75,8 +75,8 @@ class CausalLM(nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
         register_attention()
-        known = isinstance(model, transformers().PreTrainedModel)
-        if not known or not model.can_generate() or model.config.is_encoder_decoder:
+        pretrained = isinstance(model, transformers().PreTrainedModel)
+        if not pretrained or not model.can_generate() or model.config.is_encoder_decoder:
             fix = "Pass AutoModelForCausalLM.from_pretrained(...)."
             raise LossInputError("model", "a causal language model of transformers", f"a {type(model).__name__}", fix)
         self.model = model.eval()
@@ -136,7 +136,7 @@ class CausalLM(nn.Module):
         return hidden[cache.lengths.cumsum(0) - 1], cache
 
     def step(self, tokens: Tensor, cache: Cache) -> Tensor:
-        """Append one token to each cached sequence, ``tokens`` [B]. Return their hidden states [B, D]."""
+        """Append one token to each cached sequence, ``tokens`` [B]. Return the hidden states [B, D] of these tokens."""
         return self._run(tokens, *cache.step())
 
     def _run(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:

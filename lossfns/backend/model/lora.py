@@ -71,7 +71,7 @@ def adapted_layers(model: nn.Module) -> list[Any]:
 
 
 def adapted_weight(layer: Any) -> Tensor:
-    """Return a linear layer's weight [out, in]. An adapter that is enabled is added, and sets the precision."""
+    """Return a linear layer's weight [out, in], with its adapter added, in the adapter's dtype, if one is enabled."""
     weight: Tensor = layer.weight
     if not getattr(layer, "disable_adapters", True):
         for adapter in layer.active_adapters:
@@ -81,7 +81,7 @@ def adapted_weight(layer: Any) -> Tensor:
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """Switch all adapters off within: the model then is the base model, thus the reference policy without a copy."""
+    """Switch all adapters off in a ``with`` block: there the model is its base model, the reference policy."""
     flags = [(p, p.requires_grad) for p in model.parameters()]
     on = [layer for layer in adapted_layers(model) if not layer.disable_adapters]
     for layer in on:
@@ -135,7 +135,7 @@ def check_settings(model: nn.Module, rank: Any, parts: Collection[str], alpha: A
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear layer that can be adapted. GPT-2 has a class of its own, ``Conv1D``."""
+    """Return whether a module is a linear layer that can be adapted. GPT-2 has a class of its own, ``Conv1D``."""
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 

@@ -1,4 +1,4 @@
-"""Attention over a layout of segments, against one that is written out in float64, mask and all."""
+"""Attention over a layout of segments, against attention that is written out in float64 with a mask."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
 def sees(lengths: list[int], parents: list[int | None], window: int | None) -> Tensor:
-    """[N, N]: whether token i sees token j, from the list of what comes before each."""
+    """Return [N, N], whether token i sees token j, from a list of the tokens before each."""
     rows = torch.arange(sum(lengths)).split(lengths)
     seen = torch.zeros(sum(lengths), sum(lengths), dtype=torch.bool)
     for own, parent in zip(rows, parents, strict=True):
@@ -30,7 +30,7 @@ def sees(lengths: list[int], parents: list[int | None], window: int | None) -> T
 
 
 def written_out(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float | None, softcap: float | None) -> Tensor:
-    """Head by head, in float64."""
+    """Compute attention head by head, in float64."""
     q, k, v = (x.double() for x in (q, k, v))
     heads = []
     for h in range(q.shape[1]):
@@ -48,8 +48,8 @@ def draw(n: int, heads: int = 4, kv_heads: int = 2, dim: int = 16, seed: int = 0
     return [torch.randn(shape, generator=generator).to(**kind).requires_grad_() for shape in shapes]
 
 
-def apart(layout: Layout, qkv: list[Tensor], *, window: int | None = None, **options: Any) -> float:
-    """The largest difference to what is written out, of the output and of the three gradients."""
+def largest_difference(layout: Layout, qkv: list[Tensor], *, window: int | None = None, **options: Any) -> float:
+    """Return the largest difference to ``written_out``, of the output and of the three gradients."""
     seen = sees(layout.lengths, layout.parents, window)
     ours = layout.attend(*qkv, window=window, **options)
     theirs = written_out(*qkv, seen, options.get("scale"), options.get("softcap"))
@@ -85,7 +85,7 @@ def test_any_layout_is_what_its_mask_says(
     seed: int,
 ) -> None:
     qkv = draw(sum(of[0]), *heads, dim=5, seed=seed, dtype=torch.float64)
-    assert apart(Layout(*of), qkv, window=window, softcap=softcap, scale=scale) < 1e-12
+    assert largest_difference(Layout(*of), qkv, window=window, softcap=softcap, scale=scale) < 1e-12
 
 
 GROUPS: tuple[list[int], list[int | None]] = ([70, 33, 9, 9, 1, 140, 5], [None, None, 0, 0, 0, 1, None])
@@ -98,7 +98,7 @@ TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 0.1}
 @pytest.mark.parametrize("of", [GROUPS, ([50], [None]), ([40, 40, 40], [None] * 3)], ids=["groups", "one", "equal"])
 def test_routes_agree_with_the_mask(of: Any, dtype: torch.dtype, options: dict[str, Any], device: str) -> None:
     layout = Layout(*of, device=device)
-    assert apart(layout, draw(sum(of[0]), device=device, dtype=dtype), **options) < TOLERANCES[dtype]
+    assert largest_difference(layout, draw(sum(of[0]), device=device, dtype=dtype), **options) < TOLERANCES[dtype]
     assert layout.route == attention.choose_route(torch.device(device), dtype, 16, "softcap" in options)
 
 
@@ -110,7 +110,7 @@ def test_gradient_is_that_of_finite_differences() -> None:
 
 
 def test_a_parents_gradient_is_summed_in_float32() -> None:
-    """Over 512 calls, of which each adds less than bfloat16 keeps; what is left is its last rounding, 0.4 %."""
+    """Each of 512 calls adds less than bfloat16 can add. Only the last rounding, 0.4 %, may remain."""
     lengths, parents = [3] + [1, 2] * 256, [None] + [0] * 512
     qkv = draw(sum(lengths), heads=1, kv_heads=1, dim=8, dtype=torch.bfloat16)
     direction = torch.ones(sum(lengths) - 3, 1, 8, dtype=torch.bfloat16)
@@ -137,7 +137,7 @@ def test_adjacent_segments_of_one_parent_and_length_are_one_call() -> None:
 
 
 class Calls(TorchDispatchMode):
-    """The operations that are executed."""
+    """Record the operations that are executed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -157,8 +157,8 @@ def test_sequences_of_one_length_are_not_copied(lengths: list[int]) -> None:
     assert [name for name in calls.names if name not in views] == ["_scaled_dot_product_flash_attention_for_cpu"]
 
 
-def test_what_continuations_see_is_written_down_once() -> None:
-    """For all their lengths and layers, however long the others: position 5 is the first that needs it, 7 the last."""
+def test_the_bias_of_continuations_is_computed_once() -> None:
+    """One tensor serves all lengths and layers; it covers positions 5 to 7, which need it, and no others."""
     layout, qkv = Layout([9, 5, 3, 2], [None, None, 1, 1]), draw(19)
     layout.attend(*qkv)
     ((first, bias),) = layout.biases.values()
@@ -185,7 +185,7 @@ def test_segments_that_do_not_fit_are_refused(lengths: Any, parents: Any, messag
     assert message in str(error.value)
 
 
-# What runs on a GPU alone, as far as it can be tested without one.
+# Routes that run on a GPU alone, as far as they can be tested without one.
 
 
 @pytest.mark.parametrize(
@@ -217,7 +217,7 @@ def test_route_elsewhere() -> None:
 def kernel(
     q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, **options: Any
 ) -> Tensor:
-    """What ``varlen_attn`` documents: sequence by sequence, causal from the end, ``window_size[0]`` keys back."""
+    """Do what ``varlen_attn`` documents: sequence by sequence, causal from the end, ``window_size[0]`` keys back."""
     assert cu_q.dtype == cu_k.dtype == torch.int32 and options["enable_gqa"] and options["window_size"][1] == 0
     assert (max_q, max_k) == (int(cu_q.diff().max()), int(cu_k.diff().max()))
     outputs = []
@@ -236,11 +236,11 @@ def kernel(
 def test_varlen_route_asks_the_kernel_for_the_mask(
     of: Any, window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A stand-in for the kernel, which runs on GPUs alone; so this is about what it is given."""
+    """The kernel runs on GPUs alone. A stand-in checks the arguments that it is given."""
     monkeypatch.setattr(attention, "varlen_kernel", lambda: kernel)
     monkeypatch.setattr(attention, "choose_route", lambda *_: "varlen")
     layout = Layout(*of)
-    assert apart(layout, draw(sum(of[0])), window=window) < 2e-5
+    assert largest_difference(layout, draw(sum(of[0])), window=window) < 2e-5
     assert layout.route == "varlen"
 
 

@@ -29,7 +29,7 @@ def saved(sequences: Sequences, min_length: int) -> int:
 
 @st.composite
 def families(draw: st.DrawFn, most: int = 5) -> Sequences:
-    """Sequences of which many continue a part of an earlier one."""
+    """Draw sequences; many of them continue a part of an earlier one."""
     rows: Sequences = []
     for _ in range(draw(st.integers(1, most))):
         base = draw(st.sampled_from([[], *rows]))
@@ -50,7 +50,7 @@ def partitions(rows: Sequences) -> Iterator[list[Sequences]]:
 
 @given(families(), st.integers(1, 4))
 def test_no_grouping_saves_more(sequences: Sequences, min_length: int) -> None:
-    """Against all groupings there are."""
+    """Compare with every possible grouping."""
 
     def saving(group: Sequences) -> int:
         prefix = len(list(takewhile(lambda column: len(set(column)) == 1, zip(*group))))
@@ -108,14 +108,14 @@ def test_one_sequence_is_as_it_was() -> None:
 
 
 def test_a_long_prefix_and_a_short_one_are_both_shared() -> None:
-    """30 begin alike in 4 tokens. 10 of those go on alike up to 20: 19 · 4 + 9 · 20, where all by 4 save 29 · 4."""
+    """30 sequences share 4 tokens and 10 of them share 20: two groups save 19 · 4 + 9 · 20, one group saves 29 · 4."""
     start = [1, 2, 3, 4]
     alike, loose = [*start, *[5] * 16], [[*start, 10 + i, i] for i in range(20)]
     assert saved([[*alike, i] for i in range(10)] + loose, min_length=4) == 19 * 4 + 9 * 20
 
 
 def test_a_conversation_that_grows_turn_by_turn() -> None:
-    """300 lengths 10, 20, ..., 3000. In a group from the a-th to the b-th, b - a of them share the a-th."""
+    """Lengths 10, 20, ..., 3000. A group from the a-th to the b-th shares the a-th, which saves b - a times it."""
     talk = np.random.default_rng(0).integers(0, 300, 3000).tolist()
     best = [0]
     for b in range(1, 301):
@@ -124,7 +124,7 @@ def test_a_conversation_that_grows_turn_by_turn() -> None:
 
 
 def test_a_head_row_for_each_hidden_state_and_target() -> None:
-    """The last token of a prefix predicts another token in each sequence."""
+    """The last token of a prefix has another target in each sequence."""
     *_, rows = shared([[5, 6, 7, 8], [5, 6, 9], [5, 6, 7]], min_length=2)
     targets = np.array([6, 7, 8, 1, 6, 9, 1, 6, 7, 3])
     hidden_rows, inverse = head_rows(rows, targets)
@@ -165,7 +165,7 @@ BATCH = [
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_model_computes_the_same(dtype: torch.dtype, checkpointing: bool) -> None:
-    """Hidden states and the gradient of every parameter."""
+    """Compare hidden states and the gradient of every parameter."""
     model = Decoder(vocab_size=50, dim=32, layers=2, heads=4, kv_heads=2, hidden=48, seed=1).to(dtype)
     with torch.no_grad():  # large embeddings, so that every token matters
         model.embed.weight.mul_(20)
@@ -186,18 +186,18 @@ def test_a_model_computes_the_same(dtype: torch.dtype, checkpointing: bool) -> N
         assert (a - b).norm() <= (1e-12 if exact else 1e-5) * b.norm()
 
 
-class Whole(Decoder):
-    """A decoder that takes whole sequences only, so that a client shares nothing."""
+class Unshared(Decoder):
+    """A decoder without ``parents``, so that a client shares no prefixes."""
 
     def forward(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:  # type: ignore[override]
         return super().forward(tokens, lengths)
 
 
 def test_a_client_computes_the_same() -> None:
-    """Logprobs of each datum, and the gradient of a loss that takes every one of them."""
+    """Compare logprobs of each datum and the gradient of a loss over all of them."""
     data = [lossfns.datum_from_tokens(row, prompt_length=1) for row in BATCH]
     logprobs, gradients = [], []
-    for kind in (Decoder, Whole):
+    for kind in (Decoder, Unshared):
         c = LocalTrainingClient(kind(vocab_size=50, dim=16, layers=1, heads=2, kv_heads=1, hidden=24), device="cpu")
         output = c.forward_backward_custom(data, lossfns.cross_entropy()).result()
         logprobs.append([o["logprobs"].to_torch() for o in output.loss_fn_outputs])
