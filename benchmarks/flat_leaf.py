@@ -56,7 +56,7 @@ def separate(loss: Callable[[list[Tensor]], tuple[Tensor, dict[str, float]]], ou
 
 
 def of_columns(loss: BoundLoss, columns: PackedColumns, leaves: list[Tensor]) -> tuple[Tensor, dict[str, float]]:
-    return loss.evaluate_packed(columns.at(torch.cat(leaves)))
+    return loss.evaluate_packed(columns.with_logprobs(torch.cat(leaves)))
 
 
 def alternatives(loss: BoundLoss, data: list[Datum], outputs: Outputs) -> dict[str, Callable[[], Differentiated]]:

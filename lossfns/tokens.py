@@ -33,12 +33,12 @@ class Rows(StrEnum):
 
     @property
     def rank(self) -> int:
-        """Dimensions of one datum's logprobs: 1 for ``[N]``, 2 for ``[N, K]``."""
+        """Number of dimensions of one datum's logprobs: 1, or 2 if a position has K targets."""
         return 2 if self is Rows.TARGETS else 1
 
     @property
     def datums(self) -> int:
-        """Datums that one row spans, and that a micro-batch must therefore keep together."""
+        """Number of datums that one row spans. A micro-batch keeps them together."""
         return 2 if self is Rows.PAIRS else 1
 
     @property
@@ -67,7 +67,7 @@ class _OnPolicy:
         return "ON_POLICY"
 
     def __reduce__(self) -> str:
-        return "ON_POLICY"  # a copy is the same object
+        return "ON_POLICY"  # pickle and copy look this name up in the module: a copy is the same object
 
 
 ON_POLICY = _OnPolicy()

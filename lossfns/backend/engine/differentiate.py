@@ -140,7 +140,7 @@ def native(bound: BoundLoss, columns: PackedColumns, outputs: Outputs) -> Differ
     """Differentiate a loss of this library: on the device of the outputs, on all of them end to end."""
     leaf = outputs.values.detach().requires_grad_()
     with blaming(bound.loss):
-        result = bound.evaluate_packed(columns.at(leaf.flatten()))
+        result = bound.evaluate_packed(columns.with_logprobs(leaf.flatten()))
     loss, metrics = check_contract(result)
     backward_to(leaf, loss)
     return differentiated(loss, metrics, leaf, outputs)

@@ -72,7 +72,7 @@ class Engine:
 
     def check_context(self, inputs: ModelInputs) -> ModelInputs:
         """Return inputs; refuse any that are longer than the model can read, on all ranks before one finds out."""
-        context = getattr(self.model, "context", math.inf)
+        context = getattr(self.model, "context_length", math.inf)
         for i, length in enumerate(inputs.lengths):
             if length > context:
                 expected = f"sequences of at most {context} tokens, the context of the model"

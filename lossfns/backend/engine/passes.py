@@ -81,7 +81,7 @@ def stream_part(
     """Return outputs of a micro-batch and their gradient. Its graph is gone before the next needs the memory."""
     values = forward.micro_batch(part, plan.spare_bytes)
     leaf = values.detach().requires_grad_()
-    loss, _ = evaluate_part(columns.at(leaf.flatten()))
+    loss, _ = evaluate_part(columns.with_logprobs(leaf.flatten()))
     backward_to(leaf, loss)
     torch.autograd.backward(values, leaf.grad)
     assert leaf.grad is not None

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lossfns import LossInputError
 from lossfns.backend.model import attention
-from lossfns.backend.model.attention import Layout, Run, on_cuda, visible
+from lossfns.backend.model.attention import Layout, SegmentGroup, choose_cuda_route, mask_mod
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
@@ -99,7 +99,7 @@ TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 0.1}
 def test_routes_agree_with_the_mask(of: Any, dtype: torch.dtype, options: dict[str, Any], device: str) -> None:
     layout = Layout(*of, device=device)
     assert apart(layout, draw(sum(of[0]), device=device, dtype=dtype), **options) < TOLERANCES[dtype]
-    assert layout.route == attention.route(torch.device(device), dtype, 16, "softcap" in options)
+    assert layout.route == attention.choose_route(torch.device(device), dtype, 16, "softcap" in options)
 
 
 def test_gradient_is_that_of_finite_differences() -> None:
@@ -127,8 +127,13 @@ def test_positions_go_on_after_the_parent() -> None:
 
 def test_adjacent_segments_of_one_parent_and_length_are_one_call() -> None:
     layout = Layout([2, 2, 3, 1, 1, 1], [None, None, None, 0, 0, 1])
-    assert layout.runs == [Run(None, 2, 2), Run(None, 3, 1), Run(0, 1, 2), Run(1, 1, 1)]
-    assert Layout([1, 2, 1]).runs == [Run(None, 1, 1), Run(None, 2, 1), Run(None, 1, 1)]
+    assert layout.groups == [
+        SegmentGroup(None, 2, 2),
+        SegmentGroup(None, 3, 1),
+        SegmentGroup(0, 1, 2),
+        SegmentGroup(1, 1, 1),
+    ]
+    assert Layout([1, 2, 1]).groups == [SegmentGroup(None, 1, 1), SegmentGroup(None, 2, 1), SegmentGroup(None, 1, 1)]
 
 
 class Calls(TorchDispatchMode):
@@ -165,10 +170,10 @@ def test_what_continuations_see_is_written_down_once() -> None:
 @pytest.mark.parametrize(
     ("lengths", "parents", "message"),
     [
-        ([], None, "lengths: expected segments of a token or more, got []"),
+        ([], None, "lengths: expected segments of at least one token, got []"),
         ([3, 0], None, "got [3, 0]"),
-        ([3, 2], [None], "parents: expected 2, one a segment, got 1"),
-        ([3, 2], [None, 1], "for segment 1 an earlier one that has none itself, got 1"),
+        ([3, 2], [None], "parents: expected 2, one per segment, got 1"),
+        ([3, 2], [None, 1], "for segment 1 an earlier one that has no parent itself, got 1"),
         ([3, 2], [1, None], "for segment 0"),
         ([3, 2, 1], [None, 0, 1], "for segment 2"),
         ([3, 2], [None, -2], "got -2"),
@@ -201,12 +206,12 @@ def test_segments_that_do_not_fit_are_refused(lengths: Any, parents: Any, messag
     ],
 )
 def test_route_on_a_gpu(dtype: torch.dtype, head_dim: int, softcap: bool, has_varlen: bool, expected: str) -> None:
-    assert on_cuda(dtype, head_dim, softcap, has_varlen) == expected
+    assert choose_cuda_route(dtype, head_dim, softcap, has_varlen) == expected
 
 
 def test_route_elsewhere() -> None:
     for dtype in TOLERANCES:
-        assert attention.route(torch.device("cpu"), dtype, 64) == "sdpa-by-length"
+        assert attention.choose_route(torch.device("cpu"), dtype, 64) == "sdpa-by-length"
 
 
 def kernel(
@@ -233,7 +238,7 @@ def test_varlen_route_asks_the_kernel_for_the_mask(
 ) -> None:
     """A stand-in for the kernel, which runs on GPUs alone; so this is about what it is given."""
     monkeypatch.setattr(attention, "varlen_kernel", lambda: kernel)
-    monkeypatch.setattr(attention, "route", lambda *_: "varlen")
+    monkeypatch.setattr(attention, "choose_route", lambda *_: "varlen")
     layout = Layout(*of)
     assert apart(layout, draw(sum(of[0])), window=window) < 2e-5
     assert layout.route == "varlen"
@@ -242,5 +247,5 @@ def test_varlen_route_asks_the_kernel_for_the_mask(
 @given(layouts(), st.sampled_from([None, 1, 3]))
 def test_flex_route_has_the_mask(of: tuple[list[int], list[int | None]], window: int | None) -> None:
     n = sum(of[0])
-    mask = create_mask(visible(Layout(*of), window), None, None, n, n, "cpu")
+    mask = create_mask(mask_mod(Layout(*of), window), None, None, n, n, "cpu")
     assert torch.equal(mask[0, 0], sees(*of, window))

@@ -433,15 +433,21 @@ def scaled() -> Any:
 @pytest.mark.parametrize(
     ("build", "text"),
     [
-        (mamba, "a MambaForCausalLM the same for packed sequences as for each alone"),
-        (recurrent_gemma, "a RecurrentGemmaForCausalLM the same for packed sequences"),
-        (lfm2, "a Lfm2ForCausalLM the same for packed sequences as for each alone, got logits that another sequence"),
-        (bloom, "a BloomForCausalLM the same for packed sequences"),
-        (gptj, "a GPTJForCausalLM the same for packed sequences"),
+        (mamba, "a MambaForCausalLM with the same logits for packed sequences as alone"),
+        (recurrent_gemma, "a RecurrentGemmaForCausalLM with the same logits for packed sequences"),
+        (
+            lfm2,
+            "a Lfm2ForCausalLM with the same logits for packed sequences as alone, got logits that another sequence",
+        ),
+        (bloom, "a BloomForCausalLM with the same logits for packed sequences"),
+        (gptj, "a GPTJForCausalLM with the same logits for packed sequences"),
         (bidirectional, "got a mask of its own"),
         (electra, "got RuntimeError: mat1 and mat2 shapes cannot be multiplied"),
         (stablelm, "StableLm"),
-        (scaled, "a LlamaForCausalLM the same for packed sequences as for each alone, got logits that differ by 9.1%"),
+        (
+            scaled,
+            "a LlamaForCausalLM with the same logits for packed sequences as alone, got logits that differ by 9.1%",
+        ),
         (gpt_oss, "got GptOssAttention with s_aux"),
         (llama4, "got Llama4TextAttention, which sees 8192 tokens by its mask, all by its window"),
         (t5, "a causal language model of transformers, got a T5ForConditionalGeneration"),
@@ -459,7 +465,7 @@ def test_what_would_be_computed_wrongly_is_refused(build: Callable[[], Any], tex
 
 def test_a_sequence_longer_than_the_context_is_refused() -> None:
     c = client("gpt2")
-    assert c.model.context == 512
+    assert c.model.context_length == 512
     with pytest.raises(LossInputError, match="at most 512 tokens, the context of the model, got 513"):
         c.model(torch.ones(513, dtype=torch.long), [40, 473], [None, 0])
     sampler = c.save_weights_and_get_sampling_client()
@@ -474,7 +480,7 @@ def test_a_sequence_longer_than_the_context_is_refused() -> None:
 def test_where_frequencies_depend_on_the_batch_sequences_stay_below() -> None:
     rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
     config = transformers.LlamaConfig(**SIZE, rope_parameters=rope)
-    assert hf.CausalLM(transformers.LlamaForCausalLM(config)).context == 16
+    assert hf.CausalLM(transformers.LlamaForCausalLM(config)).context_length == 16
 
 
 def test_dropout_is_refused() -> None:
