@@ -20,6 +20,7 @@ from hypothesis.errors import InvalidArgument
 import lossfns
 from lossfns.testing import strategies
 from lossfns.testing.batch import Batch
+from lossfns.testing.public import presets
 from lossfns.testing.strategies import batches, datums
 from lossfns.tokens import LOGPROB_COLUMNS
 
@@ -147,20 +148,15 @@ def off_bounds(log_ratio: float) -> bool:
     return ratio == 1 or all(abs(ratio / bound - 1) > 1e-3 for bound in (*BOUNDS, 0.5, 1.3, 2.0, 3.0))
 
 
+PRESETS = [preset() for preset in presets().values()]
 LOSSES = {
     "policy": [
-        lossfns.reinforce(),
-        lossfns.ppo(),
-        lossfns.grpo(),
-        lossfns.gspo(),
-        lossfns.gspo_token(),
-        lossfns.cispo(),
-        lossfns.dro(),
+        *(loss for loss in PRESETS if "advantages" in loss.reads),
         lossfns.with_kl(lossfns.with_tis(lossfns.ppo())),
         lossfns.cross_entropy(weigh=lossfns.sequence_mean),
     ],
-    "pairs": [lossfns.dpo(), lossfns.orpo()],
-    "targets": [lossfns.multi_target_cross_entropy()],
+    "pairs": [loss for loss in PRESETS if loss.rows == "pairs"],
+    "targets": [loss for loss in PRESETS if loss.rows == "targets"],
     "signed": [lossfns.cross_entropy(weigh=lossfns.token_sum)],
     "signed targets": [lossfns.multi_target_cross_entropy(weigh=lossfns.token_sum)],
 }
