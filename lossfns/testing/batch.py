@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from lossfns import datum as ours
-from lossfns.datum import Datum, ModelInput, TensorData
 from lossfns.inspect.probe import ALIASES
 from lossfns.tokens import COLUMNS
 
@@ -105,6 +104,3 @@ class Batch:
             weights=self.weights if weights is None else weights,
             columns={**self.columns, **columns},
         )
-
-
-__all__ = ["ALIASES", "Batch", "Datum", "ModelInput", "Row", "Rows", "TensorData"]

@@ -41,7 +41,7 @@ def signal(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> 
     if not good:
         value = abs(there[1.0].value / there[-1.0].gradients[0][0])
         bug = "dual-clip-on-positive" if value > 1 else "clip-as-epsilon"
-        require(False, bug, f"On-policy a token of advantage 1 has no gradient, and a loss of −{value:g}.")
+        require(False, bug, f"On-policy a token of advantage 1 has no gradient, and its loss is −{value:g}.")
     bug = "dual-clip-below-one" if there[1.0].value else "ratio-not-exponentiated"
     seen = f"On-policy a token of advantage −1 has no gradient; the loss for advantage 1 is {there[1.0].value:g}."
     require(bad, bug, seen)
@@ -51,7 +51,7 @@ def diagnose_no_gradient(probe: Probe) -> None:
     """Find out why a single token has no gradient, and raise LawBroken with that bug."""
     seen = "On-policy, on a single token of weight 1, the gradient is 0"
     three = probe(uniform_batch(probe.batch, length=3, datums=unit_size(probe.batch)))
-    require(not any(g for row in three.gradients for g in row), "target-dropped", f"{seen}; of three it is not.")
+    require(not any(g for row in three.gradients for g in row), "target-dropped", f"{seen}; on three tokens it is not.")
     if "advantages" in probe.batch.columns:
         two = uniform_batch(probe.batch, datums=2)
         opposed = probe(two.having(advantages=[[1.0], [-1.0]] if not two.targets else two.columns["advantages"]))
@@ -113,9 +113,9 @@ def check_advantage_coupling(probe: Probe, batch: Batch, mine: Callable[[Batch],
         seen = "The gradient of datum 0 depends on the advantage of another datum"
         require(not probe.close(alone, usual), "datum-misaligned", f"{seen}, and not on its own.")
         pulled = sum(map(sum, ghost)) < 0
-        require(not pulled, "broadcast", f"{seen}: with advantage 0 it is trained as the other is.")
+        require(not pulled, "broadcast", f"{seen}: with advantage 0 it is trained like the other datum.")
         require(False, "cross-talk", f"{seen}.")
-    seen = "Once another datum's advantage is 0, the gradient of datum 0 is another."
+    seen = "If another datum's advantage is 0, the gradient of datum 0 changes."
     require(probe.close(mine(given(1, 0, 1)), usual), "zero-advantage-denominator", seen)
 
 
@@ -165,7 +165,7 @@ def check_advantage_position(probe: Probe, batch: Batch) -> None:
     if not any(hits.values()):
         return  # clipped or inert: other laws report it
     for (i, j), hit in hits.items():
-        seen = f"The advantage of token {j} of datum {i} has its effect at {hit}."
+        seen = f"The advantage of token {j} of datum {i} acts at {hit}."
         if hit == [(i, j)] or (has_sequence_ratio(probe) and {k for k, _ in hit} == {i}):
             continue
         require(not any(k != i for k, _ in hit), "datum-misaligned", seen)

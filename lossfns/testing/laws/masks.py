@@ -87,7 +87,7 @@ def empty(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> N
     before, after = probe(batch), probe(with_masked_unit(batch))
     seen = f"With a fully masked datum the loss is {after.value}, not {before.value}, or the others' gradients differ"
     require(after.finite, "empty-sequence-nan", f"{seen}; its gradients are {after.gradients[-1]}.")
-    assume(before.finite, "it is not finite without it either")
+    assume(before.finite, "it is not finite without this datum either")
     rest = after.gradients[: len(before.gradients)]
     same = probe.close([after.value, rest], [before.value, before.gradients])
     require(same, "empty-sequence-counted", f"{seen}.")
