@@ -53,8 +53,8 @@ def test_every_bug_is_named_by_a_first_broken_law() -> None:
 
 def test_the_held_out_losses_are_others_than_the_exemplars() -> None:
     population = list(held_out())
-    counted = {loss: sum(specimen.loss == loss for specimen in population) for loss in METHODS}
-    assert {entry.loss: entry.mutants for entry in RECORD.held_out} == counted, STALE
+    counted = {loss: sum(spec.loss == loss for spec in population) for loss in METHODS}
+    assert {entry.title: entry.mutants for entry in RECORD.held_out} == counted, STALE
     assert len(population) >= 400
     whole = totals(RECORD.held_out)
     assert len(RECORD.misnamed) == whole.mutants - whole.named_right
@@ -157,8 +157,8 @@ def test_our_losses_obey_every_law(name: str, examples: int) -> None:
 
 def test_every_law_has_something_to_say_of_our_losses() -> None:
     """Every law applies to at least one preset, so no law is skipped everywhere."""
-    entry = {verdict.law for name in PRESETS for verdict in report(name, 0) if verdict.verdict == "pass"}
-    assert entry >= set(LAWS) - {"tis"}  # of a loss that has a correction
+    applicable = {verdict.law for name in PRESETS for verdict in report(name, 0) if verdict.verdict == "pass"}
+    assert applicable >= set(LAWS) - {"tis"}  # of a loss that has a correction
 
 
 @pytest.mark.exhaustive
