@@ -33,8 +33,8 @@ LOG_RATIOS = [0.001 * 1.35**i for i in range(28)]
 def value_and_gradient_at(probe: Probe, d: float, advantage: float, **columns: float) -> tuple[float, float]:
     """Return value and gradient of a single token with log-ratio d."""
     batch = uniform_batch(probe.batch, logprobs=-30.0, advantages=advantage)
-    given = {"old_logprobs": -30.0 - d, "sampler_logprobs": -30.0 - d, **columns}
-    result = probe(with_constants(batch, **{name: x for name, x in given.items() if name in batch.columns}))
+    columns_given = {"old_logprobs": -30.0 - d, "sampler_logprobs": -30.0 - d, **columns}
+    result = probe(with_constants(batch, **{name: x for name, x in columns_given.items() if name in batch.columns}))
     return result.value, result.gradients[0][0]
 
 
@@ -265,8 +265,8 @@ def clip(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> No
     # Neither acts on ratios near 1.
     binds_bad = [d for d in bad_above if d < 0.5]
     if good_below or binds_bad:
-        kept = not good_above and not bad_below
-        require(False, "clip-max-for-min" if kept else "clip-without-min", f"{seen}.")
+        opposite_kept = not good_above and not bad_below
+        require(False, "clip-max-for-min" if opposite_kept else "clip-without-min", f"{seen}.")
     for a, d in ((1.0, 2.5), (-1.0, -2.5)):
         value, gradient = value_and_gradient_at(probe, d, a)
         nudged = value_after_nudge(probe, d, a, -0.25)
