@@ -28,7 +28,8 @@ from side_by_side import device_name, race, ratio, save, table
 from torch import Tensor
 
 from lossfns import BoundLoss, Datum, TensorData, grpo
-from lossfns.backend.engine.differentiate import Differentiated, LossFn, Outputs, objective_of
+from lossfns.backend.engine.differentiate import Differentiated, Outputs, objective_of
+from lossfns.loss import LossFn
 from lossfns.pack import PackedColumns, pack_side_columns
 
 LENGTHS = (16, 64, 256)

@@ -24,6 +24,8 @@ from lossfns.weigh import Weighing, check_weigh
 Statistics = dict[str, Tensor]
 """A value of each row by name, without gradient."""
 Terms = Callable[[Tokens], tuple[Tensor, Statistics]]
+LossFn = Callable[[list[Any], list[Tensor]], tuple[Tensor, dict[str, float]]]
+"""The contract: ``(data, logprobs_list) -> (loss, metrics)``."""
 P = ParamSpec("P")
 
 
