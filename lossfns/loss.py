@@ -24,6 +24,8 @@ from lossfns.weigh import Weighing, check_weigh
 Statistics = dict[str, Tensor]
 """One value for each row, detached, by name of the statistic."""
 Terms = Callable[[Tokens], tuple[Tensor, Statistics]]
+LossFn = Callable[[list[Any], list[Tensor]], tuple[Tensor, dict[str, float]]]
+"""The contract: ``(data, logprobs_list) -> (loss, metrics)``."""
 P = ParamSpec("P")
 
 

@@ -258,9 +258,9 @@ def print_outcome(outcome: recipes.Outcome) -> None:
 def draw_curves(run: Run, outcome: recipes.Outcome, path: Path) -> str:
     """Draw the curves of the run; return the path of the picture, or the reason why there is none."""
     try:
-        from lossfns.train.plots import draw
+        from lossfns.train.plots import plot_metrics
 
-        drawn = draw(run.history, {outcome.name: (outcome.before, outcome.after)}, path)
+        drawn = plot_metrics(run.history, {outcome.name: (outcome.before, outcome.after)}, path)
     except ImportError:
         return "not drawn: pip install 'lossfns[viz]'"
     return str(path) if drawn else "not drawn: no metric has changed yet"

@@ -16,11 +16,8 @@ from torch import Tensor
 
 from lossfns.datum import TensorData
 from lossfns.errors import LossInputError
-from lossfns.loss import BoundLoss, Loss, add_loss_name
+from lossfns.loss import BoundLoss, Loss, LossFn, add_loss_name
 from lossfns.pack import PackedColumns, pack_side_columns
-
-LossFn = Callable[[list[Any], list[Tensor]], tuple[Tensor, dict[str, float]]]
-"""The contract: ``(data, logprobs_list) -> (loss, metrics)``."""
 
 
 class Outputs(NamedTuple):

@@ -15,7 +15,7 @@ from lossfns.backend.engine import passes, state
 from lossfns.backend.engine.batch import ModelInputs, inputs_with_targets, inputs_without_targets
 from lossfns.backend.engine.budget import Budget
 from lossfns.backend.engine.builtins import bind_builtin
-from lossfns.backend.engine.differentiate import Differentiated, LossFn, Outputs, objective_of, tensor_class
+from lossfns.backend.engine.differentiate import Differentiated, Outputs, objective_of, tensor_class
 from lossfns.backend.engine.forward import Forward, compute_embeddings, compute_logprobs
 from lossfns.backend.engine.gradients import Gradients, summed_in_float32
 from lossfns.backend.engine.optimizer import adam_settings, clip_factor, gradient_divisor, gradient_norm, take_step
@@ -23,7 +23,7 @@ from lossfns.backend.engine.pooling import Pool
 from lossfns.backend.engine.ranks import Ranks, SingleProcess
 from lossfns.backend.types import OptimStepResponse
 from lossfns.errors import LossInputError
-from lossfns.loss import BoundLoss, Loss
+from lossfns.loss import BoundLoss, Loss, LossFn
 from lossfns.tokens import FlatLogprobs
 
 
