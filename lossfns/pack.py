@@ -1,7 +1,7 @@
-"""The one door: ``(data, logprobs_list, columns)`` in, one masked ``Tokens`` out.
+"""The one door: ``pack`` checks a batch, aligns its columns, and returns one masked ``Tokens``.
 
-The door checks shapes, types and lengths before any maths, and it masks. No later code masks, and the only later
-check is ``values.check_values``, which runs once the numbers are on the host with the metrics.
+Shapes, types and lengths are checked here, before any maths. No later code masks. One check comes later:
+``values.check_values`` reads a few numbers on the host, where they arrive together with the metrics.
 """
 
 from __future__ import annotations
@@ -19,19 +19,20 @@ from lossfns.checks import is_real
 from lossfns.errors import LossInputError
 from lossfns.tokens import DATUM_FIELDS, LOGPROB_COLUMNS, ON_POLICY, SEQUENCES, TOKENS, Rows, Tokens
 
-Row = np.ndarray[Any, Any] | Tensor
-"""One datum's values of a column."""
+Values = np.ndarray[Any, Any] | Tensor
+"""The values of one column for one datum."""
 Shapes = Sequence[Sequence[int]]
 """The shape of each datum's logprobs: ``[N_i]``, or ``[N_i, K]``."""
 
-FIXES = {
+MISSING_COLUMN_FIX = {
     "target_tokens": "Build the datum with datum_from_tokens.",
     "weights": "Give one number for each target: 0 for the prompt, 1 for what is trained on.",
-    "advantages": "Pass bind(advantages=...): a number or a row for each datum, as group_advantages makes them.",
-    "old_logprobs": "Pass bind(old_logprobs=...): the logprobs before the update, or ON_POLICY to say they are these.",
+    "advantages": "Pass bind(advantages=...): a number (see group_advantages) or a row for each datum.",
+    "old_logprobs": "Pass bind(old_logprobs=...): the old policy's logprobs, or ON_POLICY if it is the current one.",
     "ref_logprobs": "Pass bind(ref_logprobs=...): the frozen reference model's logprobs of the same targets.",
     "sampler_logprobs": "Pass bind(sampler_logprobs=...): see align_sampler_logprobs.",
 }
+"""The fix in the error for a datum that lacks a column, by column."""
 
 
 def pack(
@@ -48,17 +49,18 @@ def pack(
     Args:
         data: B datums, whose ``loss_fn_inputs`` map field names to TensorData, arrays, tensors or lists.
         logprobs_list: B float tensors ``[N_i]``, or ``[N_i, K]`` for a loss over K targets.
-        reads: the columns to take besides ``weights``: from ``columns``, else from the datums.
-        columns: for each name one row for each datum, or one number for each datum.
+        reads: names of the columns to pack besides ``weights``: from ``columns``, or else from the datums.
+        columns: for each name a list of B entries. An entry is one datum's row, or a number for the whole datum.
         rows: the kind of row of the loss: tokens, targets, pairs or sequences.
-        align: ``"strict"``, or ``"truncate"`` to cut every row of a datum to the shortest of them.
+        align: ``"strict"``, or ``"truncate"`` to cut all columns of a datum to the length of its shortest.
 
     Returns:
-        The packed batch, on the logprobs' device and in their dtype, float32 at least. Every slot of weight 0
-        holds 0 in every column, so that no nan or inf can leak from it.
+        The packed batch, on the logprobs' device. Its dtype is that of the logprobs, or float32 if theirs is narrower.
+        Every slot of weight 0 holds 0 in every column, so that no nan or inf can leak from it.
 
     Raises:
-        LossInputError: with the datum, the field, what was expected, what came, and the fix.
+        LossInputError: if any input is malformed. The message names the datum, the field, what was expected, what came,
+            and the fix.
 
     >>> import torch
     >>> from lossfns import datum_from_tokens
@@ -70,7 +72,7 @@ def pack(
     check_data(data, rows)
     check_logprobs(data, logprobs_list)
     shapes, logprobs = [lp.shape for lp in logprobs_list], concatenate(logprobs_list)
-    return pack_side_columns(data, shapes, logprobs, reads, columns, rows=rows, align=align).at(logprobs)
+    return pack_side_columns(data, shapes, logprobs, reads, columns, rows=rows, align=align).with_logprobs(logprobs)
 
 
 def pack_side_columns(
@@ -83,7 +85,7 @@ def pack_side_columns(
     rows: Rows = TOKENS,
     align: str = "strict",
 ) -> PackedColumns:
-    """Pack every column but the logprobs: ``pack_side_columns(data, shapes, ...).at(logprobs)`` is ``pack``.
+    """Pack every column but the logprobs. ``with_logprobs`` of the result then returns what ``pack`` returns.
 
     Args:
         data, reads, columns, rows, align: as for ``pack``.
@@ -96,11 +98,12 @@ def pack_side_columns(
     on_policy = {name: ON_POLICY for name in reads if columns.get(name) is ON_POLICY}
     table = {name: find_column(name, data, columns, rows) for name in reads if name not in on_policy}
     table["weights"] = find_weights(data, columns, reads)
-    truncation: list[Tensor] = []
+    kept: list[Tensor] = []
     if align == "truncate":
         uncut = shapes
         shapes, table = truncate(shapes, table)
-        truncation = [torch.arange(prod(shape)) < prod(cut) for shape, cut in zip(uncut, shapes)]
+        # Row-major: the first entries of an [N, K] are those of its first positions.
+        kept = [torch.arange(prod(shape)) < prod(cut) for shape, cut in zip(uncut, shapes)]
     else:
         check_targets(data, shapes)
     lengths = torch.from_numpy(np.array([prod(shape) for shape in shapes], dtype=np.int64))
@@ -108,8 +111,9 @@ def pack_side_columns(
     weights = flat.pop("weights")
     active = weights != 0
     inactive = ~active
-    blanked = {name: x.masked_fill_(inactive, 0) for name, x in flat.items()}  # in place: flatten_column made them
-    return PackedColumns(weights, active, lengths.to(like.device), blanked | on_policy, truncation)
+    # In place is safe: flatten_column returns new tensors.
+    blanked = {name: x.masked_fill_(inactive, 0) for name, x in flat.items()}
+    return PackedColumns(weights, active, lengths.to(like.device), blanked | on_policy, kept)
 
 
 @dataclass(frozen=True)
@@ -119,58 +123,58 @@ class PackedColumns:
     Attributes:
         weights, active: ``[N]``, as in ``Tokens``.
         lengths: ``[B]`` tokens of each sequence.
-        columns: the other columns ``[N]``. ON_POLICY stands for the logprobs that are still to come.
-        truncation: for each datum a mask of the logprobs to keep; empty unless rows are truncated.
+        columns: the other columns ``[N]``. A column that is ON_POLICY becomes the logprobs, in ``with_logprobs``.
+        kept: for each datum a mask of the logprobs that are kept; empty unless columns are truncated.
     """
 
     weights: Tensor
     active: Tensor
     lengths: Tensor
     columns: Mapping[str, Any]
-    truncation: list[Tensor]
+    kept: list[Tensor]
 
-    def at(self, logprobs: Tensor) -> Tokens:
-        """The batch with its logprobs, which are given end to end."""
-        logprobs = blank(logprobs[torch.cat(self.truncation)] if self.truncation else logprobs, self.active)
+    def with_logprobs(self, logprobs: Tensor) -> Tokens:
+        """Return the packed batch with these logprobs, concatenated over the datums."""
+        logprobs = blank(logprobs[torch.cat(self.kept)] if self.kept else logprobs, self.active)
         columns = {name: logprobs.detach() if x is ON_POLICY else x for name, x in self.columns.items()}
         return Tokens(logprobs, self.weights, self.lengths, columns)
 
     def part(self, which: slice) -> PackedColumns:
-        """The columns of ``data[which]``, consecutive datums, as views."""
+        """Return the columns of ``data[which]``, a slice of consecutive datums, as views."""
         first, last, _ = which.indices(len(self.lengths))
-        own = slice(int(self.lengths[:first].sum()), int(self.lengths[:last].sum()))
-        columns = {name: x if x is ON_POLICY else x[own] for name, x in self.columns.items()}
-        return PackedColumns(self.weights[own], self.active[own], self.lengths[which], columns, self.truncation[which])
+        tokens = slice(int(self.lengths[:first].sum()), int(self.lengths[:last].sum()))
+        columns = {name: x if x is ON_POLICY else x[tokens] for name, x in self.columns.items()}
+        return PackedColumns(self.weights[tokens], self.active[tokens], self.lengths[which], columns, self.kept[which])
 
 
 def pack_weights(
     data: Sequence[Any], reads: Sequence[str], columns: Mapping[str, Any], *, rows: Rows, align: str = "strict"
 ) -> Tokens:
-    """Pack the weights alone, in float64: enough for a denominator before any forward pass. Logprobs are 0."""
+    """Pack the weights alone, in float64, with zeros as logprobs: enough to compute a denominator."""
     check_data(data, rows)
     weights = weight_rows(data, reads, columns)
     if align == "truncate":
-        targets = [row.shape for row in find_column("target_tokens", data, columns)]
+        shapes = [row.shape for row in find_column("target_tokens", data, columns)]
         table = {name: column_or_none(name, data, columns, rows) for name in reads} | {"weights": weights}
-        weights = truncate(targets, table)[1]["weights"]
+        weights = truncate(shapes, table)[1]["weights"]
     shapes = [w.shape for w in weights]
     lengths = torch.tensor([prod(shape) for shape in shapes])
     packed = flatten_column("weights", weights, shapes, lengths, torch.empty(0, dtype=torch.float64))
     return Tokens(torch.zeros_like(packed), packed, lengths)
 
 
-def weight_rows(data: Sequence[Any], reads: Sequence[str], columns: Mapping[str, Any]) -> list[Row]:
-    """The weights of each datum; ones for RL datums that have none."""
-    weights: list[Row] | None = find_weights(data, columns, reads)
+def weight_rows(data: Sequence[Any], reads: Sequence[str], columns: Mapping[str, Any]) -> list[Values]:
+    """Return the weights of each datum. They are ones for RL datums, which have none."""
+    weights: list[Values] | None = find_weights(data, columns, reads)
     if weights is not None:
         return weights
     return [np.ones(len(row), dtype=np.float32) for row in as_rows(fields(data, "advantages"), "advantages")]
 
 
 def column_or_none(name: str, data: Sequence[Any], columns: Mapping[str, Any], rows: Rows) -> Any:
-    """A column that is bound, or that all datums have; else None."""
-    there = name in columns or not any(value is None for value in fields(data, name))
-    return find_column(name, data, columns, rows) if there and columns.get(name) is not ON_POLICY else None
+    """Return a column that is bound or that all datums have, else None. ON_POLICY gives None."""
+    available = name in columns or not any(value is None for value in fields(data, name))
+    return find_column(name, data, columns, rows) if available and columns.get(name) is not ON_POLICY else None
 
 
 def blank(x: Tensor, active: Tensor) -> Tensor:
@@ -179,7 +183,7 @@ def blank(x: Tensor, active: Tensor) -> Tensor:
 
 
 def check_data(data: Sequence[Any], rows: Rows) -> None:
-    """Refuse anything but a list of datums, in pairs where the loss is one of pairs."""
+    """Refuse anything but a list of datums, and an odd number of them for a loss over pairs."""
     if not isinstance(data, (list, tuple)):
         raise LossInputError("data", "a list of datums", f"a {type(data).__name__}", "Pass [datum] for a single one.")
     if not data:
@@ -189,7 +193,7 @@ def check_data(data: Sequence[Any], rows: Rows) -> None:
             fix = "Build it with datum_from_tokens, or pass tinker.Datum objects."
             raise LossInputError("loss_fn_inputs", "a Datum", f"a {type(datum).__name__}", fix, datum=i)
     if len(data) % rows.datums:
-        fix = "Interleave them: 2i chosen, 2i + 1 rejected."
+        fix = "Interleave them: datum 2i chosen, 2i + 1 rejected."
         raise LossInputError("data", "chosen/rejected pairs", f"{len(data)} datums, an odd number", fix)
 
 
@@ -213,7 +217,7 @@ def check_logprobs(data: Sequence[Any], logprobs_list: Sequence[Tensor]) -> None
 
 
 def check_shapes(data: Sequence[Any], shapes: Shapes, rank: int) -> None:
-    """Refuse logprobs of another count than the datums', or of another rank than the loss has."""
+    """Refuse logprobs whose number is not that of the datums, or whose rank is not the one that the loss takes."""
     if len(data) != len(shapes):
         raise wrong_count(data, shapes)
     for i, shape in enumerate(shapes):
@@ -227,68 +231,78 @@ def wrong_count(data: Sequence[Any], logprobs_list: Sequence[Any]) -> LossInputE
 
 
 def wrong_rank(shape: Sequence[int], rank: int, datum: int) -> LossInputError:
-    others = {1: "For [N] use cross_entropy.", 2: "For [N, K] use multi_target_cross_entropy."}
-    fix = others.get(len(shape), "Split the batch by sequence.")
+    fixes = {1: "For [N] use cross_entropy.", 2: "For [N, K] use multi_target_cross_entropy."}
+    fix = fixes.get(len(shape), "Split the batch by sequence.")
     return LossInputError("logprobs", ("[N]", "[N, K]")[rank - 1], f"shape {tuple(shape)}", fix, datum=datum)
 
 
 def check_targets(data: Sequence[Any], shapes: Shapes) -> None:
-    """Refuse logprobs of another length than the datum's ``target_tokens``, where it has them."""
+    """Refuse logprobs whose length is not that of the datum's ``target_tokens``, if these are TensorData."""
     for i, (targets, shape) in enumerate(zip(fields(data, "target_tokens"), shapes)):
         if hasattr(targets, "to_numpy"):
-            own = targets.shape
-            count = own[0] if isinstance(own, (list, tuple)) and own else len(targets.to_numpy())
+            # An SDK's TensorData may have no shape. Flat targets of an [N, K] have N·K entries.
+            target_shape = targets.shape
+            has_shape = isinstance(target_shape, (list, tuple)) and target_shape
+            count = target_shape[0] if has_shape else len(targets.to_numpy())
             if count != shape[0] and count != prod(shape):
                 got, fix = str(shape[0]), "Pass the logprobs of these datums' targets."
                 raise LossInputError("logprobs", f"{count} rows (the length of target_tokens)", got, fix, datum=i)
 
 
 def find_column(name: str, data: Sequence[Any], columns: Mapping[str, Any], rows: Rows = TOKENS) -> Any:
-    """A column as it was given: a list of B rows, or one array ``[B]`` of a number for each datum."""
+    """Return a column as a list of B rows, or as one array ``[B]`` with a number for each datum.
+
+    The column comes from ``columns`` if it is bound there, else from the datums.
+    """
     if name in columns:
         given = columns[name]
         if isinstance(given, (Mapping, Set)) or not hasattr(given, "__len__") or getattr(given, "ndim", 1) == 0:
             got, fix = f"a {type(given).__name__}", "Bind a list with one entry for each datum."
             raise LossInputError(name, f"{len(data)} entries, one per datum", got, fix)
         if len(given) != len(data):
-            fix = "Bind one for each of the datums that are passed."
+            fix = "Bind one entry for each datum of the call."
             raise LossInputError(name, f"{len(data)} entries, one per datum", str(len(given)), fix)
     else:
         given = fields(data, name)
         missing = next((i for i, value in enumerate(given) if value is None), None)
         if missing is not None:
-            got, fix = "nothing bound, nor in the datum", FIXES.get(name, f"Pass bind({name}=...).")
+            got, fix = "nothing bound and nothing in the datum", MISSING_COLUMN_FIX.get(name, f"Pass bind({name}=...).")
             raise LossInputError(name, "one row per datum", got, fix, datum=missing)
     return as_column(name, given, rows)
 
 
 def as_column(name: str, given: Any, rows: Rows = TOKENS) -> Any:
-    """Convert a column to a list of B rows, or to one array ``[B]`` where each datum has a number."""
+    """Convert a column to a list of B rows, or to one array ``[B]`` if each datum has a number."""
     if isinstance(given, (Tensor, np.ndarray)) and given.ndim == 1:
-        return one_number_each(name, as_row(given, name, None), rows)
-    found = as_rows(given, name)
-    ranks = {row.ndim for row in found}
+        return check_one_number_each(name, as_row(given, name, None), rows)
+    datum_rows = as_rows(given, name)
+    ranks = {row.ndim for row in datum_rows}
     if 0 not in ranks:
-        return found
+        return datum_rows
     if ranks != {0}:
-        number = next(i for i, row in enumerate(found) if row.ndim == 0)
+        number = next(i for i, row in enumerate(datum_rows) if row.ndim == 0)
         expected = "a row for each datum, or a number for each"
         raise LossInputError(name, expected, "a number among rows", "Use one form.", datum=number)
-    return one_number_each(name, torch.stack([torch.as_tensor(row) for row in found]), rows)
+    return check_one_number_each(name, torch.stack([torch.as_tensor(row) for row in datum_rows]), rows)
 
 
-def one_number_each(name: str, given: Row, rows: Rows) -> Row:
-    """Numbers ``[B]``, one for each datum: for advantages, and for a column of a loss with a row for each sequence."""
-    of_sequences = rows is SEQUENCES and name not in ("weights", "target_tokens", *LOGPROB_COLUMNS)
-    if name != "advantages" and not of_sequences:
-        raise LossInputError(name, "a row for each datum", "a number for each", "Only advantages may be numbers.")
+def check_one_number_each(name: str, given: Values, rows: Rows) -> Values:
+    """Return a column ``[B]`` with one number for each datum if this column may have that form, else refuse it.
+
+    Advantages may. In a loss over sequences, labels may too.
+    """
+    is_label = rows is SEQUENCES and name not in ("weights", "target_tokens", *LOGPROB_COLUMNS)
+    if name != "advantages" and not is_label:
+        fix = "Only advantages, and labels of a loss over sequences, may be one number for each datum."
+        raise LossInputError(name, "a row for each datum", "a number for each", fix)
     return given
 
 
 def find_weights(data: Sequence[Any], columns: Mapping[str, Any], reads: Sequence[str]) -> Any:
-    """The weights, or None for ones: RL datums have per-token ``advantages`` and no weights.
+    """Return the weights, or None if all weights are 1.
 
-    A mask beside them under another name is refused, as it would otherwise have no effect.
+    They are 1 for RL datums: these have per-token ``advantages`` and no weights. A datum without weights that has a
+    ``mask`` or a ``loss_mask`` is refused, since the mask would have no effect.
     """
     if "weights" in columns:
         return find_column("weights", data, columns)
@@ -297,34 +311,35 @@ def find_weights(data: Sequence[Any], columns: Mapping[str, Any], reads: Sequenc
     if missing is None:
         return as_column("weights", given)
     masks = [name for name in ("mask", "loss_mask") if name in data[missing].loss_fn_inputs]
-    advantages = fields(data, "advantages") if "advantages" in reads else [None]
-    rl = not any(a is None for a in advantages) and all(w is None for w in given) and not masks
-    if not rl or any(row.ndim != 1 for row in as_rows(advantages, "advantages")):
-        fix = f"Its {masks[0]!r} is not read: pass it as weights." if masks else FIXES["weights"]
+    advantages = fields(data, "advantages")
+    has_advantages = "advantages" in reads and all(a is not None for a in advantages)
+    is_rl_batch = has_advantages and all(w is None for w in given) and not masks
+    if not is_rl_batch or any(row.ndim != 1 for row in as_rows(advantages, "advantages")):
+        fix = f"Its {masks[0]!r} is not read: pass it as weights." if masks else MISSING_COLUMN_FIX["weights"]
         raise LossInputError("weights", "a row for each datum", "loss_fn_inputs without weights", fix, datum=missing)
     return None
 
 
 def fields(data: Sequence[Any], name: str) -> list[Any]:
-    """Each datum's own value of a column, or None."""
+    """Return the value of a field for each datum, or None for a datum without this field."""
     inputs = [datum.loss_fn_inputs for datum in data]
     first, *others = DATUM_FIELDS.get(name, (name,))
-    values = [own.get(first) for own in inputs]
+    values = [x.get(first) for x in inputs]
     for other in others:
-        values = [own.get(other) if value is None else value for value, own in zip(values, inputs)]
+        values = [x.get(other) if value is None else value for value, x in zip(values, inputs)]
     return values
 
 
-def as_rows(values: Any, name: str) -> list[Row]:
-    """Convert each datum's row to an array or a constant tensor."""
+def as_rows(values: Any, name: str) -> list[Values]:
+    """Convert each datum's row to an array or a detached tensor."""
     kind, *others = set(map(type, values))
-    if not others and kind.__name__ == "TensorData":  # ours, or an SDK's: no need to look at each
+    if not others and kind.__name__ == "TensorData":  # ours, or an SDK's: no need to check each
         return [value.to_numpy() for value in values]
     return [as_row(value, name, i) for i, value in enumerate(values)]
 
 
-def as_row(value: Any, name: str, datum: int | None) -> Row:
-    """Convert one row to an array or a constant tensor; a ``None`` among the numbers becomes nan."""
+def as_row(value: Any, name: str, datum: int | None) -> Values:
+    """Convert one row to an array or a detached tensor; a ``None`` among the numbers becomes nan."""
     if isinstance(value, Tensor) and is_plain(value):
         return value.detach()
     try:
@@ -345,22 +360,23 @@ def is_plain(x: Tensor) -> bool:
 
 
 def truncate(shapes: Shapes, table: dict[str, Any]) -> tuple[Shapes, dict[str, Any]]:
-    """Cut every row of a datum, and the shape of its logprobs, to the shortest of them."""
-    ragged = {name: rows for name, rows in table.items() if isinstance(rows, list)}
+    """Cut all columns of a datum, and the shape of its logprobs, to the length of the shortest."""
+    by_row = {name: rows for name, rows in table.items() if isinstance(rows, list)}  # a number for a datum needs no cut
     if len(shapes[0]) == 2:
-        ragged = {name: [as_matrix(row, shape[1]) for row, shape in zip(rows, shapes)] for name, rows in ragged.items()}
-    shortest = [min(shape[0], *map(len, rows)) for shape, *rows in zip(shapes, *ragged.values())]
-    cut = {name: [row[:n] for row, n in zip(rows, shortest)] for name, rows in ragged.items()}
+        by_row = {name: [as_matrix(row, shape[1]) for row, shape in zip(rows, shapes)] for name, rows in by_row.items()}
+    # For each datum: the length of its shortest column or of its logprobs.
+    shortest = [min(shape[0], *map(len, rows)) for shape, *rows in zip(shapes, *by_row.values())]
+    cut = {name: [row[:n] for row, n in zip(rows, shortest)] for name, rows in by_row.items()}
     return [(n, *shape[1:]) for shape, n in zip(shapes, shortest)], table | cut
 
 
-def as_matrix(row: Row, targets: int) -> Row:
+def as_matrix(row: Values, k: int) -> Values:
     """Reshape a flat list of N·K entries to ``[N, K]``."""
-    return row.reshape(-1, targets) if row.ndim == 1 and targets and len(row) % targets == 0 else row
+    return row.reshape(-1, k) if row.ndim == 1 and k and len(row) % k == 0 else row
 
 
 def concatenate(logprobs_list: Sequence[Tensor]) -> Tensor:
-    """Lay all logprobs end to end, in float32 at least, without a copy where they are the parts of one leaf."""
+    """Lay all logprobs end to end, in float32 at least, without a copy if they are the parts of one leaf."""
     flat = common_leaf(logprobs_list)
     if flat is None:
         flat = torch.cat([lp if lp.ndim == 1 else lp.flatten() for lp in logprobs_list])
@@ -368,17 +384,19 @@ def concatenate(logprobs_list: Sequence[Tensor]) -> Tensor:
 
 
 def common_leaf(logprobs_list: Sequence[Tensor]) -> Tensor | None:
-    """The leaf that ``torch.split`` cut into these tensors, all of them and in order, else None.
+    """Return the leaf whose ``torch.split`` returned exactly these tensors, in this order; else None.
 
     The gradient can then go to the leaf at once, instead of to thousands of parts.
     """
     split = logprobs_list[0].grad_fn
     if split is None or split.name() not in ("SplitWithSizesBackward0", "SplitBackward0"):
         return None
+    # Only the AccumulateGrad node of a leaf has `variable`.
     leaf: Tensor | None = getattr(split.next_functions[0][0], "variable", None)
     if leaf is None or leaf.shape[1:] != logprobs_list[0].shape[1:]:
         return None
     for i, lp in enumerate(logprobs_list):
+        # A hook or retain_grad on a part would get no gradient, since the graph does not pass through the part.
         if lp.grad_fn is not split or lp.output_nr != i or lp._backward_hooks or lp.retains_grad:
             return None
     return leaf if sum(lp.numel() for lp in logprobs_list) == leaf.numel() else None
@@ -402,20 +420,22 @@ def flatten_column(name: str, column: Any, shapes: Shapes, lengths: Tensor, like
     return flat.to(like.device, like.dtype)
 
 
-def align_row(row: Row, shape: Sequence[int], name: str, datum: int) -> Row:
+def align_row(row: Values, shape: Sequence[int], name: str, datum: int) -> Values:
     """Return the row if it has the logprobs' shape, or lists the entries of ``[N, K]`` row-major; else refuse it."""
     shape = tuple(shape)
     if tuple(row.shape) == shape or (row.ndim == 1 and len(shape) == 2 and len(row) == prod(shape)):
         return row
     if len(shape) == 2 or row.ndim != 1:
         expected, got = f"shape {shape}, that of logprobs", f"shape {tuple(row.shape)}"
-        raise LossInputError(name, expected, got, "One number for each entry, row-major.", datum=datum)
+        raise LossInputError(
+            name, expected, got, "Give one number for each entry of the logprobs, row-major.", datum=datum
+        )
     fix = {
-        1: "It has the length of the tokens: drop the first entry, as position j holds token j + 1.",
-        -1: "It looks shifted twice: weights and targets are both shifted by one, once.",
+        1: "It has one entry for each token: drop the first entry, as position j holds token j + 1.",
+        -1: "It looks shifted twice: weights and targets must be shifted by one, once.",
     }.get(
         len(row) - shape[0],
-        'Every row has the length of target_tokens; align="truncate" cuts to the shortest.',
+        'Every row has the length of target_tokens; align="truncate" cuts all to the shortest.',
     )
     expected = f"{shape[0]} values (the length of logprobs)"
     raise LossInputError(name, expected, str(len(row)), fix, datum=datum)

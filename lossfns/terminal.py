@@ -28,7 +28,7 @@ def console_on(stream: TextIO) -> Console | None:
 
 
 def print_rows(console: Console, rows: Sequence[Sequence[str]], styles: Sequence[str] = ()) -> None:
-    """Print rows of cells in columns. A style is that of a row's first cell. The last column is wrapped to fit."""
+    """Print rows of cells in columns. Each style colours the first cell of its row. The last column wraps to fit."""
     from rich.table import Table
     from rich.text import Text
 
@@ -42,7 +42,7 @@ def print_rows(console: Console, rows: Sequence[Sequence[str]], styles: Sequence
 
 
 def print_wrapped(console: Console, lines: Iterable[str]) -> None:
-    """Print lines of text. The continuation of a long line is indented deeper than the line."""
+    """Print lines of text. Long lines wrap, and continue with a deeper indentation."""
     for line in lines:
         deeper = " " * (len(line) - len(line.lstrip()) + 2)
         parts = textwrap.wrap(line, console.width, subsequent_indent=deeper, break_on_hyphens=False)
@@ -51,7 +51,7 @@ def print_wrapped(console: Console, lines: Iterable[str]) -> None:
 
 @contextmanager
 def status() -> Iterator[Callable[[str], None]]:
-    """Yield a function that shows the work in hand in one line of standard error, which goes away at the end."""
+    """Yield a function that shows the current work on one line of standard error; the line goes away at the end."""
     console = console_on(sys.stderr)
     if console is None:
         yield lambda text: None

@@ -33,12 +33,12 @@ class Rows(StrEnum):
 
     @property
     def rank(self) -> int:
-        """Dimensions of one datum's logprobs: 1 for ``[N]``, 2 for ``[N, K]``."""
+        """Number of dimensions of one datum's logprobs: 1, or 2 if a position has K targets."""
         return 2 if self is Rows.TARGETS else 1
 
     @property
     def datums(self) -> int:
-        """Datums that one row spans, and that a micro-batch must therefore keep together."""
+        """Number of datums that one row spans. A micro-batch must not separate them."""
         return 2 if self is Rows.PAIRS else 1
 
     @property
@@ -59,7 +59,7 @@ COLUMNS = ("weights", "advantages", *LOGPROB_COLUMNS)
 """The names of the usual columns. A loss of your own may read others."""
 
 DATUM_FIELDS = {"old_logprobs": ("old_logprobs", "logprobs")}
-"""Fields of a datum that may hold a column, by preference. Tinker calls the old logprobs ``logprobs``."""
+"""Fields of a datum that may hold a column, in order of preference. Tinker calls the old logprobs ``logprobs``."""
 
 
 class _OnPolicy:
@@ -67,11 +67,11 @@ class _OnPolicy:
         return "ON_POLICY"
 
     def __reduce__(self) -> str:
-        return "ON_POLICY"  # a copy is the same object
+        return "ON_POLICY"  # pickle and copy look this name up in the module: a copy is the same object
 
 
 ON_POLICY = _OnPolicy()
-"""Bind as ``old_logprobs`` where the old policy is the current one: the ratio is then exp(lp − sg(lp)) = 1."""
+"""Bind as ``old_logprobs`` if the old policy is the current one: the ratio is then exp(lp − sg(lp)) = 1."""
 
 
 @dataclass(frozen=True)

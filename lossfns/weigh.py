@@ -40,7 +40,7 @@ class Weighing:
 
 
 def weights(t: Tokens) -> Tensor:
-    """w of each token: ``[N]``."""
+    """Weight w of each token: ``[N]``."""
     return t.weights
 
 
@@ -54,55 +54,58 @@ def weight_sum(t: Tokens) -> Tensor:
     return t.weights.sum()
 
 
-def sequences(t: Tokens) -> Tensor:
+def sequence_count(t: Tokens) -> Tensor:
     """Number of sequences with an active token."""
     return nonempty(t).sum()
 
 
-def normalisable_sequences(t: Tokens) -> Tensor:
-    """Number of sequences with an active token, or nan if the (signed) weights of one have no positive sum."""
+def sequence_count_or_nan(t: Tokens) -> Tensor:
+    """Number of sequences with an active token; nan if the weights of such a sequence sum to 0 or less.
+
+    Weights of a plain likelihood may be negative. The loss refuses a batch whose count is nan.
+    """
     valid = (sequence_sum(t, t.weights) > 0) | ~nonempty(t)
-    return torch.where(valid.all(), sequences(t), torch.nan)
+    return torch.where(valid.all(), sequence_count(t), torch.nan)
 
 
-def each_sequence(t: Tokens) -> Tensor:
+def sequence_active(t: Tokens) -> Tensor:
     """1 for each sequence with an active token, else 0: ``[B]``."""
     return nonempty(t).to(t.weights.dtype)
 
 
-def each_pair(t: Tokens) -> Tensor:
+def pair_active(t: Tokens) -> Tensor:
     """1 for each pair with active tokens on both sides, else 0: ``[P]``."""
-    has = nonempty(t)
-    return (chosen(has) & rejected(has)).to(t.weights.dtype)
+    has_active = nonempty(t)
+    return (chosen(has_active) & rejected(has_active)).to(t.weights.dtype)
 
 
-def pairs(t: Tokens) -> Tensor:
+def pair_count(t: Tokens) -> Tensor:
     """Number of pairs with active tokens on both sides."""
-    return each_pair(t).sum()
+    return pair_active(t).sum()
 
 
 token_mean = Weighing("token_mean", TOKENS, weights, weight_sum)
 """Σ w·l / Σ w: every token of the batch counts alike (DAPO, verl "token-mean")."""
 
-sequence_mean = Weighing("sequence_mean", TOKENS, weights_in_sequence, normalisable_sequences)
+sequence_mean = Weighing("sequence_mean", TOKENS, weights_in_sequence, sequence_count_or_nan)
 """Mean over sequences of Σ w·l / Σ_seq w (GRPO's paper, GSPO, verl "seq-mean-token-mean")."""
 
-sequence_sum_mean = Weighing("sequence_sum_mean", TOKENS, weights, sequences)
+sequence_sum_mean = Weighing("sequence_sum_mean", TOKENS, weights, sequence_count)
 """Mean over sequences of Σ w·l (the hosted APIs' example losses, verl "seq-mean-token-sum")."""
 
 token_sum = Weighing("token_sum", TOKENS, weights, None)
-"""Σ w·l, never divided: the hosted services' built-ins; they or the caller normalise."""
+"""Σ w·l, never divided, like the built-in losses of the hosted services. The service or the caller divides."""
 
-pair_mean = Weighing("pair_mean", PAIRS, each_pair, pairs)
+pair_mean = Weighing("pair_mean", PAIRS, pair_active, pair_count)
 """Mean over pairs."""
 
-pair_sum = Weighing("pair_sum", PAIRS, each_pair, None)
+pair_sum = Weighing("pair_sum", PAIRS, pair_active, None)
 """Σ over pairs, never divided."""
 
-datum_mean = Weighing("datum_mean", SEQUENCES, each_sequence, sequences)
+datum_mean = Weighing("datum_mean", SEQUENCES, sequence_active, sequence_count)
 """Mean over datums with an active token, for losses with one term for each datum (unpaired preference, rewards)."""
 
-datum_sum = Weighing("datum_sum", SEQUENCES, each_sequence, None)
+datum_sum = Weighing("datum_sum", SEQUENCES, sequence_active, None)
 """Σ over datums with an active token, never divided."""
 
 WEIGHINGS = (token_mean, sequence_mean, sequence_sum_mean, token_sum, pair_mean, pair_sum, datum_mean, datum_sum)
@@ -112,22 +115,22 @@ def fixed_length(length: float) -> Weighing:
     """Σ w·l / (length · sequences): one constant in place of each sequence's length. Dr. GRPO, arXiv:2503.20783.
 
     Args:
-        length: a finite number above 0, such as the longest completion that is sampled.
+        length: a finite number above 0, such as the largest number of tokens of a completion.
 
     >>> fixed_length(1024)
     fixed_length(1024)
     """
     check_knobs({"length": length})
-    return Weighing(f"fixed_length({length!r})", TOKENS, weights, lambda t: length * sequences(t))
+    return Weighing(f"fixed_length({length!r})", TOKENS, weights, lambda t: length * sequence_count(t))
 
 
 def check_weigh(weigh: object, rows: Rows) -> None:
     """Refuse anything that is not a weighing of this kind of row. Targets are weighed as tokens."""
-    fits = TOKENS if rows.per_token else rows
-    names = [w.name for w in WEIGHINGS if w.rows is fits] + ["fixed_length"] * (fits is TOKENS)
+    kind = TOKENS if rows.per_token else rows
+    names = [w.name for w in WEIGHINGS if w.rows is kind] + (["fixed_length"] if kind is TOKENS else [])
     if not isinstance(weigh, Weighing):
         hint = did_you_mean(str(weigh), names)
-        raise LossInputError("weigh", f"a weighing of {fits}", repr(weigh), f"{hint} Import it from lossfns.")
-    if weigh.rows is not fits:
-        fix = f"This loss has one row for each of its {fits}: {', '.join(names)}."
-        raise LossInputError("weigh", f"a weighing of {fits}", repr(weigh), fix)
+        raise LossInputError("weigh", f"a weighing of {kind}", repr(weigh), f"{hint} Import it from lossfns.")
+    if weigh.rows is not kind:
+        fix = f"This loss has rows that are {kind}. Use one of: {', '.join(names)}."
+        raise LossInputError("weigh", f"a weighing of {kind}", repr(weigh), fix)

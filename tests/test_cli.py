@@ -1,4 +1,4 @@
-"""``lossfns train`` end to end, small: every method, one's own data, a clean stop, readable refusals."""
+"""``lossfns train`` end to end, small: every method, a user's data, a clean stop, readable refusals."""
 
 import json
 import os
@@ -29,7 +29,7 @@ def jsonl(path: Path, rows: list[object]) -> str:
 
 
 def variants(method: str, count: int) -> list[object]:
-    """The row under different prompts."""
+    """Repeat the row under different prompts."""
     return [ROWS[method] | {"prompt": f"{i} {ROWS[method]['prompt']}"} for i in range(count)]
 
 
@@ -57,7 +57,7 @@ def test_every_method_leaves_a_whole_run_folder(
 
 @pytest.mark.parametrize("method", ROWS)
 def test_ones_own_rows_are_learned(method: str, tmp_path: Path) -> None:
-    """Thirty rows with one answer: what is held out is nearly what is trained on, so it must get better at once."""
+    """Thirty rows with one answer: held-out rows are like the training rows, so the result must improve at once."""
     data = jsonl(tmp_path / "rows.jsonl", variants(method, 30))
     warm_up = {"sft": [], "grpo": ["--warmup-steps", "12"], "dpo": ["--warmup-steps", "0"]}[method]
     steps = ["--steps", "12", "--batch", "8", "--lr", "0.003", *warm_up]
@@ -186,7 +186,7 @@ def test_ctrl_c_ends_a_run_with_everything_saved(tmp_path: Path) -> None:
 
 
 def unfinished(tmp_path: Path, *more: str, method: str = "sft") -> Path:
-    """A run that was killed before its first checkpoint, by what it left."""
+    """The folder of a run that was killed before its first checkpoint."""
     data = jsonl(tmp_path / "rows.jsonl", variants(method, 6))
     folder = tmp_path / "run"
     assert main(["train", method, "--data", data, "--out", str(folder), "--batch", "2", "--steps", "3", *more]) == 0
@@ -200,7 +200,7 @@ def losses(folder: Path) -> list[float]:
 
 
 def refused(folder: Path, message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """With that message, and the folder is as it was."""
+    """Require this message, and a folder that has not changed."""
     before = {path.name: path.read_bytes() for path in folder.iterdir()} if folder.is_dir() else {}
     capsys.readouterr()
     assert main(["train", "--resume", str(folder)]) == 2
@@ -220,7 +220,7 @@ def test_a_run_without_a_checkpoint_begins_again_with_the_same_options(
 
 
 def written(path: Path) -> tuple[bytes, int]:
-    """What is in a file, and when it was written."""
+    """The content of a file, and the time when it was written."""
     return path.read_bytes(), path.stat().st_mtime_ns
 
 

@@ -443,7 +443,7 @@ def test_columns_are_packed_once_for_any_logprobs(loss: Loss) -> None:
     for rows in (LOGPROBS, [[2 * x for x in row] for row in LOGPROBS]):
         total, grads, metrics = outcome(bound, bare(rows), rows)
         leaf = torch.tensor([x for row in rows for x in row], requires_grad=True)
-        packed_total, packed_metrics = bound.evaluate_packed(columns.at(leaf))
+        packed_total, packed_metrics = bound.evaluate_packed(columns.with_logprobs(leaf))
         packed_total.backward()
         assert (packed_total.item(), packed_metrics) == (total, metrics)
         assert leaf.grad.tolist() == [g for grad in grads for g in grad]
@@ -461,7 +461,7 @@ def test_a_part_of_the_columns_is_that_of_the_datums(old: Any, align: str) -> No
     for which in (slice(0, 1), slice(0, 3), slice(1, 4), slice(2, 4), slice(None)):
         part = {name: given if given is ON_POLICY else given[which] for name, given in whole.items()}
         expected = pack(datums(*WEIGHTS[which]), leaves(LOGPROBS[which]), reads, part, align=align)
-        got = columns.part(which).at(torch.tensor([x for row in LOGPROBS[which] for x in row]))
+        got = columns.part(which).with_logprobs(torch.tensor([x for row in LOGPROBS[which] for x in row]))
         assert len(got.logprobs) == sum(LENGTHS[which]) - (align == "truncate" and which.start in (0, None))
         for name in ("logprobs", "weights", "lengths", "active", *reads):
             assert torch.equal(getattr(got, name), getattr(expected, name)), (which, name)

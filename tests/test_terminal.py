@@ -1,4 +1,4 @@
-"""What a person at a terminal sees of the reports: the words of the plain text, coloured and wrapped to 80 columns."""
+"""Reports on a terminal: the words of the plain text, coloured and wrapped to 80 columns."""
 
 import io
 import re
@@ -11,8 +11,7 @@ from lossfns.terminal import console_on, print_wrapped, status
 from lossfns.testing import command as check_command
 from lossfns.testing.check import Report, Verdict
 from lossfns.testing.vectors import command as vectors_command
-from lossfns.testing.vectors.runner import Report as VectorReport
-from lossfns.testing.vectors.runner import Result
+from lossfns.testing.vectors.runner import Result, VectorReport
 from lossfns.testing.vectors.vector import load
 
 REPORT = Report(
@@ -99,10 +98,10 @@ def test_a_status_line_goes_away(terminal: io.StringIO, monkeypatch: pytest.Monk
     text = terminal.getvalue()
     assert "checking [poison]" in text and "a loss prints" in text
     assert text.rstrip().endswith("\x1b[2K")  # the last line is erased
-    monkeypatch.setattr(sys, "stderr", quiet := io.StringIO())
+    monkeypatch.setattr(sys, "stderr", expected_warnings_ignored := io.StringIO())
     with status() as show:
         show("checking poison")
-    assert quiet.getvalue() == ""
+    assert expected_warnings_ignored.getvalue() == ""
 
 
 def test_a_wrapped_line_continues_deeper(terminal: io.StringIO) -> None:

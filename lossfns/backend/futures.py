@@ -28,8 +28,8 @@ class APIFuture(Generic[T]):
     """The result of a request.
 
     Any number of threads and coroutines may read it, with ``.result(timeout)``, ``await`` or
-    ``.result_async(timeout)``, as often as they like. A reader that times out leaves the request in its place.
-    If the request fails, each reader gets its exception with the same traceback.
+    ``.result_async(timeout)``, as often as they like. A reader that times out does not cancel the request.
+    If the request fails, every reader gets the request's exception with the same traceback.
 
     Args:
         worker: the worker whose thread runs the request.
@@ -45,7 +45,7 @@ class APIFuture(Generic[T]):
         on_error: Callable[[BaseException], None] = lambda error: None,
     ) -> None:
         self._thread, self._failed = worker.thread.ident, worker.failed
-        self._readers: list[AbstractEventLoop | None] = []  # who waits now: a coroutine's event loop, None for a thread
+        self._readers: list[AbstractEventLoop | None] = []  # who waits: a coroutine's event loop, or None for a thread
         self._traceback: TracebackType | None = None
         self._error: BaseException | None = None
         self._was_read = False
@@ -69,8 +69,9 @@ class APIFuture(Generic[T]):
         Args:
             timeout: seconds to wait at most; None waits as long as the request takes.
 
-        Raises the request's exception if it fails, TimeoutError after ``timeout``, CancelledError if the request
-        was cancelled, and LossInputError within a request of the same client, which would wait for ever.
+        Raises the request's exception if the request fails, TimeoutError after ``timeout``, and CancelledError if the
+        request was cancelled. Raises LossInputError if the caller is itself a request of the same client: the wait
+        would never end.
         """
         self._refuse_deadlock()
         self._readers.append(None)
@@ -87,7 +88,7 @@ class APIFuture(Generic[T]):
         self._readers.append(loop)
         try:
             if not self._future.done():
-                await self._done(timeout)
+                await self._wait_until_done(timeout)
             return self._value()
         finally:
             self._readers.remove(loop)
@@ -100,7 +101,7 @@ class APIFuture(Generic[T]):
         return await self
 
     def future(self) -> Future[T]:
-        """Return the request as a ``concurrent.futures.Future``. An error that is read there counts as unread here."""
+        """Return the request as a ``concurrent.futures.Future``. Reading its error there does not mark it as read."""
         return self._future
 
     @property
@@ -115,8 +116,11 @@ class APIFuture(Generic[T]):
             raise self._error.with_traceback(self._traceback)
         return self._future.result()
 
-    async def _done(self, timeout: float | None) -> None:
-        """Wait on a future of this reader alone: cancelling the reader does not cancel the request."""
+    async def _wait_until_done(self, timeout: float | None) -> None:
+        """Wait until the request is done.
+
+        The reader waits on a future of its own, so that cancelling the reader does not cancel the request.
+        """
         finished: Future[None] = Future()
 
         def finish(_: Future[T]) -> None:
@@ -133,10 +137,10 @@ class APIFuture(Generic[T]):
                 waiter.cancel()
 
     def _refuse_deadlock(self) -> None:
-        """Cancel a request that a loss function of the same client waits for: the thread cannot reach it."""
+        """Refuse to wait on the thread that has yet to run the request, and cancel the request."""
         if get_ident() == self._thread and not self._future.done():
             self._future.cancel()
-            fix = "A loss runs within a request of this client: it cannot wait for a later one, which is cancelled."
+            fix = "A loss runs within a request of this client, so it cannot wait for a later one, which is cancelled."
             raise LossInputError("result", "a wait outside of the client's own requests", "one inside", fix)
 
 
@@ -167,9 +171,12 @@ class GradientFailures:
         if future.cancelled():
             self.record(CancelledError())
 
-    def run_step(self, known: int, request: Callable[..., T], *args: Any) -> T:
-        """Run a step, unless more than ``known`` gradients have failed: part of its gradient would be missing."""
-        if self.count > known:
+    def run_step(self, count: int, request: Callable[..., T], *args: Any) -> T:
+        """Run a step that was submitted after ``count`` failures.
+
+        Refuse the step if there are more failures by now: part of its gradient would be missing.
+        """
+        if self.count > count:
             fix = "The gradient is that of the requests that succeeded: submit the failed one and the step again."
             got = f"one that failed ({type(self.last).__name__}: {self.last})"
             raise NotRun("optim_step", "requests before it that succeed", got, fix) from self.last
@@ -202,13 +209,13 @@ class Worker:
     def __init__(self, thread: RequestThread | None = None, call: Callable[..., Any] | None = None) -> None:
         self.thread = thread or RequestThread()
         self.failed: list[APIFuture[Any]] = []
-        self._caller = () if call is None else (call,)  # stands before the request in what the thread calls
+        self._caller = () if call is None else (call,)  # put before each request and its arguments
         self._lock, self._process = Lock(), os.getpid()
         self._failures = GradientFailures()
         WORKERS.add(self)
 
     def __del__(self) -> None:
-        if self.failed:  # at the end of the program it is empty, and names such as log_unread_failures are gone
+        if self.failed:  # empty at the end of the program, when the module's names may be gone
             log_unread_failures(self.failed)
 
     def submit(self, request: Callable[..., T], *args: Any) -> APIFuture[T]:
@@ -234,11 +241,11 @@ class Worker:
             return submitted
 
     def submit_step(self, request: Callable[..., T], *args: Any) -> APIFuture[T]:
-        """Queue a request that consumes the accumulated gradient. It is refused if a gradient before it still fails."""
+        """Queue a request that consumes the accumulated gradient. It is refused if a gradient before it fails."""
         with self._lock:
-            known = self._failures.count  # before the next line, which raises those that nobody has read
+            count = self._failures.count  # read before the check: a failure after the check then refuses the step
             self._raise_unread_failure()
-            return APIFuture(self, *self._caller, self._failures.run_step, known, request, *args)
+            return APIFuture(self, *self._caller, self._failures.run_step, count, request, *args)
 
     def _raise_unread_failure(self) -> None:
         """Raise the first error that nobody has read."""
@@ -263,7 +270,8 @@ WORKERS: weakref.WeakSet[Worker] = weakref.WeakSet()
 def log_unread_failures_at_exit() -> None:
     """Log the unread errors of all workers at the end of the program.
 
-    A finalizer of each worker would not do: the frames of an error refer to the client, which would never go.
+    ``weakref.finalize`` is no alternative: it would hold the errors, whose frames refer to the client, which would then
+    never be freed.
     """
     for worker in WORKERS:
         log_unread_failures(worker.failed)
@@ -297,7 +305,7 @@ def async_of(
 ) -> Callable[[Callable[..., Coroutine[Any, Any, T]]], Callable[P, Coroutine[Any, Any, T]]]:
     """Decorate a coroutine function that passes its arguments on to ``method``.
 
-    It is named ``<method>_async`` and has the signature of ``method``, which is thus written once.
+    The decorated function is named ``<method>_async`` and has the signature of ``method``.
 
     Args:
         method: the method that takes the same arguments.
@@ -305,10 +313,10 @@ def async_of(
     """
 
     def decorate(function: Callable[..., Coroutine[Any, Any, T]]) -> Callable[P, Coroutine[Any, Any, T]]:
-        own = doc or function.__doc__
+        docstring = doc or function.__doc__
         functools.update_wrapper(function, method)
         function.__name__, function.__qualname__ = f"{method.__name__}_async", f"{method.__qualname__}_async"
-        function.__doc__ = own
+        function.__doc__ = docstring
         return function
 
     return decorate
@@ -335,7 +343,7 @@ def async_result(method: Callable[P, APIFuture[T]]) -> Callable[P, Coroutine[Any
 
 
 def async_in_thread(method: Callable[P, T]) -> Callable[P, Coroutine[Any, Any, T]]:
-    """Make ``<method>_async``, a coroutine function that runs a method which blocks in a thread of its own."""
+    """Make ``<method>_async``, a coroutine function that runs the blocking method in another thread."""
 
     @async_of(method, f"``{method.__name__}`` without blocking the event loop.")
     async def result(*args: P.args, **kwargs: P.kwargs) -> T:

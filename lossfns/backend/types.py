@@ -17,7 +17,7 @@ class AdamParams:
         beta1, beta2: decay of the first and second moment, in [0, 1).
         eps: added to the root of the second moment, above 0 in the dtype of the weights.
         weight_decay: at least 0; each step takes ``learning_rate * weight_decay`` of every weight.
-        grad_clip_norm: largest norm of the whole gradient; 0 does not clip.
+        grad_clip_norm: the largest norm of the whole gradient; 0 does not clip.
     """
 
     learning_rate: float = 1e-4
@@ -33,7 +33,7 @@ class SamplingParams:
     """Settings of a sampling request.
 
     Args:
-        max_tokens: most tokens of a sample.
+        max_tokens: the largest number of tokens of a sample.
         seed: seed of the draws; None draws from torch's own random numbers.
         stop: a token id, a string, or a list of them. The tokens of a stop end the sample and stay in it.
         temperature: a number above 1e-6, or 0, which takes the most probable token.
@@ -66,7 +66,7 @@ class ForwardBackwardOutput:
 
 @dataclass(frozen=True)
 class OptimStepResponse:
-    """Result of a step: metrics ``grad_norm``, after normalisation and before clipping, and ``lr``, the rate."""
+    """Result of a step: metrics ``grad_norm`` (after normalisation, before clipping) and ``lr``, the learning rate."""
 
     metrics: dict[str, float]
 
@@ -123,7 +123,7 @@ class GetInfoResponse:
         parameters: number of parameters, adapters included.
         device, dtype: of the first parameter.
         steps: optimizer steps so far.
-        profile: the service that is followed, ``"tinker"`` or ``"fireworks"``.
+        profile: the service that the client follows, ``"tinker"`` or ``"fireworks"``.
         attention: the implementation of packed attention, None if the model does not name it.
     """
 

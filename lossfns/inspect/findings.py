@@ -65,7 +65,7 @@ def recorded(findings: Findings, field: str, datum: int | None = None) -> Iterat
 
 
 def name_datums(which: Tensor) -> str:
-    """The first few datums of a mask ``[B]``, in words."""
+    """Name the first few datums of a mask ``[B]``."""
     indices = which.nonzero().flatten().tolist()
     more = f" and {len(indices) - MAX_NAMED} more" if len(indices) > MAX_NAMED else ""
     return f"datum{'s' * (len(indices) > 1)} {', '.join(map(str, indices[:MAX_NAMED]))}{more}"

@@ -1,11 +1,11 @@
-"""The conformance kit: is this loss right? See docs/testing.md.
+"""The conformance kit, which tests whether a loss is right. See docs/testing.md.
 
     >>> import lossfns
     >>> from lossfns.testing import check
     >>> check(lossfns.cross_entropy(), examples=1).ok
     True
 
-``check`` draws batches with hypothesis: ``pip install 'lossfns[testing]'``. The rest needs the core alone.
+``check`` draws batches with hypothesis (``pip install 'lossfns[testing]'``). Everything else needs only the core.
 """
 
 from lossfns.inspect import grad_report as grad_report

@@ -1,4 +1,4 @@
-"""A batch as plain rows of floats: what laws edit, strategies draw and the oracle reads."""
+"""A batch as plain rows of floats, which laws edit, strategies draw and the oracle reads."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from lossfns import datum as ours
-from lossfns.datum import Datum, ModelInput, TensorData
 from lossfns.inspect.probe import ALIASES
 from lossfns.tokens import COLUMNS
 
@@ -22,10 +21,16 @@ Rows = list[Row]
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of floats, one for each datum; its ``repr`` makes it again.
+    """Rows of floats, one row for each datum. ``eval(repr(batch))`` gives the batch again.
 
-    With ``targets=K`` a row holds the N·K entries of N positions, row-major. Columns of a datum are float32,
-    so give numbers that float32 holds where exactness matters; logprobs take any dtype.
+    The columns of a datum are stored in float32. Where exactness matters, use numbers that float32 holds. Logprobs
+    may have any dtype.
+
+    Attributes:
+        logprobs: the policy's logprobs.
+        weights: the weights; 0 masks a token.
+        columns: the rows of each side column, by its name.
+        targets: K where a position has K targets; a row then holds the N·K entries of N positions, row-major. Else 0.
 
     >>> batch = Batch([[-1.0, -2.0]], [[0.0, 1.0]], {"advantages": [[1.0, 1.0]]})
     >>> data, logprobs = batch.data(), batch.tensors()
@@ -40,7 +45,7 @@ class Batch:
 
     @classmethod
     def of(cls, data: Sequence[Any], logprobs: Sequence[Tensor]) -> Batch:
-        """The rows of datums that carry their columns, and their logprobs."""
+        """Read the rows of datums that carry their columns, together with their logprobs."""
         inputs = [datum.loss_fn_inputs for datum in data]
 
         def flat(name: str) -> Rows:
@@ -51,10 +56,11 @@ class Batch:
         return cls([lp.detach().flatten().tolist() for lp in logprobs], flat("weights"), columns, targets)
 
     def shape(self, row: Sequence[float]) -> list[int]:
+        """Return the shape of a row's tensor: ``[N]``, or ``[N, K]`` with K targets."""
         return [len(row) // self.targets, self.targets] if self.targets else [len(row)]
 
     def __str__(self) -> str:
-        """The ``repr`` over lines, a column on each, without what was left at its default."""
+        """Return the ``repr`` with one column on each line. Fields at their defaults are left out."""
         columns = [f"        {name!r}: {rows}," for name, rows in self.columns.items()]
         lines = [f"    logprobs={self.logprobs},", f"    weights={self.weights},"]
         lines += ["    columns={", *columns, "    },"] * bool(columns) + [f"    targets={self.targets},"] * bool(
@@ -63,40 +69,38 @@ class Batch:
         return "\n".join(["Batch(", *lines, ")"])
 
     def data(self, sdk: Any = ours) -> list[Any]:
-        """Datums of ours (or of another SDK) that carry every column, and the aliases."""
+        """Return datums that carry every column under each of its names; ``sdk`` gives the classes."""
         return [self.datum(i, sdk) for i in range(len(self.weights))]
 
     def datum(self, i: int, sdk: Any = ours) -> Any:
+        """Return datum ``i``."""
         shape = self.shape(self.weights[i])
         columns = {"weights": self.weights[i], **{name: rows[i] for name, rows in self.columns.items()}}
         named = columns | {ALIASES[name]: row for name, row in columns.items() if name in ALIASES}
         fields = {name: np.array(row, np.float32).reshape(shape) for name, row in named.items()}
         ids = (np.arange(prod(shape)) % 50 + 3).reshape(shape)
-        made = {name: sdk.TensorData.from_numpy(x) for name, x in (fields | {"target_tokens": ids}).items()}
+        tensors = {name: sdk.TensorData.from_numpy(x) for name, x in (fields | {"target_tokens": ids}).items()}
         first = ids.reshape(shape[0], -1)[:, 0] if shape[0] else ids
-        return sdk.Datum(sdk.ModelInput.from_ints([2, *first[:-1].tolist()][: shape[0]]), made)
+        return sdk.Datum(sdk.ModelInput.from_ints([2, *first[:-1].tolist()][: shape[0]]), tensors)
 
     def tensors(self, dtype: torch.dtype = torch.float64) -> list[Tensor]:
-        """The logprobs as leaves that require grad."""
+        """Return the logprobs as leaf tensors that require grad."""
         return [torch.tensor(row, dtype=dtype).reshape(self.shape(row)).requires_grad_() for row in self.logprobs]
 
     def take(self, indices: Sequence[int]) -> Batch:
-        """The datums of these indices, in this order."""
+        """Return the batch of the datums with these indices, in this order."""
         return self.map(lambda rows: [rows[i] for i in indices])
 
     def map(self, change: Any) -> Batch:
-        """The same change to the rows of logprobs, weights and every column."""
+        """Apply one function to the rows of logprobs, of weights and of every column."""
         columns = {name: change(rows) for name, rows in self.columns.items()}
         return replace(self, logprobs=change(self.logprobs), weights=change(self.weights), columns=columns)
 
     def having(self, *, logprobs: Rows | None = None, weights: Rows | None = None, **columns: Rows) -> Batch:
-        """The batch with these rows in place of its own."""
+        """Return the batch with some of its rows replaced."""
         return replace(
             self,
             logprobs=self.logprobs if logprobs is None else logprobs,
             weights=self.weights if weights is None else weights,
             columns={**self.columns, **columns},
         )
-
-
-__all__ = ["ALIASES", "Batch", "Datum", "ModelInput", "Row", "Rows", "TensorData"]

@@ -1,4 +1,4 @@
-"""The vocabulary of bugs: what laws diagnose, mutants plant and vectors hunt, under one name each."""
+"""The catalogue of bugs. Laws, mutants and golden vectors call a bug by the same id."""
 
 from __future__ import annotations
 
@@ -6,10 +6,15 @@ from typing import NamedTuple
 
 
 class Bug(NamedTuple):
-    """What is wrong in such a loss, and where it has been seen: ``owner/repository#number`` or a paper's reader."""
+    """A bug that a loss may have.
 
-    words: str
-    seen: tuple[str, ...] = ()
+    Attributes:
+        description: the bug in words.
+        sources: where it has been seen, such as ``owner/repository#number``.
+    """
+
+    description: str
+    sources: tuple[str, ...] = ()
 
 
 BUGS: dict[str, Bug] = {
@@ -165,4 +170,4 @@ BUGS: dict[str, Bug] = {
     "not-centred": Bug("advantages of a group do not sum to 0", ()),
     "order-lost": Bug("a higher reward does not get the higher advantage", ()),
 }  # fmt: skip
-"""Every bug the kit knows by name."""
+"""Id → bug."""

@@ -1,4 +1,4 @@
-"""``check``: every law of a loss's kind on edge-rich batches, and what the first broken one means."""
+"""``check``: run every law of a loss's kind on batches with many edge cases, and report the likely bug."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from lossfns.errors import LossInputError, LossWarning
 from lossfns.loss import BoundLoss, Loss
 from lossfns.testing.batch import Batch
 from lossfns.testing.bugs import BUGS
-from lossfns.testing.claims import agreement, claim_of, golden, matching
-from lossfns.testing.laws import ADVANTAGES, CRAFTED, GROUPS, AdvantageLaw, Law, LawBroken, NotApplicable
-from lossfns.testing.laws.base import EVERY, LossFn, Watched
-from lossfns.testing.subject import Made, Padded, adapt, column_of, parameters, vary
+from lossfns.testing.claims import agreement, claim_of, matching_vectors, vectors_law
+from lossfns.testing.laws import ADVANTAGES, LAWS_BY_KIND, SELF_CONTAINED, AdvantageLaw, Law, LawBroken, NotApplicable
+from lossfns.testing.laws.base import ALL_FIELDS, LossFn, RecordingDatum
+from lossfns.testing.subject import FactoryLoss, PaddedLoss, adapt, column_of, parameters, with_settings
 from lossfns.tokens import PAIRS, TARGETS
 
 READS = {
@@ -30,12 +30,12 @@ READS = {
     "supervised": (),
 }
 READS["any"] = READS["policy"]
-KINDS = (*GROUPS, "advantages")
-CANDIDATES = 3
-"""How many targets a position has, in the batches for a loss over ``[N, K]``."""
+KINDS = (*LAWS_BY_KIND, "advantages")
+NUM_TARGETS = 3
+"""K, the targets of a position, in the batches for a loss over ``[N, K]``."""
 
 
-SIGNS = {"pass": "ok", "fail": "FAIL", "n/a": "–"}
+MARKS = {"pass": "ok", "fail": "FAIL", "n/a": "–"}
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Verdict:
         says: the law in one sentence.
         verdict: ``"pass"``, ``"fail"`` or ``"n/a"``.
         seconds: the time that the law took.
-        bug: the bug that a broken law speaks for.
+        bug: the bug that most likely breaks the law.
         seen: the observation that broke the law, or the reason why it does not apply.
         example: the smallest batch that breaks the law.
     """
@@ -62,7 +62,7 @@ class Verdict:
 
     @property
     def remark(self) -> str:
-        """The most telling text for one line: the bug, the reason why the law does not apply, or the law itself."""
+        """The text for one line of the table: the bug, the reason why the law does not apply, or the law itself."""
         return {"fail": self.bug, "n/a": self.seen}.get(self.verdict) or self.says
 
     @property
@@ -71,8 +71,8 @@ class Verdict:
         bug = BUGS[self.bug]
         found = {
             "seen": self.seen,
-            "bug": f"{self.bug}: {bug.words}",
-            "also in": ", ".join(bug.seen),
+            "bug": f"{self.bug}: {bug.description}",
+            "also in": ", ".join(bug.sources),
             "batch": self.example,
         }
         return [(label, text) for label, text in found.items() if text]
@@ -96,10 +96,11 @@ class Report:
 
     @property
     def bug(self) -> str:
-        """The most likely bug: that of the first broken law, "" where none is broken."""
+        """The most likely bug, which the first broken law names; "" where every law holds."""
         return self.failures[0].bug if self.failures else ""
 
     def as_dict(self) -> dict[str, Any]:
+        """Return the report as plain JSON values."""
         verdicts = [vars(v) for v in self.verdicts]
         return {"subject": self.subject, "kind": self.kind, "ok": self.ok, "bug": self.bug, "verdicts": verdicts}
 
@@ -110,22 +111,22 @@ class Report:
         verdict = (
             f"{tested} laws hold"
             if self.ok
-            else f"{len(self.failures)} of {tested} laws broken; most likely {self.bug}: {BUGS[self.bug].words}"
+            else f"{len(self.failures)} of {tested} laws broken; most likely {self.bug}: {BUGS[self.bug].description}"
         )
         return f"{verdict} ({sum(v.seconds for v in self.verdicts):.1f} s)"
 
     def table(self) -> str:
-        """The report as plain text: a line for each law, then an explanation of each broken law, then the summary."""
+        """Return the report as plain text: a line for each law, an explanation of each broken law, and the summary."""
         width = max(len(v.law) for v in self.verdicts)
         lines = [f"{self.subject} ({self.kind})", ""]
-        lines += [f"{SIGNS[v.verdict]:4}  {v.law:{width}}  {v.remark}" for v in self.verdicts]
+        lines += [f"{MARKS[v.verdict]:4}  {v.law:{width}}  {v.remark}" for v in self.verdicts]
         for v in self.failures:
             lines += ["", f"{v.law}: {v.says}"]
             lines += [f"  {label:8} {text}".replace("\n", "\n           ") for label, text in v.explanation]
         return "\n".join([*lines, "", self.summary])
 
     def junit(self) -> str:
-        """The same as JUnit XML, a test case for each law."""
+        """Return the report as JUnit XML, with a test case for each law."""
         suite = ElementTree.Element("testsuite", name=f"lossfns check {self.subject}", tests=str(len(self.verdicts)),
             failures=str(len(self.failures)), skipped=str(sum(v.verdict == "n/a" for v in self.verdicts)))  # fmt: skip
         for v in self.verdicts:
@@ -139,7 +140,7 @@ class Report:
 
 
 class Trial(NamedTuple):
-    """One law, ready to be tried on the subject."""
+    """A law that is ready to run on the subject."""
 
     law: str
     run: Callable[[], Verdict]
@@ -153,25 +154,25 @@ def trials(
     like: Loss | None = None,
     examples: int = 12,
 ) -> tuple[str, list[Trial]]:
-    """The kind of a subject and the trials of every law of that kind, in the order of diagnosis; see ``check``."""
+    """Return the kind of a subject and a trial of each law of that kind, in the order of diagnosis. See ``check``."""
     kind = kind or getattr(subject, "kind", None) or ("advantages" if takes_rewards(subject) else None)
     if kind not in (None, *KINDS):
-        raise LossInputError("kind", f"one of {', '.join(KINDS)}", repr(kind), "Leave it out to have it found.")
+        raise LossInputError("kind", f"one of {', '.join(KINDS)}", repr(kind), "Leave it out to have it detected.")
     if kind == "advantages":
-        return kind, [Trial(law.__name__, partial(of_advantages, law, subject)) for law in ADVANTAGES]
-    with quiet():
+        return kind, [Trial(law.__name__, partial(run_advantage_law, law, subject)) for law in ADVANTAGES]
+    with without_expected_warnings():
         loss_fn = adapt(subject, factory=factory)
         claimed = like or claim_of(subject, loss_fn)
-        kind = kind or kind_of_loss(claimed or loss_fn)
-        claims = [] if claimed is None else [golden(subject, claimed, matching(subject, claimed))]
+        kind = kind or detect_kind(claimed or loss_fn)
+        claims = [] if claimed is None else [vectors_law(subject, claimed, matching_vectors(subject, claimed))]
         if claimed is not None and claimed is not loss_fn:
             claims.append(agreement(claimed))
-        return kind, of_laws(loss_fn, kind, targets_of(loss_fn, kind), examples, claims)
+        return kind, law_trials(loss_fn, kind, detect_targets(loss_fn, kind), examples, claims)
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Without the warnings that batches which are wild on purpose give rise to."""
+def without_expected_warnings() -> Iterator[None]:
+    """Ignore the warnings that deliberately extreme batches cause."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", LossWarning)
         warnings.filterwarnings("ignore", message="Converting a tensor with requires_grad")
@@ -193,15 +194,16 @@ def check(
 
     Args:
         subject: a contract function, a ``Loss``, a factory of one, or a function of padded ``[B, T]`` tensors.
-        kind: "policy", "supervised", "preference", "any" or "advantages"; found out where it can be.
-        factory: whether the subject is a factory; found out where it can be.
-        like: the loss of ours that it claims to be; our own losses and those with an attribute ``like`` say so.
-        name: what the report calls it.
-        examples: how many random batches a law is tried on, after the small ones that it always is.
+        kind: "policy", "supervised", "preference", "any" or "advantages"; detected if left out.
+        factory: whether the subject is a factory; detected if left out.
+        like: the loss of this library that the subject claims to be. Left out, it is the subject's attribute ``like``,
+            or the subject itself if it is a loss of this library.
+        name: the name of the subject in the report.
+        examples: the number of random batches for each law, in addition to the small ones.
         progress: called with the name of each law before it runs.
 
     Raises:
-        LossInputError: where the subject is nothing that can be tested.
+        LossInputError: if the subject cannot be tested.
 
     >>> import lossfns
     >>> report = check(lossfns.dpo(), examples=1)
@@ -209,84 +211,86 @@ def check(
     ('preference', True)
     """
     name = name or str(getattr(subject, "__name__", None) or repr(subject))
-    kind, ready = trials(subject, kind=kind, factory=factory, like=like, examples=examples)
+    kind, prepared = trials(subject, kind=kind, factory=factory, like=like, examples=examples)
     report = Report(name, kind)
-    for trial in ready:
+    for trial in prepared:
         progress(trial.law)
-        with quiet():
+        with without_expected_warnings():
             report.verdicts.append(trial.run())
         if trial.law == "contract" and not report.ok:
             break  # nothing else can be measured
     return report
 
 
-def of_laws(loss_fn: LossFn, kind: str, targets: int, examples: int, claims: Sequence[Law]) -> list[Trial]:
-    """The laws of a kind, and those of what it claims to be, on small batches and drawn ones."""
+def law_trials(loss_fn: LossFn, kind: str, targets: int, examples: int, claims: Sequence[Law]) -> list[Trial]:
+    """Return trials of the laws of a kind and of ``claims``, on small batches and on random ones."""
     from lossfns.testing.strategies import batches
 
-    small = [replace_columns(batch, kind, targets) for batch in SMALL]
+    small = [columns_for_kind(batch, kind, targets) for batch in SMALL]
     dtype = working_dtype(loss_fn, small[-1])
     drawn = batches(
         reads=READS[kind],
         pairs=kind == "preference",
         targets=targets,
-        per_token=not per_datum(loss_fn, small[-1]),
+        per_token=not takes_datum_advantages(loss_fn, small[-1]),
         extremes=False,
         max_sequences=4,
         max_length=6,
     )
 
-    def tried(law: Law, batch: Batch) -> None:
+    def apply(law: Law, batch: Batch) -> None:
         law(loss_fn, batch.data(), batch.tensors(dtype))
 
     def trial(law: Law) -> Trial:
-        first, count = (small[-1:], 0) if crafted(law) else (small, examples)
-        return Trial(law.__name__, partial(judged, law, partial(tried, law), first, drawn, count))
+        first, count = (small[-1:], 0) if makes_own_batches(law) else (small, examples)
+        return Trial(law.__name__, partial(run_law, law, partial(apply, law), first, drawn, count))
 
-    return [trial(law) for law in (*GROUPS[kind], *claims)]
-
-
-def crafted(law: Law) -> bool:
-    """Whether a law brings its own batches: the golden vectors do, too."""
-    return law in CRAFTED or law.__name__ == "vectors"
+    return [trial(law) for law in (*LAWS_BY_KIND[kind], *claims)]
 
 
-def judged(law: Law, on: Callable[[Batch], None], small: Sequence[Batch], drawn: Any, examples: int) -> Verdict:
-    """Try the small batches in their order, then random ones, and keep the smallest that breaks the law."""
+def makes_own_batches(law: Law) -> bool:
+    """Return whether a law makes its own batches, as the law of golden vectors also does."""
+    return law in SELF_CONTAINED or law.__name__ == "vectors"
+
+
+def run_law(law: Law, apply: Callable[[Batch], None], small: Sequence[Batch], drawn: Any, examples: int) -> Verdict:
+    """Run a law on the small batches in order, then on random ones, and report the smallest batch that breaks it."""
     start = time.monotonic()
     reasons: list[str] = []
-    held = 0
+    passed = 0
 
     def broken(batch: Batch) -> LawBroken | None:
-        nonlocal held
+        nonlocal passed
         try:
-            on(batch)
+            apply(batch)
         except NotApplicable as reason:
             reasons.append(str(reason))
             return None
         except LawBroken as error:
             return error
         except Exception as error:
-            return raised(error)
-        held += 1
+            return crashed(error)
+        passed += 1
         return None
 
     tried = ((batch, broken(batch)) for batch in small)
     failed = next(((batch, error) for batch, error in tried if error), None)
     if failed is None and examples:
-        failed = smallest(broken, drawn, examples)
+        failed = smallest_failure(broken, drawn, examples)
     seconds = time.monotonic() - start
     if failed:
         batch, error = failed
-        example = "" if crafted(law) else str(batch)  # those say it themselves
-        return Verdict(law.__name__, says(law), "fail", seconds, error.bug, error.seen, example)
-    if held:
-        return Verdict(law.__name__, says(law), "pass", seconds)
-    return Verdict(law.__name__, says(law), "n/a", seconds, seen=reasons[0])
+        example = "" if makes_own_batches(law) else str(batch)  # such a law describes its batch in what was seen
+        return Verdict(law.__name__, statement(law), "fail", seconds, error.bug, error.seen, example)
+    if passed:
+        return Verdict(law.__name__, statement(law), "pass", seconds)
+    return Verdict(law.__name__, statement(law), "n/a", seconds, seen=reasons[0])
 
 
-def smallest(broken: Callable[[Batch], LawBroken | None], drawn: Any, examples: int) -> tuple[Batch, LawBroken] | None:
-    """The smallest of the drawn batches that breaks the law, the same in every run."""
+def smallest_failure(
+    broken: Callable[[Batch], LawBroken | None], drawn: Any, examples: int
+) -> tuple[Batch, LawBroken] | None:
+    """Return the smallest drawn batch that breaks the law, the same one in every run, or None."""
     from hypothesis import HealthCheck, Phase, given, settings
 
     last: list[tuple[Batch, LawBroken]] = []
@@ -308,31 +312,33 @@ def smallest(broken: Callable[[Batch], LawBroken | None], drawn: Any, examples: 
     return last[-1] if last else None
 
 
-def raised(error: Exception) -> LawBroken:
-    return LawBroken("not-the-contract", f"On valid input a law ends in {type(error).__name__}: {error}.")
+def crashed(error: Exception) -> LawBroken:
+    """Return the broken law for an unexpected exception."""
+    return LawBroken("not-the-contract", f"On valid input a law fails with {type(error).__name__}: {error}.")
 
 
-def says(law: Callable[..., None]) -> str:
+def statement(law: Callable[..., None]) -> str:
+    """Return the sentence that a law states: the first line of its docstring."""
     return (law.__doc__ or "").partition("\n")[0]
 
 
-def of_advantages(law: AdvantageLaw, fn: Any) -> Verdict:
-    """The verdict of a law of group advantages, on interleaved groups of unequal size."""
+def run_advantage_law(law: AdvantageLaw, fn: Any) -> Verdict:
+    """Run a law of group advantages on two interleaved groups of unequal size."""
     rewards, groups = [1.0, 0.0, 0.5, 0.25, 0.0, 1.0, 0.75], ["a", "b", "a", "b", "a", "a", "b"]
     start = time.monotonic()
-    verdict = partial(Verdict, law.__name__, says(law))
+    verdict = partial(Verdict, law.__name__, statement(law))
     try:
         law(fn, rewards, groups)
     except NotApplicable as reason:
         return verdict("n/a", time.monotonic() - start, seen=str(reason))
     except Exception as error:
-        broken = error if isinstance(error, LawBroken) else raised(error)
+        broken = error if isinstance(error, LawBroken) else crashed(error)
         example = f"rewards={rewards}, groups={groups}"
         return verdict("fail", time.monotonic() - start, broken.bug, broken.seen, example)
     return verdict("pass", time.monotonic() - start)
 
 
-# Batches that every law is tried on first, smallest first
+# The small batches, on which every law runs first
 
 SMALL = (
     Batch(
@@ -358,8 +364,8 @@ SMALL = (
 )
 
 
-def replace_columns(batch: Batch, kind: str, targets: int) -> Batch:
-    """A small batch with the columns that the kind reads, and each position K times over for ``[N, K]``."""
+def columns_for_kind(batch: Batch, kind: str, targets: int) -> Batch:
+    """Return a small batch with the columns of a kind, and with K targets at each position where ``targets`` is K."""
     batch = Batch(batch.logprobs, batch.weights, {name: batch.columns[name] for name in READS[kind]})
     if not targets:
         return batch
@@ -368,11 +374,11 @@ def replace_columns(batch: Batch, kind: str, targets: int) -> Batch:
     return Batch(wide.logprobs, weights, wide.columns, targets)
 
 
-# What a subject is, found by trying
+# Detection of the kind of a subject
 
 
-def attempt(loss_fn: LossFn, batch: Batch, dtype: torch.dtype) -> Tensor | None:
-    """The loss on a batch, None where the call does not give one."""
+def try_call(loss_fn: LossFn, batch: Batch, dtype: torch.dtype) -> Tensor | None:
+    """Return the loss on a batch, or None where the call fails or returns no tensor."""
     try:
         loss = loss_fn(batch.data(), batch.tensors(dtype))[0]
     except NotApplicable:
@@ -383,69 +389,69 @@ def attempt(loss_fn: LossFn, batch: Batch, dtype: torch.dtype) -> Tensor | None:
 
 
 def working_dtype(loss_fn: LossFn, batch: Batch) -> torch.dtype:
-    """float64 where the loss computes in it, so that it feels 2⁻⁴⁰, else float32: laws are as sharp as the loss is."""
+    """Return float64 if the loss computes in it, so that a change of 2⁻⁴⁰ shows in the value; else float32."""
     near = [[x - 2.0**-40 for x in row] for row in batch.logprobs]
-    values = [attempt(loss_fn, b, torch.float64) for b in (batch, batch.having(logprobs=near))]
+    values = [try_call(loss_fn, b, torch.float64) for b in (batch, batch.having(logprobs=near))]
     sharp = all(value is not None and value.dtype == torch.float64 for value in values)
     return torch.float64 if sharp and not torch.equal(*values) else torch.float32  # type: ignore[arg-type]
 
 
-def per_datum(loss_fn: LossFn, batch: Batch) -> bool:
-    """Whether a factory takes one advantage for each datum, not one for each token."""
-    if not isinstance(loss_fn, Made):
+def takes_datum_advantages(loss_fn: LossFn, batch: Batch) -> bool:
+    """Return whether the subject is a factory that takes one advantage for each datum."""
+    if not isinstance(loss_fn, FactoryLoss):
         return False
-    attempt(loss_fn, batch, torch.float32)
+    try_call(loss_fn, batch, torch.float32)
     return loss_fn.forms is not None and "numbers" in loss_fn.forms
 
 
 def takes_rewards(subject: Any) -> bool:
-    """Whether it is a function of rewards, as advantages are."""
+    """Return whether the first parameter of a subject is ``rewards``, as it is for group advantages."""
     first = next(iter(parameters(subject)), None) if callable(subject) else None
     return first is not None and first.name == "rewards"
 
 
-def kind_of_loss(loss_fn: LossFn) -> str:
-    """The kind by what the loss declares, else by what it reads."""
+def detect_kind(loss_fn: LossFn) -> str:
+    """Return the kind of a loss, from its declaration if it is a ``Loss``, else from the fields that it reads."""
     loss = loss_fn.loss if isinstance(loss_fn, BoundLoss) else loss_fn
     if isinstance(loss, Loss):
         reads: set[str | None] = set(loss.reads)
         if loss.rows == PAIRS:
             return "preference"
-    elif isinstance(loss, (Made, Padded)):
-        own = fields_read(vary(loss))  # of a copy: the loss itself tries its forms later
+    elif isinstance(loss, (FactoryLoss, PaddedLoss)):
+        own = detect_fields_read(with_settings(loss))  # on a copy, because the first call fixes the forms
         reads = {*map(column_of, loss.required), *own}
     else:
-        reads = set(fields_read(loss))
-    if reads & {"advantages", EVERY}:
+        reads = set(detect_fields_read(loss))
+    if reads & {"advantages", ALL_FIELDS}:
         return "policy"
     reference = any(name and "ref_logprobs" in name for name in reads)
     return "preference" if reference or takes_pairs(loss_fn) else "supervised"
 
 
 def takes_pairs(loss_fn: LossFn) -> bool:
-    """Whether it refuses an odd number of datums, and takes an even one."""
-    batch = replace_columns(SMALL[1], "supervised", 0)
-    odd, even = (attempt(loss_fn, batch.take(range(n)), torch.float32) for n in (3, 4))
+    """Return whether a loss refuses an odd number of datums and accepts an even one."""
+    batch = columns_for_kind(SMALL[1], "supervised", 0)
+    odd, even = (try_call(loss_fn, batch.take(range(n)), torch.float32) for n in (3, 4))
     return odd is None and even is not None
 
 
-def fields_read(loss_fn: LossFn) -> set[str]:
-    """The fields of the datums that a call reads, even one that fails."""
+def detect_fields_read(loss_fn: LossFn) -> set[str]:
+    """Return the fields of the datums that a call reads, even if the call fails."""
     read: set[str] = set()
-    for batch in (replace_columns(SMALL[1], "policy", 0), replace_columns(SMALL[1], "policy", CANDIDATES)):
+    for batch in (columns_for_kind(SMALL[1], "policy", 0), columns_for_kind(SMALL[1], "policy", NUM_TARGETS)):
         try:
-            loss_fn([Watched(datum, read) for datum in batch.data()], batch.tensors(torch.float32))
+            loss_fn([RecordingDatum(datum, read) for datum in batch.data()], batch.tensors(torch.float32))
         except Exception:
             continue
     return read
 
 
-def targets_of(loss_fn: LossFn, kind: str) -> int:
-    """How many targets a position has: K for a loss that takes ``[N, K]`` and not ``[N]``."""
+def detect_targets(loss_fn: LossFn, kind: str) -> int:
+    """Return K for a loss that accepts ``[N, K]`` and refuses ``[N]``, else 0."""
     loss = loss_fn.loss if isinstance(loss_fn, BoundLoss) else loss_fn
     if isinstance(loss, Loss):
-        return CANDIDATES if loss.rows == TARGETS else 0
+        return NUM_TARGETS if loss.rows == TARGETS else 0
     if kind not in ("supervised", "any"):
         return 0
-    flat, wide = (attempt(loss_fn, replace_columns(SMALL[1], kind, k), torch.float32) for k in (0, CANDIDATES))
-    return CANDIDATES if flat is None and wide is not None else 0
+    flat, wide = (try_call(loss_fn, columns_for_kind(SMALL[1], kind, k), torch.float32) for k in (0, NUM_TARGETS))
+    return NUM_TARGETS if flat is None and wide is not None else 0

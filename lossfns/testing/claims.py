@@ -1,4 +1,4 @@
-"""A loss against the one it claims to be: value and gradient on any batch, and the golden vectors."""
+"""Laws that compare a loss with the one that it claims to be, on any batch and on the golden vectors."""
 
 from __future__ import annotations
 
@@ -10,45 +10,49 @@ from torch import Tensor
 
 from lossfns.loss import BoundLoss, Loss
 from lossfns.testing.batch import Batch
-from lossfns.testing.laws.base import Law, LawBroken, LossFn, NotApplicable, Probe, demand, suppose, unpoisoned
-from lossfns.testing.laws.knobs import generic
+from lossfns.testing.laws.base import Law, LawBroken, LossFn, NotApplicable, Probe, assume, require, unpoisoned
+from lossfns.testing.laws.knobs import generic_batches
 from lossfns.testing.public import public
-from lossfns.testing.vectors.ours import ask, subject_for
-from lossfns.testing.vectors.runner import Exchange, Report, judged
+from lossfns.testing.vectors.ours import reply_to, subject_for
+from lossfns.testing.vectors.runner import Exchange, VectorReport, evaluate
 from lossfns.testing.vectors.vector import METHODS, Vector, load
 
 
 def claim_of(subject: Any, loss_fn: LossFn) -> Loss | None:
-    """The loss of ours that a subject is, or says it is (by an attribute ``like``)."""
-    own = loss_fn.loss if isinstance(loss_fn, BoundLoss) else loss_fn
-    like = own if isinstance(own, Loss) else getattr(subject, "like", None)
+    """Return the loss of this library that a subject is, or claims to be by an attribute ``like``."""
+    result = loss_fn.loss if isinstance(loss_fn, BoundLoss) else loss_fn
+    like = result if isinstance(result, Loss) else getattr(subject, "like", None)
     return like if isinstance(like, Loss) else None
 
 
 def agreement(like: Loss) -> Law:
-    """The law that a loss has the value and the gradient of the one it claims to be."""
+    """Return the law that a loss has the value and the gradient of ``like``."""
 
     def agreement(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
         probe = Probe.of(loss_fn, data, logprobs)
-        for batch in (unpoisoned(probe.batch), *generic(probe.batch), *by_token(generic(probe.batch)[2])):
-            own, theirs = probe(batch), probe(batch, like)
-            seen = f"The loss is {own.value} with gradients {own.gradients}"
-            same = probe.same([own.value, own.gradients], [theirs.value, theirs.gradients])
-            demand(same, "another-loss", f"{seen}; that of {like!r} is {theirs.value} with {theirs.gradients}.")
+        for batch in (
+            unpoisoned(probe.batch),
+            *generic_batches(probe.batch),
+            *vary_advantages_by_token(generic_batches(probe.batch)[2]),
+        ):
+            result, expected = probe(batch), probe(batch, like)
+            seen = f"The loss is {result.value} with gradients {result.gradients}"
+            same = probe.close([result.value, result.gradients], [expected.value, expected.gradients])
+            require(same, "another-loss", f"{seen}; that of {like!r} is {expected.value} with {expected.gradients}.")
 
     agreement.__doc__ = f"It has the value and the gradient of {like!r}."
     return agreement
 
 
-def by_token(batch: Batch) -> Iterator[Batch]:
-    """The batch with another advantage at each token, for a loss that takes them so."""
+def vary_advantages_by_token(batch: Batch) -> Iterator[Batch]:
+    """Yield the batch with a different advantage at each token, if it has advantages."""
     if "advantages" in batch.columns:
         rows = [[a * (1 + j / 4) for j, a in enumerate(row)] for row in batch.columns["advantages"]]
         yield batch.having(advantages=rows)
 
 
-def matching(subject: Any, like: Loss) -> list[Vector]:
-    """The golden vectors that a subject can be asked: all of a preset's method, else those of its very settings."""
+def matching_vectors(subject: Any, like: Loss) -> list[Vector]:
+    """Return the golden vectors for a subject: all of a preset's, else those with the settings of ``like``."""
     if like.name not in METHODS:
         return []
     every = load(like.name)
@@ -57,28 +61,30 @@ def matching(subject: Any, like: Loss) -> list[Vector]:
     return [v for v in every if v.denominator is None and v.error is None and repr(subject_for(v).loss) == repr(like)]
 
 
-def golden(subject: Any, like: Loss, found: Sequence[Vector]) -> Law:
-    """The law that a loss gives the right answer to golden vectors."""
+def vectors_law(subject: Any, like: Loss, matched: Sequence[Vector]) -> Law:
+    """Return the law that a loss gives the right answer to these golden vectors."""
 
     def vectors(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
-        suppose(bool(found), "there are none of its settings")
+        assume(bool(matched), "no vectors have its settings")
         dtype = str(logprobs[0].dtype).removeprefix("torch.")
         preset = subject is public(like.name)
-        replies = {v.id: ask(v, dtype) if preset else answer(loss_fn, v, logprobs[0].dtype) for v in found}
-        report = Report(repr(like), dtype, [judged(v, Exchange(replies, ""), dtype, ()) for v in found])
+        replies = {v.id: reply_to(v, dtype) if preset else reply_of(loss_fn, v, logprobs[0].dtype) for v in matched}
+        report = VectorReport(repr(like), dtype, [evaluate(v, Exchange(replies, ""), dtype, ()) for v in matched])
         if report.ok:
             return
         first = report.failures[0]
         likely = [bug.flag for bug in report.likely()] or ["another-loss"]
-        seen = f"{len(report.failures)} of {len(found)} golden vectors fail, first {first.vector.id}"
+        seen = f"{len(report.failures)} of {len(matched)} golden vectors fail, first {first.vector.id}"
         raise LawBroken(likely[0], f"{seen} ({first.vector.comment}): {first.wrong}.")
 
-    vectors.__doc__ = f"It gives the right answer to the {len(found)} golden vectors of {like.name} with its settings."
+    vectors.__doc__ = (
+        f"It gives the right answer to the {len(matched)} golden vectors of {like.name} with its settings."
+    )
     return vectors
 
 
-def answer(loss_fn: LossFn, vector: Vector, dtype: torch.dtype) -> Mapping[str, Any]:
-    """A contract function's reply to a vector."""
+def reply_of(loss_fn: LossFn, vector: Vector, dtype: torch.dtype) -> Mapping[str, Any]:
+    """Return a contract function's reply to a vector, in the terms of the protocol."""
     data, logprobs = vector.batch.data(), vector.batch.tensors(dtype)
     try:
         loss, _ = loss_fn(data, logprobs)

@@ -1,4 +1,4 @@
-"""``lossfns check SUBJECT``: the laws from the command line."""
+"""The command ``lossfns check SUBJECT``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from lossfns.errors import LossInputError
 from lossfns.terminal import console_on, print_rows, status
-from lossfns.testing.check import SIGNS, Report
+from lossfns.testing.check import MARKS, Report
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,16 +34,17 @@ def add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     p.add_argument("--kind", choices=("policy", "supervised", "preference", "any", "advantages"),
         help="which laws to test; detected if left out")  # fmt: skip
     p.add_argument("--factory", action="store_true", default=None,
-        help="the name is that of a factory; detected if left out")  # fmt: skip
+        help="the name is the name of a factory; detected if left out")  # fmt: skip
     p.add_argument("--like", metavar="METHOD", help="the method that the subject claims to be, such as "
         "'grpo(kl_beta=0.04)': its golden vectors are run too")  # fmt: skip
-    p.add_argument("--examples", type=count, default=12, metavar="N", help="random batches for each law")
+    p.add_argument("--examples", type=non_negative, default=12, metavar="N", help="random batches for each law")
     p.add_argument("--json", metavar="FILE", help="write the report as JSON; '-' prints it in place of the table")
     p.add_argument("--junit", metavar="FILE", help="write the report as JUnit XML")
     p.set_defaults(run=check_command)
 
 
-def count(text: str) -> int:
+def non_negative(text: str) -> int:
+    """Parse an integer of at least 0."""
     number = int(text)
     if number < 0:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 0, got {number}")
@@ -59,9 +60,9 @@ def check_command(args: argparse.Namespace) -> int:
     sys.path.insert(0, os.getcwd())  # as ``python`` does, so that a module in the current folder is found
     try:
         from lossfns.testing.check import check
-        from lossfns.testing.subject import load, method
+        from lossfns.testing.subject import load, parse_method
 
-        like = None if args.like is None else method(args.like)
+        like = None if args.like is None else parse_method(args.like)
         subject = load(args.subject)
         # The output of the loss itself goes to standard error: it is not part of the report.
         with status() as show, contextlib.redirect_stdout(sys.stderr):
@@ -82,7 +83,7 @@ def check_command(args: argparse.Namespace) -> int:
 
 
 def write(report: Report, args: argparse.Namespace) -> None:
-    """Print the report, and write the files that were asked for."""
+    """Print the report and write the requested files."""
     as_json = json.dumps(report.as_dict(), indent=1, ensure_ascii=False)
     console = console_on(sys.stdout)
     if args.json == "-":
@@ -98,9 +99,9 @@ def write(report: Report, args: argparse.Namespace) -> None:
 
 
 def print_report(report: Report, console: Console) -> None:
-    """Print what ``Report.table`` says, in colours and wrapped to the width of the terminal."""
+    """Print the text of ``Report.table`` in colours, wrapped to the width of the terminal."""
     console.print(f"{report.subject} ({report.kind})\n", style="bold")
-    print_rows(console, [(SIGNS[v.verdict], v.law, v.remark) for v in report.verdicts],
+    print_rows(console, [(MARKS[v.verdict], v.law, v.remark) for v in report.verdicts],
         styles=[STYLES[v.verdict] for v in report.verdicts])  # fmt: skip
     for v in report.failures:
         console.print(f"\n{v.law}: {v.says}", style=STYLES["fail"])

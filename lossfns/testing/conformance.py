@@ -1,9 +1,9 @@
-"""The laws as a pytest suite for a loss chosen from outside: a test for each law.
+"""The laws as a pytest suite, one test for each law, on a loss that the environment names.
 
     LOSSFNS_SUBJECT=mypackage.losses:my_loss pytest --pyargs lossfns.testing.conformance
 
-``LOSSFNS_KIND`` names the kind where it cannot be found out. With the plugin, ``--lossfns-subject`` and
-``--lossfns-kind`` do the same.
+``LOSSFNS_KIND`` gives the kind of the loss where it cannot be detected. The options ``--lossfns-subject`` and
+``--lossfns-kind`` of the plugin set the same variables.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from typing import Any
 
 import pytest
 
-from lossfns.testing.check import Trial, quiet, trials
+from lossfns.testing.check import Trial, trials, without_expected_warnings
 from lossfns.testing.subject import load
 
 
 def pytest_generate_tests(metafunc: Any) -> None:
-    """A test for each law of the subject's kind."""
+    """Make one test for each law of the subject's kind."""
     subject = os.environ.get("LOSSFNS_SUBJECT")
     if not subject:
         raise pytest.UsageError("set LOSSFNS_SUBJECT=module:loss_fn, or pass --lossfns-subject module:loss_fn")
-    _, ready = trials(load(subject), kind=os.environ.get("LOSSFNS_KIND"))
-    metafunc.parametrize("trial", ready, ids=[trial.law for trial in ready])
+    _, prepared = trials(load(subject), kind=os.environ.get("LOSSFNS_KIND"))
+    metafunc.parametrize("trial", prepared, ids=[trial.law for trial in prepared])
 
 
 def test_law(trial: Trial) -> None:
-    """The subject obeys the law, or it says nothing of such a loss."""
-    with quiet():
+    """Fail where the subject breaks the law; skip where the law does not apply to it."""
+    with without_expected_warnings():
         verdict = trial.run()
     if verdict.verdict == "n/a":
         pytest.skip(verdict.seen)  # the law has nothing to test in such a loss, and says why

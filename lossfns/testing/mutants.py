@@ -1,8 +1,9 @@
 """Known-wrong losses: any loss with any bug of the catalogue planted in it.
 
-A mutant is ``(data, logprobs_list) -> (loss, metrics)`` with its settings as keywords (that of group advantages is
-``(rewards, groups) -> advantages``). Its attributes are ``bug``, ``kind`` and ``like``, the correct loss that it claims
-to be. Bugs of the answer come from ``lossfns.testing.planted``; bugs of the call stand here.
+A mutant is a contract function ``(data, logprobs_list) -> (loss, metrics)`` with its settings as keywords. A mutant of
+group advantages is ``(rewards, groups) -> advantages``. A mutant has the attributes ``bug``, ``kind`` and ``like``, the
+correct loss that it claims to be. Bugs of the value or the gradient are planted in the oracle
+(``lossfns.testing.planted``). Bugs of the call, such as a mutated input, are planted in the library's losses here.
 
 >>> from lossfns.testing.mutants import MUTANTS, mutant
 >>> wrong = mutant("ratio-inverted", "ppo", clip=(0.9, 1.1))
@@ -31,7 +32,7 @@ from lossfns.loss import Loss
 from lossfns.testing import oracle, planted
 from lossfns.testing.bugs import BUGS
 from lossfns.testing.vectors.flags import arguments
-from lossfns.testing.vectors.ours import subject
+from lossfns.testing.vectors.ours import build_loss
 from lossfns.testing.vectors.vector import METHODS, load
 from lossfns.tokens import PAIRS, TARGETS
 
@@ -43,50 +44,51 @@ Subject = Callable[..., Any]
 
 
 def mutant(bug: str, loss: str, **settings: Any) -> Subject:
-    """Make a loss that is correct but for one bug.
+    """Make a loss that is correct except for one bug.
 
     Args:
         bug: an id of ``lossfns.testing.bugs``.
         loss: the name of a method that has golden vectors.
-        settings: named as in the vectors; those of the method's first vector where they are left out.
+        settings: named as in the vectors. A setting that is left out is that of the method's first vector.
     """
     config = {**load(loss)[0].config, **settings}
-    like = right(loss, config)
-    made: Subject
+    like = correct_loss(loss, config)
+    built: Subject
     if loss == "group_advantages":
-        made = partial(planted.ADVANTAGES[bug], **config)
+        built = partial(planted.ADVANTAGE_BUGS[bug], **config)
     else:
-        made = CALLS[bug](like) if bug in CALLS else answering(bug, loss, config)
-    name, words = f"{loss}_{bug.replace('-', '_')}", f"{loss}, but {BUGS[bug].words}."
-    marks = {"bug": bug, "kind": kind_of(like), "like": like, "__name__": name, "__doc__": words}
-    for mark, value in marks.items():
-        setattr(made, mark, value)
-    return made
+        built = CALL_BUGS[bug](like) if bug in CALL_BUGS else oracle_loss(bug, loss, config)
+    name, words = f"{loss}_{bug.replace('-', '_')}", f"{loss}, but {BUGS[bug].description}."
+    attributes = {"bug": bug, "kind": loss_kind(like), "like": like, "__name__": name, "__doc__": words}
+    for attribute, value in attributes.items():
+        setattr(built, attribute, value)
+    return built
 
 
-def right(loss: str, config: Config) -> Any:
-    """The correct loss with these settings."""
-    return group_advantages if loss == "group_advantages" else subject(loss, config)
+def correct_loss(loss: str, config: Config) -> Any:
+    """Return the correct loss with these settings."""
+    return group_advantages if loss == "group_advantages" else build_loss(loss, config)
 
 
-def kind_of(like: Any) -> str:
+def loss_kind(like: Any) -> str:
+    """Return the kind of laws for a correct loss."""
     if not isinstance(like, Loss):
         return "advantages"
     return "policy" if "advantages" in like.reads else "preference" if like.rows == PAIRS else "supervised"
 
 
-def showing(bug: str, loss: str) -> list[Config]:
-    """The settings, of those in the golden vectors, with which a loss can have the bug: none if it cannot."""
+def settings_showing(bug: str, loss: str) -> list[Config]:
+    """Return the settings in the golden vectors of a loss with which it can have the bug."""
     vectors = [v for v in load(loss) if v.error is None and v.denominator is None]
-    possible = bug in CALLS and NEEDS.get(bug, is_loss)(right(loss, vectors[0].config))
+    possible = bug in CALL_BUGS and APPLIES_TO.get(bug, is_loss)(correct_loss(loss, vectors[0].config))
     return list({repr(v.config): v.config for v in vectors if possible or bug in v.flags}.values())
 
 
-# Bugs of the answer
+# Bugs of the value or the gradient
 
 
-class Given(torch.autograd.Function):
-    """A value with a given gradient."""
+class FixedGradient(torch.autograd.Function):
+    """A value whose gradient is given."""
 
     @staticmethod
     def forward(ctx: Any, logprobs: Tensor, value: float, gradient: list[float]) -> Tensor:
@@ -98,26 +100,26 @@ class Given(torch.autograd.Function):
         return by * ctx.gradient, None, None
 
 
-def answering(bug: str, loss: str, config: Config) -> Subject:
-    """The contract function with the oracle's value and gradient, right with an empty ``bug``.
+def oracle_loss(bug: str, loss: str, config: Config) -> Subject:
+    """Return the contract function with the oracle's value and gradient, and with ``bug`` unless that is empty.
 
-    It refuses what the loss of ours refuses.
+    It refuses every input that the library's loss refuses.
     """
-    like = subject(loss, config)
-    names = dict.fromkeys(("weights", *subject(loss, load(loss)[0].config).reads, *like.reads))
+    like = build_loss(loss, config)
+    names = dict.fromkeys(("weights", *build_loss(loss, load(loss)[0].config).reads, *like.reads))
     plain = {name: x for name, x in config.items() if isinstance(x, (float, tuple, list))}
 
     def answer(data: Data, logprobs_list: Logprobs, **settings: Any) -> Result:
         if get_proxy_mode() is not None:
-            raise RuntimeError("the oracle computes in plain floats, which a trace does not see")
+            raise RuntimeError("the oracle computes in plain floats, which cannot be traced")
         like(data, [lp.detach() for lp in logprobs_list])
         a = arguments({**config, **settings}, columns(data, logprobs_list, names))
         candidates = logprobs_list[0].shape[-1] if like.rows == TARGETS else 0
-        wrong = planted.wrong(bug, loss, a, candidates) if bug else None
+        wrong = planted.wrong_loss(bug, loss, a, candidates) if bug else None
         value, rows = wrong if wrong is not None else getattr(oracle, loss)(**a)
         lost = [bug == "gradient-missing" and not any(w) for w in a["weights"]]
         leaves = torch.cat([lp.detach().flatten() if out else lp.flatten() for lp, out in zip(logprobs_list, lost)])
-        total: Tensor = Given.apply(leaves, value, [g for row in rows for g in row])  # type: ignore[no-untyped-call]
+        total: Tensor = FixedGradient.apply(leaves, value, [g for row in rows for g in row])  # type: ignore[no-untyped-call]
         return total, {"loss": value, "tokens": float(sum(len(oracle.active(w)) for w in a["weights"]))}
 
     given = inspect.signature(answer).parameters
@@ -127,7 +129,7 @@ def answering(bug: str, loss: str, config: Config) -> Subject:
 
 
 def columns(data: Data, logprobs_list: Logprobs, names: Iterable[str]) -> list[dict[str, list[float]]]:
-    """The rows of these columns, and the logprobs, of each datum as plain floats, with one move to the host."""
+    """Return these columns and the logprobs of each datum as plain floats, with one transfer to the host."""
     flat = torch.cat([lp.detach().flatten().double() for lp in logprobs_list]).tolist()
     rows = []
     for datum, lp in zip(data, logprobs_list):
@@ -141,40 +143,40 @@ def columns(data: Data, logprobs_list: Logprobs, names: Iterable[str]) -> list[d
 
 
 def tensors_in_metrics(loss: Loss, data: Data, logprobs_list: Logprobs) -> Result:
-    """The metrics still are tensors."""
+    """Return the metrics as tensors."""
     value, metrics = loss(data, logprobs_list)
     return value, {name: torch.tensor(x) for name, x in metrics.items()}
 
 
 def blanks_in_place(loss: Loss, data: Data, logprobs_list: Logprobs) -> Result:
-    """Masked logprobs are overwritten where they stand."""
+    """Overwrite masked logprobs in place."""
     for datum, lp in zip(data, logprobs_list):
         lp.detach().masked_fill_(~active(datum), 0)
     return loss(data, logprobs_list)
 
 
 def anneals(loss: Loss, calls: list[int], data: Data, logprobs_list: Logprobs) -> Result:
-    """The loss is smaller with every call."""
+    """Make the loss smaller with every call."""
     calls.append(1)
     value, metrics = loss(data, logprobs_list)
     return value * 0.99 ** len(calls), metrics
 
 
-def items(loss: Loss, data: Data, logprobs_list: Logprobs) -> Result:
-    """``.item()`` for each datum."""
+def item_per_datum(loss: Loss, data: Data, logprobs_list: Logprobs) -> Result:
+    """Call ``.item()`` for each datum."""
     value, metrics = loss(data, logprobs_list)
     lowest = [torch.where(active(datum), lp.detach(), 0).min().item() for datum, lp in zip(data, logprobs_list)]
     return value, metrics | {"logprob_min": min(lowest)}
 
 
 def item_in_the_maths(loss: Loss, data: Data, logprobs_list: Logprobs) -> Result:
-    """The value is a number of Python, which a trace bakes in."""
+    """Use the value as a Python number, which a trace keeps constant."""
     value, metrics = loss(data, logprobs_list)
     return value - value.detach() + value.item(), metrics
 
 
 def no_grad(loss: Loss, data: Data, logprobs_list: Logprobs) -> Result:
-    """A term is constant by ``no_grad``, which vanishes in a trace."""
+    """Make a term constant by ``no_grad``, which a trace loses."""
     value, metrics = loss(data, logprobs_list)
     with torch.no_grad():
         constant, _ = loss(data, logprobs_list)
@@ -182,7 +184,7 @@ def no_grad(loss: Loss, data: Data, logprobs_list: Logprobs) -> Result:
 
 
 def truncates(loss: Loss, data: Data, logprobs_list: Logprobs) -> Result:
-    """Every row is cut to the shortest of its datum."""
+    """Cut every row to the shortest one of its datum."""
     rows = [{name: d.loss_fn_inputs[name].to_numpy() for name in ("weights", *loss.reads)} for d in data]
     shortest = [min(len(lp), *map(len, own.values())) for own, lp in zip(rows, logprobs_list)]
     cut = [with_columns(d, {name: x[:n] for name, x in own.items()}) for d, own, n in zip(data, rows, shortest)]
@@ -194,7 +196,7 @@ EOS = 5
 
 
 def masks_eos(loss: Loss, data: Data, logprobs_list: Logprobs) -> Result:
-    """Every end-of-sequence token is taken for padding; the denominator stays."""
+    """Mask every end-of-sequence token as padding; the denominator stays."""
     rest = [
         with_columns(d, {"weights": d.loss_fn_inputs["weights"].to_numpy() * (targets.to_numpy() != EOS)})
         for d, targets in ((d, d.loss_fn_inputs["target_tokens"]) for d in data)
@@ -203,20 +205,20 @@ def masks_eos(loss: Loss, data: Data, logprobs_list: Logprobs) -> Result:
 
 
 def scaled_by_ranks(loss: Loss, data: Data, logprobs_list: Logprobs) -> Result:
-    """The loss times the number of ranks, for a mean that nobody takes."""
+    """Multiply the loss by the number of ranks."""
     value, metrics = loss(data, logprobs_list)
     return value * int(os.environ.get("WORLD_SIZE", "1")), metrics
 
 
 def drops_odd(loss: Loss, data: Data, logprobs_list: Logprobs) -> Result:
-    """``len(data) // 2`` pairs, whatever is left over."""
+    """Use ``len(data) // 2`` pairs and ignore an odd datum."""
     count = len(data) // 2 * 2
     value, metrics = loss(data[:count], logprobs_list[:count])
     return value + sum(0 * lp.sum() for lp in logprobs_list[count:]), metrics
 
 
 def last_metrics(loss: Loss, data: Data, logprobs_list: Logprobs) -> Result:
-    """The metrics are those of the last datum (or pair) that has any."""
+    """Report the metrics of the last datum, or pair, with active tokens."""
     value, metrics = loss(data, logprobs_list)
     step = 2 if loss.rows == PAIRS else 1
     parts = [slice(i, i + step) for i in range(0, len(data), step)]
@@ -226,13 +228,13 @@ def last_metrics(loss: Loss, data: Data, logprobs_list: Logprobs) -> Result:
 
 
 def scaled_metrics(loss: Loss, data: Data, logprobs_list: Logprobs) -> Result:
-    """Metrics that are scaled already are scaled once more."""
+    """Scale metrics that are scaled already."""
     value, metrics = loss(data, logprobs_list)
     return value, {name: 0.1 * x if name in ("loss", "kl_ref", "reward_margin") else x for name, x in metrics.items()}
 
 
 def counts_outside(loss: Loss, data: Data, logprobs_list: Logprobs) -> Result:
-    """The clip fraction is of the ratios outside the bounds, whether or not a bound removes their gradient."""
+    """Count every ratio outside the bounds as clipped, whether or not it loses its gradient."""
     value, metrics = loss(data, logprobs_list)
     low, high = loss.knobs["clip"]
     old = [torch.from_numpy(datum.loss_fn_inputs["old_logprobs"].to_numpy()) for datum in data]
@@ -240,27 +242,28 @@ def counts_outside(loss: Loss, data: Data, logprobs_list: Logprobs) -> Result:
     return value, metrics | {"clip_fraction": ((ratios < low) | (ratios > high)).double().mean().item()}
 
 
-def another(loss: Loss) -> Loss | None:
-    """Another method over the same columns."""
-    others = [subject(name, load(name)[0].config) for name in METHODS if name not in (loss.name, "group_advantages")]
+def other_method(loss: Loss) -> Loss | None:
+    """Return the loss of another method that reads the same columns, or None."""
+    others = [build_loss(name, load(name)[0].config) for name in METHODS if name not in (loss.name, "group_advantages")]
     return next((other for other in others if (other.reads, other.rows) == (loss.reads, loss.rows)), None)
 
 
 def active(datum: Any) -> Tensor:
+    """Return the mask of a datum's active tokens."""
     return torch.from_numpy(datum.loss_fn_inputs["weights"].to_numpy() != 0)
 
 
 def with_columns(datum: Any, changed: Mapping[str, Any]) -> Datum:
-    """The datum with other values in some of its columns."""
+    """Return the datum with some of its columns replaced."""
     fields = {name: TensorData.from_numpy(values) for name, values in changed.items()}
     return Datum(datum.model_input, {**datum.loss_fn_inputs, **fields})
 
 
-CALLS: dict[str, Callable[[Loss], Subject]] = {
+CALL_BUGS: dict[str, Callable[[Loss], Subject]] = {
     "not-the-contract": lambda loss: partial(tensors_in_metrics, loss),
     "inputs-mutated": lambda loss: partial(blanks_in_place, loss),
     "state-between-calls": lambda loss: partial(anneals, loss, []),
-    "host-sync-per-datum": lambda loss: partial(items, loss),
+    "host-sync-per-datum": lambda loss: partial(item_per_datum, loss),
     "branch-on-values": lambda loss: partial(item_in_the_maths, loss),
     "no-grad-for-detach": lambda loss: partial(no_grad, loss),
     "silent-truncation": lambda loss: partial(truncates, loss),
@@ -270,48 +273,48 @@ CALLS: dict[str, Callable[[Loss], Subject]] = {
     "metric-not-mergeable": lambda loss: partial(last_metrics, loss),
     "metric-scaled-twice": lambda loss: partial(scaled_metrics, loss),
     "metric-counts-nonbinding": lambda loss: partial(counts_outside, loss),
-    "another-loss": lambda loss: partial(another(loss) or loss),
+    "another-loss": lambda loss: partial(other_method(loss) or loss),
 }
-"""Bug → the contract function that has it, made of a correct loss."""
+"""Bug of the call → how to make the mutant from a correct loss."""
 
 
 def is_loss(like: Any) -> bool:
     return isinstance(like, Loss)
 
 
-NEEDS: dict[str, Callable[[Any], bool]] = {
+APPLIES_TO: dict[str, Callable[[Any], bool]] = {
     "odd-datum-dropped": lambda like: is_loss(like) and like.rows == PAIRS,
     "metric-counts-nonbinding": lambda like: is_loss(like) and "clip" in like.knobs,
-    "another-loss": lambda like: is_loss(like) and another(like) is not None,
+    "another-loss": lambda like: is_loss(like) and other_method(like) is not None,
 }
-"""Bug → what can have it; every loss can have the other bugs of the call."""
+"""Bug of the call → whether a correct loss can have it. Every loss can have the bugs that are not listed."""
 
 
 def exemplars() -> list[tuple[str, str, Config]]:
-    """A bug, a loss and its settings, for each bug and kind of loss, with a reference and without.
+    """Return (bug, loss, settings) for each bug and family of losses: a kind, with or without a reference.
 
-    The loss and the settings are the first with which the bug shows.
+    The loss and the settings are the first ones with which the bug shows.
     """
     found: dict[tuple[str, bool, str], tuple[str, str, Config]] = {}
     for loss in METHODS:
-        like = right(loss, load(loss)[0].config)
-        family = kind_of(like), "ref_logprobs" in getattr(like, "reads", ())
+        like = correct_loss(loss, load(loss)[0].config)
+        family = loss_kind(like), "ref_logprobs" in getattr(like, "reads", ())
         for bug in BUGS:
-            if (*family, bug) not in found and (settings := showing(bug, loss)):
+            if (*family, bug) not in found and (settings := settings_showing(bug, loss)):
                 found[*family, bug] = bug, loss, settings[0]
     return list(found.values())
 
 
-MUTANTS = {(made := mutant(bug, loss, **settings)).__name__: made for bug, loss, settings in exemplars()}
+MUTANTS = {(built := mutant(bug, loss, **settings)).__name__: built for bug, loss, settings in exemplars()}
 """The exemplars by name."""
 
 globals().update(MUTANTS)
 
 
 def __getattr__(name: str) -> Subject:
-    """Any other ``loss_bug``, with the first settings that show the bug."""
+    """Return the mutant ``loss_bug`` that is no exemplar, with the first settings that show the bug."""
     for loss in METHODS:
         bug = name.removeprefix(f"{loss}_").replace("_", "-")
-        if name.startswith(f"{loss}_") and bug in BUGS and (settings := showing(bug, loss)):
+        if name.startswith(f"{loss}_") and bug in BUGS and (settings := settings_showing(bug, loss)):
             return mutant(bug, loss, **settings[0])
     raise AttributeError(f"no mutant {name!r}: write the loss, then the bug, as in ppo_ratio_inverted")

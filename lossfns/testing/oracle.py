@@ -1,7 +1,7 @@
 """Every loss in plain floats: its value and its closed-form gradient, straight from the papers.
 
-A row holds one sequence, a token counts iff its weight is not 0, and a slot that does not count is never
-read. Sums are exactly rounded, so what separates an implementation from this file is its own rounding.
+A row holds one sequence. A token counts if and only if its weight is not 0, and a slot that does not count is never
+read. Sums are exactly rounded, so an implementation differs from this file by its own rounding alone.
 """
 
 import math
@@ -19,7 +19,7 @@ PAIR_WEIGHINGS = ("pair_mean", "pair_sum")
 
 
 class Correction(TypedDict, total=False):
-    """What every off-policy loss takes beyond its own arguments; the defaults stand in `corrected`."""
+    """Keyword arguments of every off-policy loss; the defaults stand in `corrected`."""
 
     sampler_logprobs: Rows | None
     tis_cap: float | None
@@ -29,7 +29,7 @@ class Correction(TypedDict, total=False):
 
 
 class Knobs(Correction, total=False):
-    """The same of the losses that are a surrogate of the ratio; the defaults stand in `policy`."""
+    """Keyword arguments of every loss over a surrogate of the ratio; the defaults stand in `policy`."""
 
     dual_clip: float | None
     log_ratio_cap: float | None
@@ -108,7 +108,7 @@ def normalized(weights: Rows) -> Rows:
 
 
 def divisor(weigh: str, mass: float, count: int, length: int | None, denominator: float | None) -> float:
-    """D: nothing for a sum, `denominator` if given, else Σw, the count, or length · count."""
+    """D: 1 for a sum, `denominator` if given, else Σw, the count, or length · count."""
     if weigh in ("token_sum", "pair_sum"):
         return 1.0
     if denominator is not None:
@@ -501,7 +501,7 @@ def orpo(
 def group_advantages(*, rewards: Sequence[float], groups: Sequence[Hashable], scale: str = "std") -> Row:
     """A = (r − mean) / (std + 1e-6) within each group, 0 where all rewards agree (Shao et al. 2024).
 
-    The std has n − 1 below; scale "none" leaves it out (Liu et al. 2025).
+    The std divides by n − 1; scale "none" leaves the division by it out (Liu et al. 2025).
     """
     if scale not in ("std", "none"):
         raise ValueError(f"scale is 'std' or 'none', not {scale!r}")

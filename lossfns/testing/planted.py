@@ -1,8 +1,8 @@
-"""The oracle with a bug planted in it: for each bug, the answer of a loss that has it.
+"""The oracle with planted bugs: for each bug, the answer of a loss that has it.
 
-A variant replaces an argument, the answer or a function of the oracle. It works on every loss that has what the bug is
-about, and gives the right answer where the bug does not show. These variants say which bugs a golden vector hunts, name
-the bug from a wrong reply, and make known-wrong losses (``lossfns.testing.mutants``).
+A variant replaces an argument, the answer or a function of the oracle. It works on every loss that can have the bug,
+and gives the right answer where the bug does not show. The variants serve three purposes: they compute the flags of a
+golden vector, they find the bug behind a wrong reply, and they make mutants (``lossfns.testing.mutants``).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lossfns.testing import oracle
 from lossfns.testing.oracle import Loss, Row, Rows, Term, active, averaged, normalized, total
 
 Arguments = dict[str, Any]
-"""What a function of the oracle takes: rows by column, and the settings."""
+"""The arguments of a function of the oracle: rows by column, and the settings."""
 Oracle = Callable[..., Loss]
 Variant = Callable[[Oracle, Arguments], Loss]
 
@@ -27,8 +27,8 @@ NAN = math.nan
 SEQUENCE_RATIO = (oracle.gspo, oracle.gspo_token)
 
 
-def wrong(bug: str, loss: str, a: Arguments, targets: int = 0) -> Loss | None:
-    """Return the answer of a loss that has the bug, or None where the bug is about something that the loss lacks.
+def wrong_loss(bug: str, loss: str, a: Arguments, targets: int = 0) -> Loss | None:
+    """Return the answer of a loss that has the bug, or None if this loss cannot have it.
 
     Args:
         bug: a key of ``EVERY``, ``LIKELIHOOD``, ``CANDIDATES`` or ``PAIRS``.
@@ -38,40 +38,40 @@ def wrong(bug: str, loss: str, a: Arguments, targets: int = 0) -> Loss | None:
     """
     f: Oracle = getattr(oracle, loss)
     try:
-        if bug in CANDIDATES and targets:
-            return CANDIDATES[bug](f, a, targets)
-        if bug in PAIRS and paired(a):
-            return PAIRS[bug](f, a)
-        if bug in LIKELIHOOD and a.keys().isdisjoint(("advantages", "ref_logprobs")) and not paired(a):
-            return LIKELIHOOD[bug](f, a)
-        if bug in EVERY:
-            return EVERY[bug](f, a)
+        if bug in MULTI_TARGET_BUGS and targets:
+            return MULTI_TARGET_BUGS[bug](f, a, targets)
+        if bug in PAIR_BUGS and is_pairwise(a):
+            return PAIR_BUGS[bug](f, a)
+        if bug in LIKELIHOOD_BUGS and a.keys().isdisjoint(("advantages", "ref_logprobs")) and not is_pairwise(a):
+            return LIKELIHOOD_BUGS[bug](f, a)
+        if bug in GENERAL_BUGS:
+            return GENERAL_BUGS[bug](f, a)
     except KeyError:
         return None
     except (ArithmeticError, ValueError):  # where Python's math raises, tensors hold inf and nan
-        return scaled((0.0, a["weights"]), NAN)
+        return scale_loss((0.0, a["weights"]), NAN)
     return None
 
 
-# Tools
+# Building blocks of variants
 
 
-def paired(a: Arguments) -> bool:
-    """Whether the loss compares datum 2i with 2i + 1."""
+def is_pairwise(a: Arguments) -> bool:
+    """Return whether the loss compares datum 2i with datum 2i + 1."""
     return a["weigh"] in oracle.PAIR_WEIGHINGS
 
 
 def divisor(a: Arguments) -> float:
-    """The denominator that these arguments lead to."""
-    alive = [bool(active(row)) for row in a["weights"]]
-    count = sum(map(all, zip(alive[0::2], alive[1::2]))) if paired(a) else sum(alive)
+    """Return the denominator of the loss with these arguments."""
+    nonempty = [bool(active(row)) for row in a["weights"]]
+    count = sum(map(all, zip(nonempty[0::2], nonempty[1::2]))) if is_pairwise(a) else sum(nonempty)
     mass = total(w for row in a["weights"] for w in row)
     return oracle.divisor(a["weigh"], mass, count, a.get("length"), a["denominator"])
 
 
 @contextmanager
 def replaced(**functions: Callable[..., Any]) -> Iterator[None]:
-    """Replace functions of the oracle for a while."""
+    """Replace functions of the oracle within a block."""
     before = {name: getattr(oracle, name) for name in functions}
     try:
         vars(oracle).update(functions)
@@ -81,7 +81,7 @@ def replaced(**functions: Callable[..., Any]) -> Iterator[None]:
 
 
 def patched(**functions: Callable[..., Any]) -> Variant:
-    """The variant that calls the oracle with some of its functions replaced."""
+    """Return the variant that calls the oracle with some of its functions replaced."""
 
     def variant(f: Oracle, a: Arguments) -> Loss:
         with replaced(**functions):
@@ -90,63 +90,65 @@ def patched(**functions: Callable[..., Any]) -> Variant:
     return variant
 
 
-def scaled(answer: Loss, by: float, grads_by: float | None = None) -> Loss:
+def scale_loss(answer: Loss, by: float, grads_by: float | None = None) -> Loss:
+    """Multiply the value by ``by`` and the gradients by ``grads_by``, which defaults to ``by``."""
     value, grads = answer
     k = by if grads_by is None else grads_by
     return by * value, [[k * g for g in row] for row in grads]
 
 
-def plus(one: Loss, other: Loss) -> Loss:
+def add_losses(one: Loss, other: Loss) -> Loss:
+    """Add two losses, value and gradients."""
     return one[0] + other[0], [[g + h for g, h in zip(*rows)] for rows in zip(one[1], other[1])]
 
 
-def given(a: Arguments, **changes: Any) -> Arguments:
-    """The arguments with changed ones, as far as the loss has them."""
+def override(a: Arguments, **changes: Any) -> Arguments:
+    """Replace arguments; those that the loss does not have are left out."""
     return a | {name: value for name, value in changes.items() if name in a}
 
 
-def each(a: Arguments, name: str, change: Callable[[Row], Row]) -> Arguments:
-    """The arguments with each row of one column changed; KeyError where the loss does not read it."""
+def map_rows(a: Arguments, name: str, change: Callable[[Row], Row]) -> Arguments:
+    """Apply a function to each row of one column. Raise KeyError if the loss does not read the column."""
     return a | {name: [change(row) for row in a[name]]}
 
 
-def of_rows(column: str, change: Callable[[Row], Row]) -> Variant:
-    """The variant that changes each row of one column."""
-    return lambda f, a: f(**each(a, column, change))
+def changing_rows(column: str, change: Callable[[Row], Row]) -> Variant:
+    """Return the variant that changes each row of one column."""
+    return lambda f, a: f(**map_rows(a, column, change))
 
 
-def of_setting(name: str, change: Callable[[Any], Any]) -> Variant:
-    """The variant that changes one setting, where it is switched on."""
+def changing_setting(name: str, change: Callable[[Any], Any]) -> Variant:
+    """Return the variant that changes one setting unless it is None."""
     return lambda f, a: f(**a | ({} if a[name] is None else {name: change(a[name])}))
 
 
-def kept(a: Arguments) -> Arguments:
-    """The arguments with the right denominator said outright, before weights change."""
+def fix_denominator(a: Arguments) -> Arguments:
+    """Set the denominator to the right one, so that it stays when weights change."""
     return a | {"denominator": divisor(a)}
 
 
-def first(a: Arguments, *names: str) -> str:
-    """The first of these columns that the loss reads."""
+def first_column(a: Arguments, *names: str) -> str:
+    """Return the first of these columns that the loss reads, else the weights."""
     return next(name for name in (*names, "weights") if name in a)
 
 
-def units(a: Arguments) -> list[list[int]]:
-    """The indices of each datum, or of the two sides of each pair."""
-    step = 2 if paired(a) else 1
+def unit_indices(a: Arguments) -> list[list[int]]:
+    """Return the indices of the datums of each unit: a datum, or the two sides of a pair."""
+    step = 2 if is_pairwise(a) else 1
     return [list(range(i, i + step)) for i in range(0, len(a["weights"]), step)]
 
 
-def take(a: Arguments, indices: list[int]) -> Arguments:
-    """The arguments of these datums alone."""
+def select(a: Arguments, indices: list[int]) -> Arguments:
+    """Return the arguments with these datums alone."""
     return {name: [x[i] for i in indices] if isinstance(x, list) else x for name, x in a.items()}
 
 
 def reordered(order: Callable[[int], list[int]]) -> Variant:
-    """The variant that lays the datums out in another order, their gradients back in their own."""
+    """Return the variant that calls the oracle with reordered datums and restores the order of the gradients."""
 
     def variant(f: Oracle, a: Arguments) -> Loss:
         places = order(len(a["weights"]))
-        value, grads = f(**take(a, places))
+        value, grads = f(**select(a, places))
         return value, [grads[places.index(i)] for i in range(len(places))]
 
     return variant
@@ -156,10 +158,12 @@ def reordered(order: Callable[[int], list[int]]) -> Variant:
 
 
 def every_slot(weights: Row) -> list[int]:
+    """Return every slot of a sequence with active tokens, for the oracle's ``active``."""
     return list(range(len(weights))) if any(weights) else []
 
 
 def difference_everywhere(weights: Rows, left: Rows, right: Rows) -> Rows:
+    """left − right in masked slots too."""
     return [[x - y for x, y in zip(*rows)] for rows in zip(left, right)]
 
 
@@ -180,8 +184,8 @@ def where_after_exp(f: Oracle, a: Arguments) -> Loss:
 
 
 def unmasked(a: Arguments) -> Arguments:
-    """Every masked slot let in with weight 1; the denominator stays."""
-    return each(kept(a), "weights", lambda row: [w or 1.0 for w in row])
+    """Give every masked slot the weight 1; the denominator stays."""
+    return map_rows(fix_denominator(a), "weights", lambda row: [w or 1.0 for w in row])
 
 
 def padding_in_denominator(f: Oracle, a: Arguments) -> Loss:
@@ -206,11 +210,11 @@ def empty_sequence_nan(f: Oracle, a: Arguments) -> Loss:
 def empty_sequence_counted(f: Oracle, a: Arguments) -> Loss:
     if a["weigh"] == "token_mean" or a["denominator"] is not None:
         return f(**a)
-    return f(**a | {"denominator": float(len(units(a)) * (a.get("length") or 1))})
+    return f(**a | {"denominator": float(len(unit_indices(a)) * (a.get("length") or 1))})
 
 
 def gradient_missing(f: Oracle, a: Arguments) -> Loss:
-    """A gradient that is None is no number."""
+    """nan stands for a gradient that is None."""
     value, grads = f(**a)
     return value, [row if any(w) else [NAN] * len(row) for row, w in zip(grads, a["weights"])]
 
@@ -219,10 +223,10 @@ def gradient_missing(f: Oracle, a: Arguments) -> Loss:
 
 
 def mean_of_means(f: Oracle, a: Arguments) -> Loss:
-    """Each datum (or pair) by its own denominator, then the plain mean; of a chunk, its own denominator."""
+    """Divide each unit by its own denominator and take the plain mean; a chunk is divided by its own denominator."""
     if a["denominator"] is not None:
         return f(**a | {"denominator": None})
-    chunks = [take(a, unit) for unit in units(a)]
+    chunks = [select(a, unit) for unit in unit_indices(a)]
     parts = [f(**chunk) for chunk in chunks]
     count = sum(any(map(any, chunk["weights"])) for chunk in chunks) or 1
     by = 1.0 if a["weigh"].endswith("_sum") else float(count)
@@ -231,53 +235,53 @@ def mean_of_means(f: Oracle, a: Arguments) -> Loss:
 
 def mixed_denominators(f: Oracle, a: Arguments) -> Loss:
     other = "sequence_mean" if a["weigh"] == "token_mean" else "token_mean"
-    return plus(policy_part(f, a), kl_part(a | {"weigh": other}))
+    return add_losses(policy_part(f, a), kl_part(a | {"weigh": other}))
 
 
 def zero_advantage_denominator(f: Oracle, a: Arguments) -> Loss:
-    felt = [[w if x != 0 else 0.0 for w, x in zip(*rows)] for rows in zip(a["weights"], a["advantages"])]
-    return f(**a | {"denominator": divisor(a | {"weights": felt})})
+    counted_weights = [[w if x != 0 else 0.0 for w, x in zip(*rows)] for rows in zip(a["weights"], a["advantages"])]
+    return f(**a | {"denominator": divisor(a | {"weights": counted_weights})})
 
 
 def broadcast(f: Oracle, a: Arguments) -> Loss:
-    """The mean over all pairs of datums: each token meets every datum's advantage, each chosen side every rejected."""
-    if paired(a):
-        turns = range(len(units(a)))
-        parts = [reordered(partial(rejected_turned, by))(f, a) for by in turns]
-        return scaled(reduce(plus, parts), 1 / len(parts)) if parts else f(**a)
-    heads = [row[active(w)[0]] for row, w in zip(a["advantages"], a["weights"]) if any(w)]
-    mean = sum(heads) / max(len(heads), 1)
-    return f(**each(a, "advantages", lambda row: [mean] * len(row)))
+    """Average over all pairs of datums: each token with every advantage, each chosen side with every rejected one."""
+    if is_pairwise(a):
+        offsets = range(len(unit_indices(a)))
+        parts = [reordered(partial(rejected_sides_rotated, by))(f, a) for by in offsets]
+        return scale_loss(reduce(add_losses, parts), 1 / len(parts)) if parts else f(**a)
+    first_advantages = [row[active(w)[0]] for row, w in zip(a["advantages"], a["weights"]) if any(w)]
+    mean = sum(first_advantages) / max(len(first_advantages), 1)
+    return f(**map_rows(a, "advantages", lambda row: [mean] * len(row)))
 
 
-def rejected_turned(by: int, count: int) -> list[int]:
-    """Each chosen side with the rejected side of the pair so many places on."""
+def rejected_sides_rotated(by: int, count: int) -> list[int]:
+    """Return the order in which each chosen side stands before the rejected side of the pair ``by`` places on."""
     return [i if i % 2 == 0 else (i + 2 * by) % count for i in range(count)]
 
 
 def cross_talk(f: Oracle, a: Arguments) -> Loss:
-    """Advantages whitened over the batch, or margins less the batch's mean margin."""
-    if paired(a):
+    """Whiten the advantages over the batch, or subtract the mean margin of the batch from every margin."""
+    if is_pairwise(a):
         return centred_margins(f, a)
     pool = [x for row, w in zip(a["advantages"], a["weights"]) for t, x in enumerate(row) if w[t] != 0]
     mean = sum(pool) / max(len(pool), 1)
     std = math.sqrt(sum((x - mean) ** 2 for x in pool) / max(len(pool) - 1, 1)) or 1.0
-    return f(**each(a, "advantages", lambda row: [(x - mean) / std for x in row]))
+    return f(**map_rows(a, "advantages", lambda row: [(x - mean) / std for x in row]))
 
 
 def centred_margins(f: Oracle, a: Arguments) -> Loss:
-    right_one = oracle.reduce_pairs
+    original = oracle.reduce_pairs
 
     def reduce_pairs(term: Any, *others: Any) -> Loss:
         margins: Row = []
 
-        def noted(chosen: float, rejected: float) -> tuple[float, float, float]:
+        def record(chosen: float, rejected: float) -> tuple[float, float, float]:
             margins.append(chosen - rejected)
             return 0.0, 0.0, 0.0
 
-        right_one(noted, *others)
+        original(record, *others)
         mean = sum(margins) / max(len(margins), 1)
-        return right_one(lambda chosen, rejected: term(chosen - mean, rejected), *others)
+        return original(lambda chosen, rejected: term(chosen - mean, rejected), *others)
 
     return patched(reduce_pairs=reduce_pairs)(f, a)
 
@@ -286,49 +290,51 @@ def centred_margins(f: Oracle, a: Arguments) -> Loss:
 
 
 def frame_shift(f: Oracle, a: Arguments) -> Loss:
-    return f(**each(a, first(a, "old_logprobs", "ref_logprobs", "advantages"), lambda row: row[-1:] + row[:-1]))
+    return f(
+        **map_rows(a, first_column(a, "old_logprobs", "ref_logprobs", "advantages"), lambda row: row[-1:] + row[:-1])
+    )
 
 
 def datum_misaligned(f: Oracle, a: Arguments) -> Loss:
-    """A column in the reverse order, where the lengths let that pass."""
-    name = first(a, "advantages", "ref_logprobs")
+    """Reverse the order of a column's rows if their lengths fit."""
+    name = first_column(a, "advantages", "ref_logprobs")
     back = a[name][::-1]
     return f(**a | ({name: back} if list(map(len, back)) == list(map(len, a[name])) else {}))
 
 
 def datum_ignored(f: Oracle, a: Arguments) -> Loss:
-    last = -2 if paired(a) else -1
+    last = -2 if is_pairwise(a) else -1
     rest = [[0.0] * len(row) for row in a["weights"][:last]]
-    return f(**kept(a) | {"weights": rest + a["weights"][last:]})
+    return f(**fix_denominator(a) | {"weights": rest + a["weights"][last:]})
 
 
 def order_dependent(f: Oracle, a: Arguments) -> Loss:
-    """Datum (or pair) i counts 1 / (i + 1)."""
-    parts = [scaled(f(**take(kept(a), unit)), 1 / (i + 1)) for i, unit in enumerate(units(a))]
+    """Give unit i the factor 1 / (i + 1)."""
+    parts = [scale_loss(f(**select(fix_denominator(a), unit)), 1 / (i + 1)) for i, unit in enumerate(unit_indices(a))]
     return sum(value for value, _ in parts), [row for _, grads in parts for row in grads]
 
 
 def targets_transposed(f: Oracle, a: Arguments, k: int) -> Loss:
-    """Weights [N, K] read as [K, N]."""
+    """Read the weights [N, K] as [K, N]."""
     transposed = lambda row: [row[j * (len(row) // k) + i] for i in range(len(row) // k) for j in range(k)]  # noqa: E731
-    return f(**each(a, "weights", transposed))
+    return f(**map_rows(a, "weights", transposed))
 
 
 def renormalised_targets(f: Oracle, a: Arguments, k: int) -> Loss:
-    """lp − log Σ exp(lp) over the K of a position; the gradient is left as it is."""
+    """Replace lp by lp − log Σ exp(lp) over the K targets of a position; the gradient stays."""
 
     def renormalised(row: Row) -> Row:
         p = [oracle.exp(lp) for lp in row]
         return [lp - math.log(sum(p[i // k * k : i // k * k + k]) or 1.0) for i, lp in enumerate(row)]
 
-    return f(**each(a, "logprobs", renormalised))
+    return f(**map_rows(a, "logprobs", renormalised))
 
 
 # Policy
 
 
-def surrogate_of(value_and_slope: Callable[[float, float, tuple[float, float]], Term]) -> Callable[..., Term]:
-    """Another clipped surrogate in the place of the oracle's: (r, A, clip) → (value, slope in log r)."""
+def with_surrogate(value_and_slope: Callable[[float, float, tuple[float, float]], Term]) -> Callable[..., Term]:
+    """Return a replacement of the oracle's ``surrogate``, made of (r, A, clip) → (value, slope in log r)."""
 
     def surrogate(d: float, advantage: float, clip: Any, dual: float | None, cap: float | None) -> Term:
         c, inside = oracle.capped(d, cap)
@@ -349,11 +355,11 @@ def max_for_min(r: float, advantage: float, clip: tuple[float, float]) -> Term:
     return (-cut, 0.0) if cut > gain else (-gain, -gain)
 
 
-def without_min(r: float, advantage: float, clip: tuple[float, float]) -> Term:
+def clipped_alone(r: float, advantage: float, clip: tuple[float, float]) -> Term:
     return -clamped(r, clip) * advantage, -r * advantage if clip[0] <= r <= clip[1] else 0.0
 
 
-def leaking(r: float, advantage: float, clip: tuple[float, float]) -> Term:
+def leaking_gradient(r: float, advantage: float, clip: tuple[float, float]) -> Term:
     return -min(r * advantage, clamped(r, clip) * advantage), -r * advantage
 
 
@@ -361,8 +367,8 @@ def of_log_ratio(r: float, advantage: float, clip: tuple[float, float]) -> Term:
     return -math.log(r) * advantage if r else 0.0, -advantage
 
 
-def limited_of(weight_and_slope: Callable[[float, float, tuple[float, float]], Term]) -> Callable[..., Term]:
-    """Another limited weight in the place of the oracle's: (r, A, clip) → (w, dw / d log r)."""
+def with_limited_weight(weight_and_slope: Callable[[float, float, tuple[float, float]], Term]) -> Callable[..., Term]:
+    """Return a replacement of the oracle's ``limited``, made of (r, A, clip) → (w, dw / d log r)."""
 
     def limited(d: float, lp: float, advantage: float, clip: Any, cap: float | None) -> Term:
         c, inside = oracle.capped(d, cap)
@@ -372,8 +378,8 @@ def limited_of(weight_and_slope: Callable[[float, float, tuple[float, float]], T
     return limited
 
 
-def moving(r: float, advantage: float, clip: tuple[float, float]) -> Term:
-    """A weight that carries gradient."""
+def undetached_weight(r: float, advantage: float, clip: tuple[float, float]) -> Term:
+    """The clamped weight, with gradient."""
     return clamped(r, clip), r if clip[0] < r < clip[1] else 0.0
 
 
@@ -382,16 +388,16 @@ def dropped_outside(r: float, advantage: float, clip: tuple[float, float]) -> Te
 
 
 def dropped_where_cut(r: float, advantage: float, clip: tuple[float, float]) -> Term:
-    """0 where PPO's min cuts."""
+    """The clamped weight, 0 where PPO's min removes the gradient."""
     cut = (r > clip[1] and advantage > 0) or (r < clip[0] and advantage < 0)
     return (0.0 if cut else clamped(r, clip)), 0.0
 
 
 def dual_clip_on_positive(f: Oracle, a: Arguments) -> Loss:
-    right_one = oracle.surrogate
+    original = oracle.surrogate
 
     def surrogate(d: float, advantage: float, clip: Any, dual: float | None, cap: float | None) -> Term:
-        value, slope = right_one(d, advantage, clip, dual, cap)
+        value, slope = original(d, advantage, clip, dual, cap)
         return (-dual * advantage, 0.0) if dual is not None and -dual * advantage < value else (value, slope)
 
     return patched(surrogate=surrogate)(f, a)
@@ -415,7 +421,7 @@ def ratio_product(f: Oracle, a: Arguments) -> Loss:
 
 
 def ratio_sum(f: Oracle, a: Arguments) -> Loss:
-    """log s = log of the mean ratio; its slope in one log-ratio is that ratio's part of their sum."""
+    """log s is the log of the mean ratio. Its slope in one log-ratio is that ratio divided by the sum of the ratios."""
     if f not in SEQUENCE_RATIO:
         return f(**a)
     d = oracle.difference(a["weights"], a["logprobs"], a["old_logprobs"])
@@ -429,19 +435,19 @@ def ratio_sum(f: Oracle, a: Arguments) -> Loss:
 
 
 def missing_stop_gradient(f: Oracle, a: Arguments) -> Loss:
-    """sₜ = s · exp(lp − sg lp) with s left in the graph: both gradients. A limited weight that is left in it."""
-    value, grads = patched(limited=limited_of(moving))(f, a)
-    return (value, plus((0.0, grads), oracle.gspo(**a))[1]) if f is oracle.gspo_token else (value, grads)
+    """Leave s in the graph of sₜ = s · exp(lp − sg lp), which adds both gradients; leave a limited weight in it."""
+    value, grads = patched(limited=with_limited_weight(undetached_weight))(f, a)
+    return (value, add_losses((0.0, grads), oracle.gspo(**a))[1]) if f is oracle.gspo_token else (value, grads)
 
 
 def tis_inverted(f: Oracle, a: Arguments) -> Loss:
-    right_one = oracle.truncation
-    swapped = lambda weights, old, sampler, cap, level: right_one(weights, sampler, old, cap, level)  # noqa: E731
+    original = oracle.truncation
+    swapped = lambda weights, old, sampler, cap, level: original(weights, sampler, old, cap, level)  # noqa: E731
     return patched(truncation=swapped)(f, a) if a["tis_cap"] is not None else f(**a)
 
 
 def exp_overflow(f: Oracle, a: Arguments) -> Loss:
-    """No cap on the log-ratio, and float32's exp."""
+    """Use no cap on the log-ratio, and the exp of float32."""
     exp32 = lambda x: math.inf if x > 88.7 else math.exp(x)  # noqa: E731
     return patched(exp=exp32, capped=lambda x, cap: (x, 1.0))(f, a)
 
@@ -449,49 +455,51 @@ def exp_overflow(f: Oracle, a: Arguments) -> Loss:
 # Penalty
 
 
-def of_dro(change: Callable[[Arguments], Arguments]) -> Variant:
-    """The variant that changes what dro is given; every other loss is right."""
+def changing_dro(change: Callable[[Arguments], Arguments]) -> Variant:
+    """Return the variant that changes the arguments of dro; every other loss is right."""
     return lambda f, a: f(**change(a)) if f is oracle.dro else f(**a)
 
 
-def gated(a: Arguments) -> Arguments:
-    """No way from the old policy where A = 0."""
+def without_zero_advantages(a: Arguments) -> Arguments:
+    """Set the old logprobs to the policy's where A = 0."""
     rows = zip(a["advantages"], a["logprobs"], a["old_logprobs"])
     return a | {"old_logprobs": [[y if x != 0 else lp for x, lp, y in zip(*row)] for row in rows]}
 
 
 def detached_term(f: Oracle, a: Arguments) -> Loss:
-    return f(**a)[0], of_dro(lambda a: a | {"beta": 0.0})(f, given(a, lam=0.0))[1]
+    return f(**a)[0], changing_dro(lambda a: a | {"beta": 0.0})(f, override(a, lam=0.0))[1]
 
 
 # KL
 
 
 def policy_part(f: Oracle, a: Arguments) -> Loss:
-    return f(**given(a, kl_beta=0.0))
+    """The loss without its KL term."""
+    return f(**override(a, kl_beta=0.0))
 
 
 def kl_part(a: Arguments, factor: Callable[[int, int], float] = lambda i, t: 1.0) -> Loss:
-    """β·KL alone, each token's times a factor; KeyError where the loss has no KL."""
+    """The KL term alone, with a factor for each token. Raise KeyError if the loss has no KL term."""
     beta, x = a["kl_beta"], oracle.difference(a["weights"], a["ref_logprobs"], a["logprobs"])
 
     def term(i: int, t: int) -> Term:
         value, slope = oracle.divergence(x[i][t], a["kl"])
         return factor(i, t) * value, factor(i, t) * slope
 
-    return scaled(oracle.reduce(term, a["weights"], a["weigh"], a.get("length"), a["denominator"]), beta)
+    return scale_loss(oracle.reduce(term, a["weights"], a["weigh"], a.get("length"), a["denominator"]), beta)
 
 
 # Preference
 
 
 def chosen_masks(f: Oracle, a: Arguments) -> Loss:
-    """The chosen side's mask on both sides, where it fits."""
+    """Use the mask of the chosen side for both sides if their lengths are equal."""
     w = a["weights"]
     return f(**a | {"weights": [w[i - i % 2] if len(w[i - i % 2]) == len(w[i]) else w[i] for i in range(len(w))]})
 
 
-def halves(count: int) -> list[int]:
+def halves_order(count: int) -> list[int]:
+    """Return the order that pairs datum i of the first half with datum i of the second half."""
     return [i for pair in zip(range(count // 2), range(count // 2, count)) for i in pair]
 
 
@@ -501,18 +509,18 @@ def side_detached(f: Oracle, a: Arguments) -> Loss:
 
 
 def log_of_sigmoid(f: Oracle, a: Arguments) -> Loss:
-    """softplus(x) = −log σ(−x) with a σ that reaches 0; its gradient is then 0/0."""
+    """Compute softplus(x) as −log σ(−x). Where σ underflows to 0 the gradient is 0/0."""
 
     def naive(x: float) -> float:
         s = 1 / (1 + oracle.exp(x))
         return -math.log(s) if s else math.inf
 
     value, grads = patched(softplus=naive)(f, a)
-    return (value, grads) if math.isfinite(value) else (value, scaled((0.0, grads), NAN)[1])
+    return (value, grads) if math.isfinite(value) else (value, scale_loss((0.0, grads), NAN)[1])
 
 
 def log_odds_nan(mean: float) -> Term:
-    """log(1 − exp(a)) as float32 sees it."""
+    """The log-odds with log(1 − exp(a)) in float32."""
     p = oracle.exp(mean)
     q = struct.unpack("f", struct.pack("f", 1.0 - struct.unpack("f", struct.pack("f", p))[0]))[0]
     return (mean - math.log(q), 1 + p / q) if q > 0 else (NAN, NAN)
@@ -528,13 +536,13 @@ def log_odds_biased(mean: float) -> Term:
 
 
 def bfloat16(x: float) -> float:
-    """The nearest number of eight binary digits; infinities and nan as they are."""
+    """Round to eight binary digits; keep infinities and nan."""
     fraction, exponent = math.frexp(x)
     return math.ldexp(round(fraction * 256), exponent - 8) if math.isfinite(x) else x
 
 
 def low_precision(f: Oracle, a: Arguments) -> Loss:
-    """Each row's term and its slopes in bfloat16."""
+    """Round each term and its slopes to bfloat16."""
     reduce_, reduce_pairs_ = oracle.reduce, oracle.reduce_pairs
 
     def rounded(term: Callable[..., tuple[float, ...]]) -> Callable[..., Any]:
@@ -547,102 +555,106 @@ def low_precision(f: Oracle, a: Arguments) -> Loss:
 
 
 def at_defaults(f: Oracle, a: Arguments) -> Loss:
-    """Every setting at the oracle's default, but for the weighing and the lower bound."""
+    """Use the oracle's default for every setting except the weighing and the lower bound."""
     bare = {name: x for name, x in a.items() if isinstance(x, list) or name in ("weigh", "length", "denominator")}
     high = {"clip": (a["clip"][0], signature(f).parameters["clip"].default[1])} if "clip" in a else {}
     return f(**bare | high)
 
 
 def probabilities(f: Oracle, a: Arguments) -> Loss:
-    """−p in the place of −lp."""
+    """Use the term −p instead of −lp."""
     term = lambda i, t: (-oracle.exp(a["logprobs"][i][t]), -oracle.exp(a["logprobs"][i][t]))  # noqa: E731
     return oracle.reduce(term, a["weights"], a["weigh"], a.get("length"), a["denominator"])
 
 
-EVERY: dict[str, Variant] = {
+GENERAL_BUGS: dict[str, Variant] = {
     "low-precision": low_precision,
     "detached-term": detached_term,
     "mask-after-exp": mask_after_exp,
     "where-after-exp": where_after_exp,
     "mask-missing": lambda f, a: f(**unmasked(a)),
-    "kl-unmasked": lambda f, a: plus(policy_part(f, a), kl_part(unmasked(a))),
+    "kl-unmasked": lambda f, a: add_losses(policy_part(f, a), kl_part(unmasked(a))),
     "padding-in-denominator": padding_in_denominator,
     "padding-in-sequence-ratio": padding_in_sequence_ratio,
     "empty-sequence-nan": empty_sequence_nan,
     "empty-sequence-counted": empty_sequence_counted,
     "gradient-missing": gradient_missing,
-    "weights-squared": lambda f, a: f(**each(kept(a), "weights", lambda row: [w * w for w in row])),
-    "weights-binarised": of_rows("weights", lambda row: [float(w != 0) for w in row]),
+    "weights-squared": lambda f, a: f(**map_rows(fix_denominator(a), "weights", lambda row: [w * w for w in row])),
+    "weights-binarised": changing_rows("weights", lambda row: [float(w != 0) for w in row]),
     "mean-of-means": mean_of_means,
     "mixed-denominators": mixed_denominators,
-    "divided-twice": lambda f, a: scaled(f(**a), 1 / max(len(units(a)), 1)),
-    "constant-factor": lambda f, a: scaled(f(**a), 1 / 4),
+    "divided-twice": lambda f, a: scale_loss(f(**a), 1 / max(len(unit_indices(a)), 1)),
+    "constant-factor": lambda f, a: scale_loss(f(**a), 1 / 4),
     "epsilon-in-denominator": lambda f, a: f(**a | {"denominator": divisor(a) + 1}),
     "broadcast": broadcast,
     "cross-talk": cross_talk,
     "zero-advantage-denominator": zero_advantage_denominator,
     "frame-shift": frame_shift,
-    "target-dropped": of_rows("weights", lambda row: [*row[:-1], 0.0][: len(row)]),
+    "target-dropped": changing_rows("weights", lambda row: [*row[:-1], 0.0][: len(row)]),
     "datum-misaligned": datum_misaligned,
     "datum-ignored": datum_ignored,
     "order-dependent": order_dependent,
-    "sign-flipped": lambda f, a: scaled(f(**a), -1),
-    "advantage-sign-lost": of_rows("advantages", lambda row: list(map(abs, row))),
-    "advantage-inert": of_rows("advantages", lambda row: [1.0] * len(row)),
+    "sign-flipped": lambda f, a: scale_loss(f(**a), -1),
+    "advantage-sign-lost": changing_rows("advantages", lambda row: list(map(abs, row))),
+    "advantage-inert": changing_rows("advantages", lambda row: [1.0] * len(row)),
     "advantages-pooled": lambda f, a: f(**a | {"advantages": averaged(a["weights"], a["advantages"])}),
     "missing-stop-gradient": missing_stop_gradient,
-    "no-gradient": lambda f, a: scaled(f(**a), 1, 0),
-    "old-logprobs-inert": lambda f, a: f(**given(a, old_logprobs=a["logprobs"])),
+    "no-gradient": lambda f, a: scale_loss(f(**a), 1, 0),
+    "old-logprobs-inert": lambda f, a: f(**override(a, old_logprobs=a["logprobs"])),
     "ratio-inverted": ratio_inverted,
-    "ratio-not-exponentiated": patched(surrogate=surrogate_of(of_log_ratio)),
+    "ratio-not-exponentiated": patched(surrogate=with_surrogate(of_log_ratio)),
     "ratio-product": ratio_product,
     "ratio-sum": ratio_sum,
-    "clip-max-for-min": patched(surrogate=surrogate_of(max_for_min)),
-    "clip-without-min": patched(surrogate=surrogate_of(without_min), limited=limited_of(dropped_outside)),
-    "clip-drops-tokens": patched(limited=limited_of(dropped_where_cut)),
-    "clip-as-epsilon": of_setting("clip", lambda clip: (1 - clip[0], 1 + clip[1])),
-    "clip-inert": of_setting("clip", lambda clip: (0.0, math.inf)),
-    "clip-gradient-leaks": patched(surrogate=surrogate_of(leaking)),
+    "clip-max-for-min": patched(surrogate=with_surrogate(max_for_min)),
+    "clip-without-min": patched(surrogate=with_surrogate(clipped_alone), limited=with_limited_weight(dropped_outside)),
+    "clip-drops-tokens": patched(limited=with_limited_weight(dropped_where_cut)),
+    "clip-as-epsilon": changing_setting("clip", lambda clip: (1 - clip[0], 1 + clip[1])),
+    "clip-inert": changing_setting("clip", lambda clip: (0.0, math.inf)),
+    "clip-gradient-leaks": patched(surrogate=with_surrogate(leaking_gradient)),
     "dual-clip-on-positive": dual_clip_on_positive,
-    "dual-clip-below-one": of_setting("dual_clip", lambda c: 0.5),
+    "dual-clip-below-one": changing_setting("dual_clip", lambda c: 0.5),
     "tis-inverted": tis_inverted,
-    "tis-uncapped": of_setting("tis_cap", lambda cap: math.inf),
-    "tis-inert": of_setting("tis_cap", lambda cap: None),
+    "tis-uncapped": changing_setting("tis_cap", lambda cap: math.inf),
+    "tis-inert": changing_setting("tis_cap", lambda cap: None),
     "exp-overflow": exp_overflow,
-    "penalty-sign": of_dro(lambda a: a | {"beta": -a["beta"]}),
-    "half-missing": of_dro(lambda a: a | {"beta": 2 * a["beta"]}),
-    "penalty-gated": of_dro(gated),
-    "k1-in-loss": of_setting("kl", lambda kl: "k1"),
-    "kl-sign": lambda f, a: plus(policy_part(f, a), scaled(kl_part(a), -1)),
-    "kl-detached": lambda f, a: plus(policy_part(f, a), scaled(kl_part(a), 1, 0)),
-    "kl-scaled-by-advantage": lambda f, a: plus(policy_part(f, a), kl_part(a, lambda i, t: a["advantages"][i][t])),
-    "ref-inert": lambda f, a: f(**given(a, ref_logprobs=a["logprobs"])),
+    "penalty-sign": changing_dro(lambda a: a | {"beta": -a["beta"]}),
+    "half-missing": changing_dro(lambda a: a | {"beta": 2 * a["beta"]}),
+    "penalty-gated": changing_dro(without_zero_advantages),
+    "k1-in-loss": changing_setting("kl", lambda kl: "k1"),
+    "kl-sign": lambda f, a: add_losses(policy_part(f, a), scale_loss(kl_part(a), -1)),
+    "kl-detached": lambda f, a: add_losses(policy_part(f, a), scale_loss(kl_part(a), 1, 0)),
+    "kl-scaled-by-advantage": lambda f, a: add_losses(
+        policy_part(f, a), kl_part(a, lambda i, t: a["advantages"][i][t])
+    ),
+    "ref-inert": lambda f, a: f(**override(a, ref_logprobs=a["logprobs"])),
     "inert-knob": at_defaults,
 }
 """Bugs that losses of several kinds can have."""
 
-LIKELIHOOD: dict[str, Variant] = {
-    "negative-weights-lost": lambda f, a: f(**each(kept(a), "weights", lambda row: [max(w, 0.0) for w in row])),
+LIKELIHOOD_BUGS: dict[str, Variant] = {
+    "negative-weights-lost": lambda f, a: f(
+        **map_rows(fix_denominator(a), "weights", lambda row: [max(w, 0.0) for w in row])
+    ),
     "not-likelihood": probabilities,
 }
-"""Bugs of losses that read weights alone."""
+"""Bugs of losses that read no columns but the weights."""
 
-CANDIDATES: dict[str, Callable[[Oracle, Arguments, int], Loss]] = {
-    "frame-shift": lambda f, a, k: f(**each(a, "weights", lambda row: row[-k:] + row[:-k])),
-    "target-dropped": lambda f, a, k: f(**each(a, "weights", lambda row: [*row[:-k], *[0.0] * k][: len(row)])),
+MULTI_TARGET_BUGS: dict[str, Callable[[Oracle, Arguments, int], Loss]] = {
+    "frame-shift": lambda f, a, k: f(**map_rows(a, "weights", lambda row: row[-k:] + row[:-k])),
+    "target-dropped": lambda f, a, k: f(**map_rows(a, "weights", lambda row: [*row[:-k], *[0.0] * k][: len(row)])),
     "targets-transposed": targets_transposed,
     "renormalised-targets": renormalised_targets,
 }
-"""Bugs of losses with K targets, for which a position is K entries of a row."""
+"""Bugs of losses with K targets. A position is K entries of a row."""
 
-PAIRS: dict[str, Variant] = {
+PAIR_BUGS: dict[str, Variant] = {
     "pair-masks-swapped": chosen_masks,
     "sides-swapped": reordered(lambda count: [i ^ 1 for i in range(count)]),
-    "pair-layout": reordered(halves),
-    "reference-misused": of_rows("ref_logprobs", lambda row: [-x for x in row]),
+    "pair-layout": reordered(halves_order),
+    "reference-misused": changing_rows("ref_logprobs", lambda row: [-x for x in row]),
     "side-detached": side_detached,
     "mean-logprob-margin": lambda f, a: f(**a | {"weights": normalized(a["weights"])}),
-    "pairs-miscounted": lambda f, a: scaled(f(**a), 0.5) if a["weigh"] == "pair_mean" else f(**a),
+    "pairs-miscounted": lambda f, a: scale_loss(f(**a), 0.5) if a["weigh"] == "pair_mean" else f(**a),
     "log-of-sigmoid": log_of_sigmoid,
     "log-odds-nan": patched(log_odds=log_odds_nan),
     "log-odds-biased": patched(log_odds=log_odds_biased),
@@ -663,7 +675,7 @@ def standardised(
     eps: float = 1e-6,
     constant: bool = True,
 ) -> Row:
-    """Group advantages with the parts that go wrong as arguments."""
+    """Compute group advantages; the arguments select the parts that may be wrong."""
     peers = {group: [r for r, other in zip(rewards, groups) if other == group] for group in groups}
 
     def advantage(reward: float, others: Row) -> float:
@@ -681,12 +693,12 @@ def standardised(
 
 
 def by_position(groups: list[Any]) -> list[Any]:
-    """Runs of equal length in the order of the samples."""
+    """Return group ids that split the samples, in order, into runs of equal length."""
     size = -(-len(groups) // len(set(groups)))
     return [i // size for i in range(len(groups))]
 
 
-ADVANTAGES: dict[str, Callable[..., Row]] = {
+ADVANTAGE_BUGS: dict[str, Callable[..., Row]] = {
     "std-over-n": lambda rewards, groups, scale: standardised(rewards, groups, scale, below=lambda n: n),
     "constant-group-noise": lambda rewards, groups, scale: standardised(
         rewards, groups, scale, eps=0.0, constant=len(rewards) == 1

@@ -1,4 +1,4 @@
-"""The loss under test, in whatever form it comes: a contract function, a factory, a padded ``[B, T]`` function."""
+"""Adapters that turn the loss under test into a contract function: from a factory or a function of padded tensors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lossfns.testing.laws.base import LossFn, NotApplicable
 from lossfns.testing.public import LIBRARY, public
 from lossfns.weigh import fixed_length
 
-NAMES = {
+PARAMETER_NAMES = {
     "logprobs": "logprobs logps log_prob log_probs new_logprobs per_token_logps target_logprobs policy_logprobs "
     "pi_logprobs",
     "weights": "weights mask loss_mask response_mask completion_mask action_mask masks token_mask",
@@ -33,17 +33,20 @@ NAMES = {
     "rejected ref_logprobs": "ref_rejected rejected_ref_logprobs ref_rejected_logprobs reference_rejected_logprobs "
     "reference_rejected_logps",
 }
-"""What other frameworks call the columns: parameters of these names are filled from the datums."""
+"""Column → the parameter names that other frameworks use for it. Such parameters are filled from the datums."""
 
-COLUMN = {parameter: column for column, names in NAMES.items() for parameter in names.split()}
+COLUMN_BY_PARAMETER = {
+    parameter: name for name, parameters in PARAMETER_NAMES.items() for parameter in parameters.split()
+}
 
 
 def column_of(parameter: str) -> str | None:
-    return COLUMN.get(parameter)
+    """Return the column that fills a parameter of this name, or None."""
+    return COLUMN_BY_PARAMETER.get(parameter)
 
 
 def load(path: str) -> Any:
-    """The object that ``package.module:name`` (or ``file.py:name``) means; a dotted name looks inside."""
+    """Import the object that ``package.module:name`` or ``file.py:name`` names. The name may be dotted."""
     module_name, _, attribute = path.partition(":")
     if not attribute:
         raise LossInputError("subject", "module:loss_fn", repr(path), "Name the function after a colon.")
@@ -52,22 +55,22 @@ def load(path: str) -> Any:
     except Exception as error:
         got = f"{type(error).__name__}: {error}"
         raise LossInputError("subject", f"that {module_name} can be imported", got, "Check the name.") from error
-    found: Any = module
+    result: Any = module
     for name in attribute.split("."):
-        if not hasattr(found, name):
-            hint = did_you_mean(name, [n for n in dir(found) if not n.startswith("_")])
+        if not hasattr(result, name):
+            hint = did_you_mean(name, [n for n in dir(result) if not n.startswith("_")])
             raise LossInputError("subject", f"a name in {module_name}", repr(name), hint)
-        found = getattr(found, name)
-    return found
+        result = getattr(result, name)
+    return result
 
 
-def method(text: str) -> Loss:
-    """The loss that a text such as ``grpo(kl_beta=0.04, weigh=sequence_mean)`` builds from our names and numbers."""
+def parse_method(text: str) -> Loss:
+    """Build the loss that a text such as ``grpo(kl_beta=0.04, weigh=sequence_mean)`` describes."""
     try:
         tree = ast.parse(text, mode="eval").body
         named = tree if isinstance(tree, ast.Call) else ast.Call(tree, [], [])
         preset = public(ast.unparse(named.func))
-        built = preset(*map(setting, named.args), **{k.arg or "": setting(k.value) for k in named.keywords})
+        built = preset(*map(parse_value, named.args), **{k.arg or "": parse_value(k.value) for k in named.keywords})
     except (SyntaxError, AttributeError, TypeError, ValueError) as error:
         fix = "Write a preset, such as ppo or grpo(kl_beta=0.04, weigh=sequence_mean)."
         raise LossInputError("like", "a loss of ours", repr(text), f"{fix} ({error})") from error
@@ -76,16 +79,17 @@ def method(text: str) -> Loss:
     return built
 
 
-def setting(node: ast.expr) -> Any:
-    """A literal, or one of our functions by its name; nothing else is evaluated."""
+def parse_value(node: ast.expr) -> Any:
+    """Return the value of a literal, of a public name, or of a call of one. Nothing else is evaluated."""
     if isinstance(node, ast.Name):
         return public(node.id)
     if isinstance(node, ast.Call):
-        return public(ast.unparse(node.func))(*map(setting, node.args))
+        return public(ast.unparse(node.func))(*map(parse_value, node.args))
     return ast.literal_eval(node)
 
 
 def from_file(path: str) -> Any:
+    """Import a Python file as a module."""
     spec = importlib.util.spec_from_file_location("subject_under_test", path)
     if spec is None or spec.loader is None:
         raise LossInputError("subject", "a Python file", repr(path), "Check the path.")
@@ -95,7 +99,7 @@ def from_file(path: str) -> Any:
 
 
 def adapt(subject: Any, *, factory: bool | None = None) -> LossFn:
-    """A contract function that reads every column from the datums, made of a subject in any form."""
+    """Turn a subject of any form into a contract function that reads every column from the datums."""
     if isinstance(subject, (Loss, BoundLoss)):
         return subject
     if not callable(subject):
@@ -105,36 +109,37 @@ def adapt(subject: Any, *, factory: bool | None = None) -> LossFn:
     if factory is False or (factory is None and follows_contract(subject, required)):
         return subject  # type: ignore[no-any-return]
     if unknown:
-        hint = did_you_mean(unknown[0], COLUMN)
+        hint = did_you_mean(unknown[0], COLUMN_BY_PARAMETER)
         fix = f"{hint} Or give it a default, or wrap it: a function (data, logprobs_list) that reads the datums."
         raise LossInputError("subject", "parameters that name columns", repr(unknown[0]), fix)
     if factory is None and "logprobs" in map(column_of, required):
-        return Padded(subject)
+        return PaddedLoss(subject)
     if required:
-        return Made(subject, required)
+        return FactoryLoss(subject, required)
     try:
-        made = subject()
+        built = subject()
     except Exception as error:
         got = f"{type(error).__name__}: {error}"
         raise LossInputError("subject", "a factory that needs no arguments", got, "Give it required ones.") from error
-    return made if isinstance(made, (Loss, BoundLoss)) else Made(subject, ())
+    return built if isinstance(built, (Loss, BoundLoss)) else FactoryLoss(subject, ())
 
 
 def follows_contract(fn: Callable[..., Any], required: Sequence[str]) -> bool:
-    """Whether a function takes two arguments of which the first is no column, or does not say what it takes."""
+    """Return whether a function requires two arguments and the first is no column, or has only ``*args``."""
     open_ended = any(p.kind is p.VAR_POSITIONAL for p in inspect.signature(fn).parameters.values())
     return column_of(required[0]) is None if len(required) == 2 else open_ended and not required
 
 
 def parameters(fn: Callable[..., Any]) -> list[inspect.Parameter]:
+    """Return the named parameters of a function."""
     kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     return [p for p in inspect.signature(fn).parameters.values() if p.kind not in kinds]
 
 
-def column(data: Sequence[Any], parameter: str) -> list[Tensor]:
-    """What a parameter is filled with: float32 rows of all datums, or of one side of each pair.
+def parameter_rows(data: Sequence[Any], parameter: str) -> list[Tensor]:
+    """Return the values of a parameter: float32 rows of all datums, or of one side of each pair.
 
-    A parameter that is called a mask reads the datum's ``mask``: it is no set of weights.
+    A parameter whose name contains "mask" reads the datum's ``mask``, which holds no fractions.
     """
     side, _, plain = (column_of(parameter) or "").rpartition(" ")
     chosen = {"": data, "chosen": data[0::2], "rejected": data[1::2]}[side]
@@ -142,17 +147,17 @@ def column(data: Sequence[Any], parameter: str) -> list[Tensor]:
     return [torch.from_numpy(datum.loss_fn_inputs[field].to_numpy().copy()) for datum in chosen]
 
 
-class Made:
-    """A factory's loss: for each call the factory is given the batch's columns, in the form that it takes.
+class FactoryLoss:
+    """The loss of a factory, which is called with the batch's columns on every call.
 
-    Rows of tensors are tried first, then rows of lists, then one number for each datum (advantages), then
-    the only pair's row by itself. The first form with which a call gives a loss is kept.
+    The factory may take rows of tensors, rows of lists, one number for each datum (advantages), or the row of the
+    only pair. The forms are tried in this order on the first call, and the first one that gives a loss is kept.
     """
 
     FORMS: Mapping[str, Callable[[list[Tensor], list[Tensor]], Any]] = {
         "rows": lambda rows, weights: rows,
         "lists": lambda rows, weights: [row.tolist() for row in rows],
-        "numbers": lambda rows, weights: list(map(number_of, rows, weights)),
+        "numbers": lambda rows, weights: list(map(datum_advantage, rows, weights)),
         "row": lambda rows, weights: rows[0].tolist(),
     }
 
@@ -165,21 +170,22 @@ class Made:
 
     def __call__(self, data: Sequence[Any], logprobs_list: Sequence[Tensor]) -> Any:
         if self.forms is None:
-            self.forms = self.found(data, logprobs_list)
-        return self.made(data, self.forms)(data, logprobs_list)
+            self.forms = self.find_forms(data, logprobs_list)
+        return self.build(data, self.forms)(data, logprobs_list)
 
-    def made(self, data: Sequence[Any], forms: Sequence[str]) -> Any:
-        columns = {name: column(data, name) for name in self.required}
-        weights = column(data, "weights")
-        given = {name: self.FORMS[form](columns[name], weights) for name, form in zip(self.required, forms)}
-        return self.factory(**given, **self.settings)
+    def build(self, data: Sequence[Any], forms: Sequence[str]) -> Any:
+        """Call the factory with the columns in these forms."""
+        columns = {name: parameter_rows(data, name) for name in self.required}
+        weights = parameter_rows(data, "weights")
+        arguments = {name: self.FORMS[form](columns[name], weights) for name, form in zip(self.required, forms)}
+        return self.factory(**arguments, **self.settings)
 
-    def found(self, data: Sequence[Any], logprobs_list: Sequence[Tensor]) -> tuple[str, ...]:
-        """The first forms of the columns with which a call gives a 0-d loss."""
+    def find_forms(self, data: Sequence[Any], logprobs_list: Sequence[Tensor]) -> tuple[str, ...]:
+        """Return the first forms of the columns with which a call gives a 0-d loss."""
         errors = []
-        for forms in self.candidates():
+        for forms in self.candidate_forms():
             try:
-                loss, _ = self.made(data, forms)(data, [lp.detach().clone().requires_grad_() for lp in logprobs_list])
+                loss, _ = self.build(data, forms)(data, [lp.detach().clone().requires_grad_() for lp in logprobs_list])
             except NotApplicable:
                 raise
             except Exception as error:
@@ -189,7 +195,8 @@ class Made:
                 return forms
         raise TypeError("no form of the columns gives a 0-d loss: " + "; ".join(errors))
 
-    def candidates(self) -> Iterator[tuple[str, ...]]:
+    def candidate_forms(self) -> Iterator[tuple[str, ...]]:
+        """Yield the combinations of forms to try, one form for each required parameter."""
         plain = ("rows", "lists")
         for form in plain:
             yield (form,) * len(self.required)
@@ -198,19 +205,19 @@ class Made:
         yield tuple("row" if " " in (column_of(name) or "") else "rows" for name in self.required)
 
 
-def number_of(row: Tensor, weights: Tensor) -> float:
-    """A per-datum number from a row that is constant over its active tokens; else this batch is not for this loss."""
+def datum_advantage(row: Tensor, weights: Tensor) -> float:
+    """Return the one advantage of a datum; raise NotApplicable where it differs between active tokens."""
     active = {x for x, w in zip(row.tolist(), weights.tolist()) if w}
     if len(active) > 1:
         raise NotApplicable("it takes one advantage for each datum")
     return active.pop() if active else 0.0
 
 
-class Padded:
-    """A function of ``[B, T]`` tensors, called by the contract: the adapter pads, and unpacks what it returns.
+class PaddedLoss:
+    """A contract function that calls a function of padded ``[B, T]`` tensors.
 
-    Parameters are filled by their names (``NAMES``). It may return the loss, ``(loss, metrics)``, or a tuple
-    that starts with the loss.
+    Parameters are filled by their names (``PARAMETER_NAMES``). The function may return the loss, ``(loss, metrics)``,
+    or a tuple that starts with the loss.
     """
 
     def __init__(self, fn: Callable[..., Any], settings: Mapping[str, Any] | None = None) -> None:
@@ -219,17 +226,18 @@ class Padded:
 
     def __call__(self, data: Sequence[Any], logprobs_list: Sequence[Tensor]) -> tuple[Tensor, dict[str, float]]:
         rows = {
-            name: list(logprobs_list) if column_of(name) == "logprobs" else column(data, name) for name in self.required
+            name: list(logprobs_list) if column_of(name) == "logprobs" else parameter_rows(data, name)
+            for name in self.required
         }
         like = logprobs_list[0]
-        for name, own in rows.items():
-            for i, (row, lp) in enumerate(zip(own, logprobs_list)):
+        for name, column_rows in rows.items():
+            for i, (row, lp) in enumerate(zip(column_rows, logprobs_list)):
                 if row.shape != lp.shape:
                     fix = "Every row has the length of target_tokens."
                     raise LossInputError(name, f"shape {tuple(lp.shape)}", str(tuple(row.shape)), fix, datum=i)
         padded = {
-            name: torch.nn.utils.rnn.pad_sequence([row.to(like.dtype) for row in own], batch_first=True)
-            for name, own in rows.items()
+            name: torch.nn.utils.rnn.pad_sequence([row.to(like.dtype) for row in column_rows], batch_first=True)
+            for name, column_rows in rows.items()
         }
         result = self.fn(**padded, **self.settings)
         if not isinstance(result, tuple):
@@ -239,73 +247,75 @@ class Padded:
 
 
 def padded(fn: Callable[..., Any], **settings: Any) -> LossFn:
-    """A contract function from one of padded ``[B, T]`` tensors, for ``lossfns check`` and the laws.
+    """Turn a function of padded ``[B, T]`` tensors into a contract function; ``settings`` are passed on to it.
 
     >>> def pg(logprobs, advantages, mask):
     ...     return -(logprobs * advantages * mask).sum() / mask.sum()
     >>> loss_fn = padded(pg)
     """
-    return Padded(fn, settings)
+    return PaddedLoss(fn, settings)
 
 
 # Settings
 
 
 def knobs(loss_fn: LossFn) -> dict[str, Any]:
-    """The settings of a loss that can be varied from outside, with their values."""
+    """Return the settings of a loss that can be changed from outside, with their values."""
     if isinstance(loss_fn, BoundLoss):
         return knobs(loss_fn.loss)
     if isinstance(loss_fn, Loss):
         return {n: v for n, v in loss_fn.knobs.items() if loss_fn.name in vars(LIBRARY) and not isinstance(v, Loss)}
-    fn = loss_fn.factory if isinstance(loss_fn, Made) else loss_fn.fn if isinstance(loss_fn, Padded) else loss_fn
-    own = {p.name: p.default for p in parameters(fn) if p.default is not p.empty and column_of(p.name) is None}
-    return own | (loss_fn.settings if isinstance(loss_fn, (Made, Padded)) else {})
+    fn = loss_fn
+    if isinstance(loss_fn, (FactoryLoss, PaddedLoss)):
+        fn = loss_fn.factory if isinstance(loss_fn, FactoryLoss) else loss_fn.fn
+    defaults = {p.name: p.default for p in parameters(fn) if p.default is not p.empty and column_of(p.name) is None}
+    return defaults | (loss_fn.settings if isinstance(loss_fn, (FactoryLoss, PaddedLoss)) else {})
 
 
-def elements(value: Any) -> Iterator[int | None]:
-    """What can be varied by itself: each element of a pair, else the whole."""
+def setting_elements(value: Any) -> Iterator[int | None]:
+    """Yield the index of each element of a pair or list; yield None for any other value, which changes as a whole."""
     yield from range(len(value)) if isinstance(value, (tuple, list)) else (None,)
 
 
 def variants(loss_fn: LossFn, name: str, element: int | None = None) -> Iterator[LossFn]:
-    """The loss with other values of one setting, or of one element of it: those that it accepts."""
+    """Yield the loss with other values of one setting, or of one element of it. Values that it refuses are skipped."""
     usual = knobs(loss_fn)[name]
-    for value in others(usual if element is None else usual[element], name):
+    for value in other_values(usual if element is None else usual[element], name):
         whole = value if element is None else [value if i == element else x for i, x in enumerate(usual)]
         try:
-            yield vary(loss_fn, **{name: whole if element is None else type(usual)(whole)})
+            yield with_settings(loss_fn, **{name: whole if element is None else type(usual)(whole)})
         except (TypeError, ValueError):
             continue
 
 
-NAMED = {
+NAMED_VALUES = {
     "kl": ("k2", "k3"),
     "weigh": ("fixed_length", "pair_sum", "pair_mean", "token_sum"),
     "level": ("sequence_level", "token_level"),
 }
-"""Our functions that a setting of this name may be."""
+"""Setting → the public functions that it may be set to."""
 
 
-def others(value: Any, name: str) -> list[Any]:
-    """Values of a setting unlike the one it has, plausible first."""
+def other_values(value: Any, name: str) -> list[Any]:
+    """Return other values for a setting, the most plausible first."""
     if isinstance(value, bool):
         return [not value]
     if isinstance(value, (int, float)):
         return [value * 2 + 0.125, value / 2, value + 1, 1.5, 0.97, 1.02, 0.05]
     if value is None:
         return [1.01, 0.05, 2.0, 1e-3]
-    found = [public(other) for other in NAMED.get(name, ())]
-    return [x(3) if x is fixed_length else x for x in found if x is not value]
+    result = [public(other) for other in NAMED_VALUES.get(name, ())]
+    return [x(3) if x is fixed_length else x for x in result if x is not value]
 
 
-def vary(loss_fn: LossFn, **settings: Any) -> LossFn:
-    """The loss with other settings."""
+def with_settings(loss_fn: LossFn, **settings: Any) -> LossFn:
+    """Return the loss with some of its settings replaced."""
     if isinstance(loss_fn, BoundLoss):
-        return BoundLoss(vary(loss_fn.loss, **settings), loss_fn.columns)  # type: ignore[arg-type]
+        return BoundLoss(with_settings(loss_fn.loss, **settings), loss_fn.columns)  # type: ignore[arg-type]
     if isinstance(loss_fn, Loss):
         return public(loss_fn.name)(**{**loss_fn.knobs, **settings})  # type: ignore[no-any-return]
-    if isinstance(loss_fn, Made):
-        return Made(loss_fn.factory, loss_fn.required, {**loss_fn.settings, **settings})
-    if isinstance(loss_fn, Padded):
-        return Padded(loss_fn.fn, {**loss_fn.settings, **settings})
+    if isinstance(loss_fn, FactoryLoss):
+        return FactoryLoss(loss_fn.factory, loss_fn.required, {**loss_fn.settings, **settings})
+    if isinstance(loss_fn, PaddedLoss):
+        return PaddedLoss(loss_fn.fn, {**loss_fn.settings, **settings})
     return functools.partial(loss_fn, **settings)

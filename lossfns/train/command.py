@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from lossfns.backend import LocalTrainingClient
+from lossfns.backend.client.training import LocalTrainingClient
 from lossfns.backend.engine.ranks import start as start_ranks
 from lossfns.backend.storage import checkpoint
 from lossfns.errors import LossInputError
@@ -63,7 +63,7 @@ def add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     add("--lr", type=float, metavar="X", help="learning rate (default: by method)")
     add("--group", type=int, metavar="N", help="samples of each problem, for grpo, dapo and gspo-token")
     add("--updates", type=int, metavar="N", help="optimizer steps for each round of samples")
-    add("--max-tokens", type=int, metavar="N", help="most tokens of a sample (default: those of the longest answer)")
+    add("--max-tokens", type=int, metavar="N", help="longest sample in tokens (default: that of the longest answer)")
     add("--save-every", type=int, metavar="N", help="steps from one checkpoint to the next (default: 20)")
     add("--resume", metavar="DIR", help="continue the run in this folder, which was killed or stopped; all other "
         "options come from the folder")  # fmt: skip
@@ -88,7 +88,7 @@ def train_command(args: argparse.Namespace) -> int:
         args.parser.error(str(error))
     try:
         with silence() if int(os.environ.get("RANK", 0)) else nullcontext():
-            return resume(Path(args.resume)) if options is None else start(options)
+            return resume_run(Path(args.resume)) if options is None else start_run(options)
     except LossInputError as error:
         print(f"lossfns: {error}", file=sys.stderr)
         return 2
@@ -101,13 +101,13 @@ def silence() -> Iterator[None]:
         yield
 
 
-def start(options: Options) -> int:
-    """Begin a new run."""
+def start_run(options: Options) -> int:
+    """Start a new run."""
     folder = Path(options.out or f"runs/{options.method}-{time.strftime('%Y%m%d-%H%M%S')}")
     return train(options, folder, lambda config: create_run(folder, config))
 
 
-def resume(folder: Path) -> int:
+def resume_run(folder: Path) -> int:
     """Continue a run from its newest checkpoint, or from the beginning if it was killed before there was one."""
     config = load_config(folder)
     if is_finished(folder):
@@ -146,7 +146,7 @@ def train(options: Options, folder: Path, check_config: Callable[[dict[str, Any]
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a run, newest first.
+    """Return the checkpoints of a run, newest first.
 
     There are two if a run was killed just after it was resumed with another number of processes.
     """
@@ -179,7 +179,7 @@ def load_newest(client: LocalTrainingClient, folder: Path) -> State:
 
 
 def config_of(options: Options, client: LocalTrainingClient) -> dict[str, Any]:
-    """Everything that is needed to repeat the run: the content of ``config.json``."""
+    """Return the content of ``config.json``: everything that is needed to repeat the run."""
     files = {name: os.path.abspath(path) for name, path in asdict(options).items() if name in ("data", "init") and path}
     return {
         "options": recipes.own_options(options) | files,
@@ -192,7 +192,7 @@ def config_of(options: Options, client: LocalTrainingClient) -> dict[str, Any]:
 
 
 def sha256(path: str) -> str:
-    """The SHA-256 of a file's content; empty if the file does not exist."""
+    """Return the SHA-256 of a file's content; an empty string if the file cannot be read."""
     try:
         return hashlib.sha256(Path(path).read_bytes()).hexdigest()
     except OSError:
@@ -258,9 +258,9 @@ def print_outcome(outcome: recipes.Outcome) -> None:
 def draw_curves(run: Run, outcome: recipes.Outcome, path: Path) -> str:
     """Draw the curves of the run; return the path of the picture, or the reason why there is none."""
     try:
-        from lossfns.train.plots import draw
+        from lossfns.train.plots import plot_metrics
 
-        drawn = draw(run.history, {outcome.name: (outcome.before, outcome.after)}, path)
+        drawn = plot_metrics(run.history, {outcome.name: (outcome.before, outcome.after)}, path)
     except ImportError:
         return "not drawn: pip install 'lossfns[viz]'"
     return str(path) if drawn else "not drawn: no metric has changed yet"

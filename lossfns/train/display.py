@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 SHOWN = ("loss", "reward", "accuracy")
-"""The metrics to show, of those that a method has."""
+"""The metrics to show, if the method has them."""
 
 
 def display_on(stream: TextIO) -> PlainDisplay:
-    """Return the live display for a terminal, the plain one for all else or where rich is not installed."""
+    """Return a live display for a terminal; a plain one for any other stream, or without rich."""
     console = console_on(stream)
     return PlainDisplay(stream) if console is None else LiveDisplay(stream, console)
 
@@ -29,13 +29,13 @@ class PlainDisplay:
         self.stream = stream
 
     def begin_phase(self, phase: str, first: int, count: int) -> None:
-        """Start a phase of ``count`` steps, of which ``first`` are done."""
+        """Start a phase of ``count`` steps; the first ``first`` steps are done already."""
         self.phase, self.first, self.count, self.start = phase, first, count, time.monotonic()
 
     def show_step(self, done: int, metrics: Mapping[str, float]) -> None:
         """Show that ``done`` steps of the phase are done, and the metrics of the last one."""
         if done * 10 // self.count > (done - 1) * 10 // self.count:
-            self.say(f"{self.phase:>8} {done}/{self.count}  {shown(metrics)}  {self.time_left(done)}")
+            self.say(f"{self.phase:>8} {done}/{self.count}  {metrics_text(metrics)}  {self.time_left(done)}")
 
     def say(self, text: str) -> None:
         """Write a line."""
@@ -45,7 +45,7 @@ class PlainDisplay:
         """Leave the terminal as it was."""
 
     def time_left(self, done: int) -> str:
-        """The time that the rest of the phase will take at its mean speed; at its end the time that it took."""
+        """Return the time that the rest of the phase will take at its mean speed; at its end, the time that it took."""
         spent = time.monotonic() - self.start
         if done == self.count:
             return f"in {clock(spent)}"
@@ -69,7 +69,7 @@ class LiveDisplay(PlainDisplay):
         self.progress.start()
 
     def show_step(self, done: int, metrics: Mapping[str, float]) -> None:
-        self.progress.update(self.task, completed=done, metrics=shown(metrics), left=self.time_left(done))
+        self.progress.update(self.task, completed=done, metrics=metrics_text(metrics), left=self.time_left(done))
 
     def say(self, text: str) -> None:
         self.progress.console.print(text)
@@ -78,10 +78,10 @@ class LiveDisplay(PlainDisplay):
         self.progress.stop()
 
 
-def shown(metrics: Mapping[str, float]) -> str:
+def metrics_text(metrics: Mapping[str, float]) -> str:
     return "  ".join(f"{name} {metrics[name]:.3f}" for name in SHOWN if name in metrics)
 
 
 def clock(seconds: float) -> str:
-    """A time as h:mm:ss."""
+    """Return a time as h:mm:ss."""
     return str(timedelta(seconds=round(seconds)))

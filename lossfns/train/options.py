@@ -11,7 +11,7 @@ from lossfns.errors import LossInputError
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """The options of ``lossfns train``. ``None`` stands for an option that was not given.
+    """The options of ``lossfns train``.
 
     Attributes:
         method: name of the method, such as ``"grpo"``.
@@ -67,5 +67,5 @@ def check_option(name: str, value: Any) -> None:
 
 
 def flag(name: str) -> str:
-    """The flag of an option on the command line."""
+    """Return the flag of an option on the command line."""
     return f"--{name.replace('_', '-')}"

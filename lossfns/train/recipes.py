@@ -8,7 +8,7 @@ from functools import partial
 from random import Random
 from typing import Any, NamedTuple
 
-from lossfns.backend import LocalTrainingClient
+from lossfns.backend.client.training import LocalTrainingClient
 from lossfns.errors import LossInputError
 from lossfns.loss import Loss
 from lossfns.losses.policy import dapo, grpo, gspo_token
@@ -24,8 +24,9 @@ class Outcome(NamedTuple):
     """A measurement on held-out examples, before and after training.
 
     Attributes:
-        name: the name of the metric that it corresponds to.
-        title: its name for the report.
+        name: name in ``result.json``; a training metric of the same name shares its panel of the curves.
+        title: name in the printed report.
+        before, after: the values.
     """
 
     name: str
@@ -35,13 +36,13 @@ class Outcome(NamedTuple):
 
 
 def frozen_copy(run: Run, client: LocalTrainingClient) -> LocalTrainingClient:
-    """A client with the weights that ``client`` has when the run first calls this: the reference policy."""
+    """Return a reference policy: a client with the weights that ``client`` had at the first call of this in the run."""
     ranks, device = client.ranks, next(client.model.parameters()).device
     model = ranks.when_idle(ranks.copy_model)
     reference = LocalTrainingClient(model, tokenizer=client.get_tokenizer(), device=device, mesh=ranks.mesh)
 
     def save() -> str:
-        name = REFERENCES[ranks.size > 1]
+        name = REFERENCES[0] if ranks.size == 1 else REFERENCES[1]
         reference.save_state(run.folder / name, overwrite=True).result()
         return name
 
@@ -53,7 +54,7 @@ def frozen_copy(run: Run, client: LocalTrainingClient) -> LocalTrainingClient:
 
 
 def sft(run: Run, client: LocalTrainingClient, task: Task[Demonstration], loss: Loss, options: Options) -> Outcome:
-    """Supervised fine-tuning on demonstrations."""
+    """Fine-tune on demonstrations."""
     measure = partial(methods.bits_per_byte, client, task.held_out)
     before = run.once("before", measure)
     methods.train_supervised(
@@ -70,7 +71,7 @@ def sft(run: Run, client: LocalTrainingClient, task: Task[Demonstration], loss: 
 
 
 def preference(run: Run, client: LocalTrainingClient, task: Task[Preference], loss: Loss, options: Options) -> Outcome:
-    """Preference learning on pairs.
+    """Learn preferences from pairs.
 
     DPO learns relative to a reference, so it needs a supervised start. ORPO needs none: it learns the chosen texts too.
     """
@@ -92,14 +93,14 @@ def preference(run: Run, client: LocalTrainingClient, task: Task[Preference], lo
         task,
         steps=options.steps,
         batch=options.batch,
-        learning_rate=methods.cosine(options.lr, options.steps, ramp=10),
+        learning_rate=methods.cosine(options.lr, options.steps, warmup_steps=10),
         seed=options.seed,
     )
     return Outcome("accuracy", "held-out preference accuracy", before, measure())
 
 
 def policy(run: Run, client: LocalTrainingClient, task: Task[Problem], loss: Loss, options: Options) -> Outcome:
-    """Reinforcement learning, from a supervised start that solves only some of the problems."""
+    """Learn by reinforcement, from a supervised start that solves only some of the problems."""
     demonstrate = tasks.correct_demonstration if options.data else tasks.noisy_demonstration
 
     def draw_demonstrations(rng: Random, n: int) -> list[Demonstration]:
@@ -161,7 +162,7 @@ def pairs(options: Options) -> Task[Preference]:
 
 
 def pairs_with_prompts(options: Options) -> Task[Preference]:
-    """Pairs for ORPO, which learns the chosen texts: the built-in prompts are part of them."""
+    """Load the pairs for ORPO, which learns the chosen texts: the built-in prompts are part of them."""
     if options.data:
         return tasks.load_preferences(options.data, options.seed)
     return tasks.with_prompts_trained(tasks.continuations())
@@ -181,7 +182,7 @@ class Method(NamedTuple):
         loss: makes the loss.
         task: makes the examples to train on and to hold out.
         recipe: trains and measures.
-        defaults: the defaults of the options that depend on the method. Other such options the method does not have.
+        defaults: the defaults of its method-specific options. It does not have the others that ``POLICY`` names.
     """
 
     loss: Callable[[], Loss]
@@ -217,16 +218,16 @@ def complete_options(given: Mapping[str, Any]) -> Options:
             raise LossInputError("options", f"options among {', '.join(sorted(known))}", repr(name), "Leave it out.")
         check_option(name, value)
         if not has_option(method, name):
-            having = ", ".join(other for other in METHODS if has_option(other, name))
-            raise LossInputError(flag(name), f"a method that has it ({having})", method, "Leave it out.")
+            others = ", ".join(other for other in METHODS if has_option(other, name))
+            raise LossInputError(flag(name), f"a method that has it ({others})", method, "Leave it out.")
     return Options(**METHODS[method].defaults | given)
 
 
 def has_option(method: str, name: str) -> bool:
-    """Whether an option is one of all methods, or of this one."""
+    """Whether a method has an option. ``POLICY`` names all method-specific options."""
     return name not in POLICY or name in METHODS[method].defaults
 
 
 def own_options(options: Options) -> dict[str, Any]:
-    """The options as ``config.json`` holds them: ``None`` for those that the method does not have."""
+    """Return the options as ``config.json`` holds them: ``None`` for those that the method does not have."""
     return {name: value if has_option(options.method, name) else None for name, value in asdict(options).items()}

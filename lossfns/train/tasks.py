@@ -21,7 +21,7 @@ END = [TOKENIZER.eos_token_id]
 """Ends a completion, and starts a text that has no prompt."""
 
 MAX_HELD_OUT = 400
-"""The number of held-out examples, if there are that many. Passages are longer, so half as many are enough."""
+"""The largest number of held-out examples. Passages are longer, so half as many are enough."""
 
 
 class Demonstration(NamedTuple):
@@ -77,7 +77,7 @@ def paragraphs(text: str) -> list[str]:
 
 
 def normalized(paragraph: str) -> str:
-    """The paragraph without its indentation and line breaks."""
+    """Return the paragraph without its indentation and line breaks."""
     return " ".join(paragraph.split())
 
 
@@ -107,12 +107,12 @@ def continuations(prompt: int = 16, length: int = 6) -> Task[Preference]:
 
     def pair(rng: Random, texts: dict[str, list[int]]) -> Preference:
         names, weights = list(texts), [len(splits[name]) for name in texts]
-        here = there = rng.choices(names, weights)[0]
-        while there == here:
-            there = rng.choices(names, weights)[0]
-        i, j = rng.choice(splits[here]), rng.choice(splits[there])
-        own, other = texts[here], texts[there]
-        return Preference([*END, *own[i - prompt : i]], own[i : i + length], other[j : j + length])
+        topic = other_topic = rng.choices(names, weights)[0]
+        while other_topic == topic:
+            other_topic = rng.choices(names, weights)[0]
+        i, j = rng.choice(splits[topic]), rng.choice(splits[other_topic])
+        text, other_text = texts[topic], texts[other_topic]
+        return Preference([*END, *text[i - prompt : i]], text[i : i + length], other_text[j : j + length])
 
     def draw(rng: Random, n: int) -> list[Preference]:
         return [pair(rng, train) for _ in range(n)]
@@ -154,7 +154,7 @@ def arithmetic() -> Task[Problem]:
 
 
 def noisy_demonstration(problem: Problem, rng: Random, error_rate: float = 0.6) -> Demonstration:
-    """A demonstration whose answer is off by 1 or 10 in six cases of ten: reinforcement learning has to correct it."""
+    """Make a demonstration whose answer is mostly off by 1 or 10, for reinforcement learning to correct."""
     answer = int(problem.answer)
     if rng.random() < error_rate:
         answer += rng.choice([d for d in (-10, -1, 1, 10) if answer + d >= 0])

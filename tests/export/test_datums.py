@@ -1,4 +1,4 @@
-"""The three lanes of a loss give the same gradient: batch contract, traced per-datum form, fold to a built-in."""
+"""Three forms of a loss have one gradient: the loss, its traced function of one datum, and the built-in."""
 
 import math
 from random import Random
@@ -173,17 +173,17 @@ ROW = [-1.0, -1.0, -1.0]
 )
 def test_the_lanes_refuse_what_the_batch_contract_refuses(bind: dict[str, Any], message: str) -> None:
     data = [lossfns.datum_from_tokens([1, 2, 3, 4], prompt_length=0)]
-    for lane in (export.with_denominators, export.fold):
+    for export_to in (export.with_denominators, export.fold):
         with pytest.raises(LossInputError, match=message):
-            lane(PPO.bind(**bind), data)
+            export_to(PPO.bind(**bind), data)
 
 
 def test_a_bound_loss_has_a_per_datum_form_and_an_uncalled_preset_has_none() -> None:
     assert export.as_datum_fn(PPO.bind(advantages=[1.0])).__name__ == "ppo"
-    for lane in (
+    for export_to in (
         export.as_datum_fn,
         lambda loss: export.fold(loss, []),
         lambda loss: export.with_denominators(loss, []),
     ):
         with pytest.raises(LossInputError, match="Call the preset"):
-            lane(lossfns.ppo)
+            export_to(lossfns.ppo)

@@ -1,6 +1,5 @@
-"""``token_gradient``: any part of a batch's tokens has the gradient that it has in the whole."""
+"""``token_gradient``: any part of a batch's tokens has the same gradient as in the whole batch."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,22 +10,21 @@ import lossfns
 from lossfns import ON_POLICY, Loss, LossInputError
 from lossfns.export.token_gradient import token_gradient
 from lossfns.logprobs.linear import linear_logprobs
+from lossfns.testing.public import presets
 
 LENGTHS = (5, 1, 8, 3)
 N = sum(LENGTHS)
 
-BY_TOKEN: list[Loss] = [
-    lossfns.cross_entropy(),
-    lossfns.reinforce(weigh=lossfns.sequence_mean),
-    lossfns.importance_sampling(weigh=lossfns.token_sum),
-    lossfns.ppo(weigh=lossfns.sequence_sum_mean),
-    lossfns.grpo(kl_beta=0.1),
-    lossfns.dapo(dual_clip=3.0),
-    lossfns.cispo(),
-    lossfns.dro(),
-    lossfns.with_tis(lossfns.ppo()),
-]
-BY_SEQUENCE: list[Loss] = [lossfns.gspo(), lossfns.gspo_token(), lossfns.dpo(), lossfns.orpo()]
+SETTINGS: dict[str, dict[str, Any]] = {
+    "reinforce": {"weigh": lossfns.sequence_mean},
+    "importance_sampling": {"weigh": lossfns.token_sum},
+    "ppo": {"weigh": lossfns.sequence_sum_mean},
+    "grpo": {"kl_beta": 0.1},
+    "dapo": {"dual_clip": 3.0},
+}
+LOSSES = [preset(**SETTINGS.get(name, {})) for name, preset in presets().items() if preset().rows != "targets"]
+BY_SEQUENCE = [loss for loss in LOSSES if loss.rows == "pairs" or loss.name in ("gspo", "gspo_token")]
+BY_TOKEN = [*(loss for loss in LOSSES if loss not in BY_SEQUENCE), lossfns.with_tis(lossfns.ppo())]
 
 
 def random(seed: int, *shape: int) -> Tensor:
@@ -74,7 +72,7 @@ def test_a_denominator_that_is_bound_and_one_that_is_not() -> None:
 
 
 def test_on_policy_the_old_logprobs_are_those_of_each_part() -> None:
-    """r = 1 wherever one looks, so ∂/∂lp = −A/n of the 14 tokens that count."""
+    """r = 1 for any part, so ∂/∂lp = −A/n over the 14 active tokens."""
     loss = lossfns.ppo().bind(advantages=[1.0, -2.0, 0.5, 3.0], old_logprobs=ON_POLICY)
     gradient = token_gradient(loss, batch())(-random(7, N).abs()[5:6], slice(5, 6))
     assert gradient.item() == pytest.approx(2 / 14)
@@ -92,7 +90,7 @@ def test_several_targets() -> None:
 
 
 def test_the_entries_of_several_targets_may_be_listed() -> None:
-    """Four weights in a row are two for each of two tokens, as everywhere else."""
+    """A flat row of four weights stands for two weights of each of two tokens, as everywhere else."""
     fields = {"target_tokens": [[1, 2], [3, 4]], "weights": [0.5, 0.0, 1.0, 0.5]}
     data = [lossfns.Datum(lossfns.ModelInput.from_ints([1, 2]), fields)]
     gradient = token_gradient(lossfns.multi_target_cross_entropy(weigh=lossfns.token_sum), data)
@@ -122,12 +120,12 @@ def test_a_loss_of_whole_sequences_is_refused_by_name(loss: Loss) -> None:
     assert loss.name in str(error.value)
 
 
-@pytest.mark.parametrize("make", [lossfns.cross_entropy, lossfns.grpo, lossfns.cispo], ids=lambda make: make.__name__)
-def test_the_separable_plan_with_a_loss_is_the_loss(make: Callable[[], Loss]) -> None:
-    """From hidden states to gradients in one sweep, against the loss behind logits in float64."""
+@pytest.mark.parametrize("loss_fn", BY_TOKEN, ids=repr)
+def test_the_separable_plan_with_a_loss_is_the_loss(loss_fn: Loss) -> None:
+    """Gradients straight from hidden states, compared with the loss on logits in float64."""
     hidden, weight = random(1, N, 6), random(2, 11, 6)
     targets = torch.cat([torch.tensor(d.loss_fn_inputs["target_tokens"].data) for d in batch()]) % 11
-    loss = bound(make())
+    loss = bound(loss_fn)
     leaves = [hidden.double().requires_grad_(), weight.double().requires_grad_()]
     logprobs = (leaves[0] @ leaves[1].T).log_softmax(1).gather(1, targets[:, None]).squeeze(1)
     expected = torch.autograd.grad(loss(batch(), list(logprobs.split(LENGTHS)))[0], leaves)

@@ -1,4 +1,4 @@
-"""docs/findings.md: each command that it names finds what its table says, no more and no less."""
+"""docs/findings.md: each command finds exactly what its table says."""
 
 import ast
 import re
@@ -18,7 +18,7 @@ PAGE = (ROOT / "docs" / "findings.md").read_text(encoding="utf-8")
 
 
 def sections() -> Iterator[tuple[str, str, set[tuple[str, str]]]]:
-    """Of each section: the package and version that its chapter is about, the command, and the broken laws."""
+    """Return, for each section, the package and version of its chapter, the command, and the broken laws."""
     for chapter in re.split(r"^## ", PAGE, flags=re.M)[1:]:
         title, _, text = chapter.partition("\n")
         for section in re.split(r"^### ", text, flags=re.M)[1:]:
@@ -27,7 +27,7 @@ def sections() -> Iterator[tuple[str, str, set[tuple[str, str]]]]:
 
 
 def installed(title: str) -> bool:
-    """Whether a chapter is about no package, or about one that is installed in just this version."""
+    """Whether a chapter is about no package, or about one that is installed in this version."""
     package, _, wanted = title.partition(" ")
     try:
         return not wanted or version(package) == wanted
@@ -54,7 +54,7 @@ def test_the_kit_finds_what_the_page_says(args: Any, broken: set[tuple[str, str]
 
 
 def test_the_page_names_every_loss_of_the_examples() -> None:
-    """But for the helpers that the adapters share."""
+    """Except for the helpers that the adapters share."""
     named = {command.split()[1] for _, command, _ in sections()}
     files = [f"examples/{path.name}" for path in (ROOT / "examples").glob("*_losses.py")]
     there = {name for file in files for name in functions(file)}

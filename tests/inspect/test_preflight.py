@@ -1,4 +1,4 @@
-"""preflight: what it finds in bad batches and broken losses, and what it says of good ones."""
+"""preflight: its findings on bad batches and broken losses, and its numbers on good ones."""
 
 import json
 import math

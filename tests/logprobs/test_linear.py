@@ -18,7 +18,7 @@ from lossfns.logprobs import tiles
 from lossfns.logprobs.linear import linear_logprobs
 
 TILES = {"TILE_TOKENS": 16, "TILE_VOCAB": 20, "BLOCK_LOGITS": 140, "SEPARABLE_TOKENS": 8}
-"""Small enough that a few dozen tokens make several tiles, with ragged edges: strips of 7 rows."""
+"""Sizes so small that a few dozen tokens make several tiles, with ragged edges: blocks of 7 rows."""
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "auto": {},
@@ -28,10 +28,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "separable": {"plan": "separable"},
     "frozen": {"plan": "frozen"},
 }
-"""Every way through the function."""
+"""Every plan, and a mixture of two."""
 
 RECOMPUTING = ["auto", "tiled", "saved", "some tiles saved"]
-"""Those that take any gradient and can give the entropy."""
+"""The plans that take any gradient and can return the entropy."""
 
 KNOBS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -97,7 +97,7 @@ def draw(
 
 
 def definition(case: Case) -> Tensor:
-    """log softmax over the whole vocabulary, [N, V] in float64."""
+    """Return log softmax over the whole vocabulary, [N, V] in float64."""
     z = case.hidden.double() @ case.weight.double().T
     z = z if case.bias is None else z + case.bias.double()
     c, t = case.knobs.get("softcap"), case.knobs.get("temperature", 1.0)
@@ -114,7 +114,7 @@ def freeze(case: Case) -> Case:
 
 
 def in_double(case: Case) -> Case:
-    """The same numbers; its gradients are not rounded to the precision of the case."""
+    """Return the same numbers in float64, so that gradients are not rounded to the precision of the case."""
     hidden, weight, bias = (
         x if x is None else x.detach().double().requires_grad_(x.requires_grad)
         for x in (case.hidden, case.weight, case.bias)
@@ -128,7 +128,7 @@ def suited(case: Case, plan: str) -> Case:
 
 
 def compute(case: Case, plan: str, **more: Any) -> Any:
-    """What the function gives; the gradient that the separable plan announces is the case's."""
+    """Call the function; for the separable plan, ``gradient`` declares the gradient of the case."""
     options = OPTIONS[plan] | case.knobs | more
     if options.get("plan") == "separable":
         options.setdefault("gradient", lambda _, index: case.g[index])
@@ -140,8 +140,8 @@ def gradients(case: Case, out: Tensor, g: Tensor | None = None, **options: Any) 
     return torch.autograd.grad(out, case.inputs, g.to(out.dtype), **options)
 
 
-def apart(got: Any, reference: Any) -> float:
-    """Largest of the relative distances of gradients, by norm."""
+def relative_error(got: Any, reference: Any) -> float:
+    """Return the largest relative error of a gradient, by norm."""
     return max(float((a.double() - b).norm() / b.norm()) for a, b in zip(got, reference, strict=True))
 
 
@@ -150,11 +150,11 @@ def agrees(case: Case, plan: str, tolerance: float = 1e-12, **more: Any) -> None
     out, reference = compute(case, plan, **more), expected(case)
     assert out.shape == case.targets.shape
     assert float((out.double() - reference).detach().abs().max()) <= tolerance
-    assert apart(gradients(case, out), gradients(case, reference)) <= tolerance
+    assert relative_error(gradients(case, out), gradients(case, reference)) <= tolerance
 
 
-class Watch(TorchDispatchMode):
-    """What happens below autograd: operations of the products of matrices, and bytes that are alive."""
+class CostTracker(TorchDispatchMode):
+    """Count operations of matrix products and bytes that are alive, below autograd."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -198,7 +198,7 @@ def test_values_and_gradients_are_those_of_the_definition(small: None, plan: str
 @every_plan
 @pytest.mark.parametrize("n, v", [(1, 1), (1, 83), (3, 19), (16, 20), (17, 21), (32, 40), (33, 2)])
 def test_tiles_of_any_shape(small: None, plan: str, n: int, v: int) -> None:
-    """Smaller than a tile, exactly one, one and a bit, exactly two by two."""
+    """Less than a tile, one tile, a little more than one, exactly two by two."""
     case = suited(draw(n=n, v=v, k=2, biased=True), plan)
     out, reference = compute(case, plan), expected(case)
     torch.testing.assert_close(out, reference, atol=1e-12, rtol=0)
@@ -234,12 +234,12 @@ def test_entropy_and_its_gradient(small: None, plan: str, knobs: str) -> None:
     p = definition(case)
     reference = -(p.exp() * p).sum(1)
     torch.testing.assert_close(entropy, reference, atol=1e-12, rtol=0)
-    tilt = torch.linspace(-1, 1, len(entropy), dtype=torch.float64)
-    loss, exact = (entropy * tilt).sum(), (reference * tilt).sum()
+    d_entropy = torch.linspace(-1, 1, len(entropy), dtype=torch.float64)
+    loss, exact = (entropy * d_entropy).sum(), (reference * d_entropy).sum()
     alone = torch.autograd.grad(exact, case.inputs, retain_graph=True)
-    assert apart(torch.autograd.grad(loss, case.inputs, retain_graph=True), alone) < 1e-12
+    assert relative_error(torch.autograd.grad(loss, case.inputs, retain_graph=True), alone) < 1e-12
     both = torch.autograd.grad(exact + (expected(case) * case.g).sum(), case.inputs)
-    assert apart(torch.autograd.grad(loss + (logprobs * case.g).sum(), case.inputs), both) < 1e-12
+    assert relative_error(torch.autograd.grad(loss + (logprobs * case.g).sum(), case.inputs), both) < 1e-12
 
 
 @pytest.mark.parametrize("plan", ["tiled", "saved", "frozen"])
@@ -260,13 +260,13 @@ def test_float32_at_the_real_tile_size(plan: str, scale: float) -> None:
     out, reference = compute(case, plan), expected(case)
     assert out.dtype == torch.float32
     assert float((out - reference).detach().abs().max()) <= 2e-5
-    assert apart(gradients(case, out), gradients(case, reference)) <= 1e-5
+    assert relative_error(gradients(case, out), gradients(case, reference)) <= 1e-5
 
 
 @every_plan
 @pytest.mark.parametrize("scale", [1.0, 8.0])
 def test_half_precision_is_no_worse_than_the_naive_way_with_float32_logits(plan: str, scale: float) -> None:
-    """Flat and peaked distributions, in tiles of the real size."""
+    """For flat and peaked distributions, in tiles of the real size."""
     case = suited(draw(n=64, d=48, v=9000, scale=scale, dtype=torch.bfloat16), plan)
     double = in_double(case)
     reference = expected(double)
@@ -277,7 +277,7 @@ def test_half_precision_is_no_worse_than_the_naive_way_with_float32_logits(plan:
     assert (out - reference).abs().max() <= 1.2 * (naive - reference).abs().max()
     for got, plain, want in zip(gradients(case, out), gradients(case, naive), exact):
         assert got.dtype == torch.bfloat16
-        assert apart([got], [want]) <= 1.2 * apart([plain], [want])
+        assert relative_error([got], [want]) <= 1.2 * relative_error([plain], [want])
 
 
 @pytest.mark.parametrize("plan", ["tiled", "separable"])
@@ -287,34 +287,34 @@ def test_blocks_of_tokens_are_summed_in_float32(small: None, plan: str) -> None:
     double = in_double(case)
     _, want = gradients(double, expected(double))
     _, got = gradients(case, compute(case, plan))
-    assert apart([got], [want]) < 0.005
+    assert relative_error([got], [want]) < 0.005
 
 
 def test_a_frozen_head_keeps_what_nearly_cancels_in_float32() -> None:
-    """Rows of the weight that share a mean as large as what they differ by: from the target's it is taken off."""
+    """The rows of the weight share a mean as large as their differences; in ∂hidden it cancels."""
     case = freeze(draw(n=64, d=48, v=20_000))
     weight = (case.weight + torch.linspace(-0.2, 0.2, 48)).bfloat16()
     case = case._replace(hidden=case.hidden.detach().bfloat16().requires_grad_(), weight=weight, g=torch.ones(64))
     exact = in_double(case)
     naive = (case.hidden @ weight.T).float().log_softmax(1)[torch.arange(64), case.targets]
     (want,), (plain,) = gradients(exact, expected(exact)), gradients(case, naive)
-    assert apart(gradients(case, compute(case, "frozen")), [want]) <= 1.2 * apart([plain], [want])
+    assert relative_error(gradients(case, compute(case, "frozen")), [want]) <= 1.2 * relative_error([plain], [want])
 
 
 @pytest.mark.parametrize("offset", [0.0, 100.0, 1e4])
 @pytest.mark.parametrize("plan", ["tiled", "saved"])
-def test_what_all_logits_have_in_common_costs_no_more_than_rounding(plan: str, offset: float) -> None:
-    """In float32 they are rounded to 6e-8 of the offset; entropy and gradients may be a few times as far off."""
+def test_a_common_offset_of_all_logits_costs_no_more_than_rounding(plan: str, offset: float) -> None:
+    """Float32 rounds logits to 6e-8 of the offset; entropy and gradients may be wrong by a few times that."""
     case = draw(n=16, d=8, v=20_000, dtype=torch.float32)._replace(bias=torch.full((20_000,), offset))
-    double, tilt = in_double(case), torch.ones(16)
+    double, d_entropy = in_double(case), torch.ones(16)
     logprobs, entropy = compute(case, plan, return_entropy=True)
     log_p = definition(double)
     exact = -(log_p.exp() * log_p).sum(1)
     rounding = 1e-6 * max(5.0, offset)
     assert (entropy - exact).abs().max() <= rounding * 10
-    got = torch.autograd.grad((logprobs, entropy), case.inputs, (case.g, tilt))
+    got = torch.autograd.grad((logprobs, entropy), case.inputs, (case.g, d_entropy))
     want = torch.autograd.grad((expected(double) * case.g).sum() + exact.sum(), double.inputs)
-    assert apart(got, want) <= rounding
+    assert relative_error(got, want) <= rounding
 
 
 def test_half_precision_is_normalised_in_float32() -> None:
@@ -351,7 +351,7 @@ def test_all_plans_agree(n: int, d: int, v: int, k: int | None, knobs: str, seed
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("scale", [0.0, 1.0, 30.0, 1e4])
 def test_never_above_zero(small: None, plan: str, dtype: torch.dtype, scale: float) -> None:
-    """At the most likely token of flat, peaked and certain distributions."""
+    """For the most likely token of flat, peaked and certain distributions."""
     case = suited(draw(n=60, dtype=dtype, scale=scale), plan)
     best = (case.hidden @ case.weight.T).argmax(1)
     out = compute(case._replace(targets=best), plan)
@@ -416,7 +416,7 @@ def test_backward_may_run_again_and_leaves_the_inputs_alone(small: None, plan: s
     for a, b, c in zip(first, second, kept):
         torch.testing.assert_close(b, a, atol=1e-12, rtol=0)
         assert torch.equal(a, c)
-        b.zero_()  # it is the caller's
+        b.zero_()  # the caller may overwrite its gradient
     assert all(map(torch.equal, gradients(case, out), kept))
     assert all(map(torch.equal, case.inputs, before))
 
@@ -434,7 +434,7 @@ def test_there_is_no_second_derivative(small: None, plan: str) -> None:
 
 @every_plan
 @pytest.mark.parametrize("k", [None, 2])
-def test_unwanted_rows_are_as_if_they_were_not_there(small: None, plan: str, k: int | None) -> None:
+def test_unwanted_rows_have_no_effect(small: None, plan: str, k: int | None) -> None:
     case = suited(draw(k=k, biased=True), plan)
     rows = torch.arange(37) % 3 != 0
     poisoned = case.hidden.detach().clone()
@@ -456,13 +456,13 @@ def test_unwanted_rows_are_as_if_they_were_not_there(small: None, plan: str, k: 
 def test_entropy_of_wanted_rows(small: None) -> None:
     case, rows = draw(), torch.arange(37) < 20
     _, entropy = compute(case, "tiled", rows=rows, return_entropy=True)
-    _, whole = compute(case, "tiled", return_entropy=True)
-    torch.testing.assert_close(entropy, whole * rows, atol=1e-12, rtol=0)
+    _, of_all = compute(case, "tiled", return_entropy=True)
+    torch.testing.assert_close(entropy, of_all * rows, atol=1e-12, rtol=0)
 
 
 @every_plan
 def test_no_rows_at_all(small: None, plan: str) -> None:
-    """Neither with a mask of nothing, nor without tokens."""
+    """With a mask of zeros, and without tokens."""
     case = suited(draw(biased=True), plan)
     out = compute(case, plan, rows=torch.zeros(37, dtype=torch.bool))
     assert out.shape == (37,) and (out == 0).all()
@@ -481,7 +481,7 @@ def test_rows_without_gradient_get_exact_zeros_and_touch_nothing(small: None, pl
     case.g[dead] = 0
     spared = gradients(case, compute(case, plan))
     assert (spared[0][dead] == 0).all() and (spared[0][~dead] != 0).any(1).all()
-    assert apart(spared, gradients(case, expected(case))) < 1e-12
+    assert relative_error(spared, gradients(case, expected(case))) < 1e-12
     poisoned = case.hidden.detach().clone()
     poisoned[dead] = math.inf
     there = case._replace(hidden=poisoned.requires_grad_())
@@ -503,12 +503,12 @@ def test_no_gradient_at_all_gives_zeros(small: None, plan: str, dtype: torch.dty
 def test_a_row_with_an_entropy_gradient_alone_is_reached(small: None, plan: str) -> None:
     case = draw()
     _, entropy = compute(case, plan, return_entropy=True)
-    tilt = (torch.arange(37) == 5).double()
-    d_hidden, _ = torch.autograd.grad(entropy, case.inputs, tilt)
-    assert d_hidden[5].abs().sum() > 0 and (d_hidden[tilt == 0] == 0).all()
+    d_entropy = (torch.arange(37) == 5).double()
+    d_hidden, _ = torch.autograd.grad(entropy, case.inputs, d_entropy)
+    assert d_hidden[5].abs().sum() > 0 and (d_hidden[d_entropy == 0] == 0).all()
 
 
-# What a plan costs: one product of matrices is 2·N·D·V operations
+# Costs of the plans: one product of matrices is 2·N·D·V operations
 
 COST = {"auto": 3, "tiled": 4, "saved": 3, "separable": 3, "frozen": 2}
 
@@ -517,35 +517,35 @@ COST = {"auto": 3, "tiled": 4, "saved": 3, "separable": 3, "frozen": 2}
 def test_products_of_matrices(small: None, plan: str) -> None:
     case = suited(draw(), plan)
     one, budget = 2 * 37 * 12 * 83, {"memory_budget": 1e9} if plan == "auto" else {}
-    with Watch() as watch:
+    with CostTracker() as tracker:
         out = compute(case, plan, **budget)
         gradients(case, out)
-    assert watch.operations == COST[plan] * one
+    assert tracker.operations == COST[plan] * one
 
 
 @pytest.mark.parametrize("plan", COST)
-def test_rows_left_out_cost_nothing(small: None, plan: str) -> None:
-    """Unwanted ones nowhere; those without gradient nothing after the first product (frozen: nothing is left)."""
+def test_rows_without_gradient_cost_nothing_in_the_backward_pass(small: None, plan: str) -> None:
+    """Unwanted rows are in no product. Rows without gradient are in those of the forward pass alone."""
     case = suited(draw(), plan)
     rows = torch.arange(37) < 9
     case.g[~rows] = 0
     one, budget = 2 * 12 * 83, {"memory_budget": 1e9} if plan == "auto" else {}
-    with Watch() as watch:
+    with CostTracker() as tracker:
         gradients(case, compute(case, plan, rows=rows, **budget))
-    assert watch.operations == COST[plan] * 9 * one
-    with Watch() as watch:
+    assert tracker.operations == COST[plan] * 9 * one
+    with CostTracker() as tracker:
         gradients(case, compute(case, plan, **budget))
     forward = 2 if plan == "frozen" else 1
-    assert watch.operations == (forward * 37 + (COST[plan] - forward) * 9) * one
+    assert tracker.operations == (forward * 37 + (COST[plan] - forward) * 9) * one
 
 
 def test_auto_takes_the_plan_with_the_fewest_products(small: None) -> None:
     def operations(case: Case, **options: Any) -> float:
-        with Watch() as watch:
+        with CostTracker() as tracker:
             out = compute(case, "auto", **options)
             if out.requires_grad:
                 gradients(case, out)
-        return watch.operations / (2 * 37 * 12 * 83)
+        return tracker.operations / (2 * 37 * 12 * 83)
 
     case = draw()
     assert operations(freeze(case)) == 2
@@ -559,14 +559,14 @@ def test_auto_takes_the_plan_with_the_fewest_products(small: None) -> None:
 
 
 def test_auto_keeps_as_many_bytes_of_logits_as_the_inputs_take(small: None) -> None:
-    """Here two tiles of 16 × 20 numbers: the inputs have 3·(16 + 200) = 648."""
+    """The inputs have 3·(16 + 200) = 648 numbers, so two tiles of 16 × 20 are kept."""
     case = draw(n=16, d=3, v=200)
     size, tile = 8 * 648, 8 * 320
 
     def operations(**options: Any) -> float:
-        with Watch() as watch:
+        with CostTracker() as tracker:
             gradients(case, compute(case, "auto", **options))
-        return watch.operations
+        return tracker.operations
 
     costs = [operations(memory_budget=budget) for budget in (size - tile, size, size + tile)]
     assert operations() == costs[1] and costs == sorted(set(costs), reverse=True)
@@ -577,49 +577,49 @@ def test_auto_with_the_entropy_of_a_frozen_head(small: None) -> None:
     logprobs, entropy = compute(case, "auto", return_entropy=True)
     p = definition(case)
     want = torch.autograd.grad((expected(case) * case.g).sum() - (p.exp() * p).sum(), case.inputs)
-    assert apart(torch.autograd.grad((logprobs * case.g).sum() + entropy.sum(), case.inputs), want) < 1e-12
+    assert relative_error(torch.autograd.grad((logprobs * case.g).sum() + entropy.sum(), case.inputs), want) < 1e-12
 
 
 @pytest.mark.parametrize("plan, each", [("tiled", 5), ("saved", 83 + 5), ("frozen", 12 + 1)])
-def test_what_a_plan_keeps(small: None, plan: str, each: int) -> None:
-    """For a token, besides its logprob: a float for each of the ceil(83 / 20) tiles; a few more for indices."""
+def test_the_floats_that_a_plan_keeps(small: None, plan: str, each: int) -> None:
+    """Per token, besides its logprob: a float for each of ceil(83 / 20) tiles, and a few more for indices."""
     case = suited(draw(), plan)
-    with Watch() as watch:
+    with CostTracker() as tracker:
         out = compute(case, plan)
-        kept = watch.alive / 8 - out.numel()
+        kept = tracker.alive / 8 - out.numel()
     assert each <= kept / 37 <= each + 2
 
 
 @pytest.mark.parametrize("plan", OPTIONS)
 def test_nothing_is_kept_without_gradients(small: None, plan: str) -> None:
     case = draw()
-    with torch.no_grad(), Watch() as watch:
+    with torch.no_grad(), CostTracker() as tracker:
         out = compute(case, plan)
-        assert watch.alive == out.nbytes
+        assert tracker.alive == out.nbytes
     assert not out.requires_grad
 
 
 @pytest.mark.parametrize("entropy", [False, True])
 @pytest.mark.parametrize("knobs", KNOBS)
 def test_the_logits_never_exist(small: None, entropy: bool, knobs: str) -> None:
-    """At its peak the tiled plan holds the gradients and a few tiles, far from the [N, V] logits."""
+    """At its peak the tiled plan holds the gradients and a few tiles, much less than the [N, V] logits."""
     case = draw(n=100, d=2, v=200, **KNOBS[knobs])
-    with Watch() as watch:
+    with CostTracker() as tracker:
         out = compute(case, "tiled", return_entropy=entropy)
         logprobs = out[0] if entropy else out
         gradients(case, logprobs)
     outputs, tile, column = sum(x.nbytes for x in case.inputs), 16 * 20 * 8, 100 * 8
-    each = 10 * column  # a float for each token and tile: log Σ exp, the tile's share and, for the entropy, Σ p·z
-    assert watch.largest <= each
-    assert watch.peak <= 2 * outputs + 5 * tile + 3 * each + 12 * column < 100 * 200 * 8 / 2
+    each = 10 * column  # a float for each token and tile: log Σ exp, the tile's probability and, for the entropy, Σ q·z
+    assert tracker.largest <= each
+    assert tracker.peak <= 2 * outputs + 5 * tile + 3 * each + 12 * column < 100 * 200 * 8 / 2
 
 
 def test_the_budget_is_kept(small: None) -> None:
     case, peaks = draw(n=100, d=2, v=200), []
     for budget in (0, 40_000, 120_000):
-        with Watch() as watch:
+        with CostTracker() as tracker:
             gradients(case, compute(case, "auto", memory_budget=budget))
-        peaks.append(watch.peak)
+        peaks.append(tracker.peak)
     assert 20_000 <= peaks[1] - peaks[0] <= 40_000
     assert 100_000 <= peaks[2] - peaks[0] <= 120_000
 
@@ -630,7 +630,7 @@ def test_the_budget_is_kept(small: None) -> None:
 @pytest.mark.parametrize("k", [None, 2])
 @pytest.mark.parametrize("step", [1, 3])
 def test_separable_gives_the_gradient_of_the_loss(small: None, k: int | None, step: int) -> None:
-    """Of Σ (logprob − goal)² over some of the tokens, from the logprobs themselves, shaped like the targets."""
+    """For Σ (logprob − goal)² over some of the tokens; ``gradient`` gets logprobs in the shape of the targets."""
     case, rows = draw(k=k), torch.arange(37) % step == 0
     goal = torch.linspace(-4, 0, case.targets.numel(), dtype=torch.float64).view_as(case.targets)
 
@@ -643,10 +643,10 @@ def test_separable_gives_the_gradient_of_the_loss(small: None, k: int | None, st
 
     out = compute(case, "separable", gradient=gradient, rows=None if step == 1 else rows)
     got = torch.autograd.grad(loss(out), case.inputs)
-    assert apart(got, torch.autograd.grad(loss(expected(case)), case.inputs)) < 1e-12
+    assert relative_error(got, torch.autograd.grad(loss(expected(case)), case.inputs)) < 1e-12
 
 
-def test_separable_refuses_another_gradient_than_was_announced(small: None) -> None:
+def test_separable_refuses_another_gradient_than_was_declared(small: None) -> None:
     case = draw()
     other = case.g.clone()
     other[5] += 1e-2
@@ -663,9 +663,9 @@ def test_separable_refuses_another_gradient_than_was_announced(small: None) -> N
 def test_separable_holds_as_many_logits_as_the_budget_allows(small: None) -> None:
     case, peaks = draw(n=50, d=2, v=200), []
     for budget in (4 * 200 * 8, 24 * 200 * 8, math.inf):
-        with Watch() as watch:
+        with CostTracker() as tracker:
             gradients(case, compute(case, "separable", memory_budget=budget))
-        peaks.append(watch.peak)
+        peaks.append(tracker.peak)
     assert 15 * 200 * 8 < peaks[1] - peaks[0] < 24 * 200 * 8 and peaks[2] > peaks[1]
 
 
@@ -689,9 +689,12 @@ def test_memory_layout_does_not_matter(small: None, plan: str) -> None:
     torch.testing.assert_close(out, want, atol=1e-12, rtol=0)
     for a, b in zip(gradients(scattered, out), gradients(case, want)):
         torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
-    spread = case.g[:, :1].expand(37, 2)
+    expanded = case.g[:, :1].expand(37, 2)
     if plan != "separable":
-        assert apart(gradients(case, compute(case, plan), spread), gradients(case, expected(case), spread)) < 1e-12
+        assert (
+            relative_error(gradients(case, compute(case, plan), expanded), gradients(case, expected(case), expanded))
+            < 1e-12
+        )
 
 
 @every_plan
@@ -710,7 +713,7 @@ def test_hidden_states_are_taken_in_the_dtype_of_the_weight(
 
 
 @every_plan
-def test_autocast_says_in_what_dtype_the_product_is(small: None, plan: str) -> None:
+def test_autocast_sets_the_dtype_of_the_product(small: None, plan: str) -> None:
     case = suited(draw(dtype=torch.float32), plan)
     with torch.autocast("cpu", torch.bfloat16):
         out = compute(case, plan)
@@ -720,7 +723,7 @@ def test_autocast_says_in_what_dtype_the_product_is(small: None, plan: str) -> N
 
 
 @every_plan
-def test_a_backward_pass_in_autocast_is_none(small: None, plan: str) -> None:
+def test_autocast_around_the_backward_pass_has_no_effect(small: None, plan: str) -> None:
     """The products have the dtypes of the forward pass, wherever ``backward`` is called."""
     case = suited(draw(k=3, dtype=torch.float32), plan)
     outside = gradients(case, compute(case, plan))
@@ -732,7 +735,7 @@ def test_a_backward_pass_in_autocast_is_none(small: None, plan: str) -> None:
 
 @every_plan
 def test_gradients_arrive_through_the_graph_around_it(small: None, plan: str) -> None:
-    """A leaf below hidden, a tied weight, a loss above."""
+    """With a leaf below hidden, a tied weight, and a loss above."""
     case = draw(v=37)
     leaf = case.weight.detach().clone().requires_grad_()
     frozen = plan == "frozen"
@@ -743,10 +746,10 @@ def test_gradients_arrive_through_the_graph_around_it(small: None, plan: str) ->
 
     (got,) = torch.autograd.grad(loss(lambda c: compute(c, plan)), leaf)
     (want,) = torch.autograd.grad(loss(expected), leaf)
-    assert apart([got], [want]) < 1e-12
+    assert relative_error([got], [want]) < 1e-12
 
 
-# What is refused
+# Refusals
 
 H, W, Y = torch.zeros(3, 2), torch.zeros(5, 2), torch.tensor([0, 1, 4])
 
@@ -765,8 +768,8 @@ WRONG: dict[str, tuple[str, dict[str, Any]]] = {
     "an id past the end": ("targets", {"targets": torch.tensor([0, 5, 1])}),
     "bias of another length": ("bias", {"bias": torch.zeros(4)}),
     "bias that is a list": ("bias", {"bias": [0.0] * 5}),
-    "bias of -inf, which a whole tile may be": ("bias", {"bias": torch.full((5,), -math.inf)}),
-    "bias that float16 has not got": (
+    "bias of -inf, which could fill a tile": ("bias", {"bias": torch.full((5,), -math.inf)}),
+    "bias outside the range of float16": (
         "bias",
         {"hidden": torch.zeros(3, 2).half(), "weight": torch.zeros(5, 2).half(), "bias": torch.full((5,), -1e30)},
     ),
@@ -785,7 +788,7 @@ WRONG: dict[str, tuple[str, dict[str, Any]]] = {
     "an unknown plan": ("plan", {"plan": "tilde"}),
     "separable without a gradient": ("gradient", {"plan": "separable"}),
     "a gradient for another plan": ("gradient", {"plan": "tiled", "gradient": lambda lp, _: lp}),
-    "frozen, with a weight that learns": ("weight", {"plan": "frozen", "weight": W.clone().requires_grad_()}),
+    "frozen with a weight that requires grad": ("weight", {"plan": "frozen", "weight": W.clone().requires_grad_()}),
     "frozen with the entropy": ("return_entropy", {"plan": "frozen", "return_entropy": True}),
     "separable with the entropy": (
         "return_entropy",
@@ -794,20 +797,20 @@ WRONG: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("what", WRONG)
-def test_what_does_not_fit_is_refused(what: str) -> None:
-    field, wrong = WRONG[what]
+@pytest.mark.parametrize("name", WRONG)
+def test_arguments_that_do_not_fit_are_refused(name: str) -> None:
+    field, wrong = WRONG[name]
     arguments = {"hidden": H, "weight": W, "targets": Y} | wrong
     with pytest.raises(LossInputError) as caught:
         linear_logprobs(**arguments)
     assert caught.value.field == field
 
 
-def test_a_misspelt_plan_is_answered_with_the_right_one() -> None:
+def test_the_error_for_a_misspelt_plan_suggests_the_right_one() -> None:
     with pytest.raises(LossInputError, match="tiled"):
         linear_logprobs(H, W, Y, plan="tield")
 
 
-def test_the_answer_to_a_masked_target_names_rows() -> None:
+def test_the_error_for_a_masked_target_names_rows() -> None:
     with pytest.raises(LossInputError, match="rows="):
         linear_logprobs(H, W, torch.tensor([0, -100, 1]), rows=torch.tensor([True, False, True]))

@@ -1,4 +1,4 @@
-"""``check``: what a subject is, what the report says, and the command line and pytest around it."""
+"""``check``: detection of the subject, the report, the command line and pytest."""
 
 import json
 import os
@@ -19,9 +19,19 @@ from lossfns.cli import main
 from lossfns.testing import mutants, padded
 from lossfns.testing.batch import Batch
 from lossfns.testing.bugs import BUGS
-from lossfns.testing.check import KINDS, Verdict, check, quiet, trials
-from lossfns.testing.laws import ADVANTAGES, GROUPS, LawBroken, NotApplicable, advantages, contract, masks, policy, sums
-from lossfns.testing.subject import Made, Padded, adapt
+from lossfns.testing.check import KINDS, Verdict, check, trials, without_expected_warnings
+from lossfns.testing.laws import (
+    ADVANTAGES,
+    LAWS_BY_KIND,
+    LawBroken,
+    NotApplicable,
+    advantages,
+    contract,
+    masks,
+    policy,
+    sums,
+)
+from lossfns.testing.subject import FactoryLoss, PaddedLoss, adapt
 
 # Losses as others write them
 
@@ -70,7 +80,7 @@ def ppo_of_tensors(
 
 
 def make_reinforce_loss(advantages: Sequence[float], ref_logprobs: Sequence[Tensor], kl_beta: float = 0.1) -> Any:
-    """With one advantage for each datum, as the hosted APIs' documented example takes them."""
+    """A factory that takes one advantage for each datum, as the documented example of the hosted APIs does."""
 
     def loss_fn(data: Sequence[Any], logprobs_list: Sequence[Tensor]) -> tuple[Tensor, dict[str, float]]:
         total, count = torch.zeros(()), torch.zeros(())
@@ -86,7 +96,7 @@ def make_reinforce_loss(advantages: Sequence[float], ref_logprobs: Sequence[Tens
 
 
 def make_dpo_loss(ref_chosen: Sequence[float], ref_rejected: Sequence[float], beta: float = 0.1) -> Any:
-    """For one pair, and deaf to others, as the documented example is."""
+    """A factory for one pair that ignores any other, as the documented example does."""
 
     def loss_fn(data: Sequence[Any], logprobs_list: Sequence[Tensor]) -> tuple[Tensor, dict[str, float]]:
         gaps = []
@@ -99,7 +109,7 @@ def make_dpo_loss(ref_chosen: Sequence[float], ref_rejected: Sequence[float], be
 
 
 class Scaled:
-    """A loss with settings, to be made and then called."""
+    """A class of losses with a setting."""
 
     def __init__(self, scale: float = 1.0) -> None:
         self.scale = scale
@@ -154,7 +164,7 @@ def centred(rewards: Sequence[float], groups: Sequence[Any]) -> list[float]:
 def test_the_kind_is_found_out(subject: Any, kind: str) -> None:
     found, ready = trials(subject, examples=0)
     assert found == kind
-    laws = ADVANTAGES if kind == "advantages" else GROUPS[kind]
+    laws = ADVANTAGES if kind == "advantages" else LAWS_BY_KIND[kind]
     assert [t.law for t in ready][: len(laws)] == [law.__name__ for law in laws]
     assert {t.law for t in ready[len(laws) :]} <= {"vectors", "agreement"}
 
@@ -187,9 +197,9 @@ def test_what_cannot_be_tested_is_refused(subject: Any, options: dict[str, Any],
 
 def test_forms_are_found_out() -> None:
     assert adapt(nll) is nll and adapt(whatever) is whatever and adapt(make_dpo_loss, factory=False) is make_dpo_loss
-    assert isinstance(adapt(ppo_of_tensors), Padded) and repr(adapt(lossfns.ppo)) == repr(lossfns.ppo())
+    assert isinstance(adapt(ppo_of_tensors), PaddedLoss) and repr(adapt(lossfns.ppo)) == repr(lossfns.ppo())
     made = adapt(make_reinforce_loss)
-    assert isinstance(made, Made)
+    assert isinstance(made, FactoryLoss)
     made(BATCH.data(), BATCH.tensors())
     assert made.forms == ("numbers", "rows")
 
@@ -217,8 +227,8 @@ def test_what_is_made_with_another_setting_is_another_loss() -> None:
 
 
 def verdict(subject: Any, law: str, examples: int = 0) -> Verdict:
-    """What one law says."""
-    with quiet():
+    """Return the verdict of one law."""
+    with without_expected_warnings():
         return next(trial for trial in trials(subject, examples=examples)[1] if trial.law == law).run()
 
 
@@ -230,14 +240,17 @@ def test_a_report_is_json_and_a_table() -> None:
     parsed = json.loads(json.dumps(report.as_dict()))
     assert parsed["subject"] == "mine" and parsed["kind"] == "supervised" and parsed["ok"] is False
     assert parsed["bug"] == report.bug == report.failures[0].bug == "constant-factor"
-    assert [v["law"] for v in parsed["verdicts"]] == [law.__name__ for law in GROUPS["supervised"]]
+    assert [v["law"] for v in parsed["verdicts"]] == [law.__name__ for law in LAWS_BY_KIND["supervised"]]
     for v in parsed["verdicts"]:
         assert v["verdict"] in ("pass", "fail", "n/a") and v["seconds"] >= 0 and v["says"].endswith(".")
         assert (v["bug"] in BUGS) == (v["verdict"] == "fail") and bool(v["seen"]) == (v["verdict"] != "pass")
     lines = report.table().splitlines()
     assert lines[0] == "mine (supervised)"
     assert sum(line.startswith("ok ") for line in lines) + sum(line.startswith("FAIL ") for line in lines) > 20
-    assert any(BUGS["constant-factor"].words in line for line in lines) and "most likely constant-factor: " in lines[-1]
+    assert (
+        any(BUGS["constant-factor"].description in line for line in lines)
+        and "most likely constant-factor: " in lines[-1]
+    )
 
 
 def test_a_report_of_a_loss_without_fault_names_no_bug() -> None:
@@ -337,7 +350,7 @@ HERE = f"{__file__}:"
 
 
 def run(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]:
-    """Exit status, standard output and standard error of ``lossfns check``, without random batches."""
+    """Return exit status, standard output and standard error of ``lossfns check``, without random batches."""
     status = main(["check", *args, "--examples", "0"])
     return status, *capsys.readouterr()
 
@@ -417,7 +430,7 @@ def test_reports_are_written_as_json_and_junit(capsys: pytest.CaptureFixture[str
 
 
 def pytest_run(folder: Path, *args: str, **variables: str) -> tuple[int, str]:
-    """Exit status and output of a pytest of its own, in an empty folder."""
+    """Run pytest in an empty folder; return exit status and output."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("LOSSFNS")}
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *args]
     done = subprocess.run(command, cwd=folder, env=environment | variables, capture_output=True, text=True, timeout=120)

@@ -1,4 +1,4 @@
-"""The kit against itself: laws kill mutants and spare what is right, and docs/laws.md says so truly."""
+"""The kit tested on itself: laws break on mutants and hold for correct losses, as docs/laws.md says."""
 
 import math
 import re
@@ -11,15 +11,15 @@ import pytest
 
 import lossfns
 from lossfns.testing.bugs import BUGS
-from lossfns.testing.check import Verdict, quiet, trials
-from lossfns.testing.laws import ADVANTAGES, GROUPS
-from lossfns.testing.mutants import MUTANTS, answering, right
+from lossfns.testing.check import Verdict, trials, without_expected_warnings
+from lossfns.testing.laws import ADVANTAGES, LAWS_BY_KIND
+from lossfns.testing.mutants import MUTANTS, correct_loss, oracle_loss
 from lossfns.testing.vectors import METHODS, load
-from tools.laws import CLAIMS, KINDS, LAWS, held_out, page, read, total
+from tools.laws import CLAIMS, KINDS, LAWS, held_out, read_page, render_page, totals
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE = DOCS / "laws.md"
-RECORD = read(PAGE.read_text(encoding="utf-8"))
+RECORD = read_page(PAGE.read_text(encoding="utf-8"))
 EXEMPLARS = {kill.mutant: kill for kill in RECORD.exemplars}
 STALE = "docs/laws.md is out of date: python -m tools.laws write"
 
@@ -30,34 +30,34 @@ STALE = "docs/laws.md is out of date: python -m tools.laws write"
 def test_the_page_is_what_its_own_measurements_make() -> None:
     """Laws, first lines, kinds, orders, bugs and where they were seen."""
     assert set(EXEMPLARS) == set(MUTANTS), STALE
-    assert page(RECORD) == PAGE.read_text(encoding="utf-8"), STALE
+    assert render_page(RECORD) == PAGE.read_text(encoding="utf-8"), STALE
 
 
 def test_every_exemplar_is_killed_and_nearly_every_one_is_named() -> None:
-    """But for a setting of group advantages, which no law of theirs varies."""
+    """The exception is a setting of group advantages, which none of their laws varies."""
     assert [name for name, kill in EXEMPLARS.items() if not kill.killed()] == ["group_advantages_inert_knob"]
     assert sum(kill.without_claim() for kill in RECORD.exemplars) >= 0.95 * len(MUTANTS)
-    assert sum(kill.right() for kill in RECORD.exemplars) >= 0.95 * len(MUTANTS)
+    assert sum(kill.named_right() for kill in RECORD.exemplars) >= 0.95 * len(MUTANTS)
 
 
 def test_every_law_kills_an_exemplar() -> None:
     killers = {law for kill in RECORD.exemplars for law in kill.laws}
-    assert {law.__name__ for laws in (*GROUPS.values(), ADVANTAGES) for law in laws} <= killers
+    assert {law.__name__ for laws in (*LAWS_BY_KIND.values(), ADVANTAGES) for law in laws} <= killers
     assert killers - set(CLAIMS) == set(LAWS)
 
 
 def test_every_bug_is_named_by_a_first_broken_law() -> None:
-    """But for the one that says no more than that the claim is wrong."""
-    assert {kill.named for kill in RECORD.exemplars if kill.right()} >= set(BUGS) - {"another-loss"}
+    """The exception is another-loss, which says no more than that the claim is wrong."""
+    assert {kill.named for kill in RECORD.exemplars if kill.named_right()} >= set(BUGS) - {"another-loss"}
 
 
 def test_the_held_out_losses_are_others_than_the_exemplars() -> None:
     population = list(held_out())
-    counted = {loss: sum(planted.loss == loss for planted in population) for loss in METHODS}
-    assert {held.loss: held.mutants for held in RECORD.held} == counted, STALE
+    counted = {loss: sum(spec.loss == loss for spec in population) for loss in METHODS}
+    assert {entry.title: entry.mutants for entry in RECORD.held_out} == counted, STALE
     assert len(population) >= 400
-    whole = total(RECORD.held)
-    assert len(RECORD.misnamed) == whole.mutants - whole.right
+    whole = totals(RECORD.held_out)
+    assert len(RECORD.misnamed) == whole.mutants - whole.named_right
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -77,17 +77,19 @@ def test_the_guide_explains_every_law_and_bug() -> None:
     explained = {law for laws in re.findall(r"\*\*([\w, ]+)\.\*\*", guide) for law in laws.split(", ")}
     assert explained >= {*LAWS, *CLAIMS}
     assert [bug for bug in BUGS if f"`{bug}`" not in guide] == []
-    whole = total(RECORD.held)
-    assert f"{whole.right} of {whole.mutants} losses that were kept apart from the laws" in " ".join(guide.split())
+    whole = totals(RECORD.held_out)
+    assert f"{whole.named_right} of {whole.mutants} losses that were kept apart from the laws" in " ".join(
+        guide.split()
+    )
 
 
 # What the page says is true
 
 
 def verdicts(subject: Any, examples: int = 0) -> Iterator[Verdict]:
-    """What each law says, one by one."""
+    """Yield the verdict of each law."""
     for trial in trials(subject, examples=examples)[1]:
-        with quiet():
+        with without_expected_warnings():
             verdict = trial.run()
         yield verdict
 
@@ -96,7 +98,7 @@ FIRST_OF_A_BUG = {vars(made)["bug"]: name for name, made in reversed(MUTANTS.ite
 
 
 def check_first_law(name: str) -> None:
-    """Refuse a page on which the first broken law of an exemplar is another one."""
+    """Fail if the page names another first broken law of an exemplar."""
     recorded = EXEMPLARS[name]
     first = next((verdict for verdict in verdicts(MUTANTS[name]) if verdict.verdict == "fail"), None)
     found = (first.law, first.bug) if first else ("", "")
@@ -154,9 +156,9 @@ def test_our_losses_obey_every_law(name: str, examples: int) -> None:
 
 
 def test_every_law_has_something_to_say_of_our_losses() -> None:
-    """A law that never holds of anything would pass unnoticed elsewhere."""
-    held = {verdict.law for name in PRESETS for verdict in report(name, 0) if verdict.verdict == "pass"}
-    assert held >= set(LAWS) - {"tis"}  # of a loss that has a correction
+    """Every law applies to at least one preset, so no law is skipped everywhere."""
+    applicable = {verdict.law for name in PRESETS for verdict in report(name, 0) if verdict.verdict == "pass"}
+    assert applicable >= set(LAWS) - {"tis"}  # of a loss that has a correction
 
 
 @pytest.mark.exhaustive
@@ -167,9 +169,9 @@ def test_our_losses_obey_every_law_with_other_settings(loss: lossfns.Loss) -> No
 
 @pytest.mark.parametrize("loss", [loss.name for loss in DEFAULTS])
 def test_the_oracle_obeys_every_law(loss: str) -> None:
-    """A correct loss by another hand."""
-    correct: Any = answering("", loss, load(loss)[0].config)
-    correct.like = right(loss, load(loss)[0].config)
+    """The oracle is a second implementation of every loss."""
+    correct: Any = oracle_loss("", loss, load(loss)[0].config)
+    correct.like = correct_loss(loss, load(loss)[0].config)
     assert [verdict for verdict in verdicts(correct) if verdict.verdict == "fail"] == []
 
 
@@ -178,4 +180,4 @@ def test_the_oracle_obeys_every_law(loss: str) -> None:
 def test_our_losses_obey_every_law_with_all_settings_of_the_golden_vectors(loss: str) -> None:
     configs = {repr(v.config): v.config for v in load(loss) if v.error is None and v.denominator is None}
     for config in configs.values():
-        assert [verdict for verdict in verdicts(right(loss, config)) if verdict.verdict == "fail"] == [], config
+        assert [verdict for verdict in verdicts(correct_loss(loss, config)) if verdict.verdict == "fail"] == [], config

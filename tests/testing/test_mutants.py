@@ -1,4 +1,4 @@
-"""Known-wrong losses: right but for their bug, and wrong as torch code with that bug is."""
+"""Mutants: correct except for their bug, and equal to torch code with the same bug."""
 
 import inspect
 from collections.abc import Callable
@@ -14,8 +14,8 @@ from lossfns.loss import Loss
 from lossfns.testing.batch import Batch
 from lossfns.testing.bugs import BUGS
 from lossfns.testing.check import check
-from lossfns.testing.mutants import CALLS, MUTANTS, answering, exemplars, mutant, right, showing
-from lossfns.testing.planted import ADVANTAGES, CANDIDATES, EVERY, LIKELIHOOD, PAIRS
+from lossfns.testing.mutants import CALL_BUGS, MUTANTS, correct_loss, exemplars, mutant, oracle_loss, settings_showing
+from lossfns.testing.planted import ADVANTAGE_BUGS, GENERAL_BUGS, LIKELIHOOD_BUGS, MULTI_TARGET_BUGS, PAIR_BUGS
 from lossfns.testing.subject import padded
 from lossfns.testing.vectors import METHODS, load
 
@@ -24,7 +24,7 @@ LOSSES = [loss for loss in METHODS if loss != "group_advantages"]
 
 
 def batch_for(like: Loss, seed: int) -> Batch:
-    """A random batch of the loss's kind, two sequences of it (a pair) fully masked."""
+    """Return a random batch of the loss's kind with two fully masked sequences, which are a pair for pairs."""
     drawn = random_batch(Random(seed), pairs=like.rows == "pairs", targets=3 if like.rows == "targets" else 0)
     batch = Batch(drawn.logprobs, drawn.weights, drawn.columns, drawn.targets)
     both = batch.take([*range(len(batch.weights)), 0, 1])
@@ -42,21 +42,21 @@ def call(loss_fn: Any, batch: Batch, dtype: torch.dtype = torch.float64) -> tupl
 
 
 def test_every_bug_has_one_implementation_and_an_exemplar() -> None:
-    of_answers = {*EVERY, *LIKELIHOOD, *CANDIDATES, *PAIRS, *ADVANTAGES}
-    assert of_answers | CALLS.keys() == BUGS.keys()
-    assert not of_answers & CALLS.keys()
+    of_answers = {*GENERAL_BUGS, *LIKELIHOOD_BUGS, *MULTI_TARGET_BUGS, *PAIR_BUGS, *ADVANTAGE_BUGS}
+    assert of_answers | CALL_BUGS.keys() == BUGS.keys()
+    assert not of_answers & CALL_BUGS.keys()
     assert {vars(made)["bug"] for made in MUTANTS.values()} == BUGS.keys()
 
 
 def test_the_exemplars_are_no_fewer_than_the_bugs_of_every_kind() -> None:
     assert len(MUTANTS) == len(exemplars()) >= 200
-    assert sum(bool(showing(bug, loss)) for bug in BUGS for loss in METHODS) >= 600
+    assert sum(bool(settings_showing(bug, loss)) for bug in BUGS for loss in METHODS) >= 600
 
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_mutant_says_what_it_is(name: str) -> None:
     made: Any = MUTANTS[name]
-    assert made.__name__ == name and made.bug in BUGS and BUGS[made.bug].words in made.__doc__
+    assert made.__name__ == name and made.bug in BUGS and BUGS[made.bug].description in made.__doc__
     assert made.kind == check(made.like, examples=0).kind if made.kind == "advantages" else made.kind
 
 
@@ -66,7 +66,7 @@ def test_settings_are_keywords_and_those_left_out_are_of_the_first_vector() -> N
     assert inspect.signature(made).parameters["clip"].default == (0.9, 1.1)
     batch = batch_for(made.like, 0)
     assert call(lambda *given: made(*given, clip=(0.5, 3.0)), batch) != call(made, batch)
-    assert right("ppo", load("ppo")[0].config).knobs["clip"] == (0.8, 1.2)
+    assert correct_loss("ppo", load("ppo")[0].config).knobs["clip"] == (0.8, 1.2)
 
 
 # Nothing else is wrong
@@ -76,29 +76,29 @@ def test_settings_are_keywords_and_those_left_out_are_of_the_first_vector() -> N
 def test_without_a_bug_the_answer_is_that_of_the_library(loss: str) -> None:
     configs = {repr(v.config): v.config for v in load(loss) if v.error is None}
     for seed, config in enumerate(configs.values()):
-        like = right(loss, config)
+        like = correct_loss(loss, config)
         batch = batch_for(like, seed)
         for dtype, tolerance in ((torch.float64, 1e-11), (torch.float32, 1e-4)):
-            value, gradients = call(answering("", loss, config), batch, dtype)
+            value, gradients = call(oracle_loss("", loss, config), batch, dtype)
             expected, slopes = call(like, batch, dtype)
             assert apart(value, expected) < tolerance and apart(gradients, slopes) < tolerance, config
 
 
-KEPT = [bug for bug in CALLS if bug not in ("state-between-calls", "another-loss", "mask-by-token-id")]
-"""Bugs of the call that leave value and gradient of a plain batch as they are."""
+KEPT = [bug for bug in CALL_BUGS if bug not in ("state-between-calls", "another-loss", "mask-by-token-id")]
+"""Bugs of the call that do not change value and gradient of an ordinary batch."""
 
 
 @pytest.mark.parametrize("bug", KEPT)
 @pytest.mark.parametrize("loss", LOSSES)
 def test_a_bug_of_the_call_leaves_value_and_gradient_alone(bug: str, loss: str) -> None:
-    for config in showing(bug, loss)[:1]:
-        like = right(loss, config)
+    for config in settings_showing(bug, loss)[:1]:
+        like = correct_loss(loss, config)
         batch = batch_for(like, 1)
         assert apart(list(call(mutant(bug, loss, **config), batch)), list(call(like, batch))) < 1e-12
 
 
 def test_what_the_loss_refuses_a_mutant_refuses_too() -> None:
-    batch = batch_for(right("dpo", load("dpo")[0].config), 0)
+    batch = batch_for(correct_loss("dpo", load("dpo")[0].config), 0)
     for odd, logprobs in ((batch.take(range(3)), 3), (batch, len(batch.weights) - 1)):
         with pytest.raises(ValueError):
             mutant("sign-flipped", "dpo")(odd.data(), odd.tensors()[:logprobs])
@@ -239,13 +239,13 @@ def test_a_planted_bug_answers_as_torch_code_with_it(bug: str, loss: str) -> Non
 
 
 def calm(rows: list[list[float]], rng: Random) -> list[list[float]]:
-    """Logprobs of another policy, within half a nat: a cap is then the same for a sum as for its parts."""
+    """Return logprobs of another policy within half a nat, so that no cap acts on a ratio or a sum of ratios."""
     return [[min(lp + rng.uniform(-0.5, 0.5), 0.0) for lp in row] for row in rows]
 
 
 @pytest.mark.parametrize("bug", ["where-after-exp", "mask-after-exp"])
 def test_a_masked_nan_comes_through_as_in_torch_code(bug: str) -> None:
-    """In the value, or in the gradient alone; at the datum's own masked slots, or everywhere."""
+    """nan shows in the value or in the gradient alone, at the same slots as in torch code."""
     made: Any = mutant(bug, "ppo")
     batch = Batch([[-1.0, -2.0], [-0.5]], [[0.0, 1.0], [1.0]],
         {"advantages": [[1.0, 1.0], [-1.0]], "old_logprobs": [[float("nan"), -2.5], [-0.5]]})  # fmt: skip

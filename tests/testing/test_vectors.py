@@ -1,4 +1,4 @@
-"""Golden vectors: what is committed is what the tool writes, ours meet it, and flags, ids and the runner hold."""
+"""Golden vectors: the committed files are those that the tool writes; the library passes; flags, ids and the runner."""
 
 import json
 import os
@@ -21,13 +21,13 @@ from lossfns.testing.bugs import BUGS
 from lossfns.testing.oracle import PAIR_WEIGHINGS, TOKEN_WEIGHINGS
 from lossfns.testing.public import presets
 from lossfns.testing.vectors import METHODS, Vector, load, mistake, run, subject_for
-from lossfns.testing.vectors.flags import explains, flags, wrong
-from lossfns.testing.vectors.ours import ask
-from lossfns.testing.vectors.runner import Report
-from lossfns.testing.vectors.vector import FOLDER, LEDGER, decode, encode, flat
+from lossfns.testing.vectors.flags import explains, flags, wrong_answer
+from lossfns.testing.vectors.ours import reply_to
+from lossfns.testing.vectors.runner import VectorReport
+from lossfns.testing.vectors.vector import FOLDER, LEDGER, decode, encode, flatten
 from tools.vectors.__main__ import main as tool
-from tools.vectors.right import right
-from tools.vectors.write import contents, differing, fingerprint, identify, violations, write
+from tools.vectors.answers import correct_answer
+from tools.vectors.write import changed_files, file_texts, fingerprint, identify, schema_violations, write
 
 ROOT = Path(lossfns.__file__).parent.parent
 NODE, DOCS = ROOT / "examples" / "vectors.mjs", ROOT / "docs" / "vectors.md"
@@ -37,12 +37,12 @@ LOSSES = [vector for vector in ANSWERED if vector.loss != "group_advantages"]
 
 
 def blocks() -> list[dict[str, Any]]:
-    """The JSON of the documentation."""
+    """Return the JSON examples of the documentation."""
     return [json.loads(text) for text in re.findall(r"```json\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.S)]
 
 
 def each(x: Any, change: Callable[[float], float]) -> Any:
-    """A change to every number of a nested list."""
+    """Apply a function to every number of a nested list."""
     return [each(part, change) for part in x] if isinstance(x, list) else change(x)
 
 
@@ -50,8 +50,8 @@ def each(x: Any, change: Callable[[float], float]) -> Any:
 
 
 def test_the_files_are_what_the_tool_writes() -> None:
-    """Byte for byte, ids and flags included, so that every flag has just been proven."""
-    assert list(differing()) == []
+    """Files are equal byte for byte, including ids and flags, so every flag is checked here."""
+    assert list(changed_files()) == []
 
 
 def test_writing_twice_writes_the_same(tmp_path: Path) -> None:
@@ -60,7 +60,7 @@ def test_writing_twice_writes_the_same(tmp_path: Path) -> None:
 
 
 def test_the_files_follow_the_schema() -> None:
-    assert violations() == []
+    assert schema_violations() == []
 
 
 def test_what_breaks_the_schema_is_named(tmp_path: Path) -> None:
@@ -68,7 +68,7 @@ def test_what_breaks_the_schema_is_named(tmp_path: Path) -> None:
         shutil.copy(path, tmp_path)
     path = tmp_path / "dpo.json"
     path.write_text(path.read_text().replace('"loss": 0.', '"los": 0.', 1))
-    assert violations(tmp_path)[0].startswith("dpo.json, $.groups[0].tests[0]")
+    assert schema_violations(tmp_path)[0].startswith("dpo.json, $.groups[0].tests[0]")
 
 
 def test_requests_and_replies_follow_the_schema() -> None:
@@ -121,9 +121,9 @@ def test_every_comment_is_one_line_and_no_two_vectors_of_a_loss_share_one() -> N
 
 
 def test_all_data_are_exact_in_float32() -> None:
-    """So that an implementation in float32 reads the same numbers."""
+    """An implementation in float32 reads the same numbers."""
     for vector in LOSSES:
-        values = np.array(flat([list(row.values()) for row in vector.data]), dtype=np.float64)
+        values = np.array(flatten([list(row.values()) for row in vector.data]), dtype=np.float64)
         single = values.astype(np.float32).astype(np.float64)
         assert np.array_equal(values, single, equal_nan=True), vector.id
 
@@ -152,13 +152,13 @@ def test_every_estimator_and_scale_appears() -> None:
 
 @pytest.mark.parametrize("factor", [1 - 2e-5, 1 + 2e-5])
 def test_no_ratio_is_near_a_bound_but_at_a_kink(factor: float) -> None:
-    """Bounds a little to the side lead to the same gradient: no decision hangs on the rounding of float32."""
+    """Slightly shifted bounds give the same gradient, so no answer depends on the rounding of float32."""
     for v in (v for v in LOSSES if v.kind != "kink" and "log_ratio_cap" in v.config):
         bounds = {name: v.config.get(name) for name in ("clip", "dual_clip", "log_ratio_cap")}
         moved = {name: each(x, lambda bound: bound * factor) for name, x in bounds.items() if x is not None}
-        answer = right(v.loss, {**v.config, **moved}, v.data, v.denominator)
-        gaps = [abs(x - y) for x, y in zip(flat(answer["grad"]), flat(v.grad))]
-        assert max(gaps) <= 1e-3 * max(map(abs, flat(v.grad))), v.id
+        answer = correct_answer(v.loss, {**v.config, **moved}, v.data, v.denominator)
+        gaps = [abs(x - y) for x, y in zip(flatten(answer["grad"]), flatten(v.grad))]
+        assert max(gaps) <= 1e-3 * max(map(abs, flatten(v.grad))), v.id
 
 
 # Ours
@@ -167,21 +167,21 @@ def test_no_ratio_is_near_a_bound_but_at_a_kink(factor: float) -> None:
 @pytest.mark.parametrize("loss", METHODS)
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_ours_meet_every_vector(loss: str, dtype: str) -> None:
-    wrong = {v.id: mistake(v, ask(v, dtype), dtype) for v in load(loss) if v.error is None}
-    assert {name: words for name, words in wrong.items() if words} == {}
+    wrong_answer = {v.id: mistake(v, reply_to(v, dtype), dtype) for v in load(loss) if v.error is None}
+    assert {name: words for name, words in wrong_answer.items() if words} == {}
 
 
 def test_ours_refuse_what_must_be_refused() -> None:
-    """By a LossInputError that names the field, and the datum where there is one."""
+    """The LossInputError names the field, and the datum if there is one."""
     for v in (v for v in VECTORS if v.error is not None):
-        said = ask(v).get("error", {})
+        said = reply_to(v).get("error", {})
         assert (said.get("field"), said.get("datum")) == (v.error["field"], v.error.get("datum")), v.id
 
 
 @pytest.mark.parametrize("loss", [m for m in METHODS if m != "group_advantages"])
 @pytest.mark.filterwarnings("ignore::lossfns.LossWarning")
 def test_the_batch_of_a_vector_carries_its_columns(loss: str) -> None:
-    """The same answers from the datums that the rest of the kit makes of it."""
+    """The datums of the kit give the same answers."""
     for vector in [v for v in load(loss) if v.kind == "valid"][:12]:
         logprobs = vector.batch.tensors()
         value, _ = subject_for(vector)(vector.batch.data(), logprobs)
@@ -271,7 +271,7 @@ UNSEEN = {
     "metric-counts-nonbinding",
     "another-loss",
 }
-"""Bugs that one answer cannot show: they are about time, traces, metrics, token ids, ranks and the claim."""
+"""Bugs that one answer cannot show. They concern repeated calls, traces, metrics, token ids, ranks and the claim."""
 
 
 def test_the_flags_are_all_bugs_that_show_and_every_bug_has_vectors() -> None:
@@ -298,7 +298,7 @@ def divided_by(count: Callable[[Vector], float]) -> Callable[[Vector], Vector]:
 
 
 def alive(v: Vector) -> int:
-    return sum(1 for row in v.data if any(flat(row["weights"])))
+    return sum(1 for row in v.data if any(flatten(row["weights"])))
 
 
 SLIPS: dict[str, Callable[[Vector], Vector]] = {
@@ -319,11 +319,11 @@ SLIPS: dict[str, Callable[[Vector], Vector]] = {
     "groups-ignored": row_edit(lambda row: {"group": "all"}),
     "frame-shift": row_edit(lambda row: shifted(row)),
 }
-"""Slips made in the input of our own torch losses: another road to a wrong answer than the oracle's variants."""
+"""Changes of the inputs of the torch losses that have the effect of a bug, independent of the oracle's variants."""
 
 
 def mirrored(row: dict[str, Any]) -> list[float]:
-    """Sampler logprobs as far from the old ones on the other side."""
+    """Mirror the sampler logprobs at the old ones."""
     return [min(2 * old - sampler, 0.0) for old, sampler in zip(row["old_logprobs"], row["sampler_logprobs"])]
 
 
@@ -335,15 +335,15 @@ def shifted(row: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize("flag", SLIPS)
 def test_a_flag_tells_a_loss_with_this_bug_from_a_right_one(flag: str) -> None:
     hunting = [v for v in ANSWERED if flag in v.flags]
-    blind = [v.id for v in hunting if not mistake(v, ask(SLIPS[flag](v)), "float32")]
+    blind = [v.id for v in hunting if not mistake(v, reply_to(SLIPS[flag](v)), "float32")]
     assert hunting
     assert blind == []
 
 
 def test_a_reply_that_is_a_wrong_answer_names_its_bug() -> None:
     vector = next(v for v in VECTORS if "kl-sign" in v.flags)
-    assert explains("kl-sign", vector, wrong("kl-sign", vector), "float64")
-    assert not explains("kl-detached", vector, wrong("kl-sign", vector), "float64")
+    assert explains("kl-sign", vector, wrong_answer("kl-sign", vector), "float64")
+    assert not explains("kl-detached", vector, wrong_answer("kl-sign", vector), "float64")
     assert not explains("kl-sign", vector, vector.answer, "float64")
 
 
@@ -351,7 +351,7 @@ def test_a_reply_that_is_a_wrong_answer_names_its_bug() -> None:
 
 
 def test_every_id_stands_for_what_the_ledger_says() -> None:
-    """Inputs changed by hand under an old id fail here; changed in the cases they get a new one."""
+    """Inputs that were edited in a file under their old id fail here; edits of the cases get a new id."""
     book = json.loads((FOLDER / LEDGER).read_text())
     seen = []
     for loss in METHODS:
@@ -376,7 +376,7 @@ def test_an_id_is_never_given_twice() -> None:
 
 def test_a_vector_that_is_gone_is_withdrawn_and_its_id_kept() -> None:
     ledger = {"dpo-0001": "no longer asked"}
-    book = json.loads(contents(ledger)[LEDGER])
+    book = json.loads(file_texts(ledger)[LEDGER])
     assert book["withdrawn"] == ["dpo-0001"]
     assert book["ids"]["dpo-0002"] != "no longer asked"
 
@@ -385,7 +385,7 @@ def test_a_vector_that_is_gone_is_withdrawn_and_its_id_kept() -> None:
 
 
 def node(tmp_path: Path, constant: str = "", value: str = "") -> str:
-    """The command of the example, with one constant changed."""
+    """Return the command of the example, with one constant changed."""
     if shutil.which("node") is None and not os.environ.get("LOSSFNS_WITHOUT_NODE"):
         pytest.fail("node is not installed; set LOSSFNS_WITHOUT_NODE=1 to skip the tests that need it")
     if shutil.which("node") is None:
@@ -429,7 +429,7 @@ def test_a_changed_constant_fails_and_names_its_bug(
     first = report.likely()[0]
     assert not report.ok
     assert (first.flag, first.failed, first.explained) == (flag, first.vectors, first.vectors)
-    assert f"  {flag}: {BUGS[flag].words}" in report.table()
+    assert f"  {flag}: {BUGS[flag].description}" in report.table()
 
 
 # The runner, on programs that do not play along
@@ -441,7 +441,7 @@ def program(tmp_path: Path, text: str) -> str:
     return f"'{sys.executable}' -S '{path}'"
 
 
-def only_failures(report: Report, count: int = len(load("dpo"))) -> str:
+def only_failures(report: VectorReport, count: int = len(load("dpo"))) -> str:
     assert report.count("fail") == count
     return report.complaint
 
@@ -476,7 +476,7 @@ def test_a_program_that_hangs_is_given_up_on(tmp_path: Path) -> None:
 
 
 def test_a_program_that_reads_everything_first_does_not_block(tmp_path: Path) -> None:
-    """Requests and replies are larger than the pipes."""
+    """Requests and replies exceed the size of the pipes."""
     echo = "for line in sys.stdin.readlines(): print(json.dumps({'id': json.loads(line)['id'], 'error': 'x' * 4000}))"
     report = run(program(tmp_path, echo))
     assert report.count("pass") == len(VECTORS) - len(ANSWERED)

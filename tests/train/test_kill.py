@@ -1,4 +1,4 @@
-"""Runs that are killed at random moments, half of them inside a save, end bit for bit as one that is left alone."""
+"""Runs that are killed at random moments, half of them inside a save, end bit for bit like a run that is not killed."""
 
 import json
 import multiprocessing
@@ -21,22 +21,22 @@ from lossfns.cli import main
 from lossfns.train.run import CHECKPOINT, CONFIG, METRICS, REFERENCE, RESULT
 
 KILLS = {"sft": 10, "dpo": 8, "orpo": 8, "grpo": 8, "dapo": 8, "gspo-token": 8}
-"""50 kills in the exhaustive run, half of each method's inside a save."""
+"""50 kills in the exhaustive run, half of them inside a save."""
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["lossfns.cli", "pytest", "torch._dynamo"])
-"""Forks children that need not import torch again, from a process that has computed nothing and has no threads."""
+"""Forks children, which need not import torch again, from a process without computations or threads."""
 
 
 def child(arguments: list[str], said: Path) -> None:
-    """The command line, with what it says in a file, and without the picture."""
+    """Run the command line with its output in a file, and without the picture."""
     sys.modules["matplotlib"] = None  # type: ignore[assignment]
     with said.open("a") as sys.stderr, said.open("a") as sys.stdout:
         sys.exit(main(arguments))
 
 
 def rows_of(folder: Path) -> Path:
-    """A few rows that every method can read; all have one answer, so that some samples are right."""
+    """Write a few rows that every method can read. All have the same answer, so that some samples are right."""
     row = {"completion": "4", "answer": "4", "chosen": "4", "rejected": "5"}
     path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps({"prompt": f"{i}: 2+2=", **row}) + "\n" for i in range(12)))
@@ -44,7 +44,7 @@ def rows_of(folder: Path) -> Path:
 
 
 def begin(method: str, folder: Path) -> list[str]:
-    """The command of a small run that is saved every second step, with data beside its folder."""
+    """The arguments of a small run that is saved every second step, with its data beside its folder."""
     sizes = ["--steps", "24"] if method == "sft" else ["--steps", "20", "--warmup-steps", "4"]
     group = ["--group", "3"] if method in ("grpo", "dapo", "gspo-token") else []
     data = ["--data", str(rows_of(folder.parent)), "--device", "cpu", "--out", str(folder)]
@@ -52,7 +52,7 @@ def begin(method: str, folder: Path) -> list[str]:
 
 
 def go_on(method: str, folder: Path) -> Any:
-    """A process that begins the run, or resumes it."""
+    """Start a process that begins the run, or resumes it."""
     resumed = ["train", "--resume", str(folder)]
     arguments = resumed if (folder / CONFIG).exists() else begin(method, folder)
     process = SERVER.Process(target=child, args=(arguments, folder.with_suffix(".txt")))
@@ -68,7 +68,7 @@ def finish(method: str, folder: Path) -> Path:
 
 
 def contents(folder: Path) -> dict[str, Any]:
-    """All that a run leaves, without the times."""
+    """All that a run leaves, except times."""
     rows = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
     result = json.loads((folder / RESULT).read_text())
     files = [folder / name for name in (CHECKPOINT, REFERENCE) if (folder / name).exists()]
@@ -96,9 +96,9 @@ def wait_for(happened: Callable[[], bool], process: Any) -> None:
 
 
 def strike(process: Any, folder: Path, rng: Random, inside: bool) -> bool:
-    """Kill the process at a random moment, aimed inside a save or not; whether it was inside one.
+    """Kill the process at a random moment, aimed inside a save or not. Return whether it was inside one.
 
-    The evidence for that is the file it leaves behind half written.
+    The evidence is the half-written file that it leaves behind.
     """
     old, first = half_written(folder), steps_done(folder)
     if inside:
@@ -121,7 +121,7 @@ def strike(process: Any, folder: Path, rng: Random, inside: bool) -> bool:
 
 
 def chain(method: str, folder: Path, due: Counter[bool], rng: Random) -> Path:
-    """Run, kill, resume, kill, ... until no more kills are due or the run was faster; then to its end."""
+    """Run, kill, resume, kill, and so on, until all kills are done or the run ends first; then run to the end."""
     while due.total():
         process = go_on(method, folder)
         inside = strike(process, folder, rng, rng.choice(sorted(+due)))

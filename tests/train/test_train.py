@@ -60,7 +60,7 @@ def test_a_true_continuation_continues_and_the_other_comes_from_elsewhere() -> N
 
 
 def test_rewards_are_for_exactly_the_answer(tmp_path: Path) -> None:
-    """A model that can only say one thing: its own greedy answer is right, anything else is not."""
+    """The greedy answer of the model counts as correct, and no other."""
     shape: dict[str, Any] = {"vocab_size": 257, "dim": 16, "layers": 1, "heads": 1, "kv_heads": 1, "hidden": 16}
     client = LocalTrainingClient(Decoder(**shape), tokenizer=TEXT, device="cpu")
     problem = tasks.Problem([50, 61], "x")
@@ -87,7 +87,7 @@ def test_schedules() -> None:
 
 
 def shown(stream: io.StringIO, folder: Path) -> str:
-    """What a run of two phases and a remark writes to a stream."""
+    """The output of a run of two phases and a remark."""
     folder.mkdir()
     with Run(folder, terminal=stream) as run:
         for phase, count in (("warm-up", 3), ("sft", 30)):
@@ -166,7 +166,7 @@ def test_a_stop_after_the_last_step_is_too_late_to_cut_anything(tmp_path: Path) 
 
 
 def drawn(run: Run, until: int = 99) -> list[tuple[str, int, float]]:
-    """Two phases that draw and log, up to so many steps."""
+    """Run two phases that draw and log, up to this many steps."""
     steps = []
     for phase, count in (("warm-up", 5), ("grpo", 7)):
         run.once(f"before {phase}", lambda phase=phase: f"{phase} {len(run.history)}")  # type: ignore[misc]
@@ -181,7 +181,7 @@ def drawn(run: Run, until: int = 99) -> list[tuple[str, int, float]]:
 
 @pytest.mark.parametrize("until", range(13))
 def test_a_run_goes_on_from_its_newest_state(tmp_path: Path, until: int) -> None:
-    """Wherever it breaks off: the same draws, rows and measurements as in one go; states that JSON has carried."""
+    """Wherever it stops: the same draws, rows and measurements as without a stop. States go through JSON."""
     (tmp_path / "whole").mkdir(), (tmp_path / "broken").mkdir()
     states: list[str] = []
 

@@ -1,1 +1,1 @@
-"""The writer of the golden vectors: cases written by hand, answered by the oracle."""
+"""The writer of the golden vectors. Cases are written by hand; the oracle answers them."""

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lossfns.testing.vectors.vector import FOLDER
-from tools.vectors.write import differing, violations, write
+from tools.vectors.write import changed_files, schema_violations, write
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,7 +26,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         changed = write(args.out)
         print("\n".join(f"wrote {path}" for path in changed) or "nothing to write: every file is up to date")
         return 0
-    wrong = [f"{path.name} is not what would be written" for path in differing(args.out)] + violations(args.out)
+    wrong = [f"{path.name} is not what would be written" for path in changed_files(args.out)] + schema_violations(
+        args.out
+    )
     print("\n".join(wrong) or "every file is as it should be")
     return 1 if wrong else 0
 

@@ -1,4 +1,4 @@
-"""From cases to files: the oracle's answers, the flags that are true, and ids that never change."""
+"""From cases to files: answers of the oracle, computed flags, and ids that never change."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing import Any, NamedTuple
 from lossfns.testing import oracle
 from lossfns.testing.bugs import BUGS
 from lossfns.testing.planted import divisor
-from lossfns.testing.vectors.flags import arguments, flags, shaped
+from lossfns.testing.vectors.flags import arguments, flags, to_answer
 from lossfns.testing.vectors.vector import FOLDER, LEDGER, METHODS, SCHEMA, SUITE, Answer, encode, vectors
+from tools.vectors.answers import correct_answer, count_tokens, round_significant, tolerance
 from tools.vectors.cases import Case, cases
-from tools.vectors.right import digits, right, tokens, tolerance
 
 Test = dict[str, Any]
 Ledger = dict[str, str]
-"""id → fingerprint, for every id that was ever given."""
+"""id → fingerprint, for every id that was ever assigned."""
 
 
 class Group(NamedTuple):
@@ -29,59 +29,59 @@ class Group(NamedTuple):
     tests: list[Test]
 
 
-def answered(case: Case) -> Test:
-    """A case with its answer, in the form of the file but for its id and without its flags."""
+def answer_case(case: Case) -> Test:
+    """Return a case with its answer in the form of the file, without its id and its flags."""
     asked: Test = {"kind": case.kind, "comment": case.comment, "flags": [], "data": case.data}
     if case.denominator is not None:
         asked["denominator"] = case.denominator
     if case.error is not None:
         code, name, datum = case.error
         return asked | {"error": {"code": code, "field": name} | ({} if datum is None else {"datum": datum})}
-    answer: Answer = digits(right(case.loss, case.config, case.data, case.denominator))
+    answer: Answer = round_significant(correct_answer(case.loss, case.config, case.data, case.denominator))
     if "advantages" in answer:
         return {**asked, **answer, "tol": tolerance(answer, {})[0]}
     a = arguments(case.config, case.data, case.denominator)
     tol, reason = tolerance(answer, a)
     return asked | {
         **answer,
-        **({"grad_alternatives": [beyond(case, a)]} if case.beside else {}),
-        "metrics": {"tokens": tokens(a), "denominator": digits(float(divisor(a)))},
+        **({"grad_alternatives": [gradient_beyond_kink(case, a)]} if case.beside else {}),
+        "metrics": {"tokens": count_tokens(a), "denominator": round_significant(float(divisor(a)))},
         "tol": tol,
         **({"tol_reason": reason} if reason else {}),
     }
 
 
-def beyond(case: Case, a: dict[str, Any]) -> Any:
-    """The gradient just beyond a kink."""
-    return digits(shaped(getattr(oracle, case.loss)(**{**a, **case.beside}), case.data)["grad"], 9)
+def gradient_beyond_kink(case: Case, a: dict[str, Any]) -> Any:
+    """Return the gradient just beyond a kink."""
+    return round_significant(to_answer(getattr(oracle, case.loss)(**{**a, **case.beside}), case.data)["grad"], 9)
 
 
 def fingerprint(loss: str, config: Mapping[str, Any], test: Test) -> str:
-    """What an id stands for: the inputs, and the answer to six digits."""
+    """Return the hash that an id stands for: of the inputs, and of the answer to six digits."""
     asked = [test.get(name) for name in ("data", "denominator", "error")]
-    told = [test.get(name) for name in ("loss", "grad", "advantages")]
-    text = json.dumps(encode([loss, config, asked, digits(told, 6)]), sort_keys=True)
+    answers = [test.get(name) for name in ("loss", "grad", "advantages")]
+    text = json.dumps(encode([loss, config, asked, round_significant(answers, 6)]), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def identify(loss: str, prints: Iterable[str], ledger: Ledger) -> dict[str, str]:
-    """fingerprint → id: the one it has always had, else the next of its loss, which is entered in the ledger."""
-    known = {print_: name for name, print_ in ledger.items() if name.rpartition("-")[0] == loss}
-    for print_ in prints:
-        if print_ not in known:
-            known[print_] = f"{loss}-{len(known) + 1:04d}"
-            ledger[known[print_]] = print_
-    return known
+    """Return fingerprint → id. A new fingerprint gets the next id of its loss, which is added to the ledger."""
+    id_of = {fingerprint_: name for name, fingerprint_ in ledger.items() if name.rpartition("-")[0] == loss}
+    for fingerprint_ in prints:
+        if fingerprint_ not in id_of:
+            id_of[fingerprint_] = f"{loss}-{len(id_of) + 1:04d}"
+            ledger[id_of[fingerprint_]] = fingerprint_
+    return id_of
 
 
-def contents(ledger: Ledger) -> dict[str, str]:
-    """File name → text, for every method and for the ledger, which new ids are added to."""
+def file_texts(ledger: Ledger) -> dict[str, str]:
+    """Return file name → text for every method and for the ledger, to which new ids are added."""
     asked: dict[str, dict[str, Group]] = {}
     for case in cases():
         asked.setdefault(case.loss, {}).setdefault(json.dumps(case.config), Group(case.config, [])).tests.append(
-            answered(case)
+            answer_case(case)
         )
-    texts = {f"{loss}.json": file(loss, list(groups.values()), ledger) for loss, groups in asked.items()}
+    texts = {f"{loss}.json": file_text(loss, list(groups.values()), ledger) for loss, groups in asked.items()}
     current = {name for text in texts.values() for name in ids(json.loads(text))}
     book = {"suite": SUITE, "ids": ledger, "withdrawn": [name for name in ledger if name not in current]}
     return texts | {LEDGER: json.dumps(book, indent=1) + "\n"}
@@ -91,8 +91,8 @@ def ids(parsed: Mapping[str, Any]) -> list[str]:
     return [test["id"] for group in parsed["groups"] for test in group["tests"]]
 
 
-def file(loss: str, groups: list[Group], ledger: Ledger) -> str:
-    """The text of one method's file."""
+def file_text(loss: str, groups: list[Group], ledger: Ledger) -> str:
+    """Return the text of one method's file."""
     prints = [fingerprint(loss, group.config, test) for group in groups for test in group.tests]
     names = identify(loss, prints, ledger)
     numbers = iter(prints)
@@ -105,43 +105,45 @@ def file(loss: str, groups: list[Group], ledger: Ledger) -> str:
         "suite": SUITE,
         "loss": loss,
         "generator": "python -m tools.vectors write",
-        "notes": {bug: {"words": BUGS[bug].words, "seen": list(BUGS[bug].seen)} for bug in BUGS if bug in hunted},
+        "notes": {
+            bug: {"words": BUGS[bug].description, "seen": list(BUGS[bug].sources)} for bug in BUGS if bug in hunted
+        },
     }
-    return laid_out(head, flagged)
+    return format_file(head, flagged)
 
 
-def laid_out(head: Mapping[str, Any], groups: list[Group]) -> str:
-    """JSON with a line for each thing a person looks at: a group's settings, a test's head, a datum, the answer."""
-    top = "".join(f' "{name}": {line(value)},\n' for name, value in head.items() if name != "notes")
-    notes = listed("notes", "{}", [f'"{bug}": {line(note)}' for bug, note in head["notes"].items()], 2)
-    body = listed("groups", "[]", [group_text(group) for group in groups], 2)
+def format_file(head: Mapping[str, Any], groups: list[Group]) -> str:
+    """Format a file as JSON with one line for the settings of a group, the head of a test, a datum, and an answer."""
+    top = "".join(f' "{name}": {to_json(value)},\n' for name, value in head.items() if name != "notes")
+    notes = format_list("notes", "{}", [f'"{bug}": {to_json(note)}' for bug, note in head["notes"].items()], 2)
+    body = format_list("groups", "[]", [group_text(group) for group in groups], 2)
     return f"{{\n{top} {notes},\n {body}\n}}\n"
 
 
 def group_text(group: Group) -> str:
-    tests = listed("tests", "[]", [test_text(test) for test in group.tests], 4)
-    return f'{{"config": {line(group.config)},\n   {tests}}}'
+    tests = format_list("tests", "[]", [test_text(test) for test in group.tests], 4)
+    return f'{{"config": {to_json(group.config)},\n   {tests}}}'
 
 
 def test_text(test: Test) -> str:
-    first = ", ".join(f'"{name}": {line(test[name])}' for name in ("id", "kind", "comment", "flags"))
-    data = listed("data", "[]", [line(row) for row in test["data"]], 6)
+    first = ", ".join(f'"{name}": {to_json(test[name])}' for name in ("id", "kind", "comment", "flags"))
+    data = format_list("data", "[]", [to_json(row) for row in test["data"]], 6)
     others = [name for name in test if name not in ("id", "kind", "comment", "flags", "data")]
-    return ",\n     ".join([f"{{{first}", data, *(f'"{name}": {line(test[name])}' for name in others)]) + "}"
+    return ",\n     ".join([f"{{{first}", data, *(f'"{name}": {to_json(test[name])}' for name in others)]) + "}"
 
 
-def listed(name: str, brackets: str, items: list[str], indent: int) -> str:
-    """A named list or object with an item on each line."""
+def format_list(name: str, brackets: str, items: list[str], indent: int) -> str:
+    """Format a named list or object with one item on each line."""
     margin = "\n" + " " * indent
     inside = margin + f",{margin}".join(items) if items else ""
     return f'"{name}": {brackets[0]}{inside}{brackets[1]}'
 
 
-def line(x: Any) -> str:
+def to_json(x: Any) -> str:
     return json.dumps(encode(x), ensure_ascii=False, allow_nan=False)
 
 
-def ledger_of(folder: Path) -> Ledger:
+def read_ledger(folder: Path) -> Ledger:
     path = folder / LEDGER
     ledger: Ledger = json.loads(path.read_text(encoding="utf-8"))["ids"] if path.exists() else {}
     return ledger
@@ -149,14 +151,14 @@ def ledger_of(folder: Path) -> Ledger:
 
 def write(folder: Path = FOLDER) -> list[Path]:
     """Write every file, and return the paths of those that changed."""
-    changed = differing(folder)
+    changed = changed_files(folder)
     for path, text in changed.items():
         path.write_text(text, encoding="utf-8")
     return list(changed)
 
 
-def violations(folder: Path = FOLDER) -> list[str]:
-    """Where the files do not follow the schema, or are not there."""
+def schema_violations(folder: Path = FOLDER) -> list[str]:
+    """Return where the files violate the schema or are missing."""
     jsonschema = import_module("jsonschema")  # of the extra `testing`
     validator = jsonschema.Draft202012Validator(json.loads((folder / "schema.json").read_text(encoding="utf-8")))
     found = []
@@ -166,7 +168,7 @@ def violations(folder: Path = FOLDER) -> list[str]:
     return found
 
 
-def differing(folder: Path = FOLDER) -> dict[Path, str]:
-    """The files that are not what would be written, with what would be."""
-    texts = {folder / name: text for name, text in contents(ledger_of(folder)).items()}
+def changed_files(folder: Path = FOLDER) -> dict[Path, str]:
+    """Return path → text for every file whose contents are not what would be written."""
+    texts = {folder / name: text for name, text in file_texts(read_ledger(folder)).items()}
     return {p: text for p, text in texts.items() if not p.exists() or p.read_text(encoding="utf-8") != text}

@@ -1,4 +1,4 @@
-"""The service client: clients of base models by name, as the hosted services' front door creates them."""
+"""The service client: it creates clients of base models by name, as the hosted services' own does."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ ModelBuilder = Callable[[], nn.Module | tuple[nn.Module, Any]]
 """Builds a base model, alone or with its tokenizer."""
 
 MODELS: dict[str, ModelBuilder] = {"Decoder": embedded_model}
-"""The base models of a service to which none are given."""
+"""The base models of a service that is created without ``models``."""
 
 
 @dataclass(frozen=True)
 class SupportedModel:
-    """A base model that clients can be created of. Memory alone limits the context length, hence None."""
+    """A base model that clients can use. Only memory limits the context length, so it is None."""
 
     model_name: str
     max_context_length: int | None = None
@@ -65,8 +65,8 @@ class LocalServiceClient:
         user_metadata: strings by name that every checkpoint of every training client carries.
         base_url, api_key, project_id: not used; nothing is sent.
 
-    ``base_model`` may be omitted where the service has one model alone. A client needs no waiting; code that expects
-    a future of it may call ``.result()`` or await it.
+    ``base_model`` may be omitted if the service has one model only. A client is returned at once; code that expects a
+    future may call ``.result()`` on it or await it.
 
     Raises LossInputError for models that are no functions by name, an unknown device or profile, or a budget that is no
     positive number.
@@ -103,7 +103,7 @@ class LocalServiceClient:
         self._lock = Lock()
 
     def get_server_capabilities(self) -> GetServerCapabilitiesResponse:
-        """Return the base models that clients can be created of."""
+        """Return the base models that clients can use."""
         return GetServerCapabilitiesResponse([SupportedModel(name) for name in self._models])
 
     def create_training_client(
@@ -126,7 +126,7 @@ class LocalServiceClient:
                 ``create_lora_training_client``.
             user_metadata: strings by name that every checkpoint of the client carries, beside those of the service.
 
-        Raises LossInputError for an unknown model, and for a part that is left out without adapters.
+        Raises LossInputError for an unknown model, and for a ``train_*`` that is False without adapters.
         """
         parts = {"train_mlp": train_mlp, "train_attn": train_attn, "train_unembed": train_unembed}
         if lora_rank != 0:
@@ -286,7 +286,7 @@ class LocalServiceClient:
         return next(iter(self._models)) if base_model is None and len(self._models) == 1 else base_model
 
     def _base_model(self, name: Any) -> tuple[nn.Module, Any]:
-        """Return a base model and its tokenizer, built at the first use. Clients get copies of it alone."""
+        """Return a base model and its tokenizer, built at the first use. Clients get copies, never the model itself."""
         if not isinstance(name, str) or name not in self._models:
             expected = f"one of {', '.join(map(repr, self._models))}"
             fix = "LocalServiceClient(models={name: build}) adds others."
@@ -301,7 +301,10 @@ class LocalServiceClient:
         return copy.deepcopy(self._base_model(name)[0]).to(self._device, self._dtype).eval()
 
     def _model_of_checkpoint(self, path: Any, base_model: str | None) -> tuple[str, nn.Module]:
-        """Return the name and the model that a checkpoint is of, with adapters, but with the base model's weights."""
+        """Return the name of a checkpoint's model and a copy of the base model, with the checkpoint's adapters.
+
+        The weights are still those of the base model.
+        """
         check_path("path", path)
         data = checkpoint.metadata(path)
         name: Any = data.get("model") if base_model is None else base_model

@@ -21,7 +21,6 @@ from lossfns.backend.client.requests import (
     refuse_existing,
 )
 from lossfns.backend.client.sampling import LocalSamplingClient
-from lossfns.backend.engine.differentiate import LossFn
 from lossfns.backend.engine.pooling import POOLS
 from lossfns.backend.engine.state import check_description, description, load_weights, stepped, weights
 from lossfns.backend.futures import APIFuture, async_of, async_submit, log
@@ -30,6 +29,7 @@ from lossfns.backend.storage import checkpoint
 from lossfns.backend.storage.folder import Processes
 from lossfns.backend.types import ForwardBackwardOutput, LoadWeightsResponse, OptimStepResponse, SaveResponse
 from lossfns.errors import LossInputError
+from lossfns.loss import LossFn
 
 
 class LocalTrainingClient(LocalReferenceClient):
@@ -79,7 +79,7 @@ class LocalTrainingClient(LocalReferenceClient):
         """Compute any loss ``(data, logprobs_list) -> (loss, metrics)`` and add its gradient to the accumulated one.
 
         Forward, loss and backward are one request, and nothing runs between them. A batch that fits the memory budget
-        takes one pass over the model; a function that is no loss of ``lossfns`` takes two for a larger one.
+        takes one pass over the model. A larger batch takes two, if the loss is not one of ``lossfns``.
 
         Args:
             data: datums with ``target_tokens``; the loss gets them as they are.
@@ -91,7 +91,7 @@ class LocalTrainingClient(LocalReferenceClient):
 
         The metrics are those of the loss, ``passes``, ``micro_batches`` and ``peak_memory`` (bytes), and those of the
         profile. Under ``"tinker"``, ``loss:sum`` is the loss and ``surrogate_loss:sum`` is Σ lp·∂L/∂lp. Under
-        ``"fireworks"``, ``loss:sum`` is the latter and ``response_tokens`` counts the entries with a gradient.
+        ``"fireworks"``, ``loss:sum`` is that surrogate and ``response_tokens`` counts the entries with a gradient.
 
         Raises LossInputError at the call for missing targets or an unknown option. The future raises it for a loss that
         breaks the contract or is not finite, and whatever the loss itself raises. Under ``"fireworks"`` the call waits
@@ -120,14 +120,14 @@ class LocalTrainingClient(LocalReferenceClient):
 
         Args:
             optim_params: ``AdamParams``, or any object with the same attributes.
-            grad_accumulation_normalization: what the gradient is divided by first: ``"num_loss_tokens"``, the positions
-                that have had a gradient since the last step, ``"num_sequences"``, the datums with such a position, or
-                nothing (``"none"``, None).
+            grad_accumulation_normalization: the count that divides the gradient before it is clipped:
+                ``"num_loss_tokens"``, the positions that have had a gradient since the last step;
+                ``"num_sequences"``, the datums with such a position; or none (``"none"``, None).
             adam_params: the former name of ``optim_params``.
 
         The result's metrics are ``grad_norm``, the norm after the division and before clipping, and ``lr``. The future
         raises LossInputError without a gradient, for a gradient that is not finite, for settings out of range, and
-        for a division of a loss that is a mean already. It raises NotRun if a gradient submitted before the step fails:
+        for a division of a loss that already is a mean. It raises NotRun if a gradient submitted before the step fails:
         part of the gradient would be missing.
         """
         if optim_params is not None and adam_params is not None:
@@ -262,14 +262,14 @@ class LocalTrainingClient(LocalReferenceClient):
         if output == "logprobs":
             check_custom_targets(data)
         # The loss gets the datums themselves, as from the services. The list is a copy: the caller may change it.
-        own = list(data) if isinstance(data, list) else data
+        datums = list(data) if isinstance(data, list) else data
         request = self._forward_backward_custom
-        return self._worker.submit_gradient(request, copy_data(data), own, loss_fn, output, pooling)
+        return self._worker.submit_gradient(request, copy_data(data), datums, loss_fn, output, pooling)
 
     # Run by the worker
 
     def _forward_backward(self, data: Any, loss_fn: Any, config: Any) -> ForwardBackwardOutput:
-        with self._engine.gradients.all_or_nothing():  # the response included
+        with self._engine.gradients.all_or_nothing():  # a failure of the response also drops the gradient
             result = self._engine.forward_backward(data, loss_fn, config)
             metrics = self._profile.builtin_metrics(loss_fn, result) | with_reductions(request_cost(result))
             return response(result, metrics)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from inspect import signature
 from typing import NamedTuple
 
@@ -25,36 +26,30 @@ class Forward(NamedTuple):
     """The forward pass of a request.
 
     Attributes:
-        name: the name of its outputs, ``"logprobs"`` or ``"embedding"``.
         inputs: the inputs of all datums.
         compute: ``compute(inputs, spare_bytes)`` returns the outputs of some of the datums, with their graph.
-        empty_output: outputs of no datum, in the shape and dtype and on the device of those that are to come.
+        empty_outputs: the outputs of all datums before they are computed: ``values`` has no rows, but the final
+            dtype, device and trailing dimensions.
     """
 
-    name: str
     inputs: ModelInputs
     compute: Callable[[ModelInputs, SpareBytes], Tensor]
-    empty_output: Tensor
-
-    @property
-    def form(self) -> Outputs:
-        """The outputs of all datums as they will be, still without rows."""
-        return self.outputs(self.empty_output)
+    empty_outputs: Outputs
 
     def micro_batch(self, part: slice, spare_bytes: SpareBytes) -> Tensor:
-        """Return the outputs of a micro-batch; refuse outputs for a backward pass that no parameter can move."""
-        own = self.inputs.part(part)
-        if len(own.tokens) < len(self.inputs.tokens):
-            trim_heap(self.empty_output.device)  # the micro-batch before it has freed memory
-        values = self.compute(own, spare_bytes)
+        """Return the outputs of a micro-batch; with gradients enabled, refuse outputs that no parameter can change."""
+        inputs = self.inputs.part(part)
+        if len(inputs.tokens) < len(self.inputs.tokens):
+            trim_heap(self.empty_outputs.values.device)  # the previous micro-batch has freed memory
+        values = self.compute(inputs, spare_bytes)
         if torch.is_grad_enabled() and not values.requires_grad:
             got, fix = "a model in which all that computes them is frozen", "Train a part that they depend on."
-            raise LossInputError(self.name, "outputs that parameters can move", got, fix)
+            raise LossInputError(self.empty_outputs.name, "outputs that parameters can move", got, fix)
         return values
 
     def outputs(self, values: Tensor) -> Outputs:
         """Return the outputs of all datums, given their values."""
-        return Outputs(self.name, values, self.inputs.output_lengths, self.inputs.tensor_class)
+        return self.empty_outputs._replace(values=values)
 
 
 def compute_logprobs(model: nn.Module, inputs: ModelInputs, spare_bytes: SpareBytes) -> Tensor:
@@ -65,7 +60,7 @@ def compute_logprobs(model: nn.Module, inputs: ModelInputs, spare_bytes: SpareBy
     return index_or_all(model_logprobs(model, rows, packed.targets, spare_bytes(len(hidden))), packed.inverse)
 
 
-def compute_embeddings(model: nn.Module, pool: Pool, inputs: ModelInputs, spare_bytes: SpareBytes) -> Tensor:
+def compute_embeddings(model: nn.Module, inputs: ModelInputs, spare_bytes: SpareBytes, pool: Pool) -> Tensor:
     """Return the pooled hidden states of each datum: [B, D], in float32 at least. No logits are computed."""
     packed, hidden = hidden_states(model, inputs)
     hidden = index_or_all(hidden, packed.hidden_rows)
@@ -73,10 +68,19 @@ def compute_embeddings(model: nn.Module, pool: Pool, inputs: ModelInputs, spare_
 
 
 def hidden_states(model: nn.Module, inputs: ModelInputs) -> tuple[PackedInputs, Tensor]:
-    """Return hidden states after the final norm. Prefixes in common are computed once, if the model can do so."""
+    """Return the packed inputs and the hidden states after the final norm.
+
+    Common prefixes are computed once if the model can share them.
+    """
     device = next(model.parameters()).device
-    if "parents" not in signature(model.forward).parameters:
+    if not takes_parents(type(model).forward):
         packed = pack_inputs(inputs, unshared, device)
         return packed, model(packed.tokens, packed.lengths)
     packed = pack_inputs(inputs, share_prefixes, device)
     return packed, model(packed.tokens, packed.lengths, packed.parents)
+
+
+@cache
+def takes_parents(forward: Callable[..., Tensor]) -> bool:
+    """Return whether a model's ``forward`` takes ``parents``, and so can continue a segment."""
+    return "parents" in signature(forward).parameters

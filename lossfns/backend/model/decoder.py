@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -14,22 +12,36 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lossfns.backend.model import lora
-from lossfns.backend.model.attention import Layout, route
-
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+from lossfns.backend.model.attention import Attend, Layout, choose_route
+from lossfns.backend.model.cache import Cache
 
 
 class Decoder(nn.Module):
-    """Causal transformer over packed sequences; ``Decoder(**model.shape)`` builds another like it."""
+    """Causal transformer over packed sequences.
+
+    Args:
+        vocab_size: V.
+        dim: D, width of the hidden states.
+        layers: transformer layers.
+        heads: query heads; each has dim / heads channels.
+        kv_heads: key and value heads; it divides ``heads``.
+        hidden: width of the MLP.
+        rope_theta: base of the rotary frequencies.
+        tied: whether embedding and unembedding share one weight.
+        seed: the seed of the initial weights, which are the same on every platform.
+
+    ``shape`` holds these arguments: ``Decoder(**model.shape)`` builds the same model with its initial weights.
+    """
 
     lora_targets: ClassVar[dict[str, tuple[str, ...]]] = {
         "mlp": ("gate_up", "down"),
         "attn": ("qkv", "out"),
         "unembed": ("unembed",),
     }
-    """The linear layers of each part, for ``lora.adapt``."""
+    """Names of the linear layers of each part, for ``lora.adapt``."""
+
     checkpointing = False
-    """Whether the backward pass computes each layer again, instead of keeping what is inside it."""
+    """Whether each layer keeps only its input for the backward pass, and runs again there."""
 
     def __init__(
         self,
@@ -56,12 +68,12 @@ class Decoder(nn.Module):
             "tied": tied,
             "seed": seed,
         }
-        self.kv_heads, self.head_dim, self.rope_theta = kv_heads, dim // heads, rope_theta
+        self.head_dim, self.rope_theta = dim // heads, rope_theta
         self.embed = nn.Embedding(vocab_size, dim)
         self.layers = nn.ModuleList(Layer(dim, heads, kv_heads, hidden) for _ in range(layers))
         self.norm = nn.RMSNorm(dim, eps=1e-6)
         self.unembed = nn.Linear(dim, vocab_size, bias=False, device="meta" if tied else None)
-        if tied:  # one weight in two layers: an adapter of the one leaves the other alone
+        if tied:  # two layers with one weight, so that an adapter of one does not change the other
             self.unembed.weight = self.embed.weight
         self._initialise(seed)
 
@@ -73,84 +85,57 @@ class Decoder(nn.Module):
             if weight.dim() == 2:
                 std = 0.02 if "embed" in name else weight.shape[1] ** -0.5
                 if name.endswith(("out.weight", "down.weight")):
-                    # Each layer adds two branches to the residual: together they start at unit variance.
+                    # Each layer adds two branches to the residual stream. With this scale, all branches together
+                    # start at unit variance.
                     std /= math.sqrt(2 * len(self.layers))
                 uniform = torch.rand(weight.shape, generator=generator, dtype=torch.float32, device="cpu")
                 weight.copy_((2 * uniform - 1) * (math.sqrt(3) * std))
 
     @property
     def head(self) -> Tensor:
-        """Unembedding weight [V, D], adapters included and in their precision: ``logits = hidden @ head.T``."""
+        """Unembedding weight [V, D], its adapter included: ``logits = hidden @ head.T``."""
         return lora.adapted_weight(self.unembed)
 
     @property
     def attention(self) -> str:
-        """The route that its attention takes."""
-        return route(self.embed.weight.device, self.embed.weight.dtype, self.head_dim)
+        """Name of the route that the attention of a packed batch takes, from ``choose_route``."""
+        return choose_route(self.embed.weight.device, self.embed.weight.dtype, self.head_dim)
 
     def forward(self, tokens: Tensor, lengths: Sequence[int], parents: Sequence[int | None] | None = None) -> Tensor:
-        """Hidden states [N, D] after the final norm, of segments laid end to end in ``tokens`` [N].
+        """Return hidden states [N, D] after the final norm.
 
-        Segment i continues the tokens of segment ``parents[i]``, as ``Layout`` has it; None begins a sequence.
+        Args:
+            tokens: [N] ids of the segments, end to end.
+            lengths: tokens of each segment.
+            parents: for each segment the index of the earlier segment that it continues, or None; see ``Layout``.
         """
         layout = Layout(lengths, parents, tokens.device)
-
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return layout.attend(q, k, v)
-
-        return self._run(tokens, layout.positions, attend)
+        return self._run(tokens, layout.positions, layout.attend)
 
     def prefill(self, tokens: Tensor, lengths: Sequence[int], max_new_tokens: int) -> tuple[Tensor, Cache]:
-        """Last hidden state of each packed prompt [B, D], and a cache with room for ``max_new_tokens`` more."""
-        layout = Layout(lengths, device=tokens.device)
-        size = (len(self.layers), len(lengths), self.kv_heads, max(lengths) + max_new_tokens, self.head_dim)
-        cache = Cache(
-            keys=self.embed.weight.new_zeros(size),
-            values=self.embed.weight.new_zeros(size),
-            lengths=torch.tensor(lengths, device=tokens.device),
-            longest=max(lengths),
-        )
-        rows, _ = layout.segments
+        """Read packed prompts. Return the hidden state of the last token of each, [B, D], and a cache of them.
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            cache.keys[layer][rows, :, layout.positions] = k
-            cache.values[layer][rows, :, layout.positions] = v
-            return layout.attend(q, k, v)
-
-        hidden = self._run(tokens, layout.positions, attend)
+        The cache holds ``max_new_tokens`` more tokens for each prompt.
+        """
+        layout, cache = Layout(lengths, device=tokens.device), Cache.empty(lengths, max_new_tokens, tokens.device)
+        hidden = self._run(tokens, layout.positions, cache.prefill(layout))
         return hidden[cache.lengths.cumsum(0) - 1], cache
 
     def step(self, tokens: Tensor, cache: Cache) -> Tensor:
-        """Hidden states [B, D] of one more token per row, ``tokens`` [B], which the cache takes in."""
-        rows = torch.arange(len(tokens), device=tokens.device)
-        positions, cache.lengths = cache.lengths, cache.lengths + 1
-        cache.longest += 1
-        seen = torch.arange(cache.longest, device=tokens.device) < cache.lengths[:, None]
+        """Append one token to each cached sequence, ``tokens`` [B]. Return the hidden states [B, D] of these tokens."""
+        return self._run(tokens, *cache.step())
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            cache.keys[layer][rows, :, positions] = k
-            cache.values[layer][rows, :, positions] = v
-            q, k, v = q[:, :, None], cache.keys[layer], cache.values[layer]
-            k, v = k[:, :, : cache.longest], v[:, :, : cache.longest]
-            return F.scaled_dot_product_attention(q, k, v, seen[:, None, None], enable_gqa=True).squeeze(2)
-
-        return self._run(tokens, positions, attend)
-
-    def _run(
-        self, tokens: Tensor, positions: Tensor, attend: Callable[[int, Tensor, Tensor, Tensor], Tensor]
-    ) -> Tensor:
-        """The layers over ``tokens`` [N]; only ``attend`` knows which tokens see one another."""
-        # In runs: the gradient of a frequent token is a sum over its occurrences, one after the other. Of a
-        # thousand datums in one call, rounding in it was more than in all other weights (1.2e-6 of its norm).
-        x: Tensor = torch.cat([self.embed(run) for run in torch.split(tokens, max(self.embed.num_embeddings, 1024))])
+    def _run(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """Run all layers over ``tokens`` [N]; only ``attend`` knows which tokens see one another."""
+        # The embedding is looked up in pieces. Its gradient adds the occurrences of a frequent token one after the
+        # other: with a thousand datums in one lookup, its rounding error exceeded that of all other weights (1.2e-6
+        # of its norm).
+        pieces = torch.split(tokens, max(self.embed.num_embeddings, 1024))
+        x: Tensor = torch.cat([self.embed(piece) for piece in pieces])
         rope = rotation(positions, self.head_dim, self.rope_theta, x.dtype)
-        for i, layer in enumerate(self.layers):
-            run = (
-                partial(checkpoint, layer, use_reentrant=False)
-                if self.checkpointing and torch.is_grad_enabled()
-                else layer
-            )
-            x = run(x, rope, partial(attend, i))
+        recompute = self.checkpointing and torch.is_grad_enabled()
+        for layer in self.layers:
+            x = checkpoint(layer, x, rope, attend, use_reentrant=False) if recompute else layer(x, rope, attend)
         hidden: Tensor = self.norm(x)
         return hidden
 
@@ -170,7 +155,7 @@ class Layer(nn.Module):
         self.down = nn.Linear(hidden, dim, bias=False)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
-        """x [N, D] -> [N, D]; ``attend`` maps q [N, H, d], k and v [N, Hkv, d] to [N, H, d]."""
+        """Return the residual stream [N, D] after this layer, from ``x`` [N, D] and the ``rotation`` of positions."""
         qkv: Tensor = self.qkv(self.attention_norm(x))
         q, k, v = torch.split(qkv.view(len(x), -1, self.head_dim), self.groups, dim=1)
         x = x + self.out(attend(rotate(q, rope), rotate(k, rope), v).flatten(1))
@@ -179,29 +164,16 @@ class Layer(nn.Module):
         return x
 
 
-@dataclass
-class Cache:
-    """Keys and values [L, B, Hkv, T, d], of which row ``b`` holds ``lengths[b]`` and none over ``longest``."""
-
-    keys: Tensor
-    values: Tensor
-    lengths: Tensor
-    longest: int
-
-    def select(self, rows: Tensor) -> Cache:
-        """The cache of the given rows, in that order; a row may be repeated."""
-        return Cache(self.keys[:, rows], self.values[:, rows], self.lengths[rows], self.longest)
-
-
 def rotation(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [N, 1, d/2] of the rotary angles; in float32, since bfloat16 cannot count past 256."""
+    """Return cosines and sines [N, 1, d/2] of the rotary angles."""
+    # The angles are float32: bfloat16 does not have the integers past 256.
     pair = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device)
     angle = positions[:, None, None] * theta ** (-pair / head_dim)
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Turns each pair (x[..., i], x[..., i + d/2]) of x [N, H, d] by its position's angle."""
+    """Rotate each pair (x[..., i], x[..., i + d/2]) of x [N, H, d] by the angle of its position."""
     cos, sin = rope
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)

@@ -1,4 +1,4 @@
-"""Batched sampling with a key-value cache."""
+"""Batched sampling of a model, with a key-value cache."""
 
 from __future__ import annotations
 
@@ -9,13 +9,19 @@ import torch
 from torch import Tensor
 
 from lossfns.backend.model.decoder import Decoder
-from lossfns.checks import number
+from lossfns.checks import check_number
 from lossfns.errors import LossInputError
 from lossfns.logprobs.linear import head_of
 
 
 class Sample(NamedTuple):
-    """Sampled tokens, a stop token included, and their logprobs under the full softmax at temperature 1."""
+    """A sampled sequence.
+
+    Attributes:
+        tokens: ids, the stop token included.
+        logprobs: for each token its logprob under the full softmax at temperature 1, whatever the sampling options.
+        stop_reason: ``"stop"`` after a stop token, ``"length"`` after ``max_tokens``.
+    """
 
     tokens: list[int]
     logprobs: list[float]
@@ -34,14 +40,27 @@ def generate(
     stop: Collection[int] = (),
     seed: int | None = None,
 ) -> list[Sample]:
-    """One sample per prompt, ended by a token in ``stop`` or after ``max_tokens``; temperature 0 is greedy.
+    """Sample one sequence for each prompt. A prompt that occurs several times is read once.
 
-    A prompt that occurs many times is read once. Without ``seed``, PyTorch's global generator draws.
+    Args:
+        model: a ``Decoder`` or ``hf.CausalLM``; it runs in eval mode.
+        prompts: token ids, at least one each.
+        max_tokens: the most tokens to sample for each prompt.
+        temperature: divides the logits; 0 takes the most probable token.
+        top_k: sample from the k most probable tokens; 0 or less keeps all.
+        top_p: sample from the fewest tokens whose probabilities sum to ``top_p`` or more; applied after ``top_k``.
+        stop: ids that end a sequence.
+        seed: the seed of the draws; None uses PyTorch's global generator.
+
+    Raises:
+        LossInputError: an empty prompt, or a temperature or ``top_p`` out of range.
     """
     if not all(map(len, prompts)):
         raise LossInputError("prompt", "at least one token", "none", "Start from the end-of-sequence token.")
-    number("temperature", temperature, "0, or a finite number above 1e-6", lambda x: x == 0 or x > 1e-6, "0 is greedy.")
-    number("top_p", top_p, "a number in (0, 1]", lambda x: 0 < x <= 1, "1 keeps all of the distribution.")
+    check_number(
+        "temperature", temperature, "0, or a finite number above 1e-6", lambda x: x == 0 or x > 1e-6, "0 is greedy."
+    )
+    check_number("top_p", top_p, "a number in (0, 1]", lambda x: 0 < x <= 1, "1 keeps all of the distribution.")
     if not prompts:
         return []
     head = head_of(model)
@@ -52,38 +71,38 @@ def generate(
     tokens = torch.zeros(len(prompts), max_tokens, dtype=torch.long, device=device)
     logprobs = torch.zeros(len(prompts), max_tokens, device=device)
     counts = torch.zeros(len(prompts), dtype=torch.long, device=device)
-    rows = torch.arange(len(prompts), device=device)  # the prompts still being continued
+    rows = torch.arange(len(prompts), device=device)  # the sequences that have not ended
     training = model.training
     model.eval()
     distinct = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
     packed = torch.tensor([token for prompt in distinct for token in prompt], device=device)
     hidden, cache = model.prefill(packed, [len(prompt) for prompt in distinct], max_tokens)
-    which = torch.tensor([distinct[tuple(prompt)] for prompt in prompts], device=device)
-    hidden, cache = hidden[which], cache.select(which)
+    prompt_index = torch.tensor([distinct[tuple(prompt)] for prompt in prompts], device=device)
+    hidden, cache = hidden[prompt_index], cache.select(prompt_index)
     for t in range(max_tokens):
         logits = head.logits(hidden).float()
-        chosen = pick(logits, temperature, top_k, top_p, generator)
+        chosen = draw(logits, temperature, top_k, top_p, generator)
         tokens[rows, t] = chosen
         logprobs[rows, t] = logits.log_softmax(1).gather(1, chosen[:, None]).squeeze(1)
         counts[rows] += 1
-        going = (~torch.isin(chosen, stops)).nonzero().squeeze(1)
-        if len(going) < len(rows):
-            rows, chosen, cache = rows[going], chosen[going], cache.select(going)
+        unfinished = (~torch.isin(chosen, stops)).nonzero().squeeze(1)
+        if len(unfinished) < len(rows):
+            rows, chosen, cache = rows[unfinished], chosen[unfinished], cache.select(unfinished)
         if len(rows) == 0 or t == max_tokens - 1:
             break
         hidden = model.step(chosen, cache)
     model.train(training)
 
-    unfinished = set(rows.tolist())
+    cut_off = set(rows.tolist())
     columns = zip(tokens.tolist(), logprobs.tolist(), counts.tolist(), strict=True)
     return [
-        Sample(row[:n], logprob[:n], "length" if i in unfinished else "stop")
+        Sample(row[:n], logprob[:n], "length" if i in cut_off else "stop")
         for i, (row, logprob, n) in enumerate(columns)
     ]
 
 
-def pick(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None) -> Tensor:
-    """One token per row of logits [B, V], from the tempered softmax cut to its ``top_k``, then to ``top_p``."""
+def draw(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None) -> Tensor:
+    """Draw one token [B] for each row of logits [B, V], with the options of ``generate``."""
     if temperature == 0:
         return logits.argmax(1)
     probs = (logits / temperature).softmax(1)

@@ -1,10 +1,13 @@
-"""Causal language models of ``transformers`` in the place of our own decoder; needs the extra ``hf``."""
+"""Causal language models of ``transformers`` as models of the backend. Needs the extra ``hf``.
+
+``CausalLM`` replaces a model's attention by ``Layout.attend``, so that it runs on packed sequences with shared
+prefixes. Everything else is the library's own code.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from types import MethodType
@@ -15,80 +18,94 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lossfns.backend.model import lora
-from lossfns.backend.model.attention import Layout, route
+from lossfns.backend.model.attention import Attend, Layout, choose_route
+from lossfns.backend.model.cache import Cache
 from lossfns.errors import LossInputError
 from lossfns.logprobs.linear import head_of
-
-Attend = Callable[..., Tensor]
-"""``attend(q [N, H, d], k, v [N, Hkv, d], scale=, window=, softcap=) -> [N, H, d]``."""
 
 
 def load(
     source: str | Path, *, dtype: torch.dtype | str = "auto", device: str | torch.device = "cpu"
 ) -> tuple[CausalLM, Any]:
-    """Model and tokenizer from a folder, the name of a repository or a GGUF file: an entry of a service's ``models``.
+    """Load a model and its tokenizer: the pair that an entry of a service's ``models`` returns.
 
-    ``dtype="auto"`` keeps the file's own; what a GGUF file has quantised becomes float32.
+    Args:
+        source: a folder, a GGUF file, or the name of a repository.
+        dtype: ``"auto"`` keeps the dtype of the file; quantised weights of a GGUF file become float32.
+        device: the device to put the model on.
+
+    Raises:
+        LossInputError: nothing is found at ``source``.
 
     >>> from lossfns.backend import LocalServiceClient
     >>> service = LocalServiceClient({"smollm2": lambda: load("SmolLM2-135M-Instruct.Q4_1.gguf")})
     """
-    path, given = Path(source), {}
+    path, options = Path(source), {}
     if path.suffix == ".gguf":
-        source, given = path.parent, {"gguf_file": path.name}
+        source, options = path.parent, {"gguf_file": path.name}
     hf = transformers()
     try:
-        model = hf.AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation="eager", **given)
-        tokenizer = hf.AutoTokenizer.from_pretrained(source, **given)
+        model = hf.AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation="eager", **options)
+        tokenizer = hf.AutoTokenizer.from_pretrained(source, **options)
     except OSError as error:
         expected, got = "a folder, a GGUF file or the name of a repository", f"{path} ({str(error).splitlines()[0]})"
-        raise LossInputError("source", expected, got, "Is the path right, and the repository within reach?") from error
+        raise LossInputError("source", expected, got, "Check the path, or the connection.") from error
     return CausalLM(model).to(device), tokenizer
 
 
 class CausalLM(nn.Module):
-    """A causal language model of ``transformers`` over packed sequences, in eval mode and with our attention.
+    """A causal language model of ``transformers`` over packed sequences, in eval mode.
 
-    The model that is given is taken over, not copied. A few tokens go through it first: one that computes
-    something else of packed sequences than of each alone is refused, as are attention sinks and chunks. Those
-    that mix tokens other than by attention (Mamba and other hybrids) are thus refused, and those whose
-    attention or head has parts unknown here.
+    Args:
+        model: for example from ``AutoModelForCausalLM.from_pretrained``. It is changed in place, not copied.
+
+    Attributes:
+        model: the model of ``transformers``.
+        context_length: the most tokens that a sequence may have.
+        shape: architecture and settings, as a checkpoint records them.
+        lora_targets: names of the linear layers of each part, for ``lora.adapt``.
+
+    Raises:
+        LossInputError: not a causal language model, or one that cannot be packed. Before and after its attention is
+            replaced, a few tokens go through the model, and the logits are compared. That refuses models that mix
+            tokens other than by attention (Mamba and other hybrids) and models whose attention or head has parts
+            that are not known here. Attention sinks and chunked attention are refused by name.
     """
 
     def __init__(self, model: Any) -> None:
         super().__init__()
-        register()
-        known = isinstance(model, transformers().PreTrainedModel)
-        if not known or not model.can_generate() or model.config.is_encoder_decoder:
+        register_attention()
+        pretrained = isinstance(model, transformers().PreTrainedModel)
+        if not pretrained or not model.can_generate() or model.config.is_encoder_decoder:
             fix = "Pass AutoModelForCausalLM.from_pretrained(...)."
             raise LossInputError("model", "a causal language model of transformers", f"a {type(model).__name__}", fix)
         self.model = model.eval()
-        self.context = context(model.config.get_text_config())
-        self.shape = described(model)
-        self.lora_targets = parts(self)
-        check(self)
+        self.context_length = context_length(model.config.get_text_config())
+        self.shape = architecture(model)
+        self.lora_targets = linear_layers_by_part(self)
+        check_packing(self)
 
     # The head
 
     @property
     def head(self) -> Tensor:
-        """Unembedding weight [V, D], adapters included and in their precision."""
+        """Unembedding weight [V, D], its adapter included."""
         return lora.adapted_weight(self.model.get_output_embeddings())
 
     @property
     def head_bias(self) -> Tensor | None:
-        """[V], or None."""
+        """Bias [V] of the unembedding, or None."""
         bias: Tensor | None = getattr(self.model.get_output_embeddings(), "bias", None)
         return bias
 
     @property
     def head_softcap(self) -> float | None:
-        """c of logits c·tanh(z / c), as Gemma 2 has it."""
+        """c of the logits c·tanh(z / c), as in Gemma 2, or None."""
         return getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
 
     @property
     def head_temperature(self) -> float:
-        """What logits are divided by: Granite's scaling, or one over Cohere's."""
+        """Divisor of the logits: Granite's ``logits_scaling``, or 1 / ``logit_scale`` of Cohere; else 1."""
         config = self.model.config.get_text_config()
         return float(getattr(config, "logits_scaling", None) or 1 / (getattr(config, "logit_scale", None) or 1))
 
@@ -96,50 +113,34 @@ class CausalLM(nn.Module):
 
     @property
     def attention(self) -> str:
-        """The route that its attention takes."""
+        """Name of the route that the attention of a packed batch takes, from ``choose_route``."""
         config, weight = self.model.config.get_text_config(), self.model.get_output_embeddings().weight
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         softcap = getattr(config, "attn_logit_softcapping", None) is not None
-        return route(weight.device, weight.dtype, head_dim, softcap)
+        return choose_route(weight.device, weight.dtype, head_dim, softcap)
 
     def forward(self, tokens: Tensor, lengths: Sequence[int], parents: Sequence[int | None] | None = None) -> Tensor:
-        """Hidden states [N, D] after the final norm, of segments laid end to end in ``tokens`` [N]."""
-        before = [0 if parent is None else lengths[parent] for parent in parents or [None] * len(lengths)]
-        self._check_length(max(map(sum, zip(before, lengths))), "model_input", "Cut it.")
+        """Return hidden states [N, D] after the final norm; the arguments are those of ``Decoder.forward``."""
         layout = Layout(lengths, parents, tokens.device)
+        self._check_length(layout.max_key_length, "model_input", "Shorten it.")
         return self._run(tokens, layout.positions, layout.attend)
 
     def prefill(self, tokens: Tensor, lengths: Sequence[int], max_new_tokens: int) -> tuple[Tensor, Cache]:
-        """Last hidden state of each packed prompt [B, D], and a cache with room for ``max_new_tokens`` more."""
+        """Read packed prompts. Return the hidden state of the last token of each, [B, D], and a cache of them.
+
+        The cache holds ``max_new_tokens`` more tokens for each prompt.
+        """
         self._check_length(max(lengths) + max_new_tokens, "max_tokens", "Ask for fewer, or shorten the prompt.")
-        layout = Layout(lengths, device=tokens.device)
-        rows = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).to(tokens.device)
-        cache = Cache([], torch.tensor(lengths, device=tokens.device), max(lengths))
-
-        def attend(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-            kept = [x.new_zeros(len(lengths), cache.longest + max_new_tokens, *x.shape[1:]) for x in (k, v)]
-            cache.layers.append([to.index_put((rows, layout.positions), x) for to, x in zip(kept, (k, v))])
-            return layout.attend(q, k, v, **options)
-
-        hidden = self._run(tokens, layout.positions, attend)
+        layout, cache = Layout(lengths, device=tokens.device), Cache.empty(lengths, max_new_tokens, tokens.device)
+        hidden = self._run(tokens, layout.positions, cache.prefill(layout))
         return hidden[cache.lengths.cumsum(0) - 1], cache
 
     def step(self, tokens: Tensor, cache: Cache) -> Tensor:
-        """Hidden states [B, D] of one more token per row, ``tokens`` [B], which the cache takes in."""
-        rows = torch.arange(len(tokens), device=tokens.device)
-        positions, cache.lengths = cache.lengths, cache.lengths + 1
-        cache.longest += 1
-        layers = iter(cache.layers)  # attention is called in the same order as in prefill
-
-        def attend(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-            keys, values = next(layers)
-            keys[rows, positions], values[rows, positions] = k, v
-            return attend_one(q, keys[:, : cache.longest], values[:, : cache.longest], positions, **options)
-
-        return self._run(tokens, positions, attend)
+        """Append one token to each cached sequence, ``tokens`` [B]. Return the hidden states [B, D] of these tokens."""
+        return self._run(tokens, *cache.step())
 
     def _run(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """The model without its head over ``tokens`` [N]; only ``attend`` knows which see one another."""
+        """Run the model without its head over ``tokens`` [N]; only ``attend`` knows which tokens see one another."""
         output = self.model.base_model(
             input_ids=tokens[None], position_ids=positions[None], use_cache=False, attend=attend
         )
@@ -147,27 +148,27 @@ class CausalLM(nn.Module):
         return hidden
 
     def _check_length(self, longest: int, field: str, fix: str) -> None:
-        if longest > self.context:
-            expected = f"sequences of at most {self.context} tokens, the context of the model"
+        if longest > self.context_length:
+            expected = f"sequences of at most {self.context_length} tokens, the context of the model"
             raise LossInputError(field, expected, f"{longest}", fix)
 
     # Memory and precision
 
     @property
     def checkpointing(self) -> bool:
-        """Whether each layer keeps its input alone and runs again in the backward pass; may be set."""
+        """Whether each layer keeps only its input for the backward pass, and runs again there. It can be set."""
         return any("forward" in vars(layer) for layer in self._layers())
 
     @checkpointing.setter
     def checkpointing(self, on: bool) -> None:
-        # Not by the library's own switch, which is for training mode and so brings dropout with it.
+        # The library's own switch works only in training mode, which also turns dropout on.
         if on and not self._layers():
             got, fix = f"{type(self.model).__name__}, which names none", "Leave checkpointing off."
             raise LossInputError("checkpointing", "a model with layers to run again", got, fix)
         for layer in self._layers():
             vars(layer).pop("forward", None)
             if on:
-                layer.forward = MethodType(recomputed, layer)
+                layer.forward = MethodType(checkpointed_forward, layer)
 
     def _layers(self) -> list[nn.Module]:
         from transformers.modeling_layers import GradientCheckpointingLayer
@@ -175,7 +176,7 @@ class CausalLM(nn.Module):
         return [module for module in self.modules() if isinstance(module, GradientCheckpointingLayer)]
 
     def _apply(self, fn: Any, recurse: bool = True) -> CausalLM:
-        """``to`` and its like, except that buffers keep their dtype: rotary frequencies are of no use in bfloat16."""
+        """Move or convert parameters; buffers are moved but keep their dtype, as rotary frequencies need float32."""
         before = [(module, name, x) for module in self.modules() for name, x in module._buffers.items()]
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for module, name, x in before:
@@ -184,70 +185,36 @@ class CausalLM(nn.Module):
         return self
 
 
-def recomputed(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """A layer's forward, of which nothing is kept for the backward pass but its input."""
+def checkpointed_forward(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Run a layer, and keep only its input for the backward pass."""
     return checkpoint(
         partial(type(layer).forward, layer), *args, use_reentrant=False, preserve_rng_state=False, **kwargs
     )
 
 
-# Sampling
-
-
-@dataclass
-class Cache:
-    """Keys and values [B, T, Hkv, d] of each layer; row ``b`` holds ``lengths[b]`` of them, none over ``longest``."""
-
-    layers: list[list[Tensor]]
-    lengths: Tensor
-    longest: int
-
-    def select(self, rows: Tensor) -> Cache:
-        """The cache of the given rows, in that order; a row may be repeated."""
-        return Cache([[x[rows] for x in layer] for layer in self.layers], self.lengths[rows], self.longest)
-
-
-def attend_one(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    positions: Tensor,
-    *,
-    scale: float | None = None,
-    window: int | None = None,
-    softcap: float | None = None,
-) -> Tensor:
-    """q [B, H, d], each at its position, over the cached k and v [B, T, Hkv, d] -> [B, H, d]."""
-    groups = q.view(len(q), k.shape[2], -1, q.shape[-1])
-    scores = torch.einsum("bkgd,btkd->bkgt", groups, k).float() * (scale or q.shape[-1] ** -0.5)
-    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
-    ago = positions[:, None] - torch.arange(k.shape[1], device=q.device)
-    seen = (ago >= 0) & (ago < (window or math.inf))
-    weights = scores.masked_fill(~seen[:, None, None], -math.inf).softmax(-1).to(v.dtype)
-    return torch.einsum("bkgt,btkd->bkgd", weights, v).flatten(1, 2)
-
-
 # Our attention, as transformers calls it
 
-NAME = "lossfns"
-HARMLESS = {"position_ids", "use_cache", "output_attentions", "is_causal"}
+ATTENTION = "lossfns"
+"""The name of our attention in a model's configuration."""
+
+IGNORED_KEYWORDS = {"position_ids", "use_cache", "output_attentions", "is_causal"}
 """Keywords that change nothing here: positions are in queries and keys already, and all attention is causal."""
 
 
-def register() -> None:
-    """Make ``NAME`` a way to attend that a model's configuration can name."""
-    transformers().AttentionInterface.register(NAME, attention)
-    transformers().AttentionMaskInterface.register(NAME, mask)
+def register_attention() -> None:
+    """Make ``ATTENTION`` an attention that a model's configuration can name."""
+    transformers().AttentionInterface.register(ATTENTION, attention_forward)
+    transformers().AttentionMaskInterface.register(ATTENTION, attention_window)
 
 
-def mask(*args: Any, use_vmap: bool = False, local_size: int | None = None, **kwargs: Any) -> int | None:
-    """In the place of a mask how many tokens a layer sees, None for all: the layout knows the rest."""
+def attention_window(*args: Any, use_vmap: bool = False, local_size: int | None = None, **kwargs: Any) -> int | None:
+    """Return, in place of a mask, how many tokens a layer sees; None is all. The layout knows the rest."""
     if use_vmap:
-        raise unknown("a mask of its own")
+        raise attention_error("a mask of its own")
     return local_size
 
 
-def attention(
+def attention_forward(
     module: nn.Module,
     q: Tensor,
     k: Tensor,
@@ -261,53 +228,58 @@ def attention(
     dropout: float = 0.0,
     **more: Any,
 ) -> tuple[Tensor, None]:
-    """q [1, H, N, d], k and v [1, Hkv, N, d] -> [1, N, H, d], by whoever knows which tokens see one another."""
-    others = sorted(name for name, value in more.items() if value is not None and name not in HARMLESS)
+    """Attend from q [1, H, N, d] to k and v [1, Hkv, N, d] by ``attend``; refuse keywords that it does not take.
+
+    Returns:
+        [1, N, H, d], and None in place of the attention weights.
+    """
+    others = sorted(name for name, value in more.items() if value is not None and name not in IGNORED_KEYWORDS)
     if others:
-        raise unknown(f"{type(module).__name__} with {', '.join(others)}")
+        raise attention_error(f"{type(module).__name__} with {', '.join(others)}")
     if attention_mask != sliding_window:
         seen = f"{attention_mask or 'all'} tokens by its mask, {sliding_window or 'all'} by its window"
-        raise unknown(f"{type(module).__name__}, which sees {seen}")
+        raise attention_error(f"{type(module).__name__}, which sees {seen}")
     if dropout:
-        raise unknown(f"dropout of {dropout} in training mode")
+        raise attention_error(f"dropout of {dropout} in training mode")
     if attend is None:
-        raise unknown(f"{type(module).__name__}, to which the model does not pass keywords on")
+        raise attention_error(f"{type(module).__name__}, to which the model does not pass keywords on")
     q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
     return attend(q, k, v, scale=scaling, window=sliding_window, softcap=softcap)[None], None
 
 
-def unknown(got: str) -> LossInputError:
+def attention_error(got: str) -> LossInputError:
+    """The error for a model whose attention is not known here."""
     expected = "causal attention, with or without a sliding window and a softcap"
     return LossInputError("model", expected, got, "It would be computed wrongly here.")
 
 
-# What a model is
+# Properties of a model
 
 
-def context(config: Any) -> float:
-    """How many tokens a sequence may have at most."""
-    known = [getattr(config, "max_position_embeddings", None)]
+def context_length(config: Any) -> float:
+    """Return the most tokens that a sequence may have, infinity where the configuration has no limit."""
+    limits = [getattr(config, "max_position_embeddings", None)]
     rope = getattr(config, "rope_parameters", None) or {}
     for kind in [rope, *(x for x in rope.values() if isinstance(x, dict))]:
         if kind.get("rope_type") in ("dynamic", "longrope"):
-            # Beyond this length its frequencies depend on the longest sequence of a batch.
-            known.append(kind.get("original_max_position_embeddings"))
-    return min((n for n in known if n), default=math.inf)
+            # Beyond this length the rotary frequencies depend on the longest sequence of a batch.
+            limits.append(kind.get("original_max_position_embeddings"))
+    return min((n for n in limits if n), default=math.inf)
 
 
-INCIDENTAL = ("token_id", "dtype", "version", "use_cache", "quantization_config")
+UNRELATED_SETTINGS = ("token_id", "dtype", "version", "use_cache", "quantization_config")
 """Endings of settings that do not change what a model computes from given weights."""
 
 
-def described(model: Any) -> dict[str, Any]:
-    """The architecture and its settings, for checkpoints."""
+def architecture(model: Any) -> dict[str, Any]:
+    """Return the architecture and its settings, as a checkpoint records them."""
     config = model.config.to_diff_dict()
-    kept = {key: value for key, value in config.items() if key[0] != "_" and not key.endswith(INCIDENTAL)}
+    kept = {key: value for key, value in config.items() if key[0] != "_" and not key.endswith(UNRELATED_SETTINGS)}
     return {"architecture": type(model).__name__, **kept}
 
 
-def parts(model: CausalLM) -> dict[str, tuple[str, ...]]:
-    """The linear layers of attention, of all else and of the head, for ``lora.adapt``."""
+def linear_layers_by_part(model: CausalLM) -> dict[str, tuple[str, ...]]:
+    """Return the names of the linear layers of attention, of the head, and of all else as the MLP."""
     head = model.model.get_output_embeddings()
     linear = [(name, module) for name, module in model.named_modules() if lora.is_linear(module)]
     attn = [name for name, module in linear if module is not head and "att" in name]
@@ -317,52 +289,57 @@ def parts(model: CausalLM) -> dict[str, tuple[str, ...]]:
 
 
 @torch.no_grad()
-def check(model: CausalLM) -> None:
-    """Set our attention, and refuse a model that gives other logits with it, packed, than alone and with its own."""
-    lengths, parents = [2, 2, 5], [None, 0, 0]  # most tokens come after some that they must not see
+def check_packing(model: CausalLM) -> None:
+    """Switch a model to our attention; refuse it if packed sequences then have other logits than by the model's own."""
+    lengths, parents = [2, 2, 5], [None, 0, 0]  # most tokens follow tokens that they must not see
     vocabulary = model.model.get_input_embeddings().num_embeddings
     prefix, first, second = (torch.arange(1, 10, device=model.head.device) * 7919 % vocabulary).split(lengths)
     model.model.set_attn_implementation("eager")
-    one, two = (
-        model.model(input_ids=torch.cat((prefix, rest))[None], use_cache=False).logits[0] for rest in (first, second)
+    first_alone, second_alone = (
+        model.model(input_ids=torch.cat((prefix, suffix))[None], use_cache=False).logits[0]
+        for suffix in (first, second)
     )
-    model.model.set_attn_implementation(NAME)
+    model.model.set_attn_implementation(ATTENTION)
     try:
-        packed, beside = (
-            head_of(model).logits(model(torch.cat((prefix, rest, second)), lengths, parents)).float()
-            for rest in (first, first.flip(0))
+        packed, other_neighbour = (
+            head_of(model).logits(model(torch.cat((prefix, suffix, second)), lengths, parents)).float()
+            for suffix in (first, first.flip(0))
         )
     except LossInputError:
         raise
     except Exception as error:
-        raise refused(model, f"{type(error).__name__}: {error}") from error
-    away, eps = distance(packed, torch.cat((one, two[len(prefix) :])).float()), torch.finfo(model.head.dtype).eps
-    if not away < eps**0.5:
-        raise refused(model, f"logits that differ by {away:.1%}")
-    # In half precision a short convolution is no more than that. But by the same kernels, its neighbour shows.
-    away = distance(beside[-len(second) :], packed[-len(second) :])
-    if not away < eps**0.75:
-        raise refused(model, f"logits that another sequence changes by {away:.1%}")
+        raise packing_error(model, f"{type(error).__name__}: {error}") from error
+    alone, eps = torch.cat((first_alone, second_alone[len(prefix) :])).float(), torch.finfo(model.head.dtype).eps
+    difference = relative_difference(packed, alone)
+    if not difference < eps**0.5:
+        raise packing_error(model, f"logits that differ by {difference:.1%}")
+    # In half precision, the effect of a short convolution is no larger than the rounding differences between two
+    # kernels. So our attention runs twice, with different neighbours of the last sequence. If sequences do not affect
+    # one another, its logits are nearly equal.
+    difference = relative_difference(other_neighbour[-len(second) :], packed[-len(second) :])
+    if not difference < eps**0.75:
+        raise packing_error(model, f"logits that another sequence changes by {difference:.1%}")
 
 
-def distance(a: Tensor, b: Tensor) -> float:
-    """How far logits [N, V] are from others, relative to how they spread: as softmax sees them, of the median token.
+def relative_difference(a: Tensor, b: Tensor) -> float:
+    """Return ‖a − b‖ / ‖b‖ of logits [N, V], each centred over V (softmax ignores a shift), for the median token.
 
-    The median, since rounding may send a token to another expert.
+    The median, because rounding may send a token to another expert.
     """
-    centred = (b - b.mean(1, keepdim=True)).norm(dim=1)
-    away = (a - b - (a - b).mean(1, keepdim=True)).norm(dim=1)
-    return float((away / centred).median())
+    scale = (b - b.mean(1, keepdim=True)).norm(dim=1)
+    difference = (a - b - (a - b).mean(1, keepdim=True)).norm(dim=1)
+    return float((difference / scale).median())
 
 
-def refused(model: CausalLM, got: str) -> LossInputError:
-    fix = "Only models whose tokens meet in attention alone, by transformers' AttentionInterface, can be packed."
-    expected = f"of a {type(model.model).__name__} the same for packed sequences as for each alone"
+def packing_error(model: CausalLM, got: str) -> LossInputError:
+    """The error for a model that cannot be packed."""
+    expected = f"a {type(model.model).__name__} with the same logits for packed sequences as alone"
+    fix = "Only models whose tokens interact in attention alone, by transformers' AttentionInterface, can be packed."
     return LossInputError("model", expected, got, fix)
 
 
 def transformers() -> Any:
-    """The library, or an error that names the extra."""
+    """Import the library, or raise an error that names the extra."""
     try:
         import transformers
     except ImportError as error:

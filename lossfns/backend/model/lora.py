@@ -1,4 +1,4 @@
-"""Low-rank adapters on the linear layers of a model, by ``peft``; needs the extra ``lora``."""
+"""Low-rank adapters (LoRA) on the linear layers of a model, by ``peft``. Needs the extra ``lora``."""
 
 from __future__ import annotations
 
@@ -10,25 +10,39 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lossfns.checks import number
+from lossfns.checks import check_number
 from lossfns.errors import LossInputError
 
 ALPHA = 32
-"""The hosted services' numerator of the scale, whatever the rank."""
+"""Numerator of the scale alpha / rank. The hosted services take 32 for every rank."""
+
 ADAPTER = "default"
+"""The name of the adapter within ``peft``."""
 
 
 def adapt(
     model: nn.Module, *, rank: int, parts: Collection[str], alpha: float = ALPHA, seed: int | None = None
 ) -> nn.Module:
-    """Freeze a model and put adapters on its ``parts``, in place: y = x(W + alpha/rank·BA)ᵀ.
+    """Freeze a model and put adapters on its ``parts``, in place: y = x·(W + alpha/rank·B·A)ᵀ.
 
-    A [rank, in] is uniform in ±1/√in from ``seed`` (None takes another one each time), B [out, rank] is zero:
-    at first the model computes what it did. Both are float32 at least. ``model.lora_targets`` names the linear
-    layers of each part, as in ``Decoder``; with ``"unembed"``, the model's ``head`` has to contain its adapter.
+    A [rank, in] is uniform in ±1/√in, and B [out, rank] is zero, so that the model's outputs do not change at first.
+    Both are float32 or better.
+
+    Args:
+        model: its ``lora_targets`` names the linear layers of each part, as in ``Decoder``.
+        rank: at least 1.
+        parts: keys of ``lora_targets``. With ``"unembed"``, ``model.head`` has to include the adapter.
+        alpha: numerator of the scale.
+        seed: the seed of A; None draws a new one each time.
+
+    Returns:
+        The model. Its attribute ``lora`` holds the settings, for checkpoints.
+
+    Raises:
+        LossInputError: settings out of range, or a part without linear layers.
     """
-    check(model, rank, parts, alpha, seed)
-    targets = [name for part in parts for name in named(model)[part]]
+    check_settings(model, rank, parts, alpha, seed)
+    targets = [name for part in parts for name in layers_by_part(model)[part]]
     config = peft().LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets)
     peft().inject_adapter_in_model(config, model, ADAPTER)
     initialise(adapted_layers(model), seed)
@@ -41,8 +55,8 @@ def adapt(
 
 @torch.no_grad()
 def initialise(adapters: list[Any], seed: int | None) -> None:
-    """Drawn on the CPU, so that a seed is the same adapter on every device; ``peft`` has set B to zero."""
-    generator = torch.Generator("cpu")
+    """Convert adapters to float32 or better and draw A. ``peft`` has set B to zero."""
+    generator = torch.Generator("cpu")  # on the CPU, so that a seed gives the same adapter on every device
     generator.seed() if seed is None else generator.manual_seed(seed)
     for module in adapters:
         module.lora_A.to(torch.promote_types(module.weight.dtype, torch.float32))
@@ -52,12 +66,12 @@ def initialise(adapters: list[Any], seed: int | None) -> None:
 
 
 def adapted_layers(model: nn.Module) -> list[Any]:
-    """The layers that have an adapter."""
+    """Return the layers that have an adapter."""
     return [module for module in model.modules() if hasattr(module, "lora_A")]
 
 
 def adapted_weight(layer: Any) -> Tensor:
-    """A linear layer's weight [out, in], with its adapter if there is one that is on, and in its precision."""
+    """Return a linear layer's weight [out, in], with its adapter added, in the adapter's dtype, if one is enabled."""
     weight: Tensor = layer.weight
     if not getattr(layer, "disable_adapters", True):
         for adapter in layer.active_adapters:
@@ -67,7 +81,7 @@ def adapted_weight(layer: Any) -> Tensor:
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """Without its adapters the model is what it was before it was adapted: the reference policy, on one copy."""
+    """Switch all adapters off in a ``with`` block, where the model then is its base model, the reference policy."""
     flags = [(p, p.requires_grad) for p in model.parameters()]
     on = [layer for layer in adapted_layers(model) if not layer.disable_adapters]
     for layer in on:
@@ -77,12 +91,12 @@ def disabled(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in on:
             layer.enable_adapters(True)
-        for p, flag in flags:  # which enabling sets for all adapters
+        for p, flag in flags:  # enable_adapters changes them
             p.requires_grad_(flag)
 
 
 def peft() -> Any:
-    """The library, or an error that names the extra."""
+    """Import the library, or raise an error that names the extra."""
     try:
         import peft
     except ImportError as error:
@@ -90,8 +104,8 @@ def peft() -> Any:
     return peft
 
 
-def named(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """The model's linear layers by part."""
+def layers_by_part(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Return the names of the model's linear layers by part."""
     targets = getattr(model, "lora_targets", None)
     if not isinstance(targets, dict):
         got = f"a {type(model).__name__} without lora_targets"
@@ -100,36 +114,36 @@ def named(model: nn.Module) -> dict[str, tuple[str, ...]]:
     return targets
 
 
-def check(model: nn.Module, rank: Any, parts: Collection[str], alpha: Any, seed: Any) -> None:
-    """Refuse what would adapt nothing, or something else than was asked for."""
-    if not is_whole(rank) or rank < 1:
+def check_settings(model: nn.Module, rank: Any, parts: Collection[str], alpha: Any, seed: Any) -> None:
+    """Refuse settings out of range, and parts whose layers the model does not have."""
+    if not is_integer(rank) or rank < 1:
         fix = "create_training_client trains all parameters."
         raise LossInputError("rank", "a whole number of at least 1", repr(rank), fix)
-    number("alpha", alpha, "a finite number above 0", lambda x: x > 0, "At 0 adapters change nothing.")
-    if seed is not None and (not is_whole(seed) or not 0 <= seed < 2**63):
+    check_number("alpha", alpha, "a finite number above 0", lambda x: x > 0, "At 0 adapters change nothing.")
+    if seed is not None and (not is_integer(seed) or not 0 <= seed < 2**63):
         raise LossInputError("seed", "a whole number in [0, 2^63), or None", repr(seed), "None draws one.")
     if not parts:
         fix = "At least one of train_mlp, train_attn, or train_unembed must be True."
         raise LossInputError("train_mlp", "a part to train", "none", fix)
-    ends = {end for name, module in model.named_modules() if is_linear(module) for end in endings(name)}
+    known = {end for name, module in model.named_modules() if is_linear(module) for end in path_suffixes(name)}
     for part in parts:
-        unknown = sorted(set(named(model).get(part, ())) - ends)
-        if unknown or not named(model).get(part):
+        unknown = sorted(set(layers_by_part(model).get(part, ())) - known)
+        if unknown or not layers_by_part(model).get(part):
             got = f"no linear layer {unknown[0]!r}" if unknown else "none in lora_targets"
             fix = f"Correct the model's lora_targets, or pass train_{part}=False."
             raise LossInputError("base_model", f"linear layers of part {part!r}", got, fix)
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether it is a layer of a kind that is adapted; GPT-2 has its own."""
+    """Return whether a module is a linear layer that can be adapted. GPT-2 has a class of its own, ``Conv1D``."""
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
-def endings(name: str) -> list[str]:
-    """What a module may be called: a.b.c is also b.c and c."""
+def path_suffixes(name: str) -> list[str]:
+    """Return the names by which ``lora_targets`` may call a module: a.b.c, b.c and c."""
     path = name.split(".")
     return [".".join(path[i:]) for i in range(len(path))]
 
 
-def is_whole(value: Any) -> bool:
+def is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)

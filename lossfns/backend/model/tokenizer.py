@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 
 class ByteTokenizer:
-    """UTF-8 bytes as ids 0 to 255, and one end-of-sequence id after them."""
+    """Tokenizer of UTF-8 bytes, ids 0 to 255, with the end-of-sequence token as id 256."""
 
     eos_token = "<|eos|>"
     eos_token_id = 256
@@ -16,9 +16,10 @@ class ByteTokenizer:
         return self.vocab_size
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
-        """The text's bytes, and the end of sequence if special tokens are asked for."""
-        return [*text.encode("utf-8")] + [self.eos_token_id] * add_special_tokens
+        """Return the text's bytes; with ``add_special_tokens`` the end of sequence follows."""
+        ids = [*text.encode("utf-8")]
+        return [*ids, self.eos_token_id] if add_special_tokens else ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of the ids; the end of sequence is dropped, broken UTF-8 becomes U+FFFD."""
+        """Return the text. The end of sequence is dropped, and broken UTF-8 becomes U+FFFD."""
         return bytes(i for i in ids if i != self.eos_token_id).decode("utf-8", errors="replace")

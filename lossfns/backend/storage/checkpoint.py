@@ -1,4 +1,4 @@
-"""Checkpoints: tensors and plain data under one path, which is a file or, of many processes, a folder."""
+"""Checkpoints: tensors and plain data under one path, which is a file, or a folder if many processes write it."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from lossfns.backend.storage.folder import Processes
 def save(
     path: str | Path, tensors: Mapping[str, Tensor], data: Mapping[str, Any], processes: Processes = folder.ONE
 ) -> Path:
-    """Write a checkpoint: one process a file, many a folder.
+    """Write a checkpoint: a file if one process writes, a folder if many do.
 
     Args:
         path: where to write. A checkpoint that is there is replaced once the new one is whole and on the disk.
-        tensors: dense tensors by name; those of many processes may be sharded (``DTensor``).
+        tensors: dense tensors by name; in a folder they may be sharded (``DTensor``).
         data: anything that JSON can hold.
         processes: those that call this together.
 
@@ -40,8 +40,8 @@ def load(
     Args:
         path: a file or a folder.
         processes: those that call this together.
-        empty_for: ``empty_for(name, shape, dtype)`` is the tensor that one of a folder is loaded into. Tensors of a
-            file are whole.
+        empty_for: ``empty_for(name, shape, dtype)`` makes the tensor to load ``name`` of a folder into. Tensors of a
+            file are loaded whole.
 
     Raises:
         LossInputError: naming the path, unless it holds a whole checkpoint.
@@ -58,7 +58,7 @@ def metadata(path: str | Path) -> dict[str, Any]:
 
 
 def exists(path: Path) -> bool:
-    """Whether there is a checkpoint. A folder that a killed save has left is none."""
+    """Whether there is a checkpoint. A folder that a killed save has left does not count."""
     return path.is_file() or (path / folder.META).is_file()
 
 

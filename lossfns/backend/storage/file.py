@@ -35,7 +35,7 @@ def save(path: str | Path, tensors: Mapping[str, Tensor], data: Mapping[str, Any
     Until then, an older file under this path stays as it was.
     """
     path = Path(path)
-    arrays = {name: raw(name, x) for name, x in tensors.items()}
+    arrays = {name: stored_array(name, x) for name, x in tensors.items()}
     dtypes = {name: str(x.dtype) for name, x in tensors.items()}
     arrays["meta"] = np.frombuffer(to_json({"format": FORMAT, "dtypes": dtypes, "data": dict(data)}), np.uint8)
     try:
@@ -55,7 +55,7 @@ def save(path: str | Path, tensors: Mapping[str, Tensor], data: Mapping[str, Any
 
 
 def load(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the tensors and the data; refuse, by its name, a file whose bytes are not those that were written."""
+    """Return the tensors and the data. Refuse a file whose bytes have changed; the error names the file."""
     with opened(path) as (archive, meta):
         with open(path, "rb") as file:
             if archive.comment != digest(file):
@@ -75,12 +75,12 @@ DIGEST = 64
 
 
 def digest(file: IO[bytes]) -> bytes:
-    """Return the SHA-256 of all of the file but its last ``DIGEST`` bytes, in hexadecimal."""
-    left, sha = file.seek(-DIGEST, os.SEEK_END), hashlib.sha256()
+    """Return the SHA-256 of the file without its last ``DIGEST`` bytes, in hexadecimal."""
+    remaining, sha = file.seek(-DIGEST, os.SEEK_END), hashlib.sha256()
     file.seek(0)
-    while left:
-        chunk = file.read(min(left, 2**20))
-        left -= len(chunk)
+    while remaining:
+        chunk = file.read(min(remaining, 2**20))
+        remaining -= len(chunk)
         sha.update(chunk)
     return sha.hexdigest().encode()
 
@@ -122,8 +122,8 @@ def to_json(content: Mapping[str, Any]) -> bytes:
         raise LossInputError("data", "what JSON can hold", str(error), "Keep it as text or numbers.") from error
 
 
-def raw(name: str, x: Tensor) -> np.ndarray:
-    """Return a tensor as the file holds it. numpy has no bfloat16, so its bits are stored as integers."""
+def stored_array(name: str, x: Tensor) -> np.ndarray:
+    """Return a tensor as the array to store. numpy has no bfloat16, so its bits are stored as integers."""
     if not isinstance(name, str) or name in ("", "meta") or "\0" in name:
         raise LossInputError("tensors", "names that a file can hold", repr(name), "Rename it.")
     try:
@@ -137,7 +137,10 @@ def raw(name: str, x: Tensor) -> np.ndarray:
 
 @contextmanager
 def opened(path: str | Path) -> Iterator[tuple[zipfile.ZipFile, dict[str, Any]]]:
-    """Open an archive and its meta. Damaged bytes can raise nearly any error: each becomes one that names the file."""
+    """Open an archive and its meta.
+
+    Damaged bytes can raise nearly any error: all become a LossInputError that names the file.
+    """
     try:
         if not Path(path).exists():
             raise LossInputError("path", "a checkpoint", f"no file {path}", "Was it saved elsewhere?")
@@ -145,7 +148,7 @@ def opened(path: str | Path) -> Iterator[tuple[zipfile.ZipFile, dict[str, Any]]]
             raise LossInputError("path", "a checkpoint", f"{path}, which is no file", "Name the file.")
         with zipfile.ZipFile(path) as archive:
             meta = json.loads(bytes(array(archive, "meta")))
-            if newer(meta["format"]):
+            if is_newer(meta["format"]):
                 got = f"{path}, written by a newer version of lossfns ({meta['format']})"
                 raise LossInputError("path", f"a {FORMAT} file", got, "Update lossfns.")
             if meta["format"] != FORMAT or not isinstance(meta["data"], dict):
@@ -158,7 +161,7 @@ def opened(path: str | Path) -> Iterator[tuple[zipfile.ZipFile, dict[str, Any]]]
         raise LossInputError("path", f"a whole {FORMAT} file", got, "It is truncated, corrupt or foreign.") from error
 
 
-def newer(form: str) -> bool:
+def is_newer(form: str) -> bool:
     """Whether a format is that of a later version."""
     family, _, version = form.rpartition("-")
     return family == FAMILY and version.isdecimal() and int(version) > VERSION

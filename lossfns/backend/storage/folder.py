@@ -1,4 +1,4 @@
-"""A checkpoint in a folder, which many processes write: each of them the tensors, or shards, that it has.
+"""A checkpoint in a folder, to which many processes write the tensors, or shards of tensors, that they have.
 
 ``meta.json`` names the subfolder with the tensors (safetensors, which any number of processes can read), and has the
 data and the SHA-256 of every file. Replacing it replaces the checkpoint: at any time it is the old one or the new one.
@@ -33,14 +33,14 @@ def call(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 class Processes(NamedTuple):
-    """The processes that save or load together, as one of them sees them; by default, this one alone.
+    """The processes that save or load together, from the view of one of them. By default, it is the only one.
 
     Attributes:
-        rank, size: which of them this one is, and how many there are.
-        group: their process group, of ``torch.distributed``.
-        gather: ``gather(x)`` returns the list of what each process passes.
-        on_rank_zero: ``on_rank_zero(function, *arguments)`` returns on each process the result of the first.
-        all_or_none: ``all_or_none(function, *arguments)`` returns the result, or raises on each if one fails.
+        rank, size: the rank of this process, and the number of processes.
+        group: the process group of ``torch.distributed``.
+        gather: ``gather(x)`` returns the list of the values that the processes pass.
+        on_rank_zero: ``on_rank_zero(function, *arguments)`` returns the result of rank 0 on every process.
+        all_or_none: ``all_or_none(function, *arguments)`` returns the result; if one process fails, all raise.
     """
 
     rank: int = 0
@@ -67,14 +67,14 @@ def save(path: str | Path, tensors: Mapping[str, Tensor], data: Mapping[str, Any
 
     A tensor that has several names is written once.
     """
-    from torch.distributed.checkpoint.api import CheckpointException  # takes half a second, which files need not spend
+    from torch.distributed.checkpoint.api import CheckpointException  # imported here: it takes half a second
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
     from torch.distributed.checkpoint.state_dict_saver import save as write
 
     path = Path(path)
-    part = processes.on_rank_zero(begin, path, data)
-    first: dict[int, str] = {}
-    tied = {name: first[id(x)] for name, x in tensors.items() if first.setdefault(id(x), name) != name}
+    part = processes.on_rank_zero(create_part, path, data)
+    first_names: dict[int, str] = {}  # of each tensor, by its id
+    tied = {name: first_names[id(x)] for name, x in tensors.items() if first_names.setdefault(id(x), name) != name}
     try:
         writer = HuggingFaceStorageWriter(str(path / part), save_distributed=True)
         written = {name: x for name, x in tensors.items() if name not in tied}
@@ -82,7 +82,7 @@ def save(path: str | Path, tensors: Mapping[str, Tensor], data: Mapping[str, Any
         meta = {"part": part, "files": checksums(path / part, processes), "tied": tied, "data": dict(data)}
         processes.on_rank_zero(commit, path, {"format": FORMAT, **meta})
     except (OSError, CheckpointException) as error:
-        processes.on_rank_zero(sweep, path)
+        processes.on_rank_zero(remove_other_parts, path)
         raise LossInputError("path", "a place to write to", f"{path} ({error})", "Choose another.") from error
     return path
 
@@ -92,7 +92,7 @@ def load(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the tensors and the data, whatever number of processes has written them.
 
-    ``empty_for(name, shape, dtype)`` is the tensor that a stored one is loaded into.
+    ``empty_for(name, shape, dtype)`` makes the tensor to load ``name`` into.
     """
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.state_dict_loader import load as read
@@ -148,11 +148,11 @@ def seal(meta: Mapping[str, Any]) -> str:
 
 def checksums(part: Path, processes: Processes) -> dict[str, str]:
     """Return the SHA-256 of every file; each process reads some of them."""
-    own = processes.all_or_none(own_checksums, part, processes.rank, processes.size)
-    return {name: sha for each in processes.gather(own) for name, sha in each.items()}
+    local = processes.all_or_none(local_checksums, part, processes.rank, processes.size)
+    return {name: sha for each in processes.gather(local) for name, sha in each.items()}
 
 
-def own_checksums(part: Path, rank: int, size: int) -> dict[str, str]:
+def local_checksums(part: Path, rank: int, size: int) -> dict[str, str]:
     """Return the SHA-256 of every ``size``-th file, from number ``rank`` on."""
     return {file.name: sha256(file) for file in sorted(part.iterdir())[rank::size]} if part.is_dir() else {}
 
@@ -165,7 +165,7 @@ def sha256(path: Path) -> str:
 # Steps of rank 0
 
 
-def begin(path: Path, data: Mapping[str, Any]) -> str:
+def create_part(path: Path, data: Mapping[str, Any]) -> str:
     """Make a new subfolder for tensors, and return its name."""
     if importlib.util.find_spec("safetensors") is None:
         raise ImportError("checkpoints of many processes need safetensors: pip install 'lossfns[ranks]'")
@@ -183,10 +183,10 @@ def commit(path: Path, meta: Mapping[str, Any]) -> None:
     sync(path / meta["part"])
     with replacing(path / META) as file:
         file.write(json.dumps({"seal": seal(meta), "meta": meta}).encode())
-    sweep(path)
+    remove_other_parts(path)
 
 
-def sweep(path: Path) -> None:
+def remove_other_parts(path: Path) -> None:
     """Remove the tensors of other checkpoints: of older ones, and of a save that was killed."""
     current = read_meta(path)["part"] if (path / META).exists() else None
     for part in path.glob("*.part"):

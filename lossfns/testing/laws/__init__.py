@@ -1,8 +1,8 @@
-"""Laws every loss obeys: plain functions ``law(loss_fn, data, logprobs)`` that assume only the contract.
+"""Laws that correct losses obey: plain functions ``law(loss_fn, data, logprobs)`` that assume only the contract.
 
-A law raises ``LawBroken`` with the bug that it most likely is, or ``NotApplicable``. The first line of its
-docstring says what holds. Laws stand in the order of diagnosis: what breaks an early one often breaks
-later ones too, so the first that fails names the bug.
+A law raises ``LawBroken``, which names the most likely bug, or ``NotApplicable``. The first line of its docstring
+states the law. The laws of a kind stand in the order of diagnosis: a bug that breaks an early law often breaks later
+ones as well, so the first broken law names the bug.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ ADVANTAGES: tuple[AdvantageLaw, ...] = (
     advantages.deviation,
 )
 
-CRAFTED = frozenset(
+SELF_CONTAINED = frozenset(
     (
         contract.token_ids,
         contract.precision,
@@ -162,7 +162,7 @@ CRAFTED = frozenset(
         preference.margin_metrics,
     )
 )
-"""Laws that make their own batches, and take from the one they are given no more than its columns: once is enough."""
+"""Laws that make their own batches and use only the column names of the given one. They run once."""
 
-GROUPS = {"any": ALL, "policy": POLICY, "supervised": SUPERVISED, "preference": PREFERENCE}
-"""The laws of each kind of loss; ``any`` is for a loss that is none of the others."""
+LAWS_BY_KIND = {"any": ALL, "policy": POLICY, "supervised": SUPERVISED, "preference": PREFERENCE}
+"""Kind → laws; ``any`` is the kind of a loss that fits no other kind."""

@@ -1,4 +1,4 @@
-"""Laws of group advantages: a function ``(rewards, groups) -> advantages``, one number for each reward."""
+"""Laws of group advantages, functions ``(rewards, groups) -> advantages`` with one number for each reward."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import inspect
 import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
 
-from lossfns.testing.laws.base import apart, demand, suppose
+from lossfns.testing.laws.base import assume, relative_difference, require
 
 AdvantageFn = Callable[..., Iterable[float]]
 AdvantageLaw = Callable[[AdvantageFn, Sequence[float], Sequence[Hashable]], None]
 
 
-def listed(fn: AdvantageFn, rewards: Sequence[float], groups: Sequence[Hashable]) -> list[float]:
-    """The advantages as floats; the groups go second, or by name where they must."""
+def advantages_of(fn: AdvantageFn, rewards: Sequence[float], groups: Sequence[Hashable]) -> list[float]:
+    """Return the advantages as floats. Groups are passed second, or by name where they are keyword-only."""
     try:
         inspect.signature(fn).bind(rewards, groups)
     except TypeError:
@@ -21,8 +21,8 @@ def listed(fn: AdvantageFn, rewards: Sequence[float], groups: Sequence[Hashable]
     return [float(a) for a in fn(list(rewards), list(groups))]
 
 
-def members(groups: Sequence[Hashable]) -> dict[Hashable, list[int]]:
-    """The indices of each group, in order of first appearance."""
+def group_members(groups: Sequence[Hashable]) -> dict[Hashable, list[int]]:
+    """Return the indices of each group, in order of first appearance."""
     found: dict[Hashable, list[int]] = {}
     for i, group in enumerate(groups):
         found.setdefault(group, []).append(i)
@@ -31,14 +31,14 @@ def members(groups: Sequence[Hashable]) -> dict[Hashable, list[int]]:
 
 def alone(fn: AdvantageFn, rewards: Sequence[float], groups: Sequence[Hashable]) -> None:
     """A group of one has advantage 0."""
-    (one,) = listed(fn, [1.0], ["alone"])
-    demand(one == 0, "group-of-one-nan", f"A group of one has the advantage {one}.")
+    (one,) = advantages_of(fn, [1.0], ["alone"])
+    require(one == 0, "group-of-one-nan", f"A group of one has the advantage {one}.")
 
 
 def constant(fn: AdvantageFn, rewards: Sequence[float], groups: Sequence[Hashable]) -> None:
-    """Where all rewards of a group agree, its advantages are 0, to rounding."""
-    result = listed(fn, [0.7] * 8, ["same"] * 8)
-    demand(
+    """Where all rewards of a group are equal, its advantages are 0 up to rounding."""
+    result = advantages_of(fn, [0.7] * 8, ["same"] * 8)
+    require(
         all(abs(a) < 1e-6 for a in result),
         "constant-group-noise",
         f"Eight rewards of 0.7 have the advantages {result}.",
@@ -46,37 +46,37 @@ def constant(fn: AdvantageFn, rewards: Sequence[float], groups: Sequence[Hashabl
 
 
 def groupwise(fn: AdvantageFn, rewards: Sequence[float], groups: Sequence[Hashable]) -> None:
-    """Groups are told apart by their ids, wherever their members stand, and do not feel one another."""
-    whole = listed(fn, rewards, groups)
-    parts = members(groups)
-    own = {g: listed(fn, [rewards[i] for i in where], [g] * len(where)) for g, where in parts.items()}
-    apart_ids = all(apart([whole[i] for i in where], own[g]) < 1e-5 for g, where in parts.items())
-    if apart_ids:
+    """Groups are identified by their ids, in any order, and do not affect one another."""
+    whole = advantages_of(fn, rewards, groups)
+    parts = group_members(groups)
+    own = {g: advantages_of(fn, [rewards[i] for i in where], [g] * len(where)) for g, where in parts.items()}
+    separate = all(relative_difference([whole[i] for i in where], own[g]) < 1e-5 for g, where in parts.items())
+    if separate:
         return
     order = [i for where in parts.values() for i in where]
-    sorted_ = listed(fn, [rewards[i] for i in order], [groups[i] for i in order])
-    together = apart(sorted_, [a for g in parts for a in own[g]]) < 1e-5
+    sorted_ = advantages_of(fn, [rewards[i] for i in order], [groups[i] for i in order])
+    together = relative_difference(sorted_, [a for g in parts for a in own[g]]) < 1e-5
     seen = f"Rewards {list(rewards)} of groups {list(groups)} have the advantages {whole}; each group by itself, {own}."
-    demand(False, "groups-by-position" if together else "groups-ignored", seen)
+    require(False, "groups-by-position" if together else "groups-ignored", seen)
 
 
 def centred(fn: AdvantageFn, rewards: Sequence[float], groups: Sequence[Hashable]) -> None:
     """The advantages of a group sum to 0."""
-    result = listed(fn, [1.0, 0.0, 0.5, 0.0], ["a"] * 4)
-    demand(abs(math.fsum(result)) < 1e-4, "not-centred", f"Rewards 1, 0, 0.5, 0 have the advantages {result}.")
+    result = advantages_of(fn, [1.0, 0.0, 0.5, 0.0], ["a"] * 4)
+    require(abs(math.fsum(result)) < 1e-4, "not-centred", f"Rewards 1, 0, 0.5, 0 have the advantages {result}.")
 
 
 def ordered(fn: AdvantageFn, rewards: Sequence[float], groups: Sequence[Hashable]) -> None:
     """Within a group, a higher reward has the higher advantage."""
-    result = listed(fn, [0.0, 3.0, 1.0], ["a"] * 3)
-    demand(result[0] < result[2] < result[1], "order-lost", f"Rewards 0, 3, 1 have the advantages {result}.")
+    result = advantages_of(fn, [0.0, 3.0, 1.0], ["a"] * 3)
+    require(result[0] < result[2] < result[1], "order-lost", f"Rewards 0, 3, 1 have the advantages {result}.")
 
 
 def deviation(fn: AdvantageFn, rewards: Sequence[float], groups: Sequence[Hashable]) -> None:
-    """Scaled advantages of a group of n have Σ A² = n − 1: the standard deviation has n − 1 below."""
-    one, ten = (listed(fn, [x, -x, 0.0], ["a"] * 3) for x in (1.0, 10.0))
-    suppose(apart(one, ten) < 1e-3, "it does not scale")
+    """Scaled advantages of a group of n have Σ A² = n − 1: the standard deviation divides by n − 1."""
+    one, ten = (advantages_of(fn, [x, -x, 0.0], ["a"] * 3) for x in (1.0, 10.0))
+    assume(relative_difference(one, ten) < 1e-3, "it does not scale")
     squares = math.fsum(a * a for a in one)
     seen = f"Rewards 1, −1, 0 have advantages with Σ A² = {squares:g}, not 2."
-    demand(not math.isclose(squares, 3, rel_tol=1e-3), "std-over-n", seen)
-    demand(math.isclose(squares, 2, rel_tol=1e-2), "constant-factor", seen)
+    require(not math.isclose(squares, 3, rel_tol=1e-3), "std-over-n", seen)
+    require(math.isclose(squares, 2, rel_tol=1e-2), "constant-factor", seen)

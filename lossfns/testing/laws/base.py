@@ -1,4 +1,4 @@
-"""What every law is made of: measuring a loss on a batch, and saying what is broken."""
+"""The parts of a law: measure a loss on a batch, edit batches, and report a broken law."""
 
 from __future__ import annotations
 
@@ -10,44 +10,54 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lossfns.testing.batch import ALIASES, Batch, Rows
+from lossfns.inspect.probe import ALIASES
+from lossfns.testing.batch import Batch, Rows
 from lossfns.testing.bugs import BUGS
 
 LossFn = Callable[..., tuple[Tensor, dict[str, float]]]
 Law = Callable[[LossFn, Sequence[Any], Sequence[Tensor]], None]
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-4}
-"""How far two numbers that should be equal may be apart, relative to the larger, by the dtype of the loss.
+"""dtype of the loss → the largest accepted difference of two equal numbers, relative to the larger one.
 
-Laws compare a loss with itself, over sums and exponentials: a thousand roundings fit, no bug does.
+Laws compare a loss with itself, over sums and exponentials. The tolerance leaves room for a thousand roundings.
 """
 
 
 class LawBroken(AssertionError):
-    """A loss breaks a law: the bug it most likely has, and in words what was seen where."""
+    """A loss breaks a law. ``bug`` is the most likely bug, ``seen`` the observation in words."""
 
     def __init__(self, bug: str, seen: str) -> None:
-        super().__init__(f"{seen} Likely bug: {bug}: {BUGS[bug].words}.")
+        super().__init__(f"{seen} Likely bug: {bug}: {BUGS[bug].description}.")
         self.bug, self.seen = bug, seen
 
 
 class NotApplicable(Exception):
-    """This batch, or this loss, gives the law nothing to test."""
+    """The law does not apply to this batch or this loss."""
 
 
-def demand(holds: bool, bug: str, seen: str) -> None:
+def require(holds: bool, bug: str, seen: str) -> None:
+    """Raise LawBroken unless the condition holds."""
     if not holds:
         raise LawBroken(bug, seen)
 
 
-def suppose(holds: bool, why: str) -> None:
+def assume(holds: bool, why: str) -> None:
+    """Raise NotApplicable unless the condition holds."""
     if not holds:
         raise NotApplicable(why)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a call gave: the value, the gradient of each datum's logprobs (zeros for none) and the metrics."""
+    """The result of a call and its backward pass.
+
+    Attributes:
+        value: the loss.
+        gradients: ∂L/∂logprobs of each datum, zeros where it is None.
+        metrics: the metrics as they were returned.
+        missing: the indices of the datums whose gradient is None.
+    """
 
     value: float
     gradients: Rows
@@ -61,7 +71,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Probe:
-    """A loss under test and the batch it is tested on: the one way a law measures."""
+    """A loss under test with the batch and the dtype of a law. Calling it measures the loss."""
 
     loss_fn: LossFn
     batch: Batch
@@ -72,23 +82,25 @@ class Probe:
         return cls(loss_fn, Batch.of(data, logprobs), logprobs[0].dtype)
 
     def __call__(self, batch: Batch | None = None, loss_fn: LossFn | None = None) -> Outcome:
-        """Value and gradients on a batch; an exception, or no loss at all, breaks the contract."""
+        """Return the outcome on a batch. A call that fails breaks the contract."""
         batch, loss_fn = batch or self.batch, loss_fn or self.loss_fn
-        return measured(loss_fn, batch.data(), batch.tensors(self.dtype))
+        return measure(loss_fn, batch.data(), batch.tensors(self.dtype))
 
     def gradients(self, batch: Batch | None = None) -> Rows:
+        """Return the gradients on a batch."""
         return self(batch).gradients
 
-    def same(self, a: Any, b: Any, scale: float = 1.0) -> bool:
-        """Whether two nested lists of numbers agree to the tolerance of the dtype, nan with nan."""
-        return apart(a, b) <= scale * TOLERANCE.get(self.dtype, 5e-2)
+    def close(self, a: Any, b: Any, scale: float = 1.0) -> bool:
+        """Return whether two nested lists of numbers agree to ``scale`` times the tolerance; nan equals nan."""
+        return relative_difference(a, b) <= scale * TOLERANCE.get(self.dtype, 5e-2)
 
-    def on(self, batch: Batch) -> Probe:
+    def with_batch(self, batch: Batch) -> Probe:
+        """Return the probe with another batch."""
         return replace(self, batch=batch)
 
 
-def measured(loss_fn: LossFn, data: Sequence[Any], logprobs: list[Tensor]) -> Outcome:
-    """Call, backward and bring everything to the host."""
+def measure(loss_fn: LossFn, data: Sequence[Any], logprobs: list[Tensor]) -> Outcome:
+    """Call a loss, run backward, and return the outcome as plain numbers."""
     try:
         value, metrics = loss_fn(data, logprobs)
         if value.requires_grad:
@@ -103,9 +115,9 @@ def measured(loss_fn: LossFn, data: Sequence[Any], logprobs: list[Tensor]) -> Ou
     return Outcome(float(value.detach()), [g.flatten().tolist() for g in zeros], metrics, missing)
 
 
-def apart(a: Any, b: Any) -> float:
-    """The largest difference of two nested lists of numbers, relative to the largest number in them."""
-    x, y = list(flat(a)), list(flat(b))
+def relative_difference(a: Any, b: Any) -> float:
+    """Return the largest difference of two nested lists of numbers, relative to the largest number in them."""
+    x, y = list(flatten(a)), list(flatten(b))
     if len(x) != len(y) or any(math.isnan(p) != math.isnan(q) for p, q in zip(x, y)):
         return math.inf
     gaps = [0.0 if p == q or math.isnan(p) else abs(p - q) for p, q in zip(x, y)]
@@ -113,61 +125,62 @@ def apart(a: Any, b: Any) -> float:
     return max(gaps, default=0.0) / (size or 1.0)
 
 
-def flat(x: Any) -> Iterator[float]:
+def flatten(x: Any) -> Iterator[float]:
+    """Yield the numbers of a nested list in order."""
     if isinstance(x, (list, tuple)):
         for item in x:
-            yield from flat(item)
+            yield from flatten(item)
     else:
         yield float(x)
 
 
-# Batches made from the drawn one
+# Batches made from the given one
 
 
-def filled(batch: Batch, **columns: float) -> Batch:
-    """The batch with columns set to one number everywhere; logprobs and weights too."""
+def with_constants(batch: Batch, **columns: float) -> Batch:
+    """Return the batch with each of these columns set to one number; logprobs and weights are allowed."""
     constant = {name: [[x] * len(row) for row in batch.weights] for name, x in columns.items()}
     return batch.having(**constant)
 
 
-def neutral(batch: Batch) -> Batch:
-    """Policy, old policy, sampler and reference all the same: ratio 1, KL 0, margin 0."""
+def on_policy_batch(batch: Batch) -> Batch:
+    """Return the batch with the logprobs of every other policy equal to the policy's: ratio 1, KL 0, margin 0."""
     like = {name: batch.logprobs for name in batch.columns if name.endswith("_logprobs")}
     return batch.having(**like)
 
 
-def put(rows: Rows, i: int, j: int, value: float) -> Rows:
-    """The rows with one slot set."""
+def with_slot(rows: Rows, i: int, j: int, value: float) -> Rows:
+    """Return the rows with one slot set to a value."""
     return [[value if (k, t) == (i, j) else x for t, x in enumerate(row)] for k, row in enumerate(rows)]
 
 
-def moved(rows: Rows, slots: Iterable[tuple[int, int]], by: float) -> Rows:
-    """The rows with these slots shifted by a number."""
+def shifted(rows: Rows, slots: Iterable[tuple[int, int]], by: float) -> Rows:
+    """Return the rows with a number added in these slots."""
     chosen = set(slots)
     return [[x + by if (k, t) in chosen else x for t, x in enumerate(row)] for k, row in enumerate(rows)]
 
 
 def slots(batch: Batch, active: bool = True) -> list[tuple[int, int]]:
-    """(datum, position) of every slot that is active, or that is not."""
+    """Return (datum, position) of every active slot, or of every inactive one."""
     return [(i, j) for i, row in enumerate(batch.weights) for j, w in enumerate(row) if (w != 0) == active]
 
 
-def stretched(batch: Batch, least: int) -> Batch:
-    """Every row repeated until it has at least so many positions."""
+def repeat_rows(batch: Batch, least: int) -> Batch:
+    """Repeat each row until it has at least ``least`` positions."""
     width = batch.targets or 1
     return batch.map(lambda rows: [row * -(-least * width // len(row)) for row in rows])
 
 
 def unpoisoned(batch: Batch) -> Batch:
-    """Plain numbers in the inactive slots too."""
+    """Return the batch with −1 in every inactive slot."""
     clean = batch.map(lambda rows: [[x if w else -1.0 for x, w in zip(r, ws)] for r, ws in zip(rows, batch.weights)])
     return replace(clean, weights=batch.weights)
 
 
-def single(batch: Batch, *, length: int = 1, datums: int = 1, **columns: float) -> Batch:
-    """Datums of a few equal active tokens: the smallest batch with the columns of this one.
+def uniform_batch(batch: Batch, *, length: int = 1, datums: int = 1, **columns: float) -> Batch:
+    """Return datums of equal active tokens, with the columns of ``batch``.
 
-    Logprobs −2, weights 1 and advantages 1 unless given; the other policies' logprobs equal the policy's.
+    Logprobs are −2, weights 1 and advantages 1 unless given. The other policies' logprobs equal the policy's.
     """
     width = length * (batch.targets or 1)
     base = {"logprobs": -2.0, "weights": 1.0, "advantages": 1.0} | columns
@@ -176,62 +189,66 @@ def single(batch: Batch, *, length: int = 1, datums: int = 1, **columns: float) 
         return [[x] * width for _ in range(datums)]
 
     named = {name: rows(base.get(name, base["logprobs"])) for name in batch.columns}
-    # The candidates of a position differ in weight: equal ones would hide that they are renormalised.
-    apart = [[w / 2 ** (j % (batch.targets or 1)) for j, w in enumerate(row)] for row in rows(base["weights"])]
-    return Batch(rows(base["logprobs"]), apart, named, batch.targets)
+    # The targets of a position differ in weight: equal weights would hide that a loss renormalises them.
+    relative_difference = [
+        [w / 2 ** (j % (batch.targets or 1)) for j, w in enumerate(row)] for row in rows(base["weights"])
+    ]
+    return Batch(rows(base["logprobs"]), relative_difference, named, batch.targets)
 
 
-def kind_of(batch: Batch) -> str:
-    """Which kind of loss such a batch is for: policy losses have advantages, preferences only a reference."""
+def batch_kind(batch: Batch) -> str:
+    """Return the kind of loss that a batch is for: policy with advantages, preference with a reference alone."""
     return "policy" if "advantages" in batch.columns else "preference" if batch.columns else "supervised"
 
 
-def unit(batch: Batch) -> int:
-    """How many neighbouring datums belong together: a pair's two sides."""
-    return 2 if kind_of(batch) == "preference" else 1
+def unit_size(batch: Batch) -> int:
+    """Return the number of datums in a unit: 2 for the sides of a pair, else 1."""
+    return 2 if batch_kind(batch) == "preference" else 1
 
 
-def units(batch: Batch) -> list[list[int]]:
-    step = unit(batch)
+def unit_indices(batch: Batch) -> list[list[int]]:
+    """Return the indices of the datums of each unit: a datum, or the two sides of a pair."""
+    step = unit_size(batch)
     return [list(range(i, i + step)) for i in range(0, len(batch.weights), step)]
 
 
-def with_empty(batch: Batch) -> Batch:
-    """The batch with one more datum (or pair) whose weights are all 0."""
-    masked = single(batch, length=2, datums=unit(batch), weights=0.0)
+def with_masked_unit(batch: Batch) -> Batch:
+    """Return the batch with one more unit, whose weights are all 0."""
+    masked = uniform_batch(batch, length=2, datums=unit_size(batch), weights=0.0)
     columns = {name: [*rows, *masked.columns[name]] for name, rows in batch.columns.items()}
     return replace(
         batch, logprobs=batch.logprobs + masked.logprobs, weights=batch.weights + masked.weights, columns=columns
     )
 
 
-def inhabited(batch: Batch) -> Batch:
-    """The units of which every datum has an active token."""
-    whole = [part for part in units(batch) if all(any(batch.weights[i]) for i in part)]
-    return batch.take([i for part in whole for i in part])
+def without_empty_units(batch: Batch) -> Batch:
+    """Return the batch without the units that have a datum without active tokens."""
+    present = [part for part in unit_indices(batch) if all(any(batch.weights[i]) for i in part)]
+    return batch.take([i for part in present for i in part])
 
 
 def influences(probe: Probe, column: str, batch: Batch, where: list[tuple[int, int]], by: float = 0.25) -> bool:
-    """Whether shifting these slots of a column changes the value or any gradient beyond rounding."""
+    """Return whether adding ``by`` in these slots of a column changes the value or a gradient beyond rounding."""
     if not where:
         return False
     before = probe(batch)
-    after = probe(batch.having(**{column: moved(rows_of(batch, column), where, by)}))
-    return not probe.same([before.value, before.gradients], [after.value, after.gradients], scale=0.01)
+    after = probe(batch.having(**{column: shifted(column_rows(batch, column), where, by)}))
+    return not probe.close([before.value, before.gradients], [after.value, after.gradients], scale=0.01)
 
 
-def rows_of(batch: Batch, column: str) -> Rows:
+def column_rows(batch: Batch, column: str) -> Rows:
+    """Return the rows of a column; logprobs and weights are allowed."""
     if column == "weights":
         return batch.weights
     return batch.logprobs if column == "logprobs" else batch.columns[column]
 
 
-EVERY = "*"
-"""Noted where a datum's fields are read all at once, so that nobody knows which of them matter."""
+ALL_FIELDS = "*"
+"""Recorded where a call reads all fields of a datum at once, so that it is unknown which of them matter."""
 
 
-class Recorder(dict[str, Any]):
-    """A datum's fields that note which of them are read."""
+class RecordingFields(dict[str, Any]):
+    """The fields of a datum; they record which of them are read."""
 
     def __init__(self, fields: dict[str, Any], read: set[str]) -> None:
         super().__init__(fields)
@@ -246,35 +263,37 @@ class Recorder(dict[str, Any]):
         return super().get(name, default)
 
     def items(self) -> Any:
-        self.read.add(EVERY)
+        self.read.add(ALL_FIELDS)
         return super().items()
 
     def values(self) -> Any:
-        self.read.add(EVERY)
+        self.read.add(ALL_FIELDS)
         return super().values()
 
 
-class Watched:
-    """A datum with ``Recorder`` fields."""
+class RecordingDatum:
+    """A datum whose fields record which of them are read."""
 
     def __init__(self, datum: Any, read: set[str]) -> None:
-        self.model_input, self.loss_fn_inputs = datum.model_input, Recorder(datum.loss_fn_inputs, read)
+        self.model_input, self.loss_fn_inputs = datum.model_input, RecordingFields(datum.loss_fn_inputs, read)
 
 
 def fields_read(probe: Probe) -> set[str]:
-    """The names of the datum's fields that a call reads."""
+    """Return the names of the datum's fields that a call reads."""
     read: set[str] = set()
-    measured(probe.loss_fn, [Watched(datum, read) for datum in probe.batch.data()], probe.batch.tensors(probe.dtype))
+    measure(
+        probe.loss_fn, [RecordingDatum(datum, read) for datum in probe.batch.data()], probe.batch.tensors(probe.dtype)
+    )
     return read
 
 
 def columns_read(probe: Probe) -> set[str]:
-    """The columns that a call reads, under whichever of their names."""
+    """Return the columns that a call reads under any of their names."""
     names = {alias: column for column, alias in ALIASES.items()}
-    return {names.get(name, name) for name in fields_read(probe)} - {"target_tokens", EVERY}
+    return {names.get(name, name) for name in fields_read(probe)} - {"target_tokens", ALL_FIELDS}
 
 
-def masks_only(probe: Probe) -> bool:
-    """Whether it reads its weights as a mask: a mask has no fractions."""
+def reads_only_mask(probe: Probe) -> bool:
+    """Return whether the loss reads ``mask``, which has no fractions, and not ``weights``."""
     read = fields_read(probe)
     return "mask" in read and "weights" not in read

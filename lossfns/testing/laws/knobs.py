@@ -1,4 +1,4 @@
-"""The law of settings: each has an effect on some batch."""
+"""The law of settings: each setting has an effect on some batch."""
 
 from __future__ import annotations
 
@@ -12,61 +12,65 @@ from lossfns.testing.laws.base import (
     LossFn,
     Outcome,
     Probe,
-    demand,
-    suppose,
+    assume,
+    require,
 )
 
 
 def no_inert_knob(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
-    """Each setting changes value or gradient on some batch."""
-    from lossfns.testing.subject import elements, knobs, variants
+    """Each setting changes the value or the gradient on some batch."""
+    from lossfns.testing.subject import knobs, setting_elements, variants
 
     probe = Probe.of(loss_fn, data, logprobs)
     inert = {
-        name: [e for e in elements(value) if next(variants(loss_fn, name, e), None)]
+        name: [e for e in setting_elements(value) if next(variants(loss_fn, name, e), None)]
         for name, value in knobs(loss_fn).items()
     }
     inert = {name: left for name, left in inert.items() if left}
-    suppose(bool(inert), "it has no settings that can be seen")
-    for batch in generic(probe.batch):
+    assume(bool(inert), "it has no settings that can be seen")
+    for batch in generic_batches(probe.batch):
         usual = probe(batch)
         for name, left in inert.items():
-            told = isinstance(knobs(loss_fn)[name], bool)  # a switch may be for the metrics alone
-            moves = [any(changed(probe, batch, usual, v, told) for v in variants(loss_fn, name, e)) for e in left]
-            inert[name] = [e for e, moved_ in zip(left, moves) if not moved_]
+            metrics_too = isinstance(knobs(loss_fn)[name], bool)  # a switch may act on the metrics alone
+            moves = [
+                any(changes_outcome(probe, batch, usual, v, metrics_too) for v in variants(loss_fn, name, e))
+                for e in left
+            ]
+            inert[name] = [e for e, works in zip(left, moves) if not works]
     for name, left in inert.items():
-        whole = len(left) == len(list(elements(knobs(loss_fn)[name])))
+        whole = len(left) == len(list(setting_elements(knobs(loss_fn)[name])))
         clip = name.startswith(("clip", "eps")) and whole
         part = "" if whole else f"[{left[0]}]" if left else ""
         seen = f"Whatever {name}{part} is, value and gradient are those of {knobs(loss_fn)[name]!r}."
-        demand(not left, "clip-inert" if clip else "inert-knob", seen)
+        require(not left, "clip-inert" if clip else "inert-knob", seen)
 
 
-def changed(probe: Probe, batch: Batch, usual: Outcome, other: LossFn, told: bool) -> bool:
-    """Whether another setting gives another value or gradient, or, where that counts, other metrics."""
+def changes_outcome(probe: Probe, batch: Batch, usual: Outcome, other: LossFn, metrics_too: bool) -> bool:
+    """Return whether another setting changes the value or the gradient, or with ``metrics_too`` the metrics."""
     try:
         result = probe(batch, other)
     except Exception:
         return False
-    same = probe.same([result.value, result.gradients], [usual.value, usual.gradients], scale=0.01)
-    return not same or (told and result.metrics != usual.metrics)
+    same = probe.close([result.value, result.gradients], [usual.value, usual.gradients], scale=0.01)
+    return not same or (metrics_too and result.metrics != usual.metrics)
 
 
-def generic(like: Batch) -> list[Batch]:
-    """Batches on which every term of a loss is at work: log-ratios across all bounds, both signs, both sides.
+def generic_batches(like: Batch) -> list[Batch]:
+    """Return batches on which every term of a loss acts: log-ratios past all bounds, in both directions.
 
-    They come from calm to wild, because one large term can drown the others; the last ones have one log-ratio
-    throughout a sequence, past every cap.
+    Log-ratios grow from batch to batch, because one large term can hide the others. In the later batches all
+    log-ratios of a sequence are equal.
     """
-    steady = [made(like, d, alternate=False) for d in (0.3, 2.0, 25.0)]
-    calm = [made(like, d, alternate=True) for d in (0.0, 0.01, 0.15, 0.3, 1.0, 2.0, 25.0)]
-    return [*calm, *steady, made(like, 0.25, alternate=True, level=-0.75)]
+    steady = [ratio_batch(like, d, alternate=False) for d in (0.3, 2.0, 25.0)]
+    calm = [ratio_batch(like, d, alternate=True) for d in (0.0, 0.01, 0.15, 0.3, 1.0, 2.0, 25.0)]
+    return [*calm, *steady, ratio_batch(like, 0.25, alternate=True, level=-0.75)]
 
 
-def made(like: Batch, d: float, *, alternate: bool, level: float = -30.0) -> Batch:
-    """Four datums of unequal length whose log-ratios are ±d, alternating by token or by sequence.
+def ratio_batch(like: Batch, d: float, *, alternate: bool, level: float = -30.0) -> Batch:
+    """Return four datums of unequal length whose log-ratios are ±d, alternating by token or by sequence.
 
-    Around logprobs of −30 there is room for any ratio; a loss of the probabilities themselves needs likely ones.
+    Logprobs of −30 leave room for any ratio. A loss that reads no old logprobs gets likely tokens instead, because
+    it may depend on the probabilities themselves.
     """
 
     def flip(i: int, j: int) -> float:

@@ -1,4 +1,4 @@
-"""Laws of masks: what has weight 0 takes no part, whatever stands there and however much of it."""
+"""Laws of masks: tokens of weight 0 have no effect, whatever their values and number."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from lossfns.testing.laws.base import (
     LossFn,
     Outcome,
     Probe,
-    demand,
-    neutral,
-    rows_of,
-    suppose,
+    assume,
+    column_rows,
+    on_policy_batch,
+    require,
     unpoisoned,
-    with_empty,
+    with_masked_unit,
 )
 
 POISON = (math.nan, math.inf, -math.inf, 1e30)
@@ -27,20 +27,20 @@ POISON = (math.nan, math.inf, -math.inf, 1e30)
 def poison(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
     """nan, ±inf or 1e30 in a masked slot changes nothing, bit for bit."""
     probe = Probe.of(loss_fn, data, logprobs)
-    batch = with_holes(unpoisoned(probe.batch))
+    batch = with_padding(unpoisoned(probe.batch))
     clean = probe(batch)
-    suppose(clean.finite, "it is not finite without poison either")
+    assume(clean.finite, "it is not finite without poison either")
     for name in ("logprobs", *batch.columns):
         for value in POISON:
-            rows = rows_of(batch, name)
+            rows = column_rows(batch, name)
             bad = [[x if w else value for x, w in zip(r, ws)] for r, ws in zip(rows, batch.weights)]
             result = probe(batch.having(**{name: bad}))
             if repr(result) != repr(clean):
-                demand(False, *leak(name, value, clean, result))
+                require(False, *diagnose_leak(name, value, clean, result))
 
 
-def with_holes(batch: Batch) -> Batch:
-    """The batch with an inactive token before and after each sequence."""
+def with_padding(batch: Batch) -> Batch:
+    """Return the batch with a masked token before and after each sequence."""
     width = batch.targets or 1
 
     def pad(rows: Rows, x: float) -> Rows:
@@ -50,8 +50,8 @@ def with_holes(batch: Batch) -> Batch:
     return wide.having(weights=pad(batch.weights, 0.0))
 
 
-def leak(name: str, value: float, clean: Outcome, result: Outcome) -> tuple[str, str]:
-    """Which bug lets a masked slot through."""
+def diagnose_leak(name: str, value: float, clean: Outcome, result: Outcome) -> tuple[str, str]:
+    """Return the bug that lets a masked slot act, and what was seen."""
     what = f"{value} in the masked slots of {name}"
     seen = f"{what}: the loss is {result.value}, not {clean.value}"
     if math.isfinite(result.value) and result.value == clean.value:
@@ -68,26 +68,26 @@ def padding(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) ->
     probe = Probe.of(loss_fn, data, logprobs)
     batch, width = unpoisoned(probe.batch), probe.batch.targets or 1
     for on_policy in (True, False):
-        plain = neutral(batch) if on_policy else batch
-        before, after = probe(plain), probe(with_holes(plain))
-        kept = probe.same(after.value, before.value)
+        plain = on_policy_batch(batch) if on_policy else batch
+        before, after = probe(plain), probe(with_padding(plain))
+        same_value = probe.close(after.value, before.value)
         inner = [row[width:-width] for row in after.gradients]
         outer = [g for row in after.gradients for g in (*row[:width], *row[-width:])]
-        demand(not any(outer), "mask-missing", f"Masked tokens have the gradients {outer}.")
+        require(not any(outer), "mask-missing", f"Masked tokens have the gradients {outer}.")
         seen = f"With a masked token at both ends of each sequence the loss is {after.value}, not {before.value}"
-        same = probe.same([after.value, inner], [before.value, before.gradients])
-        bug = "padding-in-denominator" if on_policy and not kept else "padding-in-sequence-ratio"
-        demand(same, bug, f"{seen} ({'on-policy' if on_policy else 'off-policy only'}).")
+        same = probe.close([after.value, inner], [before.value, before.gradients])
+        bug = "padding-in-denominator" if on_policy and not same_value else "padding-in-sequence-ratio"
+        require(same, bug, f"{seen} ({'on-policy' if on_policy else 'off-policy only'}).")
 
 
 def empty(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
     """A fully masked datum (or pair) changes nothing."""
     probe = Probe.of(loss_fn, data, logprobs)
     batch = unpoisoned(probe.batch)
-    before, after = probe(batch), probe(with_empty(batch))
+    before, after = probe(batch), probe(with_masked_unit(batch))
     seen = f"With a fully masked datum the loss is {after.value}, not {before.value}, or the others' gradients differ"
-    demand(after.finite, "empty-sequence-nan", f"{seen}; its gradients are {after.gradients[-1]}.")
-    suppose(before.finite, "it is not finite without it either")
-    rest = after.gradients[: len(before.gradients)]
-    same = probe.same([after.value, rest], [before.value, before.gradients])
-    demand(same, "empty-sequence-counted", f"{seen}.")
+    require(after.finite, "empty-sequence-nan", f"{seen}; its gradients are {after.gradients[-1]}.")
+    assume(before.finite, "it is not finite without this datum either")
+    others = after.gradients[: len(before.gradients)]
+    same = probe.close([after.value, others], [before.value, before.gradients])
+    require(same, "empty-sequence-counted", f"{seen}.")

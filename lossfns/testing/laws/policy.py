@@ -1,4 +1,4 @@
-"""Laws of policy losses: importance ratio r = exp(lp − old), advantages A, and what stands around them."""
+"""Laws of policy losses: the importance ratio r = exp(lp − old), the advantages A, clipping, KL and corrections."""
 
 from __future__ import annotations
 
@@ -12,162 +12,174 @@ from lossfns.testing.batch import Batch
 from lossfns.testing.laws.base import (
     LossFn,
     Probe,
+    assume,
     columns_read,
-    demand,
-    filled,
     influences,
-    inhabited,
-    masks_only,
-    neutral,
-    single,
+    on_policy_batch,
+    reads_only_mask,
+    require,
     slots,
-    suppose,
+    uniform_batch,
     unpoisoned,
+    with_constants,
+    without_empty_units,
 )
 from lossfns.testing.laws.sums import COUNTS
 
-UP = [0.001 * 1.35**i for i in range(28)]
-"""Log-ratios from 0.001, inside GSPO's bounds, to 3.4, past every other."""
+LOG_RATIOS = [0.001 * 1.35**i for i in range(28)]
+"""Log-ratios from 0.001, within GSPO's bounds, to 3.3, past the usual bounds of every loss."""
 
 
-def gradient_at(probe: Probe, d: float, advantage: float, **columns: float) -> tuple[float, float]:
-    """Value and gradient of a single token of log-ratio d: its old logprob is d below its own."""
-    batch = single(probe.batch, logprobs=-30.0, advantages=advantage)
-    given = {"old_logprobs": -30.0 - d, "sampler_logprobs": -30.0 - d, **columns}
-    result = probe(filled(batch, **{name: x for name, x in given.items() if name in batch.columns}))
+def value_and_gradient_at(probe: Probe, d: float, advantage: float, **columns: float) -> tuple[float, float]:
+    """Return value and gradient of a single token with log-ratio d."""
+    batch = uniform_batch(probe.batch, logprobs=-30.0, advantages=advantage)
+    columns_given = {"old_logprobs": -30.0 - d, "sampler_logprobs": -30.0 - d, **columns}
+    result = probe(with_constants(batch, **{name: x for name, x in columns_given.items() if name in batch.columns}))
     return result.value, result.gradients[0][0]
 
 
-def reads_ratio(probe: Probe) -> bool:
+def reads_old_logprobs(probe: Probe) -> bool:
+    """Return whether the loss reads old logprobs."""
     return "old_logprobs" in columns_read(probe)
 
 
 def sign(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
-    """Descent makes a token of positive advantage likelier, and one of negative advantage less likely."""
+    """Descent makes a token of positive advantage more likely and a token of negative advantage less likely."""
     probe = Probe.of(loss_fn, data, logprobs)
-    value, good = gradient_at(probe, 0.0, 1.0)
-    _, better = gradient_at(probe, 0.0, 2.0)
-    _, bad = gradient_at(probe, 0.0, -1.0)
+    value, good = value_and_gradient_at(probe, 0.0, 1.0)
+    _, better = value_and_gradient_at(probe, 0.0, 2.0)
+    _, bad = value_and_gradient_at(probe, 0.0, -1.0)
     seen = f"On-policy the gradient is {good:g} for advantage 1, {better:g} for 2 and {bad:g} for −1"
-    suppose(good != 0 or bad != 0, "there is no gradient")
-    demand(not probe.same([good, good], [better, bad]), "advantage-inert", f"{seen}.")
-    demand(good * bad <= 0, "advantage-sign-lost", f"{seen}: one sign for both.")
-    likely = "ratio-inverted" if reads_ratio(probe) and value < 0 else "sign-flipped"
-    demand(good < 0 < bad, likely, f"{seen}, and the loss is {value:g} for advantage 1.")
+    assume(good != 0 or bad != 0, "there is no gradient")
+    require(not probe.close([good, good], [better, bad]), "advantage-inert", f"{seen}.")
+    require(good * bad <= 0, "advantage-sign-lost", f"{seen}: the sign is the same for both.")
+    likely = "ratio-inverted" if reads_old_logprobs(probe) and value < 0 else "sign-flipped"
+    require(good < 0 < bad, likely, f"{seen}, and the loss is {value:g} for advantage 1.")
 
 
 def stop_gradient(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
     """On-policy the gradient does not depend on how likely the token was."""
     probe = Probe.of(loss_fn, data, logprobs)
-    likely, unlikely = (probe(single(probe.batch, logprobs=lp)).gradients[0][0] for lp in (-0.5, -3.0))
+    likely, unlikely = (probe(uniform_batch(probe.batch, logprobs=lp)).gradients[0][0] for lp in (-0.5, -3.0))
     seen = f"On-policy, with advantage 1, the gradient is {likely:g} at logprob −0.5 and {unlikely:g} at −3."
-    demand(probe.same(likely, unlikely), "missing-stop-gradient", seen)
+    require(probe.close(likely, unlikely), "missing-stop-gradient", seen)
 
 
 def zero_advantage(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
     """Advantage 0 at the reference: loss and gradient are 0."""
     probe = Probe.of(loss_fn, data, logprobs)
-    batch = neutral(filled(inhabited(unpoisoned(probe.batch)), advantages=0.0))
+    batch = on_policy_batch(with_constants(without_empty_units(unpoisoned(probe.batch)), advantages=0.0))
     result = probe(batch)
     g = max((g for row in result.gradients for g in row), key=abs)
     seen = f"With advantages 0 and every policy the same, the loss is {result.value} and a gradient is {g}."
     kl = "ref_logprobs" in batch.columns and influences(probe, "ref_logprobs", batch, slots(batch), -0.5)
-    demand(probe.same([g, 1.0], [0.0, 1.0]) and abs(result.value) < 1e-6, "k1-in-loss" if kl else "sign-flipped", seen)
+    require(
+        probe.close([g, 1.0], [0.0, 1.0]) and abs(result.value) < 1e-6, "k1-in-loss" if kl else "sign-flipped", seen
+    )
 
 
 def penalty(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
-    """At advantage 0, what a loss holds against leaving the old policy pulls back to it, from either side."""
+    """At advantage 0, a penalty on leaving the old policy pulls back to it from either side."""
     probe = Probe.of(loss_fn, data, logprobs)
-    suppose(reads_ratio(probe), "it reads no old logprobs")
-    (high, above), (level, still), (low, below) = (gradient_at(probe, d, 0.0) for d in (0.5, 0.0, -0.5))
-    pulls = above - still, below - still
+    assume(reads_old_logprobs(probe), "it reads no old logprobs")
+    (high, above), (level, at_old), (low, below) = (value_and_gradient_at(probe, d, 0.0) for d in (0.5, 0.0, -0.5))
+    pulls = above - at_old, below - at_old
     seen = f"At advantage 0, half a nat above the old policy the gradient is {above:g}, half a nat below it {below:g}"
     if max(map(abs, pulls)) < 1e-7:
-        flat = probe.same([1.0, high, low], [1.0, level, level])
-        demand(flat, "detached-term", f"{seen}; the loss is {high:g} and {low:g}, on-policy {level:g}.")
-        suppose(False, "it holds nothing against leaving the old policy")
-    demand(pulls[0] > 0 > pulls[1], "penalty-sign", f"{seen}, on it {still:g}.")
+        flat = probe.close([1.0, high, low], [1.0, level, level])
+        require(flat, "detached-term", f"{seen}; the loss is {high:g} and {low:g}, on-policy {level:g}.")
+        assume(False, "it has no penalty on leaving the old policy")
+    require(pulls[0] > 0 > pulls[1], "penalty-sign", f"{seen}, on it {at_old:g}.")
 
 
 def kl(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
-    """The KL term pulls to the reference, from either side, whatever the advantage."""
+    """The KL term pulls to the reference from either side, whatever the advantage."""
     from lossfns.testing.subject import knobs
 
     probe = Probe.of(loss_fn, data, logprobs)
-    suppose("ref_logprobs" in columns_read(probe), "it reads no reference")
+    assume("ref_logprobs" in columns_read(probe), "it reads no reference")
     off = [name for name, value in knobs(loss_fn).items() if "kl" in name and value == 0]
-    suppose(not off, f"{off[0] if off else ''} is 0")
+    assume(not off, f"{off[0] if off else ''} is 0")
     lp = -30.0
     pull = {
-        (a, x): gradient_at(probe, 0.0, a, ref_logprobs=lp - x)[1] - gradient_at(probe, 0.0, a, ref_logprobs=lp)[1]
+        (a, x): value_and_gradient_at(probe, 0.0, a, ref_logprobs=lp - x)[1]
+        - value_and_gradient_at(probe, 0.0, a, ref_logprobs=lp)[1]
         for a in (0.0, 1.0, -2.0)
         for x in (0.5, -0.5)
     }
-    values = [gradient_at(probe, 0.0, 0.0, ref_logprobs=lp - x)[0] for x in (0.0, 0.5)]
-    still = gradient_at(probe, 0.0, 0.0, ref_logprobs=lp)[1]
+    values = [value_and_gradient_at(probe, 0.0, 0.0, ref_logprobs=lp - x)[0] for x in (0.0, 0.5)]
+    at_reference = value_and_gradient_at(probe, 0.0, 0.0, ref_logprobs=lp)[1]
     above, below = pull[0.0, 0.5], pull[0.0, -0.5]
     seen = f"Half a nat above the reference the KL term's gradient is {above:g}, half a nat below it {below:g}"
     if all(p == 0 for p in pull.values()):
-        demand(still == 0, "k1-in-loss", f"{seen}: {still:g} everywhere.")
+        require(at_reference == 0, "k1-in-loss", f"{seen}: {at_reference:g} everywhere.")
         moves = values[0] != values[1]
-        suppose(moves or not only_reported(probe), "the reference is for its metrics alone")
-        demand(False, "kl-detached" if moves else "ref-inert", f"{seen}; its value {'moves' if moves else 'does not'}.")
+        assume(moves or not only_in_metrics(probe), "only its metrics use the reference")
+        require(
+            False, "kl-detached" if moves else "ref-inert", f"{seen}; its value {'moves' if moves else 'does not'}."
+        )
     spread = max(abs(pull[a, x] - pull[0.0, x]) for a, x in pull)
     shared = spread <= 1e-3 * max(map(abs, pull.values()))
     by_advantage = f"{seen} at advantage 0, {pull[1.0, 0.5]:g} at 1, {pull[-2.0, 0.5]:g} at −2."
-    demand(shared, "kl-scaled-by-advantage", by_advantage)
-    demand(above > 0 > below, "kl-sign", f"{seen}: it pushes away.")
+    require(shared, "kl-scaled-by-advantage", by_advantage)
+    require(above > 0 > below, "kl-sign", f"{seen}: it pushes away.")
 
 
-def only_reported(probe: Probe) -> bool:
-    """Whether the reference moves a metric of a loss that has no setting for a KL term."""
+def only_in_metrics(probe: Probe) -> bool:
+    """Return whether the reference changes a metric and the loss has no setting for a KL term."""
     from lossfns.testing.subject import knobs
 
     reported = [
-        probe(single(probe.batch, logprobs=-30.0, old_logprobs=-30.0, sampler_logprobs=-30.0, ref_logprobs=ref)).metrics
+        probe(
+            uniform_batch(probe.batch, logprobs=-30.0, old_logprobs=-30.0, sampler_logprobs=-30.0, ref_logprobs=ref)
+        ).metrics
         for ref in (-30.0, -30.5)
     ]
     return reported[0] != reported[1] and not any("kl" in name or "beta" in name for name in knobs(probe.loss_fn))
 
 
 def ratio(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
-    """On a sequence whose tokens all have the log-ratio d, the ratio is exp(d), however long it is.
+    """On a sequence whose tokens all have log-ratio d, the ratio is exp(d), whatever the length.
 
-    Measured below 1 with a positive advantage, where no clipping binds.
+    The ratio is measured below 1 with a positive advantage, where clipping does not bind.
     """
     probe = Probe.of(loss_fn, data, logprobs)
-    suppose(reads_ratio(probe), "it reads no old logprobs")
+    assume(reads_old_logprobs(probe), "it reads no old logprobs")
     base, lower = sequence_value(probe, [0.0] * 3), sequence_value(probe, [-0.5] * 3)
-    measured = lower / base if base else math.nan
+    relative = lower / base if base else math.nan
     seen = f"With 3 tokens of log-ratio −0.5 and advantage 1 the loss is {lower:g}, on-policy {base:g}"
     slopes = sequence_gradient(probe, 3), sequence_gradient(probe, 1)
-    demand(slopes[0] != 0 or slopes[1] == 0, "ratio-sum", f"{seen}: with 3 tokens on-policy there is no gradient.")
-    demand(base != 0, "ratio-not-exponentiated", f"{seen}.")
-    if measured == 1:
-        weighed = gradient_at(probe, 0.0, -1.0) != gradient_at(probe, -0.5, -1.0)
-        demand(weighed, "old-logprobs-inert", f"{seen}: the same.")
-        suppose(False, "the ratio weighs bad tokens alone")
-    on, near, far = (gradient_at(probe, d, 1.0)[1] for d in (0.0, -0.05, -0.1))
-    inverted = on != 0 and probe.same([near / on, far / on], [math.exp(0.05), math.exp(0.1)])
-    demand(not inverted, "ratio-inverted", f"At log-ratio −0.1 the gradient is exp(0.1) times that of {on:g} at 0.")
-    suppose(not math.isclose(measured, 1 + 0.5 / -30, rel_tol=0.2) or measured < 0.9, "the value is no ratio")
-    demand(not math.isclose(measured, math.exp(-1.5), rel_tol=1e-3), "ratio-product", f"{seen}: exp(3 · −0.5) of it.")
-    squared = "sampler_logprobs" in columns_read(probe) and math.isclose(measured, math.exp(-1), rel_tol=1e-3)
-    demand(not squared, "missing-stop-gradient", f"{seen}: the ratio enters twice, by the sampler correction too.")
-    demand(not math.isclose(measured, math.exp(0.5), rel_tol=1e-3), "ratio-inverted", f"{seen}: exp(0.5) of it.")
-    right = math.isclose(measured, math.exp(-0.5), rel_tol=1e-3)
+    require(slopes[0] != 0 or slopes[1] == 0, "ratio-sum", f"{seen}: with 3 tokens on-policy there is no gradient.")
+    require(base != 0, "ratio-not-exponentiated", f"{seen}.")
+    if relative == 1:
+        weighed = value_and_gradient_at(probe, 0.0, -1.0) != value_and_gradient_at(probe, -0.5, -1.0)
+        require(weighed, "old-logprobs-inert", f"{seen}: the same.")
+        assume(False, "the ratio acts on tokens of negative advantage alone")
+    on, near, far = (value_and_gradient_at(probe, d, 1.0)[1] for d in (0.0, -0.05, -0.1))
+    inverted = on != 0 and probe.close([near / on, far / on], [math.exp(0.05), math.exp(0.1)])
+    require(not inverted, "ratio-inverted", f"At log-ratio −0.1 the gradient is exp(0.1) times that of {on:g} at 0.")
+    assume(
+        not math.isclose(relative, 1 + 0.5 / -30, rel_tol=0.2) or relative < 0.9,
+        "the value does not depend on the ratio",
+    )
+    require(not math.isclose(relative, math.exp(-1.5), rel_tol=1e-3), "ratio-product", f"{seen}: exp(3 · −0.5) of it.")
+    squared = "sampler_logprobs" in columns_read(probe) and math.isclose(relative, math.exp(-1), rel_tol=1e-3)
+    require(not squared, "missing-stop-gradient", f"{seen}: the ratio enters twice, by the sampler correction too.")
+    require(not math.isclose(relative, math.exp(0.5), rel_tol=1e-3), "ratio-inverted", f"{seen}: exp(0.5) of it.")
+    right = math.isclose(relative, math.exp(-0.5), rel_tol=1e-3)
     half = sequence_value(probe, [-0.25] * 3)
     linear = math.isclose(lower - base, 2 * (half - base), rel_tol=1e-6)
-    demand(right or not linear, "ratio-not-exponentiated", f"{seen}: linear in the log-ratio.")
-    suppose(right, "it is another function of the ratio than the ratio")
-    if coupled(probe):
+    require(right or not linear, "ratio-not-exponentiated", f"{seen}: linear in the log-ratio.")
+    assume(right, "the loss is not proportional to the ratio")
+    if has_sequence_ratio(probe):
         uneven = sequence_value(probe, [-1.0, -0.25, -0.25])
-        seen = f"Log-ratios −1, −0.25, −0.25 have the mean of three of −0.5, but the loss is {uneven:g}, not {lower:g}."
-        demand(math.isclose(lower, uneven, rel_tol=1e-4), "ratio-sum", seen)
+        seen = f"Log-ratios −1, −0.25, −0.25 have the mean −0.5, but the loss is {uneven:g}, not {lower:g}."
+        require(math.isclose(lower, uneven, rel_tol=1e-4), "ratio-sum", seen)
 
 
 def sequence_batch(probe: Probe, log_ratios: Sequence[float]) -> Batch:
-    batch = single(probe.batch, length=len(log_ratios), logprobs=-30.0)
+    """Return one sequence with these log-ratios."""
+    batch = uniform_batch(probe.batch, length=len(log_ratios), logprobs=-30.0)
     old = [[-30.0 - d for d in log_ratios]]
     return batch.having(**{n: old for n in ("old_logprobs", "sampler_logprobs") if n in batch.columns})
 
@@ -180,135 +192,142 @@ def sequence_gradient(probe: Probe, length: int) -> float:
     return probe(sequence_batch(probe, [0.0] * length)).gradients[0][0]
 
 
-def coupled(probe: Probe) -> bool:
-    """Whether a token's gradient depends on another token's ratio: a ratio of the sequence."""
+def has_sequence_ratio(probe: Probe) -> bool:
+    """Return whether a token's gradient depends on the ratio of another token of its sequence."""
     if "old_logprobs" not in probe.batch.columns:
         return False
     below, above, on = (probe(sequence_batch(probe, [0.0, d])).gradients[0][0] for d in (-0.5, 3.0, 0.0))
-    return not probe.same([below, above], [on, on])
+    return not probe.close([below, above], [on, on])
 
 
 def on_policy(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
-    """On-policy the gradient is −A·w / D, with one D of Σw, tokens, sequences, …: the policy gradient."""
+    """On-policy the gradient is the policy gradient −A·w / D, where D counts weights, tokens, sequences, …."""
     probe = Probe.of(loss_fn, data, logprobs)
-    batch = weighed_apart(probe)
+    batch = unequal_weights_batch(probe)
     gradients = probe(batch).gradients
-    suppose(any(g != 0 for row in gradients for g in row), "there is no gradient")
+    assume(any(g != 0 for row in gradients for g in row), "there is no gradient")
     factors = [[-g / w for g, w in zip(gs, ws)] for gs, ws in zip(gradients, batch.weights)]
     seen = f"On-policy, with advantages 1 and weights {batch.weights}, the gradients are {gradients}."
     if (
-        not coupled(probe)
-        and not masks_only(probe)
-        and not all(probe.same(row, [row[0]] * len(row)) for row in factors)
+        not has_sequence_ratio(probe)
+        and not reads_only_mask(probe)
+        and not all(probe.close(row, [row[0]] * len(row)) for row in factors)
     ):
         squared = [[-g / w**2 for g, w in zip(gs, ws)] for gs, ws in zip(gradients, batch.weights)]
-        twice = all(probe.same(row, [row[0]] * len(row)) for row in squared)
-        demand(False, "weights-squared" if twice else "weights-binarised", seen)
-    scale(probe, batch)
+        twice = all(probe.close(row, [row[0]] * len(row)) for row in squared)
+        require(False, "weights-squared" if twice else "weights-binarised", seen)
+    check_scale(probe, batch)
 
 
-def weighed_apart(probe: Probe) -> Batch:
-    """Two datums of unequal length and weights, on-policy, with advantages 1."""
+def unequal_weights_batch(probe: Probe) -> Batch:
+    """Return two on-policy datums of unequal length and weights, with advantages 1."""
     cycle = (1.0, 0.5, 2.0, 0.5, 1.0)
     rows = [[cycle[(i + j) % 5] for j in range(n * (probe.batch.targets or 1))] for i, n in enumerate((3, 5))]
     logprobs = [[-1.0 - 0.25 * j for j in range(len(row))] for row in rows]
     named = {name: [[1.0] * len(row) for row in rows] for name in probe.batch.columns}
-    return neutral(Batch(logprobs, rows, named, probe.batch.targets))
+    return on_policy_batch(Batch(logprobs, rows, named, probe.batch.targets))
 
 
-def scale(probe: Probe, batch: Batch) -> None:
-    """The gradient's size is 1 / D for a count D of the batch: nothing else scales it."""
+def check_scale(probe: Probe, batch: Batch) -> None:
+    """Require that the gradient of a token of weight 1 is 1 / D in size, for one count D of the batch."""
     ones = batch.having(weights=[[1.0] * len(row) for row in batch.weights])
     parts = [ones, ones.take([0]), ones.take([1]), ones.take([1, 1, 0])]
     sizes = [[-row[0] for row in probe(part).gradients] for part in parts]
     counts = {name: [[count(part)] * len(part.weights) for part in parts] for name, count in COUNTS.items()}
     counts["sequence means"] = [[len(row) * len(part.weights) for row in part.weights] for part in parts]
     kappas = {name: [s * c for ss, cs in zip(sizes, row) for s, c in zip(ss, cs)] for name, row in counts.items()}
-    steady = {name: ks[0] for name, ks in kappas.items() if probe.same(ks, [ks[0]] * len(ks))}
+    steady = {name: ks[0] for name, ks in kappas.items() if probe.close(ks, [ks[0]] * len(ks))}
     seen = f"The gradients of tokens of weight 1 are {[[-s for s in row] for row in sizes]}"
-    if any(name in ("sequences", "datums") or probe.same(k, 1.0) for name, k in steady.items()):
+    if any(name in ("sequences", "datums") or probe.close(k, 1.0) for name, k in steady.items()):
         return
     for name, k in steady.items():
-        doubled = probe.same(k, 2.0) and (coupled(probe) or "sampler_logprobs" in columns_read(probe))
-        demand(False, "missing-stop-gradient" if doubled else "constant-factor", f"{seen}: {k:g} / {name}.")
+        doubled = probe.close(k, 2.0) and (has_sequence_ratio(probe) or "sampler_logprobs" in columns_read(probe))
+        require(False, "missing-stop-gradient" if doubled else "constant-factor", f"{seen}: {k:g} / {name}.")
     for name, row in counts.items():
         extra = [1 / s - c for ss, cs in zip(sizes, row) for s, c in zip(ss, cs) if s]
-        added = probe.same(extra, [extra[0]] * len(extra))
-        demand(not added, "epsilon-in-denominator", f"{seen}: 1 / ({name} + {extra[0]:g}).")
-    demand(False, "constant-factor", f"{seen}, which is 1 / D for no D of {', '.join(counts)}.")
+        added = probe.close(extra, [extra[0]] * len(extra))
+        require(not added, "epsilon-in-denominator", f"{seen}: 1 / ({name} + {extra[0]:g}).")
+    require(False, "constant-factor", f"{seen}, which is 1 / D for no D of {', '.join(counts)}.")
 
 
 def clip(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
-    """The truth table: a bound removes the gradient above it for A > 0 and below it for A < 0, nowhere else."""
+    """The upper bound removes the gradient where A > 0, the lower bound where A < 0, and nowhere else."""
     probe = Probe.of(loss_fn, data, logprobs)
-    suppose(reads_ratio(probe), "it reads no old logprobs")
-    grid = [*(-d for d in reversed(UP)), *UP]
-    table = {a: [(d, *gradient_at(probe, d, a)) for d in grid] for a in (1.0, -1.0)}
+    assume(reads_old_logprobs(probe), "it reads no old logprobs")
+    grid = [*(-d for d in reversed(LOG_RATIOS)), *LOG_RATIOS]
+    table = {a: [(d, *value_and_gradient_at(probe, d, a)) for d in grid] for a in (1.0, -1.0)}
     good_below, good_above, bad_below, bad_above = (
         [d for d, _, g in table[a] if g == 0 and d * side > 0] for a in (1.0, -1.0) for side in (-1, 1)
     )
     low, high = [f"{math.exp(x[0]):.3g}" if x else "no ratio" for x in (good_below[-1:], bad_above[:1])]
     seen = f"A token of advantage 1 has no gradient below the ratio {low}, one of −1 none above {high}"
-    # A dual clip ends the gradient of bad tokens far above 1, a cap that of all tokens: both leave ratios near 1 be.
+    # A dual clip removes the gradient where A < 0 and the ratio is far above 1, a cap removes it for every token.
+    # Neither acts on ratios near 1.
     binds_bad = [d for d in bad_above if d < 0.5]
     if good_below or binds_bad:
-        kept = not good_above and not bad_below
-        demand(False, "clip-max-for-min" if kept else "clip-without-min", f"{seen}.")
+        opposite_kept = not good_above and not bad_below
+        require(False, "clip-max-for-min" if opposite_kept else "clip-without-min", f"{seen}.")
     for a, d in ((1.0, 2.5), (-1.0, -2.5)):
-        value, gradient = gradient_at(probe, d, a)
-        moved = single_value(probe, d, a, -0.25)
-        still = probe.same(value, moved) and not probe.same(value, value + 0.25 * gradient, scale=10)
-        seen = f"At the ratio {math.exp(d):.3g} and advantage {a:g} the loss does not move with its logprob"
-        demand(not still or steady(table[a]), "clip-gradient-leaks", f"{seen}, but its gradient is {gradient:g}.")
+        value, gradient = value_and_gradient_at(probe, d, a)
+        nudged = value_after_nudge(probe, d, a, -0.25)
+        unmoved = probe.close(value, nudged) and not probe.close(value, value + 0.25 * gradient, scale=10)
+        seen = f"At the ratio {math.exp(d):.3g} and advantage {a:g} the loss does not change with the logprob"
+        require(
+            not unmoved or is_constant(table[a]), "clip-gradient-leaks", f"{seen}, but its gradient is {gradient:g}."
+        )
 
 
-def single_value(probe: Probe, d: float, advantage: float, by: float) -> float:
-    """The value of a single token of log-ratio d whose own logprob is moved a little."""
-    batch = single(
+def value_after_nudge(probe: Probe, d: float, advantage: float, by: float) -> float:
+    """Return the value of a single token with log-ratio d, whose own logprob is shifted by ``by`` alone."""
+    batch = uniform_batch(
         probe.batch, logprobs=-30.0, advantages=advantage, old_logprobs=-30.0 - d, sampler_logprobs=-30.0 - d
     )
     return probe(batch.having(logprobs=[[x + by for x in row] for row in batch.logprobs])).value
 
 
-def steady(table: list[tuple[float, float, float]]) -> bool:
-    """Whether the value is the same at every ratio, as that of a ratio which is always 1."""
+def is_constant(table: list[tuple[float, float, float]]) -> bool:
+    """Return whether the value is the same at every ratio."""
     return all(value == table[0][1] for _, value, _ in table)
 
 
 def clip_bounds(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
-    """The gradient ends, or no longer grows, at the bounds that the settings name."""
+    """The gradient ends, or stops growing, at the bounds in the settings."""
     from lossfns.testing.subject import knobs
 
     probe = Probe.of(loss_fn, data, logprobs)
     clips = [value for name, value in knobs(loss_fn).items() if name.startswith("clip")]
     named = [value for value in clips if isinstance(value, (tuple, list)) and len(value) == 2]
-    suppose(len(named) == 1 and named[0][0] <= 1 <= named[0][1], "it names no absolute bounds")
+    assume(len(named) == 1 and named[0][0] <= 1 <= named[0][1], "its settings hold no absolute bounds")
     low, high = named[0]
     for bound, mistaken, advantage in ((high, 1 + high, 1.0), (low, 1 - low, -1.0)):
-        if not 0 < bound < math.inf or mistaken <= 0 or stops(probe, bound, advantage):
-            continue  # no ratio is there, or as it says
-        seen = f"The setting says {bound:g}; at advantage {advantage:g} the gradient ends, or stays, at {mistaken:g}."
-        demand(not stops(probe, mistaken, advantage), "clip-as-epsilon", seen)
+        if not 0 < bound < math.inf or mistaken <= 0 or gradient_ends_at(probe, bound, advantage):
+            continue  # no ratio lies there, or the bound acts as set
+        seen = f"The bound is set to {bound:g}; at advantage {advantage:g} the gradient ends or levels at {mistaken:g}."
+        require(not gradient_ends_at(probe, mistaken, advantage), "clip-as-epsilon", seen)
 
 
-def stops(probe: Probe, ratio: float, advantage: float) -> bool:
-    """Whether the gradient changes with the ratio up to this one, away from 1, and no longer beyond."""
+def gradient_ends_at(probe: Probe, ratio: float, advantage: float) -> bool:
+    """Return whether the gradient changes with the ratio up to this one and not beyond it."""
     d = math.log(ratio)
-    inner, inside, outside, outer = (gradient_at(probe, d * by, advantage)[1] for by in (0.98, 0.99, 1.01, 1.02))
+    inner, inside, outside, outer = (
+        value_and_gradient_at(probe, d * by, advantage)[1] for by in (0.98, 0.99, 1.01, 1.02)
+    )
     return outside == outer and inside != outside and (outside == 0 or inner != inside)
 
 
 def tis(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
     """The sampler correction is exp(old − sampler), at most a cap, and 1 where the two agree."""
     probe = Probe.of(loss_fn, data, logprobs)
-    suppose("sampler_logprobs" in columns_read(probe), "it reads no sampler logprobs")
-    base = gradient_at(probe, 0.0, 1.0)[1]
-    suppose(base != 0, "there is no gradient")
-    factor = {x: gradient_at(probe, 0.0, 1.0, sampler_logprobs=-30.0 - x)[1] / base for x in (-0.5, 0.2, 8.0, 25.0)}
+    assume("sampler_logprobs" in columns_read(probe), "it reads no sampler logprobs")
+    base = value_and_gradient_at(probe, 0.0, 1.0)[1]
+    assume(base != 0, "there is no gradient")
+    factor = {
+        x: value_and_gradient_at(probe, 0.0, 1.0, sampler_logprobs=-30.0 - x)[1] / base for x in (-0.5, 0.2, 8.0, 25.0)
+    }
     seen = f"With old − sampler = −0.5 the gradient is {factor[-0.5]:g} times that at 0; with 8, {factor[8.0]:g}"
-    demand(set(factor.values()) != {1.0}, "tis-inert", f"{seen}.")
-    demand(not math.isclose(factor[-0.5], math.exp(0.5), rel_tol=1e-3), "tis-inverted", f"{seen}.")
-    demand(not (factor[8.0] > 1000 and factor[25.0] > factor[8.0]), "tis-uncapped", f"{seen}.")
+    require(set(factor.values()) != {1.0}, "tis-inert", f"{seen}.")
+    require(not math.isclose(factor[-0.5], math.exp(0.5), rel_tol=1e-3), "tis-inverted", f"{seen}.")
+    require(not (factor[8.0] > 1000 and factor[25.0] > factor[8.0]), "tis-uncapped", f"{seen}.")
 
 
 def clip_metrics(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
@@ -316,24 +335,24 @@ def clip_metrics(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor
     probe = Probe.of(loss_fn, data, logprobs)
     for d, advantage in ((-1.0, 1.0), (1.0, -1.0), (0.0, 1.0)):
         old = -30.0 - d
-        batch = single(probe.batch, logprobs=-30.0, advantages=advantage, old_logprobs=old, sampler_logprobs=old)
+        batch = uniform_batch(probe.batch, logprobs=-30.0, advantages=advantage, old_logprobs=old, sampler_logprobs=old)
         result = probe(batch)
         for name, value in result.metrics.items():
             fraction = "clip" in name and not any(word in name for word in ("low_", "high_", "bound", "threshold"))
             if fraction and result.gradients[0][0] != 0:
                 seen = f"At ratio {math.exp(d):.3g} and advantage {advantage:g} there is a gradient"
-                demand(value == 0, "metric-counts-nonbinding", f"{seen}, but {name!r} is {value}.")
+                require(value == 0, "metric-counts-nonbinding", f"{seen}, but {name!r} is {value}.")
 
 
 def kl_metrics(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
     """A metric named kl_ref is one of the estimators k1, k2, k3 of the KL to the reference."""
     probe = Probe.of(loss_fn, data, logprobs)
-    suppose("ref_logprobs" in columns_read(probe), "it reads no reference")
+    assume("ref_logprobs" in columns_read(probe), "it reads no reference")
     x = -0.5
-    batch = single(probe.batch, length=2, logprobs=-3.0, ref_logprobs=-3.0 + x, old_logprobs=-3.0)
+    batch = uniform_batch(probe.batch, length=2, logprobs=-3.0, ref_logprobs=-3.0 + x, old_logprobs=-3.0)
     estimates = [0.0, x, -x, x * x / 2, math.exp(x) - x - 1, math.exp(-x) + x - 1]
     for name, value in probe(batch).metrics.items():
         if "kl" in name and "ref" in name:
             seen = f"Half a nat above the reference {name!r} is {value}, not one of {estimates}."
             right = any(math.isclose(value, e, rel_tol=1e-4, abs_tol=1e-7) for e in estimates)
-            demand(right, "metric-scaled-twice", seen)
+            require(right, "metric-scaled-twice", seen)

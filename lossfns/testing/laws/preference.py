@@ -1,4 +1,4 @@
-"""Laws of preference losses: datum 2i is the chosen side of pair i, datum 2i + 1 the rejected."""
+"""Laws of preference losses. Datum 2i is the chosen side of pair i, datum 2i + 1 the rejected side."""
 
 from __future__ import annotations
 
@@ -14,196 +14,196 @@ from lossfns.testing.batch import Batch
 from lossfns.testing.laws.base import (
     LossFn,
     Probe,
+    assume,
+    column_rows,
     columns_read,
-    demand,
     influences,
-    moved,
-    neutral,
-    put,
-    rows_of,
-    single,
+    on_policy_batch,
+    require,
+    shifted,
     slots,
-    suppose,
+    uniform_batch,
+    with_slot,
 )
-from lossfns.testing.laws.sums import slope
+from lossfns.testing.laws.sums import central_difference
 
 
-def pair(probe: Probe, chosen: float = -2.0, rejected: float = -2.0, length: int = 1, pairs: int = 1) -> Batch:
-    """Pairs of equal sides but for their logprobs; the reference is at −2."""
-    batch = single(probe.batch, length=length, datums=2 * pairs)
+def pair_batch(probe: Probe, chosen: float = -2.0, rejected: float = -2.0, length: int = 1, pairs: int = 1) -> Batch:
+    """Return pairs whose sides differ in their logprobs alone; the reference is at −2."""
+    batch = uniform_batch(probe.batch, length=length, datums=2 * pairs)
     return batch.having(logprobs=[[chosen] * length, [rejected] * length] * pairs)
 
 
 def sides(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
-    """Descent makes the chosen side likelier and the rejected side less likely, in every pair."""
+    """Descent makes the chosen side of every pair more likely and the rejected side less likely."""
     probe = Probe.of(loss_fn, data, logprobs)
-    result = probe(pair(probe))
+    result = probe(pair_batch(probe))
     (chosen,), (rejected,) = result.gradients
     seen = f"In one pair of equal sides the gradient is {chosen:g} for the chosen and {rejected:g} for the rejected"
-    suppose(chosen != 0 or rejected != 0, "there is no gradient")
+    assume(chosen != 0 or rejected != 0, "there is no gradient")
     if chosen == 0 or rejected == 0:
-        moves = slope(probe, pair(probe), 0, 0, 1e-4)
+        moves = central_difference(probe, pair_batch(probe), 0, 0, 1e-4)
         right = math.isclose(chosen, moves, rel_tol=1e-3, abs_tol=1e-6)
-        demand(False, "side-detached" if right else "detached-term", f"{seen}.")
+        require(False, "side-detached" if right else "detached-term", f"{seen}.")
     likely = "sign-flipped" if result.value < 0 else "sides-swapped"
-    demand(chosen < 0 < rejected, likely, f"{seen}, the loss {result.value:g}.")
-    rows = probe(pair(probe, pairs=3)).gradients
-    demand(all(map(any, rows)), "datum-ignored", f"In three equal pairs the gradients are {[row[0] for row in rows]}.")
+    require(chosen < 0 < rejected, likely, f"{seen}, the loss {result.value:g}.")
+    rows = probe(pair_batch(probe, pairs=3)).gradients
+    require(all(map(any, rows)), "datum-ignored", f"In three equal pairs the gradients are {[row[0] for row in rows]}.")
     right = all((row[0] < 0) == (i % 2 == 0) for i, row in enumerate(rows))
-    demand(right, "pair-layout", f"In three equal pairs the gradients are {[row[0] for row in rows]}.")
+    require(right, "pair-layout", f"In three equal pairs the gradients are {[row[0] for row in rows]}.")
 
 
 def pair_canary(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
-    """With one token of each side active, the gradients are at those two, and only their columns matter."""
+    """With one token of each side active, the gradients are at these two, and only their columns matter."""
     probe = Probe.of(loss_fn, data, logprobs)
-    batch = neutral(single(probe.batch, length=4, datums=4, logprobs=-1.0))
+    batch = on_policy_batch(uniform_batch(probe.batch, length=4, datums=4, logprobs=-1.0))
     blank = batch.having(weights=[[0.0] * 4 for _ in range(4)])
     for j, k in ((1, 2), (2, 1), (0, 3), (3, 0)):
-        weights = put(put(put(put(blank.weights, 0, j, 1.0), 1, k, 1.0), 2, j, 1.0), 3, k, 1.0)
+        weights = with_slot(with_slot(with_slot(with_slot(blank.weights, 0, j, 1.0), 1, k, 1.0), 2, j, 1.0), 3, k, 1.0)
         alone = blank.having(weights=weights)
         rows = probe(alone).gradients
         hit = [[t for t, g in enumerate(row) if g != 0] for row in rows]
         seen = f"With tokens {j} (chosen) and {k} (rejected) active, the gradients are at {hit}."
         if not hit[2] and not hit[3] and hit[0]:
-            demand(False, "datum-ignored", seen)
+            require(False, "datum-ignored", seen)
         swapped = hit[0] == hit[1] and hit[0] in ([j], [k])
-        demand(not swapped and hit[:2] != [[k], [j]], "pair-masks-swapped", seen)
-        demand(all(len(h) < 2 for h in hit), "mask-missing", seen)
+        require(not swapped and hit[:2] != [[k], [j]], "pair-masks-swapped", seen)
+        require(all(len(h) < 2 for h in hit), "mask-missing", seen)
         if hit[0] != [j] or hit[1] != [k]:
             lost = not hit[0] or not hit[1]
-            demand(False, "target-dropped" if lost and {j, k} & {0, 3} and {j, k} != {1, 2} else "frame-shift", seen)
+            require(False, "target-dropped" if lost and {j, k} & {0, 3} and {j, k} != {1, 2} else "frame-shift", seen)
     if "ref_logprobs" in columns_read(probe):
-        of_reference(probe, alone)
+        check_reference_positions(probe, alone)
 
 
-def of_reference(probe: Probe, batch: Batch) -> None:
-    """Only the active tokens' reference logprobs matter, and those of the datum itself."""
+def check_reference_positions(probe: Probe, batch: Batch) -> None:
+    """Require that only the reference logprobs of active tokens matter, each for its own datum."""
     ((i, j), *_), masked = slots(batch), slots(batch, active=False)
     moves = [slot for slot in [(i, j), *masked, *slots(batch)[1:]] if influences(probe, "ref_logprobs", batch, [slot])]
     if not moves:
-        return  # it is inert: another law says so
+        return  # the reference is inert: another law reports it
     seen = f"With only tokens {slots(batch)} active, the reference's logprobs of {moves} matter"
     if (i, j) not in moves:
         whole = [[x + 0.25 * (k == i) for x in row] for k, row in enumerate(batch.columns["ref_logprobs"])]
-        own = not probe.same(probe(batch.having(ref_logprobs=whole)).value, probe(batch).value, scale=0.01)
+        own = not probe.close(probe(batch.having(ref_logprobs=whole)).value, probe(batch).value, scale=0.01)
         partner = {k for k, _ in moves} <= {0, 1}
         bug = "frame-shift" if own else "reference-misused" if partner else "datum-misaligned"
-        demand(False, bug, f"{seen}; that of the first does not.")
-    demand(not set(moves) & set(masked), "kl-unmasked", f"{seen}.")
+        require(False, bug, f"{seen}; that of the first does not.")
+    require(not set(moves) & set(masked), "kl-unmasked", f"{seen}.")
 
 
 def pair_weights(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
     """Within a side, a token's gradient is in proportion to its weight."""
     probe = Probe.of(loss_fn, data, logprobs)
     weights = [1.0, 0.5, 2.0]
-    batch = pair(probe, length=3).having(weights=[weights, weights])
+    batch = pair_batch(probe, length=3).having(weights=[weights, weights])
     row = probe(batch).gradients[0]
     seen = f"With weights {weights} the chosen side's gradients are {row}."
-    suppose(row[0] != 0, "there is no gradient")
-    if not probe.same([g / row[0] for g in row], weights):
-        squared = probe.same([g / row[0] for g in row], [w * w for w in weights])
-        demand(False, "weights-squared" if squared else "weights-binarised", seen)
+    assume(row[0] != 0, "there is no gradient")
+    if not probe.close([g / row[0] for g in row], weights):
+        squared = probe.close([g / row[0] for g in row], [w * w for w in weights])
+        require(False, "weights-squared" if squared else "weights-binarised", seen)
 
 
 def reference(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
-    """What policy and reference share has no effect: only their difference counts."""
+    """Only the difference of policy and reference matters: shifting both has no effect."""
     probe = Probe.of(loss_fn, data, logprobs)
-    suppose("ref_logprobs" in columns_read(probe), "it reads no reference")
-    batch = pair(probe, chosen=-1.5)
+    assume("ref_logprobs" in columns_read(probe), "it reads no reference")
+    batch = pair_batch(probe, chosen=-1.5)
     inert = not influences(probe, "ref_logprobs", batch, [(0, 0)])
-    demand(not inert, "ref-inert", "Changing the reference's logprobs of the chosen side changes nothing.")
+    require(not inert, "ref-inert", "Changing the reference's logprobs of the chosen side changes nothing.")
     plain = probe(batch).value
     for i, side in enumerate(("chosen", "rejected")):
-        by = [probe(shared(batch, i, shift)).value - plain for shift in (-4.0, -8.0)]
-        nll = i == 0 and probe.same(2 * by[0], by[1])  # a term of the chosen side's own logprobs is linear
-        seen = f"Lowering policy and reference of the {side} side alike by 4 changes the loss by {by[0]:g}."
-        demand(nll or probe.same(plain + by[0], plain), "reference-misused", seen)
+        by = [probe(shift_both(batch, i, shift)).value - plain for shift in (-4.0, -8.0)]
+        nll = i == 0 and probe.close(2 * by[0], by[1])  # a term of the chosen side's own logprobs is linear
+        seen = f"Lowering policy and reference of the {side} side by the same 4 nats changes the loss by {by[0]:g}."
+        require(nll or probe.close(plain + by[0], plain), "reference-misused", seen)
 
 
-def shared(batch: Batch, i: int, shift: float) -> Batch:
-    """Policy and reference of one side shifted alike."""
-    rows = {name: moved(rows_of(batch, name), [(i, 0)], shift) for name in ("logprobs", "ref_logprobs")}
+def shift_both(batch: Batch, i: int, shift: float) -> Batch:
+    """Return the batch with policy and reference of one side shifted by the same amount."""
+    rows = {name: shifted(column_rows(batch, name), [(i, 0)], shift) for name in ("logprobs", "ref_logprobs")}
     return batch.having(**rows)
 
 
 def step_zero(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
-    """At the reference a logistic loss is ln 2 for each pair, and its margin sums logprobs."""
+    """At the reference a logistic loss is ln 2 for each pair, and its margin is a sum of logprobs."""
     probe = Probe.of(loss_fn, data, logprobs)
-    suppose("ref_logprobs" in columns_read(probe), "it reads no reference")
-    one, two = probe(pair(probe)), probe(pair(probe, pairs=2))
+    assume("ref_logprobs" in columns_read(probe), "it reads no reference")
+    one, two = probe(pair_batch(probe)), probe(pair_batch(probe, pairs=2))
     seen = f"With policy = reference the loss of one pair is {one.value:g}, of two {two.value:g}"
-    half = probe.same(one.value, math.log(2) / 2)
-    demand(not half, "pairs-miscounted", f"{seen}: half of ln 2.")
-    lost = probe(pair(probe, chosen=-2e4)).gradients[0][0]
-    logistic = probe.same(lost / one.gradients[0][0], 2.0) if one.gradients[0][0] else False
-    demand(not logistic or probe.same(one.value, math.log(2)), "constant-factor", f"{seen}: not ln 2.")
-    alone, of_four = (probe(pair(probe, length=n)).gradients[1][0] for n in (1, 4))
+    half = probe.close(one.value, math.log(2) / 2)
+    require(not half, "pairs-miscounted", f"{seen}: half of ln 2.")
+    lost = probe(pair_batch(probe, chosen=-2e4)).gradients[0][0]
+    logistic = probe.close(lost / one.gradients[0][0], 2.0) if one.gradients[0][0] else False
+    require(not logistic or probe.close(one.value, math.log(2)), "constant-factor", f"{seen}: not ln 2.")
+    alone, of_four = (probe(pair_batch(probe, length=n)).gradients[1][0] for n in (1, 4))
     seen = f"With policy = reference the gradient of a rejected token is {alone:g} alone, {of_four:g} of four."
-    demand(not logistic or probe.same(of_four, alone), "mean-logprob-margin", seen)
+    require(not logistic or probe.close(of_four, alone), "mean-logprob-margin", seen)
 
 
 def pair_scale(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
-    """Where a pair is ranked right beyond doubt, the chosen side's nll is not left halved."""
+    """Where a pair is ranked right by a large margin, the gradient of the chosen side's nll is not halved."""
     from lossfns.testing.subject import knobs
 
     probe = Probe.of(loss_fn, data, logprobs)
-    suppose("ref_logprobs" not in columns_read(probe), "it has a reference")
-    suppose(0.5 not in knobs(loss_fn).values(), "half may be its setting")
-    left = probe(pair(probe, chosen=-1e-3, rejected=-30.0)).gradients[0][0]
-    seen = f"A pair with no doubt left has the gradient {left:g} for its chosen token, not −1."
-    demand(not math.isclose(left, -0.5, rel_tol=1e-3), "pairs-miscounted", seen)
+    assume("ref_logprobs" not in columns_read(probe), "it has a reference")
+    assume(0.5 not in knobs(loss_fn).values(), "a setting is 0.5, which may halve the gradient")
+    left = probe(pair_batch(probe, chosen=-1e-3, rejected=-30.0)).gradients[0][0]
+    seen = f"In a pair that is ranked right by a large margin the gradient of the chosen token is {left:g}, not −1."
+    require(not math.isclose(left, -0.5, rel_tol=1e-3), "pairs-miscounted", seen)
 
 
 def monotone(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
-    """A pair ranked wrong by more has the larger loss."""
+    """A pair ranked wrong by a larger margin has the larger loss."""
     probe = Probe.of(loss_fn, data, logprobs)
-    values = [(m, probe(pair(probe, chosen=-12.0 + m / 2, rejected=-12.0 - m / 2))) for m in (-16, -4, -1, 0)]
+    values = [(m, probe(pair_batch(probe, chosen=-12.0 + m / 2, rejected=-12.0 - m / 2))) for m in (-16, -4, -1, 0)]
     for (a, before), (b, after) in pairwise(values):
         seen = f"With a margin of {a} the loss is {before.value}, with {b} {after.value}."
-        demand(after.value < before.value, "sides-swapped", seen)
+        require(after.value < before.value, "sides-swapped", seen)
 
 
 def odds(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
-    """Without a reference, the rejected side's pull is constant at equal sides, or the odds' 1 / (1 − p)."""
+    """Without a reference, the rejected side's gradient at equal sides is constant or grows as 1 / (1 − p)."""
     probe = Probe.of(loss_fn, data, logprobs)
-    suppose("ref_logprobs" not in columns_read(probe), "it has a reference")
+    assume("ref_logprobs" not in columns_read(probe), "it has a reference")
     probed = (-1.0, -0.1, -1e-3, -1e-5) if probe.dtype == torch.float64 else (-1.0, -0.1, -1e-2)
-    pulls = {a: probe(pair(probe, chosen=a, rejected=a)).gradients[1][0] for a in probed}
+    pulls = {a: probe(pair_batch(probe, chosen=a, rejected=a)).gradients[1][0] for a in probed}
     first = pulls[-1.0]
-    suppose(first != 0, "the rejected side has no gradient")
+    assume(first != 0, "the rejected side has no gradient")
     expected = {a: (1 - math.exp(-1.0)) / -math.expm1(a) for a in pulls}
     ratios = {a: g / first for a, g in pulls.items()}
-    constant = all(probe.same(x, 1.0) for x in ratios.values())
+    constant = all(probe.close(x, 1.0) for x in ratios.values())
     right = all(math.isclose(ratios[a], expected[a], rel_tol=1e-4) for a in pulls)
     worst = max(pulls, key=lambda a: abs(math.log(abs(ratios[a] / expected[a]) + 1e-30)))
     seen = f"At logprob {worst:g} on both sides the rejected side's gradient is {ratios[worst]:g} of that at −1"
-    demand(constant or right, "log-odds-biased", f"{seen}, not {expected[worst]:g}.")
+    require(constant or right, "log-odds-biased", f"{seen}, not {expected[worst]:g}.")
 
 
 def odd(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
     """An odd number of datums is refused."""
     probe = Probe.of(loss_fn, data, logprobs)
-    batch = pair(probe, pairs=2).take([0, 1, 2])
+    batch = pair_batch(probe, pairs=2).take([0, 1, 2])
     try:
         loss_fn(batch.data(), batch.tensors(probe.dtype))
     except Exception:
         return
-    demand(False, "odd-datum-dropped", "Three datums are taken, as one pair and a half.")
+    require(False, "odd-datum-dropped", "Three datums are accepted, which is one pair and a half.")
 
 
 def margin_metrics(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
-    """A metric named reward margin is what stands in the sigmoid: β times the margin, once."""
+    """A metric named reward margin is the argument of the sigmoid: β times the margin, with β once."""
     probe = Probe.of(loss_fn, data, logprobs)
-    suppose("ref_logprobs" in columns_read(probe), "it reads no reference")
-    batch = pair(probe, chosen=-1.5, rejected=-2.5)
+    assume("ref_logprobs" in columns_read(probe), "it reads no reference")
+    batch = pair_batch(probe, chosen=-1.5, rejected=-2.5)
     result = probe(batch)
-    zero = probe(pair(probe)).gradients[0][0]
+    zero = probe(pair_batch(probe)).gradients[0][0]
     beta = -2 * zero
-    suppose(probe.same(probe(pair(probe)).value, math.log(2)), "it is not logistic, or smoothed")
+    assume(probe.close(probe(pair_batch(probe)).value, math.log(2)), "it is not logistic, or its labels are smoothed")
     inside = -math.log(math.expm1(result.value)) if result.value > 0 else math.nan
-    suppose(math.isclose(inside, beta, rel_tol=1e-3), "its labels are smoothed")
+    assume(math.isclose(inside, beta, rel_tol=1e-3), "its labels are smoothed")
     for name, value in result.metrics.items():
         if "margin" in name:
             right = [inside] if "reward" in name else [inside, 1.0]
             seen = f"At margin 1 with β = {beta:g} the metric {name!r} is {value}, not {' or '.join(map(str, right))}."
-            demand(any(math.isclose(value, x, rel_tol=1e-3) for x in right), "metric-scaled-twice", seen)
+            require(any(math.isclose(value, x, rel_tol=1e-3) for x in right), "metric-scaled-twice", seen)

@@ -1,4 +1,4 @@
-"""Laws of sums: how the parts of a batch, its copies and its ranks make up the whole."""
+"""Laws of sums: how the losses of chunks, copies and ranks add up to the loss of the batch."""
 
 from __future__ import annotations
 
@@ -18,45 +18,45 @@ from lossfns.testing.laws.base import (
     LossFn,
     Outcome,
     Probe,
-    demand,
-    filled,
-    inhabited,
-    kind_of,
-    neutral,
-    put,
+    assume,
+    batch_kind,
+    on_policy_batch,
+    require,
     slots,
-    suppose,
-    unit,
-    units,
+    unit_indices,
+    unit_size,
     unpoisoned,
+    with_constants,
+    with_slot,
+    without_empty_units,
 )
 
 
 def duplication(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
-    """The batch twice: a mean stays, a sum doubles."""
+    """With the batch twice, a mean stays the same and a sum doubles."""
     probe = Probe.of(loss_fn, data, logprobs)
     batch = unpoisoned(probe.batch)
     count = len(batch.weights)
     once, twice = probe(batch), probe(batch.take([*range(count), *range(count)]))
-    suppose(any(g != 0 for row in once.gradients for g in row), "there is no gradient")
+    assume(any(g != 0 for row in once.gradients for g in row), "there is no gradient")
     for factor in (1.0, 2.0):
         half = [[2 * g / factor for g in row] for row in twice.gradients[:count]]
-        if probe.same([twice.value / factor, half], [once.value, once.gradients]):
+        if probe.close([twice.value / factor, half], [once.value, once.gradients]):
             return
-    share = growth(once, twice)
-    seen = f"The batch twice has {share:g} times the gradient and the loss {twice.value}, once {once.value}"
-    if not probe.same(twice.gradients[:count], twice.gradients[count:]):
-        equal = len(set(active(batch))) == 1
-        demand(False, "order-dependent" if equal else "mean-of-means", f"{seen}; the two copies differ.")
+    share = gradient_growth(once, twice)
+    seen = f"The batch twice has {share:g} times the gradient of the batch; its loss is {twice.value}, not {once.value}"
+    if not probe.close(twice.gradients[:count], twice.gradients[count:]):
+        equal = len(set(active_counts(batch))) == 1
+        require(False, "order-dependent" if equal else "mean-of-means", f"{seen}; the two copies differ.")
     heavy = batch.having(weights=[[64 * w for w in row] for row in batch.weights])
-    same = probe.same(growth(probe(heavy), probe(heavy.take([*range(count)] * 2))), share)
+    same = probe.close(gradient_growth(probe(heavy), probe(heavy.take([*range(count)] * 2))), share)
     between = "mean-of-means" if same else "epsilon-in-denominator"
     likely = "divided-twice" if share < 0.75 else "broadcast" if share > 2 else between
-    demand(False, likely, f"{seen}: a mean gives 1 and a sum 2.")
+    require(False, likely, f"{seen}: a mean gives 1 and a sum 2.")
 
 
-def growth(once: Outcome, twice: Outcome) -> float:
-    """The gradient of a batch in its double, both copies together, as a multiple of its own."""
+def gradient_growth(once: Outcome, twice: Outcome) -> float:
+    """Return the gradient of both copies in the doubled batch, relative to the gradient of the batch."""
     own, copy = (
         math.fsum(abs(g) for row in rows for g in row)
         for rows in (once.gradients, twice.gradients[: len(once.gradients)])
@@ -65,21 +65,21 @@ def growth(once: Outcome, twice: Outcome) -> float:
 
 
 def replicas(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
-    """Four ranks with the same batch, averaged, give what one process gives."""
+    """The average over four ranks with the same batch is the result of one process."""
     probe = Probe.of(loss_fn, data, logprobs)
     batch = unpoisoned(probe.batch)
     one = probe(batch)
-    with world(4):
+    with simulated_world(4):
         four = [probe(batch) for _ in range(4)]
     mean = [[sum(gs) / 4 for gs in zip(*rows)] for rows in zip(*(rank.gradients for rank in four))]
     seen = f"Averaged over 4 ranks the loss is {sum(r.value for r in four) / 4}; in one process {one.value}."
-    same = probe.same([sum(r.value for r in four) / 4, mean], [one.value, one.gradients])
-    demand(same, "world-size-factor", seen)
+    same = probe.close([sum(r.value for r in four) / 4, mean], [one.value, one.gradients])
+    require(same, "world-size-factor", seen)
 
 
 @contextmanager
-def world(size: int) -> Iterator[None]:
-    """What a loss sees of a process group of this size."""
+def simulated_world(size: int) -> Iterator[None]:
+    """Simulate a process group of this size, in which every rank holds the same values."""
     names = {"is_available": True, "is_initialized": True, "get_world_size": size, "get_rank": 0}
     with mock.patch.dict(os.environ, {"WORLD_SIZE": str(size), "RANK": "0"}):
         patches = [mock.patch.object(torch.distributed, n, lambda *_, r=r: r, create=True) for n, r in names.items()]
@@ -94,7 +94,7 @@ def world(size: int) -> Iterator[None]:
 
 
 def all_reduce(size: int, tensor: Tensor, op: Any = None, *_: Any, **__: Any) -> None:
-    """What ``torch.distributed.all_reduce`` does where every rank holds the same: a sum is so many times as much."""
+    """Do as ``torch.distributed.all_reduce`` where every rank holds the same tensor: a sum is ``size`` times it."""
     if op in (None, torch.distributed.ReduceOp.SUM):
         tensor.mul_(size)
 
@@ -102,12 +102,13 @@ def all_reduce(size: int, tensor: Tensor, op: Any = None, *_: Any, **__: Any) ->
 Count = Callable[[Batch], float]
 
 
-def active(batch: Batch) -> list[int]:
+def active_counts(batch: Batch) -> list[int]:
+    """Return the number of active tokens of each datum."""
     return [sum(w != 0 for w in row) for row in batch.weights]
 
 
-def positions(batch: Batch) -> int:
-    """Positions with an active target: of K candidates one is enough."""
+def active_positions(batch: Batch) -> int:
+    """Count the positions with at least one active target."""
     k = batch.targets or 1
     return sum(any(row[i : i + k]) for row in batch.weights for i in range(0, len(row), k))
 
@@ -115,46 +116,52 @@ def positions(batch: Batch) -> int:
 COUNTS: dict[str, Count] = {
     "1": lambda b: 1.0,
     "Σ weights": lambda b: math.fsum(w for row in b.weights for w in row),
-    "active tokens": lambda b: sum(active(b)),
-    "positions": positions,
-    "sequences": lambda b: sum(n > 0 for n in active(b)),
+    "active tokens": lambda b: sum(active_counts(b)),
+    "positions": active_positions,
+    "sequences": lambda b: sum(n > 0 for n in active_counts(b)),
     "Σ |weights|": lambda b: math.fsum(abs(w) for row in b.weights for w in row),
     "datums": lambda b: len(b.weights),
     "tokens": lambda b: sum(map(len, b.weights)),
 }
-"""What a loss may be divided by: numbers that add over the parts of a batch."""
+"""The possible denominators of a loss: counts that add up over the parts of a batch."""
 
 
 def split(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
-    """There is a count that adds, by which the parts of a batch make up the whole."""
+    """For some additive count D, the losses of the parts times their D add up to that of the batch."""
     probe = Probe.of(loss_fn, data, logprobs)
     batch = unpoisoned(probe.batch)
-    batch = inhabited(batch)
-    suppose(len(units(batch)) > 1, "one datum cannot be split")
-    if dividers(probe, batch):
+    batch = without_empty_units(batch)
+    assume(len(unit_indices(batch)) > 1, "one datum cannot be split")
+    if additive_counts(probe, batch):
         return
-    seen = f"No count of {', '.join(COUNTS)} makes the gradients of the datums by themselves add up to the batch's."
-    if kind_of(batch) == "policy":
+    seen = f"With no count of {', '.join(COUNTS)} do the gradients of the datums add up to those of the batch."
+    if batch_kind(batch) == "policy":
         no_kl = batch.having(ref_logprobs=batch.logprobs) if "ref_logprobs" in batch.columns else batch
-        alone = [dividers(probe, filled(batch, advantages=0.0)), dividers(probe, no_kl)]
+        alone = [additive_counts(probe, with_constants(batch, advantages=0.0)), additive_counts(probe, no_kl)]
         mixed = all(alone) and not set(alone[0]) & set(alone[1])
         if mixed:
-            demand(False, "mixed-denominators", f"{seen} With advantages 0 it is {alone[0]}, without KL {alone[1]}.")
-    plain = neutral(filled(batch, **{"advantages": 1.0} if "advantages" in batch.columns else {}))
-    crossed_ = math.fsum(1 / (math.fsum(row) or 1.0) for row in batch.weights) / len(batch.weights) ** 2
+            require(
+                False,
+                "mixed-denominators",
+                f"{seen} With advantages 0 they do with {alone[0]}, without KL with {alone[1]}.",
+            )
+    plain = on_policy_batch(with_constants(batch, **{"advantages": 1.0} if "advantages" in batch.columns else {}))
+    cross_divided = math.fsum(1 / (math.fsum(row) or 1.0) for row in batch.weights) / len(batch.weights) ** 2
     shares = [-g / w for gs, ws in zip(probe(plain).gradients, plain.weights) for g, w in zip(gs, ws) if w]
-    every = unit(batch) == 1 and probe.same(shares, [crossed_] * len(shares))
-    demand(not every, "broadcast", f"{seen} Each datum is divided by every datum's weights.")
+    every = unit_size(batch) == 1 and probe.close(shares, [cross_divided] * len(shares))
+    require(not every, "broadcast", f"{seen} Each datum is divided by every datum's weights.")
     heavy = batch.having(weights=[[8 * w for w in row] for row in batch.weights])
-    demand(not dividers(probe, heavy), "epsilon-in-denominator", f"{seen} With 8 times the weights one does.")
+    require(not additive_counts(probe, heavy), "epsilon-in-denominator", f"{seen} With 8 times the weights they do.")
     one = batch.having(weights=[[1.0 if j == 0 else 0.0 for j in range(len(row))] for row in batch.weights])
-    demand(bool(dividers(probe, one)), "order-dependent", f"{seen} Not even with one token of each.")
-    demand(False, "mean-of-means", seen)
+    require(
+        bool(additive_counts(probe, one)), "order-dependent", f"{seen} With one token of each datum they do not either."
+    )
+    require(False, "mean-of-means", seen)
 
 
-def dividers(probe: Probe, batch: Batch) -> list[str]:
-    """The counts by which the parts of a batch add up to it."""
-    whole, parts = probe(batch), [batch.take(part) for part in units(batch)]
+def additive_counts(probe: Probe, batch: Batch) -> list[str]:
+    """Return the counts with which the parts of a batch add up to it."""
+    whole, parts = probe(batch), [batch.take(part) for part in unit_indices(batch)]
     outcomes = [probe(part) for part in parts]
     fits = []
     for name, count in COUNTS.items():
@@ -162,7 +169,7 @@ def dividers(probe: Probe, batch: Batch) -> list[str]:
         total = sum(divisors) if name != "1" else 1.0
         value = math.fsum(out.value * d for out, d in zip(outcomes, divisors))
         rows = [[g * d for g in row] for out, d in zip(outcomes, divisors) for row in out.gradients]
-        if probe.same([value, rows], [whole.value * total, [[g * total for g in row] for row in whole.gradients]]):
+        if probe.close([value, rows], [whole.value * total, [[g * total for g in row] for row in whole.gradients]]):
             fits.append(name)
     return fits
 
@@ -171,30 +178,31 @@ def permutation(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]
     """The order of datums (or pairs) does not matter."""
     probe = Probe.of(loss_fn, data, logprobs)
     batch = unpoisoned(probe.batch)
-    suppose(len(units(batch)) > 1, "one datum has one order")
-    order = [i for part in reversed(units(batch)) for i in part]
+    assume(len(unit_indices(batch)) > 1, "one datum has one order")
+    order = [i for part in reversed(unit_indices(batch)) for i in part]
     plain, turned = probe(batch), probe(batch.take(order))
     seen = f"In reverse order the loss is {turned.value}, not {plain.value}, or its gradients differ."
-    same = probe.same([turned.value, turned.gradients], [plain.value, [plain.gradients[i] for i in order]])
-    demand(same, "order-dependent", seen)
+    same = probe.close([turned.value, turned.gradients], [plain.value, [plain.gradients[i] for i in order]])
+    require(same, "order-dependent", seen)
 
 
 def finite_differences(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
     """The gradient is the slope of the value, away from kinks."""
     probe = Probe.of(loss_fn, data, logprobs)
-    suppose(probe.dtype == torch.float64, "the loss computes in float32")
+    assume(probe.dtype == torch.float64, "the loss computes in float32")
     batch = unpoisoned(probe.batch)
     gradients = probe(batch).gradients
     for i, j in slots(batch)[:6]:
-        slopes = [slope(probe, batch, i, j, step) for step in (1e-4, 2e-4)]
+        slopes = [central_difference(probe, batch, i, j, step) for step in (1e-4, 2e-4)]
         if abs(slopes[0] - slopes[1]) > 1e-5 * (1 + abs(slopes[0])):
-            continue  # a kink is near
+            continue  # close to a kink
         g = gradients[i][j]
-        seen = f"At token {j} of datum {i} the gradient is {g}; the loss moves by {slopes[0]} a nat."
-        demand(abs(g - slopes[0]) < 1e-4 * (1 + abs(g)), "detached-term", seen)
+        seen = f"At token {j} of datum {i} the gradient is {g}; the slope of the loss is {slopes[0]}."
+        require(abs(g - slopes[0]) < 1e-4 * (1 + abs(g)), "detached-term", seen)
 
 
-def slope(probe: Probe, batch: Batch, i: int, j: int, step: float) -> float:
+def central_difference(probe: Probe, batch: Batch, i: int, j: int, step: float) -> float:
+    """Return the slope of the value in one logprob."""
     lp = batch.logprobs
-    up, down = (probe(batch.having(logprobs=put(lp, i, j, lp[i][j] + by))).value for by in (step, -step))
+    up, down = (probe(batch.having(logprobs=with_slot(lp, i, j, lp[i][j] + by))).value for by in (step, -step))
     return (up - down) / (2 * step)

@@ -1,4 +1,4 @@
-"""Laws of likelihood losses: −Σ w·lp / D, linear in the logprobs, with weights of either sign."""
+"""Laws of likelihood losses −Σ w·lp / D, which are linear in the logprobs and accept weights of both signs."""
 
 from __future__ import annotations
 
@@ -8,51 +8,51 @@ from typing import Any
 
 from torch import Tensor
 
-from lossfns.testing.laws.base import LossFn, Probe, demand, moved, suppose, unpoisoned
-from lossfns.testing.laws.policy import scale, weighed_apart
+from lossfns.testing.laws.base import LossFn, Probe, assume, require, shifted, unpoisoned
+from lossfns.testing.laws.policy import check_scale, unequal_weights_batch
 
 
 def linear(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
-    """The gradient does not depend on the logprobs; of K candidates each counts by its weight."""
+    """The gradient does not depend on the logprobs, and each of K targets counts by its weight."""
     probe = Probe.of(loss_fn, data, logprobs)
-    batch = weighed_apart(probe)
+    batch = unequal_weights_batch(probe)
     gradients = probe(batch).gradients
-    shifted = probe(batch.having(logprobs=moved(batch.logprobs, [(0, 0)], -1.0))).gradients
+    after = probe(batch.having(logprobs=shifted(batch.logprobs, [(0, 0)], -1.0))).gradients
     sums = [math.fsum(gradients[0][i : i + batch.targets]) for i in range(0, len(gradients[0]), batch.targets or 99)]
-    free = batch.targets and probe.same([1.0, *sums], [1.0] + [0.0] * len(sums))
+    free = batch.targets and probe.close([1.0, *sums], [1.0] + [0.0] * len(sums))
     seen = f"With weights {batch.weights} the gradients are {gradients}; they change with the logprobs."
-    demand(probe.same(shifted, gradients), "renormalised-targets" if free else "not-likelihood", seen)
+    require(probe.close(after, gradients), "renormalised-targets" if free else "not-likelihood", seen)
     if batch.targets:
         factors = [-g / w for g, w in zip(gradients[0], batch.weights[0])]
         by_candidate = [factors[k :: batch.targets] for k in range(batch.targets)]
-        steady = all(probe.same(row, [row[0]] * len(row)) for row in by_candidate)
-        along = steady and not probe.same(factors, [factors[0]] * len(factors))
-        seen = f"The first, second, … candidates weigh {by_candidate} in the gradient."
-        demand(not along, "targets-transposed", seen)
+        steady = all(probe.close(row, [row[0]] * len(row)) for row in by_candidate)
+        along = steady and not probe.close(factors, [factors[0]] * len(factors))
+        seen = f"The gradients divided by the weights are {by_candidate} for the first, second, … target."
+        require(not along, "targets-transposed", seen)
 
 
 def likelihood(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
     """The gradient is −w / D."""
     probe = Probe.of(loss_fn, data, logprobs)
-    batch = weighed_apart(probe)
+    batch = unequal_weights_batch(probe)
     gradients = probe(batch).gradients
-    suppose(any(g != 0 for row in gradients for g in row), "there is no gradient")
+    assume(any(g != 0 for row in gradients for g in row), "there is no gradient")
     seen = f"With weights {batch.weights} the gradients are {gradients}."
-    demand(gradients[0][0] < 0, "sign-flipped", seen)
+    require(gradients[0][0] < 0, "sign-flipped", seen)
     factors = [[-g / w for g, w in zip(gs, ws)] for gs, ws in zip(gradients, batch.weights)]
-    if not all(probe.same(row, [row[0]] * len(row)) for row in factors):
+    if not all(probe.close(row, [row[0]] * len(row)) for row in factors):
         squared = [[-g / w**2 for g, w in zip(gs, ws)] for gs, ws in zip(gradients, batch.weights)]
-        twice = all(probe.same(row, [row[0]] * len(row)) for row in squared)
-        demand(False, "weights-squared" if twice else "weights-binarised", seen)
-    scale(probe, batch)
+        twice = all(probe.close(row, [row[0]] * len(row)) for row in squared)
+        require(False, "weights-squared" if twice else "weights-binarised", seen)
+    check_scale(probe, batch)
 
 
 def negative_weights(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
-    """A negative weight pushes its token down: the two-pass protocol sends gradients as weights."""
+    """A negative weight makes its token less likely: the two-pass protocol sends gradients as weights."""
     probe = Probe.of(loss_fn, data, logprobs)
-    batch = weighed_apart(probe)
+    batch = unequal_weights_batch(probe)
     weights = [[-0.25 if j == 1 else w for j, w in enumerate(row)] for row in batch.weights]
     gradients = probe(unpoisoned(batch).having(weights=weights)).gradients
-    suppose(gradients[0][0] != 0, "its first token has no gradient")
+    assume(gradients[0][0] != 0, "its first token has no gradient")
     seen = f"With weights {weights[0]} the gradients are {gradients[0]}."
-    demand(probe.same(gradients[0][1] / gradients[0][0], -0.25 / weights[0][0]), "negative-weights-lost", seen)
+    require(probe.close(gradients[0][1] / gradients[0][0], -0.25 / weights[0][0]), "negative-weights-lost", seen)

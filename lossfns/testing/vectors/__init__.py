@@ -1,4 +1,4 @@
-"""Golden vectors: right answers from the oracle as JSON, each flagged with the bugs it hunts; see docs/vectors.md."""
+"""Golden vectors: right answers from the oracle as JSON, flagged with the bugs they detect. See docs/vectors.md."""
 
 from lossfns.testing.vectors.ours import subject_for
 from lossfns.testing.vectors.runner import run

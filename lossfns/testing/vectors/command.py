@@ -1,4 +1,4 @@
-"""``lossfns vectors``: run the golden vectors on a program, or export them."""
+"""The command ``lossfns vectors``, which runs the golden vectors on a program or exports them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lossfns.testing.vectors.vector import FOLDER, LEDGER, METHODS
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from lossfns.testing.vectors.runner import Report
+    from lossfns.testing.vectors.runner import VectorReport
 
 FILES = (*(f"{loss}.json" for loss in METHODS), "schema.json", LEDGER)
 STYLES = {"pass": "green", "fail": "bold red", "xfail": "yellow", "xpass": "yellow"}
@@ -80,8 +80,8 @@ def run_command(args: argparse.Namespace) -> int:
     return 0 if report.ok else 1
 
 
-def print_report(report: Report, console: Console) -> None:
-    """Print what ``Report.table`` says, in colours and wrapped to the width of the terminal."""
+def print_report(report: VectorReport, console: Console) -> None:
+    """Print the text of ``VectorReport.table`` in colours, wrapped to the width of the terminal."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -98,7 +98,7 @@ def print_report(report: Report, console: Console) -> None:
 
 
 def read_patterns(path: str | None) -> list[str]:
-    """Read the lines of a file, without comments after ``#``."""
+    """Read the patterns in a file, one a line; ``#`` starts a comment."""
     lines = Path(path).read_text(encoding="utf-8").splitlines() if path else []
     return [pattern for line in lines if (pattern := line.partition("#")[0].strip())]
 

@@ -1,4 +1,4 @@
-"""The bugs that a vector hunts, and the bug that a wrong reply speaks for."""
+"""The flags of a vector, which are the bugs that it detects, and the bugs that explain a wrong reply."""
 
 from __future__ import annotations
 
@@ -8,79 +8,79 @@ from typing import Any
 
 from lossfns.testing import oracle, planted
 from lossfns.testing.bugs import BUGS
-from lossfns.testing.planted import ADVANTAGES, Arguments
-from lossfns.testing.vectors.vector import Answer, Vector, flat, mistake, targets
+from lossfns.testing.planted import ADVANTAGE_BUGS, Arguments
+from lossfns.testing.vectors.vector import Answer, Vector, flatten, mistake, num_targets
 
 
-def accepts(bug: str, vector: Vector) -> bool:
-    """Whether a loss that has the bug accepts what has to be refused."""
+def accepts_refused(bug: str, vector: Vector) -> bool:
+    """Return whether a loss that has the bug accepts the input of a must-reject vector."""
     code, field = (vector.error or {})["code"], (vector.error or {})["field"]
     if field == "clip":
         low, high = vector.config["clip"]
         return bug == "clip-as-epsilon" and bool(0 <= 1 - low <= 1 <= 1 + high)
-    return bug in (ACCEPTED.get(code), ACCEPTED.get(field))
+    return bug in (BUG_OF_REFUSAL.get(code), BUG_OF_REFUSAL.get(field))
 
 
-ACCEPTED = {
+BUG_OF_REFUSAL = {
     "length_mismatch": "silent-truncation",
     "odd_pairs": "odd-datum-dropped",
     "dual_clip": "dual-clip-below-one",
 }
-"""Code or field of a refusal → the bug of a loss that leaves it out."""
+"""Code or field of a refusal → the bug of a loss that does not refuse."""
 
 
 def arguments(
     config: Mapping[str, Any], data: Sequence[Mapping[str, Any]], denominator: float | None = None
 ) -> Arguments:
-    """The oracle's arguments: rows by column, and the settings."""
-    rows = {name: [flat(datum[name]) for datum in data] for name in data[0]}
+    """Return the oracle's arguments: rows by column, and the settings."""
+    rows = {name: [flatten(datum[name]) for datum in data] for name in data[0]}
     settings = {name: tuple(value) if isinstance(value, list) else value for name, value in config.items()}
     return rows | settings | {"denominator": denominator}
 
 
-def grouping(config: Mapping[str, Any], data: Sequence[Mapping[str, Any]]) -> Arguments:
-    """The arguments of ``group_advantages``, whose data are samples."""
+def advantage_arguments(config: Mapping[str, Any], data: Sequence[Mapping[str, Any]]) -> Arguments:
+    """Return the arguments of the oracle's ``group_advantages``."""
     return {"rewards": [row["reward"] for row in data], "groups": [row["group"] for row in data], **config}
 
 
-def shaped(answer: oracle.Loss, data: Sequence[Mapping[str, Any]]) -> Answer:
-    """The answer with its flat rows of gradients as rows of K where logprobs are."""
+def to_answer(answer: oracle.Loss, data: Sequence[Mapping[str, Any]]) -> Answer:
+    """Return the oracle's loss as an answer, with gradients in the shape of the logprobs."""
     value, grads = answer
-    k = targets(data)
+    k = num_targets(data)
     nested = [[row[i : i + k] for i in range(0, len(row), k)] for row in grads] if k else grads
     return {"loss": value, "grad": nested}
 
 
-def wrong(bug: str, vector: Vector) -> Answer | None:
-    """The answer of a loss that has the bug; None where the bug is about something that the loss lacks."""
+def wrong_answer(bug: str, vector: Vector) -> Answer | None:
+    """Return the answer of a loss that has the bug, or None if this loss cannot have it."""
     if vector.loss == "group_advantages":
-        variant = ADVANTAGES.get(bug)
-        return variant and {"advantages": variant(**grouping(vector.config, vector.data))}
+        variant = ADVANTAGE_BUGS.get(bug)
+        return variant and {"advantages": variant(**advantage_arguments(vector.config, vector.data))}
     a = arguments(vector.config, vector.data, vector.denominator)
-    answer = planted.wrong(bug, vector.loss, a, targets(vector.data))
-    return answer and shaped(answer, vector.data)
+    answer = planted.wrong_loss(bug, vector.loss, a, num_targets(vector.data))
+    return answer and to_answer(answer, vector.data)
 
 
 def shows(bug: str, vector: Vector) -> bool:
-    """Whether a loss that has the bug fails the vector, by more than ten times the tolerance of float32.
+    """Return whether a loss that has the bug fails the vector by more than ten times the tolerance of float32.
 
-    At a kink it depends on the side that the loss takes, so that no bug is said to show there.
+    No bug shows at a kink, because the answer there depends on the side that the loss takes.
     """
     if vector.error is not None:
-        return accepts(bug, vector)
+        return accepts_refused(bug, vector)
     if vector.kind == "kink":
         return False
-    answer = wrong(bug, vector)
+    answer = wrong_answer(bug, vector)
     coarse = {dtype: [10 * x for x in vector.tol["float32"]] for dtype in vector.tol}
     return answer is not None and mistake(replace(vector, tol=coarse), answer, "float32") != ""
 
 
 def flags(vector: Vector) -> list[str]:
-    """Every bug of the catalogue that shows on the vector."""
+    """Return every bug of the catalogue that shows on the vector."""
     return [bug for bug in BUGS if shows(bug, vector)]
 
 
 def explains(bug: str, vector: Vector, reply: Mapping[str, Any], dtype: str) -> bool:
-    """Whether a reply is the answer of a loss that has this bug."""
-    answer = None if vector.error is not None else wrong(bug, vector)
+    """Return whether a reply is the answer of a loss that has this bug."""
+    answer = None if vector.error is not None else wrong_answer(bug, vector)
     return answer is not None and not mistake(vector.having(answer), reply, dtype)

@@ -1,4 +1,4 @@
-"""The losses of this library as a subject of the vectors."""
+"""The losses of this library as the subject of the golden vectors."""
 
 from __future__ import annotations
 
@@ -17,59 +17,61 @@ from lossfns.datum import Datum, ModelInput, TensorData
 from lossfns.errors import LossInputError, LossWarning
 from lossfns.loss import BoundLoss, Loss
 from lossfns.testing.public import LIBRARY, public
-from lossfns.testing.vectors.vector import Vector, targets
+from lossfns.testing.vectors.vector import Vector, num_targets
 from lossfns.weigh import fixed_length
 
 SETTINGS = {"cap": "tis_cap", "level": "tis_level"}
-"""Knobs of ours that vectors know by another name."""
+"""Knob of this library → its name in the vectors, where they differ."""
 
 
 def subject_for(vector: Vector) -> BoundLoss:
-    """Our loss with a vector's settings; it reads its columns from the datums.
+    """Return the library's loss with a vector's settings. It reads its columns from the datums.
 
     Raises:
-        LossInputError: for settings that no loss has.
+        LossInputError: if a setting is refused.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", LossWarning)  # k1 is asked for on purpose
-        loss = subject(vector.loss, vector.config)
+        warnings.simplefilter("ignore", LossWarning)  # some vectors use k1 on purpose
+        loss = build_loss(vector.loss, vector.config)
     return loss.bind() if vector.denominator is None else loss.bind(denominator=vector.denominator)
 
 
-def subject(name: str, config: Mapping[str, Any]) -> Loss:
-    """The preset, and what it has no knob for put around it: dual clip, sampler's weight, KL."""
+def build_loss(name: str, config: Mapping[str, Any]) -> Loss:
+    """Build a preset, wrapped with the combinators for settings that are no knobs of it: dual clip, TIS, KL."""
     cap = config.get("tis_cap")
     preset: Any = public("ppo" if name == "grpo" and cap is not None else name)
     settings: dict[str, Any] = {key: tuple(x) if isinstance(x, list) else x for key, x in config.items()}
-    settings["weigh"] = weighing(config)
+    settings["weigh"] = resolve_weighing(config)
     if "kl" in settings:
-        settings["kl"] = named(settings["kl"])
+        settings["kl"] = resolve(settings["kl"])
     knobs = inspect.signature(preset).parameters
     loss: Loss = preset(**{key: x for key, x in settings.items() if key in knobs})
     if config.get("dual_clip") is not None and "dual_clip" not in knobs:
         loss = with_dual_clip(loss, settings["dual_clip"])
     if cap is not None:
-        loss = with_tis(loss, cap, named(f"{settings['tis_level']}_level"))
+        loss = with_tis(loss, cap, resolve(f"{settings['tis_level']}_level"))
     if "kl" in settings and "kl" not in knobs:
         loss = with_kl(loss, settings["kl_beta"], settings["kl"])
     return loss
 
 
-def weighing(config: Mapping[str, Any]) -> Any:
-    return fixed_length(config["length"]) if config["weigh"] == "fixed_length" else named(config["weigh"])
+def resolve_weighing(config: Mapping[str, Any]) -> Any:
+    """Return the weighing that a config names."""
+    return fixed_length(config["length"]) if config["weigh"] == "fixed_length" else resolve(config["weigh"])
 
 
-def named(name: str) -> Any:
-    """What the library has under this name, or the name itself, for the library to refuse."""
+def resolve(name: str) -> Any:
+    """Return the library's object of this name, or the name itself, which the library then refuses."""
     return getattr(LIBRARY, name, name)
 
 
 def datums(vector: Vector) -> list[Datum]:
-    """The data as datums with all columns, however malformed."""
-    return [datum(row, targets(vector.data)) for row in vector.data]
+    """Return the data as datums with all columns, even if malformed."""
+    return [datum(row, num_targets(vector.data)) for row in vector.data]
 
 
 def datum(row: Mapping[str, Any], k: int) -> Datum:
+    """Return one datum with its columns."""
     n = len(row["logprobs"])
     ids = np.arange(n * (k or 1)).reshape((n, k) if k else (n,))
     columns = {name: column(x, k) for name, x in row.items() if name != "logprobs"}
@@ -77,36 +79,42 @@ def datum(row: Mapping[str, Any], k: int) -> Datum:
 
 
 def column(values: list[Any], k: int) -> TensorData | list[Any]:
+    """Return the values, with an empty list as ``[0, K]`` where there are K targets."""
     empty = TensorData.from_numpy(np.zeros((0, k), np.float32))
     return empty if k and not values else values
 
 
-def leaves(vector: Vector, dtype: torch.dtype) -> list[Tensor]:
-    k = targets(vector.data)
+def logprob_leaves(vector: Vector, dtype: torch.dtype) -> list[Tensor]:
+    """Return the logprobs as leaf tensors that require grad."""
+    k = num_targets(vector.data)
     shape = (-1, k) if k else (-1,)
     return [torch.tensor(row["logprobs"], dtype=dtype).reshape(shape).requires_grad_() for row in vector.data]
 
 
-def ask(vector: Vector, dtype: str = "float64") -> dict[str, Any]:
-    """Our reply to a vector, in the terms of the protocol."""
+def reply_to(vector: Vector, dtype: str = "float64") -> dict[str, Any]:
+    """Return the library's reply to a vector, in the terms of the protocol."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", LossWarning)  # inputs at the edge are what vectors are for
+        warnings.simplefilter("ignore", LossWarning)  # vectors hold extreme inputs on purpose
         try:
-            return advantages(vector) if vector.loss == "group_advantages" else losses(vector, getattr(torch, dtype))
+            if vector.loss == "group_advantages":
+                return advantages_reply(vector)
+            return loss_reply(vector, getattr(torch, dtype))
         except LossInputError as error:
             field = error.field.partition("[")[0]
             return {"error": {"message": str(error), "field": SETTINGS.get(field, field), "datum": error.datum}}
 
 
-def losses(vector: Vector, dtype: torch.dtype) -> dict[str, Any]:
-    logprobs = leaves(vector, dtype)
+def loss_reply(vector: Vector, dtype: torch.dtype) -> dict[str, Any]:
+    """Return loss, gradients and metrics for a vector."""
+    logprobs = logprob_leaves(vector, dtype)
     loss, metrics = subject_for(vector)(datums(vector), logprobs)
     loss.backward()  # type: ignore[no-untyped-call]
     grads = [None if lp.grad is None else lp.grad.tolist() for lp in logprobs]
     return {"loss": loss.item(), "grad": grads, "metrics": {name: metrics[name] for name in ("tokens", "denominator")}}
 
 
-def advantages(vector: Vector) -> dict[str, Any]:
+def advantages_reply(vector: Vector) -> dict[str, Any]:
+    """Return the group advantages for a vector."""
     rewards = [row["reward"] for row in vector.data]
     groups = [row["group"] for row in vector.data if "group" in row]
     return {"advantages": group_advantages(rewards, groups, **vector.config).tolist()}

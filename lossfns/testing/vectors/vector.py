@@ -1,4 +1,4 @@
-"""One golden vector: a loss, its settings, its inputs, and the answer that is right."""
+"""Golden vectors: a loss, its settings, its inputs and the right answer."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from lossfns.testing.batch import Batch
 FOLDER = Path(__file__).parent.parent / "data"
 
 SCHEMA, SUITE = "lossfns-vectors/1", "2026.11"
-"""The shape of the files, and the version of their contents."""
+"""The format of the files, and the version of their contents."""
 
 LEDGER = "ids.json"
-"""The file of all ids that were ever given."""
+"""The file of every id that was ever assigned."""
 
 METHODS = tuple(
     dict.fromkeys(name.rpartition("-")[0] for name in json.loads((FOLDER / LEDGER).read_text(encoding="utf-8"))["ids"])
 )
-"""The losses that have a file of vectors, in the order in which they were given one."""
+"""The losses that have vectors, in the order of their first ids."""
 
 Answer = Mapping[str, Any]
 """``{"loss", "grad"}`` or ``{"advantages"}``, with plain floats; a refusal has ``"error"``."""
@@ -32,17 +32,17 @@ Answer = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Vector:
-    """Inputs and the right answer, numbers as floats (``nan`` and ``inf`` where the file has strings).
+    """Inputs and the right answer. Numbers are floats; ``nan`` and ``inf`` are strings in the file.
 
     Attributes:
-        kind: ``valid``, ``edge``, ``kink`` (two gradients are right) or ``must-reject`` (no number is).
+        kind: ``valid``, ``edge``, ``kink`` (two gradients are right) or ``must-reject`` (the input is refused).
         config: every setting of the loss, none left to a default.
-        flags: the bugs of ``BUGS`` that give another answer here.
+        flags: the bugs of ``BUGS`` that give another answer.
         data: one mapping for each datum: its ``logprobs``, ``weights`` and side columns, all of one shape.
-        denominator: what to divide by instead of the batch's own count, for a chunk of a larger batch.
+        denominator: the number to divide by instead of the batch's own count, for a chunk of a larger batch.
         expected, grad: L and ∂L/∂logprobs; ``advantages`` for ``group_advantages``; ``error`` for must-reject.
         grad_alternatives: at a kink, the gradients of the other side.
-        metrics: ``tokens`` that count and the ``denominator``, which an answer may give too.
+        metrics: the number of ``tokens`` that count and the ``denominator``; both are optional in a reply.
         tol: dtype → (rtol, atol); see ``mistake``.
     """
 
@@ -65,22 +65,23 @@ class Vector:
 
     @property
     def batch(self) -> Batch:
-        """The rows of a batch that is well formed; its datums are ``batch.data()``, without the denominator."""
-        rows = {name: [flat(datum[name]) for datum in self.data] for name in self.data[0]}
+        """The data as a ``Batch``, without the denominator. The data must be well formed."""
+        rows = {name: [flatten(datum[name]) for datum in self.data] for name in self.data[0]}
         logprobs, weights = rows.pop("logprobs"), rows.pop("weights")
-        return Batch(logprobs, weights, rows, targets(self.data))
+        return Batch(logprobs, weights, rows, num_targets(self.data))
 
     @property
     def request(self) -> dict[str, Any]:
-        """The line of the protocol that asks for the answer."""
-        asked = {"id": self.id, "loss": self.loss, "config": self.config, "data": self.data}
+        """The request of the protocol."""
+        request = {"id": self.id, "loss": self.loss, "config": self.config, "data": self.data}
         encoded: dict[str, Any] = encode(
-            asked if self.denominator is None else asked | {"denominator": self.denominator}
+            request if self.denominator is None else request | {"denominator": self.denominator}
         )
         return encoded
 
     @property
     def answer(self) -> Answer:
+        """The right answer, in the terms of the protocol."""
         if self.error is not None:
             return {"error": self.error}
         if self.advantages is not None:
@@ -88,14 +89,14 @@ class Vector:
         return {"loss": self.expected, "grad": self.grad}
 
     def having(self, answer: Answer) -> Vector:
-        """The vector with another answer held to be right."""
+        """Return the vector with another answer in place of the right one."""
         if "advantages" in answer:
             return replace(self, advantages=answer["advantages"])
         return replace(self, expected=answer["loss"], grad=answer["grad"], grad_alternatives=[])
 
 
 def load(loss: str | None = None) -> list[Vector]:
-    """The vectors of one loss, or of all.
+    """Return the vectors of one loss, or of all losses.
 
     >>> vector = load("dpo")[0]
     >>> vector.id, sorted(vector.batch.columns)
@@ -109,12 +110,12 @@ def load(loss: str | None = None) -> list[Vector]:
 
 @cache
 def read(path: Path) -> tuple[Vector, ...]:
-    """The vectors of one file."""
+    """Read the vectors of one file."""
     return tuple(vectors(json.loads(path.read_text(encoding="utf-8"))))
 
 
 def vectors(file: Mapping[str, Any]) -> Iterator[Vector]:
-    """The vectors of one file's contents."""
+    """Yield the vectors in the contents of one file."""
     for group in file["groups"]:
         for test in group["tests"]:
             fields = {name: value for name, value in decode(test).items() if name not in ("loss", "flags")}
@@ -130,7 +131,7 @@ NUMBERS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
 def decode(x: Any) -> Any:
-    """JSON values with the three strings as numbers, in data; a group's label is left alone."""
+    """Replace the strings nan, inf and -inf by numbers, except in ids, comments and group labels."""
     if isinstance(x, dict):
         return {name: value if name in ("id", "comment", "group") else decode(value) for name, value in x.items()}
     if isinstance(x, list):
@@ -139,7 +140,7 @@ def decode(x: Any) -> Any:
 
 
 def encode(x: Any) -> Any:
-    """The reverse of ``decode``: JSON has no nan and no inf."""
+    """Replace nan and infinities by strings, because JSON has neither. The inverse of ``decode``."""
     if isinstance(x, Mapping):
         return {name: encode(value) for name, value in x.items()}
     if isinstance(x, (list, tuple)):
@@ -149,79 +150,82 @@ def encode(x: Any) -> Any:
     return x
 
 
-def flat(x: Any) -> list[Any]:
-    """The leaves of a nested list, in order."""
-    return [leaf for part in x for leaf in flat(part)] if isinstance(x, (list, tuple)) else [x]
+def flatten(x: Any) -> list[Any]:
+    """Return the leaves of a nested list in order."""
+    return [leaf for part in x for leaf in flatten(part)] if isinstance(x, (list, tuple)) else [x]
 
 
-def targets(data: Sequence[Mapping[str, Any]]) -> int:
-    """K where logprobs are [N, K], else 0."""
+def num_targets(data: Sequence[Mapping[str, Any]]) -> int:
+    """Return K where logprobs are ``[N, K]``, else 0."""
     first = next((datum["logprobs"] for datum in data if datum.get("logprobs")), [0.0])
     return len(first[0]) if isinstance(first[0], list) else 0
 
 
 def mistake(vector: Vector, reply: Mapping[str, Any], dtype: str = "float64") -> str:
-    """What is wrong with a reply, in words with the error and its tolerance; empty if it agrees.
+    """Return the mistake in a reply in words, with the error and its tolerance; empty if the reply is right.
 
-    A number x agrees with the right y if |x − y| <= atol·s + rtol·|y|. For the loss and for advantages s = 1;
-    for the gradient s is the largest of its absolute values, so that a gradient of 0 has to be 0.
+    A number x agrees with the right y if |x − y| <= atol·s + rtol·|y|. For the loss and for advantages s = 1. For the
+    gradient s is its largest absolute value, so a gradient that is 0 everywhere must be exactly 0.
     """
     if vector.error is not None:
         return "" if "error" in reply else f"accepted what must be refused ({vector.error['code']})"
     if "error" in reply:
         return f"refused: {reply['error']}"
     if vector.advantages is not None:
-        wrong = apart("advantages", reply.get("advantages"), vector.advantages, vector.tol[dtype])
+        wrong = mismatch("advantages", reply.get("advantages"), vector.advantages, vector.tol[dtype])
         return wrong
-    wrong = apart("loss", reply.get("loss"), vector.expected, vector.tol[dtype])
+    wrong = mismatch("loss", reply.get("loss"), vector.expected, vector.tol[dtype])
     wrong = wrong or gradient_mistake(vector, reply.get("grad"), vector.tol[dtype])
     metrics = reply.get("metrics", {})
     known = [name for name in vector.metrics if isinstance(metrics, Mapping) and name in metrics]
-    return wrong or next(filter(None, (apart(k, metrics[k], vector.metrics[k], vector.tol[dtype]) for k in known)), "")
+    return wrong or next(
+        filter(None, (mismatch(k, metrics[k], vector.metrics[k], vector.tol[dtype]) for k in known)), ""
+    )
 
 
 def gradient_mistake(vector: Vector, grad: Any, tol: Sequence[float]) -> str:
-    """At a kink any gradient between the one-sided ones is right."""
+    """Return the mistake in a gradient. At a kink any gradient between the one-sided ones is right."""
     rtol, atol = tol
     sides = [vector.grad, *vector.grad_alternatives]
-    scale = max((abs(y) for y in flat(sides) if math.isfinite(y)), default=0.0)
+    scale = max((abs(y) for y in flatten(sides) if math.isfinite(y)), default=0.0)
     if not vector.grad_alternatives:
-        return apart("grad", grad, vector.grad, (rtol, atol * scale))
-    if shape(grad) != shape(vector.grad):
-        return apart("grad", grad, vector.grad, tol)
-    for i, (x, *ys) in enumerate(zip(flat(grad), *map(flat, sides))):
+        return mismatch("grad", grad, vector.grad, (rtol, atol * scale))
+    if nested_shape(grad) != nested_shape(vector.grad):
+        return mismatch("grad", grad, vector.grad, tol)
+    for i, (x, *ys) in enumerate(zip(flatten(grad), *map(flatten, sides))):
         slack = atol * scale + rtol * max(map(abs, ys))
-        if not min(ys) - slack <= number(x) <= max(ys) + slack:
+        if not min(ys) - slack <= parse_number(x) <= max(ys) + slack:
             return f"grad entry {i} is {x}, not between {min(ys):.9g} and {max(ys):.9g}"
     return ""
 
 
-def apart(name: str, x: Any, y: Any, tol: Sequence[float]) -> str:
-    """Where x, a number or a nested list, differs from y by more than atol + rtol·|y|; empty if nowhere."""
+def mismatch(name: str, x: Any, y: Any, tol: Sequence[float]) -> str:
+    """Return where a number or nested list x differs from y by more than atol + rtol·|y|; empty if nowhere."""
     if isinstance(y, list):
         if not isinstance(x, (list, tuple)):
-            return f"{name} is {shown(x)}, not a list of {len(y)}"
+            return f"{name} is {format_number(x)}, not a list of {len(y)}"
         if len(x) != len(y):
             return f"{name} has {len(x)} entries, not {len(y)}"
-        return next(filter(None, (apart(f"{name}[{i}]", u, v, tol) for i, (u, v) in enumerate(zip(x, y)))), "")
-    value, (rtol, atol) = number(x), tol
+        return next(filter(None, (mismatch(f"{name}[{i}]", u, v, tol) for i, (u, v) in enumerate(zip(x, y)))), "")
+    value, (rtol, atol) = parse_number(x), tol
     slack = atol + rtol * abs(y)
     if value == y or abs(value - y) <= slack or (math.isnan(y) and math.isnan(value)):
         return ""
-    return f"{name} is {shown(x)}, not {y:.9g}: off by {abs(value - y):.2g}, tolerance {slack:.2g}"
+    return f"{name} is {format_number(x)}, not {y:.9g}: off by {abs(value - y):.2g}, tolerance {slack:.2g}"
 
 
-def number(x: Any) -> float:
-    """A number of a reply; nan for anything else."""
+def parse_number(x: Any) -> float:
+    """Return a number of a reply as a float; nan for anything else."""
     if isinstance(x, str):
         return NUMBERS.get(x, math.nan)
     return float(x) if isinstance(x, (int, float)) and not isinstance(x, bool) else math.nan
 
 
-def shown(x: Any) -> str:
+def format_number(x: Any) -> str:
+    """Return a value of a reply as short text."""
     return f"{x:.9g}" if isinstance(x, float) else "missing" if x is None else f"{x!r}"[:40]
 
 
-def shape(x: Any) -> Any:
-    """The nested lengths of a list."""
-    return [shape(part) for part in x] if isinstance(x, (list, tuple)) else None
+def nested_shape(x: Any) -> Any:
+    """Return the nested lengths of a list."""
+    return [nested_shape(part) for part in x] if isinstance(x, (list, tuple)) else None

@@ -72,7 +72,7 @@ def test_the_page_has_every_way_to_break_it() -> None:
 
 @pytest.mark.parametrize(("expression", "outcome"), [(row[0], row[1]) for row in BROKEN])
 def test_what_the_sdk_does_with_it(expression: str, outcome: str) -> None:
-    """If the SDK is installed, it raises the error of which the page has the beginning, or sends what the page says."""
+    """The SDK, if it is installed, raises the error whose beginning the page quotes, or sends what the page says."""
     for sdk in sdks()[1:]:
         assert answer(sdk, expression).startswith(outcome.strip("`"))
 

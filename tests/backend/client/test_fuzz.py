@@ -32,7 +32,7 @@ VOCABULARY = SHAPE["vocab_size"]
 
 Arguments = dict[str, Any]
 Place = tuple[str, ...]
-"""What a message must say, all of it, to name a place that is wrong."""
+"""The parts of a message that together name a wrong place."""
 Spoil = Callable[[Random, Arguments, str], Place]
 """Spoils the argument of that name, and says where."""
 
@@ -218,7 +218,7 @@ IDS: list[Callable[[], Any]] = [
     lambda: {}["chunk"],
     lambda: int("x"),
 ]
-"""What a model input of some sort may give for its ids."""
+"""Values that a model input may return for its ids."""
 
 
 def junk(rng: Random, good: Callable[[Any], bool] = lambda x: False) -> Any:

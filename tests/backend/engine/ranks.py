@@ -1,6 +1,6 @@
-"""What ``test_ranks`` compares: scenarios that give tensors by name, run by one process and by two.
+"""Scenarios for ``test_ranks``, which return tensors by name and are run by one process and by two.
 
-``torchrun --nproc-per-node 2 ranks.py FOLDER`` runs all of them and leaves what each rank got in the folder.
+``torchrun --nproc-per-node 2 ranks.py FOLDER`` runs all of them and saves the results of each rank in the folder.
 """
 
 import json
@@ -46,7 +46,7 @@ def gradients(c: LocalTrainingClient) -> Result:
 
 
 def columns(rng: Random, data: list[Datum], loss: lossfns.Loss) -> dict[str, Any]:
-    """Numbers for all that a loss reads, old logprobs near those of an untrained model."""
+    """Values for all columns that a loss reads, with old logprobs near those of an untrained model."""
     rows = {
         "advantages": [rng.uniform(-1, 1) for _ in data],
         "old_logprobs": [[rng.uniform(-3.6, -3.2) for _ in range(d.model_input.length)] for d in data],
@@ -56,14 +56,14 @@ def columns(rng: Random, data: list[Datum], loss: lossfns.Loss) -> dict[str, Any
 
 
 def group(rng: Random, size: int = 6) -> list[Datum]:
-    """Completions of one prompt, long enough that it is worth to compute it once."""
+    """Completions of one prompt, which is long enough to be computed once."""
     prompt = [rng.randrange(31) for _ in range(20)]
     rows = [prompt + [rng.randrange(31) for _ in range(rng.randint(2, 9))] for _ in range(size)]
     return [datum_from_tokens(row, prompt_length=len(prompt)) for row in rows]
 
 
 def coupled(data: list[Any], logprobs_list: list[Tensor]) -> tuple[Tensor, dict[str, float]]:
-    """A loss that no sum over datums gives."""
+    """A loss that is not a sum over datums."""
     sums = torch.stack([lp.sum() for lp in logprobs_list])
     return sums.softmax(0).square().sum() * sums.mean() ** 2, {"largest": float(sums.detach().max())}
 
@@ -89,7 +89,7 @@ def pairs(rng: Random) -> list[Any]:
 
 
 def accumulated(mesh: Any) -> Result:
-    """Gradients of two requests, one a loss that no sum over datums gives; then a step that normalises and clips."""
+    """Gradients of two requests, one of a loss that is not a sum over datums; then a step that normalises and clips."""
     c, rng = client(mesh), Random(2)
     c.forward_backward_custom(pairs(rng), coupled).result()
     c.forward_backward(group(rng), "cross_entropy").result()
@@ -100,7 +100,7 @@ def accumulated(mesh: Any) -> Result:
 
 
 def micro_batches(mesh: Any) -> Result:
-    """Gradients of a batch that is more than the budget, streamed and in two passes."""
+    """Gradients of a batch that exceeds the budget, streamed and in two passes."""
     results: Result = {}
     for name, loss_fn in (("streamed", lossfns.cross_entropy()), ("coupled", coupled)):
         c = within_budget(mesh)
@@ -120,7 +120,7 @@ def many() -> list[Any]:
 
 
 def count_of(c: LocalTrainingClient, loss_fn: Any) -> float:
-    """Micro-batches of them."""
+    """The number of micro-batches that these datums take."""
     return c.forward_backward_custom(many(), loss_fn).result().metrics["micro_batches"]
 
 
@@ -145,7 +145,7 @@ def one_datum(mesh: Any) -> Result:
 
 
 def recomputed(mesh: Any) -> Result:
-    """Layers that keep nothing for the backward pass but their input."""
+    """Layers that keep only their input for the backward pass."""
     c = client(mesh)
     c.model.checkpointing = True
     c.forward_backward(group(Random(6)), "cross_entropy").result()
@@ -153,7 +153,7 @@ def recomputed(mesh: Any) -> Result:
 
 
 def samples(mesh: Any) -> Result:
-    """What a sampler of the trained weights draws, and a second one's logprobs."""
+    """Samples from the trained weights, and the logprobs of a second sampler."""
     c = client(mesh)
     c.forward_backward(pairs(Random(7)), "cross_entropy").result()
     c.optim_step(AdamParams(learning_rate=0.1)).result()
@@ -187,7 +187,7 @@ SCENARIOS: dict[str, Callable[[Any], Result]] = {
 
 
 def save(mesh: Any, path: Path) -> None:
-    """A state after two steps; the path has had an older one."""
+    """Save the state after two steps, over an older one."""
     c, rng = client(mesh, seed=1), Random(8)
     c.save_state(path).result()
     for _ in range(2):
@@ -197,7 +197,7 @@ def save(mesh: Any, path: Path) -> None:
 
 
 def go_on(mesh: Any, path: Path) -> Result:
-    """The state of a checkpoint, and where three more steps lead from it."""
+    """The state of a checkpoint, and the state three steps later."""
     c, rng = client(mesh, seed=2), Random(9)
     c.load_state_with_optimizer(path).result()
     steps = torch.tensor(c.get_info().steps)
@@ -217,7 +217,7 @@ def go_on(mesh: Any, path: Path) -> Result:
 
 
 def rows_of(folder: Path) -> Path:
-    """Rows that every method can read."""
+    """Write rows that every method can read."""
     row = {"completion": "4", "answer": "4", "chosen": "4", "rejected": "5"}
     path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps({"prompt": f"{i}: 2+2=", **row}) + "\n" for i in range(12)))
@@ -232,7 +232,7 @@ def command(folder: Path, method: str, out: Path) -> int:
 
 
 def stopped(folder: Path, out: Path, rank: int) -> None:
-    """A run of which one rank is told to stop, in its third step."""
+    """A run in which one rank is told to stop, in its third step."""
     log = Run.log
 
     def interrupting(run: Run, step: int, metrics: Any) -> None:
@@ -247,7 +247,7 @@ def stopped(folder: Path, out: Path, rank: int) -> None:
         Run.log = log  # type: ignore[method-assign]
 
 
-# What only many ranks can do wrong
+# Mistakes that only many ranks can make
 
 
 MISTAKES = {
@@ -272,7 +272,7 @@ def refused(call: Callable[[], Any]) -> str:
 
 
 def mistakes(mesh: Any, folder: Path) -> tuple[dict[str, str], Result]:
-    """What each rank is told, and the gradient of what was right."""
+    """The error that each rank gets, and the gradient of the correct requests."""
     rank, c = mesh.get_rank(), client(mesh)
     good, own = pairs(Random(10)), pairs(Random(20 + rank))
     unread = c.forward_backward(good, "cross_entropy", {"no such": 1})

@@ -1,4 +1,4 @@
-"""Datums as the model takes them: every token and target is found again, with prefixes in common or apart."""
+"""Datums as the model takes them: every token and target is found again, with shared and separate prefixes."""
 
 from collections.abc import Callable
 from random import Random
@@ -20,14 +20,14 @@ CPU = torch.device("cpu")
 
 @st.composite
 def datums(draw: Callable[..., Any]) -> ModelInputs:
-    """Sequences of which some begin alike, for 16 tokens or more, and some are all alike; targets [N] or [N, K]."""
+    """Draw sequences: some share 16 tokens or more, some are equal. Targets are [N] or [N, K]."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     beginnings = [rng.integers(5, size=rng.integers(1, 40)) for _ in range(draw(st.integers(1, 3)))]
     count, targets = draw(st.integers(1, 8)), draw(st.sampled_from([(), (1,), (3,)]))
     ends = [rng.integers(5, size=rng.integers(0, 12)) for _ in range(count)]
     tokens = [np.concatenate([beginnings[rng.integers(len(beginnings))], end]) for end in ends]
     rows = [rng.integers(draw(st.sampled_from([1, 3])), size=(len(ids), *targets)) for ids in tokens]
-    return ModelInputs(tokens, rows, TensorData)
+    return ModelInputs(tokens, rows)
 
 
 def whole(index: torch.Tensor | None, count: int) -> torch.Tensor:
@@ -37,13 +37,13 @@ def whole(index: torch.Tensor | None, count: int) -> torch.Tensor:
 @pytest.mark.parametrize("share_prefixes", [share_prefixes, unshared])
 @given(datums())
 def test_every_position_reads_its_own_past_and_its_own_target(share_prefixes: Any, inputs: ModelInputs) -> None:
-    """By way of the head row that it takes, and the token whose hidden state that row reads."""
+    """Follow a position to its row of the head, and from there to the token whose hidden state the row reads."""
     batch = pack_inputs(inputs, share_prefixes, CPU)
     begins = np.cumsum([0, *batch.lengths])
     segment = np.repeat(np.arange(len(batch.lengths)), batch.lengths)
 
     def past(token: int) -> list[int]:
-        """The tokens that a computed one sees, itself at last."""
+        """The tokens that a computed token sees, itself last."""
         i = segment[token]
         parent = batch.parents[i]
         before = [] if parent is None else batch.tokens[begins[parent] : begins[parent + 1]].tolist()
@@ -74,15 +74,15 @@ def test_nothing_is_computed_or_scored_for_nothing(inputs: ModelInputs) -> None:
 def test_a_part_is_that_of_the_datums(inputs: ModelInputs, first: int, last: int) -> None:
     part = inputs.part(slice(first, last))
     assert part.lengths == inputs.lengths[first:last] == part.output_lengths
-    assert part.targets == inputs.targets[first:last] and part.tensor_class is inputs.tensor_class
-    embedded = ModelInputs(inputs.tokens, [], TensorData)
+    assert part.targets == inputs.targets[first:last]
+    embedded = ModelInputs(inputs.tokens, [])
     assert embedded.output_lengths == [1] * len(inputs.tokens) and embedded.targets_per_token == 1
 
 
 def test_without_targets_a_token_that_is_shared_is_read_by_each() -> None:
-    """Two sequences of 20 tokens that differ in the last: 21 tokens, each sequence with 19 of its own in common."""
+    """Two sequences of 20 tokens that differ in the last one: 19 shared tokens, 21 in all."""
     ids = np.arange(20)
-    inputs = ModelInputs([ids, np.append(ids[:-1], 25)], [], TensorData)
+    inputs = ModelInputs([ids, np.append(ids[:-1], 25)], [])
     batch = pack_inputs(inputs, share_prefixes, CPU)
     assert batch.targets is None and batch.inverse is None and batch.hidden_rows is not None
     assert len(batch.tokens) == 21

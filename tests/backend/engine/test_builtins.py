@@ -1,6 +1,6 @@
 """The built-in losses by name: their formulas, their configs, and what they refuse.
 
-Each is held to two others: the public loss with ``token_sum``, passed as a custom loss, and the formula written out on
+Each is compared with the public loss with ``token_sum``, passed as a custom loss, and with the formula written out on
 each datum's logprobs, differentiated straight through the model. All in float64.
 """
 
@@ -20,8 +20,8 @@ from lossfns import LossInputError, TensorData, token_sum
 from lossfns.backend import LocalTrainingClient
 from lossfns.export.builtins import BUILTINS
 
-RATIO = ("importance_sampling", "ppo", "cispo", "gspo", "gspo-token", "grpo", "dapo")
-POLICY = (*RATIO, "dro")
+RATIO = tuple(name for name, builtin in BUILTINS.items() if "ratio_log_cap" in builtin.config)
+POLICY = tuple(name for name in BUILTINS if name != "cross_entropy")
 
 
 def client() -> LocalTrainingClient:
@@ -56,7 +56,7 @@ def needs(name: str) -> tuple[str, ...]:
 
 
 def make_loss(data: list[Any]) -> list[Any]:
-    """With weights of all kinds, a whole sequence of zeros among them."""
+    """Add weights of all kinds, among them a sequence of zeros."""
     rng = Random(12)
     for i, d in enumerate(data):
         n = len(d.loss_fn_inputs["target_tokens"].data)
@@ -67,7 +67,7 @@ def make_loss(data: list[Any]) -> list[Any]:
 
 @dataclass
 class Row:
-    """One datum: logprobs, the columns in float64, and the weights (ones) or the mask as ``w``."""
+    """One datum: its logprobs, its columns in float64, and its weights (ones by default) or its mask as ``w``."""
 
     lp: Tensor
     fields: dict[str, Tensor]
@@ -94,7 +94,7 @@ class Row:
 
     @property
     def sequence_ratio(self) -> Tensor:
-        """exp of the mean log-ratio over the tokens that take part, with each token's own gradient."""
+        """exp of the mean log-ratio over the participating tokens, with each token's own gradient."""
         inside = self.w != 0
         mean = self.d.detach()[inside].mean() if inside.any() else torch.tensor(0.0, dtype=torch.float64)
         return (mean + self.lp - self.lp.detach()).exp()
@@ -229,7 +229,7 @@ def check(c: LocalTrainingClient, data: list[Any], case: Case) -> None:
     expected = by_formula(c, data, formula)
     assert result.metrics["loss:sum"] == pytest.approx(expected, rel=1e-9)
     assert_same_gradients(got, take_gradients(c), 1e-9)
-    # A raw sum: the denominator only says that a batch without any weight is welcome.
+    # A raw sum: the denominator only allows a batch without any weight.
     weights = {"weights": [d.loss_fn_inputs["sequence_ratio_mask"].data for d in data]} if name == "gspo" else {}
     if name == "cross_entropy" and "weights" not in data[0].loss_fn_inputs:
         weights = {"weights": [[1.0] * len(d.loss_fn_inputs["target_tokens"].data) for d in data]}
@@ -263,7 +263,7 @@ def value(c: LocalTrainingClient, name: str, config: Any = None, data: Any = Non
 
 @pytest.mark.parametrize(("name", "key"), [(n, key) for n, own in BUILTINS.items() for key in own.config])
 def test_no_key_is_without_effect(name: str, key: str) -> None:
-    """Away from its default, alone, it changes the value."""
+    """A key changes the value if it alone differs from its default."""
     away = {LOW: 0.9, HIGH: 1.05, "ratio_log_cap": 1e-4, "beta": 1.0, "kl_beta": 1.0, "eps_clip_c": 1.3}
     c = client()
     assert value(c, name, {key: away[key]}) != pytest.approx(value(c, name), rel=1e-9)
@@ -349,7 +349,7 @@ def test_a_sequence_outside_of_gspos_mask_has_no_gradient() -> None:
         fields[name] = TensorData([0.0] * len(fields[name].data), "float32")
     result = c.forward_backward(data, "gspo").result()
     assert result.metrics["loss:sum"] == pytest.approx(expected) and result.metrics["sequences_empty:sum"] == 1
-    c.forward_backward(data[:1], "gspo").result()  # a batch of nothing else is a valid part of a larger one
+    c.forward_backward(data[:1], "gspo").result()  # a batch of zero weights is a valid part of a larger batch
 
 
 @pytest.mark.parametrize(

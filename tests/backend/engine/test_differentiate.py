@@ -1,4 +1,4 @@
-"""What a loss is given of the model's outputs, and what becomes of it: a leaf for all datums, and none left out."""
+"""Losses on the model's outputs: what a loss gets, its gradient, and the refusal of a loss that leaves out a datum."""
 
 from collections.abc import Callable
 from typing import Any
@@ -37,12 +37,12 @@ def data(rows: list[Any] = WEIGHTS) -> list[Datum]:
 
 
 def outputs(values: Any = LOGPROBS, lengths: list[int] = LENGTHS, name: str = "logprobs") -> Outputs:
-    """With the graph of a model before them."""
+    """Outputs that have the graph of a model."""
     return Outputs(name, torch.tensor(values, requires_grad=True) * 1, lengths, TensorData)
 
 
 def bind(loss_fn: Any, data: list[Datum], form: Outputs) -> Callable[[Outputs], Differentiated]:
-    """A loss as a function of outputs that are to have this form."""
+    """Bind a loss to outputs of this form."""
     return objective_of(loss_fn, agreeing=lambda loss_fn: loss_fn).bind(data, form)
 
 
@@ -51,11 +51,11 @@ def differentiate(loss_fn: Any, data: list[Datum], given: Outputs) -> Differenti
 
 
 def of(loss: Callable[[list[Tensor]], Tensor], given: Outputs | None = None) -> Differentiated:
-    """A loss of the logprobs alone, differentiated."""
+    """Differentiate a function of the logprobs alone."""
     return differentiate(lambda data, logprobs_list: (loss(logprobs_list), {}), data(), given or outputs())
 
 
-# ---- what it is given --------------------------------------------------------------------------------------------
+# What a loss gets
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def of(loss: Callable[[list[Tensor]], Tensor], given: Outputs | None = None) -> 
     ids=["[N]", "[N, K]", "[D]", "one"],
 )
 def test_any_callable_gets_a_list_of_tensors_on_the_cpu(given: Outputs, shapes: list[Any]) -> None:
-    """One for each datum, with a gradient of its own: the datum's place + 1, here."""
+    """Each datum has its own tensor and gradient, here the datum's index + 1."""
 
     def loss(parts: list[Tensor]) -> Tensor:
         assert type(parts) is list
@@ -91,7 +91,7 @@ def test_the_gradient_has_the_outputs_dtype() -> None:
 
 
 def test_what_it_does_to_its_tensors_does_not_reach_the_outputs() -> None:
-    """Nor does what it does to its list reach the gradient."""
+    """Changes of the list do not reach the gradient either."""
     given = outputs()
 
     def loss(parts: list[Tensor]) -> Tensor:
@@ -129,7 +129,7 @@ def test_a_hook_on_a_tensor_is_called() -> None:
     assert of(loss).gradient.tolist() == [3.0, 6.0, 6.0, 3.0, 3.0, 3.0]
 
 
-# ---- a loss of ours ----------------------------------------------------------------------------------------------
+# A loss of this library
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_ours_and_its_own_maths_may_be_added() -> None:
 
 
 def test_what_is_wrong_with_the_datums_is_said_before_there_are_outputs() -> None:
-    """Of the outputs only their form is known: no rows, but as many as the lengths say to come."""
+    """Only the form of the outputs is known: the lengths, but no values."""
     form = outputs([])
     with pytest.raises(LossInputError, match=r"grpo: datum\[0\].advantages: .* nothing bound"):
         bind(grpo(), data(), form)
@@ -189,7 +189,7 @@ def test_a_bound_loss_takes_any_outputs() -> None:
         assert (value.loss, value.gradient.tolist()) == (scale * 14.0, SUMMED)
 
 
-# ---- none left out -----------------------------------------------------------------------------------------------
+# No datum is left out
 
 
 class Scaled(torch.autograd.Function):
@@ -234,7 +234,7 @@ WAYS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("datum", range(3))
 def test_a_datum_without_a_gradient_is_refused(way: str, datum: int) -> None:
-    """One that the loss leaves out, or uses but for its graph; a gradient of 0 is one."""
+    """The loss leaves it out, or uses it without its graph. A gradient of 0 counts as a gradient."""
     enters = WAYS[way]
 
     def loss(parts: list[Tensor], with_it: Callable[[Tensor], Tensor] | None) -> Tensor:
@@ -260,7 +260,7 @@ JOINT: dict[str, Callable[[list[Tensor]], Tensor]] = {
 
 @pytest.mark.parametrize("way", JOINT)
 def test_datums_that_enter_together(way: str) -> None:
-    """All of them, none with a gradient but 0; then without the last, or the first."""
+    """First all datums, with gradient 0; then without the last or the first one."""
     together = JOINT[way]
     assert of(lambda parts: 0.0 * together(parts).sum()).gradient.tolist() == [0.0] * 6
     for which, datum in ((slice(0, 2), 2), (slice(1, 3), 0)):
@@ -276,7 +276,7 @@ def test_the_first_that_is_left_out_is_named() -> None:
 
 
 def test_a_tensor_may_be_the_loss() -> None:
-    """Its own graph begins with the part that it is."""
+    """The loss is one of the parts itself."""
     assert of(lambda parts: parts[0], outputs([-1.0], [1])).gradient.tolist() == [1.0]
     with pytest.raises(LossInputError, match=r"datum\[1\].*No gradient computed"):
         of(lambda parts: parts[0])
@@ -285,7 +285,7 @@ def test_a_tensor_may_be_the_loss() -> None:
 
 
 def test_a_loss_of_ours_uses_every_datum_that_it_is_given() -> None:
-    """Also those of weight 0, whose gradient is 0; but no others."""
+    """Datums of weight 0 count as used, with gradient 0. Datums that it is not given do not."""
     weights = [[1.0], [0.0, 0.0], [0.0, 0.0, 0.0]]
     value = differentiate(lambda d, lps: cross_entropy()(d, lps), data(weights), outputs())
     assert value.gradient.tolist() == [-1.0, 0.0, 0.0, 0.0, 0.0, 0.0]
@@ -302,7 +302,7 @@ def test_an_embedding_may_not_be_left_out_either() -> None:
         of(lambda parts: parts[0].sum(), given)
 
 
-# ---- a gradient that cannot be used -------------------------------------------------------------------------------
+# Gradients that are refused
 
 
 def goes_back_itself(parts: list[Tensor]) -> Tensor:

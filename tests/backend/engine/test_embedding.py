@@ -23,24 +23,24 @@ each_pooling = pytest.mark.parametrize("pooling", POOL)
 
 
 def datums(ids: Sequence[list[int]] = IDS, sdk: Any = lossfns) -> list[Any]:
-    """Whole sequences and nothing else."""
+    """Datums with whole sequences and no other fields."""
     return [sdk.Datum(sdk.ModelInput.from_ints(row), {}) for row in ids]
 
 
 def crowd(data: Any, embeddings: list[Tensor]) -> tuple[Tensor, dict[str, float]]:
-    """Every pair of texts enters, in a way that does not ask for their order."""
+    """A loss over all pairs of texts that does not depend on their order."""
     e = torch.stack(list(embeddings))
     near = F.normalize(e, dim=1) @ F.normalize(e, dim=1).T
     return (near / 0.3).exp().sum().log() + 0.1 * e.square().mean(), {"near": near.mean().item()}
 
 
 def by_hand(model: Any, ids: Sequence[list[int]], pooling: str) -> list[Tensor]:
-    """Each text by itself through the model, pooled here."""
+    """Run each text by itself through the model, and pool it here."""
     return [POOL[pooling](model(torch.tensor(row), [len(row)])) for row in ids]
 
 
 def exact() -> LocalTrainingClient:
-    """In float64, since these gradients are large: an untrained model's texts are all near to one another."""
+    """In float64, since these gradients are large: an untrained model gives all texts nearly the same embedding."""
     return byte_client(dtype=torch.float64)
 
 
@@ -52,7 +52,9 @@ def embedded(result: Any) -> list[Tensor]:
 @pytest.mark.parametrize("sdk", sdks(), ids=lambda sdk: sdk.__name__)
 def test_an_embedding_is_the_pooled_output_of_the_final_norm(sdk: Any, pooling: str) -> None:
     c, seen = exact(), []
-    c.model.norm.weight.data.uniform_(0.5, 2.0)  # a norm of ones could hide on which side of it one stands
+    c.model.norm.weight.data.uniform_(
+        0.5, 2.0
+    )  # a norm of ones would not show whether the states are taken before or after it
     result = c.forward(datums(sdk=sdk), "cross_entropy", output="embedding", pooling=pooling).result()
     with c.model.norm.register_forward_hook(lambda module, given, out: seen.append(out)):
         by_hand(c.model, IDS, pooling)
@@ -144,7 +146,7 @@ def test_gradients_accumulate_over_calls(pooling: str) -> None:
 @each_pooling
 @pytest.mark.parametrize("own", range(len(IDS)))
 def test_a_text_does_not_feel_the_others(own: int, pooling: str) -> None:
-    """Its embedding and its gradient are the same alone and among longer and shorter ones."""
+    """Embedding and gradient of a text are the same alone and among longer and shorter texts."""
     v = torch.linspace(-1, 1, BYTE_SHAPE["dim"], dtype=torch.float64)
 
     def among(data: Any, embeddings: list[Tensor]) -> tuple[Tensor, dict[str, float]]:
@@ -176,7 +178,7 @@ def test_a_loss_gets_tensors_cut_off_from_the_model_and_the_datums_as_they_are()
 
 
 def test_embeddings_of_a_half_precision_model_are_pooled_in_float32() -> None:
-    """The mean of 4,001 bfloat16 states, of which rounding at each addition would leave little."""
+    """The mean of 4,001 bfloat16 states. If each addition were rounded, little of it would be left."""
     c = LocalTrainingClient(Decoder(**BYTE_SHAPE), tokenizer=ByteTokenizer(), device="cpu", dtype=torch.bfloat16)
     ids = [[65] * 4001]
     (got,) = embedded(c.forward(datums(ids), "cross_entropy", output="embedding").result())

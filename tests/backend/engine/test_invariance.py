@@ -34,7 +34,7 @@ def datums(count: int, longest: int = 200) -> list[Any]:
 
 
 def gradient(calls: Sequence[list[Any]], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """What the calls accumulate, in float64."""
+    """The gradient that the calls accumulate, in float64."""
     c = LocalTrainingClient(Decoder(**MODEL.shape), device="cpu", dtype=dtype)
     futures = [c.forward_backward(call, "cross_entropy") for call in calls]
     assert len(futures) == sum(len(future.result().loss_fn_outputs) > 0 for future in futures)
@@ -42,7 +42,7 @@ def gradient(calls: Sequence[list[Any]], dtype: torch.dtype = torch.float32) -> 
 
 
 def apart(a: dict[str, Tensor], b: dict[str, Tensor]) -> tuple[float, dict[str, float]]:
-    """‖a − b‖ / ‖b‖ of the whole, and of each parameter."""
+    """‖a − b‖ / ‖b‖ over all parameters, and of each parameter."""
     of = {name: (a[name] - b[name]).norm().item() / b[name].norm().item() for name in b}
     difference = torch.stack([(a[name] - b[name]).norm() for name in b]).norm()
     return (difference / torch.stack([x.norm() for x in b.values()]).norm()).item(), of
@@ -62,7 +62,7 @@ def whole(count: int) -> dict[str, Tensor]:
 )
 @pytest.mark.parametrize("count", [100, pytest.param(1000, marks=pytest.mark.exhaustive)])
 def test_datums_have_one_gradient(count: int, size: int, seed: int | None) -> None:
-    """One call with all of them against calls with ``size`` of them."""
+    """Compare one call with all datums with calls of ``size`` datums."""
     data = datums(count) if seed is None else shuffled(datums(count), seed)
     difference, of = apart(gradient([data[i : i + size] for i in range(0, len(data), size)]), whole(count))
     print(f"\n{difference:.1e} as a whole;", ", ".join(f"{name} {x:.1e}" for name, x in of.items()))
@@ -71,7 +71,7 @@ def test_datums_have_one_gradient(count: int, size: int, seed: int | None) -> No
 
 @pytest.mark.parametrize("count", [60, pytest.param(300, marks=pytest.mark.exhaustive)])
 def test_many_calls_in_bfloat16_lose_no_more_than_its_last_rounding(count: int) -> None:
-    """Against the same gradients, each taken away and added up in float64. In bfloat16, 1 + 1/257 is 1."""
+    """Compare with the same gradients, read after each call and summed in float64. In bfloat16, 1 + 1/257 is 1."""
     c = LocalTrainingClient(Decoder(**MODEL.shape), device="cpu", dtype=torch.bfloat16)
     data, parts = datums(count, longest=20), []
     for datum in data:
@@ -86,7 +86,7 @@ def test_many_calls_in_bfloat16_lose_no_more_than_its_last_rounding(count: int) 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_rounding_takes_from_a_sum_is_given_back(dtype: torch.dtype) -> None:
-    """1 and a thousand times what is too small to change it."""
+    """Add to 1 a thousand times a number that is too small to change it."""
     small = torch.finfo(dtype).eps / 4
     total, rounded = torch.ones((), dtype=dtype), torch.zeros((), dtype=dtype)
     for _ in range(1000):
@@ -96,7 +96,7 @@ def test_what_rounding_takes_from_a_sum_is_given_back(dtype: torch.dtype) -> Non
 
 
 def test_a_request_that_fails_leaves_no_trace_in_the_sum() -> None:
-    """Bit for bit, also in what comes after it."""
+    """The later requests agree bit for bit, too."""
 
     def fails(data: Any, logprobs_list: list[Tensor]) -> Any:
         return sum(1e38 * (lp - lp.detach()).sum() for lp in logprobs_list), {}  # too large for the model

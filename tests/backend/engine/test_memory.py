@@ -1,4 +1,4 @@
-"""What a step takes: counted, foretold, kept within a budget, and refused where it cannot be."""
+"""Memory of a step: counted, predicted, kept within a budget, and refused where the budget is too small."""
 
 import math
 import subprocess
@@ -44,7 +44,7 @@ def numbers(kilobytes: int = 1) -> Tensor:
 
 
 class Doubled(torch.autograd.Function):
-    """2x, by way of a tensor that is gone afterwards; keeps x for the backward pass."""
+    """2x, by way of a temporary tensor; keeps x for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ def test_every_result_of_an_operation_counts() -> None:
 def test_what_autograd_keeps_counts_until_the_backward_pass_is_over() -> None:
     x = numbers(1).requires_grad_()
     with AllocationTracker(set()) as watch:
-        y = (x * x).exp()  # keeps x, which was there, and the result
+        y = (x * x).exp()  # keeps x, which existed before, and the result
         assert (watch.growing.total, watch.growing.peak) == (KB, 2 * KB)
         total = y.sum()
         del y
@@ -138,7 +138,7 @@ def test_certain_sizes_are_counted_by_themselves() -> None:
 
 
 def test_a_footprint_is_that_of_the_peak_by_tokens_and_by_weight() -> None:
-    """Two activations of 8 numbers a token at once, before them one of 8 and one of 4; and a gradient of a weight."""
+    """At the peak, two activations of 8 numbers a token; earlier, one of 8 and one of 4. Then a weight's gradient."""
     weight = torch.ones(8, 8)
 
     def step() -> None:
@@ -148,7 +148,7 @@ def test_a_footprint_is_that_of_the_peak_by_tokens_and_by_weight() -> None:
             del activations, gradient
 
     found = footprint(step, [weight])
-    assert found == Footprint(fixed=8 * 8 * 4, each=(8 + 8) * 4)
+    assert found == Footprint(fixed=8 * 8 * 4, per_token=(8 + 8) * 4)
     assert found.of(10) == 256 + 640
 
 
@@ -160,7 +160,7 @@ def test_as_many_tokens_fit_as_do_and_not_one_more(fixed: int, each: int, tokens
     assert found.tokens(math.inf) == math.inf
 
 
-# Foretelling
+# Predicting
 
 
 def backward(c: LocalTrainingClient, loss_fn: Any, data: list[Any], forward: Any) -> Any:
@@ -196,7 +196,7 @@ MODELS: dict[str, tuple[dict[str, Any], Callable[[Decoder], Any], Any]] = {
 
 @pytest.mark.parametrize("lengths", [[600], [100, 200, 300, 200], [40] * 10, [400, 3, 50, 60]], ids=str)
 @pytest.mark.parametrize("name", MODELS)
-def test_the_foretold_peak_is_a_bound_and_not_twice_what_a_step_takes(name: str, lengths: list[int]) -> None:
+def test_the_predicted_peak_is_a_bound_and_not_twice_what_a_step_takes(name: str, lengths: list[int]) -> None:
     shape, change, dtype = MODELS[name]
     model = Decoder(**shape)
     change(model)
@@ -207,8 +207,8 @@ def test_the_foretold_peak_is_a_bound_and_not_twice_what_a_step_takes(name: str,
     forward = c._engine.logprobs(data)
     c._engine.budget.footprint(forward.inputs)
     with AllocationTracker(set()) as watch:
-        foretold = backward(c, lossfns.cross_entropy(), data, forward).peak_memory
-    assert watch.growing.peak <= foretold <= 2 * watch.growing.peak
+        predicted = backward(c, lossfns.cross_entropy(), data, forward).peak_memory
+    assert watch.growing.peak <= predicted <= 2 * watch.growing.peak
 
 
 def many_targets(count: int, k: int) -> list[Any]:
@@ -236,8 +236,8 @@ def grouped(data: list[Any]) -> Any:
 
 
 @pytest.mark.parametrize("what", ["a loss of many tokens", "many targets", "embeddings"])
-def test_what_a_loss_makes_of_the_values_of_all_micro_batches_is_foretold(what: str) -> None:
-    """Where a step takes little of its own."""
+def test_the_memory_of_a_loss_over_all_micro_batches_is_predicted(what: str) -> None:
+    """The step itself takes little here."""
     data = many_targets(200, 300) if what == "many targets" else [text(Random(i), 9) for i in range(4000)]
     loss_fn = {"a loss of many tokens": grouped(data), "many targets": lossfns.multi_target_cross_entropy()}.get(
         what, spread_out
@@ -253,8 +253,8 @@ def test_what_a_loss_makes_of_the_values_of_all_micro_batches_is_foretold(what: 
     step(c)
     c._engine.gradients.clear()
     with AllocationTracker(set()) as watch:
-        foretold, parts = step(c)
-    assert parts > 1 and watch.growing.peak <= foretold <= whole * MARGIN
+        predicted, parts = step(c)
+    assert parts > 1 and watch.growing.peak <= predicted <= whole * MARGIN
 
 
 def test_the_bytes_that_are_asked_for_are_enough_with_checkpointing_and_many_targets() -> None:
@@ -277,12 +277,12 @@ def test_freed_memory_is_handed_back_between_micro_batches_alone(monkeypatch: py
 
 
 def like(n: int) -> ModelInputs:
-    """What a call over one sequence has."""
-    return ModelInputs([np.zeros(n, dtype=np.int64)], [np.zeros(n, dtype=np.int64)], None)
+    """The inputs of a call over one sequence of n tokens."""
+    return ModelInputs([np.zeros(n, dtype=np.int64)], [np.zeros(n, dtype=np.int64)])
 
 
 def test_the_measurement_leaves_no_trace() -> None:
-    """Not in gradients, nor in random numbers, which a resumed training draws again."""
+    """Gradients and the random state, which a resumed training needs, are as before."""
     c = client()
     custom = c.forward_backward_custom(DATA, lossfns.cross_entropy()).result()
     before, random = gradients(c), torch.get_rng_state()
@@ -312,7 +312,7 @@ def test_a_model_that_fails_in_the_measurement_keeps_its_gradients() -> None:
 
 
 class Positions(nn.Module):
-    """A model of one's own, with a table of positions."""
+    """A user's model, with a table of positions."""
 
     def __init__(self, positions: int, loops: int = 1) -> None:
         super().__init__()
@@ -337,13 +337,13 @@ def test_a_model_need_not_read_more_than_the_datums_have() -> None:
 
 
 def test_models_that_do_not_say_what_they_are_are_measured_one_by_one() -> None:
-    """Of the same class and parameters, one takes more."""
+    """Two models of the same class and parameters, one of which takes more memory."""
     once, often = (LocalTrainingClient(Positions(300, loops), tokenizer=1, device="cpu") for loops in (1, 20))
-    assert often._engine.budget.footprint(like(100)).each > 3 * once._engine.budget.footprint(like(100)).each
+    assert often._engine.budget.footprint(like(100)).per_token > 3 * once._engine.budget.footprint(like(100)).per_token
 
 
 def test_a_reference_runs_no_backward_pass() -> None:
-    c = LocalReferenceClient(Decoder(**{**SHAPE, "hidden": 13}), device="cpu")  # of a shape that was not measured yet
+    c = LocalReferenceClient(Decoder(**{**SHAPE, "hidden": 13}), device="cpu")  # a shape that was not measured before
     backward = []
     c.model.embed.weight.register_hook(lambda g: backward.append(g))
     c.forward(DATA, "cross_entropy").result()
@@ -351,7 +351,7 @@ def test_a_reference_runs_no_backward_pass() -> None:
 
 
 def test_with_a_budget_training_is_the_same_to_the_bit() -> None:
-    """Where none is given, what is free decides."""
+    """Without a budget, the free memory decides."""
     runs = []
     for _ in range(2):
         c = client(memory_budget=30_000)
@@ -366,7 +366,7 @@ def test_with_a_budget_training_is_the_same_to_the_bit() -> None:
 RL = {"advantages": [1.0, -2.0, 0.5, 1.0], "old_logprobs": [[-3.4] * d.model_input.length for d in DATA]}
 
 
-# Cutting
+# Splitting
 
 LENGTHS = st.lists(st.integers(1, 30), min_size=1, max_size=30)
 
@@ -403,7 +403,7 @@ def test_what_is_free_is_part_of_what_there_is() -> None:
     ("limit", "expected"), [("max", math.inf), ("1000000", 1_000_000 - 700_000 + 200_000), (None, math.inf)]
 )
 def test_a_container_has_what_its_limit_leaves(limit: str | None, expected: float, tmp_path: Path) -> None:
-    """Of which files that were read, and are not in use, are no part."""
+    """The cache of files that are not in use does not count as used."""
     if limit is not None:
         (tmp_path / "memory.max").write_text(f"{limit}\n")
         (tmp_path / "memory.current").write_text("700000\n")
@@ -442,7 +442,7 @@ def test_a_datum_that_does_not_fit_is_refused_with_the_bytes_that_are_enough(len
 
 
 def test_adding_a_gradient_to_another_has_to_fit_as_well() -> None:
-    """What rounding takes from a sum is kept beside it from the second request on, here of a model with few tokens."""
+    """From the second request on, the rounding errors of the sum are kept as well; they dominate for few tokens."""
 
     def step(c: LocalTrainingClient) -> int:
         return backward(c, lossfns.cross_entropy(), data, c._engine.logprobs(data)).peak_memory
@@ -464,9 +464,9 @@ def test_adding_a_gradient_to_another_has_to_fit_as_well() -> None:
     assert same(gradients(lean), before)
 
 
-@pytest.mark.parametrize("loss_fn", [lossfns.cross_entropy(), spread_out], ids=["streamed", "twice"])
+@pytest.mark.parametrize("loss_fn", [lossfns.cross_entropy(), spread_out], ids=["streamed", "two_pass"])
 def test_what_is_free_is_read_once_for_a_request(loss_fn: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So what the micro-batches and the logits take is planned with one number."""
+    """Micro-batches and logits are thus planned with the same number."""
     reads = []
     monkeypatch.setattr("lossfns.backend.engine.budget.available_bytes", lambda device: reads.append(1) or 40_000)
     c = client()
@@ -492,12 +492,12 @@ SCRIPT = f"""
 import sys
 sys.path[:0] = {[str(folder) for folder in Path(__file__).parents[:3]]!r}
 from test_memory import *
-trained(float(sys.argv[1]), Path(sys.argv[2]), twice=coupled, streamed=lossfns.cross_entropy())
+trained(float(sys.argv[1]), Path(sys.argv[2]), two_pass=coupled, streamed=lossfns.cross_entropy())
 """
 
 
 def coupled(data: list[Any], logprobs_list: list[Tensor]) -> tuple[Tensor, dict[str, float]]:
-    """Every sequence against all others."""
+    """A loss over all pairs of sequences."""
     return torch.stack([lp.mean() for lp in logprobs_list]).logsumexp(0), {}
 
 
@@ -507,13 +507,13 @@ def in_use(name: str) -> int:
 
 
 def trained(budget: float, folder: Path, **losses: Any) -> None:
-    """Writes of each loss metrics, how far the memory in use rose until it was done, and gradients."""
+    """Write, for each loss, its metrics, the rise of the memory in use until it was done, and the gradients."""
     torch.set_num_threads(1)
     rng = Random(0)
     rows = [[rng.randrange(300) for _ in range(rng.randint(60, 150))] for _ in range(20)]
     data = [datum_from_tokens(row, prompt_length=5) for row in rows]
     c = LocalTrainingClient(Decoder(**DEEP), tokenizer=1, device="cpu", memory_budget=budget)
-    client().forward_backward(DATA, "cross_entropy").result()  # what is loaded once is no part of it
+    client().forward_backward(DATA, "cross_entropy").result()  # memory that is allocated once does not count
     before = in_use("VmRSS")
     for name, loss_fn in losses.items():
         metrics = c.forward_backward_custom(data, loss_fn).result().metrics
@@ -522,15 +522,15 @@ def trained(budget: float, folder: Path, **losses: Any) -> None:
         c._engine.gradients.clear()
 
 
-def test_a_pack_inputs_four_times_the_budget_trains_within_it(tmp_path: Path) -> None:
-    """The system's figure, of everything that a process takes."""
+def test_a_batch_of_four_times_the_budget_trains_within_it(tmp_path: Path) -> None:
+    """The memory of the whole process, as the system counts it."""
     trained(math.inf, tmp_path, whole=lossfns.cross_entropy())
     whole, _, gradient = torch.load(tmp_path / "whole")
     budget = whole["peak_memory"] / 4
     command = [sys.executable, "-c", SCRIPT, str(budget), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    for name, passes in (("twice", 2), ("streamed", 1)):
+    for name, passes in (("two_pass", 2), ("streamed", 1)):
         metrics, rise, own = torch.load(tmp_path / name)
         assert metrics["micro_batches"] >= 4 and metrics["passes"] == passes
         assert metrics["peak_memory"] <= budget and rise <= budget

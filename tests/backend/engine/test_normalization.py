@@ -1,4 +1,4 @@
-"""What an optimizer step divides by, in which order it does what, and what it refuses."""
+"""An optimizer step: its divisors, the order of its operations, and its refusals."""
 
 import enum
 import math
@@ -23,7 +23,7 @@ def row(*values: float) -> TensorData:
 
 
 def datum(n: int, **fields: Any) -> Datum:
-    """n tokens, all of them 5, that predict 7."""
+    """A datum of n tokens, all of them 5, with targets 7."""
     return Datum(ModelInput.from_ints([5] * n), {"target_tokens": row_of_ids(n)} | fields)
 
 
@@ -40,17 +40,17 @@ def policy(logprobs: list[float], advantages: list[float]) -> Datum:
 
 
 def accumulated(c: LocalTrainingClient) -> float:
-    """The norm of the gradient as it is."""
+    """The norm of the accumulated gradient."""
     return math.sqrt(sum(p.grad.double().square().sum().item() for p in c.model.parameters() if p.grad is not None))
 
 
 def first_only(data: Any, logprobs_list: list[Tensor]) -> tuple[Tensor, dict[str, float]]:
-    """Of each datum the first token; the others enter with a 0."""
+    """The first token of each datum; the others enter with a factor of 0."""
     return sum(-lp[0] + 0.0 * lp.sum() for lp in logprobs_list), {}
 
 
 def clipped_by_hand(data: Any, logprobs_list: list[Tensor]) -> tuple[Tensor, dict[str, float]]:
-    """PPO on ratios that are 1 for even positions and 3, past the bound for an advantage of 1, for odd ones."""
+    """PPO with ratio 1 at even positions and 3 at odd ones, where an advantage of 1 is clipped."""
     loss = torch.tensor(0.0)
     for lp in logprobs_list:
         odd = torch.arange(len(lp)) % 2
@@ -134,7 +134,7 @@ def test_neither_a_forward_nor_a_request_that_fails_is_counted(mode: str) -> Non
 
 
 def test_one_batch_and_its_parts_step_alike() -> None:
-    """That is what the counts are for: 1, 2 or 4 requests, the same step."""
+    """The counts make 1, 2 and 4 requests lead to the same step."""
     weights = []
     for size in (4, 2, 1):
         c, data = byte_client(), byte_texts()
@@ -150,7 +150,7 @@ def test_one_batch_and_its_parts_step_alike() -> None:
 @pytest.mark.parametrize("mode", [None, *MODES])
 @pytest.mark.parametrize("clip", [0.0, 0.05, 1e6])
 def test_a_step_normalises_then_clips_then_is_adamw(mode: str | None, clip: float) -> None:
-    """Three steps beside torch's own optimizer, of other sizes each, with an ε that lets the scale through."""
+    """Compare three steps of different sizes with torch's optimizer. The ε is large, so that the scale matters."""
     batches = [[masked(0, 1, 1), masked(1)], [datum(6)], [masked(1, 0), masked(0, 0), masked(1, 1)]]
     counts = {None: (1, 1, 1), "num_loss_tokens": (3, 6, 3), "num_sequences": (2, 1, 2)}[mode]
     c, d = byte_client(), byte_client()
@@ -167,7 +167,7 @@ def test_a_step_normalises_then_clips_then_is_adamw(mode: str | None, clip: floa
         reference.step()
         reference.zero_grad()
         assert metrics == pytest.approx({"grad_norm": norm, "lr": 1e-2}, rel=1e-5)
-        assert clip != 0.05 or norm > clip  # it clips, even after the division
+        assert clip != 0.05 or norm > clip  # the bound clips, even after the division
     for a, b in zip(c.model.parameters(), d.model.parameters()):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
@@ -176,7 +176,7 @@ def test_a_step_normalises_then_clips_then_is_adamw(mode: str | None, clip: floa
 
 
 class Mode(str, enum.Enum):  # noqa: UP042
-    """As a service's SDK has it."""
+    """An enumeration of modes like that of a service's SDK."""
 
     NUM_LOSS_TOKENS = "num_loss_tokens"
     NUM_SEQUENCES = "num_sequences"
@@ -240,7 +240,7 @@ MEANS = [
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("loss", MEANS, ids=lambda loss: repr(getattr(loss, "loss", loss)))
 def test_a_mean_is_not_divided_again(loss: Any, mode: str) -> None:
-    """Nor a sum that it has been added to, or a sum added to it: they cannot be told apart any more."""
+    """The same holds once a sum is added to a mean: the two cannot be separated any more."""
     c, data = byte_client(), [masked(0, 1, 1), masked(1)]
     c.forward_backward(data, CE)
     c.forward_backward_custom(data, loss)
@@ -251,7 +251,7 @@ def test_a_mean_is_not_divided_again(loss: Any, mode: str) -> None:
     after = [p.grad for p in c.model.parameters() if p.grad is not None]
     assert before and all(map(torch.equal, before, after))
     assert c.optim_step(AdamParams()).result().metrics["grad_norm"] > 0
-    c.forward_backward(data, CE)  # the mean is gone with its step
+    c.forward_backward(data, CE)  # the step has cleared the mean
     c.optim_step(AdamParams(), mode).result()
 
 
@@ -273,7 +273,7 @@ def total(data: Any, embeddings: list[Tensor]) -> tuple[Tensor, dict[str, float]
 
 
 def test_embeddings_are_sequences_and_not_tokens() -> None:
-    """Of five texts two have a gradient; a count of tokens has no meaning, nor has it for a mixture."""
+    """Two of five texts have a gradient. A count of tokens has no meaning for embeddings, nor for a mixture."""
     c = byte_client()
     custom(total, *[datum(n) for n in (4, 3, 2, 1, 5)], output="embedding")(c).result()
     norm = accumulated(c)
@@ -289,16 +289,16 @@ def test_embeddings_are_sequences_and_not_tokens() -> None:
     assert c.optim_step(AdamParams(), "num_sequences").result().metrics["grad_norm"] == pytest.approx(norm / 2)
 
 
-# What is no step
+# Refused steps
 
 
 def huge(data: Any, logprobs_list: list[Tensor]) -> tuple[Tensor, dict[str, float]]:
-    """A loss of 0 with a gradient so large that in the model float32 holds its norm, but not that of twenty."""
+    """A loss of 0 whose gradient is so large that float32 holds its norm, but not the norm of twenty times as much."""
     return sum(1e16 * (lp - lp.detach()).sum() for lp in logprobs_list), {}
 
 
 def test_a_sum_of_gradients_that_is_not_finite_moves_nothing() -> None:
-    """A single one is refused by the request itself; divided by a count, the sum would be in range again."""
+    """The request itself refuses a single one. Divided by a count, the sum would be in range again."""
     c, d = byte_client(), byte_client()
     for x in (c, d):
         x.forward_backward(byte_texts(), CE)
@@ -348,7 +348,7 @@ def test_both_names_at_once_are_refused_at_the_call() -> None:
 
 
 class DimuonParams:
-    """What Tinker's other optimizer takes."""
+    """Parameters of Tinker's other optimizer."""
 
     type, learning_rate, grad_clip_norm, beta1 = "dimuon", 1e-3, 0.0, 0.9
 

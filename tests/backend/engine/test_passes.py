@@ -1,4 +1,4 @@
-"""One request, however it is cut: the same gradient, loss and metrics at once, streamed and in two passes."""
+"""A request has the same gradient, loss and metrics in a single pass, streamed, and in two passes."""
 
 import math
 import warnings
@@ -32,13 +32,15 @@ from lossfns.backend.engine.budget import MARGIN
 from lossfns.backend.engine.pooling import last_pool
 from lossfns.backend.model import lora
 from lossfns.backend.model.tokenizer import ByteTokenizer
+from lossfns.export.builtins import BUILTINS
+from lossfns.testing.public import presets
 
 Make = Callable[..., LocalTrainingClient]
 Call = Callable[[LocalTrainingClient], Any]
 
 
 def budget(make: Make, data: list[Any], tokens: int | None = None) -> int:
-    """Bytes for so many tokens of these datums at a time: if it is not said how many, those of the longest."""
+    """Bytes for micro-batches of ``tokens`` tokens; by default as many as the longest datum has."""
     engine = make()._engine
     inputs = engine.logprobs(data).inputs
     needed = engine.budget.costs(inputs).step_bytes(tokens or max(inputs.lengths))
@@ -50,7 +52,7 @@ def vector(c: LocalTrainingClient) -> Tensor:
 
 
 def assert_near(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> None:
-    """Relative to the norm of ``b``, which is not 0."""
+    """Compare relative to the norm of ``b``, which is not 0."""
     assert a.shape == b.shape and 0 < b.norm() < math.inf
     assert (a - b).norm() <= tolerance * b.norm()
 
@@ -58,7 +60,7 @@ def assert_near(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> None:
 def assert_cut_changes_nothing(
     call: Call, data: list[Any], passes: int = 1, make: Make = client, room: int | None = None
 ) -> Any:
-    """Gradients, metrics, outputs and counts of a request at once, and in as many micro-batches as can be."""
+    """Compare all results of a request in one micro-batch and in as many as possible."""
     whole, cut = make(), make(memory_budget=budget(make, data, room))
     a, b = call(whole), call(cut)
     cost = [{name.partition(":")[0]: x for name, x in r.metrics.items()} for r in (a, b)]
@@ -81,7 +83,7 @@ def assert_cut_changes_nothing(
 
 
 def columns(rng: Random, data: list[Any], loss: Loss) -> dict[str, Any]:
-    """Numbers for all that a loss reads, old logprobs near those of an untrained model."""
+    """Values for all columns that a loss reads, with old logprobs near those of an untrained model."""
 
     def rows() -> list[list[float]]:
         return [[-3.4 + rng.gauss(0, 0.3) for _ in range(d.model_input.length)] for d in data]
@@ -100,20 +102,16 @@ def builtin(c: LocalTrainingClient) -> Any:
 
 DATA = texts(Random(2), count=10, longest=12)
 
+SETTINGS: dict[str, dict[str, Any]] = {
+    "ppo": {"dual_clip": 3.0},
+    "grpo": {"kl_beta": 0.1},
+    "gspo": {"clip": (0.8, 1.2)},
+    "gspo_token": {"clip": (0.8, 1.2)},
+    "dpo": {"label_smoothing": 0.1},
+}
 LOSSES = [
-    lossfns.cross_entropy(),
-    lossfns.reinforce(),
-    lossfns.importance_sampling(),
-    lossfns.ppo(dual_clip=3.0),
-    lossfns.grpo(kl_beta=0.1),
-    lossfns.dapo(),
-    lossfns.gspo(clip=(0.8, 1.2)),
-    lossfns.gspo_token(clip=(0.8, 1.2)),
-    lossfns.cispo(),
-    lossfns.dro(),
+    *(preset(**SETTINGS.get(name, {})) for name, preset in presets().items() if preset().rows != "targets"),
     lossfns.with_tis(lossfns.ppo(), level=lossfns.sequence_level),
-    lossfns.dpo(label_smoothing=0.1),
-    lossfns.orpo(),
 ]
 WEIGHINGS = [
     lossfns.sequence_mean,
@@ -138,14 +136,14 @@ def test_so_it_does_with_every_denominator(weigh: lossfns.Weighing, preset: Call
 
 
 @pytest.mark.parametrize("loss", [lossfns.dpo(), lossfns.orpo(weigh=lossfns.pair_sum)], ids=lambda loss: loss.name)
-def test_a_pair_that_does_not_fit_is_torn_apart_and_needs_two_passes(loss: Loss) -> None:
-    """The budget holds the longest datum, and not a pair."""
+def test_a_pair_that_does_not_fit_is_split_and_needs_two_passes(loss: Loss) -> None:
+    """The budget has room for the longest datum, but not for a pair."""
     bound = loss.bind(**columns(Random(1), DATA, loss))
     assert_cut_changes_nothing(custom(bound, DATA), DATA, passes=2)
 
 
 def test_pairs_stay_together_also_where_a_cut_would_fill_the_budget_better() -> None:
-    """Of lengths 5, 5, 5, 5, 5, 5 and room for 15, by twos and not by threes."""
+    """Six datums of 5 tokens and room for 15 make micro-batches of two, not of three."""
     rng = Random(0)
     data = [text(rng, 6) for _ in range(6)]
     loss = lossfns.dpo()
@@ -157,7 +155,7 @@ def test_pairs_stay_together_also_where_a_cut_would_fill_the_budget_better() -> 
 
 
 def rows_of(x: list[float]) -> list[Any]:
-    """A column of numbers as rows of one for each token."""
+    """One row for each datum, which repeats its number for each token."""
     return [[a] * d.model_input.length for a, d in zip(x, DATA)]
 
 
@@ -191,7 +189,7 @@ def test_rows_of_one_array_are_cut_with_their_datums() -> None:
 
 
 def test_rows_that_are_too_long_are_truncated_datum_by_datum() -> None:
-    """To the shortest of a datum's rows, which is another one in each."""
+    """Each datum is cut to its shortest row, which is another column each time."""
     rng = Random(5)
     old = [
         [-3.4 + rng.gauss(0, 0.3) for _ in range(max(1, d.model_input.length + i % 3 - 1))] for i, d in enumerate(DATA)
@@ -201,7 +199,7 @@ def test_rows_that_are_too_long_are_truncated_datum_by_datum() -> None:
 
 
 def masked(data: list[Any], *which: int) -> list[Any]:
-    """The datums, some with weights of 0."""
+    """Give these datums weights of 0."""
     zeros = [TensorData([0.0] * d.model_input.length, "float32") for d in data]
     return [
         Datum(d.model_input, {**d.loss_fn_inputs, "weights": zeros[i]}) if i in which else d for i, d in enumerate(data)
@@ -210,7 +208,7 @@ def masked(data: list[Any], *which: int) -> list[Any]:
 
 @pytest.mark.parametrize("loss", [lossfns.cross_entropy(), lossfns.gspo(), lossfns.dpo()], ids=lambda loss: loss.name)
 def test_a_micro_batch_may_have_no_weight_at_all(loss: Loss) -> None:
-    """Datums of one length, two at a time: the second pair is a micro-batch of its own."""
+    """Datums of one length in micro-batches of two: the second pair is a micro-batch by itself."""
     rng = Random(0)
     data = masked([text(rng, 6) for _ in range(8)], 2, 3)
     bound = loss.bind(**columns(rng, data, loss))
@@ -219,7 +217,7 @@ def test_a_micro_batch_may_have_no_weight_at_all(loss: Loss) -> None:
 
 
 def test_a_bound_denominator_is_that_of_every_micro_batch() -> None:
-    """Which divides the raw sum −Σ w·lp by 100 and no other count."""
+    """The raw sum −Σ w·lp is divided by 100 and by no other count."""
     bound = lossfns.cross_entropy().bind(denominator=100.0)
     done = assert_cut_changes_nothing(custom(bound, DATA), DATA)
     logprobs = torch.cat([output["logprobs"].to_torch() for output in done.loss_fn_outputs])
@@ -244,11 +242,9 @@ def test_the_sum_of_absolute_gradients_is_that_of_the_whole() -> None:
 
 # Built-ins
 
-PLAIN = ("importance_sampling", "ppo", "cispo", "dro", "gspo", "gspo-token", "grpo", "dapo")
-
 
 def rl_data(name: str, sdk: Any = lossfns) -> list[Any]:
-    """Datums with the fields that a built-in reads."""
+    """Make datums with the fields that a built-in reads."""
     rng, data = Random(7), texts(Random(2), count=10, longest=12)
     result = []
     for d in data:
@@ -266,7 +262,7 @@ def rl_data(name: str, sdk: Any = lossfns) -> list[Any]:
 
 
 @pytest.mark.parametrize("profile", ["tinker", "fireworks"])
-@pytest.mark.parametrize("name", ["cross_entropy", *PLAIN])
+@pytest.mark.parametrize("name", BUILTINS)
 def test_a_built_in_streams_and_steps_as_at_once(name: str, profile: str) -> None:
     data = DATA if name == "cross_entropy" else rl_data(name)
     config = {"kl_beta": 0.1} if name == "grpo" else {"beta": 0.2} if name == "dro" else None
@@ -301,13 +297,13 @@ def test_many_targets_of_a_token_are_cut_with_it() -> None:
 
 
 def spread_of_all(data: list[Any], logprobs_list: list[Tensor]) -> tuple[Tensor, dict[str, float]]:
-    """No sum over datums: the standard deviation of all logprobs."""
+    """The standard deviation of all logprobs, which is not a sum over datums."""
     std = torch.cat([lp.flatten() for lp in logprobs_list]).std()
     return std, {"std": std.item()}
 
 
 def contrast(data: list[Any], logprobs_list: list[Tensor]) -> tuple[Tensor, dict[str, float]]:
-    """Every sequence against all others."""
+    """A loss over all pairs of sequences."""
     sums = torch.stack([lp.sum() for lp in logprobs_list])
     return -sums.log_softmax(0)[::2].sum(), {}
 
@@ -339,16 +335,16 @@ def centred(t: lossfns.Tokens) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def test_a_loss_object_whose_terms_couple_datums_gets_its_gradient_all_the_same() -> None:
-    """Parts of it do not sum to the whole, which shows once that is known."""
+    """Its parts do not sum to the whole, which the comparison with the whole shows."""
     loss = Loss("variance", {}, (), centred, token_mean.share, token_mean.count)
     assert_cut_changes_nothing(custom(loss, DATA), DATA, passes=2)
 
 
-# What is wrong is told as at once
+# Errors are those of a single pass
 
 
 def broken(**columns: Any) -> Any:
-    """A bound loss in which a column of ones is replaced."""
+    """Replace a column of ones in a bound loss."""
     ones = {"advantages": rows_of([1.0] * 10), "old_logprobs": rows_of([-3.4] * 10)}
     return lossfns.ppo(log_ratio_cap=None).bind(**{**ones, **columns})
 
@@ -442,7 +438,7 @@ def test_a_warning_is_given_once_for_the_whole() -> None:
 
 
 def stop_at(c: LocalTrainingClient, call: int, error: BaseException) -> None:
-    """The model fails in one of its forward passes, counted from 1."""
+    """Make the model raise in one of its forward passes, counted from 1."""
     calls = iter(range(1, 1000))
 
     def fail(*_: Any) -> None:
@@ -452,7 +448,7 @@ def stop_at(c: LocalTrainingClient, call: int, error: BaseException) -> None:
     c.model.register_forward_pre_hook(fail)
 
 
-@pytest.mark.parametrize("loss_fn", [lossfns.cross_entropy(), spread_of_all], ids=["streamed", "twice"])
+@pytest.mark.parametrize("loss_fn", [lossfns.cross_entropy(), spread_of_all], ids=["streamed", "two_pass"])
 @pytest.mark.parametrize(
     "error", [KeyboardInterrupt(), torch.OutOfMemoryError("no more"), LossInputError("x", "y", "z", "w")], ids=type
 )
@@ -491,9 +487,9 @@ def test_a_gradient_that_overflows_in_one_micro_batch_is_none_of_the_whole() -> 
     assert same(gradients_of(c), before)
 
 
-@pytest.mark.parametrize("loss_fn", [lossfns.cross_entropy(), spread_of_all], ids=["streamed", "twice"])
+@pytest.mark.parametrize("loss_fn", [lossfns.cross_entropy(), spread_of_all], ids=["streamed", "two_pass"])
 def test_gradients_of_requests_add_up(loss_fn: Any) -> None:
-    """Three requests, and each gradient the same every time."""
+    """Three equal requests add the same gradient each time."""
     c, whole = client(memory_budget=budget(client, DATA, 20)), client()
     for k in (1, 2, 3):
         custom(loss_fn, DATA)(c)
@@ -502,9 +498,9 @@ def test_gradients_of_requests_add_up(loss_fn: Any) -> None:
         assert_near(vector(c) / k, vector(whole) / k)
 
 
-@pytest.mark.parametrize("loss_fn", ["streamed", "twice"])
+@pytest.mark.parametrize("loss_fn", ["streamed", "two_pass"])
 def test_hundreds_of_micro_batches_in_half_precision_are_as_near_as_one(loss_fn: str) -> None:
-    """bfloat16 has 8 bits: beyond 256, a sum of its own would take in no more of what is to be added."""
+    """bfloat16 has 8 bits: beyond 256, a sum in bfloat16 would no longer change."""
     rng = Random(1)
     data = [text(rng, 3) for _ in range(400)]
     loss: Any = lossfns.cross_entropy() if loss_fn == "streamed" else ours_within
@@ -522,7 +518,7 @@ def test_hundreds_of_micro_batches_in_half_precision_are_as_near_as_one(loss_fn:
 
 
 def group(rng: Random) -> list[Any]:
-    """Completions of two prompts, each long enough that it is worth to compute it once."""
+    """Completions of two prompts, which are long enough to be computed once."""
     rows = []
     for _ in range(2):
         prompt = [rng.randrange(31) for _ in range(20)]
@@ -530,7 +526,7 @@ def group(rng: Random) -> list[Any]:
     return [datum_from_tokens(row, prompt_length=20) for row in rows]
 
 
-@pytest.mark.parametrize("loss_fn", [lossfns.cross_entropy(), contrast], ids=["streamed", "twice"])
+@pytest.mark.parametrize("loss_fn", [lossfns.cross_entropy(), contrast], ids=["streamed", "two_pass"])
 @pytest.mark.parametrize("room", [30, 60, 100])
 def test_a_prefix_in_common_may_be_cut_apart(loss_fn: Any, room: int) -> None:
     data = group(Random(0))
@@ -538,7 +534,7 @@ def test_a_prefix_in_common_may_be_cut_apart(loss_fn: Any, room: int) -> None:
 
 
 def built(change: Callable[[Decoder], Any], **shape: Any) -> Make:
-    """Clients of one model that is changed before it is used."""
+    """Make clients of a model that is changed before its use."""
 
     def make(**options: Any) -> LocalTrainingClient:
         model = Decoder(**{**SHAPE, **shape}, seed=3)
@@ -570,7 +566,7 @@ def adapted(model: Decoder) -> None:
 
 
 @pytest.mark.parametrize("change", [frozen_body, frozen_head, checkpointing, adapted])
-@pytest.mark.parametrize("loss_fn", [lossfns.cross_entropy(), spread_of_all], ids=["streamed", "twice"])
+@pytest.mark.parametrize("loss_fn", [lossfns.cross_entropy(), spread_of_all], ids=["streamed", "two_pass"])
 def test_any_part_of_a_model_may_be_trained(change: Callable[[Decoder], Any], loss_fn: Any) -> None:
     make = built(change, tied=False, layers=2)
     assert_cut_changes_nothing(custom(loss_fn, DATA), DATA, 1 + (loss_fn is spread_of_all), make=make)
@@ -584,7 +580,7 @@ def test_in_float64_too() -> None:
     assert_near(vector(cut), vector(whole), 1e-12)
 
 
-@pytest.mark.parametrize("loss_fn", [lossfns.cross_entropy(), spread_of_all], ids=["streamed", "twice"])
+@pytest.mark.parametrize("loss_fn", [lossfns.cross_entropy(), spread_of_all], ids=["streamed", "two_pass"])
 def test_a_model_of_which_nothing_is_trained_is_refused(loss_fn: Any) -> None:
     make = built(lambda model: model.requires_grad_(False))
     for options in ({}, {"memory_budget": budget(make, DATA)}):
@@ -596,7 +592,7 @@ def test_a_model_of_which_nothing_is_trained_is_refused(loss_fn: Any) -> None:
 
 
 def counted(c: LocalReferenceClient) -> list[int]:
-    """Tokens of the forward passes from now on."""
+    """Count the tokens of each forward pass from now on."""
     tokens: list[int] = []
     c.model.register_forward_hook(lambda module, args, result: tokens.append(len(args[0])))
     return tokens
@@ -621,7 +617,7 @@ def test_a_forward_alone_is_cut_to_the_same_outputs(output: str) -> None:
 
 
 def test_a_forward_needs_less_than_a_step() -> None:
-    """A reference policy has no gradients: what is too little for those alone is enough to run it."""
+    """A reference policy has no gradients: a budget that is too small for them is enough to run it."""
     model, data = Decoder(**{**SHAPE, "hidden": 400}), texts(Random(2), count=10, longest=3)
     c = LocalTrainingClient(model, tokenizer=1, device="cpu", memory_budget=sum(p.nbytes for p in model.parameters()))
     c.forward(data, "cross_entropy").result()
@@ -629,7 +625,7 @@ def test_a_forward_needs_less_than_a_step() -> None:
         c.forward_backward(data, "cross_entropy").result()
 
 
-def test_a_long_datum_among_short_ones_has_a_micro_pack_inputs_its_own() -> None:
+def test_a_long_datum_among_short_ones_has_a_micro_batch_of_its_own() -> None:
     data = [
         Datum(ModelInput.from_ints(ids[:-1]), {"target_tokens": ids[1:], "weights": [1.0] * (len(ids) - 1)})
         for ids in ([1, 2, 3], [4, 5], list(range(1, 30)), [6, 7, 8, 9])

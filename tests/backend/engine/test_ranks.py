@@ -1,4 +1,4 @@
-"""Two processes are one: results, parameters, checkpoints and runs; and what ranks that disagree are told."""
+"""Two processes agree with one: results, parameters, checkpoints and runs. Ranks that disagree get an error."""
 
 import json
 import os
@@ -25,7 +25,7 @@ from lossfns.backend import Decoder
 from lossfns.backend.engine.ranks import copied_with, rank_bounds, start, transformer_layers
 from lossfns.backend.engine.state import tied_names
 from lossfns.backend.storage import checkpoint
-from lossfns.backend.storage import folder as folders
+from lossfns.backend.storage.folder import remove_other_parts
 from lossfns.cli import main
 from lossfns.train.run import METRICS, RESULT
 
@@ -35,7 +35,8 @@ METHODS = ("sft", "dpo", "grpo")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where one process has left a checkpoint and a run it has not ended, and two have run everything."""
+    """A folder with a checkpoint and a stopped run of one process, and the results of two processes."""
+    pytest.importorskip("torch", "2.13", reason="the extra `ranks` needs PyTorch 2.13")
     folder = tmp_path_factory.mktemp("ranks")
     ranks.rows_of(folder)
     ranks.save(None, folder / "one")
@@ -48,7 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         try:
             said = process.communicate(timeout=120)[1]
         finally:
-            process.terminate()  # of ranks that wait for one another; it takes them along
+            process.terminate()  # the ranks wait for one another: end all of them
     assert process.returncode == 0, said
     return folder
 
@@ -69,7 +70,7 @@ def test_two_ranks_are_one(scenario: str, rank: int, folder: Path) -> None:
 
 
 def test_two_ranks_take_half_as_many_micro_batches(folder: Path) -> None:
-    """The budget is of each of them, and one that has only its shards of the weights gathers the rest in it."""
+    """The budget holds for each rank, and includes the weights that it gathers from the others."""
     one = ranks.count_of(ranks.within_budget(None), ranks.coupled)
     for rank in (0, 1):
         two = json.loads((folder / f"rank{rank}.json").read_text())["micro_batches"]
@@ -78,7 +79,7 @@ def test_two_ranks_take_half_as_many_micro_batches(folder: Path) -> None:
 
 @pytest.mark.parametrize("written_by", ["one", "two"])
 def test_a_checkpoint_is_loaded_by_any_number_of_ranks(written_by: str, folder: Path) -> None:
-    """Both of a process alone and of two: weights to the bit, and the same three steps from there on."""
+    """Written by one process or by two: the weights agree bit for bit, and so do the next three steps."""
     one = ranks.go_on(None, folder / written_by)
     for rank in (0, 1):
         two = torch.load(folder / f"rank{rank}.pt")[f"from {written_by}"]
@@ -89,7 +90,7 @@ def test_a_checkpoint_is_loaded_by_any_number_of_ranks(written_by: str, folder: 
 
 
 def test_what_one_rank_alone_does_wrong_is_an_error_on_all(folder: Path) -> None:
-    """And changes nothing: the gradient is that of the two requests which were right."""
+    """It changes nothing: the gradient is that of the two correct requests."""
     told = [json.loads((folder / f"rank{rank}.json").read_text())["told"] for rank in (0, 1)]
     assert told[0].keys() == told[1].keys() == ranks.MISTAKES
     for name in ("other data", "other calls", "other advantages", "other models"):
@@ -112,7 +113,7 @@ def test_what_one_rank_alone_does_wrong_is_an_error_on_all(folder: Path) -> None
 
 
 def metrics(run: Path) -> list[tuple[str, dict[str, float]]]:
-    """Of each step its phase and its numbers, without what depends on the machine."""
+    """The phase and the numbers of each step, without those that depend on the machine."""
     rows = [json.loads(line) for line in (run / METRICS).read_text().splitlines()]
     apart = ("phase", "seconds", "peak_memory")
     return [(row["phase"], {name: x for name, x in row.items() if name not in apart}) for row in rows]
@@ -135,7 +136,7 @@ def test_a_run_of_two_ranks_is_that_of_one_process(method: str, folder: Path, tm
 
 
 def test_ranks_stop_together_and_any_number_of_them_goes_on(folder: Path) -> None:
-    """Rank 1 was told to stop; one process ends the run of two, and two have ended that of one."""
+    """Rank 1 was told to stop. One process finishes the run of two, and two have finished the run of one."""
     assert (folder / "two-stopped" / "checkpoint" / "meta.json").exists()
     assert main(["train", "--resume", str(folder / "two-stopped")]) == 0
     same_run(folder / "two-stopped", folder / "two-sft")
@@ -156,7 +157,7 @@ def written(folder: Path, tmp_path: Path) -> Path:
 
 
 def test_a_folder_has_one_checkpoint_and_no_pickle(written: Path) -> None:
-    """The older one, which the path had before, is gone."""
+    """The older checkpoint of the path is gone."""
     files = sorted(file.suffix for file in written.rglob("*") if file.is_file())
     assert files == [".json", ".safetensors", ".safetensors"]
 
@@ -189,12 +190,12 @@ def test_a_folder_with_other_files_in_it_is_refused(written: Path) -> None:
 
 
 def test_what_a_killed_save_leaves_is_not_the_checkpoint(written: Path) -> None:
-    """It has written tensors, but ``meta.json`` names the older ones until it is copied_with; the next save sweeps."""
+    """It has written tensors, but ``meta.json`` names the older ones until it is replaced."""
     left = written / "0123456789ab.part"
     shutil.copytree(next(written.glob("*.part")), left)
     shortened(next(left.glob("shard-00002*")))
     assert checkpoint.load(written)[1]["steps"] == 2
-    folders.sweep(written)
+    remove_other_parts(written)
     assert len(list(written.glob("*.part"))) == 1 and checkpoint.load(written)[1]["steps"] == 2
 
 
@@ -208,7 +209,7 @@ def test_a_folder_of_another_model_is_refused(written: Path) -> None:
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=12), st.integers(1, 5))
 def test_shares_cover_the_datums_and_the_most_are_the_fewest(lengths: list[int], size: int) -> None:
-    """Against all ways to cut the datums into runs."""
+    """Compare with all ways to split the datums in order."""
     bounds = rank_bounds(lengths, size)
     assert bounds[0] == 0 and bounds[-1] == len(lengths) and len(bounds) == size + 1 and bounds == sorted(bounds)
 

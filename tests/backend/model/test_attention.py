@@ -1,4 +1,4 @@
-"""Attention over a layout of segments, against one that is written out in float64, mask and all."""
+"""Attention over a layout of segments, against attention that is written out in float64 with a mask."""
 
 from typing import Any
 
@@ -12,13 +12,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lossfns import LossInputError
 from lossfns.backend.model import attention
-from lossfns.backend.model.attention import Layout, Run, on_cuda, visible
+from lossfns.backend.model.attention import Layout, SegmentGroup, choose_cuda_route, mask_mod
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
 def sees(lengths: list[int], parents: list[int | None], window: int | None) -> Tensor:
-    """[N, N]: whether token i sees token j, from the list of what comes before each."""
+    """Return [N, N], whether token i sees token j, from a list of the tokens before each."""
     rows = torch.arange(sum(lengths)).split(lengths)
     seen = torch.zeros(sum(lengths), sum(lengths), dtype=torch.bool)
     for own, parent in zip(rows, parents, strict=True):
@@ -30,7 +30,7 @@ def sees(lengths: list[int], parents: list[int | None], window: int | None) -> T
 
 
 def written_out(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float | None, softcap: float | None) -> Tensor:
-    """Head by head, in float64."""
+    """Compute attention head by head, in float64."""
     q, k, v = (x.double() for x in (q, k, v))
     heads = []
     for h in range(q.shape[1]):
@@ -48,8 +48,8 @@ def draw(n: int, heads: int = 4, kv_heads: int = 2, dim: int = 16, seed: int = 0
     return [torch.randn(shape, generator=generator).to(**kind).requires_grad_() for shape in shapes]
 
 
-def apart(layout: Layout, qkv: list[Tensor], *, window: int | None = None, **options: Any) -> float:
-    """The largest difference to what is written out, of the output and of the three gradients."""
+def largest_difference(layout: Layout, qkv: list[Tensor], *, window: int | None = None, **options: Any) -> float:
+    """Return the largest difference to ``written_out``, of the output and of the three gradients."""
     seen = sees(layout.lengths, layout.parents, window)
     ours = layout.attend(*qkv, window=window, **options)
     theirs = written_out(*qkv, seen, options.get("scale"), options.get("softcap"))
@@ -85,7 +85,7 @@ def test_any_layout_is_what_its_mask_says(
     seed: int,
 ) -> None:
     qkv = draw(sum(of[0]), *heads, dim=5, seed=seed, dtype=torch.float64)
-    assert apart(Layout(*of), qkv, window=window, softcap=softcap, scale=scale) < 1e-12
+    assert largest_difference(Layout(*of), qkv, window=window, softcap=softcap, scale=scale) < 1e-12
 
 
 GROUPS: tuple[list[int], list[int | None]] = ([70, 33, 9, 9, 1, 140, 5], [None, None, 0, 0, 0, 1, None])
@@ -98,8 +98,8 @@ TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 0.1}
 @pytest.mark.parametrize("of", [GROUPS, ([50], [None]), ([40, 40, 40], [None] * 3)], ids=["groups", "one", "equal"])
 def test_routes_agree_with_the_mask(of: Any, dtype: torch.dtype, options: dict[str, Any], device: str) -> None:
     layout = Layout(*of, device=device)
-    assert apart(layout, draw(sum(of[0]), device=device, dtype=dtype), **options) < TOLERANCES[dtype]
-    assert layout.route == attention.route(torch.device(device), dtype, 16, "softcap" in options)
+    assert largest_difference(layout, draw(sum(of[0]), device=device, dtype=dtype), **options) < TOLERANCES[dtype]
+    assert layout.route == attention.choose_route(torch.device(device), dtype, 16, "softcap" in options)
 
 
 def test_gradient_is_that_of_finite_differences() -> None:
@@ -110,7 +110,7 @@ def test_gradient_is_that_of_finite_differences() -> None:
 
 
 def test_a_parents_gradient_is_summed_in_float32() -> None:
-    """Over 512 calls, of which each adds less than bfloat16 keeps; what is left is its last rounding, 0.4 %."""
+    """Each of 512 calls adds less than bfloat16 can add. Only the last rounding, 0.4 %, may remain."""
     lengths, parents = [3] + [1, 2] * 256, [None] + [0] * 512
     qkv = draw(sum(lengths), heads=1, kv_heads=1, dim=8, dtype=torch.bfloat16)
     direction = torch.ones(sum(lengths) - 3, 1, 8, dtype=torch.bfloat16)
@@ -127,12 +127,17 @@ def test_positions_go_on_after_the_parent() -> None:
 
 def test_adjacent_segments_of_one_parent_and_length_are_one_call() -> None:
     layout = Layout([2, 2, 3, 1, 1, 1], [None, None, None, 0, 0, 1])
-    assert layout.runs == [Run(None, 2, 2), Run(None, 3, 1), Run(0, 1, 2), Run(1, 1, 1)]
-    assert Layout([1, 2, 1]).runs == [Run(None, 1, 1), Run(None, 2, 1), Run(None, 1, 1)]
+    assert layout.groups == [
+        SegmentGroup(None, 2, 2),
+        SegmentGroup(None, 3, 1),
+        SegmentGroup(0, 1, 2),
+        SegmentGroup(1, 1, 1),
+    ]
+    assert Layout([1, 2, 1]).groups == [SegmentGroup(None, 1, 1), SegmentGroup(None, 2, 1), SegmentGroup(None, 1, 1)]
 
 
 class Calls(TorchDispatchMode):
-    """The operations that are executed."""
+    """Record the operations that are executed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -152,8 +157,8 @@ def test_sequences_of_one_length_are_not_copied(lengths: list[int]) -> None:
     assert [name for name in calls.names if name not in views] == ["_scaled_dot_product_flash_attention_for_cpu"]
 
 
-def test_what_continuations_see_is_written_down_once() -> None:
-    """For all their lengths and layers, however long the others: position 5 is the first that needs it, 7 the last."""
+def test_the_bias_of_continuations_is_computed_once() -> None:
+    """One tensor serves all lengths and layers; it covers positions 5 to 7, which need it, and no others."""
     layout, qkv = Layout([9, 5, 3, 2], [None, None, 1, 1]), draw(19)
     layout.attend(*qkv)
     ((first, bias),) = layout.biases.values()
@@ -165,10 +170,10 @@ def test_what_continuations_see_is_written_down_once() -> None:
 @pytest.mark.parametrize(
     ("lengths", "parents", "message"),
     [
-        ([], None, "lengths: expected segments of a token or more, got []"),
+        ([], None, "lengths: expected segments of at least one token, got []"),
         ([3, 0], None, "got [3, 0]"),
-        ([3, 2], [None], "parents: expected 2, one a segment, got 1"),
-        ([3, 2], [None, 1], "for segment 1 an earlier one that has none itself, got 1"),
+        ([3, 2], [None], "parents: expected 2, one per segment, got 1"),
+        ([3, 2], [None, 1], "for segment 1 an earlier one that has no parent itself, got 1"),
         ([3, 2], [1, None], "for segment 0"),
         ([3, 2, 1], [None, 0, 1], "for segment 2"),
         ([3, 2], [None, -2], "got -2"),
@@ -180,7 +185,7 @@ def test_segments_that_do_not_fit_are_refused(lengths: Any, parents: Any, messag
     assert message in str(error.value)
 
 
-# What runs on a GPU alone, as far as it can be tested without one.
+# Routes that run on a GPU alone, as far as they can be tested without one.
 
 
 @pytest.mark.parametrize(
@@ -201,18 +206,18 @@ def test_segments_that_do_not_fit_are_refused(lengths: Any, parents: Any, messag
     ],
 )
 def test_route_on_a_gpu(dtype: torch.dtype, head_dim: int, softcap: bool, has_varlen: bool, expected: str) -> None:
-    assert on_cuda(dtype, head_dim, softcap, has_varlen) == expected
+    assert choose_cuda_route(dtype, head_dim, softcap, has_varlen) == expected
 
 
 def test_route_elsewhere() -> None:
     for dtype in TOLERANCES:
-        assert attention.route(torch.device("cpu"), dtype, 64) == "sdpa-by-length"
+        assert attention.choose_route(torch.device("cpu"), dtype, 64) == "sdpa-by-length"
 
 
 def kernel(
     q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, **options: Any
 ) -> Tensor:
-    """What ``varlen_attn`` documents: sequence by sequence, causal from the end, ``window_size[0]`` keys back."""
+    """Do what ``varlen_attn`` documents: sequence by sequence, causal from the end, ``window_size[0]`` keys back."""
     assert cu_q.dtype == cu_k.dtype == torch.int32 and options["enable_gqa"] and options["window_size"][1] == 0
     assert (max_q, max_k) == (int(cu_q.diff().max()), int(cu_k.diff().max()))
     outputs = []
@@ -231,16 +236,16 @@ def kernel(
 def test_varlen_route_asks_the_kernel_for_the_mask(
     of: Any, window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A stand-in for the kernel, which runs on GPUs alone; so this is about what it is given."""
+    """The kernel runs on GPUs alone. A stand-in checks the arguments that it is given."""
     monkeypatch.setattr(attention, "varlen_kernel", lambda: kernel)
-    monkeypatch.setattr(attention, "route", lambda *_: "varlen")
+    monkeypatch.setattr(attention, "choose_route", lambda *_: "varlen")
     layout = Layout(*of)
-    assert apart(layout, draw(sum(of[0])), window=window) < 2e-5
+    assert largest_difference(layout, draw(sum(of[0])), window=window) < 2e-5
     assert layout.route == "varlen"
 
 
 @given(layouts(), st.sampled_from([None, 1, 3]))
 def test_flex_route_has_the_mask(of: tuple[list[int], list[int | None]], window: int | None) -> None:
     n = sum(of[0])
-    mask = create_mask(visible(Layout(*of), window), None, None, n, n, "cpu")
+    mask = create_mask(mask_mod(Layout(*of), window), None, None, n, n, "cpu")
     assert torch.equal(mask[0, 0], sees(*of, window))

@@ -10,7 +10,7 @@ from lossfns.logprobs.linear import linear_logprobs
 
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9], [4], [1, 2, 3]]
 VOCAB = 13
-Cut = Callable[[torch.Tensor], torch.Tensor]
+Restrict = Callable[[torch.Tensor], torch.Tensor]
 
 
 @pytest.fixture
@@ -51,7 +51,9 @@ def test_the_seed_alone_decides_the_samples(model: Decoder) -> None:
     torch.manual_seed(99)
     assert generate(model, PROMPTS, max_tokens=8, seed=1) == first
     assert generate(model, PROMPTS, max_tokens=8, seed=2) != first
-    assert first[1].tokens != first[3].tokens or first[0].tokens != first[4].tokens  # repeats are drawn apart
+    assert (
+        first[1].tokens != first[3].tokens or first[0].tokens != first[4].tokens
+    )  # repeated prompts have draws of their own
 
 
 def test_without_a_seed_the_global_generator_draws(model: Decoder) -> None:
@@ -73,17 +75,17 @@ def test_stops_at_and_with_the_stop_token(model: Decoder) -> None:
             assert len(sample.tokens) == 6 and sample.tokens[-1] not in {0, 5}
 
 
-def test_the_rest_goes_on_as_before_when_a_row_stops(model: Decoder) -> None:
+def test_the_other_rows_are_unchanged_when_one_stops(model: Decoder) -> None:
     free = generate(model, PROMPTS, max_tokens=8, temperature=0.0)
     stop = free[2].tokens[1]
     stopped = generate(model, PROMPTS, max_tokens=8, temperature=0.0, stop=[stop])
-    for sample, whole in zip(stopped, free, strict=True):
-        end = whole.tokens.index(stop) + 1 if stop in whole.tokens else 8
-        assert sample.tokens == whole.tokens[:end]
+    for sample, unstopped in zip(stopped, free, strict=True):
+        end = unstopped.tokens.index(stop) + 1 if stop in unstopped.tokens else 8
+        assert sample.tokens == unstopped.tokens[:end]
 
 
 @pytest.mark.parametrize(
-    ("options", "cut"),
+    ("options", "restrict"),
     [
         ({}, lambda p: p),
         ({"temperature": 2.0}, lambda p: p.sqrt()),
@@ -91,11 +93,11 @@ def test_the_rest_goes_on_as_before_when_a_row_stops(model: Decoder) -> None:
         ({"top_p": 0.5}, lambda p: p * (p >= p.sort().values[-3])),
     ],
 )
-def test_frequencies_match_the_softmax(model: Decoder, options: dict[str, Any], cut: Cut) -> None:
+def test_frequencies_match_the_softmax(model: Decoder, options: dict[str, Any], restrict: Restrict) -> None:
     n = 4000
     samples = generate(model, [[1, 2, 3]] * n, max_tokens=1, seed=0, **options)
     counts = torch.tensor([s.tokens[0] for s in samples]).bincount(minlength=VOCAB).double()
-    weights = cut(logits(model, [1, 2, 3])[-1].double().softmax(0))
+    weights = restrict(logits(model, [1, 2, 3])[-1].double().softmax(0))
     expected = n * weights / weights.sum()
     assert (counts[expected == 0] == 0).all()
     chi_square = ((counts - expected).square() / expected)[expected > 0].sum()

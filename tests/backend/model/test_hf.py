@@ -1,4 +1,4 @@
-"""Models of ``transformers``, packed, against the library's own forward of each sequence alone."""
+"""Packed models of ``transformers`` against the library's own forward pass of each sequence alone."""
 
 import copy
 import sys
@@ -58,14 +58,14 @@ MODELS: dict[str, Any] = {
     "mixtral": lambda: transformers.MixtralForCausalLM(transformers.MixtralConfig(**SIZE, num_local_experts=3)),
 }
 
-PREFIX = [Random(1).randrange(31) for _ in range(17)]  # which two datums have in common: it is computed once
+PREFIX = [Random(1).randrange(31) for _ in range(17)]  # two datums have it in common, so it is computed once
 DATA = texts(Random(0), count=5, longest=12) + [
     datum_from_tokens([*PREFIX, *end], prompt_length=17) for end in ([3, 5], [4, 1, 2])
 ]
 
 
 def own(name: str) -> Any:
-    """The library's model, with weights large enough for all parts to matter; the same at every call."""
+    """Return the library's model, the same at every call, with weights large enough for all parts to matter."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return shaken(MODELS[name]())
@@ -91,7 +91,7 @@ def rows(datum: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def alone(model: Any) -> list[Tensor]:
-    """The logprobs of ``DATA`` by the library's own forward, one sequence at a time."""
+    """Return the logprobs of ``DATA`` by the library's own forward pass, one sequence at a time."""
     each = []
     for ids, targets, _ in map(rows, DATA):
         logits = model(input_ids=ids[None], use_cache=False).logits[0]
@@ -107,7 +107,7 @@ def gradient(model: nn.Module) -> Tensor:
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).float()
 
 
-def away(a: Tensor, b: Tensor) -> float:
+def relative_difference(a: Tensor, b: Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
@@ -115,14 +115,14 @@ def away(a: Tensor, b: Tensor) -> float:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_packed_is_what_the_library_computes_of_each_sequence(name: str) -> None:
+def test_packed_sequences_equal_the_librarys_own_forward(name: str) -> None:
     c, reference = client(name), own(name)
     expected = alone(reference)
     for got, lp in zip(logprobs(c), expected):
         torch.testing.assert_close(got, lp.detach(), rtol=0, atol=1e-5)
     c.forward_backward(DATA, "cross_entropy").result()
     torch.stack([-(rows(d)[2] * lp).sum() for d, lp in zip(DATA, expected)]).sum().backward()
-    assert away(gradient(c.model), gradient(reference)) < 1e-5
+    assert relative_difference(gradient(c.model), gradient(reference)) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["llama, tied", "gemma2", "gpt2"])
@@ -133,11 +133,11 @@ def test_in_bfloat16(name: str) -> None:
         assert (got - lp.detach()).abs().mean() < 0.1
     c.forward_backward(DATA, "cross_entropy").result()
     torch.stack([-(rows(d)[2] * lp).sum() for d, lp in zip(DATA, alone(reference))]).sum().backward()
-    assert away(gradient(c.model), gradient(reference)) < 0.1
+    assert relative_difference(gradient(c.model), gradient(reference)) < 0.1
 
 
 def test_rotary_frequencies_stay_in_float32() -> None:
-    """In bfloat16 they would have three digits: at position 1000 an angle would be off by up to 4."""
+    """In bfloat16 they would have three digits: at position 1000 an angle could be wrong by 4."""
     model = hf.CausalLM(own("llama"))
     before = model.model.model.rotary_emb.inv_freq.clone()
     model = copy.deepcopy(model).to("cpu", torch.bfloat16)
@@ -146,17 +146,17 @@ def test_rotary_frequencies_stay_in_float32() -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
-def test_a_shared_prefix_is_each_sequence_alone(name: str) -> None:
+def test_a_shared_prefix_changes_no_hidden_state_and_no_gradient(name: str) -> None:
     model = hf.CausalLM(own(name))
     prefix, a, b = torch.arange(5), torch.arange(7, 9), torch.arange(11, 17)
     shared = model(torch.cat((prefix, a, b)), [5, 2, 6], [None, 0, 0])
     shared[5:].square().sum().backward()
     one = gradient(model)
     model.zero_grad()
-    apart = model(torch.cat((prefix, a, prefix, b)), [7, 11])
-    torch.testing.assert_close(shared, torch.cat((apart[:7], apart[12:])), rtol=0, atol=1e-5)
-    torch.cat((apart[5:7], apart[12:])).square().sum().backward()
-    assert away(one, gradient(model)) < 1e-5
+    separate = model(torch.cat((prefix, a, prefix, b)), [7, 11])
+    torch.testing.assert_close(shared, torch.cat((separate[:7], separate[12:])), rtol=0, atol=1e-5)
+    torch.cat((separate[5:7], separate[12:])).square().sum().backward()
+    assert relative_difference(one, gradient(model)) < 1e-5
 
 
 def test_heads_are_what_the_library_has() -> None:
@@ -182,7 +182,7 @@ def test_checkpointing_runs_each_layer_again_for_the_same_gradient(name: str) ->
     for on in (False, True, False):
         c.model.checkpointing = on  # type: ignore[assignment]
         assert c.model.checkpointing is on
-        for _ in range(2):  # the first may measure what the second takes
+        for _ in range(2):  # the first call may run more, to measure memory
             runs.clear()
             c.model.zero_grad()
             c.forward_backward(DATA, "cross_entropy").result()
@@ -234,7 +234,7 @@ def test_adapters_are_a_change_of_weights_and_off_they_are_none(name: str) -> No
         step(c)
     for got, lp in zip(logprobs(c.reference()), base):
         torch.testing.assert_close(got, lp, rtol=0, atol=1e-5)
-    assert away(torch.cat(logprobs(c)), torch.cat(base)) > 0.01
+    assert relative_difference(torch.cat(logprobs(c)), torch.cat(base)) > 0.01
 
     untied = copy.deepcopy(merged)
     head = untied.get_output_embeddings()
@@ -306,15 +306,15 @@ def test_a_state_of_a_model_that_computes_something_else_is_refused(tmp_path: Pa
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gpt2", "phi", "cohere"])
 def test_samples_are_drawn_from_the_packed_distribution(name: str) -> None:
-    """Prompts of several lengths at once: each token's logprob is that of the whole, read in one pass."""
+    """With prompts of several lengths, each sampled logprob is that of one pass over the whole sequence."""
     sampler = client(name).save_weights_and_get_sampling_client()
     prompts = [[3, 5], [7, 1, 4, 9, 2, 6], [8], [3, 5]]
     params = SamplingParams(max_tokens=7, seed=0)
     responses = sampler.sample_batch([ModelInput.from_ints(p) for p in prompts], 2, params).result()
     for prompt, response in zip(prompts, responses):
         for sequence in response.sequences:
-            whole = ModelInput.from_ints([*prompt, *sequence.tokens])
-            read = sampler.compute_logprobs(whole).result()[len(prompt) :]
+            full = ModelInput.from_ints([*prompt, *sequence.tokens])
+            read = sampler.compute_logprobs(full).result()[len(prompt) :]
             assert sequence.logprobs == pytest.approx(read, abs=1e-5)
 
 
@@ -348,7 +348,7 @@ def test_load_reads_a_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["nothing", "nothing.gguf"])
-def test_load_of_what_is_not_there_is_refused(name: str, tmp_path: Path) -> None:
+def test_load_from_a_missing_source_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(LossInputError, match=f"source: expected a folder, a GGUF file .*{name}"):
         hf.load(tmp_path / name)
 
@@ -375,7 +375,7 @@ def recurrent_gemma() -> Any:
 
 
 def lfm2() -> Any:
-    """Short convolutions between attention, of which little is seen in the precision that it comes in."""
+    """A model with short convolutions, whose effect is small next to the rounding of bfloat16."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         config = transformers.Lfm2Config(**SIZE, layer_types=["conv", "full_attention"])
@@ -402,7 +402,7 @@ def bloom() -> Any:
 
 
 def gptj() -> Any:
-    """Its own attention makes do with positions, of which those of a shared prefix say too little."""
+    """A model whose own attention masks by positions. In a batch with shared prefixes they are ambiguous."""
     return transformers.GPTJForCausalLM(
         transformers.GPTJConfig(vocab_size=31, n_embd=16, n_layer=2, n_head=4, rotary_dim=4)
     )
@@ -414,7 +414,7 @@ def bidirectional() -> Any:
 
 
 def electra() -> Any:
-    """The head is not all that follows the last hidden state, and does not even fit it."""
+    """A model with another layer between the last hidden state and the head."""
     sizes = {"embedding_size": 8, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     return transformers.ElectraForCausalLM(transformers.ElectraConfig(vocab_size=31, is_decoder=True, **sizes))
 
@@ -424,7 +424,7 @@ def stablelm() -> Any:
 
 
 def scaled() -> Any:
-    """A head with a part that is not known here."""
+    """A model whose head has a part that is not known here."""
     model = own("llama")
     model.lm_head.register_forward_hook(lambda module, inputs, z: 1.1 * z)
     return model
@@ -433,15 +433,21 @@ def scaled() -> Any:
 @pytest.mark.parametrize(
     ("build", "text"),
     [
-        (mamba, "a MambaForCausalLM the same for packed sequences as for each alone"),
-        (recurrent_gemma, "a RecurrentGemmaForCausalLM the same for packed sequences"),
-        (lfm2, "a Lfm2ForCausalLM the same for packed sequences as for each alone, got logits that another sequence"),
-        (bloom, "a BloomForCausalLM the same for packed sequences"),
-        (gptj, "a GPTJForCausalLM the same for packed sequences"),
+        (mamba, "a MambaForCausalLM with the same logits for packed sequences as alone"),
+        (recurrent_gemma, "a RecurrentGemmaForCausalLM with the same logits for packed sequences"),
+        (
+            lfm2,
+            "a Lfm2ForCausalLM with the same logits for packed sequences as alone, got logits that another sequence",
+        ),
+        (bloom, "a BloomForCausalLM with the same logits for packed sequences"),
+        (gptj, "a GPTJForCausalLM with the same logits for packed sequences"),
         (bidirectional, "got a mask of its own"),
         (electra, "got RuntimeError: mat1 and mat2 shapes cannot be multiplied"),
         (stablelm, "StableLm"),
-        (scaled, "a LlamaForCausalLM the same for packed sequences as for each alone, got logits that differ by 9.1%"),
+        (
+            scaled,
+            "a LlamaForCausalLM with the same logits for packed sequences as alone, got logits that differ by 9.1%",
+        ),
         (gpt_oss, "got GptOssAttention with s_aux"),
         (llama4, "got Llama4TextAttention, which sees 8192 tokens by its mask, all by its window"),
         (t5, "a causal language model of transformers, got a T5ForConditionalGeneration"),
@@ -450,7 +456,7 @@ def scaled() -> Any:
     ],
     ids=lambda x: getattr(x, "__name__", None),
 )
-def test_what_would_be_computed_wrongly_is_refused(build: Callable[[], Any], text: str) -> None:
+def test_models_that_would_be_computed_wrongly_are_refused(build: Callable[[], Any], text: str) -> None:
     model = build()
     with pytest.raises(LossInputError) as caught:
         hf.CausalLM(shaken(model) if hasattr(model, "config") and build is not scaled else model)
@@ -459,7 +465,7 @@ def test_what_would_be_computed_wrongly_is_refused(build: Callable[[], Any], tex
 
 def test_a_sequence_longer_than_the_context_is_refused() -> None:
     c = client("gpt2")
-    assert c.model.context == 512
+    assert c.model.context_length == 512
     with pytest.raises(LossInputError, match="at most 512 tokens, the context of the model, got 513"):
         c.model(torch.ones(513, dtype=torch.long), [40, 473], [None, 0])
     sampler = c.save_weights_and_get_sampling_client()
@@ -474,7 +480,7 @@ def test_a_sequence_longer_than_the_context_is_refused() -> None:
 def test_where_frequencies_depend_on_the_batch_sequences_stay_below() -> None:
     rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
     config = transformers.LlamaConfig(**SIZE, rope_parameters=rope)
-    assert hf.CausalLM(transformers.LlamaForCausalLM(config)).context == 16
+    assert hf.CausalLM(transformers.LlamaForCausalLM(config)).context_length == 16
 
 
 def test_dropout_is_refused() -> None:

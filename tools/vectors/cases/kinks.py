@@ -1,4 +1,4 @@
-"""Cases at a kink: where two one-sided gradients meet."""
+"""Cases at a kink, where the two one-sided gradients differ."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping
 from itertools import product
 from typing import Any
 
-from tools.vectors.cases.form import CLIPPED, COMPARED, DEFAULTS, RATIOS, Case, Data, policy_data, reading
+from tools.vectors.cases.form import CLIPPED, COMPARED, DEFAULTS, RATIOS, Case, Data, policy_data, select_columns
 
 
 def kinks() -> Iterator[Case]:
-    """At a bound either one-sided gradient is right, and so is what lies between; the value is not in doubt."""
+    """Yield cases at a bound. Both one-sided gradients are right, and all between them; the value is unique."""
     near = 1e-12
     for loss in CLIPPED:
         at = policy_data(lp="-1 -2", w="1 1", adv="-1 -1", d="0 0", x="0 0")
@@ -41,4 +41,5 @@ def kinks() -> Iterator[Case]:
 
 
 def kink(loss: str, comment: str, given: Data, settings: Mapping[str, Any], beside: Mapping[str, Any]) -> Case:
-    return Case(loss, "kink", comment, {**DEFAULTS[loss], **settings}, reading(loss, given, settings), beside=beside)
+    config, data = {**DEFAULTS[loss], **settings}, select_columns(loss, given, settings)
+    return Case(loss, "kink", comment, config, data, beside=beside)

@@ -18,7 +18,7 @@ from tools.vectors.cases.form import (
     Case,
     Situation,
     policy_data,
-    weighed,
+    with_every_weighing,
 )
 
 PLAIN = Situation(
@@ -258,7 +258,7 @@ LOUD = Situation(
         x="0 0.25 0.25 | 0.25 0 -0.5",
     ),
 )
-"""For the dual clip, which binds at 7 and not at 2."""
+"""For the dual clip, which acts at 7 and not at 2."""
 
 SAMPLED = Situation(
     "valid",
@@ -363,19 +363,19 @@ PARTLY = Situation(
 
 def policies() -> Iterator[Case]:
     for loss in POLICY:
-        yield from (situation.under(loss) for situation in EPISODES)
-        yield from weighed(loss, [PLAIN, RAGGED, *([BY_TOKEN] if loss in ("ppo", *SEQUENCE) else [CHUNK])])
+        yield from (situation.case_for(loss) for situation in EPISODES)
+        yield from with_every_weighing(loss, [PLAIN, RAGGED, *([BY_TOKEN] if loss in ("ppo", *SEQUENCE) else [CHUNK])])
     for loss in RATIOS:
-        yield from (situation.under(loss) for situation in FAR)
+        yield from (situation.case_for(loss) for situation in FAR)
         yield from knobs(loss)
     for loss in CLIPPED:
-        yield from (situation.under(loss) for situation in CUT)
+        yield from (situation.case_for(loss) for situation in CUT)
         asymmetric = "bounds of 0.5 and 2.5"
-        yield from (s.under(loss, asymmetric, clip=[0.5, 2.5]) for s in CUT[:2])
+        yield from (s.case_for(loss, asymmetric, clip=[0.5, 2.5]) for s in CUT[:2])
     for loss in SEQUENCE:
-        yield from (situation.under(loss) for situation in SEQUENCES)
-        yield from (situation.under(loss, "the paper's own bounds", clip=TIGHT) for situation in (*NARROW, *CUT))
-        yield SEQUENCES[0].under(loss, "every token of the batch counts alike", weigh="token_mean")
+        yield from (situation.case_for(loss) for situation in SEQUENCES)
+        yield from (situation.case_for(loss, "the paper's own bounds", clip=TIGHT) for situation in (*NARROW, *CUT))
+        yield SEQUENCES[0].case_for(loss, "every token of the batch counts alike", weigh="token_mean")
     for loss in COMPARED:
         yield from divergences(loss)
     for loss in LIMITING:
@@ -385,36 +385,36 @@ def policies() -> Iterator[Case]:
 
 
 def knobs(loss: str) -> Iterator[Case]:
-    """What every loss with a ratio can be set to."""
+    """Yield cases of the settings of every loss with a ratio."""
     wide: dict[str, Any] = {"clip": [0.5, 8.0]} if loss in CLIPPED else {}
-    yield LOUD.under(loss, "a dual clip at 3", dual_clip=3.0, **wide)
-    yield LOUD.under(loss, "a cap of 0.5 on the log-ratio", log_ratio_cap=0.5, **wide)
-    yield FAR[0].under(loss, "no cap: the paper's uncapped form", log_ratio_cap=None)
+    yield LOUD.case_for(loss, "a dual clip at 3", dual_clip=3.0, **wide)
+    yield LOUD.case_for(loss, "a cap of 0.5 on the log-ratio", log_ratio_cap=0.5, **wide)
+    yield FAR[0].case_for(loss, "no cap: the paper's uncapped form", log_ratio_cap=None)
     yield from sampled(loss)
     if loss in ("ppo", "gspo"):
-        yield LOUD.under(loss, "no cap on the log-ratio, which none reaches", log_ratio_cap=None, **wide)
-        yield LOUD.under(loss, "a dual clip at 1.5, summed by sequence", dual_clip=1.5,
+        yield LOUD.case_for(loss, "no cap on the log-ratio, which none reaches", log_ratio_cap=None, **wide)
+        yield LOUD.case_for(loss, "a dual clip at 1.5, summed by sequence", dual_clip=1.5,
             **wide | {"weigh": "sequence_sum_mean"})  # fmt: skip
-        yield SAMPLED.under(loss, "sequence weights, summed by sequence", tis_cap=2.0, tis_level="sequence",
+        yield SAMPLED.case_for(loss, "sequence weights, summed by sequence", tis_cap=2.0, tis_level="sequence",
             weigh="sequence_sum_mean")  # fmt: skip
 
 
 def sampled(loss: str) -> Iterator[Case]:
-    """What every loss with old logprobs can be corrected by."""
+    """Yield cases of the sampler correction, which every loss with old logprobs can have."""
     for cap in (2.0, 1.25):
-        yield SAMPLED.under(loss, f"token weights of at most {cap}", tis_cap=cap)
-        yield SAMPLED.under(loss, f"sequence weights of at most {cap}", tis_cap=cap, tis_level="sequence")
-    yield OFF_SAMPLER.under(loss, "token weights of at most 2", tis_cap=2.0)
-    yield RAGGED.under(loss, "with sequence weights", tis_cap=4.0, tis_level="sequence")
+        yield SAMPLED.case_for(loss, f"token weights of at most {cap}", tis_cap=cap)
+        yield SAMPLED.case_for(loss, f"sequence weights of at most {cap}", tis_cap=cap, tis_level="sequence")
+    yield OFF_SAMPLER.case_for(loss, "token weights of at most 2", tis_cap=2.0)
+    yield RAGGED.case_for(loss, "with sequence weights", tis_cap=4.0, tis_level="sequence")
 
 
 def limits(loss: str) -> Iterator[Case]:
-    """What the bounds of a weight and its cap can be set to; where the ratio is cut, the weight stays."""
-    yield from (situation.under(loss) for situation in LIMITED)
-    yield from (s.under(loss, "bounds of 0.5 and 2.5", clip=[0.5, 2.5]) for s in LIMITED[:2])
+    """Yield cases of the bounds and the cap of a limited weight, which keeps its gradient beyond them."""
+    yield from (situation.case_for(loss) for situation in LIMITED)
+    yield from (s.case_for(loss, "bounds of 0.5 and 2.5", clip=[0.5, 2.5]) for s in LIMITED[:2])
     for clip, name in (([0.0, 4.0], "0 and 4"), ([0.0, 2.0], "0 and 2: none from below"), ([1.0, 1.0], "1 and 1")):
-        yield LOUD.under(loss, f"bounds of {name}", clip=clip)
-        yield LIMITED[2].under(loss, f"bounds of {name}", clip=clip)
+        yield LOUD.case_for(loss, f"bounds of {name}", clip=clip)
+        yield LIMITED[2].case_for(loss, f"bounds of {name}", clip=clip)
     far_away: list[tuple[Situation, str, dict[str, Any]]] = [
         (FAR[0], "log-ratios past 20: the weight is the upper bound", {}),
         (FAR[1], "log-ratios below -20: the weight is the lower bound", {}),
@@ -422,38 +422,38 @@ def limits(loss: str) -> Iterator[Case]:
         (FAR[0], "log-ratios past 20 without a cap: the weight is the upper bound", {"log_ratio_cap": None}),
     ]
     for far, comment, settings in far_away:
-        yield far._replace(comment=comment).under(loss, **settings)
-    yield LOUD.under(loss, "a cap of 0.5 on the log-ratio", log_ratio_cap=0.5, clip=[0.5, 8.0])
+        yield far._replace(comment=comment).case_for(loss, **settings)
+    yield LOUD.case_for(loss, "a cap of 0.5 on the log-ratio", log_ratio_cap=0.5, clip=[0.5, 8.0])
     yield from sampled(loss)
 
 
 def penalties(loss: str) -> Iterator[Case]:
-    """What the penalty on leaving the old policy can be set to, and how far it reaches: it has no cap."""
+    """Yield cases of the penalty on leaving the old policy, which has no cap."""
     for situation in (DRIFT, IDLE, PARTLY):
-        yield situation.under(loss)
-        yield situation.under(loss, "the hosted services' default of 0.05", beta=0.05)
-        yield situation.under(loss, "a beta of 4, each sequence counts alike", beta=4.0, weigh="sequence_mean")
+        yield situation.case_for(loss)
+        yield situation.case_for(loss, "the hosted services' default of 0.05", beta=0.05)
+        yield situation.case_for(loss, "a beta of 4, each sequence counts alike", beta=4.0, weigh="sequence_mean")
     words = ("log-ratios past 20", "log-ratios below -20", "a log-ratio of 9999")
     for far, word in zip(FAR, words):
-        yield far._replace(comment=f"{word}: no cap").under(loss)
+        yield far._replace(comment=f"{word}: no cap").case_for(loss)
     yield from sampled(loss)
-    yield DRIFT.under(loss, "the sampler's weight is the penalty's too", tis_cap=1.5)
+    yield DRIFT.case_for(loss, "the sampler's weight is the penalty's too", tis_cap=1.5)
 
 
 def divergences(loss: str) -> Iterator[Case]:
-    """What the KL can be set to."""
+    """Yield cases of the KL term."""
     for kl in ("k1", "k2", "k3"):
-        yield DRIFTED.under(loss, f"{kl} at 0.5", kl=kl, kl_beta=0.5)
-        yield DRIFTED.under(loss, f"{kl}, each sequence counts alike", kl=kl, kl_beta=0.5, weigh="sequence_mean")
-        yield QUIET.under(loss, f"{kl} at 0.125", kl=kl, kl_beta=0.125)
-        yield AT_REFERENCE.under(loss, kl, kl=kl)
-        yield RAGGED.under(loss, f"{kl} at 0.5", kl=kl, kl_beta=0.5)
-    yield LOST.under(loss)
-    yield LOST.under(loss, "k2, which has no cap", kl="k2")
-    yield GONE.under(loss)
-    yield DRIFTED.under(loss, "a KL of 0, its reference not read", kl_beta=0.0)
-    yield DRIFTED.under(loss, "the default of 0.001", kl_beta=0.001)
-    yield DRIFTED.under(loss, "a KL of 4", kl_beta=4.0)
-    yield SAMPLED.under(loss, "the sampler's weight is not the KL's", tis_cap=1.25, kl_beta=2.0)
-    yield LOUD.under(loss, "the dual clip is not the KL's", dual_clip=1.5, clip=[0.5, 8.0], kl_beta=2.0)
-    yield CUT[0].under(loss, "clipping is not the KL's", kl_beta=2.0)
+        yield DRIFTED.case_for(loss, f"{kl} at 0.5", kl=kl, kl_beta=0.5)
+        yield DRIFTED.case_for(loss, f"{kl}, each sequence counts alike", kl=kl, kl_beta=0.5, weigh="sequence_mean")
+        yield QUIET.case_for(loss, f"{kl} at 0.125", kl=kl, kl_beta=0.125)
+        yield AT_REFERENCE.case_for(loss, kl, kl=kl)
+        yield RAGGED.case_for(loss, f"{kl} at 0.5", kl=kl, kl_beta=0.5)
+    yield LOST.case_for(loss)
+    yield LOST.case_for(loss, "k2, which has no cap", kl="k2")
+    yield GONE.case_for(loss)
+    yield DRIFTED.case_for(loss, "a KL of 0, its reference not read", kl_beta=0.0)
+    yield DRIFTED.case_for(loss, "the default of 0.001", kl_beta=0.001)
+    yield DRIFTED.case_for(loss, "a KL of 4", kl_beta=4.0)
+    yield SAMPLED.case_for(loss, "the sampler's weight is not the KL's", tis_cap=1.25, kl_beta=2.0)
+    yield LOUD.case_for(loss, "the dual clip is not the KL's", dual_clip=1.5, clip=[0.5, 8.0], kl_beta=2.0)
+    yield CUT[0].case_for(loss, "clipping is not the KL's", kl_beta=2.0)

@@ -1,4 +1,4 @@
-"""Cases of dpo and orpo."""
+"""Cases of the preference losses."""
 
 from __future__ import annotations
 
@@ -177,19 +177,19 @@ LONGER = Situation(
 
 def preferences() -> Iterator[Case]:
     for loss in PAIRS:
-        yield from (situation.under(loss) for situation in (*SIDES, LONGER))
-        yield from (SIDES[i].under(loss, "summed over pairs", weigh="pair_sum") for i in (0, 2, 3, 10, 15))
+        yield from (situation.case_for(loss) for situation in (*SIDES, LONGER))
+        yield from (SIDES[i].case_for(loss, "summed over pairs", weigh="pair_sum") for i in (0, 2, 3, 10, 15))
     for beta in (0.01, 0.5, 2.0):
-        yield from (SIDES[i].under("dpo", f"beta {beta}", beta=beta) for i in (0, 2))
+        yield from (SIDES[i].case_for("dpo", f"beta {beta}", beta=beta) for i in (0, 2))
     for eps in (0.125, 0.5):
         smoothed = f"label smoothing of {eps}"
-        yield from (SIDES[i].under("dpo", smoothed, label_smoothing=eps) for i in (0, 2))
-    yield SIDES[3].under("dpo", "beta 0.5, smoothed", beta=0.5, label_smoothing=0.25, weigh="pair_sum")
+        yield from (SIDES[i].case_for("dpo", smoothed, label_smoothing=eps) for i in (0, 2))
+    yield SIDES[3].case_for("dpo", "beta 0.5, smoothed", beta=0.5, label_smoothing=0.25, weigh="pair_sum")
     for margin in MARGINS:
-        yield from (margin.under("dpo", f"beta {beta}", beta=beta) for beta in (0.1, 1.0))
-        yield margin.under("dpo", "smoothed", label_smoothing=0.25)
+        yield from (margin.case_for("dpo", f"beta {beta}", beta=beta) for beta in (0.1, 1.0))
+        yield margin.case_for("dpo", "smoothed", label_smoothing=0.25)
     for lam in (0.0, 0.5, 2.0):
-        yield from (SIDES[i].under("orpo", f"lambda {lam}", lam=lam) for i in (0, 2))
+        yield from (SIDES[i].case_for("orpo", f"lambda {lam}", lam=lam) for i in (0, 2))
     for situation in CERTAIN:
-        yield situation.under("orpo")
-        yield situation.under("orpo", "lambda 1", lam=1.0)
+        yield situation.case_for("orpo")
+        yield situation.case_for("orpo", "lambda 1", lam=1.0)

@@ -1,10 +1,10 @@
-"""Cases of cross-entropy, with one target and with K."""
+"""Cases of cross-entropy, with one target and with K targets."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tools.vectors.cases.form import HUGE, INF, NAN, Case, Situation, data, weighed
+from tools.vectors.cases.form import HUGE, INF, NAN, Case, Situation, data, with_every_weighing
 
 TOKENS = [
     Situation(
@@ -123,8 +123,8 @@ BY_WEIGHING = {"cross_entropy": (0, 5, 7, 8), "multi_target_cross_entropy": (0, 
 
 def supervised() -> Iterator[Case]:
     for loss, situations in (("cross_entropy", TOKENS), ("multi_target_cross_entropy", TARGETS)):
-        yield from (situation.under(loss) for situation in situations)
+        yield from (situation.case_for(loss) for situation in situations)
         chunks = [situation for situation in situations if situation.denominator]
-        yield from weighed(loss, [*(situations[i] for i in BY_WEIGHING[loss]), *chunks])
-        yield situations[0].under(loss, "a constant length of 3", weigh="fixed_length", length=3)
-    yield from (TWO_PASS.under("cross_entropy", name, weigh=name) for name in ("token_sum", "sequence_sum_mean"))
+        yield from with_every_weighing(loss, [*(situations[i] for i in BY_WEIGHING[loss]), *chunks])
+        yield situations[0].case_for(loss, "a constant length of 3", weigh="fixed_length", length=3)
+    yield from (TWO_PASS.case_for("cross_entropy", name, weigh=name) for name in ("token_sum", "sequence_sum_mean"))

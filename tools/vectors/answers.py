@@ -1,4 +1,4 @@
-"""The right answer to a vector's inputs: what the oracle says, and how exactly a float can say it."""
+"""The right answer to the inputs of a vector, from the oracle, with its tolerance."""
 
 from __future__ import annotations
 
@@ -8,36 +8,36 @@ from typing import Any
 
 from lossfns.testing import oracle
 from lossfns.testing.planted import Arguments
-from lossfns.testing.vectors.flags import arguments, grouping, shaped
-from lossfns.testing.vectors.vector import Answer, flat
+from lossfns.testing.vectors.flags import advantage_arguments, arguments, to_answer
+from lossfns.testing.vectors.vector import Answer, flatten
 
 FLOAT32 = 2.0**-24
 """Half a unit in the last place of 1."""
 
 
-def right(
+def correct_answer(
     loss: str, config: Mapping[str, Any], data: Sequence[Mapping[str, Any]], denominator: float | None = None
 ) -> Answer:
-    """The oracle's answer, in the shape of the data."""
+    """Return the oracle's answer in the shape of the data."""
     if loss == "group_advantages":
-        return {"advantages": oracle.group_advantages(**grouping(config, data))}
-    return shaped(getattr(oracle, loss)(**arguments(config, data, denominator)), data)
+        return {"advantages": oracle.group_advantages(**advantage_arguments(config, data))}
+    return to_answer(getattr(oracle, loss)(**arguments(config, data, denominator)), data)
 
 
-def tokens(a: Arguments) -> int:
-    """How many entries count."""
+def count_tokens(a: Arguments) -> int:
+    """Return the number of tokens that count."""
     return sum(len(oracle.active(row)) for row in a["weights"])
 
 
 def tolerance(answer: Answer, a: Arguments) -> tuple[dict[str, list[float]], str]:
-    """dtype → [rtol, atol], looser in float32 where terms that nearly cancel leave a loss that it cannot know.
+    """Return dtype → [rtol, atol], and the reason for a larger atol in float32, which is that terms nearly cancel.
 
     Rounding every logprob by half a unit, and every ratio, moves the loss by up to 2⁻²⁴·Σ |g|·(|lp| + 1[ratio]).
     """
     tol, reason = {"float64": [1e-9, 1e-12], "float32": [1e-5, 1e-6]}, ""
     if "loss" not in answer:
         return tol, reason
-    g, lp, ratio = flat(answer["grad"]), flat(a["logprobs"]), float("old_logprobs" in a)
+    g, lp, ratio = flatten(answer["grad"]), flatten(a["logprobs"]), float("old_logprobs" in a)
     noise = 4 * FLOAT32 * sum(abs(x) * (abs(y) + ratio) for x, y in zip(g, lp) if x != 0)
     if noise > 1e-6 + 1e-5 * abs(answer["loss"]):
         tol["float32"][1] = float(f"{noise:.1e}")
@@ -45,10 +45,10 @@ def tolerance(answer: Answer, a: Arguments) -> tuple[dict[str, list[float]], str
     return tol, reason
 
 
-def digits(x: Any, count: int = 12) -> Any:
-    """Numbers rounded to so many significant digits: enough for any tolerance, few enough for any maths library."""
+def round_significant(x: Any, count: int = 12) -> Any:
+    """Round numbers to ``count`` digits: more than any tolerance needs, and the same with any maths library."""
     if isinstance(x, Mapping):
-        return {name: digits(value, count) for name, value in x.items()}
+        return {name: round_significant(value, count) for name, value in x.items()}
     if isinstance(x, (list, tuple)):
-        return [digits(value, count) for value in x]
+        return [round_significant(value, count) for value in x]
     return float(f"{x:.{count}g}") + 0.0 if isinstance(x, float) and math.isfinite(x) else x
