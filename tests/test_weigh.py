@@ -100,7 +100,7 @@ def test_the_refusal_names_every_weighing_that_fits_and_no_other(preset, wrong, 
         preset(weigh=wrong)
     error = caught.value
     assert error.field == "weigh" and error.expected == f"a weighing of {rows}"
-    assert error.fix == f"This loss has one row for each of its {rows}: {', '.join(fitting)}."
+    assert error.fix == f"This loss has rows that are {rows}. Use one of: {', '.join(fitting)}."
     for name in fitting:
         with pytest.raises(LossInputError, match=f"Did you mean '{name}'"):
             preset(weigh=name.replace("_", "-"))
