@@ -26,8 +26,13 @@ POLL_SECONDS = 0.01
 class ForkDistributor(Distributor):
     """Runs the work items one after another.
 
-    The test command is a list of pytest arguments, separated by ``;``, with the quickest tests first. The modules that
-    ``preload`` names are imported before the first fork. The mutated package must not be one of them.
+    The test command is a list of paths for pytest, separated by ``;``, with the quickest tests first.
+
+    Options of the distributor:
+
+        options: arguments of pytest that go before each part of the test command.
+        preload: modules that are imported before the first fork. The mutated package must not be one of them.
+        first: the tests that run before the test command, by the name of a mutated module.
     """
 
     def __call__(
@@ -41,8 +46,11 @@ class ForkDistributor(Distributor):
         gc.freeze()
         sys.dont_write_bytecode = True  # or a mutant of the same size and second would run the bytecode of another
         cosmic_ray.mutating.run_tests = run_tests
+        options, first = distributor_config.get("options", ""), distributor_config.get("first", {})
         for item in pending_work:
-            on_task_complete(item.job_id, cosmic_ray.mutating.mutate_and_test(item.mutations, test_command, timeout))
+            own = [first[m.module_path.stem] for m in item.mutations if m.module_path.stem in first]
+            command = ";".join(f"{options} {part}" for part in [*own, *test_command.split(";")])
+            on_task_complete(item.job_id, cosmic_ray.mutating.mutate_and_test(item.mutations, command, timeout))
 
 
 def run_tests(command: str, timeout: float) -> tuple[TestOutcome, str]:

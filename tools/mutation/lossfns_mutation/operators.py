@@ -25,6 +25,8 @@ SWAPPED = [
     ("exp", "expm1"),
     ("isnan", "isfinite"),
     ("PAIRS", "TOKENS"),
+    ("TARGETS", "SEQUENCES"),
+    ("amin", "amax"),
     ("weights", "active"),
     ("old_logprobs", "sampler_logprobs"),
     ("ref_logprobs", "logprobs"),
