@@ -3,8 +3,8 @@
 - shared: the client, which computes a common prefix once
 - independent: the same client with a model that cannot continue a segment, so that it computes every sequence whole
 
-Both compute the same logprobs (to 1e-5 in float32) and gradients (relative norm, to 1e-4). The script checks this
-before it times them. "tokens" is the ratio of the computed tokens, which bounds the gain.
+Both compute the same logprobs and gradients. In float32 the script checks this before it times them (logprobs to 1e-5,
+gradients to 1e-4 in relative norm). "tokens" is the ratio of the computed tokens, which bounds the gain.
 
     python benchmarks/prefix.py [--rounds 5] [--dtype float32] [--case "8 of 512 + 128"]
 """

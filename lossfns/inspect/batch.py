@@ -163,7 +163,7 @@ class BatchView:
 def inspect_weights(view: BatchView, signed: bool | None, paired: bool, findings: Findings) -> Numbers:
     """Count the trained tokens, and record unusual weights.
 
-    ``signed`` says whether the loss takes negative weights; None if that is not known.
+    ``signed`` is whether the loss takes negative weights; None if that is not known.
     """
     w, active = view.columns["weights"], view.active
     counts = view.sum_by_datum(active)
@@ -209,8 +209,8 @@ def inspect_ends(view: BatchView, eos_id: int | None, findings: Findings) -> Num
         message = "the last target is masked in every datum: is it padding, or is no response trained to its end?"
         findings.add("warning", "target_tokens", message)
     if eos_id is None:
-        [(most, times)] = Counter(ids).most_common(1)
-        return numbers | {"most often end with": most, "times": times}
+        [(last_id, count)] = Counter(ids).most_common(1)
+        return numbers | {"most often end with": last_id, "times": count}
     stops = ids.count(eos_id)
     present = any((t == eos_id).any() for t in view.targets)
     if not stops:

@@ -43,7 +43,7 @@ def grad_report(
         loss_fn: any function that follows the contract: a ``Loss``, a ``BoundLoss``, a function of your own.
         data: B datums.
         logprobs: B tensors ``[N]`` or ``[N, K]``. The report copies them: they get no gradient.
-        pairs: whether datums 2i and 2i + 1 are chosen and rejected; by default what the loss says.
+        pairs: whether datums 2i and 2i + 1 are chosen and rejected; None takes it from the loss.
 
     Raises:
         LossInputError: if the loss breaks the contract: no scalar tensor, no graph, a datum without gradient.

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MAX_ROWS, MAX_CELLS = 64, 250
-"""The rows and cells that a strip shows legibly. It says so if there are more."""
+"""The largest number of rows and cells of a strip. A note in the picture tells if there are more."""
 
 MASKED, CLIPPED, NONFINITE = "0.75", "black", "gold"
 OUTLIER = 2.0

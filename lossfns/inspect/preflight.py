@@ -107,7 +107,7 @@ def preflight(
         logprobs: the policy's logprobs. By default they are the old ones, else the reference's, else uniform.
         eos_id: the token that ends a response; the result tells whether it is trained.
         vocab_size: bounds the ids. Uniform logprobs are −ln(vocab_size), or −1 without it.
-        pairs: whether datums 2i and 2i + 1 are chosen and rejected; by default what the loss says.
+        pairs: whether datums 2i and 2i + 1 are chosen and rejected; None takes it from the loss.
 
     >>> from lossfns import cross_entropy, datum_from_tokens
     >>> data = [datum_from_tokens([5, 6, 7, 2], prompt_length=2), datum_from_tokens([5, 6], [0.0, 0.0])]
@@ -177,6 +177,6 @@ def denominators(loss_fn: LossFn, data: Sequence[Any], view: BatchView, paired: 
     """Return the numbers by which a loss may divide. The loss's own denominator, if known, is the first."""
     trained = int((view.sum_by_datum(view.active) > 0).sum())
     counts = {"tokens": int(view.active.sum()), "Σw": float(view.columns["weights"].sum()), "sequences": trained}
-    own = {"its own": loss_fn.denominator(data)} if isinstance(loss_fn, (Loss, BoundLoss)) else {}
+    unbound = {"its own": loss_fn.denominator(data)} if isinstance(loss_fn, (Loss, BoundLoss)) else {}
     bound = {"bound": loss_fn.divisor} if isinstance(loss_fn, BoundLoss) and loss_fn.divisor else {}
-    return own | bound | counts | ({"pairs": trained // 2} if paired else {})
+    return unbound | bound | counts | ({"pairs": trained // 2} if paired else {})

@@ -91,7 +91,7 @@ def without_warnings() -> Iterator[None]:
 
 
 def loss_of(loss_fn: Any) -> Loss | None:
-    """Return the ``Loss`` inside; None for a function of the user's."""
+    """Return the ``Loss`` inside; None for a function that is not ours."""
     return loss_fn.loss if isinstance(loss_fn, BoundLoss) else loss_fn if isinstance(loss_fn, Loss) else None
 
 
@@ -110,7 +110,7 @@ def bound_columns(loss_fn: Any) -> Mapping[str, Any]:
 
 
 def readable_columns(loss_fn: Any) -> list[str]:
-    """Return the columns besides weights that a loss may read. A function of the user's may read any."""
+    """Return the columns besides weights that a loss may read. A function that is not ours may read any."""
     loss = loss_of(loss_fn)
     return [name for name in COLUMNS[1:] if loss is None or name in loss.reads]
 

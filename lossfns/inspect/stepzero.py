@@ -39,7 +39,7 @@ class StepZero(NamedTuple):
         report: the gradients.
         used: the visible columns that change the loss at step zero.
         idle: the visible columns that do not change it.
-        sure: whether the signal of each token is visible. A function of the user's may hold advantages of its own.
+        sure: whether the signal of each token is visible. A function that is not ours may hold its own advantages.
     """
 
     report: GradReport

@@ -1,4 +1,4 @@
-"""The reference client, which has ``forward`` alone. It is the base class of the training client."""
+"""The reference client, which has only ``forward``. It is the base class of the training client."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ class LocalSamplingClient(Resolved):
     Args:
         model: a module with ``forward``, ``head`` [V, D], ``prefill`` and ``step``.
         tokenizer: encodes stop strings, and is returned by ``get_tokenizer``.
-        ranks: the processes that make the same calls; None is this process alone.
+        ranks: the processes that make the same calls; None means only this process.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any = None, ranks: SingleProcess | Ranks | None = None) -> None:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 C = TypeVar("C", bound=LocalReferenceClient)
 
 ModelBuilder = Callable[[], nn.Module | tuple[nn.Module, Any]]
-"""Builds a base model, alone or with its tokenizer."""
+"""Builds a base model, or a base model and its tokenizer."""
 
 MODELS: dict[str, ModelBuilder] = {"Decoder": embedded_model}
 """The base models of a service that is created without ``models``."""
@@ -124,7 +124,7 @@ class LocalServiceClient:
             lora_rank: 0, or the rank of the adapters.
             seed, train_mlp, train_attn, train_unembed, lora_alpha: of the adapters, as in
                 ``create_lora_training_client``.
-            user_metadata: strings by name that every checkpoint of the client carries, beside those of the service.
+            user_metadata: strings by name for every checkpoint of the client, in addition to those of the service.
 
         Raises LossInputError for an unknown model, and for a ``train_*`` that is False without adapters.
         """
@@ -161,7 +161,7 @@ class LocalServiceClient:
             seed: seed of the adapters' weights; None draws another one each time.
             train_mlp, train_attn, train_unembed: which linear layers get adapters: those outside of attention, those of
                 attention, and the head.
-            user_metadata: strings by name that every checkpoint of the client carries, beside those of the service.
+            user_metadata: strings by name for every checkpoint of the client, in addition to those of the service.
             optimizer: None or AdamW.
             alpha: adapters are scaled by ``alpha / rank``.
 
@@ -187,7 +187,7 @@ class LocalServiceClient:
         Args:
             path: a path that ``save_state`` or ``save_weights_for_sampler`` has written.
             base_model: overrides the model's name in the checkpoint; the model must have the same shape.
-            user_metadata: strings by name that every checkpoint of the client carries, beside those of the service.
+            user_metadata: strings by name for every checkpoint of the client, in addition to those of the service.
             weights_access_token: not used.
             optimizer: None or AdamW.
 
@@ -224,7 +224,7 @@ class LocalServiceClient:
         policy_client: LocalTrainingClient | None = None,
         user_metadata: Mapping[str, str] | None = None,
     ) -> LocalReferenceClient:
-        """Create a client of the frozen base model, which has ``forward`` alone.
+        """Create a client of the frozen base model, which has only ``forward``.
 
         Args:
             base_model: the model's name.
@@ -251,7 +251,7 @@ class LocalServiceClient:
             model_path: the path of a checkpoint; None samples from the base model.
             base_model: the model's name. With a checkpoint it overrides the name in the file.
             retry_config: not used, as nothing is sent.
-            record_stability_info: False; the local sampler records tokens and logprobs alone.
+            record_stability_info: False; the local sampler records only tokens and logprobs.
 
         Raises LossInputError if neither is given, for an unknown model, and for a file that is missing, damaged or of
         another model.

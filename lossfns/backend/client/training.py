@@ -149,7 +149,7 @@ class LocalTrainingClient(LocalReferenceClient):
             name: the path of the file; under a mesh, of a folder.
             ttl_seconds: None. A local file does not expire.
             overwrite: whether to replace a file that exists.
-            user_metadata: strings by name that the file carries, beside those of the client.
+            user_metadata: strings by name for the file, in addition to those of the client.
 
         Raises LossInputError at the call for an unusable argument. The future raises it for a name that exists, a place
         that cannot be written to, and an accumulated gradient, which is not part of a checkpoint.
@@ -162,7 +162,7 @@ class LocalTrainingClient(LocalReferenceClient):
     def load_state(self, path: str | Path, weights_access_token: str | None = None) -> APIFuture[LoadWeightsResponse]:
         """Load the weights of a checkpoint, and start the optimizer afresh.
 
-        An accumulated gradient is dropped, which the log says.
+        An accumulated gradient is dropped, with a warning in the log.
 
         Args:
             path: a path that ``save_state`` or ``save_weights_for_sampler`` has written.
@@ -191,7 +191,7 @@ class LocalTrainingClient(LocalReferenceClient):
         ttl_seconds: int | None = None,
         user_metadata: Mapping[str, str] | None = None,
     ) -> APIFuture[SaveResponse]:
-        """Save the weights alone, for ``create_sampling_client`` and ``load_state``.
+        """Save only the weights, for ``create_sampling_client`` and ``load_state``.
 
         Arguments and errors are those of ``save_state``. A file that exists is never replaced, and an accumulated
         gradient does not matter.

@@ -64,7 +64,7 @@ def load(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def metadata(path: str | Path) -> dict[str, Any]:
-    """Return the data alone, without reading the tensors."""
+    """Return the data without reading the tensors."""
     with opened(path) as (_, meta):
         data: dict[str, Any] = meta["data"]
         return data

@@ -111,7 +111,7 @@ def load(
 
 
 def metadata(path: str | Path) -> dict[str, Any]:
-    """Return the data alone, without reading the tensors."""
+    """Return the data without reading the tensors."""
     data: dict[str, Any] = read_meta(path)["data"]
     return data
 

@@ -26,12 +26,13 @@ POLL_SECONDS = 0.01
 class ForkDistributor(Distributor):
     """Runs the work items one after another.
 
-    The test command is a list of paths for pytest, separated by ``;``, with the quickest tests first. Options of the
-    distributor:
+    The test command is a list of paths for pytest, separated by ``;``, with the quickest tests first.
+
+    Options of the distributor:
 
         options: arguments of pytest that go before each part of the test command.
         preload: modules that are imported before the first fork. The mutated package must not be one of them.
-        first: by the name of a mutated module, the tests that run before the test command.
+        first: the tests that run before the test command, by the name of a mutated module.
     """
 
     def __call__(
