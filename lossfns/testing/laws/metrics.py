@@ -31,7 +31,7 @@ def metric_loss(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]
 
 
 def metric_merge(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
-    """A metric of the batch is the sum, the mean by some count, or an extreme of the metrics of its parts."""
+    """A metric of the batch is the sum, a mean weighted by a count, or an extreme of the metrics of its parts."""
     probe = Probe.of(loss_fn, data, logprobs)
     batch = without_empty_units(unpoisoned(probe.batch))
     assume(len(unit_indices(batch)) > 1, "one datum cannot be split")
