@@ -120,9 +120,9 @@ def kl(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None
         seen = f"{seen}; its value {'changes' if changes else 'does not change either'}."
         require(False, "kl-detached" if changes else "ref-inert", seen)
     spread = max(abs(pull[a, x] - pull[0.0, x]) for a, x in pull)
-    shared = spread <= 1e-3 * max(map(abs, pull.values()))
+    same_for_all = spread <= 1e-3 * max(map(abs, pull.values()))
     by_advantage = f"{seen} at advantage 0, {pull[1.0, 0.5]:g} at 1, {pull[-2.0, 0.5]:g} at −2."
-    require(shared, "kl-scaled-by-advantage", by_advantage)
+    require(same_for_all, "kl-scaled-by-advantage", by_advantage)
     require(above > 0 > below, "kl-sign", f"{seen}: it pushes away.")
 
 
@@ -260,6 +260,7 @@ def clip(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> No
     assume(reads_old_logprobs(probe), "it reads no old logprobs")
     grid = [*(-d for d in reversed(LOG_RATIOS)), *LOG_RATIOS]
     table = {a: [(d, *value_and_gradient_at(probe, d, a)) for d in grid] for a in (1.0, -1.0)}
+    # The log-ratios without a gradient, for advantage 1 (good) and −1 (bad), below and above ratio 1.
     good_below, good_above, bad_below, bad_above = (
         [d for d, _, g in table[a] if g == 0 and d * side > 0] for a in (1.0, -1.0) for side in (-1, 1)
     )
@@ -267,8 +268,8 @@ def clip(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> No
     seen = f"A token of advantage 1 has no gradient below the ratio {low}, one of −1 none above {high}"
     # A dual clip removes the gradient where A < 0 and the ratio is far above 1, a cap removes it for every token.
     # Neither acts on ratios near 1.
-    binds_bad = [d for d in bad_above if d < 0.5]
-    if good_below or binds_bad:
+    bad_near = [d for d in bad_above if d < 0.5]
+    if good_below or bad_near:
         opposite_kept = not good_above and not bad_below
         require(False, "clip-max-for-min" if opposite_kept else "clip-without-min", f"{seen}.")
     for a, d in ((1.0, 2.5), (-1.0, -2.5)):
