@@ -150,7 +150,10 @@ class Ranks:
             return request(*arguments)
         except BaseException:
             if self.has_run is not None:
+                gradients = [p.grad for p in self.parameters]
                 self.has_run.reset_iter_state()  # FSDP, too, gives up the pass that has failed
+                for p, gradient in zip(self.parameters, gradients):
+                    p.grad = gradient  # PyTorch 2.15 drops it, and earlier requests have added to it
             raise
 
     def when_idle(self, method: Callable[..., T], *arguments: Any) -> T:
@@ -230,6 +233,7 @@ class Ranks:
         self.model = model
         self.skeleton = copied_with(model, {name: p.to("meta") for name, p in model.named_parameters()})
         self.root = fully_sharded(model, self.mesh)
+        self.parameters = list(model.parameters())
         self.weights = model.state_dict()
 
     def with_full_weights(self, compute: Callable[[], Tensor]) -> Tensor:
