@@ -257,7 +257,9 @@ def check_trace(probe: Probe, batch: Batch, shifts: Sequence[float]) -> None:
     loss_fn, data, shown = probe.loss_fn, batch.data(), batch.tensors(probe.dtype)
     try:
         with trace_context(TracingContext(FakeTensorMode())):  # without it make_fx makes a mode for each operation
-            traced = make_fx(lambda *lps: loss_fn(data, list(lps))[0], _error_on_data_dependent_ops=False)(*shown)
+            keep_detach: dict[Any, Any] = {}  # without a table, PyTorch 2.15 traces detach as alias
+            trace = make_fx(lambda *lps: loss_fn(data, list(lps))[0], keep_detach, _error_on_data_dependent_ops=False)
+            traced = trace(*shown)
     except Exception as error:
         raise NotApplicable(f"it cannot be traced: {type(error).__name__}") from error
     for shift in shifts:
