@@ -40,16 +40,28 @@ def test_ppo() -> None:
     assert (metrics["clip_high"], metrics["clip_low"]) == pytest.approx((1 / 3, 1 / 3))
 
 
-def test_a_ratio_is_counted_as_clipped_where_the_bound_takes_its_gradient() -> None:
-    """Ratios ½, 1, 1½ and 2 with A = 1, 0 and −1 against (1, 1): twelve tokens, and those on a bound are inside."""
+@pytest.mark.parametrize(
+    ("clip", "low", "high"),
+    [((1.0, 1.0), 1, 2), ((1.0, 1.75), 1, 1), ((0.25, 1.0), 0, 2), ((0.75, 1.75), 1, 1)],
+    ids=str,
+)
+def test_a_ratio_is_counted_as_clipped_where_the_bound_takes_its_gradient(
+    clip: tuple[float, float], low: int, high: int
+) -> None:
+    """Ratios ½, 1, 1½ and 2 with A = 1, 0 and −1: of twelve tokens, those on a bound are inside.
+
+    ``low`` and ``high`` of four ratios lie beyond the bounds: with A < 0 and A > 0 they are clipped.
+    """
     ratios = (0.5, 1.0, 1.5, 2.0)
     columns = {"advantages": [[1.0] * 4 + [0.0] * 4 + [-1.0] * 4], "old_logprobs": [[-3.0 - LN(r) for r in ratios] * 3]}
     batch = Batch([[-3.0] * 12], [[1.0] * 12], columns)
-    _, gradients, metrics = call(lossfns.ppo(clip=(1.0, 1.0)), batch)
-    assert (metrics["clip_low"], metrics["clip_high"]) == pytest.approx((1 / 12, 2 / 12))
-    assert gradients[0] == pytest.approx([x / 12 for x in (-0.5, -1, 0, 0, 0, 0, 0, 0, 0, 1, 1.5, 2)])
-    _, _, metrics = call(lossfns.cispo(clip=(1.0, 1.0)), batch)
-    assert (metrics["bound_low"], metrics["bound_high"]) == pytest.approx((3 / 12, 6 / 12))
+    _, gradients, metrics = call(lossfns.ppo(clip=clip), batch)
+    assert (metrics["clip_low"], metrics["clip_high"]) == pytest.approx((low / 12, high / 12))
+    up = [-r / 12 if r <= clip[1] else 0 for r in ratios]
+    down = [r / 12 if r >= clip[0] else 0 for r in ratios]
+    assert gradients[0] == pytest.approx([*up, 0, 0, 0, 0, *down])
+    _, _, metrics = call(lossfns.cispo(clip=clip), batch)
+    assert (metrics["bound_low"], metrics["bound_high"]) == pytest.approx((3 * low / 12, 3 * high / 12))
 
 
 def test_dapo_raises_the_upper_bound_alone() -> None:
