@@ -27,46 +27,47 @@ def group_advantages(rewards: Any, groups: Sequence[Hashable], scale: str = "std
         ``group_metrics`` counts both.
 
     Raises:
-        LossInputError: for rewards that are not finite numbers, or labels of another count.
+        LossInputError: if a reward is not a finite number, or if there is not one label for each reward.
 
     >>> group_advantages([1.0, 0.0, 5.0, 5.0], ["a", "a", "b", "b"], scale="none")
     tensor([ 0.5000, -0.5000,  0.0000,  0.0000], dtype=torch.float64)
     """
     if scale not in ("std", "none"):
         raise LossInputError("scale", "'std' or 'none'", repr(scale), did_you_mean(str(scale), ("std", "none")))
-    r, index, size = grouped(rewards, groups)
+    r, index, size = parse_groups(rewards, groups)
     if (size == 1).any():
         warn("group_advantages: a group of one has advantage 0; are the groups right?")
     centred = r - (np.bincount(index, r) / size)[index]
     std = np.sqrt(np.bincount(index, centred**2) / np.maximum(size - 1, 1))
     advantages = centred if scale == "none" else centred / (std[index] + EPS)
-    return torch.from_numpy(np.where(constant(r, index, size)[index], 0.0, advantages))
+    return torch.from_numpy(np.where(constant_groups(r, index, size)[index], 0.0, advantages))
 
 
 def group_metrics(rewards: Any, groups: Sequence[Hashable]) -> dict[str, float]:
-    """Measure how much signal groups of rewards carry.
+    """Return the mean reward, the number of groups, and the shares of groups without a signal.
 
     Args:
         rewards, groups: as for ``group_advantages``.
 
     Returns:
         ``reward``: mean reward. ``groups``: number of groups. ``groups_constant``: share of groups whose rewards are
-        all equal, and ``groups_of_one``: share of groups with one sample, both in [0, 1]. Neither has a gradient.
+        all equal, and ``groups_of_one``: share of groups with one sample, both in [0, 1]. The samples of either have
+        advantage 0, so they have no policy gradient.
 
     >>> group_metrics([1.0, 0.0, 5.0, 5.0], ["a", "a", "b", "b"])
     {'reward': 2.75, 'groups': 2.0, 'groups_constant': 0.5, 'groups_of_one': 0.0}
     """
-    r, index, size = grouped(rewards, groups)
+    r, index, size = parse_groups(rewards, groups)
     return {
         "reward": float(r.mean()),
         "groups": float(len(size)),
-        "groups_constant": float(constant(r, index, size).mean()),
+        "groups_constant": float(constant_groups(r, index, size).mean()),
         "groups_of_one": float((size == 1).mean()),
     }
 
 
-def grouped(rewards: Any, groups: Sequence[Hashable]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Rewards ``[B]``, the group index of each ``[B]``, and the size of each group ``[G]``."""
+def parse_groups(rewards: Any, groups: Sequence[Hashable]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Check the arguments. Return the rewards ``[B]``, the group index of each ``[B]``, and the group sizes ``[G]``."""
     try:
         r = np.asarray(rewards.detach().cpu().double() if isinstance(rewards, Tensor) else rewards, dtype=np.float64)
     except (TypeError, ValueError):
@@ -74,10 +75,10 @@ def grouped(rewards: Any, groups: Sequence[Hashable]) -> tuple[np.ndarray, np.nd
         raise LossInputError("rewards", "one number for each sample", repr(rewards), fix) from None
     if r.ndim != 1 or r.size == 0:
         raise LossInputError("rewards", "one number for each sample", f"shape {r.shape}", "Pass a flat list.")
-    given = groups.tolist() if isinstance(groups, (Tensor, np.ndarray)) else groups
-    labels = list(given) if isinstance(given, Iterable) else []
+    items = groups.tolist() if isinstance(groups, (Tensor, np.ndarray)) else groups
+    labels = list(items) if isinstance(items, Iterable) else []
     if len(labels) != len(r) or not all(map(hashable, labels)):
-        got = f"{len(labels)} of them" if labels else repr(groups)
+        got = f"{len(labels)} labels" if labels else repr(groups)
         fix = "Give each sample the label of its prompt: a string or a number."
         raise LossInputError("groups", f"{len(r)} labels, one per reward", got, fix)
     if not np.isfinite(r).all():
@@ -97,10 +98,13 @@ def hashable(label: Any) -> bool:
     return True
 
 
-def constant(r: np.ndarray, index: np.ndarray, size: np.ndarray) -> np.ndarray:
-    """``[G]`` bool: True where all rewards of a group are equal. A deviation would be rounded."""
+def constant_groups(r: np.ndarray, index: np.ndarray, size: np.ndarray) -> np.ndarray:
+    """``[G]`` bool: True where all rewards of a group are equal.
+
+    It compares the rewards themselves, because the standard deviation of equal rewards may not round to 0.
+    """
     high, low = np.full(len(size), -np.inf), np.full(len(size), np.inf)
     np.maximum.at(high, index, r)
     np.minimum.at(low, index, r)
-    same: np.ndarray = high == low
-    return same
+    equal: np.ndarray = high == low
+    return equal

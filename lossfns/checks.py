@@ -1,4 +1,4 @@
-"""Checks of the knobs of presets: one check for each knob name, the same in every preset."""
+"""Checks of the knobs of presets. A knob of one name has the same check in every preset."""
 
 from __future__ import annotations
 
@@ -17,36 +17,36 @@ def is_real(value: Any) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, (bool, np.bool_))
 
 
-LARGEST = 1e30
-"""The largest float that a knob may be. Products of larger ones overflow float32."""
+LARGEST_FLOAT = 1e30
+"""The largest float that a knob may be. Products of larger floats overflow float32."""
 
 
 def is_finite(value: Any) -> bool:
     """Whether torch can hold the number: a float in float32, an integer in 64 bits."""
-    return bool(abs(value) <= (2**62 if isinstance(value, int) else LARGEST))
+    return bool(abs(value) <= (2**62 if isinstance(value, int) else LARGEST_FLOAT))
 
 
-def number(name: str, value: Any, expected: str, accept: Callable[[float], bool], fix: str) -> None:
-    """Refuse a value that is not a finite number, or that ``accept`` returns False for."""
+def check_number(name: str, value: Any, expected: str, accept: Callable[[float], bool], fix: str) -> None:
+    """Refuse a value that is not a finite number, or for which ``accept`` returns False."""
     if not (is_real(value) and is_finite(value) and accept(value)):
         raise LossInputError(name, expected, repr(value), fix)
 
 
-def positive(name: str, value: Any) -> None:
-    number(name, value, "a finite number above 0", lambda x: x > 0, "Without it the loss has no signal.")
+def check_positive(name: str, value: Any) -> None:
+    check_number(name, value, "a finite number above 0", lambda x: x > 0, "At 0 the loss has no signal.")
 
 
-def non_negative(name: str, value: Any) -> None:
-    number(name, value, "a finite number of at least 0", lambda x: x >= 0, "Pass 0 to switch the term off.")
+def check_non_negative(name: str, value: Any) -> None:
+    check_number(name, value, "a finite number of at least 0", lambda x: x >= 0, "Pass 0 to switch the term off.")
 
 
-def beta(name: str, value: Any) -> None:
+def check_beta(name: str, value: Any) -> None:
     fix = "At 0 a dpo has no signal, and a dro is reinforce."
-    number(name, value, "a finite number above 0", lambda x: x > 0, fix)
+    check_number(name, value, "a finite number above 0", lambda x: x > 0, fix)
 
 
-def clip(name: str, value: Any) -> None:
-    """Refuse clip bounds other than absolute bounds of the ratio, ``0 <= low <= 1 <= high``."""
+def check_clip(name: str, value: Any) -> None:
+    """Refuse anything but absolute bounds of the ratio, ``0 <= low <= 1 <= high``."""
     expected = "ratio bounds (low, high) with 0 <= low <= 1 <= high"
     if not isinstance(value, (tuple, list)) or len(value) != 2 or not all(map(is_real, value)):
         raise LossInputError(name, expected, repr(value), "An epsilon of 0.2 is clip=(0.8, 1.2).")
@@ -58,23 +58,23 @@ def clip(name: str, value: Any) -> None:
         raise LossInputError(name, expected, repr(value), "The bounds must enclose the ratio 1.")
 
 
-def log_ratio_cap(name: str, value: Any) -> None:
+def check_log_ratio_cap(name: str, value: Any) -> None:
     if value is not None:
-        number(name, value, "a number above 0, or None", lambda x: x > 0, "None is the paper's uncapped form.")
+        check_number(name, value, "a number above 0, or None", lambda x: x > 0, "None is the paper's uncapped form.")
 
 
-def dual_clip(name: str, value: Any) -> None:
+def check_dual_clip(name: str, value: Any) -> None:
     if value is not None:
         fix = "c is the ratio beyond which a negative advantage is clipped, 3.0 in the paper."
-        number(name, value, "a number above 1, or None", lambda x: x > 1, fix)
+        check_number(name, value, "a number above 1, or None", lambda x: x > 1, fix)
 
 
-def label_smoothing(name: str, value: Any) -> None:
+def check_label_smoothing(name: str, value: Any) -> None:
     fix = "It is the probability that a pair is labelled the wrong way round."
-    number(name, value, "a number in [0, 0.5]", lambda x: 0 <= x <= 0.5, fix)
+    check_number(name, value, "a number in [0, 0.5]", lambda x: 0 <= x <= 0.5, fix)
 
 
-def function(*known: str) -> Callable[[str, Any], None]:
+def make_function_check(*known: str) -> Callable[[str, Any], None]:
     """Make a check that refuses anything but a function; its hint names the ``known`` functions."""
 
     def check(name: str, value: Any) -> None:
@@ -87,18 +87,18 @@ def function(*known: str) -> Callable[[str, Any], None]:
 
 
 KNOBS: dict[str, Callable[[str, Any], None]] = {
-    "clip": clip,
-    "kl_beta": non_negative,
-    "beta": beta,
-    "lam": non_negative,
-    "cap": positive,
-    "length": positive,
-    "c": dual_clip,
-    "dual_clip": dual_clip,
-    "log_ratio_cap": log_ratio_cap,
-    "label_smoothing": label_smoothing,
-    "kl": function("k1", "k2", "k3"),
-    "level": function("sequence_level", "geometric_level", "token_level"),
+    "clip": check_clip,
+    "kl_beta": check_non_negative,
+    "beta": check_beta,
+    "lam": check_non_negative,
+    "cap": check_positive,
+    "length": check_positive,
+    "c": check_dual_clip,
+    "dual_clip": check_dual_clip,
+    "log_ratio_cap": check_log_ratio_cap,
+    "label_smoothing": check_label_smoothing,
+    "kl": make_function_check("k1", "k2", "k3"),
+    "level": make_function_check("sequence_level", "geometric_level", "token_level"),
 }
 
 

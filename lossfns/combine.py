@@ -1,6 +1,6 @@
-"""Combinators: a loss of tokens in, the same loss with one more part out.
+"""Combinators: functions that add one part to a loss of tokens.
 
-They apply in one order: ``with_kl(with_tis(with_dual_clip(loss)), kl_beta=0.01)``. Another order is refused.
+Apply them in this order: ``with_kl(with_tis(with_dual_clip(loss)), kl_beta=0.01)``. Any other order is refused.
 """
 
 from __future__ import annotations
@@ -13,18 +13,21 @@ from torch import Tensor
 
 from lossfns import terms as eq
 from lossfns.errors import LossInputError, warn
-from lossfns.loss import Loss, Statistics, preset, show
+from lossfns.loss import Loss, Statistics, name_or_repr, preset
 from lossfns.segments import Level, token_level
 from lossfns.tokens import TOKENS, Tokens
 
 KL = Callable[[Tensor, Tensor], Tensor]
-"""A function ``(logprobs, ref_logprobs) -> divergence`` of each token: ``k1``, ``k2`` or ``k3``."""
+"""A function ``(logprobs, ref_logprobs) -> divergence of each token``: ``k1``, ``k2`` or ``k3``."""
 
 
 def check_wrappable(loss: Loss, *columns: str) -> None:
-    """Refuse anything but a loss of tokens, and a loss that reads one of the columns: its term is complete."""
+    """Refuse anything but a loss of tokens that reads none of the columns.
+
+    A loss that reads one of them already has this combinator, or one that comes later.
+    """
     if not isinstance(loss, Loss):
-        raise LossInputError("loss", "a Loss such as ppo()", show(loss), "Call the preset: ppo(), not ppo.")
+        raise LossInputError("loss", "a Loss such as ppo()", name_or_repr(loss), "Call the preset: ppo(), not ppo.")
     for name in columns:
         if name in loss.reads:
             fix = (
@@ -71,7 +74,7 @@ def with_kl(loss: Loss, kl_beta: float = 1e-3, kl: KL = eq.k3) -> Loss:
 def with_tis(loss: Loss, cap: float = 2.0, level: Level = token_level) -> Loss:
     """min(exp(old − sampler), cap)·l: truncated importance sampling.
 
-    It corrects for a sampler whose logprobs are not the trainer's (Yao et al. 2025, "Your efficient RL framework
+    It corrects for a sampler whose logprobs differ from the trainer's (Yao et al. 2025, "Your efficient RL framework
     secretly brings you off-policy RL training"). The weight is a constant: no gradient passes through it.
 
     Args:
@@ -84,7 +87,7 @@ def with_tis(loss: Loss, cap: float = 2.0, level: Level = token_level) -> Loss:
     loss, and
 
         tis_weight: mean weight over active tokens, in (0, cap].
-        tis_capped: share of active tokens whose weight the cap bounds, in [0, 1].
+        tis_capped: share of active tokens whose weight is reduced to the cap, in [0, 1].
 
     >>> from lossfns import ppo
     >>> with_tis(ppo(), cap=2.0).reads
@@ -104,7 +107,7 @@ def with_tis(loss: Loss, cap: float = 2.0, level: Level = token_level) -> Loss:
 
 @preset
 def with_dual_clip(loss: Loss, c: float | None = 3.0) -> Loss:
-    """min(l, −c·A) where A < 0: bounds the loss of a token with a bad advantage and a large ratio.
+    """min(l, −c·A) where A < 0: bounds the loss of a token with a negative advantage and a large ratio.
 
     Ye et al. 2020, arXiv:1912.09729, equation 5.
 
@@ -114,7 +117,7 @@ def with_dual_clip(loss: Loss, c: float | None = 3.0) -> Loss:
 
     Its statistics are those of the loss, and
 
-        clip_dual: share of active tokens whose loss the bound replaces, in [0, 1].
+        clip_dual: share of active tokens with A < 0 whose loss is above −c·A, in [0, 1].
 
     >>> from lossfns import importance_sampling
     >>> with_dual_clip(importance_sampling(), c=3.0)

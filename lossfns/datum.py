@@ -1,6 +1,6 @@
 """``Datum``, ``ModelInput`` and ``TensorData``, in the shapes of the hosted SDKs.
 
-Each takes the place of the SDK's class of that name, and the SDKs' own objects are accepted wherever these are.
+Each class can replace the SDK class of the same name. Objects of the SDKs are accepted wherever these classes are.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lossfns.errors import LossInputError, did_you_mean
 
-NUMPY = {"float32": np.float32, "int64": np.int64}
+NUMPY_DTYPES = {"float32": np.float32, "int64": np.int64}
 
 FIELD_DTYPES = {
     "target_tokens": "int64",
@@ -35,17 +35,17 @@ FIELD_DTYPES = {
         "float32",
     ),
 }
-"""The dtype that a plain list becomes, by field."""
+"""The dtype to which a plain list is converted, by field."""
 
 NULLABLE = ("logprobs", "old_logprobs", "ref_logprobs", "sampler_logprobs")
-"""Fields that may hold a server's null, as nan, at positions without weight."""
+"""Fields that may contain None, which becomes nan. Servers send null for positions that have no weight."""
 
 
 class TensorData:
     """Numbers with a dtype (``"float32"`` or ``"int64"``) and a shape; dense, or CSR for a sparse ``[N, K]``.
 
-    Like the SDKs' class of that name: ``.data`` is a flat row-major list, ``.to_numpy()`` and
-    ``.to_torch()`` are dense, have the shape, and share memory where they can. Treat them as read-only.
+    As in the SDKs, ``.data`` is a flat row-major list. ``.to_numpy()`` and ``.to_torch()`` return dense arrays of
+    this shape. They share memory with the object where possible: do not write to them.
 
     >>> TensorData([1, 2, 3, 4], "int64", [2, 2]).tolist()
     [[1, 2], [3, 4]]
@@ -61,8 +61,10 @@ class TensorData:
         sparse_crow_indices: Sequence[int] | None = None,
         sparse_col_indices: Sequence[int] | None = None,
     ) -> None:
-        if dtype not in NUMPY:
-            raise LossInputError("dtype", "'float32' or 'int64'", repr(dtype), f"{did_you_mean(str(dtype), NUMPY)}")
+        if dtype not in NUMPY_DTYPES:
+            raise LossInputError(
+                "dtype", "'float32' or 'int64'", repr(dtype), f"{did_you_mean(str(dtype), NUMPY_DTYPES)}"
+            )
         self.dtype, self.shape = dtype, None if shape is None else list(shape)
         self.sparse_crow_indices, self.sparse_col_indices = sparse_crow_indices, sparse_col_indices
         values = cast(data if data is not None else [], dtype, "data")
@@ -71,7 +73,9 @@ class TensorData:
         elif shape is not None:
             if prod(shape) != values.size:
                 got = f"shape {list(shape)} with {values.size} values"
-                raise LossInputError("shape", f"a shape of {values.size} values", got, "Row-major: [N, K] has N·K.")
+                raise LossInputError(
+                    "shape", f"a shape of {values.size} values", got, "[N, K] has N·K values, row-major."
+                )
             values = values.reshape(shape)
         self._values = values
 
@@ -90,7 +94,7 @@ class TensorData:
 
     @classmethod
     def from_torch_sparse(cls, tensor: Tensor) -> TensorData:
-        """Store a matrix in CSR form if that is smaller, as it is with many zeros; else dense."""
+        """Store a matrix in CSR form if that is smaller than the dense form."""
         dense = cls.from_torch(tensor)
         array = dense.to_numpy()
         if array.ndim != 2 or array.shape[0] + 1 + 2 * np.count_nonzero(array) >= array.size:
@@ -106,7 +110,7 @@ class TensorData:
     def to_numpy(self) -> np.ndarray:
         if self.sparse_crow_indices is None:
             return self._values
-        assert self.sparse_col_indices is not None and self.shape is not None  # check_csr made sure
+        assert self.sparse_col_indices is not None and self.shape is not None  # check_csr has refused None
         dense = np.zeros(self.shape, self._values.dtype)
         rows = np.repeat(np.arange(self.shape[0]), np.diff(self.sparse_crow_indices))
         dense[rows, self.sparse_col_indices] = self._values
@@ -123,6 +127,7 @@ class TensorData:
 
 
 def tensor_dtype(kind: str, name: str) -> str:
+    """Return the dtype of TensorData for a NumPy kind: ``"f"`` or ``"i"``. Refuse any other kind; ``name`` is shown."""
     if kind not in ("f", "i"):
         fix = "Convert it: .float() for numbers, .long() for ids."
         raise LossInputError("dtype", "floating point or signed integers", name, fix)
@@ -140,7 +145,7 @@ def cast(data: Any, dtype: str, name: str) -> np.ndarray:
     if array.dtype == object and name in NULLABLE:
         array = np.asarray(data, dtype=np.float64)
     if array.size == 0:
-        return array.astype(NUMPY[dtype])
+        return array.astype(NUMPY_DTYPES[dtype])
     if array.dtype.kind not in "fiub":
         got = f"a {type(data).__name__} of {array.dtype}"
         raise LossInputError(name, "a rectangular numeric array", got, "None and strings are no numbers.")
@@ -149,7 +154,7 @@ def cast(data: Any, dtype: str, name: str) -> np.ndarray:
             raise LossInputError(name, "whole numbers", "fractions", "Ids are integers; were weights passed?")
         if not (np.abs(array) < 2.0**63).all():
             raise LossInputError(name, "whole numbers of 64 bits", f"{np.abs(array).max():g}", "No id is that large.")
-    return array.astype(NUMPY[dtype], copy=False)
+    return array.astype(NUMPY_DTYPES[dtype], copy=False)
 
 
 def token_ids(tokens: Any, name: str) -> np.ndarray:
@@ -168,7 +173,7 @@ def check_ids(ids: np.ndarray, name: str) -> None:
 
 
 def check_csr(stored: int, crow: Sequence[int] | None, col: Sequence[int] | None, shape: Sequence[int] | None) -> None:
-    """Refuse a CSR layout that does not describe a matrix of its shape."""
+    """Refuse CSR indices that do not describe ``stored`` values in a matrix of this shape."""
     if crow is None or col is None or shape is None or len(shape) != 2:
         fix = "A sparse tensor needs crow indices, col indices and the dense shape."
         raise LossInputError("sparse", "a CSR layout of shape [N, K]", f"shape {shape}", fix)
@@ -177,7 +182,7 @@ def check_csr(stored: int, crow: Sequence[int] | None, col: Sequence[int] | None
     if not rows_fit or ((k < 0) | (k >= shape[1])).any():
         got = f"{len(c)} row pointers and {len(k)} columns for {stored} values of shape {list(shape)}"
         raise LossInputError(
-            "sparse", "consistent CSR indices", got, "Columns lie in [0, K); pointers end at the count."
+            "sparse", "consistent CSR indices", got, "Columns lie in [0, K); the last pointer is the count."
         )
 
 
@@ -198,7 +203,7 @@ class EncodedTextChunk:
 
 @dataclass(frozen=True)
 class ModelInput:
-    """The input of the model: chunks of token ids. Two with the same ids are equal."""
+    """The input of the model: chunks of token ids. Two inputs with equal chunks are equal."""
 
     chunks: tuple[EncodedTextChunk, ...] = ()
 
@@ -229,7 +234,7 @@ class ModelInput:
 
 @dataclass(frozen=True, eq=False)
 class Datum:
-    """One training example: a model input and the per-token fields a loss reads.
+    """One training example: a model input and the per-token fields that a loss reads.
 
     ``loss_fn_inputs`` is a plain mutable dict. Lists, arrays and tensors are converted on construction
     (``target_tokens`` to int64, the known float fields to float32); a TensorData stays as it is.
@@ -244,16 +249,16 @@ class Datum:
 
 
 def tensor_data(name: str, value: Any) -> Any:
-    """Convert a field's value to TensorData, by the SDKs' rules, but refuse where they lose values in silence."""
+    """Convert a field's value to TensorData as the SDKs do. Refuse a value that the SDKs would silently change."""
     if hasattr(value, "to_numpy") and hasattr(value, "dtype"):
         return value
     try:
         if isinstance(value, Tensor):
-            made = TensorData.from_torch(value)
+            tensor = TensorData.from_torch(value)
         elif isinstance(value, np.ndarray):
-            made = TensorData.from_numpy(value)
+            tensor = TensorData.from_numpy(value)
         elif isinstance(value, list):
-            made = from_list(name, value)
+            tensor = from_list(name, value)
         else:
             got = f"a {type(value).__name__}"
             raise LossInputError(name, "a list, array, tensor or TensorData", got, "Wrap it in TensorData.")
@@ -261,14 +266,14 @@ def tensor_data(name: str, value: Any) -> Any:
         error.field = name
         raise
     if FIELD_DTYPES.get(name) == "int64":
-        made = TensorData(cast(made.to_numpy(), "int64", name), "int64", made.shape)
-        check_ids(made.to_numpy(), name)
-    return made
+        tensor = TensorData(cast(tensor.to_numpy(), "int64", name), "int64", tensor.shape)
+        check_ids(tensor.to_numpy(), name)
+    return tensor
 
 
 def from_list(name: str, value: list[Any]) -> TensorData:
     if name not in FIELD_DTYPES:
-        fix = "Wrap it in TensorData(data=..., dtype=...), which says what it is."
+        fix = "Wrap it in TensorData(data=..., dtype=...), which names the dtype."
         raise LossInputError(name, "a known field for a plain list", f"the unknown field {name!r}", fix)
     array = cast(value, FIELD_DTYPES[name], name)
     return TensorData(array, FIELD_DTYPES[name], array.shape)

@@ -1,4 +1,4 @@
-"""The error and the warning of the library, both for a caller's input."""
+"""The error and the warning that the library gives for a caller's input."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from difflib import get_close_matches
 
 
 class LossInputError(ValueError):
-    """An input that is refused: where it is, what was expected, what came, and the fix.
+    """The error for a refused input: its place, what was expected, what came, and the fix.
 
     Attributes:
         field: the name of the argument, column or field.
@@ -46,7 +46,7 @@ class LossWarning(UserWarning):
 
 
 def warn(message: str) -> None:
-    """Issue a ``LossWarning`` at the caller's line, however deep in the library the call is."""
+    """Issue a ``LossWarning`` at the line that called the library, however deep the warning arises."""
     depth, frame = 1, inspect.currentframe()
     while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == __package__:
         depth, frame = depth + 1, frame.f_back
@@ -54,7 +54,7 @@ def warn(message: str) -> None:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """A hint for an unknown name: the most similar known name, or all known names if none is similar."""
+    """Return a hint for an unknown name: the most similar known name, or all known names if none is similar."""
     known = sorted(known)
-    near = get_close_matches(name.replace("-", "_"), known, n=1)
-    return f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(known)}."
+    similar = get_close_matches(name.replace("-", "_"), known, n=1)
+    return f"Did you mean {similar[0]!r}?" if similar else f"Known: {', '.join(known)}."

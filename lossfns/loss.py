@@ -1,4 +1,4 @@
-"""``Loss``: a numerator over a denominator, both sums over rows, callable as ``(data, logprobs_list)``."""
+"""``Loss``: a numerator over a denominator, both sums over rows. It is called as ``loss(data, logprobs_list)``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, ParamSpec
 import torch
 from torch import Tensor
 
-from lossfns.checks import check_knobs, number
+from lossfns.checks import check_knobs, check_number
 from lossfns.errors import LossInputError, did_you_mean, warn
 from lossfns.pack import pack, pack_weights
 from lossfns.segments import nonempty
@@ -22,8 +22,10 @@ from lossfns.values import check_values, extremes, warn_if_far_off_policy
 from lossfns.weigh import Weighing, check_weigh
 
 Statistics = dict[str, Tensor]
-"""A value of each row by name, without gradient."""
+"""One value for each row, detached, by name of the statistic."""
 Terms = Callable[[Tokens], tuple[Tensor, Statistics]]
+LossFn = Callable[[list[Any], list[Tensor]], tuple[Tensor, dict[str, float]]]
+"""The contract: ``(data, logprobs_list) -> (loss, metrics)``."""
 P = ParamSpec("P")
 
 
@@ -33,7 +35,7 @@ class Loss:
 
     Attributes:
         name, knobs: the preset and its arguments, for ``repr``, metrics and logs.
-        reads: the columns that it needs besides ``logprobs`` and ``weights``.
+        reads: the columns that ``terms`` needs besides ``logprobs`` and ``weights``.
         terms: ``t -> (loss of each row, statistics of each row)``, pure torch on a packed batch ``t``.
         share: ``t -> coefficient of each row`` within its sequence or pair. It reads no logprobs.
         count: ``t -> this batch's part of the denominator``, which adds over micro-batches and ranks. It reads
@@ -54,46 +56,47 @@ class Loss:
 
     @property
     def signed(self) -> bool:
-        """Whether weights may be negative. They may in a plain likelihood, where they are coefficients."""
+        """Whether weights may be negative: only in a plain likelihood, where they are coefficients."""
         return self.rows.per_token and not self.reads
 
     def __repr__(self) -> str:
-        return f"{self.name}({', '.join(f'{name}={show(value)}' for name, value in self.knobs.items())})"
+        return f"{self.name}({', '.join(f'{name}={name_or_repr(value)}' for name, value in self.knobs.items())})"
 
     def __call__(self, data: Sequence[Any], logprobs_list: Sequence[Tensor]) -> tuple[Tensor, dict[str, float]]:
-        """The contract: a 0-d loss and a dict of floats. Every column is read from the datums."""
+        """Return the 0-d loss and a dict of metrics. Every column is read from the datums."""
         return BoundLoss(self)(data, logprobs_list)
 
     def bind(self, **columns: Any) -> BoundLoss:
-        """Give side columns, and optionally ``denominator=``, ``align=`` or ``grad_l1=``; see ``BoundLoss``."""
+        """Bind side columns, and optionally ``denominator=``, ``align=`` or ``grad_l1=``; see ``BoundLoss``."""
         return BoundLoss(self).bind(**columns)
 
     def denominator(self, data: Sequence[Any]) -> float:
-        """This batch's part of the denominator, before any forward pass. It adds over micro-batches and ranks."""
+        """Return this batch's part of the denominator. It needs no logprobs, and adds over micro-batches and ranks."""
         return BoundLoss(self).denominator(data)
 
 
-def show(value: Any) -> str:
-    """A function's name, or the ``repr`` of any other value."""
+def name_or_repr(value: Any) -> str:
+    """Return a function's name, or the ``repr`` of any other value."""
     return getattr(value, "__name__", repr(value))
 
 
 def evaluate(loss: Loss, t: Tokens, denominator: Tensor | float | None = None) -> tuple[Tensor, Statistics]:
-    """The one reduction: Σ share·term / denominator.
+    """Reduce a packed batch to Σ share·term / denominator, the only reduction of the library.
 
     Args:
-        loss: the loss, whose ``count(t)`` is the denominator unless one is given. A raw sum is never divided.
+        loss: the loss. Its ``count(t)`` is the denominator unless one is given. A raw sum is never divided.
         t: a packed batch.
-        denominator: the count of the whole batch, where ``t`` is a part of it.
+        denominator: the count of the whole batch, if ``t`` is a part of it.
 
     Returns:
-        The 0-d loss, and 0-d sums over the active rows: ``rows``, their number, and each statistic by name.
+        The 0-d loss, and a dict of 0-d sums over the active rows: their number as ``rows``, and each statistic.
     """
     term, statistics = loss.terms(t)
     share = loss.share(t)
     total = torch.dot(share.to(term.dtype), term)
     if loss.count is not None:
         total = total / (loss.count(t) if denominator is None else denominator)
+    # A pair or a sequence is active if its share is not 0.
     active = (t.active if loss.rows.per_token else share != 0).to(total.dtype)
     sums = {name: torch.dot(active, x.detach().to(active.dtype)) for name, x in statistics.items()}
     return total, {"rows": active.sum(), **sums}
@@ -105,9 +108,9 @@ class BoundLoss:
 
     Attributes:
         loss: the loss.
-        columns: side columns by name: one row, or one number, for each datum. They replace the datums' own.
-        divisor: the denominator of the whole batch, where calls get chunks of it; None for the batch's own count.
-        align: ``"strict"``, or ``"truncate"`` to cut the rows of a datum to the shortest of them.
+        columns: side columns by name, each with one row or one number for each datum. They replace the datums' own.
+        divisor: the denominator of the whole batch, if calls get parts of it. None: the count of the batch of the call.
+        align: ``"strict"``, or ``"truncate"`` to cut all columns of a datum to the length of its shortest.
         grad_l1: whether to add the metric ``grad_l1``, Σ|∂L/∂logprob|.
     """
 
@@ -125,8 +128,8 @@ class BoundLoss:
         grad_l1: bool | None = None,
         **columns: Any,
     ) -> BoundLoss:
-        """Bind more. A column that is bound already is replaced."""
-        with blaming(self.loss):
+        """Return a copy that binds more. A column that is bound already is replaced."""
+        with add_loss_name(self.loss):
             check_bound(self.loss, columns, denominator, align)
         return replace(
             self,
@@ -137,10 +140,10 @@ class BoundLoss:
         )
 
     def denominator(self, data: Sequence[Any]) -> float:
-        """This batch's part of the denominator, whatever is bound; 1 for a raw sum."""
+        """Return this batch's part of the denominator, even if one is bound; 1 for a raw sum."""
         if self.loss.count is None:
             return 1.0
-        with blaming(self.loss):
+        with add_loss_name(self.loss):
             t = pack_weights(data, self.loss.reads, self.columns, rows=self.loss.rows, align=self.align)
             count = float(self.loss.count(t))
             if math.isnan(count):
@@ -148,26 +151,26 @@ class BoundLoss:
         return count
 
     def __call__(self, data: Sequence[Any], logprobs_list: Sequence[Tensor]) -> tuple[Tensor, dict[str, float]]:
-        """The contract: a 0-d loss and a dict of floats."""
-        with blaming(self.loss):
-            return self.evaluate_packed(self.packed(data, logprobs_list))
+        """Return the 0-d loss and a dict of metrics."""
+        with add_loss_name(self.loss):
+            return self.evaluate_packed(self.pack(data, logprobs_list))
 
     def value(self, data: Sequence[Any], logprobs_list: Sequence[Tensor]) -> Tensor:
-        """The loss without metrics and without checks of values. Nothing is copied to the host."""
-        with blaming(self.loss):
-            return evaluate(self.loss, self.packed(data, logprobs_list), self.divisor)[0]
+        """Return the loss, without metrics and without checks of values. Nothing is copied to the host."""
+        with add_loss_name(self.loss):
+            return evaluate(self.loss, self.pack(data, logprobs_list), self.divisor)[0]
 
-    def packed(self, data: Sequence[Any], logprobs_list: Sequence[Tensor]) -> Tokens:
-        """The batch as the loss's terms read it."""
+    def pack(self, data: Sequence[Any], logprobs_list: Sequence[Tensor]) -> Tokens:
+        """Pack the batch into the form that the loss's terms read."""
         return pack(data, logprobs_list, self.loss.reads, self.columns, rows=self.loss.rows, align=self.align)
 
     def part(self, which: slice) -> BoundLoss:
-        """The loss for ``data[which]``: every bound column is cut to these datums."""
-        columns = {name: given if given is ON_POLICY else given[which] for name, given in self.columns.items()}
+        """Return the loss for ``data[which]``: every bound column is cut to these datums."""
+        columns = {name: x if x is ON_POLICY else x[which] for name, x in self.columns.items()}
         return replace(self, columns=columns)
 
     def evaluate_packed(self, t: Tokens) -> tuple[Tensor, dict[str, float]]:
-        """Loss and metrics of a packed batch. Metrics and checks of values share one transfer to the host."""
+        """Return loss and metrics of a packed batch. Metrics and checks of values share one transfer to the host."""
         loss = self.loss
         count = {} if loss.count is None else {"count": loss.count(t)}
         total, sums = evaluate(loss, t, count.get("count") if self.divisor is None else self.divisor)
@@ -178,18 +181,18 @@ class BoundLoss:
             **count,
             **({"grad_l1": grad_l1(total, t)} if self.grad_l1 else {}),
         }
-        on_host, sums_on_host, found = to_host(total.dtype, totals, sums, extremes(t, loss.rows))
-        check_values(found, t, signed=loss.signed)
-        metrics = self.metrics(on_host, sums_on_host)
-        assert t.lengths is not None  # the door made them
+        host_totals, host_sums, extrema = to_host(total.dtype, totals, sums, extremes(t, loss.rows))
+        check_values(extrema, t, signed=loss.signed)
+        metrics = self.metrics(host_totals, host_sums)
+        assert t.lengths is not None  # pack sets them
         return total, metrics | {"sequences": float(len(t.lengths))}
 
     def metrics(self, totals: dict[str, float], sums: dict[str, float]) -> dict[str, float]:
-        """Metrics of the contract from sums on the host. Each statistic becomes its mean over the active rows."""
+        """Return the metrics from sums on the host. A statistic becomes its mean over the active rows."""
         rows = sums.pop("rows")
         count = totals.get("count", 1.0)
         if self.divisor is None and rows == 0:
-            fix = "Bind denominator= where this is one chunk of a larger batch."
+            fix = "Bind denominator= if this is one chunk of a larger batch."
             raise LossInputError("weights", "at least one active token in the batch", "only zeros", fix)
         if math.isnan(count) or (self.divisor is None and count <= 0):
             raise not_divisible(count)
@@ -197,9 +200,9 @@ class BoundLoss:
             fix = "A finite log_ratio_cap keeps exp from overflowing."
             raise LossInputError("loss", "a finite value", f"{totals['loss']:g}", fix)
         means = {name: total / rows if rows else 0.0 for name, total in sums.items()}
-        units = {} if self.loss.rows.per_token else {self.loss.rows.unit: rows}
+        row_counts = {} if self.loss.rows.per_token else {self.loss.rows.unit: rows}
         divisor = count if self.divisor is None or self.loss.count is None else self.divisor
-        metrics = {**totals, "denominator": divisor, **units, **means}
+        metrics = {**totals, "denominator": divisor, **row_counts, **means}
         warn_if_far_off_policy(metrics)
         return metrics
 
@@ -211,7 +214,7 @@ def to_host(dtype: torch.dtype, *tables: Mapping[str, Tensor]) -> list[dict[str,
 
 
 def grad_l1(total: Tensor, t: Tokens) -> Tensor:
-    """Σ|∂L/∂logprob| over the batch."""
+    """Return Σ|∂L/∂logprob| over the batch."""
     if not total.requires_grad:
         fix = "Pass leaves with requires_grad=True, outside no_grad."
         raise LossInputError("logprobs_list", "tensors that require grad, for grad_l1", "constants", fix)
@@ -219,14 +222,14 @@ def grad_l1(total: Tensor, t: Tokens) -> Tensor:
 
 
 def not_divisible(count: float) -> LossInputError:
-    """The error for a batch whose count cannot be a denominator."""
-    fix = "A mean needs weights with a positive sum; token_sum takes any."
+    """Return the error for a batch whose count cannot be a denominator."""
+    fix = "A mean needs weights with a positive sum; token_sum takes any weights."
     return LossInputError("weights", "a denominator above 0", f"{count:g}", fix)
 
 
 @contextmanager
-def blaming(loss: Loss) -> Iterator[None]:
-    """Add the loss's name to a ``LossInputError`` that is raised inside."""
+def add_loss_name(loss: Loss) -> Iterator[None]:
+    """Add the loss's name to any ``LossInputError`` that is raised inside the block."""
     try:
         yield
     except LossInputError as error:
@@ -249,7 +252,7 @@ def check_bound(loss: Loss, columns: Mapping[str, Any], denominator: float | Non
     if denominator is not None:
         fix = "Take it from loss.denominator(whole_batch)."
         value = denominator.item() if isinstance(denominator, Tensor) and denominator.numel() == 1 else denominator
-        number("denominator", value, "a finite number above 0", lambda d: d > 0, fix)
+        check_number("denominator", value, "a finite number above 0", lambda d: d > 0, fix)
     if align not in (None, "strict", "truncate"):
         hint = did_you_mean(str(align), ("strict", "truncate"))
         raise LossInputError("align", "'strict' or 'truncate'", repr(align), hint)
@@ -263,7 +266,10 @@ def make_loss(terms: Terms, reads: Sequence[str], weigh: Weighing, rows: Rows = 
 
 
 def preset(build: Callable[P, Loss]) -> Callable[P, Loss]:
-    """Decorate a function that builds a loss: check its arguments, and make them the loss's name and knobs."""
+    """Decorate a function that builds a loss.
+
+    The decorated function checks its arguments. The loss gets the function's name, and the arguments as its knobs.
+    """
     signature = inspect.signature(build)
 
     @functools.wraps(build)

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from lossfns.errors import LossInputError
 from lossfns.tokens import Rows
 
-UNITS = tuple(dict.fromkeys(rows.unit for rows in Rows))
-"""Metrics that count rows, one of which every statistic is a mean over."""
-SUMS = ("tokens", "sequences", "sequences_empty", *UNITS[1:], "count")
+ROW_COUNTS = tuple(dict.fromkeys(rows.unit for rows in Rows))
+"""Metrics that count rows, by kind of row. A statistic is a mean over the rows that one of them counts."""
+ADDITIVE = ("tokens", "sequences", "sequences_empty", *ROW_COUNTS[1:], "count")
+"""Metrics that add over chunks, besides those whose name ends in ``:sum``."""
 DIVIDED = ("loss", "grad_l1")
 """Metrics that have been divided by the denominator."""
 
@@ -17,7 +18,7 @@ DIVIDED = ("loss", "grad_l1")
 def merge_metrics(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Merge the metrics of chunks into the metrics of the whole batch, exactly.
 
-    Counts add. A statistic is averaged with the number of its rows as weight. The loss (and ``grad_l1``) is
+    Counts add. A statistic is averaged, weighted by the number of rows. The loss (and ``grad_l1``) is
     Σ loss·denominator / Σ count, which is Σ loss for raw sums and for chunks with the whole batch's denominator.
 
     Args:
@@ -34,8 +35,9 @@ def merge_metrics(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """
     if not parts:
         raise LossInputError("parts", "the metrics of at least one chunk", "none", "Merge after the first chunk.")
-    unit = next((name for name in reversed(UNITS) if name in parts[0]), "tokens")
-    added = [name for name in parts[0] if name in SUMS or name.endswith(":sum")]
+    # Every loss has `tokens`, which is the first name; a loss over pairs or datums counts these as well.
+    unit = next((name for name in reversed(ROW_COUNTS) if name in parts[0]), "tokens")
+    added = [name for name in parts[0] if name in ADDITIVE or name.endswith(":sum")]
     sums = {name: sum(part[name] for part in parts) for name in added}
     rows = sums[unit] or 1.0
     denominator = sums.get("count", 1.0)

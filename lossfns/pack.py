@@ -1,7 +1,7 @@
 """The one door: ``pack`` checks a batch, aligns its columns, and returns one masked ``Tokens``.
 
 Shapes, types and lengths are checked here, before any maths. No later code masks. One check comes later:
-``values.check_values`` reads a few numbers on the host, after they came there together with the metrics.
+``values.check_values`` reads a few numbers on the host, where they arrive together with the metrics.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ Values = np.ndarray[Any, Any] | Tensor
 Shapes = Sequence[Sequence[int]]
 """The shape of each datum's logprobs: ``[N_i]``, or ``[N_i, K]``."""
 
-MISSING = {
+MISSING_COLUMN_FIX = {
     "target_tokens": "Build the datum with datum_from_tokens.",
     "weights": "Give one number for each target: 0 for the prompt, 1 for what is trained on.",
     "advantages": "Pass bind(advantages=...): a number (see group_advantages) or a row for each datum.",
-    "old_logprobs": "Pass bind(old_logprobs=...): the logprobs before the update, or ON_POLICY if they are these.",
+    "old_logprobs": "Pass bind(old_logprobs=...): the old policy's logprobs, or ON_POLICY if it is the current one.",
     "ref_logprobs": "Pass bind(ref_logprobs=...): the frozen reference model's logprobs of the same targets.",
     "sampler_logprobs": "Pass bind(sampler_logprobs=...): see align_sampler_logprobs.",
 }
-"""What to do where a datum lacks a column."""
+"""The fix in the error for a datum that lacks a column, by column."""
 
 
 def pack(
@@ -102,7 +102,7 @@ def pack_side_columns(
     if align == "truncate":
         uncut = shapes
         shapes, table = truncate(shapes, table)
-        # Values-major: the first entries of an [N, K] are those of its first positions.
+        # Row-major: the first entries of an [N, K] are those of its first positions.
         kept = [torch.arange(prod(shape)) < prod(cut) for shape, cut in zip(uncut, shapes)]
     else:
         check_targets(data, shapes)
@@ -124,7 +124,7 @@ class PackedColumns:
         weights, active: ``[N]``, as in ``Tokens``.
         lengths: ``[B]`` tokens of each sequence.
         columns: the other columns ``[N]``. A column that is ON_POLICY becomes the logprobs, in ``with_logprobs``.
-        kept: for each datum a mask of the logprobs that are kept; an empty list unless rows are truncated.
+        kept: for each datum a mask of the logprobs that are kept; empty unless columns are truncated.
     """
 
     weights: Tensor
@@ -134,13 +134,13 @@ class PackedColumns:
     kept: list[Tensor]
 
     def with_logprobs(self, logprobs: Tensor) -> Tokens:
-        """Return the packed batch with these logprobs, which are given end to end."""
+        """Return the packed batch with these logprobs, concatenated over the datums."""
         logprobs = blank(logprobs[torch.cat(self.kept)] if self.kept else logprobs, self.active)
         columns = {name: logprobs.detach() if x is ON_POLICY else x for name, x in self.columns.items()}
         return Tokens(logprobs, self.weights, self.lengths, columns)
 
     def part(self, which: slice) -> PackedColumns:
-        """The columns of ``data[which]``, consecutive datums, as views."""
+        """Return the columns of ``data[which]``, a slice of consecutive datums, as views."""
         first, last, _ = which.indices(len(self.lengths))
         tokens = slice(int(self.lengths[:first].sum()), int(self.lengths[:last].sum()))
         columns = {name: x if x is ON_POLICY else x[tokens] for name, x in self.columns.items()}
@@ -150,7 +150,7 @@ class PackedColumns:
 def pack_weights(
     data: Sequence[Any], reads: Sequence[str], columns: Mapping[str, Any], *, rows: Rows, align: str = "strict"
 ) -> Tokens:
-    """Pack the weights alone, in float64, to compute a denominator before any forward pass. Logprobs are 0."""
+    """Pack the weights alone, in float64, with zeros as logprobs: enough to compute a denominator."""
     check_data(data, rows)
     weights = weight_rows(data, reads, columns)
     if align == "truncate":
@@ -164,7 +164,7 @@ def pack_weights(
 
 
 def weight_rows(data: Sequence[Any], reads: Sequence[str], columns: Mapping[str, Any]) -> list[Values]:
-    """Return the weights of each datum; ones for RL datums that have none."""
+    """Return the weights of each datum. They are ones for RL datums, which have none."""
     weights: list[Values] | None = find_weights(data, columns, reads)
     if weights is not None:
         return weights
@@ -193,7 +193,7 @@ def check_data(data: Sequence[Any], rows: Rows) -> None:
             fix = "Build it with datum_from_tokens, or pass tinker.Datum objects."
             raise LossInputError("loss_fn_inputs", "a Datum", f"a {type(datum).__name__}", fix, datum=i)
     if len(data) % rows.datums:
-        fix = "Interleave them: 2i chosen, 2i + 1 rejected."
+        fix = "Interleave them: datum 2i chosen, 2i + 1 rejected."
         raise LossInputError("data", "chosen/rejected pairs", f"{len(data)} datums, an odd number", fix)
 
 
@@ -241,17 +241,18 @@ def check_targets(data: Sequence[Any], shapes: Shapes) -> None:
     for i, (targets, shape) in enumerate(zip(fields(data, "target_tokens"), shapes)):
         if hasattr(targets, "to_numpy"):
             # An SDK's TensorData may have no shape. Flat targets of an [N, K] have N·K entries.
-            own = targets.shape
-            count = own[0] if isinstance(own, (list, tuple)) and own else len(targets.to_numpy())
+            target_shape = targets.shape
+            has_shape = isinstance(target_shape, (list, tuple)) and target_shape
+            count = target_shape[0] if has_shape else len(targets.to_numpy())
             if count != shape[0] and count != prod(shape):
                 got, fix = str(shape[0]), "Pass the logprobs of these datums' targets."
                 raise LossInputError("logprobs", f"{count} rows (the length of target_tokens)", got, fix, datum=i)
 
 
 def find_column(name: str, data: Sequence[Any], columns: Mapping[str, Any], rows: Rows = TOKENS) -> Any:
-    """Return a column as a list of B rows, or as one array ``[B]`` of a number for each datum.
+    """Return a column as a list of B rows, or as one array ``[B]`` with a number for each datum.
 
-    It is taken from ``columns`` if it is bound there, else from the datums.
+    The column comes from ``columns`` if it is bound there, else from the datums.
     """
     if name in columns:
         given = columns[name]
@@ -259,48 +260,49 @@ def find_column(name: str, data: Sequence[Any], columns: Mapping[str, Any], rows
             got, fix = f"a {type(given).__name__}", "Bind a list with one entry for each datum."
             raise LossInputError(name, f"{len(data)} entries, one per datum", got, fix)
         if len(given) != len(data):
-            fix = "Bind one for each of the datums that are passed."
+            fix = "Bind one entry for each datum of the call."
             raise LossInputError(name, f"{len(data)} entries, one per datum", str(len(given)), fix)
     else:
         given = fields(data, name)
         missing = next((i for i, value in enumerate(given) if value is None), None)
         if missing is not None:
-            got, fix = "nothing bound, nor in the datum", MISSING.get(name, f"Pass bind({name}=...).")
+            got, fix = "nothing bound and nothing in the datum", MISSING_COLUMN_FIX.get(name, f"Pass bind({name}=...).")
             raise LossInputError(name, "one row per datum", got, fix, datum=missing)
     return as_column(name, given, rows)
 
 
 def as_column(name: str, given: Any, rows: Rows = TOKENS) -> Any:
-    """Convert a column to a list of B rows, or to one array ``[B]`` where each datum has a number."""
+    """Convert a column to a list of B rows, or to one array ``[B]`` if each datum has a number."""
     if isinstance(given, (Tensor, np.ndarray)) and given.ndim == 1:
-        return one_number_each(name, as_row(given, name, None), rows)
-    found = as_rows(given, name)
-    ranks = {row.ndim for row in found}
+        return check_one_number_each(name, as_row(given, name, None), rows)
+    datum_rows = as_rows(given, name)
+    ranks = {row.ndim for row in datum_rows}
     if 0 not in ranks:
-        return found
+        return datum_rows
     if ranks != {0}:
-        number = next(i for i, row in enumerate(found) if row.ndim == 0)
+        number = next(i for i, row in enumerate(datum_rows) if row.ndim == 0)
         expected = "a row for each datum, or a number for each"
         raise LossInputError(name, expected, "a number among rows", "Use one form.", datum=number)
-    return one_number_each(name, torch.stack([torch.as_tensor(row) for row in found]), rows)
+    return check_one_number_each(name, torch.stack([torch.as_tensor(row) for row in datum_rows]), rows)
 
 
-def one_number_each(name: str, given: Values, rows: Rows) -> Values:
-    """Return a column ``[B]`` of one number for each datum, or refuse it.
+def check_one_number_each(name: str, given: Values, rows: Rows) -> Values:
+    """Return a column ``[B]`` with one number for each datum if this column may have that form, else refuse it.
 
-    Advantages may be such a column, and so may a label that a loss with one row for each sequence reads.
+    Advantages may. In a loss over sequences, labels may too.
     """
-    of_sequences = rows is SEQUENCES and name not in ("weights", "target_tokens", *LOGPROB_COLUMNS)
-    if name != "advantages" and not of_sequences:
-        fix = "Only advantages, and labels of a loss over sequences, may be numbers."
+    is_label = rows is SEQUENCES and name not in ("weights", "target_tokens", *LOGPROB_COLUMNS)
+    if name != "advantages" and not is_label:
+        fix = "Only advantages, and labels of a loss over sequences, may be one number for each datum."
         raise LossInputError(name, "a row for each datum", "a number for each", fix)
     return given
 
 
 def find_weights(data: Sequence[Any], columns: Mapping[str, Any], reads: Sequence[str]) -> Any:
-    """Return the weights, or None if they are all 1, as for RL datums: per-token ``advantages``, and no weights.
+    """Return the weights, or None if all weights are 1.
 
-    If such a datum has a ``mask`` or a ``loss_mask``, it is refused, since the mask would have no effect.
+    They are 1 for RL datums: these have per-token ``advantages`` and no weights. A datum without weights that has a
+    ``mask`` or a ``loss_mask`` is refused, since the mask would have no effect.
     """
     if "weights" in columns:
         return find_column("weights", data, columns)
@@ -309,28 +311,29 @@ def find_weights(data: Sequence[Any], columns: Mapping[str, Any], reads: Sequenc
     if missing is None:
         return as_column("weights", given)
     masks = [name for name in ("mask", "loss_mask") if name in data[missing].loss_fn_inputs]
-    advantages = fields(data, "advantages") if "advantages" in reads else [None]
-    rl = not any(a is None for a in advantages) and all(w is None for w in given) and not masks
-    if not rl or any(row.ndim != 1 for row in as_rows(advantages, "advantages")):
-        fix = f"Its {masks[0]!r} is not read: pass it as weights." if masks else MISSING["weights"]
+    advantages = fields(data, "advantages")
+    has_advantages = "advantages" in reads and all(a is not None for a in advantages)
+    is_rl_batch = has_advantages and all(w is None for w in given) and not masks
+    if not is_rl_batch or any(row.ndim != 1 for row in as_rows(advantages, "advantages")):
+        fix = f"Its {masks[0]!r} is not read: pass it as weights." if masks else MISSING_COLUMN_FIX["weights"]
         raise LossInputError("weights", "a row for each datum", "loss_fn_inputs without weights", fix, datum=missing)
     return None
 
 
 def fields(data: Sequence[Any], name: str) -> list[Any]:
-    """Return each datum's own value of a column, or None where it has none."""
+    """Return the value of a field for each datum, or None for a datum without this field."""
     inputs = [datum.loss_fn_inputs for datum in data]
     first, *others = DATUM_FIELDS.get(name, (name,))
-    values = [own.get(first) for own in inputs]
+    values = [x.get(first) for x in inputs]
     for other in others:
-        values = [own.get(other) if value is None else value for value, own in zip(values, inputs)]
+        values = [x.get(other) if value is None else value for value, x in zip(values, inputs)]
     return values
 
 
 def as_rows(values: Any, name: str) -> list[Values]:
     """Convert each datum's row to an array or a detached tensor."""
     kind, *others = set(map(type, values))
-    if not others and kind.__name__ == "TensorData":  # ours, or an SDK's: no need to look at each
+    if not others and kind.__name__ == "TensorData":  # ours, or an SDK's: no need to check each
         return [value.to_numpy() for value in values]
     return [as_row(value, name, i) for i, value in enumerate(values)]
 
@@ -357,11 +360,12 @@ def is_plain(x: Tensor) -> bool:
 
 
 def truncate(shapes: Shapes, table: dict[str, Any]) -> tuple[Shapes, dict[str, Any]]:
-    """Cut every row of a datum, and the shape of its logprobs, to the shortest of them."""
+    """Cut all columns of a datum, and the shape of its logprobs, to the length of the shortest."""
     by_row = {name: rows for name, rows in table.items() if isinstance(rows, list)}  # a number for a datum needs no cut
     if len(shapes[0]) == 2:
         by_row = {name: [as_matrix(row, shape[1]) for row, shape in zip(rows, shapes)] for name, rows in by_row.items()}
-    shortest = [min(shape[0], *map(len, rows)) for shape, *rows in zip(shapes, *by_row.values())]  # of each datum
+    # For each datum: the length of its shortest column or of its logprobs.
+    shortest = [min(shape[0], *map(len, rows)) for shape, *rows in zip(shapes, *by_row.values())]
     cut = {name: [row[:n] for row, n in zip(rows, shortest)] for name, rows in by_row.items()}
     return [(n, *shape[1:]) for shape, n in zip(shapes, shortest)], table | cut
 
@@ -372,7 +376,7 @@ def as_matrix(row: Values, k: int) -> Values:
 
 
 def concatenate(logprobs_list: Sequence[Tensor]) -> Tensor:
-    """Lay all logprobs end to end, in float32 at least, without a copy where they are the parts of one leaf."""
+    """Lay all logprobs end to end, in float32 at least, without a copy if they are the parts of one leaf."""
     flat = common_leaf(logprobs_list)
     if flat is None:
         flat = torch.cat([lp if lp.ndim == 1 else lp.flatten() for lp in logprobs_list])
@@ -387,11 +391,12 @@ def common_leaf(logprobs_list: Sequence[Tensor]) -> Tensor | None:
     split = logprobs_list[0].grad_fn
     if split is None or split.name() not in ("SplitWithSizesBackward0", "SplitBackward0"):
         return None
-    leaf: Tensor | None = getattr(split.next_functions[0][0], "variable", None)  # AccumulateGrad alone has one
+    # Only the AccumulateGrad node of a leaf has `variable`.
+    leaf: Tensor | None = getattr(split.next_functions[0][0], "variable", None)
     if leaf is None or leaf.shape[1:] != logprobs_list[0].shape[1:]:
         return None
     for i, lp in enumerate(logprobs_list):
-        # Hooks and retain_grad of a part would get no gradient, since the graph goes around the part.
+        # A hook or retain_grad on a part would get no gradient, since the graph does not pass through the part.
         if lp.grad_fn is not split or lp.output_nr != i or lp._backward_hooks or lp.retains_grad:
             return None
     return leaf if sum(lp.numel() for lp in logprobs_list) == leaf.numel() else None
@@ -422,13 +427,15 @@ def align_row(row: Values, shape: Sequence[int], name: str, datum: int) -> Value
         return row
     if len(shape) == 2 or row.ndim != 1:
         expected, got = f"shape {shape}, that of logprobs", f"shape {tuple(row.shape)}"
-        raise LossInputError(name, expected, got, "Give one number for each of its entries, row-major.", datum=datum)
+        raise LossInputError(
+            name, expected, got, "Give one number for each entry of the logprobs, row-major.", datum=datum
+        )
     fix = {
         1: "It has one entry for each token: drop the first entry, as position j holds token j + 1.",
-        -1: "It looks shifted twice: weights and targets are both shifted by one, once.",
+        -1: "It looks shifted twice: weights and targets must be shifted by one, once.",
     }.get(
         len(row) - shape[0],
-        'Every row has the length of target_tokens; align="truncate" cuts to the shortest.',
+        'Every row has the length of target_tokens; align="truncate" cuts all to the shortest.',
     )
     expected = f"{shape[0]} values (the length of logprobs)"
     raise LossInputError(name, expected, str(len(row)), fix, datum=datum)

@@ -10,14 +10,14 @@ from torch import Tensor
 from lossfns.tokens import Tokens
 
 Level = Callable[[Tokens, Tensor], Tensor]
-"""A function ``(t, log_ratio [N]) -> [N]`` that gives each token the log-ratio of its token or sequence."""
+"""A function ``(t, log_ratio [N]) -> [N]``: for each token its own log-ratio, or the log-ratio of its sequence."""
 
 
 def sequence_sum(t: Tokens, x: Tensor) -> Tensor:
     """Σ x over each sequence: ``[N] -> [B]``."""
     if t.lengths is None:
         return x.sum(0, keepdim=True)
-    # `unsafe` skips a check that would cost a device synchronisation; the door made the lengths.
+    # `unsafe` skips a check that would cost a device synchronisation; lengths from the door are valid.
     return torch.segment_reduce(x, "sum", lengths=t.lengths, unsafe=True)
 
 
@@ -46,14 +46,14 @@ def active_mean(t: Tokens, x: Tensor) -> Tensor:
 def sequence_value(t: Tokens, x: Tensor) -> Tensor:
     """The one value that x has at the active tokens of each sequence, 0 where there are none: ``[N] -> [B]``.
 
-    For columns that hold one number for each datum, such as a label. Exact, where a mean would round.
+    It is for columns with one number for each datum, such as a label. It takes the maximum, since a mean would round.
     """
-    least = torch.where(t.active, x, -torch.inf)
+    masked = torch.where(t.active, x, -torch.inf)
     if t.lengths is None:
-        top = least.amax(0, keepdim=True)
+        maximum = masked.amax(0, keepdim=True)
     else:
-        top = torch.segment_reduce(least, "max", lengths=t.lengths, unsafe=True)
-    return torch.where(nonempty(t), top, 0)
+        maximum = torch.segment_reduce(masked, "max", lengths=t.lengths, unsafe=True)
+    return torch.where(nonempty(t), maximum, 0)
 
 
 def weighted_sum(t: Tokens, x: Tensor) -> Tensor:
@@ -87,10 +87,10 @@ def token_level(t: Tokens, log_ratio: Tensor) -> Tensor:
 
 
 def sequence_level(t: Tokens, log_ratio: Tensor) -> Tensor:
-    """Σ over the sequence's active tokens, at each of its tokens: the log of the product of its ratios."""
+    """Σ over the sequence's active tokens, repeated at each of its tokens: the log of the product of its ratios."""
     return to_tokens(t, sequence_sum(t, log_ratio))
 
 
 def geometric_level(t: Tokens, log_ratio: Tensor) -> Tensor:
-    """Mean over the sequence's active tokens, at each of its tokens: the log of the geometric mean of its ratios."""
+    """Mean over the sequence's active tokens, repeated at each token: the log of the geometric mean of its ratios."""
     return to_tokens(t, active_mean(t, log_ratio))

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 KL_LOG_RATIO_CAP = 20.0
-"""Bound of |ref − lp| in k3, which is exponential in it: one token cannot overflow a batch."""
+"""Bound of |ref − lp| in k3. Since k3 grows exponentially with it, one token could otherwise overflow a batch."""
 
 ONE_MINUS_P_FLOOR = 1e-15
 """Smallest 1 − p in the log-odds. It is below the rounding of any float logprob near 0."""
@@ -51,7 +51,7 @@ def clipped_surrogate(ratio: Tensor, advantages: Tensor, clip: tuple[float, floa
 def weighted_policy_gradient(logprobs: Tensor, ratio: Tensor, advantages: Tensor, clip: tuple[float, float]) -> Tensor:
     """−sg(clip(r, low, high))·A·lp. MiniMax 2025 (arXiv:2506.13585).
 
-    A bound limits the weight of a token, and no token loses its gradient.
+    The bounds limit the weight of a token. Unlike in PPO, a token outside the bounds keeps its gradient.
     """
     low, high = clip
     return policy_gradient(logprobs, ratio.detach().clamp(low, high) * advantages)
@@ -114,7 +114,7 @@ def preference(margin: Tensor, beta: float, label_smoothing: float) -> Tensor:
 def log_odds(a: Tensor) -> Tensor:
     """log(p / (1 − p)) = a − log(1 − eᵃ) for a = log p. Value and gradient are finite up to p = 1.
 
-    1 − p has a floor in value, but keeps its own gradient −p. So where p_chosen = 1, the loss −log σ(Δ)
+    The value of 1 − p has a floor, but its gradient stays −p. So where p_chosen = 1, the loss −log σ(Δ)
     still has its exact gradient −p_rejected / (1 − p_rejected).
     """
     one_minus_p = -torch.expm1(a)

@@ -38,7 +38,7 @@ class Rows(StrEnum):
 
     @property
     def datums(self) -> int:
-        """Number of datums that one row spans. A micro-batch keeps them together."""
+        """Number of datums that one row spans. A micro-batch must not separate them."""
         return 2 if self is Rows.PAIRS else 1
 
     @property
@@ -59,7 +59,7 @@ COLUMNS = ("weights", "advantages", *LOGPROB_COLUMNS)
 """The names of the usual columns. A loss of your own may read others."""
 
 DATUM_FIELDS = {"old_logprobs": ("old_logprobs", "logprobs")}
-"""Fields of a datum that may hold a column, by preference. Tinker calls the old logprobs ``logprobs``."""
+"""Fields of a datum that may hold a column, in order of preference. Tinker calls the old logprobs ``logprobs``."""
 
 
 class _OnPolicy:
@@ -71,7 +71,7 @@ class _OnPolicy:
 
 
 ON_POLICY = _OnPolicy()
-"""Bind as ``old_logprobs`` where the old policy is the current one: the ratio is then exp(lp − sg(lp)) = 1."""
+"""Bind as ``old_logprobs`` if the old policy is the current one: the ratio is then exp(lp − sg(lp)) = 1."""
 
 
 @dataclass(frozen=True)

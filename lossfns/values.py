@@ -1,4 +1,4 @@
-"""Checks of values, without a device synchronisation of their own.
+"""Checks of values that need no device synchronisation of their own.
 
 ``extremes`` reduces a packed batch to a few numbers on the device. They travel to the host with the metrics, in
 one transfer, and ``check_values`` reads them there before the loss is returned.
@@ -17,7 +17,7 @@ from lossfns.segments import chosen, nonempty, rejected
 from lossfns.tokens import LOGPROB_COLUMNS, PAIRS, Rows, Tokens
 
 LOGPROB_TOLERANCE = 1e-4
-"""Largest value above 0 that a logprob may have through rounding."""
+"""Largest value above 0 that a logprob may have because of rounding."""
 
 FAR_LOG_RATIO = 5.0
 """Mean |log-ratio| above which the old logprobs are probably those of other tokens."""
@@ -32,56 +32,58 @@ def extremes(t: Tokens, rows: Rows) -> dict[str, Tensor]:
     """0-d tensors: ``NAME min`` and ``NAME max`` of each column (nan if it has a nan), and ``one-sided pairs``."""
     if t.logprobs.numel() == 0:
         return {}
-    found = {}
+    extrema = {}
     for name, x in checked_columns(t).items():
-        found[f"{name} min"], found[f"{name} max"] = torch.aminmax(x)
-    return found | ({"one-sided pairs": one_sided_pairs(t).sum()} if rows is PAIRS else {})
+        extrema[f"{name} min"], extrema[f"{name} max"] = torch.aminmax(x)
+    return extrema | ({"one-sided pairs": one_sided_pairs(t).sum()} if rows is PAIRS else {})
 
 
 def one_sided_pairs(t: Tokens) -> Tensor:
     """``[P]`` bool: True where exactly one side of a pair has active tokens."""
-    has = nonempty(t)
-    return chosen(has) ^ rejected(has)
+    has_active = nonempty(t)
+    return chosen(has_active) ^ rejected(has_active)
 
 
-def check_values(found: Mapping[str, float], t: Tokens, *, signed: bool) -> None:
+def check_values(extrema: Mapping[str, float], t: Tokens, *, signed: bool) -> None:
     """Raise for the first value that no loss can use, and warn about old logprobs that were left at 0.
 
     Args:
-        found: the numbers of ``extremes(t, rows)``, on the host.
-        t: the batch, which is searched for the place only where a number is bad.
+        extrema: the numbers of ``extremes(t, rows)``, on the host.
+        t: the batch. Only if a number is bad, it is searched for the place of the bad entry.
         signed: whether weights may be negative.
     """
-    if not found:
+    if not extrema:
         return
     for name, x in checked_columns(t).items():
-        low, high = found[f"{name} min"], found[f"{name} max"]
+        low, high = extrema[f"{name} min"], extrema[f"{name} max"]
         if not (math.isfinite(low) and math.isfinite(high)):
-            raise_at_first(t, name, ~torch.isfinite(x), "a finite number at every active token", HINT.get(name, ""))
+            raise_at_first(
+                t, name, ~torch.isfinite(x), "a finite number at every active token", NOT_FINITE_FIX.get(name, "")
+            )
         if (name == "logprobs" or name in LOGPROB_COLUMNS) and high > LOGPROB_TOLERANCE:
             fix = "Were probabilities or logits passed?"
             raise_at_first(t, name, x > LOGPROB_TOLERANCE, "a logprob, at most 0", fix)
         if name == "weights" and low < 0 and not signed:
             raise_at_first(t, name, x < 0, "a weight of at least 0", "Put the sign into the advantages.")
-    if found.get("one-sided pairs"):
+    if extrema.get("one-sided pairs"):
         pair = int(one_sided_pairs(t).nonzero()[0])
         side, datum = ("chosen", 2 * pair) if nonempty(t)[2 * pair + 1] else ("rejected", 2 * pair + 1)
         got = f"none on the {side} side of pair {pair}"
         raise LossInputError("weights", "active tokens on both sides", got, "Drop the pair, or mask both.", datum=datum)
-    unset = found.get("old_logprobs min") == found.get("old_logprobs max") == 0
-    if unset and found["logprobs min"] < -LOGPROB_TOLERANCE:
+    unset = extrema.get("old_logprobs min") == extrema.get("old_logprobs max") == 0
+    if unset and extrema["logprobs min"] < -LOGPROB_TOLERANCE:
         warn("old_logprobs are 0 at every active token: were they left unset?")
 
 
 def warn_if_far_off_policy(metrics: Mapping[str, float]) -> None:
-    """Warn where the mean |log-ratio| is too large for an old policy of the same tokens."""
+    """Warn if the mean |log-ratio| is too large for old logprobs of the same tokens."""
     distance = metrics.get("log_ratio_abs", 0.0)
     if distance > FAR_LOG_RATIO:
         got = f"the mean |log-ratio| is {distance:.3g}"
         warn(f"{got}: are the old_logprobs those of these tokens?")
 
 
-HINT = {
+NOT_FINITE_FIX = {
     "logprobs": "A token that the model cannot produce has no finite logprob: mask it.",
     "advantages": "A group of one has no standard deviation: use group_advantages, or larger groups.",
     **dict.fromkeys(LOGPROB_COLUMNS, "Servers send null for the prompt: give those positions weight 0."),
@@ -89,7 +91,7 @@ HINT = {
 
 
 def raise_at_first(t: Tokens, name: str, bad: Tensor, expected: str, fix: str) -> None:
-    """Raise for the first bad entry of a column, by its datum and its position in that datum."""
+    """Raise an error that names the first bad entry of a column by datum and position in the datum."""
     index = int(bad.nonzero()[0])
     ends = t.lengths.cumsum(0) if t.lengths is not None else torch.tensor([len(bad)])
     datum = int(torch.searchsorted(ends, torch.tensor(index, device=ends.device), right=True))

@@ -40,7 +40,7 @@ class Weighing:
 
 
 def weights(t: Tokens) -> Tensor:
-    """w of each token: ``[N]``."""
+    """Weight w of each token: ``[N]``."""
     return t.weights
 
 
@@ -60,7 +60,7 @@ def sequence_count(t: Tokens) -> Tensor:
 
 
 def sequence_count_or_nan(t: Tokens) -> Tensor:
-    """Number of sequences with an active token; nan if the weights of one of them sum to 0 or less.
+    """Number of sequences with an active token; nan if the weights of such a sequence sum to 0 or less.
 
     Weights of a plain likelihood may be negative. The loss refuses a batch whose count is nan.
     """
@@ -75,8 +75,8 @@ def sequence_active(t: Tokens) -> Tensor:
 
 def pair_active(t: Tokens) -> Tensor:
     """1 for each pair with active tokens on both sides, else 0: ``[P]``."""
-    has = nonempty(t)
-    return (chosen(has) & rejected(has)).to(t.weights.dtype)
+    has_active = nonempty(t)
+    return (chosen(has_active) & rejected(has_active)).to(t.weights.dtype)
 
 
 def pair_count(t: Tokens) -> Tensor:
@@ -115,7 +115,7 @@ def fixed_length(length: float) -> Weighing:
     """Σ w·l / (length · sequences): one constant in place of each sequence's length. Dr. GRPO, arXiv:2503.20783.
 
     Args:
-        length: a finite number above 0, such as the longest completion that is sampled.
+        length: a finite number above 0, such as the largest number of tokens of a completion.
 
     >>> fixed_length(1024)
     fixed_length(1024)
@@ -132,5 +132,5 @@ def check_weigh(weigh: object, rows: Rows) -> None:
         hint = did_you_mean(str(weigh), names)
         raise LossInputError("weigh", f"a weighing of {kind}", repr(weigh), f"{hint} Import it from lossfns.")
     if weigh.rows is not kind:
-        fix = f"This loss has one row for each of its {kind}: {', '.join(names)}."
+        fix = f"This loss has rows that are {kind}. Use one of: {', '.join(names)}."
         raise LossInputError("weigh", f"a weighing of {kind}", repr(weigh), fix)

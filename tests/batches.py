@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -15,6 +14,8 @@ from torch import Tensor
 import lossfns
 from lossfns import Datum, Loss, ModelInput, TensorData
 from lossfns.testing import oracle
+from lossfns.testing.oracle import PAIR_WEIGHINGS, TOKEN_WEIGHINGS
+from lossfns.testing.public import presets
 
 Rows = list[list[float]]
 LOGPROBS = ("old_logprobs", "ref_logprobs", "sampler_logprobs")
@@ -125,55 +126,55 @@ def apart(a: Any, b: Any) -> float:
 
 
 def cases() -> Iterator[Case]:
-    """Every method with every weighing and with its knobs away from their defaults."""
-    for name in ("token_mean", "sequence_mean", "sequence_sum_mean", "token_sum", "fixed_length"):
-        weigh = lossfns.fixed_length(7) if name == "fixed_length" else getattr(lossfns, name)
-        w: dict[str, Any] = {"weigh": name} | ({"length": 7} if name == "fixed_length" else {})
-        yield Case(lossfns.cross_entropy(weigh=weigh), oracle.cross_entropy, w)
-        yield Case(lossfns.multi_target_cross_entropy(weigh=weigh), oracle.multi_target_cross_entropy, w)
-        yield Case(lossfns.reinforce(weigh=weigh), oracle.reinforce, w)
-        yield Case(lossfns.importance_sampling(weigh=weigh), oracle.importance_sampling, w)
-        yield Case(lossfns.ppo(weigh=weigh), oracle.ppo, w)
-        yield Case(lossfns.grpo(weigh=weigh), oracle.grpo, w)
-        yield Case(lossfns.dapo(weigh=weigh), oracle.dapo, w)
-        yield Case(lossfns.gspo(weigh=weigh), oracle.gspo, w)
-        yield Case(lossfns.gspo_token(weigh=weigh), oracle.gspo_token, w)
-        yield Case(lossfns.cispo(weigh=weigh), oracle.cispo, w)
-        yield Case(lossfns.dro(weigh=weigh), oracle.dro, w)
-    t, s = {"weigh": "token_mean"}, {"weigh": "sequence_mean"}
-    yield Case(lossfns.ppo(clip=(0.5, 3.0), dual_clip=4.0), oracle.ppo, t | {"clip": (0.5, 3.0), "dual_clip": 4.0})
-    yield Case(lossfns.ppo(log_ratio_cap=0.3), oracle.ppo, t | {"log_ratio_cap": 0.3})
-    yield Case(lossfns.gspo(clip=(0.5, 2.0)), oracle.gspo, s | {"clip": (0.5, 2.0)})
-    yield Case(lossfns.gspo_token(clip=(0.5, 2.0)), oracle.gspo_token, s | {"clip": (0.5, 2.0)})
-    yield Case(lossfns.cispo(clip=(0.8, 1.28)), oracle.cispo, t | {"clip": (0.8, 1.28)})
-    yield Case(lossfns.cispo(log_ratio_cap=0.3), oracle.cispo, t | {"log_ratio_cap": 0.3})
-    yield Case(lossfns.dro(beta=2.0), oracle.dro, t | {"beta": 2.0})
-    for loss, policy, own in (
-        (lossfns.cispo(clip=(0.5, 2.0)), oracle.cispo, {"clip": (0.5, 2.0)}),
-        (lossfns.dro(beta=0.7), oracle.dro, {"beta": 0.7}),
-    ):
-        tis = {"tis_cap": 1.3, "tis_level": "sequence"}
-        corrected = lossfns.with_tis(loss, cap=1.3, level=lossfns.sequence_level)
-        yield Case(corrected, policy, t | own | tis)
-        yield Case(lossfns.with_kl(corrected, kl_beta=0.2), penalised(policy), t | own | tis | {"kl_beta": 0.2})
-    for kl, beta in itertools.product(("k2", "k3"), (0.5,)):
-        knobs = {"kl": kl, "kl_beta": beta}
-        yield Case(lossfns.grpo(kl=getattr(lossfns, kl), kl_beta=beta), oracle.grpo, t | knobs)
+    """Every preset with every weighing of its rows and with its knobs away from their defaults, and combinations."""
+    for name, preset in presets().items():
+        for weigh in PAIR_WEIGHINGS if preset().rows == "pairs" else TOKEN_WEIGHINGS:
+            yield case(name, weigh)
+    for name, preset in presets().items():
+        own, pairs = preset().knobs, preset().rows == "pairs"
+        weighings = PAIR_WEIGHINGS if pairs else (repr(own["weigh"]),)
+        for knobs in PAIR_KNOBS if pairs else TOKEN_KNOBS:
+            if knobs.keys() <= own.keys():
+                yield from (case(name, weigh, **knobs) for weigh in weighings)
+    t = {"weigh": "token_mean"}
     for level in ("token", "sequence"):
-        tis = lossfns.with_tis(lossfns.ppo(), cap=1.3, level=getattr(lossfns, f"{level}_level"))
+        ppo = lossfns.with_tis(lossfns.ppo(), cap=1.3, level=getattr(lossfns, f"{level}_level"))
         knobs = {"tis_cap": 1.3, "tis_level": level}
-        yield Case(tis, oracle.ppo, t | knobs)
-        yield Case(lossfns.with_kl(tis, kl_beta=0.2), oracle.grpo, t | knobs | {"kl_beta": 0.2})
-    for name in ("pair_mean", "pair_sum"):
-        weigh, w = getattr(lossfns, name), {"weigh": name}
-        yield Case(lossfns.dpo(weigh=weigh), oracle.dpo, w)
-        yield Case(
-            lossfns.dpo(beta=0.7, label_smoothing=0.2, weigh=weigh),
-            oracle.dpo,
-            w | {"beta": 0.7, "label_smoothing": 0.2},
-        )
-        yield Case(lossfns.orpo(weigh=weigh), oracle.orpo, w)
-        yield Case(lossfns.orpo(lam=1.5, weigh=weigh), oracle.orpo, w | {"lam": 1.5})
+        yield Case(ppo, oracle.ppo, t | knobs)
+        yield Case(lossfns.with_kl(ppo, kl_beta=0.2), oracle.grpo, t | knobs | {"kl_beta": 0.2})
+    tis = {"tis_cap": 1.3, "tis_level": "sequence"}
+    for name, preset in presets().items():  # presets with a term of their own, so not those of PPO's surrogate
+        for knobs in ({"clip": (0.5, 2.0)}, {"beta": 0.7}):
+            own = preset().knobs.keys()
+            if preset().reads == ("advantages", "old_logprobs") and knobs.keys() <= own and "dual_clip" not in own:
+                plain = case(name, repr(preset().knobs["weigh"]), **knobs)
+                corrected = lossfns.with_tis(plain.loss, cap=1.3, level=lossfns.sequence_level)
+                yield Case(corrected, plain.oracle, plain.knobs | tis)
+                both = penalised(plain.oracle), plain.knobs | tis | {"kl_beta": 0.2}
+                yield Case(lossfns.with_kl(corrected, kl_beta=0.2), *both)
+
+
+TOKEN_KNOBS: tuple[dict[str, Any], ...] = (
+    {"clip": (0.5, 3.0), "dual_clip": 4.0},
+    {"clip": (0.8, 1.28)},
+    {"clip": (0.5, 2.0)},
+    {"log_ratio_cap": 0.3},
+    {"beta": 2.0},
+    {"kl": "k2", "kl_beta": 0.5},
+    {"kl": "k3", "kl_beta": 0.5},
+)
+"""Knobs away from their defaults, for every preset over tokens that has them."""
+PAIR_KNOBS: tuple[dict[str, Any], ...] = ({"beta": 0.7, "label_smoothing": 0.2}, {"lam": 1.5})
+"""Knobs away from their defaults, for every preset over pairs that has them."""
+
+
+def case(name: str, weigh: str, **knobs: Any) -> Case:
+    """A preset and the oracle's function of the same name, with the same knobs."""
+    weighing = lossfns.fixed_length(7) if weigh == "fixed_length" else getattr(lossfns, weigh)
+    settings = knobs | ({"kl": getattr(lossfns, knobs["kl"])} if "kl" in knobs else {})
+    length = {"length": 7} if weigh == "fixed_length" else {}
+    loss = presets()[name](weigh=weighing, **settings)
+    return Case(loss, getattr(oracle, name), {"weigh": weigh, **length, **knobs})
 
 
 def penalised(policy: Callable[..., tuple[float, Rows]]) -> Callable[..., tuple[float, Rows]]:

@@ -64,6 +64,8 @@ def imported(name: str) -> set[str]:
     """The modules of ours that a module imports, anywhere in it."""
     found = set()
     for node in ast.walk(ast.parse(MODULES[name].read_text())):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name}: a relative import does not say from which room"
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "lossfns":
             base = "/".join((node.module or "").split(".")[1:])
             inner = [f"{base}/{alias.name}".lstrip("/") for alias in node.names]

@@ -48,7 +48,7 @@ MUTANT_KINDS = [kind for kind in KINDS if kind != "any"]
 """The kinds of the mutants."""
 
 
-class Specimen(NamedTuple):
+class MutantSpec(NamedTuple):
     """A mutant to measure: a bug, the loss that has it, and the settings of the loss."""
 
     bug: str
@@ -65,12 +65,15 @@ class Measurement(NamedTuple):
     laws: tuple[str, ...]
 
     def killed(self) -> bool:
+        """Return whether any law is broken."""
         return bool(self.laws)
 
     def without_claim(self) -> bool:
+        """Return whether any law other than those of the claim is broken."""
         return bool(set(self.laws) - set(CLAIMS))
 
     def named_right(self) -> bool:
+        """Return whether the first broken law names the planted bug."""
         return self.named == self.bug
 
     @property
@@ -82,10 +85,10 @@ class Measurement(NamedTuple):
         return f"{self.loss}_{self.bug.replace('-', '_')}"
 
 
-class HeldOut(NamedTuple):
-    """Counts of the held-out mutants of one loss: all, killed, killed without a claim, and named right."""
+class Counts(NamedTuple):
+    """The mutants of a loss or a kind: all, killed, killed without the claim, and named right."""
 
-    loss: str
+    title: str
     mutants: int
     killed: int
     without_claim: int
@@ -96,27 +99,27 @@ class Record(NamedTuple):
     """All measurements: the exemplars, the counts of held-out mutants by loss, and the misnamed held-out mutants."""
 
     exemplars: list[Measurement]
-    held_out: list[HeldOut]
+    held_out: list[Counts]
     misnamed: list[Measurement]
 
 
-def held_out() -> Iterator[Specimen]:
+def held_out() -> Iterator[MutantSpec]:
     """Yield every loss with every bug that it can have and the last settings that show it, except the exemplars."""
     shown = exemplars()
     for loss in METHODS:
         for bug in BUGS:
             for settings in settings_showing(bug, loss)[-1:]:
                 if (bug, loss, settings) not in shown:
-                    yield Specimen(bug, loss, settings)
+                    yield MutantSpec(bug, loss, settings)
 
 
-def measure(specimen: Specimen) -> Measurement:
+def measure(spec: MutantSpec) -> Measurement:
     """Run every law on a mutant, on the small batches alone."""
-    report = check(mutant(specimen.bug, specimen.loss, **specimen.settings), examples=0)
-    return Measurement(specimen.loss, specimen.bug, report.bug, tuple(verdict.law for verdict in report.failures))
+    report = check(mutant(spec.bug, spec.loss, **spec.settings), examples=0)
+    return Measurement(spec.loss, spec.bug, report.bug, tuple(verdict.law for verdict in report.failures))
 
 
-def measure_all(population: Iterable[Specimen], label: str) -> list[Measurement]:
+def measure_all(population: Iterable[MutantSpec], label: str) -> list[Measurement]:
     """Measure a population with one process for each processor."""
     listed, found = list(population), []
     with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
@@ -129,19 +132,20 @@ def measure_all(population: Iterable[Specimen], label: str) -> list[Measurement]
 
 def measure_populations() -> Record:
     """Measure both populations."""
-    measured = measure_all((Specimen(*one) for one in exemplars()), "exemplars")
+    measured = measure_all((MutantSpec(*one) for one in exemplars()), "exemplars")
     others = measure_all(held_out(), "held out")
     by_loss = {loss: [k for k in others if k.loss == loss] for loss in METHODS}
     return Record(
         measured,
-        [count_held_out(loss, own) for loss, own in by_loss.items()],
+        [count_outcomes(loss, own) for loss, own in by_loss.items()],
         [k for k in others if not k.named_right()],
     )
 
 
-def count_held_out(loss: str, own: Sequence[Measurement]) -> HeldOut:
-    return HeldOut(
-        loss,
+def count_outcomes(title: str, own: Sequence[Measurement]) -> Counts:
+    """Count the outcomes of the mutants of a loss or a kind."""
+    return Counts(
+        title,
         len(own),
         *(sum(map(test, own)) for test in (Measurement.killed, Measurement.without_claim, Measurement.named_right)),
     )
@@ -222,20 +226,23 @@ def summary_table(measured: Sequence[Measurement]) -> str:
     """Return the table of shares of the exemplars, by kind and in total."""
     parts = {kind: [k for k in measured if mutant_kind(k) == kind] for kind in MUTANT_KINDS} | {"all": measured}
     return table(
-        ("kind", "mutants", *SHARES), (count_cells(count_held_out(kind, part)) for kind, part in parts.items())
+        ("kind", "mutants", *SHARES), (count_cells(count_outcomes(kind, part)) for kind, part in parts.items())
     )
 
 
-def count_cells(counts: HeldOut) -> tuple[Any, ...]:
-    loss, count, *parts = counts
-    return loss, count, *(f"{part} ({part / count:.1%})" if count else "–" for part in parts)
+def count_cells(counts: Counts) -> tuple[Any, ...]:
+    """Return a row of the table of shares."""
+    title, count, *parts = counts
+    return title, count, *(f"{part} ({part / count:.1%})" if count else "–" for part in parts)
 
 
-def totals(counts: Sequence[HeldOut]) -> HeldOut:
-    return HeldOut("all", *(sum(column) for column in list(zip(*counts))[1:]))
+def totals(counts: Sequence[Counts]) -> Counts:
+    """Add up counts."""
+    return Counts("all", *(sum(column) for column in list(zip(*counts))[1:]))
 
 
 def held_out_text(record: Record) -> str:
+    """Return the section on the held-out mutants."""
     whole = totals(record.held_out)
     share = f"**{whole.named_right} of {whole.mutants} are named right ({whole.named_right / whole.mutants:.1%})**"
     head = f"{share}; {whole.killed} are killed."
@@ -246,6 +253,7 @@ def held_out_text(record: Record) -> str:
 
 
 def mutant_kind(measurement: Measurement) -> str:
+    """Return the kind of an exemplar."""
     return str(vars(MUTANTS[measurement.mutant])["kind"])
 
 
@@ -267,6 +275,7 @@ def law_tables(measured: Sequence[Measurement]) -> Iterable[str]:
 
 
 def kinds_with(law: str) -> str:
+    """Return the kinds that have a law, as text."""
     if law in CLAIMS:
         return "with a claim"
     kinds = [kind for kind, laws in KINDS.items() if law in laws]
@@ -280,6 +289,8 @@ def diagnosis_orders() -> str:
 
 
 def bug_table(measured: Sequence[Measurement]) -> str:
+    """Return the table of bugs."""
+
     def row(bug: str) -> tuple[Any, ...]:
         own = [k for k in measured if k.bug == bug]
         naming = dict.fromkeys(k.first for k in own if k.named_right())
@@ -307,6 +318,7 @@ def matrix_rows(measured: Sequence[Measurement], kind: str) -> str:
 
 
 def killers(laws: Sequence[str]) -> str:
+    """Return the broken laws as text, the first one in bold."""
     return ", ".join(f"**{law}**" if i == 0 else law for i, law in enumerate(laws)) or "–"
 
 
@@ -325,7 +337,7 @@ def read_page(text: str) -> Record:
     _, _, rest = text.partition(HELD_OUT.partition("\n")[0])
     held_text, _, rest = rest.partition(LAWS_HEAD.partition("\n")[0])
     _, _, matrix = rest.partition(MATRIX_HEAD.partition("\n")[0])
-    by_loss = [HeldOut(loss, *map(int, numbers)) for loss, *numbers in COUNTS.findall(held_text) if loss != "all"]
+    by_loss = [Counts(loss, *map(int, numbers)) for loss, *numbers in COUNTS.findall(held_text) if loss != "all"]
     return Record(read_measurements(matrix), by_loss, read_measurements(held_text))
 
 

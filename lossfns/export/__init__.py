@@ -1,4 +1,4 @@
-"""A loss in other contracts: a traced function of one datum, a service's built-in, a gradient by token."""
+"""Other contracts of a loss: a traced function of one datum, a service's built-in, the gradient by token."""
 
 from lossfns.export.datums import Folded as Folded
 from lossfns.export.datums import as_datum_fn as as_datum_fn

@@ -1,7 +1,7 @@
 """The hosted services' built-in losses: the one table that connects their names with our losses.
 
-Read from name to loss (``builtin_loss``), it gives what a service computes. Read from loss to name
-(``builtin_name``), it gives the built-in into which a loss can be folded.
+``builtin_loss`` looks up the loss that a service computes under a name. ``builtin_name`` looks up the built-in into
+which a loss can be folded.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ class Builtin(NamedTuple):
 
     Attributes:
         preset: the loss that the built-in computes, with ``weigh=token_sum``.
-        config: for each key of its ``loss_fn_config`` the knob of the preset.
-        required, optional: the fields of its datums besides ``target_tokens``. ``logprobs`` are the old
-            policy's. ``weights`` multiply the term of each token and are 1 where they are missing.
-        folds: the presets whose losses this built-in computes exactly, once advantages or weights carry the
-            share of each token.
+        config: the knob of the preset that each key of the ``loss_fn_config`` sets.
+        required, optional: the fields of the datums besides ``target_tokens``. ``logprobs`` are the old policy's.
+            ``weights`` multiply the term of each token; without them all weights are 1.
+        folds: the presets whose losses this built-in computes exactly, once advantages or weights are
+            multiplied by the share of each token.
     """
 
     preset: Preset
@@ -49,7 +49,7 @@ BUILTINS = {
     "importance_sampling": Builtin(importance_sampling, CAP, folds=(importance_sampling,)),
     "ppo": Builtin(ppo, CLIP | CAP, folds=(ppo, dapo, grpo)),
     "cispo": Builtin(cispo, CLIP | CAP, folds=(cispo,)),
-    "dro": Builtin(dro, {"beta": "beta"}),  # its penalty has no place for a share
+    "dro": Builtin(dro, {"beta": "beta"}),  # advantages do not scale its penalty, so they cannot hold a share
     "gspo": Builtin(
         gspo_token, CLIP | CAP, ("logprobs", "advantages", "sequence_ratio_mask"), optional=(), folds=(gspo_token,)
     ),
@@ -58,19 +58,19 @@ BUILTINS = {
     "dapo": Builtin(dapo, CLIP | CAP | {"eps_clip_c": "dual_clip"}),
 }
 
-FOLDS = {preset.__name__: name for name, own in BUILTINS.items() for preset in own.folds}
-"""The built-in of each loss that can be folded."""
+FOLDS = {preset.__name__: name for name, builtin in BUILTINS.items() for preset in builtin.folds}
+"""The name of the built-in into which a loss can be folded, by name of the loss."""
 
 
 def builtin_name(loss: Loss) -> str:
-    """Return the name of the built-in that computes this loss once its weights are folded in.
+    """Return the name of the built-in that computes this loss once share / denominator is folded into the datums.
 
     Raises:
-        LossInputError: where no built-in is the same function.
+        LossInputError: if no built-in computes this loss.
     """
     if loss.name == "dro":
-        fix = "The built-in dro holds every token to the old policy alike: it has no place for a share, nor for a mask."
-        raise LossInputError("fold", "a loss whose weights its advantages can carry", f"{loss!r}", fix)
+        fix = "Advantages do not scale the penalty of dro: it has no place for a share, nor for a mask."
+        raise LossInputError("fold", "a loss whose weights can be folded into advantages", f"{loss!r}", fix)
     inexact = [knob for knob in ("kl_beta", "dual_clip", "log_ratio_cap") if loss.knobs.get(knob)]
     if loss.name in FOLDS and not inexact:
         return FOLDS[loss.name]
@@ -83,8 +83,8 @@ def builtin_loss(name: Any, config: Mapping[str, Any] | None = None, *, multi_ta
 
     Args:
         name: one of ``BUILTINS``.
-        config: the ``loss_fn_config``; the preset's own default where a key is not given.
-        multi_target: whether targets are ``[N, K]``. Only cross-entropy has a form for these.
+        config: the ``loss_fn_config``. A key that is not given has the preset's default; the log-ratio cap is then off.
+        multi_target: whether targets are ``[N, K]``. Only cross-entropy accepts them.
 
     Raises:
         LossInputError: for a name, a key or a value that the services refuse.
@@ -99,22 +99,22 @@ def builtin_loss(name: Any, config: Mapping[str, Any] | None = None, *, multi_ta
 
 
 def knobs_from_config(name: str, config: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return the preset's knobs that a ``loss_fn_config`` sets; without a key for it, the cap is off."""
+    """Return the preset's knobs that a ``loss_fn_config`` sets. The log-ratio cap is off unless a key sets it."""
     check_config(config)
-    own, given = BUILTINS[name], dict(config or {})
-    unknown = [key for key in given if key not in own.config]
+    builtin, settings = BUILTINS[name], dict(config or {})
+    unknown = [key for key in settings if key not in builtin.config]
     if unknown:
-        expected = f"{', '.join(own.config) or 'nothing'} for {name}"
+        expected = f"{', '.join(builtin.config) or 'nothing'} for {name}"
         raise LossInputError("loss_fn_config", expected, ", ".join(map(repr, unknown)), "Drop the others.")
-    knobs = dict.fromkeys(CAP.values()) if "ratio_log_cap" in own.config else {}
-    knobs |= {own.config[key]: value for key, value in given.items() if key not in CLIP}
-    if set(CLIP) & set(given):
-        low, high = own.preset().knobs["clip"]
-        knobs["clip"] = (given.get("clip_low_threshold", low), given.get("clip_high_threshold", high))
+    knobs = dict.fromkeys(CAP.values()) if "ratio_log_cap" in builtin.config else {}
+    knobs |= {builtin.config[key]: value for key, value in settings.items() if key not in CLIP}
+    if set(CLIP) & set(settings):
+        low, high = builtin.preset().knobs["clip"]
+        knobs["clip"] = (settings.get("clip_low_threshold", low), settings.get("clip_high_threshold", high))
     try:
         check_knobs(knobs)
     except LossInputError as error:
-        keys = [key for key, knob in own.config.items() if knob == error.field and key in given]
+        keys = [key for key, knob in builtin.config.items() if knob == error.field and key in settings]
         error.field = f"loss_fn_config {', '.join(keys)}"
         raise
     return knobs

@@ -1,4 +1,4 @@
-"""A loss in two other contracts: a traced function of one datum, and a hosted service's built-in.
+"""Two other contracts of a loss: a traced function of one datum, and a hosted service's built-in.
 
 Both put share / denominator into the datums. A service that only sums over tokens then computes exactly the
 weighed loss.
@@ -17,7 +17,7 @@ from torch import Tensor
 from lossfns.datum import TensorData
 from lossfns.errors import LossInputError
 from lossfns.export.builtins import BUILTINS, CLIP, builtin_name
-from lossfns.loss import BoundLoss, Loss, blaming, not_divisible, to_host
+from lossfns.loss import BoundLoss, Loss, add_loss_name, not_divisible, to_host
 from lossfns.pack import Shapes, blank, check_data, pack, weight_rows
 from lossfns.segments import active_counts, to_tokens
 from lossfns.tokens import ON_POLICY, TARGETS, Tokens
@@ -34,11 +34,12 @@ def as_datum_fn(loss: Loss | BoundLoss) -> DatumFn:
 
     Returns:
         ``fn(logprobs, weights, *reads) -> (0-d tensor, {"custom/<name>:sum": tensor})``, traceable by torch.fx. A loss
-        of sequences takes ``fn(logprobs, weights, share, *reads)``. The datums are those of ``with_denominators``, and
-        the losses of datums add up. Metrics are sums over the active rows: divide by ``custom/rows:sum``.
+        of sequences takes ``fn(logprobs, weights, share, *reads)``. Call it on the datums that ``with_denominators``
+        returns: the sum over them is the loss of the batch. Metrics are sums over the active rows: divide by
+        ``custom/rows:sum``.
 
     Raises:
-        LossInputError: for a loss of pairs, which couples datums.
+        LossInputError: if the loss is one of pairs, since a pair couples two datums.
 
     >>> from lossfns import ppo
     >>> as_datum_fn(ppo()).__code__.co_varnames
@@ -69,10 +70,11 @@ def as_datum_fn(loss: Loss | BoundLoss) -> DatumFn:
     def of_sequence(
         logprobs: Tensor, weights: Tensor, share: Tensor, *columns: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        own = share.sum(0, keepdim=True)
-        return sums(packed(logprobs, weights, columns), own, own != 0)
+        # with_denominators put the sequence's share at one token, and 0 at the others.
+        sequence_share = share.sum(0, keepdim=True)
+        return sums(packed(logprobs, weights, columns), sequence_share, sequence_share != 0)
 
-    # The service reads the parameters' names, and fx their number, from the code itself.
+    # The service reads the names of the parameters from the code object, and torch.fx reads their number.
     extra, body = ((), of_tokens) if loss.rows.per_token else (("share",), of_sequence)
     names = ", ".join(("logprobs", "weights", *extra, *loss.reads))
     fn: DatumFn = eval(f"lambda {names}: body({names})", {"body": body})
@@ -81,7 +83,7 @@ def as_datum_fn(loss: Loss | BoundLoss) -> DatumFn:
 
 
 def as_bound(loss: Loss | BoundLoss) -> BoundLoss:
-    """Bind nothing to a ``Loss``, and refuse anything that is not a loss of this library."""
+    """Return the loss as a ``BoundLoss``, and refuse anything that is not a loss of this library."""
     if isinstance(loss, Loss):
         return loss.bind()
     if not isinstance(loss, BoundLoss):
@@ -90,22 +92,23 @@ def as_bound(loss: Loss | BoundLoss) -> BoundLoss:
 
 
 def with_denominators(loss: Loss | BoundLoss, data: Sequence[Any]) -> list[Any]:
-    """Copy the datums, with share / denominator in ``weights`` and every column that the loss reads in place.
+    """Copy the datums with share / denominator as ``weights``, and add every column that the loss reads.
 
-    A loss of sequences keeps its weights, which its terms may read; its share / denominator goes into the field
-    ``share``, at the first active token of each datum.
+    For a loss of sequences, ``weights`` stay as they are, since its terms may read them. Its share / denominator is put
+    into the field ``share``, at the first active token of each datum.
 
     Args:
-        loss: a loss, bound to its side columns and, for a chunk, to the whole batch's denominator.
+        loss: a loss, with its side columns bound. For a chunk, bind the denominator of the whole batch, too.
         data: datums, which pass the same checks as in a call of the loss.
 
     Raises:
-        LossInputError: for what a call of the loss refuses, for ``align="truncate"`` and for ``ON_POLICY``.
+        LossInputError: if a call of the loss would refuse the datums, or if ``align="truncate"`` or ``ON_POLICY`` is
+            bound.
     """
     bound = as_bound(loss)
     loss = bound.loss
-    with blaming(loss):
-        t, shapes = packed_without_logprobs(bound, data)
+    with add_loss_name(loss):
+        t, shapes = pack_without_logprobs(bound, data)
         share = loss.share(t)
         if loss.count is not None:
             count = float(loss.count(t)) if bound.divisor is None else bound.divisor
@@ -131,12 +134,12 @@ def at_first_active(t: Tokens, y: Tensor) -> Tensor:
     return torch.where(first, to_tokens(t, y), 0)
 
 
-def packed_without_logprobs(bound: BoundLoss, data: Sequence[Any]) -> tuple[Tokens, Shapes]:
-    """Pack a batch whose logprobs are 0, check its values, and give the shape of each datum's rows."""
+def pack_without_logprobs(bound: BoundLoss, data: Sequence[Any]) -> tuple[Tokens, Shapes]:
+    """Pack a batch with zeros as logprobs, and check its values. Return it with the shape of each datum's rows."""
     loss = bound.loss
     if bound.align != "strict" or any(x is ON_POLICY for x in bound.columns.values()):
         got = "align='truncate'" if bound.align != "strict" else "old_logprobs=ON_POLICY"
-        fix = "A datum holds what the service will read: rows of its own length, and numbers."
+        fix = "The service reads the datums, so each column must be a row of numbers as long as the datum."
         raise LossInputError("bind", "rows as the datums have them", got, fix)
     check_data(data, loss.rows)
     shapes: list[Sequence[int]] = [row.shape for row in weight_rows(data, loss.reads, bound.columns)]
@@ -145,20 +148,20 @@ def packed_without_logprobs(bound: BoundLoss, data: Sequence[Any]) -> tuple[Toke
         shapes = [shape if len(shape) == 2 or y is None else y.to_numpy().shape for shape, y in zip(shapes, targets)]
     zeros = [torch.zeros(shape, dtype=torch.float64) for shape in shapes]
     t = pack(data, zeros, loss.reads, bound.columns, rows=loss.rows)
-    (found,) = to_host(torch.float64, extremes(t, loss.rows))
-    check_values(found, t, signed=loss.signed)
+    (extrema,) = to_host(torch.float64, extremes(t, loss.rows))
+    check_values(extrema, t, signed=loss.signed)
     return t, shapes
 
 
 def with_fields(datum: Any, fields: Mapping[str, np.ndarray]) -> Any:
-    """Copy a datum, of its own class, with fields replaced by float32 tensors of its own class."""
-    wrap = type(datum.loss_fn_inputs.get("target_tokens", TensorData([], "int64")))
-    new = {name: wrap.from_numpy(np.array(row, dtype=np.float32)) for name, row in fields.items()}
+    """Copy a datum with these fields as float32 tensors. Datum and tensors have the classes of the original."""
+    tensor_class = type(datum.loss_fn_inputs.get("target_tokens", TensorData([], "int64")))
+    new = {name: tensor_class.from_numpy(np.array(row, dtype=np.float32)) for name, row in fields.items()}
     return type(datum)(datum.model_input, {**datum.loss_fn_inputs, **new})
 
 
 def with_only(datum: Any, names: Sequence[str]) -> Any:
-    """Copy a datum with these fields alone."""
+    """Copy a datum with only these fields."""
     return type(datum)(datum.model_input, {name: datum.loss_fn_inputs[name] for name in names})
 
 
@@ -171,7 +174,7 @@ class Folded(NamedTuple):
 
 
 def fold(loss: Loss | BoundLoss, data: Sequence[Any]) -> Folded:
-    """Write a loss as a hosted service's built-in, which takes one pass: fold share / denominator into the datums.
+    """Write a loss as a hosted service's built-in, which needs one pass, by folding share / denominator into datums.
 
     The advantages (or the weights of a cross-entropy) are multiplied by share / denominator. The gradient is exactly
     that of the loss.
@@ -181,28 +184,28 @@ def fold(loss: Loss | BoundLoss, data: Sequence[Any]) -> Folded:
         data: datums, which pass the same checks as in a call of the loss.
 
     Raises:
-        LossInputError: where no built-in is the same function: with a KL penalty, a dual clip or a log-ratio cap
-            (built-ins have none), for coupled datums, for ``dro`` (advantages cannot scale its penalty), and for a
-            loss that the services do not have.
+        LossInputError: if no built-in computes this loss. This holds for a loss with a KL penalty, a dual clip or a
+            log-ratio cap, for ``dro`` (advantages cannot scale its penalty), for a loss that couples datums, and for
+            any loss that the services do not have.
     """
     bound = as_bound(loss)
     loss = bound.loss
     name = builtin_name(loss)
-    ready = with_denominators(bound, data)
-    for i, datum in enumerate(ready):
+    weighted = with_denominators(bound, data)
+    for i, datum in enumerate(weighted):
         if "target_tokens" not in datum.loss_fn_inputs:
             fix = "Build it with datum_from_tokens."
             raise LossInputError("target_tokens", "the ids of the targets", "nothing", fix, datum=i, loss=loss.name)
     if name == "cross_entropy":
-        return Folded([with_only(d, ("target_tokens", "weights")) for d in ready], name, None)
-    own = BUILTINS[name]
-    folded = [advantages_times_weights(d, with_mask="sequence_ratio_mask" in own.required) for d in ready]
-    clips = CLIP.keys() <= own.config.keys()
-    return Folded(folded, name, dict(zip(CLIP, loss.knobs["clip"])) if clips else None)
+        return Folded([with_only(d, ("target_tokens", "weights")) for d in weighted], name, None)
+    builtin = BUILTINS[name]
+    folded = [advantages_times_weights(d, with_mask="sequence_ratio_mask" in builtin.required) for d in weighted]
+    has_clip = CLIP.keys() <= builtin.config.keys()
+    return Folded(folded, name, dict(zip(CLIP, loss.knobs["clip"])) if has_clip else None)
 
 
 def advantages_times_weights(datum: Any, *, with_mask: bool) -> Any:
-    """Make a policy datum of the services: ``target_tokens``, the old ``logprobs``, and advantages times weights."""
+    """Make a policy datum of the services: ``target_tokens``, old ``logprobs``, and ``advantages`` times weights."""
     weights, advantages, old = (datum.loss_fn_inputs[n].to_numpy() for n in ("weights", "advantages", "old_logprobs"))
     active = weights != 0
     fields = {"logprobs": np.where(active, old, 0), "advantages": np.where(active, advantages, 0) * weights}

@@ -1,6 +1,7 @@
-"""∂L/∂logprob of a few tokens at a time, for losses in which no token depends on another token's logprob.
+"""∂L/∂logprob of a few tokens at a time, for losses in which no token's term depends on another token's logprob.
 
-Code that computes logprobs can then turn them into gradients at once, and keep nothing for a backward pass.
+Code that computes the logprobs of some tokens can then compute their gradient at once, and keeps nothing for a
+backward pass.
 """
 
 from __future__ import annotations
@@ -13,45 +14,46 @@ import torch
 from torch import Tensor
 
 from lossfns.errors import LossInputError
-from lossfns.loss import BoundLoss, Loss, blaming, show
+from lossfns.loss import BoundLoss, Loss, add_loss_name, name_or_repr
 from lossfns.pack import check_data, find_column
 from lossfns.tokens import ON_POLICY, Tokens
 
 TokenGradient = Callable[[Tensor, Any], Tensor]
-"""A function ``(logprobs of some tokens, their index in the batch) -> ∂L/∂logprob`` in the logprobs' shape."""
+"""A function ``(logprobs of some tokens, their index in the batch) -> ∂L/∂logprob``, of the shape of the logprobs."""
 
 
 @dataclass(frozen=True)
 class TokenwiseTokens(Tokens):
-    """Tokens without sequences: a term that asks for ``lengths`` is refused."""
+    """``Tokens`` without sequences: a loss whose terms read ``lengths`` is refused."""
 
     def __getattribute__(self, name: str) -> Any:
         if name == "lengths":
-            raise LossInputError("loss", "a loss whose tokens stand for themselves", "one of whole sequences", FIX)
+            raise LossInputError("loss", "a loss whose tokens stand for themselves", "a loss over whole sequences", FIX)
         return super().__getattribute__(name)
 
 
-FIX = "Its gradient is known once all logprobs are: take another plan."
+FIX = "Its gradient needs the logprobs of all tokens: take another plan."
 
 
 def token_gradient(loss: Loss | BoundLoss, data: Sequence[Any], device: torch.device | str = "cpu") -> TokenGradient:
     """Write the gradient of a loss as a function of any part of the batch's tokens.
 
     ``linear_logprobs(plan="separable")`` takes this function. Its backward pass refuses a term of your own that mixes
-    tokens in a way that is not seen here.
+    tokens in a way that ``token_gradient`` cannot detect.
 
     Args:
-        loss: a loss of tokens or targets, with its side columns. The denominator is the one that is bound, or that
-            of the whole batch.
+        loss: a loss of tokens or targets, with its side columns. The denominator is the bound one, or else that
+            of the batch.
         data: B datums with ``target_tokens``.
         device: where the logprobs will be.
 
     Returns:
-        ``gradient(logprobs, index)``: logprobs ``[n]`` or ``[n, K]`` in float32 or better, and their index (a slice
-        or a tensor) in the batch's tokens laid end to end; it gives ∂L/∂logprob in the logprobs' shape.
+        ``gradient(logprobs, index)``, which returns ∂L/∂logprob in the shape of ``logprobs``. ``logprobs`` are ``[n]``
+        or ``[n, K]``, in float32 at least. ``index`` (a slice or a tensor) is their place among the tokens of the
+        batch, concatenated over the datums.
 
     Raises:
-        LossInputError: where a token's term depends on its sequence, as in gspo, dpo and orpo.
+        LossInputError: if a token's term depends on its sequence, as in gspo, dpo and orpo.
 
     >>> from lossfns import datum_from_tokens, reinforce
     >>> data = [datum_from_tokens([5, 6, 7, 8], prompt_length=2)]
@@ -60,15 +62,17 @@ def token_gradient(loss: Loss | BoundLoss, data: Sequence[Any], device: torch.de
     tensor([-1., -1.])
     """
     if not isinstance(loss, Loss | BoundLoss):
-        raise LossInputError("loss", "a Loss such as ppo()", show(loss), "Nothing is known of another function.")
+        raise LossInputError(
+            "loss", "a Loss such as ppo()", name_or_repr(loss), "The parts of any other function are unknown."
+        )
     bound = loss.bind() if isinstance(loss, Loss) else loss
     if not bound.loss.rows.per_token:
         got = f"{bound.loss!r}, over {bound.loss.rows}"
         raise LossInputError("loss", "a loss whose tokens stand for themselves", got, FIX)
-    with blaming(bound.loss):
+    with add_loss_name(bound.loss):
         check_data(data, bound.loss.rows)
         zeros = [torch.zeros(row.shape, device=device) for row in find_column("target_tokens", data, bound.columns)]
-        t = bound.packed(data, zeros)
+        t = bound.pack(data, zeros)
         if len(t.logprobs) < sum(lp.numel() for lp in zeros):
             fix = "An index counts all targets: bring the rows of each datum to their length."
             raise LossInputError("align", "rows as long as target_tokens", "'truncate', which cuts them", fix)
@@ -77,17 +81,17 @@ def token_gradient(loss: Loss | BoundLoss, data: Sequence[Any], device: torch.de
     on_policy = [name for name in bound.loss.reads if bound.columns.get(name) is ON_POLICY]
 
     def gradient(logprobs: Tensor, index: Any) -> Tensor:
-        def some(x: Tensor) -> Tensor:
+        def select(x: Tensor) -> Tensor:
             return x.view(-1, *logprobs.shape[1:])[index].flatten()
 
         with torch.enable_grad():
             lp = logprobs.detach().requires_grad_()
-            blanked = torch.where(some(t.active), lp.flatten(), 0)
-            columns = {name: blanked.detach() if name in on_policy else some(x) for name, x in t.columns.items()}
-            term, _ = bound.loss.terms(TokenwiseTokens(blanked, some(t.weights), None, columns))
-            (g,) = torch.autograd.grad(torch.dot(some(share).to(term.dtype), term), lp)
+            blanked = torch.where(select(t.active), lp.flatten(), 0)
+            columns = {name: blanked.detach() if name in on_policy else select(x) for name, x in t.columns.items()}
+            term, _ = bound.loss.terms(TokenwiseTokens(blanked, select(t.weights), None, columns))
+            (g,) = torch.autograd.grad(torch.dot(select(share).to(term.dtype), term), lp)
         return g
 
-    with blaming(bound.loss):
-        gradient(zeros[0][:1], slice(0, 1))  # refuses a loss of another kind before any work is done
+    with add_loss_name(bound.loss):
+        gradient(zeros[0][:1], slice(0, 1))  # refuses a loss of another kind before any work
     return gradient

@@ -21,7 +21,7 @@ from lossfns.weigh import Weighing, sequence_mean, token_mean
 
 @preset
 def reinforce(weigh: Weighing = token_mean) -> Loss:
-    """−A·lp: the policy gradient on-policy. Williams 1992.
+    """−A·lp: the on-policy policy gradient. Williams 1992.
 
     The hosted APIs' example GRPO is ``with_kl(reinforce(weigh=sequence_sum_mean), kl_beta=0.001, kl=k1)``.
 
@@ -45,7 +45,7 @@ def reinforce(weigh: Weighing = token_mean) -> Loss:
 
 @preset
 def importance_sampling(weigh: Weighing = token_mean, log_ratio_cap: float | None = 20.0) -> Loss:
-    """−r·A: the policy gradient, corrected for the policy that sampled.
+    """−r·A: the policy gradient, corrected for the difference from the sampling policy.
 
     Args:
         weigh: how tokens count: ``token_mean``, ``sequence_mean``, ``sequence_sum_mean``, ``token_sum`` or
@@ -55,7 +55,7 @@ def importance_sampling(weigh: Weighing = token_mean, log_ratio_cap: float | Non
     Reads ``advantages`` and ``old_logprobs``. Statistics, means over active tokens:
 
         ratio: mean r, above 0; 1 on-policy.
-        ratio_capped: share of tokens whose log-ratio the cap bounds, in [0, 1].
+        ratio_capped: share of tokens with |log-ratio| above the cap, in [0, 1].
         log_ratio_abs: mean |lp − old|, in nats.
         kl_old: k3 estimate of KL(old‖π) by token, in nats, at least 0.
 
@@ -79,17 +79,17 @@ def ppo(
         weigh: how tokens count: ``token_mean``, ``sequence_mean``, ``sequence_sum_mean``, ``token_sum`` or
             ``fixed_length(L)``.
         log_ratio_cap: bound of |lp − old| before the exponential, above 0; ``None`` is the paper's uncapped form.
-        dual_clip: c of ``with_dual_clip``, above 1; ``None`` for none.
+        dual_clip: c of ``with_dual_clip``, above 1; ``None``: no dual clip.
 
     Reads ``advantages`` and ``old_logprobs``. Statistics, means over active tokens:
 
         ratio: mean r, above 0; 1 on-policy.
-        ratio_capped: share of tokens whose log-ratio the cap bounds, in [0, 1].
+        ratio_capped: share of tokens with |log-ratio| above the cap, in [0, 1].
         log_ratio_abs: mean |lp − old|, in nats.
         kl_old: k3 estimate of KL(old‖π) by token, in nats, at least 0.
         clip_low: share of tokens with A < 0 and r < low, whose gradient is 0; in [0, 1].
         clip_high: share of tokens with A > 0 and r > high, whose gradient is 0; in [0, 1].
-        clip_dual: share of tokens whose loss the dual clip bounds, in [0, 1]; only with ``dual_clip``.
+        clip_dual: share of tokens whose loss is reduced by the dual clip, in [0, 1]; only with ``dual_clip``.
 
     >>> import torch
     >>> from lossfns import datum_from_tokens
@@ -117,23 +117,23 @@ def grpo(
 
     Args:
         clip: bounds (low, high) of the ratio itself, 0 <= low <= 1 <= high; an epsilon of 0.2 is (0.8, 1.2).
-        kl_beta: β, at least 0; 0 leaves the penalty out, and ``ref_logprobs`` with it.
+        kl_beta: β, at least 0. At 0 there is no penalty, and ``ref_logprobs`` are not read.
         kl: the estimator of the penalty: ``k1``, ``k2`` or ``k3`` (see ``help(lossfns.k3)`` for its gradient).
         weigh: how tokens count: ``token_mean``, ``sequence_mean``, ``sequence_sum_mean``, ``token_sum`` or
             ``fixed_length(L)``.
         log_ratio_cap: bound of |lp − old| before the exponential, above 0; ``None`` is the paper's uncapped form.
-        dual_clip: c of ``with_dual_clip``, above 1; ``None`` for none.
+        dual_clip: c of ``with_dual_clip``, above 1; ``None``: no dual clip.
 
     Reads ``advantages``, ``old_logprobs`` and, unless ``kl_beta=0``, ``ref_logprobs``.
     Statistics, means over active tokens:
 
         ratio: mean r, above 0; 1 on-policy.
-        ratio_capped: share of tokens whose log-ratio the cap bounds, in [0, 1].
+        ratio_capped: share of tokens with |log-ratio| above the cap, in [0, 1].
         log_ratio_abs: mean |lp − old|, in nats.
         kl_old: k3 estimate of KL(old‖π) by token, in nats, at least 0.
         clip_low: share of tokens with A < 0 and r < low, whose gradient is 0; in [0, 1].
         clip_high: share of tokens with A > 0 and r > high, whose gradient is 0; in [0, 1].
-        clip_dual: share of tokens whose loss the dual clip bounds, in [0, 1]; only with ``dual_clip``.
+        clip_dual: share of tokens whose loss is reduced by the dual clip, in [0, 1]; only with ``dual_clip``.
         kl_ref: mean of the estimator, in nats; only with ``kl_beta`` above 0.
 
     >>> grpo(kl_beta=0.01)
@@ -165,17 +165,17 @@ def dapo(
         weigh: how tokens count: ``token_mean``, ``sequence_mean``, ``sequence_sum_mean``, ``token_sum`` or
             ``fixed_length(L)``.
         log_ratio_cap: bound of |lp − old| before the exponential, above 0; ``None`` is the paper's uncapped form.
-        dual_clip: c of ``with_dual_clip``, above 1; ``None`` for none.
+        dual_clip: c of ``with_dual_clip``, above 1; ``None``: no dual clip.
 
     Reads ``advantages`` and ``old_logprobs``. Statistics, means over active tokens:
 
         ratio: mean r, above 0; 1 on-policy.
-        ratio_capped: share of tokens whose log-ratio the cap bounds, in [0, 1].
+        ratio_capped: share of tokens with |log-ratio| above the cap, in [0, 1].
         log_ratio_abs: mean |lp − old|, in nats.
         kl_old: k3 estimate of KL(old‖π) by token, in nats, at least 0.
         clip_low: share of tokens with A < 0 and r < low, whose gradient is 0; in [0, 1].
         clip_high: share of tokens with A > 0 and r > high, whose gradient is 0; in [0, 1].
-        clip_dual: share of tokens whose loss the dual clip bounds, in [0, 1]; only with ``dual_clip``.
+        clip_dual: share of tokens whose loss is reduced by the dual clip, in [0, 1]; only with ``dual_clip``.
 
     >>> dapo().reads
     ('advantages', 'old_logprobs')
@@ -199,17 +199,17 @@ def gspo(
         weigh: how tokens count: ``token_mean``, ``sequence_mean``, ``sequence_sum_mean``, ``token_sum`` or
             ``fixed_length(L)``.
         log_ratio_cap: bound of |log s| before the exponential, above 0; ``None`` is the paper's uncapped form.
-        dual_clip: c of ``with_dual_clip``, above 1; ``None`` for none.
+        dual_clip: c of ``with_dual_clip``, above 1; ``None``: no dual clip.
 
     Reads ``advantages`` and ``old_logprobs``. Statistics, means over active tokens:
 
         ratio: mean s, above 0; 1 on-policy.
-        ratio_capped: share of tokens whose log-ratio the cap bounds, in [0, 1].
+        ratio_capped: share of tokens with |log-ratio| above the cap, in [0, 1].
         log_ratio_abs: mean |log s|, in nats.
         kl_old: k3 estimate of KL(old‖π) by token, in nats, at least 0.
         clip_low: share of tokens with A < 0 and s < low, whose gradient is 0; in [0, 1].
         clip_high: share of tokens with A > 0 and s > high, whose gradient is 0; in [0, 1].
-        clip_dual: share of tokens whose loss the dual clip bounds, in [0, 1]; only with ``dual_clip``.
+        clip_dual: share of tokens whose loss is reduced by the dual clip, in [0, 1]; only with ``dual_clip``.
 
     >>> gspo().knobs["weigh"]
     sequence_mean
@@ -233,17 +233,17 @@ def gspo_token(
         weigh: how tokens count: ``token_mean``, ``sequence_mean``, ``sequence_sum_mean``, ``token_sum`` or
             ``fixed_length(L)``.
         log_ratio_cap: bound of |log s| before the exponential, above 0; ``None`` is the paper's uncapped form.
-        dual_clip: c of ``with_dual_clip``, above 1; ``None`` for none.
+        dual_clip: c of ``with_dual_clip``, above 1; ``None``: no dual clip.
 
     Reads ``advantages`` and ``old_logprobs``. Statistics, means over active tokens:
 
         ratio: mean s, above 0; 1 on-policy.
-        ratio_capped: share of tokens whose log-ratio the cap bounds, in [0, 1].
+        ratio_capped: share of tokens with |log-ratio| above the cap, in [0, 1].
         log_ratio_abs: mean |log s|, in nats.
         kl_old: k3 estimate of KL(old‖π) by token, in nats, at least 0.
         clip_low: share of tokens with A < 0 and s < low, whose gradient is 0; in [0, 1].
         clip_high: share of tokens with A > 0 and s > high, whose gradient is 0; in [0, 1].
-        clip_dual: share of tokens whose loss the dual clip bounds, in [0, 1]; only with ``dual_clip``.
+        clip_dual: share of tokens whose loss is reduced by the dual clip, in [0, 1]; only with ``dual_clip``.
 
     >>> gspo_token().reads
     ('advantages', 'old_logprobs')
@@ -253,9 +253,9 @@ def gspo_token(
 
 @preset
 def cispo(clip: Clip = (0.0, 4.0), weigh: Weighing = token_mean, log_ratio_cap: float | None = 20.0) -> Loss:
-    """−sg(clip(r, low, high))·A·lp: a bound limits the weight of a token, and no token loses its gradient.
+    """−sg(clip(r, low, high))·A·lp: the bounds limit a token's weight and keep its gradient.
 
-    MiniMax 2025, arXiv:2506.13585. The paper bounds from above alone, as the default does.
+    MiniMax 2025, arXiv:2506.13585. The paper has only an upper bound, and so has the default.
 
     Args:
         clip: bounds (low, high) of the ratio itself, 0 <= low <= 1 <= high; an epsilon of 0.2 is (0.8, 1.2).
@@ -266,7 +266,7 @@ def cispo(clip: Clip = (0.0, 4.0), weigh: Weighing = token_mean, log_ratio_cap: 
     Reads ``advantages`` and ``old_logprobs``. Statistics, means over active tokens:
 
         ratio: mean r, above 0; 1 on-policy.
-        ratio_capped: share of tokens whose log-ratio the cap bounds, in [0, 1].
+        ratio_capped: share of tokens with |log-ratio| above the cap, in [0, 1].
         log_ratio_abs: mean |lp − old|, in nats.
         kl_old: k3 estimate of KL(old‖π) by token, in nats, at least 0.
         bound_low: share of tokens with r < low, whose weight is low; in [0, 1].
@@ -284,10 +284,11 @@ def cispo(clip: Clip = (0.0, 4.0), weigh: Weighing = token_mean, log_ratio_cap: 
 
 @preset
 def dro(beta: float = 0.05, weigh: Weighing = token_mean) -> Loss:
-    """−(A·lp − ½β(lp − old)²): a policy gradient with a pull back to the policy that sampled.
+    """−(A·lp − ½β(lp − old)²): a policy gradient with a quadratic penalty towards the sampling policy.
 
-    Richemond et al. 2024, arXiv:2405.19107. The penalty is by token, as in the hosted services; the paper's is of
-    the sequence's log-ratio. No ratio enters the loss; the statistics of the ratio use a cap of 20.
+    Richemond et al. 2024, arXiv:2405.19107. The penalty applies to the log-ratio of each token, as in the
+    hosted services. The paper applies it to the log-ratio of the sequence. The loss itself has no ratio; the statistics
+    of the ratio use a cap of 20.
 
     Args:
         beta: β, a finite number above 0.
@@ -297,7 +298,7 @@ def dro(beta: float = 0.05, weigh: Weighing = token_mean) -> Loss:
     Reads ``advantages`` and ``old_logprobs``. Statistics, means over active tokens:
 
         ratio: mean r, above 0; 1 on-policy.
-        ratio_capped: share of tokens whose log-ratio the cap bounds, in [0, 1].
+        ratio_capped: share of tokens with |log-ratio| above the cap, in [0, 1].
         log_ratio_abs: mean |lp − old|, in nats.
         kl_old: k3 estimate of KL(old‖π) by token, in nats, at least 0.
 

@@ -1,4 +1,4 @@
-"""Preference losses: one term for each pair, datums interleaved 2i chosen, 2i + 1 rejected."""
+"""Preference losses: one term for each pair. Datum 2i is the chosen side, datum 2i + 1 the rejected side."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from lossfns.weigh import Weighing, pair_mean
 
 
 def accuracy(difference: Tensor) -> Tensor:
-    """1 where the chosen side leads, ½ at a tie, 0 where it trails."""
+    """1 where the difference is positive, ½ where it is 0, else 0."""
     return (difference.detach().sign() + 1) / 2
 
 
 @preset
 def dpo(beta: float = 0.1, label_smoothing: float = 0.0, weigh: Weighing = pair_mean) -> Loss:
-    """−(1−ε)·log σ(β·m) − ε·log σ(−β·m), with m = Σ w·(lp − ref) of the chosen less that of the rejected.
+    """−(1−ε)·log σ(β·m) − ε·log σ(−β·m), with m = Σ w·(lp − ref) of the chosen minus the rejected side.
 
     Rafailov et al. 2023, arXiv:2305.18290, equation 7. ε: Mitchell 2023, conservative DPO.
 
@@ -56,7 +56,7 @@ def orpo(lam: float = 0.1, weigh: Weighing = pair_mean) -> Loss:
     """−a_w + λ·(−log σ(log-odds(a_w) − log-odds(a_l))), with a = Σ w·lp / Σ w of the chosen (w) and rejected (l).
 
     Hong et al. 2024, arXiv:2403.07691, equations 6 and 7. No reference model. Value and gradient are finite for every
-    logprob down to and including 0.
+    logprob up to and including 0.
 
     Args:
         lam: λ, a finite number of at least 0.

@@ -20,10 +20,11 @@ Clip = tuple[float, float]
 Surrogate = Callable[[Tokens, Tensor], Tensor]
 """A function ``(t, ratio [N]) -> loss of each token [N]``."""
 RatioStatistics = Callable[[Tokens, Tensor], Statistics]
+"""A function ``(t, ratio [N]) -> statistics of each token``."""
 
 
 def geometric_level_by_token(t: Tokens, log_ratio: Tensor) -> Tensor:
-    """The value of the sequence's mean, with the gradient of each token's own log-ratio."""
+    """Mean over the sequence, as in ``geometric_level``, but with the gradient of each token's own log-ratio."""
     return eq.straight_through(geometric_level(t, log_ratio), log_ratio)
 
 
@@ -53,19 +54,19 @@ def ratio_loss(
 
 
 def clip_statistics(t: Tokens, ratio: Tensor, clip: Clip) -> Statistics:
-    """Where a bound removes the gradient: below ``low`` with A < 0, above ``high`` with A > 0."""
+    """Masks of tokens whose gradient a bound removes: r < low with A < 0, and r > high with A > 0."""
     low, high = clip
     return {"clip_low": (t.advantages < 0) & (ratio < low), "clip_high": (t.advantages > 0) & (ratio > high)}
 
 
 def bound_statistics(t: Tokens, ratio: Tensor, clip: Clip) -> Statistics:
-    """Where a bound limits the weight of a token, whatever its advantage."""
+    """Masks of tokens whose weight a bound limits: r < low, and r > high, for any advantage."""
     low, high = clip
     return {"bound_low": ratio < low, "bound_high": ratio > high}
 
 
 def clipped(level: Level, clip: Clip, weigh: Weighing, log_ratio_cap: float | None, dual_clip: float | None) -> Loss:
-    """−min(r·A, clip(r, low, high)·A), dual-clipped where ``dual_clip`` is given."""
+    """−min(r·A, clip(r, low, high)·A), with a dual clip unless ``dual_clip`` is None."""
 
     def surrogate(t: Tokens, ratio: Tensor) -> Tensor:
         return eq.clipped_surrogate(ratio, t.advantages, clip)

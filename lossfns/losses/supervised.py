@@ -17,7 +17,7 @@ def nll_of_token(t: Tokens) -> tuple[Tensor, Statistics]:
 
 
 def nll_of_target(t: Tokens) -> tuple[Tensor, Statistics]:
-    """−lp of each target; a mean over candidates says nothing, so there is no statistic."""
+    """−lp of each target, without a statistic: a mean over candidates has no meaning."""
     return eq.nll(t.logprobs), {}
 
 
@@ -34,7 +34,7 @@ def cross_entropy(weigh: Weighing = token_mean) -> Loss:
 
     Reads no column besides the weights, which may be negative. Statistic:
 
-        nll: mean −lp over active tokens, each counting alike, in nats; at least 0.
+        nll: unweighted mean −lp over active tokens, in nats, at least 0.
 
     >>> import torch
     >>> from lossfns import datum_from_tokens
@@ -50,8 +50,8 @@ def cross_entropy(weigh: Weighing = token_mean) -> Loss:
 def multi_target_cross_entropy(weigh: Weighing = token_mean) -> Loss:
     """−Σ w·lp / Σ w over N·K entries: K weighted candidate targets for each position.
 
-    Logprobs, weights and target tokens are ``[N, K]``, row-major where they are flat, dense or CSR. Logprobs are those
-    of the full vocabulary, and they are not renormalised over K. Unused slots have weight 0. With a teacher's
+    Logprobs, weights and target tokens are ``[N, K]``, row-major where they are flat, dense or CSR. Logprobs are
+    over the full vocabulary, and are not renormalised over K. Unused slots have weight 0. With a teacher's
     probabilities as weights, the loss is the forward KL(teacher‖π) up to the teacher's entropy.
 
     Args:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from lossfns import datum as ours
-from lossfns.datum import Datum, ModelInput, TensorData
 from lossfns.inspect.probe import ALIASES
 from lossfns.tokens import COLUMNS
 
@@ -80,9 +79,9 @@ class Batch:
         named = columns | {ALIASES[name]: row for name, row in columns.items() if name in ALIASES}
         fields = {name: np.array(row, np.float32).reshape(shape) for name, row in named.items()}
         ids = (np.arange(prod(shape)) % 50 + 3).reshape(shape)
-        made = {name: sdk.TensorData.from_numpy(x) for name, x in (fields | {"target_tokens": ids}).items()}
+        tensors = {name: sdk.TensorData.from_numpy(x) for name, x in (fields | {"target_tokens": ids}).items()}
         first = ids.reshape(shape[0], -1)[:, 0] if shape[0] else ids
-        return sdk.Datum(sdk.ModelInput.from_ints([2, *first[:-1].tolist()][: shape[0]]), made)
+        return sdk.Datum(sdk.ModelInput.from_ints([2, *first[:-1].tolist()][: shape[0]]), tensors)
 
     def tensors(self, dtype: torch.dtype = torch.float64) -> list[Tensor]:
         """Return the logprobs as leaf tensors that require grad."""
@@ -105,6 +104,3 @@ class Batch:
             weights=self.weights if weights is None else weights,
             columns={**self.columns, **columns},
         )
-
-
-__all__ = ["ALIASES", "Batch", "Datum", "ModelInput", "Row", "Rows", "TensorData"]

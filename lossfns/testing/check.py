@@ -238,12 +238,12 @@ def law_trials(loss_fn: LossFn, kind: str, targets: int, examples: int, claims: 
         max_length=6,
     )
 
-    def tried(law: Law, batch: Batch) -> None:
+    def apply(law: Law, batch: Batch) -> None:
         law(loss_fn, batch.data(), batch.tensors(dtype))
 
     def trial(law: Law) -> Trial:
         first, count = (small[-1:], 0) if makes_own_batches(law) else (small, examples)
-        return Trial(law.__name__, partial(run_law, law, partial(tried, law), first, drawn, count))
+        return Trial(law.__name__, partial(run_law, law, partial(apply, law), first, drawn, count))
 
     return [trial(law) for law in (*LAWS_BY_KIND[kind], *claims)]
 
@@ -253,16 +253,16 @@ def makes_own_batches(law: Law) -> bool:
     return law in SELF_CONTAINED or law.__name__ == "vectors"
 
 
-def run_law(law: Law, on: Callable[[Batch], None], small: Sequence[Batch], drawn: Any, examples: int) -> Verdict:
+def run_law(law: Law, apply: Callable[[Batch], None], small: Sequence[Batch], drawn: Any, examples: int) -> Verdict:
     """Run a law on the small batches in order, then on random ones, and report the smallest batch that breaks it."""
     start = time.monotonic()
     reasons: list[str] = []
-    held = 0
+    passed = 0
 
     def broken(batch: Batch) -> LawBroken | None:
-        nonlocal held
+        nonlocal passed
         try:
-            on(batch)
+            apply(batch)
         except NotApplicable as reason:
             reasons.append(str(reason))
             return None
@@ -270,7 +270,7 @@ def run_law(law: Law, on: Callable[[Batch], None], small: Sequence[Batch], drawn
             return error
         except Exception as error:
             return crashed(error)
-        held += 1
+        passed += 1
         return None
 
     tried = ((batch, broken(batch)) for batch in small)
@@ -282,7 +282,7 @@ def run_law(law: Law, on: Callable[[Batch], None], small: Sequence[Batch], drawn
         batch, error = failed
         example = "" if makes_own_batches(law) else str(batch)  # such a law describes its batch in what was seen
         return Verdict(law.__name__, statement(law), "fail", seconds, error.bug, error.seen, example)
-    if held:
+    if passed:
         return Verdict(law.__name__, statement(law), "pass", seconds)
     return Verdict(law.__name__, statement(law), "n/a", seconds, seen=reasons[0])
 
@@ -314,7 +314,7 @@ def smallest_failure(
 
 def crashed(error: Exception) -> LawBroken:
     """Return the broken law for an unexpected exception."""
-    return LawBroken("not-the-contract", f"On valid input a law ends in {type(error).__name__}: {error}.")
+    return LawBroken("not-the-contract", f"On valid input a law fails with {type(error).__name__}: {error}.")
 
 
 def statement(law: Callable[..., None]) -> str:

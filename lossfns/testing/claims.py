@@ -65,7 +65,7 @@ def vectors_law(subject: Any, like: Loss, matched: Sequence[Vector]) -> Law:
     """Return the law that a loss gives the right answer to these golden vectors."""
 
     def vectors(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
-        assume(bool(matched), "there are none of its settings")
+        assume(bool(matched), "no vectors have its settings")
         dtype = str(logprobs[0].dtype).removeprefix("torch.")
         preset = subject is public(like.name)
         replies = {v.id: reply_to(v, dtype) if preset else reply_of(loss_fn, v, logprobs[0].dtype) for v in matched}

@@ -63,8 +63,8 @@ def is_pairwise(a: Arguments) -> bool:
 
 def divisor(a: Arguments) -> float:
     """Return the denominator of the loss with these arguments."""
-    alive = [bool(active(row)) for row in a["weights"]]
-    count = sum(map(all, zip(alive[0::2], alive[1::2]))) if is_pairwise(a) else sum(alive)
+    nonempty = [bool(active(row)) for row in a["weights"]]
+    count = sum(map(all, zip(nonempty[0::2], nonempty[1::2]))) if is_pairwise(a) else sum(nonempty)
     mass = total(w for row in a["weights"] for w in row)
     return oracle.divisor(a["weigh"], mass, count, a.get("length"), a["denominator"])
 
@@ -246,15 +246,15 @@ def zero_advantage_denominator(f: Oracle, a: Arguments) -> Loss:
 def broadcast(f: Oracle, a: Arguments) -> Loss:
     """Average over all pairs of datums: each token with every advantage, each chosen side with every rejected one."""
     if is_pairwise(a):
-        turns = range(len(unit_indices(a)))
-        parts = [reordered(partial(rejected_turned, by))(f, a) for by in turns]
+        offsets = range(len(unit_indices(a)))
+        parts = [reordered(partial(rejected_sides_rotated, by))(f, a) for by in offsets]
         return scale_loss(reduce(add_losses, parts), 1 / len(parts)) if parts else f(**a)
     first_advantages = [row[active(w)[0]] for row, w in zip(a["advantages"], a["weights"]) if any(w)]
     mean = sum(first_advantages) / max(len(first_advantages), 1)
     return f(**map_rows(a, "advantages", lambda row: [mean] * len(row)))
 
 
-def rejected_turned(by: int, count: int) -> list[int]:
+def rejected_sides_rotated(by: int, count: int) -> list[int]:
     """Return the order in which each chosen side stands before the rejected side of the pair ``by`` places on."""
     return [i if i % 2 == 0 else (i + 2 * by) % count for i in range(count)]
 

@@ -177,8 +177,8 @@ class FactoryLoss:
         """Call the factory with the columns in these forms."""
         columns = {name: parameter_rows(data, name) for name in self.required}
         weights = parameter_rows(data, "weights")
-        given = {name: self.FORMS[form](columns[name], weights) for name, form in zip(self.required, forms)}
-        return self.factory(**given, **self.settings)
+        arguments = {name: self.FORMS[form](columns[name], weights) for name, form in zip(self.required, forms)}
+        return self.factory(**arguments, **self.settings)
 
     def find_forms(self, data: Sequence[Any], logprobs_list: Sequence[Tensor]) -> tuple[str, ...]:
         """Return the first forms of the columns with which a call gives a 0-d loss."""
@@ -230,14 +230,14 @@ class PaddedLoss:
             for name in self.required
         }
         like = logprobs_list[0]
-        for name, own in rows.items():
-            for i, (row, lp) in enumerate(zip(own, logprobs_list)):
+        for name, column_rows in rows.items():
+            for i, (row, lp) in enumerate(zip(column_rows, logprobs_list)):
                 if row.shape != lp.shape:
                     fix = "Every row has the length of target_tokens."
                     raise LossInputError(name, f"shape {tuple(lp.shape)}", str(tuple(row.shape)), fix, datum=i)
         padded = {
-            name: torch.nn.utils.rnn.pad_sequence([row.to(like.dtype) for row in own], batch_first=True)
-            for name, own in rows.items()
+            name: torch.nn.utils.rnn.pad_sequence([row.to(like.dtype) for row in column_rows], batch_first=True)
+            for name, column_rows in rows.items()
         }
         result = self.fn(**padded, **self.settings)
         if not isinstance(result, tuple):
@@ -268,8 +268,8 @@ def knobs(loss_fn: LossFn) -> dict[str, Any]:
     fn = loss_fn
     if isinstance(loss_fn, (FactoryLoss, PaddedLoss)):
         fn = loss_fn.factory if isinstance(loss_fn, FactoryLoss) else loss_fn.fn
-    own = {p.name: p.default for p in parameters(fn) if p.default is not p.empty and column_of(p.name) is None}
-    return own | (loss_fn.settings if isinstance(loss_fn, (FactoryLoss, PaddedLoss)) else {})
+    defaults = {p.name: p.default for p in parameters(fn) if p.default is not p.empty and column_of(p.name) is None}
+    return defaults | (loss_fn.settings if isinstance(loss_fn, (FactoryLoss, PaddedLoss)) else {})
 
 
 def setting_elements(value: Any) -> Iterator[int | None]:

@@ -1,6 +1,5 @@
 """``token_gradient``: any part of a batch's tokens has the same gradient as in the whole batch."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,22 +10,21 @@ import lossfns
 from lossfns import ON_POLICY, Loss, LossInputError
 from lossfns.export.token_gradient import token_gradient
 from lossfns.logprobs.linear import linear_logprobs
+from lossfns.testing.public import presets
 
 LENGTHS = (5, 1, 8, 3)
 N = sum(LENGTHS)
 
-BY_TOKEN: list[Loss] = [
-    lossfns.cross_entropy(),
-    lossfns.reinforce(weigh=lossfns.sequence_mean),
-    lossfns.importance_sampling(weigh=lossfns.token_sum),
-    lossfns.ppo(weigh=lossfns.sequence_sum_mean),
-    lossfns.grpo(kl_beta=0.1),
-    lossfns.dapo(dual_clip=3.0),
-    lossfns.cispo(),
-    lossfns.dro(),
-    lossfns.with_tis(lossfns.ppo()),
-]
-BY_SEQUENCE: list[Loss] = [lossfns.gspo(), lossfns.gspo_token(), lossfns.dpo(), lossfns.orpo()]
+SETTINGS: dict[str, dict[str, Any]] = {
+    "reinforce": {"weigh": lossfns.sequence_mean},
+    "importance_sampling": {"weigh": lossfns.token_sum},
+    "ppo": {"weigh": lossfns.sequence_sum_mean},
+    "grpo": {"kl_beta": 0.1},
+    "dapo": {"dual_clip": 3.0},
+}
+LOSSES = [preset(**SETTINGS.get(name, {})) for name, preset in presets().items() if preset().rows != "targets"]
+BY_SEQUENCE = [loss for loss in LOSSES if loss.rows == "pairs" or loss.name in ("gspo", "gspo_token")]
+BY_TOKEN = [*(loss for loss in LOSSES if loss not in BY_SEQUENCE), lossfns.with_tis(lossfns.ppo())]
 
 
 def random(seed: int, *shape: int) -> Tensor:
@@ -122,12 +120,12 @@ def test_a_loss_of_whole_sequences_is_refused_by_name(loss: Loss) -> None:
     assert loss.name in str(error.value)
 
 
-@pytest.mark.parametrize("make", [lossfns.cross_entropy, lossfns.grpo, lossfns.cispo], ids=lambda make: make.__name__)
-def test_the_separable_plan_with_a_loss_is_the_loss(make: Callable[[], Loss]) -> None:
+@pytest.mark.parametrize("loss_fn", BY_TOKEN, ids=repr)
+def test_the_separable_plan_with_a_loss_is_the_loss(loss_fn: Loss) -> None:
     """Gradients straight from hidden states, compared with the loss on logits in float64."""
     hidden, weight = random(1, N, 6), random(2, 11, 6)
     targets = torch.cat([torch.tensor(d.loss_fn_inputs["target_tokens"].data) for d in batch()]) % 11
-    loss = bound(make())
+    loss = bound(loss_fn)
     leaves = [hidden.double().requires_grad_(), weight.double().requires_grad_()]
     logprobs = (leaves[0] @ leaves[1].T).log_softmax(1).gather(1, targets[:, None]).squeeze(1)
     expected = torch.autograd.grad(loss(batch(), list(logprobs.split(LENGTHS)))[0], leaves)

@@ -1,4 +1,4 @@
-"""``check``: what a subject is, what the report says, and the command line and pytest around it."""
+"""``check``: detection of the subject, the report, the command line and pytest."""
 
 import json
 import os
@@ -80,7 +80,7 @@ def ppo_of_tensors(
 
 
 def make_reinforce_loss(advantages: Sequence[float], ref_logprobs: Sequence[Tensor], kl_beta: float = 0.1) -> Any:
-    """With one advantage for each datum, as the hosted APIs' documented example takes them."""
+    """A factory that takes one advantage for each datum, as the documented example of the hosted APIs does."""
 
     def loss_fn(data: Sequence[Any], logprobs_list: Sequence[Tensor]) -> tuple[Tensor, dict[str, float]]:
         total, count = torch.zeros(()), torch.zeros(())
@@ -96,7 +96,7 @@ def make_reinforce_loss(advantages: Sequence[float], ref_logprobs: Sequence[Tens
 
 
 def make_dpo_loss(ref_chosen: Sequence[float], ref_rejected: Sequence[float], beta: float = 0.1) -> Any:
-    """For one pair, and deaf to others, as the documented example is."""
+    """A factory for one pair that ignores any other, as the documented example does."""
 
     def loss_fn(data: Sequence[Any], logprobs_list: Sequence[Tensor]) -> tuple[Tensor, dict[str, float]]:
         gaps = []
@@ -109,7 +109,7 @@ def make_dpo_loss(ref_chosen: Sequence[float], ref_rejected: Sequence[float], be
 
 
 class Scaled:
-    """A loss with settings, to be made and then called."""
+    """A class of losses with a setting."""
 
     def __init__(self, scale: float = 1.0) -> None:
         self.scale = scale
@@ -227,7 +227,7 @@ def test_what_is_made_with_another_setting_is_another_loss() -> None:
 
 
 def verdict(subject: Any, law: str, examples: int = 0) -> Verdict:
-    """What one law says."""
+    """Return the verdict of one law."""
     with without_expected_warnings():
         return next(trial for trial in trials(subject, examples=examples)[1] if trial.law == law).run()
 
@@ -350,7 +350,7 @@ HERE = f"{__file__}:"
 
 
 def run(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]:
-    """Exit status, standard output and standard error of ``lossfns check``, without random batches."""
+    """Return exit status, standard output and standard error of ``lossfns check``, without random batches."""
     status = main(["check", *args, "--examples", "0"])
     return status, *capsys.readouterr()
 
@@ -430,7 +430,7 @@ def test_reports_are_written_as_json_and_junit(capsys: pytest.CaptureFixture[str
 
 
 def pytest_run(folder: Path, *args: str, **variables: str) -> tuple[int, str]:
-    """Exit status and output of a pytest of its own, in an empty folder."""
+    """Run pytest in an empty folder; return exit status and output."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("LOSSFNS")}
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *args]
     done = subprocess.run(command, cwd=folder, env=environment | variables, capture_output=True, text=True, timeout=120)

@@ -1,4 +1,4 @@
-"""The kit against itself: laws kill mutants and spare what is right, and docs/laws.md says so truly."""
+"""The kit tested on itself: laws break on mutants and hold for correct losses, as docs/laws.md says."""
 
 import math
 import re
@@ -34,7 +34,7 @@ def test_the_page_is_what_its_own_measurements_make() -> None:
 
 
 def test_every_exemplar_is_killed_and_nearly_every_one_is_named() -> None:
-    """But for a setting of group advantages, which no law of theirs varies."""
+    """The exception is a setting of group advantages, which none of their laws varies."""
     assert [name for name, kill in EXEMPLARS.items() if not kill.killed()] == ["group_advantages_inert_knob"]
     assert sum(kill.without_claim() for kill in RECORD.exemplars) >= 0.95 * len(MUTANTS)
     assert sum(kill.named_right() for kill in RECORD.exemplars) >= 0.95 * len(MUTANTS)
@@ -47,14 +47,14 @@ def test_every_law_kills_an_exemplar() -> None:
 
 
 def test_every_bug_is_named_by_a_first_broken_law() -> None:
-    """But for the one that says no more than that the claim is wrong."""
+    """The exception is another-loss, which says no more than that the claim is wrong."""
     assert {kill.named for kill in RECORD.exemplars if kill.named_right()} >= set(BUGS) - {"another-loss"}
 
 
 def test_the_held_out_losses_are_others_than_the_exemplars() -> None:
     population = list(held_out())
-    counted = {loss: sum(specimen.loss == loss for specimen in population) for loss in METHODS}
-    assert {entry.loss: entry.mutants for entry in RECORD.held_out} == counted, STALE
+    counted = {loss: sum(spec.loss == loss for spec in population) for loss in METHODS}
+    assert {entry.title: entry.mutants for entry in RECORD.held_out} == counted, STALE
     assert len(population) >= 400
     whole = totals(RECORD.held_out)
     assert len(RECORD.misnamed) == whole.mutants - whole.named_right
@@ -87,7 +87,7 @@ def test_the_guide_explains_every_law_and_bug() -> None:
 
 
 def verdicts(subject: Any, examples: int = 0) -> Iterator[Verdict]:
-    """What each law says, one by one."""
+    """Yield the verdict of each law."""
     for trial in trials(subject, examples=examples)[1]:
         with without_expected_warnings():
             verdict = trial.run()
@@ -98,7 +98,7 @@ FIRST_OF_A_BUG = {vars(made)["bug"]: name for name, made in reversed(MUTANTS.ite
 
 
 def check_first_law(name: str) -> None:
-    """Refuse a page on which the first broken law of an exemplar is another one."""
+    """Fail if the page names another first broken law of an exemplar."""
     recorded = EXEMPLARS[name]
     first = next((verdict for verdict in verdicts(MUTANTS[name]) if verdict.verdict == "fail"), None)
     found = (first.law, first.bug) if first else ("", "")
@@ -156,9 +156,9 @@ def test_our_losses_obey_every_law(name: str, examples: int) -> None:
 
 
 def test_every_law_has_something_to_say_of_our_losses() -> None:
-    """A law that never holds of anything would pass unnoticed elsewhere."""
-    entry = {verdict.law for name in PRESETS for verdict in report(name, 0) if verdict.verdict == "pass"}
-    assert entry >= set(LAWS) - {"tis"}  # of a loss that has a correction
+    """Every law applies to at least one preset, so no law is skipped everywhere."""
+    applicable = {verdict.law for name in PRESETS for verdict in report(name, 0) if verdict.verdict == "pass"}
+    assert applicable >= set(LAWS) - {"tis"}  # of a loss that has a correction
 
 
 @pytest.mark.exhaustive
@@ -169,7 +169,7 @@ def test_our_losses_obey_every_law_with_other_settings(loss: lossfns.Loss) -> No
 
 @pytest.mark.parametrize("loss", [loss.name for loss in DEFAULTS])
 def test_the_oracle_obeys_every_law(loss: str) -> None:
-    """A correct loss by another hand."""
+    """The oracle is a second implementation of every loss."""
     correct: Any = oracle_loss("", loss, load(loss)[0].config)
     correct.like = correct_loss(loss, load(loss)[0].config)
     assert [verdict for verdict in verdicts(correct) if verdict.verdict == "fail"] == []

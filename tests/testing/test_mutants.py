@@ -1,4 +1,4 @@
-"""Known-wrong losses: right but for their bug, and wrong as torch code with that bug is."""
+"""Mutants: correct except for their bug, and equal to torch code with the same bug."""
 
 import inspect
 from collections.abc import Callable
@@ -24,7 +24,7 @@ LOSSES = [loss for loss in METHODS if loss != "group_advantages"]
 
 
 def batch_for(like: Loss, seed: int) -> Batch:
-    """A random batch of the loss's kind, two sequences of it (a pair) fully masked."""
+    """Return a random batch of the loss's kind with two fully masked sequences, which are a pair for pairs."""
     drawn = random_batch(Random(seed), pairs=like.rows == "pairs", targets=3 if like.rows == "targets" else 0)
     batch = Batch(drawn.logprobs, drawn.weights, drawn.columns, drawn.targets)
     both = batch.take([*range(len(batch.weights)), 0, 1])
@@ -85,7 +85,7 @@ def test_without_a_bug_the_answer_is_that_of_the_library(loss: str) -> None:
 
 
 KEPT = [bug for bug in CALL_BUGS if bug not in ("state-between-calls", "another-loss", "mask-by-token-id")]
-"""Bugs of the call that leave value and gradient of a plain batch as they are."""
+"""Bugs of the call that do not change value and gradient of an ordinary batch."""
 
 
 @pytest.mark.parametrize("bug", KEPT)
@@ -239,13 +239,13 @@ def test_a_planted_bug_answers_as_torch_code_with_it(bug: str, loss: str) -> Non
 
 
 def calm(rows: list[list[float]], rng: Random) -> list[list[float]]:
-    """Logprobs of another policy, within half a nat: a cap is then the same for a sum as for its parts."""
+    """Return logprobs of another policy within half a nat, so that no cap acts on a ratio or a sum of ratios."""
     return [[min(lp + rng.uniform(-0.5, 0.5), 0.0) for lp in row] for row in rows]
 
 
 @pytest.mark.parametrize("bug", ["where-after-exp", "mask-after-exp"])
 def test_a_masked_nan_comes_through_as_in_torch_code(bug: str) -> None:
-    """In the value, or in the gradient alone; at the datum's own masked slots, or everywhere."""
+    """nan shows in the value or in the gradient alone, at the same slots as in torch code."""
     made: Any = mutant(bug, "ppo")
     batch = Batch([[-1.0, -2.0], [-0.5]], [[0.0, 1.0], [1.0]],
         {"advantages": [[1.0, 1.0], [-1.0]], "old_logprobs": [[float("nan"), -2.5], [-0.5]]})  # fmt: skip

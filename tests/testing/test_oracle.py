@@ -1,4 +1,4 @@
-"""The oracle against numbers worked on paper, and its gradients against central differences."""
+"""The oracle compared with numbers computed by hand, and its gradients with central differences."""
 
 import math
 import random
@@ -57,7 +57,7 @@ CASES = [
 
 
 def method(name: str) -> Callable[..., Loss]:
-    """The oracle's loss of that name."""
+    """Return the oracle's loss of this name."""
     loss: Callable[..., Loss] = getattr(oracle, name)
     return loss
 
@@ -88,7 +88,7 @@ def batch(seed: int, fractional: bool = True) -> dict[str, Rows]:
 
 
 def pick(columns: tuple[str, ...], data: dict[str, Rows]) -> dict[str, Rows]:
-    """The columns a method takes, and the weights."""
+    """Return the columns of a method, and the weights."""
     return {name: data[name] for name in (*columns, "weights")}
 
 
@@ -105,7 +105,7 @@ def differences(loss: Callable[[Rows], float], logprobs: Rows, step: float = 1e-
 
 
 def near(value: object) -> Any:
-    """Equal but for rounding."""
+    """Equal up to rounding."""
     return pytest.approx(value, rel=1e-12, abs=1e-14)
 
 
@@ -114,7 +114,7 @@ def flat(rows: Rows) -> Row:
     return [x for row in rows for x in row]
 
 
-# Numbers worked on paper
+# Numbers computed by hand
 
 
 @pytest.mark.parametrize(
@@ -492,7 +492,7 @@ EXTREMES = [0.0, -1e-10, -1e-6, -1.0, -50.0, -1e4]
 @pytest.mark.parametrize("chosen", EXTREMES)
 @pytest.mark.parametrize("rejected", EXTREMES)
 def test_preferences_stay_finite(chosen: float, rejected: float) -> None:
-    """From certain to hopeless on either side, the value and the gradient are finite."""
+    """Value and gradient are finite from certain to impossible sides."""
     rows: dict[str, Any] = {"logprobs": [[chosen], [rejected]], "weights": [[1], [1]]}
     for loss, grads in (oracle.orpo(**rows), oracle.dpo(**rows, ref_logprobs=[[-1], [-2]])):
         assert all(map(math.isfinite, [loss, *flat(grads)]))
@@ -545,13 +545,13 @@ def test_sums_past_the_largest_float() -> None:
     ],
 )
 def test_unknown_options_raise(name: str, knobs: dict[str, Any]) -> None:
-    """A name from elsewhere, or an option without what it needs, is an error."""
+    """An unknown name and an option without its column are errors."""
     with pytest.raises(ValueError):
         ratios(name, [1], [1], **knobs)
 
 
 def test_pairs_need_two() -> None:
-    """Three sequences are no pairs, and a token weighing is none for pairs."""
+    """An odd number of sequences and a weighing of tokens are errors."""
     with pytest.raises(ValueError, match="even"):
         oracle.orpo(logprobs=[[-1]] * 3, weights=[[1]] * 3)
     with pytest.raises(ValueError, match="pair_mean"):

@@ -1,4 +1,4 @@
-"""Strategies draw every edge, nothing that a loss refuses, and shrink to what one can read."""
+"""Strategies draw every edge case, nothing that a loss refuses, and shrink to readable examples."""
 
 import importlib
 import itertools
@@ -20,6 +20,7 @@ from hypothesis.errors import InvalidArgument
 import lossfns
 from lossfns.testing import strategies
 from lossfns.testing.batch import Batch
+from lossfns.testing.public import presets
 from lossfns.testing.strategies import batches, datums
 from lossfns.tokens import LOGPROB_COLUMNS
 
@@ -37,7 +38,7 @@ every_kind = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 
 
 def drawn(strategy: st.SearchStrategy[Any], count: int) -> list[Any]:
-    """As many examples as asked, the same ones every time."""
+    """Draw ``count`` examples, the same ones every time."""
     examples: list[Any] = []
     checks = [HealthCheck.too_slow, HealthCheck.data_too_large]
 
@@ -51,13 +52,13 @@ def drawn(strategy: st.SearchStrategy[Any], count: int) -> list[Any]:
 
 
 def least(strategy: st.SearchStrategy[Any], condition: Callable[[Any], bool]) -> Any:
-    """What an example of the condition shrinks to."""
+    """Return the example to which the condition shrinks."""
     shrink = settings(max_examples=1000, database=None, phases=[Phase.generate, Phase.shrink])
     return find(strategy, condition, settings=shrink, random=Random(0))
 
 
 def tokens(batch: Batch) -> Iterator[dict[str, float]]:
-    """Every token of a batch: its logprob, its weight and its columns."""
+    """Yield logprob, weight and columns of every token."""
     table = {"logprobs": batch.logprobs, "weights": batch.weights, **batch.columns}
     flat = [itertools.chain(*rows) for rows in table.values()]
     return (dict(zip(table, values)) for values in zip(*flat))
@@ -147,20 +148,15 @@ def off_bounds(log_ratio: float) -> bool:
     return ratio == 1 or all(abs(ratio / bound - 1) > 1e-3 for bound in (*BOUNDS, 0.5, 1.3, 2.0, 3.0))
 
 
+PRESETS = [preset() for preset in presets().values()]
 LOSSES = {
     "policy": [
-        lossfns.reinforce(),
-        lossfns.ppo(),
-        lossfns.grpo(),
-        lossfns.gspo(),
-        lossfns.gspo_token(),
-        lossfns.cispo(),
-        lossfns.dro(),
+        *(loss for loss in PRESETS if "advantages" in loss.reads),
         lossfns.with_kl(lossfns.with_tis(lossfns.ppo())),
         lossfns.cross_entropy(weigh=lossfns.sequence_mean),
     ],
-    "pairs": [lossfns.dpo(), lossfns.orpo()],
-    "targets": [lossfns.multi_target_cross_entropy()],
+    "pairs": [loss for loss in PRESETS if loss.rows == "pairs"],
+    "targets": [loss for loss in PRESETS if loss.rows == "targets"],
     "signed": [lossfns.cross_entropy(weigh=lossfns.token_sum)],
     "signed targets": [lossfns.multi_target_cross_entropy(weigh=lossfns.token_sum)],
 }
@@ -169,7 +165,7 @@ LOSSES = {
 @pytest.mark.parametrize("poison", [False, True])
 @pytest.mark.parametrize("kind", OPTIONS)
 def test_our_losses_accept_every_batch(kind: str, poison: bool) -> None:
-    """And are finite on it, in value and gradient."""
+    """Value and gradient are finite."""
     for batch in drawn(batches(**OPTIONS[kind], poison=poison), 40):
         for loss in LOSSES[kind]:
             logprobs = batch.tensors()

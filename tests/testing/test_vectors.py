@@ -1,4 +1,4 @@
-"""Golden vectors: what is committed is what the tool writes, ours meet it, and flags, ids and the runner hold."""
+"""Golden vectors: the committed files are those that the tool writes; the library passes; flags, ids and the runner."""
 
 import json
 import os
@@ -37,12 +37,12 @@ LOSSES = [vector for vector in ANSWERED if vector.loss != "group_advantages"]
 
 
 def blocks() -> list[dict[str, Any]]:
-    """The JSON of the documentation."""
+    """Return the JSON examples of the documentation."""
     return [json.loads(text) for text in re.findall(r"```json\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.S)]
 
 
 def each(x: Any, change: Callable[[float], float]) -> Any:
-    """A change to every number of a nested list."""
+    """Apply a function to every number of a nested list."""
     return [each(part, change) for part in x] if isinstance(x, list) else change(x)
 
 
@@ -50,7 +50,7 @@ def each(x: Any, change: Callable[[float], float]) -> Any:
 
 
 def test_the_files_are_what_the_tool_writes() -> None:
-    """Byte for byte, ids and flags included, so that every flag has just been proven."""
+    """Files are equal byte for byte, including ids and flags, so every flag is checked here."""
     assert list(changed_files()) == []
 
 
@@ -121,7 +121,7 @@ def test_every_comment_is_one_line_and_no_two_vectors_of_a_loss_share_one() -> N
 
 
 def test_all_data_are_exact_in_float32() -> None:
-    """So that an implementation in float32 reads the same numbers."""
+    """An implementation in float32 reads the same numbers."""
     for vector in LOSSES:
         values = np.array(flatten([list(row.values()) for row in vector.data]), dtype=np.float64)
         single = values.astype(np.float32).astype(np.float64)
@@ -152,7 +152,7 @@ def test_every_estimator_and_scale_appears() -> None:
 
 @pytest.mark.parametrize("factor", [1 - 2e-5, 1 + 2e-5])
 def test_no_ratio_is_near_a_bound_but_at_a_kink(factor: float) -> None:
-    """Bounds a little to the side lead to the same gradient: no decision hangs on the rounding of float32."""
+    """Slightly shifted bounds give the same gradient, so no answer depends on the rounding of float32."""
     for v in (v for v in LOSSES if v.kind != "kink" and "log_ratio_cap" in v.config):
         bounds = {name: v.config.get(name) for name in ("clip", "dual_clip", "log_ratio_cap")}
         moved = {name: each(x, lambda bound: bound * factor) for name, x in bounds.items() if x is not None}
@@ -172,7 +172,7 @@ def test_ours_meet_every_vector(loss: str, dtype: str) -> None:
 
 
 def test_ours_refuse_what_must_be_refused() -> None:
-    """By a LossInputError that names the field, and the datum where there is one."""
+    """The LossInputError names the field, and the datum if there is one."""
     for v in (v for v in VECTORS if v.error is not None):
         said = reply_to(v).get("error", {})
         assert (said.get("field"), said.get("datum")) == (v.error["field"], v.error.get("datum")), v.id
@@ -181,7 +181,7 @@ def test_ours_refuse_what_must_be_refused() -> None:
 @pytest.mark.parametrize("loss", [m for m in METHODS if m != "group_advantages"])
 @pytest.mark.filterwarnings("ignore::lossfns.LossWarning")
 def test_the_batch_of_a_vector_carries_its_columns(loss: str) -> None:
-    """The same answers from the datums that the rest of the kit makes of it."""
+    """The datums of the kit give the same answers."""
     for vector in [v for v in load(loss) if v.kind == "valid"][:12]:
         logprobs = vector.batch.tensors()
         value, _ = subject_for(vector)(vector.batch.data(), logprobs)
@@ -271,7 +271,7 @@ UNSEEN = {
     "metric-counts-nonbinding",
     "another-loss",
 }
-"""Bugs that one answer cannot show: they are about time, traces, metrics, token ids, ranks and the claim."""
+"""Bugs that one answer cannot show. They concern repeated calls, traces, metrics, token ids, ranks and the claim."""
 
 
 def test_the_flags_are_all_bugs_that_show_and_every_bug_has_vectors() -> None:
@@ -319,11 +319,11 @@ SLIPS: dict[str, Callable[[Vector], Vector]] = {
     "groups-ignored": row_edit(lambda row: {"group": "all"}),
     "frame-shift": row_edit(lambda row: shifted(row)),
 }
-"""Slips made in the input of our own torch losses: another road to a wrong answer than the oracle's variants."""
+"""Changes of the inputs of the torch losses that have the effect of a bug, independent of the oracle's variants."""
 
 
 def mirrored(row: dict[str, Any]) -> list[float]:
-    """Sampler logprobs as far from the old ones on the other side."""
+    """Mirror the sampler logprobs at the old ones."""
     return [min(2 * old - sampler, 0.0) for old, sampler in zip(row["old_logprobs"], row["sampler_logprobs"])]
 
 
@@ -351,7 +351,7 @@ def test_a_reply_that_is_a_wrong_answer_names_its_bug() -> None:
 
 
 def test_every_id_stands_for_what_the_ledger_says() -> None:
-    """Inputs changed by hand under an old id fail here; changed in the cases they get a new one."""
+    """Inputs that were edited in a file under their old id fail here; edits of the cases get a new id."""
     book = json.loads((FOLDER / LEDGER).read_text())
     seen = []
     for loss in METHODS:
@@ -385,7 +385,7 @@ def test_a_vector_that_is_gone_is_withdrawn_and_its_id_kept() -> None:
 
 
 def node(tmp_path: Path, constant: str = "", value: str = "") -> str:
-    """The command of the example, with one constant changed."""
+    """Return the command of the example, with one constant changed."""
     if shutil.which("node") is None and not os.environ.get("LOSSFNS_WITHOUT_NODE"):
         pytest.fail("node is not installed; set LOSSFNS_WITHOUT_NODE=1 to skip the tests that need it")
     if shutil.which("node") is None:
@@ -476,7 +476,7 @@ def test_a_program_that_hangs_is_given_up_on(tmp_path: Path) -> None:
 
 
 def test_a_program_that_reads_everything_first_does_not_block(tmp_path: Path) -> None:
-    """Requests and replies are larger than the pipes."""
+    """Requests and replies exceed the size of the pipes."""
     echo = "for line in sys.stdin.readlines(): print(json.dumps({'id': json.loads(line)['id'], 'error': 'x' * 4000}))"
     report = run(program(tmp_path, echo))
     assert report.count("pass") == len(VECTORS) - len(ANSWERED)

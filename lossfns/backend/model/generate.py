@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lossfns.backend.model.decoder import Decoder
-from lossfns.checks import number
+from lossfns.checks import check_number
 from lossfns.errors import LossInputError
 from lossfns.logprobs.linear import head_of
 
@@ -50,15 +50,17 @@ def generate(
         top_k: sample from the k most probable tokens; 0 or less keeps all.
         top_p: sample from the fewest tokens whose probabilities sum to ``top_p`` or more; applied after ``top_k``.
         stop: ids that end a sequence.
-        seed: of the draws; None uses PyTorch's global generator.
+        seed: the seed of the draws; None uses PyTorch's global generator.
 
     Raises:
         LossInputError: an empty prompt, or a temperature or ``top_p`` out of range.
     """
     if not all(map(len, prompts)):
         raise LossInputError("prompt", "at least one token", "none", "Start from the end-of-sequence token.")
-    number("temperature", temperature, "0, or a finite number above 1e-6", lambda x: x == 0 or x > 1e-6, "0 is greedy.")
-    number("top_p", top_p, "a number in (0, 1]", lambda x: 0 < x <= 1, "1 keeps all of the distribution.")
+    check_number(
+        "temperature", temperature, "0, or a finite number above 1e-6", lambda x: x == 0 or x > 1e-6, "0 is greedy."
+    )
+    check_number("top_p", top_p, "a number in (0, 1]", lambda x: 0 < x <= 1, "1 keeps all of the distribution.")
     if not prompts:
         return []
     head = head_of(model)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lossfns.checks import number
+from lossfns.checks import check_number
 from lossfns.errors import LossInputError
 
 ALPHA = 32
@@ -25,15 +25,15 @@ def adapt(
 ) -> nn.Module:
     """Freeze a model and put adapters on its ``parts``, in place: y = x·(W + alpha/rank·B·A)ᵀ.
 
-    A [rank, in] is uniform in ±1/√in, and B [out, rank] is zero, so that the model first computes what it did. Both
-    are float32 or better.
+    A [rank, in] is uniform in ±1/√in, and B [out, rank] is zero, so that the model's outputs do not change at first.
+    Both are float32 or better.
 
     Args:
         model: its ``lora_targets`` names the linear layers of each part, as in ``Decoder``.
         rank: at least 1.
         parts: keys of ``lora_targets``. With ``"unembed"``, ``model.head`` has to include the adapter.
         alpha: numerator of the scale.
-        seed: of A; None draws a new one each time.
+        seed: the seed of A; None draws a new one each time.
 
     Returns:
         The model. Its attribute ``lora`` holds the settings, for checkpoints.
@@ -81,7 +81,7 @@ def adapted_weight(layer: Any) -> Tensor:
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """Switch all adapters off in a ``with`` block: there the model is its base model, the reference policy."""
+    """Switch all adapters off in a ``with`` block, where the model then is its base model, the reference policy."""
     flags = [(p, p.requires_grad) for p in model.parameters()]
     on = [layer for layer in adapted_layers(model) if not layer.disable_adapters]
     for layer in on:
@@ -119,7 +119,7 @@ def check_settings(model: nn.Module, rank: Any, parts: Collection[str], alpha: A
     if not is_integer(rank) or rank < 1:
         fix = "create_training_client trains all parameters."
         raise LossInputError("rank", "a whole number of at least 1", repr(rank), fix)
-    number("alpha", alpha, "a finite number above 0", lambda x: x > 0, "At 0 adapters change nothing.")
+    check_number("alpha", alpha, "a finite number above 0", lambda x: x > 0, "At 0 adapters change nothing.")
     if seed is not None and (not is_integer(seed) or not 0 <= seed < 2**63):
         raise LossInputError("seed", "a whole number in [0, 2^63), or None", repr(seed), "None draws one.")
     if not parts:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lossfns.testing.batch import ALIASES, Batch, Rows
+from lossfns.inspect.probe import ALIASES
+from lossfns.testing.batch import Batch, Rows
 from lossfns.testing.bugs import BUGS
 
 LossFn = Callable[..., tuple[Tensor, dict[str, float]]]

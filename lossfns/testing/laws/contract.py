@@ -83,7 +83,7 @@ def inputs_unchanged(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Te
     data, logprobs = probe.batch.data(), probe.batch.tensors(probe.dtype)
     order, before = list(map(id, data)), snapshot(data, logprobs)
     loss_fn(data, logprobs)
-    require(list(map(id, data)) == order, "inputs-mutated", "After the call the list of datums is another.")
+    require(list(map(id, data)) == order, "inputs-mutated", "After the call the list holds other datums.")
     for name, was in before.items():
         now = snapshot(data, logprobs).get(name)
         require(now == was, "inputs-mutated", f"The call changed {name} from {was} to {now}.")
@@ -120,7 +120,7 @@ def every_gradient(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tens
     for tried in (probe.batch, batch, zero):
         for i in missing_gradients(probe, tried):
             used = tried is not zero and any(tried.weights[i])
-            why = "though it has active tokens" if used else "for its weights or advantages are 0"
+            why = "although it has active tokens" if used else "because its weights or advantages are 0"
             seen = f"logprobs_list[{i}].grad is None, {why}."
             require(False, "datum-ignored" if used else "gradient-missing", seen)
 
@@ -149,7 +149,7 @@ def lengths(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) ->
             loss_fn(list(map(with_fields, batch.data(), fields)), batch.tensors(probe.dtype))
         except Exception:
             continue
-        require(False, "silent-truncation", f"Weights {words} are taken in silence.")
+        require(False, "silent-truncation", f"Weights {words} are accepted silently.")
 
 
 def with_fields(datum: Any, fields: dict[str, Any]) -> Any:

@@ -41,7 +41,7 @@ def signal(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> 
     if not good:
         value = abs(there[1.0].value / there[-1.0].gradients[0][0])
         bug = "dual-clip-on-positive" if value > 1 else "clip-as-epsilon"
-        require(False, bug, f"On-policy a token of advantage 1 has no gradient, and a loss of −{value:g}.")
+        require(False, bug, f"On-policy a token of advantage 1 has no gradient, and its loss is −{value:g}.")
     bug = "dual-clip-below-one" if there[1.0].value else "ratio-not-exponentiated"
     seen = f"On-policy a token of advantage −1 has no gradient; the loss for advantage 1 is {there[1.0].value:g}."
     require(bad, bug, seen)
@@ -51,7 +51,7 @@ def diagnose_no_gradient(probe: Probe) -> None:
     """Find out why a single token has no gradient, and raise LawBroken with that bug."""
     seen = "On-policy, on a single token of weight 1, the gradient is 0"
     three = probe(uniform_batch(probe.batch, length=3, datums=unit_size(probe.batch)))
-    require(not any(g for row in three.gradients for g in row), "target-dropped", f"{seen}; of three it is not.")
+    require(not any(g for row in three.gradients for g in row), "target-dropped", f"{seen}; on three tokens it is not.")
     if "advantages" in probe.batch.columns:
         two = uniform_batch(probe.batch, datums=2)
         opposed = probe(two.having(advantages=[[1.0], [-1.0]] if not two.targets else two.columns["advantages"]))
@@ -74,7 +74,7 @@ def independence(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor
     usual = probe(batch).gradients[:step]
     assume(any(g != 0 for row in usual for g in row), "there is no gradient")
 
-    def felt(name: str, moves: Callable[[int], bool]) -> bool:
+    def changes_first(name: str, moves: Callable[[int], bool]) -> bool:
         """Return whether the first unit's gradient changes with a column of these units' first datums."""
         rows = column_rows(batch, name)
         hit = [i % step == 0 and moves(i // step) for i in range(len(rows))]
@@ -82,9 +82,9 @@ def independence(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor
         return not probe.close(probe(batch.having(**{name: lowered})).gradients[:step], usual)
 
     for name in ("logprobs", *(name for name in batch.columns if name != "advantages")):
-        if felt(name, lambda i: i > 0):
+        if changes_first(name, lambda i: i > 0):
             seen = f"Changing the {name} of other datums changes the gradient of datum 0"
-            own = felt(name, lambda i: i == 0)
+            own = changes_first(name, lambda i: i == 0)
             require(own or name == "logprobs", "datum-misaligned", f"{seen}; changing its own does not.")
             require(False, diagnose_coupling(probe, batch.take(range(step))), f"{seen}.")
     masked = [[0.0] * len(row) if i < step else row for i, row in enumerate(batch.weights)]
@@ -102,21 +102,25 @@ def diagnose_coupling(probe: Probe, alone: Batch) -> str:
     return "broadcast" if unit_size(alone) == 2 and probe(lowered).value != probe(alone).value else "cross-talk"
 
 
-def check_advantage_coupling(probe: Probe, batch: Batch, mine: Callable[[Batch], Rows], usual: Rows) -> None:
+def check_advantage_coupling(
+    probe: Probe, batch: Batch, gradients_of_first: Callable[[Batch], Rows], usual: Rows
+) -> None:
     """Require that the gradient of datum 0 does not depend on the advantages of datums 1 and 2."""
 
-    def given(*advantages: float) -> Batch:
+    def with_advantages(*advantages: float) -> Batch:
         return batch.having(advantages=[[a] * len(row) for a, row in zip(advantages, batch.weights)])
 
-    if not probe.close(mine(given(1, 2, 1)), usual) or not probe.close(mine(given(1, 1, 2)), usual):
-        alone, ghost = mine(given(2, 1, 1)), mine(given(0, 1, 0))
+    if not probe.close(gradients_of_first(with_advantages(1, 2, 1)), usual) or not probe.close(
+        gradients_of_first(with_advantages(1, 1, 2)), usual
+    ):
+        alone, ghost = gradients_of_first(with_advantages(2, 1, 1)), gradients_of_first(with_advantages(0, 1, 0))
         seen = "The gradient of datum 0 depends on the advantage of another datum"
         require(not probe.close(alone, usual), "datum-misaligned", f"{seen}, and not on its own.")
         pulled = sum(map(sum, ghost)) < 0
-        require(not pulled, "broadcast", f"{seen}: with advantage 0 it is trained as the other is.")
+        require(not pulled, "broadcast", f"{seen}: with advantage 0 it is trained like the other datum.")
         require(False, "cross-talk", f"{seen}.")
-    seen = "Once another datum's advantage is 0, the gradient of datum 0 is another."
-    require(probe.close(mine(given(1, 0, 1)), usual), "zero-advantage-denominator", seen)
+    seen = "If another datum's advantage is 0, the gradient of datum 0 changes."
+    require(probe.close(gradients_of_first(with_advantages(1, 0, 1)), usual), "zero-advantage-denominator", seen)
 
 
 def canary(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
@@ -165,7 +169,7 @@ def check_advantage_position(probe: Probe, batch: Batch) -> None:
     if not any(hits.values()):
         return  # clipped or inert: other laws report it
     for (i, j), hit in hits.items():
-        seen = f"The advantage of token {j} of datum {i} has its effect at {hit}."
+        seen = f"The advantage of token {j} of datum {i} acts at {hit}."
         if hit == [(i, j)] or (has_sequence_ratio(probe) and {k for k, _ in hit} == {i}):
             continue
         require(not any(k != i for k, _ in hit), "datum-misaligned", seen)
@@ -187,8 +191,8 @@ def diagnose_misplaced_gradient(batch: Batch, lost: dict[tuple[int, int], list[t
         require(False, "mask-missing", seen)
     if not any(lost.values()):
         require(not batch.targets or len(lost) < len(everywhere), "renormalised-targets", seen)
-        whole = {k for k, _ in lost if all((k, t) in lost for t in range(len(batch.weights[k])))}
-        require(False, "datum-ignored" if whole and len(lost) < len(everywhere) else "target-dropped", seen)
+        ignored = {k for k, _ in lost if all((k, t) in lost for t in range(len(batch.weights[k])))}
+        require(False, "datum-ignored" if ignored and len(lost) < len(everywhere) else "target-dropped", seen)
     if batch.targets:
         require(False, "targets-transposed", seen)
     require(False, "datum-misaligned" if hit and hit[0][0] != i else "frame-shift", seen)

@@ -70,13 +70,13 @@ def padding(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) ->
     for on_policy in (True, False):
         plain = on_policy_batch(batch) if on_policy else batch
         before, after = probe(plain), probe(with_padding(plain))
-        kept = probe.close(after.value, before.value)
+        same_value = probe.close(after.value, before.value)
         inner = [row[width:-width] for row in after.gradients]
         outer = [g for row in after.gradients for g in (*row[:width], *row[-width:])]
         require(not any(outer), "mask-missing", f"Masked tokens have the gradients {outer}.")
         seen = f"With a masked token at both ends of each sequence the loss is {after.value}, not {before.value}"
         same = probe.close([after.value, inner], [before.value, before.gradients])
-        bug = "padding-in-denominator" if on_policy and not kept else "padding-in-sequence-ratio"
+        bug = "padding-in-denominator" if on_policy and not same_value else "padding-in-sequence-ratio"
         require(same, bug, f"{seen} ({'on-policy' if on_policy else 'off-policy only'}).")
 
 
@@ -87,7 +87,7 @@ def empty(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> N
     before, after = probe(batch), probe(with_masked_unit(batch))
     seen = f"With a fully masked datum the loss is {after.value}, not {before.value}, or the others' gradients differ"
     require(after.finite, "empty-sequence-nan", f"{seen}; its gradients are {after.gradients[-1]}.")
-    assume(before.finite, "it is not finite without it either")
-    rest = after.gradients[: len(before.gradients)]
-    same = probe.close([after.value, rest], [before.value, before.gradients])
+    assume(before.finite, "it is not finite without this datum either")
+    others = after.gradients[: len(before.gradients)]
+    same = probe.close([after.value, others], [before.value, before.gradients])
     require(same, "empty-sequence-counted", f"{seen}.")

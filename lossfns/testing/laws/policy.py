@@ -33,8 +33,8 @@ LOG_RATIOS = [0.001 * 1.35**i for i in range(28)]
 def value_and_gradient_at(probe: Probe, d: float, advantage: float, **columns: float) -> tuple[float, float]:
     """Return value and gradient of a single token with log-ratio d."""
     batch = uniform_batch(probe.batch, logprobs=-30.0, advantages=advantage)
-    given = {"old_logprobs": -30.0 - d, "sampler_logprobs": -30.0 - d, **columns}
-    result = probe(with_constants(batch, **{name: x for name, x in given.items() if name in batch.columns}))
+    columns_given = {"old_logprobs": -30.0 - d, "sampler_logprobs": -30.0 - d, **columns}
+    result = probe(with_constants(batch, **{name: x for name, x in columns_given.items() if name in batch.columns}))
     return result.value, result.gradients[0][0]
 
 
@@ -52,7 +52,7 @@ def sign(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> No
     seen = f"On-policy the gradient is {good:g} for advantage 1, {better:g} for 2 and {bad:g} for −1"
     assume(good != 0 or bad != 0, "there is no gradient")
     require(not probe.close([good, good], [better, bad]), "advantage-inert", f"{seen}.")
-    require(good * bad <= 0, "advantage-sign-lost", f"{seen}: one sign for both.")
+    require(good * bad <= 0, "advantage-sign-lost", f"{seen}: the sign is the same for both.")
     likely = "ratio-inverted" if reads_old_logprobs(probe) and value < 0 else "sign-flipped"
     require(good < 0 < bad, likely, f"{seen}, and the loss is {value:g} for advantage 1.")
 
@@ -88,7 +88,7 @@ def penalty(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) ->
     if max(map(abs, pulls)) < 1e-7:
         flat = probe.close([1.0, high, low], [1.0, level, level])
         require(flat, "detached-term", f"{seen}; the loss is {high:g} and {low:g}, on-policy {level:g}.")
-        assume(False, "it holds nothing against leaving the old policy")
+        assume(False, "it has no penalty on leaving the old policy")
     require(pulls[0] > 0 > pulls[1], "penalty-sign", f"{seen}, on it {at_old:g}.")
 
 
@@ -114,7 +114,7 @@ def kl(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None
     if all(p == 0 for p in pull.values()):
         require(at_reference == 0, "k1-in-loss", f"{seen}: {at_reference:g} everywhere.")
         moves = values[0] != values[1]
-        assume(moves or not only_in_metrics(probe), "the reference is for its metrics alone")
+        assume(moves or not only_in_metrics(probe), "only its metrics use the reference")
         require(
             False, "kl-detached" if moves else "ref-inert", f"{seen}; its value {'moves' if moves else 'does not'}."
         )
@@ -154,11 +154,14 @@ def ratio(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> N
     if relative == 1:
         weighed = value_and_gradient_at(probe, 0.0, -1.0) != value_and_gradient_at(probe, -0.5, -1.0)
         require(weighed, "old-logprobs-inert", f"{seen}: the same.")
-        assume(False, "the ratio weighs bad tokens alone")
+        assume(False, "the ratio acts on tokens of negative advantage alone")
     on, near, far = (value_and_gradient_at(probe, d, 1.0)[1] for d in (0.0, -0.05, -0.1))
     inverted = on != 0 and probe.close([near / on, far / on], [math.exp(0.05), math.exp(0.1)])
     require(not inverted, "ratio-inverted", f"At log-ratio −0.1 the gradient is exp(0.1) times that of {on:g} at 0.")
-    assume(not math.isclose(relative, 1 + 0.5 / -30, rel_tol=0.2) or relative < 0.9, "the value is no ratio")
+    assume(
+        not math.isclose(relative, 1 + 0.5 / -30, rel_tol=0.2) or relative < 0.9,
+        "the value does not depend on the ratio",
+    )
     require(not math.isclose(relative, math.exp(-1.5), rel_tol=1e-3), "ratio-product", f"{seen}: exp(3 · −0.5) of it.")
     squared = "sampler_logprobs" in columns_read(probe) and math.isclose(relative, math.exp(-1), rel_tol=1e-3)
     require(not squared, "missing-stop-gradient", f"{seen}: the ratio enters twice, by the sampler correction too.")
@@ -167,10 +170,10 @@ def ratio(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> N
     half = sequence_value(probe, [-0.25] * 3)
     linear = math.isclose(lower - base, 2 * (half - base), rel_tol=1e-6)
     require(right or not linear, "ratio-not-exponentiated", f"{seen}: linear in the log-ratio.")
-    assume(right, "it is another function of the ratio than the ratio")
+    assume(right, "the loss is not proportional to the ratio")
     if has_sequence_ratio(probe):
         uneven = sequence_value(probe, [-1.0, -0.25, -0.25])
-        seen = f"Log-ratios −1, −0.25, −0.25 have the mean of three of −0.5, but the loss is {uneven:g}, not {lower:g}."
+        seen = f"Log-ratios −1, −0.25, −0.25 have the mean −0.5, but the loss is {uneven:g}, not {lower:g}."
         require(math.isclose(lower, uneven, rel_tol=1e-4), "ratio-sum", seen)
 
 
@@ -262,13 +265,13 @@ def clip(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> No
     # Neither acts on ratios near 1.
     binds_bad = [d for d in bad_above if d < 0.5]
     if good_below or binds_bad:
-        kept = not good_above and not bad_below
-        require(False, "clip-max-for-min" if kept else "clip-without-min", f"{seen}.")
+        opposite_kept = not good_above and not bad_below
+        require(False, "clip-max-for-min" if opposite_kept else "clip-without-min", f"{seen}.")
     for a, d in ((1.0, 2.5), (-1.0, -2.5)):
         value, gradient = value_and_gradient_at(probe, d, a)
         nudged = value_after_nudge(probe, d, a, -0.25)
         unmoved = probe.close(value, nudged) and not probe.close(value, value + 0.25 * gradient, scale=10)
-        seen = f"At the ratio {math.exp(d):.3g} and advantage {a:g} the loss does not move with its logprob"
+        seen = f"At the ratio {math.exp(d):.3g} and advantage {a:g} the loss does not change with the logprob"
         require(
             not unmoved or is_constant(table[a]), "clip-gradient-leaks", f"{seen}, but its gradient is {gradient:g}."
         )
@@ -294,12 +297,12 @@ def clip_bounds(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]
     probe = Probe.of(loss_fn, data, logprobs)
     clips = [value for name, value in knobs(loss_fn).items() if name.startswith("clip")]
     named = [value for value in clips if isinstance(value, (tuple, list)) and len(value) == 2]
-    assume(len(named) == 1 and named[0][0] <= 1 <= named[0][1], "it names no absolute bounds")
+    assume(len(named) == 1 and named[0][0] <= 1 <= named[0][1], "its settings hold no absolute bounds")
     low, high = named[0]
     for bound, mistaken, advantage in ((high, 1 + high, 1.0), (low, 1 - low, -1.0)):
         if not 0 < bound < math.inf or mistaken <= 0 or gradient_ends_at(probe, bound, advantage):
             continue  # no ratio lies there, or the bound acts as set
-        seen = f"The setting says {bound:g}; at advantage {advantage:g} the gradient ends, or stays, at {mistaken:g}."
+        seen = f"The bound is set to {bound:g}; at advantage {advantage:g} the gradient ends or levels at {mistaken:g}."
         require(not gradient_ends_at(probe, mistaken, advantage), "clip-as-epsilon", seen)
 
 

@@ -116,7 +116,7 @@ def reference(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) 
     for i, side in enumerate(("chosen", "rejected")):
         by = [probe(shift_both(batch, i, shift)).value - plain for shift in (-4.0, -8.0)]
         nll = i == 0 and probe.close(2 * by[0], by[1])  # a term of the chosen side's own logprobs is linear
-        seen = f"Lowering policy and reference of the {side} side alike by 4 changes the loss by {by[0]:g}."
+        seen = f"Lowering policy and reference of the {side} side by the same 4 nats changes the loss by {by[0]:g}."
         require(nll or probe.close(plain + by[0], plain), "reference-misused", seen)
 
 
@@ -148,9 +148,9 @@ def pair_scale(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor])
 
     probe = Probe.of(loss_fn, data, logprobs)
     assume("ref_logprobs" not in columns_read(probe), "it has a reference")
-    assume(0.5 not in knobs(loss_fn).values(), "half may be its setting")
+    assume(0.5 not in knobs(loss_fn).values(), "a setting is 0.5, which may halve the gradient")
     left = probe(pair_batch(probe, chosen=-1e-3, rejected=-30.0)).gradients[0][0]
-    seen = f"A pair with no doubt left has the gradient {left:g} for its chosen token, not −1."
+    seen = f"In a pair that is ranked right by a large margin the gradient of the chosen token is {left:g}, not −1."
     require(not math.isclose(left, -0.5, rel_tol=1e-3), "pairs-miscounted", seen)
 
 
@@ -188,7 +188,7 @@ def odd(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> Non
         loss_fn(batch.data(), batch.tensors(probe.dtype))
     except Exception:
         return
-    require(False, "odd-datum-dropped", "Three datums are taken, as one pair and a half.")
+    require(False, "odd-datum-dropped", "Three datums are accepted, which is one pair and a half.")
 
 
 def margin_metrics(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
@@ -199,7 +199,7 @@ def margin_metrics(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tens
     result = probe(batch)
     zero = probe(pair_batch(probe)).gradients[0][0]
     beta = -2 * zero
-    assume(probe.close(probe(pair_batch(probe)).value, math.log(2)), "it is not logistic, or smoothed")
+    assume(probe.close(probe(pair_batch(probe)).value, math.log(2)), "it is not logistic, or its labels are smoothed")
     inside = -math.log(math.expm1(result.value)) if result.value > 0 else math.nan
     assume(math.isclose(inside, beta, rel_tol=1e-3), "its labels are smoothed")
     for name, value in result.metrics.items():

@@ -44,7 +44,7 @@ def duplication(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]
         if probe.close([twice.value / factor, half], [once.value, once.gradients]):
             return
     share = gradient_growth(once, twice)
-    seen = f"The batch twice has {share:g} times the gradient and the loss {twice.value}, once {once.value}"
+    seen = f"The batch twice has {share:g} times the gradient of the batch; its loss is {twice.value}, not {once.value}"
     if not probe.close(twice.gradients[:count], twice.gradients[count:]):
         equal = len(set(active_counts(batch))) == 1
         require(False, "order-dependent" if equal else "mean-of-means", f"{seen}; the two copies differ.")
@@ -134,22 +134,28 @@ def split(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> N
     assume(len(unit_indices(batch)) > 1, "one datum cannot be split")
     if additive_counts(probe, batch):
         return
-    seen = f"No count of {', '.join(COUNTS)} makes the gradients of the datums by themselves add up to the batch's."
+    seen = f"With no count of {', '.join(COUNTS)} do the gradients of the datums add up to those of the batch."
     if batch_kind(batch) == "policy":
         no_kl = batch.having(ref_logprobs=batch.logprobs) if "ref_logprobs" in batch.columns else batch
         alone = [additive_counts(probe, with_constants(batch, advantages=0.0)), additive_counts(probe, no_kl)]
         mixed = all(alone) and not set(alone[0]) & set(alone[1])
         if mixed:
-            require(False, "mixed-denominators", f"{seen} With advantages 0 it is {alone[0]}, without KL {alone[1]}.")
+            require(
+                False,
+                "mixed-denominators",
+                f"{seen} With advantages 0 they do with {alone[0]}, without KL with {alone[1]}.",
+            )
     plain = on_policy_batch(with_constants(batch, **{"advantages": 1.0} if "advantages" in batch.columns else {}))
     cross_divided = math.fsum(1 / (math.fsum(row) or 1.0) for row in batch.weights) / len(batch.weights) ** 2
     shares = [-g / w for gs, ws in zip(probe(plain).gradients, plain.weights) for g, w in zip(gs, ws) if w]
     every = unit_size(batch) == 1 and probe.close(shares, [cross_divided] * len(shares))
     require(not every, "broadcast", f"{seen} Each datum is divided by every datum's weights.")
     heavy = batch.having(weights=[[8 * w for w in row] for row in batch.weights])
-    require(not additive_counts(probe, heavy), "epsilon-in-denominator", f"{seen} With 8 times the weights one does.")
+    require(not additive_counts(probe, heavy), "epsilon-in-denominator", f"{seen} With 8 times the weights they do.")
     one = batch.having(weights=[[1.0 if j == 0 else 0.0 for j in range(len(row))] for row in batch.weights])
-    require(bool(additive_counts(probe, one)), "order-dependent", f"{seen} Not even with one token of each.")
+    require(
+        bool(additive_counts(probe, one)), "order-dependent", f"{seen} With one token of each datum they do not either."
+    )
     require(False, "mean-of-means", seen)
 
 
@@ -191,7 +197,7 @@ def finite_differences(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[
         if abs(slopes[0] - slopes[1]) > 1e-5 * (1 + abs(slopes[0])):
             continue  # close to a kink
         g = gradients[i][j]
-        seen = f"At token {j} of datum {i} the gradient is {g}; the loss moves by {slopes[0]} a nat."
+        seen = f"At token {j} of datum {i} the gradient is {g}; the slope of the loss is {slopes[0]}."
         require(abs(g - slopes[0]) < 1e-4 * (1 + abs(g)), "detached-term", seen)
 
 

@@ -27,7 +27,7 @@ def linear(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> 
         by_candidate = [factors[k :: batch.targets] for k in range(batch.targets)]
         steady = all(probe.close(row, [row[0]] * len(row)) for row in by_candidate)
         along = steady and not probe.close(factors, [factors[0]] * len(factors))
-        seen = f"The first, second, … candidates weigh {by_candidate} in the gradient."
+        seen = f"The gradients divided by the weights are {by_candidate} for the first, second, … target."
         require(not along, "targets-transposed", seen)
 
 

@@ -49,9 +49,9 @@ def run(
     Raises:
         LossInputError: if the command cannot be started.
     """
-    asked = load(loss)
-    replied = exchange(command, asked, timeout, progress)
-    results = [evaluate(vector, replied, dtype, xfail) for vector in asked]
+    vectors = load(loss)
+    replied = exchange(command, vectors, timeout, progress)
+    results = [evaluate(vector, replied, dtype, xfail) for vector in vectors]
     return VectorReport(command, dtype, results, replied.complaint)
 
 
@@ -89,15 +89,15 @@ def evaluate(vector: Vector, replied: Exchange, dtype: str, xfail: Sequence[str]
 # The other process
 
 
-def exchange(command: str, asked: Sequence[Vector], timeout: float, progress: Callable[[str], None]) -> Exchange:
+def exchange(command: str, vectors: Sequence[Vector], timeout: float, progress: Callable[[str], None]) -> Exchange:
     """Start the program, write every request, read the replies, and end the program."""
     with tempfile.TemporaryFile() as errors:
         process = start_process(command, errors)
         lines: queue.Queue[str | None] = queue.Queue()
-        for work in (lambda: write_requests(process, asked), lambda: read_lines(process, lines)):
+        for work in (lambda: write_requests(process, vectors), lambda: read_lines(process, lines)):
             threading.Thread(target=work, daemon=True).start()
         try:
-            replies, complaint = collect_replies(lines, [vector.id for vector in asked], timeout, progress)
+            replies, complaint = collect_replies(lines, [vector.id for vector in vectors], timeout, progress)
             if complaint == ENDED:
                 complaint = f"it ended with exit status {process.wait(timeout)}{stderr_tail(errors)}"
         except subprocess.TimeoutExpired:
@@ -127,11 +127,11 @@ def start_process(command: str, errors: IO[bytes]) -> subprocess.Popen[str]:
         raise LossInputError("--cmd", "a command that starts", f"{command!r}: {error}", "Try it in a shell.") from None
 
 
-def write_requests(process: subprocess.Popen[str], asked: Iterable[Vector]) -> None:
+def write_requests(process: subprocess.Popen[str], vectors: Iterable[Vector]) -> None:
     """Write every request. This runs in its own thread, so that neither side waits for the other to read."""
     assert process.stdin is not None
     with suppress(OSError), process.stdin:  # the program may stop reading; requests without a reply count as failed
-        for vector in asked:
+        for vector in vectors:
             process.stdin.write(json.dumps(vector.request, allow_nan=False) + "\n")
             process.stdin.flush()
 
@@ -146,12 +146,12 @@ def read_lines(process: subprocess.Popen[str], lines: queue.Queue[str | None]) -
 
 
 def collect_replies(
-    lines: queue.Queue[str | None], asked: Sequence[str], timeout: float, progress: Callable[[str], None]
+    lines: queue.Queue[str | None], ids: Sequence[str], timeout: float, progress: Callable[[str], None]
 ) -> tuple[dict[str, Mapping[str, Any]], str]:
     """Return the replies by id and a complaint: read until every reply is there, or until the program fails."""
     replies: dict[str, Mapping[str, Any]] = {}
     ignored: list[str] = []
-    missing, deadline = set(asked), time.monotonic() + timeout
+    missing, deadline = set(ids), time.monotonic() + timeout
     while missing:
         try:
             line = lines.get(timeout=max(deadline - time.monotonic(), 0.001))
@@ -168,7 +168,7 @@ def collect_replies(
         replies[reply["id"]] = reply
         missing.remove(reply["id"])
         deadline = time.monotonic() + timeout
-        progress(f"{len(replies)}/{len(asked)}")
+        progress(f"{len(replies)}/{len(ids)}")
     return replies, with_ignored_lines("", ignored)
 
 
@@ -185,8 +185,8 @@ def with_ignored_lines(complaint: str, ignored: Sequence[str]) -> str:
     """Append the first ignored line to a complaint."""
     if not ignored:
         return complaint
-    said = f"it wrote a line that is no reply to any open request: {ignored[0].strip()[:80]!r}"
-    return f"{complaint}; {said}" if complaint else said
+    quote = f"it wrote a line that is no reply to any open request: {ignored[0].strip()[:80]!r}"
+    return f"{complaint}; {quote}" if complaint else quote
 
 
 def stderr_tail(errors: IO[bytes]) -> str:
@@ -247,8 +247,8 @@ class VectorReport:
         flags = {flag for result in self.failures for flag in result.vector.flags}
         found = [self.likelihood(flag) for flag in BUGS if flag in flags]
         exact = [bug for bug in found if bug.explained]
-        whole = [bug for bug in found if bug.failed == bug.vectors]
-        return sorted(exact or whole, key=lambda bug: (-bug.explained / bug.vectors, -bug.failed))[:most]
+        all_failing = [bug for bug in found if bug.failed == bug.vectors]
+        return sorted(exact or all_failing, key=lambda bug: (-bug.explained / bug.vectors, -bug.failed))[:most]
 
     def likelihood(self, flag: str) -> LikelyBug:
         hunting = [result for result in self.results if flag in result.vector.flags]

@@ -73,9 +73,9 @@ class Vector:
     @property
     def request(self) -> dict[str, Any]:
         """The request of the protocol."""
-        asked = {"id": self.id, "loss": self.loss, "config": self.config, "data": self.data}
+        request = {"id": self.id, "loss": self.loss, "config": self.config, "data": self.data}
         encoded: dict[str, Any] = encode(
-            asked if self.denominator is None else asked | {"denominator": self.denominator}
+            request if self.denominator is None else request | {"denominator": self.denominator}
         )
         return encoded
 

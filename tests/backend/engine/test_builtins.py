@@ -20,8 +20,8 @@ from lossfns import LossInputError, TensorData, token_sum
 from lossfns.backend import LocalTrainingClient
 from lossfns.export.builtins import BUILTINS
 
-RATIO = ("importance_sampling", "ppo", "cispo", "gspo", "gspo-token", "grpo", "dapo")
-POLICY = (*RATIO, "dro")
+RATIO = tuple(name for name, builtin in BUILTINS.items() if "ratio_log_cap" in builtin.config)
+POLICY = tuple(name for name in BUILTINS if name != "cross_entropy")
 
 
 def client() -> LocalTrainingClient:

@@ -32,6 +32,8 @@ from lossfns.backend.engine.budget import MARGIN
 from lossfns.backend.engine.pooling import last_pool
 from lossfns.backend.model import lora
 from lossfns.backend.model.tokenizer import ByteTokenizer
+from lossfns.export.builtins import BUILTINS
+from lossfns.testing.public import presets
 
 Make = Callable[..., LocalTrainingClient]
 Call = Callable[[LocalTrainingClient], Any]
@@ -100,20 +102,16 @@ def builtin(c: LocalTrainingClient) -> Any:
 
 DATA = texts(Random(2), count=10, longest=12)
 
+SETTINGS: dict[str, dict[str, Any]] = {
+    "ppo": {"dual_clip": 3.0},
+    "grpo": {"kl_beta": 0.1},
+    "gspo": {"clip": (0.8, 1.2)},
+    "gspo_token": {"clip": (0.8, 1.2)},
+    "dpo": {"label_smoothing": 0.1},
+}
 LOSSES = [
-    lossfns.cross_entropy(),
-    lossfns.reinforce(),
-    lossfns.importance_sampling(),
-    lossfns.ppo(dual_clip=3.0),
-    lossfns.grpo(kl_beta=0.1),
-    lossfns.dapo(),
-    lossfns.gspo(clip=(0.8, 1.2)),
-    lossfns.gspo_token(clip=(0.8, 1.2)),
-    lossfns.cispo(),
-    lossfns.dro(),
+    *(preset(**SETTINGS.get(name, {})) for name, preset in presets().items() if preset().rows != "targets"),
     lossfns.with_tis(lossfns.ppo(), level=lossfns.sequence_level),
-    lossfns.dpo(label_smoothing=0.1),
-    lossfns.orpo(),
 ]
 WEIGHINGS = [
     lossfns.sequence_mean,
@@ -244,8 +242,6 @@ def test_the_sum_of_absolute_gradients_is_that_of_the_whole() -> None:
 
 # Built-ins
 
-PLAIN = ("importance_sampling", "ppo", "cispo", "dro", "gspo", "gspo-token", "grpo", "dapo")
-
 
 def rl_data(name: str, sdk: Any = lossfns) -> list[Any]:
     """Make datums with the fields that a built-in reads."""
@@ -266,7 +262,7 @@ def rl_data(name: str, sdk: Any = lossfns) -> list[Any]:
 
 
 @pytest.mark.parametrize("profile", ["tinker", "fireworks"])
-@pytest.mark.parametrize("name", ["cross_entropy", *PLAIN])
+@pytest.mark.parametrize("name", BUILTINS)
 def test_a_built_in_streams_and_steps_as_at_once(name: str, profile: str) -> None:
     data = DATA if name == "cross_entropy" else rl_data(name)
     config = {"kl_beta": 0.1} if name == "grpo" else {"beta": 0.2} if name == "dro" else None
