@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from lossfns import datum as ours
+from lossfns import datum as lossfns_sdk
 from lossfns.errors import did_you_mean
 from lossfns.testing.batch import Batch, Row
 from lossfns.tokens import COLUMNS, LOGPROB_COLUMNS
@@ -178,7 +178,7 @@ def batches(
     return Batch(rows.pop("logprobs"), rows.pop("weights"), rows, targets)
 
 
-def datums(*, sdk: Any = ours, **options: Any) -> st.SearchStrategy[list[Any]]:
+def datums(*, sdk: Any = lossfns_sdk, **options: Any) -> st.SearchStrategy[list[Any]]:
     """Lists of datums that carry their columns, with the classes of ``sdk``, such as ``tinker``.
 
     The options are those of ``batches``, which returns the logprobs as well.

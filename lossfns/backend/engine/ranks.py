@@ -154,7 +154,7 @@ class Ranks:
                 gradients = [p.grad for p in self.parameters]
                 self.started_root.reset_iter_state()  # FSDP discards its state of the failed pass
                 for p, gradient in zip(self.parameters, gradients):
-                    p.grad = gradient  # PyTorch 2.15 discards it too, with what earlier requests have added
+                    p.grad = gradient  # PyTorch 2.15 discards the gradients of earlier requests as well
             raise
 
     def when_idle(self, method: Callable[..., T], *arguments: Any) -> T:
