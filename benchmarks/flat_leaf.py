@@ -1,16 +1,17 @@
-"""What a leaf for each sequence costs: GRPO with k3 KL and its metrics over 4,096 sequences.
+"""The cost of one leaf tensor for each sequence: GRPO with k3 KL and its metrics over 4,096 sequences.
 
-From the model's logprobs, end to end, to the loss's gradient with respect to them, end to end:
+Each run takes the concatenated logprobs of the model and returns the concatenated gradient of the loss:
 
-- separate: as the hosted SDKs do it: a leaf for each datum, the loss of the list, backward, the gradients concatenated
-- client: as the local client does it: one leaf for all datums
-- wrapped: the client's, for a callable that calls the loss: it gets a tensor for each datum, parts of one leaf
+- separate: the way of the hosted SDKs: one leaf for each datum, and the gradients of the leaves are concatenated
+- client: the way of the local client: one leaf for all datums
+- wrapped: the way of the local client for a function that calls the loss: the function gets a tensor for each datum,
+  and these tensors are parts of one leaf
 
-What the loss reads of the datums (weights, advantages, old and reference logprobs, as ``TensorData``) does not depend
-on the logprobs: ``bind`` packs it once, before them. The first two are timed on such columns, and with packing
-them in every call; the third packs when it is called. ``packing`` is that alone.
+The columns of the datums (weights, advantages, old and reference logprobs, as ``TensorData``) do not depend on the
+logprobs, so ``bind`` packs them once, in advance. The first two runs are timed with packed columns and with packing in
+every call. The third packs in every call. ``packing`` is the time of packing alone.
 
-All compute the same loss, gradient and metrics; the script checks that before it times them.
+All compute the same loss, gradient and metrics. The script checks this before it times them.
 
     python benchmarks/flat_leaf.py [--rounds 15] [--sequences 4096]
 """
@@ -28,7 +29,8 @@ from side_by_side import device_name, race, ratio, save, table
 from torch import Tensor
 
 from lossfns import BoundLoss, Datum, TensorData, grpo
-from lossfns.backend.engine.differentiate import Differentiated, LossFn, Outputs, objective_of
+from lossfns.backend.engine.differentiate import Differentiated, Outputs, objective_of
+from lossfns.loss import LossFn
 from lossfns.pack import PackedColumns, pack_side_columns
 
 LENGTHS = (16, 64, 256)

@@ -1,21 +1,22 @@
-"""Logprobs from hidden states and the unembedding: ours beside what one would take instead, on the same inputs.
+"""Logprobs from hidden states and the unembedding: ``linear_logprobs`` (ours) and alternatives, on the same inputs.
 
 Sections:
 
-- training: logprobs forward, any gradient backward, at each shape; under it the bare matrix products of our plans
-- frozen: the same where the unembedding learns nothing, as under LoRA
-- skipped: three quarters of the tokens without gradient: found in the backward pass, or known before (``rows=``)
-- forward: without gradients, as for reference logprobs
-- entropy: entropies beside the logprobs, a gradient through both
+- training: forward and backward with an arbitrary gradient, at each shape; also the bare matrix products of our plans
+- frozen: the same with a frozen unembedding, as under LoRA
+- skipped: three quarters of the tokens have no gradient; ours finds them in the backward pass, or knows them from
+  ``rows=``
+- forward: no gradients, as for reference logprobs
+- entropy: logprobs and entropies, with a gradient through both
 - grpo: from hidden states to gradients of GRPO (clip, k3, a quarter of each sequence masked)
 
-Printed for each: milliseconds (median), extra memory at the peak (outputs included), and the error against float64
-of the values (largest) and of the gradients (relative norm, the worst one). Ratios are to the first line, medians
-over rounds. Then the bars that ours has to clear, each beside what was measured.
+For each run the script prints the median time in milliseconds, the extra memory at the peak (outputs included), and the
+errors against float64: the largest error of a value, and the largest relative norm of a gradient's error. Ratios are to
+the first line; they are medians over rounds. Then it prints the limits that ours has to meet and the measured values.
 
     python benchmarks/linear_logprobs.py [--only training grpo] [--shape bfloat16:4096x1024x65536] [--rounds 3]
 
-What is not installed is listed; benchmarks/requirements.txt has it all.
+The script lists the packages that are not installed; benchmarks/requirements.txt names all of them.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from lossfns.logprobs.tiles import TILE_TOKENS, TILE_VOCAB, blocks
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PATIENCE = 6.0
-"""Seconds for each implementation at each shape; a single round may take longer."""
+"""The time limit of each run in seconds. It is checked between rounds."""
 
 
 class Shape(NamedTuple):
@@ -75,7 +76,7 @@ class Case(NamedTuple):
 
 
 def draw(shape: Shape) -> Case:
-    """Logits of standard deviation 1."""
+    """Draw inputs whose logits have a standard deviation of 1."""
     generator = torch.Generator(DEVICE).manual_seed(0)
     normal = partial(torch.randn, generator=generator, device=DEVICE)
     dtype, (n, d, v) = getattr(torch, shape.dtype), shape[1:]
@@ -90,7 +91,7 @@ def tiny(shape: Shape) -> Case:
     return draw(shape._replace(tokens=64, vocabulary=512))
 
 
-# Runs: nothing in; out come the values, then the gradients
+# Runs: they have no arguments, and return the values, then the gradients
 
 Run = Callable[[], tuple[Tensor, ...]]
 Runs = dict[str, Run]
@@ -116,7 +117,7 @@ def uncompared(run: Run) -> tuple[Tensor, ...]:
 
 
 def products(case: Case, count: int) -> Run:
-    """The bare matrix products of a plan, in its tiles: logits, these again, ∂hidden, ∂weight."""
+    """Return a run of a plan's matrix products alone, in its tiles: logits, logits again, ∂hidden, ∂weight."""
     hidden, weight = case.hidden.detach(), case.weight.detach()
 
     def run() -> tuple[Tensor, ...]:
@@ -133,7 +134,7 @@ def products(case: Case, count: int) -> Run:
 
 
 def truth(case: Case, slope: Callable[[Tensor, slice], Tensor], tilt: Tensor | None = None) -> tuple[Tensor, ...]:
-    """Logprobs, their gradients in hidden and weight, and entropies, in float64; ``slope`` gives ∂loss/∂logprob."""
+    """Return logprobs, ∂hidden, ∂weight and entropies in float64. ``slope`` returns ∂loss/∂logprob."""
     hidden, weight = case.hidden.detach().double(), case.weight.detach().double()
     logprobs, entropy = (torch.empty(len(hidden), dtype=torch.float64, device=DEVICE) for _ in range(2))
     d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight)
@@ -155,7 +156,7 @@ def known(case: Case) -> Callable[[Tensor, slice], Tensor]:
     return lambda _, rows: case.g[rows]
 
 
-# Sections: of a case, the runs by name and the truth
+# Sections: each returns the runs of a case by name, and the exact result
 
 
 def training(case: Case) -> tuple[Runs, Truth]:
@@ -187,7 +188,7 @@ def forward(case: Case) -> tuple[Runs, Truth]:
 
 
 def brisk() -> dict[str, Logprobs]:
-    """The rivals without one that takes several seconds on a CPU."""
+    """Return the rivals without the one that takes several seconds on a CPU."""
     return {name: function for name, function in rivals()[0].items() if name != "torch LCE, chunked"}
 
 
@@ -259,7 +260,7 @@ class Rollouts(NamedTuple):
     ref: Tensor  # [N]
 
     def loss(self, logprobs: Tensor, index: Any = slice(None)) -> Tensor:
-        """GRPO of some of the tokens as its equation has it, over the count of all tokens."""
+        """Return GRPO of some of the tokens, written as in its equation, divided by the count of all tokens."""
         advantages = self.advantages.repeat_interleave(len(self.mask) // SEQUENCES)[index]
         ratio, d = (logprobs - self.old[index]).exp(), self.ref[index] - logprobs
         clipped = ratio.clamp(1 - CLIP, 1 + CLIP)
@@ -273,7 +274,7 @@ class Rollouts(NamedTuple):
             return torch.autograd.grad(self.loss(leaf, index), leaf)[0]
 
     def data(self) -> list[Datum]:
-        """As our losses take it."""
+        """Return the batch as datums for our losses."""
         length = len(self.mask) // SEQUENCES
         per_token = {"weights": self.mask, "old_logprobs": self.old, "ref_logprobs": self.ref}
         columns = {name: x.cpu().split(length) for name, x in per_token.items()}
@@ -285,7 +286,7 @@ class Rollouts(NamedTuple):
 
 
 def rollouts(case: Case) -> Rollouts:
-    """Of a policy that has moved by 0.1 in its logprobs."""
+    """Return rollouts of a policy whose logprobs have since moved by 0.1."""
     n, generator = len(case.targets), torch.Generator().manual_seed(1)
     with torch.no_grad():
         parts = [naive(case.hidden[rows], case.weight, case.targets[rows]) for rows in blocks(n, 256)]
@@ -358,7 +359,7 @@ SECTIONS: dict[str, tuple[Callable[[Case], tuple[Runs, Truth]], tuple[Shape, ...
 
 
 def prepared(section: str, shape: Shape, name: str) -> Run:
-    """A run after it has run on something tiny, whatever is compiled compiled."""
+    """Return a run that is warmed up on a tiny shape, so that all compilation is done."""
     make, _ = SECTIONS[section]
     for _ in range(2):
         make(tiny(shape))[0][name]()
@@ -366,7 +367,7 @@ def prepared(section: str, shape: Shape, name: str) -> Run:
 
 
 def peaks(section: str, shape: Shape) -> dict[str, int]:
-    """Of each run, bytes."""
+    """Return the peak memory of each run, in bytes."""
     make, _ = SECTIONS[section]
     names = here(lambda: list(make(tiny(shape))[0]))
     found = {}
@@ -378,12 +379,12 @@ def peaks(section: str, shape: Shape) -> dict[str, int]:
 
 
 def here(function: Callable[[], Any]) -> Any:
-    """On a CPU nothing may be computed in this process before the last fork."""
+    """Call the function. On a CPU, call it in a fork: this process may not compute before its last fork."""
     return function() if DEVICE == "cuda" else elsewhere(function)
 
 
 def errors(result: tuple[Tensor, ...], exact: tuple[Tensor, ...]) -> dict[str, Any]:
-    """Of the values the largest, of each gradient its norm relative to the true one's."""
+    """Return the largest error of a value and, for each gradient, the norm of its error over that of the exact one."""
     if not result:
         return {}
     (value, *gradients), (true_value, *true_gradients) = result, exact
@@ -422,7 +423,7 @@ def main() -> None:
 
 
 def keep(row: dict[str, Any]) -> Path:
-    """In the place of what was measured of this section at this shape before."""
+    """Save a row, instead of the older one of the same section and shape."""
     others = [old for old in load("linear_logprobs") if place(old) != place(row)]
     return save("linear_logprobs", [*others, row])
 

@@ -1,6 +1,6 @@
-"""The rows of ``linear_logprobs`` as tables, as bars to clear, and as a picture.
+"""The rows of ``linear_logprobs`` as tables, as limits (``Bar``) to meet, and as a picture.
 
-Run by itself it shows what was measured on this machine before.
+Run as a script, it shows the rows that were measured on this device before.
 """
 
 from __future__ import annotations
@@ -54,12 +54,12 @@ def cells(row: Row, name: str, to: str) -> list[str]:
 
 
 def slower(row: Row, name: str, to: str) -> float:
-    """Times the time."""
+    """Return the ratio of the times."""
     return ratio({key: run["seconds"] for key, run in row["runs"].items()}, name, to)
 
 
 def larger(row: Row, name: str, to: str) -> float:
-    """Times the memory."""
+    """Return the ratio of the memories."""
     value: float = row["runs"][name]["bytes"] / row["runs"][to]["bytes"]
     return value
 
@@ -78,17 +78,17 @@ SHARES_OF_NAIVE = {
     "bfloat16:2048x1024x32768": (0.90, 0.25),
     "float32:2048x512x32768": (1.15, 0.20),
 }
-"""Time and memory of ours."""
+"""The limits of the time and memory of ours, as shares of naive."""
 
 SHARES_OF_OTHERS = {
     "bfloat16": {"Liger chunked": 1 / 2.5, "TRL chunked": 1 / 2.5, "torch LCE, chunked": 1 / 3},
     "float32": {"Liger chunked": 1, "TRL chunked": 1, "torch LCE, chunked": 1, "torch LCE, 512 rows": 1},
 }
-"""Time of ours."""
+"""The limit of the time of ours, as a share of each of these."""
 
 
 def bars(row: Row) -> Iterator[Bar]:
-    """What ours has to show in a section, beside what it did."""
+    """Yield the limits that ours has to meet in a section, with the measured values."""
 
     def time(name: str, to: str, most: float) -> Iterator[Bar]:
         if {name, to} <= row["runs"].keys():
@@ -125,7 +125,7 @@ def bars(row: Row) -> Iterator[Bar]:
 
 
 def exactness(row: Row, dtype: str) -> Iterator[Bar]:
-    """In float32 by itself, in half precision beside naive."""
+    """Yield the limits of the errors: absolute in float32, relative to naive in half precision."""
     naive, ours = row["runs"]["naive"], [run for name, run in row["runs"].items() if name.startswith("ours")]
     value = max(run["value_error"] for run in ours)
     if dtype == "float32":
@@ -156,7 +156,7 @@ OURS, OTHERS, NAIVE = "C3", "C0", "0.35"
 
 
 def picture(rows: list[Row], path: Path) -> Path:
-    """Time and memory of training at each shape, as shares of naive."""
+    """Draw the time and memory of training at each shape, as shares of naive."""
     rows = [row for row in rows if row["section"] == "training"]
     figure = Figure(figsize=(6.2 * len(rows), 5.6), dpi=110, layout="constrained")
     figure.suptitle(f"Logprobs and their gradients, as shares of naive\n{device_name()}")
@@ -195,7 +195,7 @@ def color(name: str) -> str:
 
 
 def name_points(axes: Any, points: dict[str, tuple[float, float]], renderer: Any) -> None:
-    """A label beside each point, at the nearest place where it covers neither a point nor another label."""
+    """Write a label beside each point, at the nearest place where it covers neither a point nor another label."""
     pixels = {name: axes.transData.transform(point) for name, point in points.items()}
     taken = [Bbox.from_bounds(x - 6, y - 6, 12, 12) for x, y in pixels.values()]
     for name in sorted(pixels, key=lambda name: -pixels[name][1]):

@@ -1,14 +1,14 @@
-"""What a loss costs besides the model: GRPO with k3 KL and its metrics, forward and backward.
+"""The cost of a loss without the model: GRPO with k3 KL and its metrics, forward and backward.
 
-From ``TensorData`` and a list of leaf logprobs to the gradients on the leaves, for
+Each run takes ``TensorData`` and a list of leaf logprobs, and leaves the gradients on the leaves:
 
 - ours: ``grpo(...)(data, logprobs_list)``
 - loop: the hosted APIs' documented pattern, one datum at a time, reading ``.data``
-- padded: a [B, T] implementation, on the cheapest padding there is (one cat, one index_copy)
-- pad_sequence: the same on ``pad_sequence``, whose backward holds B padded gradients of [B, T] at once:
-  25 GB at 4096 x 256, where it is left out
+- padded: a [B, T] implementation with the cheapest padding (one cat, one index_copy)
+- pad_sequence: the same with ``pad_sequence``, whose backward holds B padded gradients of [B, T] at once. At 4096 x 256
+  these take 25 GB, so it is left out there
 
-All compute the same loss, gradients and metrics; the script checks that before it times them.
+All compute the same loss, gradients and metrics. The script checks this before it times them.
 
     python benchmarks/loss_overhead.py [--rounds 9] [--threads 1]
 """
@@ -34,7 +34,7 @@ COLUMNS = ("weights", "advantages", "old_logprobs", "ref_logprobs")
 
 
 def batch(sequences: int, length: int) -> tuple[list[Datum], list[Tensor]]:
-    """Ragged sequences of ``length`` tokens on average, the first quarter of each masked."""
+    """Return ragged sequences of ``length`` tokens on average. The first quarter of each is masked."""
     rng, generator = random.Random(0), torch.Generator().manual_seed(0)
     data, leaves = [], []
     for _ in range(sequences):
@@ -129,7 +129,9 @@ def cell(row: dict[str, Any], name: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=1, help="on shared cores two OpenMP threads stall each other")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="1 by default, as OpenMP threads on shared cores stall one another"
+    )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     losses = {

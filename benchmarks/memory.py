@@ -1,8 +1,8 @@
-"""What one call needs at its peak, what it returns included.
+"""The peak memory of a call, including its result.
 
-On a GPU by PyTorch's own account of it. On a CPU by the kernel's (Linux only), in a fresh process for each call: a
-fork of this one, so that the packages are already imported. So measure before anything here has computed: threads do
-not survive a fork.
+On a GPU, PyTorch's allocator reports it. On a CPU, the kernel reports it (Linux only). On a CPU, each call runs in a
+fork of this process, in which the packages are already imported. Threads do not survive a fork, so measure before this
+process computes anything.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Call = Callable[[], Any]
 
 
 def peak(prepare: Callable[[], Call]) -> int:
-    """Bytes that the call which ``prepare`` returns takes on top of what was there before it."""
+    """Return the bytes that a call adds to the memory that was in use before it. ``prepare`` returns the call."""
     return on_gpu(prepare()) if torch.cuda.is_available() else int(elsewhere(lambda: on_cpu(prepare)))
 
 
@@ -41,7 +41,7 @@ def on_cpu(prepare: Callable[[], Call]) -> int:
     call = prepare()
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     before = resident("VmRSS")
     result = call()
     taken = resident("VmHWM") - before
@@ -50,7 +50,7 @@ def on_cpu(prepare: Callable[[], Call]) -> int:
 
 
 def elsewhere(function: Call) -> Any:
-    """What the function returns in a fork of this process."""
+    """Call the function in a fork of this process, and return its result."""
     fork = multiprocessing.get_context("fork")
     receiver, sender = fork.Pipe(duplex=False)
     process = fork.Process(target=lambda: sender.send(function()))
@@ -65,11 +65,11 @@ def elsewhere(function: Call) -> Any:
 
 
 def give_back_freed_memory() -> None:
-    """Freed tensors leave the process at once, instead of hiding the next ones."""
+    """Let the C library return freed tensors to the kernel at once. Reused memory would not count as new."""
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)
 
 
 def resident(field: str) -> int:
-    """VmRSS or VmHWM in bytes."""
+    """Return VmRSS or VmHWM, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))

@@ -1,11 +1,13 @@
-"""What padding costs: one step over sequences of mixed lengths, from tokens to gradients.
+"""The cost of padding: one step over sequences of mixed lengths, from tokens to gradients.
 
-- packed: end to end, as the local client lays them
-- padded: every row as long as the longest; a row's end is not masked, as causal attention never looks at it
-- sorted buckets: by length, four at a time, each four as long as its longest; one forward and backward a bucket
+- packed: the sequences are concatenated, as in the local client
+- padded: every row has the length of the longest; the padding at its end needs no mask under causal attention
+- sorted buckets: buckets of four sequences of similar length, padded to the longest of the four; one forward and
+  backward pass for each bucket
 
-The same model and the same logprobs in all; padding has no part in the loss, but goes through the head as well.
-All leave the same gradients, which the script checks (relative norm, to 1e-5) before it times them.
+All use the same model and compute the same logprobs. Padding does not enter the loss, but goes through the head. All
+compute the same gradients. The script checks this before it times them (relative norm, to 1e-5 in float32 and 2e-2 in
+bfloat16).
 
     python benchmarks/packing.py [--rounds 5] [--dtype float32] [--lengths "mostly short"]
 """

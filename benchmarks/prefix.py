@@ -1,10 +1,10 @@
-"""What a prompt in common saves the local client: GRPO over groups, shared and as independent sequences.
+"""The time that a common prompt saves in the local client: GRPO over groups, shared and as independent sequences.
 
-- shared: the client as it is, which computes a common prefix once
-- independent: the same client with a model that cannot continue a segment, so every sequence is computed whole
+- shared: the client, which computes a common prefix once
+- independent: the same client with a model that cannot continue a segment, so that it computes every sequence whole
 
-Both give the same logprobs (to 1e-5 in float32) and leave the same gradients (relative norm, to 1e-4), which the
-script checks before it times them. "tokens" is how many fewer are computed, the most that could be gained by it.
+Both compute the same logprobs and gradients. In float32 the script checks this before it times them (logprobs to 1e-5,
+gradients to 1e-4 in relative norm). "tokens" is the ratio of the computed tokens, which bounds the gain.
 
     python benchmarks/prefix.py [--rounds 5] [--dtype float32] [--case "8 of 512 + 128"]
 """
@@ -31,7 +31,7 @@ MODEL: dict[str, Any] = {"vocab_size": 4096, "dim": 512, "layers": 4, "heads": 8
 
 
 class Case(NamedTuple):
-    """Groups of sequences: a prompt in common and a completion each, of these lengths."""
+    """Groups of sequences. The sequences of a group have a common prompt, and completions of these lengths."""
 
     name: str
     groups: int
@@ -58,7 +58,7 @@ MODELS: dict[str, type[Decoder]] = {"shared": Decoder, "independent": Independen
 
 
 def datums(case: Case) -> list[Any]:
-    """Random tokens; rewards and logprobs of a policy near a model that knows nothing yet."""
+    """Return datums with random tokens and advantages, and logprobs near those of an untrained model."""
     rng = np.random.default_rng(0)
     data = []
     for _ in range(case.groups):
@@ -76,7 +76,7 @@ def datums(case: Case) -> list[Any]:
 
 
 def prepare(case: Case, kind: str, dtype: torch.dtype) -> tuple[LocalTrainingClient, Callable[[], None]]:
-    """A client, and a request to it from tokens to gradients."""
+    """Return a client and a request to it, which takes it from tokens to gradients."""
     client, data = LocalTrainingClient(MODELS[kind](**MODEL), dtype=dtype), datums(case)
 
     def request() -> None:

@@ -1,7 +1,7 @@
-"""Log-probabilities of tokens from hidden states and the unembedding, as others compute them.
+"""Logprobs from hidden states and the unembedding, as other libraries compute them.
 
-Each is a function ``(hidden [N, D], weight [V, D], targets [N]) -> logprobs [N]``, in the precision that it has by
-itself. Those that come in a package are made by a function that imports it.
+Each rival is a function ``(hidden [N, D], weight [V, D], targets [N]) -> logprobs [N]``, in its default precision. If
+it needs a package, there is a function that imports the package and returns the rival.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 def torch_linear_cross_entropy(**options: Any) -> Callable[[], Logprobs]:
-    """PyTorch's own; without options it is ``cross_entropy`` on logits that are not widened."""
+    """PyTorch's own. Without options it is ``cross_entropy`` on logits in the dtype of the inputs."""
 
     def make() -> Logprobs:
         chosen = torch.nn.LinearCrossEntropyOptions(**options) if options else None
@@ -46,14 +46,14 @@ def cut_cross_entropy(**options: Any) -> Callable[[], Logprobs]:
 
 
 def liger_chunked() -> Logprobs:
-    """What its GRPO loss is made of."""
+    """The function with which Liger's GRPO loss computes logprobs."""
     from liger_kernel.chunked_loss.fused_linear_ppo import _ChunkedSelectiveLogProbFunction as function
 
     return lambda h, w, y: function.apply(h, w, y, None, 1.0, 4096)
 
 
 def liger_scaled(entropy: bool = False) -> Any:
-    """On an H100 a kernel by hand; elsewhere chunks of 512 tokens, a copy of verl's."""
+    """On an H100 a handwritten kernel; elsewhere a copy of verl's function, in chunks of 512 tokens."""
     from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction as function
 
     if entropy:
@@ -68,7 +68,7 @@ def liger_triton() -> Logprobs:
 
 
 def trl_chunked(outputs: tuple[str, ...] = ()) -> Any:
-    """With its trainer's tile."""
+    """TRL's function, with the tile size of its trainer."""
     from trl.kernels import ChunkedLogProbFunction
     from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE as columns
 
@@ -93,20 +93,23 @@ RIVALS: dict[str, tuple[str, Callable[[], Logprobs]]] = {
     "Liger scaled": ("liger-kernel", liger_scaled),
     "TRL chunked": ("trl", trl_chunked),
 }
-"""By name: the package, and what makes the function. ``torch LCE`` is ``torch.nn.functional.linear_cross_entropy``."""
+"""For each name, the package and a function that returns the rival.
+
+``torch LCE`` is ``torch.nn.functional.linear_cross_entropy``.
+"""
 
 KERNELS: dict[str, tuple[str, Callable[[], Logprobs]]] = {
     "Liger Triton": ("liger-kernel", liger_triton),
     "CCE kernel": ("cut-cross-entropy", cut_cross_entropy(impl="cce")),
     "CCE kernel, exact": ("cut-cross-entropy", cut_cross_entropy(impl="cce", filter_eps=None)),
 }
-"""Those that need a GPU."""
+"""The rivals that need a GPU."""
 
 PACKAGES = ("torch", "triton", "liger-kernel", "trl", "cut-cross-entropy", "transformers", "lossfns")
 
 
 def installed(table: dict[str, tuple[str, Callable[[], Any]]]) -> tuple[dict[str, Any], dict[str, str]]:
-    """The functions of a table that can be had here, and why the others cannot."""
+    """Return the functions of a table whose packages are installed, and for each other one the reason."""
     functions, missing = {}, {}
     for name, (package, make) in table.items():
         try:

@@ -1,10 +1,10 @@
-"""How a step of the local client scales: from a thousand tokens to a million, on one process and on two.
+"""The time and memory of a step of the local client: a thousand to a million tokens, on one process and on two.
 
-A step is ``forward_backward_custom(data, grpo())`` and ``optim_step``: forward, loss, backward, AdamW. Sequences are
-of 256 to 768 tokens; there is one batch of each size, and it goes through in as many micro-batches as
-``--memory-budget`` takes. Two ranks split each batch, on as many GPUs where there are two, else on the processor, of
-whose cores each gets its share. Peak memory is of the whole process on a processor, of tensors on a GPU; of two ranks
-it is that of the one that needed more. The first size is run before, to warm up.
+A step is ``forward_backward_custom(data, grpo())`` and ``optim_step``: forward, loss, backward, AdamW. Sequences have
+256 to 768 tokens. There is one batch of each size; ``--memory-budget`` decides its number of micro-batches. Two ranks
+split each batch. They run on two GPUs if there are two, else on the CPU, where each gets half of the cores. Peak memory
+is that of tensors on a GPU, and of the whole process on a CPU; for two ranks, it is the larger one. The first size also
+runs once at the start, to warm up.
 
     python benchmarks/scaling.py [--max-tokens 1048576] [--memory-budget 1e9] [--rounds 3]
 """
@@ -38,7 +38,7 @@ LAUNCH = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"
 
 
 def batch(tokens: int) -> list[Any]:
-    """Datums of so many tokens in all."""
+    """Return datums with this total number of tokens."""
     rng, lengths = random.Random(0), []
     while sum(lengths) < tokens:
         lengths.append(min(rng.randint(256, 768), tokens - sum(lengths)))
@@ -47,21 +47,21 @@ def batch(tokens: int) -> list[Any]:
 
 
 def columns(data: list[Any]) -> dict[str, Any]:
-    """Advantages, and logprobs near those of an untrained model."""
+    """Return advantages, and logprobs near those of an untrained model."""
     rng = random.Random(1)
     old = [[rng.uniform(-6.3, -6.2) for _ in range(d.model_input.length)] for d in data]
     return {"advantages": [rng.uniform(-1, 1) for _ in data], "old_logprobs": old, "ref_logprobs": old}
 
 
 def peak() -> float:
-    """MiB: of tensors on a GPU, else of the process so far."""
+    """Return the peak memory in MiB: of tensors on a GPU, else of the process so far."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """A row for each size; all ranks call this."""
+    """Return a row for each size. All ranks call this."""
     mesh = start()
     client = LocalTrainingClient(Decoder(**SHAPE), memory_budget=args.memory_budget, mesh=mesh)
     ranks, rows = client.ranks, []
@@ -91,9 +91,9 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--max-tokens", type=int, default=SIZES[-1])
-    parser.add_argument("--memory-budget", type=float, default=1e9, help="bytes, of each rank")
+    parser.add_argument("--memory-budget", type=float, default=1e9, help="bytes for each rank")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--rows", help=argparse.SUPPRESS)  # a process of several writes its rows here
+    parser.add_argument("--rows", help=argparse.SUPPRESS)  # the file for the rows of a process that this one starts
     args = parser.parse_args()
     if args.rows:
         rows = measure(args)

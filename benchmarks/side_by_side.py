@@ -1,4 +1,4 @@
-"""Time alternatives side by side: every round runs each once, in changing order; medians over rounds."""
+"""Time alternatives side by side: every round runs each of them once, in an order that changes."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 
 def keep_freed_memory() -> None:
-    """Let the C library reuse what was freed: asking the kernel for the same pages again is mere noise.
+    """Let the C library reuse freed memory: requests to the kernel for the same pages would add noise to the times.
 
-    On glibc; elsewhere this does nothing.
+    This needs glibc. Without it, the function does nothing.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
@@ -33,7 +33,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def device_name() -> str:
-    """The accelerator's name, or the processor's and its core count."""
+    """Return the name of the accelerator, or the name and core count of the processor."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")
@@ -47,7 +47,7 @@ def synchronize() -> None:
 
 
 def seconds(run: Callable[[], Any]) -> tuple[float, Any]:
-    """How long it took, and what it returned."""
+    """Return the time of a run and its result."""
     synchronize()
     start = time.perf_counter()
     result = run()
@@ -61,9 +61,10 @@ def race(
     patience: float = math.inf,
     look: Callable[[str, Any], None] = lambda name, result: None,
 ) -> dict[str, list[float]]:
-    """Seconds of every run in every round, after one warm-up round; the order rotates.
+    """Return the seconds of every run in every round, after one warm-up round. The order of the runs rotates.
 
-    ``look`` is shown what each returned in the warm-up. One that has used up ``patience`` seconds sits out the rest.
+    ``look`` gets the name and the result of each run in the warm-up. A run that has taken more than ``patience``
+    seconds in total skips the other rounds.
     """
     keep_freed_memory()
     names = list(runs)
@@ -82,7 +83,7 @@ def race(
 
 
 def ratio(times: dict[str, list[float]], name: str, to: str) -> float:
-    """Median over rounds of time(name) / time(to): noise that hits a whole round cancels."""
+    """Return the median over rounds of time(name) / time(to). Noise that affects a whole round cancels."""
     return statistics.median(a / b for a, b in zip(times[name], times[to]))
 
 
@@ -93,20 +94,20 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def results_file(benchmark: str) -> Path:
-    """``results/<benchmark>.<device>.json``"""
+    """Return the path ``results/<benchmark>.<device>.json``."""
     slug = re.sub(r"[^a-z0-9]+", "-", device_name().lower()).strip("-")
     return RESULTS / f"{benchmark}.{slug}.json"
 
 
 def load(benchmark: str) -> list[dict[str, Any]]:
-    """The rows that were written on this device before."""
+    """Return the rows that were saved on this device before."""
     path = results_file(benchmark)
     rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
     return rows
 
 
 def save(benchmark: str, rows: list[dict[str, Any]]) -> Path:
-    """Write the rows with what is needed to read them later."""
+    """Save the rows with the device and the versions; return the path."""
     device, path = device_name(), results_file(benchmark)
     RESULTS.mkdir(exist_ok=True)
     versions = {"python": platform.python_version(), "torch": torch.__version__}

@@ -1,11 +1,12 @@
-"""What a custom loss costs the local client: the same step as a built-in, as a custom loss, and in two passes.
+"""The cost of a custom loss in the local client: the same step with a built-in loss, a custom loss, and two passes.
 
 - built-in: ``forward_backward(data, "cross_entropy")``
 - custom: ``forward_backward_custom(data, cross_entropy(weigh=token_sum))``
-- per datum: the same loss as the hosted APIs document it, one ``torch.dot`` a datum
-- two passes: the hosted services' protocol: forward, gradient on the logprobs, built-in with weights −gradient
+- per datum: the same loss as the documentation of the hosted APIs writes it, with one ``torch.dot`` for each datum
+- two passes: the protocol of the hosted services: ``forward``, the gradient of the loss in the logprobs, and a built-in
+  loss with weights −gradient
 
-All leave the same gradients on the parameters, which the script checks (to 1e-6) before it times them.
+All compute the same gradients of the parameters. The script checks this (to 1e-6) before it times them.
 
     python benchmarks/single_pass.py [--rounds 11]
 """

@@ -1,8 +1,9 @@
-"""Learn to find a sentence's translation: a contrastive loss over embeddings, through the local client.
+"""Train embeddings that find a sentence's translation: a contrastive loss through the local client.
 
-A small byte-level model, from scratch, reads English queries and French documents of four words that vary. Of the 4,096
-sentences 128 are held out; each of their words is met in training, their combinations are not. ``python
-examples/contrastive.py`` takes about 20 seconds on one CPU thread and ends with recall@1 on them, before and after.
+A small byte-level model is trained from scratch on English queries and French documents, sentences with four variable
+words. 128 of the 4,096 sentences are held out: all their words occur in training, but not in these combinations. Run
+``python examples/contrastive.py``. It takes about 20 seconds on one CPU thread and prints recall@1 on the held-out
+sentences, before and after training.
 """
 
 from itertools import product
@@ -23,7 +24,7 @@ WORDS = [
 
 
 def sentences():
-    """(query, document) for each colour, animal, verb and place; the two languages order the words differently."""
+    """Return (query, document) for each colour, animal, verb and place. The word order of the languages differs."""
     columns = [[pair.split() for pair in words.split(", ")] for words in WORDS]
     pairs = [
         (f"the {colour} {animal} {verb} in the {place}", f"dans le {lieu} {verbe} le {bete} {couleur}")
@@ -33,30 +34,30 @@ def sentences():
 
 
 def datums(texts):
-    """Whole, unshifted ids and nothing else: what an embedding reads."""
+    """Return datums for embeddings: the whole, unshifted ids, and no fields."""
     return [Datum(ModelInput.from_ints(ByteTokenizer().encode(text))) for text in texts]
 
 
 def similarity(embeddings):
-    """S = Q·Dᵀ [B, B] of B queries and then their B documents, all of length 1."""
+    """Return S = Q·Dᵀ [B, B] for the normalized embeddings of B queries, followed by those of their B documents."""
     queries, documents = F.normalize(torch.stack(embeddings), dim=1).chunk(2)
     return queries @ documents.T
 
 
 def info_nce(temperature):
-    """½·(CE(S/τ) + CE(Sᵀ/τ)): each query chooses its own document among B, each document its query."""
+    """Return the loss ½·(CE(S/τ) + CE(Sᵀ/τ)): each query classifies its document among B, each document its query."""
 
     def loss_fn(data, embeddings):
         logits = similarity(embeddings) / temperature
-        own = torch.arange(len(logits))
-        loss = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
-        return loss, {"recall@1": (logits.argmax(1) == own).float().mean().item()}
+        targets = torch.arange(len(logits))
+        loss = (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
+        return loss, {"recall@1": (logits.argmax(1) == targets).float().mean().item()}
 
     return loss_fn
 
 
 def train(client, pairs, *, steps, batch=64, learning_rate=3e-3, temperature=0.05):
-    """Adam with a rate that falls to 0; yields each step's loss."""
+    """Train with Adam and a learning rate that falls to 0; yield the loss of each step."""
     rng, loss_fn = Random(0), info_nce(temperature)
     for step in range(steps):
         queries, documents = zip(*rng.sample(pairs, batch))
@@ -67,17 +68,17 @@ def train(client, pairs, *, steps, batch=64, learning_rate=3e-3, temperature=0.0
 
 
 def recall(client, pairs):
-    """The share of queries whose own document is the nearest of all, and of documents whose query is."""
+    """Return the share of queries whose document is the nearest, and of documents whose query is the nearest."""
     queries, documents = zip(*pairs)
     config = {"output": "embedding", "pooling": "last"}
     result = client.forward(datums([*queries, *documents]), "cross_entropy", config).result()
-    near = similarity([output["embedding"].to_torch() for output in result.loss_fn_outputs])
-    own = torch.arange(len(pairs))
-    return [(s.argmax(1) == own).float().mean().item() for s in (near, near.T)]
+    scores = similarity([output["embedding"].to_torch() for output in result.loss_fn_outputs])
+    targets = torch.arange(len(pairs))
+    return [(s.argmax(1) == targets).float().mean().item() for s in (scores, scores.T)]
 
 
 def new_client(seed=0):
-    """A model of 0.1 million parameters."""
+    """Return a client of a model with 0.1 million parameters."""
     model = Decoder(vocab_size=257, dim=64, layers=2, heads=4, kv_heads=2, hidden=192, seed=seed)
     return LocalTrainingClient(model, tokenizer=ByteTokenizer(), device="cpu")
 

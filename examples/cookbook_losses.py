@@ -1,7 +1,7 @@
-"""The custom losses of ``tinker_cookbook``, imported and handed to ``lossfns check`` as they are; nothing is copied.
+"""The custom losses of ``tinker_cookbook`` for ``lossfns check``: imported and not changed.
 
-``pip install tinker-cookbook``, then ``lossfns check examples/cookbook_losses.py:dpo``. ``docs/findings.md`` says what
-comes out.
+Run ``pip install tinker-cookbook``, then ``lossfns check examples/cookbook_losses.py:dpo``. ``docs/findings.md`` has
+the results.
 """
 
 from itertools import chain
@@ -16,7 +16,7 @@ from tinker_cookbook.rl.data_processing import compute_advantages
 
 
 def dpo(data, logprobs_list):
-    """``dpo_loss_fn``, which ``train_dpo.do_update`` defines inside its loop, with what it closes over there."""
+    """Call ``dpo_loss_fn``, a closure that ``train_dpo.do_update`` defines, with the values that it closes over."""
     ref = [torch.tensor(datum.loss_fn_inputs["ref_logprobs"].data) for datum in data]
     closure = inner(
         train_dpo.do_update,
@@ -31,28 +31,28 @@ def dpo(data, logprobs_list):
 
 
 def inner(outer, name, **cells):
-    """The function of this name that another one defines in its body, closed over these values."""
+    """Return the function ``name`` that ``outer`` defines in its body, with ``cells`` as its closure."""
     code = next(c for c in outer.__code__.co_consts if isinstance(c, CodeType) and c.co_name == name)
     return FunctionType(code, outer.__globals__, name, None, tuple(CellType(cells[v]) for v in code.co_freevars))
 
 
 def reverse_kl(data, logprobs_list):
-    """``distillation.sdft.reverse_kl_custom_loss``; its datums have K candidates at each position."""
+    """Call ``distillation.sdft.reverse_kl_custom_loss``. Its datums have K candidates at each position."""
     assert logprobs_list[0].ndim == 2, "[N, K]"
     return reverse_kl_custom_loss(data, logprobs_list)
 
 
 def brier(data, logprobs_list):
-    """``recipes.decisions``: ``probability_loss(brier_score_loss)``; its datums have K choices at the last position."""
+    """Call ``probability_loss(brier_score_loss)`` of ``recipes.decisions``. The last position has K choices."""
     assert logprobs_list[0].ndim == 2, "[N, K]"
     return probability_loss(brier_score_loss)(data, logprobs_list)
 
 
 def advantages(rewards, groups):
-    """``rl.data_processing.compute_advantages``, given groups and giving back one number for each reward."""
+    """Call ``rl.data_processing.compute_advantages`` for these groups; return one number for each reward."""
     members = {}
     for i, group in enumerate(groups):
         members.setdefault(group, []).append(i)
-    given = [SimpleNamespace(get_total_rewards=lambda own=own: [rewards[i] for i in own]) for own in members.values()]
-    found = dict(zip(chain(*members.values()), torch.cat(compute_advantages(given)).tolist()))
-    return [found[i] for i in range(len(rewards))]
+    trajectories = [SimpleNamespace(get_total_rewards=lambda m=m: [rewards[i] for i in m]) for m in members.values()]
+    by_index = dict(zip(chain(*members.values()), torch.cat(compute_advantages(trajectories)).tolist()))
+    return [by_index[i] for i in range(len(rewards))]

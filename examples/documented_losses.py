@@ -1,8 +1,8 @@
 """The three custom losses of a hosted training API's documentation, word for word.
 
-They are the examples of Fireworks' "Loss Functions" page, but for one line of ``make_grpo_loss``: the page computes the
-advantages from rewards by a function that it does not show; here they are given.
-Try ``lossfns check examples/documented_losses.py:make_dpo_loss``; ``docs/findings.md`` says what comes out.
+They are the examples of Fireworks' "Loss Functions" page, except for one line of ``make_grpo_loss``. The page computes
+the advantages from rewards, with a function that it does not show; here they are an argument.
+Try ``lossfns check examples/documented_losses.py:make_dpo_loss``. ``docs/findings.md`` has the results.
 """
 
 import torch

@@ -1,7 +1,7 @@
-"""Policy and preference losses of other libraries, called through small adapters; nothing is copied.
+"""Policy and preference losses of other libraries, imported and called through small adapters.
 
-Each needs its own package: ``lossfns check examples/library_losses.py:hatchery_gspo`` needs ``hatchery-core``.
-``docs/findings.md`` says what comes out.
+Each loss needs the package of its library: ``lossfns check examples/library_losses.py:hatchery_gspo`` needs
+``hatchery-core``. ``docs/findings.md`` has the results.
 """
 
 from dataclasses import MISSING, fields
@@ -11,7 +11,7 @@ from unittest import mock
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-# hatchery.core.losses: functions of logits; the adapter gives them the logprobs that they would compute.
+# hatchery.core.losses: functions of logits. The adapter replaces their step from logits to logprobs.
 
 
 def hatchery(name, logprobs, weights, old_logprobs=None, advantages=None):
@@ -63,7 +63,7 @@ def verl_geo_mean(log_prob, response_mask, old_log_prob, advantages):
     return verl("geo_mean", log_prob, response_mask, old_log_prob, advantages)
 
 
-# trl.GRPOTrainer._compute_loss, on a stand-in for the trainer whose model gives these logprobs.
+# trl.GRPOTrainer._compute_loss, on a mock of the trainer whose model returns these logprobs.
 
 
 def trl_grpo(logprobs, mask, advantages, old_logprobs, ref_logprobs):
@@ -86,7 +86,7 @@ def trl_grpo(logprobs, mask, advantages, old_logprobs, ref_logprobs):
     return GRPOTrainer._compute_loss(trainer, None, inputs)
 
 
-# liger_kernel.chunked_loss: what the fused linear GRPO loss computes of a chunk's logprobs.
+# liger_kernel.chunked_loss: the part of the fused linear GRPO loss that takes a chunk's logprobs.
 
 
 def liger_grpo(advantages, old_logprobs, ref_logprobs):

@@ -15,8 +15,8 @@ Every loss is an object with the contract of the hosted training APIs,
     >>> logprobs[0].grad
     tensor([-0.2500, -0.2500])
 
-A batch may be split at will. ``D = bound.denominator(data)`` adds over micro-batches and ranks, and the losses of
-``bound.bind(denominator=D)`` on the parts sum exactly to the loss of the whole.
+A batch may be split in any way. ``D = bound.denominator(data)`` adds over micro-batches and ranks.
+Bind ``denominator=D`` and the columns of each part: the losses of the parts then sum exactly to the loss of the batch.
 """
 
 from lossfns import export as export

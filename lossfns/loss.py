@@ -24,6 +24,8 @@ from lossfns.weigh import Weighing, check_weigh
 Statistics = dict[str, Tensor]
 """One value for each row, detached, by name of the statistic."""
 Terms = Callable[[Tokens], tuple[Tensor, Statistics]]
+LossFn = Callable[[list[Any], list[Tensor]], tuple[Tensor, dict[str, float]]]
+"""The contract: ``(data, logprobs_list) -> (loss, metrics)``."""
 P = ParamSpec("P")
 
 
@@ -94,6 +96,7 @@ def evaluate(loss: Loss, t: Tokens, denominator: Tensor | float | None = None) -
     total = torch.dot(share.to(term.dtype), term)
     if loss.count is not None:
         total = total / (loss.count(t) if denominator is None else denominator)
+    # A pair or a sequence is active if its share is not 0.
     active = (t.active if loss.rows.per_token else share != 0).to(total.dtype)
     sums = {name: torch.dot(active, x.detach().to(active.dtype)) for name, x in statistics.items()}
     return total, {"rows": active.sum(), **sums}

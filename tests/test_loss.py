@@ -51,6 +51,27 @@ def test_the_documents_table_of_defaults() -> None:
     assert (gspo_token["clip"], gspo_token["weigh"]) == ((1 - 3e-4, 1 + 4e-4), lossfns.sequence_mean)
 
 
+@pytest.mark.parametrize(
+    ("preset", "defaults"),
+    [
+        (lossfns.reinforce, "weigh=token_mean"),
+        (lossfns.importance_sampling, "weigh=token_mean, log_ratio_cap=20.0"),
+        (lossfns.ppo, "clip=(0.8, 1.2), weigh=token_mean, log_ratio_cap=20.0, dual_clip=None"),
+        (lossfns.dapo, "clip=(0.8, 1.28), weigh=token_mean, log_ratio_cap=20.0, dual_clip=None"),
+        (lossfns.gspo, "clip=(0.9997, 1.0004), weigh=sequence_mean, log_ratio_cap=20.0, dual_clip=None"),
+        (lossfns.gspo_token, "clip=(0.9997, 1.0004), weigh=sequence_mean, log_ratio_cap=20.0, dual_clip=None"),
+        (lossfns.cispo, "clip=(0.0, 4.0), weigh=token_mean, log_ratio_cap=20.0"),
+        (lossfns.dro, "beta=0.05, weigh=token_mean"),
+        (lossfns.cross_entropy, "weigh=token_mean"),
+        (lossfns.multi_target_cross_entropy, "weigh=token_mean"),
+        (lossfns.dpo, "beta=0.1, label_smoothing=0.0, weigh=pair_mean"),
+        (lossfns.orpo, "lam=0.1, weigh=pair_mean"),
+    ],
+)
+def test_defaults_of_the_presets(preset: Any, defaults: str) -> None:
+    assert repr(preset()) == f"{preset.__name__}({defaults})"
+
+
 def data_and_logprobs(weights: tuple[float, ...] = (0.0, 1.0, 1.0)) -> tuple[list[Any], list[Tensor]]:
     data = [datum_from_tokens([1, 2, 3, 4], [0.0, *weights])]
     return data, [torch.tensor([-1.0, -2.0, -3.0], requires_grad=True)]
@@ -93,6 +114,7 @@ def test_binding_accumulates_and_replaces() -> None:
 def test_denominator_before_any_forward_pass() -> None:
     data, _ = data_and_logprobs()
     assert lossfns.cross_entropy().denominator(data) == 2
+    assert type(lossfns.cross_entropy().denominator(data)) is float
     assert lossfns.cross_entropy(weigh=lossfns.fixed_length(7)).denominator(data * 3) == 21
     assert lossfns.cross_entropy(weigh=lossfns.token_sum).denominator(data) == 1
     assert lossfns.cross_entropy().bind(weights=[[1.0, 0.5, 0.25]]).denominator(data) == 1.75
@@ -199,9 +221,40 @@ def test_a_denominator_may_be_a_tensor_as_all_reduce_leaves_it() -> None:
     data, logprobs = data_and_logprobs()
     value, metrics = lossfns.cross_entropy().bind(denominator=torch.tensor(5.0))(data, logprobs)
     assert value.item() == 1.0 and metrics["denominator"] == 5 and type(metrics["denominator"]) is float
+    assert lossfns.cross_entropy().bind(denominator=0.5).divisor == 0.5
     for value in (0.0, -1.0, math.nan, math.inf):
         with pytest.raises(LossInputError, match="cross_entropy: denominator: expected a finite number above 0"):
             lossfns.cross_entropy().bind(denominator=torch.tensor(value))
+
+
+def test_a_part_has_the_columns_of_its_datums() -> None:
+    """On-policy the loss is −A: −(1 − 2) / 2 of both datums, and 2 of the second alone."""
+    data, logprobs = data_and_logprobs()
+    bound = lossfns.ppo().bind(advantages=[1.0, -2.0], old_logprobs=ON_POLICY, align="truncate")
+    assert bound(data * 2, logprobs * 2)[0].item() == 0.5
+    second = bound.part(slice(1, 2))
+    assert second(data, logprobs)[0].item() == 2 and second.align == "truncate"
+    assert second.columns == {"advantages": [-2.0], "old_logprobs": ON_POLICY}
+
+
+def test_the_value_alone_is_that_of_the_call() -> None:
+    """(2 + 3) / 2, or over 5 where that is bound; its gradient is the call's."""
+    data, logprobs = data_and_logprobs()
+    bound = lossfns.cross_entropy().bind(weights=[[0.0, 1.0, 1.0]])
+    assert bound.value(data, logprobs).item() == bound(data, logprobs)[0].item() == 2.5
+    with pytest.raises(LossInputError, match="cross_entropy: logprobs_list"):
+        bound.value(data, [])
+    value = bound.bind(denominator=5).value(data, logprobs)
+    value.backward()
+    assert value.item() == 1.0 and logprobs[0].grad.tolist() == pytest.approx([0.0, -0.2, -0.2])
+
+
+def test_the_kind_of_row_may_be_a_string() -> None:
+    dpo = dataclasses.replace(lossfns.dpo(), rows="pairs")
+    assert dpo.rows is lossfns.Rows.PAIRS
+    assert make_loss(dpo.terms, dpo.reads, lossfns.pair_mean, rows="pairs").rows is lossfns.Rows.PAIRS
+    with pytest.raises(ValueError, match="pair"):
+        dataclasses.replace(dpo, rows="pair")
 
 
 def test_a_share_may_be_a_mask() -> None:
@@ -349,6 +402,7 @@ def test_what_is_bound_stays_bound_until_it_is_bound_again() -> None:
     again = loss.bind(weights=[[0.0, 1.0, 1.0, 7.0]])
     value, metrics = again(data, logprobs)
     assert value.item() == 5 / 4 and metrics["grad_l1"] == 2 / 4 and metrics["denominator"] == 4
+    assert again.align == "truncate" and lossfns.cross_entropy().bind().align == "strict"
     assert "grad_l1" not in again.bind(grad_l1=False)(data, logprobs)[1]
     with pytest.raises(LossInputError, match="weights"):
         again.bind(align="strict")(data, logprobs)

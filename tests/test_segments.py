@@ -26,13 +26,17 @@ T = Tokens(X, WEIGHTS, torch.tensor(LENGTHS))
         (lambda: segments.weighted_mean(T, X), [13 / 3, 0.0, 12.5 / 1.5, 0.0]),
         (lambda: segments.weight_divisor(T), [3.0, 1.0, 1.5, 1.0]),
         (lambda: segments.to_tokens(T, torch.tensor([1.0, 2.0, 3.0, 4.0])), [1.0, 1.0, 1.0, 3.0, 3.0, 4.0]),
+        (lambda: segments.token_level(T, X), X.tolist()),
+        (lambda: segments.sequence_level(T, X), [8.0, 8.0, 8.0, 18.0, 18.0, 0.0]),
+        (lambda: segments.geometric_level(T, X), [4.0, 4.0, 4.0, 9.0, 9.0, 0.0]),
+        (lambda: segments.sequence_value(T, -torch.ones_like(X)), [-1.0, 0.0, -1.0, 0.0]),
     ],
 )
 def test_by_hand(fn, expected: list[float]) -> None:
     assert fn().tolist() == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("fn", ["sequence_sum", "active_mean", "weighted_sum", "weighted_mean"])
+@pytest.mark.parametrize("fn", ["sequence_sum", "active_mean", "sequence_value", "weighted_sum", "weighted_mean"])
 def test_one_sequence_needs_no_lengths(fn: str) -> None:
     with_lengths = Tokens(X, WEIGHTS, torch.tensor([6]))
     without = Tokens(X, WEIGHTS)

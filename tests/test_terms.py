@@ -32,6 +32,8 @@ BELOW, INSIDE, ABOVE = 0.5, 1.1, 1.5
         (ABOVE, A_NEGATIVE, 3.0, 2.0),
         (1.2, A_POSITIVE, -2.4, -2.0),  # on a bound the gradient flows
         (0.8, A_NEGATIVE, 1.6, 2.0),
+        (ABOVE, 0.5, -0.6, 0.0),  # a small advantage has a sign too
+        (BELOW, -0.5, 0.4, 0.0),
         (ABOVE, 0.0, 0.0, 0.0),
         (math.inf, A_POSITIVE, -2.4, 0.0),  # an overflow is above the bound too
         (math.inf, A_NEGATIVE, math.inf, 2.0),

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import lossfns
-from lossfns import LossInputError, Tokens, Weighing
+from lossfns import LossInputError, Rows, Tokens, Weighing
+from lossfns.loss import make_loss
 
 # Sequences (0, 1, 2), (1, ½), (0): the last is empty.
 WEIGHTS = torch.tensor([0.0, 1.0, 2.0, 1.0, 0.5, 0.0], dtype=torch.float64)
@@ -62,8 +63,29 @@ def test_a_sequence_whose_signed_weights_have_no_positive_sum_has_no_mean() -> N
     assert value.item() == 1 + 1 - 4
 
 
-def test_repr_is_the_name() -> None:
-    assert repr(lossfns.token_mean) == "token_mean"
+def test_a_datum_counts_where_it_has_an_active_token() -> None:
+    """Two of the three sequences, whatever their weights."""
+    for weigh in (lossfns.datum_mean, lossfns.datum_sum):
+        share = weigh.share(T)
+        assert share.tolist() == [1.0, 1.0, 0.0] and share.dtype == torch.float64
+    assert lossfns.datum_mean.count(T).item() == 2
+    assert lossfns.datum_sum.count is None
+
+
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [
+        *((name, "tokens") for name in ("token_mean", "sequence_mean", "sequence_sum_mean", "token_sum")),
+        *((name, "pairs") for name in ("pair_mean", "pair_sum")),
+        *((name, "sequences") for name in ("datum_mean", "datum_sum")),
+    ],
+)
+def test_repr_is_the_name(name: str, rows: str) -> None:
+    weigh = getattr(lossfns, name)
+    assert repr(weigh) == name and weigh.rows == rows
+
+
+def test_repr_of_a_fixed_length_has_the_length() -> None:
     assert repr(lossfns.fixed_length(256)) == "fixed_length(256)"
 
 
@@ -85,6 +107,11 @@ def test_what_does_not_fit_is_refused(build, message: str) -> None:
 
 TOKEN_WEIGHINGS = ["token_mean", "sequence_mean", "sequence_sum_mean", "token_sum", "fixed_length"]
 PAIR_WEIGHINGS = ["pair_mean", "pair_sum"]
+DATUM_WEIGHINGS = ["datum_mean", "datum_sum"]
+
+
+def of_sequences(weigh: Weighing) -> lossfns.Loss:
+    return make_loss(lambda t: (t.logprobs, {}), (), weigh, rows=Rows.SEQUENCES)
 
 
 @pytest.mark.parametrize(
@@ -93,6 +120,7 @@ PAIR_WEIGHINGS = ["pair_mean", "pair_sum"]
         (lossfns.ppo, lossfns.pair_mean, "tokens", TOKEN_WEIGHINGS),
         (lossfns.multi_target_cross_entropy, lossfns.pair_sum, "tokens", TOKEN_WEIGHINGS),
         (lossfns.dpo, lossfns.token_sum, "pairs", PAIR_WEIGHINGS),
+        (of_sequences, lossfns.pair_sum, "sequences", DATUM_WEIGHINGS),
     ],
 )
 def test_the_refusal_names_every_weighing_that_fits_and_no_other(preset, wrong, rows: str, fitting: list[str]) -> None:

@@ -45,7 +45,7 @@ OURS: dict[str, type] = {
     "SampledSequence": types.SampledSequence,
     "GetServerCapabilitiesResponse": GetServerCapabilitiesResponse,
 }
-"""The SDK's classes by name, and the class that stands for each here."""
+"""The local class for each class of the SDK, by the name of the latter."""
 
 Surface = dict[str, str]
 """The public members of a class, as text: a method is ``"(data, loss_fn=None)"``, a field ``"= 0.9"`` or ``"="``."""
@@ -55,9 +55,9 @@ Surface = dict[str, str]
 
 
 def surface(of: type) -> Surface:
-    """Return the members of a class: fields, properties, methods, and the constructor of one without fields."""
-    own = [kind for kind in of.__mro__ if re.match(r"(tinker|lossfns)(?!\._)", kind.__module__)]
-    names = {name: value for kind in reversed(own) for name, value in vars(kind).items()}
+    """Return the members of a class: fields, properties, methods, and the constructor if there are no fields."""
+    classes = [kind for kind in of.__mro__ if re.match(r"(tinker|lossfns)(?!\._)", kind.__module__)]
+    names = {name: value for kind in reversed(classes) for name, value in vars(kind).items()}
     fields = dict(record_fields(of))
     constructor = {} if fields or "__init__" not in names else {"__init__": member_text(names["__init__"])}
     methods = {name: member_text(value) for name, value in names.items() if not name.startswith("_")}
@@ -119,29 +119,30 @@ def parse_parameters(text: str) -> dict[str, Parameter]:
         return {}
     function = ast.parse(f"def f{text[text.index('(') :]}: ...").body[0]
     assert isinstance(function, ast.FunctionDef)
-    own = function.args
-    defaults = [None] * (len(own.args) - len(own.defaults)) + [ast.unparse(x) for x in own.defaults]
-    found = {a.arg: Parameter(i, default) for i, (a, default) in enumerate(zip(own.args, defaults))}
-    keywords = zip(own.kwonlyargs, own.kw_defaults)
-    found |= {a.arg: Parameter(-1, None if x is None else ast.unparse(x)) for a, x in keywords}
-    rest = {f"{stars}{a.arg}": Parameter(-1, None) for stars, a in (("*", own.vararg), ("**", own.kwarg)) if a}
-    return found | rest
+    args = function.args
+    required = len(args.args) - len(args.defaults)
+    defaults = [None] * required + [ast.unparse(x) for x in args.defaults]
+    parameters = {a.arg: Parameter(i, default) for i, (a, default) in enumerate(zip(args.args, defaults))}
+    keywords = zip(args.kwonlyargs, args.kw_defaults)
+    parameters |= {a.arg: Parameter(-1, None if x is None else ast.unparse(x)) for a, x in keywords}
+    rest = {f"{stars}{a.arg}": Parameter(-1, None) for stars, a in (("*", args.vararg), ("**", args.kwarg)) if a}
+    return parameters | rest
 
 
 def differences(theirs: Mapping[str, Surface], ours: Mapping[str, Surface]) -> dict[str, str]:
     """Return how the two differ, by place: ``Class.method(parameter)`` or ``Class.member``."""
     found = {}
-    for name, own in ours.items():
-        for key in dict.fromkeys((*theirs[name], *own)):
+    for name, members in ours.items():
+        for key in dict.fromkeys((*theirs[name], *members)):
             place = f"{name}.{key}"
-            if key not in own:
+            if key not in members:
                 found[place] = "missing"
             elif key not in theirs[name]:
                 found[place] = "added"
             elif place in WHY:
-                found |= {} if theirs[name][key] == own[key] else {place: f"differs: `{own[key]}`"}
+                found |= {} if theirs[name][key] == members[key] else {place: f"differs: `{members[key]}`"}
             else:
-                found |= {f"{place}{where}": how for where, how in member_differences(theirs[name][key], own[key])}
+                found |= {f"{place}{where}": how for where, how in member_differences(theirs[name][key], members[key])}
     return found
 
 
@@ -162,8 +163,10 @@ def member_differences(theirs: str, ours: str) -> Iterator[tuple[str, str]]:
         elif a[name].position not in (-1, b[name].position):
             yield where, f"at position {b[name].position} instead of {a[name].position}"
         elif a[name].default != b[name].default:
-            there, here = ((x.default and f"`{x.default}` by default") or "required" for x in (a[name], b[name]))
-            yield where, f"{here}, {there} there"
+            their_default, our_default = (
+                f"`{x.default}` by default" if x.default else "required" for x in (a[name], b[name])
+            )
+            yield where, f"{our_default}, {their_default} there"
 
 
 def same_default(theirs: str, ours: str) -> bool:
@@ -240,7 +243,7 @@ WHY: dict[str, str] = {
     "SamplingClient.result": RESOLVED,
     "SamplingClient.result_async": RESOLVED,
     "SamplingClient.sample_batch": "It samples for many prompts at once, which is much faster than one by one.",
-    "SamplingParams.max_tokens": "Without it, a sample has so many tokens at most.",
+    "SamplingParams.max_tokens": "Its default limits the length of a sample.",
     "OptimStepResponse.metrics": ALWAYS_SET,
     "LoadWeightsResponse.path": ALWAYS_SET,
     "GetInfoResponse.is_lora": ALWAYS_SET,
@@ -284,7 +287,7 @@ def without_async(place: str) -> str:
 
 
 def reason(place: str) -> str:
-    """Return the reason of a difference; an empty string if it has none."""
+    """Return the reason for a difference; an empty string if there is none."""
     return WHY.get(place) or WHY.get(without_async(place), "")
 
 
@@ -322,7 +325,7 @@ The members of the installed SDK, which the tables above compare."""
 
 
 def render(theirs: Mapping[str, Surface], version: str) -> str:
-    """Return the page, from the record of the SDK and the client as it is."""
+    """Return the page. It compares the record of the SDK with the present client."""
     found = differences(theirs, {name: surface(of) for name, of in OURS.items()})
     parts = (
         INTRODUCTION.format(version=version),
@@ -350,18 +353,18 @@ def kind_of(how: str) -> str:
 
 def own_differences(found: Mapping[str, str], name: str) -> dict[str, str]:
     """Return the differences of a class, without those that an ``_async`` method shares with its method."""
-    own = {place: how for place, how in found.items() if place.startswith(f"{name}.")}
+    of_class = {place: how for place, how in found.items() if place.startswith(f"{name}.")}
     return {
         place: how
-        for place, how in own.items()
-        if without_async(place) == place or own.get(without_async(place)) != how
+        for place, how in of_class.items()
+        if without_async(place) == place or of_class.get(without_async(place)) != how
     }
 
 
 def difference_table(found: Mapping[str, str], name: str) -> str:
     """Return the table of a class: place, difference and reason."""
-    own = own_differences(found, name).items()
-    body = [(f"`{place.removeprefix(f'{name}.')}`", how, reason(place)) for place, how in own]
+    items = own_differences(found, name).items()
+    body = [(f"`{place.removeprefix(f'{name}.')}`", how, reason(place)) for place, how in items]
     return table(("where", "the client", "reason"), body) if body else "No difference."
 
 
@@ -390,8 +393,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("action", choices=("show", "write", "render", "check"), nargs="?", default="show")
     p.add_argument("--page", type=Path, default=PAGE, metavar="FILE")
     args = p.parse_args(argv)
-    was = args.page.read_text(encoding="utf-8") if args.page.exists() else ""
-    theirs, version = installed() if args.action in ("write", "check") else read_record(was)
+    old_text = args.page.read_text(encoding="utf-8") if args.page.exists() else ""
+    theirs, version = installed() if args.action in ("write", "check") else read_record(old_text)
     text = render(theirs, version)
     found = differences(theirs, {name: surface(of) for name, of in OURS.items()})
     faults = [f"no reason: {x}" for x in unexplained(found)] + [
@@ -402,7 +405,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"wrote {args.page}")
     elif args.action == "show":
         print("\n".join(f"{place}: {how}. {reason(place)}" for place, how in found.items()))
-    elif text != was:
+    elif text != old_text:
         faults.append(f"{args.page} is out of date")
     for fault in faults:
         print(fault, file=sys.stderr)

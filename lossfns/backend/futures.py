@@ -28,8 +28,8 @@ class APIFuture(Generic[T]):
     """The result of a request.
 
     Any number of threads and coroutines may read it, with ``.result(timeout)``, ``await`` or
-    ``.result_async(timeout)``, as often as they like. A reader that times out leaves the request in its place.
-    If the request fails, each reader gets its exception with the same traceback.
+    ``.result_async(timeout)``, as often as they like. A reader that times out does not cancel the request.
+    If the request fails, every reader gets the request's exception with the same traceback.
 
     Args:
         worker: the worker whose thread runs the request.
@@ -45,7 +45,7 @@ class APIFuture(Generic[T]):
         on_error: Callable[[BaseException], None] = lambda error: None,
     ) -> None:
         self._thread, self._failed = worker.thread.ident, worker.failed
-        self._readers: list[AbstractEventLoop | None] = []  # who waits now: a coroutine's event loop, None for a thread
+        self._readers: list[AbstractEventLoop | None] = []  # who waits: a coroutine's event loop, or None for a thread
         self._traceback: TracebackType | None = None
         self._error: BaseException | None = None
         self._was_read = False
@@ -69,8 +69,9 @@ class APIFuture(Generic[T]):
         Args:
             timeout: seconds to wait at most; None waits as long as the request takes.
 
-        Raises the request's exception if it fails, TimeoutError after ``timeout``, CancelledError if the request
-        was cancelled, and LossInputError within a request of the same client, which would wait for ever.
+        Raises the request's exception if the request fails, TimeoutError after ``timeout``, and CancelledError if the
+        request was cancelled. Raises LossInputError if the caller is itself a request of the same client: the wait
+        would never end.
         """
         self._refuse_deadlock()
         self._readers.append(None)
@@ -87,7 +88,7 @@ class APIFuture(Generic[T]):
         self._readers.append(loop)
         try:
             if not self._future.done():
-                await self._done(timeout)
+                await self._wait_until_done(timeout)
             return self._value()
         finally:
             self._readers.remove(loop)
@@ -100,7 +101,7 @@ class APIFuture(Generic[T]):
         return await self
 
     def future(self) -> Future[T]:
-        """Return the request as a ``concurrent.futures.Future``. An error that is read there counts as unread here."""
+        """Return the request as a ``concurrent.futures.Future``. Reading its error there does not mark it as read."""
         return self._future
 
     @property
@@ -115,8 +116,11 @@ class APIFuture(Generic[T]):
             raise self._error.with_traceback(self._traceback)
         return self._future.result()
 
-    async def _done(self, timeout: float | None) -> None:
-        """Wait on a future of this reader alone: cancelling the reader does not cancel the request."""
+    async def _wait_until_done(self, timeout: float | None) -> None:
+        """Wait until the request is done.
+
+        The reader waits on a future of its own, so that cancelling the reader does not cancel the request.
+        """
         finished: Future[None] = Future()
 
         def finish(_: Future[T]) -> None:
@@ -136,7 +140,7 @@ class APIFuture(Generic[T]):
         """Refuse to wait on the thread that has yet to run the request, and cancel the request."""
         if get_ident() == self._thread and not self._future.done():
             self._future.cancel()
-            fix = "A loss runs within a request of this client: it cannot wait for a later one, which is cancelled."
+            fix = "A loss runs within a request of this client, so it cannot wait for a later one, which is cancelled."
             raise LossInputError("result", "a wait outside of the client's own requests", "one inside", fix)
 
 
@@ -168,9 +172,9 @@ class GradientFailures:
             self.record(CancelledError())
 
     def run_step(self, count: int, request: Callable[..., T], *args: Any) -> T:
-        """Run a step that was submitted after ``count`` failures; refuse it if there are more by now.
+        """Run a step that was submitted after ``count`` failures.
 
-        Part of its gradient would be missing.
+        Refuse the step if there are more failures by now: part of its gradient would be missing.
         """
         if self.count > count:
             fix = "The gradient is that of the requests that succeeded: submit the failed one and the step again."
@@ -237,9 +241,9 @@ class Worker:
             return submitted
 
     def submit_step(self, request: Callable[..., T], *args: Any) -> APIFuture[T]:
-        """Queue a request that consumes the accumulated gradient; refuse it if a gradient queued before it fails."""
+        """Queue a request that consumes the accumulated gradient. It is refused if a gradient before it fails."""
         with self._lock:
-            count = self._failures.count  # taken first: the next line raises the failures that nobody has read
+            count = self._failures.count  # read before the check: a failure after the check then refuses the step
             self._raise_unread_failure()
             return APIFuture(self, *self._caller, self._failures.run_step, count, request, *args)
 
@@ -266,7 +270,8 @@ WORKERS: weakref.WeakSet[Worker] = weakref.WeakSet()
 def log_unread_failures_at_exit() -> None:
     """Log the unread errors of all workers at the end of the program.
 
-    ``weakref.finalize`` would hold the errors instead. Their frames refer to the client, which would never be freed.
+    ``weakref.finalize`` is no alternative: it would hold the errors, whose frames refer to the client, which would then
+    never be freed.
     """
     for worker in WORKERS:
         log_unread_failures(worker.failed)
@@ -300,7 +305,7 @@ def async_of(
 ) -> Callable[[Callable[..., Coroutine[Any, Any, T]]], Callable[P, Coroutine[Any, Any, T]]]:
     """Decorate a coroutine function that passes its arguments on to ``method``.
 
-    It is named ``<method>_async`` and has the signature of ``method``, which is thus written once.
+    The decorated function is named ``<method>_async`` and has the signature of ``method``.
 
     Args:
         method: the method that takes the same arguments.
@@ -308,10 +313,10 @@ def async_of(
     """
 
     def decorate(function: Callable[..., Coroutine[Any, Any, T]]) -> Callable[P, Coroutine[Any, Any, T]]:
-        own = doc or function.__doc__
+        docstring = doc or function.__doc__
         functools.update_wrapper(function, method)
         function.__name__, function.__qualname__ = f"{method.__name__}_async", f"{method.__qualname__}_async"
-        function.__doc__ = own
+        function.__doc__ = docstring
         return function
 
     return decorate
@@ -338,7 +343,7 @@ def async_result(method: Callable[P, APIFuture[T]]) -> Callable[P, Coroutine[Any
 
 
 def async_in_thread(method: Callable[P, T]) -> Callable[P, Coroutine[Any, Any, T]]:
-    """Make ``<method>_async``, a coroutine function that runs a method which blocks in a thread of its own."""
+    """Make ``<method>_async``, a coroutine function that runs the blocking method in another thread."""
 
     @async_of(method, f"``{method.__name__}`` without blocking the event loop.")
     async def result(*args: P.args, **kwargs: P.kwargs) -> T:

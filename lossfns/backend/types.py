@@ -66,7 +66,7 @@ class ForwardBackwardOutput:
 
 @dataclass(frozen=True)
 class OptimStepResponse:
-    """Result of a step: metrics ``grad_norm``, after normalisation and before clipping, and ``lr``, the rate."""
+    """Result of a step: metrics ``grad_norm`` (after normalisation, before clipping) and ``lr``, the learning rate."""
 
     metrics: dict[str, float]
 
@@ -123,7 +123,7 @@ class GetInfoResponse:
         parameters: number of parameters, adapters included.
         device, dtype: of the first parameter.
         steps: optimizer steps so far.
-        profile: the service that is followed, ``"tinker"`` or ``"fireworks"``.
+        profile: the service that the client follows, ``"tinker"`` or ``"fireworks"``.
         attention: the implementation of packed attention, None if the model does not name it.
     """
 

@@ -27,10 +27,10 @@ PER_TOKEN = {*COLUMNS, *FIELD_DTYPES, *ALIASES.values()}
 """The fields of a datum that have an entry for each target."""
 
 MAX_MEAN_GAP = 5.0
-"""The mean |log-ratio|, in nats, above which two columns are hardly of the same tokens."""
+"""The mean |log-ratio|, in nats, above which two columns probably belong to different tokens."""
 
 MIN_SHIFT_TOKENS = 8
-"""The number of tokens that it takes to see that a column is shifted."""
+"""The number of tokens below which a shifted column is not looked for."""
 
 
 # Frames
@@ -94,27 +94,27 @@ def check_length(
 ) -> None:
     """Refuse a per-token field that does not have one entry for each target; note the length of any other field."""
     if name in PER_TOKEN and row.ndim and tuple(row.shape) != tuple(shape):
-        column = {"weights": [torch.ones(tuple(shape))], name: [row]}
+        columns = {"weights": [torch.ones(tuple(shape))], name: [row]}
         like, rows = torch.empty(0, dtype=torch.float64), TARGETS if len(shape) == 2 else TOKENS
         try:
-            pack_side_columns([datum], [shape], like, (name,), column, rows=rows)
+            pack_side_columns([datum], [shape], like, (name,), columns, rows=rows)
         except LossInputError as error:
-            error.expected = error.expected.replace("logprobs", "target_tokens")
+            error.expected = error.expected.replace("logprobs", "target_tokens")  # there are no logprobs yet
             raise
     elif name not in PER_TOKEN and row.ndim and len(row) != shape[0]:
         findings.add("note", name, f"{len(row)} values beside {shape[0]} targets: is it per token?", index)
 
 
 def check_model_input(model_input: Any, targets: Array, datum: int, findings: Findings) -> None:
-    """Refuse inputs that are not as many as the targets, or whose token j + 1 is not target j."""
+    """Refuse inputs whose number is not that of the targets, and targets that are not the next tokens."""
     length, n = int(model_input.length), len(targets)
     if length != n:
         fix = "model_input is tokens[:-1] and target_tokens is tokens[1:]."
         hints = {1: "Its last token predicts nothing: leave it out.", -1: "A token short: were targets not shifted?"}
         fix = f"{hints.get(length - n, '')} {fix}".strip()
         raise LossInputError("model_input", f"{n} tokens (the length of target_tokens)", str(length), fix, datum=datum)
-    text = all(hasattr(chunk, "tokens") for chunk in getattr(model_input, "chunks", ()))
-    if not text or targets.ndim == 2 or n < 3:
+    text_only = all(hasattr(chunk, "tokens") for chunk in getattr(model_input, "chunks", ()))
+    if not text_only or targets.ndim == 2 or n < 3:
         return
     ids = np.asarray(model_input.to_ints())
     if (ids[1:] == targets[:-1]).all():
@@ -156,18 +156,19 @@ class BatchView:
         return sum_by_datum(x, self.shapes)
 
     def datums_with(self, x: Tensor) -> Tensor:
-        """Whether a datum has an entry of a mask: ``[N] -> [B]`` bool."""
+        """Whether each datum has a True entry in a mask: ``[N] -> [B]`` bool."""
         return self.sum_by_datum(x) > 0
 
 
 def inspect_weights(view: BatchView, signed: bool | None, paired: bool, findings: Findings) -> Numbers:
     """Count the trained tokens, and record unusual weights.
 
-    ``signed`` says whether the loss takes negative weights; None if that is not known.
+    ``signed`` is whether the loss takes negative weights; None if that is not known.
     """
     w, active = view.columns["weights"], view.active
     counts = view.sum_by_datum(active)
     empty, bad, negative = counts == 0, view.datums_with(~w.isfinite()), view.datums_with(w < 0)
+    # lone: the empty side of a pair whose other side is not empty
     lone = empty & ~empty.reshape(-1, 2).all(1).repeat_interleave(2) if paired else torch.zeros_like(empty)
     if bad.any():
         message = f"not finite in {name_datums(bad)}. Give 0 to what is not trained."
@@ -197,7 +198,7 @@ def inspect_weights(view: BatchView, signed: bool | None, paired: bool, findings
 
 
 def inspect_ends(view: BatchView, eos_id: int | None, findings: Findings) -> Numbers:
-    """Look at the last trained token of each datum: whether it is EOS, and the datum's last target."""
+    """Look at the last trained token of each datum: is it EOS, and is it the datum's last target?"""
     parts = torch.split(view.columns["weights"], [row.size for row in view.targets])
     rows = [(t.reshape(len(t), -1), w.reshape(len(t), -1).abs().numpy()) for t, w in zip(view.targets, parts)]
     lasts = [(t, w, np.flatnonzero(w.any(1))[-1]) for t, w in rows if w.any()]
@@ -208,8 +209,8 @@ def inspect_ends(view: BatchView, eos_id: int | None, findings: Findings) -> Num
         message = "the last target is masked in every datum: is it padding, or is no response trained to its end?"
         findings.add("warning", "target_tokens", message)
     if eos_id is None:
-        [(most, times)] = Counter(ids).most_common(1)
-        return numbers | {"most often end with": most, "times": times}
+        [(last_id, count)] = Counter(ids).most_common(1)
+        return numbers | {"most often end with": last_id, "times": count}
     stops = ids.count(eos_id)
     present = any((t == eos_id).any() for t in view.targets)
     if not stops:
@@ -262,16 +263,16 @@ def inspect_logprobs(view: BatchView, reads: Sequence[str], findings: Findings) 
         elif not x[view.active].any():
             findings.add("warning", name, "0 at every active token: was it left unset?")
     numbers: Numbers = {}
-    for (one, x), (other, y) in combinations(columns.items(), 2):
-        gap = numbers[f"|{one.split('_')[0]} - {other.split('_')[0]}|"] = mean_gap(x, y, view.active)
+    for (first, x), (second, y) in combinations(columns.items(), 2):
+        gap = numbers[f"|{first.split('_')[0]} - {second.split('_')[0]}|"] = mean_gap(x, y, view.active)
         both = view.active[1:] & view.active[:-1]
         enough = both.sum() >= MIN_SHIFT_TOKENS
         shifted = min(mean_gap(x[1:], y[:-1], both), mean_gap(x[:-1], y[1:], both)) if enough else gap
         if shifted < gap / 2:
-            message = f"fits {one} better by one token on: position j holds that of token j + 1."
-            findings.add("warning", other, message)
+            message = f"fits {first} better by one token of shift: does position j hold the logprob of token j + 1?"
+            findings.add("warning", second, message)
         elif gap > MAX_MEAN_GAP:
-            findings.add("warning", other, f"{gap:.3g} nats from {one} on average: are both of these tokens?")
+            findings.add("warning", second, f"{gap:.3g} nats from {first} on average: are both of these tokens?")
     return numbers
 
 

@@ -1,4 +1,4 @@
-"""The gradient report: ∂L/∂logprob of every token, which ``forward_backward_custom`` sends back, and its causes."""
+"""The gradient report: ∂L/∂logprob of every token, and how much of it each column causes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from torch import Tensor
 from lossfns.errors import LossInputError
 from lossfns.inspect.pictures import Strip, heat_strip
 from lossfns.inspect.probe import (
-    LossFn,
     gradient_of,
     loss_name,
     readable_columns,
@@ -26,6 +25,7 @@ from lossfns.inspect.probe import (
     with_columns,
     without_warnings,
 )
+from lossfns.loss import LossFn
 from lossfns.pack import Shapes, check_data, check_logprobs, check_shapes
 from lossfns.terms import KL_LOG_RATIO_CAP
 from lossfns.tokens import PAIRS, TOKENS
@@ -43,7 +43,7 @@ def grad_report(
         loss_fn: any function that follows the contract: a ``Loss``, a ``BoundLoss``, a function of your own.
         data: B datums.
         logprobs: B tensors ``[N]`` or ``[N, K]``. The report copies them: they get no gradient.
-        pairs: whether datums 2i and 2i + 1 are chosen and rejected; by default what the loss says.
+        pairs: whether datums 2i and 2i + 1 are chosen and rejected; None takes it from the loss.
 
     Raises:
         LossInputError: if the loss breaks the contract: no scalar tensor, no graph, a datum without gradient.
@@ -51,7 +51,7 @@ def grad_report(
     >>> from lossfns import ppo
     >>> from lossfns.testing.batch import Batch
     >>> batch = Batch([[-1.0, -1.0]], [[1.0, 1.0]], {"advantages": [[1.0, -2.0]], "old_logprobs": [[-2.0, -1.0]]})
-    >>> report = grad_report(ppo(), batch.data(), batch.tensors())       # the ratios are e, which is clipped, and 1
+    >>> report = grad_report(ppo(), batch.data(), batch.tensors())       # ratios: e (clipped), 1
     >>> report.gradients, report.clipped
     ([tensor([0., 1.], dtype=torch.float64)], tensor([ True, False]))
     """
@@ -60,7 +60,7 @@ def grad_report(
     check_logprobs(data, logprobs)
     check_shapes(data, [lp.shape for lp in logprobs], 2 if logprobs[0].ndim == 2 else 1)
     if getattr(loss_fn, "align", "strict") != "strict":
-        fix = "Cut the rows to one length first: every token needs its place."
+        fix = "Cut the rows to one length first: the report gives a gradient for every token."
         raise LossInputError("align", "a loss bound with align='strict'", "'truncate'", fix)
     shapes = [tuple(x.shape) for x in logprobs]
     lp = torch.cat([x.detach().flatten() for x in logprobs]).double().cpu()
@@ -69,20 +69,22 @@ def grad_report(
     old = columns.get("old_logprobs", lp)
     neutral = {"advantages": 0 * lp, "old_logprobs": lp, "ref_logprobs": lp, "sampler_logprobs": old}
 
-    def gradient_without(*names: str) -> Tensor:
+    def gradient_with_neutral(*names: str) -> Tensor:
         neutralized = {name: torch.where(active, neutral[name], columns[name]) for name in names}
         with without_warnings():
             return gradient_of(*with_columns(loss_fn, data, neutralized, shapes), logprobs)[1]
 
     loss, gradient, metrics = gradient_of(loss_fn, data, logprobs)
-    without = {name: gradient_without(name) for name in readable_columns(loss_fn) if name in columns}
-    capped = (active & ((lp - old).abs() > KL_LOG_RATIO_CAP)) if "old_logprobs" in without else None
+    gradient_if_neutral = {name: gradient_with_neutral(name) for name in readable_columns(loss_fn) if name in columns}
+    capped = (active & ((lp - old).abs() > KL_LOG_RATIO_CAP)) if "old_logprobs" in gradient_if_neutral else None
     clipped = None
-    if {"advantages", "old_logprobs"} <= without.keys():
-        contributes = gradient != without["advantages"]  # other terms, such as KL, contribute to both
-        would = without["old_logprobs"] != gradient_without("advantages", "old_logprobs")
-        clipped = active & (columns["advantages"] != 0) & ~contributes & would
-    effects = {name: mass(gradient - other) for name, other in without.items()}
+    if {"advantages", "old_logprobs"} <= gradient_if_neutral.keys():
+        # Terms without advantages, such as KL, are in both gradients of a comparison.
+        advantage_matters = gradient != gradient_if_neutral["advantages"]
+        on_policy = gradient_if_neutral["old_logprobs"]
+        advantage_matters_on_policy = on_policy != gradient_with_neutral("advantages", "old_logprobs")
+        clipped = active & (columns["advantages"] != 0) & ~advantage_matters & advantage_matters_on_policy
+    effects = {name: l1_norm(gradient - other) for name, other in gradient_if_neutral.items()}
     return GradReport(loss_name(loss_fn), loss, metrics, gradient, active, clipped, capped, shapes, effects, paired)
 
 
@@ -91,7 +93,7 @@ def finite(x: Tensor) -> Tensor:
     return x.nan_to_num(0, 0, 0)
 
 
-def mass(gradient: Tensor) -> float:
+def l1_norm(gradient: Tensor) -> float:
     """Return Σ|g| over finite entries."""
     return float(finite(gradient).abs().sum())
 
@@ -111,12 +113,13 @@ class GradReport:
         metrics: metrics of the loss.
         gradient: the gradient in float64. Sums leave out entries that are not finite; ``nonfinite`` lists them.
         active: whether the weight is not 0.
-        clipped: whether an active token with an advantage other than 0 gets no gradient from it, although it would
-            on-policy; ``None`` if advantages or old logprobs are not visible.
+        clipped: whether the advantage of an active token is not 0 but has no gradient, and would have one on-policy.
+            ``None`` if advantages or old logprobs are not visible.
         capped: whether an active token has |lp − old| > 20; ``None`` if old logprobs are not visible.
         shapes: shape of each datum's logprobs.
-        effects: for each column Σ|g − g′|, where g′ is the gradient with the column made neutral: advantages 0, old
-            and reference the current logprobs, sampler the old ones. Effects overlap and need not add up to Σ|g|.
+        effects: for each column Σ|g − g′|, where g′ is the gradient if the column is neutral. Neutral advantages are 0;
+            neutral old and reference logprobs are the current logprobs; neutral sampler logprobs are the old ones.
+            Effects overlap, so their sum need not be Σ|g|.
         pairs: whether datums 2i and 2i + 1 are chosen and rejected.
     """
 
@@ -139,7 +142,7 @@ class GradReport:
     @property
     def l1(self) -> float:
         """Σ|g|."""
-        return mass(self.gradient)
+        return l1_norm(self.gradient)
 
     @property
     def l2(self) -> float:
@@ -154,7 +157,7 @@ class GradReport:
 
     @property
     def kinds(self) -> dict[str, Tensor]:
-        """A mask ``[N]`` for each kind of token. Signs are of active tokens; masked tokens with a gradient leak."""
+        """A mask ``[N]`` for each kind of token. Signs cover active tokens; ``leaking`` covers masked ones."""
         g, on = self.gradient, self.active
         signs = {"positive": on & (g > 0), "negative": on & (g < 0), "zero": on & (g == 0)}
         bounds = {name: x for name, x in (("clipped", self.clipped), ("capped", self.capped)) if x is not None}
@@ -215,7 +218,7 @@ class GradReport:
         return json_safe(report)  # type: ignore[no-any-return]
 
     def table(self, rows: int = 16) -> str:
-        """Return the report as text, with at most ``rows`` sequences."""
+        """Return the report as text. Each list shows at most ``rows`` entries."""
         totals = f"loss {self.loss:.6g}   Σ|g| {self.l1:.4g}   √Σg² {self.l2:.4g}"
         head = [self.loss_fn, f"{totals}   cancelled {self.cancellation:.0%}   (g = ∂L/∂logprob)"]
         tables = [kind_rows(self), column_rows(self), sequence_rows(self, rows), pair_rows(self, rows)]
@@ -258,7 +261,7 @@ def entry_text(entry: Mapping[str, float]) -> str:
 
 
 def kind_rows(report: GradReport) -> list[list[str]]:
-    """Return a row for each kind of token: count and share, of all tokens or, where indented, of the active ones."""
+    """Return a row for each kind of token: its count, and its share of all tokens (indented: of active tokens)."""
     count = {name: int(x.sum()) for name, x in report.kinds.items()}
     total = len(report.gradient)
 
@@ -299,8 +302,8 @@ def sequence_rows(report: GradReport, max_rows: int) -> list[list[str]]:
 def pair_rows(report: GradReport, max_rows: int) -> list[list[str]]:
     """Return a row for each of the first ``max_rows`` pairs."""
     sides = report.pair_masses()[:max_rows] if report.pairs else []
-    masses = [[str(i), f"{side['chosen']:.4g}", f"{side['rejected']:.4g}"] for i, side in enumerate(sides)]
-    return [["pair", "Σ|g| chosen", "rejected"], *masses]
+    numbers = [[str(i), f"{side['chosen']:.4g}", f"{side['rejected']:.4g}"] for i, side in enumerate(sides)]
+    return [["pair", "Σ|g| chosen", "rejected"], *numbers]
 
 
 # JSON

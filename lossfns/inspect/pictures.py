@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MAX_ROWS, MAX_CELLS = 64, 250
-"""The rows and cells that a strip shows legibly. It says so if there are more."""
+"""The largest number of rows and cells of a strip. A note in the picture tells if there are more."""
 
 MASKED, CLIPPED, NONFINITE = "0.75", "black", "gold"
 OUTLIER = 2.0
@@ -53,17 +53,20 @@ class Cells(NamedTuple):
 
 
 def cells(strip: Strip, max_rows: int = MAX_ROWS, max_cells: int = MAX_CELLS) -> Cells:
-    """Return one cell for each token, or one for several neighbours if rows are too long: their largest |g|.
+    """Return one cell for each token. In long rows, neighbours share a cell, which has their largest |g|.
 
-    K targets of a position are summed. A cell is masked if all its tokens are, clipped or nonfinite if one of them is.
+    K targets of a position are summed. A cell is masked if all its tokens are masked. It is clipped or nonfinite if one
+    of its tokens is.
     """
     longest = max(1, *(len(row) for row in strip.gradients[:max_rows]))
-    each = max(1, math.ceil(longest / max_cells))
-    width = math.ceil(longest / each)
+    tokens_each = max(1, math.ceil(longest / max_cells))
+    width = math.ceil(longest / tokens_each)
 
     def grid(rows: Sequence[Tensor]) -> np.ndarray[Any, Any]:
         flat = [row.double().reshape(len(row), -1).sum(1).numpy() for row in rows[:max_rows]]
-        return np.stack([np.pad(row, (0, width * each - len(row))) for row in flat]).reshape(len(flat), width, each)
+        return np.stack([np.pad(row, (0, width * tokens_each - len(row))) for row in flat]).reshape(
+            len(flat), width, tokens_each
+        )
 
     def marks(rows: Sequence[Tensor]) -> np.ndarray[Any, Any]:
         return np.asarray(grid(rows).any(-1))
@@ -73,14 +76,14 @@ def cells(strip: Strip, max_rows: int = MAX_ROWS, max_cells: int = MAX_CELLS) ->
     nonfinite = marks([~g.isfinite() for g in strip.gradients])
     clipped = np.zeros_like(inside) if strip.clipped is None else marks(strip.clipped)
     strongest = np.take_along_axis(gradient, np.abs(gradient).argmax(-1)[..., None], -1)[..., 0]
-    return Cells(np.ma.array(strongest, mask=~inside), inside & ~active, clipped, nonfinite, each)
+    return Cells(np.ma.array(strongest, mask=~inside), inside & ~active, clipped, nonfinite, tokens_each)
 
 
 def heat_strip(strip: Strip, *, title: tuple[str, str], labels: Sequence[str], axis: str = "datum") -> Figure:
     """Draw a row for each sequence and a cell for each token, red where g > 0 and blue where g < 0.
 
     Masked cells are grey, clipped ones are crossed, gradients that are not finite are golden. The scale is
-    symmetric. A note below says if sequences are left out or tokens share a cell.
+    symmetric. Notes below say what the picture leaves out.
 
     Args:
         strip: the gradients.
@@ -120,7 +123,7 @@ def heat_strip(strip: Strip, *, title: tuple[str, str], labels: Sequence[str], a
 
 
 def paint(axes: Any, shown: Cells, limit: float, side: float) -> Any:
-    """Draw the cells and their marks. ``side`` is that of a cell, in points. Return the image of the gradients."""
+    """Draw the cells and their marks, and return the image of the gradients. ``side`` is a cell's side, in points."""
     from matplotlib.colors import ListedColormap
 
     rows, width = shown.gradient.shape
@@ -159,13 +162,13 @@ def colour_limit(sizes: np.ndarray[Any, Any]) -> tuple[float, float]:
 
 def notes(strip: Strip, shown: Cells, limit: float, largest: float) -> list[str]:
     """Return sentences about what the picture leaves out or puts together."""
-    found = []
+    sentences = []
     if len(strip.gradients) > len(shown.gradient):
-        found.append(f"The first {len(shown.gradient)} of {len(strip.gradients)} sequences.")
+        sentences.append(f"The first {len(shown.gradient)} of {len(strip.gradients)} sequences.")
     if shown.tokens_each > 1:
-        found.append(f"A cell is {shown.tokens_each} tokens: the largest |g| of them, clipped if any is.")
+        sentences.append(f"A cell is {shown.tokens_each} tokens: the largest |g| of them, clipped if any is.")
     if any(row.ndim == 2 for row in strip.gradients):
-        found.append("The K targets of a position are summed.")
+        sentences.append("The K targets of a position are summed.")
     if limit < largest:
-        found.append(f"Colours end at the 99th percentile; the largest |g| is {largest:.3g}.")
-    return found
+        sentences.append(f"Colours end at the 99th percentile; the largest |g| is {largest:.3g}.")
+    return sentences

@@ -18,7 +18,6 @@ from lossfns.inspect.batch import Array, BatchView, Numbers, target_rows
 from lossfns.inspect.findings import Finding, Findings, recorded
 from lossfns.inspect.gradients import GradReport, json_safe
 from lossfns.inspect.probe import (
-    LossFn,
     bound_columns,
     gradient_of,
     loss_name,
@@ -30,7 +29,7 @@ from lossfns.inspect.probe import (
     without_warnings,
 )
 from lossfns.inspect.stepzero import check_step_zero, step_zero
-from lossfns.loss import BoundLoss, Loss
+from lossfns.loss import BoundLoss, Loss, LossFn
 from lossfns.pack import check_data, check_logprobs, check_shapes
 from lossfns.tokens import LOGPROB_COLUMNS, PAIRS, TOKENS
 
@@ -50,7 +49,7 @@ class Preflight:
         loss_fn: name of the loss.
         numbers: numbers about the batch and the loss, by section.
         findings: errors first, then warnings, then notes.
-        step_zero: the gradients at step zero; None if errors kept them from being measured.
+        step_zero: the gradients at step zero; None if errors prevented their measurement.
     """
 
     loss_fn: str
@@ -79,11 +78,13 @@ class Preflight:
             text = "   ".join(f"{name} {value:.6g}".replace(" ", NO_BREAK) for name, value in values.items())
             wrapped = textwrap.wrap(text, 110, initial_indent=f"{section:<14}", subsequent_indent=" " * 14)
             lines += [line.replace(NO_BREAK, " ") for line in wrapped]
-        lines += [""] * bool(self.numbers)
+        if self.numbers:
+            lines.append("")
         for _, group in groupby(self.findings, key=lambda finding: (finding.level, finding.field)):
             alike = list(group)
             lines += map(str, alike[:MAX_ALIKE])
-            lines += [f"  ... and {len(alike) - MAX_ALIKE} more about {alike[0].field}"] * (len(alike) > MAX_ALIKE)
+            if len(alike) > MAX_ALIKE:
+                lines.append(f"  ... and {len(alike) - MAX_ALIKE} more about {alike[0].field}")
         return "\n".join(lines).rstrip()
 
     __str__ = table
@@ -103,10 +104,10 @@ def preflight(
     Args:
         loss_fn: any function that follows the contract. The columns of a bound loss are read from its binding.
         data: B datums, of ours or of an SDK.
-        logprobs: the logprobs to take for the policy's; by default the old ones, else the reference's, else uniform.
-        eos_id: the token that ends a response, to see whether it is trained.
+        logprobs: the policy's logprobs. By default they are the old ones, else the reference's, else uniform.
+        eos_id: the token that ends a response; the result tells whether it is trained.
         vocab_size: bounds the ids. Uniform logprobs are −ln(vocab_size), or −1 without it.
-        pairs: whether datums 2i and 2i + 1 are chosen and rejected; by default what the loss says.
+        pairs: whether datums 2i and 2i + 1 are chosen and rejected; None takes it from the loss.
 
     >>> from lossfns import cross_entropy, datum_from_tokens
     >>> data = [datum_from_tokens([5, 6, 7, 2], prompt_length=2), datum_from_tokens([5, 6], [0.0, 0.0])]
@@ -129,7 +130,7 @@ def preflight(
         with recorded(findings, "loss_fn"), without_warnings():
             base = policy_logprobs(view, logprobs, data, vocab_size)
             numbers["denominators"] = denominators(loss_fn, data, view, paired)
-            # With its own columns first, as a loss may refuse these and accept those of step zero.
+            # First with its own columns: a loss may refuse them and accept those of step zero.
             gradient_of(loss_fn, data, split_by_datum(base, view.shapes))
             zero = step_zero(loss_fn, data, view, base, paired)
             report = zero.report
@@ -162,7 +163,7 @@ def inspect_columns(
 def policy_logprobs(
     view: BatchView, logprobs: Sequence[Tensor] | None, data: Sequence[Any], vocab_size: int | None
 ) -> Tensor:
-    """Return the ``[N]`` float32 logprobs to take for those of the policy before its first step."""
+    """Return the policy's logprobs before its first step, as ``[N]`` float32."""
     if logprobs is not None:
         check_logprobs(data, logprobs)
         check_shapes(data, [lp.shape for lp in logprobs], len(view.shapes[0]))
@@ -173,9 +174,9 @@ def policy_logprobs(
 
 
 def denominators(loss_fn: LossFn, data: Sequence[Any], view: BatchView, paired: bool) -> Numbers:
-    """Return the numbers by which a loss may divide: its own first, if it says."""
+    """Return the numbers by which a loss may divide. The loss's own denominator, if known, is the first."""
     trained = int((view.sum_by_datum(view.active) > 0).sum())
-    rows = {"tokens": int(view.active.sum()), "Σw": float(view.columns["weights"].sum()), "sequences": trained}
-    own = {"its own": loss_fn.denominator(data)} if isinstance(loss_fn, (Loss, BoundLoss)) else {}
+    counts = {"tokens": int(view.active.sum()), "Σw": float(view.columns["weights"].sum()), "sequences": trained}
+    unbound = {"its own": loss_fn.denominator(data)} if isinstance(loss_fn, (Loss, BoundLoss)) else {}
     bound = {"bound": loss_fn.divisor} if isinstance(loss_fn, BoundLoss) and loss_fn.divisor else {}
-    return own | bound | rows | ({"pairs": trained // 2} if paired else {})
+    return unbound | bound | counts | ({"pairs": trained // 2} if paired else {})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import prod
 from typing import Any
@@ -14,11 +14,9 @@ from torch import Tensor
 from lossfns.checks import is_real
 from lossfns.errors import LossInputError, LossWarning
 from lossfns.export.datums import with_fields
-from lossfns.loss import BoundLoss, Loss
+from lossfns.loss import BoundLoss, Loss, LossFn
 from lossfns.pack import Shapes, pack_side_columns
 from lossfns.tokens import COLUMNS, DATUM_FIELDS, ON_POLICY, TARGETS, TOKENS, Rows
-
-LossFn = Callable[[Any, Any], tuple[Tensor, dict[str, float]]]
 
 ALIASES = {"old_logprobs": "logprobs", "weights": "mask"}
 """Other names under which datums hold a column, for losses that were written for another framework."""
@@ -30,17 +28,17 @@ ALIASES = {"old_logprobs": "logprobs", "weights": "mask"}
 def gradient_of(
     loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]
 ) -> tuple[float, Tensor, dict[str, float]]:
-    """Call a loss on leaves of its own.
+    """Call a loss on copies of the logprobs, and differentiate it.
 
     Returns:
-        The value, ∂L/∂logprob as ``[N]`` float64, datums end to end, and the metrics.
+        The value; ∂L/∂logprob as ``[N]`` float64, datums end to end; and the metrics.
 
     Raises:
         LossInputError: if the result breaks the contract, or a datum has no gradient.
     """
     with torch.enable_grad():
         leaves = [lp.detach().clone().requires_grad_() for lp in logprobs]
-        loss, metrics = check_result(loss_fn(data, leaves))
+        loss, metrics = check_result(loss_fn(list(data), leaves))
         gradients = torch.autograd.grad(loss.sum(), leaves, allow_unused=True)
     for i, gradient in enumerate(gradients):
         if gradient is None:
@@ -51,7 +49,7 @@ def gradient_of(
 
 
 def check_result(result: Any) -> tuple[Tensor, dict[str, float]]:
-    """Return the result of a loss if it is ``(loss, metrics)`` as the contract has it. Values may be nan.
+    """Return the result of a loss if it is the ``(loss, metrics)`` of the contract. Values may be nan.
 
     Raises:
         LossInputError: if it is not a scalar tensor with a graph, and a dict of numbers.
@@ -93,7 +91,7 @@ def without_warnings() -> Iterator[None]:
 
 
 def loss_of(loss_fn: Any) -> Loss | None:
-    """Return the ``Loss`` inside; None for a function of the user's."""
+    """Return the ``Loss`` inside; None for a function that is not ours."""
     return loss_fn.loss if isinstance(loss_fn, BoundLoss) else loss_fn if isinstance(loss_fn, Loss) else None
 
 
@@ -112,7 +110,7 @@ def bound_columns(loss_fn: Any) -> Mapping[str, Any]:
 
 
 def readable_columns(loss_fn: Any) -> list[str]:
-    """Return the columns besides weights that a loss may read. A function of the user's may read any."""
+    """Return the columns besides weights that a loss may read. A function that is not ours may read any."""
     loss = loss_of(loss_fn)
     return [name for name in COLUMNS[1:] if loss is None or name in loss.reads]
 
@@ -132,11 +130,11 @@ def visible_columns(loss_fn: Any, data: Sequence[Any], shapes: Shapes) -> dict[s
     rows = TARGETS if len(shapes[0]) == 2 else TOKENS
     ones = [torch.ones(tuple(shape)) for shape in shapes]
     names = [name for name in COLUMNS[1:] if is_visible(name, data, bound)]
-    # Weights of one for the other columns: the door then masks no slot, so that every slot keeps its value.
+    # The other columns get weights of one: the door then masks no slot, and every slot keeps its value.
     unmasked = pack_side_columns(data, shapes, like, names, {**bound, "weights": ones}, rows=rows)
-    given = visible_weights(data, bound)
+    visible = visible_weights(data, bound)
     weights = pack_side_columns(
-        data, shapes, like, (), {"weights": ones if given is None else given}, rows=rows
+        data, shapes, like, (), {"weights": ones if visible is None else visible}, rows=rows
     ).weights
     return {"weights": weights, **unmasked.columns}
 
@@ -160,7 +158,7 @@ def is_visible(name: str, data: Sequence[Any], bound: Mapping[str, Any]) -> bool
 def with_columns(
     loss_fn: Any, data: Sequence[Any], columns: Mapping[str, Tensor], shapes: Shapes
 ) -> tuple[Any, list[Any]]:
-    """Replace columns in the binding and in the datums, there under every name that a datum has for them."""
+    """Replace columns in the binding and in the datums. In a datum, replace all fields that hold the column."""
     rows = {name: split_by_datum(x, shapes) for name, x in columns.items()}
     bound = {name: x for name, x in rows.items() if name in bound_columns(loss_fn)}
 

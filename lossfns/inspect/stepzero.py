@@ -12,7 +12,8 @@ from torch import Tensor
 from lossfns.inspect.batch import BatchView, Numbers
 from lossfns.inspect.findings import Findings, name_datums
 from lossfns.inspect.gradients import GradReport, grad_report
-from lossfns.inspect.probe import LossFn, gradient_of, loss_of, readable_columns, split_by_datum, with_columns
+from lossfns.inspect.probe import gradient_of, loss_of, readable_columns, split_by_datum, with_columns
+from lossfns.loss import LossFn
 from lossfns.tokens import LOGPROB_COLUMNS
 
 TOLERANCE = 1e-4
@@ -28,7 +29,7 @@ AT_STEP_ZERO: dict[str, dict[str, tuple[float, ...]]] = {
     "ref_logprobs": dict.fromkeys(("kl_ref", "margin", "reward_margin"), (0.0,)) | {"accuracy": (0.5, 0.0, 1.0)},
     "sampler_logprobs": {"tis_weight": (1.0,), "tis_capped": (0.0,)},
 }
-"""The possible values of metrics at step zero, under the column that they need. A tie may rank either way."""
+"""For each column, the values at step zero of the metrics that need it. A tie counts as 0.5, 0 or 1."""
 
 
 class StepZero(NamedTuple):
@@ -36,9 +37,9 @@ class StepZero(NamedTuple):
 
     Attributes:
         report: the gradients.
-        used: the visible columns that change the loss there.
-        idle: the visible columns that do not.
-        sure: whether the signal of each token is visible. A function of the user's may hold advantages of its own.
+        used: the visible columns that change the loss at step zero.
+        idle: the visible columns that do not change it.
+        sure: whether the signal of each token is visible. A function that is not ours may hold its own advantages.
     """
 
     report: GradReport
@@ -48,15 +49,15 @@ class StepZero(NamedTuple):
 
 
 def step_zero(loss_fn: LossFn, data: Sequence[Any], view: BatchView, base: Tensor, paired: bool) -> StepZero:
-    """Measure the loss with all logprobs equal to ``base`` [N], then with one column at a time moved by 0.1 to 0.3."""
+    """Measure the loss with all logprobs equal to ``base`` [N]. Then move one column at a time, by 0.1 to 0.3."""
     on, logprobs = view.active, split_by_datum(base, view.shapes)
     equal = {name: torch.where(on, base, x) if name in LOGPROB_COLUMNS else x for name, x in view.columns.items()}
-    loss_there, data_there = with_columns(loss_fn, data, equal, view.shapes)
-    report = grad_report(loss_there, data_there, logprobs, pairs=paired)
+    loss_at_zero, data_at_zero = with_columns(loss_fn, data, equal, view.shapes)
+    report = grad_report(loss_at_zero, data_at_zero, logprobs, pairs=paired)
     move = torch.where(on, 0.1 * (1 + torch.arange(len(base)) % 3), 0)
 
     def has_effect(name: str) -> bool:
-        moved = with_columns(loss_there, data_there, {name: equal[name] - move}, view.shapes)
+        moved = with_columns(loss_at_zero, data_at_zero, {name: equal[name] - move}, view.shapes)
         loss, gradient, _ = gradient_of(*moved, logprobs)
         return loss != report.loss or not torch.equal(gradient, report.gradient)
 
@@ -67,7 +68,7 @@ def step_zero(loss_fn: LossFn, data: Sequence[Any], view: BatchView, base: Tenso
 
 
 def check_step_zero(zero: StepZero, view: BatchView, divisors: Numbers, findings: Findings) -> Numbers:
-    """Check that step zero is finite, zero at masked tokens, of the known value and of the right sign."""
+    """Check that the loss is finite, ignores masked tokens, has its known values and gradients of the right sign."""
     report = zero.report
     for name, value in {"loss": report.loss, **{f"metrics[{k!r}]": x for k, x in report.metrics.items()}}.items():
         if not math.isfinite(value):
@@ -120,24 +121,24 @@ def token_signal(zero: StepZero, view: BatchView) -> Tensor:
 
 
 def check_preference_value(loss: float, divisors: Numbers, findings: Findings) -> Numbers:
-    """Check that the loss is ln 2 for each pair: their mean, their sum, or over a bound denominator."""
+    """Check that the loss is ln 2 for each pair, as their mean, their sum, or their sum over a bound denominator."""
     pairs = divisors["pairs"]
     possible = [math.log(2) * x for x in (1, pairs, pairs / divisors.get("bound", pairs))]
     expected = min(possible, key=lambda x: abs(x - loss))
     if abs(expected - loss) > TOLERANCE * expected:
-        message = f"{loss:.4g} where policy and reference are one; DPO has ln 2 a pair (IPO and hinge have not)."
+        message = f"{loss:.4g} where policy and reference are equal; DPO has ln 2 a pair (IPO and hinge have not)."
         findings.add("warning", "loss", message)
     return {"expected": expected}
 
 
 def check_metrics(zero: StepZero, findings: Findings) -> Numbers:
-    """Return the metrics whose value at step zero is known, and record those that have another one."""
+    """Return the metrics whose value at step zero is known, and record those that have another value."""
     expected = {name: values for column in zero.used for name, values in AT_STEP_ZERO.get(column, {}).items()}
     names = {key: key.rpartition("/")[2].partition(":")[0] for key in zero.report.metrics}
-    found = {key: zero.report.metrics[key] for key, name in names.items() if name in expected}
-    for key, value in found.items():
+    known = {key: zero.report.metrics[key] for key, name in names.items() if name in expected}
+    for key, value in known.items():
         possible = expected[names[key]]
         if min(abs(value - x) for x in possible) > TOLERANCE:
-            message = f"{value:.4g} where all policies are one: expected {possible[0]:g}."
+            message = f"{value:.4g} where all policies are equal: expected {possible[0]:g}."
             findings.add("warning", f"metrics[{key!r}]", message)
-    return dict(found)
+    return dict(known)

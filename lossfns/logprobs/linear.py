@@ -9,8 +9,9 @@ tokens, width D and vocabulary V, one product of matrices (GEMM) is 2·N·D·V o
     saved      the logits                     3       they fit
     tiled      [N, tiles] floats              4       otherwise
 
-Saved and tiled are the ends of one scale: as many tiles of logits are kept as the budget holds, and overwritten with
-their own gradient; the others are computed again. ``lossfns.logprobs.tiles`` has the maths of a tile.
+Saved and tiled are the two extremes of one method. The forward pass keeps as many tiles of logits as the budget holds.
+The backward pass overwrites these with their gradient, and computes the others again. ``lossfns.logprobs.tiles`` has
+the maths of a tile.
 """
 
 from __future__ import annotations
@@ -55,12 +56,12 @@ def no_double_backward(backward: Callable[..., Any]) -> Callable[..., Any]:
     """Make a backward pass raise under ``create_graph``, where autograd would take its result for a constant."""
 
     @wraps(backward)
-    def refusing(ctx: Any, *gradients: Tensor) -> Any:
+    def backward_once(ctx: Any, *gradients: Tensor) -> Any:
         if torch.is_grad_enabled():
             raise RuntimeError("linear_logprobs has no second derivative: run backward without create_graph")
         return backward(ctx, *gradients)
 
-    return refusing
+    return backward_once
 
 
 # The plans
@@ -78,12 +79,12 @@ class Swept(torch.autograd.Function):
         targets: Tensor,
         entropy: bool,
         budget: float,
-        *knobs: Any,
+        *head_options: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        stats, ctx.kept = forward_tiles(Head(weight, bias, *knobs), hidden, targets, entropy, budget)
+        stats, ctx.kept = forward_tiles(Head(weight, bias, *head_options), hidden, targets, entropy, budget)
         mean_logit = stats.mean_logit
         ctx.save_for_backward(hidden, weight, bias, targets, stats.tile_prob, mean_logit)
-        ctx.knobs = knobs
+        ctx.head_options = head_options
         return stats.logprobs, None if mean_logit is None else stats.lse - mean_logit
 
     @staticmethod
@@ -93,24 +94,26 @@ class Swept(torch.autograd.Function):
         with without_autocast(hidden):
             grad, needed = OutputGrad(targets, tile_prob, mean_logit, g, d_entropy), ctx.needs_input_grad
             sums = HeadGrads.allocate(weight, needed[1:3], weight.dtype)
-            d_hidden = backward_tiles(Head(weight, bias, *ctx.knobs), hidden, grad, ctx.kept, sums, needed[0])
+            d_hidden = backward_tiles(Head(weight, bias, *ctx.head_options), hidden, grad, ctx.kept, sums, needed[0])
         return d_hidden, sums.weight, None if sums.bias is None else sums.bias.to(weight.dtype), *[None] * 5
 
 
 class Frozen(torch.autograd.Function):
     """Plan frozen: keep r = Σ p_v·∂z_v/∂hidden, [N, D], over all entries of the vocabulary that are no target.
 
-    With p of the targets, nothing else is needed for ∂hidden, if weight and bias need no gradient:
+    If weight and bias need no gradient, r and the p of the targets determine ∂hidden:
 
         ∂hidden = Σ_k (g_k − G·p_k)·∂z_k/∂hidden − G·r,  k over the targets and G = Σ_k g_k
 
-    The targets are left out of r because of rounding. Where a target is nearly certain, p_k is near 1 and r is small;
-    r would lose its digits beside p_k·∂z_k/∂hidden.
+    The targets are left out of r because of rounding. Where a target is nearly certain, p_k is near 1 and r is small:
+    in a sum with p_k·∂z_k/∂hidden, r would lose its digits.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *knobs: Any) -> Tensor:
-        head, stats = Head(weight, bias, *knobs), TileStats.empty(hidden, len(weight), targets, entropy=False)
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *head_options: Any
+    ) -> Tensor:
+        head, stats = Head(weight, bias, *head_options), TileStats.empty(hidden, len(weight), targets, entropy=False)
         rest = torch.empty_like(hidden, dtype=compute_dtype(hidden))
         for rows in blocks(len(hidden), TILE_TOKENS):
             rest[rows] = mean_gradient_of_others(head, hidden[rows], targets[rows], stats.rows(rows))
@@ -136,8 +139,8 @@ class Frozen(torch.autograd.Function):
 def mean_gradient_of_others(head: Head, hidden: Tensor, targets: Tensor, stats: TileStats) -> Tensor:
     """Return r = Σ p_v·∂z_v/∂hidden [n, D] over all but the targets, and fill in ``stats``.
 
-    p is known only after the last tile. Until then it is taken under the running log-sum-exp, and the sum so far is
-    scaled by exp(old − new) at each tile.
+    p is known only after the last tile. Until then p is computed with the running log-sum-exp, and each tile scales the
+    sum so far by exp(old − new).
     """
     rest, raw = torch.zeros_like(hidden, dtype=compute_dtype(hidden)), None
     lse = torch.full_like(stats.tile_lse[:, 0], -math.inf)
@@ -149,14 +152,14 @@ def mean_gradient_of_others(head: Head, hidden: Tensor, targets: Tensor, stats: 
             stats.tile_lse[rows, tile], lse[rows], p = compiled_on_gpu(running_lse, raw.device.type)(z, before)
             rest[rows] *= (before - lse[rows]).exp_()[:, None]
             raw[rows] = head.chain_through_head(p, z)
-        at, k = is_inside(local, vocab).nonzero(as_tuple=True)
-        raw[at, local[at, k]] = 0
+        token, k = is_inside(local, vocab).nonzero(as_tuple=True)
+        raw[token, local[token, k]] = 0
         add_matmul_(rest, raw, head.weight[vocab])
     return rest
 
 
 def first_occurrence(targets: Tensor) -> Tensor:
-    """Return [N, K], whether a target is the first of its kind among the K of its token."""
+    """Return [N, K], whether a target is the first with its id among the K of its token."""
     k = targets.shape[1]
     earlier = torch.ones(k, k, dtype=torch.bool, device=targets.device).tril(-1)
     return ~((targets[:, :, None] == targets[:, None, :]) & earlier).any(2)
@@ -167,9 +170,9 @@ Gradient = Callable[[Tensor, slice], Tensor]
 
 
 class Separable(torch.autograd.Function):
-    """Plan separable: ask for ∂loss/∂logprob in the forward pass, block by block, and keep the final gradients.
+    """Plan separable: call ``gradient`` for ∂loss/∂logprob in the forward pass, and keep the final gradients.
 
-    The backward pass scales them by the one factor by which the gradient that arrives differs from ``gradient``'s.
+    The gradient that arrives in the backward pass is that of ``gradient`` times one factor, which scales the kept ones.
     """
 
     @staticmethod
@@ -181,9 +184,9 @@ class Separable(torch.autograd.Function):
         targets: Tensor,
         gradient: Gradient,
         block: int,
-        *knobs: Any,
+        *head_options: Any,
     ) -> Tensor:
-        head, needed = Head(weight, bias, *knobs), ctx.needs_input_grad
+        head, needed = Head(weight, bias, *head_options), ctx.needs_input_grad
         one_block = len(hidden) <= block
         sums = HeadGrads.allocate(weight, needed[1:3], weight.dtype if one_block else compute_dtype(weight))
         logprobs = torch.empty(targets.shape, dtype=compute_dtype(hidden), device=hidden.device)
@@ -194,7 +197,8 @@ class Separable(torch.autograd.Function):
             declared[rows] = gradient(logprobs[rows], rows)
             grad = OutputGrad(targets[rows], stats.tile_prob, None, declared[rows], None)
             d = backward_tiles(head, hidden[rows], grad, kept, sums, needed[0], overwrite=rows.start == 0)
-            d_hidden += [] if d is None else [d]
+            if d is not None:
+                d_hidden.append(d)
         ctx.save_for_backward(declared, torch.cat(d_hidden) if needed[0] else None, *sums)
         ctx.dtypes = (hidden.dtype, weight.dtype, weight.dtype)
         return logprobs
@@ -280,24 +284,24 @@ def linear_logprobs(
     hidden, weight, bias = to_one_dtype(hidden, weight, bias)
     index: Any = ALL if rows is None else rows.nonzero().squeeze(1)
     inputs = (hidden[index], weight, bias, (targets[:, None] if targets.ndim == 1 else targets)[index])
-    plan, knobs, entropy = choose_plan(plan, inputs, return_entropy, gradient), (temperature, softcap), None
+    plan, head_options, entropy = choose_plan(plan, inputs, return_entropy, gradient), (temperature, softcap), None
 
     def declared_gradient(logprobs: Tensor, block: slice) -> Tensor:
-        """Ask ``gradient`` in the shape of ``targets`` and with positions among all rows."""
+        """Call ``gradient`` with logprobs in the shape of ``targets``, and with their positions among all rows."""
         assert gradient is not None
         in_shape = logprobs.view(len(logprobs), *targets.shape[1:])
         return gradient(in_shape, block if rows is None else index[block]).view_as(logprobs)
 
     with without_autocast(hidden):
         if plan == "frozen":
-            logprobs = apply(Frozen, *inputs, *knobs)
+            logprobs = apply(Frozen, *inputs, *head_options)
         elif plan == "separable":
             block = separable_tokens(memory_budget, weight)
-            logprobs = apply(Separable, *inputs, declared_gradient, block, *knobs)
+            logprobs = apply(Separable, *inputs, declared_gradient, block, *head_options)
         else:
-            auto = default_budget(hidden, weight) if memory_budget is None else memory_budget
-            kept_bytes = {"auto": auto, "tiled": 0.0, "saved": math.inf}[plan] if needs_backward(*inputs) else 0.0
-            logprobs, entropy = apply(Swept, *inputs, return_entropy, kept_bytes, *knobs)
+            auto_bytes = default_budget(hidden, weight) if memory_budget is None else memory_budget
+            kept_bytes = {"auto": auto_bytes, "tiled": 0.0, "saved": math.inf}[plan] if needs_backward(*inputs) else 0.0
+            logprobs, entropy = apply(Swept, *inputs, return_entropy, kept_bytes, *head_options)
     logprobs = scatter_rows(logprobs, rows, index).view_as(targets)
     return (logprobs, scatter_rows(entropy, rows, index)) if return_entropy else logprobs
 
@@ -347,14 +351,14 @@ def to_one_dtype(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[T
 
 
 def scatter_rows(x: Tensor | None, rows: Tensor | None, index: Tensor) -> Any:
-    """Return the values of the tokens that were computed at their places among all, with zeros elsewhere."""
+    """Put the values of the computed tokens at their positions among all tokens, and zeros elsewhere."""
     return x if x is None or rows is None else x.new_zeros(len(rows), *x.shape[1:]).index_copy(0, index, x)
 
 
 def choose_plan(
     plan: str, inputs: tuple[Tensor, Tensor, Tensor | None, Tensor], entropy: bool, gradient: Gradient | None
 ) -> str:
-    """Replace ``"auto"`` by the plan with the fewest products; ``"auto"`` is left where the budget decides.
+    """Return the plan to use: for ``"auto"`` the one with the fewest products, or ``"auto"`` where the budget decides.
 
     Refuse a plan that does not exist, or that the other arguments rule out.
     """
@@ -403,13 +407,13 @@ def check_arguments(
         "bias": (bias, (vocabulary,), "One number for each token of the vocabulary."),
         "rows": (rows, (n,), "One bool for each row of hidden."),
     }
-    for name, (given, shape, fix) in shapes.items():
-        if given is not None and not isinstance(given, Tensor):
-            raise LossInputError(name, "a tensor", f"a {type(given).__name__}", fix)
-        if given is not None and tuple(given.shape) != shape:
-            raise LossInputError(name, f"shape {shape}", f"{tuple(given.shape)}", fix)
-        if given is not None and given.device != hidden.device:
-            raise LossInputError(name, f"a tensor on {hidden.device}", f"one on {given.device}", "Move it.")
+    for name, (value, shape, fix) in shapes.items():
+        if value is not None and not isinstance(value, Tensor):
+            raise LossInputError(name, "a tensor", f"a {type(value).__name__}", fix)
+        if value is not None and tuple(value.shape) != shape:
+            raise LossInputError(name, f"shape {shape}", f"{tuple(value.shape)}", fix)
+        if value is not None and value.device != hidden.device:
+            raise LossInputError(name, f"a tensor on {hidden.device}", f"one on {value.device}", "Move it.")
     for name, value in (("hidden", hidden), ("weight", weight), ("bias", bias)):
         if value is not None and not value.is_floating_point():
             raise LossInputError(name, "a floating point tensor", str(value.dtype), "Were token ids passed?")

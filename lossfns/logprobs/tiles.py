@@ -127,7 +127,7 @@ class TileStats(NamedTuple):
 
 
 class OutputGrad(NamedTuple):
-    """The gradient of the loss in the outputs of n tokens, and all that turns it into the gradient in their logits."""
+    """∂loss/∂outputs of n tokens, and what else ∂loss/∂logits needs."""
 
     targets: Tensor  # [n, K] vocabulary ids
     tile_prob: Tensor  # [n, tiles]
@@ -136,7 +136,7 @@ class OutputGrad(NamedTuple):
     d_entropy: Tensor | None  # [n] ∂loss/∂entropy
 
     def rows(self, index: Any) -> OutputGrad:
-        """Return the part of some of the tokens."""
+        """Return the part for some of the tokens."""
         return OutputGrad(
             self.targets[index],
             self.tile_prob[index],
@@ -202,14 +202,14 @@ def tile_lse(z: Tensor, entropy: bool) -> tuple[Tensor, Tensor | None]:
 
 
 def running_lse(z: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Running softmax: the tile's log-sum-exp, the running one, and the tile's probabilities under it.
+    """Running softmax: the tile's log-sum-exp, the new running one, and the tile's probabilities under the new one.
 
-    ``lse`` [n] is the log-sum-exp of all tiles before this one, −inf before the first. Whatever was weighted by
-    probabilities under the old ``lse`` is made current by the factor exp(old − new).
+    ``lse`` [n] is the log-sum-exp of all tiles before this one, −inf before the first. Sums of terms that were weighted
+    by probabilities under the old ``lse`` have to be multiplied by exp(old − new).
     """
-    q, own = softmax_and_lse(z)
-    lse = torch.logaddexp(lse, own)
-    return own, lse, q.mul_((own - lse).exp_()[:, None])
+    q, lse_of_tile = softmax_and_lse(z)
+    lse = torch.logaddexp(lse, lse_of_tile)
+    return lse_of_tile, lse, q.mul_((lse_of_tile - lse).exp_()[:, None])
 
 
 def logit_grad(grad: TileGrad, z: Tensor) -> Tensor:
@@ -235,7 +235,7 @@ def blocks(n: int, size: int) -> Iterator[slice]:
 
 
 def row_blocks(raw: Tensor) -> Iterator[slice]:
-    """Split the rows of a tile into those that are processed together: ``BLOCK_LOGITS`` on a CPU, all on a GPU."""
+    """Split the rows of a tile into blocks that are processed together: ``BLOCK_LOGITS`` on a CPU, all on a GPU."""
     return blocks(len(raw), max(1, BLOCK_LOGITS // raw.shape[1]) if raw.device.type == "cpu" else max(1, len(raw)))
 
 
@@ -291,8 +291,8 @@ def add_hidden_grad_(total: Tensor, d: Tensor, weight: Tensor, local: Tensor) ->
     flat[places] = 0
     add_matmul_(total, d, weight)
     flat[places] = entries
-    for some, values in zip(torch.split(places, len(d)), torch.split(entries, len(d))):
-        total.index_add_(0, some // d.shape[1], values[:, None].to(total.dtype) * weight[some % d.shape[1]])
+    for part, values in zip(torch.split(places, len(d)), torch.split(entries, len(d))):  # [n, D] at a time
+        total.index_add_(0, part // d.shape[1], values[:, None].to(total.dtype) * weight[part % d.shape[1]])
 
 
 # All tiles, forward
@@ -316,15 +316,15 @@ def forward_tiles(
     """
     stats, kept, buffer = TileStats.empty(hidden, len(head.weight), targets, entropy), KeptTiles(), None
     for tokens in blocks(len(hidden), TILE_TOKENS):
-        here = stats.rows(tokens)
+        block_stats = stats.rows(tokens)
         for tile, vocab in enumerate(blocks(len(head.weight), TILE_VOCAB)):
             raw = head.raw(hidden[tokens], vocab, buffer)
-            gather_targets(head, raw, here, targets[tokens], vocab)
+            gather_targets(head, raw, block_stats, targets[tokens], vocab)
             for rows in row_blocks(raw):
                 lse, mean = compiled_on_gpu(tile_lse, raw.device.type)(head.to_logits(raw[rows]), entropy)
-                here.tile_lse[rows, tile] = lse
-                if here.tile_mean is not None:
-                    here.tile_mean[rows, tile] = mean
+                block_stats.tile_lse[rows, tile] = lse
+                if block_stats.tile_mean is not None:
+                    block_stats.tile_mean[rows, tile] = mean
             budget -= raw.nbytes
             if budget >= 0:
                 kept[tokens.start, vocab.start] = raw
@@ -336,8 +336,8 @@ def forward_tiles(
 def gather_targets(head: Head, raw: Tensor, stats: TileStats, targets: Tensor, vocab: slice) -> None:
     """Write z at the targets that lie in this tile of raw logits into ``stats.target_logits``."""
     local = targets - vocab.start
-    found = head.to_logits(raw.gather(1, local.clamp(0, raw.shape[1] - 1)))
-    torch.where(is_inside(local, vocab), found, stats.target_logits, out=stats.target_logits)
+    z = head.to_logits(raw.gather(1, local.clamp(0, raw.shape[1] - 1)))
+    torch.where(is_inside(local, vocab), z, stats.target_logits, out=stats.target_logits)
 
 
 # All tiles, backward
@@ -351,7 +351,7 @@ class HeadGrads(NamedTuple):
 
     @staticmethod
     def allocate(weight: Tensor, needed: tuple[bool, ...], dtype: torch.dtype) -> HeadGrads:
-        """Allocate those of (weight, bias) that are ``needed``; ``dtype`` is that of ∂weight."""
+        """Allocate the gradients that are ``needed`` of weight and bias; ∂weight has this ``dtype``."""
         return HeadGrads(
             torch.empty_like(weight, dtype=dtype) if needed[0] else None,
             weight.new_zeros(len(weight), dtype=compute_dtype(weight)) if needed[1] else None,
@@ -369,9 +369,9 @@ def backward_tiles(
 ) -> Tensor | None:
     """Turn every tile of the logits into its gradient and multiply that with hidden states and weight.
 
-    Tiles that were not ``kept`` are computed again. Those that were are overwritten, so ``kept`` is empty afterwards.
-    Tokens without gradient are left out. The vocabulary is the outer loop: ∂weight of one slice of it is summed over
-    all tokens in float32 and written once.
+    Tiles in ``kept`` are overwritten, so ``kept`` is empty afterwards. The other tiles are computed again. Tokens
+    without gradient are left out. The vocabulary is the outer loop: ∂weight of one slice of it is summed over all
+    tokens in float32 and written once.
 
     Args:
         hidden: [N, D].
@@ -430,7 +430,7 @@ class ActiveTokens(NamedTuple):
         return ActiveTokens(tokens.start, len(hidden), positions, hidden[positions], grad.rows(positions))
 
     def raw(self, head: Head, vocab: slice, kept: KeptTiles, buffer: Tensor | None) -> Tensor:
-        """Return their raw logits [m, v], to be overwritten: taken out of ``kept``, or computed again."""
+        """Return the active tokens' raw logits [m, v], to be overwritten: taken out of ``kept``, or computed again."""
         raw = kept.pop((self.start, vocab.start), None)
         if raw is None:
             return head.raw(self.hidden, vocab, buffer)

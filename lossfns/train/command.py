@@ -212,8 +212,8 @@ def check_same(then: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
         if then["sha256"].get(name) != now["sha256"].get(name):
             got, fix = f"{now['options'][name]}, which has changed since", "Put it back, or start a new run."
             raise LossInputError(f"--{name}", f"the file that {folder} began with", got, fix)
-    before, here = ({"loss": c.get("loss"), "device": c["model"].get("device"), **c["versions"]} for c in (then, now))
-    changed = [f"{name} {before.get(name)}, now {here[name]}" for name in here if before.get(name) != here[name]]
+    old, new = ({"loss": c.get("loss"), "device": c["model"].get("device"), **c["versions"]} for c in (then, now))
+    changed = [f"{name} {old.get(name)}, now {new[name]}" for name in new if old.get(name) != new[name]]
     if changed:
         print(f"lossfns: {folder} began with {'; '.join(changed)}: it may not continue bit for bit", file=sys.stderr)
 
@@ -258,9 +258,9 @@ def print_outcome(outcome: recipes.Outcome) -> None:
 def draw_curves(run: Run, outcome: recipes.Outcome, path: Path) -> str:
     """Draw the curves of the run; return the path of the picture, or the reason why there is none."""
     try:
-        from lossfns.train.plots import draw
+        from lossfns.train.plots import plot_metrics
 
-        drawn = draw(run.history, {outcome.name: (outcome.before, outcome.after)}, path)
+        drawn = plot_metrics(run.history, {outcome.name: (outcome.before, outcome.after)}, path)
     except ImportError:
         return "not drawn: pip install 'lossfns[viz]'"
     return str(path) if drawn else "not drawn: no metric has changed yet"

@@ -35,7 +35,7 @@ class PlainDisplay:
     def show_step(self, done: int, metrics: Mapping[str, float]) -> None:
         """Show that ``done`` steps of the phase are done, and the metrics of the last one."""
         if done * 10 // self.count > (done - 1) * 10 // self.count:
-            self.say(f"{self.phase:>8} {done}/{self.count}  {shown(metrics)}  {self.time_left(done)}")
+            self.say(f"{self.phase:>8} {done}/{self.count}  {metrics_text(metrics)}  {self.time_left(done)}")
 
     def say(self, text: str) -> None:
         """Write a line."""
@@ -69,7 +69,7 @@ class LiveDisplay(PlainDisplay):
         self.progress.start()
 
     def show_step(self, done: int, metrics: Mapping[str, float]) -> None:
-        self.progress.update(self.task, completed=done, metrics=shown(metrics), left=self.time_left(done))
+        self.progress.update(self.task, completed=done, metrics=metrics_text(metrics), left=self.time_left(done))
 
     def say(self, text: str) -> None:
         self.progress.console.print(text)
@@ -78,7 +78,7 @@ class LiveDisplay(PlainDisplay):
         self.progress.stop()
 
 
-def shown(metrics: Mapping[str, float]) -> str:
+def metrics_text(metrics: Mapping[str, float]) -> str:
     return "  ".join(f"{name} {metrics[name]:.3f}" for name in SHOWN if name in metrics)
 
 

@@ -28,31 +28,31 @@ Schedule = Callable[[int], float]
 """The learning rate of a step, counted from 0."""
 
 
-def constant(rate: float, ramp: int = 20) -> Schedule:
-    """Rise linearly over the first ``ramp`` steps, then stay constant."""
-    return lambda step: rate * min(1, (step + 1) / ramp)
+def constant(rate: float, warmup_steps: int = 20) -> Schedule:
+    """Return a schedule that rises linearly over the first ``warmup_steps``, then stays at ``rate``."""
+    return lambda step: rate * min(1, (step + 1) / warmup_steps)
 
 
-def cosine(rate: float, steps: int, ramp: int = 20) -> Schedule:
-    """Rise linearly over the first ``ramp`` steps, then fall along a half cosine to a tenth of ``rate``."""
+def cosine(rate: float, steps: int, warmup_steps: int = 20) -> Schedule:
+    """Return a schedule that rises linearly over ``warmup_steps``, then falls as a cosine to a tenth of ``rate``."""
 
     def at(step: int) -> float:
-        done = max(0, step - ramp) / max(1, steps - ramp)
-        return rate * min(1, (step + 1) / ramp) * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
+        done = max(0, step - warmup_steps) / max(1, steps - warmup_steps)
+        return rate * min(1, (step + 1) / warmup_steps) * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
 
     return at
 
 
-def linear_decay(rate: float, steps: int, ramp: int = 5) -> Schedule:
-    """Fall linearly to a tenth of ``rate``, after a linear rise over the first ``ramp`` steps."""
-    return lambda step: rate * min(1, (step + 1) / ramp) * (1 - 0.9 * step / steps)
+def linear_decay(rate: float, steps: int, warmup_steps: int = 5) -> Schedule:
+    """Return a schedule that falls linearly to a tenth of ``rate``, times a linear rise over ``warmup_steps``."""
+    return lambda step: rate * min(1, (step + 1) / warmup_steps) * (1 - 0.9 * step / steps)
 
 
 # Requests
 
 
 def completion_datum(prompt: Sequence[int], completion: Sequence[int]) -> Datum:
-    """Make a datum that trains the completion, given the prompt."""
+    """Make a datum with weight 1 on the completion and 0 on the prompt."""
     return datum_from_tokens([*prompt, *completion], prompt_length=len(prompt))
 
 
@@ -73,10 +73,11 @@ def completion_logprobs(client: LocalTrainingClient, data: Sequence[Datum]) -> l
 
 
 def train_step(client: LocalTrainingClient, data: list[Datum], loss: Any, learning_rate: float) -> dict[str, float]:
-    """Take one optimizer step. Both requests are queued before either is waited for."""
+    """Take one optimizer step. Queue both requests before waiting for either."""
     adam = AdamParams(learning_rate=learning_rate, eps=1e-8, grad_clip_norm=1.0)
     pending, step = client.forward_backward_custom(data, loss), client.optim_step(adam)
     metrics = pending.result().metrics | step.result().metrics
+    # A name with a colon is the service's: the loss once more, or its surrogate.
     return {name: value for name, value in metrics.items() if ":" not in name}
 
 
@@ -103,7 +104,7 @@ def train_supervised(
 
 def bits_per_byte(client: LocalTrainingClient, examples: Sequence[Demonstration]) -> float:
     """Return the held-out cross-entropy, in bits for each byte of the completions."""
-    data = [completion_datum(*example) for example in examples]
+    data = [completion_datum(*example) for example in examples]  # one token is one byte
     return -sum(completion_logprobs(client, data)) / sum(len(e.completion) for e in examples) / math.log(2)
 
 
@@ -152,7 +153,10 @@ def margin_accuracy(
 def likelihood_accuracy(
     client: LocalTrainingClient, reference: LocalTrainingClient, examples: Sequence[Preference]
 ) -> float:
-    """Return the share of pairs whose chosen side has the larger mean logprob of its tokens."""
+    """Return the share of pairs whose chosen side has the larger mean logprob per token.
+
+    ``reference`` is not used: the arguments are those of ``margin_accuracy``.
+    """
     sums = completion_logprobs(client, pair_datums(examples))
     lengths = [len(completion) for e in examples for completion in (e.chosen, e.rejected)]
     means = [total / length for total, length in zip(sums, lengths)]
@@ -179,8 +183,8 @@ def train_policy(
 ) -> None:
     """Train with a policy loss: sample groups, reward exact answers, and step with group-relative advantages.
 
-    ``updates`` optimizer steps share one round of samples, and each takes its own part of the groups. The sampler's
-    logprobs are the old policy's.
+    One round of samples serves ``updates`` optimizer steps; each takes a different part of the groups. The sampler's
+    logprobs are the old logprobs.
     """
     rng = Random(seed)
     for step in run.steps(loss.name, steps, rng):
@@ -191,13 +195,15 @@ def train_policy(
         advantages = group_advantages(rewards, groups)
         data = [completion_datum(sample.prompt, sample.tokens) for sample in samples]
         old = [align_sampler_logprobs(s.logprobs, d.model_input.length) for s, d in zip(samples, data)]
-        ref = target_logprobs(reference, data) if "ref_logprobs" in loss.reads else old
-        columns = {"advantages": advantages.tolist(), "old_logprobs": old, "ref_logprobs": ref}
+        columns = {"advantages": advantages.tolist(), "old_logprobs": old}
+        if "ref_logprobs" in loss.reads:
+            columns["ref_logprobs"] = target_logprobs(reference, data)
         metrics = []
         for update in range(min(updates, len(problems))):
             members = [i for i, label in enumerate(groups) if label % updates == update]
             bound = loss.bind(**{name: [columns[name][i] for i in members] for name in loss.reads})
             metrics.append(train_step(client, [data[i] for i in members], bound, learning_rate(step)))
+        # A plain mean: merge_metrics would weight each norm by the number of tokens.
         norm = sum(m["grad_norm"] for m in metrics) / len(metrics)
         run.log(step, {**merge_metrics(metrics), **group_metrics(rewards, groups), "grad_norm": norm})
 

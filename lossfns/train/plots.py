@@ -10,16 +10,18 @@ PLOTTED = ("reward", "accuracy", "loss", "ratio", "kl_old", "kl_ref", "clip_high
 """The metrics that get a panel, if they are not constant."""
 
 
-def draw(history: Sequence[Mapping[str, Any]], evaluations: Mapping[str, tuple[float, float]], path: Path) -> bool:
-    """Draw each metric that changes against the step: the values faint, their running mean strong.
+def plot_metrics(
+    history: Sequence[Mapping[str, Any]], evaluations: Mapping[str, tuple[float, float]], path: Path
+) -> bool:
+    """Plot each metric that is not constant: its values as a faint line, their running mean as a bold one.
 
     Args:
         history: the rows of ``metrics.jsonl``.
-        evaluations: held-out values before and after by metric, drawn as dots at the two ends of its panel.
+        evaluations: for each metric, its held-out values before and after training, plotted at the first and last step.
         path: where to write the picture.
 
     Returns:
-        False, without a picture, if no metric changes.
+        Whether a picture was written. None is written if all metrics are constant.
     """
     from matplotlib.figure import Figure
 
@@ -50,7 +52,7 @@ def changing(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def running_mean(values: Sequence[float], fraction: float = 0.1) -> list[float]:
-    """Return the mean around each value, over a window of this fraction of all values."""
+    """Return for each value the mean of the values around it. The window holds this fraction of all values."""
     half = max(1, round(len(values) * fraction / 2))
     windows = (values[max(0, i - half) : i + half + 1] for i in range(len(values)))
     return [sum(window) / len(window) for window in windows]

@@ -36,13 +36,13 @@ class Outcome(NamedTuple):
 
 
 def frozen_copy(run: Run, client: LocalTrainingClient) -> LocalTrainingClient:
-    """Return a reference policy: a client with the weights that ``client`` has at the first such call of the run."""
+    """Return a reference policy: a client with the weights that ``client`` had at the first call of this in the run."""
     ranks, device = client.ranks, next(client.model.parameters()).device
     model = ranks.when_idle(ranks.copy_model)
     reference = LocalTrainingClient(model, tokenizer=client.get_tokenizer(), device=device, mesh=ranks.mesh)
 
     def save() -> str:
-        name = REFERENCES[ranks.size > 1]
+        name = REFERENCES[0] if ranks.size == 1 else REFERENCES[1]
         reference.save_state(run.folder / name, overwrite=True).result()
         return name
 
@@ -93,7 +93,7 @@ def preference(run: Run, client: LocalTrainingClient, task: Task[Preference], lo
         task,
         steps=options.steps,
         batch=options.batch,
-        learning_rate=methods.cosine(options.lr, options.steps, ramp=10),
+        learning_rate=methods.cosine(options.lr, options.steps, warmup_steps=10),
         seed=options.seed,
     )
     return Outcome("accuracy", "held-out preference accuracy", before, measure())
@@ -182,7 +182,7 @@ class Method(NamedTuple):
         loss: makes the loss.
         task: makes the examples to train on and to hold out.
         recipe: trains and measures.
-        defaults: the defaults of the options that differ from method to method. The method lacks all others of these.
+        defaults: the defaults of its method-specific options. It does not have the others that ``POLICY`` names.
     """
 
     loss: Callable[[], Loss]
@@ -218,13 +218,13 @@ def complete_options(given: Mapping[str, Any]) -> Options:
             raise LossInputError("options", f"options among {', '.join(sorted(known))}", repr(name), "Leave it out.")
         check_option(name, value)
         if not has_option(method, name):
-            having = ", ".join(other for other in METHODS if has_option(other, name))
-            raise LossInputError(flag(name), f"a method that has it ({having})", method, "Leave it out.")
+            others = ", ".join(other for other in METHODS if has_option(other, name))
+            raise LossInputError(flag(name), f"a method that has it ({others})", method, "Leave it out.")
     return Options(**METHODS[method].defaults | given)
 
 
 def has_option(method: str, name: str) -> bool:
-    """Whether a method has an option. Policy methods have all those that differ from method to method."""
+    """Whether a method has an option. ``POLICY`` names all method-specific options."""
     return name not in POLICY or name in METHODS[method].defaults
 
 

@@ -126,7 +126,7 @@ class Run:
         return self.measured[name]
 
     def checkpoint(self) -> None:
-        """Flush the metrics to the disk, then save the state that counts on them."""
+        """Flush the metrics to the disk, then save the state, which must not be ahead of them."""
         os.fsync(self._metrics.fileno())
         self.save(State(dict(self.done), self.random, dict(self.measured)))
 
@@ -153,7 +153,7 @@ class Run:
 
 
 def restore_rng(rng: Random, state: list[Any]) -> None:
-    """Restore a generator to a state that has been JSON."""
+    """Restore a generator to a state that was read from JSON."""
     version, internal, gauss = state
     rng.setstate((version, tuple(internal), gauss))
 

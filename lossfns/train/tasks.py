@@ -107,12 +107,12 @@ def continuations(prompt: int = 16, length: int = 6) -> Task[Preference]:
 
     def pair(rng: Random, texts: dict[str, list[int]]) -> Preference:
         names, weights = list(texts), [len(splits[name]) for name in texts]
-        here = there = rng.choices(names, weights)[0]
-        while there == here:
-            there = rng.choices(names, weights)[0]
-        i, j = rng.choice(splits[here]), rng.choice(splits[there])
-        own, other = texts[here], texts[there]
-        return Preference([*END, *own[i - prompt : i]], own[i : i + length], other[j : j + length])
+        topic = other_topic = rng.choices(names, weights)[0]
+        while other_topic == topic:
+            other_topic = rng.choices(names, weights)[0]
+        i, j = rng.choice(splits[topic]), rng.choice(splits[other_topic])
+        text, other_text = texts[topic], texts[other_topic]
+        return Preference([*END, *text[i - prompt : i]], text[i : i + length], other_text[j : j + length])
 
     def draw(rng: Random, n: int) -> list[Preference]:
         return [pair(rng, train) for _ in range(n)]

@@ -40,6 +40,30 @@ def test_ppo() -> None:
     assert (metrics["clip_high"], metrics["clip_low"]) == pytest.approx((1 / 3, 1 / 3))
 
 
+@pytest.mark.parametrize(
+    ("clip", "low", "high"),
+    [((1.0, 1.0), 1, 2), ((1.0, 1.75), 1, 1), ((0.25, 1.0), 0, 2), ((0.75, 1.75), 1, 1)],
+    ids=str,
+)
+def test_a_ratio_is_counted_as_clipped_where_the_bound_takes_its_gradient(
+    clip: tuple[float, float], low: int, high: int
+) -> None:
+    """Ratios ½, 1, 1½ and 2 with A = 1, 0 and −1: of twelve tokens, those on a bound are inside.
+
+    ``low`` and ``high`` of four ratios lie beyond the bounds: with A < 0 and A > 0 they are clipped.
+    """
+    ratios = (0.5, 1.0, 1.5, 2.0)
+    columns = {"advantages": [[1.0] * 4 + [0.0] * 4 + [-1.0] * 4], "old_logprobs": [[-3.0 - LN(r) for r in ratios] * 3]}
+    batch = Batch([[-3.0] * 12], [[1.0] * 12], columns)
+    _, gradients, metrics = call(lossfns.ppo(clip=clip), batch)
+    assert (metrics["clip_low"], metrics["clip_high"]) == pytest.approx((low / 12, high / 12))
+    up = [-r / 12 if r <= clip[1] else 0 for r in ratios]
+    down = [r / 12 if r >= clip[0] else 0 for r in ratios]
+    assert gradients[0] == pytest.approx([*up, 0, 0, 0, 0, *down])
+    _, _, metrics = call(lossfns.cispo(clip=clip), batch)
+    assert (metrics["bound_low"], metrics["bound_high"]) == pytest.approx((3 * low / 12, 3 * high / 12))
+
+
 def test_dapo_raises_the_upper_bound_alone() -> None:
     """−(1.28 + 0.5 − 0.8) / 3."""
     assert call(lossfns.dapo(), BATCH)[0] == pytest.approx(-0.98 / 3)
@@ -182,8 +206,8 @@ def test_on_policy_cispo_and_dro_are_reinforce(loss: lossfns.Loss) -> None:
 
 def test_reinforce() -> None:
     """−(−1 − 1 + 2)/3 = 0; gradients −A/3."""
-    value, gradients, _ = call(lossfns.reinforce(), BATCH)
-    assert value == pytest.approx(0)
+    value, gradients, metrics = call(lossfns.reinforce(), BATCH)
+    assert value == pytest.approx(0) and metrics["nll"] == pytest.approx((1 + 1 + 2) / 3)
     assert gradients == [pytest.approx([0.0, -1 / 3, -1 / 3]), pytest.approx([1 / 3])]
 
 
@@ -218,6 +242,17 @@ def test_dual_clip_bounds_what_a_bad_token_can_cost() -> None:
     assert call(lossfns.with_dual_clip(lossfns.ppo(), c=3.0), batch)[:2] == (3.0, [[0.0]])
 
 
+@pytest.mark.parametrize("preset", [lossfns.ppo, lossfns.dapo, lossfns.grpo, lossfns.gspo, lossfns.gspo_token])
+def test_every_clipped_loss_has_a_cap_and_a_dual_clip(preset: Any) -> None:
+    """A = −1 at ratio e²: e² without either, e where the log-ratio is capped at 1, 2 with a dual clip of 2."""
+    columns = {"advantages": [[-1.0]], "old_logprobs": [[-3.0]], "ref_logprobs": [[-1.0]]}
+    batch = Batch([[-1.0]], [[1.0]], columns)
+    for knobs, value in (({}, math.exp(2)), ({"log_ratio_cap": 1.0}, math.e), ({"dual_clip": 2.0}, 2.0)):
+        got, _, metrics = call(preset(**knobs), batch)
+        assert got == pytest.approx(value)
+        assert metrics["ratio_capped"] == ("log_ratio_cap" in knobs) and ("clip_dual" in metrics) == (value == 2)
+
+
 @pytest.mark.parametrize("loss", [lossfns.grpo(), lossfns.with_tis(lossfns.ppo())], ids=repr)
 def test_combinators_go_on_from_inside_out(loss: lossfns.Loss) -> None:
     for combinator in (lossfns.with_dual_clip, lossfns.with_tis):
@@ -230,6 +265,13 @@ def test_capped_tokens_are_counted_and_have_no_gradient() -> None:
     _, gradients, metrics = call(lossfns.importance_sampling(log_ratio_cap=1.0), batch)
     assert gradients == [pytest.approx([-0.5, 0.0])]
     assert metrics["ratio_capped"] == 0.5 and metrics["ratio"] == pytest.approx((1 + math.e) / 2)
+
+
+def test_a_log_ratio_at_its_cap_is_not_counted_as_capped() -> None:
+    """Log-ratios 1 and −1 with a cap of 1: they are what they would be without."""
+    batch = Batch([[-1.0, -2.0]], [[1.0, 1.0]], {"advantages": [[1.0, 1.0]], "old_logprobs": [[-2.0, -1.0]]})
+    value, _, metrics = call(lossfns.importance_sampling(log_ratio_cap=1.0), batch)
+    assert metrics["ratio_capped"] == 0 and value == call(lossfns.importance_sampling(), batch)[0]
 
 
 def test_without_a_cap_an_overflow_is_an_error_and_not_an_inf() -> None:

@@ -8,8 +8,9 @@ trap 'rm -rf "$copy"' EXIT
 git ls-files -coz --exclude-standard | xargs -0 cp --parents -t "$copy"
 cd "$copy"
 export CI=1 OMP_NUM_THREADS=1 PYTHONPATH="$copy"
+unset PYTHONDONTWRITEBYTECODE
 
-python -m pytest -q --collect-only tests > collected.txt  # leaves the compiled tests behind
+python -m pytest -q -n0 -p no:cacheprovider --collect-only > collected.txt  # leaves the compiled modules behind
 cosmic-ray baseline tools/mutation/focused.toml
 cosmic-ray baseline tools/mutation/rest.toml
 

@@ -11,7 +11,7 @@ from lossfns.errors import LossInputError, did_you_mean
 
 
 class Profile(NamedTuple):
-    """The answers that one service gives in its own way."""
+    """The behaviour of one service, where the services differ."""
 
     name: str
     check_at_call: Callable[[Any], None]
@@ -86,12 +86,12 @@ def fireworks_builtin_metrics(loss_fn: str, result: Differentiated) -> dict[str,
 
 
 def tinker_custom_metrics(result: Differentiated) -> dict[str, Any]:
-    """Return the loss as ``loss:sum`` beside the surrogate. Metrics of the loss with these names are replaced."""
+    """Return the loss as ``loss:sum`` beside the surrogate. They replace metrics of the loss with these names."""
     return {**result.metrics, "loss:sum": result.loss, "surrogate_loss:sum": result.surrogate}
 
 
 def fireworks_custom_metrics(result: Differentiated) -> dict[str, Any]:
-    """Return the surrogate Σ lp·∂L/∂lp as ``loss:sum``. Metrics of the loss with the service's names win."""
+    """Return the surrogate Σ lp·∂L/∂lp as ``loss:sum``. Metrics of the loss replace those of the service."""
     counted = {"response_tokens": result.nonzero} if result.outputs.name == "logprobs" else {}
     return {"loss:sum": result.surrogate, **counted, **result.metrics}
 

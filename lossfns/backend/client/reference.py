@@ -1,4 +1,4 @@
-"""A model behind ``forward`` alone: what a reference policy needs, and the part that all model clients share."""
+"""The reference client, which has only ``forward``. It is the base class of the training client."""
 
 from __future__ import annotations
 
@@ -58,10 +58,10 @@ def check_model(model: Any) -> None:
         fix = "Wrap a model of transformers: lossfns.backend.model.hf.CausalLM(model)."
         raise LossInputError("model", expected, f"{got} without head", fix)
     if not isinstance(head, Tensor) or head.ndim != 2:
-        fix = "It is the weight itself, [V, D]: as a property, self.unembed.weight."
+        fix = "Let head return the weight itself, [V, D], such as self.unembed.weight."
         raise LossInputError("model", expected, f"{got} whose head is a {type(head).__name__}", fix)
     if not any(True for _ in model.parameters()):
-        raise LossInputError("model", expected, f"{got} without parameters", "Register what it computes with.")
+        raise LossInputError("model", expected, f"{got} without parameters", "Register its weights as parameters.")
     if any(p.is_meta for p in model.parameters()):
         fix = "Load its weights first: model.to_empty(device=...) makes room for them."
         raise LossInputError("model", expected, f"{got} whose weights are not there", fix)
@@ -73,7 +73,7 @@ def response(result: Differentiated, metrics: dict[str, Any]) -> ForwardBackward
 
 
 class LocalReferenceClient(Resolved):
-    """A model behind ``forward`` alone, such as a frozen reference policy.
+    """A model with ``forward`` as its only computation, such as a frozen reference policy.
 
     The client uses the module that it is given, not a copy. Pass a copy of a model that is trained elsewhere.
 
@@ -84,7 +84,7 @@ class LocalReferenceClient(Resolved):
         device: any torch device, or ``"auto"``, which is the GPU if there is one.
         dtype: dtype of the weights; None keeps the model's own. Logprobs are float32 at least.
         seed: seed of the weights of the decoder that is used without a model.
-        profile: the service that is followed where the two differ, ``"tinker"`` or ``"fireworks"``.
+        profile: the service to follow where the two differ, ``"tinker"`` or ``"fireworks"``.
         name: the model's name in ``get_info`` and in checkpoints; None takes its class.
         memory_budget: bytes that a request may use beyond the weights and the accumulated gradient. A larger batch is
             split into micro-batches, with the same gradient. None plans with most of the free memory.
@@ -116,7 +116,7 @@ class LocalReferenceClient(Resolved):
         self.ranks = SingleProcess() if mesh is None else Ranks(mesh, device)
         self.model = model.to(pick_device(device) if mesh is None else None, dtype).eval()
         self._tokenizer, self._name = tokenizer, name or type(model).__name__
-        self.user_metadata: dict[str, str] = {}  # in every checkpoint; those of the save itself take precedence
+        self.user_metadata: dict[str, str] = {}  # in every checkpoint; a key that the save passes takes precedence
         self._worker = Worker(self.ranks.thread, self.ranks.call)
         self._engine = self._worker.submit(Engine, self.model, self.ranks, memory_budget).result()
 
@@ -140,7 +140,7 @@ class LocalReferenceClient(Resolved):
             pooling: how embeddings are pooled: the ``"mean"`` over the tokens, or the ``"last"`` token.
 
         The result has ``"logprobs"`` [N] or [N, K], in the shape of the targets, or ``"embedding"`` [D] for each
-        datum. Raises LossInputError at the call for arguments that it does not know, and from the future for data.
+        datum. Raises LossInputError at the call for unknown arguments. The future raises it for bad data.
         """
         check_config(loss_fn_config)
         config = dict(loss_fn_config or {})

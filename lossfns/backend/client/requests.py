@@ -73,7 +73,7 @@ def check_metadata(user_metadata: Any) -> None:
         isinstance(key, str) and isinstance(value, str) for key, value in user_metadata.items()
     )
     if user_metadata is not None and not strings:
-        got, fix = f"{user_metadata!r}", "json.dumps makes a string of anything plain."
+        got, fix = f"{user_metadata!r}", "Turn other values into a string with json.dumps."
         raise LossInputError("user_metadata", "a dict of strings", got, fix)
 
 

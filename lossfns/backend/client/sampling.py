@@ -21,12 +21,12 @@ from lossfns.logprobs.linear import model_logprobs
 class LocalSamplingClient(Resolved):
     """Samples from a copy of a model's weights. Under a mesh, rank 0 draws and all ranks get what it drew.
 
-    Clients of training and of a service make it; its ``model`` is not to be trained.
+    Training clients and service clients create it. Do not train its ``model``.
 
     Args:
         model: a module with ``forward``, ``head`` [V, D], ``prefill`` and ``step``.
         tokenizer: encodes stop strings, and is returned by ``get_tokenizer``.
-        ranks: the processes that make the same calls; None is this process alone.
+        ranks: the processes that make the same calls; None means only this process.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Any = None, ranks: SingleProcess | Ranks | None = None) -> None:
@@ -34,7 +34,7 @@ class LocalSamplingClient(Resolved):
         self._tokenizer = tokenizer
         self._vocabulary = len(model.head)  # type: ignore[arg-type]
         ranks = ranks or SingleProcess()
-        self._on_rank_zero = ranks.on_rank_zero  # not the ranks: those of one process hold the model in training
+        self._on_rank_zero = ranks.on_rank_zero  # not the ranks: a SingleProcess holds the model in training
         self._worker = Worker(ranks.thread, ranks.call)
 
     def sample(
@@ -97,8 +97,10 @@ class LocalSamplingClient(Resolved):
             fix = "Pass SamplingParams(max_tokens=...)."
             raise LossInputError("sampling_params", "SamplingParams", f"a {type(params).__name__}", fix)
         max_tokens = SamplingParams.max_tokens if params.max_tokens is None else params.max_tokens
-        check_integer("num_samples", num_samples, 1, LARGEST, "Nothing would be sampled, or nothing would hold it.")
-        check_integer("max_tokens", max_tokens, 1, LARGEST, "Nothing would be sampled, or nothing would hold it.")
+        check_integer(
+            "num_samples", num_samples, 1, LARGEST, "At least one is needed, and more would not fit in memory."
+        )
+        check_integer("max_tokens", max_tokens, 1, LARGEST, "At least one is needed, and more would not fit in memory.")
         check_integer("top_k", params.top_k, -1, LARGEST, "-1 keeps all tokens.")
         if params.seed is not None:
             check_integer("seed", params.seed, -(2**63), 2**63 - 1, "None draws from torch's own random numbers.")
@@ -146,24 +148,26 @@ def check_integer(name: str, value: Any, low: int, high: int, fix: str) -> None:
 
 
 def find_stops(stop: Any, tokenizer: Any, vocabulary: int) -> tuple[list[list[int]], list[int]]:
-    """Return the stop sequences of several tokens, and the single stop tokens with the tokenizer's end of sequence."""
-    given = [] if stop is None else [stop] if isinstance(stop, (str, int)) else stop
-    if not isinstance(given, (list, tuple)) or not all(isinstance(s, (str, int)) for s in given):
+    """Return the stop sequences of several tokens, and the stop tokens: stops of one token, and the tokenizer's EOS."""
+    stops = [] if stop is None else [stop] if isinstance(stop, (str, int)) else stop
+    if not isinstance(stops, (list, tuple)) or not all(isinstance(s, (str, int)) for s in stops):
         got, fix = f"a {type(stop).__name__}", "Pass [id, ...], [text, ...] or one of them."
         raise LossInputError("stop", "token ids or strings", got, fix)
-    if any(isinstance(s, str) for s in given) and tokenizer is None:
+    if any(isinstance(s, str) for s in stops) and tokenizer is None:
         raise LossInputError("stop", "token ids, without a tokenizer", "strings", "Pass tokenizer= to the client.")
-    for s in given:
+    for s in stops:
         if not isinstance(s, str):
             check_integer("stop", s, 0, vocabulary - 1, "Use the tokenizer of this model.")
-    sequences = [tokenizer.encode(s, add_special_tokens=False) if isinstance(s, str) else [s] for s in given]
+    sequences = [tokenizer.encode(s, add_special_tokens=False) if isinstance(s, str) else [s] for s in stops]
     end = getattr(tokenizer, "eos_token_id", None)
-    single = [s[0] for s in sequences if len(s) == 1] + [end] * (end is not None)
-    return [s for s in sequences if len(s) > 1], single
+    stop_tokens = [s[0] for s in sequences if len(s) == 1]
+    if end is not None:
+        stop_tokens.append(end)
+    return [s for s in sequences if len(s) > 1], stop_tokens
 
 
 def end_at_stop(sample: Sample, stop_sequences: Sequence[Sequence[int]]) -> Sample:
-    """Cut a sample behind the first stop sequence in it; without one, return it as it is."""
+    """Cut a sample after its first stop sequence; return a sample without one as it is."""
     for end in range(1, len(sample.tokens) + 1):
         if any(sample.tokens[max(0, end - len(s)) : end] == list(s) for s in stop_sequences):
             return Sample(sample.tokens[:end], sample.logprobs[:end], "stop")

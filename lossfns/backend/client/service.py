@@ -1,4 +1,4 @@
-"""The service client: clients of base models by name, as the hosted services' front door creates them."""
+"""The service client: it creates clients of base models by name, as the hosted services' own does."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ if TYPE_CHECKING:
 C = TypeVar("C", bound=LocalReferenceClient)
 
 ModelBuilder = Callable[[], nn.Module | tuple[nn.Module, Any]]
-"""Builds a base model, alone or with its tokenizer."""
+"""Builds a base model, or a base model and its tokenizer."""
 
 MODELS: dict[str, ModelBuilder] = {"Decoder": embedded_model}
-"""The base models of a service to which none are given."""
+"""The base models of a service that is created without ``models``."""
 
 
 @dataclass(frozen=True)
 class SupportedModel:
-    """A base model that clients can be created of. Memory alone limits the context length, hence None."""
+    """A base model that clients can use. Only memory limits the context length, so it is None."""
 
     model_name: str
     max_context_length: int | None = None
@@ -65,8 +65,8 @@ class LocalServiceClient:
         user_metadata: strings by name that every checkpoint of every training client carries.
         base_url, api_key, project_id: not used; nothing is sent.
 
-    ``base_model`` may be omitted where the service has one model alone. A client needs no waiting; code that expects
-    a future of it may call ``.result()`` or await it.
+    ``base_model`` may be omitted if the service has one model only. A client is returned at once; code that expects a
+    future may call ``.result()`` on it or await it.
 
     Raises LossInputError for models that are no functions by name, an unknown device or profile, or a budget that is no
     positive number.
@@ -103,7 +103,7 @@ class LocalServiceClient:
         self._lock = Lock()
 
     def get_server_capabilities(self) -> GetServerCapabilitiesResponse:
-        """Return the base models that clients can be created of."""
+        """Return the base models that clients can use."""
         return GetServerCapabilitiesResponse([SupportedModel(name) for name in self._models])
 
     def create_training_client(
@@ -124,9 +124,9 @@ class LocalServiceClient:
             lora_rank: 0, or the rank of the adapters.
             seed, train_mlp, train_attn, train_unembed, lora_alpha: of the adapters, as in
                 ``create_lora_training_client``.
-            user_metadata: strings by name that every checkpoint of the client carries, beside those of the service.
+            user_metadata: strings by name for every checkpoint of the client, in addition to those of the service.
 
-        Raises LossInputError for an unknown model, and for a part that is left out without adapters.
+        Raises LossInputError for an unknown model, and for a ``train_*`` that is False without adapters.
         """
         parts = {"train_mlp": train_mlp, "train_attn": train_attn, "train_unembed": train_unembed}
         if lora_rank != 0:
@@ -161,7 +161,7 @@ class LocalServiceClient:
             seed: seed of the adapters' weights; None draws another one each time.
             train_mlp, train_attn, train_unembed: which linear layers get adapters: those outside of attention, those of
                 attention, and the head.
-            user_metadata: strings by name that every checkpoint of the client carries, beside those of the service.
+            user_metadata: strings by name for every checkpoint of the client, in addition to those of the service.
             optimizer: None or AdamW.
             alpha: adapters are scaled by ``alpha / rank``.
 
@@ -187,7 +187,7 @@ class LocalServiceClient:
         Args:
             path: a path that ``save_state`` or ``save_weights_for_sampler`` has written.
             base_model: overrides the model's name in the checkpoint; the model must have the same shape.
-            user_metadata: strings by name that every checkpoint of the client carries, beside those of the service.
+            user_metadata: strings by name for every checkpoint of the client, in addition to those of the service.
             weights_access_token: not used.
             optimizer: None or AdamW.
 
@@ -224,7 +224,7 @@ class LocalServiceClient:
         policy_client: LocalTrainingClient | None = None,
         user_metadata: Mapping[str, str] | None = None,
     ) -> LocalReferenceClient:
-        """Create a client of the frozen base model, which has ``forward`` alone.
+        """Create a client of the frozen base model, which has only ``forward``.
 
         Args:
             base_model: the model's name.
@@ -251,7 +251,7 @@ class LocalServiceClient:
             model_path: the path of a checkpoint; None samples from the base model.
             base_model: the model's name. With a checkpoint it overrides the name in the file.
             retry_config: not used, as nothing is sent.
-            record_stability_info: False; the local sampler records tokens and logprobs alone.
+            record_stability_info: False; the local sampler records only tokens and logprobs.
 
         Raises LossInputError if neither is given, for an unknown model, and for a file that is missing, damaged or of
         another model.
@@ -286,7 +286,7 @@ class LocalServiceClient:
         return next(iter(self._models)) if base_model is None and len(self._models) == 1 else base_model
 
     def _base_model(self, name: Any) -> tuple[nn.Module, Any]:
-        """Return a base model and its tokenizer, built at the first use. Clients get copies of it alone."""
+        """Return a base model and its tokenizer, built at the first use. Clients get copies, never the model itself."""
         if not isinstance(name, str) or name not in self._models:
             expected = f"one of {', '.join(map(repr, self._models))}"
             fix = "LocalServiceClient(models={name: build}) adds others."

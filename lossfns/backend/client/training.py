@@ -21,7 +21,6 @@ from lossfns.backend.client.requests import (
     refuse_existing,
 )
 from lossfns.backend.client.sampling import LocalSamplingClient
-from lossfns.backend.engine.differentiate import LossFn
 from lossfns.backend.engine.pooling import POOLS
 from lossfns.backend.engine.state import check_description, description, load_weights, stepped, weights
 from lossfns.backend.futures import APIFuture, async_of, async_submit, log
@@ -30,6 +29,7 @@ from lossfns.backend.storage import checkpoint
 from lossfns.backend.storage.folder import Processes
 from lossfns.backend.types import ForwardBackwardOutput, LoadWeightsResponse, OptimStepResponse, SaveResponse
 from lossfns.errors import LossInputError
+from lossfns.loss import LossFn
 
 
 class LocalTrainingClient(LocalReferenceClient):
@@ -79,7 +79,7 @@ class LocalTrainingClient(LocalReferenceClient):
         """Compute any loss ``(data, logprobs_list) -> (loss, metrics)`` and add its gradient to the accumulated one.
 
         Forward, loss and backward are one request, and nothing runs between them. A batch that fits the memory budget
-        takes one pass over the model; a function that is no loss of ``lossfns`` takes two for a larger one.
+        takes one pass over the model. A larger batch takes two, if the loss is not one of ``lossfns``.
 
         Args:
             data: datums with ``target_tokens``; the loss gets them as they are.
@@ -91,7 +91,7 @@ class LocalTrainingClient(LocalReferenceClient):
 
         The metrics are those of the loss, ``passes``, ``micro_batches`` and ``peak_memory`` (bytes), and those of the
         profile. Under ``"tinker"``, ``loss:sum`` is the loss and ``surrogate_loss:sum`` is Σ lp·∂L/∂lp. Under
-        ``"fireworks"``, ``loss:sum`` is the latter and ``response_tokens`` counts the entries with a gradient.
+        ``"fireworks"``, ``loss:sum`` is that surrogate and ``response_tokens`` counts the entries with a gradient.
 
         Raises LossInputError at the call for missing targets or an unknown option. The future raises it for a loss that
         breaks the contract or is not finite, and whatever the loss itself raises. Under ``"fireworks"`` the call waits
@@ -127,7 +127,7 @@ class LocalTrainingClient(LocalReferenceClient):
 
         The result's metrics are ``grad_norm``, the norm after the division and before clipping, and ``lr``. The future
         raises LossInputError without a gradient, for a gradient that is not finite, for settings out of range, and
-        for a division of a loss that is a mean already. It raises NotRun if a gradient submitted before the step fails:
+        for a division of a loss that already is a mean. It raises NotRun if a gradient submitted before the step fails:
         part of the gradient would be missing.
         """
         if optim_params is not None and adam_params is not None:
@@ -149,7 +149,7 @@ class LocalTrainingClient(LocalReferenceClient):
             name: the path of the file; under a mesh, of a folder.
             ttl_seconds: None. A local file does not expire.
             overwrite: whether to replace a file that exists.
-            user_metadata: strings by name that the file carries, beside those of the client.
+            user_metadata: strings by name for the file, in addition to those of the client.
 
         Raises LossInputError at the call for an unusable argument. The future raises it for a name that exists, a place
         that cannot be written to, and an accumulated gradient, which is not part of a checkpoint.
@@ -162,7 +162,7 @@ class LocalTrainingClient(LocalReferenceClient):
     def load_state(self, path: str | Path, weights_access_token: str | None = None) -> APIFuture[LoadWeightsResponse]:
         """Load the weights of a checkpoint, and start the optimizer afresh.
 
-        An accumulated gradient is dropped, which the log says.
+        An accumulated gradient is dropped, with a warning in the log.
 
         Args:
             path: a path that ``save_state`` or ``save_weights_for_sampler`` has written.
@@ -191,7 +191,7 @@ class LocalTrainingClient(LocalReferenceClient):
         ttl_seconds: int | None = None,
         user_metadata: Mapping[str, str] | None = None,
     ) -> APIFuture[SaveResponse]:
-        """Save the weights alone, for ``create_sampling_client`` and ``load_state``.
+        """Save only the weights, for ``create_sampling_client`` and ``load_state``.
 
         Arguments and errors are those of ``save_state``. A file that exists is never replaced, and an accumulated
         gradient does not matter.
@@ -262,14 +262,14 @@ class LocalTrainingClient(LocalReferenceClient):
         if output == "logprobs":
             check_custom_targets(data)
         # The loss gets the datums themselves, as from the services. The list is a copy: the caller may change it.
-        own = list(data) if isinstance(data, list) else data
+        datums = list(data) if isinstance(data, list) else data
         request = self._forward_backward_custom
-        return self._worker.submit_gradient(request, copy_data(data), own, loss_fn, output, pooling)
+        return self._worker.submit_gradient(request, copy_data(data), datums, loss_fn, output, pooling)
 
     # Run by the worker
 
     def _forward_backward(self, data: Any, loss_fn: Any, config: Any) -> ForwardBackwardOutput:
-        with self._engine.gradients.all_or_nothing():  # the response included
+        with self._engine.gradients.all_or_nothing():  # a failure of the response also drops the gradient
             result = self._engine.forward_backward(data, loss_fn, config)
             metrics = self._profile.builtin_metrics(loss_fn, result) | with_reductions(request_cost(result))
             return response(result, metrics)

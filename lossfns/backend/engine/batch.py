@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lossfns.backend.model.prefixes import SharedPrefixes, head_rows
+from lossfns.backend.model.prefixes import SharedPrefixes, logit_rows
 from lossfns.errors import LossInputError
 from lossfns.pack import as_row, check_data
 from lossfns.tokens import TOKENS
@@ -41,7 +41,7 @@ class ModelInputs:
 
     @property
     def output_lengths(self) -> list[int]:
-        """Rows of output of each datum: one for each position with targets, or one embedding."""
+        """Output rows of each datum: one for each position with targets, or one embedding."""
         return self.lengths if self.targets else [1] * len(self.tokens)
 
     @property
@@ -55,8 +55,8 @@ def inputs_with_targets(data: Sequence[Any], vocabulary: int) -> ModelInputs:
     check_datums(data)
     tokens = token_ids(data, vocabulary)
     targets = [target_ids(datum, vocabulary, i) for i, datum in enumerate(data)]
-    for i, (ids, own) in enumerate(zip(tokens, targets)):
-        check_target_shape(ids, own, targets[0], i)
+    for i, (ids, datum_targets) in enumerate(zip(tokens, targets)):
+        check_target_shape(ids, datum_targets, targets[0], i)
     return ModelInputs(tokens, targets)
 
 
@@ -67,16 +67,18 @@ def inputs_without_targets(data: Sequence[Any], vocabulary: int) -> ModelInputs:
 
 
 class PackedInputs(NamedTuple):
-    """Tokens as a model computes them, segment after segment, and where the datums find their outputs.
+    """The tokens that a model computes, segment after segment, and the index of each position's output.
 
     Attributes:
         tokens: ids of all segments, end to end. A prefix that datums share is a segment of its own.
-        lengths, parents: for each segment its tokens, and the segment that it continues.
-        hidden_rows: [R], for each row of the head the token whose hidden state it reads.
-        targets: [R] or [R, K], for each row of the head the targets that it scores; None for embeddings.
-        inverse: for each position of the datums, end to end, the row of the head that has its output.
+        lengths: tokens of each segment.
+        parents: for each segment the index of the segment that it continues, or None.
+        hidden_rows: [R], for each row of logits the token whose hidden state it reads; for embeddings, the token of
+            each position.
+        targets: [R] or [R, K], for each row of logits the targets that it scores; None for embeddings.
+        inverse: for each position of the datums, end to end, the row of logits that has its output.
 
-    An index that takes everything in order is None.
+    The indices ``hidden_rows`` and ``inverse`` are None where they would take every row in order.
     """
 
     tokens: Tensor
@@ -90,7 +92,7 @@ class PackedInputs(NamedTuple):
 def pack_inputs(
     inputs: ModelInputs, find_prefixes: Callable[[Sequence[np.ndarray]], SharedPrefixes], device: torch.device
 ) -> PackedInputs:
-    """Lay the tokens of the datums end to end. ``find_prefixes`` tells which of them are computed once."""
+    """Lay the tokens of the datums end to end. ``find_prefixes`` decides which tokens are computed once."""
 
     def on_device(x: np.ndarray) -> Tensor:
         return torch.from_numpy(x).to(device)
@@ -103,23 +105,23 @@ def pack_inputs(
     if not inputs.targets:
         return PackedInputs(tokens, shared.lengths, shared.parents, index_or_none(shared.inverse), None, None)
     targets = np.concatenate(inputs.targets)
-    hidden_rows, inverse = head_rows(shared.inverse, targets)
+    hidden_rows, inverse = logit_rows(shared.inverse, targets)
     if len(hidden_rows) < len(inverse):
-        targets = targets[np.unique(inverse, return_index=True)[1]]
+        targets = targets[np.unique(inverse, return_index=True)[1]]  # of the first position of each row of logits
     return PackedInputs(
         tokens, shared.lengths, shared.parents, index_or_none(hidden_rows), on_device(targets), index_or_none(inverse)
     )
 
 
 def index_or_all(x: Tensor, index: Tensor | None) -> Tensor:
-    """Return x[index]; None takes everything."""
+    """Return x[index]; None takes all rows."""
     return x if index is None else x.index_select(0, index)
 
 
 def unshared(tokens: Sequence[np.ndarray]) -> SharedPrefixes:
     """Make each sequence a segment of its own, for a model that cannot continue a segment."""
-    every = np.arange(sum(map(len, tokens)))
-    return SharedPrefixes(every, [len(ids) for ids in tokens], [None] * len(tokens), every)
+    in_order = np.arange(sum(map(len, tokens)))
+    return SharedPrefixes(in_order, [len(ids) for ids in tokens], [None] * len(tokens), in_order)
 
 
 # Checks
@@ -147,29 +149,29 @@ def missing_field(name: str, required: Sequence[str], fix: str, datum: int) -> L
 
 
 def token_ids(data: Sequence[Any], vocabulary: int, empty: str = "none") -> list[np.ndarray]:
-    """Return the ids [N_i] of each datum's model input; ``empty`` is the error's word for an input without tokens."""
+    """Return the ids [N_i] of each datum's model input; an error reports an input without tokens as ``empty``."""
     return [
         input_ids(getattr(datum, "model_input", None), "model_input", vocabulary, i, empty)
         for i, datum in enumerate(data)
     ]
 
 
-def input_ids(given: Any, name: str, vocabulary: int, i: int | None = None, empty: str = "none") -> np.ndarray:
+def input_ids(model_input: Any, name: str, vocabulary: int, i: int | None = None, empty: str = "none") -> np.ndarray:
     """Return the ids [N] of a model input, at least one.
 
     Args:
-        given: the model input.
-        name, i: the argument and the datum that an error names.
+        model_input: a ``ModelInput``, of this library or of an SDK.
+        name, i: the argument and the index of the datum, for errors.
         vocabulary: the number of ids.
-        empty: the error's word for an input without tokens.
+        empty: what an error reports for an input without tokens.
     """
     try:
-        ints = given.to_ints()
+        ints = model_input.to_ints()
     except Exception as error:
         if isinstance(error, ValueError):
             got, fix = f"{error}", "The local model reads text."
         else:
-            got, fix = f"a {type(given).__name__}", "Call ModelInput.from_ints(tokens)."
+            got, fix = f"a {type(model_input).__name__}", "Call ModelInput.from_ints(tokens)."
         raise LossInputError(name, "a ModelInput of token ids", got, fix, datum=i) from error
     ids = as_array(ints, name, i)
     if ids.ndim != 1 or len(ids) == 0:
@@ -200,7 +202,7 @@ def as_array(value: Any, name: str, i: int | None) -> np.ndarray:
 
 
 def in_vocabulary(ids: np.ndarray, name: str, vocabulary: int, i: int | None) -> np.ndarray:
-    """Return ids as int64; refuse numbers that are not ids of the vocabulary."""
+    """Return ids as int64; refuse any that are not ids of the vocabulary."""
     if ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= vocabulary:
         got = f"{ids.dtype}" if ids.dtype.kind not in "iu" else f"ids from {ids.min()} to {ids.max()}"
         fix = "Use the tokenizer of this model."
@@ -208,12 +210,12 @@ def in_vocabulary(ids: np.ndarray, name: str, vocabulary: int, i: int | None) ->
     return ids.astype(np.int64, copy=False)
 
 
-def check_target_shape(tokens: np.ndarray, targets: np.ndarray, first: np.ndarray, datum: int) -> None:
+def check_target_shape(tokens: np.ndarray, targets: np.ndarray, first_targets: np.ndarray, datum: int) -> None:
     """Require one row of targets for each input token, and one K for the whole batch."""
     if len(targets) != len(tokens):
         fix = "model_input is tokens[:-1] and target_tokens is tokens[1:]."
         expected = f"{len(tokens)} rows (the length of model_input)"
         raise LossInputError("target_tokens", expected, str(len(targets)), fix, datum=datum)
-    if targets.shape[1:] != first.shape[1:]:
-        got = f"shape {targets.shape}, while datum[0] has {first.shape}"
+    if targets.shape[1:] != first_targets.shape[1:]:
+        got = f"shape {targets.shape}, while datum[0] has {first_targets.shape}"
         raise LossInputError("target_tokens", "one K for the whole call", got, "Pad K with weight 0.", datum=datum)

@@ -19,13 +19,13 @@ from lossfns.checks import is_real
 from lossfns.errors import LossInputError
 
 MARGIN = 0.7
-"""The part of a budget to plan with: allocators take more memory than their tensors have, glibc up to 1.3 times."""
+"""The fraction of a budget to plan with. Allocators take more memory than tensors need, glibc up to 1.3 times."""
 
 CHECKPOINTING_MARGIN = 0.6
-"""The same with checkpointing: layers allocate and free in the backward pass, which leaves holes of some 64 MB."""
+"""The fraction with checkpointing: layers allocate and free in the backward pass, which leaves holes of some 64 MB."""
 
 LOSS_BYTES_PER_VALUE = 56
-"""Bytes that a loss takes for each output of the whole batch, as GRPO with its metrics does."""
+"""Bytes that a loss takes for each output of the whole batch: the number for GRPO with its metrics."""
 
 FOOTPRINTS: dict[Any, Footprint] = {}
 """Footprints of models that have a ``shape``: one measurement serves all models of the same shape."""
@@ -35,8 +35,7 @@ class Costs(NamedTuple):
     """Bytes that a request takes beyond the weights and the accumulated gradient.
 
     Attributes:
-        per_call_bytes: bytes for any number of micro-batches: the request's gradients, and what the loss makes of the
-            outputs.
+        per_call_bytes: bytes that do not depend on micro-batches: the request's gradients, and the tensors of the loss.
         footprint: bytes for the tokens of a micro-batch.
         compensation_bytes: bytes for adding the gradients to the accumulated one, after the last micro-batch.
     """
@@ -59,8 +58,8 @@ class Plan(NamedTuple):
     """How a request is computed: decided once, before its first forward pass.
 
     Attributes:
-        budget: bytes that it may take.
-        costs: bytes that it takes.
+        budget: bytes that the request may take.
+        costs: bytes that the request takes.
         micro_batches: slices of the datums, which cover them in order.
         peak_memory: bytes that the largest micro-batch takes, kept logits included.
     """
@@ -71,7 +70,7 @@ class Plan(NamedTuple):
     peak_memory: int
 
     def spare_bytes(self, tokens: int) -> float:
-        """Return the bytes that a micro-batch of so many tokens leaves; 0 where there is no backward pass."""
+        """Return the bytes that a micro-batch of so many tokens leaves free; 0 where there is no backward pass."""
         if not torch.is_grad_enabled():
             return 0.0
         return max(0.0, self.budget - self.costs.per_call_bytes - self.costs.footprint.of(tokens))
@@ -82,7 +81,7 @@ class Budget:
 
     Args:
         model, head, ranks: the model, its head [V, D], and the processes that share it.
-        limit: bytes beyond the weights and the accumulated gradient; None takes most of what is free.
+        limit: bytes beyond the weights and the accumulated gradient; None takes most of the free memory.
     """
 
     def __init__(
@@ -101,19 +100,19 @@ class Budget:
 
         Args:
             inputs: the inputs of all datums.
-            group: how many consecutive datums to keep in one micro-batch, where every such group fits.
+            group: how many consecutive datums to keep in one micro-batch, if every such group fits.
             compensation_bytes: bytes for adding the request's gradient to the accumulated one.
 
         Raises:
-            LossInputError: if a datum by itself does not fit the budget that was given.
+            LossInputError: if there is a limit and a datum by itself exceeds it.
         """
         budget, costs = self.planned_bytes(), self.costs(inputs, compensation_bytes)
-        most = self.ranks.min(costs.max_tokens(budget))
+        max_tokens = self.ranks.min(costs.max_tokens(budget))
         if self.limit is not None:
             for i, length in enumerate(inputs.lengths):
-                if length > most:
+                if length > max_tokens:
                     raise budget_too_small(self.limit, costs.step_bytes(length) / self.margin, i)
-        micro_batches = self.ranks.one_per_rank(into_micro_batches(inputs.lengths, most, group))
+        micro_batches = self.ranks.one_per_rank(into_micro_batches(inputs.lengths, max_tokens, group))
         tokens = max([self.ranks.max_tokens(inputs.lengths[part]) for part in micro_batches])
         needed, kept_logits = costs.step_bytes(tokens), self.bytes_per_hidden * (self.vocabulary + tokens)
         return Plan(budget, costs, micro_batches, max(needed, int(min(budget, needed + kept_logits))))
@@ -137,26 +136,27 @@ class Budget:
 
     def footprint(self, inputs: ModelInputs) -> Footprint:
         """Return the footprint of a step over inputs like these. It is measured once, when it is first needed."""
-        # No longer than the inputs, which the model can read, and odd, so that no activation has the size of a weight.
+        # The sequences of the probe are no longer than the inputs, so the model can read them. Their length is odd, so
+        # that no activation has the size of a weight.
         length = 2 ** ((min(max(inputs.lengths), PROBE_TOKENS) + 1).bit_length() - 1) - 1
         parameters = list(self.model.parameters())
         kind = (type(self.model), repr(getattr(self.model, "shape", None)), getattr(self.model, "checkpointing", False))
-        each = [(p.shape, p.dtype, p.requires_grad) for p in parameters]
-        tokens = (length, inputs.targets_per_token)
-        key = (*tokens, torch.is_grad_enabled(), parameters[0].device, self.ranks.size, *kind, *each)
+        weights = [(p.shape, p.dtype, p.requires_grad) for p in parameters]
+        probe = (length, inputs.targets_per_token)
+        key = (*probe, torch.is_grad_enabled(), parameters[0].device, self.ranks.size, *kind, *weights)
         if key not in self.footprints:
-            self.footprints[key] = footprint(partial(self.probe_step, *tokens), parameters)
+            self.footprints[key] = footprint(partial(self.probe_step, *probe), parameters)
         return self.footprints[key]
 
     def probe_step(self, length: int, targets: int) -> None:
-        """Run a step over ``PROBE_TOKENS`` tokens, and drop each of its gradients as soon as it is computed.
+        """Run a step over ``PROBE_TOKENS`` tokens, and drop each gradient as soon as it is computed.
 
-        Sequences have ``length`` tokens, and each token has this many targets.
+        Sequences have ``length`` tokens, and each token has as many targets as ``targets`` says.
         """
-        draw = partial(np.random.default_rng(0).integers, self.vocabulary)  # prefixes in common are unlikely
+        draw = partial(np.random.default_rng(0).integers, self.vocabulary)  # random, so that few prefixes are shared
         ends = range(length, PROBE_TOKENS, length)
-        tokens, drawn = (np.split(draw(size=size), ends) for size in (PROBE_TOKENS, (PROBE_TOKENS, targets)))
-        compute = partial(compute_logprobs, self.model, ModelInputs(tokens, drawn), lambda tokens: 0.0)
+        tokens, ids = (np.split(draw(size=size), ends) for size in (PROBE_TOKENS, (PROBE_TOKENS, targets)))
+        compute = partial(compute_logprobs, self.model, ModelInputs(tokens, ids), lambda tokens: 0.0)
         device = next(self.model.parameters()).device
         with dropped_gradients(self.model), torch.random.fork_rng([device] if device.type == "cuda" else []):
             logprobs = self.ranks.with_full_weights(compute)
@@ -164,17 +164,17 @@ class Budget:
                 torch.autograd.backward(logprobs.sum())
 
 
-def into_micro_batches(lengths: Sequence[int], most: float, group: int) -> list[slice]:
-    """Split the datums, in order, into micro-batches of at most ``most`` tokens.
+def into_micro_batches(lengths: Sequence[int], max_tokens: float, group: int) -> list[slice]:
+    """Split the datums, in order, into micro-batches of at most ``max_tokens`` tokens.
 
     Groups of ``group`` datums are kept whole if every group fits. A datum with more tokens is a micro-batch by itself.
     """
     sizes = [sum(lengths[start : start + group]) for start in range(0, len(lengths), group)]
-    if group > 1 and max(sizes) > most:
-        return into_micro_batches(lengths, most, 1)
+    if group > 1 and max(sizes) > max_tokens:
+        return into_micro_batches(lengths, max_tokens, 1)
     micro_batches, first, filled = [], 0, 0
     for start, size in zip(range(0, len(lengths), group), sizes):
-        if filled and filled + size > most:
+        if filled and filled + size > max_tokens:
             micro_batches.append(slice(first, start))
             first, filled = start, 0
         filled += size

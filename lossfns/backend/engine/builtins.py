@@ -1,4 +1,4 @@
-"""Built-in losses on datums: checks of their fields, and the weights that they get."""
+"""Built-in losses on datums: checks of the datums' fields, and the weights of the loss."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from lossfns.loss import BoundLoss
 
 
 def bind_builtin(name: Any, config: Mapping[str, Any] | None, data: Sequence[Any], *, multi_target: bool) -> BoundLoss:
-    """Return the built-in loss of that name, bound to the weights of the data.
+    """Return the built-in loss called ``name``, bound to the weights of the data.
 
-    ``multi_target`` says that targets are ``[N, K]``; losses without a form for these refuse them when they pack.
+    ``multi_target`` says that targets are ``[N, K]``. Losses that cannot read these refuse them when they pack columns.
     """
     loss = builtin_loss(name, config, multi_target=multi_target)
-    own = BUILTINS[name]
-    required = own.required + tuple({"ref_logprobs"} & set(loss.reads))
+    builtin = BUILTINS[name]
+    required = (*builtin.required, "ref_logprobs") if "ref_logprobs" in loss.reads else builtin.required
     for i, datum in enumerate(data):
-        check_fields(datum, name, ("target_tokens", *required), own.optional, i)
-    weights_of = ratio_mask if "sequence_ratio_mask" in required else given_or_ones
+        check_fields(datum, name, ("target_tokens", *required), builtin.optional, i)
+    weights_of = ratio_mask if "sequence_ratio_mask" in required else weights_or_ones
     # A raw sum ignores the denominator. Binding one allows a batch in which no token has a weight.
     return loss.bind(weights=[weights_of(datum, i) for i, datum in enumerate(data)], denominator=1.0)
 
@@ -43,7 +43,7 @@ def check_fields(datum: Any, name: str, required: Sequence[str], optional: Seque
 FIXES = {"ref_logprobs": "Put the reference's logprobs into the datum, or pass loss_fn_config={'kl_beta': 0.0}."}
 
 
-def given_or_ones(datum: Any, i: int) -> Any:
+def weights_or_ones(datum: Any, i: int) -> Any:
     """Return the datum's weights; ones where it has none."""
     inputs = datum.loss_fn_inputs
     if "weights" in inputs:

@@ -1,4 +1,4 @@
-"""A loss of the model's outputs: its value, its metrics and its gradient with respect to them.
+"""A loss of the model's outputs: its value, its metrics and its gradient with respect to the outputs.
 
 A loss that breaks the contract is refused before its gradient goes on into the model.
 """
@@ -16,11 +16,8 @@ from torch import Tensor
 
 from lossfns.datum import TensorData
 from lossfns.errors import LossInputError
-from lossfns.loss import BoundLoss, Loss, add_loss_name
+from lossfns.loss import BoundLoss, Loss, LossFn, add_loss_name
 from lossfns.pack import PackedColumns, pack_side_columns
-
-LossFn = Callable[[list[Any], list[Tensor]], tuple[Tensor, dict[str, float]]]
-"""The contract: ``(data, logprobs_list) -> (loss, metrics)``."""
 
 
 class Outputs(NamedTuple):
@@ -29,7 +26,7 @@ class Outputs(NamedTuple):
     Attributes:
         name: ``"logprobs"`` or ``"embedding"``.
         values: [R], [R, K] or [R, D], with the graph of the forward pass.
-        lengths: rows of each datum: its targets, or one embedding.
+        lengths: rows of each datum in ``values``: one for each position with targets, or one embedding.
         tensor_class: the class of the datums' own tensors.
     """
 
@@ -41,11 +38,11 @@ class Outputs(NamedTuple):
     @property
     def shapes(self) -> list[tuple[int, ...]]:
         """The shape of each datum's outputs: [N_i], [N_i, K], or [D] of an embedding."""
-        own = tuple(self.values.shape[1:])
-        return [own if self.name == "embedding" else (n, *own) for n in self.lengths]
+        row_shape = tuple(self.values.shape[1:])
+        return [row_shape if self.name == "embedding" else (n, *row_shape) for n in self.lengths]
 
     def by_datum(self, x: Tensor) -> Sequence[Tensor]:
-        """Split a tensor of the form of ``values`` into those of the datums."""
+        """Split a tensor with the rows of ``values`` into one tensor for each datum."""
         return x.unbind() if self.name == "embedding" else torch.split(x, self.lengths)
 
     def records(self) -> list[dict[str, Any]]:
@@ -55,7 +52,7 @@ class Outputs(NamedTuple):
 
 
 def tensor_class(data: Sequence[Any]) -> Any:
-    """Return the class of the datums' tensors: ours, or that of an SDK, whose Datum takes no other."""
+    """Return the class of the datums' tensors: this library's, or an SDK's, whose Datum takes no other."""
     for datum in data:
         for value in datum.loss_fn_inputs.values():
             if type(value).__name__ == "TensorData" and hasattr(value, "from_numpy"):
@@ -70,7 +67,7 @@ class Differentiated(NamedTuple):
         loss: the value.
         gradient: ∂loss/∂outputs, in the shape of ``outputs.values``.
         metrics: what the loss itself has returned.
-        outputs: the outputs that it was computed on.
+        outputs: the outputs that the loss was computed on.
         passes: forward passes over the model: 1 or 2.
         micro_batches: how many parts of the batch went through the model one after the other.
         peak_memory: the bytes that the request was planned to take at most.
@@ -91,7 +88,7 @@ class Differentiated(NamedTuple):
 
     @property
     def nonzero(self) -> float:
-        """How many entries have a gradient."""
+        """The number of entries of ``gradient`` that are not 0."""
         return float(self.gradient.count_nonzero())
 
 
@@ -99,15 +96,15 @@ class Differentiated(NamedTuple):
 
 
 class Objective(NamedTuple):
-    """A loss as the engine needs to know it: the answers for a loss of this library, or for any other callable.
+    """What the engine needs to know of a loss, which may be a loss of this library or any other callable.
 
     Attributes:
-        bind: ``bind(data, form)`` checks what the loss reads of the datums, before any forward pass, and returns
-            the function that differentiates it on outputs. ``form`` has their shapes, and no rows yet.
+        bind: ``bind(data, empty_outputs)`` checks what the loss reads of the datums, before any forward pass. It
+            returns the function that differentiates the loss on outputs. ``empty_outputs`` has the final shapes.
         bound: a loss of this library, which is a sum over datums once its denominator is known; None for any other
             callable, which may couple all datums.
         group: how many consecutive datums one term of the loss couples: 2 for pairs.
-        mean: the loss, if it divides by a count of its own.
+        mean: the loss, if it divides by a count of its own; else None.
     """
 
     bind: Callable[[list[Any], Outputs], Callable[[Outputs], Differentiated]]
@@ -117,7 +114,7 @@ class Objective(NamedTuple):
 
 
 def objective_of(loss_fn: LossFn | Loss | BoundLoss, agreeing: Callable[[LossFn], LossFn]) -> Objective:
-    """Describe a loss for the engine; ``agreeing`` wraps a callable to fail on all ranks if it fails on one."""
+    """Describe a loss for the engine. ``agreeing`` makes a callable fail on all ranks if it fails on one."""
     bound = BoundLoss(loss_fn) if isinstance(loss_fn, Loss) else loss_fn
     if isinstance(bound, BoundLoss):
         loss = bound.loss
@@ -128,29 +125,35 @@ def objective_of(loss_fn: LossFn | Loss | BoundLoss, agreeing: Callable[[LossFn]
     return Objective(partial(bind_callable, agreeing(loss_fn)))
 
 
-def bind_loss(bound: BoundLoss, data: list[Any], form: Outputs) -> Callable[[Outputs], Differentiated]:
+def bind_loss(bound: BoundLoss, data: list[Any], empty_outputs: Outputs) -> Callable[[Outputs], Differentiated]:
     """Bind a loss of this library to the batch, before the forward pass: its columns are checked and packed now."""
-    return partial(native, bound, packed_columns(bound, data, form))
+    return partial(differentiate_loss, bound, packed_columns(bound, data, empty_outputs))
 
 
-def packed_columns(bound: BoundLoss, data: list[Any], form: Outputs) -> PackedColumns:
+def packed_columns(bound: BoundLoss, data: list[Any], empty_outputs: Outputs) -> PackedColumns:
     """Pack what a loss of this library reads of the batch besides the outputs."""
     loss = bound.loss
     with add_loss_name(loss):
         return pack_side_columns(
-            data, form.shapes, form.values, loss.reads, bound.columns, rows=loss.rows, align=bound.align
+            data,
+            empty_outputs.shapes,
+            empty_outputs.values,
+            loss.reads,
+            bound.columns,
+            rows=loss.rows,
+            align=bound.align,
         )
 
 
-def bind_callable(loss_fn: LossFn, data: list[Any], form: Outputs) -> Callable[[Outputs], Differentiated]:
-    """Bind any other callable to the batch. It is called once the outputs are there."""
-    return partial(foreign, loss_fn, data)
+def bind_callable(loss_fn: LossFn, data: list[Any], empty_outputs: Outputs) -> Callable[[Outputs], Differentiated]:
+    """Bind any other callable to the batch. It is called when the outputs have been computed."""
+    return partial(differentiate_callable, loss_fn, data)
 
 
 # Value and gradient
 
 
-def native(bound: BoundLoss, columns: PackedColumns, outputs: Outputs) -> Differentiated:
+def differentiate_loss(bound: BoundLoss, columns: PackedColumns, outputs: Outputs) -> Differentiated:
     """Differentiate a loss of this library: on the device of the outputs, on all of them end to end."""
     leaf = outputs.values.detach().requires_grad_()
     with add_loss_name(bound.loss):
@@ -160,11 +163,11 @@ def native(bound: BoundLoss, columns: PackedColumns, outputs: Outputs) -> Differ
     return collect_result(value, metrics, leaf, outputs)
 
 
-def foreign(loss_fn: LossFn, data: list[Any], outputs: Outputs) -> Differentiated:
-    """Differentiate any other callable. It gets what services give it: tensors on the CPU, one for each datum.
+def differentiate_callable(loss_fn: LossFn, data: list[Any], outputs: Outputs) -> Differentiated:
+    """Differentiate any other callable on tensors on the CPU, one for each datum, as services do.
 
-    They are parts of one leaf, so that autograd fills one tensor and not thousands. A loss of this library that the
-    callable calls takes the leaf itself.
+    These tensors are parts of one leaf, so that autograd fills one gradient and not thousands. A loss of this library
+    that the callable calls takes the leaf itself.
     """
     leaf = outputs.values.detach().cpu().clone().requires_grad_()
     parts = outputs.by_datum(leaf)
@@ -237,7 +240,7 @@ def check_used(loss: Tensor, leaf: Tensor, parts: Sequence[Tensor], outputs: Out
         raise not_used(outputs.name, 0)
     rows = (leaf.grad != 0).reshape(len(leaf.grad), -1).any(1).numpy()
     has_gradient = np.logical_or.reduceat(rows, np.cumsum([0, *outputs.lengths[:-1]]))
-    if not has_gradient.all():  # is the gradient 0, or is there none? The graph tells.
+    if not has_gradient.all():  # the gradient of a datum that is used may be 0 too
         reached = reached_parts(loss, parts)
         left_out = [int(i) for i in np.flatnonzero(~has_gradient) if i not in reached]
         if left_out:
@@ -245,7 +248,7 @@ def check_used(loss: Tensor, leaf: Tensor, parts: Sequence[Tensor], outputs: Out
 
 
 def reached_parts(loss: Tensor, parts: Sequence[Tensor]) -> set[int]:
-    """Return the parts of a leaf that the graph of a loss leads to: all of them if it leads to the leaf itself."""
+    """Return the indices of the parts that the graph of a loss leads to: all if it leads to the leaf itself."""
     split: Any = parts[0].grad_fn
     leaf = split.next_functions[0][0]
     reached, seen, to_do = set(), set(), [(loss.grad_fn, loss.output_nr)]
@@ -263,9 +266,9 @@ def reached_parts(loss: Tensor, parts: Sequence[Tensor]) -> set[int]:
 
 def not_used(name: str, datum: int) -> LossInputError:
     """The error for a datum that a loss leaves out."""
-    one = "logprob" if name == "logprobs" else name
+    singular = "logprob" if name == "logprobs" else name
     fix = f"Every datum's {name} must enter the loss, if only as 0.0 * {name}.sum()."
-    return LossInputError(name, "a gradient", f"No gradient computed for {one} tensor", fix, datum=datum)
+    return LossInputError(name, "a gradient", f"No gradient computed for {singular} tensor", fix, datum=datum)
 
 
 def check_finite(gradient: Tensor, outputs: Outputs) -> None:

@@ -15,7 +15,7 @@ from lossfns.backend.engine import passes, state
 from lossfns.backend.engine.batch import ModelInputs, inputs_with_targets, inputs_without_targets
 from lossfns.backend.engine.budget import Budget
 from lossfns.backend.engine.builtins import bind_builtin
-from lossfns.backend.engine.differentiate import Differentiated, LossFn, Outputs, objective_of, tensor_class
+from lossfns.backend.engine.differentiate import Differentiated, Outputs, objective_of, tensor_class
 from lossfns.backend.engine.forward import Forward, compute_embeddings, compute_logprobs
 from lossfns.backend.engine.gradients import Gradients, summed_in_float32
 from lossfns.backend.engine.optimizer import adam_settings, clip_factor, gradient_divisor, gradient_norm, take_step
@@ -23,7 +23,7 @@ from lossfns.backend.engine.pooling import Pool
 from lossfns.backend.engine.ranks import Ranks, SingleProcess
 from lossfns.backend.types import OptimStepResponse
 from lossfns.errors import LossInputError
-from lossfns.loss import BoundLoss, Loss
+from lossfns.loss import BoundLoss, Loss, LossFn
 from lossfns.tokens import FlatLogprobs
 
 
@@ -32,8 +32,8 @@ class Engine:
 
     Args:
         model: a module with ``forward(tokens [N], lengths) -> hidden [N, D]`` and ``head`` [V, D].
-        ranks: the processes that share it.
-        memory_budget: bytes that a request may take; None takes most of what is free.
+        ranks: the processes that share the model.
+        memory_budget: bytes that a request may take; None takes most of the free memory.
     """
 
     def __init__(self, model: nn.Module, ranks: SingleProcess | Ranks, memory_budget: float | None = None) -> None:
@@ -47,7 +47,7 @@ class Engine:
         self.reset_optimizer()
 
     def reset_optimizer(self) -> None:
-        """Start afresh: without moments, steps or gradient."""
+        """Discard the moments, the count of steps and the accumulated gradient."""
         self.optimizer = torch.optim.AdamW(self.model.parameters())
         self.steps = 0
         self.gradients.clear()
@@ -55,12 +55,12 @@ class Engine:
     # Forward
 
     def logprobs(self, data: Sequence[Any]) -> Forward:
-        """Return the forward pass to logprobs of the targets: in their shape, in float32 at least."""
+        """Prepare the forward pass that computes the logprobs of the targets, in the shape of the targets."""
         inputs = inputs_with_targets(data, self.budget.vocabulary)
         return self.forward_pass("logprobs", data, inputs, compute_logprobs, inputs.targets[0].shape[1:])
 
     def embeddings(self, data: Sequence[Any], pool: Pool) -> Forward:
-        """Return the forward pass to hidden states after the final norm, pooled over each datum's tokens: [B, D]."""
+        """Prepare the forward pass that computes embeddings [B, D]: hidden states pooled over each datum's tokens."""
         inputs = inputs_without_targets(data, self.budget.vocabulary)
         return self.forward_pass("embedding", data, inputs, partial(compute_embeddings, pool=pool), [self.budget.dim])
 
@@ -72,9 +72,9 @@ class Engine:
         compute: Callable[..., Tensor],
         shape: Sequence[int],
     ) -> Forward:
-        """Return the forward pass to outputs of this name, each row of which has this shape.
+        """Prepare the forward pass that computes outputs called ``name``, in rows of ``shape``.
 
-        Inputs longer than the model's context are refused here: on all ranks, before any of them computes.
+        Inputs longer than the model's context are refused here, so that all ranks refuse them before any computes.
         """
         context = getattr(self.model, "context_length", math.inf)
         for i, length in enumerate(inputs.lengths):
@@ -82,8 +82,8 @@ class Engine:
                 expected = f"sequences of at most {context} tokens, the context of the model"
                 raise LossInputError("model_input", expected, f"{length}", "Cut it.", datum=i)
         empty = torch.empty(0, *shape, dtype=self.output_dtype, device=next(self.model.parameters()).device)
-        form = Outputs(name, empty, inputs.output_lengths, tensor_class(data))
-        return Forward(inputs, partial(self.ranks.run, partial(compute, self.model)), form)
+        empty_outputs = Outputs(name, empty, inputs.output_lengths, tensor_class(data))
+        return Forward(inputs, partial(self.ranks.run, partial(compute, self.model)), empty_outputs)
 
     def outputs(self, forward: Forward) -> Outputs:
         """Run a forward pass without gradient."""
@@ -101,19 +101,19 @@ class Engine:
     # Backward, within ``gradients.all_or_nothing``
 
     def forward_backward(self, data: list[Any], loss_fn: Any, config: Any) -> Differentiated:
-        """Compute a built-in loss, and add its gradient to that of the parameters."""
+        """Compute a built-in loss, and add its gradient to the accumulated one."""
         forward = self.logprobs(data)
         bound = bind_builtin(loss_fn, config, data, multi_target=forward.inputs.targets[0].ndim == 2)
         return self.backward(bound, data, forward)
 
     def backward(self, loss_fn: LossFn | Loss | BoundLoss, data: list[Any], forward: Forward) -> Differentiated:
-        """Compute any loss of the contract, and add its gradient to that of the parameters.
+        """Compute any loss of the contract, and add its gradient to the accumulated one.
 
-        The loss sees outputs cut off from the model. Its gradient then continues through the graph that the forward
-        pass has left, so parameters get the gradient of the whole, at the price of a built-in.
+        The loss is differentiated with respect to detached outputs. This gradient is then backpropagated through the
+        graph of the forward pass. So the parameters get the full gradient, at the cost of a built-in loss.
         """
         objective = objective_of(loss_fn, self.ranks.agreeing)
-        with torch.enable_grad():  # a loss that switches gradients off does so for itself
+        with torch.enable_grad():  # ends the effect of a loss that calls torch.set_grad_enabled
             plan = self.budget.plan(forward.inputs, objective.group, self.gradients.compensation_bytes)
             with summed_in_float32(self.model) if len(plan.micro_batches) > 1 else nullcontext():
                 result = passes.forward_backward(objective, data, forward, plan)
@@ -146,7 +146,7 @@ class Engine:
     def state(self) -> dict[str, Tensor]:
         """Return the weights, the optimizer's moments and the state of torch's random numbers.
 
-        Random numbers are those of rank 0, which samples.
+        The random state is that of rank 0, which draws the samples.
         """
         random = self.ranks.on_rank_zero(state.random, next(self.model.parameters()).device)
         return state.weights(self.model) | state.moments(self.model, self.optimizer) | random
@@ -155,8 +155,8 @@ class Engine:
         """Load weights, or refuse them and change nothing. The optimizer starts afresh.
 
         Args:
-            tensors: as from ``state``.
-            path: the checkpoint, for errors.
+            tensors: named as ``state`` names them.
+            path: the checkpoint, which errors name.
         """
         state.load_weights(self.model, self.ranks.distribute(tensors), path)
         self.reset_optimizer()

@@ -27,28 +27,28 @@ class Forward(NamedTuple):
     Attributes:
         inputs: the inputs of all datums.
         compute: ``compute(inputs, spare_bytes)`` returns the outputs of some of the datums, with their graph.
-        form: the outputs of all datums, still without their values: ``form.values`` has no rows, but the dtype,
-            the device and the trailing dimensions of the values that are to come.
+        empty_outputs: the outputs of all datums before they are computed: ``values`` has no rows, but the final
+            dtype, device and trailing dimensions.
     """
 
     inputs: ModelInputs
     compute: Callable[[ModelInputs, SpareBytes], Tensor]
-    form: Outputs
+    empty_outputs: Outputs
 
     def micro_batch(self, part: slice, spare_bytes: SpareBytes) -> Tensor:
-        """Return the outputs of a micro-batch; refuse those that depend on no parameter if a backward pass follows."""
-        own = self.inputs.part(part)
-        if len(own.tokens) < len(self.inputs.tokens):
-            trim_heap(self.form.values.device)  # the micro-batch before it has freed memory
-        values = self.compute(own, spare_bytes)
+        """Return the outputs of a micro-batch; with gradients enabled, refuse outputs that no parameter can change."""
+        inputs = self.inputs.part(part)
+        if len(inputs.tokens) < len(self.inputs.tokens):
+            trim_heap(self.empty_outputs.values.device)  # the previous micro-batch has freed memory
+        values = self.compute(inputs, spare_bytes)
         if torch.is_grad_enabled() and not values.requires_grad:
             got, fix = "a model in which all that computes them is frozen", "Train a part that they depend on."
-            raise LossInputError(self.form.name, "outputs that parameters can move", got, fix)
+            raise LossInputError(self.empty_outputs.name, "outputs that parameters can move", got, fix)
         return values
 
     def outputs(self, values: Tensor) -> Outputs:
         """Return the outputs of all datums, given their values."""
-        return self.form._replace(values=values)
+        return self.empty_outputs._replace(values=values)
 
 
 def compute_logprobs(model: nn.Module, inputs: ModelInputs, spare_bytes: SpareBytes) -> Tensor:
@@ -67,7 +67,10 @@ def compute_embeddings(model: nn.Module, inputs: ModelInputs, spare_bytes: Spare
 
 
 def hidden_states(model: nn.Module, inputs: ModelInputs) -> tuple[PackedInputs, Tensor]:
-    """Return hidden states after the final norm. Prefixes in common are computed once, if the model can do so."""
+    """Return the packed inputs and the hidden states after the final norm.
+
+    Common prefixes are computed once if the model can share them.
+    """
     device = next(model.parameters()).device
     if "parents" not in signature(model.forward).parameters:
         packed = pack_inputs(inputs, unshared, device)

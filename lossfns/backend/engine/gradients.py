@@ -1,6 +1,6 @@
-"""The gradient that requests accumulate until a step: each request adds all of its own or nothing.
+"""The gradient that requests accumulate until a step. A request adds its whole gradient or nothing.
 
-Sums lose nothing to rounding: micro-batches are summed in float32, requests with compensation.
+The sums are kept exact to rounding: micro-batches are summed in float32, requests with compensation.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ class Accumulated(NamedTuple):
     """The losses whose gradients have been added up.
 
     Attributes:
-        positions: how many rows of outputs (tokens, or embeddings) have had a gradient.
-        sequences: how many datums have had such a row.
-        mean: one of them that divides by a count of its own; None if there is none.
-        pooled: whether a loss over embeddings is among them.
+        positions: how many rows of outputs (tokens, or embeddings) had a gradient other than 0.
+        sequences: how many datums had such a row.
+        mean: one of the losses that divides by a count of its own; None if no loss does.
+        pooled: whether one of the losses is over embeddings.
     """
 
     positions: Tensor | int = 0
@@ -39,9 +39,9 @@ class Gradients:
     """The accumulated gradient of a model, in the parameters' ``grad``.
 
     Attributes:
-        accumulated: the losses whose gradient it is.
+        accumulated: the losses whose gradients have been added.
         compensation: what rounding has taken from the sum of a parameter's gradients.
-        set_aside: the sums so far, while a request computes its own gradient.
+        set_aside: the accumulated gradients, while a request computes its own.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -70,7 +70,7 @@ class Gradients:
 
     @contextmanager
     def all_or_nothing(self) -> Iterator[None]:
-        """Run a request within. Its gradient is added once all of it has succeeded and the gradient is finite.
+        """Run a request in a ``with`` block. Add its gradient if it succeeds and the gradient is finite.
 
         On any error the accumulated gradient is left as it was.
         """
@@ -83,23 +83,23 @@ class Gradients:
         try:
             yield
             check_finite_gradients(parameters)
-            both = [p for p in before if p.grad is not None]
-            self.compensation |= {p: torch.zeros_like(before[p]) for p in both if p not in self.compensation}
+            added = [p for p in before if p.grad is not None]
+            self.compensation |= {p: torch.zeros_like(before[p]) for p in added if p not in self.compensation}
         except BaseException:
             set_gradients(parameters, before)
             self.accumulated = accumulated
             raise
         finally:
             self.set_aside = {}
-        own = [p.grad for p in both if p.grad is not None]
-        add_compensated([before[p] for p in both], own, [self.compensation[p] for p in both])
-        set_gradients(before, before)
+        new = [p.grad for p in added if p.grad is not None]
+        add_compensated([before[p] for p in added], new, [self.compensation[p] for p in added])
+        set_gradients(before, before)  # a parameter without an earlier gradient keeps the request's
 
     @property
     def compensation_bytes(self) -> int:
         """The bytes that adding a request's gradient will take, beyond the gradient itself."""
-        first = [p for p in self.set_aside if p.requires_grad and p not in self.compensation]
-        return sum([x.nbytes for x in local_shards(first)])
+        uncompensated = [p for p in self.set_aside if p.requires_grad and p not in self.compensation]
+        return sum([x.nbytes for x in local_shards(uncompensated)])
 
 
 def set_gradients(parameters: Iterable[nn.Parameter], gradients: Mapping[nn.Parameter, Tensor]) -> None:
@@ -127,7 +127,7 @@ def check_finite_gradients(parameters: Sequence[nn.Parameter]) -> None:
     """Refuse a gradient that has overflowed on its way through the model: it would spoil the accumulated one."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     if not full_tensor(torch.nn.utils.get_total_norm(gradients, norm_type=math.inf)).isfinite():
-        got, fix = "nan or inf in one of a parameter", "Are weights or advantages as large as they should be?"
+        got, fix = "nan or inf in the gradient of a parameter", "Are weights or advantages as large as they should be?"
         raise LossInputError("gradient", "finite gradients of the parameters", got, fix)
 
 
@@ -135,17 +135,17 @@ def check_finite_gradients(parameters: Sequence[nn.Parameter]) -> None:
 def summed_in_float32(model: nn.Module) -> Iterator[None]:
     """Sum the gradients of backward passes in float32, and round once to the dtype of narrower parameters.
 
-    A sum in bfloat16 is lost on its thousandth term.
+    A sum in bfloat16 stops growing after 256 equal terms.
     """
     totals: dict[nn.Parameter, Tensor] = {}
 
-    def take(p: nn.Parameter) -> None:
+    def add_to_total(p: nn.Parameter) -> None:
         assert p.grad is not None
         totals[p] = totals[p].add_(p.grad) if p in totals else p.grad.float()
         p.grad = None
 
     narrow = [p for p in model.parameters() if p.requires_grad and p.itemsize < 4]
-    hooks = [p.register_post_accumulate_grad_hook(take) for p in narrow]  # type: ignore[no-untyped-call]
+    hooks = [p.register_post_accumulate_grad_hook(add_to_total) for p in narrow]  # type: ignore[no-untyped-call]
     try:
         yield
     finally:

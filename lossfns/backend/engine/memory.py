@@ -1,4 +1,4 @@
-"""Memory of a step beyond the weights: measured once on a few tokens, then known for any batch."""
+"""Memory of a step beyond the weights: measured once on a few tokens, then computed for any batch."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ PROBE_TOKENS = 251
 
 
 class Footprint(NamedTuple):
-    """Bytes that a step over n tokens takes at its peak: ``fixed + each·n``."""
+    """Bytes that a step over n tokens takes at its peak: ``fixed + per_token·n``."""
 
     fixed: int
-    each: int
+    per_token: int
 
     def of(self, tokens: int) -> int:
         """Return the bytes of a step over so many tokens."""
-        return self.fixed + self.each * tokens
+        return self.fixed + self.per_token * tokens
 
     def tokens(self, budget: float) -> float:
         """Return how many tokens fit a budget."""
-        return (budget - self.fixed) // self.each if math.isfinite(budget) else math.inf
+        return (budget - self.fixed) // self.per_token if math.isfinite(budget) else math.inf
 
 
 def footprint(step: Callable[[], Any], weights: Sequence[Tensor]) -> Footprint:
     """Measure the footprint of ``step()``, which is over ``PROBE_TOKENS`` tokens.
 
-    A tensor of the size of one of the ``weights`` is taken for one that does not grow with the tokens. The two
-    peaks need not come at the same time, so their sum is a bound.
+    A tensor that has the size of one of the ``weights`` counts as fixed; any other grows with the number of tokens. The
+    peaks of the two kinds may come at different times, so their sum is an upper bound.
     """
     with AllocationTracker({x.nbytes for x in weights}) as tracker:
         step()
@@ -63,8 +63,8 @@ class AllocationTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the memory of every tensor that an operation makes, until it is freed.
 
     Attributes:
-        fixed: the count of tensors of certain sizes in bytes.
-        growing: the count of all other tensors.
+        fixed: bytes of the tensors whose size is in ``fixed_sizes``.
+        growing: bytes of all other tensors.
     """
 
     def __init__(self, fixed_sizes: set[int]) -> None:
@@ -74,10 +74,10 @@ class AllocationTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
-        given = {x.untyped_storage()._cdata for x in strided_tensors((args, kwargs))}
+        input_storages = {x.untyped_storage()._cdata for x in strided_tensors((args, kwargs))}
         for x in strided_tensors(result):
             storage = x.untyped_storage()
-            if storage._cdata not in given and storage._cdata not in self.tracked:
+            if storage._cdata not in input_storages and storage._cdata not in self.tracked:
                 self.allocated(storage)
         return result
 
@@ -98,7 +98,7 @@ def strided_tensors(tree: Any) -> list[Tensor]:
 
 
 def available_bytes(device: torch.device) -> float:
-    """Return the bytes that can still be allocated on a device; infinity where a system does not tell."""
+    """Return the bytes that can still be allocated on a device; infinity where the system does not report them."""
     if device.type == "cuda":
         reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return float(torch.cuda.mem_get_info(device)[0] + reserved)
@@ -117,7 +117,7 @@ def cgroup_headroom(folder: Path) -> float:
 
 
 def trim_heap(device: torch.device) -> None:
-    """Return freed memory to the system: glibc keeps it, with holes that the next tensors do not fit in."""
+    """Return freed memory to the system. Otherwise glibc keeps it, in holes that the next tensors do not fit in."""
     trim = getattr(LIBC, "malloc_trim", None)
     if trim is not None and device.type == "cpu":
         trim(0)

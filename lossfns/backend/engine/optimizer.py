@@ -30,11 +30,11 @@ ADAM: dict[str, tuple[str, Callable[[float], bool]]] = {
     "learning_rate": ("a finite number of at least 0", not_negative),
     "beta1": ("a number in [0, 1)", fraction),
     "beta2": ("a number in [0, 1)", fraction),
-    "eps": ("a finite number above 0", not_negative),
+    "eps": ("a finite number above 0", not_negative),  # adam_settings refuses 0, in the dtype of the weights
     "weight_decay": ("a finite number of at least 0", not_negative),
     "grad_clip_norm": ("a finite number of at least 0", not_negative),
 }
-"""For each attribute of ``AdamParams`` what it must be."""
+"""The valid values of each attribute of ``AdamParams``, in words and as a test."""
 
 
 def adam_settings(adam: Any, dtypes: set[torch.dtype]) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def adam_settings(adam: Any, dtypes: set[torch.dtype]) -> dict[str, Any]:
 
     Args:
         adam: ``AdamParams``, or any object with the same attributes.
-        dtypes: those of the parameters that have a gradient.
+        dtypes: the dtypes of the parameters that have a gradient.
 
     Raises:
         LossInputError: for another kind of object, or a number out of range.
@@ -65,14 +65,13 @@ def adam_settings(adam: Any, dtypes: set[torch.dtype]) -> dict[str, Any]:
 NORMALIZATIONS = ("num_loss_tokens", "num_sequences", "none")
 
 
-def normalization_mode(given: Any) -> str:
-    """Return a mode, given its name or a member of a service's enumeration of such names."""
-    name = "none" if given is None else given.value if isinstance(given, Enum) else given
+def normalization_mode(normalization: Any) -> str:
+    """Return the name of a mode, given as a name, as a member of a service's enumeration, or as None."""
+    value = normalization.value if isinstance(normalization, Enum) else normalization
+    name = "none" if normalization is None else value
     if not isinstance(name, str) or name.lower() not in NORMALIZATIONS:
-        fix = (
-            f"Unknown grad_accumulation_normalization {given!r}; expected one of: num_loss_tokens, num_sequences, none"
-        )
-        raise LossInputError("grad_accumulation_normalization", "the name of a mode, or None", repr(given), fix)
+        fix = f"Unknown grad_accumulation_normalization {normalization!r}; expected one of: {', '.join(NORMALIZATIONS)}"
+        raise LossInputError("grad_accumulation_normalization", "the name of a mode, or None", repr(normalization), fix)
     return name.lower()
 
 
@@ -80,8 +79,8 @@ def gradient_divisor(normalization: Any, accumulated: Accumulated) -> int:
     """Return what the accumulated gradient is divided by; 1 where nothing has a gradient.
 
     Raises:
-        LossInputError: for a mode that is not known, for a loss that is a mean already, and for a count of tokens of
-            a loss over embeddings.
+        LossInputError: for an unknown mode, for a loss that is a mean already, and for ``num_loss_tokens`` with a loss
+            over embeddings.
     """
     mode = normalization_mode(normalization)
     if mode == "none":
@@ -122,7 +121,7 @@ def take_step(
 
 @contextmanager
 def scaled_gradients(parameters: Sequence[nn.Parameter], factor: float) -> Iterator[None]:
-    """Multiply the gradients by a factor within; afterwards, also on an error, they are as they were."""
+    """Multiply the gradients by a factor in a ``with`` block; restore them at its end, also after an error."""
     before = [p.grad for p in parameters]
     if factor != 1:
         for p, gradient in zip(parameters, before):

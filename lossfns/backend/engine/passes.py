@@ -2,7 +2,7 @@
 
 All three leave the same gradient. A loss of this library is a sum over datums (or pairs) once its denominator is fixed,
 so micro-batches stream through one pass. Any other callable may couple datums: then every micro-batch goes forward
-without a graph, the loss sees the whole, and each micro-batch goes forward again for its backward.
+without a graph, the loss is evaluated on all outputs, and each micro-batch goes forward again for its backward.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lossfns.backend.engine.differentiate import (
     Differentiated,
     Objective,
     backward_to,
-    native,
+    differentiate_loss,
     packed_columns,
 )
 from lossfns.backend.engine.forward import Forward
@@ -35,23 +35,23 @@ def forward_only(forward: Forward, plan: Plan) -> Tensor:
 
 
 def forward_backward(objective: Objective, data: list[Any], forward: Forward, plan: Plan) -> Differentiated:
-    """Compute a loss, and add its gradient to that of the parameters, in as few passes as possible."""
+    """Compute a loss, and add its gradient to the parameters' ``grad``, in as few passes as possible."""
     if len(plan.micro_batches) == 1:
         return single_pass(objective, data, forward, plan)
-    sums = forward.form.name == "logprobs" and is_sum_over(plan.micro_batches, objective.group)
+    sums = forward.empty_outputs.name == "logprobs" and is_sum_over(plan.micro_batches, objective.group)
     if objective.bound is not None and sums:
         return streamed(objective, objective.bound, data, forward, plan)
     return two_pass(objective, data, forward, plan)
 
 
 def is_sum_over(micro_batches: Sequence[slice], group: int) -> bool:
-    """Whether a loss is a sum over these micro-batches: no group of datums is split."""
+    """Return whether a loss is a sum over these micro-batches: none of them splits a group of datums."""
     return all(part.start % group == 0 for part in micro_batches)
 
 
 def single_pass(objective: Objective, data: list[Any], forward: Forward, plan: Plan) -> Differentiated:
-    """Differentiate the loss on outputs cut off from the model, and continue through the graph that they left."""
-    differentiate = objective.bind(data, forward.form)
+    """Differentiate the loss with respect to detached outputs, then backpropagate through the model."""
+    differentiate = objective.bind(data, forward.empty_outputs)
     outputs = forward.outputs(forward.micro_batch(plan.micro_batches[0], plan.spare_bytes))
     result = differentiate(outputs)
     torch.autograd.backward(outputs.values, result.gradient)
@@ -60,26 +60,26 @@ def single_pass(objective: Objective, data: list[Any], forward: Forward, plan: P
 
 def streamed(objective: Objective, bound: BoundLoss, data: list[Any], forward: Forward, plan: Plan) -> Differentiated:
     """Take each micro-batch forward and backward, one after the other; then evaluate loss and metrics of the whole."""
-    columns = packed_columns(bound, data, forward.form)
+    columns = packed_columns(bound, data, forward.empty_outputs)
     denominator = divisor(bound, columns)
     if not denominator > 0:
-        return two_pass(objective, data, forward, plan)  # which says what is wrong
+        return two_pass(objective, data, forward, plan)  # which raises the error
     evaluate_part = partial(evaluate, bound.loss, denominator=denominator)
     values, gradients = zip(
         *(stream_part(evaluate_part, columns.part(part), forward, part, plan) for part in plan.micro_batches)
     )
-    result = native(bound, columns, forward.outputs(torch.cat(values)))
-    rest = result.gradient - torch.cat(gradients)
-    if rest.norm() <= ROUNDING * result.gradient.norm():
+    result = differentiate_loss(bound, columns, forward.outputs(torch.cat(values)))
+    difference = result.gradient - torch.cat(gradients)
+    if difference.norm() <= ROUNDING * result.gradient.norm():
         return result
-    backward_again(rest, forward, plan)  # a user's terms may couple datums, and only their gradient shows it
+    backward_again(difference, forward, plan)  # a user's term may couple datums; only the gradient shows that
     return result._replace(passes=2)
 
 
 def stream_part(
     evaluate_part: Callable[[Tokens], Any], columns: PackedColumns, forward: Forward, part: slice, plan: Plan
 ) -> tuple[Tensor, Tensor]:
-    """Return outputs of a micro-batch and their gradient. Its graph is gone before the next needs the memory."""
+    """Return the outputs of a micro-batch and their gradient. On return, its graph has been freed."""
     values = forward.micro_batch(part, plan.spare_bytes)
     leaf = values.detach().requires_grad_()
     loss, _ = evaluate_part(columns.with_logprobs(leaf.flatten()))
@@ -97,20 +97,20 @@ def divisor(bound: BoundLoss, columns: PackedColumns) -> float:
 
 
 ROUNDING = 1e-5
-"""How far the gradient of a loss's parts may be from that of the whole by rounding, relative to its norm."""
+"""The largest difference by rounding between gradients of micro-batches and of the whole, relative to the norm."""
 
 
 def two_pass(objective: Objective, data: list[Any], forward: Forward, plan: Plan) -> Differentiated:
-    """Take all micro-batches forward without a graph, evaluate the loss on the whole, and go back through each."""
-    differentiate = objective.bind(data, forward.form)
+    """Take all micro-batches forward without a graph, evaluate the loss once, and take each forward and backward."""
+    differentiate = objective.bind(data, forward.empty_outputs)
     result = differentiate(forward.outputs(forward_only(forward, plan)))
     backward_again(result.gradient, forward, plan)
     return result._replace(passes=2)
 
 
 def backward_again(gradient: Tensor, forward: Forward, plan: Plan) -> None:
-    """Take each micro-batch forward once more, and back from this gradient of its outputs."""
-    lengths = forward.form.lengths
+    """Take each micro-batch forward again, and backpropagate this gradient of its outputs."""
+    lengths = forward.empty_outputs.lengths
     parts = torch.split(gradient, [sum(lengths[part]) for part in plan.micro_batches])
-    for part, own in zip(plan.micro_batches, parts):
-        torch.autograd.backward(forward.micro_batch(part, plan.spare_bytes), own)
+    for part, part_gradient in zip(plan.micro_batches, parts):
+        torch.autograd.backward(forward.micro_batch(part, plan.spare_bytes), part_gradient)

@@ -1,4 +1,4 @@
-"""Embeddings: the hidden states of a sequence pooled into one."""
+"""Embeddings: the hidden states of a sequence, pooled into one vector."""
 
 from __future__ import annotations
 

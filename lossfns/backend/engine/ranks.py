@@ -37,7 +37,7 @@ T = TypeVar("T")
 
 
 def start(device: str = "auto") -> DeviceMesh | None:
-    """Return the ``mesh`` for clients: all processes that ``torchrun`` has started. A process on its own has None.
+    """Return the ``mesh`` for clients, of all processes that ``torchrun`` has started; None for a single process.
 
     Args:
         device: ``"cpu"``, ``"cuda"`` or ``"auto"``, which takes a GPU for each process where there are any.
@@ -50,7 +50,7 @@ def start(device: str = "auto") -> DeviceMesh | None:
     """
     if "RANK" not in os.environ:
         return None
-    from torch.distributed.device_mesh import init_device_mesh  # takes half a second, which one process need not spend
+    from torch.distributed.device_mesh import init_device_mesh  # takes half a second, so not without torchrun
 
     kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else torch.device(device).type
     if kind == "cuda":
@@ -71,14 +71,15 @@ def gpu_of(local_rank: int) -> int:
 
 @cache
 def request_thread(device: torch.device) -> RequestThread:
-    """Return the one thread of all clients of this process: their collectives have one order, the same on all ranks."""
+    """Return the thread that runs the requests of all clients, so that collectives have the same order on all ranks."""
     return RequestThread(initializer=partial(torch.cuda.set_device, device) if device.type == "cuda" else None)
 
 
 class SingleProcess:
-    """The only process, which has all of a model. Its methods are those of ``Ranks``."""
+    """A single process that holds the whole model. It has the methods of ``Ranks``."""
 
-    mesh, thread, call, group, rank, size = None, None, None, None, 0, 1
+    mesh, thread, call, group = None, None, None, None
+    rank, size = 0, 1
 
     @staticmethod
     def on_rank_zero(function: Callable[..., T], *arguments: Any) -> T:
@@ -86,8 +87,8 @@ class SingleProcess:
 
     when_idle = all_or_none = on_rank_zero
 
-    def gather(self, word: T) -> list[T]:
-        return [word]
+    def gather(self, value: T) -> list[T]:
+        return [value]
 
     def agreeing(self, loss_fn: T) -> T:
         return loss_fn
@@ -125,7 +126,7 @@ class Ranks:
 
     Args:
         mesh: the processes, from ``start``.
-        device: ``"auto"``, or the kind of device that the mesh is of.
+        device: ``"auto"``, or the kind of device of the mesh.
     """
 
     def __init__(self, mesh: DeviceMesh, device: str | torch.device = "auto") -> None:
@@ -134,43 +135,46 @@ class Ranks:
             raise LossInputError("mesh", "one dimension, over which the model is sharded", repr(mesh), fix)
         if device != "auto" and torch.device(device).type != mesh.device_type:
             fix = "start(device) makes a mesh of other devices."
-            raise LossInputError("device", f"auto or {mesh.device_type}, which the mesh is of", repr(device), fix)
+            raise LossInputError("device", f"auto or {mesh.device_type}, the device of the mesh", repr(device), fix)
         gpu = mesh.device_type == "cuda"
         self.mesh, self.device = mesh, torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
         self.group, self.rank, self.size = mesh.get_group(), mesh.get_local_rank(), mesh.size()
         self.thread = request_thread(self.device)
-        self.has_run: Any = None  # the sharded model, once it has run
+        self.started_root: Any = None  # ``root``, once it has run
 
     # Agreement
 
     def call(self, request: Callable[..., T], *arguments: Any) -> T:
-        """Run a request of a client, once all ranks are known to run the same."""
+        """Run a request of a client, after a check that all ranks run the same request."""
         self.check_same(request, arguments)
         try:
             return request(*arguments)
         except BaseException:
-            if self.has_run is not None:
-                self.has_run.reset_iter_state()  # FSDP, too, gives up the pass that has failed
+            if self.started_root is not None:
+                gradients = [p.grad for p in self.parameters]
+                self.started_root.reset_iter_state()  # FSDP discards its state of the failed pass
+                for p, gradient in zip(self.parameters, gradients):
+                    p.grad = gradient  # PyTorch 2.15 discards the gradients of earlier requests as well
             raise
 
     def when_idle(self, method: Callable[..., T], *arguments: Any) -> T:
-        """Call one of these methods from another thread: it runs when all requests before it are done."""
+        """Call a method of this object from another thread: the method runs when all earlier requests are done."""
         return self.thread.submit(method, *arguments).result()
 
     def check_same(self, request: Callable[..., Any], arguments: Sequence[Any]) -> None:
-        """Refuse a request that is not the same on every rank: its gradient would be that of no batch."""
-        words = self.gather(f"{request_name(request)} ({checksum(arguments)})")
-        for rank, word in enumerate(words):
-            if word != words[0]:
-                got = f"{words[0]} on rank 0 and {word} on rank {rank}"
+        """Refuse a request that is not the same on every rank: its gradient would mix several batches."""
+        summaries = self.gather(f"{request_name(request)} ({checksum(arguments)})")
+        for rank, summary in enumerate(summaries):
+            if summary != summaries[0]:
+                got = f"{summaries[0]} on rank 0 and {summary} on rank {rank}"
                 fix = "Every rank makes the same calls with the same whole batch: seed whatever draws it."
                 raise LossInputError("request", "the same on all ranks, of the same data", got, fix)
 
-    def gather(self, word: T) -> list[T]:
-        """Return what each rank passes, in the order of the ranks."""
-        words: list[Any] = [None] * self.size
-        dist.all_gather_object(words, word, group=self.group)
-        return words
+    def gather(self, value: T) -> list[T]:
+        """Return the values that the ranks pass, in the order of the ranks."""
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
 
     def all_or_none(self, function: Callable[..., T], *arguments: Any) -> T:
         """Return the function's result if it succeeds on every rank; raise an error on each if it fails on one."""
@@ -182,18 +186,18 @@ class Ranks:
         for rank, failure in enumerate(self.gather(None)):
             if failure is not None:
                 got = f"an error on rank {rank} ({failure})"
-                raise LossInputError("request", "success on all ranks", got, "Mend it there.")
+                raise LossInputError("request", "success on all ranks", got, "Fix it on that rank.")
         return result
 
     def on_rank_zero(self, function: Callable[..., T], *arguments: Any) -> T:
-        """Return on every rank the function's result on rank 0, which alone calls it."""
-        box: list[Any] = [self.all_or_none(do_nothing if self.rank else function, *arguments)]
-        dist.broadcast_object_list(box, group_src=0, group=self.group)
-        result: T = box[0]
+        """Call the function on rank 0 only, and return its result on every rank."""
+        results: list[Any] = [self.all_or_none(do_nothing if self.rank else function, *arguments)]
+        dist.broadcast_object_list(results, group_src=0, group=self.group)
+        result: T = results[0]
         return result
 
     def agreeing(self, loss_fn: Callable[..., Any]) -> Callable[..., Any]:
-        """Wrap a callable loss: it fails on all ranks if it fails on one, or gives different numbers."""
+        """Make a callable loss fail on all ranks if it fails on one, or if its values differ between ranks."""
 
         def agreed(data: list[Any], logprobs_list: list[Tensor]) -> Any:
             result = self.all_or_none(loss_fn, data, logprobs_list)
@@ -208,7 +212,7 @@ class Ranks:
     # Micro-batches
 
     def min(self, number: float) -> float:
-        """Return the least of the ranks' numbers."""
+        """Return the smallest of the ranks' numbers."""
         return min(self.gather(number))
 
     def one_per_rank(self, micro_batches: list[slice]) -> list[slice]:
@@ -230,28 +234,30 @@ class Ranks:
         self.model = model
         self.skeleton = copied_with(model, {name: p.to("meta") for name, p in model.named_parameters()})
         self.root = fully_sharded(model, self.mesh)
+        self.parameters = list(model.parameters())
         self.weights = model.state_dict()
 
     def with_full_weights(self, compute: Callable[[], Tensor]) -> Tensor:
         """Call a function while the weights are gathered. The gradient of its result goes back to the shards."""
-        self.has_run = self.root
+        self.started_root = self.root
         result: Tensor = self.root(compute)
         return result
 
     def run(self, compute: Callable[..., Tensor], inputs: ModelInputs, *arguments: Any) -> Tensor:
-        """Return ``compute(inputs, *arguments)``, the outputs of all datums; each rank computes those of some.
+        """Return ``compute(inputs, *arguments)``, the outputs of all datums; each rank computes a part of them.
 
-        Outputs of other ranks are constants here. Each rank takes the gradient back through its own part of the graph.
+        Outputs of other ranks are constants here. Each rank backpropagates through its own outputs.
         """
         low, high = rank_bounds(inputs.lengths, self.size)[self.rank : self.rank + 2]
         ends = np.cumsum([0, *inputs.output_lengths]).tolist()
-        part = slice(low, high) if low < high else slice(0, 1)  # without datums: compute one, and drop its outputs
+        # A rank without datums computes one, and drops its outputs.
+        part = slice(low, high) if low < high else slice(0, 1)
         start, stop, end = ends[low], ends[high], ends[-1]
-        own = self.with_full_weights(partial(compute, inputs.part(part), *arguments))[: stop - start]
-        values = own.new_zeros(end, *own.shape[1:])
-        values[start:stop] = own.detach()
+        outputs = self.with_full_weights(partial(compute, inputs.part(part), *arguments))[: stop - start]
+        values = outputs.new_zeros(end, *outputs.shape[1:])
+        values[start:stop] = outputs.detach()
         dist.all_reduce(values, group=self.group)
-        return torch.cat([values[:start], own, values[stop:]])
+        return torch.cat([values[:start], outputs, values[stop:]])
 
     def copy_model(self) -> nn.Module:
         """Return a copy of the whole model as it is now, which needs no other rank."""
@@ -262,10 +268,11 @@ class Ranks:
 
     def empty_for(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Return an empty tensor to load ``name`` into, sharded like its parameter."""
-        own = self.weights.get(name.split(".", 1 if name.startswith("model.") else 2)[-1])
-        if own is None or own.shape != torch.Size(shape):
+        # Names are model.<parameter> and optim.<key>.<parameter>.
+        parameter = self.weights.get(name.split(".", 1 if name.startswith("model.") else 2)[-1])
+        if parameter is None or parameter.shape != torch.Size(shape):
             return torch.empty(tuple(shape), dtype=dtype)
-        return torch.empty_like(own, dtype=dtype)
+        return torch.empty_like(parameter, dtype=dtype)
 
     def distribute(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Shard whole tensors like their parameters."""
@@ -273,14 +280,14 @@ class Ranks:
 
         sharded = dict(tensors)
         for name, x in tensors.items():
-            own = self.empty_for(name, x.shape, x.dtype)
-            if isinstance(own, DTensor) and not isinstance(x, DTensor):
-                sharded[name] = distribute_tensor(x.to(self.device), self.mesh, own.placements, src_data_rank=None)
+            like = self.empty_for(name, x.shape, x.dtype)
+            if isinstance(like, DTensor) and not isinstance(x, DTensor):
+                sharded[name] = distribute_tensor(x.to(self.device), self.mesh, like.placements, src_data_rank=None)
         return sharded
 
 
 def do_nothing(*arguments: Any) -> Any:
-    """Do what the other ranks do in ``on_rank_zero``: nothing."""
+    """Take the place of the function on the other ranks in ``on_rank_zero``."""
 
 
 # A model in shards
@@ -298,7 +305,7 @@ class WithFullWeights(nn.Module):
 
 
 def fully_sharded(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
-    """Apply FSDP2 to each layer and to the rest. Gradients are summed, as a loss has its denominator already."""
+    """Apply FSDP2 to each layer and to the rest. Gradients are summed, because a loss already has its denominator."""
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
     shard = partial(fully_shard, mesh=mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
@@ -320,7 +327,7 @@ def transformer_layers(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def rank_bounds(lengths: Sequence[int], size: int) -> list[int]:
-    """Split the datums over ranks in order, such that the rank with the most tokens has as few as possible.
+    """Split the datums over ranks in order, so that the largest count of tokens on a rank is as small as possible.
 
     Datums ``bounds[r]`` to ``bounds[r + 1]`` are those of rank r.
 
@@ -329,29 +336,30 @@ def rank_bounds(lengths: Sequence[int], size: int) -> list[int]:
     """
     ends = np.cumsum([0, *lengths])
 
-    def bounds(most: int) -> list[int]:
+    def bounds(max_tokens: int) -> list[int]:
         starts = [0]
         for _ in range(size):
-            starts.append(int(np.searchsorted(ends, ends[starts[-1]] + most, "right")) - 1)
+            starts.append(int(np.searchsorted(ends, ends[starts[-1]] + max_tokens, "right")) - 1)
         return starts
 
-    most = bisect_left(range(int(ends[-1])), True, key=lambda most: bounds(most)[-1] == len(lengths))
-    return bounds(most)
+    max_tokens = bisect_left(range(int(ends[-1])), True, key=lambda n: bounds(n)[-1] == len(lengths))
+    return bounds(max_tokens)
 
 
 def copied_with(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
     """Return a copy of a module with these tensors for its parameters. Tied parameters remain tied."""
-    own = model.named_parameters()
-    return copy.deepcopy(model, {id(p): nn.Parameter(tensors[name], p.requires_grad) for name, p in own})
+    parameters = model.named_parameters()
+    # deepcopy takes the copies that its memo already has, by the ids of their originals.
+    return copy.deepcopy(model, {id(p): nn.Parameter(tensors[name], p.requires_grad) for name, p in parameters})
 
 
 def full_tensor(x: Any) -> Any:
-    """Gather a tensor from the shards of all ranks; return any other as it is."""
+    """Gather a sharded tensor from all ranks; return any other tensor as it is."""
     return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
 def local_shards(tensors: Iterable[Any]) -> list[Any]:
-    """Return this rank's shards, on which elementwise operations need no other rank; any other tensor as it is."""
+    """Return this rank's shard of each sharded tensor, for elementwise operations; any other tensor as it is."""
     return [x.to_local() if hasattr(x, "to_local") else x for x in tensors]
 
 

@@ -17,26 +17,26 @@ from lossfns.errors import LossInputError
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
     """Return every tensor of the model as ``model.<name>``. Tied weights are one tensor under several names."""
-    own, tied = model.state_dict(), tied_names(model)
-    return {f"model.{name}": own[tied.get(name, name)] for name in own}
+    tensors, tied = model.state_dict(), tied_names(model)
+    return {f"model.{name}": tensors[tied.get(name, name)] for name in tensors}
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:
     """Map each further name of a tied parameter to its first name."""
     first: dict[nn.Parameter, str] = {}
-    every = model.named_parameters(remove_duplicate=False)
-    return {name: first[p] for name, p in every if first.setdefault(p, name) != name}
+    parameters = model.named_parameters(remove_duplicate=False)
+    return {name: first[p] for name, p in parameters if first.setdefault(p, name) != name}
 
 
 def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], path: str) -> None:
     """Load the weights, or refuse them and change nothing."""
-    given = {name.removeprefix("model."): x for name, x in tensors.items() if name.startswith("model.")}
-    own, other = ({name: tuple(x.shape) for name, x in state.items()} for state in (model.state_dict(), given))
-    if own != other:
-        wrong = next(name for name in (*own, *other) if own.get(name) != other.get(name))
-        got = f"{path}, in which {wrong} is {other.get(wrong, 'missing')} in place of {own.get(wrong, 'nothing')}"
+    loaded = {name.removeprefix("model."): x for name, x in tensors.items() if name.startswith("model.")}
+    expected, shapes = ({name: tuple(x.shape) for name, x in state.items()} for state in (model.state_dict(), loaded))
+    if shapes != expected:
+        wrong = next(name for name in (*expected, *shapes) if shapes.get(name) != expected.get(name))
+        got = f"{path}, in which {wrong} is {shapes.get(wrong, 'missing')} in place of {expected.get(wrong, 'nothing')}"
         raise LossInputError("path", "a checkpoint of this model", got, "Build the same model first.")
-    model.load_state_dict(given)
+    model.load_state_dict(loaded)
 
 
 # Description
@@ -50,18 +50,18 @@ def description(model: nn.Module) -> dict[str, Any]:
 
 def check_description(model: nn.Module, data: Mapping[str, Any], path: str) -> None:
     """Refuse the checkpoint of a model that computes something else from tensors of the same shapes."""
-    for name, own in description(model).items():
-        given = data.get(name)
-        if not own or not isinstance(given, dict):
+    for name, expected in description(model).items():
+        stored = data.get(name)
+        if not expected or not isinstance(stored, dict):
             continue
-        for key in own:
-            if key != "seed" and as_json(own[key]) != given.get(key):
-                got = f"{path}, in which {key} is {given.get(key)} in place of {own[key]}"
+        for key in expected:  # all but the seed, which sets the initial weights alone
+            if key != "seed" and as_json(expected[key]) != stored.get(key):
+                got = f"{path}, in which {key} is {stored.get(key)} in place of {expected[key]}"
                 raise LossInputError("path", "a checkpoint of this model", got, "Build the same model first.")
 
 
 def as_json(value: Any) -> Any:
-    """Return a value as it comes back from JSON."""
+    """Return a value as JSON writes and reads it."""
     return json.loads(json.dumps(value, default=str))
 
 
@@ -90,14 +90,14 @@ def load_moments(model: nn.Module, optimizer: Optimizer, tensors: Mapping[str, T
 
 
 def stepped(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Return the parameters that the optimizer has moments of."""
+    """Return the names of the parameters that have moments."""
     return sorted({name.split(".", 2)[2] for name in tensors if name.startswith("optim.")})
 
 
 def check_complete(model: nn.Module, tensors: Mapping[str, Tensor], data: Mapping[str, Any], path: str) -> None:
-    """Refuse a state from which training could not continue as it was.
+    """Refuse a state from which training could not continue as if it had not been interrupted.
 
-    Such a state has other dtypes, or lacks something that the optimizer keeps of a parameter.
+    Such a state has other dtypes, or lacks a part of the optimizer's or the random state.
     """
     check_dtypes(model, tensors, path)
     steps, parameters = data.get("steps"), dict(model.named_parameters())
@@ -135,13 +135,13 @@ def check_dtypes(model: nn.Module, tensors: Mapping[str, Tensor], path: str) -> 
 
 
 def random(device: torch.device) -> dict[str, Tensor]:
-    """Return torch's generators, from which samples without a seed are drawn, as ``random.<device>``."""
+    """Return the states of torch's generators, which draw samples without a seed, as ``random.<device>``."""
     cuda = {"random.cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
     return {"random.cpu": torch.get_rng_state(), **cuda}
 
 
 def load_random(tensors: Mapping[str, Tensor], device: torch.device) -> None:
-    """Set torch's generators. This is a state of the whole process."""
+    """Set the states of torch's generators, for the whole process."""
     if "random.cpu" in tensors:
         torch.set_rng_state(tensors["random.cpu"])
     if "random.cuda" in tensors and device.type == "cuda":

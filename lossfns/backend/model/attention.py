@@ -48,7 +48,7 @@ class Layout:
         lengths: tokens of each segment, at least 1; the segments lie end to end.
         parents: for each segment the index of the earlier segment that it continues, or None. A parent has no parent
             itself. None for the whole argument: no segment continues another.
-        device: where index tensors are put. They are made on the host and moved once.
+        device: the device of index tensors. They are made on the host and moved once.
 
     Attributes:
         positions: [N] position of each token in its sequence, the parent's tokens included.
@@ -74,7 +74,8 @@ class Layout:
         equal = groupby(zip(self.parents, self.lengths))
         self.groups = [SegmentGroup(*kind, len(list(members))) for kind, members in equal]
         self.route: str | None = None
-        # Per segment: its tokens, where they start in the batch, the tokens of its parent, and all that it sees.
+        # For each segment: the count of its tokens, the index of its first token, the count of its parent's tokens, and
+        # the count of all tokens that it sees.
         self.query_lengths = np.array(self.lengths)
         self.starts = self.query_lengths.cumsum() - self.query_lengths
         self.prefix_lengths = np.array([0 if parent is None else self.lengths[parent] for parent in self.parents])
@@ -98,7 +99,7 @@ class Layout:
 
         Args:
             scale: factor of the scores q·k; None is 1/√d.
-            window: the most tokens that one sees, itself included; None is all.
+            window: the most tokens that a token sees, itself included; None is all.
             softcap: a score s becomes softcap·tanh(s / softcap); None leaves it.
 
         Returns:
@@ -121,9 +122,9 @@ class Layout:
         if (window, dtype) not in self.biases:
             needed = (self.prefix_lengths > 0) | (window is not None)
             first, last = int(self.prefix_lengths[needed].min()), int(self.key_lengths[needed].max())
-            hidden = torch.full((last - first, last), -torch.inf, dtype=dtype, device=self.device)
-            bias = hidden.triu(first + 1)
-            self.biases[window, dtype] = first, bias if window is None else bias + hidden.tril(first - window)
+            masked = torch.full((last - first, last), -torch.inf, dtype=dtype, device=self.device)
+            bias = masked.triu(first + 1)
+            self.biases[window, dtype] = first, bias if window is None else bias + masked.tril(first - window)
         first, bias = self.biases[window, dtype]
         return bias[start - first : end - first, :end]
 
@@ -182,8 +183,7 @@ def sdpa_by_length(
     """Attend with PyTorch's dense attention, one call per group of equal segments."""
     sizes = [group.length * group.segments for group in layout.groups]
     outputs = []
-    # torch.split rather than slices: its backward writes one gradient for all pieces, each slice would write its own
-    # of full size.
+    # torch.split writes one gradient for all pieces in its backward pass; each slice would write one of full size.
     for group, rows, keys, values in zip(
         layout.groups, torch.split(q, sizes), by_group(layout, k, sizes), by_group(layout, v, sizes)
     ):
@@ -196,23 +196,23 @@ def sdpa_by_length(
 
 
 def by_group(layout: Layout, x: Tensor, sizes: list[int]) -> Iterator[Tensor]:
-    """Yield what each group sees of x, the keys or values [N, Hkv, d]: [B, Hkv, T, d], the parent's T first."""
+    """Yield the keys (or values) x [N, Hkv, d] that each group sees: [B, Hkv, T, d], those of the parent first."""
     # The parent's rows pass through float32, so that autograd sums their gradient over all continuations in float32.
     segments = (
         torch.split(x.to(torch.promote_types(x.dtype, torch.float32)), layout.lengths) if layout.has_parents else ()
     )
     for group, rows in zip(layout.groups, torch.split(x, sizes)):
-        own = rows.view(group.segments, group.length, *rows.shape[1:])
+        visible = rows.view(group.segments, group.length, *rows.shape[1:])
         if group.parent is not None:
-            own = torch.cat((segments[group.parent].to(x.dtype).expand(group.segments, -1, -1, -1), own), 1)
-        yield own.transpose(1, 2)
+            visible = torch.cat((segments[group.parent].to(x.dtype).expand(group.segments, -1, -1, -1), visible), 1)
+        yield visible.transpose(1, 2)
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float | None, softcap: float | None) -> Tensor:
     """Attend from q [B, H, T, d] to k and v [B, Hkv, S, d] with PyTorch's dense attention.
 
-    ``bias`` is added to the scores and broadcast to [B, H, T, S]; None is causal. With a softcap the attention is
-    written out, in float32 or better, with all scores in memory.
+    ``bias`` is added to the scores and broadcast to [B, H, T, S]; without a bias, attention is causal. With a softcap,
+    the attention is written out, in float32 or better, with all scores in memory.
     """
     if softcap is None:
         return F.scaled_dot_product_attention(q, k, v, bias, is_causal=bias is None, scale=scale, enable_gqa=True)
@@ -227,7 +227,7 @@ def varlen(
     layout: Layout, q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int | None, softcap: float | None
 ) -> Tensor:
     """Attend with the variable-length kernel; the parent's keys are copied before those of each continuation."""
-    if layout.has_parents:  # through float32, so that the parent's gradient is summed in it
+    if layout.has_parents:  # through float32, so that autograd sums the parent's gradient in it
         k, v = (x.float().index_select(0, layout.key_index).to(x.dtype) for x in (k, v))
     longest = int(layout.query_lengths.max()), layout.max_key_length
     window_size = (-1 if window is None else window - 1, 0)
@@ -247,9 +247,9 @@ def flex(
 
 
 def mask_mod(layout: Layout, window: int | None) -> Callable[..., Tensor]:
-    """Return FlexAttention's function of whether query i sees key j."""
+    """Return the function that tells FlexAttention whether query i sees key j."""
     segment, parent, position = layout.segment_ids, layout.parent_ids, layout.positions
-    # The window is a tensor: for another number, the kernel would be compiled again.
+    # The window is a tensor, because the kernel is compiled again for each new Python number.
     limit = torch.full((), len(position) if window is None else window, device=layout.device)
 
     def is_visible(_batch: Any, _head: Any, i: Tensor, j: Tensor) -> Tensor:
@@ -260,7 +260,7 @@ def mask_mod(layout: Layout, window: int | None) -> Callable[..., Tensor]:
 
 
 def score_mod(softcap: Tensor) -> Callable[..., Tensor]:
-    """Return FlexAttention's function that soft-caps a score."""
+    """Return the function by which FlexAttention soft-caps a score."""
 
     def capped(score: Tensor, _batch: Any, _head: Any, _i: Any, _j: Any) -> Tensor:
         return softcap * torch.tanh(score / softcap)
@@ -285,7 +285,8 @@ def choose_cuda_route(dtype: torch.dtype, head_dim: int, softcap: bool, has_varl
     half = dtype in (torch.float16, torch.bfloat16)
     if half and not softcap and has_varlen and head_dim % 8 == 0 and head_dim <= 256:
         return "varlen"
-    if (half or dtype == torch.float32) and head_dim in (16, 32, 64, 128, 256)[: 5 if half else 4]:
+    head_dims = (16, 32, 64, 128, 256) if half else (16, 32, 64, 128)
+    if (half or dtype == torch.float32) and head_dim in head_dims:
         return "flex"
     return "sdpa-by-length"
 

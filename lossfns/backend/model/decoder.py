@@ -28,7 +28,7 @@ class Decoder(nn.Module):
         hidden: width of the MLP.
         rope_theta: base of the rotary frequencies.
         tied: whether embedding and unembedding share one weight.
-        seed: of the initial weights, which are the same on every platform.
+        seed: the seed of the initial weights, which are the same on every platform.
 
     ``shape`` holds these arguments: ``Decoder(**model.shape)`` builds the same model with its initial weights.
     """
@@ -41,7 +41,7 @@ class Decoder(nn.Module):
     """Names of the linear layers of each part, for ``lora.adapt``."""
 
     checkpointing = False
-    """Whether each layer keeps its input alone and runs again in the backward pass."""
+    """Whether each layer keeps only its input for the backward pass, and runs again there."""
 
     def __init__(
         self,
@@ -85,8 +85,8 @@ class Decoder(nn.Module):
             if weight.dim() == 2:
                 std = 0.02 if "embed" in name else weight.shape[1] ** -0.5
                 if name.endswith(("out.weight", "down.weight")):
-                    # Each layer adds two branches to the residual stream. Scaled so, all branches together start
-                    # at unit variance.
+                    # Each layer adds two branches to the residual stream. With this scale, all branches together
+                    # start at unit variance.
                     std /= math.sqrt(2 * len(self.layers))
                 uniform = torch.rand(weight.shape, generator=generator, dtype=torch.float32, device="cpu")
                 weight.copy_((2 * uniform - 1) * (math.sqrt(3) * std))
@@ -98,7 +98,7 @@ class Decoder(nn.Module):
 
     @property
     def attention(self) -> str:
-        """Name of the route that the attention of a packed batch takes, as ``choose_route`` has it."""
+        """Name of the route that the attention of a packed batch takes, from ``choose_route``."""
         return choose_route(self.embed.weight.device, self.embed.weight.dtype, self.head_dim)
 
     def forward(self, tokens: Tensor, lengths: Sequence[int], parents: Sequence[int | None] | None = None) -> Tensor:

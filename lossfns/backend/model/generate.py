@@ -50,7 +50,7 @@ def generate(
         top_k: sample from the k most probable tokens; 0 or less keeps all.
         top_p: sample from the fewest tokens whose probabilities sum to ``top_p`` or more; applied after ``top_k``.
         stop: ids that end a sequence.
-        seed: of the draws; None uses PyTorch's global generator.
+        seed: the seed of the draws; None uses PyTorch's global generator.
 
     Raises:
         LossInputError: an empty prompt, or a temperature or ``top_p`` out of range.

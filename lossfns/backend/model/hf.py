@@ -27,12 +27,12 @@ from lossfns.logprobs.linear import head_of
 def load(
     source: str | Path, *, dtype: torch.dtype | str = "auto", device: str | torch.device = "cpu"
 ) -> tuple[CausalLM, Any]:
-    """Load a model and its tokenizer, as an entry of a service's ``models``.
+    """Load a model and its tokenizer: the pair that an entry of a service's ``models`` returns.
 
     Args:
         source: a folder, a GGUF file, or the name of a repository.
         dtype: ``"auto"`` keeps the dtype of the file; quantised weights of a GGUF file become float32.
-        device: where the model is put.
+        device: the device to put the model on.
 
     Raises:
         LossInputError: nothing is found at ``source``.
@@ -113,7 +113,7 @@ class CausalLM(nn.Module):
 
     @property
     def attention(self) -> str:
-        """Name of the route that the attention of a packed batch takes, as ``choose_route`` has it."""
+        """Name of the route that the attention of a packed batch takes, from ``choose_route``."""
         config, weight = self.model.config.get_text_config(), self.model.get_output_embeddings().weight
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         softcap = getattr(config, "attn_logit_softcapping", None) is not None
@@ -156,12 +156,12 @@ class CausalLM(nn.Module):
 
     @property
     def checkpointing(self) -> bool:
-        """Whether each layer keeps its input alone and runs again in the backward pass. It can be set."""
+        """Whether each layer keeps only its input for the backward pass, and runs again there. It can be set."""
         return any("forward" in vars(layer) for layer in self._layers())
 
     @checkpointing.setter
     def checkpointing(self, on: bool) -> None:
-        # The library's own switch works in training mode alone, which brings dropout with it.
+        # The library's own switch works only in training mode, which also turns dropout on.
         if on and not self._layers():
             got, fix = f"{type(self.model).__name__}, which names none", "Leave checkpointing off."
             raise LossInputError("checkpointing", "a model with layers to run again", got, fix)
@@ -186,7 +186,7 @@ class CausalLM(nn.Module):
 
 
 def checkpointed_forward(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Run a layer, and keep nothing but its input for the backward pass."""
+    """Run a layer, and keep only its input for the backward pass."""
     return checkpoint(
         partial(type(layer).forward, layer), *args, use_reentrant=False, preserve_rng_state=False, **kwargs
     )
@@ -228,7 +228,7 @@ def attention_forward(
     dropout: float = 0.0,
     **more: Any,
 ) -> tuple[Tensor, None]:
-    """Attend from q [1, H, N, d] to k and v [1, Hkv, N, d] by ``attend``; refuse keywords that it does not have.
+    """Attend from q [1, H, N, d] to k and v [1, Hkv, N, d] by ``attend``; refuse keywords that it does not take.
 
     Returns:
         [1, N, H, d], and None in place of the attention weights.
@@ -290,12 +290,12 @@ def linear_layers_by_part(model: CausalLM) -> dict[str, tuple[str, ...]]:
 
 @torch.no_grad()
 def check_packing(model: CausalLM) -> None:
-    """Switch to our attention; refuse a model that then, packed, computes other logits than by its own attention."""
+    """Switch a model to our attention; refuse it if packed sequences then have other logits than by the model's own."""
     lengths, parents = [2, 2, 5], [None, 0, 0]  # most tokens follow tokens that they must not see
     vocabulary = model.model.get_input_embeddings().num_embeddings
     prefix, first, second = (torch.arange(1, 10, device=model.head.device) * 7919 % vocabulary).split(lengths)
     model.model.set_attn_implementation("eager")
-    one, two = (
+    first_alone, second_alone = (
         model.model(input_ids=torch.cat((prefix, suffix))[None], use_cache=False).logits[0]
         for suffix in (first, second)
     )
@@ -309,12 +309,13 @@ def check_packing(model: CausalLM) -> None:
         raise
     except Exception as error:
         raise packing_error(model, f"{type(error).__name__}: {error}") from error
-    alone, eps = torch.cat((one, two[len(prefix) :])).float(), torch.finfo(model.head.dtype).eps
+    alone, eps = torch.cat((first_alone, second_alone[len(prefix) :])).float(), torch.finfo(model.head.dtype).eps
     difference = relative_difference(packed, alone)
     if not difference < eps**0.5:
         raise packing_error(model, f"logits that differ by {difference:.1%}")
-    # In half precision the effect of a short convolution is within the rounding of two different kernels. So the same
-    # kernels run twice, with another neighbour: without such an effect the results are nearly equal.
+    # In half precision, the effect of a short convolution is no larger than the rounding differences between two
+    # kernels. So our attention runs twice, with different neighbours of the last sequence. If sequences do not affect
+    # one another, its logits are nearly equal.
     difference = relative_difference(other_neighbour[-len(second) :], packed[-len(second) :])
     if not difference < eps**0.75:
         raise packing_error(model, f"logits that another sequence changes by {difference:.1%}")

@@ -25,15 +25,15 @@ def adapt(
 ) -> nn.Module:
     """Freeze a model and put adapters on its ``parts``, in place: y = x·(W + alpha/rank·B·A)ᵀ.
 
-    A [rank, in] is uniform in ±1/√in, and B [out, rank] is zero, so that the model first computes what it did. Both
-    are float32 or better.
+    A [rank, in] is uniform in ±1/√in, and B [out, rank] is zero, so that the model's outputs do not change at first.
+    Both are float32 or better.
 
     Args:
         model: its ``lora_targets`` names the linear layers of each part, as in ``Decoder``.
         rank: at least 1.
         parts: keys of ``lora_targets``. With ``"unembed"``, ``model.head`` has to include the adapter.
         alpha: numerator of the scale.
-        seed: of A; None draws a new one each time.
+        seed: the seed of A; None draws a new one each time.
 
     Returns:
         The model. Its attribute ``lora`` holds the settings, for checkpoints.
@@ -81,7 +81,7 @@ def adapted_weight(layer: Any) -> Tensor:
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """Switch all adapters off in a ``with`` block: there the model is its base model, the reference policy."""
+    """Switch all adapters off in a ``with`` block, where the model then is its base model, the reference policy."""
     flags = [(p, p.requires_grad) for p in model.parameters()]
     on = [layer for layer in adapted_layers(model) if not layer.disable_adapters]
     for layer in on:

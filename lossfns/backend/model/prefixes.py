@@ -57,8 +57,9 @@ def common_prefixes(flat: np.ndarray, starts: np.ndarray, lengths: np.ndarray, m
     common = np.zeros(len(starts) - 1, int)
     shorter = np.minimum(lengths[:-1], lengths[1:])
     pairs = np.flatnonzero(shorter >= min_length)
-    head = starts[:, None] + np.arange(min_length)
-    pairs = pairs[(flat[head[pairs]] == flat[head[pairs + 1]]).all(1)]  # most pairs are ruled out by their heads
+    beginning = starts[:, None] + np.arange(min_length)
+    # Most pairs differ in their first tokens already.
+    pairs = pairs[(flat[beginning[pairs]] == flat[beginning[pairs + 1]]).all(1)]
     counts = shorter[pairs]
     ends = counts.cumsum()
     unequal = np.flatnonzero(flat[ranges(starts[pairs], counts)] != flat[ranges(starts[pairs + 1], counts)])
@@ -74,10 +75,10 @@ def best_groups(common: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     children are the ranges within it that have a longer one. Some nodes are opened: their prefix is computed once. A
     sequence uses the longest open prefix that it has, so
 
-        saved = Σ over sequences of the prefix that they use − Σ over open nodes of their prefix.
+        saved = Σ over sequences of the length of the prefix that they use − Σ over open nodes of their prefix's length.
 
-    Dynamic programming finds the maximum. What a subtree saves depends on the rest of the tree through one number
-    alone: the longest prefix that is open above it. From the leaves to the root, it is computed for each such number.
+    Dynamic programming finds the maximum. What a subtree saves depends on the rest of the tree only through the length
+    of the longest prefix that is open above it. From the leaves to the root, it is computed for each such length.
 
     Args:
         common: tokens that each sequence, in sorted order, has in common with the next.
@@ -86,8 +87,8 @@ def best_groups(common: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         For each sequence in sorted order its group, −1 for none, and the length of the prefix that the group shares.
     """
     nodes = [(0, len(common) + 1, 0)]  # first sequence, last + 1, parent; a parent comes before its children
-    candidates: list[np.ndarray] = []  # per node: 0 (none is open), the prefixes of its ancestors, and its own
-    saved = []  # per node and candidate: what the subtree saves if that is the longest open prefix
+    candidates: list[np.ndarray] = []  # per node: lengths 0 (none is open), of its ancestors' prefixes, of its own
+    saved = []  # per node and candidate: what the subtree saves if the candidate is the longest open prefix
     for node, (first, last, parent) in enumerate(nodes):
         inside = common[first : last - 1]
         candidates.append(np.append(candidates[parent] if node else 0, inside.min()))
@@ -96,7 +97,8 @@ def best_groups(common: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         without_child = last - first - sum(b - a for a, b, _ in children)
         saved.append(without_child * candidates[node])
         nodes += children
-    opens = np.zeros(len(nodes), int)  # for how many of the shortest candidates above it a node is opened
+    # Per node: it is opened if the longest open prefix above it is one of its first ``opens`` candidates.
+    opens = np.zeros(len(nodes), int)
     for node in reversed(range(len(nodes))):
         closed, opened = saved[node][:-1], saved[node][-1] - candidates[node][-1]
         opens[node] = np.count_nonzero(opened > closed)
@@ -149,20 +151,20 @@ def build_segments(lengths: np.ndarray, group: np.ndarray, prefix: np.ndarray) -
     )
 
 
-def head_rows(rows: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Choose the rows of the head to compute: tokens with the same hidden state and the same targets share one.
+def logit_rows(rows: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Choose the rows of logits to compute: tokens with the same hidden state and the same targets share a row.
 
     Args:
         rows: [N] for each token the index of its hidden state.
         targets: [N] or [N, K] target ids.
 
     Returns:
-        ``hidden_rows`` [R], for each row of the head the hidden state that it reads, and ``inverse`` [N], for each
-        token its row of the head.
+        ``hidden_rows`` [R], for each row of logits the hidden state that it reads, and ``inverse`` [N], for each token
+        its row of logits.
     """
     each = np.arange(len(rows))
     first = np.empty(rows.max() + 1, int)
-    first[rows[::-1]] = each[::-1]  # numpy keeps the last of several writes, here that of the first token
+    first[rows[::-1]] = each[::-1]  # numpy keeps the last of several writes: the first token's
     same_hidden = first[rows]
     same = (targets == targets[same_hidden]).reshape(len(rows), -1).all(1)
     representative = np.where(same, same_hidden, each)

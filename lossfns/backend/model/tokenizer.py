@@ -17,7 +17,8 @@ class ByteTokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
         """Return the text's bytes; with ``add_special_tokens`` the end of sequence follows."""
-        return [*text.encode("utf-8")] + [self.eos_token_id] * add_special_tokens
+        ids = [*text.encode("utf-8")]
+        return [*ids, self.eos_token_id] if add_special_tokens else ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text. The end of sequence is dropped, and broken UTF-8 becomes U+FFFD."""

@@ -53,7 +53,7 @@ def load(
 
 
 def metadata(path: str | Path) -> dict[str, Any]:
-    """Return the data alone, without reading the tensors."""
+    """Return the data without reading the tensors."""
     return folder.metadata(path) if Path(path).is_dir() else file.metadata(path)
 
 

@@ -55,7 +55,7 @@ def save(path: str | Path, tensors: Mapping[str, Tensor], data: Mapping[str, Any
 
 
 def load(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the tensors and the data; refuse, by its name, a file whose bytes are not those that were written."""
+    """Return the tensors and the data. Refuse a file whose bytes have changed; the error names the file."""
     with opened(path) as (archive, meta):
         with open(path, "rb") as file:
             if archive.comment != digest(file):
@@ -64,7 +64,7 @@ def load(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def metadata(path: str | Path) -> dict[str, Any]:
-    """Return the data alone, without reading the tensors."""
+    """Return the data without reading the tensors."""
     with opened(path) as (_, meta):
         data: dict[str, Any] = meta["data"]
         return data
@@ -137,7 +137,10 @@ def stored_array(name: str, x: Tensor) -> np.ndarray:
 
 @contextmanager
 def opened(path: str | Path) -> Iterator[tuple[zipfile.ZipFile, dict[str, Any]]]:
-    """Open an archive and its meta. Damaged bytes can raise nearly any error: each becomes one that names the file."""
+    """Open an archive and its meta.
+
+    Damaged bytes can raise nearly any error: all become a LossInputError that names the file.
+    """
     try:
         if not Path(path).exists():
             raise LossInputError("path", "a checkpoint", f"no file {path}", "Was it saved elsewhere?")

@@ -33,14 +33,14 @@ def call(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 class Processes(NamedTuple):
-    """The processes that save or load together, as one of them sees them; by default, this one alone.
+    """The processes that save or load together, from the view of one of them. By default, it is the only one.
 
     Attributes:
-        rank, size: which of them this one is, and how many there are.
-        group: their process group, of ``torch.distributed``.
+        rank, size: the rank of this process, and the number of processes.
+        group: the process group of ``torch.distributed``.
         gather: ``gather(x)`` returns the list of the values that the processes pass.
-        on_rank_zero: ``on_rank_zero(function, *arguments)`` returns on each process the result of the first.
-        all_or_none: ``all_or_none(function, *arguments)`` returns the result, or raises on each if one fails.
+        on_rank_zero: ``on_rank_zero(function, *arguments)`` returns the result of rank 0 on every process.
+        all_or_none: ``all_or_none(function, *arguments)`` returns the result; if one process fails, all raise.
     """
 
     rank: int = 0
@@ -67,14 +67,14 @@ def save(path: str | Path, tensors: Mapping[str, Tensor], data: Mapping[str, Any
 
     A tensor that has several names is written once.
     """
-    from torch.distributed.checkpoint.api import CheckpointException  # takes half a second, which files need not spend
+    from torch.distributed.checkpoint.api import CheckpointException  # imported here: it takes half a second
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
     from torch.distributed.checkpoint.state_dict_saver import save as write
 
     path = Path(path)
     part = processes.on_rank_zero(create_part, path, data)
-    first: dict[int, str] = {}
-    tied = {name: first[id(x)] for name, x in tensors.items() if first.setdefault(id(x), name) != name}
+    first_names: dict[int, str] = {}  # of each tensor, by its id
+    tied = {name: first_names[id(x)] for name, x in tensors.items() if first_names.setdefault(id(x), name) != name}
     try:
         writer = HuggingFaceStorageWriter(str(path / part), save_distributed=True)
         written = {name: x for name, x in tensors.items() if name not in tied}
@@ -111,7 +111,7 @@ def load(
 
 
 def metadata(path: str | Path) -> dict[str, Any]:
-    """Return the data alone, without reading the tensors."""
+    """Return the data without reading the tensors."""
     data: dict[str, Any] = read_meta(path)["data"]
     return data
 
@@ -148,11 +148,11 @@ def seal(meta: Mapping[str, Any]) -> str:
 
 def checksums(part: Path, processes: Processes) -> dict[str, str]:
     """Return the SHA-256 of every file; each process reads some of them."""
-    own = processes.all_or_none(own_checksums, part, processes.rank, processes.size)
-    return {name: sha for each in processes.gather(own) for name, sha in each.items()}
+    local = processes.all_or_none(local_checksums, part, processes.rank, processes.size)
+    return {name: sha for each in processes.gather(local) for name, sha in each.items()}
 
 
-def own_checksums(part: Path, rank: int, size: int) -> dict[str, str]:
+def local_checksums(part: Path, rank: int, size: int) -> dict[str, str]:
     """Return the SHA-256 of every ``size``-th file, from number ``rank`` on."""
     return {file.name: sha256(file) for file in sorted(part.iterdir())[rank::size]} if part.is_dir() else {}
 

@@ -260,7 +260,9 @@ def check_trace(probe: Probe, batch: Batch, shifts: Sequence[float]) -> None:
     try:
         # Without a context make_fx makes a FakeTensorMode for each operation.
         with trace_context(TracingContext(FakeTensorMode())):
-            traced = make_fx(lambda *lps: loss_fn(data, list(lps))[0], _error_on_data_dependent_ops=False)(*logprobs)
+            keep_detach: dict[Any, Any] = {}  # without a table, PyTorch 2.15 traces detach as alias
+            trace = make_fx(lambda *lps: loss_fn(data, list(lps))[0], keep_detach, _error_on_data_dependent_ops=False)
+            traced = trace(*logprobs)
     except Exception as error:
         raise NotApplicable(f"it cannot be traced: {type(error).__name__}") from error
     for shift in shifts:

@@ -148,7 +148,7 @@ def test_a_footprint_is_that_of_the_peak_by_tokens_and_by_weight() -> None:
             del activations, gradient
 
     found = footprint(step, [weight])
-    assert found == Footprint(fixed=8 * 8 * 4, each=(8 + 8) * 4)
+    assert found == Footprint(fixed=8 * 8 * 4, per_token=(8 + 8) * 4)
     assert found.of(10) == 256 + 640
 
 
@@ -339,7 +339,7 @@ def test_a_model_need_not_read_more_than_the_datums_have() -> None:
 def test_models_that_do_not_say_what_they_are_are_measured_one_by_one() -> None:
     """Two models of the same class and parameters, one of which takes more memory."""
     once, often = (LocalTrainingClient(Positions(300, loops), tokenizer=1, device="cpu") for loops in (1, 20))
-    assert often._engine.budget.footprint(like(100)).each > 3 * once._engine.budget.footprint(like(100)).each
+    assert often._engine.budget.footprint(like(100)).per_token > 3 * once._engine.budget.footprint(like(100)).per_token
 
 
 def test_a_reference_runs_no_backward_pass() -> None:

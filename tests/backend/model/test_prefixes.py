@@ -14,7 +14,7 @@ import lossfns
 from lossfns.backend import LocalTrainingClient
 from lossfns.backend.model.attention import Layout
 from lossfns.backend.model.decoder import Decoder
-from lossfns.backend.model.prefixes import SharedPrefixes, head_rows, share_prefixes
+from lossfns.backend.model.prefixes import SharedPrefixes, logit_rows, share_prefixes
 
 Sequences = list[list[int]]
 
@@ -123,11 +123,11 @@ def test_a_conversation_that_grows_turn_by_turn() -> None:
     assert saved([talk[: 10 * i] for i in range(1, 301)], min_length=1) == best[-1]
 
 
-def test_a_head_row_for_each_hidden_state_and_target() -> None:
+def test_a_row_of_logits_for_each_hidden_state_and_target() -> None:
     """The last token of a prefix has another target in each sequence."""
     *_, rows = shared([[5, 6, 7, 8], [5, 6, 9], [5, 6, 7]], min_length=2)
     targets = np.array([6, 7, 8, 1, 6, 9, 1, 6, 7, 3])
-    hidden_rows, inverse = head_rows(rows, targets)
+    hidden_rows, inverse = logit_rows(rows, targets)
     assert hidden_rows[inverse].tolist() == rows.tolist()
     assert len(hidden_rows) == len(set(zip(rows.tolist(), targets.tolist())))
     assert [inverse[i] == inverse[j] for i, j in [(0, 4), (0, 7), (1, 5), (1, 8), (2, 9)]] == [
@@ -140,10 +140,10 @@ def test_a_head_row_for_each_hidden_state_and_target() -> None:
 
 
 @given(families(8), st.sampled_from([(), (2,)]), st.integers(0, 99))
-def test_head_rows_give_every_token_its_own(sequences: Sequences, more: tuple[int, ...], seed: int) -> None:
+def test_logit_rows_give_every_token_its_own(sequences: Sequences, more: tuple[int, ...], seed: int) -> None:
     rows = shared(sequences, min_length=1).inverse
     targets = np.random.default_rng(seed).integers(0, 2, (len(rows), *more))
-    hidden_rows, inverse = head_rows(rows, targets)
+    hidden_rows, inverse = logit_rows(rows, targets)
     assert hidden_rows[inverse].tolist() == rows.tolist()
     target_of = {row: targets[n].tolist() for n, row in reversed(list(enumerate(inverse.tolist())))}
     assert [target_of[row] for row in inverse.tolist()] == targets.tolist()

@@ -26,8 +26,13 @@ POLL_SECONDS = 0.01
 class ForkDistributor(Distributor):
     """Runs the work items one after another.
 
-    The test command is a list of argument lists of pytest, separated by ``;``, the quickest first. Modules named in
-    ``preload`` are imported before the first fork; the mutated package itself must not be one of them.
+    The test command is a list of paths for pytest, separated by ``;``, with the quickest tests first.
+
+    Options of the distributor:
+
+        options: arguments of pytest that go before each part of the test command.
+        preload: modules that are imported before the first fork. The mutated package must not be one of them.
+        first: the tests that run before the test command, by the name of a mutated module.
     """
 
     def __call__(
@@ -39,28 +44,34 @@ class ForkDistributor(Distributor):
             importlib.import_module(module)
         assert PACKAGE not in sys.modules, f"{PACKAGE} was imported before the fork"
         gc.freeze()
-        sys.dont_write_bytecode = True  # two mutants of one second and one size would share a cache
+        sys.dont_write_bytecode = True  # or a mutant of the same size and second would run the bytecode of another
         cosmic_ray.mutating.run_tests = run_tests
+        options, first = distributor_config.get("options", ""), distributor_config.get("first", {})
         for item in pending_work:
-            on_task_complete(item.job_id, cosmic_ray.mutating.mutate_and_test(item.mutations, test_command, timeout))
+            own = [first[m.module_path.stem] for m in item.mutations if m.module_path.stem in first]
+            command = ";".join(f"{options} {part}" for part in [*own, *test_command.split(";")])
+            on_task_complete(item.job_id, cosmic_ray.mutating.mutate_and_test(item.mutations, command, timeout))
 
 
 def run_tests(command: str, timeout: float) -> tuple[TestOutcome, str]:
-    """Killed where a test fails or the time is up, incompetent where pytest itself does; and pytest's output."""
+    """Run the tests in a fork, and return the outcome and pytest's output.
+
+    A mutant is killed if a test fails or the time is up. It is incompetent if pytest itself fails.
+    """
     with tempfile.TemporaryFile("w+", errors="replace") as out:
         child = os.fork()
         if child == 0:
             os.setsid()
             os.dup2(out.fileno(), 1)
             os.dup2(out.fileno(), 2)
-            os._exit(tested(command))
+            os._exit(run_pytest(command))
         status = wait(child, timeout)
         out.seek(0)
-        return outcome(status), "timeout" if status is None else out.read()
+        return outcome_of(status), "timeout" if status is None else out.read()
 
 
-def tested(command: str) -> int:
-    """Pytest's exit code on the first part of the command that does not pass, 1 where the package does not import."""
+def run_pytest(command: str) -> int:
+    """Return pytest's exit code for the first part of the command that fails; 1 if the package cannot be imported."""
     try:
         importlib.import_module(PACKAGE)
     except Exception:
@@ -72,8 +83,11 @@ def tested(command: str) -> int:
     return int(code)
 
 
-def outcome(status: int | None) -> TestOutcome:
-    """A module of tests that cannot be collected interrupts pytest; a signal is a crash."""
+def outcome_of(status: int | None) -> TestOutcome:
+    """Return the outcome of a child's exit status; None is a timeout.
+
+    A signal means that the child crashed. pytest is interrupted if a module of tests cannot be collected.
+    """
     if status is None or os.WIFSIGNALED(status):
         return TestOutcome.KILLED
     match os.waitstatus_to_exitcode(status):
@@ -85,7 +99,7 @@ def outcome(status: int | None) -> TestOutcome:
 
 
 def wait(child: int, timeout: float) -> int | None:
-    """The exit status of a child, or None where it had to be killed with its process group."""
+    """Return the exit status of a child. After the timeout, kill its process group and return None."""
     end = time.monotonic() + timeout
     try:
         while time.monotonic() < end:

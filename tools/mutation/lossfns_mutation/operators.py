@@ -1,6 +1,6 @@
-"""Mutation operators for code that is mostly arithmetic on tensors, beside those of cosmic-ray itself.
+"""Mutation operators for code that is mostly arithmetic on tensors, in addition to those of cosmic-ray.
 
-Each operator is one function, ``node -> the sources that may stand in its place``.
+Each operator is one function: it takes a node and yields the sources that can replace the node.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ SWAPPED = [
     ("exp", "expm1"),
     ("isnan", "isfinite"),
     ("PAIRS", "TOKENS"),
+    ("TARGETS", "SEQUENCES"),
+    ("amin", "amax"),
     ("weights", "active"),
     ("old_logprobs", "sampler_logprobs"),
     ("ref_logprobs", "logprobs"),
@@ -48,7 +50,7 @@ def is_call(node: Any) -> bool:
 
 
 def is_message(node: Any) -> bool:
-    """Whether the node lies in the making of an error or a warning."""
+    """Whether the node is a part of an error or a warning."""
     while node is not None and node.type != "funcdef":
         if node.type == "raise_stmt":
             return True
@@ -59,7 +61,7 @@ def is_message(node: Any) -> bool:
 
 
 def elements(node: Any) -> list[list[Any]]:
-    """The children of a comma-separated node, in groups without their commas."""
+    """Return the elements of a comma-separated node: for each, the list of its nodes, without the commas."""
     groups: list[list[Any]] = [[]]
     for child in children(node):
         if getattr(child, "value", "") == ",":
@@ -91,7 +93,7 @@ def arguments(trailer: Any) -> list[list[Any]]:
 
 
 def drop_operand(node: Any) -> Iterator[str]:
-    """``a + b`` -> ``a``, ``b``; ``a - b`` -> ``-b`` too, ``a / b`` -> ``1 / b``."""
+    """``a + b`` -> ``a``, ``b``; ``a - b`` -> ``a``, ``-b``; ``a / b`` -> ``a``, ``1 / b``."""
     if node.type in BINARY:
         parts = node.children
         first = {"-": "-", "/": "1 /"}.get(parts[1].value, "")
@@ -143,7 +145,7 @@ def swap_arguments(node: Any) -> Iterator[str]:
 
 
 def swap_name(node: Any) -> Iterator[str]:
-    """One of a pair of names for the other: ``min`` and ``max``, ``chosen`` and ``rejected``..."""
+    """``min`` -> ``max``, ``chosen`` -> ``rejected``, and so on: a name -> the other name of its pair."""
     if node.type == "name" and node.value in SWAPS and not node.is_definition():
         yield SWAPS[node.value]
 
@@ -156,7 +158,7 @@ def scale_number(node: Any) -> Iterator[str]:
 
 
 def negate_return(node: Any) -> Iterator[str]:
-    """``return x`` -> ``return -(x)`` of a number or tensor, ``return not (x)`` of a bool."""
+    """``return x`` -> ``return -(x)`` for a number or tensor, ``return not (x)`` for a bool."""
     if node.type == "return_stmt" and len(node.children) == 2:
         function = parso.tree.search_ancestor(node, "funcdef")
         returns = source(function.annotation) if function is not None and function.annotation else ""
@@ -166,7 +168,7 @@ def negate_return(node: Any) -> Iterator[str]:
 
 
 def drop_statement(node: Any) -> Iterator[str]:
-    """A check, a warning, a raise or the setting of an attribute -> ``pass``."""
+    """A call, a raise or an assignment to an attribute -> ``pass``."""
     if node.type == "simple_stmt":
         statement = node.children[0]
         sets_attribute = statement.type == "expr_stmt" and statement.children[0].type == "atom_expr"
@@ -189,7 +191,7 @@ def choose_branch(node: Any) -> Iterator[str]:
 
 
 def drop_item(node: Any) -> Iterator[str]:
-    """A tuple, list, set or dict without one of its items."""
+    """A tuple, list, set or dict -> the same without one of its items."""
     literal = node.type in ("testlist_comp", "dictorsetmaker") and not is_message(node)
     if literal and not any(child.type.endswith("comp_for") for child in node.children):
         yield from without_each(elements(node))
@@ -202,13 +204,13 @@ def drop_condition(node: Any) -> Iterator[str]:
 
 
 def misspell(node: Any) -> Iterator[str]:
-    """A string that is a name and not part of a message -> another name."""
+    """A string that is a name and not a part of a message -> another name."""
     if node.type == "string" and re.fullmatch(r'"[\w:-]+"', node.value) and not is_message(node):
         yield f'"XX{node.value[1:]}'
 
 
 class Rewrite(Operator):
-    """A function of this module as an operator of cosmic-ray."""
+    """An operator of cosmic-ray that a function of this module defines."""
 
     variants: Callable[[Any], Iterator[str]]
 
@@ -225,7 +227,7 @@ class Rewrite(Operator):
 
 
 class Provider:
-    """All operators by name, as cosmic-ray asks for them."""
+    """All operators by name, in the form that cosmic-ray expects."""
 
     functions = (
         drop_operand,

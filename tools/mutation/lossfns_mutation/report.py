@@ -1,4 +1,4 @@
-"""Tables of a session in Markdown: mutants by module and by operator, and every survivor with its change.
+"""Print a cosmic-ray session as Markdown tables: mutants by module and by operator, and every survivor.
 
 python -m lossfns_mutation.report session.sqlite
 """
@@ -14,13 +14,13 @@ from cosmic_ray.work_db import WorkDB, use_db
 from cosmic_ray.work_item import TestOutcome, WorkerOutcome
 
 
-def family(operator: str) -> str:
+def operator_family(operator: str) -> str:
     """``core/ReplaceBinaryOperator_Add_Sub`` -> ``ReplaceBinaryOperator``."""
     return operator.removeprefix("core/").partition("_")[0] if operator.startswith("core/") else operator
 
 
 def change(diff: str) -> tuple[str, str]:
-    """The lines that a diff takes out and puts in."""
+    """Return the lines that a diff removes and the lines that it adds."""
     lines = [line for line in diff.splitlines() if not line.startswith(("---", "+++"))]
     return tuple(" ".join(line[1:].strip() for line in lines if line.startswith(sign)) for sign in "-+")
 
@@ -30,7 +30,7 @@ def table(title: str, outcomes: Counter[tuple[str, bool]]) -> Iterator[str]:
     names = sorted({name for name, _ in outcomes})
     for name in [*names, "all"]:
         killed, survived = (
-            sum(n for (other, kill), n in outcomes.items() if kill == wanted and name in (other, "all"))
+            sum(n for (other, is_killed), n in outcomes.items() if is_killed == wanted and name in ("all", other))
             for wanted in (True, False)
         )
         yield f"| {name} | {killed + survived} | {killed} | {survived} | {killed / (killed + survived):.1%} |"
@@ -38,23 +38,27 @@ def table(title: str, outcomes: Counter[tuple[str, bool]]) -> Iterator[str]:
 
 def report(db: Any) -> Iterator[str]:
     results = [
-        (item.mutations[0], result) for item, result in pairs(db) if result.worker_outcome == WorkerOutcome.NORMAL
+        (item.mutations[0], result)
+        for item, result in items_with_results(db)
+        if result.worker_outcome == WorkerOutcome.NORMAL
     ]
-    killed = [(mutation, result.test_outcome == TestOutcome.KILLED) for mutation, result in results]
-    yield from table("module", Counter((str(m.module_path), kill) for m, kill in killed))
-    yield from table("operator", Counter((family(m.operator_name), kill) for m, kill in killed))
+    outcomes = [(mutation, result.test_outcome == TestOutcome.KILLED) for mutation, result in results]
+    yield from table("module", Counter((str(m.module_path), is_killed) for m, is_killed in outcomes))
+    yield from table("operator", Counter((operator_family(m.operator_name), is_killed) for m, is_killed in outcomes))
     yield "\n| place | operator | expression | survives as |\n|---|---|---|---|"
     survivors = [(m, r) for m, r in results if r.test_outcome == TestOutcome.SURVIVED]
     for m, result in sorted(survivors, key=lambda pair: (str(pair[0].module_path), pair[0].start_pos)):
         before, after = (text.replace("|", "\\|") for text in change(result.diff))
-        yield f"| {m.module_path}:{m.start_pos[0]} | {family(m.operator_name)} | `{before}` | `{after}` |"
-    untested = [m for m, r in pairs(db) if r.worker_outcome not in (WorkerOutcome.NORMAL, WorkerOutcome.SKIPPED)]
-    untested += [m for m, r in results if r.test_outcome == TestOutcome.INCOMPETENT]
-    if untested:
-        yield f"\n{len(untested)} mutants without a verdict: {untested}"
+        yield f"| {m.module_path}:{m.start_pos[0]} | {operator_family(m.operator_name)} | `{before}` | `{after}` |"
+    without_verdict = [
+        m for m, r in items_with_results(db) if r.worker_outcome not in (WorkerOutcome.NORMAL, WorkerOutcome.SKIPPED)
+    ]
+    without_verdict += [m for m, r in results if r.test_outcome == TestOutcome.INCOMPETENT]
+    if without_verdict:
+        yield f"\n{len(without_verdict)} mutants without a verdict: {without_verdict}"
 
 
-def pairs(db: Any) -> list[tuple[Any, Any]]:
+def items_with_results(db: Any) -> list[tuple[Any, Any]]:
     items = {item.job_id: item for item in db.work_items}
     return [(items[job], result) for job, result in db.results]
 

@@ -1,4 +1,4 @@
-"""Filter: skip mutants that do not compile, that differ in annotations or docstrings alone, or that came before.
+"""Filter: skip mutants that do not compile, or that are the same program as the original or an earlier mutant.
 
 python -m lossfns_mutation.skip session.sqlite
 """
@@ -18,7 +18,7 @@ from cosmic_ray.work_item import WorkerOutcome, WorkResult
 
 
 class Meaning(ast.NodeTransformer):
-    """A module without its annotations, docstrings and aliases of types."""
+    """Removes the annotations, docstrings and type aliases of a module."""
 
     def __init__(self, aliases: set[str]) -> None:
         self.aliases = aliases
@@ -51,12 +51,12 @@ class Meaning(ast.NodeTransformer):
 
 
 def aliases(code: str) -> set[str]:
-    """The names of ``KL = Callable[[Tensor, Tensor], Tensor]`` or ``P = ParamSpec("P")``."""
+    """Return the names of type aliases, such as ``KL = Callable[[Tensor], Tensor]`` or ``P = ParamSpec("P")``."""
     return set(re.findall(r"^(\w+) = (?:\w+\[|ParamSpec\()", code, re.MULTILINE))
 
 
 def meaning(code: str, aliases: set[str]) -> str | None:
-    """What identifies a module to the interpreter; None where it is no module."""
+    """Return a text that is equal for equal programs; None if the code does not compile."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", SyntaxWarning)

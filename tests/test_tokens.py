@@ -1,0 +1,54 @@
+"""The packed batch: kinds of rows, columns by name, and logprobs that are views of one tensor."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+from lossfns import ON_POLICY, Rows, Tokens
+from lossfns.tokens import COLUMNS, DATUM_FIELDS, FlatLogprobs
+
+
+@pytest.mark.parametrize(
+    ("rows", "name", "rank", "datums", "per_token", "unit"),
+    [
+        (Rows.TOKENS, "tokens", 1, 1, True, "tokens"),
+        (Rows.TARGETS, "targets", 2, 1, True, "tokens"),
+        (Rows.PAIRS, "pairs", 1, 2, False, "pairs"),
+        (Rows.SEQUENCES, "sequences", 1, 1, False, "datums"),
+    ],
+)
+def test_kinds_of_rows(rows: Rows, name: str, rank: int, datums: int, per_token: bool, unit: str) -> None:
+    assert Rows(name) is rows and str(rows) == name
+    assert (rows.rank, rows.datums, rows.per_token, rows.unit) == (rank, datums, per_token, unit)
+
+
+def test_the_usual_columns() -> None:
+    """Each may be bound to any loss, with a warning where it is not read."""
+    assert COLUMNS == ("weights", "advantages", "old_logprobs", "ref_logprobs", "sampler_logprobs")
+    assert DATUM_FIELDS == {"old_logprobs": ("old_logprobs", "logprobs")}
+
+
+def test_columns_are_attributes() -> None:
+    """Active where the weight is not 0, whatever its sign."""
+    t = Tokens(torch.zeros(3), torch.tensor([0.5, 0.0, -1.0]), columns={"advantages": torch.ones(3)})
+    assert t.active.tolist() == [True, False, True] and t.advantages.tolist() == [1.0, 1.0, 1.0]
+    with pytest.raises(AttributeError, match="Tokens has no column 'ref_logprobs'; a loss names the columns it uses"):
+        _ = t.ref_logprobs
+    assert copy.copy(t).advantages is t.advantages
+
+
+def test_on_policy_is_one_object() -> None:
+    assert repr(ON_POLICY) == "ON_POLICY"
+    assert copy.deepcopy(ON_POLICY) is ON_POLICY and pickle.loads(pickle.dumps(ON_POLICY)) is ON_POLICY
+
+
+def test_flat_logprobs_are_views_of_one_tensor() -> None:
+    """A row of 2, no row at all, and 2 positions of 3 targets: 8 entries."""
+    flat = torch.arange(8.0)
+    rows = FlatLogprobs(flat, [(2,), (0,), (2, 3)])
+    assert rows.flat is flat
+    assert [row.tolist() for row in rows] == [[0.0, 1.0], [], [[2.0, 3.0, 4.0], [5.0, 6.0, 7.0]]]
+    flat[7] = -1.0
+    assert rows[2][1, 2] == -1.0
