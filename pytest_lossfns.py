@@ -1,6 +1,6 @@
-"""The pytest plugin of lossfns: a fixture to test a loss by its laws, and options to choose one from outside.
+"""The pytest plugin of lossfns: a fixture that tests a loss by its laws, and options that name the loss to test.
 
-It imports lossfns only where it is used, so that it costs nothing in a run that does not.
+The plugin imports lossfns only when the fixture is called, so that it does not slow down other test runs.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture
 def check_loss() -> Callable[..., Any]:
-    """``check_loss(loss_fn, kind="policy")`` fails the test with the table of laws if one is broken."""
+    """``check_loss(loss_fn, kind="policy")`` fails the test if the loss breaks a law, and shows the report."""
 
     def check_loss(subject: Any, **options: Any) -> Any:
         from lossfns.testing.check import check

@@ -4,9 +4,9 @@
     python -m tools.laws render     # write docs/laws.md again from its own measurements, after a change of wording
     python -m tools.laws check      # measure every mutant; exit with 1 if docs/laws.md says something else
 
-The page is the record: ``read_page`` takes the measurements from it, and ``render_page`` makes the page from them. Two
-populations are measured. The page lists each exemplar. The held-out mutants are the rest of the cross product of losses
-and bugs, with other settings. No law may be tuned on them.
+The page itself stores the measurements: ``read_page`` reads them from it, and ``render_page`` makes the page from them.
+There are two populations. The page lists each exemplar. The held-out mutants are all other combinations of a loss and a
+bug, with other settings. No law may be tuned on the held-out mutants.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ CLAIMS = {
     "vectors": "It gives the right answer to the golden vectors of the loss that it claims to be.",
     "agreement": "It has the value and the gradient of the loss that it claims to be.",
 }
-"""The laws of a claim by their names; ``lossfns.testing.claims`` makes them for each claim."""
+"""The laws of a claim: name → statement. ``lossfns.testing.claims`` makes these laws for each claim."""
 
 LAWS: dict[str, Callable[..., None]] = {
     law.__name__: law for laws in (*LAWS_BY_KIND.values(), ADVANTAGES) for law in laws
 }
-"""Every other law by its name."""
+"""Name → law, for all other laws."""
 
 KINDS = {kind: [law.__name__ for law in laws] for kind, laws in LAWS_BY_KIND.items()}
 KINDS["advantages"] = [law.__name__ for law in ADVANTAGES]
@@ -86,7 +86,7 @@ class Measurement(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """The mutants of a loss or a kind: all, killed, killed without the claim, and named right."""
+    """Numbers of mutants of a loss or a kind: all, killed, killed without the claim, and named right."""
 
     title: str
     mutants: int
@@ -105,11 +105,11 @@ class Record(NamedTuple):
 
 def held_out() -> Iterator[MutantSpec]:
     """Yield every loss with every bug that it can have and the last settings that show it, except the exemplars."""
-    shown = exemplars()
+    listed = exemplars()
     for loss in METHODS:
         for bug in BUGS:
             for settings in settings_showing(bug, loss)[-1:]:
-                if (bug, loss, settings) not in shown:
+                if (bug, loss, settings) not in listed:
                     yield MutantSpec(bug, loss, settings)
 
 
@@ -121,34 +121,28 @@ def measure(spec: MutantSpec) -> Measurement:
 
 def measure_all(population: Iterable[MutantSpec], label: str) -> list[Measurement]:
     """Measure a population with one process for each processor."""
-    listed, found = list(population), []
+    specs, measured = list(population), []
     with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        for one in pool.map(measure, listed, chunksize=4):
-            found.append(one)
-            print(f"\r\x1b[K{label} {len(found)}/{len(listed)}", end="", file=sys.stderr, flush=True)
+        for measurement in pool.map(measure, specs, chunksize=4):
+            measured.append(measurement)
+            print(f"\r\x1b[K{label} {len(measured)}/{len(specs)}", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
-    return found
+    return measured
 
 
 def measure_populations() -> Record:
     """Measure both populations."""
-    measured = measure_all((MutantSpec(*one) for one in exemplars()), "exemplars")
+    measured = measure_all((MutantSpec(*spec) for spec in exemplars()), "exemplars")
     others = measure_all(held_out(), "held out")
-    by_loss = {loss: [k for k in others if k.loss == loss] for loss in METHODS}
-    return Record(
-        measured,
-        [count_outcomes(loss, own) for loss, own in by_loss.items()],
-        [k for k in others if not k.named_right()],
-    )
+    by_loss = {loss: [m for m in others if m.loss == loss] for loss in METHODS}
+    counts = [count_outcomes(loss, part) for loss, part in by_loss.items()]
+    return Record(measured, counts, [m for m in others if not m.named_right()])
 
 
-def count_outcomes(title: str, own: Sequence[Measurement]) -> Counts:
+def count_outcomes(title: str, measured: Sequence[Measurement]) -> Counts:
     """Count the outcomes of the mutants of a loss or a kind."""
-    return Counts(
-        title,
-        len(own),
-        *(sum(map(test, own)) for test in (Measurement.killed, Measurement.without_claim, Measurement.named_right)),
-    )
+    outcomes = (Measurement.killed, Measurement.without_claim, Measurement.named_right)
+    return Counts(title, len(measured), *(sum(map(outcome, measured)) for outcome in outcomes))
 
 
 # The page
@@ -156,8 +150,8 @@ def count_outcomes(title: str, own: Sequence[Measurement]) -> Counts:
 
 def render_page(record: Record) -> str:
     """Return the text of ``docs/laws.md``."""
-    # In the order of the matrix, in which read_page finds them.
-    measured = sorted(record.exemplars, key=lambda k: MUTANT_KINDS.index(mutant_kind(k)))
+    # By kind, because read_page reads the exemplars in this order: the page must not depend on where they come from.
+    measured = sorted(record.exemplars, key=lambda m: MUTANT_KINDS.index(mutant_kind(m)))
     parts = (
         INTRODUCTION,
         summary_table(measured),
@@ -181,9 +175,9 @@ and what to do about a broken one.
 
 A law is a property of every correct loss of its kind. A mutant is a loss that is correct except for one planted bug
 (`lossfns.testing.mutants`). Each law runs on each mutant of its kind. A law that fails kills the mutant and names a
-bug. The laws stand in the order of diagnosis, and `lossfns check` reports the bug that the first broken law names.
-Every mutant also claims to be a certain loss, which your own loss need not do. The tables therefore also count the
-mutants that are killed without the claim.
+bug. The laws run in the order of diagnosis, and `lossfns check` reports the bug that the first broken law names. Every
+mutant also claims to be a certain loss, which your own loss need not do. The tables therefore also count the mutants
+that are killed without the laws of the claim.
 
 ## The exemplars
 
@@ -205,7 +199,7 @@ LAWS_HEAD = """\
 ## The laws
 
 Kills: the number of exemplars that break the law. First: the number of exemplars for which it is the first broken law.
-Bugs: those that it names then."""
+Bugs: the bugs that it names for these exemplars."""
 
 BUGS_HEAD = """\
 ## The bugs
@@ -224,10 +218,9 @@ SHARES = ("killed", "killed without a claim", "named right by the first broken l
 
 def summary_table(measured: Sequence[Measurement]) -> str:
     """Return the table of shares of the exemplars, by kind and in total."""
-    parts = {kind: [k for k in measured if mutant_kind(k) == kind] for kind in MUTANT_KINDS} | {"all": measured}
-    return table(
-        ("kind", "mutants", *SHARES), (count_cells(count_outcomes(kind, part)) for kind, part in parts.items())
-    )
+    parts = {kind: [m for m in measured if mutant_kind(m) == kind] for kind in MUTANT_KINDS} | {"all": measured}
+    counts = [count_outcomes(kind, part) for kind, part in parts.items()]
+    return table(("kind", "mutants", *SHARES), map(count_cells, counts))
 
 
 def count_cells(counts: Counts) -> tuple[Any, ...]:
@@ -243,13 +236,13 @@ def totals(counts: Sequence[Counts]) -> Counts:
 
 def held_out_text(record: Record) -> str:
     """Return the section on the held-out mutants."""
-    whole = totals(record.held_out)
-    share = f"**{whole.named_right} of {whole.mutants} are named right ({whole.named_right / whole.mutants:.1%})**"
-    head = f"{share}; {whole.killed} are killed."
-    listed = table(("loss", *("mutants", *SHARES)), (count_cells(own) for own in (*record.held_out, whole)))
-    others = ((f"`{k.mutant}`", k.bug, k.named or "–", k.first or "–") for k in record.misnamed)
-    return "\n\n".join([HELD_OUT, head, listed, "Not named right:",
-        table(("held-out mutant", "planted bug", "named", "by"), others)])  # fmt: skip
+    total = totals(record.held_out)
+    share = f"**{total.named_right} of {total.mutants} are named right ({total.named_right / total.mutants:.1%})**"
+    head = f"{share}; {total.killed} are killed."
+    by_loss = table(("loss", "mutants", *SHARES), map(count_cells, (*record.held_out, total)))
+    rows = ((f"`{m.mutant}`", m.bug, m.named or "–", m.first or "–") for m in record.misnamed)
+    misnamed = table(("held-out mutant", "planted bug", "named", "by"), rows)
+    return "\n\n".join([HELD_OUT, head, by_loss, "Not named right:", misnamed])
 
 
 def mutant_kind(measurement: Measurement) -> str:
@@ -259,18 +252,18 @@ def mutant_kind(measurement: Measurement) -> str:
 
 def law_tables(measured: Sequence[Measurement]) -> Iterable[str]:
     """Yield a table for each module of laws, then one for the claims."""
-    broken = Counter(law for k in measured for law in k.laws)
+    broken = Counter(law for m in measured for law in m.laws)
 
     def row(name: str, words: str) -> tuple[Any, ...]:
-        first = Counter(k.named for k in measured if k.first == name)
-        named = ", ".join(f"{bug}{f' ×{n}' * (n > 1)}" for bug, n in first.items())
+        first = Counter(m.named for m in measured if m.first == name)
+        named = ", ".join(f"{bug} ×{n}" if n > 1 else bug for bug, n in first.items())
         return f"`{name}`", words, kinds_with(name), broken[name], first.total(), named or "–"
 
     modules = dict.fromkeys(law.__module__.rpartition(".")[2] for law in LAWS.values())
     head = ("law", "what holds", "kinds", "kills", "first", "bugs")
     for module in modules:
-        own = {name: law for name, law in LAWS.items() if law.__module__.endswith(f".{module}")}
-        yield f"### {module}\n\n" + table(head, (row(name, statement(law)) for name, law in own.items()))
+        laws = {name: law for name, law in LAWS.items() if law.__module__.endswith(f".{module}")}
+        yield f"### {module}\n\n" + table(head, (row(name, statement(law)) for name, law in laws.items()))
     yield "### claims\n\n" + table(head, (row(name, words) for name, words in CLAIMS.items()))
 
 
@@ -292,29 +285,22 @@ def bug_table(measured: Sequence[Measurement]) -> str:
     """Return the table of bugs."""
 
     def row(bug: str) -> tuple[Any, ...]:
-        own = [k for k in measured if k.bug == bug]
-        naming = dict.fromkeys(k.first for k in own if k.named_right())
-        return (
-            f"`{bug}`",
-            BUGS[bug].description,
-            ", ".join(BUGS[bug].sources) or "–",
-            len(own),
-            ", ".join(naming) or "–",
-        )
+        with_bug = [m for m in measured if m.bug == bug]
+        naming = dict.fromkeys(m.first for m in with_bug if m.named_right())
+        sources, laws = (", ".join(names) or "–" for names in (BUGS[bug].sources, naming))
+        return f"`{bug}`", BUGS[bug].description, sources, len(with_bug), laws
 
     return table(("bug", "in words", "seen in", "exemplars", "named by"), map(row, BUGS))
 
 
 def matrix_rows(measured: Sequence[Measurement], kind: str) -> str:
     """Return the table of the exemplars of a kind, with the laws that kill each one."""
-    return table(
-        ("mutant", "planted bug", "named", "killed by"),
-        (
-            (f"`{k.mutant}`", k.bug, "✓" if k.named_right() else k.named or "–", killers(k.laws))
-            for k in measured
-            if mutant_kind(k) == kind
-        ),
+    rows = (
+        (f"`{m.mutant}`", m.bug, "✓" if m.named_right() else m.named or "–", killers(m.laws))
+        for m in measured
+        if mutant_kind(m) == kind
     )
+    return table(("mutant", "planted bug", "named", "killed by"), rows)
 
 
 def killers(laws: Sequence[str]) -> str:
@@ -358,16 +344,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run ``python -m tools.laws``. Return 1 if ``check`` finds that the page is out of date."""
     p = argparse.ArgumentParser(prog="python -m tools.laws", description="The laws on known-wrong losses.")
     p.add_argument(
-        "action", choices=("write", "render", "check"), help="measure and write; write anew; measure and compare"
+        "action",
+        choices=("write", "render", "check"),
+        help="write: measure every mutant and write the page; render: write the page from its own measurements; "
+        "check: measure every mutant and compare with the page",
     )
     p.add_argument("--page", type=Path, default=PAGE, metavar="FILE")
     args = p.parse_args(argv)
-    was = args.page.read_text(encoding="utf-8") if args.page.exists() else ""
-    text = render_page(read_page(was) if args.action == "render" else measure_populations())
+    before = args.page.read_text(encoding="utf-8") if args.page.exists() else ""
+    text = render_page(read_page(before) if args.action == "render" else measure_populations())
     if args.action == "check":
-        for line in sorted(set(text.splitlines()) ^ set(was.splitlines())):
+        for line in sorted(set(text.splitlines()) ^ set(before.splitlines())):
             print("+" if line in text else "-", line)
-        return 0 if text == was else 1
+        return 0 if text == before else 1
     args.page.write_text(text, encoding="utf-8")
     print(f"wrote {args.page}")
     return 0

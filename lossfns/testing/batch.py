@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lossfns import datum as ours
+from lossfns import datum as lossfns_sdk
 from lossfns.inspect.probe import ALIASES
 from lossfns.tokens import COLUMNS
 
@@ -23,8 +23,8 @@ Rows = list[Row]
 class Batch:
     """Rows of floats, one row for each datum. ``eval(repr(batch))`` gives the batch again.
 
-    The columns of a datum are stored in float32. Where exactness matters, use numbers that float32 holds. Logprobs
-    may have any dtype.
+    Datums store their columns in float32. If results must be exact, use numbers that float32 represents exactly.
+    Logprobs may have any dtype.
 
     Attributes:
         logprobs: the policy's logprobs.
@@ -45,13 +45,14 @@ class Batch:
 
     @classmethod
     def of(cls, data: Sequence[Any], logprobs: Sequence[Tensor]) -> Batch:
-        """Read the rows of datums that carry their columns, together with their logprobs."""
+        """Build a batch from logprobs, and from datums that hold their columns."""
         inputs = [datum.loss_fn_inputs for datum in data]
 
         def flat(name: str) -> Rows:
-            return [own[name].to_numpy().reshape(-1).tolist() for own in inputs]
+            return [fields[name].to_numpy().reshape(-1).tolist() for fields in inputs]
 
-        columns = {name: flat(name) for name in COLUMNS if name != "weights" and all(name in own for own in inputs)}
+        names = [name for name in COLUMNS if name != "weights" and all(name in fields for fields in inputs)]
+        columns = {name: flat(name) for name in names}
         targets = logprobs[0].shape[1] if logprobs and logprobs[0].ndim == 2 else 0
         return cls([lp.detach().flatten().tolist() for lp in logprobs], flat("weights"), columns, targets)
 
@@ -60,28 +61,31 @@ class Batch:
         return [len(row) // self.targets, self.targets] if self.targets else [len(row)]
 
     def __str__(self) -> str:
-        """Return the ``repr`` with one column on each line. Fields at their defaults are left out."""
+        """Return the ``repr`` with one column on each line. Leave out fields that have their default value."""
         columns = [f"        {name!r}: {rows}," for name, rows in self.columns.items()]
         lines = [f"    logprobs={self.logprobs},", f"    weights={self.weights},"]
-        lines += ["    columns={", *columns, "    },"] * bool(columns) + [f"    targets={self.targets},"] * bool(
-            self.targets
-        )
+        if columns:
+            lines += ["    columns={", *columns, "    },"]
+        if self.targets:
+            lines.append(f"    targets={self.targets},")
         return "\n".join(["Batch(", *lines, ")"])
 
-    def data(self, sdk: Any = ours) -> list[Any]:
-        """Return datums that carry every column under each of its names; ``sdk`` gives the classes."""
+    def data(self, sdk: Any = lossfns_sdk) -> list[Any]:
+        """Return datums of the classes of ``sdk``. They hold every column, also under its other name in ``ALIASES``."""
         return [self.datum(i, sdk) for i in range(len(self.weights))]
 
-    def datum(self, i: int, sdk: Any = ours) -> Any:
+    def datum(self, i: int, sdk: Any = lossfns_sdk) -> Any:
         """Return datum ``i``."""
         shape = self.shape(self.weights[i])
         columns = {"weights": self.weights[i], **{name: rows[i] for name, rows in self.columns.items()}}
-        named = columns | {ALIASES[name]: row for name, row in columns.items() if name in ALIASES}
-        fields = {name: np.array(row, np.float32).reshape(shape) for name, row in named.items()}
-        ids = (np.arange(prod(shape)) % 50 + 3).reshape(shape)
+        columns |= {ALIASES[name]: row for name, row in columns.items() if name in ALIASES}
+        fields = {name: np.array(row, np.float32).reshape(shape) for name, row in columns.items()}
+        ids = (np.arange(prod(shape)) % 50 + 3).reshape(shape)  # arbitrary token ids: 3 to 52, in turns
         tensors = {name: sdk.TensorData.from_numpy(x) for name, x in (fields | {"target_tokens": ids}).items()}
-        first = ids.reshape(shape[0], -1)[:, 0] if shape[0] else ids
-        return sdk.Datum(sdk.ModelInput.from_ints([2, *first[:-1].tolist()][: shape[0]]), tensors)
+        first_targets = ids.reshape(shape[0], -1)[:, 0] if shape[0] else ids
+        # The input is the targets shifted by one, after a start token 2. It is empty for an empty datum.
+        tokens = [2, *first_targets[:-1].tolist()][: shape[0]]
+        return sdk.Datum(sdk.ModelInput.from_ints(tokens), tensors)
 
     def tensors(self, dtype: torch.dtype = torch.float64) -> list[Tensor]:
         """Return the logprobs as leaf tensors that require grad."""
@@ -91,8 +95,8 @@ class Batch:
         """Return the batch of the datums with these indices, in this order."""
         return self.map(lambda rows: [rows[i] for i in indices])
 
-    def map(self, change: Any) -> Batch:
-        """Apply one function to the rows of logprobs, of weights and of every column."""
+    def map(self, change: Callable[[Rows], Rows]) -> Batch:
+        """Apply a function to the rows of the logprobs, of the weights and of each column."""
         columns = {name: change(rows) for name, rows in self.columns.items()}
         return replace(self, logprobs=change(self.logprobs), weights=change(self.weights), columns=columns)
 

@@ -30,6 +30,8 @@ READS = {
     "supervised": (),
 }
 READS["any"] = READS["policy"]
+"""Kind → the columns, besides the weights, in the batches for a loss of this kind."""
+
 KINDS = (*LAWS_BY_KIND, "advantages")
 NUM_TARGETS = 3
 """K, the targets of a position, in the batches for a loss over ``[N, K]``."""
@@ -69,18 +71,18 @@ class Verdict:
     def explanation(self) -> list[tuple[str, str]]:
         """The details of a broken law, each with its label."""
         bug = BUGS[self.bug]
-        found = {
+        details = {
             "seen": self.seen,
             "bug": f"{self.bug}: {bug.description}",
             "also in": ", ".join(bug.sources),
             "batch": self.example,
         }
-        return [(label, text) for label, text in found.items() if text]
+        return [(label, text) for label, text in details.items() if text]
 
 
 @dataclass(frozen=True)
 class Report:
-    """The verdicts on one subject, in the order of diagnosis."""
+    """The verdicts of all laws on one subject, in the order of diagnosis."""
 
     subject: str
     kind: str
@@ -96,7 +98,7 @@ class Report:
 
     @property
     def bug(self) -> str:
-        """The most likely bug, which the first broken law names; "" where every law holds."""
+        """The most likely bug, which the first broken law names, or "" if every law holds."""
         return self.failures[0].bug if self.failures else ""
 
     def as_dict(self) -> dict[str, Any]:
@@ -130,8 +132,8 @@ class Report:
         suite = ElementTree.Element("testsuite", name=f"lossfns check {self.subject}", tests=str(len(self.verdicts)),
             failures=str(len(self.failures)), skipped=str(sum(v.verdict == "n/a" for v in self.verdicts)))  # fmt: skip
         for v in self.verdicts:
-            named = {"classname": self.subject, "name": v.law, "time": f"{v.seconds:.3f}"}
-            case = ElementTree.SubElement(suite, "testcase", named)
+            attributes = {"classname": self.subject, "name": v.law, "time": f"{v.seconds:.3f}"}
+            case = ElementTree.SubElement(suite, "testcase", attributes)
             if v.verdict == "fail":
                 ElementTree.SubElement(case, "failure", message=v.bug).text = f"{v.seen}\n{v.example}"
             elif v.verdict == "n/a":
@@ -162,12 +164,12 @@ def trials(
         return kind, [Trial(law.__name__, partial(run_advantage_law, law, subject)) for law in ADVANTAGES]
     with without_expected_warnings():
         loss_fn = adapt(subject, factory=factory)
-        claimed = like or claim_of(subject, loss_fn)
-        kind = kind or detect_kind(claimed or loss_fn)
-        claims = [] if claimed is None else [vectors_law(subject, claimed, matching_vectors(subject, claimed))]
-        if claimed is not None and claimed is not loss_fn:
-            claims.append(agreement(claimed))
-        return kind, law_trials(loss_fn, kind, detect_targets(loss_fn, kind), examples, claims)
+        claim = like or claim_of(subject, loss_fn)
+        kind = kind or detect_kind(claim or loss_fn)
+        claim_laws = [] if claim is None else [vectors_law(subject, claim, matching_vectors(subject, claim))]
+        if claim is not None and claim is not loss_fn:
+            claim_laws.append(agreement(claim))
+        return kind, law_trials(loss_fn, kind, detect_targets(loss_fn, kind), examples, claim_laws)
 
 
 @contextmanager
@@ -222,8 +224,8 @@ def check(
     return report
 
 
-def law_trials(loss_fn: LossFn, kind: str, targets: int, examples: int, claims: Sequence[Law]) -> list[Trial]:
-    """Return trials of the laws of a kind and of ``claims``, on small batches and on random ones."""
+def law_trials(loss_fn: LossFn, kind: str, targets: int, examples: int, claim_laws: Sequence[Law]) -> list[Trial]:
+    """Return trials of the laws of a kind and of the claim, on small batches and on random ones."""
     from lossfns.testing.strategies import batches
 
     small = [columns_for_kind(batch, kind, targets) for batch in SMALL]
@@ -245,11 +247,11 @@ def law_trials(loss_fn: LossFn, kind: str, targets: int, examples: int, claims: 
         first, count = (small[-1:], 0) if makes_own_batches(law) else (small, examples)
         return Trial(law.__name__, partial(run_law, law, partial(apply, law), first, drawn, count))
 
-    return [trial(law) for law in (*LAWS_BY_KIND[kind], *claims)]
+    return [trial(law) for law in (*LAWS_BY_KIND[kind], *claim_laws)]
 
 
 def makes_own_batches(law: Law) -> bool:
-    """Return whether a law makes its own batches, as the law of golden vectors also does."""
+    """Return whether a law makes its own batches. The law ``vectors``, which is made for each claim, does so too."""
     return law in SELF_CONTAINED or law.__name__ == "vectors"
 
 
@@ -259,7 +261,7 @@ def run_law(law: Law, apply: Callable[[Batch], None], small: Sequence[Batch], dr
     reasons: list[str] = []
     passed = 0
 
-    def broken(batch: Batch) -> LawBroken | None:
+    def violation(batch: Batch) -> LawBroken | None:
         nonlocal passed
         try:
             apply(batch)
@@ -269,18 +271,19 @@ def run_law(law: Law, apply: Callable[[Batch], None], small: Sequence[Batch], dr
         except LawBroken as error:
             return error
         except Exception as error:
-            return crashed(error)
+            return violation_by(error)
         passed += 1
         return None
 
-    tried = ((batch, broken(batch)) for batch in small)
-    failed = next(((batch, error) for batch, error in tried if error), None)
-    if failed is None and examples:
-        failed = smallest_failure(broken, drawn, examples)
+    results = ((batch, violation(batch)) for batch in small)
+    failure = next(((batch, error) for batch, error in results if error), None)
+    if failure is None and examples:
+        failure = smallest_failure(violation, drawn, examples)
     seconds = time.monotonic() - start
-    if failed:
-        batch, error = failed
-        example = "" if makes_own_batches(law) else str(batch)  # such a law describes its batch in what was seen
+    if failure:
+        batch, error = failure
+        # A law that makes its own batches describes them in ``error.seen``.
+        example = "" if makes_own_batches(law) else str(batch)
         return Verdict(law.__name__, statement(law), "fail", seconds, error.bug, error.seen, example)
     if passed:
         return Verdict(law.__name__, statement(law), "pass", seconds)
@@ -288,32 +291,32 @@ def run_law(law: Law, apply: Callable[[Batch], None], small: Sequence[Batch], dr
 
 
 def smallest_failure(
-    broken: Callable[[Batch], LawBroken | None], drawn: Any, examples: int
+    violation: Callable[[Batch], LawBroken | None], drawn: Any, examples: int
 ) -> tuple[Batch, LawBroken] | None:
-    """Return the smallest drawn batch that breaks the law, the same one in every run, or None."""
+    """Return the smallest random batch that breaks the law, or None. It is the same batch in every run."""
     from hypothesis import HealthCheck, Phase, given, settings
 
-    last: list[tuple[Batch, LawBroken]] = []
+    failures: list[tuple[Batch, LawBroken]] = []
 
     @settings(max_examples=examples, derandomize=True, database=None, deadline=None, report_multiple_bugs=False,
               suppress_health_check=list(HealthCheck), phases=(Phase.generate, Phase.shrink))  # fmt: skip
     @given(drawn)
     def holds(batch: Batch) -> None:
-        error = broken(batch)
+        error = violation(batch)
         if error:
-            last.append((batch, error))
+            failures.append((batch, error))
             raise error
 
     try:
         holds()
     except Exception:
-        if not last:
+        if not failures:  # an error of hypothesis itself
             raise
-    return last[-1] if last else None
+    return failures[-1] if failures else None  # hypothesis runs the smallest failing batch last
 
 
-def crashed(error: Exception) -> LawBroken:
-    """Return the broken law for an unexpected exception."""
+def violation_by(error: Exception) -> LawBroken:
+    """Return the ``LawBroken`` for an unexpected exception in a law."""
     return LawBroken("not-the-contract", f"On valid input a law fails with {type(error).__name__}: {error}.")
 
 
@@ -332,9 +335,9 @@ def run_advantage_law(law: AdvantageLaw, fn: Any) -> Verdict:
     except NotApplicable as reason:
         return verdict("n/a", time.monotonic() - start, seen=str(reason))
     except Exception as error:
-        broken = error if isinstance(error, LawBroken) else crashed(error)
+        found = error if isinstance(error, LawBroken) else violation_by(error)
         example = f"rewards={rewards}, groups={groups}"
-        return verdict("fail", time.monotonic() - start, broken.bug, broken.seen, example)
+        return verdict("fail", time.monotonic() - start, found.bug, found.seen, example)
     return verdict("pass", time.monotonic() - start)
 
 
@@ -365,7 +368,7 @@ SMALL = (
 
 
 def columns_for_kind(batch: Batch, kind: str, targets: int) -> Batch:
-    """Return a small batch with the columns of a kind, and with K targets at each position where ``targets`` is K."""
+    """Return a small batch with the columns of a kind. If ``targets`` is not 0, each position has that many targets."""
     batch = Batch(batch.logprobs, batch.weights, {name: batch.columns[name] for name in READS[kind]})
     if not targets:
         return batch
@@ -390,10 +393,11 @@ def try_call(loss_fn: LossFn, batch: Batch, dtype: torch.dtype) -> Tensor | None
 
 def working_dtype(loss_fn: LossFn, batch: Batch) -> torch.dtype:
     """Return float64 if the loss computes in it, so that a change of 2⁻⁴⁰ shows in the value; else float32."""
-    near = [[x - 2.0**-40 for x in row] for row in batch.logprobs]
-    values = [try_call(loss_fn, b, torch.float64) for b in (batch, batch.having(logprobs=near))]
-    sharp = all(value is not None and value.dtype == torch.float64 for value in values)
-    return torch.float64 if sharp and not torch.equal(*values) else torch.float32  # type: ignore[arg-type]
+    nudged = batch.having(logprobs=[[x - 2.0**-40 for x in row] for row in batch.logprobs])
+    values = [try_call(loss_fn, b, torch.float64) for b in (batch, nudged)]
+    returns_float64 = all(value is not None and value.dtype == torch.float64 for value in values)
+    # A loss that computes in float32 and converts the result to float64 does not show the change.
+    return torch.float64 if returns_float64 and not torch.equal(*values) else torch.float32  # type: ignore[arg-type]
 
 
 def takes_datum_advantages(loss_fn: LossFn, batch: Batch) -> bool:
@@ -418,8 +422,8 @@ def detect_kind(loss_fn: LossFn) -> str:
         if loss.rows == PAIRS:
             return "preference"
     elif isinstance(loss, (FactoryLoss, PaddedLoss)):
-        own = detect_fields_read(with_settings(loss))  # on a copy, because the first call fixes the forms
-        reads = {*map(column_of, loss.required), *own}
+        fields = detect_fields_read(with_settings(loss))  # on a copy, because the first call fixes the forms
+        reads = {*map(column_of, loss.required), *fields}
     else:
         reads = set(detect_fields_read(loss))
     if reads & {"advantages", ALL_FIELDS}:

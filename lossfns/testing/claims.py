@@ -13,7 +13,7 @@ from lossfns.testing.batch import Batch
 from lossfns.testing.laws.base import Law, LawBroken, LossFn, NotApplicable, Probe, assume, require, unpoisoned
 from lossfns.testing.laws.knobs import generic_batches
 from lossfns.testing.public import public
-from lossfns.testing.vectors.ours import reply_to, subject_for
+from lossfns.testing.vectors.library import reply_to, subject_for
 from lossfns.testing.vectors.runner import Exchange, VectorReport, evaluate
 from lossfns.testing.vectors.vector import METHODS, Vector, load
 
@@ -52,13 +52,17 @@ def vary_advantages_by_token(batch: Batch) -> Iterator[Batch]:
 
 
 def matching_vectors(subject: Any, like: Loss) -> list[Vector]:
-    """Return the golden vectors for a subject: all of a preset's, else those with the settings of ``like``."""
+    """Return the golden vectors that a subject must pass.
+
+    A preset must pass all vectors of its name. Any other subject must pass the vectors with the settings of ``like``
+    that are neither refusals nor chunks.
+    """
     if like.name not in METHODS:
         return []
-    every = load(like.name)
+    vectors = load(like.name)
     if subject is public(like.name):
-        return every
-    return [v for v in every if v.denominator is None and v.error is None and repr(subject_for(v).loss) == repr(like)]
+        return vectors
+    return [v for v in vectors if v.denominator is None and v.error is None and repr(subject_for(v).loss) == repr(like)]
 
 
 def vectors_law(subject: Any, like: Loss, matched: Sequence[Vector]) -> Law:
@@ -73,9 +77,9 @@ def vectors_law(subject: Any, like: Loss, matched: Sequence[Vector]) -> Law:
         if report.ok:
             return
         first = report.failures[0]
-        likely = [bug.flag for bug in report.likely()] or ["another-loss"]
+        likely_bugs = [bug.flag for bug in report.likely()] or ["another-loss"]
         seen = f"{len(report.failures)} of {len(matched)} golden vectors fail, first {first.vector.id}"
-        raise LawBroken(likely[0], f"{seen} ({first.vector.comment}): {first.wrong}.")
+        raise LawBroken(likely_bugs[0], f"{seen} ({first.vector.comment}): {first.wrong}.")
 
     vectors.__doc__ = (
         f"It gives the right answer to the {len(matched)} golden vectors of {like.name} with its settings."
@@ -84,7 +88,7 @@ def vectors_law(subject: Any, like: Loss, matched: Sequence[Vector]) -> Law:
 
 
 def reply_of(loss_fn: LossFn, vector: Vector, dtype: torch.dtype) -> Mapping[str, Any]:
-    """Return a contract function's reply to a vector, in the terms of the protocol."""
+    """Return a contract function's reply to a vector, as the protocol defines it."""
     data, logprobs = vector.batch.data(), vector.batch.tensors(dtype)
     try:
         loss, _ = loss_fn(data, logprobs)

@@ -34,7 +34,7 @@ def add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     p.add_argument("--kind", choices=("policy", "supervised", "preference", "any", "advantages"),
         help="which laws to test; detected if left out")  # fmt: skip
     p.add_argument("--factory", action="store_true", default=None,
-        help="the name is the name of a factory; detected if left out")  # fmt: skip
+        help="the subject is a factory; detected if left out")  # fmt: skip
     p.add_argument("--like", metavar="METHOD", help="the method that the subject claims to be, such as "
         "'grpo(kl_beta=0.04)': its golden vectors are run too")  # fmt: skip
     p.add_argument("--examples", type=non_negative, default=12, metavar="N", help="random batches for each law")

@@ -31,6 +31,6 @@ def test_law(trial: Trial) -> None:
     with without_expected_warnings():
         verdict = trial.run()
     if verdict.verdict == "n/a":
-        pytest.skip(verdict.seen)  # the law has nothing to test in such a loss, and says why
+        pytest.skip(verdict.seen)  # the reason why the law does not apply
     if verdict.verdict == "fail":
         pytest.fail(f"{verdict.says}\n{verdict.seen}\nLikely bug: {verdict.bug}\n{verdict.example}", pytrace=False)

@@ -32,7 +32,7 @@ from lossfns.loss import Loss
 from lossfns.testing import oracle, planted
 from lossfns.testing.bugs import BUGS
 from lossfns.testing.vectors.flags import arguments
-from lossfns.testing.vectors.ours import build_loss
+from lossfns.testing.vectors.library import build_loss
 from lossfns.testing.vectors.vector import METHODS, load
 from lossfns.tokens import PAIRS, TARGETS
 
@@ -49,7 +49,7 @@ def mutant(bug: str, loss: str, **settings: Any) -> Subject:
     Args:
         bug: an id of ``lossfns.testing.bugs``.
         loss: the name of a method that has golden vectors.
-        settings: named as in the vectors. A setting that is left out is that of the method's first vector.
+        settings: the settings, with their names in the vectors. A missing one is taken from the method's first vector.
     """
     config = {**load(loss)[0].config, **settings}
     like = correct_loss(loss, config)
@@ -78,7 +78,7 @@ def loss_kind(like: Any) -> str:
 
 
 def settings_showing(bug: str, loss: str) -> list[Config]:
-    """Return the settings in the golden vectors of a loss with which it can have the bug."""
+    """Return the settings in the golden vectors of a loss with which the loss can have the bug."""
     vectors = [v for v in load(loss) if v.error is None and v.denominator is None]
     possible = bug in CALL_BUGS and APPLIES_TO.get(bug, is_loss)(correct_loss(loss, vectors[0].config))
     return list({repr(v.config): v.config for v in vectors if possible or bug in v.flags}.values())
@@ -101,11 +101,12 @@ class FixedGradient(torch.autograd.Function):
 
 
 def oracle_loss(bug: str, loss: str, config: Config) -> Subject:
-    """Return the contract function with the oracle's value and gradient, and with ``bug`` unless that is empty.
+    """Return a contract function with the oracle's value and gradient, and with the bug, if ``bug`` is not empty.
 
     It refuses every input that the library's loss refuses.
     """
     like = build_loss(loss, config)
+    # The oracle's function takes every column of the method, also columns that these settings do not use.
     names = dict.fromkeys(("weights", *build_loss(loss, load(loss)[0].config).reads, *like.reads))
     plain = {name: x for name, x in config.items() if isinstance(x, (float, tuple, list))}
 
@@ -114,27 +115,28 @@ def oracle_loss(bug: str, loss: str, config: Config) -> Subject:
             raise RuntimeError("the oracle computes in plain floats, which cannot be traced")
         like(data, [lp.detach() for lp in logprobs_list])
         a = arguments({**config, **settings}, columns(data, logprobs_list, names))
-        candidates = logprobs_list[0].shape[-1] if like.rows == TARGETS else 0
-        wrong = planted.wrong_loss(bug, loss, a, candidates) if bug else None
+        targets = logprobs_list[0].shape[-1] if like.rows == TARGETS else 0
+        wrong = planted.wrong_loss(bug, loss, a, targets) if bug else None
         value, rows = wrong if wrong is not None else getattr(oracle, loss)(**a)
-        lost = [bug == "gradient-missing" and not any(w) for w in a["weights"]]
-        leaves = torch.cat([lp.detach().flatten() if out else lp.flatten() for lp, out in zip(logprobs_list, lost)])
+        detached = [bug == "gradient-missing" and not any(w) for w in a["weights"]]
+        leaves = torch.cat([(lp.detach() if out else lp).flatten() for lp, out in zip(logprobs_list, detached)])
         total: Tensor = FixedGradient.apply(leaves, value, [g for row in rows for g in row])  # type: ignore[no-untyped-call]
         return total, {"loss": value, "tokens": float(sum(len(oracle.active(w)) for w in a["weights"]))}
 
-    given = inspect.signature(answer).parameters
+    # The laws find settings as parameters with a default.
+    positional = inspect.signature(answer).parameters
     knobs = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=x) for name, x in plain.items()]
-    vars(answer)["__signature__"] = inspect.Signature([given["data"], given["logprobs_list"], *knobs])
+    vars(answer)["__signature__"] = inspect.Signature([positional["data"], positional["logprobs_list"], *knobs])
     return answer
 
 
 def columns(data: Data, logprobs_list: Logprobs, names: Iterable[str]) -> list[dict[str, list[float]]]:
-    """Return these columns and the logprobs of each datum as plain floats, with one transfer to the host."""
+    """Return these columns and the logprobs of each datum as plain floats. Move all logprobs to the host at once."""
     flat = torch.cat([lp.detach().flatten().double() for lp in logprobs_list]).tolist()
     rows = []
     for datum, lp in zip(data, logprobs_list):
-        own = {name: datum.loss_fn_inputs[name].to_numpy().ravel().tolist() for name in names}
-        rows.append({"logprobs": flat[: lp.numel()], **own})
+        named = {name: datum.loss_fn_inputs[name].to_numpy().ravel().tolist() for name in names}
+        rows.append({"logprobs": flat[: lp.numel()], **named})
         flat = flat[lp.numel() :]
     return rows
 
@@ -155,7 +157,7 @@ def blanks_in_place(loss: Loss, data: Data, logprobs_list: Logprobs) -> Result:
     return loss(data, logprobs_list)
 
 
-def anneals(loss: Loss, calls: list[int], data: Data, logprobs_list: Logprobs) -> Result:
+def shrinks_with_calls(loss: Loss, calls: list[int], data: Data, logprobs_list: Logprobs) -> Result:
     """Make the loss smaller with every call."""
     calls.append(1)
     value, metrics = loss(data, logprobs_list)
@@ -186,8 +188,8 @@ def no_grad(loss: Loss, data: Data, logprobs_list: Logprobs) -> Result:
 def truncates(loss: Loss, data: Data, logprobs_list: Logprobs) -> Result:
     """Cut every row to the shortest one of its datum."""
     rows = [{name: d.loss_fn_inputs[name].to_numpy() for name in ("weights", *loss.reads)} for d in data]
-    shortest = [min(len(lp), *map(len, own.values())) for own, lp in zip(rows, logprobs_list)]
-    cut = [with_columns(d, {name: x[:n] for name, x in own.items()}) for d, own, n in zip(data, rows, shortest)]
+    shortest = [min(len(lp), *map(len, row.values())) for row, lp in zip(rows, logprobs_list)]
+    cut = [with_columns(d, {name: x[:n] for name, x in row.items()}) for d, row, n in zip(data, rows, shortest)]
     return loss(cut, [lp[:n] for lp, n in zip(logprobs_list, shortest)])
 
 
@@ -196,12 +198,12 @@ EOS = 5
 
 
 def masks_eos(loss: Loss, data: Data, logprobs_list: Logprobs) -> Result:
-    """Mask every end-of-sequence token as padding; the denominator stays."""
-    rest = [
+    """Mask every end-of-sequence token, as if it were padding. Keep the denominator."""
+    masked = [
         with_columns(d, {"weights": d.loss_fn_inputs["weights"].to_numpy() * (targets.to_numpy() != EOS)})
         for d, targets in ((d, d.loss_fn_inputs["target_tokens"]) for d in data)
     ]
-    return loss.bind(denominator=loss.denominator(data))(rest, logprobs_list)
+    return loss.bind(denominator=loss.denominator(data))(masked, logprobs_list)
 
 
 def scaled_by_ranks(loss: Loss, data: Data, logprobs_list: Logprobs) -> Result:
@@ -217,14 +219,14 @@ def drops_odd(loss: Loss, data: Data, logprobs_list: Logprobs) -> Result:
     return value + sum(0 * lp.sum() for lp in logprobs_list[count:]), metrics
 
 
-def last_metrics(loss: Loss, data: Data, logprobs_list: Logprobs) -> Result:
+def metrics_of_last_datum(loss: Loss, data: Data, logprobs_list: Logprobs) -> Result:
     """Report the metrics of the last datum, or pair, with active tokens."""
     value, metrics = loss(data, logprobs_list)
     step = 2 if loss.rows == PAIRS else 1
     parts = [slice(i, i + step) for i in range(0, len(data), step)]
     last = next(part for part in reversed(parts) if any(active(datum).any() for datum in data[part]))
-    _, own = loss(data[last], [lp.detach() for lp in logprobs_list[last]])
-    return value, own | {"loss": metrics["loss"]}
+    _, last_metrics = loss(data[last], [lp.detach() for lp in logprobs_list[last]])
+    return value, last_metrics | {"loss": metrics["loss"]}
 
 
 def scaled_metrics(loss: Loss, data: Data, logprobs_list: Logprobs) -> Result:
@@ -262,7 +264,7 @@ def with_columns(datum: Any, changed: Mapping[str, Any]) -> Datum:
 CALL_BUGS: dict[str, Callable[[Loss], Subject]] = {
     "not-the-contract": lambda loss: partial(tensors_in_metrics, loss),
     "inputs-mutated": lambda loss: partial(blanks_in_place, loss),
-    "state-between-calls": lambda loss: partial(anneals, loss, []),
+    "state-between-calls": lambda loss: partial(shrinks_with_calls, loss, []),
     "host-sync-per-datum": lambda loss: partial(item_per_datum, loss),
     "branch-on-values": lambda loss: partial(item_in_the_maths, loss),
     "no-grad-for-detach": lambda loss: partial(no_grad, loss),
@@ -270,7 +272,7 @@ CALL_BUGS: dict[str, Callable[[Loss], Subject]] = {
     "mask-by-token-id": lambda loss: partial(masks_eos, loss),
     "world-size-factor": lambda loss: partial(scaled_by_ranks, loss),
     "odd-datum-dropped": lambda loss: partial(drops_odd, loss),
-    "metric-not-mergeable": lambda loss: partial(last_metrics, loss),
+    "metric-not-mergeable": lambda loss: partial(metrics_of_last_datum, loss),
     "metric-scaled-twice": lambda loss: partial(scaled_metrics, loss),
     "metric-counts-nonbinding": lambda loss: partial(counts_outside, loss),
     "another-loss": lambda loss: partial(other_method(loss) or loss),
@@ -295,14 +297,14 @@ def exemplars() -> list[tuple[str, str, Config]]:
 
     The loss and the settings are the first ones with which the bug shows.
     """
-    found: dict[tuple[str, bool, str], tuple[str, str, Config]] = {}
+    first: dict[tuple[str, bool, str], tuple[str, str, Config]] = {}
     for loss in METHODS:
         like = correct_loss(loss, load(loss)[0].config)
         family = loss_kind(like), "ref_logprobs" in getattr(like, "reads", ())
         for bug in BUGS:
-            if (*family, bug) not in found and (settings := settings_showing(bug, loss)):
-                found[*family, bug] = bug, loss, settings[0]
-    return list(found.values())
+            if (*family, bug) not in first and (settings := settings_showing(bug, loss)):
+                first[*family, bug] = bug, loss, settings[0]
+    return list(first.values())
 
 
 MUTANTS = {(built := mutant(bug, loss, **settings)).__name__: built for bug, loss, settings in exemplars()}
@@ -312,7 +314,7 @@ globals().update(MUTANTS)
 
 
 def __getattr__(name: str) -> Subject:
-    """Return the mutant ``loss_bug`` that is no exemplar, with the first settings that show the bug."""
+    """Return the mutant of this name, ``loss_bug``, with the first settings that show the bug. It is no exemplar."""
     for loss in METHODS:
         bug = name.removeprefix(f"{loss}_").replace("_", "-")
         if name.startswith(f"{loss}_") and bug in BUGS and (settings := settings_showing(bug, loss)):

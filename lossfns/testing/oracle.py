@@ -1,7 +1,7 @@
 """Every loss in plain floats: its value and its closed-form gradient, straight from the papers.
 
-A row holds one sequence. A token counts if and only if its weight is not 0, and a slot that does not count is never
-read. Sums are exactly rounded, so an implementation differs from this file by its own rounding alone.
+A row holds one sequence. A token counts if and only if its weight is not 0. The values of a token that does not count
+are never read. Sums are exactly rounded, so an implementation differs from this file only by its own rounding.
 """
 
 import math
@@ -19,7 +19,7 @@ PAIR_WEIGHINGS = ("pair_mean", "pair_sum")
 
 
 class Correction(TypedDict, total=False):
-    """Keyword arguments of every off-policy loss; the defaults stand in `corrected`."""
+    """Keyword arguments of every off-policy loss. Their defaults are those of `corrected`."""
 
     sampler_logprobs: Rows | None
     tis_cap: float | None
@@ -29,7 +29,7 @@ class Correction(TypedDict, total=False):
 
 
 class Knobs(Correction, total=False):
-    """Keyword arguments of every loss over a surrogate of the ratio; the defaults stand in `policy`."""
+    """Keyword arguments of every loss that uses `surrogate`. Their defaults are those of `policy`."""
 
     dual_clip: float | None
     log_ratio_cap: float | None
@@ -89,7 +89,7 @@ def difference(weights: Rows, left: Rows, right: Rows) -> Rows:
 
 
 def averaged(weights: Rows, values: Rows) -> Rows:
-    """Each counting token gets the plain mean over its sequence's counting tokens."""
+    """The plain mean over the tokens of a sequence that count, at each of these tokens; 0 elsewhere."""
     rows = []
     for row, xs in zip(weights, values, strict=True):
         slots = active(row)
@@ -188,7 +188,7 @@ def multi_target_cross_entropy(
     length: int | None = None,
     denominator: float | None = None,
 ) -> Loss:
-    """Cross-entropy where a row holds the N·K entries of N positions with K targets each."""
+    """Cross-entropy with K targets at a position. A row holds the N·K entries of N positions."""
     return cross_entropy(logprobs=logprobs, weights=weights, weigh=weigh, length=length, denominator=denominator)
 
 
@@ -198,7 +198,7 @@ def multi_target_cross_entropy(
 def surrogate(d: float, advantage: float, clip: Clip, dual_clip: float | None, cap: float | None) -> Term:
     """−min(rA, clamp(r)A) with r = e^clamp(d, ±cap), at most −cA where A < 0; slope −rA where unclipped.
 
-    Both bounds belong to the unclipped side, and so does the tie rA = cA of the dual clip.
+    At a bound, and at the tie rA = cA of the dual clip, the slope is that of the unclipped side.
     """
     capped_d, inside = capped(d, cap)
     r = exp(capped_d)
@@ -501,7 +501,7 @@ def orpo(
 def group_advantages(*, rewards: Sequence[float], groups: Sequence[Hashable], scale: str = "std") -> Row:
     """A = (r − mean) / (std + 1e-6) within each group, 0 where all rewards agree (Shao et al. 2024).
 
-    The std divides by n − 1; scale "none" leaves the division by it out (Liu et al. 2025).
+    The std divides by n − 1. With scale "none", nothing is divided by the std (Liu et al. 2025).
     """
     if scale not in ("std", "none"):
         raise ValueError(f"scale is 'std' or 'none', not {scale!r}")

@@ -1,8 +1,8 @@
 """The oracle with planted bugs: for each bug, the answer of a loss that has it.
 
-A variant replaces an argument, the answer or a function of the oracle. It works on every loss that can have the bug,
-and gives the right answer where the bug does not show. The variants serve three purposes: they compute the flags of a
-golden vector, they find the bug behind a wrong reply, and they make mutants (``lossfns.testing.mutants``).
+A variant replaces an argument, the answer or a function of the oracle. It works on every loss that can have the bug.
+If the bug does not show on an input, the variant gives the right answer. Variants have three uses: to compute the flags
+of a golden vector, to find the bug behind a wrong reply, and to make mutants (``lossfns.testing.mutants``).
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ def wrong_loss(bug: str, loss: str, a: Arguments, targets: int = 0) -> Loss | No
     """Return the answer of a loss that has the bug, or None if this loss cannot have it.
 
     Args:
-        bug: a key of ``EVERY``, ``LIKELIHOOD``, ``CANDIDATES`` or ``PAIRS``.
+        bug: a key of ``GENERAL_BUGS``, ``LIKELIHOOD_BUGS``, ``MULTI_TARGET_BUGS`` or ``PAIR_BUGS``.
         loss: the name of the oracle's function.
-        a: its arguments, with ``weigh`` and ``denominator`` among them.
+        a: the arguments of this function. ``weigh`` and ``denominator`` must be among them.
         targets: K where a position has K targets, else 0.
     """
     f: Oracle = getattr(oracle, loss)
@@ -48,7 +48,7 @@ def wrong_loss(bug: str, loss: str, a: Arguments, targets: int = 0) -> Loss | No
             return GENERAL_BUGS[bug](f, a)
     except KeyError:
         return None
-    except (ArithmeticError, ValueError):  # where Python's math raises, tensors hold inf and nan
+    except (ArithmeticError, ValueError):  # Python's math raises where tensors hold inf or nan
         return scale_loss((0.0, a["weights"]), NAN)
     return None
 
@@ -103,7 +103,7 @@ def add_losses(one: Loss, other: Loss) -> Loss:
 
 
 def override(a: Arguments, **changes: Any) -> Arguments:
-    """Replace arguments; those that the loss does not have are left out."""
+    """Replace arguments. Leave out those that the loss does not have."""
     return a | {name: value for name, value in changes.items() if name in a}
 
 
@@ -123,7 +123,7 @@ def changing_setting(name: str, change: Callable[[Any], Any]) -> Variant:
 
 
 def fix_denominator(a: Arguments) -> Arguments:
-    """Set the denominator to the right one, so that it stays when weights change."""
+    """Set the denominator to the right one, so that a change of the weights does not change it."""
     return a | {"denominator": divisor(a)}
 
 
@@ -139,7 +139,7 @@ def unit_indices(a: Arguments) -> list[list[int]]:
 
 
 def select(a: Arguments, indices: list[int]) -> Arguments:
-    """Return the arguments with these datums alone."""
+    """Return the arguments for these datums only."""
     return {name: [x[i] for i in indices] if isinstance(x, list) else x for name, x in a.items()}
 
 
@@ -158,7 +158,7 @@ def reordered(order: Callable[[int], list[int]]) -> Variant:
 
 
 def every_slot(weights: Row) -> list[int]:
-    """Return every slot of a sequence with active tokens, for the oracle's ``active``."""
+    """Replace the oracle's ``active``: return every slot of a sequence that has an active token."""
     return list(range(len(weights))) if any(weights) else []
 
 
@@ -184,7 +184,7 @@ def where_after_exp(f: Oracle, a: Arguments) -> Loss:
 
 
 def unmasked(a: Arguments) -> Arguments:
-    """Give every masked slot the weight 1; the denominator stays."""
+    """Give every masked slot the weight 1. Keep the denominator."""
     return map_rows(fix_denominator(a), "weights", lambda row: [w or 1.0 for w in row])
 
 
@@ -255,7 +255,7 @@ def broadcast(f: Oracle, a: Arguments) -> Loss:
 
 
 def rejected_sides_rotated(by: int, count: int) -> list[int]:
-    """Return the order in which each chosen side stands before the rejected side of the pair ``by`` places on."""
+    """Return the order of datums that puts each chosen side before the rejected side of the pair ``by`` pairs later."""
     return [i if i % 2 == 0 else (i + 2 * by) % count for i in range(count)]
 
 
@@ -435,7 +435,10 @@ def ratio_sum(f: Oracle, a: Arguments) -> Loss:
 
 
 def missing_stop_gradient(f: Oracle, a: Arguments) -> Loss:
-    """Leave s in the graph of sₜ = s · exp(lp − sg lp), which adds both gradients; leave a limited weight in it."""
+    """Leave the factor in the graph that should be constant.
+
+    This is the limited weight of cispo, or s in sₜ = s · exp(lp − sg lp) of gspo_token: it adds the gradient of gspo.
+    """
     value, grads = patched(limited=with_limited_weight(undetached_weight))(f, a)
     return (value, add_losses((0.0, grads), oracle.gspo(**a))[1]) if f is oracle.gspo_token else (value, grads)
 
@@ -448,7 +451,7 @@ def tis_inverted(f: Oracle, a: Arguments) -> Loss:
 
 def exp_overflow(f: Oracle, a: Arguments) -> Loss:
     """Use no cap on the log-ratio, and the exp of float32."""
-    exp32 = lambda x: math.inf if x > 88.7 else math.exp(x)  # noqa: E731
+    exp32 = lambda x: math.inf if x > 88.7 else math.exp(x)  # noqa: E731 (in float32 exp overflows above 88.7)
     return patched(exp=exp32, capped=lambda x, cap: (x, 1.0))(f, a)
 
 
@@ -456,12 +459,12 @@ def exp_overflow(f: Oracle, a: Arguments) -> Loss:
 
 
 def changing_dro(change: Callable[[Arguments], Arguments]) -> Variant:
-    """Return the variant that changes the arguments of dro; every other loss is right."""
+    """Return the variant that changes the arguments of dro. It leaves every other loss as it is."""
     return lambda f, a: f(**change(a)) if f is oracle.dro else f(**a)
 
 
 def without_zero_advantages(a: Arguments) -> Arguments:
-    """Set the old logprobs to the policy's where A = 0."""
+    """Set the old logprobs to the policy's where A = 0, so that the penalty is 0 there."""
     rows = zip(a["advantages"], a["logprobs"], a["old_logprobs"])
     return a | {"old_logprobs": [[y if x != 0 else lp for x, lp, y in zip(*row)] for row in rows]}
 
@@ -671,23 +674,24 @@ def standardised(
     scale: str,
     *,
     centre: bool = True,
-    below: Callable[[int], int] = lambda n: n - 1,
+    variance_divisor: Callable[[int], int] = lambda n: n - 1,
     eps: float = 1e-6,
-    constant: bool = True,
+    zero_if_constant: bool = True,
 ) -> Row:
-    """Compute group advantages; the arguments select the parts that may be wrong."""
+    """Compute group advantages. The defaults give the right ones; a bug changes one of the keyword arguments."""
     peers = {group: [r for r, other in zip(rewards, groups) if other == group] for group in groups}
 
     def advantage(reward: float, others: Row) -> float:
-        if constant and min(others) == max(others):
+        if zero_if_constant and min(others) == max(others):
             return 0.0
         mean = sum(others) / len(others)
-        top = reward - mean if centre else reward
+        numerator = reward - mean if centre else reward
         if scale == "none":
-            return top
-        if below(len(others)) == 0:
+            return numerator
+        n = variance_divisor(len(others))
+        if n == 0:
             return NAN
-        return top / (math.sqrt(sum((r - mean) ** 2 for r in others) / below(len(others))) + eps or NAN)
+        return numerator / (math.sqrt(sum((r - mean) ** 2 for r in others) / n) + eps or NAN)
 
     return [advantage(reward, peers[group]) for reward, group in zip(rewards, groups)]
 
@@ -699,9 +703,9 @@ def by_position(groups: list[Any]) -> list[Any]:
 
 
 ADVANTAGE_BUGS: dict[str, Callable[..., Row]] = {
-    "std-over-n": lambda rewards, groups, scale: standardised(rewards, groups, scale, below=lambda n: n),
+    "std-over-n": lambda rewards, groups, scale: standardised(rewards, groups, scale, variance_divisor=lambda n: n),
     "constant-group-noise": lambda rewards, groups, scale: standardised(
-        rewards, groups, scale, eps=0.0, constant=len(rewards) == 1
+        rewards, groups, scale, eps=0.0, zero_if_constant=len(rewards) == 1
     ),
     "group-of-one-nan": lambda rewards, groups, scale: [
         NAN if scale == "std" and groups.count(group) == 1 else x
@@ -710,7 +714,7 @@ ADVANTAGE_BUGS: dict[str, Callable[..., Row]] = {
     "groups-by-position": lambda rewards, groups, scale: standardised(rewards, by_position(groups), scale),
     "groups-ignored": lambda rewards, groups, scale: standardised(rewards, [0] * len(groups), scale),
     "not-centred": lambda rewards, groups, scale: standardised(
-        rewards, groups, scale, centre=False, constant=scale == "std"
+        rewards, groups, scale, centre=False, zero_if_constant=scale == "std"
     ),
     "order-lost": lambda rewards, groups, scale: list(map(abs, standardised(rewards, groups, scale))),
     "inert-knob": lambda rewards, groups, scale: standardised(rewards, groups, "std"),

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from lossfns import datum as ours
+from lossfns import datum as lossfns_sdk
 from lossfns.errors import did_you_mean
 from lossfns.testing.batch import Batch, Row
 from lossfns.tokens import COLUMNS, LOGPROB_COLUMNS
@@ -54,16 +54,17 @@ WEIGHTS = (1.0, 0.0, 2.0, 0.5)
 SIGNED_WEIGHTS = (*WEIGHTS, -1.0, -0.5)
 
 LOG_RATIOS = simplest_first((k / 16 for k in range(-11, 12)), near=0.0)
-"""Moderate log-ratios in sixteenths. Their ratios, and those of differences, are 1 or at least 1e-3 off every bound."""
+"""Moderate log-ratios in sixteenths. Ratios of them and of their differences are 1 or at least 1e-3 off any bound."""
 
 BOUND_LOG_RATIOS = tuple(k / 1024 for k in (-228, -229, 186, 187, 252, 253, -4 / 16, -5 / 16, 6 / 16, 7 / 16))
-"""Just inside and just outside of 0.8, 1.2, 1.28, 1 − 3e-4 and 1 + 4e-4, on distinct sides in float32."""
+"""Log-ratios just inside and just outside the bounds 0.8, 1.2, 1.28, 1 − 3e-4 and 1 + 4e-4, in float32 too."""
 
 FAR_LOG_RATIOS = (25.0, -25.0)
-"""Past the usual cap of ±20."""
+"""Log-ratios past the usual cap of ±20."""
 
 POISONS = (math.nan, math.inf, -math.inf, 1e30)
 MASKED = (False,) * 7 + (True,)
+"""Whether a sequence or pair is fully masked: one in eight is."""
 
 CALM: Mapping[str, Values] = {
     "logprobs": LOGPROBS,
@@ -75,7 +76,7 @@ CALM: Mapping[str, Values] = {
 AT_BOUNDS = {**CALM, **dict.fromkeys(LOGPROB_COLUMNS, LOG_RATIOS + BOUND_LOG_RATIOS)}
 EXTREME = {
     **CALM,
-    "logprobs": LOGPROBS + 3 * END_LOGPROBS,
+    "logprobs": LOGPROBS + 3 * END_LOGPROBS,  # repeated, so that they are drawn more often
     **dict.fromkeys(LOGPROB_COLUMNS, LOG_RATIOS + BOUND_LOG_RATIOS + FAR_LOG_RATIOS),
 }
 
@@ -91,7 +92,7 @@ def log_ratios(*, min_length: int = 1, max_length: int = 8, extremes: bool = Tru
 
 
 def advantages(*, min_length: int = 1, max_length: int = 8, per_token: bool = True) -> st.SearchStrategy[Row]:
-    """Rows of advantages of both signs and 0; without ``per_token`` a row repeats one number."""
+    """Rows of advantages of both signs and 0. Without ``per_token``, all entries of a row are equal."""
     rows = rows_of(ADVANTAGES, min_length, max_length)
     return rows if per_token else rows.map(lambda row: row[:1] * len(row))
 
@@ -136,12 +137,12 @@ def batches(
     max_sequences: int = 5,
     max_length: int = 8,
 ) -> Batch:
-    """Batches that every loss over these columns accepts: some token is active, and no logprob is above 0.
+    """Batches that every loss over these columns accepts: at least one token is active, and no logprob is above 0.
 
     Args:
         reads: the columns besides ``weights``, as a ``Loss`` names them.
-        pairs: sequences 2i and 2i + 1 form a pair; both have active tokens, or neither has.
-        targets: K for K targets at each position; 0 for one target and rows without that axis.
+        pairs: sequences 2i and 2i + 1 form a pair. Both have active tokens, or neither has.
+        targets: K for logprobs ``[N, K]``, with K targets at each position; 0 for ``[N]``.
         signed: weights may be negative. Their sum may be 0 or less, which no mean can divide by.
         per_token: advantages may differ within a sequence; in half of the batches they do not.
         extremes: log-ratios may lie at clip bounds and past ±20, logprobs at 0 and −1e4. Without it, logprobs lie in
@@ -160,17 +161,19 @@ def batches(
         parity = "even " if pairs else ""
         raise InvalidArgument(f"min_sequences={min_sequences}, max_sequences={max_sequences}: no {parity}number fits")
 
-    # Half of the batches have no far log-ratio: one ratio of e²⁰ would hide errors of all others.
+    # Half of the batches have no far log-ratio, because one ratio of e²⁰ would hide errors in all others.
     values = draw(st.sampled_from((AT_BOUNDS, EXTREME))) if extremes else CALM
     values = {**values, "weights": SIGNED_WEIGHTS} if signed else values
-    names = ("logprobs", "weights", *reads, *["poison"] * poison)
+    names = ("logprobs", "weights", *reads)
+    if poison:
+        names += ("poison",)
     cell = st.tuples(*[st.sampled_from(values[name]) for name in names])
     positions = lists_of(st.tuples(*[cell] * max(targets, 1)), 1, max_length)
     units = draw(lists_of(st.tuples(st.sampled_from(MASKED), *[positions] * sides), minimum, maximum))
     by_token = per_token and draw(st.booleans())
 
     masks = [masked for masked, *_ in units]
-    masks[0] = masks[0] and not all(masks)
+    masks[0] = masks[0] and not all(masks)  # at least one token must be active
     sequences = [
         build_sequence(names, side, masked, by_token) for (_, *unit), masked in zip(units, masks) for side in unit
     ]
@@ -178,10 +181,10 @@ def batches(
     return Batch(rows.pop("logprobs"), rows.pop("weights"), rows, targets)
 
 
-def datums(*, sdk: Any = ours, **options: Any) -> st.SearchStrategy[list[Any]]:
-    """Lists of datums that carry their columns, with the classes of ``sdk``, such as ``tinker``.
+def datums(*, sdk: Any = lossfns_sdk, **options: Any) -> st.SearchStrategy[list[Any]]:
+    """Lists of datums that hold their columns. ``sdk`` is the module of their classes, such as ``tinker``.
 
-    The options are those of ``batches``, which returns the logprobs as well.
+    The options are those of ``batches``. Use ``batches`` if you need the logprobs too.
     """
     return batches(**options).map(lambda batch: batch.data(sdk))
 
@@ -199,7 +202,7 @@ def check_columns(reads: Sequence[str]) -> None:
 
 
 def check_counts(*, minimum: int = 0, **counts: int) -> None:
-    """Refuse counts that are no integers of at least ``least``."""
+    """Refuse counts that are not integers of at least ``minimum``."""
     for name, count in counts.items():
         if type(count) is not int or count < minimum:
             raise InvalidArgument(f"{name}={count!r}: expected an integer of at least {minimum}")
@@ -219,7 +222,11 @@ def lists_of(element: st.SearchStrategy[T], minimum: int, maximum: int) -> st.Se
 
 
 def build_sequence(names: Sequence[str], positions: Iterable[Iterable[Cell]], masked: bool, by_token: bool) -> Columns:
-    """Return the rows of one sequence. Cells hold log-ratios d, rows old = lp − d, with lp low enough for old < 0."""
+    """Return the rows of one sequence.
+
+    For the columns of other policies, a cell holds the log-ratio d, and the row holds lp − d. The logprob lp is lowered
+    until no lp − d is above 0.
+    """
     cells = [cell for position in positions for cell in position]
     row = {name: list(values) for name, values in zip(names, zip(*cells))}
     if masked:
@@ -237,7 +244,7 @@ def build_sequence(names: Sequence[str], positions: Iterable[Iterable[Cell]], ma
 
 
 def feasible_log_ratio(logprob: float, log_ratio: float) -> float:
-    """Return the log-ratio, or its absolute value where the logprob is too close to 0 for a larger one."""
+    """Return the log-ratio, or its absolute value for a logprob close to 0, which then need not be lowered."""
     return log_ratio if logprob < -0.1 else abs(log_ratio)
 
 

@@ -125,9 +125,13 @@ def adapt(subject: Any, *, factory: bool | None = None) -> LossFn:
 
 
 def follows_contract(fn: Callable[..., Any], required: Sequence[str]) -> bool:
-    """Return whether a function requires two arguments and the first is no column, or has only ``*args``."""
-    open_ended = any(p.kind is p.VAR_POSITIONAL for p in inspect.signature(fn).parameters.values())
-    return column_of(required[0]) is None if len(required) == 2 else open_ended and not required
+    """Return whether a function looks like a contract function ``(data, logprobs_list)``.
+
+    It has two required parameters, of which the first does not name a column. Or it has ``*args`` and no required
+    parameter.
+    """
+    has_var_args = any(p.kind is p.VAR_POSITIONAL for p in inspect.signature(fn).parameters.values())
+    return column_of(required[0]) is None if len(required) == 2 else has_var_args and not required
 
 
 def parameters(fn: Callable[..., Any]) -> list[inspect.Parameter]:
@@ -139,19 +143,19 @@ def parameters(fn: Callable[..., Any]) -> list[inspect.Parameter]:
 def parameter_rows(data: Sequence[Any], parameter: str) -> list[Tensor]:
     """Return the values of a parameter: float32 rows of all datums, or of one side of each pair.
 
-    A parameter whose name contains "mask" reads the datum's ``mask``, which holds no fractions.
+    A parameter for the weights whose name contains "mask" reads the field ``mask`` instead of ``weights``.
     """
-    side, _, plain = (column_of(parameter) or "").rpartition(" ")
-    chosen = {"": data, "chosen": data[0::2], "rejected": data[1::2]}[side]
-    field = "mask" if plain == "weights" and "mask" in parameter else plain
-    return [torch.from_numpy(datum.loss_fn_inputs[field].to_numpy().copy()) for datum in chosen]
+    side, _, column = (column_of(parameter) or "").rpartition(" ")
+    selected = {"": data, "chosen": data[0::2], "rejected": data[1::2]}[side]
+    field = "mask" if column == "weights" and "mask" in parameter else column
+    return [torch.from_numpy(datum.loss_fn_inputs[field].to_numpy().copy()) for datum in selected]
 
 
 class FactoryLoss:
-    """The loss of a factory, which is called with the batch's columns on every call.
+    """A contract function that passes the batch's columns to a factory, and calls the loss that the factory returns.
 
-    The factory may take rows of tensors, rows of lists, one number for each datum (advantages), or the row of the
-    only pair. The forms are tried in this order on the first call, and the first one that gives a loss is kept.
+    A factory may take a column as a list of tensors, as a list of lists, as one number for each datum (advantages), or
+    as the list of the only pair. The first call tries these forms in this order, and keeps the first that gives a loss.
     """
 
     FORMS: Mapping[str, Callable[[list[Tensor], list[Tensor]], Any]] = {
@@ -181,7 +185,7 @@ class FactoryLoss:
         return self.factory(**arguments, **self.settings)
 
     def find_forms(self, data: Sequence[Any], logprobs_list: Sequence[Tensor]) -> tuple[str, ...]:
-        """Return the first forms of the columns with which a call gives a 0-d loss."""
+        """Return the first candidate forms with which a call returns a 0-d loss."""
         errors = []
         for forms in self.candidate_forms():
             try:
@@ -197,16 +201,15 @@ class FactoryLoss:
 
     def candidate_forms(self) -> Iterator[tuple[str, ...]]:
         """Yield the combinations of forms to try, one form for each required parameter."""
-        plain = ("rows", "lists")
-        for form in plain:
+        for form in ("rows", "lists"):
             yield (form,) * len(self.required)
-        for form in plain:
+        for form in ("rows", "lists"):
             yield tuple("numbers" if column_of(name) == "advantages" else form for name in self.required)
         yield tuple("row" if " " in (column_of(name) or "") else "rows" for name in self.required)
 
 
 def datum_advantage(row: Tensor, weights: Tensor) -> float:
-    """Return the one advantage of a datum; raise NotApplicable where it differs between active tokens."""
+    """Return the advantage of a datum. Raise NotApplicable if its active tokens have different advantages."""
     active = {x for x, w in zip(row.tolist(), weights.tolist()) if w}
     if len(active) > 1:
         raise NotApplicable("it takes one advantage for each datum")
@@ -229,14 +232,14 @@ class PaddedLoss:
             name: list(logprobs_list) if column_of(name) == "logprobs" else parameter_rows(data, name)
             for name in self.required
         }
-        like = logprobs_list[0]
+        dtype = logprobs_list[0].dtype
         for name, column_rows in rows.items():
             for i, (row, lp) in enumerate(zip(column_rows, logprobs_list)):
                 if row.shape != lp.shape:
                     fix = "Every row has the length of target_tokens."
                     raise LossInputError(name, f"shape {tuple(lp.shape)}", str(tuple(row.shape)), fix, datum=i)
         padded = {
-            name: torch.nn.utils.rnn.pad_sequence([row.to(like.dtype) for row in column_rows], batch_first=True)
+            name: torch.nn.utils.rnn.pad_sequence([row.to(dtype) for row in column_rows], batch_first=True)
             for name, column_rows in rows.items()
         }
         result = self.fn(**padded, **self.settings)
@@ -260,7 +263,7 @@ def padded(fn: Callable[..., Any], **settings: Any) -> LossFn:
 
 
 def knobs(loss_fn: LossFn) -> dict[str, Any]:
-    """Return the settings of a loss that can be changed from outside, with their values."""
+    """Return name → value of the settings that ``with_settings`` can change."""
     if isinstance(loss_fn, BoundLoss):
         return knobs(loss_fn.loss)
     if isinstance(loss_fn, Loss):
@@ -279,11 +282,12 @@ def setting_elements(value: Any) -> Iterator[int | None]:
 
 def variants(loss_fn: LossFn, name: str, element: int | None = None) -> Iterator[LossFn]:
     """Yield the loss with other values of one setting, or of one element of it. Values that it refuses are skipped."""
-    usual = knobs(loss_fn)[name]
-    for value in other_values(usual if element is None else usual[element], name):
-        whole = value if element is None else [value if i == element else x for i, x in enumerate(usual)]
+    current = knobs(loss_fn)[name]
+    for new in other_values(current if element is None else current[element], name):
         try:
-            yield with_settings(loss_fn, **{name: whole if element is None else type(usual)(whole)})
+            if element is not None:
+                new = type(current)([new if i == element else x for i, x in enumerate(current)])
+            yield with_settings(loss_fn, **{name: new})
         except (TypeError, ValueError):
             continue
 
@@ -304,8 +308,8 @@ def other_values(value: Any, name: str) -> list[Any]:
         return [value * 2 + 0.125, value / 2, value + 1, 1.5, 0.97, 1.02, 0.05]
     if value is None:
         return [1.01, 0.05, 2.0, 1e-3]
-    result = [public(other) for other in NAMED_VALUES.get(name, ())]
-    return [x(3) if x is fixed_length else x for x in result if x is not value]
+    functions = [public(other) for other in NAMED_VALUES.get(name, ())]
+    return [f(3) if f is fixed_length else f for f in functions if f is not value]  # fixed_length(3) is a weighing
 
 
 def with_settings(loss_fn: LossFn, **settings: Any) -> LossFn:

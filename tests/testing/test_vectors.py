@@ -22,7 +22,7 @@ from lossfns.testing.oracle import PAIR_WEIGHINGS, TOKEN_WEIGHINGS
 from lossfns.testing.public import presets
 from lossfns.testing.vectors import METHODS, Vector, load, mistake, run, subject_for
 from lossfns.testing.vectors.flags import explains, flags, wrong_answer
-from lossfns.testing.vectors.ours import reply_to
+from lossfns.testing.vectors.library import reply_to
 from lossfns.testing.vectors.runner import VectorReport
 from lossfns.testing.vectors.vector import FOLDER, LEDGER, decode, encode, flatten
 from tools.vectors.__main__ import main as tool

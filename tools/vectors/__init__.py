@@ -1,1 +1,1 @@
-"""The writer of the golden vectors. Cases are written by hand; the oracle answers them."""
+"""Write the golden vectors: the cases are written by hand, and the oracle gives the answers."""

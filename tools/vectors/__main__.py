@@ -1,7 +1,7 @@
-"""Write the golden vectors, or check that they are what would be written.
+"""Write the golden vectors, or check that the files are up to date.
 
-python -m tools.vectors write [--out DIR]     # writes the files whose contents changed
-python -m tools.vectors check                 # exits 1 where a file is not what would be written
+python -m tools.vectors write [--out DIR]     # write the files whose contents changed
+python -m tools.vectors check                 # exit with 1 if ``write`` would change a file
 """
 
 from __future__ import annotations
@@ -26,11 +26,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         changed = write(args.out)
         print("\n".join(f"wrote {path}" for path in changed) or "nothing to write: every file is up to date")
         return 0
-    wrong = [f"{path.name} is not what would be written" for path in changed_files(args.out)] + schema_violations(
-        args.out
-    )
-    print("\n".join(wrong) or "every file is as it should be")
-    return 1 if wrong else 0
+    problems = [f"{path.name} is not what would be written" for path in changed_files(args.out)]
+    problems += schema_violations(args.out)
+    print("\n".join(problems) or "every file is as it should be")
+    return 1 if problems else 0
 
 
 if __name__ == "__main__":

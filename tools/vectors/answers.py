@@ -30,9 +30,10 @@ def count_tokens(a: Arguments) -> int:
 
 
 def tolerance(answer: Answer, a: Arguments) -> tuple[dict[str, list[float]], str]:
-    """Return dtype → [rtol, atol], and the reason for a larger atol in float32, which is that terms nearly cancel.
+    """Return dtype → [rtol, atol], and the reason for a larger atol in float32, or "".
 
-    Rounding every logprob by half a unit, and every ratio, moves the loss by up to 2⁻²⁴·Σ |g|·(|lp| + 1[ratio]).
+    If every logprob and every ratio is rounded by half a unit in the last place, the loss changes by up to
+    2⁻²⁴·Σ |g|·(|lp| + 1[ratio]). Where the terms of a loss nearly cancel, this is more than the usual tolerance.
     """
     tol, reason = {"float64": [1e-9, 1e-12], "float32": [1e-5, 1e-6]}, ""
     if "loss" not in answer:

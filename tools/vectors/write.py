@@ -1,4 +1,4 @@
-"""From cases to files: answers of the oracle, computed flags, and ids that never change."""
+"""Write the vector files from the cases, with the oracle's answers, computed flags, and ids that never change."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ class Group(NamedTuple):
 
 def answer_case(case: Case) -> Test:
     """Return a case with its answer in the form of the file, without its id and its flags."""
-    asked: Test = {"kind": case.kind, "comment": case.comment, "flags": [], "data": case.data}
+    test: Test = {"kind": case.kind, "comment": case.comment, "flags": [], "data": case.data}
     if case.denominator is not None:
-        asked["denominator"] = case.denominator
+        test["denominator"] = case.denominator
     if case.error is not None:
         code, name, datum = case.error
-        return asked | {"error": {"code": code, "field": name} | ({} if datum is None else {"datum": datum})}
+        return test | {"error": {"code": code, "field": name} | ({} if datum is None else {"datum": datum})}
     answer: Answer = round_significant(correct_answer(case.loss, case.config, case.data, case.denominator))
     if "advantages" in answer:
-        return {**asked, **answer, "tol": tolerance(answer, {})[0]}
+        return {**test, **answer, "tol": tolerance(answer, {})[0]}
     a = arguments(case.config, case.data, case.denominator)
     tol, reason = tolerance(answer, a)
-    return asked | {
+    return test | {
         **answer,
-        **({"grad_alternatives": [gradient_beyond_kink(case, a)]} if case.beside else {}),
+        **({"grad_alternatives": [gradient_beyond_kink(case, a)]} if case.beyond_kink else {}),
         "metrics": {"tokens": count_tokens(a), "denominator": round_significant(float(divisor(a)))},
         "tol": tol,
         **({"tol_reason": reason} if reason else {}),
@@ -53,21 +53,21 @@ def answer_case(case: Case) -> Test:
 
 def gradient_beyond_kink(case: Case, a: dict[str, Any]) -> Any:
     """Return the gradient just beyond a kink."""
-    return round_significant(to_answer(getattr(oracle, case.loss)(**{**a, **case.beside}), case.data)["grad"], 9)
+    return round_significant(to_answer(getattr(oracle, case.loss)(**{**a, **case.beyond_kink}), case.data)["grad"], 9)
 
 
 def fingerprint(loss: str, config: Mapping[str, Any], test: Test) -> str:
-    """Return the hash that an id stands for: of the inputs, and of the answer to six digits."""
-    asked = [test.get(name) for name in ("data", "denominator", "error")]
+    """Return a hash of the inputs and of the answer to six digits. An id belongs to one fingerprint."""
+    inputs = [test.get(name) for name in ("data", "denominator", "error")]
     answers = [test.get(name) for name in ("loss", "grad", "advantages")]
-    text = json.dumps(encode([loss, config, asked, round_significant(answers, 6)]), sort_keys=True)
+    text = json.dumps(encode([loss, config, inputs, round_significant(answers, 6)]), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def identify(loss: str, prints: Iterable[str], ledger: Ledger) -> dict[str, str]:
-    """Return fingerprint → id. A new fingerprint gets the next id of its loss, which is added to the ledger."""
+def identify(loss: str, fingerprints: Iterable[str], ledger: Ledger) -> dict[str, str]:
+    """Return fingerprint → id. Give a new fingerprint the next id of the loss, and add the id to the ledger."""
     id_of = {fingerprint_: name for name, fingerprint_ in ledger.items() if name.rpartition("-")[0] == loss}
-    for fingerprint_ in prints:
+    for fingerprint_ in fingerprints:
         if fingerprint_ not in id_of:
             id_of[fingerprint_] = f"{loss}-{len(id_of) + 1:04d}"
             ledger[id_of[fingerprint_]] = fingerprint_
@@ -75,45 +75,49 @@ def identify(loss: str, prints: Iterable[str], ledger: Ledger) -> dict[str, str]
 
 
 def file_texts(ledger: Ledger) -> dict[str, str]:
-    """Return file name → text for every method and for the ledger, to which new ids are added."""
-    asked: dict[str, dict[str, Group]] = {}
+    """Return file name → text for every method and for the ledger. Add new ids to the ledger."""
+    groups_of: dict[str, dict[str, Group]] = {}
     for case in cases():
-        asked.setdefault(case.loss, {}).setdefault(json.dumps(case.config), Group(case.config, [])).tests.append(
-            answer_case(case)
-        )
-    texts = {f"{loss}.json": file_text(loss, list(groups.values()), ledger) for loss, groups in asked.items()}
+        groups = groups_of.setdefault(case.loss, {})
+        groups.setdefault(json.dumps(case.config), Group(case.config, [])).tests.append(answer_case(case))
+    texts = {f"{loss}.json": file_text(loss, list(groups.values()), ledger) for loss, groups in groups_of.items()}
     current = {name for text in texts.values() for name in ids(json.loads(text))}
-    book = {"suite": SUITE, "ids": ledger, "withdrawn": [name for name in ledger if name not in current]}
-    return texts | {LEDGER: json.dumps(book, indent=1) + "\n"}
+    ledger_file = {"suite": SUITE, "ids": ledger, "withdrawn": [name for name in ledger if name not in current]}
+    return texts | {LEDGER: json.dumps(ledger_file, indent=1) + "\n"}
 
 
 def ids(parsed: Mapping[str, Any]) -> list[str]:
+    """Return the ids of the tests in the contents of a file."""
     return [test["id"] for group in parsed["groups"] for test in group["tests"]]
 
 
 def file_text(loss: str, groups: list[Group], ledger: Ledger) -> str:
     """Return the text of one method's file."""
-    prints = [fingerprint(loss, group.config, test) for group in groups for test in group.tests]
-    names = identify(loss, prints, ledger)
-    numbers = iter(prints)
-    named = [Group(group.config, [{"id": names[next(numbers)], **test} for test in group.tests]) for group in groups]
-    loaded = vectors({"loss": loss, "groups": [encode(group._asdict()) for group in named]})
-    flagged = [Group(group.config, [test | {"flags": flags(next(loaded))} for test in group.tests]) for group in named]
-    hunted = {flag for group in flagged for test in group.tests for flag in test["flags"]}
+    fingerprints = [fingerprint(loss, group.config, test) for group in groups for test in group.tests]
+    id_of = identify(loss, fingerprints, ledger)
+    test_ids = iter([id_of[x] for x in fingerprints])
+    with_ids = [Group(group.config, [{"id": next(test_ids), **test} for test in group.tests]) for group in groups]
+    loaded = vectors({"loss": loss, "groups": [encode(group._asdict()) for group in with_ids]})
+    flagged = [
+        Group(group.config, [test | {"flags": flags(next(loaded))} for test in group.tests]) for group in with_ids
+    ]
+    flagged_bugs = {flag for group in flagged for test in group.tests for flag in test["flags"]}
     head = {
         "schema": SCHEMA,
         "suite": SUITE,
         "loss": loss,
         "generator": "python -m tools.vectors write",
         "notes": {
-            bug: {"words": BUGS[bug].description, "seen": list(BUGS[bug].sources)} for bug in BUGS if bug in hunted
+            bug: {"words": BUGS[bug].description, "seen": list(BUGS[bug].sources)}
+            for bug in BUGS
+            if bug in flagged_bugs
         },
     }
     return format_file(head, flagged)
 
 
 def format_file(head: Mapping[str, Any], groups: list[Group]) -> str:
-    """Format a file as JSON with one line for the settings of a group, the head of a test, a datum, and an answer."""
+    """Format a file as JSON. The settings of a group, the head of a test, each datum and each answer take one line."""
     top = "".join(f' "{name}": {to_json(value)},\n' for name, value in head.items() if name != "notes")
     notes = format_list("notes", "{}", [f'"{bug}": {to_json(note)}' for bug, note in head["notes"].items()], 2)
     body = format_list("groups", "[]", [group_text(group) for group in groups], 2)
@@ -144,6 +148,7 @@ def to_json(x: Any) -> str:
 
 
 def read_ledger(folder: Path) -> Ledger:
+    """Read the ids and fingerprints in a folder. A folder without a ledger has none."""
     path = folder / LEDGER
     ledger: Ledger = json.loads(path.read_text(encoding="utf-8"))["ids"] if path.exists() else {}
     return ledger
@@ -158,7 +163,7 @@ def write(folder: Path = FOLDER) -> list[Path]:
 
 
 def schema_violations(folder: Path = FOLDER) -> list[str]:
-    """Return where the files violate the schema or are missing."""
+    """Return one line for each violation of the schema. A missing file violates it."""
     jsonschema = import_module("jsonschema")  # of the extra `testing`
     validator = jsonschema.Draft202012Validator(json.loads((folder / "schema.json").read_text(encoding="utf-8")))
     found = []
@@ -169,6 +174,6 @@ def schema_violations(folder: Path = FOLDER) -> list[str]:
 
 
 def changed_files(folder: Path = FOLDER) -> dict[Path, str]:
-    """Return path → text for every file whose contents are not what would be written."""
+    """Return path → new text for every file that ``write`` would change."""
     texts = {folder / name: text for name, text in file_texts(read_ledger(folder)).items()}
     return {p: text for p, text in texts.items() if not p.exists() or p.read_text(encoding="utf-8") != text}

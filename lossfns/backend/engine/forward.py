@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from inspect import signature
 from typing import NamedTuple
 
@@ -73,14 +72,8 @@ def hidden_states(model: nn.Module, inputs: ModelInputs) -> tuple[PackedInputs, 
     Common prefixes are computed once if the model can share them.
     """
     device = next(model.parameters()).device
-    if not takes_parents(type(model).forward):
+    if "parents" not in signature(model.forward).parameters:
         packed = pack_inputs(inputs, unshared, device)
         return packed, model(packed.tokens, packed.lengths)
     packed = pack_inputs(inputs, share_prefixes, device)
     return packed, model(packed.tokens, packed.lengths, packed.parents)
-
-
-@cache
-def takes_parents(forward: Callable[..., Tensor]) -> bool:
-    """Return whether a model's ``forward`` takes ``parents``, and so can continue a segment."""
-    return "parents" in signature(forward).parameters

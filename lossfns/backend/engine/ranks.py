@@ -151,7 +151,10 @@ class Ranks:
             return request(*arguments)
         except BaseException:
             if self.started_root is not None:
+                gradients = [p.grad for p in self.parameters]
                 self.started_root.reset_iter_state()  # FSDP discards its state of the failed pass
+                for p, gradient in zip(self.parameters, gradients):
+                    p.grad = gradient  # PyTorch 2.15 discards the gradients of earlier requests as well
             raise
 
     def when_idle(self, method: Callable[..., T], *arguments: Any) -> T:
@@ -231,6 +234,7 @@ class Ranks:
         self.model = model
         self.skeleton = copied_with(model, {name: p.to("meta") for name, p in model.named_parameters()})
         self.root = fully_sharded(model, self.mesh)
+        self.parameters = list(model.parameters())
         self.weights = model.state_dict()
 
     def with_full_weights(self, compute: Callable[[], Tensor]) -> Tensor:

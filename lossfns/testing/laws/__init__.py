@@ -1,8 +1,8 @@
 """Laws that correct losses obey: plain functions ``law(loss_fn, data, logprobs)`` that assume only the contract.
 
 A law raises ``LawBroken``, which names the most likely bug, or ``NotApplicable``. The first line of its docstring
-states the law. The laws of a kind stand in the order of diagnosis: a bug that breaks an early law often breaks later
-ones as well, so the first broken law names the bug.
+states the law. The tuple of a kind lists its laws in the order of diagnosis: a bug that breaks an early law often
+breaks later laws as well, so the first broken law names the bug.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from lossfns.testing.laws.base import Law as Law
 from lossfns.testing.laws.base import LawBroken as LawBroken
 from lossfns.testing.laws.base import NotApplicable as NotApplicable
 
-FIRST: tuple[Law, ...] = (contract.contract, contract.repeatable, contract.token_ids)
-CONTRACT: tuple[Law, ...] = (
+BASICS: tuple[Law, ...] = (contract.contract, contract.repeatable, contract.token_ids)
+GRADIENTS_AND_PRECISION: tuple[Law, ...] = (
     contract.inputs_unchanged,
     contract.every_gradient,
     contract.precision,
@@ -38,7 +38,7 @@ SUMS: tuple[Law, ...] = (
     sums.permutation,
     masks.empty,
 )
-LAST: tuple[Law, ...] = (
+CALLS_AND_METRICS: tuple[Law, ...] = (
     contract.lengths,
     contract.tracing,
     contract.host_sync,
@@ -47,25 +47,25 @@ LAST: tuple[Law, ...] = (
     metrics.metric_merge,
 )
 
-ALL = (
-    *FIRST,
+ANY_KIND = (
+    *BASICS,
     frames.signal,
     frames.independence,
     frames.canary,
-    *CONTRACT,
+    *GRADIENTS_AND_PRECISION,
     *MASKS,
     contract.finite,
     *SUMS,
-    *LAST,
+    *CALLS_AND_METRICS,
 )
 POLICY = (
-    *FIRST,
+    *BASICS,
     frames.signal,
     policy.stop_gradient,
     policy.sign,
     frames.independence,
     frames.canary,
-    *CONTRACT,
+    *GRADIENTS_AND_PRECISION,
     *MASKS,
     policy.kl,
     policy.zero_advantage,
@@ -77,27 +77,27 @@ POLICY = (
     contract.finite,
     *SUMS,
     policy.on_policy,
-    *LAST,
+    *CALLS_AND_METRICS,
     policy.clip_metrics,
     policy.kl_metrics,
 )
 SUPERVISED = (
-    *FIRST,
+    *BASICS,
     frames.signal,
     supervised.linear,
     frames.independence,
     frames.canary,
-    *CONTRACT,
+    *GRADIENTS_AND_PRECISION,
     *MASKS,
     contract.finite,
     *SUMS,
     supervised.likelihood,
     supervised.negative_weights,
     sums.finite_differences,
-    *LAST,
+    *CALLS_AND_METRICS,
 )
 PREFERENCE = (
-    *FIRST,
+    *BASICS,
     preference.odd,
     frames.signal,
     preference.sides,
@@ -105,7 +105,7 @@ PREFERENCE = (
     preference.pair_canary,
     preference.reference,
     preference.pair_weights,
-    *CONTRACT,
+    *GRADIENTS_AND_PRECISION,
     contract.finite,
     *MASKS,
     preference.step_zero,
@@ -114,7 +114,7 @@ PREFERENCE = (
     preference.odds,
     *SUMS,
     sums.finite_differences,
-    *LAST,
+    *CALLS_AND_METRICS,
     preference.margin_metrics,
 )
 ADVANTAGES: tuple[AdvantageLaw, ...] = (
@@ -164,5 +164,5 @@ SELF_CONTAINED = frozenset(
 )
 """Laws that make their own batches and use only the column names of the given one. They run once."""
 
-LAWS_BY_KIND = {"any": ALL, "policy": POLICY, "supervised": SUPERVISED, "preference": PREFERENCE}
+LAWS_BY_KIND = {"any": ANY_KIND, "policy": POLICY, "supervised": SUPERVISED, "preference": PREFERENCE}
 """Kind → laws; ``any`` is the kind of a loss that fits no other kind."""

@@ -23,10 +23,10 @@ def advantages_of(fn: AdvantageFn, rewards: Sequence[float], groups: Sequence[Ha
 
 def group_members(groups: Sequence[Hashable]) -> dict[Hashable, list[int]]:
     """Return the indices of each group, in order of first appearance."""
-    found: dict[Hashable, list[int]] = {}
+    members: dict[Hashable, list[int]] = {}
     for i, group in enumerate(groups):
-        found.setdefault(group, []).append(i)
-    return found
+        members.setdefault(group, []).append(i)
+    return members
 
 
 def alone(fn: AdvantageFn, rewards: Sequence[float], groups: Sequence[Hashable]) -> None:
@@ -47,17 +47,16 @@ def constant(fn: AdvantageFn, rewards: Sequence[float], groups: Sequence[Hashabl
 
 def groupwise(fn: AdvantageFn, rewards: Sequence[float], groups: Sequence[Hashable]) -> None:
     """Groups are identified by their ids, in any order, and do not affect one another."""
-    whole = advantages_of(fn, rewards, groups)
-    parts = group_members(groups)
-    own = {g: advantages_of(fn, [rewards[i] for i in where], [g] * len(where)) for g, where in parts.items()}
-    separate = all(relative_difference([whole[i] for i in where], own[g]) < 1e-5 for g, where in parts.items())
-    if separate:
+    result = advantages_of(fn, rewards, groups)
+    members = group_members(groups)
+    alone = {g: advantages_of(fn, [rewards[i] for i in own], [g] * len(own)) for g, own in members.items()}
+    if all(relative_difference([result[i] for i in own], alone[g]) < 1e-5 for g, own in members.items()):
         return
-    order = [i for where in parts.values() for i in where]
-    sorted_ = advantages_of(fn, [rewards[i] for i in order], [groups[i] for i in order])
-    together = relative_difference(sorted_, [a for g in parts for a in own[g]]) < 1e-5
-    seen = f"Rewards {list(rewards)} of groups {list(groups)} have the advantages {whole}; each group by itself, {own}."
-    require(False, "groups-by-position" if together else "groups-ignored", seen)
+    order = [i for own in members.values() for i in own]
+    sorted_by_group = advantages_of(fn, [rewards[i] for i in order], [groups[i] for i in order])
+    right_if_sorted = relative_difference(sorted_by_group, [a for g in members for a in alone[g]]) < 1e-5
+    seen = f"Rewards {list(rewards)} of groups {list(groups)} have the advantages {result}; each group alone, {alone}."
+    require(False, "groups-by-position" if right_if_sorted else "groups-ignored", seen)
 
 
 def centred(fn: AdvantageFn, rewards: Sequence[float], groups: Sequence[Hashable]) -> None:

@@ -1,4 +1,4 @@
-"""The parts of a law: measure a loss on a batch, edit batches, and report a broken law."""
+"""Helpers for laws: measure a loss on a batch, edit batches, and report a broken law."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ LossFn = Callable[..., tuple[Tensor, dict[str, float]]]
 Law = Callable[[LossFn, Sequence[Any], Sequence[Tensor]], None]
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-4}
-"""dtype of the loss → the largest accepted difference of two equal numbers, relative to the larger one.
+"""dtype of the loss → the largest accepted difference of two numbers that should be equal, relative to the larger one.
 
-Laws compare a loss with itself, over sums and exponentials. The tolerance leaves room for a thousand roundings.
+Laws compare two results of one loss, with sums and exponentials in them. The tolerance leaves room for a thousand
+roundings.
 """
 
 
@@ -79,6 +80,7 @@ class Probe:
 
     @classmethod
     def of(cls, loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> Probe:
+        """Return the probe for the arguments of a law."""
         return cls(loss_fn, Batch.of(data, logprobs), logprobs[0].dtype)
 
     def __call__(self, batch: Batch | None = None, loss_fn: LossFn | None = None) -> Outcome:
@@ -92,7 +94,8 @@ class Probe:
 
     def close(self, a: Any, b: Any, scale: float = 1.0) -> bool:
         """Return whether two nested lists of numbers agree to ``scale`` times the tolerance; nan equals nan."""
-        return relative_difference(a, b) <= scale * TOLERANCE.get(self.dtype, 5e-2)
+        tolerance = TOLERANCE.get(self.dtype, 5e-2)  # the default is for bfloat16 and float16
+        return relative_difference(a, b) <= scale * tolerance
 
     def with_batch(self, batch: Batch) -> Probe:
         """Return the probe with another batch."""
@@ -134,19 +137,19 @@ def flatten(x: Any) -> Iterator[float]:
         yield float(x)
 
 
-# Batches made from the given one
+# Batches that are made from another batch
 
 
 def with_constants(batch: Batch, **columns: float) -> Batch:
-    """Return the batch with each of these columns set to one number; logprobs and weights are allowed."""
+    """Return the batch with each of these columns (or the logprobs or weights) set to one number."""
     constant = {name: [[x] * len(row) for row in batch.weights] for name, x in columns.items()}
     return batch.having(**constant)
 
 
 def on_policy_batch(batch: Batch) -> Batch:
-    """Return the batch with the logprobs of every other policy equal to the policy's: ratio 1, KL 0, margin 0."""
-    like = {name: batch.logprobs for name in batch.columns if name.endswith("_logprobs")}
-    return batch.having(**like)
+    """Return the batch with the policy's logprobs in the columns of all other policies: ratio 1, KL 0, margin 0."""
+    columns = {name: batch.logprobs for name in batch.columns if name.endswith("_logprobs")}
+    return batch.having(**columns)
 
 
 def with_slot(rows: Rows, i: int, j: int, value: float) -> Rows:
@@ -155,7 +158,7 @@ def with_slot(rows: Rows, i: int, j: int, value: float) -> Rows:
 
 
 def shifted(rows: Rows, slots: Iterable[tuple[int, int]], by: float) -> Rows:
-    """Return the rows with a number added in these slots."""
+    """Return the rows with ``by`` added in these slots."""
     chosen = set(slots)
     return [[x + by if (k, t) in chosen else x for t, x in enumerate(row)] for k, row in enumerate(rows)]
 
@@ -165,10 +168,10 @@ def slots(batch: Batch, active: bool = True) -> list[tuple[int, int]]:
     return [(i, j) for i, row in enumerate(batch.weights) for j, w in enumerate(row) if (w != 0) == active]
 
 
-def repeat_rows(batch: Batch, least: int) -> Batch:
-    """Repeat each row until it has at least ``least`` positions."""
-    width = batch.targets or 1
-    return batch.map(lambda rows: [row * -(-least * width // len(row)) for row in rows])
+def repeat_rows(batch: Batch, min_positions: int) -> Batch:
+    """Repeat each row until it has at least ``min_positions`` positions."""
+    size = min_positions * (batch.targets or 1)
+    return batch.map(lambda rows: [row * math.ceil(size / len(row)) for row in rows])
 
 
 def unpoisoned(batch: Batch) -> Batch:
@@ -178,9 +181,9 @@ def unpoisoned(batch: Batch) -> Batch:
 
 
 def uniform_batch(batch: Batch, *, length: int = 1, datums: int = 1, **columns: float) -> Batch:
-    """Return datums of equal active tokens, with the columns of ``batch``.
+    """Return datums whose tokens are all equal and active, with the columns of ``batch``.
 
-    Logprobs are −2, weights 1 and advantages 1 unless given. The other policies' logprobs equal the policy's.
+    Unless given, logprobs are −2, weights 1 and advantages 1, and the other policies have the policy's logprobs.
     """
     width = length * (batch.targets or 1)
     base = {"logprobs": -2.0, "weights": 1.0, "advantages": 1.0} | columns
@@ -190,14 +193,12 @@ def uniform_batch(batch: Batch, *, length: int = 1, datums: int = 1, **columns: 
 
     named = {name: rows(base.get(name, base["logprobs"])) for name in batch.columns}
     # The targets of a position differ in weight: equal weights would hide that a loss renormalises them.
-    relative_difference = [
-        [w / 2 ** (j % (batch.targets or 1)) for j, w in enumerate(row)] for row in rows(base["weights"])
-    ]
-    return Batch(rows(base["logprobs"]), relative_difference, named, batch.targets)
+    weights = [[w / 2 ** (j % (batch.targets or 1)) for j, w in enumerate(row)] for row in rows(base["weights"])]
+    return Batch(rows(base["logprobs"]), weights, named, batch.targets)
 
 
 def batch_kind(batch: Batch) -> str:
-    """Return the kind of loss that a batch is for: policy with advantages, preference with a reference alone."""
+    """Return the kind of loss that a batch is for: policy if it has advantages, preference if it has other columns."""
     return "policy" if "advantages" in batch.columns else "preference" if batch.columns else "supervised"
 
 
@@ -223,32 +224,32 @@ def with_masked_unit(batch: Batch) -> Batch:
 
 def without_empty_units(batch: Batch) -> Batch:
     """Return the batch without the units that have a datum without active tokens."""
-    present = [part for part in unit_indices(batch) if all(any(batch.weights[i]) for i in part)]
-    return batch.take([i for part in present for i in part])
+    kept = [unit for unit in unit_indices(batch) if all(any(batch.weights[i]) for i in unit)]
+    return batch.take([i for unit in kept for i in unit])
 
 
-def influences(probe: Probe, column: str, batch: Batch, where: list[tuple[int, int]], by: float = 0.25) -> bool:
+def influences(probe: Probe, column: str, batch: Batch, changed: list[tuple[int, int]], by: float = 0.25) -> bool:
     """Return whether adding ``by`` in these slots of a column changes the value or a gradient beyond rounding."""
-    if not where:
+    if not changed:
         return False
     before = probe(batch)
-    after = probe(batch.having(**{column: shifted(column_rows(batch, column), where, by)}))
+    after = probe(batch.having(**{column: shifted(column_rows(batch, column), changed, by)}))
     return not probe.close([before.value, before.gradients], [after.value, after.gradients], scale=0.01)
 
 
 def column_rows(batch: Batch, column: str) -> Rows:
-    """Return the rows of a column; logprobs and weights are allowed."""
+    """Return the rows of a column, of the logprobs or of the weights."""
     if column == "weights":
         return batch.weights
     return batch.logprobs if column == "logprobs" else batch.columns[column]
 
 
 ALL_FIELDS = "*"
-"""Recorded where a call reads all fields of a datum at once, so that it is unknown which of them matter."""
+"""The name that is recorded if a call reads all fields of a datum at once: it is then unknown which of them matter."""
 
 
 class RecordingFields(dict[str, Any]):
-    """The fields of a datum; they record which of them are read."""
+    """A datum's fields, which add the name of each field that is read to a set."""
 
     def __init__(self, fields: dict[str, Any], read: set[str]) -> None:
         super().__init__(fields)
@@ -272,7 +273,7 @@ class RecordingFields(dict[str, Any]):
 
 
 class RecordingDatum:
-    """A datum whose fields record which of them are read."""
+    """A datum with ``RecordingFields``."""
 
     def __init__(self, datum: Any, read: set[str]) -> None:
         self.model_input, self.loss_fn_inputs = datum.model_input, RecordingFields(datum.loss_fn_inputs, read)
@@ -294,6 +295,6 @@ def columns_read(probe: Probe) -> set[str]:
 
 
 def reads_only_mask(probe: Probe) -> bool:
-    """Return whether the loss reads ``mask``, which has no fractions, and not ``weights``."""
+    """Return whether the loss reads ``mask`` and not ``weights``. Such a loss need not apply fractional weights."""
     read = fields_read(probe)
     return "mask" in read and "weights" not in read

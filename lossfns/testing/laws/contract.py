@@ -126,7 +126,7 @@ def every_gradient(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tens
 
 
 def missing_gradients(probe: Probe, batch: Batch) -> Sequence[int]:
-    """Return the datums whose gradient is None: all of them if the loss does not require grad."""
+    """Return the indices of the datums whose gradient is None: all indices if the loss does not require grad."""
     loss, _ = probe.loss_fn(batch.data(), batch.tensors(probe.dtype))
     return probe(batch).missing if loss.requires_grad else range(len(batch.weights))
 
@@ -164,9 +164,8 @@ SPECIAL_TOKEN_IDS = (*range(62), 128, 255, 50256, 100257, 128001, 128009, 151643
 def token_ids(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
     """The ids of the target tokens do not matter: masks are by position."""
     probe = Probe.of(loss_fn, data, logprobs)
-    batch = uniform_batch(
-        probe.batch, length=len(SPECIAL_TOKEN_IDS), datums=2, ref_logprobs=-2.5
-    )  # at the reference a pair's margin is 0 for any mask
+    # ref_logprobs differ from the logprobs: if they were equal, the margin of a pair would be 0 for any mask.
+    batch = uniform_batch(probe.batch, length=len(SPECIAL_TOKEN_IDS), datums=2, ref_logprobs=-2.5)
     plain, special = (value_with_targets(probe, batch, ids) for ids in ([1000], SPECIAL_TOKEN_IDS))
     if probe.close(special, plain, scale=0.01):
         return
@@ -177,7 +176,10 @@ def token_ids(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) 
 
 
 def value_with_targets(probe: Probe, batch: Batch, ids: Sequence[int]) -> float:
-    """Return the value with these ids, repeated, as the targets of the first datum only: in both sides they cancel."""
+    """Return the value if the targets of the first datum have these ids, in turns.
+
+    The other datums keep the id 1000: a mask on both sides of a pair could cancel.
+    """
     data = []
     for i, datum in enumerate(batch.data()):
         shape = datum.loss_fn_inputs["target_tokens"].to_numpy().shape
@@ -187,7 +189,7 @@ def value_with_targets(probe: Probe, batch: Batch, ids: Sequence[int]) -> float:
 
 
 def precision(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
-    """The computation is in float32 at least: a change of a logprob by 1e-4 changes the loss."""
+    """The loss computes in float32 or float64: a change of a logprob by 1e-4 changes the loss."""
     probe = Probe.of(loss_fn, data, logprobs)
     batch = uniform_batch(probe.batch, datums=2, logprobs=-1.0)
     tried = [batch]
@@ -226,7 +228,7 @@ class TransferRecorder(TorchFunctionMode):
 
 
 def count_transfers(probe: Probe, batch: Batch) -> int:
-    """Count the values moved to the host that depend on the logprobs. The data of a datum are on the host already."""
+    """Count the values that depend on the logprobs and that a call moves to the host, where the datums already are."""
     recorded = []
     # Each logprob changes by a different amount: equal changes could cancel within a position or over the batch.
     perturbed = [[x - 0.25 / (2 + i + j) for j, x in enumerate(row)] for i, row in enumerate(batch.logprobs)]
@@ -254,10 +256,13 @@ def tracing(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) ->
 
 def check_trace(probe: Probe, batch: Batch, shifts: Sequence[float]) -> None:
     """Trace the loss on a batch, run the trace on shifted logprobs, and compare with an eager call."""
-    loss_fn, data, shown = probe.loss_fn, batch.data(), batch.tensors(probe.dtype)
+    loss_fn, data, logprobs = probe.loss_fn, batch.data(), batch.tensors(probe.dtype)
     try:
-        with trace_context(TracingContext(FakeTensorMode())):  # without it make_fx makes a mode for each operation
-            traced = make_fx(lambda *lps: loss_fn(data, list(lps))[0], _error_on_data_dependent_ops=False)(*shown)
+        # Without a context make_fx makes a FakeTensorMode for each operation.
+        with trace_context(TracingContext(FakeTensorMode())):
+            keep_detach: dict[Any, Any] = {}  # without a table, PyTorch 2.15 traces detach as alias
+            trace = make_fx(lambda *lps: loss_fn(data, list(lps))[0], keep_detach, _error_on_data_dependent_ops=False)
+            traced = trace(*logprobs)
     except Exception as error:
         raise NotApplicable(f"it cannot be traced: {type(error).__name__}") from error
     for shift in shifts:
@@ -265,9 +270,9 @@ def check_trace(probe: Probe, batch: Batch, shifts: Sequence[float]) -> None:
         leaves = other.tensors(probe.dtype)
         value = traced(*leaves)
         eager = probe(other)
-        run = float(value.detach())
-        seen = f"Traced at these logprobs and run {shift:+} from them, the loss is {run}, not {eager.value}."
-        require(probe.close(run, eager.value), "branch-on-values", seen)
+        traced_value = float(value.detach())
+        seen = f"Traced at these logprobs and run {shift:+} from them, the loss is {traced_value}, not {eager.value}."
+        require(probe.close(traced_value, eager.value), "branch-on-values", seen)
         if value.requires_grad:
             value.backward()
         grads = [torch.zeros_like(lp) if lp.grad is None else lp.grad for lp in leaves]
@@ -291,24 +296,24 @@ NEAR_ZERO_LOGPROBS = (
 def finite(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
     """Finite logprobs give a finite value and finite gradients, however extreme they are.
 
-    The two numbers are the two sides of a pair, or the logprobs of the policy and of every other policy.
+    An entry of the constants holds two logprobs: of the two sides of a pair, or of the policy and all other policies.
     """
     probe = Probe.of(loss_fn, data, logprobs)
     pairs = batch_kind(probe.batch) == "preference"
-    for ends, bug in ((FAR_LOGPROBS, "log-of-sigmoid"), (NEAR_ZERO_LOGPROBS, "log-odds-nan")):
-        for x, y in ends:
+    for extremes, bug_of_pairs in ((FAR_LOGPROBS, "log-of-sigmoid"), (NEAR_ZERO_LOGPROBS, "log-odds-nan")):
+        for x, y in extremes:
             for advantage in (1.0, -1.0):
                 batch = uniform_batch(probe.batch, datums=2, logprobs=x, advantages=advantage)
                 width = len(batch.weights[0])
                 sides = [[x] * width, [y if pairs else x] * width]
                 others = {name: [[-1.0 if pairs else y] * width] * 2 for name in logprob_columns(batch)}
-                at, named = f"At logprobs {x:g} and {y:g}", bug if pairs else "exp-overflow"
+                at, bug = f"At logprobs {x:g} and {y:g}", bug_of_pairs if pairs else "exp-overflow"
                 try:
                     result = probe(batch.having(logprobs=sides, **others))
                 except LawBroken as error:  # the loss may refuse a result that is not finite
-                    raise LawBroken(named, f"{at}: {error.seen}") from error
+                    raise LawBroken(bug, f"{at}: {error.seen}") from error
                 seen = f"{at} the value is {result.value} and the gradients {result.gradients}."
-                require(result.finite, named, seen)
+                require(result.finite, bug, seen)
 
 
 def logprob_columns(batch: Batch) -> list[str]:

@@ -22,70 +22,81 @@ def no_inert_knob(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tenso
     from lossfns.testing.subject import knobs, setting_elements, variants
 
     probe = Probe.of(loss_fn, data, logprobs)
+    # Setting → the indices of the elements that have not changed the loss on any batch so far.
     inert = {
-        name: [e for e in setting_elements(value) if next(variants(loss_fn, name, e), None)]
+        name: [i for i in setting_elements(value) if next(variants(loss_fn, name, i), None)]
         for name, value in knobs(loss_fn).items()
     }
-    inert = {name: left for name, left in inert.items() if left}
-    assume(bool(inert), "it has no settings that can be seen")
+    inert = {name: indices for name, indices in inert.items() if indices}
+    assume(bool(inert), "it has no settings that can be varied")
+
+    def has_effect(batch: Batch, default: Outcome, name: str, index: int | None) -> bool:
+        metrics_too = isinstance(knobs(loss_fn)[name], bool)  # a boolean setting may change only the metrics
+        others = variants(loss_fn, name, index)
+        return any(changes_outcome(probe, batch, default, other, metrics_too) for other in others)
+
     for batch in generic_batches(probe.batch):
-        usual = probe(batch)
-        for name, left in inert.items():
-            metrics_too = isinstance(knobs(loss_fn)[name], bool)  # a switch may act on the metrics alone
-            moves = [
-                any(changes_outcome(probe, batch, usual, v, metrics_too) for v in variants(loss_fn, name, e))
-                for e in left
-            ]
-            inert[name] = [e for e, works in zip(left, moves) if not works]
-    for name, left in inert.items():
-        whole = len(left) == len(list(setting_elements(knobs(loss_fn)[name])))
-        clip = name.startswith(("clip", "eps")) and whole
-        part = "" if whole else f"[{left[0]}]" if left else ""
-        seen = f"Whatever {name}{part} is, value and gradient are those of {knobs(loss_fn)[name]!r}."
-        require(not left, "clip-inert" if clip else "inert-knob", seen)
+        default = probe(batch)
+        for name, indices in inert.items():
+            inert[name] = [i for i in indices if not has_effect(batch, default, name, i)]
+    for name, indices in inert.items():
+        if not indices:
+            continue
+        value = knobs(loss_fn)[name]
+        all_inert = len(indices) == len(list(setting_elements(value)))
+        clip = name.startswith(("clip", "eps")) and all_inert
+        element = "" if all_inert else f"[{indices[0]}]"
+        seen = f"Other values of {name}{element} change neither value nor gradient. The value here is {value!r}."
+        require(False, "clip-inert" if clip else "inert-knob", seen)
 
 
-def changes_outcome(probe: Probe, batch: Batch, usual: Outcome, other: LossFn, metrics_too: bool) -> bool:
-    """Return whether another setting changes the value or the gradient, or with ``metrics_too`` the metrics."""
+def changes_outcome(probe: Probe, batch: Batch, default: Outcome, other: LossFn, metrics_too: bool) -> bool:
+    """Return whether the loss with another setting has another value or gradient than ``default`` on the batch.
+
+    With ``metrics_too`` other metrics count as well. A call that raises shows no change.
+    """
     try:
         result = probe(batch, other)
     except Exception:
         return False
-    same = probe.close([result.value, result.gradients], [usual.value, usual.gradients], scale=0.01)
-    return not same or (metrics_too and result.metrics != usual.metrics)
+    same = probe.close([result.value, result.gradients], [default.value, default.gradients], scale=0.01)
+    return not same or (metrics_too and result.metrics != default.metrics)
 
 
 def generic_batches(like: Batch) -> list[Batch]:
-    """Return batches on which every term of a loss acts: log-ratios past all bounds, in both directions.
+    """Return batches on which every term of a loss contributes. Log-ratios lie on both sides of all bounds.
 
-    Log-ratios grow from batch to batch, because one large term can hide the others. In the later batches all
-    log-ratios of a sequence are equal.
+    Log-ratios grow from batch to batch, because one large term can hide the others. Then follow batches in which all
+    log-ratios of a sequence are equal, and a batch of likely tokens.
     """
-    steady = [ratio_batch(like, d, alternate=False) for d in (0.3, 2.0, 25.0)]
-    calm = [ratio_batch(like, d, alternate=True) for d in (0.0, 0.01, 0.15, 0.3, 1.0, 2.0, 25.0)]
-    return [*calm, *steady, ratio_batch(like, 0.25, alternate=True, level=-0.75)]
+    by_token = [ratio_batch(like, d, by_token=True) for d in (0.0, 0.01, 0.15, 0.3, 1.0, 2.0, 25.0)]
+    by_sequence = [ratio_batch(like, d, by_token=False) for d in (0.3, 2.0, 25.0)]
+    return [*by_token, *by_sequence, ratio_batch(like, 0.25, by_token=True, logprob=-0.75)]
 
 
-def ratio_batch(like: Batch, d: float, *, alternate: bool, level: float = -30.0) -> Batch:
-    """Return four datums of unequal length whose log-ratios are ±d, alternating by token or by sequence.
+def ratio_batch(like: Batch, d: float, *, by_token: bool, logprob: float = -30.0) -> Batch:
+    """Return four datums of unequal length whose log-ratios are ±d. The sign alternates by token or by sequence.
 
-    Logprobs of −30 leave room for any ratio. A loss that reads no old logprobs gets likely tokens instead, because
-    it may depend on the probabilities themselves.
+    Logprobs of −30 allow any log-ratio without a logprob above 0. A loss that reads no old logprobs gets likely tokens
+    instead, because it may depend on the probabilities themselves.
     """
 
-    def flip(i: int, j: int) -> float:
-        return -1.0 if (i // 2 + j * alternate) % 2 else 1.0
+    def sign(i: int, j: int) -> float:
+        # i // 2, because the sign of the advantage alternates with i, and each sign must meet each sign of the ratio
+        flips = i // 2 + j if by_token else i // 2
+        return -1.0 if flips % 2 else 1.0
 
     def fill(value: Callable[[int, int], float]) -> Rows:
         return [[value(i, j) for j in range(n * (like.targets or 1))] for i, n in enumerate((2, 3, 1, 4))]
 
-    level = level if "old_logprobs" in like.columns else -0.75
+    level = logprob if "old_logprobs" in like.columns else -0.75
+    # Likely tokens differ by datum and by d. Otherwise a loss without ratios would see the same logprobs each time.
     logprobs = fill(lambda i, j: level if level == -30 else level - 0.125 * i - d / 8)
     columns = {
         "advantages": fill(lambda i, j: (1 + 0.25 * i) * (-1 if i % 2 else 1)),
-        "old_logprobs": fill(lambda i, j: level + d * flip(i, j)),
+        "old_logprobs": fill(lambda i, j: level + d * sign(i, j)),
         "ref_logprobs": fill(lambda i, j: level - 0.25 - 0.25 * d * (1 + (i + j) % 3)),
-        "sampler_logprobs": fill(lambda i, j: level - 0.375 * d * flip(i, j)),
+        "sampler_logprobs": fill(lambda i, j: level - 0.375 * d * sign(i, j)),
     }
     weights = fill(lambda i, j: (1.0, 0.5, 1.0, 2.0)[j % 4])
     return Batch(logprobs, weights, {name: columns[name] for name in like.columns}, like.targets)

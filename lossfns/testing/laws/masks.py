@@ -33,8 +33,8 @@ def poison(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> 
     for name in ("logprobs", *batch.columns):
         for value in POISON:
             rows = column_rows(batch, name)
-            bad = [[x if w else value for x, w in zip(r, ws)] for r, ws in zip(rows, batch.weights)]
-            result = probe(batch.having(**{name: bad}))
+            poisoned = [[x if w else value for x, w in zip(r, ws)] for r, ws in zip(rows, batch.weights)]
+            result = probe(batch.having(**{name: poisoned}))
             if repr(result) != repr(clean):
                 require(False, *diagnose_leak(name, value, clean, result))
 
@@ -51,13 +51,13 @@ def with_padding(batch: Batch) -> Batch:
 
 
 def diagnose_leak(name: str, value: float, clean: Outcome, result: Outcome) -> tuple[str, str]:
-    """Return the bug that lets a masked slot act, and what was seen."""
+    """Return the bug that lets masked slots change the result, and the observation in words."""
     what = f"{value} in the masked slots of {name}"
     seen = f"{what}: the loss is {result.value}, not {clean.value}"
     if math.isfinite(result.value) and result.value == clean.value:
         if result.gradients == clean.gradients:
             return "mask-after-exp", f"{what} changes the metrics."
-        return "where-after-exp", f"{what} leaves the loss as it is, but the gradients are {result.gradients}."
+        return "where-after-exp", f"{what} does not change the loss, but the gradients are {result.gradients}."
     if math.isnan(result.value) or not math.isfinite(result.value):
         return "mask-after-exp", f"{seen}."
     return "kl-unmasked" if name == "ref_logprobs" else "mask-missing", f"{seen}."

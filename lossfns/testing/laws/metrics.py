@@ -31,20 +31,25 @@ def metric_loss(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]
 
 
 def metric_merge(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
-    """A metric of the batch is a sum, a mean over some count, or an extreme of the metrics of its parts."""
+    """A metric of the batch is the sum, a mean weighted by a count, or an extreme of the metrics of its parts."""
     probe = Probe.of(loss_fn, data, logprobs)
     batch = without_empty_units(unpoisoned(probe.batch))
     assume(len(unit_indices(batch)) > 1, "one datum cannot be split")
     parts = [batch.take(part) for part in unit_indices(batch)]
-    whole, of_parts = probe(batch).metrics, [probe(part).metrics for part in parts]
-    for name, value in whole.items():
+    of_batch, of_parts = probe(batch).metrics, [probe(part).metrics for part in parts]
+    for name, value in of_batch.items():
         values = [metrics.get(name, math.nan) for metrics in of_parts]
-        means = [weighted_mean(values, [count(part) for part in parts]) for count in COUNTS.values()]
-        extremes = [max(values)] * ("max" in name) + [min(values)] * ("min" in name)
-        fits = [math.fsum(values), *means, *extremes]
+        merged = [weighted_mean(values, [count(part) for part in parts]) for count in COUNTS.values()]
+        merged.append(math.fsum(values))
+        if "max" in name:
+            merged.append(max(values))
+        if "min" in name:
+            merged.append(min(values))
         seen = f"The metric {name!r} is {value} over the batch and {values} over its datums."
-        require(any(math.isclose(fit, value, rel_tol=1e-5, abs_tol=1e-6) for fit in fits), "metric-not-mergeable", seen)
+        right = any(math.isclose(x, value, rel_tol=1e-5, abs_tol=1e-6) for x in merged)
+        require(right, "metric-not-mergeable", seen)
 
 
 def weighted_mean(values: list[float], counts: list[float]) -> float:
+    """Return Σ v·c / Σ c."""
     return math.fsum(v * c for v, c in zip(values, counts)) / (math.fsum(counts) or 1.0)

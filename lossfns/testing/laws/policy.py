@@ -31,10 +31,10 @@ LOG_RATIOS = [0.001 * 1.35**i for i in range(28)]
 
 
 def value_and_gradient_at(probe: Probe, d: float, advantage: float, **columns: float) -> tuple[float, float]:
-    """Return value and gradient of a single token with log-ratio d."""
+    """Return value and gradient of a single token with log-ratio d to the old policy and to the sampler."""
     batch = uniform_batch(probe.batch, logprobs=-30.0, advantages=advantage)
-    columns_given = {"old_logprobs": -30.0 - d, "sampler_logprobs": -30.0 - d, **columns}
-    result = probe(with_constants(batch, **{name: x for name, x in columns_given.items() if name in batch.columns}))
+    constants = {"old_logprobs": -30.0 - d, "sampler_logprobs": -30.0 - d, **columns}
+    result = probe(with_constants(batch, **{name: x for name, x in constants.items() if name in batch.columns}))
     return result.value, result.gradients[0][0]
 
 
@@ -72,22 +72,23 @@ def zero_advantage(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tens
     result = probe(batch)
     g = max((g for row in result.gradients for g in row), key=abs)
     seen = f"With advantages 0 and every policy the same, the loss is {result.value} and a gradient is {g}."
-    kl = "ref_logprobs" in batch.columns and influences(probe, "ref_logprobs", batch, slots(batch), -0.5)
-    require(
-        probe.close([g, 1.0], [0.0, 1.0]) and abs(result.value) < 1e-6, "k1-in-loss" if kl else "sign-flipped", seen
-    )
+    has_kl = "ref_logprobs" in batch.columns and influences(probe, "ref_logprobs", batch, slots(batch), -0.5)
+    zero = probe.close([g, 1.0], [0.0, 1.0]) and abs(result.value) < 1e-6
+    require(zero, "k1-in-loss" if has_kl else "sign-flipped", seen)
 
 
 def penalty(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
-    """At advantage 0, a penalty on leaving the old policy pulls back to it from either side."""
+    """At advantage 0, a penalty on leaving the old policy pulls back to the old policy from either side."""
     probe = Probe.of(loss_fn, data, logprobs)
     assume(reads_old_logprobs(probe), "it reads no old logprobs")
-    (high, above), (level, at_old), (low, below) = (value_and_gradient_at(probe, d, 0.0) for d in (0.5, 0.0, -0.5))
+    points = (value_and_gradient_at(probe, d, 0.0) for d in (0.5, 0.0, -0.5))
+    (value_above, above), (value_at, at_old), (value_below, below) = points
     pulls = above - at_old, below - at_old
     seen = f"At advantage 0, half a nat above the old policy the gradient is {above:g}, half a nat below it {below:g}"
     if max(map(abs, pulls)) < 1e-7:
-        flat = probe.close([1.0, high, low], [1.0, level, level])
-        require(flat, "detached-term", f"{seen}; the loss is {high:g} and {low:g}, on-policy {level:g}.")
+        flat = probe.close([1.0, value_above, value_below], [1.0, value_at, value_at])
+        values = f"the loss is {value_above:g} and {value_below:g}, on-policy {value_at:g}"
+        require(flat, "detached-term", f"{seen}; {values}.")
         assume(False, "it has no penalty on leaving the old policy")
     require(pulls[0] > 0 > pulls[1], "penalty-sign", f"{seen}, on it {at_old:g}.")
 
@@ -101,6 +102,7 @@ def kl(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None
     off = [name for name, value in knobs(loss_fn).items() if "kl" in name and value == 0]
     assume(not off, f"{off[0] if off else ''} is 0")
     lp = -30.0
+    # (advantage, lp − ref) → the gradient of the KL term, relative to the gradient at the reference
     pull = {
         (a, x): value_and_gradient_at(probe, 0.0, a, ref_logprobs=lp - x)[1]
         - value_and_gradient_at(probe, 0.0, a, ref_logprobs=lp)[1]
@@ -113,15 +115,14 @@ def kl(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None
     seen = f"Half a nat above the reference the KL term's gradient is {above:g}, half a nat below it {below:g}"
     if all(p == 0 for p in pull.values()):
         require(at_reference == 0, "k1-in-loss", f"{seen}: {at_reference:g} everywhere.")
-        moves = values[0] != values[1]
-        assume(moves or not only_in_metrics(probe), "only its metrics use the reference")
-        require(
-            False, "kl-detached" if moves else "ref-inert", f"{seen}; its value {'moves' if moves else 'does not'}."
-        )
+        changes = values[0] != values[1]
+        assume(changes or not only_in_metrics(probe), "only its metrics use the reference")
+        seen = f"{seen}; its value {'changes' if changes else 'does not change either'}."
+        require(False, "kl-detached" if changes else "ref-inert", seen)
     spread = max(abs(pull[a, x] - pull[0.0, x]) for a, x in pull)
-    shared = spread <= 1e-3 * max(map(abs, pull.values()))
+    same_for_all = spread <= 1e-3 * max(map(abs, pull.values()))
     by_advantage = f"{seen} at advantage 0, {pull[1.0, 0.5]:g} at 1, {pull[-2.0, 0.5]:g} at −2."
-    require(shared, "kl-scaled-by-advantage", by_advantage)
+    require(same_for_all, "kl-scaled-by-advantage", by_advantage)
     require(above > 0 > below, "kl-sign", f"{seen}: it pushes away.")
 
 
@@ -146,22 +147,20 @@ def ratio(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> N
     probe = Probe.of(loss_fn, data, logprobs)
     assume(reads_old_logprobs(probe), "it reads no old logprobs")
     base, lower = sequence_value(probe, [0.0] * 3), sequence_value(probe, [-0.5] * 3)
-    relative = lower / base if base else math.nan
+    relative = lower / base if base else math.nan  # exp(−0.5) if the loss is right
     seen = f"With 3 tokens of log-ratio −0.5 and advantage 1 the loss is {lower:g}, on-policy {base:g}"
     slopes = sequence_gradient(probe, 3), sequence_gradient(probe, 1)
     require(slopes[0] != 0 or slopes[1] == 0, "ratio-sum", f"{seen}: with 3 tokens on-policy there is no gradient.")
     require(base != 0, "ratio-not-exponentiated", f"{seen}.")
     if relative == 1:
-        weighed = value_and_gradient_at(probe, 0.0, -1.0) != value_and_gradient_at(probe, -0.5, -1.0)
-        require(weighed, "old-logprobs-inert", f"{seen}: the same.")
+        changes = value_and_gradient_at(probe, 0.0, -1.0) != value_and_gradient_at(probe, -0.5, -1.0)
+        require(changes, "old-logprobs-inert", f"{seen}: the same.")
         assume(False, "the ratio acts on tokens of negative advantage alone")
     on, near, far = (value_and_gradient_at(probe, d, 1.0)[1] for d in (0.0, -0.05, -0.1))
     inverted = on != 0 and probe.close([near / on, far / on], [math.exp(0.05), math.exp(0.1)])
     require(not inverted, "ratio-inverted", f"At log-ratio −0.1 the gradient is exp(0.1) times that of {on:g} at 0.")
-    assume(
-        not math.isclose(relative, 1 + 0.5 / -30, rel_tol=0.2) or relative < 0.9,
-        "the value does not depend on the ratio",
-    )
+    constant = relative >= 0.9 and math.isclose(relative, 1 + 0.5 / -30, rel_tol=0.2)
+    assume(not constant, "the value does not depend on the ratio")
     require(not math.isclose(relative, math.exp(-1.5), rel_tol=1e-3), "ratio-product", f"{seen}: exp(3 · −0.5) of it.")
     squared = "sampler_logprobs" in columns_read(probe) and math.isclose(relative, math.exp(-1), rel_tol=1e-3)
     require(not squared, "missing-stop-gradient", f"{seen}: the ratio enters twice, by the sampler correction too.")
@@ -185,10 +184,12 @@ def sequence_batch(probe: Probe, log_ratios: Sequence[float]) -> Batch:
 
 
 def sequence_value(probe: Probe, log_ratios: Sequence[float]) -> float:
+    """Return the loss of one sequence with these log-ratios."""
     return probe(sequence_batch(probe, log_ratios)).value
 
 
 def sequence_gradient(probe: Probe, length: int) -> float:
+    """Return the gradient of the first token of an on-policy sequence."""
     return probe(sequence_batch(probe, [0.0] * length)).gradients[0][0]
 
 
@@ -235,19 +236,22 @@ def check_scale(probe: Probe, batch: Batch) -> None:
     sizes = [[-row[0] for row in probe(part).gradients] for part in parts]
     counts = {name: [[count(part)] * len(part.weights) for part in parts] for name, count in COUNTS.items()}
     counts["sequence means"] = [[len(row) * len(part.weights) for row in part.weights] for part in parts]
-    kappas = {name: [s * c for ss, cs in zip(sizes, row) for s, c in zip(ss, cs)] for name, row in counts.items()}
-    steady = {name: ks[0] for name, ks in kappas.items() if probe.close(ks, [ks[0]] * len(ks))}
+    # For the count by which the loss divides, size · count is one factor over all datums of all parts.
+    products = {name: [s * c for ss, cs in zip(sizes, row) for s, c in zip(ss, cs)] for name, row in counts.items()}
+    factors = {name: ks[0] for name, ks in products.items() if probe.close(ks, [ks[0]] * len(ks))}
     seen = f"The gradients of tokens of weight 1 are {[[-s for s in row] for row in sizes]}"
-    if any(name in ("sequences", "datums") or probe.close(k, 1.0) for name, k in steady.items()):
+    # A factor is not detected if the loss divides by a number of sequences: it may be a fixed length.
+    if any(name in ("sequences", "datums") or probe.close(k, 1.0) for name, k in factors.items()):
         return
-    for name, k in steady.items():
+    for name, k in factors.items():
         doubled = probe.close(k, 2.0) and (has_sequence_ratio(probe) or "sampler_logprobs" in columns_read(probe))
         require(False, "missing-stop-gradient" if doubled else "constant-factor", f"{seen}: {k:g} / {name}.")
     for name, row in counts.items():
+        # 1 / size − count is one number for all datums if that number is added to the denominator.
         extra = [1 / s - c for ss, cs in zip(sizes, row) for s, c in zip(ss, cs) if s]
         added = probe.close(extra, [extra[0]] * len(extra))
         require(not added, "epsilon-in-denominator", f"{seen}: 1 / ({name} + {extra[0]:g}).")
-    require(False, "constant-factor", f"{seen}, which is 1 / D for no D of {', '.join(counts)}.")
+    require(False, "constant-factor", f"{seen}, which is not 1 / D for any D of {', '.join(counts)}.")
 
 
 def clip(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
@@ -256,6 +260,7 @@ def clip(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> No
     assume(reads_old_logprobs(probe), "it reads no old logprobs")
     grid = [*(-d for d in reversed(LOG_RATIOS)), *LOG_RATIOS]
     table = {a: [(d, *value_and_gradient_at(probe, d, a)) for d in grid] for a in (1.0, -1.0)}
+    # The log-ratios without a gradient, for advantage 1 (good) and −1 (bad), below and above ratio 1.
     good_below, good_above, bad_below, bad_above = (
         [d for d, _, g in table[a] if g == 0 and d * side > 0] for a in (1.0, -1.0) for side in (-1, 1)
     )
@@ -263,22 +268,21 @@ def clip(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> No
     seen = f"A token of advantage 1 has no gradient below the ratio {low}, one of −1 none above {high}"
     # A dual clip removes the gradient where A < 0 and the ratio is far above 1, a cap removes it for every token.
     # Neither acts on ratios near 1.
-    binds_bad = [d for d in bad_above if d < 0.5]
-    if good_below or binds_bad:
+    bad_near = [d for d in bad_above if d < 0.5]
+    if good_below or bad_near:
         opposite_kept = not good_above and not bad_below
         require(False, "clip-max-for-min" if opposite_kept else "clip-without-min", f"{seen}.")
     for a, d in ((1.0, 2.5), (-1.0, -2.5)):
         value, gradient = value_and_gradient_at(probe, d, a)
         nudged = value_after_nudge(probe, d, a, -0.25)
-        unmoved = probe.close(value, nudged) and not probe.close(value, value + 0.25 * gradient, scale=10)
+        flat_value = probe.close(value, nudged) and not probe.close(value, value + 0.25 * gradient, scale=10)
         seen = f"At the ratio {math.exp(d):.3g} and advantage {a:g} the loss does not change with the logprob"
-        require(
-            not unmoved or is_constant(table[a]), "clip-gradient-leaks", f"{seen}, but its gradient is {gradient:g}."
-        )
+        leaks = flat_value and not is_constant(table[a])
+        require(not leaks, "clip-gradient-leaks", f"{seen}, but its gradient is {gradient:g}.")
 
 
 def value_after_nudge(probe: Probe, d: float, advantage: float, by: float) -> float:
-    """Return the value of a single token with log-ratio d, whose own logprob is shifted by ``by`` alone."""
+    """Return the value of a single token with log-ratio d after ``by`` is added to the policy's logprob."""
     batch = uniform_batch(
         probe.batch, logprobs=-30.0, advantages=advantage, old_logprobs=-30.0 - d, sampler_logprobs=-30.0 - d
     )
@@ -296,18 +300,18 @@ def clip_bounds(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]
 
     probe = Probe.of(loss_fn, data, logprobs)
     clips = [value for name, value in knobs(loss_fn).items() if name.startswith("clip")]
-    named = [value for value in clips if isinstance(value, (tuple, list)) and len(value) == 2]
-    assume(len(named) == 1 and named[0][0] <= 1 <= named[0][1], "its settings hold no absolute bounds")
-    low, high = named[0]
+    bounds = [value for value in clips if isinstance(value, (tuple, list)) and len(value) == 2]
+    assume(len(bounds) == 1 and bounds[0][0] <= 1 <= bounds[0][1], "its settings hold no absolute bounds")
+    low, high = bounds[0]
     for bound, mistaken, advantage in ((high, 1 + high, 1.0), (low, 1 - low, -1.0)):
         if not 0 < bound < math.inf or mistaken <= 0 or gradient_ends_at(probe, bound, advantage):
-            continue  # no ratio lies there, or the bound acts as set
+            continue  # no ratio can lie at one of the two, or the bound acts where it is set
         seen = f"The bound is set to {bound:g}; at advantage {advantage:g} the gradient ends or levels at {mistaken:g}."
         require(not gradient_ends_at(probe, mistaken, advantage), "clip-as-epsilon", seen)
 
 
 def gradient_ends_at(probe: Probe, ratio: float, advantage: float) -> bool:
-    """Return whether the gradient changes with the ratio up to this one and not beyond it."""
+    """Return whether the gradient changes with the ratio between 1 and this ratio, and not beyond it."""
     d = math.log(ratio)
     inner, inside, outside, outer = (
         value_and_gradient_at(probe, d * by, advantage)[1] for by in (0.98, 0.99, 1.01, 1.02)

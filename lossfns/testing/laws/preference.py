@@ -29,7 +29,7 @@ from lossfns.testing.laws.sums import central_difference
 
 
 def pair_batch(probe: Probe, chosen: float = -2.0, rejected: float = -2.0, length: int = 1, pairs: int = 1) -> Batch:
-    """Return pairs whose sides differ in their logprobs alone; the reference is at −2."""
+    """Return pairs whose sides differ only in their logprobs. All reference logprobs are −2."""
     batch = uniform_batch(probe.batch, length=length, datums=2 * pairs)
     return batch.having(logprobs=[[chosen] * length, [rejected] * length] * pairs)
 
@@ -42,15 +42,15 @@ def sides(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> N
     seen = f"In one pair of equal sides the gradient is {chosen:g} for the chosen and {rejected:g} for the rejected"
     assume(chosen != 0 or rejected != 0, "there is no gradient")
     if chosen == 0 or rejected == 0:
-        moves = central_difference(probe, pair_batch(probe), 0, 0, 1e-4)
-        right = math.isclose(chosen, moves, rel_tol=1e-3, abs_tol=1e-6)
-        require(False, "side-detached" if right else "detached-term", f"{seen}.")
+        slope = central_difference(probe, pair_batch(probe), 0, 0, 1e-4)
+        is_slope = math.isclose(chosen, slope, rel_tol=1e-3, abs_tol=1e-6)
+        require(False, "side-detached" if is_slope else "detached-term", f"{seen}.")
     likely = "sign-flipped" if result.value < 0 else "sides-swapped"
     require(chosen < 0 < rejected, likely, f"{seen}, the loss {result.value:g}.")
     rows = probe(pair_batch(probe, pairs=3)).gradients
     require(all(map(any, rows)), "datum-ignored", f"In three equal pairs the gradients are {[row[0] for row in rows]}.")
-    right = all((row[0] < 0) == (i % 2 == 0) for i, row in enumerate(rows))
-    require(right, "pair-layout", f"In three equal pairs the gradients are {[row[0] for row in rows]}.")
+    neighbours = all((row[0] < 0) == (i % 2 == 0) for i, row in enumerate(rows))
+    require(neighbours, "pair-layout", f"In three equal pairs the gradients are {[row[0] for row in rows]}.")
 
 
 def pair_canary(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
@@ -71,7 +71,8 @@ def pair_canary(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]
         require(all(len(h) < 2 for h in hit), "mask-missing", seen)
         if hit[0] != [j] or hit[1] != [k]:
             lost = not hit[0] or not hit[1]
-            require(False, "target-dropped" if lost and {j, k} & {0, 3} and {j, k} != {1, 2} else "frame-shift", seen)
+            at_ends = {j, k} == {0, 3}
+            require(False, "target-dropped" if lost and at_ends else "frame-shift", seen)
     if "ref_logprobs" in columns_read(probe):
         check_reference_positions(probe, alone)
 
@@ -79,17 +80,19 @@ def pair_canary(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]
 def check_reference_positions(probe: Probe, batch: Batch) -> None:
     """Require that only the reference logprobs of active tokens matter, each for its own datum."""
     ((i, j), *_), masked = slots(batch), slots(batch, active=False)
-    moves = [slot for slot in [(i, j), *masked, *slots(batch)[1:]] if influences(probe, "ref_logprobs", batch, [slot])]
-    if not moves:
+    tried = [(i, j), *masked, *slots(batch)[1:]]
+    influential = [slot for slot in tried if influences(probe, "ref_logprobs", batch, [slot])]
+    if not influential:
         return  # the reference is inert: another law reports it
-    seen = f"With only tokens {slots(batch)} active, the reference's logprobs of {moves} matter"
-    if (i, j) not in moves:
-        whole = [[x + 0.25 * (k == i) for x in row] for k, row in enumerate(batch.columns["ref_logprobs"])]
-        own = not probe.close(probe(batch.having(ref_logprobs=whole)).value, probe(batch).value, scale=0.01)
-        partner = {k for k, _ in moves} <= {0, 1}
-        bug = "frame-shift" if own else "reference-misused" if partner else "datum-misaligned"
+    seen = f"With only tokens {slots(batch)} active, the reference's logprobs of {influential} matter"
+    if (i, j) not in influential:
+        datum_slots = [(i, t) for t in range(len(batch.weights[i]))]
+        raised = batch.having(ref_logprobs=shifted(batch.columns["ref_logprobs"], datum_slots, 0.25))
+        same_datum = not probe.close(probe(raised).value, probe(batch).value, scale=0.01)
+        same_pair = {k for k, _ in influential} <= {0, 1}
+        bug = "frame-shift" if same_datum else "reference-misused" if same_pair else "datum-misaligned"
         require(False, bug, f"{seen}; that of the first does not.")
-    require(not set(moves) & set(masked), "kl-unmasked", f"{seen}.")
+    require(not set(influential) & set(masked), "kl-unmasked", f"{seen}.")
 
 
 def pair_weights(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
@@ -114,10 +117,13 @@ def reference(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) 
     require(not inert, "ref-inert", "Changing the reference's logprobs of the chosen side changes nothing.")
     plain = probe(batch).value
     for i, side in enumerate(("chosen", "rejected")):
-        by = [probe(shift_both(batch, i, shift)).value - plain for shift in (-4.0, -8.0)]
-        nll = i == 0 and probe.close(2 * by[0], by[1])  # a term of the chosen side's own logprobs is linear
-        seen = f"Lowering policy and reference of the {side} side by the same 4 nats changes the loss by {by[0]:g}."
-        require(nll or probe.close(plain + by[0], plain), "reference-misused", seen)
+        changes = [probe(shift_both(batch, i, shift)).value - plain for shift in (-4.0, -8.0)]
+        # A loss may have a term of the chosen side's likelihood, without the reference. This term is linear.
+        nll = i == 0 and probe.close(2 * changes[0], changes[1])
+        seen = (
+            f"Lowering policy and reference of the {side} side by the same 4 nats changes the loss by {changes[0]:g}."
+        )
+        require(nll or probe.close(plain + changes[0], plain), "reference-misused", seen)
 
 
 def shift_both(batch: Batch, i: int, shift: float) -> Batch:
@@ -134,8 +140,9 @@ def step_zero(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) 
     seen = f"With policy = reference the loss of one pair is {one.value:g}, of two {two.value:g}"
     half = probe.close(one.value, math.log(2) / 2)
     require(not half, "pairs-miscounted", f"{seen}: half of ln 2.")
-    lost = probe(pair_batch(probe, chosen=-2e4)).gradients[0][0]
-    logistic = probe.close(lost / one.gradients[0][0], 2.0) if one.gradients[0][0] else False
+    # The gradient of −log σ(βm) is −β/2 at m = 0 and −β for a very negative m. The rest holds for such a loss only.
+    ranked_wrong = probe(pair_batch(probe, chosen=-2e4)).gradients[0][0]
+    logistic = probe.close(ranked_wrong / one.gradients[0][0], 2.0) if one.gradients[0][0] else False
     require(not logistic or probe.close(one.value, math.log(2)), "constant-factor", f"{seen}: not ln 2.")
     alone, of_four = (probe(pair_batch(probe, length=n)).gradients[1][0] for n in (1, 4))
     seen = f"With policy = reference the gradient of a rejected token is {alone:g} alone, {of_four:g} of four."
@@ -143,15 +150,15 @@ def step_zero(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) 
 
 
 def pair_scale(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
-    """Where a pair is ranked right by a large margin, the gradient of the chosen side's nll is not halved."""
+    """If a pair is ranked right by a large margin, the gradient of the chosen side's likelihood is not halved."""
     from lossfns.testing.subject import knobs
 
     probe = Probe.of(loss_fn, data, logprobs)
     assume("ref_logprobs" not in columns_read(probe), "it has a reference")
     assume(0.5 not in knobs(loss_fn).values(), "a setting is 0.5, which may halve the gradient")
-    left = probe(pair_batch(probe, chosen=-1e-3, rejected=-30.0)).gradients[0][0]
-    seen = f"In a pair that is ranked right by a large margin the gradient of the chosen token is {left:g}, not −1."
-    require(not math.isclose(left, -0.5, rel_tol=1e-3), "pairs-miscounted", seen)
+    gradient = probe(pair_batch(probe, chosen=-1e-3, rejected=-30.0)).gradients[0][0]
+    seen = f"In a pair that is ranked right by a large margin the gradient of the chosen token is {gradient:g}, not −1."
+    require(not math.isclose(gradient, -0.5, rel_tol=1e-3), "pairs-miscounted", seen)
 
 
 def monotone(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
@@ -168,14 +175,14 @@ def odds(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> No
     probe = Probe.of(loss_fn, data, logprobs)
     assume("ref_logprobs" not in columns_read(probe), "it has a reference")
     probed = (-1.0, -0.1, -1e-3, -1e-5) if probe.dtype == torch.float64 else (-1.0, -0.1, -1e-2)
-    pulls = {a: probe(pair_batch(probe, chosen=a, rejected=a)).gradients[1][0] for a in probed}
-    first = pulls[-1.0]
+    gradients = {a: probe(pair_batch(probe, chosen=a, rejected=a)).gradients[1][0] for a in probed}
+    first = gradients[-1.0]
     assume(first != 0, "the rejected side has no gradient")
-    expected = {a: (1 - math.exp(-1.0)) / -math.expm1(a) for a in pulls}
-    ratios = {a: g / first for a, g in pulls.items()}
+    expected = {a: (1 - math.exp(-1.0)) / -math.expm1(a) for a in gradients}
+    ratios = {a: g / first for a, g in gradients.items()}
     constant = all(probe.close(x, 1.0) for x in ratios.values())
-    right = all(math.isclose(ratios[a], expected[a], rel_tol=1e-4) for a in pulls)
-    worst = max(pulls, key=lambda a: abs(math.log(abs(ratios[a] / expected[a]) + 1e-30)))
+    right = all(math.isclose(ratios[a], expected[a], rel_tol=1e-4) for a in gradients)
+    worst = max(gradients, key=lambda a: abs(math.log(abs(ratios[a] / expected[a]) + 1e-30)))
     seen = f"At logprob {worst:g} on both sides the rejected side's gradient is {ratios[worst]:g} of that at −1"
     require(constant or right, "log-odds-biased", f"{seen}, not {expected[worst]:g}.")
 
@@ -197,13 +204,13 @@ def margin_metrics(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tens
     assume("ref_logprobs" in columns_read(probe), "it reads no reference")
     batch = pair_batch(probe, chosen=-1.5, rejected=-2.5)
     result = probe(batch)
-    zero = probe(pair_batch(probe)).gradients[0][0]
-    beta = -2 * zero
+    beta = -2 * probe(pair_batch(probe)).gradients[0][0]  # at margin 0 the gradient is −β/2
     assume(probe.close(probe(pair_batch(probe)).value, math.log(2)), "it is not logistic, or its labels are smoothed")
-    inside = -math.log(math.expm1(result.value)) if result.value > 0 else math.nan
-    assume(math.isclose(inside, beta, rel_tol=1e-3), "its labels are smoothed")
+    # The loss is log(1 + exp(−z)) with z = β · margin, here at margin 1.
+    z = -math.log(math.expm1(result.value)) if result.value > 0 else math.nan
+    assume(math.isclose(z, beta, rel_tol=1e-3), "its labels are smoothed")
     for name, value in result.metrics.items():
         if "margin" in name:
-            right = [inside] if "reward" in name else [inside, 1.0]
+            right = [z] if "reward" in name else [z, 1.0]
             seen = f"At margin 1 with β = {beta:g} the metric {name!r} is {value}, not {' or '.join(map(str, right))}."
             require(any(math.isclose(value, x, rel_tol=1e-3) for x in right), "metric-scaled-twice", seen)

@@ -39,19 +39,22 @@ def duplication(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]
     count = len(batch.weights)
     once, twice = probe(batch), probe(batch.take([*range(count), *range(count)]))
     assume(any(g != 0 for row in once.gradients for g in row), "there is no gradient")
-    for factor in (1.0, 2.0):
-        half = [[2 * g / factor for g in row] for row in twice.gradients[:count]]
-        if probe.close([twice.value / factor, half], [once.value, once.gradients]):
+    for factor in (1.0, 2.0):  # of a mean and of a sum
+        rescaled = [[2 * g / factor for g in row] for row in twice.gradients[:count]]
+        if probe.close([twice.value / factor, rescaled], [once.value, once.gradients]):
             return
-    share = gradient_growth(once, twice)
-    seen = f"The batch twice has {share:g} times the gradient of the batch; its loss is {twice.value}, not {once.value}"
+    growth = gradient_growth(once, twice)
+    seen = (
+        f"The batch twice has {growth:g} times the gradient of the batch; its loss is {twice.value}, not {once.value}"
+    )
     if not probe.close(twice.gradients[:count], twice.gradients[count:]):
         equal = len(set(active_counts(batch))) == 1
         require(False, "order-dependent" if equal else "mean-of-means", f"{seen}; the two copies differ.")
+    # A constant in the denominator matters less with large weights.
     heavy = batch.having(weights=[[64 * w for w in row] for row in batch.weights])
-    same = probe.close(gradient_growth(probe(heavy), probe(heavy.take([*range(count)] * 2))), share)
+    same = probe.close(gradient_growth(probe(heavy), probe(heavy.take([*range(count)] * 2))), growth)
     between = "mean-of-means" if same else "epsilon-in-denominator"
-    likely = "divided-twice" if share < 0.75 else "broadcast" if share > 2 else between
+    likely = "divided-twice" if growth < 0.75 else "broadcast" if growth > 2 else between
     require(False, likely, f"{seen}: a mean gives 1 and a sum 2.")
 
 
@@ -94,7 +97,7 @@ def simulated_world(size: int) -> Iterator[None]:
 
 
 def all_reduce(size: int, tensor: Tensor, op: Any = None, *_: Any, **__: Any) -> None:
-    """Do as ``torch.distributed.all_reduce`` where every rank holds the same tensor: a sum is ``size`` times it."""
+    """Simulate ``torch.distributed.all_reduce`` where every rank holds the same tensor: multiply it for a sum."""
     if op in (None, torch.distributed.ReduceOp.SUM):
         tensor.mul_(size)
 
@@ -127,7 +130,7 @@ COUNTS: dict[str, Count] = {
 
 
 def split(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
-    """For some additive count D, the losses of the parts times their D add up to that of the batch."""
+    """For some additive count D, Σ L(part) · D(part) over the parts is L(batch) · D(batch)."""
     probe = Probe.of(loss_fn, data, logprobs)
     batch = unpoisoned(probe.batch)
     batch = without_empty_units(batch)
@@ -137,41 +140,38 @@ def split(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> N
     seen = f"With no count of {', '.join(COUNTS)} do the gradients of the datums add up to those of the batch."
     if batch_kind(batch) == "policy":
         no_kl = batch.having(ref_logprobs=batch.logprobs) if "ref_logprobs" in batch.columns else batch
-        alone = [additive_counts(probe, with_constants(batch, advantages=0.0)), additive_counts(probe, no_kl)]
-        mixed = all(alone) and not set(alone[0]) & set(alone[1])
-        if mixed:
-            require(
-                False,
-                "mixed-denominators",
-                f"{seen} With advantages 0 they do with {alone[0]}, without KL with {alone[1]}.",
-            )
+        of_kl = additive_counts(probe, with_constants(batch, advantages=0.0))
+        of_policy = additive_counts(probe, no_kl)
+        if of_kl and of_policy and not set(of_kl) & set(of_policy):
+            terms = f"With advantages 0 they do with {of_kl}, without KL with {of_policy}."
+            require(False, "mixed-denominators", f"{seen} {terms}")
     plain = on_policy_batch(with_constants(batch, **{"advantages": 1.0} if "advantages" in batch.columns else {}))
-    cross_divided = math.fsum(1 / (math.fsum(row) or 1.0) for row in batch.weights) / len(batch.weights) ** 2
+    # The share of every token if each datum is divided by the weights of each datum, and all B² quotients are averaged.
+    broadcast_share = math.fsum(1 / (math.fsum(row) or 1.0) for row in batch.weights) / len(batch.weights) ** 2
     shares = [-g / w for gs, ws in zip(probe(plain).gradients, plain.weights) for g, w in zip(gs, ws) if w]
-    every = unit_size(batch) == 1 and probe.close(shares, [cross_divided] * len(shares))
-    require(not every, "broadcast", f"{seen} Each datum is divided by every datum's weights.")
+    is_broadcast = unit_size(batch) == 1 and probe.close(shares, [broadcast_share] * len(shares))
+    require(not is_broadcast, "broadcast", f"{seen} Each datum is divided by every datum's weights.")
     heavy = batch.having(weights=[[8 * w for w in row] for row in batch.weights])
     require(not additive_counts(probe, heavy), "epsilon-in-denominator", f"{seen} With 8 times the weights they do.")
-    one = batch.having(weights=[[1.0 if j == 0 else 0.0 for j in range(len(row))] for row in batch.weights])
-    require(
-        bool(additive_counts(probe, one)), "order-dependent", f"{seen} With one token of each datum they do not either."
-    )
+    one_token = batch.having(weights=[[1.0 if j == 0 else 0.0 for j in range(len(row))] for row in batch.weights])
+    additive = bool(additive_counts(probe, one_token))
+    require(additive, "order-dependent", f"{seen} With one token of each datum they do not either.")
     require(False, "mean-of-means", seen)
 
 
 def additive_counts(probe: Probe, batch: Batch) -> list[str]:
-    """Return the counts with which the parts of a batch add up to it."""
+    """Return the counts D with Σ L(part) · D(part) = L(batch) · D(batch), for value and gradient."""
     whole, parts = probe(batch), [batch.take(part) for part in unit_indices(batch)]
     outcomes = [probe(part) for part in parts]
-    fits = []
+    fitting = []
     for name, count in COUNTS.items():
         divisors = [count(part) for part in parts]
-        total = sum(divisors) if name != "1" else 1.0
+        total = sum(divisors) if name != "1" else 1.0  # a sum is divided by 1, also over the batch
         value = math.fsum(out.value * d for out, d in zip(outcomes, divisors))
         rows = [[g * d for g in row] for out, d in zip(outcomes, divisors) for row in out.gradients]
         if probe.close([value, rows], [whole.value * total, [[g * total for g in row] for row in whole.gradients]]):
-            fits.append(name)
-    return fits
+            fitting.append(name)
+    return fitting
 
 
 def permutation(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
@@ -180,9 +180,9 @@ def permutation(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]
     batch = unpoisoned(probe.batch)
     assume(len(unit_indices(batch)) > 1, "one datum has one order")
     order = [i for part in reversed(unit_indices(batch)) for i in part]
-    plain, turned = probe(batch), probe(batch.take(order))
-    seen = f"In reverse order the loss is {turned.value}, not {plain.value}, or its gradients differ."
-    same = probe.close([turned.value, turned.gradients], [plain.value, [plain.gradients[i] for i in order]])
+    plain, back = probe(batch), probe(batch.take(order))
+    seen = f"In reverse order the loss is {back.value}, not {plain.value}, or its gradients differ."
+    same = probe.close([back.value, back.gradients], [plain.value, [plain.gradients[i] for i in order]])
     require(same, "order-dependent", seen)
 
 

@@ -13,22 +13,26 @@ from lossfns.testing.laws.policy import check_scale, unequal_weights_batch
 
 
 def linear(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
-    """The gradient does not depend on the logprobs, and each of K targets counts by its weight."""
+    """The gradient does not depend on the logprobs, and that of each of K targets is proportional to its weight."""
     probe = Probe.of(loss_fn, data, logprobs)
     batch = unequal_weights_batch(probe)
     gradients = probe(batch).gradients
     after = probe(batch.having(logprobs=shifted(batch.logprobs, [(0, 0)], -1.0))).gradients
-    sums = [math.fsum(gradients[0][i : i + batch.targets]) for i in range(0, len(gradients[0]), batch.targets or 99)]
-    free = batch.targets and probe.close([1.0, *sums], [1.0] + [0.0] * len(sums))
+    bug = "not-likelihood"
+    if batch.targets:
+        sums = [math.fsum(gradients[0][i : i + batch.targets]) for i in range(0, len(gradients[0]), batch.targets)]
+        # Over a softmax of the K targets alone, the gradients of a position sum to 0.
+        if probe.close([1.0, *sums], [1.0] + [0.0] * len(sums)):
+            bug = "renormalised-targets"
     seen = f"With weights {batch.weights} the gradients are {gradients}; they change with the logprobs."
-    require(probe.close(after, gradients), "renormalised-targets" if free else "not-likelihood", seen)
+    require(probe.close(after, gradients), bug, seen)
     if batch.targets:
         factors = [-g / w for g, w in zip(gradients[0], batch.weights[0])]
-        by_candidate = [factors[k :: batch.targets] for k in range(batch.targets)]
-        steady = all(probe.close(row, [row[0]] * len(row)) for row in by_candidate)
-        along = steady and not probe.close(factors, [factors[0]] * len(factors))
-        seen = f"The gradients divided by the weights are {by_candidate} for the first, second, … target."
-        require(not along, "targets-transposed", seen)
+        by_target = [factors[k :: batch.targets] for k in range(batch.targets)]
+        equal_over_positions = all(probe.close(row, [row[0]] * len(row)) for row in by_target)
+        transposed = equal_over_positions and not probe.close(factors, [factors[0]] * len(factors))
+        seen = f"The gradients divided by the weights are {by_target} for the first, second, … target."
+        require(not transposed, "targets-transposed", seen)
 
 
 def likelihood(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:

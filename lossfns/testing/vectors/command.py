@@ -39,7 +39,9 @@ def add_vectors(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     )
     p.add_argument("--cmd", required=True, metavar="COMMAND", help="the program, such as './my_impl --fast'")
     p.add_argument("--loss", choices=METHODS, metavar="NAME", help=f"one of {', '.join(METHODS)}; all if left out")
-    p.add_argument("--dtype", choices=("float64", "float32"), default="float64", help="what the program computes in")
+    p.add_argument(
+        "--dtype", choices=("float64", "float32"), default="float64", help="the dtype in which the program computes"
+    )
     p.add_argument("--timeout", type=float, default=10.0, metavar="S", help="the longest wait for a reply, in seconds")
     p.add_argument("--xfail", metavar="FILE", help="ids or patterns of vectors that are expected to fail, one a line")
     p.add_argument("--json", metavar="FILE", help="write the report as JSON; '-' prints it in place of the table")

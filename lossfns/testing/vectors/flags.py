@@ -1,4 +1,4 @@
-"""The flags of a vector, which are the bugs that it detects, and the bugs that explain a wrong reply."""
+"""The bugs that a vector detects (its flags), and the bugs that explain a wrong reply."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ from lossfns.testing.vectors.vector import Answer, Vector, flatten, mistake, num
 
 def accepts_refused(bug: str, vector: Vector) -> bool:
     """Return whether a loss that has the bug accepts the input of a must-reject vector."""
-    code, field = (vector.error or {})["code"], (vector.error or {})["field"]
+    assert vector.error is not None
+    code, field = vector.error["code"], vector.error["field"]
     if field == "clip":
         low, high = vector.config["clip"]
+        # Read as epsilons, low and high give the bounds 1 − low and 1 + high, which must be valid.
         return bug == "clip-as-epsilon" and bool(0 <= 1 - low <= 1 <= 1 + high)
     return bug in (BUG_OF_REFUSAL.get(code), BUG_OF_REFUSAL.get(field))
 
@@ -26,13 +28,13 @@ BUG_OF_REFUSAL = {
     "odd_pairs": "odd-datum-dropped",
     "dual_clip": "dual-clip-below-one",
 }
-"""Code or field of a refusal → the bug of a loss that does not refuse."""
+"""Code or field of a refusal → the bug of a loss that accepts such an input."""
 
 
 def arguments(
     config: Mapping[str, Any], data: Sequence[Mapping[str, Any]], denominator: float | None = None
 ) -> Arguments:
-    """Return the oracle's arguments: rows by column, and the settings."""
+    """Return the arguments of the oracle's function: the rows of each column by its name, and the settings."""
     rows = {name: [flatten(datum[name]) for datum in data] for name in data[0]}
     settings = {name: tuple(value) if isinstance(value, list) else value for name, value in config.items()}
     return rows | settings | {"denominator": denominator}
@@ -64,15 +66,15 @@ def wrong_answer(bug: str, vector: Vector) -> Answer | None:
 def shows(bug: str, vector: Vector) -> bool:
     """Return whether a loss that has the bug fails the vector by more than ten times the tolerance of float32.
 
-    No bug shows at a kink, because the answer there depends on the side that the loss takes.
+    No bug shows at a kink, because both one-sided gradients are right there.
     """
     if vector.error is not None:
         return accepts_refused(bug, vector)
     if vector.kind == "kink":
         return False
     answer = wrong_answer(bug, vector)
-    coarse = {dtype: [10 * x for x in vector.tol["float32"]] for dtype in vector.tol}
-    return answer is not None and mistake(replace(vector, tol=coarse), answer, "float32") != ""
+    wide = {dtype: [10 * x for x in vector.tol["float32"]] for dtype in vector.tol}
+    return answer is not None and mistake(replace(vector, tol=wide), answer, "float32") != ""
 
 
 def flags(vector: Vector) -> list[str]:
@@ -81,6 +83,6 @@ def flags(vector: Vector) -> list[str]:
 
 
 def explains(bug: str, vector: Vector, reply: Mapping[str, Any], dtype: str) -> bool:
-    """Return whether a reply is the answer of a loss that has this bug."""
+    """Return whether a reply equals the answer of a loss that has this bug."""
     answer = None if vector.error is not None else wrong_answer(bug, vector)
-    return answer is not None and not mistake(vector.having(answer), reply, dtype)
+    return answer is not None and not mistake(vector.with_answer(answer), reply, dtype)

@@ -1,4 +1,4 @@
-"""The runner of the vectors: it sends requests to a program as JSON lines and compares the replies."""
+"""Run the vectors on a program: write requests to it as JSON lines, read replies, and compare them with the answers."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from lossfns.testing.bugs import BUGS
 from lossfns.testing.vectors.flags import explains
 from lossfns.testing.vectors.vector import METHODS, SUITE, Vector, load, mistake
 
-MAX_SHOWN = 10
+MAX_SHOWN_FAILURES = 10
 """The number of failures in the table. The JSON report has all of them."""
 
-MAX_NOISE = 1000
-"""The number of lines that are no reply before the run stops."""
+MAX_IGNORED_LINES = 1000
+"""The run stops after this many lines that are not a reply."""
 
 
 def run(
@@ -40,8 +40,8 @@ def run(
 
     Args:
         command: the program, split as a shell would and started once; docs/vectors.md describes the protocol.
-        loss: one method, or all.
-        dtype: "float64" or "float32", the precision of the program, which sets the tolerance.
+        loss: the loss to test; None tests all losses.
+        dtype: "float64" or "float32", in which the program computes. It selects the tolerance.
         timeout: the longest wait for a reply, in seconds.
         xfail: ids, or patterns such as ``gspo-*``, that are expected to fail.
         progress: called with a line of text after each reply.
@@ -50,13 +50,13 @@ def run(
         LossInputError: if the command cannot be started.
     """
     vectors = load(loss)
-    replied = exchange(command, vectors, timeout, progress)
-    results = [evaluate(vector, replied, dtype, xfail) for vector in vectors]
-    return VectorReport(command, dtype, results, replied.complaint)
+    exchanged = exchange(command, vectors, timeout, progress)
+    results = [evaluate(vector, exchanged, dtype, xfail) for vector in vectors]
+    return VectorReport(command, dtype, results, exchanged.complaint)
 
 
 class Exchange(NamedTuple):
-    """The replies by id, and the complaint about the program; empty if there is none."""
+    """The replies by id. The complaint says what is wrong with the program; it is empty if nothing is."""
 
     replies: dict[str, Mapping[str, Any]]
     complaint: str
@@ -69,24 +69,27 @@ class Result(NamedTuple):
     verdict: str
     wrong: str
     explained: tuple[str, ...] = ()
-    """The bugs whose answer the reply is."""
+    """The bugs that give exactly this reply."""
 
 
-def evaluate(vector: Vector, replied: Exchange, dtype: str, xfail: Sequence[str]) -> Result:
+def evaluate(vector: Vector, exchanged: Exchange, dtype: str, xfail: Sequence[str]) -> Result:
     """Compare the reply to a vector with the right answer."""
-    reply = replied.replies.get(vector.id)
+    reply = exchanged.replies.get(vector.id)
     wrong = mistake(vector, reply, dtype) if reply is not None else "no reply"
     expected = any(fnmatch(vector.id, pattern) for pattern in xfail)
     verdict = ("xfail" if wrong else "xpass") if expected else ("fail" if wrong else "pass")
     if not wrong or reply is None:
         return Result(vector, verdict, wrong)
+    # A wrong reply to a must-reject vector accepts the input, as every bug among its flags does.
     accepted = vector.error is not None
-    return Result(
-        vector, verdict, wrong, tuple(bug for bug in vector.flags if accepted or explains(bug, vector, reply, dtype))
-    )
+    explained = tuple(bug for bug in vector.flags if accepted or explains(bug, vector, reply, dtype))
+    return Result(vector, verdict, wrong, explained)
 
 
 # The other process
+
+ENDED = "it ended"
+"""An internal complaint: the output ended. ``exchange`` replaces it by one with the exit status."""
 
 
 def exchange(command: str, vectors: Sequence[Vector], timeout: float, progress: Callable[[str], None]) -> Exchange:
@@ -108,9 +111,6 @@ def exchange(command: str, vectors: Sequence[Vector], timeout: float, progress: 
     return Exchange(replies, complaint)
 
 
-ENDED = "it ended"
-
-
 def start_process(command: str, errors: IO[bytes]) -> subprocess.Popen[str]:
     """Start the program with pipes for requests and replies."""
     try:
@@ -128,7 +128,7 @@ def start_process(command: str, errors: IO[bytes]) -> subprocess.Popen[str]:
 
 
 def write_requests(process: subprocess.Popen[str], vectors: Iterable[Vector]) -> None:
-    """Write every request. This runs in its own thread, so that neither side waits for the other to read."""
+    """Write every request. This runs in its own thread, so that a full pipe does not block both processes."""
     assert process.stdin is not None
     with suppress(OSError), process.stdin:  # the program may stop reading; requests without a reply count as failed
         for vector in vectors:
@@ -148,7 +148,10 @@ def read_lines(process: subprocess.Popen[str], lines: queue.Queue[str | None]) -
 def collect_replies(
     lines: queue.Queue[str | None], ids: Sequence[str], timeout: float, progress: Callable[[str], None]
 ) -> tuple[dict[str, Mapping[str, Any]], str]:
-    """Return the replies by id and a complaint: read until every reply is there, or until the program fails."""
+    """Return the replies by id and a complaint.
+
+    Read until every reply has come, or until the program ends, is silent too long or writes too many other lines.
+    """
     replies: dict[str, Mapping[str, Any]] = {}
     ignored: list[str] = []
     missing, deadline = set(ids), time.monotonic() + timeout
@@ -158,12 +161,12 @@ def collect_replies(
         except queue.Empty:
             return replies, with_ignored_lines(f"it gave no reply for {timeout:g} s", ignored)
         if line is None:
-            return replies, with_ignored_lines("", ignored) or ENDED
+            return replies, with_ignored_lines("", ignored) or ENDED  # an ignored line explains more than the status
         reply = parse_reply(line)
         if reply is None or reply.get("id") not in missing:
             ignored.append(line)
-            if len(ignored) == MAX_NOISE:
-                return replies, with_ignored_lines(f"{MAX_NOISE} lines were no reply", ignored)
+            if len(ignored) == MAX_IGNORED_LINES:
+                return replies, with_ignored_lines(f"{MAX_IGNORED_LINES} lines were no reply", ignored)
             continue
         replies[reply["id"]] = reply
         missing.remove(reply["id"])
@@ -173,7 +176,7 @@ def collect_replies(
 
 
 def parse_reply(line: str) -> Mapping[str, Any] | None:
-    """Return the reply in a line, or None if there is none."""
+    """Return the reply in a line, or None if the line is not a reply."""
     try:
         reply = json.loads(line)
     except (ValueError, RecursionError):
@@ -190,17 +193,24 @@ def with_ignored_lines(complaint: str, ignored: Sequence[str]) -> str:
 
 
 def stderr_tail(errors: IO[bytes]) -> str:
-    """Return the last lines that the program wrote to standard error."""
+    """Return the last three lines that the program wrote to standard error."""
     errors.seek(0)
-    words = errors.read().decode("utf-8", "replace").strip().splitlines()[-3:]
-    return "".join(f"\n  {line[:200]}" for line in words)
+    lines = errors.read().decode("utf-8", "replace").strip().splitlines()[-3:]
+    return "".join(f"\n  {line[:200]}" for line in lines)
 
 
 # The report
 
 
 class LikelyBug(NamedTuple):
-    """A likely bug, with the number of vectors that it flags, of those that fail, and of those that it explains."""
+    """A bug that the failures suggest.
+
+    Attributes:
+        flag: the id of the bug.
+        vectors: the number of vectors with this flag.
+        failed: the number of these vectors that fail.
+        explained: the number of failures with exactly the answer that the bug gives.
+    """
 
     flag: str
     vectors: int
@@ -208,13 +218,13 @@ class LikelyBug(NamedTuple):
     explained: int
 
     def __str__(self) -> str:
-        exact = f", {self.explained} with the very answer of such a loss" if self.explained else ""
+        exact = f", {self.explained} with exactly the answer of this bug" if self.explained else ""
         return f"{self.flag}: {BUGS[self.flag].description} ({self.failed} of its {self.vectors} vectors fail{exact})"
 
 
 @dataclass(frozen=True)
 class VectorReport:
-    """The verdicts on every vector of a run."""
+    """The results of a run, one for each vector."""
 
     command: str
     dtype: str
@@ -241,19 +251,21 @@ class VectorReport:
     def likely(self, most: int = 5) -> list[LikelyBug]:
         """Return the likeliest bugs.
 
-        These are the bugs whose answers are among the replies, sorted by the share of their vectors that they explain.
-        If there are none, they are the bugs whose vectors all fail.
+        If some replies equal the answer of a bug, return these bugs, sorted by the share of their vectors with such a
+        reply. Otherwise return the bugs whose vectors all fail.
         """
         flags = {flag for result in self.failures for flag in result.vector.flags}
-        found = [self.likelihood(flag) for flag in BUGS if flag in flags]
-        exact = [bug for bug in found if bug.explained]
-        all_failing = [bug for bug in found if bug.failed == bug.vectors]
-        return sorted(exact or all_failing, key=lambda bug: (-bug.explained / bug.vectors, -bug.failed))[:most]
+        bugs = [self.count_failures(flag) for flag in BUGS if flag in flags]
+        with_exact_answer = [bug for bug in bugs if bug.explained]
+        all_failed = [bug for bug in bugs if bug.failed == bug.vectors]
+        by_share = sorted(with_exact_answer or all_failed, key=lambda bug: (-bug.explained / bug.vectors, -bug.failed))
+        return by_share[:most]
 
-    def likelihood(self, flag: str) -> LikelyBug:
-        hunting = [result for result in self.results if flag in result.vector.flags]
-        failed = [result for result in hunting if result.verdict == "fail"]
-        return LikelyBug(flag, len(hunting), len(failed), sum(flag in result.explained for result in failed))
+    def count_failures(self, flag: str) -> LikelyBug:
+        """Count the vectors with a flag, those that fail, and those whose reply is the answer of the bug."""
+        flagged = [result for result in self.results if flag in result.vector.flags]
+        failed = [result for result in flagged if result.verdict == "fail"]
+        return LikelyBug(flag, len(flagged), len(failed), sum(flag in result.explained for result in failed))
 
     def table(self) -> str:
         """Return the report as plain text: the counts of every loss, then the remarks."""
@@ -275,9 +287,10 @@ class VectorReport:
         """Return lines on the program, the first failures and the likely bugs. Each part begins with an empty line."""
         lines = ["", f"{self.command}: {self.complaint}"] if self.complaint else []
         if self.failures:
-            rest = len(self.failures) - MAX_SHOWN
-            lines += ["", *(line for result in self.failures[:MAX_SHOWN] for line in failure_text(result).splitlines())]
-            lines += [f"... and {rest} more; --json FILE has all"] * (rest > 0)
+            shown, rest = self.failures[:MAX_SHOWN_FAILURES], len(self.failures) - MAX_SHOWN_FAILURES
+            lines += ["", *(line for result in shown for line in failure_text(result).splitlines())]
+            if rest > 0:
+                lines.append(f"... and {rest} more; --json FILE has all")
         if likely := self.likely():
             lines += ["", "likely bugs, the likeliest first", *(f"  {bug}" for bug in likely)]
         return lines
@@ -308,7 +321,7 @@ class VectorReport:
 
 
 def failure_text(result: Result) -> str:
-    """Return a failure in two lines, and a line for each bug that explains it."""
+    """Return a failure as two lines, and one line for each bug that gives exactly this reply."""
     vector = result.vector
     bugs = [f"    {flag}: {BUGS[flag].description}" for flag in result.explained]
     return "\n".join([f"{vector.id} ({vector.kind}) {vector.comment}", f"    {result.wrong}", *bugs])

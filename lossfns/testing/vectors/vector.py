@@ -16,7 +16,7 @@ from lossfns.testing.batch import Batch
 FOLDER = Path(__file__).parent.parent / "data"
 
 SCHEMA, SUITE = "lossfns-vectors/1", "2026.11"
-"""The format of the files, and the version of their contents."""
+"""The version of the file format, and the version of the contents."""
 
 LEDGER = "ids.json"
 """The file of every id that was ever assigned."""
@@ -36,7 +36,7 @@ class Vector:
 
     Attributes:
         kind: ``valid``, ``edge``, ``kink`` (two gradients are right) or ``must-reject`` (the input is refused).
-        config: every setting of the loss, none left to a default.
+        config: every setting of the loss; none is left at a default.
         flags: the bugs of ``BUGS`` that give another answer.
         data: one mapping for each datum: its ``logprobs``, ``weights`` and side columns, all of one shape.
         denominator: the number to divide by instead of the batch's own count, for a chunk of a larger batch.
@@ -81,14 +81,14 @@ class Vector:
 
     @property
     def answer(self) -> Answer:
-        """The right answer, in the terms of the protocol."""
+        """The right answer, as the protocol defines a reply."""
         if self.error is not None:
             return {"error": self.error}
         if self.advantages is not None:
             return {"advantages": self.advantages}
         return {"loss": self.expected, "grad": self.grad}
 
-    def having(self, answer: Answer) -> Vector:
+    def with_answer(self, answer: Answer) -> Vector:
         """Return the vector with another answer in place of the right one."""
         if "advantages" in answer:
             return replace(self, advantages=answer["advantages"])
@@ -172,8 +172,7 @@ def mistake(vector: Vector, reply: Mapping[str, Any], dtype: str = "float64") ->
     if "error" in reply:
         return f"refused: {reply['error']}"
     if vector.advantages is not None:
-        wrong = mismatch("advantages", reply.get("advantages"), vector.advantages, vector.tol[dtype])
-        return wrong
+        return mismatch("advantages", reply.get("advantages"), vector.advantages, vector.tol[dtype])
     wrong = mismatch("loss", reply.get("loss"), vector.expected, vector.tol[dtype])
     wrong = wrong or gradient_mistake(vector, reply.get("grad"), vector.tol[dtype])
     metrics = reply.get("metrics", {})

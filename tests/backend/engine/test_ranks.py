@@ -36,7 +36,7 @@ METHODS = ("sft", "dpo", "grpo")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a checkpoint and a stopped run of one process, and the results of two processes."""
-    pytest.importorskip("torch", "2.13", reason="the extra `ranks` needs PyTorch 2.13")
+    pytest.importorskip("torch", "2.13")  # as the extra `ranks` asks for
     folder = tmp_path_factory.mktemp("ranks")
     ranks.rows_of(folder)
     ranks.save(None, folder / "one")

@@ -14,7 +14,7 @@ from tools.vectors.cases.supervised import supervised
 
 
 def cases() -> Iterator[Case]:
-    """Yield every case. Ids do not depend on the order; see ``ids.json``."""
+    """Yield every case. The order does not matter: ``ids.json`` fixes the ids."""
     yield from supervised()
     yield from policies()
     yield from preferences()

@@ -9,6 +9,7 @@ from tools.vectors.cases.form import Case, Data
 
 
 def samples(rewards: Sequence[float], groups: Sequence[Any]) -> Data:
+    """Return the data of ``group_advantages``: a reward and a group for each sample."""
     return [{"reward": float(reward), "group": group} for reward, group in zip(rewards, groups, strict=True)]
 
 
@@ -39,6 +40,7 @@ GROUPS: list[tuple[str, str, Data]] = [
 
 
 def group_advantage_cases() -> Iterator[Case]:
+    """Yield the cases of ``group_advantages``, with and without division by the deviation."""
     for scale in ("std", "none"):
         for kind, comment, rewards in GROUPS:
             words = f"{comment}; centred only" if scale == "none" else comment

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import cycle
 from typing import Any, NamedTuple
 
-from lossfns.testing.vectors.ours import build_loss
+from lossfns.testing.vectors.library import build_loss
 
 Data = list[dict[str, Any]]
 Refusal = tuple[str, str, int | None]
@@ -21,7 +21,8 @@ Refusal = tuple[str, str, int | None]
 class Case(NamedTuple):
     """The inputs of one vector.
 
-    ``beside`` holds arguments of the oracle just beyond a kink. ``error`` is the answer of a must-reject case.
+    ``beyond_kink`` holds the arguments of the oracle that differ just beyond a kink. ``error`` is the answer of a
+    must-reject case.
     """
 
     loss: str
@@ -30,7 +31,7 @@ class Case(NamedTuple):
     config: Mapping[str, Any]
     data: Data
     denominator: float | None = None
-    beside: Mapping[str, Any] = {}
+    beyond_kink: Mapping[str, Any] = {}
     error: Refusal | None = None
 
 
@@ -68,7 +69,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "orpo": {"lam": 0.1, "weigh": "pair_mean"},
     "group_advantages": {"scale": "std"},
 }
-"""The default settings of cases, other than the paper's where those hide too much (a KL of 0.001, GSPO's bounds)."""
+"""The default settings of cases. They are not the paper's where these hide too much: a KL of 0.001, GSPO's bounds."""
 
 READS = {loss: build_loss(loss, row).reads for loss, row in DEFAULTS.items() if "weigh" in row}
 """The columns of each loss besides logprobs and weights."""
@@ -80,21 +81,30 @@ def losses_with(*settings: str, without: str = "") -> tuple[str, ...]:
 
 
 CLIPPED = losses_with("clip", "dual_clip")
-RATIOS = losses_with("dual_clip")
-LIMITING = losses_with("clip", without="dual_clip")
+"""The losses with PPO's clipping."""
+
+WITH_RATIO = losses_with("dual_clip")
+"""The losses with a ratio, clipped or not."""
+
+WEIGHT_LIMITED = losses_with("clip", without="dual_clip")
+"""The losses whose bounds limit a weight."""
+
 PENALISED = losses_with("beta", "tis_cap")
-COMPARED = losses_with("kl")
+"""The losses with a penalty on leaving the old policy."""
+
+WITH_KL = losses_with("kl")
+"""The losses with a KL term."""
 POLICY = tuple(loss for loss in READS if "advantages" in READS[loss])
-SEQUENCE = tuple(loss for loss in CLIPPED if DEFAULTS[loss]["weigh"] == "sequence_mean")
+SEQUENCE_RATIO = tuple(loss for loss in CLIPPED if DEFAULTS[loss]["weigh"] == "sequence_mean")
 PAIRS = tuple(loss for loss in READS if DEFAULTS[loss]["weigh"] == "pair_mean")
-TIGHT = [1 - 3e-4, 1 + 4e-4]
+GSPO_BOUNDS = [1 - 3e-4, 1 + 4e-4]
 """GSPO's own bounds."""
 
 NAN, INF, HUGE = math.nan, math.inf, 2.0**100
 
 
 def rows(text: str) -> list[list[float]]:
-    """Parse rows: ``"-1 -2 | -0.5"`` holds two. Nothing between two bars is an empty row.
+    """Parse rows of numbers. Bars separate the rows; a row may be empty.
 
     >>> rows("-1 -2 | | -0.5")
     [[-1.0, -2.0], [], [-0.5]]
@@ -109,7 +119,10 @@ def data(**columns: str | list[Any]) -> Data:
 
 
 def policy_data(lp: str, w: str, adv: str, d: str = "", old: str = "", x: str = "", gap: str = "") -> Data:
-    """Return data with every column of the policy losses. Columns that are left out cycle through a few differences."""
+    """Return data with every column of the policy losses.
+
+    A difference that is left out cycles through a few numbers. ``old`` may be given instead of ``d``.
+    """
     logprobs = rows(lp)
 
     def cycled(*gaps: float) -> list[list[float]]:
@@ -123,7 +136,7 @@ def policy_data(lp: str, w: str, adv: str, d: str = "", old: str = "", x: str = 
 
 
 def subtract(left: list[list[float]], right: list[list[float]], sign: float = 1.0) -> list[list[float]]:
-    """Return left − sign·right, with the sign turned where the result would be above 0 and thus no logprob."""
+    """Return left − sign·right, or left + sign·right where the result would be above 0, which no logprob is."""
 
     def at_most_zero(u: float, v: float) -> float:
         return u + v if u <= 0 < u - v else u - v
@@ -131,11 +144,12 @@ def subtract(left: list[list[float]], right: list[list[float]], sign: float = 1.
     return [[at_most_zero(u, sign * v) for u, v in zip(*pair, strict=True)] for pair in zip(left, right, strict=True)]
 
 
-def select_columns(loss: str, rows_given: Data, settings: Mapping[str, Any]) -> Data:
-    """Return the data with the columns that the loss reads."""
-    sampled = settings.get("tis_cap") is not None
-    names = ["logprobs", "weights", *READS[loss], *["sampler_logprobs"] * sampled]
-    return [{name: row[name] for name in names} for row in rows_given]
+def select_columns(loss: str, data: Data, settings: Mapping[str, Any]) -> Data:
+    """Return the data with only the columns that the loss reads with these settings."""
+    names = ["logprobs", "weights", *READS[loss]]
+    if settings.get("tis_cap") is not None:
+        names.append("sampler_logprobs")
+    return [{name: row[name] for name in names} for row in data]
 
 
 WEIGHINGS: list[dict[str, Any]] = [
@@ -144,11 +158,11 @@ WEIGHINGS: list[dict[str, Any]] = [
     {"weigh": "token_sum"},
     {"weigh": "fixed_length", "length": 8},
 ]
-"""The settings of every weighing of tokens except token_mean, the default of most cases."""
+"""The settings of each weighing of tokens, without token_mean, the default of most cases."""
 
 
 def with_every_weighing(loss: str, situations: Sequence[Situation]) -> Iterator[Case]:
-    """Yield cases of every weighing on these situations, except the default of the loss."""
+    """Yield the cases of a loss on these situations with every weighing except its default."""
     for settings in ({"weigh": "token_mean"}, *WEIGHINGS):
         if settings["weigh"] != DEFAULTS[loss]["weigh"]:
             for situation in situations:

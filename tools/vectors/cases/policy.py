@@ -7,14 +7,14 @@ from typing import Any
 
 from tools.vectors.cases.form import (
     CLIPPED,
-    COMPARED,
+    GSPO_BOUNDS,
     HUGE,
-    LIMITING,
     PENALISED,
     POLICY,
-    RATIOS,
-    SEQUENCE,
-    TIGHT,
+    SEQUENCE_RATIO,
+    WEIGHT_LIMITED,
+    WITH_KL,
+    WITH_RATIO,
     Case,
     Situation,
     policy_data,
@@ -62,7 +62,7 @@ CHUNK = Situation(
     denominator=16.0,
 )
 
-EPISODES = [
+COMMON = [
     PLAIN,
     Situation("valid", "the same in the other order: the value stays, the gradients change places", PLAIN.data[::-1]),
     BY_TOKEN,
@@ -143,7 +143,7 @@ EPISODES = [
     ),
 ]
 
-FAR = [
+BEYOND_CAP = [
     Situation(
         "edge",
         "log-ratios past 20: the ratio and its gradient stop at the cap",
@@ -161,7 +161,7 @@ FAR = [
     ),
 ]
 
-CUT = [
+OUT_OF_BOUNDS = [
     Situation(
         "valid",
         "above the upper bound: no gradient where A > 0, all of it where A < 0",
@@ -187,7 +187,7 @@ CUT = [
     ),
 ]
 
-SEQUENCES = [
+SEQUENCE_MEANS = [
     Situation(
         "valid",
         "a small drift at every token: the ratio is the geometric mean, not the product and not the sum",
@@ -224,7 +224,7 @@ SEQUENCES = [
     ),
 ]
 
-NARROW = [
+NEAR_GSPO_BOUNDS = [
     Situation(
         "valid",
         "in GSPO's own window of 3e-4 and 4e-4",
@@ -247,7 +247,7 @@ NARROW = [
     ),
 ]
 
-LOUD = Situation(
+LARGE_RATIOS = Situation(
     "valid",
     "ratios of 7 and of 2 with advantages of both signs",
     policy_data(
@@ -258,9 +258,9 @@ LOUD = Situation(
         x="0 0.25 0.25 | 0.25 0 -0.5",
     ),
 )
-"""For the dual clip, which acts at 7 and not at 2."""
+"""For the dual clip, which acts on the ratio 7 and not on the ratio 2."""
 
-SAMPLED = Situation(
+NEAR_SAMPLER = Situation(
     "valid",
     "a sampler whose logprobs are off by up to 2 nats",
     policy_data(
@@ -273,7 +273,7 @@ SAMPLED = Situation(
     ),
 )
 
-OFF_SAMPLER = Situation(
+FAR_SAMPLER = Situation(
     "edge",
     "a sampler 30 nats away, with masked slots that are further",
     policy_data(
@@ -286,7 +286,7 @@ OFF_SAMPLER = Situation(
     ),
 )
 
-DRIFTED = Situation(
+OFF_REFERENCE = Situation(
     "valid",
     "a policy that has left its reference by up to 1.5 nats both ways",
     policy_data(
@@ -298,7 +298,7 @@ DRIFTED = Situation(
     ),
 )
 
-QUIET = Situation(
+KL_ALONE = Situation(
     "edge",
     "advantages of 0: nothing but the KL, which neither A nor clipping touches",
     policy_data(lp="-2 -0.5 | -1.5 -2", w="1 1 | 1 1", adv="0 0 | 0 0", d="0.75 0 | -0.75 0", x="1.5 -0.5 | -1.5 0.5"),
@@ -310,34 +310,34 @@ AT_REFERENCE = Situation(
     policy_data(lp="-2 -0.5 | -1.5 -2", w="1 1 | 1 1", adv="1 1 | -1 -1", d="0 0 | 0 0", x="0 0 | 0 0"),
 )
 
-LOST = Situation(
+FAR_REFERENCE = Situation(
     "edge",
     "a reference more than 20 nats away: k3 and its gradient stop at the cap",
     policy_data(lp="-30 -0.5 | -1 -2", w="1 1 | 1 1", adv="0 0 | 0 0", d="0 0 | 0 0", x="24 0.25 | -26 0.5"),
 )
 
-GONE = Situation(
+VERY_FAR_REFERENCE = Situation(
     "edge",
     "a reference 9999 nats away, which exp cannot hold",
     policy_data(lp="-10000 -0.5 | -1 -2", w="1 1 | 1 1", adv="1 1 | -1 -1", d="0 0 | 0 0", x="9999 0.25 | -9999 0.5"),
 )
 
 
-LIMITED = [
+LIMITED_WEIGHTS = [
     Situation(
         "valid",
         "above the upper bound: the weight is the bound for either sign of A, and every token has a gradient",
-        CUT[0].data,
+        OUT_OF_BOUNDS[0].data,
     ),
     Situation(
         "valid",
         "below the lower bound: the weight is the bound for either sign of A, and every token has a gradient",
-        CUT[1].data,
+        OUT_OF_BOUNDS[1].data,
     ),
-    Situation("valid", "weights at both bounds and between them", CUT[2].data),
+    Situation("valid", "weights at both bounds and between them", OUT_OF_BOUNDS[2].data),
 ]
 
-DRIFT = Situation(
+OFF_POLICY = Situation(
     "valid",
     "up to 2 nats from the old policy, on both sides of it, with advantages of both signs",
     policy_data(
@@ -348,13 +348,13 @@ DRIFT = Situation(
     ),
 )
 
-IDLE = Situation(
+PENALTY_ALONE = Situation(
     "edge",
     "advantages of 0: nothing but the pull back to the old policy",
     policy_data(lp="-2 -0.5 | -1.5 -2", w="1 1 | 1 1", adv="0 0 | 0 0", d="0.75 -0.5 | -1 0"),
 )
 
-PARTLY = Situation(
+SOME_ZERO_ADVANTAGES = Situation(
     "edge",
     "some advantages of 0: those tokens are held to the old policy too",
     policy_data(lp="-2 -0.5 -1 | -1.5 -2", w="1 1 1 | 1 1", adv="0 1 0 | -2 0", d="1 0.25 -0.5 | -0.5 1.5"),
@@ -362,98 +362,106 @@ PARTLY = Situation(
 
 
 def policies() -> Iterator[Case]:
+    """Yield the cases of all policy losses."""
     for loss in POLICY:
-        yield from (situation.case_for(loss) for situation in EPISODES)
-        yield from with_every_weighing(loss, [PLAIN, RAGGED, *([BY_TOKEN] if loss in ("ppo", *SEQUENCE) else [CHUNK])])
-    for loss in RATIOS:
-        yield from (situation.case_for(loss) for situation in FAR)
-        yield from knobs(loss)
+        yield from (situation.case_for(loss) for situation in COMMON)
+        yield from with_every_weighing(
+            loss, [PLAIN, RAGGED, *([BY_TOKEN] if loss in ("ppo", *SEQUENCE_RATIO) else [CHUNK])]
+        )
+    for loss in WITH_RATIO:
+        yield from (situation.case_for(loss) for situation in BEYOND_CAP)
+        yield from ratio_setting_cases(loss)
     for loss in CLIPPED:
-        yield from (situation.case_for(loss) for situation in CUT)
+        yield from (situation.case_for(loss) for situation in OUT_OF_BOUNDS)
         asymmetric = "bounds of 0.5 and 2.5"
-        yield from (s.case_for(loss, asymmetric, clip=[0.5, 2.5]) for s in CUT[:2])
-    for loss in SEQUENCE:
-        yield from (situation.case_for(loss) for situation in SEQUENCES)
-        yield from (situation.case_for(loss, "the paper's own bounds", clip=TIGHT) for situation in (*NARROW, *CUT))
-        yield SEQUENCES[0].case_for(loss, "every token of the batch counts alike", weigh="token_mean")
-    for loss in COMPARED:
-        yield from divergences(loss)
-    for loss in LIMITING:
-        yield from limits(loss)
+        yield from (s.case_for(loss, asymmetric, clip=[0.5, 2.5]) for s in OUT_OF_BOUNDS[:2])
+    for loss in SEQUENCE_RATIO:
+        yield from (situation.case_for(loss) for situation in SEQUENCE_MEANS)
+        yield from (
+            situation.case_for(loss, "the paper's own bounds", clip=GSPO_BOUNDS)
+            for situation in (*NEAR_GSPO_BOUNDS, *OUT_OF_BOUNDS)
+        )
+        yield SEQUENCE_MEANS[0].case_for(loss, "every token of the batch counts alike", weigh="token_mean")
+    for loss in WITH_KL:
+        yield from kl_cases(loss)
+    for loss in WEIGHT_LIMITED:
+        yield from limited_weight_cases(loss)
     for loss in PENALISED:
-        yield from penalties(loss)
+        yield from penalty_cases(loss)
 
 
-def knobs(loss: str) -> Iterator[Case]:
+def ratio_setting_cases(loss: str) -> Iterator[Case]:
     """Yield cases of the settings of every loss with a ratio."""
     wide: dict[str, Any] = {"clip": [0.5, 8.0]} if loss in CLIPPED else {}
-    yield LOUD.case_for(loss, "a dual clip at 3", dual_clip=3.0, **wide)
-    yield LOUD.case_for(loss, "a cap of 0.5 on the log-ratio", log_ratio_cap=0.5, **wide)
-    yield FAR[0].case_for(loss, "no cap: the paper's uncapped form", log_ratio_cap=None)
-    yield from sampled(loss)
+    yield LARGE_RATIOS.case_for(loss, "a dual clip at 3", dual_clip=3.0, **wide)
+    yield LARGE_RATIOS.case_for(loss, "a cap of 0.5 on the log-ratio", log_ratio_cap=0.5, **wide)
+    yield BEYOND_CAP[0].case_for(loss, "no cap: the paper's uncapped form", log_ratio_cap=None)
+    yield from sampler_cases(loss)
     if loss in ("ppo", "gspo"):
-        yield LOUD.case_for(loss, "no cap on the log-ratio, which none reaches", log_ratio_cap=None, **wide)
-        yield LOUD.case_for(loss, "a dual clip at 1.5, summed by sequence", dual_clip=1.5,
+        yield LARGE_RATIOS.case_for(loss, "no cap on the log-ratio, which none reaches", log_ratio_cap=None, **wide)
+        yield LARGE_RATIOS.case_for(loss, "a dual clip at 1.5, summed by sequence", dual_clip=1.5,
             **wide | {"weigh": "sequence_sum_mean"})  # fmt: skip
-        yield SAMPLED.case_for(loss, "sequence weights, summed by sequence", tis_cap=2.0, tis_level="sequence",
+        yield NEAR_SAMPLER.case_for(loss, "sequence weights, summed by sequence", tis_cap=2.0, tis_level="sequence",
             weigh="sequence_sum_mean")  # fmt: skip
 
 
-def sampled(loss: str) -> Iterator[Case]:
+def sampler_cases(loss: str) -> Iterator[Case]:
     """Yield cases of the sampler correction, which every loss with old logprobs can have."""
     for cap in (2.0, 1.25):
-        yield SAMPLED.case_for(loss, f"token weights of at most {cap}", tis_cap=cap)
-        yield SAMPLED.case_for(loss, f"sequence weights of at most {cap}", tis_cap=cap, tis_level="sequence")
-    yield OFF_SAMPLER.case_for(loss, "token weights of at most 2", tis_cap=2.0)
+        yield NEAR_SAMPLER.case_for(loss, f"token weights of at most {cap}", tis_cap=cap)
+        yield NEAR_SAMPLER.case_for(loss, f"sequence weights of at most {cap}", tis_cap=cap, tis_level="sequence")
+    yield FAR_SAMPLER.case_for(loss, "token weights of at most 2", tis_cap=2.0)
     yield RAGGED.case_for(loss, "with sequence weights", tis_cap=4.0, tis_level="sequence")
 
 
-def limits(loss: str) -> Iterator[Case]:
-    """Yield cases of the bounds and the cap of a limited weight, which keeps its gradient beyond them."""
-    yield from (situation.case_for(loss) for situation in LIMITED)
-    yield from (s.case_for(loss, "bounds of 0.5 and 2.5", clip=[0.5, 2.5]) for s in LIMITED[:2])
+def limited_weight_cases(loss: str) -> Iterator[Case]:
+    """Yield cases of the bounds and the cap of a limited weight. Beyond them, a token keeps its gradient."""
+    yield from (situation.case_for(loss) for situation in LIMITED_WEIGHTS)
+    yield from (s.case_for(loss, "bounds of 0.5 and 2.5", clip=[0.5, 2.5]) for s in LIMITED_WEIGHTS[:2])
     for clip, name in (([0.0, 4.0], "0 and 4"), ([0.0, 2.0], "0 and 2: none from below"), ([1.0, 1.0], "1 and 1")):
-        yield LOUD.case_for(loss, f"bounds of {name}", clip=clip)
-        yield LIMITED[2].case_for(loss, f"bounds of {name}", clip=clip)
+        yield LARGE_RATIOS.case_for(loss, f"bounds of {name}", clip=clip)
+        yield LIMITED_WEIGHTS[2].case_for(loss, f"bounds of {name}", clip=clip)
     far_away: list[tuple[Situation, str, dict[str, Any]]] = [
-        (FAR[0], "log-ratios past 20: the weight is the upper bound", {}),
-        (FAR[1], "log-ratios below -20: the weight is the lower bound", {}),
-        (FAR[2], "a log-ratio of 9999: the weight is the upper bound", {}),
-        (FAR[0], "log-ratios past 20 without a cap: the weight is the upper bound", {"log_ratio_cap": None}),
+        (BEYOND_CAP[0], "log-ratios past 20: the weight is the upper bound", {}),
+        (BEYOND_CAP[1], "log-ratios below -20: the weight is the lower bound", {}),
+        (BEYOND_CAP[2], "a log-ratio of 9999: the weight is the upper bound", {}),
+        (BEYOND_CAP[0], "log-ratios past 20 without a cap: the weight is the upper bound", {"log_ratio_cap": None}),
     ]
     for far, comment, settings in far_away:
         yield far._replace(comment=comment).case_for(loss, **settings)
-    yield LOUD.case_for(loss, "a cap of 0.5 on the log-ratio", log_ratio_cap=0.5, clip=[0.5, 8.0])
-    yield from sampled(loss)
+    yield LARGE_RATIOS.case_for(loss, "a cap of 0.5 on the log-ratio", log_ratio_cap=0.5, clip=[0.5, 8.0])
+    yield from sampler_cases(loss)
 
 
-def penalties(loss: str) -> Iterator[Case]:
+def penalty_cases(loss: str) -> Iterator[Case]:
     """Yield cases of the penalty on leaving the old policy, which has no cap."""
-    for situation in (DRIFT, IDLE, PARTLY):
+    for situation in (OFF_POLICY, PENALTY_ALONE, SOME_ZERO_ADVANTAGES):
         yield situation.case_for(loss)
         yield situation.case_for(loss, "the hosted services' default of 0.05", beta=0.05)
         yield situation.case_for(loss, "a beta of 4, each sequence counts alike", beta=4.0, weigh="sequence_mean")
     words = ("log-ratios past 20", "log-ratios below -20", "a log-ratio of 9999")
-    for far, word in zip(FAR, words):
+    for far, word in zip(BEYOND_CAP, words):
         yield far._replace(comment=f"{word}: no cap").case_for(loss)
-    yield from sampled(loss)
-    yield DRIFT.case_for(loss, "the sampler's weight is the penalty's too", tis_cap=1.5)
+    yield from sampler_cases(loss)
+    yield OFF_POLICY.case_for(loss, "the sampler's weight is the penalty's too", tis_cap=1.5)
 
 
-def divergences(loss: str) -> Iterator[Case]:
+def kl_cases(loss: str) -> Iterator[Case]:
     """Yield cases of the KL term."""
     for kl in ("k1", "k2", "k3"):
-        yield DRIFTED.case_for(loss, f"{kl} at 0.5", kl=kl, kl_beta=0.5)
-        yield DRIFTED.case_for(loss, f"{kl}, each sequence counts alike", kl=kl, kl_beta=0.5, weigh="sequence_mean")
-        yield QUIET.case_for(loss, f"{kl} at 0.125", kl=kl, kl_beta=0.125)
+        yield OFF_REFERENCE.case_for(loss, f"{kl} at 0.5", kl=kl, kl_beta=0.5)
+        yield OFF_REFERENCE.case_for(
+            loss, f"{kl}, each sequence counts alike", kl=kl, kl_beta=0.5, weigh="sequence_mean"
+        )
+        yield KL_ALONE.case_for(loss, f"{kl} at 0.125", kl=kl, kl_beta=0.125)
         yield AT_REFERENCE.case_for(loss, kl, kl=kl)
         yield RAGGED.case_for(loss, f"{kl} at 0.5", kl=kl, kl_beta=0.5)
-    yield LOST.case_for(loss)
-    yield LOST.case_for(loss, "k2, which has no cap", kl="k2")
-    yield GONE.case_for(loss)
-    yield DRIFTED.case_for(loss, "a KL of 0, its reference not read", kl_beta=0.0)
-    yield DRIFTED.case_for(loss, "the default of 0.001", kl_beta=0.001)
-    yield DRIFTED.case_for(loss, "a KL of 4", kl_beta=4.0)
-    yield SAMPLED.case_for(loss, "the sampler's weight is not the KL's", tis_cap=1.25, kl_beta=2.0)
-    yield LOUD.case_for(loss, "the dual clip is not the KL's", dual_clip=1.5, clip=[0.5, 8.0], kl_beta=2.0)
-    yield CUT[0].case_for(loss, "clipping is not the KL's", kl_beta=2.0)
+    yield FAR_REFERENCE.case_for(loss)
+    yield FAR_REFERENCE.case_for(loss, "k2, which has no cap", kl="k2")
+    yield VERY_FAR_REFERENCE.case_for(loss)
+    yield OFF_REFERENCE.case_for(loss, "a KL of 0, its reference not read", kl_beta=0.0)
+    yield OFF_REFERENCE.case_for(loss, "the default of 0.001", kl_beta=0.001)
+    yield OFF_REFERENCE.case_for(loss, "a KL of 4", kl_beta=4.0)
+    yield NEAR_SAMPLER.case_for(loss, "the sampler's weight is not the KL's", tis_cap=1.25, kl_beta=2.0)
+    yield LARGE_RATIOS.case_for(loss, "the dual clip is not the KL's", dual_clip=1.5, clip=[0.5, 8.0], kl_beta=2.0)
+    yield OUT_OF_BOUNDS[0].case_for(loss, "clipping is not the KL's", kl_beta=2.0)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from tools.vectors.cases.form import HUGE, INF, PAIRS, Case, Situation, data
 
-SIDES = [
+COMMON = [
     Situation(
         "valid",
         "one pair of unequal lengths behind masked prompts",
@@ -151,7 +151,7 @@ MARGINS = [
     )
 ]
 
-CERTAIN = [
+EXTREME_LOGPROBS = [
     Situation("edge", comment, data(logprobs=text, weights="1 | 1"))
     for comment, text in (
         ("a chosen side of probability 1", "0 | -1"),
@@ -168,7 +168,7 @@ CERTAIN = [
     )
 ]
 
-LONGER = Situation(
+UNEQUAL_LENGTHS = Situation(
     "valid",
     "the longer side has the lower sum and the higher mean",
     data(logprobs="-1 -1 -1 -1 | -2 -1.5", weights="1 1 1 1 | 1 1", ref_logprobs="-1.25 -1 -1 -1 | -2 -1.75"),
@@ -176,20 +176,21 @@ LONGER = Situation(
 
 
 def preferences() -> Iterator[Case]:
+    """Yield the cases of the losses over pairs."""
     for loss in PAIRS:
-        yield from (situation.case_for(loss) for situation in (*SIDES, LONGER))
-        yield from (SIDES[i].case_for(loss, "summed over pairs", weigh="pair_sum") for i in (0, 2, 3, 10, 15))
+        yield from (situation.case_for(loss) for situation in (*COMMON, UNEQUAL_LENGTHS))
+        yield from (COMMON[i].case_for(loss, "summed over pairs", weigh="pair_sum") for i in (0, 2, 3, 10, 15))
     for beta in (0.01, 0.5, 2.0):
-        yield from (SIDES[i].case_for("dpo", f"beta {beta}", beta=beta) for i in (0, 2))
+        yield from (COMMON[i].case_for("dpo", f"beta {beta}", beta=beta) for i in (0, 2))
     for eps in (0.125, 0.5):
         smoothed = f"label smoothing of {eps}"
-        yield from (SIDES[i].case_for("dpo", smoothed, label_smoothing=eps) for i in (0, 2))
-    yield SIDES[3].case_for("dpo", "beta 0.5, smoothed", beta=0.5, label_smoothing=0.25, weigh="pair_sum")
+        yield from (COMMON[i].case_for("dpo", smoothed, label_smoothing=eps) for i in (0, 2))
+    yield COMMON[3].case_for("dpo", "beta 0.5, smoothed", beta=0.5, label_smoothing=0.25, weigh="pair_sum")
     for margin in MARGINS:
         yield from (margin.case_for("dpo", f"beta {beta}", beta=beta) for beta in (0.1, 1.0))
         yield margin.case_for("dpo", "smoothed", label_smoothing=0.25)
     for lam in (0.0, 0.5, 2.0):
-        yield from (SIDES[i].case_for("orpo", f"lambda {lam}", lam=lam) for i in (0, 2))
-    for situation in CERTAIN:
+        yield from (COMMON[i].case_for("orpo", f"lambda {lam}", lam=lam) for i in (0, 2))
+    for situation in EXTREME_LOGPROBS:
         yield situation.case_for("orpo")
         yield situation.case_for("orpo", "lambda 1", lam=1.0)

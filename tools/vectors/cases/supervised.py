@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from tools.vectors.cases.form import HUGE, INF, NAN, Case, Situation, data, with_every_weighing
 
-TOKENS = [
+ONE_TARGET = [
     Situation(
         "valid",
         "two sequences of different lengths behind masked prompts",
@@ -63,7 +63,7 @@ TWO_PASS = Situation(
     data(logprobs="-1 -0.5 -2 | -3 -1.5 -0.75", weights="-0.375 0.25 0 | -0.125 -0.5 0.0625"),
 )
 
-TARGETS = [
+K_TARGETS = [
     Situation(
         "valid",
         "two candidates with a teacher's probabilities",
@@ -117,14 +117,15 @@ TARGETS = [
 ]
 
 
-BY_WEIGHING = {"cross_entropy": (0, 5, 7, 8), "multi_target_cross_entropy": (0, 5)}
-"""The situations that are asked with every weighing: the first, fractional weights, empty sequences."""
+WITH_EVERY_WEIGHING = {"cross_entropy": (0, 5, 7, 8), "multi_target_cross_entropy": (0, 5)}
+"""Loss → the indices of the situations that have a case for every weighing."""
 
 
 def supervised() -> Iterator[Case]:
-    for loss, situations in (("cross_entropy", TOKENS), ("multi_target_cross_entropy", TARGETS)):
+    """Yield the cases of both cross-entropies."""
+    for loss, situations in (("cross_entropy", ONE_TARGET), ("multi_target_cross_entropy", K_TARGETS)):
         yield from (situation.case_for(loss) for situation in situations)
         chunks = [situation for situation in situations if situation.denominator]
-        yield from with_every_weighing(loss, [*(situations[i] for i in BY_WEIGHING[loss]), *chunks])
+        yield from with_every_weighing(loss, [*(situations[i] for i in WITH_EVERY_WEIGHING[loss]), *chunks])
         yield situations[0].case_for(loss, "a constant length of 3", weigh="fixed_length", length=3)
     yield from (TWO_PASS.case_for("cross_entropy", name, weigh=name) for name in ("token_sum", "sequence_sum_mean"))

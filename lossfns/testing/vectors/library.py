@@ -1,4 +1,4 @@
-"""The losses of this library as the subject of the golden vectors."""
+"""Replies of this library's losses to the golden vectors."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from lossfns.testing.public import LIBRARY, public
 from lossfns.testing.vectors.vector import Vector, num_targets
 from lossfns.weigh import fixed_length
 
-SETTINGS = {"cap": "tis_cap", "level": "tis_level"}
-"""Knob of this library → its name in the vectors, where they differ."""
+VECTOR_NAMES = {"cap": "tis_cap", "level": "tis_level"}
+"""Name of a knob in this library → its name in the vectors, if the two differ."""
 
 
 def subject_for(vector: Vector) -> BoundLoss:
-    """Return the library's loss with a vector's settings. It reads its columns from the datums.
+    """Return the library's loss with a vector's settings. The loss reads its columns from the datums.
 
     Raises:
-        LossInputError: if a setting is refused.
+        LossInputError: if the library refuses a setting.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", LossWarning)  # some vectors use k1 on purpose
@@ -37,8 +37,9 @@ def subject_for(vector: Vector) -> BoundLoss:
 
 
 def build_loss(name: str, config: Mapping[str, Any]) -> Loss:
-    """Build a preset, wrapped with the combinators for settings that are no knobs of it: dual clip, TIS, KL."""
+    """Build a loss: call a preset with its knobs, then add dual clip, TIS and KL where the preset has no such knob."""
     cap = config.get("tis_cap")
+    # TIS does not apply to the KL, so the KL is added after TIS. The preset grpo contains the KL: start from ppo.
     preset: Any = public("ppo" if name == "grpo" and cap is not None else name)
     settings: dict[str, Any] = {key: tuple(x) if isinstance(x, list) else x for key, x in config.items()}
     settings["weigh"] = resolve_weighing(config)
@@ -61,12 +62,12 @@ def resolve_weighing(config: Mapping[str, Any]) -> Any:
 
 
 def resolve(name: str) -> Any:
-    """Return the library's object of this name, or the name itself, which the library then refuses."""
+    """Return the library's object of this name. Return an unknown name itself: the library then refuses it."""
     return getattr(LIBRARY, name, name)
 
 
 def datums(vector: Vector) -> list[Datum]:
-    """Return the data as datums with all columns, even if malformed."""
+    """Return the data of a vector as datums with all columns. The data may be malformed."""
     return [datum(row, num_targets(vector.data)) for row in vector.data]
 
 
@@ -79,7 +80,7 @@ def datum(row: Mapping[str, Any], k: int) -> Datum:
 
 
 def column(values: list[Any], k: int) -> TensorData | list[Any]:
-    """Return the values, with an empty list as ``[0, K]`` where there are K targets."""
+    """Return the values. If there are K targets, return ``[0, K]`` for an empty list, which does not tell K."""
     empty = TensorData.from_numpy(np.zeros((0, k), np.float32))
     return empty if k and not values else values
 
@@ -92,7 +93,7 @@ def logprob_leaves(vector: Vector, dtype: torch.dtype) -> list[Tensor]:
 
 
 def reply_to(vector: Vector, dtype: str = "float64") -> dict[str, Any]:
-    """Return the library's reply to a vector, in the terms of the protocol."""
+    """Return the library's reply to a vector, as the protocol defines it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", LossWarning)  # vectors hold extreme inputs on purpose
         try:
@@ -100,8 +101,8 @@ def reply_to(vector: Vector, dtype: str = "float64") -> dict[str, Any]:
                 return advantages_reply(vector)
             return loss_reply(vector, getattr(torch, dtype))
         except LossInputError as error:
-            field = error.field.partition("[")[0]
-            return {"error": {"message": str(error), "field": SETTINGS.get(field, field), "datum": error.datum}}
+            field = error.field.partition("[")[0]  # ``weights[3]`` → ``weights``
+            return {"error": {"message": str(error), "field": VECTOR_NAMES.get(field, field), "datum": error.datum}}
 
 
 def loss_reply(vector: Vector, dtype: torch.dtype) -> dict[str, Any]:
@@ -116,5 +117,5 @@ def loss_reply(vector: Vector, dtype: torch.dtype) -> dict[str, Any]:
 def advantages_reply(vector: Vector) -> dict[str, Any]:
     """Return the group advantages for a vector."""
     rewards = [row["reward"] for row in vector.data]
-    groups = [row["group"] for row in vector.data if "group" in row]
+    groups = [row["group"] for row in vector.data if "group" in row]  # a missing label makes the list too short
     return {"advantages": group_advantages(rewards, groups, **vector.config).tolist()}
