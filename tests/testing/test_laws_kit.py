@@ -144,6 +144,25 @@ SETTINGS = (
 )
 
 
+SWITCHED_OFF: dict[tuple[str, Any], set[str]] = {
+    ("log_ratio_cap", None): {"finite"},  # exp overflows
+    ("log_ratio_cap", 0.5): {"clip"},  # the cap is reached before the bound
+    ("kl", "k1"): {"kl", "zero_advantage", "on_policy"},  # an expected gradient of 0
+    ("kl_beta", 0.0): {"no_inert_knob"},  # no penalty, so its estimator has no effect
+    ("label_smoothing", 0.5): {"signal", "pair_canary"},  # both sides are pulled alike
+    ("lam", 0.0): {"sides", "pair_canary"},  # the rejected side has no term
+    ("clip", (1.0, 1.0)): {"ratio", "no_inert_knob"},  # a CISPO whose weight is always 1
+}
+"""The laws that a correct loss may break with a setting, since the setting switches off what they are about."""
+
+
+def broken(loss: lossfns.Loss) -> set[str]:
+    """Return the laws that a correct loss breaks, but for those that its settings switch off."""
+    knobs = {name: tuple(x) if isinstance(x, list) else getattr(x, "__name__", x) for name, x in loss.knobs.items()}
+    off = set().union(*(laws for (name, value), laws in SWITCHED_OFF.items() if knobs.get(name, name) == value))
+    return {verdict.law for verdict in verdicts(loss) if verdict.verdict == "fail"} - off
+
+
 @cache
 def report(name: str, examples: int) -> list[Verdict]:
     return list(verdicts(PRESETS[name], examples))
@@ -164,7 +183,7 @@ def test_every_law_has_something_to_say_of_our_losses() -> None:
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("loss", SETTINGS, ids=repr)
 def test_our_losses_obey_every_law_with_other_settings(loss: lossfns.Loss) -> None:
-    assert [verdict for verdict in verdicts(loss) if verdict.verdict == "fail"] == []
+    assert broken(loss) == set()
 
 
 @pytest.mark.parametrize("loss", [loss.name for loss in DEFAULTS])
@@ -175,9 +194,10 @@ def test_the_oracle_obeys_every_law(loss: str) -> None:
     assert [verdict for verdict in verdicts(correct) if verdict.verdict == "fail"] == []
 
 
+@pytest.mark.filterwarnings("ignore:k1 in a loss:lossfns.LossWarning")
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("loss", [loss.name for loss in DEFAULTS])
 def test_our_losses_obey_every_law_with_all_settings_of_the_golden_vectors(loss: str) -> None:
     configs = {repr(v.config): v.config for v in load(loss) if v.error is None and v.denominator is None}
     for config in configs.values():
-        assert [verdict for verdict in verdicts(correct_loss(loss, config)) if verdict.verdict == "fail"] == [], config
+        assert broken(correct_loss(loss, config)) == set(), config
