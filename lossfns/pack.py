@@ -50,8 +50,8 @@ def pack(
         data: B datums, whose ``loss_fn_inputs`` map field names to TensorData, arrays, tensors or lists.
         logprobs_list: B float tensors ``[N_i]``, or ``[N_i, K]`` for a loss over K targets.
         reads: names of the columns to pack besides ``weights``: from ``columns``, or else from the datums.
-        columns: for each name a list of B entries. An entry is one datum's row, or a number for the whole datum.
-        rows: the kind of row of the loss: tokens, targets, pairs or sequences.
+        columns: for each name a list of B entries. An entry holds one datum's values, or one number for the datum.
+        rows: what the loss has one term for: tokens, targets, pairs or sequences.
         align: ``"strict"``, or ``"truncate"`` to cut all columns of a datum to the length of its shortest.
 
     Returns:
@@ -183,7 +183,7 @@ def blank(x: Tensor, active: Tensor) -> Tensor:
 
 
 def check_data(data: Sequence[Any], rows: Rows) -> None:
-    """Refuse anything but a list of datums, and an odd number of them for a loss over pairs."""
+    """Refuse data that are not a list of datums. For a loss over pairs, also refuse an odd number of datums."""
     if not isinstance(data, (list, tuple)):
         raise LossInputError("data", "a list of datums", f"a {type(data).__name__}", "Pass [datum] for a single one.")
     if not data:
@@ -289,7 +289,7 @@ def as_column(name: str, given: Any, rows: Rows = TOKENS) -> Any:
 def check_one_number_each(name: str, given: Values, rows: Rows) -> Values:
     """Return a column ``[B]`` with one number for each datum if this column may have that form, else refuse it.
 
-    Advantages may. In a loss over sequences, labels may too.
+    Advantages may. In a loss over sequences, so may a column of its own, such as a label.
     """
     is_label = rows is SEQUENCES and name not in ("weights", "target_tokens", *LOGPROB_COLUMNS)
     if name != "advantages" and not is_label:

@@ -1,4 +1,7 @@
-"""Inspect a batch without a loss: frames, ids, weights, ends of responses, columns. Nothing here raises."""
+"""Inspect a batch without a loss: frames, ids, weights, ends of responses, columns.
+
+A check that raises ``LossInputError`` runs inside ``recorded``, which turns the error into a finding.
+"""
 
 from __future__ import annotations
 
@@ -56,9 +59,7 @@ def target_rows(
             with recorded(findings, "model_input", i):
                 check_model_input(datum.model_input, rows[-1], i, findings)
     if extra := {name for datum in data for name in datum.loss_fn_inputs} - {"target_tokens", "weights"}:
-        message = (
-            f"{', '.join(sorted(extra))} are for Tinker; Fireworks refuses them in a custom call: bind them there."
-        )
+        message = f"{', '.join(sorted(extra))} are for Tinker. Fireworks refuses them in a custom call: bind them."
         findings.add("note", "loss_fn_inputs", message)
     return rows
 
@@ -94,6 +95,7 @@ def check_length(
 ) -> None:
     """Refuse a per-token field that does not have one entry for each target; note the length of any other field."""
     if name in PER_TOKEN and row.ndim and tuple(row.shape) != tuple(shape):
+        # Pack this one column, for the error that a call of the loss would raise.
         columns = {"weights": [torch.ones(tuple(shape))], name: [row]}
         like, rows = torch.empty(0, dtype=torch.float64), TARGETS if len(shape) == 2 else TOKENS
         try:
@@ -133,7 +135,7 @@ def check_model_input(model_input: Any, targets: Array, datum: int, findings: Fi
 
 @dataclass(frozen=True)
 class BatchView:
-    """A batch whose frames fit.
+    """A batch in which every column has the shape of its datum's targets.
 
     Attributes:
         targets: the targets of each datum, ``[N_i]`` or ``[N_i, K]``.
@@ -182,7 +184,7 @@ def inspect_weights(view: BatchView, signed: bool | None, paired: bool, findings
         cost = "it costs a forward pass and trains nothing."
         findings.add("warning", "weights", f"no active token in {name_datums(empty)}: {cost}", empty)
     if negative.any() and signed is not True:
-        message = f"negative in {name_datums(negative)}. Only likelihood takes that: put the sign into the advantages."
+        message = f"negative in {name_datums(negative)}. Only likelihoods take that: put the sign into the advantages."
         findings.add("warning" if signed is None else "error", "weights", message, negative)
     if active.all():
         findings.add("note", "weights", "no target is masked in any datum: is the prompt trained on too?")
@@ -215,9 +217,9 @@ def inspect_ends(view: BatchView, eos_id: int | None, findings: Findings) -> Num
     present = any((t == eos_id).any() for t in view.targets)
     if not stops:
         why = (
-            "it is in the targets, but not the last that is trained: is pad = eos masked?"
+            "it is in the targets, but is never the last trained one: is pad = eos masked?"
             if present
-            else "no target is."
+            else "no target is EOS."
         )
         findings.add("warning", "target_tokens", f"no response is trained to end with EOS ({eos_id}): {why}")
     elif stops < len(ids):
@@ -272,7 +274,7 @@ def inspect_logprobs(view: BatchView, reads: Sequence[str], findings: Findings) 
             message = f"fits {first} better by one token of shift: does position j hold the logprob of token j + 1?"
             findings.add("warning", second, message)
         elif gap > MAX_MEAN_GAP:
-            findings.add("warning", second, f"{gap:.3g} nats from {first} on average: are both of these tokens?")
+            findings.add("warning", second, f"{gap:.3g} nats from {first} on average: are both those of these tokens?")
     return numbers
 
 

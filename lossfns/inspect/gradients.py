@@ -67,6 +67,7 @@ def grad_report(
     columns = visible_columns(loss_fn, data, shapes)
     active = columns["weights"] != 0
     old = columns.get("old_logprobs", lp)
+    # The values with which a column has no effect: advantages of 0, and log-ratios of 0.
     neutral = {"advantages": 0 * lp, "old_logprobs": lp, "ref_logprobs": lp, "sampler_logprobs": old}
 
     def gradient_with_neutral(*names: str) -> Tensor:
@@ -79,7 +80,7 @@ def grad_report(
     capped = (active & ((lp - old).abs() > KL_LOG_RATIO_CAP)) if "old_logprobs" in gradient_if_neutral else None
     clipped = None
     if {"advantages", "old_logprobs"} <= gradient_if_neutral.keys():
-        # Terms without advantages, such as KL, are in both gradients of a comparison.
+        # Compared, and not tested for 0: a clipped token keeps the gradient of terms without advantages, such as KL.
         advantage_matters = gradient != gradient_if_neutral["advantages"]
         on_policy = gradient_if_neutral["old_logprobs"]
         advantage_matters_on_policy = on_policy != gradient_with_neutral("advantages", "old_logprobs")
@@ -113,8 +114,8 @@ class GradReport:
         metrics: metrics of the loss.
         gradient: the gradient in float64. Sums leave out entries that are not finite; ``nonfinite`` lists them.
         active: whether the weight is not 0.
-        clipped: whether the advantage of an active token is not 0 but has no gradient, and would have one on-policy.
-            ``None`` if advantages or old logprobs are not visible.
+        clipped: whether an active token has an advantage other than 0 that does not change its gradient, but would
+            change it on-policy. ``None`` if advantages or old logprobs are not visible.
         capped: whether an active token has |lp − old| > 20; ``None`` if old logprobs are not visible.
         shapes: shape of each datum's logprobs.
         effects: for each column Σ|g − g′|, where g′ is the gradient if the column is neutral. Neutral advantages are 0;

@@ -130,7 +130,7 @@ def preflight(
         with recorded(findings, "loss_fn"), without_warnings():
             base = policy_logprobs(view, logprobs, data, vocab_size)
             numbers["denominators"] = denominators(loss_fn, data, view, paired)
-            # First with its own columns: a loss may refuse them and accept those of step zero.
+            # Called for its errors alone: step_zero replaces columns that the loss may refuse.
             gradient_of(loss_fn, data, split_by_datum(base, view.shapes))
             zero = step_zero(loss_fn, data, view, base, paired)
             report = zero.report

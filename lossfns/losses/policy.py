@@ -204,7 +204,7 @@ def gspo(
     Reads ``advantages`` and ``old_logprobs``. Statistics, means over active tokens:
 
         ratio: mean s, above 0; 1 on-policy.
-        ratio_capped: share of tokens with |log-ratio| above the cap, in [0, 1].
+        ratio_capped: share of tokens with |log s| above the cap, in [0, 1].
         log_ratio_abs: mean |log s|, in nats.
         kl_old: k3 estimate of KL(old‖π) by token, in nats, at least 0.
         clip_low: share of tokens with A < 0 and s < low, whose gradient is 0; in [0, 1].
@@ -224,7 +224,7 @@ def gspo_token(
     log_ratio_cap: float | None = 20.0,
     dual_clip: float | None = None,
 ) -> Loss:
-    """−min(s·A, clip(s, low, high)·A), where s has GSPO's value and the gradient of each token's own logprob.
+    """−min(s·A, clip(s, low, high)·A), where s has GSPO's value, and its gradient reaches only the token's own logprob.
 
     Zheng et al. 2025, arXiv:2507.18071, equation 13. Advantages may differ by token.
 
@@ -238,7 +238,7 @@ def gspo_token(
     Reads ``advantages`` and ``old_logprobs``. Statistics, means over active tokens:
 
         ratio: mean s, above 0; 1 on-policy.
-        ratio_capped: share of tokens with |log-ratio| above the cap, in [0, 1].
+        ratio_capped: share of tokens with |log s| above the cap, in [0, 1].
         log_ratio_abs: mean |log s|, in nats.
         kl_old: k3 estimate of KL(old‖π) by token, in nats, at least 0.
         clip_low: share of tokens with A < 0 and s < low, whose gradient is 0; in [0, 1].
@@ -253,7 +253,7 @@ def gspo_token(
 
 @preset
 def cispo(clip: Clip = (0.0, 4.0), weigh: Weighing = token_mean, log_ratio_cap: float | None = 20.0) -> Loss:
-    """−sg(clip(r, low, high))·A·lp: the bounds limit a token's weight and keep its gradient.
+    """−sg(clip(r, low, high))·A·lp: the bounds limit the coefficient of lp, and no token loses its gradient.
 
     MiniMax 2025, arXiv:2506.13585. The paper has only an upper bound, and so has the default.
 
@@ -269,8 +269,8 @@ def cispo(clip: Clip = (0.0, 4.0), weigh: Weighing = token_mean, log_ratio_cap: 
         ratio_capped: share of tokens with |log-ratio| above the cap, in [0, 1].
         log_ratio_abs: mean |lp − old|, in nats.
         kl_old: k3 estimate of KL(old‖π) by token, in nats, at least 0.
-        bound_low: share of tokens with r < low, whose weight is low; in [0, 1].
-        bound_high: share of tokens with r > high, whose weight is high; in [0, 1].
+        bound_low: share of tokens with r < low, whose coefficient is set to ``low``; in [0, 1].
+        bound_high: share of tokens with r > high, whose coefficient is set to ``high``; in [0, 1].
 
     >>> cispo(clip=(0.0, 5.0))
     cispo(clip=(0.0, 5.0), weigh=token_mean, log_ratio_cap=20.0)

@@ -53,7 +53,7 @@ def dpo(beta: float = 0.1, label_smoothing: float = 0.0, weigh: Weighing = pair_
 
 @preset
 def orpo(lam: float = 0.1, weigh: Weighing = pair_mean) -> Loss:
-    """−a_w + λ·(−log σ(log-odds(a_w) − log-odds(a_l))), with a = Σ w·lp / Σ w of the chosen (w) and rejected (l).
+    """−a_c + λ·(−log σ(log-odds(a_c) − log-odds(a_r))), with a = Σ w·lp / Σ w of the chosen (c) and rejected (r).
 
     Hong et al. 2024, arXiv:2403.07691, equations 6 and 7. No reference model. Value and gradient are finite for every
     logprob up to and including 0.
@@ -65,7 +65,7 @@ def orpo(lam: float = 0.1, weigh: Weighing = pair_mean) -> Loss:
     Reads no column besides the weights. Statistics, means over pairs:
 
         nll: −a of the chosen side, in nats, at least 0.
-        log_odds_ratio: log-odds(a_w) − log-odds(a_l), in nats.
+        log_odds_ratio: log-odds(a_c) − log-odds(a_r), in nats.
         accuracy: share of pairs with a log-odds ratio above 0, in [0, 1]; a tie counts ½.
 
     >>> import torch

@@ -59,6 +59,7 @@ def check_option(name: str, value: Any) -> None:
     elif name == "lr":
         expected, accepted = "a finite number above 0", type(value) in (int, float) and 0 < value < math.inf
     else:
+        # `group` and `updates` are 0 only by default, for a method that has none.
         smallest = 0 if name in ("seed", "warmup_steps") else 1
         expected = f"a whole number of at least {smallest}"
         accepted = type(value) is int and smallest <= value < 2**63

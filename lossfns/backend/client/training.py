@@ -22,7 +22,7 @@ from lossfns.backend.client.requests import (
 )
 from lossfns.backend.client.sampling import LocalSamplingClient
 from lossfns.backend.engine.pooling import POOLS
-from lossfns.backend.engine.state import check_description, description, load_weights, stepped, weights
+from lossfns.backend.engine.state import check_description, description, load_weights, parameters_with_moments, weights
 from lossfns.backend.futures import APIFuture, async_of, async_submit, log
 from lossfns.backend.model import lora
 from lossfns.backend.storage import checkpoint
@@ -293,7 +293,7 @@ class LocalTrainingClient(LocalReferenceClient):
         if not overwrite:
             self.ranks.on_rank_zero(refuse_existing, path)
         tensors = self._engine.state()
-        return self._write(path, tensors, "state", metadata, stepped=stepped(tensors))
+        return self._write(path, tensors, "state", metadata, stepped=parameters_with_moments(tensors))
 
     def _save_weights(self, path: str | Path, metadata: dict[str, str]) -> SaveResponse:
         self.ranks.on_rank_zero(refuse_existing, path)

@@ -96,9 +96,10 @@ class Engine:
         bound = bind_builtin(loss_fn, config, data, multi_target=forward.inputs.targets[0].ndim == 2)
         outputs = self.outputs(forward)
         loss, metrics = bound(data, FlatLogprobs(outputs.values.flatten(), outputs.shapes))
+        # The result of forward_backward, with a gradient of 0.
         return Differentiated(float(loss), torch.zeros_like(outputs.values), metrics, outputs)
 
-    # Backward, within ``gradients.all_or_nothing``
+    # Backward. Callers run these methods in a ``with gradients.all_or_nothing()`` block.
 
     def forward_backward(self, data: list[Any], loss_fn: Any, config: Any) -> Differentiated:
         """Compute a built-in loss, and add its gradient to the accumulated one."""
@@ -110,10 +111,11 @@ class Engine:
         """Compute any loss of the contract, and add its gradient to the accumulated one.
 
         The loss is differentiated with respect to detached outputs. This gradient is then backpropagated through the
-        graph of the forward pass. So the parameters get the full gradient, at the cost of a built-in loss.
+        graph of the forward pass. So the parameters get the full gradient, and a custom loss costs what a built-in one
+        does.
         """
         objective = objective_of(loss_fn, self.ranks.agreeing)
-        with torch.enable_grad():  # ends the effect of a loss that calls torch.set_grad_enabled
+        with torch.enable_grad():  # restores the mode at its end, whatever the loss has set
             plan = self.budget.plan(forward.inputs, objective.group, self.gradients.compensation_bytes)
             with summed_in_float32(self.model) if len(plan.micro_batches) > 1 else nullcontext():
                 result = passes.forward_backward(objective, data, forward, plan)
@@ -133,7 +135,7 @@ class Engine:
         norm = gradient_norm(parameters) / divisor
         if not math.isfinite(norm):
             self.gradients.clear()
-            fix = "The gradient is dropped and the weights are as they were; a smaller batch may be in range."
+            fix = "The gradient is dropped and the weights are as they were. Its norm overflowed: try a smaller batch."
             raise LossInputError("optim_step", "a finite gradient", f"a norm of {norm}", fix)
         factor = clip_factor(norm, float(adam.grad_clip_norm)) / divisor
         take_step(self.optimizer, parameters, settings, factor)

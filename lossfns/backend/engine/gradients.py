@@ -25,7 +25,8 @@ class Accumulated(NamedTuple):
     Attributes:
         positions: how many rows of outputs (tokens, or embeddings) had a gradient other than 0.
         sequences: how many datums had such a row.
-        mean: one of the losses that divides by a count of its own; None if no loss does.
+        mean: the first of the losses that divide by a count of their own, which a step names if it refuses to divide
+            again; None if there is none.
         pooled: whether one of the losses is over embeddings.
     """
 
@@ -83,17 +84,17 @@ class Gradients:
         try:
             yield
             check_finite_gradients(parameters)
-            added = [p for p in before if p.grad is not None]
-            self.compensation |= {p: torch.zeros_like(before[p]) for p in added if p not in self.compensation}
+            in_both = [p for p in before if p.grad is not None]
+            self.compensation |= {p: torch.zeros_like(before[p]) for p in in_both if p not in self.compensation}
         except BaseException:
             set_gradients(parameters, before)
             self.accumulated = accumulated
             raise
         finally:
             self.set_aside = {}
-        new = [p.grad for p in added if p.grad is not None]
-        add_compensated([before[p] for p in added], new, [self.compensation[p] for p in added])
-        set_gradients(before, before)  # a parameter without an earlier gradient keeps the request's
+        new = [p.grad for p in in_both if p.grad is not None]
+        add_compensated([before[p] for p in in_both], new, [self.compensation[p] for p in in_both])
+        set_gradients(before, before)  # the sums, updated in place; other parameters keep the request's
 
     @property
     def compensation_bytes(self) -> int:
@@ -111,7 +112,7 @@ def set_gradients(parameters: Iterable[nn.Parameter], gradients: Mapping[nn.Para
 def add_compensated(totals: list[Tensor], parts: list[Tensor], compensation: list[Tensor]) -> None:
     """totals += parts in place; ``compensation`` carries what rounding has taken from the totals (Kahan 1965).
 
-    Thousands of micro-batches thus sum to the gradient of the whole batch to rounding, also in bfloat16.
+    The gradients of thousands of requests thus sum to that of one request with all their datums, also in bfloat16.
     """
     if not totals:
         return
@@ -127,7 +128,7 @@ def check_finite_gradients(parameters: Sequence[nn.Parameter]) -> None:
     """Refuse a gradient that has overflowed on its way through the model: it would spoil the accumulated one."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     if not full_tensor(torch.nn.utils.get_total_norm(gradients, norm_type=math.inf)).isfinite():
-        got, fix = "nan or inf in the gradient of a parameter", "Are weights or advantages as large as they should be?"
+        got, fix = "nan or inf in the gradient of a parameter", "Are weights or advantages too large?"
         raise LossInputError("gradient", "finite gradients of the parameters", got, fix)
 
 

@@ -89,7 +89,7 @@ def load_moments(model: nn.Module, optimizer: Optimizer, tensors: Mapping[str, T
     optimizer.load_state_dict({"state": kept, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def stepped(tensors: Mapping[str, Tensor]) -> list[str]:
+def parameters_with_moments(tensors: Mapping[str, Tensor]) -> list[str]:
     """Return the names of the parameters that have moments."""
     return sorted({name.split(".", 2)[2] for name in tensors if name.startswith("optim.")})
 
@@ -101,7 +101,7 @@ def check_complete(model: nn.Module, tensors: Mapping[str, Tensor], data: Mappin
     """
     check_dtypes(model, tensors, path)
     steps, parameters = data.get("steps"), dict(model.named_parameters())
-    names = stepped(tensors)
+    names = parameters_with_moments(tensors)
     wrong = None
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
         wrong = f"steps = {steps!r}"
@@ -111,14 +111,15 @@ def check_complete(model: nn.Module, tensors: Mapping[str, Tensor], data: Mappin
         wrong = f"moments of {min(set(names) - parameters.keys())}, which is no parameter of this model"
     else:
         for name in names:
-            shapes = [tuple(tensors.get(f"optim.{k}.{name}", torch.empty(0, 0)).shape) for k in MOMENTS]
+            keys = [f"optim.{k}.{name}" for k in MOMENTS]
+            shapes = [tuple(tensors[key].shape) if key in tensors else None for key in keys]
             if shapes != [tuple(parameters[name].shape), tuple(parameters[name].shape), ()]:
                 wrong = f"moments of {name} of shapes {shapes}"
     generator = tensors.get("random.cpu")
     if generator is None or generator.dtype != torch.uint8 or generator.shape != torch.get_rng_state().shape:
         wrong = wrong or "no state of random numbers"
     if wrong is not None:
-        fix = "load_state takes the weights alone."
+        fix = "The client's load_state takes the weights alone."
         raise LossInputError("path", "a whole state of training", f"{path}, with {wrong}", fix)
 
 
@@ -127,7 +128,7 @@ def check_dtypes(model: nn.Module, tensors: Mapping[str, Tensor], path: str) -> 
     for name, x in weights(model).items():
         if name in tensors and tensors[name].dtype != x.dtype:
             got = f"{path}, in which {name} is {tensors[name].dtype} in place of {x.dtype}"
-            fix = "Build the client with that dtype; load_state converts the weights alone."
+            fix = "Build the client with that dtype, or call its load_state: it loads only weights, and converts them."
             raise LossInputError("path", "a checkpoint of the same precision", got, fix)
 
 
@@ -135,7 +136,7 @@ def check_dtypes(model: nn.Module, tensors: Mapping[str, Tensor], path: str) -> 
 
 
 def random(device: torch.device) -> dict[str, Tensor]:
-    """Return the states of torch's generators, which draw samples without a seed, as ``random.<device>``."""
+    """Return the states of torch's generators as ``random.<device>``. Samples without a seed are drawn from them."""
     cuda = {"random.cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
     return {"random.cpu": torch.get_rng_state(), **cuda}
 

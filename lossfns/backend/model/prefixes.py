@@ -30,7 +30,7 @@ def share_prefixes(tokens: Sequence[np.ndarray], min_length: int = 16) -> Shared
 
     The prefix of a group becomes one segment, and what a member has beyond it becomes another, which continues the
     first. A member that is no longer than the prefix has no segment of its own. A sequence is in at most one group.
-    Segments of one parent and one length are adjacent, so that they attend in one call.
+    Segments with the same parent and the same length are adjacent, so that they attend in one call.
 
     Args:
         tokens: ids of each sequence, at least one.
@@ -60,6 +60,8 @@ def common_prefixes(flat: np.ndarray, starts: np.ndarray, lengths: np.ndarray, m
     beginning = starts[:, None] + np.arange(min_length)
     # Most pairs differ in their first tokens already.
     pairs = pairs[(flat[beginning[pairs]] == flat[beginning[pairs + 1]]).all(1)]
+    # The pairs are compared end to end: pair i at ends[i] − counts[i] : ends[i]. ``first`` is the first unequal position
+    # from the beginning of a pair on; it may lie beyond the pair.
     counts = shorter[pairs]
     ends = counts.cumsum()
     unequal = np.flatnonzero(flat[ranges(starts[pairs], counts)] != flat[ranges(starts[pairs + 1], counts)])
@@ -87,9 +89,9 @@ def best_groups(common: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         For each sequence in sorted order its group, −1 for none, and the length of the prefix that the group shares.
     """
     nodes = [(0, len(common) + 1, 0)]  # first sequence, last + 1, parent; a parent comes before its children
-    candidates: list[np.ndarray] = []  # per node: lengths 0 (none is open), of its ancestors' prefixes, of its own
+    candidates: list[np.ndarray] = []  # per node: what the longest open prefix may be: 0 (none), an ancestor's, its own
     saved = []  # per node and candidate: what the subtree saves if the candidate is the longest open prefix
-    for node, (first, last, parent) in enumerate(nodes):
+    for node, (first, last, parent) in enumerate(nodes):  # nodes grows in the loop
         inside = common[first : last - 1]
         candidates.append(np.append(candidates[parent] if node else 0, inside.min()))
         cuts = first + 1 + np.flatnonzero(inside == inside.min())
@@ -97,7 +99,8 @@ def best_groups(common: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         without_child = last - first - sum(b - a for a, b, _ in children)
         saved.append(without_child * candidates[node])
         nodes += children
-    # Per node: it is opened if the longest open prefix above it is one of its first ``opens`` candidates.
+    # Per node: it is opened if the longest open prefix above it is one of its first ``opens`` candidates. The first are
+    # the shortest, and a node gains less by being opened below a longer one.
     opens = np.zeros(len(nodes), int)
     for node in reversed(range(len(nodes))):
         closed, opened = saved[node][:-1], saved[node][-1] - candidates[node][-1]
@@ -142,7 +145,7 @@ def build_segments(lengths: np.ndarray, group: np.ndarray, prefix: np.ndarray) -
     begins[:, 0] = begins[leader, 0]
 
     prefix_segment = np.zeros(len(lengths), int)
-    prefix_segment[leaders] = np.argsort(order)[: len(leaders)]
+    prefix_segment[leaders] = np.argsort(order)[: len(leaders)]  # the inverse of the order
     return SharedPrefixes(
         ranges(sources[order], counts_in_order),
         counts_in_order.tolist(),

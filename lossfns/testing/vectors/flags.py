@@ -54,7 +54,7 @@ def to_answer(answer: oracle.Loss, data: Sequence[Mapping[str, Any]]) -> Answer:
 
 
 def wrong_answer(bug: str, vector: Vector) -> Answer | None:
-    """Return the answer of a loss that has the bug, or None if this loss cannot have it."""
+    """Return the answer to a vector with the bug planted in its loss, or None if that loss cannot have the bug."""
     if vector.loss == "group_advantages":
         variant = ADVANTAGE_BUGS.get(bug)
         return variant and {"advantages": variant(**advantage_arguments(vector.config, vector.data))}
@@ -66,7 +66,7 @@ def wrong_answer(bug: str, vector: Vector) -> Answer | None:
 def shows(bug: str, vector: Vector) -> bool:
     """Return whether a loss that has the bug fails the vector by more than ten times the tolerance of float32.
 
-    No bug shows at a kink, because both one-sided gradients are right there.
+    No bug shows at a kink, since such a vector accepts both one-sided gradients and all between them.
     """
     if vector.error is not None:
         return accepts_refused(bug, vector)

@@ -21,8 +21,8 @@ Refusal = tuple[str, str, int | None]
 class Case(NamedTuple):
     """The inputs of one vector.
 
-    ``beyond_kink`` holds the arguments of the oracle that differ just beyond a kink. ``error`` is the answer of a
-    must-reject case.
+    ``beyond_kink`` replaces arguments of the oracle, so that a case at a kink lies just past it. The oracle then gives
+    the other one-sided gradient. ``error`` is the answer of a must-reject case.
     """
 
     loss: str
@@ -50,27 +50,29 @@ class Situation(NamedTuple):
         return Case(loss, self.kind, comment, config, data, self.denominator)
 
 
-CORRECTION: dict[str, Any] = {"tis_cap": None, "tis_level": "token"}
-RATIO: dict[str, Any] = {"weigh": "token_mean", "log_ratio_cap": 20.0, "dual_clip": None, **CORRECTION}
+TIS_SETTINGS: dict[str, Any] = {"tis_cap": None, "tis_level": "token"}
+RATIO_SETTINGS: dict[str, Any] = {"weigh": "token_mean", "log_ratio_cap": 20.0, "dual_clip": None, **TIS_SETTINGS}
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "cross_entropy": {"weigh": "token_mean"},
     "multi_target_cross_entropy": {"weigh": "token_mean"},
     "reinforce": {"weigh": "token_mean"},
-    "importance_sampling": RATIO,
-    "ppo": {"clip": [0.8, 1.2], **RATIO},
-    "grpo": {"clip": [0.8, 1.2], "kl": "k3", "kl_beta": 0.25, **RATIO},
-    "dapo": {"clip": [0.8, 1.28], **RATIO},
-    "gspo": {"clip": [0.8, 1.25], **RATIO, "weigh": "sequence_mean"},
-    "gspo_token": {"clip": [0.8, 1.25], **RATIO, "weigh": "sequence_mean"},
-    "cispo": {"clip": [0.8, 1.2], "weigh": "token_mean", "log_ratio_cap": 20.0, **CORRECTION},
-    "dro": {"beta": 0.5, "weigh": "token_mean", **CORRECTION},
+    "importance_sampling": RATIO_SETTINGS,
+    "ppo": {"clip": [0.8, 1.2], **RATIO_SETTINGS},
+    "grpo": {"clip": [0.8, 1.2], "kl": "k3", "kl_beta": 0.25, **RATIO_SETTINGS},
+    "dapo": {"clip": [0.8, 1.28], **RATIO_SETTINGS},
+    "gspo": {"clip": [0.8, 1.25], **RATIO_SETTINGS, "weigh": "sequence_mean"},
+    "gspo_token": {"clip": [0.8, 1.25], **RATIO_SETTINGS, "weigh": "sequence_mean"},
+    "cispo": {"clip": [0.8, 1.2], "weigh": "token_mean", "log_ratio_cap": 20.0, **TIS_SETTINGS},
+    "dro": {"beta": 0.5, "weigh": "token_mean", **TIS_SETTINGS},
     "dpo": {"beta": 0.1, "label_smoothing": 0.0, "weigh": "pair_mean"},
     "orpo": {"lam": 0.1, "weigh": "pair_mean"},
     "group_advantages": {"scale": "std"},
 }
-"""The default settings of cases. They are not the paper's where these hide too much: a KL of 0.001, GSPO's bounds."""
+"""The default settings of cases. They differ from the papers' where those would hide
+mistakes: a KL coefficient of 0.001 is too small to see, and GSPO's bounds leave almost every ratio outside."""
 
+# group_advantages has no weighing: it is no loss, and reads no columns.
 READS = {loss: build_loss(loss, row).reads for loss, row in DEFAULTS.items() if "weigh" in row}
 """The columns of each loss besides logprobs and weights."""
 
@@ -83,19 +85,20 @@ def losses_with(*settings: str, without: str = "") -> tuple[str, ...]:
 CLIPPED = losses_with("clip", "dual_clip")
 """The losses with PPO's clipping."""
 
-WITH_RATIO = losses_with("dual_clip")
-"""The losses with a ratio, clipped or not."""
+SURROGATES = losses_with("dual_clip")
+"""The losses whose term is −r·A, clipped or not. The ratio of CISPO has no gradient, so it is not among them."""
 
 WEIGHT_LIMITED = losses_with("clip", without="dual_clip")
-"""The losses whose bounds limit a weight."""
+"""The losses whose bounds limit the coefficient of the logprob."""
 
-PENALISED = losses_with("beta", "tis_cap")
+PENALISED = losses_with("beta", "tis_cap")  # DPO has a beta too, and no tis_cap
 """The losses with a penalty on leaving the old policy."""
 
 WITH_KL = losses_with("kl")
 """The losses with a KL term."""
 POLICY = tuple(loss for loss in READS if "advantages" in READS[loss])
 SEQUENCE_RATIO = tuple(loss for loss in CLIPPED if DEFAULTS[loss]["weigh"] == "sequence_mean")
+"""The losses with one ratio for each sequence. They average over sequences by default."""
 PAIRS = tuple(loss for loss in READS if DEFAULTS[loss]["weigh"] == "pair_mean")
 GSPO_BOUNDS = [1 - 3e-4, 1 + 4e-4]
 """GSPO's own bounds."""
@@ -129,19 +132,19 @@ def policy_data(lp: str, w: str, adv: str, d: str = "", old: str = "", x: str = 
         return [[g for _, g in zip(row, cycle(gaps))] for row in logprobs]
 
     ds = rows(d) if d else cycled(0.125, -0.0625)
-    olds = rows(old) if old else subtract(logprobs, ds)
-    refs = subtract(logprobs, rows(x) if x else cycled(0.25, -0.125, 0.5, -0.25), sign=-1)
-    samplers = subtract(olds, rows(gap) if gap else cycled(0.25, -0.5, 0.75))
+    olds = rows(old) if old else shift(logprobs, ds, -1)
+    refs = shift(logprobs, rows(x) if x else cycled(0.25, -0.125, 0.5, -0.25), 1)
+    samplers = shift(olds, rows(gap) if gap else cycled(0.25, -0.5, 0.75), -1)
     return data(logprobs=lp, weights=w, advantages=adv, old_logprobs=olds, ref_logprobs=refs, sampler_logprobs=samplers)
 
 
-def subtract(left: list[list[float]], right: list[list[float]], sign: float = 1.0) -> list[list[float]]:
-    """Return left − sign·right, or left + sign·right where the result would be above 0, which no logprob is."""
+def shift(values: list[list[float]], by: list[list[float]], sign: float) -> list[list[float]]:
+    """Return values + sign·by. Where a logprob would become a number above 0, return values − sign·by."""
 
     def at_most_zero(u: float, v: float) -> float:
         return u + v if u <= 0 < u - v else u - v
 
-    return [[at_most_zero(u, sign * v) for u, v in zip(*pair, strict=True)] for pair in zip(left, right, strict=True)]
+    return [[at_most_zero(u, -sign * v) for u, v in zip(*pair, strict=True)] for pair in zip(values, by, strict=True)]
 
 
 def select_columns(loss: str, data: Data, settings: Mapping[str, Any]) -> Data:

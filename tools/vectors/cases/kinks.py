@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from itertools import product
 from typing import Any
 
-from tools.vectors.cases.form import CLIPPED, DEFAULTS, WITH_KL, WITH_RATIO, Case, Data, policy_data, select_columns
+from tools.vectors.cases.form import CLIPPED, DEFAULTS, SURROGATES, WITH_KL, Case, Data, policy_data, select_columns
 
 
 def kinks() -> Iterator[Case]:
@@ -27,7 +27,7 @@ def kinks() -> Iterator[Case]:
         yield kink(
             loss, "a ratio of exactly the upper bound", at_upper, {"clip": [0.5, bound]}, {"clip": (0.5, bound - near)}
         )
-    for loss in WITH_RATIO:
+    for loss in SURROGATES:
         wide = {"clip": [0.25, 8.0]} if loss in CLIPPED else {}
         tie = policy_data(lp="-1 -2", w="1 1", adv="-1 -1", d="1.5 1.5", x="0 0")
         c = math.exp(1.5)

@@ -12,9 +12,9 @@ from tools.vectors.cases.form import (
     PENALISED,
     POLICY,
     SEQUENCE_RATIO,
+    SURROGATES,
     WEIGHT_LIMITED,
     WITH_KL,
-    WITH_RATIO,
     Case,
     Situation,
     policy_data,
@@ -368,7 +368,7 @@ def policies() -> Iterator[Case]:
         yield from with_every_weighing(
             loss, [PLAIN, RAGGED, *([BY_TOKEN] if loss in ("ppo", *SEQUENCE_RATIO) else [CHUNK])]
         )
-    for loss in WITH_RATIO:
+    for loss in SURROGATES:
         yield from (situation.case_for(loss) for situation in BEYOND_CAP)
         yield from ratio_setting_cases(loss)
     for loss in CLIPPED:
