@@ -54,6 +54,7 @@ def test_the_files_are_what_the_tool_writes() -> None:
     assert list(changed_files()) == []
 
 
+@pytest.mark.exhaustive
 def test_writing_twice_writes_the_same(tmp_path: Path) -> None:
     assert len(write(tmp_path)) == len(METHODS) + 1
     assert write(tmp_path) == []

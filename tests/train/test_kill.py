@@ -136,7 +136,7 @@ def chain(method: str, folder: Path, due: Counter[bool], rng: Random) -> Path:
 
 @pytest.mark.parametrize(
     ("method", "kills"),
-    [("grpo", 2), *(pytest.param(method, n, marks=pytest.mark.exhaustive) for method, n in KILLS.items())],
+    [("sft", 2), *(pytest.param(method, n, marks=pytest.mark.exhaustive) for method, n in KILLS.items())],
 )
 def test_a_run_killed_again_and_again_ends_as_one_left_alone(method: str, kills: int, tmp_path: Path) -> None:
     rng, due = Random(method), Counter({True: kills // 2, False: kills // 2})

@@ -60,7 +60,7 @@ def common_prefixes(flat: np.ndarray, starts: np.ndarray, lengths: np.ndarray, m
     beginning = starts[:, None] + np.arange(min_length)
     # Most pairs differ in their first tokens already.
     pairs = pairs[(flat[beginning[pairs]] == flat[beginning[pairs + 1]]).all(1)]
-    # The pairs are compared end to end: pair i at ends[i] − counts[i] : ends[i]. ``first`` is the first unequal position
+    # The pairs are compared end to end: pair i at ends[i] − counts[i] : ends[i]. ``first`` is the first unequal entry
     # from the beginning of a pair on; it may lie beyond the pair.
     counts = shorter[pairs]
     ends = counts.cumsum()
