@@ -40,12 +40,12 @@ def surrogate(ratio: Tensor, advantages: Tensor) -> Tensor:
 def clipped_surrogate(ratio: Tensor, advantages: Tensor, clip: tuple[float, float]) -> Tensor:
     """−min(r·A, clip(r, low, high)·A). Schulman et al. 2017 (arXiv:1707.06347), equation 7.
 
-    The minimum is r·A with r bounded above by ``high`` where A > 0, and below by ``low`` where A < 0. On a bound the
-    gradient flows: ``clamp`` would stop it there since PyTorch 2.15.
+    The minimum is clip(r, low, high)·A, without gradient, where r > high and A > 0, and where r < low and A < 0; else
+    it is r·A. On a bound the gradient flows, whereas that of ``clamp`` stops there since PyTorch 2.15.
     """
     low, high = clip
-    below, above = ratio.masked_fill(ratio > high, high), ratio.masked_fill(ratio < low, low)
-    return -advantages * torch.where(advantages > 0, below, above)
+    beyond = torch.where(advantages > 0, ratio > high, ratio < low)
+    return -advantages * torch.where(beyond, ratio.detach().clamp(low, high), ratio)
 
 
 def weighted_policy_gradient(logprobs: Tensor, ratio: Tensor, advantages: Tensor, clip: tuple[float, float]) -> Tensor:
