@@ -1,4 +1,4 @@
-"""Combinators: functions that add one part to a loss of tokens.
+"""Combinators: functions that add one part to a loss over tokens.
 
 Apply them in this order: ``with_kl(with_tis(with_dual_clip(loss)), kl_beta=0.01)``. Any other order is refused.
 """
@@ -22,7 +22,7 @@ KL = Callable[[Tensor, Tensor], Tensor]
 
 
 def check_wrappable(loss: Loss, *columns: str) -> None:
-    """Refuse anything but a loss of tokens that reads none of the columns.
+    """Refuse anything but a loss over tokens that reads none of the columns.
 
     A loss that reads one of them already has this combinator, or one that comes later.
     """
@@ -44,7 +44,7 @@ def with_kl(loss: Loss, kl_beta: float = 1e-3, kl: KL = eq.k3) -> Loss:
     """l + β·KL(lp, ref), under the share and the denominator of the loss. The penalty is not importance-weighted.
 
     Args:
-        loss: a loss of tokens. Apply ``with_tis`` and ``with_dual_clip`` before.
+        loss: a loss over tokens. Apply ``with_tis`` and ``with_dual_clip`` before.
         kl_beta: β, a finite number of at least 0. With 0 the result is the loss itself.
         kl: the estimator ``k1``, ``k2`` or ``k3``. ``k1`` warns: its expected gradient is 0.
 
@@ -78,7 +78,7 @@ def with_tis(loss: Loss, cap: float = 2.0, level: Level = token_level) -> Loss:
     secretly brings you off-policy RL training"). The weight is a constant: no gradient passes through it.
 
     Args:
-        loss: a loss of tokens. Apply ``with_dual_clip`` before and ``with_kl`` after.
+        loss: a loss over tokens. Apply ``with_dual_clip`` before and ``with_kl`` after.
         cap: the largest weight, a finite number above 0.
         level: what the log-weight is taken over: ``token_level`` (each token), ``sequence_level`` (the sum over
             the sequence) or ``geometric_level`` (the mean over the sequence).
@@ -112,7 +112,7 @@ def with_dual_clip(loss: Loss, c: float | None = 3.0) -> Loss:
     Ye et al. 2020, arXiv:1912.09729, equation 5.
 
     Args:
-        loss: a loss of tokens that reads ``advantages``. Apply ``with_tis`` and ``with_kl`` after.
+        loss: a loss over tokens that reads ``advantages``. Apply ``with_tis`` and ``with_kl`` after.
         c: the ratio above which a token with A < 0 is clipped, a number above 1. ``None`` returns the loss.
 
     Its statistics are those of the loss, and
@@ -131,7 +131,7 @@ def with_dual_clip(loss: Loss, c: float | None = 3.0) -> Loss:
 
     def terms(t: Tokens) -> tuple[Tensor, Statistics]:
         term, statistics = loss.terms(t)
-        binds = (t.advantages < 0) & (term.detach() > -c * t.advantages)
-        return eq.dual_clipped(term, t.advantages, c), {**statistics, "clip_dual": binds}
+        clipped = (t.advantages < 0) & (term.detach() > -c * t.advantages)
+        return eq.dual_clipped(term, t.advantages, c), {**statistics, "clip_dual": clipped}
 
     return replace(loss, terms=terms)

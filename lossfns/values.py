@@ -49,7 +49,7 @@ def check_values(extrema: Mapping[str, float], t: Tokens, *, signed: bool) -> No
 
     Args:
         extrema: the numbers of ``extremes(t, rows)``, on the host.
-        t: the batch. Only if a number is bad, it is searched for the place of the bad entry.
+        t: the batch. It is searched for the bad entry only if one of the numbers is bad.
         signed: whether weights may be negative.
     """
     if not extrema:

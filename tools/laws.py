@@ -104,7 +104,10 @@ class Record(NamedTuple):
 
 
 def held_out() -> Iterator[MutantSpec]:
-    """Yield every loss with every bug that it can have and the last settings that show it, except the exemplars."""
+    """Yield each loss with each bug that it can have, except the exemplars.
+
+    The settings are the last among the loss's golden vectors that show the bug.
+    """
     listed = exemplars()
     for loss in METHODS:
         for bug in BUGS:
@@ -150,7 +153,7 @@ def count_outcomes(title: str, measured: Sequence[Measurement]) -> Counts:
 
 def render_page(record: Record) -> str:
     """Return the text of ``docs/laws.md``."""
-    # By kind, because read_page reads the exemplars in this order: the page must not depend on where they come from.
+    # Sorted by kind, as read_page returns them, so that `write` and `render` write the same page.
     measured = sorted(record.exemplars, key=lambda m: MUTANT_KINDS.index(mutant_kind(m)))
     parts = (
         INTRODUCTION,

@@ -83,7 +83,8 @@ def builtin_loss(name: Any, config: Mapping[str, Any] | None = None, *, multi_ta
 
     Args:
         name: one of ``BUILTINS``.
-        config: the ``loss_fn_config``. A key that is not given has the preset's default; the log-ratio cap is then off.
+        config: the ``loss_fn_config``. A key that is not given has the preset's default, except that no cap is
+            the default of the log-ratio cap.
         multi_target: whether targets are ``[N, K]``. Only cross-entropy accepts them.
 
     Raises:
@@ -105,7 +106,7 @@ def knobs_from_config(name: str, config: Mapping[str, Any] | None) -> dict[str, 
     unknown = [key for key in settings if key not in builtin.config]
     if unknown:
         expected = f"{', '.join(builtin.config) or 'nothing'} for {name}"
-        raise LossInputError("loss_fn_config", expected, ", ".join(map(repr, unknown)), "Drop the others.")
+        raise LossInputError("loss_fn_config", expected, ", ".join(map(repr, unknown)), "Drop these keys.")
     knobs = dict.fromkeys(CAP.values()) if "ratio_log_cap" in builtin.config else {}
     knobs |= {builtin.config[key]: value for key, value in settings.items() if key not in CLIP}
     if set(CLIP) & set(settings):

@@ -172,7 +172,8 @@ Gradient = Callable[[Tensor, slice], Tensor]
 class Separable(torch.autograd.Function):
     """Plan separable: call ``gradient`` for ∂loss/∂logprob in the forward pass, and keep the final gradients.
 
-    The gradient that arrives in the backward pass is that of ``gradient`` times one factor, which scales the kept ones.
+    The gradient that arrives in the backward pass must be what ``gradient`` returned, times one factor. That factor
+    scales the kept gradients.
     """
 
     @staticmethod
@@ -333,7 +334,7 @@ def needs_backward(*inputs: Tensor | None) -> bool:
 
 
 def default_budget(hidden: Tensor, weight: Tensor) -> float:
-    """Return the bytes of logits to keep: as many as hidden and weight take, and thus as their gradients take."""
+    """Return the bytes of logits to keep: as many as hidden and weight take, which is what their gradients take."""
     return hidden.nbytes + weight.nbytes
 
 
@@ -370,7 +371,7 @@ def choose_plan(
             return "separable"
         return "frozen" if needs_backward(hidden) and not needs_backward(*head) and not entropy else "auto"
     if (plan == "separable") != (gradient is not None):
-        fix = "It is ∂loss/∂logprob of a block of tokens; without one take plan='auto'."
+        fix = "It returns ∂loss/∂logprob of a block of tokens. Without such a function, use plan='auto'."
         got = "none" if gradient is None else f"one for plan={plan!r}"
         raise LossInputError("gradient", "a function for the separable plan alone", got, fix)
     if plan == "frozen" and needs_backward(*head):

@@ -392,7 +392,7 @@ def try_call(loss_fn: LossFn, batch: Batch, dtype: torch.dtype) -> Tensor | None
 
 
 def working_dtype(loss_fn: LossFn, batch: Batch) -> torch.dtype:
-    """Return float64 if the loss computes in it, so that a change of 2⁻⁴⁰ shows in the value; else float32."""
+    """Return float64 if the loss computes in float64 (a change of 2⁻⁴⁰ changes the value), else float32."""
     nudged = batch.having(logprobs=[[x - 2.0**-40 for x in row] for row in batch.logprobs])
     values = [try_call(loss_fn, b, torch.float64) for b in (batch, nudged)]
     returns_float64 = all(value is not None and value.dtype == torch.float64 for value in values)
@@ -422,7 +422,7 @@ def detect_kind(loss_fn: LossFn) -> str:
         if loss.rows == PAIRS:
             return "preference"
     elif isinstance(loss, (FactoryLoss, PaddedLoss)):
-        fields = detect_fields_read(with_settings(loss))  # on a copy, because the first call fixes the forms
+        fields = detect_fields_read(with_settings(loss))  # on a copy: the first call chooses the form of the arguments
         reads = {*map(column_of, loss.required), *fields}
     else:
         reads = set(detect_fields_read(loss))

@@ -68,7 +68,7 @@ def check_save(name: Any, ttl_seconds: Any, user_metadata: Any) -> None:
 
 
 def check_metadata(user_metadata: Any) -> None:
-    """Refuse metadata that are not strings by name, or None."""
+    """Refuse metadata that are neither None nor a dict of strings."""
     strings = isinstance(user_metadata, Mapping) and all(
         isinstance(key, str) and isinstance(value, str) for key, value in user_metadata.items()
     )
@@ -88,7 +88,7 @@ def check_loss_type(loss_type_input: Any) -> None:
 
 
 def check_custom_targets(data: Any) -> None:
-    """Refuse a custom loss over logprobs without targets at the call, as both SDKs do."""
+    """Raise at the call, as both SDKs do, if a datum of a custom loss over logprobs has no targets."""
     for i, datum in enumerate(data if isinstance(data, (list, tuple)) else ()):
         inputs = getattr(datum, "loss_fn_inputs", None)
         if isinstance(inputs, Mapping) and inputs.get("target_tokens") is None:

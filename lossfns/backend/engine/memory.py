@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 PROBE_TOKENS = 251
-"""Tokens of the measurement; a prime, so that no activation has the size of a weight."""
+"""Tokens of the measurement: a prime that divides no weight's size, so that sizes tell activations from weights."""
 
 
 class Footprint(NamedTuple):
@@ -40,7 +40,8 @@ class Footprint(NamedTuple):
 def footprint(step: Callable[[], Any], weights: Sequence[Tensor]) -> Footprint:
     """Measure the footprint of ``step()``, which is over ``PROBE_TOKENS`` tokens.
 
-    A tensor that has the size of one of the ``weights`` counts as fixed; any other grows with the number of tokens. The
+    A tensor that has the size of one of the ``weights`` (a gradient, a converted copy) counts as fixed. Any other grows
+    with the number of tokens. The
     peaks of the two kinds may come at different times, so their sum is an upper bound.
     """
     with AllocationTracker({x.nbytes for x in weights}) as tracker:
@@ -100,15 +101,15 @@ def strided_tensors(tree: Any) -> list[Tensor]:
 def available_bytes(device: torch.device) -> float:
     """Return the bytes that can still be allocated on a device; infinity where the system does not report them."""
     if device.type == "cuda":
-        reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return float(torch.cuda.mem_get_info(device)[0] + reserved)
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return float(torch.cuda.mem_get_info(device)[0] + unused)
     table = Path("/proc/meminfo")
     available = re.search(r"MemAvailable:\s+(\d+)", table.read_text()) if table.exists() else None
     return min(1024 * float(available[1]) if available else math.inf, cgroup_headroom(Path("/sys/fs/cgroup")))
 
 
 def cgroup_headroom(folder: Path) -> float:
-    """Return the bytes below a container's limit (cgroup v2), which meminfo does not show; infinity without one."""
+    """Return the bytes that the container may still allocate (cgroup v2); infinity if it has no limit."""
     if not (folder / "memory.max").exists():
         return math.inf
     limit, used, table = ((folder / f"memory.{name}").read_text() for name in ("max", "current", "stat"))

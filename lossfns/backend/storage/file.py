@@ -168,7 +168,7 @@ def is_newer(form: str) -> bool:
 
 
 def array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
-    """Return one array. All of its bytes are read before they are parsed: the archive checks their checksum."""
+    """Return one array. All bytes are read before they are parsed: their checksum is verified at the end."""
     info = archive.getinfo(f"{name}.npy")
     if info.compress_type != zipfile.ZIP_STORED:
         raise ValueError(f"{name} is compressed")

@@ -43,14 +43,14 @@ def sides(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> N
     assume(chosen != 0 or rejected != 0, "there is no gradient")
     if chosen == 0 or rejected == 0:
         slope = central_difference(probe, pair_batch(probe), 0, 0, 1e-4)
-        is_slope = math.isclose(chosen, slope, rel_tol=1e-3, abs_tol=1e-6)
-        require(False, "side-detached" if is_slope else "detached-term", f"{seen}.")
+        matches_slope = math.isclose(chosen, slope, rel_tol=1e-3, abs_tol=1e-6)
+        require(False, "side-detached" if matches_slope else "detached-term", f"{seen}.")
     likely = "sign-flipped" if result.value < 0 else "sides-swapped"
     require(chosen < 0 < rejected, likely, f"{seen}, the loss {result.value:g}.")
     rows = probe(pair_batch(probe, pairs=3)).gradients
     require(all(map(any, rows)), "datum-ignored", f"In three equal pairs the gradients are {[row[0] for row in rows]}.")
-    neighbours = all((row[0] < 0) == (i % 2 == 0) for i, row in enumerate(rows))
-    require(neighbours, "pair-layout", f"In three equal pairs the gradients are {[row[0] for row in rows]}.")
+    signs_alternate = all((row[0] < 0) == (i % 2 == 0) for i, row in enumerate(rows))
+    require(signs_alternate, "pair-layout", f"In three equal pairs the gradients are {[row[0] for row in rows]}.")
 
 
 def pair_canary(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
@@ -88,10 +88,10 @@ def check_reference_positions(probe: Probe, batch: Batch) -> None:
     if (i, j) not in influential:
         datum_slots = [(i, t) for t in range(len(batch.weights[i]))]
         raised = batch.having(ref_logprobs=shifted(batch.columns["ref_logprobs"], datum_slots, 0.25))
-        same_datum = not probe.close(probe(raised).value, probe(batch).value, scale=0.01)
+        datum_matters = not probe.close(probe(raised).value, probe(batch).value, scale=0.01)
         same_pair = {k for k, _ in influential} <= {0, 1}
-        bug = "frame-shift" if same_datum else "reference-misused" if same_pair else "datum-misaligned"
-        require(False, bug, f"{seen}; that of the first does not.")
+        bug = "frame-shift" if datum_matters else "reference-misused" if same_pair else "datum-misaligned"
+        require(False, bug, f"{seen}; the one of {(i, j)} does not.")
     require(not set(influential) & set(masked), "kl-unmasked", f"{seen}.")
 
 
@@ -183,7 +183,7 @@ def odds(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> No
     constant = all(probe.close(x, 1.0) for x in ratios.values())
     right = all(math.isclose(ratios[a], expected[a], rel_tol=1e-4) for a in gradients)
     worst = max(gradients, key=lambda a: abs(math.log(abs(ratios[a] / expected[a]) + 1e-30)))
-    seen = f"At logprob {worst:g} on both sides the rejected side's gradient is {ratios[worst]:g} of that at −1"
+    seen = f"At logprob {worst:g} on both sides the rejected side's gradient is {ratios[worst]:g} times that at −1"
     require(constant or right, "log-odds-biased", f"{seen}, not {expected[worst]:g}.")
 
 
@@ -199,7 +199,7 @@ def odd(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> Non
 
 
 def margin_metrics(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
-    """A metric named reward margin is the argument of the sigmoid: β times the margin, with β once."""
+    """A metric named reward margin is the argument of the sigmoid: β times the margin, and not β² times."""
     probe = Probe.of(loss_fn, data, logprobs)
     assume("ref_logprobs" in columns_read(probe), "it reads no reference")
     batch = pair_batch(probe, chosen=-1.5, rejected=-2.5)

@@ -44,7 +44,7 @@ class ForkDistributor(Distributor):
             importlib.import_module(module)
         assert PACKAGE not in sys.modules, f"{PACKAGE} was imported before the fork"
         gc.freeze()
-        sys.dont_write_bytecode = True  # or a mutant of the same size and second would run the bytecode of another
+        sys.dont_write_bytecode = True  # bytecode is reused by size and second: one mutant would run another's
         cosmic_ray.mutating.run_tests = run_tests
         options, first = distributor_config.get("options", ""), distributor_config.get("first", {})
         for item in pending_work:

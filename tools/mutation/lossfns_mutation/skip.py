@@ -17,7 +17,7 @@ from cosmic_ray.tools.filters.filter_app import FilterApp
 from cosmic_ray.work_item import WorkerOutcome, WorkResult
 
 
-class Meaning(ast.NodeTransformer):
+class StripTypesAndDocstrings(ast.NodeTransformer):
     """Removes the annotations, docstrings and type aliases of a module."""
 
     def __init__(self, aliases: set[str]) -> None:
@@ -64,7 +64,7 @@ def meaning(code: str, aliases: set[str]) -> str | None:
             compile(code, "mutant", "exec")
     except (SyntaxError, ValueError):
         return None
-    return ast.dump(Meaning(aliases).visit(tree))
+    return ast.dump(StripTypesAndDocstrings(aliases).visit(tree))
 
 
 class Skip(FilterApp):

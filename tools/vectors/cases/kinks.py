@@ -37,6 +37,7 @@ def kinks() -> Iterator[Case]:
             yield kink(loss, f"log-ratios exactly {word}", cap, settings, {"log_ratio_cap": 0.5 - near})
         yield kink(loss, "a dual clip that ties with the ratio", tie, {**wide, "dual_clip": c}, {"dual_clip": c - near})
     for loss, x in product(WITH_KL, (20.0, -20.0)):
+        # ref = lp + x is at most 0, so lp is −21 where x is 20.
         far = policy_data(lp="-21 -1" if x > 0 else "-1 -1", w="1 1", adv="0 0", d="0 0", x=f"{x} 0")
         nudged = [[row["ref_logprobs"][0] + math.copysign(1e-9, x), *row["ref_logprobs"][1:]] for row in far]
         yield kink(loss, f"a reference of exactly {x:g} nats away, where k3 stops", far, {}, {"ref_logprobs": nudged})
