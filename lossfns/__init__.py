@@ -19,57 +19,88 @@ A batch may be split in any way. ``D = bound.denominator(data)`` adds over micro
 Bind ``denominator=D`` and the columns of each part: the losses of the parts then sum exactly to the loss of the batch.
 """
 
-from lossfns import export as export
-from lossfns.advantages import group_advantages as group_advantages
-from lossfns.advantages import group_metrics as group_metrics
-from lossfns.combine import with_dual_clip as with_dual_clip
-from lossfns.combine import with_kl as with_kl
-from lossfns.combine import with_tis as with_tis
-from lossfns.datum import Datum as Datum
-from lossfns.datum import EncodedTextChunk as EncodedTextChunk
-from lossfns.datum import ModelInput as ModelInput
-from lossfns.datum import TensorData as TensorData
-from lossfns.errors import LossInputError as LossInputError
-from lossfns.errors import LossWarning as LossWarning
-from lossfns.export.token_gradient import token_gradient as token_gradient
-from lossfns.frame import align_sampler_logprobs as align_sampler_logprobs
-from lossfns.frame import datum_from_model_input_weights as datum_from_model_input_weights
-from lossfns.frame import datum_from_tokens as datum_from_tokens
-from lossfns.loss import BoundLoss as BoundLoss
-from lossfns.loss import Loss as Loss
-from lossfns.loss import evaluate as evaluate
-from lossfns.losses.policy import cispo as cispo
-from lossfns.losses.policy import dapo as dapo
-from lossfns.losses.policy import dro as dro
-from lossfns.losses.policy import grpo as grpo
-from lossfns.losses.policy import gspo as gspo
-from lossfns.losses.policy import gspo_token as gspo_token
-from lossfns.losses.policy import importance_sampling as importance_sampling
-from lossfns.losses.policy import ppo as ppo
-from lossfns.losses.policy import reinforce as reinforce
-from lossfns.losses.preference import dpo as dpo
-from lossfns.losses.preference import orpo as orpo
-from lossfns.losses.supervised import cross_entropy as cross_entropy
-from lossfns.losses.supervised import multi_target_cross_entropy as multi_target_cross_entropy
-from lossfns.metrics import merge_metrics as merge_metrics
-from lossfns.pack import pack as pack
-from lossfns.segments import geometric_level as geometric_level
-from lossfns.segments import sequence_level as sequence_level
-from lossfns.segments import token_level as token_level
-from lossfns.terms import k1 as k1
-from lossfns.terms import k2 as k2
-from lossfns.terms import k3 as k3
-from lossfns.tokens import ON_POLICY as ON_POLICY
-from lossfns.tokens import Rows as Rows
-from lossfns.tokens import Tokens as Tokens
+from lossfns import export
+from lossfns.advantages import group_advantages, group_metrics
+from lossfns.combine import with_dual_clip, with_kl, with_tis
+from lossfns.datum import Datum, EncodedTextChunk, ModelInput, TensorData
+from lossfns.errors import LossInputError, LossWarning
+from lossfns.export.token_gradient import token_gradient
+from lossfns.frame import align_sampler_logprobs, datum_from_model_input_weights, datum_from_tokens
+from lossfns.loss import BoundLoss, Loss, evaluate
+from lossfns.losses.policy import cispo, dapo, dro, grpo, gspo, gspo_token, importance_sampling, ppo, reinforce
+from lossfns.losses.preference import dpo, orpo
+from lossfns.losses.supervised import cross_entropy, multi_target_cross_entropy
+from lossfns.metrics import merge_metrics
+from lossfns.pack import pack
+from lossfns.segments import geometric_level, sequence_level, token_level
+from lossfns.terms import k1, k2, k3
+from lossfns.tokens import ON_POLICY, Rows, Tokens
 from lossfns.version import __version__ as __version__
-from lossfns.weigh import Weighing as Weighing
-from lossfns.weigh import datum_mean as datum_mean
-from lossfns.weigh import datum_sum as datum_sum
-from lossfns.weigh import fixed_length as fixed_length
-from lossfns.weigh import pair_mean as pair_mean
-from lossfns.weigh import pair_sum as pair_sum
-from lossfns.weigh import sequence_mean as sequence_mean
-from lossfns.weigh import sequence_sum_mean as sequence_sum_mean
-from lossfns.weigh import token_mean as token_mean
-from lossfns.weigh import token_sum as token_sum
+from lossfns.weigh import (
+    Weighing,
+    datum_mean,
+    datum_sum,
+    fixed_length,
+    pair_mean,
+    pair_sum,
+    sequence_mean,
+    sequence_sum_mean,
+    token_mean,
+    token_sum,
+)
+
+__all__ = [
+    "ON_POLICY",
+    "BoundLoss",
+    "Datum",
+    "EncodedTextChunk",
+    "Loss",
+    "LossInputError",
+    "LossWarning",
+    "ModelInput",
+    "Rows",
+    "TensorData",
+    "Tokens",
+    "Weighing",
+    "align_sampler_logprobs",
+    "cispo",
+    "cross_entropy",
+    "dapo",
+    "datum_from_model_input_weights",
+    "datum_from_tokens",
+    "datum_mean",
+    "datum_sum",
+    "dpo",
+    "dro",
+    "evaluate",
+    "export",
+    "fixed_length",
+    "geometric_level",
+    "group_advantages",
+    "group_metrics",
+    "grpo",
+    "gspo",
+    "gspo_token",
+    "importance_sampling",
+    "k1",
+    "k2",
+    "k3",
+    "merge_metrics",
+    "multi_target_cross_entropy",
+    "orpo",
+    "pack",
+    "pair_mean",
+    "pair_sum",
+    "ppo",
+    "reinforce",
+    "sequence_level",
+    "sequence_mean",
+    "sequence_sum_mean",
+    "token_gradient",
+    "token_level",
+    "token_mean",
+    "token_sum",
+    "with_dual_clip",
+    "with_kl",
+    "with_tis",
+]

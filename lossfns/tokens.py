@@ -18,6 +18,8 @@ from math import prod
 import torch
 from torch import Tensor
 
+from lossfns.errors import LossInputError, did_you_mean
+
 
 class Rows(StrEnum):
     """The kind of row that a loss sums over: a token, one of K targets of a position, a pair, or a sequence.
@@ -30,6 +32,11 @@ class Rows(StrEnum):
     TARGETS = "targets"
     PAIRS = "pairs"
     SEQUENCES = "sequences"
+
+    @classmethod
+    def _missing_(cls, value: object) -> None:
+        fix = did_you_mean(str(value), map(str, cls))
+        raise LossInputError("rows", "a kind of row", repr(value), fix)
 
     @property
     def rank(self) -> int:

@@ -35,6 +35,9 @@ class Weighing:
     share: Callable[[Tokens], Tensor]
     count: Callable[[Tokens], Tensor] | None
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rows", Rows(self.rows))
+
     def __repr__(self) -> str:
         return self.name
 

@@ -2,11 +2,13 @@
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
 
-from lossfns import ON_POLICY, Rows, Tokens
+import lossfns
+from lossfns import ON_POLICY, LossInputError, Rows, Tokens, Weighing
 from lossfns.tokens import COLUMNS, DATUM_FIELDS, FlatLogprobs
 
 
@@ -22,6 +24,25 @@ from lossfns.tokens import COLUMNS, DATUM_FIELDS, FlatLogprobs
 def test_kinds_of_rows(rows: Rows, name: str, rank: int, datums: int, per_token: bool, unit: str) -> None:
     assert Rows(name) is rows and str(rows) == name
     assert (rows.rank, rows.datums, rows.per_token, rows.unit) == (rank, datums, per_token, unit)
+
+
+@pytest.mark.parametrize(("rows", "hint"), [("pair", "Did you mean 'pairs'?"), ("PAIRS", "Known: "), (None, "Known: ")])
+def test_another_kind_of_row_is_refused(rows: Any, hint: str) -> None:
+    token_mean = lossfns.token_mean
+    with pytest.raises(LossInputError, match="rows: expected a kind of row") as error:
+        Weighing("mine", rows, token_mean.share, token_mean.count)
+    assert hint in error.value.fix
+
+
+def test_a_weighing_of_your_own_may_name_its_rows() -> None:
+    mine = Weighing("mine", "tokens", lossfns.token_mean.share, lossfns.token_mean.count)  # type: ignore[arg-type]
+    assert mine.rows is Rows.TOKENS and lossfns.ppo(weigh=mine).rows is Rows.TOKENS
+
+
+def test_public_names_are_what_a_star_import_brings() -> None:
+    assert all(hasattr(lossfns, name) for name in lossfns.__all__)
+    assert {"grpo", "with_kl", "token_mean", "Loss", "export"} <= set(lossfns.__all__)
+    assert not {"loss", "metrics", "inspect", "values"} & set(lossfns.__all__)
 
 
 def test_the_usual_columns() -> None:

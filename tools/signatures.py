@@ -1,9 +1,9 @@
 """Compare the public members of the local client with those of the published SDK, and give each difference a reason.
 
-    python tools/signatures.py           # prints the differences from the SDK that the page records
-    python tools/signatures.py write     # records the installed `tinker` and writes docs/signatures.md
-    python tools/signatures.py render    # writes the page again from its own record, after a change of the client
-    python tools/signatures.py check     # exits 1 if the page does not match the installed SDK
+    python -m tools.signatures           # prints the differences from the SDK that the page records
+    python -m tools.signatures write     # records the installed `tinker` and writes docs/signatures.md
+    python -m tools.signatures render    # writes the page again from its own record, after a change of the client
+    python -m tools.signatures check     # exits 1 if the page does not match the installed SDK
 
 The page keeps the record of the SDK: ``read_record`` reads it, and ``render`` writes the page from it.
 """
@@ -308,7 +308,7 @@ def unused_reasons(found: Mapping[str, str]) -> list[str]:
 INTRODUCTION = """\
 # Signatures of the client and of the SDK
 
-Written by `python tools/signatures.py write`; do not edit. `docs/client.md` explains how to use the client.
+Written by `python -m tools.signatures write`; do not edit. `docs/client.md` explains how to use the client.
 
 Every public method, parameter, default and field in which the local client differs from the SDK, `tinker` {version}, is
 listed with its reason. All others are the same. A difference of a method holds for its `_async` method, too.
@@ -388,8 +388,8 @@ def read_record(text: str) -> tuple[dict[str, Surface], str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run ``python tools/signatures.py``. Return 1 if a reason is missing or unused, or the page is out of date."""
-    p = argparse.ArgumentParser(prog="python tools/signatures.py", description="Compare the local client with the SDK.")
+    """Run ``python -m tools.signatures``. Return 1 if a reason is missing or unused, or the page is out of date."""
+    p = argparse.ArgumentParser(prog="python -m tools.signatures", description="Compare the local client with the SDK.")
     p.add_argument("action", choices=("show", "write", "render", "check"), nargs="?", default="show")
     p.add_argument("--page", type=Path, default=PAGE, metavar="FILE")
     args = p.parse_args(argv)

@@ -14,7 +14,7 @@ from lossfns.inspect.findings import Findings, name_datums
 from lossfns.inspect.gradients import GradReport, grad_report
 from lossfns.inspect.probe import gradient_of, loss_of, readable_columns, split_by_datum, with_columns
 from lossfns.loss import LossFn
-from lossfns.tokens import LOGPROB_COLUMNS
+from lossfns.tokens import COLUMNS, LOGPROB_COLUMNS
 
 TOLERANCE = 1e-4
 """The error of a value in float32."""
@@ -63,7 +63,8 @@ def step_zero(loss_fn: LossFn, data: Sequence[Any], view: BatchView, base: Tenso
 
     effects = {name: has_effect(name) for name in readable_columns(loss_fn) if name in equal}
     used = [name for name in effects if effects[name]]
-    sure = loss_of(loss_fn) is not None or paired or "advantages" in used
+    loss = loss_of(loss_fn)
+    sure = (loss is not None and not set(loss.reads) - set(COLUMNS)) or paired or "advantages" in used
     return StepZero(report, used, [name for name in effects if not effects[name]], sure)
 
 

@@ -22,7 +22,7 @@ from lossfns.testing.claims import agreement, claim_of, matching_vectors, vector
 from lossfns.testing.laws import ADVANTAGES, LAWS_BY_KIND, SELF_CONTAINED, AdvantageLaw, Law, LawBroken, NotApplicable
 from lossfns.testing.laws.base import ALL_FIELDS, LossFn, RecordingDatum
 from lossfns.testing.subject import FactoryLoss, PaddedLoss, adapt, column_of, parameters, with_settings
-from lossfns.tokens import PAIRS, TARGETS
+from lossfns.tokens import PAIRS, SEQUENCES, TARGETS
 
 READS = {
     "policy": ("advantages", "old_logprobs", "ref_logprobs", "sampler_logprobs"),
@@ -419,8 +419,8 @@ def detect_kind(loss_fn: LossFn) -> str:
     loss = loss_fn.loss if isinstance(loss_fn, BoundLoss) else loss_fn
     if isinstance(loss, Loss):
         reads: set[str | None] = set(loss.reads)
-        if loss.rows == PAIRS:
-            return "preference"
+        if loss.rows in (PAIRS, SEQUENCES):
+            return "preference" if loss.rows == PAIRS else "any"
     elif isinstance(loss, (FactoryLoss, PaddedLoss)):
         fields = detect_fields_read(with_settings(loss))  # on a copy: the first call chooses the form of the arguments
         reads = {*map(column_of, loss.required), *fields}

@@ -11,8 +11,10 @@ from torch import Tensor
 
 import lossfns
 from lossfns import LossInputError, Rows, Tokens, datum_from_tokens, datum_mean, datum_sum, export
+from lossfns.inspect import preflight
 from lossfns.loss import Loss, Statistics, make_loss, preset
 from lossfns.segments import sequence_value, weighted_sum
+from lossfns.testing.check import detect_kind
 from lossfns.weigh import Weighing
 
 BETA = 0.5
@@ -152,3 +154,10 @@ def test_a_value_of_a_sequence_is_exact_where_a_mean_would_round() -> None:
     x = torch.tensor([0.1, 0.1, 0.1, 0.0])
     assert sequence_value(t, x).tolist() == [x[0].item(), 0.0]
     assert sequence_value(Tokens(t.logprobs[:3], t.weights[:3]), -x[:3]).tolist() == [-x[0].item()]
+
+
+def test_the_kit_takes_a_loss_of_labels_for_what_it_is() -> None:
+    """Whether tokens become likelier depends on the labels, so no direction is an error; and it is no likelihood."""
+    report = preflight(bound().bind(label=[-1.0, 1.0, -1.0]), DATA)
+    assert not [finding for finding in report.findings if "wrong way" in finding.message and finding.level == "error"]
+    assert detect_kind(unpaired()) == "any"

@@ -21,7 +21,7 @@ from signatures import (
 
 PAGE = Path(__file__).parents[3] / "docs" / "signatures.md"
 TEXT = PAGE.read_text(encoding="utf-8")
-STALE = "docs/signatures.md is out of date: python tools/signatures.py"
+STALE = "docs/signatures.md is out of date: python -m tools.signatures"
 
 
 def found() -> dict[str, str]:
