@@ -530,9 +530,14 @@ def test_a_command_or_a_file_that_is_not_there_is_an_error_of_one_line(
     assert len(capsys.readouterr().err.strip().splitlines()) == 2
 
 
-def test_write_check_and_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_export_copies_every_file(tmp_path: Path) -> None:
+    assert main(["vectors", "export", str(tmp_path / "vendored")]) == 0
+    assert {p.name for p in FOLDER.glob("*.json")} == {p.name for p in (tmp_path / "vendored").iterdir()}
+
+
+@pytest.mark.exhaustive
+def test_the_tool_checks_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["vectors", "export", str(tmp_path / "vendored")]) == 0
     assert tool(["check"]) == 0
     assert tool(["write", "--out", str(tmp_path / "vendored")]) == 0
     assert "nothing to write" in capsys.readouterr().out
-    assert {p.name for p in FOLDER.glob("*.json")} == {p.name for p in (tmp_path / "vendored").iterdir()}
