@@ -312,6 +312,7 @@ def test_a_run_goes_on_only_with_the_data_it_began_with(tmp_path: Path, capsys: 
     assert main(["train", "--resume", str(folder)]) == 0
 
 
+@pytest.mark.exhaustive
 def test_a_run_needs_its_first_weights_until_it_has_some_of_its_own(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
