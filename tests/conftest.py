@@ -6,10 +6,14 @@ draw many examples, outside CI new ones in every run. Processes that run tests s
 
 import io
 import os
+from collections.abc import Iterator
 from importlib.util import find_spec
 
 import pytest
+import torch
 from hypothesis import is_hypothesis_test, settings
+
+from lossfns.backend.engine.memory import trim_heap
 
 settings.register_profile("default", derandomize=True, deadline=None, max_examples=25)
 settings.register_profile("exhaustive", derandomize=bool(os.environ.get("CI")), deadline=None, max_examples=200)
@@ -33,6 +37,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if isinstance(item, pytest.Function) and is_hypothesis_test(item.obj):
                 item.add_marker("exhaustive")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def freed_memory() -> Iterator[None]:
+    """Give the memory that a file of tests has freed back to the system: two processes run side by side."""
+    yield
+    trim_heap(torch.device("cpu"))
 
 
 class Terminal(io.StringIO):
