@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TextIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,6 +27,26 @@ def console_on(stream: TextIO) -> Console | None:
         return None
     console = Console(file=stream, markup=False, highlight=False, emoji=False)
     return console if console.is_terminal and not console.is_dumb_terminal else None
+
+
+def print_report(report: Any, draw: Callable[[Any, Console], None], json_to: str | None) -> None:
+    """Print a report: with ``draw`` on a terminal, else as its ``table``. ``as_dict`` of it can be written as JSON.
+
+    Args:
+        report: an object with ``table()`` and ``as_dict()``.
+        draw: prints the report on a console.
+        json_to: the file for the JSON; "-" prints it in place of the table; None writes none.
+    """
+    as_json = json.dumps(report.as_dict(), indent=1, ensure_ascii=False)
+    console = console_on(sys.stdout)
+    if json_to == "-":
+        print(as_json)
+    elif console is None:
+        print(report.table())
+    else:
+        draw(report, console)
+    if json_to and json_to != "-":
+        Path(json_to).write_text(as_json + "\n", encoding="utf-8")
 
 
 def print_rows(console: Console, rows: Sequence[Sequence[str]], styles: Sequence[str] = ()) -> None:

@@ -35,8 +35,8 @@ RIGHT, WRONG = load("dpo")[:2]
 RESULTS = [Result(RIGHT, "pass", ""), Result(WRONG, "fail", "loss is 1, not 2")]
 VECTORS = VectorReport("./mine", "float64", RESULTS, "it wrote a line that is no reply to any open request: '[b]'")
 PRINTED: list[tuple[Callable[..., None], Report | VectorReport]] = [
-    (check_command.print_report, REPORT),
-    (vectors_command.print_report, VECTORS),
+    (check_command.draw, REPORT),
+    (vectors_command.draw, VECTORS),
 ]
 COLOUR = re.compile(r"\x1b\[(\d+;)*(3|4|9|10)\d[;m]")
 
@@ -45,11 +45,11 @@ def without_escapes(text: str) -> str:
     return re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", text)
 
 
-@pytest.mark.parametrize(("print_report", "report"), PRINTED, ids=["check", "vectors"])
+@pytest.mark.parametrize(("draw", "report"), PRINTED, ids=["check", "vectors"])
 def test_a_report_on_a_terminal_has_the_words_of_the_plain_one(
-    print_report: Callable[..., None], report: Report | VectorReport, terminal: io.StringIO
+    draw: Callable[..., None], report: Report | VectorReport, terminal: io.StringIO
 ) -> None:
-    print_report(report, console_on(terminal))
+    draw(report, console_on(terminal))
     text = terminal.getvalue()
     shown = without_escapes(text)
     assert COLOUR.search(text) and not COLOUR.search(report.table())
@@ -58,21 +58,21 @@ def test_a_report_on_a_terminal_has_the_words_of_the_plain_one(
 
 
 def test_a_batch_is_shown_as_python_that_can_be_copied(terminal: io.StringIO) -> None:
-    check_command.print_report(REPORT, console_on(terminal))  # type: ignore[arg-type]
+    check_command.draw(REPORT, console_on(terminal))  # type: ignore[arg-type]
     lines = [line.strip() for line in without_escapes(terminal.getvalue()).splitlines()]
     first = lines.index("batch    Batch(")
     assert eval("\n".join(lines[first:][:4]).removeprefix("batch"), {"Batch": dict})
 
 
-@pytest.mark.parametrize(("print_report", "report"), PRINTED, ids=["check", "vectors"])
+@pytest.mark.parametrize(("draw", "report"), PRINTED, ids=["check", "vectors"])
 def test_no_color_is_respected(
-    print_report: Callable[..., None],
+    draw: Callable[..., None],
     report: Report | VectorReport,
     terminal: io.StringIO,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("NO_COLOR", "1")
-    print_report(report, console_on(terminal))
+    draw(report, console_on(terminal))
     assert terminal.getvalue() and not COLOUR.search(terminal.getvalue())
 
 

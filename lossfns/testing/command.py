@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lossfns.errors import LossInputError
-from lossfns.terminal import console_on, print_rows, status
+from lossfns.terminal import print_report, print_rows, status
 from lossfns.testing.check import MARKS, Report
 
 if TYPE_CHECKING:
@@ -84,21 +83,12 @@ def check_command(args: argparse.Namespace) -> int:
 
 def write(report: Report, args: argparse.Namespace) -> None:
     """Print the report and write the requested files."""
-    as_json = json.dumps(report.as_dict(), indent=1, ensure_ascii=False)
-    console = console_on(sys.stdout)
-    if args.json == "-":
-        print(as_json)
-    elif console is None:
-        print(report.table())
-    else:
-        print_report(report, console)
-    if args.json and args.json != "-":
-        Path(args.json).write_text(as_json + "\n", encoding="utf-8")
+    print_report(report, draw, args.json)
     if args.junit:
         Path(args.junit).write_text(report.junit() + "\n", encoding="utf-8")
 
 
-def print_report(report: Report, console: Console) -> None:
+def draw(report: Report, console: Console) -> None:
     """Print the text of ``Report.table`` in colours, wrapped to the width of the terminal."""
     console.print(f"{report.subject} ({report.kind})\n", style="bold")
     print_rows(console, [(MARKS[v.verdict], v.law, v.remark) for v in report.verdicts],

@@ -14,7 +14,7 @@ from lossfns import LossInputError, Rows, Tokens, datum_from_tokens, datum_mean,
 from lossfns.inspect import preflight
 from lossfns.loss import Loss, Statistics, make_loss, preset
 from lossfns.segments import sequence_value, weighted_sum
-from lossfns.testing.check import detect_kind
+from lossfns.testing.kinds import detect_kind
 from lossfns.weigh import Weighing
 
 BETA = 0.5

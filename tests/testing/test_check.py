@@ -19,7 +19,8 @@ from lossfns.cli import main
 from lossfns.testing import mutants, padded
 from lossfns.testing.batch import Batch
 from lossfns.testing.bugs import BUGS
-from lossfns.testing.check import KINDS, Verdict, check, trials, without_expected_warnings
+from lossfns.testing.check import Verdict, check, trials, without_expected_warnings
+from lossfns.testing.kinds import KINDS
 from lossfns.testing.laws import (
     ADVANTAGES,
     LAWS_BY_KIND,

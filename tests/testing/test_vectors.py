@@ -390,7 +390,7 @@ def node(tmp_path: Path, constant: str = "", value: str = "") -> str:
     if shutil.which("node") is None and not os.environ.get("LOSSFNS_WITHOUT_NODE"):
         pytest.fail("node is not installed; set LOSSFNS_WITHOUT_NODE=1 to skip the tests that need it")
     if shutil.which("node") is None:
-        pytest.skip("LOSSFNS_WITHOUT_NODE is set")
+        pytest.skip("LOSSFNS_WITHOUT_NODE is set, and node is not installed")
     if not constant:
         return f"node '{NODE}'"
     text, count = re.subn(rf"^const {constant} = \S+", f"const {constant} = {value}", NODE.read_text(), flags=re.M)
@@ -527,7 +527,8 @@ def test_a_command_or_a_file_that_is_not_there_is_an_error_of_one_line(
 ) -> None:
     assert main(["vectors", "run", "--cmd", "/no/such/program"]) == 2
     assert main(["vectors", "run", "--cmd", "true", "--xfail", str(tmp_path / "none")]) == 2
-    assert len(capsys.readouterr().err.strip().splitlines()) == 2
+    assert main(["vectors", "run", "--cmd", "true", "--loss", "dro", "--json", str(tmp_path / "none" / "x")]) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 3
 
 
 def test_export_copies_every_file(tmp_path: Path) -> None:

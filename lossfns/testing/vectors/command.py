@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lossfns.errors import LossInputError
-from lossfns.terminal import console_on, print_wrapped, status
+from lossfns.terminal import print_report, print_wrapped, status
 from lossfns.testing.vectors.vector import FOLDER, LEDGER, METHODS
 
 if TYPE_CHECKING:
@@ -66,23 +65,14 @@ def run_command(args: argparse.Namespace) -> int:
             report = run(
                 args.cmd, loss=args.loss, dtype=args.dtype, timeout=args.timeout, xfail=expected, progress=show
             )
+        print_report(report, draw, args.json)
     except (LossInputError, OSError) as error:
         print(f"lossfns: {error}", file=sys.stderr)
         return 2
-    text = json.dumps(report.as_dict(), indent=1, ensure_ascii=False)
-    console = console_on(sys.stdout)
-    if args.json == "-":
-        print(text)
-    elif console is None:
-        print(report.table())
-    else:
-        print_report(report, console)
-    if args.json and args.json != "-":
-        Path(args.json).write_text(text + "\n", encoding="utf-8")
     return 0 if report.ok else 1
 
 
-def print_report(report: VectorReport, console: Console) -> None:
+def draw(report: VectorReport, console: Console) -> None:
     """Print the text of ``VectorReport.table`` in colours, wrapped to the width of the terminal."""
     from rich import box
     from rich.table import Table

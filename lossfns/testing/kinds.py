@@ -1,0 +1,146 @@
+"""The kinds of losses: the columns and small batches of each kind, and how the kind of a subject is detected."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lossfns.loss import BoundLoss, Loss
+from lossfns.testing.batch import Batch
+from lossfns.testing.laws import LAWS_BY_KIND, NotApplicable
+from lossfns.testing.laws.base import ALL_FIELDS, LossFn, RecordingDatum
+from lossfns.testing.subject import FactoryLoss, PaddedLoss, column_of, parameters, with_settings
+from lossfns.tokens import PAIRS, SEQUENCES, TARGETS
+
+READS = {
+    "policy": ("advantages", "old_logprobs", "ref_logprobs", "sampler_logprobs"),
+    "preference": ("ref_logprobs",),
+    "supervised": (),
+}
+READS["any"] = READS["policy"]
+"""Kind → the columns, besides the weights, in the batches for a loss of this kind."""
+
+KINDS = (*LAWS_BY_KIND, "advantages")
+NUM_TARGETS = 3
+"""K, the targets of a position, in the batches for a loss over ``[N, K]``."""
+
+# The small batches, on which every law runs first
+
+SMALL = (
+    Batch(
+        [[-1.0], [-1.5], [-0.5], [-2.0]],
+        [[1.0]] * 4,
+        {
+            "advantages": [[1.0], [-1.0], [0.5], [2.0]],
+            "old_logprobs": [[-1.0], [-1.5], [-0.5], [-2.0]],
+            "ref_logprobs": [[-1.0], [-1.5], [-0.5], [-2.0]],
+            "sampler_logprobs": [[-1.0], [-1.5], [-0.5], [-2.0]],
+        },
+    ),
+    Batch(
+        [[-1.0, -2.0, -0.5], [-1.0, -0.25, -3.0, -1.5, -0.75], [-0.5, -1.0], [-2.0]],
+        [[0.0, 1.0, 1.0], [1.0, 0.0, 1.0, 1.0, 1.0], [1.0, 1.0], [1.0]],
+        {
+            "advantages": [[1.0] * 3, [-1.0] * 5, [0.5] * 2, [-2.0]],
+            "old_logprobs": [[-1.0, -2.5, -0.75], [-1.0, -0.25, -2.75, -1.75, -0.875], [-0.625, -0.875], [-2.0625]],
+            "ref_logprobs": [[-1.0, -2.25, -1.0], [-1.5, -0.25, -2.5, -1.25, -0.75], [-1.0, -1.5], [-1.5]],
+            "sampler_logprobs": [[-1.0, -2.25, -0.5], [-1.5, -0.5, -2.5, -1.75, -1.0], [-0.75, -1.0], [-2.0]],
+        },
+    ),
+)
+
+
+def columns_for_kind(batch: Batch, kind: str, targets: int) -> Batch:
+    """Return a small batch with the columns of a kind. If ``targets`` is not 0, each position has that many targets."""
+    batch = Batch(batch.logprobs, batch.weights, {name: batch.columns[name] for name in READS[kind]})
+    if not targets:
+        return batch
+    wide = batch.map(lambda rows: [[x * (1 + k / 4) for x in row for k in range(targets)] for row in rows])
+    weights = [[x for x in row for _ in range(targets)] for row in batch.weights]
+    return Batch(wide.logprobs, weights, wide.columns, targets)
+
+
+# Detection of the kind of a subject
+
+
+def try_call(loss_fn: LossFn, batch: Batch, dtype: torch.dtype) -> Tensor | None:
+    """Return the loss on a batch, or None where the call fails or returns no tensor."""
+    try:
+        loss = loss_fn(batch.data(), batch.tensors(dtype))[0]
+    except NotApplicable:
+        raise
+    except Exception:
+        return None
+    return loss if isinstance(loss, Tensor) else None
+
+
+def working_dtype(loss_fn: LossFn, batch: Batch) -> torch.dtype:
+    """Return float64 if the loss computes in float64 (a change of 2⁻⁴⁰ changes the value), else float32."""
+    nudged = batch.having(logprobs=[[x - 2.0**-40 for x in row] for row in batch.logprobs])
+    values = [try_call(loss_fn, b, torch.float64) for b in (batch, nudged)]
+    returns_float64 = all(value is not None and value.dtype == torch.float64 for value in values)
+    # A loss that computes in float32 and converts the result to float64 does not show the change.
+    return torch.float64 if returns_float64 and not torch.equal(*values) else torch.float32  # type: ignore[arg-type]
+
+
+def takes_datum_advantages(loss_fn: LossFn, batch: Batch) -> bool:
+    """Return whether the subject is a factory that takes one advantage for each datum."""
+    if not isinstance(loss_fn, FactoryLoss):
+        return False
+    try_call(loss_fn, batch, torch.float32)
+    return loss_fn.forms is not None and "numbers" in loss_fn.forms
+
+
+def takes_rewards(subject: Any) -> bool:
+    """Return whether the first parameter of a subject is ``rewards``, as it is for group advantages."""
+    first = next(iter(parameters(subject)), None) if callable(subject) else None
+    return first is not None and first.name == "rewards"
+
+
+def detect_kind(loss_fn: LossFn) -> str:
+    """Return the kind of a loss, from its declaration if it is a ``Loss``, else from the fields that it reads."""
+    loss = loss_fn.loss if isinstance(loss_fn, BoundLoss) else loss_fn
+    if isinstance(loss, Loss):
+        reads: set[str | None] = set(loss.reads)
+        if loss.rows in (PAIRS, SEQUENCES):
+            return "preference" if loss.rows == PAIRS else "any"
+    elif isinstance(loss, (FactoryLoss, PaddedLoss)):
+        fields = detect_fields_read(with_settings(loss))  # on a copy: the first call chooses the form of the arguments
+        reads = {*map(column_of, loss.required), *fields}
+    else:
+        reads = set(detect_fields_read(loss))
+    if reads & {"advantages", ALL_FIELDS}:
+        return "policy"
+    reference = any(name and "ref_logprobs" in name for name in reads)
+    return "preference" if reference or takes_pairs(loss_fn) else "supervised"
+
+
+def takes_pairs(loss_fn: LossFn) -> bool:
+    """Return whether a loss refuses an odd number of datums and accepts an even one."""
+    batch = columns_for_kind(SMALL[1], "supervised", 0)
+    odd, even = (try_call(loss_fn, batch.take(range(n)), torch.float32) for n in (3, 4))
+    return odd is None and even is not None
+
+
+def detect_fields_read(loss_fn: LossFn) -> set[str]:
+    """Return the fields of the datums that a call reads, even if the call fails."""
+    read: set[str] = set()
+    for batch in (columns_for_kind(SMALL[1], "policy", 0), columns_for_kind(SMALL[1], "policy", NUM_TARGETS)):
+        try:
+            loss_fn([RecordingDatum(datum, read) for datum in batch.data()], batch.tensors(torch.float32))
+        except Exception:
+            continue
+    return read
+
+
+def detect_targets(loss_fn: LossFn, kind: str) -> int:
+    """Return K for a loss that accepts ``[N, K]`` and refuses ``[N]``, else 0."""
+    loss = loss_fn.loss if isinstance(loss_fn, BoundLoss) else loss_fn
+    if isinstance(loss, Loss):
+        return NUM_TARGETS if loss.rows == TARGETS else 0
+    if kind not in ("supervised", "any"):
+        return 0
+    flat, wide = (try_call(loss_fn, columns_for_kind(SMALL[1], kind, k), torch.float32) for k in (0, NUM_TARGETS))
+    return NUM_TARGETS if flat is None and wide is not None else 0
