@@ -74,8 +74,10 @@ def builtin_name(loss: Loss) -> str:
     inexact = [knob for knob in ("kl_beta", "dual_clip", "log_ratio_cap") if loss.knobs.get(knob)]
     if loss.name in FOLDS and not inexact:
         return FOLDS[loss.name]
-    because = f"its {inexact[0]}: pass {inexact[0]}={0 if inexact[0] == 'kl_beta' else None}" if inexact else "its name"
-    raise LossInputError("fold", f"one of {', '.join(FOLDS)}", f"{loss!r}", f"No built-in has {because}.")
+    fix = "No built-in has its name."
+    if inexact:
+        fix = f"No built-in has its {inexact[0]}: pass {inexact[0]}={0 if inexact[0] == 'kl_beta' else None}."
+    raise LossInputError("fold", f"one of {', '.join(FOLDS)}", f"{loss!r}", fix)
 
 
 def builtin_loss(name: Any, config: Mapping[str, Any] | None = None, *, multi_target: bool = False) -> Loss:
