@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -630,3 +631,106 @@ def test_calling_twice_is_calling_once(loss: Loss) -> None:
     bound = loss.bind(weights=WEIGHTS, **columns_of(loss))
     data = bare(LOGPROBS)
     assert outcome(bound, data, LOGPROBS) == outcome(bound, data, LOGPROBS)
+
+
+# Malformed batches that only some paths meet
+
+
+def refusal(call: Callable[[], Any]) -> str:
+    """Return the message with which a call is refused."""
+    with pytest.raises(LossInputError) as error:
+        call()
+    return str(error.value)
+
+
+def test_flat_weights_of_targets_are_cut_by_positions() -> None:
+    """Three positions of two targets, two of them in the logprobs: of the flat list the first 2·2 entries stay.
+
+    −(0.5·(−1) + 0.25·(−2) + 1·(−4)) / 1.75 = 5 / 1.75.
+    """
+    logprobs = torch.tensor([[-1.0, -2.0], [-3.0, -4.0]])
+    loss = multi_target_cross_entropy().bind(align="truncate", weights=[[0.5, 0.25, 0.0, 1.0, 8.0, 8.0]])
+    total, _ = loss(bare([[0, 1, 2]]), [logprobs])
+    assert float(total) == pytest.approx(5 / 1.75)
+
+
+def test_a_flat_list_that_is_no_number_of_positions_is_refused() -> None:
+    """Five entries are no whole number of positions with two targets each, cut or not."""
+    loss = multi_target_cross_entropy().bind(weights=[[0.5, 0.25, 0.0, 1.0, 8.0]])
+    for bound in (loss, loss.bind(align="truncate")):
+        message = refusal(lambda bound=bound: bound(bare([[0, 1]]), [torch.zeros(2, 2) - 1]))  # type: ignore[misc]
+        assert "datum[0].weights: expected shape (2, 2)" in message
+
+
+@pytest.mark.parametrize("weights", [[0.5] * 6, [[0.5]] * 4, [[0.5] * 4]], ids=["too long", "[N·K, 1]", "[1, N·K]"])
+def test_weights_of_targets_have_their_shape_or_are_flat(weights: list[Any]) -> None:
+    message = refusal(
+        lambda: multi_target_cross_entropy().bind(weights=[weights])(bare([[0, 1]]), [torch.zeros(2, 2) - 1])
+    )
+    assert "expected shape (2, 2), that of logprobs" in message
+
+
+def test_advantages_that_a_loss_does_not_read_make_no_weights() -> None:
+    [datum] = datums([1.0, -1.0], name="advantages")
+    message = refusal(lambda: cross_entropy()([datum], [torch.tensor([-1.0, -2.0])]))
+    assert "datum[0].weights: expected a row for each datum, got loss_fn_inputs without weights" in message
+
+
+@pytest.mark.parametrize("name", ["mask", "loss_mask"])
+def test_an_rl_datum_with_a_mask_of_another_name_is_refused(name: str) -> None:
+    fields = {"advantages": [1.0, -1.0], "logprobs": [-1.0, -2.0], name: [0.0, 1.0]}
+    datum = SimpleNamespace(loss_fn_inputs=fields)  # ours takes no other field
+    message = refusal(lambda: ppo()([datum], [torch.tensor([-1.0, -2.0])]))
+    assert f"Its {name!r} is not read: pass it as weights." in message
+
+
+def test_one_advantage_for_each_datum_makes_no_weights() -> None:
+    datum = SimpleNamespace(loss_fn_inputs={"advantages": 1.0, "logprobs": [-1.0, -2.0]})
+    message = refusal(lambda: ppo()([datum], [torch.tensor([-1.0, -2.0])]))
+    assert "datum[0].weights" in message and "without weights" in message
+
+
+@pytest.mark.parametrize(
+    ("loss", "data", "message"),
+    [
+        (ppo(), [], "data: expected at least one datum"),
+        (dpo(), datums([1.0]), "an odd number"),
+        (ppo(), datums([1.0])[0], "data: expected a list of datums"),
+        (ppo(), [{"weights": [1.0]}], "datum[0].loss_fn_inputs: expected a Datum"),
+        (ppo(), [Datum(ModelInput.from_ints([0]), {"target_tokens": [0]})], "datum[0].weights"),
+    ],
+    ids=["empty", "odd", "no list", "no datum", "no weights"],
+)
+def test_a_denominator_is_of_a_batch_that_a_call_accepts(loss: Loss, data: Any, message: str) -> None:
+    assert message in refusal(lambda: loss.denominator(data))
+
+
+def test_a_truncated_denominator_needs_targets() -> None:
+    datum = Datum(ModelInput.from_ints([0]), {"weights": [1.0]})
+    message = refusal(lambda: ppo().bind(align="truncate").denominator([datum]))
+    assert "target_tokens" in message and "Build the datum with datum_from_tokens." in message
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        torch.empty(2, device="meta"),
+        torch.zeros(2, dtype=torch.complex64),
+        torch.zeros(2).to_sparse(),
+        np.array(["-1", "-2"]),
+        np.array([-1.0, "x"], dtype=object),
+    ],
+    ids=["meta", "complex", "sparse", "strings", "a string among numbers"],
+)
+def test_a_row_that_is_no_array_of_numbers_is_refused(row: Any) -> None:
+    loss = ppo().bind(advantages=[1.0], old_logprobs=[row])
+    message = refusal(lambda: loss(datums([1.0, 1.0]), [torch.tensor([-1.0, -2.0])]))
+    assert "datum[0].old_logprobs: expected a number or a row of numbers" in message
+
+
+def test_columns_may_be_arrays_for_some_datums_and_tensors_for_others() -> None:
+    mixed = [np.array([-1.0, -1.0]), torch.tensor([-2.0])]
+    t = pack(
+        datums([1.0, 1.0], [1.0]), [torch.zeros(2) - 1, torch.zeros(1) - 1], ("ref_logprobs",), {"ref_logprobs": mixed}
+    )
+    assert t.ref_logprobs.tolist() == [-1.0, -1.0, -2.0]
