@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +16,7 @@ from lossfns import (
     Loss,
     LossInputError,
     ModelInput,
+    Rows,
     TensorData,
     cross_entropy,
     dapo,
@@ -734,3 +736,79 @@ def test_columns_may_be_arrays_for_some_datums_and_tensors_for_others() -> None:
         datums([1.0, 1.0], [1.0]), [torch.zeros(2) - 1, torch.zeros(1) - 1], ("ref_logprobs",), {"ref_logprobs": mixed}
     )
     assert t.ref_logprobs.tolist() == [-1.0, -1.0, -2.0]
+
+
+@pytest.mark.parametrize("order", [[2, 0, 1], [1, 2, 0], [0, 2, 1]], ids=str)
+def test_all_parts_of_a_leaf_in_another_order(order: list[int]) -> None:
+    """Weights 4, 2, 1 of the list as it is: Σ w·(−lp) / 7, and −w/7 at the entry that each part was cut from."""
+    leaf = torch.tensor([-1.0, -2.0, -3.0], requires_grad=True)
+    parts = torch.split(leaf, 1)
+    total, _ = cross_entropy()(datums([4.0], [2.0], [1.0]), [parts[i] for i in order])
+    total.backward()
+    assert total.item() == pytest.approx(sum(w * (i + 1) for w, i in zip((4, 2, 1), order)) / 7)
+    assert leaf.grad.tolist() == pytest.approx([-{order[0]: 4, order[1]: 2, order[2]: 1}[i] / 7 for i in range(3)])
+
+
+@pytest.mark.parametrize("old", ["in the datums", "nowhere", ON_POLICY], ids=str)
+def test_a_truncated_denominator_reads_the_columns_that_there_are(old: Any) -> None:
+    """Weights 1, ½, 2 and two advantages: 1 + ½. Old logprobs of one token cut to 1, where the datum has them."""
+    fields = {"weights": [1.0, 0.5, 2.0], "advantages": [1.0, 1.0]}
+    if old == "in the datums":
+        fields["old_logprobs"] = [-1.0]
+    inputs = {"target_tokens": np.arange(3), **{name: np.array(row) for name, row in fields.items()}}
+    bound = ppo().bind(align="truncate", **({"old_logprobs": ON_POLICY} if old is ON_POLICY else {}))
+    assert bound.denominator([SimpleNamespace(loss_fn_inputs=inputs)]) == (1.0 if old == "in the datums" else 1.5)
+
+
+def test_a_denominator_is_summed_in_float64() -> None:
+    """In float32 2²⁴ + 1 is 2²⁴."""
+    assert cross_entropy().denominator(datums([2.0**24, 1.0])) == 2.0**24 + 1
+
+
+@pytest.mark.parametrize("shape", [[4], [2, 2], None], ids=str)
+def test_targets_of_an_sdk_count_positions_or_entries(shape: list[int] | None) -> None:
+    """Two positions of two targets, nested, flat or without a shape; the logprobs of three positions are others'."""
+    targets = SimpleNamespace(shape=shape, to_numpy=lambda: np.arange(4).reshape(shape or 4))
+    datum = SimpleNamespace(loss_fn_inputs={"target_tokens": targets, "weights": np.ones((2, 2))})
+    total, _ = multi_target_cross_entropy()([datum], [torch.tensor([[-1.0, -2.0], [-3.0, -4.0]])])
+    assert float(total) == 2.5
+    message = refusal(lambda: multi_target_cross_entropy()([datum], [torch.zeros(3, 2) - 1]))
+    assert f"logprobs: expected {(shape or [4])[0]} rows (the length of target_tokens), got 3" in message
+
+
+@pytest.mark.parametrize("name", ["weights", "old_logprobs", "ref_logprobs", "sampler_logprobs"])
+def test_numbers_stand_for_rows_of_labels_and_advantages_alone(name: str) -> None:
+    """Also in a loss with one row for each sequence, which may read labels: one number for each datum."""
+    call = partial(pack_side_columns, datums([1.0, 1.0], [1.0]), [(2,), (1,)], torch.empty(0), rows=Rows.SEQUENCES)
+    labels = call(reads=("label",), columns={"label": torch.tensor([1.0, -1.0])})
+    assert labels.columns["label"].tolist() == [1.0, 1.0, -1.0]
+    message = refusal(lambda: call(reads=(name,) if name != "weights" else (), columns={name: [-1.0, -2.0]}))
+    assert f"{name}: expected a row for each datum, got a number for each" in message
+    message = refusal(lambda: pack_side_columns(datums([1.0]), [(1,)], torch.empty(0), ("label",), {"label": [1.0]}))
+    assert "label: expected a row for each datum, got a number for each" in message
+
+
+def test_a_number_among_rows_is_named() -> None:
+    message = refusal(lambda: ppo().bind(advantages=[[1.0], 2.0])(datums([1.0], [1.0]), [torch.zeros(1) - 1] * 2))
+    assert (
+        "datum[1].advantages: expected a row for each datum, or a number for each, got a number among rows" in message
+    )
+
+
+def test_nulls_and_long_doubles_keep_the_precision_of_double_logprobs() -> None:
+    """0.1 in float32 is another number. A null is nan, and stands where the weight is 0."""
+    rows = {"old_logprobs": [[None, -0.1]], "ref_logprobs": [np.array([0, -0.1], dtype=np.longdouble)]}
+    t = pack(datums([0.0, 1.0]), [torch.zeros(2, dtype=torch.float64)], tuple(rows), rows)
+    assert t.old_logprobs.tolist() == t.ref_logprobs.tolist() == [0.0, -0.1]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [torch.nested.nested_tensor([torch.zeros(2)]), torch.quantize_per_tensor(torch.zeros(2), 0.1, 0, torch.qint8)],
+    ids=["nested", "quantized"],
+)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors", "ignore::DeprecationWarning")
+def test_a_tensor_that_holds_no_plain_numbers_is_refused(row: torch.Tensor) -> None:
+    loss = ppo().bind(advantages=[1.0], old_logprobs=[row])
+    message = refusal(lambda: loss(datums([1.0, 1.0]), [torch.tensor([-1.0, -2.0])]))
+    assert "datum[0].old_logprobs: expected a number or a row of numbers" in message
