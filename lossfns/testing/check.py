@@ -36,6 +36,7 @@ from lossfns.testing.laws import (
     NotApplicable,
 )
 from lossfns.testing.laws.base import LossFn
+from lossfns.testing.laws.contract import global_state_kept
 from lossfns.testing.report import Report, Verdict
 from lossfns.testing.subject import adapt
 
@@ -103,8 +104,8 @@ def without_skipped(made: list[Trial], skipped: Mapping[str, str], laws: Sequenc
 
 @contextmanager
 def without_expected_warnings() -> Iterator[None]:
-    """Ignore the warnings that deliberately extreme batches cause."""
-    with warnings.catch_warnings():
+    """Ignore the warnings that deliberately extreme batches cause. Put back global state that a loss changes."""
+    with warnings.catch_warnings(), global_state_kept():
         warnings.simplefilter("ignore", LossWarning)
         warnings.filterwarnings("ignore", message="Converting a tensor with requires_grad")
         warnings.filterwarnings("ignore", message="To copy construct from a tensor")

@@ -125,7 +125,8 @@ class Probe:
 def measure(loss_fn: LossFn, data: Sequence[Any], logprobs: list[Tensor]) -> Outcome:
     """Call a loss, run backward, and return the outcome as plain numbers."""
     try:
-        value, metrics = loss_fn(data, logprobs)
+        with torch.enable_grad():  # whatever a call does to the grad mode ends with it
+            value, metrics = loss_fn(data, logprobs)
         if value.requires_grad:
             value.backward()  # type: ignore[no-untyped-call]
     except NotApplicable:
