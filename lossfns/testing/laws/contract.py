@@ -121,10 +121,11 @@ def watch_tensors(loss_fn: LossFn) -> tuple[LossFn, list[str]]:
 
     @functools.wraps(fn)
     def watched(*args: Any, **kwargs: Any) -> Any:
-        given = {name: x for name, x in {**dict(enumerate(args)), **kwargs}.items() if isinstance(x, Tensor)}
+        named = [*((str(i), x) for i, x in enumerate(args)), *kwargs.items()]
+        given = {name: x for name, x in named if isinstance(x, Tensor)}
         before = {name: x.detach().clone() for name, x in given.items()}
         result = fn(*args, **kwargs)
-        changed.extend(str(name) for name, x in given.items() if not same_bits(x.detach(), before[name]))
+        changed.extend(name for name, x in given.items() if not same_bits(x.detach(), before[name]))
         return result
 
     copied = copy.copy(loss_fn)
@@ -162,7 +163,9 @@ def repeatable(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor])
     before, after = numbers(first.metrics), numbers(again.metrics)
     for name, value in before.items():
         timed = {"time", "seconds", "elapsed", "duration", "step", "calls", "sec", "ms"} & set(words(name))
-        seen = f"The same batch gave the metric {name!r} = {value} and, after calls on other batches, {after.get(name)}."
+        seen = (
+            f"The same batch gave the metric {name!r} = {value} and, after calls on other batches, {after.get(name)}."
+        )
         require(bool(timed) or repr(value) == repr(after.get(name)), "state-between-calls", seen)
     made = made_by_factory(loss_fn, batch, probe.dtype)
     if made is not None:
@@ -175,7 +178,7 @@ def repeatable(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor])
 def made_by_factory(loss_fn: LossFn, batch: Batch, dtype: torch.dtype) -> LossFn | None:
     """Return the loss that a factory makes for a batch, or None if the subject is no factory."""
     build, forms = getattr(loss_fn, "build", None), getattr(loss_fn, "forms", None)
-    return build(batch.data(), forms) if build is not None and forms else None  # type: ignore[no-any-return]
+    return build(batch.data(), forms) if build is not None and forms else None
 
 
 @wrong("what the first batch leaves behind changes the loss of all later batches")
@@ -183,7 +186,9 @@ def fresh_state(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]
     """What a loss keeps from its first batch does not change the results of later ones."""
     probe = Probe.of(loss_fn, data, logprobs)
     batch = unpoisoned(repeat_rows(probe.batch, 3))
-    other = batch.having(**{name: [[2.5 * x for x in row] for row in column_rows(batch, name)] for name in scaled(batch)})
+    other = batch.having(
+        **{name: [[2.5 * x for x in row] for row in column_rows(batch, name)] for name in scaled(batch)}
+    )
     kept = list(mutable_state(loss_fn))
     assume(bool(kept), "it keeps no state")
     for container in kept:
@@ -265,7 +270,7 @@ def generators() -> dict[str, Any]:
     numpy_state = np.random.get_state(legacy=False)
     return {
         "torch": torch.get_rng_state().numpy().tobytes(),
-        "numpy.random": repr((numpy_state["state"]["key"].tobytes(), numpy_state["state"]["pos"])),  # type: ignore[index,call-overload]
+        "numpy.random": repr((numpy_state["state"]["key"].tobytes(), numpy_state["state"]["pos"])),
         "random": random.getstate(),
     }
 
@@ -322,7 +327,7 @@ RESTORE: Mapping[str, Callable[[Any], Any]] = {
     "the float32 matmul precision": torch.set_float32_matmul_precision,
     "anomaly detection": torch.autograd.set_detect_anomaly,
     "numpy's error handling": lambda was: np.seterr(**was),
-    "warnings.filters": lambda was: warnings.filters.__setitem__(slice(None), was),  # type: ignore[attr-defined]
+    "warnings.filters": lambda was: setattr(warnings, "filters", was),
     "os.environ": restore_environment,
 }
 """Global setting → how to set it."""
@@ -370,7 +375,7 @@ def lengths(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) ->
         "one token shorter than the logprobs": lambda row: row[:-width],
         "for one token, with logprobs of many,": lambda row: row[:width],
     }
-    for words, cut in cuts.items():
+    for which, cut in cuts.items():
         rows = [cut(row) for row in batch.weights]
         wrong = replace(batch, logprobs=rows, weights=rows, columns={}).data()
         fields = [{name: datum.loss_fn_inputs[name] for name in ("weights", "mask")} for datum in wrong]
@@ -378,7 +383,7 @@ def lengths(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) ->
             loss_fn(list(map(with_fields, batch.data(), fields)), batch.tensors(probe.dtype))
         except Exception:
             continue
-        require(False, "silent-truncation", f"Weights {words} are accepted silently.")
+        require(False, "silent-truncation", f"Weights {which} are accepted silently.")
 
 
 def with_fields(datum: Any, fields: dict[str, Any]) -> Any:
@@ -437,7 +442,9 @@ def precision(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) 
         before, near, far = map(probe, lowered)
         if before.value != far.value:
             count = f"{len(base.weights[0])} tokens, l" if base is tried[-1] else "L"
-            seen = f"{'With ' if base is tried[-1] else ''}{count}owering a logprob from −1 by {by:g} leaves the loss at "
+            seen = (
+                f"{'With ' if base is tried[-1] else ''}{count}owering a logprob from −1 by {by:g} leaves the loss at "
+            )
             require(before.value != near.value, "low-precision", f"{seen}exactly {before.value}.")
     if batch_kind(batch) in ("policy", "likelihood"):
         few, many = (probe(uniform_batch(probe.batch, length=n)).gradients[0][0] for n in (1, MANY))

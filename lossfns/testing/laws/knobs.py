@@ -73,9 +73,9 @@ def must_matter(name: str, value: Any) -> bool:
     if isinstance(value, list) and (len(value) > 4 or not all(isinstance(x, (int, float)) for x in value)):
         return False  # a list in which the loss keeps something
     found = set(words(name))
-    if "log" not in found or not found & {"ratio", "cap", "clip", "max"}:
-        if found & WITHOUT_EFFECT:
-            return False
+    of_log_ratio = "log" in found and bool(found & {"ratio", "cap", "clip", "max"})
+    if found & WITHOUT_EFFECT and not of_log_ratio:
+        return False
     guards = isinstance(value, float) and 0 < value <= 1e-4 and bool(found & {"eps", "epsilon", "tiny", "min"})
     return not guards and (value is not None or role_of(name) != "")
 
@@ -270,7 +270,9 @@ def check_dual_clip(probe: Probe, constant: NamedNumber) -> bool:
     at, moved = (end_of_gradient(probe, -1.0, 1, f) for f in (None, changed_loss(constant)))
     if at is None or same_place(at, moved):
         return False
-    seen = f"The setting {constant.name} is {constant.value:g}; at advantage −1 the gradient ends at {math.exp(at):.5g}."
+    seen = (
+        f"The setting {constant.name} is {constant.value:g}; at advantage −1 the gradient ends at {math.exp(at):.5g}."
+    )
     require(same_place(at, math.log(constant.value)), "bound-elsewhere", seen)
     return True
 
@@ -282,8 +284,8 @@ def check_correction(probe: Probe, cap: NamedNumber) -> bool:
     changed = gradient_at(probe, 1.0, 0.0, other, sampler_logprobs=-4.5 - 8.0)
     if not at or not probe.close(far, farther) or far == 0 or probe.close(far, changed):
         return False
-    seen = f"The setting {cap.name} is {cap.value:g}; with old − sampler = 8 the gradient is {far / at:.5g} times that at 0."
-    require(probe.close(far / at, cap.value, scale=10), "bound-elsewhere", seen)
+    seen = f"The setting {cap.name} is {cap.value:g}; with old − sampler = 8 the gradient is {far / at:.5g} times that at 0"
+    require(probe.close(far / at, cap.value, scale=10), "bound-elsewhere", f"{seen}.")
     return True
 
 

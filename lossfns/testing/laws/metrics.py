@@ -20,11 +20,12 @@ from lossfns.testing.laws.base import (
     uniform_batch,
     unit_indices,
     unpoisoned,
+    with_constants,
     without_empty_units,
     wrong,
 )
 from lossfns.testing.laws.masks import with_padding
-from lossfns.testing.laws.settings import words
+from lossfns.testing.laws.settings import named_numbers, words
 from lossfns.testing.laws.sums import COUNTS
 
 
@@ -101,7 +102,9 @@ def metric_scope(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor
     back = numbers(probe(batch.take([i for unit in reversed(units) for i in unit])).metrics)
     for name, value in plain.items():
         seen = f"In reverse order the metric {name!r} is {back.get(name)}, not {value}."
-        require(bool({"first", "last"} & set(words(name))) or alike(value, back.get(name)), "metric-not-mergeable", seen)
+        require(
+            bool({"first", "last"} & set(words(name))) or alike(value, back.get(name)), "metric-not-mergeable", seen
+        )
 
 
 ABOUT_PADDING = {"pad", "padding", "padded", "width", "slots", "shape", "util", "utilization", "masked"}
@@ -131,7 +134,8 @@ TOKENS = 3
 def uniform_outcome(probe: Probe, advantage: float = 1.0, **log_ratios: float) -> Outcome:
     """Return the outcome for one sequence whose tokens all have these log-ratios to the other policies."""
     others = {name: -4.0 - d for name, d in log_ratios.items()}
-    return probe(uniform_batch(probe.batch, length=TOKENS, logprobs=-4.0, advantages=advantage, **others))
+    batch = uniform_batch(probe.batch, length=TOKENS, logprobs=-4.0, advantages=advantage)
+    return probe(with_constants(batch, **{name: x for name, x in others.items() if name in batch.columns}))
 
 
 def fits(value: float, estimates: Sequence[float]) -> bool:
@@ -231,6 +235,8 @@ def clip_metrics(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor
     on, gradient = clip_fractions(probe, 0.0, 1.0)
     assume(bool(on), "no metric is a clip fraction")
     assume(gradient != 0, "there is no gradient on tokens of equal advantages")
+    caps = [setting.value for setting in named_numbers(loss_fn) if "log" in words(setting.name)]
+    assume(min(caps, default=math.inf) > 1, "a cap of the log-ratio removes the gradient before a bound does")
     for name, value in on.items():
         require(value == 0, "metric-miscounts", f"On-policy the metric {name!r} is {value:g}.")
     for d, advantage, side, opposite in ((1.0, 1.0, HIGH_SIDE, LOW_SIDE), (-1.0, -1.0, LOW_SIDE, HIGH_SIDE)):
@@ -248,7 +254,9 @@ HIGH_SIDE, LOW_SIDE = {"high", "upper", "hi"}, {"low", "lo"}
 """The words for the side of a bound. ``lower`` is that of the dual clip in some frameworks."""
 
 
-@fragile("the share of ratios out of bounds is called a clip fraction too; it does not tell how many tokens are clipped")
+@fragile(
+    "the share of ratios out of bounds is called a clip fraction too; it does not tell how many tokens are clipped"
+)
 def clip_binding(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
     """A clip fraction counts the tokens whose gradient a bound removes, and no others."""
     probe = Probe.of(loss_fn, data, logprobs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor
@@ -57,7 +58,7 @@ def on_policy_gradient(probe: Probe, advantage: float, logprob: float = -30.0) -
 def weighs_likelihood(probe: Probe) -> bool:
     """Return whether the loss is a likelihood with a positive weight that grows with the advantage, as exp(A/β)."""
     pushes = [-value_and_gradient_at(probe, 0.0, a)[1] for a in (-2.0, -1.0, 0.0, 1.0, 2.0)]
-    return pushes[0] > 0 and all(a < b for a, b in zip(pushes, pushes[1:]))
+    return pushes[0] > 0 and all(a < b for a, b in pairwise(pushes))
 
 
 def entropy_pulls(probe: Probe) -> tuple[float, float]:
@@ -219,7 +220,7 @@ NOT_CLIPPED = ((1.0, -1.0), (-1.0, 1.0))
 @wrong("the reference must hold the tokens that have moved farthest, which are the clipped ones")
 def kl_everywhere(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
     """A KL term of its own pulls on clipped tokens as on all others."""
-    probe, base, inside, clipped = kl_off_policy_pulls(loss_fn, data, logprobs)
+    _, base, inside, clipped = kl_off_policy_pulls(loss_fn, data, logprobs)
     assume(similar(inside, [base] * 2), "off-policy the ratio scales the KL term: it is part of the advantage")
     seen = f"At lp − ref = 0.5 the KL term's gradient is {base:g} on-policy and {clipped} at the ratios e and 1/e"
     require(all(p != 0 for p in clipped), "kl-dropped-at-clip", f"{seen}, where the token is clipped.")
@@ -228,7 +229,7 @@ def kl_everywhere(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tenso
 @fragile("a KL term that is weighted by the ratio is an unbiased estimate if that is meant; it is then also large")
 def kl_unscaled(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
     """Off-policy the ratio does not scale the KL term, unless a setting asks for it."""
-    probe, base, inside, clipped = kl_off_policy_pulls(loss_fn, data, logprobs)
+    _, base, inside, clipped = kl_off_policy_pulls(loss_fn, data, logprobs)
     meant = {"unbiased", "importance", "correction", "corrected", "bias", "is", "reward"}
     named = [name for name in knobs_of(loss_fn) if meant & set(words(name))]
     assume(not named, f"its setting {named[0] if named else ''} may ask for it")
@@ -305,7 +306,8 @@ def ratio(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> N
     assume(not product, "the ratio is of the whole sequence, the product of its tokens'")
     near_squared = on != 0 and probe.close([near / on, far / on], [math.exp(-0.1), math.exp(-0.2)])
     squared = near_squared or math.isclose(relative, math.exp(-1), rel_tol=1e-3)
-    by_correction = squared and "sampler_logprobs" in columns_read(probe)
+    below, above = (value_and_gradient_at(probe, 0.0, 1.0, sampler_logprobs=-30.0 - x)[1] for x in (-0.5, 0.0))
+    by_correction = squared and "sampler_logprobs" in columns_read(probe) and below != above
     require(not by_correction, "missing-stop-gradient", f"{seen}: the ratio enters by the sampler correction too.")
     require(not squared, "ratio-squared", f"{seen}; the gradient at −0.1 is exp(−0.2) times that at 0.")
     require(not math.isclose(relative, math.exp(0.5), rel_tol=1e-3), "ratio-inverted", f"{seen}: exp(0.5) of it.")
@@ -357,7 +359,7 @@ def ratio_gradient(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tens
 
 @wrong("the surrogate of a good and of a bad token is the same function")
 def ratio_symmetry(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
-    """If the loss of a good token does not depend on its probability but on its ratio, neither does that of a bad one."""
+    """If the loss of a good token depends on its ratio and not on its probability, so does that of a bad one."""
     probe = Probe.of(loss_fn, data, logprobs)
     assume(reads_old_logprobs(probe), "it reads no old logprobs")
     depends = {}
