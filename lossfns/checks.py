@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from lossfns.errors import LossInputError, did_you_mean
+from lossfns.errors import LossInputError, did_you_mean, show
 
 
 def is_real(value: Any) -> bool:
@@ -29,7 +29,7 @@ def is_finite(value: Any) -> bool:
 def check_number(name: str, value: Any, expected: str, accept: Callable[[float], bool], fix: str) -> None:
     """Refuse a value that is not a finite number, or for which ``accept`` returns False."""
     if not (is_real(value) and is_finite(value) and accept(value)):
-        raise LossInputError(name, expected, repr(value), fix)
+        raise LossInputError(name, expected, show(value), fix)
 
 
 def check_positive(name: str, value: Any) -> None:
@@ -79,9 +79,8 @@ def make_function_check(*known: str) -> Callable[[str, Any], None]:
 
     def check(name: str, value: Any) -> None:
         if not callable(value):
-            suggested = value if value in known else known[-1]
-            hint = f"{did_you_mean(str(value), known)} Write `from lossfns import {suggested}`."
-            raise LossInputError(name, f"a function such as {known[-1]}", repr(value), hint)
+            hint = f"{did_you_mean(str(value), known)} Pass the function, or its name."
+            raise LossInputError(name, f"a function such as {known[-1]}", show(value), hint)
 
     return check
 

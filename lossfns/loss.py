@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import keyword
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,11 +16,13 @@ from torch import Tensor
 
 from lossfns.checks import check_knobs, check_number
 from lossfns.errors import LossInputError, did_you_mean, warn
+from lossfns.metrics import ADDITIVE, DIVIDED
 from lossfns.pack import pack, pack_weights
-from lossfns.segments import nonempty
+from lossfns.segments import geometric_level, nonempty, sequence_level, token_level
+from lossfns.terms import k1, k2, k3
 from lossfns.tokens import COLUMNS, ON_POLICY, TOKENS, Rows, Tokens
 from lossfns.values import check_values, extremes, warn_if_far_off_policy
-from lossfns.weigh import Weighing, check_weigh
+from lossfns.weigh import WEIGHINGS, Weighing, check_weigh
 
 Statistics = dict[str, Tensor]
 """One value for each row, detached, by name of the statistic."""
@@ -27,6 +30,17 @@ Terms = Callable[[Tokens], tuple[Tensor, Statistics]]
 LossFn = Callable[[list[Any], list[Tensor]], tuple[Tensor, dict[str, float]]]
 """The contract: ``(data, logprobs_list) -> (loss, metrics)``."""
 P = ParamSpec("P")
+
+RESERVED_COLUMNS = ("logprobs", "weights", "lengths", "columns", "active", "share", "denominator", "align", "grad_l1")
+"""Names that a column of a loss cannot have: a batch, an export or an option of ``bind`` has them."""
+METRICS = (*ADDITIVE, *DIVIDED, "denominator", "rows")
+"""Metrics of every loss. A statistic cannot have one of these names."""
+NAMED: dict[str, dict[str, Any]] = {
+    "weigh": {weighing.name: weighing for weighing in WEIGHINGS},
+    "kl": {"k1": k1, "k2": k2, "k3": k3},
+    "level": {"token_level": token_level, "sequence_level": sequence_level, "geometric_level": geometric_level},
+}
+"""The functions that a knob accepts by name."""
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -53,6 +67,14 @@ class Loss:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rows", Rows(self.rows))
+        object.__setattr__(self, "reads", checked_reads(self.reads))
+        for name in ("terms", "share") if self.count is None else ("terms", "share", "count"):
+            if not callable(getattr(self, name)):
+                fix = "token_mean.share and token_mean.count are functions for share and count."
+                raise LossInputError(name, "a function of a packed batch", repr(getattr(self, name)), fix)
+        if not isinstance(self.name, str) or not isinstance(self.knobs, Mapping):
+            got = f"{self.name!r} and {self.knobs!r}"
+            raise LossInputError("name, knobs", "a string and a dict", got, "Without settings, pass knobs={}.")
 
     @property
     def signed(self) -> bool:
@@ -66,13 +88,31 @@ class Loss:
         """Return the 0-d loss and a dict of metrics. Every column is read from the datums."""
         return BoundLoss(self)(data, logprobs_list)
 
-    def bind(self, **columns: Any) -> BoundLoss:
+    def bind(self, /, **columns: Any) -> BoundLoss:
         """Bind side columns, and optionally ``denominator=``, ``align=`` or ``grad_l1=``; see ``BoundLoss``."""
         return BoundLoss(self).bind(**columns)
 
     def denominator(self, data: Sequence[Any]) -> float:
         """Return this batch's part of the denominator. It needs no logprobs, and adds over micro-batches and ranks."""
         return BoundLoss(self).denominator(data)
+
+
+def checked_reads(reads: Any) -> tuple[str, ...]:
+    """Return the names of the columns as a tuple. Refuse a name that no column can have."""
+    if not isinstance(reads, (tuple, list)):
+        fix = "One column is ('advantages',)."
+        raise LossInputError("reads", "a tuple of names of columns", repr(reads), fix)
+    for name in reads:
+        if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name):
+            # Exports write a function whose parameters have these names.
+            fix = "A name has letters, digits and underscores, as the name of a variable."
+            raise LossInputError("reads", "names of columns that are identifiers", repr(name), fix)
+        if name in RESERVED_COLUMNS:
+            fix = "Logprobs and weights are always there; give a column of your own another name."
+            raise LossInputError("reads", f"names other than {', '.join(RESERVED_COLUMNS)}", repr(name), fix)
+    if len(set(reads)) < len(reads):
+        raise LossInputError("reads", "each name once", repr(reads), "Drop the second one.")
+    return tuple(reads)
 
 
 def name_or_repr(value: Any) -> str:
@@ -90,9 +130,15 @@ def evaluate(loss: Loss, t: Tokens, denominator: Tensor | float | None = None) -
 
     Returns:
         The 0-d loss, and a dict of 0-d sums over the active rows: their number as ``rows``, and each statistic.
+
+    Raises:
+        LossInputError: if the terms, the statistics or the share do not have one number for each row, or if a statistic
+            has the name of a metric.
     """
-    term, statistics = loss.terms(t)
-    share = loss.share(t)
+    result, share = loss.terms(t), loss.share(t)
+    if isinstance(t.weights, Tensor):  # else torch.fx traces, and nothing has a shape
+        check_terms(loss, t, result, share)
+    term, statistics = result
     total = torch.dot(share.to(term.dtype), term)
     if loss.count is not None:
         total = total / (loss.count(t) if denominator is None else denominator)
@@ -100,6 +146,29 @@ def evaluate(loss: Loss, t: Tokens, denominator: Tensor | float | None = None) -
     active = (t.active if loss.rows.per_token else share != 0).to(total.dtype)
     sums = {name: torch.dot(active, x.detach().to(active.dtype)) for name, x in statistics.items()}
     return total, {"rows": active.sum(), **sums}
+
+
+def check_terms(loss: Loss, t: Tokens, result: Any, share: Any) -> None:
+    """Refuse what a loss of your own may return, but cannot mean: wrong shapes, and statistics named like a metric."""
+    if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Mapping)):
+        fix = "Return (term, {}) if there are no statistics."
+        raise LossInputError(
+            "terms", "the loss of each row, and a dict of statistics", f"a {type(result).__name__}", fix
+        )
+    term, statistics = result
+    sequences = 1 if t.lengths is None else t.lengths.shape[0]
+    shape = t.logprobs.shape if loss.rows.per_token else (sequences // loss.rows.datums,)
+    for name, x in {"terms": term, "share": share, **statistics}.items():
+        if not isinstance(x, Tensor) or x.shape != shape:
+            got = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+            fix = "Do not reduce it: share and count weigh the rows and divide their sum."
+            raise LossInputError(str(name), f"a tensor of shape {tuple(shape)}, one number for each row", got, fix)
+    if not term.is_floating_point():
+        raise LossInputError("terms", "floating point numbers", str(term.dtype), "Compute them from the logprobs.")
+    for name in statistics:
+        if not isinstance(name, str) or name in METRICS or name.endswith(":sum"):
+            fix = f"Rename it: a call returns {', '.join(METRICS)} itself, and sums end in ':sum'."
+            raise LossInputError("statistics", "names that are no metric of every loss", repr(name), fix)
 
 
 @dataclass(frozen=True)
@@ -120,8 +189,14 @@ class BoundLoss:
     align: str = "strict"
     grad_l1: bool = False
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.loss, Loss):
+            fix = "Call the preset, and bind: ppo().bind(advantages=...)."
+            raise LossInputError("loss", "a Loss such as ppo()", name_or_repr(self.loss), fix)
+
     def bind(
         self,
+        /,
         *,
         denominator: float | None = None,
         align: str | None = None,
@@ -130,7 +205,7 @@ class BoundLoss:
     ) -> BoundLoss:
         """Return a copy that binds more. A column that is bound already is replaced."""
         with add_loss_name(self.loss):
-            check_bound(self.loss, columns, denominator, align)
+            check_bound(self.loss, columns, denominator, align, grad_l1)
         return replace(
             self,
             columns={**self.columns, **columns},
@@ -237,7 +312,7 @@ def add_loss_name(loss: Loss) -> Iterator[None]:
         raise
 
 
-def check_bound(loss: Loss, columns: Mapping[str, Any], denominator: float | None, align: str | None) -> None:
+def check_bound(loss: Loss, columns: Mapping[str, Any], denominator: Any, align: Any, grad_l1: Any) -> None:
     """Refuse a column that no loss has, and warn about one that this loss does not read."""
     known = {*COLUMNS, *loss.reads}
     for name, value in columns.items():
@@ -253,22 +328,36 @@ def check_bound(loss: Loss, columns: Mapping[str, Any], denominator: float | Non
         fix = "Take it from loss.denominator(whole_batch)."
         value = denominator.item() if isinstance(denominator, Tensor) and denominator.numel() == 1 else denominator
         check_number("denominator", value, "a finite number above 0", lambda d: d > 0, fix)
-    if align not in (None, "strict", "truncate"):
+    if grad_l1 not in (None, True, False):
+        raise LossInputError("grad_l1", "True or False", repr(grad_l1), "True adds the metric grad_l1.")
+    if not (align is None or (isinstance(align, str) and align in ("strict", "truncate"))):
         hint = did_you_mean(str(align), ("strict", "truncate"))
         raise LossInputError("align", "'strict' or 'truncate'", repr(align), hint)
 
 
 def make_loss(terms: Terms, reads: Sequence[str], weigh: Weighing, rows: Rows = TOKENS) -> Loss:
     """Make a loss from its terms and the weighing of its rows. ``preset`` then names it."""
-    rows = Rows(rows)
+    rows, weigh = Rows(rows), resolve_name("weigh", weigh)
     check_weigh(weigh, rows)
     return Loss("loss", {}, tuple(reads), terms, weigh.share, weigh.count, rows)
+
+
+def resolve_name(knob: str, value: Any) -> Any:
+    """Return the function that a string names, for a knob that takes a function; return any other value itself.
+
+    A string that names none is left to the check of the knob, which suggests the nearest name.
+
+    >>> resolve_name("weigh", "sequence_mean"), resolve_name("weigh", "sequence-mean")
+    (sequence_mean, 'sequence-mean')
+    """
+    return NAMED.get(knob, {}).get(value, value) if isinstance(value, str) else value
 
 
 def preset(build: Callable[P, Loss]) -> Callable[P, Loss]:
     """Decorate a function that builds a loss.
 
-    The decorated function checks its arguments. The loss gets the function's name, and the arguments as its knobs.
+    The decorated function checks its arguments, after it has replaced the names of functions, as in
+    ``weigh="sequence_mean"``, by the functions. The loss gets the preset's name, and the arguments as its knobs.
     """
     signature = inspect.signature(build)
 
@@ -280,9 +369,11 @@ def preset(build: Callable[P, Loss]) -> Callable[P, Loss]:
                 raise TypeError(f"{build.__name__}() has no knob {name!r}. {hint}")
         knobs = signature.bind(*args, **kwargs)
         knobs.apply_defaults()
+        for name, value in knobs.arguments.items():
+            knobs.arguments[name] = resolve_name(name, value)
         try:
             check_knobs(knobs.arguments)
-            return replace(build(*args, **kwargs), name=build.__name__, knobs=dict(knobs.arguments))
+            return replace(build(*knobs.args, **knobs.kwargs), name=build.__name__, knobs=dict(knobs.arguments))
         except LossInputError as error:
             error.loss = build.__name__
             raise

@@ -24,6 +24,8 @@ Values = np.ndarray[Any, Any] | Tensor
 Shapes = Sequence[Sequence[int]]
 """The shape of each datum's logprobs: ``[N_i]``, or ``[N_i, K]``."""
 
+LOGPROB_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 MISSING_COLUMN_FIX = {
     "target_tokens": "Build the datum with datum_from_tokens.",
     "weights": "Give one number for each target: 0 for the prompt, 1 for what is trained on.",
@@ -107,7 +109,7 @@ def pack_side_columns(
     else:
         check_targets(data, shapes)
     lengths = torch.from_numpy(np.array([prod(shape) for shape in shapes], dtype=np.int64))
-    flat = {name: flatten_column(name, column, shapes, lengths, like) for name, column in table.items()}
+    flat = {name: flatten_column(name, column, shapes, lengths, like, rows) for name, column in table.items()}
     weights = flat.pop("weights")
     active = weights != 0
     inactive = ~active
@@ -189,7 +191,7 @@ def check_data(data: Sequence[Any], rows: Rows) -> None:
     if not data:
         raise LossInputError("data", "at least one datum", "data is empty", "Skip the call for an empty batch.")
     for i, datum in enumerate(data):
-        if not hasattr(datum, "loss_fn_inputs"):
+        if not isinstance(getattr(datum, "loss_fn_inputs", None), Mapping):
             fix = "Build it with datum_from_tokens, or pass tinker.Datum objects."
             raise LossInputError("loss_fn_inputs", "a Datum", f"a {type(datum).__name__}", fix, datum=i)
     if len(data) % rows.datums:
@@ -214,6 +216,9 @@ def check_logprobs(data: Sequence[Any], logprobs_list: Sequence[Tensor]) -> None
         if lp.device != device:
             got = f"{lp.device}, while datum[0] has {device}"
             raise LossInputError("logprobs", "one device for the whole batch", got, "Move them with .to().", datum=i)
+        if not is_plain(lp) or lp.dtype not in LOGPROB_DTYPES:
+            fix = "Pass the logprobs of the datum's targets as a dense tensor of float32."
+            raise LossInputError("logprobs", "a dense tensor with values", tensor_form(lp), fix, datum=i)
 
 
 def check_shapes(data: Sequence[Any], shapes: Shapes, rank: int) -> None:
@@ -259,6 +264,9 @@ def find_column(name: str, data: Sequence[Any], columns: Mapping[str, Any], rows
         if isinstance(given, (Mapping, Set)) or not hasattr(given, "__len__") or getattr(given, "ndim", 1) == 0:
             got, fix = f"a {type(given).__name__}", "Bind a list with one entry for each datum."
             raise LossInputError(name, f"{len(data)} entries, one per datum", got, fix)
+        if isinstance(given, Tensor) and not is_plain(given):
+            fix = "Bind a list with one row for each datum."
+            raise LossInputError(name, f"{len(data)} entries, one per datum", tensor_form(given), fix)
         if len(given) != len(data):
             fix = "Bind one entry for each datum of the call."
             raise LossInputError(name, f"{len(data)} entries, one per datum", str(len(given)), fix)
@@ -291,11 +299,16 @@ def check_one_number_each(name: str, given: Values, rows: Rows) -> Values:
 
     Advantages may. In a loss over sequences, so may a column of its own, such as a label.
     """
-    is_label = rows is SEQUENCES and name not in ("weights", "target_tokens", *LOGPROB_COLUMNS)
-    if name != "advantages" and not is_label:
+    if not may_be_number(name, rows):
         fix = "Only advantages, and labels of a loss over sequences, may be one number for each datum."
         raise LossInputError(name, "a row for each datum", "a number for each", fix)
     return given
+
+
+def may_be_number(name: str, rows: Rows) -> bool:
+    """Whether a column may have one number for each datum."""
+    is_label = rows is SEQUENCES and name not in ("weights", "target_tokens", *LOGPROB_COLUMNS)
+    return name == "advantages" or is_label
 
 
 def find_weights(data: Sequence[Any], columns: Mapping[str, Any], reads: Sequence[str]) -> Any:
@@ -347,7 +360,9 @@ def as_row(value: Any, name: str, datum: int | None) -> Values:
         if row.dtype == object and row.ndim and all(x is None or is_real(x) for x in row.flat):
             row = row.astype(np.float64)
         if row.dtype.kind in "fiub" and not isinstance(value, Tensor):
-            return row.astype(np.float64) if row.dtype == np.longdouble else row  # torch has no wider floats
+            # torch has no wider floats, no foreign byte order and no negative strides.
+            row = row.astype(np.float64 if row.dtype == np.longdouble else row.dtype.newbyteorder("="), copy=False)
+            return row.copy() if any(stride < 0 for stride in row.strides) else row
     except Exception:  # whatever the value's own to_numpy raises
         pass
     got, fix = f"a {type(value).__name__} that is no rectangular array of numbers", "Use a list, array or tensor."
@@ -355,8 +370,16 @@ def as_row(value: Any, name: str, datum: int | None) -> Values:
 
 
 def is_plain(x: Tensor) -> bool:
-    """Whether a tensor is a dense array of real numbers with storage."""
+    """Whether a tensor is a dense array of real numbers with storage. Of any other, even the shape may raise."""
     return x.layout == torch.strided and not (x.is_complex() or x.is_meta or x.is_nested or x.is_quantized)
+
+
+def tensor_form(x: Tensor) -> str:
+    """Describe a tensor of any form, for an error message."""
+    kind = "nested" if x.is_nested else "quantized" if x.is_quantized else "meta" if x.is_meta else ""
+    layout = "" if x.layout == torch.strided else str(x.layout).removeprefix("torch.")
+    shape = "" if x.is_nested else f" of shape {tuple(x.shape)}"
+    return " ".join(["a", *filter(None, [kind, layout, str(x.dtype), "tensor"])]) + shape
 
 
 def truncate(shapes: Shapes, table: dict[str, Any]) -> tuple[Shapes, dict[str, Any]]:
@@ -402,7 +425,9 @@ def common_leaf(logprobs_list: Sequence[Tensor]) -> Tensor | None:
     return leaf if sum(lp.numel() for lp in logprobs_list) == leaf.numel() else None
 
 
-def flatten_column(name: str, column: Any, shapes: Shapes, lengths: Tensor, like: Tensor) -> Tensor:
+def flatten_column(
+    name: str, column: Any, shapes: Shapes, lengths: Tensor, like: Tensor, rows: Rows = TOKENS
+) -> Tensor:
     """Lay a column end to end, in the dtype and on the device of ``like``: ``[N]``. None becomes ones."""
     if column is None:
         return like.new_ones(int(lengths.sum()))
@@ -410,7 +435,7 @@ def flatten_column(name: str, column: Any, shapes: Shapes, lengths: Tensor, like
         numbers = torch.as_tensor(column).to(like.device, like.dtype)
         return torch.repeat_interleave(numbers, lengths.to(like.device), output_size=int(lengths.sum()))
     if any(row.shape != shape for row, shape in zip(column, shapes)):
-        column = [align_row(row, shape, name, i) for i, (row, shape) in enumerate(zip(column, shapes))]
+        column = [align_row(row, shape, name, i, rows) for i, (row, shape) in enumerate(zip(column, shapes))]
     if len(shapes[0]) > 1:
         column = [row.reshape(-1) for row in column]
     if any(issubclass(kind, Tensor) for kind in set(map(type, column))):
@@ -420,7 +445,7 @@ def flatten_column(name: str, column: Any, shapes: Shapes, lengths: Tensor, like
     return flat.to(like.device, like.dtype)
 
 
-def align_row(row: Values, shape: Sequence[int], name: str, datum: int) -> Values:
+def align_row(row: Values, shape: Sequence[int], name: str, datum: int, rows: Rows = TOKENS) -> Values:
     """Return the row if it has the logprobs' shape, or lists the entries of ``[N, K]`` row-major; else refuse it."""
     shape = tuple(shape)
     if tuple(row.shape) == shape or (row.ndim == 1 and len(shape) == 2 and len(row) == prod(shape)):
@@ -430,6 +455,9 @@ def align_row(row: Values, shape: Sequence[int], name: str, datum: int) -> Value
         raise LossInputError(
             name, expected, got, "Give one number for each entry of the logprobs, row-major.", datum=datum
         )
+    if len(row) == 1 and may_be_number(name, rows):
+        expected = f"{shape[0]} values (the length of logprobs), or one number for each datum"
+        raise LossInputError(name, expected, "a row of 1", f"Bind a flat list: {name}=[...].", datum=datum)
     fix = {
         1: "It has one entry for each token: drop the first entry, as position j holds token j + 1.",
         -1: "It looks shifted twice: weights and targets must be shifted by one, once.",
