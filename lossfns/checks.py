@@ -23,7 +23,12 @@ LARGEST_FLOAT = 1e30
 
 def is_finite(value: Any) -> bool:
     """Whether torch can hold the number: a float in float32, an integer in 64 bits."""
-    return bool(abs(value) <= (2**62 if isinstance(value, int) else LARGEST_FLOAT))
+    return abs(value) <= 2**62 if isinstance(value, int) else abs(float(value)) <= LARGEST_FLOAT
+
+
+def is_huge(value: Any) -> bool:
+    """Whether a number is an integer that no float holds exactly enough to be meant."""
+    return isinstance(value, int) and not is_finite(value)
 
 
 def check_number(name: str, value: Any, expected: str, accept: Callable[[float], bool], fix: str) -> None:
@@ -49,7 +54,7 @@ def check_clip(name: str, value: Any) -> None:
     """Refuse anything but absolute bounds of the ratio, ``0 <= low <= 1 <= high``."""
     expected = "ratio bounds (low, high) with 0 <= low <= 1 <= high"
     if not isinstance(value, (tuple, list)) or len(value) != 2 or not all(map(is_real, value)):
-        raise LossInputError(name, expected, repr(value), "An epsilon of 0.2 is clip=(0.8, 1.2).")
+        raise LossInputError(name, expected, show(value), "An epsilon of 0.2 is clip=(0.8, 1.2).")
     low, high = value
     if 0 <= low < 1 and 0 <= high < 1:
         fix = f"These look like epsilons: pass clip=({1 - low:g}, {1 + high:g})."

@@ -62,8 +62,8 @@ def show(value: object) -> str:
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return a hint for an unknown name: the most similar known name, or all known names if none is similar."""
+def did_you_mean(name: object, known: Iterable[str]) -> str:
+    """Return a hint for a value that names nothing: the most similar known name, or all known names."""
     known = sorted(known)
-    similar = get_close_matches(name.replace("-", "_"), known, n=1)
+    similar = get_close_matches(name.replace("-", "_"), known, n=1) if isinstance(name, str) else []
     return f"Did you mean {similar[0]!r}?" if similar else f"Known: {', '.join(known)}."

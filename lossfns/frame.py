@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lossfns.checks import is_finite, is_real
+from lossfns.checks import is_huge, is_real
 from lossfns.datum import Datum, ModelInput, cast, tensor_data, token_ids
 from lossfns.errors import LossInputError, did_you_mean, show
 from lossfns.pack import is_plain, tensor_form
@@ -67,7 +67,7 @@ def datum_from_tokens(
     inputs = {"target_tokens": ids[1:kept], "weights": target_weights}
     for name, value in fields.items():
         # A single number is refused below: its shape is ().
-        row = tensor_data(name, value).to_numpy() if np.ndim(value) or hasattr(value, "to_numpy") else np.asarray(value)
+        row = np.asarray(value) if is_real(value) else tensor_data(name, value).to_numpy()
         if row.shape[:1] != (len(ids) - 1,):
             fix = "Fields are in the frame of target_tokens; see align_sampler_logprobs."
             raise LossInputError(name, f"{len(ids) - 1} values, one per target", show_size(row), fix)
@@ -80,7 +80,7 @@ def check_count(name: str, value: Any, low: int, high: int | None, fix: str) -> 
     is_whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
     if not is_whole or value < low or (high is not None and value > high):
         expected = f"at least {low}" if high is None else f"{low} to {high}, the number of tokens"
-        raise LossInputError(name, expected, repr(value), fix)
+        raise LossInputError(name, expected, show(value), fix)
 
 
 def show_size(row: np.ndarray) -> str:
@@ -90,17 +90,20 @@ def show_size(row: np.ndarray) -> str:
 
 def reduce_weights(weights: np.ndarray, reduction: str) -> np.ndarray:
     """Scale the weights to sum to 1 if ``reduction`` is ``"mean"``."""
-    if reduction not in ("none", "mean"):
+    if not isinstance(reduction, str) or reduction not in ("none", "mean"):
         hint = did_you_mean(reduction, ("none", "mean"))
-        raise LossInputError("reduction", "'none' or 'mean'", repr(reduction), hint)
+        raise LossInputError("reduction", "'none' or 'mean'", show(reduction), hint)
     total = weights.sum()
     return weights / total if reduction == "mean" and total > 0 else weights
 
 
 def to_float32(values: Any, name: str) -> np.ndarray:
     """Convert numbers of any kind to a float32 NumPy array."""
-    values = values.detach().cpu().float().numpy() if isinstance(values, Tensor) else values
-    return cast(values.to_numpy() if hasattr(values, "to_numpy") else values, "float32", name)
+    if isinstance(values, Tensor):
+        if not is_plain(values):
+            raise LossInputError(name, "a row of numbers", tensor_form(values), "Pass a dense tensor or a list.")
+        values = values.detach().cpu().float().numpy()
+    return cast(values, "float32", name)
 
 
 def datum_from_model_input_weights(
@@ -110,6 +113,9 @@ def datum_from_model_input_weights(
 
     The other arguments are those of ``datum_from_tokens``.
     """
+    if not callable(getattr(model_input, "to_ints", None)):
+        fix = "Build it with ModelInput.from_ints."
+        raise LossInputError("model_input", "a ModelInput", show(model_input), fix)
     return datum_from_tokens(model_input.to_ints(), weights, max_length=max_length, reduction=reduction)
 
 
@@ -165,7 +171,7 @@ def align_sampler_logprobs(logprobs: Any, targets: int, prompt_length: int | Non
     in_prompt = (prompt_length or 1) - 1
     for i, value in enumerate(values[ahead:], ahead):
         is_null = value is None and skipped + i - ahead < in_prompt
-        if not is_null and (not is_real(value) or (isinstance(value, int) and not is_finite(value))):
+        if not is_null and (not is_real(value) or is_huge(value)):
             fix = "Only tokens of the prompt may have None; prompt_length= says which they are."
             raise LossInputError(f"logprobs[{i}]", "a number", show(value), fix)
     row = [0.0] * skipped + [0.0 if value is None else float(value) for value in values[ahead:]]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import keyword
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,10 +13,10 @@ from typing import Any, ParamSpec
 import torch
 from torch import Tensor
 
-from lossfns.checks import check_knobs, check_number
-from lossfns.errors import LossInputError, did_you_mean, warn
+from lossfns.checks import check_knobs, check_number, is_huge, is_real
+from lossfns.errors import LossInputError, did_you_mean, show, warn
 from lossfns.metrics import ADDITIVE, DIVIDED
-from lossfns.pack import pack, pack_weights
+from lossfns.pack import check_align, check_reads, is_plain, pack, pack_weights, tensor_form
 from lossfns.segments import geometric_level, nonempty, sequence_level, token_level
 from lossfns.terms import k1, k2, k3
 from lossfns.tokens import COLUMNS, ON_POLICY, TOKENS, Rows, Tokens
@@ -31,8 +30,6 @@ LossFn = Callable[[list[Any], list[Tensor]], tuple[Tensor, dict[str, float]]]
 """The contract: ``(data, logprobs_list) -> (loss, metrics)``."""
 P = ParamSpec("P")
 
-RESERVED_COLUMNS = ("logprobs", "weights", "lengths", "columns", "active", "share", "denominator", "align", "grad_l1")
-"""Names that a column of a loss cannot have: a batch, an export or an option of ``bind`` has them."""
 METRICS = (*ADDITIVE, *DIVIDED, "denominator", "rows")
 """Metrics of every loss. A statistic cannot have one of these names."""
 NAMED: dict[str, dict[str, Any]] = {
@@ -66,8 +63,8 @@ class Loss:
     rows: Rows = TOKENS
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "rows", Rows(self.rows))
-        object.__setattr__(self, "reads", checked_reads(self.reads))
+        object.__setattr__(self, "rows", Rows.of(self.rows))
+        object.__setattr__(self, "reads", check_reads(self.reads))
         for name in ("terms", "share") if self.count is None else ("terms", "share", "count"):
             if not callable(getattr(self, name)):
                 fix = "token_mean.share and token_mean.count are functions for share and count."
@@ -97,24 +94,6 @@ class Loss:
         return BoundLoss(self).denominator(data)
 
 
-def checked_reads(reads: Any) -> tuple[str, ...]:
-    """Return the names of the columns as a tuple. Refuse a name that no column can have."""
-    if not isinstance(reads, (tuple, list)):
-        fix = "One column is ('advantages',)."
-        raise LossInputError("reads", "a tuple of names of columns", repr(reads), fix)
-    for name in reads:
-        if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name):
-            # Exports write a function whose parameters have these names.
-            fix = "A name has letters, digits and underscores, as the name of a variable."
-            raise LossInputError("reads", "names of columns that are identifiers", repr(name), fix)
-        if name in RESERVED_COLUMNS:
-            fix = "Logprobs and weights are always there; give a column of your own another name."
-            raise LossInputError("reads", f"names other than {', '.join(RESERVED_COLUMNS)}", repr(name), fix)
-    if len(set(reads)) < len(reads):
-        raise LossInputError("reads", "each name once", repr(reads), "Drop the second one.")
-    return tuple(reads)
-
-
 def name_or_repr(value: Any) -> str:
     """Return a function's name, or the ``repr`` of any other value."""
     return getattr(value, "__name__", repr(value))
@@ -135,17 +114,45 @@ def evaluate(loss: Loss, t: Tokens, denominator: Tensor | float | None = None) -
         LossInputError: if the terms, the statistics or the share do not have one number for each row, or if a statistic
             has the name of a metric.
     """
+    if not isinstance(loss, Loss) or not isinstance(t, Tokens):
+        fix = "pack(data, logprobs_list, loss.reads, columns) returns a packed batch."
+        raise LossInputError("evaluate", "a Loss and a packed batch", f"{show(loss)} and {show(t)}", fix)
+    missing = [name for name in loss.reads if name not in t.columns]
+    if missing:
+        fix = "Pack it with reads=loss.reads."
+        raise LossInputError("t", "a batch with every column that the loss reads", f"none called {missing[0]}", fix)
     result, share = loss.terms(t), loss.share(t)
     if isinstance(t.weights, Tensor):  # else torch.fx traces, and nothing has a shape
         check_terms(loss, t, result, share)
     term, statistics = result
     total = torch.dot(share.to(term.dtype), term)
     if loss.count is not None:
-        total = total / (loss.count(t) if denominator is None else denominator)
+        total = total / (count_rows(loss, t) if denominator is None else one_number(denominator))
     # A pair or a sequence is active if its share is not 0.
     active = (t.active if loss.rows.per_token else share != 0).to(total.dtype)
     sums = {name: torch.dot(active, x.detach().to(active.dtype)) for name, x in statistics.items()}
     return total, {"rows": active.sum(), **sums}
+
+
+def count_rows(loss: Loss, t: Tokens) -> Tensor:
+    """Return this batch's part of the denominator. Refuse a count that is no scalar."""
+    assert loss.count is not None  # a raw sum has none
+    count: Any = loss.count(t)
+    if isinstance(t.weights, Tensor) and not (isinstance(count, Tensor) and is_plain(count) and count.ndim == 0):
+        if not is_real(count) or is_huge(count):
+            got = f"shape {tuple(count.shape)}" if isinstance(count, Tensor) and is_plain(count) else show(count)
+            raise LossInputError("count", "a 0-d tensor or a number", got, "Sum over the batch.", loss=loss.name)
+        return t.weights.new_tensor(float(count))
+    counted: Tensor = count
+    return counted
+
+
+def one_number(denominator: Any) -> Any:
+    """Return a denominator. Refuse anything but a number above 0 or a 0-d tensor, whose value stays on its device."""
+    if not (isinstance(denominator, Tensor) and is_plain(denominator) and denominator.ndim == 0):
+        check_denominator(denominator)
+        return float(denominator)
+    return denominator
 
 
 def check_terms(loss: Loss, t: Tokens, result: Any, share: Any) -> None:
@@ -159,8 +166,8 @@ def check_terms(loss: Loss, t: Tokens, result: Any, share: Any) -> None:
     sequences = 1 if t.lengths is None else t.lengths.shape[0]
     shape = t.logprobs.shape if loss.rows.per_token else (sequences // loss.rows.datums,)
     for name, x in {"terms": term, "share": share, **statistics}.items():
-        if not isinstance(x, Tensor) or x.shape != shape:
-            got = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+        if not isinstance(x, Tensor) or not is_plain(x) or x.shape != shape:
+            got = tensor_form(x) if isinstance(x, Tensor) else f"a {type(x).__name__}"
             fix = "Do not reduce it: share and count weigh the rows and divide their sum."
             raise LossInputError(str(name), f"a tensor of shape {tuple(shape)}, one number for each row", got, fix)
     if not term.is_floating_point():
@@ -220,7 +227,7 @@ class BoundLoss:
             return 1.0
         with add_loss_name(self.loss):
             t = pack_weights(data, self.loss.reads, self.columns, rows=self.loss.rows, align=self.align)
-            count = float(self.loss.count(t))
+            count = float(count_rows(self.loss, t))
             if math.isnan(count):
                 raise not_divisible(count)
         return count
@@ -247,7 +254,7 @@ class BoundLoss:
     def evaluate_packed(self, t: Tokens) -> tuple[Tensor, dict[str, float]]:
         """Return loss and metrics of a packed batch. Metrics and checks of values share one transfer to the host."""
         loss = self.loss
-        count = {} if loss.count is None else {"count": loss.count(t)}
+        count = {} if loss.count is None else {"count": count_rows(loss, t)}
         total, sums = evaluate(loss, t, count.get("count") if self.divisor is None else self.divisor)
         totals = {
             "loss": total.detach(),
@@ -321,23 +328,28 @@ def check_bound(loss: Loss, columns: Mapping[str, Any], denominator: Any, align:
             raise LossInputError("bind", "the name of a column", got, fix)
         if value is None or (value is ON_POLICY and name != "old_logprobs"):
             fix = "Leave it out to read the datums' own."
-            raise LossInputError(name, "one row per datum", repr(value), fix)
+            raise LossInputError(name, "one row per datum", show(value), fix)
         if name != "weights" and name not in loss.reads:
             warn(f"{loss!r} does not read {name}: binding it has no effect")
     if denominator is not None:
-        fix = "Take it from loss.denominator(whole_batch)."
-        value = denominator.item() if isinstance(denominator, Tensor) and denominator.numel() == 1 else denominator
-        check_number("denominator", value, "a finite number above 0", lambda d: d > 0, fix)
-    if grad_l1 not in (None, True, False):
-        raise LossInputError("grad_l1", "True or False", repr(grad_l1), "True adds the metric grad_l1.")
-    if not (align is None or (isinstance(align, str) and align in ("strict", "truncate"))):
-        hint = did_you_mean(str(align), ("strict", "truncate"))
-        raise LossInputError("align", "'strict' or 'truncate'", repr(align), hint)
+        check_denominator(denominator)
+    if not isinstance(grad_l1, bool | None):
+        raise LossInputError("grad_l1", "True or False", show(grad_l1), "True adds the metric grad_l1.")
+    if align is not None:
+        check_align(align)
+
+
+def check_denominator(denominator: Any) -> None:
+    """Refuse anything but a finite number above 0, or a tensor of one."""
+    is_one = isinstance(denominator, Tensor) and is_plain(denominator) and denominator.numel() == 1
+    value = denominator.item() if is_one else denominator
+    fix = "Take it from loss.denominator(whole_batch)."
+    check_number("denominator", value, "a finite number above 0", lambda d: d > 0, fix)
 
 
 def make_loss(terms: Terms, reads: Sequence[str], weigh: Weighing, rows: Rows = TOKENS) -> Loss:
     """Make a loss from its terms and the weighing of its rows. ``preset`` then names it."""
-    rows, weigh = Rows(rows), resolve_name("weigh", weigh)
+    rows, weigh = Rows.of(rows), resolve_name("weigh", weigh)
     check_weigh(weigh, rows)
     return Loss("loss", {}, tuple(reads), terms, weigh.share, weigh.count, rows)
 

@@ -6,6 +6,7 @@ Shapes, types and lengths are checked here, before any maths. No later code mask
 
 from __future__ import annotations
 
+import keyword
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from math import prod
@@ -16,13 +17,16 @@ import torch
 from torch import Tensor
 
 from lossfns.checks import is_real
-from lossfns.errors import LossInputError
+from lossfns.errors import LossInputError, did_you_mean, show
 from lossfns.tokens import DATUM_FIELDS, LOGPROB_COLUMNS, ON_POLICY, SEQUENCES, TOKENS, Rows, Tokens
 
 Values = np.ndarray[Any, Any] | Tensor
 """The values of one column for one datum."""
 Shapes = Sequence[Sequence[int]]
 """The shape of each datum's logprobs: ``[N_i]``, or ``[N_i, K]``."""
+
+RESERVED_COLUMNS = ("logprobs", "weights", "lengths", "columns", "active", "share", "denominator", "align", "grad_l1")
+"""Names that a column of a loss cannot have: a batch, an export or an option of ``bind`` has them."""
 
 LOGPROB_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -70,7 +74,11 @@ def pack(
     >>> t.logprobs, t.active
     (tensor([ 0., -2.]), tensor([False,  True]))
     """
-    rows = Rows(rows)
+    rows = Rows.of(rows)
+    reads = check_reads(reads)
+    check_align(align)
+    if not isinstance(columns, Mapping | None):
+        raise LossInputError("columns", "a dict of columns by name", show(columns), "Pass {name: rows}.")
     check_data(data, rows)
     check_logprobs(data, logprobs_list)
     shapes, logprobs = [lp.shape for lp in logprobs_list], concatenate(logprobs_list)
@@ -159,8 +167,13 @@ def pack_weights(
         shapes = [row.shape for row in find_column("target_tokens", data, columns)]
         table = {name: column_or_none(name, data, columns, rows) for name in reads} | {"weights": weights}
         weights = truncate(shapes, table)[1]["weights"]
-    shapes = [w.shape for w in weights]
-    lengths = torch.tensor([prod(shape) for shape in shapes])
+    for i, row in enumerate(weights):
+        if row.ndim not in (1, rows.rank):
+            expected, fix = "a row with a number for each target", "Give one number for each entry of the logprobs."
+            raise LossInputError("weights", expected, f"shape {tuple(row.shape)}", fix, datum=i)
+    weights = [row.reshape(-1) for row in weights]
+    lengths = torch.tensor([len(row) for row in weights])
+    shapes = [row.shape for row in weights]
     packed = flatten_column("weights", weights, shapes, lengths, torch.empty(0, dtype=torch.float64))
     return Tokens(torch.zeros_like(packed), packed, lengths)
 
@@ -182,6 +195,30 @@ def column_or_none(name: str, data: Sequence[Any], columns: Mapping[str, Any], r
 def blank(x: Tensor, active: Tensor) -> Tensor:
     """Put 0 into every inactive slot, before any maths: its content can then reach neither value nor gradient."""
     return torch.where(active, x, 0)
+
+
+def check_align(align: Any) -> None:
+    if not isinstance(align, str) or align not in ("strict", "truncate"):
+        hint = did_you_mean(align, ("strict", "truncate"))
+        raise LossInputError("align", "'strict' or 'truncate'", show(align), hint)
+
+
+def check_reads(reads: Any) -> tuple[str, ...]:
+    """Return the names of the columns as a tuple. Refuse a name that no column can have."""
+    if not isinstance(reads, (tuple, list)):
+        fix = "One column is ('advantages',)."
+        raise LossInputError("reads", "a tuple of names of columns", show(reads), fix)
+    for name in reads:
+        if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name):
+            # Exports write a function whose parameters have these names.
+            fix = "A name has letters, digits and underscores, as the name of a variable."
+            raise LossInputError("reads", "names of columns that are identifiers", show(name), fix)
+        if name in RESERVED_COLUMNS:
+            fix = "Logprobs and weights are always there; give a column of your own another name."
+            raise LossInputError("reads", f"names other than {', '.join(RESERVED_COLUMNS)}", repr(name), fix)
+    if len(set(reads)) < len(reads):
+        raise LossInputError("reads", "each name once", show(reads), "Drop the second one.")
+    return tuple(reads)
 
 
 def check_data(data: Sequence[Any], rows: Rows) -> None:
@@ -246,9 +283,10 @@ def check_targets(data: Sequence[Any], shapes: Shapes) -> None:
     for i, (targets, shape) in enumerate(zip(fields(data, "target_tokens"), shapes)):
         if hasattr(targets, "to_numpy"):
             # An SDK's TensorData may have no shape. Flat targets of an [N, K] have N·K entries.
-            target_shape = targets.shape
-            has_shape = isinstance(target_shape, (list, tuple)) and target_shape
-            count = target_shape[0] if has_shape else len(targets.to_numpy())
+            target_shape = getattr(targets, "shape", None)
+            if not (isinstance(target_shape, (list, tuple)) and target_shape):
+                target_shape = as_row(targets, "target_tokens", i).shape or ("no",)
+            count = target_shape[0]
             if count != shape[0] and count != prod(shape):
                 got, fix = str(shape[0]), "Pass the logprobs of these datums' targets."
                 raise LossInputError("logprobs", f"{count} rows (the length of target_tokens)", got, fix, datum=i)
@@ -261,7 +299,7 @@ def find_column(name: str, data: Sequence[Any], columns: Mapping[str, Any], rows
     """
     if name in columns:
         given = columns[name]
-        if isinstance(given, (Mapping, Set)) or not hasattr(given, "__len__") or getattr(given, "ndim", 1) == 0:
+        if isinstance(given, (Mapping, Set)) or not has_length(given) or getattr(given, "ndim", 1) == 0:
             got, fix = f"a {type(given).__name__}", "Bind a list with one entry for each datum."
             raise LossInputError(name, f"{len(data)} entries, one per datum", got, fix)
         if isinstance(given, Tensor) and not is_plain(given):
@@ -279,6 +317,14 @@ def find_column(name: str, data: Sequence[Any], columns: Mapping[str, Any], rows
     return as_column(name, given, rows)
 
 
+def has_length(x: Any) -> bool:
+    """Whether ``len`` works, whatever the value's own method raises."""
+    try:
+        return len(x) >= 0
+    except Exception:
+        return False
+
+
 def as_column(name: str, given: Any, rows: Rows = TOKENS) -> Any:
     """Convert a column to a list of B rows, or to one array ``[B]`` if each datum has a number."""
     if isinstance(given, (Tensor, np.ndarray)) and given.ndim == 1:
@@ -291,7 +337,7 @@ def as_column(name: str, given: Any, rows: Rows = TOKENS) -> Any:
         number = next(i for i, row in enumerate(datum_rows) if row.ndim == 0)
         expected = "a row for each datum, or a number for each"
         raise LossInputError(name, expected, "a number among rows", "Use one form.", datum=number)
-    return check_one_number_each(name, torch.stack([torch.as_tensor(row) for row in datum_rows]), rows)
+    return check_one_number_each(name, torch.stack(list(map(as_tensor, datum_rows))), rows)
 
 
 def check_one_number_each(name: str, given: Values, rows: Rows) -> Values:
@@ -360,13 +406,19 @@ def as_row(value: Any, name: str, datum: int | None) -> Values:
         if row.dtype == object and row.ndim and all(x is None or is_real(x) for x in row.flat):
             row = row.astype(np.float64)
         if row.dtype.kind in "fiub" and not isinstance(value, Tensor):
-            # torch has no wider floats, no foreign byte order and no negative strides.
-            row = row.astype(np.float64 if row.dtype == np.longdouble else row.dtype.newbyteorder("="), copy=False)
+            # torch has no wider floats, not every unsigned integer, no foreign byte order and no negative strides.
+            kind = "f8" if row.dtype in (np.longdouble, np.uint64) else row.dtype.str[1:]
+            row = row.astype(kind, copy=False)
             return row.copy() if any(stride < 0 for stride in row.strides) else row
     except Exception:  # whatever the value's own to_numpy raises
         pass
     got, fix = f"a {type(value).__name__} that is no rectangular array of numbers", "Use a list, array or tensor."
     raise LossInputError(name, "a number or a row of numbers", got, fix, datum=datum)
+
+
+def as_tensor(row: Values) -> Tensor:
+    """Return a row as a tensor; an array is copied, since torch warns of one that is not writable."""
+    return row if isinstance(row, Tensor) else torch.tensor(row)
 
 
 def is_plain(x: Tensor) -> bool:
@@ -432,14 +484,14 @@ def flatten_column(
     if column is None:
         return like.new_ones(int(lengths.sum()))
     if not isinstance(column, list):
-        numbers = torch.as_tensor(column).to(like.device, like.dtype)
+        numbers = as_tensor(column).to(like.device, like.dtype)
         return torch.repeat_interleave(numbers, lengths.to(like.device), output_size=int(lengths.sum()))
     if any(row.shape != shape for row, shape in zip(column, shapes)):
         column = [align_row(row, shape, name, i, rows) for i, (row, shape) in enumerate(zip(column, shapes))]
     if len(shapes[0]) > 1:
         column = [row.reshape(-1) for row in column]
     if any(issubclass(kind, Tensor) for kind in set(map(type, column))):
-        flat = torch.cat([torch.as_tensor(row) for row in column])
+        flat = torch.cat(list(map(as_tensor, column)))
     else:
         flat = torch.from_numpy(np.concatenate(column))
     return flat.to(like.device, like.dtype)

@@ -36,7 +36,7 @@ class Weighing:
     count: Callable[[Tokens], Tensor] | None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "rows", Rows(self.rows))
+        object.__setattr__(self, "rows", Rows.of(self.rows))
         if not callable(self.share) or not (self.count is None or callable(self.count)):
             got = f"{self.share!r} and {self.count!r}"
             fix = "count=None is a sum that is never divided."

@@ -19,7 +19,7 @@ from lossfns.combine import tis_log_weight
 from lossfns.datum import TensorData
 from lossfns.errors import LossInputError
 from lossfns.export.builtins import BUILTINS, CLIP, builtin_name
-from lossfns.loss import BoundLoss, Loss, add_loss_name, check_terms, not_divisible, to_host
+from lossfns.loss import BoundLoss, Loss, add_loss_name, check_terms, count_rows, not_divisible, to_host
 from lossfns.pack import Shapes, blank, check_data, pack, weight_rows
 from lossfns.segments import active_counts, geometric_level, sequence_value, to_tokens, token_level
 from lossfns.tokens import ON_POLICY, TARGETS, Tokens
@@ -154,7 +154,7 @@ def pack_share(bound: BoundLoss, data: Sequence[Any]) -> tuple[Tokens, Tensor, S
         t, shapes = pack_without_logprobs(bound, data)
         share = loss.share(t)
         if loss.count is not None:
-            count = float(loss.count(t)) if bound.divisor is None else bound.divisor
+            count = float(count_rows(loss, t)) if bound.divisor is None else bound.divisor
             if not count > 0:
                 raise not_divisible(count)
             share = share / count
@@ -199,14 +199,24 @@ def pack_without_logprobs(bound: BoundLoss, data: Sequence[Any]) -> tuple[Tokens
 
 def with_fields(datum: Any, fields: Mapping[str, np.ndarray]) -> Any:
     """Copy a datum with these fields as float32 tensors. Datum and tensors have the classes of the original."""
-    tensor_class = type(datum.loss_fn_inputs.get("target_tokens", TensorData([], "int64")))
+    own_class = type(datum.loss_fn_inputs.get("target_tokens"))
+    tensor_class: Any = own_class if own_class.__name__ == "TensorData" else TensorData  # an SDK's, or ours
     new = {name: tensor_class.from_numpy(np.array(row, dtype=np.float32)) for name, row in fields.items()}
-    return type(datum)(datum.model_input, {**datum.loss_fn_inputs, **new})
+    return with_inputs(datum, {**datum.loss_fn_inputs, **new})
 
 
 def with_only(datum: Any, names: Sequence[str]) -> Any:
     """Copy a datum with only these fields."""
-    return type(datum)(datum.model_input, {name: datum.loss_fn_inputs[name] for name in names})
+    return with_inputs(datum, {name: datum.loss_fn_inputs[name] for name in names})
+
+
+def with_inputs(datum: Any, inputs: Mapping[str, Any]) -> Any:
+    """Make a datum of the same class, as the SDKs' classes take their arguments."""
+    try:
+        return type(datum)(datum.model_input, inputs)
+    except (AttributeError, TypeError):
+        got, fix = f"a {type(datum).__name__}", "Use Datum, or the class of an SDK."
+        raise LossInputError("data", "datums that Datum(model_input, loss_fn_inputs) makes", got, fix) from None
 
 
 class Folded(NamedTuple):
