@@ -46,7 +46,7 @@ class Loss:
 
     Attributes:
         name, knobs: the preset and its arguments, for ``repr``, metrics and logs.
-        reads: the columns that ``terms`` needs besides ``logprobs`` and ``weights``.
+        reads: the columns that ``terms`` needs besides ``logprobs`` and ``weights``; identifiers, each once.
         terms: ``t -> (loss of each row, statistics of each row)``, pure torch on a packed batch ``t``.
         share: ``t -> coefficient of each row`` within its sequence or pair. It reads no logprobs.
         count: ``t -> this batch's part of the denominator``, which adds over micro-batches and ranks. It reads
