@@ -14,7 +14,12 @@ from lossfns.backend.storage.folder import Processes
 
 
 def save(
-    path: str | Path, tensors: Mapping[str, Tensor], data: Mapping[str, Any], processes: Processes = folder.ONE
+    path: str | Path,
+    tensors: Mapping[str, Tensor],
+    data: Mapping[str, Any],
+    processes: Processes = folder.ONE,
+    *,
+    overwrite: bool = True,
 ) -> Path:
     """Write a checkpoint: a file if one process writes, a folder if many do.
 
@@ -23,13 +28,16 @@ def save(
         tensors: dense tensors by name; in a folder they may be sharded (``DTensor``).
         data: anything that JSON can hold.
         processes: those that call this together.
+        overwrite: whether to replace a checkpoint. Otherwise one of many saves under one path at the same time
+            succeeds, and the others are refused.
 
     Raises:
-        LossInputError: for a path that cannot be written to, and for tensors or data that cannot be kept.
+        LossInputError: for a path that cannot be written to, or that exists and is not to be replaced, and for tensors
+            or data that cannot be kept.
     """
     if processes.group is None:
-        return file.save(path, tensors, data)
-    return folder.save(path, tensors, data, processes)
+        return file.save(path, tensors, data, overwrite=overwrite)
+    return folder.save(path, tensors, data, processes, overwrite=overwrite)
 
 
 def load(

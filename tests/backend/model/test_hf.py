@@ -31,6 +31,8 @@ SIZE: dict[str, Any] = {
     "pad_token_id": None,
 }
 
+NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+
 MODELS: dict[str, Any] = {
     "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZE)),
     "llama, tied": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZE, tie_word_embeddings=True)),
@@ -48,7 +50,9 @@ MODELS: dict[str, Any] = {
         )
     ),
     "gpt2": lambda: transformers.GPT2LMHeadModel(  # learned positions
-        transformers.GPT2Config(vocab_size=31, n_positions=512, n_embd=16, n_layer=2, n_head=4, bos_token_id=1)
+        transformers.GPT2Config(
+            vocab_size=31, n_positions=512, n_embd=16, n_layer=2, n_head=4, bos_token_id=1, **NO_DROPOUT
+        )
     ),
     "phi": lambda: transformers.PhiForCausalLM(transformers.PhiConfig(**SIZE)),  # a bias in the head
     "granite": lambda: transformers.GraniteForCausalLM(  # scaled logits
