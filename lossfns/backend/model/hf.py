@@ -372,8 +372,9 @@ def linear_layers_by_part(model: CausalLM) -> dict[str, tuple[str, ...]]:
 def check_packing(model: CausalLM) -> None:
     """Switch a model to our attention; refuse it if packed sequences then have other logits than by the model's own."""
     lengths, parents = [2, 2, 5], [None, 0, 0]  # most tokens follow tokens that they must not see
-    vocabulary = model.model.get_input_embeddings().num_embeddings
-    prefix, first, second = (torch.arange(1, 10, device=model.head.device) * 7919 % vocabulary).split(lengths)
+    vocabulary = len(model.model.get_input_embeddings().weight)
+    tokens = torch.arange(1, 10, device=model.head.device) * 7919 % vocabulary
+    prefix, first, second = torch.split(tokens, lengths)
     model.model.set_attn_implementation("eager")
     first_alone, second_alone = (
         model.model(input_ids=torch.cat((prefix, suffix))[None], use_cache=False).logits[0]

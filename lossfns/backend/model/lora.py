@@ -80,7 +80,8 @@ def merge(model: nn.Module) -> None:
     parameters are trainable afterwards: ``peft`` has frozen them for the adapters' sake.
 
     Raises:
-        LossInputError: the weights are narrower than float32, so that the sums would be rounded to the old weights.
+        LossInputError: the weights are narrower than float32, so that the sums would be rounded to the old weights; or
+            adapters of a kind that weights cannot hold.
     """
     layers = wrapped_layers(model)
     if not layers:
@@ -118,10 +119,15 @@ def merged(layer: Any, tied: Collection[int]) -> nn.Module:
     for name, p in list(base.named_parameters(recurse=False)):
         if id(p) in tied:
             setattr(base, name, nn.Parameter(p.detach().clone()))
-    if not layer.disable_adapters:
+    if layer.disable_adapters:
+        if layer.merged:
+            layer.unmerge()
+        return base
+    try:
         layer.merge(safe_merge=True)
-    elif layer.merged:
-        layer.unmerge()
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        fix = "Wrap it with hf.CausalLM and LocalTrainingClient, which take adapters as they are."
+        raise LossInputError("model", "adapters that can be merged into the weights", f"{error}", fix) from error
     return base
 
 
