@@ -52,7 +52,8 @@ def adapt(
     check_settings(model, rank, parts, alpha, seed)
     targets = [name for part in parts for name in trainable_layers(model, part)]
     config = peft().LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets)
-    peft().inject_adapter_in_model(config, model, ADAPTER)
+    with torch.random.fork_rng(devices=[]):  # peft draws weights, which initialise replaces
+        peft().inject_adapter_in_model(config, model, ADAPTER)
     initialise(adapted_layers(model), seed)
     model.lora = {"rank": rank, "parts": sorted(parts), "alpha": alpha}  # type: ignore[assignment]
     if "unembed" in parts and not model.head.requires_grad:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -54,7 +55,7 @@ def load(
     Raises:
         LossInputError: naming the path, unless it holds a whole checkpoint.
     """
-    if Path(path).is_dir():
+    if os.path.isdir(path):
         return folder.load(path, processes, empty_for)
     tensors, data = processes.all_or_none(file.load, path)
     return tensors, data
@@ -62,7 +63,7 @@ def load(
 
 def metadata(path: str | Path) -> dict[str, Any]:
     """Return the data without reading the tensors."""
-    return folder.metadata(path) if Path(path).is_dir() else file.metadata(path)
+    return folder.metadata(path) if os.path.isdir(path) else file.metadata(path)
 
 
 def exists(path: Path) -> bool:

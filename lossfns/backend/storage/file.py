@@ -49,6 +49,8 @@ def save(path: str | Path, tensors: Mapping[str, Tensor], data: Mapping[str, Any
             seal = digest(file)
             file.seek(-DIGEST, os.SEEK_END)
             file.write(seal)
+    except LossInputError:
+        raise
     except (OSError, ValueError) as error:
         raise LossInputError("path", "a place to write to", f"{path} ({error})", "Choose another.") from error
     return path

@@ -503,8 +503,12 @@ def test_dropout_is_refused() -> None:
     "build",
     [
         lambda **o: transformers.MixtralForCausalLM(transformers.MixtralConfig(**SIZE, num_local_experts=3, **o)),
-        lambda **o: transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**SIZE, num_experts=3, num_experts_per_tok=2, **o)),
-        lambda **o: transformers.OlmoeForCausalLM(transformers.OlmoeConfig(**SIZE, num_experts=3, num_experts_per_tok=2, **o)),
+        lambda **o: transformers.Qwen3MoeForCausalLM(
+            transformers.Qwen3MoeConfig(**SIZE, num_experts=3, num_experts_per_tok=2, **o)
+        ),
+        lambda **o: transformers.OlmoeForCausalLM(
+            transformers.OlmoeConfig(**SIZE, num_experts=3, num_experts_per_tok=2, **o)
+        ),
     ],
     ids=["mixtral", "qwen3 moe", "olmoe"],
 )
