@@ -188,7 +188,7 @@ def spoil_tensor(tensors: Tensors, rng: Random) -> None:
             numbers = (np.nan, np.inf, -np.inf, -1, 0, 1e30, -1e30)
             x.view(-1)[rng.randrange(x.numel())] = rng.choice(numbers) if x.is_floating_point() else rng.randrange(256)
         case 1:
-            x = rng.choice([x[None], x.flatten()[:-1], x.flatten(), torch.zeros(0), x.T.contiguous()])
+            x = rng.choice([x[None], x.flatten()[:-1], x.flatten(), torch.zeros(0), x[:0] if x.dim() else x])
         case 2:
             kinds = (
                 torch.float64,

@@ -1,5 +1,6 @@
 """Saves of one name at the same moment, and saves that are killed: no checkpoint is lost or mixed."""
 
+import json
 import multiprocessing
 import os
 import signal
@@ -219,3 +220,65 @@ def half_written(root: Path) -> list[Path]:
     """Return what saves under way, or killed, have written: files and folders that are no checkpoint yet."""
     parts = [p for p in root.glob("*/*.part") if folder.current_part(p.parent) != p.name]
     return [*root.rglob("*.partial"), *parts]
+
+
+# Folders with a good seal and bad content
+
+
+def sealed_folder(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Change the meta of a folder and seal it anew, with the checksums of the files as they are."""
+    content = json.loads((path / folder.META).read_text())
+    meta = content["meta"]
+    part = path / str(meta["part"])
+    meta["files"] = folder.local_checksums(part, 0, 1)
+    change(meta)
+    (path / folder.META).write_text(json.dumps({"seal": folder.seal(meta), "meta": meta}))
+
+
+def overwritten(path: Path, content: bytes) -> None:
+    (file,) = path.glob("*.part/*.safetensors")
+    file.write_bytes(content)
+
+
+META: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "a part that is elsewhere": lambda meta: meta.update(part="../other"),
+    "a part that is a number": lambda meta: meta.update(part=3),
+    "no part": lambda meta: meta.pop("part"),
+    "a part that is not there": lambda meta: meta.update(part="0123456789ab.part"),
+    "no data": lambda meta: meta.pop("data"),
+    "data that are a list": lambda meta: meta.update(data=[1]),
+    "tied to nothing": lambda meta: meta.update(tied={"x": "nothing"}),
+    "tied that are a list": lambda meta: meta.update(tied=["x"]),
+    "tied to a list": lambda meta: meta.update(tied={"x": ["t0"]}),
+    "no files": lambda meta: meta.update(files={}),
+    "files that are a list": lambda meta: meta.update(files=[1]),
+    "another format": lambda meta: meta.update(format="x"),
+}
+
+
+@pytest.mark.parametrize("what", META)
+def test_a_sealed_folder_of_bad_content_is_refused_by_name(what: str, tmp_path: Path) -> None:
+    save_folder(tmp_path / "x", 1)
+    sealed_folder(tmp_path / "x", META[what])
+    with pytest.raises(LossInputError, match="path: expected a whole lossfns-checkpoint-folder-1, got") as caught:
+        checkpoint.load(tmp_path / "x")
+    assert str(tmp_path / "x") in str(caught.value)
+
+
+@pytest.mark.parametrize("count", [20, pytest.param(200, marks=pytest.mark.exhaustive)])
+def test_a_folder_of_mutated_tensors_is_refused_by_name_or_read_whole(count: int, tmp_path: Path) -> None:
+    """The checksums are those of the mutated file, so that only reading it can tell."""
+    save_folder(tmp_path / "x", 1, size=5)
+    (file,) = (tmp_path / "x").glob("*.part/*.safetensors")
+    whole, refused = file.read_bytes(), 0
+    for i in range(count):
+        rng = Random(i)
+        a = rng.randrange(len(whole) if i % 2 else 300)  # the header has 300 bytes and more
+        overwritten(tmp_path / "x", rng.choice([whole[:a], whole[:a] + rng.randbytes(4) + whole[a + 4 :], whole[a:]]))
+        sealed_folder(tmp_path / "x", lambda meta: None)
+        try:
+            assert set(checkpoint.load(tmp_path / "x")[0]) == {f"t{i}" for i in range(4)}
+        except LossInputError as error:
+            refused += 1
+            assert str(tmp_path / "x") in str(error)
+    assert refused > count / 4
