@@ -204,11 +204,13 @@ def raise_refused_wait() -> None:
 
 @functools.cache
 def follow_threads() -> None:
-    """Let threads that a request starts be found in ``RUNNING``, by a wrapper of ``Thread.start``.
+    """Let threads that a request starts or gives work to be found in ``RUNNING``.
 
-    Python does not tell which thread has started another. Threads that no request starts are left as they are.
+    Python does not tell which thread has started another, so ``Thread.start`` and ``ThreadPoolExecutor.submit`` are
+    wrapped. What no request starts is left as it is.
     """
-    start = Thread.start
+    start: Any = Thread.start
+    submit: Any = ThreadPoolExecutor.submit
 
     @functools.wraps(start)
     def start_followed(thread: Thread) -> None:
@@ -217,16 +219,25 @@ def follow_threads() -> None:
             vars(thread)["run"] = functools.partial(run_within, weakref.ref(request), thread.run)
         start(thread)
 
+    @functools.wraps(submit)
+    def submit_followed(executor: ThreadPoolExecutor, function: Callable[..., T], /, *args: Any, **kwargs: Any) -> Any:
+        request = running_request()
+        if request is None:
+            return submit(executor, function, *args, **kwargs)
+        return submit(executor, run_within, weakref.ref(request), function, *args, **kwargs)
+
     Thread.start = start_followed  # type: ignore[method-assign, assignment]
+    ThreadPoolExecutor.submit = submit_followed  # type: ignore[method-assign, assignment]
 
 
-def run_within(request: weakref.ref[APIFuture[Any]], run: Callable[[], None]) -> None:
-    """Run a thread that a request has started."""
+def run_within(request: weakref.ref[APIFuture[Any]], run: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    """Run what a request has given to another thread."""
+    before = RUNNING.get(get_ident())
     set_running(request)
     try:
-        run()
+        return run(*args, **kwargs)
     finally:
-        set_running(None)
+        set_running(before)
 
 
 def clear_frames(error: BaseException) -> None:

@@ -638,6 +638,14 @@ def in_a_pool(wait: Callable[[], Any]) -> None:
         pool.submit(wait).result()
 
 
+POOL = ThreadPoolExecutor(1)
+
+
+def in_a_pool_that_is_there(wait: Callable[[], Any]) -> None:
+    POOL.submit(int).result()
+    POOL.submit(wait).result()
+
+
 def in_a_thread_of_a_thread(wait: Callable[[], Any]) -> None:
     in_a_thread(lambda: in_a_thread(wait))
 
@@ -653,7 +661,9 @@ def in_a_timer(wait: Callable[[], Any]) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-@pytest.mark.parametrize("start", [in_a_thread, in_a_pool, in_a_thread_of_a_thread, in_a_loop, in_a_timer])
+@pytest.mark.parametrize(
+    "start", [in_a_thread, in_a_pool, in_a_pool_that_is_there, in_a_thread_of_a_thread, in_a_loop, in_a_timer]
+)
 @pytest.mark.parametrize("swallowed", [True, False])
 def test_a_loss_that_starts_a_thread_which_waits_for_the_client_is_refused(
     start: Callable[[Callable[[], Any]], None], swallowed: bool
@@ -662,6 +672,7 @@ def test_a_loss_that_starts_a_thread_which_waits_for_the_client_is_refused(
     c, errors = client(), []
     c.forward_backward(texts(Random(1)), "cross_entropy").result()
     before = gradients(c)
+    POOL.submit(int).result()
 
     def wait() -> None:
         try:
