@@ -41,6 +41,12 @@ def while_read(stream: TextIO | None) -> Iterator[None]:
         discard(stream)
 
 
+def say(text: str) -> None:
+    """Print text on standard output. Characters that its encoding does not have are escaped."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding))
+
+
 def discard(stream: TextIO | None) -> None:
     """Send what a stream still holds, and all that follows, nowhere. Python would fail at its end to flush it."""
     with suppress(OSError, ValueError, AttributeError):

@@ -26,7 +26,7 @@ from lossfns.backend.storage import checkpoint
 from lossfns.backend.types import SamplingParams
 from lossfns.datum import ModelInput
 from lossfns.errors import LossInputError
-from lossfns.terminal import console_on, while_read
+from lossfns.terminal import console_on, say, while_read
 from lossfns.train import formats, plots, recipes, tasks
 from lossfns.train.methods import TEMPERATURE, one_line
 from lossfns.train.options import Options, check_option
@@ -281,13 +281,13 @@ def report(run: Run, outcome: recipes.Outcome) -> None:
     with while_read(sys.stdout):
         print_outcome(outcome)
         print_samples(outcome.samples)
-        print(f"{run.steps_done} steps in {result['seconds']} s{', stopped early' if run.stopped else ''}")
-        print(f"checkpoint  {checkpoints(run.folder)[0]}")
-        print(f"metrics     {run.folder / METRICS}")
-        print(f"curves      {curves}")
-        print(f"try it      lossfns sample {run.folder} PROMPT")
+        say(f"{run.steps_done} steps in {result['seconds']} s{', stopped early' if run.stopped else ''}")
+        say(f"checkpoint  {checkpoints(run.folder)[0]}")
+        say(f"metrics     {run.folder / METRICS}")
+        say(f"curves      {curves}")
+        say(f"try it      lossfns sample {run.folder} PROMPT")
         if run.stopped:
-            print(f"continue    lossfns train --resume {run.folder}")
+            say(f"continue    lossfns train --resume {run.folder}")
 
 
 def print_outcome(outcome: recipes.Outcome) -> None:
@@ -295,7 +295,7 @@ def print_outcome(outcome: recipes.Outcome) -> None:
     before, after, change = f"{outcome.before:.3f}", f"{outcome.after:.3f}", f"{outcome.after - outcome.before:+.3f}"
     console = console_on(sys.stdout)
     if console is None:
-        print(f"\n{outcome.title}: {before} before, {after} after ({change})\n")
+        say(f"\n{outcome.title}: {before} before, {after} after ({change})\n")
         return
     from rich import box
     from rich.table import Table
@@ -311,11 +311,11 @@ def print_samples(samples: Sequence[Mapping[str, str]]) -> None:
     """Print a few prompts with samples before and after training, each on a line of 80 columns."""
     if not samples:
         return
-    print(f"samples at temperature {TEMPERATURE}, before and after training (whole in {RESULT})")
+    say(f"samples at temperature {TEMPERATURE}, before and after training (whole in {RESULT})")
     for sample in samples:
         for name, text in sample.items():
-            print(f"  {name:<8}{one_line(text, 68)}")
-        print()
+            say(f"  {name:<8}{one_line(text, 68)}")
+        say("")
 
 
 def draw_curves(folder: Path, history: Sequence[Mapping[str, Any]], measured: Mapping[str, tuple[float, float]]) -> str:
@@ -365,7 +365,7 @@ def plot_command(args: argparse.Namespace) -> int:
         return 130
     with while_read(sys.stdout):
         print_curves(history)
-        print(f"curves      {curves}")
+        say(f"curves      {curves}")
     return 0
 
 
@@ -413,7 +413,7 @@ def print_curves(history: Sequence[Mapping[str, Any]]) -> None:
     width = min(60, (console.width if console else 80) - 46)
     for (phase, name), x in zip(found, values):
         curve = plots.block_line(x, max(8, width))
-        print(f"{phase:>10} {name:<10} {x[0]:>10.3f}  {curve}  {x[-1]:.3f}")
+        say(f"{phase:>10} {name:<10} {x[0]:>10.3f}  {curve}  {x[-1]:.3f}")
 
 
 # lossfns sample
@@ -454,9 +454,9 @@ def sample_command(args: argparse.Namespace) -> int:
     with while_read(sys.stdout):
         for number, text in enumerate(texts, 1):
             if len(texts) > 1:
-                print(f"sample {number}:")
+                say(f"sample {number}:")
             live = console_on(sys.stdout) is not None  # a terminal would obey the escape sequences of a sample
-            print("\n".join(one_line(line, sys.maxsize) for line in text.split("\n")) if live else text)
+            say("\n".join(one_line(line, sys.maxsize) for line in text.split("\n")) if live else text)
     return 0
 
 
@@ -466,8 +466,9 @@ def sample_run(folder: Path, args: argparse.Namespace) -> list[str]:
     if not checkpoints(folder):
         fix = "A run saves its first one after --save-every steps."
         raise LossInputError("RUN", "a run with a checkpoint", f"{folder}, which has none", fix)
+    style = config.get("prompts", "text")
     try:
-        ids = tasks.TOKENIZER.encode(formats.prompt_for(config.get("prompts", "text"), args.prompt))
+        ids = tasks.TOKENIZER.encode(formats.prompt_for(style, args.prompt))
     except UnicodeEncodeError:
         got = ascii(args.prompt[:40])
         raise LossInputError("PROMPT", "text in UTF-8", got, "Check the encoding of the terminal.") from None
@@ -475,5 +476,7 @@ def sample_run(folder: Path, args: argparse.Namespace) -> list[str]:
     client = LocalTrainingClient(device=args.device)
     sampler = client.create_sampling_client(checkpoints(folder)[0])
     params = SamplingParams(max_tokens=args.max_tokens, temperature=args.temperature, seed=args.seed)
-    response = sampler.sample(ModelInput.from_ints(ids or tasks.END), args.samples, params).result()
+    response = sampler.sample(
+        ModelInput.from_ints(tasks.END + ids if style == "passage" or not ids else ids), args.samples, params
+    ).result()
     return [tasks.TOKENIZER.decode(sequence.tokens) for sequence in response.sequences]

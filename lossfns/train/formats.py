@@ -7,6 +7,7 @@ stands before it.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -90,7 +91,7 @@ def message(row: Row, name: str, value: Any) -> Message:
     """Read one message; refuse tools and images by their name."""
     if not isinstance(value, dict):
         row.refuse(f"a message under {name!r}", shown(value), "Each message has a role and a content.")
-    file = row.place.rpartition(":")[0]
+    file = file_of(row)
     role_key, text_key = ("from", "value") if "from" in value else ("role", "content")
     role, text = value.get(role_key), value.get(text_key)
     if role in ("tool", "function", "ipython", "observation", "function_call") or any(
@@ -113,6 +114,11 @@ def message(row: Row, name: str, value: Any) -> Message:
     return ROLES[role.lower()], str(text)
 
 
+def file_of(row: Row) -> str:
+    """Return the path of the row's file, as a shell reads it."""
+    return shlex.quote(row.place.rpartition(":")[0])
+
+
 def came(row: Row, key: str) -> str:
     return shown(row.fields[key]) if key in row.fields else "nothing"
 
@@ -132,7 +138,7 @@ def text_of(row: Row, key: str, empty: bool = False) -> str:
 def prompt_and_completion(row: Row) -> Texts:
     """``{"prompt", "completion"}``: two texts as they are, or two lists of messages."""
     if isinstance(row.fields.get("label"), bool):
-        file = row.place.rpartition(":")[0]
+        file = file_of(row)
         fix = f"Train on the good ones: jq -c 'select(.label) | {{prompt, completion}}' {file} > rows.jsonl"
         row.refuse("demonstrations", "a label: unpaired preferences, which no method reads", fix)
     if isinstance(row.fields.get("prompt"), list):
@@ -304,7 +310,7 @@ def recognise(row: Row, formats: Sequence[Format]) -> Format:
     mine = formats[0].keys
     missing = next((key for key in mine if key not in row.fields), mine[0])
     reads = "; ".join(", ".join(each.keys) for each in formats)
-    file = row.place.rpartition(":")[0]
+    file = file_of(row)
     for methods, others in READERS.items():
         for other in others:
             if all(key in row.fields for key in other.keys):
@@ -320,13 +326,18 @@ def refuse_unread(row: Row) -> None:
     """Refuse a row with images, sounds or tools."""
     for key in UNREAD:
         if row.fields.get(key):
-            file = row.place.rpartition(":")[0]
+            file = file_of(row)
             fix = f"If the texts do not need them: jq -c 'del(.{key})' {file} > rows.jsonl"
             row.refuse("text only", f"{key!r}, which are not read", fix)
 
 
 def prompt_style(prompt: str) -> str:
-    """Return how prompts are written, by one of them: ``"chat"``, ``"dialogue"`` or ``"text"``."""
+    """Return how prompts are written, by one of them: as a chat, a dialogue, a text, or a passage if empty.
+
+    A passage starts after the end of another text, also if a person gives its first words.
+    """
+    if not prompt:
+        return "passage"
     return "chat" if prompt.endswith(CHAT) else "dialogue" if prompt.endswith(DIALOGUE) else "text"
 
 

@@ -106,7 +106,7 @@ def documentation(length: int = 128) -> Task[Demonstration]:
 
     rng = Random(1)
     examples = [Demonstration(END, passage(rng, held_out, length)) for _ in range(MAX_HELD_OUT // 2)]
-    return Task("CPython's documentation", draw, examples)
+    return Task("CPython's documentation", draw, examples, style="passage")
 
 
 def passage(rng: Random, texts: dict[str, list[int]], length: int) -> list[int]:
@@ -135,7 +135,7 @@ def continuations(prompt: int = 16, length: int = 6) -> Task[Preference]:
 
     rng = Random(1)
     examples = [pair(rng, held_out) for _ in range(MAX_HELD_OUT)]
-    return Task("true continuations in CPython's documentation", draw, examples)
+    return Task("true continuations in CPython's documentation", draw, examples, style="passage")
 
 
 def splits_of_words(text: Sequence[int], before: int, after: int) -> list[int]:
@@ -154,7 +154,8 @@ def with_prompts_trained(task: Task[Preference]) -> Task[Preference]:
         prompt = e.prompt[len(END) :]
         return Preference(END, prompt + e.chosen, prompt + e.rejected)
 
-    return Task(task.name, lambda rng, n: [joined(e) for e in task.draw(rng, n)], [joined(e) for e in task.held_out])
+    held_out = [joined(e) for e in task.held_out]
+    return Task(task.name, lambda rng, n: [joined(e) for e in task.draw(rng, n)], held_out, style=task.style)
 
 
 # Arithmetic: held-out problems are never trained on

@@ -331,6 +331,14 @@ def test_a_run_generates_from_its_weights(run: Path, capsys: pytest.CaptureFixtu
     assert capsys.readouterr().out == shown
 
 
+def test_output_without_unicode_is_escaped(run: Path) -> None:
+    """What a model writes may be anything, and the blocks of the curves are no ASCII."""
+    for arguments in (["plot", str(run)], ["sample", str(run), "\u00e9", "--temperature", "3"]):
+        command = [sys.executable, "-m", "lossfns", *arguments]
+        shown = subprocess.run(command, env=ENVIRONMENT | {"PYTHONIOENCODING": "ascii"}, capture_output=True)
+        assert shown.returncode == 0 and not shown.stderr and shown.stdout.isascii()
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
