@@ -388,7 +388,7 @@ def read_history(folder: Path) -> list[dict[str, Any]]:
             row = json.loads(line)
             rows.append({**row, "phase": str(row["phase"]), "step": int(row["step"])})
             numbers = [row[name] for name in plots.PLOTTED if name in row]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             numbers = [None]
         if not all(isinstance(x, (int, float)) for x in numbers):
             place = f"{folder / METRICS}:{number}"
@@ -401,7 +401,7 @@ def read_measured(folder: Path) -> dict[str, tuple[float, float]]:
     try:
         result = json.loads((folder / RESULT).read_text(encoding="utf-8"))
         return {k: (float(v["before"]), float(v["after"])) for k, v in result.items() if isinstance(v, dict)}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
 
 

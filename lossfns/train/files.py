@@ -107,6 +107,11 @@ def shown(value: Any) -> str:
     return text if text.isprintable() else ascii(text)[1:-1]
 
 
+def quoted(name: str) -> str:
+    """Return the name of a field in quotes, at most 80 characters of it."""
+    return ascii(name if len(name) <= 80 else f"{name[:40]}...{name[-37:]}")
+
+
 def read_rows(path: str) -> list[Row]:
     """Read the rows of a data file: CSV if its name ends in ``.csv`` or ``.tsv``, else JSONL or a JSON array.
 
@@ -137,16 +142,13 @@ def read_text(path: str) -> str:
             fix = "A run reads its data again when it is resumed: write them to a file."
             raise LossInputError("--data", "a file of rows", f"{path}, which is a pipe or a device", fix)
         if os.path.exists(path) and os.path.getsize(path) > MAX_FILE:
-            got, fix = (
-                f"{path} with {os.path.getsize(path)}",
-                f"Take a part of it: head -n 100000 '{path}' > rows.jsonl",
-            )
+            got = f"{path} with {os.path.getsize(path)}"
+            fix = f"Take a part of it: head -n 100000 '{path}' > rows.jsonl"
             raise LossInputError("--data", f"a file of at most {MAX_FILE} bytes", got, fix)
         content = Path(path).read_bytes()
     except OSError as error:
-        raise LossInputError(
-            "--data", "a JSONL file", f"{path} ({error.strerror})", "One JSON object a line."
-        ) from None
+        got, fix = f"{path} ({error.strerror})", "One JSON object a line."
+        raise LossInputError("--data", "a JSONL file", got, fix) from None
     for start, (kind, fix) in OTHER_KINDS.items():
         if content.startswith(start):
             raise LossInputError("--data", "JSONL, a JSON array or CSV", f"{path}, {kind}", fix.replace("IN", path))
@@ -223,20 +225,30 @@ def decode(path: str, number: int, text: str, line: str, start: int) -> tuple[An
         elif number == 1 and line[start : start + 1] not in ("{", "["):
             recipe = FROM_TEXT.replace("IN", path)
             fix = f'CSV is read if the name ends in .csv or .tsv. Convert plain text: python -c "{recipe}" > rows.jsonl'
-        if is_object(text, number):
-            recipe = FROM_OBJECT.replace("IN", path)
-            got, fix = "one object over many lines", f'Write its list as rows: python -c "{recipe}" > rows.jsonl'
+        if number == 1 and (key := list_of_rows(text)):
+            got, fix = "one object over many lines", write_list(path, key)
         raise LossInputError(place, "a JSON object", got, fix) from None
 
 
-def is_object(text: str, number: int) -> bool:
-    """Whether a file whose first line is no JSON is one JSON object."""
-    if number > 1:
-        return False
+def list_of_rows(text: str) -> str | None:
+    """Return the key of the rows, if a text is one JSON object that holds them; else None."""
     try:
-        return isinstance(json.loads(text), dict)
+        fields = json.loads(text)
     except (ValueError, RecursionError):
-        return False
+        return None
+    return key_of_rows(fields) or "KEY" if isinstance(fields, dict) else None
+
+
+def key_of_rows(fields: dict[str, Any]) -> str | None:
+    """Return the key of a list of objects, if there is one that is no chat."""
+    lists = {key: x for key, x in fields.items() if isinstance(x, list) and x and isinstance(x[0], dict)}
+    return next((key for key, x in lists.items() if not {"role", "from"} & x[0].keys()), None)
+
+
+def write_list(path: str, key: str) -> str:
+    """Return the command that writes the list under a key of a JSON file as JSONL."""
+    recipe = FROM_OBJECT.replace("IN", path).replace("KEY", key)
+    return f'Write its list as rows: python -c "{recipe}" > rows.jsonl'
 
 
 def as_row(place: str, value: Any) -> Row:
@@ -255,9 +267,8 @@ def csv_rows(path: str, text: str, delimiter: str) -> Iterator[Row]:
         except StopIteration:
             return
         except csv.Error as error:
-            raise LossInputError(
-                place, "a row of CSV", str(error), "Quote texts that hold quotes or newlines."
-            ) from None
+            fix = "Quote texts that hold quotes or newlines."
+            raise LossInputError(place, "a row of CSV", str(error), fix) from None
         if not cells:
             continue
         if not header:
@@ -280,21 +291,20 @@ def check_row(row: Row) -> None:
             row.refuse(f"at most {MAX_DEPTH} levels under {name.split('.')[0][:40]!r}", "more", "Flatten it.")
         if isinstance(value, dict):
             for key in value:
-                check_text(row, f"a key under {name!r}" if name else "a key", key)
+                check_text(row, f"a key under {quoted(name)}" if name else "a key", key)
             pending += [(f"{name}.{key}" if name else key, x, depth + 1) for key, x in value.items()]
         elif isinstance(value, list):
             pending += [(f"{name}[{i}]", x, depth + 1) for i, x in enumerate(value)]
         elif isinstance(value, Constant):
-            row.refuse(f"JSON under {name!r}", str(value), "JSON has no such number: null, or leave the row out.")
+            row.refuse(f"JSON under {quoted(name)}", str(value), "JSON has no such number: null, or leave the row out.")
         elif isinstance(value, Number):
             if len(value) > MAX_DIGITS:
-                row.refuse(
-                    f"a number of at most {MAX_DIGITS} digits under {name!r}", f"{len(value)}", "Write it as text."
-                )
+                expected = f"a number of at most {MAX_DIGITS} digits under {quoted(name)}"
+                row.refuse(expected, f"{len(value)}", "Write it as text.")
             if math.isinf(float(value)):
-                row.refuse(f"a finite number under {name!r}", shown(value), "Write it as text.")
+                row.refuse(f"a finite number under {quoted(name)}", shown(value), "Write it as text.")
         elif isinstance(value, str):
-            check_text(row, f"under {name!r}", value)
+            check_text(row, f"under {quoted(name)}", value)
 
 
 def check_text(row: Row, where: str, text: str) -> None:
@@ -303,7 +313,7 @@ def check_text(row: Row, where: str, text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         got = f"half a surrogate pair (\\u{ord(text[error.start]):04x}) at character {error.start}"
-        row.refuse(f"text in UTF-8, {ascii(where)[1:-1]}", got, "Write the whole character, or leave it out.")
+        row.refuse(f"text in UTF-8, {where}", got, "Write the whole character, or leave it out.")
     if "\0" in text:
         got = f"a NUL at character {text.index(chr(0))}"
         row.refuse(f"text, {where}", got, "Leave it out: no text has one.")

@@ -11,7 +11,7 @@ import shlex
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from lossfns.train.files import Row, shown
+from lossfns.train.files import Row, key_of_rows, quoted, shown, write_list
 
 Texts = list[tuple[str, ...]]
 """The examples of a row: (prompt, completion), (prompt, chosen, rejected) or (prompt, answer)."""
@@ -90,7 +90,7 @@ def message_list(row: Row, key: str) -> list[Message]:
 def message(row: Row, name: str, value: Any) -> Message:
     """Read one message; refuse tools and images by their name."""
     if not isinstance(value, dict):
-        row.refuse(f"a message under {name!r}", shown(value), "Each message has a role and a content.")
+        row.refuse(f"a message under {quoted(name)}", shown(value), "Each message has a role and a content.")
     file = file_of(row)
     role_key, text_key = ("from", "value") if "from" in value else ("role", "content")
     role, text = value.get(role_key), value.get(text_key)
@@ -98,7 +98,7 @@ def message(row: Row, name: str, value: Any) -> Message:
         value.get(key) for key in ("tool_calls", "function_call")
     ):
         fix = f"Tools are not read. Keep the other rows: {WITHOUT_TOOLS.replace('IN', file)}"
-        row.refuse(f"text under {name!r}", "a call of a tool", fix)
+        row.refuse(f"text under {quoted(name)}", "a call of a tool", fix)
     if not isinstance(role, str) or role.lower() not in ROLES:
         got = shown(role) if role_key in value else "nothing"
         row.refuse(f"system, user or assistant under '{name}.{role_key}'", got, "Rename the role.")
@@ -143,6 +143,8 @@ def prompt_and_completion(row: Row) -> Texts:
         row.refuse("demonstrations", "a label: unpaired preferences, which no method reads", fix)
     if isinstance(row.fields.get("prompt"), list):
         before = message_list(row, "prompt")
+        if isinstance(row.fields.get("completion"), str):
+            return [(render(before) + CHAT, text_of(row, "completion"))]
         return answers(row, before + message_list(row, "completion"), "completion", len(before))
     return [(text_of(row, "prompt", empty=True), text_of(row, "completion"))]
 
@@ -317,6 +319,8 @@ def recognise(row: Row, formats: Sequence[Format]) -> Format:
                 kind = other.name.split(";")[0]
                 fix = f"The row is of the format {kind}, which {methods} reads. This method reads {reads}."
                 row.refuse(f"text under {missing!r}", "nothing", fix)
+    if (key := key_of_rows(row.fields)) is not None:
+        row.refuse(f"text under {missing!r}", "nothing", write_list(row.place.rpartition(":")[0], quoted(key)[1:-1]))
     recipe = ", ".join(f"{key}: .FIELD" for key in mine)
     fix = f"The row has {names}. This method reads {reads}. Rename the fields: jq -c '{{{recipe}}}' {file} > rows.jsonl"
     row.refuse(f"text under {missing!r}", "nothing", fix)
@@ -325,7 +329,7 @@ def recognise(row: Row, formats: Sequence[Format]) -> Format:
 def refuse_unread(row: Row) -> None:
     """Refuse a row with images, sounds or tools."""
     for key in UNREAD:
-        if row.fields.get(key):
+        if row.fields.get(key) and row.fields[key] not in ("[]", "{}", "null"):
             file = file_of(row)
             fix = f"If the texts do not need them: jq -c 'del(.{key})' {file} > rows.jsonl"
             row.refuse("text only", f"{key!r}, which are not read", fix)

@@ -236,7 +236,7 @@ def run_id(folder: Path) -> str | None:
     """Return the random id of the run in a folder; None if its config has none."""
     try:
         name = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["id"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return name if isinstance(name, str) and re.fullmatch("[0-9a-f]{32}", name) else None
 
@@ -278,7 +278,7 @@ def load_config(folder: Path, argument: str = "--resume") -> dict[str, Any]:
         config: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         if all(isinstance(config[key], dict) for key in ("options", "model", "sha256", "versions")):
             return config
-    except (KeyError, OSError, TypeError, ValueError):
+    except (KeyError, OSError, TypeError, ValueError, RecursionError):
         pass
     got = f"{folder / CONFIG}, which is damaged or of another version"
     raise LossInputError(argument, "the config of a run", got, "Start a new run.")
@@ -288,7 +288,7 @@ def is_finished(folder: Path) -> bool:
     """Whether the run has come to its end, with all of its steps."""
     try:
         return json.loads((folder / RESULT).read_text())["stopped_early"] is False
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
 
 
@@ -345,6 +345,6 @@ def read_rows(metrics: IO[bytes], count: int) -> list[dict[str, Any]]:
     try:
         rows = [json.loads(metrics.readline()) for _ in range(count)]
         return [{**row, "seconds": float(row["seconds"])} for row in rows]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         got = f"{metrics.name}, which is damaged"
         raise LossInputError("--resume", f"{count} rows of metrics", got, "Start a new run.") from None

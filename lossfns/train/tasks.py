@@ -185,15 +185,11 @@ def correct_demonstration(problem: Problem, rng: Random) -> Demonstration:
 # Rows of a file
 
 
-def load_task(
-    options: Options,
-    kinds: Sequence[Format],
-    example: Callable[..., T],
-) -> Task[T]:
+def load_task(options: Options, kinds: Sequence[Format], example: Callable[..., T]) -> Task[T]:
     """Load the rows of the file ``--data``, hold out one in ten, and train on the rest.
 
-    Equal rows count once. The examples of a row (the answers of a chat) are held out together. At least one row and at
-    most ``MAX_HELD_OUT`` examples are held out.
+    Equal rows count once. The examples of a row (the answers of a chat) are held out together: at least one row, and
+    not more rows than have ``MAX_HELD_OUT`` examples.
 
     Args:
         options: those of the run: the file, the longest example and the seed.
@@ -216,10 +212,12 @@ def load_task(
     check_lengths(path, rows, lengths, limit)
     groups = list({repr(group): group for group in groups}.values())
     if len(groups) < 2:
-        raise LossInputError("--data", "at least 2 different rows", "1", "One in ten is held out.")
+        raise LossInputError("--data", "at least 2 different rows", f"1 in {path}", "One in ten is held out.")
     Random(options.seed).shuffle(groups)
     size = min(MAX_HELD_OUT, max(1, len(groups) // 10))
-    held_out = [each for group in groups[:size] for each in group][:MAX_HELD_OUT]
+    while size > 1 and sum(map(len, groups[:size])) > MAX_HELD_OUT:
+        size -= 1
+    held_out = [each for group in groups[:size] for each in group]
     kept_apart = {repr(each) for group in groups[:size] for each in group}
     train = [each for group in groups[size:] for each in group if repr(each) not in kept_apart]
     if not train:
@@ -228,9 +226,10 @@ def load_task(
     def draw(rng: Random, n: int) -> list[T]:
         return rng.sample(train, n) if n <= len(train) else rng.choices(train, k=n)
 
-    unread = {name: None for row in rows for name in row.fields if name not in kind.keys + kind.also}
+    named = dict.fromkeys(name for row in rows for name in row.fields)
+    unread = [name for name in named if name not in kind.keys + kind.also]
     note = f"{len(rows)} rows of {kind.name}, up to {max(lengths)} bytes; {len(held_out)} held out"
-    note += f"; not read: {', '.join(map(files.shown, unread))}" if unread else ""
+    note += f"; not read: {', '.join(map(files.shown, unread[:8]))}{', ...' if unread[8:] else ''}" if unread else ""
     return Task(path, draw, held_out, train, note, formats.prompt_style(texts[0][0][0]))
 
 

@@ -103,6 +103,7 @@ def test_a_row_that_cannot_be_used_is_named_by_file_line_and_field(row: bytes, s
         (b'[{"text": "a"},\n]', "rows:2: expected a JSON object"),
         (b'[{"text": "a"}] {}', "the end of the file after the array"),
         (b'{\n "data": [{"text": "a"}]\n}', "one object over many lines. Write its list as rows: python -c"),
+        (b'{\n "rows": [{"text": "a"}]\n}', "['rows']]"),
         (b"prompt,completion\na,b\n", "CSV is read if the name ends in .csv"),
         (b"Once upon a time.\nThe end.\n", "Convert plain text: python -c"),
         (b"PAR1....", "a Parquet file. Convert it: python -c"),
@@ -168,6 +169,7 @@ FORMATS: list[tuple[str, str, dict[str, Any], set[tuple[str, ...]]]] = [
     ("sft", "prompt and completion", {"prompt": "2+2=", "completion": "4"}, {("2+2=", "4")}),
     ("sft", "prompt and completion", {"prompt": "2+2=", "completion": 4.50}, {("2+2=", "4.5")}),
     ("sft", "prompt and completion", {"prompt": [USER], "completion": [FOUR]}, {(ASKED, "4")}),
+    ("sft", "prompt and completion", {"prompt": [USER], "completion": "4"}, {(ASKED, "4")}),
     ("sft", "messages", {"messages": CHAT}, TURNS | LATER),
     ("sft", "messages", {"messages": [USER, FOUR | {"content": [{"type": "text", "text": "4"}]}]}, {(ASKED, "4")}),
     ("sft", "ShareGPT conversations", {"conversations": SHAREGPT}, {(ASKED, "4")}),
@@ -245,6 +247,9 @@ def test_the_usual_formats_are_read(
         ("dpo", {"chosen": HH, "rejected": HH + " 5"}, "one answer under 'chosen'"),
         ("dpo", {"prompt": "a", "chosen": [USER, FOUR], "rejected": [USER, FIVE]}, "got others. Leave out one"),
         ("dpo", {"chosen": [USER, FOUR], "rejected": [FIVE]}, "one answer under 'chosen' after the messages"),
+        ("sft", {"data": [{"text": "a"}], "n": 1}, "open('"),
+        ("sft", {"data": [{"text": "a"}], "n": 1}, "['data']]\" > rows.jsonl"),
+        ("sft", {"k" * 5000: "a"}, "text under 'prompt', got nothing"),
         ("grpo", {"question": "a", "answer": "b ####"}, "an answer after '####' under 'answer', got nothing"),
     ],
 )
@@ -265,6 +270,13 @@ def test_the_answers_of_a_chat_are_held_out_together(tmp_path: Path) -> None:
     assert len(task.held_out) == 8 and len(task.train) == 72
     chats = [{texts(e)[0].split()[1] for e in part} for part in (task.train, task.held_out)]
     assert len(chats[1]) == 2 and not chats[0] & chats[1]
+
+
+def test_of_chats_with_many_answers_no_more_than_the_limit_are_held_out_and_none_is_lost(tmp_path: Path) -> None:
+    turns = [{"role": r, "content": f"{j}"} for j in range(30) for r in ("user", "assistant")]
+    rows = [{"messages": [{"role": "system", "content": f"{i}"}, *turns]} for i in range(300)]
+    task = load("sft", written(tmp_path / "rows.jsonl", rows))
+    assert len(task.held_out) == 390 and len(task.held_out) + len(task.train) == 9000
 
 
 def test_rows_longer_than_the_limit_are_said_at_once(tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ def test_partial_files_of_others_stay_when_a_run_is_resumed(tmp_path: Path) -> N
     assert all((folder / name).read_text() == "mine" for name in kept)
 
 
-@pytest.mark.parametrize("config", ["{}", '{"id": "*"}', '{"id": "../.."}', '{"id": 3}', "[]", "nonsense"])
+@pytest.mark.parametrize("config", ["{}", '{"id": "*"}', '{"id": "../.."}', '{"id": 3}', "[]", "nonsense", "[" * 5000])
 def test_a_config_without_a_proper_id_removes_nothing(config: str, tmp_path: Path) -> None:
     (tmp_path / CONFIG).write_text(config)
     (tmp_path / ".x.run.0123456789ab.partial").write_text("mine")
