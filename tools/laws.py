@@ -119,7 +119,7 @@ def held_out() -> Iterator[MutantSpec]:
 def measure(spec: MutantSpec) -> Measurement:
     """Run every law on a mutant, on the small batches alone."""
     report = check(mutant(spec.bug, spec.loss, **spec.settings), examples=0)
-    return Measurement(spec.loss, spec.bug, report.bug, tuple(verdict.law for verdict in report.failures))
+    return Measurement(spec.loss, spec.bug, report.bug, tuple(verdict.law for verdict in report.broken))
 
 
 def measure_all(population: Iterable[MutantSpec], label: str) -> list[Measurement]:

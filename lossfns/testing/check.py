@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
-from xml.etree import ElementTree
 
-from lossfns.errors import LossInputError, LossWarning
+from lossfns.errors import LossInputError, LossWarning, did_you_mean
 from lossfns.loss import Loss
 from lossfns.testing.batch import Batch
-from lossfns.testing.bugs import BUGS
 from lossfns.testing.claims import agreement, claim_of, matching_vectors, vectors_law
 from lossfns.testing.kinds import (
     KINDS,
@@ -27,112 +24,20 @@ from lossfns.testing.kinds import (
     takes_rewards,
     working_dtype,
 )
-from lossfns.testing.laws import ADVANTAGES, LAWS_BY_KIND, SELF_CONTAINED, AdvantageLaw, Law, LawBroken, NotApplicable
+from lossfns.testing.laws import (
+    ADVANTAGES,
+    ANY_KIND,
+    COUPLED,
+    LAWS_BY_KIND,
+    SELF_CONTAINED,
+    AdvantageLaw,
+    Law,
+    LawBroken,
+    NotApplicable,
+)
 from lossfns.testing.laws.base import LossFn
+from lossfns.testing.report import Report, Verdict
 from lossfns.testing.subject import adapt
-
-MARKS = {"pass": "ok", "fail": "FAIL", "n/a": "–"}
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """The verdict of one law.
-
-    Attributes:
-        law: the name of the law.
-        says: the law in one sentence.
-        verdict: ``"pass"``, ``"fail"`` or ``"n/a"``.
-        seconds: the time that the law took.
-        bug: the bug that most likely breaks the law.
-        seen: the observation that broke the law, or the reason why it does not apply.
-        example: the smallest batch that breaks the law.
-    """
-
-    law: str
-    says: str
-    verdict: str
-    seconds: float
-    bug: str = ""
-    seen: str = ""
-    example: str = ""
-
-    @property
-    def remark(self) -> str:
-        """The text for one line of the table: the bug, the reason why the law does not apply, or the law itself."""
-        return {"fail": self.bug, "n/a": self.seen}.get(self.verdict) or self.says
-
-    @property
-    def explanation(self) -> list[tuple[str, str]]:
-        """The details of a broken law, each with its label."""
-        bug = BUGS[self.bug]
-        details = {
-            "seen": self.seen,
-            "bug": f"{self.bug}: {bug.description}",
-            "also in": ", ".join(bug.sources),
-            "batch": self.example,
-        }
-        return [(label, text) for label, text in details.items() if text]
-
-
-@dataclass(frozen=True)
-class Report:
-    """The verdicts of all laws on one subject, in the order of diagnosis."""
-
-    subject: str
-    kind: str
-    verdicts: list[Verdict] = field(default_factory=list)
-
-    @property
-    def ok(self) -> bool:
-        return all(v.verdict != "fail" for v in self.verdicts)
-
-    @property
-    def failures(self) -> list[Verdict]:
-        return [v for v in self.verdicts if v.verdict == "fail"]
-
-    @property
-    def bug(self) -> str:
-        """The most likely bug, which the first broken law names, or "" if every law holds."""
-        return self.failures[0].bug if self.failures else ""
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the report as plain JSON values."""
-        verdicts = [vars(v) for v in self.verdicts]
-        return {"subject": self.subject, "kind": self.kind, "ok": self.ok, "bug": self.bug, "verdicts": verdicts}
-
-    @property
-    def summary(self) -> str:
-        """The verdict in one line, with the time that it took."""
-        tested = sum(v.verdict != "n/a" for v in self.verdicts)
-        verdict = (
-            f"{tested} laws hold"
-            if self.ok
-            else f"{len(self.failures)} of {tested} laws broken; most likely {self.bug}: {BUGS[self.bug].description}"
-        )
-        return f"{verdict} ({sum(v.seconds for v in self.verdicts):.1f} s)"
-
-    def table(self) -> str:
-        """Return the report as plain text: a line for each law, an explanation of each broken law, and the summary."""
-        width = max(len(v.law) for v in self.verdicts)
-        lines = [f"{self.subject} ({self.kind})", ""]
-        lines += [f"{MARKS[v.verdict]:4}  {v.law:{width}}  {v.remark}" for v in self.verdicts]
-        for v in self.failures:
-            lines += ["", f"{v.law}: {v.says}"]
-            lines += [f"  {label:8} {text}".replace("\n", "\n           ") for label, text in v.explanation]
-        return "\n".join([*lines, "", self.summary])
-
-    def junit(self) -> str:
-        """Return the report as JUnit XML, with a test case for each law."""
-        suite = ElementTree.Element("testsuite", name=f"lossfns check {self.subject}", tests=str(len(self.verdicts)),
-            failures=str(len(self.failures)), skipped=str(sum(v.verdict == "n/a" for v in self.verdicts)))  # fmt: skip
-        for v in self.verdicts:
-            attributes = {"classname": self.subject, "name": v.law, "time": f"{v.seconds:.3f}"}
-            case = ElementTree.SubElement(suite, "testcase", attributes)
-            if v.verdict == "fail":
-                ElementTree.SubElement(case, "failure", message=v.bug).text = f"{v.seen}\n{v.example}"
-            elif v.verdict == "n/a":
-                ElementTree.SubElement(case, "skipped", message=v.seen)
-        return ElementTree.tostring(suite, encoding="unicode")
 
 
 class Trial(NamedTuple):
@@ -142,28 +47,58 @@ class Trial(NamedTuple):
     run: Callable[[], Verdict]
 
 
-def trials(
+class Trials(NamedTuple):
+    """The kind of a subject, whether it was guessed, and a trial of each law in the order of diagnosis."""
+
+    kind: str
+    guessed: bool
+    trials: list[Trial]
+
+
+def prepare(
     subject: Any,
     *,
     kind: str | None = None,
     factory: bool | None = None,
     like: Loss | None = None,
+    skip: Mapping[str, str] | None = None,
+    couples: str = "",
     examples: int = 12,
-) -> tuple[str, list[Trial]]:
-    """Return the kind of a subject and a trial of each law of that kind, in the order of diagnosis. See ``check``."""
+) -> Trials:
+    """Return a trial of each law of a subject's kind. See ``check`` for the arguments."""
     kind = kind or getattr(subject, "kind", None) or ("advantages" if takes_rewards(subject) else None)
     if kind not in (None, *KINDS):
         raise LossInputError("kind", f"one of {', '.join(KINDS)}", repr(kind), "Leave it out to have it detected.")
+    skipped = {law.__name__: f"it couples the batch: {couples}" for law in COUPLED if couples} | dict(skip or {})
     if kind == "advantages":
-        return kind, [Trial(law.__name__, partial(run_advantage_law, law, subject)) for law in ADVANTAGES]
+        advantage_trials = [Trial(law.__name__, partial(run_advantage_law, law, subject)) for law in ADVANTAGES]
+        return Trials(kind, False, without_skipped(advantage_trials, skipped, ADVANTAGES))
     with without_expected_warnings():
         loss_fn = adapt(subject, factory=factory)
         claim = like or claim_of(subject, loss_fn)
-        kind = kind or detect_kind(claim or loss_fn)
+        guessed = False
+        if not kind:
+            kind, guessed = detect_kind(claim or loss_fn)
         claim_laws = [] if claim is None else [vectors_law(subject, claim, matching_vectors(subject, claim))]
         if claim is not None and claim is not loss_fn:
             claim_laws.append(agreement(claim))
-        return kind, law_trials(loss_fn, kind, detect_targets(loss_fn, kind), examples, claim_laws)
+        laws = (*LAWS_BY_KIND[kind], *claim_laws)
+        made = law_trials(loss_fn, kind, detect_targets(loss_fn, kind), examples, laws, guessed)
+        return Trials(kind, guessed, without_skipped(made, skipped, laws))
+
+
+def without_skipped(made: list[Trial], skipped: Mapping[str, str], laws: Sequence[Callable[..., None]]) -> list[Trial]:
+    """Replace the trials of the skipped laws by their verdict, which gives the reason."""
+    statements = {law.__name__: statement(law) for law in laws}
+    unknown = next((name for name in skipped if name not in statements), None)
+    if unknown is not None:
+        hint = did_you_mean(unknown, statements)
+        raise LossInputError("skip", "the name of a law of this kind", repr(unknown), hint or "See --list.")
+
+    def verdict(name: str) -> Verdict:
+        return Verdict(name, statements[name], "skipped", seen=skipped[name])
+
+    return [Trial(t.law, partial(verdict, t.law)) if t.law in skipped else t for t in made]
 
 
 @contextmanager
@@ -183,6 +118,8 @@ def check(
     factory: bool | None = None,
     like: Loss | None = None,
     name: str | None = None,
+    skip: Mapping[str, str] | None = None,
+    couples: str = "",
     examples: int = 12,
     progress: Callable[[str], None] = lambda law: None,
 ) -> Report:
@@ -190,11 +127,15 @@ def check(
 
     Args:
         subject: a contract function, a ``Loss``, a factory of one, or a function of padded ``[B, T]`` tensors.
-        kind: "policy", "supervised", "preference", "any" or "advantages"; detected if left out.
+        kind: a name in ``KINDS``. Left out, it is the subject's attribute ``kind``, or it is detected. If the detection
+            is not certain, the laws of the kind alone are no reason to fail.
         factory: whether the subject is a factory; detected if left out.
         like: the loss of this library that the subject claims to be. Left out, it is the subject's attribute ``like``,
             or the subject itself if it is a loss of this library.
         name: the name of the subject in the report.
+        skip: law → the reason why it is not tested. Left out, it is the subject's attribute ``skip``.
+        couples: why the datums of a batch may affect one another, such as "the KL baseline is a batch mean". The laws
+            that forbid this are skipped. Left out, it is the subject's attribute ``couples``.
         examples: the number of random batches for each law, in addition to the small ones.
         progress: called with the name of each law before it runs.
 
@@ -207,9 +148,11 @@ def check(
     ('preference', True)
     """
     name = name or str(getattr(subject, "__name__", None) or repr(subject))
-    kind, prepared = trials(subject, kind=kind, factory=factory, like=like, examples=examples)
-    report = Report(name, kind)
-    for trial in prepared:
+    skip = getattr(subject, "skip", None) if skip is None else skip
+    couples = couples or getattr(subject, "couples", "")
+    prepared = prepare(subject, kind=kind, factory=factory, like=like, skip=skip, couples=couples, examples=examples)
+    report = Report(name, prepared.kind, prepared.guessed, couples)
+    for trial in prepared.trials:
         progress(trial.law)
         with without_expected_warnings():
             report.verdicts.append(trial.run())
@@ -218,7 +161,9 @@ def check(
     return report
 
 
-def law_trials(loss_fn: LossFn, kind: str, targets: int, examples: int, claim_laws: Sequence[Law]) -> list[Trial]:
+def law_trials(
+    loss_fn: LossFn, kind: str, targets: int, examples: int, laws: Sequence[Law], guessed: bool
+) -> list[Trial]:
     """Return trials of the laws of a kind and of the claim, on small batches and on random ones."""
     from lossfns.testing.strategies import batches
 
@@ -239,9 +184,20 @@ def law_trials(loss_fn: LossFn, kind: str, targets: int, examples: int, claim_la
 
     def trial(law: Law) -> Trial:
         first, count = (small[-1:], 0) if makes_own_batches(law) else (small, examples)
-        return Trial(law.__name__, partial(run_law, law, partial(apply, law), first, drawn, count))
+        if_broken = "unsure" if guessed and law not in ANY_KIND else severity(law)
+        return Trial(law.__name__, partial(run_law, law, if_broken, partial(apply, law), first, drawn, count))
 
-    return [trial(law) for law in (*LAWS_BY_KIND[kind], *claim_laws)]
+    return [trial(law) for law in laws]
+
+
+def severity(law: Callable[..., None]) -> str:
+    """Return the verdict on a loss that breaks a law."""
+    return str(vars(law).get("severity", "wrong"))
+
+
+def why(law: Callable[..., None]) -> str:
+    """Return why a loss that breaks a law is wrong, or no more than fragile."""
+    return str(vars(law).get("why", ""))
 
 
 def makes_own_batches(law: Law) -> bool:
@@ -249,7 +205,9 @@ def makes_own_batches(law: Law) -> bool:
     return law in SELF_CONTAINED or law.__name__ == "vectors"
 
 
-def run_law(law: Law, apply: Callable[[Batch], None], small: Sequence[Batch], drawn: Any, examples: int) -> Verdict:
+def run_law(
+    law: Law, if_broken: str, apply: Callable[[Batch], None], small: Sequence[Batch], drawn: Any, examples: int
+) -> Verdict:
     """Run a law on the small batches in order, then on random ones, and report the smallest batch that breaks it."""
     start = time.monotonic()
     reasons: list[str] = []
@@ -278,7 +236,7 @@ def run_law(law: Law, apply: Callable[[Batch], None], small: Sequence[Batch], dr
         batch, error = failure
         # A law that makes its own batches describes them in ``error.seen``.
         example = "" if makes_own_batches(law) else str(batch)
-        return Verdict(law.__name__, statement(law), "fail", seconds, error.bug, error.seen, example)
+        return Verdict(law.__name__, statement(law), if_broken, seconds, error.bug, error.seen, example, why(law))
     if passed:
         return Verdict(law.__name__, statement(law), "pass", seconds)
     return Verdict(law.__name__, statement(law), "n/a", seconds, seen=reasons[0])
@@ -331,5 +289,5 @@ def run_advantage_law(law: AdvantageLaw, fn: Any) -> Verdict:
     except Exception as error:
         found = error if isinstance(error, LawBroken) else violation_by(error)
         example = f"rewards={rewards}, groups={groups}"
-        return verdict("fail", time.monotonic() - start, found.bug, found.seen, example)
+        return verdict(severity(law), time.monotonic() - start, found.bug, found.seen, example, why(law))
     return verdict("pass", time.monotonic() - start)

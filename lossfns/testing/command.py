@@ -11,12 +11,19 @@ from typing import TYPE_CHECKING
 
 from lossfns.errors import LossInputError
 from lossfns.terminal import print_report, print_rows, status
-from lossfns.testing.check import MARKS, Report
+from lossfns.testing.report import MARKS, Report
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-STYLES = {"pass": "green", "fail": "bold red", "n/a": "dim"}
+STYLES = {
+    "pass": "green",
+    "wrong": "bold red",
+    "unsure": "yellow",
+    "fragile": "yellow",
+    "n/a": "dim",
+    "skipped": "dim",
+}
 
 
 def add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -30,7 +37,8 @@ def add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     )
     p.add_argument("subject", metavar="MODULE:NAME", help="a contract function (data, logprobs_list), a factory of "
         "one, or a function of padded [B, T] tensors; FILE.py:NAME also works")  # fmt: skip
-    p.add_argument("--kind", choices=("policy", "supervised", "preference", "any", "advantages"),
+    p.add_argument("--kind", choices=("policy", "likelihood", "reweighted", "preference", "unpaired",
+        "distillation", "any", "advantages"),
         help="which laws to test; detected if left out")  # fmt: skip
     p.add_argument("--factory", action="store_true", default=None,
         help="the subject is a factory; detected if left out")  # fmt: skip
@@ -90,10 +98,10 @@ def write(report: Report, args: argparse.Namespace) -> None:
 
 def draw(report: Report, console: Console) -> None:
     """Print the text of ``Report.table`` in colours, wrapped to the width of the terminal."""
-    console.print(f"{report.subject} ({report.kind})\n", style="bold")
+    console.print(f"{report.title}\n", style="bold")
     print_rows(console, [(MARKS[v.verdict], v.law, v.remark) for v in report.verdicts],
         styles=[STYLES[v.verdict] for v in report.verdicts])  # fmt: skip
-    for v in report.failures:
-        console.print(f"\n{v.law}: {v.says}", style=STYLES["fail"])
+    for v in report.broken:
+        console.print(f"\n{v.law}: {v.says}", style=STYLES[v.verdict])
         print_rows(console, [("", label, text) for label, text in v.explanation])
-    console.print(f"\n{report.summary}", style=STYLES["pass" if report.ok else "fail"])
+    console.print(f"\n{report.summary}", style=STYLES[report.broken[0].verdict if report.broken else "pass"])

@@ -8,16 +8,26 @@ import torch
 from torch import Tensor
 
 from lossfns.loss import BoundLoss, Loss
-from lossfns.testing.batch import Batch
+from lossfns.testing.batch import Batch, Rows
 from lossfns.testing.laws import LAWS_BY_KIND, NotApplicable
-from lossfns.testing.laws.base import ALL_FIELDS, LossFn, RecordingDatum
+from lossfns.testing.laws.base import (
+    ALL_FIELDS,
+    LawBroken,
+    LossFn,
+    RecordingDatum,
+    measure,
+    relative_difference,
+)
 from lossfns.testing.subject import FactoryLoss, PaddedLoss, column_of, parameters, with_settings
 from lossfns.tokens import PAIRS, SEQUENCES, TARGETS
 
 READS = {
     "policy": ("advantages", "old_logprobs", "ref_logprobs", "sampler_logprobs"),
+    "likelihood": (),
+    "reweighted": (),
     "preference": ("ref_logprobs",),
-    "supervised": (),
+    "unpaired": ("labels", "ref_logprobs"),
+    "distillation": ("old_logprobs", "ref_logprobs"),
 }
 READS["any"] = READS["policy"]
 """Kind → the columns, besides the weights, in the batches for a loss of this kind."""
@@ -37,6 +47,7 @@ SMALL = (
             "old_logprobs": [[-1.0], [-1.5], [-0.5], [-2.0]],
             "ref_logprobs": [[-1.0], [-1.5], [-0.5], [-2.0]],
             "sampler_logprobs": [[-1.0], [-1.5], [-0.5], [-2.0]],
+            "labels": [[1.0], [0.0], [1.0], [0.0]],
         },
     ),
     Batch(
@@ -47,6 +58,7 @@ SMALL = (
             "old_logprobs": [[-1.0, -2.5, -0.75], [-1.0, -0.25, -2.75, -1.75, -0.875], [-0.625, -0.875], [-2.0625]],
             "ref_logprobs": [[-1.0, -2.25, -1.0], [-1.5, -0.25, -2.5, -1.25, -0.75], [-1.0, -1.5], [-1.5]],
             "sampler_logprobs": [[-1.0, -2.25, -0.5], [-1.5, -0.5, -2.5, -1.75, -1.0], [-0.75, -1.0], [-2.0]],
+            "labels": [[1.0] * 3, [0.0] * 5, [1.0] * 2, [0.0]],
         },
     ),
 )
@@ -99,27 +111,52 @@ def takes_rewards(subject: Any) -> bool:
     return first is not None and first.name == "rewards"
 
 
-def detect_kind(loss_fn: LossFn) -> str:
-    """Return the kind of a loss, from its declaration if it is a ``Loss``, else from the fields that it reads."""
+def detect_kind(loss_fn: LossFn) -> tuple[str, bool]:
+    """Return the kind of a loss, and whether it is a guess.
+
+    The kind follows from the declaration of a ``Loss``, and else from the fields that it reads.
+    """
     loss = loss_fn.loss if isinstance(loss_fn, BoundLoss) else loss_fn
     if isinstance(loss, Loss):
         reads: set[str | None] = set(loss.reads)
         if loss.rows in (PAIRS, SEQUENCES):
-            return "preference" if loss.rows == PAIRS else "any"
+            return ("preference", False) if loss.rows == PAIRS else ("any", False)
     elif isinstance(loss, (FactoryLoss, PaddedLoss)):
         fields = detect_fields_read(with_settings(loss))  # on a copy: the first call chooses the form of the arguments
         reads = {*map(column_of, loss.required), *fields}
     else:
         reads = set(detect_fields_read(loss))
     if reads & {"advantages", ALL_FIELDS}:
-        return "policy"
-    reference = any(name and "ref_logprobs" in name for name in reads)
-    return "preference" if reference or takes_pairs(loss_fn) else "supervised"
+        return "policy", False
+    if any(name and name.startswith(("chosen ", "rejected ")) for name in reads) or takes_pairs(loss_fn):
+        return "preference", False
+    if any(name and "ref_logprobs" in name for name in reads):
+        return "preference", True
+    return ("likelihood", False) if isinstance(loss, Loss) or is_linear(loss_fn) else ("reweighted", True)
+
+
+def is_linear(loss_fn: LossFn) -> bool:
+    """Return whether the gradient does not depend on the logprobs, as of −Σ w·lp / D."""
+    for targets in (0, NUM_TARGETS):
+        batch = columns_for_kind(SMALL[1], "likelihood", targets)
+        lower = batch.having(logprobs=[[x - 0.5 for x in row] for row in batch.logprobs])
+        gradients = [gradients_of(loss_fn, b) for b in (batch, lower)]
+        if None not in gradients:
+            return relative_difference(*gradients) < 1e-4
+    return True
+
+
+def gradients_of(loss_fn: LossFn, batch: Batch) -> Rows | None:
+    """Return the gradients on a batch, or None where the call fails."""
+    try:
+        return measure(loss_fn, batch.data(), batch.tensors(torch.float32)).gradients
+    except LawBroken:
+        return None
 
 
 def takes_pairs(loss_fn: LossFn) -> bool:
     """Return whether a loss refuses an odd number of datums and accepts an even one."""
-    batch = columns_for_kind(SMALL[1], "supervised", 0)
+    batch = columns_for_kind(SMALL[1], "likelihood", 0)
     odd, even = (try_call(loss_fn, batch.take(range(n)), torch.float32) for n in (3, 4))
     return odd is None and even is not None
 
@@ -140,7 +177,7 @@ def detect_targets(loss_fn: LossFn, kind: str) -> int:
     loss = loss_fn.loss if isinstance(loss_fn, BoundLoss) else loss_fn
     if isinstance(loss, Loss):
         return NUM_TARGETS if loss.rows == TARGETS else 0
-    if kind not in ("supervised", "any"):
+    if kind not in ("likelihood", "any"):
         return 0
     flat, wide = (try_call(loss_fn, columns_for_kind(SMALL[1], kind, k), torch.float32) for k in (0, NUM_TARGETS))
     return NUM_TARGETS if flat is None and wide is not None else 0

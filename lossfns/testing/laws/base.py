@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -47,6 +48,25 @@ def assume(holds: bool, why: str) -> None:
     """Raise NotApplicable unless the condition holds."""
     if not holds:
         raise NotApplicable(why)
+
+
+LawFn = TypeVar("LawFn", bound=Callable[..., None])
+
+
+def wrong(why: str) -> Callable[[LawFn], LawFn]:
+    """Mark a law that no correct loss of its kind breaks on data that can occur, and say why."""
+    return partial(with_severity, "wrong", why)
+
+
+def fragile(why: str) -> Callable[[LawFn], LawFn]:
+    """Mark a law that a loss may break and still be right on clean data, and say why that is no more than fragile."""
+    return partial(with_severity, "fragile", why)
+
+
+def with_severity(severity: str, why: str, law: LawFn) -> LawFn:
+    """Set the attributes ``severity`` and ``why`` of a law."""
+    vars(law).update(severity=severity, why=why)
+    return law
 
 
 @dataclass(frozen=True)
@@ -198,8 +218,13 @@ def uniform_batch(batch: Batch, *, length: int = 1, datums: int = 1, **columns: 
 
 
 def batch_kind(batch: Batch) -> str:
-    """Return the kind of loss that a batch is for: policy if it has advantages, preference if it has other columns."""
-    return "policy" if "advantages" in batch.columns else "preference" if batch.columns else "supervised"
+    """Return the kind of loss that a batch is for, which its columns tell."""
+    columns = set(batch.columns)
+    if "advantages" in columns:
+        return "policy"
+    if "labels" in columns:
+        return "unpaired"
+    return "preference" if columns == {"ref_logprobs"} else "distillation" if columns else "likelihood"
 
 
 def unit_size(batch: Batch) -> int:

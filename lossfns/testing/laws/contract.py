@@ -26,6 +26,7 @@ from lossfns.testing.laws.base import (
     batch_kind,
     column_rows,
     columns_read,
+    fragile,
     measure,
     repeat_rows,
     require,
@@ -35,10 +36,12 @@ from lossfns.testing.laws.base import (
     unpoisoned,
     with_constants,
     with_masked_unit,
+    wrong,
 )
 from lossfns.tokens import LOGPROB_COLUMNS
 
 
+@wrong("without a scalar that has a gradient there is nothing to train on")
 def contract(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
     """A call returns a 0-d tensor that requires grad, and a dict of plain floats."""
     probe, bug = Probe.of(loss_fn, data, logprobs), "not-the-contract"
@@ -77,6 +80,7 @@ def diagnose_misalignment(probe: Probe) -> None:
         return
 
 
+@wrong("the caller computes with the changed values afterwards")
 def inputs_unchanged(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
     """A call leaves datums and logprobs as they were."""
     probe = Probe.of(loss_fn, data, logprobs)
@@ -99,6 +103,7 @@ def snapshot(data: Sequence[Any], logprobs: Sequence[Tensor]) -> dict[str, str]:
     return fields | {f"datum[{i}].logprobs (tensor)": repr(lp.tolist()) for i, lp in enumerate(logprobs)}
 
 
+@wrong("equal batches must give equal steps")
 def repeatable(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
     """The same call gives the same bits, whatever was called in between."""
     probe = Probe.of(loss_fn, data, logprobs)
@@ -112,6 +117,7 @@ def repeatable(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor])
     require(same, "state-between-calls", seen)
 
 
+@fragile("a gradient of None is a gradient of 0 for a local loop, and an error of the hosted SDKs")
 def every_gradient(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
     """Each datum's logprobs get a gradient, which may be 0; the hosted SDKs raise where it is None."""
     probe = Probe.of(loss_fn, data, logprobs)
@@ -131,6 +137,7 @@ def missing_gradients(probe: Probe, batch: Batch) -> Sequence[int]:
     return probe(batch).missing if loss.requires_grad else range(len(batch.weights))
 
 
+@fragile("on rows of the right length the result is right")
 def lengths(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
     """A row of weights of the wrong length is refused, not cut or broadcast."""
     probe = Probe.of(loss_fn, data, logprobs)
@@ -161,6 +168,7 @@ SPECIAL_TOKEN_IDS = (*range(62), 128, 255, 50256, 100257, 128001, 128009, 151643
 """Ids of end-of-text and end-of-turn tokens in common vocabularies, and all small ids."""
 
 
+@wrong("an end-of-sequence token that is trained on has the id of the padding in many tokenizers")
 def token_ids(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
     """The ids of the target tokens do not matter: masks are by position."""
     probe = Probe.of(loss_fn, data, logprobs)
@@ -188,6 +196,7 @@ def value_with_targets(probe: Probe, batch: Batch, ids: Sequence[int]) -> float:
     return measure(probe.loss_fn, data, batch.tensors(probe.dtype)).value
 
 
+@wrong("a step changes logprobs by less than the low precision can show")
 def precision(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
     """The loss computes in float32 or float64: a change of a logprob by 1e-4 changes the loss."""
     probe = Probe.of(loss_fn, data, logprobs)
@@ -203,6 +212,7 @@ def precision(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) 
             require(before.value != near.value, "low-precision", seen)
 
 
+@fragile("the result is right, but each datum waits for the device")
 def host_sync(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
     """The number of device-to-host transfers does not grow with the batch."""
     probe = Probe.of(loss_fn, data, logprobs)
@@ -241,6 +251,7 @@ def count_transfers(probe: Probe, batch: Batch) -> int:
     return sum(a != b for a, b in zip_longest(*recorded))
 
 
+@fragile("eager calls are right; the SDKs' custom losses and torch.compile run a trace")
 def tracing(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
     """A trace of the loss, run on other logprobs, gives the value and gradient of those logprobs."""
     probe = Probe.of(loss_fn, data, logprobs)
@@ -293,6 +304,7 @@ NEAR_ZERO_LOGPROBS = (
 )
 
 
+@fragile("logprobs as extreme as these are rare")
 def finite(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
     """Finite logprobs give a finite value and finite gradients, however extreme they are.
 

@@ -29,9 +29,11 @@ from lossfns.testing.laws.base import (
     with_constants,
     with_slot,
     without_empty_units,
+    wrong,
 )
 
 
+@wrong("a mean does not change, and a sum doubles, if the data come twice")
 def duplication(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
     """With the batch twice, a mean stays the same and a sum doubles."""
     probe = Probe.of(loss_fn, data, logprobs)
@@ -67,6 +69,7 @@ def gradient_growth(once: Outcome, twice: Outcome) -> float:
     return 2 * copy / own
 
 
+@wrong("the number of ranks must not change the gradient")
 def replicas(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
     """The average over four ranks with the same batch is the result of one process."""
     probe = Probe.of(loss_fn, data, logprobs)
@@ -129,6 +132,7 @@ COUNTS: dict[str, Count] = {
 """The possible denominators of a loss: counts that add up over the parts of a batch."""
 
 
+@wrong("micro-batches and ranks must add up to the batch")
 def split(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
     """For some additive count D, Σ L(part) · D(part) over the parts is L(batch) · D(batch)."""
     probe = Probe.of(loss_fn, data, logprobs)
@@ -174,6 +178,7 @@ def additive_counts(probe: Probe, batch: Batch) -> list[str]:
     return fitting
 
 
+@wrong("the order of the datums carries no information")
 def permutation(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
     """The order of datums (or pairs) does not matter."""
     probe = Probe.of(loss_fn, data, logprobs)
@@ -186,6 +191,7 @@ def permutation(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]
     require(same, "order-dependent", seen)
 
 
+@wrong("the gradient is not that of the value")
 def finite_differences(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
     """The gradient is the slope of the value, away from kinks."""
     probe = Probe.of(loss_fn, data, logprobs)
