@@ -35,7 +35,8 @@ PROBE = Batch(
         "ref_logprobs": [[-1.0, -2.25, -1.0, -1.25], [-1.5, -0.25, -2.5, -1.25, -0.75], [-1.0, -1.5],
                          [-2.0, -1.25, -0.25, -1.0, -0.5, -1.5, -2.0], [-1.0, -0.75], [-0.5, -1.0, -2.0, -1.25]],
         "sampler_logprobs": [[-1.0, -2.0, -0.5625, -1.5], [-1.0, -0.25, -3.0, -1.5, -0.8125], [-0.5, -1.0625],
-                             [-2.0, -1.0, -0.25, -1.5, -0.5, -1.0625, -2.0], [-1.5625, -0.75], [-0.5, -1.25, -2.5625, -1]],
+                             [-2.0, -1.0, -0.25, -1.5, -0.5, -1.0625, -2.0], [-1.5625, -0.75],
+                             [-0.5, -1.25, -2.5625, -1.0]],
         "labels": [[y] * n for y, n in zip((1.0, 0.0, 1.0, 1.0, 0.0, 1.0), (4, 5, 2, 7, 2, 4))],
     },
 )  # fmt: skip
@@ -128,10 +129,21 @@ def defaults_of(fn: Any) -> dict[str, Any]:
 
 
 class Adapted:
-    """A contract function that calls a callable of another form."""
+    """A contract function that calls a callable of another form.
+
+    Attributes:
+        target: the callable under test.
+        optional: the parameters that name a column and are None by default.
+        unused: the optional parameters whose columns do not change the gradients. They stay None.
+    """
 
     def __init__(self, target: Target) -> None:
         self.target, self.__name__ = target, target.name
+        self.optional: tuple[str, ...] = ()
+        self.unused: frozenset[str] = frozenset()
+
+    def __call__(self, data: Sequence[Any], logprobs_list: Sequence[Tensor]) -> Any:
+        raise NotImplementedError
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -139,10 +151,42 @@ class Adapted:
         return self.target.changed
 
     def with_settings(self, **settings: Any) -> Any:
-        """Return the loss with some of its settings changed."""
+        """Return the loss with some of its settings changed. A column that it did not use may be used then."""
         other = copy.copy(self)
         other.target = self.target.having(settings)
+        other.unused = other.find_unused()
         return other
+
+    def find_unused(self) -> frozenset[str]:
+        """Return the optional parameters whose columns do not change the gradients. A call that fails shows a use."""
+        return frozenset(name for name in self.optional if not self.uses(name))
+
+    def uses(self, name: str) -> bool:
+        """Return whether the column of an optional parameter changes the gradients, or the loss needs it."""
+        found = []
+        for unused in (frozenset(), frozenset([name])):
+            tried = copy.copy(self)
+            tried.unused = unused
+            try:
+                found.append(gradients_of(tried, PROBE))
+            except Exception:
+                return True
+        return not same_rows(*found)
+
+
+def gradients_of(loss_fn: Any, batch: Batch) -> Rows:
+    """Return the gradients of a contract function on a batch; no rows if it does not depend on the logprobs."""
+    logprobs = batch.tensors(torch.float32)
+    loss = loss_fn(batch.data(), logprobs)[0]
+    if not loss.requires_grad:
+        return []
+    loss.backward()
+    return [([0.0] * lp.numel() if lp.grad is None else lp.grad.tolist()) for lp in logprobs]
+
+
+def same_rows(a: Rows, b: Rows) -> bool:
+    """Return whether two lists of gradients agree up to rounding."""
+    return len(a) == len(b) and all(np.allclose(x, y, rtol=1e-4, atol=1e-7, equal_nan=True) for x, y in zip(a, b))
 
 
 # The contract's own form
@@ -270,6 +314,7 @@ class PaddedLoss(Adapted):
         super().__init__(fn if isinstance(fn, Target) else Target(fn, changed=settings))
         self.parameters = [p for p in parameters(self.target.fn) if p.name not in self.settings and fills(p)]
         self.required = tuple(p.name for p in self.parameters)
+        self.optional = tuple(p.name for p in self.parameters if p.default is None)
         self.column_by_name = columns_of(self.required)
         self.columns = set(self.column_by_name.values())
         self.form: Form | None = None
@@ -291,7 +336,8 @@ class PaddedLoss(Adapted):
     def call(self, form: Form, data: Sequence[Any], logprobs_list: Sequence[Tensor]) -> tuple[Tensor, dict[str, float]]:
         """Call the function with the columns in this form."""
         weights = parameter_rows(data, "weights")
-        rows = {name: self.rows(name, data, logprobs_list) for name in self.required}
+        given = [name for name in self.required if name not in self.unused and self.is_given(name, data)]
+        rows = {name: self.rows(name, data, logprobs_list) for name in given}
         for name, column_rows in {**rows, "weights": weights}.items():
             for i, (row, lp) in enumerate(zip(column_rows, logprobs_list)):
                 if row.shape != lp.shape:
@@ -303,9 +349,18 @@ class PaddedLoss(Adapted):
             chosen = self.selection(name, form, data, weights)
             taken = [[source[i].to(dtype) for i in chosen] for source in (column_rows, weights)]
             arguments[name] = self.argument(self.column_by_name[name], form, *taken)
-        positional = [arguments.pop(p.name) for p in self.parameters if p.kind is p.POSITIONAL_ONLY]
+        positional = [arguments.pop(p.name, None) for p in self.parameters if p.kind is p.POSITIONAL_ONLY]
         result = self.target.fn(*positional, **arguments)
-        return self.contract_result(result, weights)
+        loss, metrics = self.contract_result(form, result, weights)
+        # A datum that was left out has a gradient of 0, and none of None.
+        return sum((lp[:0].sum() for lp in logprobs_list), loss) if form.level == "sums" else loss, metrics
+
+    def is_given(self, name: str, data: Sequence[Any]) -> bool:
+        """Return whether a parameter is required, or the datums hold its column."""
+        if name not in self.optional:
+            return True
+        column = self.column_by_name[name].rpartition(" ")[2]
+        return column in ("logprobs", "lengths") or all(column in datum.loss_fn_inputs for datum in data)
 
     def rows(self, name: str, data: Sequence[Any], logprobs_list: Sequence[Tensor]) -> list[Tensor]:
         """Return the rows of a parameter's column, of all datums."""
@@ -376,7 +431,7 @@ class PaddedLoss(Adapted):
             return torch.stack(numbers)
         return torch.tensor(numbers, dtype=dtype)
 
-    def contract_result(self, result: Any, weights: Sequence[Tensor]) -> tuple[Tensor, dict[str, float]]:
+    def contract_result(self, form: Form, result: Any, weights: Sequence[Tensor]) -> tuple[Tensor, dict[str, float]]:
         """Return ``(loss, metrics)`` from what the function returned."""
         loss, metrics = split_result(result, self.target.fn)
         refuse_foreign(loss)
@@ -412,20 +467,19 @@ class PaddedLoss(Adapted):
                             yield Form(level, advantages, mask, label)
 
     def find_form(self) -> None:
-        """Choose the first form in which the function runs, and in which its result is that of a loss."""
-        running, errors = None, {}
+        """Choose the first form in which the function runs, and in which its result is most like that of a loss."""
+        running, best, errors = None, -1, {}
         for form in self.candidate_forms():
             try:
-                gradients = self.gradients(form, PROBE)
-                suits = self.suits(form, gradients)
+                likeness = self.likeness(form)
             except NotApplicable:
                 raise
             except Exception as error:
                 errors[f"{type(error).__name__}: {error}"] = error
                 continue
-            running = running or form
-            if suits:
-                running = form
+            if likeness > best:
+                running, best = form, likeness
+            if best == MOST_LIKE:
                 break
         if running is None:
             text, first = next(iter(errors.items()))
@@ -434,35 +488,43 @@ class PaddedLoss(Adapted):
             fix = "Give its settings values that run: functools.partial(fn, name=value). " + FORMS
             raise LossInputError("subject", "a loss that runs on its columns", text, fix) from first
         self.form = running
+        self.unused = self.find_unused()
+        self.columns = {column for name, column in self.column_by_name.items() if name not in self.unused}
         if not self.columns & {"advantages", "labels"} and not self.pairs and coupling(self) == "halves":
             self.form = replace(running, halves=True)
 
     def gradients(self, form: Form, batch: Batch) -> Rows:
-        """Return the gradients on a batch in a form; no rows if the loss does not depend on the logprobs."""
-        logprobs = batch.tensors(torch.float32)
-        loss, _ = self.call(form, batch.data(), logprobs)
-        if not loss.requires_grad:
-            return []
-        loss.backward()  # type: ignore[no-untyped-call]
-        return [([0.0] * lp.numel() if lp.grad is None else lp.grad.tolist()) for lp in logprobs]
+        """Return the gradients on a batch in a form."""
+        return gradients_of(functools.partial(self.call, form), batch)
 
-    def suits(self, form: Form, gradients: Rows) -> bool:
-        """Return whether the gradients are those of a loss.
+    def likeness(self, form: Form) -> int:
+        """Return how much the gradients in a form are like those of a loss, from 0 to ``MOST_LIKE``.
 
-        No datum's gradient depends on another's advantage, and desirable and undesirable datums both have gradients.
+        They are finite, desirable and undesirable datums both have some, and each datum's depend on its own advantage,
+        and then on no other's. Tensors that broadcast to ``[B, B]`` break this.
         """
+        gradients = self.gradients(form, PROBE)
         if not gradients or not np.isfinite(np.concatenate(gradients)).all():
-            return False
-        columns = self.columns
-        if "labels" in columns:
-            by_label = [(row[0] > 0.5, any(g)) for row, g in zip(PROBE.columns["labels"], gradients)]
-            if not all(any(nonzero for y, nonzero in by_label if y == label) for label in (True, False)):
-                return False
-        if "advantages" not in columns:
-            return True
-        first, *others = PROBE.columns["advantages"]
-        changed = self.gradients(form, PROBE.having(advantages=[[a + 0.5 for a in first], *others]))
-        return all(np.allclose(a, b, rtol=1e-4, atol=1e-7) for a, b in zip(gradients[1:], changed[1:]))
+            return 0
+        if "labels" in self.columns:
+            kinds = {row[0] for row, g in zip(PROBE.columns["labels"], gradients) if any(g)}
+            return MOST_LIKE if len(kinds) == 2 else 1
+        if "advantages" not in self.columns:
+            return MOST_LIKE
+
+        def changed(advantages: Rows) -> list[bool]:
+            after = self.gradients(form, PROBE.having(advantages=advantages))
+            return [not same_rows([a], [b]) for a, b in zip(after, gradients)]
+
+        first, *between, last = PROBE.columns["advantages"]
+        own, *others = changed([[a + 0.5 for a in first], *between, last])
+        if own and not any(others):
+            return MOST_LIKE
+        return 2 if any(changed([last, *between, first])) else 1
+
+
+MOST_LIKE = 3
+"""The likeness of a result that is that of a loss in every respect; see ``PaddedLoss.likeness``."""
 
 
 def coupling(loss_fn: Any) -> str:
@@ -576,7 +638,8 @@ def element_name(node: ast.AST) -> str:
     """Return the name of a returned element such as ``ppo_kl.detach()`` or ``float(kl)``, or ""."""
     if isinstance(node, ast.Call):
         if isinstance(node.func, ast.Attribute):
-            return element_name(node.func.value)
+            same = node.func.attr in ("item", "detach", "mean", "cpu", "float", "clone", "to", "sum")
+            return element_name(node.func.value) if same else ""
         return element_name(node.args[0]) if len(node.args) == 1 else ""
     return node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
 
@@ -616,16 +679,15 @@ class FactoryLoss(Adapted):
         "padded": lambda rows, weights: torch.nn.utils.rnn.pad_sequence(rows, batch_first=True),
     }  # fmt: skip
 
-    def __init__(self, factory: Any, required: Sequence[str], knobs: Mapping[str, Any] | None = None) -> None:
-        super().__init__(Target(factory, changed=knobs))
-        self.required = tuple(required)
-        self.columns = {column_of(name) or "" for name in required}
+    def __init__(self, factory: Any, required: Sequence[str], optional: Sequence[str] = ()) -> None:
+        super().__init__(Target(factory))
+        self.required, self.optional = (*required, *optional), tuple(optional)
         self.forms: tuple[str, ...] | None = None
 
     @property
-    def factory(self) -> Any:
-        """The factory with its settings."""
-        return self.target.fn
+    def columns(self) -> set[str]:
+        """The columns that it is given."""
+        return {column_of(name) or "" for name in self.required if name not in self.unused}
 
     @property
     def takes_datum_advantages(self) -> bool:
@@ -641,11 +703,13 @@ class FactoryLoss(Adapted):
         """Call the factory with the columns in these forms."""
         arguments = {}
         for name, form in zip(self.required, forms):
+            if name in self.unused:
+                continue
             side = (column_of(name) or "").rpartition(" ")[0]
             rows = parameter_rows(data, name)
             weights = parameter_rows(data, "weights", f"{side} weights".strip())
             arguments[name] = self.FORMS[form](rows, weights)
-        return self.factory(**arguments)
+        return self.target.fn(**arguments)
 
     def find_forms(self) -> tuple[str, ...]:
         """Return the first candidate forms with which a call returns a 0-d loss."""
@@ -687,5 +751,7 @@ FORMS = (
 
 def names_a_teacher(loss_fn: Any) -> bool:
     """Return whether a loss reads a teacher's logprobs by that name."""
-    names = loss_fn.read if isinstance(loss_fn, ContractLoss) else getattr(loss_fn, "required", ())
-    return any(map(names_teacher, names))
+    if isinstance(loss_fn, ContractLoss):
+        return any(map(names_teacher, loss_fn.read))
+    unused = getattr(loss_fn, "unused", ())
+    return any(names_teacher(name) for name in getattr(loss_fn, "required", ()) if name not in unused)

@@ -32,7 +32,7 @@ READS = {
     "reweighted": (),
     "preference": ("ref_logprobs",),
     "unpaired": ("labels", "ref_logprobs"),
-    "distillation": ("old_logprobs", "ref_logprobs"),
+    "distillation": ("old_logprobs", "ref_logprobs", "sampler_logprobs"),
 }
 READS["any"] = READS["policy"]
 """Kind → the columns, besides the weights, in the batches for a loss of this kind."""
@@ -72,14 +72,7 @@ SMALL = (
 def columns_for_kind(batch: Batch, kind: str, targets: int) -> Batch:
     """Return a small batch with the columns of a kind. If ``targets`` is not 0, each position has that many targets."""
     batch = Batch(batch.logprobs, batch.weights, {name: batch.columns[name] for name in READS[kind]})
-    return with_targets(batch, targets) if targets else batch
-
-
-def with_targets(batch: Batch, targets: int) -> Batch:
-    """Return the batch with this many targets at each position."""
-    wide = batch.map(lambda rows: [[x * (1 + k / 4) for x in row for k in range(targets)] for row in rows])
-    weights = [[x for x in row for _ in range(targets)] for row in batch.weights]
-    return Batch(wide.logprobs, weights, wide.columns, targets)
+    return batch.with_targets(targets)
 
 
 # Detection of the kind of a subject
@@ -136,8 +129,9 @@ def detect_kind(loss_fn: LossFn) -> tuple[str, bool]:
             return ("preference", False) if loss.rows == PAIRS else ("any", False)
         reads = set(loss.reads)
     else:
-        columns = set(loss.columns) if isinstance(loss, (FactoryLoss, PaddedLoss)) else set()
-        reads = columns | detect_fields_read(loss)
+        reads = set(loss.columns) if isinstance(loss, (FactoryLoss, PaddedLoss)) else set()
+        if not isinstance(loss, PaddedLoss):
+            reads |= detect_fields_read(loss)
     if reads & {"advantages", ALL_FIELDS}:
         return "policy", False
     if "labels" in reads or any(name.startswith("KL ") for name in reads):
@@ -215,7 +209,7 @@ def takes_pairs(loss_fn: LossFn) -> bool:
 def detect_fields_read(loss_fn: LossFn) -> set[str]:
     """Return the columns that a call reads under any of their names, even if the call fails."""
     read: set[str] = set()
-    for batch in (SMALL[1], with_targets(SMALL[1], NUM_TARGETS)):
+    for batch in (SMALL[1], SMALL[1].with_targets(NUM_TARGETS)):
         try:
             loss_fn([RecordingDatum(datum, read) for datum in batch.data()], batch.tensors(torch.float32))
         except Exception:

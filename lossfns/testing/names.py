@@ -8,9 +8,9 @@ PARAMETER_NAMES = {
     "logprobs": "logprobs logprob logps logp log_probs log_prob log_ps log_p lps lp per_token_logps per_token_logprobs "
     "per_token_logp per_token_log_probs token_logps token_logprobs token_log_probs completion_logps "
     "completion_logprobs completion_log_probs response_logps response_logprobs response_log_probs action_log_probs "
-    "action_logprobs target_logprobs target_logps selected_logprobs seq_logps seq_logprobs seq_log_probs sequence_logps "
-    "sequence_logprobs sequence_log_probs sum_logps sum_logprobs summed_logps avg_logps average_logps logprobs_list "
-    "logps_list log_probs_list",
+    "action_logprobs target_logprobs target_logps selected_logprobs seq_logps seq_logprobs seq_log_probs "
+    "sequence_logps sequence_logprobs sequence_log_probs sum_logps sum_logprobs summed_logps avg_logps average_logps "
+    "logprobs_list logps_list log_probs_list",
     "weights": "mask masks loss_mask loss_masks response_mask response_masks completion_mask completion_masks "
     "action_mask action_masks token_mask token_masks valid_mask target_mask assistant_mask assistant_masks label_mask "
     "train_mask eos_mask attention_mask mask_list weights weight token_weights loss_weights weights_list",

@@ -126,6 +126,8 @@ def adapt(subject: Any, *, factory: bool | None = None) -> LossFn:
     Raises:
         LossInputError: if the subject has none of the forms, or does not run in its form.
     """
+    if isinstance(subject, PaddedLoss):
+        return with_form(subject)
     if isinstance(subject, (Loss, BoundLoss, Adapted)):
         return subject
     if not callable(subject):
@@ -182,14 +184,16 @@ def adapt_maker(subject: Any) -> LossFn:
 def adapt_factory(subject: Any, required: Sequence[str]) -> LossFn:
     """Adapt a factory of columns, or a class that takes columns. A column that is None by default is passed too."""
     optional = [p.name for p in parameters(subject) if p.name not in required and fills(p)]
-    made = FactoryLoss(subject, [*required, *optional])
-    try:
-        made.forms = made.find_forms()
-    except LossInputError:
-        if not optional:
-            raise
-        made = FactoryLoss(subject, required)
-        made.forms = made.find_forms()
+    for passed in (optional, []):
+        made = FactoryLoss(subject, required, passed)
+        try:
+            made.forms = made.find_forms()
+        except LossInputError:
+            if not passed:
+                raise
+            continue
+        made.unused = made.find_unused()
+        break
     return made
 
 
@@ -208,8 +212,7 @@ def adapt_contract(target: Target) -> LossFn:
     loss = ContractLoss(target)
     failure = None
     for targets in (0, 3):
-        batch = PROBE.map(lambda rows: [[x for x in row for _ in range(targets)] for row in rows]) if targets else PROBE
-        batch = type(batch)(batch.logprobs, batch.weights, batch.columns, targets)
+        batch = PROBE.with_targets(targets)
         loss.missing.clear()
         try:
             result = loss(batch.data(), batch.tensors(torch.float32))
@@ -229,7 +232,7 @@ def adapt_contract(target: Target) -> LossFn:
         got = f"it reads the field {', '.join(map(repr, sorted(failure[1])))}, which no datum of the kit has"
         raise LossInputError("subject", "a loss that reads known fields", got, f"Known fields: {fields}.")
     spelled = any(name not in (*PROBE.columns, "weights", "mask", "logprobs", "target_tokens") for name in loss.read)
-    return loss if spelled or target.maker is not None else target.subject  # type: ignore[no-any-return]
+    return loss if spelled or target.maker is not None else target.subject
 
 
 def follows_contract(fn: Callable[..., Any], required: Sequence[str]) -> bool:
@@ -274,42 +277,10 @@ def refuse_named_forms(required: Sequence[str]) -> None:
             raise LossInputError("subject", "a function of logprobs", got, f"{RECIPES[form]} {FORMS}")
 
 
-SETTING_WORDS = [
-    "beta",
-    "eps",
-    "epsilon",
-    "clip",
-    "cliprange",
-    "coef",
-    "coeff",
-    "alpha",
-    "gamma",
-    "tau",
-    "delta",
-    "temperature",
-    "lambda",
-    "lam",
-    "kl",
-    "range",
-    "mode",
-    "type",
-    "config",
-    "cfg",
-    "args",
-    "agg",
-    "reduction",
-    "scale",
-    "cap",
-    "threshold",
-    "ratio",
-    "steps",
-    "num",
-    "max",
-    "min",
-    "label",
-    "smoothing",
-    "penalty",
-]
+SETTING_WORDS = frozenset(
+    "beta eps epsilon clip cliprange coef coeff alpha gamma tau delta temperature lambda lam kl range mode type config "  # noqa: SIM905
+    "cfg args agg reduction scale cap threshold ratio steps num max min label smoothing penalty".split()
+)
 
 
 def refuse_unknown(subject: Any, required: Sequence[str]) -> None:
@@ -328,7 +299,7 @@ def likely_meaning(p: inspect.Parameter) -> str:
     if similar:
         return f"Did you mean {similar[0]!r} by {p.name!r}?"
     plain = str(getattr(p.annotation, "__name__", p.annotation)) in ("float", "int", "str", "bool")
-    if plain or any(word in p.name.lower().split("_") for word in SETTING_WORDS):
+    if plain or SETTING_WORDS & set(p.name.lower().split("_")):
         return f"{p.name!r} may be a setting: give it a default, or pass functools.partial(fn, {p.name}=...)."
     return f"{p.name!r} is no column: rename it if it is one, or give it a default."
 
@@ -347,34 +318,11 @@ def padded(fn: Callable[..., Any], **settings: Any) -> LossFn:
 
 # Group advantages
 
-REWARDS = ["rewards", "reward", "scores", "token_level_rewards", "group_rewards", "raw_rewards", "rewards_list"]
-GROUPS = [
-    "groups",
-    "group",
-    "group_ids",
-    "group_id",
-    "index",
-    "indices",
-    "uids",
-    "uid",
-    "prompt_ids",
-    "prompt_uids",
-    "prompts",
-    "problem_ids",
-]
-GROUP_SIZES = [
-    "num_generations",
-    "group_size",
-    "n",
-    "k",
-    "num_samples",
-    "n_samples",
-    "num_samples_per_prompt",
-    "n_samples_per_prompt",
-    "num_return_sequences",
-    "rollouts_per_prompt",
-    "samples_per_prompt",
-]
+REWARDS = ("rewards", "reward", "scores", "token_level_rewards", "group_rewards", "raw_rewards", "rewards_list")
+GROUPS = ("groups", "group", "group_ids", "group_id", "index", "indices", "uids", "uid", "prompt_ids", "prompt_uids",
+    "prompts", "problem_ids")  # fmt: skip
+GROUP_SIZES = ("num_generations", "group_size", "n", "k", "num_samples", "n_samples", "num_samples_per_prompt",
+    "n_samples_per_prompt", "num_return_sequences", "rollouts_per_prompt", "samples_per_prompt")  # fmt: skip
 AdvantageForms = dict[str, Callable[[list[float], list[Any]], Any]]
 
 REWARD_FORMS: AdvantageForms = {
@@ -396,9 +344,9 @@ GROUP_FORMS: AdvantageForms = {
 def adapt_advantages(fn: Any) -> Callable[[Sequence[float], Sequence[Any]], list[float]]:
     """Turn a function of group advantages into one of lists ``(rewards, groups)``, in the order of the rewards.
 
-    Rewards may be a list, an array, a tensor ``[B]``, a grid ``[G, n]`` or token-level ``[B, T]`` with a mask; groups may
-    be a list, an array or a tensor of ids, or the number of samples of each group. A function without groups gets one
-    group at a time, or a grid.
+    Rewards may be a list, an array, a tensor ``[B]``, a grid ``[G, n]`` or token-level ``[B, T]`` with a mask; groups
+    may be a list, an array or a tensor of ids, or the number of samples of each group. A function without groups gets
+    one group at a time, or a grid.
 
     A function of two parameters of other names, or one that runs in none of these forms, gets the two lists.
 
@@ -451,7 +399,7 @@ def takes_two(fn: Any) -> bool:
 def call_advantages(fn: Any, required: Any, reward_form: str, group_form: str, rewards: Any, groups: Any) -> Any:
     """Call a function of group advantages with its arguments in these forms; return one number for each reward."""
     shaped = REWARD_FORMS[reward_form](list(rewards), list(groups))
-    arguments = {}
+    arguments: dict[str, Any] = {}
     for p in required:
         if p.name in GROUP_SIZES:
             arguments[p.name] = len(rewards) // len(set(groups))
@@ -544,5 +492,6 @@ def with_settings(loss_fn: LossFn, **settings: Any) -> LossFn:
     if isinstance(loss_fn, Loss):
         return public(loss_fn.name)(**{**loss_fn.knobs, **settings})  # type: ignore[no-any-return]
     if isinstance(loss_fn, Adapted):
-        return loss_fn.with_settings(**settings)  # type: ignore[no-any-return]
+        changed: LossFn = loss_fn.with_settings(**settings)
+        return changed
     return functools.partial(loss_fn, **settings)
