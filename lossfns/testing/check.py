@@ -234,8 +234,9 @@ def run_law(
     seconds = time.monotonic() - start
     if failure:
         batch, error = failure
-        # A law that makes its own batches describes them in ``error.seen``.
-        example = "" if makes_own_batches(law) else str(batch)
+        # A law that makes its own batches and gives none describes them in ``error.seen``.
+        shown = error.batch or (None if makes_own_batches(law) else batch)
+        example = "" if shown is None else str(shown)
         return Verdict(law.__name__, statement(law), if_broken, seconds, error.bug, error.seen, example, why(law))
     if passed:
         return Verdict(law.__name__, statement(law), "pass", seconds)

@@ -36,9 +36,8 @@ def agreement(like: Loss) -> Law:
             *vary_advantages_by_token(generic_batches(probe.batch)[2]),
         ):
             result, expected = probe(batch), probe(batch, like)
-            seen = f"The loss is {result.value} with gradients {result.gradients}"
-            same = probe.close([result.value, result.gradients], [expected.value, expected.gradients])
-            require(same, "another-loss", f"{seen}; that of {like!r} is {expected.value} with {expected.gradients}.")
+            difference = probe.difference(result, expected)
+            require(not difference, "another-loss", f"On this batch {difference}, of {like!r}.", batch)
 
     agreement.__doc__ = f"It has the value and the gradient of {like!r}."
     return agreement
