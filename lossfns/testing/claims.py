@@ -17,6 +17,12 @@ from lossfns.testing.vectors.library import reply_to, subject_for
 from lossfns.testing.vectors.runner import Exchange, VectorReport, evaluate
 from lossfns.testing.vectors.vector import METHODS, Vector, load
 
+CLAIMS = {
+    "vectors": "It gives the right answer to the golden vectors of the loss that it claims to be.",
+    "agreement": "It has the value and the gradient of the loss that it claims to be.",
+}
+"""The laws of a claim: name → statement. They are made for each claim."""
+
 
 def claim_of(subject: Any, loss_fn: LossFn) -> Loss | None:
     """Return the loss of this library that a subject is, or claims to be by an attribute ``like``."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lossfns.inspect.probe import ALIASES
+from lossfns.terminal import printable
 from lossfns.testing.batch import Batch, Rows
 from lossfns.testing.bugs import BUGS
 
@@ -39,13 +40,6 @@ class LawBroken(AssertionError):
         seen = printable(seen)
         super().__init__(f"{seen} Likely bug: {bug}: {BUGS[bug].description}.")
         self.bug, self.seen, self.batch = bug, seen, batch
-
-
-def printable(text: str, limit: int = 2000) -> str:
-    """Escape what cannot be printed. Shorten a text of more than ``limit`` characters, and say so."""
-    if len(text) > limit:
-        text = f"{text[:limit]} … ({len(text)} characters)"
-    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
 def describe_error(error: BaseException) -> str:
