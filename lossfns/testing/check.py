@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 from lossfns.errors import LossInputError, LossWarning, did_you_mean
 from lossfns.loss import Loss
@@ -384,7 +385,7 @@ def smallest_failure(
             raise error
 
     try:
-        with nothing_stored():
+        with untouched_by_the_folder():
             holds()
     except Exception:
         if not failures:  # an error of hypothesis itself
@@ -393,14 +394,20 @@ def smallest_failure(
 
 
 @contextmanager
-def nothing_stored() -> Iterator[None]:
-    """Keep hypothesis from leaving a folder ``.hypothesis`` behind: it does without where it cannot make one."""
-    from hypothesis import configuration
+def untouched_by_the_folder() -> Iterator[None]:
+    """Keep hypothesis from drawing constants of the user's modules, and from leaving a folder ``.hypothesis`` behind.
 
+    It does without a folder that it cannot make.
+    """
+    from hypothesis import configuration
+    from hypothesis.internal.conjecture import providers
+
+    none: Any = getattr(providers, "_local_constants", None)
     before = getattr(configuration, "__hypothesis_home_directory", None)
     configuration.set_hypothesis_home_dir(Path(os.devnull) / "hypothesis")
     try:
-        yield
+        with mock.patch.object(providers, "_get_local_constants", lambda: none, create=True):
+            yield
     finally:
         configuration.set_hypothesis_home_dir(before)
 

@@ -59,9 +59,8 @@ def row(law: Callable[..., None]) -> tuple[str, ...]:
 def explain(name: str) -> list[str]:
     """Return what is known about a law or a bug, as paragraphs.
 
-    >>> print(*explain("padding")[:2], sep=" ")
-    padding, a law of every kind: Masked tokens before and after a sequence change nothing, and get a gradient of \
-exactly 0. A loss that breaks it is wrong: the amount of padding depends on the batch and must not change the loss.
+    >>> explain("permutation")[0]
+    'permutation, a law of every kind: The order of datums (or pairs) does not matter.'
     """
     for spelling in (name, name.replace("-", "_"), name.replace("_", "-")):
         if spelling in LAWS or spelling in CLAIMS:

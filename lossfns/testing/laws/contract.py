@@ -11,10 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch._guards import TracingContext
-from torch._guards import tracing as trace_context
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
 from lossfns.datum import TensorData
@@ -41,6 +37,7 @@ from lossfns.testing.laws.base import (
     with_masked_unit,
     wrong,
 )
+from lossfns.testing.laws.trace import Trace
 from lossfns.tokens import LOGPROB_COLUMNS
 
 
@@ -279,23 +276,19 @@ def check_trace(probe: Probe, batch: Batch, shifts: Sequence[float]) -> None:
     """Trace the loss on a batch, run the trace on shifted logprobs, and compare with an eager call."""
     loss_fn, data, logprobs = probe.loss_fn, batch.data(), batch.tensors(probe.dtype)
     try:
-        # Without a context make_fx makes a FakeTensorMode for each operation.
-        with trace_context(TracingContext(FakeTensorMode())):
-            keep_detach: dict[Any, Any] = {}  # without a table, PyTorch 2.15 traces detach as alias
-            trace = make_fx(lambda *lps: loss_fn(data, list(lps))[0], keep_detach, _error_on_data_dependent_ops=False)
-            traced = trace(*logprobs)
+        traced = Trace(lambda lps: loss_fn(data, lps)[0], logprobs)
     except Exception as error:
         raise NotApplicable(f"it cannot be traced: {type(error).__name__}") from error
     for shift in shifts:
         other = batch.having(logprobs=[[min(x + shift, -1e-3) for x in row] for row in batch.logprobs])
         leaves = other.tensors(probe.dtype)
-        value = traced(*leaves)
+        value = traced(leaves)
         eager = probe(other)
         traced_value = float(value.detach())
         seen = f"In a trace made {-shift:+} from these logprobs, the loss is {contrast(traced_value, eager.value)}."
         require(probe.close(traced_value, eager.value), "branch-on-values", seen, other)
         if value.requires_grad:
-            value.backward()
+            value.backward()  # type: ignore[no-untyped-call]
         grads = [torch.zeros_like(lp) if lp.grad is None else lp.grad for lp in leaves]
         traced_gradients = [g.flatten().tolist() for g in grads]
         difference = probe.difference(replace(eager, gradients=traced_gradients), eager)
