@@ -348,7 +348,8 @@ def test_a_sequence_outside_of_gspos_mask_has_no_gradient() -> None:
         fields[name] = TensorData([0.0] * len(fields[name].data), "float32")
     result = c.forward_backward(data, "gspo").result()
     assert result.metrics["loss:sum"] == pytest.approx(expected) and result.metrics["sequences_empty:sum"] == 1
-    c.forward_backward(data[:1], "gspo").result()  # a batch of zero weights is a valid part of a larger batch
+    with pytest.raises(LossInputError, match="gspo: weights: expected at least one active token in the batch"):
+        c.forward_backward(data[:1], "gspo").result()
 
 
 @pytest.mark.parametrize(
