@@ -15,7 +15,7 @@ import pytest
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("lossfns")
     group.addoption("--lossfns-subject", metavar="MODULE:NAME", help="the loss that lossfns.testing.conformance tests")
-    group.addoption("--lossfns-kind", metavar="KIND", help="policy, supervised, preference, any or advantages")
+    group.addoption("--lossfns-kind", metavar="KIND", help="the kind of the loss, as for lossfns check --kind")
 
 
 def pytest_configure(config: pytest.Config) -> None:

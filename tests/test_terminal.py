@@ -9,7 +9,7 @@ import pytest
 
 from lossfns.terminal import console_on, print_wrapped, status
 from lossfns.testing import command as check_command
-from lossfns.testing.check import Report, Verdict
+from lossfns.testing.report import Report, Verdict
 from lossfns.testing.vectors import command as vectors_command
 from lossfns.testing.vectors.runner import Result, VectorReport
 from lossfns.testing.vectors.vector import load
@@ -17,12 +17,12 @@ from lossfns.testing.vectors.vector import load
 REPORT = Report(
     "mine[0]:my_loss",
     "policy",
-    [
+    verdicts=[
         Verdict("contract", "A call returns a 0-d tensor that requires grad, and a dict of plain floats.", "pass", 0.1),
         Verdict(
             law="poison",
             says="nan, ±inf or 1e30 in a masked slot changes nothing, bit for bit.",
-            verdict="fail",
+            verdict="wrong",
             seconds=0.2,
             bug="mask-after-exp",
             seen="nan in the masked slots of logprobs: the loss is nan, not -0.625.",

@@ -11,6 +11,6 @@
 from lossfns.inspect import grad_report as grad_report
 from lossfns.inspect import preflight as preflight
 from lossfns.testing.batch import Batch as Batch
-from lossfns.testing.check import Report as Report
 from lossfns.testing.check import check as check
+from lossfns.testing.report import Report as Report
 from lossfns.testing.subject import padded as padded

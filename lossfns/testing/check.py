@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import re
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any, NamedTuple
-from xml.etree import ElementTree
+from unittest import mock
 
-from lossfns.errors import LossInputError, LossWarning
+from lossfns.errors import LossInputError, LossWarning, did_you_mean
 from lossfns.loss import Loss
 from lossfns.testing.batch import Batch
-from lossfns.testing.bugs import BUGS
 from lossfns.testing.claims import agreement, claim_of, matching_vectors, vectors_law
 from lossfns.testing.kinds import (
     KINDS,
@@ -27,143 +28,197 @@ from lossfns.testing.kinds import (
     takes_rewards,
     working_dtype,
 )
-from lossfns.testing.laws import ADVANTAGES, LAWS_BY_KIND, SELF_CONTAINED, AdvantageLaw, Law, LawBroken, NotApplicable
-from lossfns.testing.laws.base import LossFn
-from lossfns.testing.subject import adapt
-
-MARKS = {"pass": "ok", "fail": "FAIL", "n/a": "–"}
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """The verdict of one law.
-
-    Attributes:
-        law: the name of the law.
-        says: the law in one sentence.
-        verdict: ``"pass"``, ``"fail"`` or ``"n/a"``.
-        seconds: the time that the law took.
-        bug: the bug that most likely breaks the law.
-        seen: the observation that broke the law, or the reason why it does not apply.
-        example: the smallest batch that breaks the law.
-    """
-
-    law: str
-    says: str
-    verdict: str
-    seconds: float
-    bug: str = ""
-    seen: str = ""
-    example: str = ""
-
-    @property
-    def remark(self) -> str:
-        """The text for one line of the table: the bug, the reason why the law does not apply, or the law itself."""
-        return {"fail": self.bug, "n/a": self.seen}.get(self.verdict) or self.says
-
-    @property
-    def explanation(self) -> list[tuple[str, str]]:
-        """The details of a broken law, each with its label."""
-        bug = BUGS[self.bug]
-        details = {
-            "seen": self.seen,
-            "bug": f"{self.bug}: {bug.description}",
-            "also in": ", ".join(bug.sources),
-            "batch": self.example,
-        }
-        return [(label, text) for label, text in details.items() if text]
-
-
-@dataclass(frozen=True)
-class Report:
-    """The verdicts of all laws on one subject, in the order of diagnosis."""
-
-    subject: str
-    kind: str
-    verdicts: list[Verdict] = field(default_factory=list)
-
-    @property
-    def ok(self) -> bool:
-        return all(v.verdict != "fail" for v in self.verdicts)
-
-    @property
-    def failures(self) -> list[Verdict]:
-        return [v for v in self.verdicts if v.verdict == "fail"]
-
-    @property
-    def bug(self) -> str:
-        """The most likely bug, which the first broken law names, or "" if every law holds."""
-        return self.failures[0].bug if self.failures else ""
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the report as plain JSON values."""
-        verdicts = [vars(v) for v in self.verdicts]
-        return {"subject": self.subject, "kind": self.kind, "ok": self.ok, "bug": self.bug, "verdicts": verdicts}
-
-    @property
-    def summary(self) -> str:
-        """The verdict in one line, with the time that it took."""
-        tested = sum(v.verdict != "n/a" for v in self.verdicts)
-        verdict = (
-            f"{tested} laws hold"
-            if self.ok
-            else f"{len(self.failures)} of {tested} laws broken; most likely {self.bug}: {BUGS[self.bug].description}"
-        )
-        return f"{verdict} ({sum(v.seconds for v in self.verdicts):.1f} s)"
-
-    def table(self) -> str:
-        """Return the report as plain text: a line for each law, an explanation of each broken law, and the summary."""
-        width = max(len(v.law) for v in self.verdicts)
-        lines = [f"{self.subject} ({self.kind})", ""]
-        lines += [f"{MARKS[v.verdict]:4}  {v.law:{width}}  {v.remark}" for v in self.verdicts]
-        for v in self.failures:
-            lines += ["", f"{v.law}: {v.says}"]
-            lines += [f"  {label:8} {text}".replace("\n", "\n           ") for label, text in v.explanation]
-        return "\n".join([*lines, "", self.summary])
-
-    def junit(self) -> str:
-        """Return the report as JUnit XML, with a test case for each law."""
-        suite = ElementTree.Element("testsuite", name=f"lossfns check {self.subject}", tests=str(len(self.verdicts)),
-            failures=str(len(self.failures)), skipped=str(sum(v.verdict == "n/a" for v in self.verdicts)))  # fmt: skip
-        for v in self.verdicts:
-            attributes = {"classname": self.subject, "name": v.law, "time": f"{v.seconds:.3f}"}
-            case = ElementTree.SubElement(suite, "testcase", attributes)
-            if v.verdict == "fail":
-                ElementTree.SubElement(case, "failure", message=v.bug).text = f"{v.seen}\n{v.example}"
-            elif v.verdict == "n/a":
-                ElementTree.SubElement(case, "skipped", message=v.seen)
-        return ElementTree.tostring(suite, encoding="unicode")
+from lossfns.testing.laws import (
+    ADVANTAGES,
+    ANY_KIND,
+    COUPLED,
+    LAWS_BY_KIND,
+    SELF_CONTAINED,
+    AdvantageLaw,
+    Law,
+    LawBroken,
+    NotApplicable,
+    contract,
+)
+from lossfns.testing.laws.base import LossFn, describe_error
+from lossfns.testing.report import Report, Verdict
+from lossfns.testing.subject import adapt, adapt_advantages
 
 
 class Trial(NamedTuple):
-    """A law that is ready to run on the subject."""
+    """A law that is ready to run on the subject: its name, what it says, and a function that returns the verdict."""
 
     law: str
+    says: str
     run: Callable[[], Verdict]
 
 
-def trials(
+class Trials(NamedTuple):
+    """The kind of a subject, what it claims, and a trial of each law in the order of diagnosis. See ``Report``."""
+
+    kind: str
+    guessed: bool
+    couples: str
+    like: str
+    trials: list[Trial]
+
+    def verdicts(self, doing: Callable[[str], None] = lambda law: None) -> Iterator[Verdict]:
+        """Yield the verdict of each law, and call ``doing`` with its name before it runs.
+
+        If the contract is broken, nothing else can be measured: the laws after it do not run.
+        """
+        for trial in self.trials:
+            doing(trial.law)
+            with without_expected_warnings():
+                verdict = trial.run()
+            yield verdict
+            if trial.law == "contract" and verdict.verdict == "wrong":
+                return
+
+
+KIND_WORDS = {
+    "supervised": "likelihood",
+    "sft": "likelihood",
+    "crossentropy": "likelihood",
+    "reweightedlikelihood": "reweighted",
+    "weightedlikelihood": "reweighted",
+    "pairedpreference": "preference",
+    "pairwisepreference": "preference",
+    "unpairedpreference": "unpaired",
+    "distill": "distillation",
+    "advantage": "advantages",
+    "groupadvantages": "advantages",
+    "policygradient": "policy",
+}
+"""Other words for the kinds, in lower case and without spaces."""
+
+
+def kind_named(text: str) -> str:
+    """Return the kind that a text names, in any spelling.
+
+    >>> kind_named("re-weighted likelihood"), kind_named("Unpaired_Preference"), kind_named("supervised")
+    ('reweighted', 'unpaired', 'likelihood')
+    """
+    word = re.sub(r"[^a-z]|loss(es)?$", "", str(text).lower())
+    kind = KIND_WORDS.get(word, word)
+    if kind not in KINDS:
+        hint = did_you_mean(word, KINDS)
+        raise LossInputError("kind", f"one of {', '.join(KINDS)}", repr(text), hint or "Leave it out to have it found.")
+    return kind
+
+
+class Declared(NamedTuple):
+    """What a caller says about a subject. What the caller leaves out is taken from the subject's attributes."""
+
+    kind: str | None
+    skip: Mapping[str, str]
+    couples: str
+
+
+def declared(subject: Any, kind: str | None, skip: Mapping[str, str] | None, couples: str) -> Declared:
+    """Combine the arguments of ``check`` with the attributes of a subject. Reasons must be texts."""
+    kind = kind or getattr(subject, "kind", None)
+    own_skip = getattr(subject, "skip", None) or {}
+    couples = couples or getattr(subject, "couples", None) or ""
+    if not isinstance(own_skip, Mapping):
+        raise LossInputError("skip", "a mapping from laws to reasons", repr(own_skip), "Write {law: reason}.")
+    reasons = {**own_skip, **(skip or {})}
+    for law, reason in reasons.items():
+        if not isinstance(reason, str) or not reason.strip():
+            raise LossInputError("skip", f"the reason why {law} is not tested", repr(reason), "Give it as a text.")
+    if not isinstance(couples, str):
+        fix = 'Say why datums may affect one another, such as "the KL baseline is a batch mean".'
+        raise LossInputError("couples", "a reason", repr(couples), fix)
+    return Declared(kind_named(kind) if kind else None, reasons, couples)
+
+
+def prepare(
     subject: Any,
     *,
     kind: str | None = None,
     factory: bool | None = None,
     like: Loss | None = None,
+    skip: Mapping[str, str] | None = None,
+    couples: str = "",
     examples: int = 12,
-) -> tuple[str, list[Trial]]:
-    """Return the kind of a subject and a trial of each law of that kind, in the order of diagnosis. See ``check``."""
-    kind = kind or getattr(subject, "kind", None) or ("advantages" if takes_rewards(subject) else None)
-    if kind not in (None, *KINDS):
-        raise LossInputError("kind", f"one of {', '.join(KINDS)}", repr(kind), "Leave it out to have it detected.")
+) -> Trials:
+    """Return a trial of each law of a subject's kind. See ``check`` for the arguments."""
+    kind, skip, couples = declared(subject, kind, skip, couples)
+    if kind is None and takes_rewards(subject):
+        kind = "advantages"
     if kind == "advantages":
-        return kind, [Trial(law.__name__, partial(run_advantage_law, law, subject)) for law in ADVANTAGES]
+        subject = adapt_advantages(subject)
+        trials = [Trial(law.__name__, statement(law), partial(run_advantage_law, law, subject)) for law in ADVANTAGES]
+        return Trials(kind, False, couples, "", without_skipped(trials, skip))
+    try:
+        return prepare_loss(subject, kind, factory, like, skip, couples, examples)
+    except (Exception, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # a call that finds out the kind raised SystemExit or the like
+        law, says = contract.contract.__name__, statement(contract.contract)
+        verdict = ends_process(law, says, f"it raises {describe_error(error)}")
+        return Trials(kind or "any", False, couples, "", [Trial(law, says, lambda: verdict)])
+
+
+def ends_process(law: str, says: str, how: str) -> Verdict:
+    """Return the verdict on a subject that ends the process in a law, whatever the law is about."""
+    why = "a call of a loss returns to the training loop"
+    return Verdict(law, says, "wrong", bug="not-the-contract", seen=f"In a call {how}.", why=why)
+
+
+def surviving_interrupts(prepared: Trials) -> Trials:
+    """Return the trials such that a subject that raises KeyboardInterrupt breaks the law in which it does.
+
+    This is for a process that the user's Ctrl-C does not reach.
+    """
+
+    def run(trial: Trial) -> Verdict:
+        try:
+            return trial.run()
+        except KeyboardInterrupt as error:
+            return ends_process(trial.law, trial.says, f"it raises {describe_error(error)}")
+
+    return prepared._replace(trials=[trial._replace(run=partial(run, trial)) for trial in prepared.trials])
+
+
+def prepare_loss(
+    subject: Any,
+    kind: str | None,
+    factory: bool | None,
+    like: Loss | None,
+    skip: Mapping[str, str],
+    couples: str,
+    examples: int,
+) -> Trials:
+    """Return a trial of each law of a loss."""
+    coupled = {law.__name__: f"it couples the batch: {couples}" for law in COUPLED if couples}
     with without_expected_warnings():
         loss_fn = adapt(subject, factory=factory)
         claim = like or claim_of(subject, loss_fn)
-        kind = kind or detect_kind(claim or loss_fn)
+        kind, guessed = (kind, False) if kind else detect_kind(claim or loss_fn)
+        targets = detect_targets(loss_fn, kind)
         claim_laws = [] if claim is None else [vectors_law(subject, claim, matching_vectors(subject, claim))]
         if claim is not None and claim is not loss_fn:
             claim_laws.append(agreement(claim))
-        return kind, law_trials(loss_fn, kind, detect_targets(loss_fn, kind), examples, claim_laws)
+        laws = (*LAWS_BY_KIND[kind], *claim_laws)
+        coupled = {name: why for name, why in coupled.items() if name in {law.__name__ for law in laws}}
+        made = law_trials(loss_fn, kind, targets, examples, laws, guessed)
+        claimed = "" if claim is None or claim is loss_fn else repr(claim)
+        return Trials(kind, guessed, couples, claimed, without_skipped(made, {**coupled, **skip}))
+
+
+def without_skipped(made: list[Trial], skipped: Mapping[str, str]) -> list[Trial]:
+    """Replace the trials of the skipped laws by their verdict, which gives the reason."""
+    unknown = next((name for name in skipped if name not in {trial.law for trial in made}), None)
+    if unknown is not None:
+        hint = did_you_mean(unknown, [trial.law for trial in made])
+        fix = hint or "lossfns check --list has the laws of each kind."
+        raise LossInputError("skip", "the name of a law of this kind", repr(unknown), fix)
+
+    def verdict(trial: Trial) -> Verdict:
+        return Verdict(trial.law, trial.says, "skipped", seen=skipped[trial.law])
+
+    return [trial._replace(run=partial(verdict, trial)) if trial.law in skipped else trial for trial in made]
 
 
 @contextmanager
@@ -183,20 +238,28 @@ def check(
     factory: bool | None = None,
     like: Loss | None = None,
     name: str | None = None,
+    skip: Mapping[str, str] | None = None,
+    couples: str = "",
     examples: int = 12,
-    progress: Callable[[str], None] = lambda law: None,
 ) -> Report:
     """Test a loss by every law of its kind, and by the golden vectors of the method it claims to be.
 
     Args:
         subject: a contract function, a ``Loss``, a factory of one, or a function of padded ``[B, T]`` tensors.
-        kind: "policy", "supervised", "preference", "any" or "advantages"; detected if left out.
+        kind: a name in ``KINDS``, in any spelling that ``kind_named`` knows. Left out, it is the subject's attribute
+            ``kind``, or it is detected. If the detection is not certain, the laws of the kind alone are no reason to
+            fail.
         factory: whether the subject is a factory; detected if left out.
         like: the loss of this library that the subject claims to be. Left out, it is the subject's attribute ``like``,
             or the subject itself if it is a loss of this library.
         name: the name of the subject in the report.
+        skip: law → the reason why it is not tested; added to the subject's attribute ``skip``.
+        couples: why the datums of a batch may affect one another, such as "the KL baseline is a batch mean". The laws
+            that forbid this are skipped. Left out, it is the subject's attribute ``couples``.
         examples: the number of random batches for each law, in addition to the small ones.
-        progress: called with the name of each law before it runs.
+
+    Whatever the subject raises, SystemExit too, breaks the law in which it does; only KeyboardInterrupt passes.
+    ``lossfns check`` also survives a subject that ends or blocks its process.
 
     Raises:
         LossInputError: if the subject cannot be tested.
@@ -207,18 +270,14 @@ def check(
     ('preference', True)
     """
     name = name or str(getattr(subject, "__name__", None) or repr(subject))
-    kind, prepared = trials(subject, kind=kind, factory=factory, like=like, examples=examples)
-    report = Report(name, kind)
-    for trial in prepared:
-        progress(trial.law)
-        with without_expected_warnings():
-            report.verdicts.append(trial.run())
-        if trial.law == "contract" and not report.ok:
-            break  # nothing else can be measured
-    return report
+    prepared = prepare(subject, kind=kind, factory=factory, like=like, skip=skip, couples=couples, examples=examples)
+    kind, guessed, couples, claim, _ = prepared
+    return Report(name, kind, guessed, couples, claim, list(prepared.verdicts()))
 
 
-def law_trials(loss_fn: LossFn, kind: str, targets: int, examples: int, claim_laws: Sequence[Law]) -> list[Trial]:
+def law_trials(
+    loss_fn: LossFn, kind: str, targets: int, examples: int, laws: Sequence[Law], guessed: bool
+) -> list[Trial]:
     """Return trials of the laws of a kind and of the claim, on small batches and on random ones."""
     from lossfns.testing.strategies import batches
 
@@ -239,9 +298,21 @@ def law_trials(loss_fn: LossFn, kind: str, targets: int, examples: int, claim_la
 
     def trial(law: Law) -> Trial:
         first, count = (small[-1:], 0) if makes_own_batches(law) else (small, examples)
-        return Trial(law.__name__, partial(run_law, law, partial(apply, law), first, drawn, count))
+        if_broken = "unsure" if guessed and law not in ANY_KIND else severity(law)
+        run = partial(run_law, law, if_broken, partial(apply, law), first, drawn, count)
+        return Trial(law.__name__, statement(law), run)
 
-    return [trial(law) for law in (*LAWS_BY_KIND[kind], *claim_laws)]
+    return [trial(law) for law in laws]
+
+
+def severity(law: Callable[..., None]) -> str:
+    """Return the verdict on a loss that breaks a law."""
+    return str(vars(law).get("severity", "wrong"))
+
+
+def why(law: Callable[..., None]) -> str:
+    """Return why a loss that breaks a law is wrong, or no more than fragile."""
+    return str(vars(law).get("why", ""))
 
 
 def makes_own_batches(law: Law) -> bool:
@@ -249,7 +320,9 @@ def makes_own_batches(law: Law) -> bool:
     return law in SELF_CONTAINED or law.__name__ == "vectors"
 
 
-def run_law(law: Law, apply: Callable[[Batch], None], small: Sequence[Batch], drawn: Any, examples: int) -> Verdict:
+def run_law(
+    law: Law, if_broken: str, apply: Callable[[Batch], None], small: Sequence[Batch], drawn: Any, examples: int
+) -> Verdict:
     """Run a law on the small batches in order, then on random ones, and report the smallest batch that breaks it."""
     start = time.monotonic()
     reasons: list[str] = []
@@ -264,24 +337,35 @@ def run_law(law: Law, apply: Callable[[Batch], None], small: Sequence[Batch], dr
             return None
         except LawBroken as error:
             return error
-        except Exception as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
             return violation_by(error)
         passed += 1
         return None
 
     results = ((batch, violation(batch)) for batch in small)
     failure = next(((batch, error) for batch, error in results if error), None)
-    if failure is None and examples:
+    if failure is None and examples and any(map(violation, drawn_batches(drawn, examples))):
         failure = smallest_failure(violation, drawn, examples)
     seconds = time.monotonic() - start
     if failure:
         batch, error = failure
-        # A law that makes its own batches describes them in ``error.seen``.
-        example = "" if makes_own_batches(law) else str(batch)
-        return Verdict(law.__name__, statement(law), "fail", seconds, error.bug, error.seen, example)
+        # A law that makes its own batches and gives none describes them in ``error.seen``.
+        shown = error.batch or (None if makes_own_batches(law) else batch)
+        example = "" if shown is None else str(shown)
+        return Verdict(law.__name__, statement(law), if_broken, seconds, error.bug, error.seen, example, why(law))
     if passed:
         return Verdict(law.__name__, statement(law), "pass", seconds)
     return Verdict(law.__name__, statement(law), "n/a", seconds, seen=reasons[0])
+
+
+@lru_cache(4)
+def drawn_batches(drawn: Any, examples: int) -> list[Batch]:
+    """Return the random batches, which are the same for every law and in every run."""
+    batches: list[Batch] = []
+    smallest_failure(batches.append, drawn, examples)
+    return batches
 
 
 def smallest_failure(
@@ -302,16 +386,36 @@ def smallest_failure(
             raise error
 
     try:
-        holds()
+        with untouched_by_the_folder():
+            holds()
     except Exception:
         if not failures:  # an error of hypothesis itself
             raise
     return failures[-1] if failures else None  # hypothesis runs the smallest failing batch last
 
 
-def violation_by(error: Exception) -> LawBroken:
+@contextmanager
+def untouched_by_the_folder() -> Iterator[None]:
+    """Keep hypothesis from drawing constants of the user's modules, and from leaving a folder ``.hypothesis`` behind.
+
+    It does without a folder that it cannot make.
+    """
+    from hypothesis import configuration
+    from hypothesis.internal.conjecture import providers
+
+    none: Any = getattr(providers, "_local_constants", None)
+    before = getattr(configuration, "__hypothesis_home_directory", None)
+    configuration.set_hypothesis_home_dir(Path(os.devnull) / "hypothesis")
+    try:
+        with mock.patch.object(providers, "_get_local_constants", lambda: none, create=True):
+            yield
+    finally:
+        configuration.set_hypothesis_home_dir(before)
+
+
+def violation_by(error: BaseException) -> LawBroken:
     """Return the ``LawBroken`` for an unexpected exception in a law."""
-    return LawBroken("not-the-contract", f"On valid input a law fails with {type(error).__name__}: {error}.")
+    return LawBroken("not-the-contract", f"On valid input a law fails with {describe_error(error)}.")
 
 
 def statement(law: Callable[..., None]) -> str:
@@ -328,8 +432,10 @@ def run_advantage_law(law: AdvantageLaw, fn: Any) -> Verdict:
         law(fn, rewards, groups)
     except NotApplicable as reason:
         return verdict("n/a", time.monotonic() - start, seen=str(reason))
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         found = error if isinstance(error, LawBroken) else violation_by(error)
         example = f"rewards={rewards}, groups={groups}"
-        return verdict("fail", time.monotonic() - start, found.bug, found.seen, example)
+        return verdict(severity(law), time.monotonic() - start, found.bug, found.seen, example, why(law))
     return verdict("pass", time.monotonic() - start)

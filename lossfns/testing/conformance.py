@@ -9,11 +9,12 @@
 from __future__ import annotations
 
 import os
+import warnings
 from typing import Any
 
 import pytest
 
-from lossfns.testing.check import Trial, trials, without_expected_warnings
+from lossfns.testing.check import Trial, prepare, without_expected_warnings
 from lossfns.testing.subject import load
 
 
@@ -22,15 +23,18 @@ def pytest_generate_tests(metafunc: Any) -> None:
     subject = os.environ.get("LOSSFNS_SUBJECT")
     if not subject:
         raise pytest.UsageError("set LOSSFNS_SUBJECT=module:loss_fn, or pass --lossfns-subject module:loss_fn")
-    _, prepared = trials(load(subject), kind=os.environ.get("LOSSFNS_KIND"))
-    metafunc.parametrize("trial", prepared, ids=[trial.law for trial in prepared])
+    trials = prepare(load(subject), kind=os.environ.get("LOSSFNS_KIND")).trials
+    metafunc.parametrize("trial", trials, ids=[trial.law for trial in trials])
 
 
 def test_law(trial: Trial) -> None:
     """Fail where the subject breaks the law; skip where the law does not apply to it."""
     with without_expected_warnings():
         verdict = trial.run()
-    if verdict.verdict == "n/a":
+    if verdict.verdict in ("n/a", "skipped"):
         pytest.skip(verdict.seen)  # the reason why the law does not apply
-    if verdict.verdict == "fail":
-        pytest.fail(f"{verdict.says}\n{verdict.seen}\nLikely bug: {verdict.bug}\n{verdict.example}", pytrace=False)
+    found = f"{verdict.says}\n{verdict.seen}\nLikely bug: {verdict.bug}\n{verdict.example}"
+    if verdict.verdict == "wrong":
+        pytest.fail(found, pytrace=False)
+    if verdict.bug:
+        warnings.warn(f"{verdict.verdict}: {found}", stacklevel=1)

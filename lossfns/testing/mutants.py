@@ -74,7 +74,7 @@ def loss_kind(like: Any) -> str:
     """Return the kind of laws for a correct loss."""
     if not isinstance(like, Loss):
         return "advantages"
-    return "policy" if "advantages" in like.reads else "preference" if like.rows == PAIRS else "supervised"
+    return "policy" if "advantages" in like.reads else "preference" if like.rows == PAIRS else "likelihood"
 
 
 def settings_showing(bug: str, loss: str) -> list[Config]:

@@ -50,7 +50,7 @@ HERE = [
 @pytest.mark.parametrize(("args", "broken"), HERE)
 def test_the_kit_finds_what_the_page_says(args: Any, broken: set[tuple[str, str]]) -> None:
     report = check(load(f"{ROOT}/{args.subject}"), kind=args.kind, factory=args.factory)
-    assert {(v.law, v.bug) for v in report.failures} == broken
+    assert {(v.law, v.bug) for v in report.broken} == broken
 
 
 def test_the_page_names_every_loss_of_the_examples() -> None:

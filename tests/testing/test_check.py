@@ -19,7 +19,7 @@ from lossfns.cli import main
 from lossfns.testing import mutants, padded
 from lossfns.testing.batch import Batch
 from lossfns.testing.bugs import BUGS
-from lossfns.testing.check import Verdict, check, trials, without_expected_warnings
+from lossfns.testing.check import check, prepare, without_expected_warnings
 from lossfns.testing.kinds import KINDS
 from lossfns.testing.laws import (
     ADVANTAGES,
@@ -32,6 +32,7 @@ from lossfns.testing.laws import (
     policy,
     sums,
 )
+from lossfns.testing.report import BROKEN, MARKS, Verdict
 from lossfns.testing.subject import FactoryLoss, PaddedLoss, adapt
 
 # Losses as others write them
@@ -138,10 +139,10 @@ def centred(rewards: Sequence[float], groups: Sequence[Any]) -> list[float]:
 @pytest.mark.parametrize(
     ("subject", "kind"),
     [
-        (nll, "supervised"),
+        (nll, "likelihood"),
         (reinforce, "policy"),
         (dpo, "preference"),
-        (whatever, "supervised"),
+        (whatever, "likelihood"),
         (ppo_of_tensors, "policy"),
         (padded(ppo_of_tensors, eps=0.3), "policy"),
         (make_reinforce_loss, "policy"),
@@ -149,21 +150,21 @@ def centred(rewards: Sequence[float], groups: Sequence[Any]) -> list[float]:
         (Scaled, "policy"),
         pytest.param(Scaled(2.0), "policy", id="Scaled(2.0)"),
         (centred, "advantages"),
-        (lossfns.cross_entropy, "supervised"),
-        (lossfns.multi_target_cross_entropy(), "supervised"),
+        (lossfns.cross_entropy, "likelihood"),
+        (lossfns.multi_target_cross_entropy(), "likelihood"),
         (lossfns.grpo, "policy"),
         (lossfns.gspo(), "policy"),
         (lossfns.reinforce, "policy"),
         (lossfns.dpo(beta=0.5), "preference"),
         (lossfns.orpo, "preference"),
-        (lossfns.cross_entropy().bind(denominator=4.0), "supervised"),
+        (lossfns.cross_entropy().bind(denominator=4.0), "likelihood"),
         (lossfns.group_advantages, "advantages"),
-        (mutants.multi_target_cross_entropy_targets_transposed, "supervised"),
+        (mutants.multi_target_cross_entropy_targets_transposed, "likelihood"),
     ],
     ids=lambda x: x if isinstance(x, str) else getattr(x, "__name__", repr(x)),
 )
 def test_the_kind_is_found_out(subject: Any, kind: str) -> None:
-    found, ready = trials(subject, examples=0)
+    found, _, ready = prepare(subject, examples=0)
     assert found == kind
     laws = ADVANTAGES if kind == "advantages" else LAWS_BY_KIND[kind]
     assert [t.law for t in ready][: len(laws)] == [law.__name__ for law in laws]
@@ -172,11 +173,11 @@ def test_the_kind_is_found_out(subject: Any, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_kind_that_is_given_is_taken(kind: str) -> None:
-    assert trials(centred if kind == "advantages" else nll, kind=kind)[0] == kind
+    assert prepare(centred if kind == "advantages" else nll, kind=kind).kind == kind
 
 
 def test_a_claim_says_the_kind_too() -> None:
-    assert trials(lambda data, logprobs_list: (torch.zeros(()), {}), like=lossfns.dpo())[0] == "preference"
+    assert prepare(lambda data, logprobs_list: (torch.zeros(()), {}), like=lossfns.dpo()).kind == "preference"
 
 
 @pytest.mark.parametrize(
@@ -230,7 +231,7 @@ def test_what_is_made_with_another_setting_is_another_loss() -> None:
 def verdict(subject: Any, law: str, examples: int = 0) -> Verdict:
     """Return the verdict of one law."""
     with without_expected_warnings():
-        return next(trial for trial in trials(subject, examples=examples)[1] if trial.law == law).run()
+        return next(trial for trial in prepare(subject, examples=examples).trials if trial.law == law).run()
 
 
 # What the report says
@@ -239,15 +240,15 @@ def verdict(subject: Any, law: str, examples: int = 0) -> Verdict:
 def test_a_report_is_json_and_a_table() -> None:
     report = check(half_of_nll, examples=2, name="mine")
     parsed = json.loads(json.dumps(report.as_dict()))
-    assert parsed["subject"] == "mine" and parsed["kind"] == "supervised" and parsed["ok"] is False
+    assert parsed["subject"] == "mine" and parsed["kind"] == "likelihood" and parsed["ok"] is False
     assert parsed["bug"] == report.bug == report.failures[0].bug == "constant-factor"
-    assert [v["law"] for v in parsed["verdicts"]] == [law.__name__ for law in LAWS_BY_KIND["supervised"]]
+    assert [v["law"] for v in parsed["verdicts"]] == [law.__name__ for law in LAWS_BY_KIND["likelihood"]]
     for v in parsed["verdicts"]:
-        assert v["verdict"] in ("pass", "fail", "n/a") and v["seconds"] >= 0 and v["says"].endswith(".")
-        assert (v["bug"] in BUGS) == (v["verdict"] == "fail") and bool(v["seen"]) == (v["verdict"] != "pass")
+        assert v["verdict"] in MARKS and v["seconds"] >= 0 and v["says"].endswith(".")
+        assert (v["bug"] in BUGS) == (v["verdict"] in BROKEN) and bool(v["seen"]) == (v["verdict"] != "pass")
     lines = report.table().splitlines()
-    assert lines[0] == "mine (supervised)"
-    assert sum(line.startswith("ok ") for line in lines) + sum(line.startswith("FAIL ") for line in lines) > 20
+    assert lines[0].startswith("mine (likelihood")
+    assert sum(line.startswith(("ok ", "WRONG ", "unsure ")) for line in lines) > 20
     assert (
         any(BUGS["constant-factor"].description in line for line in lines)
         and "most likely constant-factor: " in lines[-1]
@@ -361,12 +362,12 @@ def run(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]:
     [
         (["lossfns:cross_entropy"], 0, "laws hold"),
         (["lossfns:group_advantages"], 0, "6 laws hold"),
-        ([HERE + "nll"], 0, "nll (supervised)"),
+        ([HERE + "nll"], 0, "nll (likelihood)"),
         ([HERE + "half_of_nll"], 1, "most likely constant-factor"),
         ([HERE + "make_reinforce_loss", "--factory"], 0, "(policy)"),
         ([HERE + "nll", "--kind", "any"], 0, "(any)"),
-        ([HERE + "nll", "--like", "cross_entropy"], 0, "ok    agreement"),
-        ([HERE + "half_of_nll", "--like", "cross_entropy(weigh=sequence_mean)"], 1, "FAIL  agreement"),
+        ([HERE + "nll", "--like", "cross_entropy"], 0, "ok       agreement"),
+        ([HERE + "half_of_nll", "--like", "cross_entropy(weigh=sequence_mean)"], 1, "WRONG    agreement"),
         (["lossfns.testing.mutants:ppo_mask_after_exp"], 1, "most likely mask-after-exp"),
         (["lossfns.testing.mutants:MUTANTS.get", "--kind", "advantages"], 1, "not-the-contract"),
         (["lossfns:crossentropy"], 2, "Did you mean 'cross_entropy'?"),
@@ -465,9 +466,9 @@ def test_the_fixture_fails_with_the_table(tmp_path: Path) -> None:
         "from lossfns.testing import mutants\n"
         "import lossfns\n\n"
         "def test_right(check_loss):\n"
-        "    assert check_loss(lossfns.cross_entropy(), examples=0).kind == 'supervised'\n\n"
+        "    assert check_loss(lossfns.cross_entropy(), examples=0).kind == 'likelihood'\n\n"
         "def test_wrong(check_loss):\n"
-        "    check_loss(mutants.cross_entropy_constant_factor, kind='supervised', examples=0)\n"
+        "    check_loss(mutants.cross_entropy_constant_factor, kind='likelihood', examples=0)\n"
     )
     status, out = pytest_run(tmp_path)
     assert status == 1 and "1 failed, 1 passed" in out and "most likely constant-factor" in out, out

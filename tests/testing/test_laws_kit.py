@@ -11,9 +11,10 @@ import pytest
 
 import lossfns
 from lossfns.testing.bugs import BUGS
-from lossfns.testing.check import Verdict, trials, without_expected_warnings
+from lossfns.testing.check import prepare, without_expected_warnings
 from lossfns.testing.laws import ADVANTAGES, LAWS_BY_KIND
 from lossfns.testing.mutants import MUTANTS, correct_loss, oracle_loss
+from lossfns.testing.report import BROKEN, Report, Verdict
 from lossfns.testing.vectors import METHODS, load
 from tools.laws import CLAIMS, KINDS, LAWS, held_out, read_page, render_page, totals
 
@@ -88,7 +89,7 @@ def test_the_guide_explains_every_law_and_bug() -> None:
 
 def verdicts(subject: Any, examples: int = 0) -> Iterator[Verdict]:
     """Yield the verdict of each law."""
-    for trial in trials(subject, examples=examples)[1]:
+    for trial in prepare(subject, examples=examples).trials:
         with without_expected_warnings():
             verdict = trial.run()
         yield verdict
@@ -100,7 +101,8 @@ FIRST_OF_A_BUG = {vars(made)["bug"]: name for name, made in reversed(MUTANTS.ite
 def check_first_law(name: str) -> None:
     """Fail if the page names another first broken law of an exemplar."""
     recorded = EXEMPLARS[name]
-    first = next((verdict for verdict in verdicts(MUTANTS[name]) if verdict.verdict == "fail"), None)
+    found_broken = Report(name, "", verdicts=list(verdicts(MUTANTS[name]))).broken
+    first = found_broken[0] if found_broken else None
     found = (first.law, first.bug) if first else ("", "")
     assert found == (recorded.first, recorded.named), f"{first} {STALE}"
 
@@ -160,7 +162,7 @@ def broken(loss: lossfns.Loss) -> set[str]:
     """Return the laws that a correct loss breaks, but for those that its settings switch off."""
     knobs = {name: tuple(x) if isinstance(x, list) else getattr(x, "__name__", x) for name, x in loss.knobs.items()}
     off = set().union(*(laws for (name, value), laws in SWITCHED_OFF.items() if knobs.get(name, name) == value))
-    return {verdict.law for verdict in verdicts(loss) if verdict.verdict == "fail"} - off
+    return {verdict.law for verdict in verdicts(loss) if verdict.verdict in BROKEN} - off
 
 
 @cache
@@ -171,7 +173,7 @@ def report(name: str, examples: int) -> list[Verdict]:
 @pytest.mark.parametrize("examples", [0, pytest.param(12, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("name", PRESETS)
 def test_our_losses_obey_every_law(name: str, examples: int) -> None:
-    assert [verdict for verdict in report(name, examples) if verdict.verdict == "fail"] == []
+    assert [verdict for verdict in report(name, examples) if verdict.verdict in BROKEN] == []
 
 
 def test_every_law_has_something_to_say_of_our_losses() -> None:
@@ -200,7 +202,7 @@ def test_the_oracle_obeys_every_law(loss: str) -> None:
     """The oracle is a second implementation of every loss."""
     correct: Any = oracle_loss("", loss, load(loss)[0].config)
     correct.like = correct_loss(loss, load(loss)[0].config)
-    assert [verdict for verdict in verdicts(correct) if verdict.verdict == "fail"] == []
+    assert [verdict for verdict in verdicts(correct) if verdict.verdict in BROKEN] == []
 
 
 @pytest.mark.filterwarnings("ignore:k1 in a loss:lossfns.LossWarning")

@@ -1,8 +1,9 @@
 """Laws that correct losses obey: plain functions ``law(loss_fn, data, logprobs)`` that assume only the contract.
 
 A law raises ``LawBroken``, which names the most likely bug, or ``NotApplicable``. The first line of its docstring
-states the law. The tuple of a kind lists its laws in the order of diagnosis: a bug that breaks an early law often
-breaks later laws as well, so the first broken law names the bug.
+states the law, and its decorator says whether a loss that breaks it is wrong or fragile, and why. The tuple of a kind
+lists its laws in the order of diagnosis: a bug that breaks an early law often breaks later laws as well, so the first
+broken law names the bug.
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ from lossfns.testing.laws import (
     contract,
     frames,
     knobs,
+    likelihood,
     masks,
     metrics,
     policy,
     preference,
     sums,
-    supervised,
 )
 from lossfns.testing.laws.advantages import AdvantageLaw as AdvantageLaw
 from lossfns.testing.laws.base import Law as Law
@@ -81,21 +82,24 @@ POLICY = (
     policy.clip_metrics,
     policy.kl_metrics,
 )
-SUPERVISED = (
+LIKELIHOOD = (
     *BASICS,
     frames.signal,
-    supervised.linear,
+    likelihood.linear,
     frames.independence,
     frames.canary,
     *GRADIENTS_AND_PRECISION,
     *MASKS,
     contract.finite,
     *SUMS,
-    supervised.likelihood,
-    supervised.negative_weights,
+    likelihood.likelihood,
+    likelihood.negative_weights,
     sums.finite_differences,
     *CALLS_AND_METRICS,
 )
+REWEIGHTED = (*ANY_KIND,)
+UNPAIRED = (*ANY_KIND,)
+DISTILLATION = (*ANY_KIND,)
 PREFERENCE = (
     *BASICS,
     preference.odd,
@@ -147,9 +151,9 @@ SELF_CONTAINED = frozenset(
         policy.on_policy,
         policy.clip_metrics,
         policy.kl_metrics,
-        supervised.linear,
-        supervised.likelihood,
-        supervised.negative_weights,
+        likelihood.linear,
+        likelihood.likelihood,
+        likelihood.negative_weights,
         preference.pair_weights,
         preference.pair_scale,
         preference.odd,
@@ -164,5 +168,16 @@ SELF_CONTAINED = frozenset(
 )
 """Laws that make their own batches and use only the column names of the given one. They run once."""
 
-LAWS_BY_KIND = {"any": ANY_KIND, "policy": POLICY, "supervised": SUPERVISED, "preference": PREFERENCE}
+LAWS_BY_KIND = {
+    "policy": POLICY,
+    "likelihood": LIKELIHOOD,
+    "reweighted": REWEIGHTED,
+    "preference": PREFERENCE,
+    "unpaired": UNPAIRED,
+    "distillation": DISTILLATION,
+    "any": ANY_KIND,
+}
 """Kind → laws; ``any`` is the kind of a loss that fits no other kind."""
+
+COUPLED: tuple[Law, ...] = (frames.independence, sums.split, metrics.metric_merge)
+"""The laws that a loss breaks by design if it computes a statistic over the batch, such as the KL of KTO."""

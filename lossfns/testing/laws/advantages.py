@@ -6,7 +6,12 @@ import inspect
 import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
 
-from lossfns.testing.laws.base import assume, relative_difference, require
+from lossfns.testing.laws.base import (
+    assume,
+    relative_difference,
+    require,
+    wrong,
+)
 
 AdvantageFn = Callable[..., Iterable[float]]
 AdvantageLaw = Callable[[AdvantageFn, Sequence[float], Sequence[Hashable]], None]
@@ -29,12 +34,14 @@ def group_members(groups: Sequence[Hashable]) -> dict[Hashable, list[int]]:
     return members
 
 
+@wrong("a group of one has nothing to compare with")
 def alone(fn: AdvantageFn, rewards: Sequence[float], groups: Sequence[Hashable]) -> None:
     """A group of one has advantage 0."""
     (one,) = advantages_of(fn, [1.0], ["alone"])
     require(one == 0, "group-of-one-nan", f"A group of one has the advantage {one}.")
 
 
+@wrong("equal rewards hold no information")
 def constant(fn: AdvantageFn, rewards: Sequence[float], groups: Sequence[Hashable]) -> None:
     """Where all rewards of a group are equal, its advantages are 0 up to rounding."""
     result = advantages_of(fn, [0.7] * 8, ["same"] * 8)
@@ -45,6 +52,7 @@ def constant(fn: AdvantageFn, rewards: Sequence[float], groups: Sequence[Hashabl
     )
 
 
+@wrong("a prompt's advantages depend on its own samples alone")
 def groupwise(fn: AdvantageFn, rewards: Sequence[float], groups: Sequence[Hashable]) -> None:
     """Groups are identified by their ids, in any order, and do not affect one another."""
     result = advantages_of(fn, rewards, groups)
@@ -59,18 +67,21 @@ def groupwise(fn: AdvantageFn, rewards: Sequence[float], groups: Sequence[Hashab
     require(False, "groups-by-position" if right_if_sorted else "groups-ignored", seen)
 
 
+@wrong("advantages are relative to the group's mean")
 def centred(fn: AdvantageFn, rewards: Sequence[float], groups: Sequence[Hashable]) -> None:
     """The advantages of a group sum to 0."""
     result = advantages_of(fn, [1.0, 0.0, 0.5, 0.0], ["a"] * 4)
     require(abs(math.fsum(result)) < 1e-4, "not-centred", f"Rewards 1, 0, 0.5, 0 have the advantages {result}.")
 
 
+@wrong("a better sample must get the better advantage")
 def ordered(fn: AdvantageFn, rewards: Sequence[float], groups: Sequence[Hashable]) -> None:
     """Within a group, a higher reward has the higher advantage."""
     result = advantages_of(fn, [0.0, 3.0, 1.0], ["a"] * 3)
     require(result[0] < result[2] < result[1], "order-lost", f"Rewards 0, 3, 1 have the advantages {result}.")
 
 
+@wrong("scaled advantages have the standard deviation 1")
 def deviation(fn: AdvantageFn, rewards: Sequence[float], groups: Sequence[Hashable]) -> None:
     """Scaled advantages of a group of n have Σ A² = n − 1: the standard deviation divides by n − 1."""
     one, ten = (advantages_of(fn, [x, -x, 0.0], ["a"] * 3) for x in (1.0, 10.0))

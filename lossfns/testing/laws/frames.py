@@ -26,9 +26,11 @@ from lossfns.testing.laws.base import (
     unit_size,
     with_constants,
     with_slot,
+    wrong,
 )
 
 
+@wrong("a token that must be trained has no gradient")
 def signal(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
     """On-policy, a token of positive and a token of negative advantage both have a gradient."""
     probe = Probe.of(loss_fn, data, logprobs)
@@ -69,6 +71,7 @@ def diagnose_no_gradient(probe: Probe) -> None:
     require(False, "no-gradient", f"{seen}.")
 
 
+@wrong("a datum's gradient must not depend on the data that happen to share its batch")
 def independence(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
     """A datum's (or pair's) gradient does not depend on the values of another."""
     probe = Probe.of(loss_fn, data, logprobs)
@@ -132,6 +135,7 @@ def check_advantage_coupling(
     require(same_with(1, 0, 1), "zero-advantage-denominator", seen)
 
 
+@wrong("another token than the one that is trained has a gradient or an effect")
 def canary(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
     """With one token active, the gradient is at that token, and only its own columns matter."""
     probe = Probe.of(loss_fn, data, logprobs)

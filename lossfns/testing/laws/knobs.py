@@ -14,9 +14,11 @@ from lossfns.testing.laws.base import (
     Probe,
     assume,
     require,
+    wrong,
 )
 
 
+@wrong("a setting that does nothing is not the loss that was asked for")
 def no_inert_knob(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
     """Each setting changes the value or the gradient on some batch."""
     from lossfns.testing.subject import knobs, setting_elements, variants

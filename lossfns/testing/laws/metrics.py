@@ -12,14 +12,17 @@ from lossfns.testing.laws.base import (
     LossFn,
     Probe,
     assume,
+    fragile,
     require,
     unit_indices,
     unpoisoned,
     without_empty_units,
+    wrong,
 )
 from lossfns.testing.laws.sums import COUNTS
 
 
+@wrong("the metric is not what its name says")
 def metric_loss(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
     """A metric called loss is the loss."""
     probe = Probe.of(loss_fn, data, logprobs)
@@ -30,6 +33,7 @@ def metric_loss(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]
         require(math.isclose(value, result.value, rel_tol=1e-4, abs_tol=1e-6), "metric-scaled-twice", seen)
 
 
+@fragile("the metric of a whole batch is right; the metrics of its parts cannot be merged")
 def metric_merge(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
     """A metric of the batch is the sum, a mean weighted by a count, or an extreme of the metrics of its parts."""
     probe = Probe.of(loss_fn, data, logprobs)

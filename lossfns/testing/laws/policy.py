@@ -23,6 +23,7 @@ from lossfns.testing.laws.base import (
     unpoisoned,
     with_constants,
     without_empty_units,
+    wrong,
 )
 from lossfns.testing.laws.sums import COUNTS
 
@@ -43,6 +44,7 @@ def reads_old_logprobs(probe: Probe) -> bool:
     return "old_logprobs" in columns_read(probe)
 
 
+@wrong("descent must raise good tokens and lower bad ones")
 def sign(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
     """Descent makes a token of positive advantage more likely and a token of negative advantage less likely."""
     probe = Probe.of(loss_fn, data, logprobs)
@@ -57,6 +59,7 @@ def sign(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> No
     require(good < 0 < bad, likely, f"{seen}, and the loss is {value:g} for advantage 1.")
 
 
+@wrong("on-policy the policy gradient is −A, whatever the probability")
 def stop_gradient(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
     """On-policy the gradient does not depend on how likely the token was."""
     probe = Probe.of(loss_fn, data, logprobs)
@@ -65,6 +68,7 @@ def stop_gradient(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tenso
     require(probe.close(likely, unlikely), "missing-stop-gradient", seen)
 
 
+@wrong("without advantage and without divergence there is nothing to learn")
 def zero_advantage(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
     """Advantage 0 at the reference: loss and gradient are 0."""
     probe = Probe.of(loss_fn, data, logprobs)
@@ -77,6 +81,7 @@ def zero_advantage(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tens
     require(zero, "k1-in-loss" if has_kl else "sign-flipped", seen)
 
 
+@wrong("a penalty must pull back")
 def penalty(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
     """At advantage 0, a penalty on leaving the old policy pulls back to the old policy from either side."""
     probe = Probe.of(loss_fn, data, logprobs)
@@ -93,6 +98,7 @@ def penalty(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) ->
     require(pulls[0] > 0 > pulls[1], "penalty-sign", f"{seen}, on it {at_old:g}.")
 
 
+@wrong("a KL term must pull to the reference")
 def kl(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
     """The KL term pulls to the reference from either side, whatever the advantage."""
     from lossfns.testing.subject import knobs
@@ -139,6 +145,7 @@ def only_in_metrics(probe: Probe) -> bool:
     return reported[0] != reported[1] and not any("kl" in name or "beta" in name for name in knobs(probe.loss_fn))
 
 
+@wrong("the importance ratio is exp(lp − old)")
 def ratio(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
     """On a sequence whose tokens all have log-ratio d, the ratio is exp(d), whatever the length.
 
@@ -201,6 +208,7 @@ def has_sequence_ratio(probe: Probe) -> bool:
     return not probe.close([below, above], [on, on])
 
 
+@wrong("on-policy the gradient is −A·w / D")
 def on_policy(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
     """On-policy the gradient is the policy gradient −A·w / D, where D counts weights, tokens, sequences, …."""
     probe = Probe.of(loss_fn, data, logprobs)
@@ -254,6 +262,7 @@ def check_scale(probe: Probe, batch: Batch) -> None:
     require(False, "constant-factor", f"{seen}, which is not 1 / D for any D of {', '.join(counts)}.")
 
 
+@wrong("clipping must remove the incentive to leave the trust region, and no other gradient")
 def clip(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
     """The upper bound removes the gradient where A > 0, the lower bound where A < 0, and nowhere else."""
     probe = Probe.of(loss_fn, data, logprobs)
@@ -294,6 +303,7 @@ def is_constant(table: list[tuple[float, float, float]]) -> bool:
     return all(value == table[0][1] for _, value, _ in table)
 
 
+@wrong("the bound acts at another ratio than the one that is set")
 def clip_bounds(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
     """The gradient ends, or stops growing, at the bounds in the settings."""
     from lossfns.testing.subject import knobs
@@ -319,6 +329,7 @@ def gradient_ends_at(probe: Probe, ratio: float, advantage: float) -> bool:
     return outside == outer and inside != outside and (outside == 0 or inner != inside)
 
 
+@wrong("the correction is the ratio of the old policy to the sampler")
 def tis(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
     """The sampler correction is exp(old − sampler), at most a cap, and 1 where the two agree."""
     probe = Probe.of(loss_fn, data, logprobs)
@@ -334,6 +345,7 @@ def tis(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> Non
     require(not (factor[8.0] > 1000 and factor[25.0] > factor[8.0]), "tis-uncapped", f"{seen}.")
 
 
+@wrong("the metric is not what its name says")
 def clip_metrics(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
     """A clip fraction counts the tokens whose gradient a bound removes, and no others."""
     probe = Probe.of(loss_fn, data, logprobs)
@@ -348,6 +360,7 @@ def clip_metrics(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor
                 require(value == 0, "metric-counts-nonbinding", f"{seen}, but {name!r} is {value}.")
 
 
+@wrong("the metric is not what its name says")
 def kl_metrics(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
     """A metric named kl_ref is one of the estimators k1, k2, k3 of the KL to the reference."""
     probe = Probe.of(loss_fn, data, logprobs)

@@ -17,6 +17,7 @@ from lossfns.testing.laws.base import (
     assume,
     column_rows,
     columns_read,
+    fragile,
     influences,
     on_policy_batch,
     require,
@@ -24,6 +25,7 @@ from lossfns.testing.laws.base import (
     slots,
     uniform_batch,
     with_slot,
+    wrong,
 )
 from lossfns.testing.laws.sums import central_difference
 
@@ -34,6 +36,7 @@ def pair_batch(probe: Probe, chosen: float = -2.0, rejected: float = -2.0, lengt
     return batch.having(logprobs=[[chosen] * length, [rejected] * length] * pairs)
 
 
+@wrong("descent must raise the chosen side and lower the rejected one")
 def sides(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
     """Descent makes the chosen side of every pair more likely and the rejected side less likely."""
     probe = Probe.of(loss_fn, data, logprobs)
@@ -53,6 +56,7 @@ def sides(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> N
     require(signs_alternate, "pair-layout", f"In three equal pairs the gradients are {[row[0] for row in rows]}.")
 
 
+@wrong("another token than the one that is trained has a gradient or an effect")
 def pair_canary(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
     """With one token of each side active, the gradients are at these two, and only their columns matter."""
     probe = Probe.of(loss_fn, data, logprobs)
@@ -95,6 +99,7 @@ def check_reference_positions(probe: Probe, batch: Batch) -> None:
     require(not set(influential) & set(masked), "kl-unmasked", f"{seen}.")
 
 
+@wrong("a token's weight is its share of the side")
 def pair_weights(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
     """Within a side, a token's gradient is in proportion to its weight."""
     probe = Probe.of(loss_fn, data, logprobs)
@@ -108,6 +113,7 @@ def pair_weights(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor
         require(False, "weights-squared" if squared else "weights-binarised", seen)
 
 
+@wrong("a loss with a reference is a function of policy − reference")
 def reference(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
     """Only the difference of policy and reference matters: shifting both has no effect."""
     probe = Probe.of(loss_fn, data, logprobs)
@@ -132,6 +138,7 @@ def shift_both(batch: Batch, i: int, shift: float) -> Batch:
     return batch.having(**rows)
 
 
+@wrong("where policy and reference agree, the loss is ln 2")
 def step_zero(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
     """At the reference a logistic loss is ln 2 for each pair, and its margin is a sum of logprobs."""
     probe = Probe.of(loss_fn, data, logprobs)
@@ -149,6 +156,7 @@ def step_zero(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) 
     require(not logistic or probe.close(of_four, alone), "mean-logprob-margin", seen)
 
 
+@wrong("the gradient is off by a constant factor")
 def pair_scale(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
     """If a pair is ranked right by a large margin, the gradient of the chosen side's likelihood is not halved."""
     from lossfns.testing.subject import knobs
@@ -161,6 +169,7 @@ def pair_scale(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor])
     require(not math.isclose(gradient, -0.5, rel_tol=1e-3), "pairs-miscounted", seen)
 
 
+@wrong("a pair that is ranked worse must cost more")
 def monotone(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
     """A pair ranked wrong by a larger margin has the larger loss."""
     probe = Probe.of(loss_fn, data, logprobs)
@@ -170,6 +179,7 @@ def monotone(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -
         require(after.value < before.value, "sides-swapped", seen)
 
 
+@wrong("the log-odds are lp − log(1 − p)")
 def odds(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
     """Without a reference, the rejected side's gradient at equal sides is constant or grows as 1 / (1 − p)."""
     probe = Probe.of(loss_fn, data, logprobs)
@@ -187,6 +197,7 @@ def odds(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> No
     require(constant or right, "log-odds-biased", f"{seen}, not {expected[worst]:g}.")
 
 
+@fragile("an even number of datums is right")
 def odd(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
     """An odd number of datums is refused."""
     probe = Probe.of(loss_fn, data, logprobs)
@@ -198,6 +209,7 @@ def odd(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> Non
     require(False, "odd-datum-dropped", "Three datums are accepted, which is one pair and a half.")
 
 
+@wrong("the metric is not what its name says")
 def margin_metrics(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
     """A metric named reward margin is the argument of the sigmoid: β times the margin, and not β² times."""
     probe = Probe.of(loss_fn, data, logprobs)

@@ -94,9 +94,8 @@ class Row:
 
     @property
     def sequence_ratio(self) -> Tensor:
-        """exp of the mean log-ratio over the participating tokens, with each token's own gradient."""
-        inside = self.w != 0
-        mean = self.d.detach()[inside].mean() if inside.any() else torch.tensor(0.0, dtype=torch.float64)
+        """exp of the log-ratio's weighted mean over the sequence, with each token's own gradient."""
+        mean = (self.w * self.d.detach()).sum() / self.w.sum() if self.w.any() else torch.zeros(()).double()
         return (mean + self.lp - self.lp.detach()).exp()
 
 

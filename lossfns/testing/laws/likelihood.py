@@ -8,10 +8,20 @@ from typing import Any
 
 from torch import Tensor
 
-from lossfns.testing.laws.base import LossFn, Probe, assume, require, shifted, unpoisoned
+from lossfns.testing.laws.base import (
+    LossFn,
+    Probe,
+    assume,
+    fragile,
+    require,
+    shifted,
+    unpoisoned,
+    wrong,
+)
 from lossfns.testing.laws.policy import check_scale, unequal_weights_batch
 
 
+@wrong("the gradient of −w·lp does not depend on lp")
 def linear(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
     """The gradient does not depend on the logprobs, and that of each of K targets is proportional to its weight."""
     probe = Probe.of(loss_fn, data, logprobs)
@@ -35,6 +45,7 @@ def linear(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> 
         require(not transposed, "targets-transposed", seen)
 
 
+@wrong("the gradient of −Σ w·lp / D is −w / D")
 def likelihood(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
     """The gradient is −w / D."""
     probe = Probe.of(loss_fn, data, logprobs)
@@ -51,6 +62,7 @@ def likelihood(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor])
     check_scale(probe, batch)
 
 
+@fragile("weights are negative only where gradients are sent as weights")
 def negative_weights(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
     """A negative weight makes its token less likely: the two-pass protocol sends gradients as weights."""
     probe = Probe.of(loss_fn, data, logprobs)
