@@ -19,7 +19,6 @@ from lossfns.testing.laws.base import (
     LossFn,
     RecordingDatum,
     measure,
-    on_policy_batch,
     relative_difference,
 )
 from lossfns.testing.names import column_of
@@ -136,9 +135,10 @@ def detect_kind(loss_fn: LossFn) -> tuple[str, bool]:
         return "policy", False
     if "labels" in reads or any(name.startswith("KL ") for name in reads):
         return "unpaired", False
-    sides = any(name.startswith(("chosen ", "rejected ")) for name in reads)
-    coupled = "pairs" if sides or takes_pairs(loss_fn) else coupling(loss_fn)
-    if coupled in ("pairs", "halves", "partners"):
+    coupled = coupling(loss_fn)
+    if any(name.startswith(("chosen ", "rejected ")) for name in reads):
+        return "preference", coupled == "batch"
+    if coupled in ("pairs", "halves", "partners") or takes_pairs(loss_fn):
         return "preference", False
     if names_a_teacher(loss):
         return "distillation", False
@@ -158,7 +158,8 @@ def vanishes_at_teacher(loss_fn: LossFn) -> bool:
 
     This holds for a divergence from a teacher. It does not for a policy gradient whose advantages are in the weights.
     """
-    batch = on_policy_batch(SMALL[1])
+    others = ("old_logprobs", "ref_logprobs", "sampler_logprobs")
+    batch = SMALL[1].having(**dict.fromkeys(others, SMALL[1].logprobs))
     try:
         result = measure(loss_fn, batch.data(), batch.tensors(torch.float32))
     except LawBroken:
