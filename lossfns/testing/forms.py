@@ -197,15 +197,24 @@ def same_rows(a: Rows, b: Rows) -> bool:
 
 
 class ContractLoss(Adapted):
-    """A contract function that an object, a class or a factory makes, or one that reads fields of other names."""
+    """A contract function that an object, a class or a factory makes, or one that reads fields of other names.
+
+    Attributes:
+        spells: whether it reads fields by other names than the datums'.
+        read: the names of the fields as it spells them.
+        missing: those that no datum has.
+    """
 
     def __init__(self, target: Target) -> None:
         super().__init__(target)
-        self.read: set[str] = set()  # the names of the fields as the loss spells them
+        self.spells = True
+        self.read: set[str] = set()
         self.missing: set[str] = set()
 
     def __call__(self, data: Sequence[Any], logprobs_list: Sequence[Tensor]) -> Any:
-        return self.target.fn([SpelledDatum(datum, self.read, self.missing) for datum in data], logprobs_list)
+        if self.spells:
+            data = [SpelledDatum(datum, self.read, self.missing) for datum in data]
+        return self.target.fn(data, logprobs_list)
 
 
 class SpelledFields(dict[str, Any]):
@@ -232,6 +241,9 @@ class SpelledFields(dict[str, Any]):
     def get(self, name: str, default: Any = None) -> Any:
         self.read.add(name)
         return self.fields.get(self.resolve(name), default)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self.fields[name] = value
 
     def items(self) -> Any:
         return self.fields.items()

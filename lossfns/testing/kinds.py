@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lossfns.errors import LossInputError
 from lossfns.inspect.probe import ALIASES
 from lossfns.loss import BoundLoss, Loss
 from lossfns.testing.batch import Batch, Rows
@@ -107,13 +107,13 @@ def takes_rewards(subject: Any) -> bool:
     if isinstance(subject, (Loss, BoundLoss, Adapted)) or not callable(subject):
         return False
     try:
-        names = [p.name for p in parameters(subject)]
+        if inspect.isclass(subject) and all(p.default is not p.empty for p in parameters(subject)):
+            subject = subject()
         required = [p.name for p in parameters(subject) if p.default is p.empty]
-    except LossInputError:
+    except Exception:  # ``adapt`` says what is wrong
         return False
-    if not names or names[0] not in REWARDS:
-        return False
-    return all(name in (*REWARDS, *GROUPS, *GROUP_SIZES) or column_of(name) == "weights" for name in required)
+    known = (*REWARDS, *GROUPS, *GROUP_SIZES)
+    return any(n in REWARDS for n in required) and all(n in known or column_of(n) == "weights" for n in required)
 
 
 def detect_kind(loss_fn: LossFn) -> tuple[str, bool]:

@@ -155,8 +155,8 @@ class Report:
         kind = f"taken as {self.kind}; --kind for another" if self.guessed else self.kind
         claim = f"; claims to be {self.like}" if self.like else ""
         couples = f"; couples datums: {self.couples}" if self.couples else ""
-        form = f"; {self.form}" if self.form else ""
-        return printable(f"{self.subject} ({kind}{claim}{couples}{form})")
+        form = f", {self.form}" if self.form else ""
+        return printable(f"{self.subject} ({kind}{claim}{couples}){form}")
 
     @property
     def summary(self) -> str:

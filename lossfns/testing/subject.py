@@ -228,11 +228,17 @@ def adapt_contract(target: Target) -> LossFn:
         failure = None
         break
     if failure and isinstance(failure[0], KeyError) and failure[1]:
-        fields = ", ".join(sorted({"target_tokens", "mask", "logprobs", "weights", *PROBE.columns}))
+        fields = ", ".join(sorted(FIELDS))
         got = f"it reads the field {', '.join(map(repr, sorted(failure[1])))}, which no datum of the kit has"
         raise LossInputError("subject", "a loss that reads known fields", got, f"Known fields: {fields}.")
-    spelled = any(name not in (*PROBE.columns, "weights", "mask", "logprobs", "target_tokens") for name in loss.read)
-    return loss if spelled or target.maker is not None else target.subject
+    loss.spells = any(
+        name not in (*PROBE.columns, "weights", "mask", "logprobs", "target_tokens") for name in loss.read
+    )
+    return loss if loss.spells or target.maker is not None else target.subject
+
+
+FIELDS = {"target_tokens", "mask", "logprobs", "weights", *PROBE.columns}
+"""The fields of the kit's datums."""
 
 
 def follows_contract(fn: Callable[..., Any], required: Sequence[str]) -> bool:
@@ -359,6 +365,7 @@ def adapt_advantages(fn: Any) -> Callable[[Sequence[float], Sequence[Any]], list
     >>> adapt_advantages(rloo)([1.0, 0.0, 0.0, 1.0], ["a", "b", "a", "b"])
     [1.0, -1.0, -1.0, 1.0]
     """
+    fn = fn() if inspect.isclass(fn) else fn
     required = [p for p in parameters(fn) if p.default is p.empty or p.name in (*GROUPS, *GROUP_SIZES)]
     names = [p.name for p in required]
     unknown = [n for n in names if n not in (*REWARDS, *GROUPS, *GROUP_SIZES) and column_of(n) != "weights"]

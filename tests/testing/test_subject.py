@@ -437,7 +437,7 @@ def test_a_pair_without_tokens_is_not_shown_to_a_loss_of_sums() -> None:
 def test_the_mean_of_a_vector_of_losses_is_taken_and_the_report_says_so() -> None:
     found = adapt(trl_dpo)
     title = check(trl_dpo, examples=0).title
-    assert title == "trl_dpo (preference; called with sums over trained tokens, the mean of its losses is taken)"
+    assert title == "trl_dpo (preference), called with sums over trained tokens, the mean of its losses is taken"
     _, metrics = found(BATCH.data(), BATCH.tensors())
     assert set(metrics) == {"chosen_rewards"}
     assert found.returns_vector  # type: ignore[attr-defined]
