@@ -168,7 +168,7 @@ def isolated_check(args: argparse.Namespace, skip: Mapping[str, str]) -> Report:
     return report
 
 
-CALL = ["contract", "A call returns a 0-d tensor that requires grad, and a dict of plain floats."]
+CALL = ("contract", "A call returns a 0-d tensor that requires grad, and a dict of plain floats.")
 """The law that the subject breaks if it ends the process before the first law, in the calls that find out its kind."""
 
 
@@ -176,28 +176,23 @@ def check_and_send(
     args: argparse.Namespace, kind: str | None, like: Loss | None, skip: Mapping[str, str], send: Send
 ) -> None:
     """Check the subject in this process, and send what is being done, the laws, and each verdict."""
-    from lossfns.testing.check import prepare, surviving_interrupts
+    from lossfns.testing.check import ends_process, prepare, surviving_interrupts
     from lossfns.testing.laws.base import describe_error
     from lossfns.testing.subject import load
 
     sys.path.insert(0, os.getcwd())  # as ``python`` does, so that a module in the current folder is found
+    options = {"factory": args.factory, "couples": args.couples, "examples": args.examples}
+    calls = False
     try:
         subject = load(args.subject)
+        calls = True
         send(["doing", CALL[0]])
-        prepared = surviving_interrupts(
-            prepare(
-                subject,
-                kind=kind,
-                factory=args.factory,
-                like=like,
-                skip=skip,
-                couples=args.couples,
-                examples=args.examples,
-            )
-        )
+        prepared = surviving_interrupts(prepare(subject, kind=kind, like=like, skip=skip, **options))
     except LossInputError as error:
         return send(["refused", printable(str(error))])
     except BaseException as error:
+        if calls and isinstance(error, KeyboardInterrupt):
+            return send(["verdict", vars(ends_process(*CALL, f"it raises {describe_error(error)}"))])
         return send(["refused", f"{args.subject} cannot be tested: {describe_error(error)}"])
     *about, trials = prepared
     send(["about", [[trial.law, trial.says] for trial in trials], *about])

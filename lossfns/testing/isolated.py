@@ -12,6 +12,7 @@ import os
 import select
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -46,17 +47,33 @@ def run_isolated(work: Callable[[Send], None], timeout: float) -> Iterator[Any]:
     if pid == 0:
         run_child(work, writer, timeout)
     os.close(writer)
-    try:
-        for message in messages(reader, pid, deadline):
-            if message == DONE:
-                return
-            yield message
-    finally:
-        os.close(reader)
-        end_group(pid)
+    with exit_on_signals():
+        try:
+            for message in messages(reader, pid, deadline):
+                if message == DONE:
+                    return
+                yield message
+        finally:
+            os.close(reader)
+            end_group(pid)
 
 
 DONE = ["done"]
+
+
+@contextlib.contextmanager
+def exit_on_signals() -> Iterator[None]:
+    """Raise SystemExit for the signals that would end this process at once, and leave the child behind."""
+    fatal = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) == signal.SIG_DFL]
+    if threading.current_thread() is not threading.main_thread():
+        fatal = []  # only the main thread may set handlers
+    for number in fatal:
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        for number in fatal:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def messages(reader: int, pid: int, deadline: float) -> Iterator[Any]:
@@ -124,7 +141,6 @@ def run_child(work: Callable[[Send], None], writer: int, timeout: float) -> NoRe
     try:
         os.setsid()
         signal.alarm(min(int(timeout) + 60, 2**31 - 1))  # should the parent be gone by then
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         redirect_streams()
         owner = os.getpid()
 
