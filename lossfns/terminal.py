@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -27,19 +26,6 @@ def printable(text: str, limit: int = 2000) -> str:
     return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
-@contextmanager
-def quiet_pipe() -> Iterator[None]:
-    """Print what is inside. If the reader of standard output has gone away, stop quietly."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # an encoding may lack characters
-    try:
-        yield
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
-
-
 def console_on(stream: TextIO | None) -> Console | None:
     """Return a rich console on a terminal; None where the stream is no terminal, or rich is not installed.
 
@@ -53,6 +39,29 @@ def console_on(stream: TextIO | None) -> Console | None:
         return None
     console = Console(file=stream, markup=False, highlight=False, emoji=False)
     return console if console.is_terminal and not console.is_dumb_terminal else None
+
+
+@contextmanager
+def while_read(stream: TextIO | None) -> Iterator[None]:
+    """Print to a stream for as long as somebody reads it. If its pipe is closed, the rest of the block is left out."""
+    try:
+        yield
+        if stream is not None:
+            stream.flush()
+    except (BrokenPipeError, ConnectionError):
+        discard(stream)
+
+
+def say(text: str) -> None:
+    """Print text on standard output. Characters that its encoding does not have are escaped."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding))
+
+
+def discard(stream: TextIO | None) -> None:
+    """Send what a stream still holds, and all that follows, nowhere. Python would fail at its end to flush it."""
+    with suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # type: ignore[union-attr]
 
 
 def print_report(
@@ -74,12 +83,12 @@ def print_report(
     as_json = json.dumps(report.as_dict(), indent=1, ensure_ascii=False)
     if json_to and json_to != "-":
         Path(json_to).write_text(as_json + "\n", encoding="utf-8", errors="backslashreplace")
-    with quiet_pipe():
+    with while_read(sys.stdout):
         console = console_on(sys.stdout)
         if json_to == "-":
             print(json.dumps(report.as_dict(), indent=1))
         elif console is None:
-            print(text(report))
+            say(text(report))
         else:
             draw(report, console)
 

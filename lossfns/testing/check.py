@@ -42,7 +42,7 @@ from lossfns.testing.laws import (
 )
 from lossfns.testing.laws.base import LossFn, describe_error
 from lossfns.testing.report import Report, Verdict
-from lossfns.testing.subject import adapt
+from lossfns.testing.subject import adapt, adapt_advantages
 
 
 class Trial(NamedTuple):
@@ -147,6 +147,7 @@ def prepare(
     if kind is None and takes_rewards(subject):
         kind = "advantages"
     if kind == "advantages":
+        subject = adapt_advantages(subject)
         trials = [Trial(law.__name__, statement(law), partial(run_advantage_law, law, subject)) for law in ADVANTAGES]
         return Trials(kind, False, couples, "", without_skipped(trials, skip))
     try:

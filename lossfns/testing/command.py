@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lossfns.errors import LossInputError
-from lossfns.terminal import console_on, print_report, print_rows, print_wrapped, printable, quiet_pipe, status
+from lossfns.terminal import console_on, print_report, print_rows, print_wrapped, printable, say, status, while_read
 from lossfns.testing.report import MARKS, Report, Verdict
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def check_command(args: argparse.Namespace) -> int:
     """
     try:
         if args.list:
-            with quiet_pipe():
+            with while_read(sys.stdout):
                 print_list(args.kind)
             return 0
         if args.subject is None:
@@ -256,7 +256,7 @@ def print_list(kind: str | None) -> None:
         if console is None:
             widths = [max(map(len, cells)) for cells in zip(*rows)]
             lines = ["  ".join(f"{cell:{width}}" for cell, width in zip(row, widths)).rstrip() for row in rows]
-            print("\n".join([title, "", *lines, ""]))
+            say("\n".join([title, "", *lines, ""]))
         else:
             console.print(f"{title}\n", style="bold")
             print_rows(console, rows, ["cyan"] * len(rows))
@@ -276,10 +276,10 @@ def explain_command(args: argparse.Namespace) -> int:
     except LossInputError as error:
         print(f"lossfns: {error}", file=sys.stderr)
         return 2
-    with quiet_pipe():
+    with while_read(sys.stdout):
         console = console_on(sys.stdout)
         if console is None:
-            print("\n".join(textwrap.fill(line, 100, break_on_hyphens=False) for line in lines))
+            say("\n".join(textwrap.fill(line, 100, break_on_hyphens=False) for line in lines))
         else:
             print_wrapped(console, lines)
     return 0

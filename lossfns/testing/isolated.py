@@ -12,11 +12,12 @@ import os
 import select
 import signal
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, NoReturn
+
+from lossfns.testing.vectors.program import ended_by_signals
 
 Send = Callable[[Any], None]
 
@@ -47,7 +48,7 @@ def run_isolated(work: Callable[[Send], None], timeout: float) -> Iterator[Any]:
     if pid == 0:
         run_child(work, writer, timeout)
     os.close(writer)
-    with exit_on_signals():
+    with ended_by_signals():
         try:
             for message in messages(reader, pid, deadline):
                 if message == DONE:
@@ -59,21 +60,6 @@ def run_isolated(work: Callable[[Send], None], timeout: float) -> Iterator[Any]:
 
 
 DONE = ["done"]
-
-
-@contextlib.contextmanager
-def exit_on_signals() -> Iterator[None]:
-    """Raise SystemExit for the signals that would end this process at once, and leave the child behind."""
-    fatal = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) == signal.SIG_DFL]
-    if threading.current_thread() is not threading.main_thread():
-        fatal = []  # only the main thread may set handlers
-    for number in fatal:
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
-    try:
-        yield
-    finally:
-        for number in fatal:
-            signal.signal(number, signal.SIG_DFL)
 
 
 def messages(reader: int, pid: int, deadline: float) -> Iterator[Any]:
@@ -140,6 +126,8 @@ def run_child(work: Callable[[Send], None], writer: int, timeout: float) -> NoRe
     status = 1
     try:
         os.setsid()
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
         signal.alarm(min(int(timeout) + 60, 2**31 - 1))  # should the parent be gone by then
         redirect_streams()
         owner = os.getpid()
