@@ -43,7 +43,12 @@ def console_on(stream: TextIO | None) -> Console | None:
 
 @contextmanager
 def while_read(stream: TextIO | None) -> Iterator[None]:
-    """Print to a stream for as long as somebody reads it. If its pipe is closed, the rest of the block is left out."""
+    """Print to a stream for as long as somebody reads it. If its pipe is closed, the rest of the block is left out.
+
+    A character that the stream's encoding does not have is escaped.
+    """
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="backslashreplace")
     try:
         yield
         if stream is not None:
