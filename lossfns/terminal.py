@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import sys
@@ -94,7 +93,7 @@ def print_report(
         if json_to == "-":
             print(json.dumps(report.as_dict(), indent=1))
         elif console is None:
-            print(text(report))
+            say(text(report))
         else:
             draw(report, console)
 
