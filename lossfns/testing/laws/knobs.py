@@ -99,6 +99,7 @@ def ratio_batch(like: Batch, d: float, *, by_token: bool, logprob: float = -30.0
         "old_logprobs": fill(lambda i, j: level + d * sign(i, j)),
         "ref_logprobs": fill(lambda i, j: level - 0.25 - 0.25 * d * (1 + (i + j) % 3)),
         "sampler_logprobs": fill(lambda i, j: level - 0.375 * d * sign(i, j)),
+        "labels": fill(lambda i, j: float(i % 2 == 0)),
     }
     weights = fill(lambda i, j: (1.0, 0.5, 1.0, 2.0)[j % 4])
     return Batch(logprobs, weights, {name: columns[name] for name in like.columns}, like.targets)

@@ -24,6 +24,31 @@ from lossfns.testing.laws.base import (
 )
 
 POISON = (math.nan, math.inf, -math.inf, 1e30)
+OTHER_VALUES = {"advantages": 5.0}
+"""Column → an ordinary number for its masked slots; −7 for logprobs."""
+
+
+@wrong("masked slots hold the prompt's logprobs and advantages, which are arbitrary finite numbers")
+def masked_values(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
+    """Another ordinary number in a masked slot changes neither value nor gradient nor metric."""
+    probe = Probe.of(loss_fn, data, logprobs)
+    batch = with_padding(unpoisoned(probe.batch))
+    clean = probe(batch)
+    assume(clean.finite, "it is not finite on clean data")
+    for name in ("logprobs", *batch.columns):
+        if name == "labels":
+            continue  # all tokens of a datum have one label
+        value, rows = OTHER_VALUES.get(name, -7.0), column_rows(batch, name)
+        changed = [[x if w else value for x, w in zip(r, ws)] for r, ws in zip(rows, batch.weights)]
+        result = probe(batch.having(**{name: changed}))
+        seen = f"{value:g} instead of −1 in the masked slots of {name}"
+        same = probe.close([result.value, result.gradients], [clean.value, clean.gradients])
+        bug = "kl-unmasked" if name == "ref_logprobs" and "advantages" in batch.columns else "mask-missing"
+        require(same, bug, f"{seen} changes the loss from {clean.value} to {result.value}, or its gradients.")
+        for metric, before in clean.metrics.items():
+            after = result.metrics.get(metric)
+            words = f"{seen} changes the metric {metric!r} from {before} to {after}."
+            require(after is not None and probe.close(after, before), "mask-missing", words)
 
 
 @fragile("slots that are masked usually hold finite numbers")
@@ -43,14 +68,36 @@ def poison(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> 
 
 
 def with_padding(batch: Batch) -> Batch:
-    """Return the batch with a masked token before and after each sequence."""
+    """Return the batch with masked tokens before and after each sequence and inside it, another number for each."""
     width = batch.targets or 1
 
     def pad(rows: Rows, x: float) -> Rows:
-        return [[x] * width + row + [x] * width for row in rows]
+        gaps = [[[x] * (width * n) for n in padding_of(i)] for i in range(len(rows))]
+        return [a + row[:width] + b + row[width:] + c for row, (a, b, c) in zip(rows, gaps)]
 
     wide = batch.map(lambda rows: pad(rows, -1.0))
-    return wide.having(weights=pad(batch.weights, 0.0))
+    kept = {"labels": pad_labels(batch.columns["labels"], width)} if "labels" in batch.columns else {}
+    return wide.having(weights=pad(batch.weights, 0.0), **kept)
+
+
+def padding_of(i: int) -> tuple[int, int, int]:
+    """Return how many masked tokens ``with_padding`` puts before datum i, behind its first token, and after it."""
+    return 1 + i % 3, i % 2, 1 + (i + 1) % 2
+
+
+def pad_labels(rows: Rows, width: int) -> Rows:
+    """Return the labels of the padded datums, whose tokens all have the label of the datum."""
+    return [[row[0]] * (len(row) + width * sum(padding_of(i))) for i, row in enumerate(rows)]
+
+
+def unpadded(rows: Rows, width: int) -> tuple[Rows, Rows]:
+    """Return the rows of a padded batch without the padding, and the padding alone."""
+    inner, outer = [], []
+    for i, row in enumerate(rows):
+        a, b, c = (width * n for n in padding_of(i))
+        inner.append(row[a : a + width] + row[a + width + b : len(row) - c])
+        outer.append(row[:a] + row[a + width : a + width + b] + row[len(row) - c :])
+    return inner, outer
 
 
 def diagnose_leak(name: str, value: float, clean: Outcome, result: Outcome) -> tuple[str, str]:
@@ -66,22 +113,30 @@ def diagnose_leak(name: str, value: float, clean: Outcome, result: Outcome) -> t
     return "kl-unmasked" if name == "ref_logprobs" else "mask-missing", f"{seen}."
 
 
+COUNTS_PADDING = ("pad", "len", "mask", "size", "total", "count", "num", "slots", "positions", "tokens", "fill")
+"""Words in the names of metrics that may count masked tokens by their definition."""
+
+
 @wrong("the amount of padding depends on the batch and must not change the loss")
 def padding(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
-    """Masked tokens before and after a sequence change nothing, and get a gradient of exactly 0."""
+    """Masked tokens around a sequence and inside it change nothing, and get a gradient of exactly 0."""
     probe = Probe.of(loss_fn, data, logprobs)
     batch, width = unpoisoned(probe.batch), probe.batch.targets or 1
     for on_policy in (True, False):
         plain = on_policy_batch(batch) if on_policy else batch
         before, after = probe(plain), probe(with_padding(plain))
         same_value = probe.close(after.value, before.value)
-        inner = [row[width:-width] for row in after.gradients]
-        outer = [g for row in after.gradients for g in (*row[:width], *row[-width:])]
-        require(not any(outer), "mask-missing", f"Masked tokens have the gradients {outer}.")
-        seen = f"With a masked token at both ends of each sequence the loss is {after.value}, not {before.value}"
+        inner, outer = unpadded(after.gradients, width)
+        require(not any(map(any, outer)), "mask-missing", f"Masked tokens have the gradients {outer}.")
+        seen = f"With masked tokens around and inside each sequence the loss is {after.value}, not {before.value}"
         same = probe.close([after.value, inner], [before.value, before.gradients])
         bug = "padding-in-denominator" if on_policy and not same_value else "padding-in-sequence-ratio"
         require(same, bug, f"{seen} ({'on-policy' if on_policy else 'off-policy only'}).")
+        for name in before.metrics:
+            if name in after.metrics and not any(word in name.lower() for word in COUNTS_PADDING):
+                words = f"With masked tokens around and inside each sequence the metric {name!r} is"
+                now, was = after.metrics[name], before.metrics[name]
+                require(probe.close(now, was), "padding-in-denominator", f"{words} {now}, not {was}.")
 
 
 @fragile("a sequence without trained tokens is rare, and which sequences a mean counts is a rule of the house")

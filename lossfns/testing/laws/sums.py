@@ -31,6 +31,7 @@ from lossfns.testing.laws.base import (
     without_empty_units,
     wrong,
 )
+from lossfns.testing.laws.frames import STATISTIC, WHITENS, acts_by_statistic, whitens_advantages
 
 
 @wrong("a mean does not change, and a sum doubles, if the data come twice")
@@ -45,6 +46,7 @@ def duplication(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]
         rescaled = [[2 * g / factor for g in row] for row in twice.gradients[:count]]
         if probe.close([twice.value / factor, rescaled], [once.value, once.gradients]):
             return
+    assume(not whitens_advantages(probe), WHITENS)
     growth = gradient_growth(once, twice)
     seen = (
         f"The batch twice has {growth:g} times the gradient of the batch; its loss is {twice.value}, not {once.value}"
@@ -141,6 +143,8 @@ def split(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> N
     assume(len(unit_indices(batch)) > 1, "one datum cannot be split")
     if additive_counts(probe, batch):
         return
+    assume(not whitens_advantages(probe), WHITENS)
+    assume(not acts_by_statistic(probe), STATISTIC)
     seen = f"With no count of {', '.join(COUNTS)} do the gradients of the datums add up to those of the batch."
     if batch_kind(batch) == "policy":
         no_kl = batch.having(ref_logprobs=batch.logprobs) if "ref_logprobs" in batch.columns else batch
@@ -180,7 +184,7 @@ def additive_counts(probe: Probe, batch: Batch) -> list[str]:
 
 @wrong("the order of the datums carries no information")
 def permutation(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
-    """The order of datums (or pairs) does not matter."""
+    """The order of datums (or pairs) matters neither for the loss nor for its metrics."""
     probe = Probe.of(loss_fn, data, logprobs)
     batch = unpoisoned(probe.batch)
     assume(len(unit_indices(batch)) > 1, "one datum has one order")
@@ -189,6 +193,10 @@ def permutation(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]
     seen = f"In reverse order the loss is {back.value}, not {plain.value}, or its gradients differ."
     same = probe.close([back.value, back.gradients], [plain.value, [plain.gradients[i] for i in order]])
     require(same, "order-dependent", seen)
+    for name, value in plain.metrics.items():
+        reverse = back.metrics.get(name, math.nan)
+        words = f"In reverse order the metric {name!r} is {reverse}, not {value}."
+        require(probe.close(reverse, value), "order-dependent", words)
 
 
 @wrong("the gradient is not that of the value")
