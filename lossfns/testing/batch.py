@@ -51,7 +51,9 @@ class Batch:
         def flat(name: str) -> Rows:
             return [fields[name].to_numpy().reshape(-1).tolist() for fields in inputs]
 
-        names = [name for name in COLUMNS if name != "weights" and all(name in fields for fields in inputs)]
+        names = [
+            name for name in (*COLUMNS, "labels") if name != "weights" and all(name in fields for fields in inputs)
+        ]
         columns = {name: flat(name) for name in names}
         targets = logprobs[0].shape[1] if logprobs and logprobs[0].ndim == 2 else 0
         return cls([lp.detach().flatten().tolist() for lp in logprobs], flat("weights"), columns, targets)

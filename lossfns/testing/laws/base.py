@@ -199,9 +199,10 @@ def repeat_rows(batch: Batch, min_positions: int) -> Batch:
 
 
 def unpoisoned(batch: Batch) -> Batch:
-    """Return the batch with −1 in every inactive slot."""
+    """Return the batch with −1 in every inactive slot of the logprobs and of every column but the labels."""
     clean = batch.map(lambda rows: [[x if w else -1.0 for x, w in zip(r, ws)] for r, ws in zip(rows, batch.weights)])
-    return replace(clean, weights=batch.weights)
+    labels = {name: rows for name, rows in batch.columns.items() if name == "labels"}
+    return replace(clean, weights=batch.weights).having(**labels)
 
 
 def uniform_batch(batch: Batch, *, length: int = 1, datums: int = 1, **columns: float) -> Batch:

@@ -38,7 +38,7 @@ def towards_teacher(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Ten
     seen = f"A token 3 nats below the teacher has the gradient {below:g}, one 3 nats above it {above:g}."
     constant = below > 0 and probe.close(below, above)
     require(not constant, "k1-in-loss", f"{seen} The log-ratio itself is differentiated.")
-    require(below <= 0 and below <= above * (1 + 1e-6) + 1e-9, "kl-sign", seen)
+    require(below <= 0 and below <= above + 1e-6 * abs(above), "kl-sign", seen)
 
 
 @wrong("a teacher without effect teaches nothing")

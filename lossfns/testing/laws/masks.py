@@ -35,9 +35,7 @@ def masked_values(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tenso
     batch = with_padding(unpoisoned(probe.batch))
     clean = probe(batch)
     assume(clean.finite, "it is not finite on clean data")
-    for name in ("logprobs", *batch.columns):
-        if name == "labels":
-            continue  # all tokens of a datum have one label
+    for name in columns_by_token(batch):
         value, rows = OTHER_VALUES.get(name, -7.0), column_rows(batch, name)
         changed = [[x if w else value for x, w in zip(r, ws)] for r, ws in zip(rows, batch.weights)]
         result = probe(batch.having(**{name: changed}))
@@ -58,13 +56,18 @@ def poison(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> 
     batch = with_padding(unpoisoned(probe.batch))
     clean = probe(batch)
     assume(clean.finite, "it is not finite without poison either")
-    for name in ("logprobs", *batch.columns):
+    for name in columns_by_token(batch):
         for value in POISON:
             rows = column_rows(batch, name)
             poisoned = [[x if w else value for x, w in zip(r, ws)] for r, ws in zip(rows, batch.weights)]
             result = probe(batch.having(**{name: poisoned}))
             if repr(result) != repr(clean):
                 require(False, *diagnose_leak(name, value, clean, result))
+
+
+def columns_by_token(batch: Batch) -> list[str]:
+    """Return the logprobs and the columns that differ by token; all tokens of a datum have one label."""
+    return ["logprobs", *(name for name in batch.columns if name != "labels")]
 
 
 def with_padding(batch: Batch) -> Batch:

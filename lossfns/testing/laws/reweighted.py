@@ -59,7 +59,9 @@ def proportional(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor
     assume(not reads_only_mask(probe), "it reads a mask, which holds no fractions")
     weights, width = (1.0, 0.5, 2.0), probe.batch.targets or 1
     batch = uniform_batch(probe.batch, length=len(weights))
-    batch = batch.having(weights=[[w * x for w, x in zip((w for w in weights for _ in range(width)), batch.weights[0])]])
+    batch = batch.having(
+        weights=[[w * x for w, x in zip((w for w in weights for _ in range(width)), batch.weights[0])]]
+    )
     row = probe(batch).gradients[0][::width]
     assume(row[0] != 0, "there is no gradient")
     shares = [g / row[0] for g in row]

@@ -59,7 +59,9 @@ def unpaired_reference(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[
         both = {"logprobs": batch.logprobs, "ref_logprobs": batch.columns["ref_logprobs"]}
         lower = batch.having(**{name: shifted(rows, [(i, 0)], -4.0) for name, rows in both.items()})
         before, after = probe(batch), probe(lower)
-        seen = f"With policy and reference of {words} answer 4 nats lower the loss is {after.value}, not {before.value}."
+        seen = (
+            f"With policy and reference of {words} answer 4 nats lower the loss is {after.value}, not {before.value}."
+        )
         same = probe.close([after.value, after.gradients], [before.value, before.gradients])
         require(same, "reference-misused", seen)
 
