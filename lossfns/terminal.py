@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -14,12 +15,12 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
-def console_on(stream: TextIO) -> Console | None:
+def console_on(stream: TextIO | None) -> Console | None:
     """Return a rich console on a terminal; None where the stream is no terminal, or rich is not installed.
 
     The console prints strings as they are: it reads no markup in them. It obeys ``NO_COLOR``.
     """
-    if not stream.isatty():
+    if stream is None or not stream.isatty():
         return None
     try:
         from rich.console import Console
@@ -27,6 +28,29 @@ def console_on(stream: TextIO) -> Console | None:
         return None
     console = Console(file=stream, markup=False, highlight=False, emoji=False)
     return console if console.is_terminal and not console.is_dumb_terminal else None
+
+
+@contextmanager
+def while_read(stream: TextIO | None) -> Iterator[None]:
+    """Print to a stream for as long as somebody reads it. If its pipe is closed, the rest of the block is left out."""
+    try:
+        yield
+        if stream is not None:
+            stream.flush()
+    except (BrokenPipeError, ConnectionError):
+        discard(stream)
+
+
+def say(text: str) -> None:
+    """Print text on standard output. Characters that its encoding does not have are escaped."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding))
+
+
+def discard(stream: TextIO | None) -> None:
+    """Send what a stream still holds, and all that follows, nowhere. Python would fail at its end to flush it."""
+    with suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # type: ignore[union-attr]
 
 
 def print_report(report: Any, draw: Callable[[Any, Console], None], json_to: str | None) -> None:

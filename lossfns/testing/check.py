@@ -37,7 +37,7 @@ from lossfns.testing.laws import (
 )
 from lossfns.testing.laws.base import LossFn
 from lossfns.testing.report import Report, Verdict
-from lossfns.testing.subject import adapt
+from lossfns.testing.subject import adapt, adapt_advantages
 
 
 class Trial(NamedTuple):
@@ -71,6 +71,7 @@ def prepare(
         raise LossInputError("kind", f"one of {', '.join(KINDS)}", repr(kind), "Leave it out to have it detected.")
     skipped = {law.__name__: f"it couples the batch: {couples}" for law in COUPLED if couples} | dict(skip or {})
     if kind == "advantages":
+        subject = adapt_advantages(subject)
         advantage_trials = [Trial(law.__name__, partial(run_advantage_law, law, subject)) for law in ADVANTAGES]
         return Trials(kind, False, without_skipped(advantage_trials, skipped, ADVANTAGES))
     with without_expected_warnings():

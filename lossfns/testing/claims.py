@@ -14,7 +14,7 @@ from lossfns.testing.laws.base import Law, LawBroken, LossFn, NotApplicable, Pro
 from lossfns.testing.laws.knobs import generic_batches
 from lossfns.testing.public import public
 from lossfns.testing.vectors.library import reply_to, subject_for
-from lossfns.testing.vectors.runner import Exchange, VectorReport, evaluate
+from lossfns.testing.vectors.runner import VectorReport, evaluate
 from lossfns.testing.vectors.vector import METHODS, Vector, load
 
 
@@ -73,7 +73,7 @@ def vectors_law(subject: Any, like: Loss, matched: Sequence[Vector]) -> Law:
         dtype = str(logprobs[0].dtype).removeprefix("torch.")
         preset = subject is public(like.name)
         replies = {v.id: reply_to(v, dtype) if preset else reply_of(loss_fn, v, logprobs[0].dtype) for v in matched}
-        report = VectorReport(repr(like), dtype, [evaluate(v, Exchange(replies, ""), dtype, ()) for v in matched])
+        report = VectorReport(repr(like), dtype, [evaluate(v, replies[v.id], dtype, ()) for v in matched])
         if report.ok:
             return
         first = report.failures[0]
