@@ -157,8 +157,8 @@ BUGS: dict[str, Bug] = {
     "pairs-miscounted": Bug("the mean over pairs divides by the number of sequences", ()),
     "odd-datum-dropped": Bug("an odd datum is dropped in silence", ()),
     "margin-clamped": Bug("the margin is clamped: a pair that is ranked wrong by more has no gradient", ()),
-    "one-side-normalised": Bug("one side of a pair is divided by its length and the other is not, or both by the length "
-        "of one", ("SimPO and CPO in one code path",)),
+    "one-side-normalised": Bug("one side of a pair is divided by its length and the other is not, or both by the "
+        "length of one", ("SimPO and CPO in one code path",)),
     "rejected-raised": Bug("a likelihood term takes in the rejected side and raises it too", ()),
     "beta-misplaced": Bug("beta is applied twice, in one term only, or outside the sigmoid", ()),
     "smoothing-misapplied": Bug("label smoothing with the wrong sign or without its factor 1 / (1 − 2ε)", ()),

@@ -41,16 +41,8 @@ def pair_batch(probe: Probe, chosen: float = -2.0, rejected: float = -2.0, lengt
 
 
 BETAS = ("beta", "dpo_beta", "beta_dpo", "simpo_beta", "kl_beta")
-SMOOTHINGS = [
-    "label_smoothing",
-    "smoothing",
-    "label_noise",
-    "noise",
-    "noise_rate",
-    "flip_rate",
-    "flip_prob",
-    "flip_probability",
-]
+SMOOTHINGS = ("label_smoothing", "smoothing", "label_noise", "noise", "noise_rate", "flip_rate", "flip_prob",
+    "flip_probability", "label_flip_prob")  # fmt: skip
 SMALL_NUMBERS = ("eps", "epsilon")
 """Settings that are a label smoothing in one loss, and in another a constant that guards a division."""
 MARGINS = ("gamma", "margin", "target_margin", "target_reward_margin", "simpo_gamma", "gamma_beta_ratio", "delta")
