@@ -28,7 +28,8 @@ LossFn = Callable[..., Result]
 
 
 def column(datum: Any, name: str) -> Tensor:
-    return datum.loss_fn_inputs[name].to_torch()
+    values: Tensor = datum.loss_fn_inputs[name].to_torch()
+    return values
 
 
 def rows(data: Data, logprobs: Logprobs, *names: str) -> list[list[Tensor]]:
@@ -361,7 +362,8 @@ def kto(r: Tensor, z: Any, good: Tensor, beta: float = 0.1, desirable_weight: fl
         undesirable_weight: float = 1.0) -> Tensor:  # fmt: skip
     sign = torch.where(good, 1.0, -1.0)
     weight = torch.where(good, desirable_weight, undesirable_weight)
-    return weight * (1 - (beta * sign * (r - z)).sigmoid())
+    value: Tensor = (beta * sign * (r - z)).sigmoid()
+    return weight * (1 - value)
 
 
 def bco(r: Tensor, z: Any, good: Tensor, beta: float = 0.1) -> Tensor:
@@ -560,6 +562,12 @@ def summed(data: Data, logprobs: Logprobs) -> Result:
     return -(w * lp).sum(), {}
 
 
+def counted_in_bfloat16(data: Data, logprobs: Logprobs) -> Result:
+    w, lp = flat(data, logprobs)
+    return -(w * lp).sum() / w.to(torch.bfloat16).sum().float(), {}
+
+
+WRONG_LIKELIHOOD: dict[tuple[str, str], LossFn] = {("nll_counted", "low-precision"): counted_in_bfloat16}
 CORRECT_LIKELIHOOD: dict[str, LossFn] = {
     "over the absolute weights": smoothed_unlikelihood,
     "mean of sequence means": token_mean_of_means,
@@ -718,6 +726,7 @@ WRONG_BY_KIND: dict[str, dict[tuple[str, str], Any]] = {
     "unpaired": WRONG_UNPAIRED,
     "reweighted": WRONG_REWEIGHTED,
     "distillation": WRONG_DISTILLATION,
+    "likelihood": WRONG_LIKELIHOOD,
     "advantages": WRONG_ADVANTAGES,
 }
 """Kind → (loss, bug) → loss with this bug."""

@@ -36,6 +36,7 @@ GRADIENTS_AND_PRECISION: tuple[Law, ...] = (
 )
 MASKS: tuple[Law, ...] = (masks.masked_values, masks.padding, masks.poison)
 SUMS: tuple[Law, ...] = (
+    sums.many_tokens,
     sums.duplication,
     sums.replicas,
     sums.split,
@@ -152,7 +153,6 @@ DISTILLATION = (
 )
 PREFERENCE = (
     *BASICS,
-    preference.odd,
     frames.signal,
     preference.smoothing,
     preference.rejected_side,
@@ -174,6 +174,7 @@ PREFERENCE = (
     preference.lengths_alike,
     preference.target,
     *SUMS,
+    preference.odd,
     sums.finite_differences,
     *CALLS_AND_METRICS,
     preference.pair_metrics,
@@ -199,6 +200,7 @@ SELF_CONTAINED = frozenset(
         contract.host_sync,
         contract.finite,
         knobs.no_inert_knob,
+        sums.many_tokens,
         frames.signal,
         frames.independence,
         frames.canary,

@@ -346,15 +346,23 @@ def setting_named(loss_fn: LossFn, *names: str) -> tuple[str, float] | None:
     return None
 
 
-def with_setting(probe: Probe, name: str, value: float) -> Probe | None:
-    """Return the probe of the loss with another setting, or None where the loss refuses it."""
+def setting_of(loss_fn: LossFn, why: str, *names: str) -> tuple[str, float]:
+    """Return name and value of the first numeric setting with one of these names. Raise NotApplicable without one."""
+    found = setting_named(loss_fn, *names)
+    if found is None:
+        raise NotApplicable(why)
+    return found
+
+
+def with_setting(probe: Probe, name: str, value: float) -> Probe:
+    """Return the probe of the loss with another setting. Raise NotApplicable where the loss refuses it."""
     from lossfns.testing.subject import with_settings
 
     try:
         other = replace(probe, loss_fn=with_settings(probe.loss_fn, **{name: value}))
         other(uniform_batch(probe.batch, length=2, datums=unit_size(probe.batch)))
-    except (LawBroken, TypeError, ValueError):
-        return None
+    except (LawBroken, TypeError, ValueError) as refusal:
+        raise NotApplicable(f"it refuses {name} = {value:g}") from refusal
     return other
 
 

@@ -83,7 +83,7 @@ def whitens_advantages(probe: Probe) -> bool:
     The gradient is then an affine function of the datum's advantage, whose slope and offset depend on the batch. A loss
     that claims to be one of this library does not whiten.
     """
-    if "advantages" not in probe.batch.columns or hasattr(probe.loss_fn, "like"):
+    if "advantages" not in probe.batch.columns or getattr(probe.loss_fn, "like", None) is not None:
         return False
     batch = on_policy_batch(uniform_batch(probe.batch, datums=4))
 

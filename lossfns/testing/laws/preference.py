@@ -14,6 +14,7 @@ from torch import Tensor
 from lossfns.testing.batch import Batch
 from lossfns.testing.laws.base import (
     LossFn,
+    NotApplicable,
     Outcome,
     Probe,
     assume,
@@ -24,6 +25,7 @@ from lossfns.testing.laws.base import (
     reads_only_mask,
     require,
     setting_named,
+    setting_of,
     shifted,
     slots,
     uniform_batch,
@@ -45,6 +47,8 @@ SMOOTHINGS = ("label_smoothing", "smoothing", "label_noise", "noise", "noise_rat
     "flip_probability", "label_flip_prob")  # fmt: skip
 SMALL_NUMBERS = ("eps", "epsilon")
 """Settings that are a label smoothing in one loss, and in another a constant that guards a division."""
+LAMBDAS = ("lam", "lambda_or", "lambda_", "lambda_odds", "or_weight", "odds_weight")
+"""Settings for the weight of ORPO's odds ratio, which some trainers call beta."""
 MARGINS = ("gamma", "margin", "target_margin", "target_reward_margin", "simpo_gamma", "gamma_beta_ratio", "delta")
 
 
@@ -313,8 +317,9 @@ def lengths_alike(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tenso
     """
     probe = Probe.of(loss_fn, data, logprobs)
     alone = response(probe, 1, 1, 1, 1)
-    assume(alone is not None, "the sides have no term in common")
-    sums, means = (alike_at_equal_lengths(probe, alone, power) for power in (0, 1))  # type: ignore[arg-type]
+    if alone is None:
+        raise NotApplicable("the sides have no term in common")
+    sums, means = (alike_at_equal_lengths(probe, alone, power) for power in (0, 1))
     if sums == means:  # neither of the two: is it one for each side?
         mixed = [(p, q) for p, q in ((0, 1), (1, 0)) if fits(alone, response(probe, 3, 3, 3**p, 3**q), 3**-p, 3**-q)]
         assume(bool(mixed), "it neither sums nor averages")
@@ -324,8 +329,9 @@ def lengths_alike(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tenso
     power = 0 if sums else 1
     for n, k in ((1, 3), (3, 1)):
         changed = response(probe, n, k, n**power, k**power)
-        assume(changed is not None, "its gradient does not change with the rejected side")
-        ratio, own = (c / r for c, r in (changed, alone))  # type: ignore[misc]
+        if changed is None:
+            raise NotApplicable("its gradient does not change with the rejected side")
+        ratio, own = (c / r for c, r in (changed, alone))
         expected = own * (k / n) ** power
         seen = f"With {n} chosen and {k} rejected tokens a chosen token's gradient changes {ratio:g} times as much as"
         right = math.isclose(ratio, expected, rel_tol=1e-2)
@@ -374,11 +380,9 @@ def alike_at_equal_lengths(probe: Probe, alone: Response, power: int) -> bool:
 def beta(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
     """Twice the β has the effect of twice the margin: β stands once, beside the margin."""
     probe = Probe.of(loss_fn, data, logprobs)
-    found = setting_named(loss_fn, *BETAS, "lam", "lambda_or", "lambda_", "or_weight", "odds_weight", "lambda_odds")
-    assume(found is not None and found[1] > 0, "it has no setting for β")
-    name, value = found  # type: ignore[misc]
+    name, value = setting_of(loss_fn, "it has no setting for β", *BETAS, *LAMBDAS)
+    assume(value > 0, f"{name} is not above 0")
     doubled = with_setting(probe, name, 2 * value)
-    assume(doubled is not None, "it refuses twice its β")
     margins = (-8.0, -2.0, 0.0, 2.0, 8.0)
 
     def scaled(of: Probe, by: float, divisor: float) -> list[float]:
@@ -386,13 +390,13 @@ def beta(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> No
 
     seen = f"With {name} {2 * value:g} in place of {value:g}"
     if is_of_odds(probe):  # λ stands beside the odds ratio
-        once, twice = (p(pair_batch(p, chosen=-1.0, rejected=-1.0)).gradients[1][0] for p in (probe, doubled))  # type: ignore[arg-type]
+        once, twice = (p(pair_batch(p, chosen=-1.0, rejected=-1.0)).gradients[1][0] for p in (probe, doubled))
         right = once == 0 or not any(probe.close(twice / once, factor) for factor in (4.0, 0.5))
         require(right, "beta-misplaced", f"{seen} the odds ratio weighs {twice / (once or 1):g} times as much.")
         return
     assume(name in BETAS, "it has no setting for β")
     assume(any(scaled(probe, 1, 1)), "there is no gradient")
-    if probe.close(scaled(doubled, 1, 2), scaled(probe, 2, 1)):  # type: ignore[arg-type]
+    if probe.close(scaled(doubled, 1, 2), scaled(probe, 2, 1)):
         return
     readings = {
         "is squared in the margin": (4.0, 4.0),
@@ -401,7 +405,7 @@ def beta(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> No
         "divides the margin": (0.5, 0.5),
     }
     for words, (divisor, by) in readings.items():
-        same = probe.close(scaled(doubled, 1, divisor), scaled(probe, by, 1))  # type: ignore[arg-type]
+        same = probe.close(scaled(doubled, 1, divisor), scaled(probe, by, 1))
         require(not same, "beta-misplaced", f"{seen} the gradients are those of a β that {words}.")
     assume(False, "it is no function of β times the margin")
 
@@ -410,15 +414,12 @@ def beta(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> No
 def smoothing(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
     """Label smoothing adds a constant to the slope: β·ε (cDPO), β·ε/2, or −β·ε / (1 − 2ε) (robust DPO)."""
     probe = Probe.of(loss_fn, data, logprobs)
-    found = setting_named(loss_fn, *SMOOTHINGS) or setting_named(loss_fn, *SMALL_NUMBERS)
-    assume(found is not None, "it has no setting for label smoothing")
-    name, value = found  # type: ignore[misc]
+    name, value = setting_of(loss_fn, "it has no setting for label smoothing", *SMOOTHINGS, *SMALL_NUMBERS)
     assume(name.lower() in SMOOTHINGS or value > 1e-3, "its ε guards a division")
     plain, smooth = with_setting(probe, name, 0.0), with_setting(probe, name, 0.2)
-    assume(plain is not None and smooth is not None, f"{name} cannot be varied")
     margins = (-30.0, -2.0, 0.0, 2.0, 30.0)
-    low, *mine, high = slopes(plain, (-FAR, *margins, FAR), side=0)  # type: ignore[arg-type]
-    smoothed = slopes(smooth, margins, side=0)  # type: ignore[arg-type]
+    low, *mine, high = slopes(plain, (-FAR, *margins, FAR), side=0)
+    smoothed = slopes(smooth, margins, side=0)
     assume(all(map(math.isfinite, (low, high, *mine, *smoothed))), f"it is not finite with {name} 0")
     assume(is_logistic(probe, mine[1:4], (low, high)), "it is not logistic")
     steepest = high - low
@@ -440,38 +441,39 @@ def smoothing(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) 
 def target(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
     """A larger target margin costs more, and a squared loss with β has its target at 1 / (2β)."""
     probe = Probe.of(loss_fn, data, logprobs)
-    found = setting_named(loss_fn, *MARGINS)
-    squared = squared_target(probe)
-    name, value = setting_named(loss_fn, "beta", "tau", "ipo_beta", "ipo_tau") or ("", 0.0)
-    assume(found is not None or (squared is not None and value > 0), "it has no setting for a target margin")
-    if squared is not None and value > 0:
-        doubled = with_setting(probe, name, 2 * value)
-        again = squared_target(doubled) if doubled else None
-        assume(again is not None, f"it refuses another {name}")
-        seen = f"With {name} {value:g} the squared loss has its target at {squared:g}, with {2 * value:g} at {again:g}"
-        mistaken: tuple[Callable[[float], float], ...] = (
-            lambda b: 1 / b,
-            lambda b: b / 2,
-            lambda b: b,
-            lambda b: 2 * b,
-            lambda b: -1 / (2 * b),
-            lambda b: 2 / b,
-            lambda b: 1 / (2 * b * b),
-        )
-        for of in mistaken:
-            matches = all(math.isclose(t, of(b), rel_tol=1e-3) for t, b in ((squared, value), (again, 2 * value)))  # type: ignore[arg-type]
-            coincides = math.isclose(of(value), 1 / (2 * value)) and math.isclose(of(2 * value), 1 / (4 * value))
-            require(not matches or coincides, "target-margin", f"{seen}, not at 1 / (2 {name}).")
+    minimum, of_beta = squared_target(probe), setting_named(loss_fn, "beta", "tau", "ipo_beta", "ipo_tau")
+    if minimum is not None and of_beta is not None and of_beta[1] > 0:
+        check_squared_target(probe, minimum, *of_beta)
         return
-    assume(found is not None, "it has no setting for a target margin")
-    name, value = found  # type: ignore[misc]
+    name, value = setting_of(loss_fn, "it has no setting for a target margin", *MARGINS)
     wider = with_setting(probe, name, value + 0.5)
-    assume(wider is not None, f"it refuses another {name}")
-    for tried in (probe, wider):
-        assume(has_known_form(tried), "it is neither logistic nor a hinge")  # type: ignore[arg-type]
-    before, after = (at_margin(p, -1.0).value for p in (probe, wider))  # type: ignore[arg-type]
+    assume(has_known_form(probe) and has_known_form(wider), "it is neither logistic nor a hinge")
+    before, after = (at_margin(p, -1.0).value for p in (probe, wider))
     seen = f"With {name} {value + 0.5:g} in place of {value:g} the loss at a margin of −1 is {after}, not {before}"
     require(after >= before, "target-margin", f"{seen}: a larger target costs less.")
+
+
+MISTAKEN_TARGETS: tuple[Callable[[float], float], ...] = (
+    lambda beta: 1 / beta,
+    lambda beta: beta / 2,
+    lambda beta: beta,
+    lambda beta: 2 * beta,
+    lambda beta: -1 / (2 * beta),
+    lambda beta: 2 / beta,
+    lambda beta: 1 / (2 * beta * beta),
+)
+
+
+def check_squared_target(probe: Probe, minimum: float, name: str, beta: float) -> None:
+    """Require that a squared loss has its minimum at 1 / (2β), unless it is none of the mistaken ones."""
+    again = squared_target(with_setting(probe, name, 2 * beta))
+    if again is None or all(math.isclose(t, 1 / (2 * b)) for t, b in ((minimum, beta), (again, 2 * beta))):
+        return
+    seen = f"With {name} {beta:g} the squared loss has its target at {minimum:g}, with {2 * beta:g} at {again:g}"
+    for of in MISTAKEN_TARGETS:
+        matches = math.isclose(minimum, of(beta), rel_tol=1e-3) and math.isclose(again, of(2 * beta), rel_tol=1e-3)
+        right = math.isclose(of(beta), 1 / (2 * beta)) and math.isclose(of(2 * beta), 1 / (4 * beta))
+        require(not matches or right, "target-margin", f"{seen}, not at 1 / (2 {name}).")
 
 
 def squared_target(probe: Probe) -> float | None:

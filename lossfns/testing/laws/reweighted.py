@@ -96,10 +96,9 @@ def focal(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> N
     gammas = [float(found[1])] if found else [k / 4 for k in range(1, 25)]
     fits = [focal_factors(gamma, points, detached) for gamma in gammas for detached in (True, False)]
     shown = [round(f, 4) for f in factors]
-    seen = f"At logprobs {points} the gradients are {shown} times that of an unlikely token"
-    power = f"γ = {gammas[0]:g}" if found else "any γ up to 6"
+    seen = f"At logprobs {points} the gradients are {shown} times that of an unlikely token, not (1 − p)^γ"
     right = any(probe.close(factors, fit, scale=10) for fit in fits)
-    require(right, "focal-factor", f"{seen}, which (1 − p)^γ is with no {power}." if not found else f"{seen}; {power}.")
+    require(right, "focal-factor", f"{seen} with γ = {gammas[0]:g}." if found else f"{seen} with any γ up to 6.")
 
 
 def focal_factors(gamma: float, logprobs: Sequence[float], detached: bool) -> list[float]:

@@ -23,6 +23,7 @@ from lossfns.testing.laws.base import (
     on_policy_batch,
     require,
     slots,
+    uniform_batch,
     unit_indices,
     unit_size,
     unpoisoned,
@@ -180,6 +181,24 @@ def additive_counts(probe: Probe, batch: Batch) -> list[str]:
         if probe.close([value, rows], [whole.value * total, [[g * total for g in row] for row in whole.gradients]]):
             fitting.append(name)
     return fitting
+
+
+MANY = 301
+"""A number of tokens that bfloat16 cannot hold: it counts no further than 256 one by one, and rounds 301 to 302."""
+
+
+@wrong("a batch holds more tokens than bfloat16 can count")
+def many_tokens(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
+    """The loss of 301 equal tokens is that of one of them, or 301 times as much."""
+    probe = Probe.of(loss_fn, data, logprobs)
+    assume(unit_size(probe.batch) == 1, "the tokens of a pair do not add up")
+    one, many = (probe(uniform_batch(probe.batch, length=n)).value for n in (1, MANY))
+    assume(one != 0 and math.isfinite(one), "the loss of one token is 0")
+    growth = many / one
+    for expected in (1.0, MANY):
+        off = abs(growth / expected - 1)
+        seen = f"The loss of {MANY} equal tokens is {growth:g} times that of one, not {expected:g} times."
+        require(not 1e-3 < off < 0.2, "low-precision", seen)
 
 
 @wrong("the order of the datums carries no information")

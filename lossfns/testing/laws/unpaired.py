@@ -16,6 +16,7 @@ from lossfns.testing.laws.base import (
     influences,
     require,
     setting_named,
+    setting_of,
     shifted,
     uniform_batch,
     with_setting,
@@ -118,9 +119,9 @@ def class_weights(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tenso
     named = [(setting_named(loss_fn, *names), i) for i, names in enumerate((DESIRABLE, UNDESIRABLE))]
     assume(any(found for found, _ in named), "it has no weights of desirable and undesirable answers")
     for found, i in named:
-        other = with_setting(probe, found[0], 2 * found[1]) if found and found[1] else None
-        if found is None or other is None:
+        if found is None or not found[1]:
             continue
+        other = with_setting(probe, found[0], 2 * found[1])
         growth = [row[0] / g for row, g in zip(other(batch).gradients, before)]
         kind = ("desirable", "undesirable")[i]
         seen = f"With twice the {found[0]} the gradient of the {kind} answer is {growth[i]:g} times as large, that of"
@@ -132,18 +133,16 @@ def class_weights(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tenso
 def unpaired_beta(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
     """Twice the β has the effect of twice the log-ratio."""
     probe = Probe.of(loss_fn, data, logprobs)
-    found = setting_named(loss_fn, *BETAS)
-    assume(found is not None and found[1] > 0, "it has no setting for β")
-    name, value = found  # type: ignore[misc]
+    name, value = setting_of(loss_fn, "it has no setting for β", *BETAS)
+    assume(value > 0, f"{name} is not above 0")
     doubled = with_setting(probe, name, 2 * value)
-    assume(doubled is not None, "it refuses twice its β")
 
     def scaled(of: Probe, by: float, divisor: float) -> list[float]:
         batches = (answers(of, (label, by * gap)) for label in (1.0, 0.0) for gap in (0.0, -1.0, -3.0, -9.0))
         return [of(batch).gradients[0][0] / divisor for batch in batches]
 
     assume(any(scaled(probe, 1, 1)), "there is no gradient")
-    if probe.close(scaled(doubled, 1, 2), scaled(probe, 2, 1)):  # type: ignore[arg-type]
+    if probe.close(scaled(doubled, 1, 2), scaled(probe, 2, 1)):
         return
     for words, (divisor, by) in {
         "is squared beside the log-ratio": (4.0, 4.0),
@@ -152,7 +151,7 @@ def unpaired_beta(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tenso
         "divides the log-ratio": (0.5, 0.5),
     }.items():
         seen = f"With {name} {2 * value:g} in place of {value:g} the gradients are those of a β that {words}."
-        same = probe.close(scaled(doubled, 1, divisor), scaled(probe, by, 1))  # type: ignore[arg-type]
+        same = probe.close(scaled(doubled, 1, divisor), scaled(probe, by, 1))
         require(not same, "beta-misplaced", seen)
     assume(False, "it is no function of β times the log-ratio")
 
