@@ -17,6 +17,12 @@ from lossfns.testing.vectors.library import reply_to, subject_for
 from lossfns.testing.vectors.runner import VectorReport, evaluate
 from lossfns.testing.vectors.vector import METHODS, Vector, load
 
+CLAIMS = {
+    "vectors": "It gives the right answer to the golden vectors of the loss that it claims to be.",
+    "agreement": "It has the value and the gradient of the loss that it claims to be.",
+}
+"""The laws of a claim: name → statement. They are made for each claim."""
+
 
 def claim_of(subject: Any, loss_fn: LossFn) -> Loss | None:
     """Return the loss of this library that a subject is, or claims to be by an attribute ``like``."""
@@ -36,9 +42,8 @@ def agreement(like: Loss) -> Law:
             *vary_advantages_by_token(generic_batches(probe.batch)[2]),
         ):
             result, expected = probe(batch), probe(batch, like)
-            seen = f"The loss is {result.value} with gradients {result.gradients}"
-            same = probe.close([result.value, result.gradients], [expected.value, expected.gradients])
-            require(same, "another-loss", f"{seen}; that of {like!r} is {expected.value} with {expected.gradients}.")
+            difference = probe.difference(result, expected)
+            require(not difference, "another-loss", f"On this batch {difference}, of {like!r}.", batch)
 
     agreement.__doc__ = f"It has the value and the gradient of {like!r}."
     return agreement

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -16,8 +17,10 @@ from lossfns.testing.laws.base import (
     assume,
     column_rows,
     fragile,
+    metric_difference,
     on_policy_batch,
     require,
+    slots,
     unpoisoned,
     with_masked_unit,
     wrong,
@@ -62,7 +65,9 @@ def poison(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> 
             poisoned = [[x if w else value for x, w in zip(r, ws)] for r, ws in zip(rows, batch.weights)]
             result = probe(batch.having(**{name: poisoned}))
             if repr(result) != repr(clean):
-                require(False, *diagnose_leak(name, value, clean, result))
+                difference = probe.difference(result, clean, scale=0) or metric_difference(result, clean)
+                seen = f"{value} in the masked slots of {name}: {difference or 'a zero has the other sign'}."
+                require(False, diagnose_leak(name, clean, result), seen, result.batch)
 
 
 def columns_by_token(batch: Batch) -> list[str]:
@@ -73,6 +78,7 @@ def columns_by_token(batch: Batch) -> list[str]:
 def with_padding(batch: Batch) -> Batch:
     """Return the batch with masked tokens before and after each sequence and inside it, another number for each."""
     width = batch.targets or 1
+<<<<<<< HEAD
 
     def pad(rows: Rows, x: float) -> Rows:
         gaps = [[[x] * (width * n) for n in padding_of(i)] for i in range(len(rows))]
@@ -101,19 +107,24 @@ def unpadded(rows: Rows, width: int) -> tuple[Rows, Rows]:
         inner.append(row[a : a + width] + row[a + width + b : len(row) - c])
         outer.append(row[:a] + row[a + width : a + width + b] + row[len(row) - c :])
     return inner, outer
+=======
+    wide = batch.map(lambda rows: pad_rows(rows, -1.0, width))
+    return wide.having(weights=pad_rows(batch.weights, 0.0, width))
+>>>>>>> ade48fbff29a0d9a2d7e5668ddbd8e01c25e200b
 
 
-def diagnose_leak(name: str, value: float, clean: Outcome, result: Outcome) -> tuple[str, str]:
-    """Return the bug that lets masked slots change the result, and the observation in words."""
-    what = f"{value} in the masked slots of {name}"
-    seen = f"{what}: the loss is {result.value}, not {clean.value}"
-    if math.isfinite(result.value) and result.value == clean.value:
-        if result.gradients == clean.gradients:
-            return "mask-after-exp", f"{what} changes the metrics."
-        return "where-after-exp", f"{what} does not change the loss, but the gradients are {result.gradients}."
-    if math.isnan(result.value) or not math.isfinite(result.value):
-        return "mask-after-exp", f"{seen}."
-    return "kl-unmasked" if name == "ref_logprobs" else "mask-missing", f"{seen}."
+def pad_rows(rows: Rows, x: float, width: int) -> Rows:
+    """Return the rows with ``x`` before and after, ``width`` times each."""
+    return [[x] * width + row + [x] * width for row in rows]
+
+
+def diagnose_leak(name: str, clean: Outcome, result: Outcome) -> str:
+    """Return the bug that lets masked slots of a column change the result."""
+    if result.value == clean.value:
+        return "mask-after-exp" if result.gradients == clean.gradients else "where-after-exp"
+    if not math.isfinite(result.value):
+        return "mask-after-exp"
+    return "kl-unmasked" if name == "ref_logprobs" else "mask-missing"
 
 
 OF_TRAINED_TOKENS = ("loss", "nll", "ppl", "perplexity", "kl", "ratio", "clip", "entropy", "logp", "adv", "reward",
@@ -125,11 +136,18 @@ OF_TRAINED_TOKENS = ("loss", "nll", "ppl", "perplexity", "kl", "ratio", "clip", 
 def padding(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
     """Masked tokens around a sequence and inside it change nothing, and get a gradient of exactly 0."""
     probe = Probe.of(loss_fn, data, logprobs)
-    batch, width = unpoisoned(probe.batch), probe.batch.targets or 1
+    batch = unpoisoned(probe.batch)
     for on_policy in (True, False):
         plain = on_policy_batch(batch) if on_policy else batch
         before, after = probe(plain), probe(with_padding(plain))
+        for i, j in slots(with_padding(plain), active=False):
+            if g := after.gradients[i][j]:
+                seen = f"The masked {probe.slot_name(i, j)} has the gradient {g}."
+                require(False, "mask-missing", seen, after.batch)
+        expected = replace(before, gradients=pad_rows(before.gradients, 0.0, batch.targets or 1))
+        difference = probe.difference(after, expected)
         same_value = probe.close(after.value, before.value)
+<<<<<<< HEAD
         inner, outer = unpadded(after.gradients, width)
         require(not any(map(any, outer)), "mask-missing", f"Masked tokens have the gradients {outer}.")
         seen = f"With masked tokens around and inside each sequence the loss is {after.value}, not {before.value}"
@@ -141,6 +159,11 @@ def padding(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) ->
                 words = f"With masked tokens around and inside each sequence the metric {name!r} is"
                 now, was = after.metrics[name], before.metrics[name]
                 require(probe.close(now, was), "padding-in-denominator", f"{words} {now}, not {was}.")
+=======
+        bug = "padding-in-denominator" if on_policy and not same_value else "padding-in-sequence-ratio"
+        seen = f"With a masked token at both ends of each sequence, {difference}, without them"
+        require(not difference, bug, f"{seen} ({'on-policy' if on_policy else 'off-policy only'}).", after.batch)
+>>>>>>> ade48fbff29a0d9a2d7e5668ddbd8e01c25e200b
 
 
 @fragile("a sequence without trained tokens is rare, and which sequences a mean counts is a rule of the house")
@@ -149,9 +172,9 @@ def empty(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> N
     probe = Probe.of(loss_fn, data, logprobs)
     batch = unpoisoned(probe.batch)
     before, after = probe(batch), probe(with_masked_unit(batch))
-    seen = f"With a fully masked datum the loss is {after.value}, not {before.value}, or the others' gradients differ"
-    require(after.finite, "empty-sequence-nan", f"{seen}; its gradients are {after.gradients[-1]}.")
+    others = replace(after, gradients=after.gradients[: len(before.gradients)])
+    difference = probe.difference(others, before)
+    seen = f"With a fully masked datum at the end, {difference or 'its own gradients are not finite'}, without it."
+    require(after.finite, "empty-sequence-nan", seen, after.batch)
     assume(before.finite, "it is not finite without this datum either")
-    others = after.gradients[: len(before.gradients)]
-    same = probe.close([after.value, others], [before.value, before.gradients])
-    require(same, "empty-sequence-counted", f"{seen}.")
+    require(not difference, "empty-sequence-counted", seen, after.batch)

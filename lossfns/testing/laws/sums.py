@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -49,18 +50,17 @@ def duplication(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]
             return
     assume(not whitens_advantages(probe), WHITENS)
     growth = gradient_growth(once, twice)
-    seen = (
-        f"The batch twice has {growth:g} times the gradient of the batch; its loss is {twice.value}, not {once.value}"
-    )
+    seen = f"The batch twice has the loss {twice.value}, once {once.value}; its gradient is {growth:g} times as large"
     if not probe.close(twice.gradients[:count], twice.gradients[count:]):
         equal = len(set(active_counts(batch))) == 1
-        require(False, "order-dependent" if equal else "mean-of-means", f"{seen}; the two copies differ.")
+        bug, seen = "order-dependent" if equal else "mean-of-means", f"{seen}, and differs between the two copies."
+        require(False, bug, seen, twice.batch)
     # A constant in the denominator matters less with large weights.
     heavy = batch.having(weights=[[64 * w for w in row] for row in batch.weights])
     same = probe.close(gradient_growth(probe(heavy), probe(heavy.take([*range(count)] * 2))), growth)
     between = "mean-of-means" if same else "epsilon-in-denominator"
     likely = "divided-twice" if growth < 0.75 else "broadcast" if growth > 2 else between
-    require(False, likely, f"{seen}: a mean gives 1 and a sum 2.")
+    require(False, likely, f"{seen}. Of a mean it is 1 time, of a sum 2 times as large.", twice.batch)
 
 
 def gradient_growth(once: Outcome, twice: Outcome) -> float:
@@ -81,9 +81,8 @@ def replicas(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -
     with simulated_world(4):
         four = [probe(batch) for _ in range(4)]
     mean = [[sum(gs) / 4 for gs in zip(*rows)] for rows in zip(*(rank.gradients for rank in four))]
-    seen = f"Averaged over 4 ranks the loss is {sum(r.value for r in four) / 4}; in one process {one.value}."
-    same = probe.close([sum(r.value for r in four) / 4, mean], [one.value, one.gradients])
-    require(same, "world-size-factor", seen)
+    seen = probe.difference(replace(one, value=sum(rank.value for rank in four) / 4, gradients=mean), one)
+    require(not seen, "world-size-factor", f"Averaged over 4 ranks with this batch, {seen}, of one process.", batch)
 
 
 @contextmanager
@@ -153,19 +152,20 @@ def split(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> N
         of_policy = additive_counts(probe, no_kl)
         if of_kl and of_policy and not set(of_kl) & set(of_policy):
             terms = f"With advantages 0 they do with {of_kl}, without KL with {of_policy}."
-            require(False, "mixed-denominators", f"{seen} {terms}")
+            require(False, "mixed-denominators", f"{seen} {terms}", batch)
     plain = on_policy_batch(with_constants(batch, **{"advantages": 1.0} if "advantages" in batch.columns else {}))
     # The share of every token if each datum is divided by the weights of each datum, and all B² quotients are averaged.
     broadcast_share = math.fsum(1 / (math.fsum(row) or 1.0) for row in batch.weights) / len(batch.weights) ** 2
     shares = [-g / w for gs, ws in zip(probe(plain).gradients, plain.weights) for g, w in zip(gs, ws) if w]
     is_broadcast = unit_size(batch) == 1 and probe.close(shares, [broadcast_share] * len(shares))
-    require(not is_broadcast, "broadcast", f"{seen} Each datum is divided by every datum's weights.")
+    require(not is_broadcast, "broadcast", f"{seen} Each datum is divided by every datum's weights.", batch)
     heavy = batch.having(weights=[[8 * w for w in row] for row in batch.weights])
-    require(not additive_counts(probe, heavy), "epsilon-in-denominator", f"{seen} With 8 times the weights they do.")
+    epsilon = bool(additive_counts(probe, heavy))
+    require(not epsilon, "epsilon-in-denominator", f"{seen} With 8 times the weights they do.", batch)
     one_token = batch.having(weights=[[1.0 if j == 0 else 0.0 for j in range(len(row))] for row in batch.weights])
     additive = bool(additive_counts(probe, one_token))
-    require(additive, "order-dependent", f"{seen} With one token of each datum they do not either.")
-    require(False, "mean-of-means", seen)
+    require(additive, "order-dependent", f"{seen} With one token of each datum they do not either.", batch)
+    require(False, "mean-of-means", seen, batch)
 
 
 def additive_counts(probe: Probe, batch: Batch) -> list[str]:
@@ -209,13 +209,12 @@ def permutation(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]
     assume(len(unit_indices(batch)) > 1, "one datum has one order")
     order = [i for part in reversed(unit_indices(batch)) for i in part]
     plain, back = probe(batch), probe(batch.take(order))
-    seen = f"In reverse order the loss is {back.value}, not {plain.value}, or its gradients differ."
-    same = probe.close([back.value, back.gradients], [plain.value, [plain.gradients[i] for i in order]])
-    require(same, "order-dependent", seen)
+    seen = probe.difference(back, replace(plain, gradients=[plain.gradients[i] for i in order]))
+    require(not seen, "order-dependent", f"With this batch in reverse order, {seen}.", back.batch)
     for name, value in plain.metrics.items():
         reverse = back.metrics.get(name, math.nan)
-        words = f"In reverse order the metric {name!r} is {reverse}, not {value}."
-        require(probe.close(reverse, value), "order-dependent", words)
+        words = f"With this batch in reverse order the metric {name!r} is {reverse}, not {value}."
+        require(probe.close(reverse, value), "order-dependent", words, back.batch)
 
 
 @wrong("the gradient is not that of the value")
@@ -235,8 +234,8 @@ def finite_differences(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[
         ):
             continue  # close to a kink, or at one
         g = gradients[i][j]
-        seen = f"At token {j} of datum {i} the gradient is {g}; the slope of the loss is {slopes[0]}."
-        require(abs(g - slopes[0]) < 1e-4 * (1 + abs(g)), "detached-term", seen)
+        seen = f"At {probe.slot_name(i, j)} the gradient is {g}; the slope of the loss is {slopes[0]}."
+        require(abs(g - slopes[0]) < 1e-4 * (1 + abs(g)), "detached-term", seen, batch)
 
 
 def central_difference(probe: Probe, batch: Batch, i: int, j: int, step: float) -> float:
