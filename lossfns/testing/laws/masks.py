@@ -27,6 +27,29 @@ from lossfns.testing.laws.base import (
 )
 
 POISON = (math.nan, math.inf, -math.inf, 1e30)
+OTHER_VALUES = {"advantages": 5.0}
+"""Column → an ordinary number for its masked slots; −7 for logprobs."""
+
+
+@wrong("masked slots hold the prompt's logprobs and advantages, which are arbitrary finite numbers")
+def masked_values(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
+    """Another ordinary number in a masked slot changes neither value nor gradient nor metric."""
+    probe = Probe.of(loss_fn, data, logprobs)
+    batch = with_padding(unpoisoned(probe.batch))
+    clean = probe(batch)
+    assume(clean.finite, "it is not finite on clean data")
+    for name in columns_by_token(batch):
+        value, rows = OTHER_VALUES.get(name, -7.0), column_rows(batch, name)
+        changed = [[x if w else value for x, w in zip(r, ws)] for r, ws in zip(rows, batch.weights)]
+        result = probe(batch.having(**{name: changed}))
+        seen = f"{value:g} instead of −1 in the masked slots of {name}"
+        same = probe.close([result.value, result.gradients], [clean.value, clean.gradients])
+        bug = "kl-unmasked" if name == "ref_logprobs" and "advantages" in batch.columns else "mask-missing"
+        require(same, bug, f"{seen} changes the loss from {clean.value} to {result.value}, or its gradients.")
+        for metric, before in clean.metrics.items():
+            after = result.metrics.get(metric)
+            words = f"{seen} changes the metric {metric!r} from {before} to {after}."
+            require(after is not None and probe.close(after, before), "mask-missing", words)
 
 
 @fragile("slots that are masked usually hold finite numbers")
@@ -36,7 +59,7 @@ def poison(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> 
     batch = with_padding(unpoisoned(probe.batch))
     clean = probe(batch)
     assume(clean.finite, "it is not finite without poison either")
-    for name in ("logprobs", *batch.columns):
+    for name in columns_by_token(batch):
         for value in POISON:
             rows = column_rows(batch, name)
             poisoned = [[x if w else value for x, w in zip(r, ws)] for r, ws in zip(rows, batch.weights)]
@@ -47,11 +70,47 @@ def poison(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> 
                 require(False, diagnose_leak(name, clean, result), seen, result.batch)
 
 
+def columns_by_token(batch: Batch) -> list[str]:
+    """Return the logprobs and the columns that differ by token; all tokens of a datum have one label."""
+    return ["logprobs", *(name for name in batch.columns if name != "labels")]
+
+
 def with_padding(batch: Batch) -> Batch:
-    """Return the batch with a masked token before and after each sequence."""
+    """Return the batch with masked tokens before and after each sequence and inside it, another number for each."""
     width = batch.targets or 1
+<<<<<<< HEAD
+
+    def pad(rows: Rows, x: float) -> Rows:
+        gaps = [[[x] * (width * n) for n in padding_of(i)] for i in range(len(rows))]
+        return [a + row[:width] + b + row[width:] + c for row, (a, b, c) in zip(rows, gaps)]
+
+    wide = batch.map(lambda rows: pad(rows, -1.0))
+    kept = {"labels": pad_labels(batch.columns["labels"], width)} if "labels" in batch.columns else {}
+    return wide.having(weights=pad(batch.weights, 0.0), **kept)
+
+
+def padding_of(i: int) -> tuple[int, int, int]:
+    """Return how many masked tokens ``with_padding`` puts before datum i, behind its first token, and after it."""
+    return 1 + i % 3, i % 2, 1 + (i + 1) % 2
+
+
+def pad_labels(rows: Rows, width: int) -> Rows:
+    """Return the labels of the padded datums, whose tokens all have the label of the datum."""
+    return [[row[0]] * (len(row) + width * sum(padding_of(i))) for i, row in enumerate(rows)]
+
+
+def unpadded(rows: Rows, width: int) -> tuple[Rows, Rows]:
+    """Return the rows of a padded batch without the padding, and the padding alone."""
+    inner, outer = [], []
+    for i, row in enumerate(rows):
+        a, b, c = (width * n for n in padding_of(i))
+        inner.append(row[a : a + width] + row[a + width + b : len(row) - c])
+        outer.append(row[:a] + row[a + width : a + width + b] + row[len(row) - c :])
+    return inner, outer
+=======
     wide = batch.map(lambda rows: pad_rows(rows, -1.0, width))
     return wide.having(weights=pad_rows(batch.weights, 0.0, width))
+>>>>>>> ade48fbff29a0d9a2d7e5668ddbd8e01c25e200b
 
 
 def pad_rows(rows: Rows, x: float, width: int) -> Rows:
@@ -68,9 +127,14 @@ def diagnose_leak(name: str, clean: Outcome, result: Outcome) -> str:
     return "kl-unmasked" if name == "ref_logprobs" else "mask-missing"
 
 
+OF_TRAINED_TOKENS = ("loss", "nll", "ppl", "perplexity", "kl", "ratio", "clip", "entropy", "logp", "adv", "reward",
+    "margin", "acc")  # fmt: skip
+"""Words in the names of metrics that are of trained tokens alone. Others, such as a packing efficiency, need not be."""
+
+
 @wrong("the amount of padding depends on the batch and must not change the loss")
 def padding(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
-    """Masked tokens before and after a sequence change nothing, and get a gradient of exactly 0."""
+    """Masked tokens around a sequence and inside it change nothing, and get a gradient of exactly 0."""
     probe = Probe.of(loss_fn, data, logprobs)
     batch = unpoisoned(probe.batch)
     for on_policy in (True, False):
@@ -83,9 +147,23 @@ def padding(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) ->
         expected = replace(before, gradients=pad_rows(before.gradients, 0.0, batch.targets or 1))
         difference = probe.difference(after, expected)
         same_value = probe.close(after.value, before.value)
+<<<<<<< HEAD
+        inner, outer = unpadded(after.gradients, width)
+        require(not any(map(any, outer)), "mask-missing", f"Masked tokens have the gradients {outer}.")
+        seen = f"With masked tokens around and inside each sequence the loss is {after.value}, not {before.value}"
+        same = probe.close([after.value, inner], [before.value, before.gradients])
+        bug = "padding-in-denominator" if on_policy and not same_value else "padding-in-sequence-ratio"
+        require(same, bug, f"{seen} ({'on-policy' if on_policy else 'off-policy only'}).")
+        for name in before.metrics:
+            if name in after.metrics and any(word in name.lower() for word in OF_TRAINED_TOKENS):
+                words = f"With masked tokens around and inside each sequence the metric {name!r} is"
+                now, was = after.metrics[name], before.metrics[name]
+                require(probe.close(now, was), "padding-in-denominator", f"{words} {now}, not {was}.")
+=======
         bug = "padding-in-denominator" if on_policy and not same_value else "padding-in-sequence-ratio"
         seen = f"With a masked token at both ends of each sequence, {difference}, without them"
         require(not difference, bug, f"{seen} ({'on-policy' if on_policy else 'off-policy only'}).", after.batch)
+>>>>>>> ade48fbff29a0d9a2d7e5668ddbd8e01c25e200b
 
 
 @fragile("a sequence without trained tokens is rare, and which sequences a mean counts is a rule of the house")
