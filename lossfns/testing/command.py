@@ -14,11 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lossfns.errors import LossInputError
-<<<<<<< HEAD
 from lossfns.terminal import console_on, print_report, print_rows, print_wrapped, printable, say, status, while_read
-=======
-from lossfns.terminal import console_on, print_report, print_rows, print_wrapped, printable, status, while_read
->>>>>>> ade48fbff29a0d9a2d7e5668ddbd8e01c25e200b
 from lossfns.testing.report import MARKS, Report, Verdict
 
 if TYPE_CHECKING:
