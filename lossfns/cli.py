@@ -1,4 +1,4 @@
-"""The command line: ``lossfns train METHOD``, ``lossfns check SUBJECT`` and ``lossfns vectors``."""
+"""The command line: ``lossfns train``, ``plot``, ``sample``, ``check`` and ``vectors``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from lossfns.testing.command import add_check
 from lossfns.testing.vectors.command import add_vectors
-from lossfns.train.command import add_train
+from lossfns.train.command import add_plot, add_sample, add_train
 from lossfns.version import __version__
 
 
@@ -19,6 +19,8 @@ def parser() -> argparse.ArgumentParser:
     add_check(commands)
     add_vectors(commands)
     add_train(commands)
+    add_plot(commands)
+    add_sample(commands)
     return p
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -14,12 +16,23 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
-def console_on(stream: TextIO) -> Console | None:
+def printable(text: str, limit: int = 2000) -> str:
+    """Escape what a terminal or XML cannot show. Shorten a text of more than ``limit`` characters, and say so.
+
+    >>> printable("a\\x1b[31m")
+    'a\\\\x1b[31m'
+    """
+    if len(text) > limit:
+        text = f"{text[:limit]} … ({len(text)} characters)"
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
+
+def console_on(stream: TextIO | None) -> Console | None:
     """Return a rich console on a terminal; None where the stream is no terminal, or rich is not installed.
 
     The console prints strings as they are: it reads no markup in them. It obeys ``NO_COLOR``.
     """
-    if not stream.isatty():
+    if stream is None or not stream.isatty():
         return None
     try:
         from rich.console import Console
@@ -29,24 +42,61 @@ def console_on(stream: TextIO) -> Console | None:
     return console if console.is_terminal and not console.is_dumb_terminal else None
 
 
-def print_report(report: Any, draw: Callable[[Any, Console], None], json_to: str | None) -> None:
-    """Print a report: with ``draw`` on a terminal, else as its ``table``. ``as_dict`` of it can be written as JSON.
+@contextmanager
+def while_read(stream: TextIO | None) -> Iterator[None]:
+    """Print to a stream for as long as somebody reads it. If its pipe is closed, the rest of the block is left out.
+
+    A character that the stream's encoding does not have is escaped.
+    """
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="backslashreplace")
+    try:
+        yield
+        if stream is not None:
+            stream.flush()
+    except (BrokenPipeError, ConnectionError):
+        discard(stream)
+
+
+def say(text: str) -> None:
+    """Print text on standard output. Characters that its encoding does not have are escaped."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding))
+
+
+def discard(stream: TextIO | None) -> None:
+    """Send what a stream still holds, and all that follows, nowhere. Python would fail at its end to flush it."""
+    with suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # type: ignore[union-attr]
+
+
+def print_report(
+    report: Any,
+    draw: Callable[[Any, Console], None],
+    json_to: str | None,
+    text: Callable[[Any], str] = lambda report: report.table(),
+) -> None:
+    """Print a report: with ``draw`` on a terminal, else as its ``text``. ``as_dict`` of it can be written as JSON.
+
+    If the reader of standard output has gone away, nothing is said, and the JSON is written all the same.
 
     Args:
         report: an object with ``table()`` and ``as_dict()``.
         draw: prints the report on a console.
         json_to: the file for the JSON; "-" prints it in place of the table; None writes none.
+        text: the report as plain text, its ``table()`` unless given.
     """
     as_json = json.dumps(report.as_dict(), indent=1, ensure_ascii=False)
-    console = console_on(sys.stdout)
-    if json_to == "-":
-        print(as_json)
-    elif console is None:
-        print(report.table())
-    else:
-        draw(report, console)
     if json_to and json_to != "-":
-        Path(json_to).write_text(as_json + "\n", encoding="utf-8")
+        Path(json_to).write_text(as_json + "\n", encoding="utf-8", errors="backslashreplace")
+    with while_read(sys.stdout):
+        console = console_on(sys.stdout)
+        if json_to == "-":
+            print(json.dumps(report.as_dict(), indent=1))
+        elif console is None:
+            say(text(report))
+        else:
+            draw(report, console)
 
 
 def print_rows(console: Console, rows: Sequence[Sequence[str]], styles: Sequence[str] = ()) -> None:

@@ -1,40 +1,48 @@
-"""``lossfns train METHOD`` and ``lossfns train --resume DIR``."""
+"""``lossfns train METHOD`` and ``train --resume DIR``, ``lossfns plot DIR`` and ``lossfns sample DIR PROMPT``."""
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import io
 import json
 import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+from uuid import uuid4
 
 import torch
 
 from lossfns.backend.client.training import LocalTrainingClient
 from lossfns.backend.engine.ranks import start as start_ranks
 from lossfns.backend.storage import checkpoint
+from lossfns.backend.types import SamplingParams
+from lossfns.datum import ModelInput
 from lossfns.errors import LossInputError
-from lossfns.terminal import console_on
-from lossfns.train import recipes
-from lossfns.train.options import Options
+from lossfns.terminal import console_on, say, while_read
+from lossfns.train import formats, plots, recipes, tasks
+from lossfns.train.methods import TEMPERATURE, one_line
+from lossfns.train.options import Options, check_option
 from lossfns.train.run import (
     CHECKPOINTS,
+    CONFIG,
     CURVES,
     METRICS,
     RESULT,
     Run,
     State,
+    check_new,
     create_run,
     is_finished,
     load_config,
+    replaced,
     write_json,
 )
 from lossfns.version import __version__
@@ -50,8 +58,11 @@ def add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     )
     add = p.add_argument
     add("method", nargs="?", choices=recipes.METHODS, help="the training method")
-    add("--data", metavar="FILE.jsonl", help="train on your own rows instead of built-in data: {prompt, completion} "
-        "for sft, {prompt, chosen, rejected} for dpo and orpo, {prompt, answer} for the others")  # fmt: skip
+    add("--data", metavar="FILE", help="train on your own rows (JSONL, a JSON array or CSV) instead of built-in data: "
+        "{prompt, completion} or a chat for sft, {prompt, chosen, rejected} for dpo and orpo, {prompt, answer} for the "
+        "others; docs/train.md lists all formats")  # fmt: skip
+    add("--max-length", type=int, metavar="N", help="longest row of --data in tokens (bytes); longer ones are refused "
+        "(default: 2048)")  # fmt: skip
     add("--out", metavar="DIR", help="the run folder (default: runs/METHOD-TIME)")
     add("--init", metavar="FILE", help="start from the weights of this checkpoint")
     add("--device", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
@@ -74,7 +85,7 @@ def train_command(args: argparse.Namespace) -> int:
     """Run ``lossfns train``.
 
     Returns:
-        0, or 2 if the input was refused.
+        0, also if the run was stopped early and saved, or 2 if the input was refused.
     """
     names = [field.name for field in fields(Options)]
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
@@ -83,15 +94,36 @@ def train_command(args: argparse.Namespace) -> int:
     if args.resume is None and args.method is None:
         args.parser.error("name a method, or --resume a run")
     try:
+        if args.resume is not None:
+            check_option("resume", args.resume)
         options = None if args.resume is not None else recipes.complete_options(given)
     except LossInputError as error:
         args.parser.error(str(error))
     try:
         with silence() if int(os.environ.get("RANK", 0)) else nullcontext():
             return resume_run(Path(args.resume)) if options is None else start_run(options)
-    except LossInputError as error:
+    except (LossInputError, OSError) as error:
+        return refused(error)
+
+
+def refused(error: Exception) -> int:
+    """Print an error in one line, and return the exit status for it."""
+    with while_read(sys.stderr):
         print(f"lossfns: {error}", file=sys.stderr)
-        return 2
+    return 2
+
+
+def leave_at_once(folder: Path) -> NoReturn:
+    """End the process after an interrupt. The request in hand is left: its thread would keep the process alive."""
+    begun = (folder / CONFIG).exists() and not is_finished(folder)
+    with while_read(sys.stderr):
+        print(
+            f"lossfns: interrupted{f'; continue with lossfns train --resume {folder}' if begun else ''}",
+            file=sys.stderr,
+        )
+    with while_read(sys.stdout):
+        pass
+    os._exit(130)
 
 
 @contextmanager
@@ -104,6 +136,7 @@ def silence() -> Iterator[None]:
 def start_run(options: Options) -> int:
     """Start a new run."""
     folder = Path(options.out or f"runs/{options.method}-{time.strftime('%Y%m%d-%H%M%S')}")
+    check_new(folder)
     return train(options, folder, lambda config: create_run(folder, config))
 
 
@@ -111,7 +144,8 @@ def resume_run(folder: Path) -> int:
     """Continue a run from its newest checkpoint, or from the beginning if it was killed before there was one."""
     config = load_config(folder)
     if is_finished(folder):
-        print(f"{folder} is finished: there is nothing to resume")
+        with while_read(sys.stdout):
+            print(f"{folder} is finished: there is nothing to resume")
         return 0
     options = recipes.complete_options(config["options"])
     return train(options, folder, lambda now: check_same(config, now, folder))
@@ -120,8 +154,16 @@ def resume_run(folder: Path) -> int:
 def train(options: Options, folder: Path, check_config: Callable[[dict[str, Any]], None]) -> int:
     """Build the model, run the recipe, save and report.
 
-    The first Ctrl-C ends the recipe early, but the run is saved, measured and reported all the same.
+    The first Ctrl-C ends the recipe early, but the run is saved, measured and reported all the same. The second one
+    ends the process at once, with exit status 130.
     """
+    try:
+        return train_and_report(options, folder, check_config)
+    except KeyboardInterrupt:
+        leave_at_once(folder)
+
+
+def train_and_report(options: Options, folder: Path, check_config: Callable[[dict[str, Any]], None]) -> int:
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)  # for random numbers that a recipe does not draw from its own seeds
     method = recipes.METHODS[options.method]
@@ -130,10 +172,12 @@ def train(options: Options, folder: Path, check_config: Callable[[dict[str, Any]
     ranks = client.ranks
     if options.init and not checkpoints(folder):
         client.load_state(options.init).result()
-    ranks.when_idle(ranks.on_rank_zero, check_config, config_of(options, client))
+    ranks.when_idle(ranks.on_rank_zero, check_config, config_of(options, client) | {"prompts": task.style})
     state, save = load_newest(client, folder), partial(save_checkpoint, client, folder)
     with Run(folder, save, state=state, every=options.save_every, ranks=ranks) as run:
         run.say(f"{options.method} on {task.name}: {loss!r}")
+        if task.note:
+            run.say(task.note)
         if run.history:
             run.say(f"resumed after {run.steps_done} steps")
         outcome = method.recipe(run, client, task, loss, options)
@@ -158,7 +202,7 @@ def save_checkpoint(client: LocalTrainingClient, folder: Path, state: State) -> 
     """Save the weights, the optimizer and the state of the run, and remove the checkpoint of the other form."""
     metadata = {"run": json.dumps(state._asdict())}
     name, other = CHECKPOINTS if client.ranks.size == 1 else CHECKPOINTS[::-1]
-    client.save_state(folder / name, overwrite=True, user_metadata=metadata).result()
+    recipes.save_to(client, folder, name, metadata)
     client.ranks.when_idle(client.ranks.on_rank_zero, checkpoint.remove, folder / other)
 
 
@@ -182,6 +226,7 @@ def config_of(options: Options, client: LocalTrainingClient) -> dict[str, Any]:
     """Return the content of ``config.json``: everything that is needed to repeat the run."""
     files = {name: os.path.abspath(path) for name, path in asdict(options).items() if name in ("data", "init") and path}
     return {
+        "id": uuid4().hex,
         "options": recipes.own_options(options) | files,
         "sha256": {name: sha256(path) for name, path in files.items()},
         "loss": repr(recipes.METHODS[options.method].loss()),
@@ -215,7 +260,9 @@ def check_same(then: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
     old, new = ({"loss": c.get("loss"), "device": c["model"].get("device"), **c["versions"]} for c in (then, now))
     changed = [f"{name} {old.get(name)}, now {new[name]}" for name in new if old.get(name) != new[name]]
     if changed:
-        print(f"lossfns: {folder} began with {'; '.join(changed)}: it may not continue bit for bit", file=sys.stderr)
+        with while_read(sys.stderr):
+            text = f"lossfns: {folder} began with {'; '.join(changed)}: it may not continue bit for bit"
+            print(text, file=sys.stderr)
 
 
 # The report
@@ -227,15 +274,20 @@ def report(run: Run, outcome: recipes.Outcome) -> None:
         "stopped_early": run.stopped,
         "seconds": round(run.seconds, 1),
         outcome.name: {"before": outcome.before, "after": outcome.after},
+        "samples": outcome.samples,
     }
-    write_json(run.folder / RESULT, result)
-    print_outcome(outcome)
-    print(f"{run.steps_done} steps in {result['seconds']} s{', stopped early' if run.stopped else ''}")
-    print(f"checkpoint  {checkpoints(run.folder)[0]}")
-    print(f"metrics     {run.folder / METRICS}")
-    print(f"curves      {draw_curves(run, outcome, run.folder / CURVES)}")
-    if run.stopped:
-        print(f"continue    lossfns train --resume {run.folder}")
+    write_json(run.folder, RESULT, result)
+    curves = draw_curves(run.folder, run.history, {outcome.name: (outcome.before, outcome.after)})
+    with while_read(sys.stdout):
+        print_outcome(outcome)
+        print_samples(outcome.samples)
+        say(f"{run.steps_done} steps in {result['seconds']} s{', stopped early' if run.stopped else ''}")
+        say(f"checkpoint  {checkpoints(run.folder)[0]}")
+        say(f"metrics     {run.folder / METRICS}")
+        say(f"curves      {curves}")
+        say(f"try it      lossfns sample {run.folder} PROMPT")
+        if run.stopped:
+            say(f"continue    lossfns train --resume {run.folder}")
 
 
 def print_outcome(outcome: recipes.Outcome) -> None:
@@ -243,7 +295,7 @@ def print_outcome(outcome: recipes.Outcome) -> None:
     before, after, change = f"{outcome.before:.3f}", f"{outcome.after:.3f}", f"{outcome.after - outcome.before:+.3f}"
     console = console_on(sys.stdout)
     if console is None:
-        print(f"\n{outcome.title}: {before} before, {after} after ({change})\n")
+        say(f"\n{outcome.title}: {before} before, {after} after ({change})\n")
         return
     from rich import box
     from rich.table import Table
@@ -255,12 +307,176 @@ def print_outcome(outcome: recipes.Outcome) -> None:
     console.print(table)
 
 
-def draw_curves(run: Run, outcome: recipes.Outcome, path: Path) -> str:
-    """Draw the curves of the run; return the path of the picture, or the reason why there is none."""
-    try:
-        from lossfns.train.plots import plot_metrics
+def print_samples(samples: Sequence[Mapping[str, str]]) -> None:
+    """Print a few prompts with samples before and after training, each on a line of 80 columns."""
+    if not samples:
+        return
+    say(f"samples at temperature {TEMPERATURE}, before and after training (whole in {RESULT})")
+    for sample in samples:
+        for name, text in sample.items():
+            say(f"  {name:<8}{one_line(text, 68)}")
+        say("")
 
-        drawn = plot_metrics(run.history, {outcome.name: (outcome.before, outcome.after)}, path)
+
+def draw_curves(folder: Path, history: Sequence[Mapping[str, Any]], measured: Mapping[str, tuple[float, float]]) -> str:
+    """Draw the curves of the run; return the path of the picture, or the reason why there is none."""
+    picture = io.BytesIO()
+    try:
+        drawn = plots.plot_metrics(history, measured, picture)
     except ImportError:
-        return "not drawn: pip install 'lossfns[viz]'"
-    return str(path) if drawn else "not drawn: no metric has changed yet"
+        return f"not drawn: pip install 'lossfns[viz]', then lossfns plot {folder}"
+    if not drawn:
+        return "not drawn: no metric has changed yet"
+    with replaced(folder, CURVES) as path:
+        path.write_bytes(picture.getvalue())
+    return str(folder / CURVES)
+
+
+# lossfns plot
+
+
+def add_plot(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the ``plot`` command to a command line."""
+    p = commands.add_parser(
+        "plot",
+        help="draw the curves of a run of lossfns train",
+        description="Show the curves of a run on the terminal, also while it is running, and draw them into its "
+        "folder as curves.png, if matplotlib is installed (extra viz).",
+    )
+    p.add_argument("folder", metavar="RUN", help="the run folder")
+    p.set_defaults(run=plot_command, parser=p)
+
+
+def plot_command(args: argparse.Namespace) -> int:
+    """Run ``lossfns plot``.
+
+    Returns:
+        0, or 2 if the folder holds no run or no metrics.
+    """
+    try:
+        check_option("RUN", args.folder)
+        folder = Path(args.folder)
+        load_config(folder, "RUN")
+        history = read_history(folder)
+        curves = draw_curves(folder, history, read_measured(folder))
+    except (LossInputError, OSError) as error:
+        return refused(error)
+    except KeyboardInterrupt:
+        return 130
+    with while_read(sys.stdout):
+        print_curves(history)
+        say(f"curves      {curves}")
+    return 0
+
+
+def read_history(folder: Path) -> list[dict[str, Any]]:
+    """Return the rows of metrics of a run that may still be running: a line that is not whole yet is left out.
+
+    Raises:
+        LossInputError: if there are none, or a row is damaged.
+    """
+    try:
+        lines = (folder / METRICS).read_bytes().split(b"\n")[:-1]
+    except FileNotFoundError:
+        lines = []
+    if not lines:
+        got = f"none in {folder}"
+        raise LossInputError("RUN", "a run with metrics", got, "It has not made a step yet.")
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            rows.append({**row, "phase": str(row["phase"]), "step": int(row["step"])})
+            numbers = [row[name] for name in plots.PLOTTED if name in row]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            numbers = [None]
+        if not all(isinstance(x, (int, float)) for x in numbers):
+            place = f"{folder / METRICS}:{number}"
+            raise LossInputError(place, "a row of metrics", "a damaged one", "Was the file changed?")
+    return rows
+
+
+def read_measured(folder: Path) -> dict[str, tuple[float, float]]:
+    """Return the held-out measurements of a finished or stopped run; none if it has not ended."""
+    try:
+        result = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+        return {k: (float(v["before"]), float(v["after"])) for k, v in result.items() if isinstance(v, dict)}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {}
+
+
+def print_curves(history: Sequence[Mapping[str, Any]]) -> None:
+    """Print a line for each metric that has changed: its first value, its curve and its last value."""
+    found = plots.changing_metrics(history)
+    values = [plots.values_of(history, phase, name) for phase, name in found]
+    console = console_on(sys.stdout)
+    width = min(60, (console.width if console else 80) - 46)
+    for (phase, name), x in zip(found, values):
+        curve = plots.block_line(x, max(8, width))
+        say(f"{phase:>10} {name:<10} {x[0]:>10.3f}  {curve}  {x[-1]:.3f}")
+
+
+# lossfns sample
+
+
+def add_sample(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the ``sample`` command to a command line."""
+    p = commands.add_parser(
+        "sample",
+        help="generate text from a run of lossfns train",
+        description="Generate from the newest checkpoint of a run. The prompt is written as the prompts of the run's "
+        "data are: after a chat, as a message of the user.",
+    )
+    add = p.add_argument
+    add("folder", metavar="RUN", help="the run folder")
+    add("prompt", metavar="PROMPT", help="the text to continue or to answer; '' begins a text")
+    add("--max-tokens", type=int, default=128, metavar="N", help="longest sample in tokens (default: 128)")
+    add("--temperature", type=float, default=TEMPERATURE, metavar="X", help=f"0 is greedy (default: {TEMPERATURE})")
+    add("--samples", type=int, default=1, metavar="N", help="how many samples (default: 1)")
+    add("--seed", type=int, default=0, metavar="N", help="seed of the samples (default: 0)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
+    p.set_defaults(run=sample_command, parser=p)
+
+
+def sample_command(args: argparse.Namespace) -> int:
+    """Run ``lossfns sample``.
+
+    Returns:
+        0, or 2 if the input was refused.
+    """
+    try:
+        check_option("RUN", args.folder)
+        texts = sample_run(Path(args.folder), args)
+    except (LossInputError, OSError) as error:
+        return refused(error)
+    except KeyboardInterrupt:
+        os._exit(130)
+    with while_read(sys.stdout):
+        for number, text in enumerate(texts, 1):
+            if len(texts) > 1:
+                say(f"sample {number}:")
+            live = console_on(sys.stdout) is not None  # a terminal would obey the escape sequences of a sample
+            say("\n".join(one_line(line, sys.maxsize) for line in text.split("\n")) if live else text)
+    return 0
+
+
+def sample_run(folder: Path, args: argparse.Namespace) -> list[str]:
+    """Return samples from the newest checkpoint of a run."""
+    config = load_config(folder, "RUN")
+    if not checkpoints(folder):
+        fix = "A run saves its first one after --save-every steps."
+        raise LossInputError("RUN", "a run with a checkpoint", f"{folder}, which has none", fix)
+    style = config.get("prompts", "text")
+    try:
+        ids = tasks.TOKENIZER.encode(formats.prompt_for(style, args.prompt))
+    except UnicodeEncodeError:
+        got = ascii(args.prompt[:40])
+        raise LossInputError("PROMPT", "text in UTF-8", got, "Check the encoding of the terminal.") from None
+    torch.set_num_threads(1)
+    client = LocalTrainingClient(device=args.device)
+    sampler = client.create_sampling_client(checkpoints(folder)[0])
+    params = SamplingParams(max_tokens=args.max_tokens, temperature=args.temperature, seed=args.seed)
+    response = sampler.sample(
+        ModelInput.from_ints(tasks.END + ids if style == "passage" or not ids else ids), args.samples, params
+    ).result()
+    return [tasks.TOKENIZER.decode(sequence.tokens) for sequence in response.sequences]

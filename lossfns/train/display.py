@@ -1,4 +1,7 @@
-"""The progress of a run on the terminal: live bars where a person watches, else a line for each tenth of a phase."""
+"""The progress of a run on the terminal: live bars where a person watches, else a line for each tenth of a phase.
+
+A phase that is slow gets a line every ten seconds, too.
+"""
 
 from __future__ import annotations
 
@@ -15,31 +18,37 @@ if TYPE_CHECKING:
 SHOWN = ("loss", "reward", "accuracy")
 """The metrics to show, if the method has them."""
 
+SILENCE = 10.0
+"""The most seconds without a line, if steps end."""
 
-def display_on(stream: TextIO) -> PlainDisplay:
+
+def display_on(stream: TextIO | None) -> PlainDisplay:
     """Return a live display for a terminal; a plain one for any other stream, or without rich."""
     console = console_on(stream)
-    return PlainDisplay(stream) if console is None else LiveDisplay(stream, console)
+    return PlainDisplay(stream) if console is None else LiveDisplay(console)
 
 
 class PlainDisplay:
     """Progress as lines of text."""
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: TextIO | None) -> None:
         self.stream = stream
 
     def begin_phase(self, phase: str, first: int, count: int) -> None:
         """Start a phase of ``count`` steps; the first ``first`` steps are done already."""
         self.phase, self.first, self.count, self.start = phase, first, count, time.monotonic()
+        self.shown = self.start
 
     def show_step(self, done: int, metrics: Mapping[str, float]) -> None:
         """Show that ``done`` steps of the phase are done, and the metrics of the last one."""
-        if done * 10 // self.count > (done - 1) * 10 // self.count:
+        if done * 10 // self.count > (done - 1) * 10 // self.count or time.monotonic() > self.shown + SILENCE:
+            self.shown = time.monotonic()
             self.say(f"{self.phase:>8} {done}/{self.count}  {metrics_text(metrics)}  {self.time_left(done)}")
 
     def say(self, text: str) -> None:
         """Write a line."""
-        print(text, file=self.stream, flush=True)
+        if self.stream is not None:
+            print(text, file=self.stream, flush=True)
 
     def close(self) -> None:
         """Leave the terminal as it was."""
@@ -53,15 +62,28 @@ class PlainDisplay:
 
 
 class LiveDisplay(PlainDisplay):
-    """Progress as a bar for each phase, redrawn in place."""
+    """Progress as a bar for each phase, redrawn in place. A phase takes one line: the bar has what the texts leave."""
 
-    def __init__(self, stream: TextIO, console: Console) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    def __init__(self, console: Console) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
+        from rich.table import Column
 
-        super().__init__(stream)
-        texts = [TextColumn("{task.fields[metrics]}", markup=False), TextColumn("{task.fields[left]}", markup=False)]
-        columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), *texts)
-        self.progress = Progress(*columns, console=console, refresh_per_second=4)
+        super().__init__(console.file)  # type: ignore[arg-type]
+
+        def text(name: str) -> TextColumn:
+            return TextColumn(name, markup=False, table_column=Column(no_wrap=True))
+
+        self.progress = Progress(
+            SpinnerColumn(finished_text=" "),
+            text("{task.description}"),
+            BarColumn(bar_width=None, table_column=Column(ratio=1)),
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),
+            text("{task.fields[metrics]}"),
+            text("{task.fields[left]}"),
+            console=console,
+            refresh_per_second=4,
+            expand=True,
+        )
 
     def begin_phase(self, phase: str, first: int, count: int) -> None:
         super().begin_phase(phase, first, count)
@@ -72,7 +94,7 @@ class LiveDisplay(PlainDisplay):
         self.progress.update(self.task, completed=done, metrics=metrics_text(metrics), left=self.time_left(done))
 
     def say(self, text: str) -> None:
-        self.progress.console.print(text)
+        self.progress.console.print(text, soft_wrap=False)
 
     def close(self) -> None:
         self.progress.stop()

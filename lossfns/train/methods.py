@@ -194,7 +194,7 @@ def train_policy(
         groups = [i for i in range(len(problems)) for _ in range(group)]
         advantages = group_advantages(rewards, groups)
         data = [completion_datum(sample.prompt, sample.tokens) for sample in samples]
-        old = [align_sampler_logprobs(s.logprobs, d.model_input.length) for s, d in zip(samples, data)]
+        old = [align_sampler_logprobs(s.logprobs, d.model_input.length, len(s.prompt)) for s, d in zip(samples, data)]
         columns = {"advantages": advantages.tolist(), "old_logprobs": old}
         if "ref_logprobs" in loss.reads:
             columns["ref_logprobs"] = target_logprobs(reference, data)
@@ -206,6 +206,25 @@ def train_policy(
         # A plain mean: merge_metrics would weight each norm by the number of tokens.
         norm = sum(m["grad_norm"] for m in metrics) / len(metrics)
         run.log(step, {**merge_metrics(metrics), **group_metrics(rewards, groups), "grad_norm": norm})
+        if step + 1 == min(FIRST_STEPS, steps):
+            warn_if_constant(run, step + 1, samples)
+
+
+FIRST_STEPS = 5
+"""Steps after which rewards that have not changed are warned about."""
+
+
+def warn_if_constant(run: Run, steps: int, samples: Sequence[Answer]) -> None:
+    """Warn if all rewards of a phase's first steps were 0, or all were 1: there is nothing to learn from."""
+    rewards = {row["reward"] for row in run.history if row["phase"] == run.phase}
+    if rewards == {0.0}:
+        sample = one_line(TOKENIZER.decode(samples[0].tokens), 30)
+        run.say(
+            f"warning: all rewards of the first {steps} steps are 0, so nothing is learned. A sample is right only if "
+            f"it is exactly the answer; one of them was {sample!r}. Try more --warmup-steps, or shorter answers."
+        )
+    elif rewards == {1.0}:
+        run.say(f"warning: all rewards of the first {steps} steps are 1: there is nothing left to learn.")
 
 
 class Answer(NamedTuple):
@@ -241,3 +260,35 @@ def mean_reward(client: LocalTrainingClient, problems: Sequence[Problem], max_to
     """Return the share of correct answers to held-out problems, sampled at temperature 1."""
     answers = sample_answers(client, problems, samples, max_tokens, seed=7)
     return sum(answer.correct for answer in answers) / len(answers)
+
+
+# Samples to look at
+
+SAMPLES, SAMPLE_TOKENS, TEMPERATURE = 3, 64, 0.7
+"""How many samples are shown, the most tokens of each, and the temperature at which they are drawn."""
+
+
+def sample_texts(client: LocalTrainingClient, examples: Sequence[Demonstration | Preference | Problem]) -> list[Any]:
+    """Return pairs of a prompt and a sample for a few examples, the same draw for the same weights.
+
+    An example without a prompt gives the first bytes of its text.
+    """
+    prompts = [
+        [*END, *e[1][: min(24, len(e[1]) // 2)]] if e.prompt == END and not isinstance(e, Problem) else e.prompt
+        for e in examples[:SAMPLES]
+    ]
+    sampler = client.save_weights_and_get_sampling_client()
+    params = SamplingParams(max_tokens=SAMPLE_TOKENS, seed=11, temperature=TEMPERATURE)
+    responses = sampler.sample_batch([ModelInput.from_ints(prompt) for prompt in prompts], 1, params).result()
+    tokens = [response.sequences[0].tokens for response in responses]
+    return [[TOKENIZER.decode(prompt), TOKENIZER.decode(ids)] for prompt, ids in zip(prompts, tokens)]
+
+
+def one_line(text: str, width: int) -> str:
+    """Return text on one line of at most ``width`` characters: newlines and what cannot be printed are escaped.
+
+    >>> print(one_line("a" + chr(10) + "b" + chr(27), 20), one_line("abcdef", 4))
+    a\\nb\\x1b abc…
+    """
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return text if len(text) <= width else text[: width - 1] + "…"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import reprlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +17,7 @@ class Options:
 
     Attributes:
         method: name of the method, such as ``"grpo"``.
-        data: path of a JSONL file to train on; ``None`` for the built-in data.
+        data: path of a file of rows to train on; ``None`` for the built-in data.
         out: path of the run folder; ``None`` for ``runs/METHOD-TIME``.
         init: path of a checkpoint to start from.
         device: device to train on, such as ``"auto"`` or ``"cuda:1"``.
@@ -28,6 +30,7 @@ class Options:
         group: samples of each problem; 0 for a method that does not sample.
         updates: optimizer steps for each round of samples; 0 for a method that does not sample.
         max_tokens: most tokens of a sample; ``None`` for the length of the longest answer.
+        max_length: most tokens of a row of ``data``; ``None`` for 2048. A longer row is refused.
         save_every: steps from one checkpoint to the next.
     """
 
@@ -45,6 +48,7 @@ class Options:
     group: int = 0
     updates: int = 0
     max_tokens: int | None = None
+    max_length: int | None = None
     save_every: int = 20
 
 
@@ -54,19 +58,45 @@ def check_option(name: str, value: Any) -> None:
     Raises:
         LossInputError: with the flag of the option.
     """
-    if name in ("method", "data", "out", "init", "device"):
-        expected, accepted = "text", isinstance(value, str)
+    if name in ("method", "data", "out", "init", "device", "resume", "RUN"):
+        expected, accepted = "text", isinstance(value, str) and is_path(value)
+        if isinstance(value, str) and not accepted:
+            expected = "text in UTF-8 that is not empty and has no NUL"
     elif name == "lr":
         expected, accepted = "a finite number above 0", type(value) in (int, float) and 0 < value < math.inf
+        if accepted and value > 1:
+            expected, accepted = "a learning rate of at most 1", False
     else:
         # `group` and `updates` are 0 only by default, for a method that has none.
         smallest = 0 if name in ("seed", "warmup_steps") else 1
         expected = f"a whole number of at least {smallest}"
-        accepted = type(value) is int and smallest <= value < 2**63
+        accepted = type(value) is int and smallest <= value
+        if accepted and value > LARGEST[name]:
+            expected, accepted = f"a whole number from {smallest} to {LARGEST[name]}", False
     if not accepted:
-        raise LossInputError(flag(name), expected, repr(value), "See lossfns train --help.")
+        raise LossInputError(flag(name), expected, reprlib.repr(value), "See lossfns train --help.")
+
+
+LARGEST = {
+    "threads": max(64, os.cpu_count() or 1),
+    "seed": 2**63 - 1,
+    "steps": 10**9,
+    "warmup_steps": 10**9,
+    "batch": 2**16,
+    "group": 2**12,
+    "updates": 2**16,
+    "max_tokens": 2**16,
+    "max_length": 2**20,
+    "save_every": 10**9,
+}
+"""The largest value of each whole number. More threads than this can end the process."""
+
+
+def is_path(text: str) -> bool:
+    """Whether text can name a file: it is not empty, is UTF-8 and has no NUL."""
+    return text != "" and "\0" not in text and not any(0xD800 <= ord(c) < 0xE000 for c in text)
 
 
 def flag(name: str) -> str:
     """Return the flag of an option on the command line."""
-    return f"--{name.replace('_', '-')}"
+    return name if name.isupper() else f"--{name.replace('_', '-')}"

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
 from functools import partial
+from pathlib import Path
 from random import Random
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from lossfns.backend.client.training import LocalTrainingClient
 from lossfns.errors import LossInputError
@@ -15,8 +16,8 @@ from lossfns.losses.policy import dapo, grpo, gspo_token
 from lossfns.losses.preference import dpo, orpo
 from lossfns.losses.supervised import cross_entropy
 from lossfns.train import methods, tasks
-from lossfns.train.options import Options, check_option, flag
-from lossfns.train.run import REFERENCES, Run
+from lossfns.train.options import LARGEST, Options, check_option, flag
+from lossfns.train.run import REFERENCES, Run, replaced
 from lossfns.train.tasks import Demonstration, Preference, Problem, Task
 
 
@@ -27,12 +28,36 @@ class Outcome(NamedTuple):
         name: name in ``result.json``; a training metric of the same name shares its panel of the curves.
         title: name in the printed report.
         before, after: the values.
+        samples: texts of the model by ``prompt``, ``before`` and ``after`` training.
     """
 
     name: str
     title: str
     before: float
     after: float
+    samples: tuple[dict[str, str], ...] = ()
+
+
+T = TypeVar("T", Demonstration, Preference, Problem)
+
+
+def compared(
+    run: Run,
+    client: LocalTrainingClient,
+    examples: Sequence[T],
+    name: str,
+    title: str,
+    measure: Callable[[], float],
+    train: Callable[[], None],
+) -> Outcome:
+    """Measure on held-out examples and draw samples, train, and do both again."""
+    run.say(f"measuring on held-out examples: {len(examples)}")
+    draw = partial(methods.sample_texts, client, examples)
+    before, texts = run.once("before", measure), run.once("samples", draw)
+    train()
+    pairs = zip(texts, draw())
+    samples = tuple({"prompt": p, "before": old, "after": new} for (p, old), (_, new) in pairs)
+    return Outcome(name, title, before, measure(), samples)
 
 
 def frozen_copy(run: Run, client: LocalTrainingClient) -> LocalTrainingClient:
@@ -43,11 +68,20 @@ def frozen_copy(run: Run, client: LocalTrainingClient) -> LocalTrainingClient:
 
     def save() -> str:
         name = REFERENCES[0] if ranks.size == 1 else REFERENCES[1]
-        reference.save_state(run.folder / name, overwrite=True).result()
+        save_to(reference, run.folder, name)
         return name
 
     reference.load_state(run.folder / run.once("reference", save)).result()
     return reference
+
+
+def save_to(client: LocalTrainingClient, folder: Path, name: str, metadata: Mapping[str, str] | None = None) -> None:
+    """Save the client's state under a name in the folder of a run. Several processes write a folder with parts."""
+    if client.ranks.size > 1:
+        client.save_state(folder / name, overwrite=True, user_metadata=metadata).result()
+        return
+    with replaced(folder, name) as path:
+        client.save_state(path, user_metadata=metadata).result()
 
 
 # Recipes
@@ -56,8 +90,8 @@ def frozen_copy(run: Run, client: LocalTrainingClient) -> LocalTrainingClient:
 def sft(run: Run, client: LocalTrainingClient, task: Task[Demonstration], loss: Loss, options: Options) -> Outcome:
     """Fine-tune on demonstrations."""
     measure = partial(methods.bits_per_byte, client, task.held_out)
-    before = run.once("before", measure)
-    methods.train_supervised(
+    train = partial(
+        methods.train_supervised,
         run,
         client,
         task.draw,
@@ -67,7 +101,7 @@ def sft(run: Run, client: LocalTrainingClient, task: Task[Demonstration], loss: 
         learning_rate=methods.cosine(options.lr, options.steps),
         seed=options.seed,
     )
-    return Outcome("bits_per_byte", "held-out bits per byte", before, measure())
+    return compared(run, client, task.held_out, "bits_per_byte", "held-out bits per byte", measure, train)
 
 
 def preference(run: Run, client: LocalTrainingClient, task: Task[Preference], loss: Loss, options: Options) -> Outcome:
@@ -84,8 +118,8 @@ def preference(run: Run, client: LocalTrainingClient, task: Task[Preference], lo
     reference = frozen_copy(run, client)
     accuracy = methods.margin_accuracy if "ref_logprobs" in loss.reads else methods.likelihood_accuracy
     measure = partial(accuracy, client, reference, task.held_out)
-    before = run.once("before", measure)
-    methods.train_preference(
+    train = partial(
+        methods.train_preference,
         run,
         client,
         reference,
@@ -96,7 +130,7 @@ def preference(run: Run, client: LocalTrainingClient, task: Task[Preference], lo
         learning_rate=methods.cosine(options.lr, options.steps, warmup_steps=10),
         seed=options.seed,
     )
-    return Outcome("accuracy", "held-out preference accuracy", before, measure())
+    return compared(run, client, task.held_out, "accuracy", "held-out preference accuracy", measure, train)
 
 
 def policy(run: Run, client: LocalTrainingClient, task: Task[Problem], loss: Loss, options: Options) -> Outcome:
@@ -106,12 +140,14 @@ def policy(run: Run, client: LocalTrainingClient, task: Task[Problem], loss: Los
     def draw_demonstrations(rng: Random, n: int) -> list[Demonstration]:
         return [demonstrate(problem, rng) for problem in task.draw(rng, n)]
 
+    if options.max_tokens:
+        check_answers(run, task.held_out + task.train, options.max_tokens)
     warm_up(run, client, draw_demonstrations, options, batch=256, learning_rate=methods.constant(2e-3))
-    longest = max(len(tasks.TOKENIZER.encode(p.answer)) for p in task.held_out + task.draw(Random(0), 200)) + 1
+    longest = max(answer_length(problem) for problem in task.held_out + task.train)
     max_tokens = options.max_tokens or longest
     measure = partial(methods.mean_reward, client, task.held_out, max_tokens)
-    before = run.once("before", measure)
-    methods.train_policy(
+    train = partial(
+        methods.train_policy,
         run,
         client,
         frozen_copy(run, client),
@@ -125,7 +161,28 @@ def policy(run: Run, client: LocalTrainingClient, task: Task[Problem], loss: Los
         max_tokens=max_tokens,
         seed=options.seed,
     )
-    return Outcome("reward", "held-out reward", before, measure())
+    return compared(run, client, task.held_out, "reward", "held-out reward", measure, train)
+
+
+def answer_length(problem: Problem) -> int:
+    """Return the tokens of a problem's answer, with the end of the sequence."""
+    return len(tasks.TOKENIZER.encode(problem.answer)) + 1
+
+
+def check_answers(run: Run, problems: Sequence[Problem], max_tokens: int) -> None:
+    """Warn of answers that no sample can be: those longer than ``max_tokens``.
+
+    Raises:
+        LossInputError: if no answer is short enough.
+    """
+    longer = sum(answer_length(problem) > max_tokens for problem in problems)
+    if longer == len(problems):
+        got, most = f"{max_tokens}", max(map(answer_length, problems))
+        shortest = min(map(answer_length, problems))
+        fix = f"No sample could be right: the reward would always be 0. Pass {most}, or leave it out."
+        raise LossInputError("--max-tokens", f"at least {shortest}, the tokens of the shortest answer", got, fix)
+    if longer:
+        run.say(f"warning: {longer} of {len(problems)} answers are longer than --max-tokens {max_tokens}: reward 0")
 
 
 def warm_up(
@@ -154,22 +211,22 @@ def warm_up(
 
 
 def demonstrations(options: Options) -> Task[Demonstration]:
-    return tasks.load_demonstrations(options.data, options.seed) if options.data else tasks.documentation()
+    return tasks.load_demonstrations(options) if options.data else tasks.documentation()
 
 
 def pairs(options: Options) -> Task[Preference]:
-    return tasks.load_preferences(options.data, options.seed) if options.data else tasks.continuations()
+    return tasks.load_preferences(options) if options.data else tasks.continuations()
 
 
 def pairs_with_prompts(options: Options) -> Task[Preference]:
     """Load the pairs for ORPO, which learns the chosen texts: the built-in prompts are part of them."""
     if options.data:
-        return tasks.load_preferences(options.data, options.seed)
+        return tasks.load_preferences(options)
     return tasks.with_prompts_trained(tasks.continuations())
 
 
 def problems(options: Options) -> Task[Problem]:
-    return tasks.load_problems(options.data, options.seed) if options.data else tasks.arithmetic()
+    return tasks.load_problems(options) if options.data else tasks.arithmetic()
 
 
 # Methods
@@ -220,7 +277,13 @@ def complete_options(given: Mapping[str, Any]) -> Options:
         if not has_option(method, name):
             others = ", ".join(other for other in METHODS if has_option(other, name))
             raise LossInputError(flag(name), f"a method that has it ({others})", method, "Leave it out.")
-    return Options(**METHODS[method].defaults | given)
+    options = Options(**METHODS[method].defaults | given)
+    if options.max_length and not options.data:
+        raise LossInputError("--max-length", "--data with it", "none", "The built-in data has its own length.")
+    if options.batch * max(1, options.group) > LARGEST["batch"]:
+        expected, got = f"--batch times --group of at most {LARGEST['batch']}", f"{options.batch * options.group}"
+        raise LossInputError("--group", expected, got, "Take fewer samples in a step, and more steps.")
+    return options
 
 
 def has_option(method: str, name: str) -> bool:

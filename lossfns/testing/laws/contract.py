@@ -4,22 +4,15 @@ from __future__ import annotations
 
 import copy
 import functools
-import os
-import random
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import zip_longest
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch._guards import TracingContext
-from torch._guards import tracing as trace_context
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
 from lossfns.datum import TensorData
@@ -29,12 +22,14 @@ from lossfns.testing.laws.base import (
     LossFn,
     NotApplicable,
     Probe,
-    assume,
     batch_kind,
     column_rows,
     columns_read,
+    contrast,
+    describe_error,
     fragile,
     measure,
+    numbers,
     repeat_rows,
     require,
     shifted,
@@ -45,32 +40,37 @@ from lossfns.testing.laws.base import (
     with_masked_unit,
     wrong,
 )
-from lossfns.testing.laws.metrics import numbers
-from lossfns.testing.laws.settings import names_in, underlying_function, words
+from lossfns.testing.laws.settings import words
+from lossfns.testing.laws.trace import Trace
 from lossfns.tokens import LOGPROB_COLUMNS
 
 
 @wrong("without a scalar that has a gradient there is nothing to train on")
 def contract(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
     """A call returns a 0-d tensor that requires grad, and a dict of metrics."""
-    probe, bug = Probe.of(loss_fn, data, logprobs), "not-the-contract"
+    probe = Probe.of(loss_fn, data, logprobs)
     probe = probe.with_batch(unpoisoned(repeat_rows(probe.batch, 3)))
     if "advantages" in probe.batch.columns:
         probe = probe.with_batch(with_constants(probe.batch, advantages=1.0))
+    expect = partial(require, bug="not-the-contract", batch=probe.batch)
     try:
         with torch.enable_grad():
             result: Any = loss_fn(probe.batch.data(), probe.batch.tensors(probe.dtype))
     except NotApplicable:
         raise
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         diagnose_misalignment(probe)
-        raise LawBroken(bug, f"On a valid batch the call raises {type(error).__name__}: {error}.") from error
-    require(isinstance(result, tuple) and len(result) == 2, bug, f"The call returns {result!r}, not (loss, metrics).")
+        seen = f"On a valid batch the call raises {describe_error(error)}."
+        raise LawBroken("not-the-contract", seen, probe.batch) from error
+    is_pair = isinstance(result, tuple) and len(result) == 2
+    expect(is_pair, seen=f"The call returns {result!r}, not (loss, metrics).")
     loss, metrics = result
-    require(isinstance(loss, Tensor), bug, f"The loss is a {type(loss).__name__}, not a tensor.")
-    require(loss.ndim == 0, bug, f"The loss has shape {tuple(loss.shape)}, not ().")
-    require(loss.requires_grad, bug, "The loss does not depend on the logprobs: it has no grad_fn.")
-    require(isinstance(metrics, Mapping), bug, f"The metrics are a {type(metrics).__name__}, not a dict.")
+    expect(isinstance(loss, Tensor), seen=f"The loss is a {type(loss).__name__}, not a tensor.")
+    expect(loss.ndim == 0, seen=f"The loss has shape {tuple(loss.shape)}, not ().")
+    expect(loss.requires_grad, seen="The loss does not depend on the logprobs: it has no grad_fn.")
+    expect(isinstance(metrics, Mapping), seen=f"The metrics are a {type(metrics).__name__}, not a dict.")
     probe()
 
 
@@ -78,10 +78,11 @@ def contract(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -
 def metric_types(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
     """Metrics are plain floats."""
     probe = Probe.of(loss_fn, data, logprobs)
-    for name, value in probe(unpoisoned(probe.batch)).metrics.items():
+    batch = unpoisoned(probe.batch)
+    for name, value in probe(batch).metrics.items():
         plain = isinstance(value, (float, int)) and not isinstance(value, bool)
         seen = f"The metric {name!r} is a {type(value).__name__}, not a float."
-        require(plain and isinstance(name, str), "metric-not-a-float", seen)
+        require(plain and isinstance(name, str), "metric-not-a-float", seen, batch)
 
 
 def diagnose_misalignment(probe: Probe) -> None:
@@ -105,23 +106,25 @@ def inputs_unchanged(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Te
     order, before = list(map(id, data)), snapshot(data, logprobs)
     watched, changes = watch_tensors(loss_fn)
     watched(data, logprobs)
-    require(list(map(id, data)) == order, "inputs-mutated", "After the call the list holds other datums.")
-    require(not changes, "inputs-mutated", f"The call changed the tensor {', '.join(changes)}.")
+    same_order = list(map(id, data)) == order
+    require(same_order, "inputs-mutated", "After the call the list holds other datums.", probe.batch)
+    require(not changes, "inputs-mutated", f"The call changed the tensor {', '.join(changes)}.", probe.batch)
     for name, was in before.items():
         now = snapshot(data, logprobs).get(name)
-        require(now == was, "inputs-mutated", f"The call changed {name} from {was} to {now}.")
+        require(now == was, "inputs-mutated", f"The call changed {name} from {was} to {now}.", probe.batch)
 
 
 def watch_tensors(loss_fn: LossFn) -> tuple[LossFn, list[str]]:
     """Return the loss, and a list that gets the names of the tensors that a function of tensors changes in a call."""
     changed: list[str] = []
-    fn = vars(loss_fn).get("fn") if hasattr(loss_fn, "__dict__") else None
+    target = getattr(loss_fn, "target", None)
+    fn = getattr(target, "fn", None)
     if not callable(fn):
         return loss_fn, changed
 
     @functools.wraps(fn)
     def watched(*args: Any, **kwargs: Any) -> Any:
-        named = [*((str(i), x) for i, x in enumerate(args)), *kwargs.items()]
+        named = [*((f"of argument {i}", x) for i, x in enumerate(args)), *kwargs.items()]
         given = {name: x for name, x in named if isinstance(x, Tensor)}
         before = {name: x.detach().clone() for name, x in given.items()}
         result = fn(*args, **kwargs)
@@ -129,13 +132,14 @@ def watch_tensors(loss_fn: LossFn) -> tuple[LossFn, list[str]]:
         return result
 
     copied = copy.copy(loss_fn)
-    vars(copied)["fn"] = watched
+    vars(copied)["target"] = copy.copy(target)
+    vars(vars(copied)["target"])["fn"] = watched
     return copied, changed
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
     """Return whether two tensors have one shape and equal values; nan equals nan."""
-    return a.shape == b.shape and torch.equal(a.nan_to_num(nan=0.5), b.nan_to_num(nan=0.5))
+    return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
 
 
 def snapshot(data: Sequence[Any], logprobs: Sequence[Tensor]) -> dict[str, str]:
@@ -158,179 +162,27 @@ def repeatable(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor])
     probe(uniform_batch(batch, length=5, datums=2, logprobs=-0.5))
     again = probe(batch)
     same = repr((first.value, first.gradients)) == repr((again.value, again.gradients))
-    seen = f"The same batch gave {first.value} and, after calls on other batches, {again.value}."
-    require(same, "state-between-calls", seen)
+    difference = probe.difference(again, first, scale=0) or "a zero has the other sign"
+    seen = f"On the same batch, after calls on others, {difference}, as before."
+    require(same, "state-between-calls", seen, batch)
     before, after = numbers(first.metrics), numbers(again.metrics)
     for name, value in before.items():
         timed = {"time", "seconds", "elapsed", "duration", "step", "calls", "sec", "ms"} & set(words(name))
-        seen = (
-            f"The same batch gave the metric {name!r} = {value} and, after calls on other batches, {after.get(name)}."
-        )
-        require(bool(timed) or repr(value) == repr(after.get(name)), "state-between-calls", seen)
-    made = made_by_factory(loss_fn, batch, probe.dtype)
+        seen = f"On the same batch, after calls on others, the metric {name!r} is {after.get(name)}, not {value}."
+        require(bool(timed) or repr(value) == repr(after.get(name)), "state-between-calls", seen, batch)
+    made = made_by_factory(loss_fn, batch)
     if made is not None:
         one, two = probe(batch, made), probe(batch, made)
-        seen = f"The loss that the factory made gave {one.value} at its first call and {two.value} at its second."
         same = repr((one.value, one.gradients)) == repr((two.value, two.gradients))
-        require(same, "state-between-calls", seen)
+        difference = probe.difference(two, one, scale=0) or "a zero has the other sign"
+        seen = f"At the second call of the loss that the factory made, {difference}, as at the first."
+        require(same, "state-between-calls", seen, batch)
 
 
-def made_by_factory(loss_fn: LossFn, batch: Batch, dtype: torch.dtype) -> LossFn | None:
+def made_by_factory(loss_fn: LossFn, batch: Batch) -> LossFn | None:
     """Return the loss that a factory makes for a batch, or None if the subject is no factory."""
     build, forms = getattr(loss_fn, "build", None), getattr(loss_fn, "forms", None)
     return build(batch.data(), forms) if build is not None and forms else None
-
-
-@wrong("what the first batch leaves behind changes the loss of all later batches")
-def fresh_state(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
-    """What a loss keeps from its first batch does not change the results of later ones."""
-    probe = Probe.of(loss_fn, data, logprobs)
-    batch = unpoisoned(repeat_rows(probe.batch, 3))
-    other = batch.having(
-        **{name: [[2.5 * x for x in row] for row in column_rows(batch, name)] for name in scaled(batch)}
-    )
-    kept = list(mutable_state(loss_fn))
-    assume(bool(kept), "it keeps no state")
-    for container in kept:
-        with emptied(container):
-            try:
-                first = probe(batch)
-            except LawBroken:
-                continue  # the loss needs what is in it: it is no cache
-        with emptied(container):
-            probe(other)
-            second = probe(batch)
-        seen = f"A batch gives {first.value} as the first batch, and {second.value} after another first batch."
-        same = repr((first.value, first.gradients)) == repr((second.value, second.gradients))
-        require(same, "state-between-calls", seen)
-
-
-def scaled(batch: Batch) -> list[str]:
-    """Return the columns whose numbers may be scaled, and the logprobs."""
-    return ["logprobs", *(name for name in batch.columns if name != "labels")]
-
-
-def mutable_state(loss_fn: LossFn) -> Iterator[Any]:
-    """Yield the dicts, lists and sets that a function may keep things in: of its module, defaults, closure, object."""
-    fn = underlying_function(loss_fn)
-    namespace, code = getattr(fn, "__globals__", {}), getattr(fn, "__code__", None)
-    candidates = [namespace.get(name) for name in set(names_in(code))] if code is not None else []
-    candidates += [*(getattr(fn, "__defaults__", None) or ()), *(getattr(fn, "__kwdefaults__", None) or {}).values()]
-    for cell in getattr(fn, "__closure__", None) or ():
-        try:
-            candidates.append(cell.cell_contents)
-        except ValueError:  # an empty cell
-            continue
-    owner = getattr(fn, "__self__", None)
-    candidates += list(vars(owner).values()) if hasattr(owner, "__dict__") else []
-    for x in candidates:
-        if type(x) in (dict, list, set):
-            yield x
-
-
-@contextmanager
-def emptied(container: Any) -> Iterator[None]:
-    """Empty a dict, list or set within a block, and put its contents back."""
-    contents = container.copy()
-    container.clear()
-    try:
-        yield
-    finally:
-        container.clear()
-        container.extend(contents) if isinstance(container, list) else container.update(contents)
-
-
-@wrong("whatever runs after the loss, such as sampling or dropout, is no longer what it was")
-def global_state(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
-    """A call leaves global state as it was: random seeds, the default dtype, grad mode, threads, warnings, environment.
-
-    A loss may draw random numbers, which moves the state of the generators on. It may not set them.
-    """
-    probe = Probe.of(loss_fn, data, logprobs)
-    batch = unpoisoned(probe.batch)
-    with global_state_kept():
-        ends = []
-        for seed in (11, 12):
-            torch.default_generator.manual_seed(seed)
-            np.random.seed(seed)
-            random.seed(seed)
-            starts, before = generators(), global_settings()
-            probe.loss_fn(batch.data(), batch.tensors(probe.dtype))  # not by ``probe``, which restores the grad mode
-            for name, was in before.items():
-                now = global_settings()[name]
-                require(now == was, "global-state-changed", f"The call changes {name} from {was} to {now}.")
-            ends.append({name: state for name, state in generators().items() if state != starts[name]})
-        for name, state in ends[0].items():
-            seen = f"After calls from two different random states, the state of {name} is the same: the call sets it."
-            require(ends[1].get(name) != state, "global-state-changed", seen)
-
-
-def generators() -> dict[str, Any]:
-    """Return the states of the random generators."""
-    numpy_state = np.random.get_state(legacy=False)
-    return {
-        "torch": torch.get_rng_state().numpy().tobytes(),
-        "numpy.random": repr((numpy_state["state"]["key"].tobytes(), numpy_state["state"]["pos"])),
-        "random": random.getstate(),
-    }
-
-
-def global_settings() -> dict[str, Any]:
-    """Return the global settings that a call must not change."""
-    return {
-        "the default dtype": torch.get_default_dtype(),
-        "the grad mode": torch.is_grad_enabled(),
-        "the inference mode": torch.is_inference_mode_enabled(),
-        "the number of threads": torch.get_num_threads(),
-        "torch.use_deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
-        "cudnn.benchmark": torch.backends.cudnn.benchmark,
-        "cudnn.deterministic": torch.backends.cudnn.deterministic,
-        "the float32 matmul precision": torch.get_float32_matmul_precision(),
-        "anomaly detection": torch.is_anomaly_enabled(),
-        "numpy's error handling": np.geterr(),
-        "warnings.filters": list(warnings.filters),
-        "os.environ": dict(os.environ),
-    }
-
-
-@contextmanager
-def global_state_kept() -> Iterator[None]:
-    """Put the global state back after a block."""
-    before, torch_state, numpy_state, python_state = (
-        global_settings(), torch.get_rng_state(), np.random.get_state(), random.getstate()
-    )  # fmt: skip
-    try:
-        yield
-    finally:
-        torch.set_rng_state(torch_state)
-        np.random.set_state(numpy_state)
-        random.setstate(python_state)
-        now = global_settings()
-        for name, was in before.items():
-            if now[name] != was and name in RESTORE:
-                RESTORE[name](was)
-
-
-def restore_environment(was: dict[str, str]) -> None:
-    """Set the environment variables to these."""
-    os.environ.clear()
-    os.environ.update(was)
-
-
-RESTORE: Mapping[str, Callable[[Any], Any]] = {
-    "the default dtype": torch.set_default_dtype,
-    "the grad mode": torch.set_grad_enabled,
-    "the number of threads": torch.set_num_threads,
-    "torch.use_deterministic_algorithms": torch.use_deterministic_algorithms,
-    "cudnn.benchmark": lambda was: setattr(torch.backends.cudnn, "benchmark", was),
-    "cudnn.deterministic": lambda was: setattr(torch.backends.cudnn, "deterministic", was),
-    "the float32 matmul precision": torch.set_float32_matmul_precision,
-    "anomaly detection": torch.autograd.set_detect_anomaly,
-    "numpy's error handling": lambda was: np.seterr(**was),
-    "warnings.filters": lambda was: setattr(warnings, "filters", was),
-    "os.environ": restore_environment,
-}
-"""Global setting → how to set it."""
 
 
 @fragile("a gradient of None is a gradient of 0 for a local loop, and an error of the hosted SDKs")
@@ -343,7 +195,7 @@ def every_gradient(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tens
         for i in missing_gradients(probe, tried):
             seen = f"logprobs_list[{i}].grad is None, because its weights or advantages are 0."
             active = tried is not zero and any(tried.weights[i])
-            require(active, "gradient-missing", seen)
+            require(active, "gradient-missing", seen, tried)
 
 
 @wrong("a datum that is left out is not trained on")
@@ -355,7 +207,7 @@ def active_gradient(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Ten
     for i in missing_gradients(probe, batch):
         active = any(w and a for w, a in zip(batch.weights[i], advantages[i]))
         seen = f"logprobs_list[{i}].grad is None, although it has active tokens."
-        require(not active, "datum-ignored", seen)
+        require(not active, "datum-ignored", seen, batch)
 
 
 def missing_gradients(probe: Probe, batch: Batch) -> Sequence[int]:
@@ -383,7 +235,7 @@ def lengths(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) ->
             loss_fn(list(map(with_fields, batch.data(), fields)), batch.tensors(probe.dtype))
         except Exception:
             continue
-        require(False, "silent-truncation", f"Weights {which} are accepted silently.")
+        require(False, "silent-truncation", f"Weights {which} are accepted silently.", batch)
 
 
 def with_fields(datum: Any, fields: dict[str, Any]) -> Any:
@@ -404,10 +256,10 @@ def token_ids(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) 
     plain, special = (value_with_targets(probe, batch, ids) for ids in ([1000], SPECIAL_TOKEN_IDS))
     if probe.close(special, plain, scale=0.01):
         return
-    first = next(
-        i for i in SPECIAL_TOKEN_IDS if not probe.close(value_with_targets(probe, batch, [i, 1000]), plain, scale=0.01)
-    )
-    require(False, "mask-by-token-id", f"With {first} as every other target token the loss is not {plain}.")
+    values = ((i, value_with_targets(probe, batch, [i, 1000])) for i in SPECIAL_TOKEN_IDS)
+    first, value = next((i, value) for i, value in values if not probe.close(value, plain, scale=0.01))
+    seen = f"With {first} as every other target token of datum 0, in place of 1000, the loss is"
+    require(False, "mask-by-token-id", f"{seen} {contrast(value, plain)}.", batch)
 
 
 def value_with_targets(probe: Probe, batch: Batch, ids: Sequence[int]) -> float:
@@ -423,10 +275,6 @@ def value_with_targets(probe: Probe, batch: Batch, ids: Sequence[int]) -> float:
     return measure(probe.loss_fn, data, batch.tensors(probe.dtype)).value
 
 
-MANY = 301
-"""Tokens that bfloat16 cannot count: it rounds 301 to 302."""
-
-
 @wrong("a step changes logprobs by less than the low precision can show")
 def precision(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
     """The loss computes in float32 or float64: a change of a logprob by 1e-4 changes the loss."""
@@ -435,24 +283,12 @@ def precision(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) 
     tried = [batch]
     if batch_kind(batch) == "policy" and "ref_logprobs" in columns_read(probe):
         tried.append(with_constants(batch, advantages=0.0, ref_logprobs=-1.5))  # the KL term alone
-    tried.append(uniform_batch(probe.batch, datums=2, length=MANY, logprobs=-1.0))
     for base in tried:
-        by = 2.0**-13 if base is not tried[-1] else 2.0**-9
-        lowered = [base.having(logprobs=shifted(base.logprobs, [(0, 0)], -x)) for x in (0.0, by, 0.5)]
+        lowered = [base.having(logprobs=shifted(base.logprobs, [(0, 0)], by)) for by in (0.0, -(2.0**-13), -0.5)]
         before, near, far = map(probe, lowered)
         if before.value != far.value:
-            count = f"{len(base.weights[0])} tokens, l" if base is tried[-1] else "L"
-            seen = (
-                f"{'With ' if base is tried[-1] else ''}{count}owering a logprob from −1 by {by:g} leaves the loss at "
-            )
-            require(before.value != near.value, "low-precision", f"{seen}exactly {before.value}.")
-    if batch_kind(batch) in ("policy", "likelihood"):
-        few, many = (probe(uniform_batch(probe.batch, length=n)).gradients[0][0] for n in (1, MANY))
-        size = many * MANY / few if few else 0.0
-        # MANY times 1 if the loss is a sum over tokens. A count in bfloat16 is off by up to a 256th.
-        off = min(abs(size / right - 1) for right in (1.0, MANY)) if size else 1.0
-        seen = f"A token's gradient is {few:g} alone and {many:g} beside {MANY - 1} others: a count is rounded."
-        require(not 1e-3 < off < 8e-3, "low-precision", seen)
+            seen = f"Lowering a logprob from −1 by 2⁻¹³ leaves the loss at exactly {before.value}."
+            require(before.value != near.value, "low-precision", seen, base)
 
 
 @fragile("the result is right, but each datum waits for the device")
@@ -461,7 +297,7 @@ def host_sync(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) 
     probe = Probe.of(loss_fn, data, logprobs)
     few, many = (count_transfers(probe, uniform_batch(probe.batch, datums=n)) for n in (2, 8))
     seen = f"A call moves results to the host {few} times for 2 datums and {many} times for 8."
-    require(many <= few, "host-sync-per-datum", seen)
+    require(many <= few, "host-sync-per-datum", seen, uniform_batch(probe.batch, datums=8))
 
 
 class TransferRecorder(TorchFunctionMode):
@@ -512,27 +348,24 @@ def check_trace(probe: Probe, batch: Batch, shifts: Sequence[float]) -> None:
     """Trace the loss on a batch, run the trace on shifted logprobs, and compare with an eager call."""
     loss_fn, data, logprobs = probe.loss_fn, batch.data(), batch.tensors(probe.dtype)
     try:
-        # Without a context make_fx makes a FakeTensorMode for each operation.
-        with trace_context(TracingContext(FakeTensorMode())):
-            keep_detach: dict[Any, Any] = {}  # without a table, PyTorch 2.15 traces detach as alias
-            trace = make_fx(lambda *lps: loss_fn(data, list(lps))[0], keep_detach, _error_on_data_dependent_ops=False)
-            traced = trace(*logprobs)
+        traced = Trace(lambda lps: loss_fn(data, lps)[0], logprobs)
     except Exception as error:
         raise NotApplicable(f"it cannot be traced: {type(error).__name__}") from error
     for shift in shifts:
         other = batch.having(logprobs=[[min(x + shift, -1e-3) for x in row] for row in batch.logprobs])
         leaves = other.tensors(probe.dtype)
-        value = traced(*leaves)
+        value = traced(leaves)
         eager = probe(other)
         traced_value = float(value.detach())
-        seen = f"Traced at these logprobs and run {shift:+} from them, the loss is {traced_value}, not {eager.value}."
-        require(probe.close(traced_value, eager.value), "branch-on-values", seen)
+        seen = f"In a trace made {-shift:+} from these logprobs, the loss is {contrast(traced_value, eager.value)}."
+        require(probe.close(traced_value, eager.value), "branch-on-values", seen, other)
         if value.requires_grad:
-            value.backward()
+            value.backward()  # type: ignore[no-untyped-call]
         grads = [torch.zeros_like(lp) if lp.grad is None else lp.grad for lp in leaves]
         traced_gradients = [g.flatten().tolist() for g in grads]
-        seen = f"Traced, the loss has the gradients {traced_gradients}; eager, {eager.gradients}."
-        require(probe.close(traced_gradients, eager.gradients), "no-grad-for-detach", seen)
+        difference = probe.difference(replace(eager, gradients=traced_gradients), eager)
+        same = probe.close(traced_gradients, eager.gradients)
+        require(same, "no-grad-for-detach", f"In a trace, {difference or traced_gradients}.", other)
 
 
 FAR_LOGPROBS = ((-1.0, -1e4), (-1e4, -1.0), (-1e4, -1e4), (-50.0, -1.0), (-1.0, -50.0))
@@ -566,9 +399,9 @@ def finite(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> 
                 try:
                     result = probe(batch.having(logprobs=sides, **others))
                 except LawBroken as error:  # the loss may refuse a result that is not finite
-                    raise LawBroken(bug, f"{at}: {error.seen}") from error
+                    raise LawBroken(bug, f"{at}: {error.seen}", error.batch) from error
                 seen = f"{at} the value is {result.value} and the gradients {result.gradients}."
-                require(result.finite, bug, seen)
+                require(result.finite, bug, seen, result.batch)
 
 
 def logprob_columns(batch: Batch) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -16,6 +16,7 @@ from lossfns.testing.laws.base import (
     assume,
     columns_read,
     fragile,
+    numbers,
     require,
     uniform_batch,
     unit_indices,
@@ -27,18 +28,6 @@ from lossfns.testing.laws.base import (
 from lossfns.testing.laws.masks import with_padding
 from lossfns.testing.laws.settings import named_numbers, words
 from lossfns.testing.laws.sums import COUNTS
-
-
-def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Return the metrics that are numbers, as floats: also 0-d tensors and numbers of numpy."""
-    found = {}
-    for name, value in metrics.items():
-        try:
-            found[name] = float(value)
-        except (TypeError, ValueError, RuntimeError):
-            continue
-    return found
-
 
 LOSS_NAMES = ("loss", "loss:sum", "total_loss", "train/loss", "loss/total", "train/total_loss")
 
@@ -64,7 +53,9 @@ def metric_merge(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor
     parts = [batch.take(part) for part in unit_indices(batch)]
     of_batch, of_parts = numbers(probe(batch).metrics), [numbers(probe(part).metrics) for part in parts]
     for name, value in of_batch.items():
-        values = [metrics.get(name, math.nan) for metrics in of_parts]
+        if any(name not in metrics for metrics in of_parts):
+            continue  # such as the reward of desirable answers, of a part that has none
+        values = [metrics[name] for metrics in of_parts]
         merged = [weighted_mean(values, [count(part) for part in parts]) for count in COUNTS.values()]
         merged.append(math.fsum(values))
         if "max" in name:
@@ -98,13 +89,6 @@ def metric_scope(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor
         extreme = set(words(name)) & {"max", "min"}
         same = whole or extreme or alike(value, wide.get(name))
         require(bool(same), "metric-unmasked", f"{seen}, {value} without.")
-    units = unit_indices(batch)
-    back = numbers(probe(batch.take([i for unit in reversed(units) for i in unit])).metrics)
-    for name, value in plain.items():
-        seen = f"In reverse order the metric {name!r} is {back.get(name)}, not {value}."
-        require(
-            bool({"first", "last"} & set(words(name))) or alike(value, back.get(name)), "metric-not-mergeable", seen
-        )
 
 
 ABOUT_PADDING = {"pad", "padding", "padded", "width", "slots", "shape", "util", "utilization", "masked"}

@@ -17,6 +17,7 @@ from lossfns.testing.laws.base import (
     columns_read,
     fragile,
     influences,
+    numbers,
     on_policy_batch,
     reads_only_mask,
     relative_difference,
@@ -28,7 +29,6 @@ from lossfns.testing.laws.base import (
     without_empty_units,
     wrong,
 )
-from lossfns.testing.laws.metrics import numbers
 from lossfns.testing.laws.settings import asks_for_k1, claims_to_be, named_numbers, words
 from lossfns.testing.laws.sums import COUNTS
 

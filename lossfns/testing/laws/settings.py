@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from lossfns.loss import BoundLoss, Loss
-from lossfns.testing.laws.base import LossFn
+from lossfns.testing.laws.base import LossFn, is_described_as
 
 
 @dataclass(frozen=True)
@@ -109,17 +109,12 @@ def replace_element(values: Sequence[float], element: int, new: float) -> Sequen
 
 def underlying_function(loss_fn: Any) -> Any:
     """Return the Python function that computes a loss, without the wrappers of the kit and of ``functools``."""
-    for _ in range(8):
-        inner = next((x for x in (vars_of(loss_fn).get(n) for n in ("factory", "fn", "func")) if callable(x)), None)
-        if inner is None:
-            break
-        loss_fn = inner
-    return getattr(loss_fn, "forward", loss_fn)
-
-
-def vars_of(x: Any) -> Mapping[str, Any]:
-    """Return the attributes of an object; those of a ``functools.partial`` are ``func``, ``args`` and ``keywords``."""
-    return {"func": x.func} if isinstance(x, functools.partial) else getattr(x, "__dict__", {})
+    fn = getattr(getattr(loss_fn, "target", None), "fn", loss_fn)
+    while isinstance(fn, functools.partial):
+        fn = fn.func
+    if hasattr(fn, "forward"):
+        return fn.forward
+    return fn if hasattr(fn, "__code__") else getattr(fn, "__call__", fn)  # noqa: B004
 
 
 def constants_used(fn: Any, namespace: Mapping[str, Any]) -> set[str]:
@@ -161,9 +156,9 @@ def asks_for_k1(loss_fn: LossFn) -> bool:
 
 def claims_to_be(loss_fn: LossFn, method: str) -> bool:
     """Return whether the name or the documentation of a loss names a method."""
-    fn = underlying_function(loss_fn)
-    texts = (getattr(x, attribute, "") or "" for x in (loss_fn, fn) for attribute in ("name", "__name__", "__doc__"))
-    return any(method in str(text).lower() for text in texts if text is not object.__doc__)
+    named = isinstance(loss_fn, (Loss, BoundLoss)) and method in repr(loss_fn)
+    fn = getattr(getattr(loss_fn, "target", None), "fn", loss_fn)
+    return named or is_described_as(loss_fn, method) or is_described_as(fn, method)
 
 
 def nearer_to_off(value: float) -> float | None:

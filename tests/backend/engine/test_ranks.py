@@ -125,7 +125,7 @@ def same_run(two: Path, one: Path) -> None:
         assert phase == other and a == pytest.approx(b, rel=1e-4, abs=1e-5)
     outcomes = [json.loads((run / RESULT).read_text()) for run in (two, one)]
     assert [o["stopped_early"] for o in outcomes] == [False, False]
-    (name,) = outcomes[1].keys() - {"stopped_early", "seconds"}
+    (name,) = outcomes[1].keys() - {"stopped_early", "seconds", "samples"}
     assert outcomes[0][name] == pytest.approx(outcomes[1][name], rel=1e-4)
 
 

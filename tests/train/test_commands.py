@@ -1,0 +1,376 @@
+"""``lossfns train`` at its edges, and ``lossfns plot`` and ``lossfns sample``."""
+
+import contextlib
+import fcntl
+import io
+import json
+import os
+import pty
+import re
+import select
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+
+from lossfns.cli import main
+from lossfns.train.display import PlainDisplay
+from lossfns.train.run import METRICS, RESULT, Run
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm-256color"}
+for name in ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR"):
+    ENVIRONMENT.pop(name, None)
+
+
+def written(path: Path, rows: list[Any]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def sums(folder: Path, count: int = 12, answer: str = "4") -> str:
+    row = {"completion": answer, "answer": answer, "chosen": answer, "rejected": "5"}
+    return written(folder / "rows.jsonl", [{"prompt": f"{i}: 2+2=", **row} for i in range(count)])
+
+
+def small(folder: Path, method: str = "sft", *more: str) -> list[str]:
+    return ["train", method, "--data", sums(folder), "--out", str(folder / "run"), "--batch", "3", *more]
+
+
+def wait_for(happened: Callable[[], bool], process: "subprocess.Popen[Any]") -> None:
+    deadline = time.monotonic() + 60
+    while not happened() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+
+
+def steps_done(run: Path) -> int:
+    return (run / METRICS).read_bytes().count(b"\n") if (run / METRICS).exists() else 0
+
+
+# Options
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--threads", "100000"], "--threads: expected a whole number from 1 to"),
+        (["--threads", "0"], "--threads: expected a whole number of at least 1, got 0"),
+        (["--batch", "1000000000000"], "--batch: expected a whole number from 1 to 65536"),
+        (["--steps", str(10**30)], "--steps: expected a whole number from 1 to"),
+        (["--warmup-steps", str(10**30)], "--warmup-steps: expected a"),
+        (["--seed", str(2**64)], "--seed: expected a whole number from 0 to"),
+        (["--save-every", str(10**400)], "--save-every: expected a whole number from 1 to"),
+        (["--lr", "1e308"], "--lr: expected a learning rate of at most 1"),
+        (["--lr", "inf"], "--lr: expected a finite number above 0"),
+        (["--max-length", "100"], "--max-length: expected --data with it"),
+        (["--out", "a\0b"], r"--out: expected text in UTF-8 that is not empty and has no NUL, got 'a\x00b'"),
+        (["--data", "a\0b"], "--data: expected text in UTF-8 that"),
+        (["--init", "\udcff"], "--init: expected text in UTF-8 that"),
+        (["--out", ""], "--out: expected text in UTF-8 that"),
+        (["--device", "cpu\0"], "--device: expected text in UTF-8 that"),
+    ],
+)
+def test_absurd_options_are_refused_by_name(
+    arguments: list[str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        main(["train", "orpo", *arguments])
+    assert ended.value.code == 2 and says in capsys.readouterr().err
+    assert not os.listdir(tmp_path)
+
+
+def test_groups_that_cannot_be_sampled_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "grpo", "--batch", "65536", "--group", "4096"])
+    assert "--group: expected --batch times --group of at most 65536, got 268435456" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["train", "--resume"], ["plot"], ["sample"]])
+def test_a_run_folder_with_a_nul_in_its_path_is_refused(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with contextlib.suppress(SystemExit):
+        assert main([*command, "a\0b", *(["x"] if command == ["sample"] else [])]) == 2
+    assert "text in UTF-8 that is not empty and has no NUL" in capsys.readouterr().err
+
+
+# Closed pipes and interrupts
+
+
+@pytest.mark.parametrize("closed", ["stdout", "both"])
+def test_a_closed_pipe_ends_quietly_with_everything_saved(closed: str, tmp_path: Path) -> None:
+    """``| head -0`` reads nothing at all. If the progress goes there too, the run stops after its step."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    steps = "3" if closed == "stdout" else "100000"
+    errors = subprocess.PIPE if closed == "stdout" else writer
+    command = [sys.executable, "-m", "lossfns", *small(tmp_path, "sft", "--steps", steps)]
+    process = subprocess.Popen(command, stdout=writer, stderr=errors, env=ENVIRONMENT, text=True)
+    os.close(writer)
+    _, shown = process.communicate(timeout=120)
+    assert process.returncode == 0 and "Traceback" not in (shown or "") and "Error" not in (shown or "")
+    result = json.loads((tmp_path / "run" / RESULT).read_text())
+    assert result["stopped_early"] is (closed == "both")
+    assert (tmp_path / "run" / "checkpoint.npz").exists()
+
+
+@pytest.mark.parametrize("moment", ["in a step", pytest.param("before the run", marks=pytest.mark.exhaustive)])
+def test_a_second_ctrl_c_ends_at_once_and_quietly(moment: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "lossfns", *small(tmp_path, "sft", "--steps", "100000", "--save-every", "2")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT, text=True)
+    if moment == "in a step":
+        wait_for(lambda: steps_done(run) >= 3, process)
+    else:
+        wait_for(lambda: (run / "config.json").exists(), process)
+    deadline = time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < deadline:
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.001)
+    shown, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, (shown, errors)
+    assert "Traceback" not in errors and f"continue with lossfns train --resume {run}" in errors
+    again = subprocess.Popen(
+        [sys.executable, "-m", "lossfns", "train", "--resume", str(run)], stderr=subprocess.PIPE, env=ENVIRONMENT
+    )
+    done = steps_done(run)
+    wait_for(lambda: steps_done(run) > done, again)
+    again.send_signal(signal.SIGINT)
+    again.communicate(timeout=60)
+    assert again.returncode == 0
+
+
+# A terminal of 80 columns
+
+
+def on_a_terminal(arguments: list[str], columns: int) -> tuple[int, str]:
+    """Run a command on a terminal; return its exit status and all that it writes."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+        os.execve(sys.executable, [sys.executable, "-m", "lossfns", *arguments], ENVIRONMENT)
+    output = b""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if not select.select([terminal], [], [], 0.1)[0]:
+            continue
+        try:
+            part = os.read(terminal, 65536)
+        except OSError:
+            break
+        if not part:
+            break
+        output += part
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    os.close(terminal)
+    return status, output.decode()
+
+
+def screen(output: str, columns: int) -> tuple[list[str], int]:
+    """Return the lines of a terminal after this output, and how often a line was too long for it."""
+    lines, row, column, wraps = [""], 0, 0, 0
+    for escape, code, character in re.findall(r"\x1b\[([?\d;]*)([A-Za-z])|([\s\S])", output):
+        if code == "A":
+            row -= int(escape or 1)
+        elif code == "K":
+            lines[row] = ""
+        elif character == "\r":
+            column = 0
+        elif character == "\n":
+            row += 1
+        elif character:
+            if column == columns:
+                row, column, wraps = row + 1, 0, wraps + 1
+            lines += [""] * (row + 1 - len(lines))
+            lines[row] = lines[row].ljust(column)[:column] + character + lines[row][column + 1 :]
+            column += 1
+        lines += [""] * (row + 1 - len(lines))
+    return [line.rstrip() for line in lines], wraps
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+@pytest.mark.parametrize("columns", [80, pytest.param(60, marks=pytest.mark.exhaustive)])
+def test_progress_takes_one_line_a_phase_on_a_terminal(columns: int, tmp_path: Path) -> None:
+    more = ["--steps", "12", "--warmup-steps", "12", "--group", "3"]
+    status, output = on_a_terminal(small(tmp_path, "grpo", *more), columns)
+    progress = output[output.index("measuring on") : output.index("\x1b[?25h")]  # paths in other lines may be longer
+    lines, wraps = screen(progress, columns)
+    assert status == 0 and wraps == 0, output
+    assert sum("warm-up" in line for line in lines) == 1
+    assert sum("12/12" in line for line in lines) == 2
+    assert len(lines) <= 5
+
+
+def test_the_bar_fits_with_long_metrics_and_many_steps(terminal: io.StringIO, tmp_path: Path) -> None:
+    with Run(tmp_path, terminal=terminal) as run:
+        for step in run.steps("gspo-token", 100_000, Random(0)):
+            run.log(step, {"loss": -1234.567, "reward": 0.5, "accuracy": 0.25})
+            if step == 60:
+                run.stopping = True
+    lines, wraps = screen(terminal.getvalue().replace("\n", "\r\n"), 80)
+    assert wraps == 0 and sum("gspo-token" in line for line in lines) == 1
+
+
+def test_a_slow_phase_gets_a_line_before_its_first_tenth(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream, now = io.StringIO(), [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    display = PlainDisplay(stream)
+    display.begin_phase("sft", 0, 1000)
+    for step in range(1, 41):
+        now[0] += 4.0
+        display.show_step(step, {"loss": 1.0})
+    assert [line.split()[1] for line in stream.getvalue().splitlines()] == [f"{n}/1000" for n in range(3, 40, 3)]
+
+
+# Warnings
+
+
+def test_a_reward_that_cannot_rise_is_warned_about(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """GSM8K renamed to prompt and answer: no sample is ever the whole solution."""
+    rows = [
+        {"prompt": f"How many are {i} and {i}?", "answer": f"It is {i}+{i}=<<{2 * i}>>.\n#### {2 * i}"}
+        for i in range(9)
+    ]
+    data = written(tmp_path / "rows.jsonl", rows)
+    options = ["--steps", "6", "--warmup-steps", "1", "--batch", "2", "--group", "2", "--out", str(tmp_path / "run")]
+    assert main(["train", "grpo", "--data", data, *options]) == 0
+    said = capsys.readouterr().err
+    assert said.count("warning: all rewards of the first 5 steps are 0, so nothing is learned") == 1
+
+
+def test_answers_that_no_sample_can_be_are_refused_or_warned_about(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"prompt": f"{i}", "answer": "yes" if i else "no"} for i in range(6)]
+    data = written(tmp_path / "rows.jsonl", rows)
+    options = ["--steps", "1", "--warmup-steps", "0", "--batch", "2", "--group", "2", "--data", data]
+    assert main(["train", "grpo", *options, "--max-tokens", "2", "--out", str(tmp_path / "a")]) == 2
+    assert "--max-tokens: expected at least 3, the tokens of the shortest answer, got 2" in capsys.readouterr().err
+    assert main(["train", "grpo", *options, "--max-tokens", "3", "--out", str(tmp_path / "b")]) == 0
+    assert "warning: 5 of 6 answers are longer than --max-tokens 3: reward 0" in capsys.readouterr().err
+
+
+# lossfns plot, lossfns sample
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run on a chat."""
+    folder = tmp_path_factory.mktemp("chat")
+    turns = [[{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": "yes"}] for i in range(12)]
+    data = written(folder / "rows.jsonl", [{"messages": each} for each in turns])
+    options = ["--steps", "60", "--batch", "8", "--data", data, "--out", str(folder / "run")]
+    assert main(["train", "sft", *options]) == 0
+    return folder / "run"
+
+
+def test_curves_are_drawn_later(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / "curves.png").unlink(missing_ok=True)
+    assert main(["plot", str(run)]) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"sft loss +5\.\d+  █.*▁  0\.\d+\n", shown) and f"curves      {run}/curves.png" in shown
+    assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert all(len(line) <= 80 for line in shown.splitlines()[:-1])
+
+
+def test_without_matplotlib_the_command_to_draw_later_is_named(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert main(["plot", str(run)]) == 0
+    assert f"not drawn: pip install 'lossfns[viz]', then lossfns plot {run}" in capsys.readouterr().out
+
+
+def test_a_run_without_whole_metrics_is_plotted_as_far_as_it_goes(tmp_path: Path, run: Path) -> None:
+    for name in ("config.json", METRICS):
+        (tmp_path / name).write_bytes((run / name).read_bytes())
+    with (tmp_path / METRICS).open("a") as file:
+        file.write('{"phase": "sft", "st')
+    assert main(["plot", str(tmp_path)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "a run with metrics, got none"),
+        ("{nonsense\n", "metrics.jsonl:1: expected a row of metrics, got a damaged one"),
+        ('{"phase": "sft", "step": 1, "loss": "x"}\n', "metrics.jsonl:1: expected a row of metrics"),
+    ],
+)
+def test_metrics_that_cannot_be_plotted_are_named(
+    text: str, says: str, tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_bytes((run / "config.json").read_bytes())
+    (tmp_path / METRICS).write_text(text)
+    assert main(["plot", str(tmp_path)]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_samples_before_and_after_are_shown_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(small(tmp_path, "sft", "--steps", "60")) == 0
+    shown = capsys.readouterr().out
+    (sample,) = json.loads((tmp_path / "run" / RESULT).read_text())["samples"]
+    assert re.fullmatch(r"\d+: 2\+2=", sample["prompt"]) and sample["before"] != sample["after"] == "4"
+    assert "  after   4\n" in shown and "  before  " in shown
+
+
+def test_a_run_generates_from_its_weights(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The prompt is written as a message of the user: the model has learned to answer yes."""
+    assert main(["sample", str(run), "5?", "--temperature", "0"]) == 0
+    assert capsys.readouterr().out == "yes\n"
+    assert main(["sample", str(run), "7?", "--samples", "2", "--seed", "3"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("sample 1:\n") and "sample 2:\n" in shown
+    assert main(["sample", str(run), "7?", "--samples", "2", "--seed", "3"]) == 0
+    assert capsys.readouterr().out == shown
+
+
+def test_output_without_unicode_is_escaped(run: Path) -> None:
+    """What a model writes may be anything, and the blocks of the curves are no ASCII."""
+    for arguments in (["plot", str(run)], ["sample", str(run), "\u00e9", "--temperature", "3"]):
+        command = [sys.executable, "-m", "lossfns", *arguments]
+        shown = subprocess.run(command, env=ENVIRONMENT | {"PYTHONIOENCODING": "ascii"}, capture_output=True)
+        assert shown.returncode == 0 and not shown.stderr and shown.stdout.isascii()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--max-tokens", "0"], "max_tokens: expected a whole number from 1"),
+        (["--samples", "0"], "num_samples: expected a whole number from 1"),
+        (["--temperature", "nan"], "temperature"),
+        (["--temperature", "-1"], "temperature"),
+        (["--seed", str(2**70)], "seed: expected a whole number"),
+        (["--device", "nonsense"], "device: expected a device of this machine"),
+    ],
+)
+def test_absurd_samples_are_refused_by_name(
+    arguments: list[str], says: str, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["sample", str(run), "x", *arguments]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_what_cannot_be_sampled_is_named(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sample", str(run), "\udcff"]) == 2
+    assert "PROMPT: expected text in UTF-8" in capsys.readouterr().err
+    assert main(["sample", str(tmp_path), "x"]) == 2
+    assert f"RUN: expected the folder of a run, got {tmp_path}, which has no config.json" in capsys.readouterr().err
+    (tmp_path / "config.json").write_bytes((run / "config.json").read_bytes())
+    assert main(["sample", str(tmp_path), "x"]) == 2
+    assert "RUN: expected a run with a checkpoint" in capsys.readouterr().err
+
+
+def test_escape_sequences_of_a_sample_do_not_reach_the_terminal(
+    run: Path, terminal: io.StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lossfns.train.command.sample_run", lambda folder, args: ["a\x1b[2J\nb"])
+    monkeypatch.setattr(sys, "stdout", terminal)
+    assert main(["sample", str(run), "x"]) == 0
+    assert terminal.getvalue() == "a\\x1b[2J\nb\n"
