@@ -7,6 +7,7 @@ import random
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -59,21 +60,38 @@ def scaled(batch: Batch) -> list[str]:
 
 
 def mutable_state(loss_fn: LossFn) -> Iterator[Any]:
-    """Yield the dicts, lists and sets that a function may keep things in: of its module, defaults, closure, object."""
+    """Yield the dicts, lists and sets that a function may keep things in: of its module, defaults, closure, object.
+
+    The functions of its module that it calls are searched as well.
+    """
     fn = underlying_function(loss_fn)
+    owner = getattr(fn, "__self__", None)
+    candidates = list(vars(owner).values()) if hasattr(owner, "__dict__") else []
+    functions, known = [fn], set()
+    while functions:
+        fn = functions.pop()
+        known.add(id(fn))
+        found = reachable(fn)
+        same_module = [
+            x for x in found if isinstance(x, FunctionType) and x.__module__ == getattr(fn, "__module__", "")
+        ]
+        functions += [x for x in same_module if id(x) not in known]
+        candidates += found
+    containers = {id(x): x for x in candidates if type(x) in (dict, list, set)}
+    yield from containers.values()
+
+
+def reachable(fn: Any) -> list[Any]:
+    """Return the objects of the module that a function names, its defaults, and what it closes over."""
     namespace, code = getattr(fn, "__globals__", {}), getattr(fn, "__code__", None)
-    candidates = [namespace.get(name) for name in set(names_in(code))] if code is not None else []
-    candidates += [*(getattr(fn, "__defaults__", None) or ()), *(getattr(fn, "__kwdefaults__", None) or {}).values()]
+    found = [namespace.get(name) for name in set(names_in(code))] if code is not None else []
+    found += [*(getattr(fn, "__defaults__", None) or ()), *(getattr(fn, "__kwdefaults__", None) or {}).values()]
     for cell in getattr(fn, "__closure__", None) or ():
         try:
-            candidates.append(cell.cell_contents)
+            found.append(cell.cell_contents)
         except ValueError:  # an empty cell
             continue
-    owner = getattr(fn, "__self__", None)
-    candidates += list(vars(owner).values()) if hasattr(owner, "__dict__") else []
-    for x in candidates:
-        if type(x) in (dict, list, set):
-            yield x
+    return found
 
 
 @contextmanager
