@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -76,22 +75,13 @@ def run_command(args: argparse.Namespace) -> int:
                 strict=args.strict,
                 progress=show,
             )
-        print_while_read(report, args.json)
+        print_report(report, draw, args.json)
     except KeyboardInterrupt:
         return 130
     except (LossInputError, OSError) as error:
         print(f"lossfns: {error}", file=sys.stderr)
         return 2
     return 0 if report.ok else 1
-
-
-def print_while_read(report: VectorReport, json_to: str | None) -> None:
-    """Print the report. If nobody reads the output any more, leave out the rest."""
-    try:
-        print_report(report, draw, json_to)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it once more at the end
 
 
 def draw(report: VectorReport, console: Console) -> None:
