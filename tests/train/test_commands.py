@@ -252,6 +252,7 @@ def test_answers_that_no_sample_can_be_are_refused_or_warned_about(
     options = ["--steps", "1", "--warmup-steps", "0", "--batch", "2", "--group", "2", "--data", data]
     assert main(["train", "grpo", *options, "--max-tokens", "2", "--out", str(tmp_path / "a")]) == 2
     assert "--max-tokens: expected at least 3, the tokens of the shortest answer, got 2" in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()
     assert main(["train", "grpo", *options, "--max-tokens", "3", "--out", str(tmp_path / "b")]) == 0
     assert "warning: 5 of 6 answers are longer than --max-tokens 3: reward 0" in capsys.readouterr().err
 
