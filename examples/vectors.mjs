@@ -30,10 +30,9 @@ const isAlive = weights => weights.some(w => w !== 0)
 const difference = (weights, left, right) =>
   zip(weights, left, right).map(rows => zip(...rows).map(([w, x, y]) => (w !== 0 ? x - y : 0)))
 
-const averaged = (weights, values) => // the mean over a sequence's active tokens, at each of them
+const averaged = (weights, values) => // Σ w·x / Σ w over a sequence, at each of its active tokens
   zip(weights, values).map(([ws, xs]) => {
-    const n = ws.filter(w => w !== 0).length || 1
-    const mean = sum(ws.map((w, t) => (w !== 0 ? xs[t] : 0))) / n
+    const mean = sum(ws.map((w, t) => (w !== 0 ? w * xs[t] : 0))) / (sum(ws) || 1)
     return ws.map(w => (w !== 0 ? mean : 0))
   })
 
@@ -103,10 +102,11 @@ function cispo(d, A, { clip, log_ratio_cap: cap }, lp) { // the bounds limit a w
 const dro = (d, A, { beta }, lp) => [(beta * d * d) / 2 - A * lp, beta * d - A]
 const TERMS = { cispo, dro }
 
-function samplerWeights(c, config) { // min(exp(old − sampler), cap) of a token, or of the sequence's sum
+function samplerWeights(c, config) { // min(exp(old − sampler), cap) of a token, or of the sequence's sum or mean
   if (config.tis_cap === null) return c.weights.map(row => row.map(() => 1))
   const gaps = difference(c.weights, c.old_logprobs, c.sampler_logprobs)
-  const level = gaps.map(row => (config.tis_level === 'sequence' ? row.map(() => sum(row)) : row))
+  const [sums, means] = [weightedSum(c.weights, gaps), averaged(c.weights, gaps)]
+  const level = { sequence: gaps.map((row, i) => row.map(() => sums[i])), geometric: means }[config.tis_level] ?? gaps
   return level.map(row => row.map(x => Math.min(Math.exp(clamp(x, -KL_CAP, KL_CAP)), config.tis_cap)))
 }
 
@@ -125,7 +125,7 @@ function policy(c, config, denominator, loss) {
   const l = TERMS[loss] ?? surrogate
   const term = (i, t) => l(d[i][t], c.advantages[i][t], config, c.logprobs[i][t]).map(x => rho[i][t] * x)
   const main = reduce(term, c.weights, config, denominator)
-  if (loss === 'gspo') main.grad = averaged(c.weights, main.grad)
+  if (loss === 'gspo') main.grad = zip(normalised(c.weights), main.grad).map(([ws, row]) => ws.map(w => w * sum(row)))
   if (loss !== 'grpo') return main
   const x = difference(c.weights, c.ref_logprobs, c.logprobs)
   const pull = (i, t) => divergence(x[i][t], config.kl).map(y => KL_SIGN * config.kl_beta * y)
@@ -196,7 +196,7 @@ function checkConfig(loss, config, denominator) {
   const among = (name, names) => refuse(name in config && !names.includes(config[name]), 'unknown_name', name)
   refuse(denominator !== undefined && !(denominator > 0), 'out_of_range', 'denominator')
   among('weigh', isPairs(loss) ? ['pair_mean', 'pair_sum'] : TOKEN_WEIGHINGS)
-  among('tis_level', ['token', 'sequence'])
+  among('tis_level', ['token', 'sequence', 'geometric'])
   among('kl', ['k1', 'k2', 'k3'])
   outside('clip', ([low, high]) => !(0 <= low && low <= 1 && 1 <= high))
   outside('dual_clip', c => !(c > 1))

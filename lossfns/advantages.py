@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lossfns.errors import LossInputError, did_you_mean, warn
+from lossfns.errors import LossInputError, did_you_mean, show, warn
 
 EPS = 1e-6
 
@@ -32,8 +32,8 @@ def group_advantages(rewards: Any, groups: Sequence[Hashable], scale: str = "std
     >>> group_advantages([1.0, 0.0, 5.0, 5.0], ["a", "a", "b", "b"], scale="none")
     tensor([ 0.5000, -0.5000,  0.0000,  0.0000], dtype=torch.float64)
     """
-    if scale not in ("std", "none"):
-        raise LossInputError("scale", "'std' or 'none'", repr(scale), did_you_mean(str(scale), ("std", "none")))
+    if not isinstance(scale, str) or scale not in ("std", "none"):
+        raise LossInputError("scale", "'std' or 'none'", show(scale), did_you_mean(scale, ("std", "none")))
     r, index, size = parse_groups(rewards, groups)
     if (size == 1).any():
         warn("group_advantages: a group of one has advantage 0; are the groups right?")
@@ -70,15 +70,18 @@ def parse_groups(rewards: Any, groups: Sequence[Hashable]) -> tuple[np.ndarray, 
     """Check the arguments. Return the rewards ``[B]``, the group index of each ``[B]``, and the group sizes ``[G]``."""
     try:
         r = np.asarray(rewards.detach().cpu().double() if isinstance(rewards, Tensor) else rewards, dtype=np.float64)
-    except (TypeError, ValueError):
+    except Exception:  # whatever a tensor without plain numbers, or the value's own methods raise
         fix = "Pass a flat list."
-        raise LossInputError("rewards", "one number for each sample", repr(rewards), fix) from None
+        raise LossInputError("rewards", "one number for each sample", show(rewards), fix) from None
     if r.ndim != 1 or r.size == 0:
         raise LossInputError("rewards", "one number for each sample", f"shape {r.shape}", "Pass a flat list.")
-    items = groups.tolist() if isinstance(groups, (Tensor, np.ndarray)) else groups
-    labels = list(items) if isinstance(items, Iterable) else []
+    try:
+        items = groups.tolist() if isinstance(groups, (Tensor, np.ndarray)) else groups
+        labels = list(items) if isinstance(items, Iterable) else []
+    except Exception:
+        labels = []
     if len(labels) != len(r) or not all(map(hashable, labels)):
-        got = f"{len(labels)} labels" if labels else repr(groups)
+        got = f"{len(labels)} labels" if labels else show(groups)
         fix = "Give each sample the label of its prompt: a string or a number."
         raise LossInputError("groups", f"{len(r)} labels, one per reward", got, fix)
     if not np.isfinite(r).all():

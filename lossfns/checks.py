@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from lossfns.errors import LossInputError, did_you_mean
+from lossfns.errors import LossInputError, did_you_mean, show
 
 
 def is_real(value: Any) -> bool:
@@ -23,13 +23,18 @@ LARGEST_FLOAT = 1e30
 
 def is_finite(value: Any) -> bool:
     """Whether torch can hold the number: a float in float32, an integer in 64 bits."""
-    return bool(abs(value) <= (2**62 if isinstance(value, int) else LARGEST_FLOAT))
+    return abs(value) <= 2**62 if isinstance(value, int) else abs(float(value)) <= LARGEST_FLOAT
+
+
+def is_huge(value: Any) -> bool:
+    """Whether a number is an integer that no float holds exactly enough to be meant."""
+    return isinstance(value, int) and not is_finite(value)
 
 
 def check_number(name: str, value: Any, expected: str, accept: Callable[[float], bool], fix: str) -> None:
     """Refuse a value that is not a finite number, or for which ``accept`` returns False."""
     if not (is_real(value) and is_finite(value) and accept(value)):
-        raise LossInputError(name, expected, repr(value), fix)
+        raise LossInputError(name, expected, show(value), fix)
 
 
 def check_positive(name: str, value: Any) -> None:
@@ -49,7 +54,7 @@ def check_clip(name: str, value: Any) -> None:
     """Refuse anything but absolute bounds of the ratio, ``0 <= low <= 1 <= high``."""
     expected = "ratio bounds (low, high) with 0 <= low <= 1 <= high"
     if not isinstance(value, (tuple, list)) or len(value) != 2 or not all(map(is_real, value)):
-        raise LossInputError(name, expected, repr(value), "An epsilon of 0.2 is clip=(0.8, 1.2).")
+        raise LossInputError(name, expected, show(value), "An epsilon of 0.2 is clip=(0.8, 1.2).")
     low, high = value
     if 0 <= low < 1 and 0 <= high < 1:
         fix = f"These look like epsilons: pass clip=({1 - low:g}, {1 + high:g})."
@@ -79,9 +84,8 @@ def make_function_check(*known: str) -> Callable[[str, Any], None]:
 
     def check(name: str, value: Any) -> None:
         if not callable(value):
-            suggested = value if value in known else known[-1]
-            hint = f"{did_you_mean(str(value), known)} Write `from lossfns import {suggested}`."
-            raise LossInputError(name, f"a function such as {known[-1]}", repr(value), hint)
+            hint = f"{did_you_mean(str(value), known)} Pass the function, or its name."
+            raise LossInputError(name, f"a function such as {known[-1]}", show(value), hint)
 
     return check
 

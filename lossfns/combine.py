@@ -70,6 +70,11 @@ def with_kl(loss: Loss, kl_beta: float = 1e-3, kl: KL = eq.k3) -> Loss:
     return replace(loss, reads=(*loss.reads, "ref_logprobs"), terms=terms)
 
 
+def tis_log_weight(t: Tokens, level: Level) -> Tensor:
+    """log(old / sampler) of each token or of its sequence, as the level says: ``[N]``. It has no cap."""
+    return level(t, t.old_logprobs - t.sampler_logprobs)
+
+
 @preset
 def with_tis(loss: Loss, cap: float = 2.0, level: Level = token_level) -> Loss:
     """min(exp(old − sampler), cap)·l: truncated importance sampling.
@@ -80,8 +85,10 @@ def with_tis(loss: Loss, cap: float = 2.0, level: Level = token_level) -> Loss:
     Args:
         loss: a loss over tokens. Apply ``with_dual_clip`` before and ``with_kl`` after.
         cap: the largest weight, a finite number above 0.
-        level: what the log-weight is taken over: ``token_level`` (each token), ``sequence_level`` (the sum over
-            the sequence) or ``geometric_level`` (the mean over the sequence).
+        level: what the log-weight is taken over: ``token_level`` (each token), ``sequence_level`` (Σ w·d over the
+            sequence) or ``geometric_level`` (Σ w·d / Σ w over the sequence).
+
+    The weight multiplies the whole term, so it also weighs the penalty of ``dro``.
 
     Reads ``sampler_logprobs`` and ``old_logprobs`` besides the columns of the loss. Its statistics are those of the
     loss, and
@@ -97,7 +104,7 @@ def with_tis(loss: Loss, cap: float = 2.0, level: Level = token_level) -> Loss:
 
     def terms(t: Tokens) -> tuple[Tensor, Statistics]:
         term, statistics = loss.terms(t)
-        log_weight = level(t, t.old_logprobs - t.sampler_logprobs)
+        log_weight = tis_log_weight(t, level)
         weight = eq.importance_weight(log_weight, cap)
         capped = log_weight > math.log(cap)
         return weight * term, {**statistics, "tis_weight": weight, "tis_capped": capped}

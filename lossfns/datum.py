@@ -5,7 +5,7 @@ Each class can replace the SDK class of the same name. Objects of the SDKs are a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -14,7 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lossfns.errors import LossInputError, did_you_mean
+from lossfns.checks import is_huge, is_real
+from lossfns.errors import LossInputError, did_you_mean, show
+from lossfns.pack import is_plain, tensor_form
 
 NUMPY_DTYPES = {"float32": np.float32, "int64": np.int64}
 
@@ -61,15 +63,15 @@ class TensorData:
         sparse_crow_indices: Sequence[int] | None = None,
         sparse_col_indices: Sequence[int] | None = None,
     ) -> None:
-        if dtype not in NUMPY_DTYPES:
-            raise LossInputError(
-                "dtype", "'float32' or 'int64'", repr(dtype), f"{did_you_mean(str(dtype), NUMPY_DTYPES)}"
-            )
+        if not isinstance(dtype, str) or dtype not in NUMPY_DTYPES:
+            raise LossInputError("dtype", "'float32' or 'int64'", show(dtype), did_you_mean(dtype, NUMPY_DTYPES))
+        if shape is not None:
+            check_shape(shape)
         self.dtype, self.shape = dtype, None if shape is None else list(shape)
         self.sparse_crow_indices, self.sparse_col_indices = sparse_crow_indices, sparse_col_indices
         values = cast(data if data is not None else [], dtype, "data")
         if sparse_crow_indices is not None or sparse_col_indices is not None:
-            check_csr(len(values), sparse_crow_indices, sparse_col_indices, shape)
+            check_csr(values.size, sparse_crow_indices, sparse_col_indices, shape)
         elif shape is not None:
             if prod(shape) != values.size:
                 got = f"shape {list(shape)} with {values.size} values"
@@ -81,10 +83,17 @@ class TensorData:
 
     @classmethod
     def from_numpy(cls, array: np.ndarray) -> TensorData:
+        if not isinstance(array, np.ndarray):
+            raise LossInputError("array", "a NumPy array", show(array), "Use TensorData(data=..., dtype=...).")
         return cls(array, tensor_dtype(array.dtype.kind, str(array.dtype)), array.shape)
 
     @classmethod
     def from_torch(cls, tensor: Tensor) -> TensorData:
+        if not isinstance(tensor, Tensor) or not is_plain(tensor):
+            got = tensor_form(tensor) if isinstance(tensor, Tensor) else show(tensor)
+            raise LossInputError(
+                "data", "a dense tensor of numbers", got, "Convert it: .to_dense(), .float() or .long()."
+            )
         if tensor.requires_grad:
             got = "a tensor that requires grad"
             raise LossInputError("data", "a constant tensor", got, "Call .detach(): a datum holds no gradient.")
@@ -137,33 +146,42 @@ def tensor_dtype(kind: str, name: str) -> str:
 def cast(data: Any, dtype: str, name: str) -> np.ndarray:
     """Convert numbers to an array of the dtype. Refuse a conversion that would lose or invent a value."""
     try:
-        array = np.asarray(data)
-    except ValueError:
-        raise LossInputError(
-            name, "a rectangular numeric array", "a ragged nested list", "Pad rows with weight 0."
-        ) from None
-    if array.dtype == object and name in NULLABLE:
-        array = np.asarray(data, dtype=np.float64)
+        array = np.asarray(data.to_numpy() if hasattr(data, "to_numpy") else data)
+    except Exception as error:  # whatever the value's own methods raise
+        got = "a ragged nested list" if isinstance(error, ValueError) else f"a {type(data).__name__}"
+        raise LossInputError(name, "a rectangular numeric array", got, "Pad rows with weight 0.") from None
+    if array.dtype == object and name in NULLABLE and all(x is None or is_real(x) for x in array.flat):
+        array = np.array([np.nan if x is None or is_huge(x) else float(x) for x in array.flat]).reshape(array.shape)
     if array.size == 0:
         return array.astype(NUMPY_DTYPES[dtype])
     if array.dtype.kind not in "fiub":
         got = f"a {type(data).__name__} of {array.dtype}"
         raise LossInputError(name, "a rectangular numeric array", got, "None and strings are no numbers.")
     if dtype == "int64" and array.dtype.kind == "f":
+        array = array.astype(np.float64)
         if not (np.isfinite(array) & (array == np.trunc(array))).all():
             raise LossInputError(name, "whole numbers", "fractions", "Ids are integers; were weights passed?")
         if not (np.abs(array) < 2.0**63).all():
             raise LossInputError(name, "whole numbers of 64 bits", f"{np.abs(array).max():g}", "No id is that large.")
-    return array.astype(NUMPY_DTYPES[dtype], copy=False)
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes inf, which the door refuses
+        return array.astype(NUMPY_DTYPES[dtype], copy=False)
 
 
 def token_ids(tokens: Any, name: str) -> np.ndarray:
     """Convert tokens to ``[T]`` int64 ids, and refuse fractions and negative numbers."""
-    ids = cast(tokens if hasattr(tokens, "__array__") else list(tokens), "int64", name)
-    if ids.ndim != 1:
-        raise LossInputError(name, "a flat list of token ids", f"shape {ids.shape}", "One datum holds one sequence.")
+    ids = whole_numbers(tokens, name)
     check_ids(ids, name)
     return ids
+
+
+def whole_numbers(values: Any, name: str) -> np.ndarray:
+    """Convert a flat row of whole numbers of any kind to ``[T]`` int64."""
+    if not isinstance(values, Iterable):
+        raise LossInputError(name, "a flat list of token ids", show(values), "One datum holds one sequence.")
+    array = cast(values if hasattr(values, "__array__") else list(values), "int64", name)
+    if array.ndim != 1:
+        raise LossInputError(name, "a flat list of token ids", f"shape {array.shape}", "One datum holds one sequence.")
+    return array
 
 
 def check_ids(ids: np.ndarray, name: str) -> None:
@@ -172,15 +190,28 @@ def check_ids(ids: np.ndarray, name: str) -> None:
         raise LossInputError(name, "ids of at least 0", str(ids.min()), fix)
 
 
+def check_shape(shape: Any) -> None:
+    """Refuse anything but a list of whole numbers of at least 0."""
+    is_list = isinstance(shape, (list, tuple))  # a torch.Size is a tuple
+    if not is_list or not all(type(n) in (int, np.int64) and 0 <= n < 2**62 for n in shape):
+        raise LossInputError("shape", "a list of whole numbers", show(shape), "[N] or [N, K].")
+
+
 def check_csr(stored: int, crow: Sequence[int] | None, col: Sequence[int] | None, shape: Sequence[int] | None) -> None:
     """Refuse CSR indices that do not describe ``stored`` values in a matrix of this shape."""
     if crow is None or col is None or shape is None or len(shape) != 2:
         fix = "A sparse tensor needs crow indices, col indices and the dense shape."
         raise LossInputError("sparse", "a CSR layout of shape [N, K]", f"shape {shape}", fix)
-    c, k = np.asarray(crow), np.asarray(col)
-    rows_fit = len(c) == shape[0] + 1 and c[0] == 0 and c[-1] == stored == len(k) and (np.diff(c) >= 0).all()
+    c, k = cast(crow, "int64", "sparse_crow_indices"), cast(col, "int64", "sparse_col_indices")
+    rows_fit = (
+        c.ndim == k.ndim == 1
+        and len(c) == shape[0] + 1
+        and c[0] == 0
+        and c[-1] == stored == len(k)
+        and (np.diff(c) >= 0).all()
+    )
     if not rows_fit or ((k < 0) | (k >= shape[1])).any():
-        got = f"{len(c)} row pointers and {len(k)} columns for {stored} values of shape {list(shape)}"
+        got = f"{c.size} row pointers and {k.size} columns for {stored} values of shape {list(shape)}"
         raise LossInputError(
             "sparse", "consistent CSR indices", got, "Columns lie in [0, K); the last pointer is the count."
         )
@@ -194,7 +225,8 @@ class EncodedTextChunk:
     type: str = "encoded_text"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "tokens", tuple(self.tokens))
+        if not isinstance(self.tokens, tuple):
+            object.__setattr__(self, "tokens", tuple(whole_numbers(self.tokens, "tokens").tolist()))
 
     @property
     def length(self) -> int:
@@ -213,12 +245,12 @@ class ModelInput:
 
     @classmethod
     def from_ints(cls, tokens: Iterable[int]) -> ModelInput:
-        ids = cast(list(tokens), "int64", "tokens")
-        if ids.ndim != 1:
-            raise LossInputError("tokens", "a flat list of token ids", f"shape {ids.shape}", "Flatten it.")
+        ids = whole_numbers(tokens, "tokens")
         return cls((EncodedTextChunk(tuple(ids.tolist())),))
 
     def append(self, chunk: EncodedTextChunk) -> ModelInput:
+        if not hasattr(chunk, "tokens"):
+            raise LossInputError("chunk", "a chunk of tokens", show(chunk), "Use EncodedTextChunk, or append_int.")
         return ModelInput((*self.chunks, chunk))
 
     def append_int(self, token: int) -> ModelInput:
@@ -244,6 +276,9 @@ class Datum:
     loss_fn_inputs: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.loss_fn_inputs, Mapping) or not all(isinstance(x, str) for x in self.loss_fn_inputs):
+            fix = "Pass {name: values}."
+            raise LossInputError("loss_fn_inputs", "a dict of fields by name", show(self.loss_fn_inputs), fix)
         converted = {name: tensor_data(name, value) for name, value in self.loss_fn_inputs.items()}
         object.__setattr__(self, "loss_fn_inputs", converted)
 

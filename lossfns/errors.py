@@ -53,8 +53,17 @@ def warn(message: str) -> None:
     warnings.warn(message, LossWarning, stacklevel=depth)
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return a hint for an unknown name: the most similar known name, or all known names if none is similar."""
+def show(value: object) -> str:
+    """Return the ``repr`` of a value that came in, shortened, and whatever its own ``repr`` raises."""
+    try:
+        text = repr(value)
+    except Exception:  # such as that of an int with too many digits
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def did_you_mean(name: object, known: Iterable[str]) -> str:
+    """Return a hint for a value that names nothing: the most similar known name, or all known names."""
     known = sorted(known)
-    similar = get_close_matches(name.replace("-", "_"), known, n=1)
+    similar = get_close_matches(name.replace("-", "_"), known, n=1) if isinstance(name, str) else []
     return f"Did you mean {similar[0]!r}?" if similar else f"Known: {', '.join(known)}."

@@ -6,16 +6,17 @@ has the length N = T − 1 of the targets, and position j holds the value of tok
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lossfns.checks import is_real
+from lossfns.checks import is_huge, is_real
 from lossfns.datum import Datum, ModelInput, cast, tensor_data, token_ids
-from lossfns.errors import LossInputError, did_you_mean
+from lossfns.errors import LossInputError, did_you_mean, show
+from lossfns.pack import is_plain, tensor_form
 
 
 def datum_from_tokens(
@@ -66,7 +67,7 @@ def datum_from_tokens(
     inputs = {"target_tokens": ids[1:kept], "weights": target_weights}
     for name, value in fields.items():
         # A single number is refused below: its shape is ().
-        row = tensor_data(name, value).to_numpy() if np.ndim(value) or hasattr(value, "to_numpy") else np.asarray(value)
+        row = np.asarray(value) if is_real(value) else tensor_data(name, value).to_numpy()
         if row.shape[:1] != (len(ids) - 1,):
             fix = "Fields are in the frame of target_tokens; see align_sampler_logprobs."
             raise LossInputError(name, f"{len(ids) - 1} values, one per target", show_size(row), fix)
@@ -79,7 +80,7 @@ def check_count(name: str, value: Any, low: int, high: int | None, fix: str) -> 
     is_whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
     if not is_whole or value < low or (high is not None and value > high):
         expected = f"at least {low}" if high is None else f"{low} to {high}, the number of tokens"
-        raise LossInputError(name, expected, repr(value), fix)
+        raise LossInputError(name, expected, show(value), fix)
 
 
 def show_size(row: np.ndarray) -> str:
@@ -89,17 +90,20 @@ def show_size(row: np.ndarray) -> str:
 
 def reduce_weights(weights: np.ndarray, reduction: str) -> np.ndarray:
     """Scale the weights to sum to 1 if ``reduction`` is ``"mean"``."""
-    if reduction not in ("none", "mean"):
+    if not isinstance(reduction, str) or reduction not in ("none", "mean"):
         hint = did_you_mean(reduction, ("none", "mean"))
-        raise LossInputError("reduction", "'none' or 'mean'", repr(reduction), hint)
+        raise LossInputError("reduction", "'none' or 'mean'", show(reduction), hint)
     total = weights.sum()
     return weights / total if reduction == "mean" and total > 0 else weights
 
 
 def to_float32(values: Any, name: str) -> np.ndarray:
     """Convert numbers of any kind to a float32 NumPy array."""
-    values = values.detach().cpu().float().numpy() if isinstance(values, Tensor) else values
-    return cast(values.to_numpy() if hasattr(values, "to_numpy") else values, "float32", name)
+    if isinstance(values, Tensor):
+        if not is_plain(values):
+            raise LossInputError(name, "a row of numbers", tensor_form(values), "Pass a dense tensor or a list.")
+        values = values.detach().cpu().float().numpy()
+    return cast(values, "float32", name)
 
 
 def datum_from_model_input_weights(
@@ -109,37 +113,66 @@ def datum_from_model_input_weights(
 
     The other arguments are those of ``datum_from_tokens``.
     """
+    if not callable(getattr(model_input, "to_ints", None)):
+        fix = "Build it with ModelInput.from_ints."
+        raise LossInputError("model_input", "a ModelInput", show(model_input), fix)
     return datum_from_tokens(model_input.to_ints(), weights, max_length=max_length, reduction=reduction)
 
 
-def align_sampler_logprobs(logprobs: Any, targets: int) -> Tensor:
-    """Bring a sampler's logprobs into the frame of N targets: float32 ``[N]``, 0 where the sampler gives none.
+def align_sampler_logprobs(logprobs: Any, targets: int, prompt_length: int | None = None) -> Tensor:
+    """Bring a sampler's logprobs into the frame of N targets: float32 ``[N]``, 0 for tokens of the prompt without one.
+
+    The number of values says whether the sampler echoed the prompt. No token of the completion is ever filled in.
 
     Args:
-        logprobs: the logprobs of the completion alone (the last C <= N targets), of all N targets, or of all N + 1
-            tokens with a leading ``None``. Any further leading ``None``, for tokens of the prompt, becomes 0.
+        logprobs: C = N + 1 − ``prompt_length`` values, those of the completion alone; or, with an echoed prompt, the
+            values of all N targets, or of all N + 1 tokens with a leading ``None``. An echoed token of the prompt may
+            have a ``None``, too, which becomes 0.
         targets: N, the length of ``target_tokens``.
+        prompt_length: the number of tokens of the prompt, 1 to N + 1. It may be left out if all N targets have a
+            number, so that there is nothing to fill in.
 
     Raises:
-        LossInputError: if there are too many values, or a ``None`` after the first number.
+        LossInputError: if the number of values is none of these, or if a token of the completion has no number.
 
-    >>> align_sampler_logprobs([-0.5, -0.25], targets=4)
+    >>> align_sampler_logprobs([-0.5, -0.25], targets=4, prompt_length=3)
     tensor([ 0.0000,  0.0000, -0.5000, -0.2500])
     >>> align_sampler_logprobs([None, -3.0, -2.0, -0.5, -0.25], targets=4)
     tensor([-3.0000, -2.0000, -0.5000, -0.2500])
     """
-    if not isinstance(logprobs, (Iterable, Tensor)):
+    check_count("targets", targets, 0, None, "It is the length of target_tokens.")
+    if prompt_length is not None:
+        check_count(
+            "prompt_length", prompt_length, 1, targets + 1, "A sampler continues a prompt of at least one token."
+        )
+    if not isinstance(logprobs, (Iterable, Tensor)) or isinstance(logprobs, (Mapping, Set, str)):
         got, fix = f"a {type(logprobs).__name__}", "Pass the logprobs of one sample."
         raise LossInputError("logprobs", "a list of numbers", got, fix)
-    values = list(logprobs.tolist() if isinstance(logprobs, (Tensor, np.ndarray)) else logprobs)
-    leading_none = int(len(values) == targets + 1 and values[0] is None)
-    if len(values) - leading_none > targets:
-        fix = "Pass the number of target_tokens; a row over all tokens starts with None."
-        raise LossInputError("logprobs", f"at most {targets} values, or None and {targets}", str(len(values)), fix)
-    start = next((i for i, value in enumerate(values) if value is not None), len(values))
-    for i, value in enumerate(values[start:], start):
-        if not is_real(value):
-            expected = "a number after the first number" if value is None else "a number"
-            raise LossInputError(f"logprobs[{i}]", expected, repr(value), "Only the prompt may be null.")
-    numbers = [float(value) for value in values[start:] if value is not None]
-    return torch.tensor([0.0] * (targets - len(numbers)) + numbers, dtype=torch.float32)
+    if isinstance(logprobs, Tensor):
+        if not is_plain(logprobs):
+            raise LossInputError("logprobs", "a flat row of numbers", tensor_form(logprobs), "Pass a dense tensor.")
+        logprobs = logprobs.detach().cpu().float().numpy()
+    if isinstance(logprobs, np.ndarray):
+        if logprobs.ndim != 1:
+            got = f"shape {logprobs.shape}"
+            raise LossInputError("logprobs", "a flat row of numbers", got, "Pass the logprobs of one sample.")
+        logprobs = logprobs.tolist()
+    values = list(logprobs)
+    completion = None if prompt_length is None else targets + 1 - prompt_length
+    # The targets before the first value, and the values before the first target.
+    skipped, ahead = (0, 1) if len(values) == targets + 1 and values[0] is None else (targets - len(values), 0)
+    if skipped < 0 or (skipped and len(values) != completion):
+        known = [f"{targets} values (all targets)", f"None and {targets} (all tokens)"]
+        fix = "Values of the completion alone need prompt_length=, which says where it begins."
+        if completion is not None:
+            known = [f"{completion} values (the completion)", *known]
+            fix = "Pass a value for each token of the completion, and the datum's own prompt_length."
+        raise LossInputError("logprobs", " or ".join(known), str(len(values)), fix)
+    in_prompt = (prompt_length or 1) - 1
+    for i, value in enumerate(values[ahead:], ahead):
+        is_null = value is None and skipped + i - ahead < in_prompt
+        if not is_null and (not is_real(value) or is_huge(value)):
+            fix = "Only tokens of the prompt may have None; prompt_length= says which they are."
+            raise LossInputError(f"logprobs[{i}]", "a number", show(value), fix)
+    row = [0.0] * skipped + [0.0 if value is None else float(value) for value in values[ahead:]]
+    return torch.tensor(row, dtype=torch.float32)

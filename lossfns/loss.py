@@ -13,13 +13,15 @@ from typing import Any, ParamSpec
 import torch
 from torch import Tensor
 
-from lossfns.checks import check_knobs, check_number
-from lossfns.errors import LossInputError, did_you_mean, warn
-from lossfns.pack import pack, pack_weights
-from lossfns.segments import nonempty
+from lossfns.checks import check_knobs, check_number, is_huge, is_real
+from lossfns.errors import LossInputError, did_you_mean, show, warn
+from lossfns.metrics import ADDITIVE, DIVIDED
+from lossfns.pack import check_align, check_reads, is_plain, pack, pack_weights, tensor_form
+from lossfns.segments import geometric_level, nonempty, sequence_level, token_level
+from lossfns.terms import k1, k2, k3
 from lossfns.tokens import COLUMNS, ON_POLICY, TOKENS, Rows, Tokens
 from lossfns.values import check_values, extremes, warn_if_far_off_policy
-from lossfns.weigh import Weighing, check_weigh
+from lossfns.weigh import WEIGHINGS, Weighing, check_weigh
 
 Statistics = dict[str, Tensor]
 """One value for each row, detached, by name of the statistic."""
@@ -28,6 +30,15 @@ LossFn = Callable[[list[Any], list[Tensor]], tuple[Tensor, dict[str, float]]]
 """The contract: ``(data, logprobs_list) -> (loss, metrics)``."""
 P = ParamSpec("P")
 
+METRICS = (*ADDITIVE, *DIVIDED, "denominator", "rows")
+"""Metrics of every loss. A statistic cannot have one of these names."""
+NAMED: dict[str, dict[str, Any]] = {
+    "weigh": {weighing.name: weighing for weighing in WEIGHINGS},
+    "kl": {"k1": k1, "k2": k2, "k3": k3},
+    "level": {"token_level": token_level, "sequence_level": sequence_level, "geometric_level": geometric_level},
+}
+"""The functions that a knob accepts by name."""
+
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Loss:
@@ -35,7 +46,7 @@ class Loss:
 
     Attributes:
         name, knobs: the preset and its arguments, for ``repr``, metrics and logs.
-        reads: the columns that ``terms`` needs besides ``logprobs`` and ``weights``.
+        reads: the columns that ``terms`` needs besides ``logprobs`` and ``weights``; identifiers, each once.
         terms: ``t -> (loss of each row, statistics of each row)``, pure torch on a packed batch ``t``.
         share: ``t -> coefficient of each row`` within its sequence or pair. It reads no logprobs.
         count: ``t -> this batch's part of the denominator``, which adds over micro-batches and ranks. It reads
@@ -52,7 +63,15 @@ class Loss:
     rows: Rows = TOKENS
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "rows", Rows(self.rows))
+        object.__setattr__(self, "rows", Rows.of(self.rows))
+        object.__setattr__(self, "reads", check_reads(self.reads))
+        for name in ("terms", "share") if self.count is None else ("terms", "share", "count"):
+            if not callable(getattr(self, name)):
+                fix = "token_mean.share and token_mean.count are functions for share and count."
+                raise LossInputError(name, "a function of a packed batch", repr(getattr(self, name)), fix)
+        if not isinstance(self.name, str) or not isinstance(self.knobs, Mapping):
+            got = f"{self.name!r} and {self.knobs!r}"
+            raise LossInputError("name, knobs", "a string and a dict", got, "Without settings, pass knobs={}.")
 
     @property
     def signed(self) -> bool:
@@ -66,7 +85,7 @@ class Loss:
         """Return the 0-d loss and a dict of metrics. Every column is read from the datums."""
         return BoundLoss(self)(data, logprobs_list)
 
-    def bind(self, **columns: Any) -> BoundLoss:
+    def bind(self, /, **columns: Any) -> BoundLoss:
         """Bind side columns, and optionally ``denominator=``, ``align=`` or ``grad_l1=``; see ``BoundLoss``."""
         return BoundLoss(self).bind(**columns)
 
@@ -90,16 +109,73 @@ def evaluate(loss: Loss, t: Tokens, denominator: Tensor | float | None = None) -
 
     Returns:
         The 0-d loss, and a dict of 0-d sums over the active rows: their number as ``rows``, and each statistic.
+
+    Raises:
+        LossInputError: if the terms, the statistics or the share do not have one number for each row, or if a statistic
+            has the name of a metric.
     """
-    term, statistics = loss.terms(t)
-    share = loss.share(t)
+    if not isinstance(loss, Loss) or not isinstance(t, Tokens):
+        fix = "pack(data, logprobs_list, loss.reads, columns) returns a packed batch."
+        raise LossInputError("evaluate", "a Loss and a packed batch", f"{show(loss)} and {show(t)}", fix)
+    missing = [name for name in loss.reads if name not in t.columns]
+    if missing:
+        fix = "Pack it with reads=loss.reads."
+        raise LossInputError("t", "a batch with every column that the loss reads", f"none called {missing[0]}", fix)
+    result, share = loss.terms(t), loss.share(t)
+    if isinstance(t.weights, Tensor):  # else torch.fx traces, and nothing has a shape
+        check_terms(loss, t, result, share)
+    term, statistics = result
     total = torch.dot(share.to(term.dtype), term)
     if loss.count is not None:
-        total = total / (loss.count(t) if denominator is None else denominator)
+        total = total / (count_rows(loss, t) if denominator is None else one_number(denominator))
     # A pair or a sequence is active if its share is not 0.
     active = (t.active if loss.rows.per_token else share != 0).to(total.dtype)
     sums = {name: torch.dot(active, x.detach().to(active.dtype)) for name, x in statistics.items()}
     return total, {"rows": active.sum(), **sums}
+
+
+def count_rows(loss: Loss, t: Tokens) -> Tensor:
+    """Return this batch's part of the denominator. Refuse a count that is no scalar."""
+    assert loss.count is not None  # a raw sum has none
+    count: Any = loss.count(t)
+    if isinstance(t.weights, Tensor) and not (isinstance(count, Tensor) and is_plain(count) and count.ndim == 0):
+        if not is_real(count) or is_huge(count):
+            got = f"shape {tuple(count.shape)}" if isinstance(count, Tensor) and is_plain(count) else show(count)
+            raise LossInputError("count", "a 0-d tensor or a number", got, "Sum over the batch.", loss=loss.name)
+        return t.weights.new_tensor(float(count))
+    counted: Tensor = count
+    return counted
+
+
+def one_number(denominator: Any) -> Any:
+    """Return a denominator. Refuse anything but a number above 0 or a 0-d tensor, whose value stays on its device."""
+    if not (isinstance(denominator, Tensor) and is_plain(denominator) and denominator.ndim == 0):
+        check_denominator(denominator)
+        return float(denominator)
+    return denominator
+
+
+def check_terms(loss: Loss, t: Tokens, result: Any, share: Any) -> None:
+    """Refuse what a loss of your own may return, but cannot mean: wrong shapes, and statistics named like a metric."""
+    if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Mapping)):
+        fix = "Return (term, {}) if there are no statistics."
+        raise LossInputError(
+            "terms", "the loss of each row, and a dict of statistics", f"a {type(result).__name__}", fix
+        )
+    term, statistics = result
+    sequences = 1 if t.lengths is None else t.lengths.shape[0]
+    shape = t.logprobs.shape if loss.rows.per_token else (sequences // loss.rows.datums,)
+    for name, x in {"terms": term, "share": share, **statistics}.items():
+        if not isinstance(x, Tensor) or not is_plain(x) or x.shape != shape:
+            got = tensor_form(x) if isinstance(x, Tensor) else f"a {type(x).__name__}"
+            fix = "Do not reduce it: share and count weigh the rows and divide their sum."
+            raise LossInputError(str(name), f"a tensor of shape {tuple(shape)}, one number for each row", got, fix)
+    if not term.is_floating_point():
+        raise LossInputError("terms", "floating point numbers", str(term.dtype), "Compute them from the logprobs.")
+    for name in statistics:
+        if not isinstance(name, str) or name in METRICS or name.endswith(":sum"):
+            fix = f"Rename it: a call returns {', '.join(METRICS)} itself, and sums end in ':sum'."
+            raise LossInputError("statistics", "names that are no metric of every loss", repr(name), fix)
 
 
 @dataclass(frozen=True)
@@ -120,8 +196,14 @@ class BoundLoss:
     align: str = "strict"
     grad_l1: bool = False
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.loss, Loss):
+            fix = "Call the preset, and bind: ppo().bind(advantages=...)."
+            raise LossInputError("loss", "a Loss such as ppo()", name_or_repr(self.loss), fix)
+
     def bind(
         self,
+        /,
         *,
         denominator: float | None = None,
         align: str | None = None,
@@ -130,7 +212,7 @@ class BoundLoss:
     ) -> BoundLoss:
         """Return a copy that binds more. A column that is bound already is replaced."""
         with add_loss_name(self.loss):
-            check_bound(self.loss, columns, denominator, align)
+            check_bound(self.loss, columns, denominator, align, grad_l1)
         return replace(
             self,
             columns={**self.columns, **columns},
@@ -145,7 +227,7 @@ class BoundLoss:
             return 1.0
         with add_loss_name(self.loss):
             t = pack_weights(data, self.loss.reads, self.columns, rows=self.loss.rows, align=self.align)
-            count = float(self.loss.count(t))
+            count = float(count_rows(self.loss, t))
             if math.isnan(count):
                 raise not_divisible(count)
         return count
@@ -172,7 +254,7 @@ class BoundLoss:
     def evaluate_packed(self, t: Tokens) -> tuple[Tensor, dict[str, float]]:
         """Return loss and metrics of a packed batch. Metrics and checks of values share one transfer to the host."""
         loss = self.loss
-        count = {} if loss.count is None else {"count": loss.count(t)}
+        count = {} if loss.count is None else {"count": count_rows(loss, t)}
         total, sums = evaluate(loss, t, count.get("count") if self.divisor is None else self.divisor)
         totals = {
             "loss": total.detach(),
@@ -237,7 +319,7 @@ def add_loss_name(loss: Loss) -> Iterator[None]:
         raise
 
 
-def check_bound(loss: Loss, columns: Mapping[str, Any], denominator: float | None, align: str | None) -> None:
+def check_bound(loss: Loss, columns: Mapping[str, Any], denominator: Any, align: Any, grad_l1: Any) -> None:
     """Refuse a column that no loss has, and warn about one that this loss does not read."""
     known = {*COLUMNS, *loss.reads}
     for name, value in columns.items():
@@ -246,29 +328,48 @@ def check_bound(loss: Loss, columns: Mapping[str, Any], denominator: float | Non
             raise LossInputError("bind", "the name of a column", got, fix)
         if value is None or (value is ON_POLICY and name != "old_logprobs"):
             fix = "Leave it out to read the datums' own."
-            raise LossInputError(name, "one row per datum", repr(value), fix)
+            raise LossInputError(name, "one row per datum", show(value), fix)
         if name != "weights" and name not in loss.reads:
             warn(f"{loss!r} does not read {name}: binding it has no effect")
     if denominator is not None:
-        fix = "Take it from loss.denominator(whole_batch)."
-        value = denominator.item() if isinstance(denominator, Tensor) and denominator.numel() == 1 else denominator
-        check_number("denominator", value, "a finite number above 0", lambda d: d > 0, fix)
-    if align not in (None, "strict", "truncate"):
-        hint = did_you_mean(str(align), ("strict", "truncate"))
-        raise LossInputError("align", "'strict' or 'truncate'", repr(align), hint)
+        check_denominator(denominator)
+    if not isinstance(grad_l1, bool | None):
+        raise LossInputError("grad_l1", "True or False", show(grad_l1), "True adds the metric grad_l1.")
+    if align is not None:
+        check_align(align)
+
+
+def check_denominator(denominator: Any) -> None:
+    """Refuse anything but a finite number above 0, or a tensor of one."""
+    is_one = isinstance(denominator, Tensor) and is_plain(denominator) and denominator.numel() == 1
+    value = denominator.item() if is_one else denominator
+    fix = "Take it from loss.denominator(whole_batch)."
+    check_number("denominator", value, "a finite number above 0", lambda d: d > 0, fix)
 
 
 def make_loss(terms: Terms, reads: Sequence[str], weigh: Weighing, rows: Rows = TOKENS) -> Loss:
     """Make a loss from its terms and the weighing of its rows. ``preset`` then names it."""
-    rows = Rows(rows)
+    rows, weigh = Rows.of(rows), resolve_name("weigh", weigh)
     check_weigh(weigh, rows)
     return Loss("loss", {}, tuple(reads), terms, weigh.share, weigh.count, rows)
+
+
+def resolve_name(knob: str, value: Any) -> Any:
+    """Return the function that a string names, for a knob that takes a function; return any other value itself.
+
+    A string that names none is left to the check of the knob, which suggests the nearest name.
+
+    >>> resolve_name("weigh", "sequence_mean"), resolve_name("weigh", "sequence-mean")
+    (sequence_mean, 'sequence-mean')
+    """
+    return NAMED.get(knob, {}).get(value, value) if isinstance(value, str) else value
 
 
 def preset(build: Callable[P, Loss]) -> Callable[P, Loss]:
     """Decorate a function that builds a loss.
 
-    The decorated function checks its arguments. The loss gets the function's name, and the arguments as its knobs.
+    The decorated function checks its arguments, after it has replaced the names of functions, as in
+    ``weigh="sequence_mean"``, by the functions. The loss gets the preset's name, and the arguments as its knobs.
     """
     signature = inspect.signature(build)
 
@@ -280,9 +381,11 @@ def preset(build: Callable[P, Loss]) -> Callable[P, Loss]:
                 raise TypeError(f"{build.__name__}() has no knob {name!r}. {hint}")
         knobs = signature.bind(*args, **kwargs)
         knobs.apply_defaults()
+        for name, value in knobs.arguments.items():
+            knobs.arguments[name] = resolve_name(name, value)
         try:
             check_knobs(knobs.arguments)
-            return replace(build(*args, **kwargs), name=build.__name__, knobs=dict(knobs.arguments))
+            return replace(build(*knobs.args, **knobs.kwargs), name=build.__name__, knobs=dict(knobs.arguments))
         except LossInputError as error:
             error.loss = build.__name__
             raise

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-from lossfns.errors import LossInputError
+from lossfns.checks import is_huge, is_real
+from lossfns.errors import LossInputError, show
 from lossfns.tokens import Rows
 
 ROW_COUNTS = tuple(dict.fromkeys(rows.unit for rows in Rows))
@@ -13,6 +15,26 @@ ADDITIVE = ("tokens", "sequences", "sequences_empty", *ROW_COUNTS[1:], "count")
 """Metrics that add over chunks, besides those whose name ends in ``:sum``."""
 DIVIDED = ("loss", "grad_l1")
 """Metrics that have been divided by the denominator."""
+
+
+def check_parts(parts: Any) -> None:
+    """Refuse anything but dicts of numbers with the same names, such as a call of a loss returns."""
+    if not isinstance(parts, (list, tuple)):
+        raise LossInputError("parts", "a list of metrics, one for each chunk", show(parts), "Pass [metrics] for one.")
+    if not parts:
+        raise LossInputError("parts", "the metrics of at least one chunk", "none", "Merge after the first chunk.")
+    for i, part in enumerate(parts):
+        if not isinstance(part, Mapping):
+            raise LossInputError(f"parts[{i}]", "a dict of metrics", show(part), "Pass what the loss returned.")
+        names = [*parts[0], "tokens", *(["denominator"] if any(name in parts[0] for name in DIVIDED) else [])]
+        for name in dict.fromkeys([*names, *part]):
+            if name not in part or (name not in parts[0] and i):
+                got = f"{name!r} only in some of them" if i else f"none of the name {name!r}"
+                fix = "Merge the metrics of one loss, as its calls returned them."
+                raise LossInputError(f"parts[{i}]", "the same metrics in every part", got, fix)
+            if not isinstance(name, str) or not is_real(part[name]) or is_huge(part[name]):
+                got, fix = show(part[name]), "Metrics are names with numbers."
+                raise LossInputError(f"parts[{i}][{name!r}]", "a number", got, fix)
 
 
 def merge_metrics(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -25,7 +47,7 @@ def merge_metrics(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
         parts: the metrics of each chunk, all from the same loss.
 
     Raises:
-        LossInputError: if there are no parts.
+        LossInputError: if there are no parts, or if a part is not the metrics of a call of the loss.
 
     >>> a = {"loss": 2.0, "denominator": 1.0, "count": 1.0, "tokens": 1.0, "nll": 2.0}
     >>> b = {"loss": 1.0, "denominator": 3.0, "count": 3.0, "tokens": 3.0, "nll": 1.0}
@@ -33,8 +55,7 @@ def merge_metrics(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
     >>> merged["loss"], merged["tokens"], merged["nll"]
     (1.25, 4.0, 1.25)
     """
-    if not parts:
-        raise LossInputError("parts", "the metrics of at least one chunk", "none", "Merge after the first chunk.")
+    check_parts(parts)
     # Every loss has `tokens`, which is the first name; a loss over pairs or datums counts these as well.
     unit = next((name for name in reversed(ROW_COUNTS) if name in parts[0]), "tokens")
     added = [name for name in parts[0] if name in ADDITIVE or name.endswith(":sum")]

@@ -6,6 +6,7 @@ Shapes, types and lengths are checked here, before any maths. No later code mask
 
 from __future__ import annotations
 
+import keyword
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from math import prod
@@ -16,13 +17,18 @@ import torch
 from torch import Tensor
 
 from lossfns.checks import is_real
-from lossfns.errors import LossInputError
+from lossfns.errors import LossInputError, did_you_mean, show
 from lossfns.tokens import DATUM_FIELDS, LOGPROB_COLUMNS, ON_POLICY, SEQUENCES, TOKENS, Rows, Tokens
 
 Values = np.ndarray[Any, Any] | Tensor
 """The values of one column for one datum."""
 Shapes = Sequence[Sequence[int]]
 """The shape of each datum's logprobs: ``[N_i]``, or ``[N_i, K]``."""
+
+RESERVED_COLUMNS = ("logprobs", "weights", "lengths", "columns", "active", "share", "denominator", "align", "grad_l1")
+"""Names that a column of a loss cannot have: a batch, an export or an option of ``bind`` has them."""
+
+LOGPROB_DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 
 MISSING_COLUMN_FIX = {
     "target_tokens": "Build the datum with datum_from_tokens.",
@@ -68,7 +74,11 @@ def pack(
     >>> t.logprobs, t.active
     (tensor([ 0., -2.]), tensor([False,  True]))
     """
-    rows = Rows(rows)
+    rows = Rows.of(rows)
+    reads = check_reads(reads)
+    check_align(align)
+    if not isinstance(columns, Mapping | None):
+        raise LossInputError("columns", "a dict of columns by name", show(columns), "Pass {name: rows}.")
     check_data(data, rows)
     check_logprobs(data, logprobs_list)
     shapes, logprobs = [lp.shape for lp in logprobs_list], concatenate(logprobs_list)
@@ -107,7 +117,7 @@ def pack_side_columns(
     else:
         check_targets(data, shapes)
     lengths = torch.from_numpy(np.array([prod(shape) for shape in shapes], dtype=np.int64))
-    flat = {name: flatten_column(name, column, shapes, lengths, like) for name, column in table.items()}
+    flat = {name: flatten_column(name, column, shapes, lengths, like, rows) for name, column in table.items()}
     weights = flat.pop("weights")
     active = weights != 0
     inactive = ~active
@@ -157,8 +167,13 @@ def pack_weights(
         shapes = [row.shape for row in find_column("target_tokens", data, columns)]
         table = {name: column_or_none(name, data, columns, rows) for name in reads} | {"weights": weights}
         weights = truncate(shapes, table)[1]["weights"]
-    shapes = [w.shape for w in weights]
-    lengths = torch.tensor([prod(shape) for shape in shapes])
+    for i, row in enumerate(weights):
+        if row.ndim not in (1, rows.rank):
+            expected, fix = "a row with a number for each target", "Give one number for each entry of the logprobs."
+            raise LossInputError("weights", expected, f"shape {tuple(row.shape)}", fix, datum=i)
+    weights = [row.reshape(-1) for row in weights]
+    lengths = torch.tensor([len(row) for row in weights])
+    shapes = [row.shape for row in weights]
     packed = flatten_column("weights", weights, shapes, lengths, torch.empty(0, dtype=torch.float64))
     return Tokens(torch.zeros_like(packed), packed, lengths)
 
@@ -182,6 +197,30 @@ def blank(x: Tensor, active: Tensor) -> Tensor:
     return torch.where(active, x, 0)
 
 
+def check_align(align: Any) -> None:
+    if not isinstance(align, str) or align not in ("strict", "truncate"):
+        hint = did_you_mean(align, ("strict", "truncate"))
+        raise LossInputError("align", "'strict' or 'truncate'", show(align), hint)
+
+
+def check_reads(reads: Any) -> tuple[str, ...]:
+    """Return the names of the columns as a tuple. Refuse a name that no column can have."""
+    if not isinstance(reads, (tuple, list)):
+        fix = "One column is ('advantages',)."
+        raise LossInputError("reads", "a tuple of names of columns", show(reads), fix)
+    for name in reads:
+        if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name):
+            # Exports write a function whose parameters have these names.
+            fix = "A name has letters, digits and underscores, as the name of a variable."
+            raise LossInputError("reads", "names of columns that are identifiers", show(name), fix)
+        if name in RESERVED_COLUMNS:
+            fix = "Logprobs and weights are always there; give a column of your own another name."
+            raise LossInputError("reads", f"names other than {', '.join(RESERVED_COLUMNS)}", repr(name), fix)
+    if len(set(reads)) < len(reads):
+        raise LossInputError("reads", "each name once", show(reads), "Drop the second one.")
+    return tuple(reads)
+
+
 def check_data(data: Sequence[Any], rows: Rows) -> None:
     """Refuse data that are not a list of datums. For a loss over pairs, also refuse an odd number of datums."""
     if not isinstance(data, (list, tuple)):
@@ -189,7 +228,7 @@ def check_data(data: Sequence[Any], rows: Rows) -> None:
     if not data:
         raise LossInputError("data", "at least one datum", "data is empty", "Skip the call for an empty batch.")
     for i, datum in enumerate(data):
-        if not hasattr(datum, "loss_fn_inputs"):
+        if not isinstance(getattr(datum, "loss_fn_inputs", None), Mapping):
             fix = "Build it with datum_from_tokens, or pass tinker.Datum objects."
             raise LossInputError("loss_fn_inputs", "a Datum", f"a {type(datum).__name__}", fix, datum=i)
     if len(data) % rows.datums:
@@ -205,15 +244,19 @@ def check_logprobs(data: Sequence[Any], logprobs_list: Sequence[Tensor]) -> None
     if len(data) != len(logprobs_list):
         raise wrong_count(data, logprobs_list)
     device = getattr(logprobs_list[0], "device", None)
+    has_values = getattr(device, "type", "") != "meta"
     for i, lp in enumerate(logprobs_list):
         if not isinstance(lp, Tensor):
             raise LossInputError("logprobs", "a torch.Tensor", f"a {type(lp).__name__}", "Call torch.tensor.", datum=i)
-        if not lp.is_floating_point():
+        if lp.dtype not in LOGPROB_DTYPES:
             fix = "Logprobs are real numbers: were token ids passed?"
             raise LossInputError("logprobs", "a floating point tensor", str(lp.dtype), fix, datum=i)
         if lp.device != device:
             got = f"{lp.device}, while datum[0] has {device}"
             raise LossInputError("logprobs", "one device for the whole batch", got, "Move them with .to().", datum=i)
+        if lp.layout != torch.strided or lp.is_nested or not has_values:  # is_plain; the dtype has told the rest
+            fix = "Pass the logprobs of the datum's targets as a dense tensor of float32."
+            raise LossInputError("logprobs", "a dense tensor with values", tensor_form(lp), fix, datum=i)
 
 
 def check_shapes(data: Sequence[Any], shapes: Shapes, rank: int) -> None:
@@ -241,9 +284,10 @@ def check_targets(data: Sequence[Any], shapes: Shapes) -> None:
     for i, (targets, shape) in enumerate(zip(fields(data, "target_tokens"), shapes)):
         if hasattr(targets, "to_numpy"):
             # An SDK's TensorData may have no shape. Flat targets of an [N, K] have N·K entries.
-            target_shape = targets.shape
-            has_shape = isinstance(target_shape, (list, tuple)) and target_shape
-            count = target_shape[0] if has_shape else len(targets.to_numpy())
+            target_shape = getattr(targets, "shape", None)
+            if not (isinstance(target_shape, (list, tuple)) and target_shape):
+                target_shape = as_row(targets, "target_tokens", i).shape or ("no",)
+            count = target_shape[0]
             if count != shape[0] and count != prod(shape):
                 got, fix = str(shape[0]), "Pass the logprobs of these datums' targets."
                 raise LossInputError("logprobs", f"{count} rows (the length of target_tokens)", got, fix, datum=i)
@@ -256,9 +300,12 @@ def find_column(name: str, data: Sequence[Any], columns: Mapping[str, Any], rows
     """
     if name in columns:
         given = columns[name]
-        if isinstance(given, (Mapping, Set)) or not hasattr(given, "__len__") or getattr(given, "ndim", 1) == 0:
+        if isinstance(given, (Mapping, Set)) or not has_length(given) or getattr(given, "ndim", 1) == 0:
             got, fix = f"a {type(given).__name__}", "Bind a list with one entry for each datum."
             raise LossInputError(name, f"{len(data)} entries, one per datum", got, fix)
+        if isinstance(given, Tensor) and not is_plain(given):
+            fix = "Bind a list with one row for each datum."
+            raise LossInputError(name, f"{len(data)} entries, one per datum", tensor_form(given), fix)
         if len(given) != len(data):
             fix = "Bind one entry for each datum of the call."
             raise LossInputError(name, f"{len(data)} entries, one per datum", str(len(given)), fix)
@@ -269,6 +316,14 @@ def find_column(name: str, data: Sequence[Any], columns: Mapping[str, Any], rows
             got, fix = "nothing bound and nothing in the datum", MISSING_COLUMN_FIX.get(name, f"Pass bind({name}=...).")
             raise LossInputError(name, "one row per datum", got, fix, datum=missing)
     return as_column(name, given, rows)
+
+
+def has_length(x: Any) -> bool:
+    """Whether ``len`` works, whatever the value's own method raises."""
+    try:
+        return len(x) >= 0
+    except Exception:
+        return False
 
 
 def as_column(name: str, given: Any, rows: Rows = TOKENS) -> Any:
@@ -283,7 +338,7 @@ def as_column(name: str, given: Any, rows: Rows = TOKENS) -> Any:
         number = next(i for i, row in enumerate(datum_rows) if row.ndim == 0)
         expected = "a row for each datum, or a number for each"
         raise LossInputError(name, expected, "a number among rows", "Use one form.", datum=number)
-    return check_one_number_each(name, torch.stack([torch.as_tensor(row) for row in datum_rows]), rows)
+    return check_one_number_each(name, torch.stack(list(map(as_tensor, datum_rows))), rows)
 
 
 def check_one_number_each(name: str, given: Values, rows: Rows) -> Values:
@@ -291,11 +346,16 @@ def check_one_number_each(name: str, given: Values, rows: Rows) -> Values:
 
     Advantages may. In a loss over sequences, so may a column of its own, such as a label.
     """
-    is_label = rows is SEQUENCES and name not in ("weights", "target_tokens", *LOGPROB_COLUMNS)
-    if name != "advantages" and not is_label:
+    if not may_be_number(name, rows):
         fix = "Only advantages, and labels of a loss over sequences, may be one number for each datum."
         raise LossInputError(name, "a row for each datum", "a number for each", fix)
     return given
+
+
+def may_be_number(name: str, rows: Rows) -> bool:
+    """Whether a column may have one number for each datum."""
+    is_label = rows is SEQUENCES and name not in ("weights", "target_tokens", *LOGPROB_COLUMNS)
+    return name == "advantages" or is_label
 
 
 def find_weights(data: Sequence[Any], columns: Mapping[str, Any], reads: Sequence[str]) -> Any:
@@ -347,16 +407,32 @@ def as_row(value: Any, name: str, datum: int | None) -> Values:
         if row.dtype == object and row.ndim and all(x is None or is_real(x) for x in row.flat):
             row = row.astype(np.float64)
         if row.dtype.kind in "fiub" and not isinstance(value, Tensor):
-            return row.astype(np.float64) if row.dtype == np.longdouble else row  # torch has no wider floats
+            # torch has no wider floats, not every unsigned integer, no foreign byte order and no negative strides.
+            kind = "f8" if row.dtype in (np.longdouble, np.uint64) else row.dtype.str[1:]
+            row = row.astype(kind, copy=False)
+            return row.copy() if any(stride < 0 for stride in row.strides) else row
     except Exception:  # whatever the value's own to_numpy raises
         pass
     got, fix = f"a {type(value).__name__} that is no rectangular array of numbers", "Use a list, array or tensor."
     raise LossInputError(name, "a number or a row of numbers", got, fix, datum=datum)
 
 
+def as_tensor(row: Values) -> Tensor:
+    """Return a row as a tensor; an array is copied, since torch warns of one that is not writable."""
+    return row if isinstance(row, Tensor) else torch.tensor(row)
+
+
 def is_plain(x: Tensor) -> bool:
-    """Whether a tensor is a dense array of real numbers with storage."""
+    """Whether a tensor is a dense array of real numbers with storage. Of any other, even the shape may raise."""
     return x.layout == torch.strided and not (x.is_complex() or x.is_meta or x.is_nested or x.is_quantized)
+
+
+def tensor_form(x: Tensor) -> str:
+    """Describe a tensor of any form, for an error message."""
+    kind = "nested" if x.is_nested else "quantized" if x.is_quantized else "meta" if x.is_meta else ""
+    layout = "" if x.layout == torch.strided else str(x.layout).removeprefix("torch.")
+    shape = "" if x.is_nested else f" of shape {tuple(x.shape)}"
+    return " ".join(["a", *filter(None, [kind, layout, str(x.dtype), "tensor"])]) + shape
 
 
 def truncate(shapes: Shapes, table: dict[str, Any]) -> tuple[Shapes, dict[str, Any]]:
@@ -402,25 +478,27 @@ def common_leaf(logprobs_list: Sequence[Tensor]) -> Tensor | None:
     return leaf if sum(lp.numel() for lp in logprobs_list) == leaf.numel() else None
 
 
-def flatten_column(name: str, column: Any, shapes: Shapes, lengths: Tensor, like: Tensor) -> Tensor:
+def flatten_column(
+    name: str, column: Any, shapes: Shapes, lengths: Tensor, like: Tensor, rows: Rows = TOKENS
+) -> Tensor:
     """Lay a column end to end, in the dtype and on the device of ``like``: ``[N]``. None becomes ones."""
     if column is None:
         return like.new_ones(int(lengths.sum()))
     if not isinstance(column, list):
-        numbers = torch.as_tensor(column).to(like.device, like.dtype)
+        numbers = as_tensor(column).to(like.device, like.dtype)
         return torch.repeat_interleave(numbers, lengths.to(like.device), output_size=int(lengths.sum()))
     if any(row.shape != shape for row, shape in zip(column, shapes)):
-        column = [align_row(row, shape, name, i) for i, (row, shape) in enumerate(zip(column, shapes))]
+        column = [align_row(row, shape, name, i, rows) for i, (row, shape) in enumerate(zip(column, shapes))]
     if len(shapes[0]) > 1:
         column = [row.reshape(-1) for row in column]
     if any(issubclass(kind, Tensor) for kind in set(map(type, column))):
-        flat = torch.cat([torch.as_tensor(row) for row in column])
+        flat = torch.cat(list(map(as_tensor, column)))
     else:
         flat = torch.from_numpy(np.concatenate(column))
     return flat.to(like.device, like.dtype)
 
 
-def align_row(row: Values, shape: Sequence[int], name: str, datum: int) -> Values:
+def align_row(row: Values, shape: Sequence[int], name: str, datum: int, rows: Rows = TOKENS) -> Values:
     """Return the row if it has the logprobs' shape, or lists the entries of ``[N, K]`` row-major; else refuse it."""
     shape = tuple(shape)
     if tuple(row.shape) == shape or (row.ndim == 1 and len(shape) == 2 and len(row) == prod(shape)):
@@ -430,6 +508,9 @@ def align_row(row: Values, shape: Sequence[int], name: str, datum: int) -> Value
         raise LossInputError(
             name, expected, got, "Give one number for each entry of the logprobs, row-major.", datum=datum
         )
+    if len(row) == 1 and may_be_number(name, rows):
+        expected = f"{shape[0]} values (the length of logprobs), or one number for each datum"
+        raise LossInputError(name, expected, "a row of 1", f"Bind a flat list: {name}=[...].", datum=datum)
     fix = {
         1: "It has one entry for each token: drop the first entry, as position j holds token j + 1.",
         -1: "It looks shifted twice: weights and targets must be shifted by one, once.",

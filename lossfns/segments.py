@@ -38,11 +38,6 @@ def nonempty(t: Tokens) -> Tensor:
     return active_counts(t) > 0
 
 
-def active_mean(t: Tokens, x: Tensor) -> Tensor:
-    """Mean of x over the active tokens of each sequence, 0 where there are none: ``[N] -> [B]``."""
-    return sequence_sum(t, x * t.active) / active_counts(t).clamp(min=1)
-
-
 def sequence_value(t: Tokens, x: Tensor) -> Tensor:
     """The one value that x has at the active tokens of each sequence, 0 where there are none: ``[N] -> [B]``.
 
@@ -87,10 +82,13 @@ def token_level(t: Tokens, log_ratio: Tensor) -> Tensor:
 
 
 def sequence_level(t: Tokens, log_ratio: Tensor) -> Tensor:
-    """Σ over the sequence's active tokens, repeated at each of its tokens: the log of the product of its ratios."""
-    return to_tokens(t, sequence_sum(t, log_ratio))
+    """Σ w·d over the sequence, repeated at each token: the log of the product of its ratios, each to the power w.
+
+    A weight of 2 counts a token twice, as in the sums of ``dpo``; with a mask it is the plain product.
+    """
+    return to_tokens(t, weighted_sum(t, log_ratio))
 
 
 def geometric_level(t: Tokens, log_ratio: Tensor) -> Tensor:
-    """Mean over the sequence's active tokens, repeated at each token: the log of the geometric mean of its ratios."""
-    return to_tokens(t, active_mean(t, log_ratio))
+    """Σ w·d / Σ w over the sequence, repeated at each token: the log of the weighted geometric mean of its ratios."""
+    return to_tokens(t, weighted_mean(t, log_ratio))

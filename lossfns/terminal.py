@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -13,6 +14,17 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+
+def printable(text: str, limit: int = 2000) -> str:
+    """Escape what a terminal or XML cannot show. Shorten a text of more than ``limit`` characters, and say so.
+
+    >>> printable("a\\x1b[31m")
+    'a\\\\x1b[31m'
+    """
+    if len(text) > limit:
+        text = f"{text[:limit]} … ({len(text)} characters)"
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
 def console_on(stream: TextIO | None) -> Console | None:
@@ -32,7 +44,12 @@ def console_on(stream: TextIO | None) -> Console | None:
 
 @contextmanager
 def while_read(stream: TextIO | None) -> Iterator[None]:
-    """Print to a stream for as long as somebody reads it. If its pipe is closed, the rest of the block is left out."""
+    """Print to a stream for as long as somebody reads it. If its pipe is closed, the rest of the block is left out.
+
+    A character that the stream's encoding does not have is escaped.
+    """
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="backslashreplace")
     try:
         yield
         if stream is not None:
@@ -53,24 +70,33 @@ def discard(stream: TextIO | None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # type: ignore[union-attr]
 
 
-def print_report(report: Any, draw: Callable[[Any, Console], None], json_to: str | None) -> None:
-    """Print a report: with ``draw`` on a terminal, else as its ``table``. ``as_dict`` of it can be written as JSON.
+def print_report(
+    report: Any,
+    draw: Callable[[Any, Console], None],
+    json_to: str | None,
+    text: Callable[[Any], str] = lambda report: report.table(),
+) -> None:
+    """Print a report: with ``draw`` on a terminal, else as its ``text``. ``as_dict`` of it can be written as JSON.
+
+    If the reader of standard output has gone away, nothing is said, and the JSON is written all the same.
 
     Args:
         report: an object with ``table()`` and ``as_dict()``.
         draw: prints the report on a console.
         json_to: the file for the JSON; "-" prints it in place of the table; None writes none.
+        text: the report as plain text, its ``table()`` unless given.
     """
     as_json = json.dumps(report.as_dict(), indent=1, ensure_ascii=False)
-    console = console_on(sys.stdout)
-    if json_to == "-":
-        print(as_json)
-    elif console is None:
-        print(report.table())
-    else:
-        draw(report, console)
     if json_to and json_to != "-":
-        Path(json_to).write_text(as_json + "\n", encoding="utf-8")
+        Path(json_to).write_text(as_json + "\n", encoding="utf-8", errors="backslashreplace")
+    with while_read(sys.stdout):
+        console = console_on(sys.stdout)
+        if json_to == "-":
+            print(json.dumps(report.as_dict(), indent=1))
+        elif console is None:
+            say(text(report))
+        else:
+            draw(report, console)
 
 
 def print_rows(console: Console, rows: Sequence[Sequence[str]], styles: Sequence[str] = ()) -> None:

@@ -13,6 +13,9 @@ from torch import Tensor
 KL_LOG_RATIO_CAP = 20.0
 """Bound of |ref − lp| in k3. Since k3 grows exponentially with it, one token could otherwise overflow a batch."""
 
+SAFE_EXPONENT = 88.0
+"""Largest whole number whose exp is finite in float32."""
+
 ONE_MINUS_P_FLOOR = 1e-15
 """Smallest 1 − p in the log-odds. It is below the rounding of any float logprob near 0."""
 
@@ -25,6 +28,18 @@ def nll(logprobs: Tensor) -> Tensor:
 def cap(log_ratio: Tensor, limit: float | None) -> Tensor:
     """Clamp d to ±limit, with gradient 0 outside. ``None`` leaves d as it is."""
     return log_ratio if limit is None else log_ratio.clamp(-limit, limit)
+
+
+def importance_ratio(log_ratio: Tensor, limit: float | None) -> Tensor:
+    """r = exp(d), with d clamped to ±limit. Where exp overflows, r is inf and has gradient 0.
+
+    Without this, the gradient of a clipped token would be 0·inf = nan, although its loss is finite.
+    """
+    d = cap(log_ratio, limit)
+    if limit is not None and limit <= SAFE_EXPONENT:
+        return d.exp()
+    overflows = d.detach().exp().isinf()
+    return torch.where(overflows, torch.inf, torch.where(overflows, 0, d).exp())
 
 
 def policy_gradient(logprobs: Tensor, advantages: Tensor) -> Tensor:

@@ -14,11 +14,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from math import prod
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
-from lossfns.errors import LossInputError, did_you_mean
+from lossfns.errors import LossInputError, did_you_mean, show
 
 
 class Rows(StrEnum):
@@ -34,9 +35,13 @@ class Rows(StrEnum):
     SEQUENCES = "sequences"
 
     @classmethod
-    def _missing_(cls, value: object) -> None:
-        fix = did_you_mean(str(value), map(str, cls))
-        raise LossInputError("rows", "a kind of row", repr(value), fix)
+    def _missing_(cls, value: object) -> NoReturn:
+        raise LossInputError("rows", "a kind of row", show(value), did_you_mean(value, map(str, cls)))
+
+    @classmethod
+    def of(cls, value: object) -> Rows:
+        """Return the kind of row of this name. Refuse anything else."""
+        return cls(value) if isinstance(value, str) else cls._missing_(value)
 
     @property
     def rank(self) -> int:

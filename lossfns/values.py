@@ -64,7 +64,8 @@ def check_values(extrema: Mapping[str, float], t: Tokens, *, signed: bool) -> No
             fix = "Were probabilities or logits passed?"
             raise_at_first(t, name, x > LOGPROB_TOLERANCE, "a logprob, at most 0", fix)
         if name == "weights" and low < 0 and not signed:
-            raise_at_first(t, name, x < 0, "a weight of at least 0", "Put the sign into the advantages.")
+            fix = "Put the sign into the advantages." if "advantages" in t.columns else NEGATIVE_WEIGHT_FIX
+            raise_at_first(t, name, x < 0, "a weight of at least 0", fix)
     if extrema.get("one-sided pairs"):
         pair = int(one_sided_pairs(t).nonzero()[0])
         side, datum = ("chosen", 2 * pair) if nonempty(t)[2 * pair + 1] else ("rejected", 2 * pair + 1)
@@ -82,6 +83,8 @@ def warn_if_far_off_policy(metrics: Mapping[str, float]) -> None:
         got = f"the mean |log-ratio| is {distance:.3g}"
         warn(f"{got}: are the old_logprobs those of these tokens?")
 
+
+NEGATIVE_WEIGHT_FIX = "Give 0 to a token that does not count; only a plain likelihood takes weights below 0."
 
 NOT_FINITE_FIX = {
     "logprobs": "A token that the model cannot produce has no finite logprob: mask it.",

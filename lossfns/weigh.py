@@ -36,7 +36,11 @@ class Weighing:
     count: Callable[[Tokens], Tensor] | None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "rows", Rows(self.rows))
+        object.__setattr__(self, "rows", Rows.of(self.rows))
+        if not callable(self.share) or not (self.count is None or callable(self.count)):
+            got = f"{self.share!r} and {self.count!r}"
+            fix = "count=None is a sum that is never divided."
+            raise LossInputError("share, count", "functions of a packed batch", got, fix)
 
     def __repr__(self) -> str:
         return self.name
@@ -131,6 +135,9 @@ def check_weigh(weigh: object, rows: Rows) -> None:
     """Refuse anything that is not a weighing of this kind of row. Targets are weighed as tokens."""
     kind = TOKENS if rows.per_token else rows
     names = [w.name for w in WEIGHINGS if w.rows is kind] + (["fixed_length"] if kind is TOKENS else [])
+    if isinstance(weigh, str) and weigh.startswith("fixed_length"):
+        fix = "It takes a length, so it has no name alone: pass weigh=fixed_length(1024)."
+        raise LossInputError("weigh", f"a weighing of {kind}", repr(weigh), fix)
     if not isinstance(weigh, Weighing):
         hint = did_you_mean(str(weigh), names)
         raise LossInputError("weigh", f"a weighing of {kind}", repr(weigh), f"{hint} Import it from lossfns.")

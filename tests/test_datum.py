@@ -415,45 +415,78 @@ def test_mean_reduction_by_hand() -> None:
 
 
 @pytest.mark.parametrize(
-    "given, aligned",
+    "given, prompt_length, aligned",
     [
-        ([-1.0, -2.0], [0.0, 0.0, -1.0, -2.0]),
-        ([], [0.0, 0.0, 0.0, 0.0]),
-        ([-4.0, -3.0, -2.0, -1.0], [-4.0, -3.0, -2.0, -1.0]),
-        ([None, -4.0, -3.0, -2.0, -1.0], [-4.0, -3.0, -2.0, -1.0]),
-        ([None, None, -3.0, -2.0, -1.0], [0.0, -3.0, -2.0, -1.0]),
-        ([None, None, -2.0, -1.0], [0.0, 0.0, -2.0, -1.0]),
-        ([None] * 5, [0.0, 0.0, 0.0, 0.0]),
-        (torch.tensor([-1.0, -2.0]), [0.0, 0.0, -1.0, -2.0]),
-        (np.array([-1.0, -2.0]), [0.0, 0.0, -1.0, -2.0]),
-        (np.array([None, -4.0, -3.0, -2.0, -1.0]), [-4.0, -3.0, -2.0, -1.0]),
-        ((-1.0, -2.0), [0.0, 0.0, -1.0, -2.0]),
+        ([-1.0, -2.0], 3, [0.0, 0.0, -1.0, -2.0]),
+        ([], 5, [0.0, 0.0, 0.0, 0.0]),
+        ([-4.0, -3.0, -2.0, -1.0], None, [-4.0, -3.0, -2.0, -1.0]),
+        ([-4.0, -3.0, -2.0, -1.0], 1, [-4.0, -3.0, -2.0, -1.0]),
+        ([-4.0, -3.0, -2.0, -1.0], 4, [-4.0, -3.0, -2.0, -1.0]),
+        ([None, -4.0, -3.0, -2.0, -1.0], None, [-4.0, -3.0, -2.0, -1.0]),
+        ([None, -4.0, -3.0, -2.0, -1.0], 3, [-4.0, -3.0, -2.0, -1.0]),
+        ([None, None, -3.0, -2.0, -1.0], 2, [0.0, -3.0, -2.0, -1.0]),
+        ([None, -3.0, None, -2.0, -1.0], 3, [-3.0, 0.0, -2.0, -1.0]),
+        ([None, None, -2.0, -1.0], 3, [0.0, 0.0, -2.0, -1.0]),
+        ([None] * 5, 5, [0.0, 0.0, 0.0, 0.0]),
+        (torch.tensor([-1.0, -2.0]), 3, [0.0, 0.0, -1.0, -2.0]),
+        (np.array([-1.0, -2.0]), 3, [0.0, 0.0, -1.0, -2.0]),
+        (np.array([None, -4.0, -3.0, -2.0, -1.0]), None, [-4.0, -3.0, -2.0, -1.0]),
+        ((-1.0, -2.0), 3, [0.0, 0.0, -1.0, -2.0]),
     ],
 )
-def test_sampler_logprobs_are_aligned_to_four_targets(given: Any, aligned: list[float]) -> None:
-    result = align_sampler_logprobs(given, targets=4)
+def test_sampler_logprobs_are_aligned_to_four_targets(given: Any, prompt_length: Any, aligned: list[float]) -> None:
+    """Completion alone, all four targets, or all five tokens; None only where the prompt is."""
+    result = align_sampler_logprobs(given, targets=4, prompt_length=prompt_length)
     assert result.dtype == torch.float32
     assert result.tolist() == aligned
 
 
 @pytest.mark.parametrize(
-    "given, message",
+    "given, prompt_length, message",
     [
-        ([-1.0] * 5, "logprobs: expected at most 4 values, or None and 4, got 5"),
-        ([None, *[-1.0] * 5], "logprobs: expected at most 4 values, or None and 4, got 6"),
-        ([-1.0, None, -2.0], r"logprobs\[1\]: expected a number after the first number, got None"),
-        ([None, None, -1.0, None, -2.0], r"logprobs\[3\]: expected a number after the first number, got None"),
-        (["a"], r"logprobs\[0\]"),
+        (
+            [-0.4],
+            3,
+            r"expected 2 values \(the completion\) or 4 .* or None and 4 .*, got 1. Pass a value",
+        ),
+        ([-0.4], None, "expected 4 values .* or None and 4 .*, got 1. .*need prompt_length"),
+        ([-1.0, -2.0, -3.0], 3, r"2 values \(the completion\) .*, got 3"),
+        ([-1.0, -2.0], 5, r"0 values \(the completion\) .*, got 2"),
+        ([-1.0] * 5, None, r"expected 4 values \(all targets\) or None and 4 \(all tokens\), got 5"),
+        ([-1.0] * 5, 3, "got 5"),
+        ([None, *[-1.0] * 5], 3, "got 6"),
+        ([None, -0.6], 3, r"logprobs\[0\]: expected a number, got None. Only tokens of the prompt may have None"),
+        ([-1.0, None], 3, r"logprobs\[1\]: expected a number, got None"),
+        ([None, None, -1.0, None, -2.0], 3, r"logprobs\[3\]: expected a number, got None"),
+        ([None, None, -1.0, -2.0, -3.0], None, r"logprobs\[1\]: expected a number, got None. .*prompt_length="),
+        (["a", -1.0], 3, r"logprobs\[0\]"),
+        ([10**400, -1.0], 3, r"logprobs\[0\]"),
+        ([-1.0, -2.0], 6, "prompt_length: expected 1 to 5"),
+        ([-1.0, -2.0], 0, "prompt_length: expected 1 to 5"),
+        ([-1.0, -2.0], "3", "prompt_length"),
+        (torch.zeros(2, 2), 3, "logprobs: expected a flat row of numbers, got shape"),
+        (torch.zeros(2, device="meta"), 3, "got a meta torch.float32 tensor"),
+        ("ab", 3, "logprobs: expected a list of numbers, got a str"),
+        ({0: -1.0, 1: -1.0}, 3, "got a dict"),
     ],
 )
-def test_sampler_logprobs_that_cannot_be_placed_are_refused(given: list[Any], message: str) -> None:
+def test_sampler_logprobs_that_cannot_be_placed_are_refused(given: Any, prompt_length: Any, message: str) -> None:
     """Positions count in what was handed in."""
     with pytest.raises(LossInputError, match=message):
-        align_sampler_logprobs(given, targets=4)
+        align_sampler_logprobs(given, targets=4, prompt_length=prompt_length)
+
+
+def test_no_trained_token_gets_a_logprob_that_the_sampler_did_not_give() -> None:
+    """After a prompt of one token both targets are trained, so a None has no place in a row of two."""
+    with pytest.raises(LossInputError, match=r"logprobs\[0\]"):
+        align_sampler_logprobs([None, -0.6], targets=2, prompt_length=1)
+    with pytest.raises(LossInputError, match=r"targets: expected at least 0, got 2\.5"):
+        align_sampler_logprobs([-0.6], targets=2.5)  # type: ignore[arg-type]
 
 
 def test_aligned_logprobs_go_into_a_loss() -> None:
     """On-policy in the sampler's own frame: r = 1, L = −A = −1."""
-    datum = datum_from_tokens([5, 6, 7, 8], prompt_length=2, logprobs=align_sampler_logprobs([-1.0, -2.0], 3))
+    aligned = align_sampler_logprobs([-1.0, -2.0], 3, prompt_length=2)
+    datum = datum_from_tokens([5, 6, 7, 8], prompt_length=2, logprobs=aligned)
     loss, _ = importance_sampling().bind(advantages=[1.0])([datum], [torch.tensor([-9.0, -1.0, -2.0])])
     assert loss.item() == -1.0

@@ -457,7 +457,7 @@ FAULTS = [
         lambda lp: dpo(weigh=token_mean),
         ("dpo: weigh", "a weighing of pairs, got token_mean", "pair_mean, pair_sum"),
     ),
-    Fault(31, "estimator", lambda lp: grpo(kl="k3"), ("grpo: kl", "a function such as k3, got 'k3'", "import k3")),
+    Fault(31, "estimator", lambda lp: grpo(kl="k4"), ("grpo: kl", "such as k3, got 'k4'", "Known: k1, k2, k3.")),
     Fault(31, "loss", lambda lp: with_kl("grpo"), ("with_kl: loss", "'grpo'")),
     Fault(31, "preset not called", lambda lp: with_tis(grpo), ("with_tis: loss", "grpo")),
     Fault(31, "level", lambda lp: with_tis(GRPO, level="sequence"), ("with_tis: level", "'sequence'")),

@@ -16,7 +16,8 @@ from torch import Tensor
 
 import lossfns
 from lossfns import ON_POLICY, Loss, LossInputError, LossWarning, Tokens, datum_from_tokens, merge_metrics, token_mean
-from lossfns.loss import make_loss
+from lossfns.loss import METRICS, make_loss
+from lossfns.pack import RESERVED_COLUMNS
 
 NAMESPACE = {name: getattr(lossfns, name) for name in dir(lossfns)}
 
@@ -507,3 +508,159 @@ def test_records_cannot_be_changed() -> None:
     for record, name in ((loss, "name"), (loss.bind(denominator=2), "divisor")):
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(record, name, None)
+
+
+# Names where functions are expected
+
+
+@pytest.mark.parametrize(
+    ("by_name", "by_function"),
+    [
+        (lambda: lossfns.ppo(weigh="sequence_mean"), lambda: lossfns.ppo(weigh=lossfns.sequence_mean)),
+        (lambda: lossfns.dpo(weigh="pair_sum"), lambda: lossfns.dpo(weigh=lossfns.pair_sum)),
+        (lambda: lossfns.grpo(kl="k2"), lambda: lossfns.grpo(kl=lossfns.k2)),
+        (lambda: lossfns.with_kl(lossfns.ppo(), 0.1, "k3"), lambda: lossfns.with_kl(lossfns.ppo(), 0.1, lossfns.k3)),
+        (
+            lambda: lossfns.with_tis(lossfns.ppo(), level="geometric_level"),
+            lambda: lossfns.with_tis(lossfns.ppo(), level=lossfns.geometric_level),
+        ),
+    ],
+)
+def test_a_weighing_an_estimator_and_a_level_may_be_given_by_name(by_name: Any, by_function: Any) -> None:
+    """The loss is the same, and its knobs hold the function."""
+    one, other = by_name(), by_function()
+    assert repr(one) == repr(other)
+    assert [one.knobs[name] for name in ("weigh", "kl", "level") if name in one.knobs] == [
+        other.knobs[name] for name in ("weigh", "kl", "level") if name in other.knobs
+    ]
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (
+            lambda: lossfns.ppo(weigh="sequence-mean"),
+            "ppo: weigh: .* got 'sequence-mean'. Did you mean 'sequence_mean'?",
+        ),
+        (lambda: lossfns.ppo(weigh="pair_mean"), "ppo: weigh: expected a weighing of tokens, got pair_mean"),
+        (lambda: lossfns.ppo(weigh="fixed_length"), r"ppo: weigh: .* pass weigh=fixed_length\(1024\)"),
+        (lambda: lossfns.grpo(kl="k5"), "grpo: kl: .* got 'k5'. Known: k1, k2, k3"),
+        (
+            lambda: lossfns.with_tis(lossfns.ppo(), level="sequence"),
+            r"level: .* Did you mean 'sequence_level'\?",
+        ),
+    ],
+)
+def test_an_unknown_name_is_answered_with_the_nearest_one_and_never_with_itself(build: Any, message: str) -> None:
+    with pytest.raises(LossInputError, match=message) as caught:
+        build()
+    assert f"Did you mean {caught.value.got}?" not in str(caught.value)
+
+
+# Losses of one's own
+
+
+def record(terms: Any = None, reads: Any = (), name: str = "own", **changes: Any) -> Loss:
+    terms = terms or (lambda t: (-t.logprobs, {}))
+    fields = {"share": token_mean.share, "count": token_mean.count, **changes}
+    return Loss(name=name, knobs={}, reads=reads, terms=terms, **fields)
+
+
+RAN: list[str] = []
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "x=__import__('test_loss').RAN.append('ran')",
+        "x: body(x), 0)[1] if [__import__('test_loss').RAN.append('ran')] else (lambda y",
+        "a b",
+        "lambda",
+        "1st",
+        "",
+        3,
+        None,
+    ],
+)
+def test_a_name_of_a_column_is_an_identifier_and_no_code(name: Any) -> None:
+    with pytest.raises(LossInputError, match="reads: expected names of columns that are identifiers"):
+        record(reads=(name,))
+    with pytest.raises(LossInputError, match="identifiers"):
+        dataclasses.replace(lossfns.ppo(), reads=("advantages", name))
+    assert RAN == []
+
+
+@pytest.mark.parametrize("name", RESERVED_COLUMNS)
+def test_a_column_cannot_have_the_name_of_something_else(name: str) -> None:
+    """t.lengths would be the lengths of the sequences, and bind(denominator=...) the denominator."""
+    with pytest.raises(LossInputError, match=f"reads: expected names other than .*, got '{name}'"):
+        record(reads=(name,))
+
+
+def test_reads_are_names_each_once() -> None:
+    for reads, message in (("advantages", "a tuple of names"), (("a", "a"), "each name once"), (None, "a tuple")):
+        with pytest.raises(LossInputError, match=f"reads: expected {message}"):
+            record(reads=reads)
+    assert record(reads=["label"]).reads == ("label",)
+
+
+@pytest.mark.parametrize("changes", [{"terms": 3}, {"share": None}, {"count": 1.0}, {"name": 3}, {"knobs": None}])
+def test_a_record_of_something_else_than_functions_is_refused_where_it_is_made(changes: dict[str, Any]) -> None:
+    with pytest.raises(LossInputError, match="expected"):
+        dataclasses.replace(lossfns.ppo(), **changes)
+
+
+DATA = [datum_from_tokens([5, 6, 7], prompt_length=1), datum_from_tokens([5, 6], prompt_length=1)]
+LPS = [torch.tensor([-1.0, -2.0]), torch.tensor([-3.0])]
+
+
+@pytest.mark.parametrize(
+    ("terms", "message"),
+    [
+        (lambda t: (-t.logprobs.sum(), {}), r"own: terms: expected a tensor of shape \(3,\), .* got .* of shape \(\)"),
+        (lambda t: (-t.logprobs[:2], {}), r"own: terms: .* got .* of shape \(2,\)"),
+        (lambda t: (-t.logprobs[:, None], {}), r"own: terms: .* got .* of shape \(3, 1\)"),
+        (lambda t: (3.0, {}), "own: terms: .* got a float"),
+        (lambda t: -t.logprobs, "own: terms: expected the loss of each row, and a dict .* got a Tensor"),
+        (lambda t: (-t.logprobs, None), "own: terms: expected the loss of each row, and a dict"),
+        (lambda t: (t.active, {}), "own: terms: expected floating point numbers, got torch.bool"),
+        (lambda t: (-t.logprobs, {"x": t.logprobs[:2]}), r"own: x: .* got .* of shape \(2,\)"),
+        (lambda t: (-t.logprobs, {"x": 0.5}), "own: x: .* got a float"),
+    ],
+)
+def test_terms_of_a_wrong_shape_are_refused_by_name(terms: Any, message: str) -> None:
+    for call_it in (record(terms), record(terms).bind().value):
+        with pytest.raises(LossInputError, match=message):
+            call_it(DATA, LPS)
+
+
+def test_a_share_of_a_wrong_shape_is_refused_by_name() -> None:
+    with pytest.raises(LossInputError, match=r"own: share: .* got .* of shape \(2,\)"):
+        record(share=lossfns.datum_mean.share)(DATA, LPS)
+
+
+@pytest.mark.parametrize("name", [*METRICS, "x:sum"])
+def test_a_statistic_cannot_replace_a_metric(name: str) -> None:
+    loss = record(lambda t: (-t.logprobs, {name: t.logprobs.detach()}))
+    with pytest.raises(LossInputError, match=f"own: statistics: expected names that are no metric .* got '{name}'"):
+        loss(DATA, LPS)
+
+
+def test_the_fix_for_a_negative_weight_is_one_that_the_loss_allows() -> None:
+    """Only a loss with advantages has a place for the sign."""
+    data = [datum_from_tokens([5, 6, 7], [0.0, 1.0, -1.0])] * 2
+    logprobs = [LPS[0]] * 2
+    with pytest.raises(LossInputError, match=r"orpo: datum\[0\].weights\[1\]: .* Give 0 to a token"):
+        lossfns.orpo()(data, logprobs)
+    with pytest.raises(LossInputError, match="Put the sign into the advantages"):
+        lossfns.reinforce().bind(advantages=[1.0, 1.0])(data, logprobs)
+
+
+def test_a_label_in_a_row_of_one_is_answered_with_a_flat_list() -> None:
+    labelled = Loss(
+        "labelled", {}, ("label",), lambda t: (lossfns.segments.weighted_sum(t, t.label * t.logprobs), {}),
+        lossfns.datum_mean.share, lossfns.datum_mean.count, lossfns.Rows.SEQUENCES,
+    )  # fmt: skip
+    with pytest.raises(LossInputError, match=r"datum\[0\].label: .* got a row of 1. Bind a flat list: label=\[...\]"):
+        labelled.bind(label=[[1.0], [-1.0]])(DATA, LPS)
+    labelled.bind(label=[1.0, -1.0])(DATA, LPS)

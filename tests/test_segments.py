@@ -17,18 +17,13 @@ T = Tokens(X, WEIGHTS, torch.tensor(LENGTHS))
         (lambda: segments.sequence_sum(T, X), [8.0, 0.0, 18.0, 0.0]),
         (lambda: segments.active_counts(T), [2.0, 0.0, 2.0, 0.0]),
         (lambda: segments.nonempty(T), [True, False, True, False]),
-        (lambda: segments.active_mean(T, X), [4.0, 0.0, 9.0, 0.0]),
-        (
-            lambda: segments.active_mean(T, X + 1),
-            [5.0, 0.0, 10.0, 0.0],
-        ),  # (4 + 6)/2, (8 + 12)/2: a masked 1 adds nothing
         (lambda: segments.weighted_sum(T, X), [13.0, 0.0, 12.5, 0.0]),
         (lambda: segments.weighted_mean(T, X), [13 / 3, 0.0, 12.5 / 1.5, 0.0]),
         (lambda: segments.weight_divisor(T), [3.0, 1.0, 1.5, 1.0]),
         (lambda: segments.to_tokens(T, torch.tensor([1.0, 2.0, 3.0, 4.0])), [1.0, 1.0, 1.0, 3.0, 3.0, 4.0]),
         (lambda: segments.token_level(T, X), X.tolist()),
-        (lambda: segments.sequence_level(T, X), [8.0, 8.0, 8.0, 18.0, 18.0, 0.0]),
-        (lambda: segments.geometric_level(T, X), [4.0, 4.0, 4.0, 9.0, 9.0, 0.0]),
+        (lambda: segments.sequence_level(T, X), [13.0] * 3 + [12.5] * 2 + [0.0]),
+        (lambda: segments.geometric_level(T, X), [13 / 3] * 3 + [12.5 / 1.5] * 2 + [0.0]),
         (lambda: segments.sequence_value(T, -torch.ones_like(X)), [-1.0, 0.0, -1.0, 0.0]),
     ],
 )
@@ -36,7 +31,7 @@ def test_by_hand(fn, expected: list[float]) -> None:
     assert fn().tolist() == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("fn", ["sequence_sum", "active_mean", "sequence_value", "weighted_sum", "weighted_mean"])
+@pytest.mark.parametrize("fn", ["sequence_sum", "sequence_value", "weighted_sum", "weighted_mean"])
 def test_one_sequence_needs_no_lengths(fn: str) -> None:
     with_lengths = Tokens(X, WEIGHTS, torch.tensor([6]))
     without = Tokens(X, WEIGHTS)
@@ -60,7 +55,7 @@ def test_no_shape_depends_on_a_value() -> None:
     """On meta tensors, which have no values: so nothing here makes a device wait to learn a size."""
     x = torch.zeros(6, device="meta")
     t = Tokens(x, torch.ones(6, device="meta"), torch.tensor([3, 2, 1], device="meta"))
-    for fn in (segments.sequence_sum, segments.active_mean, segments.weighted_sum, segments.weighted_mean):
+    for fn in (segments.sequence_sum, segments.weighted_sum, segments.weighted_mean):
         assert fn(t, x).shape == (3,)
         assert segments.to_tokens(t, fn(t, x)).shape == (6,)
     assert segments.weight_divisor(t).shape == segments.nonempty(t).shape == (3,)

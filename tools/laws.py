@@ -16,29 +16,20 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lossfns.testing.bugs import BUGS
 from lossfns.testing.check import check, statement
+from lossfns.testing.claims import CLAIMS
+from lossfns.testing.explain import LAWS
 from lossfns.testing.laws import ADVANTAGES, LAWS_BY_KIND
 from lossfns.testing.mutants import MUTANTS, exemplars, mutant, settings_showing
 from lossfns.testing.vectors.vector import METHODS
 
 PAGE = Path("docs/laws.md")
-
-CLAIMS = {
-    "vectors": "It gives the right answer to the golden vectors of the loss that it claims to be.",
-    "agreement": "It has the value and the gradient of the loss that it claims to be.",
-}
-"""The laws of a claim: name → statement. ``lossfns.testing.claims`` makes these laws for each claim."""
-
-LAWS: dict[str, Callable[..., None]] = {
-    law.__name__: law for laws in (*LAWS_BY_KIND.values(), ADVANTAGES) for law in laws
-}
-"""Name → law, for all other laws."""
 
 KINDS = {kind: [law.__name__ for law in laws] for kind, laws in LAWS_BY_KIND.items()}
 KINDS["advantages"] = [law.__name__ for law in ADVANTAGES]

@@ -10,12 +10,14 @@ import os
 import traceback
 import weakref
 from asyncio import AbstractEventLoop
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import Callable, Coroutine, Generator, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, TimeoutError
-from threading import Lock, get_ident
+from contextlib import contextmanager
+from threading import TIMEOUT_MAX, Lock, Thread, get_ident
 from types import TracebackType
 from typing import Any, Generic, ParamSpec, Self, TypeVar
 
+from lossfns.checks import is_real
 from lossfns.errors import LossInputError
 
 T = TypeVar("T")
@@ -48,13 +50,15 @@ class APIFuture(Generic[T]):
         self._readers: list[AbstractEventLoop | None] = []  # who waits: a coroutine's event loop, or None for a thread
         self._traceback: TracebackType | None = None
         self._error: BaseException | None = None
-        self._was_read = False
+        self._was_read = self._is_running = False
+        self._refused_wait: LossInputError | None = None  # of the request's thread, or of a thread that it has started
         self._on_error = on_error
         self._future = worker.thread.submit(self._run, request, *args)
 
     def _run(self, request: Callable[..., T], *args: Any) -> T:
         try:
-            return request(*args)
+            with self._running():
+                return request(*args)
         except BaseException as error:
             clear_frames(error)
             self._error, self._traceback = error, error.__traceback__ and error.__traceback__.tb_next
@@ -63,6 +67,16 @@ class APIFuture(Generic[T]):
             self._on_error(error)
             raise
 
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        before = RUNNING.get(get_ident())
+        self._is_running, RUNNING[get_ident()] = True, weakref.ref(self)
+        try:
+            yield
+        finally:
+            self._is_running = False
+            set_running(before)
+
     def result(self, timeout: float | None = None) -> T:
         """Wait for the result and return it.
 
@@ -70,9 +84,10 @@ class APIFuture(Generic[T]):
             timeout: seconds to wait at most; None waits as long as the request takes.
 
         Raises the request's exception if the request fails, TimeoutError after ``timeout``, and CancelledError if the
-        request was cancelled. Raises LossInputError if the caller is itself a request of the same client: the wait
-        would never end.
+        request was cancelled. Raises LossInputError if the caller is itself a request of the same client, or a thread
+        that this request has started: the wait would never end.
         """
+        check_timeout(timeout)
         self._refuse_deadlock()
         self._readers.append(None)
         try:
@@ -83,6 +98,7 @@ class APIFuture(Generic[T]):
 
     async def result_async(self, timeout: float | None = None) -> T:
         """Wait for the result without blocking the event loop; arguments and errors are those of ``result``."""
+        check_timeout(timeout)
         self._refuse_deadlock()
         loop = asyncio.get_running_loop()
         self._readers.append(loop)
@@ -137,11 +153,91 @@ class APIFuture(Generic[T]):
                 waiter.cancel()
 
     def _refuse_deadlock(self) -> None:
-        """Refuse to wait on the thread that has yet to run the request, and cancel the request."""
-        if get_ident() == self._thread and not self._future.done():
+        """Refuse a wait for which the thread that has yet to run the request waits itself, and cancel the request.
+
+        The request that runs there remembers the refusal, since an error in a thread that it has started does not
+        reach it.
+        """
+        running = running_request()
+        inside = running is not None and running._thread == self._thread
+        if (inside or get_ident() == self._thread) and not self._future.done():
             self._future.cancel()
             fix = "A loss runs within a request of this client, so it cannot wait for a later one, which is cancelled."
-            raise LossInputError("result", "a wait outside of the client's own requests", "one inside", fix)
+            error = LossInputError("result", "a wait outside of the client's own requests", "one inside", fix)
+            if running is not None:
+                running._refused_wait = error
+            raise error
+
+
+def check_timeout(timeout: Any) -> None:
+    """Refuse anything but a number of seconds that a thread can wait, or None."""
+    if timeout is not None and not (is_real(timeout) and timeout <= TIMEOUT_MAX):
+        expected = f"seconds, a number up to {TIMEOUT_MAX:.0f}, or None"
+        raise LossInputError("timeout", expected, repr(timeout), "None waits as long as the request takes.")
+
+
+RUNNING: dict[int, weakref.ref[APIFuture[Any]]] = {}
+"""By the id of a thread: the request that it runs, or in which it was started."""
+
+
+def set_running(request: weakref.ref[APIFuture[Any]] | None) -> None:
+    """Set or clear the request of this thread in ``RUNNING``."""
+    if request is None:
+        RUNNING.pop(get_ident(), None)
+    else:
+        RUNNING[get_ident()] = request
+
+
+def running_request() -> APIFuture[Any] | None:
+    """Return the request that this thread runs, or in which it was started; None outside of requests and after them."""
+    reference = RUNNING.get(get_ident())
+    request = None if reference is None else reference()
+    return request if request is not None and request._is_running else None
+
+
+def raise_refused_wait() -> None:
+    """Raise the refusal of a wait within the request that runs on this thread, if there was one."""
+    request = running_request()
+    if request is not None and request._refused_wait is not None:
+        raise request._refused_wait
+
+
+@functools.cache
+def follow_threads() -> None:
+    """Let threads that a request starts or gives work to be found in ``RUNNING``.
+
+    Python does not tell which thread has started another, so ``Thread.start`` and ``ThreadPoolExecutor.submit`` are
+    wrapped. What no request starts is left as it is.
+    """
+    start: Any = Thread.start
+    submit: Any = ThreadPoolExecutor.submit
+
+    @functools.wraps(start)
+    def start_followed(thread: Thread) -> None:
+        request = running_request()
+        if request is not None:
+            vars(thread)["run"] = functools.partial(run_within, weakref.ref(request), thread.run)
+        start(thread)
+
+    @functools.wraps(submit)
+    def submit_followed(executor: ThreadPoolExecutor, function: Callable[..., T], /, *args: Any, **kwargs: Any) -> Any:
+        request = running_request()
+        if request is None:
+            return submit(executor, function, *args, **kwargs)
+        return submit(executor, run_within, weakref.ref(request), function, *args, **kwargs)
+
+    Thread.start = start_followed  # type: ignore[method-assign, assignment]
+    ThreadPoolExecutor.submit = submit_followed  # type: ignore[method-assign, assignment]
+
+
+def run_within(request: weakref.ref[APIFuture[Any]], run: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    """Run what a request has given to another thread."""
+    before = RUNNING.get(get_ident())
+    set_running(request)
+    try:
+        return run(*args, **kwargs)
+    finally:
+        set_running(before)
 
 
 def clear_frames(error: BaseException) -> None:
@@ -207,6 +303,7 @@ class Worker:
     """
 
     def __init__(self, thread: RequestThread | None = None, call: Callable[..., Any] | None = None) -> None:
+        follow_threads()
         self.thread = thread or RequestThread()
         self.failed: list[APIFuture[Any]] = []
         self._caller = () if call is None else (call,)  # put before each request and its arguments

@@ -14,12 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lossfns import terms as eq
+from lossfns.combine import tis_log_weight
 from lossfns.datum import TensorData
 from lossfns.errors import LossInputError
 from lossfns.export.builtins import BUILTINS, CLIP, builtin_name
-from lossfns.loss import BoundLoss, Loss, add_loss_name, not_divisible, to_host
+from lossfns.loss import BoundLoss, Loss, add_loss_name, check_terms, count_rows, not_divisible, to_host
 from lossfns.pack import Shapes, blank, check_data, pack, weight_rows
-from lossfns.segments import active_counts, to_tokens
+from lossfns.segments import active_counts, geometric_level, sequence_value, to_tokens, token_level
 from lossfns.tokens import ON_POLICY, TARGETS, Tokens
 from lossfns.values import check_values, extremes
 
@@ -34,9 +36,9 @@ def as_datum_fn(loss: Loss | BoundLoss) -> DatumFn:
 
     Returns:
         ``fn(logprobs, weights, *reads) -> (0-d tensor, {"custom/<name>:sum": tensor})``, traceable by torch.fx. A loss
-        of sequences takes ``fn(logprobs, weights, share, *reads)``. Call it on the datums that ``with_denominators``
-        returns: the sum over them is the loss of the batch. Metrics are sums over the active rows: divide by
-        ``custom/rows:sum``.
+        of sequences, and one with a sum over the sequence in its terms (``with_tis`` at ``sequence_level``), takes
+        ``fn(logprobs, weights, share, *reads)``. Call it on the datums that ``with_denominators`` returns: the sum over
+        them is the loss of the batch. Metrics are sums over the active rows: divide by ``custom/rows:sum``.
 
     Raises:
         LossInputError: if the loss is one of pairs, since a pair couples two datums.
@@ -46,12 +48,13 @@ def as_datum_fn(loss: Loss | BoundLoss) -> DatumFn:
     ('logprobs', 'weights', 'advantages', 'old_logprobs')
     """
     loss = as_bound(loss).loss
-    if loss.rows.datums > 1:
-        fix = "Use it as a custom loss over the batch: forward_backward_custom(data, loss)."
-        raise LossInputError("as_datum_fn", "a loss of single datums", f"{loss!r}, which couples two", fix)
+    check_single_datums(loss, "as_datum_fn")
 
     def sums(t: Tokens, share: Tensor, active: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        term, statistics = loss.terms(t)
+        result = loss.terms(t)
+        if isinstance(t.weights, Tensor):
+            check_terms(loss, t, result, share)
+        term, statistics = result
         counted = active.to(torch.float32)
         totals = {name: (counted * x.detach()).sum() for name, x in statistics.items()}
         metrics = {f"custom/{name}:sum": total for name, total in ({"rows": counted.sum()} | totals).items()}
@@ -67,6 +70,12 @@ def as_datum_fn(loss: Loss | BoundLoss) -> DatumFn:
         t = packed(logprobs, weights, columns)
         return sums(t, t.weights, t.active)
 
+    def of_tokens_with_share(
+        logprobs: Tensor, weights: Tensor, share: Tensor, *columns: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        t = packed(logprobs, weights, columns)
+        return sums(t, share.flatten(), t.active)
+
     def of_sequence(
         logprobs: Tensor, weights: Tensor, share: Tensor, *columns: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -75,11 +84,31 @@ def as_datum_fn(loss: Loss | BoundLoss) -> DatumFn:
         return sums(packed(logprobs, weights, columns), sequence_share, sequence_share != 0)
 
     # The service reads the names of the parameters from the code object, and torch.fx reads their number.
-    extra, body = ((), of_tokens) if loss.rows.per_token else (("share",), of_sequence)
-    names = ", ".join(("logprobs", "weights", *extra, *loss.reads))
+    extra, body = (("share",), of_tokens_with_share) if keeps_weights(loss) else ((), of_tokens)
+    if not loss.rows.per_token:
+        body = of_sequence
+    names = ", ".join(("logprobs", "weights", *extra, *loss.reads))  # identifiers: Loss has checked them
     fn: DatumFn = eval(f"lambda {names}: body({names})", {"body": body})
     fn.__name__ = fn.__qualname__ = loss.name
     return fn
+
+
+def check_single_datums(loss: Loss, name: str) -> None:
+    """Refuse a loss of pairs for an export of single datums."""
+    if loss.rows.datums > 1:
+        fix = "Use it as a custom loss over the batch: forward_backward_custom(data, loss)."
+        raise LossInputError(name, "a loss of single datums", f"{loss!r}, which couples two", fix)
+
+
+def keeps_weights(loss: Loss) -> bool:
+    """Whether the terms depend on the scale of a sequence's weights, so that these cannot hold share / denominator.
+
+    A mean over the sequence, as in gspo, does not depend on it; a sum, as in ``sequence_level``, does.
+    """
+    inner = loss.knobs.get("loss")
+    level = loss.knobs.get("level", token_level)
+    sums = level not in (token_level, geometric_level)
+    return sums or not loss.rows.per_token or (isinstance(inner, Loss) and keeps_weights(inner))
 
 
 def as_bound(loss: Loss | BoundLoss) -> BoundLoss:
@@ -95,30 +124,45 @@ def with_denominators(loss: Loss | BoundLoss, data: Sequence[Any]) -> list[Any]:
     """Copy the datums with share / denominator as ``weights``, and add every column that the loss reads.
 
     For a loss of sequences, ``weights`` stay as they are, since its terms may read them. Its share / denominator is put
-    into the field ``share``, at the first active token of each datum.
+    into the field ``share``, at the first active token of each datum. A loss of tokens with a sum over the sequence in
+    its terms keeps its ``weights``, too, and has a ``share`` for each token.
 
     Args:
         loss: a loss, with its side columns bound. For a chunk, bind the denominator of the whole batch, too.
         data: datums, which pass the same checks as in a call of the loss.
 
     Raises:
-        LossInputError: if a call of the loss would refuse the datums, or if ``align="truncate"`` or ``ON_POLICY`` is
-            bound.
+        LossInputError: if the loss is one of pairs, if a call of the loss would refuse the datums, or if
+            ``align="truncate"`` or ``ON_POLICY`` is bound.
     """
     bound = as_bound(loss)
+    check_single_datums(bound.loss, "with_denominators")
+    t, share, shapes = pack_share(bound, data)
+    if not keeps_weights(bound.loss):
+        columns = {"weights": share}
+    elif bound.loss.rows.per_token:
+        columns = {"weights": t.weights, "share": share}
+    else:
+        columns = {"weights": t.weights, "share": at_first_active(t, share)}
+    return with_columns(data, columns | dict(t.columns), shapes)
+
+
+def pack_share(bound: BoundLoss, data: Sequence[Any]) -> tuple[Tokens, Tensor, Shapes]:
+    """Pack a batch without its logprobs. Return it, share / denominator of each row, and the shape of each datum."""
     loss = bound.loss
     with add_loss_name(loss):
         t, shapes = pack_without_logprobs(bound, data)
         share = loss.share(t)
         if loss.count is not None:
-            count = float(loss.count(t)) if bound.divisor is None else bound.divisor
+            count = float(count_rows(loss, t)) if bound.divisor is None else bound.divisor
             if not count > 0:
                 raise not_divisible(count)
             share = share / count
-    if loss.rows.per_token:
-        columns = {"weights": share, **t.columns}
-    else:
-        columns = {"weights": t.weights, "share": at_first_active(t, share), **t.columns}
+    return t, share, shapes
+
+
+def with_columns(data: Sequence[Any], columns: Mapping[str, Tensor], shapes: Shapes) -> list[Any]:
+    """Copy the datums with these packed columns ``[N]`` as fields."""
     parts = {name: torch.split(x.cpu(), [prod(shape) for shape in shapes]) for name, x in columns.items()}
     return [
         with_fields(datum, {name: rows[i].reshape(shape).numpy() for name, rows in parts.items()})
@@ -155,14 +199,24 @@ def pack_without_logprobs(bound: BoundLoss, data: Sequence[Any]) -> tuple[Tokens
 
 def with_fields(datum: Any, fields: Mapping[str, np.ndarray]) -> Any:
     """Copy a datum with these fields as float32 tensors. Datum and tensors have the classes of the original."""
-    tensor_class = type(datum.loss_fn_inputs.get("target_tokens", TensorData([], "int64")))
+    own_class = type(datum.loss_fn_inputs.get("target_tokens"))
+    tensor_class: Any = own_class if own_class.__name__ == "TensorData" else TensorData  # an SDK's, or ours
     new = {name: tensor_class.from_numpy(np.array(row, dtype=np.float32)) for name, row in fields.items()}
-    return type(datum)(datum.model_input, {**datum.loss_fn_inputs, **new})
+    return with_inputs(datum, {**datum.loss_fn_inputs, **new})
 
 
 def with_only(datum: Any, names: Sequence[str]) -> Any:
     """Copy a datum with only these fields."""
-    return type(datum)(datum.model_input, {name: datum.loss_fn_inputs[name] for name in names})
+    return with_inputs(datum, {name: datum.loss_fn_inputs[name] for name in names})
+
+
+def with_inputs(datum: Any, inputs: Mapping[str, Any]) -> Any:
+    """Make a datum of the same class, as the SDKs' classes take their arguments."""
+    try:
+        return type(datum)(datum.model_input, inputs)
+    except (AttributeError, TypeError):
+        got, fix = f"a {type(datum).__name__}", "Use Datum, or the class of an SDK."
+        raise LossInputError("data", "datums that Datum(model_input, loss_fn_inputs) makes", got, fix) from None
 
 
 class Folded(NamedTuple):
@@ -177,7 +231,7 @@ def fold(loss: Loss | BoundLoss, data: Sequence[Any]) -> Folded:
     """Write a loss as a hosted service's built-in, which needs one pass, by folding share / denominator into datums.
 
     The advantages (or the weights of a cross-entropy) are multiplied by share / denominator. The gradient is exactly
-    that of the loss.
+    that of the loss. The weight of ``with_tis`` is a constant, and is multiplied in as well.
 
     Args:
         loss: a loss, bound to its side columns.
@@ -185,13 +239,21 @@ def fold(loss: Loss | BoundLoss, data: Sequence[Any]) -> Folded:
 
     Raises:
         LossInputError: if no built-in computes this loss. This holds for a loss with a KL penalty, a dual clip or a
-            log-ratio cap, for ``dro`` (advantages cannot scale its penalty), for a loss that couples datums, and for
-            any loss that the services do not have.
+            log-ratio cap, for ``dro`` (advantages cannot scale its penalty), for ``gspo_token`` if the weights within
+            a sequence differ (the service's mean is over a mask), for a loss that couples datums, and for any loss
+            that the services do not have.
     """
     bound = as_bound(loss)
     loss = bound.loss
-    name = builtin_name(loss)
-    weighted = with_denominators(bound, data)
+    corrected = loss.knobs.get("loss") if loss.name == "with_tis" else None
+    inner = corrected if isinstance(corrected, Loss) else loss
+    name = builtin_name(inner)
+    t, share, shapes = pack_share(bound, data)
+    if corrected is not None:
+        share = share * eq.importance_weight(tis_log_weight(t, loss.knobs["level"]), loss.knobs["cap"])
+    if "sequence_ratio_mask" in BUILTINS[name].required:
+        check_mask(t, loss)
+    weighted = with_columns(data, {"weights": share, **t.columns}, shapes)
     for i, datum in enumerate(weighted):
         if "target_tokens" not in datum.loss_fn_inputs:
             fix = "Build it with datum_from_tokens."
@@ -201,7 +263,18 @@ def fold(loss: Loss | BoundLoss, data: Sequence[Any]) -> Folded:
     builtin = BUILTINS[name]
     folded = [advantages_times_weights(d, with_mask="sequence_ratio_mask" in builtin.required) for d in weighted]
     has_clip = CLIP.keys() <= builtin.config.keys()
-    return Folded(folded, name, dict(zip(CLIP, loss.knobs["clip"])) if has_clip else None)
+    return Folded(folded, name, dict(zip(CLIP, inner.knobs["clip"])) if has_clip else None)
+
+
+def check_mask(t: Tokens, loss: Loss) -> None:
+    """Refuse weights that differ within a sequence, for a built-in whose sequence ratio is a mean over a mask."""
+    differs = t.active & (t.weights != to_tokens(t, sequence_value(t, t.weights)))
+    if differs.any():
+        ends = t.lengths.cumsum(0) if t.lengths is not None else torch.tensor([len(differs)])
+        datum = int(torch.searchsorted(ends, differs.nonzero()[0], right=True))
+        fix = "The built-in's sequence ratio is a mean over a mask: use forward_backward_custom(data, loss)."
+        got = "weights that differ"
+        raise LossInputError("weights", "one weight for all trained tokens", got, fix, datum=datum, loss=loss.name)
 
 
 def advantages_times_weights(datum: Any, *, with_mask: bool) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lossfns.errors import LossInputError
+from lossfns.errors import LossInputError, show
 from lossfns.loss import BoundLoss, Loss, add_loss_name, name_or_repr
 from lossfns.pack import check_data, find_column
 from lossfns.tokens import ON_POLICY, Tokens
@@ -33,6 +33,17 @@ class TokenwiseTokens(Tokens):
 
 
 FIX = "Its gradient needs the logprobs of all tokens: take another plan."
+
+
+def check_device(device: Any) -> None:
+    """Refuse a device that holds no tensors here."""
+    try:
+        usable = not torch.zeros(0, device=device).is_meta
+    except Exception:  # torch has several types of error for what is no device
+        usable = False
+    if not usable:
+        fix = "Pass 'cpu', 'cuda' or a torch.device, where the logprobs will be."
+        raise LossInputError("device", "a device that holds tensors", show(device), fix)
 
 
 def token_gradient(loss: Loss | BoundLoss, data: Sequence[Any], device: torch.device | str = "cpu") -> TokenGradient:
@@ -61,6 +72,7 @@ def token_gradient(loss: Loss | BoundLoss, data: Sequence[Any], device: torch.de
     >>> gradient(torch.tensor([-1.0, -2.0]), slice(1, 3))  # the two tokens of the completion
     tensor([-1., -1.])
     """
+    check_device(device)
     if not isinstance(loss, Loss | BoundLoss):
         raise LossInputError(
             "loss", "a Loss such as ppo()", name_or_repr(loss), "The parts of any other function are unknown."

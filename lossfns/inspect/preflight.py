@@ -17,6 +17,7 @@ from lossfns.inspect import batch as inspection
 from lossfns.inspect.batch import Array, BatchView, Numbers, target_rows
 from lossfns.inspect.findings import Finding, Findings, recorded
 from lossfns.inspect.gradients import GradReport, json_safe
+from lossfns.inspect.pairs import check_exchanged_lengths, inspect_labels, inspect_pairs
 from lossfns.inspect.probe import (
     bound_columns,
     gradient_of,
@@ -31,7 +32,7 @@ from lossfns.inspect.probe import (
 from lossfns.inspect.stepzero import check_step_zero, step_zero
 from lossfns.loss import BoundLoss, Loss, LossFn
 from lossfns.pack import check_data, check_logprobs, check_shapes
-from lossfns.tokens import LOGPROB_COLUMNS, PAIRS, TOKENS
+from lossfns.tokens import LOGPROB_COLUMNS, PAIRS, SEQUENCES, TOKENS
 
 LEVELS = ("error", "warning", "note")
 NO_BREAK = "\x00"
@@ -62,32 +63,44 @@ class Preflight:
         """Whether there are no errors. Warnings are for a person to judge."""
         return all(finding.level != "error" for finding in self.findings)
 
+    @property
+    def verdict(self) -> str:
+        """``"ready"``, ``"DOUBTFUL"`` if there is a warning, or ``"NOT READY"`` if there is an error."""
+        levels = {finding.level for finding in self.findings}
+        return "NOT READY" if "error" in levels else "DOUBTFUL" if "warning" in levels else "ready"
+
     def as_dict(self) -> dict[str, Any]:
         """Return the whole result as JSON: verdict, numbers, findings, and the report of the gradients at step zero."""
         report = None if self.step_zero is None else self.step_zero.as_dict()
         findings = [vars(finding) for finding in self.findings]
-        result = {"loss_fn": self.loss_fn, "ok": self.ok, "numbers": self.numbers, "findings": findings}
+        verdict = {"ok": self.ok, "verdict": self.verdict}
+        result = {"loss_fn": self.loss_fn, **verdict, "numbers": self.numbers, "findings": findings}
         return json_safe(result | {"step_zero": report})  # type: ignore[no-any-return]
 
     def table(self) -> str:
         """Return the verdict, the numbers and the findings as text."""
         counts = Counter(finding.level for finding in self.findings)
         tally = ", ".join(f"{counts[level]} {level}{'s' * (counts[level] != 1)}" for level in LEVELS)
-        lines = [f"{'ready' if self.ok else 'NOT READY'} ({tally})   {self.loss_fn}", ""]
+        lines = [f"{self.verdict} ({tally})   {self.loss_fn}", ""]
         for section, values in self.numbers.items():
             text = "   ".join(f"{name} {value:.6g}".replace(" ", NO_BREAK) for name, value in values.items())
             wrapped = textwrap.wrap(text, 110, initial_indent=f"{section:<14}", subsequent_indent=" " * 14)
             lines += [line.replace(NO_BREAK, " ") for line in wrapped]
         if self.numbers:
             lines.append("")
-        for _, group in groupby(self.findings, key=lambda finding: (finding.level, finding.field)):
+        for _, group in groupby(self.findings, key=lambda finding: (finding.level, field_name(finding))):
             alike = list(group)
             lines += map(str, alike[:MAX_ALIKE])
             if len(alike) > MAX_ALIKE:
-                lines.append(f"  ... and {len(alike) - MAX_ALIKE} more about {alike[0].field}")
+                lines.append(f"  ... and {len(alike) - MAX_ALIKE} more about {field_name(alike[0])}")
         return "\n".join(lines).rstrip()
 
     __str__ = table
+
+
+def field_name(finding: Finding) -> str:
+    """Return the field of a finding without the index of a token."""
+    return finding.field.partition("[")[0]
 
 
 def preflight(
@@ -107,7 +120,8 @@ def preflight(
         logprobs: the policy's logprobs. By default they are the old ones, else the reference's, else uniform.
         eos_id: the token that ends a response; the result tells whether it is trained.
         vocab_size: bounds the ids. Uniform logprobs are −ln(vocab_size), or −1 without it.
-        pairs: whether datums 2i and 2i + 1 are chosen and rejected; None takes it from the loss.
+        pairs: whether datums 2i and 2i + 1 are chosen and rejected; None takes it from the loss, or from its attribute
+            ``kind``. The two sides of a pair are compared: their common tokens, masks, prompts and references.
 
     >>> from lossfns import cross_entropy, datum_from_tokens
     >>> data = [datum_from_tokens([5, 6, 7, 2], prompt_length=2), datum_from_tokens([5, 6], [0.0, 0.0])]
@@ -117,7 +131,9 @@ def preflight(
     >>> print(flight.findings[0])
     warning: datum[1].weights: no active token in datum 1: it costs a forward pass and trains nothing.
     """
-    paired = row_kind(loss_fn) == PAIRS if pairs is None else pairs
+    kind = getattr(loss_fn, "kind", None)
+    paired = (row_kind(loss_fn) == PAIRS or kind == "preference") if pairs is None else pairs
+    labelled = row_kind(loss_fn) == SEQUENCES or kind == "unpaired"
     findings, numbers, report = Findings(), {}, None
     with recorded(findings, "data"):
         check_data(data, PAIRS if paired else TOKENS)
@@ -126,6 +142,13 @@ def preflight(
         if findings.ok:
             view = BatchView(targets, visible_columns(loss_fn, data, [row.shape for row in targets]))
             numbers |= inspect_columns(loss_fn, view, eos_id, paired, findings)
+            if paired:
+                numbers["pairs"] = inspect_pairs(data, view, readable_columns(loss_fn), logprobs, findings)
+            elif labelled:
+                numbers["labels"] = inspect_labels(data, view, bound_columns(loss_fn), findings)
+            numbers = {name: section for name, section in numbers.items() if section}
+        elif paired and len(targets) == len(data):
+            check_exchanged_lengths(data, bound_columns(loss_fn), targets, findings)
     if findings.ok:
         with recorded(findings, "loss_fn"), without_warnings():
             base = policy_logprobs(view, logprobs, data, vocab_size)

@@ -54,7 +54,8 @@ def step_zero(loss_fn: LossFn, data: Sequence[Any], view: BatchView, base: Tenso
     equal = {name: torch.where(on, base, x) if name in LOGPROB_COLUMNS else x for name, x in view.columns.items()}
     loss_at_zero, data_at_zero = with_columns(loss_fn, data, equal, view.shapes)
     report = grad_report(loss_at_zero, data_at_zero, logprobs, pairs=paired)
-    move = torch.where(on, 0.1 * (1 + torch.arange(len(base)) % 3), 0)
+    # Irregular numbers: their sums over the two sides of a pair must not cancel.
+    move = torch.where(on, 0.1 + 0.2 * (torch.arange(len(base)) * 0.618034 % 1), 0)
 
     def has_effect(name: str) -> bool:
         moved = with_columns(loss_at_zero, data_at_zero, {name: equal[name] - move}, view.shapes)

@@ -192,7 +192,8 @@ def gspo(
 ) -> Loss:
     """−min(s·A, clip(s, low, high)·A), with one ratio s = (π/π_old)^(1/|y|) for each sequence.
 
-    Zheng et al. 2025, arXiv:2507.18071, equation 5. |y| counts active tokens. The gradient of s reaches every token.
+    Zheng et al. 2025, arXiv:2507.18071, equation 5. The mean of the log-ratio over the sequence, log s, is
+    Σ w·d / Σ w: with a mask as weights, |y| counts the active tokens. The gradient of s reaches every token.
 
     Args:
         clip: bounds (low, high) of s, 0 <= low <= 1 <= high; an epsilon of 0.2 is (0.8, 1.2).
@@ -226,7 +227,8 @@ def gspo_token(
 ) -> Loss:
     """−min(s·A, clip(s, low, high)·A), where s has GSPO's value, and its gradient reaches only the token's own logprob.
 
-    Zheng et al. 2025, arXiv:2507.18071, equation 13. Advantages may differ by token.
+    Zheng et al. 2025, arXiv:2507.18071, equation 13. log s = Σ w·d / Σ w over the sequence, as in ``gspo``.
+    Advantages may differ by token.
 
     Args:
         clip: bounds (low, high) of s, 0 <= low <= 1 <= high; an epsilon of 0.2 is (0.8, 1.2).
@@ -289,6 +291,9 @@ def dro(beta: float = 0.05, weigh: Weighing = token_mean) -> Loss:
     Richemond et al. 2024, arXiv:2405.19107. The penalty applies to the log-ratio of each token, as in the
     hosted services. The paper applies it to the log-ratio of the sequence. The loss itself has no ratio; the statistics
     of the ratio use a cap of 20.
+
+    ``with_tis`` weighs the penalty, too. The paper's objective is the expectation, over the sampling policy, of a
+    squared error that contains the penalty; an importance weight corrects this expectation as a whole.
 
     Args:
         beta: β, a finite number above 0.

@@ -24,7 +24,7 @@ RatioStatistics = Callable[[Tokens, Tensor], Statistics]
 
 
 def geometric_level_by_token(t: Tokens, log_ratio: Tensor) -> Tensor:
-    """Mean over the sequence, as in ``geometric_level``, but with the gradient of each token's own log-ratio."""
+    """Mean over the sequence, as in ``geometric_level``, with the gradient of each token's own log-ratio."""
     return eq.straight_through(geometric_level(t, log_ratio), log_ratio)
 
 
@@ -40,7 +40,7 @@ def ratio_loss(
     def terms(t: Tokens) -> tuple[Tensor, Statistics]:
         log_ratio = t.logprobs - t.old_logprobs
         d = level(t, log_ratio)
-        r = eq.cap(d, log_ratio_cap).exp()
+        r = eq.importance_ratio(d, log_ratio_cap)
         distance = d.detach().abs()
         statistics = {
             "ratio": r.detach(),

@@ -51,7 +51,8 @@ class Batch:
         def flat(name: str) -> Rows:
             return [fields[name].to_numpy().reshape(-1).tolist() for fields in inputs]
 
-        names = [name for name in COLUMNS if name != "weights" and all(name in fields for fields in inputs)]
+        side = (name for name in (*COLUMNS, "labels") if name != "weights")
+        names = [name for name in side if all(name in fields for fields in inputs)]
         columns = {name: flat(name) for name in names}
         targets = logprobs[0].shape[1] if logprobs and logprobs[0].ndim == 2 else 0
         return cls([lp.detach().flatten().tolist() for lp in logprobs], flat("weights"), columns, targets)
@@ -94,6 +95,14 @@ class Batch:
     def take(self, indices: Sequence[int]) -> Batch:
         """Return the batch of the datums with these indices, in this order."""
         return self.map(lambda rows: [rows[i] for i in indices])
+
+    def with_targets(self, targets: int) -> Batch:
+        """Return the batch with this many unequal targets at each position; with 0, the batch itself."""
+        if not targets:
+            return self
+        wide = self.map(lambda rows: [[x * (1 + k / 4) for x in row for k in range(targets)] for row in rows])
+        weights = [[x for x in row for _ in range(targets)] for row in self.weights]
+        return replace(wide, weights=weights, targets=targets)
 
     def map(self, change: Callable[[Rows], Rows]) -> Batch:
         """Apply a function to the rows of the logprobs, of the weights and of each column."""

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import re
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 from lossfns.errors import LossInputError, LossWarning, did_you_mean
 from lossfns.loss import Loss
 from lossfns.testing.batch import Batch
 from lossfns.testing.claims import agreement, claim_of, matching_vectors, vectors_law
+from lossfns.testing.forms import Adapted
 from lossfns.testing.kinds import (
     KINDS,
     READS,
@@ -34,25 +39,99 @@ from lossfns.testing.laws import (
     Law,
     LawBroken,
     NotApplicable,
+    contract,
 )
-from lossfns.testing.laws.base import LossFn
+from lossfns.testing.laws.base import LossFn, describe_error
 from lossfns.testing.report import Report, Verdict
-from lossfns.testing.subject import adapt
+from lossfns.testing.subject import adapt, adapt_advantages
 
 
 class Trial(NamedTuple):
-    """A law that is ready to run on the subject."""
+    """A law that is ready to run on the subject: its name, what it says, and a function that returns the verdict."""
 
     law: str
+    says: str
     run: Callable[[], Verdict]
 
 
 class Trials(NamedTuple):
-    """The kind of a subject, whether it was guessed, and a trial of each law in the order of diagnosis."""
+    """The kind of a subject, what it claims, and a trial of each law in the order of diagnosis. See ``Report``."""
 
     kind: str
     guessed: bool
+    couples: str
+    like: str
+    form: str
     trials: list[Trial]
+
+    def verdicts(self, doing: Callable[[str], None] = lambda law: None) -> Iterator[Verdict]:
+        """Yield the verdict of each law, and call ``doing`` with its name before it runs.
+
+        If the contract is broken, nothing else can be measured: the laws after it do not run.
+        """
+        for trial in self.trials:
+            doing(trial.law)
+            with without_expected_warnings():
+                verdict = trial.run()
+            yield verdict
+            if trial.law == "contract" and verdict.verdict == "wrong":
+                return
+
+
+KIND_WORDS = {
+    "supervised": "likelihood",
+    "sft": "likelihood",
+    "crossentropy": "likelihood",
+    "reweightedlikelihood": "reweighted",
+    "weightedlikelihood": "reweighted",
+    "pairedpreference": "preference",
+    "pairwisepreference": "preference",
+    "unpairedpreference": "unpaired",
+    "distill": "distillation",
+    "advantage": "advantages",
+    "groupadvantages": "advantages",
+    "policygradient": "policy",
+}
+"""Other words for the kinds, in lower case and without spaces."""
+
+
+def kind_named(text: str) -> str:
+    """Return the kind that a text names, in any spelling.
+
+    >>> kind_named("re-weighted likelihood"), kind_named("Unpaired_Preference"), kind_named("supervised")
+    ('reweighted', 'unpaired', 'likelihood')
+    """
+    word = re.sub(r"[^a-z]|loss(es)?$", "", str(text).lower())
+    kind = KIND_WORDS.get(word, word)
+    if kind not in KINDS:
+        hint = did_you_mean(word, KINDS)
+        raise LossInputError("kind", f"one of {', '.join(KINDS)}", repr(text), hint or "Leave it out to have it found.")
+    return kind
+
+
+class Declared(NamedTuple):
+    """What a caller says about a subject. What the caller leaves out is taken from the subject's attributes."""
+
+    kind: str | None
+    skip: Mapping[str, str]
+    couples: str
+
+
+def declared(subject: Any, kind: str | None, skip: Mapping[str, str] | None, couples: str) -> Declared:
+    """Combine the arguments of ``check`` with the attributes of a subject. Reasons must be texts."""
+    kind = kind or getattr(subject, "kind", None)
+    own_skip = getattr(subject, "skip", None) or {}
+    couples = couples or getattr(subject, "couples", None) or ""
+    if not isinstance(own_skip, Mapping):
+        raise LossInputError("skip", "a mapping from laws to reasons", repr(own_skip), "Write {law: reason}.")
+    reasons = {**own_skip, **(skip or {})}
+    for law, reason in reasons.items():
+        if not isinstance(reason, str) or not reason.strip():
+            raise LossInputError("skip", f"the reason why {law} is not tested", repr(reason), "Give it as a text.")
+    if not isinstance(couples, str):
+        fix = 'Say why datums may affect one another, such as "the KL baseline is a batch mean".'
+        raise LossInputError("couples", "a reason", repr(couples), fix)
+    return Declared(kind_named(kind) if kind else None, reasons, couples)
 
 
 def prepare(
@@ -66,39 +145,83 @@ def prepare(
     examples: int = 12,
 ) -> Trials:
     """Return a trial of each law of a subject's kind. See ``check`` for the arguments."""
-    kind = kind or getattr(subject, "kind", None) or ("advantages" if takes_rewards(subject) else None)
-    if kind not in (None, *KINDS):
-        raise LossInputError("kind", f"one of {', '.join(KINDS)}", repr(kind), "Leave it out to have it detected.")
-    skipped = {law.__name__: f"it couples the batch: {couples}" for law in COUPLED if couples} | dict(skip or {})
+    kind, skip, couples = declared(subject, kind, skip, couples)
+    if kind is None and takes_rewards(subject):
+        kind = "advantages"
     if kind == "advantages":
-        advantage_trials = [Trial(law.__name__, partial(run_advantage_law, law, subject)) for law in ADVANTAGES]
-        return Trials(kind, False, without_skipped(advantage_trials, skipped, ADVANTAGES))
+        subject = adapt_advantages(subject)
+        trials = [Trial(law.__name__, statement(law), partial(run_advantage_law, law, subject)) for law in ADVANTAGES]
+        return Trials(kind, False, couples, "", "", without_skipped(trials, skip))
+    try:
+        return prepare_loss(subject, kind, factory, like, skip, couples, examples)
+    except (Exception, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # a call that finds out the kind raised SystemExit or the like
+        law, says = contract.contract.__name__, statement(contract.contract)
+        verdict = ends_process(law, says, f"it raises {describe_error(error)}")
+        return Trials(kind or "any", False, couples, "", "", [Trial(law, says, lambda: verdict)])
+
+
+def ends_process(law: str, says: str, how: str) -> Verdict:
+    """Return the verdict on a subject that ends the process in a law, whatever the law is about."""
+    why = "a call of a loss returns to the training loop"
+    return Verdict(law, says, "wrong", bug="not-the-contract", seen=f"In a call {how}.", why=why)
+
+
+def surviving_interrupts(prepared: Trials) -> Trials:
+    """Return the trials such that a subject that raises KeyboardInterrupt breaks the law in which it does.
+
+    This is for a process that the user's Ctrl-C does not reach.
+    """
+
+    def run(trial: Trial) -> Verdict:
+        try:
+            return trial.run()
+        except KeyboardInterrupt as error:
+            return ends_process(trial.law, trial.says, f"it raises {describe_error(error)}")
+
+    return prepared._replace(trials=[trial._replace(run=partial(run, trial)) for trial in prepared.trials])
+
+
+def prepare_loss(
+    subject: Any,
+    kind: str | None,
+    factory: bool | None,
+    like: Loss | None,
+    skip: Mapping[str, str],
+    couples: str,
+    examples: int,
+) -> Trials:
+    """Return a trial of each law of a loss."""
+    coupled = {law.__name__: f"it couples the batch: {couples}" for law in COUPLED if couples}
     with without_expected_warnings():
         loss_fn = adapt(subject, factory=factory)
         claim = like or claim_of(subject, loss_fn)
-        guessed = False
-        if not kind:
-            kind, guessed = detect_kind(claim or loss_fn)
+        kind, guessed = (kind, False) if kind else detect_kind(claim or loss_fn)
+        targets = detect_targets(loss_fn, kind)
         claim_laws = [] if claim is None else [vectors_law(subject, claim, matching_vectors(subject, claim))]
         if claim is not None and claim is not loss_fn:
             claim_laws.append(agreement(claim))
         laws = (*LAWS_BY_KIND[kind], *claim_laws)
-        made = law_trials(loss_fn, kind, detect_targets(loss_fn, kind), examples, laws, guessed)
-        return Trials(kind, guessed, without_skipped(made, skipped, laws))
+        coupled = {name: why for name, why in coupled.items() if name in {law.__name__ for law in laws}}
+        made = law_trials(loss_fn, kind, targets, examples, laws, guessed)
+        claimed = "" if claim is None or claim is loss_fn else repr(claim)
+        form = loss_fn.description if isinstance(loss_fn, Adapted) else ""
+        return Trials(kind, guessed, couples, claimed, form, without_skipped(made, {**coupled, **skip}))
 
 
-def without_skipped(made: list[Trial], skipped: Mapping[str, str], laws: Sequence[Callable[..., None]]) -> list[Trial]:
+def without_skipped(made: list[Trial], skipped: Mapping[str, str]) -> list[Trial]:
     """Replace the trials of the skipped laws by their verdict, which gives the reason."""
-    statements = {law.__name__: statement(law) for law in laws}
-    unknown = next((name for name in skipped if name not in statements), None)
+    unknown = next((name for name in skipped if name not in {trial.law for trial in made}), None)
     if unknown is not None:
-        hint = did_you_mean(unknown, statements)
-        raise LossInputError("skip", "the name of a law of this kind", repr(unknown), hint or "See --list.")
+        hint = did_you_mean(unknown, [trial.law for trial in made])
+        fix = hint or "lossfns check --list has the laws of each kind."
+        raise LossInputError("skip", "the name of a law of this kind", repr(unknown), fix)
 
-    def verdict(name: str) -> Verdict:
-        return Verdict(name, statements[name], "skipped", seen=skipped[name])
+    def verdict(trial: Trial) -> Verdict:
+        return Verdict(trial.law, trial.says, "skipped", seen=skipped[trial.law])
 
-    return [Trial(t.law, partial(verdict, t.law)) if t.law in skipped else t for t in made]
+    return [trial._replace(run=partial(verdict, trial)) if trial.law in skipped else trial for trial in made]
 
 
 @contextmanager
@@ -121,23 +244,26 @@ def check(
     skip: Mapping[str, str] | None = None,
     couples: str = "",
     examples: int = 12,
-    progress: Callable[[str], None] = lambda law: None,
 ) -> Report:
     """Test a loss by every law of its kind, and by the golden vectors of the method it claims to be.
 
     Args:
-        subject: a contract function, a ``Loss``, a factory of one, or a function of padded ``[B, T]`` tensors.
-        kind: a name in ``KINDS``. Left out, it is the subject's attribute ``kind``, or it is detected. If the detection
-            is not certain, the laws of the kind alone are no reason to fail.
+        subject: a contract function, a ``Loss``, a factory, class or object of one, or a function of padded ``[B, T]``
+            tensors or of sums over sequences; see "Forms of a loss" in the documentation.
+        kind: a name in ``KINDS``, in any spelling that ``kind_named`` knows. Left out, it is the subject's attribute
+            ``kind``, or it is detected. If the detection is not certain, the laws of the kind alone are no reason to
+            fail.
         factory: whether the subject is a factory; detected if left out.
         like: the loss of this library that the subject claims to be. Left out, it is the subject's attribute ``like``,
             or the subject itself if it is a loss of this library.
         name: the name of the subject in the report.
-        skip: law → the reason why it is not tested. Left out, it is the subject's attribute ``skip``.
+        skip: law → the reason why it is not tested; added to the subject's attribute ``skip``.
         couples: why the datums of a batch may affect one another, such as "the KL baseline is a batch mean". The laws
             that forbid this are skipped. Left out, it is the subject's attribute ``couples``.
         examples: the number of random batches for each law, in addition to the small ones.
-        progress: called with the name of each law before it runs.
+
+    Whatever the subject raises, SystemExit too, breaks the law in which it does; only KeyboardInterrupt passes.
+    ``lossfns check`` also survives a subject that ends or blocks its process.
 
     Raises:
         LossInputError: if the subject cannot be tested.
@@ -148,17 +274,9 @@ def check(
     ('preference', True)
     """
     name = name or str(getattr(subject, "__name__", None) or repr(subject))
-    skip = getattr(subject, "skip", None) if skip is None else skip
-    couples = couples or getattr(subject, "couples", "")
     prepared = prepare(subject, kind=kind, factory=factory, like=like, skip=skip, couples=couples, examples=examples)
-    report = Report(name, prepared.kind, prepared.guessed, couples)
-    for trial in prepared.trials:
-        progress(trial.law)
-        with without_expected_warnings():
-            report.verdicts.append(trial.run())
-        if trial.law == "contract" and not report.ok:
-            break  # nothing else can be measured
-    return report
+    kind, guessed, couples, claim, form, _ = prepared
+    return Report(name, kind, guessed, couples, claim, form, list(prepared.verdicts()))
 
 
 def law_trials(
@@ -185,7 +303,8 @@ def law_trials(
     def trial(law: Law) -> Trial:
         first, count = (small[-1:], 0) if makes_own_batches(law) else (small, examples)
         if_broken = "unsure" if guessed and law not in ANY_KIND else severity(law)
-        return Trial(law.__name__, partial(run_law, law, if_broken, partial(apply, law), first, drawn, count))
+        run = partial(run_law, law, if_broken, partial(apply, law), first, drawn, count)
+        return Trial(law.__name__, statement(law), run)
 
     return [trial(law) for law in laws]
 
@@ -222,24 +341,35 @@ def run_law(
             return None
         except LawBroken as error:
             return error
-        except Exception as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
             return violation_by(error)
         passed += 1
         return None
 
     results = ((batch, violation(batch)) for batch in small)
     failure = next(((batch, error) for batch, error in results if error), None)
-    if failure is None and examples:
+    if failure is None and examples and any(map(violation, drawn_batches(drawn, examples))):
         failure = smallest_failure(violation, drawn, examples)
     seconds = time.monotonic() - start
     if failure:
         batch, error = failure
-        # A law that makes its own batches describes them in ``error.seen``.
-        example = "" if makes_own_batches(law) else str(batch)
+        # A law that makes its own batches and gives none describes them in ``error.seen``.
+        shown = error.batch or (None if makes_own_batches(law) else batch)
+        example = "" if shown is None else str(shown)
         return Verdict(law.__name__, statement(law), if_broken, seconds, error.bug, error.seen, example, why(law))
     if passed:
         return Verdict(law.__name__, statement(law), "pass", seconds)
     return Verdict(law.__name__, statement(law), "n/a", seconds, seen=reasons[0])
+
+
+@lru_cache(4)
+def drawn_batches(drawn: Any, examples: int) -> list[Batch]:
+    """Return the random batches, which are the same for every law and in every run."""
+    batches: list[Batch] = []
+    smallest_failure(batches.append, drawn, examples)
+    return batches
 
 
 def smallest_failure(
@@ -260,16 +390,36 @@ def smallest_failure(
             raise error
 
     try:
-        holds()
+        with untouched_by_the_folder():
+            holds()
     except Exception:
         if not failures:  # an error of hypothesis itself
             raise
     return failures[-1] if failures else None  # hypothesis runs the smallest failing batch last
 
 
-def violation_by(error: Exception) -> LawBroken:
+@contextmanager
+def untouched_by_the_folder() -> Iterator[None]:
+    """Keep hypothesis from drawing constants of the user's modules, and from leaving a folder ``.hypothesis`` behind.
+
+    It does without a folder that it cannot make.
+    """
+    from hypothesis import configuration
+    from hypothesis.internal.conjecture import providers
+
+    none: Any = getattr(providers, "_local_constants", None)
+    before = getattr(configuration, "__hypothesis_home_directory", None)
+    configuration.set_hypothesis_home_dir(Path(os.devnull) / "hypothesis")
+    try:
+        with mock.patch.object(providers, "_get_local_constants", lambda: none, create=True):
+            yield
+    finally:
+        configuration.set_hypothesis_home_dir(before)
+
+
+def violation_by(error: BaseException) -> LawBroken:
     """Return the ``LawBroken`` for an unexpected exception in a law."""
-    return LawBroken("not-the-contract", f"On valid input a law fails with {type(error).__name__}: {error}.")
+    return LawBroken("not-the-contract", f"On valid input a law fails with {describe_error(error)}.")
 
 
 def statement(law: Callable[..., None]) -> str:
@@ -286,7 +436,9 @@ def run_advantage_law(law: AdvantageLaw, fn: Any) -> Verdict:
         law(fn, rewards, groups)
     except NotApplicable as reason:
         return verdict("n/a", time.monotonic() - start, seen=str(reason))
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         found = error if isinstance(error, LawBroken) else violation_by(error)
         example = f"rewards={rewards}, groups={groups}"
         return verdict(severity(law), time.monotonic() - start, found.bug, found.seen, example, why(law))

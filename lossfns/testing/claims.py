@@ -14,8 +14,14 @@ from lossfns.testing.laws.base import Law, LawBroken, LossFn, NotApplicable, Pro
 from lossfns.testing.laws.knobs import generic_batches
 from lossfns.testing.public import public
 from lossfns.testing.vectors.library import reply_to, subject_for
-from lossfns.testing.vectors.runner import Exchange, VectorReport, evaluate
+from lossfns.testing.vectors.runner import VectorReport, evaluate
 from lossfns.testing.vectors.vector import METHODS, Vector, load
+
+CLAIMS = {
+    "vectors": "It gives the right answer to the golden vectors of the loss that it claims to be.",
+    "agreement": "It has the value and the gradient of the loss that it claims to be.",
+}
+"""The laws of a claim: name → statement. They are made for each claim."""
 
 
 def claim_of(subject: Any, loss_fn: LossFn) -> Loss | None:
@@ -36,9 +42,8 @@ def agreement(like: Loss) -> Law:
             *vary_advantages_by_token(generic_batches(probe.batch)[2]),
         ):
             result, expected = probe(batch), probe(batch, like)
-            seen = f"The loss is {result.value} with gradients {result.gradients}"
-            same = probe.close([result.value, result.gradients], [expected.value, expected.gradients])
-            require(same, "another-loss", f"{seen}; that of {like!r} is {expected.value} with {expected.gradients}.")
+            difference = probe.difference(result, expected)
+            require(not difference, "another-loss", f"On this batch {difference}, of {like!r}.", batch)
 
     agreement.__doc__ = f"It has the value and the gradient of {like!r}."
     return agreement
@@ -73,7 +78,7 @@ def vectors_law(subject: Any, like: Loss, matched: Sequence[Vector]) -> Law:
         dtype = str(logprobs[0].dtype).removeprefix("torch.")
         preset = subject is public(like.name)
         replies = {v.id: reply_to(v, dtype) if preset else reply_of(loss_fn, v, logprobs[0].dtype) for v in matched}
-        report = VectorReport(repr(like), dtype, [evaluate(v, Exchange(replies, ""), dtype, ()) for v in matched])
+        report = VectorReport(repr(like), dtype, [evaluate(v, replies[v.id], dtype, ()) for v in matched])
         if report.ok:
             return
         first = report.failures[0]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lossfns.inspect.probe import ALIASES
 from lossfns.loss import BoundLoss, Loss
 from lossfns.testing.batch import Batch, Rows
+from lossfns.testing.forms import PROBE, Adapted, FactoryLoss, PaddedLoss, coupling, names_a_teacher, parameters
 from lossfns.testing.laws import LAWS_BY_KIND, NotApplicable
 from lossfns.testing.laws.base import (
     ALL_FIELDS,
@@ -18,7 +21,8 @@ from lossfns.testing.laws.base import (
     measure,
     relative_difference,
 )
-from lossfns.testing.subject import FactoryLoss, PaddedLoss, column_of, parameters, with_settings
+from lossfns.testing.names import column_of
+from lossfns.testing.subject import GROUP_SIZES, GROUPS, REWARDS
 from lossfns.tokens import PAIRS, SEQUENCES, TARGETS
 
 READS = {
@@ -27,7 +31,7 @@ READS = {
     "reweighted": (),
     "preference": ("ref_logprobs",),
     "unpaired": ("labels", "ref_logprobs"),
-    "distillation": ("old_logprobs", "ref_logprobs"),
+    "distillation": ("old_logprobs", "ref_logprobs", "sampler_logprobs"),
 }
 READS["any"] = READS["policy"]
 """Kind → the columns, besides the weights, in the batches for a loss of this kind."""
@@ -67,11 +71,7 @@ SMALL = (
 def columns_for_kind(batch: Batch, kind: str, targets: int) -> Batch:
     """Return a small batch with the columns of a kind. If ``targets`` is not 0, each position has that many targets."""
     batch = Batch(batch.logprobs, batch.weights, {name: batch.columns[name] for name in READS[kind]})
-    if not targets:
-        return batch
-    wide = batch.map(lambda rows: [[x * (1 + k / 4) for x in row for k in range(targets)] for row in rows])
-    weights = [[x for x in row for _ in range(targets)] for row in batch.weights]
-    return Batch(wide.logprobs, weights, wide.columns, targets)
+    return batch.with_targets(targets)
 
 
 # Detection of the kind of a subject
@@ -98,41 +98,88 @@ def working_dtype(loss_fn: LossFn, batch: Batch) -> torch.dtype:
 
 
 def takes_datum_advantages(loss_fn: LossFn, batch: Batch) -> bool:
-    """Return whether the subject is a factory that takes one advantage for each datum."""
-    if not isinstance(loss_fn, FactoryLoss):
-        return False
-    try_call(loss_fn, batch, torch.float32)
-    return loss_fn.forms is not None and "numbers" in loss_fn.forms
+    """Return whether the subject takes one advantage for each datum."""
+    return isinstance(loss_fn, (FactoryLoss, PaddedLoss)) and loss_fn.takes_datum_advantages
 
 
 def takes_rewards(subject: Any) -> bool:
-    """Return whether the first parameter of a subject is ``rewards``, as it is for group advantages."""
-    first = next(iter(parameters(subject)), None) if callable(subject) else None
-    return first is not None and first.name == "rewards"
+    """Return whether a subject computes group advantages: it takes rewards and no logprobs, and returns no function."""
+    if isinstance(subject, (Loss, BoundLoss, Adapted)) or not callable(subject):
+        return False
+    try:
+        if inspect.isclass(subject) and all(p.default is not p.empty for p in parameters(subject)):
+            subject = subject()
+        required = [p.name for p in parameters(subject) if p.default is p.empty]
+    except Exception:  # ``adapt`` says what is wrong
+        return False
+    known = (*REWARDS, *GROUPS, *GROUP_SIZES)
+    return any(n in REWARDS for n in required) and all(n in known or column_of(n) == "weights" for n in required)
 
 
 def detect_kind(loss_fn: LossFn) -> tuple[str, bool]:
     """Return the kind of a loss, and whether it is a guess.
 
-    The kind follows from the declaration of a ``Loss``, and else from the fields that it reads.
+    The kind follows from the declaration of a ``Loss``, else from the columns that the loss reads and from what its
+    gradients depend on.
     """
     loss = loss_fn.loss if isinstance(loss_fn, BoundLoss) else loss_fn
     if isinstance(loss, Loss):
-        reads: set[str | None] = set(loss.reads)
         if loss.rows in (PAIRS, SEQUENCES):
             return ("preference", False) if loss.rows == PAIRS else ("any", False)
-    elif isinstance(loss, (FactoryLoss, PaddedLoss)):
-        fields = detect_fields_read(with_settings(loss))  # on a copy: the first call chooses the form of the arguments
-        reads = {*map(column_of, loss.required), *fields}
+        reads = set(loss.reads)
     else:
-        reads = set(detect_fields_read(loss))
+        reads = set(loss.columns) if isinstance(loss, (FactoryLoss, PaddedLoss)) else set()
+        if not isinstance(loss, PaddedLoss):
+            reads |= detect_fields_read(loss)
     if reads & {"advantages", ALL_FIELDS}:
         return "policy", False
-    if any(name and name.startswith(("chosen ", "rejected ")) for name in reads) or takes_pairs(loss_fn):
+    if "labels" in reads or any(name.startswith("KL ") for name in reads):
+        return "unpaired", False
+    coupled = coupling(loss_fn)
+    if any(name.startswith(("chosen ", "rejected ")) for name in reads):
+        return "preference", coupled == "batch"
+    if coupled in ("pairs", "halves", "partners") or takes_pairs(loss_fn):
         return "preference", False
-    if any(name and "ref_logprobs" in name for name in reads):
-        return "preference", True
-    return ("likelihood", False) if isinstance(loss, Loss) or is_linear(loss_fn) else ("reweighted", True)
+    if names_a_teacher(loss):
+        return "distillation", False
+    if coupled == "batch":
+        return "any", True
+    if "ref_logprobs" in reads:
+        return "distillation", not vanishes_at_teacher(loss_fn)
+    if reads & {"old_logprobs", "sampler_logprobs"}:
+        return "any", True
+    if isinstance(loss, Loss) or is_linear(loss_fn):
+        return "likelihood", False
+    return "reweighted", not is_tokenwise(loss_fn)
+
+
+def vanishes_at_teacher(loss_fn: LossFn) -> bool:
+    """Return whether the value or every gradient is 0 where the policy is that which sampled, and the teacher's.
+
+    This holds for a divergence from a teacher. It does not for a policy gradient whose advantages are in the weights.
+    """
+    others = ("old_logprobs", "ref_logprobs", "sampler_logprobs")
+    batch = SMALL[1].having(**dict.fromkeys(others, SMALL[1].logprobs))
+    try:
+        result = measure(loss_fn, batch.data(), batch.tensors(torch.float32))
+    except LawBroken:
+        return False
+    return abs(result.value) < 1e-5 or all(abs(g) < 1e-5 for row in result.gradients for g in row)
+
+
+def is_tokenwise(loss_fn: LossFn) -> bool:
+    """Return whether each token's gradient depends on its own logprob alone, and descent raises likely tokens.
+
+    The loss is then a likelihood whose tokens are re-weighted by their own probabilities, as focal loss and DFT are.
+    """
+    batch = columns_for_kind(PROBE, "likelihood", 0)
+    moved = batch.having(logprobs=[[x - 0.5 if j % 2 else x for j, x in enumerate(row)] for row in batch.logprobs])
+    likely = batch.having(logprobs=[[-0.125] * len(row) for row in batch.logprobs])
+    before, after, at_likely = (gradients_of(loss_fn, b) for b in (batch, moved, likely))
+    if before is None or after is None or at_likely is None:
+        return False
+    even = [[row[::2] for row in rows] for rows in (before, after)]
+    return relative_difference(*even) < 1e-4 and all(g <= 0 for row in at_likely for g in row)
 
 
 def is_linear(loss_fn: LossFn) -> bool:
@@ -156,20 +203,20 @@ def gradients_of(loss_fn: LossFn, batch: Batch) -> Rows | None:
 
 def takes_pairs(loss_fn: LossFn) -> bool:
     """Return whether a loss refuses an odd number of datums and accepts an even one."""
-    batch = columns_for_kind(SMALL[1], "likelihood", 0)
-    odd, even = (try_call(loss_fn, batch.take(range(n)), torch.float32) for n in (3, 4))
+    odd, even = (try_call(loss_fn, SMALL[1].take(range(n)), torch.float32) for n in (3, 4))
     return odd is None and even is not None
 
 
 def detect_fields_read(loss_fn: LossFn) -> set[str]:
-    """Return the fields of the datums that a call reads, even if the call fails."""
+    """Return the columns that a call reads under any of their names, even if the call fails."""
     read: set[str] = set()
-    for batch in (columns_for_kind(SMALL[1], "policy", 0), columns_for_kind(SMALL[1], "policy", NUM_TARGETS)):
+    for batch in (SMALL[1], SMALL[1].with_targets(NUM_TARGETS)):
         try:
             loss_fn([RecordingDatum(datum, read) for datum in batch.data()], batch.tensors(torch.float32))
         except Exception:
             continue
-    return read
+    names = {alias: column for column, alias in ALIASES.items()}
+    return {names.get(name, name) for name in read}
 
 
 def detect_targets(loss_fn: LossFn, kind: str) -> int:
@@ -177,7 +224,7 @@ def detect_targets(loss_fn: LossFn, kind: str) -> int:
     loss = loss_fn.loss if isinstance(loss_fn, BoundLoss) else loss_fn
     if isinstance(loss, Loss):
         return NUM_TARGETS if loss.rows == TARGETS else 0
-    if kind not in ("likelihood", "any"):
+    if kind not in ("likelihood", "reweighted", "any"):
         return 0
     flat, wide = (try_call(loss_fn, columns_for_kind(SMALL[1], kind, k), torch.float32) for k in (0, NUM_TARGETS))
     return NUM_TARGETS if flat is None and wide is not None else 0

@@ -5,6 +5,7 @@ are never read. Sums are exactly rounded, so an implementation differs from this
 """
 
 import math
+import operator
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import TypedDict, Unpack
 
@@ -16,6 +17,7 @@ Clip = tuple[float, float]
 
 TOKEN_WEIGHINGS = ("token_mean", "sequence_mean", "sequence_sum_mean", "fixed_length", "token_sum")
 PAIR_WEIGHINGS = ("pair_mean", "pair_sum")
+TIS_LEVELS = ("token", "sequence", "geometric")
 
 
 class Correction(TypedDict, total=False):
@@ -89,13 +91,19 @@ def difference(weights: Rows, left: Rows, right: Rows) -> Rows:
 
 
 def averaged(weights: Rows, values: Rows) -> Rows:
-    """The plain mean over the tokens of a sequence that count, at each of these tokens; 0 elsewhere."""
+    """Σ w·x / Σ w over each sequence, at each of its tokens that count; 0 elsewhere."""
     rows = []
     for row, xs in zip(weights, values, strict=True):
         slots = active(row)
-        mean = total(xs[t] for t in slots) / len(slots) if slots else 0.0
+        mean = total(row[t] * xs[t] for t in slots) / total(row) if slots else 0.0
         rows.append([mean if w != 0 else 0.0 for w in row])
     return rows
+
+
+def through_mean(weights: Rows, slopes: Rows) -> Rows:
+    """∂L/∂xⱼ = wⱼ/Σw · Σₜ (∂L/∂m)ₜ, where every token t of a sequence reads the mean m = Σ w·x / Σ w."""
+    rows = zip(weights, map(total, slopes), strict=True)
+    return [[w / (total(row) or 1.0) * slope for w in row] for row, slope in rows]
 
 
 def normalized(weights: Rows) -> Rows:
@@ -210,16 +218,21 @@ def surrogate(d: float, advantage: float, clip: Clip, dual_clip: float | None, c
 
 
 def truncation(weights: Rows, old: Rows, sampler: Rows | None, cap: float | None, level: str) -> Rows:
-    """ρ = min(e^clamp(old − sampler, ±20), cap), of a token or of its sequence's sum (Yao et al. 2025)."""
-    if level not in ("token", "sequence"):
-        raise ValueError(f"tis_level is 'token' or 'sequence', not {level!r}")
+    """ρ = min(e^clamp(x, ±20), cap), x = old − sampler of a token (Yao et al. 2025).
+
+    At level "sequence" x is Σ w·x of its sequence, at level "geometric" Σ w·x / Σ w.
+    """
+    if level not in TIS_LEVELS:
+        raise ValueError(f"tis_level is one of {TIS_LEVELS}, not {level!r}")
     if cap is None:
         return [[1.0] * len(row) for row in weights]
     if sampler is None:
         raise ValueError("tis_cap needs sampler_logprobs")
     gaps = difference(weights, old, sampler)
     if level == "sequence":
-        gaps = [[total(row)] * len(row) for row in gaps]
+        gaps = [[total(map(operator.mul, w, row))] * len(row) for w, row in zip(weights, gaps, strict=True)]
+    if level == "geometric":
+        gaps = averaged(weights, gaps)
     return [[min(exp(capped(gap, 20.0)[0]), cap) for gap in row] for row in gaps]
 
 
@@ -375,7 +388,7 @@ def gspo_token(
     weigh: str = "sequence_mean",
     **knobs: Unpack[Knobs],
 ) -> Loss:
-    """PPO's term at log sₜ = sg(mean d) + lpₜ − sg(lpₜ): GSPO with a slope by token (Zheng et al. 2025)."""
+    """PPO's term at log sₜ = sg(Σ w·d / Σ w) + lpₜ − sg(lpₜ): GSPO with a slope by token (Zheng et al. 2025)."""
     mean_d = averaged(weights, difference(weights, logprobs, old_logprobs))
     return policy(mean_d, weights, advantages, old_logprobs, clip, weigh, **knobs)
 
@@ -390,10 +403,10 @@ def gspo(
     weigh: str = "sequence_mean",
     **knobs: Unpack[Knobs],
 ) -> Loss:
-    """PPO's term at log s = mean d, so ∂L/∂lpⱼ = Σₜ (∂L/∂log s)ₜ / n for all j alike (Zheng et al. 2025)."""
+    """PPO's term at log s = Σ w·d / Σ w, so ∂L/∂lpⱼ = wⱼ/Σw · Σₜ (∂L/∂log s)ₜ (Zheng et al. 2025)."""
     mean_d = averaged(weights, difference(weights, logprobs, old_logprobs))
     loss, slopes = policy(mean_d, weights, advantages, old_logprobs, clip, weigh, **knobs)
-    return loss, averaged(weights, slopes)
+    return loss, through_mean(weights, slopes)
 
 
 def limited(d: float, lp: float, advantage: float, clip: Clip, cap: float | None) -> Term:

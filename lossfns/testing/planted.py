@@ -168,10 +168,10 @@ def difference_everywhere(weights: Rows, left: Rows, right: Rows) -> Rows:
 
 
 def averaged_by_product(weights: Rows, values: Rows) -> Rows:
-    """Σ m·x / Σ m with the mask as a factor: 0·nan is nan."""
+    """Σ w·x / Σ w with the weights as a factor: 0·nan is nan."""
     rows = []
     for w, xs in zip(weights, values):
-        mean = sum((u != 0) * x for u, x in zip(w, xs)) / max(len(active(w)), 1)
+        mean = sum(u * x for u, x in zip(w, xs)) / (sum(w) or 1.0)
         rows.append([(u != 0) * mean for u in w])
     return rows
 
@@ -199,7 +199,7 @@ def padding_in_sequence_ratio(f: Oracle, a: Arguments) -> Loss:
     def mean_of_all(weights: Rows, values: Rows) -> Rows:
         return [[sum(row) / len(row) if w != 0 else 0.0 for w in ws] for ws, row in zip(weights, values)]
 
-    return patched(averaged=mean_of_all, difference=difference_everywhere)(f, a)
+    return patched(averaged=mean_of_all, through_mean=mean_of_all, difference=difference_everywhere)(f, a)
 
 
 def empty_sequence_nan(f: Oracle, a: Arguments) -> Loss:
@@ -414,10 +414,17 @@ def ratio_inverted(f: Oracle, a: Arguments) -> Loss:
 
 
 def ratio_product(f: Oracle, a: Arguments) -> Loss:
-    def summed(weights: Rows, values: Rows) -> Rows:
-        return [[n * x for x in row] for n, row in zip(map(len, map(active, weights)), averaged(weights, values))]
+    def scaled(rows: Rows) -> Rows:
+        return [[sum(w) * x for x in row] for w, row in zip(a["weights"], rows)]
 
-    return patched(averaged=summed)(f, a) if f in SEQUENCE_RATIO else f(**a)
+    def summed(weights: Rows, values: Rows) -> Rows:
+        return scaled(averaged(weights, values))
+
+    def through_sum(weights: Rows, slopes: Rows) -> Rows:
+        return scaled(through_mean_(weights, slopes))
+
+    through_mean_ = oracle.through_mean
+    return patched(averaged=summed, through_mean=through_sum)(f, a) if f in SEQUENCE_RATIO else f(**a)
 
 
 def ratio_sum(f: Oracle, a: Arguments) -> Loss:
@@ -429,7 +436,7 @@ def ratio_sum(f: Oracle, a: Arguments) -> Loss:
     means = [[math.log(x) if x else 0.0 for x in row] for row in averaged(a["weights"], r)]
     value, slopes = patched(averaged=lambda weights, values: means)(oracle.gspo_token, a)
     if f is oracle.gspo:
-        parts = [[x if w != 0 else 0.0 for w, x in zip(*rows)] for rows in zip(a["weights"], r)]
+        parts = [[w * x if w != 0 else 0.0 for w, x in zip(*rows)] for rows in zip(a["weights"], r)]
         slopes = [[total(row) * x for x in part] for row, part in zip(slopes, normalized(parts))]
     return value, slopes
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from xml.etree import ElementTree
 
+from lossfns.terminal import printable
 from lossfns.testing.bugs import BUGS
 
 MARKS = {"pass": "ok", "wrong": "WRONG", "fragile": "fragile", "unsure": "unsure", "n/a": "–", "skipped": "skipped"}
@@ -15,6 +16,12 @@ MARKS = {"pass": "ok", "wrong": "WRONG", "fragile": "fragile", "unsure": "unsure
 A broken law is wrong or fragile, as the law says. It is unsure, and no reason to fail, if the law belongs to a kind
 that was guessed. A law is skipped by name, with a reason; it is n/a if it has nothing to measure on this loss.
 """
+REASONS = {
+    "wrong": "wrong, since {}",
+    "fragile": "fragile, no more: {}",
+    "unsure": "unsure, since the kind was guessed; else {}",
+}
+"""Verdict on a broken law → the text that leads to the reason of the law."""
 BROKEN = ("wrong", "unsure", "fragile")
 """The verdicts on a broken law, the gravest first."""
 
@@ -49,14 +56,19 @@ class Verdict:
         return self.bug or self.seen or self.says
 
     @property
+    def headline(self) -> str:
+        """The law and what it says."""
+        return f"{MARKS[self.verdict]}  {self.law}: {self.says}"
+
+    @property
     def explanation(self) -> list[tuple[str, str]]:
         """The details of a broken law, each with its label."""
         bug = BUGS[self.bug]
         details = {
             "seen": self.seen,
-            "bug": f"{self.bug}: {bug.description}",
+            "bug": f"{self.bug}: {bug.description}.",
             "also in": ", ".join(bug.sources),
-            self.verdict: self.why,
+            "why": REASONS[self.verdict].format(self.why),
             "batch": self.example,
         }
         return [(label, text) for label, text in details.items() if text]
@@ -71,14 +83,20 @@ class Report:
         kind: the kind of loss as which it was tested.
         guessed: whether the kind was guessed. The laws of a guessed kind are no reason to fail.
         couples: why the datums of a batch may affect one another; "" if they must not.
+        like: the loss that it claims to be; "" if it claims nothing, or is a loss of this library itself.
+        form: how it is called and what is done with its result; "" if it is a contract function.
         verdicts: the verdict of each law.
+        stopped: why laws were not tested: the process ended, or time was up; "" if all were.
     """
 
     subject: str
     kind: str
     guessed: bool = False
     couples: str = ""
+    like: str = ""
+    form: str = ""
     verdicts: list[Verdict] = field(default_factory=list)
+    stopped: str = ""
 
     @property
     def broken(self) -> list[Verdict]:
@@ -92,8 +110,17 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Whether the loss is not wrong. It may be fragile."""
-        return not self.failures
+        """Whether every law was tested and the loss is not wrong. It may be fragile."""
+        return not self.failures and not self.stopped
+
+    def exit_status(self, strict: bool = False) -> int:
+        """Return the exit status of ``lossfns check``: 1 if the loss is wrong, 2 if time was up before that is known.
+
+        With ``strict`` a fragile loss gives 1 too. An unsure verdict never fails.
+        """
+        if self.failures or (strict and self.counts["fragile"]):
+            return 1
+        return 2 if self.stopped else 0
 
     @property
     def bug(self) -> str:
@@ -113,6 +140,9 @@ class Report:
             "kind": self.kind,
             "guessed": self.guessed,
             "couples": self.couples,
+            "like": self.like,
+            "form": self.form,
+            "stopped": self.stopped,
             "ok": self.ok,
             "bug": self.bug,
             "counts": self.counts,
@@ -121,9 +151,12 @@ class Report:
 
     @property
     def title(self) -> str:
-        """The subject and its kind in one line, and what to do if the kind was guessed."""
-        guess = f"; taken as {self.kind}, --kind for another" if self.guessed else ""
-        return f"{self.subject} ({self.kind}{guess})"
+        """The subject, its kind, form and what it declares, and what to do if the kind was guessed."""
+        kind = f"taken as {self.kind}; --kind for another" if self.guessed else self.kind
+        claim = f"; claims to be {self.like}" if self.like else ""
+        couples = f"; couples datums: {self.couples}" if self.couples else ""
+        form = f", {self.form}" if self.form else ""
+        return printable(f"{self.subject} ({kind}{claim}{couples}){form}")
 
     @property
     def summary(self) -> str:
@@ -135,28 +168,46 @@ class Report:
             if broken
             else f"{tested} laws hold"
         )
-        return f"{verdict} ({sum(v.seconds for v in self.verdicts):.1f} s)"
+        warning = "warning, not wrong: " if broken and self.ok else ""
+        stopped = f"; {self.stopped}" if self.stopped else ""
+        return f"{warning}{verdict}{stopped} ({sum(v.seconds for v in self.verdicts):.1f} s)"
 
     def table(self) -> str:
-        """Return the report as plain text: a line for each law, an explanation of each broken law, and the summary."""
-        width = max(len(v.law) for v in self.verdicts)
+        """Return the report as plain text: an explanation of each broken law, a line for each law, and the summary."""
+        width = max((len(v.law) for v in self.verdicts), default=0)
+        rows = [f"{MARKS[v.verdict]:7}  {v.law:{width}}  {v.remark}" for v in self.verdicts]
+        return "\n".join([*self.explanations, *rows, "", self.summary])
+
+    def quiet(self) -> str:
+        """Return the broken laws and the summary as plain text."""
+        return "\n".join([*(self.explanations if self.broken else []), self.summary])
+
+    @property
+    def explanations(self) -> list[str]:
+        """The title and an explanation of each broken law, the gravest first, as lines of text."""
         lines = [self.title, ""]
-        lines += [f"{MARKS[v.verdict]:7}  {v.law:{width}}  {v.remark}" for v in self.verdicts]
         for v in self.broken:
-            lines += ["", f"{v.law}: {v.says}"]
+            lines.append(v.headline)
             lines += [f"  {label:8} {text}".replace("\n", "\n           ") for label, text in v.explanation]
-        return "\n".join([*lines, "", self.summary])
+            lines.append("")
+        return lines
 
     def junit(self) -> str:
         """Return the report as JUnit XML, with a test case for each law, whose property ``verdict`` is the verdict.
 
-        Only a law that makes the loss wrong is a failure.
+        Only a law that makes the loss wrong is a failure. A check that was stopped is an error. The properties of the
+        suite are what the subject is and declares.
         """
+        subject, stopped = printable(self.subject), int(bool(self.stopped))
         skipped = str(self.counts["n/a"] + self.counts["skipped"])
-        suite = ElementTree.Element("testsuite", name=f"lossfns check {self.subject}", tests=str(len(self.verdicts)),
-            failures=str(len(self.failures)), skipped=skipped)  # fmt: skip
+        suite = ElementTree.Element("testsuite", name=f"lossfns check {subject}",
+            tests=str(len(self.verdicts) + stopped), failures=str(len(self.failures)), errors=str(stopped),
+            skipped=skipped)  # fmt: skip
+        about = ElementTree.SubElement(suite, "properties")
+        for name in ("kind", "guessed", "like", "couples", "form", "stopped"):
+            ElementTree.SubElement(about, "property", name=name, value=printable(str(getattr(self, name))))
         for v in self.verdicts:
-            attributes = {"classname": self.subject, "name": v.law, "time": f"{v.seconds:.3f}"}
+            attributes = {"classname": subject, "name": v.law, "time": f"{v.seconds:.3f}"}
             case = ElementTree.SubElement(suite, "testcase", attributes)
             properties = ElementTree.SubElement(case, "properties")
             ElementTree.SubElement(properties, "property", name="verdict", value=v.verdict)
@@ -166,5 +217,8 @@ class Report:
             elif v.bug:
                 ElementTree.SubElement(case, "system-out").text = f"{v.verdict}: {v.bug}\n{text}"
             elif v.seen:
-                ElementTree.SubElement(case, "skipped", message=v.seen)
+                ElementTree.SubElement(case, "skipped", message=printable(v.seen))
+        if self.stopped:
+            case = ElementTree.SubElement(suite, "testcase", classname=subject, name="(stopped)")
+            ElementTree.SubElement(case, "error", message=self.stopped)
         return ElementTree.tostring(suite, encoding="unicode")

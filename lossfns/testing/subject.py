@@ -1,58 +1,59 @@
-"""Adapters that turn the loss under test into a contract function: from a factory or a function of padded tensors."""
+"""The loss under test: import it, find out its form, turn it into a contract function, and vary its settings."""
 
 from __future__ import annotations
 
 import ast
 import functools
+import importlib
 import importlib.util
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from lossfns.errors import LossInputError, did_you_mean
 from lossfns.loss import BoundLoss, Loss
+from lossfns.testing.forms import (
+    FORMS,
+    PROBE,
+    Adapted,
+    ContractLoss,
+    FactoryLoss,
+    PaddedLoss,
+    Target,
+    defaults_of,
+    fills,
+    parameters,
+    refuse_foreign,
+    signature,
+)
 from lossfns.testing.laws.base import LossFn, NotApplicable
+from lossfns.testing.names import COLUMN_BY_NAME, PARAMETER_NAMES, column_of
 from lossfns.testing.public import LIBRARY, public
 from lossfns.weigh import fixed_length
 
-PARAMETER_NAMES = {
-    "logprobs": "logprobs logps log_prob log_probs new_logprobs per_token_logps target_logprobs policy_logprobs "
-    "pi_logprobs",
-    "weights": "weights mask loss_mask response_mask completion_mask action_mask masks token_mask",
-    "advantages": "advantages advantage adv",
-    "old_logprobs": "old_logprobs old_logprobs_list old_log_prob old_log_probs old_per_token_logps old_logps "
-    "inf_logprobs sampling_logprobs",
-    "ref_logprobs": "ref_logprobs ref_logprobs_list ref_log_prob ref_log_probs ref_per_token_logps "
-    "reference_logprobs ref_logps",
-    "sampler_logprobs": "sampler_logprobs rollout_log_probs behavior_logprobs inference_logprobs vllm_logprobs",
-    "chosen ref_logprobs": "ref_chosen chosen_ref_logprobs ref_chosen_logprobs reference_chosen_logprobs "
-    "reference_chosen_logps",
-    "rejected ref_logprobs": "ref_rejected rejected_ref_logprobs ref_rejected_logprobs reference_rejected_logprobs "
-    "reference_rejected_logps",
-}
-"""Column → the parameter names that other frameworks use for it. Such parameters are filled from the datums."""
-
-COLUMN_BY_PARAMETER = {
-    parameter: name for name, parameters in PARAMETER_NAMES.items() for parameter in parameters.split()
-}
-
-
-def column_of(parameter: str) -> str | None:
-    """Return the column that fills a parameter of this name, or None."""
-    return COLUMN_BY_PARAMETER.get(parameter)
+__all__ = ["PARAMETER_NAMES", "FactoryLoss", "PaddedLoss", "adapt", "adapt_advantages", "load", "padded"]
 
 
 def load(path: str) -> Any:
-    """Import the object that ``package.module:name`` or ``file.py:name`` names. The name may be dotted."""
-    module_name, _, attribute = path.partition(":")
-    if not attribute:
+    """Import the object that ``package.module:name`` or ``file.py:name`` names. The name may be dotted.
+
+    Raises:
+        LossInputError: if there is no such module or name, or the module cannot be imported.
+    """
+    module_name, _, attribute = path.rpartition(":")
+    if not module_name or not attribute:
         raise LossInputError("subject", "module:loss_fn", repr(path), "Name the function after a colon.")
     try:
         module = from_file(module_name) if module_name.endswith(".py") else importlib.import_module(module_name)
-    except Exception as error:
+    except LossInputError:
+        raise
+    except (Exception, SystemExit) as error:
         got = f"{type(error).__name__}: {error}"
         raise LossInputError("subject", f"that {module_name} can be imported", got, "Check the name.") from error
     result: Any = module
@@ -89,174 +90,366 @@ def parse_value(node: ast.expr) -> Any:
 
 
 def from_file(path: str) -> Any:
-    """Import a Python file as a module."""
-    spec = importlib.util.spec_from_file_location("subject_under_test", path)
-    if spec is None or spec.loader is None:
-        raise LossInputError("subject", "a Python file", repr(path), "Check the path.")
+    """Import a Python file as Python imports a script, but under the name of the file.
+
+    Its folder comes first on ``sys.path``, and the module is in ``sys.modules``, so that it can import its neighbours,
+    define dataclasses and be pickled.
+    """
+    file = Path(path).resolve()
+    folder, name = str(file.parent), file.stem
+    sys.path[:] = [folder, *(entry for entry in sys.path if entry != folder)]
+    taken = sys.modules.get(name)
+    if taken is not None and getattr(taken, "__file__", None) != str(file):
+        name = f"{name}_under_test"
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None and spec.loader is not None  # it ends in .py
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
     return module
 
 
+# The form of a subject
+
+
 def adapt(subject: Any, *, factory: bool | None = None) -> LossFn:
-    """Turn a subject of any form into a contract function that reads every column from the datums."""
-    if isinstance(subject, (Loss, BoundLoss)):
+    """Turn a subject of any form into a contract function that reads every column from the datums.
+
+    Args:
+        subject: see ``FORMS``.
+        factory: whether it is a factory; found out if left out.
+
+    Raises:
+        LossInputError: if the subject has none of the forms, or does not run in its form.
+    """
+    if isinstance(subject, PaddedLoss):
+        return with_form(subject)
+    if isinstance(subject, (Loss, BoundLoss, Adapted)):
         return subject
     if not callable(subject):
-        raise LossInputError("subject", "a loss function or a factory of one", repr(subject), "Name a callable.")
+        raise LossInputError("subject", "a loss function or a factory of one", repr(subject), FORMS)
+    if inspect.isclass(subject):
+        return adapt_class(subject)
     required = [p.name for p in parameters(subject) if p.default is p.empty]
-    unknown = [name for name in required if column_of(name) is None]
-    if factory is False or (factory is None and follows_contract(subject, required)):
+    if factory is False:
         return subject  # type: ignore[no-any-return]
-    if unknown:
-        hint = did_you_mean(unknown[0], COLUMN_BY_PARAMETER)
-        fix = f"{hint} Or give it a default, or wrap it: a function (data, logprobs_list) that reads the datums."
-        raise LossInputError("subject", "parameters that name columns", repr(unknown[0]), fix)
-    if factory is None and "logprobs" in map(column_of, required):
-        return PaddedLoss(subject)
-    if required:
-        return FactoryLoss(subject, required)
+    if factory is None:
+        refuse_named_forms(required)
+    if factory is None and follows_contract(subject, required):
+        return adapt_contract(Target(subject))
+    refuse_unknown(subject, required)
+    columns = list(map(column_of, required))
+    if factory is None and any(column and column.split(" ")[-1] == "logprobs" for column in columns):
+        return with_form(PaddedLoss(subject))
+    return adapt_factory(subject, required) if required else adapt_maker(subject)
+
+
+def adapt_class(subject: Any) -> LossFn:
+    """Adapt a class whose instances are losses: a module, or a class with ``__call__``."""
+    required = [p.name for p in parameters(subject) if p.default is p.empty]
+    if not required:
+        return adapt_maker(subject)
+    refuse_unknown(subject, required)
+    return adapt_factory(subject, required)
+
+
+def adapt_maker(subject: Any) -> LossFn:
+    """Adapt a class or a factory that is called without arguments, or with settings alone."""
+    target = Target(subject, makes=True)
     try:
-        built = subject()
+        made = target.fn
     except Exception as error:
         got = f"{type(error).__name__}: {error}"
         raise LossInputError("subject", "a factory that needs no arguments", got, "Give it required ones.") from error
-    return built if isinstance(built, (Loss, BoundLoss)) else FactoryLoss(subject, ())
+    if isinstance(made, (Loss, BoundLoss)):
+        return made
+    if not callable(made):
+        got = f"{target.name}() is a {type(made).__name__}"
+        raise LossInputError("subject", "a factory of a loss function", got, FORMS)
+    required = [p.name for p in parameters(made) if p.default is p.empty]
+    refuse_named_forms(required)
+    if follows_contract(made, required):
+        return adapt_contract(target)
+    refuse_unknown(made, required)
+    if not any((column_of(name) or "").split(" ")[-1] == "logprobs" for name in required):
+        got = f"{target.name}() takes {', '.join(required) or 'nothing'}"
+        raise LossInputError("subject", "a function of the logprobs", got, FORMS)
+    return with_form(PaddedLoss(target))
+
+
+def adapt_factory(subject: Any, required: Sequence[str]) -> LossFn:
+    """Adapt a factory of columns, or a class that takes columns. A column that is None by default is passed too."""
+    optional = [p.name for p in parameters(subject) if p.name not in required and fills(p)]
+    for passed in (optional, []):
+        made = FactoryLoss(subject, required, passed)
+        try:
+            made.forms = made.find_forms()
+        except LossInputError:
+            if not passed:
+                raise
+            continue
+        made.unused = made.find_unused()
+        break
+    return made
+
+
+def with_form(loss: PaddedLoss) -> PaddedLoss:
+    """Return the loss after its form has been found."""
+    loss.find_form()
+    return loss
+
+
+def adapt_contract(target: Target) -> LossFn:
+    """Adapt a contract function. A plain one that reads the fields by their own names stays as it is.
+
+    Raises:
+        LossInputError: if it reads a field that no datum has, or is a factory with parameters that are no columns.
+    """
+    loss = ContractLoss(target)
+    failure = None
+    for targets in (0, 3):
+        batch = PROBE.with_targets(targets)
+        loss.missing.clear()
+        try:
+            result = loss(batch.data(), batch.tensors(torch.float32))
+        except NotApplicable:
+            raise
+        except Exception as error:
+            failure = failure or (error, set(loss.missing))
+            continue
+        if callable(result) and not isinstance(result, torch.Tensor):
+            refuse_unknown(target.fn, [p.name for p in parameters(target.fn) if p.default is p.empty])
+        if isinstance(result, (tuple, list)) and result and isinstance(result[0], (np.ndarray, np.generic)):
+            refuse_foreign(result[0])
+        failure = None
+        break
+    if failure and isinstance(failure[0], KeyError) and failure[1]:
+        fields = ", ".join(sorted(FIELDS))
+        got = f"it reads the field {', '.join(map(repr, sorted(failure[1])))}, which no datum of the kit has"
+        raise LossInputError("subject", "a loss that reads known fields", got, f"Known fields: {fields}.")
+    loss.spells = any(
+        name not in (*PROBE.columns, "weights", "mask", "logprobs", "target_tokens") for name in loss.read
+    )
+    return loss if loss.spells or target.maker is not None else target.subject
+
+
+FIELDS = {"target_tokens", "mask", "logprobs", "weights", *PROBE.columns}
+"""The fields of the kit's datums."""
 
 
 def follows_contract(fn: Callable[..., Any], required: Sequence[str]) -> bool:
     """Return whether a function looks like a contract function ``(data, logprobs_list)``.
 
-    It has two required parameters, of which the first does not name a column. Or it has ``*args`` and no required
-    parameter.
+    It has two required parameters, of which the first does not name a column, and the second none but the logprobs. Or
+    it has ``*args`` and no required parameter.
     """
-    has_var_args = any(p.kind is p.VAR_POSITIONAL for p in inspect.signature(fn).parameters.values())
-    return column_of(required[0]) is None if len(required) == 2 else has_var_args and not required
+    if len(required) == 2:
+        return column_of(required[0]) is None and column_of(required[1]) in (None, "logprobs")
+    has_var_args = any(p.kind is p.VAR_POSITIONAL for p in signature(fn).parameters.values())
+    return has_var_args and not required
 
 
-def parameters(fn: Callable[..., Any]) -> list[inspect.Parameter]:
-    """Return the named parameters of a function."""
-    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    return [p for p in inspect.signature(fn).parameters.values() if p.kind not in kinds]
+NAMED_FORMS = {
+    "a function of logits": "logits lm_logits shift_logits policy_logits student_logits teacher_logits ref_logits "
+    "model_logits next_token_logits",
+    "a function of a model's outputs": "outputs output model_output model_outputs student_outputs",
+    "a method of a trainer": "self model trainer",
+    "a function of a batch": "inputs batch micro_batch mini_batch samples",
+}
+"""Form that cannot be tested → names of required parameters that tell it."""
+
+RECIPES = {
+    "a function of logits": "Gather log_softmax(logits) at the targets outside, and test the function "
+    "(logprobs, mask) that is left.",
+    "a function of a model's outputs": "Gather log_softmax(outputs.logits) at the targets outside, and test the "
+    "function (logprobs, mask) that is left.",
+    "a method of a trainer": "Move what follows the forward pass to a function (per_token_logps, "
+    "old_per_token_logps, advantages, completion_mask), and test that; or name a bound method of an instance.",
+    "a function of a batch": "Take the columns as parameters: (logprobs, old_logprobs, advantages, mask).",
+}
 
 
-def parameter_rows(data: Sequence[Any], parameter: str) -> list[Tensor]:
-    """Return the values of a parameter: float32 rows of all datums, or of one side of each pair.
-
-    A parameter for the weights whose name contains "mask" reads the field ``mask`` instead of ``weights``.
-    """
-    side, _, column = (column_of(parameter) or "").rpartition(" ")
-    selected = {"": data, "chosen": data[0::2], "rejected": data[1::2]}[side]
-    field = "mask" if column == "weights" and "mask" in parameter else column
-    return [torch.from_numpy(datum.loss_fn_inputs[field].to_numpy().copy()) for datum in selected]
-
-
-class FactoryLoss:
-    """A contract function that passes the batch's columns to a factory, and calls the loss that the factory returns.
-
-    A factory may take a column as a list of tensors, as a list of lists, as one number for each datum (advantages), or
-    as the list of the only pair. The first call tries these forms in this order, and keeps the first that gives a loss.
-    """
-
-    FORMS: Mapping[str, Callable[[list[Tensor], list[Tensor]], Any]] = {
-        "rows": lambda rows, weights: rows,
-        "lists": lambda rows, weights: [row.tolist() for row in rows],
-        "numbers": lambda rows, weights: list(map(datum_advantage, rows, weights)),
-        "row": lambda rows, weights: rows[0].tolist(),
-    }
-
-    def __init__(
-        self, factory: Callable[..., Any], required: Sequence[str], knobs: Mapping[str, Any] | None = None
-    ) -> None:
-        self.factory, self.required, self.settings = factory, tuple(required), dict(knobs or {})
-        self.forms: tuple[str, ...] | None = None
-        self.__name__ = getattr(factory, "__name__", repr(factory))
-
-    def __call__(self, data: Sequence[Any], logprobs_list: Sequence[Tensor]) -> Any:
-        if self.forms is None:
-            self.forms = self.find_forms(data, logprobs_list)
-        return self.build(data, self.forms)(data, logprobs_list)
-
-    def build(self, data: Sequence[Any], forms: Sequence[str]) -> Any:
-        """Call the factory with the columns in these forms."""
-        columns = {name: parameter_rows(data, name) for name in self.required}
-        weights = parameter_rows(data, "weights")
-        arguments = {name: self.FORMS[form](columns[name], weights) for name, form in zip(self.required, forms)}
-        return self.factory(**arguments, **self.settings)
-
-    def find_forms(self, data: Sequence[Any], logprobs_list: Sequence[Tensor]) -> tuple[str, ...]:
-        """Return the first candidate forms with which a call returns a 0-d loss."""
-        errors = []
-        for forms in self.candidate_forms():
-            try:
-                loss, _ = self.build(data, forms)(data, [lp.detach().clone().requires_grad_() for lp in logprobs_list])
-            except NotApplicable:
-                raise
-            except Exception as error:
-                errors.append(f"{', '.join(forms)}: {type(error).__name__}: {error}")
-                continue
-            if isinstance(loss, Tensor) and loss.ndim == 0:
-                return forms
-        raise TypeError("no form of the columns gives a 0-d loss: " + "; ".join(errors))
-
-    def candidate_forms(self) -> Iterator[tuple[str, ...]]:
-        """Yield the combinations of forms to try, one form for each required parameter."""
-        for form in ("rows", "lists"):
-            yield (form,) * len(self.required)
-        for form in ("rows", "lists"):
-            yield tuple("numbers" if column_of(name) == "advantages" else form for name in self.required)
-        yield tuple("row" if " " in (column_of(name) or "") else "rows" for name in self.required)
+def refuse_named_forms(required: Sequence[str]) -> None:
+    """Refuse forms that hold more than a loss, by the names of their parameters, with a recipe."""
+    if len(required) == 2 and required[0] in ("batch", "samples", "inputs") and "log" in required[1]:
+        return  # a contract function
+    for form, names in NAMED_FORMS.items():
+        if any(name.lower() in names.split() for name in required):
+            got = f"{form}, ({', '.join(required)})"
+            raise LossInputError("subject", "a function of logprobs", got, f"{RECIPES[form]} {FORMS}")
 
 
-def datum_advantage(row: Tensor, weights: Tensor) -> float:
-    """Return the advantage of a datum. Raise NotApplicable if its active tokens have different advantages."""
-    active = {x for x, w in zip(row.tolist(), weights.tolist()) if w}
-    if len(active) > 1:
-        raise NotApplicable("it takes one advantage for each datum")
-    return active.pop() if active else 0.0
+SETTING_WORDS = frozenset(
+    "beta eps epsilon clip cliprange coef coeff alpha gamma tau delta temperature lambda lam kl range mode type config "  # noqa: SIM905
+    "cfg args agg reduction scale cap threshold ratio steps num max min label smoothing penalty".split()
+)
 
 
-class PaddedLoss:
-    """A contract function that calls a function of padded ``[B, T]`` tensors.
+def refuse_unknown(subject: Any, required: Sequence[str]) -> None:
+    """Refuse required parameters that name no column, and say of each what it might be."""
+    unknown = [p for p in parameters(subject) if p.name in required and column_of(p.name) is None]
+    if unknown:
+        got = ", ".join(repr(p.name) for p in unknown)
+        fix = " ".join(map(likely_meaning, unknown))
+        raise LossInputError("subject", "parameters that name columns", got, f"{fix} {FORMS}")
 
-    Parameters are filled by their names (``PARAMETER_NAMES``). The function may return the loss, ``(loss, metrics)``,
-    or a tuple that starts with the loss.
-    """
 
-    def __init__(self, fn: Callable[..., Any], settings: Mapping[str, Any] | None = None) -> None:
-        self.fn, self.settings, self.__name__ = fn, dict(settings or {}), getattr(fn, "__name__", repr(fn))
-        self.required = tuple(p.name for p in parameters(fn) if p.name not in self.settings and column_of(p.name))
-
-    def __call__(self, data: Sequence[Any], logprobs_list: Sequence[Tensor]) -> tuple[Tensor, dict[str, float]]:
-        rows = {
-            name: list(logprobs_list) if column_of(name) == "logprobs" else parameter_rows(data, name)
-            for name in self.required
-        }
-        dtype = logprobs_list[0].dtype
-        for name, column_rows in rows.items():
-            for i, (row, lp) in enumerate(zip(column_rows, logprobs_list)):
-                if row.shape != lp.shape:
-                    fix = "Every row has the length of target_tokens."
-                    raise LossInputError(name, f"shape {tuple(lp.shape)}", str(tuple(row.shape)), fix, datum=i)
-        padded = {
-            name: torch.nn.utils.rnn.pad_sequence([row.to(dtype) for row in column_rows], batch_first=True)
-            for name, column_rows in rows.items()
-        }
-        result = self.fn(**padded, **self.settings)
-        if not isinstance(result, tuple):
-            return result, {}
-        metrics = result[1] if len(result) == 2 and isinstance(result[1], dict) else {}
-        return result[0], {name: float(value) for name, value in metrics.items()}
+def likely_meaning(p: inspect.Parameter) -> str:
+    """Return what a parameter that names no column might be, in a sentence."""
+    known = [*COLUMN_BY_NAME, "old_logprobs", "ref_logprobs", "sampler_logprobs", "teacher_logprobs"]
+    similar = get_close_matches(p.name.lower(), known, n=1, cutoff=0.7)
+    if similar:
+        return f"Did you mean {similar[0]!r} by {p.name!r}?"
+    plain = str(getattr(p.annotation, "__name__", p.annotation)) in ("float", "int", "str", "bool")
+    if plain or SETTING_WORDS & set(p.name.lower().split("_")):
+        return f"{p.name!r} may be a setting: give it a default, or pass functools.partial(fn, {p.name}=...)."
+    return f"{p.name!r} is no column: rename it if it is one, or give it a default."
 
 
 def padded(fn: Callable[..., Any], **settings: Any) -> LossFn:
-    """Turn a function of padded ``[B, T]`` tensors into a contract function; ``settings`` are passed on to it.
+    """Turn a function of padded ``[B, T]`` tensors, or of sums, into a contract function.
+
+    ``settings`` are passed on to it.
 
     >>> def pg(logprobs, advantages, mask):
     ...     return -(logprobs * advantages * mask).sum() / mask.sum()
     >>> loss_fn = padded(pg)
     """
     return PaddedLoss(fn, settings)
+
+
+# Group advantages
+
+REWARDS = ("rewards", "reward", "scores", "token_level_rewards", "group_rewards", "raw_rewards", "rewards_list")
+GROUPS = ("groups", "group", "group_ids", "group_id", "index", "indices", "uids", "uid", "prompt_ids", "prompt_uids",
+    "prompts", "problem_ids")  # fmt: skip
+GROUP_SIZES = ("num_generations", "group_size", "n", "k", "num_samples", "n_samples", "num_samples_per_prompt",
+    "n_samples_per_prompt", "num_return_sequences", "rollouts_per_prompt", "samples_per_prompt")  # fmt: skip
+AdvantageForms = dict[str, Callable[[list[float], list[Any]], Any]]
+
+REWARD_FORMS: AdvantageForms = {
+    "list": lambda rewards, groups: list(rewards),
+    "tensor": lambda rewards, groups: torch.tensor(rewards),
+    "array": lambda rewards, groups: np.array(rewards),
+    "grid": lambda rewards, groups: torch.tensor(rewards).reshape(len(set(groups)), -1),
+    "grid array": lambda rewards, groups: np.array(rewards).reshape(len(set(groups)), -1),
+    "tokens": lambda rewards, groups: torch.nn.functional.pad(torch.tensor(rewards)[:, None], (2, 0)),
+}
+GROUP_FORMS: AdvantageForms = {
+    "list": lambda rewards, groups: list(groups),
+    "ids": lambda rewards, groups: [sorted(set(groups)).index(g) for g in groups],
+    "tensor": lambda rewards, groups: torch.tensor([sorted(set(groups)).index(g) for g in groups]),
+    "array": lambda rewards, groups: np.array(groups),
+}
+
+
+def adapt_advantages(fn: Any) -> Callable[[Sequence[float], Sequence[Any]], list[float]]:
+    """Turn a function of group advantages into one of lists ``(rewards, groups)``, in the order of the rewards.
+
+    Rewards may be a list, an array, a tensor ``[B]``, a grid ``[G, n]`` or token-level ``[B, T]`` with a mask; groups
+    may be a list, an array or a tensor of ids, or the number of samples of each group. A function without groups gets
+    one group at a time, or a grid.
+
+    A function of two parameters of other names, or one that runs in none of these forms, gets the two lists.
+
+    Raises:
+        LossInputError: if it has required parameters of other names, and not two.
+
+    >>> def rloo(rewards, num_generations):
+    ...     grid = rewards.view(-1, num_generations)
+    ...     return ((grid - grid.mean(1, keepdim=True)) * num_generations / (num_generations - 1)).flatten()
+    >>> adapt_advantages(rloo)([1.0, 0.0, 0.0, 1.0], ["a", "b", "a", "b"])
+    [1.0, -1.0, -1.0, 1.0]
+    """
+    fn = fn() if inspect.isclass(fn) else fn
+    required = [p for p in parameters(fn) if p.default is p.empty or p.name in (*GROUPS, *GROUP_SIZES)]
+    names = [p.name for p in required]
+    unknown = [n for n in names if n not in (*REWARDS, *GROUPS, *GROUP_SIZES) and column_of(n) != "weights"]
+    if unknown and takes_two(fn):
+        return fn  # type: ignore[no-any-return]
+    if unknown:
+        fix = "Known: rewards with groups, group_ids or num_generations; or rewards alone."
+        raise LossInputError("subject", "a function (rewards, groups)", ", ".join(map(repr, unknown)), fix)
+    by_id, by_size = (any(name in known for name in names) for known in (GROUPS, GROUP_SIZES))
+    rewards, groups = [0.0, 1.0, 0.5, 2.0, 1.0, 0.25], ["a", "a", "a", "b", "b", "b"]
+    for one_by_one in (False,) if by_id or by_size else (True, False):
+        for reward_form in sorted(REWARD_FORMS, key=lambda form: "array" in form, reverse=uses_numpy(fn)):
+            grid = reward_form.startswith("grid")
+            if (reward_form == "tokens") != any("token" in name for name in names) or (one_by_one and grid):
+                continue
+            if not (by_id or by_size or one_by_one or grid):
+                continue
+            for group_form in GROUP_FORMS if by_id else ("list",):
+                call = functools.partial(call_advantages, fn, required, reward_form, group_form)
+                adapted = functools.partial(regrouped, call, one_by_one, by_size or grid)
+                try:
+                    if np.isfinite(adapted(rewards, groups)).all():
+                        return adapted
+                except Exception:
+                    continue
+    return fn  # type: ignore[no-any-return]
+
+
+def uses_numpy(fn: Any) -> bool:
+    """Return whether a function is written for arrays: its annotations say so, or its module knows numpy alone."""
+    annotations = " ".join(str(p.annotation) for p in parameters(fn))
+    if "Tensor" in annotations or "ndarray" in annotations:
+        return "ndarray" in annotations
+    scope = getattr(fn, "__globals__", {})
+    return any(value is np for value in scope.values()) and not any(value is torch for value in scope.values())
+
+
+def takes_two(fn: Any) -> bool:
+    """Return whether a function can be called with two positional arguments."""
+    try:
+        signature(fn).bind(None, None)
+    except TypeError:
+        return False
+    return True
+
+
+def call_advantages(fn: Any, required: Any, reward_form: str, group_form: str, rewards: Any, groups: Any) -> Any:
+    """Call a function of group advantages with its arguments in these forms; return one number for each reward."""
+    shaped = REWARD_FORMS[reward_form](list(rewards), list(groups))
+    arguments: dict[str, Any] = {}
+    for p in required:
+        if p.name in GROUP_SIZES:
+            arguments[p.name] = len(rewards) // len(set(groups))
+        elif p.name in GROUPS:
+            arguments[p.name] = GROUP_FORMS[group_form](list(rewards), list(groups))
+        else:
+            arguments[p.name] = shaped if p.name in REWARDS else torch.ones_like(shaped)
+    positional = [arguments.pop(p.name) for p in required if p.kind is p.POSITIONAL_ONLY]
+    result = fn(*positional, **arguments)
+    result = result[0] if isinstance(result, tuple) and len(result) < len(rewards) else result
+    values = torch.as_tensor(np.asarray(result) if isinstance(result, (list, tuple)) else result).double()
+    if values.numel() > len(rewards):
+        values = values.reshape(len(rewards), -1)[:, -1]
+    if values.numel() != len(rewards):
+        raise ValueError(f"{values.numel()} advantages for {len(rewards)} rewards")
+    return values.flatten().tolist()
+
+
+def regrouped(call: Any, one_by_one: bool, equal: bool, rewards: Sequence[float], groups: Sequence[Any]) -> list[float]:
+    """Return the advantages in the order of the rewards, from a function that takes its groups one after another."""
+    if not (one_by_one or equal):
+        return list(call(rewards, groups))
+    members: dict[Any, list[int]] = {}
+    for i, group in enumerate(groups):
+        members.setdefault(group, []).append(i)
+    if equal and len(set(map(len, members.values()))) > 1:
+        raise NotApplicable("it takes groups of equal size")
+    parts = list(members.values()) if one_by_one else [[i for own in members.values() for i in own]]
+    result = [0.0] * len(rewards)
+    for indices in parts:
+        values = call([rewards[i] for i in indices], [groups[i] for i in indices])
+        for i, value in zip(indices, values):
+            result[i] = value
+    return result
 
 
 # Settings
@@ -268,11 +461,7 @@ def knobs(loss_fn: LossFn) -> dict[str, Any]:
         return knobs(loss_fn.loss)
     if isinstance(loss_fn, Loss):
         return {n: v for n, v in loss_fn.knobs.items() if loss_fn.name in vars(LIBRARY) and not isinstance(v, Loss)}
-    fn = loss_fn
-    if isinstance(loss_fn, (FactoryLoss, PaddedLoss)):
-        fn = loss_fn.factory if isinstance(loss_fn, FactoryLoss) else loss_fn.fn
-    defaults = {p.name: p.default for p in parameters(fn) if p.default is not p.empty and column_of(p.name) is None}
-    return defaults | (loss_fn.settings if isinstance(loss_fn, (FactoryLoss, PaddedLoss)) else {})
+    return loss_fn.target.knobs if isinstance(loss_fn, Adapted) else defaults_of(loss_fn)
 
 
 def setting_elements(value: Any) -> Iterator[int | None]:
@@ -318,8 +507,7 @@ def with_settings(loss_fn: LossFn, **settings: Any) -> LossFn:
         return BoundLoss(with_settings(loss_fn.loss, **settings), loss_fn.columns)  # type: ignore[arg-type]
     if isinstance(loss_fn, Loss):
         return public(loss_fn.name)(**{**loss_fn.knobs, **settings})  # type: ignore[no-any-return]
-    if isinstance(loss_fn, FactoryLoss):
-        return FactoryLoss(loss_fn.factory, loss_fn.required, {**loss_fn.settings, **settings})
-    if isinstance(loss_fn, PaddedLoss):
-        return PaddedLoss(loss_fn.fn, {**loss_fn.settings, **settings})
+    if isinstance(loss_fn, Adapted):
+        changed: LossFn = loss_fn.with_settings(**settings)
+        return changed
     return functools.partial(loss_fn, **settings)

@@ -194,7 +194,7 @@ def train_policy(
         groups = [i for i in range(len(problems)) for _ in range(group)]
         advantages = group_advantages(rewards, groups)
         data = [completion_datum(sample.prompt, sample.tokens) for sample in samples]
-        old = [align_sampler_logprobs(s.logprobs, d.model_input.length) for s, d in zip(samples, data)]
+        old = [align_sampler_logprobs(s.logprobs, d.model_input.length, len(s.prompt)) for s, d in zip(samples, data)]
         columns = {"advantages": advantages.tolist(), "old_logprobs": old}
         if "ref_logprobs" in loss.reads:
             columns["ref_logprobs"] = target_logprobs(reference, data)

@@ -1,6 +1,7 @@
 """Three forms of a loss have one gradient: the loss, its traced function of one datum, and the built-in."""
 
 import math
+from collections.abc import Sequence
 from random import Random
 from typing import Any
 
@@ -30,7 +31,8 @@ def trace(fn: Any, ranks: dict[str, int]) -> list[Any]:
 def test_the_traced_form_summed_over_datums_is_the_batch_loss(case: Case) -> None:
     fn = export.as_datum_fn(case.loss)
     rank = 2 if case.loss.rows == "targets" else 1
-    graphs = trace(fn, dict.fromkeys(("logprobs", "weights", *case.loss.reads), rank))
+    names = fn.__code__.co_varnames
+    graphs = trace(fn, dict.fromkeys(names, rank))
     for seed in (1, 2):
         batch = case.batch(Random(seed))
         value, gradients, metrics = call(case.loss, batch)
@@ -40,7 +42,7 @@ def test_the_traced_form_summed_over_datums_is_the_batch_loss(case: Case) -> Non
             assert all(type(d) is sdk.Datum for d in data)
             for graph in graphs:
                 logprobs = batch.tensors()
-                parts = [graph(lp, *inputs(d, case)) for d, lp in zip(data, logprobs)]
+                parts = [graph(lp, *inputs(d, names[1:])) for d, lp in zip(data, logprobs)]
                 total = sum(loss for loss, _ in parts)
                 total.backward()
                 assert apart(total.item(), value) < 5e-6  # the columns of datums are float32, and terms cancel
@@ -51,8 +53,8 @@ def test_the_traced_form_summed_over_datums_is_the_batch_loss(case: Case) -> Non
                     assert apart(mean, metrics[name.removeprefix("custom/").removesuffix(":sum")]) < 1e-5
 
 
-def inputs(datum: Any, case: Case) -> list[Tensor]:
-    return [datum.loss_fn_inputs[name].to_torch() for name in ("weights", *case.loss.reads)]
+def inputs(datum: Any, names: Sequence[str]) -> list[Tensor]:
+    return [datum.loss_fn_inputs[name].to_torch() for name in names]
 
 
 @pytest.mark.parametrize("loss", [lossfns.dpo(), lossfns.orpo()], ids=str)
@@ -92,6 +94,10 @@ FOLDABLE = [
     lossfns.gspo_token(log_ratio_cap=None, weigh=lossfns.token_mean),
     lossfns.cispo(log_ratio_cap=None),
     lossfns.cispo(log_ratio_cap=None, clip=(0.8, 1.28), weigh=lossfns.sequence_mean),
+    lossfns.with_tis(lossfns.ppo(log_ratio_cap=None), cap=1.3),
+    lossfns.with_tis(lossfns.cispo(log_ratio_cap=None), cap=1.3, level=lossfns.sequence_level),
+    lossfns.with_tis(lossfns.importance_sampling(log_ratio_cap=None), cap=1.3, level=lossfns.geometric_level),
+    lossfns.with_tis(lossfns.gspo_token(log_ratio_cap=None, clip=(0.7, 1.5)), cap=1.3, level=lossfns.sequence_level),
 ]
 
 
@@ -100,6 +106,8 @@ def test_a_folded_loss_is_the_built_in_with_the_same_gradient(loss: lossfns.Loss
     case = Case(loss, lambda: (0.0, []))
     for seed in (1, 2, 3):
         batch = case.batch(Random(seed))
+        if "gspo_token" in repr(loss):  # its built-in takes a mask
+            batch.weights = [[float(w != 0) for w in row] for row in batch.weights]
         value, gradients, _ = call(loss, batch)
         for sdk in sdks():
             folded = export.fold(loss.bind(**batch.bound(loss.reads)), batch.data(sdk))
@@ -139,12 +147,41 @@ def test_folded_datums_carry_only_what_the_built_in_takes() -> None:
         (lossfns.dro(weigh=lossfns.token_sum), "no place for a share, nor for a mask"),
         (lossfns.dpo(), "cross_entropy"),
         (lossfns.with_kl(lossfns.ppo()), "ppo"),
+        (lossfns.with_tis(lossfns.ppo()), "log_ratio_cap=None"),
+        (lossfns.with_tis(lossfns.dro()), "no place for a share, nor for a mask"),
+        (lossfns.with_kl(lossfns.with_tis(lossfns.ppo(log_ratio_cap=None))), "pass kl_beta=0"),
     ],
     ids=str,
 )
 def test_what_no_built_in_computes_is_refused(loss: lossfns.Loss, reason: str) -> None:
     with pytest.raises(LossInputError, match=reason):
         export.fold(loss, [])
+
+
+def test_gspo_with_weights_that_differ_is_not_folded_into_a_mean_over_a_mask() -> None:
+    data = [lossfns.datum_from_tokens([1, 2, 3], [0, 2, 2]), lossfns.datum_from_tokens([1, 2, 3, 4], [0, 0, 1, 0.25])]
+    columns = {"advantages": [1.0, 1.0], "old_logprobs": [[-1.0, -1.0], [-1.0, -1.0, -1.0]]}
+    loss = lossfns.gspo_token(log_ratio_cap=None).bind(**columns)
+    with pytest.raises(LossInputError, match=r"gspo_token: datum\[1\].weights: expected one weight for all"):
+        export.fold(loss, data)
+
+
+def test_a_loss_with_a_sum_over_the_sequence_keeps_its_weights_beside_the_share() -> None:
+    """The sum is Σ w·d: share / denominator in place of the weights would change it."""
+    data = [lossfns.datum_from_tokens([1, 2, 3, 4], [0, 0, 1, 3])]
+    rows = {"old_logprobs": [[-1.0, -1.0, -1.0]], "sampler_logprobs": [[-1.0, -1.0, -1.0]]}
+    loss = lossfns.with_tis(lossfns.ppo(), level=lossfns.sequence_level).bind(advantages=[1.0], **rows)
+    (ready,) = export.with_denominators(loss, data)
+    assert ready.loss_fn_inputs["weights"].data == [0.0, 1.0, 3.0]
+    assert ready.loss_fn_inputs["share"].data == [0.0, 0.25, 0.75]
+    fn = export.as_datum_fn(lossfns.with_kl(loss.loss))
+    assert fn.__code__.co_varnames[:3] == ("logprobs", "weights", "share")
+
+
+def test_denominators_of_pairs_are_refused_by_name() -> None:
+    data = [lossfns.datum_from_tokens([1, 2, 3], prompt_length=n) for n in (1, 2)]
+    with pytest.raises(LossInputError, match=r"with_denominators: expected a loss of single datums, got dpo.* couples"):
+        export.with_denominators(lossfns.dpo().bind(ref_logprobs=[[-1.0, -1.0]] * 2), data)
 
 
 def test_datums_hold_share_over_denominator() -> None:

@@ -242,6 +242,7 @@ def test_dual_clip_bounds_what_a_bad_token_can_cost() -> None:
     assert call(lossfns.with_dual_clip(lossfns.ppo(), c=3.0), batch)[:2] == (3.0, [[0.0]])
 
 
+@pytest.mark.filterwarnings("ignore:the mean .log-ratio. is")
 @pytest.mark.parametrize("preset", [lossfns.ppo, lossfns.dapo, lossfns.grpo, lossfns.gspo, lossfns.gspo_token])
 def test_every_clipped_loss_has_a_cap_and_a_dual_clip(preset: Any) -> None:
     """A = −1 at ratio e²: e² without either, e where the log-ratio is capped at 1, 2 with a dual clip of 2."""
@@ -297,3 +298,87 @@ def test_without_a_cap_an_overflow_is_an_error_and_not_an_inf() -> None:
 def test_nothing_is_counted_twice_or_put_where_it_has_no_meaning(build: Any) -> None:
     with pytest.raises(lossfns.LossInputError, match=r"^(with_kl|with_tis|with_dual_clip): loss: expected a loss"):
         build()
+
+
+# Weights that are fractions: Σ w·x / Σ w wherever a mean is taken over a sequence
+
+UNEQUAL = Batch(
+    logprobs=[[-1.0, -2.0]],
+    weights=[[1.0, 0.25]],
+    columns={
+        "advantages": [[1.0, 1.0]],
+        "old_logprobs": [[-1.5, -1.0]],
+        "sampler_logprobs": [[-1.75, -2.0]],
+    },
+)
+"""d = (0.5, −1), so Σ w·d / Σ w = (0.5 − 0.25) / 1.25 = 0.2. old − sampler = (0.25, 1)."""
+
+
+def test_fractional_weights_enter_the_mean_of_gspos_ratio() -> None:
+    """s = exp(0.2) = 1.221; ∂L/∂lp = −s·A·w/Σw, the whole sequence being one term of share 1."""
+    value, gradients, metrics = call(lossfns.gspo(clip=(0.1, 9.0)), UNEQUAL)
+    s = math.exp(0.2)
+    assert metrics["ratio"] == pytest.approx(s) == pytest.approx(1.221, abs=5e-4)
+    assert value == pytest.approx(-s)
+    assert gradients == [pytest.approx([-0.8 * s, -0.2 * s])]
+
+
+def test_fractional_weights_enter_gspo_token_alike() -> None:
+    value, gradients, metrics = call(lossfns.gspo_token(clip=(0.1, 9.0)), UNEQUAL)
+    assert metrics["ratio"] == pytest.approx(math.exp(0.2)) == pytest.approx(-value)
+    assert gradients == [pytest.approx([-0.8 * math.exp(0.2), -0.2 * math.exp(0.2)])]
+
+
+@pytest.mark.parametrize(
+    ("level", "log_weight"),
+    [("sequence_level", 0.25 + 0.25 * 1.0), ("geometric_level", (0.25 + 0.25 * 1.0) / 1.25)],
+)
+def test_fractional_weights_enter_tis_at_sequence_and_geometric_level(level: str, log_weight: float) -> None:
+    """ρ = exp(Σ w·(old − sampler)), or of its quotient by Σ w; L = ρ·Σ w·(−r·A) / Σ w."""
+    loss = lossfns.with_tis(lossfns.importance_sampling(), cap=9.0, level=level)  # type: ignore[arg-type]
+    value, _, metrics = call(loss, UNEQUAL)
+    assert metrics["tis_weight"] == pytest.approx(math.exp(log_weight))
+    assert value == pytest.approx(-math.exp(log_weight) * (math.exp(0.5) + 0.25 * math.exp(-1)) / 1.25)
+
+
+@pytest.mark.parametrize("level", ["sequence_level", "geometric_level"])
+def test_a_weight_of_two_counts_a_token_twice(level: str) -> None:
+    """In the ratio of the sequence as in the weighted mean of the terms."""
+    loss = lossfns.with_tis(lossfns.ppo(), cap=9.0, level=level)  # type: ignore[arg-type]
+    columns = {name: [[rows[0][0], rows[0][1]]] for name, rows in UNEQUAL.columns.items()}
+    once = Batch([[-1.0, -2.0]], [[2.0, 1.0]], columns)
+    columns = {name: [[rows[0][0], rows[0][0], rows[0][1]]] for name, rows in UNEQUAL.columns.items()}
+    twice = Batch([[-1.0, -1.0, -2.0]], [[1.0, 1.0, 1.0]], columns)
+    assert call(loss, once)[0] == pytest.approx(call(loss, twice)[0])
+    for preset in (lossfns.gspo(clip=(0.1, 9.0)), lossfns.gspo_token(clip=(0.1, 9.0))):
+        assert call(preset, once)[0] == pytest.approx(call(preset, twice)[0])
+
+
+def test_the_samplers_weight_is_the_penaltys_too_in_dro() -> None:
+    """ρ = exp(old − sampler) = e^0.25 and e; l = −(A·lp − ½β·d²) = 1 + ½·0.25 and 2 + ½."""
+    value, _, _ = call(lossfns.with_tis(lossfns.dro(beta=1.0), cap=9.0), UNEQUAL)
+    assert value == pytest.approx((math.exp(0.25) * 1.125 + 0.25 * math.e * 2.5) / 1.25)
+
+
+@pytest.mark.filterwarnings("ignore:the mean .log-ratio. is")
+@pytest.mark.parametrize("preset", [lossfns.ppo, lossfns.dapo, lossfns.gspo, lossfns.gspo_token])
+def test_a_ratio_that_overflows_is_clipped_without_a_nan_in_the_gradient(preset: Any) -> None:
+    """Where A > 0 the bound removes the gradient; 0 · inf is nan. A dual clip bounds the loss where A < 0."""
+    far = {"advantages": [[1.0], [1.0]], "old_logprobs": [[-400.0], [-1.0]]}
+    batch = Batch([[-1.0], [-1.0]], [[1.0], [1.0]], far)
+    value, gradients, _ = call(preset(log_ratio_cap=None), batch, dtype=torch.float32)
+    assert value == pytest.approx(-(preset().knobs["clip"][1] + 1) / 2) and gradients == [[0.0], [-0.5]]
+    batch = Batch([[-1.0], [-1.0]], [[1.0], [1.0]], far | {"advantages": [[-1.0], [1.0]]})
+    value, gradients, _ = call(preset(log_ratio_cap=None, dual_clip=3.0), batch, dtype=torch.float32)
+    assert value == 1.0 and gradients == [[0.0], [-0.5]]
+    with pytest.raises(lossfns.LossInputError, match="loss: expected a finite value, got inf"):
+        call(preset(log_ratio_cap=None), batch, dtype=torch.float32)
+
+
+@pytest.mark.filterwarnings("ignore:the mean .log-ratio. is")
+def test_a_ratio_below_the_overflow_is_the_papers_uncapped_one() -> None:
+    """e^80 is finite in float32; e^400 is finite in float64, and so is its gradient."""
+    for log_ratio, dtype in ((80.0, torch.float32), (400.0, torch.float64)):
+        batch = Batch([[-1.0]], [[1.0]], {"advantages": [[-1.0]], "old_logprobs": [[-1.0 - log_ratio]]})
+        value, gradients, _ = call(lossfns.importance_sampling(log_ratio_cap=None), batch, dtype=dtype)
+        assert value == gradients[0][0] == pytest.approx(math.exp(log_ratio), rel=1e-5)

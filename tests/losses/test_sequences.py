@@ -160,4 +160,4 @@ def test_the_kit_takes_a_loss_of_labels_for_what_it_is() -> None:
     """Whether tokens become likelier depends on the labels, so no direction is an error; and it is no likelihood."""
     report = preflight(bound().bind(label=[-1.0, 1.0, -1.0]), DATA)
     assert not [finding for finding in report.findings if "wrong way" in finding.message and finding.level == "error"]
-    assert detect_kind(unpaired()) == "any"
+    assert detect_kind(unpaired()) == ("any", False)

@@ -146,14 +146,13 @@ def weight_carries_gradient(logprobs: Tensor, old_logprobs: Tensor, advantages: 
 
 def product_of_ratios(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
     lp, old, a = blank(mask, logprobs, old_logprobs, advantages)
-    s = (lp - old).sum(1, keepdim=True).clamp(-20, 20).exp()
+    s = (mask * (lp - old)).sum(1, keepdim=True).clamp(-20, 20).exp()
     return by_sequence(surrogate(s, a, 0.8, 1.25), mask)
 
 
 def sum_of_ratios(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
     lp, old, a = blank(mask, logprobs, old_logprobs, advantages)
-    counts = (mask != 0).sum(1, keepdim=True).clamp(min=1)
-    s = ((mask != 0) * (lp - old).exp()).sum(1, keepdim=True) / counts
+    s = (mask * (lp - old).exp()).sum(1, keepdim=True) / weight_or_one(mask)
     return by_sequence(surrogate(s, a, 0.8, 1.25), mask)
 
 
@@ -162,9 +161,14 @@ def by_sequence(x: Tensor, mask: Tensor) -> Tensor:
     return ((mask * x).sum(1) / torch.where(masses != 0, masses, 1)).sum() / (masses != 0).sum()
 
 
+def weight_or_one(mask: Tensor) -> Tensor:
+    masses = mask.sum(1, keepdim=True)
+    return torch.where(masses != 0, masses, 1)
+
+
 def missing_stop_gradient(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
     lp, old, a = blank(mask, logprobs, old_logprobs, advantages)
-    mean_d = (lp - old).sum(1, keepdim=True) / (mask != 0).sum(1, keepdim=True).clamp(min=1)
+    mean_d = (mask * (lp - old)).sum(1, keepdim=True) / weight_or_one(mask)
     return by_sequence(surrogate((mean_d + lp - lp.detach()).clamp(-20, 20).exp(), a, 0.8, 1.25), mask)
 
 

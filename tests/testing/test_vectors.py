@@ -142,7 +142,7 @@ def test_every_weighing_and_every_knob_appears(loss: str) -> None:
         assert len(settings(loss, name)) >= 2, name
     assert any(v.denominator is not None for v in load(loss) if v.error is None)
     if "tis_cap" in load(loss)[0].config:
-        assert settings(loss, "tis_level") == {"token", "sequence"}
+        assert settings(loss, "tis_level") == {"token", "sequence", "geometric"}
         assert None in settings(loss, "log_ratio_cap")
 
 

@@ -22,6 +22,12 @@ Ledger = dict[str, str]
 """id → fingerprint, for every id that was ever assigned."""
 
 
+WITHDRAWN_NOTE = (
+    "The withdrawn vectors have weights other than 0 and 1. They took the plain mean (gspo, gspo_token) or the plain "
+    "sum (tis_level sequence) over a sequence. The rule is now the weighted one, and the same inputs have new ids."
+)
+
+
 class Group(NamedTuple):
     """Tests that share their settings."""
 
@@ -82,7 +88,8 @@ def file_texts(ledger: Ledger) -> dict[str, str]:
         groups.setdefault(json.dumps(case.config), Group(case.config, [])).tests.append(answer_case(case))
     texts = {f"{loss}.json": file_text(loss, list(groups.values()), ledger) for loss, groups in groups_of.items()}
     current = {name for text in texts.values() for name in ids(json.loads(text))}
-    ledger_file = {"suite": SUITE, "ids": ledger, "withdrawn": [name for name in ledger if name not in current]}
+    withdrawn = [name for name in ledger if name not in current]
+    ledger_file = {"suite": SUITE, "note": WITHDRAWN_NOTE, "ids": ledger, "withdrawn": withdrawn}
     return texts | {LEDGER: json.dumps(ledger_file, indent=1) + "\n"}
 
 

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from lossfns.backend.client.profiles import find_profile, with_reductions
-from lossfns.backend.client.requests import check_embedding_config, check_output, copy_data
+from lossfns.backend.client.requests import check_embedding_config, check_integer, check_output, copy_data
 from lossfns.backend.engine.budget import check_budget
 from lossfns.backend.engine.differentiate import Differentiated
 from lossfns.backend.engine.engine import Engine
 from lossfns.backend.engine.pooling import POOLS
 from lossfns.backend.engine.ranks import Ranks, SingleProcess
+from lossfns.backend.engine.state import adapters_change_nothing
 from lossfns.backend.futures import APIFuture, Resolved, Worker, async_submit
 from lossfns.backend.model import lora
 from lossfns.backend.model.decoder import Decoder
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 def embedded_model(seed: int = 0) -> tuple[nn.Module, Any]:
     """Build the model that is used when none is given, a small byte-level decoder, and its tokenizer."""
+    check_integer("seed", seed, 0, 2**63 - 1, "It seeds the weights of the decoder.")
     tokenizer = ByteTokenizer()
     size: dict[str, Any] = {"dim": 128, "layers": 4, "heads": 4, "kv_heads": 2, "hidden": 384}
     return Decoder(vocab_size=tokenizer.vocab_size, seed=seed, **size), tokenizer
@@ -38,11 +40,27 @@ def pick_device(device: str | torch.device) -> torch.device:
     """Return a device of this machine; ``"auto"`` is the GPU if there is one."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    fix = "auto takes the GPU if there is one."
     try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError, TypeError) as error:
-        got, fix = f"{device!r} ({str(error).splitlines()[0]})", "auto takes the GPU if there is one."
+        found = torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, TypeError, ValueError, OverflowError) as error:
+        got = f"{device!r} ({str(error).splitlines()[0]})"
         raise LossInputError("device", "a device of this machine", got, fix) from None
+    if found.type == "meta":
+        raise LossInputError("device", "a device that holds numbers", repr(device), fix)
+    return found
+
+
+def check_dtype(dtype: Any) -> None:
+    """Refuse anything but a floating-point dtype of torch, or None."""
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise LossInputError("dtype", "a floating-point dtype of torch, or None", repr(dtype), "Pass torch.float32.")
+
+
+def check_name(name: Any) -> None:
+    """Refuse anything but a string or None: checkpoints hold the name."""
+    if name is not None and not isinstance(name, str):
+        raise LossInputError("name", "a string, or None", repr(name), "None takes the model's class.")
 
 
 def check_model(model: Any) -> None:
@@ -108,11 +126,14 @@ class LocalReferenceClient(Resolved):
         mesh: DeviceMesh | None = None,
     ) -> None:
         check_budget(memory_budget)
+        check_dtype(dtype)
+        check_name(name)
         self._profile = find_profile(profile)
         if model is None:
             model, default = embedded_model(seed)
             tokenizer = tokenizer or default
         check_model(model)
+        self._starts_unadapted = adapters_change_nothing(model)
         self.ranks = SingleProcess() if mesh is None else Ranks(mesh, device)
         self.model = model.to(pick_device(device) if mesh is None else None, dtype).eval()
         self._tokenizer, self._name = tokenizer, name or type(model).__name__

@@ -10,6 +10,7 @@ from typing import Any
 
 from lossfns.backend.engine.batch import missing_field
 from lossfns.backend.engine.pooling import POOLS
+from lossfns.backend.storage.file import existing
 from lossfns.errors import LossInputError
 
 
@@ -97,7 +98,18 @@ def check_custom_targets(data: Any) -> None:
 
 
 def refuse_existing(path: str | Path) -> None:
-    """Refuse to write over a file or folder that exists."""
-    if os.path.exists(path):
-        fix = "Choose another name; save_state(..., overwrite=True) replaces it."
-        raise LossInputError("name", "a file that does not exist yet", f"{path}", fix)
+    """Refuse a name that exists before a save begins. The save itself refuses one that appears meanwhile."""
+    if os.path.lexists(path):
+        raise existing(path)
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Refuse anything but True or False: a string is neither, and counts as True."""
+    if not isinstance(value, bool):
+        raise LossInputError(name, "True or False", repr(value), "A string is neither.")
+
+
+def check_integer(name: str, value: Any, low: int, high: int, fix: str) -> None:
+    """Refuse anything but an integer in [low, high]."""
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise LossInputError(name, f"a whole number from {low} to {high}", repr(value), fix)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from lossfns.backend.client.requests import check_integer
 from lossfns.backend.engine.batch import input_ids
 from lossfns.backend.engine.ranks import Ranks, SingleProcess
 from lossfns.backend.futures import APIFuture, Resolved, Worker, async_result
-from lossfns.backend.model.generate import Sample, generate
+from lossfns.backend.model.generate import generate
 from lossfns.backend.types import SampledSequence, SampleResponse, SamplingParams
 from lossfns.errors import LossInputError
 from lossfns.logprobs.linear import model_logprobs
@@ -25,7 +26,7 @@ class LocalSamplingClient(Resolved):
 
     Args:
         model: a module with ``forward``, ``head`` [V, D], ``prefill`` and ``step``.
-        tokenizer: encodes stop strings, and is returned by ``get_tokenizer``.
+        tokenizer: decodes tokens to find stop strings, and is returned by ``get_tokenizer``.
         ranks: the processes that make the same calls; None means only this process.
     """
 
@@ -108,7 +109,7 @@ class LocalSamplingClient(Resolved):
             got, fix = f"a {type(prompts).__name__}", "Pass [prompt] for one."
             raise LossInputError("prompts", "a list of prompts", got, fix)
         ids = [row for prompt in prompts for row in [self._ids(prompt)] * num_samples]
-        stop_sequences, stop_ids = find_stops(params.stop, self._tokenizer, self._vocabulary)
+        stop_ids, stop_texts = find_stops(params.stop, self._tokenizer, self._vocabulary)
         samples = generate(
             self.model,  # type: ignore[arg-type]
             ids,
@@ -116,11 +117,11 @@ class LocalSamplingClient(Resolved):
             temperature=params.temperature,
             top_k=params.top_k,
             top_p=params.top_p,
-            stop=stop_ids,
+            stop=[*stop_ids, *end_tokens(self.model, self._tokenizer)],
+            ends=text_stops(stop_texts, self._tokenizer, ids) if stop_texts else None,
             seed=params.seed,
         )
-        ended = (end_at_stop(sample, stop_sequences) for sample in samples)
-        sequences = [SampledSequence(s.stop_reason, s.tokens, s.logprobs) for s in ended]
+        sequences = [SampledSequence(s.stop_reason, s.tokens, s.logprobs) for s in samples]
         starts = range(0, len(sequences), num_samples)
         return [SampleResponse(sequences[i : i + num_samples]) for i in starts]
 
@@ -141,34 +142,53 @@ LARGEST = 2**20
 """The largest number of samples of a prompt, of tokens of a sample, and the largest ``top_k``."""
 
 
-def check_integer(name: str, value: Any, low: int, high: int, fix: str) -> None:
-    """Refuse anything but an integer in [low, high]."""
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise LossInputError(name, f"a whole number from {low} to {high}", repr(value), fix)
-
-
-def find_stops(stop: Any, tokenizer: Any, vocabulary: int) -> tuple[list[list[int]], list[int]]:
-    """Return the stop sequences of several tokens, and the stop tokens: stops of one token, and the tokenizer's EOS."""
+def find_stops(stop: Any, tokenizer: Any, vocabulary: int) -> tuple[list[int], list[str]]:
+    """Return the stops that are token ids, and those that are strings."""
     stops = [] if stop is None else [stop] if isinstance(stop, (str, int)) else stop
     if not isinstance(stops, (list, tuple)) or not all(isinstance(s, (str, int)) for s in stops):
         got, fix = f"a {type(stop).__name__}", "Pass [id, ...], [text, ...] or one of them."
         raise LossInputError("stop", "token ids or strings", got, fix)
-    if any(isinstance(s, str) for s in stops) and tokenizer is None:
+    texts = [s for s in stops if isinstance(s, str)]
+    ids = [s for s in stops if not isinstance(s, str)]
+    if texts and tokenizer is None:
         raise LossInputError("stop", "token ids, without a tokenizer", "strings", "Pass tokenizer= to the client.")
-    for s in stops:
-        if not isinstance(s, str):
-            check_integer("stop", s, 0, vocabulary - 1, "Use the tokenizer of this model.")
-    sequences = [tokenizer.encode(s, add_special_tokens=False) if isinstance(s, str) else [s] for s in stops]
-    end = getattr(tokenizer, "eos_token_id", None)
-    stop_tokens = [s[0] for s in sequences if len(s) == 1]
-    if end is not None:
-        stop_tokens.append(end)
-    return [s for s in sequences if len(s) > 1], stop_tokens
+    if "" in texts:
+        raise LossInputError("stop", "strings with a character", "''", "Every text contains it: leave it out.")
+    for i in ids:
+        check_integer("stop", i, 0, vocabulary - 1, "Use the tokenizer of this model.")
+    return ids, texts
 
 
-def end_at_stop(sample: Sample, stop_sequences: Sequence[Sequence[int]]) -> Sample:
-    """Cut a sample after its first stop sequence; return a sample without one as it is."""
-    for end in range(1, len(sample.tokens) + 1):
-        if any(sample.tokens[max(0, end - len(s)) : end] == list(s) for s in stop_sequences):
-            return Sample(sample.tokens[:end], sample.logprobs[:end], "stop")
-    return sample
+def text_stops(
+    texts: Sequence[str], tokenizer: Any, prompts: Sequence[Sequence[int]]
+) -> Callable[[int, list[int]], bool]:
+    """Return the function ``ends`` of ``generate`` that ends a sample whose text contains one of ``texts``.
+
+    The text is decoded, since a tokenizer may spell a stop by other tokens than those of the stop alone, for example
+    with characters around it in the same token.
+    """
+
+    def ends(i: int, tokens: list[int]) -> bool:
+        continuation = decode_after(tokenizer, prompts[i][-1], tokens)
+        return any(text in continuation for text in texts)
+
+    return ends
+
+
+def decode_after(tokenizer: Any, previous: int, tokens: Sequence[int]) -> str:
+    """Return the text of tokens that follow the token ``previous``.
+
+    Some tokenizers drop the space before the first token of a text, and none of these tokens is the first.
+    """
+    before, both = tokenizer.decode([previous]), tokenizer.decode([previous, *tokens])
+    text: str = both.removeprefix(before) if both.startswith(before) else tokenizer.decode(list(tokens))
+    return text
+
+
+def end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """Return all ids that the tokenizer or the settings of a model of ``transformers`` declare as the end of a turn."""
+    model = getattr(model, "model", model)  # of hf.CausalLM
+    owners = [tokenizer, *(getattr(model, name, None) for name in ("generation_config", "config"))]
+    declared = [getattr(owner, "eos_token_id", None) for owner in owners]
+    ids = [i for each in declared for i in (each if isinstance(each, (list, tuple)) else [each])]
+    return sorted({i for i in ids if i is not None})

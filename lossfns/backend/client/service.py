@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from lossfns.backend.client.profiles import find_profile
-from lossfns.backend.client.reference import LocalReferenceClient, embedded_model, pick_device
-from lossfns.backend.client.requests import check_metadata, check_path
+from lossfns.backend.client.reference import LocalReferenceClient, check_dtype, embedded_model, pick_device
+from lossfns.backend.client.requests import check_flag, check_metadata, check_path
 from lossfns.backend.client.sampling import LocalSamplingClient
 from lossfns.backend.client.training import LocalTrainingClient
 from lossfns.backend.engine import state
@@ -59,7 +59,8 @@ class LocalServiceClient:
     Args:
         models: for each name a function without arguments that builds the model, or ``(model, tokenizer)``. It is
             called once, at the first use. Every client gets a copy: all start from the same weights, and none changes
-            another's. None provides ``"Decoder"``, a small byte-level decoder.
+            another's. Adapters that a model comes with are merged into its weights. None provides ``"Decoder"``, a
+            small byte-level decoder.
         device, dtype, profile, memory_budget, mesh: arguments of every client, as in ``LocalReferenceClient``. Under a
             mesh, each process creates the same clients in the same order.
         user_metadata: strings by name that every checkpoint of every training client carries.
@@ -93,6 +94,7 @@ class LocalServiceClient:
     ) -> None:
         check_metadata(user_metadata)
         check_budget(memory_budget)
+        check_dtype(dtype)
         self._budget = memory_budget
         self._models = dict(check_models(MODELS if models is None else models))
         self._ranks = SingleProcess() if mesh is None else Ranks(mesh, device)
@@ -129,6 +131,8 @@ class LocalServiceClient:
         Raises LossInputError for an unknown model, and for a ``train_*`` that is False without adapters.
         """
         parts = {"train_mlp": train_mlp, "train_attn": train_attn, "train_unembed": train_unembed}
+        for flag, value in parts.items():
+            check_flag(flag, value)
         if lora_rank != 0:
             return self.create_lora_training_client(
                 base_model, lora_rank, seed, **parts, user_metadata=user_metadata, alpha=lora_alpha
@@ -169,7 +173,10 @@ class LocalServiceClient:
         model that has no layers in a part.
         """
         check_optimizer(optimizer)
-        parts = [part for part, on in (("mlp", train_mlp), ("attn", train_attn), ("unembed", train_unembed)) if on]
+        flags = {"mlp": train_mlp, "attn": train_attn, "unembed": train_unembed}
+        for part, value in flags.items():
+            check_flag(f"train_{part}", value)
+        parts = [part for part, on in flags.items() if on]
         name = self._resolve_name(base_model)
         model = lora.adapt(self._copied_base(name), rank=rank, parts=parts, alpha=alpha, seed=seed)
         return self._make_client(LocalTrainingClient, name, model, user_metadata)
@@ -310,7 +317,7 @@ class LocalServiceClient:
         name: Any = data.get("model") if base_model is None else base_model
         model = self._copied_base(name)
         state.check_description(model, data, str(path))
-        return name, lora.adapt(model, **data["lora"]) if data.get("lora") else model
+        return name, model if data.get("lora") is None else adapted_as_saved(model, data["lora"], str(path))
 
     def _make_client(self, kind: type[C], name: str, model: nn.Module, user_metadata: Any) -> C:
         """Create a client of a model with the service's settings and metadata."""
@@ -341,12 +348,31 @@ def check_models(models: Any) -> Mapping[str, ModelBuilder]:
 
 
 def copied_model(name: str, built: Any) -> tuple[nn.Module, Any]:
-    """Copy the model that the function of ``name`` has built, since its owner may change it; add its tokenizer."""
+    """Copy the model that the function of ``name`` has built, since its owner may change it; add its tokenizer.
+
+    Adapters are merged into the weights of the copy.
+    """
     model, tokenizer = built if isinstance(built, tuple) and len(built) == 2 else (built, None)
     if not isinstance(model, nn.Module):
         expected, got = f"a torch module from the function of {name!r}", f"a {type(model).__name__}"
         raise LossInputError("models", expected, got, "Return the model, or (model, tokenizer).")
-    return copy.deepcopy(model), tokenizer
+    copied = copy.deepcopy(model)
+    lora.merge(copied)
+    return copied, tokenizer
+
+
+def adapted_as_saved(model: nn.Module, settings: Any, path: str) -> nn.Module:
+    """Put the adapters of a checkpoint on a model, from the settings in the file."""
+    expected, fix = "adapters that this model can have", "Build the same model first."
+    if not isinstance(settings, dict) or set(settings) != {"rank", "parts", "alpha"}:
+        raise LossInputError("path", expected, f"{path}, with {settings!r}", fix)
+    parts = settings["parts"]
+    if not isinstance(parts, list) or not all(isinstance(part, str) for part in parts):
+        raise LossInputError("path", expected, f"{path}, with parts {parts!r}", fix)
+    try:
+        return lora.adapt(model, **settings)
+    except LossInputError as error:
+        raise LossInputError("path", expected, f"{path} ({error})", fix) from error
 
 
 def check_optimizer(optimizer: Any) -> None:

@@ -13,6 +13,7 @@ from lossfns.backend.client.profiles import request_cost, with_reductions
 from lossfns.backend.client.reference import LocalReferenceClient, UnadaptedClient, response
 from lossfns.backend.client.requests import (
     check_custom_targets,
+    check_flag,
     check_loss_type,
     check_output,
     check_path,
@@ -22,8 +23,15 @@ from lossfns.backend.client.requests import (
 )
 from lossfns.backend.client.sampling import LocalSamplingClient
 from lossfns.backend.engine.pooling import POOLS
-from lossfns.backend.engine.state import check_description, description, load_weights, parameters_with_moments, weights
-from lossfns.backend.futures import APIFuture, async_of, async_submit, log
+from lossfns.backend.engine.state import (
+    adapters_change_nothing,
+    check_description,
+    description,
+    load_weights,
+    parameters_with_moments,
+    weights,
+)
+from lossfns.backend.futures import APIFuture, async_of, async_submit, log, raise_refused_wait
 from lossfns.backend.model import lora
 from lossfns.backend.storage import checkpoint
 from lossfns.backend.storage.folder import Processes
@@ -155,8 +163,7 @@ class LocalTrainingClient(LocalReferenceClient):
         that cannot be written to, and an accumulated gradient, which is not part of a checkpoint.
         """
         check_save(name, ttl_seconds, user_metadata)
-        if not isinstance(overwrite, bool):
-            raise LossInputError("overwrite", "True or False", repr(overwrite), "A string is neither.")
+        check_flag("overwrite", overwrite)
         return self._worker.submit(self._save_state, name, overwrite, dict(user_metadata or {}))
 
     def load_state(self, path: str | Path, weights_access_token: str | None = None) -> APIFuture[LoadWeightsResponse]:
@@ -239,11 +246,15 @@ class LocalTrainingClient(LocalReferenceClient):
         """Return a client of this model with its adapters switched off: the reference policy, without a second copy.
 
         Its requests run in one order with those of this client, on the same thread and weights. Raises LossInputError
-        for a model without adapters.
+        for a model without adapters, and for adapters that were not zero when the client started: without them the
+        model is not the policy that the client started from.
         """
         if not lora.adapted_layers(self.model):
             fix = "Pass a copy of the model to LocalReferenceClient, before the first step."
             raise LossInputError("reference", "a model with adapters, which can be switched off", "none", fix)
+        if not self._starts_unadapted:
+            fix = "Pass a copy of the model to LocalReferenceClient, before the first step."
+            raise LossInputError("reference", "adapters that are zero at the start", "adapters trained before", fix)
         return UnadaptedClient(self)
 
     forward_backward_async = async_submit(forward_backward)
@@ -284,31 +295,40 @@ class LocalTrainingClient(LocalReferenceClient):
             self._profile.check_custom_data(fields)
         with self._engine.gradients.all_or_nothing():
             result = self._engine.backward(loss_fn, data, forward)
+            raise_refused_wait()
             return response(result, request_cost(result) | self._profile.custom_metrics(result))
 
     def _save_state(self, path: str | Path, overwrite: bool, metadata: dict[str, str]) -> SaveResponse:
         if any(p.grad is not None for p in self.model.parameters()):
             fix = "Call optim_step first: gradients are not part of a checkpoint."
             raise LossInputError("save_state", "no accumulated gradient", "one", fix)
-        if not overwrite:
-            self.ranks.on_rank_zero(refuse_existing, path)
         tensors = self._engine.state()
-        return self._write(path, tensors, "state", metadata, stepped=parameters_with_moments(tensors))
+        return self._write(path, tensors, "state", metadata, overwrite, stepped=parameters_with_moments(tensors))
 
     def _save_weights(self, path: str | Path, metadata: dict[str, str]) -> SaveResponse:
-        self.ranks.on_rank_zero(refuse_existing, path)
-        return self._write(path, weights(self.model), "sampler", metadata)
+        return self._write(path, weights(self.model), "sampler", metadata, overwrite=False)
 
-    def _write(self, path: str | Path, tensors: Any, kind: str, metadata: dict[str, str], **more: Any) -> SaveResponse:
+    def _write(
+        self,
+        path: str | Path,
+        tensors: Mapping[str, Tensor],
+        kind: str,
+        metadata: dict[str, str],
+        overwrite: bool,
+        **more: Any,
+    ) -> SaveResponse:
         data = more | {
             "kind": kind,
             "steps": self._engine.steps,
             "model": self._name,
+            "starts_unadapted": self._starts_unadapted,
             **description(self.model),
             "user_metadata": self.user_metadata | metadata,
         }
         try:
-            return SaveResponse(str(checkpoint.save(path, tensors, data, self._processes())))
+            if not overwrite:
+                self.ranks.on_rank_zero(refuse_existing, path)
+            return SaveResponse(str(checkpoint.save(path, tensors, data, self._processes(), overwrite=overwrite)))
         except LossInputError as error:
             error.field = "name" if error.field == "path" else error.field
             raise
@@ -325,6 +345,7 @@ class LocalTrainingClient(LocalReferenceClient):
         check_description(self.model, data, str(path))
         with self._logging_dropped_gradient(path):
             self._engine.load_weights(tensors, str(path))
+        self._starts_unadapted = adapters_change_nothing(self.model)
         return LoadWeightsResponse(str(path))
 
     def _load_state_with_optimizer(self, path: str | Path) -> LoadWeightsResponse:
@@ -335,6 +356,7 @@ class LocalTrainingClient(LocalReferenceClient):
         check_description(self.model, data, str(path))
         with self._logging_dropped_gradient(path):
             self._engine.load_state(tensors, str(path), data)
+        self._starts_unadapted = data.get("starts_unadapted") is not False
         return LoadWeightsResponse(str(path))
 
     @contextmanager

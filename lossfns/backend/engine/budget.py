@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -183,9 +184,9 @@ def into_micro_batches(lengths: Sequence[int], max_tokens: float, group: int) ->
 
 def check_budget(limit: Any) -> None:
     """Refuse a budget that is not a number of bytes above 0, or None."""
-    if limit is not None and not (is_real(limit) and limit > 0):
+    if limit is not None and not (is_real(limit) and (0 < limit < 2**63 or limit == math.inf)):
         fix = "None takes what is free."
-        raise LossInputError("memory_budget", "bytes, a number above 0, or None", repr(limit), fix)
+        raise LossInputError("memory_budget", "bytes, a number above 0 and below 2^63, or None", repr(limit), fix)
 
 
 def budget_too_small(limit: float, needed: float, datum: int) -> LossInputError:

@@ -24,7 +24,7 @@ def bind_builtin(name: Any, config: Mapping[str, Any] | None, data: Sequence[Any
     for i, datum in enumerate(data):
         check_fields(datum, name, ("target_tokens", *required), builtin.optional, i)
     weights_of = ratio_mask if "sequence_ratio_mask" in required else weights_or_ones
-    # A raw sum ignores the denominator. Binding one allows a batch in which no token has a weight.
+    # A raw sum ignores the denominator. Binding one allows forward passes over a batch in which no token has a weight.
     return loss.bind(weights=[weights_of(datum, i) for i, datum in enumerate(data)], denominator=1.0)
 
 

@@ -105,7 +105,11 @@ class Engine:
         """Compute a built-in loss, and add its gradient to the accumulated one."""
         forward = self.logprobs(data)
         bound = bind_builtin(loss_fn, config, data, multi_target=forward.inputs.targets[0].ndim == 2)
-        return self.backward(bound, data, forward)
+        result = self.backward(bound, data, forward)
+        if result.metrics["tokens"] == 0:
+            expected, fix = "at least one active token in the batch", "Leave the call out: it would add no gradient."
+            raise LossInputError("weights", expected, "only zeros", fix, loss=loss_fn)
+        return result
 
     def backward(self, loss_fn: LossFn | Loss | BoundLoss, data: list[Any], forward: Forward) -> Differentiated:
         """Compute any loss of the contract, and add its gradient to the accumulated one.
@@ -160,14 +164,25 @@ class Engine:
             tensors: named as ``state`` names them.
             path: the checkpoint, which errors name.
         """
-        state.load_weights(self.model, self.ranks.distribute(tensors), path)
+        tensors = self.ranks.distribute(tensors)
+        state.check_weights(self.model, tensors, path)
+        self.replace_weights(tensors)
+
+    def replace_weights(self, tensors: Mapping[str, Tensor]) -> None:
+        """Load weights that ``check_weights`` has accepted. The optimizer starts afresh."""
+        state.replace_weights(self.model, tensors)
         self.reset_optimizer()
 
     def load_state(self, tensors: Mapping[str, Tensor], path: str, data: Mapping[str, Any]) -> None:
-        """Load all of ``state``: training continues as if it had not been interrupted."""
+        """Load all of ``state``, or refuse it and change nothing.
+
+        Training then continues as if it had not been interrupted.
+        """
         tensors = self.ranks.distribute(tensors)
+        state.check_weights(self.model, tensors, path)
         state.check_complete(self.model, tensors, data, path)
-        self.load_weights(tensors, path)
+        state.check_random(tensors, next(self.model.parameters()).device, path)
+        self.replace_weights(tensors)
         state.load_moments(self.model, self.optimizer, tensors)
         state.load_random(tensors, next(self.model.parameters()).device)
         self.steps = data["steps"]

@@ -130,7 +130,7 @@ class Ranks:
     """
 
     def __init__(self, mesh: DeviceMesh, device: str | torch.device = "auto") -> None:
-        if mesh.ndim != 1:
+        if getattr(mesh, "ndim", None) != 1:
             fix = "start() makes one of all processes."
             raise LossInputError("mesh", "one dimension, over which the model is sharded", repr(mesh), fix)
         if device != "auto" and torch.device(device).type != mesh.device_type:

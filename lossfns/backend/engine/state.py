@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lossfns.backend.engine.ranks import full_tensor
+from lossfns.backend.model import lora
 from lossfns.errors import LossInputError
 
 # Weights
@@ -28,15 +30,55 @@ def tied_names(model: nn.Module) -> dict[str, str]:
     return {name: first[p] for name, p in parameters if first.setdefault(p, name) != name}
 
 
-def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], path: str) -> None:
-    """Load the weights, or refuse them and change nothing."""
-    loaded = {name.removeprefix("model."): x for name, x in tensors.items() if name.startswith("model.")}
-    expected, shapes = ({name: tuple(x.shape) for name, x in state.items()} for state in (model.state_dict(), loaded))
+def check_weights(model: nn.Module, tensors: Mapping[str, Tensor], path: str) -> None:
+    """Refuse weights whose names, shapes or kinds of numbers are not the model's, and those that are not finite."""
+    loaded, state = weights_in(tensors), model.state_dict()
+    expected, shapes = ({name: tuple(x.shape) for name, x in each.items()} for each in (state, loaded))
     if shapes != expected:
         wrong = next(name for name in (*expected, *shapes) if shapes.get(name) != expected.get(name))
-        got = f"{path}, in which {wrong} is {shapes.get(wrong, 'missing')} in place of {expected.get(wrong, 'nothing')}"
-        raise LossInputError("path", "a checkpoint of this model", got, "Build the same model first.")
-    model.load_state_dict(loaded)
+        got = f"{wrong} is {shapes.get(wrong, 'missing')} in place of {expected.get(wrong, 'nothing')}"
+        raise other_model(path, got)
+    for name, x in state.items():
+        if loaded[name].dtype != x.dtype and not (loaded[name].is_floating_point() and x.is_floating_point()):
+            raise other_model(path, f"{name} is {loaded[name].dtype} in place of {x.dtype}")
+    for name, p in model.named_parameters(remove_duplicate=False):
+        if not all_true(loaded[name].to(p.dtype).isfinite()):
+            fix = "Take an earlier checkpoint."
+            raise LossInputError("path", "a checkpoint of finite weights", f"{path}, with nan or inf in {name}", fix)
+
+
+def weights_in(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the model's tensors of a checkpoint, by the names that the model gives them."""
+    return {name.removeprefix("model."): x for name, x in tensors.items() if name.startswith("model.")}
+
+
+def all_true(x: Tensor) -> bool:
+    """Return whether all entries are True, on all ranks."""
+    return bool(full_tensor(x.all()))
+
+
+def replace_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Load weights that ``check_weights`` has accepted."""
+    model.load_state_dict(weights_in(tensors))
+
+
+def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], path: str) -> None:
+    """Load the weights, or refuse them and change nothing."""
+    check_weights(model, tensors, path)
+    replace_weights(model, tensors)
+
+
+def other_model(path: str, difference: str) -> LossInputError:
+    """The error for a checkpoint of another model."""
+    got, fix = f"{path}, in which {difference}", "Build the same model first."
+    return LossInputError("path", "a checkpoint of this model", got, fix)
+
+
+@torch.no_grad()
+def adapters_change_nothing(model: nn.Module) -> bool:
+    """Return whether a model computes the same with its adapters switched off. It does so before their first step."""
+    own = getattr(model, "lora", None)  # set by lora.adapt; adapters of another kind are taken to change something
+    return bool(own) and all(all_true(layer.lora_B[lora.ADAPTER].weight == 0) for layer in lora.adapted_layers(model))
 
 
 # Description
@@ -52,12 +94,13 @@ def check_description(model: nn.Module, data: Mapping[str, Any], path: str) -> N
     """Refuse the checkpoint of a model that computes something else from tensors of the same shapes."""
     for name, expected in description(model).items():
         stored = data.get(name)
-        if not expected or not isinstance(stored, dict):
+        if not expected or stored is None:
             continue
+        if not isinstance(stored, dict):
+            raise other_model(path, f"{name} is {stored!r} in place of {expected}")
         for key in expected:  # all but the seed, which sets the initial weights alone
             if key != "seed" and as_json(expected[key]) != stored.get(key):
-                got = f"{path}, in which {key} is {stored.get(key)} in place of {expected[key]}"
-                raise LossInputError("path", "a checkpoint of this model", got, "Build the same model first.")
+                raise other_model(path, f"{key} is {stored.get(key)} in place of {expected[key]}")
 
 
 def as_json(value: Any) -> Any:
@@ -94,33 +137,56 @@ def parameters_with_moments(tensors: Mapping[str, Tensor]) -> list[str]:
     return sorted({name.split(".", 2)[2] for name in tensors if name.startswith("optim.")})
 
 
+LARGEST_STEPS = 2**53
+"""The largest number of steps that a state may have."""
+
+
 def check_complete(model: nn.Module, tensors: Mapping[str, Tensor], data: Mapping[str, Any], path: str) -> None:
     """Refuse a state from which training could not continue as if it had not been interrupted.
 
-    Such a state has other dtypes, or lacks a part of the optimizer's or the random state.
+    Such a state has other dtypes, or lacks a part of the optimizer's state, or has one that AdamW cannot have left.
     """
     check_dtypes(model, tensors, path)
     steps, parameters = data.get("steps"), dict(model.named_parameters())
     names = parameters_with_moments(tensors)
     wrong = None
-    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0:
+    if not isinstance(steps, int) or isinstance(steps, bool) or not 0 <= steps <= LARGEST_STEPS:
         wrong = f"steps = {steps!r}"
-    elif data.get("stepped") != names:
+    elif data.get("stepped") != names or (steps == 0) != (not names):
         wrong = "an incomplete optimizer"
     elif not set(names) <= parameters.keys():
         wrong = f"moments of {min(set(names) - parameters.keys())}, which is no parameter of this model"
     else:
-        for name in names:
-            keys = [f"optim.{k}.{name}" for k in MOMENTS]
-            shapes = [tuple(tensors[key].shape) if key in tensors else None for key in keys]
-            if shapes != [tuple(parameters[name].shape), tuple(parameters[name].shape), ()]:
-                wrong = f"moments of {name} of shapes {shapes}"
-    generator = tensors.get("random.cpu")
-    if generator is None or generator.dtype != torch.uint8 or generator.shape != torch.get_rng_state().shape:
-        wrong = wrong or "no state of random numbers"
+        wrong = next((w for name in names if (w := wrong_moments(name, parameters[name], tensors, steps))), None)
+    known = ("model.", "random.", *(f"optim.{key}." for key in MOMENTS))
+    unknown = [name for name in tensors if not name.startswith(known)]
+    if unknown:
+        wrong = wrong or f"{unknown[0]}, which is neither weight, moment nor random state"
     if wrong is not None:
-        fix = "The client's load_state takes the weights alone."
-        raise LossInputError("path", "a whole state of training", f"{path}, with {wrong}", fix)
+        raise not_continued(path, wrong)
+
+
+def wrong_moments(name: str, p: nn.Parameter, tensors: Mapping[str, Tensor], steps: int) -> str | None:
+    """Return what is wrong with the moments of a parameter; None if AdamW may have left them."""
+    keys = [f"optim.{key}.{name}" for key in MOMENTS]
+    shapes = [tuple(tensors[key].shape) if key in tensors else None for key in keys]
+    if shapes != [tuple(p.shape), tuple(p.shape), ()]:
+        return f"moments of {name} of shapes {shapes}"
+    first, second, step = (tensors[key] for key in keys)
+    if (first.dtype, second.dtype, step.dtype) != (p.dtype, p.dtype, torch.float32):
+        return f"moments of {name} of dtypes {first.dtype}, {second.dtype} and {step.dtype}"
+    if not all_true(first.isfinite()) or not all_true(second.isfinite() & (second >= 0)):
+        return f"moments of {name} that are negative, nan or inf"
+    count = float(full_tensor(step))
+    if not (count.is_integer() and 1 <= count <= steps):
+        return f"moments of {name} after {count} of {steps} steps"
+    return None
+
+
+def not_continued(path: str, wrong: str) -> LossInputError:
+    """The error for a state from which training cannot continue."""
+    fix = "The client's load_state takes the weights alone."
+    return LossInputError("path", "a whole state of training", f"{path}, with {wrong}", fix)
 
 
 def check_dtypes(model: nn.Module, tensors: Mapping[str, Tensor], path: str) -> None:
@@ -141,9 +207,20 @@ def random(device: torch.device) -> dict[str, Tensor]:
     return {"random.cpu": torch.get_rng_state(), **cuda}
 
 
+def check_random(tensors: Mapping[str, Tensor], device: torch.device, path: str) -> None:
+    """Refuse states that torch's generators cannot take. They are tried on generators of their own."""
+    if "random.cpu" not in tensors:
+        raise not_continued(path, "no state of random numbers")
+    devices = {"random.cpu": torch.device("cpu")} | ({"random.cuda": device} if device.type == "cuda" else {})
+    for name in devices.keys() & tensors.keys():
+        try:
+            torch.Generator(devices[name]).set_state(full_tensor(tensors[name]))
+        except (RuntimeError, TypeError) as error:
+            raise not_continued(path, f"a state of random numbers that torch refuses ({error})") from error
+
+
 def load_random(tensors: Mapping[str, Tensor], device: torch.device) -> None:
     """Set the states of torch's generators, for the whole process."""
-    if "random.cpu" in tensors:
-        torch.set_rng_state(tensors["random.cpu"])
+    torch.set_rng_state(tensors["random.cpu"])
     if "random.cuda" in tensors and device.type == "cuda":
         torch.cuda.set_rng_state(tensors["random.cuda"], device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ class Sample(NamedTuple):
     Attributes:
         tokens: ids, the stop token included.
         logprobs: for each token its logprob under the full softmax at temperature 1, whatever the sampling options.
-        stop_reason: ``"stop"`` after a stop token, ``"length"`` after ``max_tokens``.
+        stop_reason: ``"stop"`` after a stop, ``"length"`` after ``max_tokens``.
     """
 
     tokens: list[int]
@@ -38,6 +38,7 @@ def generate(
     top_k: int = -1,
     top_p: float = 1.0,
     stop: Collection[int] = (),
+    ends: Callable[[int, list[int]], bool] | None = None,
     seed: int | None = None,
 ) -> list[Sample]:
     """Sample one sequence for each prompt. A prompt that occurs several times is read once.
@@ -50,6 +51,7 @@ def generate(
         top_k: sample from the k most probable tokens; 0 or less keeps all.
         top_p: sample from the fewest tokens whose probabilities sum to ``top_p`` or more; applied after ``top_k``.
         stop: ids that end a sequence.
+        ends: called after each token with the index of a prompt and all tokens sampled for it; True ends the sequence.
         seed: the seed of the draws; None uses PyTorch's global generator.
 
     Raises:
@@ -72,6 +74,7 @@ def generate(
     logprobs = torch.zeros(len(prompts), max_tokens, device=device)
     counts = torch.zeros(len(prompts), dtype=torch.long, device=device)
     rows = torch.arange(len(prompts), device=device)  # the sequences that have not ended
+    sampled: list[list[int]] = [[] for _ in prompts]
     training = model.training
     model.eval()
     distinct = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
@@ -85,7 +88,12 @@ def generate(
         tokens[rows, t] = chosen
         logprobs[rows, t] = logits.log_softmax(1).gather(1, chosen[:, None]).squeeze(1)
         counts[rows] += 1
-        unfinished = (~torch.isin(chosen, stops)).nonzero().squeeze(1)
+        ended = torch.isin(chosen, stops)
+        if ends is not None:
+            for i, token in zip(rows.tolist(), chosen.tolist()):
+                sampled[i].append(token)
+            ended |= torch.tensor([ends(i, sampled[i]) for i in rows.tolist()], device=device)
+        unfinished = (~ended).nonzero().squeeze(1)
         if len(unfinished) < len(rows):
             rows, chosen, cache = rows[unfinished], chosen[unfinished], cache.select(unfinished)
         if len(rows) == 0 or t == max_tokens - 1:

@@ -6,7 +6,9 @@ prefixes. Everything else is the library's own code.
 
 from __future__ import annotations
 
+import inspect
 import math
+import re
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -20,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from lossfns.backend.model import lora
 from lossfns.backend.model.attention import Attend, Layout, choose_route
 from lossfns.backend.model.cache import Cache
-from lossfns.errors import LossInputError
+from lossfns.errors import LossInputError, warn
 from lossfns.logprobs.linear import head_of
 
 
@@ -34,8 +36,12 @@ def load(
         dtype: ``"auto"`` keeps the dtype of the file; quantised weights of a GGUF file become float32.
         device: the device to put the model on.
 
+    The adapters of an adapter folder of ``peft`` are merged into the weights of its base model. A folder without a
+    tokenizer has that of its base model.
+
     Raises:
-        LossInputError: nothing is found at ``source``.
+        LossInputError: nothing is found at ``source``, or a model that ``CausalLM`` refuses, or adapters on weights
+            narrower than float32.
 
     >>> from lossfns.backend import LocalServiceClient
     >>> service = LocalServiceClient({"smollm2": lambda: load("SmolLM2-135M-Instruct.Q4_1.gguf")})
@@ -46,27 +52,43 @@ def load(
     hf = transformers()
     try:
         model = hf.AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation="eager", **options)
-        tokenizer = hf.AutoTokenizer.from_pretrained(source, **options)
-    except OSError as error:
+        tokenizer = tokenizer_of(source, model.name_or_path if lora.wrapped_layers(model) else source, **options)
+    except (OSError, ValueError) as error:  # ValueError: not a causal language model, or no path at all
         expected, got = "a folder, a GGUF file or the name of a repository", f"{path} ({str(error).splitlines()[0]})"
-        raise LossInputError("source", expected, got, "Check the path, or the connection.") from error
+        fix = "Check the path, or the connection, and that it is a causal language model."
+        raise LossInputError("source", expected, got, fix) from error
+    lora.merge(model)
     return CausalLM(model).to(device), tokenizer
+
+
+def tokenizer_of(source: str | Path, base: str | Path, **options: Any) -> Any:
+    """Load the tokenizer of ``source``; that of ``base`` if there is none."""
+    hf = transformers()
+    try:
+        return hf.AutoTokenizer.from_pretrained(source, **options)
+    except (OSError, ValueError):
+        if base == source:
+            raise
+        return hf.AutoTokenizer.from_pretrained(base)
 
 
 class CausalLM(nn.Module):
     """A causal language model of ``transformers`` over packed sequences, in eval mode.
 
     Args:
-        model: for example from ``AutoModelForCausalLM.from_pretrained``. It is changed in place, not copied.
+        model: for example from ``AutoModelForCausalLM.from_pretrained``. It is changed in place, not copied. Adapters
+            of ``peft`` take part as they are, trained or frozen.
 
     Attributes:
         model: the model of ``transformers``.
         context_length: the most tokens that a sequence may have.
         shape: architecture and settings, as a checkpoint records them.
-        lora_targets: names of the linear layers of each part, for ``lora.adapt``.
+
+    Dropout and noise that the configuration asks for are not computed, which a ``LossWarning`` says.
 
     Raises:
-        LossInputError: not a causal language model, or one that cannot be packed. Before and after its attention is
+        LossInputError: not a causal language model, one that reads more than text, one whose configuration asks for the
+            auxiliary loss of a router, or one that cannot be packed. Before and after its attention is
             replaced, a few tokens go through the model, and the logits are compared. That refuses models that mix
             tokens other than by attention (Mamba and other hybrids) and models whose attention or head has parts
             that are not known here. Attention sinks and chunked attention are refused by name.
@@ -75,15 +97,23 @@ class CausalLM(nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
         register_attention()
+        model = without_peft(model)
         pretrained = isinstance(model, transformers().PreTrainedModel)
         if not pretrained or not model.can_generate() or model.config.is_encoder_decoder:
             fix = "Pass AutoModelForCausalLM.from_pretrained(...)."
             raise LossInputError("model", "a causal language model of transformers", f"a {type(model).__name__}", fix)
+        check_text_alone(model)
+        check_router_loss(model)
         self.model = model.eval()
         self.context_length = context_length(model.config.get_text_config())
         self.shape = architecture(model)
-        self.lora_targets = linear_layers_by_part(self)
         check_packing(self)
+        warn_of_noise(model)
+
+    @property
+    def lora_targets(self) -> dict[str, tuple[str, ...]]:
+        """Names of the linear layers of each part, for ``lora.adapt``."""
+        return linear_layers_by_part(self)
 
     # The head
 
@@ -278,6 +308,56 @@ def architecture(model: Any) -> dict[str, Any]:
     return {"architecture": type(model).__name__, **kept}
 
 
+def without_peft(model: Any) -> Any:
+    """Return the model of transformers that a ``PeftModel`` wraps, with its adapters; any other model as it is."""
+    if not hasattr(model, "peft_config") or not hasattr(model, "get_base_model"):
+        return model
+    if any(config.is_prompt_learning for config in model.peft_config.values()):
+        got, fix = f"a {type(model).__name__} with learned prompts", "Train low-rank adapters instead."
+        raise LossInputError("model", "adapters that are layers of the model", got, fix)
+    return model.get_base_model()
+
+
+def check_text_alone(model: Any) -> None:
+    """Refuse a model with inputs other than text: they would be left out."""
+    inputs = inspect.signature(model.forward).parameters
+    others = [name for name in inputs if re.search("pixel|image|video|audio|speech|input_features", name)]
+    others += [name for name in ("vision_config", "audio_config") if getattr(model.config, name, None) is not None]
+    if others:
+        got = f"a {type(model).__name__} with {', '.join(others)}"
+        raise LossInputError("model", "a model of text alone", got, "Take the text model of the same family.")
+
+
+def check_router_loss(model: Any) -> None:
+    """Refuse a model whose configuration adds the auxiliary loss of a router to the loss: it is not computed here."""
+    config = model.config.get_text_config()
+    if getattr(config, "output_router_logits", False):
+        got = f"a {type(model).__name__} with output_router_logits=True, which asks for the router's auxiliary loss"
+        fix = "Set model.config.output_router_logits = False to train without that loss."
+        raise LossInputError("model", "a model without losses of its own", got, fix)
+
+
+def warn_of_noise(model: Any) -> None:
+    """Warn of dropout and of noise in a router, which the configuration asks for and eval mode leaves out."""
+    noise = noise_settings(model.config.get_text_config().to_dict())
+    for layer in lora.adapted_layers(model):
+        noise |= noise_settings({"lora_dropout": getattr(x, "p", 0.0) for x in layer.lora_dropout.values()})  # noqa: B035
+    if noise:
+        settings = ", ".join(f"{name}={value}" for name, value in noise.items())
+        warn(f"{type(model).__name__} is trained without {settings}: models run in eval mode. Set them to 0.")
+
+
+def noise_settings(config: dict[str, Any]) -> dict[str, float]:
+    """Return the settings above 0 of dropout and of noise in a router; those of other heads do not matter."""
+    found: dict[str, float] = {}
+    for name, value in config.items():
+        if isinstance(value, dict):
+            found |= noise_settings(value)
+        elif isinstance(value, float) and value > 0 and re.search("drop|jitter", name):
+            found |= {} if name.startswith(("classifier", "summary")) else {name: value}
+    return found
+
+
 def linear_layers_by_part(model: CausalLM) -> dict[str, tuple[str, ...]]:
     """Return the names of the linear layers of attention, of the head, and of all else as the MLP."""
     head = model.model.get_output_embeddings()
@@ -292,8 +372,9 @@ def linear_layers_by_part(model: CausalLM) -> dict[str, tuple[str, ...]]:
 def check_packing(model: CausalLM) -> None:
     """Switch a model to our attention; refuse it if packed sequences then have other logits than by the model's own."""
     lengths, parents = [2, 2, 5], [None, 0, 0]  # most tokens follow tokens that they must not see
-    vocabulary = model.model.get_input_embeddings().num_embeddings
-    prefix, first, second = (torch.arange(1, 10, device=model.head.device) * 7919 % vocabulary).split(lengths)
+    vocabulary = len(model.model.get_input_embeddings().weight)
+    tokens = torch.arange(1, 10, device=model.head.device) * 7919 % vocabulary
+    prefix, first, second = torch.split(tokens, lengths)
     model.model.set_attn_implementation("eager")
     first_alone, second_alone = (
         model.model(input_ids=torch.cat((prefix, suffix))[None], use_cache=False).logits[0]

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import sys
+from collections import Counter
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +19,9 @@ from lossfns.errors import LossInputError
 ALPHA = 32
 """Numerator of the scale alpha / rank. The hosted services take 32 for every rank."""
 
+LARGEST_RANK = 2**16
+"""The largest rank of adapters, far above the width of any layer."""
+
 ADAPTER = "default"
 """The name of the adapter within ``peft``."""
 
@@ -26,7 +32,8 @@ def adapt(
     """Freeze a model and put adapters on its ``parts``, in place: y = x·(W + alpha/rank·B·A)ᵀ.
 
     A [rank, in] is uniform in ±1/√in, and B [out, rank] is zero, so that the model's outputs do not change at first.
-    Both are float32 or better.
+    Both are float32 or better. Adapters that the model has already are merged into its weights. If some parameters are
+    frozen, their layers get no adapters; if all are frozen, as those of a reference, this has no meaning.
 
     Args:
         model: its ``lora_targets`` names the linear layers of each part, as in ``Decoder``.
@@ -41,10 +48,12 @@ def adapt(
     Raises:
         LossInputError: settings out of range, or a part without linear layers.
     """
+    merge(model)
     check_settings(model, rank, parts, alpha, seed)
-    targets = [name for part in parts for name in layers_by_part(model)[part]]
+    targets = [name for part in parts for name in trainable_layers(model, part)]
     config = peft().LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets)
-    peft().inject_adapter_in_model(config, model, ADAPTER)
+    with torch.random.fork_rng(devices=[]):  # peft draws weights, which initialise replaces
+        peft().inject_adapter_in_model(config, model, ADAPTER)
     initialise(adapted_layers(model), seed)
     model.lora = {"rank": rank, "parts": sorted(parts), "alpha": alpha}  # type: ignore[assignment]
     if "unembed" in parts and not model.head.requires_grad:
@@ -65,6 +74,74 @@ def initialise(adapters: list[Any], seed: int | None) -> None:
         a.copy_((2 * torch.rand(a.shape, generator=generator) - 1) / math.sqrt(a.shape[1]))
 
 
+def merge(model: nn.Module) -> None:
+    """Merge the adapters of a model into its weights, in place; without adapters, change nothing.
+
+    An adapter that is switched off is dropped. A weight that two layers share gets a copy for the adapted layer. All
+    parameters are trainable afterwards: ``peft`` has frozen them for the adapters' sake.
+
+    Raises:
+        LossInputError: the weights are narrower than float32, so that the sums would be rounded to the old weights; or
+            adapters of a kind that weights cannot hold.
+    """
+    layers = wrapped_layers(model)
+    if not layers:
+        return
+    narrow = next((p.dtype for layer in layers for p in layer.parameters() if p.itemsize < 4), None)
+    if narrow is not None:
+        fix = "Load it with dtype=torch.float32, or merge the adapters yourself if the rounding does not matter."
+        raise LossInputError("model", "adapters on float32 weights, to be merged", f"weights of {narrow}", fix)
+    names = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    for parent in reversed(list(model.modules())):  # layers within layers first
+        for name, layer in list(parent.named_children()):
+            if layer in layers and not hasattr(parent, "original_module"):
+                setattr(parent, name, merged(layer, {key for key, count in names.items() if count > 1}))
+    model.requires_grad_(True)
+    model.lora = None  # type: ignore[assignment]
+    declare_untied(model)
+
+
+def declare_untied(model: nn.Module) -> None:
+    """Tell the configurations of models of transformers whose head has a weight of its own now, so that it is saved."""
+    for module in model.modules():
+        if getattr(getattr(module, "config", None), "tie_word_embeddings", False):
+            ends = [find() for find in (module.get_input_embeddings, module.get_output_embeddings)]  # type: ignore[operator]
+            if all(ends) and ends[0].weight is not ends[1].weight:
+                module.config.tie_word_embeddings = False  # type: ignore[union-attr]
+
+
+def wrapped_layers(model: nn.Module) -> list[Any]:
+    """Return the layers that ``peft`` has wrapped, for adapters of any kind."""
+    if "peft" not in sys.modules:
+        return []
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    return [module for module in model.modules() if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+
+
+def merged(layer: Any, tied: Collection[int]) -> nn.Module:
+    """Return a layer without its adapter, with the adapter's effect in its weights. ``tied`` are ids of parameters."""
+    if hasattr(layer, "original_module"):  # a layer of which a copy has been trained
+        trained = partial(layer.unload_and_optionally_merge_module, merge=True, safe_merge=True, adapter_names=None)
+        whole: nn.Module = layer.original_module if layer.disable_adapters else trained()
+        return whole
+    base: nn.Module = layer.get_base_layer()
+    for name, p in list(base.named_parameters(recurse=False)):
+        if id(p) in tied:
+            setattr(base, name, nn.Parameter(p.detach().clone()))
+    if layer.disable_adapters:
+        if layer.merged:
+            layer.unmerge()
+        return base
+    try:
+        layer.merge(safe_merge=True)
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        fix = "Wrap it with hf.CausalLM and LocalTrainingClient, which take adapters as they are."
+        raise LossInputError("model", "adapters that can be merged into the weights", f"{error}", fix) from error
+    return base
+
+
 def adapted_layers(model: nn.Module) -> list[Any]:
     """Return the layers that have an adapter."""
     return [module for module in model.modules() if hasattr(module, "lora_A")]
@@ -74,7 +151,7 @@ def adapted_weight(layer: Any) -> Tensor:
     """Return a linear layer's weight [out, in], with its adapter added, in the adapter's dtype, if one is enabled."""
     weight: Tensor = layer.weight
     if not getattr(layer, "disable_adapters", True):
-        for adapter in layer.active_adapters:
+        for adapter in set(layer.active_adapters) - set(layer.merged_adapters):
             weight = weight + layer.get_delta_weight(adapter)
     return weight
 
@@ -114,11 +191,24 @@ def layers_by_part(model: nn.Module) -> dict[str, tuple[str, ...]]:
     return targets
 
 
+def trainable_layers(model: nn.Module, part: str) -> list[str]:
+    """Return the paths of a part's linear layers that are not frozen; all of them if the whole model is frozen."""
+    ends = set(layers_by_part(model)[part])
+    layers = {name: module for name, module in model.named_modules() if ends & set(path_suffixes(name))}
+    if not any(p.requires_grad for p in model.parameters()):
+        return list(layers)
+    names = [name for name, layer in layers.items() if any(p.requires_grad for p in layer.parameters())]
+    if not names:
+        fix = f"Pass train_{part}=False, or unfreeze it with requires_grad_(True)."
+        raise LossInputError("base_model", f"a layer of part {part!r} that is not frozen", "none", fix)
+    return names
+
+
 def check_settings(model: nn.Module, rank: Any, parts: Collection[str], alpha: Any, seed: Any) -> None:
     """Refuse settings out of range, and parts whose layers the model does not have."""
-    if not is_integer(rank) or rank < 1:
-        fix = "create_training_client trains all parameters."
-        raise LossInputError("rank", "a whole number of at least 1", repr(rank), fix)
+    if not is_integer(rank) or not 1 <= rank <= LARGEST_RANK:
+        expected = f"at most {LARGEST_RANK}" if is_integer(rank) and rank > 0 else "a whole number of at least 1"
+        raise LossInputError("rank", expected, repr(rank), "create_training_client trains all parameters.")
     check_number("alpha", alpha, "a finite number above 0", lambda x: x > 0, "At 0 adapters change nothing.")
     if seed is not None and (not is_integer(seed) or not 0 <= seed < 2**63):
         raise LossInputError("seed", "a whole number in [0, 2^63), or None", repr(seed), "None draws one.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +15,12 @@ from lossfns.backend.storage.folder import Processes
 
 
 def save(
-    path: str | Path, tensors: Mapping[str, Tensor], data: Mapping[str, Any], processes: Processes = folder.ONE
+    path: str | Path,
+    tensors: Mapping[str, Tensor],
+    data: Mapping[str, Any],
+    processes: Processes = folder.ONE,
+    *,
+    overwrite: bool = True,
 ) -> Path:
     """Write a checkpoint: a file if one process writes, a folder if many do.
 
@@ -23,13 +29,16 @@ def save(
         tensors: dense tensors by name; in a folder they may be sharded (``DTensor``).
         data: anything that JSON can hold.
         processes: those that call this together.
+        overwrite: whether to replace a checkpoint. Otherwise one of many saves under one path at the same time
+            succeeds, and the others are refused.
 
     Raises:
-        LossInputError: for a path that cannot be written to, and for tensors or data that cannot be kept.
+        LossInputError: for a path that cannot be written to, or that exists and is not to be replaced, and for tensors
+            or data that cannot be kept.
     """
     if processes.group is None:
-        return file.save(path, tensors, data)
-    return folder.save(path, tensors, data, processes)
+        return file.save(path, tensors, data, overwrite=overwrite)
+    return folder.save(path, tensors, data, processes, overwrite=overwrite)
 
 
 def load(
@@ -46,7 +55,7 @@ def load(
     Raises:
         LossInputError: naming the path, unless it holds a whole checkpoint.
     """
-    if Path(path).is_dir():
+    if os.path.isdir(path):
         return folder.load(path, processes, empty_for)
     tensors, data = processes.all_or_none(file.load, path)
     return tensors, data
@@ -54,7 +63,7 @@ def load(
 
 def metadata(path: str | Path) -> dict[str, Any]:
     """Return the data without reading the tensors."""
-    return folder.metadata(path) if Path(path).is_dir() else file.metadata(path)
+    return folder.metadata(path) if os.path.isdir(path) else file.metadata(path)
 
 
 def exists(path: Path) -> bool:

@@ -29,10 +29,10 @@ FAMILY, VERSION = "lossfns-checkpoint", 2
 FORMAT = f"{FAMILY}-{VERSION}"
 
 
-def save(path: str | Path, tensors: Mapping[str, Tensor], data: Mapping[str, Any]) -> Path:
+def save(path: str | Path, tensors: Mapping[str, Tensor], data: Mapping[str, Any], *, overwrite: bool = True) -> Path:
     """Write a checkpoint, and return its path once the file is whole and on the disk.
 
-    Until then, an older file under this path stays as it was.
+    Until then, an older file under this path stays as it was. Without ``overwrite`` it is kept, and refused.
     """
     path = Path(path)
     arrays = {name: stored_array(name, x) for name, x in tensors.items()}
@@ -40,7 +40,7 @@ def save(path: str | Path, tensors: Mapping[str, Tensor], data: Mapping[str, Any
     arrays["meta"] = np.frombuffer(to_json({"format": FORMAT, "dtypes": dtypes, "data": dict(data)}), np.uint8)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as file:
+        with replacing(path, overwrite=overwrite) as file:
             with zipfile.ZipFile(file, "w") as archive:
                 archive.comment = b"0" * DIGEST
                 for name, x in arrays.items():
@@ -49,6 +49,8 @@ def save(path: str | Path, tensors: Mapping[str, Tensor], data: Mapping[str, Any
             seal = digest(file)
             file.seek(-DIGEST, os.SEEK_END)
             file.write(seal)
+    except LossInputError:
+        raise
     except (OSError, ValueError) as error:
         raise LossInputError("path", "a place to write to", f"{path} ({error})", "Choose another.") from error
     return path
@@ -86,18 +88,48 @@ def digest(file: IO[bytes]) -> bytes:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """Open a new file that replaces the path once it is whole and on the disk. On any error it is removed."""
+def replacing(path: Path, *, overwrite: bool = True) -> Iterator[IO[bytes]]:
+    """Open a new file that replaces the path once it is whole and on the disk. On any error it is removed.
+
+    Without ``overwrite`` a path that exists by then is refused.
+    """
     temporary = path.with_name(f".{path.name}.{uuid4().hex[:12]}.partial")
     try:
         with open(temporary, "w+b") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        if overwrite:
+            os.replace(temporary, path)
+        else:
+            place(temporary, path)
         sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+"""Errors of a file system that has no hard links."""
+
+
+def place(temporary: Path, path: Path) -> None:
+    """Give a file a name that no file has yet. Check and creation are one step: only one of many writers succeeds."""
+    try:
+        try:
+            os.link(temporary, path)
+        except OSError as error:
+            if error.errno not in NO_LINKS:
+                raise
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL))
+            os.replace(temporary, path)
+    except FileExistsError as error:
+        raise existing(path) from error
+
+
+def existing(path: str | Path) -> LossInputError:
+    """The error for a checkpoint that would replace another."""
+    fix = "Choose another name; save_state(..., overwrite=True) replaces it."
+    return LossInputError("path", "a file that does not exist yet", f"{path}", fix)
 
 
 def sync(folder: Path) -> None:

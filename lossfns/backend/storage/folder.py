@@ -9,9 +9,12 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import os
+import re
 import shutil
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from uuid import uuid4
@@ -19,7 +22,7 @@ from uuid import uuid4
 import torch
 from torch import Tensor
 
-from lossfns.backend.storage.file import FAMILY, replacing, sync, to_json
+from lossfns.backend.storage.file import FAMILY, existing, replacing, sync, to_json
 from lossfns.errors import LossInputError
 
 if TYPE_CHECKING:
@@ -62,10 +65,18 @@ def empty(name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     return torch.empty(tuple(shape), dtype=dtype)
 
 
-def save(path: str | Path, tensors: Mapping[str, Tensor], data: Mapping[str, Any], processes: Processes) -> Path:
+def save(
+    path: str | Path,
+    tensors: Mapping[str, Tensor],
+    data: Mapping[str, Any],
+    processes: Processes,
+    *,
+    overwrite: bool = True,
+) -> Path:
     """Write a checkpoint, and return its path once all processes have written.
 
-    A tensor that has several names is written once.
+    A tensor that has several names is written once. Of two saves at the same time, the one that is done first succeeds,
+    and the other is refused.
     """
     from torch.distributed.checkpoint.api import CheckpointException  # imported here: it takes half a second
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
@@ -80,10 +91,14 @@ def save(path: str | Path, tensors: Mapping[str, Tensor], data: Mapping[str, Any
         written = {name: x for name, x in tensors.items() if name not in tied}
         write(written, storage_writer=writer, process_group=processes.group)
         meta = {"part": part, "files": checksums(path / part, processes), "tied": tied, "data": dict(data)}
-        processes.on_rank_zero(commit, path, {"format": FORMAT, **meta})
+        processes.on_rank_zero(commit, path, {"format": FORMAT, **meta}, overwrite)
     except (OSError, CheckpointException) as error:
-        processes.on_rank_zero(remove_other_parts, path)
+        if not overwrite and (path / META).exists():
+            raise existing(path) from error
         raise LossInputError("path", "a place to write to", f"{path} ({error})", "Choose another.") from error
+    finally:
+        if processes.rank == 0:
+            discard_uncommitted(path, part)
     return path
 
 
@@ -101,13 +116,16 @@ def load(
     part = Path(path) / meta["part"]
     if checksums(part, processes) != meta["files"]:
         raise damaged(path, "its files are not those that were written")
-    reader = HuggingFaceStorageReader(str(part))
-    stored = reader.read_metadata().state_dict_metadata
-    tensors = {name: empty_for(name, x.size, x.properties.dtype) for name, x in stored.items()}  # type: ignore[union-attr]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # torch warns that one process is alone
-        read(tensors, storage_reader=reader, process_group=processes.group, no_dist=processes.group is None)
-    return tensors | {name: tensors[other] for name, other in meta["tied"].items()}, meta["data"]
+    try:
+        reader = HuggingFaceStorageReader(str(part))
+        stored = reader.read_metadata().state_dict_metadata
+        tensors = {name: empty_for(name, x.size, x.properties.dtype) for name, x in stored.items()}  # type: ignore[union-attr]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # torch warns that one process is alone
+            read(tensors, storage_reader=reader, process_group=processes.group, no_dist=processes.group is None)
+        return tensors | {name: tensors[other] for name, other in meta["tied"].items()}, meta["data"]
+    except Exception as error:  # what is sealed need not be a checkpoint
+        raise damaged(path, f"{type(error).__name__}: {error}") from error
 
 
 def metadata(path: str | Path) -> dict[str, Any]:
@@ -127,7 +145,9 @@ def read_meta(path: str | Path) -> dict[str, Any]:
         meta: dict[str, Any] = content["meta"]
         if content["seal"] != seal(meta) or meta["format"] != FORMAT:
             raise ValueError("another format, or not what was written")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if not PART.fullmatch(meta["part"]) or not all(isinstance(meta[x], dict) for x in ("files", "tied", "data")):
+            raise TypeError("another format")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise damaged(path, f"{type(error).__name__}: {error}") from error
     return meta
 
@@ -178,17 +198,56 @@ def create_part(path: Path, data: Mapping[str, Any]) -> str:
     return part
 
 
-def commit(path: Path, meta: Mapping[str, Any]) -> None:
-    """Make the new subfolder the checkpoint, and remove the older one."""
-    sync(path / meta["part"])
-    with replacing(path / META) as file:
-        file.write(json.dumps({"seal": seal(meta), "meta": meta}).encode())
-    remove_other_parts(path)
+def commit(path: Path, meta: Mapping[str, Any], overwrite: bool) -> None:
+    """Make the new subfolder the checkpoint, and remove those of older saves and of slower ones."""
+    with locked(path):
+        sync(path / meta["part"])  # raises if a faster save has removed it
+        with replacing(path / META, overwrite=overwrite) as file:
+            file.write(json.dumps({"seal": seal(meta), "meta": meta}).encode())
+        remove_other_parts(path)
+
+
+def discard_uncommitted(path: Path, part: str) -> None:
+    """Remove a subfolder unless it is the checkpoint."""
+    with locked(path):
+        if current_part(path) != part:
+            shutil.rmtree(path / part, ignore_errors=True)
 
 
 def remove_other_parts(path: Path) -> None:
     """Remove the tensors of other checkpoints: of older ones, and of a save that was killed."""
-    current = read_meta(path)["part"] if (path / META).exists() else None
+    current = current_part(path)
     for part in path.glob("*.part"):
-        if part.name != current:
+        if part.name != current and PART.fullmatch(part.name):
             shutil.rmtree(part, ignore_errors=True)
+
+
+PART = re.compile("[0-9a-f]{12}[.]part")
+"""The names of the subfolders that ``create_part`` makes."""
+
+
+def current_part(path: Path) -> str | None:
+    """Return the name of the subfolder that is the checkpoint, or None."""
+    part: str | None = read_meta(path)["part"] if (path / META).exists() else None
+    return part
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder in a ``with`` block, where the system has locks of folders.
+
+    Without a lock, two saves that replace one checkpoint at the same time may remove each other's tensors.
+    """
+    handle = None
+    try:
+        import fcntl
+
+        handle = os.open(folder, os.O_RDONLY)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+    except (ImportError, OSError):
+        pass
+    try:
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lossfns.inspect.probe import ALIASES
+from lossfns.terminal import printable
 from lossfns.testing.batch import Batch, Rows
 from lossfns.testing.bugs import BUGS
 
@@ -27,21 +28,37 @@ roundings.
 
 
 class LawBroken(AssertionError):
-    """A loss breaks a law. ``bug`` is the most likely bug, ``seen`` the observation in words."""
+    """A loss breaks a law.
 
-    def __init__(self, bug: str, seen: str) -> None:
+    Attributes:
+        bug: the most likely bug.
+        seen: the observation in words. Characters that a terminal or XML cannot show are escaped.
+        batch: the batch on which the first number in ``seen`` was measured; None if it is the batch of the law.
+    """
+
+    def __init__(self, bug: str, seen: str, batch: Batch | None = None) -> None:
+        seen = printable(seen)
         super().__init__(f"{seen} Likely bug: {bug}: {BUGS[bug].description}.")
-        self.bug, self.seen = bug, seen
+        self.bug, self.seen, self.batch = bug, seen, batch
+
+
+def describe_error(error: BaseException) -> str:
+    """Return the type and the message of an error of a subject, whatever its ``__str__`` does."""
+    try:
+        message = printable(str(error).strip(), 200).rstrip(".")
+    except Exception:
+        message = "its message cannot be read"
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
 
 class NotApplicable(Exception):
     """The law does not apply to this batch or this loss."""
 
 
-def require(holds: bool, bug: str, seen: str) -> None:
-    """Raise LawBroken unless the condition holds."""
+def require(holds: bool, bug: str, seen: str, batch: Batch | None = None) -> None:
+    """Raise LawBroken unless the condition holds. ``batch`` is the batch that ``seen`` is about."""
     if not holds:
-        raise LawBroken(bug, seen)
+        raise LawBroken(bug, seen, batch)
 
 
 def assume(holds: bool, why: str) -> None:
@@ -78,12 +95,14 @@ class Outcome:
         gradients: ∂L/∂logprobs of each datum, zeros where it is None.
         metrics: the metrics as they were returned.
         missing: the indices of the datums whose gradient is None.
+        batch: the batch on which it was measured, if that is known.
     """
 
     value: float
     gradients: Rows
     metrics: dict[str, Any]
     missing: tuple[int, ...]
+    batch: Batch | None = field(default=None, repr=False, compare=False)
 
     @property
     def finite(self) -> bool:
@@ -106,7 +125,11 @@ class Probe:
     def __call__(self, batch: Batch | None = None, loss_fn: LossFn | None = None) -> Outcome:
         """Return the outcome on a batch. A call that fails breaks the contract."""
         batch, loss_fn = batch or self.batch, loss_fn or self.loss_fn
-        return measure(loss_fn, batch.data(), batch.tensors(self.dtype))
+        try:
+            return replace(measure(loss_fn, batch.data(), batch.tensors(self.dtype)), batch=batch)
+        except LawBroken as error:
+            error.batch = batch
+            raise
 
     def gradients(self, batch: Batch | None = None) -> Rows:
         """Return the gradients on a batch."""
@@ -116,6 +139,35 @@ class Probe:
         """Return whether two nested lists of numbers agree to ``scale`` times the tolerance; nan equals nan."""
         tolerance = TOLERANCE.get(self.dtype, 5e-2)  # the default is for bfloat16 and float16
         return relative_difference(a, b) <= scale * tolerance
+
+    def difference(self, found: Outcome, expected: Outcome, scale: float = 1.0) -> str:
+        """Return in words what differs between two outcomes beyond rounding, or "" if nothing does.
+
+        That is the value, or the gradient that differs most. Metrics are left to ``metric_difference``.
+        """
+        if self.close([found.value, found.gradients], [expected.value, expected.gradients], scale):
+            return ""
+        slots = [(i, j) for i, row in enumerate(found.gradients) for j in range(len(row))]
+        gaps = [gap(found.gradients[i][j], expected.gradients[i][j]) for i, j in slots]
+        size = max(
+            (
+                abs(x)
+                for x in flatten([found.value, found.gradients, expected.value, expected.gradients])
+                if math.isfinite(x)
+            ),
+            default=1.0,
+        )
+        tolerance = scale * TOLERANCE.get(self.dtype, 5e-2) * (size or 1.0)
+        if gap(found.value, expected.value) > tolerance or not any(gaps):
+            return f"the loss is {contrast(found.value, expected.value)}"
+        i, j = slots[gaps.index(max(gaps))]
+        words = contrast(found.gradients[i][j], expected.gradients[i][j])
+        return f"the loss is the same, but the gradient of {self.slot_name(i, j)} is {words}"
+
+    def slot_name(self, i: int, j: int) -> str:
+        """Return the name of a slot: datum and token, and the target if a token has several."""
+        k = self.batch.targets
+        return f"target {j % k} of token {j // k} of datum {i}" if k else f"token {j} of datum {i}"
 
     def with_batch(self, batch: Batch) -> Probe:
         """Return the probe with another batch."""
@@ -130,8 +182,10 @@ def measure(loss_fn: LossFn, data: Sequence[Any], logprobs: list[Tensor]) -> Out
             value.backward()  # type: ignore[no-untyped-call]
     except NotApplicable:
         raise
-    except (Exception, SystemExit) as error:
-        seen = f"On a valid batch the call raises {type(error).__name__}: {str(error)[:200]}."
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # SystemExit too: whatever the loss raises is the loss's fault
+        seen = f"On a valid batch the call raises {describe_error(error)}."
         raise LawBroken("not-the-contract", seen) from error
     missing = tuple(i for i, lp in enumerate(logprobs) if lp.grad is None)
     zeros = [torch.zeros_like(lp) if lp.grad is None else lp.grad for lp in logprobs]
@@ -146,6 +200,28 @@ def relative_difference(a: Any, b: Any) -> float:
     gaps = [0.0 if p == q or math.isnan(p) else abs(p - q) for p, q in zip(x, y)]
     size = max((abs(p) for p in (*x, *y) if math.isfinite(p)), default=1.0)
     return max(gaps, default=0.0) / (size or 1.0)
+
+
+def gap(x: float, y: float) -> float:
+    """Return |x − y|. It is 0 for two nans or equal infinities, and infinite if one number alone is nan or infinite."""
+    if x == y or (math.isnan(x) and math.isnan(y)):
+        return 0.0
+    return abs(x - y) if math.isfinite(x - y) else math.inf
+
+
+def contrast(found: float, expected: float) -> str:
+    """Return "found, not expected", with at least six digits and as many as the two numbers need to differ."""
+    digits = next((n for n in range(6, 17) if f"{found:.{n}g}" != f"{expected:.{n}g}"), 17)
+    return f"{found:.{digits}g}, not {expected:.{digits}g}"
+
+
+def metric_difference(found: Outcome, expected: Outcome) -> str:
+    """Return in words the first metric that differs between two outcomes, bit for bit, or "" if none does."""
+    for name in {**found.metrics, **expected.metrics}:
+        x, y = (repr(outcome.metrics.get(name, "missing")) for outcome in (found, expected))
+        if x != y:
+            return f"the metric {name!r} is {x}, not {y}"
+    return ""
 
 
 def flatten(x: Any) -> Iterator[float]:
@@ -167,8 +243,12 @@ def with_constants(batch: Batch, **columns: float) -> Batch:
 
 
 def on_policy_batch(batch: Batch) -> Batch:
-    """Return the batch with the policy's logprobs in the columns of all other policies: ratio 1, KL 0, margin 0."""
-    columns = {name: batch.logprobs for name in batch.columns if name.endswith("_logprobs")}
+    """Return the batch with the policy's logprobs in the columns of all other policies: ratio 1, KL 0, margin 0.
+
+    A teacher keeps its own logprobs: where it agrees with the policy, distillation has nothing to learn.
+    """
+    kept = {"ref_logprobs"} if batch_kind(batch) == "distillation" else set()
+    columns = {name: batch.logprobs for name in batch.columns if name.endswith("_logprobs") and name not in kept}
     return batch.having(**columns)
 
 
@@ -195,18 +275,22 @@ def repeat_rows(batch: Batch, min_positions: int) -> Batch:
 
 
 def unpoisoned(batch: Batch) -> Batch:
-    """Return the batch with −1 in every inactive slot."""
+    """Return the batch with −1 in every inactive slot of the logprobs and of every column but the labels."""
     clean = batch.map(lambda rows: [[x if w else -1.0 for x, w in zip(r, ws)] for r, ws in zip(rows, batch.weights)])
-    return replace(clean, weights=batch.weights)
+    labels = {name: rows for name, rows in batch.columns.items() if name == "labels"}
+    return replace(clean, weights=batch.weights).having(**labels)
 
 
 def uniform_batch(batch: Batch, *, length: int = 1, datums: int = 1, **columns: float) -> Batch:
     """Return datums whose tokens are all equal and active, with the columns of ``batch``.
 
-    Unless given, logprobs are −2, weights 1 and advantages 1, and the other policies have the policy's logprobs.
+    Unless given, logprobs are −2, weights, advantages and labels 1, and the other policies have the policy's logprobs.
+    A teacher is one nat above the policy, as far as 0 allows.
     """
     width = length * (batch.targets or 1)
-    base = {"logprobs": -2.0, "weights": 1.0, "advantages": 1.0} | columns
+    base = {"logprobs": -2.0, "weights": 1.0, "advantages": 1.0, "labels": 1.0} | columns
+    if batch_kind(batch) == "distillation":
+        base.setdefault("ref_logprobs", min(base["logprobs"] + 1.0, 0.0))
 
     def rows(x: float) -> Rows:
         return [[x] * width for _ in range(datums)]
@@ -323,3 +407,45 @@ def reads_only_mask(probe: Probe) -> bool:
     """Return whether the loss reads ``mask`` and not ``weights``. Such a loss need not apply fractional weights."""
     read = fields_read(probe)
     return "mask" in read and "weights" not in read
+
+
+# What a loss says of itself
+
+
+def setting_named(loss_fn: LossFn, *names: str) -> tuple[str, float] | None:
+    """Return name and value of the first numeric setting that has one of these names, or None."""
+    from lossfns.testing.subject import knobs
+
+    for name, value in knobs(loss_fn).items():
+        if name.lower() in names and isinstance(value, (int, float)) and not isinstance(value, bool):
+            return name, float(value)
+    return None
+
+
+def setting_of(loss_fn: LossFn, why: str, *names: str) -> tuple[str, float]:
+    """Return name and value of the first numeric setting with one of these names. Raise NotApplicable without one."""
+    found = setting_named(loss_fn, *names)
+    if found is None:
+        raise NotApplicable(why)
+    return found
+
+
+def with_setting(probe: Probe, name: str, value: float) -> Probe:
+    """Return the probe of the loss with another setting. Raise NotApplicable where the loss refuses it."""
+    from lossfns.testing.subject import with_settings
+
+    try:
+        other = replace(probe, loss_fn=with_settings(probe.loss_fn, **{name: value}))
+        other(uniform_batch(probe.batch, length=2, datums=unit_size(probe.batch)))
+    except (LawBroken, TypeError, ValueError) as refusal:
+        raise NotApplicable(f"it refuses {name} = {value:g}") from refusal
+    return other
+
+
+def is_described_as(loss_fn: LossFn, word: str) -> bool:
+    """Return whether the name or the docstring of a loss holds a word."""
+    inner = getattr(loss_fn, "fn", None) or getattr(loss_fn, "factory", None) or getattr(loss_fn, "func", loss_fn)
+    kind = type(inner)
+    texts = [getattr(x, "__name__", "") for x in (loss_fn, inner, kind)]
+    texts += [getattr(x, "__doc__", "") for x in (inner, kind) if x is not type]
+    return any(word in str(text).lower() for text in texts)

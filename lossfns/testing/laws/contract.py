@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import zip_longest
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch._guards import TracingContext
-from torch._guards import tracing as trace_context
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 
 from lossfns.datum import TensorData
@@ -26,6 +23,8 @@ from lossfns.testing.laws.base import (
     batch_kind,
     column_rows,
     columns_read,
+    contrast,
+    describe_error,
     fragile,
     measure,
     repeat_rows,
@@ -38,32 +37,38 @@ from lossfns.testing.laws.base import (
     with_masked_unit,
     wrong,
 )
+from lossfns.testing.laws.trace import Trace
 from lossfns.tokens import LOGPROB_COLUMNS
 
 
 @wrong("without a scalar that has a gradient there is nothing to train on")
 def contract(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
     """A call returns a 0-d tensor that requires grad, and a dict of plain floats."""
-    probe, bug = Probe.of(loss_fn, data, logprobs), "not-the-contract"
+    probe = Probe.of(loss_fn, data, logprobs)
     probe = probe.with_batch(unpoisoned(repeat_rows(probe.batch, 3)))
     if "advantages" in probe.batch.columns:
         probe = probe.with_batch(with_constants(probe.batch, advantages=1.0))
+    expect = partial(require, bug="not-the-contract", batch=probe.batch)
     try:
         result: Any = loss_fn(probe.batch.data(), probe.batch.tensors(probe.dtype))
     except NotApplicable:
         raise
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         diagnose_misalignment(probe)
-        raise LawBroken(bug, f"On a valid batch the call raises {type(error).__name__}: {error}.") from error
-    require(isinstance(result, tuple) and len(result) == 2, bug, f"The call returns {result!r}, not (loss, metrics).")
+        seen = f"On a valid batch the call raises {describe_error(error)}."
+        raise LawBroken("not-the-contract", seen, probe.batch) from error
+    is_pair = isinstance(result, tuple) and len(result) == 2
+    expect(is_pair, seen=f"The call returns {result!r}, not (loss, metrics).")
     loss, metrics = result
-    require(isinstance(loss, Tensor), bug, f"The loss is a {type(loss).__name__}, not a tensor.")
-    require(loss.ndim == 0, bug, f"The loss has shape {tuple(loss.shape)}, not ().")
-    require(loss.requires_grad, bug, "The loss does not depend on the logprobs: it has no grad_fn.")
-    require(isinstance(metrics, Mapping), bug, f"The metrics are a {type(metrics).__name__}, not a dict.")
+    expect(isinstance(loss, Tensor), seen=f"The loss is a {type(loss).__name__}, not a tensor.")
+    expect(loss.ndim == 0, seen=f"The loss has shape {tuple(loss.shape)}, not ().")
+    expect(loss.requires_grad, seen="The loss does not depend on the logprobs: it has no grad_fn.")
+    expect(isinstance(metrics, Mapping), seen=f"The metrics are a {type(metrics).__name__}, not a dict.")
     for name, value in metrics.items():
         plain = isinstance(value, (float, int)) and not isinstance(value, bool)
-        require(plain, bug, f"The metric {name!r} is a {type(value).__name__}, not a float.")
+        expect(plain, seen=f"The metric {name!r} is a {type(value).__name__}, not a float.")
     probe()
 
 
@@ -87,10 +92,11 @@ def inputs_unchanged(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Te
     data, logprobs = probe.batch.data(), probe.batch.tensors(probe.dtype)
     order, before = list(map(id, data)), snapshot(data, logprobs)
     loss_fn(data, logprobs)
-    require(list(map(id, data)) == order, "inputs-mutated", "After the call the list holds other datums.")
+    same_order = list(map(id, data)) == order
+    require(same_order, "inputs-mutated", "After the call the list holds other datums.", probe.batch)
     for name, was in before.items():
         now = snapshot(data, logprobs).get(name)
-        require(now == was, "inputs-mutated", f"The call changed {name} from {was} to {now}.")
+        require(now == was, "inputs-mutated", f"The call changed {name} from {was} to {now}.", probe.batch)
 
 
 def snapshot(data: Sequence[Any], logprobs: Sequence[Tensor]) -> dict[str, str]:
@@ -113,8 +119,9 @@ def repeatable(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor])
     probe(uniform_batch(batch, length=5, datums=2, logprobs=-0.5))
     again = probe(batch)
     same = repr((first.value, first.gradients)) == repr((again.value, again.gradients))
-    seen = f"The same batch gave {first.value} and, after calls on other batches, {again.value}."
-    require(same, "state-between-calls", seen)
+    difference = probe.difference(again, first, scale=0) or "a zero has the other sign"
+    seen = f"On the same batch, after calls on others, {difference}, as before."
+    require(same, "state-between-calls", seen, batch)
 
 
 @fragile("a gradient of None is a gradient of 0 for a local loop, and an error of the hosted SDKs")
@@ -128,7 +135,7 @@ def every_gradient(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tens
             used = tried is not zero and any(tried.weights[i])
             why = "although it has active tokens" if used else "because its weights or advantages are 0"
             seen = f"logprobs_list[{i}].grad is None, {why}."
-            require(False, "datum-ignored" if used else "gradient-missing", seen)
+            require(False, "datum-ignored" if used else "gradient-missing", seen, tried)
 
 
 def missing_gradients(probe: Probe, batch: Batch) -> Sequence[int]:
@@ -156,7 +163,7 @@ def lengths(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) ->
             loss_fn(list(map(with_fields, batch.data(), fields)), batch.tensors(probe.dtype))
         except Exception:
             continue
-        require(False, "silent-truncation", f"Weights {words} are accepted silently.")
+        require(False, "silent-truncation", f"Weights {words} are accepted silently.", batch)
 
 
 def with_fields(datum: Any, fields: dict[str, Any]) -> Any:
@@ -177,10 +184,10 @@ def token_ids(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) 
     plain, special = (value_with_targets(probe, batch, ids) for ids in ([1000], SPECIAL_TOKEN_IDS))
     if probe.close(special, plain, scale=0.01):
         return
-    first = next(
-        i for i in SPECIAL_TOKEN_IDS if not probe.close(value_with_targets(probe, batch, [i, 1000]), plain, scale=0.01)
-    )
-    require(False, "mask-by-token-id", f"With {first} as every other target token the loss is not {plain}.")
+    values = ((i, value_with_targets(probe, batch, [i, 1000])) for i in SPECIAL_TOKEN_IDS)
+    first, value = next((i, value) for i, value in values if not probe.close(value, plain, scale=0.01))
+    seen = f"With {first} as every other target token of datum 0, in place of 1000, the loss is"
+    require(False, "mask-by-token-id", f"{seen} {contrast(value, plain)}.", batch)
 
 
 def value_with_targets(probe: Probe, batch: Batch, ids: Sequence[int]) -> float:
@@ -209,7 +216,7 @@ def precision(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) 
         before, near, far = map(probe, lowered)
         if before.value != far.value:
             seen = f"Lowering a logprob from −1 by 2⁻¹³ leaves the loss at exactly {before.value}."
-            require(before.value != near.value, "low-precision", seen)
+            require(before.value != near.value, "low-precision", seen, base)
 
 
 @fragile("the result is right, but each datum waits for the device")
@@ -218,7 +225,7 @@ def host_sync(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) 
     probe = Probe.of(loss_fn, data, logprobs)
     few, many = (count_transfers(probe, uniform_batch(probe.batch, datums=n)) for n in (2, 8))
     seen = f"A call moves results to the host {few} times for 2 datums and {many} times for 8."
-    require(many <= few, "host-sync-per-datum", seen)
+    require(many <= few, "host-sync-per-datum", seen, uniform_batch(probe.batch, datums=8))
 
 
 class TransferRecorder(TorchFunctionMode):
@@ -269,27 +276,24 @@ def check_trace(probe: Probe, batch: Batch, shifts: Sequence[float]) -> None:
     """Trace the loss on a batch, run the trace on shifted logprobs, and compare with an eager call."""
     loss_fn, data, logprobs = probe.loss_fn, batch.data(), batch.tensors(probe.dtype)
     try:
-        # Without a context make_fx makes a FakeTensorMode for each operation.
-        with trace_context(TracingContext(FakeTensorMode())):
-            keep_detach: dict[Any, Any] = {}  # without a table, PyTorch 2.15 traces detach as alias
-            trace = make_fx(lambda *lps: loss_fn(data, list(lps))[0], keep_detach, _error_on_data_dependent_ops=False)
-            traced = trace(*logprobs)
+        traced = Trace(lambda lps: loss_fn(data, lps)[0], logprobs)
     except Exception as error:
         raise NotApplicable(f"it cannot be traced: {type(error).__name__}") from error
     for shift in shifts:
         other = batch.having(logprobs=[[min(x + shift, -1e-3) for x in row] for row in batch.logprobs])
         leaves = other.tensors(probe.dtype)
-        value = traced(*leaves)
+        value = traced(leaves)
         eager = probe(other)
         traced_value = float(value.detach())
-        seen = f"Traced at these logprobs and run {shift:+} from them, the loss is {traced_value}, not {eager.value}."
-        require(probe.close(traced_value, eager.value), "branch-on-values", seen)
+        seen = f"In a trace made {-shift:+} from these logprobs, the loss is {contrast(traced_value, eager.value)}."
+        require(probe.close(traced_value, eager.value), "branch-on-values", seen, other)
         if value.requires_grad:
-            value.backward()
+            value.backward()  # type: ignore[no-untyped-call]
         grads = [torch.zeros_like(lp) if lp.grad is None else lp.grad for lp in leaves]
         traced_gradients = [g.flatten().tolist() for g in grads]
-        seen = f"Traced, the loss has the gradients {traced_gradients}; eager, {eager.gradients}."
-        require(probe.close(traced_gradients, eager.gradients), "no-grad-for-detach", seen)
+        difference = probe.difference(replace(eager, gradients=traced_gradients), eager)
+        same = probe.close(traced_gradients, eager.gradients)
+        require(same, "no-grad-for-detach", f"In a trace, {difference or traced_gradients}.", other)
 
 
 FAR_LOGPROBS = ((-1.0, -1e4), (-1e4, -1.0), (-1e4, -1e4), (-50.0, -1.0), (-1.0, -50.0))
@@ -323,9 +327,9 @@ def finite(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> 
                 try:
                     result = probe(batch.having(logprobs=sides, **others))
                 except LawBroken as error:  # the loss may refuse a result that is not finite
-                    raise LawBroken(bug, f"{at}: {error.seen}") from error
+                    raise LawBroken(bug, f"{at}: {error.seen}", error.batch) from error
                 seen = f"{at} the value is {result.value} and the gradients {result.gradients}."
-                require(result.finite, bug, seen)
+                require(result.finite, bug, seen, result.batch)
 
 
 def logprob_columns(batch: Batch) -> list[str]:

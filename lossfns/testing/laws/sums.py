@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -23,6 +24,7 @@ from lossfns.testing.laws.base import (
     on_policy_batch,
     require,
     slots,
+    uniform_batch,
     unit_indices,
     unit_size,
     unpoisoned,
@@ -31,6 +33,7 @@ from lossfns.testing.laws.base import (
     without_empty_units,
     wrong,
 )
+from lossfns.testing.laws.frames import STATISTIC, WHITENS, acts_by_statistic, whitens_advantages
 
 
 @wrong("a mean does not change, and a sum doubles, if the data come twice")
@@ -45,19 +48,19 @@ def duplication(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]
         rescaled = [[2 * g / factor for g in row] for row in twice.gradients[:count]]
         if probe.close([twice.value / factor, rescaled], [once.value, once.gradients]):
             return
+    assume(not whitens_advantages(probe), WHITENS)
     growth = gradient_growth(once, twice)
-    seen = (
-        f"The batch twice has {growth:g} times the gradient of the batch; its loss is {twice.value}, not {once.value}"
-    )
+    seen = f"The batch twice has the loss {twice.value}, once {once.value}; its gradient is {growth:g} times as large"
     if not probe.close(twice.gradients[:count], twice.gradients[count:]):
         equal = len(set(active_counts(batch))) == 1
-        require(False, "order-dependent" if equal else "mean-of-means", f"{seen}; the two copies differ.")
+        bug, seen = "order-dependent" if equal else "mean-of-means", f"{seen}, and differs between the two copies."
+        require(False, bug, seen, twice.batch)
     # A constant in the denominator matters less with large weights.
     heavy = batch.having(weights=[[64 * w for w in row] for row in batch.weights])
     same = probe.close(gradient_growth(probe(heavy), probe(heavy.take([*range(count)] * 2))), growth)
     between = "mean-of-means" if same else "epsilon-in-denominator"
     likely = "divided-twice" if growth < 0.75 else "broadcast" if growth > 2 else between
-    require(False, likely, f"{seen}: a mean gives 1 and a sum 2.")
+    require(False, likely, f"{seen}. Of a mean it is 1 time, of a sum 2 times as large.", twice.batch)
 
 
 def gradient_growth(once: Outcome, twice: Outcome) -> float:
@@ -78,9 +81,8 @@ def replicas(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -
     with simulated_world(4):
         four = [probe(batch) for _ in range(4)]
     mean = [[sum(gs) / 4 for gs in zip(*rows)] for rows in zip(*(rank.gradients for rank in four))]
-    seen = f"Averaged over 4 ranks the loss is {sum(r.value for r in four) / 4}; in one process {one.value}."
-    same = probe.close([sum(r.value for r in four) / 4, mean], [one.value, one.gradients])
-    require(same, "world-size-factor", seen)
+    seen = probe.difference(replace(one, value=sum(rank.value for rank in four) / 4, gradients=mean), one)
+    require(not seen, "world-size-factor", f"Averaged over 4 ranks with this batch, {seen}, of one process.", batch)
 
 
 @contextmanager
@@ -141,6 +143,8 @@ def split(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> N
     assume(len(unit_indices(batch)) > 1, "one datum cannot be split")
     if additive_counts(probe, batch):
         return
+    assume(not whitens_advantages(probe), WHITENS)
+    assume(not acts_by_statistic(probe), STATISTIC)
     seen = f"With no count of {', '.join(COUNTS)} do the gradients of the datums add up to those of the batch."
     if batch_kind(batch) == "policy":
         no_kl = batch.having(ref_logprobs=batch.logprobs) if "ref_logprobs" in batch.columns else batch
@@ -148,19 +152,20 @@ def split(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> N
         of_policy = additive_counts(probe, no_kl)
         if of_kl and of_policy and not set(of_kl) & set(of_policy):
             terms = f"With advantages 0 they do with {of_kl}, without KL with {of_policy}."
-            require(False, "mixed-denominators", f"{seen} {terms}")
+            require(False, "mixed-denominators", f"{seen} {terms}", batch)
     plain = on_policy_batch(with_constants(batch, **{"advantages": 1.0} if "advantages" in batch.columns else {}))
     # The share of every token if each datum is divided by the weights of each datum, and all B² quotients are averaged.
     broadcast_share = math.fsum(1 / (math.fsum(row) or 1.0) for row in batch.weights) / len(batch.weights) ** 2
     shares = [-g / w for gs, ws in zip(probe(plain).gradients, plain.weights) for g, w in zip(gs, ws) if w]
     is_broadcast = unit_size(batch) == 1 and probe.close(shares, [broadcast_share] * len(shares))
-    require(not is_broadcast, "broadcast", f"{seen} Each datum is divided by every datum's weights.")
+    require(not is_broadcast, "broadcast", f"{seen} Each datum is divided by every datum's weights.", batch)
     heavy = batch.having(weights=[[8 * w for w in row] for row in batch.weights])
-    require(not additive_counts(probe, heavy), "epsilon-in-denominator", f"{seen} With 8 times the weights they do.")
+    epsilon = bool(additive_counts(probe, heavy))
+    require(not epsilon, "epsilon-in-denominator", f"{seen} With 8 times the weights they do.", batch)
     one_token = batch.having(weights=[[1.0 if j == 0 else 0.0 for j in range(len(row))] for row in batch.weights])
     additive = bool(additive_counts(probe, one_token))
-    require(additive, "order-dependent", f"{seen} With one token of each datum they do not either.")
-    require(False, "mean-of-means", seen)
+    require(additive, "order-dependent", f"{seen} With one token of each datum they do not either.", batch)
+    require(False, "mean-of-means", seen, batch)
 
 
 def additive_counts(probe: Probe, batch: Batch) -> list[str]:
@@ -178,17 +183,38 @@ def additive_counts(probe: Probe, batch: Batch) -> list[str]:
     return fitting
 
 
+MANY = 301
+"""A number of tokens that bfloat16 cannot hold: it counts no further than 256 one by one, and rounds 301 to 302."""
+
+
+@wrong("a batch holds more tokens than bfloat16 can count")
+def many_tokens(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
+    """The loss of 301 equal tokens is that of one of them, or 301 times as much."""
+    probe = Probe.of(loss_fn, data, logprobs)
+    assume(unit_size(probe.batch) == 1, "the tokens of a pair do not add up")
+    one, many = (probe(uniform_batch(probe.batch, length=n)).value for n in (1, MANY))
+    assume(one != 0 and math.isfinite(one), "the loss of one token is 0")
+    growth = many / one
+    for expected in (1.0, MANY):
+        off = abs(growth / expected - 1)
+        seen = f"The loss of {MANY} equal tokens is {growth:g} times that of one, not {expected:g} times."
+        require(not 1e-3 < off < 0.2, "low-precision", seen)
+
+
 @wrong("the order of the datums carries no information")
 def permutation(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
-    """The order of datums (or pairs) does not matter."""
+    """The order of datums (or pairs) matters neither for the loss nor for its metrics."""
     probe = Probe.of(loss_fn, data, logprobs)
     batch = unpoisoned(probe.batch)
     assume(len(unit_indices(batch)) > 1, "one datum has one order")
     order = [i for part in reversed(unit_indices(batch)) for i in part]
     plain, back = probe(batch), probe(batch.take(order))
-    seen = f"In reverse order the loss is {back.value}, not {plain.value}, or its gradients differ."
-    same = probe.close([back.value, back.gradients], [plain.value, [plain.gradients[i] for i in order]])
-    require(same, "order-dependent", seen)
+    seen = probe.difference(back, replace(plain, gradients=[plain.gradients[i] for i in order]))
+    require(not seen, "order-dependent", f"With this batch in reverse order, {seen}.", back.batch)
+    for name, value in plain.metrics.items():
+        reverse = back.metrics.get(name, math.nan)
+        words = f"With this batch in reverse order the metric {name!r} is {reverse}, not {value}."
+        require(probe.close(reverse, value), "order-dependent", words, back.batch)
 
 
 @wrong("the gradient is not that of the value")
@@ -197,14 +223,19 @@ def finite_differences(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[
     probe = Probe.of(loss_fn, data, logprobs)
     assume(probe.dtype == torch.float64, "the loss computes in float32")
     batch = unpoisoned(probe.batch)
-    gradients = probe(batch).gradients
+    plain = probe(batch)
+    gradients = plain.gradients
     for i, j in slots(batch)[:6]:
         slopes = [central_difference(probe, batch, i, j, step) for step in (1e-4, 2e-4)]
-        if abs(slopes[0] - slopes[1]) > 1e-5 * (1 + abs(slopes[0])):
-            continue  # close to a kink
+        raised = probe(batch.having(logprobs=with_slot(batch.logprobs, i, j, batch.logprobs[i][j] + 1e-4))).value
+        one_sided = (raised - plain.value) / 1e-4
+        if abs(slopes[0] - slopes[1]) > 1e-5 * (1 + abs(slopes[0])) or abs(slopes[0] - one_sided) > 0.01 * (
+            1 + abs(slopes[0])
+        ):
+            continue  # close to a kink, or at one
         g = gradients[i][j]
-        seen = f"At token {j} of datum {i} the gradient is {g}; the slope of the loss is {slopes[0]}."
-        require(abs(g - slopes[0]) < 1e-4 * (1 + abs(g)), "detached-term", seen)
+        seen = f"At {probe.slot_name(i, j)} the gradient is {g}; the slope of the loss is {slopes[0]}."
+        require(abs(g - slopes[0]) < 1e-4 * (1 + abs(g)), "detached-term", seen, batch)
 
 
 def central_difference(probe: Probe, batch: Batch, i: int, j: int, step: float) -> float:

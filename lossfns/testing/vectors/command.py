@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from lossfns.testing.vectors.runner import VectorReport
 
 FILES = (*(f"{loss}.json" for loss in METHODS), "schema.json", LEDGER)
-STYLES = {"pass": "green", "fail": "bold red", "xfail": "yellow", "xpass": "yellow"}
+STYLES = {"pass": "green", "fail": "bold red", "skip": "yellow", "xfail": "yellow", "xpass": "yellow"}
 
 
 def add_vectors(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -33,16 +33,19 @@ def add_vectors(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "run",
         help="run the vectors on a program",
         description="Run the vectors on a program that reads requests and writes replies as JSON lines. Exits with 0 "
-        "if every reply is right, 1 if one is not, 2 if the program cannot be started.",
+        "if every reply is right, 1 if one is not, 2 if the program cannot be started. A reply "
+        '{"id": ..., "unsupported": "why"} skips its vector.',
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     p.add_argument("--cmd", required=True, metavar="COMMAND", help="the program, such as './my_impl --fast'")
-    p.add_argument("--loss", choices=METHODS, metavar="NAME", help=f"one of {', '.join(METHODS)}; all if left out")
+    p.add_argument("--loss", action="append", metavar="NAME[,NAME...]",
+        help=f"some of {', '.join(METHODS)}; all if left out; may be repeated")  # fmt: skip
     p.add_argument(
         "--dtype", choices=("float64", "float32"), default="float64", help="the dtype in which the program computes"
     )
     p.add_argument("--timeout", type=float, default=10.0, metavar="S", help="the longest wait for a reply, in seconds")
     p.add_argument("--xfail", metavar="FILE", help="ids or patterns of vectors that are expected to fail, one a line")
+    p.add_argument("--strict", action="store_true", help="a vector that the program does not support is a failure")
     p.add_argument("--json", metavar="FILE", help="write the report as JSON; '-' prints it in place of the table")
     p.set_defaults(run=run_command)
     description = "Copy the files to a folder, to keep them in a repository of your own."
@@ -55,17 +58,26 @@ def run_command(args: argparse.Namespace) -> int:
     """Run ``lossfns vectors run``.
 
     Returns:
-        0 if every reply is right, 1 if one is not, 2 if the program cannot be started.
+        0 if every reply is right, 1 if one is not, 2 if the program cannot be started, 130 if the user interrupts it.
     """
+    from lossfns.testing.vectors.program import ended_by_signals
     from lossfns.testing.vectors.runner import run
 
     try:
-        expected = read_patterns(args.xfail)
-        with status() as show:
+        losses = None if args.loss is None else [name.strip() for text in args.loss for name in text.split(",")]
+        with status() as show, ended_by_signals():
             report = run(
-                args.cmd, loss=args.loss, dtype=args.dtype, timeout=args.timeout, xfail=expected, progress=show
+                args.cmd,
+                loss=losses,
+                dtype=args.dtype,
+                timeout=args.timeout,
+                xfail=read_patterns(args.xfail),
+                strict=args.strict,
+                progress=show,
             )
         print_report(report, draw, args.json)
+    except KeyboardInterrupt:
+        return 130
     except (LossInputError, OSError) as error:
         print(f"lossfns: {error}", file=sys.stderr)
         return 2
@@ -78,6 +90,9 @@ def draw(report: VectorReport, console: Console) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    if not report.counts():
+        print_wrapped(console, report.remarks()[1:])
+        return
     (title, *verdicts), *rows = report.counts()
     table = Table(title, box=box.SIMPLE_HEAD, pad_edge=False)
     for verdict in verdicts:

@@ -167,6 +167,9 @@ def mistake(vector: Vector, reply: Mapping[str, Any], dtype: str = "float64") ->
     A number x agrees with the right y if |x − y| <= atol·s + rtol·|y|. For the loss and for advantages s = 1. For the
     gradient s is its largest absolute value, so a gradient that is 0 everywhere must be exactly 0.
     """
+    if reply.get("unsupported"):
+        both = {"loss", "grad", "advantages", "error"} & reply.keys()
+        return "an answer and 'unsupported' at once" if both else "unsupported"
     if vector.error is not None:
         return "" if "error" in reply else f"accepted what must be refused ({vector.error['code']})"
     if "error" in reply:
@@ -217,7 +220,12 @@ def parse_number(x: Any) -> float:
     """Return a number of a reply as a float; nan for anything else."""
     if isinstance(x, str):
         return NUMBERS.get(x, math.nan)
-    return float(x) if isinstance(x, (int, float)) and not isinstance(x, bool) else math.nan
+    if isinstance(x, bool) or not isinstance(x, (int, float)):
+        return math.nan
+    try:
+        return float(x)
+    except OverflowError:  # an integer beyond the largest float
+        return math.inf if x > 0 else -math.inf
 
 
 def format_number(x: Any) -> str:

@@ -356,10 +356,13 @@ def test_stops_end_a_sample_where_they_end() -> None:
     )
     end = free.tokens.index(free.tokens[2]) + 1
     assert one.tokens == free.tokens[:end] and one.stop_reason == "stop"
-    end_at_stop = lossfns.backend.client.sampling.end_at_stop
-    sample = lossfns.backend.model.generate.Sample([5, 6, 5, 7, 8], [-1.0, -2.0, -3.0, -4.0, -5.0], "length")
-    assert end_at_stop(sample, [[5, 7]]) == ([5, 6, 5, 7], [-1.0, -2.0, -3.0, -4.0], "stop")
-    assert end_at_stop(sample, [[7, 5]]) == sample
+    two = free.tokens[3:5]
+    text = sampler.get_tokenizer().decode(two)
+    assert len(text) == 2 and "\ufffd" not in text
+    both = sampler.sample(prompt, 1, SamplingParams(max_tokens=8, temperature=0, stop=[text])).result().sequences[0]
+    end = next(n for n in range(2, 9) if free.tokens[n - 2 : n] == two)
+    assert (both.tokens, both.stop_reason) == (free.tokens[:end], "stop")
+    assert both.logprobs == pytest.approx(free.logprobs[:end])
 
 
 def test_a_checkpoint_of_another_shape_leaves_the_client_as_it_was(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import time
 import traceback
 import weakref
 from collections.abc import Callable, Iterator
-from concurrent.futures import CancelledError, as_completed
+from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
@@ -625,6 +625,108 @@ def test_a_loss_that_waits_for_a_later_request_of_its_client_is_refused() -> Non
     with pytest.raises(CancelledError):
         later[0].result(60)
     assert all(g is None for g in gradients(c))
+
+
+def in_a_thread(wait: Callable[[], Any]) -> None:
+    thread = threading.Thread(target=wait)
+    thread.start()
+    thread.join()
+
+
+def in_a_pool(wait: Callable[[], Any]) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(wait).result()
+
+
+POOL = ThreadPoolExecutor(1)
+
+
+def in_a_pool_that_is_there(wait: Callable[[], Any]) -> None:
+    POOL.submit(int).result()
+    POOL.submit(wait).result()
+
+
+def in_a_thread_of_a_thread(wait: Callable[[], Any]) -> None:
+    in_a_thread(lambda: in_a_thread(wait))
+
+
+def in_a_loop(wait: Callable[[], Any]) -> None:
+    asyncio.run(asyncio.to_thread(wait))
+
+
+def in_a_timer(wait: Callable[[], Any]) -> None:
+    timer = threading.Timer(0, wait)
+    timer.start()
+    timer.join()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize(
+    "start", [in_a_thread, in_a_pool, in_a_pool_that_is_there, in_a_thread_of_a_thread, in_a_loop, in_a_timer]
+)
+@pytest.mark.parametrize("swallowed", [True, False])
+def test_a_loss_that_starts_a_thread_which_waits_for_the_client_is_refused(
+    start: Callable[[Callable[[], Any]], None], swallowed: bool
+) -> None:
+    """It is refused even if the loss never learns of the thread's error."""
+    c, errors = client(), []
+    c.forward_backward(texts(Random(1)), "cross_entropy").result()
+    before = gradients(c)
+    POOL.submit(int).result()
+
+    def wait() -> None:
+        try:
+            c.forward(texts(Random(1)), "cross_entropy").result(60)
+        except LossInputError as error:
+            errors.append(error)
+            if not swallowed:
+                raise
+
+    def loss_fn(data: Any, logprobs_list: list[Tensor]) -> Any:
+        start(wait)
+        return half_squared(data, logprobs_list)
+
+    with pytest.raises(LossInputError, match="cannot wait for a later one"):
+        c.forward_backward_custom(texts(Random(1)), loss_fn).result(60)
+    assert len(errors) == 1 and same(gradients(c), before)
+    c.forward_backward_custom(texts(Random(1)), half_squared).result(60)
+
+
+def test_a_thread_of_a_loss_may_wait_once_the_loss_is_done_and_other_threads_at_any_time(gate: Gate) -> None:
+    c, results, begun = client(), [], threading.Event()
+
+    def late() -> None:
+        begun.wait(60)
+        results.append(c.forward(texts(Random(1)), "cross_entropy").result(60))
+
+    def loss_fn(data: Any, logprobs_list: list[Tensor]) -> Any:
+        threads.append(threading.Thread(target=late))
+        threads[0].start()
+        return half_squared(data, logprobs_list)
+
+    threads: list[threading.Thread] = []
+    c.forward_backward_custom(texts(Random(1)), loss_fn).result(60)
+    begun.set()
+    threads[0].join(60)
+    assert len(results) == 1
+    custom = c.forward_backward_custom(texts(Random(2)), gate)
+    assert gate.begun.wait(60)
+    other = threading.Thread(target=lambda: results.append(c.forward(texts(Random(1)), "cross_entropy").result(60)))
+    other.start()
+    gate.end.set()
+    other.join(60)
+    assert len(results) == 2 and custom.result(60)
+
+
+def test_a_thread_of_a_loss_may_use_another_client() -> None:
+    c, other, results = client(), client(), []
+
+    def loss_fn(data: Any, logprobs_list: list[Tensor]) -> Any:
+        in_a_thread(lambda: results.append(other.forward(data, "cross_entropy").result(60)))
+        return half_squared(data, logprobs_list)
+
+    c.forward_backward_custom(texts(Random(1)), loss_fn).result(60)
+    assert len(results) == 1
 
 
 def test_a_loss_may_submit_later_requests_and_read_earlier_ones() -> None:

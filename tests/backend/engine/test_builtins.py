@@ -94,9 +94,8 @@ class Row:
 
     @property
     def sequence_ratio(self) -> Tensor:
-        """exp of the mean log-ratio over the participating tokens, with each token's own gradient."""
-        inside = self.w != 0
-        mean = self.d.detach()[inside].mean() if inside.any() else torch.tensor(0.0, dtype=torch.float64)
+        """exp of the log-ratio's weighted mean over the sequence, with each token's own gradient."""
+        mean = (self.w * self.d.detach()).sum() / self.w.sum() if self.w.any() else torch.zeros(()).double()
         return (mean + self.lp - self.lp.detach()).exp()
 
 
@@ -349,7 +348,8 @@ def test_a_sequence_outside_of_gspos_mask_has_no_gradient() -> None:
         fields[name] = TensorData([0.0] * len(fields[name].data), "float32")
     result = c.forward_backward(data, "gspo").result()
     assert result.metrics["loss:sum"] == pytest.approx(expected) and result.metrics["sequences_empty:sum"] == 1
-    c.forward_backward(data[:1], "gspo").result()  # a batch of zero weights is a valid part of a larger batch
+    with pytest.raises(LossInputError, match="gspo: weights: expected at least one active token in the batch"):
+        c.forward_backward(data[:1], "gspo").result()
 
 
 @pytest.mark.parametrize(

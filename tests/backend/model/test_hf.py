@@ -14,7 +14,7 @@ from tiny import texts
 from tokenizers import Tokenizer, models
 from torch import Tensor, nn
 
-from lossfns import LossInputError, ModelInput, datum_from_tokens
+from lossfns import LossInputError, LossWarning, ModelInput, datum_from_tokens
 from lossfns.backend import AdamParams, LocalReferenceClient, LocalServiceClient, LocalTrainingClient, SamplingParams
 from lossfns.backend.model import hf, lora
 
@@ -30,6 +30,8 @@ SIZE: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": None,
 }
+
+NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 
 MODELS: dict[str, Any] = {
     "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZE)),
@@ -48,7 +50,9 @@ MODELS: dict[str, Any] = {
         )
     ),
     "gpt2": lambda: transformers.GPT2LMHeadModel(  # learned positions
-        transformers.GPT2Config(vocab_size=31, n_positions=512, n_embd=16, n_layer=2, n_head=4, bos_token_id=1)
+        transformers.GPT2Config(
+            vocab_size=31, n_positions=512, n_embd=16, n_layer=2, n_head=4, bos_token_id=1, **NO_DROPOUT
+        )
     ),
     "phi": lambda: transformers.PhiForCausalLM(transformers.PhiConfig(**SIZE)),  # a bias in the head
     "granite": lambda: transformers.GraniteForCausalLM(  # scaled logits
@@ -205,7 +209,8 @@ def test_a_copy_of_a_checkpointing_model_runs_its_own_weights() -> None:
 
 
 def test_checkpointing_of_a_model_without_layers_to_run_again_is_refused() -> None:
-    sizes = {"vocab_size": 31, "n_positions": 32, "n_embd": 16, "dff": 24, "n_layer": 1, "n_head": 2}
+    sizes: dict[str, Any] = {"vocab_size": 31, "n_positions": 32, "n_embd": 16, "dff": 24, "n_layer": 1, "n_head": 2}
+    sizes |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0}
     model = hf.CausalLM(shaken(transformers.CTRLLMHeadModel(transformers.CTRLConfig(**sizes))))
     model.checkpointing = False
     assert model.checkpointing is False
@@ -484,7 +489,68 @@ def test_where_frequencies_depend_on_the_batch_sequences_stay_below() -> None:
 
 
 def test_dropout_is_refused() -> None:
-    model = hf.CausalLM(transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZE, attention_dropout=0.5)))
+    with pytest.warns(LossWarning, match=r"LlamaForCausalLM is trained without attention_dropout=0\.5"):
+        model = hf.CausalLM(transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZE, attention_dropout=0.5)))
     model(torch.arange(4), [4])
     with pytest.raises(LossInputError, match=r"dropout of 0\.5 in training mode"):
         model.train()(torch.arange(4), [4])
+
+
+# What a configuration asks for
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda **o: transformers.MixtralForCausalLM(transformers.MixtralConfig(**SIZE, num_local_experts=3, **o)),
+        lambda **o: transformers.Qwen3MoeForCausalLM(
+            transformers.Qwen3MoeConfig(**SIZE, num_experts=3, num_experts_per_tok=2, **o)
+        ),
+        lambda **o: transformers.OlmoeForCausalLM(
+            transformers.OlmoeConfig(**SIZE, num_experts=3, num_experts_per_tok=2, **o)
+        ),
+    ],
+    ids=["mixtral", "qwen3 moe", "olmoe"],
+)
+def test_a_routers_auxiliary_loss_is_refused_by_name(build: Callable[..., Any]) -> None:
+    """transformers adds it to the loss only if output_router_logits is set."""
+    with pytest.raises(LossInputError) as caught:
+        hf.CausalLM(build(output_router_logits=True, router_aux_loss_coef=0.5))
+    assert "output_router_logits=True, which asks for the router's auxiliary loss" in str(caught.value)
+    model = build(router_aux_loss_coef=0.5)
+    hf.CausalLM(shaken(model))
+
+
+def vision_language(kind: str) -> Any:
+    text = SIZE | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 0]}}
+    vision = {"depth": 1, "embed_dim": 16, "hidden_size": 16, "num_heads": 2}
+    config = getattr(transformers, f"{kind}Config")(text_config=text, vision_config=vision)
+    return getattr(transformers, f"{kind}ForConditionalGeneration")(config)
+
+
+def test_a_model_that_reads_images_is_not_taken_for_a_text_model() -> None:
+    with pytest.raises(LossInputError, match="a model of text alone, got a Qwen2VLForConditionalGeneration with pixel"):
+        hf.CausalLM(vision_language("Qwen2VL"))
+
+
+def test_a_text_model_of_a_family_that_also_reads_images_is_accepted() -> None:
+    config = transformers.Gemma3TextConfig(**SIZE, head_dim=4)
+    assert hf.CausalLM(shaken(transformers.Gemma3ForCausalLM(config))).context_length == 512
+
+
+def test_dropout_and_noise_that_the_configuration_asks_for_are_named() -> None:
+    """Heads that are not used do not matter: GPT-2's configuration also has summary_first_dropout."""
+    config = transformers.GPT2Config(vocab_size=31, n_embd=16, n_layer=1, n_head=2, attn_pdrop=0.0, embd_pdrop=0.0)
+    with pytest.warns(LossWarning) as warned:
+        hf.CausalLM(shaken(transformers.GPT2LMHeadModel(config)))
+    (message,) = (str(w.message) for w in warned)
+    assert "GPT2LMHeadModel is trained without resid_pdrop=0.1: models run in eval mode" in message
+    moe = transformers.MixtralConfig(**SIZE, num_local_experts=3, router_jitter_noise=0.01)
+    with pytest.warns(LossWarning, match=r"without router_jitter_noise=0\.01"):
+        hf.CausalLM(shaken(transformers.MixtralForCausalLM(moe)))
+
+
+@pytest.mark.parametrize("source", ["a\0b", "a\0b.gguf", ""])
+def test_a_path_that_is_none_is_refused_by_load(source: str) -> None:
+    with pytest.raises(LossInputError, match="source: expected a folder, a GGUF file"):
+        hf.load(source)

@@ -210,7 +210,7 @@ SEQUENCE_MEANS = [
     ),
     Situation(
         "edge",
-        "fractional weights weigh the terms, and the ratio is still the plain mean over tokens",
+        "fractional weights weigh the terms and the mean of the log-ratios alike",
         policy_data(
             lp="-1 -0.5 -2 | -1 -2", w="0.25 1 2 | 0.5 1", adv="1 1 1 | -1 -1", d="0.25 0.0625 -0.125 | -0.25 0.125"
         ),
@@ -223,6 +223,12 @@ SEQUENCE_MEANS = [
         ),
     ),
 ]
+
+UNEQUAL_WEIGHTS = Situation(
+    "valid",
+    "weights of 1 and 0.25: the mean of the log-ratios is (0.5 - 0.25) / 1.25 = 0.2, not -0.25",
+    policy_data(lp="-1 -2", w="1 0.25", adv="1 1", old="-1.5 -1"),
+)
 
 NEAR_GSPO_BOUNDS = [
     Situation(
@@ -270,6 +276,19 @@ NEAR_SAMPLER = Situation(
         d="0.125 -0.0625 0.0625 | 0.0625 -0.125",
         old="-1.125 -0.4375 -2.0625 | -3.0625 -1.375",
         gap="2 -0.25 0.25 | -2 0.5",
+    ),
+)
+
+UNEQUALLY_WEIGHTED_SAMPLER = Situation(
+    "valid",
+    "a sampler that is off, and weights that differ: each weight multiplies the log-ratio of its token",
+    policy_data(
+        lp="-1 -0.5 -2 | -3 -1.5",
+        w="0.5 2 0 | 0.25 1",
+        adv="1 1 1 | -1 -1",
+        d="0.125 -0.0625 0.0625 | 0.0625 -0.125",
+        old="-1.125 -0.4375 -2.0625 | -3.0625 -1.375",
+        gap="0.5 -0.25 8 | 1 0.25",
     ),
 )
 
@@ -382,6 +401,8 @@ def policies() -> Iterator[Case]:
             for situation in (*NEAR_GSPO_BOUNDS, *OUT_OF_BOUNDS)
         )
         yield SEQUENCE_MEANS[0].case_for(loss, "every token of the batch counts alike", weigh="token_mean")
+        yield UNEQUAL_WEIGHTS.case_for(loss, clip=[0.1, 9.0])
+        yield UNEQUAL_WEIGHTS.case_for(loss, "the paper's own bounds", clip=GSPO_BOUNDS, weigh="token_mean")
     for loss in WITH_KL:
         yield from kl_cases(loss)
     for loss in WEIGHT_LIMITED:
@@ -412,6 +433,9 @@ def sampler_cases(loss: str) -> Iterator[Case]:
         yield NEAR_SAMPLER.case_for(loss, f"sequence weights of at most {cap}", tis_cap=cap, tis_level="sequence")
     yield FAR_SAMPLER.case_for(loss, "token weights of at most 2", tis_cap=2.0)
     yield RAGGED.case_for(loss, "with sequence weights", tis_cap=4.0, tis_level="sequence")
+    for level in ("sequence", "geometric"):
+        yield UNEQUALLY_WEIGHTED_SAMPLER.case_for(loss, f"{level} level", tis_cap=4.0, tis_level=level)
+    yield NEAR_SAMPLER.case_for(loss, "geometric level", tis_cap=2.0, tis_level="geometric")
 
 
 def limited_weight_cases(loss: str) -> Iterator[Case]:
