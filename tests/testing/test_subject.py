@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import pickle
+import random
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ import lossfns
 from lossfns import LossInputError
 from lossfns.testing import Batch, check
 from lossfns.testing.forms import PROBE, ContractLoss, FactoryLoss, PaddedLoss
-from lossfns.testing.kinds import detect_kind
+from lossfns.testing.kinds import detect_kind, takes_rewards
 from lossfns.testing.laws.base import NotApplicable, Probe, reads_only_mask
 from lossfns.testing.names import column_of
 from lossfns.testing.subject import adapt, adapt_advantages, from_file, knobs, load, padded, with_settings
@@ -693,6 +694,56 @@ def test_what_has_no_known_form_is_refused_with_the_reason(subject: Any, words: 
     with pytest.raises(LossInputError) as caught:
         check(subject, examples=0)
     assert all(word in str(caught.value) for word in words), caught.value
+
+
+KNOWN = (
+    "logprobs old_logprobs ref_logprobs advantages mask weights labels policy_chosen_logps policy_rejected_logps "
+    "reference_chosen_logps policy_KL_logps reference_KL_logps chosen_mask rejected_mask rewards groups "
+    "num_generations per_token_logps teacher_logprobs sampler_logprobs is_desirable chosen_lengths data logprobs_list"
+)
+OTHER = "temperature beta logits outputs model inputs batch config values x y index"
+RESULTS = """None; 1.0; np.float32(1); np.zeros(3); torch.zeros(()); torch.zeros(2, 3); torch.zeros(0); 1 / 0; {}['a'];
+{'loss': 1}; (); (None, {}); (torch.zeros(()), None); lambda *a: None; args; object(); 'text'; len; sum(args);
+lambda data, lps: (sum(lp.sum() for lp in lps), {}); sum(a.sum() for a in args); args[0].mean(-1); args[0] * args[-1];
+((args[0] * args[-1]).sum(), {'m': args[0]}); (args[0].sum(), 'x', [1], {'y': 'z'}, 3); torch.nn.Linear(1, 1);
+args[0].sum() * float('nan')"""
+
+
+def random_subject(rng: random.Random) -> Any:
+    """Return a function, a class or an object with random parameters that returns anything."""
+    names = rng.sample((f"{KNOWN} {OTHER}" if rng.random() < 0.2 else KNOWN).split(), rng.randrange(6))
+    first_default = rng.randrange(len(names) + 3)
+    defaults = [f"={rng.choice(('None', '0.1', 'True'))}" if i >= first_default else "" for i in range(len(names))]
+    given = [name + default for name, default in zip(names, defaults)]
+    given = ["*", *given] if given and rng.random() < 0.2 else given
+    given += ["**kwargs"] if rng.random() < 0.1 else []
+    body = f"args = [{', '.join(names)}]; return {rng.choice(RESULTS.split(';')).strip()}"
+    form = rng.choice(("function", "module", "class", "object"))
+    base, method = ("torch.nn.Module", "forward") if form == "module" else ("object", "__call__")
+    source = f"def {method}({', '.join(given if form == 'function' else ['self', *given])}): {body}"
+    scope: dict[str, Any] = {"torch": torch, "np": np}
+    exec(source if form == "function" else f"class C({base}):\n    {source}", scope)
+    return scope["__call__"] if form == "function" else scope["C"]() if form == "object" else scope["C"]
+
+
+@pytest.mark.parametrize("count", [300, pytest.param(6000, marks=pytest.mark.exhaustive)])
+def test_any_callable_is_a_loss_or_refused(count: int) -> None:
+    """No subject gives a bare TypeError."""
+    rng, seen = random.Random(0), {"kind": 0, "refused": 0}
+    for _ in range(count):
+        subject = random_subject(rng)
+        try:
+            if takes_rewards(subject):
+                adapt_advantages(subject)
+            else:
+                detect_kind(adapt(subject))
+            seen["kind"] += 1
+        except LossInputError as error:
+            assert str(error)
+            seen["refused"] += 1
+        except NotApplicable:
+            continue
+    assert min(seen.values()) > count / 50, seen
 
 
 @pytest.mark.parametrize(
