@@ -28,7 +28,7 @@ Shapes = Sequence[Sequence[int]]
 RESERVED_COLUMNS = ("logprobs", "weights", "lengths", "columns", "active", "share", "denominator", "align", "grad_l1")
 """Names that a column of a loss cannot have: a batch, an export or an option of ``bind`` has them."""
 
-LOGPROB_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+LOGPROB_DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 
 MISSING_COLUMN_FIX = {
     "target_tokens": "Build the datum with datum_from_tokens.",
@@ -244,16 +244,17 @@ def check_logprobs(data: Sequence[Any], logprobs_list: Sequence[Tensor]) -> None
     if len(data) != len(logprobs_list):
         raise wrong_count(data, logprobs_list)
     device = getattr(logprobs_list[0], "device", None)
+    has_values = getattr(device, "type", "") != "meta"
     for i, lp in enumerate(logprobs_list):
         if not isinstance(lp, Tensor):
             raise LossInputError("logprobs", "a torch.Tensor", f"a {type(lp).__name__}", "Call torch.tensor.", datum=i)
-        if not lp.is_floating_point():
+        if lp.dtype not in LOGPROB_DTYPES:
             fix = "Logprobs are real numbers: were token ids passed?"
             raise LossInputError("logprobs", "a floating point tensor", str(lp.dtype), fix, datum=i)
         if lp.device != device:
             got = f"{lp.device}, while datum[0] has {device}"
             raise LossInputError("logprobs", "one device for the whole batch", got, "Move them with .to().", datum=i)
-        if not is_plain(lp) or lp.dtype not in LOGPROB_DTYPES:
+        if lp.layout != torch.strided or lp.is_nested or not has_values:  # is_plain; the dtype has told the rest
             fix = "Pass the logprobs of the datum's targets as a dense tensor of float32."
             raise LossInputError("logprobs", "a dense tensor with values", tensor_form(lp), fix, datum=i)
 
