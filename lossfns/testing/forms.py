@@ -9,6 +9,7 @@ import ast
 import copy
 import functools
 import inspect
+import re
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -513,9 +514,15 @@ class PaddedLoss(Adapted):
                             yield Form(level, advantages, mask, label)
 
     def find_form(self) -> None:
-        """Choose the first form in which the function runs, and in which its result is most like that of a loss."""
+        """Choose the first form in which the function runs, and in which its result is most like that of a loss.
+
+        Where the source says the shape of the advantages, other shapes are tried only if the function does not run.
+        """
         running, best, errors = None, -1, {}
-        for form in self.candidate_forms():
+        said = said_shape(self.target.fn)
+        for form in sorted(self.candidate_forms(), key=lambda form: form.advantages != said and said != ""):
+            if running is not None and said == running.advantages != form.advantages:
+                break
             try:
                 likeness = self.likeness(form)
             except NotApplicable:
@@ -680,6 +687,32 @@ def return_statements(fn: Any) -> list[list[str]]:
     return found
 
 
+def source_of(fn: Any) -> Any:
+    """Return the function that a callable runs: ``forward`` of a module, ``__call__`` of an object."""
+    while isinstance(fn, functools.partial):
+        fn = fn.func
+    return fn.forward if isinstance(fn, torch.nn.Module) else fn if inspect.isroutine(fn) else type(fn).__call__
+
+
+SHAPE_OF_ADVANTAGES = re.compile(
+    r"\badv\w*[^\n.;]{0,30}?[\[(] *(?:B|N|bs|bsz|batch|batch_size) *(?:, *(1|T|L|S|seq\w*)? *)?[\])]", re.IGNORECASE
+)
+
+
+def said_shape(fn: Any) -> str:
+    """Return the form of the advantages that docstrings and comments say: "datum" for ``[B]``, see ``Form``; or ""."""
+    try:
+        source = textwrap.dedent(inspect.getsource(inspect.unwrap(source_of(fn))))
+        body = ast.parse(source).body[0]
+        documented = ast.get_docstring(body) or "" if isinstance(body, ast.FunctionDef) else ""
+    except (OSError, TypeError, SyntaxError, IndexError):
+        return ""
+    comments = "\n".join(re.findall(r"#(.*)", source))
+    found = SHAPE_OF_ADVANTAGES.findall(f"{documented}\n{inspect.getdoc(fn) or ''}\n{comments}")
+    shapes = {"column" if size == "1" else "tokens" if size else "datum" for size in found}
+    return shapes.pop() if len(shapes) == 1 else ""
+
+
 def element_name(node: ast.AST) -> str:
     """Return the name of a returned element such as ``ppo_kl.detach()`` or ``float(kl)``, or ""."""
     if isinstance(node, ast.Call):
@@ -692,10 +725,7 @@ def element_name(node: ast.AST) -> str:
 
 def result_names(fn: Any, count: int) -> Sequence[str]:
     """Return the names of the elements of a returned tuple: from the source, or those of verl where it has none."""
-    while isinstance(fn, functools.partial):
-        fn = fn.func
-    source = fn.forward if isinstance(fn, torch.nn.Module) else fn if inspect.isroutine(fn) else type(fn).__call__
-    statements = return_statements(inspect.unwrap(source))
+    statements = return_statements(inspect.unwrap(source_of(fn)))
     named = [names for names in statements if len(names) == count]
     if named:
         return named[-1]
