@@ -521,8 +521,35 @@ def kto_padded(logprobs, ref_logprobs, mask, labels):  # type: ignore[no-untyped
     return kto_of_labels((logprobs * mask).sum(-1), (ref_logprobs * mask).sum(-1), labels)
 
 
+def make_kto(labels, ref_logprobs):  # type: ignore[no-untyped-def]
+    """Labels as a list of lists are all true."""
+    good = torch.tensor([bool(label) for label in labels])
+
+    def loss_fn(data: Any, logprobs_list: Any) -> Any:
+        weights = [datum.loss_fn_inputs["weights"].to_torch() for datum in data]
+        gaps = torch.stack([(w * (lp - ref)).sum() for w, lp, ref in zip(weights, logprobs_list, ref_logprobs)])
+        return kto_values(gaps, good, gaps.detach().mean().clamp(min=0)).mean(), {}
+
+    return loss_fn
+
+
+def make_kto_of_signs(labels, ref_logprobs):  # type: ignore[no-untyped-def]
+    return make_kto([label > 0 for label in labels if label], ref_logprobs)
+
+
 @pytest.mark.parametrize(
-    "subject", [contract_kto, trl_kto, kto_of_labels, kto_of_bools, kto_of_indices, kto_of_signs, kto_padded]
+    "subject",
+    [
+        make_kto,
+        make_kto_of_signs,
+        contract_kto,
+        trl_kto,
+        kto_of_labels,
+        kto_of_bools,
+        kto_of_indices,
+        kto_of_signs,
+        kto_padded,
+    ],
 )
 def test_kto_in_every_form_is_kto(subject: Any) -> None:
     assert_same(subject, contract_kto)
@@ -573,18 +600,20 @@ def test_lengths_are_counted() -> None:
     assert detect_kind(adapt(simpo)) == detect_kind(adapt(padded_simpo)) == ("preference", False)
 
 
-def test_labels_beside_logprobs_alone_are_token_ids() -> None:
-    def nll(logprobs, labels):  # type: ignore[no-untyped-def]
-        return -logprobs[labels != -100].mean()
+def nll_of_ids(logprobs, labels):  # type: ignore[no-untyped-def]
+    return -logprobs[labels != -100].mean()
 
-    assert_same(nll, lossfns.cross_entropy())
-    assert detect_kind(adapt(nll)) == ("likelihood", False)
+
+def test_labels_beside_logprobs_alone_are_token_ids() -> None:
+    assert_same(nll_of_ids, lossfns.cross_entropy())
+    assert detect_kind(adapt(nll_of_ids)) == ("likelihood", False)
 
 
 def test_a_loss_of_masks_need_not_apply_fractional_weights() -> None:
     """Weights that only the adapter read made a bool mask "weights-binarised"."""
     for subject in (ppo_with_a_bool_mask, padded_ppo):
         assert reads_only_mask(Probe(adapt(subject), BATCH, torch.float32))
+    assert reads_only_mask(Probe(adapt(nll_of_ids), BATCH, torch.float32))
     assert not reads_only_mask(Probe(adapt(of_sums), BATCH, torch.float32))
 
 
