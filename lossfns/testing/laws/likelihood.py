@@ -13,6 +13,7 @@ from lossfns.testing.laws.base import (
     Probe,
     assume,
     fragile,
+    reads_only_mask,
     require,
     shifted,
     unpoisoned,
@@ -50,6 +51,8 @@ def likelihood(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor])
     """The gradient is −w / D."""
     probe = Probe.of(loss_fn, data, logprobs)
     batch = unequal_weights_batch(probe)
+    if reads_only_mask(probe):  # a mask holds no fractions
+        batch = batch.having(weights=[[1.0] * len(row) for row in batch.weights])
     gradients = probe(batch).gradients
     assume(any(g != 0 for row in gradients for g in row), "there is no gradient")
     seen = f"With weights {batch.weights} the gradients are {gradients}."
@@ -66,6 +69,7 @@ def likelihood(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor])
 def negative_weights(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
     """A negative weight makes its token less likely: the two-pass protocol sends gradients as weights."""
     probe = Probe.of(loss_fn, data, logprobs)
+    assume(not reads_only_mask(probe), "it reads a mask, which holds no negative numbers")
     batch = unequal_weights_batch(probe)
     weights = [[-0.25 if j == 1 else w for j, w in enumerate(row)] for row in batch.weights]
     gradients = probe(unpoisoned(batch).having(weights=weights)).gradients
