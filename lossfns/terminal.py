@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -43,7 +44,12 @@ def console_on(stream: TextIO | None) -> Console | None:
 
 @contextmanager
 def while_read(stream: TextIO | None) -> Iterator[None]:
-    """Print to a stream for as long as somebody reads it. If its pipe is closed, the rest of the block is left out."""
+    """Print to a stream for as long as somebody reads it. If its pipe is closed, the rest of the block is left out.
+
+    A character that the stream's encoding does not have is escaped.
+    """
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="backslashreplace")
     try:
         yield
         if stream is not None:
@@ -88,7 +94,7 @@ def print_report(
         if json_to == "-":
             print(json.dumps(report.as_dict(), indent=1))
         elif console is None:
-            say(text(report))
+            print(text(report))
         else:
             draw(report, console)
 

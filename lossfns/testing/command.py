@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lossfns.errors import LossInputError
-from lossfns.terminal import console_on, print_report, print_rows, print_wrapped, printable, say, status, while_read
+from lossfns.terminal import console_on, print_report, print_rows, print_wrapped, printable, status, while_read
 from lossfns.testing.report import MARKS, Report, Verdict
 
 if TYPE_CHECKING:
@@ -256,7 +256,7 @@ def print_list(kind: str | None) -> None:
         if console is None:
             widths = [max(map(len, cells)) for cells in zip(*rows)]
             lines = ["  ".join(f"{cell:{width}}" for cell, width in zip(row, widths)).rstrip() for row in rows]
-            say("\n".join([title, "", *lines, ""]))
+            print("\n".join([title, "", *lines, ""]))
         else:
             console.print(f"{title}\n", style="bold")
             print_rows(console, rows, ["cyan"] * len(rows))
@@ -279,7 +279,7 @@ def explain_command(args: argparse.Namespace) -> int:
     with while_read(sys.stdout):
         console = console_on(sys.stdout)
         if console is None:
-            say("\n".join(textwrap.fill(line, 100, break_on_hyphens=False) for line in lines))
+            print("\n".join(textwrap.fill(line, 100, break_on_hyphens=False) for line in lines))
         else:
             print_wrapped(console, lines)
     return 0
