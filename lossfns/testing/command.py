@@ -143,7 +143,7 @@ def isolated_check(args: argparse.Namespace, skip: Mapping[str, str]) -> Report:
         CannotTest: if the subject is refused, or ends the process or blocks while it is imported.
     """
     from lossfns.testing.check import kind_named
-    from lossfns.testing.isolated import Ended, run_isolated
+    from lossfns.testing.isolated import FAILED, Ended, run_isolated
     from lossfns.testing.subject import parse_method
 
     if not hasattr(os, "fork"):
@@ -157,6 +157,8 @@ def isolated_check(args: argparse.Namespace, skip: Mapping[str, str]) -> Report:
             match message:
                 case Ended():
                     return with_end(report, laws, doing, message, args.timeout)
+                case [str(word), str(text)] if word == FAILED:
+                    raise CannotTest(f"an error of lossfns itself, in the law {doing}: {printable(text)}")
                 case ["refused", str(text)]:
                     raise CannotTest(text)
                 case ["doing", str(doing)]:

@@ -13,6 +13,7 @@ from xml.etree import ElementTree
 import pytest
 
 from lossfns.cli import main
+from lossfns.testing.check import Trial
 
 NLL = """
     total = count = 0.0
@@ -83,6 +84,14 @@ def test_a_subject_that_ends_the_process_in_a_call_is_wrong(
     assert first == (report["verdicts"][0] == wrong[0])
 
     ElementTree.parse(tmp_path / "x.xml")
+
+
+def test_an_error_of_the_kit_accuses_no_subject(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lossfns.testing.check.law_trials", lambda *_: [Trial("contract", "It.", lambda: 1 / 0)])
+    status, out, err = run(capfd, write_loss(tmp_path))
+    assert (status, out) == (2, "") and "an error of lossfns itself, in the law contract: ZeroDivisionError" in err
 
 
 AT_IMPORT = {
