@@ -28,7 +28,7 @@ from torch import Tensor
 from lossfns.advantages import group_advantages
 from lossfns.datum import Datum, TensorData
 from lossfns.loss import Loss
-from lossfns.testing import oracle, planted
+from lossfns.testing import field, oracle, planted
 from lossfns.testing.bugs import BUGS
 from lossfns.testing.laws.trace import Trace
 from lossfns.testing.vectors.flags import arguments
@@ -48,9 +48,12 @@ def mutant(bug: str, loss: str, **settings: Any) -> Subject:
 
     Args:
         bug: an id of ``lossfns.testing.bugs``.
-        loss: the name of a method that has golden vectors.
+        loss: the name of a method that has golden vectors, or of a loss in ``lossfns.testing.field`` with this bug.
         settings: the settings, with their names in the vectors. A missing one is taken from the method's first vector.
+            A loss of the field takes none.
     """
+    if (loss, bug) in field.WRONG:
+        return described(field.WRONG[loss, bug], bug, loss, field.KIND_OF[loss, bug], None)
     config = {**load(loss)[0].config, **settings}
     like = correct_loss(loss, config)
     built: Subject
@@ -58,8 +61,13 @@ def mutant(bug: str, loss: str, **settings: Any) -> Subject:
         built = partial(planted.ADVANTAGE_BUGS[bug], **config)
     else:
         built = CALL_BUGS[bug](like) if bug in CALL_BUGS else oracle_loss(bug, loss, config)
+    return described(built, bug, loss, loss_kind(like), like)
+
+
+def described(built: Subject, bug: str, loss: str, kind: str, like: Any) -> Subject:
+    """Set the attributes of a mutant."""
     name, words = f"{loss}_{bug.replace('-', '_')}", f"{loss}, but {BUGS[bug].description}."
-    attributes = {"bug": bug, "kind": loss_kind(like), "like": like, "__name__": name, "__doc__": words}
+    attributes = {"bug": bug, "kind": kind, "like": like, "__name__": name, "__doc__": words}
     for attribute, value in attributes.items():
         setattr(built, attribute, value)
     return built
@@ -295,7 +303,7 @@ APPLIES_TO: dict[str, Callable[[Any], bool]] = {
 def exemplars() -> list[tuple[str, str, Config]]:
     """Return (bug, loss, settings) for each bug and family of losses: a kind, with or without a reference.
 
-    The loss and the settings are the first ones with which the bug shows.
+    The loss and the settings are the first ones with which the bug shows. The losses of the field follow.
     """
     first: dict[tuple[str, bool, str], tuple[str, str, Config]] = {}
     for loss in METHODS:
@@ -304,7 +312,7 @@ def exemplars() -> list[tuple[str, str, Config]]:
         for bug in BUGS:
             if (*family, bug) not in first and (settings := settings_showing(bug, loss)):
                 first[*family, bug] = bug, loss, settings[0]
-    return list(first.values())
+    return [*first.values(), *((bug, loss, {}) for loss, bug in field.WRONG)]
 
 
 MUTANTS = {(built := mutant(bug, loss, **settings)).__name__: built for bug, loss, settings in exemplars()}

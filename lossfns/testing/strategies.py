@@ -71,6 +71,7 @@ CALM: Mapping[str, Values] = {
     "weights": WEIGHTS,
     "advantages": ADVANTAGES,
     **dict.fromkeys(LOGPROB_COLUMNS, LOG_RATIOS),
+    "labels": (1.0, 0.0),
     "poison": (None, *POISONS),
 }
 AT_BOUNDS = {**CALM, **dict.fromkeys(LOGPROB_COLUMNS, LOG_RATIOS + BOUND_LOG_RATIOS)}
@@ -140,7 +141,7 @@ def batches(
     """Batches that every loss over these columns accepts: at least one token is active, and no logprob is above 0.
 
     Args:
-        reads: the columns besides ``weights``, as a ``Loss`` names them.
+        reads: the columns besides ``weights``, as a ``Loss`` names them, and ``labels``: 1 or 0, one for each sequence.
         pairs: sequences 2i and 2i + 1 form a pair. Both have active tokens, or neither has.
         targets: K for logprobs ``[N, K]``, with K targets at each position; 0 for ``[N]``.
         signed: weights may be negative. Their sum may be 0 or less, which no mean can divide by.
@@ -191,7 +192,7 @@ def datums(*, sdk: Any = lossfns_sdk, **options: Any) -> st.SearchStrategy[list[
 
 def check_columns(reads: Sequence[str]) -> None:
     """Refuse columns that cannot be drawn."""
-    known = [name for name in COLUMNS if name != "weights"]
+    known = [*(name for name in COLUMNS if name != "weights"), "labels"]
     if isinstance(reads, str):
         raise InvalidArgument(f"reads={reads!r} is a string: write ({reads!r},)")
     for name in reads:
@@ -235,6 +236,8 @@ def build_sequence(names: Sequence[str], positions: Iterable[Iterable[Cell]], ma
         row["weights"][0] = 1.0
     if "advantages" in row and not by_token:
         row["advantages"] = row["advantages"][:1] * len(cells)
+    if "labels" in row:
+        row["labels"] = row["labels"][:1] * len(cells)
     ratios = {
         name: list(map(feasible_log_ratio, row["logprobs"], row[name])) for name in names if name in LOGPROB_COLUMNS
     }
@@ -259,7 +262,7 @@ def other_logprobs(logprobs: Row, log_ratios: Row) -> Row:
 
 
 def apply_poison(row: Columns) -> Columns:
-    """Fill each slot of weight 0 with its poison, if it has one."""
+    """Fill each slot of weight 0 with its poison, if it has one. Labels stay."""
     slots = list(zip(row["weights"], row["poison"]))
     filled = {name: [x if w or p is None else p for x, (w, p) in zip(xs, slots)] for name, xs in row.items()}
-    return {**filled, "weights": row["weights"]}
+    return {**filled, **{name: row[name] for name in ("weights", "labels") if name in row}}

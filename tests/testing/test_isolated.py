@@ -89,7 +89,8 @@ def test_a_subject_that_ends_the_process_in_a_call_is_wrong(
 def test_an_error_of_the_kit_accuses_no_subject(
     capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lossfns.testing.check.law_trials", lambda *_: [Trial("contract", "It.", lambda: 1 / 0)])
+    kit = sys.modules["lossfns.testing.check"]
+    monkeypatch.setattr(kit, "law_trials", lambda *_: [Trial("contract", "It.", lambda: 1 / 0)])
     status, out, err = run(capfd, write_loss(tmp_path))
     assert (status, out) == (2, "") and "an error of lossfns itself, in the law contract: ZeroDivisionError" in err
 

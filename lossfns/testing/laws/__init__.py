@@ -11,6 +11,7 @@ from __future__ import annotations
 from lossfns.testing.laws import (
     advantages,
     contract,
+    distillation,
     frames,
     knobs,
     likelihood,
@@ -18,7 +19,9 @@ from lossfns.testing.laws import (
     metrics,
     policy,
     preference,
+    reweighted,
     sums,
+    unpaired,
 )
 from lossfns.testing.laws.advantages import AdvantageLaw as AdvantageLaw
 from lossfns.testing.laws.base import Law as Law
@@ -31,8 +34,9 @@ GRADIENTS_AND_PRECISION: tuple[Law, ...] = (
     contract.every_gradient,
     contract.precision,
 )
-MASKS: tuple[Law, ...] = (masks.poison, masks.padding)
+MASKS: tuple[Law, ...] = (masks.masked_values, masks.padding, masks.poison)
 SUMS: tuple[Law, ...] = (
+    sums.many_tokens,
     sums.duplication,
     sums.replicas,
     sums.split,
@@ -97,13 +101,61 @@ LIKELIHOOD = (
     sums.finite_differences,
     *CALLS_AND_METRICS,
 )
-REWEIGHTED = (*ANY_KIND,)
-UNPAIRED = (*ANY_KIND,)
-DISTILLATION = (*ANY_KIND,)
+REWEIGHTED = (
+    *BASICS,
+    frames.signal,
+    reweighted.raises,
+    frames.independence,
+    frames.canary,
+    *GRADIENTS_AND_PRECISION,
+    *MASKS,
+    reweighted.focal,
+    reweighted.consistent,
+    reweighted.proportional,
+    contract.finite,
+    reweighted.bounded,
+    *SUMS,
+    *CALLS_AND_METRICS,
+)
+UNPAIRED = (
+    *BASICS,
+    unpaired.reference_point,
+    frames.signal,
+    unpaired.labels,
+    frames.independence,
+    frames.canary,
+    *GRADIENTS_AND_PRECISION,
+    *MASKS,
+    unpaired.unpaired_reference,
+    unpaired.saturation,
+    unpaired.class_weights,
+    unpaired.unpaired_beta,
+    unpaired.reference_point_clamped,
+    contract.finite,
+    *SUMS,
+    *CALLS_AND_METRICS,
+    unpaired.unpaired_metrics,
+)
+DISTILLATION = (
+    *BASICS,
+    frames.signal,
+    distillation.teacher,
+    distillation.towards_teacher,
+    frames.independence,
+    frames.canary,
+    *GRADIENTS_AND_PRECISION,
+    *MASKS,
+    reweighted.proportional,
+    contract.finite,
+    *SUMS,
+    *CALLS_AND_METRICS,
+    distillation.teacher_metrics,
+)
 PREFERENCE = (
     *BASICS,
-    preference.odd,
     frames.signal,
+    preference.smoothing,
+    preference.rejected_side,
     preference.sides,
     frames.independence,
     preference.pair_canary,
@@ -112,13 +164,20 @@ PREFERENCE = (
     *GRADIENTS_AND_PRECISION,
     contract.finite,
     *MASKS,
+    preference.beta,
     preference.step_zero,
+    preference.summed,
     preference.pair_scale,
     preference.monotone,
+    preference.misranked,
     preference.odds,
+    preference.lengths_alike,
+    preference.target,
     *SUMS,
+    preference.odd,
     sums.finite_differences,
     *CALLS_AND_METRICS,
+    preference.pair_metrics,
     preference.margin_metrics,
 )
 ADVANTAGES: tuple[AdvantageLaw, ...] = (
@@ -126,7 +185,11 @@ ADVANTAGES: tuple[AdvantageLaw, ...] = (
     advantages.constant,
     advantages.ordered,
     advantages.groupwise,
+    advantages.baseline,
+    advantages.exact,
     advantages.centred,
+    advantages.alone_zero,
+    advantages.constant_exact,
     advantages.deviation,
 )
 
@@ -137,6 +200,7 @@ SELF_CONTAINED = frozenset(
         contract.host_sync,
         contract.finite,
         knobs.no_inert_knob,
+        sums.many_tokens,
         frames.signal,
         frames.independence,
         frames.canary,
@@ -164,6 +228,30 @@ SELF_CONTAINED = frozenset(
         preference.monotone,
         preference.odds,
         preference.margin_metrics,
+        preference.summed,
+        preference.rejected_side,
+        preference.misranked,
+        preference.lengths_alike,
+        preference.smoothing,
+        preference.beta,
+        preference.target,
+        preference.pair_metrics,
+        reweighted.raises,
+        reweighted.focal,
+        reweighted.consistent,
+        reweighted.proportional,
+        reweighted.bounded,
+        unpaired.labels,
+        unpaired.unpaired_reference,
+        unpaired.reference_point,
+        unpaired.saturation,
+        unpaired.class_weights,
+        unpaired.unpaired_beta,
+        unpaired.reference_point_clamped,
+        unpaired.unpaired_metrics,
+        distillation.teacher,
+        distillation.towards_teacher,
+        distillation.teacher_metrics,
     )
 )
 """Laws that make their own batches and use only the column names of the given one. They run once."""

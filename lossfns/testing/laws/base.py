@@ -243,8 +243,12 @@ def with_constants(batch: Batch, **columns: float) -> Batch:
 
 
 def on_policy_batch(batch: Batch) -> Batch:
-    """Return the batch with the policy's logprobs in the columns of all other policies: ratio 1, KL 0, margin 0."""
-    columns = {name: batch.logprobs for name in batch.columns if name.endswith("_logprobs")}
+    """Return the batch with the policy's logprobs in the columns of all other policies: ratio 1, KL 0, margin 0.
+
+    A teacher keeps its own logprobs: where it agrees with the policy, distillation has nothing to learn.
+    """
+    kept = {"ref_logprobs"} if batch_kind(batch) == "distillation" else set()
+    columns = {name: batch.logprobs for name in batch.columns if name.endswith("_logprobs") and name not in kept}
     return batch.having(**columns)
 
 
@@ -271,18 +275,22 @@ def repeat_rows(batch: Batch, min_positions: int) -> Batch:
 
 
 def unpoisoned(batch: Batch) -> Batch:
-    """Return the batch with −1 in every inactive slot."""
+    """Return the batch with −1 in every inactive slot of the logprobs and of every column but the labels."""
     clean = batch.map(lambda rows: [[x if w else -1.0 for x, w in zip(r, ws)] for r, ws in zip(rows, batch.weights)])
-    return replace(clean, weights=batch.weights)
+    labels = {name: rows for name, rows in batch.columns.items() if name == "labels"}
+    return replace(clean, weights=batch.weights).having(**labels)
 
 
 def uniform_batch(batch: Batch, *, length: int = 1, datums: int = 1, **columns: float) -> Batch:
     """Return datums whose tokens are all equal and active, with the columns of ``batch``.
 
-    Unless given, logprobs are −2, weights 1 and advantages 1, and the other policies have the policy's logprobs.
+    Unless given, logprobs are −2, weights, advantages and labels 1, and the other policies have the policy's logprobs.
+    A teacher is one nat above the policy, as far as 0 allows.
     """
     width = length * (batch.targets or 1)
-    base = {"logprobs": -2.0, "weights": 1.0, "advantages": 1.0} | columns
+    base = {"logprobs": -2.0, "weights": 1.0, "advantages": 1.0, "labels": 1.0} | columns
+    if batch_kind(batch) == "distillation":
+        base.setdefault("ref_logprobs", min(base["logprobs"] + 1.0, 0.0))
 
     def rows(x: float) -> Rows:
         return [[x] * width for _ in range(datums)]
@@ -399,3 +407,45 @@ def reads_only_mask(probe: Probe) -> bool:
     """Return whether the loss reads ``mask`` and not ``weights``. Such a loss need not apply fractional weights."""
     read = fields_read(probe)
     return "mask" in read and "weights" not in read
+
+
+# What a loss says of itself
+
+
+def setting_named(loss_fn: LossFn, *names: str) -> tuple[str, float] | None:
+    """Return name and value of the first numeric setting that has one of these names, or None."""
+    from lossfns.testing.subject import knobs
+
+    for name, value in knobs(loss_fn).items():
+        if name.lower() in names and isinstance(value, (int, float)) and not isinstance(value, bool):
+            return name, float(value)
+    return None
+
+
+def setting_of(loss_fn: LossFn, why: str, *names: str) -> tuple[str, float]:
+    """Return name and value of the first numeric setting with one of these names. Raise NotApplicable without one."""
+    found = setting_named(loss_fn, *names)
+    if found is None:
+        raise NotApplicable(why)
+    return found
+
+
+def with_setting(probe: Probe, name: str, value: float) -> Probe:
+    """Return the probe of the loss with another setting. Raise NotApplicable where the loss refuses it."""
+    from lossfns.testing.subject import with_settings
+
+    try:
+        other = replace(probe, loss_fn=with_settings(probe.loss_fn, **{name: value}))
+        other(uniform_batch(probe.batch, length=2, datums=unit_size(probe.batch)))
+    except (LawBroken, TypeError, ValueError) as refusal:
+        raise NotApplicable(f"it refuses {name} = {value:g}") from refusal
+    return other
+
+
+def is_described_as(loss_fn: LossFn, word: str) -> bool:
+    """Return whether the name or the docstring of a loss holds a word."""
+    inner = getattr(loss_fn, "fn", None) or getattr(loss_fn, "factory", None) or getattr(loss_fn, "func", loss_fn)
+    kind = type(inner)
+    texts = [getattr(x, "__name__", "") for x in (loss_fn, inner, kind)]
+    texts += [getattr(x, "__doc__", "") for x in (inner, kind) if x is not type]
+    return any(word in str(text).lower() for text in texts)

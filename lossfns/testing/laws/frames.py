@@ -21,6 +21,7 @@ from lossfns.testing.laws.base import (
     on_policy_batch,
     repeat_rows,
     require,
+    shifted,
     slots,
     uniform_batch,
     unit_size,
@@ -38,6 +39,7 @@ def signal(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> 
     positive, negative = (probe(uniform_batch(probe.batch, datums=datums, advantages=a)) for a in (1.0, -1.0))
     good, bad = (any(g != 0 for row in outcome.gradients for g in row) for outcome in (positive, negative))
     if not good and not bad:
+        assume(not whitens_advantages(probe), WHITENS)
         diagnose_no_gradient(probe)
     if not good:
         # Divided by the gradient, the value is that of one token: c > 1 of a dual clip, or an upper bound below 1.
@@ -71,14 +73,74 @@ def diagnose_no_gradient(probe: Probe) -> None:
     require(False, "no-gradient", f"{seen}.")
 
 
+WHITENS = "it centres or scales the advantages by statistics of the batch"
+STATISTIC = "the datums act on one another through one number of the batch; declare it with couples="
+
+
+def whitens_advantages(probe: Probe) -> bool:
+    """Return whether advantages are whitened over the batch, as in REINFORCE++, which is no bug of a loss.
+
+    The gradient is then an affine function of the datum's advantage, whose slope and offset depend on the batch. A loss
+    that claims to be one of this library does not whiten.
+    """
+    if "advantages" not in probe.batch.columns or getattr(probe.loss_fn, "like", None) is not None:
+        return False
+    batch = on_policy_batch(uniform_batch(probe.batch, datums=4))
+
+    def gradients(*advantages: float) -> list[float]:
+        rows = [[a] * len(row) for a, row in zip(advantages, batch.weights)]
+        return [row[0] for row in probe(batch.having(advantages=rows)).gradients]
+
+    def slope(advantages: Sequence[float], gs: Sequence[float]) -> float | None:
+        slopes = [(g - gs[0]) / (a - advantages[0]) for a, g in zip(advantages[1:], gs[1:])]
+        return slopes[0] if probe.close(slopes, [slopes[0]] * 3) and slopes[0] < 0 else None
+
+    near, far = (1.0, 2.0, -1.0, 4.0), (1.0, 2.0, -1.0, 10.0)
+    try:
+        narrow, wide = gradients(*near), gradients(*far)
+    except LawBroken:
+        return False
+    affine = slope(near, narrow) is not None and slope(far, wide) is not None
+    return affine and not probe.close(narrow[:3], wide[:3], scale=0.01)
+
+
+def acts_by_statistic(probe: Probe) -> bool:
+    """Return whether other datums act on a datum, but only by scaling all its gradients by one positive factor.
+
+    So acts a statistic of the batch, such as the KL of KTO or the sum of a loss's own weights. It is no bug of a loss
+    without pairs and advantages.
+    """
+    if batch_kind(probe.batch) in ("policy", "preference"):
+        return False
+    batch = uniform_batch(probe.batch, length=2, datums=3)
+    width = batch.targets or 1
+    batch = batch.having(logprobs=[[x / 2 if t < width else x for t, x in enumerate(row)] for row in batch.logprobs])
+    expected = probe(batch).gradients[0]
+    coupled = False
+    for name in ("logprobs", *(name for name in batch.columns if name.endswith("logprobs"))):
+        for by in (-0.5, 0.75):
+            others = [slot for slot in slots(batch) if slot[0] > 0]
+            gradient = probe(batch.having(**{name: shifted(column_rows(batch, name), others, by)})).gradients[0]
+            if probe.close(gradient, expected, scale=0.01):
+                continue
+            factors = [g / e if e else -1.0 for g, e in zip(gradient, expected)]
+            if not probe.close(factors, [factors[0]] * len(factors)) or factors[0] <= 0:
+                return False
+            coupled = True
+    return coupled
+
+
 @wrong("a datum's gradient must not depend on the data that happen to share its batch")
 def independence(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
     """A datum's (or pair's) gradient does not depend on the values of another."""
     probe = Probe.of(loss_fn, data, logprobs)
     step = unit_size(probe.batch)
-    batch = on_policy_batch(uniform_batch(probe.batch, length=2, datums=3 * step))
+    # As many tokens as datums: [B] then meets [B, T] without an error.
+    batch = on_policy_batch(uniform_batch(probe.batch, length=3 * step, datums=3 * step))
     expected = probe(batch).gradients[:step]
     assume(any(g != 0 for row in expected for g in row), "there is no gradient")
+    assume(not whitens_advantages(probe), WHITENS)
+    assume(not acts_by_statistic(probe), STATISTIC)
 
     def changes_unit_0(name: str, in_unit: Callable[[int], bool]) -> bool:
         """Lower a column in the first datum of some units. Return whether the gradient of unit 0 changes."""
@@ -87,7 +149,7 @@ def independence(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor
         lowered = [[x - 0.125 if low else x for x in row] for row, low in zip(rows, is_lowered)]
         return not probe.close(probe(batch.having(**{name: lowered})).gradients[:step], expected)
 
-    for name in ("logprobs", *(name for name in batch.columns if name != "advantages")):
+    for name in ("logprobs", *(name for name in batch.columns if name not in ("advantages", "labels"))):
         if changes_unit_0(name, lambda unit: unit > 0):
             seen = f"Changing the {name} of other datums changes the gradient of datum 0"
             own_values_matter = changes_unit_0(name, lambda unit: unit == 0)
@@ -151,6 +213,7 @@ def canary(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> 
         if hit != [(i, j)]:
             misplaced[i, j] = hit
     if misplaced:
+        assume(any(misplaced.values()) or not whitens_advantages(probe), WHITENS)
         diagnose_misplaced_gradient(batch, misplaced)
     if "advantages" in batch.columns:
         with suppress(NotApplicable):  # the loss takes one advantage for each datum
@@ -218,8 +281,8 @@ def check_columns_at(probe: Probe, batch: Batch, active: tuple[int, int]) -> Non
     """Require that no column matters outside the only active slot."""
     others = slots(batch, active=False)
     for name in batch.columns:
-        if not influences(probe, name, batch, others, -0.25):
-            continue
+        if name == "labels" or not influences(probe, name, batch, others, -0.25):
+            continue  # all tokens of a datum have one label
         culprits = [slot for slot in others if influences(probe, name, batch, [slot], -0.25)]
         own_matters = influences(probe, name, batch, [active], -0.25)
         seen = f"With only token {active[1]} of datum {active[0]} active, the {name} of {culprits[:3]} matter"

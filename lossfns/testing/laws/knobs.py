@@ -13,6 +13,7 @@ from lossfns.testing.laws.base import (
     Outcome,
     Probe,
     assume,
+    batch_kind,
     require,
     wrong,
 )
@@ -91,14 +92,18 @@ def ratio_batch(like: Batch, d: float, *, by_token: bool, logprob: float = -30.0
     def fill(value: Callable[[int, int], float]) -> Rows:
         return [[value(i, j) for j in range(n * (like.targets or 1))] for i, n in enumerate((2, 3, 1, 4))]
 
-    level = logprob if "old_logprobs" in like.columns else -0.75
+    level, pairs = logprob if "old_logprobs" in like.columns else -0.75, batch_kind(like) == "preference"
     # Likely tokens differ by datum and by d. Otherwise a loss without ratios would see the same logprobs each time.
     logprobs = fill(lambda i, j: level if level == -30 else level - 0.125 * i - d / 8)
     columns = {
         "advantages": fill(lambda i, j: (1 + 0.25 * i) * (-1 if i % 2 else 1)),
         "old_logprobs": fill(lambda i, j: level + d * sign(i, j)),
-        "ref_logprobs": fill(lambda i, j: level - 0.25 - 0.25 * d * (1 + (i + j) % 3)),
+        # In the second of two pairs the policy is below the reference on the chosen side.
+        "ref_logprobs": fill(
+            lambda i, j: min(level - (0.25 + 0.25 * d * (1 + (i + j) % 3)) * (-1 if pairs and i == 2 else 1), 0.0)
+        ),
         "sampler_logprobs": fill(lambda i, j: level - 0.375 * d * sign(i, j)),
+        "labels": fill(lambda i, j: float(i % 2 == 0)),
     }
     weights = fill(lambda i, j: (1.0, 0.5, 1.0, 2.0)[j % 4])
     return Batch(logprobs, weights, {name: columns[name] for name in like.columns}, like.targets)

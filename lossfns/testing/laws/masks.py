@@ -27,6 +27,29 @@ from lossfns.testing.laws.base import (
 )
 
 POISON = (math.nan, math.inf, -math.inf, 1e30)
+OTHER_VALUES = {"advantages": 5.0}
+"""Column → an ordinary number for its masked slots; −7 for logprobs."""
+
+
+@wrong("masked slots hold the prompt's logprobs and advantages, which are arbitrary finite numbers")
+def masked_values(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
+    """Another ordinary number in a masked slot changes neither value nor gradient nor metric."""
+    probe = Probe.of(loss_fn, data, logprobs)
+    batch = with_padding(unpoisoned(probe.batch))
+    clean = probe(batch)
+    assume(clean.finite, "it is not finite on clean data")
+    for name in columns_by_token(batch):
+        value, rows = OTHER_VALUES.get(name, -7.0), column_rows(batch, name)
+        changed = [[x if w else value for x, w in zip(r, ws)] for r, ws in zip(rows, batch.weights)]
+        result = probe(batch.having(**{name: changed}))
+        seen = f"With {value:g} instead of −1 in the masked slots of {name},"
+        difference = probe.difference(result, clean)
+        bug = "kl-unmasked" if name == "ref_logprobs" and "advantages" in batch.columns else "mask-missing"
+        require(not difference, bug, f"{seen} {difference}.", result.batch)
+        for metric, before in clean.metrics.items():
+            after = result.metrics.get(metric)
+            words = f"{seen} the metric {metric!r} is {after}, not {before}."
+            require(after is not None and probe.close(after, before), "mask-missing", words, result.batch)
 
 
 @fragile("slots that are masked usually hold finite numbers")
@@ -36,7 +59,7 @@ def poison(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> 
     batch = with_padding(unpoisoned(probe.batch))
     clean = probe(batch)
     assume(clean.finite, "it is not finite without poison either")
-    for name in ("logprobs", *batch.columns):
+    for name in columns_by_token(batch):
         for value in POISON:
             rows = column_rows(batch, name)
             poisoned = [[x if w else value for x, w in zip(r, ws)] for r, ws in zip(rows, batch.weights)]
@@ -47,16 +70,26 @@ def poison(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> 
                 require(False, diagnose_leak(name, clean, result), seen, result.batch)
 
 
+def columns_by_token(batch: Batch) -> list[str]:
+    """Return the logprobs and the columns that differ by token; all tokens of a datum have one label."""
+    return ["logprobs", *(name for name in batch.columns if name != "labels")]
+
+
 def with_padding(batch: Batch) -> Batch:
-    """Return the batch with a masked token before and after each sequence."""
+    """Return the batch with masked tokens before and after each sequence and inside it, another number for each."""
     width = batch.targets or 1
-    wide = batch.map(lambda rows: pad_rows(rows, -1.0, width))
-    return wide.having(weights=pad_rows(batch.weights, 0.0, width))
+    labels = {"labels": [row[:1] for row in batch.columns["labels"]]} if "labels" in batch.columns else {}
+    wide = batch.map(lambda rows: pad_rows(rows, -1.0, width)).having(weights=pad_rows(batch.weights, 0.0, width))
+    return wide.having(**{name: [row * len(w) for row, w in zip(rows, wide.weights)] for name, rows in labels.items()})
 
 
 def pad_rows(rows: Rows, x: float, width: int) -> Rows:
-    """Return the rows with ``x`` before and after, ``width`` times each."""
-    return [[x] * width + row + [x] * width for row in rows]
+    """Return the rows with ``x`` before, behind the first token, and after; ``width`` times for each masked token."""
+    wide = []
+    for i, row in enumerate(rows):
+        before, inside, after = ([x] * (width * n) for n in (1 + i % 3, i % 2, 1 + (i + 1) % 2))
+        wide.append(before + row[:width] + inside + row[width:] + after)
+    return wide
 
 
 def diagnose_leak(name: str, clean: Outcome, result: Outcome) -> str:
@@ -68,9 +101,14 @@ def diagnose_leak(name: str, clean: Outcome, result: Outcome) -> str:
     return "kl-unmasked" if name == "ref_logprobs" else "mask-missing"
 
 
+OF_TRAINED_TOKENS = ("loss", "nll", "ppl", "perplexity", "kl", "ratio", "clip", "entropy", "logp", "adv", "reward",
+    "margin", "acc")  # fmt: skip
+"""Words in the names of metrics that are of trained tokens alone. Others, such as a packing efficiency, need not be."""
+
+
 @wrong("the amount of padding depends on the batch and must not change the loss")
 def padding(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
-    """Masked tokens before and after a sequence change nothing, and get a gradient of exactly 0."""
+    """Masked tokens around a sequence and inside it change nothing, and get a gradient of exactly 0."""
     probe = Probe.of(loss_fn, data, logprobs)
     batch = unpoisoned(probe.batch)
     for on_policy in (True, False):
@@ -84,8 +122,13 @@ def padding(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) ->
         difference = probe.difference(after, expected)
         same_value = probe.close(after.value, before.value)
         bug = "padding-in-denominator" if on_policy and not same_value else "padding-in-sequence-ratio"
-        seen = f"With a masked token at both ends of each sequence, {difference}, without them"
+        seen = f"With masked tokens around and inside each sequence, {difference}, without them"
         require(not difference, bug, f"{seen} ({'on-policy' if on_policy else 'off-policy only'}).", after.batch)
+        for name in before.metrics:
+            if name in after.metrics and any(word in name.lower() for word in OF_TRAINED_TOKENS):
+                now, was = after.metrics[name], before.metrics[name]
+                words = f"With masked tokens around and inside each sequence the metric {name!r} is {now}, not {was}."
+                require(probe.close(now, was), "padding-in-denominator", words, after.batch)
 
 
 @fragile("a sequence without trained tokens is rare, and which sequences a mean counts is a rule of the house")

@@ -42,7 +42,9 @@ def metric_merge(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor
     parts = [batch.take(part) for part in unit_indices(batch)]
     of_batch, of_parts = probe(batch).metrics, [probe(part).metrics for part in parts]
     for name, value in of_batch.items():
-        values = [metrics.get(name, math.nan) for metrics in of_parts]
+        if any(name not in metrics for metrics in of_parts):
+            continue  # such as the reward of desirable answers, of a part that has none
+        values = [metrics[name] for metrics in of_parts]
         merged = [weighted_mean(values, [count(part) for part in parts]) for count in COUNTS.values()]
         merged.append(math.fsum(values))
         if "max" in name:

@@ -24,6 +24,7 @@ from lossfns.testing.laws.base import (
     on_policy_batch,
     require,
     slots,
+    uniform_batch,
     unit_indices,
     unit_size,
     unpoisoned,
@@ -32,6 +33,7 @@ from lossfns.testing.laws.base import (
     without_empty_units,
     wrong,
 )
+from lossfns.testing.laws.frames import STATISTIC, WHITENS, acts_by_statistic, whitens_advantages
 
 
 @wrong("a mean does not change, and a sum doubles, if the data come twice")
@@ -46,6 +48,7 @@ def duplication(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]
         rescaled = [[2 * g / factor for g in row] for row in twice.gradients[:count]]
         if probe.close([twice.value / factor, rescaled], [once.value, once.gradients]):
             return
+    assume(not whitens_advantages(probe), WHITENS)
     growth = gradient_growth(once, twice)
     seen = f"The batch twice has the loss {twice.value}, once {once.value}; its gradient is {growth:g} times as large"
     if not probe.close(twice.gradients[:count], twice.gradients[count:]):
@@ -140,6 +143,8 @@ def split(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> N
     assume(len(unit_indices(batch)) > 1, "one datum cannot be split")
     if additive_counts(probe, batch):
         return
+    assume(not whitens_advantages(probe), WHITENS)
+    assume(not acts_by_statistic(probe), STATISTIC)
     seen = f"With no count of {', '.join(COUNTS)} do the gradients of the datums add up to those of the batch."
     if batch_kind(batch) == "policy":
         no_kl = batch.having(ref_logprobs=batch.logprobs) if "ref_logprobs" in batch.columns else batch
@@ -178,9 +183,27 @@ def additive_counts(probe: Probe, batch: Batch) -> list[str]:
     return fitting
 
 
+MANY = 301
+"""A number of tokens that bfloat16 cannot hold: it counts no further than 256 one by one, and rounds 301 to 302."""
+
+
+@wrong("a batch holds more tokens than bfloat16 can count")
+def many_tokens(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
+    """The loss of 301 equal tokens is that of one of them, or 301 times as much."""
+    probe = Probe.of(loss_fn, data, logprobs)
+    assume(unit_size(probe.batch) == 1, "the tokens of a pair do not add up")
+    one, many = (probe(uniform_batch(probe.batch, length=n)).value for n in (1, MANY))
+    assume(one != 0 and math.isfinite(one), "the loss of one token is 0")
+    growth = many / one
+    for expected in (1.0, MANY):
+        off = abs(growth / expected - 1)
+        seen = f"The loss of {MANY} equal tokens is {growth:g} times that of one, not {expected:g} times."
+        require(not 1e-3 < off < 0.2, "low-precision", seen)
+
+
 @wrong("the order of the datums carries no information")
 def permutation(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
-    """The order of datums (or pairs) does not matter."""
+    """The order of datums (or pairs) matters neither for the loss nor for its metrics."""
     probe = Probe.of(loss_fn, data, logprobs)
     batch = unpoisoned(probe.batch)
     assume(len(unit_indices(batch)) > 1, "one datum has one order")
@@ -188,6 +211,10 @@ def permutation(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]
     plain, back = probe(batch), probe(batch.take(order))
     seen = probe.difference(back, replace(plain, gradients=[plain.gradients[i] for i in order]))
     require(not seen, "order-dependent", f"With this batch in reverse order, {seen}.", back.batch)
+    for name, value in plain.metrics.items():
+        reverse = back.metrics.get(name, math.nan)
+        words = f"With this batch in reverse order the metric {name!r} is {reverse}, not {value}."
+        require(probe.close(reverse, value), "order-dependent", words, back.batch)
 
 
 @wrong("the gradient is not that of the value")
@@ -196,11 +223,16 @@ def finite_differences(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[
     probe = Probe.of(loss_fn, data, logprobs)
     assume(probe.dtype == torch.float64, "the loss computes in float32")
     batch = unpoisoned(probe.batch)
-    gradients = probe(batch).gradients
+    plain = probe(batch)
+    gradients = plain.gradients
     for i, j in slots(batch)[:6]:
         slopes = [central_difference(probe, batch, i, j, step) for step in (1e-4, 2e-4)]
-        if abs(slopes[0] - slopes[1]) > 1e-5 * (1 + abs(slopes[0])):
-            continue  # close to a kink
+        raised = probe(batch.having(logprobs=with_slot(batch.logprobs, i, j, batch.logprobs[i][j] + 1e-4))).value
+        one_sided = (raised - plain.value) / 1e-4
+        if abs(slopes[0] - slopes[1]) > 1e-5 * (1 + abs(slopes[0])) or abs(slopes[0] - one_sided) > 0.01 * (
+            1 + abs(slopes[0])
+        ):
+            continue  # close to a kink, or at one
         g = gradients[i][j]
         seen = f"At {probe.slot_name(i, j)} the gradient is {g}; the slope of the loss is {slopes[0]}."
         require(abs(g - slopes[0]) < 1e-4 * (1 + abs(g)), "detached-term", seen, batch)
