@@ -36,7 +36,7 @@ def write_loss(folder: Path, in_call: str = "", at_import: str = "", name: str =
     return f"{folder / name}:nll"
 
 
-LATER = "calls.append(1)\nif len(calls) > 60:\n    "
+LATER = "calls.append(1)\nif len(calls) > 135:\n    "
 """A condition that holds in a law, after the calls that find out the kind and after the first laws."""
 
 
