@@ -732,7 +732,7 @@ def test_the_fixture_fails_with_the_table(tmp_path: Path) -> None:
         "from lossfns.testing import mutants\n"
         "import lossfns\n\n"
         "def test_right(check_loss):\n"
-        "    assert check_loss(lossfns.cross_entropy(), examples=0).kind == 'likelihood'\n\n"
+        "    assert check_loss(lossfns.cross_entropy(), strict=True, examples=0).kind == 'likelihood'\n\n"
         "def test_wrong(check_loss):\n"
         "    check_loss(mutants.cross_entropy_constant_factor, kind='likelihood', examples=0)\n"
     )
