@@ -36,14 +36,14 @@ def linear(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> 
         if probe.close([1.0, *sums], [1.0] + [0.0] * len(sums)):
             bug = "renormalised-targets"
     seen = f"With weights {batch.weights} the gradients are {gradients}; they change with the logprobs."
-    require(probe.close(after, gradients), bug, seen)
+    require(probe.close(after, gradients), bug, seen, batch)
     if batch.targets:
         factors = [-g / w for g, w in zip(gradients[0], batch.weights[0])]
         by_target = [factors[k :: batch.targets] for k in range(batch.targets)]
         equal_over_positions = all(probe.close(row, [row[0]] * len(row)) for row in by_target)
         transposed = equal_over_positions and not probe.close(factors, [factors[0]] * len(factors))
         seen = f"The gradients divided by the weights are {by_target} for the first, second, … target."
-        require(not transposed, "targets-transposed", seen)
+        require(not transposed, "targets-transposed", seen, batch)
 
 
 @wrong("the gradient of −Σ w·lp / D is −w / D")
@@ -56,12 +56,12 @@ def likelihood(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor])
     gradients = probe(batch).gradients
     assume(any(g != 0 for row in gradients for g in row), "there is no gradient")
     seen = f"With weights {batch.weights} the gradients are {gradients}."
-    require(gradients[0][0] < 0, "sign-flipped", seen)
+    require(gradients[0][0] < 0, "sign-flipped", seen, batch)
     factors = [[-g / w for g, w in zip(gs, ws)] for gs, ws in zip(gradients, batch.weights)]
     if not all(probe.close(row, [row[0]] * len(row)) for row in factors):
         squared = [[-g / w**2 for g, w in zip(gs, ws)] for gs, ws in zip(gradients, batch.weights)]
         twice = all(probe.close(row, [row[0]] * len(row)) for row in squared)
-        require(False, "weights-squared" if twice else "weights-binarised", seen)
+        require(False, "weights-squared" if twice else "weights-binarised", seen, batch)
     check_scale(probe, batch)
 
 
@@ -72,7 +72,9 @@ def negative_weights(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Te
     assume(not reads_only_mask(probe), "it reads a mask, which holds no negative numbers")
     batch = unequal_weights_batch(probe)
     weights = [[-0.25 if j == 1 else w for j, w in enumerate(row)] for row in batch.weights]
-    gradients = probe(unpoisoned(batch).having(weights=weights)).gradients
+    signed = unpoisoned(batch).having(weights=weights)
+    gradients = probe(signed).gradients
     assume(gradients[0][0] != 0, "its first token has no gradient")
     seen = f"With weights {weights[0]} the gradients are {gradients[0]}."
-    require(probe.close(gradients[0][1] / gradients[0][0], -0.25 / weights[0][0]), "negative-weights-lost", seen)
+    kept = probe.close(gradients[0][1] / gradients[0][0], -0.25 / weights[0][0])
+    require(kept, "negative-weights-lost", seen, signed)
