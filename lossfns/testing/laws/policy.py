@@ -148,7 +148,7 @@ def zero_advantage(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tens
         bonus = unlikely < likely and not probe.close(likely, unlikely)
         assume(not bonus, "it has an entropy bonus")
         assume(not weighs_likelihood(probe), "its weight is positive for every advantage")
-    require(zero, "k1-in-loss" if has_kl else "sign-flipped", seen)
+    require(zero, "k1-in-loss" if has_kl else "sign-flipped", seen, result.batch)
 
 
 @wrong("a penalty must pull back")
