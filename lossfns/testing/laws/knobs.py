@@ -107,7 +107,7 @@ def acts_with_another(probe: Probe, name: str, indices: list[int | None]) -> boo
 
 def finite_far_away(probe: Probe) -> bool:
     """Return whether the outcome is finite at a log-ratio of 10⁴, where exp overflows without a cap."""
-    far = with_constants(uniform_batch(probe.batch, logprobs=-1.0), old_logprobs=-1e4)
+    far = with_constants(uniform_batch(probe.batch, logprobs=-1.0, advantages=-1.0), old_logprobs=-1e4)
     try:
         return probe(far).finite
     except LawBroken:  # the loss refuses a result that is not finite
