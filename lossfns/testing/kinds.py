@@ -11,7 +11,7 @@ from torch import Tensor
 from lossfns.inspect.probe import ALIASES
 from lossfns.loss import BoundLoss, Loss
 from lossfns.testing.batch import Batch, Rows
-from lossfns.testing.forms import PROBE, Adapted, FactoryLoss, PaddedLoss, coupling, names_a_teacher, parameters
+from lossfns.testing.forms import PROBE, Adapted, FactoryLoss, PaddedLoss, coupling, names_a_teacher
 from lossfns.testing.laws import LAWS_BY_KIND, NotApplicable
 from lossfns.testing.laws.base import (
     ALL_FIELDS,
@@ -21,6 +21,7 @@ from lossfns.testing.laws.base import (
     relative_difference,
 )
 from lossfns.testing.names import column_of
+from lossfns.testing.settings import parameters
 from lossfns.testing.subject import GROUP_SIZES, GROUPS, REWARDS
 from lossfns.tokens import PAIRS, SEQUENCES, TARGETS
 

@@ -15,6 +15,7 @@ from lossfns.inspect.probe import ALIASES
 from lossfns.terminal import printable
 from lossfns.testing.batch import Batch, Rows
 from lossfns.testing.bugs import BUGS
+from lossfns.testing.settings import knobs, with_settings
 
 LossFn = Callable[..., tuple[Tensor, dict[str, float]]]
 Law = Callable[[LossFn, Sequence[Any], Sequence[Tensor]], None]
@@ -426,8 +427,6 @@ def reads_only_mask(probe: Probe) -> bool:
 
 def setting_named(loss_fn: LossFn, *names: str) -> tuple[str, float] | None:
     """Return name and value of the first numeric setting that has one of these names, or None."""
-    from lossfns.testing.subject import knobs
-
     for name, value in knobs(loss_fn).items():
         if name.lower() in names and isinstance(value, (int, float)) and not isinstance(value, bool):
             return name, float(value)
@@ -444,8 +443,6 @@ def setting_of(loss_fn: LossFn, why: str, *names: str) -> tuple[str, float]:
 
 def with_setting(probe: Probe, name: str, value: float) -> Probe:
     """Return the probe of the loss with another setting. Raise NotApplicable where the loss refuses it."""
-    from lossfns.testing.subject import with_settings
-
     try:
         other = replace(probe, loss_fn=with_settings(probe.loss_fn, **{name: value}))
         other(uniform_batch(probe.batch, length=2, datums=unit_size(probe.batch)))

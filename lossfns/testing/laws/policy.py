@@ -31,6 +31,7 @@ from lossfns.testing.laws.base import (
 )
 from lossfns.testing.laws.settings import asks_for_k1, claims_to_be, named_numbers, words
 from lossfns.testing.laws.sums import COUNTS
+from lossfns.testing.settings import knobs
 
 LOG_RATIOS = [0.001 * 1.35**i for i in range(28)]
 """Log-ratios from 0.001, within GSPO's bounds, to 3.3, past the usual bounds of every loss."""
@@ -169,8 +170,6 @@ def penalty(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) ->
 @wrong("a KL term must pull to the reference")
 def kl(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
     """The KL term pulls to the reference from either side, whatever the advantage."""
-    from lossfns.testing.subject import knobs
-
     probe = Probe.of(loss_fn, data, logprobs)
     assume("ref_logprobs" in columns_read(probe), "it reads no reference")
     off = [name for name, value in knobs(loss_fn).items() if "kl" in name and type(value) in (int, float) and not value]
@@ -253,15 +252,11 @@ def kl_off_policy_pulls(
 
 def knobs_of(loss_fn: LossFn) -> list[str]:
     """Return the names of all settings."""
-    from lossfns.testing.subject import knobs
-
     return list(knobs(loss_fn))
 
 
 def only_in_metrics(probe: Probe) -> bool:
     """Return whether the reference changes a metric and the loss has no setting for a KL term."""
-    from lossfns.testing.subject import knobs
-
     reported = [
         probe(
             uniform_batch(probe.batch, logprobs=-30.0, old_logprobs=-30.0, sampler_logprobs=-30.0, ref_logprobs=ref)
@@ -382,8 +377,6 @@ def advantage_part(probe: Probe, log_ratios: Sequence[float], advantage: float) 
 
 def knob_values(loss_fn: LossFn) -> list[tuple[str, Any]]:
     """Return the settings; a list as a tuple."""
-    from lossfns.testing.subject import knobs
-
     return [(name, tuple(x) if isinstance(x, list) else x) for name, x in knobs(loss_fn).items()]
 
 

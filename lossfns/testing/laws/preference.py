@@ -34,6 +34,7 @@ from lossfns.testing.laws.base import (
     wrong,
 )
 from lossfns.testing.laws.sums import central_difference
+from lossfns.testing.settings import knobs
 
 
 def pair_batch(probe: Probe, chosen: float = -2.0, rejected: float = -2.0, length: int = 1, pairs: int = 1) -> Batch:
@@ -260,8 +261,6 @@ def summed(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> 
 @wrong("the gradient is off by a constant factor")
 def pair_scale(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
     """If a pair is ranked right by a large margin, the gradient of the chosen side's likelihood is not halved."""
-    from lossfns.testing.subject import knobs
-
     probe = Probe.of(loss_fn, data, logprobs)
     assume("ref_logprobs" not in columns_read(probe), "it has a reference")
     assume(is_of_odds(probe), "its likelihood may have a factor, since it compares no odds")

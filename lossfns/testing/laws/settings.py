@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lossfns.loss import BoundLoss, Loss
 from lossfns.testing.laws.base import LossFn, is_described_as
+from lossfns.testing.settings import knobs, with_settings
 
 
 @dataclass(frozen=True)
@@ -75,11 +76,12 @@ def role_of(name: str) -> str:
 
 def named_numbers(loss_fn: LossFn) -> list[NamedNumber]:
     """Return the numbers that set a loss. Elements of a pair of bounds have the roles ``low`` and ``high``."""
-    from lossfns.testing.subject import knobs, with_settings
 
     def change(name: str, element: int | None, new: float) -> LossFn:
         current = knobs(loss_fn)[name]
-        return with_settings(loss_fn, **{name: new if element is None else replace_element(current, element, new)})
+        value = new if element is None else replace_element(current, element, new)
+        changed: LossFn = with_settings(loss_fn, **{name: value})
+        return changed
 
     found = []
     for name, value in knobs(loss_fn).items():
@@ -148,8 +150,6 @@ def with_constant(loss_fn: LossFn, namespace: dict[str, Any], name: str, value: 
 
 def asks_for_k1(loss_fn: LossFn) -> bool:
     """Return whether a setting of the KL term asks for the estimator k1."""
-    from lossfns.testing.subject import knobs
-
     named = {name: getattr(value, "__name__", value) for name, value in knobs(loss_fn).items()}
     return any("kl" in words(name) and value in ("k1", "kl") for name, value in named.items())
 
