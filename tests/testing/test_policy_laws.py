@@ -364,6 +364,34 @@ def test_a_wrong_policy_loss_is_called_wrong_by_its_law(name: str) -> None:
     assert found(loss, law) == ("wrong", bug)
 
 
+def test_gspo_token_without_the_ratio_in_its_gradient_is_found() -> None:
+    def loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+        _, a, lp = parts(logprobs, old_logprobs, advantages, mask)
+        n = mask.sum(1, keepdim=True).clamp(min=1e-8)
+        s = ((gap(logprobs, old_logprobs, mask) * mask).sum(1, keepdim=True) / n).exp().detach()
+        terms = -torch.min(s * a, s.clamp(1 - 3e-4, 1 + 4e-4) * a) - torch.where(beyond(s, a), 0.0, a) * (
+            lp - lp.detach()
+        )
+        return ((terms * mask).sum(1, keepdim=True) / n).sum() / (mask.sum(1) > 0).sum().clamp(min=1)
+
+    assert found(loss, "ratio_gradient") == ("wrong", "ratio-without-gradient")
+    assert found(gspo_token, "ratio_gradient")[0] == "pass"
+
+
+def test_good_and_bad_advantages_may_have_different_weights() -> None:
+    def loss(
+        logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, neg_weight: float = 0.5
+    ) -> Tensor:
+        r, a, _ = parts(logprobs, old_logprobs, advantages, mask)
+        return mean(clipped(r, torch.where(a < 0, neg_weight * a, a)), mask)
+
+    assert [(v.law, v.bug, v.seen) for v in verdicts(loss) if v.verdict == "wrong"] == []
+
+
+def test_an_entropy_bonus_obeys_its_law() -> None:
+    assert found(ppo_with_entropy_bonus, "entropy")[0] == "pass"
+
+
 def test_the_share_of_all_ratios_out_of_bounds_is_a_fragile_clip_fraction() -> None:
     loss = ppo_with(metrics=lambda r, mask, **_: {"clip_fraction": mean(((r - 1).abs() > 0.2).float(), mask)})
     assert found(loss, "clip_metrics")[0] == "pass"

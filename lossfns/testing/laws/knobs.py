@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lossfns.testing.batch import Batch, Rows
 from lossfns.testing.laws.base import (
+    LawBroken,
     LossFn,
     Outcome,
     Probe,
@@ -55,7 +56,9 @@ def no_inert_knob(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tenso
         all_inert = len(indices) == len(list(setting_elements(value)))
         clip = name.startswith(("clip", "eps")) and all_inert
         element = "" if all_inert else f"[{indices[0]}]"
+        overflows = {"log", "ratio"} <= set(words(name)) and not finite_far_away(probe)
         bug = "clip-inert" if clip else "tis-uncapped" if role_of(name) == "tis" else "inert-knob"
+        bug = "exp-overflow" if overflows else bug
         seen = f"Other values of {name}{element} change neither value nor gradient. The value here is {value!r}."
         require(False, bug, seen)
 
@@ -97,6 +100,15 @@ def acts_with_another(probe: Probe, name: str, indices: list[int | None]) -> boo
                 continue
             break
     return False
+
+
+def finite_far_away(probe: Probe) -> bool:
+    """Return whether the outcome is finite at a log-ratio of 10⁴, where exp overflows without a cap."""
+    far = with_constants(uniform_batch(probe.batch, logprobs=-1.0, advantages=-1.0), old_logprobs=-1e4)
+    try:
+        return probe(far).finite
+    except LawBroken:  # the loss refuses a result that is not finite
+        return False
 
 
 def changes_outcome(probe: Probe, batch: Batch, default: Outcome, other: LossFn, metrics_too: bool) -> bool:

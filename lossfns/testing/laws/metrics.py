@@ -92,7 +92,8 @@ def metric_scope(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor
         require(bool(same), "metric-unmasked", f"{seen}, {value} without.")
 
 
-ABOUT_PADDING = {"pad", "padding", "padded", "width", "slots", "shape", "util", "utilization", "masked"}
+ABOUT_PADDING = {"pad", "padding", "padded", "width", "slots", "shape", "util", "utilization", "masked", "mask",
+    "coverage", "density", "valid", "trained", "active", "fill", "occupancy"}  # fmt: skip
 
 
 def with_other_masked_values(batch: Batch) -> Batch:
@@ -137,6 +138,8 @@ def kl_estimates(gap: float) -> list[float]:
     return [gap, gap * gap / 2, math.expm1(-gap) + gap, math.expm1(gap) - gap, abs(gap)]
 
 
+NOT_A_KL = {"coef", "beta", "target", "max", "min", "sampler", "rollout", "std", "forward", "frac", "fraction", "clip",
+    "clipped", "ratio", "weight", "mismatch"}  # fmt: skip
 KL_NAMES = {"kl", "approxkl", "ppokl", "kld", "klref", "refkl"}
 
 
@@ -154,7 +157,7 @@ def kl_metrics(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor])
         result = uniform_outcome(probe, old_logprobs=d, sampler_logprobs=d, ref_logprobs=x)
         for name, value in numbers(result.metrics).items():
             found = set(words(name))
-            if not found & KL_NAMES or found & {"coef", "beta", "target", "max", "min", "sampler", "rollout", "std"}:
+            if not found & KL_NAMES or found & NOT_A_KL:
                 continue
             of_old = bool(found & {"approx", "ppo", "old", "approxkl", "ppokl", "behavior"})
             of_ref = bool(found & {"ref", "reference", "klref", "refkl", "teacher"})
@@ -166,7 +169,9 @@ def check_kl_metric(name: str, value: float, d: float, x: float, of_old: bool, o
     """Require that a metric is an estimate of the KL to the old policy or to the reference."""
     if scaled or (of_old and x) or (of_ref and d):
         return  # a multiple of the KL, or nothing to see at these log-ratios
-    estimates = kl_estimates(x) if x else [*kl_estimates(-d), *kl_estimates(d)[1:]]
+    r = math.exp(d)
+    weighted = [r * d, r * d - (r - 1)]  # k1 and k3 of KL(new‖old), weighted by the ratio
+    estimates = kl_estimates(x) if x else [*kl_estimates(-d), *kl_estimates(d)[1:], *weighted]
     where = f"With lp − old = {d:g}" if d else f"With lp − ref = {x:g}"
     seen = f"{where} the metric {name!r} is {value:g}"
     negative = fits(value, [-x if x else d]) and not fits(value, estimates)
@@ -199,7 +204,8 @@ NOT_THE_RATIO = {"clip", "clipped", "cap", "capped", "tis", "log", "frac", "frac
 
 CLIP_WORDS = {"clip", "clipfrac", "clipfraction", "clipped", "clipfracs", "clips"}
 NOT_A_FRACTION = {"bound", "threshold", "eps", "epsilon", "range", "value", "vf", "grad", "norm", "loss", "adv", "tis",
-    "min", "max", "count", "num", "tokens", "coef", "cov"}  # fmt: skip
+    "min", "max", "count", "num", "tokens", "coef", "cov", "is", "imp", "importance", "rollout", "mismatch", "rho",
+    "sampler", "log", "kl", "advantage", "advantages", "reward", "rewards", "delta"}  # fmt: skip
 
 
 def clip_fractions(probe: Probe, d: float, advantage: float) -> tuple[dict[str, float], float]:
@@ -235,7 +241,7 @@ def clip_metrics(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor
                 require(value == 0, "metric-miscounts", f"{seen}, and {name!r} is {value:g}.")
 
 
-HIGH_SIDE, LOW_SIDE = {"high", "upper", "hi"}, {"low", "lo"}
+HIGH_SIDE, LOW_SIDE = {"high", "upper", "hi", "pos", "positive"}, {"low", "lo", "neg", "negative"}
 """The words for the side of a bound. ``lower`` is that of the dual clip in some frameworks."""
 
 

@@ -102,16 +102,19 @@ def stop_gradient(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tenso
 
 @wrong("twice the advantage is twice the gradient")
 def advantage_size(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
-    """On-policy the gradient is proportional to the advantage, for small and large advantages of both signs."""
+    """On-policy the gradient is proportional to the size of the advantage, for each of its signs."""
     probe = Probe.of(loss_fn, data, logprobs)
     limits = [s.name for s in named_numbers(loss_fn) if any(word.startswith("adv") for word in words(s.name))]
     assume(not limits, f"its setting {limits[0] if limits else ''} changes the advantages")
-    unit = on_policy_gradient(probe, 1.0)
-    assume(unit != 0, "there is no gradient on tokens of equal advantages")
+    units = {sign: on_policy_gradient(probe, sign) for sign in (1.0, -1.0)}
+    assume(any(units.values()), "there is no gradient on tokens of equal advantages")
     assume(not weighs_likelihood(probe), "its weight is positive and grows with the advantage, but not in proportion")
-    factors = {a: on_policy_gradient(probe, a) / unit for a in (0.25, 2.0, 3.0, -0.25, -2.0, -3.0)}
-    seen = f"Relative to advantage 1, the gradient for the advantages {list(factors)} is {list(factors.values())}."
-    require(probe.close(list(factors.values()), list(factors)), "advantage-size-lost", seen)
+    for sign, unit in units.items():
+        if unit:
+            sizes = [0.25, 2.0, 3.0]
+            factors = [on_policy_gradient(probe, sign * size) / unit for size in sizes]
+            seen = f"Advantages of {sign:g} times {sizes} have {factors} times the gradient of the advantage {sign:g}."
+            require(probe.close(factors, sizes), "advantage-size-lost", seen)
 
 
 @wrong("an entropy bonus must raise the entropy")
@@ -427,8 +430,10 @@ def on_policy(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) 
 
 
 def advantage_gradients(probe: Probe, batch: Batch) -> Rows:
-    """Return the gradients on a batch, less those for advantages 0."""
+    """Return the gradients on a batch; of a policy loss, less those for advantages 0."""
     gradients = probe(batch).gradients
+    if "advantages" not in batch.columns:
+        return gradients
     of_none = probe(with_constants(batch, advantages=0.0)).gradients
     return [[g - h for g, h in zip(*rows)] for rows in zip(gradients, of_none)]
 
@@ -440,6 +445,10 @@ def unequal_weights_batch(probe: Probe) -> Batch:
     logprobs = [[-1.0 - 0.25 * j for j in range(len(row))] for row in rows]
     named = {name: [[1.0] * len(row) for row in rows] for name in probe.batch.columns}
     return on_policy_batch(Batch(logprobs, rows, named, probe.batch.targets))
+
+
+DIVISORS = {"len", "length", "tokens", "denominator", "divisor", "budget", "norm", "normalizer", "items", "size"}
+"""Words in the names of numbers by which a loss is divided, such as ``max_tokens``."""
 
 
 def check_scale(probe: Probe, batch: Batch) -> None:
@@ -456,9 +465,9 @@ def check_scale(probe: Probe, batch: Batch) -> None:
     # A factor is not detected if the loss divides by a number of sequences: it may be a fixed length.
     if any(name in ("sequences", "datums") or probe.close(k, 1.0) for name, k in factors.items()):
         return
-    numbers = [setting.value for setting in named_numbers(probe.loss_fn)]
-    if any(probe.close(k, x) or probe.close(k * x, 1.0) for k in factors.values() for x in numbers):
-        return  # a setting names the factor or the divisor
+    lengths = [s.value for s in named_numbers(probe.loss_fn) if DIVISORS & set(words(s.name))]
+    if any(probe.close(k * x, 1.0) for k in factors.values() for x in lengths):
+        return  # a setting is the divisor
     for name, k in factors.items():
         doubled = probe.close(k, 2.0) and (has_sequence_ratio(probe) or "sampler_logprobs" in columns_read(probe))
         require(False, "missing-stop-gradient" if doubled else "constant-factor", f"{seen}: {k:g} / {name}.")

@@ -65,7 +65,7 @@ def role_of(name: str) -> str:
         return ""
     if "dual" in found or {"clip", "ratio", "c"} <= found:
         return "dual"
-    if (found & CORRECTION and found & LIMIT) or found in ({"c", "max"}, {"rho"}):
+    if (found & CORRECTION and found & LIMIT) or found in ({"c", "max"}, {"rho"}, {"cap"}):
         return "tis"
     if "kl" in found or found == {"beta"}:
         return "kl" if not found & (LIMIT | {"target", "horizon"}) else ""
