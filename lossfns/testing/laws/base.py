@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -177,7 +177,8 @@ class Probe:
 def measure(loss_fn: LossFn, data: Sequence[Any], logprobs: list[Tensor]) -> Outcome:
     """Call a loss, run backward, and return the outcome as plain numbers."""
     try:
-        value, metrics = loss_fn(data, logprobs)
+        with torch.enable_grad():  # whatever a call does to the grad mode ends with it
+            value, metrics = loss_fn(data, logprobs)
         if value.requires_grad:
             value.backward()  # type: ignore[no-untyped-call]
     except NotApplicable:
@@ -190,6 +191,17 @@ def measure(loss_fn: LossFn, data: Sequence[Any], logprobs: list[Tensor]) -> Out
     missing = tuple(i for i, lp in enumerate(logprobs) if lp.grad is None)
     zeros = [torch.zeros_like(lp) if lp.grad is None else lp.grad for lp in logprobs]
     return Outcome(float(value.detach()), [g.flatten().tolist() for g in zeros], metrics, missing)
+
+
+def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Return the metrics that are numbers, as floats: also 0-d tensors and numbers of numpy."""
+    found = {}
+    for name, value in metrics.items():
+        try:
+            found[name] = float(value)
+        except (TypeError, ValueError, RuntimeError):
+            continue
+    return found
 
 
 def relative_difference(a: Any, b: Any) -> float:
@@ -407,6 +419,21 @@ def reads_only_mask(probe: Probe) -> bool:
     """Return whether the loss reads ``mask`` and not ``weights``. Such a loss need not apply fractional weights."""
     read = fields_read(probe)
     return "mask" in read and "weights" not in read
+
+
+def has_sequence_ratio(probe: Probe) -> bool:
+    """Return whether a token's gradient depends on the ratio of another token of its sequence."""
+    if "old_logprobs" not in probe.batch.columns:
+        return False
+    below, above, on = (probe(sequence_batch(probe, [0.0, d])).gradients[0][0] for d in (-0.5, 3.0, 0.0))
+    return not probe.close([below, above], [on, on])
+
+
+def sequence_batch(probe: Probe, log_ratios: Sequence[float]) -> Batch:
+    """Return one sequence with these log-ratios."""
+    batch = uniform_batch(probe.batch, length=len(log_ratios), logprobs=-30.0)
+    old = [[-30.0 - d for d in log_ratios]]
+    return batch.having(**{n: old for n in ("old_logprobs", "sampler_logprobs") if n in batch.columns})
 
 
 # What a loss says of itself

@@ -18,6 +18,7 @@ from lossfns.testing.laws.base import (
     column_rows,
     fragile,
     metric_difference,
+    numbers,
     on_policy_batch,
     require,
     slots,
@@ -46,10 +47,11 @@ def masked_values(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tenso
         difference = probe.difference(result, clean)
         bug = "kl-unmasked" if name == "ref_logprobs" and "advantages" in batch.columns else "mask-missing"
         require(not difference, bug, f"{seen} {difference}.", result.batch)
-        for metric, before in clean.metrics.items():
-            after = result.metrics.get(metric)
+        metrics = numbers(result.metrics)
+        for metric, before in numbers(clean.metrics).items():
+            after = metrics.get(metric)
             words = f"{seen} the metric {metric!r} is {after}, not {before}."
-            require(after is not None and probe.close(after, before), "mask-missing", words, result.batch)
+            require(after is not None and probe.close(after, before), "metric-unmasked", words, result.batch)
 
 
 @fragile("slots that are masked usually hold finite numbers")
