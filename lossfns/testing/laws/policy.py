@@ -421,8 +421,10 @@ def on_policy(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) 
 
 
 def advantage_gradients(probe: Probe, batch: Batch) -> Rows:
-    """Return the gradients on a batch, less those for advantages 0."""
+    """Return the gradients on a batch, less those for advantages 0 if it has advantages."""
     gradients = probe(batch).gradients
+    if "advantages" not in batch.columns:
+        return gradients
     of_none = probe(with_constants(batch, advantages=0.0)).gradients
     return [[g - h for g, h in zip(*rows)] for rows in zip(gradients, of_none)]
 
