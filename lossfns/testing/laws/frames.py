@@ -18,6 +18,7 @@ from lossfns.testing.laws.base import (
     assume,
     batch_kind,
     column_rows,
+    has_sequence_ratio,
     influences,
     on_policy_batch,
     repeat_rows,
@@ -237,8 +238,6 @@ def gradient_positions(probe: Probe, batch: Batch) -> list[tuple[int, int]]:
 
 def check_advantage_position(probe: Probe, batch: Batch) -> None:
     """Require that a token's advantage changes the gradient of that token alone, or of its sequence with one ratio."""
-    from lossfns.testing.laws.policy import has_sequence_ratio
-
     zero_advantages = with_constants(batch, advantages=0.0)
     background = probe(zero_advantages).gradients
     hits = {}

@@ -16,12 +16,14 @@ from lossfns.testing.laws.base import (
     assume,
     columns_read,
     fragile,
+    has_sequence_ratio,
     influences,
     numbers,
     on_policy_batch,
     reads_only_mask,
     relative_difference,
     require,
+    sequence_batch,
     slots,
     uniform_batch,
     unpoisoned,
@@ -383,13 +385,6 @@ def knob_values(loss_fn: LossFn) -> list[tuple[str, Any]]:
     return [(name, tuple(x) if isinstance(x, list) else x) for name, x in knobs(loss_fn).items()]
 
 
-def sequence_batch(probe: Probe, log_ratios: Sequence[float]) -> Batch:
-    """Return one sequence with these log-ratios."""
-    batch = uniform_batch(probe.batch, length=len(log_ratios), logprobs=-30.0)
-    old = [[-30.0 - d for d in log_ratios]]
-    return batch.having(**{n: old for n in ("old_logprobs", "sampler_logprobs") if n in batch.columns})
-
-
 def sequence_value(probe: Probe, log_ratios: Sequence[float]) -> float:
     """Return the loss of one sequence with these log-ratios."""
     return probe(sequence_batch(probe, log_ratios)).value
@@ -398,14 +393,6 @@ def sequence_value(probe: Probe, log_ratios: Sequence[float]) -> float:
 def sequence_gradient(probe: Probe, length: int) -> float:
     """Return the gradient of the first token of an on-policy sequence."""
     return probe(sequence_batch(probe, [0.0] * length)).gradients[0][0]
-
-
-def has_sequence_ratio(probe: Probe) -> bool:
-    """Return whether a token's gradient depends on the ratio of another token of its sequence."""
-    if "old_logprobs" not in probe.batch.columns:
-        return False
-    below, above, on = (probe(sequence_batch(probe, [0.0, d])).gradients[0][0] for d in (-0.5, 3.0, 0.0))
-    return not probe.close([below, above], [on, on])
 
 
 @wrong("on-policy the gradient is −A·w / D")
@@ -430,7 +417,7 @@ def on_policy(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) 
 
 
 def advantage_gradients(probe: Probe, batch: Batch) -> Rows:
-    """Return the gradients on a batch; of a policy loss, less those for advantages 0."""
+    """Return the gradients on a batch, less those for advantages 0 if it has advantages."""
     gradients = probe(batch).gradients
     if "advantages" not in batch.columns:
         return gradients

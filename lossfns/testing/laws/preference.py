@@ -24,15 +24,13 @@ from lossfns.testing.laws.base import (
     influences,
     reads_only_mask,
     require,
-    setting_named,
-    setting_of,
     shifted,
     slots,
     uniform_batch,
-    with_setting,
     with_slot,
     wrong,
 )
+from lossfns.testing.laws.settings import setting_named, setting_of, with_setting
 from lossfns.testing.laws.sums import central_difference
 from lossfns.testing.settings import knobs
 

@@ -6,14 +6,14 @@ import functools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import CodeType
 from typing import Any
 
 from torch import Tensor
 
 from lossfns.loss import BoundLoss, Loss
-from lossfns.testing.laws.base import LossFn, is_described_as
+from lossfns.testing.laws.base import LawBroken, LossFn, NotApplicable, Probe, is_described_as, uniform_batch, unit_size
 from lossfns.testing.settings import knobs, with_settings
 
 
@@ -166,3 +166,33 @@ def nearer_to_off(value: float) -> float | None:
     if not math.isfinite(value) or value in (0.0, 1.0):
         return None
     return value / 2 if value < 0.5 else 1 + (value - 1) / 2
+
+
+def setting_named(loss_fn: LossFn, *names: str) -> tuple[str, float] | None:
+    """Return name and value of the first numeric setting that has one of these names, or None."""
+    from lossfns.testing.settings import knobs
+
+    for name, value in knobs(loss_fn).items():
+        if name.lower() in names and isinstance(value, (int, float)) and not isinstance(value, bool):
+            return name, float(value)
+    return None
+
+
+def setting_of(loss_fn: LossFn, why: str, *names: str) -> tuple[str, float]:
+    """Return name and value of the first numeric setting with one of these names. Raise NotApplicable without one."""
+    found = setting_named(loss_fn, *names)
+    if found is None:
+        raise NotApplicable(why)
+    return found
+
+
+def with_setting(probe: Probe, name: str, value: float) -> Probe:
+    """Return the probe of the loss with another setting. Raise NotApplicable where the loss refuses it."""
+    from lossfns.testing.settings import with_settings
+
+    try:
+        other = replace(probe, loss_fn=with_settings(probe.loss_fn, **{name: value}))
+        other(uniform_batch(probe.batch, length=2, datums=unit_size(probe.batch)))
+    except (LawBroken, TypeError, ValueError) as refusal:
+        raise NotApplicable(f"it refuses {name} = {value:g}") from refusal
+    return other

@@ -15,14 +15,12 @@ from lossfns.testing.laws.base import (
     assume,
     influences,
     require,
-    setting_named,
-    setting_of,
     shifted,
     uniform_batch,
-    with_setting,
     wrong,
 )
 from lossfns.testing.laws.preference import BETAS, near, words_of
+from lossfns.testing.laws.settings import setting_named, setting_of, with_setting
 
 
 def answers(probe: Probe, *given: tuple[float, float]) -> Batch:
