@@ -81,7 +81,7 @@ def metric_scope(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor
     padded = with_padding(batch)
     plain, wide, masked = (numbers(probe(b).metrics) for b in (batch, padded, with_other_masked_values(padded)))
     for name, value in plain.items():
-        if set(words(name)) & ABOUT_PADDING:
+        if not set(words(name)) & OF_TOKENS or set(words(name)) & ABOUT_PADDING:
             continue
         seen = f"The metric {name!r} is {wide.get(name)} with padding"
         other = f"{seen}, and {masked.get(name)} with other values in the masked slots."
@@ -92,6 +92,10 @@ def metric_scope(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor
         require(bool(same), "metric-unmasked", f"{seen}, {value} without.")
 
 
+OF_TOKENS = {"loss", "nll", "ppl", "perplexity", "kl", "approxkl", "clip", "clipfrac", "clipped", "ratio", "logratio",
+    "logp", "logps", "logprob", "logprobs", "lp", "prob", "entropy", "adv", "advantage", "advantages", "reward", "rewards",
+    "margin", "margins", "acc", "accuracy", "accuracies", "tis", "weight", "weights", "chosen", "rejected"}  # fmt: skip
+"""Words in the names of metrics that are about trained tokens. What another metric counts is its writer's choice."""
 ABOUT_PADDING = {"pad", "padding", "padded", "width", "slots", "shape", "util", "utilization", "masked", "mask",
     "coverage", "density", "valid", "trained", "active", "fill", "occupancy"}  # fmt: skip
 
