@@ -42,14 +42,14 @@ def masked_values(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tenso
         value, rows = OTHER_VALUES.get(name, -7.0), column_rows(batch, name)
         changed = [[x if w else value for x, w in zip(r, ws)] for r, ws in zip(rows, batch.weights)]
         result = probe(batch.having(**{name: changed}))
-        seen = f"{value:g} instead of −1 in the masked slots of {name}"
-        same = probe.close([result.value, result.gradients], [clean.value, clean.gradients])
+        seen = f"With {value:g} instead of −1 in the masked slots of {name},"
+        difference = probe.difference(result, clean)
         bug = "kl-unmasked" if name == "ref_logprobs" and "advantages" in batch.columns else "mask-missing"
-        require(same, bug, f"{seen} changes the loss from {clean.value} to {result.value}, or its gradients.")
+        require(not difference, bug, f"{seen} {difference}.", result.batch)
         for metric, before in clean.metrics.items():
             after = result.metrics.get(metric)
-            words = f"{seen} changes the metric {metric!r} from {before} to {after}."
-            require(after is not None and probe.close(after, before), "mask-missing", words)
+            words = f"{seen} the metric {metric!r} is {after}, not {before}."
+            require(after is not None and probe.close(after, before), "mask-missing", words, result.batch)
 
 
 @fragile("slots that are masked usually hold finite numbers")
@@ -78,44 +78,18 @@ def columns_by_token(batch: Batch) -> list[str]:
 def with_padding(batch: Batch) -> Batch:
     """Return the batch with masked tokens before and after each sequence and inside it, another number for each."""
     width = batch.targets or 1
-<<<<<<< HEAD
-
-    def pad(rows: Rows, x: float) -> Rows:
-        gaps = [[[x] * (width * n) for n in padding_of(i)] for i in range(len(rows))]
-        return [a + row[:width] + b + row[width:] + c for row, (a, b, c) in zip(rows, gaps)]
-
-    wide = batch.map(lambda rows: pad(rows, -1.0))
-    kept = {"labels": pad_labels(batch.columns["labels"], width)} if "labels" in batch.columns else {}
-    return wide.having(weights=pad(batch.weights, 0.0), **kept)
-
-
-def padding_of(i: int) -> tuple[int, int, int]:
-    """Return how many masked tokens ``with_padding`` puts before datum i, behind its first token, and after it."""
-    return 1 + i % 3, i % 2, 1 + (i + 1) % 2
-
-
-def pad_labels(rows: Rows, width: int) -> Rows:
-    """Return the labels of the padded datums, whose tokens all have the label of the datum."""
-    return [[row[0]] * (len(row) + width * sum(padding_of(i))) for i, row in enumerate(rows)]
-
-
-def unpadded(rows: Rows, width: int) -> tuple[Rows, Rows]:
-    """Return the rows of a padded batch without the padding, and the padding alone."""
-    inner, outer = [], []
-    for i, row in enumerate(rows):
-        a, b, c = (width * n for n in padding_of(i))
-        inner.append(row[a : a + width] + row[a + width + b : len(row) - c])
-        outer.append(row[:a] + row[a + width : a + width + b] + row[len(row) - c :])
-    return inner, outer
-=======
-    wide = batch.map(lambda rows: pad_rows(rows, -1.0, width))
-    return wide.having(weights=pad_rows(batch.weights, 0.0, width))
->>>>>>> ade48fbff29a0d9a2d7e5668ddbd8e01c25e200b
+    labels = {"labels": [row[:1] for row in batch.columns["labels"]]} if "labels" in batch.columns else {}
+    wide = batch.map(lambda rows: pad_rows(rows, -1.0, width)).having(weights=pad_rows(batch.weights, 0.0, width))
+    return wide.having(**{name: [row * len(w) for row, w in zip(rows, wide.weights)] for name, rows in labels.items()})
 
 
 def pad_rows(rows: Rows, x: float, width: int) -> Rows:
-    """Return the rows with ``x`` before and after, ``width`` times each."""
-    return [[x] * width + row + [x] * width for row in rows]
+    """Return the rows with ``x`` before, behind the first token, and after; ``width`` times for each masked token."""
+    wide = []
+    for i, row in enumerate(rows):
+        before, inside, after = ([x] * (width * n) for n in (1 + i % 3, i % 2, 1 + (i + 1) % 2))
+        wide.append(before + row[:width] + inside + row[width:] + after)
+    return wide
 
 
 def diagnose_leak(name: str, clean: Outcome, result: Outcome) -> str:
@@ -147,23 +121,14 @@ def padding(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) ->
         expected = replace(before, gradients=pad_rows(before.gradients, 0.0, batch.targets or 1))
         difference = probe.difference(after, expected)
         same_value = probe.close(after.value, before.value)
-<<<<<<< HEAD
-        inner, outer = unpadded(after.gradients, width)
-        require(not any(map(any, outer)), "mask-missing", f"Masked tokens have the gradients {outer}.")
-        seen = f"With masked tokens around and inside each sequence the loss is {after.value}, not {before.value}"
-        same = probe.close([after.value, inner], [before.value, before.gradients])
         bug = "padding-in-denominator" if on_policy and not same_value else "padding-in-sequence-ratio"
-        require(same, bug, f"{seen} ({'on-policy' if on_policy else 'off-policy only'}).")
+        seen = f"With masked tokens around and inside each sequence, {difference}, without them"
+        require(not difference, bug, f"{seen} ({'on-policy' if on_policy else 'off-policy only'}).", after.batch)
         for name in before.metrics:
             if name in after.metrics and any(word in name.lower() for word in OF_TRAINED_TOKENS):
-                words = f"With masked tokens around and inside each sequence the metric {name!r} is"
                 now, was = after.metrics[name], before.metrics[name]
-                require(probe.close(now, was), "padding-in-denominator", f"{words} {now}, not {was}.")
-=======
-        bug = "padding-in-denominator" if on_policy and not same_value else "padding-in-sequence-ratio"
-        seen = f"With a masked token at both ends of each sequence, {difference}, without them"
-        require(not difference, bug, f"{seen} ({'on-policy' if on_policy else 'off-policy only'}).", after.batch)
->>>>>>> ade48fbff29a0d9a2d7e5668ddbd8e01c25e200b
+                words = f"With masked tokens around and inside each sequence the metric {name!r} is {now}, not {was}."
+                require(probe.close(now, was), "padding-in-denominator", words, after.batch)
 
 
 @fragile("a sequence without trained tokens is rare, and which sequences a mean counts is a rule of the house")

@@ -579,7 +579,7 @@ def pair_metrics(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor
                 right = near(value, [s * gaps[i] for s in scales]) or not near(value, mistaken)
             elif LOGPROB_WORDS & set(words):
                 right = near(value, [own[i]]) or not near(value, [own[1 - i], -own[i], -own[1 - i], *gaps])
-        require(right, "metric-wrong", seen)
+        require(right, "metric-wrong", seen, ahead.batch)
 
 
 LOGPROB_WORDS = {"logp", "logps", "logprob", "logprobs"}
