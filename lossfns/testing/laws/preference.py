@@ -165,7 +165,7 @@ def check_reference_positions(probe: Probe, batch: Batch) -> None:
         datum_slots = [(i, t) for t in range(len(batch.weights[i]))]
         raised = batch.having(ref_logprobs=shifted(batch.columns["ref_logprobs"], datum_slots, 0.25))
         datum_matters = not probe.close(probe(raised).value, probe(batch).value, scale=0.01)
-        same_pair = {k for k, _ in influential} <= {0, 1}
+        same_pair = {k for k, _ in influential} <= {0, 1} or set(influential) <= set(slots(batch))
         bug = "frame-shift" if datum_matters else "reference-misused" if same_pair else "datum-misaligned"
         require(False, bug, f"{seen}; the one of {(i, j)} does not.")
     require(not set(influential) & set(masked), "kl-unmasked", f"{seen}.")
