@@ -53,7 +53,8 @@ def mutant(bug: str, loss: str, **settings: Any) -> Subject:
             A loss of the field takes none.
     """
     if (loss, bug) in field.WRONG:
-        return described(field.WRONG[loss, bug], bug, loss, field.KIND_OF[loss, bug], None)
+        kind = field.KIND_OF[loss, bug]
+        return described(field.WRONG[loss, bug], bug, loss, kind, group_advantages if kind == "advantages" else None)
     config = {**load(loss)[0].config, **settings}
     like = correct_loss(loss, config)
     built: Subject

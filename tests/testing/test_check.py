@@ -361,7 +361,7 @@ def run(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]:
     ("args", "status", "words"),
     [
         (["lossfns:cross_entropy"], 0, "laws hold"),
-        (["lossfns:group_advantages"], 0, "6 laws hold"),
+        (["lossfns:group_advantages"], 0, "10 laws hold"),
         ([HERE + "nll"], 0, "nll (likelihood)"),
         ([HERE + "half_of_nll"], 1, "most likely constant-factor"),
         ([HERE + "make_reinforce_loss", "--factory"], 0, "(policy)"),

@@ -181,8 +181,8 @@ PREFERENCE = (
     preference.margin_metrics,
 )
 ADVANTAGES: tuple[AdvantageLaw, ...] = (
-    advantages.alone,
     advantages.constant,
+    advantages.alone,
     advantages.ordered,
     advantages.groupwise,
     advantages.baseline,

@@ -422,6 +422,7 @@ def smoothing(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) 
     smoothed = slopes(smooth, margins, side=0)
     assume(all(map(math.isfinite, (low, high, *mine, *smoothed))), f"it is not finite with {name} 0")
     assume(is_logistic(probe, mine[1:4], (low, high)), "it is not logistic")
+    assume(mine[2] < 0 < high - low, "it does not raise the chosen side")
     steepest = high - low
     added = [(s - g) / steepest for s, g in zip(smoothed, mine)]
     assume(max(map(abs, added)) > 1e-4, f"{name} has no effect")
@@ -506,7 +507,11 @@ def odds(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> No
     right = all(math.isclose(ratios[a], expected[a], rel_tol=1e-4) for a in gradients)
     worst = max(gradients, key=lambda a: abs(math.log(abs(ratios[a] / expected[a]) + 1e-30)))
     seen = f"At logprob {worst:g} on both sides the rejected side's gradient is {ratios[worst]:g} times that at −1"
-    require(constant or right, "log-odds-biased", f"{seen}, not {expected[worst]:g}.")
+    if constant or right:
+        return
+    at_zero = [g for row in probe(pair_batch(probe, chosen=-1e-10, rejected=-1e-10)).gradients for g in row]
+    bug = "log-odds-biased" if all(map(math.isfinite, at_zero)) else "log-odds-nan"
+    require(False, bug, f"{seen}, not {expected[worst]:g}.")
 
 
 @fragile("an even number of datums is right")
