@@ -28,7 +28,10 @@ Shapes = Sequence[Sequence[int]]
 RESERVED_COLUMNS = ("logprobs", "weights", "lengths", "columns", "active", "share", "denominator", "align", "grad_l1")
 """Names that a column of a loss cannot have: a batch, an export or an option of ``bind`` has them."""
 
-LOGPROB_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+TORCH_TYPES = frozenset("?bhilqBHILefd")
+"""The NumPy types that torch has: no wider floats, and no second kind of unsigned integers of 64 bits."""
+
+LOGPROB_DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 
 MISSING_COLUMN_FIX = {
     "target_tokens": "Build the datum with datum_from_tokens.",
@@ -228,7 +231,8 @@ def check_data(data: Sequence[Any], rows: Rows) -> None:
     if not data:
         raise LossInputError("data", "at least one datum", "data is empty", "Skip the call for an empty batch.")
     for i, datum in enumerate(data):
-        if not isinstance(getattr(datum, "loss_fn_inputs", None), Mapping):
+        inputs = getattr(datum, "loss_fn_inputs", None)
+        if type(inputs) is not dict and not isinstance(inputs, Mapping):  # the first test is faster
             fix = "Build it with datum_from_tokens, or pass tinker.Datum objects."
             raise LossInputError("loss_fn_inputs", "a Datum", f"a {type(datum).__name__}", fix, datum=i)
     if len(data) % rows.datums:
@@ -244,16 +248,17 @@ def check_logprobs(data: Sequence[Any], logprobs_list: Sequence[Tensor]) -> None
     if len(data) != len(logprobs_list):
         raise wrong_count(data, logprobs_list)
     device = getattr(logprobs_list[0], "device", None)
+    has_values = getattr(device, "type", "") != "meta"
     for i, lp in enumerate(logprobs_list):
         if not isinstance(lp, Tensor):
             raise LossInputError("logprobs", "a torch.Tensor", f"a {type(lp).__name__}", "Call torch.tensor.", datum=i)
-        if not lp.is_floating_point():
+        if lp.dtype not in LOGPROB_DTYPES:
             fix = "Logprobs are real numbers: were token ids passed?"
             raise LossInputError("logprobs", "a floating point tensor", str(lp.dtype), fix, datum=i)
         if lp.device != device:
             got = f"{lp.device}, while datum[0] has {device}"
             raise LossInputError("logprobs", "one device for the whole batch", got, "Move them with .to().", datum=i)
-        if not is_plain(lp) or lp.dtype not in LOGPROB_DTYPES:
+        if lp.layout != torch.strided or lp.is_nested or not has_values:  # is_plain; the dtype has told the rest
             fix = "Pass the logprobs of the datum's targets as a dense tensor of float32."
             raise LossInputError("logprobs", "a dense tensor with values", tensor_form(lp), fix, datum=i)
 
@@ -337,7 +342,9 @@ def as_column(name: str, given: Any, rows: Rows = TOKENS) -> Any:
         number = next(i for i, row in enumerate(datum_rows) if row.ndim == 0)
         expected = "a row for each datum, or a number for each"
         raise LossInputError(name, expected, "a number among rows", "Use one form.", datum=number)
-    return check_one_number_each(name, torch.stack(list(map(as_tensor, datum_rows))), rows)
+    if any(isinstance(row, Tensor) for row in datum_rows):
+        return check_one_number_each(name, torch.stack(list(map(as_tensor, datum_rows))), rows)
+    return check_one_number_each(name, np.stack(datum_rows), rows)
 
 
 def check_one_number_each(name: str, given: Values, rows: Rows) -> Values:
@@ -406,10 +413,9 @@ def as_row(value: Any, name: str, datum: int | None) -> Values:
         if row.dtype == object and row.ndim and all(x is None or is_real(x) for x in row.flat):
             row = row.astype(np.float64)
         if row.dtype.kind in "fiub" and not isinstance(value, Tensor):
-            # torch has no wider floats, not every unsigned integer, no foreign byte order and no negative strides.
-            kind = "f8" if row.dtype in (np.longdouble, np.uint64) else row.dtype.str[1:]
-            row = row.astype(kind, copy=False)
-            return row.copy() if any(stride < 0 for stride in row.strides) else row
+            if row.dtype.char not in TORCH_TYPES or not row.dtype.isnative:
+                return row.astype(np.float64)
+            return row.copy() if row.ndim and min(row.strides) < 0 else row
     except Exception:  # whatever the value's own to_numpy raises
         pass
     got, fix = f"a {type(value).__name__} that is no rectangular array of numbers", "Use a list, array or tensor."

@@ -17,6 +17,7 @@ from lossfns.errors import LossInputError, LossWarning, did_you_mean
 from lossfns.loss import Loss
 from lossfns.testing.batch import Batch
 from lossfns.testing.claims import agreement, claim_of, matching_vectors, vectors_law
+from lossfns.testing.forms import Adapted
 from lossfns.testing.kinds import (
     KINDS,
     READS,
@@ -60,6 +61,7 @@ class Trials(NamedTuple):
     guessed: bool
     couples: str
     like: str
+    form: str
     trials: list[Trial]
 
     def verdicts(self, doing: Callable[[str], None] = lambda law: None) -> Iterator[Verdict]:
@@ -149,7 +151,7 @@ def prepare(
     if kind == "advantages":
         subject = adapt_advantages(subject)
         trials = [Trial(law.__name__, statement(law), partial(run_advantage_law, law, subject)) for law in ADVANTAGES]
-        return Trials(kind, False, couples, "", without_skipped(trials, skip))
+        return Trials(kind, False, couples, "", "", without_skipped(trials, skip))
     try:
         return prepare_loss(subject, kind, factory, like, skip, couples, examples)
     except (Exception, KeyboardInterrupt):
@@ -157,7 +159,7 @@ def prepare(
     except BaseException as error:  # a call that finds out the kind raised SystemExit or the like
         law, says = contract.contract.__name__, statement(contract.contract)
         verdict = ends_process(law, says, f"it raises {describe_error(error)}")
-        return Trials(kind or "any", False, couples, "", [Trial(law, says, lambda: verdict)])
+        return Trials(kind or "any", False, couples, "", "", [Trial(law, says, lambda: verdict)])
 
 
 def ends_process(law: str, says: str, how: str) -> Verdict:
@@ -204,7 +206,8 @@ def prepare_loss(
         coupled = {name: why for name, why in coupled.items() if name in {law.__name__ for law in laws}}
         made = law_trials(loss_fn, kind, targets, examples, laws, guessed)
         claimed = "" if claim is None or claim is loss_fn else repr(claim)
-        return Trials(kind, guessed, couples, claimed, without_skipped(made, {**coupled, **skip}))
+        form = loss_fn.description if isinstance(loss_fn, Adapted) else ""
+        return Trials(kind, guessed, couples, claimed, form, without_skipped(made, {**coupled, **skip}))
 
 
 def without_skipped(made: list[Trial], skipped: Mapping[str, str]) -> list[Trial]:
@@ -245,7 +248,8 @@ def check(
     """Test a loss by every law of its kind, and by the golden vectors of the method it claims to be.
 
     Args:
-        subject: a contract function, a ``Loss``, a factory of one, or a function of padded ``[B, T]`` tensors.
+        subject: a contract function, a ``Loss``, a factory, class or object of one, or a function of padded ``[B, T]``
+            tensors or of sums over sequences; see "Forms of a loss" in the documentation.
         kind: a name in ``KINDS``, in any spelling that ``kind_named`` knows. Left out, it is the subject's attribute
             ``kind``, or it is detected. If the detection is not certain, the laws of the kind alone are no reason to
             fail.
@@ -271,8 +275,8 @@ def check(
     """
     name = name or str(getattr(subject, "__name__", None) or repr(subject))
     prepared = prepare(subject, kind=kind, factory=factory, like=like, skip=skip, couples=couples, examples=examples)
-    kind, guessed, couples, claim, _ = prepared
-    return Report(name, kind, guessed, couples, claim, list(prepared.verdicts()))
+    kind, guessed, couples, claim, form, _ = prepared
+    return Report(name, kind, guessed, couples, claim, form, list(prepared.verdicts()))
 
 
 def law_trials(

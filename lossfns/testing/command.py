@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lossfns.errors import LossInputError
-from lossfns.terminal import console_on, print_report, print_rows, print_wrapped, printable, status, while_read
+from lossfns.terminal import console_on, print_report, print_rows, print_wrapped, printable, say, status, while_read
 from lossfns.testing.report import MARKS, Report, Verdict
 
 if TYPE_CHECKING:
@@ -168,7 +168,7 @@ def isolated_check(args: argparse.Namespace, skip: Mapping[str, str]) -> Report:
     return report
 
 
-CALL = ["contract", "A call returns a 0-d tensor that requires grad, and a dict of plain floats."]
+CALL = ("contract", "A call returns a 0-d tensor that requires grad, and a dict of plain floats.")
 """The law that the subject breaks if it ends the process before the first law, in the calls that find out its kind."""
 
 
@@ -176,28 +176,23 @@ def check_and_send(
     args: argparse.Namespace, kind: str | None, like: Loss | None, skip: Mapping[str, str], send: Send
 ) -> None:
     """Check the subject in this process, and send what is being done, the laws, and each verdict."""
-    from lossfns.testing.check import prepare, surviving_interrupts
+    from lossfns.testing.check import ends_process, prepare, surviving_interrupts
     from lossfns.testing.laws.base import describe_error
     from lossfns.testing.subject import load
 
     sys.path.insert(0, os.getcwd())  # as ``python`` does, so that a module in the current folder is found
+    options = {"factory": args.factory, "couples": args.couples, "examples": args.examples}
+    calls = False
     try:
         subject = load(args.subject)
+        calls = True
         send(["doing", CALL[0]])
-        prepared = surviving_interrupts(
-            prepare(
-                subject,
-                kind=kind,
-                factory=args.factory,
-                like=like,
-                skip=skip,
-                couples=args.couples,
-                examples=args.examples,
-            )
-        )
+        prepared = surviving_interrupts(prepare(subject, kind=kind, like=like, skip=skip, **options))
     except LossInputError as error:
         return send(["refused", printable(str(error))])
     except BaseException as error:
+        if calls and isinstance(error, KeyboardInterrupt):
+            return send(["verdict", vars(ends_process(*CALL, f"it raises {describe_error(error)}"))])
         return send(["refused", f"{args.subject} cannot be tested: {describe_error(error)}"])
     *about, trials = prepared
     send(["about", [[trial.law, trial.says] for trial in trials], *about])
@@ -261,7 +256,7 @@ def print_list(kind: str | None) -> None:
         if console is None:
             widths = [max(map(len, cells)) for cells in zip(*rows)]
             lines = ["  ".join(f"{cell:{width}}" for cell, width in zip(row, widths)).rstrip() for row in rows]
-            print("\n".join([title, "", *lines, ""]))
+            say("\n".join([title, "", *lines, ""]))
         else:
             console.print(f"{title}\n", style="bold")
             print_rows(console, rows, ["cyan"] * len(rows))
@@ -284,7 +279,7 @@ def explain_command(args: argparse.Namespace) -> int:
     with while_read(sys.stdout):
         console = console_on(sys.stdout)
         if console is None:
-            print("\n".join(textwrap.fill(line, 100, break_on_hyphens=False) for line in lines))
+            say("\n".join(textwrap.fill(line, 100, break_on_hyphens=False) for line in lines))
         else:
             print_wrapped(console, lines)
     return 0

@@ -76,9 +76,8 @@ class Target:
 
     @property
     def knobs(self) -> dict[str, Any]:
-        """Name → value of the settings. One that is None by default is left out: other values need not be numbers."""
-        settings = {**self.values, **defaults_of(self.fn), **self.changed}
-        return {name: value for name, value in settings.items() if value is not None}
+        """Name → value of the settings."""
+        return {**self.values, **defaults_of(self.fn), **self.changed}
 
     def having(self, settings: Mapping[str, Any]) -> Target:
         """Return the target with some of its settings changed."""
@@ -150,6 +149,11 @@ class Adapted:
         """The settings that were changed."""
         return self.target.changed
 
+    @property
+    def description(self) -> str:
+        """How the callable is called, for the report; "" if as a contract function."""
+        return ""
+
     def with_settings(self, **settings: Any) -> Any:
         """Return the loss with some of its settings changed. A column that it did not use may be used then."""
         other = copy.copy(self)
@@ -193,15 +197,24 @@ def same_rows(a: Rows, b: Rows) -> bool:
 
 
 class ContractLoss(Adapted):
-    """A contract function that an object, a class or a factory makes, or one that reads fields of other names."""
+    """A contract function that an object, a class or a factory makes, or one that reads fields of other names.
+
+    Attributes:
+        spells: whether it reads fields by other names than the datums'.
+        read: the names of the fields as it spells them.
+        missing: those that no datum has.
+    """
 
     def __init__(self, target: Target) -> None:
         super().__init__(target)
-        self.read: set[str] = set()  # the names of the fields as the loss spells them
+        self.spells = True
+        self.read: set[str] = set()
         self.missing: set[str] = set()
 
     def __call__(self, data: Sequence[Any], logprobs_list: Sequence[Tensor]) -> Any:
-        return self.target.fn([SpelledDatum(datum, self.read, self.missing) for datum in data], logprobs_list)
+        if self.spells:
+            data = [SpelledDatum(datum, self.read, self.missing) for datum in data]
+        return self.target.fn(data, logprobs_list)
 
 
 class SpelledFields(dict[str, Any]):
@@ -228,6 +241,9 @@ class SpelledFields(dict[str, Any]):
     def get(self, name: str, default: Any = None) -> Any:
         self.read.add(name)
         return self.fields.get(self.resolve(name), default)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self.fields[name] = value
 
     def items(self) -> Any:
         return self.fields.items()
@@ -269,10 +285,12 @@ def datum_advantage(row: Tensor, weights: Tensor, what: str = "advantage") -> fl
 def columns_of(names: Sequence[str]) -> dict[str, str]:
     """Return parameter → column.
 
-    The sampler's logprobs take the place of the old ones if they are the only ones; beside proximal logprobs, the old
-    ones are those of the policy that sampled.
+    Labels beside logprobs alone are token ids, as in HF. The sampler's logprobs take the place of the old ones if they
+    are the only ones; beside proximal logprobs, the old ones are those of the policy that sampled.
     """
     columns = {name: column_of(name) or "" for name in names}
+    if not any(c.endswith(("weights", "ref_logprobs")) for c in columns.values()):
+        columns = {n: "ids" if c == "labels" else c for n, c in columns.items()}  # token ids, -100 where masked
     if any("prox" in name for name in names):
         return {n: "sampler_logprobs" if c == "old_logprobs" and "prox" not in n else c for n, c in columns.items()}
     if "old_logprobs" in columns.values():
@@ -327,6 +345,25 @@ class PaddedLoss(Adapted):
         return self.call(self.form, data, logprobs_list)
 
     @property
+    def description(self) -> str:
+        """The form in which it is called, and what is done with its result."""
+        if self.form is None:
+            return ""
+        levels = {"tokens": "[B, T] tensors", "sums": "sums over trained tokens", "rows": "lists of tensors"}
+        parts = [f"called with {levels[self.form.level]}"]
+        if self.takes_datum_advantages:
+            parts.append(f"advantages {'[B, 1]' if self.form.advantages == 'column' else '[B]'}")
+        if self.form.mask != "float":
+            parts.append(f"{self.form.mask} masks")
+        if self.form.halves:
+            parts.append("chosen sides before rejected ones")
+        if self.unused:
+            parts.append(f"without {', '.join(sorted(self.unused))}")
+        if self.returns_vector:
+            parts.append("the mean of its losses is taken")
+        return ", ".join(parts)
+
+    @property
     def takes_datum_advantages(self) -> bool:
         """Whether it takes one advantage for each datum."""
         if self.form is None:
@@ -335,7 +372,7 @@ class PaddedLoss(Adapted):
 
     def call(self, form: Form, data: Sequence[Any], logprobs_list: Sequence[Tensor]) -> tuple[Tensor, dict[str, float]]:
         """Call the function with the columns in this form."""
-        weights = parameter_rows(data, "weights")
+        weights = parameter_rows(data, "weights" if self.reads_weights else "mask", "weights")
         given = [name for name in self.required if name not in self.unused and self.is_given(name, data)]
         rows = {name: self.rows(name, data, logprobs_list) for name in given}
         for name, column_rows in {**rows, "weights": weights}.items():
@@ -355,20 +392,26 @@ class PaddedLoss(Adapted):
         # A datum that was left out has a gradient of 0, and none of None.
         return sum((lp[:0].sum() for lp in logprobs_list), loss) if form.level == "sums" else loss, metrics
 
+    @property
+    def reads_weights(self) -> bool:
+        """Whether fractional weights reach the function: it has a parameter for them, or gets weighted sums."""
+        masks = [name for name, column in self.column_by_name.items() if column.endswith("weights")]
+        return not masks or any("mask" not in name.lower() for name in masks)
+
     def is_given(self, name: str, data: Sequence[Any]) -> bool:
         """Return whether a parameter is required, or the datums hold its column."""
         if name not in self.optional:
             return True
         column = self.column_by_name[name].rpartition(" ")[2]
-        return column in ("logprobs", "lengths") or all(column in datum.loss_fn_inputs for datum in data)
+        return column in ("logprobs", "lengths", "ids") or all(column in datum.loss_fn_inputs for datum in data)
 
     def rows(self, name: str, data: Sequence[Any], logprobs_list: Sequence[Tensor]) -> list[Tensor]:
         """Return the rows of a parameter's column, of all datums."""
         side, _, column = self.column_by_name[name].rpartition(" ")
         if column == "logprobs":
             return [lp.detach() for lp in logprobs_list] if side == "KL" else list(logprobs_list)
-        if column == "lengths":
-            column, name = "weights", "weights"
+        if column in ("lengths", "ids"):
+            column, name = "weights", "mask" if column == "ids" else "weights"
         return parameter_rows(data, name, column)
 
     def selection(self, name: str, form: Form, data: Sequence[Any], weights: Sequence[Tensor]) -> list[int]:
@@ -405,6 +448,9 @@ class PaddedLoss(Adapted):
     def argument(self, column: str, form: Form, rows: list[Tensor], weights: list[Tensor]) -> Any:
         """Return rows of a column in a form, with the weights of the same datums."""
         column = column.rpartition(" ")[2]
+        if column == "ids":
+            ids = [torch.where(w != 0, torch.arange(3, 3 + len(w)), -100) for w in weights]
+            return torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=-100)
         if column == "lengths":
             return self.vector([w.sum() for w in weights], rows)
         if column == "advantages" and form.advantages != "tokens":
@@ -452,7 +498,7 @@ class PaddedLoss(Adapted):
         """Yield the forms to try, the most likely first."""
         columns = self.columns
         per_token = any("token" in name for name in self.required)
-        masked = any(column.endswith("weights") for column in columns)
+        masked = any(column.endswith(("weights", "ids")) for column in columns)
         levels = ("tokens", "rows") if masked or per_token else ("sums", "tokens", "rows")
         trl = any("per_token" in name for name in self.required)
         forms = ("datum", "column", "tokens") if trl else ("tokens", "datum", "column")
@@ -593,12 +639,12 @@ def split_result(result: Any, fn: Any) -> tuple[Any, dict[str, float]]:
 
 
 def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Return the metrics that are numbers as floats. A metric with one number for each sequence becomes its mean."""
+    """Return the metrics that are numbers as floats. One number for each sequence becomes the mean; matrices do not."""
     result = {}
     for name, value in metrics.items():
         if isinstance(value, (bool, int, float, np.number, np.bool_)):
             result[str(name)] = float(value)
-        elif isinstance(value, (Tensor, np.ndarray)) and np.prod(value.shape) > 0:
+        elif isinstance(value, (Tensor, np.ndarray)) and value.ndim < 2 and np.prod(value.shape) > 0:
             tensor = torch.as_tensor(value).detach()
             result[str(name)] = float(tensor.double().mean() if tensor.ndim else tensor)
     return result
@@ -683,6 +729,12 @@ class FactoryLoss(Adapted):
         super().__init__(Target(factory))
         self.required, self.optional = (*required, *optional), tuple(optional)
         self.forms: tuple[str, ...] | None = None
+
+    @property
+    def description(self) -> str:
+        """The form in which each column is passed."""
+        forms = zip(self.required, self.forms or ())
+        return "called with " + ", ".join(f"{name} as {form}" for name, form in forms if name not in self.unused)
 
     @property
     def columns(self) -> set[str]:

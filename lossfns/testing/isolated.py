@@ -17,6 +17,8 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, NoReturn
 
+from lossfns.testing.vectors.program import ended_by_signals
+
 Send = Callable[[Any], None]
 
 
@@ -46,14 +48,15 @@ def run_isolated(work: Callable[[Send], None], timeout: float) -> Iterator[Any]:
     if pid == 0:
         run_child(work, writer, timeout)
     os.close(writer)
-    try:
-        for message in messages(reader, pid, deadline):
-            if message == DONE:
-                return
-            yield message
-    finally:
-        os.close(reader)
-        end_group(pid)
+    with ended_by_signals():
+        try:
+            for message in messages(reader, pid, deadline):
+                if message == DONE:
+                    return
+                yield message
+        finally:
+            os.close(reader)
+            end_group(pid)
 
 
 DONE = ["done"]
@@ -123,8 +126,9 @@ def run_child(work: Callable[[Send], None], writer: int, timeout: float) -> NoRe
     status = 1
     try:
         os.setsid()
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
         signal.alarm(min(int(timeout) + 60, 2**31 - 1))  # should the parent be gone by then
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         redirect_streams()
         owner = os.getpid()
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lossfns.errors import LossInputError
 from lossfns.inspect.probe import ALIASES
 from lossfns.loss import BoundLoss, Loss
 from lossfns.testing.batch import Batch, Rows
@@ -19,7 +19,6 @@ from lossfns.testing.laws.base import (
     LossFn,
     RecordingDatum,
     measure,
-    on_policy_batch,
     relative_difference,
 )
 from lossfns.testing.names import column_of
@@ -108,13 +107,13 @@ def takes_rewards(subject: Any) -> bool:
     if isinstance(subject, (Loss, BoundLoss, Adapted)) or not callable(subject):
         return False
     try:
-        names = [p.name for p in parameters(subject)]
+        if inspect.isclass(subject) and all(p.default is not p.empty for p in parameters(subject)):
+            subject = subject()
         required = [p.name for p in parameters(subject) if p.default is p.empty]
-    except LossInputError:
+    except Exception:  # ``adapt`` says what is wrong
         return False
-    if not names or names[0] not in REWARDS:
-        return False
-    return all(name in (*REWARDS, *GROUPS, *GROUP_SIZES) or column_of(name) == "weights" for name in required)
+    known = (*REWARDS, *GROUPS, *GROUP_SIZES)
+    return any(n in REWARDS for n in required) and all(n in known or column_of(n) == "weights" for n in required)
 
 
 def detect_kind(loss_fn: LossFn) -> tuple[str, bool]:
@@ -136,9 +135,10 @@ def detect_kind(loss_fn: LossFn) -> tuple[str, bool]:
         return "policy", False
     if "labels" in reads or any(name.startswith("KL ") for name in reads):
         return "unpaired", False
-    sides = any(name.startswith(("chosen ", "rejected ")) for name in reads)
-    coupled = "pairs" if sides or takes_pairs(loss_fn) else coupling(loss_fn)
-    if coupled in ("pairs", "halves", "partners"):
+    coupled = coupling(loss_fn)
+    if any(name.startswith(("chosen ", "rejected ")) for name in reads):
+        return "preference", coupled == "batch"
+    if coupled in ("pairs", "halves", "partners") or takes_pairs(loss_fn):
         return "preference", False
     if names_a_teacher(loss):
         return "distillation", False
@@ -158,7 +158,8 @@ def vanishes_at_teacher(loss_fn: LossFn) -> bool:
 
     This holds for a divergence from a teacher. It does not for a policy gradient whose advantages are in the weights.
     """
-    batch = on_policy_batch(SMALL[1])
+    others = ("old_logprobs", "ref_logprobs", "sampler_logprobs")
+    batch = SMALL[1].having(**dict.fromkeys(others, SMALL[1].logprobs))
     try:
         result = measure(loss_fn, batch.data(), batch.tensors(torch.float32))
     except LawBroken:

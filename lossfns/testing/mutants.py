@@ -24,13 +24,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from lossfns.advantages import group_advantages
 from lossfns.datum import Datum, TensorData
 from lossfns.loss import Loss
 from lossfns.testing import field, oracle, planted
 from lossfns.testing.bugs import BUGS
+from lossfns.testing.laws.trace import Trace
 from lossfns.testing.vectors.flags import arguments
 from lossfns.testing.vectors.library import build_loss
 from lossfns.testing.vectors.vector import METHODS, load
@@ -120,7 +120,7 @@ def oracle_loss(bug: str, loss: str, config: Config) -> Subject:
     plain = {name: x for name, x in config.items() if isinstance(x, (float, tuple, list))}
 
     def answer(data: Data, logprobs_list: Logprobs, **settings: Any) -> Result:
-        if get_proxy_mode() is not None:
+        if Trace.recording:
             raise RuntimeError("the oracle computes in plain floats, which cannot be traced")
         like(data, [lp.detach() for lp in logprobs_list])
         a = arguments({**config, **settings}, columns(data, logprobs_list, names))

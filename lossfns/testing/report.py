@@ -84,6 +84,7 @@ class Report:
         guessed: whether the kind was guessed. The laws of a guessed kind are no reason to fail.
         couples: why the datums of a batch may affect one another; "" if they must not.
         like: the loss that it claims to be; "" if it claims nothing, or is a loss of this library itself.
+        form: how it is called and what is done with its result; "" if it is a contract function.
         verdicts: the verdict of each law.
         stopped: why laws were not tested: the process ended, or time was up; "" if all were.
     """
@@ -93,6 +94,7 @@ class Report:
     guessed: bool = False
     couples: str = ""
     like: str = ""
+    form: str = ""
     verdicts: list[Verdict] = field(default_factory=list)
     stopped: str = ""
 
@@ -139,6 +141,7 @@ class Report:
             "guessed": self.guessed,
             "couples": self.couples,
             "like": self.like,
+            "form": self.form,
             "stopped": self.stopped,
             "ok": self.ok,
             "bug": self.bug,
@@ -148,11 +151,12 @@ class Report:
 
     @property
     def title(self) -> str:
-        """The subject, its kind and what it declares, and what to do if the kind was guessed."""
+        """The subject, its kind, form and what it declares, and what to do if the kind was guessed."""
         kind = f"taken as {self.kind}; --kind for another" if self.guessed else self.kind
         claim = f"; claims to be {self.like}" if self.like else ""
         couples = f"; couples datums: {self.couples}" if self.couples else ""
-        return printable(f"{self.subject} ({kind}{claim}{couples})")
+        form = f", {self.form}" if self.form else ""
+        return printable(f"{self.subject} ({kind}{claim}{couples}){form}")
 
     @property
     def summary(self) -> str:
@@ -200,7 +204,7 @@ class Report:
             tests=str(len(self.verdicts) + stopped), failures=str(len(self.failures)), errors=str(stopped),
             skipped=skipped)  # fmt: skip
         about = ElementTree.SubElement(suite, "properties")
-        for name in ("kind", "guessed", "like", "couples", "stopped"):
+        for name in ("kind", "guessed", "like", "couples", "form", "stopped"):
             ElementTree.SubElement(about, "property", name=name, value=printable(str(getattr(self, name))))
         for v in self.verdicts:
             attributes = {"classname": subject, "name": v.law, "time": f"{v.seconds:.3f}"}

@@ -228,11 +228,17 @@ def adapt_contract(target: Target) -> LossFn:
         failure = None
         break
     if failure and isinstance(failure[0], KeyError) and failure[1]:
-        fields = ", ".join(sorted({"target_tokens", "mask", "logprobs", "weights", *PROBE.columns}))
+        fields = ", ".join(sorted(FIELDS))
         got = f"it reads the field {', '.join(map(repr, sorted(failure[1])))}, which no datum of the kit has"
         raise LossInputError("subject", "a loss that reads known fields", got, f"Known fields: {fields}.")
-    spelled = any(name not in (*PROBE.columns, "weights", "mask", "logprobs", "target_tokens") for name in loss.read)
-    return loss if spelled or target.maker is not None else target.subject
+    loss.spells = any(
+        name not in (*PROBE.columns, "weights", "mask", "logprobs", "target_tokens") for name in loss.read
+    )
+    return loss if loss.spells or target.maker is not None else target.subject
+
+
+FIELDS = {"target_tokens", "mask", "logprobs", "weights", *PROBE.columns}
+"""The fields of the kit's datums."""
 
 
 def follows_contract(fn: Callable[..., Any], required: Sequence[str]) -> bool:
@@ -328,9 +334,9 @@ AdvantageForms = dict[str, Callable[[list[float], list[Any]], Any]]
 REWARD_FORMS: AdvantageForms = {
     "list": lambda rewards, groups: list(rewards),
     "tensor": lambda rewards, groups: torch.tensor(rewards),
-    "array": lambda rewards, groups: np.array(rewards, np.float32),
+    "array": lambda rewards, groups: np.array(rewards),
     "grid": lambda rewards, groups: torch.tensor(rewards).reshape(len(set(groups)), -1),
-    "grid array": lambda rewards, groups: np.array(rewards, np.float32).reshape(len(set(groups)), -1),
+    "grid array": lambda rewards, groups: np.array(rewards).reshape(len(set(groups)), -1),
     "tokens": lambda rewards, groups: torch.nn.functional.pad(torch.tensor(rewards)[:, None], (2, 0)),
 }
 GROUP_FORMS: AdvantageForms = {
@@ -359,6 +365,7 @@ def adapt_advantages(fn: Any) -> Callable[[Sequence[float], Sequence[Any]], list
     >>> adapt_advantages(rloo)([1.0, 0.0, 0.0, 1.0], ["a", "b", "a", "b"])
     [1.0, -1.0, -1.0, 1.0]
     """
+    fn = fn() if inspect.isclass(fn) else fn
     required = [p for p in parameters(fn) if p.default is p.empty or p.name in (*GROUPS, *GROUP_SIZES)]
     names = [p.name for p in required]
     unknown = [n for n in names if n not in (*REWARDS, *GROUPS, *GROUP_SIZES) and column_of(n) != "weights"]
@@ -370,7 +377,7 @@ def adapt_advantages(fn: Any) -> Callable[[Sequence[float], Sequence[Any]], list
     by_id, by_size = (any(name in known for name in names) for known in (GROUPS, GROUP_SIZES))
     rewards, groups = [0.0, 1.0, 0.5, 2.0, 1.0, 0.25], ["a", "a", "a", "b", "b", "b"]
     for one_by_one in (False,) if by_id or by_size else (True, False):
-        for reward_form in REWARD_FORMS:
+        for reward_form in sorted(REWARD_FORMS, key=lambda form: "array" in form, reverse=uses_numpy(fn)):
             grid = reward_form.startswith("grid")
             if (reward_form == "tokens") != any("token" in name for name in names) or (one_by_one and grid):
                 continue
@@ -385,6 +392,15 @@ def adapt_advantages(fn: Any) -> Callable[[Sequence[float], Sequence[Any]], list
                 except Exception:
                     continue
     return fn  # type: ignore[no-any-return]
+
+
+def uses_numpy(fn: Any) -> bool:
+    """Return whether a function is written for arrays: its annotations say so, or its module knows numpy alone."""
+    annotations = " ".join(str(p.annotation) for p in parameters(fn))
+    if "Tensor" in annotations or "ndarray" in annotations:
+        return "ndarray" in annotations
+    scope = getattr(fn, "__globals__", {})
+    return any(value is np for value in scope.values()) and not any(value is torch for value in scope.values())
 
 
 def takes_two(fn: Any) -> bool:

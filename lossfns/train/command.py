@@ -8,6 +8,7 @@ import io
 import json
 import os
 import platform
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_st
 from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn
 from uuid import uuid4
 
@@ -113,6 +115,24 @@ def refused(error: Exception) -> int:
     return 2
 
 
+@contextmanager
+def one_interrupt() -> Iterator[None]:
+    """Raise KeyboardInterrupt at the first Ctrl-C only: the next one must not disturb the end of the process."""
+    raised = False
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        nonlocal raised
+        if not raised:
+            raised = True
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def leave_at_once(folder: Path) -> NoReturn:
     """End the process after an interrupt. The request in hand is left: its thread would keep the process alive."""
     begun = (folder / CONFIG).exists() and not is_finished(folder)
@@ -157,10 +177,11 @@ def train(options: Options, folder: Path, check_config: Callable[[dict[str, Any]
     The first Ctrl-C ends the recipe early, but the run is saved, measured and reported all the same. The second one
     ends the process at once, with exit status 130.
     """
-    try:
-        return train_and_report(options, folder, check_config)
-    except KeyboardInterrupt:
-        leave_at_once(folder)
+    with one_interrupt():
+        try:
+            return train_and_report(options, folder, check_config)
+        except KeyboardInterrupt:
+            leave_at_once(folder)
 
 
 def train_and_report(options: Options, folder: Path, check_config: Callable[[dict[str, Any]], None]) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -140,8 +140,6 @@ def policy(run: Run, client: LocalTrainingClient, task: Task[Problem], loss: Los
     def draw_demonstrations(rng: Random, n: int) -> list[Demonstration]:
         return [demonstrate(problem, rng) for problem in task.draw(rng, n)]
 
-    if options.max_tokens:
-        check_answers(run, task.held_out + task.train, options.max_tokens)
     warm_up(run, client, draw_demonstrations, options, batch=256, learning_rate=methods.constant(2e-3))
     longest = max(answer_length(problem) for problem in task.held_out + task.train)
     max_tokens = options.max_tokens or longest
@@ -167,22 +165,6 @@ def policy(run: Run, client: LocalTrainingClient, task: Task[Problem], loss: Los
 def answer_length(problem: Problem) -> int:
     """Return the tokens of a problem's answer, with the end of the sequence."""
     return len(tasks.TOKENIZER.encode(problem.answer)) + 1
-
-
-def check_answers(run: Run, problems: Sequence[Problem], max_tokens: int) -> None:
-    """Warn of answers that no sample can be: those longer than ``max_tokens``.
-
-    Raises:
-        LossInputError: if no answer is short enough.
-    """
-    longer = sum(answer_length(problem) > max_tokens for problem in problems)
-    if longer == len(problems):
-        got, most = f"{max_tokens}", max(map(answer_length, problems))
-        shortest = min(map(answer_length, problems))
-        fix = f"No sample could be right: the reward would always be 0. Pass {most}, or leave it out."
-        raise LossInputError("--max-tokens", f"at least {shortest}, the tokens of the shortest answer", got, fix)
-    if longer:
-        run.say(f"warning: {longer} of {len(problems)} answers are longer than --max-tokens {max_tokens}: reward 0")
 
 
 def warm_up(
@@ -226,7 +208,23 @@ def pairs_with_prompts(options: Options) -> Task[Preference]:
 
 
 def problems(options: Options) -> Task[Problem]:
-    return tasks.load_problems(options) if options.data else tasks.arithmetic()
+    """Load the problems, and note how many answers no sample can be: those longer than ``--max-tokens``.
+
+    Raises:
+        LossInputError: if no answer is short enough.
+    """
+    task = tasks.load_problems(options) if options.data else tasks.arithmetic()
+    lengths = [answer_length(problem) for problem in task.held_out + task.train]
+    most = options.max_tokens or max(lengths)
+    longer = sum(length > most for length in lengths)
+    if longer == len(lengths):
+        expected = f"at least {min(lengths)}, the tokens of the shortest answer"
+        fix = f"No sample could be right: the reward would always be 0. Pass {max(lengths)}, or leave it out."
+        raise LossInputError("--max-tokens", expected, f"{most}", fix)
+    if longer:
+        warning = f"warning: {longer} of {len(lengths)} answers are longer than --max-tokens {most}: reward 0"
+        return replace(task, note=f"{task.note}\n{warning}".lstrip())
+    return task
 
 
 # Methods

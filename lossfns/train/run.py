@@ -55,7 +55,7 @@ class Run:
     """A run in ``folder``, from ``state`` on: its steps, metrics, checkpoints and progress.
 
     As a context manager the run handles Ctrl-C. The first one sets ``stopping``, which ends ``steps`` after the
-    current step, as does a terminal or pipe that is closed. The second one raises KeyboardInterrupt at once.
+    current step, as does a terminal or pipe that is closed. The second one is left to the handler before it.
 
     Args:
         folder: an existing folder.
@@ -96,8 +96,9 @@ class Run:
         self._metrics.close()
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
-        if self.stopping:
-            raise KeyboardInterrupt
+        if self.stopping and callable(self._handler):
+            self._handler(number, frame)  # Python's own raises KeyboardInterrupt
+            return
         self.stopping = True
         with suppress(RuntimeError):  # the signal may have come while another line was being written
             self.say("stopping after this step; Ctrl-C again stops at once")

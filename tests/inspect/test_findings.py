@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from lossfns.cli import parser
+from lossfns.testing.batch import Batch
 from lossfns.testing.check import check
 from lossfns.testing.subject import load
 
@@ -17,13 +18,16 @@ ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "findings.md").read_text(encoding="utf-8")
 
 
-def sections() -> Iterator[tuple[str, str, set[tuple[str, str]]]]:
-    """Return, for each section, the package and version of its chapter, the command, and the broken laws."""
+def sections() -> Iterator[tuple[str, str, set[tuple[str, str, str]]]]:
+    """Return, for each section, the package and version of its chapter, the command, and the broken laws.
+
+    A broken law has its name, whether it makes the loss wrong or fragile, and the bug.
+    """
     for chapter in re.split(r"^## ", PAGE, flags=re.M)[1:]:
         title, _, text = chapter.partition("\n")
         for section in re.split(r"^### ", text, flags=re.M)[1:]:
             (command,) = re.findall(r"^lossfns (check .+)$", section, re.M)
-            yield title, command, set(re.findall(r"^\| `(\w+)` \| `([\w-]+)` \|", section, re.M))
+            yield title, command, set(re.findall(r"^\| `(\w+)` \| (\w+) \| `([\w-]+)` \|", section, re.M))
 
 
 def installed(title: str) -> bool:
@@ -48,9 +52,10 @@ HERE = [
 
 
 @pytest.mark.parametrize(("args", "broken"), HERE)
-def test_the_kit_finds_what_the_page_says(args: Any, broken: set[tuple[str, str]]) -> None:
+def test_the_kit_finds_what_the_page_says(args: Any, broken: set[tuple[str, str, str]]) -> None:
     report = check(load(f"{ROOT}/{args.subject}"), kind=args.kind, factory=args.factory)
-    assert {(v.law, v.bug) for v in report.broken} == broken
+    assert {(v.law, v.verdict, v.bug) for v in report.broken} == broken
+    assert report.ok == all(verdict != "wrong" for _, verdict, _ in broken)
 
 
 def test_the_page_names_every_loss_of_the_examples() -> None:
@@ -64,6 +69,23 @@ def test_the_page_names_every_loss_of_the_examples() -> None:
         "examples/library_losses.py:verl",
     }
     assert named <= there
+
+
+def test_the_focal_loss_is_the_readmes() -> None:
+    """The README computes 0.593 on logprobs −1, −2 and −1, −0.5."""
+    focal = load(f"{ROOT}/examples/reweighted_losses.py:focal")()
+    batch = Batch([[-1.0, -2.0], [-1.0, -0.5]], [[1.0, 1.0], [1.0, 1.0]])
+    value, _ = focal(batch.data(), batch.tensors())
+    assert round(value.item(), 4) == 0.593
+    assert "round(focal(data, logprobs)[0].item(), 4)\n0.593\n" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_summary_of_the_page_follows_from_its_tables() -> None:
+    """A loss has an entry under wrong, or under fragile, if and only if a law says so."""
+    rows = re.findall(r"^\| ([^|`]+) \| ([^|]*)\| ([^|]*)\|$", PAGE.partition("\n## ")[0], re.M)[1:]
+    said = [(bool(wrong.strip()), bool(fragile.strip())) for name, wrong, fragile in rows for _ in name.split(",")]
+    found = [{verdict for _, verdict, _ in broken} for _, _, broken in sections()]
+    assert said == [("wrong" in verdicts, "fragile" in verdicts) for verdicts in found]
 
 
 def test_the_documented_losses_are_always_tried() -> None:

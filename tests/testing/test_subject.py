@@ -20,7 +20,7 @@ from lossfns import LossInputError
 from lossfns.testing import Batch, check
 from lossfns.testing.forms import PROBE, ContractLoss, FactoryLoss, PaddedLoss
 from lossfns.testing.kinds import detect_kind
-from lossfns.testing.laws.base import NotApplicable
+from lossfns.testing.laws.base import NotApplicable, Probe, reads_only_mask
 from lossfns.testing.names import column_of
 from lossfns.testing.subject import adapt, adapt_advantages, from_file, knobs, load, padded, with_settings
 
@@ -274,11 +274,6 @@ def test_settings_of_every_form_are_seen_and_changed() -> None:
         assert outcome(loss_fn, far)[0] == pytest.approx(outcome(lossfns.ppo(), far)[0], rel=1e-5)
 
 
-def test_a_setting_that_is_none_is_not_varied() -> None:
-    """``config=1.01`` raises, which looked like a setting without effect."""
-    assert knobs(adapt(verl_ppo)) == {"loss_agg_mode": "token-mean"}
-
-
 def test_an_object_that_does_not_keep_its_arguments_has_no_settings() -> None:
     class Doubled:
         def __init__(self, scale: float = 1.0) -> None:
@@ -439,8 +434,10 @@ def test_a_pair_without_tokens_is_not_shown_to_a_loss_of_sums() -> None:
     assert not any(gradients[2] + gradients[3])
 
 
-def test_the_mean_of_a_vector_of_losses_is_taken() -> None:
+def test_the_mean_of_a_vector_of_losses_is_taken_and_the_report_says_so() -> None:
     found = adapt(trl_dpo)
+    title = check(trl_dpo, examples=0).title
+    assert title == "trl_dpo (preference), called with sums over trained tokens, the mean of its losses is taken"
     _, metrics = found(BATCH.data(), BATCH.tensors())
     assert set(metrics) == {"chosen_rewards"}
     assert found.returns_vector  # type: ignore[attr-defined]
@@ -555,7 +552,29 @@ def test_lengths_are_counted() -> None:
     assert detect_kind(adapt(simpo)) == detect_kind(adapt(padded_simpo)) == ("preference", False)
 
 
+def test_labels_beside_logprobs_alone_are_token_ids() -> None:
+    def nll(logprobs, labels):  # type: ignore[no-untyped-def]
+        return -logprobs[labels != -100].mean()
+
+    assert_same(nll, lossfns.cross_entropy())
+    assert detect_kind(adapt(nll)) == ("likelihood", False)
+
+
+def test_a_loss_of_masks_need_not_apply_fractional_weights() -> None:
+    """Weights that only the adapter read made a bool mask "weights-binarised"."""
+    for subject in (ppo_with_a_bool_mask, padded_ppo):
+        assert reads_only_mask(Probe(adapt(subject), BATCH, torch.float32))
+    assert not reads_only_mask(Probe(adapt(of_sums), BATCH, torch.float32))
+
+
 # Metrics
+
+
+def test_a_metric_of_each_token_is_left_out() -> None:
+    def loss(logprobs, mask):  # type: ignore[no-untyped-def]
+        return -(logprobs * mask).sum() / mask.sum(), {"loss": logprobs, "nll": -logprobs.mean(1), "text": "no number"}
+
+    assert list(adapt(loss)(BATCH.data(), BATCH.tensors())[1]) == ["nll"]
 
 
 def test_metrics_of_a_tuple_have_the_names_of_its_source() -> None:
@@ -760,6 +779,22 @@ def test_group_advantages_in_every_form(fn: Callable[..., Any]) -> None:
     assert adapt_advantages(fn)(REWARDS, GROUPS) == pytest.approx(centre(REWARDS, GROUPS))
     report = check(fn)
     assert report.kind == "advantages" and report.bug == "", report.table()
+
+
+def test_rewards_are_arrays_or_tensors_as_the_function_is_written() -> None:
+    """The standard deviation of an array divides by n, that of a tensor by n − 1."""
+
+    def of_arrays(rewards: np.ndarray, group_size: int = 4) -> Any:
+        grid = rewards.reshape(-1, group_size)
+        return ((grid - grid.mean(1, keepdims=True)) / (grid.std(1, keepdims=True) + 1e-6)).reshape(-1)
+
+    def of_tensors(rewards: Tensor, group_size: int = 4) -> Any:
+        grid = rewards.reshape(-1, group_size)
+        return ((grid - grid.mean(1, keepdims=True)) / (grid.std(1, keepdims=True) + 1e-6)).reshape(-1)
+
+    rewards, groups = [1.0, -1.0, 0.0], ["a"] * 3
+    assert np.square(adapt_advantages(of_arrays)(rewards, groups)).sum() == pytest.approx(3, rel=1e-4)
+    assert np.square(adapt_advantages(of_tensors)(rewards, groups)).sum() == pytest.approx(2, rel=1e-4)
 
 
 def test_unequal_groups_do_not_apply_to_a_grid() -> None:

@@ -98,6 +98,16 @@ def merge(model: nn.Module) -> None:
                 setattr(parent, name, merged(layer, {key for key, count in names.items() if count > 1}))
     model.requires_grad_(True)
     model.lora = None  # type: ignore[assignment]
+    declare_untied(model)
+
+
+def declare_untied(model: nn.Module) -> None:
+    """Tell the configurations of models of transformers whose head has a weight of its own now, so that it is saved."""
+    for module in model.modules():
+        if getattr(getattr(module, "config", None), "tie_word_embeddings", False):
+            ends = [find() for find in (module.get_input_embeddings, module.get_output_embeddings)]  # type: ignore[operator]
+            if all(ends) and ends[0].weight is not ends[1].weight:
+                module.config.tie_word_embeddings = False  # type: ignore[union-attr]
 
 
 def wrapped_layers(model: nn.Module) -> list[Any]:

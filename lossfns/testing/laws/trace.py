@@ -29,13 +29,20 @@ class Trace(TorchDispatchMode):
     tensor(12.)
     """
 
+    recording = False
+    """Whether a call is being recorded now."""
+
     def __init__(self, call: Callable[[list[Tensor]], Tensor], leaves: Sequence[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.steps: list[tuple[Any, Any, Any]] = []
         self.kept: list[Any] = list(leaves)  # alive, so that no other tensor gets the id of one of them
         self.places = {id(leaf): Value(i) for i, leaf in enumerate(leaves)}
-        with self:
-            result = call(list(leaves))
+        Trace.recording = True
+        try:
+            with self:
+                result = call(list(leaves))
+        finally:
+            Trace.recording = False
         self.result = self.place(result)
 
     @classmethod

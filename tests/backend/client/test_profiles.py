@@ -259,7 +259,6 @@ BACKFILL: list[tuple[str, list[Any], float]] = [
     ("absent: every target", [targets(5), targets(2)], 7),
     ("absent in one datum", [targets(5), targets(2, weights=row(0, 1))], 6),
     ("zeros do not count", [targets(4, weights=row(0, 1, 1, 0)), targets(2, weights=row(0, 0))], 2),
-    ("all masked", [targets(2, weights=row(0, 0))], 0),
     ("fractional and negative count one each", [targets(4, weights=row(0.25, -1, 0, 1e-6))], 3),
     ("-0 is 0", [targets(2, weights=row(-0.0, 1))], 1),
     ("[N, K] absent: every entry", [targets(3, 2)], 6),
@@ -274,6 +273,12 @@ def test_fireworks_counts_the_response_tokens_of_a_cross_entropy(data: list[Any]
     assert c.forward_backward(data, "cross_entropy").result().metrics["response_tokens"] == count
     assert "response_tokens" not in c.forward(data, "cross_entropy").result().metrics
     assert "response_tokens" not in client("tinker").forward_backward(data, "cross_entropy").result().metrics
+
+
+@each_profile
+def test_a_batch_that_is_masked_as_a_whole_has_no_response_and_is_refused(profile: str) -> None:
+    with pytest.raises(LossInputError, match="cross_entropy: weights: expected at least one active token"):
+        client(profile).forward_backward([targets(2, weights=row(0, 0))], "cross_entropy").result()
 
 
 def test_the_sparse_case_is_sparse() -> None:

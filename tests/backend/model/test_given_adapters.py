@@ -23,9 +23,15 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:peft", "ignore::Fut
 
 
 def base(tied: bool = False) -> Any:
+    torch.manual_seed(0)
+    return shaken(transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZE, tie_word_embeddings=tied)))
+
+
+@pytest.fixture(autouse=True)
+def own_random_numbers() -> Iterator[None]:
+    """Let peft draw the same adapters in every test."""
     with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return shaken(transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZE, tie_word_embeddings=tied)))
+        yield
 
 
 def low_rank(*layers: str, **options: Any) -> Any:
@@ -156,7 +162,7 @@ def check_start(name: str, way: str, folder: Path) -> None:
     expected = [x.detach() for x in alone(inner(copy.deepcopy(given)))]
     c = WAYS[way](given, folder)
     for got, wanted in zip(logprobs(c), expected, strict=True):
-        torch.testing.assert_close(got, wanted, rtol=0, atol=2e-5)
+        torch.testing.assert_close(got, wanted, rtol=0, atol=5e-5)
     if not isinstance(c, LocalTrainingClient):
         return
     if way == "LocalTrainingClient" and name in ("merged in place", "switched off"):
@@ -200,7 +206,7 @@ def test_an_adapter_folder_is_loaded_with_its_effect(adapter_folder: tuple[Path,
     ]
     for c in clients:
         for got, wanted in zip(logprobs(c), expected, strict=True):
-            torch.testing.assert_close(got, wanted, rtol=0, atol=2e-5)
+            torch.testing.assert_close(got, wanted, rtol=0, atol=5e-5)
     adapted_client = clients[2]
     assert isinstance(adapted_client, LocalTrainingClient)
     assert starts_at_log_2(adapted_client, adapted_client.reference())
@@ -209,7 +215,7 @@ def test_an_adapter_folder_is_loaded_with_its_effect(adapter_folder: tuple[Path,
     ids = DATA[0].model_input.to_ints()
     known = sampler.compute_logprobs(ModelInput.from_ints(ids)).result()[1:]
     targets = DATA[0].loss_fn_inputs["target_tokens"].to_torch()[:-1]
-    assert targets.tolist() == ids[1:] and known == pytest.approx(expected[0][:-1].tolist(), abs=2e-5)
+    assert targets.tolist() == ids[1:] and known == pytest.approx(expected[0][:-1].tolist(), abs=5e-5)
 
 
 def test_a_merge_into_half_precision_would_round_the_adapter_away_and_is_refused() -> None:
@@ -224,7 +230,19 @@ def test_adapters_that_no_weight_can_hold_are_refused_or_taken_as_they_are(tmp_p
     with pytest.raises(LossInputError, match="adapters that can be merged into the weights, got Impossible to merge"):
         service(given).create_lora_training_client("given")
     for got, wanted in zip(logprobs(WAYS["LocalTrainingClient"](given, tmp_path)), expected, strict=True):
-        torch.testing.assert_close(got, wanted.detach(), rtol=0, atol=2e-5)
+        torch.testing.assert_close(got, wanted.detach(), rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize("layer", ["lm_head", "embed_tokens"])
+def test_a_tied_weight_that_a_merge_has_untied_is_saved_by_the_library(layer: str, tmp_path: Path) -> None:
+    given = adapted(low_rank(layer), tied=True)
+    expected = [x.detach() for x in alone(inner(copy.deepcopy(given)))]
+    model = hf.CausalLM(given)
+    lora.merge(model)
+    model.model.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    for got, wanted in zip(alone(loaded), expected, strict=True):
+        torch.testing.assert_close(got.detach(), wanted, rtol=0, atol=5e-5)
 
 
 def test_the_models_owner_keeps_the_adapters() -> None:

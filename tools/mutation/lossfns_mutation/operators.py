@@ -30,7 +30,7 @@ SWAPPED = [
     ("weights", "active"),
     ("old_logprobs", "sampler_logprobs"),
     ("ref_logprobs", "logprobs"),
-    ("sequence_sum", "active_mean"),
+    ("weighted_sum", "weighted_mean"),
     ("k2", "k3"),
     ("float64", "float32"),
 ]
