@@ -95,7 +95,8 @@ def test_the_sign_of_robust_dpo_is_known_by_any_name_of_its_setting(name: str) -
         h, e = 0.1 * (c - r), knobs[name]
         return ((1 - e) * field.sp(-h) + e * field.sp(h)) / (1 - 2 * e)
 
-    assert preference_bug(term, **{name: 0.1}) == "smoothing-misapplied"
+    subject = field.named(field.with_knobs(field.of_pairs(term), **{name: 0.1}), "robust_dpo")
+    assert first_bug(verdicts(subject, "preference", of_kind_alone=True)) == "smoothing-misapplied"
 
 
 def test_a_setting_that_guards_a_division_is_no_label_smoothing() -> None:

@@ -22,6 +22,7 @@ from lossfns.testing.laws.base import (
     columns_read,
     fragile,
     influences,
+    is_described_as,
     reads_only_mask,
     require,
     setting_named,
@@ -415,7 +416,10 @@ def smoothing(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) 
     """Label smoothing adds a constant to the slope: β·ε (cDPO), β·ε/2, or −β·ε / (1 − 2ε) (robust DPO)."""
     probe = Probe.of(loss_fn, data, logprobs)
     name, value = setting_of(loss_fn, "it has no setting for label smoothing", *SMOOTHINGS, *SMALL_NUMBERS)
-    assume(name.lower() in SMOOTHINGS or value > 1e-3, "its ε guards a division")
+    described = any(
+        is_described_as(loss_fn, word) for word in ("smooth", "noise", "flip", "cdpo", "conservative", "robust")
+    )
+    assume(name.lower() in SMOOTHINGS or (value > 1e-3 and described), f"its {name} is not said to smooth labels")
     plain, smooth = with_setting(probe, name, 0.0), with_setting(probe, name, 0.2)
     margins = (-30.0, -2.0, 0.0, 2.0, 30.0)
     low, *mine, high = slopes(plain, (-FAR, *margins, FAR), side=0)
