@@ -26,13 +26,16 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture
 def check_loss() -> Callable[..., Any]:
-    """``check_loss(loss_fn, kind="policy")`` fails the test if the loss breaks a law, and shows the report."""
+    """``check_loss(loss_fn, kind="policy")`` fails the test if the loss is wrong, and shows the report.
 
-    def check_loss(subject: Any, **options: Any) -> Any:
+    With ``strict=True`` it fails a fragile loss, too. The other arguments are those of ``lossfns.testing.check``.
+    """
+
+    def check_loss(subject: Any, *, strict: bool = False, **options: Any) -> Any:
         from lossfns.testing.check import check
 
         report = check(subject, **options)
-        if not report.ok:
+        if report.exit_status(strict):
             pytest.fail(report.table(), pytrace=False)
         return report
 

@@ -94,7 +94,7 @@ def print_report(
         if json_to == "-":
             print(json.dumps(report.as_dict(), indent=1))
         elif console is None:
-            say(text(report))
+            print(text(report))
         else:
             draw(report, console)
 

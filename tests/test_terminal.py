@@ -36,6 +36,7 @@ RESULTS = [Result(RIGHT, "pass", ""), Result(WRONG, "fail", "loss is 1, not 2")]
 VECTORS = VectorReport("./mine", "float64", RESULTS, "it wrote a line that is no reply to any open request: '[b]'")
 PRINTED: list[tuple[Callable[..., None], Report | VectorReport]] = [
     (check_command.draw, REPORT),
+    (check_command.draw, Report("mine", "any", verdicts=REPORT.verdicts[:1], stopped="time was up after 1 s")),
     (vectors_command.draw, VECTORS),
 ]
 COLOUR = re.compile(r"\x1b\[(\d+;)*(3|4|9|10)\d[;m]")
@@ -45,7 +46,7 @@ def without_escapes(text: str) -> str:
     return re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", text)
 
 
-@pytest.mark.parametrize(("draw", "report"), PRINTED, ids=["check", "vectors"])
+@pytest.mark.parametrize(("draw", "report"), PRINTED, ids=["check", "check that was stopped", "vectors"])
 def test_a_report_on_a_terminal_has_the_words_of_the_plain_one(
     draw: Callable[..., None], report: Report | VectorReport, terminal: io.StringIO
 ) -> None:
@@ -57,6 +58,12 @@ def test_a_report_on_a_terminal_has_the_words_of_the_plain_one(
     assert all(len(line) <= 80 for line in shown.splitlines())
 
 
+def test_a_quiet_report_on_a_terminal_has_the_words_of_the_plain_one(terminal: io.StringIO) -> None:
+    check_command.draw_quietly(REPORT, console_on(terminal))  # type: ignore[arg-type]
+    shown = without_escapes(terminal.getvalue())
+    assert re.sub(r"\s+", "", shown) == re.sub(r"\s+", "", REPORT.quiet()) and "contract" not in shown
+
+
 def test_a_batch_is_shown_as_python_that_can_be_copied(terminal: io.StringIO) -> None:
     check_command.draw(REPORT, console_on(terminal))  # type: ignore[arg-type]
     lines = [line.strip() for line in without_escapes(terminal.getvalue()).splitlines()]
@@ -64,7 +71,7 @@ def test_a_batch_is_shown_as_python_that_can_be_copied(terminal: io.StringIO) ->
     assert eval("\n".join(lines[first:][:4]).removeprefix("batch"), {"Batch": dict})
 
 
-@pytest.mark.parametrize(("draw", "report"), PRINTED, ids=["check", "vectors"])
+@pytest.mark.parametrize(("draw", "report"), PRINTED, ids=["check", "check that was stopped", "vectors"])
 def test_no_color_is_respected(
     draw: Callable[..., None],
     report: Report | VectorReport,

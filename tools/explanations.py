@@ -1,6 +1,6 @@
-"""The texts of ``lossfns explain``, which are the section "What each law means" of docs/testing.md.
+"""The texts of ``lossfns explain``: in docs/testing.md, "What each law means" and the list of what no law sees.
 
-python -m tools.explanations write    copy the section to lossfns/testing/explanations.json
+python -m tools.explanations write    copy them to lossfns/testing/explanations.json
 python -m tools.explanations check    say whether the copy is up to date
 """
 
@@ -18,14 +18,21 @@ from lossfns.testing.explain import FILE
 GUIDE = Path(__file__).parents[1] / "docs" / "testing.md"
 SECTION = re.compile(r"^## What each law means\n(.*?)^## ", re.DOTALL | re.MULTILINE)
 PARAGRAPH = re.compile(r"^- \*\*([\w, ]+)\.\*\*(.*?)(?=^- |^#|\n\n|\Z)", re.DOTALL | re.MULTILINE)
+UNSEEN = re.compile(r"^No law sees:\n\n(.*?)\n\n", re.DOTALL | re.MULTILINE)
+"""The list of what no law sees, in which each entry starts with a dash."""
 
 
 def copied(guide: str) -> str:
     """Return the file for the text of the guide: the laws and the text of each paragraph."""
     found = SECTION.search(guide)
     assert found, "docs/testing.md has no section on what each law means"
+    unseen = UNSEEN.search(guide)
+    assert unseen, "docs/testing.md does not list what no law sees"
     entries = [
         {"laws": names.split(", "), "text": " ".join(text.split())} for names, text in PARAGRAPH.findall(found[1])
+    ]
+    entries += [
+        {"laws": [], "text": " ".join(text.replace("**", "").split())} for text in f"\n{unseen[1]}".split("\n- ")[1:]
     ]
     return json.dumps(entries, indent=1, ensure_ascii=False) + "\n"
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lossfns.errors import LossInputError
-from lossfns.terminal import console_on, print_report, print_rows, print_wrapped, printable, say, status, while_read
+from lossfns.terminal import console_on, print_report, print_rows, print_wrapped, printable, status, while_read
 from lossfns.testing.report import MARKS, Report, Verdict
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ def isolated_check(args: argparse.Namespace, skip: Mapping[str, str]) -> Report:
         CannotTest: if the subject is refused, or ends the process or blocks while it is imported.
     """
     from lossfns.testing.check import kind_named
-    from lossfns.testing.isolated import Ended, run_isolated
+    from lossfns.testing.isolated import FAILED, Ended, run_isolated
     from lossfns.testing.subject import parse_method
 
     if not hasattr(os, "fork"):
@@ -157,6 +157,8 @@ def isolated_check(args: argparse.Namespace, skip: Mapping[str, str]) -> Report:
             match message:
                 case Ended():
                     return with_end(report, laws, doing, message, args.timeout)
+                case [str(word), str(text)] if word == FAILED:
+                    raise CannotTest(f"an error of lossfns itself, in the law {doing}: {printable(text)}")
                 case ["refused", str(text)]:
                     raise CannotTest(text)
                 case ["doing", str(doing)]:
@@ -256,7 +258,7 @@ def print_list(kind: str | None) -> None:
         if console is None:
             widths = [max(map(len, cells)) for cells in zip(*rows)]
             lines = ["  ".join(f"{cell:{width}}" for cell, width in zip(row, widths)).rstrip() for row in rows]
-            say("\n".join([title, "", *lines, ""]))
+            print("\n".join([title, "", *lines, ""]))
         else:
             console.print(f"{title}\n", style="bold")
             print_rows(console, rows, ["cyan"] * len(rows))
@@ -279,7 +281,7 @@ def explain_command(args: argparse.Namespace) -> int:
     with while_read(sys.stdout):
         console = console_on(sys.stdout)
         if console is None:
-            say("\n".join(textwrap.fill(line, 100, break_on_hyphens=False) for line in lines))
+            print("\n".join(textwrap.fill(line, 100, break_on_hyphens=False) for line in lines))
         else:
             print_wrapped(console, lines)
     return 0

@@ -2,8 +2,9 @@
 
     LOSSFNS_SUBJECT=mypackage.losses:my_loss pytest --pyargs lossfns.testing.conformance
 
-``LOSSFNS_KIND`` gives the kind of the loss where it cannot be detected. The options ``--lossfns-subject`` and
-``--lossfns-kind`` of the plugin set the same variables.
+``LOSSFNS_KIND`` gives the kind of the loss where it cannot be detected. The attributes of the loss (``kind``, ``like``,
+``skip``, ``couples``) count as for ``lossfns check``. A law that makes the loss fragile warns.
+The options ``--lossfns-subject`` and ``--lossfns-kind`` of the plugin set the same variables.
 """
 
 from __future__ import annotations

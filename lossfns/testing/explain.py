@@ -25,7 +25,10 @@ LAWS: dict[str, Callable[..., None]] = {
 
 
 class Text(NamedTuple):
-    """A paragraph of the guide: the laws that it explains, and the text, which names their bugs in backticks."""
+    """A paragraph of the guide: the laws that it explains, and the text, which names their bugs in backticks.
+
+    A text without laws is about bugs that no law sees.
+    """
 
     laws: list[str]
     text: str
@@ -94,7 +97,7 @@ def explain_bug(name: str) -> list[str]:
     if bug.sources:
         head.append(f"It has been seen in {', '.join(bug.sources)}.")
     naming = [text for text in texts() if f"`{name}`" in text.text]
-    return spaced(head + [f"{', '.join(text.laws)}: {text.text}" for text in naming])
+    return spaced(head + [f"{', '.join(text.laws) or 'No law sees'}: {text.text}" for text in naming])
 
 
 def spaced(paragraphs: list[str]) -> list[str]:

@@ -9,6 +9,7 @@ import ast
 import copy
 import functools
 import inspect
+import re
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -395,8 +396,8 @@ class PaddedLoss(Adapted):
     @property
     def reads_weights(self) -> bool:
         """Whether fractional weights reach the function: it has a parameter for them, or gets weighted sums."""
-        masks = [name for name, column in self.column_by_name.items() if column.endswith("weights")]
-        return not masks or any("mask" not in name.lower() for name in masks)
+        masks = [name for name, column in self.column_by_name.items() if column.endswith(("weights", "ids"))]
+        return not masks or any("mask" not in name.lower() and column_of(name) != "labels" for name in masks)
 
     def is_given(self, name: str, data: Sequence[Any]) -> bool:
         """Return whether a parameter is required, or the datums hold its column."""
@@ -513,9 +514,15 @@ class PaddedLoss(Adapted):
                             yield Form(level, advantages, mask, label)
 
     def find_form(self) -> None:
-        """Choose the first form in which the function runs, and in which its result is most like that of a loss."""
+        """Choose the first form in which the function runs, and in which its result is most like that of a loss.
+
+        Where the source says the shape of the advantages, other shapes are tried only if the function does not run.
+        """
         running, best, errors = None, -1, {}
-        for form in self.candidate_forms():
+        said = said_shape(self.target.fn)
+        for form in sorted(self.candidate_forms(), key=lambda form: form.advantages != said and said != ""):
+            if running is not None and said == running.advantages != form.advantages:
+                break
             try:
                 likeness = self.likeness(form)
             except NotApplicable:
@@ -680,6 +687,32 @@ def return_statements(fn: Any) -> list[list[str]]:
     return found
 
 
+def source_of(fn: Any) -> Any:
+    """Return the function that a callable runs: ``forward`` of a module, ``__call__`` of an object."""
+    while isinstance(fn, functools.partial):
+        fn = fn.func
+    return fn.forward if isinstance(fn, torch.nn.Module) else fn if inspect.isroutine(fn) else type(fn).__call__
+
+
+SHAPE_OF_ADVANTAGES = re.compile(
+    r"\badv\w*[^\n.;]{0,30}?[\[(] *(?:B|N|bs|bsz|batch|batch_size) *(?:, *(1|T|L|S|seq\w*)? *)?[\])]", re.IGNORECASE
+)
+
+
+def said_shape(fn: Any) -> str:
+    """Return the form of the advantages that docstrings and comments say: "datum" for ``[B]``, see ``Form``; or ""."""
+    try:
+        source = textwrap.dedent(inspect.getsource(inspect.unwrap(source_of(fn))))
+        body = ast.parse(source).body[0]
+        documented = ast.get_docstring(body) or "" if isinstance(body, ast.FunctionDef) else ""
+    except (OSError, TypeError, SyntaxError, IndexError):
+        return ""
+    comments = "\n".join(re.findall(r"#(.*)", source))
+    found = SHAPE_OF_ADVANTAGES.findall(f"{documented}\n{inspect.getdoc(fn) or ''}\n{comments}")
+    shapes = {"column" if size == "1" else "tokens" if size else "datum" for size in found}
+    return shapes.pop() if len(shapes) == 1 else ""
+
+
 def element_name(node: ast.AST) -> str:
     """Return the name of a returned element such as ``ppo_kl.detach()`` or ``float(kl)``, or ""."""
     if isinstance(node, ast.Call):
@@ -692,10 +725,7 @@ def element_name(node: ast.AST) -> str:
 
 def result_names(fn: Any, count: int) -> Sequence[str]:
     """Return the names of the elements of a returned tuple: from the source, or those of verl where it has none."""
-    while isinstance(fn, functools.partial):
-        fn = fn.func
-    source = fn.forward if isinstance(fn, torch.nn.Module) else fn if inspect.isroutine(fn) else type(fn).__call__
-    statements = return_statements(inspect.unwrap(source))
+    statements = return_statements(inspect.unwrap(source_of(fn)))
     named = [names for names in statements if len(names) == count]
     if named:
         return named[-1]
@@ -722,6 +752,7 @@ class FactoryLoss(Adapted):
         "sum tensor": lambda rows, weights: torch.stack([(w * torch.where(w != 0, x, 0)).sum()
             for x, w in zip(rows, weights)]),
         "number tensor": lambda rows, weights: torch.tensor(list(map(datum_advantage, rows, weights))),
+        "signs": lambda rows, weights: [2 * datum_advantage(row, w, "label") - 1 for row, w in zip(rows, weights)],
         "padded": lambda rows, weights: torch.nn.utils.rnn.pad_sequence(rows, batch_first=True),
     }  # fmt: skip
 
@@ -764,31 +795,48 @@ class FactoryLoss(Adapted):
         return self.target.fn(**arguments)
 
     def find_forms(self) -> tuple[str, ...]:
-        """Return the first candidate forms with which a call returns a 0-d loss."""
-        errors = []
+        """Return the first candidate forms with which a call returns a 0-d loss.
+
+        Of a loss with labels, desirable and undesirable datums both get a gradient, if there is such a form.
+        """
+        errors, running = [], None
         for forms in self.candidate_forms():
+            tried = copy.copy(self)
+            tried.forms = forms
             try:
-                loss = self.build(PROBE.data(), forms)(PROBE.data(), PROBE.tensors(torch.float32))[0]
+                loss = tried(PROBE.data(), PROBE.tensors(torch.float32))[0]
             except NotApplicable:
                 raise
             except Exception as error:
                 errors.append(f"{', '.join(forms)}: {type(error).__name__}: {error}")
                 continue
             refuse_foreign(loss)
-            if loss.ndim == 0:
+            if loss.ndim:
+                errors.append(f"{', '.join(forms)}: a loss of shape {tuple(loss.shape)}")
+                continue
+            if "labels" not in self.columns:
                 return forms
-            errors.append(f"{', '.join(forms)}: a loss of shape {tuple(loss.shape)}")
+            running = running or forms
+            gradients = zip(gradients_of(tried, PROBE), PROBE.columns["labels"])
+            if len({row[0] for g, row in gradients if any(g)}) == 2:
+                return forms
+        if running is not None:
+            return running
         fix = "It is called with the columns, and what it returns with (data, logprobs_list). " + FORMS
         raise LossInputError("subject", "a factory that makes a loss", "; ".join(errors[:4]), fix)
 
     def candidate_forms(self) -> Iterator[tuple[str, ...]]:
         """Yield the combinations of forms to try, one form for each required parameter."""
         columns = [column_of(name) or "" for name in self.required]
+        if "labels" in columns:
+            for number in ("numbers", "number tensor", "signs"):
+                for form in ("rows", "lists", "padded"):
+                    yield tuple(number if column == "labels" else form for column in columns)
         for form in ("rows", "lists"):
             yield (form,) * len(columns)
         for number in ("numbers", "number tensor"):
             for form in ("rows", "lists", "padded"):
-                yield tuple(number if column in ("advantages", "labels") else form for column in columns)
+                yield tuple(number if column == "advantages" else form for column in columns)
         for form in ("row", "sums", "sum tensor"):
             yield tuple(form if " " in column else "rows" for column in columns)
         yield ("padded",) * len(columns)

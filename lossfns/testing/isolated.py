@@ -60,6 +60,8 @@ def run_isolated(work: Callable[[Send], None], timeout: float) -> Iterator[Any]:
 
 
 DONE = ["done"]
+FAILED = "failed"
+"""The first item of the message that ``work`` itself, and not what it runs, has raised an error; the second says it."""
 
 
 def messages(reader: int, pid: int, deadline: float) -> Iterator[Any]:
@@ -139,11 +141,13 @@ def run_child(work: Callable[[Send], None], writer: int, timeout: float) -> NoRe
             while line:
                 line = line[os.write(writer, line) :]
 
-        work(send)
-        send(DONE)
+        try:
+            work(send)
+            send(DONE)
+        except Exception as error:
+            traceback.print_exc()
+            send([FAILED, f"{type(error).__name__}: {error}"])
         status = 0
-    except BaseException:
-        traceback.print_exc()
     finally:
         os._exit(status)
 

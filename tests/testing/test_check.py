@@ -1,7 +1,9 @@
 """``check``: detection of the subject, the report, the command line and pytest."""
 
 import json
+import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -19,10 +21,12 @@ from lossfns.cli import main
 from lossfns.testing import mutants, padded
 from lossfns.testing.batch import Batch
 from lossfns.testing.bugs import BUGS
-from lossfns.testing.check import check, prepare, without_expected_warnings
+from lossfns.testing.check import check, kind_named, prepare, without_expected_warnings
+from lossfns.testing.explain import LAWS
 from lossfns.testing.kinds import KINDS
 from lossfns.testing.laws import (
     ADVANTAGES,
+    COUPLED,
     LAWS_BY_KIND,
     LawBroken,
     NotApplicable,
@@ -32,8 +36,10 @@ from lossfns.testing.laws import (
     policy,
     sums,
 )
-from lossfns.testing.report import BROKEN, MARKS, Verdict
+from lossfns.testing.laws.base import Outcome, Probe, contrast, metric_difference
+from lossfns.testing.report import BROKEN, MARKS, Report, Verdict
 from lossfns.testing.subject import FactoryLoss, PaddedLoss, adapt
+from tools import explanations
 
 # Losses as others write them
 
@@ -298,6 +304,189 @@ def test_junit_counts_what_the_report_does() -> None:
     assert failure.get("message") == "constant-factor" and report.failures[0].seen in (failure.text or "")
 
 
+# What a report says is true
+
+
+def test_the_gradient_is_named_where_the_loss_is_the_same() -> None:
+    """The fault: "the loss is -0.625, not -0.625", where the gradient differs."""
+    same = {"value": -0.625, "gradients": [[0.25, 0.5]], "metrics": {}, "missing": ()}
+    probe = Probe(nll, Batch([[-1.0, -1.0]], [[1.0, 1.0]]), torch.float64)
+    assert probe.difference(Outcome(**same), Outcome(**same)) == ""
+    other = Outcome(**{**same, "gradients": [[0.25, 0.125]]})
+    words = "the loss is the same, but the gradient of token 1 of datum 0 is 0.125, not 0.5"
+    assert probe.difference(other, Outcome(**same)) == words
+    assert probe.difference(Outcome(**{**same, "value": -0.5}), Outcome(**same)) == "the loss is -0.5, not -0.625"
+    assert metric_difference(Outcome(**{**same, "metrics": {"kl": 2.0}}), Outcome(**same)) == (
+        "the metric 'kl' is 2.0, not 'missing'"
+    )
+    wide = probe.with_batch(Batch([[-1.0, -1.0]], [[1.0, 1.0]], targets=2))
+    assert "the gradient of target 1 of token 0 of datum 0 is 0.125" in wide.difference(other, Outcome(**same))
+
+
+@pytest.mark.parametrize(
+    ("x", "y"), [(1.0, 2.0), (0.1, 0.1 + 1e-9), (1.0, 1.0 + 2**-52), (math.nan, 1.0), (math.inf, -math.inf)]
+)
+def test_numbers_that_differ_are_printed_with_digits_that_differ(x: float, y: float) -> None:
+    first, _, second = contrast(x, y).partition(", not ")
+    assert first != second and len(first) < 20
+
+
+BROKEN_IN_MANY_WAYS = (
+    "cross_entropy_padding_in_denominator",
+    "cross_entropy_order_dependent",
+    "ppo_mask_after_exp",
+    "ppo_where_after_exp",
+    "dpo_empty_sequence_counted",
+    "grpo_kl_unmasked",
+)
+
+
+def check_honesty(name: str) -> None:
+    """Fail if a report contradicts itself: "x, not x", "..", or a loss that the batch does not have."""
+    subject = mutants.MUTANTS[name]
+    for v in check(subject, examples=0).broken:
+        assert v.seen.endswith(".") and ".." not in v.seen, v
+        assert not re.search(r"(?<![\w.])(-?[\w.]+), not \1(?![\w.])", v.seen), v
+        found = re.search(r"the loss is (-?[\d.e-]+|nan|-?inf), not", v.seen)
+        if found and v.law in ("poison", "padding", "empty", "permutation", "agreement"):
+            batch = eval(v.example, {"Batch": Batch, "nan": math.nan, "inf": math.inf})
+            value = float(subject(batch.data(), batch.tensors())[0])
+            assert value == pytest.approx(float(found[1]), rel=1e-5, nan_ok=True), v
+
+
+@pytest.mark.parametrize("name", [name for name in BROKEN_IN_MANY_WAYS if name in mutants.MUTANTS])
+def test_the_loss_in_a_report_is_that_of_the_batch_in_it(name: str) -> None:
+    """The fault: numbers of one batch beside the picture of another."""
+    check_honesty(name)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("bug", BUGS)
+def test_no_report_on_a_mutant_contradicts_itself(bug: str) -> None:
+    check_honesty(next(name for name, made in mutants.MUTANTS.items() if vars(made)["bug"] == bug))
+
+
+def unmasked(data: Sequence[Any], logprobs_list: Sequence[Tensor]) -> Any:
+    """A fragile loss: a nan in a masked slot gets into it."""
+    weights = [column(datum, "weights") for datum in data]
+    if any(w.shape != lp.shape for w, lp in zip(weights, logprobs_list)):
+        raise ValueError("the weights have another length")
+    return -sum((w * lp).sum() for w, lp in zip(weights, logprobs_list)) / sum(map(torch.sum, weights)), {}
+
+
+def test_failures_come_first_and_quiet_prints_nothing_else() -> None:
+    """The fault: 30 lines of ok before the finding."""
+    report = check(half_of_nll, examples=0, name="mine")
+    table, quiet = report.table(), report.quiet()
+    assert table.index("WRONG  likelihood: ") < table.index("constant-factor: ") < table.index("ok       contract")
+    assert "ok  " not in quiet and "constant-factor: " in quiet and quiet.splitlines()[-1] == report.summary
+    right = check(nll, examples=0)
+    assert right.quiet() == right.summary
+
+
+def test_a_fragile_loss_is_not_wrong_and_says_so() -> None:
+    report = check(unmasked, examples=0)
+    assert report.ok and report.counts["wrong"] == 0 < report.counts["fragile"]
+    assert report.summary.startswith("warning, not wrong: 1 fragile of ") and report.bug == "mask-after-exp"
+    assert (report.exit_status(), report.exit_status(strict=True)) == (0, 1)
+    suite = ElementTree.fromstring(report.junit())
+    assert suite.get("failures") == "0" and [p.get("value") for p in suite.iter("property")].count("fragile") == 1
+
+
+def test_an_unsure_verdict_never_fails() -> None:
+    report = Report("mine", "reweighted", True, verdicts=[Verdict("signal", "It.", "unsure", bug="no-gradient")])
+    assert (report.ok, report.exit_status(), report.exit_status(strict=True)) == (True, 0, 0)
+    assert "taken as reweighted; --kind for another" in report.table() and "warning, not wrong" in report.summary
+
+
+def test_a_law_that_is_skipped_is_shown_with_the_reason() -> None:
+    report = check(unmasked, examples=0, skip={"poison": "our slots are finite"})
+    skipped = next(v for v in report.verdicts if v.law == "poison")
+    assert (skipped.verdict, skipped.seen) == ("skipped", "our slots are finite") and report.broken == []
+    assert "skipped  poison" in report.table() and "our slots are finite" in report.table()
+    assert report.as_dict()["counts"]["skipped"] == 1 and 'message="our slots are finite"' in report.junit()
+
+
+def whitened(data: Sequence[Any], logprobs_list: Sequence[Tensor]) -> Any:
+    """A loss whose advantages are centred over the batch."""
+    rows = [active(*pair, "advantages") for pair in zip(data, logprobs_list)]
+    mean = sum((w * a).sum() for w, _, a in rows) / sum(w.sum() for w, *_ in rows)
+    return -sum((w * (a - mean) * lp).sum() for w, lp, a in rows) / sum(w.sum() for w, *_ in rows), {}
+
+
+def test_a_coupling_that_is_declared_is_shown_and_its_laws_are_skipped() -> None:
+    why = "advantages are centred over the batch"
+    report = check(whitened, examples=0, couples=why)
+    skipped = {v.law for v in report.verdicts if v.verdict == "skipped"}
+    assert skipped == {law.__name__ for law in COUPLED}
+    assert why in report.title and report.as_dict()["couples"] == why and f'value="{why}"' in report.junit()
+    assert {v.law for v in check(whitened, examples=0).broken} & skipped
+
+
+def test_a_subject_declares_by_attributes_what_the_options_say() -> None:
+    def mine(data: Sequence[Any], logprobs_list: Sequence[Tensor]) -> Any:
+        return unmasked(data, logprobs_list)
+
+    vars(mine).update(kind="supervised", couples="it does not", skip={"poison": "finite"}, like=lossfns.cross_entropy())
+    report = check(mine, examples=0, skip={"lengths": "checked before"})
+    assert (report.kind, report.couples, report.like) == ("likelihood", "it does not", repr(lossfns.cross_entropy()))
+    reasons = {v.law: v.seen for v in report.verdicts if v.verdict == "skipped"}
+    assert reasons["poison"] == "finite" and reasons["lengths"] == "checked before"
+    assert "claims to be cross_entropy(" in report.title and report.as_dict()["like"] == report.like
+
+
+@pytest.mark.parametrize(
+    ("attributes", "field"),
+    [
+        ({"skip": ["poison"]}, "skip"),
+        ({"skip": {"poison": ""}}, "skip"),
+        ({"couples": 3}, "couples"),
+        ({"kind": 3}, "kind"),
+    ],
+    ids=str,
+)
+def test_attributes_that_say_nothing_are_refused(attributes: dict[str, Any], field: str) -> None:
+    def mine(data: Sequence[Any], logprobs_list: Sequence[Tensor]) -> Any:
+        return nll(data, logprobs_list)
+
+    vars(mine).update(attributes)
+    with pytest.raises(LossInputError) as caught:
+        check(mine, examples=0)
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("re-weighted likelihood", "reweighted"),
+        ("reweighted_likelihood", "reweighted"),
+        ("unpaired-preference", "unpaired"),
+        ("Unpaired Preference losses", "unpaired"),
+        ("supervised", "likelihood"),
+        ("Policy", "policy"),
+        ("paired preference", "preference"),
+        ("group advantages", "advantages"),
+        *((kind, kind) for kind in KINDS),
+    ],
+)
+def test_the_name_of_a_kind_is_read_in_any_spelling(text: str, kind: str) -> None:
+    assert kind_named(text) == kind
+
+
+def test_a_subject_that_raises_what_is_no_exception_is_wrong_in_python_too() -> None:
+    def exits(data: Sequence[Any], logprobs_list: Sequence[Tensor]) -> Any:
+        raise SystemExit(3)
+
+    def interrupts(data: Sequence[Any], logprobs_list: Sequence[Tensor]) -> Any:
+        raise KeyboardInterrupt
+
+    for kind in (None, "likelihood"):
+        report = check(exits, kind=kind, examples=0)
+        assert report.bug == "not-the-contract" and "SystemExit: 3" in report.failures[0].seen
+    with pytest.raises(KeyboardInterrupt):
+        check(interrupts, examples=0)
+
+
 # A claim
 
 
@@ -417,6 +606,83 @@ def test_a_file_of_ones_own_is_checked_from_where_one_stands(
     assert run(capsys, "own_losses_for_check:loss")[0] == 0
 
 
+def test_strict_fails_a_fragile_loss(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run(capsys, HERE + "unmasked", "-q")
+    assert status == 0 and "warning, not wrong: 1 fragile" in out.splitlines()[-1] and "ok  " not in out
+    assert run(capsys, HERE + "unmasked", "--strict")[0] == 1
+    assert run(capsys, HERE + "unmasked", "--strict", "--skip", "poison", "--because", "finite slots")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--skip", "poison"], "1 --skip and 0 --because"),
+        (["--because", "finite slots"], "0 --skip and 1 --because"),
+        (["--skip", "posion", "--because", "finite slots"], "Did you mean 'poison'?"),
+        (["--skip", "poison", "--because", " "], "the reason why poison is not tested"),
+        (["--kind", "polcy"], "Did you mean 'policy'?"),
+        (["--json", "no/such/folder/x.json"], "Make the folder first"),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else "",
+)
+def test_options_that_do_not_say_enough_are_refused(
+    capsys: pytest.CaptureFixture[str], args: list[str], words: str
+) -> None:
+    status, out, err = run(capsys, HERE + "nll", *args)
+    assert (status, out) == (2, "") and words in err, err
+
+
+def test_declared_coupling_and_kind_are_options_too(capsys: pytest.CaptureFixture[str]) -> None:
+    args = ("--couples", "centred over the batch", "--kind", "policy loss", "--json", "-")
+    report = json.loads(run(capsys, HERE + "whitened", *args)[1])
+    assert report["couples"] == "centred over the batch" and report["kind"] == "policy" and not report["guessed"]
+    assert {v["law"] for v in report["verdicts"] if v["verdict"] == "skipped"} == {law.__name__ for law in COUPLED}
+
+
+def test_the_list_has_every_law_and_bug(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "--list"]) == 0
+    severities = dict(line.split()[:2] for line in capsys.readouterr().out.splitlines() if len(line.split()) > 2)
+    assert severities.keys() >= {*LAWS, *BUGS} and {severities[law] for law in LAWS} == {"wrong", "fragile"}
+    assert main(["check", "--list", "--kind", "supervised"]) == 0
+    out = capsys.readouterr().out
+    assert "negative_weights" in out and "step_zero" not in out and all(bug in out for bug in BUGS)
+
+
+def test_check_without_a_subject_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["check"])
+    assert caught.value.code == 2 and "name a SUBJECT" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("poison", ["a law of every kind", "is fragile: slots that are masked", "`where-after-exp`"]),
+        ("finite-differences", ["finite_differences, a law of the kinds likelihood", "detached-term"]),
+        ("agreement", ["a law of a claim"]),
+        ("std-over-n", ["a bug: the standard deviation", "unsloth-zoo#832", "deviation: "]),
+        ("mask_after_exp", ["mask-after-exp, a bug"]),
+    ],
+)
+def test_explain_explains_laws_and_bugs(capsys: pytest.CaptureFixture[str], name: str, words: list[str]) -> None:
+    assert main(["explain", name]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert all(" ".join(text.split()) in out for text in words), out
+
+
+def test_explain_knows_every_law_and_bug_and_says_what_it_does_not_know(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in (*LAWS, *BUGS):
+        assert main(["explain", name]) == 0
+        assert len(capsys.readouterr().out.splitlines()) >= 3, name
+    assert main(["explain", "posion"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and "Did you mean 'poison'?" in err
+
+
+def test_the_texts_of_explain_are_those_of_the_guide() -> None:
+    assert explanations.main(["check"]) == 0, "python -m tools.explanations write"
+
+
 def test_reports_are_written_as_json_and_junit(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     as_json, as_junit = tmp_path / "report.json", tmp_path / "report.xml"
     status, out, _ = run(capsys, HERE + "half_of_nll", "--json", str(as_json), "--junit", str(as_junit))
@@ -466,7 +732,7 @@ def test_the_fixture_fails_with_the_table(tmp_path: Path) -> None:
         "from lossfns.testing import mutants\n"
         "import lossfns\n\n"
         "def test_right(check_loss):\n"
-        "    assert check_loss(lossfns.cross_entropy(), examples=0).kind == 'likelihood'\n\n"
+        "    assert check_loss(lossfns.cross_entropy(), strict=True, examples=0).kind == 'likelihood'\n\n"
         "def test_wrong(check_loss):\n"
         "    check_loss(mutants.cross_entropy_constant_factor, kind='likelihood', examples=0)\n"
     )

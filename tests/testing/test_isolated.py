@@ -13,6 +13,7 @@ from xml.etree import ElementTree
 import pytest
 
 from lossfns.cli import main
+from lossfns.testing.check import Trial
 
 NLL = """
     total = count = 0.0
@@ -35,7 +36,7 @@ def write_loss(folder: Path, in_call: str = "", at_import: str = "", name: str =
     return f"{folder / name}:nll"
 
 
-LATER = "calls.append(1)\nif len(calls) > 60:\n    "
+LATER = "calls.append(1)\nif len(calls) > 135:\n    "
 """A condition that holds in a law, after the calls that find out the kind and after the first laws."""
 
 
@@ -83,6 +84,15 @@ def test_a_subject_that_ends_the_process_in_a_call_is_wrong(
     assert first == (report["verdicts"][0] == wrong[0])
 
     ElementTree.parse(tmp_path / "x.xml")
+
+
+def test_an_error_of_the_kit_accuses_no_subject(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kit = sys.modules["lossfns.testing.check"]
+    monkeypatch.setattr(kit, "law_trials", lambda *_: [Trial("contract", "It.", lambda: 1 / 0)])
+    status, out, err = run(capfd, write_loss(tmp_path))
+    assert (status, out) == (2, "") and "an error of lossfns itself, in the law contract: ZeroDivisionError" in err
 
 
 AT_IMPORT = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import pickle
+import random
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ import lossfns
 from lossfns import LossInputError
 from lossfns.testing import Batch, check
 from lossfns.testing.forms import PROBE, ContractLoss, FactoryLoss, PaddedLoss
-from lossfns.testing.kinds import detect_kind
+from lossfns.testing.kinds import detect_kind, takes_rewards
 from lossfns.testing.laws.base import NotApplicable, Probe, reads_only_mask
 from lossfns.testing.names import column_of
 from lossfns.testing.subject import adapt, adapt_advantages, from_file, knobs, load, padded, with_settings
@@ -324,6 +325,26 @@ def test_broadcasting_does_not_fool_the_form_of_the_advantages(subject: Any, for
     assert found.takes_datum_advantages == (form != "tokens")
 
 
+def test_advantages_have_the_shape_that_the_source_says() -> None:
+    """A sum ``[B, 1]`` times advantages ``[B]`` broadcasts. Advantages ``[B, T]`` or ``[B, 1]`` would hide that."""
+
+    def broadcasts(logprobs, advantages, mask):  # type: ignore[no-untyped-def]
+        """REINFORCE on whole answers; advantages has shape (B,)."""
+        return -((logprobs * mask).sum(-1, keepdim=True) * advantages).mean()
+
+    def of_tokens(logprobs, advantages, mask):  # type: ignore[no-untyped-def]
+        # advantages: [B, T], mask: [B, T]
+        return -(logprobs * advantages * mask).sum() / mask.sum()
+
+    def of_either(logprobs, advantages, mask):  # type: ignore[no-untyped-def]
+        """advantages: [B] or advantages: [B, 1]"""
+        return takes_either(logprobs, advantages, mask)
+
+    forms = [adapt(f).form.advantages for f in (broadcasts, of_tokens, of_either)]  # type: ignore[attr-defined]
+    assert forms == ["datum", "tokens", "tokens"]
+    assert check(broadcasts, examples=0).bug == "broadcast"
+
+
 def test_unequal_advantages_in_a_datum_do_not_apply_to_a_loss_of_one_for_each() -> None:
     uneven = BATCH.having(advantages=[[float(j) for j in range(len(row))] for row in BATCH.weights])
     with pytest.raises(NotApplicable):
@@ -500,8 +521,35 @@ def kto_padded(logprobs, ref_logprobs, mask, labels):  # type: ignore[no-untyped
     return kto_of_labels((logprobs * mask).sum(-1), (ref_logprobs * mask).sum(-1), labels)
 
 
+def make_kto(labels, ref_logprobs):  # type: ignore[no-untyped-def]
+    """Labels as a list of lists are all true."""
+    good = torch.tensor([bool(label) for label in labels])
+
+    def loss_fn(data: Any, logprobs_list: Any) -> Any:
+        weights = [datum.loss_fn_inputs["weights"].to_torch() for datum in data]
+        gaps = torch.stack([(w * (lp - ref)).sum() for w, lp, ref in zip(weights, logprobs_list, ref_logprobs)])
+        return kto_values(gaps, good, gaps.detach().mean().clamp(min=0)).mean(), {}
+
+    return loss_fn
+
+
+def make_kto_of_signs(labels, ref_logprobs):  # type: ignore[no-untyped-def]
+    return make_kto([label > 0 for label in labels if label], ref_logprobs)
+
+
 @pytest.mark.parametrize(
-    "subject", [contract_kto, trl_kto, kto_of_labels, kto_of_bools, kto_of_indices, kto_of_signs, kto_padded]
+    "subject",
+    [
+        make_kto,
+        make_kto_of_signs,
+        contract_kto,
+        trl_kto,
+        kto_of_labels,
+        kto_of_bools,
+        kto_of_indices,
+        kto_of_signs,
+        kto_padded,
+    ],
 )
 def test_kto_in_every_form_is_kto(subject: Any) -> None:
     assert_same(subject, contract_kto)
@@ -552,18 +600,25 @@ def test_lengths_are_counted() -> None:
     assert detect_kind(adapt(simpo)) == detect_kind(adapt(padded_simpo)) == ("preference", False)
 
 
-def test_labels_beside_logprobs_alone_are_token_ids() -> None:
-    def nll(logprobs, labels):  # type: ignore[no-untyped-def]
-        return -logprobs[labels != -100].mean()
+def nll_of_ids(logprobs, labels):  # type: ignore[no-untyped-def]
+    return -logprobs[labels != -100].mean()
 
-    assert_same(nll, lossfns.cross_entropy())
-    assert detect_kind(adapt(nll)) == ("likelihood", False)
+
+def test_labels_beside_logprobs_alone_are_token_ids() -> None:
+    assert_same(nll_of_ids, lossfns.cross_entropy())
+    assert detect_kind(adapt(nll_of_ids)) == ("likelihood", False)
 
 
 def test_a_loss_of_masks_need_not_apply_fractional_weights() -> None:
     """Weights that only the adapter read made a bool mask "weights-binarised"."""
+
+    def nll(logprobs, loss_mask):  # type: ignore[no-untyped-def]
+        return -logprobs[loss_mask].mean()
+
+    assert "weights-binarised" not in {verdict.bug for verdict in check(nll, examples=0).broken}
     for subject in (ppo_with_a_bool_mask, padded_ppo):
         assert reads_only_mask(Probe(adapt(subject), BATCH, torch.float32))
+    assert reads_only_mask(Probe(adapt(nll_of_ids), BATCH, torch.float32))
     assert not reads_only_mask(Probe(adapt(of_sums), BATCH, torch.float32))
 
 
@@ -693,6 +748,56 @@ def test_what_has_no_known_form_is_refused_with_the_reason(subject: Any, words: 
     with pytest.raises(LossInputError) as caught:
         check(subject, examples=0)
     assert all(word in str(caught.value) for word in words), caught.value
+
+
+KNOWN = (
+    "logprobs old_logprobs ref_logprobs advantages mask weights labels policy_chosen_logps policy_rejected_logps "
+    "reference_chosen_logps policy_KL_logps reference_KL_logps chosen_mask rejected_mask rewards groups "
+    "num_generations per_token_logps teacher_logprobs sampler_logprobs is_desirable chosen_lengths data logprobs_list"
+)
+OTHER = "temperature beta logits outputs model inputs batch config values x y index"
+RESULTS = """None; 1.0; np.float32(1); np.zeros(3); torch.zeros(()); torch.zeros(2, 3); torch.zeros(0); 1 / 0; {}['a'];
+{'loss': 1}; (); (None, {}); (torch.zeros(()), None); lambda *a: None; args; object(); 'text'; len; sum(args);
+lambda data, lps: (sum(lp.sum() for lp in lps), {}); sum(a.sum() for a in args); args[0].mean(-1); args[0] * args[-1];
+((args[0] * args[-1]).sum(), {'m': args[0]}); (args[0].sum(), 'x', [1], {'y': 'z'}, 3); torch.nn.Linear(1, 1);
+args[0].sum() * float('nan')"""
+
+
+def random_subject(rng: random.Random) -> Any:
+    """Return a function, a class or an object with random parameters that returns anything."""
+    names = rng.sample((f"{KNOWN} {OTHER}" if rng.random() < 0.2 else KNOWN).split(), rng.randrange(6))
+    first_default = rng.randrange(len(names) + 3)
+    defaults = [f"={rng.choice(('None', '0.1', 'True'))}" if i >= first_default else "" for i in range(len(names))]
+    given = [name + default for name, default in zip(names, defaults)]
+    given = ["*", *given] if given and rng.random() < 0.2 else given
+    given += ["**kwargs"] if rng.random() < 0.1 else []
+    body = f"args = [{', '.join(names)}]; return {rng.choice(RESULTS.split(';')).strip()}"
+    form = rng.choice(("function", "module", "class", "object"))
+    base, method = ("torch.nn.Module", "forward") if form == "module" else ("object", "__call__")
+    source = f"def {method}({', '.join(given if form == 'function' else ['self', *given])}): {body}"
+    scope: dict[str, Any] = {"torch": torch, "np": np}
+    exec(source if form == "function" else f"class C({base}):\n    {source}", scope)
+    return scope["__call__"] if form == "function" else scope["C"]() if form == "object" else scope["C"]
+
+
+@pytest.mark.parametrize("count", [300, pytest.param(3000, marks=pytest.mark.exhaustive)])
+def test_any_callable_is_a_loss_or_refused(count: int) -> None:
+    """No subject gives a bare TypeError."""
+    rng, seen = random.Random(0), {"kind": 0, "refused": 0}
+    for _ in range(count):
+        subject = random_subject(rng)
+        try:
+            if takes_rewards(subject):
+                adapt_advantages(subject)
+            else:
+                detect_kind(adapt(subject))
+            seen["kind"] += 1
+        except LossInputError as error:
+            assert str(error)
+            seen["refused"] += 1
+        except NotApplicable:
+            continue
+    assert min(seen.values()) > count / 50, seen
 
 
 @pytest.mark.parametrize(

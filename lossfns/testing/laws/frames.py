@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -45,32 +46,34 @@ def signal(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> 
         # Divided by the gradient, the value is that of one token: c > 1 of a dual clip, or an upper bound below 1.
         value = abs(positive.value / negative.gradients[0][0])
         bug = "dual-clip-on-positive" if value > 1 else "clip-as-epsilon"
-        require(False, bug, f"On-policy a token of advantage 1 has no gradient, and its loss is −{value:g}.")
+        seen = f"On-policy a token of advantage 1 has no gradient, and its loss is −{value:g}."
+        require(False, bug, seen, positive.batch)
     bug = "dual-clip-below-one" if positive.value else "ratio-not-exponentiated"
     seen = f"On-policy a token of advantage −1 has no gradient; the loss for advantage 1 is {positive.value:g}."
-    require(bad, bug, seen)
+    require(bad, bug, seen, negative.batch)
 
 
 def diagnose_no_gradient(probe: Probe) -> None:
     """Raise LawBroken with the bug because of which a single token has no gradient."""
     seen = "On-policy, on a single token of weight 1, the gradient is 0"
+    single = uniform_batch(probe.batch, datums=unit_size(probe.batch))
 
     def has_gradient(batch: Batch) -> bool:
         return any(g for row in probe.gradients(batch) for g in row)
 
     three = uniform_batch(probe.batch, length=3, datums=unit_size(probe.batch))
-    require(not has_gradient(three), "target-dropped", f"{seen}; on three tokens it is not.")
+    require(not has_gradient(three), "target-dropped", f"{seen}; on three tokens it is not.", single)
     if "advantages" in probe.batch.columns:
         two = uniform_batch(probe.batch, datums=2)
         opposed = two.having(advantages=[[1.0], [-1.0]] if not two.targets else two.columns["advantages"])
         seen_beside = f"{seen}; beside a token of the opposite advantage it is not."
-        require(not has_gradient(opposed), "cross-talk", seen_beside)
+        require(not has_gradient(opposed), "cross-talk", seen_beside, single)
     if "ref_logprobs" in probe.batch.columns:
         far = with_constants(uniform_batch(probe.batch, datums=unit_size(probe.batch)), ref_logprobs=-3.0)
         if has_gradient(far) and batch_kind(probe.batch) == "policy":
             small, large = (probe(uniform_batch(probe.batch, advantages=a)).value for a in (1.0, 2.0))
-            require(small != large, "advantage-inert", f"{seen}; away from the reference it is not.")
-    require(False, "no-gradient", f"{seen}.")
+            require(small != large, "advantage-inert", f"{seen}; away from the reference it is not.", single)
+    require(False, "no-gradient", f"{seen}.", single)
 
 
 WHITENS = "it centres or scales the advantages by statistics of the batch"
@@ -156,14 +159,15 @@ def independence(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor
             seen = f"Changing the {name} of other datums changes the gradient of datum 0"
             own_values_matter = changes_unit_0(name, lambda unit: unit == 0)
             aligned = own_values_matter or name == "logprobs"
-            require(aligned, "datum-misaligned", f"{seen}; changing its own does not.")
+            require(aligned, "datum-misaligned", f"{seen}; changing its own does not.", batch)
             require(False, diagnose_coupling(probe, batch.take(range(step))), f"{seen}.")
     masked = [[0.0] * len(row) if i < step else row for i, row in enumerate(batch.weights)]
     gradients = probe(batch.having(weights=masked)).gradients
     in_masked, in_others = (any(g for row in rows for g in row) for rows in (gradients[:step], gradients[step:]))
     missing_in_others = not all(any(row) for row in gradients[step:])
     misaligned = in_masked and missing_in_others and in_others
-    require(not misaligned, "datum-misaligned", f"With the weights of datum 0 all 0 the gradients are {gradients}.")
+    seen = f"With the weights of datum 0 all 0 the gradients are {gradients}."
+    require(not misaligned, "datum-misaligned", seen, batch.having(weights=masked))
     if "advantages" in batch.columns:
         check_advantage_coupling(probe, batch, lambda b: probe(b).gradients[:step], expected)
 
@@ -250,9 +254,9 @@ def check_advantage_position(probe: Probe, batch: Batch) -> None:
         seen = f"The advantage of token {j} of datum {i} acts at {hit}."
         if hit == [(i, j)] or (has_sequence_ratio(probe) and {k for k, _ in hit} == {i}):
             continue
-        require(not any(k != i for k, _ in hit), "datum-misaligned", seen)
-        require(len(hit) == 1, "advantages-pooled", seen)
-        require(False, "frame-shift", seen)
+        require(not any(k != i for k, _ in hit), "datum-misaligned", seen, zero_advantages)
+        require(len(hit) == 1, "advantages-pooled", seen, zero_advantages)
+        require(False, "frame-shift", seen, zero_advantages)
 
 
 def nonzero_positions(gradients: Rows) -> list[tuple[int, int]]:
@@ -268,15 +272,17 @@ def diagnose_misplaced_gradient(batch: Batch, misplaced: dict[tuple[int, int], l
     (i, j), hit = next(((at, hit) for at, hit in misplaced.items() if hit), next(iter(misplaced.items())))
     seen = f"With only token {j} of datum {i} active, the gradient is at {hit or 'no token'}."
     count = sum(map(len, batch.weights))
+    alone = with_slot([[0.0] * len(row) for row in batch.weights], i, j, 1.0)
+    must = partial(require, seen=seen, batch=batch.having(weights=alone))
     if any(len(hits) > 1 for hits in misplaced.values()):
-        require(False, "mask-missing", seen)
+        must(False, "mask-missing")
     if not any(misplaced.values()):
-        require(not batch.targets or len(misplaced) < count, "renormalised-targets", seen)
+        must(not batch.targets or len(misplaced) < count, "renormalised-targets")
         ignored = {k for k, _ in misplaced if all((k, t) in misplaced for t in range(len(batch.weights[k])))}
-        require(False, "datum-ignored" if ignored and len(misplaced) < count else "target-dropped", seen)
+        must(False, "datum-ignored" if ignored and len(misplaced) < count else "target-dropped")
     if batch.targets:
-        require(False, "targets-transposed", seen)
-    require(False, "datum-misaligned" if hit and hit[0][0] != i else "frame-shift", seen)
+        must(False, "targets-transposed")
+    must(False, "datum-misaligned" if hit and hit[0][0] != i else "frame-shift")
 
 
 def check_columns_at(probe: Probe, batch: Batch, active: tuple[int, int]) -> None:
@@ -290,10 +296,10 @@ def check_columns_at(probe: Probe, batch: Batch, active: tuple[int, int]) -> Non
         seen = f"With only token {active[1]} of datum {active[0]} active, the {name} of {culprits[:3]} matter"
         if not own_matters and len(culprits) == 1:
             same_datum = culprits[0][0] == active[0]
-            require(False, "frame-shift" if same_datum else "datum-misaligned", f"{seen}, and its own do not.")
+            require(False, "frame-shift" if same_datum else "datum-misaligned", f"{seen}, and its own do not.", batch)
         if name == "advantages":
-            require(False, "mask-missing" if own_matters else "advantages-pooled", f"{seen}.")
+            require(False, "mask-missing" if own_matters else "advantages-pooled", f"{seen}.", batch)
         # If the advantages of masked tokens do not matter, their terms are masked, but their ratios are not.
         in_ratio = not influences(probe, "advantages", batch, others)
         bug = "kl-unmasked" if name == "ref_logprobs" else "padding-in-sequence-ratio" if in_ratio else "mask-missing"
-        require(False, bug, f"{seen}.")
+        require(False, bug, f"{seen}.", batch)

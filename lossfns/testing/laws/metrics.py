@@ -30,7 +30,8 @@ def metric_loss(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]
     for name in ("loss", "loss:sum"):
         value = result.metrics.get(name, result.value)
         seen = f"The metric {name!r} is {value}, the loss {result.value}."
-        require(math.isclose(value, result.value, rel_tol=1e-4, abs_tol=1e-6), "metric-scaled-twice", seen)
+        same = math.isclose(value, result.value, rel_tol=1e-4, abs_tol=1e-6)
+        require(same, "metric-scaled-twice", seen, result.batch)
 
 
 @fragile("the metric of a whole batch is right; the metrics of its parts cannot be merged")
@@ -53,7 +54,7 @@ def metric_merge(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor
             merged.append(min(values))
         seen = f"The metric {name!r} is {value} over the batch and {values} over its datums."
         right = any(math.isclose(x, value, rel_tol=1e-5, abs_tol=1e-6) for x in merged)
-        require(right, "metric-not-mergeable", seen)
+        require(right, "metric-not-mergeable", seen, batch)
 
 
 def weighted_mean(values: list[float], counts: list[float]) -> float:

@@ -78,7 +78,7 @@ def zero_advantage(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tens
     seen = f"With advantages 0 and every policy the same, the loss is {result.value} and a gradient is {g}."
     has_kl = "ref_logprobs" in batch.columns and influences(probe, "ref_logprobs", batch, slots(batch), -0.5)
     zero = probe.close([g, 1.0], [0.0, 1.0]) and abs(result.value) < 1e-6
-    require(zero, "k1-in-loss" if has_kl else "sign-flipped", seen)
+    require(zero, "k1-in-loss" if has_kl else "sign-flipped", seen, result.batch)
 
 
 @wrong("a penalty must pull back")
