@@ -176,8 +176,8 @@ def shrinks_with_calls(loss: Loss, calls: list[int], data: Data, logprobs_list: 
 def item_per_datum(loss: Loss, data: Data, logprobs_list: Logprobs) -> Result:
     """Call ``.item()`` for each datum."""
     value, metrics = loss(data, logprobs_list)
-    lowest = [torch.where(active(datum), lp.detach(), 0).min().item() for datum, lp in zip(data, logprobs_list)]
-    return value, metrics | {"logprob_min": min(lowest)}
+    sums = [torch.where(active(datum), lp.detach(), 0).sum().item() for datum, lp in zip(data, logprobs_list)]
+    return value, metrics | {"logprob_sum_min": min(sums)}
 
 
 def item_in_the_maths(loss: Loss, data: Data, logprobs_list: Logprobs) -> Result:
