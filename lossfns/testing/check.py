@@ -42,6 +42,7 @@ from lossfns.testing.laws import (
     contract,
 )
 from lossfns.testing.laws.base import LossFn, describe_error
+from lossfns.testing.laws.state import global_state_kept
 from lossfns.testing.report import Report, Verdict
 from lossfns.testing.subject import adapt, adapt_advantages
 
@@ -226,8 +227,8 @@ def without_skipped(made: list[Trial], skipped: Mapping[str, str]) -> list[Trial
 
 @contextmanager
 def without_expected_warnings() -> Iterator[None]:
-    """Ignore the warnings that deliberately extreme batches cause."""
-    with warnings.catch_warnings():
+    """Ignore the warnings that deliberately extreme batches cause. Put back global state that a loss changes."""
+    with warnings.catch_warnings(), global_state_kept():
         warnings.simplefilter("ignore", LossWarning)
         warnings.filterwarnings("ignore", message="Converting a tensor with requires_grad")
         warnings.filterwarnings("ignore", message="To copy construct from a tensor")

@@ -159,6 +159,56 @@ def tensors_in_metrics(loss: Loss, data: Data, logprobs_list: Logprobs) -> Resul
     return value, {name: torch.tensor(x) for name, x in metrics.items()}
 
 
+def one_element(loss: Loss, data: Data, logprobs_list: Logprobs) -> Result:
+    """Return a loss of shape [1]."""
+    value, metrics = loss(data, logprobs_list)
+    return value.reshape(1), metrics
+
+
+def sets_the_seed(loss: Loss, data: Data, logprobs_list: Logprobs) -> Result:
+    """Set the seed of the random generator."""
+    torch.manual_seed(0)
+    return loss(data, logprobs_list)
+
+
+def reports_masked(loss: Loss, data: Data, logprobs_list: Logprobs) -> Result:
+    """Report the mean logprob over all slots."""
+    value, metrics = loss(data, logprobs_list)
+    return value, metrics | {"logprob_mean": torch.cat([lp.detach().flatten() for lp in logprobs_list]).mean().item()}
+
+
+def reports_negative_kl(loss: Loss, data: Data, logprobs_list: Logprobs) -> Result:
+    """Report mean(new − old) as approx_kl, whose estimate is mean(old − new)."""
+    value, metrics = loss(data, logprobs_list)
+    old = [torch.from_numpy(datum.loss_fn_inputs["old_logprobs"].to_numpy()) for datum in data]
+    gaps = torch.cat([(lp.detach() - row)[active(d)] for d, lp, row in zip(data, logprobs_list, old)])
+    return value, metrics | {"approx_kl": gaps.mean().item()}
+
+
+def lowers_entropy(loss: Loss, data: Data, logprobs_list: Logprobs, entropy_coef: float = 0.01) -> Result:
+    """Subtract a sampled entropy bonus sg(lp)·lp where it is to be added."""
+    value, metrics = loss(data, logprobs_list)
+    weights = [torch.from_numpy(datum.loss_fn_inputs["weights"].to_numpy()) for datum in data]
+    lp = torch.cat([torch.where(w != 0, lp, 0).flatten() for w, lp in zip(weights, logprobs_list)])
+    w = torch.cat([w.flatten() for w in weights])
+    return value - entropy_coef * (w * lp.detach() * lp).sum() / w.sum(), metrics
+
+
+def pushes_alike(loss: Loss, data: Data, logprobs_list: Logprobs, entropy_coef: float = 0.01) -> Result:
+    """Subtract −lp as an entropy bonus, the gradient of which is the same for all tokens."""
+    value, metrics = loss(data, logprobs_list)
+    weights = [torch.from_numpy(datum.loss_fn_inputs["weights"].to_numpy()) for datum in data]
+    lp = torch.cat([torch.where(w != 0, lp, 0).flatten() for w, lp in zip(weights, logprobs_list)])
+    w = torch.cat([w.flatten() for w in weights])
+    return value + entropy_coef * (w * lp).sum() / w.sum(), metrics
+
+
+def counts_unclipped(loss: Loss, data: Data, logprobs_list: Logprobs) -> Result:
+    """Report the share of the tokens that are not clipped as the clip fraction."""
+    value, metrics = loss(data, logprobs_list)
+    return value, metrics | {"clip_fraction": 1 - metrics["clip_low"] - metrics["clip_high"]}
+
+
 def blanks_in_place(loss: Loss, data: Data, logprobs_list: Logprobs) -> Result:
     """Overwrite masked logprobs in place."""
     for datum, lp in zip(data, logprobs_list):
@@ -271,7 +321,14 @@ def with_columns(datum: Any, changed: Mapping[str, Any]) -> Datum:
 
 
 CALL_BUGS: dict[str, Callable[[Loss], Subject]] = {
-    "not-the-contract": lambda loss: partial(tensors_in_metrics, loss),
+    "not-the-contract": lambda loss: partial(one_element, loss),
+    "global-state-changed": lambda loss: partial(sets_the_seed, loss),
+    "metric-not-a-float": lambda loss: partial(tensors_in_metrics, loss),
+    "metric-unmasked": lambda loss: partial(reports_masked, loss),
+    "metric-sign": lambda loss: partial(reports_negative_kl, loss),
+    "metric-miscounts": lambda loss: partial(counts_unclipped, loss),
+    "entropy-sign": lambda loss: partial(lowers_entropy, loss),
+    "entropy-constant": lambda loss: partial(pushes_alike, loss),
     "inputs-mutated": lambda loss: partial(blanks_in_place, loss),
     "state-between-calls": lambda loss: partial(shrinks_with_calls, loss, []),
     "host-sync-per-datum": lambda loss: partial(item_per_datum, loss),
@@ -296,6 +353,10 @@ def is_loss(like: Any) -> bool:
 APPLIES_TO: dict[str, Callable[[Any], bool]] = {
     "odd-datum-dropped": lambda like: is_loss(like) and like.rows == PAIRS,
     "metric-counts-nonbinding": lambda like: is_loss(like) and "clip" in like.knobs,
+    "metric-miscounts": lambda like: is_loss(like) and "clip" in like.knobs and like.name != "cispo",
+    "metric-sign": lambda like: is_loss(like) and "old_logprobs" in like.reads,
+    "entropy-sign": lambda like: is_loss(like) and "advantages" in like.reads,
+    "entropy-constant": lambda like: is_loss(like) and "advantages" in like.reads and "ref_logprobs" not in like.reads,
     "another-loss": lambda like: is_loss(like) and other_method(like) is not None,
 }
 """Bug of the call → whether a correct loss can have it. Every loss can have the bugs that are not listed."""

@@ -393,6 +393,12 @@ def dropped_where_cut(r: float, advantage: float, clip: tuple[float, float]) -> 
     return (0.0 if cut else clamped(r, clip)), 0.0
 
 
+def squared_limit(d: float, advantage: float, clip: Any, cap: float | None) -> Term:
+    """−sg(clamp(r))·r·A in place of −sg(clamp(r))·A·lp."""
+    r = oracle.exp(oracle.capped(d, cap)[0])
+    return squared_ratio(r, advantage, clip)
+
+
 def dual_clip_on_positive(f: Oracle, a: Arguments) -> Loss:
     original = oracle.surrogate
 
@@ -450,6 +456,17 @@ def missing_stop_gradient(f: Oracle, a: Arguments) -> Loss:
     return (value, add_losses((0.0, grads), oracle.gspo(**a))[1]) if f is oracle.gspo_token else (value, grads)
 
 
+def squared_bounds(a: Arguments) -> tuple[float, float]:
+    """Return the squares of the bounds of the ratio."""
+    low, high = a["clip"]
+    return low * low, high * high
+
+
+def exponential_cap(a: Arguments) -> float | None:
+    """Return the cap of the correction as it acts if it limits the logarithm."""
+    return None if a["tis_cap"] is None else math.exp(a["tis_cap"])
+
+
 def tis_inverted(f: Oracle, a: Arguments) -> Loss:
     original = oracle.truncation
     swapped = lambda weights, old, sampler, cap, level: original(weights, sampler, old, cap, level)  # noqa: E731
@@ -463,6 +480,18 @@ def exp_overflow(f: Oracle, a: Arguments) -> Loss:
 
 
 # Penalty
+
+
+def without_ratio_in_slope(r: float, advantage: float, clip: tuple[float, float]) -> Term:
+    """The value of PPO; the slope leaves out the ratio."""
+    gain, cut = r * advantage, clamped(r, clip) * advantage
+    return (-cut, 0.0) if cut < gain else (-gain, -advantage)
+
+
+def squared_ratio(r: float, advantage: float, clip: tuple[float, float]) -> Term:
+    """−sg(clip(r))·r·A: the detached weight times the ratio."""
+    weight = clamped(r, clip)
+    return -weight * r * advantage, -weight * r * advantage
 
 
 def changing_dro(change: Callable[[Arguments], Arguments]) -> Variant:
@@ -497,6 +526,36 @@ def kl_part(a: Arguments, factor: Callable[[int, int], float] = lambda i, t: 1.0
         return factor(i, t) * value, factor(i, t) * slope
 
     return scale_loss(oracle.reduce(term, a["weights"], a["weigh"], a.get("length"), a["denominator"]), beta)
+
+
+def is_clipped(r: float, advantage: float, clip: tuple[float, float]) -> bool:
+    """Return whether clipping removes the gradient of a token."""
+    return r > clip[1] if advantage > 0 else r < clip[0]
+
+
+def kl_dropped_at_clip(f: Oracle, a: Arguments) -> Loss:
+    d = oracle.difference(a["weights"], a["logprobs"], a["old_logprobs"])
+
+    def kept(i: int, t: int) -> float:
+        return float(not is_clipped(oracle.exp(d[i][t]), a["advantages"][i][t], a["clip"]))
+
+    return add_losses(policy_part(f, a), kl_part(a, kept))
+
+
+def kl_scaled_by_ratio(f: Oracle, a: Arguments) -> Loss:
+    d = oracle.difference(a["weights"], a["logprobs"], a["old_logprobs"])
+    return add_losses(policy_part(f, a), kl_part(a, lambda i, t: oracle.exp(oracle.capped(d[i][t], 20.0)[0])))
+
+
+def kl_inverted(f: Oracle, a: Arguments) -> Loss:
+    """Take the estimator of −x; its slope is that of its value."""
+    original = oracle.divergence
+
+    def divergence(x: float, kl: str) -> Term:
+        value, slope = original(-x, kl)
+        return value, -slope
+
+    return patched(divergence=divergence)(f, a)
 
 
 # Preference
@@ -606,6 +665,7 @@ GENERAL_BUGS: dict[str, Variant] = {
     "order-dependent": order_dependent,
     "sign-flipped": lambda f, a: scale_loss(f(**a), -1),
     "advantage-sign-lost": changing_rows("advantages", lambda row: list(map(abs, row))),
+    "advantage-size-lost": changing_rows("advantages", lambda row: [math.copysign(min(abs(x), 1.0), x) for x in row]),
     "advantage-inert": changing_rows("advantages", lambda row: [1.0] * len(row)),
     "advantages-pooled": lambda f, a: f(**a | {"advantages": averaged(a["weights"], a["advantages"])}),
     "missing-stop-gradient": missing_stop_gradient,
@@ -613,12 +673,18 @@ GENERAL_BUGS: dict[str, Variant] = {
     "old-logprobs-inert": lambda f, a: f(**override(a, old_logprobs=a["logprobs"])),
     "ratio-inverted": ratio_inverted,
     "ratio-not-exponentiated": patched(surrogate=with_surrogate(of_log_ratio)),
+    "ratio-squared": patched(
+        surrogate=with_surrogate(squared_ratio), limited=lambda d, lp, *others: squared_limit(d, *others)
+    ),
+    "ratio-without-gradient": patched(surrogate=with_surrogate(without_ratio_in_slope)),
     "ratio-product": ratio_product,
     "ratio-sum": ratio_sum,
     "clip-max-for-min": patched(surrogate=with_surrogate(max_for_min)),
     "clip-without-min": patched(surrogate=with_surrogate(clipped_alone), limited=with_limited_weight(dropped_outside)),
     "clip-drops-tokens": patched(limited=with_limited_weight(dropped_where_cut)),
     "clip-as-epsilon": changing_setting("clip", lambda clip: (1 - clip[0], 1 + clip[1])),
+    "bounds-exchanged": changing_setting("clip", lambda clip: (max(2 - clip[1], 0.0), 2 - clip[0])),
+    "bound-elsewhere": lambda f, a: f(**a | {"clip": squared_bounds(a), "tis_cap": exponential_cap(a)}),
     "clip-inert": changing_setting("clip", lambda clip: (0.0, math.inf)),
     "clip-gradient-leaks": patched(surrogate=with_surrogate(leaking_gradient)),
     "dual-clip-on-positive": dual_clip_on_positive,
@@ -632,11 +698,16 @@ GENERAL_BUGS: dict[str, Variant] = {
     "penalty-gated": changing_dro(without_zero_advantages),
     "k1-in-loss": changing_setting("kl", lambda kl: "k1"),
     "kl-sign": lambda f, a: add_losses(policy_part(f, a), scale_loss(kl_part(a), -1)),
+    "kl-inverted": kl_inverted,
+    "kl-dropped-at-clip": kl_dropped_at_clip,
+    "kl-scaled-by-ratio": kl_scaled_by_ratio,
+    "kl-beta-twice": changing_setting("kl_beta", lambda beta: beta * beta),
     "kl-detached": lambda f, a: add_losses(policy_part(f, a), scale_loss(kl_part(a), 1, 0)),
     "kl-scaled-by-advantage": lambda f, a: add_losses(
         policy_part(f, a), kl_part(a, lambda i, t: a["advantages"][i][t])
     ),
     "ref-inert": lambda f, a: f(**override(a, ref_logprobs=a["logprobs"])),
+    "setting-misplaced": lambda f, a: add_losses(scale_loss(policy_part(f, a), 1 - a["kl_beta"]), kl_part(a)),
     "inert-knob": at_defaults,
 }
 """Bugs that losses of several kinds can have."""

@@ -148,12 +148,8 @@ SETTINGS = (
 
 SWITCHED_OFF: dict[tuple[str, Any], set[str]] = {
     ("log_ratio_cap", None): {"finite"},  # exp overflows
-    ("log_ratio_cap", 0.5): {"clip"},  # the cap is reached before the bound
-    ("kl", "k1"): {"kl", "zero_advantage", "on_policy"},  # an expected gradient of 0
-    ("kl_beta", 0.0): {"no_inert_knob"},  # no penalty, so its estimator has no effect
     ("label_smoothing", 0.5): {"signal", "pair_canary"},  # both sides are pulled alike
     ("lam", 0.0): {"sides", "pair_canary"},  # the rejected side has no term
-    ("clip", (1.0, 1.0)): {"ratio", "no_inert_knob"},  # a CISPO whose weight is always 1
 }
 """The laws that a correct loss may break with a setting, since the setting switches off what they are about."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -177,7 +177,8 @@ class Probe:
 def measure(loss_fn: LossFn, data: Sequence[Any], logprobs: list[Tensor]) -> Outcome:
     """Call a loss, run backward, and return the outcome as plain numbers."""
     try:
-        value, metrics = loss_fn(data, logprobs)
+        with torch.enable_grad():  # whatever a call does to the grad mode ends with it
+            value, metrics = loss_fn(data, logprobs)
         if value.requires_grad:
             value.backward()  # type: ignore[no-untyped-call]
     except NotApplicable:
@@ -190,6 +191,17 @@ def measure(loss_fn: LossFn, data: Sequence[Any], logprobs: list[Tensor]) -> Out
     missing = tuple(i for i, lp in enumerate(logprobs) if lp.grad is None)
     zeros = [torch.zeros_like(lp) if lp.grad is None else lp.grad for lp in logprobs]
     return Outcome(float(value.detach()), [g.flatten().tolist() for g in zeros], metrics, missing)
+
+
+def numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Return the metrics that are numbers, as floats: also 0-d tensors and numbers of numpy."""
+    found = {}
+    for name, value in metrics.items():
+        try:
+            found[name] = float(value)
+        except (TypeError, ValueError, RuntimeError):
+            continue
+    return found
 
 
 def relative_difference(a: Any, b: Any) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -27,6 +29,7 @@ from lossfns.testing.laws.base import (
     describe_error,
     fragile,
     measure,
+    numbers,
     repeat_rows,
     require,
     shifted,
@@ -37,20 +40,22 @@ from lossfns.testing.laws.base import (
     with_masked_unit,
     wrong,
 )
+from lossfns.testing.laws.settings import words
 from lossfns.testing.laws.trace import Trace
 from lossfns.tokens import LOGPROB_COLUMNS
 
 
 @wrong("without a scalar that has a gradient there is nothing to train on")
 def contract(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
-    """A call returns a 0-d tensor that requires grad, and a dict of plain floats."""
+    """A call returns a 0-d tensor that requires grad, and a dict of metrics."""
     probe = Probe.of(loss_fn, data, logprobs)
     probe = probe.with_batch(unpoisoned(repeat_rows(probe.batch, 3)))
     if "advantages" in probe.batch.columns:
         probe = probe.with_batch(with_constants(probe.batch, advantages=1.0))
     expect = partial(require, bug="not-the-contract", batch=probe.batch)
     try:
-        result: Any = loss_fn(probe.batch.data(), probe.batch.tensors(probe.dtype))
+        with torch.enable_grad():
+            result: Any = loss_fn(probe.batch.data(), probe.batch.tensors(probe.dtype))
     except NotApplicable:
         raise
     except KeyboardInterrupt:
@@ -66,10 +71,18 @@ def contract(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -
     expect(loss.ndim == 0, seen=f"The loss has shape {tuple(loss.shape)}, not ().")
     expect(loss.requires_grad, seen="The loss does not depend on the logprobs: it has no grad_fn.")
     expect(isinstance(metrics, Mapping), seen=f"The metrics are a {type(metrics).__name__}, not a dict.")
-    for name, value in metrics.items():
-        plain = isinstance(value, (float, int)) and not isinstance(value, bool)
-        expect(plain, seen=f"The metric {name!r} is a {type(value).__name__}, not a float.")
     probe()
+
+
+@fragile("the loss is right; a metric of another type fails where metrics are merged, sent or written as JSON")
+def metric_types(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
+    """Metrics are plain floats."""
+    probe = Probe.of(loss_fn, data, logprobs)
+    batch = unpoisoned(probe.batch)
+    for name, value in probe(batch).metrics.items():
+        plain = isinstance(value, (float, int)) and not isinstance(value, bool)
+        seen = f"The metric {name!r} is a {type(value).__name__}, not a float."
+        require(plain and isinstance(name, str), "metric-not-a-float", seen, batch)
 
 
 def diagnose_misalignment(probe: Probe) -> None:
@@ -91,12 +104,42 @@ def inputs_unchanged(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Te
     probe = Probe.of(loss_fn, data, logprobs)
     data, logprobs = probe.batch.data(), probe.batch.tensors(probe.dtype)
     order, before = list(map(id, data)), snapshot(data, logprobs)
-    loss_fn(data, logprobs)
+    watched, changes = watch_tensors(loss_fn)
+    watched(data, logprobs)
     same_order = list(map(id, data)) == order
     require(same_order, "inputs-mutated", "After the call the list holds other datums.", probe.batch)
+    require(not changes, "inputs-mutated", f"The call changed the tensor {', '.join(changes)}.", probe.batch)
     for name, was in before.items():
         now = snapshot(data, logprobs).get(name)
         require(now == was, "inputs-mutated", f"The call changed {name} from {was} to {now}.", probe.batch)
+
+
+def watch_tensors(loss_fn: LossFn) -> tuple[LossFn, list[str]]:
+    """Return the loss, and a list that gets the names of the tensors that a function of tensors changes in a call."""
+    changed: list[str] = []
+    target = getattr(loss_fn, "target", None)
+    fn = getattr(target, "fn", None)
+    if not callable(fn):
+        return loss_fn, changed
+
+    @functools.wraps(fn)
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        named = [*((f"of argument {i}", x) for i, x in enumerate(args)), *kwargs.items()]
+        given = {name: x for name, x in named if isinstance(x, Tensor)}
+        before = {name: x.detach().clone() for name, x in given.items()}
+        result = fn(*args, **kwargs)
+        changed.extend(name for name, x in given.items() if not same_bits(x.detach(), before[name]))
+        return result
+
+    copied = copy.copy(loss_fn)
+    vars(copied)["target"] = copy.copy(target)
+    vars(vars(copied)["target"])["fn"] = watched
+    return copied, changed
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Return whether two tensors have one shape and equal values; nan equals nan."""
+    return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
 
 
 def snapshot(data: Sequence[Any], logprobs: Sequence[Tensor]) -> dict[str, str]:
@@ -122,6 +165,24 @@ def repeatable(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor])
     difference = probe.difference(again, first, scale=0) or "a zero has the other sign"
     seen = f"On the same batch, after calls on others, {difference}, as before."
     require(same, "state-between-calls", seen, batch)
+    before, after = numbers(first.metrics), numbers(again.metrics)
+    for name, value in before.items():
+        timed = {"time", "seconds", "elapsed", "duration", "step", "calls", "sec", "ms"} & set(words(name))
+        seen = f"On the same batch, after calls on others, the metric {name!r} is {after.get(name)}, not {value}."
+        require(bool(timed) or repr(value) == repr(after.get(name)), "state-between-calls", seen, batch)
+    made = made_by_factory(loss_fn, batch)
+    if made is not None:
+        one, two = probe(batch, made), probe(batch, made)
+        same = repr((one.value, one.gradients)) == repr((two.value, two.gradients))
+        difference = probe.difference(two, one, scale=0) or "a zero has the other sign"
+        seen = f"At the second call of the loss that the factory made, {difference}, as at the first."
+        require(same, "state-between-calls", seen, batch)
+
+
+def made_by_factory(loss_fn: LossFn, batch: Batch) -> LossFn | None:
+    """Return the loss that a factory makes for a batch, or None if the subject is no factory."""
+    build, forms = getattr(loss_fn, "build", None), getattr(loss_fn, "forms", None)
+    return build(batch.data(), forms) if build is not None and forms else None
 
 
 @fragile("a gradient of None is a gradient of 0 for a local loop, and an error of the hosted SDKs")
@@ -132,10 +193,21 @@ def every_gradient(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tens
     zero = with_constants(batch, advantages=0.0) if "advantages" in batch.columns else batch
     for tried in (probe.batch, batch, zero):
         for i in missing_gradients(probe, tried):
-            used = tried is not zero and any(tried.weights[i])
-            why = "although it has active tokens" if used else "because its weights or advantages are 0"
-            seen = f"logprobs_list[{i}].grad is None, {why}."
-            require(False, "datum-ignored" if used else "gradient-missing", seen, tried)
+            seen = f"logprobs_list[{i}].grad is None, because its weights or advantages are 0."
+            active = tried is not zero and any(tried.weights[i])
+            require(active, "gradient-missing", seen, tried)
+
+
+@wrong("a datum that is left out is not trained on")
+def active_gradient(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
+    """Each datum with active tokens is part of the graph."""
+    probe = Probe.of(loss_fn, data, logprobs)
+    batch = with_masked_unit(unpoisoned(probe.batch))
+    advantages = batch.columns.get("advantages", batch.weights)
+    for i in missing_gradients(probe, batch):
+        active = any(w and a for w, a in zip(batch.weights[i], advantages[i]))
+        seen = f"logprobs_list[{i}].grad is None, although it has active tokens."
+        require(not active, "datum-ignored", seen, batch)
 
 
 def missing_gradients(probe: Probe, batch: Batch) -> Sequence[int]:
@@ -155,7 +227,7 @@ def lengths(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) ->
         "one token shorter than the logprobs": lambda row: row[:-width],
         "for one token, with logprobs of many,": lambda row: row[:width],
     }
-    for words, cut in cuts.items():
+    for which, cut in cuts.items():
         rows = [cut(row) for row in batch.weights]
         wrong = replace(batch, logprobs=rows, weights=rows, columns={}).data()
         fields = [{name: datum.loss_fn_inputs[name] for name in ("weights", "mask")} for datum in wrong]
@@ -163,7 +235,7 @@ def lengths(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) ->
             loss_fn(list(map(with_fields, batch.data(), fields)), batch.tensors(probe.dtype))
         except Exception:
             continue
-        require(False, "silent-truncation", f"Weights {words} are accepted silently.", batch)
+        require(False, "silent-truncation", f"Weights {which} are accepted silently.", batch)
 
 
 def with_fields(datum: Any, fields: dict[str, Any]) -> Any:

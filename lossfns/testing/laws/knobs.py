@@ -1,7 +1,8 @@
-"""The law of settings: each setting has an effect on some batch."""
+"""Laws of settings: each has an effect on some batch, and a number does what the field's name for it says."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,9 +15,14 @@ from lossfns.testing.laws.base import (
     Probe,
     assume,
     batch_kind,
+    columns_read,
+    relative_difference,
     require,
+    uniform_batch,
+    with_constants,
     wrong,
 )
+from lossfns.testing.laws.settings import NamedNumber, named_numbers, nearer_to_off, role_of, words
 
 
 @wrong("a setting that does nothing is not the loss that was asked for")
@@ -29,6 +35,7 @@ def no_inert_knob(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tenso
     inert = {
         name: [i for i in setting_elements(value) if next(variants(loss_fn, name, i), None)]
         for name, value in knobs(loss_fn).items()
+        if must_matter(name, value)
     }
     inert = {name: indices for name, indices in inert.items() if indices}
     assume(bool(inert), "it has no settings that can be varied")
@@ -43,14 +50,56 @@ def no_inert_knob(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tenso
         for name, indices in inert.items():
             inert[name] = [i for i in indices if not has_effect(batch, default, name, i)]
     for name, indices in inert.items():
-        if not indices:
+        if not indices or acts_with_another(probe, name, indices):
             continue
         value = knobs(loss_fn)[name]
         all_inert = len(indices) == len(list(setting_elements(value)))
         clip = name.startswith(("clip", "eps")) and all_inert
         element = "" if all_inert else f"[{indices[0]}]"
+        bug = "clip-inert" if clip else "tis-uncapped" if role_of(name) == "tis" else "inert-knob"
         seen = f"Other values of {name}{element} change neither value nor gradient. The value here is {value!r}."
-        require(False, "clip-inert" if clip else "inert-knob", seen)
+        require(False, bug, seen)
+
+
+WITHOUT_EFFECT = {"ignore", "pad", "id", "ids", "seed", "dim", "verbose", "debug", "log", "every", "name", "dtype"}
+"""Words in the names of settings that do not change a loss."""
+
+
+def must_matter(name: str, value: Any) -> bool:
+    """Return whether a setting has to change the loss on some batch.
+
+    A tiny number guards against division by 0. A setting that is None may belong to a signature that many losses share,
+    unless its name says what it does.
+    """
+    if isinstance(value, list) and (len(value) > 4 or not all(isinstance(x, (int, float)) for x in value)):
+        return False  # a list in which the loss keeps something
+    found = set(words(name))
+    of_log_ratio = "log" in found and bool(found & {"ratio", "cap", "clip", "max"})
+    if found & WITHOUT_EFFECT and not of_log_ratio:
+        return False
+    guards = isinstance(value, float) and 0 < value <= 1e-4 and bool(found & {"eps", "epsilon", "tiny", "min"})
+    return not guards and (value is not None or role_of(name) != "")
+
+
+def acts_with_another(probe: Probe, name: str, indices: list[int | None]) -> bool:
+    """Return whether a setting has an effect once another one has another value, such as a coefficient that is 0."""
+    from lossfns.testing.subject import knobs, variants
+
+    loss_fn = probe.loss_fn
+    batches = [ratio_batch(probe.batch, d, by_token=True) for d in (0.15, 1.0, 25.0)]
+    for other, value in knobs(loss_fn).items():
+        if other == name or isinstance(value, bool):
+            continue
+        elements = range(len(value)) if isinstance(value, (tuple, list)) else (None,)
+        for base in (v for element in elements for v in variants(loss_fn, other, element)):
+            try:
+                changed = [v for i in indices for v in variants(base, name, i)]
+                if any(changes_outcome(probe, b, probe(b, base), v, False) for b in batches for v in changed):
+                    return True
+            except Exception:  # the loss refuses this combination
+                continue
+            break
+    return False
 
 
 def changes_outcome(probe: Probe, batch: Batch, default: Outcome, other: LossFn, metrics_too: bool) -> bool:
@@ -107,3 +156,183 @@ def ratio_batch(like: Batch, d: float, *, by_token: bool, logprob: float = -30.0
     }
     weights = fill(lambda i, j: (1.0, 0.5, 1.0, 2.0)[j % 4])
     return Batch(logprobs, weights, {name: columns[name] for name in like.columns}, like.targets)
+
+
+# Numbers that do what their names say
+
+
+def gradient_at(probe: Probe, advantage: float, d: float, loss_fn: LossFn | None = None, **columns: float) -> float:
+    """Return the gradient of a single token with log-ratio d to the old policy and to the sampler.
+
+    The logprob of −4.5 is small enough for a log-ratio of 4 and large enough to hold one of 1e-5 in float32.
+    """
+    batch = uniform_batch(probe.batch, logprobs=-4.5, advantages=advantage)
+    constants = {"old_logprobs": -4.5 - d, "sampler_logprobs": -4.5 - d, **columns}
+    changed = with_constants(batch, **{name: x for name, x in constants.items() if name in batch.columns})
+    return probe(changed, loss_fn).gradients[0][0]
+
+
+NEAR, FAR = 1e-5, 4.0
+"""The smallest and the largest log-ratio at which a bound is searched."""
+
+
+def end_of_gradient(probe: Probe, advantage: float, side: int, loss_fn: LossFn | None = None) -> float | None:
+    """Return the log-ratio above (side 1) or below (−1) 0 from which the gradient no longer changes, or None."""
+
+    def gradient(size: float) -> float:
+        return gradient_at(probe, advantage, side * size, loss_fn)
+
+    far = gradient(FAR)
+
+    def level(size: float) -> bool:
+        return math.isclose(gradient(size), far, rel_tol=1e-9)
+
+    low, high = NEAR, 0.98 * FAR
+    if level(low) or not level(high):
+        return None
+    for _ in range(18):
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if level(middle) else (middle, high)
+    return side * high
+
+
+def ends(probe: Probe, loss_fn: LossFn | None = None) -> dict[str, float | None]:
+    """Return the log-ratios at which the gradient ends below, for a bad token, and above, for a good one."""
+    return {"low": end_of_gradient(probe, -1.0, -1, loss_fn), "high": end_of_gradient(probe, 1.0, 1, loss_fn)}
+
+
+def same_place(a: float | None, b: float | None) -> bool:
+    """Return whether two log-ratios are one place, to a hundredth."""
+    return a == b if a is None or b is None else math.isclose(a, b, rel_tol=0.01)
+
+
+def readings(side: str, value: float, absolute: bool) -> list[float]:
+    """Return the log-ratios that a bound may mean: the ratio itself, 1 ± ε, 1 / (1 ± ε), or exp(±ε)."""
+    sign = 1 if side == "high" else -1
+    ratios = [value] if absolute else [value, 1 + sign * value, 1 / (1 - sign * value) if value != sign else 0.0]
+    logs = [math.log(r) for r in ratios if r > 0]
+    return [d for d in logs if d * sign > 0] + ([] if absolute else [sign * value])
+
+
+@wrong("a bound does not act at the ratio, or on the side, that its name says")
+def clip_bounds(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
+    """The gradient ends, or stops growing, at the bounds in the settings, each on its own side."""
+    probe = Probe.of(loss_fn, data, logprobs)
+    assume("old_logprobs" in columns_read(probe), "it reads no old logprobs")
+    bounds = [s for s in named_numbers(loss_fn) if s.role in ("low", "high", "clip") and 1e-4 < s.value < math.inf]
+    assume(bool(bounds), "no setting names a bound of the ratio")
+    found = ends(probe)
+    assume(any(end is not None for end in found.values()), "the gradient ends at no ratio")
+    lows, highs = ([s.value for s in bounds if s.role == role] for role in ("low", "high"))
+    absolute = bool(lows and highs) and 0.5 < lows[0] <= 1 <= highs[0]
+    for bound in bounds:
+        moved = moved_ends(probe, bound, found)
+        other = {"low": "high", "high": "low"}.get(bound.role, "")
+        own = [side for side in ("low", "high") if side != other]
+        seen = f"The setting {bound.name} = {bound.value:g} moves the {other} bound of the ratio"
+        require(moved is None or other not in moved or bound.role in moved, "bounds-exchanged", f"{seen} alone.")
+        for side in own:
+            end = found[side]
+            if end is None or (moved is not None and side not in moved):
+                continue  # no bound on this side, or another one acts before this one
+            seen = f"The setting {bound.name} is {bound.value:g}; the gradient ends or levels at {math.exp(end):.5g}"
+            if any(same_place(end, place) for place in readings(side, bound.value, absolute)):
+                continue
+            epsilon = bound.value if side == "high" else -bound.value
+            mistaken = absolute and 1 + epsilon > 0 and same_place(end, math.log(1 + epsilon))
+            require(not mistaken, "clip-as-epsilon", f"{seen}.")
+            crossed = [s for s in bounds if s.role == other and other]
+            exchanged = any(same_place(end, place) for s in crossed for place in readings(side, s.value, absolute))
+            require(not exchanged, "bounds-exchanged", f"{seen}, as {crossed[0].name if crossed else ''} says.")
+            require(moved is None, "bound-elsewhere", f"{seen}.")
+
+
+def moved_ends(probe: Probe, bound: NamedNumber, before: dict[str, float | None]) -> set[str] | None:
+    """Return the sides of which the bound moves with a setting, or None if the setting has no other value."""
+    other = nearer_to_off(bound.value)
+    if other is None:
+        return None
+    try:
+        after = ends(probe, bound.change(other))
+    except Exception:  # the loss refuses the value
+        return None
+    return {side for side, end in before.items() if not same_place(end, after[side])}
+
+
+@wrong("a cap does not act where its name says")
+def caps(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
+    """The cap of a correction and the constant of a dual clip are ratios, and act at these ratios."""
+    probe = Probe.of(loss_fn, data, logprobs)
+    read = columns_read(probe)
+    checked = [check_dual_clip(probe, s) for s in named_numbers(loss_fn) if s.role == "dual" and s.value > 1]
+    if "sampler_logprobs" in read:
+        checked += [check_correction(probe, s) for s in named_numbers(loss_fn) if s.role == "tis" and s.value > 0]
+    assume(any(checked), "no setting names a cap that acts")
+
+
+def check_dual_clip(probe: Probe, constant: NamedNumber) -> bool:
+    """Require that the gradient of a bad token ends at the ratio c. Return whether c moves the end."""
+    at, moved = (end_of_gradient(probe, -1.0, 1, f) for f in (None, changed_loss(constant)))
+    if at is None or same_place(at, moved):
+        return False
+    seen = (
+        f"The setting {constant.name} is {constant.value:g}; at advantage −1 the gradient ends at {math.exp(at):.5g}."
+    )
+    require(same_place(at, math.log(constant.value)), "bound-elsewhere", seen)
+    return True
+
+
+def check_correction(probe: Probe, cap: NamedNumber) -> bool:
+    """Require that a large correction is limited to the cap, or its token left out. Return whether the cap acts."""
+    other = changed_loss(cap)
+    at, far, farther = (gradient_at(probe, 1.0, 0.0, sampler_logprobs=-4.5 - x) for x in (0.0, 8.0, 9.0))
+    changed = gradient_at(probe, 1.0, 0.0, other, sampler_logprobs=-4.5 - 8.0)
+    if not at or not probe.close(far, farther) or far == 0 or probe.close(far, changed):
+        return False
+    seen = f"The setting {cap.name} is {cap.value:g}; old − sampler = 8 multiplies the gradient by {far / at:.5g}"
+    require(probe.close(far / at, cap.value, scale=10), "bound-elsewhere", f"{seen}.")
+    return True
+
+
+def changed_loss(setting: NamedNumber) -> LossFn:
+    """Return the loss with a bound half as far from its neutral value, or NotApplicable if it refuses that."""
+    other = nearer_to_off(setting.value)
+    assume(other is not None, f"{setting.name} has no other value to compare with")
+    try:
+        return setting.change(other or 0.0)
+    except (TypeError, ValueError):
+        assume(False, f"it refuses {setting.name} = {other}")
+        raise AssertionError from None
+
+
+@wrong("the coefficient is not the weight of the KL term")
+def kl_strength(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
+    """Twice the KL coefficient is twice the pull to the reference, and changes nothing else."""
+    probe = Probe.of(loss_fn, data, logprobs)
+    assume("ref_logprobs" in columns_read(probe), "it reads no reference")
+    base = pulls_of_kl(probe)
+    assume(any(base), "it has no KL term with a gradient")
+    compared = 0
+    for setting in named_numbers(loss_fn):
+        if setting.role != "kl" or setting.value == 0:
+            continue
+        try:
+            twice = setting.change(2 * setting.value)
+            of_policy = [gradient_at(probe, 1.0, 0.0, f) - gradient_at(probe, 0.0, 0.0, f) for f in (None, twice)]
+            pulls = pulls_of_kl(probe, twice)
+        except Exception:  # the loss refuses the value
+            continue
+        compared += 1
+        seen = f"With {setting.name} = {2 * setting.value:g} for {setting.value:g}"
+        at_reference = f"{seen} the gradient of advantage 1 at the reference is {of_policy[1]:g} for {of_policy[0]:g}."
+        require(relative_difference(*of_policy) < 1e-3, "setting-misplaced", at_reference)
+        factors = [p / q for p, q in zip(pulls, base) if q]
+        at_distance = f"{seen} the pull to the reference is {factors[0]:.4g} times as strong."
+        require(relative_difference(factors, [4.0] * len(factors)) > 1e-3, "kl-beta-twice", at_distance)
+    assume(compared > 0, "no setting names the coefficient of the KL term")
+
+
+def pulls_of_kl(probe: Probe, loss_fn: LossFn | None = None) -> list[float]:
+    """Return the gradients of the KL term half a nat above and below the reference, less that at the reference."""
+    at, above, below = (gradient_at(probe, 0.0, 0.0, loss_fn, ref_logprobs=-4.5 - x) for x in (0.0, 0.5, -0.5))
+    return [above - at, below - at]

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor
 
-from lossfns.testing.batch import Batch
+from lossfns.testing.batch import Batch, Rows
 from lossfns.testing.laws.base import (
     LossFn,
     Probe,
     assume,
     columns_read,
+    fragile,
     influences,
+    numbers,
     on_policy_batch,
     reads_only_mask,
+    relative_difference,
     require,
     slots,
     uniform_batch,
@@ -25,6 +29,7 @@ from lossfns.testing.laws.base import (
     without_empty_units,
     wrong,
 )
+from lossfns.testing.laws.settings import asks_for_k1, claims_to_be, named_numbers, words
 from lossfns.testing.laws.sums import COUNTS
 
 LOG_RATIOS = [0.001 * 1.35**i for i in range(28)]
@@ -39,6 +44,30 @@ def value_and_gradient_at(probe: Probe, d: float, advantage: float, **columns: f
     return result.value, result.gradients[0][0]
 
 
+def on_policy_gradient(probe: Probe, advantage: float, logprob: float = -30.0) -> float:
+    """Return the gradient of a single on-policy token at the reference, less that of a token of advantage 0.
+
+    The difference is the part that depends on the advantage. A term of the logprobs alone, such as an entropy bonus,
+    drops out of it.
+    """
+    batches = (uniform_batch(probe.batch, logprobs=logprob, advantages=a) for a in (advantage, 0.0))
+    of_advantage, of_none = (probe(batch).gradients[0][0] for batch in batches)
+    return of_advantage - of_none
+
+
+def weighs_likelihood(probe: Probe) -> bool:
+    """Return whether the loss is a likelihood with a positive weight that grows with the advantage, as exp(A/β)."""
+    pushes = [-value_and_gradient_at(probe, 0.0, a)[1] for a in (-2.0, -1.0, 0.0, 1.0, 2.0)]
+    return pushes[0] > 0 and all(a < b for a, b in pairwise(pushes))
+
+
+def entropy_pulls(probe: Probe) -> tuple[float, float]:
+    """Return the gradients of a likely and of an unlikely token of advantage 0, on-policy and at the reference."""
+    batches = (uniform_batch(probe.batch, logprobs=lp, advantages=0.0) for lp in (-0.5, -3.0))
+    likely, unlikely = (probe(batch).gradients[0][0] for batch in batches)
+    return likely, unlikely
+
+
 def reads_old_logprobs(probe: Probe) -> bool:
     """Return whether the loss reads old logprobs."""
     return "old_logprobs" in columns_read(probe)
@@ -48,11 +77,13 @@ def reads_old_logprobs(probe: Probe) -> bool:
 def sign(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
     """Descent makes a token of positive advantage more likely and a token of negative advantage less likely."""
     probe = Probe.of(loss_fn, data, logprobs)
-    value, good = value_and_gradient_at(probe, 0.0, 1.0)
-    _, better = value_and_gradient_at(probe, 0.0, 2.0)
-    _, bad = value_and_gradient_at(probe, 0.0, -1.0)
-    seen = f"On-policy the gradient is {good:g} for advantage 1, {better:g} for 2 and {bad:g} for −1"
-    assume(good != 0 or bad != 0, "there is no gradient")
+    value, _ = value_and_gradient_at(probe, 0.0, 1.0)
+    good, better, bad = (on_policy_gradient(probe, a) for a in (1.0, 2.0, -1.0))
+    of_none = value_and_gradient_at(probe, 0.0, 0.0)[1]
+    seen = f"The advantage 1 adds {good:g} to the on-policy gradient, 2 adds {better:g} and −1 adds {bad:g}"
+    if good == better == bad == 0:
+        require(of_none == 0, "advantage-inert", f"{seen}.")
+        assume(False, "there is no gradient")
     require(not probe.close([good, good], [better, bad]), "advantage-inert", f"{seen}.")
     require(good * bad <= 0, "advantage-sign-lost", f"{seen}: the sign is the same for both.")
     likely = "ratio-inverted" if reads_old_logprobs(probe) and value < 0 else "sign-flipped"
@@ -63,21 +94,57 @@ def sign(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> No
 def stop_gradient(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
     """On-policy the gradient does not depend on how likely the token was."""
     probe = Probe.of(loss_fn, data, logprobs)
-    likely, unlikely = (probe(uniform_batch(probe.batch, logprobs=lp)).gradients[0][0] for lp in (-0.5, -3.0))
+    likely, unlikely = (on_policy_gradient(probe, 1.0, lp) for lp in (-0.5, -3.0))
     seen = f"On-policy, with advantage 1, the gradient is {likely:g} at logprob −0.5 and {unlikely:g} at −3."
     require(probe.close(likely, unlikely), "missing-stop-gradient", seen)
+
+
+@wrong("twice the advantage is twice the gradient")
+def advantage_size(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
+    """On-policy the gradient is proportional to the advantage, for small and large advantages of both signs."""
+    probe = Probe.of(loss_fn, data, logprobs)
+    limits = [s.name for s in named_numbers(loss_fn) if any(word.startswith("adv") for word in words(s.name))]
+    assume(not limits, f"its setting {limits[0] if limits else ''} changes the advantages")
+    unit = on_policy_gradient(probe, 1.0)
+    assume(unit != 0, "there is no gradient on tokens of equal advantages")
+    assume(not weighs_likelihood(probe), "its weight is positive and grows with the advantage, but not in proportion")
+    factors = {a: on_policy_gradient(probe, a) / unit for a in (0.25, 2.0, 3.0, -0.25, -2.0, -3.0)}
+    seen = f"Relative to advantage 1, the gradient for the advantages {list(factors)} is {list(factors.values())}."
+    require(probe.close(list(factors.values()), list(factors)), "advantage-size-lost", seen)
+
+
+@wrong("an entropy bonus must raise the entropy")
+def entropy(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
+    """An entropy bonus raises unlikely tokens more than likely ones."""
+    probe = Probe.of(loss_fn, data, logprobs)
+    likely, unlikely = entropy_pulls(probe)
+    assume(likely != 0 or unlikely != 0, "at advantage 0 there is no gradient")
+    metrics = probe(uniform_batch(probe.batch)).metrics
+    names = [*(setting.name for setting in named_numbers(loss_fn)), *metrics]
+    assume(any(word.startswith("ent") for name in names for word in words(name)), "nothing is named after an entropy")
+    seen = f"At advantage 0 the gradient is {likely:g} at logprob −0.5 and {unlikely:g} at −3"
+    if probe.close(likely, unlikely):
+        assume("ref_logprobs" not in columns_read(probe), "the gradient at advantage 0 may be that of its KL term")
+        require(False, "entropy-constant", f"{seen}: all tokens are pushed alike.")
+    require(unlikely < likely, "entropy-sign", f"{seen}: likely tokens are raised.")
 
 
 @wrong("without advantage and without divergence there is nothing to learn")
 def zero_advantage(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
     """Advantage 0 at the reference: loss and gradient are 0."""
     probe = Probe.of(loss_fn, data, logprobs)
+    assume(not asks_for_k1(loss_fn), "its settings ask for k1, whose gradient is 1 at the reference")
     batch = on_policy_batch(with_constants(without_empty_units(unpoisoned(probe.batch)), advantages=0.0))
     result = probe(batch)
     g = max((g for row in result.gradients for g in row), key=abs)
     seen = f"With advantages 0 and every policy the same, the loss is {result.value} and a gradient is {g}."
     has_kl = "ref_logprobs" in batch.columns and influences(probe, "ref_logprobs", batch, slots(batch), -0.5)
     zero = probe.close([g, 1.0], [0.0, 1.0]) and abs(result.value) < 1e-6
+    if not zero:
+        likely, unlikely = entropy_pulls(probe)
+        bonus = unlikely < likely and not probe.close(likely, unlikely)
+        assume(not bonus, "it has an entropy bonus")
+        assume(not weighs_likelihood(probe), "its weight is positive for every advantage")
     require(zero, "k1-in-loss" if has_kl else "sign-flipped", seen, result.batch)
 
 
@@ -92,6 +159,7 @@ def penalty(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) ->
     seen = f"At advantage 0, half a nat above the old policy the gradient is {above:g}, half a nat below it {below:g}"
     if max(map(abs, pulls)) < 1e-7:
         flat = probe.close([1.0, value_above, value_below], [1.0, value_at, value_at])
+        assume(flat or "ref_logprobs" not in columns_read(probe), "the reference enters its advantages")
         values = f"the loss is {value_above:g} and {value_below:g}, on-policy {value_at:g}"
         require(flat, "detached-term", f"{seen}; {values}.")
         assume(False, "it has no penalty on leaving the old policy")
@@ -105,23 +173,18 @@ def kl(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None
 
     probe = Probe.of(loss_fn, data, logprobs)
     assume("ref_logprobs" in columns_read(probe), "it reads no reference")
-    off = [name for name, value in knobs(loss_fn).items() if "kl" in name and value == 0]
+    off = [name for name, value in knobs(loss_fn).items() if "kl" in name and type(value) in (int, float) and not value]
     assume(not off, f"{off[0] if off else ''} is 0")
-    lp = -30.0
+    assume(not asks_for_k1(loss_fn), "its settings ask for k1, whose pull is the same on both sides")
     # (advantage, lp − ref) → the gradient of the KL term, relative to the gradient at the reference
-    pull = {
-        (a, x): value_and_gradient_at(probe, 0.0, a, ref_logprobs=lp - x)[1]
-        - value_and_gradient_at(probe, 0.0, a, ref_logprobs=lp)[1]
-        for a in (0.0, 1.0, -2.0)
-        for x in (0.5, -0.5)
-    }
-    values = [value_and_gradient_at(probe, 0.0, 0.0, ref_logprobs=lp - x)[0] for x in (0.0, 0.5)]
-    at_reference = value_and_gradient_at(probe, 0.0, 0.0, ref_logprobs=lp)[1]
+    pull = {(a, x): kl_pull(probe, x, a) for a in (0.0, 1.0, -2.0) for x in (0.5, -0.5)}
+    values = [value_and_gradient_at(probe, 0.0, 0.0, ref_logprobs=-30.0 - x)[0] for x in (0.0, 0.5)]
+    at_reference = value_and_gradient_at(probe, 0.0, 0.0, ref_logprobs=-30.0)[1]
     above, below = pull[0.0, 0.5], pull[0.0, -0.5]
     seen = f"Half a nat above the reference the KL term's gradient is {above:g}, half a nat below it {below:g}"
     if all(p == 0 for p in pull.values()):
-        require(at_reference == 0, "k1-in-loss", f"{seen}: {at_reference:g} everywhere.")
         changes = values[0] != values[1]
+        require(at_reference == 0 or not changes, "k1-in-loss", f"{seen}: {at_reference:g} everywhere.")
         assume(changes or not only_in_metrics(probe), "only its metrics use the reference")
         seen = f"{seen}; its value {'changes' if changes else 'does not change either'}."
         require(False, "kl-detached" if changes else "ref-inert", seen)
@@ -130,6 +193,69 @@ def kl(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None
     by_advantage = f"{seen} at advantage 0, {pull[1.0, 0.5]:g} at 1, {pull[-2.0, 0.5]:g} at −2."
     require(same_for_all, "kl-scaled-by-advantage", by_advantage)
     require(above > 0 > below, "kl-sign", f"{seen}: it pushes away.")
+    distances = (-1.0, -0.5, 0.5, 1.0)
+    pulls = [kl_pull(probe, x, 0.0) for x in distances]
+    inverted = [math.expm1(x) * above / math.expm1(0.5) for x in distances]
+    seen = f"At lp − ref = {distances} the KL term's gradients are {pulls}: exp(lp − ref) − 1 times a constant."
+    require(not similar(pulls, inverted), "kl-inverted", seen)
+
+
+def kl_pull(probe: Probe, x: float, advantage: float, d: float = 0.0) -> float:
+    """Return the gradient of the KL term at lp − ref = x and log-ratio d, relative to that at the reference."""
+    at, at_reference = (value_and_gradient_at(probe, d, advantage, ref_logprobs=-30.0 - y)[1] for y in (x, 0.0))
+    return at - at_reference
+
+
+def similar(a: Any, b: Any) -> bool:
+    """Return whether two lists agree to a thousandth, which is enough to tell one formula from another."""
+    return relative_difference(a, b) < 1e-3
+
+
+CLIPPED = ((1.0, 1.0), (-1.0, -1.0))
+"""(advantage, log-ratio) of a token that is clipped above, and of one that is clipped below."""
+NOT_CLIPPED = ((1.0, -1.0), (-1.0, 1.0))
+"""(advantage, log-ratio) of tokens outside the bounds, on the sides where clipping does not act."""
+
+
+@wrong("the reference must hold the tokens that have moved farthest, which are the clipped ones")
+def kl_everywhere(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
+    """A KL term of its own pulls on clipped tokens as on all others."""
+    _, base, inside, clipped = kl_off_policy_pulls(loss_fn, data, logprobs)
+    assume(similar(inside, [base] * 2), "off-policy the ratio scales the KL term: it is part of the advantage")
+    seen = f"At lp − ref = 0.5 the KL term's gradient is {base:g} on-policy and {clipped} at the ratios e and 1/e"
+    require(all(p != 0 for p in clipped), "kl-dropped-at-clip", f"{seen}, where the token is clipped.")
+
+
+@fragile("a KL term that is weighted by the ratio is an unbiased estimate if that is meant; it is then also large")
+def kl_unscaled(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
+    """Off-policy the ratio does not scale the KL term, unless a setting asks for it."""
+    _, base, inside, clipped = kl_off_policy_pulls(loss_fn, data, logprobs)
+    meant = {"unbiased", "importance", "correction", "corrected", "bias", "is", "reward"}
+    named = [name for name in knobs_of(loss_fn) if meant & set(words(name))]
+    assume(not named, f"its setting {named[0] if named else ''} may ask for it")
+    assume(all(p != 0 for p in clipped), "the KL term is clipped with the advantage: it is part of the advantage")
+    ratios = [math.exp(d) * base for _, d in NOT_CLIPPED]
+    seen = f"At lp − ref = 0.5 the KL term's gradient is {base:g} on-policy and {inside} at the ratios 1/e and e."
+    require(not similar(inside, ratios), "kl-scaled-by-ratio", seen)
+
+
+def kl_off_policy_pulls(
+    loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]
+) -> tuple[Probe, float, list[float], list[float]]:
+    """Return the pulls of the KL term half a nat above the reference: on-policy, off-policy, and on clipped tokens."""
+    probe = Probe.of(loss_fn, data, logprobs)
+    assume({"ref_logprobs", "old_logprobs"} <= columns_read(probe), "it does not read old and reference logprobs")
+    base = kl_pull(probe, 0.5, 0.0)
+    assume(base != 0, "it has no KL term with a gradient")
+    inside, clipped = ([kl_pull(probe, 0.5, a, d) for a, d in places] for places in (NOT_CLIPPED, CLIPPED))
+    return probe, base, inside, clipped
+
+
+def knobs_of(loss_fn: LossFn) -> list[str]:
+    """Return the names of all settings."""
+    from lossfns.testing.subject import knobs
+
+    return list(knobs(loss_fn))
 
 
 def only_in_metrics(probe: Probe) -> bool:
@@ -153,6 +279,7 @@ def ratio(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> N
     """
     probe = Probe.of(loss_fn, data, logprobs)
     assume(reads_old_logprobs(probe), "it reads no old logprobs")
+    assume(value_and_gradient_at(probe, 0.0, 1.0)[1] != 0, "there is no gradient on tokens of equal advantages")
     base, lower = sequence_value(probe, [0.0] * 3), sequence_value(probe, [-0.5] * 3)
     relative = lower / base if base else math.nan  # exp(−0.5) if the loss is right
     seen = f"With 3 tokens of log-ratio −0.5 and advantage 1 the loss is {lower:g}, on-policy {base:g}"
@@ -160,6 +287,11 @@ def ratio(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> N
     require(slopes[0] != 0 or slopes[1] == 0, "ratio-sum", f"{seen}: with 3 tokens on-policy there is no gradient.")
     require(base != 0, "ratio-not-exponentiated", f"{seen}.")
     if relative == 1:
+        pinned = [name for name, value in knob_values(loss_fn) if value == (1, 1)]
+        assume(not pinned, f"its setting {pinned[0] if pinned else ''} keeps the ratio at 1")
+        bounds = [setting for setting in named_numbers(loss_fn) if setting.role in ("low", "high", "clip", "dual")]
+        reported = [numbers(probe(sequence_batch(probe, [d] * 3)).metrics) for d in (0.0, -0.5)]
+        assume(bool(bounds) or reported[0] == reported[1], "only its metrics use the old logprobs")
         changes = value_and_gradient_at(probe, 0.0, -1.0) != value_and_gradient_at(probe, -0.5, -1.0)
         require(changes, "old-logprobs-inert", f"{seen}: the same.")
         assume(False, "the ratio acts on tokens of negative advantage alone")
@@ -168,9 +300,16 @@ def ratio(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> N
     require(not inverted, "ratio-inverted", f"At log-ratio −0.1 the gradient is exp(0.1) times that of {on:g} at 0.")
     constant = relative >= 0.9 and math.isclose(relative, 1 + 0.5 / -30, rel_tol=0.2)
     assume(not constant, "the value does not depend on the ratio")
-    require(not math.isclose(relative, math.exp(-1.5), rel_tol=1e-3), "ratio-product", f"{seen}: exp(3 · −0.5) of it.")
-    squared = "sampler_logprobs" in columns_read(probe) and math.isclose(relative, math.exp(-1), rel_tol=1e-3)
-    require(not squared, "missing-stop-gradient", f"{seen}: the ratio enters twice, by the sampler correction too.")
+    product = math.isclose(relative, math.exp(-1.5), rel_tol=1e-3)
+    geometric = claims_to_be(loss_fn, "gspo")
+    require(not (product and geometric), "ratio-product", f"{seen}: exp(3 · −0.5) of it.")
+    assume(not product, "the ratio is of the whole sequence, the product of its tokens'")
+    near_squared = on != 0 and probe.close([near / on, far / on], [math.exp(-0.1), math.exp(-0.2)])
+    squared = near_squared or math.isclose(relative, math.exp(-1), rel_tol=1e-3)
+    below, above = (value_and_gradient_at(probe, 0.0, 1.0, sampler_logprobs=-30.0 - x)[1] for x in (-0.5, 0.0))
+    by_correction = squared and "sampler_logprobs" in columns_read(probe) and below != above
+    require(not by_correction, "missing-stop-gradient", f"{seen}: the ratio enters by the sampler correction too.")
+    require(not squared, "ratio-squared", f"{seen}; the gradient at −0.1 is exp(−0.2) times that at 0.")
     require(not math.isclose(relative, math.exp(0.5), rel_tol=1e-3), "ratio-inverted", f"{seen}: exp(0.5) of it.")
     right = math.isclose(relative, math.exp(-0.5), rel_tol=1e-3)
     half = sequence_value(probe, [-0.25] * 3)
@@ -181,6 +320,71 @@ def ratio(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> N
         uneven = sequence_value(probe, [-1.0, -0.25, -0.25])
         seen = f"Log-ratios −1, −0.25, −0.25 have the mean −0.5, but the loss is {uneven:g}, not {lower:g}."
         require(math.isclose(lower, uneven, rel_tol=1e-4), "ratio-sum", seen)
+
+
+@fragile("for RLOO and TOPR a sequence is one action; the product of many ratios soon overflows or vanishes")
+def ratio_length(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
+    """The ratio of a sequence is the mean of its tokens', not their product."""
+    probe = Probe.of(loss_fn, data, logprobs)
+    assume(reads_old_logprobs(probe), "it reads no old logprobs")
+    values = [sequence_value(probe, [d] * n) for n in (1, 3) for d in (0.0, -0.5)]
+    assume(all(values), "the loss is 0")
+    of_one, of_three = math.log(abs(values[1] / values[0])), math.log(abs(values[3] / values[2]))
+    seen = f"Log-ratios of −0.5 multiply the loss of one token by exp({of_one:.3g}), of three by exp({of_three:.3g})."
+    product = of_one < -1e-3 and math.isclose(of_three, 3 * of_one, rel_tol=1e-3)
+    require(not product, "ratio-product", seen)
+
+
+@wrong("the gradient of r·A is r·A")
+def ratio_gradient(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
+    """Where the value is proportional to the ratio, the gradient is so as well."""
+    probe = Probe.of(loss_fn, data, logprobs)
+    assume(reads_old_logprobs(probe), "it reads no old logprobs")
+    compared = 0
+    for advantage, d in ((1.0, -0.5), (-1.0, 0.5)):
+        for length in (1, 3):
+            (value, gradient), (value_off, gradient_off) = (
+                advantage_part(probe, [x] * length, advantage) for x in (0.0, d)
+            )
+            if not gradient or not math.isclose(value_off, math.exp(d) * value, rel_tol=1e-3):
+                continue
+            compared += 1
+            seen = (
+                f"With {length} tokens of advantage {advantage:g}, the log-ratio {d} multiplies the loss by "
+                f"{math.exp(d):.3g} and the gradient by {gradient_off / gradient:.3g}."
+            )
+            require(math.isclose(gradient_off, math.exp(d) * gradient, rel_tol=1e-3), "ratio-without-gradient", seen)
+    assume(compared > 0, "the loss is not proportional to the ratio")
+
+
+@wrong("the surrogate of a good and of a bad token is the same function")
+def ratio_symmetry(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
+    """If the loss of a good token depends on its ratio and not on its probability, so does that of a bad one."""
+    probe = Probe.of(loss_fn, data, logprobs)
+    assume(reads_old_logprobs(probe), "it reads no old logprobs")
+    depends = {}
+    for advantage in (1.0, -1.0):
+        batches = [uniform_batch(probe.batch, logprobs=lp, advantages=advantage) for lp in (-0.5, -3.0)]
+        zeros = [with_constants(batch, advantages=0.0) for batch in batches]
+        likely, unlikely = (probe(batch).value - probe(zero).value for batch, zero in zip(batches, zeros))
+        depends[advantage] = not probe.close(likely, unlikely, scale=10)
+    seen = "On-policy, the loss of a token of advantage 1 {} on its probability, of one of advantage −1 it {}."
+    said = ["depends" if depends[a] else "does not depend" for a in (1.0, -1.0)]
+    require(depends[1.0] == depends[-1.0], "ratio-not-exponentiated", seen.format(*said).replace("it depends", "does"))
+
+
+def advantage_part(probe: Probe, log_ratios: Sequence[float], advantage: float) -> tuple[float, float]:
+    """Return value and first gradient of a sequence, less those for advantage 0."""
+    batch = sequence_batch(probe, log_ratios)
+    of_advantage, of_none = (probe(with_constants(batch, advantages=a)) for a in (advantage, 0.0))
+    return of_advantage.value - of_none.value, of_advantage.gradients[0][0] - of_none.gradients[0][0]
+
+
+def knob_values(loss_fn: LossFn) -> list[tuple[str, Any]]:
+    """Return the settings; a list as a tuple."""
+    from lossfns.testing.subject import knobs
+
+    return [(name, tuple(x) if isinstance(x, list) else x) for name, x in knobs(loss_fn).items()]
 
 
 def sequence_batch(probe: Probe, log_ratios: Sequence[float]) -> Batch:
@@ -213,8 +417,9 @@ def on_policy(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) 
     """On-policy the gradient is the policy gradient −A·w / D, where D counts weights, tokens, sequences, …."""
     probe = Probe.of(loss_fn, data, logprobs)
     batch = unequal_weights_batch(probe)
-    gradients = probe(batch).gradients
+    gradients = advantage_gradients(probe, batch)
     assume(any(g != 0 for row in gradients for g in row), "there is no gradient")
+    assume(not weighs_likelihood(probe), "its weight is positive and grows with the advantage, but not in proportion")
     factors = [[-g / w for g, w in zip(gs, ws)] for gs, ws in zip(gradients, batch.weights)]
     seen = f"On-policy, with advantages 1 and weights {batch.weights}, the gradients are {gradients}."
     if (
@@ -226,6 +431,13 @@ def on_policy(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) 
         twice = all(probe.close(row, [row[0]] * len(row)) for row in squared)
         require(False, "weights-squared" if twice else "weights-binarised", seen)
     check_scale(probe, batch)
+
+
+def advantage_gradients(probe: Probe, batch: Batch) -> Rows:
+    """Return the gradients on a batch, less those for advantages 0."""
+    gradients = probe(batch).gradients
+    of_none = probe(with_constants(batch, advantages=0.0)).gradients
+    return [[g - h for g, h in zip(*rows)] for rows in zip(gradients, of_none)]
 
 
 def unequal_weights_batch(probe: Probe) -> Batch:
@@ -241,7 +453,7 @@ def check_scale(probe: Probe, batch: Batch) -> None:
     """Require that the gradient of a token of weight 1 is 1 / D in size, for one count D of the batch."""
     ones = batch.having(weights=[[1.0] * len(row) for row in batch.weights])
     parts = [ones, ones.take([0]), ones.take([1]), ones.take([1, 1, 0])]
-    sizes = [[-row[0] for row in probe(part).gradients] for part in parts]
+    sizes = [[-row[0] for row in advantage_gradients(probe, part)] for part in parts]
     counts = {name: [[count(part)] * len(part.weights) for part in parts] for name, count in COUNTS.items()}
     counts["sequence means"] = [[len(row) * len(part.weights) for row in part.weights] for part in parts]
     # For the count by which the loss divides, size · count is one factor over all datums of all parts.
@@ -251,6 +463,9 @@ def check_scale(probe: Probe, batch: Batch) -> None:
     # A factor is not detected if the loss divides by a number of sequences: it may be a fixed length.
     if any(name in ("sequences", "datums") or probe.close(k, 1.0) for name, k in factors.items()):
         return
+    numbers = [setting.value for setting in named_numbers(probe.loss_fn)]
+    if any(probe.close(k, x) or probe.close(k * x, 1.0) for k in factors.values() for x in numbers):
+        return  # a setting names the factor or the divisor
     for name, k in factors.items():
         doubled = probe.close(k, 2.0) and (has_sequence_ratio(probe) or "sampler_logprobs" in columns_read(probe))
         require(False, "missing-stop-gradient" if doubled else "constant-factor", f"{seen}: {k:g} / {name}.")
@@ -258,6 +473,8 @@ def check_scale(probe: Probe, batch: Batch) -> None:
         # 1 / size − count is one number for all datums if that number is added to the denominator.
         extra = [1 / s - c for ss, cs in zip(sizes, row) for s, c in zip(ss, cs) if s]
         added = probe.close(extra, [extra[0]] * len(extra))
+        if added and abs(extra[0]) < 1e-4:
+            return  # a constant that guards against division by 0
         require(not added, "epsilon-in-denominator", f"{seen}: 1 / ({name} + {extra[0]:g}).")
     require(False, "constant-factor", f"{seen}, which is not 1 / D for any D of {', '.join(counts)}.")
 
@@ -268,6 +485,9 @@ def clip(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> No
     probe = Probe.of(loss_fn, data, logprobs)
     assume(reads_old_logprobs(probe), "it reads no old logprobs")
     grid = [*(-d for d in reversed(LOG_RATIOS)), *LOG_RATIOS]
+    assume(value_and_gradient_at(probe, 0.0, 1.0)[1] != 0, "there is no gradient on tokens of equal advantages")
+    caps = [setting.value for setting in named_numbers(loss_fn) if "log" in words(setting.name)]
+    grid = [d for d in grid if abs(d) < min(caps, default=math.inf)]  # no token has a gradient beyond such a cap
     table = {a: [(d, *value_and_gradient_at(probe, d, a)) for d in grid] for a in (1.0, -1.0)}
     # The log-ratios without a gradient, for advantage 1 (good) and −1 (bad), below and above ratio 1.
     good_below, good_above, bad_below, bad_above = (
@@ -303,32 +523,6 @@ def is_constant(table: list[tuple[float, float, float]]) -> bool:
     return all(value == table[0][1] for _, value, _ in table)
 
 
-@wrong("the bound acts at another ratio than the one that is set")
-def clip_bounds(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
-    """The gradient ends, or stops growing, at the bounds in the settings."""
-    from lossfns.testing.subject import knobs
-
-    probe = Probe.of(loss_fn, data, logprobs)
-    clips = [value for name, value in knobs(loss_fn).items() if name.startswith("clip")]
-    bounds = [value for value in clips if isinstance(value, (tuple, list)) and len(value) == 2]
-    assume(len(bounds) == 1 and bounds[0][0] <= 1 <= bounds[0][1], "its settings hold no absolute bounds")
-    low, high = bounds[0]
-    for bound, mistaken, advantage in ((high, 1 + high, 1.0), (low, 1 - low, -1.0)):
-        if not 0 < bound < math.inf or mistaken <= 0 or gradient_ends_at(probe, bound, advantage):
-            continue  # no ratio can lie at one of the two, or the bound acts where it is set
-        seen = f"The bound is set to {bound:g}; at advantage {advantage:g} the gradient ends or levels at {mistaken:g}."
-        require(not gradient_ends_at(probe, mistaken, advantage), "clip-as-epsilon", seen)
-
-
-def gradient_ends_at(probe: Probe, ratio: float, advantage: float) -> bool:
-    """Return whether the gradient changes with the ratio between 1 and this ratio, and not beyond it."""
-    d = math.log(ratio)
-    inner, inside, outside, outer = (
-        value_and_gradient_at(probe, d * by, advantage)[1] for by in (0.98, 0.99, 1.01, 1.02)
-    )
-    return outside == outer and inside != outside and (outside == 0 or inner != inside)
-
-
 @wrong("the correction is the ratio of the old policy to the sampler")
 def tis(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
     """The sampler correction is exp(old − sampler), at most a cap, and 1 where the two agree."""
@@ -342,34 +536,14 @@ def tis(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> Non
     seen = f"With old − sampler = −0.5 the gradient is {factor[-0.5]:g} times that at 0; with 8, {factor[8.0]:g}"
     require(set(factor.values()) != {1.0}, "tis-inert", f"{seen}.")
     require(not math.isclose(factor[-0.5], math.exp(0.5), rel_tol=1e-3), "tis-inverted", f"{seen}.")
-    require(not (factor[8.0] > 1000 and factor[25.0] > factor[8.0]), "tis-uncapped", f"{seen}.")
 
 
-@wrong("the metric is not what its name says")
-def clip_metrics(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
-    """A clip fraction counts the tokens whose gradient a bound removes, and no others."""
+@fragile("a correction without a cap is unbiased, but one token may outweigh all others")
+def tis_cap(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
+    """The sampler correction has a cap."""
     probe = Probe.of(loss_fn, data, logprobs)
-    for d, advantage in ((-1.0, 1.0), (1.0, -1.0), (0.0, 1.0)):
-        old = -30.0 - d
-        batch = uniform_batch(probe.batch, logprobs=-30.0, advantages=advantage, old_logprobs=old, sampler_logprobs=old)
-        result = probe(batch)
-        for name, value in result.metrics.items():
-            fraction = "clip" in name and not any(word in name for word in ("low_", "high_", "bound", "threshold"))
-            if fraction and result.gradients[0][0] != 0:
-                seen = f"At ratio {math.exp(d):.3g} and advantage {advantage:g} there is a gradient"
-                require(value == 0, "metric-counts-nonbinding", f"{seen}, but {name!r} is {value}.")
-
-
-@wrong("the metric is not what its name says")
-def kl_metrics(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
-    """A metric named kl_ref is one of the estimators k1, k2, k3 of the KL to the reference."""
-    probe = Probe.of(loss_fn, data, logprobs)
-    assume("ref_logprobs" in columns_read(probe), "it reads no reference")
-    x = -0.5
-    batch = uniform_batch(probe.batch, length=2, logprobs=-3.0, ref_logprobs=-3.0 + x, old_logprobs=-3.0)
-    estimates = [0.0, x, -x, x * x / 2, math.exp(x) - x - 1, math.exp(-x) + x - 1]
-    for name, value in probe(batch).metrics.items():
-        if "kl" in name and "ref" in name:
-            seen = f"Half a nat above the reference {name!r} is {value}, not one of {estimates}."
-            right = any(math.isclose(value, e, rel_tol=1e-4, abs_tol=1e-7) for e in estimates)
-            require(right, "metric-scaled-twice", seen)
+    assume("sampler_logprobs" in columns_read(probe), "it reads no sampler logprobs")
+    at, far, farther = (value_and_gradient_at(probe, 0.0, 1.0, sampler_logprobs=-30.0 - x)[1] for x in (0.0, 8.0, 25.0))
+    assume(at != 0, "there is no gradient")
+    seen = f"With old − sampler = 8 the gradient is {far / at:g} times that at 0; with 25, {farther / at:g} times."
+    require(not (far / at > 1000 and farther / at > far / at), "tis-uncapped", seen)

@@ -21,6 +21,7 @@ from lossfns.testing.laws.base import (
     Probe,
     assume,
     batch_kind,
+    numbers,
     on_policy_batch,
     require,
     slots,
@@ -210,10 +211,10 @@ def permutation(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]
     order = [i for part in reversed(unit_indices(batch)) for i in part]
     plain, back = probe(batch), probe(batch.take(order))
     seen = probe.difference(back, replace(plain, gradients=[plain.gradients[i] for i in order]))
-    require(not seen, "order-dependent", f"In reverse order, as in this batch, {seen}.", back.batch)
-    for name, value in plain.metrics.items():
-        reverse = back.metrics.get(name, math.nan)
-        words = f"In reverse order, as in this batch, the metric {name!r} is {reverse}, not {value}."
+    require(not seen, "order-dependent", f"With this batch in reverse order, {seen}.", back.batch)
+    for name, value in numbers(plain.metrics).items():
+        reverse = numbers(back.metrics).get(name, math.nan)
+        words = f"With this batch in reverse order the metric {name!r} is {reverse}, not {value}."
         require(probe.close(reverse, value), "metric-not-mergeable", words, back.batch)
 
 
