@@ -148,9 +148,9 @@ def detect_kind(loss_fn: LossFn) -> tuple[str, bool]:
         return "distillation", not vanishes_at_teacher(loss_fn)
     if reads & {"old_logprobs", "sampler_logprobs"}:
         return "any", True
-    if isinstance(loss, Loss) or is_linear(loss_fn):
+    if is_linear(loss_fn):
         return "likelihood", False
-    return "reweighted", not is_tokenwise(loss_fn)
+    return "reweighted", not (isinstance(loss, Loss) or is_tokenwise(loss_fn))
 
 
 def vanishes_at_teacher(loss_fn: LossFn) -> bool:

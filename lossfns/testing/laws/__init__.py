@@ -204,8 +204,8 @@ PREFERENCE = (
     preference.margin_metrics,
 )
 ADVANTAGES: tuple[AdvantageLaw, ...] = (
-    advantages.alone,
     advantages.constant,
+    advantages.alone,
     advantages.ordered,
     advantages.groupwise,
     advantages.baseline,
@@ -243,7 +243,7 @@ SELF_CONTAINED = frozenset(
         policy.ratio_symmetry,
         policy.kl,
         policy.kl_estimator,
-    policy.kl_everywhere,
+        policy.kl_everywhere,
         policy.kl_unscaled,
         policy.penalty,
         policy.tis,

@@ -42,9 +42,9 @@ def labels(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> 
         seen = f"At lp − ref = {gap:g} the gradient is {desirable:g} for a desirable and {undesirable:g} for an"
         seen = f"{seen} undesirable answer, the loss {result.value:g}."
         assume(desirable != 0 or undesirable != 0, "there is no gradient")
-        require(desirable * undesirable < 0, "label-ignored", seen)
+        require(desirable * undesirable < 0, "label-ignored", seen, result.batch)
         bug = "sign-flipped" if result.value < 0 else "sides-swapped"
-        require(desirable < 0 < undesirable, bug, seen)
+        require(desirable < 0 < undesirable, bug, seen, result.batch)
 
 
 @wrong("a loss with a reference is a function of policy − reference")
