@@ -17,7 +17,7 @@ from lossfns.errors import LossInputError, LossWarning, did_you_mean
 from lossfns.loss import Loss
 from lossfns.testing.batch import Batch
 from lossfns.testing.claims import agreement, claim_of, matching_vectors, vectors_law
-from lossfns.testing.forms import Adapted
+from lossfns.testing.forms import Adapted, FactoryLoss
 from lossfns.testing.kinds import (
     KINDS,
     READS,
@@ -286,7 +286,10 @@ def law_trials(
     """Return trials of the laws of a kind and of the claim, on small batches and on random ones."""
     from lossfns.testing.strategies import batches
 
-    small = [columns_for_kind(batch, kind, targets) for batch in SMALL]
+    one_pair = False
+    if isinstance(loss_fn, FactoryLoss) and loss_fn.takes_one_pair:
+        one_pair, loss_fn.max_datums = True, 3  # the law ``odd`` tries three
+    small = [columns_for_kind(batch.take([0, 1]) if one_pair else batch, kind, targets) for batch in SMALL]
     dtype = working_dtype(loss_fn, small[-1])
     drawn = batches(
         reads=READS[kind],
@@ -294,7 +297,7 @@ def law_trials(
         targets=targets,
         per_token=not takes_datum_advantages(loss_fn, small[-1]),
         extremes=False,
-        max_sequences=4,
+        max_sequences=2 if one_pair else 4,
         max_length=6,
     )
 

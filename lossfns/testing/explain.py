@@ -62,8 +62,8 @@ def row(law: Callable[..., None]) -> tuple[str, ...]:
 def explain(name: str) -> list[str]:
     """Return what is known about a law or a bug, as paragraphs.
 
-    >>> explain("permutation")[0]
-    'permutation, a law of every kind: The order of datums (or pairs) does not matter.'
+    >>> explain("repeatable")[0]
+    'repeatable, a law of every kind: The same call gives the same bits, whatever was called in between.'
     """
     for spelling in (name, name.replace("-", "_"), name.replace("_", "-")):
         if spelling in LAWS or spelling in CLAIMS:

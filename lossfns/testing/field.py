@@ -106,6 +106,11 @@ def with_knobs(loss_fn: LossFn, **defaults: float) -> LossFn:
     return made
 
 
+def named(loss_fn: LossFn, name: str) -> LossFn:
+    loss_fn.__name__ = name
+    return loss_fn
+
+
 def sp(x: Tensor) -> Tensor:
     return F.softplus(x)
 
@@ -268,10 +273,13 @@ WRONG_PAIRS: dict[tuple[str, str], LossFn] = {
     ("simpo", "one-side-normalised"): uneven("own", "none"),
     ("simpo_chosen_summed", "one-side-normalised"): uneven("none", "own"),
     ("simpo_one_length", "one-side-normalised"): uneven("own", "chosen"),
-    ("cdpo", "smoothing-misapplied"): with_knobs(
-        of_pairs(lambda c, r, beta, eps: (1 - eps) * sp(-beta * (c - r)) - eps * sp(beta * (c - r))),
-        beta=0.1,
-        eps=0.1,
+    ("cdpo", "smoothing-misapplied"): named(
+        with_knobs(
+            of_pairs(lambda c, r, beta, eps: (1 - eps) * sp(-beta * (c - r)) - eps * sp(beta * (c - r))),
+            beta=0.1,
+            eps=0.1,
+        ),
+        "cdpo",
     ),
     ("robust_dpo", "smoothing-misapplied"): with_knobs(
         of_pairs(
@@ -282,10 +290,13 @@ WRONG_PAIRS: dict[tuple[str, str], LossFn] = {
         beta=0.1,
         label_noise=0.2,
     ),
-    ("robust_dpo_of_noise", "smoothing-misapplied"): with_knobs(
-        of_pairs(lambda c, r, beta, epsilon: (1 - epsilon) * sp(-beta * (c - r)) - epsilon * sp(beta * (c - r))),
-        beta=0.1,
-        epsilon=0.2,
+    ("robust_dpo_of_noise", "smoothing-misapplied"): named(
+        with_knobs(
+            of_pairs(lambda c, r, beta, epsilon: (1 - epsilon) * sp(-beta * (c - r)) - epsilon * sp(beta * (c - r))),
+            beta=0.1,
+            epsilon=0.2,
+        ),
+        "robust_dpo",
     ),
     ("cdpo", "beta-misplaced"): with_knobs(
         of_pairs(
@@ -337,18 +348,28 @@ CORRECT_METRICS = wrong_metric(
 # Unpaired preference
 
 
-def of_answers(value: Callable[..., Tensor], point: Callable[[Tensor], Tensor | float]) -> LossFn:
-    """The mean over answers of a function of the label's sign and of r − z0."""
+def of_answers(
+    value: Callable[..., Tensor],
+    point: Callable[[Tensor], Tensor | float],
+    *,
+    reference: float = 1.0,
+    exchanged: bool = False,
+) -> LossFn:
+    """The mean over answers of a function of r = Σ w·(lp − ref), of z0 and of the label.
+
+    Two bugs: ``reference`` scales the reference, and the rewards of the metrics may be ``exchanged``.
+    """
 
     def loss_fn(data: Data, logprobs: Logprobs, **knobs: Any) -> Result:
         w, lp, ref = rows(data, logprobs, "ref_logprobs")
         used = [i for i, x in enumerate(w) if (x != 0).any()]
-        r = torch.stack([(w[i] * (lp[i] - ref[i])).sum() for i in used])
+        r = torch.stack([(w[i] * (lp[i] - reference * ref[i])).sum() for i in used])
         good = torch.stack([column(data[i], "labels").max() > 0.5 for i in used])
         loss = value(r, point(r), good, **knobs).mean() + sum(0 * x.sum() for x in lp)
         metrics = {}
         if good.any() and not good.all():
-            metrics = {"rewards/chosen": float(r[good].mean()), "rewards/rejected": float(r[~good].mean())}
+            means = [float(r[good].mean()), float(r[~good].mean())]
+            metrics = dict(zip(("rewards/chosen", "rewards/rejected"), means[::-1] if exchanged else means))
         return loss, metrics
 
     return loss_fn
@@ -381,6 +402,9 @@ WRONG_UNPAIRED: dict[tuple[str, str], LossFn] = {
     ("kto", "label-ignored"): of_answers(lambda r, z, good: 1 - (0.1 * (r - z)).sigmoid(), z0),
     ("kto", "sides-swapped"): of_answers(lambda r, z, good: kto(r, z, ~good), z0),
     ("kto", "missing-stop-gradient"): of_answers(kto, lambda r: r.mean().clamp(min=0)),
+    ("kto", "reference-misused"): of_answers(kto, z0, reference=0.5),
+    ("kto", "ref-inert"): of_answers(kto, z0, reference=0.0),
+    ("kto", "metric-wrong"): of_answers(kto, z0, exchanged=True),
     ("kto", "reference-point-negative"): of_answers(kto, lambda r: r.detach().mean()),
     ("bco", "saturation-reversed"): of_answers(
         lambda r, z, good: -sp(torch.where(good, 1.0, -1.0) * 0.1 * (r - z)), z0
@@ -420,11 +444,6 @@ def focal_detached(lp: Tensor, gamma: float = 2.0) -> Tensor:
     return -((1 - lp.detach().exp()) ** gamma) * lp
 
 
-def named(loss_fn: LossFn, name: str) -> LossFn:
-    loss_fn.__name__ = name
-    return loss_fn
-
-
 CORRECT_REWEIGHTED: dict[str, LossFn] = {
     "focal": named(with_knobs(of_tokens(focal_attached), gamma=2.0), "focal"),
     "focal of 1.5": named(of_tokens(lambda lp: focal_attached(lp, 1.5)), "focal_loss"),
@@ -452,7 +471,7 @@ WRONG_REWEIGHTED: dict[tuple[str, str], LossFn] = {
     ("focal_halved", "focal-factor"): named(
         with_knobs(of_tokens(lambda lp, gamma: focal_attached(lp, gamma / 2)), gamma=2.0), "focal"
     ),
-    ("focal", "detached-term"): of_tokens(lambda lp: -((1 - lp.exp()) ** 2) * lp.detach()),
+    ("hard_tokens", "detached-term"): of_tokens(lambda lp: -((1 - lp.exp()) ** 2) * lp.detach()),
     ("inverse", "factor-unbounded"): of_tokens(lambda lp: -(-lp.detach()).exp().clamp(max=1e12) * lp),
 }
 
@@ -497,6 +516,16 @@ def jsd(lp: Tensor, old: Tensor, teacher: Tensor) -> Tensor:
     return (lp - m).detach() * ratio(lp, old)
 
 
+def centred_over_batch(data: Data, logprobs: Logprobs) -> Result:
+    """Reverse KL by policy gradient, whose advantages are whitened over the trained tokens."""
+    w, lp, old, teacher = flat(data, logprobs, "old_logprobs", "ref_logprobs")
+    n = w.sum().clamp(min=1e-8)
+    a = teacher - old
+    a = a - (w * a).sum() / n
+    a = a / ((w * a * a).sum() / n + 1e-8).sqrt()
+    return -(w * a * ratio(lp, old)).sum() / n, {}
+
+
 CORRECT_DISTILLATION: dict[str, LossFn] = {
     "reverse kl by policy gradient": of_teacher(lambda lp, old, t: (old - t) * ratio(lp, old)),
     "reverse kl with the present policy": of_teacher(lambda lp, old, t: (lp - t).detach() * ratio(lp, old)),
@@ -511,6 +540,7 @@ CORRECT_DISTILLATION: dict[str, LossFn] = {
     "samples of the teacher": of_teacher(lambda lp, old, t: t - lp),
     "jsd": of_teacher(jsd),
 }
+CORRECT_DISTILLATION["reverse kl, centred over the batch"] = centred_over_batch
 WRONG_DISTILLATION: dict[tuple[str, str], LossFn] = {
     ("reverse_kl", "k1-in-loss"): of_teacher(lambda lp, old, t: lp - t),
     ("reverse_kl", "kl-sign"): of_teacher(lambda lp, old, t: (t - old) * ratio(lp, old)),
@@ -678,6 +708,7 @@ def whole_batch(rewards: Sequence[float], groups: Sequence[Any]) -> list[float]:
 
 
 WRONG_ADVANTAGES: dict[tuple[str, str], Any] = {
+    ("grpo_verl", "group-of-one-rewarded"): grouped(verl_grpo),
     ("group_mean_float16", "low-precision"): grouped(lambda xs: half_mean(xs, torch.float16)),
     ("group_mean", "low-precision"): grouped(lambda xs: half_mean(xs, torch.bfloat16)),
     ("group_rewards", "not-centred"): grouped(lambda xs: xs),

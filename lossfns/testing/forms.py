@@ -23,6 +23,7 @@ from lossfns.errors import LossInputError
 from lossfns.testing.batch import Batch, Rows
 from lossfns.testing.laws.base import NotApplicable
 from lossfns.testing.names import column_of, names_teacher
+from lossfns.testing.settings import Target, fills, parameters
 
 PROBE = Batch(
     [[-1.0, -2.0, -0.5, -1.5], [-1.0, -0.25, -3.0, -1.5, -0.75], [-0.5, -1.0], [-2.0, -1.0, -0.25, -1.5, -0.5, -1, -2],
@@ -42,90 +43,6 @@ PROBE = Batch(
     },
 )  # fmt: skip
 """Six datums, three pairs, on which forms are tried. No length is 1, 3 or 6, so that a wrong form does not fit."""
-
-
-# The callable under test
-
-
-class Target:
-    """A callable whose settings can be changed: a function, an object, or what a class or a factory makes.
-
-    Args:
-        subject: the callable, or, with ``makes``, the class or the factory of it.
-        makes: whether the subject is called with its settings to get the callable.
-        changed: the settings that differ from their defaults.
-    """
-
-    def __init__(self, subject: Any, *, makes: bool = False, changed: Mapping[str, Any] | None = None) -> None:
-        self.subject, self.makes, self.changed = subject, makes, dict(changed or {})
-        self.maker = subject if makes else class_of(subject)
-        self.values = {} if self.maker is None else defaults_of(self.maker)
-        if not makes:
-            self.values = {name: getattr(subject, name) for name in self.values}
-        self.name = str(getattr(subject, "__name__", None) or type(subject).__name__)
-
-    @functools.cached_property
-    def fn(self) -> Any:
-        """The callable with its settings."""
-        changed = {name: value for name, value in self.changed.items() if name in self.values}
-        if self.maker is None or not (self.makes or changed):
-            made = self.subject
-        else:
-            made = self.maker(**(changed if self.makes else {**self.values, **changed}))
-        rest = {name: value for name, value in self.changed.items() if name not in self.values}
-        return functools.partial(made, **rest) if rest else made
-
-    @property
-    def knobs(self) -> dict[str, Any]:
-        """Name → value of the settings."""
-        return {**self.values, **defaults_of(self.fn), **self.changed}
-
-    def having(self, settings: Mapping[str, Any]) -> Target:
-        """Return the target with some of its settings changed."""
-        return Target(self.subject, makes=self.makes, changed={**self.changed, **settings})
-
-
-def class_of(subject: Any) -> Any:
-    """Return the class of an object that keeps every argument of its class as an attribute of that name, or None."""
-    made = type(subject)
-    if inspect.isroutine(subject) or inspect.isclass(subject) or isinstance(subject, functools.partial):
-        return None
-    try:
-        names = [p.name for p in parameters(made)]
-    except LossInputError:
-        return None
-    return made if names and all(hasattr(subject, name) for name in names) else None
-
-
-def parameters(fn: Any) -> list[inspect.Parameter]:
-    """Return the named parameters of a callable; of a module, those of its ``forward``.
-
-    Raises:
-        LossInputError: if it has no signature that can be read.
-    """
-    return [p for p in signature(fn).parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-
-
-def signature(fn: Any) -> inspect.Signature:
-    """Return the signature of a callable; of a module, that of its ``forward``."""
-    if isinstance(fn, functools.partial) and isinstance(fn.func, torch.nn.Module):
-        fn = functools.partial(fn.func.forward, *fn.args, **fn.keywords)
-    fn = getattr(fn, "_orig_mod", fn)  # of a compiled module
-    try:
-        return inspect.signature(fn.forward if isinstance(fn, torch.nn.Module) else fn)
-    except (TypeError, ValueError) as error:
-        fix = "Wrap it in a function whose parameters have names."
-        raise LossInputError("subject", "a signature that can be read", str(error), fix) from error
-
-
-def fills(p: inspect.Parameter) -> bool:
-    """Return whether a parameter is filled from the datums: it names a column, and has no default but None."""
-    return column_of(p.name) is not None and p.default in (p.empty, None)
-
-
-def defaults_of(fn: Any) -> dict[str, Any]:
-    """Return name → default of the parameters that are settings."""
-    return {p.name: p.default for p in parameters(fn) if p.default is not p.empty and not fills(p)}
 
 
 class Adapted:
@@ -760,6 +677,7 @@ class FactoryLoss(Adapted):
         super().__init__(Target(factory))
         self.required, self.optional = (*required, *optional), tuple(optional)
         self.forms: tuple[str, ...] | None = None
+        self.max_datums: int | None = None
 
     @property
     def description(self) -> str:
@@ -778,8 +696,16 @@ class FactoryLoss(Adapted):
         self.forms = self.forms or self.find_forms()
         return bool({"numbers", "number tensor"} & set(self.forms))
 
+    @property
+    def takes_one_pair(self) -> bool:
+        """Whether it takes the list of the only pair, and so has no place for another pair."""
+        self.forms = self.forms or self.find_forms()
+        return "row" in self.forms
+
     def __call__(self, data: Sequence[Any], logprobs_list: Sequence[Tensor]) -> Any:
         self.forms = self.forms or self.find_forms()
+        if self.max_datums is not None and len(data) > self.max_datums:
+            raise NotApplicable("it takes one pair")
         return self.build(data, self.forms)(data, logprobs_list)
 
     def build(self, data: Sequence[Any], forms: Sequence[str]) -> Any:

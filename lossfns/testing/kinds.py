@@ -11,7 +11,7 @@ from torch import Tensor
 from lossfns.inspect.probe import ALIASES
 from lossfns.loss import BoundLoss, Loss
 from lossfns.testing.batch import Batch, Rows
-from lossfns.testing.forms import PROBE, Adapted, FactoryLoss, PaddedLoss, coupling, names_a_teacher, parameters
+from lossfns.testing.forms import PROBE, Adapted, FactoryLoss, PaddedLoss, coupling, names_a_teacher
 from lossfns.testing.laws import LAWS_BY_KIND, NotApplicable
 from lossfns.testing.laws.base import (
     ALL_FIELDS,
@@ -21,6 +21,7 @@ from lossfns.testing.laws.base import (
     relative_difference,
 )
 from lossfns.testing.names import column_of
+from lossfns.testing.settings import parameters
 from lossfns.testing.subject import GROUP_SIZES, GROUPS, REWARDS
 from lossfns.tokens import PAIRS, SEQUENCES, TARGETS
 
@@ -147,9 +148,9 @@ def detect_kind(loss_fn: LossFn) -> tuple[str, bool]:
         return "distillation", not vanishes_at_teacher(loss_fn)
     if reads & {"old_logprobs", "sampler_logprobs"}:
         return "any", True
-    if isinstance(loss, Loss) or is_linear(loss_fn):
+    if is_linear(loss_fn):
         return "likelihood", False
-    return "reweighted", not is_tokenwise(loss_fn)
+    return "reweighted", not (isinstance(loss, Loss) or is_tokenwise(loss_fn))
 
 
 def vanishes_at_teacher(loss_fn: LossFn) -> bool:

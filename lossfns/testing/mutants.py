@@ -53,7 +53,8 @@ def mutant(bug: str, loss: str, **settings: Any) -> Subject:
             A loss of the field takes none.
     """
     if (loss, bug) in field.WRONG:
-        return described(field.WRONG[loss, bug], bug, loss, field.KIND_OF[loss, bug], None)
+        kind = field.KIND_OF[loss, bug]
+        return described(field.WRONG[loss, bug], bug, loss, kind, group_advantages if kind == "advantages" else None)
     config = {**load(loss)[0].config, **settings}
     like = correct_loss(loss, config)
     built: Subject
@@ -225,8 +226,8 @@ def shrinks_with_calls(loss: Loss, calls: list[int], data: Data, logprobs_list: 
 def item_per_datum(loss: Loss, data: Data, logprobs_list: Logprobs) -> Result:
     """Call ``.item()`` for each datum."""
     value, metrics = loss(data, logprobs_list)
-    lowest = [torch.where(active(datum), lp.detach(), 0).min().item() for datum, lp in zip(data, logprobs_list)]
-    return value, metrics | {"logprob_min": min(lowest)}
+    sums = [torch.where(active(datum), lp.detach(), 0).sum().item() for datum, lp in zip(data, logprobs_list)]
+    return value, metrics | {"logprob_sum_min": min(sums)}
 
 
 def item_in_the_maths(loss: Loss, data: Data, logprobs_list: Logprobs) -> Result:

@@ -8,7 +8,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -18,24 +18,11 @@ import torch
 
 from lossfns.errors import LossInputError, did_you_mean
 from lossfns.loss import BoundLoss, Loss
-from lossfns.testing.forms import (
-    FORMS,
-    PROBE,
-    Adapted,
-    ContractLoss,
-    FactoryLoss,
-    PaddedLoss,
-    Target,
-    defaults_of,
-    fills,
-    parameters,
-    refuse_foreign,
-    signature,
-)
+from lossfns.testing.forms import FORMS, PROBE, Adapted, ContractLoss, FactoryLoss, PaddedLoss, refuse_foreign
 from lossfns.testing.laws.base import LossFn, NotApplicable
 from lossfns.testing.names import COLUMN_BY_NAME, PARAMETER_NAMES, column_of
-from lossfns.testing.public import LIBRARY, public
-from lossfns.weigh import fixed_length
+from lossfns.testing.public import public
+from lossfns.testing.settings import Target, fills, parameters, signature
 
 __all__ = ["PARAMETER_NAMES", "FactoryLoss", "PaddedLoss", "adapt", "adapt_advantages", "load", "padded"]
 
@@ -450,64 +437,3 @@ def regrouped(call: Any, one_by_one: bool, equal: bool, rewards: Sequence[float]
         for i, value in zip(indices, values):
             result[i] = value
     return result
-
-
-# Settings
-
-
-def knobs(loss_fn: LossFn) -> dict[str, Any]:
-    """Return name → value of the settings that ``with_settings`` can change."""
-    if isinstance(loss_fn, BoundLoss):
-        return knobs(loss_fn.loss)
-    if isinstance(loss_fn, Loss):
-        return {n: v for n, v in loss_fn.knobs.items() if loss_fn.name in vars(LIBRARY) and not isinstance(v, Loss)}
-    return loss_fn.target.knobs if isinstance(loss_fn, Adapted) else defaults_of(loss_fn)
-
-
-def setting_elements(value: Any) -> Iterator[int | None]:
-    """Yield the index of each element of a pair or list; yield None for any other value, which changes as a whole."""
-    yield from range(len(value)) if isinstance(value, (tuple, list)) else (None,)
-
-
-def variants(loss_fn: LossFn, name: str, element: int | None = None) -> Iterator[LossFn]:
-    """Yield the loss with other values of one setting, or of one element of it. Values that it refuses are skipped."""
-    current = knobs(loss_fn)[name]
-    for new in other_values(current if element is None else current[element], name):
-        try:
-            if element is not None:
-                new = type(current)([new if i == element else x for i, x in enumerate(current)])
-            yield with_settings(loss_fn, **{name: new})
-        except (TypeError, ValueError):
-            continue
-
-
-NAMED_VALUES = {
-    "kl": ("k2", "k3"),
-    "weigh": ("fixed_length", "pair_sum", "pair_mean", "token_sum"),
-    "level": ("sequence_level", "token_level"),
-}
-"""Setting → the public functions that it may be set to."""
-
-
-def other_values(value: Any, name: str) -> list[Any]:
-    """Return other values for a setting, the most plausible first."""
-    if isinstance(value, bool):
-        return [not value]
-    if isinstance(value, (int, float)):
-        return [value * 2 + 0.125, value / 2, value + 1, 1.5, 0.97, 1.02, 0.05]
-    if value is None:
-        return [1.01, 0.05, 2.0, 1e-3]
-    functions = [public(other) for other in NAMED_VALUES.get(name, ())]
-    return [f(3) if f is fixed_length else f for f in functions if f is not value]  # fixed_length(3) is a weighing
-
-
-def with_settings(loss_fn: LossFn, **settings: Any) -> LossFn:
-    """Return the loss with some of its settings replaced."""
-    if isinstance(loss_fn, BoundLoss):
-        return BoundLoss(with_settings(loss_fn.loss, **settings), loss_fn.columns)  # type: ignore[arg-type]
-    if isinstance(loss_fn, Loss):
-        return public(loss_fn.name)(**{**loss_fn.knobs, **settings})  # type: ignore[no-any-return]
-    if isinstance(loss_fn, Adapted):
-        changed: LossFn = loss_fn.with_settings(**settings)
-        return changed
-    return functools.partial(loss_fn, **settings)

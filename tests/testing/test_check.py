@@ -226,13 +226,16 @@ def test_the_settings_of_every_form_are_varied() -> None:
         assert verdict(subject, "no_inert_knob").verdict == "pass"
 
 
-def test_a_loss_of_one_pair_ignores_the_others() -> None:
+def test_a_loss_of_one_pair_is_tried_on_one_pair() -> None:
+    """Its factory takes the rows of one pair. That it drops another datum in silence is fragile."""
     report = check(make_dpo_loss, examples=0)
-    assert report.kind == "preference" and "datum-ignored" in {v.bug for v in report.failures}, report.table()
+    assert (report.kind, [v.bug for v in report.broken]) == ("preference", ["odd-datum-dropped"]), report.table()
+    assert report.ok and "it takes one pair" in {v.seen for v in report.verdicts if v.verdict == "n/a"}
 
 
 def test_what_is_made_with_another_setting_is_another_loss() -> None:
-    assert check(Scaled(2.0), examples=0).bug == "constant-factor"
+    assert check(Scaled(1.0), like=lossfns.reinforce(), examples=0).ok
+    assert "agreement" in {v.law for v in check(Scaled(2.0), like=lossfns.reinforce(), examples=0).failures}
 
 
 def verdict(subject: Any, law: str, examples: int = 0) -> Verdict:
@@ -346,11 +349,12 @@ def check_honesty(name: str) -> None:
     subject = mutants.MUTANTS[name]
     for v in check(subject, examples=0).broken:
         assert v.seen.endswith(".") and ".." not in v.seen, v
-        assert not re.search(r"(?<![\w.])(-?[\w.]+), not \1(?![\w.])", v.seen), v
+        assert not re.search(r"(?<![-\w.])(-?[\w.]+), not \1(?![\w.])", v.seen), v
         found = re.search(r"the loss is (-?[\d.e-]+|nan|-?inf), not", v.seen)
-        if found and v.law in ("poison", "padding", "empty", "permutation", "agreement"):
+        repeatable = vars(subject)["bug"] != "state-between-calls"
+        if found and repeatable and v.law in ("poison", "padding", "empty", "permutation", "agreement"):
             batch = eval(v.example, {"Batch": Batch, "nan": math.nan, "inf": math.inf})
-            value = float(subject(batch.data(), batch.tensors())[0])
+            value = float(subject(batch.data(), batch.tensors())[0].detach())
             assert value == pytest.approx(float(found[1]), rel=1e-5, nan_ok=True), v
 
 
@@ -361,9 +365,9 @@ def test_the_loss_in_a_report_is_that_of_the_batch_in_it(name: str) -> None:
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("bug", BUGS)
-def test_no_report_on_a_mutant_contradicts_itself(bug: str) -> None:
-    check_honesty(next(name for name, made in mutants.MUTANTS.items() if vars(made)["bug"] == bug))
+@pytest.mark.parametrize("name", {vars(made)["bug"]: name for name, made in mutants.MUTANTS.items()}.values())
+def test_no_report_on_a_mutant_contradicts_itself(name: str) -> None:
+    check_honesty(name)
 
 
 def unmasked(data: Sequence[Any], logprobs_list: Sequence[Tensor]) -> Any:
@@ -407,20 +411,21 @@ def test_a_law_that_is_skipped_is_shown_with_the_reason() -> None:
     assert report.as_dict()["counts"]["skipped"] == 1 and 'message="our slots are finite"' in report.junit()
 
 
-def whitened(data: Sequence[Any], logprobs_list: Sequence[Tensor]) -> Any:
-    """A loss whose advantages are centred over the batch."""
+def coupled(data: Sequence[Any], logprobs_list: Sequence[Tensor]) -> Any:
+    """A loss with a baseline that is a mean over the batch."""
     rows = [active(*pair, "advantages") for pair in zip(data, logprobs_list)]
-    mean = sum((w * a).sum() for w, _, a in rows) / sum(w.sum() for w, *_ in rows)
-    return -sum((w * (a - mean) * lp).sum() for w, lp, a in rows) / sum(w.sum() for w, *_ in rows), {}
+    mean = sum((w * lp.detach()).sum() for w, lp, _ in rows) / sum(w.sum() for w, *_ in rows)
+    return -sum((w * (a - mean / 8) * lp).sum() for w, lp, a in rows) / sum(w.sum() for w, *_ in rows), {}
 
 
 def test_a_coupling_that_is_declared_is_shown_and_its_laws_are_skipped() -> None:
-    why = "advantages are centred over the batch"
-    report = check(whitened, examples=0, couples=why)
+    why = "the baseline is a mean over the batch"
+    report = check(coupled, examples=0, couples=why)
     skipped = {v.law for v in report.verdicts if v.verdict == "skipped"}
     assert skipped == {law.__name__ for law in COUPLED}
     assert why in report.title and report.as_dict()["couples"] == why and f'value="{why}"' in report.junit()
-    assert {v.law for v in check(whitened, examples=0).broken} & skipped
+    assert {v.law for v in check(coupled, examples=0).broken} & skipped  # undeclared, it is found
+    assert {v.law for v in check(mutants.dpo_cross_talk, examples=0).broken} & skipped
 
 
 def test_a_subject_declares_by_attributes_what_the_options_say() -> None:
@@ -551,7 +556,7 @@ def run(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]:
     ("args", "status", "words"),
     [
         (["lossfns:cross_entropy"], 0, "laws hold"),
-        (["lossfns:group_advantages"], 0, "6 laws hold"),
+        (["lossfns:group_advantages"], 0, "10 laws hold"),
         ([HERE + "nll"], 0, "nll (likelihood)"),
         ([HERE + "half_of_nll"], 1, "most likely constant-factor"),
         ([HERE + "make_reinforce_loss", "--factory"], 0, "(policy)"),
@@ -634,7 +639,7 @@ def test_options_that_do_not_say_enough_are_refused(
 
 def test_declared_coupling_and_kind_are_options_too(capsys: pytest.CaptureFixture[str]) -> None:
     args = ("--couples", "centred over the batch", "--kind", "policy loss", "--json", "-")
-    report = json.loads(run(capsys, HERE + "whitened", *args)[1])
+    report = json.loads(run(capsys, HERE + "coupled", *args)[1])
     assert report["couples"] == "centred over the batch" and report["kind"] == "policy" and not report["guessed"]
     assert {v["law"] for v in report["verdicts"] if v["verdict"] == "skipped"} == {law.__name__ for law in COUPLED}
 

@@ -23,7 +23,8 @@ from lossfns.testing.forms import PROBE, ContractLoss, FactoryLoss, PaddedLoss
 from lossfns.testing.kinds import detect_kind, takes_rewards
 from lossfns.testing.laws.base import NotApplicable, Probe, reads_only_mask
 from lossfns.testing.names import column_of
-from lossfns.testing.subject import adapt, adapt_advantages, from_file, knobs, load, padded, with_settings
+from lossfns.testing.settings import knobs, with_settings
+from lossfns.testing.subject import adapt, adapt_advantages, from_file, load, padded
 
 # One number for each datum, so that a loss that takes one advantage for each datum can be compared.
 BATCH = PROBE.having(

@@ -85,6 +85,7 @@ POLICY = (
     *GRADIENTS_AND_PRECISION,
     *MASKS,
     policy.kl,
+    policy.kl_estimator,
     policy.kl_everywhere,
     policy.kl_unscaled,
     policy.zero_advantage,
@@ -203,8 +204,8 @@ PREFERENCE = (
     preference.margin_metrics,
 )
 ADVANTAGES: tuple[AdvantageLaw, ...] = (
-    advantages.alone,
     advantages.constant,
+    advantages.alone,
     advantages.ordered,
     advantages.groupwise,
     advantages.baseline,
@@ -241,6 +242,7 @@ SELF_CONTAINED = frozenset(
         policy.ratio_gradient,
         policy.ratio_symmetry,
         policy.kl,
+        policy.kl_estimator,
         policy.kl_everywhere,
         policy.kl_unscaled,
         policy.penalty,

@@ -421,37 +421,22 @@ def reads_only_mask(probe: Probe) -> bool:
     return "mask" in read and "weights" not in read
 
 
+def has_sequence_ratio(probe: Probe) -> bool:
+    """Return whether a token's gradient depends on the ratio of another token of its sequence."""
+    if "old_logprobs" not in probe.batch.columns:
+        return False
+    below, above, on = (probe(sequence_batch(probe, [0.0, d])).gradients[0][0] for d in (-0.5, 3.0, 0.0))
+    return not probe.close([below, above], [on, on])
+
+
+def sequence_batch(probe: Probe, log_ratios: Sequence[float]) -> Batch:
+    """Return one sequence with these log-ratios."""
+    batch = uniform_batch(probe.batch, length=len(log_ratios), logprobs=-30.0)
+    old = [[-30.0 - d for d in log_ratios]]
+    return batch.having(**{n: old for n in ("old_logprobs", "sampler_logprobs") if n in batch.columns})
+
+
 # What a loss says of itself
-
-
-def setting_named(loss_fn: LossFn, *names: str) -> tuple[str, float] | None:
-    """Return name and value of the first numeric setting that has one of these names, or None."""
-    from lossfns.testing.subject import knobs
-
-    for name, value in knobs(loss_fn).items():
-        if name.lower() in names and isinstance(value, (int, float)) and not isinstance(value, bool):
-            return name, float(value)
-    return None
-
-
-def setting_of(loss_fn: LossFn, why: str, *names: str) -> tuple[str, float]:
-    """Return name and value of the first numeric setting with one of these names. Raise NotApplicable without one."""
-    found = setting_named(loss_fn, *names)
-    if found is None:
-        raise NotApplicable(why)
-    return found
-
-
-def with_setting(probe: Probe, name: str, value: float) -> Probe:
-    """Return the probe of the loss with another setting. Raise NotApplicable where the loss refuses it."""
-    from lossfns.testing.subject import with_settings
-
-    try:
-        other = replace(probe, loss_fn=with_settings(probe.loss_fn, **{name: value}))
-        other(uniform_batch(probe.batch, length=2, datums=unit_size(probe.batch)))
-    except (LawBroken, TypeError, ValueError) as refusal:
-        raise NotApplicable(f"it refuses {name} = {value:g}") from refusal
-    return other
 
 
 def is_described_as(loss_fn: LossFn, word: str) -> bool:

@@ -18,6 +18,7 @@ from lossfns.testing.laws.base import (
     assume,
     batch_kind,
     column_rows,
+    has_sequence_ratio,
     influences,
     on_policy_batch,
     repeat_rows,
@@ -83,16 +84,18 @@ STATISTIC = "the datums act on one another through one number of the batch; decl
 def whitens_advantages(probe: Probe) -> bool:
     """Return whether advantages are whitened over the batch, as in REINFORCE++, which is no bug of a loss.
 
-    The gradient is then an affine function of the datum's advantage, whose slope and offset depend on the batch. A loss
-    that claims to be one of this library does not whiten.
+    The gradient is then an affine function of the datum's advantage, whose slope and offset depend on the batch. In
+    distillation the advantage is teacher − student. A loss that claims to be one of this library does not whiten.
     """
-    if "advantages" not in probe.batch.columns or getattr(probe.loss_fn, "like", None) is not None:
+    column = "ref_logprobs" if batch_kind(probe.batch) == "distillation" else "advantages"
+    if column not in probe.batch.columns or getattr(probe.loss_fn, "like", None) is not None:
         return False
-    batch = on_policy_batch(uniform_batch(probe.batch, datums=4))
+    batch = on_policy_batch(uniform_batch(probe.batch, datums=4, logprobs=-12.0))
+    level = -12.0 if column == "ref_logprobs" else 0.0
 
     def gradients(*advantages: float) -> list[float]:
-        rows = [[a] * len(row) for a, row in zip(advantages, batch.weights)]
-        return [row[0] for row in probe(batch.having(advantages=rows)).gradients]
+        rows = [[level + a] * len(row) for a, row in zip(advantages, batch.weights)]
+        return [row[0] for row in probe(batch.having(**{column: rows})).gradients]
 
     def slope(advantages: Sequence[float], gs: Sequence[float]) -> float | None:
         slopes = [(g - gs[0]) / (a - advantages[0]) for a, g in zip(advantages[1:], gs[1:])]
@@ -237,8 +240,6 @@ def gradient_positions(probe: Probe, batch: Batch) -> list[tuple[int, int]]:
 
 def check_advantage_position(probe: Probe, batch: Batch) -> None:
     """Require that a token's advantage changes the gradient of that token alone, or of its sequence with one ratio."""
-    from lossfns.testing.laws.policy import has_sequence_ratio
-
     zero_advantages = with_constants(batch, advantages=0.0)
     background = probe(zero_advantages).gradients
     hits = {}

@@ -24,13 +24,12 @@ from lossfns.testing.laws.base import (
     wrong,
 )
 from lossfns.testing.laws.settings import NamedNumber, named_numbers, nearer_to_off, role_of, words
+from lossfns.testing.settings import knobs, setting_elements, variants
 
 
 @wrong("a setting that does nothing is not the loss that was asked for")
 def no_inert_knob(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
     """Each setting changes the value or the gradient on some batch."""
-    from lossfns.testing.subject import knobs, setting_elements, variants
-
     probe = Probe.of(loss_fn, data, logprobs)
     # Setting → the indices of the elements that have not changed the loss on any batch so far.
     inert = {
@@ -86,8 +85,6 @@ def must_matter(name: str, value: Any) -> bool:
 
 def acts_with_another(probe: Probe, name: str, indices: list[int | None]) -> bool:
     """Return whether a setting has an effect once another one has another value, such as a coefficient that is 0."""
-    from lossfns.testing.subject import knobs, variants
-
     loss_fn = probe.loss_fn
     batches = [ratio_batch(probe.batch, d, by_token=True) for d in (0.15, 1.0, 25.0)]
     for other, value in knobs(loss_fn).items():

@@ -18,7 +18,6 @@ from lossfns.testing.laws.base import (
     column_rows,
     fragile,
     metric_difference,
-    numbers,
     on_policy_batch,
     require,
     slots,
@@ -34,7 +33,7 @@ OTHER_VALUES = {"advantages": 5.0}
 
 @wrong("masked slots hold the prompt's logprobs and advantages, which are arbitrary finite numbers")
 def masked_values(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
-    """Another ordinary number in a masked slot changes neither value nor gradient nor metric."""
+    """Another ordinary number in a masked slot changes neither value nor gradient."""
     probe = Probe.of(loss_fn, data, logprobs)
     batch = with_padding(unpoisoned(probe.batch))
     clean = probe(batch)
@@ -47,11 +46,6 @@ def masked_values(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tenso
         difference = probe.difference(result, clean)
         bug = "kl-unmasked" if name == "ref_logprobs" and "advantages" in batch.columns else "mask-missing"
         require(not difference, bug, f"{seen} {difference}.", result.batch)
-        metrics = numbers(result.metrics)
-        for metric, before in numbers(clean.metrics).items():
-            after = metrics.get(metric)
-            words = f"{seen} the metric {metric!r} is {after}, not {before}."
-            require(after is not None and probe.close(after, before), "metric-unmasked", words, result.batch)
 
 
 @fragile("slots that are masked usually hold finite numbers")
@@ -103,11 +97,6 @@ def diagnose_leak(name: str, clean: Outcome, result: Outcome) -> str:
     return "kl-unmasked" if name == "ref_logprobs" else "mask-missing"
 
 
-OF_TRAINED_TOKENS = ("loss", "nll", "ppl", "perplexity", "kl", "ratio", "clip", "entropy", "logp", "adv", "reward",
-    "margin", "acc")  # fmt: skip
-"""Words in the names of metrics that are of trained tokens alone. Others, such as a packing efficiency, need not be."""
-
-
 @wrong("the amount of padding depends on the batch and must not change the loss")
 def padding(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
     """Masked tokens around a sequence and inside it change nothing, and get a gradient of exactly 0."""
@@ -126,11 +115,6 @@ def padding(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) ->
         bug = "padding-in-denominator" if on_policy and not same_value else "padding-in-sequence-ratio"
         seen = f"With masked tokens around and inside each sequence, {difference}, without them"
         require(not difference, bug, f"{seen} ({'on-policy' if on_policy else 'off-policy only'}).", after.batch)
-        for name in before.metrics:
-            if name in after.metrics and any(word in name.lower() for word in OF_TRAINED_TOKENS):
-                now, was = after.metrics[name], before.metrics[name]
-                words = f"With masked tokens around and inside each sequence the metric {name!r} is {now}, not {was}."
-                require(probe.close(now, was), "padding-in-denominator", words, after.batch)
 
 
 @fragile("a sequence without trained tokens is rare, and which sequences a mean counts is a rule of the house")

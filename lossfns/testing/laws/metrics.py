@@ -75,13 +75,13 @@ def weighted_mean(values: list[float], counts: list[float]) -> float:
 
 @wrong("a metric of the batch must be of all its trained tokens, and of no others")
 def metric_scope(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
-    """A metric does not depend on masked tokens, on padding or on the order of the datums."""
+    """A metric does not depend on masked tokens or on padding."""
     probe = Probe.of(loss_fn, data, logprobs)
     batch = without_empty_units(unpoisoned(probe.batch))
     padded = with_padding(batch)
     plain, wide, masked = (numbers(probe(b).metrics) for b in (batch, padded, with_other_masked_values(padded)))
     for name, value in plain.items():
-        if set(words(name)) & ABOUT_PADDING:
+        if not set(words(name)) & OF_TOKENS or set(words(name)) & ABOUT_PADDING:
             continue
         seen = f"The metric {name!r} is {wide.get(name)} with padding"
         other = f"{seen}, and {masked.get(name)} with other values in the masked slots."
@@ -92,6 +92,11 @@ def metric_scope(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor
         require(bool(same), "metric-unmasked", f"{seen}, {value} without.")
 
 
+OF_TOKENS = {"loss", "nll", "ppl", "perplexity", "kl", "approxkl", "clip", "clipfrac", "clipped", "ratio", "logratio",
+    "logp", "logps", "logprob", "logprobs", "lp", "prob", "entropy", "adv", "advantage", "advantages", "reward",
+    "rewards", "margin", "margins", "acc", "accuracy", "accuracies", "tis", "weight", "weights", "chosen",
+    "rejected"}  # fmt: skip
+"""Words in the names of metrics that are about trained tokens. What another metric counts is its writer's choice."""
 ABOUT_PADDING = {"pad", "padding", "padded", "width", "slots", "shape", "util", "utilization", "masked", "mask",
     "coverage", "density", "valid", "trained", "active", "fill", "occupancy"}  # fmt: skip
 
@@ -101,7 +106,8 @@ def with_other_masked_values(batch: Batch) -> Batch:
     changed = batch.map(
         lambda rows: [[x if w else x - 1.75 for x, w in zip(row, ws)] for row, ws in zip(rows, batch.weights)]
     )
-    return changed.having(weights=batch.weights)
+    labels = {name: rows for name, rows in batch.columns.items() if name == "labels"}  # one for all tokens of a datum
+    return changed.having(weights=batch.weights, **labels)
 
 
 def alike(a: float | None, b: float | None) -> bool:

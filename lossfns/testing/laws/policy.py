@@ -16,12 +16,14 @@ from lossfns.testing.laws.base import (
     assume,
     columns_read,
     fragile,
+    has_sequence_ratio,
     influences,
     numbers,
     on_policy_batch,
     reads_only_mask,
     relative_difference,
     require,
+    sequence_batch,
     slots,
     uniform_batch,
     unpoisoned,
@@ -31,6 +33,7 @@ from lossfns.testing.laws.base import (
 )
 from lossfns.testing.laws.settings import asks_for_k1, claims_to_be, named_numbers, words
 from lossfns.testing.laws.sums import COUNTS
+from lossfns.testing.settings import knobs
 
 LOG_RATIOS = [0.001 * 1.35**i for i in range(28)]
 """Log-ratios from 0.001, within GSPO's bounds, to 3.3, past the usual bounds of every loss."""
@@ -136,7 +139,7 @@ def entropy(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) ->
 def zero_advantage(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
     """Advantage 0 at the reference: loss and gradient are 0."""
     probe = Probe.of(loss_fn, data, logprobs)
-    assume(not asks_for_k1(loss_fn), "its settings ask for k1, whose gradient is 1 at the reference")
+    assume(not differentiates_k1(probe), "its KL term is k1, whose gradient is 1 at the reference")
     batch = on_policy_batch(with_constants(without_empty_units(unpoisoned(probe.batch)), advantages=0.0))
     result = probe(batch)
     g = max((g for row in result.gradients for g in row), key=abs)
@@ -148,7 +151,7 @@ def zero_advantage(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tens
         bonus = unlikely < likely and not probe.close(likely, unlikely)
         assume(not bonus, "it has an entropy bonus")
         assume(not weighs_likelihood(probe), "its weight is positive for every advantage")
-    require(zero, "k1-in-loss" if has_kl else "sign-flipped", seen, result.batch)
+    require(zero, "kl-sign" if has_kl else "sign-flipped", seen, result.batch)
 
 
 @wrong("a penalty must pull back")
@@ -172,22 +175,18 @@ def penalty(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) ->
 @wrong("a KL term must pull to the reference")
 def kl(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
     """The KL term pulls to the reference from either side, whatever the advantage."""
-    from lossfns.testing.subject import knobs
-
     probe = Probe.of(loss_fn, data, logprobs)
     assume("ref_logprobs" in columns_read(probe), "it reads no reference")
     off = [name for name, value in knobs(loss_fn).items() if "kl" in name and type(value) in (int, float) and not value]
     assume(not off, f"{off[0] if off else ''} is 0")
-    assume(not asks_for_k1(loss_fn), "its settings ask for k1, whose pull is the same on both sides")
+    assume(not differentiates_k1(probe), "its KL term is k1, whose pull is the same on both sides")
     # (advantage, lp − ref) → the gradient of the KL term, relative to the gradient at the reference
     pull = {(a, x): kl_pull(probe, x, a) for a in (0.0, 1.0, -2.0) for x in (0.5, -0.5)}
     values = [value_and_gradient_at(probe, 0.0, 0.0, ref_logprobs=-30.0 - x)[0] for x in (0.0, 0.5)]
-    at_reference = value_and_gradient_at(probe, 0.0, 0.0, ref_logprobs=-30.0)[1]
     above, below = pull[0.0, 0.5], pull[0.0, -0.5]
     seen = f"Half a nat above the reference the KL term's gradient is {above:g}, half a nat below it {below:g}"
     if all(p == 0 for p in pull.values()):
         changes = values[0] != values[1]
-        require(at_reference == 0 or not changes, "k1-in-loss", f"{seen}: {at_reference:g} everywhere.")
         assume(changes or not only_in_metrics(probe), "only its metrics use the reference")
         seen = f"{seen}; its value {'changes' if changes else 'does not change either'}."
         require(False, "kl-detached" if changes else "ref-inert", seen)
@@ -201,6 +200,26 @@ def kl(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None
     inverted = [math.expm1(x) * above / math.expm1(0.5) for x in distances]
     seen = f"At lp − ref = {distances} the KL term's gradients are {pulls}: exp(lp − ref) − 1 times a constant."
     require(not similar(pulls, inverted), "kl-inverted", seen)
+
+
+@fragile("its value is an unbiased estimate, which hosted APIs document; its expected gradient is 0 and holds nothing")
+def kl_estimator(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
+    """The gradient of the KL term depends on the reference."""
+    probe = Probe.of(loss_fn, data, logprobs)
+    assume("ref_logprobs" in columns_read(probe), "it reads no reference")
+    assume(not asks_for_k1(loss_fn), "its settings ask for k1")
+    push = value_and_gradient_at(probe, 0.0, 0.0, ref_logprobs=-30.0)[1]
+    seen = f"At advantage 0 the gradient is {push:g} at the reference and half a nat above and below it"
+    require(not differentiates_k1(probe), "k1-in-loss", f"{seen}: every sampled token becomes less likely.")
+
+
+def differentiates_k1(probe: Probe) -> bool:
+    """Return whether the KL term is lp − ref itself: its value depends on the reference, its gradient does not."""
+    if "ref_logprobs" not in columns_read(probe):
+        return False
+    at = [value_and_gradient_at(probe, 0.0, 0.0, ref_logprobs=-30.0 - x) for x in (0.0, 0.5, -0.5)]
+    values, gradients = zip(*at)
+    return values[0] != values[1] and gradients[0] != 0 and len(set(gradients)) == 1
 
 
 def kl_pull(probe: Probe, x: float, advantage: float, d: float = 0.0) -> float:
@@ -256,15 +275,11 @@ def kl_off_policy_pulls(
 
 def knobs_of(loss_fn: LossFn) -> list[str]:
     """Return the names of all settings."""
-    from lossfns.testing.subject import knobs
-
     return list(knobs(loss_fn))
 
 
 def only_in_metrics(probe: Probe) -> bool:
     """Return whether the reference changes a metric and the loss has no setting for a KL term."""
-    from lossfns.testing.subject import knobs
-
     reported = [
         probe(
             uniform_batch(probe.batch, logprobs=-30.0, old_logprobs=-30.0, sampler_logprobs=-30.0, ref_logprobs=ref)
@@ -385,16 +400,7 @@ def advantage_part(probe: Probe, log_ratios: Sequence[float], advantage: float) 
 
 def knob_values(loss_fn: LossFn) -> list[tuple[str, Any]]:
     """Return the settings; a list as a tuple."""
-    from lossfns.testing.subject import knobs
-
     return [(name, tuple(x) if isinstance(x, list) else x) for name, x in knobs(loss_fn).items()]
-
-
-def sequence_batch(probe: Probe, log_ratios: Sequence[float]) -> Batch:
-    """Return one sequence with these log-ratios."""
-    batch = uniform_batch(probe.batch, length=len(log_ratios), logprobs=-30.0)
-    old = [[-30.0 - d for d in log_ratios]]
-    return batch.having(**{n: old for n in ("old_logprobs", "sampler_logprobs") if n in batch.columns})
 
 
 def sequence_value(probe: Probe, log_ratios: Sequence[float]) -> float:
@@ -405,14 +411,6 @@ def sequence_value(probe: Probe, log_ratios: Sequence[float]) -> float:
 def sequence_gradient(probe: Probe, length: int) -> float:
     """Return the gradient of the first token of an on-policy sequence."""
     return probe(sequence_batch(probe, [0.0] * length)).gradients[0][0]
-
-
-def has_sequence_ratio(probe: Probe) -> bool:
-    """Return whether a token's gradient depends on the ratio of another token of its sequence."""
-    if "old_logprobs" not in probe.batch.columns:
-        return False
-    below, above, on = (probe(sequence_batch(probe, [0.0, d])).gradients[0][0] for d in (-0.5, 3.0, 0.0))
-    return not probe.close([below, above], [on, on])
 
 
 @wrong("on-policy the gradient is −A·w / D")
@@ -437,7 +435,7 @@ def on_policy(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) 
 
 
 def advantage_gradients(probe: Probe, batch: Batch) -> Rows:
-    """Return the gradients on a batch; of a policy loss, less those for advantages 0."""
+    """Return the gradients on a batch, less those for advantages 0 if it has advantages."""
     gradients = probe(batch).gradients
     if "advantages" not in batch.columns:
         return gradients

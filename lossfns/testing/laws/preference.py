@@ -22,18 +22,18 @@ from lossfns.testing.laws.base import (
     columns_read,
     fragile,
     influences,
+    is_described_as,
     reads_only_mask,
     require,
-    setting_named,
-    setting_of,
     shifted,
     slots,
     uniform_batch,
-    with_setting,
     with_slot,
     wrong,
 )
+from lossfns.testing.laws.settings import setting_named, setting_of, with_setting
 from lossfns.testing.laws.sums import central_difference
+from lossfns.testing.settings import knobs
 
 
 def pair_batch(probe: Probe, chosen: float = -2.0, rejected: float = -2.0, length: int = 1, pairs: int = 1) -> Batch:
@@ -165,7 +165,7 @@ def check_reference_positions(probe: Probe, batch: Batch) -> None:
         datum_slots = [(i, t) for t in range(len(batch.weights[i]))]
         raised = batch.having(ref_logprobs=shifted(batch.columns["ref_logprobs"], datum_slots, 0.25))
         datum_matters = not probe.close(probe(raised).value, probe(batch).value, scale=0.01)
-        same_pair = {k for k, _ in influential} <= {0, 1}
+        same_pair = {k for k, _ in influential} <= {0, 1} or set(influential) <= set(slots(batch))
         bug = "frame-shift" if datum_matters else "reference-misused" if same_pair else "datum-misaligned"
         require(False, bug, f"{seen}; the one of {(i, j)} does not.")
     require(not set(influential) & set(masked), "kl-unmasked", f"{seen}.")
@@ -260,8 +260,6 @@ def summed(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> 
 @wrong("the gradient is off by a constant factor")
 def pair_scale(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
     """If a pair is ranked right by a large margin, the gradient of the chosen side's likelihood is not halved."""
-    from lossfns.testing.subject import knobs
-
     probe = Probe.of(loss_fn, data, logprobs)
     assume("ref_logprobs" not in columns_read(probe), "it has a reference")
     assume(is_of_odds(probe), "its likelihood may have a factor, since it compares no odds")
@@ -415,13 +413,17 @@ def smoothing(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) 
     """Label smoothing adds a constant to the slope: β·ε (cDPO), β·ε/2, or −β·ε / (1 − 2ε) (robust DPO)."""
     probe = Probe.of(loss_fn, data, logprobs)
     name, value = setting_of(loss_fn, "it has no setting for label smoothing", *SMOOTHINGS, *SMALL_NUMBERS)
-    assume(name.lower() in SMOOTHINGS or value > 1e-3, "its ε guards a division")
+    described = any(
+        is_described_as(loss_fn, word) for word in ("smooth", "noise", "flip", "cdpo", "conservative", "robust")
+    )
+    assume(name.lower() in SMOOTHINGS or (value > 1e-3 and described), f"its {name} is not said to smooth labels")
     plain, smooth = with_setting(probe, name, 0.0), with_setting(probe, name, 0.2)
     margins = (-30.0, -2.0, 0.0, 2.0, 30.0)
     low, *mine, high = slopes(plain, (-FAR, *margins, FAR), side=0)
     smoothed = slopes(smooth, margins, side=0)
     assume(all(map(math.isfinite, (low, high, *mine, *smoothed))), f"it is not finite with {name} 0")
     assume(is_logistic(probe, mine[1:4], (low, high)), "it is not logistic")
+    assume(mine[2] < 0 < high - low, "it does not raise the chosen side")
     steepest = high - low
     added = [(s - g) / steepest for s, g in zip(smoothed, mine)]
     assume(max(map(abs, added)) > 1e-4, f"{name} has no effect")
@@ -506,7 +508,11 @@ def odds(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> No
     right = all(math.isclose(ratios[a], expected[a], rel_tol=1e-4) for a in gradients)
     worst = max(gradients, key=lambda a: abs(math.log(abs(ratios[a] / expected[a]) + 1e-30)))
     seen = f"At logprob {worst:g} on both sides the rejected side's gradient is {ratios[worst]:g} times that at −1"
-    require(constant or right, "log-odds-biased", f"{seen}, not {expected[worst]:g}.")
+    if constant or right:
+        return
+    at_zero = [g for row in probe(pair_batch(probe, chosen=-1e-10, rejected=-1e-10)).gradients for g in row]
+    bug = "log-odds-biased" if all(map(math.isfinite, at_zero)) else "log-odds-nan"
+    require(False, bug, f"{seen}, not {expected[worst]:g}.")
 
 
 @fragile("an even number of datums is right")
@@ -579,7 +585,7 @@ def pair_metrics(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor
                 right = near(value, [s * gaps[i] for s in scales]) or not near(value, mistaken)
             elif LOGPROB_WORDS & set(words):
                 right = near(value, [own[i]]) or not near(value, [own[1 - i], -own[i], -own[1 - i], *gaps])
-        require(right, "metric-wrong", seen)
+        require(right, "metric-wrong", seen, ahead.batch)
 
 
 LOGPROB_WORDS = {"logp", "logps", "logprob", "logprobs"}

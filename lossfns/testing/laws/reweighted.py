@@ -17,10 +17,10 @@ from lossfns.testing.laws.base import (
     is_described_as,
     reads_only_mask,
     require,
-    setting_named,
     uniform_batch,
     wrong,
 )
+from lossfns.testing.laws.settings import setting_named
 
 LIKELY_TO_UNLIKELY = (-0.01, -0.1, -0.5, -1.5, -3.0, -8.0, -30.0)
 

@@ -6,14 +6,15 @@ import functools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import CodeType
 from typing import Any
 
 from torch import Tensor
 
 from lossfns.loss import BoundLoss, Loss
-from lossfns.testing.laws.base import LossFn, is_described_as
+from lossfns.testing.laws.base import LawBroken, LossFn, NotApplicable, Probe, is_described_as, uniform_batch, unit_size
+from lossfns.testing.settings import knobs, with_settings
 
 
 @dataclass(frozen=True)
@@ -75,11 +76,12 @@ def role_of(name: str) -> str:
 
 def named_numbers(loss_fn: LossFn) -> list[NamedNumber]:
     """Return the numbers that set a loss. Elements of a pair of bounds have the roles ``low`` and ``high``."""
-    from lossfns.testing.subject import knobs, with_settings
 
     def change(name: str, element: int | None, new: float) -> LossFn:
         current = knobs(loss_fn)[name]
-        return with_settings(loss_fn, **{name: new if element is None else replace_element(current, element, new)})
+        value = new if element is None else replace_element(current, element, new)
+        changed: LossFn = with_settings(loss_fn, **{name: value})
+        return changed
 
     found = []
     for name, value in knobs(loss_fn).items():
@@ -148,8 +150,6 @@ def with_constant(loss_fn: LossFn, namespace: dict[str, Any], name: str, value: 
 
 def asks_for_k1(loss_fn: LossFn) -> bool:
     """Return whether a setting of the KL term asks for the estimator k1."""
-    from lossfns.testing.subject import knobs
-
     named = {name: getattr(value, "__name__", value) for name, value in knobs(loss_fn).items()}
     return any("kl" in words(name) and value in ("k1", "kl") for name, value in named.items())
 
@@ -166,3 +166,33 @@ def nearer_to_off(value: float) -> float | None:
     if not math.isfinite(value) or value in (0.0, 1.0):
         return None
     return value / 2 if value < 0.5 else 1 + (value - 1) / 2
+
+
+def setting_named(loss_fn: LossFn, *names: str) -> tuple[str, float] | None:
+    """Return name and value of the first numeric setting that has one of these names, or None."""
+    from lossfns.testing.settings import knobs
+
+    for name, value in knobs(loss_fn).items():
+        if name.lower() in names and isinstance(value, (int, float)) and not isinstance(value, bool):
+            return name, float(value)
+    return None
+
+
+def setting_of(loss_fn: LossFn, why: str, *names: str) -> tuple[str, float]:
+    """Return name and value of the first numeric setting with one of these names. Raise NotApplicable without one."""
+    found = setting_named(loss_fn, *names)
+    if found is None:
+        raise NotApplicable(why)
+    return found
+
+
+def with_setting(probe: Probe, name: str, value: float) -> Probe:
+    """Return the probe of the loss with another setting. Raise NotApplicable where the loss refuses it."""
+    from lossfns.testing.settings import with_settings
+
+    try:
+        other = replace(probe, loss_fn=with_settings(probe.loss_fn, **{name: value}))
+        other(uniform_batch(probe.batch, length=2, datums=unit_size(probe.batch)))
+    except (LawBroken, TypeError, ValueError) as refusal:
+        raise NotApplicable(f"it refuses {name} = {value:g}") from refusal
+    return other

@@ -215,7 +215,7 @@ def permutation(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]
     for name, value in numbers(plain.metrics).items():
         reverse = numbers(back.metrics).get(name, math.nan)
         words = f"With this batch in reverse order the metric {name!r} is {reverse}, not {value}."
-        require(probe.close(reverse, value), "order-dependent", words, back.batch)
+        require(probe.close(reverse, value), "metric-not-mergeable", words, back.batch)
 
 
 @wrong("the gradient is not that of the value")

@@ -15,14 +15,12 @@ from lossfns.testing.laws.base import (
     assume,
     influences,
     require,
-    setting_named,
-    setting_of,
     shifted,
     uniform_batch,
-    with_setting,
     wrong,
 )
 from lossfns.testing.laws.preference import BETAS, near, words_of
+from lossfns.testing.laws.settings import setting_named, setting_of, with_setting
 
 
 def answers(probe: Probe, *given: tuple[float, float]) -> Batch:
@@ -44,9 +42,9 @@ def labels(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> 
         seen = f"At lp − ref = {gap:g} the gradient is {desirable:g} for a desirable and {undesirable:g} for an"
         seen = f"{seen} undesirable answer, the loss {result.value:g}."
         assume(desirable != 0 or undesirable != 0, "there is no gradient")
-        require(desirable * undesirable < 0, "label-ignored", seen)
+        require(desirable * undesirable < 0, "label-ignored", seen, result.batch)
         bug = "sign-flipped" if result.value < 0 else "sides-swapped"
-        require(desirable < 0 < undesirable, bug, seen)
+        require(desirable < 0 < undesirable, bug, seen, result.batch)
 
 
 @wrong("a loss with a reference is a function of policy − reference")
