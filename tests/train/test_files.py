@@ -108,7 +108,7 @@ def test_a_row_that_cannot_be_used_is_named_by_file_line_and_field(row: bytes, s
         (b"Once upon a time.\nThe end.\n", "Convert plain text: python -c"),
         (b"PAR1....", "a Parquet file. Convert it: python -c"),
         (b"ARROW1", "an Arrow file. Convert it: python -c"),
-        (gzip.compress(GOOD), "a gzip file. Unpack it: gunzip -k"),
+        (gzip.compress(GOOD, mtime=0), "a gzip file. Unpack it: gunzip -k"),
         (b"PK\x03\x04", "a zip archive or a spreadsheet. Unpack it (unzip"),
         (b"\x80\x04\x95", "a pickle"),
         (b"\x89PNG\r\n", "an image. The model reads text only"),
