@@ -298,7 +298,6 @@ WRONG: dict[str, tuple[str, str, Loss]] = {
         kl_coef=0.05)),
     "k3 is taken the wrong way round": ("kl", "kl-inverted", ppo_with(
         lambda r, a, x, beta, **_: clipped(r, a) + beta * k3(-x), beta=0.05)),
-    "k1 instead of k3": ("kl", "k1-in-loss", ppo_with(lambda r, a, x, beta, **_: clipped(r, a) - beta * x, beta=0.05)),
     "beta is applied twice": ("kl_strength", "kl-beta-twice", ppo_with(
         lambda r, a, x, kl_beta, **_: clipped(r, a) + kl_beta * kl_beta * k3(x), kl_beta=0.05)),
     "the KL coefficient scales the whole loss": ("kl_strength", "setting-misplaced", ppo_with(
@@ -353,7 +352,7 @@ WRONG: dict[str, tuple[str, str, Loss]] = {
             "clip_frac_high": mean((r < 0.8).float(), mask)})),
     "the KL is a mean over all slots": ("metric_scope", "metric-unmasked", ppo_with(
         metrics=lambda old, raw, **_: {"approx_kl": (old - raw).mean()})),
-    "the metric is of the first datum": ("permutation", "order-dependent", ppo_with(
+    "the metric is of the first datum": ("permutation", "metric-not-mergeable", ppo_with(
         metrics=lambda r, mask, **_: {"ratio_of_batch": mean(r[:1], mask[:1])})),
 }  # fmt: skip
 
@@ -362,6 +361,11 @@ WRONG: dict[str, tuple[str, str, Loss]] = {
 def test_a_wrong_policy_loss_is_called_wrong_by_its_law(name: str) -> None:
     law, bug, loss = WRONG[name]
     assert found(loss, law) == ("wrong", bug)
+
+
+def test_k1_instead_of_k3_is_fragile() -> None:
+    loss = ppo_with(lambda r, a, x, beta, **_: clipped(r, a) - beta * x, beta=0.05)
+    assert found(loss, "kl_estimator") == ("fragile", "k1-in-loss")
 
 
 def test_gspo_token_without_the_ratio_in_its_gradient_is_found() -> None:
