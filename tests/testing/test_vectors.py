@@ -270,9 +270,31 @@ UNSEEN = {
     "metric-not-mergeable",
     "metric-scaled-twice",
     "metric-counts-nonbinding",
+    "metric-miscounts",
+    "metric-not-a-float",
+    "metric-sign",
+    "metric-unmasked",
+    "metric-wrong",
+    "global-state-changed",
     "another-loss",
+    # Settings and losses that no vector has
+    "beta-misplaced",
+    "class-weights-swapped",
+    "entropy-constant",
+    "entropy-sign",
+    "factor-unbounded",
+    "focal-factor",
+    "group-of-one-rewarded",
+    "label-ignored",
+    "margin-clamped",
+    "one-side-normalised",
+    "reference-point-negative",
+    "rejected-raised",
+    "saturation-reversed",
+    "smoothing-misapplied",
+    "target-margin",
 }
-"""Bugs that one answer cannot show. They concern repeated calls, traces, metrics, token ids, ranks and the claim."""
+"""Bugs that one answer cannot show: of repeated calls, traces, metrics, token ids, ranks, the claim, and other losses."""
 
 
 def test_the_flags_are_all_bugs_that_show_and_every_bug_has_vectors() -> None:
