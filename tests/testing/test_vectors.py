@@ -294,7 +294,7 @@ UNSEEN = {
     "smoothing-misapplied",
     "target-margin",
 }
-"""Bugs that one answer cannot show: of repeated calls, traces, metrics, token ids, ranks, the claim, and other losses."""
+"""Bugs that one answer cannot show: of repeated calls, traces, metrics, ids, ranks, the claim, and other losses."""
 
 
 def test_the_flags_are_all_bugs_that_show_and_every_bug_has_vectors() -> None:
