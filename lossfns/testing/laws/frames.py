@@ -222,6 +222,7 @@ def canary(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> 
     if misplaced:
         assume(any(misplaced.values()) or not whitens_advantages(probe), WHITENS)
         diagnose_misplaced_gradient(batch, misplaced)
+    assume(not whitens_advantages(probe), WHITENS)
     if "advantages" in batch.columns:
         with suppress(NotApplicable):  # the loss takes one advantage for each datum
             check_advantage_position(probe, batch)
