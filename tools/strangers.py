@@ -5,8 +5,9 @@
     python -m tools.strangers render            write the page from its own measurements
 
 A folder of losses has a ``manifest.json``, which says of each file: the object, the style, the kind, and whether the
-loss is correct. For a wrong one, ``bugs`` lists the ids of the bugs that may be named; where it is missing, the name is
-not judged. Each loss is checked as a user would check it, without options. Where the report says that the kind was
+loss is correct. ``FOLDER_bugs.json`` beside the folder lists, for a wrong one, the ids of the bugs that name what its
+writer planted; without it the name is not judged. These lists were made from the writer's words and the catalogue of
+bugs alone. Each loss is checked as a user would check it, without options. Where the report says that the kind was
 guessed, it is checked once more with the kind of the manifest. The page stores the measurements.
 """
 
@@ -98,10 +99,12 @@ class Measurement(NamedTuple):
 
 def strangers(folder: Path) -> Iterator[Stranger]:
     """Yield the losses of every manifest in a folder."""
+    named = folder.with_name(f"{folder.name}_bugs.json")
+    all_bugs = json.loads(named.read_text(encoding="utf-8")) if named.exists() else {}
     for manifest in sorted(folder.rglob("manifest.json")):
         for entry in json.loads(manifest.read_text(encoding="utf-8")):
             path = (manifest.parent / entry["file"]).relative_to(folder).as_posix()
-            bugs = tuple(entry.get("bugs", ()))
+            bugs = tuple(all_bugs.get(path, ()))
             yield Stranger(path, entry["object"], entry["style"], entry["kind"], entry["correct"], bugs)
 
 
