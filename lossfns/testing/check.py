@@ -306,7 +306,9 @@ def law_trials(
 
     def trial(law: Law) -> Trial:
         first, count = (small[-1:], 0) if makes_own_batches(law) else (small, examples)
-        if_broken = "unsure" if guessed and law not in ANY_KIND else severity(law)
+        # A kind is a guess mostly because the datums of a batch affect one another, which may be meant.
+        unsure = guessed and (law not in ANY_KIND or law in COUPLED)
+        if_broken = "unsure" if unsure else severity(law)
         run = partial(run_law, law, if_broken, partial(apply, law), first, drawn, count)
         return Trial(law.__name__, statement(law), run)
 

@@ -73,6 +73,8 @@ def must_matter(name: str, value: Any) -> bool:
     A tiny number guards against division by 0. A setting that is None may belong to a signature that many losses share,
     unless its name says what it does.
     """
+    if isinstance(value, str):
+        return False  # its other values may stand in another function
     if isinstance(value, list) and (len(value) > 4 or not all(isinstance(x, (int, float)) for x in value)):
         return False  # a list in which the loss keeps something
     found = set(words(name))
@@ -98,7 +100,8 @@ def acts_with_another(probe: Probe, name: str, indices: list[int | None]) -> boo
                     return True
             except Exception:  # the loss refuses this combination
                 continue
-            break
+            if not isinstance(value, str):  # of a name, every value is another formula
+                break
     return False
 
 
@@ -233,7 +236,8 @@ def clip_bounds(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]
     found = ends(probe)
     assume(any(end is not None for end in found.values()), "the gradient ends at no ratio")
     lows, highs = ([s.value for s in bounds if s.role == role] for role in ("low", "high"))
-    absolute = bool(lows and highs) and 0.5 < lows[0] <= 1 <= highs[0]
+    # (1, 1) may be two bounds or two epsilons.
+    absolute = bool(lows and highs) and 0.5 < lows[0] <= 1 <= highs[0] and lows[0] < highs[0]
     for bound in bounds:
         moved = moved_ends(probe, bound, found)
         other = {"low": "high", "high": "low"}.get(bound.role, "")
