@@ -142,13 +142,13 @@ def check(folder: Path, stranger: Stranger, *options: str) -> dict[str, Any] | N
 
 
 def verdict_of(report: dict[str, Any]) -> str:
-    """Return the gravest verdict of a report."""
+    """Return the most severe verdict of a report."""
     counts = report["counts"]
     return next((verdict for verdict in ("wrong", "unsure", "fragile") if counts[verdict]), "ok")
 
 
 def broken_laws(report: dict[str, Any]) -> tuple[str, ...]:
-    """Return the broken laws, the gravest first."""
+    """Return the broken laws, the most severe first."""
     by_verdict = {verdict: [] for verdict in ("wrong", "unsure", "fragile")}
     for v in report["verdicts"]:
         by_verdict.get(v["verdict"], []).append(v["law"])
@@ -174,12 +174,13 @@ INTRODUCTION = """\
 Written by `python -m tools.strangers write`; do not edit. `tests/strangers/README.md` says who wrote the losses.
 
 Each loss is checked as a user would check it: `lossfns check FILE.py:NAME`. Where the report says that the kind was
-guessed, it is checked once more with the kind that its writer named, and the second verdict counts. A correct loss must
-not be called wrong. A wrong one must be called wrong or fragile, and the first broken law should name its bug.
+guessed, the loss is checked once more with the kind that its writer named, and the second verdict counts. A correct
+loss must not be called wrong. A wrong one must be called wrong or fragile, and the first broken law should name its
+bug.
 
-Only the first section measures how the laws judge losses that they have not seen: it was made once, before anybody
-looked at these losses, and `write` keeps it. The other two show the laws of today on losses on which they were
-developed."""
+Only the first section measures how the laws judge losses that they have not seen. It was measured once, before anybody
+looked at these losses, and `write` keeps it. The other two sections show the current laws on the losses on which the
+laws were developed."""
 
 TITLES = {
     "held_out": "The half that was set aside, measured once",
