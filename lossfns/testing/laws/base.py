@@ -76,7 +76,7 @@ def wrong(why: str) -> Callable[[LawFn], LawFn]:
 
 
 def fragile(why: str) -> Callable[[LawFn], LawFn]:
-    """Mark a law that a loss may break and still be right on clean data, and say why that is no more than fragile."""
+    """Mark a law that a loss may break and still be right on clean data, and say why it is only fragile."""
     return partial(with_severity, "fragile", why)
 
 

@@ -218,7 +218,7 @@ def same_place(a: float | None, b: float | None) -> bool:
     return a == b if a is None or b is None else math.isclose(a, b, rel_tol=0.01)
 
 
-def readings(side: str, value: float, absolute: bool) -> list[float]:
+def log_ratios_meant(side: str, value: float, absolute: bool) -> list[float]:
     """Return the log-ratios that a bound may mean: the ratio itself, 1 ± ε, 1 / (1 ± ε), or exp(±ε)."""
     sign = 1 if side == "high" else -1
     ratios = [value] if absolute else [value, 1 + sign * value, 1 / (1 - sign * value) if value != sign else 0.0]
@@ -249,19 +249,20 @@ def clip_bounds(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]
             if end is None or (moved is not None and side not in moved):
                 continue  # no bound on this side, or another one acts before this one
             seen = f"The setting {bound.name} is {bound.value:g}; the gradient ends or levels at {math.exp(end):.5g}"
-            if any(same_place(end, place) for place in readings(side, bound.value, absolute)):
+            if any(same_place(end, place) for place in log_ratios_meant(side, bound.value, absolute)):
                 continue
             epsilon = bound.value if side == "high" else -bound.value
             mistaken = absolute and 1 + epsilon > 0 and same_place(end, math.log(1 + epsilon))
             require(not mistaken, "clip-as-epsilon", f"{seen}.")
             crossed = [s for s in bounds if s.role == other and other]
-            exchanged = any(same_place(end, place) for s in crossed for place in readings(side, s.value, absolute))
+            places = [place for s in crossed for place in log_ratios_meant(side, s.value, absolute)]
+            exchanged = any(same_place(end, place) for place in places)
             require(not exchanged, "bounds-exchanged", f"{seen}, as {crossed[0].name if crossed else ''} says.")
             require(moved is None, "bound-elsewhere", f"{seen}.")
 
 
 def moved_ends(probe: Probe, bound: NamedNumber, before: dict[str, float | None]) -> set[str] | None:
-    """Return the sides of which the bound moves with a setting, or None if the setting has no other value."""
+    """Return the sides whose bound moves with a setting, or None if the setting has no other value."""
     other = nearer_to_off(bound.value)
     if other is None:
         return None
