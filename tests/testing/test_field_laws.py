@@ -198,9 +198,9 @@ def test_a_metric_of_the_padding_itself_may_change_with_it() -> None:
 def test_every_law_of_these_kinds_says_something_of_a_correct_loss() -> None:
     """No law steps aside for all of them. Each is tried until it has passed once."""
     kinds = ("preference", "unpaired", "reweighted", "distillation")
-    silent = {law.__name__ for kind in kinds for law in LAWS_BY_KIND[kind]} - OF_ANY_KIND
+    silent = {law.__name__ for k in kinds for law in LAWS_BY_KIND[k]} - OF_ANY_KIND
     with without_expected_warnings():
-        for kind, subject in ((kind, subject) for kind in kinds for subject in field.CORRECT[kind].values()):
+        for kind, subject in ((k, correct) for k in kinds for correct in field.CORRECT[k].values()):
             trials = prepare(subject, kind=kind, examples=0).trials
             silent -= {trial.law for trial in trials if trial.law in silent and trial.run().verdict == "pass"}
     assert silent == set()
