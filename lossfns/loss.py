@@ -32,7 +32,7 @@ P = ParamSpec("P")
 
 METRICS = (*ADDITIVE, *DIVIDED, "denominator", "rows")
 """Metrics of every loss. A statistic cannot have one of these names."""
-NAMED: dict[str, dict[str, Any]] = {
+FUNCTIONS_BY_NAME: dict[str, dict[str, Any]] = {
     "weigh": {weighing.name: weighing for weighing in WEIGHINGS},
     "kl": {"k1": k1, "k2": k2, "k3": k3},
     "level": {"token_level": token_level, "sequence_level": sequence_level, "geometric_level": geometric_level},
@@ -156,7 +156,7 @@ def one_number(denominator: Any) -> Any:
 
 
 def check_terms(loss: Loss, t: Tokens, result: Any, share: Any) -> None:
-    """Refuse what a loss of your own may return, but cannot mean: wrong shapes, and statistics named like a metric."""
+    """Refuse results of a user's loss that have the wrong shape, and statistics with the name of a metric."""
     if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Mapping)):
         fix = "Return (term, {}) if there are no statistics."
         raise LossInputError(
@@ -362,7 +362,7 @@ def resolve_name(knob: str, value: Any) -> Any:
     >>> resolve_name("weigh", "sequence_mean"), resolve_name("weigh", "sequence-mean")
     (sequence_mean, 'sequence-mean')
     """
-    return NAMED.get(knob, {}).get(value, value) if isinstance(value, str) else value
+    return FUNCTIONS_BY_NAME.get(knob, {}).get(value, value) if isinstance(value, str) else value
 
 
 def preset(build: Callable[P, Loss]) -> Callable[P, Loss]:

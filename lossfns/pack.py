@@ -323,7 +323,7 @@ def find_column(name: str, data: Sequence[Any], columns: Mapping[str, Any], rows
 
 
 def has_length(x: Any) -> bool:
-    """Whether ``len`` works, whatever the value's own method raises."""
+    """Return whether ``len`` works, whatever the value's own method raises."""
     try:
         return len(x) >= 0
     except Exception:
@@ -359,7 +359,7 @@ def check_one_number_each(name: str, given: Values, rows: Rows) -> Values:
 
 
 def may_be_number(name: str, rows: Rows) -> bool:
-    """Whether a column may have one number for each datum."""
+    """Return whether a column may have one number for each datum."""
     is_label = rows is SEQUENCES and name not in ("weights", "target_tokens", *LOGPROB_COLUMNS)
     return name == "advantages" or is_label
 
@@ -428,7 +428,7 @@ def as_tensor(row: Values) -> Tensor:
 
 
 def is_plain(x: Tensor) -> bool:
-    """Whether a tensor is a dense array of real numbers with storage. Of any other, even the shape may raise."""
+    """Return whether a tensor is a dense array of real numbers with storage. Otherwise even its shape may raise."""
     return x.layout == torch.strided and not (x.is_complex() or x.is_meta or x.is_nested or x.is_quantized)
 
 

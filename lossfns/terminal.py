@@ -65,7 +65,7 @@ def say(text: str) -> None:
 
 
 def discard(stream: TextIO | None) -> None:
-    """Send what a stream still holds, and all that follows, nowhere. Python would fail at its end to flush it."""
+    """Discard the buffered and all later output of a stream. Otherwise Python would fail to flush it at exit."""
     with suppress(OSError, ValueError, AttributeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # type: ignore[union-attr]
 
@@ -76,9 +76,9 @@ def print_report(
     json_to: str | None,
     text: Callable[[Any], str] = lambda report: report.table(),
 ) -> None:
-    """Print a report: with ``draw`` on a terminal, else as its ``text``. ``as_dict`` of it can be written as JSON.
+    """Print a report: with ``draw`` on a terminal, else as its ``text``. Write its ``as_dict`` as JSON on request.
 
-    If the reader of standard output has gone away, nothing is said, and the JSON is written all the same.
+    If the pipe of standard output is closed, the rest of the text is left out, and the JSON is still written.
 
     Args:
         report: an object with ``table()`` and ``as_dict()``.

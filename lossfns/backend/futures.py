@@ -153,10 +153,9 @@ class APIFuture(Generic[T]):
                 waiter.cancel()
 
     def _refuse_deadlock(self) -> None:
-        """Refuse a wait for which the thread that has yet to run the request waits itself, and cancel the request.
+        """Refuse a wait that would never end, because the thread that must run the request waits. Cancel the request.
 
-        The request that runs there remembers the refusal, since an error in a thread that it has started does not
-        reach it.
+        The running request records the refusal, since it does not see an error in a thread that it has started.
         """
         running = running_request()
         inside = running is not None and running._thread == self._thread
@@ -177,7 +176,7 @@ def check_timeout(timeout: Any) -> None:
 
 
 RUNNING: dict[int, weakref.ref[APIFuture[Any]]] = {}
-"""By the id of a thread: the request that it runs, or in which it was started."""
+"""Id of a thread → the request that the thread runs, or in which it was started."""
 
 
 def set_running(request: weakref.ref[APIFuture[Any]] | None) -> None:

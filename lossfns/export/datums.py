@@ -101,7 +101,7 @@ def check_single_datums(loss: Loss, name: str) -> None:
 
 
 def keeps_weights(loss: Loss) -> bool:
-    """Whether the terms depend on the scale of a sequence's weights, so that these cannot hold share / denominator.
+    """Return whether the terms depend on the scale of a sequence's weights, which then cannot hold share / denominator.
 
     A mean over the sequence, as in gspo, does not depend on it; a sum, as in ``sequence_level``, does.
     """

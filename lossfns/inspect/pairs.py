@@ -77,7 +77,7 @@ def inspect_pairs(
         for a, b in pairs:
             check_copied_reference(a, b, sides, references, findings)
             check_shared_reference(a, b, sides, references, findings)
-            check_exchanged_reference(a, b, references, witness(view, reads, policy), findings)
+            check_exchanged_reference(a, b, references, comparable_logprobs(view, reads, policy), findings)
     return {"pairs": len(sides) // 2, "with one prompt": together}
 
 
@@ -168,9 +168,9 @@ def check_unmasked_prompts(pairs: Sequence[tuple[Side, Side]], findings: Finding
     if min(own) > 1 and sum(own) >= MIN_UNMASKED:
         a, b = unmasked[0]
         message = (
-            f"the first {shared[0]} targets are trained, and are those of datum[{b.index}], in {len(unmasked)} of "
-            f"{len(pairs)} pairs so: is the prompt not masked? A mean over tokens or a likelihood term then trains it. "
-            "Give it weight 0 on both sides."
+            f"the first {shared[0]} targets are trained, and are those of datum[{b.index}]. {len(unmasked)} of "
+            f"{len(pairs)} pairs are like this: is the prompt not masked? A mean over tokens or a likelihood term then "
+            "trains it. Give it weight 0 on both sides."
         )
         findings.add("warning", "weights[0]", message, a.index)
 
@@ -183,12 +183,12 @@ def check_partners(sides: Sequence[Side], findings: Findings) -> int:
         starts = [max(before, after) for before, after in zip([with_next[-1], *with_next], with_next)]
 
     def agree(i: int, j: int) -> bool:
-        """Whether two datums have one prompt. It is not known of a datum without trained tokens."""
+        """Return whether two datums may have one prompt. A datum without trained tokens may have any prompt."""
         a, b = sides[i], sides[j]
         return not (a.trained and b.trained) or shared_tokens(a, b) > max(starts[i], starts[j])
 
     def linked(i: int, j: int) -> bool:
-        """Whether two datums of different pairs have one prompt that is no mere beginning of a template."""
+        """Return whether two datums of different pairs have one prompt, and not only the opening of a template."""
         longest = max(starts[i], starts[j])
         both = sides[i].trained and sides[j].trained
         return i // 2 != j // 2 and both and agree(i, j) and longest >= (1 if masked else MIN_UNMASKED)
@@ -263,12 +263,13 @@ def check_copied_reference(
     if len(at) < 3 or not np.array_equal(x, y) or len(np.unique(x)) < 2:
         return
 
-    def like_it(side: Side) -> bool:
+    def repeats_values(side: Side) -> bool:
+        """Return whether a side of another pair has the same values at these targets."""
         row = references[side.index]
         inside = at < len(row)
         return side.index // 2 != a.index // 2 and inside.sum() >= 3 and np.array_equal(row[at[inside]], x[inside])
 
-    if not any(like_it(side) for side in sides):  # made-up numbers stand in other pairs, too
+    if not any(repeats_values(side) for side in sides):  # made-up numbers stand in other pairs, too
         message = (
             f"the values are those of datum[{a.index}] from target {at[0]} on, where the tokens differ: was one side's "
             "row written to both? Compute the reference's logprobs of each side."
@@ -332,8 +333,8 @@ def gap(x: Array, y: Array) -> float:
     return float(np.abs(x - y).mean())
 
 
-def witness(view: BatchView, reads: Sequence[str], policy: Sequence[Tensor] | None) -> list[Array] | None:
-    """Return logprobs beside the reference's, which are near to these at the start: the policy's, or the old ones."""
+def comparable_logprobs(view: BatchView, reads: Sequence[str], policy: Sequence[Tensor] | None) -> list[Array] | None:
+    """Return the logprobs that are close to the reference's at the start of training: the policy's, or the old ones."""
     if policy is not None:
         fit = len(policy) == len(view.shapes) and all(tuple(x.shape) == tuple(y) for x, y in zip(policy, view.shapes))
         return [row.detach().double().cpu().numpy() for row in policy] if fit else None

@@ -170,9 +170,9 @@ def ends_process(law: str, says: str, how: str) -> Verdict:
 
 
 def surviving_interrupts(prepared: Trials) -> Trials:
-    """Return the trials such that a subject that raises KeyboardInterrupt breaks the law in which it does.
+    """Return trials in which a subject that raises KeyboardInterrupt breaks the law that is running.
 
-    This is for a process that the user's Ctrl-C does not reach.
+    Use it in a process that the user's Ctrl-C does not reach.
     """
 
     def run(trial: Trial) -> Verdict:
@@ -252,8 +252,8 @@ def check(
         subject: a contract function, a ``Loss``, a factory, class or object of one, or a function of padded ``[B, T]``
             tensors or of sums over sequences; see "Forms of a loss" in the documentation.
         kind: a name in ``KINDS``, in any spelling that ``kind_named`` knows. Left out, it is the subject's attribute
-            ``kind``, or it is detected. If the detection is not certain, the laws of the kind alone are no reason to
-            fail.
+            ``kind``, or it is detected. If the detection is not certain, a broken law of this kind alone does not make
+            the loss wrong.
         factory: whether the subject is a factory; detected if left out.
         like: the loss of this library that the subject claims to be. Left out, it is the subject's attribute ``like``,
             or the subject itself if it is a loss of this library.
@@ -263,7 +263,7 @@ def check(
             that forbid this are skipped. Left out, it is the subject's attribute ``couples``.
         examples: the number of random batches for each law, in addition to the small ones.
 
-    Whatever the subject raises, SystemExit too, breaks the law in which it does; only KeyboardInterrupt passes.
+    Any exception of the subject, SystemExit too, breaks the law that is running. Only KeyboardInterrupt is not caught.
     ``lossfns check`` also survives a subject that ends or blocks its process.
 
     Raises:
@@ -306,7 +306,9 @@ def law_trials(
 
     def trial(law: Law) -> Trial:
         first, count = (small[-1:], 0) if makes_own_batches(law) else (small, examples)
-        if_broken = "unsure" if guessed and law not in ANY_KIND else severity(law)
+        # A kind is a guess mostly because the datums of a batch affect one another, which may be meant.
+        unsure = guessed and (law not in ANY_KIND or law in COUPLED)
+        if_broken = "unsure" if unsure else severity(law)
         run = partial(run_law, law, if_broken, partial(apply, law), first, drawn, count)
         return Trial(law.__name__, statement(law), run)
 
@@ -319,7 +321,7 @@ def severity(law: Callable[..., None]) -> str:
 
 
 def why(law: Callable[..., None]) -> str:
-    """Return why a loss that breaks a law is wrong, or no more than fragile."""
+    """Return why a loss that breaks a law is wrong, or only fragile."""
     return str(vars(law).get("why", ""))
 
 
@@ -394,7 +396,7 @@ def smallest_failure(
             raise error
 
     try:
-        with untouched_by_the_folder():
+        with hypothesis_without_folder():
             holds()
     except Exception:
         if not failures:  # an error of hypothesis itself
@@ -403,10 +405,10 @@ def smallest_failure(
 
 
 @contextmanager
-def untouched_by_the_folder() -> Iterator[None]:
+def hypothesis_without_folder() -> Iterator[None]:
     """Keep hypothesis from drawing constants of the user's modules, and from leaving a folder ``.hypothesis`` behind.
 
-    It does without a folder that it cannot make.
+    hypothesis continues without the folder if it cannot make it, as below ``os.devnull``.
     """
     from hypothesis import configuration
     from hypothesis.internal.conjecture import providers

@@ -68,8 +68,8 @@ def add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     p = commands.add_parser(
         "explain",
         help="explain a law or a bug of lossfns check",
-        description="Explain a law or a bug: what it says, how grave it is and why, what usually breaks it, and how to "
-        "mend that.",
+        description="Explain a law or a bug: what it states, its severity and the reason, the usual cause, and how to "
+        "fix it.",
     )
     p.add_argument("name", metavar="LAW|BUG", help="such as poison or mask-after-exp; lossfns check --list has all")
     p.set_defaults(run=explain_command)
@@ -170,14 +170,14 @@ def isolated_check(args: argparse.Namespace, skip: Mapping[str, str]) -> Report:
     return report
 
 
-CALL = ("contract", "A call returns a 0-d tensor that requires grad, and a dict of plain floats.")
-"""The law that the subject breaks if it ends the process before the first law, in the calls that find out its kind."""
+CALL = ("contract", "A call returns a 0-d tensor that requires grad, and a dict of metrics.")
+"""The law ``contract`` and its statement. The subject breaks it if a call that finds out the kind ends the process."""
 
 
 def check_and_send(
     args: argparse.Namespace, kind: str | None, like: Loss | None, skip: Mapping[str, str], send: Send
 ) -> None:
-    """Check the subject in this process, and send what is being done, the laws, and each verdict."""
+    """Check the subject in this process. Send each step or law before it runs, the list of laws, and each verdict."""
     from lossfns.testing.check import ends_process, prepare, surviving_interrupts
     from lossfns.testing.laws.base import describe_error
     from lossfns.testing.subject import load
@@ -245,8 +245,8 @@ def draw_broken(report: Report, console: Console) -> None:
 
 def draw_summary(report: Report, console: Console) -> None:
     """Print the verdict in one line."""
-    grave = report.broken[0].verdict if report.broken else "unsure" if report.stopped else "pass"
-    console.print(report.summary, style=STYLES[grave])
+    verdict = report.broken[0].verdict if report.broken else "unsure" if report.stopped else "pass"
+    console.print(report.summary, style=STYLES[verdict])
 
 
 def print_list(kind: str | None) -> None:

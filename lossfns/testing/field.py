@@ -1,7 +1,7 @@
-"""Losses of the field that this library has no preset of: correct ones, and the same with one bug each.
+"""Losses from papers and trainers for which this library has no preset: correct ones, and copies with one bug each.
 
-They show the laws of the kinds without a preset. ``CORRECT`` holds the correct ones by kind and name; ``WRONG`` the
-others by name and bug. ``lossfns.testing.mutants`` makes mutants of the latter.
+They test the laws of the kinds without a preset. ``CORRECT`` holds the correct losses by kind and name, ``WRONG`` the
+wrong ones by name and bug. ``lossfns.testing.mutants`` makes mutants of the wrong ones.
 
 >>> from lossfns.testing import check
 >>> check(CORRECT["unpaired"]["kto"], kind="unpaired", examples=0).ok
@@ -33,7 +33,7 @@ def column(datum: Any, name: str) -> Tensor:
 
 
 def rows(data: Data, logprobs: Logprobs, *names: str) -> list[list[Tensor]]:
-    """The weights, then the logprobs and the columns with 0 in masked slots, as one list of tensors each."""
+    """Return the weights, then the logprobs and the columns with 0 in masked slots, as one list of tensors each."""
     weights = [column(d, "weights") for d in data]
     for w, lp in zip(weights, logprobs, strict=True):
         if w.shape != lp.shape:
@@ -53,7 +53,7 @@ Term = Callable[..., Tensor]
 
 
 def of_pairs(term: Term, *, mean: bool = False, nll: float = 0.0) -> LossFn:
-    """A loss with a reference: a function of the log-ratios of chosen and rejected side."""
+    """Make a loss with a reference from its term, a function of the log-ratios of the chosen and the rejected side."""
 
     def loss_fn(data: Data, logprobs: Logprobs, **knobs: Any) -> Result:
         if len(data) % 2:
@@ -78,7 +78,7 @@ def of_pairs(term: Term, *, mean: bool = False, nll: float = 0.0) -> LossFn:
 
 
 def without_reference(term: Term, *, mean: bool, nll: float = 0.0) -> LossFn:
-    """A loss without a reference: a function of the logprobs of chosen and rejected side."""
+    """Make a loss without a reference from its term, a function of the logprobs of the chosen and the rejected side."""
 
     def loss_fn(data: Data, logprobs: Logprobs, **knobs: Any) -> Result:
         if len(data) % 2:
@@ -232,7 +232,7 @@ CORRECT_PAIRS: dict[str, LossFn] = {
 
 
 def uneven(chosen_by: str, rejected_by: str) -> LossFn:
-    """SimPO whose sides are divided by different lengths: none, its own, or that of the chosen side."""
+    """Make SimPO with one divisor for each side: "none", its "own" length, or that of the "chosen" side."""
 
     def loss_fn(data: Data, logprobs: Logprobs, beta: float = 2.0, gamma: float = 1.0) -> Result:
         if len(data) % 2:
@@ -355,9 +355,9 @@ def of_answers(
     reference: float = 1.0,
     exchanged: bool = False,
 ) -> LossFn:
-    """The mean over answers of a function of r = Σ w·(lp − ref), of z0 and of the label.
+    """Make a loss that is the mean over answers of a function of r = Σ w·(lp − ref), z0 and the label.
 
-    Two bugs: ``reference`` scales the reference, and the rewards of the metrics may be ``exchanged``.
+    Two arguments plant a bug: ``reference`` scales the reference, ``exchanged`` exchanges the rewards in the metrics.
     """
 
     def loss_fn(data: Data, logprobs: Logprobs, **knobs: Any) -> Result:
@@ -495,7 +495,7 @@ WRONG_REWEIGHTED["dft", "weights-binarised"] = binary_weights
 
 
 def of_teacher(loss: Callable[..., Tensor]) -> LossFn:
-    """The weighted mean of a function of the logprobs of student, sampler and teacher."""
+    """Make a loss that is the weighted mean of a function of the logprobs of student, sampler and teacher."""
 
     def loss_fn(data: Data, logprobs: Logprobs, **knobs: Any) -> Result:
         w, lp, old, teacher = flat(data, logprobs, "old_logprobs", "ref_logprobs")
@@ -611,7 +611,7 @@ CORRECT_LIKELIHOOD: dict[str, LossFn] = {
 
 
 def grouped(of: Callable[[list[float]], list[float]]) -> Callable[..., list[float]]:
-    """Advantages that are a function of the rewards of the prompt."""
+    """Make a function of group advantages from a function of the rewards of one prompt."""
 
     def advantages(rewards: Sequence[float], groups: Sequence[Any]) -> list[float]:
         result = [0.0] * len(rewards)
@@ -666,7 +666,7 @@ def reinforce_plus_plus_baseline(rewards: Sequence[float], groups: Sequence[Any]
 
 
 def by_position(rewards: Sequence[float], groups: Sequence[int]) -> list[float]:
-    """For groups of one size in a row, as ids ascend; refuses strings and other sizes."""
+    """Return the centred advantages of groups of one size with integers as ids. Refuse strings and unequal sizes."""
     ids = torch.tensor(groups)
     counts = torch.bincount(ids)
     if counts.min() != counts.max():
@@ -724,7 +724,7 @@ WRONG_ADVANTAGES: dict[tuple[str, str], Any] = {
 
 
 def whitened(over_all: bool) -> LossFn:
-    """REINFORCE with advantages whitened over the batch: over the trained tokens, or over all slots."""
+    """Make REINFORCE with advantages that are whitened over the trained tokens of the batch, or over all slots."""
 
     def loss_fn(data: Data, logprobs: Logprobs) -> Result:
         w, lp, a = flat(data, logprobs, "advantages")

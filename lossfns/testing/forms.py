@@ -80,7 +80,7 @@ class Adapted:
         return other
 
     def find_unused(self) -> frozenset[str]:
-        """Return the optional parameters whose columns do not change the gradients. A call that fails shows a use."""
+        """Return the optional parameters whose columns do not change the gradients. A failing call shows a use."""
         return frozenset(name for name in self.optional if not self.uses(name))
 
     def uses(self, name: str) -> bool:
@@ -118,32 +118,32 @@ class ContractLoss(Adapted):
     """A contract function that an object, a class or a factory makes, or one that reads fields of other names.
 
     Attributes:
-        spells: whether it reads fields by other names than the datums'.
-        read: the names of the fields as it spells them.
-        missing: those that no datum has.
+        renames: whether it reads fields by other names than the datums'.
+        read: the names by which it reads fields.
+        missing: the names that it reads and that no datum has.
     """
 
     def __init__(self, target: Target) -> None:
         super().__init__(target)
-        self.spells = True
+        self.renames = True
         self.read: set[str] = set()
         self.missing: set[str] = set()
 
     def __call__(self, data: Sequence[Any], logprobs_list: Sequence[Tensor]) -> Any:
-        if self.spells:
+        if self.renames:
             data = [SpelledDatum(datum, self.read, self.missing) for datum in data]
         return self.target.fn(data, logprobs_list)
 
 
 class SpelledFields(dict[str, Any]):
-    """A datum's fields, which answer to the names in ``PARAMETER_NAMES`` too, and record the names that are read."""
+    """A datum's fields, which can also be read by the names in ``PARAMETER_NAMES``. Record the names that are read."""
 
     def __init__(self, fields: Any, read: set[str], missing: set[str]) -> None:
         super().__init__(fields)
         self.fields, self.read, self.missing = fields, read, missing
 
     def resolve(self, name: Any) -> Any:
-        """Return the name of the field that holds what is asked for."""
+        """Return the name of the field that another name stands for."""
         column = column_of(name) if isinstance(name, str) and name not in self.fields else None
         return column if column in self.fields else name
 
@@ -203,8 +203,8 @@ def datum_advantage(row: Tensor, weights: Tensor, what: str = "advantage") -> fl
 def columns_of(names: Sequence[str]) -> dict[str, str]:
     """Return parameter → column.
 
-    Labels beside logprobs alone are token ids, as in HF. The sampler's logprobs take the place of the old ones if they
-    are the only ones; beside proximal logprobs, the old ones are those of the policy that sampled.
+    Without a parameter for weights or reference logprobs, labels are token ids, as in Hugging Face. Without one for old
+    logprobs, the sampler's logprobs get the old ones. Beside proximal logprobs, the old ones are those of the sampler.
     """
     columns = {name: column_of(name) or "" for name in names}
     if not any(c.endswith(("weights", "ref_logprobs")) for c in columns.values()):
@@ -242,8 +242,8 @@ class PaddedLoss(Adapted):
     """A contract function that calls a function of padded ``[B, T]`` tensors, or of sums over each sequence.
 
     Parameters are filled by their names. The function may return the loss, one loss for each sequence or pair, of which
-    the mean is taken, a tuple that starts with one of these, a dict with the key ``loss``, or an object with such an
-    attribute.
+    the mean is taken, a tuple that starts with one of these, a dict with the key ``loss``, or an object with the
+    attribute ``loss``.
     """
 
     def __init__(self, fn: Any, settings: Mapping[str, Any] | None = None) -> None:
@@ -307,7 +307,7 @@ class PaddedLoss(Adapted):
         positional = [arguments.pop(p.name, None) for p in self.parameters if p.kind is p.POSITIONAL_ONLY]
         result = self.target.fn(*positional, **arguments)
         loss, metrics = self.contract_result(form, result, weights)
-        # A datum that was left out has a gradient of 0, and none of None.
+        # The gradient of a datum that was left out is 0, not None.
         return sum((lp[:0].sum() for lp in logprobs_list), loss) if form.level == "sums" else loss, metrics
 
     @property
@@ -333,9 +333,9 @@ class PaddedLoss(Adapted):
         return parameter_rows(data, name, column)
 
     def selection(self, name: str, form: Form, data: Sequence[Any], weights: Sequence[Tensor]) -> list[int]:
-        """Return the indices of the datums of which a parameter gets the rows, in order.
+        """Return the indices of the datums whose rows a parameter gets, in order.
 
-        A function of sums cannot see which sequences are empty: it gets those with trained tokens, unless none has any.
+        A function of sums cannot see which sequences are empty. It gets those with trained tokens, or else all.
         """
         side = self.column_by_name[name].rpartition(" ")[0]
         used = range(len(data))
@@ -431,14 +431,15 @@ class PaddedLoss(Adapted):
                             yield Form(level, advantages, mask, label)
 
     def find_form(self) -> None:
-        """Choose the first form in which the function runs, and in which its result is most like that of a loss.
+        """Choose the form in which the gradients are most like those of a loss; the first one if several are.
 
-        Where the source says the shape of the advantages, other shapes are tried only if the function does not run.
+        If the source states the shape of the advantages, other shapes are tried only if the function does not run with
+        that shape.
         """
         running, best, errors = None, -1, {}
-        said = said_shape(self.target.fn)
-        for form in sorted(self.candidate_forms(), key=lambda form: form.advantages != said and said != ""):
-            if running is not None and said == running.advantages != form.advantages:
+        stated = stated_shape(self.target.fn)
+        for form in sorted(self.candidate_forms(), key=lambda form: form.advantages != stated and stated != ""):
+            if running is not None and stated == running.advantages != form.advantages:
                 break
             try:
                 likeness = self.likeness(form)
@@ -470,8 +471,9 @@ class PaddedLoss(Adapted):
     def likeness(self, form: Form) -> int:
         """Return how much the gradients in a form are like those of a loss, from 0 to ``MOST_LIKE``.
 
-        They are finite, desirable and undesirable datums both have some, and each datum's depend on its own advantage,
-        and then on no other's. Tensors that broadcast to ``[B, B]`` break this.
+        The gradients of a loss are finite. Desirable and undesirable datums both have gradients that are not 0. The
+        gradient of each datum depends on its own advantage, and on no other: tensors that broadcast to ``[B, B]`` break
+        this.
         """
         gradients = self.gradients(form, PROBE)
         if not gradients or not np.isfinite(np.concatenate(gradients)).all():
@@ -494,15 +496,15 @@ class PaddedLoss(Adapted):
 
 
 MOST_LIKE = 3
-"""The likeness of a result that is that of a loss in every respect; see ``PaddedLoss.likeness``."""
+"""The likeness of gradients that are those of a loss in every respect; see ``PaddedLoss.likeness``."""
 
 
 def coupling(loss_fn: Any) -> str:
     """Return how the gradients of the datums depend on one another's logprobs.
 
     Returns:
-        "none"; "pairs" if no datum depends on another than its partner 2i or 2i + 1; "halves" if none depends on
-        another than the one B/2 away; "partners" if each depends on one other; else "batch". "" if the calls fail.
+        "none"; "pairs" if each datum depends at most on its partner 2i or 2i + 1; "halves" if each depends at most on
+        the datum B/2 away; "partners" if each depends on exactly one other; else "batch". "" if the calls fail.
     """
     size = len(PROBE.weights)
     lower = replace(PROBE.map(lambda rows: [[x - 20 for x in row] for row in rows]), weights=PROBE.weights)
@@ -616,8 +618,8 @@ SHAPE_OF_ADVANTAGES = re.compile(
 )
 
 
-def said_shape(fn: Any) -> str:
-    """Return the form of the advantages that docstrings and comments say: "datum" for ``[B]``, see ``Form``; or ""."""
+def stated_shape(fn: Any) -> str:
+    """Return ``Form.advantages`` as docstrings and comments state it: "datum" for ``[B]``, ...; or ""."""
     try:
         source = textwrap.dedent(inspect.getsource(inspect.unwrap(source_of(fn))))
         body = ast.parse(source).body[0]
@@ -723,7 +725,7 @@ class FactoryLoss(Adapted):
     def find_forms(self) -> tuple[str, ...]:
         """Return the first candidate forms with which a call returns a 0-d loss.
 
-        Of a loss with labels, desirable and undesirable datums both get a gradient, if there is such a form.
+        For a loss with labels, a form in which desirable and undesirable datums both get a gradient is preferred.
         """
         errors, running = [], None
         for forms in self.candidate_forms():
@@ -748,7 +750,7 @@ class FactoryLoss(Adapted):
                 return forms
         if running is not None:
             return running
-        fix = "It is called with the columns, and what it returns with (data, logprobs_list). " + FORMS
+        fix = "The factory is called with the columns, and its result with (data, logprobs_list). " + FORMS
         raise LossInputError("subject", "a factory that makes a loss", "; ".join(errors[:4]), fix)
 
     def candidate_forms(self) -> Iterator[tuple[str, ...]]:
@@ -775,8 +777,8 @@ FORMS = (
 )
 
 
-def names_a_teacher(loss_fn: Any) -> bool:
-    """Return whether a loss reads a teacher's logprobs by that name."""
+def reads_teacher(loss_fn: Any) -> bool:
+    """Return whether a loss reads logprobs under the name of a teacher."""
     if isinstance(loss_fn, ContractLoss):
         return any(map(names_teacher, loss_fn.read))
     unused = getattr(loss_fn, "unused", ())

@@ -1,7 +1,7 @@
 """Run work in a child process, so that whatever the work does, its caller goes on and knows how it ended.
 
 The work may end the process, crash it, block it, start threads and processes, close its streams and change the folder.
-It sends messages, which are plain JSON values. What was sent before the end arrives.
+It sends messages, which are plain JSON values. Messages that were sent before the end arrive.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ def run_isolated(work: Callable[[Send], None], timeout: float) -> Iterator[Any]:
 
 DONE = ["done"]
 FAILED = "failed"
-"""The first item of the message that ``work`` itself, and not what it runs, has raised an error; the second says it."""
+"""The first item of the message that ``work`` itself has raised an error, not the code that it runs. The second item is
+the error."""
 
 
 def messages(reader: int, pid: int, deadline: float) -> Iterator[Any]:
@@ -130,13 +131,13 @@ def run_child(work: Callable[[Send], None], writer: int, timeout: float) -> NoRe
         os.setsid()
         for number in (signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
-        signal.alarm(min(int(timeout) + 60, 2**31 - 1))  # should the parent be gone by then
+        signal.alarm(min(int(timeout) + 60, 2**31 - 1))  # in case the parent is gone by then
         redirect_streams()
         owner = os.getpid()
 
         def send(message: Any) -> None:
             if os.getpid() != owner:
-                os._exit(0)  # a copy of the process, which the work has made
+                os._exit(0)  # the work has forked: only the child itself sends
             line = json.dumps(message).encode() + b"\n"
             while line:
                 line = line[os.write(writer, line) :]

@@ -11,7 +11,7 @@ from torch import Tensor
 from lossfns.inspect.probe import ALIASES
 from lossfns.loss import BoundLoss, Loss
 from lossfns.testing.batch import Batch, Rows
-from lossfns.testing.forms import PROBE, Adapted, FactoryLoss, PaddedLoss, coupling, names_a_teacher
+from lossfns.testing.forms import PROBE, Adapted, FactoryLoss, PaddedLoss, coupling, reads_teacher
 from lossfns.testing.laws import LAWS_BY_KIND, NotApplicable
 from lossfns.testing.laws.base import (
     ALL_FIELDS,
@@ -140,7 +140,7 @@ def detect_kind(loss_fn: LossFn) -> tuple[str, bool]:
         return "preference", coupled == "batch"
     if coupled in ("pairs", "halves", "partners") or takes_pairs(loss_fn):
         return "preference", False
-    if names_a_teacher(loss):
+    if reads_teacher(loss):
         return "distillation", False
     if coupled == "batch":
         return "any", True
@@ -154,7 +154,7 @@ def detect_kind(loss_fn: LossFn) -> tuple[str, bool]:
 
 
 def vanishes_at_teacher(loss_fn: LossFn) -> bool:
-    """Return whether the value or every gradient is 0 where the policy is that which sampled, and the teacher's.
+    """Return whether the value or every gradient is 0 where policy, sampler and teacher agree.
 
     This holds for a divergence from a teacher. It does not for a policy gradient whose advantages are in the weights.
     """

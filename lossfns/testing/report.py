@@ -13,17 +13,18 @@ from lossfns.testing.bugs import BUGS
 MARKS = {"pass": "ok", "wrong": "WRONG", "fragile": "fragile", "unsure": "unsure", "n/a": "–", "skipped": "skipped"}
 """Verdict → the word in the table.
 
-A broken law is wrong or fragile, as the law says. It is unsure, and no reason to fail, if the law belongs to a kind
-that was guessed. A law is skipped by name, with a reason; it is n/a if it has nothing to measure on this loss.
+The verdict on a broken law is the severity of the law, wrong or fragile. It is unsure, and no reason to fail, if the
+law belongs to a kind that was guessed. A law is skipped by name, with a reason; it is n/a if it has nothing to measure
+on this loss.
 """
 REASONS = {
     "wrong": "wrong, since {}",
-    "fragile": "fragile, no more: {}",
+    "fragile": "only fragile: {}",
     "unsure": "unsure, since the kind was guessed; else {}",
 }
-"""Verdict on a broken law → the text that leads to the reason of the law."""
+"""Verdict on a broken law → the text around the reason for the severity of the law."""
 BROKEN = ("wrong", "unsure", "fragile")
-"""The verdicts on a broken law, the gravest first."""
+"""The verdicts on a broken law, the most severe first."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Verdict:
         bug: the bug that most likely breaks the law.
         seen: the observation that broke the law, or the reason why it does not apply or was skipped.
         example: the smallest batch that breaks the law.
-        why: why a loss that breaks the law is wrong, or no more than fragile.
+        why: why a loss that breaks the law is wrong, or only fragile.
     """
 
     law: str
@@ -80,13 +81,13 @@ class Report:
 
     Attributes:
         subject: the name of the subject.
-        kind: the kind of loss as which it was tested.
+        kind: the kind whose laws were tested.
         guessed: whether the kind was guessed. The laws of a guessed kind are no reason to fail.
         couples: why the datums of a batch may affect one another; "" if they must not.
-        like: the loss that it claims to be; "" if it claims nothing, or is a loss of this library itself.
-        form: how it is called and what is done with its result; "" if it is a contract function.
+        like: the loss that the subject claims to be; "" if it claims nothing, or is a loss of this library itself.
+        form: how the subject is called and what is done with its result; "" if it is a contract function.
         verdicts: the verdict of each law.
-        stopped: why laws were not tested: the process ended, or time was up; "" if all were.
+        stopped: why some laws were not tested: the process ended, or time was up; "" if all laws were tested.
     """
 
     subject: str
@@ -100,7 +101,7 @@ class Report:
 
     @property
     def broken(self) -> list[Verdict]:
-        """The broken laws, the gravest first, otherwise in the order of diagnosis."""
+        """The broken laws, the most severe first, otherwise in the order of diagnosis."""
         return [v for verdict in BROKEN for v in self.verdicts if v.verdict == verdict]
 
     @property
@@ -124,7 +125,7 @@ class Report:
 
     @property
     def bug(self) -> str:
-        """The most likely bug, which the gravest broken law names, or "" if every law holds."""
+        """The most likely bug, which the first of the most severe broken laws names, or "" if every law holds."""
         return self.broken[0].bug if self.broken else ""
 
     @property
@@ -151,7 +152,7 @@ class Report:
 
     @property
     def title(self) -> str:
-        """The subject, its kind, form and what it declares, and what to do if the kind was guessed."""
+        """The subject with its kind, form and declarations. After a guessed kind, the option that replaces it."""
         kind = f"taken as {self.kind}; --kind for another" if self.guessed else self.kind
         claim = f"; claims to be {self.like}" if self.like else ""
         couples = f"; couples datums: {self.couples}" if self.couples else ""
@@ -184,7 +185,7 @@ class Report:
 
     @property
     def explanations(self) -> list[str]:
-        """The title and an explanation of each broken law, the gravest first, as lines of text."""
+        """The title and an explanation of each broken law, the most severe first, as lines of text."""
         lines = [self.title, ""]
         for v in self.broken:
             lines.append(v.headline)
@@ -193,19 +194,19 @@ class Report:
         return lines
 
     def junit(self) -> str:
-        """Return the report as JUnit XML, with a test case for each law, whose property ``verdict`` is the verdict.
+        """Return the report as JUnit XML, with a test case for each law and the verdict as its property ``verdict``.
 
         Only a law that makes the loss wrong is a failure. A check that was stopped is an error. The properties of the
-        suite are what the subject is and declares.
+        suite describe the subject and its declarations.
         """
         subject, stopped = printable(self.subject), int(bool(self.stopped))
         skipped = str(self.counts["n/a"] + self.counts["skipped"])
         suite = ElementTree.Element("testsuite", name=f"lossfns check {subject}",
             tests=str(len(self.verdicts) + stopped), failures=str(len(self.failures)), errors=str(stopped),
             skipped=skipped)  # fmt: skip
-        about = ElementTree.SubElement(suite, "properties")
+        suite_properties = ElementTree.SubElement(suite, "properties")
         for name in ("kind", "guessed", "like", "couples", "form", "stopped"):
-            ElementTree.SubElement(about, "property", name=name, value=printable(str(getattr(self, name))))
+            ElementTree.SubElement(suite_properties, "property", name=name, value=printable(str(getattr(self, name))))
         for v in self.verdicts:
             attributes = {"classname": subject, "name": v.law, "time": f"{v.seconds:.3f}"}
             case = ElementTree.SubElement(suite, "testcase", attributes)

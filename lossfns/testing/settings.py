@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -120,13 +121,25 @@ def setting_elements(value: Any) -> Iterator[int | None]:
 def variants(loss_fn: Any, name: str, element: int | None = None) -> Iterator[Any]:
     """Yield the loss with other values of one setting, or of one element of it. Values that it refuses are skipped."""
     current = knobs(loss_fn)[name]
-    for new in other_values(current if element is None else current[element], name):
+    others = strings_in(loss_fn) if isinstance(current, str) else ()
+    for new in others or other_values(current if element is None else current[element], name):
         try:
             if element is not None:
                 new = type(current)([new if i == element else x for i, x in enumerate(current)])
             yield with_settings(loss_fn, **{name: new})
         except (TypeError, ValueError):
             continue
+
+
+def strings_in(loss_fn: Any) -> list[str]:
+    """Return the short strings in the code of a loss: the values that a setting such as ``loss_type`` may have."""
+    fn = getattr(getattr(loss_fn, "target", None), "fn", loss_fn)
+    fn = getattr(fn, "forward", fn)
+    while isinstance(fn, functools.partial):
+        fn = fn.func
+    code = getattr(fn, "__code__", None)
+    flat = [y for x in getattr(code, "co_consts", ()) for y in (x if isinstance(x, tuple) else (x,))]
+    return [x for x in dict.fromkeys(flat) if isinstance(x, str) and re.fullmatch(r"[\w-]{1,32}", x)]
 
 
 NAMED_VALUES = {

@@ -218,10 +218,10 @@ def adapt_contract(target: Target) -> LossFn:
         fields = ", ".join(sorted(FIELDS))
         got = f"it reads the field {', '.join(map(repr, sorted(failure[1])))}, which no datum of the kit has"
         raise LossInputError("subject", "a loss that reads known fields", got, f"Known fields: {fields}.")
-    loss.spells = any(
+    loss.renames = any(
         name not in (*PROBE.columns, "weights", "mask", "logprobs", "target_tokens") for name in loss.read
     )
-    return loss if loss.spells or target.maker is not None else target.subject
+    return loss if loss.renames or target.maker is not None else target.subject
 
 
 FIELDS = {"target_tokens", "mask", "logprobs", "weights", *PROBE.columns}
@@ -231,8 +231,8 @@ FIELDS = {"target_tokens", "mask", "logprobs", "weights", *PROBE.columns}
 def follows_contract(fn: Callable[..., Any], required: Sequence[str]) -> bool:
     """Return whether a function looks like a contract function ``(data, logprobs_list)``.
 
-    It has two required parameters, of which the first does not name a column, and the second none but the logprobs. Or
-    it has ``*args`` and no required parameter.
+    It has two required parameters: the first names no column, and the second names none or the logprobs. Or it has
+    ``*args`` and no required parameter.
     """
     if len(required) == 2:
         return column_of(required[0]) is None and column_of(required[1]) in (None, "logprobs")
@@ -277,7 +277,7 @@ SETTING_WORDS = frozenset(
 
 
 def refuse_unknown(subject: Any, required: Sequence[str]) -> None:
-    """Refuse required parameters that name no column, and say of each what it might be."""
+    """Refuse required parameters that name no column. The error suggests what each might be."""
     unknown = [p for p in parameters(subject) if p.name in required and column_of(p.name) is None]
     if unknown:
         got = ", ".join(repr(p.name) for p in unknown)

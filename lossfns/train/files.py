@@ -1,7 +1,7 @@
 """Data files: the rows of a JSONL file, a JSON array or a CSV table, each with its place in the file.
 
 Everything that cannot be used is refused here, before a model is built. The error names the file, the line and the
-field. A file of another kind is named, with a command that converts it.
+field. For a file of another kind, the error names the kind and a command that converts it.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def read_rows(path: str) -> list[Row]:
     """Read the rows of a data file: CSV if its name ends in ``.csv`` or ``.tsv``, else JSONL or a JSON array.
 
     Raises:
-        LossInputError: with the line that cannot be used, or what the file is.
+        LossInputError: if a line cannot be used, or the file is of another kind. The error names the line or the kind.
     """
     text = read_text(path)
     suffix = Path(path).suffix.lower()
@@ -213,7 +213,7 @@ def decode(path: str, number: int, text: str, line: str, start: int) -> tuple[An
     try:
         return DECODER.raw_decode(line, start)
     except Repeated as error:
-        fix = "Which one counts is not said: leave one out."
+        fix = "Keep one of them."
         raise LossInputError(place, f"the key {shown(str(error))} once", "it twice", fix) from None
     except RecursionError:
         got = "deeper nesting"
@@ -296,7 +296,7 @@ def check_row(row: Row) -> None:
         elif isinstance(value, list):
             pending += [(f"{name}[{i}]", x, depth + 1) for i, x in enumerate(value)]
         elif isinstance(value, Constant):
-            row.refuse(f"JSON under {quoted(name)}", str(value), "JSON has no such number: null, or leave the row out.")
+            row.refuse(f"JSON under {quoted(name)}", str(value), "JSON lacks it: write null, or leave the row out.")
         elif isinstance(value, Number):
             if len(value) > MAX_DIGITS:
                 expected = f"a number of at most {MAX_DIGITS} digits under {quoted(name)}"

@@ -28,7 +28,7 @@ class Format(NamedTuple):
 
     Attributes:
         name: how the terminal names it.
-        keys: the fields that tell it.
+        keys: the fields by which it is recognised.
         also: further fields that it reads if they are there.
         read: turns a row into its examples.
     """
@@ -83,7 +83,7 @@ def message_list(row: Row, key: str) -> list[Message]:
     """Read a list of messages: ``role`` and ``content`` as OpenAI has them, or ShareGPT's ``from`` and ``value``."""
     value = row.fields.get(key)
     if not isinstance(value, list) or not value:
-        row.refuse(f"a list of messages under {key!r}", came(row, key), "Each message has a role and a content.")
+        row.refuse(f"a list of messages under {key!r}", shown_field(row, key), "Each message has a role and a content.")
     return [message(row, f"{key}[{i}]", each) for i, each in enumerate(value)]
 
 
@@ -119,7 +119,8 @@ def file_of(row: Row) -> str:
     return shlex.quote(row.place.rpartition(":")[0])
 
 
-def came(row: Row, key: str) -> str:
+def shown_field(row: Row, key: str) -> str:
+    """Show the value of a field in a few characters; "nothing" if it is missing."""
     return shown(row.fields[key]) if key in row.fields else "nothing"
 
 
@@ -128,7 +129,7 @@ def text_of(row: Row, key: str, empty: bool = False) -> str:
     value = row.fields.get(key)
     if not isinstance(value, str) or not (value or empty):
         has = ", ".join(map(shown, row.fields)) or "no fields"
-        row.refuse(f"text under {key!r}", came(row, key), f"The row has {has}.")
+        row.refuse(f"text under {key!r}", shown_field(row, key), f"The row has {has}.")
     return str(value)
 
 

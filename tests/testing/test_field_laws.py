@@ -32,7 +32,7 @@ def verdicts(subject: Any, kind: str, *, of_kind_alone: bool) -> list[Verdict]:
 
 
 def first_bug(found: list[Verdict]) -> str:
-    """Return the bug that the gravest broken law names."""
+    """Return the bug that the most severe broken law names."""
     for grade in ("wrong", "fragile"):
         for verdict in found:
             if verdict.verdict == grade:

@@ -144,7 +144,7 @@ def check_not_empty(data: Any) -> None:
 
 
 def missing_field(name: str, required: Sequence[str], fix: str, datum: int) -> LossInputError:
-    """The error for a datum that lacks a required field, in the services' words."""
+    """Return the error for a datum that lacks a required field, in the services' words."""
     return LossInputError("loss_fn_inputs", ", ".join(required), f"missing required field '{name}'", fix, datum=datum)
 
 

@@ -190,7 +190,7 @@ def check_budget(limit: Any) -> None:
 
 
 def budget_too_small(limit: float, needed: float, datum: int) -> LossInputError:
-    """The error for a datum that does not fit the budget."""
+    """Return the error for a datum that does not fit the budget."""
     expected = f"at least {needed + 1:,.0f} bytes, for this datum by itself and the loss of all"
     fix = "Raise it, shorten the datum, pass fewer at a time, or turn on checkpointing."
     return LossInputError("memory_budget", expected, f"{limit:,.0f}", fix, datum=datum)

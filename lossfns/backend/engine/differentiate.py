@@ -265,7 +265,7 @@ def reached_parts(loss: Tensor, parts: Sequence[Tensor]) -> set[int]:
 
 
 def not_used(name: str, datum: int) -> LossInputError:
-    """The error for a datum that a loss leaves out."""
+    """Return the error for a datum that a loss leaves out."""
     singular = "logprob" if name == "logprobs" else name
     fix = f"Every datum's {name} must enter the loss, if only as 0.0 * {name}.sum()."
     return LossInputError(name, "a gradient", f"No gradient computed for {singular} tensor", fix, datum=datum)

@@ -69,7 +69,7 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], path: str) -> 
 
 
 def other_model(path: str, difference: str) -> LossInputError:
-    """The error for a checkpoint of another model."""
+    """Return the error for a checkpoint of another model."""
     got, fix = f"{path}, in which {difference}", "Build the same model first."
     return LossInputError("path", "a checkpoint of this model", got, fix)
 
@@ -184,7 +184,7 @@ def wrong_moments(name: str, p: nn.Parameter, tensors: Mapping[str, Tensor], ste
 
 
 def not_continued(path: str, wrong: str) -> LossInputError:
-    """The error for a state from which training cannot continue."""
+    """Return the error for a state from which training cannot continue."""
     fix = "The client's load_state takes the weights alone."
     return LossInputError("path", "a whole state of training", f"{path}, with {wrong}", fix)
 

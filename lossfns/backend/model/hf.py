@@ -278,7 +278,7 @@ def attention_forward(
 
 
 def attention_error(got: str) -> LossInputError:
-    """The error for a model whose attention is not known here."""
+    """Return the error for a model whose attention is not known here."""
     expected = "causal attention, with or without a sliding window and a softcap"
     return LossInputError("model", expected, got, "It would be computed wrongly here.")
 
@@ -413,7 +413,7 @@ def relative_difference(a: Tensor, b: Tensor) -> float:
 
 
 def packing_error(model: CausalLM, got: str) -> LossInputError:
-    """The error for a model that cannot be packed."""
+    """Return the error for a model that cannot be packed."""
     expected = f"a {type(model.model).__name__} with the same logits for packed sequences as alone"
     fix = "Only models whose tokens interact in attention alone, by transformers' AttentionInterface, can be packed."
     return LossInputError("model", expected, got, fix)

@@ -127,7 +127,7 @@ def place(temporary: Path, path: Path) -> None:
 
 
 def existing(path: str | Path) -> LossInputError:
-    """The error for a checkpoint that would replace another."""
+    """Return the error for a checkpoint that would replace another."""
     fix = "Choose another name; save_state(..., overwrite=True) replaces it."
     return LossInputError("path", "a file that does not exist yet", f"{path}", fix)
 

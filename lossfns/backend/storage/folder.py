@@ -153,7 +153,7 @@ def read_meta(path: str | Path) -> dict[str, Any]:
 
 
 def damaged(path: str | Path, why: str) -> LossInputError:
-    """The error for a folder that is not as it was written."""
+    """Return the error for a folder that is not as it was written."""
     got = f"{path}, which cannot be read ({why})"
     return LossInputError("path", f"a whole {FORMAT}", got, "It is truncated, corrupt or foreign.")
 

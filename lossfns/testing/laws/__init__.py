@@ -204,11 +204,11 @@ PREFERENCE = (
     preference.margin_metrics,
 )
 ADVANTAGES: tuple[AdvantageLaw, ...] = (
-    advantages.constant,
     advantages.alone,
     advantages.ordered,
     advantages.groupwise,
     advantages.baseline,
+    advantages.constant,
     advantages.exact,
     advantages.centred,
     advantages.alone_zero,

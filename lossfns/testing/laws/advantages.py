@@ -23,8 +23,8 @@ AdvantageLaw = Callable[[AdvantageFn, Sequence[float], Sequence[Hashable]], None
 def advantages_of(fn: AdvantageFn, rewards: Sequence[float], groups: Sequence[Hashable]) -> list[float]:
     """Return the advantages as floats.
 
-    Groups are passed second, or by name where they are keyword-only. Where a function refuses ids that are strings it
-    gets integers.
+    Groups are the second argument, or are passed by name if they are keyword-only. A function that refuses strings as
+    ids gets integers.
     """
     for ids in (list(groups), as_integers(groups)):
         try:
@@ -114,7 +114,7 @@ def constant_exact(fn: AdvantageFn, rewards: Sequence[float], groups: Sequence[H
 def groupwise(fn: AdvantageFn, rewards: Sequence[float], groups: Sequence[Hashable]) -> None:
     """Groups are identified by their ids, in any order. Another group acts on one at most by a common factor.
 
-    So it acts where advantages are centred in each group and scaled by the deviation of the batch.
+    It does so where advantages are centred in each group and scaled by the deviation of the batch.
     """
     try:
         result = advantages_of(fn, rewards, groups)

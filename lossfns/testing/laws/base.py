@@ -76,7 +76,7 @@ def wrong(why: str) -> Callable[[LawFn], LawFn]:
 
 
 def fragile(why: str) -> Callable[[LawFn], LawFn]:
-    """Mark a law that a loss may break and still be right on clean data, and say why that is no more than fragile."""
+    """Mark a law that a loss may break and still be right on clean data, and say why it is only fragile."""
     return partial(with_severity, "fragile", why)
 
 
@@ -412,7 +412,18 @@ def fields_read(probe: Probe) -> set[str]:
 def columns_read(probe: Probe) -> set[str]:
     """Return the columns that a call reads under any of their names."""
     names = {alias: column for column, alias in ALIASES.items()}
-    return {names.get(name, name) for name in fields_read(probe)} - {"target_tokens", ALL_FIELDS}
+    read = fields_read(probe)
+    if ALL_FIELDS in read:
+        read |= {name for name in probe.batch.columns if matters(probe, name)}
+    return {names.get(name, name) for name in read} - {"target_tokens", ALL_FIELDS}
+
+
+def matters(probe: Probe, column: str) -> bool:
+    """Return whether the values of a column matter to the value, the gradient or a metric."""
+    batch = uniform_batch(probe.batch, length=2, datums=2 * unit_size(probe.batch), logprobs=-3.0)
+    lower = with_constants(batch, **{column: batch.columns[column][0][0] - 0.25})
+    before, after = probe(batch), probe(lower)
+    return repr((before.value, before.gradients, before.metrics)) != repr((after.value, after.gradients, after.metrics))
 
 
 def reads_only_mask(probe: Probe) -> bool:

@@ -71,7 +71,12 @@ def contract(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -
     expect(loss.ndim == 0, seen=f"The loss has shape {tuple(loss.shape)}, not ().")
     expect(loss.requires_grad, seen="The loss does not depend on the logprobs: it has no grad_fn.")
     expect(isinstance(metrics, Mapping), seen=f"The metrics are a {type(metrics).__name__}, not a dict.")
-    probe()
+    try:
+        probe()
+    except LawBroken as error:
+        kept = "backward through the graph a second time" in error.seen
+        require(not kept, "state-between-calls", f"{error.seen} A tensor of another call is part of the graph.")
+        raise
 
 
 @fragile("the loss is right; a metric of another type fails where metrics are merged, sent or written as JSON")

@@ -113,8 +113,8 @@ def whitens_advantages(probe: Probe) -> bool:
 def acts_by_statistic(probe: Probe) -> bool:
     """Return whether other datums act on a datum, but only by scaling all its gradients by one positive factor.
 
-    So acts a statistic of the batch, such as the KL of KTO or the sum of a loss's own weights. It is no bug of a loss
-    without pairs and advantages.
+    A statistic of the batch acts like this, such as the KL of KTO or the sum of a loss's own weights. It is no bug in a
+    loss without pairs and advantages.
     """
     if batch_kind(probe.batch) in ("policy", "preference"):
         return False

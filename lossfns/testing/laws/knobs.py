@@ -73,6 +73,8 @@ def must_matter(name: str, value: Any) -> bool:
     A tiny number guards against division by 0. A setting that is None may belong to a signature that many losses share,
     unless its name says what it does.
     """
+    if isinstance(value, str):
+        return False  # its other values may stand in another function
     if isinstance(value, list) and (len(value) > 4 or not all(isinstance(x, (int, float)) for x in value)):
         return False  # a list in which the loss keeps something
     found = set(words(name))
@@ -98,7 +100,8 @@ def acts_with_another(probe: Probe, name: str, indices: list[int | None]) -> boo
                     return True
             except Exception:  # the loss refuses this combination
                 continue
-            break
+            if not isinstance(value, str):  # of a name, every value is another formula
+                break
     return False
 
 
@@ -215,7 +218,7 @@ def same_place(a: float | None, b: float | None) -> bool:
     return a == b if a is None or b is None else math.isclose(a, b, rel_tol=0.01)
 
 
-def readings(side: str, value: float, absolute: bool) -> list[float]:
+def log_ratios_meant(side: str, value: float, absolute: bool) -> list[float]:
     """Return the log-ratios that a bound may mean: the ratio itself, 1 ± ε, 1 / (1 ± ε), or exp(±ε)."""
     sign = 1 if side == "high" else -1
     ratios = [value] if absolute else [value, 1 + sign * value, 1 / (1 - sign * value) if value != sign else 0.0]
@@ -233,7 +236,8 @@ def clip_bounds(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]
     found = ends(probe)
     assume(any(end is not None for end in found.values()), "the gradient ends at no ratio")
     lows, highs = ([s.value for s in bounds if s.role == role] for role in ("low", "high"))
-    absolute = bool(lows and highs) and 0.5 < lows[0] <= 1 <= highs[0]
+    # (1, 1) may be two bounds or two epsilons.
+    absolute = bool(lows and highs) and 0.5 < lows[0] <= 1 <= highs[0] and lows[0] < highs[0]
     for bound in bounds:
         moved = moved_ends(probe, bound, found)
         other = {"low": "high", "high": "low"}.get(bound.role, "")
@@ -245,19 +249,20 @@ def clip_bounds(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]
             if end is None or (moved is not None and side not in moved):
                 continue  # no bound on this side, or another one acts before this one
             seen = f"The setting {bound.name} is {bound.value:g}; the gradient ends or levels at {math.exp(end):.5g}"
-            if any(same_place(end, place) for place in readings(side, bound.value, absolute)):
+            if any(same_place(end, place) for place in log_ratios_meant(side, bound.value, absolute)):
                 continue
             epsilon = bound.value if side == "high" else -bound.value
             mistaken = absolute and 1 + epsilon > 0 and same_place(end, math.log(1 + epsilon))
             require(not mistaken, "clip-as-epsilon", f"{seen}.")
             crossed = [s for s in bounds if s.role == other and other]
-            exchanged = any(same_place(end, place) for s in crossed for place in readings(side, s.value, absolute))
+            places = [place for s in crossed for place in log_ratios_meant(side, s.value, absolute)]
+            exchanged = any(same_place(end, place) for place in places)
             require(not exchanged, "bounds-exchanged", f"{seen}, as {crossed[0].name if crossed else ''} says.")
             require(moved is None, "bound-elsewhere", f"{seen}.")
 
 
 def moved_ends(probe: Probe, bound: NamedNumber, before: dict[str, float | None]) -> set[str] | None:
-    """Return the sides of which the bound moves with a setting, or None if the setting has no other value."""
+    """Return the sides whose bound moves with a setting, or None if the setting has no other value."""
     other = nearer_to_off(bound.value)
     if other is None:
         return None

@@ -71,6 +71,12 @@ def entropy_pulls(probe: Probe) -> tuple[float, float]:
     return likely, unlikely
 
 
+def has_entropy_bonus(probe: Probe) -> bool:
+    """Return whether, at advantage 0, unlikely tokens are raised more than likely ones."""
+    likely, unlikely = entropy_pulls(probe)
+    return unlikely < likely and not probe.close(likely, unlikely)
+
+
 def reads_old_logprobs(probe: Probe) -> bool:
     """Return whether the loss reads old logprobs."""
     return "old_logprobs" in columns_read(probe)
@@ -147,9 +153,7 @@ def zero_advantage(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tens
     has_kl = "ref_logprobs" in batch.columns and influences(probe, "ref_logprobs", batch, slots(batch), -0.5)
     zero = probe.close([g, 1.0], [0.0, 1.0]) and abs(result.value) < 1e-6
     if not zero:
-        likely, unlikely = entropy_pulls(probe)
-        bonus = unlikely < likely and not probe.close(likely, unlikely)
-        assume(not bonus, "it has an entropy bonus")
+        assume(not has_entropy_bonus(probe), "it has an entropy bonus")
         assume(not weighs_likelihood(probe), "its weight is positive for every advantage")
     require(zero, "kl-sign" if has_kl else "sign-flipped", seen, result.batch)
 
@@ -169,6 +173,7 @@ def penalty(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) ->
         values = f"the loss is {value_above:g} and {value_below:g}, on-policy {value_at:g}"
         require(flat, "detached-term", f"{seen}; {values}.")
         assume(False, "it has no penalty on leaving the old policy")
+    assume(pulls[0] > 0 > pulls[1] or not has_entropy_bonus(probe), "it has an entropy bonus, which the ratio weights")
     require(pulls[0] > 0 > pulls[1], "penalty-sign", f"{seen}, on it {at_old:g}.")
 
 
@@ -177,7 +182,7 @@ def kl(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None
     """The KL term pulls to the reference from either side, whatever the advantage."""
     probe = Probe.of(loss_fn, data, logprobs)
     assume("ref_logprobs" in columns_read(probe), "it reads no reference")
-    off = [name for name, value in knobs(loss_fn).items() if "kl" in name and type(value) in (int, float) and not value]
+    off = [s.name for s in named_numbers(loss_fn) if s.role == "kl" and s.value == 0]
     assume(not off, f"{off[0] if off else ''} is 0")
     assume(not differentiates_k1(probe), "its KL term is k1, whose pull is the same on both sides")
     # (advantage, lp − ref) → the gradient of the KL term, relative to the gradient at the reference

@@ -77,7 +77,7 @@ def at_margin(probe: Probe, margin: float) -> Outcome:
 
 
 def slopes(probe: Probe, margins: Sequence[float], side: int = 1) -> list[float]:
-    """Return the gradient of one side at these margins. No likelihood of the chosen side is in that of the rejected."""
+    """Return the gradient of one side at these margins. That of the rejected side holds no likelihood of the chosen."""
     return [at_margin(probe, m).gradients[side][0] for m in margins]
 
 
@@ -311,7 +311,7 @@ def rejected_side(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tenso
 def lengths_alike(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
     """Both sides sum their logprobs, or both average them, each over its own tokens.
 
-    Measured by how both gradients change with the rejected side, in which no term of one side alone has a part.
+    The law measures how both gradients change with the rejected side. A term of the chosen side alone drops out.
     """
     probe = Probe.of(loss_fn, data, logprobs)
     alone = response(probe, 1, 1, 1, 1)
@@ -467,7 +467,7 @@ MISTAKEN_TARGETS: tuple[Callable[[float], float], ...] = (
 
 
 def check_squared_target(probe: Probe, minimum: float, name: str, beta: float) -> None:
-    """Require that a squared loss has its minimum at 1 / (2β), unless it is none of the mistaken ones."""
+    """Require that the minimum of a squared loss is not a mistaken one: it should be at 1 / (2β)."""
     again = squared_target(with_setting(probe, name, 2 * beta))
     if again is None or all(math.isclose(t, 1 / (2 * b)) for t, b in ((minimum, beta), (again, 2 * beta))):
         return

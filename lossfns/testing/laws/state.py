@@ -60,7 +60,7 @@ def scaled(batch: Batch) -> list[str]:
 
 
 def mutable_state(loss_fn: LossFn) -> Iterator[Any]:
-    """Yield the dicts, lists and sets that a function may keep things in: of its module, defaults, closure, object.
+    """Yield the dicts, lists and sets that may hold state of a function: of its module, defaults, closure and object.
 
     The functions of its module that it calls are searched as well.
     """

@@ -56,6 +56,10 @@ def duplication(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]
         equal = len(set(active_counts(batch))) == 1
         bug, seen = "order-dependent" if equal else "mean-of-means", f"{seen}, and differs between the two copies."
         require(False, bug, seen, twice.batch)
+    reverse = [i for part in reversed(unit_indices(batch)) for i in part]
+    back = probe(batch.take(reverse))
+    same_order = probe.close([back.value, back.gradients], [once.value, [once.gradients[i] for i in reverse]])
+    require(same_order or unit_size(batch) == 1, "pair-layout", f"{seen}; the order of the pairs matters.", twice.batch)
     # A constant in the denominator matters less with large weights.
     heavy = batch.having(weights=[[64 * w for w in row] for row in batch.weights])
     same = probe.close(gradient_growth(probe(heavy), probe(heavy.take([*range(count)] * 2))), growth)

@@ -1,6 +1,6 @@
 """A trace of a loss: the tensor operations of one call, which can be run again on other logprobs.
 
-It behaves as those of torch's tracers do, whose import takes as long as all other laws together.
+It behaves like the traces of torch's own tracers, whose import takes as long as all other laws together.
 """
 
 from __future__ import annotations
