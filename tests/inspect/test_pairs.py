@@ -400,8 +400,8 @@ def test_batches_of_several_kinds_are_not_accused() -> None:
 
 
 @pytest.mark.exhaustive
-def test_thousands_of_correct_batches_are_not_accused() -> None:
-    for seed in range(20, 1000):
+def test_hundreds_of_correct_batches_are_not_accused() -> None:
+    for seed in range(20, 500):
         rng = Random(seed)
         texts = [datum for _ in range(rng.randint(1, 8)) for datum in rng.choice(CORRECT)(rng)]
         assert accusations(fly(texts)) == [], (seed, str(fly(texts)))

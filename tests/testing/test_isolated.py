@@ -172,14 +172,14 @@ def test_no_process_of_a_subject_is_left(capfd: pytest.CaptureFixture[str], tmp_
 )
 def test_a_timeout_names_the_law(capfd: pytest.CaptureFixture[str], tmp_path: Path, code: str) -> None:
     """Status 2, since nothing wrong was found; the laws before it are in the table."""
-    found, out, err = run(capfd, write_loss(tmp_path, LATER + code), "--timeout", "6")
-    assert found == 2 and "time was up after 6 s in the law " in out and "ok       contract" in out, out + err
+    found, out, err = run(capfd, write_loss(tmp_path, LATER + code), "--timeout", "2")
+    assert found == 2 and "time was up after 2 s in the law " in out and "ok       contract" in out, out + err
 
 
 def test_a_timeout_after_something_wrong_exits_with_1(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     code = f"import time\n{LATER}time.sleep(1000)\nlogprobs_list = [len(calls) * lp for lp in logprobs_list]"
-    found, out, _ = run(capfd, write_loss(tmp_path, code), "--timeout", "6")
-    assert found == 1 and "time was up after 6 s in the law " in out and "WRONG    repeatable" in out, out
+    found, out, _ = run(capfd, write_loss(tmp_path, code), "--timeout", "2")
+    assert found == 1 and "time was up after 2 s in the law " in out and "WRONG    repeatable" in out, out
 
 
 def test_a_timeout_at_import_says_so(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
