@@ -185,7 +185,8 @@ These mutants were kept apart from the laws, so they measure how often `lossfns 
 They are every loss of this library with every bug of the catalogue that it can have, without the exemplars. The
 settings are the last ones among the loss's golden vectors that show the bug. The laws were first
 developed on bugs planted in torch code. Since then they were changed for the losses of [strangers.md](strangers.md) and
-for more kinds of losses. If a law is changed because of one of these mutants, another held-out population must be published.
+for more kinds of losses. If a law is changed because of one of these mutants, another held-out population must be
+published.
 
 `python -m tools.laws write` measures the population."""
 

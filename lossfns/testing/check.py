@@ -39,6 +39,7 @@ from lossfns.testing.laws import (
     Law,
     LawBroken,
     NotApplicable,
+    advantages,
     contract,
 )
 from lossfns.testing.laws.base import LossFn, describe_error
@@ -446,6 +447,7 @@ def run_advantage_law(law: AdvantageLaw, fn: Any) -> Verdict:
         raise
     except BaseException as error:
         found = error if isinstance(error, LawBroken) else violation_by(error)
-        example = f"rewards={rewards}, groups={groups}"
+        # The other laws make rewards of their own, which ``seen`` gives.
+        example = f"rewards={rewards}, groups={groups}" if law is advantages.groupwise else ""
         return verdict(severity(law), time.monotonic() - start, found.bug, found.seen, example, why(law))
     return verdict("pass", time.monotonic() - start)

@@ -65,10 +65,19 @@ def group_members(groups: Sequence[Hashable]) -> dict[Hashable, list[int]]:
     return members
 
 
-@wrong("one nan reaches every weight of the model")
+def advantage_of_one(fn: AdvantageFn) -> float:
+    """Return the advantage of a group of one with reward 1. Raise NotApplicable if the function refuses the group."""
+    try:
+        (one,) = advantages_of(fn, [1.0], ["alone"])
+    except (ValueError, AssertionError) as refusal:
+        raise NotApplicable("it refuses a group of one") from refusal
+    return one
+
+
+@fragile("groups of one are rare, but one nan reaches every weight of the model")
 def alone(fn: AdvantageFn, rewards: Sequence[float], groups: Sequence[Hashable]) -> None:
     """The advantages are finite, also that of a group of one."""
-    (one,) = advantages_of(fn, [1.0], ["alone"])
+    one = advantage_of_one(fn)
     require(math.isfinite(one), "group-of-one-nan", f"A group of one has the advantage {one}.")
     try:
         beside = advantages_of(fn, [1.0, 0.5, 0.0], ["a", "b", "b"])
@@ -80,7 +89,7 @@ def alone(fn: AdvantageFn, rewards: Sequence[float], groups: Sequence[Hashable])
 @fragile("a group of one has nothing to compare with; some trainers keep its reward")
 def alone_zero(fn: AdvantageFn, rewards: Sequence[float], groups: Sequence[Hashable]) -> None:
     """A group of one has advantage 0."""
-    (one,) = advantages_of(fn, [1.0], ["alone"])
+    one = advantage_of_one(fn)
     assume(math.isfinite(one), "it is not finite")
     require(one == 0, "group-of-one-rewarded", f"A group of one with reward 1 has the advantage {one}.")
 

@@ -71,6 +71,8 @@ def contract(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -
     expect(loss.ndim == 0, seen=f"The loss has shape {tuple(loss.shape)}, not ().")
     expect(loss.requires_grad, seen="The loss does not depend on the logprobs: it has no grad_fn.")
     expect(isinstance(metrics, Mapping), seen=f"The metrics are a {type(metrics).__name__}, not a dict.")
+    for name in metrics:
+        expect(isinstance(name, str), seen=f"The name {name!r} of a metric is no string.")
     try:
         probe()
     except LawBroken as error:
