@@ -481,8 +481,12 @@ def check_squared_target(probe: Probe, minimum: float, name: str, beta: float) -
 def squared_target(probe: Probe) -> float | None:
     """Return the margin at which a loss has its minimum, if its gradient is linear in the margin; else None."""
     chosen = (-4.0, 0.0, 4.0) if has_reference(probe) else (-8.0, -4.0, 0.0)
-    below, at, above = (probe(pair_of_gaps(probe, [gap], [0.0])).gradients[0][0] for gap in chosen)
+    far = chosen[1] - 400.0  # near its target a logistic loss with a small β is nearly squared
+    gaps = (*chosen, far)
+    below, at, above, far_below = (probe(pair_of_gaps(probe, [gap], [0.0])).gradients[0][0] for gap in gaps)
     if probe.close(below, above) or not probe.close(below - at, at - above) or at == 0:
+        return None
+    if not math.isclose(far_below - at, 100 * (below - at), rel_tol=1e-2):
         return None
     return chosen[1] + 4 * at / (at - above)
 
