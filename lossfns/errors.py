@@ -66,4 +66,6 @@ def did_you_mean(name: object, known: Iterable[str]) -> str:
     """Return a hint for a value that names nothing: the most similar known name, or all known names."""
     known = sorted(known)
     similar = get_close_matches(name.replace("-", "_"), known, n=1) if isinstance(name, str) else []
-    return f"Did you mean {similar[0]!r}?" if similar else f"Known: {', '.join(known)}."
+    if similar:
+        return f"Did you mean {similar[0]!r}?"
+    return f"Known: {', '.join(known)}." if known else "There is none."

@@ -17,7 +17,8 @@ from lossfns.errors import LossInputError, LossWarning, did_you_mean
 from lossfns.loss import Loss
 from lossfns.testing.batch import Batch
 from lossfns.testing.claims import agreement, claim_of, matching_vectors, vectors_law
-from lossfns.testing.forms import Adapted, FactoryLoss
+from lossfns.testing.factories import FactoryLoss
+from lossfns.testing.forms import Adapted
 from lossfns.testing.kinds import (
     KINDS,
     READS,

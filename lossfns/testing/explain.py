@@ -71,7 +71,8 @@ def explain(name: str) -> list[str]:
         if spelling in BUGS:
             return explain_bug(spelling)
     hint = did_you_mean(name, [*LAWS, *CLAIMS, *BUGS])
-    raise LossInputError("name", "a law or a bug", repr(name), hint)
+    fix = "lossfns check --list has them all." if hint.startswith("Known") else hint
+    raise LossInputError("name", "a law or a bug", repr(name), fix)
 
 
 def explain_law(name: str) -> list[str]:

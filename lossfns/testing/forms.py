@@ -5,13 +5,9 @@ The columns are passed in the first form with which the loss runs on a small bat
 
 from __future__ import annotations
 
-import ast
 import copy
 import functools
-import inspect
-import re
-import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,6 +20,7 @@ from lossfns.testing.batch import Batch, Rows
 from lossfns.testing.laws.base import NotApplicable
 from lossfns.testing.names import column_of, names_teacher
 from lossfns.testing.settings import Target, fills, parameters
+from lossfns.testing.sources import result_names, stated_shape
 
 PROBE = Batch(
     [[-1.0, -2.0, -0.5, -1.5], [-1.0, -0.25, -3.0, -1.5, -0.75], [-0.5, -1.0], [-2.0, -1.0, -0.25, -1.5, -0.5, -1, -2],
@@ -58,9 +55,6 @@ class Adapted:
         self.target, self.__name__ = target, target.name
         self.optional: tuple[str, ...] = ()
         self.unused: frozenset[str] = frozenset()
-
-    def __call__(self, data: Sequence[Any], logprobs_list: Sequence[Tensor]) -> Any:
-        raise NotImplementedError
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -582,192 +576,6 @@ def refuse_foreign(loss: Any) -> None:
         kind = f"{type(loss).__module__}.{type(loss).__name__}".removeprefix("builtins.")
         fix = "Compute what depends on the logprobs in torch: other numbers have no gradient."
         raise LossInputError("subject", "a loss that is a torch tensor", kind, fix)
-
-
-VERL_RETURNS = ("pg_loss", "pg_clipfrac", "ppo_kl", "pg_clipfrac_lower")
-
-
-@functools.cache
-def return_statements(fn: Any) -> list[list[str]]:
-    """Return the names in each tuple that a function's source returns; "" for an element that has no name."""
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(fn)))
-    except (OSError, TypeError, SyntaxError):
-        return []
-    outer = next((node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))), None)
-    found: list[list[str]] = []
-    nodes: list[ast.AST] = list(outer.body) if outer else []
-    while nodes:
-        node = nodes.pop(0)
-        if isinstance(node, ast.Return) and isinstance(node.value, ast.Tuple):
-            found.append([element_name(element) for element in node.value.elts])
-        if not isinstance(node, (ast.FunctionDef, ast.Lambda, ast.ClassDef)):
-            nodes += ast.iter_child_nodes(node)
-    return found
-
-
-def source_of(fn: Any) -> Any:
-    """Return the function that a callable runs: ``forward`` of a module, ``__call__`` of an object."""
-    while isinstance(fn, functools.partial):
-        fn = fn.func
-    return fn.forward if isinstance(fn, torch.nn.Module) else fn if inspect.isroutine(fn) else type(fn).__call__
-
-
-SHAPE_OF_ADVANTAGES = re.compile(
-    r"\badv\w*[^\n.;]{0,30}?[\[(] *(?:B|N|bs|bsz|batch|batch_size) *(?:, *(1|T|L|S|seq\w*)? *)?[\])]", re.IGNORECASE
-)
-
-
-def stated_shape(fn: Any) -> str:
-    """Return ``Form.advantages`` as docstrings and comments state it: "datum" for ``[B]``, ...; or ""."""
-    try:
-        source = textwrap.dedent(inspect.getsource(inspect.unwrap(source_of(fn))))
-        body = ast.parse(source).body[0]
-        documented = ast.get_docstring(body) or "" if isinstance(body, ast.FunctionDef) else ""
-    except (OSError, TypeError, SyntaxError, IndexError):
-        return ""
-    comments = "\n".join(re.findall(r"#(.*)", source))
-    found = SHAPE_OF_ADVANTAGES.findall(f"{documented}\n{inspect.getdoc(fn) or ''}\n{comments}")
-    shapes = {"column" if size == "1" else "tokens" if size else "datum" for size in found}
-    return shapes.pop() if len(shapes) == 1 else ""
-
-
-def element_name(node: ast.AST) -> str:
-    """Return the name of a returned element such as ``ppo_kl.detach()`` or ``float(kl)``, or ""."""
-    if isinstance(node, ast.Call):
-        if isinstance(node.func, ast.Attribute):
-            same = node.func.attr in ("item", "detach", "mean", "cpu", "float", "clone", "to", "sum")
-            return element_name(node.func.value) if same else ""
-        return element_name(node.args[0]) if len(node.args) == 1 else ""
-    return node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
-
-
-def result_names(fn: Any, count: int) -> Sequence[str]:
-    """Return the names of the elements of a returned tuple: from the source, or those of verl where it has none."""
-    statements = return_statements(inspect.unwrap(source_of(fn)))
-    named = [names for names in statements if len(names) == count]
-    if named:
-        return named[-1]
-    verl = {"response_mask", "old_log_prob"} <= {p.name for p in parameters(fn)}
-    return VERL_RETURNS[:count] if verl and not statements and count <= 4 else [""] * count
-
-
-# Factories
-
-
-class FactoryLoss(Adapted):
-    """A contract function that passes the batch's columns to a factory, and calls the loss that the factory returns.
-
-    A factory may take a column as a list of tensors, as a list of lists, as one number for each datum (advantages and
-    labels), as the list of the only pair, or as a list of sums. The first form that gives a loss is kept.
-    """
-
-    FORMS: Mapping[str, Callable[[list[Tensor], list[Tensor]], Any]] = {
-        "rows": lambda rows, weights: rows,
-        "lists": lambda rows, weights: [row.tolist() for row in rows],
-        "numbers": lambda rows, weights: list(map(datum_advantage, rows, weights)),
-        "row": lambda rows, weights: rows[0].tolist(),
-        "sums": lambda rows, weights: [float((w * torch.where(w != 0, x, 0)).sum()) for x, w in zip(rows, weights)],
-        "sum tensor": lambda rows, weights: torch.stack([(w * torch.where(w != 0, x, 0)).sum()
-            for x, w in zip(rows, weights)]),
-        "number tensor": lambda rows, weights: torch.tensor(list(map(datum_advantage, rows, weights))),
-        "signs": lambda rows, weights: [2 * datum_advantage(row, w, "label") - 1 for row, w in zip(rows, weights)],
-        "padded": lambda rows, weights: torch.nn.utils.rnn.pad_sequence(rows, batch_first=True),
-    }  # fmt: skip
-
-    def __init__(self, factory: Any, required: Sequence[str], optional: Sequence[str] = ()) -> None:
-        super().__init__(Target(factory))
-        self.required, self.optional = (*required, *optional), tuple(optional)
-        self.forms: tuple[str, ...] | None = None
-        self.max_datums: int | None = None
-
-    @property
-    def description(self) -> str:
-        """The form in which each column is passed."""
-        forms = zip(self.required, self.forms or ())
-        return "called with " + ", ".join(f"{name} as {form}" for name, form in forms if name not in self.unused)
-
-    @property
-    def columns(self) -> set[str]:
-        """The columns that it is given."""
-        return {column_of(name) or "" for name in self.required if name not in self.unused}
-
-    @property
-    def takes_datum_advantages(self) -> bool:
-        """Whether it takes one advantage for each datum."""
-        self.forms = self.forms or self.find_forms()
-        return bool({"numbers", "number tensor"} & set(self.forms))
-
-    @property
-    def takes_one_pair(self) -> bool:
-        """Whether it takes the list of the only pair, and so has no place for another pair."""
-        self.forms = self.forms or self.find_forms()
-        return "row" in self.forms
-
-    def __call__(self, data: Sequence[Any], logprobs_list: Sequence[Tensor]) -> Any:
-        self.forms = self.forms or self.find_forms()
-        if self.max_datums is not None and len(data) > self.max_datums:
-            raise NotApplicable("it takes one pair")
-        return self.build(data, self.forms)(data, logprobs_list)
-
-    def build(self, data: Sequence[Any], forms: Sequence[str]) -> Any:
-        """Call the factory with the columns in these forms."""
-        arguments = {}
-        for name, form in zip(self.required, forms):
-            if name in self.unused:
-                continue
-            side = (column_of(name) or "").rpartition(" ")[0]
-            rows = parameter_rows(data, name)
-            weights = parameter_rows(data, "weights", f"{side} weights".strip())
-            arguments[name] = self.FORMS[form](rows, weights)
-        return self.target.fn(**arguments)
-
-    def find_forms(self) -> tuple[str, ...]:
-        """Return the first candidate forms with which a call returns a 0-d loss.
-
-        For a loss with labels, a form in which desirable and undesirable datums both get a gradient is preferred.
-        """
-        errors, running = [], None
-        for forms in self.candidate_forms():
-            tried = copy.copy(self)
-            tried.forms = forms
-            try:
-                loss = tried(PROBE.data(), PROBE.tensors(torch.float32))[0]
-            except NotApplicable:
-                raise
-            except Exception as error:
-                errors.append(f"{', '.join(forms)}: {type(error).__name__}: {error}")
-                continue
-            refuse_foreign(loss)
-            if loss.ndim:
-                errors.append(f"{', '.join(forms)}: a loss of shape {tuple(loss.shape)}")
-                continue
-            if "labels" not in self.columns:
-                return forms
-            running = running or forms
-            gradients = zip(gradients_of(tried, PROBE), PROBE.columns["labels"])
-            if len({row[0] for g, row in gradients if any(g)}) == 2:
-                return forms
-        if running is not None:
-            return running
-        fix = "The factory is called with the columns, and its result with (data, logprobs_list). " + FORMS
-        raise LossInputError("subject", "a factory that makes a loss", "; ".join(errors[:4]), fix)
-
-    def candidate_forms(self) -> Iterator[tuple[str, ...]]:
-        """Yield the combinations of forms to try, one form for each required parameter."""
-        columns = [column_of(name) or "" for name in self.required]
-        if "labels" in columns:
-            for number in ("numbers", "number tensor", "signs"):
-                for form in ("rows", "lists", "padded"):
-                    yield tuple(number if column == "labels" else form for column in columns)
-        for form in ("rows", "lists"):
-            yield (form,) * len(columns)
-        for number in ("numbers", "number tensor"):
-            for form in ("rows", "lists", "padded"):
-                yield tuple(number if column == "advantages" else form for column in columns)
-        for form in ("row", "sums", "sum tensor"):
-            yield tuple(form if " " in column else "rows" for column in columns)
-        yield ("padded",) * len(columns)
 
 
 FORMS = (

@@ -11,7 +11,14 @@ from torch import Tensor
 from lossfns.inspect.probe import ALIASES
 from lossfns.loss import BoundLoss, Loss
 from lossfns.testing.batch import Batch, Rows
-from lossfns.testing.forms import PROBE, Adapted, FactoryLoss, PaddedLoss, coupling, reads_teacher
+from lossfns.testing.factories import FactoryLoss
+from lossfns.testing.forms import (
+    PROBE,
+    Adapted,
+    PaddedLoss,
+    coupling,
+    reads_teacher,
+)
 from lossfns.testing.laws import LAWS_BY_KIND, NotApplicable
 from lossfns.testing.laws.base import (
     ALL_FIELDS,
@@ -177,7 +184,7 @@ def is_tokenwise(loss_fn: LossFn) -> bool:
     batch = columns_for_kind(PROBE, "likelihood", 0)
     moved = batch.having(logprobs=[[x - 0.5 if j % 2 else x for j, x in enumerate(row)] for row in batch.logprobs])
     likely = batch.having(logprobs=[[-0.125] * len(row) for row in batch.logprobs])
-    before, after, at_likely = (gradients_of(loss_fn, b) for b in (batch, moved, likely))
+    before, after, at_likely = (gradients_or_none(loss_fn, b) for b in (batch, moved, likely))
     if before is None or after is None or at_likely is None:
         return False
     even = [[row[::2] for row in rows] for rows in (before, after)]
@@ -189,13 +196,13 @@ def is_linear(loss_fn: LossFn) -> bool:
     for targets in (0, NUM_TARGETS):
         batch = columns_for_kind(SMALL[1], "likelihood", targets)
         lower = batch.having(logprobs=[[x - 0.5 for x in row] for row in batch.logprobs])
-        gradients = [gradients_of(loss_fn, b) for b in (batch, lower)]
+        gradients = [gradients_or_none(loss_fn, b) for b in (batch, lower)]
         if None not in gradients:
             return relative_difference(*gradients) < 1e-4
     return True
 
 
-def gradients_of(loss_fn: LossFn, batch: Batch) -> Rows | None:
+def gradients_or_none(loss_fn: LossFn, batch: Batch) -> Rows | None:
     """Return the gradients on a batch, or None where the call fails or returns no scalar."""
     try:
         return measure(loss_fn, batch.data(), batch.tensors(torch.float32)).gradients

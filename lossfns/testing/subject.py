@@ -18,7 +18,14 @@ import torch
 
 from lossfns.errors import LossInputError, did_you_mean
 from lossfns.loss import BoundLoss, Loss
-from lossfns.testing.forms import FORMS, PROBE, Adapted, ContractLoss, FactoryLoss, PaddedLoss, refuse_foreign
+from lossfns.testing.factories import FactoryLoss
+from lossfns.testing.forms import (
+    FORMS,
+    PROBE,
+    ContractLoss,
+    PaddedLoss,
+    refuse_foreign,
+)
 from lossfns.testing.laws.base import LossFn, NotApplicable
 from lossfns.testing.names import COLUMN_BY_NAME, PARAMETER_NAMES, column_of
 from lossfns.testing.public import public
@@ -42,7 +49,10 @@ def load(path: str) -> Any:
         raise
     except (Exception, SystemExit) as error:
         got = f"{type(error).__name__}: {error}"
-        raise LossInputError("subject", f"that {module_name} can be imported", got, "Check the name.") from error
+        fix = "Check the name."
+        if "relative import" in str(error):
+            fix = "It is part of a package: name it as package.module:loss_fn, from the folder that holds the package."
+        raise LossInputError("subject", f"that {module_name} can be imported", got, fix) from error
     result: Any = module
     for name in attribute.split("."):
         if not hasattr(result, name):
@@ -115,7 +125,7 @@ def adapt(subject: Any, *, factory: bool | None = None) -> LossFn:
     """
     if isinstance(subject, PaddedLoss):
         return with_form(subject)
-    if isinstance(subject, (Loss, BoundLoss, Adapted)):
+    if isinstance(subject, (Loss, BoundLoss, ContractLoss, FactoryLoss)):
         return subject
     if not callable(subject):
         raise LossInputError("subject", "a loss function or a factory of one", repr(subject), FORMS)

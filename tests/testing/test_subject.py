@@ -19,7 +19,8 @@ from torch import Tensor, nn
 import lossfns
 from lossfns import LossInputError
 from lossfns.testing import Batch, check
-from lossfns.testing.forms import PROBE, ContractLoss, FactoryLoss, PaddedLoss
+from lossfns.testing.factories import FactoryLoss
+from lossfns.testing.forms import PROBE, ContractLoss, PaddedLoss
 from lossfns.testing.kinds import detect_kind, takes_rewards
 from lossfns.testing.laws.base import NotApplicable, Probe, reads_only_mask
 from lossfns.testing.names import column_of

@@ -236,6 +236,11 @@ def metric_difference(found: Outcome, expected: Outcome) -> str:
     return ""
 
 
+def near(value: float, expected: Sequence[float]) -> bool:
+    """Return whether a number is one of these, up to rounding."""
+    return any(math.isclose(value, x, rel_tol=1e-3, abs_tol=1e-6) for x in expected)
+
+
 def flatten(x: Any) -> Iterator[float]:
     """Yield the numbers of a nested list in order."""
     if isinstance(x, (list, tuple)):

@@ -17,7 +17,7 @@ from lossfns.testing.laws.base import (
     uniform_batch,
     wrong,
 )
-from lossfns.testing.laws.preference import words_of
+from lossfns.testing.laws.settings import words
 
 
 def beside_teacher(probe: Probe, student: float, teacher: float) -> Outcome:
@@ -64,5 +64,5 @@ def teacher_metrics(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Ten
 
 def is_reverse_kl(name: str) -> bool:
     """Return whether a metric is called a reverse KL, or the KL to the teacher."""
-    words = set(words_of(name))
-    return "rkl" in words or ("kl" in words and bool(words & {"reverse", "teacher"}) and "loss" not in words)
+    found = set(words(name))
+    return "rkl" in found or ("kl" in found and bool(found & {"reverse", "teacher"}) and "loss" not in found)

@@ -39,9 +39,8 @@ def masked_values(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tenso
     clean = probe(batch)
     assume(clean.finite, "it is not finite on clean data")
     for name in columns_by_token(batch):
-        value, rows = OTHER_VALUES.get(name, -7.0), column_rows(batch, name)
-        changed = [[x if w else value for x, w in zip(r, ws)] for r, ws in zip(rows, batch.weights)]
-        result = probe(batch.having(**{name: changed}))
+        value = OTHER_VALUES.get(name, -7.0)
+        result = probe(with_masked_slots(batch, name, value))
         seen = f"With {value:g} instead of −1 in the masked slots of {name},"
         difference = probe.difference(result, clean)
         bug = "kl-unmasked" if name == "ref_logprobs" and "advantages" in batch.columns else "mask-missing"
@@ -57,13 +56,17 @@ def poison(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> 
     assume(clean.finite, "it is not finite without poison either")
     for name in columns_by_token(batch):
         for value in POISON:
-            rows = column_rows(batch, name)
-            poisoned = [[x if w else value for x, w in zip(r, ws)] for r, ws in zip(rows, batch.weights)]
-            result = probe(batch.having(**{name: poisoned}))
+            result = probe(with_masked_slots(batch, name, value))
             if repr(result) != repr(clean):
                 difference = probe.difference(result, clean, scale=0) or metric_difference(result, clean)
                 seen = f"{value} in the masked slots of {name}: {difference or 'a zero has the other sign'}."
                 require(False, diagnose_leak(name, clean, result), seen, result.batch)
+
+
+def with_masked_slots(batch: Batch, name: str, value: float) -> Batch:
+    """Return the batch with this value in every masked slot of a column."""
+    rows = [[x if w else value for x, w in zip(r, ws)] for r, ws in zip(column_rows(batch, name), batch.weights)]
+    return batch.having(**{name: rows})
 
 
 def columns_by_token(batch: Batch) -> list[str]:

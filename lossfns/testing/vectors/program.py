@@ -52,11 +52,15 @@ class Program:
 
     def __init__(self, command: str, requests: Iterable[str]) -> None:
         pipe = subprocess.PIPE
+        if not command.strip():
+            raise LossInputError(
+                "--cmd", "a command that starts", repr(command), "Name the program that answers the vectors."
+            )
         try:
             self.process = subprocess.Popen(
                 shlex.split(command), stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True
             )
-        except (OSError, ValueError, IndexError) as error:
+        except (OSError, ValueError) as error:
             fix = "Try it in a shell."
             raise LossInputError("--cmd", "a command that starts", f"{command!r}: {error}", fix) from None
         self.lines: queue.Queue[bytes | None] = queue.Queue(MAX_WAITING)
