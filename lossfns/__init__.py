@@ -26,6 +26,9 @@ from lossfns.datum import Datum, EncodedTextChunk, ModelInput, TensorData
 from lossfns.errors import LossInputError, LossWarning
 from lossfns.export.token_gradient import token_gradient
 from lossfns.frame import align_sampler_logprobs, datum_from_model_input_weights, datum_from_tokens
+from lossfns.labels import targets_from_labels, weights_from_labels, weights_from_mask
+from lossfns.logprobs.linear import linear_logprobs
+from lossfns.logprobs.target import target_logprobs
 from lossfns.loss import BoundLoss, Loss, evaluate
 from lossfns.losses.policy import cispo, dapo, dro, grpo, gspo, gspo_token, importance_sampling, ppo, reinforce
 from lossfns.losses.preference import dpo, orpo
@@ -85,6 +88,7 @@ __all__ = [
     "k1",
     "k2",
     "k3",
+    "linear_logprobs",
     "merge_metrics",
     "multi_target_cross_entropy",
     "orpo",
@@ -96,10 +100,14 @@ __all__ = [
     "sequence_level",
     "sequence_mean",
     "sequence_sum_mean",
+    "target_logprobs",
+    "targets_from_labels",
     "token_gradient",
     "token_level",
     "token_mean",
     "token_sum",
+    "weights_from_labels",
+    "weights_from_mask",
     "with_dual_clip",
     "with_kl",
     "with_tis",

@@ -37,6 +37,12 @@ def check_number(name: str, value: Any, expected: str, accept: Callable[[float],
         raise LossInputError(name, expected, show(value), fix)
 
 
+def check_denominator(value: Any) -> None:
+    """Refuse anything but a finite number above 0."""
+    fix = "Take it from loss.denominator(whole_batch)."
+    check_number("denominator", value, "a finite number above 0", lambda x: x > 0, fix)
+
+
 def check_positive(name: str, value: Any) -> None:
     check_number(name, value, "a finite number above 0", lambda x: x > 0, "At 0 the loss has no signal.")
 

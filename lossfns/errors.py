@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 
 
@@ -69,3 +70,13 @@ def did_you_mean(name: object, known: Iterable[str]) -> str:
     if similar:
         return f"Did you mean {similar[0]!r}?"
     return f"Known: {', '.join(known)}." if known else "There is none."
+
+
+@contextmanager
+def add_loss_name(name: str) -> Iterator[None]:
+    """Add the name of a loss to any ``LossInputError`` that is raised inside the block."""
+    try:
+        yield
+    except LossInputError as error:
+        error.loss = name
+        raise

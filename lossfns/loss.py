@@ -5,33 +5,38 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ParamSpec
 
 import torch
 from torch import Tensor
 
-from lossfns.checks import check_knobs, check_number, is_huge, is_real
-from lossfns.errors import LossInputError, did_you_mean, show, warn
+from lossfns.checks import check_denominator, check_knobs, is_huge, is_real
+from lossfns.compiled import compile_or_warn
+from lossfns.deferred import DeferredMetrics, Numbers, finalised, not_divisible
+from lossfns.errors import LossInputError, add_loss_name, did_you_mean, show, warn
 from lossfns.metrics import ADDITIVE, DIVIDED
 from lossfns.pack import check_align, check_reads, is_plain, pack, pack_weights, tensor_form
 from lossfns.segments import geometric_level, nonempty, sequence_level, token_level
+from lossfns.tensors import pack_packed, pack_padded
 from lossfns.terms import k1, k2, k3
 from lossfns.tokens import COLUMNS, ON_POLICY, TOKENS, Rows, Tokens
-from lossfns.values import check_values, extremes, warn_if_far_off_policy
+from lossfns.values import extremes
 from lossfns.weigh import WEIGHINGS, Weighing, check_weigh
 
 Statistics = dict[str, Tensor]
 """One value for each row, detached, by name of the statistic."""
 Terms = Callable[[Tokens], tuple[Tensor, Statistics]]
+Measure = Callable[["Loss", Tokens, Tensor | float | None], tuple[Tensor, Numbers, Numbers, Numbers]]
 LossFn = Callable[[list[Any], list[Tensor]], tuple[Tensor, dict[str, float]]]
 """The contract: ``(data, logprobs_list) -> (loss, metrics)``."""
 P = ParamSpec("P")
 
 METRICS = (*ADDITIVE, *DIVIDED, "denominator", "rows")
 """Metrics of every loss. A statistic cannot have one of these names."""
+
+
 FUNCTIONS_BY_NAME: dict[str, dict[str, Any]] = {
     "weigh": {weighing.name: weighing for weighing in WEIGHINGS},
     "kl": {"k1": k1, "k2": k2, "k3": k3},
@@ -78,6 +83,11 @@ class Loss:
         """Whether weights may be negative: only in a plain likelihood, where they are coefficients."""
         return self.rows.per_token and not self.reads
 
+    @functools.cached_property
+    def kernel(self) -> Measure:
+        """``measure`` for this loss, fused by ``torch.compile``."""
+        return compile_or_warn(measure)
+
     def __repr__(self) -> str:
         return f"{self.name}({', '.join(f'{name}={name_or_repr(value)}' for name, value in self.knobs.items())})"
 
@@ -92,6 +102,22 @@ class Loss:
     def denominator(self, data: Sequence[Any]) -> float:
         """Return this batch's part of the denominator. It needs no logprobs, and adds over micro-batches and ranks."""
         return BoundLoss(self).denominator(data)
+
+    def padded(self, logprobs: Any, weights: Any, **options: Any) -> tuple[Tensor, dict[str, float]]:
+        """Return loss and metrics of a padded batch ``[B, T]``; see ``BoundLoss.padded``."""
+        return BoundLoss(self).padded(logprobs, weights, **options)
+
+    def packed(self, logprobs: Any, weights: Any, **options: Any) -> tuple[Tensor, dict[str, float]]:
+        """Return loss and metrics of a packed batch ``[N]``; see ``BoundLoss.packed``."""
+        return BoundLoss(self).packed(logprobs, weights, **options)
+
+    def deferred(self) -> DeferredLoss:
+        """Return the loss without any transfer to the host; see ``DeferredLoss``."""
+        return BoundLoss(self).deferred()
+
+    def compiled(self) -> BoundLoss:
+        """Return the loss as one fused kernel; see ``BoundLoss.compiled``."""
+        return BoundLoss(self).compiled()
 
 
 def name_or_repr(value: Any) -> str:
@@ -149,10 +175,18 @@ def count_rows(loss: Loss, t: Tokens) -> Tensor:
 
 def one_number(denominator: Any) -> Any:
     """Return a denominator. Refuse anything but a number above 0 or a 0-d tensor, whose value stays on its device."""
-    if not (isinstance(denominator, Tensor) and is_plain(denominator) and denominator.ndim == 0):
-        check_denominator(denominator)
-        return float(denominator)
-    return denominator
+    if isinstance(denominator, Tensor) and is_plain(denominator) and denominator.ndim == 0:
+        return denominator
+    check_denominator(denominator)
+    return float(denominator)
+
+
+def as_divisor(denominator: Any) -> Tensor | float:
+    """Return a denominator to bind. On a device it stays there, and is checked when the metrics are read."""
+    if isinstance(denominator, Tensor) and is_plain(denominator) and denominator.numel() == 1:
+        on_device = denominator.device.type != "cpu"
+        denominator = denominator.detach().reshape(()) if on_device else denominator.item()
+    return one_number(denominator)  # type: ignore[no-any-return]
 
 
 def check_terms(loss: Loss, t: Tokens, result: Any, share: Any) -> None:
@@ -163,8 +197,7 @@ def check_terms(loss: Loss, t: Tokens, result: Any, share: Any) -> None:
             "terms", "the loss of each row, and a dict of statistics", f"a {type(result).__name__}", fix
         )
     term, statistics = result
-    sequences = 1 if t.lengths is None else t.lengths.shape[0]
-    shape = t.logprobs.shape if loss.rows.per_token else (sequences // loss.rows.datums,)
+    shape = t.logprobs.shape if loss.rows.per_token else (t.sequences // loss.rows.datums,)
     for name, x in {"terms": term, "share": share, **statistics}.items():
         if not isinstance(x, Tensor) or not is_plain(x) or x.shape != shape:
             got = tensor_form(x) if isinstance(x, Tensor) else f"a {type(x).__name__}"
@@ -192,9 +225,10 @@ class BoundLoss:
 
     loss: Loss
     columns: Mapping[str, Any] = field(default_factory=dict)
-    divisor: float | None = None
+    divisor: Tensor | float | None = None
     align: str = "strict"
     grad_l1: bool = False
+    measure: Measure = field(default_factory=lambda: measure, repr=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.loss, Loss):
@@ -205,27 +239,27 @@ class BoundLoss:
         self,
         /,
         *,
-        denominator: float | None = None,
+        denominator: Any = None,
         align: str | None = None,
         grad_l1: bool | None = None,
         **columns: Any,
     ) -> BoundLoss:
         """Return a copy that binds more. A column that is bound already is replaced."""
-        with add_loss_name(self.loss):
-            check_bound(self.loss, columns, denominator, align, grad_l1)
-        return replace(
-            self,
-            columns={**self.columns, **columns},
-            divisor=self.divisor if denominator is None else float(denominator),
-            align=align or self.align,
-            grad_l1=self.grad_l1 if grad_l1 is None else grad_l1,
-        )
+        with add_loss_name(self.loss.name):
+            check_bound(self.loss, columns, align, grad_l1)
+            return replace(
+                self,
+                columns={**self.columns, **columns},
+                divisor=self.divisor if denominator is None else as_divisor(denominator),
+                align=align or self.align,
+                grad_l1=self.grad_l1 if grad_l1 is None else grad_l1,
+            )
 
     def denominator(self, data: Sequence[Any]) -> float:
         """Return this batch's part of the denominator, even if one is bound; 1 for a raw sum."""
         if self.loss.count is None:
             return 1.0
-        with add_loss_name(self.loss):
+        with add_loss_name(self.loss.name):
             t = pack_weights(data, self.loss.reads, self.columns, rows=self.loss.rows, align=self.align)
             count = float(count_rows(self.loss, t))
             if math.isnan(count):
@@ -234,12 +268,12 @@ class BoundLoss:
 
     def __call__(self, data: Sequence[Any], logprobs_list: Sequence[Tensor]) -> tuple[Tensor, dict[str, float]]:
         """Return the 0-d loss and a dict of metrics."""
-        with add_loss_name(self.loss):
+        with add_loss_name(self.loss.name):
             return self.evaluate_packed(self.pack(data, logprobs_list))
 
     def value(self, data: Sequence[Any], logprobs_list: Sequence[Tensor]) -> Tensor:
         """Return the loss, without metrics and without checks of values. Nothing is copied to the host."""
-        with add_loss_name(self.loss):
+        with add_loss_name(self.loss.name):
             return evaluate(self.loss, self.pack(data, logprobs_list), self.divisor)[0]
 
     def pack(self, data: Sequence[Any], logprobs_list: Sequence[Tensor]) -> Tokens:
@@ -251,48 +285,170 @@ class BoundLoss:
         columns = {name: x if x is ON_POLICY else x[which] for name, x in self.columns.items()}
         return replace(self, columns=columns)
 
+    def padded(
+        self, logprobs: Any, weights: Any, *, layout: str | None = None, denominator: Any = None, **columns: Any
+    ) -> tuple[Tensor, dict[str, float]]:
+        """Return loss and metrics of a padded batch.
+
+        Args:
+            logprobs: ``[B, T]`` logprobs of the targets, or ``[B, T, K]`` for a loss over K targets. For pairs also a
+                tuple of two tensors ``[P, T]``, chosen and rejected, whose T may differ.
+            weights: of the same shape: 0 for prompt and padding, on either side. A mask of any dtype is taken.
+            layout: for pairs in one tensor: ``"interleaved"`` (the default: rows 2i and 2i + 1 are pair i) or
+                ``"halves"`` (rows i and i + P).
+            denominator: the denominator of the whole batch, if this is a part of it.
+            columns: the columns that the loss reads, in the shape of the logprobs. Advantages may be ``[B]``.
+
+        Raises:
+            LossInputError: if any input is malformed.
+
+        >>> from lossfns import reinforce
+        >>> logprobs = torch.tensor([[-1.0, -2.0], [-0.5, 0.0]], requires_grad=True)
+        >>> mask = torch.tensor([[1, 1], [1, 0]])
+        >>> loss, metrics = reinforce().padded(logprobs, mask, advantages=torch.tensor([1.0, -2.0]))
+        >>> round(loss.item(), 4), metrics["tokens"]
+        (0.6667, 3.0)
+        """
+        return finalised(
+            DeferredLoss(self).padded(logprobs, weights, layout=layout, denominator=denominator, **columns)
+        )
+
+    def packed(
+        self,
+        logprobs: Any,
+        weights: Any,
+        *,
+        lengths: Any = None,
+        cu_seqlens: Any = None,
+        layout: str | None = None,
+        denominator: Any = None,
+        **columns: Any,
+    ) -> tuple[Tensor, dict[str, float]]:
+        """Return loss and metrics of a packed batch, whose sequences lie end to end.
+
+        Args:
+            logprobs: ``[N]`` logprobs of the targets, or ``[N, K]`` for a loss over K targets.
+            weights: of the same shape.
+            lengths: ``[B]`` tokens of each sequence.
+            cu_seqlens: ``[B + 1]``, in place of ``lengths``: 0 and the index after each sequence.
+            layout: for pairs: ``"interleaved"`` (the default) or ``"halves"`` (all chosen sequences first).
+            denominator: the denominator of the whole batch, if this is a part of it.
+            columns: the columns that the loss reads, in the shape of the logprobs. Advantages may be ``[B]``.
+
+        Raises:
+            LossInputError: if any input is malformed.
+
+        >>> from lossfns import reinforce
+        >>> logprobs = torch.tensor([-1.0, -2.0, -0.5], requires_grad=True)
+        >>> loss, metrics = reinforce().packed(logprobs, torch.ones(3), lengths=[2, 1], advantages=[1.0, -2.0])
+        >>> round(loss.item(), 4), metrics["sequences"]
+        (0.6667, 2.0)
+        """
+        deferred = DeferredLoss(self).packed(
+            logprobs,
+            weights,
+            lengths=lengths,
+            cu_seqlens=cu_seqlens,
+            layout=layout,
+            denominator=denominator,
+            **columns,
+        )
+        return finalised(deferred)
+
+    def deferred(self) -> DeferredLoss:
+        """Return the loss without any transfer to the host; see ``DeferredLoss``."""
+        return DeferredLoss(self)
+
+    def compiled(self) -> BoundLoss:
+        """Return the loss with terms, weighing, reduction and statistics fused by ``torch.compile``, in every form.
+
+        The first call compiles, for some seconds; batches of other sizes do not compile again. Without a compiler the
+        loss runs as it is, and warns.
+        """
+        return replace(self, measure=self.loss.kernel)
+
     def evaluate_packed(self, t: Tokens) -> tuple[Tensor, dict[str, float]]:
         """Return loss and metrics of a packed batch. Metrics and checks of values share one transfer to the host."""
+        return finalised(self.defer(t))
+
+    def defer(self, t: Tokens, checks: Mapping[str, Tensor] | None = None) -> tuple[Tensor, DeferredMetrics]:
+        """Return loss and metrics of a packed batch. Nothing is copied to the host.
+
+        Args:
+            t: the packed batch.
+            checks: numbers for ``check_values`` besides those that it reads from the batch.
+        """
         loss = self.loss
-        count = {} if loss.count is None else {"count": count_rows(loss, t)}
-        total, sums = evaluate(loss, t, count.get("count") if self.divisor is None else self.divisor)
-        totals = {
-            "loss": total.detach(),
-            "tokens": t.active.sum(),
-            "sequences_empty": (~nonempty(t)).sum(),
-            **count,
-            **({"grad_l1": grad_l1(total, t)} if self.grad_l1 else {}),
-        }
-        host_totals, host_sums, extrema = to_host(total.dtype, totals, sums, extremes(t, loss.rows))
-        check_values(extrema, t, signed=loss.signed)
-        metrics = self.metrics(host_totals, host_sums)
-        assert t.lengths is not None  # pack sets them
-        return total, metrics | {"sequences": float(len(t.lengths))}
-
-    def metrics(self, totals: dict[str, float], sums: dict[str, float]) -> dict[str, float]:
-        """Return the metrics from sums on the host. A statistic becomes its mean over the active rows."""
-        rows = sums.pop("rows")
-        count = totals.get("count", 1.0)
-        if self.divisor is None and rows == 0:
-            fix = "Bind denominator= if this is one chunk of a larger batch."
-            raise LossInputError("weights", "at least one active token in the batch", "only zeros", fix)
-        if math.isnan(count) or (self.divisor is None and count <= 0):
-            raise not_divisible(count)
-        if not math.isfinite(totals["loss"]):
-            fix = "A finite log_ratio_cap keeps exp from overflowing."
-            raise LossInputError("loss", "a finite value", f"{totals['loss']:g}", fix)
-        means = {name: total / rows if rows else 0.0 for name, total in sums.items()}
-        row_counts = {} if self.loss.rows.per_token else {self.loss.rows.unit: rows}
-        divisor = count if self.divisor is None or self.loss.count is None else self.divisor
-        metrics = {**totals, "denominator": divisor, **row_counts, **means}
-        warn_if_far_off_policy(metrics)
-        return metrics
+        total, totals, sums, extrema = self.measure(loss, t, self.divisor)
+        totals = {**totals, **({"grad_l1": grad_l1(total, t)} if self.grad_l1 else {})}
+        extrema = {**extrema, **(checks or {})}
+        return total, DeferredMetrics(loss.name, loss.rows, loss.signed, self.divisor, t, totals, sums, extrema)
 
 
-def to_host(dtype: torch.dtype, *tables: Mapping[str, Tensor]) -> list[dict[str, float]]:
-    """Copy the 0-d tensors of several tables to the host in one transfer."""
-    numbers = iter(torch.stack([x.to(dtype) for table in tables for x in table.values()]).tolist())
-    return [dict(zip(table, numbers)) for table in tables]
+def measure(loss: Loss, t: Tokens, divisor: Tensor | float | None) -> tuple[Tensor, Numbers, Numbers, Numbers]:
+    """Return the 0-d loss of a packed batch, and three tables of 0-d tensors: totals, sums of statistics, extrema."""
+    count = {} if loss.count is None else {"count": count_rows(loss, t)}
+    total, sums = evaluate(loss, t, count.get("count") if divisor is None else divisor)
+    totals = {"loss": total.detach(), "tokens": t.active.sum(), "sequences_empty": (~nonempty(t)).sum(), **count}
+    return total, totals, sums, extremes(t, loss.rows)
+
+
+@dataclass(frozen=True)
+class DeferredLoss:
+    """A loss whose metrics stay on the device until ``finalise()`` is called, for CUDA graphs and pipelines.
+
+    Each form of the call returns ``(loss, DeferredMetrics)`` and never waits for the device. The checks of values, such
+    as of nan, are made by ``finalise``.
+
+    >>> from lossfns import cross_entropy
+    >>> logprobs = torch.tensor([[-1.0, -3.0]], requires_grad=True)
+    >>> loss, metrics = cross_entropy().deferred().padded(logprobs, torch.ones(1, 2))
+    >>> metrics.tensors["nll"], metrics.finalise()["nll"]
+    (tensor(2.), 2.0)
+    """
+
+    bound: BoundLoss
+
+    def __call__(self, data: Sequence[Any], logprobs_list: Sequence[Tensor]) -> tuple[Tensor, DeferredMetrics]:
+        with add_loss_name(self.bound.loss.name):
+            return self.bound.defer(self.bound.pack(data, logprobs_list))
+
+    def padded(
+        self, logprobs: Any, weights: Any, *, layout: str | None = None, denominator: Any = None, **columns: Any
+    ) -> tuple[Tensor, DeferredMetrics]:
+        """See ``BoundLoss.padded``."""
+        bound = self.bound.bind(denominator=denominator, **columns)
+        with add_loss_name(bound.loss.name):
+            loss = bound.loss
+            t = pack_padded(logprobs, weights, loss.reads, bound.columns, rows=loss.rows, layout=layout)
+            return bound.defer(t)
+
+    def packed(
+        self,
+        logprobs: Any,
+        weights: Any,
+        *,
+        lengths: Any = None,
+        cu_seqlens: Any = None,
+        layout: str | None = None,
+        denominator: Any = None,
+        **columns: Any,
+    ) -> tuple[Tensor, DeferredMetrics]:
+        """See ``BoundLoss.packed``."""
+        bound = self.bound.bind(denominator=denominator, **columns)
+        with add_loss_name(bound.loss.name):
+            loss = bound.loss
+            t, checks = pack_packed(
+                logprobs,
+                weights,
+                loss.reads,
+                bound.columns,
+                rows=loss.rows,
+                lengths=lengths,
+                cu_seqlens=cu_seqlens,
+                layout=layout,
+            )
+            return bound.defer(t, checks)
 
 
 def grad_l1(total: Tensor, t: Tokens) -> Tensor:
@@ -303,23 +459,7 @@ def grad_l1(total: Tensor, t: Tokens) -> Tensor:
     return torch.autograd.grad(total, t.logprobs, retain_graph=True)[0].abs().sum()
 
 
-def not_divisible(count: float) -> LossInputError:
-    """Return the error for a batch whose count cannot be a denominator."""
-    fix = "A mean needs weights with a positive sum; token_sum takes any weights."
-    return LossInputError("weights", "a denominator above 0", f"{count:g}", fix)
-
-
-@contextmanager
-def add_loss_name(loss: Loss) -> Iterator[None]:
-    """Add the loss's name to any ``LossInputError`` that is raised inside the block."""
-    try:
-        yield
-    except LossInputError as error:
-        error.loss = loss.name
-        raise
-
-
-def check_bound(loss: Loss, columns: Mapping[str, Any], denominator: Any, align: Any, grad_l1: Any) -> None:
+def check_bound(loss: Loss, columns: Mapping[str, Any], align: Any, grad_l1: Any) -> None:
     """Refuse a column that no loss has, and warn about one that this loss does not read."""
     known = {*COLUMNS, *loss.reads}
     for name, value in columns.items():
@@ -331,20 +471,10 @@ def check_bound(loss: Loss, columns: Mapping[str, Any], denominator: Any, align:
             raise LossInputError(name, "one row per datum", show(value), fix)
         if name != "weights" and name not in loss.reads:
             warn(f"{loss!r} does not read {name}: binding it has no effect")
-    if denominator is not None:
-        check_denominator(denominator)
     if not isinstance(grad_l1, bool | None):
         raise LossInputError("grad_l1", "True or False", show(grad_l1), "True adds the metric grad_l1.")
     if align is not None:
         check_align(align)
-
-
-def check_denominator(denominator: Any) -> None:
-    """Refuse anything but a finite number above 0, or a tensor of one."""
-    is_one = isinstance(denominator, Tensor) and is_plain(denominator) and denominator.numel() == 1
-    value = denominator.item() if is_one else denominator
-    fix = "Take it from loss.denominator(whole_batch)."
-    check_number("denominator", value, "a finite number above 0", lambda d: d > 0, fix)
 
 
 def make_loss(terms: Terms, reads: Sequence[str], weigh: Weighing, rows: Rows = TOKENS) -> Loss:

@@ -126,7 +126,8 @@ def pack_side_columns(
     inactive = ~active
     # In place is safe: flatten_column returns new tensors.
     blanked = {name: x.masked_fill_(inactive, 0) for name, x in flat.items()}
-    return PackedColumns(weights, active, lengths.to(like.device), blanked | on_policy, kept)
+    equal = len(set(map(tuple, shapes))) == 1 and lengths[0] > 0
+    return PackedColumns(weights, active, lengths.to(like.device), blanked | on_policy, kept, bool(equal))
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,7 @@ class PackedColumns:
         lengths: ``[B]`` tokens of each sequence.
         columns: the other columns ``[N]``. A column that is ON_POLICY becomes the logprobs, in ``with_logprobs``.
         kept: for each datum a mask of the logprobs that are kept; empty unless columns are truncated.
+        equal: whether all sequences are equally long.
     """
 
     weights: Tensor
@@ -145,19 +147,21 @@ class PackedColumns:
     lengths: Tensor
     columns: Mapping[str, Any]
     kept: list[Tensor]
+    equal: bool = False
 
     def with_logprobs(self, logprobs: Tensor) -> Tokens:
         """Return the packed batch with these logprobs, concatenated over the datums."""
         logprobs = blank(logprobs[torch.cat(self.kept)] if self.kept else logprobs, self.active)
         columns = {name: logprobs.detach() if x is ON_POLICY else x for name, x in self.columns.items()}
-        return Tokens(logprobs, self.weights, self.lengths, columns)
+        return Tokens(logprobs, self.weights, self.lengths, columns, self.equal)
 
     def part(self, which: slice) -> PackedColumns:
         """Return the columns of ``data[which]``, a slice of consecutive datums, as views."""
         first, last, _ = which.indices(len(self.lengths))
         tokens = slice(int(self.lengths[:first].sum()), int(self.lengths[:last].sum()))
         columns = {name: x if x is ON_POLICY else x[tokens] for name, x in self.columns.items()}
-        return PackedColumns(self.weights[tokens], self.active[tokens], self.lengths[which], columns, self.kept[which])
+        weights, active, lengths = self.weights[tokens], self.active[tokens], self.lengths[which]
+        return PackedColumns(weights, active, lengths, columns, self.kept[which], self.equal)
 
 
 def pack_weights(
@@ -227,7 +231,12 @@ def check_reads(reads: Any) -> tuple[str, ...]:
 def check_data(data: Sequence[Any], rows: Rows) -> None:
     """Refuse data that are not a list of datums. For a loss over pairs, also refuse an odd number of datums."""
     if not isinstance(data, (list, tuple)):
-        raise LossInputError("data", "a list of datums", f"a {type(data).__name__}", "Pass [datum] for a single one.")
+        fix = "Pass [datum] for a single one."
+        if isinstance(data, Tensor):
+            fix = (
+                "For tensors call padded(logprobs [B, T], weights, ...) or packed(logprobs [N], weights, lengths=...)."
+            )
+        raise LossInputError("data", "a list of datums", f"a {type(data).__name__}", fix)
     if not data:
         raise LossInputError("data", "at least one datum", "data is empty", "Skip the call for an empty batch.")
     for i, datum in enumerate(data):

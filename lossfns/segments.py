@@ -17,14 +17,23 @@ def sequence_sum(t: Tokens, x: Tensor) -> Tensor:
     """Σ x over each sequence: ``[N] -> [B]``."""
     if t.lengths is None:
         return x.sum(0, keepdim=True)
+    if t.equal:
+        return by_sequence(t, x).sum(1)
     # `unsafe` skips a check that would cost a device synchronisation; lengths from the door are valid.
     return torch.segment_reduce(x, "sum", lengths=t.lengths, unsafe=True)
+
+
+def by_sequence(t: Tokens, x: Tensor) -> Tensor:
+    """View x as one row for each sequence, where all sequences are equally long: ``[N] -> [B, N / B]``."""
+    return x.view(t.sequences, x.shape[0] // t.sequences)
 
 
 def to_tokens(t: Tokens, y: Tensor) -> Tensor:
     """Repeat each sequence's value over its tokens: ``[B] -> [N]``."""
     if t.lengths is None:
         return y.expand_as(t.logprobs)
+    if t.equal:
+        return y[:, None].expand_as(by_sequence(t, t.weights)).flatten()
     return torch.repeat_interleave(y, t.lengths, output_size=t.logprobs.shape[0])
 
 
@@ -46,6 +55,8 @@ def sequence_value(t: Tokens, x: Tensor) -> Tensor:
     masked = torch.where(t.active, x, -torch.inf)
     if t.lengths is None:
         maximum = masked.amax(0, keepdim=True)
+    elif t.equal:
+        maximum = by_sequence(t, masked).amax(1)
     else:
         maximum = torch.segment_reduce(masked, "max", lengths=t.lengths, unsafe=True)
     return torch.where(nonempty(t), maximum, 0)
@@ -66,14 +77,14 @@ def weight_divisor(t: Tokens) -> Tensor:
     return torch.where(nonempty(t), sequence_sum(t, t.weights), 1.0)
 
 
-def chosen(y: Tensor) -> Tensor:
+def chosen(t: Tokens, y: Tensor) -> Tensor:
     """The chosen side of each pair: ``[B] -> [P]``."""
-    return y[0::2]
+    return y[: len(y) // 2] if t.halves else y[0::2]
 
 
-def rejected(y: Tensor) -> Tensor:
+def rejected(t: Tokens, y: Tensor) -> Tensor:
     """The rejected side of each pair: ``[B] -> [P]``."""
-    return y[1::2]
+    return y[len(y) // 2 :] if t.halves else y[1::2]
 
 
 def token_level(t: Tokens, log_ratio: Tensor) -> Tensor:

@@ -95,6 +95,8 @@ class Tokens:
         weights: ``[N]`` weights of the tokens.
         lengths: ``[B]`` tokens of each sequence. ``None``: all N tokens are one sequence.
         columns: the other columns by name, each ``[N]``.
+        equal: whether all sequences are equally long, as the rows of a padded batch are.
+        halves: whether the chosen sides of all pairs come first, then the rejected ones. Otherwise they alternate.
         active: ``[N]`` bool, True where the weight is not 0.
 
     Every column holds 0 where ``active`` is False.
@@ -104,10 +106,22 @@ class Tokens:
     weights: Tensor
     lengths: Tensor | None = None
     columns: Mapping[str, Tensor] = field(default_factory=dict)
+    equal: bool = False
+    halves: bool = False
     active: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "active", self.weights != 0)
+
+    @property
+    def sequences(self) -> int:
+        """B, the number of sequences."""
+        return 1 if self.lengths is None else self.lengths.shape[0]
+
+    @property
+    def ends(self) -> Tensor:
+        """``[B]`` the index after the last token of each sequence."""
+        return torch.tensor([len(self.weights)]) if self.lengths is None else self.lengths.cumsum(0)
 
     def __getattr__(self, name: str) -> Tensor:
         columns: Mapping[str, Tensor] = self.__dict__.get("columns", {})

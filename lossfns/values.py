@@ -19,6 +19,9 @@ from lossfns.tokens import LOGPROB_COLUMNS, PAIRS, Rows, Tokens
 LOGPROB_TOLERANCE = 1e-4
 """Largest value above 0 that a logprob may have because of rounding."""
 
+LENGTHS_FIT = "lengths fit"
+"""The number that tells whether lengths on a device were those of the batch: 1 or 0."""
+
 FAR_LOG_RATIO = 5.0
 """Mean |log-ratio| above which the old logprobs are probably those of other tokens."""
 
@@ -41,18 +44,21 @@ def extremes(t: Tokens, rows: Rows) -> dict[str, Tensor]:
 def one_sided_pairs(t: Tokens) -> Tensor:
     """``[P]`` bool: True where exactly one side of a pair has active tokens."""
     has_active = nonempty(t)
-    return chosen(has_active) ^ rejected(has_active)
+    return chosen(t, has_active) ^ rejected(t, has_active)
 
 
 def check_values(extrema: Mapping[str, float], t: Tokens, *, signed: bool) -> None:
     """Raise for the first value that no loss can use, and warn about old logprobs that were left at 0.
 
     Args:
-        extrema: the numbers of ``extremes(t, rows)``, on the host.
+        extrema: the numbers of ``extremes(t, rows)``, on the host, and ``LENGTHS_FIT`` if the lengths are unchecked.
         t: the batch. It is searched for the bad entry only if one of the numbers is bad.
         signed: whether weights may be negative.
     """
-    if not extrema:
+    if not extrema.get(LENGTHS_FIT, True):
+        expected = f"whole numbers from 0 that sum to {len(t.weights)}, or their cumulative sums from 0"
+        raise LossInputError("lengths", expected, "others", "They count the tokens of logprobs.")
+    if "weights min" not in extrema:  # no tokens
         return
     for name, x in checked_columns(t).items():
         low, high = extrema[f"{name} min"], extrema[f"{name} max"]
@@ -68,7 +74,9 @@ def check_values(extrema: Mapping[str, float], t: Tokens, *, signed: bool) -> No
             raise_at_first(t, name, x < 0, "a weight of at least 0", fix)
     if extrema.get("one-sided pairs"):
         pair = int(one_sided_pairs(t).nonzero()[0])
-        side, datum = ("chosen", 2 * pair) if nonempty(t)[2 * pair + 1] else ("rejected", 2 * pair + 1)
+        datums = torch.arange(t.sequences)
+        side, side_of = ("chosen", chosen) if rejected(t, nonempty(t))[pair] else ("rejected", rejected)
+        datum = int(side_of(t, datums)[pair])
         got = f"none on the {side} side of pair {pair}"
         raise LossInputError("weights", "active tokens on both sides", got, "Drop the pair, or mask both.", datum=datum)
     unset = extrema.get("old_logprobs min") == extrema.get("old_logprobs max") == 0
@@ -96,7 +104,7 @@ NOT_FINITE_FIX = {
 def raise_at_first(t: Tokens, name: str, bad: Tensor, expected: str, fix: str) -> None:
     """Raise an error that names the first bad entry of a column by datum and position in the datum."""
     index = int(bad.nonzero()[0])
-    ends = t.lengths.cumsum(0) if t.lengths is not None else torch.tensor([len(bad)])
+    ends = t.ends
     datum = int(torch.searchsorted(ends, torch.tensor(index, device=ends.device), right=True))
     position = index - (int(ends[datum - 1]) if datum else 0)
     got = f"{float(checked_columns(t)[name][index]):g}"

@@ -83,7 +83,7 @@ def sequence_active(t: Tokens) -> Tensor:
 def pair_active(t: Tokens) -> Tensor:
     """1 for each pair with active tokens on both sides, else 0: ``[P]``."""
     has_active = nonempty(t)
-    return (chosen(has_active) & rejected(has_active)).to(t.weights.dtype)
+    return (chosen(t, has_active) & rejected(t, has_active)).to(t.weights.dtype)
 
 
 def pair_count(t: Tokens) -> Tensor:

@@ -12,12 +12,13 @@ import lossfns
 ROOT = Path(lossfns.__file__).parent
 LAYERS = [
     {"errors", "version"},
-    {"tokens", "terms", "checks"},
+    {"tokens", "terms", "checks", "compiled"},
     {"segments"},
     {"weigh", "pack", "values", "metrics"},
+    {"tensors", "deferred"},
     {"loss"},
     {"combine"},
-    {"losses", "advantages", "datum", "logprobs"},
+    {"losses", "advantages", "datum", "labels", "logprobs"},
     {"frame"},
     {"export"},
     {"__init__"},

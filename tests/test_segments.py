@@ -48,7 +48,7 @@ def test_counts_of_one_sequence_have_the_dtype_they_have_of_many(fn: str) -> Non
 
 def test_pairs_are_even_and_odd_sequences() -> None:
     y = torch.arange(6)
-    assert segments.chosen(y).tolist() == [0, 2, 4] and segments.rejected(y).tolist() == [1, 3, 5]
+    assert segments.chosen(T, y).tolist() == [0, 2, 4] and segments.rejected(T, y).tolist() == [1, 3, 5]
 
 
 def test_no_shape_depends_on_a_value() -> None:

@@ -17,9 +17,10 @@ from torch import Tensor
 from lossfns import terms as eq
 from lossfns.combine import tis_log_weight
 from lossfns.datum import TensorData
-from lossfns.errors import LossInputError
+from lossfns.deferred import not_divisible, to_host
+from lossfns.errors import LossInputError, add_loss_name
 from lossfns.export.builtins import BUILTINS, CLIP, builtin_name
-from lossfns.loss import BoundLoss, Loss, add_loss_name, check_terms, count_rows, not_divisible, to_host
+from lossfns.loss import BoundLoss, Loss, check_terms, count_rows
 from lossfns.pack import Shapes, blank, check_data, pack, weight_rows
 from lossfns.segments import active_counts, geometric_level, sequence_value, to_tokens, token_level
 from lossfns.tokens import ON_POLICY, TARGETS, Tokens
@@ -150,11 +151,11 @@ def with_denominators(loss: Loss | BoundLoss, data: Sequence[Any]) -> list[Any]:
 def pack_share(bound: BoundLoss, data: Sequence[Any]) -> tuple[Tokens, Tensor, Shapes]:
     """Pack a batch without its logprobs. Return it, share / denominator of each row, and the shape of each datum."""
     loss = bound.loss
-    with add_loss_name(loss):
+    with add_loss_name(loss.name):
         t, shapes = pack_without_logprobs(bound, data)
         share = loss.share(t)
         if loss.count is not None:
-            count = float(count_rows(loss, t)) if bound.divisor is None else bound.divisor
+            count = float(count_rows(loss, t) if bound.divisor is None else bound.divisor)
             if not count > 0:
                 raise not_divisible(count)
             share = share / count
@@ -270,7 +271,7 @@ def check_mask(t: Tokens, loss: Loss) -> None:
     """Refuse weights that differ within a sequence, for a built-in whose sequence ratio is a mean over a mask."""
     differs = t.active & (t.weights != to_tokens(t, sequence_value(t, t.weights)))
     if differs.any():
-        ends = t.lengths.cumsum(0) if t.lengths is not None else torch.tensor([len(differs)])
+        ends = t.ends
         datum = int(torch.searchsorted(ends, differs.nonzero()[0], right=True))
         fix = "The built-in's sequence ratio is a mean over a mask: use forward_backward_custom(data, loss)."
         got = "weights that differ"

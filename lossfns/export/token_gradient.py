@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lossfns.errors import LossInputError, show
-from lossfns.loss import BoundLoss, Loss, add_loss_name, name_or_repr
+from lossfns.errors import LossInputError, add_loss_name, show
+from lossfns.loss import BoundLoss, Loss, name_or_repr
 from lossfns.pack import check_data, find_column
 from lossfns.tokens import ON_POLICY, Tokens
 
@@ -81,7 +81,7 @@ def token_gradient(loss: Loss | BoundLoss, data: Sequence[Any], device: torch.de
     if not bound.loss.rows.per_token:
         got = f"{bound.loss!r}, over {bound.loss.rows}"
         raise LossInputError("loss", "a loss whose tokens stand for themselves", got, FIX)
-    with add_loss_name(bound.loss):
+    with add_loss_name(bound.loss.name):
         check_data(data, bound.loss.rows)
         zeros = [torch.zeros(row.shape, device=device) for row in find_column("target_tokens", data, bound.columns)]
         t = bound.pack(data, zeros)
@@ -104,6 +104,6 @@ def token_gradient(loss: Loss | BoundLoss, data: Sequence[Any], device: torch.de
             (g,) = torch.autograd.grad(torch.dot(select(share).to(term.dtype), term), lp)
         return g
 
-    with add_loss_name(bound.loss):
+    with add_loss_name(bound.loss.name):
         gradient(zeros[0][:1], slice(0, 1))  # refuses a loss of another kind before any work
     return gradient

@@ -44,7 +44,7 @@ def dpo(beta: float = 0.1, label_smoothing: float = 0.0, weigh: Weighing = pair_
 
     def terms(t: Tokens) -> tuple[Tensor, Statistics]:
         log_ratio = weighted_sum(t, t.logprobs - t.ref_logprobs)
-        m = chosen(log_ratio) - rejected(log_ratio)
+        m = chosen(t, log_ratio) - rejected(t, log_ratio)
         statistics = {"margin": m.detach(), "reward_margin": beta * m.detach(), "accuracy": accuracy(m)}
         return eq.preference(m, beta, label_smoothing), statistics
 
@@ -79,8 +79,8 @@ def orpo(lam: float = 0.1, weigh: Weighing = pair_mean) -> Loss:
     def terms(t: Tokens) -> tuple[Tensor, Statistics]:
         a = weighted_mean(t, t.logprobs)
         log_odds = eq.log_odds(a)
-        difference = chosen(log_odds) - rejected(log_odds)
-        nll = eq.nll(chosen(a))
+        difference = chosen(t, log_odds) - rejected(t, log_odds)
+        nll = eq.nll(chosen(t, a))
         statistics = {
             "nll": nll.detach(),
             "log_odds_ratio": difference.detach(),

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from lossfns.datum import TensorData
-from lossfns.errors import LossInputError
-from lossfns.loss import BoundLoss, Loss, LossFn, add_loss_name
+from lossfns.errors import LossInputError, add_loss_name
+from lossfns.loss import BoundLoss, Loss, LossFn
 from lossfns.pack import PackedColumns, pack_side_columns
 
 
@@ -133,7 +133,7 @@ def bind_loss(bound: BoundLoss, data: list[Any], empty_outputs: Outputs) -> Call
 def packed_columns(bound: BoundLoss, data: list[Any], empty_outputs: Outputs) -> PackedColumns:
     """Pack what a loss of this library reads of the batch besides the outputs."""
     loss = bound.loss
-    with add_loss_name(loss):
+    with add_loss_name(loss.name):
         return pack_side_columns(
             data,
             empty_outputs.shapes,
@@ -156,7 +156,7 @@ def bind_callable(loss_fn: LossFn, data: list[Any], empty_outputs: Outputs) -> C
 def differentiate_loss(bound: BoundLoss, columns: PackedColumns, outputs: Outputs) -> Differentiated:
     """Differentiate a loss of this library: on the device of the outputs, on all of them end to end."""
     leaf = outputs.values.detach().requires_grad_()
-    with add_loss_name(bound.loss):
+    with add_loss_name(bound.loss.name):
         result = bound.evaluate_packed(columns.with_logprobs(leaf.flatten()))
     loss, value, metrics = check_contract(result)
     backward_to(leaf, loss)

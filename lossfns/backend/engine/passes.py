@@ -91,8 +91,10 @@ def stream_part(
 
 def divisor(bound: BoundLoss, columns: PackedColumns) -> float:
     """Return the denominator of the whole batch, which depends on no logprob."""
-    if bound.divisor is not None or bound.loss.count is None:
-        return bound.divisor or 1.0
+    if bound.loss.count is None:
+        return 1.0
+    if bound.divisor is not None:
+        return float(bound.divisor)
     return float(bound.loss.count(Tokens(torch.zeros_like(columns.weights), columns.weights, columns.lengths)))
 
 

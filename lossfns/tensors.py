@@ -1,0 +1,281 @@
+"""The door for tensors: padded ``[B, T]`` and packed ``[N]`` batches become the ``Tokens`` that ``pack`` returns.
+
+No shape depends on the data, nothing runs over sequences, and nothing waits for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lossfns.errors import LossInputError, did_you_mean, show
+from lossfns.pack import (
+    LOGPROB_DTYPES,
+    MISSING_COLUMN_FIX,
+    as_row,
+    as_tensor,
+    blank,
+    is_plain,
+    may_be_number,
+    tensor_form,
+)
+from lossfns.tokens import ON_POLICY, PAIRS, Rows, Tokens
+from lossfns.values import LENGTHS_FIT
+
+LAYOUTS = ("interleaved", "halves")
+"""Where the sides of pair i stand: at 2i and 2i + 1, or at i and i + P, as TRL concatenates them."""
+SIDES = ("chosen", "rejected")
+
+
+def pack_padded(
+    logprobs: Any,
+    weights: Any,
+    reads: Sequence[str] = (),
+    columns: Mapping[str, Any] | None = None,
+    *,
+    rows: Rows,
+    layout: str | None = None,
+) -> Tokens:
+    """Check, flatten and mask a padded batch.
+
+    Args:
+        logprobs: ``[B, T]``, or ``[B, T, K]`` for a loss over K targets. For pairs also a tuple of two tensors
+            ``[P, T]``, chosen and rejected, whose T may differ.
+        weights: of the same shape; 0 where a token is not trained, and at padding on either side.
+        reads, rows: as for ``pack``.
+        columns: for each name a tensor of the same shape, or ``[B]`` with one number for each row where the column may
+            have one. Every column of pairs in two tensors is a tuple of two.
+        layout: ``"interleaved"`` (the default) or ``"halves"``, for pairs in one tensor.
+
+    Returns:
+        The packed batch of all B·T tokens, on the device of the logprobs.
+
+    Raises:
+        LossInputError: if any input is malformed.
+    """
+    rows = Rows.of(rows)
+    check_layout(layout, rows, in_two=isinstance(logprobs, (tuple, list)))
+    if isinstance(logprobs, (tuple, list)):
+        return two_sides(logprobs, weights, reads, columns or {}, rows)
+    check_logprobs(logprobs, "logprobs", rows.rank + 1, "padded", ("B", "T", "K"))
+    if logprobs.shape[0] % rows.datums:
+        raise LossInputError(
+            "logprobs", "chosen/rejected pairs", f"{logprobs.shape[0]} rows, an odd number", LAYOUT_FIX
+        )
+    given = checked_columns(weights, reads, columns or {}, logprobs.shape[0])
+
+    def flat(name: str, x: Tensor) -> Tensor:
+        return rows_of(name, x, logprobs.shape, rows).flatten()
+
+    lengths = torch.full(logprobs.shape[:1], logprobs[0].numel(), device=logprobs.device)
+    return masked(logprobs.flatten(), given, flat, lengths, equal=True, halves=layout == "halves")
+
+
+def two_sides(logprobs: Any, weights: Any, reads: Sequence[str], columns: Mapping[str, Any], rows: Rows) -> Tokens:
+    """Pack pairs whose chosen and rejected sides are two padded tensors: all chosen rows, then all rejected ones."""
+    sides = pair_of("logprobs", logprobs)
+    for side, x in zip(SIDES, sides):
+        check_logprobs(x, f"{side} logprobs", 2, "padded", ("P", "T"))
+    if len(sides[0]) != len(sides[1]):
+        got = f"{len(sides[0])} and {len(sides[1])} rows"
+        raise LossInputError("logprobs", "as many chosen as rejected rows", got, "Row i of both is pair i.")
+    given: dict[str, Any] = {"weights": pair_of("weights", weights)}
+    for name in reads:
+        column = find(name, columns)
+        given[name] = column if column is ON_POLICY else pair_of(name, column)
+
+    def flat(name: str, pair: Any) -> Tensor:
+        both = [column_tensor(name, x) for x in pair]
+        return torch.cat([rows_of(name, x, lp.shape, rows).flatten() for x, lp in zip(both, sides)])
+
+    lengths = torch.tensor([x.shape[1] for x in sides], device=sides[0].device).repeat_interleave(len(sides[0]))
+    equal = sides[0].shape == sides[1].shape
+    return masked(torch.cat([x.flatten() for x in sides]), given, flat, lengths, equal=equal, halves=True)
+
+
+def pack_packed(
+    logprobs: Any,
+    weights: Any,
+    reads: Sequence[str] = (),
+    columns: Mapping[str, Any] | None = None,
+    *,
+    rows: Rows,
+    lengths: Any = None,
+    cu_seqlens: Any = None,
+    layout: str | None = None,
+) -> tuple[Tokens, dict[str, Tensor]]:
+    """Check and mask a packed batch, whose sequences lie end to end without padding.
+
+    Args:
+        logprobs: ``[N]``, or ``[N, K]`` for a loss over K targets.
+        weights: of the same shape.
+        reads, rows: as for ``pack``.
+        columns: for each name a tensor of the same shape, or ``[B]`` where the column may have one number for each
+            sequence.
+        lengths: ``[B]`` tokens of each sequence, which sum to N.
+        cu_seqlens: ``[B + 1]``, in place of ``lengths``: 0 and the index after each sequence, as attention kernels
+            take it.
+        layout: ``"interleaved"`` (the default) or ``"halves"``, for pairs.
+
+    Returns:
+        The packed batch; and for lengths on a device a number that ``check_values`` reads later, which tells whether
+        they are the lengths of a batch of N tokens.
+
+    Raises:
+        LossInputError: if any input is malformed.
+    """
+    rows = Rows.of(rows)
+    check_layout(layout, rows, in_two=False)
+    check_logprobs(logprobs, "logprobs", rows.rank, "packed", ("N", "K"))
+    width = logprobs.shape[1] if rows.rank == 2 else 1
+    tokens, checks = sequence_lengths(lengths, cu_seqlens, len(logprobs))
+    tokens = tokens.to(logprobs.device)
+    if len(tokens) % rows.datums:
+        raise LossInputError("lengths", "chosen/rejected pairs", f"{len(tokens)} sequences, an odd number", LAYOUT_FIX)
+    given = checked_columns(weights, reads, columns or {}, len(tokens))
+
+    def flat(name: str, x: Tensor) -> Tensor:
+        if x.shape == logprobs.shape:
+            return x.flatten()
+        if x.shape == tokens.shape and may_be_number(name, rows):
+            numbers = x.to(logprobs.device, torch.promote_types(logprobs.dtype, torch.float32))
+            return torch.repeat_interleave(numbers, tokens * width, output_size=logprobs.numel())
+        raise wrong_shape(name, x, logprobs.shape, rows, len(tokens))
+
+    t = masked(logprobs.flatten(), given, flat, tokens * width, equal=False, halves=layout == "halves")
+    return t, checks
+
+
+LAYOUT_FIX = 'Interleave them: row 2i chosen, 2i + 1 rejected, or pass layout="halves".'
+
+
+def check_layout(layout: Any, rows: Rows, *, in_two: bool) -> None:
+    """Refuse a layout that does not exist, or that has no meaning here."""
+    if layout is not None and not (isinstance(layout, str) and layout in LAYOUTS):
+        hint = did_you_mean(layout, LAYOUTS)
+        raise LossInputError("layout", " or ".join(map(repr, LAYOUTS)), show(layout), hint)
+    if layout is not None and (rows is not PAIRS or in_two):
+        got = "two tensors" if in_two else f"a loss over {rows}"
+        raise LossInputError("layout", "a loss over pairs in one tensor", got, "Leave it out.")
+    if in_two and rows is not PAIRS:
+        raise LossInputError(
+            "logprobs", "one tensor", "a list", "For datums and a list of tensors call the loss itself."
+        )
+
+
+def check_logprobs(x: Any, name: str, rank: int, form: str, dims: Sequence[str]) -> None:
+    """Refuse anything but a dense floating point tensor of this rank with at least one entry."""
+    if not isinstance(x, Tensor):
+        raise LossInputError(name, "a torch.Tensor", f"a {type(x).__name__}", "Call torch.tensor.")
+    if not is_plain(x) or x.dtype not in LOGPROB_DTYPES:
+        fix = "Pass the logprobs of the targets as a dense tensor of float32."
+        raise LossInputError(name, "a dense tensor of real numbers", tensor_form(x), fix)
+    if x.ndim != rank:
+        fixes = {
+            ("padded", 1): "Call packed(logprobs, weights, lengths=...) for tokens end to end.",
+            ("padded", 3): "For logits take target_logprobs first; for [B, T, K] use multi_target_cross_entropy.",
+            ("packed", 2): "Call padded(logprobs, weights) for [B, T]; squeeze(0) a packed [1, N].",
+        }
+        fix = fixes.get((form, x.ndim), "Pass one logprob for each target.")
+        raise LossInputError(name, f"[{', '.join(dims[:rank])}]", f"shape {tuple(x.shape)}", fix)
+    if x.numel() == 0:
+        raise LossInputError(name, "at least one token", f"shape {tuple(x.shape)}", "Skip the call for an empty batch.")
+
+
+def sequence_lengths(lengths: Any, cu_seqlens: Any, tokens: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the lengths ``[B]`` of the sequences, and the check of them that is left for later.
+
+    On the host they are checked here. On a device they are made to fit, so that nothing reads beyond the batch.
+    """
+    if (lengths is None) == (cu_seqlens is None):
+        got = "both" if lengths is not None else "neither"
+        raise LossInputError("lengths", "either lengths or cu_seqlens", got, "They say where sequences begin and end.")
+    name = "lengths" if cu_seqlens is None else "cu_seqlens"
+    given = as_tensor(as_row(lengths if cu_seqlens is None else cu_seqlens, name, None))
+    if given.ndim != 1 or given.is_floating_point() or given.dtype == torch.bool or not len(given):
+        got = f"{given.dtype} of shape {tuple(given.shape)}"
+        raise LossInputError(name, "whole numbers, one for each sequence", got, "Pass a list or a tensor [B].")
+    given = given.to(torch.int64)
+    bounds = given if cu_seqlens is not None else torch.cat([given.new_zeros(1), given.cumsum(0)])
+    counts = bounds.diff()
+    fit = (bounds[0] == 0) & (bounds[-1] == tokens) & (counts >= 0).all()
+    if given.device.type != "cpu":
+        inner = torch.cummax(bounds[1:-1].clamp(0, tokens), 0).values
+        inside = torch.cat([bounds.new_zeros(1), inner, bounds.new_full((1,), tokens)])
+        return inside.diff(), {LENGTHS_FIT: fit}
+    if len(bounds) < 2 or not fit:
+        expected = f"0, …, {tokens} in order" if cu_seqlens is not None else f"numbers from 0 that sum to {tokens}"
+        got = str(given.tolist() if len(given) < 9 else [*given[:4].tolist(), "…", *given[-4:].tolist()])
+        raise LossInputError(name, expected, got, "They count the tokens of logprobs.")
+    return counts, {}
+
+
+def checked_columns(weights: Any, reads: Sequence[str], columns: Mapping[str, Any], sequences: int) -> dict[str, Any]:
+    """Return weights and columns as tensors by name. A column may be ON_POLICY."""
+    found = {name: find(name, columns) for name in reads}
+    return {name: x if x is ON_POLICY else column_tensor(name, x) for name, x in {"weights": weights, **found}.items()}
+
+
+def find(name: str, columns: Mapping[str, Any]) -> Any:
+    """Return a column that the loss reads."""
+    if name not in columns:
+        fix = MISSING_COLUMN_FIX.get(name, "").replace("bind(", "padded(..., ") or f"Pass {name}=."
+        raise LossInputError(name, "a tensor of the shape of logprobs", "nothing", fix)
+    return columns[name]
+
+
+def column_tensor(name: str, x: Any) -> Tensor:
+    """Return a column as a tensor without graph."""
+    return as_tensor(as_row(x, name, None))
+
+
+def pair_of(name: str, x: Any) -> tuple[Any, Any]:
+    """Return the two sides of a column of pairs in two tensors."""
+    if not isinstance(x, (tuple, list)) or len(x) != 2:
+        got = f"{len(x)} entries" if isinstance(x, (tuple, list)) else f"a {type(x).__name__}"
+        raise LossInputError(name, "a tuple (chosen, rejected) of two tensors", got, "Every column comes in two.")
+    return x[0], x[1]
+
+
+def rows_of(name: str, x: Tensor, shape: Sequence[int], rows: Rows) -> Tensor:
+    """Return a padded column in the shape of the logprobs; ``[B]`` and ``[B, 1]`` are repeated over the tokens."""
+    if x.shape == shape:
+        return x
+    if x.shape[:1] == shape[:1] and x.numel() == shape[0] and x.ndim < 3 and may_be_number(name, rows):
+        return x.view(-1, *[1] * (len(shape) - 1)).expand(shape)
+    raise wrong_shape(name, x, shape, rows, shape[0])
+
+
+def wrong_shape(name: str, x: Tensor, shape: Sequence[int], rows: Rows, sequences: int) -> LossInputError:
+    one_each = f" or ({sequences},)" if may_be_number(name, rows) else ""
+    fix = "Shift labels, masks and logprobs alike: position j holds token j + 1."
+    return LossInputError(name, f"shape {tuple(shape)}{one_each}, that of logprobs", f"shape {tuple(x.shape)}", fix)
+
+
+def masked(
+    logprobs: Tensor,
+    given: Mapping[str, Any],
+    flat: Callable[[str, Any], Tensor],
+    lengths: Tensor,
+    *,
+    equal: bool,
+    halves: bool,
+) -> Tokens:
+    """Convert every column to the dtype and device of the logprobs, and put 0 into every inactive slot."""
+    logprobs = logprobs.to(torch.promote_types(logprobs.dtype, torch.float32))
+
+    def column(name: str) -> Tensor:
+        return flat(name, given[name]).to(logprobs.device, logprobs.dtype)
+
+    weights = column("weights")
+    active = weights != 0
+    logprobs = blank(logprobs, active)
+    columns = {
+        name: logprobs.detach() if x is ON_POLICY else blank(column(name), active)
+        for name, x in given.items()
+        if name != "weights"
+    }
+    return Tokens(logprobs, weights, lengths, columns, equal, halves)
