@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from lossfns.checks import check_denominator, check_knobs, is_huge, is_real
-from lossfns.compiled import compile_or_warn
-from lossfns.deferred import DeferredMetrics, Numbers, finalised, not_divisible
+from lossfns.compiled import one_kernel
+from lossfns.deferred import DeferredMetrics, Numbers, as_numbers, finalised, not_divisible
 from lossfns.errors import LossInputError, add_loss_name, did_you_mean, show, warn
 from lossfns.metrics import ADDITIVE, DIVIDED
 from lossfns.pack import check_align, check_reads, is_plain, pack, pack_weights, tensor_form
 from lossfns.segments import active_counts, geometric_level, sequence_level, to_dtype, token_level
-from lossfns.tensors import pack_packed, pack_padded
+from lossfns.tensors import TensorBatch, blank_tensors, check_packed, check_padded
 from lossfns.terms import k1, k2, k3
 from lossfns.tokens import COLUMNS, ON_POLICY, TOKENS, Rows, Tokens
 from lossfns.values import extremes
@@ -28,7 +28,7 @@ from lossfns.weigh import WEIGHINGS, Weighing, check_weigh
 Statistics = dict[str, Tensor]
 """One value for each row, detached, by name of the statistic."""
 Terms = Callable[[Tokens], tuple[Tensor, Statistics]]
-Measure = Callable[["Loss", Tokens, Tensor | float | None], tuple[Tensor, Numbers, Numbers, Numbers]]
+Measure = Callable[["Loss", Callable[[Any], Tokens], Any, Tensor | float | None], tuple[Tensor, Numbers]]
 LossFn = Callable[[list[Any], list[Tensor]], tuple[Tensor, dict[str, float]]]
 """The contract: ``(data, logprobs_list) -> (loss, metrics)``."""
 P = ParamSpec("P")
@@ -86,7 +86,7 @@ class Loss:
     @functools.cached_property
     def kernel(self) -> Measure:
         """``measure`` for this loss, fused by ``torch.compile``."""
-        return compile_or_warn(measure)
+        return one_kernel(measure)
 
     def __repr__(self) -> str:
         return f"{self.name}({', '.join(f'{name}={name_or_repr(value)}' for name, value in self.knobs.items())})"
@@ -369,29 +369,41 @@ class BoundLoss:
 
     def evaluate_packed(self, t: Tokens) -> tuple[Tensor, dict[str, float]]:
         """Return loss and metrics of a packed batch. Metrics and checks of values share one transfer to the host."""
-        return finalised(self.defer(t))
+        return finalised(self.defer(as_packed, t))
 
-    def defer(self, t: Tokens, checks: Mapping[str, Tensor] | None = None) -> tuple[Tensor, DeferredMetrics]:
-        """Return loss and metrics of a packed batch. Nothing is copied to the host.
+    def defer(
+        self, pack: Callable[[Any], Tokens], batch: Tokens | TensorBatch, checks: Mapping[str, Tensor] | None = None
+    ) -> tuple[Tensor, DeferredMetrics]:
+        """Return loss and metrics of ``pack(batch)``. Nothing is copied to the host.
 
         Args:
-            t: the packed batch.
+            pack: ``as_packed``, or ``blank_tensors`` for a batch that is not masked yet.
+            batch: the batch.
             checks: numbers for ``check_values`` besides those that it reads from the batch.
         """
-        loss = self.loss
-        total, totals, sums, extrema = self.measure(loss, t, self.divisor)
-        totals = {**totals, **({"grad_l1": grad_l1(total, t)} if self.grad_l1 else {})}
-        extrema = {**extrema, **(checks or {})}
-        return total, DeferredMetrics(loss.name, loss.rows, loss.signed, self.divisor, t, totals, sums, extrema)
+        loss, sequences = self.loss, 1 if batch.lengths is None else len(batch.lengths)
+        total, numbers = self.measure(loss, pack, batch, self.divisor)
+        more = {**(checks or {}), **({"grad_l1": grad_l1(total, batch.logprobs)} if self.grad_l1 else {})}
+        kept = functools.partial(pack, batch)
+        metrics = DeferredMetrics(loss.name, loss.rows, loss.signed, self.divisor, sequences, kept, numbers, more)
+        return total, metrics
 
 
-def measure(loss: Loss, t: Tokens, divisor: Tensor | float | None) -> tuple[Tensor, Numbers, Numbers, Numbers]:
-    """Return the 0-d loss of a packed batch, and three tables of 0-d tensors: totals, sums of statistics, extrema."""
+def as_packed(t: Tokens) -> Tokens:
+    """Return a batch that is packed and masked already."""
+    return t
+
+
+def measure(
+    loss: Loss, pack: Callable[[Any], Tokens], batch: Any, divisor: Tensor | float | None
+) -> tuple[Tensor, Numbers]:
+    """Return the 0-d loss of ``pack(batch)``, and its totals, sums of statistics, and extrema."""
+    t = pack(batch)
     count = {} if loss.count is None else {"count": count_rows(loss, t)}
     total, sums = evaluate(loss, t, count.get("count") if divisor is None else divisor)
     tokens = active_counts(t)
     totals = {"loss": total.detach(), "tokens": tokens.sum(), "sequences_empty": (tokens == 0).sum(), **count}
-    return total, totals, sums, extremes(t, loss.rows)
+    return total, as_numbers(total.dtype, totals, sums, extremes(t, loss.rows))
 
 
 @dataclass(frozen=True)
@@ -412,7 +424,7 @@ class DeferredLoss:
 
     def __call__(self, data: Sequence[Any], logprobs_list: Sequence[Tensor]) -> tuple[Tensor, DeferredMetrics]:
         with add_loss_name(self.bound.loss.name):
-            return self.bound.defer(self.bound.pack(data, logprobs_list))
+            return self.bound.defer(as_packed, self.bound.pack(data, logprobs_list))
 
     def padded(
         self, logprobs: Any, weights: Any, *, layout: str | None = None, denominator: Any = None, **columns: Any
@@ -421,8 +433,8 @@ class DeferredLoss:
         bound = self.bound.bind(denominator=denominator, **columns)
         with add_loss_name(bound.loss.name):
             loss = bound.loss
-            t = pack_padded(logprobs, weights, loss.reads, bound.columns, rows=loss.rows, layout=layout)
-            return bound.defer(t)
+            batch = check_padded(logprobs, weights, loss.reads, bound.columns, rows=loss.rows, layout=layout)
+            return bound.defer(blank_tensors, batch)
 
     def packed(
         self,
@@ -439,7 +451,7 @@ class DeferredLoss:
         bound = self.bound.bind(denominator=denominator, **columns)
         with add_loss_name(bound.loss.name):
             loss = bound.loss
-            t, checks = pack_packed(
+            batch, checks = check_packed(
                 logprobs,
                 weights,
                 loss.reads,
@@ -449,15 +461,15 @@ class DeferredLoss:
                 cu_seqlens=cu_seqlens,
                 layout=layout,
             )
-            return bound.defer(t, checks)
+            return bound.defer(blank_tensors, batch, checks)
 
 
-def grad_l1(total: Tensor, t: Tokens) -> Tensor:
+def grad_l1(total: Tensor, logprobs: Tensor) -> Tensor:
     """Return Σ|∂L/∂logprob| over the batch."""
     if not total.requires_grad:
         fix = "Pass leaves with requires_grad=True, outside no_grad."
         raise LossInputError("logprobs_list", "tensors that require grad, for grad_l1", "constants", fix)
-    return torch.autograd.grad(total, t.logprobs, retain_graph=True)[0].abs().sum()
+    return torch.autograd.grad(total, logprobs, retain_graph=True)[0].abs().sum()
 
 
 def check_bound(loss: Loss, columns: Mapping[str, Any], align: Any, grad_l1: Any) -> None:

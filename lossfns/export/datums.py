@@ -17,7 +17,7 @@ from torch import Tensor
 from lossfns import terms as eq
 from lossfns.combine import tis_log_weight
 from lossfns.datum import TensorData
-from lossfns.deferred import not_divisible, to_host
+from lossfns.deferred import as_numbers, not_divisible
 from lossfns.errors import LossInputError, add_loss_name
 from lossfns.export.builtins import BUILTINS, CLIP, builtin_name
 from lossfns.loss import BoundLoss, Loss, check_terms, count_rows
@@ -193,8 +193,9 @@ def pack_without_logprobs(bound: BoundLoss, data: Sequence[Any]) -> tuple[Tokens
         shapes = [shape if len(shape) == 2 or y is None else y.to_numpy().shape for shape, y in zip(shapes, targets)]
     zeros = [torch.zeros(shape, dtype=torch.float64) for shape in shapes]
     t = pack(data, zeros, loss.reads, bound.columns, rows=loss.rows)
-    (extrema,) = to_host(torch.float64, extremes(t, loss.rows))
-    check_values(extrema, t, signed=loss.signed)
+    numbers = as_numbers(torch.float64, extremes(t, loss.rows))
+    (extrema,) = numbers.tables(numbers.values.tolist())
+    check_values(extrema, lambda: t, signed=loss.signed)
     return t, shapes
 
 
