@@ -26,7 +26,7 @@ def one_kernel(measure: Kernel) -> Kernel:
     """
 
     def alone(loss: Any, batch: TensorBatch, divisor: Tensor | None) -> Any:
-        total, numbers = measure(loss, blank_tensors, batch, divisor)
+        total, numbers = measure(loss, blank_tensors, flat(batch, batch.logprobs), divisor)
         return total, numbers.names, numbers.values
 
     def with_gradient(loss: Any, batch: TensorBatch, divisor: Tensor | None) -> Any:
@@ -34,8 +34,7 @@ def one_kernel(measure: Kernel) -> Kernel:
 
         def value(logprobs: Tensor) -> tuple[Tensor, Tensor]:
             nonlocal names
-            given = TensorBatch(logprobs, batch.weights, batch.columns, batch.lengths, batch.equal, batch.halves)
-            total, numbers = measure(loss, blank_tensors, given, divisor)
+            total, numbers = measure(loss, blank_tensors, flat(batch, logprobs), divisor)
             names = numbers.names
             return total, numbers.values
 
@@ -64,7 +63,7 @@ def one_kernel(measure: Kernel) -> Kernel:
             return result
         total, names, values, *gradient = result
         if differentiable:
-            total = WithGradient.apply(batch.logprobs, total, *gradient)  # type: ignore[no-untyped-call]
+            total = WithGradient.apply(batch.logprobs, total, gradient[0].view(-1))  # type: ignore[no-untyped-call]
         return total, Numbers(names, values)
 
     return compiled
@@ -85,18 +84,32 @@ class WithGradient(torch.autograd.Function):
 
 
 def of_any_size(batch: Any) -> TensorBatch:
-    """Return the batch for a graph that takes any N and B."""
+    """Return the batch for a graph that takes any N and B. Sequences of equal length become rows ``[B, T]``.
 
-    def dynamic(x: Any) -> Any:
+    Of a flat batch the graph would compute T = N / B for each few tokens.
+    """
+    shape = (len(batch.lengths), -1) if batch.equal else (-1,)
+
+    def dynamic(x: Any, *shape: int) -> Any:
         if not isinstance(x, Tensor):  # ON_POLICY
             return x
-        view = x.detach().view(-1)
-        torch._dynamo.maybe_mark_dynamic(view, 0)
+        # Bytes are read as vectors, bools one by one.
+        view = x.detach().view(torch.uint8 if x.dtype is torch.bool else x.dtype).view(*shape)
+        for dim in range(view.ndim):
+            torch._dynamo.maybe_mark_dynamic(view, dim)
         return view
 
-    columns = {name: dynamic(x) for name, x in batch.columns.items()}
-    logprobs, weights, lengths = map(dynamic, (batch.logprobs, batch.weights, batch.lengths))
+    columns = {name: dynamic(x, *shape) for name, x in batch.columns.items()}
+    logprobs, weights, lengths = dynamic(batch.logprobs, *shape), dynamic(batch.weights, *shape), dynamic(batch.lengths, -1)
     return TensorBatch(logprobs, weights, columns, lengths, batch.equal, batch.halves)
+
+
+def flat(batch: TensorBatch, logprobs: Tensor) -> TensorBatch:
+    """Return the batch with these logprobs, and every column as ``[N]``."""
+    columns = {name: x.flatten() if isinstance(x, Tensor) else x for name, x in batch.columns.items()}
+    return TensorBatch(
+        logprobs.flatten(), batch.weights.flatten(), columns, batch.lengths, batch.equal, batch.halves
+    )
 
 
 def as_number(divisor: Tensor | float | None, like: Tensor) -> Tensor | None:

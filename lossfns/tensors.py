@@ -56,7 +56,7 @@ def blank_tensors(batch: TensorBatch) -> Tokens:
     """Convert every column to the dtype of the logprobs, and put 0 into every inactive slot."""
     dtype = torch.promote_types(batch.logprobs.dtype, torch.float32)
     weights = to_dtype(batch.weights, dtype)
-    active = weights.bool()
+    active = weights != 0
     logprobs = blank(batch.logprobs.to(dtype), active)
     columns = {
         name: logprobs.detach() if x is ON_POLICY else blank(to_dtype(x, dtype), active)
