@@ -100,16 +100,18 @@ def of_any_size(batch: Any) -> TensorBatch:
         return view
 
     columns = {name: dynamic(x, *shape) for name, x in batch.columns.items()}
-    logprobs, weights, lengths = dynamic(batch.logprobs, *shape), dynamic(batch.weights, *shape), dynamic(batch.lengths, -1)
+    logprobs, weights, lengths = (
+        dynamic(batch.logprobs, *shape),
+        dynamic(batch.weights, *shape),
+        dynamic(batch.lengths, -1),
+    )
     return TensorBatch(logprobs, weights, columns, lengths, batch.equal, batch.halves)
 
 
 def flat(batch: TensorBatch, logprobs: Tensor) -> TensorBatch:
     """Return the batch with these logprobs, and every column as ``[N]``."""
     columns = {name: x.flatten() if isinstance(x, Tensor) else x for name, x in batch.columns.items()}
-    return TensorBatch(
-        logprobs.flatten(), batch.weights.flatten(), columns, batch.lengths, batch.equal, batch.halves
-    )
+    return TensorBatch(logprobs.flatten(), batch.weights.flatten(), columns, batch.lengths, batch.equal, batch.halves)
 
 
 def as_number(divisor: Tensor | float | None, like: Tensor) -> Tensor | None:
