@@ -211,10 +211,10 @@ def check_terms(loss: Loss, t: Tokens, result: Any, share: Any) -> None:
 
 def sum_of_rows(name: str, statistics: Statistics, active: Tensor) -> Tensor:
     """Return the sum of a statistic over the active rows."""
-    x = statistics[name].detach()
+    x = statistics[name]
     if isinstance(active, Tensor):  # else torch.fx traces
         check_rows(name, x, active.shape)
-    return torch.dot(active, to_dtype(x, active.dtype))
+    return torch.dot(active, to_dtype(x.detach(), active.dtype))
 
 
 def check_rows(name: str, x: Any, shape: Sequence[int]) -> None:
