@@ -12,10 +12,11 @@ import lossfns
 ROOT = Path(lossfns.__file__).parent
 LAYERS = [
     {"errors", "version"},
-    {"tokens", "terms", "checks", "statistics", "compiled"},
+    {"tokens", "terms", "checks", "statistics"},
     {"segments"},
     {"weigh", "pack", "values", "metrics"},
     {"tensors", "deferred"},
+    {"compiled"},
     {"loss"},
     {"combine"},
     {"losses", "advantages", "datum", "labels", "logprobs"},
