@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -75,6 +76,11 @@ def sequence_count_or_nan(t: Tokens) -> Tensor:
     return torch.where(valid.all(), sequence_count(t), torch.nan)
 
 
+def slot_count(t: Tokens, length: float) -> Tensor:
+    """length · sequences: the tokens of the batch, if every sequence with an active token had this length."""
+    return length * sequence_count(t)
+
+
 def sequence_active(t: Tokens) -> Tensor:
     """1 for each sequence with an active token, else 0: ``[B]``."""
     return nonempty(t).to(t.weights.dtype)
@@ -128,7 +134,7 @@ def fixed_length(length: float) -> Weighing:
     fixed_length(1024)
     """
     check_knobs({"length": length})
-    return Weighing(f"fixed_length({length!r})", TOKENS, weights, lambda t: length * sequence_count(t))
+    return Weighing(f"fixed_length({length!r})", TOKENS, weights, partial(slot_count, length=length))
 
 
 def check_weigh(weigh: object, rows: Rows) -> None:

@@ -24,6 +24,7 @@ LAYERS = [
     {"__init__"},
     {"terminal"},
     {"inspect"},
+    {"integrations"},
     {"testing"},
     {"backend/types", "backend/futures"},
     {"backend/model", "backend/storage"},
