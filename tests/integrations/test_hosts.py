@@ -794,6 +794,15 @@ def test_every_module_of_a_host_has_an_adapter() -> None:
     assert len({name.partition(".")[0] for name, _ in adapters()}) == 11
 
 
+def test_the_page_imports_names_that_exist() -> None:
+    """Each section has a block of code: its lines that import from this library run."""
+    page = (Path(lossfns.__file__).parents[1] / "docs" / "integrations-hosts.md").read_text()
+    imports = [line for line in page.splitlines() if line.startswith("from lossfns")]
+    names: dict[str, Any] = {}
+    exec("\n".join(imports), names)
+    assert sum("lossfns.integrations" in line for line in imports) == 12 and callable(names["mask_as_weights"])
+
+
 def test_the_penalty_of_a_host_takes_the_place_of_ours() -> None:
     with pytest.raises(LossInputError, match=r"ref_logprobs: .* Leave the penalty to the trainer's own KL setting"):
         verl.policy_loss(with_kl(ppo(), kl_beta=0.1))
