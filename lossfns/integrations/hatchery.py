@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from lossfns.errors import add_loss_name
-from lossfns.integrations.host import check_weighing, columns_for, for_host, means_on_host
+from lossfns.integrations.trainer import check_weighing, columns_for, for_trainer, means_as_floats
 from lossfns.logprobs.target import target_logprobs
 from lossfns.loss import BoundLoss, Loss
 from lossfns.weigh import token_sum
@@ -38,7 +38,7 @@ def loss_fn(loss: Loss | BoundLoss) -> Callable[[Any], tuple[Tensor, dict[str, f
     >>> loss_fn(ppo(weigh=token_sum)).__name__
     'ppo'
     """
-    bound = for_host(loss, "Hatchery", ("advantages", "old_logprobs"))
+    bound = for_trainer(loss, "Hatchery", ("advantages", "old_logprobs"))
     fix = "Hatchery divides by its number of targets, which also counts those of weight 0."
     check_weighing(bound.loss, "Hatchery", token_sum, fix=fix)
 
@@ -50,7 +50,7 @@ def loss_fn(loss: Loss | BoundLoss) -> Callable[[Any], tuple[Tensor, dict[str, f
             given = {"advantages": inputs.advantages, "old_logprobs": inputs.old_logprobs}
             columns = columns_for(bound, "Hatchery", **given)
             total, metrics = bound.deferred().padded(logprobs, weights, denominator=1.0, **columns)
-            return total / valid.sum().clamp(min=1), means_on_host(metrics)
+            return total / valid.sum().clamp(min=1), means_as_floats(metrics)
 
     fn.__name__ = fn.__qualname__ = bound.loss.name
     return fn

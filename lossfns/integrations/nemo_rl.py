@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lossfns.errors import LossInputError, add_loss_name
-from lossfns.integrations.host import columns_for, for_host, global_count, probe
+from lossfns.integrations.trainer import columns_for, for_trainer, global_count, trial_terms
 from lossfns.loss import BoundLoss, Loss
 from lossfns.weigh import weight_sum
 
@@ -42,11 +42,11 @@ class LossFn:
     def __init__(self, loss: Loss | BoundLoss) -> None:
         from nemo_rl.algorithms.loss.interfaces import LossInputType, LossType, MetricNormalizer
 
-        self.bound = for_host(loss, "NeMo-RL", tuple(FIELDS))
+        self.bound = for_trainer(loss, "NeMo-RL", tuple(FIELDS))
         check_divided(self.bound.loss)
         self.loss_type = LossType.TOKEN_LEVEL if self.bound.loss.count is weight_sum else LossType.SEQUENCE_LEVEL
         self.input_type = LossInputType.LOGPROB
-        by_tokens = dict.fromkeys(("token_mult_prob_error", *probe(self.bound.loss)[1]), MetricNormalizer.TOKENS)
+        by_tokens = dict.fromkeys(("token_mult_prob_error", *trial_terms(self.bound.loss)[1]), MetricNormalizer.TOKENS)
         self.metric_normalizations = {**by_tokens, "num_valid_samples": MetricNormalizer.NONE}
 
     def __call__(

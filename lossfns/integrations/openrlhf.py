@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lossfns.errors import LossInputError, add_loss_name
-from lossfns.integrations.host import columns_for, for_host, global_count, means
+from lossfns.integrations.trainer import columns_for, for_trainer, global_count, means
 from lossfns.loss import BoundLoss, Loss
 
 Result = tuple[Tensor, Tensor, Tensor, None, None]
@@ -41,7 +41,7 @@ def policy_loss(loss: Loss | BoundLoss) -> Callable[..., Result]:
     >>> policy_loss(ppo()).__name__
     'ppo'
     """
-    bound = for_host(loss, "OpenRLHF", ("advantages", "old_logprobs", "sampler_logprobs"))
+    bound = for_trainer(loss, "OpenRLHF", ("advantages", "old_logprobs", "sampler_logprobs"))
 
     def fn(
         log_probs: Tensor,

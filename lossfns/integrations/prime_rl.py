@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from lossfns.errors import add_loss_name
-from lossfns.integrations.host import check_weighing, columns_for, for_host, means, scaled_by
+from lossfns.integrations.trainer import check_weighing, columns_for, for_trainer, means, scaled_by
 from lossfns.loss import BoundLoss, Loss
 from lossfns.weigh import token_mean, token_sum
 
@@ -43,7 +43,7 @@ def loss_fn(loss: Loss | BoundLoss) -> Callable[[Any], LossOutputs]:
     >>> loss_fn(dapo()).__name__
     'dapo'
     """
-    bound = for_host(loss, "prime-rl", ("advantages", "old_logprobs", "ref_logprobs"))
+    bound = for_trainer(loss, "prime-rl", ("advantages", "old_logprobs", "ref_logprobs"))
     fix = "prime-rl divides the sum by the number of tokens of the step: take weigh=token_mean."
     check_weighing(bound.loss, "prime-rl", token_mean, token_sum, fix=fix)
     weighted = scaled_by(bound, "loss_weights")

@@ -11,12 +11,12 @@ from typing import Any
 from torch import Tensor
 
 from lossfns.errors import LossInputError, add_loss_name
-from lossfns.integrations.host import (
+from lossfns.integrations.trainer import (
     check_scales_with_advantages,
     check_weighing,
     columns_for,
-    for_host,
-    means_on_host,
+    for_trainer,
+    means_as_floats,
 )
 from lossfns.loss import BoundLoss, Loss
 from lossfns.weigh import token_sum
@@ -54,7 +54,7 @@ def policy_loss(loss: Loss | BoundLoss) -> Callable[..., tuple[Tensor, dict[str,
     >>> policy_loss(ppo(weigh=token_sum)).__name__
     'ppo'
     """
-    bound = for_host(loss, "SkyRL", ("advantages", "old_logprobs", "sampler_logprobs"))
+    bound = for_trainer(loss, "SkyRL", ("advantages", "old_logprobs", "sampler_logprobs"))
     fix = "SkyRL has divided the advantages by the size of the batch: the loss is a sum."
     check_weighing(bound.loss, "SkyRL", token_sum, fix=fix)
     check_scales_with_advantages(bound.loss, "SkyRL")
@@ -75,7 +75,7 @@ def policy_loss(loss: Loss | BoundLoss) -> Callable[..., tuple[Tensor, dict[str,
             given = {"advantages": advantages, "old_logprobs": old_log_probs, "sampler_logprobs": rollout_logprobs}
             columns = columns_for(bound, "SkyRL", **given)
             total, metrics = bound.deferred().padded(log_probs, loss_mask, denominator=1.0, **columns)
-            return total, means_on_host(metrics)
+            return total, means_as_floats(metrics)
 
     fn.__name__ = fn.__qualname__ = bound.loss.name
     return fn

@@ -17,7 +17,7 @@ from lossfns import terms as eq
 from lossfns.checks import check_knobs
 from lossfns.combine import tis_log_weight
 from lossfns.errors import LossInputError
-from lossfns.integrations.host import fixed_length_of
+from lossfns.integrations.trainer import fixed_length_of, is_weighed
 from lossfns.pack import blank
 from lossfns.segments import Level, token_level
 from lossfns.tokens import TOKENS, Tokens
@@ -61,7 +61,7 @@ def pg_loss_reducer(weigh: Weighing) -> Callable[..., Reducer]:
         loss_masks: Sequence[Tensor],
         calculate_per_token_loss: bool = False,
     ) -> Reducer:
-        if calculate_per_token_loss != (weigh is token_mean):
+        if calculate_per_token_loss != is_weighed(weigh, token_mean):
             divided_by = "tokens" if calculate_per_token_loss else "samples"
             fix = "--calculate-per-token-loss belongs to token_mean, and to no other weighing."
             raise LossInputError("weigh", f"one that divides by the number of {divided_by}", repr(weigh), fix)

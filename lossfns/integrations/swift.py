@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from lossfns.errors import LossInputError, add_loss_name
-from lossfns.integrations.host import check_weighing, for_host
+from lossfns.integrations.trainer import check_weighing, for_trainer
 from lossfns.labels import targets_from_labels, weights_from_labels
 from lossfns.logprobs.target import target_logprobs
 from lossfns.loss import BoundLoss, Loss
@@ -39,7 +39,7 @@ def sft_loss(loss: Loss | BoundLoss) -> Callable[[Any, Any], Callable[..., Tenso
     >>> sft_loss(cross_entropy()).__name__
     'cross_entropy'
     """
-    bound = for_host(loss, "ms-swift", ())
+    bound = for_trainer(loss, "ms-swift", ())
     fix = "ms-swift passes the number of tokens of the step alone."
     check_weighing(bound.loss, "ms-swift", token_mean, fix=fix)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lossfns.errors import add_loss_name
-from lossfns.integrations.host import check_tokenwise, check_weighing, columns_for, for_host, global_count, shares
+from lossfns.integrations.trainer import check_tokenwise, check_weighing, columns_for, for_trainer, global_count, shares
 from lossfns.loss import BoundLoss, Loss
 from lossfns.weigh import token_mean
 
@@ -40,7 +40,7 @@ def rl_loss(loss: Loss | BoundLoss) -> Callable[..., tuple[Tensor, dict[str, Ten
     >>> rl_loss(dapo()).__name__
     'dapo'
     """
-    bound = for_host(loss, "torchtitan", ("advantages", "old_logprobs"))
+    bound = for_trainer(loss, "torchtitan", ("advantages", "old_logprobs"))
     fix = "torchtitan passes the number of tokens of the step alone."
     check_weighing(bound.loss, "torchtitan", token_mean, fix=fix)
     check_tokenwise(bound.loss, "torchtitan")

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from lossfns.errors import add_loss_name
-from lossfns.integrations.host import columns_for, for_host
+from lossfns.integrations.trainer import columns_for, for_trainer
 from lossfns.loss import BoundLoss, Loss
 
 
@@ -33,7 +33,7 @@ def policy_loss(loss: Loss | BoundLoss) -> type:
     """
     from trinity.algorithm.policy_loss_fn.policy_loss_fn import PolicyLossFn
 
-    bound = for_host(loss, "Trinity-RFT", ("advantages", "old_logprobs"))
+    bound = for_trainer(loss, "Trinity-RFT", ("advantages", "old_logprobs"))
 
     class LossFn(PolicyLossFn):  # type: ignore[misc]
         # Trinity-RFT reads the names of these parameters, to select the columns of its batch.

@@ -12,13 +12,13 @@ from typing import Any
 from torch import Tensor
 
 from lossfns.errors import LossInputError, add_loss_name, show
-from lossfns.integrations.host import (
+from lossfns.integrations.trainer import (
     columns_for,
     fixed_length_of,
-    for_host,
+    for_trainer,
     global_count,
     is_weighed,
-    means_on_host,
+    means_as_floats,
     scaled_by,
 )
 from lossfns.loss import BoundLoss, Loss
@@ -56,7 +56,7 @@ def policy_loss(loss: Loss | BoundLoss) -> PolicyLoss:
     >>> policy_loss(ppo()).__name__
     'ppo'
     """
-    bound = for_host(loss, "verl", ("advantages", "old_logprobs"))
+    bound = for_trainer(loss, "verl", ("advantages", "old_logprobs"))
     weighted = scaled_by(bound, "rollout_is_weights")
 
     def fn(
@@ -77,7 +77,7 @@ def policy_loss(loss: Loss | BoundLoss) -> PolicyLoss:
             given = {"advantages": advantages, "old_logprobs": old_log_prob, "rollout_is_weights": rollout_is_weights}
             columns = columns_for(used, "verl", **given)
             total, metrics = used.deferred().padded(log_prob, response_mask, denominator=count, **columns)
-            return total * batch["dp_size"], {f"actor/{name}": x for name, x in means_on_host(metrics).items()}
+            return total * batch["dp_size"], {f"actor/{name}": x for name, x in means_as_floats(metrics).items()}
 
     fn.__name__ = fn.__qualname__ = bound.loss.name
     return fn

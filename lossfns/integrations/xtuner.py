@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from lossfns.errors import add_loss_name
-from lossfns.integrations.host import check_tokenwise, check_weighing, columns_for, for_host
+from lossfns.integrations.trainer import check_tokenwise, check_weighing, columns_for, for_trainer
 from lossfns.loss import BoundLoss, Loss
 from lossfns.weigh import token_mean, token_sum
 
@@ -36,7 +36,7 @@ def policy_loss(loss: Loss | BoundLoss) -> Callable[..., Tensor]:
     >>> policy_loss(dapo()).__name__
     'dapo'
     """
-    bound = for_host(loss, "xtuner", ("advantages", "old_logprobs"))
+    bound = for_trainer(loss, "xtuner", ("advantages", "old_logprobs"))
     fix = "xtuner's weights hold 1 / tokens: take weigh=token_mean."
     check_weighing(bound.loss, "xtuner", token_mean, token_sum, fix=fix)
     check_tokenwise(bound.loss, "xtuner")

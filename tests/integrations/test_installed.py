@@ -1,4 +1,4 @@
-"""The adapters beside the hosts' own losses. A test is skipped where its host is not installed, as in CI."""
+"""The adapters beside the trainers' own losses. A test is skipped where its trainer is not installed, as in CI."""
 
 import importlib
 from types import SimpleNamespace
@@ -6,18 +6,18 @@ from typing import Any
 
 import pytest
 import torch
-from test_hosts import RANKS, B, HatcheryInputs, assert_same, batch, expected, leaf, parts, verl_call, verl_config
+from test_trainers import RANKS, B, HatcheryInputs, assert_same, batch, expected, leaf, parts, verl_call, verl_config
 from torch import Tensor
 
 from lossfns import Loss, fixed_length, ppo, sequence_mean, sequence_sum_mean, token_mean, token_sum
 from lossfns.integrations import hatchery, skyrl, tinker_cookbook, trinity, verl
 
 
-def host(name: str) -> Any:
-    """Import a module of a host, or skip the test."""
+def trainer_module(name: str) -> Any:
+    """Import a module of a trainer, or skip the test."""
     try:
         return importlib.import_module(name)
-    except Exception as error:  # hosts fail in many ways where a part of them is missing
+    except Exception as error:  # trainers fail in many ways where a part of them is missing
         pytest.skip(f"{name}: {error!r}"[:200])
 
 
@@ -37,7 +37,7 @@ def value_and_gradient(total: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
 )
 def test_verls_own_loss(mode: str, weigh: Any, factor: float | None) -> None:
     """verl adds 1e-8 to the lengths of sequences."""
-    core_algos = host("verl.trainer.ppo.core_algos")
+    core_algos = trainer_module("verl.trainer.ppo.core_algos")
     core_algos.register_policy_loss("ours")(verl.policy_loss(ppo(dual_clip=3.0, weigh=weigh)))
     whole = batch()
     x = leaf(whole, "logprobs")
@@ -57,7 +57,7 @@ def test_verls_own_loss(mode: str, weigh: Any, factor: float | None) -> None:
     [("token_mean", token_mean), ("sequence_mean", sequence_mean), ("seq_mean_token_sum_norm", fixed_length(5))],
 )
 def test_skyrls_own_reduction(reduction: str, weigh: Any) -> None:
-    reduce = host("skyrl.backends.skyrl_train.utils.ppo_utils").apply_loss_reduction_to_advantages_minibatch
+    reduce = trainer_module("skyrl.backends.skyrl_train.utils.ppo_utils").apply_loss_reduction_to_advantages_minibatch
     whole = batch()
     want = expected(ppo(weigh=weigh), whole)
     x, fn = leaf(whole, "logprobs"), skyrl.policy_loss(ppo(weigh=token_sum))
@@ -74,7 +74,9 @@ def test_skyrls_own_reduction(reduction: str, weigh: Any) -> None:
     [("token-mean", ppo(dual_clip=3.0)), ("seq-mean-token-mean", ppo(dual_clip=3.0, weigh=sequence_mean))],
 )
 def test_trinitys_own_loss(mode: str, loss: Loss) -> None:
-    own = host("trinity.algorithm.policy_loss_fn.ppo_policy_loss").PPOPolicyLossFn(clip_range=0.2, loss_agg_mode=mode)
+    own = trainer_module("trinity.algorithm.policy_loss_fn.ppo_policy_loss").PPOPolicyLossFn(
+        clip_range=0.2, loss_agg_mode=mode
+    )
     adapted: Any = trinity.policy_loss(loss)(backend="verl")
     assert adapted.select_keys == own.select_keys
     whole = batch()
@@ -86,7 +88,7 @@ def test_trinitys_own_loss(mode: str, loss: Loss) -> None:
 
 def test_hatcherys_own_loss() -> None:
     """With weights of 1 at every target both are the mean over the targets. Hatchery's logprobs are float32."""
-    losses = host("hatchery.core.losses")
+    losses = trainer_module("hatchery.core.losses")
     losses.register_loss("ours", hatchery.loss_fn(ppo(weigh=token_sum)), override=True)
     whole = batch()
     x = leaf(whole, "logits")
@@ -99,8 +101,8 @@ def test_hatcherys_own_loss() -> None:
 
 def test_tinker_cookbooks_own_data() -> None:
     """Rewards 1 and 0 give advantages ±1/2 to 2 and 1 tokens, r = e^0.1: −(2 − 1)·e^0.1 / (2·3)."""
-    processing, types = host("tinker_cookbook.rl.data_processing"), host("tinker_cookbook.rl.types")
-    tinker, completers = host("tinker"), host("tinker_cookbook.completers")
+    processing, types = trainer_module("tinker_cookbook.rl.data_processing"), trainer_module("tinker_cookbook.rl.types")
+    tinker, completers = trainer_module("tinker"), trainer_module("tinker_cookbook.completers")
 
     def trajectory(tokens: list[int], reward: float) -> Any:
         action = completers.TokensWithLogprobs(tokens=tokens, maybe_logprobs=[-1.0] * len(tokens))

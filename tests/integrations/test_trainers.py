@@ -1,7 +1,7 @@
-"""Adapters replayed as their hosts call them: 2 ranks with 2 micro-batches each, under the host's own reduction.
+"""Adapters replayed as their trainers call them: 2 ranks with 2 micro-batches each, under the trainer's own reduction.
 
-Most hosts do not install beside this library. Stand-ins with their documented names of fields take their place: each
-replay below follows the documented rule of its host, and must give loss and gradient of the whole batch as datums.
+Most trainers do not install beside this library. Stand-ins with their documented names of fields take their place: each
+replay below follows the documented rule of its trainer, and must give loss and gradient of the whole batch as datums.
 """
 
 import ast
@@ -307,7 +307,7 @@ def test_prime_rl_is_refused_what_one_sequence_cannot_tell() -> None:
 
 @pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """A function that makes a module with these names importable under the name of a host's module."""
+    """A function that makes a module with these names importable under the name of a trainer's module."""
 
     def provide(name: str, **names: Any) -> None:
         for i in range(name.count(".") + 1):
@@ -343,7 +343,7 @@ def nemo_data(p: Batch) -> dict[str, Tensor]:
     ids=str,
 )
 def test_nemo_rl_adds_up_losses_and_metrics(stand_in: Callable[..., None], loss: Loss, level: str) -> None:
-    """The host multiplies by the number of ranks, which the average over them undoes, and adds up the metrics."""
+    """The trainer multiplies by the number of ranks, which the average over them undoes, and adds up the metrics."""
     stand_in("nemo_rl.algorithms.loss.interfaces", **nemo_names())
     whole = batch()
     want = expected(loss, whole)
@@ -503,7 +503,7 @@ def swift_labels(whole: Batch) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("scaled", [False, True])
 def test_ms_swift_passes_the_tokens_of_all_ranks(scaled: bool) -> None:
-    """The host multiplies by the number of ranks, which the average undoes; a scale is rolled and flattened."""
+    """The trainer multiplies by the number of ranks, which the average undoes; a scale is rolled and flattened."""
     whole = batch()
     labels, _ = swift_labels(whole)
     scale = torch.linspace(0.5, 2.0, B * (T + 1), dtype=torch.float64).view(B, T + 1) if scaled else None
@@ -629,7 +629,7 @@ class HatcheryInputs:
 
 @pytest.mark.parametrize("loss", [ppo(weigh=token_sum), cross_entropy(weigh=token_sum)], ids=str)
 def test_hatchery_scales_each_part_by_its_targets(loss: Loss) -> None:
-    """Weights of 0 at half of the targets: the sum is divided by all targets, the host's own count."""
+    """Weights of 0 at half of the targets: the sum is divided by all targets, the trainer's own count."""
     whole = batch()
     weights = whole["mask"] * torch.tensor([1.0, 0.0, 1.0, 0.5, 0.0, 1.0], dtype=torch.float64)
     targets = torch.where(whole["mask"], whole["targets"], -100)
@@ -698,14 +698,15 @@ def test_a_hook_of_tokens_refuses_other_losses(adapt: Callable[..., Any]) -> Non
     for loss in (dpo(), multi_target_cross_entropy()):
         with pytest.raises(LossInputError, match="expected a loss of tokens, as the hook of"):
             adapt(loss)
-    with pytest.raises(LossInputError, match="expected that of"):
-        adapt(ppo().bind(denominator=3.0))
+    for bound in ({"denominator": 3.0}, {"grad_l1": True}, {"old_logprobs": [[-1.0]]}):
+        with pytest.raises(LossInputError, match=f"{next(iter(bound))}: expected that of .* Bind nothing but"):
+            adapt(ppo().bind(**bound))
     with pytest.raises(LossInputError, match="a Loss such as"):
         adapt(ppo)
 
 
 def test_a_count_of_ones_own_is_refused() -> None:
-    """No host counts sequences with an even number of tokens."""
+    """No trainer counts sequences with an even number of tokens."""
     own = Loss("own", {}, ("advantages",), reinforce().terms, token_mean.share, lambda t: t.weights.sum() * 2)
     whole = batch()
     args = (whole["logprobs"], whole["old_logprobs"], whole["advantages"], whole["mask"])
@@ -731,7 +732,7 @@ class NoReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_hosts_that_want_tensors_wait_for_nothing(stand_in: Callable[..., None]) -> None:
+def test_trainers_that_want_tensors_wait_for_nothing(stand_in: Callable[..., None]) -> None:
     stand_in("torchtitan.components.loss", compute_logprobs=compute_logprobs)
     whole = batch()
     x, mask = leaf(whole, "logprobs"), whole["mask"]
@@ -796,7 +797,7 @@ def test_every_module_of_a_host_has_an_adapter() -> None:
 
 def test_the_page_imports_names_that_exist() -> None:
     """Each section has a block of code: its lines that import from this library run."""
-    page = (Path(lossfns.__file__).parents[1] / "docs" / "integrations-hosts.md").read_text()
+    page = (Path(lossfns.__file__).parents[1] / "docs" / "integrations-trainers.md").read_text()
     imports = [line for line in page.splitlines() if line.startswith("from lossfns")]
     names: dict[str, Any] = {}
     exec("\n".join(imports), names)
