@@ -67,6 +67,11 @@ def sequence_count(t: Tokens) -> Tensor:
     return nonempty(t).sum()
 
 
+def length_count(t: Tokens, length: float) -> Tensor:
+    """length · the number of sequences with an active token."""
+    return length * sequence_count(t)
+
+
 def sequence_count_or_nan(t: Tokens) -> Tensor:
     """Number of sequences with an active token; nan if the weights of such a sequence sum to 0 or less.
 
@@ -74,11 +79,6 @@ def sequence_count_or_nan(t: Tokens) -> Tensor:
     """
     valid = (sequence_sum(t, t.weights) > 0) | ~nonempty(t)
     return torch.where(valid.all(), sequence_count(t), torch.nan)
-
-
-def slot_count(t: Tokens, length: float) -> Tensor:
-    """length · sequences: the tokens of the batch, if every sequence with an active token had this length."""
-    return length * sequence_count(t)
 
 
 def sequence_active(t: Tokens) -> Tensor:
@@ -134,7 +134,7 @@ def fixed_length(length: float) -> Weighing:
     fixed_length(1024)
     """
     check_knobs({"length": length})
-    return Weighing(f"fixed_length({length!r})", TOKENS, weights, partial(slot_count, length=length))
+    return Weighing(f"fixed_length({length!r})", TOKENS, weights, partial(length_count, length=length))
 
 
 def check_weigh(weigh: object, rows: Rows) -> None:

@@ -1,7 +1,8 @@
-"""slime (and miles, its fork): the hooks ``--custom-pg-loss-reducer-function-path`` and ``--custom-tis-function-path``.
+"""slime: the hooks ``--custom-pg-loss-reducer-function-path`` and ``--custom-tis-function-path``.
 
 Signatures and scaling as in slime at 624b824a8, 2026-08-21 (``slime/backends/megatron_utils/loss.py``,
-``docs/en/get_started/customization.md``). slime computes the term of each token itself, from its own arguments.
+``docs/en/get_started/customization.md``). The policy loss of miles, its fork, calls both in the same way (at 1718d1612,
+``miles/backends/training_utils/loss/hub/losses.py``). slime computes the term of each token itself.
 """
 
 from __future__ import annotations

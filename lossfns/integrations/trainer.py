@@ -19,7 +19,7 @@ from lossfns.export.datums import as_bound
 from lossfns.export.token_gradient import TokenwiseTokens
 from lossfns.loss import BoundLoss, Loss, Statistics
 from lossfns.tokens import ON_POLICY, TOKENS, Tokens
-from lossfns.weigh import Weighing, sequence_count, sequence_count_or_nan, slot_count, weight_sum
+from lossfns.weigh import Weighing, length_count, sequence_count, sequence_count_or_nan, weight_sum
 
 NOT_PASSED_FIX = {
     "ref_logprobs": "Leave the penalty to the trainer's own KL setting, and take kl_beta=0.",
@@ -81,7 +81,7 @@ def check_weighing(loss: Loss, trainer: str, *weighings: Weighing, fix: str) -> 
 def fixed_length_of(weighed: Loss | Weighing) -> float | None:
     """Return L of ``fixed_length(L)``, or of a loss that is weighed by it, and None for any other."""
     count = weighed.count
-    return count.keywords["length"] if isinstance(count, partial) and count.func is slot_count else None
+    return count.keywords["length"] if isinstance(count, partial) and count.func is length_count else None
 
 
 def global_count(loss: Loss, trainer: str, *, tokens: Any, sequences: Any) -> Any:
