@@ -24,6 +24,7 @@ LAYERS = [
     {"export"},
     {"__init__"},
     {"terminal"},
+    {"integrations"},
     {"inspect"},
     {"testing"},
     {"backend/types", "backend/futures"},
