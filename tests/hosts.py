@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +49,14 @@ def llama(seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
     return LlamaForCausalLM(config).to(dtype)
 
 
+@contextmanager
+def quick_collection() -> Iterator[None]:
+    """Keep what is alive already out of ``gc.collect``, which trainers call, and which takes most of a tiny run."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 def tokenizer() -> Any:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -59,12 +70,6 @@ def tokenizer() -> Any:
 
 def parameters(model: Any) -> Tensor:
     return torch.cat([p.detach().flatten() for p in model.parameters()])
-
-
-def trained(trainer: Any) -> Tensor:
-    """The parameters after training."""
-    trainer.train()
-    return parameters(trainer.model)
 
 
 def output(folder: Path) -> dict[str, Any]:

@@ -79,9 +79,7 @@ def columns_of(bound: BoundLoss, **columns: Any) -> dict[str, Any]:
     for name in bound.loss.reads:
         if columns.get(name) is None:
             fix = "beta above 0 gives ref_logprobs, use_vllm=True sampler_logprobs."
-            raise LossInputError(
-                "loss", "columns that the trainer has", f"none called {name}", fix, loss=bound.loss.name
-            )
+            raise LossInputError(name, "a column that the trainer has", "none", fix, loss=bound.loss.name)
     return {name: columns[name] for name in bound.loss.reads}
 
 

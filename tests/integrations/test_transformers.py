@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hosts import llama, output, parameters
+from hosts import llama, output, parameters, quick_collection
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -17,6 +18,13 @@ from lossfns.integrations.counts import whole_batch
 ROWS = [[1, 5, 6, 7, 8, 2], [1, 9, 10, 2], [1, 11, 12, 13, 14, 15, 16, 2], [1, 4, 2], [1, 6, 6, 2], [1, 7, 8, 9, 2]]
 ROWS += [[1, 3, 5, 7, 9, 11, 13, 2], [1, 4, 6, 2]]
 PROMPTS = [2, 1, 3, 1, 1, 2, 1, 4]  # the last row has no trained token
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick() -> Iterator[None]:
+
+    with quick_collection():
+        yield
 
 
 def collate(indices: list[int]) -> dict[str, Tensor]:
