@@ -47,4 +47,4 @@ def whole_batch(bound: BoundLoss, **counts: Any) -> float:
         got = "None" if given is None else f"shape {tuple(given.shape)}, of DataParallel"
         fix = "Give the trainer labels to count, and start one process for each GPU, with torchrun."
         raise LossInputError(unit, "the trainer's count", got, fix, loss=bound.loss.name)
-    return (length or 1.0) * max(float(given), 1.0)
+    return (length or 1.0) * (float(given) or 1.0)

@@ -31,8 +31,13 @@ ComputeLoss = Callable[..., Tensor]
 
 
 def as_bound(loss: Any) -> BoundLoss:
-    """Return a loss as a ``BoundLoss``. Refuse anything else."""
-    return loss if isinstance(loss, BoundLoss) else BoundLoss(loss)
+    """Return a loss as a ``BoundLoss``. Refuse anything else, and a loss to which something is bound."""
+    bound = loss if isinstance(loss, BoundLoss) else BoundLoss(loss)
+    if bound.columns or bound.divisor is not None:
+        names = ", ".join([*bound.columns, *([] if bound.divisor is None else ["denominator"])])
+        fix = "The trainer gives each batch its columns and its denominator."
+        raise LossInputError("loss", "a loss to which nothing is bound", f"one with {names}", fix, loss=bound.loss.name)
+    return bound
 
 
 def compute_loss_func(loss: Loss | BoundLoss, report: Callable[[dict[str, float]], Any] | None = None) -> ComputeLoss:
@@ -98,3 +103,6 @@ class Trainer(LoggedLoss, transformers.Trainer):  # type: ignore[misc]  # transf
 
     def __init__(self, *args: Any, loss: Loss | BoundLoss, **options: Any) -> None:
         super().__init__(*args, loss=loss, compute_loss_func=compute_loss_func(loss, self.record), **options)
+        if self.args.label_smoothing_factor:
+            got, fix = f"{self.args.label_smoothing_factor}", "It does not change this loss: leave it out."
+            raise LossInputError("label_smoothing_factor", "0.0 in the trainer's args", got, fix)

@@ -20,7 +20,6 @@ from lossfns.errors import LossInputError
 from lossfns.integrations.counts import whole_batch
 from lossfns.integrations.transformers import LoggedLoss
 from lossfns.labels import weights_from_labels
-from lossfns.loss import BoundLoss
 from lossfns.tokens import ON_POLICY
 
 try:
@@ -54,7 +53,7 @@ GRPO_SETTINGS = (
     "vllm_importance_sampling_clip_max",
     "vllm_importance_sampling_clip_min",
 )
-"""Settings that must have their defaults."""
+"""Settings that must have their defaults. ``beta`` must be 0 for a loss without a reference: TRL would run one."""
 
 
 @contextmanager
@@ -74,13 +73,22 @@ def recorded_logprobs(*models: Any) -> Iterator[list[Tensor]]:
             handle.remove()
 
 
-def columns_of(bound: BoundLoss, **columns: Any) -> dict[str, Any]:
-    """Return the columns that the loss reads. Refuse a loss that reads one which the trainer does not have."""
-    for name in bound.loss.reads:
+def loss_of(trainer: Any, logprobs: Tensor, mask: Tensor, columns: dict[str, Any], **options: Any) -> Tensor:
+    """Return the loss of the last tokens, which the mask covers, and keep its metrics for the trainer's log.
+
+    Raises:
+        LossInputError: if the loss reads a column that the trainer does not have.
+    """
+    loss = trainer.loss_fn.loss
+    for name in loss.reads:
         if columns.get(name) is None:
-            fix = "beta above 0 gives ref_logprobs, use_vllm=True sampler_logprobs."
-            raise LossInputError(name, "a column that the trainer has", "none", fix, loss=bound.loss.name)
-    return {name: columns[name] for name in bound.loss.reads}
+            got = " and ".join(name for name, column in columns.items() if column is not None) or "none"
+            fix = "GRPO has ref_logprobs with beta above 0, and sampler_logprobs with use_vllm."
+            raise LossInputError(name, "a column that the trainer has", got, fix, loss=loss.name)
+    columns = {name: columns[name] for name in loss.reads}
+    total, metrics = trainer.loss_fn.padded(logprobs[:, -mask.shape[1] :], mask, **columns, **options)
+    trainer.record(metrics)
+    return total  # type: ignore[no-any-return]
 
 
 def check_settings(trainer: Any, config: Any, names: tuple[str, ...], **values: Any) -> None:
@@ -113,10 +121,8 @@ class SFTTrainer(LoggedLoss, trl.SFTTrainer):  # type: ignore[misc]  # trl is no
             raise LossInputError("inputs", "labels that are not shifted", "shift_labels", fix)
         with recorded_logprobs(model) as logprobs:
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        weights = weights_from_labels(inputs["labels"])
         tokens = whole_batch(self.loss_fn, tokens=num_items_in_batch)
-        loss, metrics = self.loss_fn.padded(logprobs[0][:, -weights.shape[1] :], weights, denominator=tokens)
-        self.record(metrics)
+        loss = loss_of(self, logprobs[0], weights_from_labels(inputs["labels"]), {}, denominator=tokens)
         if self.args.average_tokens_across_devices:  # the count is of all ranks, whose gradients are averaged
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
         return (loss, result[1]) if return_outputs else loss
@@ -127,22 +133,17 @@ class DPOTrainer(LoggedLoss, trl.DPOTrainer):  # type: ignore[misc]
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        knobs = self.loss_fn.loss.knobs
-        both = {"beta": knobs["beta"]} if "beta" in knobs else {}  # TRL scales the rewards that it logs
-        check_settings(self, trl.DPOConfig, DPO_SETTINGS, **both)
+        beta = self.loss_fn.loss.knobs.get("beta", self.args.beta)  # TRL scales the rewards that it logs
+        check_settings(self, trl.DPOConfig, DPO_SETTINGS, beta=beta)
 
     def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
         """Return the loss, divided by the pairs of the micro-batch. The trainer averages micro-batches and ranks."""
         with recorded_logprobs(model, self.ref_model or self.model) as logprobs:
             result = super()._compute_loss(model, inputs, return_outputs)
         mask = inputs["completion_mask"][:, 1:]
-        width = mask.shape[1]
-        columns = columns_of(self.loss_fn, ref_logprobs=logprobs[-1][:, -width:])
+        columns = {"ref_logprobs": logprobs[-1][:, -mask.shape[1] :]}
         pairs = whole_batch(self.loss_fn, pairs=len(mask) // 2)
-        loss, metrics = self.loss_fn.padded(
-            logprobs[0][:, -width:], mask, layout="halves", denominator=pairs, **columns
-        )
-        self.record(metrics)
+        loss = loss_of(self, logprobs[0], mask, columns, layout="halves", denominator=pairs)
         return (loss, result[1]) if return_outputs else loss
 
 
@@ -152,9 +153,8 @@ class GRPOTrainer(LoggedLoss, trl.GRPOTrainer):  # type: ignore[misc]
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         loss = self.loss_fn.loss
-        beta = {} if "ref_logprobs" in loss.reads else {"beta": 0.0}  # else TRL runs a reference model for nothing
-        beta = {"beta": loss.knobs["kl_beta"]} if "kl_beta" in loss.knobs else beta
-        check_settings(self, trl.GRPOConfig, GRPO_SETTINGS, **beta)
+        beta = loss.knobs.get("kl_beta", self.args.beta if "ref_logprobs" in loss.reads else 0.0)
+        check_settings(self, trl.GRPOConfig, GRPO_SETTINGS, beta=beta)
         if self.use_vllm and self.vllm_importance_sampling_correction and "sampler_logprobs" not in loss.reads:
             fix = "Wrap it in with_tis, or set vllm_importance_sampling_correction=False."
             raise LossInputError("loss", "one that corrects for vLLM's logprobs", repr(loss), fix)
@@ -163,25 +163,21 @@ class GRPOTrainer(LoggedLoss, trl.GRPOTrainer):  # type: ignore[misc]
         """Return the loss, divided by the part of the trainer's counts that one optimizer step on this rank has."""
         with recorded_logprobs(model) as logprobs:
             super()._compute_loss(model, inputs)
-        training = self.model.training
-        for name in [name for name in self._metrics["train" if training else "eval"] if "clip_ratio" in name]:
-            del self._metrics["train" if training else "eval"][name]  # of TRL's own clip
+        mode = "train" if self.model.training else "eval"
+        for name in [name for name in self._metrics[mode] if name == "kl" or "clip_ratio" in name]:
+            del self._metrics[mode][name]  # of TRL's own loss
         mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
-        steps = self.current_gradient_accumulation_steps if training else 1
-        tokens = inputs["num_items_in_batch"] / self.accelerator.num_processes  # of all that was generated at once
-        tokens = tokens * steps / self.args.steps_per_generation if training else tokens
-        columns = columns_of(
-            self.loss_fn,
-            advantages=inputs["advantages"],
-            old_logprobs=inputs.get("old_per_token_logps", ON_POLICY),
-            ref_logprobs=inputs.get("ref_per_token_logps"),
-            sampler_logprobs=inputs.get("sampling_per_token_logps"),
-        )
+        steps = self.current_gradient_accumulation_steps if mode == "train" else 1
+        part = steps / self.args.steps_per_generation if mode == "train" else 1.0  # of all that was generated at once
+        tokens = inputs["num_items_in_batch"] * part / self.accelerator.num_processes
         denominator = whole_batch(self.loss_fn, tokens=tokens, sequences=len(mask) * steps)
-        logps = logprobs[0][:, -mask.shape[1] :]
-        loss, metrics = self.loss_fn.padded(logps, mask, denominator=denominator, **columns)
-        self.record(metrics)
-        return loss
+        columns = {
+            "advantages": inputs["advantages"],
+            "old_logprobs": inputs.get("old_per_token_logps", ON_POLICY),
+            "ref_logprobs": inputs.get("ref_per_token_logps"),
+            "sampler_logprobs": inputs.get("sampling_per_token_logps"),
+        }
+        return loss_of(self, logprobs[0], mask, columns, denominator=denominator)
 
 
 class RLOOTrainer(LoggedLoss, trl.RLOOTrainer):  # type: ignore[misc]
@@ -200,10 +196,6 @@ class RLOOTrainer(LoggedLoss, trl.RLOOTrainer):  # type: ignore[misc]
         """Return the loss, divided by the sequences of the micro-batch. The trainer averages over these and ranks."""
         with recorded_logprobs(model) as logprobs:
             super()._compute_loss(model, inputs)
-        mask = inputs["completion_mask"]
-        columns = columns_of(self.loss_fn, advantages=inputs["advantages"])
-        sequences = whole_batch(self.loss_fn, sequences=len(mask))
-        logps = logprobs[0][:, -mask.shape[1] :]
-        loss, metrics = self.loss_fn.padded(logps, mask, denominator=sequences, **columns)
-        self.record(metrics)
-        return loss
+        sequences = whole_batch(self.loss_fn, sequences=len(inputs["completion_mask"]))
+        columns = {"advantages": inputs["advantages"]}
+        return loss_of(self, logprobs[0], inputs["completion_mask"], columns, denominator=sequences)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,8 @@ from hosts import llama, output, parameters, quick_collection
 from torch import Tensor
 from torch.nn import functional as F
 
-from lossfns import LossInputError, Rows, cross_entropy, dpo, fixed_length, ppo, sequence_mean, token_sum
+import lossfns.integrations
+from lossfns import LossInputError, Rows, cross_entropy, dpo, fixed_length, ppo, reinforce, sequence_mean, token_sum
 from lossfns.integrations.counts import whole_batch
 
 ROWS = [[1, 5, 6, 7, 8, 2], [1, 9, 10, 2], [1, 11, 12, 13, 14, 15, 16, 2], [1, 4, 2], [1, 6, 6, 2], [1, 7, 8, 9, 2]]
@@ -22,7 +25,7 @@ PROMPTS = [2, 1, 3, 1, 1, 2, 1, 4]  # the last row has no trained token
 
 @pytest.fixture(scope="module", autouse=True)
 def quick() -> Iterator[None]:
-
+    import_module("lossfns.integrations.transformers")  # before what is alive is frozen
     with quick_collection():
         yield
 
@@ -141,3 +144,28 @@ def test_a_preset_that_was_not_called_is_refused() -> None:
 
     with pytest.raises(LossInputError, match="a Loss such as ppo"):
         compute_loss_func(cross_entropy)  # type: ignore[arg-type]
+
+
+def test_a_loss_with_a_denominator_of_its_own_and_label_smoothing_are_refused(tmp_path: Path) -> None:
+    from lossfns.integrations.transformers import compute_loss_func
+
+    with pytest.raises(LossInputError, match="nothing is bound, got one with advantages, denominator"):
+        compute_loss_func(reinforce().bind(advantages=[1.0], denominator=2))
+    with pytest.raises(LossInputError, match=r"label_smoothing_factor: expected 0\.0 in the trainer's args, got 0\.1"):
+        run(tmp_path, llama(), 1, label_smoothing_factor=0.1)
+
+
+def classes_and_functions() -> Iterator[tuple[str, int]]:
+    """The lines of code of each class and function of the integrations, without its docstrings."""
+    for path in sorted(Path(lossfns.integrations.__file__).parent.glob("*.py")):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef | ast.FunctionDef):
+                inner = [each for each in ast.walk(node) if isinstance(each, ast.ClassDef | ast.FunctionDef)]
+                texts = [each.body[0] for each in inner if ast.get_docstring(each) is not None]
+                documented = sum((text.end_lineno or 0) - text.lineno + 1 for text in texts)
+                yield f"{path.stem}.{node.name}", (node.end_lineno or 0) - node.lineno + 1 - documented
+
+
+@pytest.mark.parametrize(("name", "lines"), classes_and_functions())
+def test_an_adapter_has_fewer_than_30_lines(name: str, lines: int) -> None:
+    assert lines < 30
