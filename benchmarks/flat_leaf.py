@@ -25,7 +25,7 @@ from functools import partial
 
 import torch
 from loss_overhead import batch
-from side_by_side import device_name, race, ratio, save, table
+from side_by_side import device_name, keep_freed_memory, race, ratio, save, table
 from torch import Tensor
 
 from lossfns import BoundLoss, Datum, TensorData, grpo
@@ -77,6 +77,7 @@ def packing(loss: BoundLoss, data: list[Datum], outputs: Outputs) -> PackedColum
 
 
 def main() -> None:
+    keep_freed_memory()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--sequences", type=int, default=4096)

@@ -32,7 +32,7 @@ import torch
 from logprobs_report import picture, report
 from memory import elsewhere, peak
 from rivals import Logprobs, installed, liger_scaled, naive, rivals, trl_chunked, versions
-from side_by_side import RESULTS, load, race, save
+from side_by_side import RESULTS, keep_freed_memory, load, race, save
 from torch import Tensor
 
 from lossfns import Datum, ModelInput, TensorData, grpo, token_gradient
@@ -405,6 +405,7 @@ def measure(section: str, shape: Shape, taken: dict[str, int], rounds: int) -> d
 
 
 def main() -> None:
+    keep_freed_memory()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=list(SECTIONS), default=list(SECTIONS), metavar="SECTION")
     parser.add_argument("--shape", nargs="+", type=Shape.parse, help="dtype:NxDxV, for every section that is run")

@@ -22,7 +22,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from side_by_side import device_name, race, ratio, save, table
+from side_by_side import device_name, keep_freed_memory, race, ratio, save, table
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -60,6 +60,7 @@ def equations(lp: Tensor, a: Tensor, old: Tensor, ref: Tensor) -> tuple[Tensor, 
     metrics = {
         "ratio": r,
         "ratio_capped": d.abs() > 20,
+        "log_ratio_abs": d.abs(),
         "kl_old": torch.expm1(d) - d,
         "clip_low": (a < 0) & (r < LOW),
         "clip_high": (a > 0) & (r > HIGH),
@@ -127,6 +128,7 @@ def cell(row: dict[str, Any], name: str) -> str:
 
 
 def main() -> None:
+    keep_freed_memory()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument(

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from memory import elsewhere, peak
-from side_by_side import device_name, load, race, ratio, save, table
+from side_by_side import device_name, keep_freed_memory, load, race, ratio, save, table
 from torch import Tensor
 
 from lossfns.backend.model.decoder import Decoder
@@ -110,6 +110,7 @@ def mebibytes(row: dict[str, Any], way: str) -> str:
 
 
 def main() -> None:
+    keep_freed_memory()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from memory import elsewhere, peak
-from side_by_side import device_name, load, race, ratio, save, table
+from side_by_side import device_name, keep_freed_memory, load, race, ratio, save, table
 from torch import Tensor
 
 from lossfns import Datum, datum_from_tokens, grpo
@@ -113,6 +113,7 @@ def measure(case: Case, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
 
 
 def main() -> None:
+    keep_freed_memory()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])

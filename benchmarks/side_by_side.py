@@ -66,7 +66,6 @@ def race(
     ``look`` gets the name and the result of each run in the warm-up. A run that has taken more than ``patience``
     seconds in total skips the other rounds.
     """
-    keep_freed_memory()
     names = list(runs)
     times: dict[str, list[float]] = {name: [] for name in names}
     for r in range(rounds + 1):

@@ -21,7 +21,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from side_by_side import device_name, race, ratio, save, table
+from side_by_side import device_name, keep_freed_memory, race, ratio, save, table
 from torch import Tensor
 
 from lossfns import Datum, TensorData, cross_entropy, datum_from_tokens, token_sum
@@ -63,6 +63,7 @@ def batch(sequences: int, length: int) -> list[Any]:
 
 
 def main() -> None:
+    keep_freed_memory()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=11)
     rounds = parser.parse_args().rounds
