@@ -14,6 +14,7 @@ from lossfns.checks import check_denominator
 from lossfns.errors import LossInputError, add_loss_name
 from lossfns.tokens import Rows, Tokens
 from lossfns.values import LENGTHS_FIT, check_values, warn_if_far_off_policy
+
 T = TypeVar("T")
 
 
