@@ -36,8 +36,8 @@ class OneKernel:
 
     def __call__(self, loss: Any, pack: Any, batch: Any, divisor: Any) -> tuple[Tensor, Numbers]:
         # Inside a transformation of torch.func, or of a step that the caller compiles, the loss is a part of that.
-        inside = torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
-        if self.failed or inside:
+        transformed: bool = torch._C._functorch.peek_interpreter_stack() is not None  # type: ignore[no-untyped-call]
+        if self.failed or transformed or torch.compiler.is_compiling():
             return self.measure(loss, pack, batch, divisor)
         differentiable = torch.is_grad_enabled() and batch.logprobs.requires_grad
         kernel = self.value_and_gradient if differentiable else self.value

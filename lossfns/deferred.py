@@ -66,6 +66,11 @@ class DeferredMetrics:
     more: Mapping[str, Tensor]
 
     @property
+    def sums(self) -> dict[str, Tensor]:
+        """Each statistic summed over the active rows, and their number as ``rows``, as 0-d tensors."""
+        return self.numbers.tables(self.numbers.values.unbind())[1]
+
+    @property
     def tensors(self) -> dict[str, Tensor]:
         """Totals, and the mean of each statistic over the active rows, as 0-d tensors. No value is checked."""
         totals, sums, _ = self.numbers.tables(self.numbers.values.unbind())

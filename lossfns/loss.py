@@ -25,8 +25,8 @@ from lossfns.tokens import COLUMNS, ON_POLICY, TOKENS, Rows, Tokens
 from lossfns.values import extremes
 from lossfns.weigh import WEIGHINGS, Weighing, check_weigh
 
-Statistics = dict[str, Tensor]
-"""One value for each row, detached, by name of the statistic."""
+Statistics = Mapping[str, Tensor]
+"""One value for each row, detached, by name of the statistic: a dict, or ``OnDemand``."""
 Terms = Callable[[Tokens], tuple[Tensor, Statistics]]
 LossFn = Callable[[list[Any], list[Tensor]], tuple[Tensor, dict[str, float]]]
 """The contract: ``(data, logprobs_list) -> (loss, metrics)``."""
@@ -124,7 +124,7 @@ def name_or_repr(value: Any) -> str:
     return getattr(value, "__name__", repr(value))
 
 
-def evaluate(loss: Loss, t: Tokens, denominator: Tensor | float | None = None) -> tuple[Tensor, Statistics]:
+def evaluate(loss: Loss, t: Tokens, denominator: Tensor | float | None = None) -> tuple[Tensor, dict[str, Tensor]]:
     """Reduce a packed batch to Σ share·term / denominator, the only reduction of the library.
 
     Args:
@@ -151,11 +151,12 @@ def evaluate(loss: Loss, t: Tokens, denominator: Tensor | float | None = None) -
         check_terms(loss, t, result, share)
     term, statistics = result
     total = torch.dot(share.to(term.dtype), term)
+    del result, term  # the statistics are computed in this memory
     if loss.count is not None:
         total = total / (count_rows(loss, t) if denominator is None else one_number(denominator))
     # A pair or a sequence is active if its share is not 0.
     active = to_dtype(t.active if loss.rows.per_token else share != 0, total.dtype)
-    sums = {name: torch.dot(active, to_dtype(x.detach(), active.dtype)) for name, x in statistics.items()}
+    sums = {name: sum_of_rows(name, statistics, active) for name in statistics}
     return total, {"rows": active.sum(), **sums}
 
 
@@ -197,17 +198,30 @@ def check_terms(loss: Loss, t: Tokens, result: Any, share: Any) -> None:
         )
     term, statistics = result
     shape = t.logprobs.shape if loss.rows.per_token else (t.sequences // loss.rows.datums,)
-    for name, x in {"terms": term, "share": share, **statistics}.items():
-        if not isinstance(x, Tensor) or not is_plain(x) or x.shape != shape:
-            got = tensor_form(x) if isinstance(x, Tensor) else f"a {type(x).__name__}"
-            fix = "Do not reduce it: share and count weigh the rows and divide their sum."
-            raise LossInputError(str(name), f"a tensor of shape {tuple(shape)}, one number for each row", got, fix)
+    check_rows("terms", term, shape)
+    check_rows("share", share, shape)
     if not term.is_floating_point():
         raise LossInputError("terms", "floating point numbers", str(term.dtype), "Compute them from the logprobs.")
     for name in statistics:
         if not isinstance(name, str) or name in METRICS or name.endswith(":sum"):
             fix = f"Rename it: a call returns {', '.join(METRICS)} itself, and sums end in ':sum'."
             raise LossInputError("statistics", "names that are no metric of every loss", repr(name), fix)
+
+
+def sum_of_rows(name: str, statistics: Statistics, active: Tensor) -> Tensor:
+    """Return the sum of a statistic over the active rows."""
+    x = statistics[name]
+    if isinstance(active, Tensor):  # else torch.fx traces
+        check_rows(name, x, active.shape)
+    return torch.dot(active, to_dtype(x.detach(), active.dtype))
+
+
+def check_rows(name: str, x: Any, shape: Sequence[int]) -> None:
+    """Refuse anything but a tensor of this shape."""
+    if not isinstance(x, Tensor) or not is_plain(x) or x.shape != shape:
+        got = tensor_form(x) if isinstance(x, Tensor) else f"a {type(x).__name__}"
+        fix = "Do not reduce it: share and count weigh the rows and divide their sum."
+        raise LossInputError(name, f"a tensor of shape {tuple(shape)}, one number for each row", got, fix)
 
 
 @dataclass(frozen=True)

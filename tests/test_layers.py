@@ -12,10 +12,11 @@ import lossfns
 ROOT = Path(lossfns.__file__).parent
 LAYERS = [
     {"errors", "version"},
-    {"tokens", "terms", "checks", "compiled"},
+    {"tokens", "terms", "checks", "statistics"},
     {"segments"},
     {"weigh", "pack", "values", "metrics"},
     {"tensors", "deferred"},
+    {"compiled"},
     {"loss"},
     {"combine"},
     {"losses", "advantages", "datum", "labels", "logprobs"},
@@ -23,6 +24,7 @@ LAYERS = [
     {"export"},
     {"__init__"},
     {"terminal"},
+    {"integrations"},
     {"inspect"},
     {"testing"},
     {"backend/types", "backend/futures"},

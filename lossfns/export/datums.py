@@ -20,7 +20,7 @@ from lossfns.datum import TensorData
 from lossfns.deferred import as_numbers, not_divisible
 from lossfns.errors import LossInputError, add_loss_name
 from lossfns.export.builtins import BUILTINS, CLIP, builtin_name
-from lossfns.loss import BoundLoss, Loss, check_terms, count_rows
+from lossfns.loss import BoundLoss, Loss, check_terms, count_rows, sum_of_rows
 from lossfns.pack import Shapes, blank, check_data, pack, weight_rows
 from lossfns.segments import active_counts, geometric_level, sequence_value, to_tokens, token_level
 from lossfns.tokens import ON_POLICY, TARGETS, Tokens
@@ -57,7 +57,7 @@ def as_datum_fn(loss: Loss | BoundLoss) -> DatumFn:
             check_terms(loss, t, result, share)
         term, statistics = result
         counted = active.to(torch.float32)
-        totals = {name: (counted * x.detach()).sum() for name, x in statistics.items()}
+        totals = {name: sum_of_rows(name, statistics, counted) for name in statistics}
         metrics = {f"custom/{name}:sum": total for name, total in ({"rows": counted.sum()} | totals).items()}
         return (share * term).sum(), metrics
 
