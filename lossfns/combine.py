@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lossfns import terms as eq
 from lossfns.errors import LossInputError, warn
-from lossfns.loss import Loss, Statistics, name_or_repr, preset
+from lossfns.loss import BoundLoss, Loss, Statistics, name_or_repr, preset
 from lossfns.segments import Level, token_level
 from lossfns.statistics import OnDemand
 from lossfns.tokens import TOKENS, Tokens
@@ -28,7 +28,10 @@ def check_wrappable(loss: Loss, *columns: str) -> None:
     A loss that reads one of them already has this combinator, or one that comes later.
     """
     if not isinstance(loss, Loss):
-        raise LossInputError("loss", "a Loss such as ppo()", name_or_repr(loss), "Call the preset: ppo(), not ppo.")
+        fix = "Call the preset: ppo(), not ppo."
+        if isinstance(loss, BoundLoss):
+            fix = "Wrap the loss first, and call bind() or compiled() of the result."
+        raise LossInputError("loss", "a Loss such as ppo()", name_or_repr(loss), fix)
     for name in columns:
         if name in loss.reads:
             fix = (

@@ -1,4 +1,4 @@
-"""``one_kernel``: a loss, its metrics and its gradient as one graph of ``torch.compile``, or eager where that fails."""
+"""``OneKernel``: a loss, its metrics and its gradient as one graph of ``torch.compile``, or eager where that fails."""
 
 from __future__ import annotations
 
@@ -8,65 +8,74 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lossfns.deferred import Numbers
-from lossfns.errors import warn
+from lossfns.errors import LossInputError, warn
 from lossfns.tensors import TensorBatch, blank_tensors
 
-Kernel = Callable[..., Any]
+Measure = Callable[[Any, Any, Any, Any], tuple[Tensor, Numbers]]
+"""A function ``(loss, pack, batch, divisor) -> (0-d loss, numbers)`` of the batch ``pack(batch)``."""
 
 
-def one_kernel(measure: Kernel) -> Kernel:
-    """Compile ``measure(loss, pack, batch, divisor)`` and its gradient into one graph, for batches of any size.
+class OneKernel:
+    """``measure``, compiled together with its gradient, for batches of any size.
 
-    The gradient is computed in the same pass over the batch as the loss, and backward multiplies it by the gradient
+    The graph computes the gradient in the same pass over the batch as the loss. Backward multiplies it by the gradient
     that arrives. The first call compiles. If it cannot, for lack of a C++ compiler or because the loss cannot be
     traced, then this call and all later ones run ``measure`` itself, and the first one warns.
     """
 
-    def alone(loss: Any, batch: TensorBatch, divisor: Tensor | None) -> Any:
-        total, numbers = measure(loss, blank_tensors, flat(batch, batch.logprobs), divisor)
-        return total, numbers.names, numbers.values
+    def __init__(self, measure: Measure) -> None:
+        self.measure = measure
+        self.value = torch.compile(with_own_code(value), fullgraph=True)
+        self.value_and_gradient = torch.compile(with_own_code(value_and_gradient), fullgraph=True)
+        self.failed = False
 
-    def with_gradient(loss: Any, batch: TensorBatch, divisor: Tensor | None) -> Any:
-        names: Any = ()
+    def __reduce__(self) -> tuple[type[OneKernel], tuple[Measure]]:
+        return OneKernel, (self.measure,)  # a copy compiles anew
 
-        def value(logprobs: Tensor) -> tuple[Tensor, Tensor]:
-            nonlocal names
-            total, numbers = measure(loss, blank_tensors, flat(batch, logprobs), divisor)
-            names = numbers.names
-            return total, numbers.values
-
-        gradient, (total, values) = torch.func.grad_and_value(value, has_aux=True)(batch.logprobs)
-        return total, names, values, gradient
-
-    kernels: dict[bool, Kernel] = {}
-    failed = False
-
-    def compiled(loss: Any, pack: Any, batch: Any, divisor: Any) -> Any:
-        nonlocal failed
-        if failed or torch.compiler.is_compiling():  # in the second case the caller compiles the step around it
-            return measure(loss, pack, batch, divisor)
+    def __call__(self, loss: Any, pack: Any, batch: Any, divisor: Any) -> tuple[Tensor, Numbers]:
+        # Inside a transformation of torch.func, or of a step that the caller compiles, the loss is a part of that.
+        transformed: bool = torch._C._functorch.peek_interpreter_stack() is not None  # type: ignore[no-untyped-call]
+        if self.failed or transformed or torch.compiler.is_compiling():
+            return self.measure(loss, pack, batch, divisor)
         differentiable = torch.is_grad_enabled() and batch.logprobs.requires_grad
+        kernel = self.value_and_gradient if differentiable else self.value
         try:
-            if differentiable not in kernels:
-                kernels[differentiable] = torch.compile(
-                    with_own_code(with_gradient if differentiable else alone), fullgraph=True
-                )
             with torch.no_grad():
-                result = kernels[differentiable](loss, of_any_size(batch), as_number(divisor, batch.logprobs))
-        except Exception as error:  # whatever torch.compile raises, which differs by release and by backend
-            result = measure(loss, pack, batch, divisor)  # raises the loss's own error, if this was one
-            failed = True
+                total, names, values, *gradient = kernel(
+                    self.measure, loss, of_any_size(batch), as_number(divisor, batch.logprobs)
+                )
+        except Exception as error:  # torch.compile raises errors of many types, which differ by release and backend
+            result = self.measure(loss, pack, batch, divisor)  # raises the loss's own error, if this was one
+            self.failed = True
             warn(f"torch.compile failed, so the loss runs without it: {reason(error)}")
             return result
-        total, names, values, *gradient = result
         if differentiable:
             total = WithGradient.apply(batch.logprobs, total, gradient[0].view(-1))  # type: ignore[no-untyped-call]
         return total, Numbers(names, values)
 
-    return compiled
+
+def value(measure: Measure, loss: Any, batch: TensorBatch, divisor: Tensor | None) -> tuple[Tensor, Any, Tensor]:
+    """Return the loss, and the names and the values of its numbers."""
+    total, numbers = measure(loss, blank_tensors, flat(batch, batch.logprobs), divisor)
+    return total, numbers.names, numbers.values
+
+
+def value_and_gradient(
+    measure: Measure, loss: Any, batch: TensorBatch, divisor: Tensor | None
+) -> tuple[Tensor, Any, Tensor, Tensor]:
+    """Return what ``value`` returns, and the gradient with respect to the logprobs."""
+    names: Any = ()
+
+    def of_logprobs(logprobs: Tensor) -> tuple[Tensor, Tensor]:
+        nonlocal names  # torch.func returns tensors alone
+        total, numbers = measure(loss, blank_tensors, flat(batch, logprobs), divisor)
+        names = numbers.names
+        return total, numbers.values
+
+    gradient, (total, values) = torch.func.grad_and_value(of_logprobs, has_aux=True)(batch.logprobs)
+    return total, names, values, gradient
 
 
 class WithGradient(torch.autograd.Function):
@@ -78,34 +87,32 @@ class WithGradient(torch.autograd.Function):
         return total.clone()
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return grad * ctx.saved_tensors[0], None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        if torch.is_grad_enabled():
+            fix = "Take gradients of gradients of the loss itself, without compiled()."
+            raise LossInputError("create_graph", "False, for a compiled loss", "True", fix)
+        return grads[0] * ctx.saved_tensors[0], None, None
 
 
 def of_any_size(batch: Any) -> TensorBatch:
     """Return the batch for a graph that takes any N and B. Sequences of equal length become rows ``[B, T]``.
 
-    Of a flat batch the graph would compute T = N / B for each few tokens.
+    Of a flat batch the graph would compute T = N / B again for every few tokens.
     """
-    shape = (len(batch.lengths), -1) if batch.equal else (-1,)
+    rows = (len(batch.lengths), -1) if batch.equal else (-1,)
 
     def dynamic(x: Any, *shape: int) -> Any:
         if not isinstance(x, Tensor):  # ON_POLICY
             return x
         # Bytes are read as vectors, bools one by one.
-        view = x.detach().view(torch.uint8 if x.dtype is torch.bool else x.dtype).view(*shape)
+        view = x.detach().view(torch.uint8 if x.dtype is torch.bool else x.dtype).view(shape)
         for dim in range(view.ndim):
             torch._dynamo.maybe_mark_dynamic(view, dim)
         return view
 
-    columns = {name: dynamic(x, *shape) for name, x in batch.columns.items()}
-    logprobs, weights, lengths = (
-        dynamic(batch.logprobs, *shape),
-        dynamic(batch.weights, *shape),
-        dynamic(batch.lengths, -1),
-    )
-    return TensorBatch(logprobs, weights, columns, lengths, batch.equal, batch.halves)
+    columns = {name: dynamic(x, *rows) for name, x in batch.columns.items()}
+    logprobs, weights = dynamic(batch.logprobs, *rows), dynamic(batch.weights, *rows)
+    return TensorBatch(logprobs, weights, columns, dynamic(batch.lengths, -1), batch.equal, batch.halves)
 
 
 def flat(batch: TensorBatch, logprobs: Tensor) -> TensorBatch:
@@ -131,6 +138,4 @@ def reason(error: BaseException) -> str:
 
 def with_own_code(function: Any) -> Any:
     """Copy a function with its code. torch limits the graphs of one code object: each loss gets a limit of its own."""
-    return FunctionType(
-        function.__code__.replace(), function.__globals__, function.__name__, None, function.__closure__
-    )
+    return FunctionType(function.__code__.replace(), function.__globals__, function.__name__)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lossfns.checks import check_denominator, check_knobs, is_huge, is_real
-from lossfns.compiled import one_kernel
+from lossfns.compiled import Measure, OneKernel
 from lossfns.deferred import DeferredMetrics, Numbers, as_numbers, finalised, not_divisible
 from lossfns.errors import LossInputError, add_loss_name, did_you_mean, show, warn
 from lossfns.metrics import ADDITIVE, DIVIDED
@@ -28,7 +28,6 @@ from lossfns.weigh import WEIGHINGS, Weighing, check_weigh
 Statistics = Mapping[str, Tensor]
 """One value for each row, detached, by name of the statistic: a dict, or ``OnDemand``."""
 Terms = Callable[[Tokens], tuple[Tensor, Statistics]]
-Measure = Callable[["Loss", Callable[[Any], Tokens], Any, Tensor | float | None], tuple[Tensor, Numbers]]
 LossFn = Callable[[list[Any], list[Tensor]], tuple[Tensor, dict[str, float]]]
 """The contract: ``(data, logprobs_list) -> (loss, metrics)``."""
 P = ParamSpec("P")
@@ -86,7 +85,7 @@ class Loss:
     @functools.cached_property
     def kernel(self) -> Measure:
         """``measure`` for this loss, fused by ``torch.compile``."""
-        return one_kernel(measure)
+        return OneKernel(measure)
 
     def __repr__(self) -> str:
         return f"{self.name}({', '.join(f'{name}={name_or_repr(value)}' for name, value in self.knobs.items())})"

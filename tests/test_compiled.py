@@ -1,0 +1,297 @@
+"""``loss.compiled()``: the eager loss in every form, one graph for batches of any size, and eager where that fails."""
+
+import pickle
+import subprocess
+import sys
+import threading
+import warnings
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from test_tensors import PAIR_LOSSES, TOKEN_LOSSES, batch, columns_of, datums, run
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import lossfns
+from lossfns import Loss, LossInputError, LossWarning
+from lossfns.loss import make_loss
+
+LOSSES = [*TOKEN_LOSSES, *PAIR_LOSSES]
+FEW = [lossfns.grpo(kl_beta=0.1, weigh=lossfns.sequence_mean), lossfns.multi_target_cross_entropy(), lossfns.orpo()]
+FORMS = ("datums", "padded", "packed")
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Compile with a backend that counts its graphs, and needs no C++ compiler."""
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
+    yield counter
+    torch.compiler.reset()
+
+
+def in_form(loss: Any, form: str, given: dict[str, Tensor]) -> tuple[Tensor, list[Tensor], Any]:
+    """Call the loss on a batch ``[B, T]`` in one of its forms. Packed rows are cut to unequal lengths."""
+    if form == "padded":
+        leaf = given["logprobs"].clone().requires_grad_()
+        return run(loss.padded, [leaf], leaf, **columns_of(given))
+    count = len(given["logprobs"])
+    lengths = [given["logprobs"].shape[1] - i % 3 for i in range(count)]
+    rows = {name: [x[:n] if x.ndim else x for x, n in zip(column, lengths)] for name, column in given.items()}
+    if form == "datums":
+        leaves = [x.clone().requires_grad_() for x in rows["logprobs"]]
+        bound = loss.bind(**{name: x for name, x in rows.items() if name not in ("logprobs", "weights")})
+        return run(bound, leaves, datums(rows["weights"]), leaves)
+    flat = {name: torch.cat(x) if x[0].ndim else torch.stack(x) for name, x in rows.items()}
+    leaf = flat.pop("logprobs").clone().requires_grad_()
+    return run(loss.packed, [leaf], leaf, **flat, lengths=lengths)
+
+
+def check_equal(loss: Loss, form: str, dtype: torch.dtype) -> None:
+    exact = dtype is torch.float64
+    for seed in range(2):
+        given = batch(loss, seed, dtype)
+        eager, fused = in_form(loss, form, given), in_form(loss.compiled(), form, given)
+        rtol, atol = (1e-12, 1e-14) if exact else (2e-5, 2e-6)
+        torch.testing.assert_close(fused[0], eager[0], rtol=rtol, atol=atol)
+        assert [x.dtype for x in fused[1]] == [x.dtype for x in eager[1]]
+        narrow = {"rtol": 1e-2, "atol": 1e-4} if dtype is torch.bfloat16 else {"rtol": rtol, "atol": atol}
+        torch.testing.assert_close(fused[1], eager[1], **narrow)
+        assert fused[2] == pytest.approx(eager[2], rel=1e-10 if exact else 1e-4, abs=1e-12 if exact else 1e-5)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("loss", FEW, ids=repr)
+def test_compiled_is_the_eager_loss(graphs: Any, loss: Loss, form: str) -> None:
+    check_equal(loss, form, torch.float64)
+    assert graphs.frame_count == 1
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("loss", LOSSES, ids=repr)
+def test_every_compiled_loss_is_the_eager_one(graphs: Any, loss: Loss, dtype: torch.dtype) -> None:
+    for form in FORMS:
+        check_equal(loss, form, dtype)
+
+
+def test_one_kernel_of_the_real_compiler_is_the_eager_loss() -> None:
+    loss = lossfns.grpo(kl_beta=0.1)
+    for dtype in (torch.float64, torch.float32):
+        for form in ("padded", "packed"):
+            check_equal(loss, form, dtype)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(
+    "loss", [lossfns.with_tis(lossfns.gspo(), level=lossfns.sequence_level), lossfns.orpo()], ids=repr
+)
+def test_kernels_of_the_real_compiler(loss: Loss) -> None:
+    for form in FORMS:
+        check_equal(loss, form, torch.float32)
+
+
+# No size is compiled twice
+
+
+def sized(loss: Loss, sequences: int, length: int, seed: int = 0) -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    shape = (sequences, length)
+    columns = {name: -3 * torch.rand(shape, generator=g) for name in ("logprobs", *loss.reads) if name != "advantages"}
+    numbers = {"advantages": torch.randn(sequences, generator=g)} if "advantages" in loss.reads else {}
+    return {"weights": torch.ones(shape), **columns, **numbers}
+
+
+@pytest.mark.parametrize("loss", [lossfns.grpo(weigh=lossfns.sequence_mean), lossfns.dpo()], ids=repr)
+def test_one_graph_for_all_sizes(graphs: Any, loss: Loss) -> None:
+    """One for rows of equal length, one for all others, and one of each without gradient."""
+    compiled = loss.compiled()
+    sizes = [(4, 6), (4, 9), (10, 6), (2, 2), (6, 6), (64, 33), (8, 2)]
+    for number, (sequences, length) in enumerate(sizes):
+        given = sized(loss, sequences, length)
+        for form in FORMS:
+            in_form(compiled, form, given)
+        in_form(compiled.bind(denominator=3.0 + number), "padded", given)
+        compiled.deferred().padded(given["logprobs"].requires_grad_(), **columns_of(given))
+        if number == 0:
+            first = graphs.frame_count
+    # A bound denominator is one more input of a graph.
+    assert first == graphs.frame_count == 3
+    with torch.no_grad():
+        for sequences, length in sizes:
+            compiled.padded(sized(loss, sequences, length)["logprobs"], **columns_of(sized(loss, sequences, length)))
+    assert graphs.frame_count == 4
+
+
+def test_layouts_masks_and_slices_need_few_graphs(graphs: Any) -> None:
+    """Pairs have a graph for each layout; a mask and a slice of a wider tensor take the graphs there are."""
+    loss = lossfns.dpo()
+    for sequences, length in ((4, 6), (8, 5), (12, 3)):
+        given = sized(loss, sequences, length)
+        for layout in ("interleaved", "halves"):
+            leaf = given["logprobs"].clone().requires_grad_()
+            run(loss.compiled().padded, [leaf], leaf, **columns_of(given), layout=layout)
+        wide = {name: torch.cat([x, x], 1)[:, 1 : length + 1] for name, x in given.items()}
+        leaf = wide["logprobs"].detach().requires_grad_()
+        run(loss.compiled().padded, [leaf], leaf, **columns_of(wide))
+    assert graphs.frame_count == 2
+    masks = given | {"weights": given["weights"].bool()}
+    leaf = masks["logprobs"].clone().requires_grad_()
+    run(loss.compiled().padded, [leaf], leaf, **columns_of(masks))
+    assert graphs.frame_count == 3  # bytes
+
+
+def test_one_sequence_or_one_token_is_a_size_of_its_own(graphs: Any) -> None:
+    """torch.compile makes a graph for the size 1; it is made once, and no other size needs it."""
+    loss = lossfns.reinforce()
+    compiled = loss.compiled()
+    for sequences, length in ((3, 4), (1, 4), (1, 7), (5, 1), (9, 1), (1, 1), (6, 8)):
+        given = sized(loss, sequences, length)
+        eager, fused = in_form(loss, "padded", given), in_form(compiled, "padded", given)
+        torch.testing.assert_close(fused[:2], eager[:2])
+    assert graphs.frame_count == 4
+
+
+def test_many_losses_do_not_exhaust_the_limit_of_graphs(graphs: Any) -> None:
+    """torch gives a function 8 graphs; here 12 losses have one each."""
+    given = sized(lossfns.ppo(), 4, 6)
+    for i in range(12):
+        in_form(lossfns.ppo(clip=(0.8, 1.1 + i / 50)).compiled(), "padded", given)
+    assert graphs.frame_count == 12
+
+
+# Where it cannot be compiled
+
+
+def own_loss(terms: Any) -> Loss:
+    return make_loss(terms, (), lossfns.token_mean)
+
+
+def test_a_loss_that_cannot_be_traced_runs_eagerly_and_warns_once(graphs: Any) -> None:
+    def terms(t: Any) -> Any:
+        return (-t.logprobs if t.logprobs.sum().item() < 0 else t.logprobs), {}
+
+    logprobs = torch.full((2, 3), -2.0, requires_grad=True)
+    compiled = own_loss(terms).compiled()
+    with pytest.warns(LossWarning, match="^torch.compile failed, so the loss runs without it: .+") as warned:
+        loss, _ = compiled.padded(logprobs, torch.ones(2, 3))
+    assert len(warned) == 1 and "\n" not in str(warned[0].message) and warned[0].filename == __file__
+    loss.backward()
+    assert loss.item() == 2.0 and logprobs.grad is not None and logprobs.grad.sum().item() == -1.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compiled.padded(logprobs, torch.ones(2, 3))
+
+
+def test_an_error_of_the_loss_itself_comes_through(graphs: Any) -> None:
+    def reduced(t: Any) -> Any:
+        return (-t.logprobs).sum(), {}
+
+    def broken(t: Any) -> Any:
+        raise KeyError("mine")
+
+    given = torch.full((2, 3), -2.0, requires_grad=True), torch.ones(2, 3)
+    with pytest.raises(LossInputError, match="Do not reduce it"):
+        own_loss(reduced).compiled().padded(*given)
+    with pytest.raises(KeyError, match="mine"):
+        own_loss(broken).compiled().padded(*given)
+    compiled = lossfns.cross_entropy().compiled()
+    with pytest.raises(LossInputError, match=r"datum\[0\].logprobs\[0\]: expected a finite number"):
+        compiled.padded(torch.full((2, 3), torch.nan, requires_grad=True), torch.ones(2, 3))
+    assert compiled.padded(*given)[1]["loss"] == 2.0 and graphs.frame_count == 1
+
+
+WITHOUT_COMPILER = """
+import warnings, torch, lossfns
+logprobs = torch.full((2, 3), -2.0, requires_grad=True)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    loss, metrics = lossfns.cross_entropy().compiled().padded(logprobs, torch.ones(2, 3))
+loss.backward()
+print(loss.item(), metrics["nll"], logprobs.grad.sum().item())
+print([str(w.message) for w in caught if issubclass(w.category, lossfns.LossWarning)])
+"""
+
+
+def test_without_a_compiler_it_is_eager_and_says_so(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "/nonexistent")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    ran = subprocess.run([sys.executable, "-c", WITHOUT_COMPILER], capture_output=True, text=True, check=True)
+    numbers, said = ran.stdout.splitlines()
+    assert numbers == "2.0 2.0 -1.0"
+    assert said.startswith("['torch.compile failed, so the loss runs without it: ") and "compiler" in said
+    assert said.count("torch.compile failed") == 1
+
+
+# Where it is called
+
+
+def test_grad_modes_autocast_and_threads(graphs: Any) -> None:
+    loss = lossfns.grpo(kl_beta=0.1)
+    given = batch(loss, dtype=torch.float32)
+    compiled, expected = loss.compiled(), in_form(loss, "padded", given)
+    for mode in (torch.no_grad(), torch.inference_mode(), torch.autocast("cpu")):
+        with mode:
+            value, metrics = compiled.padded(given["logprobs"], **columns_of(given))
+        torch.testing.assert_close(value, expected[0])
+        assert metrics == pytest.approx(expected[2], rel=1e-5)
+    found: list[Any] = []
+
+    def work() -> None:
+        found.extend(in_form(compiled, "padded", given) for _ in range(3))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 12
+    for value, gradients, _ in found:
+        torch.testing.assert_close([value, *gradients], [expected[0], *expected[1]])
+
+
+def test_backward_twice_and_the_metric_of_the_gradient(graphs: Any) -> None:
+    loss = lossfns.ppo()
+    given = batch(loss)
+    leaf = given["logprobs"].clone().requires_grad_()
+    value, metrics = loss.compiled().bind(grad_l1=True).padded(leaf, **columns_of(given))
+    (2 * value).backward(retain_graph=True)
+    doubled = leaf.grad
+    leaf.grad = None
+    value.backward()
+    torch.testing.assert_close(doubled, 2 * leaf.grad)
+    assert metrics["grad_l1"] == pytest.approx(leaf.grad.abs().sum().item())
+    value, _ = loss.compiled().padded(leaf, **columns_of(given))
+    with pytest.raises(LossInputError, match="without compiled"):
+        torch.autograd.grad(value, leaf, create_graph=True)
+
+
+def test_a_compiled_loss_is_compiled_once_and_never_wrapped(graphs: Any) -> None:
+    loss = lossfns.ppo()
+    given = batch(loss)
+    assert loss.compiled().compiled().measure is loss.compiled().measure
+    assert loss.bind(denominator=2).compiled().divisor == 2
+    with pytest.raises(LossInputError, match="Wrap the loss first, and call bind"):
+        lossfns.with_kl(loss.compiled())
+    again = pickle.loads(pickle.dumps(lossfns.cross_entropy().compiled()))
+    assert again.padded(given["logprobs"], given["weights"])[1]["nll"] > 0
+
+
+def test_it_is_a_part_of_a_compiled_step_and_of_a_transformation() -> None:
+    loss = lossfns.ppo()
+    given = batch(loss)
+    eager = in_form(loss, "padded", given)
+    compiled = loss.compiled().deferred()
+
+    def step(logprobs: Tensor) -> Tensor:
+        return compiled.padded(logprobs, **columns_of(given))[0]
+
+    leaf = given["logprobs"].clone().requires_grad_()
+    torch.compile(step, fullgraph=True, backend="aot_eager")(leaf).backward()
+    torch.testing.assert_close(leaf.grad, eager[1][0])
+    torch.testing.assert_close(torch.func.grad(step)(given["logprobs"]), eager[1][0])
+    assert loss.kernel is loss.compiled().measure and not loss.kernel.failed
