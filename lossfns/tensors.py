@@ -40,7 +40,7 @@ class TensorBatch:
 
     Attributes:
         logprobs, weights: ``[N]``, in any dtype.
-        columns: the other columns by name, each ``[N]`` or ON_POLICY.
+        columns: the other columns by name: each ``[N]``, or expanded to ``[B, T]`` or ``[B, T, K]``; or ON_POLICY.
         lengths, equal, halves: as in ``Tokens``.
     """
 
@@ -59,10 +59,10 @@ def blank_tensors(batch: TensorBatch) -> Tokens:
     active = weights != 0
     logprobs = blank(batch.logprobs.to(dtype), active)
     columns = {
-        name: logprobs.detach() if x is ON_POLICY else blank(to_dtype(x, dtype), active)
+        name: logprobs.detach() if x is ON_POLICY else blank(to_dtype(x, dtype), active.view(x.shape)).flatten()
         for name, x in batch.columns.items()
     }
-    return Tokens(logprobs, weights, batch.lengths, columns, batch.equal, batch.halves)
+    return Tokens(logprobs, weights, batch.lengths, columns, batch.equal, batch.halves, active)
 
 
 def check_padded(
@@ -122,7 +122,8 @@ def check_two_sides(
         raise LossInputError("logprobs", "as many chosen as rejected rows", got, "Row i of both is pair i.")
 
     def join(name: str, x: Any) -> Tensor:
-        joined: Tensor = torch.cat([align_rows(name, side, lp, rows) for side, lp in zip(pair_of(name, x), sides)])
+        aligned = [align_rows(name, side, lp, rows).flatten() for side, lp in zip(pair_of(name, x), sides)]
+        joined: Tensor = torch.cat(aligned)
         return joined
 
     given = align_columns(join, find_columns(reads, columns))
@@ -278,13 +279,13 @@ def pair_of(name: str, x: Any) -> tuple[Any, Any]:
 
 
 def align_rows(name: str, x: Any, logprobs: Tensor, rows: Rows) -> Tensor:
-    """Return a padded column, or one number for each row repeated over its entries, as ``[N]``."""
+    """Return a padded column as ``[N]``, or one number for each row expanded over its entries."""
     column, shape = column_tensor(name, x, logprobs), logprobs.shape
     if column.shape == shape:
         return column.flatten()
     one_each = column.shape in (shape[:1], (shape[0], 1))
     if one_each and may_be_number(name, rows):
-        return column.reshape(-1, *[1] * (len(shape) - 1)).expand(shape).flatten()
+        return column.reshape(-1, *[1] * (len(shape) - 1)).expand(shape)
     raise wrong_shape(name, column, shape, rows, shape[0])
 
 

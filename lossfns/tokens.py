@@ -108,10 +108,11 @@ class Tokens:
     columns: Mapping[str, Tensor] = field(default_factory=dict)
     equal: bool = False
     halves: bool = False
-    active: Tensor = field(init=False)
+    active: Tensor = None  # type: ignore[assignment]  # __post_init__ sets it
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "active", self.weights != 0)
+        if self.active is None:
+            object.__setattr__(self, "active", self.weights != 0)
 
     @property
     def sequences(self) -> int:
