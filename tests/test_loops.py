@@ -40,23 +40,23 @@ def test_a_loop_has_at_most_60_lines(loop: str) -> None:
 
 
 def test_grpo_raises_the_reward() -> None:
-    """A random policy writes characters of the right kind in one case of seven. On 10 seeds the last reward was at
-    least 0.7."""
+    """A random policy writes a character of the right kind in one case of seven. Seeds 0 to 5 end above 0.9."""
     rewards = numbers("reward", run("grpo"))
     assert rewards[0] < 0.25 and rewards[-1] > 0.5
 
 
 def test_dpo_learns_pairs_that_it_has_not_seen() -> None:
-    """At first the model is its own reference, so that every pair is a tie."""
+    """At first the model is its own reference, so that every pair is a tie. Seeds 0 to 9 end above 0.75."""
     printed = run("dpo")
     accuracies, margins = numbers("accuracy", printed), numbers("margin", printed)
     assert accuracies[0] == 0.5 and margins[0] == 0.0
-    assert accuracies[-1] > 0.7 and margins[-1] > 5
+    assert accuracies[-1] > 0.65 and margins[-1] > 5
 
 
 def test_sft_lowers_the_loss_of_rows_that_it_has_not_seen() -> None:
+    """Seeds 0 to 5 end below a sixth of the first loss."""
     losses = numbers("held-out loss", run("sft", "--steps", "31"))
-    assert losses[-1] < 0.6 * losses[0]
+    assert losses[-1] < 0.4 * losses[0]
 
 
 @pytest.fixture

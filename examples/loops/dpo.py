@@ -35,7 +35,7 @@ def evaluate(pairs, **settings):
     return loss_fn.padded(logprobs(model, batch), weights, layout="halves", ref_logprobs=ref, **settings)
 
 
-args = options(model="tiny", learning_rate=5e-3, steps=31, seed=0)
+args = options(model="tiny", learning_rate=3e-3, steps=31, seed=0)
 tokenizer, model = load(args.model, args.seed)
 reference = copy.deepcopy(model)
 loss_fn = dpo(beta=0.1)
@@ -51,5 +51,6 @@ for step in range(args.steps):
     for part in batch[:8], batch[8:]:  # micro-batches, which add up to the batch
         loss, metrics = evaluate(part, denominator=len(batch))
         loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()

@@ -52,6 +52,7 @@ for step in range(args.steps):
             now = logprobs(model, ids[part], mask[part])
             loss, metrics = loss_fn.padded(now, weights[part], **columns, denominator=weights.sum())
             loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
     if step % 5 == 0:

@@ -6,7 +6,6 @@ HuggingFaceTB/SmolLM2-135M --learning-rate 1e-5``; put your data in place of ``R
 """
 
 from contextlib import nullcontext
-from itertools import product
 
 import torch
 from common import collate, load, options, save, start
@@ -15,8 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lossfns import cross_entropy, target_logprobs, targets_from_labels, weights_from_labels
 
-WORDS = ("cat", "dog", "horse", "fox"), ("red", "black", "white", "grey"), ("barn", "garden", "wood", "field", "sea")
-ROWS = [(f"{a}, {c}, {p}:", f" the {c} {a} sleeps in the {p}.") for a, c, p in product(*WORDS)]  # (prompt, answer)
+ANIMALS, COLOURS, PLACES = ("cat", "dog", "horse", "fox"), ("red", "black", "white"), ("barn", "garden", "wood", "sea")
+ROWS = [(f"{a}, {c}, {p}:", f" the {c} {a} sleeps in the {p}.") for a in ANIMALS for c in COLOURS for p in PLACES]
 
 
 def evaluate(model, batch, **settings):
@@ -26,7 +25,7 @@ def evaluate(model, batch, **settings):
     return cross_entropy().deferred().padded(logprobs, weights_from_labels(batch["labels"]), **settings)
 
 
-args = options(model="tiny", dtype="float32", learning_rate=5e-3, steps=81, accumulate=2, fsdp=False, seed=0, out="")
+args = options(model="tiny", dtype="float32", learning_rate=5e-3, steps=61, accumulate=2, fsdp=False, seed=0, out="")
 rank, ranks = start()
 tokenizer, model = load(args.model, args.seed, args.dtype)
 for module in (*model.get_decoder().layers, model) if args.fsdp else ():
@@ -41,7 +40,7 @@ for step in range(args.steps):
             loss, metrics = evaluate(model, collate(tokenizer, held_out, model.device))
             text = tokenizer.decode(model.generate(**prompt, do_sample=False, max_new_tokens=40)[0])
         if rank == 0:
-            print(f"step {step:3}  held-out loss {metrics.finalise()['loss']:.3f}  {text}", flush=True)
+            print(f"step {step:3}  held-out loss {metrics.finalise()['loss']:.3f}  {text!r}", flush=True)
     batch = [training[i] for i in torch.randperm(len(training))[:16]][rank::ranks]
     parts = [collate(tokenizer, batch[i :: args.accumulate], model.device) for i in range(args.accumulate)]
     tokens = sum(weights_from_labels(part["labels"]).sum() for part in parts)
@@ -50,6 +49,7 @@ for step in range(args.steps):
         with parallel.no_sync() if not args.fsdp and part is not parts[-1] else nullcontext():
             loss, part["metrics"] = evaluate(parallel, part, denominator=tokens / ranks)  # undo the mean over ranks
             loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
     for part in parts:
