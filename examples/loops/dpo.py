@@ -1,7 +1,7 @@
 """DPO in plain PyTorch: a Hugging Face causal LM learns to prefer the answer that fits its prompt.
 
 ``python examples/loops/dpo.py`` trains a tiny Llama from random weights. Train another model with ``--model
-HuggingFaceTB/SmolLM2-135M --learning-rate 5e-6``; put your data in place of ``PAIRS``.
+HuggingFaceTB/SmolLM2-135M-Instruct --learning-rate 2e-5``; put your data in place of ``PAIRS``.
 """
 
 import copy

@@ -1,7 +1,7 @@
 """GRPO in plain PyTorch: a Hugging Face causal LM learns to write the characters that its prompt asks for.
 
 ``python examples/loops/grpo.py`` trains a tiny Llama from random weights. Train another model with ``--model
-HuggingFaceTB/SmolLM2-135M --learning-rate 1e-5``; put your task in place of ``PROMPTS`` and ``reward``.
+HuggingFaceTB/SmolLM2-135M-Instruct --learning-rate 2e-5``; put your task in place of ``PROMPTS`` and ``reward``.
 """
 
 import copy

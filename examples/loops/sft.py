@@ -2,7 +2,7 @@
 
 ``python examples/loops/sft.py`` trains a tiny Llama from random weights; ``torchrun --nproc-per-node 2
 examples/loops/sft.py`` does so with DDP, and with ``--fsdp`` with FSDP2. Train another model with ``--model
-HuggingFaceTB/SmolLM2-135M --learning-rate 1e-5``; put your data in place of ``ROWS``.
+HuggingFaceTB/SmolLM2-135M-Instruct --learning-rate 1e-4``; put your data in place of ``ROWS``.
 """
 
 from contextlib import nullcontext
