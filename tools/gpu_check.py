@@ -29,6 +29,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import partial
+from importlib.util import find_spec
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,7 +39,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]  # the checkout need not be
 
 import torch  # noqa: E402
 from gpu_checks import attention, client, logprobs, losses  # noqa: E402
-from gpu_checks.measure import Checks, Figures, Skipped, place  # noqa: E402
+from gpu_checks.measure import Checks, Figures, Skipped, pick, place  # noqa: E402
 from memory import elsewhere  # noqa: E402
 from side_by_side import device_name, results_file  # noqa: E402
 
@@ -52,23 +53,26 @@ Row = dict[str, Any]
 """Figures with the names of ``section`` and ``check`` and the ``result``: "ok", "FAILED" or "skipped"."""
 
 
+def compiled(device: str) -> Checks:
+    return losses.forms(device) | losses.compiled(device)
+
+
 def tests(device: str) -> Checks:
-    """The project's own device tests; without pytest or hypothesis the section ``losses`` stands in for them."""
-    return {"pytest tests/device": partial(run_pytest, device)}
+    """The project's own device tests. The CPU run takes those of the rehearsed device, to try the call."""
+    return {"pytest": partial(run_pytest, pick(device, "tests/device", "tests/device/test_rehearsal.py"), device)}
 
 
-def run_pytest(device: str) -> Figures:
+def run_pytest(path: str, device: str) -> Figures:
     for package in ("pytest", "hypothesis"):
-        try:
-            __import__(package)
-        except ImportError:
-            raise Skipped(f"{package} is not installed") from None
-    command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider", "tests/device"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "LOSSFNS_TEST_DEVICE": device}
+        if find_spec(package) is None:
+            raise Skipped(f"{package} is not installed")
+    options = ["-q", "-o", "addopts=", "-m", "not exhaustive", "-p", "no:cacheprovider"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "LOSSFNS_DEVICE": pick(device, "cuda", "rehearsal")}
+    command = [sys.executable, "-m", "pytest", *options, path]
     ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    lines = ended.stdout.strip().splitlines() or ended.stderr.strip().splitlines() or ["no output"]
-    failed = [line.split(" - ")[0] for line in lines if line.startswith(("FAILED", "ERROR"))]
+    lines = (ended.stdout + ended.stderr).strip().splitlines() or ["no output"]
     if ended.returncode:
+        failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
         raise AssertionError("; ".join([lines[-1], *failed]))
     return {"note": lines[-1]}
 
@@ -80,16 +84,15 @@ class Section(NamedTuple):
 
 SECTIONS = {
     "losses": Section(losses.losses, 30),
-    "compiled": Section(losses.compiled, 75),
-    "forms": Section(losses.forms, 60),
-    "attention": Section(attention.attention, 90),
+    "compiled": Section(compiled, 120),
+    "attention": Section(attention.attention, 110),
     "tiles": Section(logprobs.tiles, 45),
     "linear_logprobs": Section(logprobs.linear, 60),
     "waits": Section(client.waits, 45),
     "step": Section(client.step, 90),
     "tests": Section(tests, 120),
 }
-"""In the order of running. The time that all of them may take is less than the sum of their limits."""
+"""In the order of running. All of them together may take less than the sum of their limits: see ``TIME_LIMIT``."""
 
 
 def reason(error: BaseException) -> str:
@@ -102,8 +105,8 @@ def reason(error: BaseException) -> str:
 
 def run_check(check: Callable[[], Figures]) -> Row:
     """Return the row of a check. No error leaves it."""
-    gc.collect()
     if torch.cuda.is_available():
+        gc.collect()
         torch.cuda.empty_cache()
     try:
         figures = check()
@@ -118,6 +121,7 @@ def run_check(check: Callable[[], Figures]) -> Row:
 def run_section(checks: Callable[[str], Checks], device: str, rows: Connection) -> None:
     """Send the row of each check."""
     os.setsid()  # so that the processes that this one starts end with it
+    gc.freeze()  # collections then pass over the imported modules
     warnings.simplefilter("error", LossWarning)  # such as of a loss that cannot be compiled
     found: Checks = {}
     row = run_check(lambda: found.update(checks(device)) or {})
@@ -160,9 +164,8 @@ def lines_of(rows: list[Row]) -> Iterator[tuple[str, str]]:
         cells = [f"{row['result']:7} {row['check'][:36]:36}"]
         for name, width, form in (("found", 8, ".1e"), ("limit", 7, ".1e"), ("milliseconds", 9, ".2f")):
             value = row.get(name)
-            cells.append(
-                f"{'' if value is None else value if isinstance(value, int) else format(value, form):>{width}}"
-            )
+            cell = format(value, form) if isinstance(value, float) else "" if value is None else str(value)
+            cells.append(cell.rjust(width))
         cells.append(f"{row['gibibytes']:7.3f}" if "gibibytes" in row else "")
         line, note = " ".join(cells).rstrip(), row.get("note", "")
         fits = len(line) + len(note) < 79

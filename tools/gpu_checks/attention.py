@@ -15,7 +15,7 @@ from lossfns.backend.model.attention import ROUTES, Layout, sdpa, varlen_kernel
 
 def attention(device: str) -> Checks:
     """Every route of packed attention, and dense SDPA with a mask, against dense attention in float64."""
-    scale = pick(device, 20, 2)
+    scale = pick(device, 20, 1)
     lengths = [scale * n for n in (35, 16, 5, 5, 1, 70, 3)]
     continued = [None, None, 0, 0, 0, 1, None]
     # The window and the softcap apply to the batch with prefixes.

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
+from importlib import import_module
 from typing import Any
 
 import torch
 from gpu_checks.losses import datums_of, padded_columns
-from gpu_checks.measure import BOUNDS, Checks, Figures, pick, place, timed
+from gpu_checks.measure import BOUNDS, ROOT, Checks, Figures, pick, place, timed
 from single_pass import fresh, two_passes
 from torch import Tensor
 
@@ -26,11 +28,7 @@ def waits(device: str) -> Checks:
 
     Without a GPU, the device of ``tests/device/rehearsal.py`` counts.
     """
-    target, dtype = device, torch.bfloat16
-    if device == "cpu":
-        from tests.device import rehearsal
-
-        target, dtype = str(rehearsal.DEVICE), torch.float32
+    target, dtype = (device, torch.bfloat16) if device == "cuda" else (str(rehearsed().DEVICE), torch.float32)
     loss = grpo()
     columns = padded_columns(loss, 4, 16, target)
     flat = {name: x.flatten() for name, x in columns.items()}
@@ -69,14 +67,18 @@ def waits(device: str) -> Checks:
     return checks | {"optim_step": check_step}
 
 
+def rehearsed() -> Any:
+    """Register the device of the tests, in this process."""
+    sys.path.insert(0, str(ROOT / "tests/device"))
+    return import_module("rehearsal")
+
+
 @contextmanager
 def recorded_waits(device: str) -> Iterator[list[str]]:
     """Yield a list that fills with the places where the host waits for the device."""
     if device == "cpu":
-        from tests.device import rehearsal
-
-        rehearsal.waits.clear()
-        yield rehearsal.waits
+        rehearsed().waits.clear()
+        yield rehearsed().waits
         return
     places: list[str] = []
 
