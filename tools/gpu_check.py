@@ -99,7 +99,7 @@ def reason(error: BaseException) -> str:
     """Return an error on one line, with the line of ours that raised it."""
     if isinstance(error, torch.OutOfMemoryError):
         return "out of memory"
-    text = printable(" ".join(str(error).split()), 300)
+    text = printable(" ".join(str(error).split()), 600)
     return f"{type(error).__name__} at {place(traceback.extract_tb(error.__traceback__))}: {text}"
 
 
@@ -214,9 +214,10 @@ def main() -> int:
     show([(f"{name}, Python {result['python']}, torch {result['torch']}, commit {result['commit']}", "")])
     for section in args.only:
         begun = time.monotonic()
-        limit = min(SECTIONS[section].limit, TIME_LIMIT - (begun - start))
-        if limit < 10:
-            rows = [{"check": "all", "result": "skipped", "note": f"{TIME_LIMIT} s are over"}]
+        left = TIME_LIMIT - (begun - start)
+        limit = min(SECTIONS[section].limit, left)
+        if left < 10:
+            rows = [{"check": "all", "result": "skipped", "note": f"the {TIME_LIMIT} s of the command are over"}]
         else:
             rows = watch_section(SECTIONS[section], device, limit)
         taken = round(time.monotonic() - begun, 1)
