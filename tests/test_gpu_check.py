@@ -38,17 +38,27 @@ def rows_of(result: dict[str, Any], kind: str) -> list[dict[str, Any]]:
 FAILURES = """
 import os, sys, time
 import gpu_check
+from gpu_checks.client import recorded_warnings
 from gpu_checks.measure import error_of, skip
+from lossfns.errors import warn
 
 def raising(device):
     def fail():
         raise ValueError("broken")
+
+    def warned():
+        with recorded_warnings("waits") as places:
+            warn("something else")
+            warn("it waits")
+        return {"found": len(places), "limit": 0, "note": places[0].split(":")[0]}
+
     return {
         "within": lambda: {"found": 1.0, "limit": 1.0},
         "beyond": lambda: {"found": 1.5, "limit": 1.0},
         "nan": lambda: {"found": error_of([1.0, float("nan")], [1.0, 1.0]), "limit": 1.0},
         "raises": fail,
         "skips": lambda: skip("a reason"),
+        "warns": warned,
         "after all": lambda: {},
     }
 
@@ -79,6 +89,7 @@ def test_a_section_that_fails_stops_no_other(tmp_path: Path) -> None:
         ("raising", "nan", "FAILED"),
         ("raising", "raises", "FAILED"),
         ("raising", "skips", "skipped"),
+        ("raising", "warns", "FAILED"),
         ("raising", "after all", "ok"),
         ("without_inputs", "inputs", "FAILED"),
         ("hanging", "before", "ok"),
@@ -92,6 +103,7 @@ def test_a_section_that_fails_stops_no_other(tmp_path: Path) -> None:
         "",
         "broken",
         "a reason",
+        "lossfns/errors.py",
         "no inputs",
         "not done within 2 s",
         "the process ended with 7",

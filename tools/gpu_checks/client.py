@@ -80,20 +80,27 @@ def recorded_waits(device: str) -> Iterator[list[str]]:
         rehearsed().waits.clear()
         yield rehearsed().waits
         return
-    places: list[str] = []
-
-    def record(message: Any, *_: Any, **__: Any) -> None:
-        if "called a synchronizing" in str(message):
-            places.append(place(traceback.extract_stack()))
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("always")
-        warnings.showwarning = record  # type: ignore[assignment]
+    with recorded_warnings("called a synchronizing CUDA operation") as places:
         torch.cuda.set_sync_debug_mode("warn")
         try:
             yield places
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+@contextmanager
+def recorded_warnings(text: str) -> Iterator[list[str]]:
+    """Yield a list that fills with the places of the warnings with this text, on any thread. Others are dropped."""
+    places: list[str] = []
+
+    def record(message: Any, *_: Any, **__: Any) -> None:
+        if text in str(message):
+            places.append(place(traceback.extract_stack()[:-1]))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = record  # type: ignore[assignment]
+        yield places
 
 
 # A training step

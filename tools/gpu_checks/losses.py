@@ -95,16 +95,19 @@ def compiled(device: str) -> Checks:
 
 
 def padded_columns(loss: Loss, sequences: int, length: int, device: str) -> dict[str, Tensor]:
-    """Draw a batch without padding, in float32. The first quarter of each sequence is masked."""
+    """Draw a batch without padding, in float32. The first quarter of each sequence is masked.
+
+    Log-ratios are multiples of 1/16, so that no ratio is so near to a clip bound that rounding decides its gradient.
+    """
     generator = torch.Generator().manual_seed(0)
     normal = partial(torch.randn, sequences, length, generator=generator)
-    logprobs = -3 * torch.rand(sequences, length, generator=generator) - 0.1
+    logprobs = -3 * torch.rand(sequences, length, generator=generator) - 1
     columns = {
         "logprobs": logprobs,
         "weights": (torch.arange(length) >= length // 4).float().expand(sequences, -1),
         "advantages": normal(),
-        "old_logprobs": (logprobs + normal() / 10).clamp(max=0),
-        "ref_logprobs": (logprobs + normal() / 10).clamp(max=0),
+        "old_logprobs": logprobs + (1.6 * normal()).round() / 16,
+        "ref_logprobs": logprobs + (1.6 * normal()).round() / 16,
     }
     return {name: columns[name].contiguous().to(device) for name in ("logprobs", "weights", *loss.reads)}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,7 @@ def error_of(found: Any, expected: Any) -> float:
     return error if math.isfinite(error) else math.inf
 
 
-def place(frames: traceback.StackSummary) -> str:
+def place(frames: Iterable[traceback.FrameSummary]) -> str:
     """Return file and line of the innermost frame in the checkout."""
     inner = [f for f in frames if f.filename.startswith(f"{ROOT}/") and "/site-packages/" not in f.filename]
     return f"{Path(inner[-1].filename).relative_to(ROOT)}:{inner[-1].lineno}" if inner else "?"
