@@ -99,7 +99,7 @@ def recorded_warnings(text: str) -> Iterator[list[str]]:
 
     with warnings.catch_warnings():
         warnings.simplefilter("always")
-        warnings.showwarning = record  # type: ignore[assignment]
+        warnings.showwarning = record
         yield places
 
 
@@ -116,6 +116,7 @@ def step(device: str) -> Checks:
     with torch.device(device):
         model = Decoder(**size)
     client = LocalTrainingClient(model, device=device, dtype=dtype)
+    route = model.attention
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(size["vocab_size"], (sequences, length + 1), generator=generator).tolist()
     data, tokens = [datum_from_tokens(row, prompt_length=length // 4) for row in ids], sequences * length
@@ -133,7 +134,7 @@ def step(device: str) -> Checks:
     expected = cache(lambda: gradients(requests["built-in"]))
 
     def with_speed(figures: Figures) -> Figures:
-        return {"note": f"{1e3 * tokens / figures['milliseconds']:,.0f} tokens/s", **figures}
+        return {"note": f"{1e3 * tokens / figures['milliseconds']:,.0f} tokens/s, attention by {route}", **figures}
 
     def check(request: Callable[[], Any]) -> Figures:
         error = distance(gradients(request), expected())
