@@ -84,7 +84,7 @@ class Section(NamedTuple):
 
 SECTIONS = {
     "losses": Section(losses.losses, 30),
-    "compiled": Section(compiled, 120),
+    "compiled": Section(compiled, 180),
     "attention": Section(attention.attention, 110),
     "tiles": Section(logprobs.tiles, 45),
     "linear_logprobs": Section(logprobs.linear, 60),
