@@ -164,8 +164,9 @@ def forms_of_grpo(sequences: int, length: int, device: str) -> dict[str, Callabl
 
     calls: dict[str, Callable[[Tensor], tuple[Tensor, Any]]] = {"hand-written": hand_written}
     for form in (padded, packed):
-        deferred = {", deferred": loss.deferred(), ", compiled, deferred": fused.deferred()}
-        kinds = {"": loss, ", compiled": fused, **deferred}
+        kinds = {"": loss, ", deferred": loss.deferred()}
+        if device == "cuda" or form is padded:  # a CPU compiles one graph, which takes seconds
+            kinds |= {", compiled": fused, ", compiled, deferred": fused.deferred()}
         calls |= {f"{form.__name__}{name}": partial(form, kind) for name, kind in kinds.items()}
     calls["datums"] = lambda logprobs: bound(data, list(logprobs.unbind()))
     return {name: partial(value_gradient_metrics, call, columns["logprobs"]) for name, call in calls.items()}
