@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lossfns.checks import check_denominator
+from lossfns.devices import to_device
 from lossfns.errors import LossInputError, add_loss_name
 from lossfns.tokens import Rows, Tokens
 from lossfns.values import LENGTHS_FIT, check_values, warn_if_far_off_policy
@@ -84,10 +85,25 @@ class DeferredMetrics:
         Raises:
             LossInputError: if a value of the batch, or the loss, is not one that a loss can have.
         """
+        return self.read(self.on_device.tolist())
+
+    @property
+    def further(self) -> dict[str, Tensor]:
+        """``more``, and the divisor if it is a tensor."""
+        return {**self.more, **({"divisor": self.divisor} if isinstance(self.divisor, Tensor) else {})}
+
+    @property
+    def on_device(self) -> Tensor:
+        """All numbers that ``read`` takes, in one tensor."""
+        values, further = self.numbers.values, self.further.values()
+        here = [to_device(x, values.device, values.dtype) for x in further]
+        return torch.cat([values, torch.stack(here)]) if here else values
+
+    def read(self, numbers: Sequence[float]) -> dict[str, float]:
+        """Return what ``finalise`` returns, given the numbers ``on_device`` on the host."""
         with add_loss_name(self.loss):
-            given = {"divisor": self.divisor} if isinstance(self.divisor, Tensor) else {}
-            numbers, further = to_host(self.numbers.values, {**self.more, **given})
             totals, sums, extrema = self.numbers.tables(numbers)
+            further = dict(zip(self.further, numbers[len(self.numbers.values) :]))
             divisor = further.pop("divisor", self.divisor)
             check_values({**extrema, LENGTHS_FIT: further.pop(LENGTHS_FIT, 1.0)}, self.batch, signed=self.signed)
             return self.metrics({**totals, **further}, sums, divisor)
@@ -118,15 +134,6 @@ def finalised(deferred: tuple[Tensor, DeferredMetrics]) -> tuple[Tensor, dict[st
     """Return the loss with its metrics on the host."""
     total, metrics = deferred
     return total, metrics.finalise()
-
-
-def to_host(values: Tensor, more: Mapping[str, Tensor]) -> tuple[list[float], dict[str, float]]:
-    """Copy the values ``[k]`` and further 0-d tensors to the host in one transfer."""
-    if more:
-        values = torch.cat([values, torch.stack([x.to(values.dtype) for x in more.values()])])
-    numbers = values.tolist()
-    further = numbers[len(numbers) - len(more) :]
-    return numbers, dict(zip(more, further))
 
 
 def not_divisible(count: float) -> LossInputError:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lossfns.devices import to_device
 from lossfns.errors import LossInputError
 
 
@@ -58,7 +59,7 @@ def weights_from_mask(attention_mask: Tensor, prompt_lengths: Any = None) -> Ten
     real = check_rows("attention_mask", attention_mask) != 0
     trained = real[:, :-1] & real[:, 1:]
     if prompt_lengths is not None:
-        lengths = torch.as_tensor(prompt_lengths, device=real.device)
+        lengths = to_device(torch.as_tensor(prompt_lengths), real.device)
         if lengths.shape != real.shape[:1] or lengths.is_floating_point():
             got = f"{lengths.dtype} of shape {tuple(lengths.shape)}"
             raise LossInputError("prompt_lengths", f"{len(real)} whole numbers, one per row", got, "Count its tokens.")

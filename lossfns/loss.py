@@ -168,7 +168,7 @@ def count_rows(loss: Loss, t: Tokens) -> Tensor:
         if not is_real(count) or is_huge(count):
             got = f"shape {tuple(count.shape)}" if isinstance(count, Tensor) and is_plain(count) else show(count)
             raise LossInputError("count", "a 0-d tensor or a number", got, "Sum over the batch.", loss=loss.name)
-        return t.weights.new_tensor(float(count))
+        return t.weights.new_full((), float(count))
     counted: Tensor = count
     return counted
 

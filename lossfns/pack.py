@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lossfns.checks import is_real
+from lossfns.devices import to_device
 from lossfns.errors import LossInputError, did_you_mean, show
 from lossfns.tokens import DATUM_FIELDS, LOGPROB_COLUMNS, ON_POLICY, SEQUENCES, TOKENS, Rows, Tokens
 
@@ -127,7 +128,7 @@ def pack_side_columns(
     # In place is safe: flatten_column returns new tensors.
     blanked = {name: x.masked_fill_(inactive, 0) for name, x in flat.items()}
     equal = len(set(map(tuple, shapes))) == 1 and lengths[0] > 0
-    return PackedColumns(weights, active, lengths.to(like.device), blanked | on_policy, kept, bool(equal))
+    return PackedColumns(weights, active, to_device(lengths, like.device), blanked | on_policy, kept, bool(equal))
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,9 @@ class PackedColumns:
 
     def with_logprobs(self, logprobs: Tensor) -> Tokens:
         """Return the packed batch with these logprobs, concatenated over the datums."""
-        logprobs = blank(logprobs[torch.cat(self.kept)] if self.kept else logprobs, self.active)
+        if self.kept:
+            logprobs = logprobs.index_select(0, to_device(torch.cat(self.kept).nonzero().squeeze(1), logprobs.device))
+        logprobs = blank(logprobs, self.active)
         columns = {name: logprobs.detach() if x is ON_POLICY else x for name, x in self.columns.items()}
         return Tokens(logprobs, self.weights, self.lengths, columns, self.equal)
 
@@ -352,7 +355,8 @@ def as_column(name: str, given: Any, rows: Rows = TOKENS) -> Any:
         expected = "a row for each datum, or a number for each"
         raise LossInputError(name, expected, "a number among rows", "Use one form.", datum=number)
     if any(isinstance(row, Tensor) for row in datum_rows):
-        return check_one_number_each(name, torch.stack(list(map(as_tensor, datum_rows))), rows)
+        numbers = list(map(as_tensor, datum_rows))
+        return check_one_number_each(name, torch.stack(on_one_device(numbers, numbers[0].device)), rows)
     return check_one_number_each(name, np.stack(datum_rows), rows)
 
 
@@ -499,17 +503,22 @@ def flatten_column(
     if column is None:
         return like.new_ones(int(lengths.sum()))
     if not isinstance(column, list):
-        numbers = as_tensor(column).to(like.device, like.dtype)
-        return torch.repeat_interleave(numbers, lengths.to(like.device), output_size=int(lengths.sum()))
+        numbers = to_device(as_tensor(column), like.device, like.dtype)
+        return torch.repeat_interleave(numbers, to_device(lengths, like.device), output_size=int(lengths.sum()))
     if any(row.shape != shape for row, shape in zip(column, shapes)):
         column = [align_row(row, shape, name, i, rows) for i, (row, shape) in enumerate(zip(column, shapes))]
     if len(shapes[0]) > 1:
         column = [row.reshape(-1) for row in column]
     if any(issubclass(kind, Tensor) for kind in set(map(type, column))):
-        flat = torch.cat(list(map(as_tensor, column)))
+        flat = torch.cat(on_one_device(list(map(as_tensor, column)), like.device))
     else:
         flat = torch.from_numpy(np.concatenate(column))
-    return flat.to(like.device, like.dtype)
+    return to_device(flat, like.device, like.dtype)
+
+
+def on_one_device(rows: list[Tensor], device: torch.device) -> list[Tensor]:
+    """Return rows that are on one device already as they are; move rows of several devices to ``device``."""
+    return rows if len({row.device for row in rows}) == 1 else [to_device(row, device) for row in rows]
 
 
 def align_row(row: Values, shape: Sequence[int], name: str, datum: int, rows: Rows = TOKENS) -> Values:

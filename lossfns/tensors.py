@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lossfns.devices import to_device
 from lossfns.errors import LossInputError, did_you_mean, show
 from lossfns.pack import (
     LOGPROB_DTYPES,
@@ -169,7 +170,7 @@ def check_packed(
     check_logprobs(logprobs, "logprobs", rows.rank, "packed", ("N", "K"))
     width = logprobs.shape[1] if rows.rank == 2 else 1
     tokens, checks = sequence_lengths(lengths, cu_seqlens, len(logprobs))
-    tokens = tokens.to(logprobs.device)
+    tokens = to_device(tokens, logprobs.device)
     if len(tokens) % rows.datums:
         raise LossInputError("lengths", "chosen/rejected pairs", f"{len(tokens)} sequences, an odd number", LAYOUT_FIX)
 
@@ -266,8 +267,7 @@ def align_columns(align: Callable[[str, Any], Tensor], columns: Mapping[str, Any
 
 def column_tensor(name: str, x: Any, like: Tensor) -> Tensor:
     """Return a column as a tensor without graph, on the device of ``like``."""
-    tensor: Tensor = as_tensor(as_row(x, name, None)).to(like.device)
-    return tensor
+    return to_device(as_tensor(as_row(x, name, None)), like.device)
 
 
 def pair_of(name: str, x: Any) -> tuple[Any, Any]:

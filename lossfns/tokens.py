@@ -10,10 +10,9 @@ Shape legend, used in every docstring:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from math import prod
 from typing import NoReturn
 
 import torch
@@ -129,12 +128,3 @@ class Tokens:
         if name not in columns:
             raise AttributeError(f"Tokens has no column {name!r}; a loss names the columns it uses in `reads`")
         return columns[name]
-
-
-class FlatLogprobs(list[Tensor]):
-    """A ``logprobs_list`` whose tensors are views of one flat tensor."""
-
-    def __init__(self, flat: Tensor, shapes: Sequence[Sequence[int]]) -> None:
-        self.flat = flat
-        parts = torch.split(flat, [prod(shape) for shape in shapes])
-        super().__init__(part if len(shape) == 1 else part.view(*shape) for part, shape in zip(parts, shapes))

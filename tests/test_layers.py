@@ -12,7 +12,7 @@ import lossfns
 ROOT = Path(lossfns.__file__).parent
 LAYERS = [
     {"errors", "version"},
-    {"tokens", "terms", "checks", "statistics"},
+    {"tokens", "terms", "checks", "statistics", "devices"},
     {"segments"},
     {"weigh", "pack", "values", "metrics"},
     {"tensors", "deferred"},

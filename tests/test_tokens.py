@@ -9,7 +9,7 @@ import torch
 
 import lossfns
 from lossfns import ON_POLICY, LossInputError, Rows, Tokens, Weighing
-from lossfns.tokens import COLUMNS, DATUM_FIELDS, FlatLogprobs
+from lossfns.tokens import COLUMNS, DATUM_FIELDS
 
 
 @pytest.mark.parametrize(
@@ -63,13 +63,3 @@ def test_columns_are_attributes() -> None:
 def test_on_policy_is_one_object() -> None:
     assert repr(ON_POLICY) == "ON_POLICY"
     assert copy.deepcopy(ON_POLICY) is ON_POLICY and pickle.loads(pickle.dumps(ON_POLICY)) is ON_POLICY
-
-
-def test_flat_logprobs_are_views_of_one_tensor() -> None:
-    """A row of 2, no row at all, and 2 positions of 3 targets: 8 entries."""
-    flat = torch.arange(8.0)
-    rows = FlatLogprobs(flat, [(2,), (0,), (2, 3)])
-    assert rows.flat is flat
-    assert [row.tolist() for row in rows] == [[0.0, 1.0], [], [[2.0, 3.0, 4.0], [5.0, 6.0, 7.0]]]
-    flat[7] = -1.0
-    assert rows[2][1, 2] == -1.0

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from lossfns.checks import check_number
+from lossfns.devices import to_device
 from lossfns.errors import LossInputError, did_you_mean
 from lossfns.logprobs.tiles import (
     ALL,
@@ -79,13 +80,14 @@ class Swept(torch.autograd.Function):
         targets: Tensor,
         entropy: bool,
         budget: float,
+        result_device: torch.device,
         *head_options: Any,
     ) -> tuple[Tensor, Tensor | None]:
         stats, ctx.kept = forward_tiles(Head(weight, bias, *head_options), hidden, targets, entropy, budget)
         mean_logit = stats.mean_logit
         ctx.save_for_backward(hidden, weight, bias, targets, stats.tile_prob, mean_logit)
         ctx.head_options = head_options
-        return stats.logprobs, None if mean_logit is None else stats.lse - mean_logit
+        return stats.logprobs.to(result_device), None if mean_logit is None else stats.lse - mean_logit
 
     @staticmethod
     @no_double_backward
@@ -95,7 +97,7 @@ class Swept(torch.autograd.Function):
             grad, needed = OutputGrad(targets, tile_prob, mean_logit, g, d_entropy), ctx.needs_input_grad
             sums = HeadGrads.allocate(weight, needed[1:3], weight.dtype)
             d_hidden = backward_tiles(Head(weight, bias, *ctx.head_options), hidden, grad, ctx.kept, sums, needed[0])
-        return d_hidden, sums.weight, None if sums.bias is None else sums.bias.to(weight.dtype), *[None] * 5
+        return d_hidden, sums.weight, None if sums.bias is None else sums.bias.to(weight.dtype), *[None] * 6
 
 
 class Frozen(torch.autograd.Function):
@@ -111,7 +113,13 @@ class Frozen(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *head_options: Any
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        result_device: torch.device,
+        *head_options: Any,
     ) -> Tensor:
         head, stats = Head(weight, bias, *head_options), TileStats.empty(hidden, len(weight), targets, entropy=False)
         rest = torch.empty_like(hidden, dtype=compute_dtype(hidden))
@@ -120,12 +128,13 @@ class Frozen(torch.autograd.Function):
         logprobs = stats.logprobs
         d_raw = head.chain_through_head(torch.ones_like(stats.target_logits), stats.target_logits)
         ctx.save_for_backward(rest, weight, targets, d_raw, logprobs.exp() * first_occurrence(targets))
-        return logprobs
+        return logprobs.to(result_device)
 
     @staticmethod
     @no_double_backward
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         rest, weight, targets, d_raw, p = ctx.saved_tensors
+        g = to_device(g, rest.device)
         total = g.sum(1, keepdim=True)
         factors = (g - total * p) * d_raw
         d_hidden = torch.empty_like(rest, dtype=weight.dtype)
@@ -133,7 +142,7 @@ class Frozen(torch.autograd.Function):
             for rows in row_blocks(rest):
                 of_targets = torch.einsum("nk,nkd->nd", factors[rows], weight[targets[rows]].to(g.dtype))
                 d_hidden[rows] = of_targets - total[rows] * rest[rows]
-        return d_hidden.masked_fill_((g == 0).all(1)[:, None], 0), *[None] * 5
+        return d_hidden.masked_fill_((g == 0).all(1)[:, None], 0), *[None] * 6
 
 
 def mean_gradient_of_others(head: Head, hidden: Tensor, targets: Tensor, stats: TileStats) -> Tensor:
@@ -143,7 +152,7 @@ def mean_gradient_of_others(head: Head, hidden: Tensor, targets: Tensor, stats: 
     sum so far by exp(old − new).
     """
     rest, raw = torch.zeros_like(hidden, dtype=compute_dtype(hidden)), None
-    lse = torch.full_like(stats.tile_lse[:, 0], -math.inf)
+    lse, first = torch.full_like(stats.tile_lse[:, 0], -math.inf), first_occurrence(targets)
     for tile, vocab in enumerate(blocks(len(head.weight), TILE_VOCAB)):
         raw, local = head.raw(hidden, vocab, raw), targets - vocab.start
         gather_targets(head, raw, stats, targets, vocab)
@@ -152,10 +161,18 @@ def mean_gradient_of_others(head: Head, hidden: Tensor, targets: Tensor, stats: 
             stats.tile_lse[rows, tile], lse[rows], p = compiled_on_gpu(running_lse, raw.device.type)(z, before)
             rest[rows] *= (before - lse[rows]).exp_()[:, None]
             raw[rows] = head.chain_through_head(p, z)
-        token, k = is_inside(local, vocab).nonzero(as_tuple=True)
-        raw[token, local[token, k]] = 0
+        subtract_targets_(raw, local, first)
         add_matmul_(rest, raw, head.weight[vocab])
     return rest
+
+
+def subtract_targets_(raw: Tensor, local: Tensor, first: Tensor) -> None:
+    """Set the entries of ``raw`` [n, v] to 0 at the indices ``local`` [n, K] that lie in it.
+
+    ``first`` [n, K] tells which indices of a token are its first of their kind: x − x is 0 once.
+    """
+    inside, index = is_inside(local, slice(0, raw.shape[1])), local.clamp(0, raw.shape[1] - 1)
+    raw.scatter_add_(1, index, torch.where(inside & first, -raw.gather(1, index), 0))
 
 
 def first_occurrence(targets: Tensor) -> Tensor:
@@ -210,14 +227,16 @@ class Separable(torch.autograd.Function):
         declared, *gradients = ctx.saved_tensors
         scale = torch.sum(g * declared) / declared.square().sum().clamp(min=torch.finfo(g.dtype).tiny)
         expected = scale * declared
-        if g.numel() and not ((g - expected).abs() <= 1e-4 * expected.abs() + 1e-6 * g.abs().max()).all():
+        bound = 1e-4 * expected.abs() + 1e-6 * (g.abs().max() if g.numel() else 0)
+        is_declared, factor = torch.stack((((g - expected).abs() <= bound).all(), scale)).tolist()
+        if not is_declared:
             raise RuntimeError("linear_logprobs: backward brings another gradient than the one that gradient= declared")
-        return *(None if x is None else scaled(x, scale, d) for x, d in zip(gradients, ctx.dtypes)), *[None] * 5
+        return *(None if x is None else scaled(x, factor, d) for x, d in zip(gradients, ctx.dtypes)), *[None] * 5
 
 
-def scaled(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return scale·x as a new tensor. A scale of 1, the usual one, costs a single pass."""
-    return x.to(dtype, copy=True) if scale == 1 else (scale * x).to(dtype)
+def scaled(x: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
+    """Return factor·x as a new tensor. A factor of 1, the usual one, costs a single pass."""
+    return x.to(dtype, copy=True) if factor == 1 else (factor * x).to(dtype)
 
 
 def without_autocast(x: Tensor) -> torch.autocast:
@@ -282,6 +301,7 @@ def linear_logprobs(
     tensor([0.3333])
     """
     check_arguments(hidden, weight, targets, bias, rows, temperature, softcap, memory_budget)
+    check_values(targets, len(weight), bias, weight.dtype)
     hidden, weight, bias = to_one_dtype(hidden, weight, bias)
     index: Any = ALL if rows is None else rows.nonzero().squeeze(1)
     inputs = (hidden[index], weight, bias, (targets[:, None] if targets.ndim == 1 else targets)[index])
@@ -295,14 +315,14 @@ def linear_logprobs(
 
     with without_autocast(hidden):
         if plan == "frozen":
-            logprobs = apply(Frozen, *inputs, *head_options)
+            logprobs = apply(Frozen, *inputs, hidden.device, *head_options)
         elif plan == "separable":
             block = separable_tokens(memory_budget, weight)
             logprobs = apply(Separable, *inputs, declared_gradient, block, *head_options)
         else:
             auto_bytes = default_budget(hidden, weight) if memory_budget is None else memory_budget
             kept_bytes = {"auto": auto_bytes, "tiled": 0.0, "saved": math.inf}[plan] if needs_backward(*inputs) else 0.0
-            logprobs, entropy = apply(Swept, *inputs, return_entropy, kept_bytes, *head_options)
+            logprobs, entropy = apply(Swept, *inputs, return_entropy, kept_bytes, hidden.device, *head_options)
     logprobs = scatter_rows(logprobs, rows, index).view_as(targets)
     return (logprobs, scatter_rows(entropy, rows, index)) if return_entropy else logprobs
 
@@ -313,19 +333,35 @@ def head_of(model: Any) -> Head:
     return Head(model.head, bias, getattr(model, "head_temperature", 1.0), softcap)
 
 
-def model_logprobs(model: Any, hidden: Tensor, targets: Tensor, memory_budget: float = math.inf) -> Tensor:
-    """``linear_logprobs`` with the head of a model; it keeps at most ``memory_budget`` bytes of logits."""
+def model_logprobs(
+    model: Any,
+    hidden: Tensor,
+    targets: Tensor,
+    memory_budget: float = math.inf,
+    result_device: torch.device | None = None,
+) -> Tensor:
+    """Return what ``linear_logprobs`` returns with the head of a model. The host does not wait in the forward pass.
+
+    Args:
+        model: a module with ``head`` [V, D] and, where it has them, bias, softcap and temperature.
+        hidden, targets: as for ``linear_logprobs``, with ids that have been checked.
+        memory_budget: bytes of logits to keep at most.
+        result_device: the device of the result; None is that of ``hidden``. If it is the host, the backward pass does
+            not wait either: it reads there which tokens have a gradient.
+    """
     weight, bias, temperature, softcap = head_of(model)
-    logprobs: Tensor = linear_logprobs(
-        hidden,
-        weight,
-        targets,
-        bias=bias,
-        temperature=temperature,
-        softcap=softcap,
-        memory_budget=min(memory_budget, default_budget(hidden, weight)),
-    )
-    return logprobs
+    check_arguments(hidden, weight, targets, bias, None, temperature, softcap, None)
+    hidden, weight, bias = to_one_dtype(hidden, weight, bias)
+    inputs = (hidden, weight, bias, targets[:, None] if targets.ndim == 1 else targets)
+    device = hidden.device if result_device is None else result_device
+    with without_autocast(hidden):
+        if choose_plan("auto", inputs, False, None) == "frozen":
+            logprobs = apply(Frozen, *inputs, device, temperature, softcap)
+        else:
+            kept_bytes = min(memory_budget, default_budget(hidden, weight)) if needs_backward(*inputs) else 0.0
+            logprobs, _ = apply(Swept, *inputs, False, kept_bytes, device, temperature, softcap)
+    result: Tensor = logprobs.view_as(targets)
+    return result
 
 
 def needs_backward(*inputs: Tensor | None) -> bool:
@@ -393,7 +429,7 @@ def check_arguments(
     softcap: float | None,
     memory_budget: float | None,
 ) -> None:
-    """Refuse arguments of ``linear_logprobs`` that do not fit together."""
+    """Refuse arguments of ``linear_logprobs`` that do not fit together. The host does not wait."""
     for name, x, ndims in (("hidden", hidden, (2,)), ("weight", weight, (2,)), ("targets", targets, (1, 2))):
         if not isinstance(x, Tensor) or x.ndim not in ndims:
             got = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
@@ -418,9 +454,6 @@ def check_arguments(
     for name, value in (("hidden", hidden), ("weight", weight), ("bias", bias)):
         if value is not None and not value.is_floating_point():
             raise LossInputError(name, "a floating point tensor", str(value.dtype), "Were token ids passed?")
-    if bias is not None and not bias.to(weight.dtype).isfinite().all():
-        fix = "For a token that cannot occur use a large negative number such as -1e30, in float16 -6e4."
-        raise LossInputError("bias", f"finite numbers in {weight.dtype}", "inf or nan among them", fix)
     if rows is not None and rows.dtype != torch.bool:
         raise LossInputError("rows", "a bool tensor", str(rows.dtype), "Pass mask != 0.")
     if targets.dtype != torch.long:
@@ -433,9 +466,16 @@ def check_arguments(
     if memory_budget is not None and memory_budget != math.inf:
         fix = "0 keeps no logits, math.inf all."
         check_number("memory_budget", memory_budget, "a number of bytes", lambda b: b >= 0, fix)
-    if not targets.numel():
-        return
-    low, high = torch.stack(targets.aminmax()).tolist()
-    if low < 0 or high >= vocabulary:
+
+
+def check_values(targets: Tensor, vocabulary: int, bias: Tensor | None, dtype: torch.dtype) -> None:
+    """Refuse ids outside of the vocabulary, and a bias that is not finite in this dtype, in one transfer."""
+    ids = targets if targets.numel() else targets.new_zeros(1)
+    is_finite = ids.new_ones(()) if bias is None else bias.to(dtype).isfinite().all()
+    low, high, finite = torch.stack((*ids.aminmax(), is_finite)).tolist()
+    if not finite:
+        fix = "For a token that cannot occur use a large negative number such as -1e30, in float16 -6e4."
+        raise LossInputError("bias", f"finite numbers in {dtype}", "inf or nan among them", fix)
+    if targets.numel() and (low < 0 or high >= vocabulary):
         fix = "A masked slot, such as -100, still needs an id: pass rows= and any id there."
         raise LossInputError("targets", f"ids in [0, {vocabulary})", f"ids from {low} to {high}", fix)

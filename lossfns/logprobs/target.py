@@ -12,7 +12,7 @@ from torch import Tensor
 from lossfns.checks import check_number
 from lossfns.errors import LossInputError
 from lossfns.logprobs.linear import apply, no_double_backward
-from lossfns.logprobs.tiles import compute_dtype, row_blocks
+from lossfns.logprobs.tiles import TILE_TOKENS, TILE_VOCAB, blocks, compute_dtype, row_blocks
 
 
 def target_logprobs(logits: Tensor, targets: Tensor, *, temperature: float = 1.0) -> Tensor:
@@ -93,5 +93,10 @@ def blocks_of_rows(logits: Tensor) -> Iterator[tuple[Any, ...]]:
         yield ()
         return
     for outer in product(*map(range, logits.shape[:-2])):
-        for rows in row_blocks(logits[outer]):
+        for rows in small_blocks(logits[outer]):
             yield (*outer, rows)
+
+
+def small_blocks(x: Tensor) -> Iterator[slice]:
+    """Split the rows of logits [n, V] into blocks: those of ``row_blocks`` on a CPU, of the size of a tile on a GPU."""
+    return row_blocks(x) if x.device.type == "cpu" else blocks(len(x), max(1, TILE_TOKENS * TILE_VOCAB // x.shape[1]))

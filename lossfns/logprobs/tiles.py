@@ -41,8 +41,11 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from lossfns.devices import to_device
 
 TILE_TOKENS, TILE_VOCAB = 8192, 4096
 """The largest tile. With fewer tokens per tile, ∂weight would be read and written more often."""
@@ -132,7 +135,7 @@ class OutputGrad(NamedTuple):
     targets: Tensor  # [n, K] vocabulary ids
     tile_prob: Tensor  # [n, tiles]
     mean_logit: Tensor | None  # [n] Σ p·z over the vocabulary
-    g: Tensor  # [n, K] ∂loss/∂logprob
+    g: Tensor  # [n, K] ∂loss/∂logprob; it may be on the host
     d_entropy: Tensor | None  # [n] ∂loss/∂entropy
 
     def rows(self, index: Any) -> OutputGrad:
@@ -382,7 +385,9 @@ def backward_tiles(
     Returns:
         ∂hidden [N, D] in the dtype of ``hidden``, or None.
     """
-    active = [ActiveTokens.of(tokens, hidden, grad) for tokens in blocks(max(1, len(hidden)), TILE_TOKENS)]
+    nonzero = grad.nonzero.cpu().numpy()  # for all tokens at once: the host waits for it
+    grad = grad._replace(g=to_device(grad.g, hidden.device))
+    active = [ActiveTokens.of(tokens, hidden, grad, nonzero) for tokens in blocks(max(1, len(hidden)), TILE_TOKENS)]
     d_hidden = [torch.zeros_like(a.hidden, dtype=compute_dtype(hidden)) if needs_hidden else None for a in active]
     buffer: Tensor | None = None
     for tile, vocab in enumerate(blocks(len(head.weight), TILE_VOCAB)):
@@ -421,12 +426,13 @@ class ActiveTokens(NamedTuple):
     grad: OutputGrad  # of the m tokens
 
     @staticmethod
-    def of(tokens: slice, hidden: Tensor, grad: OutputGrad) -> ActiveTokens:
-        """Select the active ones among ``tokens`` of the batch."""
+    def of(tokens: slice, hidden: Tensor, grad: OutputGrad, nonzero: np.ndarray) -> ActiveTokens:
+        """Select the active ones among ``tokens`` of the batch. ``nonzero`` [N] tells which tokens are active."""
         hidden, grad = hidden[tokens], grad.rows(tokens)
-        positions = grad.nonzero.nonzero().squeeze(1)
-        if len(positions) == len(hidden):
+        active = np.flatnonzero(nonzero[tokens])
+        if len(active) == len(hidden):
             return ActiveTokens(tokens.start, len(hidden), None, hidden, grad)
+        positions = to_device(active, hidden.device)
         return ActiveTokens(tokens.start, len(hidden), positions, hidden[positions], grad.rows(positions))
 
     def raw(self, head: Head, vocab: slice, kept: KeptTiles, buffer: Tensor | None) -> Tensor:

@@ -23,6 +23,7 @@ from lossfns.backend.model.tokenizer import ByteTokenizer
 from lossfns.backend.types import ForwardBackwardOutput, GetInfoResponse, ModelData
 from lossfns.errors import LossInputError
 from lossfns.export.builtins import check_config
+from lossfns.logprobs.linear import head_of
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -85,6 +86,16 @@ def check_model(model: Any) -> None:
         raise LossInputError("model", expected, f"{got} whose weights are not there", fix)
 
 
+def check_head_bias(model: nn.Module) -> None:
+    """Refuse a bias of the unembedding that is not finite. Checked once: no forward pass waits for it."""
+    with torch.no_grad():
+        head = head_of(model)
+    if head.bias is not None and not head.bias.to(head.weight.dtype).isfinite().all():
+        fix = "For a token that cannot occur use a large negative number such as -1e30, in float16 -6e4."
+        expected = f"finite numbers in the head_bias of {type(model).__name__}, in {head.weight.dtype}"
+        raise LossInputError("model", expected, "inf or nan among them", fix)
+
+
 def response(result: Differentiated, metrics: dict[str, Any]) -> ForwardBackwardOutput:
     """Return a request's outputs, one record for each datum, and its metrics."""
     return ForwardBackwardOutput("TensorData", result.outputs.records(), metrics)
@@ -136,6 +147,7 @@ class LocalReferenceClient(Resolved):
         self._starts_unadapted = adapters_change_nothing(model)
         self.ranks = SingleProcess() if mesh is None else Ranks(mesh, device)
         self.model = model.to(pick_device(device) if mesh is None else None, dtype).eval()
+        check_head_bias(self.model)
         self._tokenizer, self._name = tokenizer, name or type(model).__name__
         self.user_metadata: dict[str, str] = {}  # in every checkpoint; a key that the save passes takes precedence
         self._worker = Worker(self.ranks.thread, self.ranks.call)

@@ -15,6 +15,7 @@ from lossfns.backend.engine.ranks import Ranks, SingleProcess
 from lossfns.backend.futures import APIFuture, Resolved, Worker, async_result
 from lossfns.backend.model.generate import generate
 from lossfns.backend.types import SampledSequence, SampleResponse, SamplingParams
+from lossfns.devices import to_device
 from lossfns.errors import LossInputError
 from lossfns.logprobs.linear import model_logprobs
 
@@ -132,7 +133,7 @@ class LocalSamplingClient(Resolved):
 
     @torch.inference_mode()
     def _compute_logprobs(self, prompt: Any) -> list[float | None]:
-        ids = torch.tensor(self._ids(prompt), device=next(self.model.parameters()).device)
+        ids = to_device(torch.tensor(self._ids(prompt)), next(self.model.parameters()).device)
         hidden = self.model(ids[:-1], [len(ids) - 1]) if len(ids) > 1 else None
         predicted = [] if hidden is None else model_logprobs(self.model, hidden, ids[1:]).tolist()
         return [None, *predicted]

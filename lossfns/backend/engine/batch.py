@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lossfns.backend.model.prefixes import SharedPrefixes, logit_rows
+from lossfns.devices import to_device
 from lossfns.errors import LossInputError
 from lossfns.pack import as_row, check_data
 from lossfns.tokens import TOKENS
@@ -90,27 +91,29 @@ class PackedInputs(NamedTuple):
 
 
 def pack_inputs(
-    inputs: ModelInputs, find_prefixes: Callable[[Sequence[np.ndarray]], SharedPrefixes], device: torch.device
+    inputs: ModelInputs,
+    find_prefixes: Callable[[Sequence[np.ndarray]], SharedPrefixes],
+    device: torch.device,
+    result_device: torch.device | None = None,
 ) -> PackedInputs:
-    """Lay the tokens of the datums end to end. ``find_prefixes`` decides which tokens are computed once."""
+    """Lay the tokens of the datums end to end, on the device of the model.
 
-    def on_device(x: np.ndarray) -> Tensor:
-        return torch.from_numpy(x).to(device)
+    ``find_prefixes`` decides which tokens are computed once. ``inverse`` is on ``result_device``, if it is another one.
+    """
 
-    def index_or_none(index: np.ndarray) -> Tensor | None:
-        return None if np.array_equal(index, np.arange(len(index))) else on_device(index)
+    def index_or_none(index: np.ndarray, other: torch.device | None = None) -> Tensor | None:
+        return None if np.array_equal(index, np.arange(len(index))) else to_device(index, other or device)
 
     shared = find_prefixes(inputs.tokens)
-    tokens = on_device(np.concatenate(inputs.tokens)[shared.order])
+    tokens = to_device(np.concatenate(inputs.tokens)[shared.order], device)
     if not inputs.targets:
         return PackedInputs(tokens, shared.lengths, shared.parents, index_or_none(shared.inverse), None, None)
     targets = np.concatenate(inputs.targets)
     hidden_rows, inverse = logit_rows(shared.inverse, targets)
     if len(hidden_rows) < len(inverse):
         targets = targets[np.unique(inverse, return_index=True)[1]]  # of the first position of each row of logits
-    return PackedInputs(
-        tokens, shared.lengths, shared.parents, index_or_none(hidden_rows), on_device(targets), index_or_none(inverse)
-    )
+    rows, inverse_index = index_or_none(hidden_rows), index_or_none(inverse, result_device)
+    return PackedInputs(tokens, shared.lengths, shared.parents, rows, to_device(targets, device), inverse_index)
 
 
 def index_or_all(x: Tensor, index: Tensor | None) -> Tensor:

@@ -1,6 +1,7 @@
 """A loss of the model's outputs: its value, its metrics and its gradient with respect to the outputs.
 
-A loss that breaks the contract is refused before its gradient goes on into the model.
+A loss that breaks the contract is refused. Values that lie on a device are judged together, once the backward pass is
+queued, so that the host waits once.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ import torch
 from torch import Tensor
 
 from lossfns.datum import TensorData
+from lossfns.devices import copy_to_host, to_device
 from lossfns.errors import LossInputError, add_loss_name
-from lossfns.loss import BoundLoss, Loss, LossFn
+from lossfns.loss import BoundLoss, Loss, LossFn, as_packed
 from lossfns.pack import PackedColumns, pack_side_columns
 
 
@@ -45,6 +47,11 @@ class Outputs(NamedTuple):
         """Split a tensor with the rows of ``values`` into one tensor for each datum."""
         return x.unbind() if self.name == "embedding" else torch.split(x, self.lengths)
 
+    def any_by_datum(self, rows: np.ndarray) -> np.ndarray:
+        """Return for each datum whether ``rows`` [R] is True in one of its rows."""
+        found: np.ndarray = np.logical_or.reduceat(rows, np.cumsum([0, *self.lengths[:-1]]))
+        return found
+
     def records(self) -> list[dict[str, Any]]:
         """Return the outputs as ``loss_fn_outputs``, in the datums' own class of tensors."""
         on_host = self.values.detach().float().cpu()
@@ -61,35 +68,78 @@ def tensor_class(data: Sequence[Any]) -> Any:
 
 
 class Differentiated(NamedTuple):
-    """A loss and its gradient with respect to the model's outputs.
+    """A loss and its gradient with respect to the model's outputs, as the host has read them.
 
     Attributes:
         loss: the value.
-        gradient: ∂loss/∂outputs, in the shape of ``outputs.values``.
         metrics: what the loss itself has returned.
-        outputs: the outputs that the loss was computed on.
+        gradient: ∂loss/∂outputs, in the shape and on the device that the outputs had.
+        outputs: the outputs that the loss was computed on, on the host.
+        surrogate: Σ output·∂loss/∂output, the loss that a hosted service computes in place of a custom loss.
+        nonzero: the number of entries of ``gradient`` that are not 0.
+        has_gradient: [R] bool, for each row of the outputs whether it has such an entry.
         passes: forward passes over the model: 1 or 2.
         micro_batches: how many parts of the batch went through the model one after the other.
         peak_memory: the bytes that the request was planned to take at most.
     """
 
     loss: float
-    gradient: Tensor
     metrics: dict[str, Any]
+    gradient: Tensor
     outputs: Outputs
+    surrogate: float
+    nonzero: float
+    has_gradient: np.ndarray
     passes: int = 1
     micro_batches: int = 1
     peak_memory: int = 0
 
-    @property
-    def surrogate(self) -> float:
-        """Σ output·∂loss/∂output, the loss that a hosted service computes in place of a custom loss."""
-        return float((self.outputs.values.detach() * self.gradient).sum())
 
-    @property
-    def nonzero(self) -> float:
-        """The number of entries of ``gradient`` that are not 0."""
-        return float(self.gradient.count_nonzero())
+class DeferredResult(NamedTuple):
+    """A loss and its gradient with respect to the model's outputs, before the host has read any of them.
+
+    Attributes:
+        loss: the value, 0-d.
+        gradient: ∂loss/∂outputs, in the shape of ``outputs.values``.
+        outputs: the outputs that the loss was computed on.
+        numbers: the numbers that ``metrics`` takes, on their device.
+        metrics: ``metrics(numbers)`` checks them on the host, and returns what the loss returns.
+        passes: forward passes over the model: 1 or 2.
+    """
+
+    loss: Tensor
+    gradient: Tensor
+    outputs: Outputs
+    numbers: Tensor
+    metrics: Callable[[list[float]], dict[str, Any]]
+    passes: int = 1
+
+    def finalise(self, parameters_finite: Tensor | bool = True) -> Differentiated:
+        """Read everything on the host, in one transfer.
+
+        Args:
+            parameters_finite: whether the gradient of every parameter is finite, 0-d.
+
+        Raises:
+            LossInputError: for the first value, in the order of computation, that is refused.
+        """
+        values, gradient = self.outputs.values.detach(), self.gradient
+        nonzero = gradient.reshape(len(gradient), -1) != 0
+        surrogate = (values * gradient).sum()
+        finite = gradient.isfinite().all(), torch.as_tensor(parameters_finite)
+        values, loss, numbers, surrogate, count, rows, *finite_here = copy_to_host(
+            [values, self.loss, self.numbers, surrogate, nonzero.sum(), nonzero.any(1), *finite]
+        )
+        metrics = self.metrics(numbers.tolist())
+        if not finite_here[0]:
+            raise not_finite(gradient, self.outputs)
+        if not finite_here[1]:
+            got, fix = "nan or inf in the gradient of a parameter", "Are weights or advantages too large?"
+            raise LossInputError("gradient", "finite gradients of the parameters", got, fix)
+        outputs = self.outputs._replace(values=values)
+        return Differentiated(
+            float(loss), metrics, gradient, outputs, float(surrogate), float(count), rows.numpy(), self.passes
+        )
 
 
 # The objective of a request
@@ -107,7 +157,7 @@ class Objective(NamedTuple):
         mean: the loss, if it divides by a count of its own; else None.
     """
 
-    bind: Callable[[list[Any], Outputs], Callable[[Outputs], Differentiated]]
+    bind: Callable[[list[Any], Outputs], Callable[[Outputs], DeferredResult]]
     bound: BoundLoss | None = None
     group: int = 1
     mean: Loss | None = None
@@ -125,7 +175,7 @@ def objective_of(loss_fn: LossFn | Loss | BoundLoss, agreeing: Callable[[LossFn]
     return Objective(partial(bind_callable, agreeing(loss_fn)))
 
 
-def bind_loss(bound: BoundLoss, data: list[Any], empty_outputs: Outputs) -> Callable[[Outputs], Differentiated]:
+def bind_loss(bound: BoundLoss, data: list[Any], empty_outputs: Outputs) -> Callable[[Outputs], DeferredResult]:
     """Bind a loss of this library to the batch, before the forward pass: its columns are checked and packed now."""
     return partial(differentiate_loss, bound, packed_columns(bound, data, empty_outputs))
 
@@ -145,7 +195,7 @@ def packed_columns(bound: BoundLoss, data: list[Any], empty_outputs: Outputs) ->
         )
 
 
-def bind_callable(loss_fn: LossFn, data: list[Any], empty_outputs: Outputs) -> Callable[[Outputs], Differentiated]:
+def bind_callable(loss_fn: LossFn, data: list[Any], empty_outputs: Outputs) -> Callable[[Outputs], DeferredResult]:
     """Bind any other callable to the batch. It is called when the outputs have been computed."""
     return partial(differentiate_callable, loss_fn, data)
 
@@ -153,17 +203,26 @@ def bind_callable(loss_fn: LossFn, data: list[Any], empty_outputs: Outputs) -> C
 # Value and gradient
 
 
-def differentiate_loss(bound: BoundLoss, columns: PackedColumns, outputs: Outputs) -> Differentiated:
+def differentiate_loss(bound: BoundLoss, columns: PackedColumns, outputs: Outputs) -> DeferredResult:
     """Differentiate a loss of this library: on the device of the outputs, on all of them end to end."""
     leaf = outputs.values.detach().requires_grad_()
     with add_loss_name(bound.loss.name):
-        result = bound.evaluate_packed(columns.with_logprobs(leaf.flatten()))
-    loss, value, metrics = check_contract(result)
+        loss, metrics = bound.defer(as_packed, columns.with_logprobs(leaf.flatten()))
+    if not loss.requires_grad:
+        metrics.finalise()  # its errors come first
+        raise constant_loss()
     backward_to(leaf, loss)
-    return collect_result(value, metrics, leaf, outputs)
+    return DeferredResult(loss, gradient_of(leaf, outputs), outputs, metrics.on_device, metrics.read)
 
 
-def differentiate_callable(loss_fn: LossFn, data: list[Any], outputs: Outputs) -> Differentiated:
+def evaluate_loss(bound: BoundLoss, columns: PackedColumns, outputs: Outputs) -> DeferredResult:
+    """Evaluate a loss of this library without its gradient, which is 0 in the result."""
+    with add_loss_name(bound.loss.name):
+        loss, metrics = bound.defer(as_packed, columns.with_logprobs(outputs.values.flatten()))
+    return DeferredResult(loss, torch.zeros_like(outputs.values), outputs, metrics.on_device, metrics.read)
+
+
+def differentiate_callable(loss_fn: LossFn, data: list[Any], outputs: Outputs) -> DeferredResult:
     """Differentiate any other callable on tensors on the CPU, one for each datum, as services do.
 
     These tensors are parts of one leaf, so that autograd fills one gradient and not thousands. A loss of this library
@@ -171,10 +230,10 @@ def differentiate_callable(loss_fn: LossFn, data: list[Any], outputs: Outputs) -
     """
     leaf = outputs.values.detach().cpu().clone().requires_grad_()
     parts = outputs.by_datum(leaf)
-    loss, value, metrics = check_contract(loss_fn(data, list(parts)))
+    loss, metrics = check_contract(loss_fn(data, list(parts)))
     backward_to(leaf, loss)
     check_used(loss, leaf, parts, outputs)
-    return collect_result(value, metrics, leaf, outputs)
+    return DeferredResult(loss, gradient_of(leaf, outputs), outputs, torch.empty(0), lambda _: metrics)
 
 
 def backward_to(leaf: Tensor, loss: Tensor) -> None:
@@ -191,19 +250,17 @@ def backward_to(leaf: Tensor, loss: Tensor) -> None:
         raise LossInputError("loss", "a loss that autograd can differentiate", f"{error}", fix) from error
 
 
-def collect_result(value: float, metrics: dict[str, Any], leaf: Tensor, outputs: Outputs) -> Differentiated:
-    """Return the loss with the gradient of its leaf, in the dtype and on the device of the outputs."""
+def gradient_of(leaf: Tensor, outputs: Outputs) -> Tensor:
+    """Return the gradient of a leaf, in the dtype and on the device of the outputs."""
     assert leaf.grad is not None
-    gradient = leaf.grad.to(outputs.values)
-    check_finite(gradient, outputs)
-    return Differentiated(value, gradient, metrics, outputs)
+    return to_device(leaf.grad, outputs.values.device, outputs.values.dtype)
 
 
 # Checks
 
 
-def check_contract(result: Any) -> tuple[Tensor, float, dict[str, Any]]:
-    """Return the loss, its value and its metrics; refuse all but a finite scalar with a graph, and a dict."""
+def check_contract(result: Any) -> tuple[Tensor, dict[str, Any]]:
+    """Return the loss and its metrics; refuse all but a finite scalar with a graph, and a dict."""
     if not isinstance(result, tuple) or len(result) != 2:
         got = f"a {type(result).__name__}" + (f" of {len(result)}" if isinstance(result, tuple) else "")
         raise LossInputError("loss_fn", "(loss, metrics)", got, "Return the loss and a dict of floats.")
@@ -214,15 +271,20 @@ def check_contract(result: Any) -> tuple[Tensor, float, dict[str, Any]]:
     if loss.is_complex():
         raise LossInputError("loss", "a real number", str(loss.dtype), "Take its real part or its absolute value.")
     if not loss.requires_grad:
-        got = "a constant without grad_fn"
-        raise LossInputError("loss", "a loss that depends on logprobs", got, "Was something detached?")
+        raise constant_loss()
     value = value_of(loss)
     if not math.isfinite(value):
         raise LossInputError("loss", "a finite value", f"{value}", "Mask before the maths, not after.")
     if not isinstance(metrics, dict) or not all(isinstance(name, str) for name in metrics):
         got = f"a {type(metrics).__name__}" + (" with other keys" if isinstance(metrics, dict) else "")
         raise LossInputError("metrics", "a dict of floats by name", got, "Return {} for none.")
-    return loss, value, metrics
+    return loss, metrics
+
+
+def constant_loss() -> LossInputError:
+    """Return the error for a loss without a graph."""
+    got = "a constant without grad_fn"
+    return LossInputError("loss", "a loss that depends on logprobs", got, "Was something detached?")
 
 
 def value_of(loss: Tensor) -> float:
@@ -239,7 +301,7 @@ def check_used(loss: Tensor, leaf: Tensor, parts: Sequence[Tensor], outputs: Out
     if leaf.grad is None:
         raise not_used(outputs.name, 0)
     rows = (leaf.grad != 0).reshape(len(leaf.grad), -1).any(1).numpy()
-    has_gradient = np.logical_or.reduceat(rows, np.cumsum([0, *outputs.lengths[:-1]]))
+    has_gradient = outputs.any_by_datum(rows)
     if not has_gradient.all():  # the gradient of a datum that is used may be 0 too
         reached = reached_parts(loss, parts)
         left_out = [int(i) for i in np.flatnonzero(~has_gradient) if i not in reached]
@@ -271,9 +333,8 @@ def not_used(name: str, datum: int) -> LossInputError:
     return LossInputError(name, "a gradient", f"No gradient computed for {singular} tensor", fix, datum=datum)
 
 
-def check_finite(gradient: Tensor, outputs: Outputs) -> None:
-    """Refuse a gradient that is not finite. A finite loss can have one: sqrt at 0, or inf times 0."""
-    if not all(map(math.isfinite, torch.stack(torch.aminmax(gradient)).tolist())):
-        datum = next(i for i, part in enumerate(outputs.by_datum(gradient)) if not part.isfinite().all())
-        got, fix = "nan or inf", "Mask before the maths, not after; sqrt and log have no slope at 0."
-        raise LossInputError(outputs.name, "a finite gradient", got, fix, datum=datum)
+def not_finite(gradient: Tensor, outputs: Outputs) -> LossInputError:
+    """Return the error for a gradient that is not finite. A finite loss can have one: sqrt at 0, or inf times 0."""
+    datum = next(i for i, part in enumerate(outputs.by_datum(gradient)) if not part.isfinite().all())
+    got, fix = "nan or inf", "Mask before the maths, not after; sqrt and log have no slope at 0."
+    return LossInputError(outputs.name, "a finite gradient", got, fix, datum=datum)

@@ -15,7 +15,14 @@ from lossfns.backend.engine import passes, state
 from lossfns.backend.engine.batch import ModelInputs, inputs_with_targets, inputs_without_targets
 from lossfns.backend.engine.budget import Budget
 from lossfns.backend.engine.builtins import bind_builtin
-from lossfns.backend.engine.differentiate import Differentiated, Outputs, objective_of, tensor_class
+from lossfns.backend.engine.differentiate import (
+    Differentiated,
+    Outputs,
+    evaluate_loss,
+    objective_of,
+    packed_columns,
+    tensor_class,
+)
 from lossfns.backend.engine.forward import Forward, compute_embeddings, compute_logprobs
 from lossfns.backend.engine.gradients import Gradients, summed_in_float32
 from lossfns.backend.engine.optimizer import adam_settings, clip_factor, gradient_divisor, gradient_norm, take_step
@@ -24,7 +31,6 @@ from lossfns.backend.engine.ranks import Ranks, SingleProcess
 from lossfns.backend.types import OptimStepResponse
 from lossfns.errors import LossInputError
 from lossfns.loss import BoundLoss, Loss, LossFn
-from lossfns.tokens import FlatLogprobs
 
 
 class Engine:
@@ -94,10 +100,8 @@ class Engine:
         """Compute logprobs and the value of a built-in loss, without gradient."""
         forward = self.logprobs(data)
         bound = bind_builtin(loss_fn, config, data, multi_target=forward.inputs.targets[0].ndim == 2)
-        outputs = self.outputs(forward)
-        loss, metrics = bound(data, FlatLogprobs(outputs.values.flatten(), outputs.shapes))
-        # The result of forward_backward, with a gradient of 0.
-        return Differentiated(float(loss), torch.zeros_like(outputs.values), metrics, outputs)
+        columns = packed_columns(bound, data, forward.empty_outputs)
+        return evaluate_loss(bound, columns, self.outputs(forward)).finalise()
 
     # Backward. Callers run these methods in a ``with gradients.all_or_nothing()`` block.
 
@@ -122,7 +126,8 @@ class Engine:
         with torch.enable_grad():  # restores the mode at its end, whatever the loss has set
             plan = self.budget.plan(forward.inputs, objective.group, self.gradients.compensation_bytes)
             with summed_in_float32(self.model) if len(plan.micro_batches) > 1 else nullcontext():
-                result = passes.forward_backward(objective, data, forward, plan)
+                deferred = passes.forward_backward(objective, data, forward, plan)
+            result = deferred.finalise(self.gradients.are_finite())
             self.gradients.record(objective, result)
         return result._replace(micro_batches=len(plan.micro_batches), peak_memory=plan.peak_memory)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from inspect import signature
 from typing import NamedTuple
 
@@ -32,7 +33,7 @@ class Forward(NamedTuple):
     """
 
     inputs: ModelInputs
-    compute: Callable[[ModelInputs, SpareBytes], Tensor]
+    compute: Callable[..., Tensor]
     empty_outputs: Outputs
 
     def micro_batch(self, part: slice, spare_bytes: SpareBytes) -> Tensor:
@@ -46,17 +47,26 @@ class Forward(NamedTuple):
             raise LossInputError(self.empty_outputs.name, "outputs that parameters can move", got, fix)
         return values
 
+    def on_host(self) -> Forward:
+        """Return the forward pass with logprobs on the host, where a loss and its gradient can be read at once."""
+        if self.empty_outputs.name != "logprobs":
+            return self
+        return self._replace(compute=partial(self.compute, result_device=torch.device("cpu")))
+
     def outputs(self, values: Tensor) -> Outputs:
         """Return the outputs of all datums, given their values."""
         return self.empty_outputs._replace(values=values)
 
 
-def compute_logprobs(model: nn.Module, inputs: ModelInputs, spare_bytes: SpareBytes) -> Tensor:
-    """Return the logprobs of the targets: [N] or [N, K], in float32 at least."""
-    packed, hidden = hidden_states(model, inputs)
+def compute_logprobs(
+    model: nn.Module, inputs: ModelInputs, spare_bytes: SpareBytes, result_device: torch.device | None = None
+) -> Tensor:
+    """Return the logprobs of the targets: [N] or [N, K], in float32 at least, on the model's device or another one."""
+    packed, hidden = hidden_states(model, inputs, result_device)
     assert packed.targets is not None
     rows = index_or_all(hidden, packed.hidden_rows)
-    return index_or_all(model_logprobs(model, rows, packed.targets, spare_bytes(len(hidden))), packed.inverse)
+    logprobs = model_logprobs(model, rows, packed.targets, spare_bytes(len(hidden)), result_device)
+    return index_or_all(logprobs, packed.inverse)
 
 
 def compute_embeddings(model: nn.Module, inputs: ModelInputs, spare_bytes: SpareBytes, pool: Pool) -> Tensor:
@@ -66,14 +76,16 @@ def compute_embeddings(model: nn.Module, inputs: ModelInputs, spare_bytes: Spare
     return pool(hidden.to(torch.promote_types(hidden.dtype, torch.float32)), inputs.lengths)
 
 
-def hidden_states(model: nn.Module, inputs: ModelInputs) -> tuple[PackedInputs, Tensor]:
+def hidden_states(
+    model: nn.Module, inputs: ModelInputs, result_device: torch.device | None = None
+) -> tuple[PackedInputs, Tensor]:
     """Return the packed inputs and the hidden states after the final norm.
 
     Common prefixes are computed once if the model can share them.
     """
     device = next(model.parameters()).device
     if "parents" not in signature(model.forward).parameters:
-        packed = pack_inputs(inputs, unshared, device)
+        packed = pack_inputs(inputs, unshared, device, result_device)
         return packed, model(packed.tokens, packed.lengths)
-    packed = pack_inputs(inputs, share_prefixes, device)
+    packed = pack_inputs(inputs, share_prefixes, device, result_device)
     return packed, model(packed.tokens, packed.lengths, packed.parents)

@@ -6,7 +6,7 @@ The sums are kept exact to rounding: micro-batches are summed in float32, reques
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from lossfns.backend.engine.differentiate import Differentiated, Objective
 from lossfns.backend.engine.ranks import full_tensor, local_shards
-from lossfns.errors import LossInputError
 from lossfns.loss import Loss
 
 
@@ -30,8 +29,8 @@ class Accumulated(NamedTuple):
         pooled: whether one of the losses is over embeddings.
     """
 
-    positions: Tensor | int = 0
-    sequences: Tensor | int = 0
+    positions: int = 0
+    sequences: int = 0
     mean: Loss | None = None
     pooled: bool = False
 
@@ -57,21 +56,18 @@ class Gradients:
         self.set_aside: dict[nn.Parameter, Tensor] = {}
 
     def record(self, objective: Objective, result: Differentiated) -> None:
-        """Record a loss whose gradient has been added. The counts stay on the device until a step reads them."""
-        has_gradient = (result.gradient.reshape(len(result.gradient), -1) != 0).any(1).float()
-        lengths = torch.tensor(result.outputs.lengths, device=has_gradient.device)
-        by_datum = torch.segment_reduce(has_gradient, "max", lengths=lengths, unsafe=True)
+        """Record a loss whose gradient has been added."""
         before = self.accumulated
         self.accumulated = Accumulated(
-            before.positions + has_gradient.count_nonzero(),
-            before.sequences + by_datum.count_nonzero(),
+            before.positions + int(result.has_gradient.sum()),
+            before.sequences + int(result.outputs.any_by_datum(result.has_gradient).sum()),
             before.mean or objective.mean,
             before.pooled or result.outputs.name == "embedding",
         )
 
     @contextmanager
     def all_or_nothing(self) -> Iterator[None]:
-        """Run a request in a ``with`` block. Add its gradient if it succeeds and the gradient is finite.
+        """Run a request in a ``with`` block, and add its gradient if it succeeds.
 
         On any error the accumulated gradient is left as it was.
         """
@@ -83,7 +79,6 @@ class Gradients:
         self.model.zero_grad(set_to_none=True)
         try:
             yield
-            check_finite_gradients(parameters)
             in_both = [p for p in before if p.grad is not None]
             self.compensation |= {p: torch.zeros_like(before[p]) for p in in_both if p not in self.compensation}
         except BaseException:
@@ -95,6 +90,12 @@ class Gradients:
         new = [p.grad for p in in_both if p.grad is not None]
         add_compensated([before[p] for p in in_both], new, [self.compensation[p] for p in in_both])
         set_gradients(before, before)  # the sums, updated in place; other parameters keep the request's
+
+    def are_finite(self) -> Tensor:
+        """Return whether the gradients of all parameters are finite, as a 0-d tensor on their device."""
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        finite: Tensor = full_tensor(torch.nn.utils.get_total_norm(gradients, norm_type=math.inf)).isfinite()
+        return finite
 
     @property
     def compensation_bytes(self) -> int:
@@ -122,14 +123,6 @@ def add_compensated(totals: list[Tensor], parts: list[Tensor], compensation: lis
     torch._foreach_add_(totals, parts)
     torch._foreach_sub_(compensation, totals)
     torch._foreach_add_(compensation, parts)
-
-
-def check_finite_gradients(parameters: Sequence[nn.Parameter]) -> None:
-    """Refuse a gradient that has overflowed on its way through the model: it would spoil the accumulated one."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    if not full_tensor(torch.nn.utils.get_total_norm(gradients, norm_type=math.inf)).isfinite():
-        got, fix = "nan or inf in the gradient of a parameter", "Are weights or advantages too large?"
-        raise LossInputError("gradient", "finite gradients of the parameters", got, fix)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lossfns.backend.engine.budget import Plan
 from lossfns.backend.engine.differentiate import (
-    Differentiated,
+    DeferredResult,
     Objective,
     backward_to,
     differentiate_loss,
@@ -34,8 +34,10 @@ def forward_only(forward: Forward, plan: Plan) -> Tensor:
         return torch.cat([forward.micro_batch(part, plan.spare_bytes) for part in plan.micro_batches])
 
 
-def forward_backward(objective: Objective, data: list[Any], forward: Forward, plan: Plan) -> Differentiated:
+def forward_backward(objective: Objective, data: list[Any], forward: Forward, plan: Plan) -> DeferredResult:
     """Compute a loss, and add its gradient to the parameters' ``grad``, in as few passes as possible."""
+    if objective.bound is None:
+        forward = forward.on_host()  # where the callable runs
     if len(plan.micro_batches) == 1:
         return single_pass(objective, data, forward, plan)
     sums = forward.empty_outputs.name == "logprobs" and is_sum_over(plan.micro_batches, objective.group)
@@ -49,7 +51,7 @@ def is_sum_over(micro_batches: Sequence[slice], group: int) -> bool:
     return all(part.start % group == 0 for part in micro_batches)
 
 
-def single_pass(objective: Objective, data: list[Any], forward: Forward, plan: Plan) -> Differentiated:
+def single_pass(objective: Objective, data: list[Any], forward: Forward, plan: Plan) -> DeferredResult:
     """Differentiate the loss with respect to detached outputs, then backpropagate through the model."""
     differentiate = objective.bind(data, forward.empty_outputs)
     outputs = forward.outputs(forward.micro_batch(plan.micro_batches[0], plan.spare_bytes))
@@ -58,7 +60,7 @@ def single_pass(objective: Objective, data: list[Any], forward: Forward, plan: P
     return result
 
 
-def streamed(objective: Objective, bound: BoundLoss, data: list[Any], forward: Forward, plan: Plan) -> Differentiated:
+def streamed(objective: Objective, bound: BoundLoss, data: list[Any], forward: Forward, plan: Plan) -> DeferredResult:
     """Take each micro-batch forward and backward, one after the other; then evaluate loss and metrics of the whole."""
     columns = packed_columns(bound, data, forward.empty_outputs)
     denominator = divisor(bound, columns)
@@ -102,7 +104,7 @@ ROUNDING = 1e-5
 """The largest difference by rounding between gradients of micro-batches and of the whole, relative to the norm."""
 
 
-def two_pass(objective: Objective, data: list[Any], forward: Forward, plan: Plan) -> Differentiated:
+def two_pass(objective: Objective, data: list[Any], forward: Forward, plan: Plan) -> DeferredResult:
     """Take all micro-batches forward without a graph, evaluate the loss once, and take each forward and backward."""
     differentiate = objective.bind(data, forward.empty_outputs)
     result = differentiate(forward.outputs(forward_only(forward, plan)))

@@ -108,8 +108,8 @@ class SingleProcess:
     def with_full_weights(self, compute: Callable[[], T]) -> T:
         return compute()
 
-    def run(self, compute: Callable[..., Tensor], inputs: ModelInputs, *arguments: Any) -> Tensor:
-        return compute(inputs, *arguments)
+    def run(self, compute: Callable[..., Tensor], inputs: ModelInputs, *arguments: Any, **options: Any) -> Tensor:
+        return compute(inputs, *arguments, **options)
 
     def copy_model(self) -> nn.Module:
         return copy.deepcopy(self.model)
@@ -243,9 +243,10 @@ class Ranks:
         result: Tensor = self.root(compute)
         return result
 
-    def run(self, compute: Callable[..., Tensor], inputs: ModelInputs, *arguments: Any) -> Tensor:
+    def run(self, compute: Callable[..., Tensor], inputs: ModelInputs, *arguments: Any, **options: Any) -> Tensor:
         """Return ``compute(inputs, *arguments)``, the outputs of all datums; each rank computes a part of them.
 
+        They are on the device of the ranks, whatever the options say: only there they are summed.
         Outputs of other ranks are constants here. Each rank backpropagates through its own outputs.
         """
         low, high = rank_bounds(inputs.lengths, self.size)[self.rank : self.rank + 2]

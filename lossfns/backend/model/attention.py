@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lossfns.backend.model.prefixes import ranges
+from lossfns.devices import to_device
 from lossfns.errors import LossInputError
 
 Attend = Callable[..., Tensor]
@@ -110,7 +111,7 @@ class Layout:
         return ROUTES[self.route](self, q, k, v, scale, window, softcap)
 
     def to_device(self, index: np.ndarray) -> Tensor:
-        return torch.from_numpy(index).to(self.device)
+        return to_device(index, self.device)
 
     def causal_bias(self, start: int, end: int, window: int | None, dtype: torch.dtype) -> Tensor:
         """Return what is added to the scores of the tokens at positions ``start`` to ``end``: 0 if visible, else −inf.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lossfns.backend.model.attention import Attend, Layout, sdpa
+from lossfns.devices import to_device
 
 
 @dataclass
@@ -35,7 +36,7 @@ class Cache:
     @staticmethod
     def empty(lengths: Sequence[int], max_new_tokens: int, device: torch.device) -> Cache:
         """Prepare a cache for prompts of the given lengths and ``max_new_tokens`` more tokens for each."""
-        return Cache([], torch.tensor(lengths, device=device), max(lengths), max(lengths) + max_new_tokens)
+        return Cache([], to_device(torch.tensor(lengths), device), max(lengths), max(lengths) + max_new_tokens)
 
     def prefill(self, layout: Layout) -> Attend:
         """Return attention over the packed prompts that also stores their keys and values."""

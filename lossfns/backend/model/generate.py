@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Sequence
 from typing import Literal, NamedTuple
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from lossfns.backend.model.decoder import Decoder
 from lossfns.checks import check_number
+from lossfns.devices import to_device
 from lossfns.errors import LossInputError
 from lossfns.logprobs.linear import head_of
 
@@ -68,45 +70,43 @@ def generate(
     head = head_of(model)
     device = head.weight.device
     generator = None if seed is None else torch.Generator(device).manual_seed(seed)
-    stops = torch.tensor(sorted(stop), dtype=torch.long, device=device)
+    stop = frozenset(stop)
+    tokens: list[list[int]] = [[] for _ in prompts]
+    logprobs: list[list[float]] = [[] for _ in prompts]
+    rows = list(range(len(prompts)))  # the sequences that have not ended
 
-    tokens = torch.zeros(len(prompts), max_tokens, dtype=torch.long, device=device)
-    logprobs = torch.zeros(len(prompts), max_tokens, device=device)
-    counts = torch.zeros(len(prompts), dtype=torch.long, device=device)
-    rows = torch.arange(len(prompts), device=device)  # the sequences that have not ended
-    sampled: list[list[int]] = [[] for _ in prompts]
+    def has_ended(i: int) -> bool:
+        return (ends is not None and ends(i, tokens[i])) or tokens[i][-1] in stop
+
     training = model.training
     model.eval()
     distinct = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
-    packed = torch.tensor([token for prompt in distinct for token in prompt], device=device)
+    packed = to_device(torch.tensor([token for prompt in distinct for token in prompt]), device)
     hidden, cache = model.prefill(packed, [len(prompt) for prompt in distinct], max_tokens)
-    prompt_index = torch.tensor([distinct[tuple(prompt)] for prompt in prompts], device=device)
+    prompt_index = to_device(torch.tensor([distinct[tuple(prompt)] for prompt in prompts]), device)
     hidden, cache = hidden[prompt_index], cache.select(prompt_index)
     for t in range(max_tokens):
         logits = head.logits(hidden).float()
         chosen = draw(logits, temperature, top_k, top_p, generator)
-        tokens[rows, t] = chosen
-        logprobs[rows, t] = logits.log_softmax(1).gather(1, chosen[:, None]).squeeze(1)
-        counts[rows] += 1
-        ended = torch.isin(chosen, stops)
-        if ends is not None:
-            for i, token in zip(rows.tolist(), chosen.tolist()):
-                sampled[i].append(token)
-            ended |= torch.tensor([ends(i, sampled[i]) for i in rows.tolist()], device=device)
-        unfinished = (~ended).nonzero().squeeze(1)
-        if len(unfinished) < len(rows):
-            rows, chosen, cache = rows[unfinished], chosen[unfinished], cache.select(unfinished)
-        if len(rows) == 0 or t == max_tokens - 1:
+        # float64 has all ids exactly, so that both travel together. The host waits once for each token.
+        drawn = torch.stack((chosen.double(), logits.log_softmax(1).gather(1, chosen[:, None]).squeeze(1).double()))
+        for i, token, logprob in zip(rows, *drawn.tolist()):
+            if not math.isfinite(logprob):
+                got, fix = f"a token with a logprob of {logprob}", "Are the model's weights finite?"
+                raise LossInputError("model", "finite logits", got, fix)
+            tokens[i].append(int(token))
+            logprobs[i].append(logprob)
+        unfinished = [k for k, i in enumerate(rows) if not has_ended(i)]
+        rows, all_rows = [rows[k] for k in unfinished], len(rows)
+        if not rows or t == max_tokens - 1:
             break
+        if len(rows) < all_rows:
+            index = to_device(torch.tensor(unfinished), device)
+            chosen, cache = chosen[index], cache.select(index)
         hidden = model.step(chosen, cache)
     model.train(training)
-
-    cut_off = set(rows.tolist())
-    columns = zip(tokens.tolist(), logprobs.tolist(), counts.tolist(), strict=True)
-    return [
-        Sample(row[:n], logprob[:n], "length" if i in cut_off else "stop")
-        for i, (row, logprob, n) in enumerate(columns)
-    ]
+    cut_off = set(rows)
+    return [Sample(*row, "length" if i in cut_off else "stop") for i, row in enumerate(zip(tokens, logprobs))]
 
 
 def draw(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None) -> Tensor:
@@ -119,6 +119,16 @@ def draw(logits: Tensor, temperature: float, top_k: int, top_p: float, generator
         if top_k > 0:
             probs = probs[:, :top_k] / probs[:, :top_k].sum(1, keepdim=True)
         before = probs.cumsum(1) - probs
-        rank = torch.multinomial(probs.masked_fill(before >= top_p, 0), 1, generator=generator)
-        return order.gather(1, rank).squeeze(1)
-    return torch.multinomial(probs, 1, generator=generator).squeeze(1)
+        rank = draw_index(probs.masked_fill(before >= top_p, 0), generator)
+        return order.gather(1, rank[:, None]).squeeze(1)
+    return draw_index(probs, generator)
+
+
+def draw_index(probs: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Draw an index [B] for each row of probabilities [B, V], as ``torch.multinomial`` does.
+
+    ``multinomial`` reads on the host whether the probabilities are valid, twice on a GPU. ``generate`` reads that from
+    the logprobs of the tokens.
+    """
+    # With q_i ~ Exp(1), p_i / q_i is the largest with probability p_i.
+    return (probs / torch.empty_like(probs).exponential_(generator=generator)).argmax(1)

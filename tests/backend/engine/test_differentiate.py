@@ -43,7 +43,8 @@ def outputs(values: Any = LOGPROBS, lengths: list[int] = LENGTHS, name: str = "l
 
 def bind(loss_fn: Any, data: list[Datum], form: Outputs) -> Callable[[Outputs], Differentiated]:
     """Bind a loss to outputs of this form."""
-    return objective_of(loss_fn, agreeing=lambda loss_fn: loss_fn).bind(data, form)
+    deferred = objective_of(loss_fn, agreeing=lambda loss_fn: loss_fn).bind(data, form)
+    return lambda given: deferred(given).finalise()
 
 
 def differentiate(loss_fn: Any, data: list[Datum], given: Outputs) -> Differentiated:

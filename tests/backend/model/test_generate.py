@@ -4,8 +4,9 @@ from typing import Any
 import pytest
 import torch
 
+from lossfns import LossInputError
 from lossfns.backend.model.decoder import Decoder
-from lossfns.backend.model.generate import generate
+from lossfns.backend.model.generate import draw_index, generate
 from lossfns.logprobs.linear import linear_logprobs
 
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9], [4], [1, 2, 3]]
@@ -102,6 +103,24 @@ def test_frequencies_match_the_softmax(model: Decoder, options: dict[str, Any], 
     assert (counts[expected == 0] == 0).all()
     chi_square = ((counts - expected).square() / expected)[expected > 0].sum()
     assert chi_square < 32.9  # 12 degrees of freedom: exceeded once in a thousand
+
+
+def test_a_draw_is_that_of_multinomial() -> None:
+    """Bit for bit, also where most probabilities are 0: a seed gives the samples that it always gave."""
+    probs = torch.rand(50, 1000, generator=torch.Generator().manual_seed(0)).pow(20)
+    probs[:, 3:900] = 0
+    one, two = (torch.Generator().manual_seed(7) for _ in range(2))
+    for _ in range(5):
+        assert torch.equal(draw_index(probs, one), torch.multinomial(probs, 1, generator=two).squeeze(1))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_logits_that_are_not_finite_are_refused(model: Decoder, temperature: float, value: float) -> None:
+    with torch.no_grad():
+        model.embed.weight[5] = value
+    with pytest.raises(LossInputError, match="model: expected finite logits, got a token with a logprob of nan"):
+        generate(model, PROMPTS, max_tokens=3, temperature=temperature)
 
 
 def test_nothing_to_do(model: Decoder) -> None:

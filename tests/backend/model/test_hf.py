@@ -163,6 +163,14 @@ def test_a_shared_prefix_changes_no_hidden_state_and_no_gradient(name: str) -> N
     assert relative_difference(one, gradient(model)) < 1e-5
 
 
+def test_a_bias_of_the_head_that_is_not_finite_is_refused_by_clients() -> None:
+    model = hf.CausalLM(own("phi"))
+    with torch.no_grad():
+        model.head_bias[3] = -torch.inf
+    with pytest.raises(LossInputError, match="model: expected finite numbers in the head_bias of CausalLM"):
+        LocalTrainingClient(model, device="cpu")
+
+
 def test_heads_are_what_the_library_has() -> None:
     tied, untied = hf.CausalLM(own("llama, tied")), hf.CausalLM(own("llama"))
     assert tied.head is tied.model.model.embed_tokens.weight

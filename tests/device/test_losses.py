@@ -1,0 +1,257 @@
+"""Losses on a device: every form, with columns on either side, gives value, gradient and metrics of the CPU."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from accelerator import DEVICE, assert_same, recorded_waits, there
+from torch import Tensor
+
+import lossfns
+from lossfns import (
+    ON_POLICY,
+    Datum,
+    Loss,
+    LossInputError,
+    ModelInput,
+    TensorData,
+    target_logprobs,
+    targets_from_labels,
+    weights_from_labels,
+    weights_from_mask,
+)
+from lossfns.export import token_gradient
+from lossfns.inspect import grad_report, preflight
+from lossfns.testing.public import presets
+
+LENGTHS = [3, 5, 1, 4]
+LOSSES = [
+    *(preset() for preset in presets().values()),
+    lossfns.with_kl(lossfns.with_tis(lossfns.ppo(dual_clip=3.0), level=lossfns.sequence_level), kl_beta=0.1),
+    lossfns.grpo(weigh=lossfns.sequence_mean, kl_beta=0.1),
+    lossfns.dapo(weigh=lossfns.fixed_length(8)),
+]
+
+every_loss = pytest.mark.parametrize("loss", LOSSES, ids=repr)
+
+
+class Given:
+    """A batch of four sequences, as lists of rows: logprobs, weights and the columns that a loss reads."""
+
+    def __init__(self, loss: Loss) -> None:
+        g = torch.Generator("cpu").manual_seed(0)
+        trailing = (3,) if loss.rows == "targets" else ()
+
+        def rows(draw: Callable[[tuple[int, ...]], Tensor]) -> list[Tensor]:
+            return [draw((n, *trailing)) for n in LENGTHS]
+
+        self.loss = loss
+        self.logprobs = rows(lambda shape: -3 * torch.rand(shape, generator=g) - 0.01)
+        self.weights = rows(lambda shape: torch.randint(0, 3, shape, generator=g) / 2)
+        for row in self.weights:
+            row[-1] = 1.0
+        self.columns: dict[str, Any] = {
+            name: [(lp + 0.2 * torch.randn(lp.shape, generator=g)).clamp(max=-1e-3) for lp in self.logprobs]
+            for name in loss.reads
+        }
+        for name in set(loss.reads) - {"old_logprobs", "ref_logprobs", "sampler_logprobs"}:
+            numbers = torch.tensor([1.0, 0.0, 1.0, 0.0] if "label" in name else [0.5, -1.0, 0.0, 2.0])
+            self.columns[name] = [numbers[i].expand(lp.shape).clone() for i, lp in enumerate(self.logprobs)]
+
+    def datums(self) -> list[Datum]:
+        return [
+            Datum(ModelInput.from_ints([0] * len(w)), {"target_tokens": torch.zeros(w.shape, dtype=torch.long)})
+            for w in self.weights
+        ]
+
+    def padded(self, rows: list[Tensor]) -> Tensor:
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
+
+def evaluate(call: Callable[[Any], tuple[Tensor, Any]], leaves: Any, waits: int = 1) -> tuple[Any, ...]:
+    """Return value, gradients and metrics of a call on leaves. The host waits so often on the device."""
+    leaves = [x.detach().requires_grad_() for x in leaves]
+    with recorded_waits() as seen:
+        loss, metrics = call(leaves)
+        loss.backward()
+    assert len(seen) == (waits if leaves[0].device == DEVICE else 0), seen
+    assert loss.device == leaves[0].device
+    return loss, [x.grad for x in leaves], metrics
+
+
+SIDES: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
+    "columns on the device": (there, there),
+    "columns on the host": (there, lambda x: x),
+    "lists": (there, lambda x: [row.tolist() for row in x]),
+    "data of the SDKs": (there, lambda x: [TensorData.from_torch(row) for row in x]),
+    "one row of five on the host": (there, lambda x: [x[0], *there(x[1:])]),
+}
+
+
+@every_loss
+@pytest.mark.parametrize("side", SIDES)
+def test_the_datum_form(loss: Loss, side: str) -> None:
+    given = Given(loss)
+    columns = {"weights": given.weights, **given.columns}
+    expected = evaluate(lambda lps: loss.bind(**columns)(given.datums(), lps), given.logprobs)
+    move_logprobs, move_columns = SIDES[side]
+    bound = loss.bind(**{name: move_columns(rows) for name, rows in columns.items()})
+    assert_same(evaluate(lambda lps: bound(given.datums(), lps), move_logprobs(given.logprobs)), expected)
+
+
+def test_columns_of_the_device_come_to_logprobs_of_the_host() -> None:
+    given = Given(lossfns.ppo())
+    columns = {"weights": given.weights, **given.columns}
+    expected = evaluate(lambda lps: given.loss.bind(**columns)(given.datums(), lps), given.logprobs)
+    bound = given.loss.bind(**moved(columns))
+    leaves = [x.detach().requires_grad_() for x in given.logprobs]
+    loss, metrics = bound(given.datums(), leaves)
+    loss.backward()
+    assert_same((loss, [x.grad for x in leaves], metrics), expected)
+
+
+def moved(columns: dict[str, Any]) -> dict[str, Any]:
+    return {name: there(x) for name, x in columns.items()}
+
+
+@pytest.mark.parametrize("advantages", [[0.5, -1.0, 0.0, 2.0], torch.tensor([0.5, -1.0, 0.0, 2.0])], ids=type)
+def test_a_number_for_each_datum_and_the_current_policy(advantages: Any) -> None:
+    given = Given(lossfns.ppo())
+    columns = {"weights": given.weights, "old_logprobs": ON_POLICY}
+    expected = evaluate(
+        lambda lps: given.loss.bind(advantages=advantages, **columns)(given.datums(), lps), given.logprobs
+    )
+    for moved in (advantages, there(advantages)):
+        bound = given.loss.bind(advantages=moved, **columns)
+        assert_same(evaluate(lambda lps, b=bound: b(given.datums(), lps), there(given.logprobs)), expected)
+
+
+def test_options_of_a_call() -> None:
+    """Truncation, the metric ``grad_l1``, and a denominator that is a number of the device."""
+    given = Given(lossfns.ppo())
+    longer = {name: [torch.cat([row, row[-1:]]) for row in rows] for name, rows in given.columns.items()}
+    data = [Datum(d.model_input, {}) for d in given.datums()]
+    bound = given.loss.bind(weights=given.weights, **longer, align="truncate", grad_l1=True)
+    expected = evaluate(lambda lps: bound.bind(denominator=7.0)(data, lps), given.logprobs)
+    for denominator in (7.0, torch.tensor(7.0), there(torch.tensor(7.0))):
+        found = evaluate(
+            lambda lps, d=denominator: bound.bind(denominator=d)(data, lps),
+            there(given.logprobs),
+        )
+        assert_same(found, expected)
+
+
+FORMS = ("padded", "packed by lengths", "packed by bounds")
+
+
+def tensors(given: Given, form: str) -> tuple[Tensor, dict[str, Any]]:
+    """Return the logprobs of a batch in a form, and the other arguments of the call."""
+    shape = given.padded if form == "padded" else torch.cat
+    bounds = torch.tensor([0, *LENGTHS]).cumsum(0)
+    sequences = {
+        "padded": {},
+        "packed by lengths": {"lengths": bounds.diff()},
+        "packed by bounds": {"cu_seqlens": bounds.int()},
+    }
+    columns = {name: shape(rows) for name, rows in {"weights": given.weights, **given.columns}.items()}
+    return shape(given.logprobs), columns | sequences[form]
+
+
+def call_of(loss: Any, form: str, arguments: dict[str, Any]) -> Callable[[Any], Any]:
+    return lambda leaves: getattr(loss, form.split()[0])(leaves[0], **arguments)
+
+
+@every_loss
+@pytest.mark.parametrize("form", FORMS)
+def test_padded_packed_and_deferred(loss: Loss, form: str) -> None:
+    """Deferred, neither the loss nor its backward pass makes a wait, and ``finalise`` makes one."""
+    logprobs, arguments = tensors(Given(loss), form)
+    expected = evaluate(call_of(loss, form, arguments), [logprobs])
+    for given in (arguments, moved(arguments)):
+        assert_same(evaluate(call_of(loss, form, given), there([logprobs])), expected)
+        value, gradients, metrics = evaluate(call_of(loss.deferred(), form, given), there([logprobs]), waits=0)
+        assert all(x.device == DEVICE for x in metrics.tensors.values())
+        with recorded_waits() as waits:
+            numbers = metrics.finalise()
+        assert len(waits) == 1
+        assert_same((value, gradients, numbers), expected)
+
+
+def test_pairs_in_halves_and_in_two_tensors() -> None:
+    given = Given(lossfns.dpo())
+    logprobs, columns = tensors(given, "padded")
+
+    def halves(columns: dict[str, Any]) -> Callable[[Any], Any]:
+        return lambda leaves: given.loss.padded(leaves[0], **columns, layout="halves")
+
+    def two(columns: dict[str, Any]) -> Callable[[Any], Any]:
+        return lambda leaves: given.loss.padded(tuple(leaves), **columns)
+
+    sides = {name: (x[:2], x[2:, :4]) for name, x in columns.items()}
+    for form, leaves, arguments in ((halves, [logprobs], columns), (two, [logprobs[:2], logprobs[2:, :4]], sides)):
+        expected = evaluate(form(arguments), leaves)
+        for each in (arguments, moved(arguments)):
+            assert_same(evaluate(form(each), there(leaves)), expected)
+
+
+def test_logits_labels_and_masks() -> None:
+    """From logits of a padded batch to a loss: one wait, for its metrics."""
+    g = torch.Generator("cpu").manual_seed(1)
+    logits = torch.randn(2, 5, 11, generator=g)
+    labels = torch.tensor([[-100, -100, 3, 4, 10], [-100, 2, 3, -100, -100]])
+    mask = torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+
+    def call(leaves: Any) -> Any:
+        (z,), device = leaves, leaves[0].device
+        ids, seen = labels.to(device, non_blocking=True), mask.to(device, non_blocking=True)
+        lp = target_logprobs(z[:, :-1], targets_from_labels(ids), temperature=0.7)
+        weights = weights_from_labels(ids, attention_mask=seen) * weights_from_mask(seen, prompt_lengths=[1, 1])
+        return lossfns.cross_entropy().padded(lp, weights)
+
+    assert_same(evaluate(call, there([logits])), evaluate(call, [logits]))
+
+
+@pytest.mark.parametrize("form", ["datums", *FORMS])
+def test_errors_name_the_same_place(form: str) -> None:
+    given = Given(lossfns.ppo())
+    given.columns["old_logprobs"][1][-1] = torch.nan  # the last token of a sequence has a weight
+    messages = []
+    for move in (lambda x: x, there):
+        with pytest.raises(LossInputError, match=r"datum\[1\].old_logprobs\[4\]") as caught:
+            if form == "datums":
+                columns = {name: move(rows) for name, rows in {"weights": given.weights, **given.columns}.items()}
+                given.loss.bind(**columns)(given.datums(), move(given.logprobs))
+            else:
+                logprobs, arguments = tensors(given, form)
+                call_of(given.loss, form, {name: move(x) for name, x in arguments.items()})([move(logprobs)])
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1]
+
+
+def test_lengths_of_the_device_are_checked_with_the_metrics() -> None:
+    given = Given(lossfns.cross_entropy())
+    lp, w = there(torch.cat(given.logprobs)), there(torch.cat(given.weights))
+    _, metrics = given.loss.deferred().packed(lp, w, lengths=there(torch.tensor([3, 5, 1, 5])))
+    with pytest.raises(LossInputError, match="lengths"):
+        metrics.finalise()
+
+
+def test_the_gradient_by_token() -> None:
+    given = Given(lossfns.ppo())
+    bound = given.loss.bind(weights=given.weights, **given.columns)
+    lp, rows = torch.cat(given.logprobs), slice(0, sum(LENGTHS))
+    expected = token_gradient(bound, given.datums(), CPU_DEVICE)(lp, rows)
+    assert_same(token_gradient(bound, given.datums(), DEVICE)(there(lp), rows), expected)
+
+
+CPU_DEVICE = torch.device("cpu")
+
+
+def test_a_look_before_training() -> None:
+    given = Given(lossfns.ppo())
+    bound = given.loss.bind(weights=given.weights, **given.columns)
+    reports = [grad_report(bound, given.datums(), move(given.logprobs)) for move in (lambda x: x, there)]
+    assert str(reports[0]) == str(reports[1])
+    flights = [preflight(bound, given.datums(), logprobs=move(given.logprobs)) for move in (lambda x: x, there)]
+    assert [str(f) for f in flights[0].findings] == [str(f) for f in flights[1].findings]

@@ -1,0 +1,16 @@
+"""Everything that can run on a GPU runs on a rehearsed one, and the host waits for it as seldom as documented."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_all_that_runs_on_a_gpu_runs_on_a_rehearsed_one() -> None:
+    """A process registers one such device, and for good: the tests in ``tests/device`` have a process of their own."""
+    command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", "tests/device"]
+    environment = os.environ | {"LOSSFNS_DEVICE": "rehearsal"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
