@@ -132,12 +132,8 @@ PRESETS = {name: getattr(lossfns, name) for name in METHODS}
 DEFAULTS = [preset() for name, preset in PRESETS.items() if name != "group_advantages"]
 SETTINGS = (
     lossfns.grpo(weigh=lossfns.sequence_mean, kl_beta=0.04),
-    lossfns.dapo(weigh=lossfns.fixed_length(8)),
     lossfns.ppo(clip=(0.0, 4.0)),
     lossfns.ppo(clip=(1.0, 1.0)),
-    lossfns.reinforce(weigh=lossfns.sequence_sum_mean),
-    lossfns.cross_entropy(weigh=lossfns.token_sum),
-    lossfns.cross_entropy(weigh=lossfns.sequence_mean),
     lossfns.dpo(weigh=lossfns.pair_sum, label_smoothing=0.1),
     lossfns.orpo(weigh=lossfns.pair_sum, lam=1.0),
     lossfns.with_kl(lossfns.with_tis(lossfns.ppo(dual_clip=3.0, weigh=lossfns.sequence_mean)), 0.1, lossfns.k2),
