@@ -15,6 +15,7 @@ from lossfns import terms as eq
 from lossfns.errors import LossInputError, warn
 from lossfns.loss import Loss, Statistics, name_or_repr, preset
 from lossfns.segments import Level, token_level
+from lossfns.statistics import OnDemand
 from lossfns.tokens import TOKENS, Tokens
 
 KL = Callable[[Tensor, Tensor], Tensor]
@@ -65,7 +66,8 @@ def with_kl(loss: Loss, kl_beta: float = 1e-3, kl: KL = eq.k3) -> Loss:
     def terms(t: Tokens) -> tuple[Tensor, Statistics]:
         term, statistics = loss.terms(t)
         divergence = kl(t.logprobs, t.ref_logprobs)
-        return term + kl_beta * divergence, {**statistics, "kl_ref": divergence.detach()}
+        penalised = term.add(divergence, alpha=kl_beta)
+        return penalised, statistics | OnDemand(kl_ref=divergence.detach)
 
     return replace(loss, reads=(*loss.reads, "ref_logprobs"), terms=terms)
 
@@ -106,8 +108,8 @@ def with_tis(loss: Loss, cap: float = 2.0, level: Level = token_level) -> Loss:
         term, statistics = loss.terms(t)
         log_weight = tis_log_weight(t, level)
         weight = eq.importance_weight(log_weight, cap)
-        capped = log_weight > math.log(cap)
-        return weight * term, {**statistics, "tis_weight": weight, "tis_capped": capped}
+        more = OnDemand(tis_weight=lambda: weight, tis_capped=lambda: log_weight > math.log(cap))
+        return weight * term, statistics | more
 
     return replace(loss, reads=tuple(dict.fromkeys((*loss.reads, "old_logprobs", "sampler_logprobs"))), terms=terms)
 
@@ -138,7 +140,8 @@ def with_dual_clip(loss: Loss, c: float | None = 3.0) -> Loss:
 
     def terms(t: Tokens) -> tuple[Tensor, Statistics]:
         term, statistics = loss.terms(t)
-        clipped = (t.advantages < 0) & (term.detach() > -c * t.advantages)
-        return eq.dual_clipped(term, t.advantages, c), {**statistics, "clip_dual": clipped}
+        before = term.detach()
+        more = OnDemand(clip_dual=lambda: (t.advantages < 0) & (before > -c * t.advantages))
+        return eq.dual_clipped(term, t.advantages, c), statistics | more
 
     return replace(loss, terms=terms)

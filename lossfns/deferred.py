@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,10 +13,33 @@ from torch import Tensor
 from lossfns.checks import check_denominator
 from lossfns.errors import LossInputError, add_loss_name
 from lossfns.tokens import Rows, Tokens
-from lossfns.values import check_values, warn_if_far_off_policy
+from lossfns.values import LENGTHS_FIT, check_values, warn_if_far_off_policy
 
-Numbers = Mapping[str, Tensor]
-"""0-d tensors by name."""
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """The 0-d results of a call as one tensor, which travels to the host at once.
+
+    Attributes:
+        names: of the totals, of the sums of statistics, and of the extrema that ``check_values`` reads.
+        values: ``[k]``, in the order of the names.
+    """
+
+    names: Sequence[Sequence[str]]
+    values: Tensor
+
+    def tables(self, values: Iterable[T]) -> list[dict[str, T]]:
+        """Return totals, sums and extrema by name, from the values as tensors or as floats."""
+        numbers = iter(values)
+        return [dict(zip(names, numbers)) for names in self.names]
+
+
+def as_numbers(dtype: torch.dtype, *tables: Mapping[str, Tensor]) -> Numbers:
+    """Join tables of 0-d tensors."""
+    names = tuple(tuple(table) for table in tables)
+    return Numbers(names, torch.stack([x.to(dtype) for table in tables for x in table.values()]))
 
 
 @dataclass(frozen=True)
@@ -26,27 +49,34 @@ class DeferredMetrics:
     Attributes:
         loss, rows, signed: name of the loss, its kind of row, and whether its weights may be negative.
         divisor: the denominator of the whole batch, if one was given; 0-d if it is a tensor.
-        batch: the packed batch.
-        totals: metrics of every loss, 0-d.
-        sums: each statistic summed over the active rows, 0-d, and their number as ``rows``.
-        extrema: the numbers that ``check_values`` reads, 0-d.
+        sequences: B, the number of sequences.
+        batch: a function that returns the packed batch.
+        numbers: metrics of every loss; each statistic summed over the active rows, and their number as ``rows``; and
+            the extrema that ``check_values`` reads.
+        more: further metrics and numbers for ``check_values``, 0-d.
     """
 
     loss: str
     rows: Rows
     signed: bool
     divisor: Tensor | float | None
-    batch: Tokens
-    totals: Numbers
-    sums: Numbers
-    extrema: Numbers
+    sequences: int
+    batch: Callable[[], Tokens]
+    numbers: Numbers
+    more: Mapping[str, Tensor]
+
+    @property
+    def sums(self) -> dict[str, Tensor]:
+        """Each statistic summed over the active rows, and their number as ``rows``, as 0-d tensors."""
+        return self.numbers.tables(self.numbers.values.unbind())[1]
 
     @property
     def tensors(self) -> dict[str, Tensor]:
         """Totals, and the mean of each statistic over the active rows, as 0-d tensors. No value is checked."""
-        rows = self.sums["rows"]
-        means = {name: x / rows.clamp(min=1) for name, x in self.sums.items() if name != "rows"}
-        return {**self.totals, **means}
+        totals, sums, _ = self.numbers.tables(self.numbers.values.unbind())
+        rows = sums.pop("rows").clamp(min=1)
+        more = {name: x for name, x in self.more.items() if name != LENGTHS_FIT}
+        return {**totals, **more, **{name: x / rows for name, x in sums.items()}}
 
     def finalise(self) -> dict[str, float]:
         """Copy the metrics to the host, in one transfer, and check the values of the batch.
@@ -56,10 +86,11 @@ class DeferredMetrics:
         """
         with add_loss_name(self.loss):
             given = {"divisor": self.divisor} if isinstance(self.divisor, Tensor) else {}
-            dtype = self.totals["loss"].dtype
-            totals, sums, extrema, numbers = to_host(dtype, self.totals, self.sums, self.extrema, given)
-            check_values(extrema, self.batch, signed=self.signed)
-            return self.metrics(totals, sums, numbers["divisor"] if given else self.divisor)
+            numbers, further = to_host(self.numbers.values, {**self.more, **given})
+            totals, sums, extrema = self.numbers.tables(numbers)
+            divisor = further.pop("divisor", self.divisor)
+            check_values({**extrema, LENGTHS_FIT: further.pop(LENGTHS_FIT, 1.0)}, self.batch, signed=self.signed)
+            return self.metrics({**totals, **further}, sums, divisor)
 
     def metrics(self, totals: dict[str, float], sums: dict[str, float], divisor: Any) -> dict[str, float]:
         """Return the metrics from sums on the host. A statistic becomes its mean over the active rows."""
@@ -80,7 +111,7 @@ class DeferredMetrics:
         used = count if divisor is None or "count" not in totals else divisor  # a raw sum is never divided
         metrics = {**totals, "denominator": used, **row_counts, **means}
         warn_if_far_off_policy(metrics)
-        return metrics | {"sequences": float(self.batch.sequences)}
+        return metrics | {"sequences": float(self.sequences)}
 
 
 def finalised(deferred: tuple[Tensor, DeferredMetrics]) -> tuple[Tensor, dict[str, float]]:
@@ -89,10 +120,13 @@ def finalised(deferred: tuple[Tensor, DeferredMetrics]) -> tuple[Tensor, dict[st
     return total, metrics.finalise()
 
 
-def to_host(dtype: torch.dtype, *tables: Numbers) -> list[dict[str, float]]:
-    """Copy the 0-d tensors of several tables to the host in one transfer."""
-    numbers = iter(torch.stack([x.to(dtype) for table in tables for x in table.values()]).tolist())
-    return [dict(zip(table, numbers)) for table in tables]
+def to_host(values: Tensor, more: Mapping[str, Tensor]) -> tuple[list[float], dict[str, float]]:
+    """Copy the values ``[k]`` and further 0-d tensors to the host in one transfer."""
+    if more:
+        values = torch.cat([values, torch.stack([x.to(values.dtype) for x in more.values()])])
+    numbers = values.tolist()
+    further = numbers[len(numbers) - len(more) :]
+    return numbers, dict(zip(more, further))
 
 
 def not_divisible(count: float) -> LossInputError:

@@ -13,22 +13,22 @@ import torch
 from torch import Tensor
 
 from lossfns.checks import check_denominator, check_knobs, is_huge, is_real
-from lossfns.compiled import compile_or_warn
-from lossfns.deferred import DeferredMetrics, Numbers, finalised, not_divisible
+from lossfns.compiled import one_kernel
+from lossfns.deferred import DeferredMetrics, Numbers, as_numbers, finalised, not_divisible
 from lossfns.errors import LossInputError, add_loss_name, did_you_mean, show, warn
 from lossfns.metrics import ADDITIVE, DIVIDED
 from lossfns.pack import check_align, check_reads, is_plain, pack, pack_weights, tensor_form
 from lossfns.segments import active_counts, geometric_level, sequence_level, to_dtype, token_level
-from lossfns.tensors import pack_packed, pack_padded
+from lossfns.tensors import TensorBatch, blank_tensors, check_packed, check_padded
 from lossfns.terms import k1, k2, k3
 from lossfns.tokens import COLUMNS, ON_POLICY, TOKENS, Rows, Tokens
 from lossfns.values import extremes
 from lossfns.weigh import WEIGHINGS, Weighing, check_weigh
 
-Statistics = dict[str, Tensor]
-"""One value for each row, detached, by name of the statistic."""
+Statistics = Mapping[str, Tensor]
+"""One value for each row, detached, by name of the statistic: a dict, or ``OnDemand``."""
 Terms = Callable[[Tokens], tuple[Tensor, Statistics]]
-Measure = Callable[["Loss", Tokens, Tensor | float | None], tuple[Tensor, Numbers, Numbers, Numbers]]
+Measure = Callable[["Loss", Callable[[Any], Tokens], Any, Tensor | float | None], tuple[Tensor, Numbers]]
 LossFn = Callable[[list[Any], list[Tensor]], tuple[Tensor, dict[str, float]]]
 """The contract: ``(data, logprobs_list) -> (loss, metrics)``."""
 P = ParamSpec("P")
@@ -86,7 +86,7 @@ class Loss:
     @functools.cached_property
     def kernel(self) -> Measure:
         """``measure`` for this loss, fused by ``torch.compile``."""
-        return compile_or_warn(measure)
+        return one_kernel(measure)
 
     def __repr__(self) -> str:
         return f"{self.name}({', '.join(f'{name}={name_or_repr(value)}' for name, value in self.knobs.items())})"
@@ -125,7 +125,7 @@ def name_or_repr(value: Any) -> str:
     return getattr(value, "__name__", repr(value))
 
 
-def evaluate(loss: Loss, t: Tokens, denominator: Tensor | float | None = None) -> tuple[Tensor, Statistics]:
+def evaluate(loss: Loss, t: Tokens, denominator: Tensor | float | None = None) -> tuple[Tensor, dict[str, Tensor]]:
     """Reduce a packed batch to Σ share·term / denominator, the only reduction of the library.
 
     Args:
@@ -152,11 +152,12 @@ def evaluate(loss: Loss, t: Tokens, denominator: Tensor | float | None = None) -
         check_terms(loss, t, result, share)
     term, statistics = result
     total = torch.dot(share.to(term.dtype), term)
+    del result, term  # the statistics are computed in this memory
     if loss.count is not None:
         total = total / (count_rows(loss, t) if denominator is None else one_number(denominator))
     # A pair or a sequence is active if its share is not 0.
     active = to_dtype(t.active if loss.rows.per_token else share != 0, total.dtype)
-    sums = {name: torch.dot(active, to_dtype(x.detach(), active.dtype)) for name, x in statistics.items()}
+    sums = {name: sum_of_rows(name, statistics, active) for name in statistics}
     return total, {"rows": active.sum(), **sums}
 
 
@@ -198,17 +199,30 @@ def check_terms(loss: Loss, t: Tokens, result: Any, share: Any) -> None:
         )
     term, statistics = result
     shape = t.logprobs.shape if loss.rows.per_token else (t.sequences // loss.rows.datums,)
-    for name, x in {"terms": term, "share": share, **statistics}.items():
-        if not isinstance(x, Tensor) or not is_plain(x) or x.shape != shape:
-            got = tensor_form(x) if isinstance(x, Tensor) else f"a {type(x).__name__}"
-            fix = "Do not reduce it: share and count weigh the rows and divide their sum."
-            raise LossInputError(str(name), f"a tensor of shape {tuple(shape)}, one number for each row", got, fix)
+    check_rows("terms", term, shape)
+    check_rows("share", share, shape)
     if not term.is_floating_point():
         raise LossInputError("terms", "floating point numbers", str(term.dtype), "Compute them from the logprobs.")
     for name in statistics:
         if not isinstance(name, str) or name in METRICS or name.endswith(":sum"):
             fix = f"Rename it: a call returns {', '.join(METRICS)} itself, and sums end in ':sum'."
             raise LossInputError("statistics", "names that are no metric of every loss", repr(name), fix)
+
+
+def sum_of_rows(name: str, statistics: Statistics, active: Tensor) -> Tensor:
+    """Return the sum of a statistic over the active rows."""
+    x = statistics[name]
+    if isinstance(active, Tensor):  # else torch.fx traces
+        check_rows(name, x, active.shape)
+    return torch.dot(active, to_dtype(x.detach(), active.dtype))
+
+
+def check_rows(name: str, x: Any, shape: Sequence[int]) -> None:
+    """Refuse anything but a tensor of this shape."""
+    if not isinstance(x, Tensor) or not is_plain(x) or x.shape != shape:
+        got = tensor_form(x) if isinstance(x, Tensor) else f"a {type(x).__name__}"
+        fix = "Do not reduce it: share and count weigh the rows and divide their sum."
+        raise LossInputError(name, f"a tensor of shape {tuple(shape)}, one number for each row", got, fix)
 
 
 @dataclass(frozen=True)
@@ -369,29 +383,41 @@ class BoundLoss:
 
     def evaluate_packed(self, t: Tokens) -> tuple[Tensor, dict[str, float]]:
         """Return loss and metrics of a packed batch. Metrics and checks of values share one transfer to the host."""
-        return finalised(self.defer(t))
+        return finalised(self.defer(as_packed, t))
 
-    def defer(self, t: Tokens, checks: Mapping[str, Tensor] | None = None) -> tuple[Tensor, DeferredMetrics]:
-        """Return loss and metrics of a packed batch. Nothing is copied to the host.
+    def defer(
+        self, pack: Callable[[Any], Tokens], batch: Tokens | TensorBatch, checks: Mapping[str, Tensor] | None = None
+    ) -> tuple[Tensor, DeferredMetrics]:
+        """Return loss and metrics of ``pack(batch)``. Nothing is copied to the host.
 
         Args:
-            t: the packed batch.
+            pack: ``as_packed``, or ``blank_tensors`` for a batch that is not masked yet.
+            batch: the batch.
             checks: numbers for ``check_values`` besides those that it reads from the batch.
         """
-        loss = self.loss
-        total, totals, sums, extrema = self.measure(loss, t, self.divisor)
-        totals = {**totals, **({"grad_l1": grad_l1(total, t)} if self.grad_l1 else {})}
-        extrema = {**extrema, **(checks or {})}
-        return total, DeferredMetrics(loss.name, loss.rows, loss.signed, self.divisor, t, totals, sums, extrema)
+        loss, sequences = self.loss, 1 if batch.lengths is None else len(batch.lengths)
+        total, numbers = self.measure(loss, pack, batch, self.divisor)
+        more = {**(checks or {}), **({"grad_l1": grad_l1(total, batch.logprobs)} if self.grad_l1 else {})}
+        kept = functools.partial(pack, batch)
+        metrics = DeferredMetrics(loss.name, loss.rows, loss.signed, self.divisor, sequences, kept, numbers, more)
+        return total, metrics
 
 
-def measure(loss: Loss, t: Tokens, divisor: Tensor | float | None) -> tuple[Tensor, Numbers, Numbers, Numbers]:
-    """Return the 0-d loss of a packed batch, and three tables of 0-d tensors: totals, sums of statistics, extrema."""
+def as_packed(t: Tokens) -> Tokens:
+    """Return a batch that is packed and masked already."""
+    return t
+
+
+def measure(
+    loss: Loss, pack: Callable[[Any], Tokens], batch: Any, divisor: Tensor | float | None
+) -> tuple[Tensor, Numbers]:
+    """Return the 0-d loss of ``pack(batch)``, and its totals, sums of statistics, and extrema."""
+    t = pack(batch)
     count = {} if loss.count is None else {"count": count_rows(loss, t)}
     total, sums = evaluate(loss, t, count.get("count") if divisor is None else divisor)
     tokens = active_counts(t)
     totals = {"loss": total.detach(), "tokens": tokens.sum(), "sequences_empty": (tokens == 0).sum(), **count}
-    return total, totals, sums, extremes(t, loss.rows)
+    return total, as_numbers(total.dtype, totals, sums, extremes(t, loss.rows))
 
 
 @dataclass(frozen=True)
@@ -412,7 +438,7 @@ class DeferredLoss:
 
     def __call__(self, data: Sequence[Any], logprobs_list: Sequence[Tensor]) -> tuple[Tensor, DeferredMetrics]:
         with add_loss_name(self.bound.loss.name):
-            return self.bound.defer(self.bound.pack(data, logprobs_list))
+            return self.bound.defer(as_packed, self.bound.pack(data, logprobs_list))
 
     def padded(
         self, logprobs: Any, weights: Any, *, layout: str | None = None, denominator: Any = None, **columns: Any
@@ -421,8 +447,8 @@ class DeferredLoss:
         bound = self.bound.bind(denominator=denominator, **columns)
         with add_loss_name(bound.loss.name):
             loss = bound.loss
-            t = pack_padded(logprobs, weights, loss.reads, bound.columns, rows=loss.rows, layout=layout)
-            return bound.defer(t)
+            batch = check_padded(logprobs, weights, loss.reads, bound.columns, rows=loss.rows, layout=layout)
+            return bound.defer(blank_tensors, batch)
 
     def packed(
         self,
@@ -439,7 +465,7 @@ class DeferredLoss:
         bound = self.bound.bind(denominator=denominator, **columns)
         with add_loss_name(bound.loss.name):
             loss = bound.loss
-            t, checks = pack_packed(
+            batch, checks = check_packed(
                 logprobs,
                 weights,
                 loss.reads,
@@ -449,15 +475,15 @@ class DeferredLoss:
                 cu_seqlens=cu_seqlens,
                 layout=layout,
             )
-            return bound.defer(t, checks)
+            return bound.defer(blank_tensors, batch, checks)
 
 
-def grad_l1(total: Tensor, t: Tokens) -> Tensor:
+def grad_l1(total: Tensor, logprobs: Tensor) -> Tensor:
     """Return Σ|∂L/∂logprob| over the batch."""
     if not total.requires_grad:
         fix = "Pass leaves with requires_grad=True, outside no_grad."
         raise LossInputError("logprobs_list", "tensors that require grad, for grad_l1", "constants", fix)
-    return torch.autograd.grad(total, t.logprobs, retain_graph=True)[0].abs().sum()
+    return torch.autograd.grad(total, logprobs, retain_graph=True)[0].abs().sum()
 
 
 def check_bound(loss: Loss, columns: Mapping[str, Any], align: Any, grad_l1: Any) -> None:

@@ -1,11 +1,14 @@
 """The door for tensors: padded ``[B, T]`` and packed ``[N]`` batches become the ``Tokens`` that ``pack`` returns.
 
-No shape depends on the data, nothing runs over sequences, and nothing waits for the device.
+``check_padded`` and ``check_packed`` check a batch, and ``blank_tensors`` converts and masks it. The second step is
+apart, so that a compiled loss can fuse it. No shape depends on the data, nothing runs over sequences, and nothing waits
+for the device.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,6 +25,7 @@ from lossfns.pack import (
     may_be_number,
     tensor_form,
 )
+from lossfns.segments import to_dtype
 from lossfns.tokens import ON_POLICY, PAIRS, Rows, Tokens
 from lossfns.values import LENGTHS_FIT
 
@@ -30,7 +34,38 @@ LAYOUTS = ("interleaved", "halves")
 SIDES = ("chosen", "rejected")
 
 
-def pack_padded(
+@dataclass(frozen=True)
+class TensorBatch:
+    """A checked batch of tensors, before its columns are converted and masked.
+
+    Attributes:
+        logprobs, weights: ``[N]``, in any dtype.
+        columns: the other columns by name, each ``[N]`` or ON_POLICY.
+        lengths, equal, halves: as in ``Tokens``.
+    """
+
+    logprobs: Tensor
+    weights: Tensor
+    columns: Mapping[str, Any]
+    lengths: Tensor
+    equal: bool
+    halves: bool
+
+
+def blank_tensors(batch: TensorBatch) -> Tokens:
+    """Convert every column to the dtype of the logprobs, and put 0 into every inactive slot."""
+    dtype = torch.promote_types(batch.logprobs.dtype, torch.float32)
+    weights = to_dtype(batch.weights, dtype)
+    active = weights != 0
+    logprobs = blank(batch.logprobs.to(dtype), active)
+    columns = {
+        name: logprobs.detach() if x is ON_POLICY else blank(to_dtype(x, dtype), active)
+        for name, x in batch.columns.items()
+    }
+    return Tokens(logprobs, weights, batch.lengths, columns, batch.equal, batch.halves)
+
+
+def check_padded(
     logprobs: Any,
     weights: Any,
     reads: Sequence[str] = (),
@@ -38,8 +73,8 @@ def pack_padded(
     *,
     rows: Rows,
     layout: str | None = None,
-) -> Tokens:
-    """Check, flatten and mask a padded batch.
+) -> TensorBatch:
+    """Check a padded batch.
 
     Args:
         logprobs: ``[B, T]``, or ``[B, T, K]`` for a loss over K targets. For pairs also a tuple of two tensors
@@ -51,7 +86,7 @@ def pack_padded(
         layout: ``"interleaved"`` (the default) or ``"halves"``, for pairs in one tensor.
 
     Returns:
-        The packed batch of all B·T tokens, on the device of the logprobs.
+        The batch of all B·T tokens, on the device of the logprobs.
 
     Raises:
         LossInputError: if any input is malformed.
@@ -59,44 +94,45 @@ def pack_padded(
     rows = Rows.of(rows)
     check_layout(layout, rows, in_two=isinstance(logprobs, (tuple, list)))
     if isinstance(logprobs, (tuple, list)):
-        return two_sides(logprobs, weights, reads, columns or {}, rows)
+        return check_two_sides(logprobs, weights, reads, columns or {}, rows)
     check_logprobs(logprobs, "logprobs", rows.rank + 1, "padded", ("B", "T", "K"))
     if logprobs.shape[0] % rows.datums:
         raise LossInputError(
             "logprobs", "chosen/rejected pairs", f"{logprobs.shape[0]} rows, an odd number", LAYOUT_FIX
         )
-    given = checked_columns(weights, reads, columns or {}, logprobs.shape[0])
 
-    def flat(name: str, x: Tensor) -> Tensor:
-        return rows_of(name, x, logprobs.shape, rows).flatten()
+    def align(name: str, x: Any) -> Tensor:
+        return align_rows(name, x, logprobs, rows)
 
+    given = align_columns(align, find_columns(reads, columns or {}))
     lengths = torch.full(logprobs.shape[:1], logprobs[0].numel(), device=logprobs.device)
-    return masked(logprobs.flatten(), given, flat, lengths, equal=True, halves=layout == "halves")
+    flat, halves = logprobs.flatten(), layout == "halves"
+    return TensorBatch(flat, align("weights", weights), given, lengths, equal=True, halves=halves)
 
 
-def two_sides(logprobs: Any, weights: Any, reads: Sequence[str], columns: Mapping[str, Any], rows: Rows) -> Tokens:
-    """Pack pairs whose chosen and rejected sides are two padded tensors: all chosen rows, then all rejected ones."""
+def check_two_sides(
+    logprobs: Any, weights: Any, reads: Sequence[str], columns: Mapping[str, Any], rows: Rows
+) -> TensorBatch:
+    """Check pairs whose chosen and rejected sides are two padded tensors, and lay all chosen rows before the others."""
     sides = pair_of("logprobs", logprobs)
     for side, x in zip(SIDES, sides):
         check_logprobs(x, f"{side} logprobs", 2, "padded", ("P", "T"))
     if len(sides[0]) != len(sides[1]):
         got = f"{len(sides[0])} and {len(sides[1])} rows"
         raise LossInputError("logprobs", "as many chosen as rejected rows", got, "Row i of both is pair i.")
-    given: dict[str, Any] = {"weights": pair_of("weights", weights)}
-    for name in reads:
-        column = find(name, columns)
-        given[name] = column if column is ON_POLICY else pair_of(name, column)
 
-    def flat(name: str, pair: Any) -> Tensor:
-        both = [column_tensor(name, x) for x in pair]
-        return torch.cat([rows_of(name, x, lp.shape, rows).flatten() for x, lp in zip(both, sides)])
+    def join(name: str, x: Any) -> Tensor:
+        joined: Tensor = torch.cat([align_rows(name, side, lp, rows) for side, lp in zip(pair_of(name, x), sides)])
+        return joined
 
-    lengths = torch.tensor([x.shape[1] for x in sides], device=sides[0].device).repeat_interleave(len(sides[0]))
+    given = align_columns(join, find_columns(reads, columns))
+    logprobs = torch.cat([x.flatten() for x in sides])
+    lengths = torch.cat([torch.full(x.shape[:1], x.shape[1], device=x.device) for x in sides])
     equal = sides[0].shape == sides[1].shape
-    return masked(torch.cat([x.flatten() for x in sides]), given, flat, lengths, equal=equal, halves=True)
+    return TensorBatch(logprobs, join("weights", weights), given, lengths, equal=equal, halves=True)
 
 
-def pack_packed(
+def check_packed(
     logprobs: Any,
     weights: Any,
     reads: Sequence[str] = (),
@@ -106,8 +142,8 @@ def pack_packed(
     lengths: Any = None,
     cu_seqlens: Any = None,
     layout: str | None = None,
-) -> tuple[Tokens, dict[str, Tensor]]:
-    """Check and mask a packed batch, whose sequences lie end to end without padding.
+) -> tuple[TensorBatch, dict[str, Tensor]]:
+    """Check a packed batch, whose sequences lie end to end without padding.
 
     Args:
         logprobs: ``[N]``, or ``[N, K]`` for a loss over K targets.
@@ -121,7 +157,7 @@ def pack_packed(
         layout: ``"interleaved"`` (the default) or ``"halves"``, for pairs.
 
     Returns:
-        The packed batch; and for lengths on a device a number that ``check_values`` reads later, which tells whether
+        The batch; and for lengths on a device a number that ``check_values`` reads later, which tells whether
         they are the lengths of a batch of N tokens.
 
     Raises:
@@ -135,18 +171,18 @@ def pack_packed(
     tokens = tokens.to(logprobs.device)
     if len(tokens) % rows.datums:
         raise LossInputError("lengths", "chosen/rejected pairs", f"{len(tokens)} sequences, an odd number", LAYOUT_FIX)
-    given = checked_columns(weights, reads, columns or {}, len(tokens))
 
-    def flat(name: str, x: Tensor) -> Tensor:
-        if x.shape == logprobs.shape:
-            return x.flatten()
-        if x.shape == tokens.shape and may_be_number(name, rows):
-            numbers = x.to(logprobs.device, torch.promote_types(logprobs.dtype, torch.float32))
-            return torch.repeat_interleave(numbers, tokens * width, output_size=logprobs.numel())
-        raise wrong_shape(name, x, logprobs.shape, rows, len(tokens))
+    def align(name: str, x: Any) -> Tensor:
+        column = column_tensor(name, x, logprobs)
+        if column.shape == logprobs.shape:
+            return column.flatten()
+        if column.shape == tokens.shape and may_be_number(name, rows):
+            return torch.repeat_interleave(column, tokens * width, output_size=logprobs.numel())
+        raise wrong_shape(name, column, logprobs.shape, rows, len(tokens))
 
-    t = masked(logprobs.flatten(), given, flat, tokens * width, equal=False, halves=layout == "halves")
-    return t, checks
+    given = align_columns(align, find_columns(reads, columns or {}))
+    flat, halves = logprobs.flatten(), layout == "halves"
+    return TensorBatch(flat, align("weights", weights), given, tokens * width, equal=False, halves=halves), checks
 
 
 LAYOUT_FIX = 'Interleave them: row 2i chosen, 2i + 1 rejected, or pass layout="halves".'
@@ -213,23 +249,24 @@ def sequence_lengths(lengths: Any, cu_seqlens: Any, tokens: int) -> tuple[Tensor
     return counts, {}
 
 
-def checked_columns(weights: Any, reads: Sequence[str], columns: Mapping[str, Any], sequences: int) -> dict[str, Any]:
-    """Return weights and columns as tensors by name. A column may be ON_POLICY."""
-    found = {name: find(name, columns) for name in reads}
-    return {name: x if x is ON_POLICY else column_tensor(name, x) for name, x in {"weights": weights, **found}.items()}
+def find_columns(reads: Sequence[str], columns: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the columns that the loss reads, by name."""
+    missing = next((name for name in reads if name not in columns), None)
+    if missing is not None:
+        fix = MISSING_COLUMN_FIX.get(missing, "").replace("bind(", "padded(..., ") or f"Pass {missing}=."
+        raise LossInputError(missing, "a tensor of the shape of logprobs", "nothing", fix)
+    return {name: columns[name] for name in reads}
 
 
-def find(name: str, columns: Mapping[str, Any]) -> Any:
-    """Return a column that the loss reads."""
-    if name not in columns:
-        fix = MISSING_COLUMN_FIX.get(name, "").replace("bind(", "padded(..., ") or f"Pass {name}=."
-        raise LossInputError(name, "a tensor of the shape of logprobs", "nothing", fix)
-    return columns[name]
+def align_columns(align: Callable[[str, Any], Tensor], columns: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the columns in the shape of the logprobs. One that is ON_POLICY stays so."""
+    return {name: x if x is ON_POLICY else align(name, x) for name, x in columns.items()}
 
 
-def column_tensor(name: str, x: Any) -> Tensor:
-    """Return a column as a tensor without graph."""
-    return as_tensor(as_row(x, name, None))
+def column_tensor(name: str, x: Any, like: Tensor) -> Tensor:
+    """Return a column as a tensor without graph, on the device of ``like``."""
+    tensor: Tensor = as_tensor(as_row(x, name, None)).to(like.device)
+    return tensor
 
 
 def pair_of(name: str, x: Any) -> tuple[Any, Any]:
@@ -240,42 +277,18 @@ def pair_of(name: str, x: Any) -> tuple[Any, Any]:
     return x[0], x[1]
 
 
-def rows_of(name: str, x: Tensor, shape: Sequence[int], rows: Rows) -> Tensor:
-    """Return a padded column in the shape of the logprobs; ``[B]`` and ``[B, 1]`` are repeated over the tokens."""
-    if x.shape == shape:
-        return x
-    if x.shape[:1] == shape[:1] and x.numel() == shape[0] and x.ndim < 3 and may_be_number(name, rows):
-        return x.view(-1, *[1] * (len(shape) - 1)).expand(shape)
-    raise wrong_shape(name, x, shape, rows, shape[0])
+def align_rows(name: str, x: Any, logprobs: Tensor, rows: Rows) -> Tensor:
+    """Return a padded column, or one number for each row repeated over its entries, as ``[N]``."""
+    column, shape = column_tensor(name, x, logprobs), logprobs.shape
+    if column.shape == shape:
+        return column.flatten()
+    one_each = column.shape in (shape[:1], (shape[0], 1))
+    if one_each and may_be_number(name, rows):
+        return column.reshape(-1, *[1] * (len(shape) - 1)).expand(shape).flatten()
+    raise wrong_shape(name, column, shape, rows, shape[0])
 
 
 def wrong_shape(name: str, x: Tensor, shape: Sequence[int], rows: Rows, sequences: int) -> LossInputError:
     one_each = f" or ({sequences},)" if may_be_number(name, rows) else ""
     fix = "Shift labels, masks and logprobs alike: position j holds token j + 1."
     return LossInputError(name, f"shape {tuple(shape)}{one_each}, that of logprobs", f"shape {tuple(x.shape)}", fix)
-
-
-def masked(
-    logprobs: Tensor,
-    given: Mapping[str, Any],
-    flat: Callable[[str, Any], Tensor],
-    lengths: Tensor,
-    *,
-    equal: bool,
-    halves: bool,
-) -> Tokens:
-    """Convert every column to the dtype and device of the logprobs, and put 0 into every inactive slot."""
-    logprobs = logprobs.to(torch.promote_types(logprobs.dtype, torch.float32))
-
-    def column(name: str) -> Tensor:
-        return flat(name, given[name]).to(logprobs.device, logprobs.dtype)
-
-    weights = column("weights")
-    active = weights.bool()
-    logprobs = blank(logprobs, active)
-    columns = {
-        name: logprobs.detach() if x is ON_POLICY else blank(column(name), active)
-        for name, x in given.items()
-        if name != "weights"
-    }
-    return Tokens(logprobs, weights, lengths, columns, equal, halves)

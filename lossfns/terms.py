@@ -118,7 +118,8 @@ def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 def k3_of(x: Tensor) -> Tensor:
     """exp(x) − x − 1 of a log-ratio x, which is first capped at ±20."""
     x = cap(x, KL_LOG_RATIO_CAP)
-    return torch.expm1(x) - x
+    e = torch.expm1(x)
+    return x.neg_().add_(e)  # in the memory of x, which no gradient needs
 
 
 def preference(margin: Tensor, beta: float, label_smoothing: float) -> Tensor:

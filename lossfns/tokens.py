@@ -111,7 +111,7 @@ class Tokens:
     active: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "active", self.weights.bool())
+        object.__setattr__(self, "active", self.weights != 0)
 
     @property
     def sequences(self) -> int:

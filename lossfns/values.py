@@ -7,7 +7,8 @@ one transfer, and ``check_values`` reads them there before the loss is returned.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -47,41 +48,56 @@ def one_sided_pairs(t: Tokens) -> Tensor:
     return chosen(t, has_active) ^ rejected(t, has_active)
 
 
-def check_values(extrema: Mapping[str, float], t: Tokens, *, signed: bool) -> None:
+def check_values(extrema: Mapping[str, float], batch: Callable[[], Tokens], *, signed: bool) -> None:
     """Raise for the first value that no loss can use, and warn about old logprobs that were left at 0.
 
     Args:
         extrema: the numbers of ``extremes(t, rows)``, on the host, and ``LENGTHS_FIT`` if the lengths are unchecked.
-        t: the batch. It is searched for the bad entry only if one of the numbers is bad.
+        batch: a function that returns ``t``. It is called, and searched for the bad entry, if a number is bad.
         signed: whether weights may be negative.
     """
     if not extrema.get(LENGTHS_FIT, True):
-        expected = f"whole numbers from 0 that sum to {len(t.weights)}, or their cumulative sums from 0"
+        expected = f"whole numbers from 0 that sum to {len(batch().weights)}, or their cumulative sums from 0"
         raise LossInputError("lengths", expected, "others", "They count the tokens of logprobs.")
-    if "weights min" not in extrema:  # no tokens
-        return
-    for name, x in checked_columns(t).items():
+    for name in [key.removesuffix(" min") for key in extrema if key.endswith(" min")]:
         low, high = extrema[f"{name} min"], extrema[f"{name} max"]
         if not (math.isfinite(low) and math.isfinite(high)):
-            raise_at_first(
-                t, name, ~torch.isfinite(x), "a finite number at every active token", NOT_FINITE_FIX.get(name, "")
-            )
-        if (name == "logprobs" or name in LOGPROB_COLUMNS) and high > LOGPROB_TOLERANCE:
-            fix = "Were probabilities or logits passed?"
-            raise_at_first(t, name, x > LOGPROB_TOLERANCE, "a logprob, at most 0", fix)
-        if name == "weights" and low < 0 and not signed:
-            fix = "Put the sign into the advantages." if "advantages" in t.columns else NEGATIVE_WEIGHT_FIX
-            raise_at_first(t, name, x < 0, "a weight of at least 0", fix)
+            bad, expected, fix = not_finite, "a finite number at every active token", NOT_FINITE_FIX.get(name, "")
+        elif (name == "logprobs" or name in LOGPROB_COLUMNS) and high > LOGPROB_TOLERANCE:
+            bad, expected, fix = above_0, "a logprob, at most 0", "Were probabilities or logits passed?"
+        elif name == "weights" and low < 0 and not signed:
+            fix = "Put the sign into the advantages." if "advantages min" in extrema else NEGATIVE_WEIGHT_FIX
+            bad, expected = below_0, "a weight of at least 0"
+        else:
+            continue
+        t = batch()
+        raise_at_first(t, name, bad(checked_columns(t)[name]), expected, fix)
     if extrema.get("one-sided pairs"):
-        pair = int(one_sided_pairs(t).nonzero()[0])
-        datums = torch.arange(t.sequences)
-        side, side_of = ("chosen", chosen) if rejected(t, nonempty(t))[pair] else ("rejected", rejected)
-        datum = int(side_of(t, datums)[pair])
-        got = f"none on the {side} side of pair {pair}"
-        raise LossInputError("weights", "active tokens on both sides", got, "Drop the pair, or mask both.", datum=datum)
+        raise one_sided_pair(batch())
     unset = extrema.get("old_logprobs min") == extrema.get("old_logprobs max") == 0
     if unset and extrema["logprobs min"] < -LOGPROB_TOLERANCE:
         warn("old_logprobs are 0 at every active token: were they left unset?")
+
+
+def not_finite(x: Tensor) -> Tensor:
+    return ~x.isfinite()
+
+
+def above_0(x: Tensor) -> Tensor:
+    return x > LOGPROB_TOLERANCE
+
+
+def below_0(x: Tensor) -> Tensor:
+    return x < 0
+
+
+def one_sided_pair(t: Tokens) -> LossInputError:
+    """Return the error for the first pair with active tokens on one side only."""
+    pair = int(one_sided_pairs(t).nonzero()[0])
+    side, of_side = ("chosen", chosen) if rejected(t, nonempty(t))[pair] else ("rejected", rejected)
+    datum = int(of_side(t, torch.arange(t.sequences))[pair])
+    got = f"none on the {side} side of pair {pair}"
+    return LossInputError("weights", "active tokens on both sides", got, "Drop the pair, or mask both.", datum=datum)
 
 
 def warn_if_far_off_policy(metrics: Mapping[str, float]) -> None:
@@ -101,7 +117,7 @@ NOT_FINITE_FIX = {
 }
 
 
-def raise_at_first(t: Tokens, name: str, bad: Tensor, expected: str, fix: str) -> None:
+def raise_at_first(t: Tokens, name: str, bad: Tensor, expected: str, fix: str) -> NoReturn:
     """Raise an error that names the first bad entry of a column by datum and position in the datum."""
     index = int(bad.nonzero()[0])
     ends = t.ends

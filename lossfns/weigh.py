@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -64,6 +65,11 @@ def weight_sum(t: Tokens) -> Tensor:
 def sequence_count(t: Tokens) -> Tensor:
     """Number of sequences with an active token."""
     return nonempty(t).sum()
+
+
+def length_count(t: Tokens, length: float) -> Tensor:
+    """length · the number of sequences with an active token."""
+    return length * sequence_count(t)
 
 
 def sequence_count_or_nan(t: Tokens) -> Tensor:
@@ -128,7 +134,7 @@ def fixed_length(length: float) -> Weighing:
     fixed_length(1024)
     """
     check_knobs({"length": length})
-    return Weighing(f"fixed_length({length!r})", TOKENS, weights, lambda t: length * sequence_count(t))
+    return Weighing(f"fixed_length({length!r})", TOKENS, weights, partial(length_count, length=length))
 
 
 def check_weigh(weigh: object, rows: Rows) -> None:

@@ -12,10 +12,11 @@ import lossfns
 ROOT = Path(lossfns.__file__).parent
 LAYERS = [
     {"errors", "version"},
-    {"tokens", "terms", "checks", "compiled"},
+    {"tokens", "terms", "checks", "statistics"},
     {"segments"},
     {"weigh", "pack", "values", "metrics"},
     {"tensors", "deferred"},
+    {"compiled"},
     {"loss"},
     {"combine"},
     {"losses", "advantages", "datum", "labels", "logprobs"},
@@ -23,6 +24,7 @@ LAYERS = [
     {"export"},
     {"__init__"},
     {"terminal"},
+    {"integrations"},
     {"inspect"},
     {"testing"},
     {"backend/types", "backend/futures"},
@@ -98,10 +100,18 @@ def test_the_oracle_imports_nothing_of_ours() -> None:
     assert imported("testing/oracle") == set()
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if room(name) in CORE])
-def test_the_core_imports_torch_numpy_and_the_standard_library_alone(name: str) -> None:
+HOSTS = {"transformers": {"transformers", "accelerate"}, "trl": {"trl"}}
+"""The packages that an integration imports besides those of the core: the host of its name, and what this needs."""
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if room(name) in CORE | {"integrations"}])
+def test_the_core_imports_torch_numpy_and_the_standard_library_alone_and_an_integration_its_host(name: str) -> None:
+    allowed = {"lossfns", "torch", "numpy"}
+    if room(name) == "integrations":
+        host = name.split("/")[-1]
+        allowed |= HOSTS.get(host, {host})
     for node in ast.walk(ast.parse(MODULES[name].read_text())):
         names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
         names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         for top in (each.split(".")[0] for each in names):
-            assert top in {"lossfns", "torch", "numpy"} or top in sys.stdlib_module_names, (name, top)
+            assert top in allowed or top in sys.stdlib_module_names, (name, top)

@@ -12,7 +12,6 @@ from batches import CASES, Case, apart
 from torch import Tensor
 
 from lossfns import Loss, Tokens, evaluate, pack
-from lossfns.loss import measure
 
 
 def maths(loss: Loss) -> Callable[..., Tensor]:
@@ -76,7 +75,7 @@ def test_compile_equals_eager(backend: str) -> None:
     losses = [case.loss for case in DISTINCT.values()]
 
     def every(batches: list[Tokens]) -> list[Any]:
-        return [measure(loss, t, None) for loss, t in zip(losses, batches)]
+        return [evaluate(loss, t) for loss, t in zip(losses, batches)]
 
     torch.compiler.reset()
     batches = [packed(case, 1) for case in DISTINCT.values()]
@@ -87,9 +86,9 @@ def test_compile_equals_eager(backend: str) -> None:
 
 
 def numbers_and_gradients(fn: Callable[..., list[Any]], batches: list[Tokens]) -> list[list[Any]]:
-    """Return for each loss its value, totals, sums and extrema, and the gradient."""
+    """Return for each loss its value and the sums of its statistics, and the gradient."""
     leaves = [t.logprobs.detach().requires_grad_() for t in batches]
     found = fn([replace(t, logprobs=leaf) for t, leaf in zip(batches, leaves)])
-    torch.stack([total for total, *_ in found]).sum().backward()
-    tables = [[float(x.detach()) for table in tables for x in table.values()] for _, *tables in found]
-    return [[numbers, leaf.grad.tolist()] for numbers, leaf in zip(tables, leaves)]
+    torch.stack([total for total, _ in found]).sum().backward()
+    numbers = [[x.item() for x in (total, *sums.values())] for total, sums in found]
+    return [[row, leaf.grad.tolist()] for row, leaf in zip(numbers, leaves)]

@@ -106,15 +106,15 @@ def test_the_numbers_that_are_checked() -> None:
     assert extremes(t, PAIRS).keys() == {*names, "one-sided pairs"} and int(extremes(t, PAIRS)["one-sided pairs"]) == 1
     empty = Tokens(torch.zeros(0), torch.zeros(0), torch.tensor([0]))
     assert extremes(empty, PAIRS) == {}
-    check_values({}, empty, signed=False)
+    check_values({}, lambda: empty, signed=False)
     with pytest.raises(TypeError):
-        check_values({}, empty, False)
+        check_values({}, lambda: empty, False)
 
 
 def test_only_weights_have_a_sign() -> None:
     """A column of one's own may be negative, whatever its name."""
     t = Tokens(torch.tensor([-1.0]), torch.tensor([1.0]), torch.tensor([1]), {"a": -torch.ones(1), "z": -torch.ones(1)})
-    check_values({name: float(x) for name, x in extremes(t, TOKENS).items()}, t, signed=False)
+    check_values({name: float(x) for name, x in extremes(t, TOKENS).items()}, lambda: t, signed=False)
 
 
 def test_the_place_of_an_entry() -> None:

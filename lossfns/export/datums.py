@@ -17,10 +17,10 @@ from torch import Tensor
 from lossfns import terms as eq
 from lossfns.combine import tis_log_weight
 from lossfns.datum import TensorData
-from lossfns.deferred import not_divisible, to_host
+from lossfns.deferred import as_numbers, not_divisible
 from lossfns.errors import LossInputError, add_loss_name
 from lossfns.export.builtins import BUILTINS, CLIP, builtin_name
-from lossfns.loss import BoundLoss, Loss, check_terms, count_rows
+from lossfns.loss import BoundLoss, Loss, check_terms, count_rows, sum_of_rows
 from lossfns.pack import Shapes, blank, check_data, pack, weight_rows
 from lossfns.segments import active_counts, geometric_level, sequence_value, to_tokens, token_level
 from lossfns.tokens import ON_POLICY, TARGETS, Tokens
@@ -57,7 +57,7 @@ def as_datum_fn(loss: Loss | BoundLoss) -> DatumFn:
             check_terms(loss, t, result, share)
         term, statistics = result
         counted = active.to(torch.float32)
-        totals = {name: (counted * x.detach()).sum() for name, x in statistics.items()}
+        totals = {name: sum_of_rows(name, statistics, counted) for name in statistics}
         metrics = {f"custom/{name}:sum": total for name, total in ({"rows": counted.sum()} | totals).items()}
         return (share * term).sum(), metrics
 
@@ -193,8 +193,9 @@ def pack_without_logprobs(bound: BoundLoss, data: Sequence[Any]) -> tuple[Tokens
         shapes = [shape if len(shape) == 2 or y is None else y.to_numpy().shape for shape, y in zip(shapes, targets)]
     zeros = [torch.zeros(shape, dtype=torch.float64) for shape in shapes]
     t = pack(data, zeros, loss.reads, bound.columns, rows=loss.rows)
-    (extrema,) = to_host(torch.float64, extremes(t, loss.rows))
-    check_values(extrema, t, signed=loss.signed)
+    numbers = as_numbers(torch.float64, extremes(t, loss.rows))
+    (extrema,) = numbers.tables(numbers.values.tolist())
+    check_values(extrema, lambda: t, signed=loss.signed)
     return t, shapes
 
 

@@ -14,6 +14,7 @@ from lossfns.combine import KL, with_kl
 from lossfns.loss import Loss, Statistics, make_loss, preset
 from lossfns.losses.ratio import Clip, bound_statistics, clipped, geometric_level_by_token, ratio_loss
 from lossfns.segments import geometric_level, token_level
+from lossfns.statistics import OnDemand
 from lossfns.terms import k3
 from lossfns.tokens import Tokens
 from lossfns.weigh import Weighing, sequence_mean, token_mean
@@ -38,7 +39,7 @@ def reinforce(weigh: Weighing = token_mean) -> Loss:
     """
 
     def terms(t: Tokens) -> tuple[Tensor, Statistics]:
-        return eq.policy_gradient(t.logprobs, t.advantages), {"nll": -t.logprobs.detach()}
+        return eq.policy_gradient(t.logprobs, t.advantages), OnDemand(nll=lambda: -t.logprobs.detach())
 
     return make_loss(terms, ("advantages",), weigh)
 

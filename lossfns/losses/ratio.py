@@ -12,6 +12,7 @@ from lossfns import terms as eq
 from lossfns.combine import with_dual_clip
 from lossfns.loss import Loss, Statistics, make_loss
 from lossfns.segments import Level, geometric_level
+from lossfns.statistics import OnDemand
 from lossfns.tokens import Tokens
 from lossfns.weigh import Weighing
 
@@ -33,7 +34,7 @@ def ratio_loss(
     surrogate: Surrogate,
     weigh: Weighing,
     log_ratio_cap: float | None,
-    more_statistics: RatioStatistics = lambda t, ratio: {},
+    more_statistics: RatioStatistics = lambda t, ratio: OnDemand(),
 ) -> Loss:
     """surrogate(t, r) of each token, with r = exp(d) and d = the capped log-ratio of the token or its sequence."""
 
@@ -41,13 +42,13 @@ def ratio_loss(
         log_ratio = t.logprobs - t.old_logprobs
         d = level(t, log_ratio)
         r = eq.importance_ratio(d, log_ratio_cap)
-        distance = d.detach().abs()
-        statistics = {
-            "ratio": r.detach(),
-            "ratio_capped": distance > (math.inf if log_ratio_cap is None else log_ratio_cap),
-            "log_ratio_abs": distance,
-            "kl_old": eq.k3_of(log_ratio.detach()),
-        }
+        cap = math.inf if log_ratio_cap is None else log_ratio_cap
+        statistics = OnDemand(
+            ratio=r.detach,
+            ratio_capped=lambda: d.detach().abs() > cap,
+            log_ratio_abs=lambda: d.detach().abs(),
+            kl_old=lambda: eq.k3_of(log_ratio.detach()),
+        )
         return surrogate(t, r), statistics | more_statistics(t, r.detach())
 
     return make_loss(terms, ("advantages", "old_logprobs"), weigh)
@@ -56,13 +57,16 @@ def ratio_loss(
 def clip_statistics(t: Tokens, ratio: Tensor, clip: Clip) -> Statistics:
     """Masks of tokens whose gradient a bound removes: r < low with A < 0, and r > high with A > 0."""
     low, high = clip
-    return {"clip_low": (t.advantages < 0) & (ratio < low), "clip_high": (t.advantages > 0) & (ratio > high)}
+    return OnDemand(
+        clip_low=lambda: (t.advantages < 0) & (ratio < low),
+        clip_high=lambda: (t.advantages > 0) & (ratio > high),
+    )
 
 
 def bound_statistics(t: Tokens, ratio: Tensor, clip: Clip) -> Statistics:
     """Masks of tokens whose weight a bound limits: r < low, and r > high, for any advantage."""
     low, high = clip
-    return {"bound_low": ratio < low, "bound_high": ratio > high}
+    return OnDemand(bound_low=lambda: ratio < low, bound_high=lambda: ratio > high)
 
 
 def clipped(level: Level, clip: Clip, weigh: Weighing, log_ratio_cap: float | None, dual_clip: float | None) -> Loss:
