@@ -85,7 +85,7 @@ class TensorData:
     def from_numpy(cls, array: np.ndarray) -> TensorData:
         if not isinstance(array, np.ndarray):
             raise LossInputError("array", "a NumPy array", show(array), "Use TensorData(data=..., dtype=...).")
-        return cls(array, tensor_dtype(array.dtype.kind, str(array.dtype)), array.shape)
+        return cls(array, tensor_dtype(array.dtype.kind, array.dtype), array.shape)
 
     @classmethod
     def from_torch(cls, tensor: Tensor) -> TensorData:
@@ -98,7 +98,7 @@ class TensorData:
             got = "a tensor that requires grad"
             raise LossInputError("data", "a constant tensor", got, "Call .detach(): a datum holds no gradient.")
         is_integer = tensor.dtype in (torch.int8, torch.int16, torch.int32, torch.int64)
-        dtype = tensor_dtype("f" if tensor.is_floating_point() else "i" if is_integer else "", str(tensor.dtype))
+        dtype = tensor_dtype("f" if tensor.is_floating_point() else "i" if is_integer else "", tensor.dtype)
         return cls(tensor.cpu().to(getattr(torch, dtype)).numpy(), dtype, tensor.shape)
 
     @classmethod
@@ -135,11 +135,11 @@ class TensorData:
         return f"TensorData({self.data!r}, {self.dtype!r}, {self.shape!r})"
 
 
-def tensor_dtype(kind: str, name: str) -> str:
-    """Return the dtype of TensorData for a NumPy kind: ``"f"`` or ``"i"``. Refuse any other kind; ``name`` is shown."""
+def tensor_dtype(kind: str, given: Any) -> str:
+    """Return the dtype of TensorData for a NumPy kind: ``"f"`` or ``"i"``. Refuse any other; ``given`` is shown."""
     if kind not in ("f", "i"):
         fix = "Convert it: .float() for numbers, .long() for ids."
-        raise LossInputError("dtype", "floating point or signed integers", name, fix)
+        raise LossInputError("dtype", "floating point or signed integers", str(given), fix)
     return "float32" if kind == "f" else "int64"
 
 
@@ -150,6 +150,8 @@ def cast(data: Any, dtype: str, name: str) -> np.ndarray:
     except Exception as error:  # whatever the value's own methods raise
         got = "a ragged nested list" if isinstance(error, ValueError) else f"a {type(data).__name__}"
         raise LossInputError(name, "a rectangular numeric array", got, "Pad rows with weight 0.") from None
+    if array.dtype == NUMPY_DTYPES[dtype]:
+        return array
     if array.dtype == object and name in NULLABLE and all(x is None or is_real(x) for x in array.flat):
         array = np.array([np.nan if x is None or is_huge(x) else float(x) for x in array.flat]).reshape(array.shape)
     if array.size == 0:

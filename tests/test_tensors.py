@@ -283,8 +283,19 @@ def test_pairs_in_halves_are_named_by_their_rows() -> None:
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("loss", [*TOKEN_LOSSES, *PAIR_LOSSES], ids=repr)
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lossfns.cross_entropy(),
+        lossfns.multi_target_cross_entropy(),
+        lossfns.grpo(kl_beta=0.1),
+        lossfns.with_tis(lossfns.gspo(clip=(0.9, 1.1)), level=lossfns.sequence_level),
+        lossfns.dpo(),
+    ],
+    ids=repr,
+)
 def test_compiled_is_the_eager_loss_to_rounding(loss: Loss) -> None:
+    """One loss of each kind of row and level: ``test_trace.py`` compiles every loss, in one graph."""
     for seed in range(2):
         given = batch(loss, seed)
         leaf = given["logprobs"].clone().requires_grad_()

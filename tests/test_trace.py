@@ -2,7 +2,9 @@
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from random import Random
+from typing import Any
 
 import pytest
 import torch
@@ -23,12 +25,15 @@ def maths(loss: Loss) -> Callable[..., Tensor]:
     return fn
 
 
+def packed(case: Case, seed: int) -> Tokens:
+    batch, reads = case.batch(Random(seed)), case.loss.reads
+    return pack(batch.data(), batch.tensors(), reads, batch.bound(reads), rows=case.loss.rows)
+
+
 def arguments(case: Case, seed: int) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    batch = case.batch(Random(seed))
-    reads = case.loss.reads
-    t = pack(batch.data(), batch.tensors(), reads, batch.bound(reads), rows=case.loss.rows)
+    t = packed(case, seed)
     assert t.lengths is not None
-    return t.logprobs.detach().requires_grad_(), t.weights, t.lengths, [getattr(t, name) for name in reads]
+    return t.logprobs.detach().requires_grad_(), t.weights, t.lengths, [getattr(t, name) for name in case.loss.reads]
 
 
 def value_and_gradient(fn: Callable[..., Tensor], args: tuple[Tensor, ...]) -> tuple[float, list[float]]:
@@ -56,18 +61,34 @@ def test_fx_equals_eager(case: Case) -> None:
         assert apart(list(eager[1]), again[1]) == 0 and eager[0] == again[0]
 
 
-BACKEND = "inductor" if shutil.which("g++") else "aot_eager"  # inductor needs a C++ compiler
+COMPILER = "inductor" if shutil.which("g++") else "aot_eager"  # inductor needs a C++ compiler
 DISTINCT = {case.loss.name: case for case in reversed(CASES)}
+"""One case of each method and combinator."""
 
 
-@pytest.mark.parametrize("name", sorted(DISTINCT))
-def test_compile_equals_eager(name: str) -> None:
-    """One graph, no breaks; one case of each method and combinator."""
-    case = DISTINCT[name]
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param(COMPILER, marks=pytest.mark.exhaustive)])
+def test_compile_equals_eager(backend: str) -> None:
+    """One graph of all losses, no breaks: a compilation for each loss would take a minute.
+
+    Each loss has its own leaf, so that the sum of the losses gives each of them its own gradient.
+    """
+    losses = [case.loss for case in DISTINCT.values()]
+
+    def every(batches: list[Tokens]) -> list[Any]:
+        return [evaluate(loss, t) for loss, t in zip(losses, batches)]
+
     torch.compiler.reset()
-    compiled = torch.compile(maths(case.loss), fullgraph=True, backend=BACKEND)
-    args = arguments(case, 1)
-    eager = value_and_gradient(maths(case.loss), args)
-    again = value_and_gradient(compiled, args)
-    assert apart(eager[0], again[0]) < 1e-12
-    assert apart(eager[1], again[1]) < 1e-12
+    batches = [packed(case, 1) for case in DISTINCT.values()]
+    eager = numbers_and_gradients(every, batches)
+    again = numbers_and_gradients(torch.compile(every, fullgraph=True, backend=backend), batches)
+    for name, expected, found in zip(DISTINCT, eager, again):
+        assert apart(expected, found) < 1e-12, name
+
+
+def numbers_and_gradients(fn: Callable[..., list[Any]], batches: list[Tokens]) -> list[list[Any]]:
+    """Return for each loss its value and the sums of its statistics, and the gradient."""
+    leaves = [t.logprobs.detach().requires_grad_() for t in batches]
+    found = fn([replace(t, logprobs=leaf) for t, leaf in zip(batches, leaves)])
+    torch.stack([total for total, _ in found]).sum().backward()
+    numbers = [[x.item() for x in (total, *sums.values())] for total, sums in found]
+    return [[row, leaf.grad.tolist()] for row, leaf in zip(numbers, leaves)]
