@@ -27,8 +27,8 @@ class OneKernel:
 
     def __init__(self, measure: Measure) -> None:
         self.measure = measure
-        self.value = torch.compile(with_own_code(value), fullgraph=True)
-        self.value_and_gradient = torch.compile(with_own_code(value_and_gradient), fullgraph=True)
+        self.value: Any = torch.compile(with_own_code(value), fullgraph=True)
+        self.value_and_gradient: Any = torch.compile(with_own_code(value_and_gradient), fullgraph=True)
         self.failed = False
 
     def __reduce__(self) -> tuple[type[OneKernel], tuple[Measure]]:
@@ -36,16 +36,15 @@ class OneKernel:
 
     def __call__(self, loss: Any, pack: Any, batch: Any, divisor: Any) -> tuple[Tensor, Numbers]:
         # Inside a transformation of torch.func, or of a step that the caller compiles, the loss is a part of that.
-        transformed: bool = torch._C._functorch.peek_interpreter_stack() is not None  # type: ignore[no-untyped-call]
+        transformed: bool = torch._C._functorch.peek_interpreter_stack() is not None
         if self.failed or transformed or torch.compiler.is_compiling():
             return self.measure(loss, pack, batch, divisor)
         differentiable = torch.is_grad_enabled() and batch.logprobs.requires_grad
         kernel = self.value_and_gradient if differentiable else self.value
         try:
             with torch.no_grad():
-                total, names, values, *gradient = kernel(
-                    self.measure, loss, of_any_size(batch), as_number(divisor, batch.logprobs)
-                )
+                number = as_number(divisor, batch.logprobs)
+                total, names, values, *gradient = kernel(self.measure, loss, of_any_size(batch), number)
         except Exception as error:  # torch.compile raises errors of many types, which differ by release and backend
             result = self.measure(loss, pack, batch, divisor)  # raises the loss's own error, if this was one
             self.failed = True
