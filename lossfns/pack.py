@@ -86,7 +86,7 @@ def pack(
     check_data(data, rows)
     check_logprobs(data, logprobs_list)
     shapes, logprobs = [lp.shape for lp in logprobs_list], concatenate(logprobs_list)
-    return pack_side_columns(data, shapes, logprobs, reads, columns, rows=rows, align=align).with_logprobs(logprobs)
+    return pack_columns(data, shapes, logprobs, reads, columns, rows=rows, align=align).with_logprobs(logprobs)
 
 
 def pack_side_columns(
@@ -107,6 +107,20 @@ def pack_side_columns(
         like: a tensor with the dtype and the device of the logprobs.
     """
     check_data(data, rows)
+    return pack_columns(data, shapes, like, reads, columns, rows=rows, align=align)
+
+
+def pack_columns(
+    data: Sequence[Any],
+    shapes: Shapes,
+    like: Tensor,
+    reads: Sequence[str],
+    columns: Mapping[str, Any] | None,
+    *,
+    rows: Rows,
+    align: str,
+) -> PackedColumns:
+    """Pack every column but the logprobs, of data that have been checked."""
     check_shapes(data, shapes, rows.rank)
     columns = columns or {}
     on_policy = {name: ON_POLICY for name in reads if columns.get(name) is ON_POLICY}
@@ -261,6 +275,9 @@ def check_logprobs(data: Sequence[Any], logprobs_list: Sequence[Tensor]) -> None
         raise wrong_count(data, logprobs_list)
     device = getattr(logprobs_list[0], "device", None)
     has_values = getattr(device, "type", "") != "meta"
+    forms = {isinstance(lp, Tensor) and (lp.dtype, lp.device, lp.layout, lp.is_nested) for lp in logprobs_list}
+    if forms <= {(dtype, device, torch.strided, False) for dtype in LOGPROB_DTYPES} and has_values:
+        return  # the usual case, faster than one by one
     for i, lp in enumerate(logprobs_list):
         if not isinstance(lp, Tensor):
             raise LossInputError("logprobs", "a torch.Tensor", f"a {type(lp).__name__}", "Call torch.tensor.", datum=i)
@@ -279,9 +296,9 @@ def check_shapes(data: Sequence[Any], shapes: Shapes, rank: int) -> None:
     """Refuse logprobs whose number is not that of the datums, or whose rank is not the one that the loss takes."""
     if len(data) != len(shapes):
         raise wrong_count(data, shapes)
-    for i, shape in enumerate(shapes):
-        if len(shape) != rank:
-            raise wrong_rank(shape, rank, i)
+    if set(map(len, shapes)) - {rank}:
+        i = next(i for i, shape in enumerate(shapes) if len(shape) != rank)
+        raise wrong_rank(shapes[i], rank, i)
 
 
 def wrong_count(data: Sequence[Any], logprobs_list: Sequence[Any]) -> LossInputError:
@@ -297,7 +314,10 @@ def wrong_rank(shape: Sequence[int], rank: int, datum: int) -> LossInputError:
 
 def check_targets(data: Sequence[Any], shapes: Shapes) -> None:
     """Refuse logprobs whose length is not that of the datum's ``target_tokens``, if these are TensorData."""
-    for i, (targets, shape) in enumerate(zip(fields(data, "target_tokens"), shapes)):
+    given = fields(data, "target_tokens")
+    if [getattr(targets, "shape", None) for targets in given] == list(map(list, shapes)):
+        return  # the usual case, faster than one by one
+    for i, (targets, shape) in enumerate(zip(given, shapes)):
         if hasattr(targets, "to_numpy"):
             # An SDK's TensorData may have no shape. Flat targets of an [N, K] have N·K entries.
             target_shape = getattr(targets, "shape", None)
@@ -505,7 +525,7 @@ def flatten_column(
     if not isinstance(column, list):
         numbers = to_device(as_tensor(column), like.device, like.dtype)
         return torch.repeat_interleave(numbers, to_device(lengths, like.device), output_size=int(lengths.sum()))
-    if any(row.shape != shape for row, shape in zip(column, shapes)):
+    if [row.shape for row in column] != shapes:
         column = [align_row(row, shape, name, i, rows) for i, (row, shape) in enumerate(zip(column, shapes))]
     if len(shapes[0]) > 1:
         column = [row.reshape(-1) for row in column]
