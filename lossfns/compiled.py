@@ -103,8 +103,8 @@ def of_any_size(batch: Any) -> TensorBatch:
     def dynamic(x: Any, *shape: int) -> Any:
         if not isinstance(x, Tensor):  # ON_POLICY
             return x
-        # Bytes are read as vectors, bools one by one.
-        view = x.detach().view(torch.uint8 if x.dtype is torch.bool else x.dtype).view(shape)
+        # Bytes are read as vectors, but bools and numbers that stand for a row one by one.
+        view = x.detach().contiguous().view(torch.uint8 if x.dtype is torch.bool else x.dtype).view(shape)
         for dim in range(view.ndim):
             torch._dynamo.maybe_mark_dynamic(view, dim)
         return view
