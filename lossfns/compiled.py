@@ -103,14 +103,14 @@ def of_any_size(batch: Any) -> TensorBatch:
     def dynamic(x: Any, *shape: int) -> Any:
         if not isinstance(x, Tensor):  # ON_POLICY
             return x
-        # Bytes are read as vectors, bools one by one.
-        view = x.detach().view(torch.uint8 if x.dtype is torch.bool else x.dtype).view(shape)
-        for dim in range(view.ndim):
+        # Bytes are read as vectors, bools one by one. The view is a new tensor, which may be marked.
+        view = (x.view(torch.uint8) if x.dtype is torch.bool else x).view(shape)
+        for dim in range(len(shape)):
             torch._dynamo.maybe_mark_dynamic(view, dim)
         return view
 
     columns = {name: dynamic(x, *rows) for name, x in batch.columns.items()}
-    logprobs, weights = dynamic(batch.logprobs, *rows), dynamic(batch.weights, *rows)
+    logprobs, weights = dynamic(batch.logprobs.detach(), *rows), dynamic(batch.weights, *rows)
     return TensorBatch(logprobs, weights, columns, dynamic(batch.lengths, -1), batch.equal, batch.halves)
 
 

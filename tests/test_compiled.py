@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_tensors import DTYPES, PAIR_LOSSES, TOKEN_LOSSES, batch, columns_of, datums, run
+from test_tensors import PAIR_LOSSES, TOKEN_LOSSES, batch, columns_of, datums, run
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -78,9 +78,14 @@ def test_compiled_is_the_eager_loss(graphs: Any, loss: Loss) -> None:
 @pytest.mark.parametrize("loss", LOSSES, ids=repr)
 def test_every_compiled_loss_is_the_eager_one(graphs: Any, loss: Loss) -> None:
     compiled = replace(loss).compiled()
-    for dtype in DTYPES:
-        for form in ("padded", "packed"):
-            check_equal(loss, compiled, form, dtype)
+    for form in ("padded", "packed"):
+        check_equal(loss, compiled, form, torch.float64)
+
+
+def test_every_dtype_is_computed_as_in_eager(graphs: Any) -> None:
+    loss = lossfns.gspo(clip=(0.9, 1.1))
+    for dtype in (torch.float32, torch.bfloat16):
+        check_equal(loss, loss.compiled(), "padded", dtype)
 
 
 def test_a_kernel_of_the_real_compiler_is_the_eager_loss() -> None:
@@ -91,8 +96,7 @@ def test_a_kernel_of_the_real_compiler_is_the_eager_loss() -> None:
 @pytest.mark.exhaustive
 def test_kernels_of_the_real_compiler() -> None:
     loss = lossfns.grpo(kl_beta=0.1, weigh=lossfns.sequence_mean)
-    for form in ("padded", "packed"):
-        check_equal(loss, loss.compiled(), form, torch.float32)
+    check_equal(loss, loss.compiled(), "packed", torch.float32)
 
 
 # No size is compiled twice
@@ -133,7 +137,7 @@ def test_layouts_masks_and_slices_need_few_graphs(graphs: Any) -> None:
         wide = {name: torch.cat([x, x], 1)[:, 1 : length + 1] for name, x in given.items()}
         leaf = wide["logprobs"].detach().requires_grad_()
         run(loss.compiled().padded, [leaf], leaf, **columns_of(wide))
-    assert graphs.frame_count == 3
+    assert graphs.frame_count == 2
     masks = given | {"weights": given["weights"].bool()}
     leaf = masks["logprobs"].clone().requires_grad_()
     run(loss.compiled().padded, [leaf], leaf, **columns_of(masks))
