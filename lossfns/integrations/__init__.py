@@ -1,1 +1,4 @@
-"""Adapters from losses to the hooks of other trainers, one module for each trainer."""
+"""Losses in other trainers: one module for each, on top of ``padded`` and ``packed``.
+
+Import the module of your trainer, such as ``lossfns.integrations.trl``. Only that module imports the trainer.
+"""

@@ -1,0 +1,108 @@
+"""Losses in the ``Trainer`` of ``transformers``, and what the trainers built on it share.
+
+    from lossfns.integrations.transformers import Trainer
+    trainer = Trainer(model, args, train_dataset=..., loss=cross_entropy())
+
+For a trainer of your own, ``compute_loss_func=compute_loss_func(cross_entropy())`` does the same without metrics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from lossfns.errors import LossInputError
+from lossfns.integrations.counts import whole_batch
+from lossfns.labels import targets_from_labels, weights_from_labels
+from lossfns.logprobs.target import target_logprobs
+from lossfns.loss import BoundLoss, Loss
+from lossfns.metrics import merge_metrics
+
+try:
+    import transformers
+    from accelerate.utils import gather_object
+except ImportError as error:
+    raise ImportError('lossfns.integrations.transformers needs the extra hf: pip install "lossfns[hf]"') from error
+
+ComputeLoss = Callable[..., Tensor]
+"""The function ``(outputs, labels, num_items_in_batch=...) -> loss`` that ``Trainer`` calls."""
+
+
+def as_bound(loss: Any) -> BoundLoss:
+    """Return a loss as a ``BoundLoss``. Refuse anything else, and a loss to which something is bound."""
+    bound = loss if isinstance(loss, BoundLoss) else BoundLoss(loss)
+    if bound.columns or bound.divisor is not None:
+        names = ", ".join([*bound.columns, *([] if bound.divisor is None else ["denominator"])])
+        fix = "The trainer gives each batch its columns and its denominator."
+        raise LossInputError("loss", "a loss to which nothing is bound", f"one with {names}", fix, loss=bound.loss.name)
+    return bound
+
+
+def compute_loss_func(loss: Loss | BoundLoss, report: Callable[[dict[str, float]], Any] | None = None) -> ComputeLoss:
+    """Return the loss as the argument ``compute_loss_func`` of ``transformers.Trainer``.
+
+    The trainer counts the trained tokens of all micro-batches and ranks, and this count divides the loss: the gradient
+    does not depend on ``gradient_accumulation_steps``.
+
+    Args:
+        loss: a loss that reads no columns and is divided by tokens, such as ``cross_entropy()``.
+        report: called with the metrics of each micro-batch.
+
+    Raises:
+        LossInputError: in the call, if the trainer has no count, or if the model is an encoder-decoder or has a router
+            with an auxiliary loss.
+    """
+    bound = as_bound(loss)
+
+    def compute_loss(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Tensor:
+        for name in ("encoder_last_hidden_state", "aux_loss"):
+            if outputs.get(name) is not None:
+                fix = "Encoder-decoders shift no labels, and an auxiliary loss would be lost: use the model's own loss."
+                raise LossInputError("outputs", "those of a plain causal language model", f"{name} as well", fix)
+        labels = labels.to(outputs.logits.device)
+        logprobs = target_logprobs(outputs.logits[:, :-1], targets_from_labels(labels))
+        tokens = whole_batch(bound, tokens=num_items_in_batch)
+        total, metrics = bound.padded(logprobs, weights_from_labels(labels), denominator=tokens)
+        if report is not None:
+            report(metrics)
+        return total
+
+    return compute_loss
+
+
+class LoggedLoss:
+    """The argument ``loss=`` of a subclass of ``transformers.Trainer``, whose metrics go into the trainer's logs.
+
+    The metrics of all micro-batches and ranks since the last log are merged exactly, under ``<name of the loss>/``.
+    """
+
+    model: Any
+
+    def __init__(self, *args: Any, loss: Loss | BoundLoss, **options: Any) -> None:
+        self.loss_fn = as_bound(loss)
+        self.recorded: dict[bool, list[dict[str, float]]] = {True: [], False: []}  # by whether the model is in training
+        super().__init__(*args, **options)
+
+    def record(self, metrics: dict[str, float]) -> None:
+        """Keep the metrics of a micro-batch for the next log."""
+        self.recorded[self.model.training].append(metrics)
+
+    def log(self, logs: dict[str, float], *args: Any, **options: Any) -> None:
+        """Add the metrics since the last log, and log."""
+        parts = gather_object(self.recorded[self.model.training])
+        self.recorded[self.model.training] = []
+        prefix = f"{'' if self.model.training else 'eval_'}{self.loss_fn.loss.name}"
+        logs.update({f"{prefix}/{name}": x for name, x in (merge_metrics(parts) if parts else {}).items()})
+        super().log(logs, *args, **options)  # type: ignore[misc]  # of the trainer beside it
+
+
+class Trainer(LoggedLoss, transformers.Trainer):  # type: ignore[misc]  # transformers is not read by mypy
+    """``transformers.Trainer`` with one argument more, ``loss=``, and the metrics of the loss in its logs."""
+
+    def __init__(self, *args: Any, loss: Loss | BoundLoss, **options: Any) -> None:
+        super().__init__(*args, loss=loss, compute_loss_func=compute_loss_func(loss, self.record), **options)
+        if self.args.label_smoothing_factor:
+            got, fix = f"{self.args.label_smoothing_factor}", "It does not change this loss: leave it out."
+            raise LossInputError("label_smoothing_factor", "0.0 in the trainer's args", got, fix)

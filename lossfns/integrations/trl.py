@@ -1,0 +1,201 @@
+"""Losses in the trainers of TRL: each class is TRL's own with an argument ``loss=``.
+
+    from lossfns.integrations.trl import GRPOTrainer
+    trainer = GRPOTrainer(model, reward_funcs=..., args=..., train_dataset=..., loss=dapo())
+
+The trainer runs its own forward passes and logs, and the loss is computed from the same logprobs. TRL's settings of its
+own loss have no effect then, and are refused unless they are left at their defaults. docs/integrations.md has a table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import MISSING
+from typing import Any
+
+from torch import Tensor
+
+from lossfns.errors import LossInputError
+from lossfns.integrations.counts import whole_batch
+from lossfns.integrations.transformers import LoggedLoss
+from lossfns.labels import weights_from_labels
+from lossfns.tokens import ON_POLICY
+
+try:
+    import trl
+except ImportError as error:
+    raise ImportError('lossfns.integrations.trl needs the extra trl: pip install "lossfns[trl]"') from error
+
+
+DPO_SETTINGS = (
+    "loss_type",
+    "loss_weights",
+    "label_smoothing",
+    "f_divergence_type",
+    "ld_alpha",
+    "use_weighting",
+    "precompute_ref_log_probs",
+)
+"""Settings that must have their defaults. TRL precomputes only sums of the reference's logprobs."""
+
+GRPO_SETTINGS = (
+    "loss_type",
+    "epsilon",
+    "epsilon_high",
+    "delta",
+    "importance_sampling_level",
+    "top_entropy_quantile",
+    "entropy_coef",
+    "use_adaptive_entropy",
+    "off_policy_mask_threshold",
+    "vllm_importance_sampling_mode",
+    "vllm_importance_sampling_clip_max",
+    "vllm_importance_sampling_clip_min",
+)
+"""Settings that must have their defaults. ``beta`` must be 0 for a loss without a reference: TRL would run one."""
+
+
+@contextmanager
+def recorded_logprobs(*models: Any) -> Iterator[list[Tensor]]:
+    """Collect the logprobs ``[B, T − 1]`` of every forward pass of the models inside the block, in order."""
+    logprobs: list[Tensor] = []
+
+    def keep(module: Any, args: Any, outputs: Any) -> None:
+        if getattr(outputs, "log_probs", None) is not None:
+            logprobs.append(outputs.log_probs)
+
+    handles = [model.register_forward_hook(keep) for model in dict.fromkeys(models)]
+    try:
+        yield logprobs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def loss_of(trainer: Any, logprobs: Tensor, mask: Tensor, columns: dict[str, Any], **options: Any) -> Tensor:
+    """Return the loss of the last tokens, which the mask covers, and keep its metrics for the trainer's log.
+
+    Raises:
+        LossInputError: if the loss reads a column that the trainer does not have.
+    """
+    loss = trainer.loss_fn.loss
+    for name in loss.reads:
+        if columns.get(name) is None:
+            got = " and ".join(name for name, column in columns.items() if column is not None) or "none"
+            fix = "GRPO has ref_logprobs with beta above 0, and sampler_logprobs with use_vllm."
+            raise LossInputError(name, "a column that the trainer has", got, fix, loss=loss.name)
+    columns = {name: columns[name] for name in loss.reads}
+    total, metrics = trainer.loss_fn.padded(logprobs[:, -mask.shape[1] :], mask, **columns, **options)
+    trainer.record(metrics)
+    return total  # type: ignore[no-any-return]
+
+
+def check_settings(trainer: Any, config: Any, names: tuple[str, ...], **values: Any) -> None:
+    """Refuse settings of TRL's loss that differ from their defaults, or from these values, which the loss needs."""
+    for name in (*names, *values):
+        field, got = config.__dataclass_fields__[name], getattr(trainer.args, name)
+        default = field.default if field.default_factory is MISSING else field.default_factory()
+        if got != values.get(name, default):
+            fix = f"Pass {name}={values[name]!r}." if name in values else "It does not change this loss: leave it out."
+            expected = f"{values.get(name, default)!r} in the trainer's args"
+            raise LossInputError(name, expected, repr(got), fix, loss=trainer.loss_fn.loss.name)
+    if trainer.aux_loss_enabled:
+        fix = "Set router_aux_loss_coef=0."
+        raise LossInputError("aux_loss", "a model without an auxiliary loss", "a router's", fix)
+
+
+class SFTTrainer(LoggedLoss, trl.SFTTrainer):  # type: ignore[misc]  # trl is not read by mypy
+    """``trl.SFTTrainer`` with a loss that reads no columns and is divided by tokens, such as ``cross_entropy()``."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        check_settings(self, trl.SFTConfig, ("loss_type", "label_smoothing_factor"))
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Return the loss, divided by the trained tokens of all micro-batches and ranks."""
+        if "shift_labels" in inputs:
+            fix = "Leave context and sequence parallelism off."
+            raise LossInputError("inputs", "labels that are not shifted", "shift_labels", fix)
+        with recorded_logprobs(model) as logprobs:
+            result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        tokens = whole_batch(self.loss_fn, tokens=num_items_in_batch)
+        loss = loss_of(self, logprobs[0], weights_from_labels(inputs["labels"]), {}, denominator=tokens)
+        if self.args.average_tokens_across_devices:  # the count is of all ranks, whose gradients are averaged
+            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+        return (loss, result[1]) if return_outputs else loss
+
+
+class DPOTrainer(LoggedLoss, trl.DPOTrainer):  # type: ignore[misc]
+    """``trl.DPOTrainer`` with a loss over pairs, such as ``dpo(beta=0.1)`` or ``orpo()``."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        beta = self.loss_fn.loss.knobs.get("beta", self.args.beta)  # TRL scales the rewards that it logs
+        check_settings(self, trl.DPOConfig, DPO_SETTINGS, beta=beta)
+
+    def _compute_loss(self, model: Any, inputs: Any, return_outputs: bool) -> Any:
+        """Return the loss, divided by the pairs of the micro-batch. The trainer averages micro-batches and ranks."""
+        with recorded_logprobs(model, self.ref_model or self.model) as logprobs:
+            result = super()._compute_loss(model, inputs, return_outputs)
+        mask = inputs["completion_mask"][:, 1:]
+        columns = {"ref_logprobs": logprobs[-1][:, -mask.shape[1] :]}
+        pairs = whole_batch(self.loss_fn, pairs=len(mask) // 2)
+        loss = loss_of(self, logprobs[0], mask, columns, layout="halves", denominator=pairs)
+        return (loss, result[1]) if return_outputs else loss
+
+
+class GRPOTrainer(LoggedLoss, trl.GRPOTrainer):  # type: ignore[misc]
+    """``trl.GRPOTrainer`` with a policy loss, such as ``dapo()``, ``grpo(kl_beta=0.01)`` or ``gspo()``."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        loss = self.loss_fn.loss
+        beta = loss.knobs.get("kl_beta", self.args.beta if "ref_logprobs" in loss.reads else 0.0)
+        check_settings(self, trl.GRPOConfig, GRPO_SETTINGS, beta=beta)
+        if self.use_vllm and self.vllm_importance_sampling_correction and "sampler_logprobs" not in loss.reads:
+            fix = "Wrap it in with_tis, or set vllm_importance_sampling_correction=False."
+            raise LossInputError("loss", "one that corrects for vLLM's logprobs", repr(loss), fix)
+
+    def _compute_loss(self, model: Any, inputs: Any) -> Tensor:
+        """Return the loss, divided by the part of the trainer's counts that one optimizer step on this rank has."""
+        with recorded_logprobs(model) as logprobs:
+            super()._compute_loss(model, inputs)
+        mode = "train" if self.model.training else "eval"
+        for name in [name for name in self._metrics[mode] if name == "kl" or "clip_ratio" in name]:
+            del self._metrics[mode][name]  # of TRL's own loss
+        mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
+        steps = self.current_gradient_accumulation_steps if mode == "train" else 1
+        part = steps / self.args.steps_per_generation if mode == "train" else 1.0  # of all that was generated at once
+        tokens = inputs["num_items_in_batch"] * part / self.accelerator.num_processes
+        denominator = whole_batch(self.loss_fn, tokens=tokens, sequences=len(mask) * steps)
+        columns = {
+            "advantages": inputs["advantages"],
+            "old_logprobs": inputs.get("old_per_token_logps", ON_POLICY),
+            "ref_logprobs": inputs.get("ref_per_token_logps"),
+            "sampler_logprobs": inputs.get("sampling_per_token_logps"),
+        }
+        return loss_of(self, logprobs[0], mask, columns, denominator=denominator)
+
+
+class RLOOTrainer(LoggedLoss, trl.RLOOTrainer):  # type: ignore[misc]
+    """``trl.RLOOTrainer`` with ``reinforce(weigh=sequence_sum_mean)``, TRL's loss for samples of the policy."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        check_settings(self, trl.RLOOConfig, ("epsilon", "epsilon_high"))
+        each = self.args.steps_per_generation * self.num_iterations
+        if self.args.gradient_accumulation_steps % each:
+            got = f"a new batch every {each} steps for {self.args.gradient_accumulation_steps} accumulated"
+            fix = "Use GRPOTrainer, whose losses have a ratio of each token."
+            raise LossInputError("args", "samples of the policy that is trained", got, fix)
+
+    def _compute_loss(self, model: Any, inputs: Any) -> Tensor:
+        """Return the loss, divided by the sequences of the micro-batch. The trainer averages over these and ranks."""
+        with recorded_logprobs(model) as logprobs:
+            super()._compute_loss(model, inputs)
+        sequences = whole_batch(self.loss_fn, sequences=len(inputs["completion_mask"]))
+        columns = {"advantages": inputs["advantages"]}
+        return loss_of(self, logprobs[0], inputs["completion_mask"], columns, denominator=sequences)
