@@ -27,8 +27,7 @@ class OneKernel:
 
     def __init__(self, measure: Measure) -> None:
         self.measure = measure
-        self.value: Any = torch.compile(with_own_code(value), fullgraph=True)
-        self.value_and_gradient: Any = torch.compile(with_own_code(value_and_gradient), fullgraph=True)
+        self.kernels: dict[tuple[bool, bool, bool], Any] = {}
         self.failed = False
 
     def __reduce__(self) -> tuple[type[OneKernel], tuple[Measure]]:
@@ -40,11 +39,14 @@ class OneKernel:
         if self.failed or transformed or torch.compiler.is_compiling():
             return self.measure(loss, pack, batch, divisor)
         differentiable = torch.is_grad_enabled() and batch.logprobs.requires_grad
-        kernel = self.value_and_gradient if differentiable else self.value
+        form = differentiable, batch.equal, divisor is None
         try:
+            if form not in self.kernels:
+                function = with_own_code(value_and_gradient if differentiable else value)
+                self.kernels[form] = torch.compile(function, fullgraph=True)
             with torch.no_grad():
                 number = as_number(divisor, batch.logprobs)
-                total, names, values, *gradient = kernel(self.measure, loss, of_any_size(batch), number)
+                total, names, values, *gradient = self.kernels[form](self.measure, loss, of_any_size(batch), number)
         except Exception as error:  # torch.compile raises errors of many types, which differ by release and backend
             result = self.measure(loss, pack, batch, divisor)  # raises the loss's own error, if this was one
             self.failed = True
@@ -136,5 +138,5 @@ def reason(error: BaseException) -> str:
 
 
 def with_own_code(function: Any) -> Any:
-    """Copy a function with its code. torch limits the graphs of one code object: each loss gets a limit of its own."""
+    """Copy a function with its code. torch limits the graphs of one code object: each form of a loss has its own."""
     return FunctionType(function.__code__.replace(), function.__globals__, function.__name__)

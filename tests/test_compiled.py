@@ -145,14 +145,19 @@ def test_layouts_masks_and_slices_need_few_graphs(graphs: Any) -> None:
 
 
 def test_one_sequence_or_one_token_is_a_size_of_its_own(graphs: Any) -> None:
-    """torch.compile makes a graph for the size 1; it is made once, and no other size needs it."""
+    """torch.compile makes a graph for the size 1, once; no form of the loss reaches the limit of 8 graphs by it."""
     loss = lossfns.reinforce()
     compiled = loss.compiled()
-    for sequences, length in ((3, 4), (1, 4), (1, 7), (5, 1), (9, 1), (1, 1), (6, 8)):
-        given = sized(loss, sequences, length)
-        eager, fused = in_form(loss, "padded", given), in_form(compiled, "padded", given)
-        torch.testing.assert_close(fused[:2], eager[:2])
-    assert graphs.frame_count == 4
+    for repeat in range(2):
+        for sequences, length in ((3, 4), (1, 4), (1, 7), (5, 1), (9, 1), (1, 1), (6, 8)):
+            given = sized(loss, sequences, length)
+            for form in ("padded", "packed") if length > 2 else ("padded",):
+                eager, fused = in_form(loss, form, given), in_form(compiled, form, given)
+                torch.testing.assert_close(fused[:2], eager[:2])
+            in_form(compiled.bind(denominator=2), "padded", given)
+        if repeat == 0:
+            first = graphs.frame_count
+    assert first == graphs.frame_count == 10
 
 
 def test_many_losses_do_not_exhaust_the_limit_of_graphs(graphs: Any) -> None:
