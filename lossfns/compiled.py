@@ -27,8 +27,7 @@ class OneKernel:
 
     def __init__(self, measure: Measure) -> None:
         self.measure = measure
-        self.value: Any = torch.compile(with_own_code(value), fullgraph=True)
-        self.value_and_gradient: Any = torch.compile(with_own_code(value_and_gradient), fullgraph=True)
+        self.kernels: dict[tuple[bool, bool, bool], Any] = {}
         self.failed = False
 
     def __reduce__(self) -> tuple[type[OneKernel], tuple[Measure]]:
@@ -40,11 +39,14 @@ class OneKernel:
         if self.failed or transformed or torch.compiler.is_compiling():
             return self.measure(loss, pack, batch, divisor)
         differentiable = torch.is_grad_enabled() and batch.logprobs.requires_grad
-        kernel = self.value_and_gradient if differentiable else self.value
+        form = differentiable, batch.equal, divisor is None
         try:
+            if form not in self.kernels:
+                function = with_own_code(value_and_gradient if differentiable else value)
+                self.kernels[form] = torch.compile(function, fullgraph=True)
             with torch.no_grad():
                 number = as_number(divisor, batch.logprobs)
-                total, names, values, *gradient = kernel(self.measure, loss, of_any_size(batch), number)
+                total, names, values, *gradient = self.kernels[form](self.measure, loss, of_any_size(batch), number)
         except Exception as error:  # torch.compile raises errors of many types, which differ by release and backend
             result = self.measure(loss, pack, batch, divisor)  # raises the loss's own error, if this was one
             self.failed = True
@@ -103,14 +105,15 @@ def of_any_size(batch: Any) -> TensorBatch:
     def dynamic(x: Any, *shape: int) -> Any:
         if not isinstance(x, Tensor):  # ON_POLICY
             return x
-        # Bytes are read as vectors, but bools and numbers that stand for a row one by one.
-        view = x.detach().contiguous().view(torch.uint8 if x.dtype is torch.bool else x.dtype).view(shape)
-        for dim in range(view.ndim):
+        # The kernel reads bytes and contiguous numbers as vectors, bools and expanded numbers one by one.
+        # The view is a new tensor, which may be marked.
+        view = (x.view(torch.uint8) if x.dtype is torch.bool else x).contiguous().view(shape)
+        for dim in range(len(shape)):
             torch._dynamo.maybe_mark_dynamic(view, dim)
         return view
 
     columns = {name: dynamic(x, *rows) for name, x in batch.columns.items()}
-    logprobs, weights = dynamic(batch.logprobs, *rows), dynamic(batch.weights, *rows)
+    logprobs, weights = dynamic(batch.logprobs.detach(), *rows), dynamic(batch.weights, *rows)
     return TensorBatch(logprobs, weights, columns, dynamic(batch.lengths, -1), batch.equal, batch.halves)
 
 
@@ -136,5 +139,5 @@ def reason(error: BaseException) -> str:
 
 
 def with_own_code(function: Any) -> Any:
-    """Copy a function with its code. torch limits the graphs of one code object: each loss gets a limit of its own."""
+    """Copy a function with its code. torch limits the graphs of one code object: each form of a loss has its own."""
     return FunctionType(function.__code__.replace(), function.__globals__, function.__name__)

@@ -373,10 +373,10 @@ class BoundLoss:
         return DeferredLoss(self)
 
     def compiled(self) -> BoundLoss:
-        """Return the loss with terms, weighing, reduction and statistics fused by ``torch.compile``, in every form.
+        """Return the loss fused with its metrics and its gradient by ``torch.compile``, in every form.
 
-        The first call compiles, for some seconds; batches of other sizes do not compile again. Without a compiler the
-        loss runs as it is, and warns.
+        The first call of a form compiles, for some seconds; batches of other sizes do not compile again. Without a
+        compiler the loss runs as it is, and warns. ``backward(create_graph=True)`` is refused.
         """
         return replace(self, measure=self.loss.kernel)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_tensors import DTYPES, PAIR_LOSSES, TOKEN_LOSSES, batch, columns_of, datums, run
+from test_tensors import PAIR_LOSSES, TOKEN_LOSSES, batch, columns_of, datums, run
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -78,9 +78,14 @@ def test_compiled_is_the_eager_loss(graphs: Any, loss: Loss) -> None:
 @pytest.mark.parametrize("loss", LOSSES, ids=repr)
 def test_every_compiled_loss_is_the_eager_one(graphs: Any, loss: Loss) -> None:
     compiled = replace(loss).compiled()
-    for dtype in DTYPES:
-        for form in ("padded", "packed"):
-            check_equal(loss, compiled, form, dtype)
+    for form in ("padded", "packed"):
+        check_equal(loss, compiled, form, torch.float64)
+
+
+def test_every_dtype_is_computed_as_in_eager(graphs: Any) -> None:
+    loss = lossfns.gspo(clip=(0.9, 1.1))
+    for dtype in (torch.float32, torch.bfloat16):
+        check_equal(loss, loss.compiled(), "padded", dtype)
 
 
 def test_a_kernel_of_the_real_compiler_is_the_eager_loss() -> None:
@@ -91,8 +96,7 @@ def test_a_kernel_of_the_real_compiler_is_the_eager_loss() -> None:
 @pytest.mark.exhaustive
 def test_kernels_of_the_real_compiler() -> None:
     loss = lossfns.grpo(kl_beta=0.1, weigh=lossfns.sequence_mean)
-    for form in ("padded", "packed"):
-        check_equal(loss, loss.compiled(), form, torch.float32)
+    check_equal(loss, loss.compiled(), "packed", torch.float32)
 
 
 # No size is compiled twice
@@ -133,7 +137,7 @@ def test_layouts_masks_and_slices_need_few_graphs(graphs: Any) -> None:
         wide = {name: torch.cat([x, x], 1)[:, 1 : length + 1] for name, x in given.items()}
         leaf = wide["logprobs"].detach().requires_grad_()
         run(loss.compiled().padded, [leaf], leaf, **columns_of(wide))
-    assert graphs.frame_count == 3
+    assert graphs.frame_count == 2
     masks = given | {"weights": given["weights"].bool()}
     leaf = masks["logprobs"].clone().requires_grad_()
     run(loss.compiled().padded, [leaf], leaf, **columns_of(masks))
@@ -141,14 +145,19 @@ def test_layouts_masks_and_slices_need_few_graphs(graphs: Any) -> None:
 
 
 def test_one_sequence_or_one_token_is_a_size_of_its_own(graphs: Any) -> None:
-    """torch.compile makes a graph for the size 1; it is made once, and no other size needs it."""
+    """torch.compile makes a graph for the size 1, once; no form of the loss reaches the limit of 8 graphs by it."""
     loss = lossfns.reinforce()
     compiled = loss.compiled()
-    for sequences, length in ((3, 4), (1, 4), (1, 7), (5, 1), (9, 1), (1, 1), (6, 8)):
-        given = sized(loss, sequences, length)
-        eager, fused = in_form(loss, "padded", given), in_form(compiled, "padded", given)
-        torch.testing.assert_close(fused[:2], eager[:2])
-    assert graphs.frame_count == 4
+    for repeat in range(2):
+        for sequences, length in ((3, 4), (1, 4), (1, 7), (5, 1), (9, 1), (1, 1), (6, 8)):
+            given = sized(loss, sequences, length)
+            for form in ("padded", "packed") if length > 2 else ("padded",):
+                eager, fused = in_form(loss, form, given), in_form(compiled, form, given)
+                torch.testing.assert_close(fused[:2], eager[:2])
+            in_form(compiled.bind(denominator=2), "padded", given)
+        if repeat == 0:
+            first = graphs.frame_count
+    assert first == graphs.frame_count == 10
 
 
 def test_many_losses_do_not_exhaust_the_limit_of_graphs(graphs: Any) -> None:

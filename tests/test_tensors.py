@@ -277,30 +277,3 @@ def test_pairs_in_halves_are_named_by_their_rows() -> None:
     weights[3] = 0  # the rejected side of pair 1
     with pytest.raises(LossInputError, match=r"datum\[3\].*rejected side of pair 1"):
         lossfns.dpo().padded(LP, weights, ref_logprobs=LP, layout="halves")
-
-
-# One kernel
-
-
-@pytest.mark.exhaustive
-@pytest.mark.parametrize(
-    "loss",
-    [
-        lossfns.cross_entropy(),
-        lossfns.multi_target_cross_entropy(),
-        lossfns.grpo(kl_beta=0.1),
-        lossfns.with_tis(lossfns.gspo(clip=(0.9, 1.1)), level=lossfns.sequence_level),
-        lossfns.dpo(),
-    ],
-    ids=repr,
-)
-def test_compiled_is_the_eager_loss_to_rounding(loss: Loss) -> None:
-    """One loss of each kind of row and level: ``test_trace.py`` compiles every loss, in one graph."""
-    for seed in range(2):
-        given = batch(loss, seed)
-        leaf = given["logprobs"].clone().requires_grad_()
-        eager = run(loss.padded, [leaf], leaf, **columns_of(given))
-        leaf = given["logprobs"].clone().requires_grad_()
-        fused = run(loss.compiled().padded, [leaf], leaf, **columns_of(given))
-        torch.testing.assert_close(fused[:2], eager[:2], rtol=1e-12, atol=1e-14)
-        assert fused[2] == pytest.approx(eager[2], rel=1e-10, abs=1e-12)

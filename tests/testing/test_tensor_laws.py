@@ -91,9 +91,9 @@ def test_every_law_holds_through_tensors(loss: Loss, form: Any) -> None:
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("form", [padded, packed], ids=lambda form: form.__name__)
-@pytest.mark.parametrize("loss", [*LOSSES, *MORE], ids=repr)
-def test_every_law_holds_through_tensors_on_more_batches(loss: Loss, form: Any) -> None:
-    assert not broken(loss, form, None, examples=4)
+@pytest.mark.parametrize("loss", MORE, ids=repr)
+def test_every_law_holds_through_tensors_for_more_losses(loss: Loss, form: Any) -> None:
+    assert not broken(loss, form, None, examples=1)
 
 
 def test_a_wrong_loss_in_tensors_is_found() -> None:
