@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lossfns.errors import LossInputError
-from lossfns.integrations.counts import whole_batch
+from lossfns.errors import LossInputError, add_loss_name
+from lossfns.integrations.trainer import denominator_for, for_trainer
 from lossfns.labels import targets_from_labels, weights_from_labels
 from lossfns.logprobs.target import target_logprobs
 from lossfns.loss import BoundLoss, Loss
@@ -30,16 +30,6 @@ ComputeLoss = Callable[..., Tensor]
 """The function ``(outputs, labels, num_items_in_batch=...) -> loss`` that ``Trainer`` calls."""
 
 
-def as_bound(loss: Any) -> BoundLoss:
-    """Return a loss as a ``BoundLoss``. Refuse anything else, and a loss to which something is bound."""
-    bound = loss if isinstance(loss, BoundLoss) else BoundLoss(loss)
-    if bound.columns or bound.divisor is not None:
-        names = ", ".join([*bound.columns, *([] if bound.divisor is None else ["denominator"])])
-        fix = "The trainer gives each batch its columns and its denominator."
-        raise LossInputError("loss", "a loss to which nothing is bound", f"one with {names}", fix, loss=bound.loss.name)
-    return bound
-
-
 def compute_loss_func(loss: Loss | BoundLoss, report: Callable[[dict[str, float]], Any] | None = None) -> ComputeLoss:
     """Return the loss as the argument ``compute_loss_func`` of ``transformers.Trainer``.
 
@@ -51,25 +41,41 @@ def compute_loss_func(loss: Loss | BoundLoss, report: Callable[[dict[str, float]
         report: called with the metrics of each micro-batch.
 
     Raises:
-        LossInputError: in the call, if the trainer has no count, or if the model is an encoder-decoder or has a router
-            with an auxiliary loss.
+        LossInputError: if the loss reads columns or is divided by something else; in the call, if the trainer has no
+            labels or no count, or if the model is an encoder-decoder or has a router with an auxiliary loss.
     """
-    bound = as_bound(loss)
+    bound = for_trainer(loss, *HOOK)
 
     def compute_loss(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Tensor:
-        for name in ("encoder_last_hidden_state", "aux_loss"):
-            if outputs.get(name) is not None:
-                fix = "Encoder-decoders shift no labels, and an auxiliary loss would be lost: use the model's own loss."
-                raise LossInputError("outputs", "those of a plain causal language model", f"{name} as well", fix)
-        labels = labels.to(outputs.logits.device)
-        logprobs = target_logprobs(outputs.logits[:, :-1], targets_from_labels(labels))
-        tokens = whole_batch(bound, tokens=num_items_in_batch)
-        total, metrics = bound.padded(logprobs, weights_from_labels(labels), denominator=tokens)
+        with add_loss_name(bound.loss.name):
+            check_causal(outputs, labels)
+            labels = labels.to(outputs.logits.device)
+            logprobs, weights = (
+                target_logprobs(outputs.logits[:, :-1], targets_from_labels(labels)),
+                weights_from_labels(labels),
+            )
+            count = denominator_for(bound.loss, "transformers", weights, tokens=num_items_in_batch)
+            total, metrics = bound.padded(logprobs, weights, denominator=count)
         if report is not None:
             report(metrics)
         return total
 
     return compute_loss
+
+
+def check_causal(outputs: Any, labels: Any) -> None:
+    """Refuse a batch without labels, and outputs whose labels are not shifted or that have a second loss."""
+    if labels is None:
+        fix = "Give the dataset a column labels, with -100 at tokens that are not trained, and leave label_names alone."
+        raise LossInputError("labels", "labels in each batch", "None", fix)
+    for name in ("encoder_last_hidden_state", "aux_loss"):
+        if outputs.get(name) is not None:
+            fix = "Encoder-decoders shift no labels, and an auxiliary loss would be lost: use the model's own loss."
+            raise LossInputError("outputs", "those of a plain causal language model", f"{name} as well", fix)
+
+
+HOOK = ("transformers", (), ("tokens",))
+"""The arguments of ``for_trainer`` besides the loss: name of the trainer, its columns and its counts."""
 
 
 class LoggedLoss:
@@ -79,9 +85,10 @@ class LoggedLoss:
     """
 
     model: Any
+    hook: tuple[Any, ...] = HOOK
 
     def __init__(self, *args: Any, loss: Loss | BoundLoss, **options: Any) -> None:
-        self.loss_fn = as_bound(loss)
+        self.loss_fn = for_trainer(loss, *self.hook)
         self.recorded: dict[bool, list[dict[str, float]]] = {True: [], False: []}  # by whether the model is in training
         super().__init__(*args, **options)
 
@@ -90,7 +97,7 @@ class LoggedLoss:
         self.recorded[self.model.training].append(metrics)
 
     def log(self, logs: dict[str, float], *args: Any, **options: Any) -> None:
-        """Add the metrics since the last log, and log."""
+        """Add the metrics since the last log, of training or of evaluation, and log."""
         parts = gather_object(self.recorded[self.model.training])
         self.recorded[self.model.training] = []
         prefix = f"{'' if self.model.training else 'eval_'}{self.loss_fn.loss.name}"
@@ -106,3 +113,9 @@ class Trainer(LoggedLoss, transformers.Trainer):  # type: ignore[misc]  # transf
         if self.args.label_smoothing_factor:
             got, fix = f"{self.args.label_smoothing_factor}", "It does not change this loss: leave it out."
             raise LossInputError("label_smoothing_factor", "0.0 in the trainer's args", got, fix)
+        if not getattr(self, "_loss_shifts_labels", True):
+            got = f"{type(self.model).__name__}, whose labels transformers counts without a shift"
+            raise LossInputError("model", "a causal language model", got, "Use the model's own loss.")
+        if self.get_cp_size() * self.get_sp_size() > 1:
+            fix = "Leave context and sequence parallelism off."
+            raise LossInputError("parallelism_config", "whole sequences on each rank", "parts of sequences", fix)

@@ -696,10 +696,11 @@ POLICY_ADAPTERS = [
 @pytest.mark.parametrize("adapt", POLICY_ADAPTERS, ids=lambda adapt: adapt.__module__.rpartition(".")[2])
 def test_a_hook_of_tokens_refuses_other_losses(adapt: Callable[..., Any]) -> None:
     for loss in (dpo(), multi_target_cross_entropy()):
-        with pytest.raises(LossInputError, match="expected a loss of tokens, as the hook of"):
+        with pytest.raises(LossInputError, match=f"expected a loss over tokens for .*, got one over {loss.rows}"):
             adapt(loss)
     for bound in ({"denominator": 3.0}, {"grad_l1": True}, {"old_logprobs": [[-1.0]]}):
-        with pytest.raises(LossInputError, match=f"{next(iter(bound))}: expected that of .* Bind nothing but"):
+        name = next(iter(bound))
+        with pytest.raises(LossInputError, match=rf"{name}: expected a loss to which nothing is bound, .* Leave bind"):
             adapt(ppo().bind(**bound))
     with pytest.raises(LossInputError, match="a Loss such as"):
         adapt(ppo)
@@ -708,10 +709,9 @@ def test_a_hook_of_tokens_refuses_other_losses(adapt: Callable[..., Any]) -> Non
 def test_a_count_of_ones_own_is_refused() -> None:
     """No trainer counts sequences with an even number of tokens."""
     own = Loss("own", {}, ("advantages",), reinforce().terms, token_mean.share, lambda t: t.weights.sum() * 2)
-    whole = batch()
-    args = (whole["logprobs"], whole["old_logprobs"], whole["advantages"], whole["mask"])
-    with pytest.raises(LossInputError, match="own: weigh: expected a count that OpenRLHF has"):
-        openrlhf.policy_loss(own)(*args, batch_num_tokens=3.0, global_batch_size=1.0)
+    for adapt, name in ((openrlhf.policy_loss, "OpenRLHF"), (verl.policy_loss, "verl")):
+        with pytest.raises(LossInputError, match=f"own: weigh: .* which {name} counts, got one divided by a count of"):
+            adapt(own)
 
 
 def test_on_policy_logprobs_may_be_bound() -> None:
@@ -791,7 +791,7 @@ def test_an_adapter_has_fewer_than_30_lines(name: str, node: ast.AST) -> None:
     assert 5 < code_lines(node) < 30, f"{name} has {code_lines(node)} lines"
 
 
-def test_every_module_of_a_host_has_an_adapter() -> None:
+def test_every_module_of_a_trainer_has_an_adapter() -> None:
     assert len({name.partition(".")[0] for name, _ in adapters()}) == 11
 
 
@@ -804,6 +804,6 @@ def test_the_page_imports_names_that_exist() -> None:
     assert sum("lossfns.integrations" in line for line in imports) == 12 and callable(names["mask_as_weights"])
 
 
-def test_the_penalty_of_a_host_takes_the_place_of_ours() -> None:
+def test_the_penalty_of_a_trainer_takes_the_place_of_ours() -> None:
     with pytest.raises(LossInputError, match=r"ref_logprobs: .* Leave the penalty to the trainer's own KL setting"):
         verl.policy_loss(with_kl(ppo(), kl_beta=0.1))

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from hosts import llama, output, parameters, quick_collection, tokenizer
 from torch import Tensor
+from trainers import llama, output, parameters, quick_collection, tokenizer
 
 from lossfns import (
     LossInputError,
@@ -235,10 +235,14 @@ def test_grpo_refuses_settings_that_have_no_effect(loss: Any, settings: Any, mes
 
 
 def test_grpo_refuses_a_column_or_a_count_that_trl_does_not_have(tmp_path: Path) -> None:
-    with pytest.raises(LossInputError, match=r"sampler_logprobs: expected a column that the trainer has.*use_vllm"):
-        sampled(tmp_path, ours.GRPOTrainer, trl.GRPOConfig, with_tis(ppo())).train()
+    with pytest.raises(LossInputError, match=r"sampler_logprobs: expected use_vllm=True.*leave with_tis out"):
+        sampled(tmp_path, ours.GRPOTrainer, trl.GRPOConfig, with_tis(ppo()))
     with pytest.raises(LossInputError, match=r"divided by tokens or sequences.*got a sum that is never divided"):
-        sampled(tmp_path, ours.GRPOTrainer, trl.GRPOConfig, ppo(weigh="token_sum")).train()
+        sampled(tmp_path, ours.GRPOTrainer, trl.GRPOConfig, ppo(weigh="token_sum"))
+    with pytest.raises(LossInputError, match=r"a loss over tokens for TRL's GRPOTrainer.*DPOTrainer takes"):
+        sampled(tmp_path, ours.GRPOTrainer, trl.GRPOConfig, dpo())
+    with pytest.raises(LossInputError, match=r"reads advantages, since this trainer has rewards, got cross_entropy"):
+        sampled(tmp_path, ours.GRPOTrainer, trl.GRPOConfig, cross_entropy())
 
 
 def test_the_other_trainers_refuse_what_they_cannot_do(tmp_path: Path) -> None:
@@ -250,7 +254,9 @@ def test_the_other_trainers_refuse_what_they_cannot_do(tmp_path: Path) -> None:
         supervised(tmp_path, ours.SFTTrainer, cross_entropy(), loss_type="dft")
     with pytest.raises(LossInputError, match="samples of the policy"):
         sampled(tmp_path, ours.RLOOTrainer, trl.RLOOConfig, reinforce(), num_iterations=2)
-    with pytest.raises(LossInputError, match="old_logprobs: expected a column that the trainer has"):
-        sampled(tmp_path, ours.RLOOTrainer, trl.RLOOConfig, importance_sampling(weigh=sequence_mean)).train()
+    with pytest.raises(LossInputError, match="old_logprobs: expected one of the columns of TRL's RLOOTrainer: adv"):
+        sampled(tmp_path, ours.RLOOTrainer, trl.RLOOConfig, importance_sampling(weigh=sequence_mean))
     with pytest.raises(LossInputError, match=r"divided by sequences.*got one divided by tokens"):
-        sampled(tmp_path, ours.RLOOTrainer, trl.RLOOConfig, reinforce(weigh=token_mean)).train()
+        sampled(tmp_path, ours.RLOOTrainer, trl.RLOOConfig, reinforce(weigh=token_mean))
+    with pytest.raises(LossInputError, match=r"a loss over pairs for TRL's DPOTrainer, got one over tokens.*GRPOTr"):
+        preferences(tmp_path, ours.DPOTrainer, ppo())
