@@ -23,8 +23,12 @@ from lossfns.metrics import merge_metrics
 try:
     import transformers
     from accelerate.utils import gather_object
+    from transformers.modeling_outputs import MaskedLMOutput, TokenClassifierOutput
 except ImportError as error:
     raise ImportError('lossfns.integrations.transformers needs the extra hf: pip install "lossfns[hf]"') from error
+
+UNSHIFTED = (MaskedLMOutput, TokenClassifierOutput)
+"""Outputs with one label for each position, which stands at that position."""
 
 ComputeLoss = Callable[..., Tensor]
 """The function ``(outputs, labels, num_items_in_batch=...) -> loss`` that ``Trainer`` calls."""
@@ -68,6 +72,9 @@ def check_causal(outputs: Any, labels: Any) -> None:
     if labels is None:
         fix = "Give the dataset a column labels, with -100 at tokens that are not trained, and leave label_names alone."
         raise LossInputError("labels", "labels in each batch", "None", fix)
+    if isinstance(outputs, UNSHIFTED):
+        fix = "Its labels are not shifted: use the model's own loss."
+        raise LossInputError("outputs", "those of a plain causal language model", f"a {type(outputs).__name__}", fix)
     for name in ("encoder_last_hidden_state", "aux_loss"):
         if outputs.get(name) is not None:
             fix = "Encoder-decoders shift no labels, and an auxiliary loss would be lost: use the model's own loss."
@@ -109,6 +116,8 @@ class Trainer(LoggedLoss, transformers.Trainer):  # type: ignore[misc]  # transf
     """``transformers.Trainer`` with one argument more, ``loss=``, and the metrics of the loss in its logs."""
 
     def __init__(self, *args: Any, loss: Loss | BoundLoss, **options: Any) -> None:
+        if options.pop("compute_loss_func", None) is not None:
+            raise LossInputError("compute_loss_func", "None beside loss=", "a function", "Pass one of the two.")
         super().__init__(*args, loss=loss, compute_loss_func=compute_loss_func(loss, self.record), **options)
         if self.args.label_smoothing_factor:
             got, fix = f"{self.args.label_smoothing_factor}", "It does not change this loss: leave it out."

@@ -56,6 +56,9 @@ GRPO_SETTINGS = (
 """Settings that must have their defaults. ``beta`` must be 0 for a loss without a reference: TRL would run one."""
 
 
+KNOBS_FIX = "The loss does not use it: leave it out, and set the loss's knobs by the table in docs/integrations.md."
+
+
 @contextmanager
 def recorded_logprobs(*models: Any) -> Iterator[list[Tensor]]:
     """Collect the logprobs ``[B, T − 1]`` of every forward pass of the models inside the block, in order."""
@@ -112,7 +115,7 @@ def check_settings(trainer: Any, config: Any, names: tuple[str, ...], **values: 
         field, got = config.__dataclass_fields__[name], getattr(trainer.args, name)
         default = field.default if field.default_factory is MISSING else field.default_factory()
         if got != values.get(name, default):
-            fix = f"Pass {name}={values[name]!r}." if name in values else "It does not change this loss: leave it out."
+            fix = f"Pass {name}={values[name]!r}." if name in values else KNOBS_FIX
             expected = f"{values.get(name, default)!r} in the trainer's args"
             raise LossInputError(name, expected, repr(got), fix, loss=trainer.loss_fn.loss.name)
     if trainer.aux_loss_enabled:
@@ -128,6 +131,8 @@ class SFTTrainer(LoggedLoss, trl.SFTTrainer):  # type: ignore[misc]  # trl is no
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         check_settings(self, trl.SFTConfig, ("loss_type", "label_smoothing_factor"))
+        if self.compute_loss_func is not None:
+            raise LossInputError("compute_loss_func", "None beside loss=", "a function", "Pass one of the two.")
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -138,8 +143,11 @@ class SFTTrainer(LoggedLoss, trl.SFTTrainer):  # type: ignore[misc]  # trl is no
             raise LossInputError("inputs", "labels that are not shifted", "shift_labels", fix)
         with recorded_logprobs(model) as logprobs:
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        loss = loss_of(self, logprobs[0], weights_from_labels(inputs["labels"]), {"tokens": num_items_in_batch})
-        if self.args.average_tokens_across_devices:  # the count is of all ranks, whose gradients are averaged
+        weights = weights_from_labels(inputs["labels"])
+        in_evaluation = num_items_in_batch is None and not self.model.training  # where TRL counts each batch
+        tokens = weights.sum() if in_evaluation else num_items_in_batch
+        loss = loss_of(self, logprobs[0], weights, {"tokens": tokens})
+        if self.args.average_tokens_across_devices and not in_evaluation:  # the average over ranks is undone
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
         return (loss, result[1]) if return_outputs else loss
 

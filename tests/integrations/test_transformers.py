@@ -153,7 +153,7 @@ def test_a_count_that_the_trainer_does_not_have_is_refused(loss: Any, counts: An
 
 
 def test_a_model_whose_labels_are_not_shifted_and_a_router_are_refused() -> None:
-    from transformers.modeling_outputs import MoeCausalLMOutputWithPast, Seq2SeqLMOutput
+    from transformers.modeling_outputs import MaskedLMOutput, MoeCausalLMOutputWithPast, Seq2SeqLMOutput
 
     from lossfns.integrations.transformers import compute_loss_func
 
@@ -165,6 +165,8 @@ def test_a_model_whose_labels_are_not_shifted_and_a_router_are_refused() -> None
     ):
         with pytest.raises(LossInputError, match="expected those of a plain causal language model"):
             compute_loss(outputs, labels, num_items_in_batch=2)
+    with pytest.raises(LossInputError, match=r"got a MaskedLMOutput\. Its labels are not shifted"):
+        compute_loss(MaskedLMOutput(logits=logits), labels, num_items_in_batch=2)
     with pytest.raises(LossInputError, match="labels: expected labels in each batch, got None"):
         compute_loss(Seq2SeqLMOutput(logits=logits), None, num_items_in_batch=2)
     with pytest.raises(LossInputError, match=r"tokens: .* got None\. Pass on the trainer's own"):
@@ -179,12 +181,14 @@ def test_a_preset_that_was_not_called_is_refused() -> None:
 
 
 def test_a_loss_with_a_denominator_of_its_own_and_label_smoothing_are_refused(tmp_path: Path) -> None:
-    from lossfns.integrations.transformers import compute_loss_func
+    from lossfns.integrations.transformers import Trainer, compute_loss_func
 
     for bound in ({"advantages": [1.0]}, {"denominator": 2.0}, {"grad_l1": True}):
         (name,) = bound
         with pytest.raises(LossInputError, match=rf"nothing is bound.*got {name}=.*Leave bind\({name}=\.\.\.\) out"):
             compute_loss_func(reinforce().bind(**bound))
+    with pytest.raises(LossInputError, match="compute_loss_func: expected None beside loss="):
+        Trainer(llama(), loss=cross_entropy(), compute_loss_func=compute_loss_func(cross_entropy()))
     with pytest.raises(LossInputError, match=r"label_smoothing_factor: expected 0\.0 in the trainer's args, got 0\.1"):
         run(tmp_path, llama(), 1, label_smoothing_factor=0.1)
 

@@ -220,6 +220,20 @@ def test_evaluation_has_metrics_of_its_own(tmp_path: Path) -> None:
     assert metrics["eval_dapo/loss"] == pytest.approx(metrics["eval_loss"], abs=1e-5)
 
 
+def test_sft_evaluates_batches_by_themselves_and_refuses_a_training_step_without_a_count(tmp_path: Path) -> None:
+    mine = supervised(tmp_path, ours.SFTTrainer, cross_entropy(), per_device_eval_batch_size=4)
+    theirs = supervised(tmp_path, trl.SFTTrainer, per_device_eval_batch_size=4)
+    metrics = mine.evaluate(mine.train_dataset)
+    assert metrics["eval_loss"] == pytest.approx(theirs.evaluate(theirs.train_dataset)["eval_loss"], abs=1e-5)
+    assert metrics["eval_cross_entropy/nll"] == pytest.approx(metrics["eval_loss"], abs=1e-5)
+    mine.model.train()
+    with pytest.raises(LossInputError, match=r"tokens: .* from TRL's SFTTrainer, got None"):
+        mine.compute_loss(mine.model, next(iter(mine.get_train_dataloader())))
+    with pytest.raises(LossInputError, match="compute_loss_func: expected None beside loss="):
+        both = {"loss": cross_entropy(), "compute_loss_func": lambda *_: 0}
+        ours.SFTTrainer(model(), mine.args, train_dataset=mine.train_dataset, processing_class=tokenizer(), **both)
+
+
 @pytest.mark.parametrize(
     ("loss", "settings", "message"),
     [
@@ -253,7 +267,7 @@ def test_the_other_trainers_refuse_what_they_cannot_do(tmp_path: Path) -> None:
     with pytest.raises(LossInputError, match="loss_type: expected 'nll'"):
         supervised(tmp_path, ours.SFTTrainer, cross_entropy(), loss_type="dft")
     with pytest.raises(LossInputError, match="samples of the policy"):
-        sampled(tmp_path, ours.RLOOTrainer, trl.RLOOConfig, reinforce(), num_iterations=2)
+        sampled(tmp_path, ours.RLOOTrainer, trl.RLOOConfig, reinforce(weigh=sequence_mean), num_iterations=2)
     with pytest.raises(LossInputError, match="old_logprobs: expected one of the columns of TRL's RLOOTrainer: adv"):
         sampled(tmp_path, ours.RLOOTrainer, trl.RLOOConfig, importance_sampling(weigh=sequence_mean))
     with pytest.raises(LossInputError, match=r"divided by sequences.*got one divided by tokens"):
