@@ -761,12 +761,16 @@ def test_trainers_that_want_tensors_wait_for_nothing(stand_in: Callable[..., Non
         total.item()
 
 
+FOLDER = Path(lossfns.__file__).parent / "integrations"
+MODULES = {path.stem for path in FOLDER.glob("*.py")} - {"__init__", "trainer"}
+"""The trainers that have a module."""
+
+
 def adapters() -> list[tuple[str, ast.AST]]:
     """The public function, or class, of each module."""
-    folder = Path(lossfns.__file__).parent / "integrations"
     found: list[tuple[str, ast.AST]] = []
     for module in (hatchery, nemo_rl, openrlhf, prime_rl, skyrl, slime, swift, torchtitan, trinity, verl, xtuner):
-        path = folder / f"{module.__name__.rpartition('.')[2]}.py"
+        path = FOLDER / f"{module.__name__.rpartition('.')[2]}.py"
         public = {"policy_loss", "loss_fn", "LossFn", "rl_loss", "sft_loss", "pg_loss_reducer", "tis"}
         nodes = ast.parse(path.read_text()).body
         found += [(f"{path.stem}.{n.name}", n) for n in nodes if getattr(n, "name", None) in public]
@@ -795,13 +799,39 @@ def test_every_module_of_a_trainer_has_an_adapter() -> None:
     assert len({name.partition(".")[0] for name, _ in adapters()}) == 11
 
 
+PAGE = (Path(lossfns.__file__).parents[1] / "docs" / "integrations.md").read_text()
+
+
 def test_the_page_imports_names_that_exist() -> None:
-    """Each section has a block of code: its lines that import from this library run."""
-    page = (Path(lossfns.__file__).parents[1] / "docs" / "integrations-trainers.md").read_text()
-    imports = [line for line in page.splitlines() if line.startswith("from lossfns")]
+    """Each section has a block of code: its lines that import from this library run, but for TRL's, an extra."""
+    imports = [line for line in PAGE.splitlines() if line.startswith("from lossfns")]
+    assert sum("lossfns.integrations" in line for line in imports) == len(MODULES) + 1  # two of transformers
     names: dict[str, Any] = {}
-    exec("\n".join(imports), names)
-    assert sum("lossfns.integrations" in line for line in imports) == 12 and callable(names["mask_as_weights"])
+    exec("\n".join(line for line in imports if "integrations.trl" not in line), names)
+    assert callable(names["mask_as_weights"])
+
+
+def test_the_page_has_a_row_and_a_section_for_each_trainer() -> None:
+    rows = [line.split(" | ") for line in PAGE.splitlines() if line.startswith("| [")]
+    links = [row[0].partition("](#")[2].rstrip(")") for row in rows]
+    headings = [line[3:] for line in PAGE.splitlines() if line.startswith("## ")]
+    anchors = [heading.lower().replace(" ", "-").replace("'", "") for heading in headings]
+    assert list(dict.fromkeys(links)) == anchors[1:-1], "the sections of the trainers, in the order of the table"
+    assert len(rows) == len(MODULES) + 3, "TRL has four rows"
+    assert all(len(row) == 7 for row in rows)
+    assert {row[-1].rstrip(" |") for row in rows} == {"trained", "compared", "signature"}
+
+
+def test_the_page_gives_the_version_that_the_adapter_was_written_for() -> None:
+    """The docstring of each module but those of the extras names it, too."""
+    for module in MODULES - {"transformers", "trl"}:
+        docstring = ast.get_docstring(ast.parse((FOLDER / f"{module}.py").read_text())) or ""
+        versions = [row.split(" | ")[1] for row in PAGE.splitlines() if row.startswith("| [")]
+        assert any(all(part in docstring for part in version.split(", ")) for version in versions), module
+
+
+def test_the_page_is_readable_in_80_columns() -> None:
+    assert [line for line in PAGE.splitlines() if len(line) > 80 and not line.startswith("|")] == []
 
 
 def test_the_penalty_of_a_trainer_takes_the_place_of_ours() -> None:
