@@ -30,16 +30,18 @@ UNITS: dict[Any, str] = {
 }
 """What each count of a weighing adds up. ``"sum"`` is a loss that is never divided."""
 
-WEIGHINGS = {
+WEIGHINGS_OF_UNIT = {
     "tokens": "token_mean",
     "sequences": "sequence_mean, sequence_sum_mean or fixed_length(L)",
     "pairs": "pair_mean",
     "sum": "token_sum",
 }
+
 OTHER_ROWS_FIX = {
     TOKENS: "TRL's GRPOTrainer takes policy losses, and SFTTrainer takes cross_entropy().",
     PAIRS: "TRL's DPOTrainer takes losses over pairs. Elsewhere, call loss.padded in a training step of your own.",
 }
+
 NOT_PASSED_FIX = {
     "advantages": "Take a loss that does not read it, such as cross_entropy().",
     "old_logprobs": "Take a loss without a ratio, such as reinforce(), or bind(old_logprobs=ON_POLICY): a ratio of 1.",
@@ -100,7 +102,7 @@ def check_counted(loss: Loss, trainer: str, counts: Sequence[str]) -> None:
         units = " or ".join(each for each in counts if each != "sum")
         divided = f"one divided by {unit or 'a count of its own'}"
         got = "a sum that is never divided" if unit == "sum" else divided
-        fix = f"Take weigh={', or '.join(WEIGHINGS[each] for each in counts)}, in place of that of {loss!r}."
+        fix = f"Take weigh={', or '.join(WEIGHINGS_OF_UNIT[each] for each in counts)}, in place of that of {loss!r}."
         raise LossInputError("weigh", f"a loss that is divided by {units}, which {trainer} counts", got, fix)
 
 

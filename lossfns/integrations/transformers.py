@@ -27,6 +27,9 @@ try:
 except ImportError as error:
     raise ImportError('lossfns.integrations.transformers needs the extra hf: pip install "lossfns[hf]"') from error
 
+HOOK = ("transformers", (), ("tokens",))
+"""The arguments of ``for_trainer`` besides the loss: name of the trainer, its columns and its counts."""
+
 UNSHIFTED = (MaskedLMOutput, TokenClassifierOutput)
 """Outputs with one label for each position, which stands at that position."""
 
@@ -54,10 +57,8 @@ def compute_loss_func(loss: Loss | BoundLoss, report: Callable[[dict[str, float]
         with add_loss_name(bound.loss.name):
             check_causal(outputs, labels)
             labels = labels.to(outputs.logits.device)
-            logprobs, weights = (
-                target_logprobs(outputs.logits[:, :-1], targets_from_labels(labels)),
-                weights_from_labels(labels),
-            )
+            logprobs = target_logprobs(outputs.logits[:, :-1], targets_from_labels(labels))
+            weights = weights_from_labels(labels)
             count = denominator_for(bound.loss, "transformers", weights, tokens=num_items_in_batch)
             total, metrics = bound.padded(logprobs, weights, denominator=count)
         if report is not None:
@@ -79,10 +80,6 @@ def check_causal(outputs: Any, labels: Any) -> None:
         if outputs.get(name) is not None:
             fix = "Encoder-decoders shift no labels, and an auxiliary loss would be lost: use the model's own loss."
             raise LossInputError("outputs", "those of a plain causal language model", f"{name} as well", fix)
-
-
-HOOK = ("transformers", (), ("tokens",))
-"""The arguments of ``for_trainer`` besides the loss: name of the trainer, its columns and its counts."""
 
 
 class LoggedLoss:

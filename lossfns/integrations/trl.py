@@ -74,6 +74,9 @@ def recorded_logprobs(*models: Any) -> Iterator[list[Tensor]]:
     finally:
         for handle in handles:
             handle.remove()
+    if not logprobs:
+        fix = "Set use_liger_kernel=False."
+        raise LossInputError("model", "outputs with log_probs, as TRL's own head gives them", "none", fix)
 
 
 def loss_of(

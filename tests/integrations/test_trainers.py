@@ -714,6 +714,43 @@ def test_a_count_of_ones_own_is_refused() -> None:
             adapt(own)
 
 
+@pytest.mark.parametrize("adapt", [openrlhf.policy_loss, torchtitan.rl_loss, trinity.policy_loss, swift.sft_loss])
+def test_a_sum_is_refused_where_the_trainer_divides(stand_in: Callable[..., None], adapt: Callable[..., Any]) -> None:
+    stand_in("trinity.algorithm.policy_loss_fn.policy_loss_fn", PolicyLossFn=PolicyLossFn)
+    loss = cross_entropy(weigh=token_sum) if adapt is swift.sft_loss else ppo(weigh=token_sum)
+    with pytest.raises(LossInputError, match="weigh: expected"):
+        adapt(loss)
+
+
+def test_a_batch_without_a_trained_token_has_a_loss_and_a_gradient_of_0(stand_in: Callable[..., None]) -> None:
+    stand_in("trinity.algorithm.policy_loss_fn.policy_loss_fn", PolicyLossFn=PolicyLossFn)
+    stand_in("nemo_rl.algorithms.loss.interfaces", **nemo_names())
+    stand_in("torchtitan.components.loss", compute_logprobs=compute_logprobs)
+    whole = {**batch(), "mask": torch.zeros(B, T, dtype=torch.bool)}
+    lp, logits = leaf(whole, "logprobs"), leaf(whole, "logits")
+    old, advantages, mask = (whole[name] for name in ("old_logprobs", "advantages", "mask"))
+    labels, none = torch.full((B, T), -100), torch.tensor(0)
+    generator = {"generator_logprobs": old, "advantages": advantages, "loss_mask": mask}
+    counts = {"global_valid_seqs": none, "global_valid_toks": none}
+    outputs = SimpleNamespace(logits=logits)
+    evaluate = swift.sft_loss(cross_entropy())(None, None)
+    totals = [
+        verl_call(verl.policy_loss(ppo()), whole, "token-mean", verl_config(whole))[0],
+        nemo_rl.LossFn(ppo())(nemo_data(whole), **counts, next_token_logprobs=lp)[0],
+        openrlhf.policy_loss(ppo())(lp, old, advantages, mask, batch_num_tokens=none)[0],
+        trinity.policy_loss(gspo())()(logprob=lp, old_logprob=old, action_mask=mask, advantages=advantages)[0],
+        torchtitan.rl_loss(ppo())(logits, whole["targets"], none, **generator)[0],
+        evaluate(outputs, labels),
+        evaluate(outputs, labels, num_items_in_batch=none),
+        hatchery.loss_fn(ppo(weigh=token_sum))(HatcheryInputs(logits, labels, None, old, advantages))[0],
+        slime.pg_loss_reducer(sequence_mean)([], [T] * B, list(mask.float()))(lp.flatten()),
+    ]
+    assert [float(total.detach()) for total in totals] == [0.0] * len(totals)
+    for total in totals:
+        gradients = torch.autograd.grad(total, [lp, logits], allow_unused=True, retain_graph=True)
+        assert all(g is None or not g.any() for g in gradients)
+
+
 def test_on_policy_logprobs_may_be_bound() -> None:
     """The ratio is 1, so the loss is that of importance sampling at lp = old: −ΣA / N."""
     whole = batch()

@@ -12,6 +12,7 @@ from torch import Tensor
 from trainers import llama, output, parameters, quick_collection, tokenizer
 
 from lossfns import (
+    ON_POLICY,
     LossInputError,
     cispo,
     cross_entropy,
@@ -212,6 +213,13 @@ def test_rloo_of_samples_of_the_policy_is_reinforce(tmp_path: Path) -> None:
     assert_same(train(mine), expected)
 
 
+def test_a_ratio_of_1_may_be_bound_in_place_of_old_logprobs(tmp_path: Path) -> None:
+    """−A·r with r = exp(lp − sg lp) has the gradient of REINFORCE."""
+    expected = train(sampled(tmp_path, ours.RLOOTrainer, trl.RLOOConfig, reinforce(weigh=sequence_sum_mean)))
+    loss = importance_sampling(weigh=sequence_sum_mean).bind(old_logprobs=ON_POLICY)
+    assert_same(train(sampled(tmp_path, ours.RLOOTrainer, trl.RLOOConfig, loss)), expected)
+
+
 def test_evaluation_has_metrics_of_its_own(tmp_path: Path) -> None:
     mine = sampled(tmp_path, ours.GRPOTrainer, trl.GRPOConfig, dapo(), per_device_eval_batch_size=8)
     mine.train()
@@ -232,6 +240,12 @@ def test_sft_evaluates_batches_by_themselves_and_refuses_a_training_step_without
     with pytest.raises(LossInputError, match="compute_loss_func: expected None beside loss="):
         both = {"loss": cross_entropy(), "compute_loss_func": lambda *_: 0}
         ours.SFTTrainer(model(), mine.args, train_dataset=mine.train_dataset, processing_class=tokenizer(), **both)
+
+
+def test_a_model_without_logprobs_is_refused() -> None:
+    refused = pytest.raises(LossInputError, match=r"outputs with log_probs.* Set use_liger_kernel=False")
+    with refused, ours.recorded_logprobs(torch.nn.Linear(1, 1)):
+        pass
 
 
 @pytest.mark.parametrize(
