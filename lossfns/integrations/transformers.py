@@ -100,6 +100,11 @@ class LoggedLoss:
         """Keep the metrics of a micro-batch for the next log."""
         self.recorded[self.model.training].append(metrics)
 
+    def evaluation_loop(self, *args: Any, **options: Any) -> Any:
+        """Evaluate, without the metrics of an earlier loop that logged nothing, such as that of ``predict``."""
+        self.recorded[False] = []
+        return super().evaluation_loop(*args, **options)  # type: ignore[misc]
+
     def log(self, logs: dict[str, float], *args: Any, **options: Any) -> None:
         """Add the metrics since the last log, of training or of evaluation, and log."""
         parts = gather_object(self.recorded[self.model.training])
