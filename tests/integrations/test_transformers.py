@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -14,7 +13,6 @@ from torch import Tensor
 from torch.nn import functional as F
 from trainers import llama, output, parameters, quick_collection
 
-import lossfns.integrations
 from lossfns import LossInputError, Rows, cross_entropy, dpo, fixed_length, ppo, reinforce, sequence_mean, token_sum
 from lossfns.integrations.trainer import denominator_for, for_trainer
 
@@ -192,19 +190,3 @@ def test_a_loss_with_a_denominator_of_its_own_and_label_smoothing_are_refused(tm
         Trainer(llama(), loss=cross_entropy(), compute_loss_func=compute_loss_func(cross_entropy()))
     with pytest.raises(LossInputError, match=r"label_smoothing_factor: expected 0\.0 in the trainer's args, got 0\.1"):
         run(tmp_path, llama(), 1, label_smoothing_factor=0.1)
-
-
-def classes_and_functions() -> Iterator[tuple[str, int]]:
-    """The lines of code of each class and function of the integrations, without its docstrings."""
-    for path in sorted(Path(lossfns.integrations.__file__).parent.glob("*.py")):
-        for node in ast.parse(path.read_text()).body:
-            if isinstance(node, ast.ClassDef | ast.FunctionDef):
-                inner = [each for each in ast.walk(node) if isinstance(each, ast.ClassDef | ast.FunctionDef)]
-                texts = [each.body[0] for each in inner if ast.get_docstring(each) is not None]
-                documented = sum((text.end_lineno or 0) - text.lineno + 1 for text in texts)
-                yield f"{path.stem}.{node.name}", (node.end_lineno or 0) - node.lineno + 1 - documented
-
-
-@pytest.mark.parametrize(("name", "lines"), list(classes_and_functions()))
-def test_an_adapter_has_fewer_than_30_lines(name: str, lines: int) -> None:
-    assert lines < 30
