@@ -167,8 +167,8 @@ def denominator_for(loss: Loss, trainer: str, weights: Tensor, **counts: Any) ->
         missing = f"Pass on the trainer's own: {loss!r} is divided by it, or parts of a batch would not add up."
         got, fix = ("None", missing) if count is None else (f"shape {tuple(count.shape)}", several)
         raise LossInputError(unit, f"the number of {unit} in the whole batch, from {trainer}", got, fix)
-    if isinstance(count, Tensor) and count.device.type == "cpu":
-        count = count.item()
+    if isinstance(count, Tensor):  # a model on several devices has its logits on the last
+        count = count.item() if count.device.type == "cpu" else count.to(weights.device)
     if isinstance(count, Tensor) or count == 0:
         count = torch.where((weights == 0).all() & (count == 0), 1, count)
     return count if length is None else length * count
