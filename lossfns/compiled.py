@@ -42,6 +42,7 @@ class OneKernel:
         form = differentiable, batch.equal, divisor is None
         try:
             if form not in self.kernels:
+                check_no_other_gradient(self.measure, loss, batch, divisor)
                 function = with_own_code(value_and_gradient if differentiable else value)
                 self.kernels[form] = torch.compile(function, fullgraph=True)
             with torch.no_grad():
@@ -50,7 +51,7 @@ class OneKernel:
         except Exception as error:  # torch.compile raises errors of many types, which differ by release and backend
             result = self.measure(loss, pack, batch, divisor)  # raises the loss's own error, if this was one
             self.failed = True
-            warn(f"torch.compile failed, so the loss runs without it: {reason(error)}")
+            warn(f"the loss runs without torch.compile: {reason(error)}")
             return result
         if differentiable:
             total = WithGradient.apply(batch.logprobs, total, gradient[0].view(-1))  # type: ignore[no-untyped-call]
@@ -77,6 +78,14 @@ def value_and_gradient(
 
     gradient, (total, values) = torch.func.grad_and_value(of_logprobs, has_aux=True)(batch.logprobs)
     return total, names, values, gradient
+
+
+def check_no_other_gradient(measure: Measure, loss: Any, batch: Any, divisor: Any) -> None:
+    """Refuse a loss whose terms hold tensors that require grad: the kernel has the gradient of the logprobs alone."""
+    constants = of_any_size(batch)
+    total, _ = measure(loss, blank_tensors, flat(constants, constants.logprobs), divisor)
+    if total.requires_grad:
+        raise ValueError("its terms use other tensors that require grad, and the kernel would lose their gradient")
 
 
 class WithGradient(torch.autograd.Function):
