@@ -100,16 +100,16 @@ def test_the_oracle_imports_nothing_of_ours() -> None:
     assert imported("testing/oracle") == set()
 
 
-HOSTS = {"transformers": {"transformers", "accelerate"}, "trl": {"trl"}}
-"""The packages that an integration imports besides those of the core: the host of its name, and what this needs."""
+TRAINERS = {"transformers": {"transformers", "accelerate"}, "trl": {"trl"}}
+"""The packages that an integration imports besides those of the core: the trainer of its name, and what this needs."""
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if room(name) in CORE | {"integrations"}])
-def test_the_core_imports_torch_numpy_and_the_standard_library_alone_and_an_integration_its_host(name: str) -> None:
+def test_the_core_imports_torch_numpy_and_the_standard_library_alone_and_an_integration_its_trainer(name: str) -> None:
     allowed = {"lossfns", "torch", "numpy"}
     if room(name) == "integrations":
-        host = name.split("/")[-1]
-        allowed |= HOSTS.get(host, {host})
+        trainer = name.split("/")[-1]
+        allowed |= TRAINERS.get(trainer, {trainer})
     for node in ast.walk(ast.parse(MODULES[name].read_text())):
         names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
         names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lossfns.errors import LossInputError, add_loss_name
-from lossfns.integrations.trainer import columns_for, for_trainer, global_count, trial_terms
+from lossfns.errors import add_loss_name
+from lossfns.integrations.trainer import columns_for, denominator_for, for_trainer, trial_terms
 from lossfns.loss import BoundLoss, Loss
 from lossfns.weigh import weight_sum
 
@@ -42,8 +42,8 @@ class LossFn:
     def __init__(self, loss: Loss | BoundLoss) -> None:
         from nemo_rl.algorithms.loss.interfaces import LossInputType, LossType, MetricNormalizer
 
-        self.bound = for_trainer(loss, "NeMo-RL", tuple(FIELDS))
-        check_divided(self.bound.loss)
+        # A raw sum is refused: NeMo-RL may call the loss with counts of 1, and divide the gradients by its own.
+        self.bound = for_trainer(loss, "NeMo-RL", tuple(FIELDS), ("tokens", "sequences"))
         self.loss_type = LossType.TOKEN_LEVEL if self.bound.loss.count is weight_sum else LossType.SEQUENCE_LEVEL
         self.input_type = LossInputType.LOGPROB
         by_tokens = dict.fromkeys(("token_mult_prob_error", *trial_terms(self.bound.loss)[1]), MetricNormalizer.TOKENS)
@@ -57,21 +57,15 @@ class LossFn:
             mask = data["token_mask"][:, 1:] * data["sample_mask"][:, None]
             given = {name: data[field][:, 1:] for name, field in FIELDS.items() if field in data}
             columns = columns_for(self.bound, "NeMo-RL", **given)
-            count = global_count(loss, "NeMo-RL", tokens=global_valid_toks, sequences=global_valid_seqs)
+            counts = {"tokens": global_valid_toks, "sequences": global_valid_seqs}
+            count = denominator_for(loss, "NeMo-RL", mask, **counts)
             total, metrics = self.bound.deferred().padded(next_token_logprobs, mask, denominator=count, **columns)
             numbers = metrics.finalise()
-            part = numbers["tokens"] / float(global_valid_toks)
+            part = numbers["tokens"] / max(float(global_valid_toks), 1.0)
             statistics = {name: numbers[name] * part for name in metrics.sums if name != "rows"}
             samples = numbers["sequences"] - numbers["sequences_empty"]
             extra = mismatch(given, mask, global_valid_toks)
             return total, {"loss": numbers["loss"], "num_valid_samples": samples, **statistics, **extra}
-
-
-def check_divided(loss: Loss) -> None:
-    """Refuse a raw sum: NeMo-RL may call the loss with counts of 1, and divide the gradients by its own."""
-    if loss.count is None:
-        fix = "Take token_mean, sequence_mean, sequence_sum_mean or fixed_length(L)."
-        raise LossInputError("weigh", "a loss that is divided by tokens or sequences", f"{loss!r}", fix)
 
 
 def mismatch(columns: Mapping[str, Tensor], mask: Tensor, tokens: Tensor) -> dict[str, float]:
@@ -80,4 +74,4 @@ def mismatch(columns: Mapping[str, Tensor], mask: Tensor, tokens: Tensor) -> dic
         return {}
     distance = (columns["sampler_logprobs"] - columns["old_logprobs"]).abs()
     factor = torch.where(mask != 0, distance, 0).exp()
-    return {"token_mult_prob_error": float((factor * mask).sum() / tokens)}
+    return {"token_mult_prob_error": float((factor * mask).sum() / tokens.clamp(min=1))}

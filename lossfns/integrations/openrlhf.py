@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lossfns.errors import LossInputError, add_loss_name
-from lossfns.integrations.trainer import columns_for, for_trainer, global_count, means
+from lossfns.integrations.trainer import columns_for, denominator_for, for_trainer, means
 from lossfns.loss import BoundLoss, Loss
 
 Result = tuple[Tensor, Tensor, Tensor, None, None]
@@ -35,13 +35,14 @@ def policy_loss(loss: Loss | BoundLoss) -> Callable[..., Result]:
         global_batch_size)``, which returns the five values of ``PolicyLoss.forward``.
 
     Raises:
-        LossInputError: if the loss reads another column; in a call, if a count or the mask is None.
+        LossInputError: if the loss reads another column or is a raw sum; in a call, if a count or the mask is None.
 
     >>> from lossfns import ppo
     >>> policy_loss(ppo()).__name__
     'ppo'
     """
-    bound = for_trainer(loss, "OpenRLHF", ("advantages", "old_logprobs", "sampler_logprobs"))
+    columns = ("advantages", "old_logprobs", "sampler_logprobs")
+    bound = for_trainer(loss, "OpenRLHF", columns, ("tokens", "sequences"))
 
     def fn(
         log_probs: Tensor,
@@ -56,7 +57,8 @@ def policy_loss(loss: Loss | BoundLoss) -> Callable[..., Result]:
         with add_loss_name(bound.loss.name):
             if action_mask is None:
                 raise LossInputError("action_mask", "the mask of the tokens to train", "None", "Pass experience's own.")
-            count = global_count(bound.loss, "OpenRLHF", tokens=batch_num_tokens, sequences=global_batch_size)
+            counts = {"tokens": batch_num_tokens, "sequences": global_batch_size}
+            count = denominator_for(bound.loss, "OpenRLHF", action_mask, **counts)
             given = {"advantages": advantages, "old_logprobs": old_log_probs, "sampler_logprobs": rollout_log_probs}
             columns = columns_for(bound, "OpenRLHF", **given)
             total, metrics = bound.deferred().padded(log_probs, action_mask, denominator=count, **columns)

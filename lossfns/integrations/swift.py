@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from lossfns.errors import LossInputError, add_loss_name
-from lossfns.integrations.trainer import check_weighing, for_trainer
+from lossfns.integrations.trainer import check_weighing, denominator_for, for_trainer
 from lossfns.labels import targets_from_labels, weights_from_labels
 from lossfns.logprobs.target import target_logprobs
 from lossfns.loss import BoundLoss, Loss
@@ -53,7 +53,9 @@ def sft_loss(loss: Loss | BoundLoss) -> Callable[[Any, Any], Callable[..., Tenso
                 if loss_scale is not None:
                     weights = weights * loss_scale.view(labels.shape)[:, :-1]
                 logprobs = target_logprobs(outputs.logits[:, :-1], targets_from_labels(labels))
-                total, _ = bound.deferred().padded(logprobs, weights, denominator=num_items_in_batch)
+                tokens = weights.sum() if num_items_in_batch is None else num_items_in_batch
+                count = denominator_for(bound.loss, "ms-swift", weights, tokens=tokens)
+                total, _ = bound.deferred().padded(logprobs, weights, denominator=count)
                 return total
 
         return fn

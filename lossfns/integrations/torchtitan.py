@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 
 from lossfns.errors import add_loss_name
-from lossfns.integrations.trainer import check_tokenwise, check_weighing, columns_for, for_trainer, global_count, shares
+from lossfns.integrations.trainer import (
+    check_tokenwise,
+    check_weighing,
+    columns_for,
+    denominator_for,
+    for_trainer,
+    shares,
+)
 from lossfns.loss import BoundLoss, Loss
 from lossfns.weigh import token_mean
 
@@ -57,9 +64,9 @@ def rl_loss(loss: Loss | BoundLoss) -> Callable[..., tuple[Tensor, dict[str, Ten
         from torchtitan.components.loss import compute_logprobs
 
         with add_loss_name(bound.loss.name):
-            count = global_count(bound.loss, "torchtitan", tokens=global_valid_tokens, sequences=None)
             columns = columns_for(bound, "torchtitan", advantages=advantages, old_logprobs=generator_logprobs)
             mask = loss_mask & torch.isfinite(generator_logprobs)
+            count = denominator_for(bound.loss, "torchtitan", mask, tokens=global_valid_tokens)
             total, metrics = bound.deferred().padded(
                 compute_logprobs(logits, labels), mask, denominator=count, **columns
             )

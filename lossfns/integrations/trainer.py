@@ -14,46 +14,96 @@ import torch
 from torch import Tensor
 
 from lossfns.deferred import DeferredMetrics
-from lossfns.errors import LossInputError, show
+from lossfns.errors import LossInputError, add_loss_name, show
 from lossfns.export.datums import as_bound
 from lossfns.export.token_gradient import TokenwiseTokens
 from lossfns.loss import BoundLoss, Loss, Statistics
-from lossfns.tokens import ON_POLICY, TOKENS, Tokens
-from lossfns.weigh import Weighing, length_count, sequence_count, sequence_count_or_nan, weight_sum
+from lossfns.tokens import ON_POLICY, PAIRS, TOKENS, Rows, Tokens
+from lossfns.weigh import Weighing, length_count, pair_count, sequence_count, sequence_count_or_nan, weight_sum
+
+UNITS: dict[Any, str] = {
+    weight_sum: "tokens",
+    sequence_count: "sequences",
+    sequence_count_or_nan: "sequences",
+    pair_count: "pairs",
+    None: "sum",
+}
+"""What each count of a weighing adds up. ``"sum"`` is a loss that is never divided."""
+
+WEIGHINGS_OF_UNIT = {
+    "tokens": "token_mean",
+    "sequences": "sequence_mean, sequence_sum_mean or fixed_length(L)",
+    "pairs": "pair_mean",
+    "sum": "token_sum",
+}
+
+OTHER_ROWS_FIX = {
+    TOKENS: "TRL's GRPOTrainer takes policy losses, and SFTTrainer takes cross_entropy().",
+    PAIRS: "TRL's DPOTrainer takes losses over pairs. Elsewhere, call loss.padded in a training step of your own.",
+}
 
 NOT_PASSED_FIX = {
+    "advantages": "Take a loss that does not read it, such as cross_entropy().",
+    "old_logprobs": "Take a loss without a ratio, such as reinforce(), or bind(old_logprobs=ON_POLICY): a ratio of 1.",
     "ref_logprobs": "Leave the penalty to the trainer's own KL setting, and take kl_beta=0.",
     "sampler_logprobs": "Leave with_tis out, and take the trainer's own correction, if it has one.",
 }
 
 
-def for_trainer(loss: Loss | BoundLoss, trainer: str, columns: Sequence[str]) -> BoundLoss:
-    """Return the loss as the trainer will call it.
+def for_trainer(
+    loss: Loss | BoundLoss,
+    trainer: str,
+    columns: Sequence[str],
+    counts: Sequence[str] | None = None,
+    rows: Rows = TOKENS,
+) -> BoundLoss:
+    """Return the loss as the trainer will call it. ``compiled()`` and ``bind(old_logprobs=ON_POLICY)`` may be called.
 
     Args:
-        loss: a loss of tokens. ``compiled()`` and ``bind(old_logprobs=ON_POLICY)`` may have been called.
+        loss: the loss.
         trainer: name of the trainer, for messages.
         columns: the columns that the trainer passes.
+        counts: what the trainer counts of the whole batch, as in ``UNITS``. None: the adapter checks the weighing.
+        rows: the kind of row of the losses that the trainer takes.
 
     Raises:
-        LossInputError: if the loss is not one of tokens, reads a column that the trainer does not have, or has a
-            denominator or another column bound.
+        LossInputError: if the loss has another kind of row, reads a column that the trainer does not have, is divided
+            by what the trainer does not count, or has a denominator or another column bound.
     """
     bound = as_bound(loss)
-    if bound.loss.rows is not TOKENS:
-        fix = "Call loss.padded in a training step of your own."
-        got = f"{bound.loss!r}, over {bound.loss.rows}"
-        raise LossInputError("loss", f"a loss of tokens, as the hook of {trainer} takes it", got, fix)
+    with add_loss_name(bound.loss.name):
+        if bound.loss.rows is not rows:
+            fix = OTHER_ROWS_FIX.get(bound.loss.rows, "Call loss.padded in a training step of your own.")
+            raise LossInputError("loss", f"a loss over {rows} for {trainer}", f"one over {bound.loss.rows}", fix)
+        check_unbound(bound, trainer)
+        for name in bound.loss.reads:
+            if name not in columns and name not in bound.columns:
+                expected = f"one of the columns of {trainer}: {', '.join(columns) or 'it has none'}"
+                raise LossInputError(name, expected, f"{bound.loss!r}, which reads it", NOT_PASSED_FIX.get(name, ""))
+        if counts is not None:
+            check_counted(bound.loss, trainer, counts)
+    return bound
+
+
+def check_unbound(bound: BoundLoss, trainer: str) -> None:
+    """Refuse a loss to which anything but ``old_logprobs=ON_POLICY`` is bound."""
     given = {name: x for name, x in bound.columns.items() if x is not ON_POLICY}
     for name, x in {"denominator": bound.divisor, "grad_l1": bound.grad_l1 or None, **given}.items():
         if x is not None:
-            fix = "Bind nothing but old_logprobs=ON_POLICY: the adapter passes what the trainer has."
-            raise LossInputError(name, f"that of {trainer}", show(x), fix)
-    for name in bound.loss.reads:
-        if name not in columns and name not in bound.columns:
-            expected = f"one of the columns of {trainer}: {', '.join(columns)}"
-            raise LossInputError(name, expected, f"{bound.loss!r}, which reads it", NOT_PASSED_FIX.get(name, ""))
-    return bound
+            expected = f"a loss to which nothing is bound, since {trainer} gives each batch its columns and counts"
+            fix = f"Leave bind({name}=...) out. Only old_logprobs=ON_POLICY may be bound."
+            raise LossInputError(name, expected, f"{name}={show(x)}", fix)
+
+
+def check_counted(loss: Loss, trainer: str, counts: Sequence[str]) -> None:
+    """Refuse a loss that is divided by something that the trainer does not count, and a sum that it would scale."""
+    unit = unit_of(loss)
+    if unit not in counts:
+        units = " or ".join(each for each in counts if each != "sum")
+        divided = f"one divided by {unit or 'a count of its own'}"
+        got = "a sum that is never divided" if unit == "sum" else divided
+        fix = f"Take weigh={', or '.join(WEIGHINGS_OF_UNIT[each] for each in counts)}, in place of that of {loss!r}."
+        raise LossInputError("weigh", f"a loss that is divided by {units}, which {trainer} counts", got, fix)
 
 
 def columns_for(bound: BoundLoss, trainer: str, **given: Any) -> dict[str, Any]:
@@ -84,30 +134,43 @@ def fixed_length_of(weighed: Loss | Weighing) -> float | None:
     return count.keywords["length"] if isinstance(count, partial) and count.func is length_count else None
 
 
-def global_count(loss: Loss, trainer: str, *, tokens: Any, sequences: Any) -> Any:
-    """Return the denominator of the whole batch from the trainer's counts of it; 1 for a raw sum.
+def unit_of(loss: Loss) -> str | None:
+    """Return what the denominator of a loss counts, as in ``UNITS``, and None for a count of a user's own."""
+    return UNITS.get(loss.count) if fixed_length_of(loss) is None else "sequences"
+
+
+def denominator_for(loss: Loss, trainer: str, weights: Tensor, **counts: Any) -> Any:
+    """Return the denominator of the whole batch from the trainer's counts of it. Nothing waits for the device.
+
+    A count of 0 becomes 1 in a call without a trained token: the batch trains nothing, and loss and gradient are 0.
+    Beside trained tokens it stays 0 and is refused, at once on the CPU and with the metrics on a device. No other count
+    is changed: a share of a count, as for one of several ranks, may be below 1.
 
     Args:
-        loss: a loss with one of the library's weighings.
+        loss: a loss that ``for_trainer`` has let pass for these counts.
         trainer: name of the trainer, for messages.
-        tokens, sequences: the trainer's counts over all ranks and micro-batches, as numbers or 0-d tensors.
+        weights: the weights or the mask of this call.
+        counts: the trainer's counts of all ranks and micro-batches, by unit, as in ``UNITS``: numbers, or tensors of
+            one number.
 
     Raises:
-        LossInputError: if the count that the loss needs is missing, or if the loss counts in another way.
+        LossInputError: if the count that the loss needs is None, or has several numbers.
+
+    >>> from lossfns import fixed_length, ppo
+    >>> denominator_for(ppo(weigh=fixed_length(8)), "TRL", torch.ones(2, 3), tokens=6, sequences=2)
+    16
     """
-    length = fixed_length_of(loss)
-    if loss.count is None:
-        return 1.0
-    if loss.count is weight_sum:
-        name, count = "tokens", tokens
-    elif length is not None or loss.count in (sequence_count, sequence_count_or_nan):
-        name, count = "sequences", sequences
-    else:
-        fix = "Weigh by token_mean, sequence_mean, sequence_sum_mean, fixed_length(L) or token_sum."
-        raise LossInputError("weigh", f"a count that {trainer} has: tokens or sequences", f"{loss!r}", fix)
-    if count is None:
-        fix = f"{loss!r} is divided by it: without it the parts of a batch do not add up."
-        raise LossInputError(name, f"the number of {name} in the whole batch, from {trainer}", "None", fix)
+    unit, length = unit_of(loss) or "", fixed_length_of(loss)
+    count = counts[unit]
+    if count is None or (isinstance(count, Tensor) and count.numel() != 1):
+        several = "Start one process for each GPU, with torchrun: under DataParallel there is one count for each."
+        missing = f"Pass on the trainer's own: {loss!r} is divided by it, or parts of a batch would not add up."
+        got, fix = ("None", missing) if count is None else (f"shape {tuple(count.shape)}", several)
+        raise LossInputError(unit, f"the number of {unit} in the whole batch, from {trainer}", got, fix)
+    if isinstance(count, Tensor):  # a model on several devices has its logits on the last
+        count = count.item() if count.device.type == "cpu" else count.to(weights.device)
+    if isinstance(count, Tensor) or count == 0:
+        count = torch.where((weights == 0).all() & (count == 0), 1, count)
     return count if length is None else length * count
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from lossfns.errors import add_loss_name
-from lossfns.integrations.trainer import columns_for, for_trainer
+from lossfns.integrations.trainer import columns_for, denominator_for, for_trainer
 from lossfns.loss import BoundLoss, Loss
 
 
@@ -29,11 +29,11 @@ def policy_loss(loss: Loss | BoundLoss) -> type:
         ``advantages``, each ``[B, T]`` or ``[T]``, and returns the loss and its statistics.
 
     Raises:
-        LossInputError: if the loss reads another column.
+        LossInputError: if the loss reads another column, or is a raw sum.
     """
     from trinity.algorithm.policy_loss_fn.policy_loss_fn import PolicyLossFn
 
-    bound = for_trainer(loss, "Trinity-RFT", ("advantages", "old_logprobs"))
+    bound = for_trainer(loss, "Trinity-RFT", ("advantages", "old_logprobs"), ("tokens", "sequences"))
 
     class LossFn(PolicyLossFn):  # type: ignore[misc]
         # Trinity-RFT reads the names of these parameters, to select the columns of its batch.
@@ -43,8 +43,10 @@ def policy_loss(loss: Loss | BoundLoss) -> type:
             with add_loss_name(bound.loss.name):
                 columns = columns_for(bound, "Trinity-RFT", advantages=advantages, old_logprobs=old_logprob)
                 rows = {name: x.view(-1, x.shape[-1]) for name, x in columns.items()}
-                shape = (-1, logprob.shape[-1])
-                total, metrics = bound.deferred().padded(logprob.view(shape), action_mask.view(shape), **rows)
+                lp, mask = (x.view(-1, logprob.shape[-1]) for x in (logprob, action_mask))
+                counts = {"tokens": mask.sum(), "sequences": (mask != 0).any(-1).sum()}
+                count = denominator_for(bound.loss, "Trinity-RFT", mask, **counts)
+                total, metrics = bound.deferred().padded(lp, mask, denominator=count, **rows)
                 numbers = metrics.finalise()
                 statistics = {name: numbers[name] for name in metrics.sums if name != "rows"}
                 return total, {"pg_loss": numbers["loss"], **statistics}

@@ -16,11 +16,11 @@ from typing import Any
 
 from torch import Tensor
 
-from lossfns.errors import LossInputError
-from lossfns.integrations.counts import whole_batch
+from lossfns.errors import LossInputError, add_loss_name
+from lossfns.integrations.trainer import columns_for, denominator_for
 from lossfns.integrations.transformers import LoggedLoss
 from lossfns.labels import weights_from_labels
-from lossfns.tokens import ON_POLICY
+from lossfns.tokens import ON_POLICY, PAIRS
 
 try:
     import trl
@@ -56,6 +56,9 @@ GRPO_SETTINGS = (
 """Settings that must have their defaults. ``beta`` must be 0 for a loss without a reference: TRL would run one."""
 
 
+KNOBS_FIX = "The loss does not use it: leave it out, and set the loss's knobs by the table in docs/integrations.md."
+
+
 @contextmanager
 def recorded_logprobs(*models: Any) -> Iterator[list[Tensor]]:
     """Collect the logprobs ``[B, T − 1]`` of every forward pass of the models inside the block, in order."""
@@ -71,24 +74,42 @@ def recorded_logprobs(*models: Any) -> Iterator[list[Tensor]]:
     finally:
         for handle in handles:
             handle.remove()
+    if not logprobs:
+        fix = "Set use_liger_kernel=False."
+        raise LossInputError("model", "outputs with log_probs, as TRL's own head gives them", "none", fix)
 
 
-def loss_of(trainer: Any, logprobs: Tensor, mask: Tensor, columns: dict[str, Any], **options: Any) -> Tensor:
-    """Return the loss of the last tokens, which the mask covers, and keep its metrics for the trainer's log.
-
-    Raises:
-        LossInputError: if the loss reads a column that the trainer does not have.
-    """
-    loss = trainer.loss_fn.loss
-    for name in loss.reads:
-        if columns.get(name) is None:
-            got = " and ".join(name for name, column in columns.items() if column is not None) or "none"
-            fix = "GRPO has ref_logprobs with beta above 0, and sampler_logprobs with use_vllm."
-            raise LossInputError(name, "a column that the trainer has", got, fix, loss=loss.name)
-    columns = {name: columns[name] for name in loss.reads}
-    total, metrics = trainer.loss_fn.padded(logprobs[:, -mask.shape[1] :], mask, **columns, **options)
+def loss_of(
+    trainer: Any, logprobs: Tensor, mask: Tensor, counts: dict[str, Any], layout: str | None = None, **columns: Any
+) -> Tensor:
+    """Return the loss of the last tokens, which the mask covers, and keep its metrics for the trainer's log."""
+    bound, name = trainer.loss_fn, trainer.hook[0]
+    with add_loss_name(bound.loss.name):
+        given = columns_for(bound, name, **columns)
+        count = denominator_for(bound.loss, name, mask, **counts)
+        last = logprobs[:, -mask.shape[1] :]
+        total, metrics = bound.padded(last, mask, layout=layout, denominator=count, **given)
     trainer.record(metrics)
     return total  # type: ignore[no-any-return]
+
+
+def check_reads_advantages(trainer: Any) -> None:
+    """Refuse a loss that does not depend on the rewards."""
+    loss = trainer.loss_fn.loss
+    if "advantages" not in loss.reads:
+        fix = "Take a policy loss, such as dapo(); SFTTrainer takes cross_entropy()."
+        raise LossInputError("loss", "a loss that reads advantages, since this trainer has rewards", repr(loss), fix)
+
+
+def check_sampler(trainer: Any) -> None:
+    """Refuse a correction without vLLM's logprobs, and TRL's correction for a loss that makes none."""
+    reads = "sampler_logprobs" in trainer.loss_fn.loss.reads
+    if reads and not trainer.use_vllm:
+        fix = "GRPO has sampler_logprobs with use_vllm=True alone: leave with_tis out."
+        raise LossInputError("sampler_logprobs", "use_vllm=True in the trainer's args", "use_vllm=False", fix)
+    if trainer.use_vllm and trainer.vllm_importance_sampling_correction and not reads:
+        fix = "Wrap it in with_tis, or set vllm_importance_sampling_correction=False."
+        raise LossInputError("loss", "one that corrects for vLLM's logprobs", repr(trainer.loss_fn.loss), fix)
 
 
 def check_settings(trainer: Any, config: Any, names: tuple[str, ...], **values: Any) -> None:
@@ -97,7 +118,7 @@ def check_settings(trainer: Any, config: Any, names: tuple[str, ...], **values: 
         field, got = config.__dataclass_fields__[name], getattr(trainer.args, name)
         default = field.default if field.default_factory is MISSING else field.default_factory()
         if got != values.get(name, default):
-            fix = f"Pass {name}={values[name]!r}." if name in values else "It does not change this loss: leave it out."
+            fix = f"Pass {name}={values[name]!r}." if name in values else KNOBS_FIX
             expected = f"{values.get(name, default)!r} in the trainer's args"
             raise LossInputError(name, expected, repr(got), fix, loss=trainer.loss_fn.loss.name)
     if trainer.aux_loss_enabled:
@@ -108,9 +129,13 @@ def check_settings(trainer: Any, config: Any, names: tuple[str, ...], **values: 
 class SFTTrainer(LoggedLoss, trl.SFTTrainer):  # type: ignore[misc]  # trl is not read by mypy
     """``trl.SFTTrainer`` with a loss that reads no columns and is divided by tokens, such as ``cross_entropy()``."""
 
+    hook = ("TRL's SFTTrainer", (), ("tokens",))
+
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         check_settings(self, trl.SFTConfig, ("loss_type", "label_smoothing_factor"))
+        if self.compute_loss_func is not None:
+            raise LossInputError("compute_loss_func", "None beside loss=", "a function", "Pass one of the two.")
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -121,15 +146,19 @@ class SFTTrainer(LoggedLoss, trl.SFTTrainer):  # type: ignore[misc]  # trl is no
             raise LossInputError("inputs", "labels that are not shifted", "shift_labels", fix)
         with recorded_logprobs(model) as logprobs:
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        tokens = whole_batch(self.loss_fn, tokens=num_items_in_batch)
-        loss = loss_of(self, logprobs[0], weights_from_labels(inputs["labels"]), {}, denominator=tokens)
-        if self.args.average_tokens_across_devices:  # the count is of all ranks, whose gradients are averaged
+        weights = weights_from_labels(inputs["labels"])
+        in_evaluation = num_items_in_batch is None and not self.model.training  # where TRL counts each batch
+        tokens = weights.sum() if in_evaluation else num_items_in_batch
+        loss = loss_of(self, logprobs[0], weights, {"tokens": tokens})
+        if self.args.average_tokens_across_devices and not in_evaluation:  # the average over ranks is undone
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
         return (loss, result[1]) if return_outputs else loss
 
 
 class DPOTrainer(LoggedLoss, trl.DPOTrainer):  # type: ignore[misc]
     """``trl.DPOTrainer`` with a loss over pairs, such as ``dpo(beta=0.1)`` or ``orpo()``."""
+
+    hook = ("TRL's DPOTrainer", ("ref_logprobs",), ("pairs",), PAIRS)
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -141,23 +170,24 @@ class DPOTrainer(LoggedLoss, trl.DPOTrainer):  # type: ignore[misc]
         with recorded_logprobs(model, self.ref_model or self.model) as logprobs:
             result = super()._compute_loss(model, inputs, return_outputs)
         mask = inputs["completion_mask"][:, 1:]
-        columns = {"ref_logprobs": logprobs[-1][:, -mask.shape[1] :]}
-        pairs = whole_batch(self.loss_fn, pairs=len(mask) // 2)
-        loss = loss_of(self, logprobs[0], mask, columns, layout="halves", denominator=pairs)
+        ref = logprobs[-1][:, -mask.shape[1] :]
+        loss = loss_of(self, logprobs[0], mask, {"pairs": len(mask) // 2}, layout="halves", ref_logprobs=ref)
         return (loss, result[1]) if return_outputs else loss
 
 
 class GRPOTrainer(LoggedLoss, trl.GRPOTrainer):  # type: ignore[misc]
     """``trl.GRPOTrainer`` with a policy loss, such as ``dapo()``, ``grpo(kl_beta=0.01)`` or ``gspo()``."""
 
+    columns = ("advantages", "old_logprobs", "ref_logprobs", "sampler_logprobs")
+    hook = ("TRL's GRPOTrainer", columns, ("tokens", "sequences"))
+
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         loss = self.loss_fn.loss
         beta = loss.knobs.get("kl_beta", self.args.beta if "ref_logprobs" in loss.reads else 0.0)
         check_settings(self, trl.GRPOConfig, GRPO_SETTINGS, beta=beta)
-        if self.use_vllm and self.vllm_importance_sampling_correction and "sampler_logprobs" not in loss.reads:
-            fix = "Wrap it in with_tis, or set vllm_importance_sampling_correction=False."
-            raise LossInputError("loss", "one that corrects for vLLM's logprobs", repr(loss), fix)
+        check_reads_advantages(self)
+        check_sampler(self)
 
     def _compute_loss(self, model: Any, inputs: Any) -> Tensor:
         """Return the loss, divided by the part of the trainer's counts that one optimizer step on this rank has."""
@@ -170,22 +200,21 @@ class GRPOTrainer(LoggedLoss, trl.GRPOTrainer):  # type: ignore[misc]
         steps = self.current_gradient_accumulation_steps if mode == "train" else 1
         part = steps / self.args.steps_per_generation if mode == "train" else 1.0  # of all that was generated at once
         tokens = inputs["num_items_in_batch"] * part / self.accelerator.num_processes
-        denominator = whole_batch(self.loss_fn, tokens=tokens, sequences=len(mask) * steps)
-        columns = {
-            "advantages": inputs["advantages"],
-            "old_logprobs": inputs.get("old_per_token_logps", ON_POLICY),
-            "ref_logprobs": inputs.get("ref_per_token_logps"),
-            "sampler_logprobs": inputs.get("sampling_per_token_logps"),
-        }
-        return loss_of(self, logprobs[0], mask, columns, denominator=denominator)
+        old = inputs.get("old_per_token_logps", ON_POLICY)
+        given = (inputs.get(name) for name in ("ref_per_token_logps", "sampling_per_token_logps"))
+        columns = dict(zip(self.columns, (inputs["advantages"], old, *given)))
+        return loss_of(self, logprobs[0], mask, {"tokens": tokens, "sequences": len(mask) * steps}, **columns)
 
 
 class RLOOTrainer(LoggedLoss, trl.RLOOTrainer):  # type: ignore[misc]
     """``trl.RLOOTrainer`` with ``reinforce(weigh=sequence_sum_mean)``, TRL's loss for samples of the policy."""
 
+    hook = ("TRL's RLOOTrainer", ("advantages",), ("sequences",))
+
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         check_settings(self, trl.RLOOConfig, ("epsilon", "epsilon_high"))
+        check_reads_advantages(self)
         each = self.args.steps_per_generation * self.num_iterations
         if self.args.gradient_accumulation_steps % each:
             got = f"a new batch every {each} steps for {self.args.gradient_accumulation_steps} accumulated"
@@ -196,6 +225,5 @@ class RLOOTrainer(LoggedLoss, trl.RLOOTrainer):  # type: ignore[misc]
         """Return the loss, divided by the sequences of the micro-batch. The trainer averages over these and ranks."""
         with recorded_logprobs(model) as logprobs:
             super()._compute_loss(model, inputs)
-        sequences = whole_batch(self.loss_fn, sequences=len(inputs["completion_mask"]))
-        columns = {"advantages": inputs["advantages"]}
-        return loss_of(self, logprobs[0], inputs["completion_mask"], columns, denominator=sequences)
+        mask, advantages = inputs["completion_mask"], inputs["advantages"]
+        return loss_of(self, logprobs[0], mask, {"sequences": len(mask)}, advantages=advantages)

@@ -14,9 +14,9 @@ from torch import Tensor
 from lossfns.errors import LossInputError, add_loss_name, show
 from lossfns.integrations.trainer import (
     columns_for,
+    denominator_for,
     fixed_length_of,
     for_trainer,
-    global_count,
     is_weighed,
     means_as_floats,
     scaled_by,
@@ -56,7 +56,7 @@ def policy_loss(loss: Loss | BoundLoss) -> PolicyLoss:
     >>> policy_loss(ppo()).__name__
     'ppo'
     """
-    bound = for_trainer(loss, "verl", ("advantages", "old_logprobs"))
+    bound = for_trainer(loss, "verl", ("advantages", "old_logprobs"), ("tokens", "sequences", "sum"))
     weighted = scaled_by(bound, "rollout_is_weights")
 
     def fn(
@@ -71,8 +71,8 @@ def policy_loss(loss: Loss | BoundLoss) -> PolicyLoss:
         with add_loss_name(bound.loss.name):
             batch = global_batch(config)
             check_mode(bound.loss, loss_agg_mode, batch["loss_scale_factor"])
-            tokens, sequences = batch["batch_num_tokens"], batch["global_batch_size"]
-            count = global_count(bound.loss, "verl", tokens=tokens, sequences=sequences)
+            counts = {"tokens": batch["batch_num_tokens"], "sequences": batch["global_batch_size"], "sum": 1.0}
+            count = denominator_for(bound.loss, "verl", response_mask, **counts)
             used = bound if rollout_is_weights is None else weighted
             given = {"advantages": advantages, "old_logprobs": old_log_prob, "rollout_is_weights": rollout_is_weights}
             columns = columns_for(used, "verl", **given)

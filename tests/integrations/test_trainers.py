@@ -696,10 +696,11 @@ POLICY_ADAPTERS = [
 @pytest.mark.parametrize("adapt", POLICY_ADAPTERS, ids=lambda adapt: adapt.__module__.rpartition(".")[2])
 def test_a_hook_of_tokens_refuses_other_losses(adapt: Callable[..., Any]) -> None:
     for loss in (dpo(), multi_target_cross_entropy()):
-        with pytest.raises(LossInputError, match="expected a loss of tokens, as the hook of"):
+        with pytest.raises(LossInputError, match=f"expected a loss over tokens for .*, got one over {loss.rows}"):
             adapt(loss)
     for bound in ({"denominator": 3.0}, {"grad_l1": True}, {"old_logprobs": [[-1.0]]}):
-        with pytest.raises(LossInputError, match=f"{next(iter(bound))}: expected that of .* Bind nothing but"):
+        name = next(iter(bound))
+        with pytest.raises(LossInputError, match=rf"{name}: expected a loss to which nothing is bound, .* Leave bind"):
             adapt(ppo().bind(**bound))
     with pytest.raises(LossInputError, match="a Loss such as"):
         adapt(ppo)
@@ -708,10 +709,46 @@ def test_a_hook_of_tokens_refuses_other_losses(adapt: Callable[..., Any]) -> Non
 def test_a_count_of_ones_own_is_refused() -> None:
     """No trainer counts sequences with an even number of tokens."""
     own = Loss("own", {}, ("advantages",), reinforce().terms, token_mean.share, lambda t: t.weights.sum() * 2)
-    whole = batch()
-    args = (whole["logprobs"], whole["old_logprobs"], whole["advantages"], whole["mask"])
-    with pytest.raises(LossInputError, match="own: weigh: expected a count that OpenRLHF has"):
-        openrlhf.policy_loss(own)(*args, batch_num_tokens=3.0, global_batch_size=1.0)
+    for adapt, name in ((openrlhf.policy_loss, "OpenRLHF"), (verl.policy_loss, "verl")):
+        with pytest.raises(LossInputError, match=f"own: weigh: .* which {name} counts, got one divided by a count of"):
+            adapt(own)
+
+
+@pytest.mark.parametrize("adapt", [openrlhf.policy_loss, torchtitan.rl_loss, trinity.policy_loss, swift.sft_loss])
+def test_a_sum_is_refused_where_the_trainer_divides(stand_in: Callable[..., None], adapt: Callable[..., Any]) -> None:
+    stand_in("trinity.algorithm.policy_loss_fn.policy_loss_fn", PolicyLossFn=PolicyLossFn)
+    loss = cross_entropy(weigh=token_sum) if adapt is swift.sft_loss else ppo(weigh=token_sum)
+    with pytest.raises(LossInputError, match="weigh: expected"):
+        adapt(loss)
+
+
+def test_a_batch_without_a_trained_token_has_a_loss_and_a_gradient_of_0(stand_in: Callable[..., None]) -> None:
+    stand_in("trinity.algorithm.policy_loss_fn.policy_loss_fn", PolicyLossFn=PolicyLossFn)
+    stand_in("nemo_rl.algorithms.loss.interfaces", **nemo_names())
+    stand_in("torchtitan.components.loss", compute_logprobs=compute_logprobs)
+    whole = {**batch(), "mask": torch.zeros(B, T, dtype=torch.bool)}
+    lp, logits = leaf(whole, "logprobs"), leaf(whole, "logits")
+    old, advantages, mask = (whole[name] for name in ("old_logprobs", "advantages", "mask"))
+    labels, none = torch.full((B, T), -100), torch.tensor(0)
+    generator = {"generator_logprobs": old, "advantages": advantages, "loss_mask": mask}
+    counts = {"global_valid_seqs": none, "global_valid_toks": none}
+    outputs = SimpleNamespace(logits=logits)
+    evaluate = swift.sft_loss(cross_entropy())(None, None)
+    totals = [
+        verl_call(verl.policy_loss(ppo()), whole, "token-mean", verl_config(whole))[0],
+        nemo_rl.LossFn(ppo())(nemo_data(whole), **counts, next_token_logprobs=lp)[0],
+        openrlhf.policy_loss(ppo())(lp, old, advantages, mask, batch_num_tokens=none)[0],
+        trinity.policy_loss(gspo())()(logprob=lp, old_logprob=old, action_mask=mask, advantages=advantages)[0],
+        torchtitan.rl_loss(ppo())(logits, whole["targets"], none, **generator)[0],
+        evaluate(outputs, labels),
+        evaluate(outputs, labels, num_items_in_batch=none),
+        hatchery.loss_fn(ppo(weigh=token_sum))(HatcheryInputs(logits, labels, None, old, advantages))[0],
+        slime.pg_loss_reducer(sequence_mean)([], [T] * B, list(mask.float()))(lp.flatten()),
+    ]
+    assert [float(total.detach()) for total in totals] == [0.0] * len(totals)
+    for total in totals:
+        gradients = torch.autograd.grad(total, [lp, logits], allow_unused=True, retain_graph=True)
+        assert all(g is None or not g.any() for g in gradients)
 
 
 def test_on_policy_logprobs_may_be_bound() -> None:
@@ -761,49 +798,71 @@ def test_trainers_that_want_tensors_wait_for_nothing(stand_in: Callable[..., Non
         total.item()
 
 
-def adapters() -> list[tuple[str, ast.AST]]:
-    """The public function, or class, of each module."""
-    folder = Path(lossfns.__file__).parent / "integrations"
-    found: list[tuple[str, ast.AST]] = []
-    for module in (hatchery, nemo_rl, openrlhf, prime_rl, skyrl, slime, swift, torchtitan, trinity, verl, xtuner):
-        path = folder / f"{module.__name__.rpartition('.')[2]}.py"
-        public = {"policy_loss", "loss_fn", "LossFn", "rl_loss", "sft_loss", "pg_loss_reducer", "tis"}
-        nodes = ast.parse(path.read_text()).body
-        found += [(f"{path.stem}.{n.name}", n) for n in nodes if getattr(n, "name", None) in public]
+FOLDER = Path(lossfns.__file__).parent / "integrations"
+MODULES = {path.stem for path in FOLDER.glob("*.py")} - {"__init__", "trainer"}
+"""The trainers that have a module."""
+
+
+def classes_and_functions() -> dict[str, int]:
+    """The lines of each class and function of the integrations, without those of its docstrings."""
+    found = {}
+    for path in sorted(FOLDER.glob("*.py")):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef | ast.FunctionDef):
+                inner = [each for each in ast.walk(node) if isinstance(each, ast.ClassDef | ast.FunctionDef)]
+                texts = [each.body[0] for each in inner if ast.get_docstring(each) is not None]
+                documented = sum((text.end_lineno or 0) - text.lineno + 1 for text in texts)
+                found[f"{path.stem}.{node.name}"] = (node.end_lineno or 0) - node.lineno + 1 - documented
     return found
 
 
-def code_lines(node: ast.AST) -> int:
-    """Lines of a definition without docstrings, comments and blank lines."""
-    docstrings = [
-        inner.body[0]
-        for inner in ast.walk(node)
-        if isinstance(inner, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(inner) is not None
-    ]
-    left_out = {line for d in docstrings for line in range(d.lineno, (d.end_lineno or 0) + 1)}
-    lines = {n.lineno for n in ast.walk(node) if hasattr(n, "lineno")}
-    ends = {n.end_lineno for n in ast.walk(node) if getattr(n, "end_lineno", None)}
-    return len((lines | ends) - left_out)
+@pytest.mark.parametrize(("name", "lines"), classes_and_functions().items())
+def test_an_adapter_has_fewer_than_30_lines(name: str, lines: int) -> None:
+    assert lines < 30, f"{name} has {lines} lines"
 
 
-@pytest.mark.parametrize(("name", "node"), adapters(), ids=[name for name, _ in adapters()])
-def test_an_adapter_has_fewer_than_30_lines(name: str, node: ast.AST) -> None:
-    assert 5 < code_lines(node) < 30, f"{name} has {code_lines(node)} lines"
+def test_every_module_of_a_trainer_has_an_adapter() -> None:
+    public = {"policy_loss", "loss_fn", "LossFn", "rl_loss", "sft_loss", "pg_loss_reducer", "mask_as_weights"}
+    public |= {"Trainer", "GRPOTrainer"}
+    modules = [name.partition(".")[0] for name in classes_and_functions() if name.partition(".")[2] in public]
+    assert sorted(modules) == sorted(MODULES)
 
 
-def test_every_module_of_a_host_has_an_adapter() -> None:
-    assert len({name.partition(".")[0] for name, _ in adapters()}) == 11
+PAGE = (Path(lossfns.__file__).parents[1] / "docs" / "integrations.md").read_text()
 
 
 def test_the_page_imports_names_that_exist() -> None:
-    """Each section has a block of code: its lines that import from this library run."""
-    page = (Path(lossfns.__file__).parents[1] / "docs" / "integrations-trainers.md").read_text()
-    imports = [line for line in page.splitlines() if line.startswith("from lossfns")]
+    """Each section has a block of code: its lines that import from this library run, but for TRL's, an extra."""
+    imports = [line for line in PAGE.splitlines() if line.startswith("from lossfns")]
+    assert sum("lossfns.integrations" in line for line in imports) == len(MODULES) + 1  # two of transformers
     names: dict[str, Any] = {}
-    exec("\n".join(imports), names)
-    assert sum("lossfns.integrations" in line for line in imports) == 12 and callable(names["mask_as_weights"])
+    exec("\n".join(line for line in imports if "integrations.trl" not in line), names)
+    assert callable(names["mask_as_weights"])
 
 
-def test_the_penalty_of_a_host_takes_the_place_of_ours() -> None:
+def test_the_page_has_a_row_and_a_section_for_each_trainer() -> None:
+    rows = [line.split(" | ") for line in PAGE.splitlines() if line.startswith("| [")]
+    links = [row[0].partition("](#")[2].rstrip(")") for row in rows]
+    headings = [line[3:] for line in PAGE.splitlines() if line.startswith("## ")]
+    anchors = [heading.lower().replace(" ", "-").replace("'", "") for heading in headings]
+    assert list(dict.fromkeys(links)) == anchors[1:-1], "the sections of the trainers, in the order of the table"
+    assert len(rows) == len(MODULES) + 3, "TRL has four rows"
+    assert all(len(row) == 7 for row in rows)
+    assert {row[-1].rstrip(" |") for row in rows} == {"trained", "compared", "signature"}
+
+
+def test_the_page_gives_the_version_that_the_adapter_was_written_for() -> None:
+    """The docstring of each module but those of the extras names it, too."""
+    for module in MODULES - {"transformers", "trl"}:
+        docstring = ast.get_docstring(ast.parse((FOLDER / f"{module}.py").read_text())) or ""
+        versions = [row.split(" | ")[1] for row in PAGE.splitlines() if row.startswith("| [")]
+        assert any(all(part in docstring for part in version.split(", ")) for version in versions), module
+
+
+def test_the_page_is_readable_in_80_columns() -> None:
+    assert [line for line in PAGE.splitlines() if len(line) > 80 and not line.startswith("|")] == []
+
+
+def test_the_penalty_of_a_trainer_takes_the_place_of_ours() -> None:
     with pytest.raises(LossInputError, match=r"ref_logprobs: .* Leave the penalty to the trainer's own KL setting"):
         verl.policy_loss(with_kl(ppo(), kl_beta=0.1))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -10,13 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from hosts import llama, output, parameters, quick_collection
 from torch import Tensor
 from torch.nn import functional as F
+from trainers import llama, output, parameters, quick_collection
 
-import lossfns.integrations
 from lossfns import LossInputError, Rows, cross_entropy, dpo, fixed_length, ppo, reinforce, sequence_mean, token_sum
-from lossfns.integrations.counts import whole_batch
+from lossfns.integrations.trainer import denominator_for, for_trainer
 
 ROWS = [[1, 5, 6, 7, 8, 2], [1, 9, 10, 2], [1, 11, 12, 13, 14, 15, 16, 2], [1, 4, 2], [1, 6, 6, 2], [1, 7, 8, 9, 2]]
 ROWS += [[1, 3, 5, 7, 9, 11, 13, 2], [1, 4, 6, 2]]
@@ -86,6 +84,7 @@ def test_compute_loss_func_is_the_same_in_a_trainer_of_ones_own(tmp_path: Path) 
 
 def test_evaluation_has_metrics_of_its_own(tmp_path: Path) -> None:
     trainer = run(tmp_path, llama(), 2, per_device_eval_batch_size=1)
+    trainer.predict([1, 3])  # which logs nothing
     metrics = trainer.evaluate()
     assert metrics["eval_cross_entropy/tokens"] == 4 + 5
     assert not any(name.startswith("cross_entropy") for name in metrics)
@@ -99,33 +98,61 @@ def test_evaluation_has_metrics_of_its_own(tmp_path: Path) -> None:
 
 
 def test_the_denominator_comes_from_the_trainers_count_of_what_the_loss_counts() -> None:
-    pairs = dpo().bind()
-    assert whole_batch(cross_entropy().bind(), tokens=torch.tensor(7)) == 7
-    assert whole_batch(ppo(weigh=sequence_mean).bind(), tokens=7, sequences=3) == 3
-    assert whole_batch(ppo(weigh=fixed_length(10)).bind(), tokens=7, sequences=3) == 30
-    assert whole_batch(pairs, pairs=2) == 2
-    assert whole_batch(cross_entropy().bind(), tokens=0) == 1  # 0 / 1, as in TRL
-    assert pairs.loss.rows is Rows.PAIRS
+    some = torch.tensor([[1, 0]])
+    assert denominator_for(cross_entropy(), "a trainer", some, tokens=torch.tensor(7)) == 7
+    assert denominator_for(cross_entropy(), "a trainer", some, tokens=0.5) == 0.5  # one token of two ranks
+    assert denominator_for(ppo(weigh=sequence_mean), "a trainer", some, tokens=7, sequences=3) == 3
+    assert denominator_for(ppo(weigh=fixed_length(10)), "a trainer", some, tokens=7, sequences=3) == 30
+    assert denominator_for(dpo(), "a trainer", some, pairs=2) == 2
+    assert dpo().rows is Rows.PAIRS
+
+
+@pytest.mark.parametrize("count", [0, 0.0, torch.tensor(0), torch.tensor([0.0])])
+def test_a_count_of_0_is_1_where_nothing_is_trained_and_refused_where_something_is(count: Any) -> None:
+    logprobs = torch.full((1, 2), -1.0, requires_grad=True)
+    for mask in (torch.zeros(1, 2), torch.ones(1, 2)):
+        divisor = denominator_for(cross_entropy(), "a trainer", mask, tokens=count)
+        if mask.any():
+            with pytest.raises(LossInputError, match="denominator: expected a finite number above 0, got 0"):
+                cross_entropy().padded(logprobs, mask, denominator=divisor)
+            continue
+        total, metrics = cross_entropy().padded(logprobs, mask, denominator=divisor)
+        total.backward()
+        assert total == 0 and metrics["denominator"] == 1
+        assert logprobs.grad is not None and logprobs.grad.abs().sum() == 0
+
+
+def test_a_count_of_0_on_a_device_stays_there() -> None:
+    """On the device ``meta`` no value can be read at all."""
+    count = torch.tensor(0, device="meta")
+    divisor = denominator_for(cross_entropy(), "a trainer", torch.ones(1, 2, device="meta"), tokens=count)
+    assert divisor.device.type == "meta" and divisor.shape == ()
 
 
 @pytest.mark.parametrize(
     ("loss", "counts", "message"),
     [
-        (cross_entropy(weigh=token_sum), {"tokens": 4}, "expected a loss divided by tokens.*got a sum that is never"),
+        (
+            cross_entropy(weigh=token_sum),
+            {"tokens": 4},
+            "expected a loss that is divided by tokens.*got a sum that is never divided",
+        ),
         (cross_entropy(weigh=sequence_mean), {"tokens": 4}, "divided by tokens.*got one divided by sequences"),
         (ppo(), {"sequences": 4}, "divided by sequences.*got one divided by tokens"),
-        (dpo(), {"tokens": 4, "sequences": 4}, "divided by tokens or sequences.*got one divided by pairs"),
-        (cross_entropy(), {"tokens": None}, "tokens: expected the trainer's count, got None"),
-        (cross_entropy(), {"tokens": torch.ones(2)}, r"shape \(2,\), of DataParallel.*torchrun"),
+        (dpo(), {"tokens": 4, "sequences": 4}, "expected a loss over tokens for a trainer, got one over pairs"),
+        (cross_entropy(), {"tokens": None}, "tokens: expected the number of tokens.*from a trainer, got None"),
+        (cross_entropy(), {"tokens": torch.ones(2)}, r"got shape \(2,\)\. Start one process.*torchrun.*DataParallel"),
     ],
 )
 def test_a_count_that_the_trainer_does_not_have_is_refused(loss: Any, counts: Any, message: str) -> None:
     with pytest.raises(LossInputError, match=message):
-        whole_batch(loss.bind(), **counts)
+        denominator_for(
+            for_trainer(loss, "a trainer", loss.reads, counts).loss, "a trainer", torch.ones(1, 2), **counts
+        )
 
 
 def test_a_model_whose_labels_are_not_shifted_and_a_router_are_refused() -> None:
-    from transformers.modeling_outputs import MoeCausalLMOutputWithPast, Seq2SeqLMOutput
+    from transformers.modeling_outputs import MaskedLMOutput, MoeCausalLMOutputWithPast, Seq2SeqLMOutput
 
     from lossfns.integrations.transformers import compute_loss_func
 
@@ -137,6 +164,12 @@ def test_a_model_whose_labels_are_not_shifted_and_a_router_are_refused() -> None
     ):
         with pytest.raises(LossInputError, match="expected those of a plain causal language model"):
             compute_loss(outputs, labels, num_items_in_batch=2)
+    with pytest.raises(LossInputError, match=r"got a MaskedLMOutput\. Its labels are not shifted"):
+        compute_loss(MaskedLMOutput(logits=logits), labels, num_items_in_batch=2)
+    with pytest.raises(LossInputError, match="labels: expected labels in each batch, got None"):
+        compute_loss(Seq2SeqLMOutput(logits=logits), None, num_items_in_batch=2)
+    with pytest.raises(LossInputError, match=r"tokens: .* got None\. Pass on the trainer's own"):
+        compute_loss(Seq2SeqLMOutput(logits=logits), labels)
 
 
 def test_a_preset_that_was_not_called_is_refused() -> None:
@@ -147,25 +180,13 @@ def test_a_preset_that_was_not_called_is_refused() -> None:
 
 
 def test_a_loss_with_a_denominator_of_its_own_and_label_smoothing_are_refused(tmp_path: Path) -> None:
-    from lossfns.integrations.transformers import compute_loss_func
+    from lossfns.integrations.transformers import Trainer, compute_loss_func
 
-    with pytest.raises(LossInputError, match="nothing is bound, got one with advantages, denominator"):
-        compute_loss_func(reinforce().bind(advantages=[1.0], denominator=2))
+    for bound in ({"advantages": [1.0]}, {"denominator": 2.0}, {"grad_l1": True}):
+        (name,) = bound
+        with pytest.raises(LossInputError, match=rf"nothing is bound.*got {name}=.*Leave bind\({name}=\.\.\.\) out"):
+            compute_loss_func(reinforce().bind(**bound))
+    with pytest.raises(LossInputError, match="compute_loss_func: expected None beside loss="):
+        Trainer(llama(), loss=cross_entropy(), compute_loss_func=compute_loss_func(cross_entropy()))
     with pytest.raises(LossInputError, match=r"label_smoothing_factor: expected 0\.0 in the trainer's args, got 0\.1"):
         run(tmp_path, llama(), 1, label_smoothing_factor=0.1)
-
-
-def classes_and_functions() -> Iterator[tuple[str, int]]:
-    """The lines of code of each class and function of the integrations, without its docstrings."""
-    for path in sorted(Path(lossfns.integrations.__file__).parent.glob("*.py")):
-        for node in ast.parse(path.read_text()).body:
-            if isinstance(node, ast.ClassDef | ast.FunctionDef):
-                inner = [each for each in ast.walk(node) if isinstance(each, ast.ClassDef | ast.FunctionDef)]
-                texts = [each.body[0] for each in inner if ast.get_docstring(each) is not None]
-                documented = sum((text.end_lineno or 0) - text.lineno + 1 for text in texts)
-                yield f"{path.stem}.{node.name}", (node.end_lineno or 0) - node.lineno + 1 - documented
-
-
-@pytest.mark.parametrize(("name", "lines"), list(classes_and_functions()))
-def test_an_adapter_has_fewer_than_30_lines(name: str, lines: int) -> None:
-    assert lines < 30

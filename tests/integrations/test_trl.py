@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from hosts import llama, output, parameters, quick_collection, tokenizer
 from torch import Tensor
+from trainers import llama, output, parameters, quick_collection, tokenizer
 
 from lossfns import (
+    ON_POLICY,
     LossInputError,
     cispo,
     cross_entropy,
@@ -212,12 +213,39 @@ def test_rloo_of_samples_of_the_policy_is_reinforce(tmp_path: Path) -> None:
     assert_same(train(mine), expected)
 
 
+def test_a_ratio_of_1_may_be_bound_in_place_of_old_logprobs(tmp_path: Path) -> None:
+    """−A·r with r = exp(lp − sg lp) has the gradient of REINFORCE."""
+    expected = train(sampled(tmp_path, ours.RLOOTrainer, trl.RLOOConfig, reinforce(weigh=sequence_sum_mean)))
+    loss = importance_sampling(weigh=sequence_sum_mean).bind(old_logprobs=ON_POLICY)
+    assert_same(train(sampled(tmp_path, ours.RLOOTrainer, trl.RLOOConfig, loss)), expected)
+
+
 def test_evaluation_has_metrics_of_its_own(tmp_path: Path) -> None:
     mine = sampled(tmp_path, ours.GRPOTrainer, trl.GRPOConfig, dapo(), per_device_eval_batch_size=8)
     mine.train()
     metrics = mine.evaluate(datasets.Dataset.from_dict({"prompt": PROMPTS}))
     assert metrics["eval_dapo/sequences"] == 8
     assert metrics["eval_dapo/loss"] == pytest.approx(metrics["eval_loss"], abs=1e-5)
+
+
+def test_sft_evaluates_batches_by_themselves_and_refuses_a_training_step_without_a_count(tmp_path: Path) -> None:
+    mine = supervised(tmp_path, ours.SFTTrainer, cross_entropy(), per_device_eval_batch_size=4)
+    theirs = supervised(tmp_path, trl.SFTTrainer, per_device_eval_batch_size=4)
+    metrics = mine.evaluate(mine.train_dataset)
+    assert metrics["eval_loss"] == pytest.approx(theirs.evaluate(theirs.train_dataset)["eval_loss"], abs=1e-5)
+    assert metrics["eval_cross_entropy/nll"] == pytest.approx(metrics["eval_loss"], abs=1e-5)
+    mine.model.train()
+    with pytest.raises(LossInputError, match=r"tokens: .* from TRL's SFTTrainer, got None"):
+        mine.compute_loss(mine.model, next(iter(mine.get_train_dataloader())))
+    with pytest.raises(LossInputError, match="compute_loss_func: expected None beside loss="):
+        both = {"loss": cross_entropy(), "compute_loss_func": lambda *_: 0}
+        ours.SFTTrainer(model(), mine.args, train_dataset=mine.train_dataset, processing_class=tokenizer(), **both)
+
+
+def test_a_model_without_logprobs_is_refused() -> None:
+    refused = pytest.raises(LossInputError, match=r"outputs with log_probs.* Set use_liger_kernel=False")
+    with refused, ours.recorded_logprobs(torch.nn.Linear(1, 1)):
+        pass
 
 
 @pytest.mark.parametrize(
@@ -235,10 +263,14 @@ def test_grpo_refuses_settings_that_have_no_effect(loss: Any, settings: Any, mes
 
 
 def test_grpo_refuses_a_column_or_a_count_that_trl_does_not_have(tmp_path: Path) -> None:
-    with pytest.raises(LossInputError, match=r"sampler_logprobs: expected a column that the trainer has.*use_vllm"):
-        sampled(tmp_path, ours.GRPOTrainer, trl.GRPOConfig, with_tis(ppo())).train()
+    with pytest.raises(LossInputError, match=r"sampler_logprobs: expected use_vllm=True.*leave with_tis out"):
+        sampled(tmp_path, ours.GRPOTrainer, trl.GRPOConfig, with_tis(ppo()))
     with pytest.raises(LossInputError, match=r"divided by tokens or sequences.*got a sum that is never divided"):
-        sampled(tmp_path, ours.GRPOTrainer, trl.GRPOConfig, ppo(weigh="token_sum")).train()
+        sampled(tmp_path, ours.GRPOTrainer, trl.GRPOConfig, ppo(weigh="token_sum"))
+    with pytest.raises(LossInputError, match=r"a loss over tokens for TRL's GRPOTrainer.*DPOTrainer takes"):
+        sampled(tmp_path, ours.GRPOTrainer, trl.GRPOConfig, dpo())
+    with pytest.raises(LossInputError, match=r"reads advantages, since this trainer has rewards, got cross_entropy"):
+        sampled(tmp_path, ours.GRPOTrainer, trl.GRPOConfig, cross_entropy())
 
 
 def test_the_other_trainers_refuse_what_they_cannot_do(tmp_path: Path) -> None:
@@ -249,8 +281,10 @@ def test_the_other_trainers_refuse_what_they_cannot_do(tmp_path: Path) -> None:
     with pytest.raises(LossInputError, match="loss_type: expected 'nll'"):
         supervised(tmp_path, ours.SFTTrainer, cross_entropy(), loss_type="dft")
     with pytest.raises(LossInputError, match="samples of the policy"):
-        sampled(tmp_path, ours.RLOOTrainer, trl.RLOOConfig, reinforce(), num_iterations=2)
-    with pytest.raises(LossInputError, match="old_logprobs: expected a column that the trainer has"):
-        sampled(tmp_path, ours.RLOOTrainer, trl.RLOOConfig, importance_sampling(weigh=sequence_mean)).train()
+        sampled(tmp_path, ours.RLOOTrainer, trl.RLOOConfig, reinforce(weigh=sequence_mean), num_iterations=2)
+    with pytest.raises(LossInputError, match="old_logprobs: expected one of the columns of TRL's RLOOTrainer: adv"):
+        sampled(tmp_path, ours.RLOOTrainer, trl.RLOOConfig, importance_sampling(weigh=sequence_mean))
     with pytest.raises(LossInputError, match=r"divided by sequences.*got one divided by tokens"):
-        sampled(tmp_path, ours.RLOOTrainer, trl.RLOOConfig, reinforce(weigh=token_mean)).train()
+        sampled(tmp_path, ours.RLOOTrainer, trl.RLOOConfig, reinforce(weigh=token_mean))
+    with pytest.raises(LossInputError, match=r"a loss over pairs for TRL's DPOTrainer, got one over tokens.*GRPOTr"):
+        preferences(tmp_path, ours.DPOTrainer, ppo())
