@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from lossfns.deferred import Numbers
 from lossfns.errors import LossInputError, warn
@@ -22,7 +23,8 @@ class OneKernel:
 
     The graph computes the gradient in the same pass over the batch as the loss. Backward multiplies it by the gradient
     that arrives. The first call compiles. If it cannot, for lack of a C++ compiler or because the loss cannot be
-    traced, then this call and all later ones run ``measure`` itself, and the first one warns.
+    traced, then this call and all later ones run ``measure`` itself, and the first one warns. So they do if the loss
+    has learnable tensors of its own, which the graph has no gradient for.
     """
 
     def __init__(self, measure: Measure) -> None:
@@ -35,23 +37,23 @@ class OneKernel:
 
     def __call__(self, loss: Any, pack: Any, batch: Any, divisor: Any) -> tuple[Tensor, Numbers]:
         # Inside a transformation of torch.func, or of a step that the caller compiles, the loss is a part of that.
-        transformed: bool = torch._C._functorch.peek_interpreter_stack() is not None
-        if self.failed or transformed or torch.compiler.is_compiling():
+        if self.failed or torch.compiler.is_compiling() or is_transformed():
             return self.measure(loss, pack, batch, divisor)
         differentiable = torch.is_grad_enabled() and batch.logprobs.requires_grad
         form = differentiable, batch.equal, divisor is None
         try:
             if form not in self.kernels:
-                check_no_other_gradient(self.measure, loss, batch, divisor)
                 function = with_own_code(value_and_gradient if differentiable else value)
                 self.kernels[form] = torch.compile(function, fullgraph=True)
-            with torch.no_grad():
-                number = as_number(divisor, batch.logprobs)
-                total, names, values, *gradient = self.kernels[form](self.measure, loss, of_any_size(batch), number)
+            number = as_number(divisor, batch.logprobs)
+            total, names, values, *gradient = self.kernels[form](self.measure, loss, of_any_size(batch), number)
+            problem = "the loss has learnable tensors of its own" if total.requires_grad else ""  # the batch has none
         except Exception as error:  # torch.compile raises errors of many types, which differ by release and backend
+            problem = reason(error)
+        if problem:
             result = self.measure(loss, pack, batch, divisor)  # raises the loss's own error, if this was one
             self.failed = True
-            warn(f"the loss runs without torch.compile: {reason(error)}")
+            warn(f"torch.compile failed, so the loss runs without it: {problem}")
             return result
         if differentiable:
             total = WithGradient.apply(batch.logprobs, total, gradient[0].view(-1))  # type: ignore[no-untyped-call]
@@ -76,16 +78,10 @@ def value_and_gradient(
         names = numbers.names
         return total, numbers.values
 
-    gradient, (total, values) = torch.func.grad_and_value(of_logprobs, has_aux=True)(batch.logprobs)
+    # In float32 at least: it may be multiplied by a scale that is inf in float16.
+    wide = batch.logprobs.to(torch.promote_types(batch.logprobs.dtype, torch.float32))
+    gradient, (total, values) = torch.func.grad_and_value(of_logprobs, has_aux=True)(wide)
     return total, names, values, gradient
-
-
-def check_no_other_gradient(measure: Measure, loss: Any, batch: Any, divisor: Any) -> None:
-    """Refuse a loss whose terms hold tensors that require grad: the kernel has the gradient of the logprobs alone."""
-    constants = of_any_size(batch)
-    total, _ = measure(loss, blank_tensors, flat(constants, constants.logprobs), divisor)
-    if total.requires_grad:
-        raise ValueError("its terms use other tensors that require grad, and the kernel would lose their gradient")
 
 
 class WithGradient(torch.autograd.Function):
@@ -94,6 +90,7 @@ class WithGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logprobs: Tensor, total: Tensor, gradient: Tensor) -> Tensor:
         ctx.save_for_backward(gradient)
+        ctx.dtype = logprobs.dtype
         return total.clone()
 
     @staticmethod
@@ -101,7 +98,7 @@ class WithGradient(torch.autograd.Function):
         if torch.is_grad_enabled():
             fix = "Take gradients of gradients of the loss itself, without compiled()."
             raise LossInputError("create_graph", "False, for a compiled loss", "True", fix)
-        return grads[0] * ctx.saved_tensors[0], None, None
+        return (grads[0] * ctx.saved_tensors[0]).to(ctx.dtype), None, None
 
 
 def of_any_size(batch: Any) -> TensorBatch:
@@ -137,6 +134,11 @@ def as_number(divisor: Tensor | float | None, like: Tensor) -> Tensor | None:
     if divisor is None or isinstance(divisor, Tensor):
         return divisor
     return like.new_full((), divisor, dtype=torch.promote_types(like.dtype, torch.float32))
+
+
+def is_transformed() -> bool:
+    """Return whether a transformation of ``torch.func`` or forward-mode differentiation is under way."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def reason(error: BaseException) -> str:

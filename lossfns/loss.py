@@ -309,7 +309,8 @@ class BoundLoss:
             weights: of the same shape: 0 for prompt and padding, on either side. A mask of any dtype is taken.
             layout: for pairs in one tensor: ``"interleaved"`` (the default: rows 2i and 2i + 1 are pair i) or
                 ``"halves"`` (rows i and i + P).
-            denominator: the denominator of the whole batch, if this is a part of it.
+            denominator: the denominator of the whole batch, if this is a part of it: the sum of all weights for
+                ``token_mean``, and the number of sequences or pairs with an active token for means over these.
             columns: the columns that the loss reads, in the shape of the logprobs. Advantages may be ``[B]``.
 
         Raises:
@@ -340,12 +341,14 @@ class BoundLoss:
         """Return loss and metrics of a packed batch, whose sequences lie end to end.
 
         Args:
-            logprobs: ``[N]`` logprobs of the targets, or ``[N, K]`` for a loss over K targets.
+            logprobs: ``[N]`` logprobs of the targets, or ``[N, K]`` for a loss over K targets. Where the last
+                token of a sequence has an entry, its target is not of this sequence: give it weight 0.
             weights: of the same shape.
             lengths: ``[B]`` tokens of each sequence.
             cu_seqlens: ``[B + 1]``, in place of ``lengths``: 0 and the index after each sequence.
             layout: for pairs: ``"interleaved"`` (the default) or ``"halves"`` (all chosen sequences first).
-            denominator: the denominator of the whole batch, if this is a part of it.
+            denominator: the denominator of the whole batch, if this is a part of it: the sum of all weights for
+                ``token_mean``, and the number of sequences or pairs with an active token for means over these.
             columns: the columns that the loss reads, in the shape of the logprobs. Advantages may be ``[B]``.
 
         Raises:
@@ -376,7 +379,8 @@ class BoundLoss:
         """Return the loss fused with its metrics and its gradient by ``torch.compile``, in every form.
 
         The first call of a form compiles, for some seconds; batches of other sizes do not compile again. Without a
-        compiler the loss runs as it is, and warns. ``backward(create_graph=True)`` is refused.
+        compiler the loss runs as it is, and warns; so does a loss with learnable tensors of its own.
+        ``backward(create_graph=True)`` is refused.
         """
         return replace(self, measure=self.loss.kernel)
 

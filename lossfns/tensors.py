@@ -253,9 +253,12 @@ def sequence_lengths(lengths: Any, cu_seqlens: Any, tokens: int) -> tuple[Tensor
 
 def find_columns(reads: Sequence[str], columns: Mapping[str, Any]) -> dict[str, Any]:
     """Return the columns that the loss reads, by name."""
+    if "weights" in columns:
+        fix = "Pass them in the call, and bind the other columns only."
+        raise LossInputError("weights", "the weights of the call", "weights of bind(weights=...) besides", fix)
     missing = next((name for name in reads if name not in columns), None)
     if missing is not None:
-        fix = MISSING_COLUMN_FIX.get(missing, "").replace("bind(", "padded(..., ") or f"Pass {missing}=."
+        fix = MISSING_COLUMN_FIX.get(missing, f"Pass {missing}=.").replace(f"bind({missing}=...)", f"{missing}=...")
         raise LossInputError(missing, "a tensor of the shape of logprobs", "nothing", fix)
     return {name: columns[name] for name in reads}
 
@@ -267,7 +270,10 @@ def align_columns(align: Callable[[str, Any], Tensor], columns: Mapping[str, Any
 
 def column_tensor(name: str, x: Any, like: Tensor) -> Tensor:
     """Return a column as a tensor without graph, on the device of ``like``."""
-    return to_device(as_tensor(as_row(x, name, None)), like.device)
+    column = to_device(as_tensor(as_row(x, name, None)), like.device)
+    if torch.compiler.is_compiling() or not column.is_inference() or torch.is_inference_mode_enabled():
+        return column
+    return column.clone()  # autograd saves the weights, but refuses to save a tensor that was made in inference mode
 
 
 def pair_of(name: str, x: Any) -> tuple[Any, Any]:

@@ -119,7 +119,11 @@ NOT_FINITE_FIX = {
 
 def raise_at_first(t: Tokens, name: str, bad: Tensor, expected: str, fix: str) -> NoReturn:
     """Raise an error that names the first bad entry of a column by datum and position in the datum."""
-    index = int(bad.nonzero()[0])
+    found = bad.nonzero()
+    if not len(found):
+        got, fix = "a tensor that has changed since", "Leave the batch as it is until its metrics are read."
+        raise LossInputError(name, expected, got, fix)
+    index = int(found[0])
     ends = t.ends
     datum = int(torch.searchsorted(ends, torch.tensor(index, device=ends.device), right=True))
     position = index - (int(ends[datum - 1]) if datum else 0)

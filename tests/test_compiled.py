@@ -181,7 +181,7 @@ def test_a_loss_that_cannot_be_traced_runs_eagerly_and_warns_once(graphs: Any) -
 
     logprobs = torch.full((2, 3), -2.0, requires_grad=True)
     compiled = own_loss(terms).compiled()
-    with pytest.warns(LossWarning, match="^the loss runs without torch.compile: .+") as warned:
+    with pytest.warns(LossWarning, match="^torch.compile failed, so the loss runs without it: .+") as warned:
         loss, _ = compiled.padded(logprobs, torch.ones(2, 3))
     assert len(warned) == 1 and "\n" not in str(warned[0].message) and warned[0].filename == __file__
     loss.backward()
@@ -191,14 +191,39 @@ def test_a_loss_that_cannot_be_traced_runs_eagerly_and_warns_once(graphs: Any) -
         compiled.padded(logprobs, torch.ones(2, 3))
 
 
-def test_a_tensor_of_the_terms_that_requires_grad_keeps_its_gradient(graphs: Any) -> None:
-    """The loss is b · 2, so its derivative by b is 2. The kernel has the gradient of the logprobs alone."""
-    b = torch.tensor(0.5, requires_grad=True)
+def test_a_loss_with_learnable_tensors_runs_eagerly_so_that_they_get_their_gradient(graphs: Any) -> None:
+    scale = torch.nn.Parameter(torch.tensor(2.0))
     logprobs = torch.full((2, 3), -2.0, requires_grad=True)
-    with pytest.warns(LossWarning, match="its terms use other tensors that require grad"):
-        loss, _ = own_loss(lambda t: (-b * t.logprobs, {})).compiled().padded(logprobs, torch.ones(2, 3))
-    loss.backward()
-    assert b.grad is not None and b.grad.item() == 2.0 and graphs.frame_count == 0
+    compiled = own_loss(lambda t: (-scale * t.logprobs, {})).compiled()
+    with torch.no_grad():
+        assert compiled.padded(logprobs, torch.ones(2, 3))[0] == 4.0
+    for given in (logprobs, logprobs.detach()):
+        scale.grad = None
+        compiled = own_loss(lambda t: (-scale * t.logprobs, {})).compiled()
+        with pytest.warns(LossWarning, match="runs without it: the loss has learnable tensors of its own"):
+            loss, _ = compiled.padded(given, torch.ones(2, 3))
+        loss.backward()
+        assert scale.grad is not None and scale.grad.item() == 2.0
+    assert logprobs.grad is not None and logprobs.grad.sum().item() == -2.0
+
+
+def test_tangents_of_forward_mode_pass_through() -> None:
+    with torch.autograd.forward_ad.dual_level():
+        logprobs = torch.autograd.forward_ad.make_dual(torch.full((2, 3), -2.0), torch.ones(2, 3))
+        loss, _ = lossfns.cross_entropy().compiled().deferred().padded(logprobs, torch.ones(2, 3))
+        assert torch.autograd.forward_ad.unpack_dual(loss).tangent == -1.0
+
+
+def test_a_scaled_gradient_of_float16_is_that_of_the_eager_loss(graphs: Any) -> None:
+    """The usual scale, 65536, is inf in float16, and the gradient without it is 0."""
+    loss, gradients = lossfns.reinforce(), []
+    for each in (loss, loss.compiled()):
+        logprobs = torch.full((2, 500), -2.0, dtype=torch.float16, requires_grad=True)
+        total, _ = each.padded(logprobs, torch.ones(2, 500), advantages=torch.full((2,), 1e-5))
+        (65536 * total).backward()
+        gradients.append(logprobs.grad)
+    assert gradients[1].dtype is torch.float16 and gradients[1].all()
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=0)
 
 
 def test_an_error_of_the_loss_itself_comes_through(graphs: Any) -> None:
@@ -237,8 +262,8 @@ def test_without_a_compiler_it_is_eager_and_says_so(tmp_path: Any, monkeypatch: 
     ran = subprocess.run([sys.executable, "-c", WITHOUT_COMPILER], capture_output=True, text=True, check=True)
     numbers, said = ran.stdout.splitlines()
     assert numbers == "2.0 2.0 -1.0"
-    assert said[2:].startswith("the loss runs without torch.compile: ") and "compiler" in said
-    assert said.count("without torch.compile") == 1
+    assert said[2:].startswith("torch.compile failed, so the loss runs without it: ") and "compiler" in said
+    assert said.count("torch.compile failed") == 1
 
 
 # Where it is called

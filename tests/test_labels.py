@@ -34,6 +34,11 @@ def test_the_first_token_after_left_padding_has_weight_0() -> None:
     assert weights_from_mask(both, torch.tensor([1, 3])).tolist() == [[0, 1, 1, 0], [0, 0, 1, 1]]
 
 
+def test_a_mask_to_be_added_to_scores_is_never_taken_for_its_opposite() -> None:
+    """It has 0 at tokens and −inf at padding. No weight is then above 0, which a loss refuses."""
+    assert weights_from_mask(torch.tensor([[-torch.inf, -torch.inf, 0, 0]])).sum() == 0
+
+
 IDS = torch.tensor([[1, 2]])
 
 
@@ -46,6 +51,12 @@ IDS = torch.tensor([[1, 2]])
         lambda: weights_from_labels(IDS, attention_mask=IDS[:, :1]),
         lambda: weights_from_mask(IDS, prompt_lengths=[1, 2]),
         lambda: weights_from_mask(IDS, prompt_lengths=[0.5]),
+        lambda: weights_from_mask(IDS, prompt_lengths=[None]),
+        lambda: weights_from_mask(IDS, prompt_lengths=[True]),
+        lambda: weights_from_mask(IDS, prompt_lengths="2"),
+        lambda: targets_from_labels(IDS, ignore_index=None),  # type: ignore[arg-type]
+        lambda: weights_from_labels(IDS, ignore_index="-100"),  # type: ignore[arg-type]
+        lambda: weights_from_labels(IDS, attention_mask=torch.ones(1, 2, device="meta")),
     ],
 )
 def test_what_cannot_be_shifted_is_refused(call: Any) -> None:

@@ -230,6 +230,28 @@ def test_a_nan_is_reported_when_the_metrics_are_read() -> None:
         later.finalise()
 
 
+@pytest.mark.parametrize("form", ["padded", "packed"])
+def test_columns_that_were_made_in_inference_mode_are_taken(form: str) -> None:
+    given = batch(lossfns.ppo(), dtype=torch.float32)
+    flat = {"lengths": [T] * B} if form == "packed" else {}
+    shape = (lambda x: x.flatten()) if form == "packed" else (lambda x: x)
+    leaf = shape(given.pop("logprobs")).requires_grad_()
+    expected = run(getattr(lossfns.ppo(), form), [leaf], leaf, **{k: shape(x) for k, x in given.items()}, **flat)
+    leaf.grad = None
+    with torch.inference_mode():
+        made = {name: shape(x.clone()) for name, x in given.items()}
+    value, gradients, metrics = run(getattr(lossfns.ppo(), form), [leaf], leaf, **made, **flat)
+    assert torch.equal(value, expected[0]) and torch.equal(gradients[0], expected[1][0]) and metrics == expected[2]
+
+
+def test_a_batch_that_changes_before_its_metrics_are_read_is_refused() -> None:
+    logprobs = torch.full((1, 2), torch.nan)
+    _, later = lossfns.cross_entropy().deferred().padded(logprobs, torch.ones(1, 2))
+    logprobs.fill_(-1.0)
+    with pytest.raises(LossInputError, match="a tensor that has changed since"):
+        later.finalise()
+
+
 # What is refused
 
 LP, W = torch.full((4, 3), -1.0), torch.ones(4, 3)
@@ -248,7 +270,10 @@ LP, W = torch.full((4, 3), -1.0), torch.ones(4, 3)
         (lambda: lossfns.cross_entropy().padded(LP, W, layout="halves"), "layout"),
         (lambda: lossfns.cross_entropy().padded(LP[:0], W[:0]), "at least one token"),
         (lambda: lossfns.cross_entropy().padded(LP, 0 * W), "at least one active token"),
-        (lambda: lossfns.reinforce().padded(LP, W), "advantages"),
+        (lambda: lossfns.reinforce().padded(LP, W), "Pass advantages=...: a number"),
+        (lambda: lossfns.reinforce().packed(LP[0], W[0], lengths=[3]), "Pass advantages=...: a number"),
+        (lambda: lossfns.cross_entropy().bind(weights=W).padded(LP, W), "bind(weights=...)"),
+        (lambda: lossfns.cross_entropy().bind(weights=W[0]).packed(LP[0], W[0], lengths=[3]), "bind(weights=...)"),
         (lambda: lossfns.reinforce().padded(LP, W, advantages=torch.ones(3)), "shape (3,)"),
         (lambda: lossfns.ppo().padded(LP, W, advantages=torch.ones(4), old_logprobs=torch.ones(4)), "old_logprobs"),
         (lambda: lossfns.ppo().padded(LP, W, advantage=torch.ones(4)), "Did you mean 'advantages'"),

@@ -59,7 +59,7 @@ def no_double_backward(backward: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(backward)
     def backward_once(ctx: Any, *gradients: Tensor) -> Any:
         if torch.is_grad_enabled():
-            raise RuntimeError("linear_logprobs has no second derivative: run backward without create_graph")
+            raise RuntimeError("these logprobs have no second derivative: run backward without create_graph")
         return backward(ctx, *gradients)
 
     return backward_once

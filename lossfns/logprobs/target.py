@@ -54,8 +54,8 @@ def check_arguments(logits: Any, targets: Any) -> None:
     if targets.device != logits.device:
         got = f"{targets.device}, while the logits are on {logits.device}"
         raise LossInputError("targets", "the device of the logits", got, "Move them with .to().")
-    if targets.device.type == "cpu" and targets.numel():  # a GPU checks them itself, in gather
-        low, high = map(int, targets.aminmax())
+    if targets.device.type == "cpu" and targets.numel() and not torch.compiler.is_compiling():
+        low, high = map(int, targets.long().aminmax())  # a GPU checks them itself, in gather
         if low < 0 or high >= logits.shape[-1]:
             fix = "Labels of -100 are no ids: use targets_from_labels and weights_from_labels."
             raise LossInputError("targets", f"ids from 0 to {logits.shape[-1] - 1}", f"{low} to {high}", fix)

@@ -73,6 +73,14 @@ def test_a_masked_row_of_infinities_gets_gradient_0() -> None:
     assert logits.grad is not None and logits.grad[0].tolist() == [0, 0, 0] and logits.grad[1].isfinite().all()
 
 
+def test_it_is_a_part_of_a_compiled_step() -> None:
+    logits = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    ids = torch.tensor([[0, 4, 2], [1, 1, 3]])
+    step = torch.compile(lambda x: target_logprobs(x, ids).square().sum(), fullgraph=True, backend="aot_eager")
+    (fused,), (eager,) = (torch.autograd.grad(f(logits), logits) for f in (step, step._torchdynamo_orig_callable))
+    torch.testing.assert_close(fused, eager)
+
+
 LOGITS, IDS = torch.zeros(2, 3), torch.tensor([0, 2])
 
 
