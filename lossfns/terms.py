@@ -26,8 +26,19 @@ def nll(logprobs: Tensor) -> Tensor:
 
 
 def cap(log_ratio: Tensor, limit: float | None) -> Tensor:
-    """Clamp d to ±limit, with gradient 0 outside. ``None`` leaves d as it is."""
-    return log_ratio if limit is None else F.hardtanh(log_ratio, -limit, limit)  # clamp's backward is five times slower
+    """Clamp d to ±limit, with gradient 0 beyond. ``None`` leaves d as it is.
+
+    On ±limit the gradient flows. ``clamp`` has a slower backward pass, and stops it there since PyTorch 2.15.
+    """
+    if limit is None:
+        return log_ratio
+    if not isinstance(log_ratio, Tensor):  # torch.fx traces, and there is no dtype
+        return log_ratio.clamp(-limit, limit)
+    # The gradient of hardtanh stops on its bounds: they are the next floats beyond, and the value is set to ±limit.
+    bound = limit * (1 + torch.finfo(log_ratio.dtype).eps)
+    capped = F.hardtanh(log_ratio, -bound, bound)
+    capped.detach().clamp_(-limit, limit)
+    return capped
 
 
 def importance_ratio(log_ratio: Tensor, limit: float | None) -> Tensor:

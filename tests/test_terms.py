@@ -101,6 +101,7 @@ def test_direct_reward_by_hand(d: float, advantage: float, value: float, gradien
 
 def test_the_cap_has_no_gradient_beyond_it() -> None:
     assert slope(lambda d: eq.cap(d, 20.0), 19.0) == (19.0, 1.0)
+    assert slope(lambda d: eq.cap(d, 20.0), 20.0) == (20.0, 1.0)
     assert slope(lambda d: eq.cap(d, 20.0), -25.0) == (-20.0, 0.0)
     assert slope(lambda d: eq.cap(d, None), -25.0) == (-25.0, 1.0)
 
