@@ -212,14 +212,14 @@ def differentiate_loss(bound: BoundLoss, columns: PackedColumns, outputs: Output
         metrics.finalise()  # its errors come first
         raise constant_loss()
     backward_to(leaf, loss)
-    return DeferredResult(loss, gradient_of(leaf, outputs), outputs, metrics.on_device, metrics.read)
+    return DeferredResult(loss, gradient_of(leaf, outputs), outputs, metrics.all_values, metrics.read)
 
 
 def evaluate_loss(bound: BoundLoss, columns: PackedColumns, outputs: Outputs) -> DeferredResult:
     """Evaluate a loss of this library without its gradient, which is 0 in the result."""
     with add_loss_name(bound.loss.name):
         loss, metrics = bound.defer(as_packed, columns.with_logprobs(outputs.values.flatten()))
-    return DeferredResult(loss, torch.zeros_like(outputs.values), outputs, metrics.on_device, metrics.read)
+    return DeferredResult(loss, torch.zeros_like(outputs.values), outputs, metrics.all_values, metrics.read)
 
 
 def differentiate_callable(loss_fn: LossFn, data: list[Any], outputs: Outputs) -> DeferredResult:
