@@ -75,13 +75,23 @@ def checkpointing() -> nn.Module:
     return model
 
 
+TINY: dict[str, Any] = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 24,
+    "vocab_size": 257,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": None,
+}
+
+
 def llama() -> nn.Module:
     import transformers
 
     torch.manual_seed(0)
-    size = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24}
-    tokens: dict[str, Any] = {"vocab_size": 257, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
-    config = transformers.LlamaConfig(**size, **tokens, num_key_value_heads=2, tie_word_embeddings=True)
+    config = transformers.LlamaConfig(**TINY, num_key_value_heads=2, tie_word_embeddings=True)
     return hf.CausalLM(transformers.LlamaForCausalLM(config))
 
 
@@ -90,9 +100,7 @@ def phi() -> nn.Module:
     import transformers
 
     torch.manual_seed(0)
-    size = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24}
-    tokens: dict[str, Any] = {"vocab_size": 257, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
-    return hf.CausalLM(transformers.PhiForCausalLM(transformers.PhiConfig(**size, **tokens)))
+    return hf.CausalLM(transformers.PhiForCausalLM(transformers.PhiConfig(**TINY)))
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
