@@ -1,8 +1,8 @@
 """GRPO's loss with a k3 penalty on padded tensors, as other libraries compute it.
 
-Each rival is a function ``(batch) -> (loss, metrics)``, with the metrics that the library itself computes. They mean
-the same: clip (0.8, 1.2), the penalty added with β, the mean over tokens. For each there is a function that imports the
-package and returns the rival.
+Each rival is a function ``(batch) -> (loss, metrics)``, with the metrics that its library computes. All rivals compute
+the same loss: clip (0.8, 1.2), the penalty times β, the mean over tokens. A function for each rival imports the package
+and returns the rival.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ def trl() -> Rival:
         current_gradient_accumulation_steps=1,
         _entropy_bonus_enabled=False,
     )
-    assert GRPOConfig.__dataclass_fields__["use_bias_correction_kl"].default, "the KL is times the ratio by default"
+    assert GRPOConfig.__dataclass_fields__["use_bias_correction_kl"].default, "off by default"
 
     def loss(batch: Batch) -> tuple[Tensor, dict[str, float]]:
         lp, mask = batch["logprobs"], batch["weights"]

@@ -5,10 +5,10 @@ functions, where they are installed; ours through datums; and the hosted APIs' d
 All compute the same loss and gradient, which the script checks first. Ours and the hand-written loss have the same
 metrics, the others have their own.
 
-The allocator and the number of threads are those that a user has. A run is repeated in several processes, since the
-state of an allocator stays through a process; each time is a median over rounds and processes.
+The allocator and the number of threads are the defaults that a user has. A run is repeated in several processes,
+because the state of the allocator lasts as long as its process. Each time is a median over rounds and processes.
 
-``buffers`` is the largest number of new [N] buffers alive at once in the eager form, in units of N floats.
+``buffers`` is the largest memory of new tensors alive at once in the eager form, in units of N floats.
 
     python benchmarks/tensors.py [--rounds 9] [--processes 3]
 """
@@ -47,14 +47,14 @@ def batch_of(sequences: int, length: int) -> Batch:
     position = torch.arange(length)
     logprobs = -3 * torch.rand(shape, generator=draw)
 
-    def near() -> Tensor:
+    def noisy_logprobs() -> Tensor:
         return (logprobs + torch.randn(shape, generator=draw) / 5).clamp(max=0)
 
     return {
         "weights": ((position >= length // 4) & (position < ends)).float(),
         "advantages": torch.randn(sequences, generator=draw),
-        "old_logprobs": near(),
-        "ref_logprobs": near(),
+        "old_logprobs": noisy_logprobs(),
+        "ref_logprobs": noisy_logprobs(),
         "logprobs": logprobs.requires_grad_(),
     }
 
@@ -94,13 +94,13 @@ def forms(batch: Batch) -> dict[str, Callable[[], Any]]:
         "documents' loop": lambda: loop(data, leaves),
     }
 
-    def step(call: Callable[[], Any], of: list[Tensor]) -> Callable[[], Any]:
+    def step(call: Callable[[], Any], inputs: list[Tensor]) -> Callable[[], Any]:
         def run() -> Any:
-            for leaf in of:
+            for leaf in inputs:
                 leaf.grad = None
             loss, metrics = call()
             loss.backward()
-            return loss.item(), torch.cat([leaf.grad.flatten() for leaf in of]), metrics
+            return loss.item(), torch.cat([leaf.grad.flatten() for leaf in inputs]), metrics
 
         return run
 
@@ -109,13 +109,13 @@ def forms(batch: Batch) -> dict[str, Callable[[], Any]]:
 
 
 class AliveBuffers(TorchDispatchMode):
-    """Count the floats of new tensors of at least N/2 entries that are alive at once."""
+    """Measure the bytes of new tensors of at least N/2 entries that are alive at once."""
 
     def __init__(self, given: Batch) -> None:
         super().__init__()
         self.known = {x.untyped_storage().data_ptr() for x in given.values()}
         self.entries = given["logprobs"].numel()
-        self.bytes = self.most = 0
+        self.bytes = self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -130,7 +130,7 @@ class AliveBuffers(TorchDispatchMode):
             self.known.add(key)
             self.bytes += size
             weakref.finalize(storage, self.remove, key, size)
-        self.most = max(self.most, self.bytes)
+        self.peak = max(self.peak, self.bytes)
 
     def remove(self, key: int, size: int) -> None:
         self.known.discard(key)
@@ -141,21 +141,22 @@ def alive_buffers(batch: Batch) -> float:
     with AliveBuffers(batch) as alive:
         loss, _ = LOSS.padded(batch["logprobs"], batch["weights"], **{name: batch[name] for name in COLUMNS})
         loss.backward()
-    return alive.most / (4 * alive.entries)
+    return alive.peak / (4 * alive.entries)
 
 
 def check(runs: dict[str, Callable[[], Any]], batch: Batch) -> None:
-    """Check that all have one loss and one gradient, and that ours has the metrics of the hand-written loss."""
+    """Check that all runs have one loss and one gradient, and that ours have the metrics of the hand-written loss."""
     expected, gradient, metrics = runs["by hand"]()
     active = batch["weights"].flatten() > 0
     for name, run in runs.items():
-        loss, found, own = run()
+        loss, found, found_metrics = run()
         assert abs(loss - expected) <= 1e-5 * max(1, abs(expected)), (name, loss, expected)
         on_datums = name.startswith(("datums", "documents"))
         assert on_datums or torch.allclose(found[active], gradient[active], rtol=1e-3, atol=1e-9), name
         if name in ("padded", "packed", "compiled", "datums", "datums, compiled"):
             for metric, value in metrics.items():
-                assert abs(own[metric] - value) <= 1e-4 * max(1, abs(value)), (name, metric, own[metric], value)
+                found_value = found_metrics[metric]
+                assert abs(found_value - value) <= 1e-4 * max(1, abs(value)), (name, metric, found_value, value)
 
 
 def measure(sequences: int, length: int, rounds: int) -> dict[str, Any]:
@@ -192,8 +193,8 @@ def main() -> None:
         return
     rows = []
     for sequences, length in SIZES:
-        found = in_processes(sequences, length, args.rounds, args.processes)
-        times = found["times"]
+        measured = in_processes(sequences, length, args.rounds, args.processes)
+        times = measured["times"]
         rows.append(
             {
                 "sequences": sequences,
@@ -202,7 +203,7 @@ def main() -> None:
                 "times_by_hand": {name: round(ratio(times, name, "by hand"), 3) for name in times},
                 "loop_over_datums": round(ratio(times, "documents' loop", "datums"), 2),
                 "loop_over_compiled": round(ratio(times, "documents' loop", "datums, compiled"), 2),
-                "buffers": round(found["buffers"], 2),
+                "buffers": round(measured["buffers"], 2),
             }
         )
     names = list(rows[0]["times_by_hand"])

@@ -21,10 +21,10 @@ Measure = Callable[[Any, Any, Any, Any], tuple[Tensor, Numbers]]
 class OneKernel:
     """``measure``, compiled together with its gradient, for batches of any size.
 
-    The graph computes the gradient in the same pass over the batch as the loss. Backward multiplies it by the gradient
-    that arrives. The first call compiles. If it cannot, for lack of a C++ compiler or because the loss cannot be
-    traced, then this call and all later ones run ``measure`` itself, and the first one warns. So they do if the loss
-    has learnable tensors of its own, which the graph has no gradient for.
+    The graph computes the gradient in the same pass over the batch as the loss. The backward pass multiplies this
+    gradient by the one that arrives. The first call compiles. If that fails, because there is no C++ compiler or the
+    loss cannot be traced, this call warns, and it and all later calls run ``measure`` itself. So does a loss with
+    learnable tensors of its own, for which the graph has no gradient.
     """
 
     def __init__(self, measure: Measure) -> None:
@@ -36,17 +36,18 @@ class OneKernel:
         return OneKernel, (self.measure,)  # a copy compiles anew
 
     def __call__(self, loss: Any, pack: Any, batch: Any, divisor: Any) -> tuple[Tensor, Numbers]:
-        # Inside a transformation of torch.func, or of a step that the caller compiles, the loss is a part of that.
+        # Inside torch.func, or inside a step that the caller compiles, the loss is traced as a part of that function.
         if self.failed or torch.compiler.is_compiling() or is_transformed():
             return self.measure(loss, pack, batch, divisor)
         differentiable = torch.is_grad_enabled() and batch.logprobs.requires_grad
-        form = differentiable, batch.equal, divisor is None
+        variant = differentiable, batch.equal, divisor is None
         try:
-            if form not in self.kernels:
+            if variant not in self.kernels:
                 function = with_own_code(value_and_gradient if differentiable else value)
-                self.kernels[form] = torch.compile(function, fullgraph=True)
-            number = as_number(divisor, batch.logprobs)
-            total, names, values, *gradient = self.kernels[form](self.measure, loss, of_any_size(batch), number)
+                self.kernels[variant] = torch.compile(function, fullgraph=True)
+            denominator = divisor_as_tensor(divisor, batch.logprobs)
+            arguments = self.measure, loss, with_dynamic_sizes(batch), denominator
+            total, names, values, *gradient = self.kernels[variant](*arguments)
             problem = "the loss has learnable tensors of its own" if total.requires_grad else ""  # the batch has none
         except Exception as error:  # torch.compile raises errors of many types, which differ by release and backend
             problem = reason(error)
@@ -62,7 +63,7 @@ class OneKernel:
 
 def value(measure: Measure, loss: Any, batch: TensorBatch, divisor: Tensor | None) -> tuple[Tensor, Any, Tensor]:
     """Return the loss, and the names and the values of its numbers."""
-    total, numbers = measure(loss, blank_tensors, flat(batch, batch.logprobs), divisor)
+    total, numbers = measure(loss, blank_tensors, flattened(batch, batch.logprobs), divisor)
     return total, numbers.names, numbers.values
 
 
@@ -74,7 +75,7 @@ def value_and_gradient(
 
     def of_logprobs(logprobs: Tensor) -> tuple[Tensor, Tensor]:
         nonlocal names  # torch.func returns tensors alone
-        total, numbers = measure(loss, blank_tensors, flat(batch, logprobs), divisor)
+        total, numbers = measure(loss, blank_tensors, flattened(batch, logprobs), divisor)
         names = numbers.names
         return total, numbers.values
 
@@ -101,18 +102,19 @@ class WithGradient(torch.autograd.Function):
         return (grads[0] * ctx.saved_tensors[0]).to(ctx.dtype), None, None
 
 
-def of_any_size(batch: Any) -> TensorBatch:
-    """Return the batch for a graph that takes any N and B. Sequences of equal length become rows ``[B, T]``.
+def with_dynamic_sizes(batch: Any) -> TensorBatch:
+    """Return the batch for a graph that takes any N and B.
 
-    Of a flat batch the graph would compute T = N / B again for every few tokens.
+    ``Tokens`` become a ``TensorBatch``, too: the graph blanks them a second time, which changes nothing. Sequences of
+    equal length become rows ``[B, T]``: given ``[N]``, the graph would compute T = N / B again for every few tokens.
     """
     rows = (len(batch.lengths), -1) if batch.equal else (-1,)
 
     def dynamic(x: Any, *shape: int) -> Any:
         if not isinstance(x, Tensor):  # ON_POLICY
             return x
-        # The kernel reads bytes and contiguous numbers as vectors, bools and expanded numbers one by one.
-        # The view is a new tensor, which may be marked.
+        # The kernel reads bytes and contiguous numbers as vectors, but bools and expanded numbers one by one.
+        # The view is a new tensor, so the caller's tensor is not marked.
         view = (x.view(torch.uint8) if x.dtype is torch.bool else x).contiguous().view(shape)
         for dim in range(len(shape)):
             torch._dynamo.maybe_mark_dynamic(view, dim)
@@ -123,14 +125,14 @@ def of_any_size(batch: Any) -> TensorBatch:
     return TensorBatch(logprobs, weights, columns, dynamic(batch.lengths, -1), batch.equal, batch.halves)
 
 
-def flat(batch: TensorBatch, logprobs: Tensor) -> TensorBatch:
+def flattened(batch: TensorBatch, logprobs: Tensor) -> TensorBatch:
     """Return the batch with these logprobs, and every column as ``[N]``."""
     columns = {name: x.flatten() if isinstance(x, Tensor) else x for name, x in batch.columns.items()}
     return TensorBatch(logprobs.flatten(), batch.weights.flatten(), columns, batch.lengths, batch.equal, batch.halves)
 
 
-def as_number(divisor: Tensor | float | None, like: Tensor) -> Tensor | None:
-    """Return a denominator as a tensor, since each new number in a graph would be compiled anew."""
+def divisor_as_tensor(divisor: Tensor | float | None, like: Tensor) -> Tensor | None:
+    """Return a denominator as a tensor, since a graph would be compiled again for each new float."""
     if divisor is None or isinstance(divisor, Tensor):
         return divisor
     return like.new_full((), divisor, dtype=torch.promote_types(like.dtype, torch.float32))
@@ -150,5 +152,8 @@ def reason(error: BaseException) -> str:
 
 
 def with_own_code(function: Any) -> Any:
-    """Copy a function with its code. torch limits the graphs of one code object: each form of a loss has its own."""
+    """Copy a function and its code object.
+
+    torch limits the number of graphs of a code object. With a copy, each kernel has a limit of its own.
+    """
     return FunctionType(function.__code__.replace(), function.__globals__, function.__name__)

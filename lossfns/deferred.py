@@ -24,8 +24,8 @@ class Numbers:
     """The 0-d results of a call as one tensor, which travels to the host at once.
 
     Attributes:
-        names: of the totals, of the sums of statistics, and of the extrema that ``check_values`` reads.
-        values: ``[k]``, in the order of the names.
+        names: the names of the totals, of the sums of statistics, and of the extrema that ``check_values`` reads.
+        values: ``[k]`` all values, in the order of the names.
     """
 
     names: Sequence[Sequence[str]]
@@ -37,24 +37,24 @@ class Numbers:
         return [dict(zip(names, numbers)) for names in self.names]
 
 
-def as_numbers(dtype: torch.dtype, *tables: Mapping[str, Tensor]) -> Numbers:
-    """Join tables of 0-d tensors."""
+def join_numbers(dtype: torch.dtype, *tables: Mapping[str, Tensor]) -> Numbers:
+    """Join tables of 0-d tensors by name into ``Numbers`` of one dtype."""
     names = tuple(tuple(table) for table in tables)
     return Numbers(names, torch.stack([x.to(dtype) for table in tables for x in table.values()]))
 
 
 @dataclass(frozen=True)
 class DeferredMetrics:
-    """The metrics of a call as tensors, with the checks of values that are still to be made.
+    """The metrics of a call as tensors. Their values are checked when the host reads them.
 
     Attributes:
         loss, rows, signed: name of the loss, its kind of row, and whether its weights may be negative.
         divisor: the denominator of the whole batch, if one was given; 0-d if it is a tensor.
         sequences: B, the number of sequences.
-        batch: a function that returns the packed batch.
-        numbers: metrics of every loss; each statistic summed over the active rows, and their number as ``rows``; and
-            the extrema that ``check_values`` reads.
-        more: further metrics and numbers for ``check_values``, 0-d.
+        get_batch: a function that returns the packed batch, in which an error names the place of a bad value.
+        numbers: three tables: metrics of every loss; each statistic summed over the active rows, and the number of
+            these rows as ``rows``; and the extrema that ``check_values`` reads.
+        extras: 0-d tensors by name, where a call has them: ``grad_l1`` and ``LENGTHS_FIT``.
     """
 
     loss: str
@@ -62,13 +62,13 @@ class DeferredMetrics:
     signed: bool
     divisor: Tensor | float | None
     sequences: int
-    batch: Callable[[], Tokens]
+    get_batch: Callable[[], Tokens]
     numbers: Numbers
-    more: Mapping[str, Tensor]
+    extras: Mapping[str, Tensor]
 
     @property
     def sums(self) -> dict[str, Tensor]:
-        """Each statistic summed over the active rows, and their number as ``rows``, as 0-d tensors."""
+        """Each statistic summed over the active rows, and the number of these rows as ``rows``, as 0-d tensors."""
         return self.numbers.tables(self.numbers.values.unbind())[1]
 
     @property
@@ -76,56 +76,47 @@ class DeferredMetrics:
         """Totals, and the mean of each statistic over the active rows, as 0-d tensors. No value is checked."""
         totals, sums, _ = self.numbers.tables(self.numbers.values.unbind())
         rows = sums.pop("rows").clamp(min=1)
-        more = {name: x for name, x in self.more.items() if name != LENGTHS_FIT}
-        return {**totals, **more, **{name: x / rows for name, x in sums.items()}}
+        extras = {name: x for name, x in self.extras.items() if name != LENGTHS_FIT}
+        return {**totals, **extras, **{name: x / rows for name, x in sums.items()}}
 
     def finalise(self) -> dict[str, float]:
         """Copy the metrics to the host, in one transfer, and check the values of the batch.
 
         Raises:
-            LossInputError: if a value of the batch, or the loss, is not one that a loss can have.
+            LossInputError: if the batch has a value that no loss can use, or the loss is not finite.
         """
-        return self.read(self.on_device.tolist())
+        return self.read(self.all_values.tolist())
 
     @property
-    def further(self) -> dict[str, Tensor]:
-        """``more``, and the divisor if it is a tensor."""
-        return {**self.more, **({"divisor": self.divisor} if isinstance(self.divisor, Tensor) else {})}
+    def extras_and_divisor(self) -> dict[str, Tensor]:
+        """``extras``, and the divisor if it is a tensor."""
+        return {**self.extras, **({"divisor": self.divisor} if isinstance(self.divisor, Tensor) else {})}
 
     @property
-    def on_device(self) -> Tensor:
-        """All numbers that ``read`` takes, in one tensor."""
-        values, further = self.numbers.values, self.further.values()
-        here = [to_device(x, values.device, values.dtype) for x in further]
-        return torch.cat([values, torch.stack(here)]) if here else values
+    def all_values(self) -> Tensor:
+        """The values of ``numbers``, then of ``extras_and_divisor``, as one tensor for one transfer to the host."""
+        values = self.numbers.values
+        others = [to_device(x, values.device, values.dtype) for x in self.extras_and_divisor.values()]
+        return torch.cat([values, torch.stack(others)]) if others else values
 
-    def read(self, numbers: Sequence[float]) -> dict[str, float]:
-        """Return what ``finalise`` returns, given the numbers ``on_device`` on the host."""
+    def read(self, values: Sequence[float]) -> dict[str, float]:
+        """Check the values of the batch, and return the metrics. ``values`` are ``all_values`` on the host."""
         with add_loss_name(self.loss):
-            totals, sums, extrema = self.numbers.tables(numbers)
-            further = dict(zip(self.further, numbers[len(self.numbers.values) :]))
-            divisor = further.pop("divisor", self.divisor)
-            check_values({**extrema, LENGTHS_FIT: further.pop(LENGTHS_FIT, 1.0)}, self.batch, signed=self.signed)
-            return self.metrics({**totals, **further}, sums, divisor)
+            totals, sums, extrema = self.numbers.tables(values)
+            extras = dict(zip(self.extras_and_divisor, values[len(self.numbers.values) :]))
+            divisor = extras.pop("divisor", self.divisor)
+            check_values({**extrema, LENGTHS_FIT: extras.pop(LENGTHS_FIT, 1.0)}, self.get_batch, signed=self.signed)
+            check_totals(totals, sums["rows"], divisor)
+            return self.metrics({**totals, **extras}, sums, divisor)
 
     def metrics(self, totals: dict[str, float], sums: dict[str, float], divisor: Any) -> dict[str, float]:
         """Return the metrics from sums on the host. A statistic becomes its mean over the active rows."""
         rows = sums.pop("rows")
-        count = totals.get("count", 1.0)
-        if divisor is not None:
-            check_denominator(divisor)
-        elif rows == 0:
-            fix = "Bind denominator= if this is one chunk of a larger batch."
-            raise LossInputError("weights", "at least one active token in the batch", "only zeros", fix)
-        if math.isnan(count) or (divisor is None and count <= 0):
-            raise not_divisible(count)
-        if not math.isfinite(totals["loss"]):
-            fix = "A finite log_ratio_cap keeps exp from overflowing."
-            raise LossInputError("loss", "a finite value", f"{totals['loss']:g}", fix)
         means = {name: total / rows if rows else 0.0 for name, total in sums.items()}
         row_counts = {} if self.rows.per_token else {self.rows.unit: rows}
-        used = count if divisor is None or "count" not in totals else divisor  # a raw sum is never divided
-        metrics = {**totals, "denominator": used, **row_counts, **means}
+        # A raw sum has no count, and is never divided.
+        denominator = totals.get("count", 1.0) if divisor is None or "count" not in totals else divisor
+        metrics = {**totals, "denominator": denominator, **row_counts, **means}
         warn_if_far_off_policy(metrics)
         return metrics | {"sequences": float(self.sequences)}
 
@@ -134,6 +125,21 @@ def finalised(deferred: tuple[Tensor, DeferredMetrics]) -> tuple[Tensor, dict[st
     """Return the loss with its metrics on the host."""
     total, metrics = deferred
     return total, metrics.finalise()
+
+
+def check_totals(totals: Mapping[str, float], rows: float, divisor: Any) -> None:
+    """Refuse a batch without active rows, a denominator that cannot divide, and a loss that is not finite."""
+    count = totals.get("count", 1.0)
+    if divisor is not None:
+        check_denominator(divisor)
+    elif rows == 0:
+        fix = "Bind denominator= if this is one chunk of a larger batch."
+        raise LossInputError("weights", "at least one active token in the batch", "only zeros", fix)
+    if math.isnan(count) or (divisor is None and count <= 0):
+        raise not_divisible(count)
+    if not math.isfinite(totals["loss"]):
+        fix = "A finite log_ratio_cap keeps exp from overflowing."
+        raise LossInputError("loss", "a finite value", f"{totals['loss']:g}", fix)
 
 
 def not_divisible(count: float) -> LossInputError:

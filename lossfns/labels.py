@@ -22,6 +22,9 @@ def targets_from_labels(labels: Tensor, *, ignore_index: int = -100) -> Tensor:
         labels: ``[B, T]`` token ids, not shifted; ``ignore_index`` where a token is not trained.
         ignore_index: the label of such a token.
 
+    Raises:
+        LossInputError: if labels are no token ids ``[B, T]`` with T of at least 2.
+
     >>> targets_from_labels(torch.tensor([[-100, 5, 6]]))
     tensor([[5, 6]])
     """
@@ -34,16 +37,19 @@ def weights_from_labels(labels: Tensor, *, attention_mask: Tensor | None = None,
 
     Args:
         labels: ``[B, T]`` token ids, not shifted; ``ignore_index`` where a token is not trained.
-        attention_mask: ``[B, T]``, 0 at padding. With padding on the left the first token has nothing before it that
-            predicts it: the mask takes it out, even if its label does not.
+        attention_mask: ``[B, T]``, 0 at padding. After padding on the left, no token predicts the first real one: the
+            mask gives it weight 0, even if it has a label.
         ignore_index: the label of a token that is not trained.
+
+    Raises:
+        LossInputError: if labels are no token ids ``[B, T]`` with T of at least 2, or the mask has another shape.
 
     >>> weights_from_labels(torch.tensor([[-100, -100, 5, 6]]))
     tensor([[0., 1., 1.]])
     """
     trained = check_ids("labels", labels)[:, 1:] != check_ignore_index(ignore_index)
     if attention_mask is not None:
-        trained = trained & (weights_from_mask(same_shape("attention_mask", attention_mask, labels)) != 0)
+        trained = trained & (weights_from_mask(check_same_shape("attention_mask", attention_mask, labels)) != 0)
     return trained.float()
 
 
@@ -52,12 +58,15 @@ def weights_from_mask(attention_mask: Tensor, prompt_lengths: Any = None) -> Ten
 
     Args:
         attention_mask: ``[B, T]``, above 0 at tokens and 0 at padding, which may be on either side.
-        prompt_lengths: ``[B]`` tokens of each prompt, which get weight 0. They are counted from the first real token.
+        prompt_lengths: ``[B]`` tokens of each prompt, counted from the first real token. They get weight 0.
+
+    Raises:
+        LossInputError: if the mask is not ``[B, T]`` with T of at least 2, or the lengths are not B whole numbers.
 
     >>> weights_from_mask(torch.tensor([[0, 1, 1, 1]]), prompt_lengths=[2])
     tensor([[0., 0., 1.]])
     """
-    real = check_rows("attention_mask", attention_mask) > 0
+    real = check_shiftable("attention_mask", attention_mask) > 0
     trained = real[:, :-1] & real[:, 1:]
     if prompt_lengths is not None:
         lengths = to_device(as_tensor(as_row(prompt_lengths, "prompt_lengths", None)), real.device)
@@ -70,7 +79,7 @@ def weights_from_mask(attention_mask: Tensor, prompt_lengths: Any = None) -> Ten
 
 def check_ids(name: str, x: Any) -> Tensor:
     """Refuse anything but token ids ``[B, T]`` with T of at least 2."""
-    if check_rows(name, x).is_floating_point() or x.dtype == torch.bool:
+    if check_shiftable(name, x).is_floating_point() or x.dtype == torch.bool:
         raise LossInputError(name, "token ids", str(x.dtype), "Pass integers.")
     return x  # type: ignore[no-any-return]
 
@@ -82,7 +91,7 @@ def check_ignore_index(ignore_index: Any) -> int:
     return ignore_index
 
 
-def check_rows(name: str, x: Any) -> Tensor:
+def check_shiftable(name: str, x: Any) -> Tensor:
     """Refuse anything but a tensor ``[B, T]`` with T of at least 2."""
     if not isinstance(x, Tensor) or x.ndim != 2 or x.shape[1] < 2:
         got = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
@@ -91,7 +100,7 @@ def check_rows(name: str, x: Any) -> Tensor:
     return x
 
 
-def same_shape(name: str, x: Any, labels: Tensor) -> Tensor:
+def check_same_shape(name: str, x: Any, labels: Tensor) -> Tensor:
     """Refuse a tensor whose shape is not that of the labels."""
     if not isinstance(x, Tensor) or x.shape != labels.shape:
         got = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"

@@ -14,14 +14,14 @@ from torch import Tensor
 
 from lossfns.checks import check_denominator, check_knobs, is_huge, is_real
 from lossfns.compiled import Measure, OneKernel
-from lossfns.deferred import DeferredMetrics, Numbers, as_numbers, finalised, not_divisible
+from lossfns.deferred import DeferredMetrics, Numbers, finalised, join_numbers, not_divisible
 from lossfns.errors import LossInputError, add_loss_name, did_you_mean, show, warn
 from lossfns.metrics import ADDITIVE, DIVIDED
 from lossfns.pack import check_align, check_reads, is_plain, pack, pack_weights, tensor_form
-from lossfns.segments import active_counts, geometric_level, sequence_level, to_dtype, token_level
+from lossfns.segments import active_counts, geometric_level, sequence_level, token_level
 from lossfns.tensors import TensorBatch, blank_tensors, check_packed, check_padded
 from lossfns.terms import k1, k2, k3
-from lossfns.tokens import COLUMNS, ON_POLICY, TOKENS, Rows, Tokens
+from lossfns.tokens import COLUMNS, ON_POLICY, TOKENS, Rows, Tokens, to_dtype
 from lossfns.values import extremes
 from lossfns.weigh import WEIGHINGS, Weighing, check_weigh
 
@@ -34,7 +34,6 @@ P = ParamSpec("P")
 
 METRICS = (*ADDITIVE, *DIVIDED, "denominator", "rows")
 """Metrics of every loss. A statistic cannot have one of these names."""
-
 
 FUNCTIONS_BY_NAME: dict[str, dict[str, Any]] = {
     "weigh": {weighing.name: weighing for weighing in WEIGHINGS},
@@ -151,16 +150,16 @@ def evaluate(loss: Loss, t: Tokens, denominator: Tensor | float | None = None) -
         check_terms(loss, t, result, share)
     term, statistics = result
     total = torch.dot(share.to(term.dtype), term)
-    del result, term  # the statistics are computed in this memory
+    del result, term  # frees memory, in which the statistics are then computed
     if loss.count is not None:
-        total = total / (count_rows(loss, t) if denominator is None else one_number(denominator))
+        total = total / (count_of(loss, t) if denominator is None else as_denominator(denominator))
     # A pair or a sequence is active if its share is not 0.
     active = to_dtype(t.active if loss.rows.per_token else share != 0, total.dtype)
     sums = {name: sum_of_rows(name, statistics, active) for name in statistics}
     return total, {"rows": active.sum(), **sums}
 
 
-def count_rows(loss: Loss, t: Tokens) -> Tensor:
+def count_of(loss: Loss, t: Tokens) -> Tensor:
     """Return this batch's part of the denominator. Refuse a count that is no scalar."""
     assert loss.count is not None  # a raw sum has none
     count: Any = loss.count(t)
@@ -173,8 +172,11 @@ def count_rows(loss: Loss, t: Tokens) -> Tensor:
     return counted
 
 
-def one_number(denominator: Any) -> Any:
-    """Return a denominator. Refuse anything but a number above 0 or a 0-d tensor, whose value stays on its device."""
+def as_denominator(denominator: Any) -> Any:
+    """Return a denominator. Refuse anything but a number above 0, or a 0-d tensor.
+
+    The value of a tensor is not read here, since it may be on a device.
+    """
     if isinstance(denominator, Tensor) and is_plain(denominator) and denominator.ndim == 0:
         return denominator
     check_denominator(denominator)
@@ -182,11 +184,11 @@ def one_number(denominator: Any) -> Any:
 
 
 def as_divisor(denominator: Any) -> Tensor | float:
-    """Return a denominator to bind. On a device it stays there, and is checked when the metrics are read."""
+    """Return a denominator to bind. A tensor on a device stays there, and is checked when the metrics are read."""
     if isinstance(denominator, Tensor) and is_plain(denominator) and denominator.numel() == 1:
         on_device = denominator.device.type != "cpu"
         denominator = denominator.detach().reshape(()) if on_device else denominator.item()
-    return one_number(denominator)  # type: ignore[no-any-return]
+    return as_denominator(denominator)  # type: ignore[no-any-return]
 
 
 def check_terms(loss: Loss, t: Tokens, result: Any, share: Any) -> None:
@@ -234,6 +236,7 @@ class BoundLoss:
         divisor: the denominator of the whole batch, if calls get parts of it. None: the count of the batch of the call.
         align: ``"strict"``, or ``"truncate"`` to cut all columns of a datum to the length of its shortest.
         grad_l1: whether to add the metric ``grad_l1``, Σ|∂L/∂logprob|.
+        measure: the function that computes loss and metrics: ``measure``, or the ``kernel`` of the loss.
     """
 
     loss: Loss
@@ -241,7 +244,7 @@ class BoundLoss:
     divisor: Tensor | float | None = None
     align: str = "strict"
     grad_l1: bool = False
-    measure: Measure = field(default_factory=lambda: measure, repr=False)
+    measure: Measure = field(default_factory=lambda: measure, repr=False)  # a lambda, since it is defined below
 
     def __post_init__(self) -> None:
         if not isinstance(self.loss, Loss):
@@ -257,7 +260,22 @@ class BoundLoss:
         grad_l1: bool | None = None,
         **columns: Any,
     ) -> BoundLoss:
-        """Return a copy that binds more. A column that is bound already is replaced."""
+        """Return a copy with these columns and options. They replace those that are bound already.
+
+        Args:
+            denominator: the denominator of the whole batch, if calls get parts of it: a number above 0, or a tensor of
+                one number. A tensor on a device is checked when the metrics are read.
+            align: ``"strict"`` or ``"truncate"``; see ``BoundLoss``.
+            grad_l1: whether to add the metric ``grad_l1``.
+            columns: columns by name, for datums or for tensors, whichever the loss is then called with.
+
+        Raises:
+            LossInputError: if a name is no column of the loss, or an option is malformed.
+
+        >>> from lossfns import reinforce
+        >>> reinforce().bind(denominator=4).bind(denominator=8).divisor
+        8.0
+        """
         with add_loss_name(self.loss.name):
             check_bound(self.loss, columns, align, grad_l1)
             return replace(
@@ -274,7 +292,7 @@ class BoundLoss:
             return 1.0
         with add_loss_name(self.loss.name):
             t = pack_weights(data, self.loss.reads, self.columns, rows=self.loss.rows, align=self.align)
-            count = float(count_rows(self.loss, t))
+            count = float(count_of(self.loss, t))
             if math.isnan(count):
                 raise not_divisible(count)
         return count
@@ -378,9 +396,9 @@ class BoundLoss:
     def compiled(self) -> BoundLoss:
         """Return the loss fused with its metrics and its gradient by ``torch.compile``, in every form.
 
-        The first call of a form compiles, for some seconds; batches of other sizes do not compile again. Without a
-        compiler the loss runs as it is, and warns; so does a loss with learnable tensors of its own.
-        ``backward(create_graph=True)`` is refused.
+        The first call of a form compiles, which takes some seconds. Batches of other sizes are not compiled again. If
+        torch.compile fails, or if the loss has learnable tensors of its own, it runs eagerly after a ``LossWarning``.
+        ``backward(create_graph=True)`` raises a ``LossInputError``.
         """
         return replace(self, measure=self.loss.kernel)
 
@@ -394,15 +412,17 @@ class BoundLoss:
         """Return loss and metrics of ``pack(batch)``. Nothing is copied to the host.
 
         Args:
-            pack: ``as_packed``, or ``blank_tensors`` for a batch that is not masked yet.
+            pack: ``as_packed`` for a batch of ``Tokens``, or ``blank_tensors`` for a ``TensorBatch``.
             batch: the batch.
-            checks: numbers for ``check_values`` besides those that it reads from the batch.
+            checks: 0-d tensors for ``check_values``, besides the extrema of the batch.
         """
         loss, sequences = self.loss, 1 if batch.lengths is None else len(batch.lengths)
         total, numbers = self.measure(loss, pack, batch, self.divisor)
-        more = {**(checks or {}), **({"grad_l1": grad_l1(total, batch.logprobs)} if self.grad_l1 else {})}
-        kept = functools.partial(pack, batch)
-        metrics = DeferredMetrics(loss.name, loss.rows, loss.signed, self.divisor, sequences, kept, numbers, more)
+        extras = {**(checks or {}), **({"grad_l1": grad_l1(total, batch.logprobs)} if self.grad_l1 else {})}
+        get_batch = functools.partial(pack, batch)
+        metrics = DeferredMetrics(
+            loss.name, loss.rows, loss.signed, self.divisor, sequences, get_batch, numbers, extras
+        )
         return total, metrics
 
 
@@ -414,21 +434,21 @@ def as_packed(t: Tokens) -> Tokens:
 def measure(
     loss: Loss, pack: Callable[[Any], Tokens], batch: Any, divisor: Tensor | float | None
 ) -> tuple[Tensor, Numbers]:
-    """Return the 0-d loss of ``pack(batch)``, and its totals, sums of statistics, and extrema."""
+    """Return the 0-d loss of ``pack(batch)``, and its numbers: totals, sums of statistics, and extrema."""
     t = pack(batch)
-    count = {} if loss.count is None else {"count": count_rows(loss, t)}
+    count = {} if loss.count is None else {"count": count_of(loss, t)}
     total, sums = evaluate(loss, t, count.get("count") if divisor is None else divisor)
     tokens = active_counts(t)
     totals = {"loss": total.detach(), "tokens": tokens.sum(), "sequences_empty": (tokens == 0).sum(), **count}
-    return total, as_numbers(total.dtype, totals, sums, extremes(t, loss.rows))
+    return total, join_numbers(total.dtype, totals, sums, extremes(t, loss.rows))
 
 
 @dataclass(frozen=True)
 class DeferredLoss:
     """A loss whose metrics stay on the device until ``finalise()`` is called, for CUDA graphs and pipelines.
 
-    Each form of the call returns ``(loss, DeferredMetrics)`` and never waits for the device. The checks of values, such
-    as of nan, are made by ``finalise``.
+    Each form of the call returns ``(loss, DeferredMetrics)`` and never waits for the device. ``finalise`` checks the
+    values of the batch, and raises for a nan.
 
     >>> from lossfns import cross_entropy
     >>> logprobs = torch.tensor([[-1.0, -3.0]], requires_grad=True)
@@ -448,8 +468,8 @@ class DeferredLoss:
     ) -> tuple[Tensor, DeferredMetrics]:
         """See ``BoundLoss.padded``."""
         bound = self.bound.bind(denominator=denominator, **columns)
-        with add_loss_name(bound.loss.name):
-            loss = bound.loss
+        loss = bound.loss
+        with add_loss_name(loss.name):
             batch = check_padded(logprobs, weights, loss.reads, bound.columns, rows=loss.rows, layout=layout)
             return bound.defer(blank_tensors, batch)
 
@@ -466,8 +486,8 @@ class DeferredLoss:
     ) -> tuple[Tensor, DeferredMetrics]:
         """See ``BoundLoss.packed``."""
         bound = self.bound.bind(denominator=denominator, **columns)
-        with add_loss_name(bound.loss.name):
-            loss = bound.loss
+        loss = bound.loss
+        with add_loss_name(loss.name):
             batch, checks = check_packed(
                 logprobs,
                 weights,

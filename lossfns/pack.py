@@ -141,8 +141,8 @@ def pack_columns(
     inactive = ~active
     # In place is safe: flatten_column returns new tensors.
     blanked = {name: x.masked_fill_(inactive, 0) for name, x in flat.items()}
-    equal = len(set(map(tuple, shapes))) == 1 and lengths[0] > 0
-    return PackedColumns(weights, active, to_device(lengths, like.device), blanked | on_policy, kept, bool(equal))
+    equal = len(set(map(tuple, shapes))) == 1 and bool(lengths[0] > 0)  # rows of no tokens would have no maximum
+    return PackedColumns(weights, active, to_device(lengths, like.device), blanked | on_policy, kept, equal)
 
 
 @dataclass(frozen=True)
@@ -275,8 +275,8 @@ def check_logprobs(data: Sequence[Any], logprobs_list: Sequence[Tensor]) -> None
         raise wrong_count(data, logprobs_list)
     device = getattr(logprobs_list[0], "device", None)
     has_values = getattr(device, "type", "") != "meta"
-    forms = {isinstance(lp, Tensor) and (lp.dtype, lp.device, lp.layout, lp.is_nested) for lp in logprobs_list}
-    if forms <= {(dtype, device, torch.strided, False) for dtype in LOGPROB_DTYPES} and has_values:
+    kinds = {isinstance(lp, Tensor) and (lp.dtype, lp.device, lp.layout, lp.is_nested) for lp in logprobs_list}
+    if kinds <= {(dtype, device, torch.strided, False) for dtype in LOGPROB_DTYPES} and has_values:
         return  # the usual case, faster than one by one
     for i, lp in enumerate(logprobs_list):
         if not isinstance(lp, Tensor):
@@ -287,7 +287,7 @@ def check_logprobs(data: Sequence[Any], logprobs_list: Sequence[Tensor]) -> None
         if lp.device != device:
             got = f"{lp.device}, while datum[0] has {device}"
             raise LossInputError("logprobs", "one device for the whole batch", got, "Move them with .to().", datum=i)
-        if lp.layout != torch.strided or lp.is_nested or not has_values:  # is_plain; the dtype has told the rest
+        if lp.layout != torch.strided or lp.is_nested or not has_values:  # LOGPROB_DTYPES are all real
             fix = "Pass the logprobs of the datum's targets as a dense tensor of float32."
             raise LossInputError("logprobs", "a dense tensor with values", tensor_form(lp), fix, datum=i)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lossfns.tokens import Tokens
+from lossfns.tokens import Tokens, to_dtype
 
 Level = Callable[[Tokens, Tensor], Tensor]
 """A function ``(t, log_ratio [N]) -> [N]``: for each token its own log-ratio, or the log-ratio of its sequence."""
@@ -40,12 +40,6 @@ def to_tokens(t: Tokens, y: Tensor) -> Tensor:
 def active_counts(t: Tokens) -> Tensor:
     """Number of active tokens of each sequence: ``[B]``."""
     return sequence_sum(t, to_dtype(t.active, t.weights.dtype))
-
-
-def to_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Convert to a floating point dtype. A bool is read as a byte, which torch converts five times faster in eager."""
-    as_byte = x.dtype is torch.bool and not torch.compiler.is_compiling()
-    return (x.view(torch.uint8) if as_byte else x).to(dtype)
 
 
 def nonempty(t: Tokens) -> Tensor:

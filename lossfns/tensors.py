@@ -1,8 +1,8 @@
 """The door for tensors: padded ``[B, T]`` and packed ``[N]`` batches become the ``Tokens`` that ``pack`` returns.
 
-``check_padded`` and ``check_packed`` check a batch, and ``blank_tensors`` converts and masks it. The second step is
-apart, so that a compiled loss can fuse it. No shape depends on the data, nothing runs over sequences, and nothing waits
-for the device.
+``check_padded`` and ``check_packed`` check the shapes of a batch. Then ``blank_tensors`` converts and masks its
+columns: a step that a compiled loss can fuse. No shape depends on the data, no loop runs over sequences, and the host
+does not wait for the device.
 """
 
 from __future__ import annotations
@@ -26,12 +26,11 @@ from lossfns.pack import (
     may_be_number,
     tensor_form,
 )
-from lossfns.segments import to_dtype
-from lossfns.tokens import ON_POLICY, PAIRS, Rows, Tokens
+from lossfns.tokens import ON_POLICY, PAIRS, Rows, Tokens, to_dtype
 from lossfns.values import LENGTHS_FIT
 
 LAYOUTS = ("interleaved", "halves")
-"""Where the sides of pair i stand: at 2i and 2i + 1, or at i and i + P, as TRL concatenates them."""
+"""Where the chosen and the rejected row of pair i are: at 2i and 2i + 1, or at i and i + P, as in TRL."""
 SIDES = ("chosen", "rejected")
 
 
@@ -41,7 +40,8 @@ class TensorBatch:
 
     Attributes:
         logprobs, weights: ``[N]``, in any dtype.
-        columns: the other columns by name: each ``[N]``, or expanded to ``[B, T]`` or ``[B, T, K]``; or ON_POLICY.
+        columns: the other columns by name. Each is ``[N]``, or one number for each row as a view ``[B, T]`` or
+            ``[B, T, K]``, or ON_POLICY.
         lengths, equal, halves: as in ``Tokens``.
     """
 
@@ -93,7 +93,7 @@ def check_padded(
         LossInputError: if any input is malformed.
     """
     rows = Rows.of(rows)
-    check_layout(layout, rows, in_two=isinstance(logprobs, (tuple, list)))
+    check_layout(layout, rows, two_tensors=isinstance(logprobs, (tuple, list)))
     if isinstance(logprobs, (tuple, list)):
         return check_two_sides(logprobs, weights, reads, columns or {}, rows)
     check_logprobs(logprobs, "logprobs", rows.rank + 1, "padded", ("B", "T", "K"))
@@ -105,16 +105,16 @@ def check_padded(
     def align(name: str, x: Any) -> Tensor:
         return align_rows(name, x, logprobs, rows)
 
-    given = align_columns(align, find_columns(reads, columns or {}))
+    aligned = align_columns(align, find_columns(reads, columns or {}))
     lengths = torch.full(logprobs.shape[:1], logprobs[0].numel(), device=logprobs.device)
-    flat, halves = logprobs.flatten(), layout == "halves"
-    return TensorBatch(flat, align("weights", weights), given, lengths, equal=True, halves=halves)
+    halves = layout == "halves"
+    return TensorBatch(logprobs.flatten(), align("weights", weights), aligned, lengths, equal=True, halves=halves)
 
 
 def check_two_sides(
     logprobs: Any, weights: Any, reads: Sequence[str], columns: Mapping[str, Any], rows: Rows
 ) -> TensorBatch:
-    """Check pairs whose chosen and rejected sides are two padded tensors, and lay all chosen rows before the others."""
+    """Check pairs in two padded tensors, chosen and rejected. The batch has all chosen rows first: layout "halves"."""
     sides = pair_of("logprobs", logprobs)
     for side, x in zip(SIDES, sides):
         check_logprobs(x, f"{side} logprobs", 2, "padded", ("P", "T"))
@@ -123,15 +123,16 @@ def check_two_sides(
         raise LossInputError("logprobs", "as many chosen as rejected rows", got, "Row i of both is pair i.")
 
     def join(name: str, x: Any) -> Tensor:
-        aligned = [align_rows(name, side, lp, rows).flatten() for side, lp in zip(pair_of(name, x), sides)]
-        joined: Tensor = torch.cat(aligned)
+        joined: Tensor = torch.cat(
+            [align_rows(name, side, lp, rows).flatten() for side, lp in zip(pair_of(name, x), sides)]
+        )
         return joined
 
-    given = align_columns(join, find_columns(reads, columns))
+    aligned = align_columns(join, find_columns(reads, columns))
     logprobs = torch.cat([x.flatten() for x in sides])
     lengths = torch.cat([torch.full(x.shape[:1], x.shape[1], device=x.device) for x in sides])
     equal = sides[0].shape == sides[1].shape
-    return TensorBatch(logprobs, join("weights", weights), given, lengths, equal=equal, halves=True)
+    return TensorBatch(logprobs, join("weights", weights), aligned, lengths, equal=equal, halves=True)
 
 
 def check_packed(
@@ -159,14 +160,14 @@ def check_packed(
         layout: ``"interleaved"`` (the default) or ``"halves"``, for pairs.
 
     Returns:
-        The batch; and for lengths on a device a number that ``check_values`` reads later, which tells whether
-        they are the lengths of a batch of N tokens.
+        The batch, and 0-d tensors that ``check_values`` reads later. For lengths on a device, ``LENGTHS_FIT`` tells
+        whether they are the lengths of a batch of N tokens.
 
     Raises:
         LossInputError: if any input is malformed.
     """
     rows = Rows.of(rows)
-    check_layout(layout, rows, in_two=False)
+    check_layout(layout, rows, two_tensors=False)
     check_logprobs(logprobs, "logprobs", rows.rank, "packed", ("N", "K"))
     width = logprobs.shape[1] if rows.rank == 2 else 1
     tokens, checks = sequence_lengths(lengths, cu_seqlens, len(logprobs))
@@ -182,23 +183,23 @@ def check_packed(
             return torch.repeat_interleave(column, tokens * width, output_size=logprobs.numel())
         raise wrong_shape(name, column, logprobs.shape, rows, len(tokens))
 
-    given = align_columns(align, find_columns(reads, columns or {}))
-    flat, halves = logprobs.flatten(), layout == "halves"
-    return TensorBatch(flat, align("weights", weights), given, tokens * width, equal=False, halves=halves), checks
+    aligned = align_columns(align, find_columns(reads, columns or {}))
+    weights, halves = align("weights", weights), layout == "halves"
+    return TensorBatch(logprobs.flatten(), weights, aligned, tokens * width, equal=False, halves=halves), checks
 
 
 LAYOUT_FIX = 'Interleave them: row 2i chosen, 2i + 1 rejected, or pass layout="halves".'
 
 
-def check_layout(layout: Any, rows: Rows, *, in_two: bool) -> None:
-    """Refuse a layout that does not exist, or that has no meaning here."""
+def check_layout(layout: Any, rows: Rows, *, two_tensors: bool) -> None:
+    """Refuse a layout that does not exist or does not apply, and two tensors for a loss that is not over pairs."""
     if layout is not None and not (isinstance(layout, str) and layout in LAYOUTS):
         hint = did_you_mean(layout, LAYOUTS)
         raise LossInputError("layout", " or ".join(map(repr, LAYOUTS)), show(layout), hint)
-    if layout is not None and (rows is not PAIRS or in_two):
-        got = "two tensors" if in_two else f"a loss over {rows}"
+    if layout is not None and (rows is not PAIRS or two_tensors):
+        got = "two tensors" if two_tensors else f"a loss over {rows}"
         raise LossInputError("layout", "a loss over pairs in one tensor", got, "Leave it out.")
-    if in_two and rows is not PAIRS:
+    if two_tensors and rows is not PAIRS:
         raise LossInputError(
             "logprobs", "one tensor", "a list", "For datums and a list of tensors call the loss itself."
         )
@@ -224,29 +225,31 @@ def check_logprobs(x: Any, name: str, rank: int, form: str, dims: Sequence[str])
 
 
 def sequence_lengths(lengths: Any, cu_seqlens: Any, tokens: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the lengths ``[B]`` of the sequences, and the check of them that is left for later.
+    """Return the lengths ``[B]`` of the sequences, and the result of their check if it cannot be read yet.
 
-    On the host they are checked here. On a device they are made to fit, so that nothing reads beyond the batch.
+    Lengths on the host are checked here. Lengths on a device are clamped, so that no kernel reads beyond the batch, and
+    the returned 0-d tensor tells whether they were right.
     """
     if (lengths is None) == (cu_seqlens is None):
         got = "both" if lengths is not None else "neither"
         raise LossInputError("lengths", "either lengths or cu_seqlens", got, "They say where sequences begin and end.")
     name = "lengths" if cu_seqlens is None else "cu_seqlens"
-    given = as_tensor(as_row(lengths if cu_seqlens is None else cu_seqlens, name, None))
-    if given.ndim != 1 or given.is_floating_point() or given.dtype == torch.bool or not len(given):
-        got = f"{given.dtype} of shape {tuple(given.shape)}"
+    integers = as_tensor(as_row(lengths if cu_seqlens is None else cu_seqlens, name, None))
+    if integers.ndim != 1 or integers.is_floating_point() or integers.dtype == torch.bool or not len(integers):
+        got = f"{integers.dtype} of shape {tuple(integers.shape)}"
         raise LossInputError(name, "whole numbers, one for each sequence", got, "Pass a list or a tensor [B].")
-    given = given.to(torch.int64)
-    bounds = given if cu_seqlens is not None else torch.cat([given.new_zeros(1), given.cumsum(0)])
+    integers = integers.to(torch.int64)
+    bounds = integers if cu_seqlens is not None else torch.cat([integers.new_zeros(1), integers.cumsum(0)])
     counts = bounds.diff()
     fit = (bounds[0] == 0) & (bounds[-1] == tokens) & (counts >= 0).all()
-    if given.device.type != "cpu" or torch.compiler.is_compiling():  # nothing may be read on the host
+    if integers.device.type != "cpu" or torch.compiler.is_compiling():  # nothing may be read on the host
         inner = torch.cummax(bounds[1:-1].clamp(0, tokens), 0).values
         inside = torch.cat([bounds.new_zeros(1), inner, bounds.new_full((1,), tokens)])
         return inside.diff(), {LENGTHS_FIT: fit}
     if len(bounds) < 2 or not fit:
         expected = f"0, …, {tokens} in order" if cu_seqlens is not None else f"numbers from 0 that sum to {tokens}"
-        got = str(given.tolist() if len(given) < 9 else [*given[:4].tolist(), "…", *given[-4:].tolist()])
+        shown = integers.tolist()
+        got = str(shown if len(shown) < 9 else [*shown[:4], "…", *shown[-4:]])
         raise LossInputError(name, expected, got, "They count the tokens of logprobs.")
     return counts, {}
 
@@ -264,7 +267,7 @@ def find_columns(reads: Sequence[str], columns: Mapping[str, Any]) -> dict[str, 
 
 
 def align_columns(align: Callable[[str, Any], Tensor], columns: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the columns in the shape of the logprobs. One that is ON_POLICY stays so."""
+    """Return the columns in the shape of the logprobs. ON_POLICY stays as it is."""
     return {name: x if x is ON_POLICY else align(name, x) for name, x in columns.items()}
 
 
@@ -285,7 +288,7 @@ def pair_of(name: str, x: Any) -> tuple[Any, Any]:
 
 
 def align_rows(name: str, x: Any, logprobs: Tensor, rows: Rows) -> Tensor:
-    """Return a padded column as ``[N]``, or one number for each row expanded over its entries."""
+    """Return a padded column as ``[N]``, or a column with one number for each row as a view of the logprobs' shape."""
     column, shape = column_tensor(name, x, logprobs), logprobs.shape
     if column.shape == shape:
         return column.flatten()
@@ -296,6 +299,7 @@ def align_rows(name: str, x: Any, logprobs: Tensor, rows: Rows) -> Tensor:
 
 
 def wrong_shape(name: str, x: Tensor, shape: Sequence[int], rows: Rows, sequences: int) -> LossInputError:
+    """Return the error for a column that has neither the shape of the logprobs nor one number for each sequence."""
     one_each = f" or ({sequences},)" if may_be_number(name, rows) else ""
     fix = "Shift labels, masks and logprobs alike: position j holds token j + 1."
     return LossInputError(name, f"shape {tuple(shape)}{one_each}, that of logprobs", f"shape {tuple(x.shape)}", fix)

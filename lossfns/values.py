@@ -21,19 +21,19 @@ LOGPROB_TOLERANCE = 1e-4
 """Largest value above 0 that a logprob may have because of rounding."""
 
 LENGTHS_FIT = "lengths fit"
-"""The number that tells whether lengths on a device were those of the batch: 1 or 0."""
+"""Name of a number: 1 if lengths on a device were those of the batch, else 0."""
 
 FAR_LOG_RATIO = 5.0
 """Mean |log-ratio| above which the old logprobs are probably those of other tokens."""
 
 
 def checked_columns(t: Tokens) -> dict[str, Tensor]:
-    """Every column of a batch by name, without graph."""
+    """Return every column of a batch by name, without graph."""
     return {"logprobs": t.logprobs.detach(), "weights": t.weights, **t.columns}
 
 
 def extremes(t: Tokens, rows: Rows) -> dict[str, Tensor]:
-    """0-d tensors: ``NAME min`` and ``NAME max`` of each column (nan if it has a nan), and ``one-sided pairs``."""
+    """Return 0-d tensors: ``NAME min`` and ``NAME max`` of each column (nan if it has one), and ``one-sided pairs``."""
     if t.logprobs.numel() == 0:
         return {}
     extrema = {}
@@ -48,16 +48,16 @@ def one_sided_pairs(t: Tokens) -> Tensor:
     return chosen(t, has_active) ^ rejected(t, has_active)
 
 
-def check_values(extrema: Mapping[str, float], batch: Callable[[], Tokens], *, signed: bool) -> None:
+def check_values(extrema: Mapping[str, float], get_batch: Callable[[], Tokens], *, signed: bool) -> None:
     """Raise for the first value that no loss can use, and warn about old logprobs that were left at 0.
 
     Args:
         extrema: the numbers of ``extremes(t, rows)``, on the host, and ``LENGTHS_FIT`` if the lengths are unchecked.
-        batch: a function that returns ``t``. It is called, and searched for the bad entry, if a number is bad.
+        get_batch: a function that returns ``t``. If a number is bad, it is called, and ``t`` is searched for the entry.
         signed: whether weights may be negative.
     """
     if not extrema.get(LENGTHS_FIT, True):
-        expected = f"whole numbers from 0 that sum to {len(batch().weights)}, or their cumulative sums from 0"
+        expected = f"whole numbers from 0 that sum to {len(get_batch().weights)}, or their cumulative sums from 0"
         raise LossInputError("lengths", expected, "others", "They count the tokens of logprobs.")
     for name in [key.removesuffix(" min") for key in extrema if key.endswith(" min")]:
         low, high = extrema[f"{name} min"], extrema[f"{name} max"]
@@ -70,10 +70,10 @@ def check_values(extrema: Mapping[str, float], batch: Callable[[], Tokens], *, s
             bad, expected = below_0, "a weight of at least 0"
         else:
             continue
-        t = batch()
+        t = get_batch()
         raise_at_first(t, name, bad(checked_columns(t)[name]), expected, fix)
     if extrema.get("one-sided pairs"):
-        raise one_sided_pair(batch())
+        raise one_sided_pair(get_batch())
     unset = extrema.get("old_logprobs min") == extrema.get("old_logprobs max") == 0
     if unset and extrema["logprobs min"] < -LOGPROB_TOLERANCE:
         warn("old_logprobs are 0 at every active token: were they left unset?")

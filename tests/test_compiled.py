@@ -260,10 +260,10 @@ def test_without_a_compiler_it_is_eager_and_says_so(tmp_path: Any, monkeypatch: 
     monkeypatch.setenv("CXX", "/nonexistent")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     ran = subprocess.run([sys.executable, "-c", WITHOUT_COMPILER], capture_output=True, text=True, check=True)
-    numbers, said = ran.stdout.splitlines()
+    numbers, messages = ran.stdout.splitlines()
     assert numbers == "2.0 2.0 -1.0"
-    assert said[2:].startswith("torch.compile failed, so the loss runs without it: ") and "compiler" in said
-    assert said.count("torch.compile failed") == 1
+    assert messages[2:].startswith("torch.compile failed, so the loss runs without it: ") and "compiler" in messages
+    assert messages.count("torch.compile failed") == 1
 
 
 # Where it is called

@@ -1,4 +1,4 @@
-"""Everything that can run on a GPU runs on a rehearsed one, and the host waits for it as seldom as documented."""
+"""Everything that can run on a GPU runs on a rehearsed one, and the host waits no more often than documented."""
 
 import os
 import subprocess
@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def test_all_that_runs_on_a_gpu_runs_on_a_rehearsed_one() -> None:
-    """A process registers one such device, and for good: the tests in ``tests/device`` have a process of their own."""
+    """A process keeps a device that it has registered, so the tests in ``tests/device`` have a process of their own."""
     command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", "tests/device"]
     environment = os.environ | {"LOSSFNS_DEVICE": "rehearsal"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)

@@ -20,8 +20,8 @@ def test_cross_entropy_of_labels_is_that_of_a_trainer() -> None:
     loss, metrics = cross_entropy().padded(logprobs, weights_from_labels(labels))
     expected = F.cross_entropy(logits[:, :-1].reshape(-1, 11), labels[:, 1:].reshape(-1))
     torch.testing.assert_close(loss, expected)
-    (found,), (right,) = (torch.autograd.grad(x, logits, retain_graph=True) for x in (loss, expected))
-    torch.testing.assert_close(found, right)
+    (found,), (expected,) = (torch.autograd.grad(x, logits, retain_graph=True) for x in (loss, expected))
+    torch.testing.assert_close(found, expected)
     assert metrics["tokens"] == 11 == (labels[:, 1:] != -100).sum()
 
 

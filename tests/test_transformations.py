@@ -126,10 +126,10 @@ def test_every_loss_is_a_part_of_a_compiled_step(loss: Loss) -> None:
 
 def test_lengths_in_a_compiled_step_are_judged_with_the_metrics() -> None:
     def step(logprobs: Tensor, lengths: Tensor) -> Any:
-        return lossfns.cross_entropy().deferred().packed(logprobs, torch.ones(6), lengths=lengths)[1].more
+        return lossfns.cross_entropy().deferred().packed(logprobs, torch.ones(6), lengths=lengths)[1].extras
 
-    more = torch.compile(step, fullgraph=True, backend="eager")(torch.full((6,), -1.0), torch.tensor([4, 3]))
-    assert {name: bool(x) for name, x in more.items()} == {"lengths fit": False}
+    extras = torch.compile(step, fullgraph=True, backend="eager")(torch.full((6,), -1.0), torch.tensor([4, 3]))
+    assert {name: bool(x) for name, x in extras.items()} == {"lengths fit": False}
 
 
 # No number leaves the device

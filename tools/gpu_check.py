@@ -69,9 +69,9 @@ def run_pytest(path: str, device: str) -> Figures:
     options = ["-q", "-o", "addopts=", "-m", "not exhaustive", "-p", "no:cacheprovider"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "LOSSFNS_DEVICE": pick(device, "cuda", "rehearsal")}
     command = [sys.executable, "-m", "pytest", *options, path]
-    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    lines = (ended.stdout + ended.stderr).strip().splitlines() or ["no output"]
-    if ended.returncode:
+    completed = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    lines = (completed.stdout + completed.stderr).strip().splitlines() or ["no output"]
+    if completed.returncode:
         failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
         raise AssertionError("; ".join([lines[-1], *failed]))
     return {"note": lines[-1]}
@@ -92,7 +92,7 @@ SECTIONS = {
     "step": Section(client.step, 90),
     "tests": Section(tests, 120),
 }
-"""In the order of running. All of them together may take less than the sum of their limits: see ``TIME_LIMIT``."""
+"""In the order of running. Their limits sum to more than ``TIME_LIMIT``, which holds for all sections together."""
 
 
 def reason(error: BaseException) -> str:
@@ -122,18 +122,23 @@ def run_section(checks: Callable[[str], Checks], device: str, rows: Connection) 
     """Send the row of each check."""
     os.setsid()  # so that the processes that this one starts end with it
     gc.freeze()  # collections then pass over the imported modules
-    warnings.simplefilter("error", LossWarning)  # such as of a loss that cannot be compiled
-    found: Checks = {}
-    row = run_check(lambda: found.update(checks(device)) or {})
+    warnings.simplefilter("error", LossWarning)  # such as the warning about a loss that cannot be compiled
+    made: Checks = {}
+
+    def make_checks() -> Figures:
+        made.update(checks(device))
+        return {}
+
+    row = run_check(make_checks)  # an error here, such as of memory for the inputs, is a row as well
     if row["result"] != "ok":
         rows.send({"check": "inputs", **row})
-    for name, check in found.items():
+    for name, check in made.items():
         rows.send({"check": name, **run_check(check)})
 
 
 def watch_section(section: Section, device: str, limit: float) -> list[Row]:
-    """Run a section in a process of its own for ``limit`` seconds at most. Return the rows that it has sent."""
-    fork = multiprocessing.get_context("fork")  # CUDA allows it, as this process itself never touches the device
+    """Run a section in a process of its own for at most ``limit`` seconds. Return the rows that it sends."""
+    fork = multiprocessing.get_context("fork")  # CUDA allows it, since this process never uses the device
     receiver, sender = fork.Pipe(duplex=False)
     process = fork.Process(target=run_section, args=(section.checks, device, sender))
     process.start()
@@ -147,8 +152,8 @@ def watch_section(section: Section, device: str, limit: float) -> list[Row]:
     except EOFError:
         process.join(5)
         if process.exitcode:
-            ended = f"the process ended with {process.exitcode}"
-            rows.append({"check": "the rest", "result": "FAILED", "note": ended})
+            note = f"the process ended with {process.exitcode}"
+            rows.append({"check": "the rest", "result": "FAILED", "note": note})
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid or 0, signal.SIGKILL)
@@ -213,18 +218,18 @@ def main() -> int:
     result |= {"torch": torch.__version__, "commit": commit(), "seconds": {}, "rows": []}
     show([(f"{name}, Python {result['python']}, torch {result['torch']}, commit {result['commit']}", "")])
     for section in args.only:
-        begun = time.monotonic()
-        left = TIME_LIMIT - (begun - start)
-        limit = min(SECTIONS[section].limit, left)
-        if left < 10:
+        section_start = time.monotonic()
+        seconds_left = TIME_LIMIT - (section_start - start)
+        limit = min(SECTIONS[section].limit, seconds_left)
+        if seconds_left < 10:
             rows = [{"check": "all", "result": "skipped", "note": f"the {TIME_LIMIT} s of the command are over"}]
         else:
             rows = watch_section(SECTIONS[section], device, limit)
-        taken = round(time.monotonic() - begun, 1)
-        show([("", ""), (f"{section}: {taken} s of at most {limit:.0f} s", "bold"), *lines_of(rows)])
-        result["seconds"][section] = taken
+        seconds = round(time.monotonic() - section_start, 1)
+        show([("", ""), (f"{section}: {seconds} s of at most {limit:.0f} s", "bold"), *lines_of(rows)])
+        result["seconds"][section] = seconds
         result["rows"] += [{"section": section, **row} for row in rows]
-        if output is not None:  # after each section, for the case that the command is stopped
+        if output is not None:  # after each section, so that a command that is stopped leaves its rows
             output.write_text(json.dumps(result, indent=1) + "\n")
     counts = {kind: sum(row["result"] == kind for row in result["rows"]) for kind in ("ok", "skipped", "FAILED")}
     summary = ", ".join(f"{count} {kind}" for kind, count in counts.items())

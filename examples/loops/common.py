@@ -1,4 +1,4 @@
-"""The parts of the loops that a project has already: options, processes, a model, batches from text, and saving.
+"""The parts of the loops that a project already has: options, processes, a model, batches from text, and saving.
 
 Batches have the tensors of most projects: ``input_ids``, ``attention_mask`` and ``labels`` [B, T], which are not
 shifted. A label of -100 says that the token is not trained.
@@ -40,8 +40,8 @@ def load(name, seed, dtype="float32", **settings):
 
     Args:
         name: a Hugging Face id or a folder, or ``tiny`` for a Llama of 0.1 million random weights.
-        seed: of these weights, and of all that is random later.
-        dtype: of the weights. In bfloat16, the steps of a low learning rate are rounded away.
+        seed: the seed of these weights, and of all random numbers that follow.
+        dtype: the dtype of the weights. In bfloat16, the steps of a low learning rate are rounded away.
         settings: for the tokenizer, such as ``padding_side``.
     """
     torch.manual_seed(seed)

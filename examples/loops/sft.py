@@ -1,7 +1,7 @@
 """SFT in plain PyTorch with gradient accumulation. Any number of processes and parts trains the same model.
 
-``python examples/loops/sft.py`` trains a tiny Llama from random weights; ``torchrun --nproc-per-node 2
-examples/loops/sft.py`` does so with DDP, and with ``--fsdp`` with FSDP2. Train another model with ``--model
+``python examples/loops/sft.py`` trains a tiny Llama from random weights. ``torchrun --nproc-per-node 2
+examples/loops/sft.py`` trains it with DDP, or, with ``--fsdp``, with FSDP2. Train another model with ``--model
 HuggingFaceTB/SmolLM2-135M-Instruct --learning-rate 1e-4``; put your data in place of ``ROWS``.
 """
 
@@ -19,7 +19,7 @@ ROWS = [(f"{a}, {c}, {p}:", f" the {c} {a} sleeps in the {p}.") for a in ANIMALS
 
 
 def evaluate(model, batch, **settings):
-    """Return the loss, and metrics that wait for the device when they are finalised."""
+    """Return the loss, and its metrics on the device. The host waits when they are finalised."""
     logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     logprobs = target_logprobs(logits[:, :-1], targets_from_labels(batch["labels"]))
     return cross_entropy().deferred().padded(logprobs, weights_from_labels(batch["labels"]), **settings)

@@ -17,10 +17,10 @@ from torch import Tensor
 from lossfns import terms as eq
 from lossfns.combine import tis_log_weight
 from lossfns.datum import TensorData
-from lossfns.deferred import as_numbers, not_divisible
+from lossfns.deferred import join_numbers, not_divisible
 from lossfns.errors import LossInputError, add_loss_name
 from lossfns.export.builtins import BUILTINS, CLIP, builtin_name
-from lossfns.loss import BoundLoss, Loss, check_terms, count_rows, sum_of_rows
+from lossfns.loss import BoundLoss, Loss, check_terms, count_of, sum_of_rows
 from lossfns.pack import Shapes, blank, check_data, pack, weight_rows
 from lossfns.segments import active_counts, geometric_level, sequence_value, to_tokens, token_level
 from lossfns.tokens import ON_POLICY, TARGETS, Tokens
@@ -155,7 +155,7 @@ def pack_share(bound: BoundLoss, data: Sequence[Any]) -> tuple[Tokens, Tensor, S
         t, shapes = pack_without_logprobs(bound, data)
         share = loss.share(t)
         if loss.count is not None:
-            count = float(count_rows(loss, t) if bound.divisor is None else bound.divisor)
+            count = float(count_of(loss, t) if bound.divisor is None else bound.divisor)
             if not count > 0:
                 raise not_divisible(count)
             share = share / count
@@ -193,7 +193,7 @@ def pack_without_logprobs(bound: BoundLoss, data: Sequence[Any]) -> tuple[Tokens
         shapes = [shape if len(shape) == 2 or y is None else y.to_numpy().shape for shape, y in zip(shapes, targets)]
     zeros = [torch.zeros(shape, dtype=torch.float64) for shape in shapes]
     t = pack(data, zeros, loss.reads, bound.columns, rows=loss.rows)
-    numbers = as_numbers(torch.float64, extremes(t, loss.rows))
+    numbers = join_numbers(torch.float64, extremes(t, loss.rows))
     (extrema,) = numbers.tables(numbers.values.tolist())
     check_values(extrema, lambda: t, signed=loss.signed)
     return t, shapes

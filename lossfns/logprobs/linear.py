@@ -346,8 +346,8 @@ def model_logprobs(
         model: a module with ``head`` [V, D] and, where it has them, bias, softcap and temperature.
         hidden, targets: as for ``linear_logprobs``, with ids that have been checked.
         memory_budget: bytes of logits to keep at most.
-        result_device: the device of the result; None is that of ``hidden``. If it is the host, the backward pass does
-            not wait either: it reads there which tokens have a gradient.
+        result_device: the device of the result; None is that of ``hidden``. With the CPU, the host does not wait in the
+            backward pass either, since it reads there which tokens have a gradient.
     """
     weight, bias, temperature, softcap = head_of(model)
     check_arguments(hidden, weight, targets, bias, None, temperature, softcap, None)

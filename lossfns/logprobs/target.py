@@ -18,8 +18,8 @@ from lossfns.logprobs.tiles import TILE_TOKENS, TILE_VOCAB, blocks, compute_dtyp
 def target_logprobs(logits: Tensor, targets: Tensor, *, temperature: float = 1.0) -> Tensor:
     """Return log softmax(logits / temperature) at the targets: float32, or float64 for logits in float64.
 
-    The softmax is taken in blocks of rows. Besides the result and the gradient, which has the dtype of the logits, no
-    tensor of the size of the logits is made, also where they are a view such as ``logits[:, :-1]``.
+    The softmax is taken in blocks of rows. The only tensor of the size of the logits that is made is their gradient, in
+    their dtype. This also holds for a view such as ``logits[:, :-1]``. There is no second derivative.
 
     Args:
         logits: ``[..., V]``, floating point.
@@ -27,7 +27,9 @@ def target_logprobs(logits: Tensor, targets: Tensor, *, temperature: float = 1.0
         temperature: a finite number above 0.
 
     Raises:
-        LossInputError: if shapes, dtypes or the temperature do not fit. An id outside of [0, V) raises on the CPU.
+        LossInputError: if shapes, dtypes, devices or the temperature do not fit, or, on the CPU, if an id is outside of
+            [0, V). A GPU checks the ids itself, in ``gather``.
+        RuntimeError: in the backward pass, under ``create_graph``.
 
     >>> logits = torch.tensor([[[0.0, 0.0], [2.0, 0.0]]], requires_grad=True)
     >>> target_logprobs(logits, torch.tensor([[1, 0]]))
@@ -66,29 +68,29 @@ class TargetLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
-        chosen = logits.gather(-1, targets.long()[..., None]).squeeze(-1)
-        lse = torch.empty_like(chosen, dtype=compute_dtype(logits))
-        for rows in blocks_of_rows(logits):
+        target_logits = logits.gather(-1, targets.long()[..., None]).squeeze(-1)
+        lse = torch.empty_like(target_logits, dtype=compute_dtype(logits))
+        for rows in block_indices(logits):
             lse[rows] = (logits[rows].to(lse.dtype) / temperature).logsumexp(-1)
         ctx.save_for_backward(logits, targets, lse)
         ctx.temperature = temperature
-        return chosen.to(lse.dtype) / temperature - lse
+        return target_logits.to(lse.dtype) / temperature - lse
 
     @staticmethod
     @no_double_backward
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
         logits, targets, lse = ctx.saved_tensors
         d_logits = torch.empty_like(logits)
-        for rows in blocks_of_rows(logits):
+        for rows in block_indices(logits):
             scale = (g[rows] / ctx.temperature)[..., None]
             p = (logits[rows].to(lse.dtype) / ctx.temperature).sub_(lse[rows][..., None]).exp_()
             d = p.mul_(-scale).scatter_add_(-1, targets[rows].long()[..., None], scale)
-            d_logits[rows] = d.masked_fill_(scale == 0, 0)  # where the logits are inf or nan, and nothing flows
+            d_logits[rows] = d.masked_fill_(scale == 0, 0)  # where no gradient arrives, even if logits are inf or nan
         return d_logits, None, None
 
 
-def blocks_of_rows(logits: Tensor) -> Iterator[tuple[Any, ...]]:
-    """Yield indices of the leading dimensions, each of a view ``[n, V]`` whose softmax fits into a small buffer."""
+def block_indices(logits: Tensor) -> Iterator[tuple[Any, ...]]:
+    """Yield indices of the leading dimensions. Each selects ``[n, V]``, whose softmax fits into a small buffer."""
     if logits.ndim == 1:
         yield ()
         return

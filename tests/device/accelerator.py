@@ -1,4 +1,4 @@
-"""The device under test: ``LOSSFNS_DEVICE=rehearsal``, or a real one such as ``cuda``; and how often the host waits."""
+"""The device under test, ``LOSSFNS_DEVICE=rehearsal`` or a real one such as ``cuda``, and the host's waits for it."""
 
 import os
 import warnings
@@ -49,10 +49,12 @@ def waits_of(call: Callable[[], Any]) -> list[str]:
     return waits
 
 
-def there(x: Any) -> Any:
-    """Move tensors to the device, in lists and tuples, too."""
+def on_device(x: Any) -> Any:
+    """Return tensors on the device, in lists, tuples and dicts, too. Return anything else as it is."""
+    if isinstance(x, dict):
+        return {name: on_device(value) for name, value in x.items()}
     if isinstance(x, (list, tuple)):
-        return type(x)(map(there, x))
+        return type(x)(map(on_device, x))
     return x.detach().to(DEVICE).requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x
 
 

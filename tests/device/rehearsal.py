@@ -1,9 +1,9 @@
 """A device that rehearses a GPU where there is none, written in Python on PyTorch's PrivateUse1 backend.
 
 Its tensors say that they are on ``rehearsal:0``. Their numbers lie in the memory of the CPU, and CPU kernels compute
-with them, so results equal those of a CPU. The rules are those of a GPU: a tensor of the device does not meet one of
-the CPU, NumPy cannot read it, a generator belongs to one device. ``waits`` records each operation for which a GPU makes
-the host wait until it has finished.
+with them, so results equal those of a CPU. The rules are those of a GPU: no operation mixes tensors of the device and
+of the CPU, NumPy cannot read a tensor of the device, and a generator belongs to one device. ``waits`` records each
+operation for which a GPU makes the host wait until it has finished.
 
 Importing this module registers the device, for the whole process. It replaces ``torch.tensor``, ``torch.as_tensor`` and
 ``torch.Generator`` by ones that know the device, and makes ``Module.to`` exchange parameters as it does for a GPU.
@@ -80,9 +80,9 @@ class Generator(torch.Generator):
     """Addresses of the generators of the device. An operation gets another object for the same generator."""
 
     def __new__(cls, device: Any = "cpu") -> Generator:
-        is_own = torch.device(device).type == NAME
-        made = super().__new__(cls, "cpu" if is_own else device)
-        if is_own:
+        is_rehearsed = torch.device(device).type == NAME
+        made = super().__new__(cls, "cpu" if is_rehearsed else device)
+        if is_rehearsed:
             cls.of_device.add(made._cdata)
             weakref.finalize(made, cls.of_device.discard, made._cdata)
         return made
@@ -126,23 +126,23 @@ def run(op: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if parts is not NotImplemented:
         return parts
     tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-    own = [x for x in tensors if isinstance(x, DeviceTensor)]
-    host = [x for x in tensors if not isinstance(x, DeviceTensor)]
-    check_devices(op, args, kwargs, own, host)
+    device_tensors = [x for x in tensors if isinstance(x, DeviceTensor)]
+    host_tensors = [x for x in tensors if not isinstance(x, DeviceTensor)]
+    check_devices(op, args, kwargs, device_tensors, host_tensors)
     target = kwargs.get("device")
-    on_device = bool(own) if target is None else torch.device(target).type == NAME
+    result_on_device = bool(device_tensors) if target is None else torch.device(target).type == NAME
     if op is aten.copy_.default:
-        on_device = isinstance(args[0], DeviceTensor)
-    if makes_host_wait(op, args, kwargs, own, host, on_device):
+        result_on_device = isinstance(args[0], DeviceTensor)
+    if makes_host_wait(op, args, kwargs, device_tensors, host_tensors, result_on_device):
         waits.append(f"{op} at {caller()}")
     if target is not None:
         kwargs = {**kwargs, "device": torch.device("cpu")}
     result = op(*tree_map(unwrap, args), **tree_map(unwrap, kwargs))
-    if not on_device:
+    if not result_on_device:
         return result
     if op is aten._to_copy.default and any(result is unwrap(x) for x in tensors):
         result = result.clone()  # between two devices nothing is shared
-    originals = {id(x.held): x for x in own}
+    originals = {id(x.held): x for x in device_tensors}
 
     def wrap(x: Any) -> Any:
         if not isinstance(x, Tensor) or isinstance(x, DeviceTensor):
@@ -156,25 +156,29 @@ def unwrap(x: Any) -> Any:
     return x.held if isinstance(x, DeviceTensor) else x
 
 
-def check_devices(op: Any, args: Any, kwargs: dict[str, Any], own: list[Any], host: list[Tensor]) -> None:
+def check_devices(
+    op: Any, args: Any, kwargs: dict[str, Any], device_tensors: list[Any], host_tensors: list[Tensor]
+) -> None:
     """Refuse tensors of two devices in one operation, other than numbers of no dimension, and a foreign generator."""
-    foreign = [tuple(x.shape) for x in host if x.ndim]
+    foreign = [tuple(x.shape) for x in host_tensors if x.ndim]
     takes_both = op in COPIES or (op in INDEXING and isinstance(args[0], DeviceTensor))
-    if own and foreign and not takes_both:
+    if device_tensors and foreign and not takes_both:
         raise RuntimeError(f"Expected all tensors to be on the same device: {op} got {DEVICE}, and {foreign} on cpu")
     generator = kwargs.get("generator")
-    if own and generator is not None and generator._cdata not in Generator.of_device:
+    if device_tensors and generator is not None and generator._cdata not in Generator.of_device:
         raise RuntimeError(f"Expected a '{NAME}' device type for generator but found '{generator.device.type}'")
 
 
-def makes_host_wait(op: Any, args: Any, kwargs: Any, own: list[Any], host: list[Tensor], on_device: bool) -> bool:
+def makes_host_wait(
+    op: Any, args: Any, kwargs: Any, device_tensors: list[Any], host_tensors: list[Tensor], result_on_device: bool
+) -> bool:
     """Return whether CUDA's kernels make the host wait in this operation."""
     if op in COPIES:
-        if not on_device:
-            return bool(own)
+        if not result_on_device:
+            return bool(device_tensors)
         blocking = not (kwargs.get("non_blocking") or (op is aten.copy_.default and len(args) > 2 and args[2]))
-        return blocking and any(x.numel() for x in host)
-    if not own:
+        return blocking and any(x.numel() for x in host_tensors)
+    if not device_tensors:
         return False
     if op in INDEXING:
         indices = [x for x in args[1] if x is not None]

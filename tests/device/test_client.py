@@ -47,8 +47,8 @@ POLICY = [
 EMBEDDED = [lossfns.Datum(ModelInput.from_ints(ids), {}) for ids in TEXTS]
 
 
-def own(data: Any, logprobs_list: list[Tensor]) -> Any:
-    """A loss of a user's own: −Σ lp·exp(lp), and a metric."""
+def users_loss(data: Any, logprobs_list: list[Tensor]) -> Any:
+    """Return −Σ lp·exp(lp) and a metric, as a loss of a user's own."""
     total = torch.stack([-(lp.exp() * lp).sum() for lp in logprobs_list]).sum()
     return total, {"datums": float(len(data))}
 
@@ -75,24 +75,32 @@ def checkpointing() -> nn.Module:
     return model
 
 
+TINY: dict[str, Any] = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 24,
+    "vocab_size": 257,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": None,
+}
+
+
 def llama() -> nn.Module:
     import transformers
 
     torch.manual_seed(0)
-    size = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24}
-    tokens: dict[str, Any] = {"vocab_size": 257, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
-    config = transformers.LlamaConfig(**size, **tokens, num_key_value_heads=2, tie_word_embeddings=True)
+    config = transformers.LlamaConfig(**TINY, num_key_value_heads=2, tie_word_embeddings=True)
     return hf.CausalLM(transformers.LlamaForCausalLM(config))
 
 
 def phi() -> nn.Module:
-    """It has a bias in the head."""
+    """Return a model with a bias in the head."""
     import transformers
 
     torch.manual_seed(0)
-    size = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 24}
-    tokens: dict[str, Any] = {"vocab_size": 257, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
-    return hf.CausalLM(transformers.PhiForCausalLM(transformers.PhiConfig(**size, **tokens)))
+    return hf.CausalLM(transformers.PhiForCausalLM(transformers.PhiConfig(**TINY)))
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
@@ -113,23 +121,24 @@ REQUESTS: dict[str, Callable[[LocalTrainingClient], Any]] = {
     "forward of embeddings": lambda c: c.forward(EMBEDDED, "cross_entropy", output="embedding"),
     "cross_entropy": lambda c: c.forward_backward(DATA, "cross_entropy"),
     "ppo": lambda c: c.forward_backward(POLICY, "ppo"),
-    "a loss": lambda c: c.forward_backward_custom(DATA, lossfns.ppo().bind(**bound())),
+    "a loss": lambda c: c.forward_backward_custom(DATA, lossfns.ppo().bind(**bound_columns())),
     "a loss of pairs": lambda c: c.forward_backward_custom(DATA, lossfns.orpo()),
-    "a function": lambda c: c.forward_backward_custom(DATA, own),
+    "a function": lambda c: c.forward_backward_custom(DATA, users_loss),
     "a function of the means": lambda c: c.forward_backward_custom(EMBEDDED, distances, output="embedding"),
     "a function of the ends": lambda c: c.forward_backward_custom(
         EMBEDDED, distances, output="embedding", pooling="last"
     ),
 }
-"""Each request. None waits more often than the documentation says."""
+"""Every kind of request."""
 
 FEW = ["forward", "a loss", "a function"]
 """Requests that take every path through a model."""
 
-MOST_WAITS = {"forward": 1, "forward of a policy loss": 1, "forward of embeddings": 1}
+MAX_WAITS = {"forward": 1, "forward of a policy loss": 1, "forward of embeddings": 1}
+"""How often a request may make the host wait, where it is not twice."""
 
 
-def bound() -> dict[str, Any]:
+def bound_columns() -> dict[str, Any]:
     """Columns of both sides: advantages on the host, old logprobs on the device."""
     old = [torch.full((len(ids) - 1,), -5.5, device=DEVICE) for ids in TEXTS]
     return {"advantages": ADVANTAGES, "old_logprobs": old}
@@ -151,7 +160,7 @@ def result_of(c: LocalTrainingClient, request: str) -> tuple[Any, list[str]]:
 
 @every_model
 def test_every_request(model: str) -> None:
-    """The library transformers looks for packed positions itself, and lets the host wait once more for that."""
+    """The library transformers looks for packed positions itself, which makes the host wait once more."""
     on_host, on_device = (client(model, device) for device in (CPU, NAME))
     for request in ("forward", "cross_entropy"):
         REQUESTS[request](on_device).result()  # the first ones measure the memory that the model takes
@@ -159,9 +168,9 @@ def test_every_request(model: str) -> None:
         expected, _ = result_of(on_host, request)
         found, waits = result_of(on_device, request)
         assert_same(found, expected)
-        own_waits = [w for w in waits if "transformers/" not in w]
-        assert len(own_waits) <= MOST_WAITS.get(request, 2), (request, waits)
-        assert len(waits) <= len(own_waits) + 1
+        our_waits = [w for w in waits if "transformers/" not in w]
+        assert len(our_waits) <= MAX_WAITS.get(request, 2), (request, waits)
+        assert len(waits) <= len(our_waits) + 1
     assert {p.device for p in on_device.model.parameters()} == {DEVICE}
 
 
@@ -184,7 +193,7 @@ def test_training(model: str) -> None:
         c, seen = client(model, device), []
         for _ in range(2):
             seen.append(c.forward_backward(DATA, "cross_entropy").result().metrics["loss:sum"])
-            c.forward_backward_custom(DATA, own).result()
+            c.forward_backward_custom(DATA, users_loss).result()
             step = c.optim_step(AdamParams(learning_rate=1e-2, grad_clip_norm=1.0), "num_loss_tokens").result()
             seen.append(step.metrics["grad_norm"])
         runs.append(seen)
@@ -237,7 +246,7 @@ def test_errors_leave_the_gradient_as_it_was() -> None:
 
 
 def test_checkpoints_pass_between_devices(tmp_path: Path) -> None:
-    """A state of the device goes on, there and on the CPU, as if it had not been interrupted."""
+    """Training goes on from a state of the device, on the device and on the CPU, as if it had not been interrupted."""
     c = client("adapters", NAME)
     c.forward_backward(DATA, "cross_entropy").result()
     c.optim_step(AdamParams(learning_rate=1e-2)).result()
@@ -301,11 +310,11 @@ def test_samples(model: str, options: str) -> None:
             assert_same(x.logprobs, y.logprobs)
     for ids, sequences in zip(TEXTS, found):
         for sequence in sequences:
-            whole = samplers[0].compute_logprobs(ModelInput.from_ints([*ids, *sequence.tokens])).result()
-            assert_same(sequence.logprobs, whole[len(ids) :], 10 * TOLERANCE)
+            logprobs = samplers[0].compute_logprobs(ModelInput.from_ints([*ids, *sequence.tokens])).result()
+            assert_same(sequence.logprobs, logprobs[len(ids) :], 10 * TOLERANCE)
     waits = waits_of(lambda: samplers[1].sample_batch(prompts, 2, params).result())
-    own_waits = [w for w in waits if "transformers/" not in w]
-    assert len(own_waits) == max(len(s.tokens) for s in chain(*found)), waits
+    our_waits = [w for w in waits if "transformers/" not in w]
+    assert len(our_waits) == max(len(s.tokens) for s in chain(*found)), waits
 
 
 def test_unseeded_samples_come_from_the_state_of_the_device() -> None:

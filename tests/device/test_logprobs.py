@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from accelerator import DEVICE, REHEARSED, assert_same, recorded_waits, there
+from accelerator import DEVICE, REHEARSED, assert_same, on_device, recorded_waits
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -85,41 +85,37 @@ def run(
     return logprobs, entropy, [x.grad for x in leaves.values() if x.grad is not None]
 
 
-def moved(given: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: there(x) for name, x in given.items()}
-
-
 @every_plan
 @pytest.mark.parametrize("several", [False, True], ids=["[N]", "[N, K]"])
 @pytest.mark.parametrize("head", HEADS)
 def test_every_plan(plan: str, several: bool, head: str) -> None:
     given = draw(several=several)
-    assert_same(run(moved(given), plan, **HEADS[head]), run(given, plan, **HEADS[head]), 1e-5)
+    assert_same(run(on_device(given), plan, **HEADS[head]), run(given, plan, **HEADS[head]), 1e-5)
 
 
 @every_plan
 def test_selected_rows(plan: str) -> None:
     given = draw()
-    assert_same(run(moved(given), plan, selected=True), run(given, plan, selected=True), 1e-5)
+    assert_same(run(on_device(given), plan, selected=True), run(given, plan, selected=True), 1e-5)
 
 
 @every_plan
 def test_half_precision(plan: str) -> None:
     """bfloat16 has eight bits. A GPU sums a product in float32, where a CPU rounds it."""
     given = draw(torch.bfloat16)
-    assert_same(run(moved(given), plan), run(given, plan), 1e-5 if REHEARSED else 0.05)
+    assert_same(run(on_device(given), plan), run(given, plan), 1e-5 if REHEARSED else 0.05)
 
 
 @pytest.mark.parametrize("plan", ["auto", "tiled", "saved", "some tiles saved", "with entropy", "frozen"])
 def test_the_host_waits_once_in_each_pass(plan: str) -> None:
     """For the range of the ids; and for the tokens that have a gradient, which plan frozen need not know."""
-    given = moved(draw())
+    given = on_device(draw())
     run(given, plan, biased=True)
     run(given, plan, biased=True, waits=(1, 0 if plan == "frozen" else 1))
 
 
 def test_wrong_ids_and_a_wrong_bias_are_refused() -> None:
-    given = moved(draw())
+    given = on_device(draw())
     hidden, weight, targets = given["hidden"], given["weight"], given["targets"]
     with pytest.raises(LossInputError, match="ids from 1000 to 1000"):
         linear_logprobs(hidden, weight, torch.full_like(targets, 1000))
@@ -133,7 +129,7 @@ def test_from_logits() -> None:
     given = draw()
     logits = torch.randn(2, N // 2, V, generator=torch.Generator("cpu").manual_seed(1))
     results = []
-    for move in (lambda x: x, there):
+    for move in (lambda x: x, on_device):
         z, g = move(logits.clone().requires_grad_()), move(given["gradient"]).view(2, -1)
         with recorded_waits() as waits:
             logprobs = target_logprobs(z, move(given["targets"]).view(2, -1), temperature=0.5)
@@ -159,8 +155,8 @@ def test_logits_are_never_copied_to_float32_as_a_whole(monkeypatch: pytest.Monke
     """2 rows of 50 at a time, out of 40."""
     monkeypatch.setattr(target, "TILE_TOKENS", 2)
     monkeypatch.setattr(target, "TILE_VOCAB", V)
-    logits = there(torch.randn(N, V, generator=torch.Generator("cpu").manual_seed(0)).bfloat16().requires_grad_())
-    targets = there(draw()["targets"])
+    logits = on_device(torch.randn(N, V, generator=torch.Generator("cpu").manual_seed(0)).bfloat16().requires_grad_())
+    targets = on_device(draw()["targets"])
     with Widest() as widest:
         target_logprobs(logits, targets).sum().backward()
     assert widest.size == 2 * V

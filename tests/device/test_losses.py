@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from accelerator import DEVICE, assert_same, recorded_waits, there
+from accelerator import CPU, DEVICE, assert_same, on_device, recorded_waits
 from torch import Tensor
 
 import lossfns
@@ -36,7 +36,7 @@ LOSSES = [
 every_loss = pytest.mark.parametrize("loss", LOSSES, ids=repr)
 
 
-class Given:
+class Batch:
     """A batch of four sequences, as lists of rows: logprobs, weights and the columns that a loss reads."""
 
     def __init__(self, loss: Loss) -> None:
@@ -70,74 +70,70 @@ class Given:
 
 
 def evaluate(call: Callable[[Any], tuple[Tensor, Any]], leaves: Any, waits: int = 1) -> tuple[Any, ...]:
-    """Return value, gradients and metrics of a call on leaves. The host waits so often on the device."""
+    """Return value, gradients and metrics of a call on leaves. Check how often the host waits for the device."""
     leaves = [x.detach().requires_grad_() for x in leaves]
-    with recorded_waits() as seen:
+    with recorded_waits() as recorded:
         loss, metrics = call(leaves)
         loss.backward()
-    assert len(seen) == (waits if leaves[0].device == DEVICE else 0), seen
+    assert len(recorded) == (waits if leaves[0].device == DEVICE else 0), recorded
     assert loss.device == leaves[0].device
     return loss, [x.grad for x in leaves], metrics
 
 
 SIDES: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
-    "columns on the device": (there, there),
-    "columns on the host": (there, lambda x: x),
-    "lists": (there, lambda x: [row.tolist() for row in x]),
-    "data of the SDKs": (there, lambda x: [TensorData.from_torch(row) for row in x]),
-    "one row of five on the host": (there, lambda x: [x[0], *there(x[1:])]),
+    "columns on the device": (on_device, on_device),
+    "columns on the host": (on_device, lambda x: x),
+    "lists": (on_device, lambda x: [row.tolist() for row in x]),
+    "data of the SDKs": (on_device, lambda x: [TensorData.from_torch(row) for row in x]),
+    "one row on the host": (on_device, lambda x: [x[0], *on_device(x[1:])]),
 }
 
 
 @every_loss
 @pytest.mark.parametrize("side", SIDES)
 def test_the_datum_form(loss: Loss, side: str) -> None:
-    given = Given(loss)
-    columns = {"weights": given.weights, **given.columns}
-    expected = evaluate(lambda lps: loss.bind(**columns)(given.datums(), lps), given.logprobs)
+    batch = Batch(loss)
+    columns = {"weights": batch.weights, **batch.columns}
+    expected = evaluate(lambda lps: loss.bind(**columns)(batch.datums(), lps), batch.logprobs)
     move_logprobs, move_columns = SIDES[side]
     bound = loss.bind(**{name: move_columns(rows) for name, rows in columns.items()})
-    assert_same(evaluate(lambda lps: bound(given.datums(), lps), move_logprobs(given.logprobs)), expected)
+    assert_same(evaluate(lambda lps: bound(batch.datums(), lps), move_logprobs(batch.logprobs)), expected)
 
 
 def test_columns_of_the_device_come_to_logprobs_of_the_host() -> None:
-    given = Given(lossfns.ppo())
-    columns = {"weights": given.weights, **given.columns}
-    expected = evaluate(lambda lps: given.loss.bind(**columns)(given.datums(), lps), given.logprobs)
-    bound = given.loss.bind(**moved(columns))
-    leaves = [x.detach().requires_grad_() for x in given.logprobs]
-    loss, metrics = bound(given.datums(), leaves)
+    batch = Batch(lossfns.ppo())
+    columns = {"weights": batch.weights, **batch.columns}
+    expected = evaluate(lambda lps: batch.loss.bind(**columns)(batch.datums(), lps), batch.logprobs)
+    bound = batch.loss.bind(**on_device(columns))
+    leaves = [x.detach().requires_grad_() for x in batch.logprobs]
+    loss, metrics = bound(batch.datums(), leaves)
     loss.backward()
     assert_same((loss, [x.grad for x in leaves], metrics), expected)
 
 
-def moved(columns: dict[str, Any]) -> dict[str, Any]:
-    return {name: there(x) for name, x in columns.items()}
-
-
 @pytest.mark.parametrize("advantages", [[0.5, -1.0, 0.0, 2.0], torch.tensor([0.5, -1.0, 0.0, 2.0])], ids=type)
 def test_a_number_for_each_datum_and_the_current_policy(advantages: Any) -> None:
-    given = Given(lossfns.ppo())
-    columns = {"weights": given.weights, "old_logprobs": ON_POLICY}
+    batch = Batch(lossfns.ppo())
+    columns = {"weights": batch.weights, "old_logprobs": ON_POLICY}
     expected = evaluate(
-        lambda lps: given.loss.bind(advantages=advantages, **columns)(given.datums(), lps), given.logprobs
+        lambda lps: batch.loss.bind(advantages=advantages, **columns)(batch.datums(), lps), batch.logprobs
     )
-    for moved in (advantages, there(advantages)):
-        bound = given.loss.bind(advantages=moved, **columns)
-        assert_same(evaluate(lambda lps, b=bound: b(given.datums(), lps), there(given.logprobs)), expected)
+    for numbers in (advantages, on_device(advantages)):
+        bound = batch.loss.bind(advantages=numbers, **columns)
+        assert_same(evaluate(lambda lps, b=bound: b(batch.datums(), lps), on_device(batch.logprobs)), expected)
 
 
 def test_options_of_a_call() -> None:
     """Truncation, the metric ``grad_l1``, and a denominator that is a number of the device."""
-    given = Given(lossfns.ppo())
-    longer = {name: [torch.cat([row, row[-1:]]) for row in rows] for name, rows in given.columns.items()}
-    data = [Datum(d.model_input, {}) for d in given.datums()]
-    bound = given.loss.bind(weights=given.weights, **longer, align="truncate", grad_l1=True)
-    expected = evaluate(lambda lps: bound.bind(denominator=7.0)(data, lps), given.logprobs)
-    for denominator in (7.0, torch.tensor(7.0), there(torch.tensor(7.0))):
+    batch = Batch(lossfns.ppo())
+    longer = {name: [torch.cat([row, row[-1:]]) for row in rows] for name, rows in batch.columns.items()}
+    data = [Datum(d.model_input, {}) for d in batch.datums()]
+    bound = batch.loss.bind(weights=batch.weights, **longer, align="truncate", grad_l1=True)
+    expected = evaluate(lambda lps: bound.bind(denominator=7.0)(data, lps), batch.logprobs)
+    for denominator in (7.0, torch.tensor(7.0), on_device(torch.tensor(7.0))):
         found = evaluate(
             lambda lps, d=denominator: bound.bind(denominator=d)(data, lps),
-            there(given.logprobs),
+            on_device(batch.logprobs),
         )
         assert_same(found, expected)
 
@@ -145,17 +141,17 @@ def test_options_of_a_call() -> None:
 FORMS = ("padded", "packed by lengths", "packed by bounds")
 
 
-def tensors(given: Given, form: str) -> tuple[Tensor, dict[str, Any]]:
+def tensors(batch: Batch, form: str) -> tuple[Tensor, dict[str, Any]]:
     """Return the logprobs of a batch in a form, and the other arguments of the call."""
-    shape = given.padded if form == "padded" else torch.cat
+    shape = batch.padded if form == "padded" else torch.cat
     bounds = torch.tensor([0, *LENGTHS]).cumsum(0)
     sequences = {
         "padded": {},
         "packed by lengths": {"lengths": bounds.diff()},
         "packed by bounds": {"cu_seqlens": bounds.int()},
     }
-    columns = {name: shape(rows) for name, rows in {"weights": given.weights, **given.columns}.items()}
-    return shape(given.logprobs), columns | sequences[form]
+    columns = {name: shape(rows) for name, rows in {"weights": batch.weights, **batch.columns}.items()}
+    return shape(batch.logprobs), columns | sequences[form]
 
 
 def call_of(loss: Any, form: str, arguments: dict[str, Any]) -> Callable[[Any], Any]:
@@ -166,11 +162,11 @@ def call_of(loss: Any, form: str, arguments: dict[str, Any]) -> Callable[[Any], 
 @pytest.mark.parametrize("form", FORMS)
 def test_padded_packed_and_deferred(loss: Loss, form: str) -> None:
     """Deferred, neither the loss nor its backward pass makes a wait, and ``finalise`` makes one."""
-    logprobs, arguments = tensors(Given(loss), form)
+    logprobs, arguments = tensors(Batch(loss), form)
     expected = evaluate(call_of(loss, form, arguments), [logprobs])
-    for given in (arguments, moved(arguments)):
-        assert_same(evaluate(call_of(loss, form, given), there([logprobs])), expected)
-        value, gradients, metrics = evaluate(call_of(loss.deferred(), form, given), there([logprobs]), waits=0)
+    for each in (arguments, on_device(arguments)):
+        assert_same(evaluate(call_of(loss, form, each), on_device([logprobs])), expected)
+        value, gradients, metrics = evaluate(call_of(loss.deferred(), form, each), on_device([logprobs]), waits=0)
         assert all(x.device == DEVICE for x in metrics.tensors.values())
         with recorded_waits() as waits:
             numbers = metrics.finalise()
@@ -179,20 +175,20 @@ def test_padded_packed_and_deferred(loss: Loss, form: str) -> None:
 
 
 def test_pairs_in_halves_and_in_two_tensors() -> None:
-    given = Given(lossfns.dpo())
-    logprobs, columns = tensors(given, "padded")
+    batch = Batch(lossfns.dpo())
+    logprobs, columns = tensors(batch, "padded")
 
     def halves(columns: dict[str, Any]) -> Callable[[Any], Any]:
-        return lambda leaves: given.loss.padded(leaves[0], **columns, layout="halves")
+        return lambda leaves: batch.loss.padded(leaves[0], **columns, layout="halves")
 
     def two(columns: dict[str, Any]) -> Callable[[Any], Any]:
-        return lambda leaves: given.loss.padded(tuple(leaves), **columns)
+        return lambda leaves: batch.loss.padded(tuple(leaves), **columns)
 
     sides = {name: (x[:2], x[2:, :4]) for name, x in columns.items()}
     for form, leaves, arguments in ((halves, [logprobs], columns), (two, [logprobs[:2], logprobs[2:, :4]], sides)):
         expected = evaluate(form(arguments), leaves)
-        for each in (arguments, moved(arguments)):
-            assert_same(evaluate(form(each), there(leaves)), expected)
+        for each in (arguments, on_device(arguments)):
+            assert_same(evaluate(form(each), on_device(leaves)), expected)
 
 
 def test_logits_labels_and_masks() -> None:
@@ -209,49 +205,46 @@ def test_logits_labels_and_masks() -> None:
         weights = weights_from_labels(ids, attention_mask=seen) * weights_from_mask(seen, prompt_lengths=[1, 1])
         return lossfns.cross_entropy().padded(lp, weights)
 
-    assert_same(evaluate(call, there([logits])), evaluate(call, [logits]))
+    assert_same(evaluate(call, on_device([logits])), evaluate(call, [logits]))
 
 
 @pytest.mark.parametrize("form", ["datums", *FORMS])
 def test_errors_name_the_same_place(form: str) -> None:
-    given = Given(lossfns.ppo())
-    given.columns["old_logprobs"][1][-1] = torch.nan  # the last token of a sequence has a weight
+    batch = Batch(lossfns.ppo())
+    batch.columns["old_logprobs"][1][-1] = torch.nan  # the last token of a sequence has a weight
     messages = []
-    for move in (lambda x: x, there):
+    for move in (lambda x: x, on_device):
         with pytest.raises(LossInputError, match=r"datum\[1\].old_logprobs\[4\]") as caught:
             if form == "datums":
-                columns = {name: move(rows) for name, rows in {"weights": given.weights, **given.columns}.items()}
-                given.loss.bind(**columns)(given.datums(), move(given.logprobs))
+                columns = {name: move(rows) for name, rows in {"weights": batch.weights, **batch.columns}.items()}
+                batch.loss.bind(**columns)(batch.datums(), move(batch.logprobs))
             else:
-                logprobs, arguments = tensors(given, form)
-                call_of(given.loss, form, {name: move(x) for name, x in arguments.items()})([move(logprobs)])
+                logprobs, arguments = tensors(batch, form)
+                call_of(batch.loss, form, {name: move(x) for name, x in arguments.items()})([move(logprobs)])
         messages.append(str(caught.value))
     assert messages[0] == messages[1]
 
 
 def test_lengths_of_the_device_are_checked_with_the_metrics() -> None:
-    given = Given(lossfns.cross_entropy())
-    lp, w = there(torch.cat(given.logprobs)), there(torch.cat(given.weights))
-    _, metrics = given.loss.deferred().packed(lp, w, lengths=there(torch.tensor([3, 5, 1, 5])))
+    batch = Batch(lossfns.cross_entropy())
+    lp, w = on_device(torch.cat(batch.logprobs)), on_device(torch.cat(batch.weights))
+    _, metrics = batch.loss.deferred().packed(lp, w, lengths=on_device(torch.tensor([3, 5, 1, 5])))
     with pytest.raises(LossInputError, match="lengths"):
         metrics.finalise()
 
 
 def test_the_gradient_by_token() -> None:
-    given = Given(lossfns.ppo())
-    bound = given.loss.bind(weights=given.weights, **given.columns)
-    lp, rows = torch.cat(given.logprobs), slice(0, sum(LENGTHS))
-    expected = token_gradient(bound, given.datums(), CPU_DEVICE)(lp, rows)
-    assert_same(token_gradient(bound, given.datums(), DEVICE)(there(lp), rows), expected)
+    batch = Batch(lossfns.ppo())
+    bound = batch.loss.bind(weights=batch.weights, **batch.columns)
+    lp, rows = torch.cat(batch.logprobs), slice(0, sum(LENGTHS))
+    expected = token_gradient(bound, batch.datums(), CPU)(lp, rows)
+    assert_same(token_gradient(bound, batch.datums(), DEVICE)(on_device(lp), rows), expected)
 
 
-CPU_DEVICE = torch.device("cpu")
-
-
-def test_a_look_before_training() -> None:
-    given = Given(lossfns.ppo())
-    bound = given.loss.bind(weights=given.weights, **given.columns)
-    reports = [grad_report(bound, given.datums(), move(given.logprobs)) for move in (lambda x: x, there)]
+def test_reports_before_training_are_those_of_the_cpu() -> None:
+    batch = Batch(lossfns.ppo())
+    bound = batch.loss.bind(weights=batch.weights, **batch.columns)
+    reports = [grad_report(bound, batch.datums(), move(batch.logprobs)) for move in (lambda x: x, on_device)]
     assert str(reports[0]) == str(reports[1])
-    flights = [preflight(bound, given.datums(), logprobs=move(given.logprobs)) for move in (lambda x: x, there)]
-    assert [str(f) for f in flights[0].findings] == [str(f) for f in flights[1].findings]
+    checked = [preflight(bound, batch.datums(), logprobs=move(batch.logprobs)) for move in (lambda x: x, on_device)]
+    assert [str(f) for f in checked[0].findings] == [str(f) for f in checked[1].findings]

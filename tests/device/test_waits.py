@@ -8,7 +8,7 @@ from typing import Any
 import test_client
 import torch
 from accelerator import DEVICE, NAME, recorded_waits, waits_of
-from test_client import DATA, EMBEDDED, distances, own
+from test_client import DATA, EMBEDDED, distances, users_loss
 
 import lossfns
 from lossfns import ModelInput, target_logprobs, targets_from_labels, weights_from_labels
@@ -57,7 +57,7 @@ def measured() -> dict[str, int]:
             lambda: client.forward_backward_custom(DATA, loss).result()
         ),
         "`forward_backward_custom`, any other function": count(
-            lambda: client.forward_backward_custom(DATA, own).result()
+            lambda: client.forward_backward_custom(DATA, users_loss).result()
         ),
         "`forward_backward_custom`, over embeddings": count(
             lambda: client.forward_backward_custom(EMBEDDED, distances, output="embedding").result()

@@ -71,12 +71,12 @@ def check_route(
 
 
 def visible(layout: Layout, window: int | None) -> Tensor:
-    """Return [N, N], whether token i sees token j, from a list of the tokens before each."""
+    """Return [N, N] bool, whether token i sees token j: its segment's parent and itself, up to i, within the window."""
     rows = torch.arange(sum(layout.lengths)).split(layout.lengths)
     seen = torch.zeros(sum(layout.lengths), sum(layout.lengths), dtype=torch.bool)
-    for own, parent in zip(rows, layout.parents, strict=True):
-        before = torch.cat([own[:0] if parent is None else rows[parent], own])
-        for i in range(len(own)):
-            until = len(before) - len(own) + i + 1
-            seen[own[i], before[0 if window is None else max(0, until - window) : until]] = True
+    for segment, parent in zip(rows, layout.parents, strict=True):
+        context = torch.cat([segment[:0] if parent is None else rows[parent], segment])
+        for i in range(len(segment)):
+            end = len(context) - len(segment) + i + 1
+            seen[segment[i], context[0 if window is None else max(0, end - window) : end]] = True
     return seen

@@ -24,9 +24,9 @@ from lossfns.backend.types import AdamParams
 
 
 def waits(device: str) -> Checks:
-    """How often the host waits for the device in a call that is warmed up, and where.
+    """How often and where the host waits for the device in a call that is warmed up.
 
-    Without a GPU, the device of ``tests/device/rehearsal.py`` counts.
+    Without a GPU, the calls run on the device of ``tests/device/rehearsal.py``.
     """
     target, dtype = (device, torch.bfloat16) if device == "cuda" else (str(rehearsed().DEVICE), torch.float32)
     loss = grpo()
@@ -68,7 +68,7 @@ def waits(device: str) -> Checks:
 
 
 def rehearsed() -> Any:
-    """Register the device of the tests, in this process."""
+    """Register the rehearsed device of the tests in this process, and return its module."""
     sys.path.insert(0, str(ROOT / "tests/device"))
     return import_module("rehearsal")
 
@@ -141,7 +141,7 @@ def step(device: str) -> Checks:
         return {"found": error, "limit": BOUNDS[dtype], **with_speed(timed(partial(fresh, client, request)))}
 
     def check_step() -> Figures:
-        expected.cache_clear()  # frees them
+        expected.cache_clear()  # frees the gradients
 
         def run() -> None:
             fresh(client, requests["custom"])
@@ -155,5 +155,5 @@ def step(device: str) -> Checks:
 
 def distance(found: list[Tensor], expected: list[Tensor]) -> float:
     """Return the norm of the difference of two gradients over all parameters, relative to the norm of the second."""
-    apart = sum(float((a - b).double().square().sum()) for a, b in zip(found, expected, strict=True))
-    return float((apart / sum(float(b.double().square().sum()) for b in expected)) ** 0.5)
+    difference = sum(float((a - b).double().square().sum()) for a, b in zip(found, expected, strict=True))
+    return float((difference / sum(float(b.double().square().sum()) for b in expected)) ** 0.5)

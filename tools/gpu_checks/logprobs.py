@@ -1,4 +1,4 @@
-"""``linear_logprobs``: its tiles compiled against eager, and the whole beside naive ones and installed kernels."""
+"""``linear_logprobs``: compiled tiles against eager ones, and all of it beside naive ones and installed kernels."""
 
 from __future__ import annotations
 

@@ -16,8 +16,8 @@ from side_by_side import seconds
 ROOT = Path(__file__).resolve().parents[2]
 
 Figures = dict[str, Any]
-"""The result of a check. ``found`` (an error or a count) may be at most ``limit``; also ``milliseconds``, ``gibibytes``
-at the peak and a ``note``. All of them are optional."""
+"""The result of a check: ``found`` (an error or a count) and its ``limit``, ``milliseconds``, ``gibibytes`` at the
+peak, and a ``note``. Each is optional."""
 
 Checks = dict[str, Callable[[], Figures]]
 """The checks of a section by name. A section is a function of the device, "cuda" or "cpu", that returns them."""
@@ -35,12 +35,12 @@ def skip(why: str) -> Figures:
 
 
 def pick(device: str, cuda: Any, cpu: Any) -> Any:
-    """Return a size for the device: the CPU gets small ones."""
+    """Return the value for the device, such as a size, which is small for a CPU."""
     return cuda if device == "cuda" else cpu
 
 
 def timed(call: Callable[[], Any]) -> Figures:
-    """Return the median time of a call that is warmed up, and the memory that the call adds at its peak."""
+    """Return the median time of a call after one warm-up, and the memory that the call adds at its peak."""
     on_device = torch.cuda.is_available()
     call()
     times: list[float] = []
@@ -51,7 +51,7 @@ def timed(call: Callable[[], Any]) -> Figures:
 
 
 def compared(call: Callable[[], Any], reference: Callable[[], Any], limit: float) -> Figures:
-    """Return the error of a call and its figures, with the time of a first call that compiles."""
+    """Return the error of a call against a reference, its time and memory, and the time of a slow first call."""
     first, found = seconds(call)
     error = error_of(found, reference())
     del found

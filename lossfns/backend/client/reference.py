@@ -87,7 +87,7 @@ def check_model(model: Any) -> None:
 
 
 def check_head_bias(model: nn.Module) -> None:
-    """Refuse a bias of the unembedding that is not finite. Checked once: no forward pass waits for it."""
+    """Refuse a bias of the unembedding that is not finite. With this check here, no forward pass waits for it."""
     with torch.no_grad():
         head = head_of(model)
     if head.bias is not None and not head.bias.to(head.weight.dtype).isfinite().all():

@@ -98,11 +98,15 @@ def pack_inputs(
 ) -> PackedInputs:
     """Lay the tokens of the datums end to end, on the device of the model.
 
-    ``find_prefixes`` decides which tokens are computed once. ``inverse`` is on ``result_device``, if it is another one.
+    Args:
+        inputs: the tokens and the targets of the datums.
+        find_prefixes: decides which tokens are computed once.
+        device: the device of the model.
+        result_device: the device of ``inverse``, which indexes the logprobs; None is that of the model.
     """
 
-    def index_or_none(index: np.ndarray, other: torch.device | None = None) -> Tensor | None:
-        return None if np.array_equal(index, np.arange(len(index))) else to_device(index, other or device)
+    def index_or_none(index: np.ndarray, index_device: torch.device = device) -> Tensor | None:
+        return None if np.array_equal(index, np.arange(len(index))) else to_device(index, index_device)
 
     shared = find_prefixes(inputs.tokens)
     tokens = to_device(np.concatenate(inputs.tokens)[shared.order], device)
@@ -112,7 +116,7 @@ def pack_inputs(
     hidden_rows, inverse = logit_rows(shared.inverse, targets)
     if len(hidden_rows) < len(inverse):
         targets = targets[np.unique(inverse, return_index=True)[1]]  # of the first position of each row of logits
-    rows, inverse_index = index_or_none(hidden_rows), index_or_none(inverse, result_device)
+    rows, inverse_index = index_or_none(hidden_rows), index_or_none(inverse, result_device or device)
     return PackedInputs(tokens, shared.lengths, shared.parents, rows, to_device(targets, device), inverse_index)
 
 

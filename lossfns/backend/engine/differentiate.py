@@ -1,6 +1,6 @@
 """A loss of the model's outputs: its value, its metrics and its gradient with respect to the outputs.
 
-A loss that breaks the contract is refused. Values that lie on a device are judged together, once the backward pass is
+A loss that breaks the contract is refused. Values on a device are read and checked together, after the backward pass is
 queued, so that the host waits once.
 """
 
@@ -49,8 +49,8 @@ class Outputs(NamedTuple):
 
     def any_by_datum(self, rows: np.ndarray) -> np.ndarray:
         """Return for each datum whether ``rows`` [R] is True in one of its rows."""
-        found: np.ndarray = np.logical_or.reduceat(rows, np.cumsum([0, *self.lengths[:-1]]))
-        return found
+        result: np.ndarray = np.logical_or.reduceat(rows, np.cumsum([0, *self.lengths[:-1]]))
+        return result
 
     def records(self) -> list[dict[str, Any]]:
         """Return the outputs as ``loss_fn_outputs``, in the datums' own class of tensors."""
@@ -103,7 +103,7 @@ class DeferredResult(NamedTuple):
         gradient: ∂loss/∂outputs, in the shape of ``outputs.values``.
         outputs: the outputs that the loss was computed on.
         numbers: the numbers that ``metrics`` takes, on their device.
-        metrics: ``metrics(numbers)`` checks them on the host, and returns what the loss returns.
+        metrics: a function that checks ``numbers`` on the host and returns the metrics of the loss.
         passes: forward passes over the model: 1 or 2.
     """
 
@@ -126,19 +126,20 @@ class DeferredResult(NamedTuple):
         values, gradient = self.outputs.values.detach(), self.gradient
         nonzero = gradient.reshape(len(gradient), -1) != 0
         surrogate = (values * gradient).sum()
-        finite = gradient.isfinite().all(), torch.as_tensor(parameters_finite)
-        values, loss, numbers, surrogate, count, rows, *finite_here = copy_to_host(
-            [values, self.loss, self.numbers, surrogate, nonzero.sum(), nonzero.any(1), *finite]
+        gradient_finite, parameters_finite = gradient.isfinite().all(), torch.as_tensor(parameters_finite)
+        results = values, self.loss, self.numbers, surrogate, nonzero.sum(), nonzero.any(1)
+        values, loss, numbers, surrogate, count, has_gradient, gradient_finite, parameters_finite = copy_to_host(
+            [*results, gradient_finite, parameters_finite]
         )
         metrics = self.metrics(numbers.tolist())
-        if not finite_here[0]:
-            raise not_finite(gradient, self.outputs)
-        if not finite_here[1]:
+        if not gradient_finite:
+            raise infinite_gradient(gradient, self.outputs)
+        if not parameters_finite:
             got, fix = "nan or inf in the gradient of a parameter", "Are weights or advantages too large?"
             raise LossInputError("gradient", "finite gradients of the parameters", got, fix)
         outputs = self.outputs._replace(values=values)
         return Differentiated(
-            float(loss), metrics, gradient, outputs, float(surrogate), float(count), rows.numpy(), self.passes
+            float(loss), metrics, gradient, outputs, float(surrogate), float(count), has_gradient.numpy(), self.passes
         )
 
 
@@ -209,17 +210,17 @@ def differentiate_loss(bound: BoundLoss, columns: PackedColumns, outputs: Output
     with add_loss_name(bound.loss.name):
         loss, metrics = bound.defer(as_packed, columns.with_logprobs(leaf.flatten()))
     if not loss.requires_grad:
-        metrics.finalise()  # its errors come first
+        metrics.finalise()  # an error of a value explains more than that the loss is a constant
         raise constant_loss()
     backward_to(leaf, loss)
-    return DeferredResult(loss, gradient_of(leaf, outputs), outputs, metrics.on_device, metrics.read)
+    return DeferredResult(loss, gradient_of(leaf, outputs), outputs, metrics.all_values, metrics.read)
 
 
 def evaluate_loss(bound: BoundLoss, columns: PackedColumns, outputs: Outputs) -> DeferredResult:
     """Evaluate a loss of this library without its gradient, which is 0 in the result."""
     with add_loss_name(bound.loss.name):
         loss, metrics = bound.defer(as_packed, columns.with_logprobs(outputs.values.flatten()))
-    return DeferredResult(loss, torch.zeros_like(outputs.values), outputs, metrics.on_device, metrics.read)
+    return DeferredResult(loss, torch.zeros_like(outputs.values), outputs, metrics.all_values, metrics.read)
 
 
 def differentiate_callable(loss_fn: LossFn, data: list[Any], outputs: Outputs) -> DeferredResult:
@@ -333,7 +334,7 @@ def not_used(name: str, datum: int) -> LossInputError:
     return LossInputError(name, "a gradient", f"No gradient computed for {singular} tensor", fix, datum=datum)
 
 
-def not_finite(gradient: Tensor, outputs: Outputs) -> LossInputError:
+def infinite_gradient(gradient: Tensor, outputs: Outputs) -> LossInputError:
     """Return the error for a gradient that is not finite. A finite loss can have one: sqrt at 0, or inf times 0."""
     datum = next(i for i, part in enumerate(outputs.by_datum(gradient)) if not part.isfinite().all())
     got, fix = "nan or inf", "Mask before the maths, not after; sqrt and log have no slope at 0."

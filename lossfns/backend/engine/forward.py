@@ -48,7 +48,7 @@ class Forward(NamedTuple):
         return values
 
     def on_host(self) -> Forward:
-        """Return the forward pass with logprobs on the host, where a loss and its gradient can be read at once."""
+        """Return the forward pass with logprobs on the host, where reading a loss and its gradient is no wait."""
         if self.empty_outputs.name != "logprobs":
             return self
         return self._replace(compute=partial(self.compute, result_device=torch.device("cpu")))
@@ -61,7 +61,7 @@ class Forward(NamedTuple):
 def compute_logprobs(
     model: nn.Module, inputs: ModelInputs, spare_bytes: SpareBytes, result_device: torch.device | None = None
 ) -> Tensor:
-    """Return the logprobs of the targets: [N] or [N, K], in float32 at least, on the model's device or another one."""
+    """Return the logprobs of the targets, in float32 at least: [N] or [N, K], on the model's or the result device."""
     packed, hidden = hidden_states(model, inputs, result_device)
     assert packed.targets is not None
     rows = index_or_all(hidden, packed.hidden_rows)

@@ -37,7 +37,7 @@ def forward_only(forward: Forward, plan: Plan) -> Tensor:
 def forward_backward(objective: Objective, data: list[Any], forward: Forward, plan: Plan) -> DeferredResult:
     """Compute a loss, and add its gradient to the parameters' ``grad``, in as few passes as possible."""
     if objective.bound is None:
-        forward = forward.on_host()  # where the callable runs
+        forward = forward.on_host()  # the callable runs there
     if len(plan.micro_batches) == 1:
         return single_pass(objective, data, forward, plan)
     sums = forward.empty_outputs.name == "logprobs" and is_sum_over(plan.micro_batches, objective.group)

@@ -246,7 +246,7 @@ class Ranks:
     def run(self, compute: Callable[..., Tensor], inputs: ModelInputs, *arguments: Any, **options: Any) -> Tensor:
         """Return ``compute(inputs, *arguments)``, the outputs of all datums; each rank computes a part of them.
 
-        They are on the device of the ranks, whatever the options say: only there they are summed.
+        The outputs are on the device of the ranks, which sums them, whatever ``result_device`` is in the options.
         Outputs of other ranks are constants here. Each rank backpropagates through its own outputs.
         """
         low, high = rank_bounds(inputs.lengths, self.size)[self.rank : self.rank + 2]

@@ -88,7 +88,7 @@ def generate(
     for t in range(max_tokens):
         logits = head.logits(hidden).float()
         chosen = draw(logits, temperature, top_k, top_p, generator)
-        # float64 has all ids exactly, so that both travel together. The host waits once for each token.
+        # float64 holds every id exactly, so ids and logprobs travel in one tensor, and the host waits once for them.
         drawn = torch.stack((chosen.double(), logits.log_softmax(1).gather(1, chosen[:, None]).squeeze(1).double()))
         for i, token, logprob in zip(rows, *drawn.tolist()):
             if not math.isfinite(logprob):
@@ -97,10 +97,11 @@ def generate(
             tokens[i].append(int(token))
             logprobs[i].append(logprob)
         unfinished = [k for k, i in enumerate(rows) if not has_ended(i)]
-        rows, all_rows = [rows[k] for k in unfinished], len(rows)
+        some_ended = len(unfinished) < len(rows)
+        rows = [rows[k] for k in unfinished]
         if not rows or t == max_tokens - 1:
             break
-        if len(rows) < all_rows:
+        if some_ended:
             index = to_device(torch.tensor(unfinished), device)
             chosen, cache = chosen[index], cache.select(index)
         hidden = model.step(chosen, cache)
@@ -127,8 +128,8 @@ def draw(logits: Tensor, temperature: float, top_k: int, top_p: float, generator
 def draw_index(probs: Tensor, generator: torch.Generator | None) -> Tensor:
     """Draw an index [B] for each row of probabilities [B, V], as ``torch.multinomial`` does.
 
-    ``multinomial`` reads on the host whether the probabilities are valid, twice on a GPU. ``generate`` reads that from
-    the logprobs of the tokens.
+    On a GPU ``multinomial`` makes the host wait twice, to check the probabilities. ``generate`` checks the logprobs of
+    the drawn tokens instead.
     """
     # With q_i ~ Exp(1), p_i / q_i is the largest with probability p_i.
     return (probs / torch.empty_like(probs).exponential_(generator=generator)).argmax(1)
