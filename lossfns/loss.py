@@ -311,7 +311,8 @@ class BoundLoss:
                 ``"halves"`` (rows i and i + P).
             denominator: the denominator of the whole batch, if this is a part of it: the sum of all weights for
                 ``token_mean``, and the number of sequences or pairs with an active token for means over these.
-            columns: the columns that the loss reads, in the shape of the logprobs. Advantages may be ``[B]``.
+            columns: the columns that the loss reads, in the shape of the logprobs. Advantages may be ``[B]``. Columns
+                and weights are constants: no gradient reaches them.
 
         Raises:
             LossInputError: if any input is malformed.
@@ -349,7 +350,8 @@ class BoundLoss:
             layout: for pairs: ``"interleaved"`` (the default) or ``"halves"`` (all chosen sequences first).
             denominator: the denominator of the whole batch, if this is a part of it: the sum of all weights for
                 ``token_mean``, and the number of sequences or pairs with an active token for means over these.
-            columns: the columns that the loss reads, in the shape of the logprobs. Advantages may be ``[B]``.
+            columns: the columns that the loss reads, in the shape of the logprobs. Advantages may be ``[B]``. Columns
+                and weights are constants: no gradient reaches them.
 
         Raises:
             LossInputError: if any input is malformed.
@@ -401,7 +403,7 @@ class BoundLoss:
         loss, sequences = self.loss, 1 if batch.lengths is None else len(batch.lengths)
         total, numbers = self.measure(loss, pack, batch, self.divisor)
         more = {**(checks or {}), **({"grad_l1": grad_l1(total, batch.logprobs)} if self.grad_l1 else {})}
-        kept = functools.partial(pack, batch)
+        kept = functools.partial(pack, replace(batch, logprobs=batch.logprobs.detach()))  # without the graph
         metrics = DeferredMetrics(loss.name, loss.rows, loss.signed, self.divisor, sequences, kept, numbers, more)
         return total, metrics
 

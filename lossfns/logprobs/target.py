@@ -29,14 +29,16 @@ def target_logprobs(logits: Tensor, targets: Tensor, *, temperature: float = 1.0
     Raises:
         LossInputError: if shapes, dtypes or the temperature do not fit. An id outside of [0, V) raises on the CPU.
 
-    >>> logits = torch.tensor([[[0.0, 0.0], [2.0, 0.0]]], requires_grad=True)
-    >>> target_logprobs(logits, torch.tensor([[1, 0]]))
-    tensor([[-0.6931, -0.1269]], grad_fn=<TargetLogprobsBackward>)
+    >>> target_logprobs(torch.tensor([[[0.0, 0.0], [2.0, 0.0]]]), torch.tensor([[1, 0]]))
+    tensor([[-0.6931, -0.1269]])
     """
     check_arguments(logits, targets)
     check_number("temperature", temperature, "a finite number above 0", lambda x: x > 0, "Use 1 for the model itself.")
+    shape = targets.shape
+    if logits.is_contiguous():  # a block may then span several sequences
+        logits, targets = logits.view(-1, logits.shape[-1]), targets.reshape(-1)
     result: Tensor = apply(TargetLogprobs, logits, targets, float(temperature))
-    return result
+    return result.view(shape)
 
 
 def check_arguments(logits: Any, targets: Any) -> None:
