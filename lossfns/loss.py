@@ -103,11 +103,18 @@ class Loss:
         return BoundLoss(self).denominator(data)
 
     def padded(self, logprobs: Any, weights: Any, **options: Any) -> tuple[Tensor, dict[str, float]]:
-        """Return loss and metrics of a padded batch ``[B, T]``; see ``BoundLoss.padded``."""
+        """Return loss and metrics of a padded batch ``[B, T]``.
+
+        Options are ``layout=``, ``denominator=`` and the columns that the loss reads; see ``BoundLoss.padded``.
+        """
         return BoundLoss(self).padded(logprobs, weights, **options)
 
     def packed(self, logprobs: Any, weights: Any, **options: Any) -> tuple[Tensor, dict[str, float]]:
-        """Return loss and metrics of a packed batch ``[N]``; see ``BoundLoss.packed``."""
+        """Return loss and metrics of a packed batch ``[N]``.
+
+        Options are ``lengths=`` or ``cu_seqlens=``, ``layout=``, ``denominator=`` and the columns that the loss reads;
+        see ``BoundLoss.packed``.
+        """
         return BoundLoss(self).packed(logprobs, weights, **options)
 
     def deferred(self) -> DeferredLoss:
@@ -381,8 +388,9 @@ class BoundLoss:
         """Return the loss fused with its metrics and its gradient by ``torch.compile``, in every form.
 
         The first call of a form compiles, for some seconds; batches of other sizes do not compile again. Without a
-        compiler the loss runs as it is, and warns; so does a loss with learnable tensors of its own.
-        ``backward(create_graph=True)`` is refused.
+        compiler the loss runs as it is, and warns; so does a loss with learnable tensors of its own. A number that a
+        term of yours reads from outside is compiled anew when it changes, and after 8 times the loss runs as it is:
+        keep it in a tensor. ``backward(create_graph=True)`` is refused.
         """
         return replace(self, measure=self.loss.kernel)
 

@@ -19,7 +19,8 @@ def target_logprobs(logits: Tensor, targets: Tensor, *, temperature: float = 1.0
     """Return log softmax(logits / temperature) at the targets: float32, or float64 for logits in float64.
 
     The softmax is taken in blocks of rows. Besides the result and the gradient, which has the dtype of the logits, no
-    tensor of the size of the logits is made, also where they are a view such as ``logits[:, :-1]``.
+    tensor of the size of the logits is made, also where they are a view such as ``logits[:, :-1]``. Autograd itself
+    makes one more for the gradient of a slice. To save it, pass all logits, and give weight 0 to the last token.
 
     Args:
         logits: ``[..., V]``, floating point.
