@@ -251,7 +251,8 @@ def test_kept_metrics_keep_no_graph() -> None:
 
 
 def test_tensors_whose_parts_lie_on_several_ranks_are_refused() -> None:
-    from torch.distributed.tensor import DTensor, Shard, init_device_mesh
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Shard
 
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
