@@ -102,11 +102,18 @@ class Loss:
         return BoundLoss(self).denominator(data)
 
     def padded(self, logprobs: Any, weights: Any, **options: Any) -> tuple[Tensor, dict[str, float]]:
-        """Return loss and metrics of a padded batch ``[B, T]``; see ``BoundLoss.padded``."""
+        """Return loss and metrics of a padded batch ``[B, T]``.
+
+        Options are ``layout=``, ``denominator=`` and the columns that the loss reads; see ``BoundLoss.padded``.
+        """
         return BoundLoss(self).padded(logprobs, weights, **options)
 
     def packed(self, logprobs: Any, weights: Any, **options: Any) -> tuple[Tensor, dict[str, float]]:
-        """Return loss and metrics of a packed batch ``[N]``; see ``BoundLoss.packed``."""
+        """Return loss and metrics of a packed batch ``[N]``.
+
+        Options are ``lengths=`` or ``cu_seqlens=``, ``layout=``, ``denominator=`` and the columns that the loss reads;
+        see ``BoundLoss.packed``.
+        """
         return BoundLoss(self).packed(logprobs, weights, **options)
 
     def deferred(self) -> DeferredLoss:
@@ -329,7 +336,8 @@ class BoundLoss:
                 ``"halves"`` (rows i and i + P).
             denominator: the denominator of the whole batch, if this is a part of it: the sum of all weights for
                 ``token_mean``, and the number of sequences or pairs with an active token for means over these.
-            columns: the columns that the loss reads, in the shape of the logprobs. Advantages may be ``[B]``.
+            columns: the columns that the loss reads, in the shape of the logprobs. Advantages may be ``[B]``. Columns
+                and weights are constants: no gradient reaches them.
 
         Raises:
             LossInputError: if any input is malformed.
@@ -367,7 +375,8 @@ class BoundLoss:
             layout: for pairs: ``"interleaved"`` (the default) or ``"halves"`` (all chosen sequences first).
             denominator: the denominator of the whole batch, if this is a part of it: the sum of all weights for
                 ``token_mean``, and the number of sequences or pairs with an active token for means over these.
-            columns: the columns that the loss reads, in the shape of the logprobs. Advantages may be ``[B]``.
+            columns: the columns that the loss reads, in the shape of the logprobs. Advantages may be ``[B]``. Columns
+                and weights are constants: no gradient reaches them.
 
         Raises:
             LossInputError: if any input is malformed.
@@ -397,8 +406,9 @@ class BoundLoss:
         """Return the loss fused with its metrics and its gradient by ``torch.compile``, in every form.
 
         The first call of a form compiles, which takes some seconds. Batches of other sizes are not compiled again. If
-        torch.compile fails, or if the loss has learnable tensors of its own, it runs eagerly after a ``LossWarning``.
-        ``backward(create_graph=True)`` raises a ``LossInputError``.
+        torch.compile fails, or if the loss has learnable tensors of its own, it runs eagerly after a ``LossWarning``. A
+        number that terms of your own read from outside is compiled anew when it changes, and after 8 times the loss
+        runs eagerly: keep such a number in a tensor. ``backward(create_graph=True)`` raises a ``LossInputError``.
         """
         return replace(self, measure=self.loss.kernel)
 
@@ -419,7 +429,7 @@ class BoundLoss:
         loss, sequences = self.loss, 1 if batch.lengths is None else len(batch.lengths)
         total, numbers = self.measure(loss, pack, batch, self.divisor)
         extras = {**(checks or {}), **({"grad_l1": grad_l1(total, batch.logprobs)} if self.grad_l1 else {})}
-        get_batch = functools.partial(pack, batch)
+        get_batch = functools.partial(pack, replace(batch, logprobs=batch.logprobs.detach()))  # without the graph
         metrics = DeferredMetrics(
             loss.name, loss.rows, loss.signed, self.divisor, sequences, get_batch, numbers, extras
         )

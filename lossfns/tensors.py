@@ -209,6 +209,7 @@ def check_logprobs(x: Any, name: str, rank: int, form: str, dims: Sequence[str])
     """Refuse anything but a dense floating point tensor of this rank with at least one entry."""
     if not isinstance(x, Tensor):
         raise LossInputError(name, "a torch.Tensor", f"a {type(x).__name__}", "Call torch.tensor.")
+    check_local(name, x)
     if not is_plain(x) or x.dtype not in LOGPROB_DTYPES:
         fix = "Pass the logprobs of the targets as a dense tensor of float32."
         raise LossInputError(name, "a dense tensor of real numbers", tensor_form(x), fix)
@@ -222,6 +223,13 @@ def check_logprobs(x: Any, name: str, rank: int, form: str, dims: Sequence[str])
         raise LossInputError(name, f"[{', '.join(dims[:rank])}]", f"shape {tuple(x.shape)}", fix)
     if x.numel() == 0:
         raise LossInputError(name, "at least one token", f"shape {tuple(x.shape)}", "Skip the call for an empty batch.")
+
+
+def check_local(name: str, x: Any) -> None:
+    """Refuse a DTensor, whose parts lie on several ranks."""
+    if hasattr(x, "full_tensor"):
+        fix = "Call full_tensor(), or to_local() and pass the denominator= of all ranks."
+        raise LossInputError(name, "a tensor of this rank", f"a {type(x).__name__}", fix)
 
 
 def sequence_lengths(lengths: Any, cu_seqlens: Any, tokens: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -273,6 +281,7 @@ def align_columns(align: Callable[[str, Any], Tensor], columns: Mapping[str, Any
 
 def column_tensor(name: str, x: Any, like: Tensor) -> Tensor:
     """Return a column as a tensor without graph, on the device of ``like``."""
+    check_local(name, x)
     column = to_device(as_tensor(as_row(x, name, None)), like.device)
     if torch.compiler.is_compiling() or not column.is_inference() or torch.is_inference_mode_enabled():
         return column

@@ -37,7 +37,7 @@ def cap(log_ratio: Tensor, limit: float | None) -> Tensor:
     # The gradient of hardtanh stops on its bounds: they are the next floats beyond, and the value is set to ±limit.
     bound = limit * (1 + torch.finfo(log_ratio.dtype).eps)
     capped = F.hardtanh(log_ratio, -bound, bound)
-    capped.detach().clamp_(-limit, limit)
+    F.hardtanh_(capped.detach(), -limit, limit)
     return capped
 
 

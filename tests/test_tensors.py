@@ -244,6 +244,26 @@ def test_columns_that_were_made_in_inference_mode_are_taken(form: str) -> None:
     assert torch.equal(value, expected[0]) and torch.equal(gradients[0], expected[1][0]) and metrics == expected[2]
 
 
+def test_kept_metrics_keep_no_graph() -> None:
+    logprobs = torch.full((1, 2), -1.0, requires_grad=True)
+    _, later = lossfns.cross_entropy().deferred().padded(logprobs * 2, torch.ones(1, 2))
+    assert not later.batch().logprobs.requires_grad and not later.numbers.values.requires_grad
+
+
+def test_tensors_whose_parts_lie_on_several_ranks_are_refused() -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Shard
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        spread = DTensor.from_local(LP, init_device_mesh("cpu", (1,)), [Shard(0)])
+        for args in ((spread, W), (LP, spread)):
+            with pytest.raises(LossInputError, match="a DTensor"):
+                lossfns.cross_entropy().padded(*args)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_a_batch_that_changes_before_its_metrics_are_read_is_refused() -> None:
     logprobs = torch.full((1, 2), torch.nan)
     _, later = lossfns.cross_entropy().deferred().padded(logprobs, torch.ones(1, 2))

@@ -19,7 +19,8 @@ def target_logprobs(logits: Tensor, targets: Tensor, *, temperature: float = 1.0
     """Return log softmax(logits / temperature) at the targets: float32, or float64 for logits in float64.
 
     The softmax is taken in blocks of rows. The only tensor of the size of the logits that is made is their gradient, in
-    their dtype. This also holds for a view such as ``logits[:, :-1]``. There is no second derivative.
+    their dtype. Autograd makes one more for the gradient of a slice such as ``logits[:, :-1]``: to save it, pass all
+    logits, and give weight 0 to the last token. There is no second derivative.
 
     Args:
         logits: ``[..., V]``, floating point.
@@ -31,14 +32,16 @@ def target_logprobs(logits: Tensor, targets: Tensor, *, temperature: float = 1.0
             [0, V). A GPU checks the ids itself, in ``gather``.
         RuntimeError: in the backward pass, under ``create_graph``.
 
-    >>> logits = torch.tensor([[[0.0, 0.0], [2.0, 0.0]]], requires_grad=True)
-    >>> target_logprobs(logits, torch.tensor([[1, 0]]))
-    tensor([[-0.6931, -0.1269]], grad_fn=<TargetLogprobsBackward>)
+    >>> target_logprobs(torch.tensor([[[0.0, 0.0], [2.0, 0.0]]]), torch.tensor([[1, 0]]))
+    tensor([[-0.6931, -0.1269]])
     """
     check_arguments(logits, targets)
     check_number("temperature", temperature, "a finite number above 0", lambda x: x > 0, "Use 1 for the model itself.")
+    shape = targets.shape
+    if logits.is_contiguous():  # a block may then span several sequences
+        logits, targets = logits.view(-1, logits.shape[-1]), targets.reshape(-1)
     result: Tensor = apply(TargetLogprobs, logits, targets, float(temperature))
-    return result
+    return result.view(shape)
 
 
 def check_arguments(logits: Any, targets: Any) -> None:

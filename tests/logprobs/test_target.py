@@ -73,6 +73,19 @@ def test_a_masked_row_of_infinities_gets_gradient_0() -> None:
     assert logits.grad is not None and logits.grad[0].tolist() == [0, 0, 0] and logits.grad[1].isfinite().all()
 
 
+def test_a_block_spans_many_short_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[int, ...]] = []
+    logsumexp = torch.Tensor.logsumexp
+
+    def counted(x: torch.Tensor, dim: int) -> torch.Tensor:
+        calls.append(tuple(x.shape))
+        return logsumexp(x, dim)
+
+    monkeypatch.setattr(torch.Tensor, "logsumexp", counted)
+    logits, ids = torch.zeros(64, 2, 5), torch.zeros(64, 2, dtype=torch.long)
+    assert target_logprobs(logits, ids).shape == (64, 2) and calls == [(128, 5)]
+
+
 def test_it_is_a_part_of_a_compiled_step() -> None:
     logits = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0)).requires_grad_()
     ids = torch.tensor([[0, 4, 2], [1, 1, 3]])
