@@ -247,7 +247,7 @@ def test_columns_that_were_made_in_inference_mode_are_taken(form: str) -> None:
 def test_kept_metrics_keep_no_graph() -> None:
     logprobs = torch.full((1, 2), -1.0, requires_grad=True)
     _, later = lossfns.cross_entropy().deferred().padded(logprobs * 2, torch.ones(1, 2))
-    assert not later.batch().logprobs.requires_grad and not later.numbers.values.requires_grad
+    assert not later.get_batch().logprobs.requires_grad and not later.numbers.values.requires_grad
 
 
 def test_tensors_whose_parts_lie_on_several_ranks_are_refused() -> None:
