@@ -30,17 +30,17 @@ class OneKernel:
     def __init__(self, measure: Measure) -> None:
         self.measure = measure
         self.kernels: dict[tuple[bool, bool, bool], Any] = {}
-        self.failed = False
+        self.failed: set[tuple[bool, bool, bool]] = set()
 
     def __reduce__(self) -> tuple[type[OneKernel], tuple[Measure]]:
         return OneKernel, (self.measure,)  # a copy compiles anew
 
     def __call__(self, loss: Any, pack: Any, batch: Any, divisor: Any) -> tuple[Tensor, Numbers]:
         # Inside torch.func, or inside a step that the caller compiles, the loss is traced as a part of that function.
-        if self.failed or torch.compiler.is_compiling() or is_transformed():
-            return self.measure(loss, pack, batch, divisor)
         differentiable = torch.is_grad_enabled() and batch.logprobs.requires_grad
         variant = differentiable, batch.equal, divisor is None
+        if variant in self.failed or torch.compiler.is_compiling() or is_transformed():
+            return self.measure(loss, pack, batch, divisor)
         try:
             if variant not in self.kernels:
                 function = with_own_code(value_and_gradient if differentiable else value)
@@ -53,7 +53,7 @@ class OneKernel:
             problem = reason(error)
         if problem:
             result = self.measure(loss, pack, batch, divisor)  # raises the loss's own error, if this was one
-            self.failed = True
+            self.failed.add(variant)
             warn(f"torch.compile failed, so the loss runs without it: {problem}")
             return result
         if differentiable:

@@ -97,9 +97,9 @@ class Loss:
         """Bind side columns, and optionally ``denominator=``, ``align=`` or ``grad_l1=``; see ``BoundLoss``."""
         return BoundLoss(self).bind(**columns)
 
-    def denominator(self, data: Sequence[Any]) -> float:
-        """Return this batch's part of the denominator. It needs no logprobs, and adds over micro-batches and ranks."""
-        return BoundLoss(self).denominator(data)
+    def denominator(self, data: Sequence[Any] | Tensor, *, layout: str | None = None) -> float:
+        """Return this batch's part of the denominator; see ``BoundLoss.denominator``."""
+        return BoundLoss(self).denominator(data, layout=layout)
 
     def padded(self, logprobs: Any, weights: Any, **options: Any) -> tuple[Tensor, dict[str, float]]:
         """Return loss and metrics of a padded batch ``[B, T]``.
@@ -293,13 +293,29 @@ class BoundLoss:
                 grad_l1=self.grad_l1 if grad_l1 is None else grad_l1,
             )
 
-    def denominator(self, data: Sequence[Any]) -> float:
-        """Return this batch's part of the denominator, even if one is bound; 1 for a raw sum."""
-        if self.loss.count is None:
+    def denominator(self, data: Sequence[Any] | Tensor, *, layout: str | None = None) -> float:
+        """Return this batch's part of the denominator, even if one is bound; 1 for a raw sum.
+
+        It needs no logprobs, and adds over micro-batches and ranks.
+
+        Args:
+            data: the datums, or the weights of a padded batch: ``[B, T]``, or ``[B, T, K]``.
+            layout: for pairs in one tensor of weights: as for ``padded``.
+
+        >>> from lossfns import sequence_mean, reinforce
+        >>> reinforce(weigh=sequence_mean).denominator(torch.tensor([[1, 1], [1, 0], [0, 0]]))
+        2.0
+        """
+        loss = self.loss
+        if loss.count is None:
             return 1.0
-        with add_loss_name(self.loss.name):
-            t = pack_weights(data, self.loss.reads, self.columns, rows=self.loss.rows, align=self.align)
-            count = float(count_of(self.loss, t))
+        with add_loss_name(loss.name):
+            if isinstance(data, Tensor):
+                zeros = torch.zeros(data.shape, device=data.device)
+                t = blank_tensors(check_padded(zeros, data, rows=loss.rows, layout=layout))
+            else:
+                t = pack_weights(data, loss.reads, self.columns, rows=loss.rows, align=self.align)
+            count = float(count_of(loss, t))
             if math.isnan(count):
                 raise not_divisible(count)
         return count

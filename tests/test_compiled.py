@@ -226,6 +226,21 @@ def test_a_scaled_gradient_of_float16_is_that_of_the_eager_loss(graphs: Any) -> 
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=0)
 
 
+def test_what_cannot_be_compiled_leaves_the_other_forms_compiled(graphs: Any) -> None:
+    """Without a gradient the term can be traced."""
+
+    def terms(t: Any) -> Any:
+        return -t.logprobs * (2.0 if torch.is_grad_enabled() and t.logprobs.sum().item() < 0 else 1.0), {}
+
+    compiled = own_loss(terms).compiled()
+    logprobs = torch.full((2, 3), -2.0)
+    with pytest.warns(LossWarning, match="runs without it"):
+        compiled.padded(logprobs.clone().requires_grad_(), torch.ones(2, 3))
+    with torch.no_grad():
+        assert compiled.padded(logprobs, torch.ones(2, 3))[0].item() == 2.0
+    assert graphs.frame_count == 1
+
+
 def test_an_error_of_the_loss_itself_comes_through(graphs: Any) -> None:
     def reduced(t: Any) -> Any:
         return (-t.logprobs).sum(), {}

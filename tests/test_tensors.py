@@ -189,6 +189,15 @@ def test_parts_with_one_denominator_sum_to_the_whole() -> None:
     torch.testing.assert_close(sum(losses), whole, rtol=1e-14, atol=0)
 
 
+@pytest.mark.parametrize("loss", [*TOKEN_LOSSES, *PAIR_LOSSES], ids=repr)
+def test_the_denominator_of_padded_weights_is_that_of_their_datums(loss: Loss) -> None:
+    weights = batch(loss)["weights"]
+    assert loss.denominator(weights) == loss.denominator(datums(weights))
+    if loss in PAIR_LOSSES:
+        halves = torch.cat([weights[0::2], weights[1::2]])
+        assert loss.denominator(halves, layout="halves") == loss.denominator(weights)
+
+
 def test_bound_columns_are_taken_and_call_columns_replace_them() -> None:
     loss = lossfns.reinforce()
     given = batch(loss)
