@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ Parameters = dict[str, Tensor]
 
 
 def run(loop: str, *options: str, launcher: tuple[str, ...] = ()) -> str:
-    """Run a loop in processes of its own, without network, and return what it prints."""
+    """Run a loop as its first lines say, in processes of its own and without network, and return what it prints."""
     settings = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *launcher, f"examples/loops/{loop}.py", *options]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | settings, capture_output=True, text=True, timeout=300)
@@ -39,15 +40,33 @@ def test_a_loop_has_at_most_60_lines(loop: str) -> None:
     assert len(lines) <= 60 and max(map(len, lines)) <= 120
 
 
-def test_grpo_raises_the_reward() -> None:
+Run = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def run_here(monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Run a loop in this process, which has imported torch and transformers already, and return its variables."""
+
+    def call(loop: str, *options: str) -> dict[str, Any]:
+        monkeypatch.syspath_prepend(str(FOLDER))
+        monkeypatch.setattr(sys, "argv", [f"{loop}.py", *options])
+        with torch.random.fork_rng():
+            return runpy.run_path(str(FOLDER / f"{loop}.py"), run_name="__main__")
+
+    return call
+
+
+def test_grpo_raises_the_reward(run_here: Run, capsys: pytest.CaptureFixture[str]) -> None:
     """A random policy writes a character of the right kind in one case of seven. Seeds 0 to 5 end above 0.9."""
-    rewards = numbers("reward", run("grpo"))
+    run_here("grpo")
+    rewards = numbers("reward", capsys.readouterr().out)
     assert rewards[0] < 0.25 and rewards[-1] > 0.5
 
 
-def test_dpo_learns_pairs_that_it_has_not_seen() -> None:
+def test_dpo_learns_pairs_that_it_has_not_seen(run_here: Run, capsys: pytest.CaptureFixture[str]) -> None:
     """At first the model is its own reference, so that every pair is a tie. Seeds 0 to 9 end above 0.75."""
-    printed = run("dpo")
+    run_here("dpo")
+    printed = capsys.readouterr().out
     accuracies, margins = numbers("accuracy", printed), numbers("margin", printed)
     assert accuracies[0] == 0.5 and margins[0] == 0.0
     assert accuracies[-1] > 0.65 and margins[-1] > 5
@@ -60,17 +79,14 @@ def test_sft_lowers_the_loss_of_rows_that_it_has_not_seen() -> None:
 
 
 @pytest.fixture
-def train(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Parameters]:
+def train(run_here: Run) -> Callable[..., Parameters]:
     """Run the SFT loop in this process, and return the trained parameters."""
 
-    def run_here(*options: str) -> Parameters:
-        monkeypatch.syspath_prepend(str(FOLDER))
-        monkeypatch.setattr(sys, "argv", ["sft.py", *SHORT, *options])
-        with torch.random.fork_rng():
-            model = runpy.run_path(str(FOLDER / "sft.py"))["model"]
+    def parameters(*options: str) -> Parameters:
+        model = run_here("sft", *SHORT, *options)["model"]
         return {name: x.detach() for name, x in model.named_parameters()}
 
-    return run_here
+    return parameters
 
 
 def assert_same(got: Parameters, expected: Parameters) -> None:

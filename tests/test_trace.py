@@ -66,8 +66,8 @@ DISTINCT = {case.loss.name: case for case in reversed(CASES)}
 """One case of each method and combinator."""
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param(COMPILER, marks=pytest.mark.exhaustive)])
-def test_compile_equals_eager(backend: str) -> None:
+@pytest.mark.exhaustive
+def test_compile_equals_eager() -> None:
     """One graph of all losses, no breaks: a compilation for each loss would take a minute.
 
     Each loss has its own leaf, so that the sum of the losses gives each of them its own gradient.
@@ -80,7 +80,7 @@ def test_compile_equals_eager(backend: str) -> None:
     torch.compiler.reset()
     batches = [packed(case, 1) for case in DISTINCT.values()]
     eager = numbers_and_gradients(every, batches)
-    again = numbers_and_gradients(torch.compile(every, fullgraph=True, backend=backend), batches)
+    again = numbers_and_gradients(torch.compile(every, fullgraph=True, backend=COMPILER), batches)
     for name, expected, found in zip(DISTINCT, eager, again):
         assert apart(expected, found) < 1e-12, name
 
