@@ -17,7 +17,7 @@ from lossfns.compiled import Measure, OneKernel
 from lossfns.deferred import DeferredMetrics, Numbers, finalised, join_numbers, not_divisible
 from lossfns.errors import LossInputError, add_loss_name, did_you_mean, show, warn
 from lossfns.metrics import ADDITIVE, DIVIDED
-from lossfns.pack import check_align, check_reads, is_plain, pack, pack_weights, tensor_form
+from lossfns.pack import as_row, as_tensor, check_align, check_reads, is_plain, pack, pack_weights, tensor_form
 from lossfns.segments import active_counts, geometric_level, sequence_level, token_level
 from lossfns.tensors import TensorBatch, blank_tensors, check_packed, check_padded
 from lossfns.terms import k1, k2, k3
@@ -311,8 +311,9 @@ class BoundLoss:
             return 1.0
         with add_loss_name(loss.name):
             if isinstance(data, Tensor):
-                zeros = torch.zeros(data.shape, device=data.device)
-                t = blank_tensors(check_padded(zeros, data, rows=loss.rows, layout=layout))
+                weights = as_tensor(as_row(data, "weights", None))
+                zeros = torch.zeros(weights.shape, device=weights.device)
+                t = blank_tensors(check_padded(zeros, weights, rows=loss.rows, layout=layout))
             else:
                 t = pack_weights(data, loss.reads, self.columns, rows=loss.rows, align=self.align)
             count = float(count_of(loss, t))

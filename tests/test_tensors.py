@@ -317,6 +317,8 @@ LP, W = torch.full((4, 3), -1.0), torch.ones(4, 3)
         (lambda: lossfns.cross_entropy().packed(LP[0], W[0], cu_seqlens=[0, 3, 2]), "cu_seqlens"),
         (lambda: lossfns.cross_entropy().packed(LP[0], W[0], lengths=[1.5, 1.5]), "whole numbers"),
         (lambda: lossfns.cross_entropy().padded(LP, W, denominator=0), "denominator"),
+        (lambda: lossfns.cross_entropy().denominator(torch.nested.nested_tensor([W[0], W[0, :2]])), "weights"),
+        (lambda: lossfns.cross_entropy().denominator(W[0]), "shape (3,)"),
         (lambda: lossfns.cross_entropy().padded(LP + 2, W), "Were probabilities or logits passed?"),
     ],
 )
