@@ -208,12 +208,13 @@ def create_run(folder: Path, config: Mapping[str, Any]) -> None:
     Raises:
         LossInputError: if the folder is not empty, or cannot be written.
     """
+    content = encoded(config)  # before the file is there: an interrupt in between would leave it empty
     try:
         check_new(folder)
         folder.mkdir(parents=True, exist_ok=True)
         try:
             with open(folder / CONFIG, "xb", buffering=0) as file:
-                file.write(encoded(config))
+                file.write(content)
                 os.fsync(file.fileno())
         except FileExistsError:
             got, fix = f"{folder}, in which another run has just begun", "Choose another: nothing is overwritten."
