@@ -54,7 +54,7 @@ class OneKernel:
         if problem:
             result = self.measure(loss, pack, batch, divisor)  # raises the loss's own error, if this was one
             self.failed.add(variant)
-            warn(f"torch.compile failed, so the loss runs without it: {problem}")
+            warn(f"the loss runs without torch.compile: {problem}")
             return result
         if differentiable:
             total = WithGradient.apply(batch.logprobs, total, gradient[0].view(-1))  # type: ignore[no-untyped-call]

@@ -30,7 +30,9 @@ class OnDemand(Mapping[str, Tensor]):
         return len(self.functions)
 
     def __or__(self, other: Mapping[str, Tensor]) -> OnDemand:
-        return OnDemand(**self.functions, **{name: partial(other.__getitem__, name) for name in other})
+        joined = OnDemand()  # as of dicts, the later of two statistics of one name counts, and names may be of any type
+        joined.functions = self.functions | {name: partial(other.__getitem__, name) for name in other}
+        return joined
 
     def __ror__(self, other: Mapping[str, Tensor]) -> OnDemand:
         return OnDemand() | other | self

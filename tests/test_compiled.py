@@ -176,7 +176,7 @@ def test_a_loss_that_cannot_be_traced_runs_eagerly_and_warns_once(graphs: Any) -
 
     logprobs = torch.full((2, 3), -2.0, requires_grad=True)
     compiled = own_loss(terms).compiled()
-    with pytest.warns(LossWarning, match="^torch.compile failed, so the loss runs without it: .+") as warned:
+    with pytest.warns(LossWarning, match="^the loss runs without torch.compile: .+") as warned:
         loss, _ = compiled.padded(logprobs, torch.ones(2, 3))
     assert len(warned) == 1 and "\n" not in str(warned[0].message) and warned[0].filename == __file__
     loss.backward()
@@ -195,7 +195,7 @@ def test_a_loss_with_learnable_tensors_runs_eagerly_so_that_they_get_their_gradi
     for given in (logprobs, logprobs.detach()):
         scale.grad = None
         compiled = own_loss(lambda t: (-scale * t.logprobs, {})).compiled()
-        with pytest.warns(LossWarning, match="runs without it: the loss has learnable tensors of its own"):
+        with pytest.warns(LossWarning, match="without torch.compile: the loss has learnable tensors of its own"):
             loss, _ = compiled.padded(given, torch.ones(2, 3))
         loss.backward()
         assert scale.grad is not None and scale.grad.item() == 2.0
@@ -229,7 +229,7 @@ def test_what_cannot_be_compiled_leaves_the_other_forms_compiled(graphs: Any) ->
 
     compiled = own_loss(terms).compiled()
     logprobs = torch.full((2, 3), -2.0)
-    with pytest.warns(LossWarning, match="runs without it"):
+    with pytest.warns(LossWarning, match="runs without torch.compile"):
         compiled.padded(logprobs.clone().requires_grad_(), torch.ones(2, 3))
     with torch.no_grad():
         assert compiled.padded(logprobs, torch.ones(2, 3))[0].item() == 2.0
@@ -272,8 +272,8 @@ def test_without_a_compiler_it_is_eager_and_says_so(tmp_path: Any, monkeypatch: 
     ran = subprocess.run([sys.executable, "-c", WITHOUT_COMPILER], capture_output=True, text=True, check=True)
     numbers, messages = ran.stdout.splitlines()
     assert numbers == "2.0 2.0 -1.0"
-    assert messages[2:].startswith("torch.compile failed, so the loss runs without it: ") and "compiler" in messages
-    assert messages.count("torch.compile failed") == 1
+    assert messages[2:].startswith("the loss runs without torch.compile: ") and "compiler" in messages
+    assert messages.count("without torch.compile") == 1
 
 
 # Where it is called

@@ -383,6 +383,17 @@ def test_the_statistics_of_every_loss_are_constants(case: Case) -> None:
     assert term.requires_grad and not any(x.requires_grad for x in statistics.values())
 
 
+def test_a_statistic_of_a_combinator_replaces_one_of_the_same_name() -> None:
+    """The loss's own statistic is 7; k3 of equal logprobs is 0."""
+
+    def terms(t: Tokens) -> tuple[Tensor, dict[str, Tensor]]:
+        return -t.logprobs, {"kl_ref": torch.full_like(t.logprobs, 7.0)}
+
+    loss = lossfns.with_kl(make_loss(terms, (), token_mean), kl_beta=0.1)
+    logprobs = torch.full((1, 2), -1.0)
+    assert loss.padded(logprobs, torch.ones(1, 2), ref_logprobs=logprobs)[1]["kl_ref"] == 0.0
+
+
 def test_the_reduction_takes_statistics_off_the_graph() -> None:
     loss = Loss("nll", {}, (), lambda t: (-t.logprobs, {"nll": -t.logprobs}), token_mean.share, token_mean.count)
     _, statistics = lossfns.evaluate(loss, Tokens(torch.zeros(2, requires_grad=True), torch.ones(2)))
