@@ -132,7 +132,8 @@ def datum_from_candidates(
         weights, prompt_length: one of them, as for ``datum_from_tokens``.
 
     Returns:
-        A datum with ``target_tokens``, ``weights`` (those of the positions, 0 at unused slots) and ``teacher_logprobs``.
+        A datum with ``target_tokens``, ``weights`` (0 at unused slots, else those of the positions) and
+        ``teacher_logprobs``.
 
     Raises:
         LossInputError: if the shapes do not fit together.
