@@ -23,7 +23,9 @@ from lossfns import export
 from lossfns.advantages import group_advantages, group_metrics
 from lossfns.combine import with_dual_clip, with_kl, with_tis
 from lossfns.datum import Datum, EncodedTextChunk, ModelInput, TensorData
+from lossfns.describe import describe
 from lossfns.errors import LossInputError, LossWarning
+from lossfns.export.coefficients import token_coefficients
 from lossfns.export.token_gradient import token_gradient
 from lossfns.frame import (
     align_sampler_logprobs,
@@ -95,6 +97,7 @@ __all__ = [
     "datum_from_tokens",
     "datum_mean",
     "datum_sum",
+    "describe",
     "dft",
     "dpo",
     "dro",
@@ -134,6 +137,7 @@ __all__ = [
     "tail_support",
     "target_logprobs",
     "targets_from_labels",
+    "token_coefficients",
     "token_gradient",
     "token_level",
     "token_mean",

@@ -22,6 +22,7 @@ LAYERS = [
     {"losses", "advantages", "datum", "labels", "logprobs"},
     {"frame"},
     {"export"},
+    {"describe"},
     {"__init__"},
     {"terminal"},
     {"integrations"},
@@ -33,6 +34,7 @@ LAYERS = [
     {"backend/client"},
     {"backend"},
     {"train"},
+    {"catalogue"},
     {"cli"},
     {"__main__"},
 ]
