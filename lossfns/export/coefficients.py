@@ -47,7 +47,7 @@ def token_coefficients(
     if micro_batches is None:
         return coefficients_of(bound, data)
     check_partition(micro_batches, len(data), bound.loss.rows)
-    of_datum = {}
+    of_datum: dict[int, Tensor] = {}
     for part in micro_batches:
         columns = {name: [column[i] for i in part] for name, column in bound.columns.items()}
         rows = coefficients_of(replace(bound, columns=columns), [data[i] for i in part])
