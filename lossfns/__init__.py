@@ -19,9 +19,9 @@ A batch may be split in any way. ``D = bound.denominator(data)`` adds over micro
 Bind ``denominator=D`` and the columns of each part: the losses of the parts then sum exactly to the loss of the batch.
 """
 
-from lossfns import export
+from lossfns import export, kl, rollout
 from lossfns.advantages import group_advantages, group_metrics
-from lossfns.combine import with_dual_clip, with_kl, with_tis
+from lossfns.combine import with_dual_clip, with_kl, with_rollout_weight, with_tis
 from lossfns.datum import Datum, EncodedTextChunk, ModelInput, TensorData
 from lossfns.errors import LossInputError, LossWarning
 from lossfns.export.token_gradient import token_gradient
@@ -35,7 +35,15 @@ from lossfns.losses.preference import dpo, orpo
 from lossfns.losses.supervised import cross_entropy, multi_target_cross_entropy
 from lossfns.metrics import merge_metrics
 from lossfns.pack import pack
-from lossfns.segments import geometric_level, sequence_level, token_level
+from lossfns.rollout import TokenWeight
+from lossfns.sampler import (
+    accepted_weights,
+    proximal_logprobs,
+    rollout_summary,
+    support_logprobs,
+    top_p_support,
+)
+from lossfns.segments import geometric_level, maximum_level, sequence_level, token_level
 from lossfns.terms import k1, k2, k3
 from lossfns.tokens import ON_POLICY, Rows, Tokens
 from lossfns.version import __version__ as __version__
@@ -63,8 +71,10 @@ __all__ = [
     "ModelInput",
     "Rows",
     "TensorData",
+    "TokenWeight",
     "Tokens",
     "Weighing",
+    "accepted_weights",
     "align_sampler_logprobs",
     "cispo",
     "cross_entropy",
@@ -88,7 +98,9 @@ __all__ = [
     "k1",
     "k2",
     "k3",
+    "kl",
     "linear_logprobs",
+    "maximum_level",
     "merge_metrics",
     "multi_target_cross_entropy",
     "orpo",
@@ -96,19 +108,25 @@ __all__ = [
     "pair_mean",
     "pair_sum",
     "ppo",
+    "proximal_logprobs",
     "reinforce",
+    "rollout",
+    "rollout_summary",
     "sequence_level",
     "sequence_mean",
     "sequence_sum_mean",
+    "support_logprobs",
     "target_logprobs",
     "targets_from_labels",
     "token_gradient",
     "token_level",
     "token_mean",
     "token_sum",
+    "top_p_support",
     "weights_from_labels",
     "weights_from_mask",
     "with_dual_clip",
     "with_kl",
+    "with_rollout_weight",
     "with_tis",
 ]

@@ -85,6 +85,21 @@ def check_label_smoothing(name: str, value: Any) -> None:
     check_number(name, value, "a number in [0, 0.5]", lambda x: 0 <= x <= 0.5, fix)
 
 
+def check_kl_weight(name: str, value: Any) -> None:
+    if value is not None:
+        make_function_check("score_function", "ratio_to")(name, value)
+
+
+def make_column_check(*known: str) -> Callable[[str, Any], None]:
+    """Make a check that refuses anything but one of these names of a column of logprobs."""
+
+    def check(name: str, value: Any) -> None:
+        if not isinstance(value, str) or value not in known:
+            raise LossInputError(name, "the name of a column of logprobs", show(value), did_you_mean(value, known))
+
+    return check
+
+
 def make_function_check(*known: str) -> Callable[[str, Any], None]:
     """Make a check that refuses anything but a function; its hint names the ``known`` functions."""
 
@@ -108,6 +123,13 @@ KNOBS: dict[str, Callable[[str, Any], None]] = {
     "log_ratio_cap": check_log_ratio_cap,
     "label_smoothing": check_label_smoothing,
     "kl": make_function_check("k1", "k2", "k3"),
+    "kl_cap": check_log_ratio_cap,
+    "kl_weight": check_kl_weight,
+    "weight": make_function_check("ratio", "truncated"),
+    "kl_to": make_column_check("old_logprobs", "ref_logprobs", "sampler_logprobs"),
+    "numerator": make_column_check("logprobs", "old_logprobs"),
+    "column": make_column_check("old_logprobs", "sampler_logprobs"),
+    "bounds": check_clip,
     "level": make_function_check("sequence_level", "geometric_level", "token_level"),
 }
 

@@ -52,6 +52,11 @@ def sequence_value(t: Tokens, x: Tensor) -> Tensor:
 
     It is for columns with one number for each datum, such as a label. It takes the maximum, since a mean would round.
     """
+    return sequence_maximum(t, x)
+
+
+def sequence_maximum(t: Tokens, x: Tensor) -> Tensor:
+    """The largest x of the active tokens of each sequence, 0 where there are none: ``[N] -> [B]``."""
     masked = torch.where(t.active, x, -torch.inf)
     if t.lengths is None:
         maximum = masked.amax(0, keepdim=True)
@@ -60,6 +65,16 @@ def sequence_value(t: Tokens, x: Tensor) -> Tensor:
     else:
         maximum = torch.segment_reduce(masked, "max", lengths=t.lengths, unsafe=True)
     return torch.where(nonempty(t), maximum, 0)
+
+
+def group_sum(t: Tokens, y: Tensor) -> Tensor:
+    """Σ y over the sequences of the same label in the column ``groups``, at each of them: ``[B] -> [B]``.
+
+    Give y = 0 for sequences without an active token: their label is unknown.
+    """
+    label = sequence_value(t, t.groups)
+    first = torch.searchsorted(label.sort().values, label)  # the same index for equal labels
+    return torch.zeros_like(y).index_add(0, first, y)[first]
 
 
 def weighted_sum(t: Tokens, x: Tensor) -> Tensor:
@@ -103,3 +118,8 @@ def sequence_level(t: Tokens, log_ratio: Tensor) -> Tensor:
 def geometric_level(t: Tokens, log_ratio: Tensor) -> Tensor:
     """Σ w·d / Σ w over the sequence, repeated at each token: the log of the weighted geometric mean of its ratios."""
     return to_tokens(t, weighted_mean(t, log_ratio))
+
+
+def maximum_level(t: Tokens, x: Tensor) -> Tensor:
+    """The largest x of the active tokens of the sequence, repeated at each token: ``[N] -> [N]``."""
+    return to_tokens(t, sequence_maximum(t, x))

@@ -22,7 +22,14 @@ from lossfns.errors import LossInputError, add_loss_name
 from lossfns.export.builtins import BUILTINS, CLIP, builtin_name
 from lossfns.loss import BoundLoss, Loss, check_terms, count_of, sum_of_rows
 from lossfns.pack import Shapes, blank, check_data, pack, weight_rows
-from lossfns.segments import active_counts, geometric_level, sequence_value, to_tokens, token_level
+from lossfns.segments import (
+    active_counts,
+    geometric_level,
+    maximum_level,
+    sequence_value,
+    to_tokens,
+    token_level,
+)
 from lossfns.tokens import ON_POLICY, TARGETS, Tokens
 from lossfns.values import check_values, extremes
 
@@ -99,6 +106,9 @@ def check_single_datums(loss: Loss, name: str) -> None:
     if loss.rows.datums > 1:
         fix = "Use it as a custom loss over the batch: forward_backward_custom(data, loss)."
         raise LossInputError(name, "a loss of single datums", f"{loss!r}, which couples two", fix)
+    if "groups" in loss.reads:
+        fix = "Use it as a custom loss over the batch: forward_backward_custom(data, loss)."
+        raise LossInputError(name, "a loss of single datums", f"{loss!r}, which couples the datums of a group", fix)
 
 
 def keeps_weights(loss: Loss) -> bool:
@@ -107,8 +117,8 @@ def keeps_weights(loss: Loss) -> bool:
     A mean over the sequence, as in gspo, does not depend on it; a sum, as in ``sequence_level``, does.
     """
     inner = loss.knobs.get("loss")
-    level = loss.knobs.get("level", token_level)
-    sums = level not in (token_level, geometric_level)
+    levels = (loss.knobs.get("level", token_level), *getattr(loss.knobs.get("weight"), "levels", ()))
+    sums = any(level not in (token_level, geometric_level, maximum_level) for level in levels)
     return sums or not loss.rows.per_token or (isinstance(inner, Loss) and keeps_weights(inner))
 
 

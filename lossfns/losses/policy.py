@@ -10,7 +10,8 @@ from functools import partial
 from torch import Tensor
 
 from lossfns import terms as eq
-from lossfns.combine import KL, with_kl
+from lossfns.combine import with_kl
+from lossfns.kl import KL
 from lossfns.loss import Loss, Statistics, make_loss, preset
 from lossfns.losses.ratio import Clip, bound_statistics, clipped, geometric_level_by_token, ratio_loss
 from lossfns.segments import geometric_level, token_level
