@@ -26,6 +26,7 @@ from lossfns.datum import Datum, EncodedTextChunk, ModelInput, TensorData
 from lossfns.errors import LossInputError, LossWarning
 from lossfns.export.token_gradient import token_gradient
 from lossfns.frame import align_sampler_logprobs, datum_from_model_input_weights, datum_from_tokens
+from lossfns.kl import binary_kl, binary_tv, k1_plus, k3_plus, k3_uncapped, k_abs, k_squared
 from lossfns.labels import targets_from_labels, weights_from_labels, weights_from_mask
 from lossfns.logprobs.linear import linear_logprobs
 from lossfns.logprobs.target import target_logprobs
@@ -76,6 +77,8 @@ __all__ = [
     "Weighing",
     "accepted_weights",
     "align_sampler_logprobs",
+    "binary_kl",
+    "binary_tv",
     "cispo",
     "cross_entropy",
     "dapo",
@@ -96,8 +99,13 @@ __all__ = [
     "gspo_token",
     "importance_sampling",
     "k1",
+    "k1_plus",
     "k2",
     "k3",
+    "k3_plus",
+    "k3_uncapped",
+    "k_abs",
+    "k_squared",
     "kl",
     "linear_logprobs",
     "maximum_level",

@@ -95,7 +95,7 @@ def make_column_check(*known: str) -> Callable[[str, Any], None]:
 
     def check(name: str, value: Any) -> None:
         if not isinstance(value, str) or value not in known:
-            raise LossInputError(name, "the name of a column of logprobs", show(value), did_you_mean(value, known))
+            raise LossInputError(name, "a column of logprobs", show(value), f"Use one of: {', '.join(known)}.")
 
     return check
 

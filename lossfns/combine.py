@@ -15,7 +15,7 @@ from lossfns import terms as eq
 from lossfns.errors import LossInputError, warn
 from lossfns.kl import KL
 from lossfns.loss import BoundLoss, Loss, Statistics, name_or_repr, preset
-from lossfns.rollout import TokenWeight, check_token_weight, rejected_sequences, truncated
+from lossfns.rollout import TokenWeight, check_token_weight, rejected_sequences
 from lossfns.segments import Level, token_level
 from lossfns.statistics import OnDemand
 from lossfns.tokens import TOKENS, Tokens
@@ -72,7 +72,8 @@ def with_kl(
             expected gradient is 0.
         kl_weight: a factor of the estimator, with its gradient: ``ratio_to("old_logprobs")``,
             ``detached(ratio_to("old_logprobs"))`` or ``score_function`` of ``lossfns.rollout``. ``None``: 1.
-        kl_cap: bound of the weighted estimator of a token, in nats, above 0, with gradient 0 beyond. ``None``: no bound.
+        kl_cap: bound of the weighted estimator of a token, in nats, above 0, with gradient 0 beyond. ``None``:
+            no bound.
         kl_to: the column of the policy to stay near: ``"ref_logprobs"``, ``"old_logprobs"`` or ``"sampler_logprobs"``.
 
     Reads the column ``kl_to``, and those of the weight, besides the columns of the loss. Its statistics are those of
@@ -153,11 +154,11 @@ def with_tis(loss: Loss, cap: float = 2.0, level: Level = token_level) -> Loss:
 
 
 @preset
-def with_rollout_weight(loss: Loss, weight: TokenWeight = truncated((0.0, 2.0))) -> Loss:
+def with_rollout_weight(loss: Loss, weight: TokenWeight) -> Loss:
     """ρ·l: the loss with a factor for each token that another policy than the old one sampled.
 
-    The factor is a constant: no gradient passes through it. The factor 0 rejects a token: its term is 0, and it stays in
-    the denominator, as in SkyRL. For verl's denominator, bind ``weights=accepted_weights(weight, ...)``.
+    The factor is a constant: no gradient passes through it. The factor 0 rejects a token: its term is 0, and it stays
+    in the denominator, as in SkyRL. For verl's denominator, bind ``weights=accepted_weights(weight, ...)``.
 
     ======================================= ==========================================================================
     TIS (verl, SkyRL, slime, OpenRLHF)      ``truncated((0.0, 2.0))``
@@ -183,8 +184,8 @@ def with_rollout_weight(loss: Loss, weight: TokenWeight = truncated((0.0, 2.0)))
         rollout_rejected_sequences: sequences whose weights are all 0, per active token. ``rollout_summary`` gives their
             share, and the effective sample size.
 
-    >>> from lossfns import ppo
-    >>> with_rollout_weight(ppo()).reads
+    >>> from lossfns import ppo, rollout
+    >>> with_rollout_weight(ppo(), rollout.masked((0.5, 2.0))).reads
     ('advantages', 'old_logprobs', 'sampler_logprobs')
     """
     check_wrappable(loss, "ref_logprobs")

@@ -50,6 +50,42 @@ def k3_uncapped(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     return torch.where(overflows, torch.inf, torch.expm1(torch.where(overflows, 0, x)) - x)
 
 
+def straight_through(value: KL, gradient: KL) -> KL:
+    """Make the estimator with the value of one estimator and the gradient of another.
+
+    verl's "k3+" caps the value of k3 at 10 and keeps the gradient of k2 everywhere:
+    ``straight_through(value_capped(k3, 10.0), k2)``.
+
+    >>> straight_through(k3, k2).__name__
+    'kl.straight_through(k3, k2)'
+    """
+    check_knobs({"kl": value})
+    check_knobs({"kl": gradient})
+
+    def estimator(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+        return eq.straight_through(value(logprobs, ref_logprobs), gradient(logprobs, ref_logprobs))
+
+    return with_name(estimator, f"kl.straight_through({value.__name__}, {gradient.__name__})")
+
+
+def value_capped(kl: KL, cap: float) -> KL:
+    """Make an estimator clamped to ±cap, whose gradient is 0 beyond. ``with_kl(kl_cap=)`` does it after the weight.
+
+    Args:
+        kl: an estimator.
+        cap: in nats, a finite number above 0. It is 10 in verl and SkyRL.
+
+    >>> value_capped(k2, 10.0)(torch.tensor([-5.0, -1.0]), torch.tensor([0.0, -3.0]))
+    tensor([10.,  2.])
+    """
+    check_knobs({"kl": kl, "cap": cap})
+
+    def capped(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+        return eq.cap(kl(logprobs, ref_logprobs), cap)
+
+    return with_name(capped, f"kl.value_capped({kl.__name__}, {cap!r})")
+
+
 def k1_plus(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """The value of k1 with the gradient of k2: on-policy, value and gradient of KL(π‖ref).
 
@@ -61,7 +97,7 @@ def k1_plus(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 def k3_plus(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """The value of k3 with the gradient of k2: on-policy, value and gradient of KL(π‖ref).
 
-    The name in verl is "k3+".
+    The name in verl is "k3+", which also caps the value at 10: see ``straight_through``.
     """
     return eq.straight_through(k3(logprobs, ref_logprobs), k2(logprobs, ref_logprobs))
 
@@ -84,7 +120,7 @@ def log_ratio_capped(kl: KL, cap: float = 20.0) -> KL:
         d = eq.cap(logprobs - ref_logprobs, cap)
         return kl(d, torch.zeros_like(d))
 
-    return with_name(capped, f"log_ratio_capped({kl.__name__}, {cap!r})")
+    return with_name(capped, f"kl.log_ratio_capped({kl.__name__}, {cap!r})")
 
 
 def swapped(kl: KL) -> KL:
@@ -101,7 +137,7 @@ def swapped(kl: KL) -> KL:
     def exchanged(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
         return kl(ref_logprobs, logprobs)
 
-    return with_name(exchanged, f"swapped({kl.__name__})")
+    return with_name(exchanged, f"kl.swapped({kl.__name__})")
 
 
 def with_name(kl: KL, name: str) -> KL:

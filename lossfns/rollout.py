@@ -57,9 +57,9 @@ class TokenWeight:
 
     ``a * b`` is the product of two.
 
-    >>> from lossfns import k3
+    >>> from lossfns import geometric_level, k3
     >>> masked((0.5, 2.0)) * within(k3, 0.01, geometric_level)
-    masked((0.5, 2.0), token_level) * within(k3, 0.01, geometric_level)
+    rollout.masked((0.5, 2.0), token_level) * rollout.within(k3, 0.01, geometric_level)
     """
 
     name: str
@@ -145,11 +145,12 @@ def ratio(level: Level = token_level, numerator: str = "old_logprobs") -> TokenW
             sequence) or ``geometric_level`` (its geometric mean).
         numerator: ``"old_logprobs"``, or ``"logprobs"`` for the current policy.
 
+    >>> from lossfns import geometric_level
     >>> ratio(geometric_level)
-    ratio(geometric_level)
+    rollout.ratio(geometric_level)
     """
     check_knobs({"level": level, "numerator": numerator})
-    return ratio_weight(f"ratio({level.__name__}", level, numerator, lambda r: r)
+    return ratio_weight(f"rollout.ratio({level.__name__}", level, numerator, lambda r: r)
 
 
 def truncated(bounds: Bounds = (0.0, 2.0), level: Level = token_level, numerator: str = "old_logprobs") -> TokenWeight:
@@ -162,10 +163,10 @@ def truncated(bounds: Bounds = (0.0, 2.0), level: Level = token_level, numerator
         level, numerator: as for ``ratio``.
 
     >>> truncated((0.0, 2.0))
-    truncated((0.0, 2.0), token_level)
+    rollout.truncated((0.0, 2.0), token_level)
     """
     check_knobs({"bounds": bounds, "level": level, "numerator": numerator})
-    name = f"truncated({bounds!r}, {level.__name__}"
+    name = f"rollout.truncated({bounds!r}, {level.__name__}"
     return ratio_weight(name, level, numerator, lambda r: r.clamp(*bounds), lambda r: ~is_inside(r, bounds))
 
 
@@ -180,7 +181,7 @@ def masked(bounds: Bounds = (0.5, 2.0), level: Level = token_level, numerator: s
         level, numerator: as for ``ratio``.
     """
     check_knobs({"bounds": bounds, "level": level, "numerator": numerator})
-    name = f"masked({bounds!r}, {level.__name__}"
+    name = f"rollout.masked({bounds!r}, {level.__name__}"
     return ratio_weight(name, level, numerator, lambda r: torch.where(is_inside(r, bounds), r, 0))
 
 
@@ -195,7 +196,7 @@ def inside(bounds: Bounds, level: Level = token_level, numerator: str = "old_log
         level, numerator: as for ``ratio``. open-instruct's mask takes ``numerator="logprobs"``.
     """
     check_knobs({"bounds": bounds, "level": level, "numerator": numerator})
-    name = f"inside({bounds!r}, {level.__name__}"
+    name = f"rollout.inside({bounds!r}, {level.__name__}"
     return ratio_weight(name, level, numerator, lambda r: to_dtype(is_inside(r, bounds), r.dtype))
 
 
@@ -223,7 +224,7 @@ def within(divergence: KL, high: float, level: Level = token_level, numerator: s
         x = level(t, divergence(t.sampler_logprobs, getattr(t, numerator).detach()))
         return to_dtype(x <= high, x.dtype)
 
-    name = call_text(f"within({divergence.__name__}, {high!r}, {level.__name__}", numerator)
+    name = call_text(f"rollout.within({divergence.__name__}, {high!r}, {level.__name__}", numerator)
     return TokenWeight(name, columns_of(numerator), factor, levels=(level,))
 
 
@@ -242,7 +243,7 @@ def without_outliers(bounds: Bounds = (1e-4, 100.0), numerator: str = "old_logpr
     def factor(t: Tokens) -> Tensor:
         return 1 - maximum_level(t, 1 - token(t))
 
-    name = call_text(f"without_outliers({bounds!r}", numerator)
+    name = call_text(f"rollout.without_outliers({bounds!r}", numerator)
     return TokenWeight(name, token.reads, factor, levels=(maximum_level,))
 
 
@@ -268,7 +269,9 @@ def total_variation_mask(radius: float = 0.02) -> TokenWeight:
         rejected = (to_tokens(t, of_group) > radius) & (t.advantages * x > 0)
         return to_dtype(~rejected, x.dtype)
 
-    return TokenWeight(f"total_variation_mask({radius!r})", ("advantages", "sampler_logprobs", "groups"), factor)
+    return TokenWeight(
+        f"rollout.total_variation_mask({radius!r})", ("advantages", "sampler_logprobs", "groups"), factor
+    )
 
 
 # Normalisation over a group
@@ -305,7 +308,7 @@ def normalized(name: str, weight: TokenWeight, parts: Callable[[Tokens, Tensor],
         return r / to_tokens(t, torch.where(mean > 0, mean, 1))
 
     reads = tuple(dict.fromkeys((*weight.reads, "groups")))
-    return TokenWeight(f"{name}({weight!r})", reads, factor, weight.limited, weight.levels)
+    return TokenWeight(f"rollout.{name}({weight!r})", reads, factor, weight.limited, weight.levels)
 
 
 # Weights of a KL penalty: they may have a gradient
@@ -322,7 +325,7 @@ def ratio_to(column: str = "old_logprobs", log_ratio_cap: float | None = 20.0) -
         log_ratio_cap: bound of |lp − column|, above 0, with gradient 0 beyond; ``None``: no bound.
     """
     check_knobs({"column": column, "log_ratio_cap": log_ratio_cap})
-    shown = f"ratio_to({column!r}" + ("" if log_ratio_cap == 20.0 else f", {log_ratio_cap!r}") + ")"
+    shown = f"rollout.ratio_to({column!r}" + ("" if log_ratio_cap == 20.0 else f", {log_ratio_cap!r}") + ")"
     return TokenWeight(shown, (column,), lambda t: eq.importance_ratio(t.logprobs - getattr(t, column), log_ratio_cap))
 
 
@@ -330,11 +333,11 @@ def detached(weight: TokenWeight) -> TokenWeight:
     """sg(weight): the same factor as a constant."""
     check_token_weight("weight", weight)
     return TokenWeight(
-        f"detached({weight!r})", weight.reads, lambda t: weight(t).detach(), weight.limited, weight.levels
+        f"rollout.detached({weight!r})", weight.reads, lambda t: weight(t).detach(), weight.limited, weight.levels
     )
 
 
-score_function = TokenWeight("score_function", (), lambda t: (t.logprobs - t.logprobs.detach()).exp())
+score_function = TokenWeight("rollout.score_function", (), lambda t: (t.logprobs - t.logprobs.detach()).exp())
 """exp(lp − sg(lp)): the value 1, whose gradient adds KL·∇lp to that of an estimator. As ``kl_weight`` it makes the
 gradients of ``k1`` and ``k3`` on-policy those of KL(π‖ref). NeMo-RL's factor (arXiv:2506.09477)."""
 
