@@ -31,9 +31,14 @@ from lossfns.labels import targets_from_labels, weights_from_labels, weights_fro
 from lossfns.logprobs.linear import linear_logprobs
 from lossfns.logprobs.target import target_logprobs
 from lossfns.loss import BoundLoss, Loss, evaluate
-from lossfns.losses.policy import cispo, dapo, dro, grpo, gspo, gspo_token, importance_sampling, ppo, reinforce
+from lossfns.losses.policy import dapo, grpo, importance_sampling, ppo, reinforce
 from lossfns.losses.preference import dpo, orpo
+from lossfns.losses.regression import dro
+from lossfns.losses.sequence import gspo, gspo_token
 from lossfns.losses.supervised import cross_entropy, multi_target_cross_entropy
+from lossfns.losses.trust import sapo
+from lossfns.losses.unpaired import kto
+from lossfns.losses.weighted import cispo
 from lossfns.metrics import merge_metrics
 from lossfns.pack import pack
 from lossfns.rollout import TokenWeight
@@ -107,6 +112,7 @@ __all__ = [
     "k_abs",
     "k_squared",
     "kl",
+    "kto",
     "linear_logprobs",
     "maximum_level",
     "merge_metrics",
@@ -120,6 +126,7 @@ __all__ = [
     "reinforce",
     "rollout",
     "rollout_summary",
+    "sapo",
     "sequence_level",
     "sequence_mean",
     "sequence_sum_mean",

@@ -23,6 +23,7 @@ from lossfns.kl import KL
 from lossfns.segments import (
     Level,
     active_counts,
+    group_labels,
     group_sum,
     maximum_level,
     nonempty,
@@ -264,8 +265,8 @@ def total_variation_mask(radius: float = 0.02) -> TokenWeight:
     def factor(t: Tokens) -> Tensor:
         x = t.logprobs.detach() - t.sampler_logprobs
         variation = weighted_mean(t, (eq.importance_ratio(x, eq.KL_LOG_RATIO_CAP) - 1).abs() / 2)
-        present = to_dtype(nonempty(t), variation.dtype)
-        of_group = group_sum(t, variation) / group_sum(t, present).clamp(min=1)
+        present, labels = to_dtype(nonempty(t), variation.dtype), group_labels(t)
+        of_group = group_sum(labels, variation) / group_sum(labels, present).clamp(min=1)
         rejected = (to_tokens(t, of_group) > radius) & (t.advantages * x > 0)
         return to_dtype(~rejected, x.dtype)
 
@@ -303,7 +304,7 @@ def normalized(name: str, weight: TokenWeight, parts: Callable[[Tokens, Tensor],
 
     def factor(t: Tokens) -> Tensor:
         r = weight(t).detach()
-        numerator, denominator = (group_sum(t, x) for x in parts(t, r))
+        numerator, denominator = (group_sum(group_labels(t), x) for x in parts(t, r))
         mean = numerator / torch.where(denominator > 0, denominator, 1)
         return r / to_tokens(t, torch.where(mean > 0, mean, 1))
 

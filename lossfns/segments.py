@@ -67,16 +67,6 @@ def sequence_maximum(t: Tokens, x: Tensor) -> Tensor:
     return torch.where(nonempty(t), maximum, 0)
 
 
-def group_sum(t: Tokens, y: Tensor) -> Tensor:
-    """Σ y over the sequences of the same label in the column ``groups``, at each of them: ``[B] -> [B]``.
-
-    Give y = 0 for sequences without an active token: their label is unknown.
-    """
-    label = sequence_value(t, t.groups)
-    first = torch.searchsorted(label.sort().values, label)  # the same index for equal labels
-    return torch.zeros_like(y).index_add(0, first, y)[first]
-
-
 def weighted_sum(t: Tokens, x: Tensor) -> Tensor:
     """Σ w·x over each sequence: ``[N] -> [B]``."""
     return sequence_sum(t, t.weights * x)
@@ -123,3 +113,21 @@ def geometric_level(t: Tokens, log_ratio: Tensor) -> Tensor:
 def maximum_level(t: Tokens, x: Tensor) -> Tensor:
     """The largest x of the active tokens of the sequence, repeated at each token: ``[N] -> [N]``."""
     return to_tokens(t, sequence_maximum(t, x))
+
+
+def group_sum(labels: Tensor, y: Tensor) -> Tensor:
+    """Σ y over all rows of the same label, repeated at each of these rows: ``[M] -> [M]``.
+
+    A row is a sequence or a pair, and ``labels`` are its numbers of the column ``groups``.
+    """
+    return to_dtype(labels[:, None] == labels[None, :], y.dtype) @ y
+
+
+def group_labels(t: Tokens) -> Tensor:
+    """The label of each sequence's group: ``[B]``. An empty sequence has label 0, so y must be 0 there."""
+    return sequence_value(t, t.groups)
+
+
+def over_group(t: Tokens, x: Tensor) -> Tensor:
+    """Σ x over all tokens of the group of each token's sequence: ``[N] -> [N]``. x is 0 at inactive tokens."""
+    return to_tokens(t, group_sum(group_labels(t), sequence_sum(t, x)))

@@ -1,4 +1,4 @@
-"""KL penalties and token weights in plain floats, a loop over tokens, written from the papers and the frameworks' docs.
+"""Token weights in plain floats, a loop over tokens, and the oracles of ppo with a penalty or a weight.
 
 A weight ρ >= 0 is a constant, and PPO's term is homogeneous in the advantage: ρ·l(A) = l(ρ·A). So the oracle of a
 weighted ppo is that of ppo with the advantages ρ·A.
@@ -9,65 +9,26 @@ from collections.abc import Callable
 from typing import Any
 
 from lossfns.testing import oracle
-from lossfns.testing.oracle import Row, Rows, Term, active, capped, exp, reduce
-
-# KL: value and slope of one token's penalty
-
-
-def k3_term(d: float, cap: float | None) -> Term:
-    x, inside = capped(-d, cap)
-    return exp(x) - x - 1, (1 - exp(x)) * inside
-
-
-def capped_k2(d: float) -> Term:
-    c, inside = capped(d, 2.0)
-    return c * c / 2, c * inside
-
-
-ESTIMATORS: dict[str, Callable[[float], Term]] = {
-    "k1": lambda d: (d, 1.0),
-    "k2": lambda d: (d * d / 2, d),
-    "k3": lambda d: k3_term(d, 20.0),
-    "k3_uncapped": lambda d: k3_term(d, None),
-    "k_abs": lambda d: (abs(d), math.copysign(1.0, d)),
-    "k_squared": lambda d: (d * d, 2 * d),
-    "k1_plus": lambda d: (d, d),
-    "k3_plus": lambda d: (k3_term(d, 20.0)[0], d),
-    "log_ratio_capped": capped_k2,
-}
-
-
-def ratio_term(d: float) -> Term:
-    c, inside = capped(d, 20.0)
-    return exp(c), exp(c) * inside
-
-
-WEIGHTS: dict[str, Callable[[float], Term]] = {
-    "none": lambda d: (1.0, 0.0),
-    "ratio": ratio_term,
-    "detached": lambda d: (ratio_term(d)[0], 0.0),
-    "score": lambda d: (1.0, 1.0),
-}
+from lossfns.testing.oracle import Row, Rows, active, capped, exp
+from lossfns.testing.oracle.kl import kl_penalty
 
 
 def penalised_ppo(
-    *, kl_beta: float, kl: str, kl_weight: str, kl_cap: float | None, kl_to: str, **given: Any
+    *,
+    kl_beta: float,
+    kl: str,
+    kl_weight: str,
+    kl_cap: float | None,
+    kl_to: str,
+    log_ratio_cap: float = math.inf,
+    **given: Any,
 ) -> oracle.Loss:
-    """PPO + β·clamp(w·k, ±cap): the product rule for the slope, which is 0 beyond the cap."""
-    target = given[kl_to]
-    lp, old, weights = given["logprobs"], given["old_logprobs"], given["weights"]
-
-    def term(i: int, t: int) -> Term:
-        value, slope = ESTIMATORS[kl](lp[i][t] - target[i][t])
-        w, pull = WEIGHTS[kl_weight](lp[i][t] - old[i][t])
-        product, inside = capped(w * value, kl_cap)
-        return kl_beta * product, kl_beta * inside * (w * slope + pull * value)
-
+    """PPO + β·clamp(w·k, ±cap)."""
     own = {name: x for name, x in given.items() if name not in ("ref_logprobs", "sampler_logprobs")}
+    knobs = {"kl": kl, "kl_weight": kl_weight, "kl_cap": kl_cap, "kl_to": kl_to, "log_ratio_cap": log_ratio_cap}
     policy, gradients = oracle.ppo(**own)
-    options = [given.get(name) for name in ("length", "denominator")]
-    penalty, pulls = reduce(term, weights, given["weigh"], *options)
-    return policy + penalty, [[g + p for g, p in zip(*rows)] for rows in zip(gradients, pulls)]
+    penalty, pulls = kl_penalty(**given, **knobs)
+    return policy + kl_beta * penalty, [[g + kl_beta * p for g, p in zip(*rows)] for rows in zip(gradients, pulls)]
 
 
 # Token weights

@@ -1,6 +1,7 @@
 """KL penalties: the plain-float oracle, numbers by hand, the formulas of other frameworks, and exact expectations."""
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -9,7 +10,7 @@ import kl as page
 import pytest
 import torch
 from batches import Batch, Case, apart, call, random_batch
-from rollout_oracle import ESTIMATORS, WEIGHTS, penalised_ppo
+from rollout_oracle import penalised_ppo
 from torch import Tensor
 
 import lossfns
@@ -31,23 +32,23 @@ from lossfns.kl import (
 )
 from lossfns.rollout import TokenWeight, detached, ratio_to, score_function
 from lossfns.testing.enumeration import divergences, example_policy, expectation, identify
+from lossfns.testing.oracle.kl import ESTIMATORS, WEIGHTS
 
 RATIO = ratio_to("old_logprobs")
-KLS = {name: getattr(lossfns.kl, name) for name in ESTIMATORS} | {"log_ratio_capped": log_ratio_capped(k2, 2.0)}
-OUR_WEIGHTS = {"none": None, "ratio": RATIO, "detached": detached(RATIO), "score": score_function}
+OUR_WEIGHTS = {"none": None, "ratio": RATIO, "detached": detached(RATIO), "score_function": score_function}
 
 
-def settings() -> list[Case]:
+def settings() -> Iterator[Case]:
     """Every estimator with every weight, and caps and columns in turn."""
-    cases = []
     for i, name in enumerate(ESTIMATORS):
         for j, weight in enumerate(WEIGHTS):
-            cap = (None, 1.5)[(i + j) % 2]
-            to = ("ref_logprobs", "old_logprobs", "sampler_logprobs")[(i + 2 * j) % 3]
-            knobs = {"kl_beta": 0.3, "kl_cap": cap, "kl_to": to}
-            loss = with_kl(ppo(), kl=KLS[name], kl_weight=OUR_WEIGHTS[weight], **knobs)  # type: ignore[arg-type]
-            cases.append(Case(loss, penalised_ppo, knobs | {"weigh": "token_mean", "kl": name, "kl_weight": weight}))
-    return cases
+            knobs: dict[str, Any] = {"kl_beta": 0.3, "kl_cap": (None, 1.5)[(i + j) % 2]}
+            knobs["kl_to"] = ("ref_logprobs", "old_logprobs", "sampler_logprobs")[(i + 2 * j) % 3]
+            limit = {"log_ratio_cap": 2.0} if (i + j) % 4 == 3 else {}
+            kl = log_ratio_capped(getattr(lossfns, name), 2.0) if limit else getattr(lossfns, name)
+            loss = with_kl(ppo(), kl=kl, kl_weight=OUR_WEIGHTS[weight], **knobs)
+            names = {"weigh": "token_mean", "kl": name, "kl_weight": weight}
+            yield Case(loss, penalised_ppo, knobs | names | limit)
 
 
 @pytest.mark.filterwarnings("ignore:k1 in a loss", "ignore:the mean .log-ratio. is")

@@ -72,7 +72,8 @@ def of_divergence(divergence: Callable[[float, float], float], high: float, how:
 
 
 def plain_k3(lp: float, ref: float) -> float:
-    return plain.k3_term(lp - ref, 20.0)[0]
+    x = min(max(ref - lp, -20.0), 20.0)
+    return math.exp(x) - x - 1
 
 
 def plain_tv(lp: float, ref: float) -> float:
