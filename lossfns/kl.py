@@ -140,6 +140,22 @@ def swapped(kl: KL) -> KL:
     return with_name(exchanged, f"kl.swapped({kl.__name__})")
 
 
+def larger_way(kl: KL) -> KL:
+    """Make max(kl(lp, ref), kl(ref, lp)): the larger of the two directions.
+
+    AReaL's "binary_kl" (KPop) is ``larger_way(binary_kl)``.
+
+    >>> larger_way(k1)(torch.tensor(-3.0), torch.tensor(-1.0))
+    tensor(2.)
+    """
+    check_knobs({"kl": kl})
+
+    def larger(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+        return torch.maximum(kl(logprobs, ref_logprobs), kl(ref_logprobs, logprobs))
+
+    return with_name(larger, f"kl.larger_way({kl.__name__})")
+
+
 def with_name(kl: KL, name: str) -> KL:
     """Give a function the text that ``repr`` of a loss shows for it."""
     kl.__name__ = kl.__qualname__ = name
@@ -152,8 +168,8 @@ def with_name(kl: KL, name: str) -> KL:
 def binary_kl(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """p·log(p/q) + (1−p)·log((1−p)/(1−q)), p = exp(lp), q = exp(ref): KL between "this token" and "another token".
 
-    It is at most the KL over the vocabulary. DPPO (arXiv:2602.04879, equation 14) and AReaL's "binary_kl" use it. 1 − p
-    has a floor of 1e-15.
+    It is at most the KL over the vocabulary. DPPO (arXiv:2602.04879, equation 14). 1 − p has a floor
+    of 1e-15.
     """
     p = logprobs.exp()
     rest, ref_rest = (torch.expm1(lp).neg().clamp(min=eq.ONE_MINUS_P_FLOOR) for lp in (logprobs, ref_logprobs))

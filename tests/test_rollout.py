@@ -31,7 +31,8 @@ from lossfns import (
     with_kl,
     with_rollout_weight,
 )
-from lossfns.kl import binary_kl, binary_tv, swapped
+from lossfns.export.datums import keeps_weights
+from lossfns.kl import binary_kl, binary_tv, larger_way, swapped
 from lossfns.rollout import (
     inside,
     masked,
@@ -96,6 +97,10 @@ for _divergence, _plain in ((k3, plain_k3), (binary_kl, plain.binary_kl), (binar
     ):
         add(within(_divergence, 0.05, _function), of_divergence(_plain, 0.05, _how))
 add(within(swapped(k3), 0.05), of_divergence(lambda lp, ref: plain_k3(ref, lp), 0.05, None))
+add(
+    within(larger_way(binary_kl), 0.05, maximum_level),
+    of_divergence(lambda lp, ref: max(plain.binary_kl(lp, ref), plain.binary_kl(ref, lp)), 0.05, plain.maximum),
+)
 
 
 def outliers(**given: Any) -> Rows:
@@ -516,6 +521,15 @@ def test_a_weight_is_given_once_after_tis_and_before_the_penalty() -> None:
         with_rollout_weight(ppo(), lambda t: t.weights)  # type: ignore[arg-type]
     with pytest.raises(LossInputError, match="weight: expected a TokenWeight"):
         ratio() * 2.0  # type: ignore[operator]
+
+
+def test_a_weight_over_sums_keeps_the_weights_of_a_datum_function_however_far_its_threshold_is() -> None:
+    """Share / denominator in place of the weights would change Σ w·k3. Means and maxima do not change."""
+    for level, sums in ((sequence_level, True), (geometric_level, False), (maximum_level, False), (token_level, False)):
+        loss = with_kl(with_rollout_weight(ppo(), ratio() * within(k3, 1e6, level)), 0.1)
+        assert keeps_weights(loss) == sums, level
+    with pytest.raises(LossInputError, match="couples the datums of a group"):
+        lossfns.export.as_datum_fn(with_rollout_weight(ppo(), token_normalized(ratio())))
 
 
 def test_the_text_of_a_weight_is_its_constructor_call() -> None:
