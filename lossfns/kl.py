@@ -65,7 +65,7 @@ def straight_through(value: KL, gradient: KL) -> KL:
     def estimator(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
         return eq.straight_through(value(logprobs, ref_logprobs), gradient(logprobs, ref_logprobs))
 
-    return with_name(estimator, f"kl.straight_through({value.__name__}, {gradient.__name__})")
+    return with_name(estimator, f"kl.straight_through({name_of(value)}, {name_of(gradient)})")
 
 
 def value_capped(kl: KL, cap: float) -> KL:
@@ -83,7 +83,7 @@ def value_capped(kl: KL, cap: float) -> KL:
     def capped(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
         return eq.cap(kl(logprobs, ref_logprobs), cap)
 
-    return with_name(capped, f"kl.value_capped({kl.__name__}, {cap!r})")
+    return with_name(capped, f"kl.value_capped({name_of(kl)}, {cap!r})")
 
 
 def k1_plus(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
@@ -120,7 +120,7 @@ def log_ratio_capped(kl: KL, cap: float = 20.0) -> KL:
         d = eq.cap(logprobs - ref_logprobs, cap)
         return kl(d, torch.zeros_like(d))
 
-    return with_name(capped, f"kl.log_ratio_capped({kl.__name__}, {cap!r})")
+    return with_name(capped, f"kl.log_ratio_capped({name_of(kl)}, {cap!r})")
 
 
 def swapped(kl: KL) -> KL:
@@ -137,7 +137,7 @@ def swapped(kl: KL) -> KL:
     def exchanged(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
         return kl(ref_logprobs, logprobs)
 
-    return with_name(exchanged, f"kl.swapped({kl.__name__})")
+    return with_name(exchanged, f"kl.swapped({name_of(kl)})")
 
 
 def larger_way(kl: KL) -> KL:
@@ -153,7 +153,12 @@ def larger_way(kl: KL) -> KL:
     def larger(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
         return torch.maximum(kl(logprobs, ref_logprobs), kl(ref_logprobs, logprobs))
 
-    return with_name(larger, f"kl.larger_way({kl.__name__})")
+    return with_name(larger, f"kl.larger_way({name_of(kl)})")
+
+
+def name_of(function: object) -> str:
+    """Return the name of a function, or the ``repr`` of another callable."""
+    return getattr(function, "__name__", repr(function))
 
 
 def with_name(kl: KL, name: str) -> KL:

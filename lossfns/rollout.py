@@ -19,7 +19,7 @@ from torch import Tensor
 from lossfns import terms as eq
 from lossfns.checks import check_knobs, check_positive
 from lossfns.errors import LossInputError, show
-from lossfns.kl import KL
+from lossfns.kl import KL, name_of
 from lossfns.segments import (
     Level,
     active_counts,
@@ -68,6 +68,13 @@ class TokenWeight:
     factor: Callable[[Tokens], Tensor]
     limited: Callable[[Tokens], Tensor] = no_limit
     levels: tuple[Level, ...] = ()
+
+    def __post_init__(self) -> None:
+        reads = isinstance(self.reads, tuple) and all(isinstance(name, str) for name in self.reads)
+        if not isinstance(self.name, str) or not reads or not callable(self.factor) or not callable(self.limited):
+            got = f"{show(self.name)}, {show(self.reads)}, {show(self.factor)} and {show(self.limited)}"
+            fix = 'TokenWeight("mine", ("old_logprobs",), lambda t: ...) is one.'
+            raise LossInputError("name, reads, factor, limited", "a string, a tuple and two functions", got, fix)
 
     def __repr__(self) -> str:
         return self.name
@@ -151,7 +158,7 @@ def ratio(level: Level = token_level, numerator: str = "old_logprobs") -> TokenW
     rollout.ratio(geometric_level)
     """
     check_knobs({"level": level, "numerator": numerator})
-    return ratio_weight(f"rollout.ratio({level.__name__}", level, numerator, lambda r: r)
+    return ratio_weight(f"rollout.ratio({name_of(level)}", level, numerator, lambda r: r)
 
 
 def truncated(bounds: Bounds = (0.0, 2.0), level: Level = token_level, numerator: str = "old_logprobs") -> TokenWeight:
@@ -167,7 +174,7 @@ def truncated(bounds: Bounds = (0.0, 2.0), level: Level = token_level, numerator
     rollout.truncated((0.0, 2.0), token_level)
     """
     check_knobs({"bounds": bounds, "level": level, "numerator": numerator})
-    name = f"rollout.truncated({bounds!r}, {level.__name__}"
+    name = f"rollout.truncated({bounds!r}, {name_of(level)}"
     return ratio_weight(name, level, numerator, lambda r: r.clamp(*bounds), lambda r: ~is_inside(r, bounds))
 
 
@@ -182,7 +189,7 @@ def masked(bounds: Bounds = (0.5, 2.0), level: Level = token_level, numerator: s
         level, numerator: as for ``ratio``.
     """
     check_knobs({"bounds": bounds, "level": level, "numerator": numerator})
-    name = f"rollout.masked({bounds!r}, {level.__name__}"
+    name = f"rollout.masked({bounds!r}, {name_of(level)}"
     return ratio_weight(name, level, numerator, lambda r: torch.where(is_inside(r, bounds), r, 0))
 
 
@@ -197,7 +204,7 @@ def inside(bounds: Bounds, level: Level = token_level, numerator: str = "old_log
         level, numerator: as for ``ratio``. open-instruct's mask takes ``numerator="logprobs"``.
     """
     check_knobs({"bounds": bounds, "level": level, "numerator": numerator})
-    name = f"rollout.inside({bounds!r}, {level.__name__}"
+    name = f"rollout.inside({bounds!r}, {name_of(level)}"
     return ratio_weight(name, level, numerator, lambda r: to_dtype(is_inside(r, bounds), r.dtype))
 
 
@@ -225,7 +232,7 @@ def within(divergence: KL, high: float, level: Level = token_level, numerator: s
         x = level(t, divergence(t.sampler_logprobs, getattr(t, numerator).detach()))
         return to_dtype(x <= high, x.dtype)
 
-    name = call_text(f"rollout.within({divergence.__name__}, {high!r}, {level.__name__}", numerator)
+    name = call_text(f"rollout.within({name_of(divergence)}, {high!r}, {name_of(level)}", numerator)
     return TokenWeight(name, columns_of(numerator), factor, levels=(level,))
 
 

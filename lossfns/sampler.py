@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lossfns.checks import check_number
+from lossfns.checks import check_number, is_huge, is_real
 from lossfns.errors import LossInputError, did_you_mean, show
-from lossfns.pack import is_plain, pack
+from lossfns.pack import as_row, as_tensor, is_plain, pack, tensor_form
 from lossfns.rollout import TokenWeight, check_token_weight
+from lossfns.values import LOGPROB_TOLERANCE
 
 
 def top_p_support(candidate_logprobs: Tensor, sampled: Tensor, top_p: float) -> Tensor:
@@ -32,9 +33,9 @@ def top_p_support(candidate_logprobs: Tensor, sampled: Tensor, top_p: float) -> 
     >>> top_p_support(torch.tensor([[0.5, 0.25, 0.125]]).log(), torch.tensor([1]), top_p=0.7)
     tensor([[ True,  True, False]])
     """
-    check_candidates(candidate_logprobs, sampled)
+    x, index = as_candidates(candidate_logprobs, sampled)
     check_number("top_p", top_p, "a number in (0, 1]", lambda x: 0 < x <= 1, "Pass the setting of the sampler.")
-    p = candidate_logprobs.detach().exp()
+    p, top_p = x.detach().exp(), float(top_p)
     mass = p.sum(1)
     if bool((mass < top_p - 1e-4).any()):
         i = int((mass < top_p - 1e-4).nonzero()[0])
@@ -44,7 +45,7 @@ def top_p_support(candidate_logprobs: Tensor, sampled: Tensor, top_p: float) -> 
     likely, order = p.sort(dim=1, descending=True)
     in_order = (likely.cumsum(1) - likely < top_p) & (likely > 0)
     support = torch.zeros_like(in_order).scatter(1, order, in_order)
-    return support.scatter(1, sampled[:, None], True)
+    return support.scatter(1, index[:, None], True)
 
 
 def support_logprobs(candidate_logprobs: Tensor, sampled: Tensor, support: Tensor) -> Tensor:
@@ -67,36 +68,42 @@ def support_logprobs(candidate_logprobs: Tensor, sampled: Tensor, support: Tenso
     >>> support_logprobs(candidates, torch.tensor([1]), torch.tensor([[True, True, False]])).exp()
     tensor([0.3333])
     """
-    check_candidates(candidate_logprobs, sampled)
-    if not isinstance(support, Tensor) or support.dtype is not torch.bool or support.shape != candidate_logprobs.shape:
+    x, index = as_candidates(candidate_logprobs, sampled)
+    kept = as_tensor(as_row(support, "support", None)).to(x.device)
+    if kept.dtype is not torch.bool or kept.shape != x.shape:
         fix = "top_p_support returns it."
-        raise LossInputError("support", f"bool {tuple(candidate_logprobs.shape)}", show(support), fix)
-    if not bool(support.gather(1, sampled[:, None]).all()):
-        i = int((~support.gather(1, sampled[:, None])[:, 0]).nonzero()[0])
+        raise LossInputError("support", f"bool of shape {tuple(x.shape)}", tensor_form(kept), fix)
+    missing = ~kept.gather(1, index[:, None])[:, 0]
+    if bool(missing.any()):
+        i = int(missing.nonzero()[0])
         fix = "A token that the sampler cannot draw has no logprob: are candidates and support those of one sampler?"
         raise LossInputError(f"support[{i}]", "the sampled token in it", "a support without it", fix)
-    inside = candidate_logprobs.masked_fill(~support, -torch.inf)
-    return inside.gather(1, sampled[:, None])[:, 0] - inside.logsumexp(1)
+    inside = x.masked_fill(~kept, -torch.inf)
+    return inside.gather(1, index[:, None])[:, 0] - inside.logsumexp(1)
 
 
-def check_candidates(candidate_logprobs: Any, sampled: Any) -> None:
-    """Refuse anything but logprobs ``[N, K]`` and one index below K for each position."""
-    x = candidate_logprobs
-    if not isinstance(x, Tensor) or not is_plain(x) or not x.is_floating_point() or x.ndim != 2:
-        fix = "Give one row of logprobs for each position."
-        raise LossInputError("candidate_logprobs", "a float tensor [N, K]", show_tensor(x), fix)
-    indices = isinstance(sampled, Tensor) and sampled.dtype is torch.int64 and sampled.shape == x.shape[:1]
-    if not indices or not bool(((sampled >= 0) & (sampled < x.shape[1])).all()):
-        expected, fix = f"int64 [{len(x)}], each below {x.shape[1]}", "They are positions among the candidates, no ids."
-        raise LossInputError("sampled", expected, show_tensor(sampled), fix)
-    if bool((x.isnan() | (x > 1e-4)).any()):
+def as_float(name: str, value: Any, rank: int) -> Tensor:
+    """Return a row or a matrix of real numbers as a float tensor, with its graph."""
+    x = value if isinstance(value, Tensor) and is_plain(value) else as_tensor(as_row(value, name, None))
+    if x.ndim != rank or x.dtype is torch.bool:
+        got, fix = tensor_form(x), "Give one entry for each position."
+        raise LossInputError(name, f"numbers of shape {'[N, K]' if rank == 2 else '[N]'}", got, fix)
+    return x if x.dtype in (torch.float32, torch.float64) else x.to(torch.float32)
+
+
+def as_candidates(candidate_logprobs: Any, sampled: Any) -> tuple[Tensor, Tensor]:
+    """Return logprobs ``[N, K]`` and one index below K for each position. Refuse anything else."""
+    x = as_float("candidate_logprobs", candidate_logprobs, 2)
+    if bool((x.isnan() | (x > LOGPROB_TOLERANCE)).any()):
         fix = "Pass logprobs of the whole vocabulary, and -inf for a candidate that does not count."
         raise LossInputError("candidate_logprobs", "logprobs, at most 0", "a nan or a number above 0", fix)
-
-
-def show_tensor(x: Any) -> str:
-    """Return shape and dtype of a tensor, or the ``repr`` of another value."""
-    return f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) and x.numel() > 8 else show(x)
+    index = as_float("sampled", sampled, 1)
+    valid = index.shape == x.shape[:1] and bool(((index >= 0) & (index < x.shape[1]) & (index == index.floor())).all())
+    if not valid:
+        expected = f"{len(x)} whole numbers below {x.shape[1]}"
+        fix = "They are positions among the candidates, not ids."
+        raise LossInputError("sampled", expected, show(index.tolist()), fix)
+    return x, index.to(x.device, torch.int64)
 
 
 def proximal_logprobs(logprobs: Tensor, sampler_logprobs: Tensor, versions: Tensor, version: int) -> Tensor:
@@ -116,16 +123,18 @@ def proximal_logprobs(logprobs: Tensor, sampler_logprobs: Tensor, versions: Tens
     >>> proximal_logprobs(now, then, torch.tensor([0]), version=2)
     tensor([-1.2500])
     """
-    for name, x in (("sampler_logprobs", sampler_logprobs), ("versions", versions)):
-        if not isinstance(x, Tensor) or x.shape != logprobs.shape:
-            expected = f"a tensor of shape {tuple(logprobs.shape)}, that of logprobs"
-            raise LossInputError(name, expected, show_tensor(x), "Give one value for each token.")
-    if bool((versions > version).any()):
-        got = str(versions.max().item())
+    now, then = as_float("logprobs", logprobs, 1).detach(), as_float("sampler_logprobs", sampler_logprobs, 1).detach()
+    check_number("version", version, "a whole number from 0", lambda x: x >= 0 and x == int(x), "Count the updates.")
+    age = float(version) - as_float("versions", versions, 1).double()
+    for name, x in (("sampler_logprobs", then), ("versions", age)):
+        if x.shape != now.shape:
+            fix = "Give one value for each token."
+            raise LossInputError(name, f"{len(now)} values, one for each of logprobs", str(len(x)), fix)
+    if bool((age < 0).any()):
+        got = f"{float(version) - float(age.min()):g}"
         raise LossInputError("versions", f"at most version = {version}", got, "Weights of the future sample nothing.")
-    age = (version - versions).to(sampler_logprobs.dtype)
-    alpha = ((age - 1) / age.clamp(min=1)).clamp(min=0)
-    return sampler_logprobs + alpha * (logprobs.detach() - sampler_logprobs)
+    alpha = ((age - 1) / age.clamp(min=1)).clamp(min=0).to(then.dtype)
+    return then + alpha * (now - then)
 
 
 def accepted_weights(
@@ -157,7 +166,7 @@ def accepted_weights(
     if unknown:
         fix = did_you_mean(unknown[0], ["weights", *weight.reads])
         raise LossInputError("accepted_weights", "columns that the weight reads", repr(unknown[0]), fix)
-    t = pack(data, [lp.detach() for lp in logprobs_list], weight.reads, columns)
+    t = pack(data, logprobs_list, weight.reads, columns)
     accepted = torch.where(weight(t) == 0, 0, t.weights)
     return list(torch.split(accepted, [len(lp) for lp in logprobs_list]))
 
@@ -176,11 +185,11 @@ def rollout_summary(metrics: Mapping[str, float]) -> dict[str, float]:
     ...     "tokens": 8.0, "sequences": 3.0, "sequences_empty": 1.0})
     {'effective_sample_size': 0.5, 'rejected_sequences': 0.5}
     """
-    try:
-        mean, square, rejected, tokens, sequences, empty = (metrics[name] for name in SUMMARISED)
-    except (KeyError, TypeError) as error:
+    found = [metrics.get(name) for name in SUMMARISED] if isinstance(metrics, Mapping) else []
+    if not found or not all(is_real(x) and not is_huge(x) for x in found):
         fix = "Pass what a call of with_rollout_weight(...) or merge_metrics returned."
-        raise LossInputError("metrics", f"the metrics {', '.join(SUMMARISED)}", str(error), fix) from None
+        raise LossInputError("metrics", f"the metrics {', '.join(SUMMARISED)}", show(metrics), fix)
+    mean, square, rejected, tokens, sequences, empty = (float(x) for x in found)  # type: ignore[arg-type]
     return {
         "effective_sample_size": mean * mean / square if square else 0.0,
         "rejected_sequences": rejected * tokens / (sequences - empty) if sequences > empty else 0.0,

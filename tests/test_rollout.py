@@ -448,7 +448,7 @@ def test_the_proximal_policy_is_interpolated_by_the_age_of_the_weights() -> None
     assert found.tolist() == pytest.approx([-1.25, -2 + 2 / 3, -1.5, -2.0, -2.0]) and not found.requires_grad
     with pytest.raises(LossInputError, match="versions: expected at most version = 4, got 5"):
         proximal_logprobs(now, then, torch.full((5,), 5), version=4)
-    with pytest.raises(LossInputError, match="versions: expected a tensor of shape"):
+    with pytest.raises(LossInputError, match="versions: expected 5 values, one for each of logprobs, got 4"):
         proximal_logprobs(now, then, torch.zeros(4), version=4)
 
 
@@ -492,11 +492,11 @@ def test_the_ratio_on_the_support_is_that_of_the_distributions_that_are_drawn_fr
             r"candidate_logprobs\[0\]: expected a mass of at least top_p = 0.9",
         ),
         (lambda x, i: top_p_support(x, i, 0.0), r"top_p: expected a number in \(0, 1\]"),
-        (lambda x, i: top_p_support(x[0], i, 0.5), "candidate_logprobs: expected a float tensor"),
-        (lambda x, i: top_p_support(x, i + 4, 0.5), r"sampled: expected int64 \[2\], each below 4"),
+        (lambda x, i: top_p_support(x[0], i, 0.5), r"candidate_logprobs: expected numbers of shape \[N, K\]"),
+        (lambda x, i: top_p_support(x, i + 4, 0.5), "sampled: expected 2 whole numbers below 4"),
         (lambda x, i: top_p_support(-x, i, 0.5), "candidate_logprobs: expected logprobs, at most 0"),
         (lambda x, i: support_logprobs(x, i, x < -9), r"support\[0\]: expected the sampled token in it"),
-        (lambda x, i: support_logprobs(x, i, x), r"support: expected bool \(2, 4\)"),
+        (lambda x, i: support_logprobs(x, i, x), r"support: expected bool of shape \(2, 4\)"),
     ],
 )
 def test_malformed_candidates_are_refused(call_it: Any, message: str) -> None:

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lossfns.checks import check_number
+from lossfns.checks import check_number, check_positive
 from lossfns.errors import LossInputError, show
 
 Estimator = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -31,6 +31,9 @@ TOLERANCE = 1e-12
 """Largest difference, relative above 1, between an estimator's expectation and the exact one."""
 
 NONE = "none of these"
+
+MOST_OUTCOMES = 100_000
+"""Largest number of outcomes that are enumerated."""
 
 
 class Policy(NamedTuple):
@@ -173,6 +176,14 @@ def identify(
     """
     check_number("steps", steps, "1 or more", lambda x: x >= 1 and x == int(x), "One token, or a tree of two steps.")
     check_number("vocabulary", vocabulary, "3 or more", lambda x: x >= 3 and x == int(x), "Four tokens do.")
+    check_positive("tolerance", tolerance)
+    if not callable(estimator):
+        fix = "lambda lp, ref, sampler: (lp - ref) ** 2 / 2 is one."
+        raise LossInputError("estimator", "a function of three rows of logprobs", show(estimator), fix)
+    if int(vocabulary) ** min(int(steps), 64) > MOST_OUTCOMES:
+        got, fix = f"{vocabulary}^{steps}", "Two steps over four tokens show it."
+        raise LossInputError("vocabulary", f"at most {MOST_OUTCOMES} outcomes", got, fix)
+    steps, vocabulary = int(steps), int(vocabulary)
     policy, ref = (example_policy(which, steps, vocabulary) for which in (0, 1))
     sampler = example_policy(2, steps, vocabulary) if off_policy else policy
     found, exact = expectation(estimator, policy, ref, sampler), divergences(policy, ref, sampler)
