@@ -63,7 +63,7 @@ def check_clip(name: str, value: Any) -> None:
         raise LossInputError(name, expected, show(value), "An epsilon of 0.2 is clip=(0.8, 1.2).")
     low, high = value
     if 0 <= low < 1 and 0 <= high < 1:
-        fix = f"These look like epsilons: pass clip=({1 - low:g}, {1 + high:g})."
+        fix = f"These look like epsilons: pass clip=({1 - float(low):g}, {1 + float(high):g})."
         raise LossInputError(name, expected, repr(value), fix)
     if not 0 <= low <= 1 <= high or not (is_finite(high) or high == math.inf):
         raise LossInputError(name, expected, repr(value), "The bounds must enclose the ratio 1.")

@@ -61,7 +61,7 @@ def with_kl(
     TRL, ``use_bias_correction_kl`` (default)  ``kl=k3_uncapped, kl_weight=ratio_to("old_logprobs", None)``
     slime, ``--use-unbiased-kl``, low_var_kl   the same with ``kl_cap=10.0``
     NeMo-RL                                    ``kl=k3, kl_weight=score_function, kl_cap=10.0``
-    open-instruct 0, 1, 2; 3                   ``log_ratio_capped(k1, 40.0)`` ...; 3 with ``ratio_to("old_logprobs")``
+    open-instruct 2 (default); 3               ``kl=log_ratio_capped(k3_uncapped, 40.0)``; k1 with ``ratio_to(...)``
     prime-rl                                   ``kl=k_squared, kl_to="sampler_logprobs"``
     ========================================== =======================================================================
 

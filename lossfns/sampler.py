@@ -88,7 +88,9 @@ def as_float(name: str, value: Any, rank: int) -> Tensor:
     if x.ndim != rank or x.dtype is torch.bool:
         got, fix = tensor_form(x), "Give one entry for each position."
         raise LossInputError(name, f"numbers of shape {'[N, K]' if rank == 2 else '[N]'}", got, fix)
-    return x if x.dtype in (torch.float32, torch.float64) else x.to(torch.float32)
+    if x.is_floating_point():
+        return x if x.dtype in (torch.float32, torch.float64) else x.to(torch.float32)
+    return x.to(torch.float64)
 
 
 def as_candidates(candidate_logprobs: Any, sampled: Any) -> tuple[Tensor, Tensor]:

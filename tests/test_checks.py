@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -97,7 +98,10 @@ def test_numpy_numbers_are_numbers(name: str) -> None:
         check_knobs({name: value})
 
 
-@pytest.mark.parametrize("clip, epsilons", [((0.2, 0.2), "(0.8, 1.2)"), ((0.2, 0.28), "(0.8, 1.28)")])
+@pytest.mark.parametrize(
+    "clip, epsilons",
+    [((0.2, 0.2), "(0.8, 1.2)"), ((0.2, 0.28), "(0.8, 1.28)"), ((Fraction(1, 5), Fraction(1, 4)), "(0.8, 1.25)")],
+)
 def test_epsilons_are_answered_with_the_bounds_they_mean(clip: tuple[float, float], epsilons: str) -> None:
     with pytest.raises(LossInputError, match="look like epsilons") as caught:
         check_knobs({"clip": clip})

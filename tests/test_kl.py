@@ -160,6 +160,10 @@ def test_the_penalties_of_other_frameworks() -> None:
         ),
         # open-instruct: every estimator of a difference clamped to ±40; number 3 is the ratio times k1
         (lambda p: (p - ref).clamp(-40, 40).square() / 2, {"kl": log_ratio_capped(k2, 40.0)}),
+        (
+            lambda p: torch.expm1(-(p - ref).clamp(-40, 40)) + (p - ref).clamp(-40, 40),
+            {"kl": log_ratio_capped(k3_uncapped, 40.0)},
+        ),
         (lambda p: (p - old).exp() * (p - ref), {"kl": k1, "kl_weight": trl}),
     ]
     for formula, knobs in theirs:

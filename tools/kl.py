@@ -36,7 +36,7 @@ ROWS = (
     Row(k1, None, "verl k1, in a loss"),
     Row(k2, None, "verl k2, open-instruct 1"),
     Row(k3, None, "Fireworks; with `kl_cap=10.0` verl low_var_kl, SkyRL"),
-    Row(k3_uncapped, None, "TRL before 1.16, slime, Liger"),
+    Row(k3_uncapped, None, "TRL before 1.16, slime, Liger; with |d| up to 40 open-instruct 2, its default"),
     Row(k_abs, None, "verl, SkyRL abs"),
     Row(k_squared, None, "(prime-rl has it against the sampler)"),
     Row(k1_plus, None, "verl k1+"),
@@ -103,7 +103,7 @@ and for a tree of two, and compares values and gradients to 1e-12. A gradient of
   reverse KL on-policy. Off-policy they need the ratio as a constant.
 - **The ratio with its gradient** makes k1 and k3 exact, on- and off-policy: r·k is then an identity in π, and so is its
   gradient. With k2, `k1_plus` and `k3_plus`, the ratio's gradient is one too many: multiply these by the constant.
-- **The score function** exp(lp − sg(lp)) has the value 1. It does the same on-policy, and off-policy nothing is exact.
+- **The score function** exp(lp − sg(lp)) has the value 1. On-policy it is the ratio. Off-policy it corrects nothing.
 
 ## Towards the sampler
 
@@ -111,7 +111,8 @@ Here the tokens come from the policy that π is to stay near. The table is off-p
 
 {sampler}
 
-`k_squared` (prime-rl) keeps π near, but is the gradient of none of these divergences. `swapped(k3)` is.
+`k_squared` (prime-rl) keeps π near, but its gradient is that of none of these divergences. `swapped(k3)` has the value
+and the gradient of KL(sampler‖π).
 
 ## What the table does not say
 
