@@ -25,17 +25,33 @@ from lossfns.combine import with_dual_clip, with_kl, with_rollout_weight, with_t
 from lossfns.datum import Datum, EncodedTextChunk, ModelInput, TensorData
 from lossfns.errors import LossInputError, LossWarning
 from lossfns.export.token_gradient import token_gradient
-from lossfns.frame import align_sampler_logprobs, datum_from_model_input_weights, datum_from_tokens
+from lossfns.frame import (
+    align_sampler_logprobs,
+    datum_from_candidates,
+    datum_from_model_input_weights,
+    datum_from_tokens,
+)
 from lossfns.kl import binary_kl, binary_tv, k1_plus, k3_plus, k3_uncapped, k_abs, k_squared
 from lossfns.labels import targets_from_labels, weights_from_labels, weights_from_mask
 from lossfns.logprobs.linear import linear_logprobs
 from lossfns.logprobs.target import target_logprobs
 from lossfns.loss import BoundLoss, Loss, evaluate
+from lossfns.losses.contrastive import info_nce
+from lossfns.losses.distillation import (
+    raw_support,
+    renormalised_support,
+    sampled_reverse_kl,
+    tail_support,
+    top_k_forward_kl,
+    top_k_jsd,
+    top_k_mixed_kl,
+    top_k_reverse_kl,
+)
 from lossfns.losses.policy import dapo, grpo, importance_sampling, ppo, reinforce
 from lossfns.losses.preference import dpo, orpo
 from lossfns.losses.regression import dro
 from lossfns.losses.sequence import gspo, gspo_token
-from lossfns.losses.supervised import cross_entropy, multi_target_cross_entropy
+from lossfns.losses.supervised import cross_entropy, dft, focal, multi_target_cross_entropy, sft_phi, unlikelihood
 from lossfns.losses.trust import sapo
 from lossfns.losses.unpaired import kto
 from lossfns.losses.weighted import cispo
@@ -87,15 +103,18 @@ __all__ = [
     "cispo",
     "cross_entropy",
     "dapo",
+    "datum_from_candidates",
     "datum_from_model_input_weights",
     "datum_from_tokens",
     "datum_mean",
     "datum_sum",
+    "dft",
     "dpo",
     "dro",
     "evaluate",
     "export",
     "fixed_length",
+    "focal",
     "geometric_level",
     "group_advantages",
     "group_metrics",
@@ -103,6 +122,7 @@ __all__ = [
     "gspo",
     "gspo_token",
     "importance_sampling",
+    "info_nce",
     "k1",
     "k1_plus",
     "k2",
@@ -123,21 +143,31 @@ __all__ = [
     "pair_sum",
     "ppo",
     "proximal_logprobs",
+    "raw_support",
     "reinforce",
+    "renormalised_support",
     "rollout",
     "rollout_summary",
+    "sampled_reverse_kl",
     "sapo",
     "sequence_level",
     "sequence_mean",
     "sequence_sum_mean",
+    "sft_phi",
     "support_logprobs",
+    "tail_support",
     "target_logprobs",
     "targets_from_labels",
     "token_gradient",
     "token_level",
     "token_mean",
     "token_sum",
+    "top_k_forward_kl",
+    "top_k_jsd",
+    "top_k_mixed_kl",
+    "top_k_reverse_kl",
     "top_p_support",
+    "unlikelihood",
     "weights_from_labels",
     "weights_from_mask",
     "with_dual_clip",

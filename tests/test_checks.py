@@ -10,7 +10,7 @@ import pytest
 
 import lossfns
 from lossfns import LossInputError, k3, rollout
-from lossfns.checks import KNOBS, check_knobs, check_non_negative, check_positive
+from lossfns.checks import KNOBS, check_knobs, check_non_negative, check_positive, check_share
 
 TINY = math.ulp(0.0)
 BELOW, ABOVE = math.nextafter(1.0, 0.0), math.nextafter(1.0, 2.0)
@@ -36,6 +36,7 @@ ACCEPTED: dict[str, list[Any]] = {
     "bounds": [(0, 1), (1, 1), (0.0, math.inf), (0.5, 2.0), [1e-4, 100]],
     "numerator": ["logprobs", "old_logprobs"],
     "column": ["old_logprobs", "sampler_logprobs"],
+    "support": [lossfns.tail_support, lambda logprobs, active: (logprobs, active)],
 }
 REFUSED: dict[str, list[Any]] = {
     "clip": [
@@ -61,12 +62,14 @@ REFUSED: dict[str, list[Any]] = {
     "bounds": [(0.2, 0.28), (2.0, 0.5), (-TINY, 2.0), (ABOVE, 2.0), (0.5, math.nan), (0.5,), 2.0, None],
     "numerator": ["ref_logprobs", "old", None],
     "column": ["logprobs", "ref_logprobs", None],
+    "support": ["tail", None, 0],
 }
 
 
 RANGES: dict[Any, tuple[list[Any], list[Any]]] = {
     check_positive: ([TINY, 2, 2.0], [0, -1, *NO_NUMBER]),
     check_non_negative: ([0, 0.0, TINY, 1e9], [-TINY, -1, *NO_NUMBER]),
+    check_share: ([0, 0.5, 1], [-TINY, ABOVE, *NO_NUMBER]),
 }
 """What a check accepts and refuses, for each of its knobs that is not listed above."""
 for knob in KNOBS.keys() - ACCEPTED.keys():
