@@ -30,16 +30,18 @@ from lossfns.labels import targets_from_labels, weights_from_labels, weights_fro
 from lossfns.logprobs.linear import linear_logprobs
 from lossfns.logprobs.target import target_logprobs
 from lossfns.loss import BoundLoss, Loss, evaluate
-from lossfns.losses.policy import dapo, grpo, importance_sampling, ppo, reinforce
+from lossfns.losses.policy import bnpo, dapo, dr_grpo, gpg, grpo, importance_sampling, ppo, reinforce
 from lossfns.losses.preference import dpo, orpo
-from lossfns.losses.regression import dro
-from lossfns.losses.sequence import gspo, gspo_token
+from lossfns.losses.rec import rec, rec_ring
+from lossfns.losses.regression import dro, kimi15, sppo_token
+from lossfns.losses.sequence import gmpo, gspo, gspo_token, luspo, rloo
 from lossfns.losses.supervised import cross_entropy, multi_target_cross_entropy
 from lossfns.losses.trust import sapo
 from lossfns.losses.unpaired import kto
-from lossfns.losses.weighted import cispo
+from lossfns.losses.weighted import capped_importance_sampling, cispo, cispo_sequence, opmd, rollout_is, topr, vespo
 from lossfns.metrics import merge_metrics
 from lossfns.pack import pack
+from lossfns.regions import one_side, ratio_weight, two_side, unit_weight
 from lossfns.segments import geometric_level, sequence_level, token_level
 from lossfns.terms import k1, k2, k3
 from lossfns.tokens import ON_POLICY, Rows, Tokens
@@ -71,7 +73,10 @@ __all__ = [
     "Tokens",
     "Weighing",
     "align_sampler_logprobs",
+    "bnpo",
+    "capped_importance_sampling",
     "cispo",
+    "cispo_sequence",
     "cross_entropy",
     "dapo",
     "datum_from_model_input_weights",
@@ -79,11 +84,14 @@ __all__ = [
     "datum_mean",
     "datum_sum",
     "dpo",
+    "dr_grpo",
     "dro",
     "evaluate",
     "export",
     "fixed_length",
     "geometric_level",
+    "gmpo",
+    "gpg",
     "group_advantages",
     "group_metrics",
     "grpo",
@@ -93,26 +101,40 @@ __all__ = [
     "k1",
     "k2",
     "k3",
+    "kimi15",
     "kto",
     "linear_logprobs",
+    "luspo",
     "merge_metrics",
     "multi_target_cross_entropy",
+    "one_side",
+    "opmd",
     "orpo",
     "pack",
     "pair_mean",
     "pair_sum",
     "ppo",
+    "ratio_weight",
+    "rec",
+    "rec_ring",
     "reinforce",
+    "rloo",
+    "rollout_is",
     "sapo",
     "sequence_level",
     "sequence_mean",
     "sequence_sum_mean",
+    "sppo_token",
     "target_logprobs",
     "targets_from_labels",
     "token_gradient",
     "token_level",
     "token_mean",
     "token_sum",
+    "topr",
+    "two_side",
+    "unit_weight",
+    "vespo",
     "weights_from_labels",
     "weights_from_mask",
     "with_dual_clip",

@@ -146,6 +146,8 @@ NAMED_VALUES = {
     "kl": ("k2", "k3"),
     "weigh": ("fixed_length", "pair_sum", "pair_mean", "token_sum"),
     "level": ("sequence_level", "token_level"),
+    "region": ("one_side", "two_side"),
+    "weight": ("unit_weight", "ratio_weight"),
 }
 """Setting → the public functions that it may be set to."""
 

@@ -112,8 +112,9 @@ def case_of(loss: Loss, situation: Situation, suffix: str = "", settings: Mappin
 def config_of(loss: Loss) -> dict[str, Any]:
     """Return the settings of a loss in the form of the file: functions by name, tuples as lists."""
     config = {name: getattr(x, "__name__", x) for name, x in loss.knobs.items()}
-    weigh = repr(config.pop("weigh"))
-    return {name: list(x) if isinstance(x, tuple) else x for name, x in config.items()} | {"weigh": weigh}
+    weigh, _, length = repr(config.pop("weigh")).partition("(")
+    settings = {"weigh": weigh} | ({"length": float(length.removesuffix(")"))} if length else {})
+    return {name: list(x) if isinstance(x, tuple) else x for name, x in config.items()} | settings
 
 
 def columns_for(loss: Loss, data: Data) -> Data:
