@@ -19,30 +19,51 @@ A batch may be split in any way. ``D = bound.denominator(data)`` adds over micro
 Bind ``denominator=D`` and the columns of each part: the losses of the parts then sum exactly to the loss of the batch.
 """
 
-from lossfns import export
+from lossfns import export, kl, rollout
 from lossfns.advantages import group_advantages, group_metrics
-from lossfns.combine import with_dual_clip, with_kl, with_tis
+from lossfns.combine import with_dual_clip, with_kl, with_rollout_weight, with_tis
 from lossfns.datum import Datum, EncodedTextChunk, ModelInput, TensorData
+from lossfns.describe import describe
 from lossfns.errors import LossInputError, LossWarning
+from lossfns.export.coefficients import token_coefficients
 from lossfns.export.token_gradient import token_gradient
-from lossfns.frame import align_sampler_logprobs, datum_from_model_input_weights, datum_from_tokens
+from lossfns.frame import (
+    align_sampler_logprobs,
+    datum_from_candidates,
+    datum_from_model_input_weights,
+    datum_from_tokens,
+)
+from lossfns.kl import binary_kl, binary_tv, k1_plus, k3_plus, k3_uncapped, k_abs, k_squared
 from lossfns.labels import targets_from_labels, weights_from_labels, weights_from_mask
 from lossfns.logprobs.linear import linear_logprobs
 from lossfns.logprobs.target import target_logprobs
 from lossfns.loss import BoundLoss, Loss, evaluate
+from lossfns.losses.contrastive import info_nce
+from lossfns.losses.distillation import (
+    raw_support,
+    renormalised_support,
+    sampled_reverse_kl,
+    tail_support,
+    top_k_forward_kl,
+    top_k_jsd,
+    top_k_mixed_kl,
+    top_k_reverse_kl,
+)
 from lossfns.losses.policy import bnpo, dapo, dr_grpo, gpg, grpo, importance_sampling, ppo, reinforce
 from lossfns.losses.preference import dpo, orpo
 from lossfns.losses.rec import rec, rec_ring
 from lossfns.losses.regression import dro, kimi15, sppo_token
 from lossfns.losses.sequence import gmpo, gspo, gspo_token, luspo, rloo
-from lossfns.losses.supervised import cross_entropy, multi_target_cross_entropy
+from lossfns.losses.supervised import cross_entropy, dft, focal, multi_target_cross_entropy, sft_phi, unlikelihood
 from lossfns.losses.trust import sapo
 from lossfns.losses.unpaired import kto
 from lossfns.losses.weighted import capped_importance_sampling, cispo, cispo_sequence, opmd, rollout_is, topr, vespo
 from lossfns.metrics import merge_metrics
 from lossfns.pack import pack
 from lossfns.regions import one_side, ratio_weight, two_side, unit_weight
-from lossfns.segments import geometric_level, sequence_level, token_level
+from lossfns.rollout import TokenWeight
+from lossfns.sampler import accepted_weights, proximal_logprobs, rollout_summary, support_logprobs, top_p_support
+from lossfns.segments import geometric_level, maximum_level, sequence_level, token_level
 from lossfns.terms import k1, k2, k3
 from lossfns.tokens import ON_POLICY, Rows, Tokens
 from lossfns.version import __version__ as __version__
@@ -70,25 +91,33 @@ __all__ = [
     "ModelInput",
     "Rows",
     "TensorData",
+    "TokenWeight",
     "Tokens",
     "Weighing",
+    "accepted_weights",
     "align_sampler_logprobs",
+    "binary_kl",
+    "binary_tv",
     "bnpo",
     "capped_importance_sampling",
     "cispo",
     "cispo_sequence",
     "cross_entropy",
     "dapo",
+    "datum_from_candidates",
     "datum_from_model_input_weights",
     "datum_from_tokens",
     "datum_mean",
     "datum_sum",
+    "describe",
+    "dft",
     "dpo",
     "dr_grpo",
     "dro",
     "evaluate",
     "export",
     "fixed_length",
+    "focal",
     "geometric_level",
     "gmpo",
     "gpg",
@@ -98,13 +127,21 @@ __all__ = [
     "gspo",
     "gspo_token",
     "importance_sampling",
+    "info_nce",
     "k1",
+    "k1_plus",
     "k2",
     "k3",
+    "k3_plus",
+    "k3_uncapped",
+    "k_abs",
+    "k_squared",
     "kimi15",
+    "kl",
     "kto",
     "linear_logprobs",
     "luspo",
+    "maximum_level",
     "merge_metrics",
     "multi_target_cross_entropy",
     "one_side",
@@ -114,30 +151,47 @@ __all__ = [
     "pair_mean",
     "pair_sum",
     "ppo",
+    "proximal_logprobs",
     "ratio_weight",
+    "raw_support",
     "rec",
     "rec_ring",
     "reinforce",
+    "renormalised_support",
     "rloo",
+    "rollout",
     "rollout_is",
+    "rollout_summary",
+    "sampled_reverse_kl",
     "sapo",
     "sequence_level",
     "sequence_mean",
     "sequence_sum_mean",
+    "sft_phi",
     "sppo_token",
+    "support_logprobs",
+    "tail_support",
     "target_logprobs",
     "targets_from_labels",
+    "token_coefficients",
     "token_gradient",
     "token_level",
     "token_mean",
     "token_sum",
+    "top_k_forward_kl",
+    "top_k_jsd",
+    "top_k_mixed_kl",
+    "top_k_reverse_kl",
+    "top_p_support",
     "topr",
     "two_side",
     "unit_weight",
+    "unlikelihood",
     "vespo",
     "weights_from_labels",
     "weights_from_mask",
     "with_dual_clip",
     "with_kl",
+    "with_rollout_weight",
     "with_tis",
 ]

@@ -39,7 +39,7 @@ def in_region(
 @preset
 def rec(
     region: Region = one_side,
-    weight: RatioWeight = unit_weight,
+    is_weight: RatioWeight = unit_weight,
     clip: Clip = (0.8, 1.2),
     level: Level = token_level,
     weigh: Weighing = token_mean,
@@ -47,13 +47,13 @@ def rec(
 ) -> Loss:
     """−sg(ω(r))·A·lp where the region keeps a token, else 0. Yao et al. 2025, arXiv:2509.24203; Trinity's "rec".
 
-    REC-OneSide-NoIS is the default, REC-OneSide-IS has ``weight=ratio_weight`` (the gradient of PPO), REC-TwoSide has
-    ``region=two_side``. Trinity's "gspo-one-side" is ``rec(level=geometric_level, weigh=sequence_mean)``. With
+    REC-OneSide-NoIS is the default, REC-OneSide-IS has ``is_weight=ratio_weight`` (the gradient of PPO), REC-TwoSide
+    has ``region=two_side``. Trinity's "gspo-one-side" is ``rec(level=geometric_level, weigh=sequence_mean)``. With
     ``clip=(0, inf)`` no token is masked.
 
     Args:
         region: where a token keeps its gradient: ``one_side`` or ``two_side``.
-        weight: ω, the weight of a token: ``unit_weight`` or ``ratio_weight``.
+        is_weight: ω, the importance weight of a token: ``unit_weight`` or ``ratio_weight``.
         clip: bounds (low, high) of the ratio itself, 0 <= low <= 1 <= high; an epsilon of 0.2 is (0.8, 1.2).
         level: what the log-ratio is taken over: ``token_level`` (each token), ``sequence_level`` (Σ w·d over the
             sequence) or ``geometric_level`` (Σ w·d / Σ w over the sequence).
@@ -73,12 +73,12 @@ def rec(
     >>> rec(level=geometric_level, weigh=sequence_mean).reads
     ('advantages', 'old_logprobs')
     """
-    return in_region(region, clip, weight, level, weigh, log_ratio_cap)
+    return in_region(region, clip, is_weight, level, weigh, log_ratio_cap)
 
 
 @preset
 def rec_ring(
-    weight: RatioWeight = unit_weight,
+    is_weight: RatioWeight = unit_weight,
     clip: Clip = (0.8, 1.2),
     outer_clip: Clip = (0.4, 3.0),
     weigh: Weighing = token_mean,
@@ -90,7 +90,7 @@ def rec_ring(
     the outer low, and where A <= 0 and r is at least the outer high.
 
     Args:
-        weight: ω, the weight of a token: ``unit_weight`` or ``ratio_weight``.
+        is_weight: ω, the importance weight of a token: ``unit_weight`` or ``ratio_weight``.
         clip: bounds (low, high) of the ratio itself, 0 <= low <= 1 <= high; an epsilon of 0.2 is (0.8, 1.2).
         outer_clip: the outer bounds (low, high), 0 <= low <= 1 <= high; Trinity's epsilons of 0.6 and 2 are (0.4, 3.0).
         weigh: how tokens count: ``token_mean``, ``sequence_mean``, ``sequence_sum_mean``, ``token_sum`` or
@@ -114,4 +114,4 @@ def rec_ring(
         far = ((advantages >= 0) & (ratio <= far_low)) | ((advantages <= 0) & (ratio >= far_high))
         return two_side(ratio, advantages, clip) | far
 
-    return in_region(ring, clip, weight, token_level, weigh, log_ratio_cap)
+    return in_region(ring, clip, is_weight, token_level, weigh, log_ratio_cap)

@@ -87,7 +87,7 @@ def test_the_ring_keeps_a_far_ratio_that_the_advantage_pulls_back() -> None:
 def test_rec_with_importance_sampling_has_the_gradient_of_ppo() -> None:
     """The value differs: −r·A·lp has another value than −r·A."""
     for batch in (BATCH, OPPOSITE):
-        value, gradients, _ = call(lossfns.rec(weight=lossfns.ratio_weight), batch)
+        value, gradients, _ = call(lossfns.rec(is_weight=lossfns.ratio_weight), batch)
         assert gradients == [pytest.approx(row) for row in call(lossfns.ppo(), batch)[1]]
     assert value != pytest.approx(call(lossfns.ppo(), OPPOSITE)[0])
 

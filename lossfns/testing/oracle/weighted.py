@@ -95,7 +95,7 @@ def inside(region: str, r: float, advantage: float, clip: Clip) -> bool:
 def rec(
     s: Sequence,
     region: str = "one_side",
-    weight: str = "unit_weight",
+    is_weight: str = "unit_weight",
     clip: Clip = (0.8, 1.2),
     level: str = "token_level",
     log_ratio_cap: float | None = 20.0,
@@ -103,13 +103,13 @@ def rec(
     """−sg(1 or r)·A·lp in the region, 0 outside (Yao et al. 2025)."""
     ratios = [float(ratio(d, 0.0, log_ratio_cap)) for d in leveled(s, level, s.gap("old_logprobs"))]
     kept = [inside(region, r, a, clip) for r, a in zip(ratios, s.advantages, strict=True)]
-    return weighted(s, [(1.0 if weight == "unit_weight" else r) if k else 0.0 for r, k in zip(ratios, kept)])
+    return weighted(s, [(1.0 if is_weight == "unit_weight" else r) if k else 0.0 for r, k in zip(ratios, kept)])
 
 
 @over_tokens
 def rec_ring(
     s: Sequence,
-    weight: str = "unit_weight",
+    is_weight: str = "unit_weight",
     clip: Clip = (0.8, 1.2),
     outer_clip: Clip = (0.4, 3.0),
     log_ratio_cap: float | None = 20.0,
@@ -121,7 +121,7 @@ def rec_ring(
         low = advantage >= 0 and r <= outer_clip[0]
         high = advantage <= 0 and r >= outer_clip[1]
         kept = clip[0] <= r <= clip[1] or low or high
-        coefficients.append((1.0 if weight == "unit_weight" else r) if kept else 0.0)
+        coefficients.append((1.0 if is_weight == "unit_weight" else r) if kept else 0.0)
     return weighted(s, coefficients)
 
 
