@@ -49,24 +49,20 @@ from lossfns.losses.distillation import (
     top_k_mixed_kl,
     top_k_reverse_kl,
 )
-from lossfns.losses.policy import dapo, grpo, importance_sampling, ppo, reinforce
+from lossfns.losses.policy import bnpo, dapo, dr_grpo, gpg, grpo, importance_sampling, ppo, reinforce
 from lossfns.losses.preference import dpo, orpo
-from lossfns.losses.regression import dro
-from lossfns.losses.sequence import gspo, gspo_token
+from lossfns.losses.rec import rec, rec_ring
+from lossfns.losses.regression import dro, kimi15, sppo_token
+from lossfns.losses.sequence import gmpo, gspo, gspo_token, luspo, rloo
 from lossfns.losses.supervised import cross_entropy, dft, focal, multi_target_cross_entropy, sft_phi, unlikelihood
 from lossfns.losses.trust import sapo
 from lossfns.losses.unpaired import kto
-from lossfns.losses.weighted import cispo
+from lossfns.losses.weighted import capped_importance_sampling, cispo, cispo_sequence, opmd, rollout_is, topr, vespo
 from lossfns.metrics import merge_metrics
 from lossfns.pack import pack
+from lossfns.regions import one_side, ratio_weight, two_side, unit_weight
 from lossfns.rollout import TokenWeight
-from lossfns.sampler import (
-    accepted_weights,
-    proximal_logprobs,
-    rollout_summary,
-    support_logprobs,
-    top_p_support,
-)
+from lossfns.sampler import accepted_weights, proximal_logprobs, rollout_summary, support_logprobs, top_p_support
 from lossfns.segments import geometric_level, maximum_level, sequence_level, token_level
 from lossfns.terms import k1, k2, k3
 from lossfns.tokens import ON_POLICY, Rows, Tokens
@@ -102,7 +98,10 @@ __all__ = [
     "align_sampler_logprobs",
     "binary_kl",
     "binary_tv",
+    "bnpo",
+    "capped_importance_sampling",
     "cispo",
+    "cispo_sequence",
     "cross_entropy",
     "dapo",
     "datum_from_candidates",
@@ -113,12 +112,15 @@ __all__ = [
     "describe",
     "dft",
     "dpo",
+    "dr_grpo",
     "dro",
     "evaluate",
     "export",
     "fixed_length",
     "focal",
     "geometric_level",
+    "gmpo",
+    "gpg",
     "group_advantages",
     "group_metrics",
     "grpo",
@@ -134,22 +136,31 @@ __all__ = [
     "k3_uncapped",
     "k_abs",
     "k_squared",
+    "kimi15",
     "kl",
     "kto",
     "linear_logprobs",
+    "luspo",
     "maximum_level",
     "merge_metrics",
     "multi_target_cross_entropy",
+    "one_side",
+    "opmd",
     "orpo",
     "pack",
     "pair_mean",
     "pair_sum",
     "ppo",
     "proximal_logprobs",
+    "ratio_weight",
     "raw_support",
+    "rec",
+    "rec_ring",
     "reinforce",
     "renormalised_support",
+    "rloo",
     "rollout",
+    "rollout_is",
     "rollout_summary",
     "sampled_reverse_kl",
     "sapo",
@@ -157,6 +168,7 @@ __all__ = [
     "sequence_mean",
     "sequence_sum_mean",
     "sft_phi",
+    "sppo_token",
     "support_logprobs",
     "tail_support",
     "target_logprobs",
@@ -171,7 +183,11 @@ __all__ = [
     "top_k_mixed_kl",
     "top_k_reverse_kl",
     "top_p_support",
+    "topr",
+    "two_side",
+    "unit_weight",
     "unlikelihood",
+    "vespo",
     "weights_from_labels",
     "weights_from_mask",
     "with_dual_clip",

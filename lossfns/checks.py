@@ -1,4 +1,4 @@
-"""Checks of the knobs of presets. A knob of one name has the same check in every preset."""
+"""Checks of the knobs of presets. A knob of one name has the same check in every preset, but for a few wider ones."""
 
 from __future__ import annotations
 
@@ -69,6 +69,13 @@ def check_clip(name: str, value: Any) -> None:
         raise LossInputError(name, expected, repr(value), "The bounds must enclose the ratio 1.")
 
 
+def check_weight_bounds(name: str, value: Any) -> None:
+    """Refuse anything but bounds of a ratio, or (0, high) with any high above 0: a weight may be capped below 1."""
+    is_pair = isinstance(value, (tuple, list)) and len(value) == 2 and all(map(is_real, value))
+    if not (is_pair and value[0] == 0 and 0 < value[1] < 1):
+        check_clip(name, value)
+
+
 def check_log_ratio_cap(name: str, value: Any) -> None:
     if value is not None:
         check_number(name, value, "a number above 0, or None", lambda x: x > 0, "None is the paper's uncapped form.")
@@ -129,6 +136,14 @@ KNOBS: dict[str, Callable[[str, Any], None]] = {
     "temperature": check_positive,
     "tau_pos": check_positive,
     "tau_neg": check_positive,
+    "tau": check_positive,
+    "k_pos": check_non_negative,
+    "k_neg": check_non_negative,
+    "lambda_pos": check_positive,
+    "lambda_neg": check_positive,
+    "outer_clip": check_clip,
+    "region": make_function_check("one_side", "two_side"),
+    "is_weight": make_function_check("unit_weight", "ratio_weight"),
     "desirable_weight": check_non_negative,
     "undesirable_weight": check_non_negative,
     "dual_clip": check_dual_clip,
@@ -145,9 +160,16 @@ KNOBS: dict[str, Callable[[str, Any], None]] = {
     "level": make_function_check("sequence_level", "geometric_level", "token_level"),
 }
 
+KNOBS_OF_PRESETS: dict[str, dict[str, Callable[[str, Any], None]]] = {
+    "cispo": {"clip": check_weight_bounds},
+    "cispo_sequence": {"clip": check_weight_bounds},
+}
+"""Checks of presets whose knob has a wider range than that of others: their bounds hold no ratio in a trust region."""
 
-def check_knobs(knobs: dict[str, Any]) -> None:
+
+def check_knobs(knobs: dict[str, Any], preset: str = "") -> None:
     """Refuse the first knob that is out of its range."""
+    checks = KNOBS | KNOBS_OF_PRESETS.get(preset, {})
     for name, value in knobs.items():
-        if name in KNOBS:
-            KNOBS[name](name, value)
+        if name in checks:
+            checks[name](name, value)

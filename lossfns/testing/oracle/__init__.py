@@ -12,6 +12,11 @@ import operator
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import TypedDict, Unpack
 
+from lossfns.testing.oracle.clipped import bnpo as bnpo
+from lossfns.testing.oracle.clipped import dr_grpo as dr_grpo
+from lossfns.testing.oracle.clipped import gmpo as gmpo
+from lossfns.testing.oracle.clipped import luspo as luspo
+from lossfns.testing.oracle.clipped import rloo as rloo
 from lossfns.testing.oracle.policy import sapo as sapo
 from lossfns.testing.oracle.supervised import (
     dft as dft,
@@ -41,6 +46,17 @@ from lossfns.testing.oracle.supervised import (
     unlikelihood as unlikelihood,
 )
 from lossfns.testing.oracle.unpaired import kto as kto
+from lossfns.testing.oracle.weighted import capped_importance_sampling as capped_importance_sampling
+from lossfns.testing.oracle.weighted import cispo_sequence as cispo_sequence
+from lossfns.testing.oracle.weighted import gpg as gpg
+from lossfns.testing.oracle.weighted import kimi15 as kimi15
+from lossfns.testing.oracle.weighted import opmd as opmd
+from lossfns.testing.oracle.weighted import rec as rec
+from lossfns.testing.oracle.weighted import rec_ring as rec_ring
+from lossfns.testing.oracle.weighted import rollout_is as rollout_is
+from lossfns.testing.oracle.weighted import sppo_token as sppo_token
+from lossfns.testing.oracle.weighted import topr as topr
+from lossfns.testing.oracle.weighted import vespo as vespo
 
 Row = list[float]
 Rows = list[Row]
