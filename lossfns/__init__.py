@@ -30,12 +30,15 @@ from lossfns.labels import targets_from_labels, weights_from_labels, weights_fro
 from lossfns.logprobs.linear import linear_logprobs
 from lossfns.logprobs.target import target_logprobs
 from lossfns.loss import BoundLoss, Loss, evaluate
+from lossfns.losses.coupled import clip_cov, kl_cov, m2po, real
+from lossfns.losses.masks import dppo_kl, dppo_tv, opsm, with_binary_kl_mask, with_opsm, with_tv_mask, with_vaco_mask
 from lossfns.losses.policy import dapo, grpo, importance_sampling, ppo, reinforce
 from lossfns.losses.preference import dpo, orpo
-from lossfns.losses.regression import dro
+from lossfns.losses.prime import prime_dppo, prime_ref_kl, prime_symmetric
+from lossfns.losses.regression import a2po, dro
 from lossfns.losses.sequence import gspo, gspo_token
 from lossfns.losses.supervised import cross_entropy, multi_target_cross_entropy
-from lossfns.losses.trust import sapo
+from lossfns.losses.trust import ce_gppo, fipo, sapo
 from lossfns.losses.unpaired import kto
 from lossfns.losses.weighted import cispo
 from lossfns.metrics import merge_metrics
@@ -70,8 +73,11 @@ __all__ = [
     "TensorData",
     "Tokens",
     "Weighing",
+    "a2po",
     "align_sampler_logprobs",
+    "ce_gppo",
     "cispo",
+    "clip_cov",
     "cross_entropy",
     "dapo",
     "datum_from_model_input_weights",
@@ -79,9 +85,12 @@ __all__ = [
     "datum_mean",
     "datum_sum",
     "dpo",
+    "dppo_kl",
+    "dppo_tv",
     "dro",
     "evaluate",
     "export",
+    "fipo",
     "fixed_length",
     "geometric_level",
     "group_advantages",
@@ -93,15 +102,22 @@ __all__ = [
     "k1",
     "k2",
     "k3",
+    "kl_cov",
     "kto",
     "linear_logprobs",
+    "m2po",
     "merge_metrics",
     "multi_target_cross_entropy",
+    "opsm",
     "orpo",
     "pack",
     "pair_mean",
     "pair_sum",
     "ppo",
+    "prime_dppo",
+    "prime_ref_kl",
+    "prime_symmetric",
+    "real",
     "reinforce",
     "sapo",
     "sequence_level",
@@ -115,7 +131,11 @@ __all__ = [
     "token_sum",
     "weights_from_labels",
     "weights_from_mask",
+    "with_binary_kl_mask",
     "with_dual_clip",
     "with_kl",
+    "with_opsm",
     "with_tis",
+    "with_tv_mask",
+    "with_vaco_mask",
 ]

@@ -85,6 +85,30 @@ def check_label_smoothing(name: str, value: Any) -> None:
     check_number(name, value, "a number in [0, 0.5]", lambda x: 0 <= x <= 0.5, fix)
 
 
+def check_fraction(name: str, value: Any) -> None:
+    check_number(name, value, "a number above 0, at most 1", lambda x: 0 < x <= 1, "It is a share of the tokens.")
+
+
+def check_positive_or_none(name: str, value: Any) -> None:
+    if value is not None:
+        check_number(name, value, "a finite number above 0, or None", lambda x: x > 0, "None switches it off.")
+
+
+def check_cov_bounds(name: str, value: Any) -> None:
+    """Refuse anything but two numbers in ascending order."""
+    is_pair = isinstance(value, (tuple, list)) and len(value) == 2 and all(map(is_real, value))
+    if not is_pair or not value[0] < value[1] or not all(is_finite(x) or abs(x) == math.inf for x in value):
+        fix = "They bound the covariance, 1 and 5 in the paper."
+        raise LossInputError(name, "bounds (low, high) with low < high", show(value), fix)
+
+
+def check_behaviour(name: str, value: Any) -> None:
+    known = ("old_logprobs", "sampler_logprobs")
+    if value not in known:
+        fix = did_you_mean(str(value), known)
+        raise LossInputError(name, " or ".join(map(repr, known)), show(value), fix or "Name the column.")
+
+
 def make_function_check(*known: str) -> Callable[[str, Any], None]:
     """Make a check that refuses anything but a function; its hint names the ``known`` functions."""
 
@@ -104,6 +128,22 @@ KNOBS: dict[str, Callable[[str, Any], None]] = {
     "cap": check_positive,
     "length": check_positive,
     "c": check_dual_clip,
+    "weight_clip": check_clip,
+    "cov_bounds": check_cov_bounds,
+    "fraction": check_fraction,
+    "behaviour": check_behaviour,
+    "safety_ratio": check_positive_or_none,
+    "beta_low": check_non_negative,
+    "beta_high": check_non_negative,
+    "kl_coef": check_non_negative,
+    "kl_tau": check_non_negative,
+    "adv_tau": check_positive,
+    "delta": check_positive,
+    "delta_low": check_positive,
+    "delta_high": check_positive,
+    "half_life": check_positive,
+    "tau": check_positive,
+    "threshold": check_positive,
     "tau_pos": check_positive,
     "tau_neg": check_positive,
     "desirable_weight": check_non_negative,

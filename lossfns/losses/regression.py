@@ -5,11 +5,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from lossfns import terms as eq
-from lossfns.loss import Loss, preset
+from lossfns.loss import Loss, Statistics, make_loss, preset
 from lossfns.losses.ratio import ratio_loss
-from lossfns.segments import token_level
-from lossfns.tokens import Tokens
-from lossfns.weigh import Weighing, token_mean
+from lossfns.segments import sequence_value, token_level, weighted_sum
+from lossfns.tokens import SEQUENCES, Tokens
+from lossfns.weigh import Weighing, datum_mean, token_mean
 
 
 @preset
@@ -43,3 +43,33 @@ def dro(beta: float = 0.05, weigh: Weighing = token_mean) -> Loss:
         return eq.direct_reward(t.logprobs, t.old_logprobs, t.advantages, beta)
 
     return ratio_loss(token_level, penalised, weigh, eq.KL_LOG_RATIO_CAP)
+
+
+@preset
+def a2po(beta: float = 1e-3, weigh: Weighing = datum_mean) -> Loss:
+    """(β₂·Σ w·(lp − ref) − (R − V*))² of each answer, with its reward R. Brantley et al. 2025, arXiv:2505.20686.
+
+    A*-PO: the log-ratio to the reference is fitted to the optimal advantage. V* is the optimal value of the prompt,
+    β₁·(logsumexp(R/β₁) − log N) over the rewards of N answers that the reference gave, with β₁ = 0.5 in TRL.
+
+    Args:
+        beta: β₂, a finite number above 0.
+        weigh: ``datum_mean`` or ``datum_sum``.
+
+    Reads ``ref_logprobs``, ``rewards`` (R) and ``reference_point`` (V*), one number for each datum. Statistics, means
+    over datums:
+
+        log_ratio: Σ w·(lp − ref), in nats.
+        advantage: R − V*.
+
+    >>> a2po().reads
+    ('ref_logprobs', 'rewards', 'reference_point')
+    """
+
+    def terms(t: Tokens) -> tuple[Tensor, Statistics]:
+        log_ratio = weighted_sum(t, t.logprobs - t.ref_logprobs)
+        advantage = sequence_value(t, t.rewards) - sequence_value(t, t.reference_point)
+        statistics = {"log_ratio": log_ratio.detach(), "advantage": advantage}
+        return (beta * log_ratio - advantage).square(), statistics
+
+    return make_loss(terms, ("ref_logprobs", "rewards", "reference_point"), weigh, rows=SEQUENCES)
