@@ -19,31 +19,58 @@ A batch may be split in any way. ``D = bound.denominator(data)`` adds over micro
 Bind ``denominator=D`` and the columns of each part: the losses of the parts then sum exactly to the loss of the batch.
 """
 
-from lossfns import export
+from lossfns import export, kl, rollout
 from lossfns.advantages import group_advantages, group_metrics
-from lossfns.combine import with_dual_clip, with_kl, with_tis
+from lossfns.combine import with_dual_clip, with_kl, with_rollout_weight, with_tis
 from lossfns.datum import Datum, EncodedTextChunk, ModelInput, TensorData
+from lossfns.describe import describe
 from lossfns.errors import LossInputError, LossWarning
+from lossfns.export.coefficients import token_coefficients
 from lossfns.export.token_gradient import token_gradient
-from lossfns.frame import align_sampler_logprobs, datum_from_model_input_weights, datum_from_tokens
+from lossfns.frame import (
+    align_sampler_logprobs,
+    datum_from_candidates,
+    datum_from_model_input_weights,
+    datum_from_tokens,
+)
+from lossfns.kl import binary_kl, binary_tv, k1_plus, k3_plus, k3_uncapped, k_abs, k_squared
 from lossfns.labels import targets_from_labels, weights_from_labels, weights_from_mask
 from lossfns.logprobs.linear import linear_logprobs
 from lossfns.logprobs.target import target_logprobs
 from lossfns.loss import BoundLoss, Loss, evaluate
+from lossfns.losses.contrastive import info_nce
 from lossfns.losses.coupled import clip_cov, kl_cov, m2po, real
+from lossfns.losses.distillation import (
+    raw_support,
+    renormalised_support,
+    sampled_reverse_kl,
+    tail_support,
+    top_k_forward_kl,
+    top_k_jsd,
+    top_k_mixed_kl,
+    top_k_reverse_kl,
+)
 from lossfns.losses.masks import dppo_kl, dppo_tv, opsm, with_binary_kl_mask, with_opsm, with_tv_mask, with_vaco_mask
 from lossfns.losses.policy import dapo, grpo, importance_sampling, ppo, reinforce
 from lossfns.losses.preference import dpo, orpo
 from lossfns.losses.prime import prime_dppo, prime_ref_kl, prime_symmetric
 from lossfns.losses.regression import a2po, dro
 from lossfns.losses.sequence import gspo, gspo_token
-from lossfns.losses.supervised import cross_entropy, multi_target_cross_entropy
+from lossfns.losses.supervised import cross_entropy, dft, focal, multi_target_cross_entropy, sft_phi, unlikelihood
 from lossfns.losses.trust import ce_gppo, fipo, sapo
 from lossfns.losses.unpaired import kto
 from lossfns.losses.weighted import cispo
 from lossfns.metrics import merge_metrics
 from lossfns.pack import pack
-from lossfns.segments import geometric_level, sequence_level, token_level
+from lossfns.rollout import TokenWeight
+from lossfns.sampler import (
+    accepted_weights,
+    proximal_logprobs,
+    rollout_summary,
+    support_logprobs,
+    top_p_support,
+)
+from lossfns.segments import geometric_level, maximum_level, sequence_level, token_level
 from lossfns.terms import k1, k2, k3
 from lossfns.tokens import ON_POLICY, Rows, Tokens
 from lossfns.version import __version__ as __version__
@@ -71,19 +98,26 @@ __all__ = [
     "ModelInput",
     "Rows",
     "TensorData",
+    "TokenWeight",
     "Tokens",
     "Weighing",
     "a2po",
+    "accepted_weights",
     "align_sampler_logprobs",
+    "binary_kl",
+    "binary_tv",
     "ce_gppo",
     "cispo",
     "clip_cov",
     "cross_entropy",
     "dapo",
+    "datum_from_candidates",
     "datum_from_model_input_weights",
     "datum_from_tokens",
     "datum_mean",
     "datum_sum",
+    "describe",
+    "dft",
     "dpo",
     "dppo_kl",
     "dppo_tv",
@@ -92,6 +126,7 @@ __all__ = [
     "export",
     "fipo",
     "fixed_length",
+    "focal",
     "geometric_level",
     "group_advantages",
     "group_metrics",
@@ -99,13 +134,21 @@ __all__ = [
     "gspo",
     "gspo_token",
     "importance_sampling",
+    "info_nce",
     "k1",
+    "k1_plus",
     "k2",
     "k3",
+    "k3_plus",
+    "k3_uncapped",
+    "k_abs",
+    "k_squared",
+    "kl",
     "kl_cov",
     "kto",
     "linear_logprobs",
     "m2po",
+    "maximum_level",
     "merge_metrics",
     "multi_target_cross_entropy",
     "opsm",
@@ -117,24 +160,41 @@ __all__ = [
     "prime_dppo",
     "prime_ref_kl",
     "prime_symmetric",
+    "proximal_logprobs",
+    "raw_support",
     "real",
     "reinforce",
+    "renormalised_support",
+    "rollout",
+    "rollout_summary",
+    "sampled_reverse_kl",
     "sapo",
     "sequence_level",
     "sequence_mean",
     "sequence_sum_mean",
+    "sft_phi",
+    "support_logprobs",
+    "tail_support",
     "target_logprobs",
     "targets_from_labels",
+    "token_coefficients",
     "token_gradient",
     "token_level",
     "token_mean",
     "token_sum",
+    "top_k_forward_kl",
+    "top_k_jsd",
+    "top_k_mixed_kl",
+    "top_k_reverse_kl",
+    "top_p_support",
+    "unlikelihood",
     "weights_from_labels",
     "weights_from_mask",
     "with_binary_kl_mask",
     "with_dual_clip",
     "with_kl",
     "with_opsm",
+    "with_rollout_weight",
     "with_tis",
     "with_tv_mask",
     "with_vaco_mask",

@@ -63,7 +63,7 @@ def check_clip(name: str, value: Any) -> None:
         raise LossInputError(name, expected, show(value), "An epsilon of 0.2 is clip=(0.8, 1.2).")
     low, high = value
     if 0 <= low < 1 and 0 <= high < 1:
-        fix = f"These look like epsilons: pass clip=({1 - low:g}, {1 + high:g})."
+        fix = f"These look like epsilons: pass clip=({1 - float(low):g}, {1 + float(high):g})."
         raise LossInputError(name, expected, repr(value), fix)
     if not 0 <= low <= 1 <= high or not (is_finite(high) or high == math.inf):
         raise LossInputError(name, expected, repr(value), "The bounds must enclose the ratio 1.")
@@ -102,11 +102,23 @@ def check_cov_bounds(name: str, value: Any) -> None:
         raise LossInputError(name, "bounds (low, high) with low < high", show(value), fix)
 
 
-def check_behaviour(name: str, value: Any) -> None:
-    known = ("old_logprobs", "sampler_logprobs")
-    if value not in known:
-        fix = did_you_mean(str(value), known)
-        raise LossInputError(name, " or ".join(map(repr, known)), show(value), fix or "Name the column.")
+def check_kl_weight(name: str, value: Any) -> None:
+    if value is not None:
+        make_function_check("score_function", "ratio_to")(name, value)
+
+
+def make_column_check(*known: str) -> Callable[[str, Any], None]:
+    """Make a check that refuses anything but one of these names of a column of logprobs."""
+
+    def check(name: str, value: Any) -> None:
+        if not isinstance(value, str) or value not in known:
+            raise LossInputError(name, "a column of logprobs", show(value), f"Use one of: {', '.join(known)}.")
+
+    return check
+
+
+def check_share(name: str, value: Any) -> None:
+    check_number(name, value, "a number in [0, 1]", lambda x: 0 <= x <= 1, "It is a share.")
 
 
 def make_function_check(*known: str) -> Callable[[str, Any], None]:
@@ -131,7 +143,7 @@ KNOBS: dict[str, Callable[[str, Any], None]] = {
     "weight_clip": check_clip,
     "cov_bounds": check_cov_bounds,
     "fraction": check_fraction,
-    "behaviour": check_behaviour,
+    "behaviour": make_column_check("old_logprobs", "sampler_logprobs"),
     "safety_ratio": check_positive_or_none,
     "beta_low": check_non_negative,
     "beta_high": check_non_negative,
@@ -144,6 +156,10 @@ KNOBS: dict[str, Callable[[str, Any], None]] = {
     "half_life": check_positive,
     "tau": check_positive,
     "threshold": check_positive,
+    "forward_share": check_share,
+    "gamma": check_non_negative,
+    "support": make_function_check("raw_support", "tail_support", "renormalised_support"),
+    "temperature": check_positive,
     "tau_pos": check_positive,
     "tau_neg": check_positive,
     "desirable_weight": check_non_negative,
@@ -152,6 +168,13 @@ KNOBS: dict[str, Callable[[str, Any], None]] = {
     "log_ratio_cap": check_log_ratio_cap,
     "label_smoothing": check_label_smoothing,
     "kl": make_function_check("k1", "k2", "k3"),
+    "kl_cap": check_log_ratio_cap,
+    "kl_weight": check_kl_weight,
+    "weight": make_function_check("ratio", "truncated"),
+    "kl_to": make_column_check("old_logprobs", "ref_logprobs", "sampler_logprobs"),
+    "numerator": make_column_check("logprobs", "old_logprobs"),
+    "column": make_column_check("old_logprobs", "sampler_logprobs"),
+    "bounds": check_clip,
     "level": make_function_check("sequence_level", "geometric_level", "token_level"),
 }
 

@@ -17,6 +17,33 @@ from lossfns.testing.oracle.coupled import kl_cov as kl_cov
 from lossfns.testing.oracle.coupled import m2po as m2po
 from lossfns.testing.oracle.coupled import real as real
 from lossfns.testing.oracle.policy import sapo as sapo
+from lossfns.testing.oracle.supervised import (
+    dft as dft,
+)
+from lossfns.testing.oracle.supervised import (
+    focal as focal,
+)
+from lossfns.testing.oracle.supervised import (
+    sampled_reverse_kl as sampled_reverse_kl,
+)
+from lossfns.testing.oracle.supervised import (
+    sft_phi as sft_phi,
+)
+from lossfns.testing.oracle.supervised import (
+    top_k_forward_kl as top_k_forward_kl,
+)
+from lossfns.testing.oracle.supervised import (
+    top_k_jsd as top_k_jsd,
+)
+from lossfns.testing.oracle.supervised import (
+    top_k_mixed_kl as top_k_mixed_kl,
+)
+from lossfns.testing.oracle.supervised import (
+    top_k_reverse_kl as top_k_reverse_kl,
+)
+from lossfns.testing.oracle.supervised import (
+    unlikelihood as unlikelihood,
+)
 from lossfns.testing.oracle.trust import a2po as a2po
 from lossfns.testing.oracle.trust import ce_gppo as ce_gppo
 from lossfns.testing.oracle.trust import dppo_kl as dppo_kl
