@@ -39,6 +39,7 @@ from lossfns.logprobs.linear import linear_logprobs
 from lossfns.logprobs.target import target_logprobs
 from lossfns.loss import BoundLoss, Loss, evaluate
 from lossfns.losses.contrastive import info_nce
+from lossfns.losses.coupled import clip_cov, kl_cov, m2po, real
 from lossfns.losses.distillation import (
     raw_support,
     renormalised_support,
@@ -49,13 +50,15 @@ from lossfns.losses.distillation import (
     top_k_mixed_kl,
     top_k_reverse_kl,
 )
+from lossfns.losses.masks import dppo_kl, dppo_tv, opsm, with_binary_kl_mask, with_opsm, with_tv_mask, with_vaco_mask
 from lossfns.losses.policy import bnpo, dapo, dr_grpo, gpg, grpo, importance_sampling, ppo, reinforce
 from lossfns.losses.preference import dpo, orpo
+from lossfns.losses.prime import prime_dppo, prime_ref_kl, prime_symmetric
 from lossfns.losses.rec import rec, rec_ring
-from lossfns.losses.regression import dro, kimi15, sppo_token
+from lossfns.losses.regression import a2po, dro, kimi15, sppo_token
 from lossfns.losses.sequence import gmpo, gspo, gspo_token, luspo, rloo
 from lossfns.losses.supervised import cross_entropy, dft, focal, multi_target_cross_entropy, sft_phi, unlikelihood
-from lossfns.losses.trust import sapo
+from lossfns.losses.trust import ce_gppo, fipo, sapo
 from lossfns.losses.unpaired import kto
 from lossfns.losses.weighted import capped_importance_sampling, cispo, cispo_sequence, opmd, rollout_is, topr, vespo
 from lossfns.metrics import merge_metrics
@@ -94,14 +97,17 @@ __all__ = [
     "TokenWeight",
     "Tokens",
     "Weighing",
+    "a2po",
     "accepted_weights",
     "align_sampler_logprobs",
     "binary_kl",
     "binary_tv",
     "bnpo",
     "capped_importance_sampling",
+    "ce_gppo",
     "cispo",
     "cispo_sequence",
+    "clip_cov",
     "cross_entropy",
     "dapo",
     "datum_from_candidates",
@@ -112,10 +118,13 @@ __all__ = [
     "describe",
     "dft",
     "dpo",
+    "dppo_kl",
+    "dppo_tv",
     "dr_grpo",
     "dro",
     "evaluate",
     "export",
+    "fipo",
     "fixed_length",
     "focal",
     "geometric_level",
@@ -138,22 +147,29 @@ __all__ = [
     "k_squared",
     "kimi15",
     "kl",
+    "kl_cov",
     "kto",
     "linear_logprobs",
     "luspo",
+    "m2po",
     "maximum_level",
     "merge_metrics",
     "multi_target_cross_entropy",
     "one_side",
     "opmd",
+    "opsm",
     "orpo",
     "pack",
     "pair_mean",
     "pair_sum",
     "ppo",
+    "prime_dppo",
+    "prime_ref_kl",
+    "prime_symmetric",
     "proximal_logprobs",
     "ratio_weight",
     "raw_support",
+    "real",
     "rec",
     "rec_ring",
     "reinforce",
@@ -190,8 +206,12 @@ __all__ = [
     "vespo",
     "weights_from_labels",
     "weights_from_mask",
+    "with_binary_kl_mask",
     "with_dual_clip",
     "with_kl",
+    "with_opsm",
     "with_rollout_weight",
     "with_tis",
+    "with_tv_mask",
+    "with_vaco_mask",
 ]

@@ -92,6 +92,23 @@ def check_label_smoothing(name: str, value: Any) -> None:
     check_number(name, value, "a number in [0, 0.5]", lambda x: 0 <= x <= 0.5, fix)
 
 
+def check_fraction(name: str, value: Any) -> None:
+    check_number(name, value, "a number above 0, at most 1", lambda x: 0 < x <= 1, "It is a share of the tokens.")
+
+
+def check_positive_or_none(name: str, value: Any) -> None:
+    if value is not None:
+        check_number(name, value, "a finite number above 0, or None", lambda x: x > 0, "None switches it off.")
+
+
+def check_cov_bounds(name: str, value: Any) -> None:
+    """Refuse anything but two numbers in ascending order."""
+    is_pair = isinstance(value, (tuple, list)) and len(value) == 2 and all(map(is_real, value))
+    if not is_pair or not value[0] < value[1] or not all(is_finite(x) or abs(x) == math.inf for x in value):
+        fix = "They bound the covariance, 1 and 5 in the paper."
+        raise LossInputError(name, "bounds (low, high) with low < high", show(value), fix)
+
+
 def check_kl_weight(name: str, value: Any) -> None:
     if value is not None:
         make_function_check("score_function", "ratio_to")(name, value)
@@ -130,6 +147,22 @@ KNOBS: dict[str, Callable[[str, Any], None]] = {
     "cap": check_positive,
     "length": check_positive,
     "c": check_dual_clip,
+    "weight_clip": check_clip,
+    "cov_bounds": check_cov_bounds,
+    "fraction": check_fraction,
+    "behaviour": make_column_check("old_logprobs", "sampler_logprobs"),
+    "safety_ratio": check_positive_or_none,
+    "beta_low": check_non_negative,
+    "beta_high": check_non_negative,
+    "kl_coef": check_non_negative,
+    "kl_tau": check_non_negative,
+    "adv_tau": check_positive,
+    "delta": check_positive,
+    "delta_low": check_positive,
+    "delta_high": check_positive,
+    "half_life": check_positive,
+    "tau": check_positive,
+    "threshold": check_positive,
     "forward_share": check_share,
     "gamma": check_non_negative,
     "support": make_function_check("raw_support", "tail_support", "renormalised_support"),

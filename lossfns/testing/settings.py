@@ -6,6 +6,7 @@ import functools
 import inspect
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -168,7 +169,7 @@ def other_values(value: Any, name: str) -> list[Any]:
 def with_settings(loss_fn: Any, **settings: Any) -> Any:
     """Return the loss with some of its settings replaced."""
     if isinstance(loss_fn, BoundLoss):
-        return BoundLoss(with_settings(loss_fn.loss, **settings), loss_fn.columns)
+        return replace(loss_fn, loss=with_settings(loss_fn.loss, **settings))
     if isinstance(loss_fn, Loss):
         return public(loss_fn.name)(**{**loss_fn.knobs, **settings})
     if isinstance(getattr(loss_fn, "target", None), Target):

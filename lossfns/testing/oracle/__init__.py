@@ -17,6 +17,10 @@ from lossfns.testing.oracle.clipped import dr_grpo as dr_grpo
 from lossfns.testing.oracle.clipped import gmpo as gmpo
 from lossfns.testing.oracle.clipped import luspo as luspo
 from lossfns.testing.oracle.clipped import rloo as rloo
+from lossfns.testing.oracle.coupled import clip_cov as clip_cov
+from lossfns.testing.oracle.coupled import kl_cov as kl_cov
+from lossfns.testing.oracle.coupled import m2po as m2po
+from lossfns.testing.oracle.coupled import real as real
 from lossfns.testing.oracle.policy import sapo as sapo
 from lossfns.testing.oracle.supervised import (
     dft as dft,
@@ -45,6 +49,15 @@ from lossfns.testing.oracle.supervised import (
 from lossfns.testing.oracle.supervised import (
     unlikelihood as unlikelihood,
 )
+from lossfns.testing.oracle.trust import a2po as a2po
+from lossfns.testing.oracle.trust import ce_gppo as ce_gppo
+from lossfns.testing.oracle.trust import dppo_kl as dppo_kl
+from lossfns.testing.oracle.trust import dppo_tv as dppo_tv
+from lossfns.testing.oracle.trust import fipo as fipo
+from lossfns.testing.oracle.trust import opsm as opsm
+from lossfns.testing.oracle.trust import prime_dppo as prime_dppo
+from lossfns.testing.oracle.trust import prime_ref_kl as prime_ref_kl
+from lossfns.testing.oracle.trust import prime_symmetric as prime_symmetric
 from lossfns.testing.oracle.unpaired import kto as kto
 from lossfns.testing.oracle.weighted import capped_importance_sampling as capped_importance_sampling
 from lossfns.testing.oracle.weighted import cispo_sequence as cispo_sequence
