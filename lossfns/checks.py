@@ -169,7 +169,6 @@ KNOBS: dict[str, Callable[[str, Any], None]] = {
     "temperature": check_positive,
     "tau_pos": check_positive,
     "tau_neg": check_positive,
-    "tau": check_positive,
     "k_pos": check_non_negative,
     "k_neg": check_non_negative,
     "lambda_pos": check_positive,

@@ -179,9 +179,10 @@ UNLIKE_THEIR_KIND = {"unlikelihood": "it lowers the likelihood of its tokens"}
 
 BY_DESIGN = {
     "ce_gppo": {"clip": "beyond the bounds the value is constant and the gradient is kept, as the paper has it"},
-    **dict.fromkeys(
-        ("clip_cov", "kl_cov"), {"no_inert_knob": "the tokens of a datum have one advantage, and covariance 0"}
-    ),
+    **{
+        key: {"no_inert_knob": "the tokens of a datum have one advantage, and covariance 0"}
+        for key in ("clip_cov", "kl_cov")
+    },
     "fipo": dict.fromkeys(
         ("padding", "metric_scope"), "a discount counts positions, so that masked tokens inside a sequence matter"
     ),
