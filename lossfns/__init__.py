@@ -25,19 +25,47 @@ from lossfns.combine import with_dual_clip, with_kl, with_tis
 from lossfns.datum import Datum, EncodedTextChunk, ModelInput, TensorData
 from lossfns.errors import LossInputError, LossWarning
 from lossfns.export.token_gradient import token_gradient
-from lossfns.frame import align_sampler_logprobs, datum_from_model_input_weights, datum_from_tokens
+from lossfns.frame import (
+    align_sampler_logprobs,
+    datum_from_model_input_weights,
+    datum_from_tokens,
+    pair_from_tokens,
+)
 from lossfns.labels import targets_from_labels, weights_from_labels, weights_from_mask
 from lossfns.logprobs.linear import linear_logprobs
 from lossfns.logprobs.target import target_logprobs
 from lossfns.loss import BoundLoss, Loss, evaluate
+from lossfns.losses.grouped import alpha_dpo, aot, aot_unpaired, beta_dpo, dr_dpo
+from lossfns.losses.links import chi_po, discopop, f_dpo, focal_po, gpo, spo
 from lossfns.losses.policy import dapo, grpo, importance_sampling, ppo, reinforce
-from lossfns.losses.preference import dpo, orpo
+from lossfns.losses.preference import dpo, dpo_norm, exo, hinge, ipo, robust_dpo
+from lossfns.losses.reference_free import alphapo, cpo, orpo, simpo
 from lossfns.losses.regression import dro
+from lossfns.losses.reward_models import bradley_terry, bradley_terry_margin, process_reward
 from lossfns.losses.sequence import gspo, gspo_token
+from lossfns.losses.shifts import bpo, dpo_shift, dpop, ld_dpo, minor_dpo, odpo, r_dpo, wpo
+from lossfns.losses.sides import apo_down, apo_zero, bco_pair, c2_dpo, cal_dpo, nca, sppo_hard
 from lossfns.losses.supervised import cross_entropy, multi_target_cross_entropy
 from lossfns.losses.trust import sapo
-from lossfns.losses.unpaired import kto
+from lossfns.losses.unpaired import bco, kto, kto_reference_point, sppo
 from lossfns.losses.weighted import cispo
+from lossfns.margins import (
+    Reward,
+    alpha_reward,
+    exponential_link,
+    forward_kl_reward,
+    hinge_link,
+    js_reward,
+    log_odds_mean,
+    log_ratio_mean,
+    log_ratio_sum,
+    logistic_link,
+    logprob_mean,
+    logprob_sum,
+    savage_link,
+    squared_link,
+    truncated_quadratic_link,
+)
 from lossfns.metrics import merge_metrics
 from lossfns.pack import pack
 from lossfns.segments import geometric_level, sequence_level, token_level
@@ -66,56 +94,112 @@ __all__ = [
     "LossInputError",
     "LossWarning",
     "ModelInput",
+    "Reward",
     "Rows",
     "TensorData",
     "Tokens",
     "Weighing",
     "align_sampler_logprobs",
+    "alpha_dpo",
+    "alpha_reward",
+    "alphapo",
+    "aot",
+    "aot_unpaired",
+    "apo_down",
+    "apo_zero",
+    "bco",
+    "bco_pair",
+    "beta_dpo",
+    "bpo",
+    "bradley_terry",
+    "bradley_terry_margin",
+    "c2_dpo",
+    "cal_dpo",
+    "chi_po",
     "cispo",
+    "cpo",
     "cross_entropy",
     "dapo",
     "datum_from_model_input_weights",
     "datum_from_tokens",
     "datum_mean",
     "datum_sum",
+    "discopop",
     "dpo",
+    "dpo_norm",
+    "dpo_shift",
+    "dpop",
+    "dr_dpo",
     "dro",
     "evaluate",
+    "exo",
+    "exponential_link",
     "export",
+    "f_dpo",
     "fixed_length",
+    "focal_po",
+    "forward_kl_reward",
     "geometric_level",
+    "gpo",
     "group_advantages",
     "group_metrics",
     "grpo",
     "gspo",
     "gspo_token",
+    "hinge",
+    "hinge_link",
     "importance_sampling",
+    "ipo",
+    "js_reward",
     "k1",
     "k2",
     "k3",
     "kto",
+    "kto_reference_point",
+    "ld_dpo",
     "linear_logprobs",
+    "log_odds_mean",
+    "log_ratio_mean",
+    "log_ratio_sum",
+    "logistic_link",
+    "logprob_mean",
+    "logprob_sum",
     "merge_metrics",
+    "minor_dpo",
     "multi_target_cross_entropy",
+    "nca",
+    "odpo",
     "orpo",
     "pack",
+    "pair_from_tokens",
     "pair_mean",
     "pair_sum",
     "ppo",
+    "process_reward",
+    "r_dpo",
     "reinforce",
+    "robust_dpo",
     "sapo",
+    "savage_link",
     "sequence_level",
     "sequence_mean",
     "sequence_sum_mean",
+    "simpo",
+    "spo",
+    "sppo",
+    "sppo_hard",
+    "squared_link",
     "target_logprobs",
     "targets_from_labels",
     "token_gradient",
     "token_level",
     "token_mean",
     "token_sum",
+    "truncated_quadratic_link",
     "weights_from_labels",
     "weights_from_mask",
     "with_dual_clip",
     "with_kl",
     "with_tis",
+    "wpo",
 ]

@@ -85,6 +85,36 @@ def check_label_smoothing(name: str, value: Any) -> None:
     check_number(name, value, "a number in [0, 0.5]", lambda x: 0 <= x <= 0.5, fix)
 
 
+def check_flip_rate(name: str, value: Any) -> None:
+    fix = "It is the probability that a pair is labelled the wrong way round. At 0.5 a pair says nothing."
+    check_number(name, value, "a number of at least 0 and below 0.5", lambda x: 0 <= x < 0.5, fix)
+
+
+def check_epsilon(name: str, value: Any) -> None:
+    fix = "It is the probability of the rejected side under the target, whose logarithm is taken."
+    check_number(name, value, "a number above 0, and at most 0.5", lambda x: 0 < x <= 0.5, fix)
+
+
+def check_share(name: str, value: Any) -> None:
+    fix = "1 counts the tail in full, 0 leaves it out."
+    check_number(name, value, "a number in [0, 1]", lambda x: 0 <= x <= 1, fix)
+
+
+def check_discopop_tau(name: str, value: Any) -> None:
+    fix = "Above 1 the loss has no bound in float32."
+    check_number(name, value, "a number above 0, and at most 1", lambda x: 0 < x <= 1, fix)
+
+
+def check_reward_alpha(name: str, value: Any) -> None:
+    fix = "At 0 the reward is that of simpo."
+    check_number(name, value, "a finite number other than 0", lambda x: x != 0, fix)
+
+
+def check_reward_bound(name: str, value: Any) -> None:
+    if value is not None:
+        check_number(name, value, "a finite number above 0, or None", lambda x: x > 0, "None leaves out the clip.")
+
+
 def make_function_check(*known: str) -> Callable[[str, Any], None]:
     """Make a check that refuses anything but a function; its hint names the ``known`` functions."""
 
@@ -111,6 +141,21 @@ KNOBS: dict[str, Callable[[str, Any], None]] = {
     "dual_clip": check_dual_clip,
     "log_ratio_cap": check_log_ratio_cap,
     "label_smoothing": check_label_smoothing,
+    "flip_rate": check_flip_rate,
+    "epsilon": check_epsilon,
+    "ld_alpha": check_share,
+    "discopop_tau": check_discopop_tau,
+    "reward_alpha": check_reward_alpha,
+    "divergence_alpha": check_positive,
+    "reward_bound": check_reward_bound,
+    "alpha": check_non_negative,
+    "gamma": check_non_negative,
+    "balance": check_positive,
+    "beta_prime": check_positive,
+    "min_beta": check_positive,
+    "nll_weight": check_non_negative,
+    "center_weight": check_non_negative,
+    "link": make_function_check("hinge_link", "savage_link", "exponential_link", "squared_link", "logistic_link"),
     "kl": make_function_check("k1", "k2", "k3"),
     "level": make_function_check("sequence_level", "geometric_level", "token_level"),
 }

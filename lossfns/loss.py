@@ -16,6 +16,7 @@ from lossfns.checks import check_denominator, check_knobs, is_huge, is_real
 from lossfns.compiled import Measure, OneKernel
 from lossfns.deferred import DeferredMetrics, Numbers, finalised, join_numbers, not_divisible
 from lossfns.errors import LossInputError, add_loss_name, did_you_mean, show, warn
+from lossfns.margins import LINKS, REWARDS
 from lossfns.metrics import ADDITIVE, DIVIDED
 from lossfns.pack import as_row, as_tensor, check_align, check_reads, is_plain, pack, pack_weights, tensor_form
 from lossfns.segments import active_counts, geometric_level, sequence_level, token_level
@@ -42,6 +43,9 @@ FUNCTIONS_BY_NAME: dict[str, dict[str, Any]] = {
     "weigh": {weighing.name: weighing for weighing in WEIGHINGS},
     "kl": {"k1": k1, "k2": k2, "k3": k3},
     "level": {"token_level": token_level, "sequence_level": sequence_level, "geometric_level": geometric_level},
+    "reward": {**REWARDS},
+    "nll": {**REWARDS},
+    "link": {**LINKS},
 }
 """The functions that a knob accepts by name."""
 

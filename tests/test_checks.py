@@ -28,6 +28,13 @@ ACCEPTED: dict[str, list[Any]] = {
     "label_smoothing": [0, 0.25, 0.5],
     "level": [lambda t, log_weight: log_weight],
     "kl": [k3, lambda logprobs, ref: logprobs - ref],
+    "flip_rate": [0, 0.1, math.nextafter(0.5, 0)],
+    "epsilon": [TINY, 1e-3, 0.5],
+    "ld_alpha": [0, 0.5, 1],
+    "discopop_tau": [TINY, 0.05, 1],
+    "reward_alpha": [TINY, -0.5, 0.25],
+    "reward_bound": [None, TINY, 10],
+    "link": [lossfns.hinge_link, lambda h: -h],
 }
 REFUSED: dict[str, list[Any]] = {
     "clip": [
@@ -46,6 +53,13 @@ REFUSED: dict[str, list[Any]] = {
     "label_smoothing": [-TINY, math.nextafter(0.5, 1), 1, *NO_NUMBER],
     "level": ["sequence_level", "token", None],
     "kl": ["k3", None, 3, 0.001],
+    "flip_rate": [-TINY, 0.5, 1, *NO_NUMBER],
+    "epsilon": [0, math.nextafter(0.5, 1), -1e-3, *NO_NUMBER],
+    "ld_alpha": [-TINY, ABOVE, *NO_NUMBER],
+    "discopop_tau": [0, ABOVE, *NO_NUMBER],
+    "reward_alpha": [0, 0.0, *NO_NUMBER],
+    "reward_bound": [0, -1, True, "3", math.nan, math.inf],
+    "link": ["hinge_link", None, 1.0],
 }
 
 

@@ -14,7 +14,7 @@ LAYERS = [
     {"errors", "version"},
     {"tokens", "terms", "checks", "statistics", "devices"},
     {"segments"},
-    {"weigh", "pack", "values", "metrics"},
+    {"weigh", "pack", "values", "metrics", "margins"},
     {"tensors", "deferred"},
     {"compiled"},
     {"loss"},

@@ -146,6 +146,9 @@ NAMED_VALUES = {
     "kl": ("k2", "k3"),
     "weigh": ("fixed_length", "pair_sum", "pair_mean", "token_sum"),
     "level": ("sequence_level", "token_level"),
+    "reward": ("log_ratio_mean", "log_ratio_sum", "logprob_mean"),
+    "nll": ("logprob_mean",),
+    "link": ("savage_link", "logistic_link"),
 }
 """Setting → the public functions that it may be set to."""
 
