@@ -19,22 +19,37 @@ A batch may be split in any way. ``D = bound.denominator(data)`` adds over micro
 Bind ``denominator=D`` and the columns of each part: the losses of the parts then sum exactly to the loss of the batch.
 """
 
-from lossfns import export
+from lossfns import export, kl, rollout
 from lossfns.advantages import group_advantages, group_metrics
-from lossfns.combine import with_dual_clip, with_kl, with_tis
+from lossfns.combine import with_dual_clip, with_kl, with_rollout_weight, with_tis
 from lossfns.datum import Datum, EncodedTextChunk, ModelInput, TensorData
+from lossfns.describe import describe
 from lossfns.errors import LossInputError, LossWarning
+from lossfns.export.coefficients import token_coefficients
 from lossfns.export.token_gradient import token_gradient
 from lossfns.frame import (
     align_sampler_logprobs,
+    datum_from_candidates,
     datum_from_model_input_weights,
     datum_from_tokens,
     pair_from_tokens,
 )
+from lossfns.kl import binary_kl, binary_tv, k1_plus, k3_plus, k3_uncapped, k_abs, k_squared
 from lossfns.labels import targets_from_labels, weights_from_labels, weights_from_mask
 from lossfns.logprobs.linear import linear_logprobs
 from lossfns.logprobs.target import target_logprobs
 from lossfns.loss import BoundLoss, Loss, evaluate
+from lossfns.losses.contrastive import info_nce
+from lossfns.losses.distillation import (
+    raw_support,
+    renormalised_support,
+    sampled_reverse_kl,
+    tail_support,
+    top_k_forward_kl,
+    top_k_jsd,
+    top_k_mixed_kl,
+    top_k_reverse_kl,
+)
 from lossfns.losses.grouped import alpha_dpo, aot, aot_unpaired, beta_dpo, dr_dpo
 from lossfns.losses.links import chi_po, discopop, f_dpo, focal_po, gpo, spo
 from lossfns.losses.policy import dapo, grpo, importance_sampling, ppo, reinforce
@@ -45,7 +60,7 @@ from lossfns.losses.reward_models import bradley_terry, bradley_terry_margin, pr
 from lossfns.losses.sequence import gspo, gspo_token
 from lossfns.losses.shifts import bpo, dpo_shift, dpop, ld_dpo, minor_dpo, odpo, r_dpo, wpo
 from lossfns.losses.sides import apo_down, apo_zero, bco_pair, c2_dpo, cal_dpo, nca, sppo_hard
-from lossfns.losses.supervised import cross_entropy, multi_target_cross_entropy
+from lossfns.losses.supervised import cross_entropy, dft, focal, multi_target_cross_entropy, sft_phi, unlikelihood
 from lossfns.losses.trust import sapo
 from lossfns.losses.unpaired import bco, kto, kto_reference_point, sppo
 from lossfns.losses.weighted import cispo
@@ -68,7 +83,15 @@ from lossfns.margins import (
 )
 from lossfns.metrics import merge_metrics
 from lossfns.pack import pack
-from lossfns.segments import geometric_level, sequence_level, token_level
+from lossfns.rollout import TokenWeight
+from lossfns.sampler import (
+    accepted_weights,
+    proximal_logprobs,
+    rollout_summary,
+    support_logprobs,
+    top_p_support,
+)
+from lossfns.segments import geometric_level, maximum_level, sequence_level, token_level
 from lossfns.terms import k1, k2, k3
 from lossfns.tokens import ON_POLICY, Rows, Tokens
 from lossfns.version import __version__ as __version__
@@ -97,8 +120,10 @@ __all__ = [
     "Reward",
     "Rows",
     "TensorData",
+    "TokenWeight",
     "Tokens",
     "Weighing",
+    "accepted_weights",
     "align_sampler_logprobs",
     "alpha_dpo",
     "alpha_reward",
@@ -110,6 +135,8 @@ __all__ = [
     "bco",
     "bco_pair",
     "beta_dpo",
+    "binary_kl",
+    "binary_tv",
     "bpo",
     "bradley_terry",
     "bradley_terry_margin",
@@ -120,10 +147,13 @@ __all__ = [
     "cpo",
     "cross_entropy",
     "dapo",
+    "datum_from_candidates",
     "datum_from_model_input_weights",
     "datum_from_tokens",
     "datum_mean",
     "datum_sum",
+    "describe",
+    "dft",
     "discopop",
     "dpo",
     "dpo_norm",
@@ -137,6 +167,7 @@ __all__ = [
     "export",
     "f_dpo",
     "fixed_length",
+    "focal",
     "focal_po",
     "forward_kl_reward",
     "geometric_level",
@@ -149,11 +180,18 @@ __all__ = [
     "hinge",
     "hinge_link",
     "importance_sampling",
+    "info_nce",
     "ipo",
     "js_reward",
     "k1",
+    "k1_plus",
     "k2",
     "k3",
+    "k3_plus",
+    "k3_uncapped",
+    "k_abs",
+    "k_squared",
+    "kl",
     "kto",
     "kto_reference_point",
     "ld_dpo",
@@ -164,6 +202,7 @@ __all__ = [
     "logistic_link",
     "logprob_mean",
     "logprob_sum",
+    "maximum_level",
     "merge_metrics",
     "minor_dpo",
     "multi_target_cross_entropy",
@@ -176,30 +215,47 @@ __all__ = [
     "pair_sum",
     "ppo",
     "process_reward",
+    "proximal_logprobs",
     "r_dpo",
+    "raw_support",
     "reinforce",
+    "renormalised_support",
     "robust_dpo",
+    "rollout",
+    "rollout_summary",
+    "sampled_reverse_kl",
     "sapo",
     "savage_link",
     "sequence_level",
     "sequence_mean",
     "sequence_sum_mean",
+    "sft_phi",
     "simpo",
     "spo",
     "sppo",
     "sppo_hard",
     "squared_link",
+    "support_logprobs",
+    "tail_support",
     "target_logprobs",
     "targets_from_labels",
+    "token_coefficients",
     "token_gradient",
     "token_level",
     "token_mean",
     "token_sum",
+    "top_k_forward_kl",
+    "top_k_jsd",
+    "top_k_mixed_kl",
+    "top_k_reverse_kl",
+    "top_p_support",
     "truncated_quadratic_link",
+    "unlikelihood",
     "weights_from_labels",
     "weights_from_mask",
     "with_dual_clip",
     "with_kl",
+    "with_rollout_weight",
     "with_tis",
     "wpo",
 ]

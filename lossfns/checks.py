@@ -63,7 +63,7 @@ def check_clip(name: str, value: Any) -> None:
         raise LossInputError(name, expected, show(value), "An epsilon of 0.2 is clip=(0.8, 1.2).")
     low, high = value
     if 0 <= low < 1 and 0 <= high < 1:
-        fix = f"These look like epsilons: pass clip=({1 - low:g}, {1 + high:g})."
+        fix = f"These look like epsilons: pass clip=({1 - float(low):g}, {1 + float(high):g})."
         raise LossInputError(name, expected, repr(value), fix)
     if not 0 <= low <= 1 <= high or not (is_finite(high) or high == math.inf):
         raise LossInputError(name, expected, repr(value), "The bounds must enclose the ratio 1.")
@@ -95,11 +95,6 @@ def check_epsilon(name: str, value: Any) -> None:
     check_number(name, value, "a number above 0, and at most 0.5", lambda x: 0 < x <= 0.5, fix)
 
 
-def check_share(name: str, value: Any) -> None:
-    fix = "1 counts the tail in full, 0 leaves it out."
-    check_number(name, value, "a number in [0, 1]", lambda x: 0 <= x <= 1, fix)
-
-
 def check_discopop_tau(name: str, value: Any) -> None:
     fix = "Above 1 the loss has no bound in float32."
     check_number(name, value, "a number above 0, and at most 1", lambda x: 0 < x <= 1, fix)
@@ -113,6 +108,25 @@ def check_reward_alpha(name: str, value: Any) -> None:
 def check_reward_bound(name: str, value: Any) -> None:
     if value is not None:
         check_number(name, value, "a finite number above 0, or None", lambda x: x > 0, "None leaves out the clip.")
+
+
+def check_kl_weight(name: str, value: Any) -> None:
+    if value is not None:
+        make_function_check("score_function", "ratio_to")(name, value)
+
+
+def make_column_check(*known: str) -> Callable[[str, Any], None]:
+    """Make a check that refuses anything but one of these names of a column of logprobs."""
+
+    def check(name: str, value: Any) -> None:
+        if not isinstance(value, str) or value not in known:
+            raise LossInputError(name, "a column of logprobs", show(value), f"Use one of: {', '.join(known)}.")
+
+    return check
+
+
+def check_share(name: str, value: Any) -> None:
+    check_number(name, value, "a number in [0, 1]", lambda x: 0 <= x <= 1, "It is a share.")
 
 
 def make_function_check(*known: str) -> Callable[[str, Any], None]:
@@ -134,6 +148,10 @@ KNOBS: dict[str, Callable[[str, Any], None]] = {
     "cap": check_positive,
     "length": check_positive,
     "c": check_dual_clip,
+    "forward_share": check_share,
+    "gamma": check_non_negative,
+    "support": make_function_check("raw_support", "tail_support", "renormalised_support"),
+    "temperature": check_positive,
     "tau_pos": check_positive,
     "tau_neg": check_positive,
     "desirable_weight": check_non_negative,
@@ -149,7 +167,6 @@ KNOBS: dict[str, Callable[[str, Any], None]] = {
     "divergence_alpha": check_positive,
     "reward_bound": check_reward_bound,
     "alpha": check_non_negative,
-    "gamma": check_non_negative,
     "balance": check_positive,
     "beta_prime": check_positive,
     "min_beta": check_positive,
@@ -157,6 +174,13 @@ KNOBS: dict[str, Callable[[str, Any], None]] = {
     "center_weight": check_non_negative,
     "link": make_function_check("hinge_link", "savage_link", "exponential_link", "squared_link", "logistic_link"),
     "kl": make_function_check("k1", "k2", "k3"),
+    "kl_cap": check_log_ratio_cap,
+    "kl_weight": check_kl_weight,
+    "weight": make_function_check("ratio", "truncated"),
+    "kl_to": make_column_check("old_logprobs", "ref_logprobs", "sampler_logprobs"),
+    "numerator": make_column_check("logprobs", "old_logprobs"),
+    "column": make_column_check("old_logprobs", "sampler_logprobs"),
+    "bounds": check_clip,
     "level": make_function_check("sequence_level", "geometric_level", "token_level"),
 }
 

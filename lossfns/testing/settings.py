@@ -149,6 +149,7 @@ NAMED_VALUES = {
     "reward": ("log_ratio_mean", "log_ratio_sum", "logprob_mean"),
     "nll": ("logprob_mean",),
     "link": ("savage_link", "logistic_link"),
+    "support": ("renormalised_support", "tail_support", "raw_support"),
 }
 """Setting → the public functions that it may be set to."""
 
