@@ -109,6 +109,31 @@ def check_cov_bounds(name: str, value: Any) -> None:
         raise LossInputError(name, "bounds (low, high) with low < high", show(value), fix)
 
 
+def check_flip_rate(name: str, value: Any) -> None:
+    fix = "It is the probability that a pair is labelled the wrong way round. At 0.5 a pair says nothing."
+    check_number(name, value, "a number of at least 0 and below 0.5", lambda x: 0 <= x < 0.5, fix)
+
+
+def check_epsilon(name: str, value: Any) -> None:
+    fix = "It is the probability of the rejected side under the target, whose logarithm is taken."
+    check_number(name, value, "a number above 0, and at most 0.5", lambda x: 0 < x <= 0.5, fix)
+
+
+def check_discopop_tau(name: str, value: Any) -> None:
+    fix = "Above 1 the loss has no bound in float32."
+    check_number(name, value, "a number above 0, and at most 1", lambda x: 0 < x <= 1, fix)
+
+
+def check_reward_alpha(name: str, value: Any) -> None:
+    fix = "At 0 the reward is that of simpo."
+    check_number(name, value, "a finite number other than 0", lambda x: x != 0, fix)
+
+
+def check_reward_bound(name: str, value: Any) -> None:
+    if value is not None:
+        check_number(name, value, "a finite number above 0, or None", lambda x: x > 0, "None leaves out the clip.")
+
+
 def check_kl_weight(name: str, value: Any) -> None:
     if value is not None:
         make_function_check("score_function", "ratio_to")(name, value)
@@ -181,6 +206,20 @@ KNOBS: dict[str, Callable[[str, Any], None]] = {
     "dual_clip": check_dual_clip,
     "log_ratio_cap": check_log_ratio_cap,
     "label_smoothing": check_label_smoothing,
+    "flip_rate": check_flip_rate,
+    "epsilon": check_epsilon,
+    "ld_alpha": check_share,
+    "discopop_tau": check_discopop_tau,
+    "reward_alpha": check_reward_alpha,
+    "divergence_alpha": check_positive,
+    "reward_bound": check_reward_bound,
+    "alpha": check_non_negative,
+    "balance": check_positive,
+    "beta_prime": check_positive,
+    "min_beta": check_positive,
+    "nll_weight": check_non_negative,
+    "center_weight": check_non_negative,
+    "link": make_function_check("hinge_link", "savage_link", "exponential_link", "squared_link", "logistic_link"),
     "kl": make_function_check("k1", "k2", "k3"),
     "kl_cap": check_log_ratio_cap,
     "kl_weight": check_kl_weight,

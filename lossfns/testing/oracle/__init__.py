@@ -21,7 +21,118 @@ from lossfns.testing.oracle.coupled import clip_cov as clip_cov
 from lossfns.testing.oracle.coupled import kl_cov as kl_cov
 from lossfns.testing.oracle.coupled import m2po as m2po
 from lossfns.testing.oracle.coupled import real as real
+from lossfns.testing.oracle.grouped import (
+    alpha_dpo as alpha_dpo,
+)
+from lossfns.testing.oracle.grouped import (
+    aot as aot,
+)
+from lossfns.testing.oracle.grouped import (
+    aot_unpaired as aot_unpaired,
+)
+from lossfns.testing.oracle.grouped import (
+    beta_dpo as beta_dpo,
+)
+from lossfns.testing.oracle.grouped import (
+    dr_dpo as dr_dpo,
+)
 from lossfns.testing.oracle.policy import sapo as sapo
+from lossfns.testing.oracle.preference import (
+    apo_down as apo_down,
+)
+from lossfns.testing.oracle.preference import (
+    apo_zero as apo_zero,
+)
+from lossfns.testing.oracle.preference import (
+    bco_pair as bco_pair,
+)
+from lossfns.testing.oracle.preference import (
+    bpo as bpo,
+)
+from lossfns.testing.oracle.preference import (
+    c2_dpo as c2_dpo,
+)
+from lossfns.testing.oracle.preference import (
+    cal_dpo as cal_dpo,
+)
+from lossfns.testing.oracle.preference import (
+    chi_po as chi_po,
+)
+from lossfns.testing.oracle.preference import (
+    discopop as discopop,
+)
+from lossfns.testing.oracle.preference import (
+    dpo_norm as dpo_norm,
+)
+from lossfns.testing.oracle.preference import (
+    dpo_shift as dpo_shift,
+)
+from lossfns.testing.oracle.preference import (
+    dpop as dpop,
+)
+from lossfns.testing.oracle.preference import (
+    exo as exo,
+)
+from lossfns.testing.oracle.preference import (
+    f_dpo as f_dpo,
+)
+from lossfns.testing.oracle.preference import (
+    focal_po as focal_po,
+)
+from lossfns.testing.oracle.preference import (
+    gpo as gpo,
+)
+from lossfns.testing.oracle.preference import (
+    hinge as hinge,
+)
+from lossfns.testing.oracle.preference import (
+    ipo as ipo,
+)
+from lossfns.testing.oracle.preference import (
+    ld_dpo as ld_dpo,
+)
+from lossfns.testing.oracle.preference import (
+    minor_dpo as minor_dpo,
+)
+from lossfns.testing.oracle.preference import (
+    nca as nca,
+)
+from lossfns.testing.oracle.preference import (
+    odpo as odpo,
+)
+from lossfns.testing.oracle.preference import (
+    r_dpo as r_dpo,
+)
+from lossfns.testing.oracle.preference import (
+    robust_dpo as robust_dpo,
+)
+from lossfns.testing.oracle.preference import (
+    spo as spo,
+)
+from lossfns.testing.oracle.preference import (
+    sppo_hard as sppo_hard,
+)
+from lossfns.testing.oracle.preference import (
+    wpo as wpo,
+)
+from lossfns.testing.oracle.reference_free import (
+    alphapo as alphapo,
+)
+from lossfns.testing.oracle.reference_free import (
+    bradley_terry as bradley_terry,
+)
+from lossfns.testing.oracle.reference_free import (
+    bradley_terry_margin as bradley_terry_margin,
+)
+from lossfns.testing.oracle.reference_free import (
+    cpo as cpo,
+)
+from lossfns.testing.oracle.reference_free import (
+    process_reward as process_reward,
+)
+from lossfns.testing.oracle.reference_free import (
+    simpo as simpo,
+)
 from lossfns.testing.oracle.supervised import (
     dft as dft,
 )
@@ -58,7 +169,9 @@ from lossfns.testing.oracle.trust import opsm as opsm
 from lossfns.testing.oracle.trust import prime_dppo as prime_dppo
 from lossfns.testing.oracle.trust import prime_ref_kl as prime_ref_kl
 from lossfns.testing.oracle.trust import prime_symmetric as prime_symmetric
+from lossfns.testing.oracle.unpaired import bco as bco
 from lossfns.testing.oracle.unpaired import kto as kto
+from lossfns.testing.oracle.unpaired import sppo as sppo
 from lossfns.testing.oracle.weighted import capped_importance_sampling as capped_importance_sampling
 from lossfns.testing.oracle.weighted import cispo_sequence as cispo_sequence
 from lossfns.testing.oracle.weighted import gpg as gpg
