@@ -54,9 +54,15 @@ from lossfns.labels import targets_from_labels, weights_from_labels, weights_fro
 from lossfns.logprobs.linear import linear_logprobs
 from lossfns.logprobs.target import target_logprobs
 from lossfns.loss import BoundLoss, Loss, evaluate
-from lossfns.losses.policy import cispo, dapo, dro, grpo, gspo, gspo_token, importance_sampling, ppo, reinforce
+from lossfns.losses.policy import dapo, grpo, importance_sampling, ppo, reinforce
 from lossfns.losses.preference import dpo, orpo
+from lossfns.losses.regression import dro
+from lossfns.losses.sequence import gspo, gspo_token
 from lossfns.losses.supervised import cross_entropy, multi_target_cross_entropy
+from lossfns.losses.trust import sapo
+from lossfns.losses.unpaired import kto
+from lossfns.losses.weighted import cispo
+from lossfns.losses.value import explained_variance, value_loss
 from lossfns.metrics import merge_metrics
 from lossfns.pack import pack
 from lossfns.segments import geometric_level, sequence_level, token_level
@@ -102,6 +108,7 @@ __all__ = [
     "dpo",
     "dro",
     "evaluate",
+    "explained_variance",
     "export",
     "fixed_length",
     "gae",
@@ -121,6 +128,7 @@ __all__ = [
     "k2",
     "k3",
     "kl_penalties",
+    "kto",
     "leave_one_out_advantages",
     "linear_logprobs",
     "maxrl_advantages",
@@ -140,6 +148,7 @@ __all__ = [
     "reinforce_plus_plus_baseline_advantages",
     "remax_advantages",
     "returns_to_go",
+    "sapo",
     "sequence_level",
     "sequence_mean",
     "sequence_sum_mean",
@@ -150,6 +159,7 @@ __all__ = [
     "token_mean",
     "token_rewards",
     "token_sum",
+    "value_loss",
     "weights_from_labels",
     "weights_from_mask",
     "whiten",

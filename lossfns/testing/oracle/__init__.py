@@ -2,12 +2,40 @@
 
 A row holds one sequence. A token counts if and only if its weight is not 0. The values of a token that does not count
 are never read. Sums are exactly rounded, so an implementation differs from this file only by its own rounding.
+
+The losses of this file have their gradient in closed form. Those of the other files of the folder differentiate
+themselves (``scalar.py``): each is its equation alone.
 """
 
 import math
 import operator
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import TypedDict, Unpack
+
+from lossfns.testing.oracle.advantages import asymre_advantages as asymre_advantages
+from lossfns.testing.oracle.advantages import batch_advantages as batch_advantages
+from lossfns.testing.oracle.advantages import gae as gae
+from lossfns.testing.oracle.advantages import gdpo_advantages as gdpo_advantages
+from lossfns.testing.oracle.advantages import gigpo_advantages as gigpo_advantages
+from lossfns.testing.oracle.advantages import gpg_advantages as gpg_advantages
+from lossfns.testing.oracle.advantages import group_advantages as group_advantages
+from lossfns.testing.oracle.advantages import hierarchical_advantages as hierarchical_advantages
+from lossfns.testing.oracle.advantages import kl_penalties as kl_penalties
+from lossfns.testing.oracle.advantages import leave_one_out_advantages as leave_one_out_advantages
+from lossfns.testing.oracle.advantages import maxrl_advantages as maxrl_advantages
+from lossfns.testing.oracle.advantages import opo_advantages as opo_advantages
+from lossfns.testing.oracle.advantages import optimal_token_advantages as optimal_token_advantages
+from lossfns.testing.oracle.advantages import pass_at_k_advantages as pass_at_k_advantages
+from lossfns.testing.oracle.advantages import rae_advantages as rae_advantages
+from lossfns.testing.oracle.advantages import reinforce_plus_plus_advantages as reinforce_plus_plus_advantages
+from lossfns.testing.oracle.advantages import reinforce_plus_plus_baseline_advantages as reinforce_plus_plus_baseline_advantages
+from lossfns.testing.oracle.advantages import remax_advantages as remax_advantages
+from lossfns.testing.oracle.advantages import returns_to_go as returns_to_go
+from lossfns.testing.oracle.advantages import token_rewards as token_rewards
+from lossfns.testing.oracle.advantages import whiten as whiten
+from lossfns.testing.oracle.policy import sapo as sapo
+from lossfns.testing.oracle.unpaired import kto as kto
+from lossfns.testing.oracle.value import value_loss as value_loss
 
 Row = list[float]
 Rows = list[Row]
@@ -17,6 +45,7 @@ Clip = tuple[float, float]
 
 TOKEN_WEIGHINGS = ("token_mean", "sequence_mean", "sequence_sum_mean", "fixed_length", "token_sum")
 PAIR_WEIGHINGS = ("pair_mean", "pair_sum")
+DATUM_WEIGHINGS = ("datum_mean", "datum_sum")
 TIS_LEVELS = ("token", "sequence", "geometric")
 
 
@@ -117,7 +146,7 @@ def normalized(weights: Rows) -> Rows:
 
 def divisor(weigh: str, mass: float, count: int, length: int | None, denominator: float | None) -> float:
     """D: 1 for a sum, `denominator` if given, else Σw, the count, or length · count."""
-    if weigh in ("token_sum", "pair_sum"):
+    if weigh in ("token_sum", "pair_sum", "datum_sum"):
         return 1.0
     if denominator is not None:
         return denominator
@@ -506,27 +535,3 @@ def orpo(
         return lam * softplus(odds_l - odds_w) - chosen, -1 - doubt * slope_w, doubt * slope_l
 
     return reduce_pairs(term, logprobs, normalized(weights), weigh, length, denominator)
-
-
-# Advantages
-
-
-def group_advantages(*, rewards: Sequence[float], groups: Sequence[Hashable], scale: str = "std") -> Row:
-    """A = (r − mean) / (std + 1e-6) within each group, 0 where all rewards agree (Shao et al. 2024).
-
-    The std divides by n − 1. With scale "none", nothing is divided by the std (Liu et al. 2025).
-    """
-    if scale not in ("std", "none"):
-        raise ValueError(f"scale is 'std' or 'none', not {scale!r}")
-    members: dict[Hashable, Row] = {}
-    for reward, group in zip(rewards, groups, strict=True):
-        members.setdefault(group, []).append(reward)
-
-    def advantage(reward: float, peers: Row) -> float:
-        if max(peers) == min(peers):
-            return 0.0
-        mean = total(peers) / len(peers)
-        std = math.sqrt(total((r - mean) ** 2 for r in peers) / (len(peers) - 1))
-        return (reward - mean) / (std + 1e-6) if scale == "std" else reward - mean
-
-    return [advantage(reward, members[group]) for reward, group in zip(rewards, groups, strict=True)]
