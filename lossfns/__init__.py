@@ -61,8 +61,8 @@ from lossfns.losses.sequence import gspo, gspo_token
 from lossfns.losses.supervised import cross_entropy, multi_target_cross_entropy
 from lossfns.losses.trust import sapo
 from lossfns.losses.unpaired import kto
-from lossfns.losses.weighted import cispo
 from lossfns.losses.value import explained_variance, value_loss
+from lossfns.losses.weighted import cispo
 from lossfns.metrics import merge_metrics
 from lossfns.pack import pack
 from lossfns.segments import geometric_level, sequence_level, token_level

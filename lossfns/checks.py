@@ -98,7 +98,9 @@ def make_function_check(*known: str) -> Callable[[str, Any], None]:
 
 def check_value_clip(name: str, value: Any) -> None:
     if value is not None:
-        check_number(name, value, "a finite number above 0, or None", lambda x: x > 0, "None is the squared error alone.")
+        check_number(
+            name, value, "a finite number above 0, or None", lambda x: x > 0, "None is the squared error alone."
+        )
 
 
 KNOBS: dict[str, Callable[[str, Any], None]] = {

@@ -28,7 +28,9 @@ from lossfns.testing.oracle.advantages import optimal_token_advantages as optima
 from lossfns.testing.oracle.advantages import pass_at_k_advantages as pass_at_k_advantages
 from lossfns.testing.oracle.advantages import rae_advantages as rae_advantages
 from lossfns.testing.oracle.advantages import reinforce_plus_plus_advantages as reinforce_plus_plus_advantages
-from lossfns.testing.oracle.advantages import reinforce_plus_plus_baseline_advantages as reinforce_plus_plus_baseline_advantages
+from lossfns.testing.oracle.advantages import (
+    reinforce_plus_plus_baseline_advantages as reinforce_plus_plus_baseline_advantages,
+)
 from lossfns.testing.oracle.advantages import remax_advantages as remax_advantages
 from lossfns.testing.oracle.advantages import returns_to_go as returns_to_go
 from lossfns.testing.oracle.advantages import token_rewards as token_rewards
