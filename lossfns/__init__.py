@@ -49,16 +49,32 @@ from lossfns.combine import with_dual_clip, with_kl, with_tis
 from lossfns.datum import Datum, EncodedTextChunk, ModelInput, TensorData
 from lossfns.errors import LossInputError, LossWarning
 from lossfns.export.token_gradient import token_gradient
-from lossfns.frame import align_sampler_logprobs, datum_from_model_input_weights, datum_from_tokens
+from lossfns.frame import (
+    align_sampler_logprobs,
+    datum_from_candidates,
+    datum_from_model_input_weights,
+    datum_from_tokens,
+)
 from lossfns.labels import targets_from_labels, weights_from_labels, weights_from_mask
 from lossfns.logprobs.linear import linear_logprobs
 from lossfns.logprobs.target import target_logprobs
 from lossfns.loss import BoundLoss, Loss, evaluate
+from lossfns.losses.contrastive import info_nce
+from lossfns.losses.distillation import (
+    raw_support,
+    renormalised_support,
+    sampled_reverse_kl,
+    tail_support,
+    top_k_forward_kl,
+    top_k_jsd,
+    top_k_mixed_kl,
+    top_k_reverse_kl,
+)
 from lossfns.losses.policy import dapo, grpo, importance_sampling, ppo, reinforce
 from lossfns.losses.preference import dpo, orpo
 from lossfns.losses.regression import dro
 from lossfns.losses.sequence import gspo, gspo_token
-from lossfns.losses.supervised import cross_entropy, multi_target_cross_entropy
+from lossfns.losses.supervised import cross_entropy, dft, focal, multi_target_cross_entropy, sft_phi, unlikelihood
 from lossfns.losses.trust import sapo
 from lossfns.losses.unpaired import kto
 from lossfns.losses.value import explained_variance, value_loss
@@ -101,16 +117,19 @@ __all__ = [
     "cispo",
     "cross_entropy",
     "dapo",
+    "datum_from_candidates",
     "datum_from_model_input_weights",
     "datum_from_tokens",
     "datum_mean",
     "datum_sum",
+    "dft",
     "dpo",
     "dro",
     "evaluate",
     "explained_variance",
     "export",
     "fixed_length",
+    "focal",
     "gae",
     "gdpo_advantages",
     "geometric_level",
@@ -124,6 +143,7 @@ __all__ = [
     "gspo_token",
     "hierarchical_advantages",
     "importance_sampling",
+    "info_nce",
     "k1",
     "k2",
     "k3",
@@ -143,15 +163,20 @@ __all__ = [
     "pass_at_k_advantages",
     "ppo",
     "rae_advantages",
+    "raw_support",
     "reinforce",
     "reinforce_plus_plus_advantages",
     "reinforce_plus_plus_baseline_advantages",
     "remax_advantages",
+    "renormalised_support",
     "returns_to_go",
+    "sampled_reverse_kl",
     "sapo",
     "sequence_level",
     "sequence_mean",
     "sequence_sum_mean",
+    "sft_phi",
+    "tail_support",
     "target_logprobs",
     "targets_from_labels",
     "token_gradient",
@@ -159,6 +184,11 @@ __all__ = [
     "token_mean",
     "token_rewards",
     "token_sum",
+    "top_k_forward_kl",
+    "top_k_jsd",
+    "top_k_mixed_kl",
+    "top_k_reverse_kl",
+    "unlikelihood",
     "value_loss",
     "weights_from_labels",
     "weights_from_mask",
