@@ -15,10 +15,13 @@ from lossfns.advantages.samples import (
     Array,
     Groups,
     Samples,
+    as_fraction,
+    as_number,
     check_choice,
     check_scaling,
     compared,
     grouped,
+    hashable,
     parse_labels,
     parse_rewards,
 )
@@ -59,7 +62,7 @@ def rae_advantages(
     >>> rae_advantages([1.0, -1.0], ["first", "second"], {"first": 0.5}, decay=0.5, baseline="previous")
     (tensor([ 0.5000, -1.0000], dtype=torch.float64), {'first': 0.75, 'second': -0.5})
     """
-    check_number("decay", decay, "a number in [0, 1]", lambda x: 0 <= x <= 1, "It is the share of b that stays.")
+    decay = as_fraction("decay", decay)
     check_choice("baseline", baseline, ("updated", "previous"))
     r, scored = parse_rewards(rewards, missing)
     labels = parse_labels(roles, len(r), name="roles")
@@ -105,12 +108,12 @@ def hierarchical_advantages(
     [0.25, 0.5, -0.5, -0.25, 0.0, 0.0]
     """
     count = len(parse_rewards(rewards, missing)[0])
-    if isinstance(episode_roles, str):
-        fix = f"Pass ({episode_roles!r},)."
-        raise LossInputError("episode_roles", "a collection of roles", show(episode_roles), fix)
+    if not isinstance(episode_roles, (tuple, list, set, frozenset)) or not all(map(hashable, episode_roles)):
+        raise LossInputError("episode_roles", "a tuple of roles", show(episode_roles), 'Pass ("solver",), or ().')
+    alone = frozenset(episode_roles)
     g, e, a = (parse_labels(x, count, n) for x, n in ((groups, "groups"), (episodes, "episodes"), (roles, "roles")))
-    peers = [(role, group, episode if role in episode_roles else None) for group, episode, role in zip(g, e, a)]
-    within = [role in episode_roles for role in a]
+    peers = [(role, group, episode if role in alone else None) for group, episode, role in zip(g, e, a)]
+    within = [role in alone for role in a]
     s = compared("hierarchical_advantages", rewards, list(zip(peers, within)), missing)
     return s.finish(scaled(s, "none", 1.0, 0, "zero"))
 
@@ -152,10 +155,10 @@ def gigpo_advantages(
     >>> gigpo_advantages([0, 1, 0], ["q"] * 3, [1, 1, 2], ["start", "door", "start"], gamma=0.5, scale="none")
     tensor([ 0.7500,  0.5000, -0.7500], dtype=torch.float64)
     """
-    check_number("omega", omega, "a finite number of at least 0", lambda x: x >= 0, "It weighs A_S.")
-    check_number("gamma", gamma, "a number in [0, 1]", lambda x: 0 <= x <= 1, "It discounts later rewards.")
+    omega = as_number("omega", omega, "a finite number of at least 0", lambda x: x >= 0, "It weighs A_S.")
+    gamma = as_fraction("gamma", gamma)
     check_choice("scale", scale, ("std", "none"))
-    check_scaling(eps, ddof)
+    eps = check_scaling(eps, ddof)
     r, _ = parse_rewards(rewards)
     g, e, s = (parse_labels(x, len(r), n) for x, n in ((groups, "groups"), (episodes, "episodes"), (states, "states")))
     everyone = np.ones(len(r), bool)

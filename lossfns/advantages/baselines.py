@@ -14,13 +14,13 @@ from torch import Tensor
 from lossfns.advantages.groups import scaled
 from lossfns.advantages.samples import (
     Groups,
+    as_number,
     check_choice,
     check_scaling,
     compared,
     parse_lengths,
     parse_rewards,
 )
-from lossfns.checks import check_number
 from lossfns.errors import LossInputError
 
 
@@ -84,7 +84,7 @@ def pass_at_k_advantages(
     tensor([0., 2., 0.], dtype=torch.float64)
     """
     check_choice("scale", scale, ("none", "std"))
-    check_scaling(eps, ddof)
+    eps = check_scaling(eps, ddof)
     s = compared("pass_at_k_advantages", rewards, groups, missing)
     first, second = np.full(len(s.size), -np.inf), np.full(len(s.size), -np.inf)
     np.maximum.at(first, s.index[s.scored], s.rewards[s.scored])
@@ -120,7 +120,7 @@ def maxrl_advantages(
     >>> maxrl_advantages([1.0, 0.0, 0.0, 0.0], ["a", "a", "a", "a"])
     tensor([ 3., -1., -1., -1.], dtype=torch.float64)
     """
-    check_number("eps", eps, "a finite number of at least 0", lambda x: x >= 0, "It is added to the mean.")
+    eps = as_number("eps", eps, "a finite number of at least 0", lambda x: x >= 0, "It is added to the mean.")
     s = compared("maxrl_advantages", rewards, groups, missing, group_of_one)
     if (s.rewards < 0).any():
         i = int(np.flatnonzero(s.rewards < 0)[0])
@@ -165,7 +165,7 @@ def gpg_advantages(
     """
     check_choice("alpha", alpha, ("signal", "nonzero"))
     check_choice("scale", scale, ("none", "std"))
-    check_scaling(eps, ddof)
+    eps = check_scaling(eps, ddof)
     s = compared("gpg_advantages", rewards, groups, missing, group_of_one)
     kept = ~s.constant if alpha == "signal" else s.rewards != 0
     factor = s.scored.sum() / max((s.scored & kept).sum(), 1)
@@ -194,7 +194,7 @@ def asymre_advantages(
     >>> asymre_advantages([1.0, 0.0], ["a", "a"])
     tensor([ 0.6000, -0.4000], dtype=torch.float64)
     """
-    check_number("shift", shift, "a finite number", lambda x: True, "It is added to the group's mean.")
+    shift = as_number("shift", shift, "a finite number", lambda x: True, "It is added to the group's mean.")
     s = compared("asymre_advantages", rewards, groups, missing, group_of_one)
     constant = np.where(s.constant, s.rewards, s.mean(s.rewards))  # the mean of equal rewards may round
     advantages = s.rewards - s.baseline(constant + shift, group_of_one)

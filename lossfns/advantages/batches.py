@@ -51,7 +51,7 @@ def batch_advantages(
     >>> batch_advantages([3.0, 1.0], eps=1e-12)
     tensor([ 1.0000, -1.0000], dtype=torch.float64)
     """
-    check_scaling(eps, ddof)
+    eps = check_scaling(eps, ddof)
     r, scored = parse_rewards(rewards, missing)
     advantages = standardized(r, token_mass(scored, lengths), eps, ddof)
     return torch.from_numpy(np.where(scored, advantages, 0.0))
@@ -89,7 +89,7 @@ def reinforce_plus_plus_baseline_advantages(
     >>> reinforce_plus_plus_baseline_advantages([1.0, 0.0, 5.0, 5.0], ["a", "a", "b", "b"], ddof=0)
     tensor([ 1.4142, -1.4142,  0.0000,  0.0000], dtype=torch.float64)
     """
-    check_scaling(eps, ddof)
+    eps = check_scaling(eps, ddof)
     s = compared("reinforce_plus_plus_baseline_advantages", rewards, groups, missing, group_of_one)
     centred = s.finish(scaled(s, "none", eps, ddof, group_of_one), group_of_one).numpy()
     advantages = standardized(centred, token_mass(s.scored, lengths), eps, ddof, root=True)
@@ -132,7 +132,7 @@ def gdpo_advantages(
     >>> gdpo_advantages([[1.0, 0.0], [0.0, 9.0]], ["a", "a"], [2.0, 1.0], ddof=0)
     tensor([ 1.0000, -1.0000], dtype=torch.float64)
     """
-    check_scaling(eps, ddof)
+    eps = check_scaling(eps, ddof)
     r, present = parse_rewards(rewards, missing, ndim=2)
     labels = parse_labels(groups, len(r))
     w = parse_rewards([1.0] * r.shape[1] if reward_weights is None else reward_weights, name="reward_weights")[0]

@@ -58,7 +58,7 @@ def group_advantages(
     tensor([ 0.5000, -0.5000,  0.0000], dtype=torch.float64)
     """
     check_choice("scale", scale, ("std", "none", "batch"))
-    check_scaling(eps, ddof)
+    eps = check_scaling(eps, ddof)
     s = compared("group_advantages", rewards, groups, missing, group_of_one)
     return s.finish(scaled(s, scale, eps, ddof, group_of_one), group_of_one)
 

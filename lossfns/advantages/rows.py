@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lossfns.errors import LossInputError, show
+from lossfns.pack import is_plain
 from lossfns.values import LOGPROB_TOLERANCE
 
 Columns = Tensor | np.ndarray | Sequence[Any]
@@ -88,16 +89,16 @@ class TokenRows:
 
 def parse_token_rows(weights: Any) -> TokenRows:
     """Return the form of the columns from the weights."""
-    device = weights.device if isinstance(weights, Tensor) else first_device(weights)
-    matrix, lengths = as_matrix("weights", weights, device)
+    matrix, lengths = as_matrix("weights", weights, first_device(weights))
     if not bool(matrix.isfinite().all()):
         raise LossInputError("weights", "finite numbers", "nan or inf", "A mask of 0 and 1 is enough.")
     return TokenRows(matrix != 0, lengths)
 
 
 def first_device(rows: Any) -> torch.device:
-    """Return the device of the first row that is a tensor, else the CPU."""
-    on = [row.device for row in rows if isinstance(row, Tensor)] if isinstance(rows, (list, tuple)) else []
+    """Return the device of a tensor, or of the first row that is one, else the CPU."""
+    each = [rows] if isinstance(rows, Tensor) else rows if isinstance(rows, (list, tuple)) else []
+    on = [row.device for row in each if isinstance(row, Tensor) and is_plain(row)]
     return on[0] if on else torch.device("cpu")
 
 
@@ -122,6 +123,8 @@ def as_matrix(name: str, values: Any, device: torch.device) -> tuple[Tensor, tup
 def as_float64(row: Any, device: torch.device) -> Tensor:
     """Return numbers as a float64 tensor without graph."""
     if isinstance(row, Tensor):
+        if not is_plain(row):
+            raise TypeError("a tensor without plain numbers")
         return row.detach().to(device, torch.float64)
     return torch.from_numpy(np.array(row, dtype=np.float64)).to(device)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,8 +45,10 @@ class Samples:
 
     def std(self, ddof: int) -> Array:
         """Standard deviation of the rewards over the group of each sample: ``[B]``."""
-        squares = self.total((self.rewards - self.mean(self.rewards)) ** 2)
-        return np.asarray(np.sqrt(squares / np.maximum(self.size - ddof, 1))[self.index])
+        centred = self.rewards - self.mean(self.rewards)
+        largest = np.abs(centred).max() or 1.0  # the square of a large number would overflow
+        squares = self.total((centred / largest) ** 2)
+        return np.asarray(largest * np.sqrt(squares / np.maximum(self.size - ddof, 1))[self.index])
 
     @property
     def alone(self) -> Array:
@@ -164,8 +166,9 @@ def standardized(x: Array, mass: Array, eps: float, ddof: int, root: bool = Fals
         return np.zeros_like(x)
     total = mass.sum()
     centred = x - (mass * x).sum() / total
-    variance = (mass * centred**2).sum() / max(total - ddof, 1)
-    return np.asarray(centred / (np.sqrt(variance + eps) if root else np.sqrt(variance) + eps))
+    largest = np.abs(centred).max()  # the square of a large number would overflow
+    std = largest * np.sqrt((mass * (centred / largest) ** 2).sum() / max(total - ddof, 1))
+    return np.asarray(centred / (np.hypot(std, np.sqrt(eps)) if root else std + eps))
 
 
 def hashable(label: Any) -> bool:
@@ -183,8 +186,20 @@ def check_choice(name: str, value: Any, known: tuple[str, ...]) -> None:
         raise LossInputError(name, " or ".join(map(repr, known)), show(value), did_you_mean(value, known))
 
 
-def check_scaling(eps: Any, ddof: Any) -> None:
-    """Refuse an eps that is no number above 0, and a ddof other than 0 and 1."""
-    check_number("eps", eps, "a finite number above 0", lambda x: x > 0, "It keeps a small deviation from dividing.")
+def check_scaling(eps: Any, ddof: Any) -> float:
+    """Return eps. Refuse one that is no number above 0, and a ddof other than 0 and 1."""
     if isinstance(ddof, bool) or not isinstance(ddof, int) or ddof not in (0, 1):
         raise LossInputError("ddof", "0 or 1", show(ddof), "The deviation divides by n − ddof.")
+    fix = "It keeps a small deviation from dividing."
+    return as_number("eps", eps, "a finite number above 0", lambda x: x > 0, fix)
+
+
+def as_number(name: str, value: Any, expected: str, accept: Callable[[float], bool], fix: str) -> float:
+    """Return a real number of any type as a float. Refuse one that is not finite or not accepted."""
+    check_number(name, value, expected, accept, fix)
+    return float(value)
+
+
+def as_fraction(name: str, value: Any) -> float:
+    """Return a number in [0, 1] as a float."""
+    return as_number(name, value, "a number in [0, 1]", lambda x: 0 <= x <= 1, "1 does not discount.")

@@ -18,9 +18,8 @@ import torch
 from torch import Tensor
 
 from lossfns.advantages.rows import Columns, TokenRows, parse_token_rows
-from lossfns.advantages.samples import check_choice, check_scaling, parse_rewards
-from lossfns.checks import check_non_negative, check_number
-from lossfns.errors import LossInputError
+from lossfns.advantages.samples import as_fraction, as_number, check_choice, check_scaling, parse_rewards
+from lossfns.errors import LossInputError, show
 from lossfns.terms import k1, k2, k3
 
 ESTIMATORS = {"k1": k1, "k2": k2, "k3": k3}
@@ -92,14 +91,12 @@ def kl_penalties(
     >>> kl_penalties([[-1.0, -1.0]], [[-2.0, -1.0]], [[1, 1]], kl_beta=0.5, centred=True, discount=1.0)
     [tensor([0.0000, 0.2500], dtype=torch.float64)]
     """
-    check_non_negative("kl_beta", kl_beta)
-    check_discount("discount", discount)
+    kl_beta = as_number("kl_beta", kl_beta, "a finite number of at least 0", lambda x: x >= 0, "0 is no penalty.")
+    discount = as_fraction("discount", discount)
     check_choice("steps", steps, ("active", "slots"))
     estimator = ESTIMATORS.get(kl, kl) if isinstance(kl, str) else kl
-    if not callable(estimator):
-        raise LossInputError("kl", "a function such as k1", repr(kl), "Pass the function, or its name.")
     t = parse_token_rows(weights)
-    divergence = estimator(t.logprobs("logprobs", logprobs), t.logprobs("ref_logprobs", ref_logprobs))
+    divergence = estimate(estimator, t.logprobs("logprobs", logprobs), t.logprobs("ref_logprobs", ref_logprobs))
     if centred:
         divergence = divergence - t.mean(divergence)
     penalties = torch.where(t.active, 0.0 - kl_beta * divergence, 0.0)  # 0 has no sign
@@ -127,7 +124,7 @@ def returns_to_go(
     >>> returns_to_go([[0.0, 9.0, 1.0]], [[1, 0, 1]], gamma=0.5)
     [tensor([0.5000, 0.0000, 1.0000], dtype=torch.float64)]
     """
-    check_discount("gamma", gamma)
+    gamma = as_fraction("gamma", gamma)
     check_choice("steps", steps, ("active", "slots"))
     t = parse_token_rows(weights)
     return t.finish(t.discounted_sum(t.column("rewards", rewards), gamma, steps))
@@ -159,8 +156,8 @@ def gae(
     >>> advantages, returns
     ([tensor([0.3750, 0.2500], dtype=torch.float64)], [tensor([0.8750, 1.0000], dtype=torch.float64)])
     """
-    check_discount("gamma", gamma)
-    check_discount("lam", lam)
+    gamma = as_fraction("gamma", gamma)
+    lam = as_fraction("lam", lam)
     t = parse_token_rows(weights)
     v = t.column("values", values)
     delta = torch.where(t.active, t.column("rewards", rewards) + gamma * t.next_active(v) - v, 0.0)
@@ -191,8 +188,8 @@ def reinforce_plus_plus_advantages(
     >>> reinforce_plus_plus_advantages([[0.0, 1.0], [0.0, 0.0]], [[1, 1], [1, 1]], ddof=0)
     [tensor([1.0000, 1.0000], dtype=torch.float64), tensor([-1.0000, -1.0000], dtype=torch.float64)]
     """
-    check_scaling(eps, ddof)
-    check_discount("gamma", gamma)
+    eps = check_scaling(eps, ddof)
+    gamma = as_fraction("gamma", gamma)
     t = parse_token_rows(weights)
     return t.finish(whitened(t, t.discounted_sum(t.column("rewards", rewards), gamma, "active"), eps, ddof))
 
@@ -220,10 +217,22 @@ def whiten(
     >>> whiten([[3.0, 1.0]], [[1, 1]], ddof=0)
     [tensor([ 1.0000, -1.0000], dtype=torch.float64)]
     """
-    check_scaling(eps, ddof)
+    eps = check_scaling(eps, ddof)
     t = parse_token_rows(weights)
     x = t.column("values", values)
     return t.finish(whitened(t, x, eps, ddof) + (0.0 if shift_mean else t.mean(x)))
+
+
+def estimate(kl: Any, logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """Return the KL of each token. Refuse anything but a function of two tensors that returns one of their shape."""
+    try:
+        divergence = kl(logprobs, ref_logprobs)
+        fits = divergence.shape == logprobs.shape and divergence.dtype == logprobs.dtype
+    except Exception:  # whatever a value that is no such function raises
+        fits = False
+    if not fits:
+        raise LossInputError("kl", "a function such as k1", show(kl), "Pass the function, or its name.")
+    return divergence  # type: ignore[no-any-return]
 
 
 def whitened(t: TokenRows, x: Tensor, eps: float, ddof: int) -> Tensor:
@@ -234,8 +243,3 @@ def whitened(t: TokenRows, x: Tensor, eps: float, ddof: int) -> Tensor:
     centred = x - t.mean(x)
     variance = centred[t.active].square().sum() / max(seen.numel() - ddof, 1)
     return torch.where(seen.max() == seen.min(), 0.0, centred / (variance + eps).sqrt())
-
-
-def check_discount(name: str, value: Any) -> None:
-    """Refuse a number outside [0, 1]."""
-    check_number(name, value, "a number in [0, 1]", lambda x: 0 <= x <= 1, "1 does not discount.")

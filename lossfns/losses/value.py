@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from lossfns.checks import check_number
 from lossfns.errors import LossInputError, show
 from lossfns.loss import Loss, Statistics, make_loss, preset
 from lossfns.statistics import OnDemand
@@ -86,11 +87,13 @@ def explained_variance(metrics: Mapping[str, float]) -> float:
         At most 1; nan if all returns are equal.
 
     Raises:
-        LossInputError: if a metric of ``value_loss`` is missing.
+        LossInputError: if a metric of ``value_loss`` is missing or no finite number.
     """
     names = ("value_error", "value_error_squared", "returns", "returns_squared")
-    if not isinstance(metrics, Mapping) or not set(names) <= set(metrics):
+    if not isinstance(metrics, Mapping) or not all(name in metrics for name in names):
         raise LossInputError("metrics", f"{', '.join(names)}", show(metrics), "Pass the metrics of value_loss.")
+    for name in names:
+        check_number(f"metrics[{name!r}]", metrics[name], "a finite number", lambda x: True, "It is a mean.")
     error, error_squared, returns, returns_squared = (float(metrics[name]) for name in names)
     variance = returns_squared - returns**2
     return 1 - (error_squared - error**2) / variance if variance > 0 else math.nan

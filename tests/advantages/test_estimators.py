@@ -455,7 +455,7 @@ def test_advantages_of_the_kept_samples_are_unchanged() -> None:
         ("gdpo_advantages", {"rewards": [1.0, 2.0, 3.0]}, r"rewards: expected \[B, R\] numbers: one row of R rewards"),
         ("gdpo_advantages", {"rewards": [[1], [2], [3]], "reward_weights": [1, 2]}, "reward_weights: expected 1"),
         ("hierarchical_advantages", {"episodes": [1], "roles": "abc"}, "episodes: expected 3 labels, one per reward"),
-        ("hierarchical_advantages", {"episodes": "aab", "roles": "abc", "episode_roles": "a"}, "a collection of roles"),
+        ("hierarchical_advantages", {"episodes": "aab", "roles": "abc", "episode_roles": "a"}, "a tuple of roles"),
         ("gigpo_advantages", {"episodes": "aab", "states": "ab"}, "states: expected 3 labels, one per reward"),
         ("gigpo_advantages", {"episodes": "aab", "states": "abc", "gamma": 1.5}, r"gamma: expected a number in"),
     ],
