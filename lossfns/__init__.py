@@ -19,7 +19,7 @@ A batch may be split in any way. ``D = bound.denominator(data)`` adds over micro
 Bind ``denominator=D`` and the columns of each part: the losses of the parts then sum exactly to the loss of the batch.
 """
 
-from lossfns import export
+from lossfns import export, kl, rollout
 from lossfns.advantages import (
     asymre_advantages,
     batch_advantages,
@@ -45,9 +45,11 @@ from lossfns.advantages import (
     token_rewards,
     whiten,
 )
-from lossfns.combine import with_dual_clip, with_kl, with_tis
+from lossfns.combine import with_dual_clip, with_kl, with_rollout_weight, with_tis
 from lossfns.datum import Datum, EncodedTextChunk, ModelInput, TensorData
+from lossfns.describe import describe
 from lossfns.errors import LossInputError, LossWarning
+from lossfns.export.coefficients import token_coefficients
 from lossfns.export.token_gradient import token_gradient
 from lossfns.frame import (
     align_sampler_logprobs,
@@ -55,6 +57,7 @@ from lossfns.frame import (
     datum_from_model_input_weights,
     datum_from_tokens,
 )
+from lossfns.kl import binary_kl, binary_tv, k1_plus, k3_plus, k3_uncapped, k_abs, k_squared
 from lossfns.labels import targets_from_labels, weights_from_labels, weights_from_mask
 from lossfns.logprobs.linear import linear_logprobs
 from lossfns.logprobs.target import target_logprobs
@@ -81,7 +84,15 @@ from lossfns.losses.value import explained_variance, value_loss
 from lossfns.losses.weighted import cispo
 from lossfns.metrics import merge_metrics
 from lossfns.pack import pack
-from lossfns.segments import geometric_level, sequence_level, token_level
+from lossfns.rollout import TokenWeight
+from lossfns.sampler import (
+    accepted_weights,
+    proximal_logprobs,
+    rollout_summary,
+    support_logprobs,
+    top_p_support,
+)
+from lossfns.segments import geometric_level, maximum_level, sequence_level, token_level
 from lossfns.terms import k1, k2, k3
 from lossfns.tokens import ON_POLICY, Rows, Tokens
 from lossfns.version import __version__ as __version__
@@ -109,11 +120,15 @@ __all__ = [
     "ModelInput",
     "Rows",
     "TensorData",
+    "TokenWeight",
     "Tokens",
     "Weighing",
+    "accepted_weights",
     "align_sampler_logprobs",
     "asymre_advantages",
     "batch_advantages",
+    "binary_kl",
+    "binary_tv",
     "cispo",
     "cross_entropy",
     "dapo",
@@ -122,6 +137,7 @@ __all__ = [
     "datum_from_tokens",
     "datum_mean",
     "datum_sum",
+    "describe",
     "dft",
     "dpo",
     "dro",
@@ -145,12 +161,19 @@ __all__ = [
     "importance_sampling",
     "info_nce",
     "k1",
+    "k1_plus",
     "k2",
     "k3",
+    "k3_plus",
+    "k3_uncapped",
+    "k_abs",
+    "k_squared",
+    "kl",
     "kl_penalties",
     "kto",
     "leave_one_out_advantages",
     "linear_logprobs",
+    "maximum_level",
     "maxrl_advantages",
     "merge_metrics",
     "multi_target_cross_entropy",
@@ -162,6 +185,7 @@ __all__ = [
     "pair_sum",
     "pass_at_k_advantages",
     "ppo",
+    "proximal_logprobs",
     "rae_advantages",
     "raw_support",
     "reinforce",
@@ -170,15 +194,19 @@ __all__ = [
     "remax_advantages",
     "renormalised_support",
     "returns_to_go",
+    "rollout",
+    "rollout_summary",
     "sampled_reverse_kl",
     "sapo",
     "sequence_level",
     "sequence_mean",
     "sequence_sum_mean",
     "sft_phi",
+    "support_logprobs",
     "tail_support",
     "target_logprobs",
     "targets_from_labels",
+    "token_coefficients",
     "token_gradient",
     "token_level",
     "token_mean",
@@ -188,6 +216,7 @@ __all__ = [
     "top_k_jsd",
     "top_k_mixed_kl",
     "top_k_reverse_kl",
+    "top_p_support",
     "unlikelihood",
     "value_loss",
     "weights_from_labels",
@@ -195,5 +224,6 @@ __all__ = [
     "whiten",
     "with_dual_clip",
     "with_kl",
+    "with_rollout_weight",
     "with_tis",
 ]
