@@ -260,6 +260,23 @@ def test_ppo_for_rlhf_end_to_end() -> None:
     assert math.fsum(x * x for x in active) == near(len(active) - 1, rel=1e-6)
 
 
+def test_a_loss_takes_the_advantages_of_either_form() -> None:
+    """As rows of datums and as a padded tensor: the same loss, with the first token of each datum a prompt."""
+    old, weights = [[-1.0, -2.0, -0.5], [-1.5, -0.25]], [[0.0, 1.0, 1.0], [0.0, 1.0]]
+    current = [[x - 0.125 for x in row] for row in old]
+    rows = lossfns.reinforce_plus_plus_advantages(lossfns.token_rewards([1.0, 0.0], weights), weights)
+    data = [lossfns.datum_from_tokens([5, 6, 7, 8], weights=[0.0, 0.0, 1.0, 1.0])]
+    data.append(lossfns.datum_from_tokens([5, 6, 7], weights=[0.0, 0.0, 1.0]))
+    loss, _ = lossfns.ppo().bind(advantages=rows, old_logprobs=old)(data, [torch.tensor(row) for row in current])
+    mask = padded(weights, 0.0)
+    matrix = lossfns.reinforce_plus_plus_advantages(lossfns.token_rewards([1.0, 0.0], mask), mask)
+    columns = {"advantages": matrix, "old_logprobs": padded(old, 0.0)}
+    same, _ = lossfns.ppo().padded(padded(current, 0.0), mask, **columns)
+    assert loss.item() == near(same.item(), rel=1e-6)
+    expected = -sum(math.exp(-0.125) * a for row in rows_of(rows) for a in row) / 3
+    assert loss.item() == near(expected, rel=1e-5)
+
+
 # Forms and refusals
 
 
