@@ -164,6 +164,13 @@ def make_function_check(*known: str) -> Callable[[str, Any], None]:
     return check
 
 
+def check_value_clip(name: str, value: Any) -> None:
+    if value is not None:
+        check_number(
+            name, value, "a finite number above 0, or None", lambda x: x > 0, "None is the squared error alone."
+        )
+
+
 KNOBS: dict[str, Callable[[str, Any], None]] = {
     "clip": check_clip,
     "kl_beta": check_non_negative,
@@ -204,6 +211,7 @@ KNOBS: dict[str, Callable[[str, Any], None]] = {
     "desirable_weight": check_non_negative,
     "undesirable_weight": check_non_negative,
     "dual_clip": check_dual_clip,
+    "value_clip": check_value_clip,
     "log_ratio_cap": check_log_ratio_cap,
     "label_smoothing": check_label_smoothing,
     "flip_rate": check_flip_rate,

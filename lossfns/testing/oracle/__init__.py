@@ -9,7 +9,7 @@ themselves (``scalar.py``): each is its equation alone.
 
 import math
 import operator
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import TypedDict, Unpack
 
 from lossfns.testing.oracle.clipped import bnpo, dr_grpo, gmpo, luspo, rloo
@@ -57,6 +57,31 @@ from lossfns.testing.oracle.reference_free import (
     cpo,
     process_reward,
     simpo,
+from lossfns.testing.oracle.advantages import asymre_advantages as asymre_advantages
+from lossfns.testing.oracle.advantages import batch_advantages as batch_advantages
+from lossfns.testing.oracle.advantages import gae as gae
+from lossfns.testing.oracle.advantages import gdpo_advantages as gdpo_advantages
+from lossfns.testing.oracle.advantages import gigpo_advantages as gigpo_advantages
+from lossfns.testing.oracle.advantages import gpg_advantages as gpg_advantages
+from lossfns.testing.oracle.advantages import group_advantages as group_advantages
+from lossfns.testing.oracle.advantages import hierarchical_advantages as hierarchical_advantages
+from lossfns.testing.oracle.advantages import kl_penalties as kl_penalties
+from lossfns.testing.oracle.advantages import leave_one_out_advantages as leave_one_out_advantages
+from lossfns.testing.oracle.advantages import maxrl_advantages as maxrl_advantages
+from lossfns.testing.oracle.advantages import opo_advantages as opo_advantages
+from lossfns.testing.oracle.advantages import optimal_token_advantages as optimal_token_advantages
+from lossfns.testing.oracle.advantages import pass_at_k_advantages as pass_at_k_advantages
+from lossfns.testing.oracle.advantages import rae_advantages as rae_advantages
+from lossfns.testing.oracle.advantages import reinforce_plus_plus_advantages as reinforce_plus_plus_advantages
+from lossfns.testing.oracle.advantages import (
+    reinforce_plus_plus_baseline_advantages as reinforce_plus_plus_baseline_advantages,
+from lossfns.testing.oracle.advantages import remax_advantages as remax_advantages
+from lossfns.testing.oracle.advantages import returns_to_go as returns_to_go
+from lossfns.testing.oracle.advantages import token_rewards as token_rewards
+from lossfns.testing.oracle.advantages import whiten as whiten
+from lossfns.testing.oracle.policy import sapo as sapo
+from lossfns.testing.oracle.supervised import (
+    dft as dft,
 )
 from lossfns.testing.oracle.supervised import (
     dft,
@@ -94,6 +119,23 @@ from lossfns.testing.oracle.weighted import (
     topr,
     vespo,
 )
+from lossfns.testing.oracle.supervised import (
+    top_k_forward_kl as top_k_forward_kl,
+)
+from lossfns.testing.oracle.supervised import (
+    top_k_jsd as top_k_jsd,
+)
+from lossfns.testing.oracle.supervised import (
+    top_k_mixed_kl as top_k_mixed_kl,
+)
+from lossfns.testing.oracle.supervised import (
+    top_k_reverse_kl as top_k_reverse_kl,
+)
+from lossfns.testing.oracle.supervised import (
+    unlikelihood as unlikelihood,
+)
+from lossfns.testing.oracle.unpaired import kto as kto
+from lossfns.testing.oracle.value import value_loss as value_loss
 
 Row = list[float]
 Rows = list[Row]
@@ -593,27 +635,3 @@ def orpo(
         return lam * softplus(odds_l - odds_w) - chosen, -1 - doubt * slope_w, doubt * slope_l
 
     return reduce_pairs(term, logprobs, normalized(weights), weigh, length, denominator)
-
-
-# Advantages
-
-
-def group_advantages(*, rewards: Sequence[float], groups: Sequence[Hashable], scale: str = "std") -> Row:
-    """A = (r − mean) / (std + 1e-6) within each group, 0 where all rewards agree (Shao et al. 2024).
-
-    The std divides by n − 1. With scale "none", nothing is divided by the std (Liu et al. 2025).
-    """
-    if scale not in ("std", "none"):
-        raise ValueError(f"scale is 'std' or 'none', not {scale!r}")
-    members: dict[Hashable, Row] = {}
-    for reward, group in zip(rewards, groups, strict=True):
-        members.setdefault(group, []).append(reward)
-
-    def advantage(reward: float, peers: Row) -> float:
-        if max(peers) == min(peers):
-            return 0.0
-        mean = total(peers) / len(peers)
-        std = math.sqrt(total((r - mean) ** 2 for r in peers) / (len(peers) - 1))
-        return (reward - mean) / (std + 1e-6) if scale == "std" else reward - mean
-
-    return [advantage(reward, members[group]) for reward, group in zip(rewards, groups, strict=True)]
