@@ -36,6 +36,7 @@ from lossfns.losses.supervised import cross_entropy, multi_target_cross_entropy
 from lossfns.metrics import merge_metrics
 from lossfns.pack import pack
 from lossfns.segments import geometric_level, sequence_level, token_level
+from lossfns.sums import sum_losses
 from lossfns.terms import k1, k2, k3
 from lossfns.tokens import ON_POLICY, Rows, Tokens
 from lossfns.version import __version__ as __version__
@@ -100,6 +101,7 @@ __all__ = [
     "sequence_level",
     "sequence_mean",
     "sequence_sum_mean",
+    "sum_losses",
     "target_logprobs",
     "targets_from_labels",
     "token_gradient",
