@@ -32,6 +32,9 @@ def check_wrappable(loss: Loss, *columns: str) -> None:
         if isinstance(loss, BoundLoss):
             fix = "Wrap the loss first, and call bind() or compiled() of the result."
         raise LossInputError("loss", "a Loss such as ppo()", name_or_repr(loss), fix)
+    if loss.parts:
+        fix = "Wrap a part: sum_losses(rl=with_kl(ppo()), ce=cross_entropy())."
+        raise LossInputError("loss", "a loss of one denominator", repr(loss), fix)
     for name in columns:
         if name in loss.reads:
             fix = (

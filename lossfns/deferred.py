@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -172,7 +173,8 @@ def add_part_name(name: str, weights: str) -> Iterator[None]:
     try:
         yield
     except LossInputError as error:
-        error.field = f"{name}: {weights + error.field[7:] if error.field.startswith('weights') else error.field}"
+        error.field = re.sub("^weights", weights, error.field)
+        error.expected += f", in the part {name!r}"
         raise
 
 

@@ -82,6 +82,20 @@ def sum_losses(
     return Loss("sum_losses", knobs, tuple(reads), no_rows, no_rows, count, widest_rows(kinds), parts)
 
 
+def with_shared_weights(loss: Loss) -> Loss:
+    """Return a sum of losses whose parts all have the weights of the first. Any other loss stays as it is.
+
+    >>> from lossfns import cross_entropy, reinforce
+    >>> with_shared_weights(sum_losses(rl=reinforce(), ce=cross_entropy())).reads
+    ('advantages',)
+    """
+    if not loss.parts:
+        return loss
+    losses = {name: part.loss for name, part in loss.parts.items()}
+    coefficients = {name: part.coefficient for name, part in loss.parts.items()}
+    return sum_losses(**losses, coefficients=coefficients, weights=dict.fromkeys(losses, "weights"))
+
+
 def check_part(name: str, loss: Any) -> None:
     """Refuse a part that is no loss of one denominator, and a name that cannot begin the name of a column."""
     if not name.isidentifier() or keyword.iskeyword(name):

@@ -133,6 +133,8 @@ def detect_kind(loss_fn: LossFn) -> tuple[str, bool]:
     if isinstance(loss, Loss):
         if loss.rows in (PAIRS, SEQUENCES):
             return ("preference", False) if loss.rows == PAIRS else ("any", False)
+        if loss.parts:
+            return "any", False
         reads = set(loss.reads)
     else:
         reads = set(loss.columns) if isinstance(loss, (FactoryLoss, PaddedLoss)) else set()
