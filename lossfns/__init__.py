@@ -32,6 +32,7 @@ from lossfns.logprobs.target import target_logprobs
 from lossfns.loss import BoundLoss, Loss, evaluate
 from lossfns.losses.policy import cispo, dapo, dro, grpo, gspo, gspo_token, importance_sampling, ppo, reinforce
 from lossfns.losses.preference import dpo, orpo
+from lossfns.losses.summed import chord, echo, mpo, oreal, rpo, vapo_nll
 from lossfns.losses.supervised import cross_entropy, multi_target_cross_entropy
 from lossfns.metrics import merge_metrics
 from lossfns.pack import pack
@@ -67,6 +68,7 @@ __all__ = [
     "Tokens",
     "Weighing",
     "align_sampler_logprobs",
+    "chord",
     "cispo",
     "cross_entropy",
     "dapo",
@@ -76,6 +78,7 @@ __all__ = [
     "datum_sum",
     "dpo",
     "dro",
+    "echo",
     "evaluate",
     "export",
     "fixed_length",
@@ -91,13 +94,16 @@ __all__ = [
     "k3",
     "linear_logprobs",
     "merge_metrics",
+    "mpo",
     "multi_target_cross_entropy",
+    "oreal",
     "orpo",
     "pack",
     "pair_mean",
     "pair_sum",
     "ppo",
     "reinforce",
+    "rpo",
     "sequence_level",
     "sequence_mean",
     "sequence_sum_mean",
@@ -108,6 +114,7 @@ __all__ = [
     "token_level",
     "token_mean",
     "token_sum",
+    "vapo_nll",
     "weights_from_labels",
     "weights_from_mask",
     "with_dual_clip",
