@@ -53,7 +53,8 @@ class DeferredMetrics:
     """The metrics of a call as tensors. Their values are checked when the host reads them.
 
     Attributes:
-        loss, rows, signed: name of the loss, its kind of row, and whether its weights may be negative.
+        loss, rows, output: name of the loss, its kind of row, and the output of the model that it takes.
+        signed: whether its weights may be negative.
         divisor: the denominator of the whole batch, if one was given; 0-d if it is a tensor.
         sequences: B, the number of sequences.
         get_batch: a function that returns the packed batch, in which an error names the place of a bad value.
@@ -66,6 +67,7 @@ class DeferredMetrics:
 
     loss: str
     rows: Rows
+    output: str
     signed: bool
     divisor: Tensor | float | None
     sequences: int
@@ -123,7 +125,8 @@ class DeferredMetrics:
             if self.parts:
                 return self.read_parts(totals, sums, extrema, extras)
             divisor = extras.pop("divisor", self.divisor)
-            check_values({**extrema, LENGTHS_FIT: extras.pop(LENGTHS_FIT, 1.0)}, self.get_batch, signed=self.signed)
+            extrema[LENGTHS_FIT] = extras.pop(LENGTHS_FIT, 1.0)
+            check_values(extrema, self.get_batch, self.output, signed=self.signed)
             check_totals(totals, sums["rows"], divisor)
             return self.metrics({**totals, **extras}, sums, divisor)
 
@@ -151,7 +154,7 @@ class DeferredMetrics:
             loss, own = part.loss, of_part(name, totals)
             with add_part_name(name, part.weights):
                 get_view = partial(part_of_batch, part, self.get_batch)
-                check_values(of_part(name, extrema), get_view, signed=loss.signed)
+                check_values(of_part(name, extrema), get_view, loss.output, signed=loss.signed)
                 own_sums = of_part(name, sums)
                 check_divides(own.get("count", 1.0), own_sums["rows"], divisor)
                 numbers = metrics_of_rows(loss.rows, own, own_sums, divisor)

@@ -29,6 +29,7 @@ from lossfns.pack import (
     pack,
     pack_weights,
     tensor_form,
+    weight_rows,
 )
 from lossfns.parts import Part, divisor_or_one
 from lossfns.segments import active_counts, geometric_level, sequence_level, token_level
@@ -44,6 +45,9 @@ Terms = Callable[[Tokens], tuple[Tensor, Statistics]]
 LossFn = Callable[[list[Any], list[Tensor]], tuple[Tensor, dict[str, float]]]
 """The contract: ``(data, logprobs_list) -> (loss, metrics)``."""
 P = ParamSpec("P")
+
+OUTPUTS = ("logprobs", "scores")
+"""The outputs of a model that a loss may be a function of."""
 
 METRICS = (*ADDITIVE, *DIVIDED, "denominator", "rows")
 """Metrics of every loss. A statistic cannot have one of these names."""
@@ -68,6 +72,7 @@ class Loss:
         count: ``t -> this batch's part of the denominator``, which adds over micro-batches and ranks. It reads
             no logprobs. ``None`` makes the loss a raw sum, whose denominator is 1 however the batch is split.
         rows: the kind of row: ``"tokens"``, ``"targets"``, ``"pairs"`` or ``"sequences"`` (one for each datum).
+        output: ``"logprobs"``, or ``"scores"`` of a value head or a reward head, which may have any sign.
         parts: the losses that a sum of losses adds up, by name; empty in any other loss. See ``sum_losses``.
     """
 
@@ -78,10 +83,14 @@ class Loss:
     share: Callable[[Tokens], Tensor]
     count: Callable[[Tokens], Tensor] | None
     rows: Rows = TOKENS
+    output: str = "logprobs"
     parts: Mapping[str, Part] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rows", Rows.of(self.rows))
+        if self.output not in OUTPUTS:
+            hint = did_you_mean(str(self.output), OUTPUTS)
+            raise LossInputError("output", " or ".join(map(repr, OUTPUTS)), show(self.output), hint)
         object.__setattr__(self, "reads", check_reads(self.reads))
         for name in ("terms", "share") if self.count is None else ("terms", "share", "count"):
             if not callable(getattr(self, name)):
@@ -100,6 +109,11 @@ class Loss:
     def masks(self) -> tuple[str, ...]:
         """The columns that hold weights of parts, besides ``weights``."""
         return tuple(dict.fromkeys(part.weights for part in self.parts.values() if part.weights != "weights"))
+
+    @property
+    def couples_groups(self) -> bool:
+        """Whether the loss compares the datums of a group. All datums with one label must then be in one call."""
+        return "groups" in self.reads
 
     @functools.cached_property
     def kernel(self) -> Measure:
@@ -215,6 +229,8 @@ def add_parts(
     """
     if denominators is not None and not isinstance(denominators, Tensor):
         denominators = as_divisors(denominators, loss)
+    if denominators is not None:  # a float64 would make the loss one
+        denominators = to_device(denominators, t.weights.device, t.weights.dtype)
     totals, tables = [], []
     for i, (name, part) in enumerate(loss.parts.items()):
         seen = part.view(t)
@@ -440,7 +456,9 @@ class BoundLoss:
         bound = {}
         for (name, part), divisor in zip(self.loss.parts.items(), divisors):
             columns = {column: self.columns[column] for column in part.loss.reads if column in self.columns}
-            if part.weights != "weights" or "weights" in self.columns:
+            if part.weights == "weights":
+                columns["weights"] = weight_rows(data, self.loss.reads, self.columns)
+            else:
                 columns["weights"] = find_column(part.weights, data, self.columns, self.loss.rows)
             bound[name] = replace(self, loss=part.loss, columns=columns, divisor=divisor_or_one(divisor))
         return bound
@@ -550,13 +568,22 @@ class BoundLoss:
         """
         loss, sequences = self.loss, 1 if batch.lengths is None else len(batch.lengths)
         divisor = self.divisor
-        if isinstance(divisor, Tensor) and loss.parts:
+        if isinstance(divisor, Tensor) and loss.parts:  # a compiled loss takes tensors of one device
             divisor = to_device(divisor, batch.logprobs.device)
         total, numbers = self.measure(loss, pack, batch, divisor)
         extras = {**(checks or {}), **({"grad_l1": grad_l1(total, batch.logprobs)} if self.grad_l1 else {})}
         get_batch = functools.partial(pack, replace(batch, logprobs=batch.logprobs.detach()))  # without the graph
         metrics = DeferredMetrics(
-            loss.name, loss.rows, loss.signed, self.divisor, sequences, get_batch, numbers, extras, loss.parts
+            loss.name,
+            loss.rows,
+            loss.output,
+            loss.signed,
+            self.divisor,
+            sequences,
+            get_batch,
+            numbers,
+            extras,
+            loss.parts,
         )
         return total, metrics
 
@@ -670,11 +697,13 @@ def check_bound(loss: Loss, columns: Mapping[str, Any], align: Any, grad_l1: Any
         check_align(align)
 
 
-def make_loss(terms: Terms, reads: Sequence[str], weigh: Weighing, rows: Rows = TOKENS) -> Loss:
+def make_loss(
+    terms: Terms, reads: Sequence[str], weigh: Weighing, rows: Rows = TOKENS, output: str = "logprobs"
+) -> Loss:
     """Make a loss from its terms and the weighing of its rows. ``preset`` then names it."""
     rows, weigh = Rows.of(rows), resolve_name("weigh", weigh)
     check_weigh(weigh, rows)
-    return Loss("loss", {}, tuple(reads), terms, weigh.share, weigh.count, rows)
+    return Loss("loss", {}, tuple(reads), terms, weigh.share, weigh.count, rows, output)
 
 
 def resolve_name(knob: str, value: Any) -> Any:

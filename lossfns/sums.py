@@ -75,11 +75,15 @@ def sum_losses(
     if TARGETS in kinds and set(kinds) != {TARGETS}:
         got, fix = ", ".join(kinds), "Logprobs are [N] or [N, K]: sum losses that take the same."
         raise LossInputError("losses", "losses of logprobs of one shape", got, fix)
+    outputs = {loss.output for loss in losses.values()}
+    if len(outputs) > 1:
+        fix = "Add up losses of one head, and the sums of several heads yourself."
+        raise LossInputError("losses", "losses of one output of the model", " and ".join(sorted(outputs)), fix)
     count = partial(counts, parts) if any(loss.count is not None for loss in losses.values()) else None
     knobs = {**losses, **{knob: x for knob, x in (("coefficients", coefficients), ("weights", weights)) if x}}
     columns = [column for column in columns if column != "weights"]
     reads = list(dict.fromkeys([*reads, *columns]))
-    return Loss("sum_losses", knobs, tuple(reads), no_rows, no_rows, count, widest_rows(kinds), parts)
+    return Loss("sum_losses", knobs, tuple(reads), no_rows, no_rows, count, widest_rows(kinds), outputs.pop(), parts)
 
 
 def with_shared_weights(loss: Loss) -> Loss:
