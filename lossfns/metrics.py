@@ -79,7 +79,14 @@ def merge_metrics(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 def merge_sum(parts: Sequence[Mapping[str, float]], names: Sequence[str]) -> dict[str, float]:
     """Merge the metrics of a sum of losses, whose parts have these names."""
-    by_name = {name: merge_loss([of_part(name, part) for part in parts]) for name in names}
+    coefficients = {name: parts[0][f"{name}/coefficient"] for name in names}
+    if any(part[f"{name}/coefficient"] != c for part in parts for name, c in coefficients.items()):
+        fix = "Merge the metrics of one loss, and average those of several steps."
+        raise LossInputError("parts", "one coefficient for each part of the sum", "several", fix)
+    by_name = {
+        name: merge_loss([of_part(name, part) for part in parts]) | {"coefficient": c}
+        for name, c in coefficients.items()
+    }
     whole = {name: sum(part[name] for part in parts) for name in parts[0] if "/" not in name}
     whole["loss"] = sum(own["coefficient"] * own["loss"] for own in by_name.values())
     if "grad_l1" in whole and any(

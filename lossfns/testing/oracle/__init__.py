@@ -13,6 +13,9 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import TypedDict, Unpack
 
 from lossfns.testing.oracle.policy import sapo as sapo
+from lossfns.testing.oracle.summed import Part as Part
+from lossfns.testing.oracle.summed import chosen_nll as chosen_nll
+from lossfns.testing.oracle.summed import sum_losses as sum_losses
 from lossfns.testing.oracle.unpaired import kto as kto
 
 Row = list[float]

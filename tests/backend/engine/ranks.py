@@ -102,7 +102,10 @@ def accumulated(mesh: Any) -> Result:
 def micro_batches(mesh: Any) -> Result:
     """Gradients of a batch that exceeds the budget, streamed and in two passes."""
     results: Result = {}
-    for name, loss_fn in (("streamed", lossfns.cross_entropy()), ("coupled", coupled)):
+    loss = lossfns.sum_losses(sft=lossfns.cross_entropy(), few=lossfns.cross_entropy(weigh=lossfns.sequence_sum_mean))
+    few = [[float(i < 3)] * d.model_input.length for i, d in enumerate(many())]  # most micro-batches have none of them
+    summed = loss.bind(few_weights=few)
+    for name, loss_fn in (("streamed", lossfns.cross_entropy()), ("coupled", coupled), ("summed", summed)):
         c = within_budget(mesh)
         assert count_of(c, loss_fn) > 1
         results |= {f"{name} {parameter}": x for parameter, x in gradients(c).items()}
