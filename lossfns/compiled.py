@@ -122,14 +122,14 @@ def with_dynamic_sizes(batch: Any) -> TensorBatch:
 
     columns = {name: dynamic(x, *rows) for name, x in batch.columns.items()}
     logprobs, weights = dynamic(batch.logprobs.detach(), *rows), dynamic(batch.weights, *rows)
-    lengths, masks = dynamic(batch.lengths, -1), getattr(batch, "masks", ())
-    return TensorBatch(logprobs, weights, columns, lengths, batch.equal, batch.halves, masks)
+    layout = batch.equal, batch.halves, batch.targets, getattr(batch, "masks", ())
+    return TensorBatch(logprobs, weights, columns, dynamic(batch.lengths, -1), *layout)
 
 
 def flattened(batch: TensorBatch, logprobs: Tensor) -> TensorBatch:
     """Return the batch with these logprobs, and every column as ``[N]``."""
     columns = {name: x.flatten() if isinstance(x, Tensor) else x for name, x in batch.columns.items()}
-    weights, layout = batch.weights.flatten(), (batch.equal, batch.halves, batch.masks)
+    weights, layout = batch.weights.flatten(), (batch.equal, batch.halves, batch.targets, batch.masks)
     return TensorBatch(logprobs.flatten(), weights, columns, batch.lengths, *layout)
 
 

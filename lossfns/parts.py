@@ -31,7 +31,7 @@ class Part:
         weights = t.weights if self.weights == "weights" else t.columns[self.weights]
         active = weights != 0
         columns = {name: blank(t.columns[name], active) for name in self.loss.reads if name in t.columns}
-        return Tokens(blank(t.logprobs, active), weights, t.lengths, columns, t.equal, t.halves, active)
+        return Tokens(blank(t.logprobs, active), weights, t.lengths, columns, t.equal, t.halves, active, t.targets)
 
 
 def divisor_or_one(divisor: Any) -> Any:

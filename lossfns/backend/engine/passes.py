@@ -101,7 +101,8 @@ def divisor(bound: BoundLoss, columns: PackedColumns) -> Tensor | float:
     zeros = torch.zeros_like(columns.weights)
     count = bound.divisor
     if count is None:
-        count = count_of(loss, Tokens(zeros, columns.weights, columns.lengths, masks, active=columns.active))
+        t = Tokens(zeros, columns.weights, columns.lengths, masks, active=columns.active, targets=columns.targets)
+        count = count_of(loss, t)
     return to_device(torch.as_tensor(count), zeros.device) if loss.parts else float(count)
 
 
