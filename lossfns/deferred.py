@@ -159,7 +159,7 @@ class DeferredMetrics:
                 check_divides(own.get("count", 1.0), own_sums["rows"], divisor)
                 numbers = metrics_of_rows(loss.rows, own, own_sums, divisor)
             metrics |= with_prefix(name, {**numbers, "coefficient": part.coefficient})
-        if divisors[0] is None and not any(of_part(name, sums)["rows"] for name in self.parts):
+        if self.divisor is None and not any(of_part(name, sums)["rows"] for name in self.parts):
             raise no_active_token()
         check_finite(totals["loss"])
         return metrics | {"sequences": float(self.sequences)}

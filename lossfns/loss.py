@@ -198,7 +198,11 @@ def evaluate(loss: Loss, t: Tokens, denominator: Tensor | float | None = None) -
     total = torch.dot(share.to(term.dtype), term)
     del result, term  # frees memory, in which the statistics are then computed
     if loss.count is not None:
-        total = total / (count_of(loss, t) if denominator is None else as_denominator(denominator))
+        if denominator is None:
+            denominator = count_of(loss, t)
+        elif isinstance(t.weights, Tensor):
+            denominator = as_denominator(denominator)
+        total = total / denominator
     # A pair or a sequence is active if its share is not 0.
     active = to_dtype(t.active if loss.rows.per_token else share != 0, total.dtype)
     sums = {name: sum_of_rows(name, statistics, active) for name in statistics}
@@ -227,6 +231,8 @@ def add_parts(
             row of the batch is of this part, and its loss is 0.
         function: ``evaluate_part`` or ``measure_part``, which is called for each part.
     """
+    if loss.count is None:
+        denominators = None  # no part has one
     if denominators is not None and not isinstance(denominators, Tensor):
         denominators = as_divisors(denominators, loss)
     if denominators is not None:  # a float64 would make the loss one

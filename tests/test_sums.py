@@ -22,8 +22,10 @@ from lossfns import (
     Loss,
     LossInputError,
     ModelInput,
+    Tokens,
     cross_entropy,
     dpo,
+    evaluate,
     grpo,
     gspo,
     importance_sampling,
@@ -93,7 +95,7 @@ SUMS = [
         {"rl": Part(oracle.ppo, 1, "weights", POLICY), "nll": SFT(0.1, "nll_weights")},
     ),
     Sum(
-        lossfns.oreal(reinforce(), positive=0.5, negative=2.0, sft=3.0),
+        lossfns.oreal(reinforce(), positive_factor=0.5, negative_factor=2.0, sft_factor=3.0),
         {
             "negative": Part(oracle.reinforce, 2, "weights", ("advantages",)),
             "positive": Part(oracle.reinforce, 0.5, "positive_weights", ("advantages",)),
@@ -376,7 +378,19 @@ def test_the_host_reads_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert reads == ["tolist"]
 
 
-def test_vmap_and_per_example_gradients() -> None:
+class Traced(torch.nn.Module):
+    """The maths of a loss over flat tensors, with one argument for each column."""
+
+    def __init__(self, loss: Loss) -> None:
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, logprobs: Tensor, weights: Tensor, lengths: Tensor, *columns: Tensor) -> Tensor:
+        given = {name: columns[i] for i, name in enumerate(self.loss.reads)}
+        return evaluate(self.loss, Tokens(logprobs, weights, lengths, given))[0]
+
+
+def test_traces_and_per_example_gradients() -> None:
     case = SUMS[0]
     lp, columns = padded(case, 1)
     given = {name: x if x.ndim == 2 else x[:, None].expand(lp.shape) for name, x in columns.items()}
@@ -389,6 +403,10 @@ def test_vmap_and_per_example_gradients() -> None:
     leaf = lp.clone().requires_grad_()
     case.loss.padded(leaf, **given)[0].backward()
     assert leaf.grad is not None
+    traced = torch.fx.symbolic_trace(Traced(case.loss))
+    t = [lp.flatten(), given["weights"].flatten(), torch.tensor([7] * 6)]
+    total = traced(*t, *(given[name].flatten() for name in case.loss.reads))
+    torch.testing.assert_close(total, case.loss.padded(lp, **given)[0], rtol=1e-12, atol=1e-15)
     together = torch.func.vmap(torch.func.grad(of_one))(lp, given)
     torch.testing.assert_close(together, leaf.grad, rtol=1e-12, atol=1e-15)
 
@@ -439,6 +457,11 @@ def test_a_part_without_tokens_adds_nothing_and_a_batch_without_any_is_refused()
     assert chunk.item() == 0
     with pytest.raises(LossInputError, match="denominator: expected a finite number above 0, in the part 'ce'"):
         loss.padded(lp, ones, ce_weights=ones, advantages=advantages, denominator=[4, 0])
+    raw = sum_losses(a=cross_entropy(weigh=token_sum), b=cross_entropy(weigh=token_sum))
+    assert raw.bind(b_weights=zeros).denominator(zeros) == 1.0
+    assert raw.padded(lp, zeros, b_weights=zeros, denominator=1.0)[0].item() == 0
+    with pytest.raises(LossInputError, match="at least one active token"):
+        raw.padded(lp, zeros, b_weights=zeros)
     with pytest.raises(LossInputError, match="a denominator above 0"):
         loss.padded(lp, ones, ce_weights=torch.tensor([[1.0, -1.0]]), advantages=advantages)
 
@@ -483,7 +506,7 @@ def test_refusals() -> None:
         ("2 finite numbers", lambda: loss.bind(denominator="12")),
         ("in \\[0, 1\\]", lambda: lossfns.chord(ppo(), mu=1.5)),
         ("at least 0", lambda: lossfns.echo(ppo(), alpha=-1.0)),
-        ("three numbers", lambda: lossfns.mpo(dpo(), dpo(), coefficients=(1.0, 2.0))),
+        ("three finite numbers", lambda: lossfns.mpo(dpo(), dpo(), coefficients=(1.0, 2.0))),
         ("a loss of one denominator", lambda: loss.terms(lossfns.Tokens(torch.zeros(1), torch.ones(1)))),
         ("one of the columns of TRL", lambda: for_trainer(loss, "TRL", ("advantages",), ("tokens",))),
         (
