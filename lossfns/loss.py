@@ -18,6 +18,7 @@ from lossfns.compiled import Measure, OneKernel
 from lossfns.deferred import DeferredMetrics, Numbers, finalised, join_numbers, not_divisible
 from lossfns.devices import to_device
 from lossfns.errors import LossInputError, add_loss_name, did_you_mean, show, warn
+from lossfns.kl import ESTIMATORS
 from lossfns.metrics import ADDITIVE, DIVIDED, with_prefix
 from lossfns.pack import (
     as_row,
@@ -32,10 +33,9 @@ from lossfns.pack import (
     weight_rows,
 )
 from lossfns.parts import Part, divisor_or_one
-from lossfns.segments import active_counts, geometric_level, sequence_level, token_level
+from lossfns.segments import active_counts, geometric_level, maximum_level, sequence_level, token_level
 from lossfns.tensors import TensorBatch, blank_tensors, check_packed, check_padded
-from lossfns.terms import k1, k2, k3
-from lossfns.tokens import COLUMNS, ON_POLICY, TOKENS, Rows, Tokens, to_dtype
+from lossfns.tokens import COLUMNS, DATUM_COLUMNS, ON_POLICY, TOKEN_COLUMNS, TOKENS, Rows, Tokens, to_dtype
 from lossfns.values import extremes
 from lossfns.weigh import WEIGHINGS, Weighing, check_weigh
 
@@ -54,8 +54,8 @@ METRICS = (*ADDITIVE, *DIVIDED, "denominator", "rows")
 
 FUNCTIONS_BY_NAME: dict[str, dict[str, Any]] = {
     "weigh": {weighing.name: weighing for weighing in WEIGHINGS},
-    "kl": {"k1": k1, "k2": k2, "k3": k3},
-    "level": {"token_level": token_level, "sequence_level": sequence_level, "geometric_level": geometric_level},
+    "kl": dict(ESTIMATORS),
+    "level": {f.__name__: f for f in (token_level, sequence_level, geometric_level, maximum_level)},
 }
 """The functions that a knob accepts by name."""
 
@@ -687,7 +687,7 @@ def grad_l1(total: Tensor, logprobs: Tensor) -> Tensor:
 
 def check_bound(loss: Loss, columns: Mapping[str, Any], align: Any, grad_l1: Any) -> None:
     """Refuse a column that no loss has, and warn about one that this loss does not read."""
-    known = {*COLUMNS, *loss.reads}
+    known = {*COLUMNS, *TOKEN_COLUMNS, *DATUM_COLUMNS, *loss.reads}
     for name, value in columns.items():
         if name not in known:
             got, fix = f"the name {name!r}", did_you_mean(name, known | {"denominator", "align", "grad_l1"})

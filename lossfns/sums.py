@@ -121,5 +121,5 @@ def counts(parts: Mapping[str, Part], t: Tokens) -> Tensor:
 
 def no_rows(t: Tokens) -> NoReturn:
     """Refuse to give the terms or shares of a sum, whose parts have rows of their own."""
-    fix = "Take loss.parts[name].loss, or evaluate(loss, t)."
+    fix = "Take its parts one by one: loss.bind(...).by_part(data)[name]."
     raise LossInputError("loss", "a loss of one denominator", "a sum of losses", fix)
