@@ -236,7 +236,6 @@ KNOBS: dict[str, Callable[[str, Any], None]] = {
     "reward_alpha": check_reward_alpha,
     "divergence_alpha": check_positive,
     "reward_bound": check_reward_bound,
-    "alpha": check_non_negative,
     "balance": check_positive,
     "beta_prime": check_positive,
     "min_beta": check_positive,
