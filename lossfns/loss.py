@@ -17,6 +17,7 @@ from lossfns.compiled import Measure, OneKernel
 from lossfns.deferred import DeferredMetrics, Numbers, finalised, join_numbers, not_divisible
 from lossfns.errors import LossInputError, add_loss_name, did_you_mean, show, warn
 from lossfns.kl import ESTIMATORS
+from lossfns.margins import LINKS, REWARDS
 from lossfns.metrics import ADDITIVE, DIVIDED
 from lossfns.pack import as_row, as_tensor, check_align, check_reads, is_plain, pack, pack_weights, tensor_form
 from lossfns.regions import one_side, ratio_weight, two_side, unit_weight
@@ -45,6 +46,9 @@ FUNCTIONS_BY_NAME: dict[str, dict[str, Any]] = {
     "is_weight": {"unit_weight": unit_weight, "ratio_weight": ratio_weight},
     "kl": dict(ESTIMATORS),
     "level": {f.__name__: f for f in (token_level, sequence_level, geometric_level, maximum_level)},
+    "reward": {**REWARDS},
+    "nll": {**REWARDS},
+    "link": {**LINKS},
 }
 """The functions that a knob accepts by name."""
 

@@ -14,7 +14,7 @@ LAYERS = [
     {"errors", "version"},
     {"tokens", "terms", "checks", "statistics", "regions", "devices"},
     {"segments", "kl"},
-    {"weigh", "pack", "values", "metrics", "rollout"},
+    {"weigh", "pack", "values", "metrics", "margins", "rollout"},
     {"tensors", "deferred"},
     {"compiled"},
     {"loss"},

@@ -5,13 +5,13 @@ from __future__ import annotations
 from torch import Tensor
 
 from lossfns import terms as eq
-from lossfns.loss import Loss, Statistics, preset
+from lossfns.loss import Loss, Statistics, make_loss, preset
 from lossfns.losses.ratio import Clip, ratio_loss
 from lossfns.regions import two_side
-from lossfns.segments import token_level
+from lossfns.segments import sequence_value, token_level, weighted_sum
 from lossfns.statistics import OnDemand
-from lossfns.tokens import Tokens
-from lossfns.weigh import Weighing, token_mean
+from lossfns.tokens import SEQUENCES, Tokens
+from lossfns.weigh import Weighing, datum_mean, token_mean
 
 
 @preset
@@ -105,3 +105,33 @@ def sppo_token(clip: Clip = (1 / 1.3, 1.3), weigh: Weighing = token_mean, log_ra
         return OnDemand(masked=lambda: ~two_side(ratio, t.advantages, clip))
 
     return ratio_loss(token_level, linear, weigh, log_ratio_cap, statistics)
+
+
+@preset
+def a2po(beta: float = 1e-3, weigh: Weighing = datum_mean) -> Loss:
+    """(β₂·Σ w·(lp − ref) − (R − V*))² of each answer, with its reward R. Brantley et al. 2025, arXiv:2505.20686.
+
+    A*-PO: the log-ratio to the reference is fitted to the optimal advantage. V* is the optimal value of the prompt,
+    β₁·(logsumexp(R/β₁) − log N) over the rewards of N answers that the reference gave, with β₁ = 0.5 in TRL.
+
+    Args:
+        beta: β₂, a finite number above 0.
+        weigh: ``datum_mean`` or ``datum_sum``.
+
+    Reads ``ref_logprobs``, ``rewards`` (R) and ``reference_point`` (V*), one number for each datum. Statistics, means
+    over datums:
+
+        log_ratio: Σ w·(lp − ref), in nats.
+        advantage: R − V*.
+
+    >>> a2po().reads
+    ('ref_logprobs', 'rewards', 'reference_point')
+    """
+
+    def terms(t: Tokens) -> tuple[Tensor, Statistics]:
+        log_ratio = weighted_sum(t, t.logprobs - t.ref_logprobs)
+        advantage = sequence_value(t, t.rewards) - sequence_value(t, t.reference_point)
+        statistics = {"log_ratio": log_ratio.detach(), "advantage": advantage}
+        return (beta * log_ratio - advantage).square(), statistics
+
+    return make_loss(terms, ("ref_logprobs", "rewards", "reference_point"), weigh, rows=SEQUENCES)

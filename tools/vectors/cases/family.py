@@ -15,8 +15,12 @@ from lossfns.testing.settings import knobs, setting_elements, variants
 from lossfns.testing.vectors.vector import flatten
 from lossfns.tokens import DATUM_COLUMNS, PAIRS, SEQUENCES, TARGETS
 from lossfns.weigh import fixed_length
+from tools.vectors.answers import correct_answer
 from tools.vectors.cases import policy, preference, supervised
 from tools.vectors.cases.form import DEFAULTS, WEIGHINGS, Case, Data, Situation
+
+SMALLEST_FLOAT32 = 2.0**-126
+"""The smallest normal number of float32."""
 
 SETTINGS: dict[str, dict[str, Any]] = {
     # Of one candidate, the renormalised probability is 1.
@@ -78,7 +82,7 @@ def family() -> Iterator[Case]:
 
 def cases_of(loss: Loss) -> Iterator[Case]:
     """Yield the cases of one loss: its situations, each setting changed in two of them, and other weighings."""
-    situations = situations_for(loss)
+    situations = [s for s in situations_for(loss) if is_representable(case_of(loss, s))]
     for situation in situations:
         yield case_of(loss, situation)
     for name, element, other in changed_settings(loss):
@@ -87,6 +91,18 @@ def cases_of(loss: Loss) -> Iterator[Case]:
             yield case_of(other, situation, f"{place} changed")
     for settings in other_weighings(loss):
         yield case_of(loss, situations[0], settings["weigh"], settings)
+
+
+def is_representable(case: Case) -> bool:
+    """Return whether float32 can hold the answer: its largest gradient does not vanish in float32.
+
+    A gradient of exactly 0 may be the right answer. It is none to show where a factor such as the weight of ``wpo``
+    has vanished, since then every mistake gives 0, too.
+    """
+    gradients = correct_answer(case.loss, case.config, case.data, case.denominator)["grad"]
+    largest = max((abs(g) for g in flatten(gradients)), default=0.0)
+    has_vanished = "sum_square_probs" in case.data[0] and any(any(datum["weights"]) for datum in case.data)
+    return largest >= SMALLEST_FLOAT32 or (largest == 0 and not has_vanished)
 
 
 def situations_for(loss: Loss) -> list[Situation]:
