@@ -18,9 +18,15 @@ from tools.vectors.cases import policy, preference, supervised
 from tools.vectors.cases.form import DEFAULTS, WEIGHINGS, Case, Data, Situation
 
 SETTINGS: dict[str, dict[str, Any]] = {
+    # Of a few tokens, the smallest share is none, and no covariance is above 1.
+    "clip_cov": {"fraction": 0.25, "cov_bounds": (0.05, 5.0)},
+    "kl_cov": {"fraction": 0.25},
+    "m2po": {"threshold": 0.1},
     # Of one candidate, the renormalised probability is 1.
-    name: {"support": "tail_support"}
-    for name in ("top_k_forward_kl", "top_k_reverse_kl", "top_k_mixed_kl", "top_k_jsd")
+    "top_k_forward_kl": {"support": "tail_support"},
+    "top_k_reverse_kl": {"support": "tail_support"},
+    "top_k_mixed_kl": {"support": "tail_support"},
+    "top_k_jsd": {"support": "tail_support"},
 }
 """Settings of a loss for its vectors, where those of the preset would hide a mistake."""
 
