@@ -92,6 +92,17 @@ def rejected(t: Tokens, y: Tensor) -> Tensor:
     return y[len(y) // 2 :] if t.halves else y[1::2]
 
 
+def both_sides(t: Tokens, y: Tensor) -> Tensor:
+    """Repeat each pair's value for its two sides: ``[P] -> [B]``."""
+    return torch.cat([y, y]) if t.halves else torch.stack([y, y], 1).flatten()
+
+
+def positions(t: Tokens) -> Tensor:
+    """For each token the number of active tokens of its sequence up to and including it: ``[N]``."""
+    counts = active_counts(t).long()
+    return t.active.cumsum(0) - to_tokens(t, counts.cumsum(0) - counts)
+
+
 def token_level(t: Tokens, log_ratio: Tensor) -> Tensor:
     """Each token's own log-ratio: ``[N] -> [N]``."""
     return log_ratio

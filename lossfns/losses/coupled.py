@@ -28,6 +28,7 @@ from lossfns.segments import (
     token_level,
     weighted_mean,
 )
+from lossfns.statistics import OnDemand
 from lossfns.tokens import SEQUENCES, Tokens, to_dtype
 from lossfns.weigh import Weighing, datum_mean, token_mean
 
@@ -194,7 +195,7 @@ def kl_cov(
         term, statistics = loss.terms(t)
         selected = largest_share(t, covariance(t), t.active, fraction)
         distance = (t.logprobs - t.old_logprobs).abs().masked_fill(~selected, 0)
-        return term.add(distance, alpha=kl_coef), statistics | {"cov_penalised": selected}
+        return term.add(distance, alpha=kl_coef), statistics | OnDemand(cov_penalised=lambda: selected)
 
     return replace(loss, reads=(*loss.reads, "groups"), terms=terms)
 

@@ -17,6 +17,7 @@ from lossfns.loss import Loss, Statistics, preset
 from lossfns.losses.policy import importance_sampling
 from lossfns.losses.ratio import Clip, clipped
 from lossfns.segments import to_tokens, token_level, weighted_mean
+from lossfns.statistics import OnDemand
 from lossfns.tokens import Tokens
 from lossfns.weigh import Weighing, sequence_mean, token_mean
 
@@ -33,7 +34,7 @@ def masked(loss: Loss, kept: Mask, name: str, *reads: str) -> Loss:
     def terms(t: Tokens) -> tuple[Tensor, Statistics]:
         term, statistics = loss.terms(t)
         dropped = ~kept(t)
-        return term.masked_fill(dropped, 0), statistics | {name: dropped}
+        return term.masked_fill(dropped, 0), statistics | OnDemand(**{name: lambda: dropped})
 
     return replace(loss, reads=tuple(dict.fromkeys((*loss.reads, *reads))), terms=terms)
 

@@ -179,6 +179,6 @@ def fipo(
     def terms(t: Tokens) -> tuple[Tensor, Statistics]:
         term, statistics = loss.terms(t)
         f = influence(t)
-        return f * term, statistics | {"influence": f}
+        return f * term, statistics | OnDemand(influence=lambda: f)
 
     return replace(loss, terms=terms)

@@ -147,6 +147,11 @@ NAMED_VALUES = {
     "kl": ("k2", "k3"),
     "weigh": ("fixed_length", "pair_sum", "pair_mean", "token_sum"),
     "level": ("sequence_level", "token_level"),
+    "region": ("one_side", "two_side"),
+    "is_weight": ("unit_weight", "ratio_weight"),
+    "reward": ("log_ratio_mean", "log_ratio_sum", "logprob_mean"),
+    "nll": ("logprob_mean",),
+    "link": ("savage_link", "logistic_link"),
     "support": ("renormalised_support", "tail_support", "raw_support"),
 }
 """Setting → the public functions that it may be set to."""
