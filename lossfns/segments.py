@@ -128,12 +128,18 @@ def maximum_level(t: Tokens, x: Tensor) -> Tensor:
     return to_tokens(t, sequence_maximum(t, x))
 
 
+def group_index(labels: Tensor) -> Tensor:
+    """The place of each row's label among the sorted labels of all rows: ``[M] -> [M]``, equal for equal labels."""
+    return torch.searchsorted(labels.sort().values, labels)
+
+
 def group_sum(labels: Tensor, y: Tensor) -> Tensor:
     """Σ y over all rows of the same label, repeated at each of these rows: ``[M] -> [M]``.
 
     A row is a sequence or a pair, and ``labels`` are its numbers of the column ``groups``.
     """
-    return to_dtype(labels[:, None] == labels[None, :], y.dtype) @ y
+    index = group_index(labels)
+    return torch.zeros_like(y).index_add(0, index, y)[index]
 
 
 def group_labels(t: Tokens) -> Tensor:

@@ -1,5 +1,6 @@
 """Laws that every loss obeys, on random batches."""
 
+import functools
 import math
 from random import Random
 from typing import Any
@@ -159,11 +160,15 @@ def test_no_knob_is_inert(case: Case) -> None:
         "label_smoothing": 0.4,
     }
     preset, own = getattr(lossfns, case.loss.name), dict(case.loss.knobs)
-    batches = [case.batch(Random(seed)) for seed in range(12)]
-    before = [call(case.loss, batch)[:2] for batch in batches]
+
+    @functools.cache
+    def batch_and_result(seed: int) -> tuple[Batch, Any]:
+        batch = case.batch(Random(seed))
+        return batch, call(case.loss, batch)[:2]
 
     def has_effect(changed: lossfns.Loss) -> bool:
-        return any(call(changed, batch)[:2] != result for batch, result in zip(batches, before))
+        """Whether one of many batches shows it: outer bounds of a ratio matter to few tokens."""
+        return any(call(changed, batch)[:2] != result for batch, result in map(batch_and_result, range(48)))
 
     for name in own.keys() & changes.keys():
         changed = preset(**{**own, name: changes[name]})

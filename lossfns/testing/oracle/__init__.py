@@ -12,148 +12,88 @@ import operator
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import TypedDict, Unpack
 
+from lossfns.testing.oracle.clipped import bnpo, dr_grpo, gmpo, luspo, rloo
+from lossfns.testing.oracle.coupled import clip_cov, kl_cov, m2po, real
 from lossfns.testing.oracle.grouped import (
-    alpha_dpo as alpha_dpo,
+    alpha_dpo,
+    aot,
+    aot_unpaired,
+    beta_dpo,
+    dr_dpo,
 )
-from lossfns.testing.oracle.grouped import (
-    aot as aot,
-)
-from lossfns.testing.oracle.grouped import (
-    aot_unpaired as aot_unpaired,
-)
-from lossfns.testing.oracle.grouped import (
-    beta_dpo as beta_dpo,
-)
-from lossfns.testing.oracle.grouped import (
-    dr_dpo as dr_dpo,
-)
-from lossfns.testing.oracle.policy import sapo as sapo
+from lossfns.testing.oracle.policy import sapo
 from lossfns.testing.oracle.preference import (
-    apo_down as apo_down,
-)
-from lossfns.testing.oracle.preference import (
-    apo_zero as apo_zero,
-)
-from lossfns.testing.oracle.preference import (
-    bco_pair as bco_pair,
-)
-from lossfns.testing.oracle.preference import (
-    bpo as bpo,
-)
-from lossfns.testing.oracle.preference import (
-    c2_dpo as c2_dpo,
-)
-from lossfns.testing.oracle.preference import (
-    cal_dpo as cal_dpo,
-)
-from lossfns.testing.oracle.preference import (
-    chi_po as chi_po,
-)
-from lossfns.testing.oracle.preference import (
-    discopop as discopop,
-)
-from lossfns.testing.oracle.preference import (
-    dpo_norm as dpo_norm,
-)
-from lossfns.testing.oracle.preference import (
-    dpo_shift as dpo_shift,
-)
-from lossfns.testing.oracle.preference import (
-    dpop as dpop,
-)
-from lossfns.testing.oracle.preference import (
-    exo as exo,
-)
-from lossfns.testing.oracle.preference import (
-    f_dpo as f_dpo,
-)
-from lossfns.testing.oracle.preference import (
-    focal_po as focal_po,
-)
-from lossfns.testing.oracle.preference import (
-    gpo as gpo,
-)
-from lossfns.testing.oracle.preference import (
-    hinge as hinge,
-)
-from lossfns.testing.oracle.preference import (
-    ipo as ipo,
-)
-from lossfns.testing.oracle.preference import (
-    ld_dpo as ld_dpo,
-)
-from lossfns.testing.oracle.preference import (
-    minor_dpo as minor_dpo,
-)
-from lossfns.testing.oracle.preference import (
-    nca as nca,
-)
-from lossfns.testing.oracle.preference import (
-    odpo as odpo,
-)
-from lossfns.testing.oracle.preference import (
-    r_dpo as r_dpo,
-)
-from lossfns.testing.oracle.preference import (
-    robust_dpo as robust_dpo,
-)
-from lossfns.testing.oracle.preference import (
-    spo as spo,
-)
-from lossfns.testing.oracle.preference import (
-    sppo_hard as sppo_hard,
-)
-from lossfns.testing.oracle.preference import (
-    wpo as wpo,
+    apo_down,
+    apo_zero,
+    bco_pair,
+    bpo,
+    c2_dpo,
+    cal_dpo,
+    chi_po,
+    discopop,
+    dpo_norm,
+    dpo_shift,
+    dpop,
+    exo,
+    f_dpo,
+    focal_po,
+    gpo,
+    hinge,
+    ipo,
+    ld_dpo,
+    minor_dpo,
+    nca,
+    odpo,
+    r_dpo,
+    robust_dpo,
+    spo,
+    sppo_hard,
+    wpo,
 )
 from lossfns.testing.oracle.reference_free import (
-    alphapo as alphapo,
-)
-from lossfns.testing.oracle.reference_free import (
-    bradley_terry as bradley_terry,
-)
-from lossfns.testing.oracle.reference_free import (
-    bradley_terry_margin as bradley_terry_margin,
-)
-from lossfns.testing.oracle.reference_free import (
-    cpo as cpo,
-)
-from lossfns.testing.oracle.reference_free import (
-    process_reward as process_reward,
-)
-from lossfns.testing.oracle.reference_free import (
-    simpo as simpo,
+    alphapo,
+    bradley_terry,
+    bradley_terry_margin,
+    cpo,
+    process_reward,
+    simpo,
 )
 from lossfns.testing.oracle.supervised import (
-    dft as dft,
+    dft,
+    focal,
+    sampled_reverse_kl,
+    sft_phi,
+    top_k_forward_kl,
+    top_k_jsd,
+    top_k_mixed_kl,
+    top_k_reverse_kl,
+    unlikelihood,
 )
-from lossfns.testing.oracle.supervised import (
-    focal as focal,
+from lossfns.testing.oracle.trust import (
+    a2po,
+    ce_gppo,
+    dppo_kl,
+    dppo_tv,
+    fipo,
+    opsm,
+    prime_dppo,
+    prime_ref_kl,
+    prime_symmetric,
 )
-from lossfns.testing.oracle.supervised import (
-    sampled_reverse_kl as sampled_reverse_kl,
+from lossfns.testing.oracle.unpaired import bco, kto, sppo
+from lossfns.testing.oracle.weighted import (
+    capped_importance_sampling,
+    cispo_sequence,
+    gpg,
+    kimi15,
+    opmd,
+    rec,
+    rec_ring,
+    rollout_is,
+    sppo_token,
+    topr,
+    vespo,
 )
-from lossfns.testing.oracle.supervised import (
-    sft_phi as sft_phi,
-)
-from lossfns.testing.oracle.supervised import (
-    top_k_forward_kl as top_k_forward_kl,
-)
-from lossfns.testing.oracle.supervised import (
-    top_k_jsd as top_k_jsd,
-)
-from lossfns.testing.oracle.supervised import (
-    top_k_mixed_kl as top_k_mixed_kl,
-)
-from lossfns.testing.oracle.supervised import (
-    top_k_reverse_kl as top_k_reverse_kl,
-)
-from lossfns.testing.oracle.supervised import (
-    unlikelihood as unlikelihood,
-)
-from lossfns.testing.oracle.unpaired import bco as bco
-from lossfns.testing.oracle.unpaired import kto as kto
-from lossfns.testing.oracle.unpaired import sppo as sppo
 
 Row = list[float]
 Rows = list[Row]
