@@ -269,7 +269,10 @@ __all__ = [
     "opmd",
     "opo_advantages",
     "opsm",
+<<<<<<< HEAD
     "optimal_token_advantages",
+=======
+>>>>>>> 0ab52eefb80bdb79596885a2f135789bfbb317d2
     "oreal",
     "orpo",
     "pack",
@@ -336,7 +339,10 @@ __all__ = [
     "two_side",
     "unit_weight",
     "unlikelihood",
+<<<<<<< HEAD
     "value_loss",
+=======
+>>>>>>> 0ab52eefb80bdb79596885a2f135789bfbb317d2
     "vapo_nll",
     "vespo",
     "weights_from_labels",
