@@ -269,10 +269,7 @@ __all__ = [
     "opmd",
     "opo_advantages",
     "opsm",
-<<<<<<< HEAD
     "optimal_token_advantages",
-=======
->>>>>>> 0ab52eefb80bdb79596885a2f135789bfbb317d2
     "oreal",
     "orpo",
     "pack",
@@ -339,10 +336,7 @@ __all__ = [
     "two_side",
     "unit_weight",
     "unlikelihood",
-<<<<<<< HEAD
     "value_loss",
-=======
->>>>>>> 0ab52eefb80bdb79596885a2f135789bfbb317d2
     "vapo_nll",
     "vespo",
     "weights_from_labels",
