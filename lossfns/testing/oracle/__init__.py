@@ -12,59 +12,112 @@ import operator
 from collections.abc import Callable, Iterable
 from typing import TypedDict, Unpack
 
-from lossfns.testing.oracle.advantages import asymre_advantages as asymre_advantages
-from lossfns.testing.oracle.advantages import batch_advantages as batch_advantages
-from lossfns.testing.oracle.advantages import gae as gae
-from lossfns.testing.oracle.advantages import gdpo_advantages as gdpo_advantages
-from lossfns.testing.oracle.advantages import gigpo_advantages as gigpo_advantages
-from lossfns.testing.oracle.advantages import gpg_advantages as gpg_advantages
-from lossfns.testing.oracle.advantages import group_advantages as group_advantages
-from lossfns.testing.oracle.advantages import hierarchical_advantages as hierarchical_advantages
-from lossfns.testing.oracle.advantages import kl_penalties as kl_penalties
-from lossfns.testing.oracle.advantages import leave_one_out_advantages as leave_one_out_advantages
-from lossfns.testing.oracle.advantages import maxrl_advantages as maxrl_advantages
-from lossfns.testing.oracle.advantages import opo_advantages as opo_advantages
-from lossfns.testing.oracle.advantages import optimal_token_advantages as optimal_token_advantages
-from lossfns.testing.oracle.advantages import pass_at_k_advantages as pass_at_k_advantages
-from lossfns.testing.oracle.advantages import rae_advantages as rae_advantages
-from lossfns.testing.oracle.advantages import reinforce_plus_plus_advantages as reinforce_plus_plus_advantages
 from lossfns.testing.oracle.advantages import (
-    reinforce_plus_plus_baseline_advantages as reinforce_plus_plus_baseline_advantages,
+    asymre_advantages,
+    batch_advantages,
+    gae,
+    gdpo_advantages,
+    gigpo_advantages,
+    gpg_advantages,
+    group_advantages,
+    hierarchical_advantages,
+    kl_penalties,
+    leave_one_out_advantages,
+    maxrl_advantages,
+    opo_advantages,
+    optimal_token_advantages,
+    pass_at_k_advantages,
+    rae_advantages,
+    reinforce_plus_plus_advantages,
+    reinforce_plus_plus_baseline_advantages,
+    remax_advantages,
+    returns_to_go,
+    token_rewards,
+    whiten,
 )
-from lossfns.testing.oracle.advantages import remax_advantages as remax_advantages
-from lossfns.testing.oracle.advantages import returns_to_go as returns_to_go
-from lossfns.testing.oracle.advantages import token_rewards as token_rewards
-from lossfns.testing.oracle.advantages import whiten as whiten
-from lossfns.testing.oracle.policy import sapo as sapo
+from lossfns.testing.oracle.clipped import bnpo, dr_grpo, gmpo, luspo, rloo
+from lossfns.testing.oracle.coupled import clip_cov, kl_cov, m2po, real
+from lossfns.testing.oracle.grouped import (
+    alpha_dpo,
+    aot,
+    aot_unpaired,
+    beta_dpo,
+    dr_dpo,
+)
+from lossfns.testing.oracle.policy import sapo
+from lossfns.testing.oracle.preference import (
+    apo_down,
+    apo_zero,
+    bco_pair,
+    bpo,
+    c2_dpo,
+    cal_dpo,
+    chi_po,
+    discopop,
+    dpo_norm,
+    dpo_shift,
+    dpop,
+    exo,
+    f_dpo,
+    focal_po,
+    gpo,
+    hinge,
+    ipo,
+    ld_dpo,
+    minor_dpo,
+    nca,
+    odpo,
+    r_dpo,
+    robust_dpo,
+    spo,
+    sppo_hard,
+    wpo,
+)
+from lossfns.testing.oracle.reference_free import (
+    alphapo,
+    bradley_terry,
+    bradley_terry_margin,
+    cpo,
+    process_reward,
+    simpo,
+)
 from lossfns.testing.oracle.supervised import (
-    dft as dft,
+    dft,
+    focal,
+    sampled_reverse_kl,
+    sft_phi,
+    top_k_forward_kl,
+    top_k_jsd,
+    top_k_mixed_kl,
+    top_k_reverse_kl,
+    unlikelihood,
 )
-from lossfns.testing.oracle.supervised import (
-    focal as focal,
+from lossfns.testing.oracle.trust import (
+    a2po,
+    ce_gppo,
+    dppo_kl,
+    dppo_tv,
+    fipo,
+    opsm,
+    prime_dppo,
+    prime_ref_kl,
+    prime_symmetric,
 )
-from lossfns.testing.oracle.supervised import (
-    sampled_reverse_kl as sampled_reverse_kl,
+from lossfns.testing.oracle.unpaired import bco, kto, sppo
+from lossfns.testing.oracle.value import value_loss
+from lossfns.testing.oracle.weighted import (
+    capped_importance_sampling,
+    cispo_sequence,
+    gpg,
+    kimi15,
+    opmd,
+    rec,
+    rec_ring,
+    rollout_is,
+    sppo_token,
+    topr,
+    vespo,
 )
-from lossfns.testing.oracle.supervised import (
-    sft_phi as sft_phi,
-)
-from lossfns.testing.oracle.supervised import (
-    top_k_forward_kl as top_k_forward_kl,
-)
-from lossfns.testing.oracle.supervised import (
-    top_k_jsd as top_k_jsd,
-)
-from lossfns.testing.oracle.supervised import (
-    top_k_mixed_kl as top_k_mixed_kl,
-)
-from lossfns.testing.oracle.supervised import (
-    top_k_reverse_kl as top_k_reverse_kl,
-)
-from lossfns.testing.oracle.supervised import (
-    unlikelihood as unlikelihood,
-)
-from lossfns.testing.oracle.unpaired import kto as kto
-from lossfns.testing.oracle.value import value_loss as value_loss
 
 Row = list[float]
 Rows = list[Row]
