@@ -88,6 +88,7 @@ from lossfns.losses.reward_models import bradley_terry, bradley_terry_margin, pr
 from lossfns.losses.sequence import gmpo, gspo, gspo_token, luspo, rloo
 from lossfns.losses.shifts import bpo, dpo_shift, dpop, ld_dpo, minor_dpo, odpo, r_dpo, wpo
 from lossfns.losses.sides import apo_down, apo_zero, bco_pair, c2_dpo, cal_dpo, nca, sppo_hard
+from lossfns.losses.summed import chord, echo, mpo, oreal, rpo, vapo_nll
 from lossfns.losses.supervised import cross_entropy, dft, focal, multi_target_cross_entropy, sft_phi, unlikelihood
 from lossfns.losses.trust import ce_gppo, fipo, sapo
 from lossfns.losses.unpaired import bco, kto, kto_reference_point, sppo
@@ -116,6 +117,7 @@ from lossfns.regions import one_side, ratio_weight, two_side, unit_weight
 from lossfns.rollout import TokenWeight
 from lossfns.sampler import accepted_weights, proximal_logprobs, rollout_summary, support_logprobs, top_p_support
 from lossfns.segments import geometric_level, maximum_level, sequence_level, token_level
+from lossfns.sums import sum_losses
 from lossfns.terms import k1, k2, k3
 from lossfns.tokens import ON_POLICY, Rows, Tokens
 from lossfns.version import __version__ as __version__
@@ -173,6 +175,7 @@ __all__ = [
     "capped_importance_sampling",
     "ce_gppo",
     "chi_po",
+    "chord",
     "cispo",
     "cispo_sequence",
     "clip_cov",
@@ -196,6 +199,7 @@ __all__ = [
     "dr_dpo",
     "dr_grpo",
     "dro",
+    "echo",
     "evaluate",
     "exo",
     "explained_variance",
@@ -257,6 +261,7 @@ __all__ = [
     "maxrl_advantages",
     "merge_metrics",
     "minor_dpo",
+    "mpo",
     "multi_target_cross_entropy",
     "nca",
     "odpo",
@@ -265,6 +270,7 @@ __all__ = [
     "opo_advantages",
     "opsm",
     "optimal_token_advantages",
+    "oreal",
     "orpo",
     "pack",
     "pair_from_tokens",
@@ -295,6 +301,7 @@ __all__ = [
     "rollout",
     "rollout_is",
     "rollout_summary",
+    "rpo",
     "sampled_reverse_kl",
     "sapo",
     "savage_link",
@@ -308,6 +315,7 @@ __all__ = [
     "sppo_hard",
     "sppo_token",
     "squared_link",
+    "sum_losses",
     "support_logprobs",
     "tail_support",
     "target_logprobs",
@@ -329,6 +337,7 @@ __all__ = [
     "unit_weight",
     "unlikelihood",
     "value_loss",
+    "vapo_nll",
     "vespo",
     "weights_from_labels",
     "weights_from_mask",

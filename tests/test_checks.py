@@ -10,7 +10,7 @@ import pytest
 
 import lossfns
 from lossfns import LossInputError, k3, rollout
-from lossfns.checks import KNOBS, check_knobs, check_non_negative, check_positive, check_share
+from lossfns.checks import KNOBS, check_coefficients, check_knobs, check_non_negative, check_positive, check_share
 
 TINY = math.ulp(0.0)
 BELOW, ABOVE = math.nextafter(1.0, 0.0), math.nextafter(1.0, 2.0)
@@ -92,6 +92,10 @@ RANGES: dict[Any, tuple[list[Any], list[Any]]] = {
     check_positive: ([TINY, 2, 2.0], [0, -1, *NO_NUMBER]),
     check_non_negative: ([0, 0.0, TINY, 1e9], [-TINY, -1, *NO_NUMBER]),
     check_share: ([0, 0.5, 1], [-TINY, ABOVE, *NO_NUMBER]),
+    check_coefficients: (
+        [(0.8, 0.2, 1), [0, 0.0, TINY]],
+        [(1, 1), (1, 1, -TINY), (1, 1, math.inf), 1, "abc", *NO_NUMBER],
+    ),
 }
 """What a check accepts and refuses, for each of its knobs that is not listed above."""
 for knob in KNOBS.keys() - ACCEPTED.keys():

@@ -133,6 +133,8 @@ def detect_kind(loss_fn: LossFn) -> tuple[str, bool]:
     """
     loss = loss_fn.loss if isinstance(loss_fn, BoundLoss) else loss_fn
     if isinstance(loss, Loss):
+        if loss.parts:
+            return "any", False
         kind = declared_kind(loss)
         if kind is not None:
             return kind, False

@@ -18,6 +18,7 @@ import torch
 
 from lossfns.errors import LossInputError, did_you_mean
 from lossfns.loss import BoundLoss, Loss
+from lossfns.sums import with_shared_weights
 from lossfns.testing.factories import FactoryLoss
 from lossfns.testing.forms import (
     FORMS,
@@ -125,7 +126,9 @@ def adapt(subject: Any, *, factory: bool | None = None) -> LossFn:
     """
     if isinstance(subject, PaddedLoss):
         return with_form(subject)
-    if isinstance(subject, (Loss, BoundLoss, ContractLoss, FactoryLoss)):
+    if isinstance(subject, Loss):
+        return with_shared_weights(subject)  # the batches of the laws have one column of weights
+    if isinstance(subject, (BoundLoss, ContractLoss, FactoryLoss)):
         return subject
     if not callable(subject):
         raise LossInputError("subject", "a loss function or a factory of one", repr(subject), FORMS)

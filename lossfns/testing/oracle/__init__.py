@@ -9,7 +9,7 @@ themselves (``scalar.py``): each is its equation alone.
 
 import math
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import TypedDict, Unpack
 
 from lossfns.testing.oracle.advantages import (
@@ -37,13 +37,7 @@ from lossfns.testing.oracle.advantages import (
 )
 from lossfns.testing.oracle.clipped import bnpo, dr_grpo, gmpo, luspo, rloo
 from lossfns.testing.oracle.coupled import clip_cov, kl_cov, m2po, real
-from lossfns.testing.oracle.grouped import (
-    alpha_dpo,
-    aot,
-    aot_unpaired,
-    beta_dpo,
-    dr_dpo,
-)
+from lossfns.testing.oracle.grouped import alpha_dpo, aot, aot_unpaired, beta_dpo, dr_dpo
 from lossfns.testing.oracle.policy import sapo
 from lossfns.testing.oracle.preference import (
     apo_down,
@@ -81,6 +75,7 @@ from lossfns.testing.oracle.reference_free import (
     process_reward,
     simpo,
 )
+from lossfns.testing.oracle.summed import Part, chosen_nll, sum_losses
 from lossfns.testing.oracle.supervised import (
     dft,
     focal,
