@@ -17,11 +17,21 @@ from lossfns.compiled import Measure, OneKernel
 from lossfns.deferred import DeferredMetrics, Numbers, finalised, join_numbers, not_divisible
 from lossfns.errors import LossInputError, add_loss_name, did_you_mean, show, warn
 from lossfns.metrics import ADDITIVE, DIVIDED
-from lossfns.pack import as_row, as_tensor, check_align, check_reads, is_plain, pack, pack_weights, tensor_form
+from lossfns.pack import (
+    as_row,
+    as_tensor,
+    check_align,
+    check_differentiates,
+    check_reads,
+    is_plain,
+    pack,
+    pack_weights,
+    tensor_form,
+)
 from lossfns.segments import active_counts, geometric_level, sequence_level, token_level
 from lossfns.tensors import TensorBatch, blank_tensors, check_packed, check_padded
 from lossfns.terms import k1, k2, k3
-from lossfns.tokens import COLUMNS, ON_POLICY, TOKENS, Rows, Tokens, to_dtype
+from lossfns.tokens import COLUMNS, MODEL_COLUMNS, ON_POLICY, TOKENS, Rows, Tokens, to_dtype
 from lossfns.values import extremes
 from lossfns.weigh import WEIGHINGS, Weighing, check_weigh
 
@@ -55,6 +65,9 @@ class Loss:
         count: ``t -> this batch's part of the denominator``, which adds over micro-batches and ranks. It reads
             no logprobs. ``None`` makes the loss a raw sum, whose denominator is 1 however the batch is split.
         rows: the kind of row: ``"tokens"``, ``"targets"``, ``"pairs"`` or ``"sequences"`` (one for each datum).
+        differentiates: the columns in ``reads`` that carry a gradient, like the logprobs. ``None``: the outputs of the
+            model among them, ``entropy`` and ``sum_square_probs``. Terms get all other columns as constants, and a
+            column that carries a gradient is refused if it comes without a graph while the logprobs have one.
     """
 
     name: str
@@ -64,10 +77,13 @@ class Loss:
     share: Callable[[Tokens], Tensor]
     count: Callable[[Tokens], Tensor] | None
     rows: Rows = TOKENS
+    differentiates: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rows", Rows.of(self.rows))
         object.__setattr__(self, "reads", check_reads(self.reads))
+        if self.differentiates is not None:
+            object.__setattr__(self, "differentiates", check_differentiates(self.differentiates, self.reads))
         for name in ("terms", "share") if self.count is None else ("terms", "share", "count"):
             if not callable(getattr(self, name)):
                 fix = "token_mean.share and token_mean.count are functions for share and count."
@@ -80,6 +96,13 @@ class Loss:
     def signed(self) -> bool:
         """Whether weights may be negative: only in a plain likelihood, where they are coefficients."""
         return self.rows.per_token and not self.reads
+
+    @property
+    def gradient_columns(self) -> tuple[str, ...]:
+        """The columns that carry a gradient, like the logprobs; see ``differentiates``."""
+        if self.differentiates is None:
+            return tuple(name for name in self.reads if name in MODEL_COLUMNS)
+        return self.differentiates
 
     @functools.cached_property
     def kernel(self) -> Measure:
@@ -333,7 +356,9 @@ class BoundLoss:
 
     def pack(self, data: Sequence[Any], logprobs_list: Sequence[Tensor]) -> Tokens:
         """Pack the batch into the form that the loss's terms read."""
-        return pack(data, logprobs_list, self.loss.reads, self.columns, rows=self.loss.rows, align=self.align)
+        loss, align = self.loss, self.align
+        graph = loss.gradient_columns
+        return pack(data, logprobs_list, loss.reads, self.columns, rows=loss.rows, align=align, differentiates=graph)
 
     def part(self, which: slice) -> BoundLoss:
         """Return the loss for ``data[which]``: every bound column is cut to these datums."""
@@ -353,8 +378,9 @@ class BoundLoss:
                 ``"halves"`` (rows i and i + P).
             denominator: the denominator of the whole batch, if this is a part of it: the sum of all weights for
                 ``token_mean``, and the number of sequences or pairs with an active token for means over these.
-            columns: the columns that the loss reads, in the shape of the logprobs. Advantages may be ``[B]``. Columns
-                and weights are constants: no gradient reaches them.
+            columns: the columns that the loss reads, in the shape of the logprobs. Advantages may be ``[B]``. Weights
+                and columns are constants, except those in ``loss.gradient_columns``, such as the ``entropy`` of a
+                bonus: they are outputs of the model, as the logprobs are, and come with their graph.
 
         Raises:
             LossInputError: if any input is malformed.
@@ -392,8 +418,9 @@ class BoundLoss:
             layout: for pairs: ``"interleaved"`` (the default) or ``"halves"`` (all chosen sequences first).
             denominator: the denominator of the whole batch, if this is a part of it: the sum of all weights for
                 ``token_mean``, and the number of sequences or pairs with an active token for means over these.
-            columns: the columns that the loss reads, in the shape of the logprobs. Advantages may be ``[B]``. Columns
-                and weights are constants: no gradient reaches them.
+            columns: the columns that the loss reads, in the shape of the logprobs. Advantages may be ``[B]``. Weights
+                and columns are constants, except those in ``loss.gradient_columns``, such as the ``entropy`` of a
+                bonus: they are outputs of the model, as the logprobs are, and come with their graph.
 
         Raises:
             LossInputError: if any input is malformed.
@@ -446,7 +473,7 @@ class BoundLoss:
         loss, sequences = self.loss, 1 if batch.lengths is None else len(batch.lengths)
         total, numbers = self.measure(loss, pack, batch, self.divisor)
         extras = {**(checks or {}), **({"grad_l1": grad_l1(total, batch.logprobs)} if self.grad_l1 else {})}
-        get_batch = functools.partial(pack, replace(batch, logprobs=batch.logprobs.detach()))  # without the graph
+        get_batch = functools.partial(pack, without_graph(batch, loss.gradient_columns))
         metrics = DeferredMetrics(
             loss.name, loss.rows, loss.signed, self.divisor, sequences, get_batch, numbers, extras
         )
@@ -456,6 +483,12 @@ class BoundLoss:
 def as_packed(t: Tokens) -> Tokens:
     """Return a batch that is packed and masked already."""
     return t
+
+
+def without_graph(batch: Any, gradient_columns: Sequence[str]) -> Any:
+    """Return a batch whose logprobs and columns are constants."""
+    columns = {**batch.columns, **{name: batch.columns[name].detach() for name in gradient_columns}}
+    return replace(batch, logprobs=batch.logprobs.detach(), columns=columns)
 
 
 def measure(
@@ -497,7 +530,15 @@ class DeferredLoss:
         bound = self.bound.bind(denominator=denominator, **columns)
         loss = bound.loss
         with add_loss_name(loss.name):
-            batch = check_padded(logprobs, weights, loss.reads, bound.columns, rows=loss.rows, layout=layout)
+            batch = check_padded(
+                logprobs,
+                weights,
+                loss.reads,
+                bound.columns,
+                rows=loss.rows,
+                layout=layout,
+                differentiates=loss.gradient_columns,
+            )
             return bound.defer(blank_tensors, batch)
 
     def packed(
@@ -524,6 +565,7 @@ class DeferredLoss:
                 lengths=lengths,
                 cu_seqlens=cu_seqlens,
                 layout=layout,
+                differentiates=loss.gradient_columns,
             )
             return bound.defer(blank_tensors, batch, checks)
 
@@ -554,11 +596,17 @@ def check_bound(loss: Loss, columns: Mapping[str, Any], align: Any, grad_l1: Any
         check_align(align)
 
 
-def make_loss(terms: Terms, reads: Sequence[str], weigh: Weighing, rows: Rows = TOKENS) -> Loss:
+def make_loss(
+    terms: Terms,
+    reads: Sequence[str],
+    weigh: Weighing,
+    rows: Rows = TOKENS,
+    differentiates: tuple[str, ...] | None = None,
+) -> Loss:
     """Make a loss from its terms and the weighing of its rows. ``preset`` then names it."""
     rows, weigh = Rows.of(rows), resolve_name("weigh", weigh)
     check_weigh(weigh, rows)
-    return Loss("loss", {}, tuple(reads), terms, weigh.share, weigh.count, rows)
+    return Loss("loss", {}, tuple(reads), terms, weigh.share, weigh.count, rows, differentiates)
 
 
 def resolve_name(knob: str, value: Any) -> Any:

@@ -95,7 +95,11 @@ def as_datum_fn(loss: Loss | BoundLoss) -> DatumFn:
 
 
 def check_single_datums(loss: Loss, name: str) -> None:
-    """Refuse a loss of pairs for an export of single datums."""
+    """Refuse a loss of pairs for an export of single datums, and one with a gradient through another column."""
+    if loss.gradient_columns:
+        fix = "The service differentiates the logprobs alone: take with_sampled_entropy for an entropy bonus."
+        got = f"{loss!r}, whose gradient goes through {loss.gradient_columns[0]}"
+        raise LossInputError(name, "a loss of the logprobs and of constants", got, fix)
     if loss.rows.datums > 1:
         fix = "Use it as a custom loss over the batch: forward_backward_custom(data, loss)."
         raise LossInputError(name, "a loss of single datums", f"{loss!r}, which couples two", fix)
