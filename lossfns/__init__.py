@@ -23,6 +23,7 @@ from lossfns import export
 from lossfns.advantages import group_advantages, group_metrics
 from lossfns.combine import with_dual_clip, with_kl, with_tis
 from lossfns.datum import Datum, EncodedTextChunk, ModelInput, TensorData
+from lossfns.entropy import adapt_entropy_coef, with_clip_b, with_entropy, with_sampled_entropy, with_top_entropy
 from lossfns.errors import LossInputError, LossWarning
 from lossfns.export.token_gradient import token_gradient
 from lossfns.frame import align_sampler_logprobs, datum_from_model_input_weights, datum_from_tokens
@@ -65,6 +66,7 @@ __all__ = [
     "TensorData",
     "Tokens",
     "Weighing",
+    "adapt_entropy_coef",
     "align_sampler_logprobs",
     "cispo",
     "cross_entropy",
@@ -108,7 +110,11 @@ __all__ = [
     "token_sum",
     "weights_from_labels",
     "weights_from_mask",
+    "with_clip_b",
     "with_dual_clip",
+    "with_entropy",
     "with_kl",
+    "with_sampled_entropy",
     "with_tis",
+    "with_top_entropy",
 ]

@@ -51,6 +51,10 @@ def check_non_negative(name: str, value: Any) -> None:
     check_number(name, value, "a finite number of at least 0", lambda x: x >= 0, "Pass 0 to switch the term off.")
 
 
+def check_share(name: str, value: Any) -> None:
+    check_number(name, value, "a number in [0, 1]", lambda x: 0 <= x <= 1, "It is the share of tokens that are kept.")
+
+
 def check_beta(name: str, value: Any) -> None:
     fix = "At 0 a dpo has no signal, and a dro is reinforce."
     check_number(name, value, "a finite number above 0", lambda x: x > 0, fix)
@@ -99,6 +103,11 @@ def make_function_check(*known: str) -> Callable[[str, Any], None]:
 KNOBS: dict[str, Callable[[str, Any], None]] = {
     "clip": check_clip,
     "kl_beta": check_non_negative,
+    "entropy_coef": check_non_negative,
+    "entropy_scale": check_positive,
+    "top_quantile": check_share,
+    "mu": check_positive,
+    "alpha": check_non_negative,
     "beta": check_beta,
     "lam": check_non_negative,
     "cap": check_positive,

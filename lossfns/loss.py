@@ -316,6 +316,11 @@ class BoundLoss:
                 grad_l1=self.grad_l1 if grad_l1 is None else grad_l1,
             )
 
+    @property
+    def gradient_columns(self) -> tuple[str, ...]:
+        """The columns that carry a gradient; see ``Loss.differentiates``."""
+        return self.loss.gradient_columns
+
     def denominator(self, data: Sequence[Any] | Tensor, *, layout: str | None = None) -> float:
         """Return this batch's part of the denominator, even if one is bound; 1 for a raw sum.
 
@@ -575,7 +580,7 @@ def grad_l1(total: Tensor, logprobs: Tensor) -> Tensor:
     if not total.requires_grad:
         fix = "Pass leaves with requires_grad=True, outside no_grad."
         raise LossInputError("logprobs_list", "tensors that require grad, for grad_l1", "constants", fix)
-    return torch.autograd.grad(total, logprobs, retain_graph=True)[0].abs().sum()
+    return torch.autograd.grad(total, logprobs, retain_graph=True, materialize_grads=True)[0].abs().sum()
 
 
 def check_bound(loss: Loss, columns: Mapping[str, Any], align: Any, grad_l1: Any) -> None:

@@ -50,9 +50,10 @@ MISSING_COLUMN_FIX = {
     "old_logprobs": "Pass bind(old_logprobs=...): the old policy's logprobs, or ON_POLICY if it is the current one.",
     "ref_logprobs": "Pass bind(ref_logprobs=...): the frozen reference model's logprobs of the same targets.",
     "sampler_logprobs": "Pass bind(sampler_logprobs=...): see align_sampler_logprobs.",
-    "entropy": "The local client supplies it; in a loop pass bind(entropy=...), from linear_logprobs or target_logprobs "
-    "with return_entropy=True. A hosted service returns logprobs alone: take with_sampled_entropy for a bonus.",
-    "sum_square_probs": "The local client supplies it; in a loop pass bind(sum_square_probs=...), from linear_logprobs "
+    "entropy": "The local client supplies it. In a loop pass bind(entropy=...), from linear_logprobs or "
+    "target_logprobs with return_entropy=True. A hosted service returns logprobs alone: for a bonus take "
+    "with_sampled_entropy.",
+    "sum_square_probs": "The local client supplies it. In a loop pass bind(sum_square_probs=...), from linear_logprobs "
     "or target_logprobs with return_sum_square_probs=True. A hosted service returns logprobs alone.",
 }
 """The fix in the error for a datum that lacks a column, by column."""

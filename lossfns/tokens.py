@@ -70,7 +70,7 @@ MODEL_COLUMNS = ("entropy", "sum_square_probs")
 """Outputs of the current model besides the logprobs: the entropy −Σ p·log p of the distribution at each token, in nats,
 and Σ p² over its vocabulary. Whoever computes the logprobs supplies them, with their graph."""
 
-COLUMNS = ("weights", "advantages", *LOGPROB_COLUMNS, *MODEL_COLUMNS)
+COLUMNS = ("weights", "advantages", *LOGPROB_COLUMNS)
 """The names of the usual columns. A loss of your own may read others."""
 
 DATUM_FIELDS = {"old_logprobs": ("old_logprobs", "logprobs")}

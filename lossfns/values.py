@@ -29,7 +29,8 @@ FAR_LOG_RATIO = 5.0
 
 def checked_columns(t: Tokens) -> dict[str, Tensor]:
     """Return every column of a batch by name, without graph."""
-    return {"logprobs": t.logprobs.detach(), "weights": t.weights, **{name: x.detach() for name, x in t.columns.items()}}
+    columns = {"logprobs": t.logprobs, "weights": t.weights, **t.columns}
+    return {name: x.detach() for name, x in columns.items()}
 
 
 def extremes(t: Tokens, rows: Rows) -> dict[str, Tensor]:

@@ -40,7 +40,7 @@ loops over all tiles.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -110,7 +110,7 @@ class TileStats(NamedTuple):
 
     def rows(self, index: slice) -> TileStats:
         """Return a view of some of the tokens."""
-        return TileStats(*(x if x is None else x[index] for x in self))
+        return TileStats(*taken(self, index))
 
     def put(self, rows: slice, tile: int, lse: Tensor, mean: Tensor | None, squares: Tensor | None) -> None:
         """Write the statistics of one tile for some of the tokens."""
@@ -165,11 +165,14 @@ class OutputGrad(NamedTuple):
 
     def rows(self, index: Any) -> OutputGrad:
         """Return the part for some of the tokens."""
-        return OutputGrad(*(x if x is None else x[index] for x in self))
+        return OutputGrad(*taken(self, index))
 
     def to(self, device: torch.device) -> OutputGrad:
-        """Return the gradient with everything on this device."""
-        return OutputGrad(*(x if x is None else to_device(x, device) for x in self))
+        """Return the gradient with everything on the device of the logits."""
+        g, d_entropy, d_squares = (
+            x if x is None else to_device(x, device) for x in (self.g, self.d_entropy, self.d_squares)
+        )
+        return self._replace(g=g, d_entropy=d_entropy, d_squares=d_squares)
 
     @property
     def nonzero(self) -> Tensor:
@@ -208,7 +211,12 @@ class TileGrad(NamedTuple):
 
     def rows(self, index: slice) -> TileGrad:
         """Return a view of some of the tokens."""
-        return TileGrad(*(x if x is None else x[index] for x in self))
+        return TileGrad(*taken(self, index))
+
+
+def taken(tensors: Iterable[Tensor | None], index: Any) -> Any:
+    """Return the rows ``index`` of each tensor; None stays None."""
+    return (x if x is None else x[index] for x in tensors)
 
 
 # The equations, for the logits z [n, v] of one tile
