@@ -18,6 +18,7 @@ LAYERS = [
     {"tensors", "deferred"},
     {"compiled"},
     {"loss"},
+    {"entropy"},
     {"combine"},
     {"losses", "advantages", "datum", "labels", "logprobs"},
     {"frame"},

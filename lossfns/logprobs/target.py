@@ -1,4 +1,4 @@
-"""Log-probabilities of chosen tokens, entropy and Σp², from logits ``[..., V]``, without a float32 copy of the logits."""
+"""Log-probabilities of chosen tokens, entropy and Σp² from logits ``[..., V]``, without a float32 copy of these."""
 
 from __future__ import annotations
 

@@ -169,10 +169,8 @@ class OutputGrad(NamedTuple):
 
     def to(self, device: torch.device) -> OutputGrad:
         """Return the gradient with everything on the device of the logits."""
-        g, d_entropy, d_squares = (
-            x if x is None else to_device(x, device) for x in (self.g, self.d_entropy, self.d_squares)
-        )
-        return self._replace(g=g, d_entropy=d_entropy, d_squares=d_squares)
+        entropy, squares = (x if x is None else to_device(x, device) for x in (self.d_entropy, self.d_squares))
+        return self._replace(g=to_device(self.g, device), d_entropy=entropy, d_squares=squares)
 
     @property
     def nonzero(self) -> Tensor:
