@@ -42,6 +42,9 @@ LossFn = Callable[[list[Any], list[Tensor]], tuple[Tensor, dict[str, float]]]
 """The contract: ``(data, logprobs_list) -> (loss, metrics)``."""
 P = ParamSpec("P")
 
+OUTPUTS = ("logprobs", "scores")
+"""The outputs of a model that a loss may be a function of."""
+
 METRICS = (*ADDITIVE, *DIVIDED, "denominator", "rows")
 """Metrics of every loss. A statistic cannot have one of these names."""
 
@@ -65,6 +68,7 @@ class Loss:
         count: ``t -> this batch's part of the denominator``, which adds over micro-batches and ranks. It reads
             no logprobs. ``None`` makes the loss a raw sum, whose denominator is 1 however the batch is split.
         rows: the kind of row: ``"tokens"``, ``"targets"``, ``"pairs"`` or ``"sequences"`` (one for each datum).
+        output: ``"logprobs"``, or ``"scores"`` of a value head or a reward head, which may have any sign.
         differentiates: the columns in ``reads`` that carry a gradient, like the logprobs. ``None``: the outputs of the
             model among them, ``entropy`` and ``sum_square_probs``. Terms get all other columns as constants, and a
             column that carries a gradient is refused if it comes without a graph while the logprobs have one.
@@ -77,10 +81,14 @@ class Loss:
     share: Callable[[Tokens], Tensor]
     count: Callable[[Tokens], Tensor] | None
     rows: Rows = TOKENS
+    output: str = "logprobs"
     differentiates: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rows", Rows.of(self.rows))
+        if self.output not in OUTPUTS:
+            hint = did_you_mean(str(self.output), OUTPUTS)
+            raise LossInputError("output", " or ".join(map(repr, OUTPUTS)), show(self.output), hint)
         object.__setattr__(self, "reads", check_reads(self.reads))
         if self.differentiates is not None:
             object.__setattr__(self, "differentiates", check_differentiates(self.differentiates, self.reads))
@@ -96,6 +104,11 @@ class Loss:
     def signed(self) -> bool:
         """Whether weights may be negative: only in a plain likelihood, where they are coefficients."""
         return self.rows.per_token and not self.reads
+
+    @property
+    def couples_groups(self) -> bool:
+        """Whether the loss compares the datums of a group. All datums with one label must then be in one call."""
+        return "groups" in self.reads
 
     @property
     def gradient_columns(self) -> tuple[str, ...]:
@@ -480,7 +493,7 @@ class BoundLoss:
         extras = {**(checks or {}), **({"grad_l1": grad_l1(total, batch.logprobs)} if self.grad_l1 else {})}
         get_batch = functools.partial(pack, without_graph(batch, loss.gradient_columns))
         metrics = DeferredMetrics(
-            loss.name, loss.rows, loss.signed, self.divisor, sequences, get_batch, numbers, extras
+            loss.name, loss.rows, loss.output, loss.signed, self.divisor, sequences, get_batch, numbers, extras
         )
         return total, metrics
 
@@ -606,12 +619,13 @@ def make_loss(
     reads: Sequence[str],
     weigh: Weighing,
     rows: Rows = TOKENS,
+    output: str = "logprobs",
     differentiates: tuple[str, ...] | None = None,
 ) -> Loss:
     """Make a loss from its terms and the weighing of its rows. ``preset`` then names it."""
     rows, weigh = Rows.of(rows), resolve_name("weigh", weigh)
     check_weigh(weigh, rows)
-    return Loss("loss", {}, tuple(reads), terms, weigh.share, weigh.count, rows, differentiates)
+    return Loss("loss", {}, tuple(reads), terms, weigh.share, weigh.count, rows, output, differentiates)
 
 
 def resolve_name(knob: str, value: Any) -> Any:
