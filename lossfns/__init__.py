@@ -35,7 +35,7 @@ from lossfns.losses.policy import dapo, grpo, importance_sampling, ppo, reinforc
 from lossfns.losses.preference import dpo, orpo
 from lossfns.losses.regression import dro
 from lossfns.losses.sequence import gspo, gspo_token
-from lossfns.losses.supervised import cross_entropy, multi_target_cross_entropy
+from lossfns.losses.supervised import cross_entropy, eaft, multi_target_cross_entropy
 from lossfns.losses.trust import sapo
 from lossfns.losses.unpaired import kto
 from lossfns.losses.weighted import cispo
@@ -82,6 +82,7 @@ __all__ = [
     "datum_sum",
     "dpo",
     "dro",
+    "eaft",
     "evaluate",
     "export",
     "fixed_length",

@@ -73,7 +73,7 @@ and Σ p² over its vocabulary. Whoever computes the logprobs supplies them, wit
 COLUMNS = ("weights", "advantages", *LOGPROB_COLUMNS)
 """The names of the usual columns. A loss of your own may read others."""
 
-TOKEN_COLUMNS = ("entropy", "sum_square_probs", "teacher_logprobs", "values", "old_values", "returns")
+TOKEN_COLUMNS = (*MODEL_COLUMNS, "teacher_logprobs", "values", "old_values", "returns")
 """More columns by token, which few losses read."""
 
 DATUM_COLUMNS = ("groups", "labels", "rewards", "reference_point", "target_margin")

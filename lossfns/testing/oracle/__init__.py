@@ -12,6 +12,11 @@ import operator
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import TypedDict, Unpack
 
+from lossfns.testing.oracle.entropy import eaft as eaft
+from lossfns.testing.oracle.entropy import entropy_bonus as entropy_bonus
+from lossfns.testing.oracle.entropy import sampled_entropy_bonus as sampled_entropy_bonus
+from lossfns.testing.oracle.entropy import with_clip_b as with_clip_b
+from lossfns.testing.oracle.entropy import with_top_entropy as with_top_entropy
 from lossfns.testing.oracle.policy import sapo as sapo
 from lossfns.testing.oracle.unpaired import kto as kto
 

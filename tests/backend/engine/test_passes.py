@@ -34,6 +34,7 @@ from lossfns.backend.model import lora
 from lossfns.backend.model.tokenizer import ByteTokenizer
 from lossfns.export.builtins import BUILTINS
 from lossfns.testing.public import presets
+from lossfns.tokens import MODEL_COLUMNS
 
 Make = Callable[..., LocalTrainingClient]
 Call = Callable[[LocalTrainingClient], Any]
@@ -43,7 +44,7 @@ def budget(make: Make, data: list[Any], tokens: int | None = None) -> int:
     """Bytes for micro-batches of ``tokens`` tokens; by default as many as the longest datum has."""
     engine = make()._engine
     inputs = engine.logprobs(data).inputs
-    needed = engine.budget.costs(inputs).step_bytes(tokens or max(inputs.lengths))
+    needed = engine.budget.costs(inputs, extras=("entropy",)).step_bytes(tokens or max(inputs.lengths))
     return math.ceil(needed / engine.budget.margin) + 1
 
 
@@ -83,13 +84,13 @@ def assert_cut_changes_nothing(
 
 
 def columns(rng: Random, data: list[Any], loss: Loss) -> dict[str, Any]:
-    """Values for all columns that a loss reads, with old logprobs near those of an untrained model."""
+    """Values for the columns that a loss reads and the model does not compute, with old logprobs near its own."""
 
     def rows() -> list[list[float]]:
         return [[-3.4 + rng.gauss(0, 0.3) for _ in range(d.model_input.length)] for d in data]
 
     found = {"advantages": [rng.gauss(0, 1) for _ in data]}
-    return {name: found.get(name) or rows() for name in loss.reads}
+    return {name: found.get(name) or rows() for name in loss.reads if name not in MODEL_COLUMNS}
 
 
 def custom(loss_fn: Any, data: list[Any], **options: Any) -> Call:
