@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
@@ -41,6 +42,16 @@ def check_wrappable(loss: Loss, *columns: str) -> None:
     if loss.rows is not TOKENS:
         fix = "It works on a term of each token."
         raise LossInputError("loss", "a loss whose rows are tokens", f"{loss!r} over {loss.rows}", fix)
+
+
+def check_no_bonus(loss: Loss) -> None:
+    """Refuse a loss with an entropy bonus, which a weight or a clip of the whole term would change."""
+    inner: Any = loss
+    while isinstance(inner, Loss):
+        if inner.knobs.get("entropy_coef"):
+            fix = f"Apply {inner.name} after: with_entropy(with_tis(ppo()))."
+            raise LossInputError("loss", "a loss without an entropy bonus", repr(loss), fix)
+        inner = inner.knobs.get("loss")
 
 
 @preset
@@ -106,6 +117,7 @@ def with_tis(loss: Loss, cap: float = 2.0, level: Level = token_level) -> Loss:
     ('advantages', 'old_logprobs', 'sampler_logprobs')
     """
     check_wrappable(loss, "ref_logprobs", "sampler_logprobs")
+    check_no_bonus(loss)
 
     def terms(t: Tokens) -> tuple[Tensor, Statistics]:
         term, statistics = loss.terms(t)
@@ -136,6 +148,7 @@ def with_dual_clip(loss: Loss, c: float | None = 3.0) -> Loss:
     with_dual_clip(loss=importance_sampling(weigh=token_mean, log_ratio_cap=20.0), c=3.0)
     """
     check_wrappable(loss, "ref_logprobs", "sampler_logprobs")
+    check_no_bonus(loss)
     if "advantages" not in loss.reads:
         raise LossInputError("loss", "a loss that reads advantages", repr(loss), "There is nothing to clip by.")
     if c is None:

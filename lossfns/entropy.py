@@ -143,8 +143,8 @@ def in_top_quantile(t: Tokens, x: Tensor, share: float) -> Tensor:
     by_group, places = labels[order], torch.arange(len(order), device=x.device)
     is_first = torch.cat([by_group.new_ones(1, dtype=torch.bool), by_group[1:] != by_group[:-1]])
     first = torch.where(is_first, places, 0).cummax(0).values
-    count = over_group(t, to_dtype(t.active, x.dtype))[order].double()
-    last = first + (share * (count - 1)).floor().clamp(min=0).long()
+    count = torch.where(t.active, over_group(t, to_dtype(t.active, x.dtype)), 1)[order]
+    last = first + (share * (count.double() - 1)).floor().long()
     threshold = torch.empty_like(x).scatter(0, order, x[order][last])
     return t.active & (x >= threshold)
 

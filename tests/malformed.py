@@ -121,7 +121,8 @@ def data(rng: Random, count: int = 2) -> list[Datum]:
 
 def columns(n: int) -> dict[str, Any]:
     names = ("old_logprobs", "ref_logprobs", "sampler_logprobs")
-    return {"advantages": [1.0] * n, **{name: [-1.5, -2.5, -0.5][:n] for name in names}}
+    side = {"advantages": [1.0] * n, "entropy": [0.5] * n}
+    return side | {name: [-1.5, -2.5, -0.5][:n] for name in names}
 
 
 def two_targets(rng: Random) -> list[Datum]:
