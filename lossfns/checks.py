@@ -107,7 +107,7 @@ KNOBS: dict[str, Callable[[str, Any], None]] = {
     "entropy_scale": check_positive,
     "top_quantile": check_share,
     "mu": check_positive,
-    "alpha": check_non_negative,
+    "power": check_non_negative,
     "beta": check_beta,
     "lam": check_non_negative,
     "cap": check_positive,

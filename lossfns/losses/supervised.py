@@ -52,7 +52,7 @@ def cross_entropy(weigh: Weighing = token_mean) -> Loss:
 
 
 @preset
-def eaft(alpha: float = 1.0, entropy_scale: float = LOG_20, weigh: Weighing = token_mean) -> Loss:
+def eaft(power: float = 1.0, entropy_scale: float = LOG_20, weigh: Weighing = token_mean) -> Loss:
     """−sg(H/s)^α·lp: tokens learn less the surer the model is, so that confident conflicts do not overwrite it.
 
     Entropy-adaptive fine-tuning: Diao et al. 2026, arXiv:2601.02151. The paper approximates H by the entropy of the 20
@@ -60,7 +60,7 @@ def eaft(alpha: float = 1.0, entropy_scale: float = LOG_20, weigh: Weighing = to
     whole vocabulary, which may exceed log 20. LLaMA-Factory (``use_eaft_loss``) divides the approximation by 3.0.
 
     Args:
-        alpha: α, a finite number of at least 0. With 0 the loss is ``cross_entropy``.
+        power: α, a finite number of at least 0 (LLaMA-Factory's ``eaft_alpha``). With 0 it is ``cross_entropy``.
         entropy_scale: s, the entropy of a token that learns in full, in nats, above 0.
         weigh: how tokens count: ``token_mean``, ``sequence_mean``, ``sequence_sum_mean``, ``token_sum`` or
             ``fixed_length(L)``.
@@ -76,7 +76,7 @@ def eaft(alpha: float = 1.0, entropy_scale: float = LOG_20, weigh: Weighing = to
     """
 
     def terms(t: Tokens) -> tuple[Tensor, Statistics]:
-        nll, weight = eq.nll(t.logprobs), (t.entropy / entropy_scale) ** alpha
+        nll, weight = eq.nll(t.logprobs), (t.entropy / entropy_scale) ** power
         return weight * nll, {"nll": nll.detach(), "entropy": t.entropy, "eaft_weight": weight}
 
     return make_loss(terms, ("entropy",), weigh, differentiates=())

@@ -10,10 +10,10 @@ from lossfns.testing.oracle.scalar import Number, ratio
 
 
 @over_tokens
-def eaft(s: Sequence, alpha: float = 1.0, entropy_scale: float = 2.995732273553991) -> Iterator[Number]:
+def eaft(s: Sequence, power: float = 1.0, entropy_scale: float = 2.995732273553991) -> Iterator[Number]:
     """−(H/s)^α·lp (Diao et al. 2026)."""
     for lp, entropy in zip(s.lp, s.entropy, strict=True):
-        yield -lp * (entropy / entropy_scale) ** alpha
+        yield -lp * (entropy / entropy_scale) ** power
 
 
 @over_tokens
