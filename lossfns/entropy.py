@@ -48,7 +48,7 @@ def with_entropy(loss: Loss, entropy_coef: float = 0.01) -> Loss:
     >>> total.item(), metrics["entropy"]  # −1 − 0.5·1
     (-1.5, 1.0)
     """
-    check_wrappable(loss)
+    check_wrappable(loss, penalty=True)
 
     def terms(t: Tokens) -> tuple[Tensor, Statistics]:
         term, statistics = loss.terms(t)
@@ -83,7 +83,7 @@ def with_sampled_entropy(loss: Loss, entropy_coef: float = 0.01, log_ratio_cap: 
     >>> with_sampled_entropy(reinforce(), entropy_coef=0.01).reads
     ('advantages', 'old_logprobs')
     """
-    check_wrappable(loss)
+    check_wrappable(loss, penalty=True)
     if entropy_coef == 0:
         return loss
 

@@ -23,7 +23,7 @@ from lossfns.errors import LossInputError, add_loss_name
 from lossfns.export.builtins import BUILTINS, CLIP, builtin_name
 from lossfns.loss import BoundLoss, Loss, check_terms, count_of, sum_of_rows
 from lossfns.pack import Shapes, blank, check_data, pack, weight_rows
-from lossfns.segments import active_counts, sequence_value, to_tokens
+from lossfns.segments import active_counts, sequence_level, sequence_value, to_tokens
 from lossfns.tokens import ON_POLICY, TARGETS, Tokens
 from lossfns.values import check_values, extremes
 
@@ -66,7 +66,8 @@ def as_datum_fn(loss: Loss | BoundLoss) -> DatumFn:
         w = weights.flatten()
         active = w != 0
         blanked = {name: blank(x.flatten(), active) for name, x in zip(loss.reads, columns)}
-        return Tokens(blank(logprobs.flatten(), active), w, None, blanked)
+        targets = logprobs.shape[-1] if loss.rows is TARGETS else 1
+        return Tokens(blank(logprobs.flatten(), active), w, None, blanked, targets=targets)
 
     def of_tokens(logprobs: Tensor, weights: Tensor, *columns: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         t = packed(logprobs, weights, columns)
@@ -113,7 +114,13 @@ def keeps_weights(loss: Loss) -> bool:
     A mean over the sequence, as in gspo, does not depend on it; a sum, as in ``sequence_level``, does. The terms of
     some random sequences are compared with those of the same sequences under other weights.
     """
-    return not loss.rows.per_token or any(terms_depend_on_scale(loss, seed) for seed in range(8))
+    return not loss.rows.per_token or sums_weights(loss) or any(terms_depend_on_scale(loss, seed) for seed in range(8))
+
+
+def sums_weights(loss: Loss) -> bool:
+    """Return whether a token weight of the loss is taken over sums. No draw need reach the threshold of a mask."""
+    inner, levels = loss.knobs.get("loss"), getattr(loss.knobs.get("weight"), "levels", ())
+    return sequence_level in levels or (isinstance(inner, Loss) and sums_weights(inner))
 
 
 def terms_depend_on_scale(loss: Loss, seed: int) -> bool:
@@ -122,7 +129,8 @@ def terms_depend_on_scale(loss: Loss, seed: int) -> bool:
     draw = partial(torch.rand, PROBE_TOKENS, generator=g, dtype=torch.float64)
     logprobs, weights = -1 - draw(), 0.5 + draw()
     columns = {name: -1 - draw() for name in loss.reads}
-    one, other = (loss.terms(Tokens(logprobs, weights * by, None, columns))[0] for by in (1, 3))
+    targets = 2 if loss.rows is TARGETS else 1
+    one, other = (loss.terms(Tokens(logprobs, weights * by, None, columns, targets=targets))[0] for by in (1, 3))
     return not torch.allclose(one, other, rtol=1e-9, atol=1e-12)
 
 
