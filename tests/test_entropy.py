@@ -90,6 +90,23 @@ def test_combinators_equal_the_oracle(dtype: torch.dtype) -> None:
                     assert not any(map(any, h)), loss
 
 
+@pytest.mark.parametrize("weigh", [token_mean, sequence_mean], ids=repr)
+def test_any_split_that_keeps_groups_whole_is_exact(weigh: lossfns.Weighing) -> None:
+    """The parts, with the denominator of the whole, sum to its value and have its gradients."""
+    loss = with_clip_b(with_top_entropy(with_entropy(reinforce(weigh=weigh), 0.3), 0.6), 0.7)
+    for seed in range(4):
+        batch = random_batch(Random(seed))
+        value, lp, h, _ = call(loss, batch)
+        labels = [row[0] for row in batch.columns["groups"]]
+        denominator = loss.bind(**batch.bound(("advantages",))).denominator(batch.data())
+        total, parts = 0.0, {}
+        for label in set(labels):
+            members = [i for i, other in enumerate(labels) if other == label]
+            part, *grads, _ = call(loss, batch.take(members), denominator=denominator)
+            total, parts = total + part, parts | dict(zip(members, zip(*grads)))
+        assert apart((total, [parts[i] for i in range(len(labels))]), (value, list(zip(lp, h)))) < 1e-12
+
+
 # By hand
 
 
