@@ -98,7 +98,7 @@ def with_sampled_entropy(loss: Loss, entropy_coef: float = 0.01, log_ratio_cap: 
 
 @preset
 def with_top_entropy(loss: Loss, top_quantile: float = 0.2) -> Loss:
-    """l·1[H ≥ τ]: only the tokens of highest entropy in their group learn. Wang et al. 2025, arXiv:2506.01939, eq. 5.
+    """l·1[H ≥ τ]: only the tokens of highest entropy in their group learn. Wang et al. 2025, arXiv:2506.01939.
 
     Of the n active tokens of a group, 1 + ⌊ρ·(n − 1)⌋ are kept, and those that tie with the last of them. τ is thus the
     (1 − ρ)-quantile of H, as in TRL's ``top_entropy_quantile``. The other tokens have the term 0 and stay in the
@@ -155,8 +155,8 @@ def with_clip_b(loss: Loss, mu: float = 2.5) -> Loss:
 
     Clip_B of Wang et al. 2026, arXiv:2602.03392, and of Trinity-RFT (``clipb_advantage.py``). To first order, lowering
     the logit of a token by ε changes H by ε·S. Mean and standard deviation (divisor n) are over the active tokens of
-    the group. The mask is a constant. Dropped tokens have the term 0 and stay in the denominator, while Trinity-RFT
-    takes them out of the mask. Bind ``groups=[0] * len(data)`` to compare the whole batch, as it does.
+    the group. The mask is a constant, of the current policy; Trinity-RFT computes it once, before the updates. Dropped
+    tokens have the term 0 and stay in the denominator, while Trinity-RFT takes them out of the mask. Bind ``groups=[0] * len(data)`` to compare the whole batch, as it does.
 
     Args:
         loss: a loss over tokens that reads ``advantages``. Apply ``with_kl`` after.
@@ -203,7 +203,7 @@ def adapt_entropy_coef(
     """Return the next entropy coefficient, and the one to apply in the next step.
 
     The coefficient grows by δ where H ≤ target, else it shrinks by δ, within [low, high]. It is applied only where
-    H ≤ target. He et al. 2025 (Skywork-OR1, arXiv:2505.22312), equation 3.2; TRL's ``use_adaptive_entropy``, whose
+    H ≤ target. He et al. 2025 (Skywork-OR1, arXiv:2505.22312); TRL's ``use_adaptive_entropy``, whose
     target is 0.2. TRL applies 0 in the first step.
 
     Args:
