@@ -156,7 +156,8 @@ def with_clip_b(loss: Loss, mu: float = 2.5) -> Loss:
     Clip_B of Wang et al. 2026, arXiv:2602.03392, and of Trinity-RFT (``clipb_advantage.py``). To first order, lowering
     the logit of a token by ε changes H by ε·S. Mean and standard deviation (divisor n) are over the active tokens of
     the group. The mask is a constant, of the current policy; Trinity-RFT computes it once, before the updates. Dropped
-    tokens have the term 0 and stay in the denominator, while Trinity-RFT takes them out of the mask. Bind ``groups=[0] * len(data)`` to compare the whole batch, as it does.
+    tokens have the term 0 and stay in the denominator, while Trinity-RFT takes them out of the mask. Bind
+    ``groups=[0] * len(data)`` to compare the whole batch, as it does.
 
     Args:
         loss: a loss over tokens that reads ``advantages``. Apply ``with_kl`` after.
@@ -203,11 +204,11 @@ def adapt_entropy_coef(
     """Return the next entropy coefficient, and the one to apply in the next step.
 
     The coefficient grows by δ where H ≤ target, else it shrinks by δ, within [low, high]. It is applied only where
-    H ≤ target. He et al. 2025 (Skywork-OR1, arXiv:2505.22312); TRL's ``use_adaptive_entropy``, whose
-    target is 0.2. TRL applies 0 in the first step.
+    H ≤ target. He et al. 2025 (Skywork-OR1, arXiv:2505.22312); TRL's ``use_adaptive_entropy``, whose target is 0.2. TRL
+    applies 0 in the first step. The two results are the whole state: keep them in checkpoints.
 
     Args:
-        coef: the coefficient so far. Keep it in checkpoints: it is the only state.
+        coef: the coefficient so far, the first result of the last call.
         entropy: mean H of the last step, the metric ``entropy`` of ``with_entropy``, in nats.
         target: the entropy to keep, in nats.
         delta: δ, the step of the coefficient, above 0.
