@@ -49,9 +49,11 @@ def with_entropy(loss: Loss, entropy_coef: float = 0.01) -> Loss:
     (-1.5, 1.0)
     """
     check_wrappable(loss, penalty=True)
+    is_constant = "entropy" in loss.reads and "entropy" not in loss.gradient_columns
 
     def terms(t: Tokens) -> tuple[Tensor, Statistics]:
-        term, statistics = loss.terms(t)
+        inner = replace(t, columns={**t.columns, "entropy": t.entropy.detach()}) if is_constant else t
+        term, statistics = loss.terms(inner)
         rewarded = term.sub(t.entropy, alpha=entropy_coef) if entropy_coef else term
         return rewarded, statistics | OnDemand(entropy=t.entropy.detach)
 
@@ -161,7 +163,7 @@ def with_clip_b(loss: Loss, mu: float = 2.5) -> Loss:
 
     Args:
         loss: a loss over tokens that reads ``advantages``. Apply ``with_kl`` after.
-        mu: μ, a finite number above 0.
+        mu: μ, a finite number of at least 0.
 
     Reads ``entropy``, as a constant, and ``groups`` besides the columns of the loss. Its statistics are those of the
     loss, over all active tokens, and

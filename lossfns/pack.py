@@ -61,6 +61,12 @@ MISSING_COLUMN_FIX = {
 """The fix in the error for a datum that lacks a column, by column."""
 
 
+def missing_column_fix(name: str) -> str:
+    """Return the fix in the error for a datum that lacks this column."""
+    what = ": the weights of this part of the sum, 0 where it trains nothing" if name.endswith("_weights") else ""
+    return MISSING_COLUMN_FIX.get(name, f"Pass bind({name}=...){what}.")
+
+
 def pack(
     data: Sequence[Any],
     logprobs_list: Sequence[Tensor],
@@ -69,6 +75,7 @@ def pack(
     *,
     rows: Rows = TOKENS,
     align: str = "strict",
+    masks: Sequence[str] = (),
     differentiates: Sequence[str] = (),
 ) -> Tokens:
     """Check, align, concatenate, convert and mask a batch.
@@ -80,6 +87,7 @@ def pack(
         columns: for each name a list of B entries. An entry holds one datum's values, or one number for the datum.
         rows: what the loss has one term for: tokens, targets, pairs or sequences.
         align: ``"strict"``, or ``"truncate"`` to cut all columns of a datum to the length of its shortest.
+        masks: the columns of ``reads`` that are weights, too. A slot is active if one of its weights is not 0.
         differentiates: the columns that carry a gradient, as ``columns`` has them. All others become constants.
 
     Returns:
@@ -105,7 +113,9 @@ def pack(
     check_logprobs(data, logprobs_list)
     shapes, logprobs = [lp.shape for lp in logprobs_list], concatenate(logprobs_list)
     graph = tuple(differentiates)
-    packed = pack_columns(data, shapes, logprobs, reads, columns, rows=rows, align=align, differentiates=graph)
+    packed = pack_columns(
+        data, shapes, logprobs, reads, columns, rows=rows, align=align, masks=masks, differentiates=graph
+    )
     for name in graph:
         check_has_graph(name, packed.columns[name], logprobs)
     return packed.with_logprobs(logprobs)
@@ -120,16 +130,17 @@ def pack_side_columns(
     *,
     rows: Rows = TOKENS,
     align: str = "strict",
+    masks: Sequence[str] = (),
 ) -> PackedColumns:
     """Pack every column but the logprobs, as constants. ``with_logprobs`` then returns what ``pack`` returns.
 
     Args:
-        data, reads, columns, rows, align: as for ``pack``.
+        data, reads, columns, rows, align, masks: as for ``pack``.
         shapes: the shape of each datum's logprobs.
         like: a tensor with the dtype and the device of the logprobs.
     """
     check_data(data, rows)
-    return pack_columns(data, shapes, like, reads, columns, rows=rows, align=align)
+    return pack_columns(data, shapes, like, reads, columns, rows=rows, align=align, masks=masks)
 
 
 def pack_columns(
@@ -141,6 +152,7 @@ def pack_columns(
     *,
     rows: Rows,
     align: str,
+    masks: Sequence[str] = (),
     differentiates: Sequence[str] = (),
 ) -> PackedColumns:
     """Pack every column but the logprobs, of data that have been checked."""
@@ -161,7 +173,7 @@ def pack_columns(
     lengths = torch.from_numpy(np.array([prod(shape) for shape in shapes], dtype=np.int64))
     flat = {name: flatten_column(name, column, shapes, lengths, like, rows) for name, column in table.items()}
     weights = flat.pop("weights")
-    active = weights != 0
+    active = any_active(weights, [flat[name] for name in masks])
     inactive = ~active
     # In place is safe: flatten_column returns new tensors.
     blanked = {name: x.masked_fill_(inactive, 0) for name, x in flat.items()}
@@ -209,7 +221,7 @@ class PackedColumns:
         logprobs = blank(logprobs, self.active)
         columns = {name: logprobs.detach() if x is ON_POLICY else x for name, x in self.columns.items()}
         columns |= {name: blank(x, self.active) for name, x in (outputs or {}).items()}
-        return Tokens(logprobs, self.weights, self.lengths, columns, self.equal, targets=self.targets)
+        return Tokens(logprobs, self.weights, self.lengths, columns, self.equal, False, self.active, self.targets)
 
     def part(self, which: slice) -> PackedColumns:
         """Return the columns of ``data[which]``, a slice of consecutive datums, as views."""
@@ -221,25 +233,32 @@ class PackedColumns:
 
 
 def pack_weights(
-    data: Sequence[Any], reads: Sequence[str], columns: Mapping[str, Any], *, rows: Rows, align: str = "strict"
+    data: Sequence[Any],
+    reads: Sequence[str],
+    columns: Mapping[str, Any],
+    *,
+    rows: Rows,
+    align: str = "strict",
+    masks: Sequence[str] = (),
 ) -> Tokens:
     """Pack the weights alone, in float64, with zeros as logprobs: enough to compute a denominator."""
     check_data(data, rows)
-    weights = weight_rows(data, reads, columns)
+    table = {name: find_column(name, data, columns, rows) for name in masks}
+    table["weights"] = weight_rows(data, reads, columns)
     if align == "truncate":
         shapes = [row.shape for row in find_column("target_tokens", data, columns)]
-        table = {name: column_or_none(name, data, columns, rows) for name in reads} | {"weights": weights}
-        weights = truncate(shapes, table)[1]["weights"]
-    for i, row in enumerate(weights):
+        others = {name: column_or_none(name, data, columns, rows) for name in reads if name not in masks}
+        table = truncate(shapes, others | table)[1]
+    for i, row in enumerate(table["weights"]):
         if row.ndim not in (1, rows.rank):
             expected, fix = "a row with a number for each target", "Give one number for each entry of the logprobs."
             raise LossInputError("weights", expected, f"shape {tuple(row.shape)}", fix, datum=i)
-    targets = num_targets(target_shapes(data, weights), rows)
-    weights = [row.reshape(-1) for row in weights]
-    lengths = torch.tensor([len(row) for row in weights])
-    shapes = [row.shape for row in weights]
-    packed = flatten_column("weights", weights, shapes, lengths, torch.empty(0, dtype=torch.float64))
-    return Tokens(torch.zeros_like(packed), packed, lengths, targets=targets)
+    targets = num_targets(target_shapes(data, table["weights"]), rows)
+    shapes = [row.shape for row in table["weights"]]
+    lengths, like = torch.tensor([prod(shape) for shape in shapes]), torch.empty(0, dtype=torch.float64)
+    flat = {name: flatten_column(name, table[name], shapes, lengths, like, rows) for name in ("weights", *masks)}
+    weights = flat.pop("weights")
+    return Tokens(torch.zeros_like(weights), weights, lengths, flat, targets=targets)
 
 
 def target_shapes(data: Sequence[Any], weights: Sequence[Values]) -> list[Sequence[int]]:
@@ -268,6 +287,14 @@ def column_or_none(name: str, data: Sequence[Any], columns: Mapping[str, Any], r
 def blank(x: Tensor, active: Tensor) -> Tensor:
     """Put 0 into every inactive slot, before any maths: its content can then reach neither value nor gradient."""
     return torch.where(active, x, 0)
+
+
+def any_active(weights: Tensor, others: Sequence[Tensor]) -> Tensor:
+    """``[N]`` bool: True where one of several columns of weights is not 0."""
+    active = weights != 0
+    for other in others:
+        active = active | (other != 0)
+    return active
 
 
 def check_align(align: Any) -> None:
@@ -417,7 +444,7 @@ def find_column(
         given = fields(data, name)
         missing = next((i for i, value in enumerate(given) if value is None), None)
         if missing is not None:
-            got, fix = "nothing bound and nothing in the datum", MISSING_COLUMN_FIX.get(name, f"Pass bind({name}=...).")
+            got, fix = "nothing bound and nothing in the datum", missing_column_fix(name)
             raise LossInputError(name, "one row per datum", got, fix, datum=missing)
     return as_column(name, given, rows, with_graph=with_graph)
 
@@ -461,7 +488,8 @@ def check_one_number_each(name: str, given: Values, rows: Rows) -> Values:
 
 def may_be_number(name: str, rows: Rows) -> bool:
     """Return whether a column may have one number for each datum."""
-    is_label = rows is SEQUENCES and name not in ("weights", "target_tokens", *LOGPROB_COLUMNS, *MODEL_COLUMNS)
+    per_token = ("weights", "target_tokens", *LOGPROB_COLUMNS, *MODEL_COLUMNS)
+    is_label = rows is SEQUENCES and name not in per_token and not name.endswith("_weights")
     return name in ("advantages", *DATUM_COLUMNS) or is_label
 
 

@@ -23,6 +23,7 @@ from lossfns import (
     ppo,
     reinforce,
     sequence_mean,
+    sum_losses,
     target_logprobs,
     testing,
     token_mean,
@@ -358,6 +359,7 @@ def test_a_loss_says_which_columns_carry_a_gradient() -> None:
     def terms(t: Any) -> Any:
         return t.entropy * t.returns, {}
 
+    constant = make_loss(lambda t: (t.entropy * t.logprobs, {}), ("entropy",), token_mean, differentiates=())
     assert make_loss(terms, ("entropy", "returns"), token_mean).gradient_columns == ("entropy",)
     mine = make_loss(terms, ("entropy", "returns"), token_mean, differentiates=("returns",))
     assert mine.gradient_columns == with_kl(mine).gradient_columns == ("returns",)
@@ -365,6 +367,11 @@ def test_a_loss_says_which_columns_carry_a_gradient() -> None:
     assert with_top_entropy(with_entropy(ppo())).gradient_columns == ("entropy",)
     assert with_entropy(with_top_entropy(ppo())).gradient_columns == ("entropy",)
     assert with_clip_b(with_top_entropy(ppo())).gradient_columns == ()
+    assert lossfns.wpo().gradient_columns == ()
+    both = sum_losses(rl=with_entropy(reinforce(), 0.5), weighed=constant, weights={"weighed": "weights"})
+    assert both.gradient_columns == ("entropy",)
+    for loss in (both, with_entropy(constant, 0.5)):  # the other part's entropies are constants all the same
+        assert torch.equal(padded(loss)[2] * 3, torch.tensor([[-0.5, -0.5], [-0.5, 0.0]], dtype=torch.float64))
     assert "differentiates: expected names among entropy, returns" in refusal(
         lambda: replace(mine, differentiates=("advantages",))
     )

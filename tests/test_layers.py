@@ -12,13 +12,14 @@ import lossfns
 ROOT = Path(lossfns.__file__).parent
 LAYERS = [
     {"errors", "version"},
-    {"tokens", "terms", "checks", "statistics", "devices"},
+    {"tokens", "terms", "checks", "statistics", "regions", "devices"},
     {"segments", "kl"},
-    {"weigh", "pack", "values", "metrics", "rollout"},
+    {"weigh", "pack", "values", "metrics", "margins", "rollout"},
+    {"parts"},
     {"tensors", "deferred"},
     {"compiled"},
     {"loss"},
-    {"combine"},
+    {"combine", "sums"},
     {"entropy"},
     {"losses", "advantages", "datum", "labels", "logprobs", "sampler"},
     {"frame"},

@@ -81,6 +81,8 @@ def token_gradient(loss: Loss | BoundLoss, data: Sequence[Any], device: torch.de
     if bound.loss.gradient_columns:
         got = f"{bound.loss!r}, whose gradient goes through {bound.loss.gradient_columns[0]}"
         raise LossInputError("loss", "a loss of the logprobs and of constants", got, "Take another plan.")
+    if bound.loss.parts:
+        return sum_of_gradients(bound, data, device)
     if not bound.loss.rows.per_token:
         got = f"{bound.loss!r}, over {bound.loss.rows}"
         raise LossInputError("loss", "a loss whose tokens stand for themselves", got, FIX)
@@ -111,4 +113,17 @@ def token_gradient(loss: Loss | BoundLoss, data: Sequence[Any], device: torch.de
 
     with add_loss_name(bound.loss.name):
         gradient(zeros[0][:1], slice(0, 1))  # refuses a loss of another kind before any work
+    return gradient
+
+
+def sum_of_gradients(bound: BoundLoss, data: Sequence[Any], device: torch.device | str) -> TokenGradient:
+    """Write the gradient of a sum of losses, part by part."""
+    with add_loss_name(bound.loss.name):
+        by_part = bound.by_part(data)
+    gradients = [token_gradient(by_part[name], data, device) for name in by_part]
+    coefficients = [part.coefficient for part in bound.loss.parts.values()]
+
+    def gradient(logprobs: Tensor, index: Any) -> Tensor:
+        return sum((c * each(logprobs, index) for c, each in zip(coefficients, gradients)), torch.zeros_like(logprobs))
+
     return gradient

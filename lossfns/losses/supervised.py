@@ -78,8 +78,9 @@ def eaft(power: float = 1.0, entropy_scale: float = LOG_20, weigh: Weighing = to
     """
 
     def terms(t: Tokens) -> tuple[Tensor, Statistics]:
-        nll, weight = eq.nll(t.logprobs), (t.entropy / entropy_scale) ** power
-        return weight * nll, {"nll": nll.detach(), "entropy": t.entropy, "eaft_weight": weight}
+        nll, entropy = eq.nll(t.logprobs), t.entropy.detach()
+        weight = (entropy / entropy_scale) ** power
+        return weight * nll, {"nll": nll.detach(), "entropy": entropy, "eaft_weight": weight}
 
     return make_loss(terms, ("entropy",), weigh, differentiates=())
 

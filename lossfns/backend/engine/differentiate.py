@@ -228,6 +228,7 @@ def packed_columns(bound: BoundLoss, data: list[Any], empty_outputs: Outputs) ->
             bound.columns,
             rows=loss.rows,
             align=bound.align,
+            masks=loss.masks,
         )
         for name in loss.gradient_columns:
             if name not in empty_outputs.extras:

@@ -12,40 +12,108 @@ import operator
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import TypedDict, Unpack
 
-from lossfns.testing.oracle.entropy import eaft as eaft
-from lossfns.testing.oracle.entropy import entropy_bonus as entropy_bonus
-from lossfns.testing.oracle.entropy import sampled_entropy_bonus as sampled_entropy_bonus
-from lossfns.testing.oracle.entropy import with_clip_b as with_clip_b
-from lossfns.testing.oracle.entropy import with_top_entropy as with_top_entropy
-from lossfns.testing.oracle.policy import sapo as sapo
-from lossfns.testing.oracle.supervised import (
-    dft as dft,
+from lossfns.testing.oracle.advantages import (
+    asymre_advantages,
+    batch_advantages,
+    gae,
+    gdpo_advantages,
+    gigpo_advantages,
+    gpg_advantages,
+    group_advantages,
+    hierarchical_advantages,
+    kl_penalties,
+    leave_one_out_advantages,
+    maxrl_advantages,
+    opo_advantages,
+    optimal_token_advantages,
+    pass_at_k_advantages,
+    rae_advantages,
+    reinforce_plus_plus_advantages,
+    reinforce_plus_plus_baseline_advantages,
+    remax_advantages,
+    returns_to_go,
+    token_rewards,
+    whiten,
 )
-from lossfns.testing.oracle.supervised import (
-    focal as focal,
+from lossfns.testing.oracle.clipped import bnpo, dr_grpo, gmpo, luspo, rloo
+from lossfns.testing.oracle.coupled import clip_cov, kl_cov, m2po, real
+from lossfns.testing.oracle.entropy import eaft, entropy_bonus, sampled_entropy_bonus, with_clip_b, with_top_entropy
+from lossfns.testing.oracle.grouped import alpha_dpo, aot, aot_unpaired, beta_dpo, dr_dpo
+from lossfns.testing.oracle.policy import sapo
+from lossfns.testing.oracle.preference import (
+    apo_down,
+    apo_zero,
+    bco_pair,
+    bpo,
+    c2_dpo,
+    cal_dpo,
+    chi_po,
+    discopop,
+    dpo_norm,
+    dpo_shift,
+    dpop,
+    exo,
+    f_dpo,
+    focal_po,
+    gpo,
+    hinge,
+    ipo,
+    ld_dpo,
+    minor_dpo,
+    nca,
+    odpo,
+    r_dpo,
+    robust_dpo,
+    spo,
+    sppo_hard,
+    wpo,
 )
-from lossfns.testing.oracle.supervised import (
-    sampled_reverse_kl as sampled_reverse_kl,
+from lossfns.testing.oracle.reference_free import (
+    alphapo,
+    bradley_terry,
+    bradley_terry_margin,
+    cpo,
+    process_reward,
+    simpo,
 )
+from lossfns.testing.oracle.summed import Part, chosen_nll, sum_losses
 from lossfns.testing.oracle.supervised import (
-    sft_phi as sft_phi,
+    dft,
+    focal,
+    sampled_reverse_kl,
+    sft_phi,
+    top_k_forward_kl,
+    top_k_jsd,
+    top_k_mixed_kl,
+    top_k_reverse_kl,
+    unlikelihood,
 )
-from lossfns.testing.oracle.supervised import (
-    top_k_forward_kl as top_k_forward_kl,
+from lossfns.testing.oracle.trust import (
+    a2po,
+    ce_gppo,
+    dppo_kl,
+    dppo_tv,
+    fipo,
+    opsm,
+    prime_dppo,
+    prime_ref_kl,
+    prime_symmetric,
 )
-from lossfns.testing.oracle.supervised import (
-    top_k_jsd as top_k_jsd,
+from lossfns.testing.oracle.unpaired import bco, kto, sppo
+from lossfns.testing.oracle.value import value_loss
+from lossfns.testing.oracle.weighted import (
+    capped_importance_sampling,
+    cispo_sequence,
+    gpg,
+    kimi15,
+    opmd,
+    rec,
+    rec_ring,
+    rollout_is,
+    sppo_token,
+    topr,
+    vespo,
 )
-from lossfns.testing.oracle.supervised import (
-    top_k_mixed_kl as top_k_mixed_kl,
-)
-from lossfns.testing.oracle.supervised import (
-    top_k_reverse_kl as top_k_reverse_kl,
-)
-from lossfns.testing.oracle.supervised import (
-    unlikelihood as unlikelihood,
-)
-from lossfns.testing.oracle.unpaired import kto as kto
 
 Row = list[float]
 Rows = list[Row]
@@ -545,27 +613,3 @@ def orpo(
         return lam * softplus(odds_l - odds_w) - chosen, -1 - doubt * slope_w, doubt * slope_l
 
     return reduce_pairs(term, logprobs, normalized(weights), weigh, length, denominator)
-
-
-# Advantages
-
-
-def group_advantages(*, rewards: Sequence[float], groups: Sequence[Hashable], scale: str = "std") -> Row:
-    """A = (r − mean) / (std + 1e-6) within each group, 0 where all rewards agree (Shao et al. 2024).
-
-    The std divides by n − 1. With scale "none", nothing is divided by the std (Liu et al. 2025).
-    """
-    if scale not in ("std", "none"):
-        raise ValueError(f"scale is 'std' or 'none', not {scale!r}")
-    members: dict[Hashable, Row] = {}
-    for reward, group in zip(rewards, groups, strict=True):
-        members.setdefault(group, []).append(reward)
-
-    def advantage(reward: float, peers: Row) -> float:
-        if max(peers) == min(peers):
-            return 0.0
-        mean = total(peers) / len(peers)
-        std = math.sqrt(total((r - mean) ** 2 for r in peers) / (len(peers) - 1))
-        return (reward - mean) / (std + 1e-6) if scale == "std" else reward - mean
-
-    return [advantage(reward, members[group]) for reward, group in zip(rewards, groups, strict=True)]
