@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -275,9 +276,10 @@ def wpo(beta: float = 0.1, weigh: Weighing = pair_mean) -> Loss:
     """
 
     def weighted(t: Tokens, c: Tensor, r: Tensor) -> tuple[Tensor, Statistics]:
-        log_square = torch.where(t.active, t.sum_square_probs, 1.0).log()
+        log_square = torch.where(t.active, t.sum_square_probs.detach(), 1.0).log()
         log_v = weighted_mean(t, t.logprobs.detach() - log_square)
         weight = (chosen(t, log_v) + rejected(t, log_v)).exp()
         return weight * logistic_link(beta * (c - r)), {"pair_weight": weight}
 
-    return pair_loss(weighted, log_ratio_sum, beta, weigh, ("sum_square_probs",))
+    loss = pair_loss(weighted, log_ratio_sum, beta, weigh, ("sum_square_probs",))
+    return replace(loss, differentiates=())
