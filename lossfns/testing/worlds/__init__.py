@@ -1,0 +1,30 @@
+"""What a loss learns: small problems whose answer is known exactly, by enumeration and without sampling.
+
+A ``World`` is a small tree of tokens with rewards, preferences, labels, data or a teacher. ``learn`` takes exact
+gradient steps in it. ``lessons`` says, for each loss of the library, in which worlds it reaches which point, and why:
+the optimum, or the biased point that theory names. ``advice`` says in words where any loss leads.
+
+    >>> from lossfns.testing.worlds import lessons
+    >>> for lesson in lessons("dpo"):
+    ...     print(lesson.world.name, lesson.steps, lesson.holds(), lesson.says)
+    answers 12 True ends where the oracle's expected slope is 0
+    answers 12 True its margin is the log-odds of the preference, over β
+    answers 12 True its margin is the log-odds of the preference, over β
+"""
+
+from lossfns.testing.worlds.advice import advice as advice
+from lossfns.testing.worlds.lessons import CLOSE as CLOSE
+from lossfns.testing.worlds.lessons import Lesson as Lesson
+from lossfns.testing.worlds.lessons import answers as answers
+from lossfns.testing.worlds.lessons import bandit as bandit
+from lossfns.testing.worlds.lessons import corpus as corpus
+from lossfns.testing.worlds.lessons import judged as judged
+from lossfns.testing.worlds.lessons import lessons as lessons
+from lossfns.testing.worlds.lessons import teacher as teacher
+from lossfns.testing.worlds.lessons import tree as tree
+from lossfns.testing.worlds.lessons import two_arms as two_arms
+from lossfns.testing.worlds.world import Policy as Policy
+from lossfns.testing.worlds.world import Unit as Unit
+from lossfns.testing.worlds.world import World as World
+from lossfns.testing.worlds.world import distance as distance
+from lossfns.testing.worlds.world import learn as learn

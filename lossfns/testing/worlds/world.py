@@ -1,0 +1,299 @@
+"""Problems small enough to enumerate, and exact gradient steps in them.
+
+The policy is a softmax of logits θ at each node of a tree of tokens. A loss gets one datum for each outcome. The
+gradient of a datum is weighed with the exact probability of its outcome, so a step is the step of an infinite batch:
+nothing is sampled. A gradient reaches θ as in the hosted APIs, through ∂L/∂logprob of every token.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from lossfns.errors import LossInputError
+from lossfns.inspect.probe import gradient_of
+from lossfns.loss import BoundLoss, Loss, LossFn
+from lossfns.testing.batch import Batch
+
+Policy = tuple[tuple[float, ...], ...]
+"""The probability of each token at each node."""
+Path = list[Policy]
+"""The policy before the first step and after each step."""
+PROMPT = -1.0
+"""The logprob of the masked token that every datum begins with. No loss may depend on it."""
+RARE = 1e-6
+"""The smallest probability of a node by which a gradient is divided."""
+TRUST = 1.0
+"""The largest change of a logit in a step of the two-point rule."""
+
+
+class Unit(NamedTuple):
+    """Datums that a loss may compare with each other: an outcome, a pair, or a group.
+
+    Attributes:
+        probability: the probability of the unit. Those of all units sum to 1.
+        members: the sequence of each datum, by index.
+        columns: columns that differ between units of the same members, with one number for each datum.
+    """
+
+    probability: float
+    members: tuple[int, ...]
+    columns: dict[str, tuple[float, ...]] = {}  # noqa: RUF012 (never changed)
+
+
+@dataclass(frozen=True)
+class World:
+    """A tree of tokens, what its sequences are worth, and how they are drawn.
+
+    Attributes:
+        name: the name.
+        sequences: the steps of each sequence, as pairs (node, token). With ``targets``, the K candidates of a position.
+        units: ``(world, sampling policy) -> units``: how sequences are drawn and put together.
+        start: the policy before the first step.
+        ref: the reference policy, or the teacher.
+        rewards: one number for each sequence: its reward, its Bradley-Terry score, or the probability that it is
+            labelled as desirable.
+        old: the policy that samples, if it is fixed; None: the current policy samples, and every step refreshes it.
+        targets: K if a position has K targets, else 0.
+        columns: columns that replace the usual ones: functions ``(world, sequence, sampling policy) -> row``.
+    """
+
+    name: str
+    sequences: tuple[tuple[tuple[int, int], ...], ...]
+    units: Callable[[World, Policy], list[Unit]]
+    start: Policy
+    ref: Policy
+    rewards: tuple[float, ...] = ()
+    old: Policy | None = None
+    targets: int = 0
+    columns: dict[str, Callable[[World, int, Policy], list[float]]] = field(default_factory=dict)
+
+    def probability(self, policy: Policy, i: int) -> float:
+        """Return the probability of sequence ``i``."""
+        return math.prod(policy[node][token] for node, token in self.sequences[i])
+
+    def value(self, policy: Policy) -> float:
+        """Return the expected reward."""
+        return sum(self.probability(policy, i) * r for i, r in enumerate(self.rewards))
+
+    def visits(self, policy: Policy, node: int) -> float:
+        """Return the probability that a sequence passes a node."""
+        if self.targets:
+            return 1.0
+        passing = [i for i, steps in enumerate(self.sequences) if node in dict(steps)]
+        return sum(self.probability(policy, i) for i in passing)
+
+
+# How sequences are drawn
+
+
+def outcomes(world: World, sampling: Policy) -> list[Unit]:
+    """One sequence, drawn from the sampling policy."""
+    return [Unit(world.probability(sampling, i), (i,)) for i in range(len(world.sequences))]
+
+
+def groups_of_two(world: World, sampling: Policy) -> list[Unit]:
+    """Two sequences, drawn independently: a group."""
+    p = [world.probability(sampling, i) for i in range(len(world.sequences))]
+    return [Unit(p[i] * p[j], (i, j)) for i in range(len(p)) for j in range(len(p))]
+
+
+def preferences(world: World, sampling: Policy) -> list[Unit]:
+    """Two different sequences, all pairs alike; i is chosen over j with probability σ(score_i − score_j)."""
+    n = len(world.sequences)
+    pairs = [(i, j) for i in range(n) for j in range(n) if i != j]
+    return [Unit(2 * sigmoid(world.rewards[i] - world.rewards[j]) / len(pairs), (i, j)) for i, j in pairs]
+
+
+def labelled(world: World, sampling: Policy) -> list[Unit]:
+    """One sequence with a label, which is 1 with the probability that the world gives."""
+    drawn = ((world.probability(sampling, i), i, r) for i, r in enumerate(world.rewards))
+    return [Unit(p * q, (i,), {"labels": (label,)}) for p, i, r in drawn for label, q in ((1.0, r), (0.0, 1 - r))]
+
+
+def position(world: World, sampling: Policy) -> list[Unit]:
+    """The one position of a world with K targets."""
+    return [Unit(1.0, (0,))]
+
+
+# Columns
+
+
+def log_of(policy: Policy, world: World, i: int) -> list[float]:
+    """Return the logprob of each token of sequence ``i``. A probability that rounds to 0 is the smallest float."""
+    return [math.log(max(policy[node][token], sys.float_info.min)) for node, token in world.sequences[i]]
+
+
+def at_nodes(world: World, i: int, of: Callable[[Sequence[float]], float], policy: Policy) -> list[float]:
+    """Return a number of the distribution at each node of sequence ``i``."""
+    return [of([p for p in policy[node] if p > 0]) for node, _ in world.sequences[i]]
+
+
+def alike(world: World, i: int, x: float) -> list[float]:
+    """Return one number at each token of sequence ``i``."""
+    return [x] * len(world.sequences[i])
+
+
+COLUMNS: dict[str, Callable[[World, int, Policy], list[float]]] = {
+    "weights": lambda world, i, old: alike(world, i, 1.0),
+    "advantages": lambda world, i, old: alike(world, i, world.rewards[i] - world.value(old)),
+    "rewards": lambda world, i, old: alike(world, i, world.rewards[i]),
+    "old_logprobs": lambda world, i, old: log_of(old, world, i),
+    "sampler_logprobs": lambda world, i, old: log_of(old, world, i),
+    "ref_logprobs": lambda world, i, old: log_of(world.ref, world, i),
+    "teacher_logprobs": lambda world, i, old: log_of(world.ref, world, i),
+    "entropy": lambda world, i, old: at_nodes(world, i, lambda p: -sum(x * math.log(x) for x in p), old),
+    "sum_square_probs": lambda world, i, old: at_nodes(world, i, lambda p: sum(x * x for x in p), old),
+    "reference_point": lambda world, i, old: alike(world, i, 0.0),
+    "target_margin": lambda world, i, old: alike(world, i, 0.0),
+}
+"""Column → the row of a sequence. ``groups`` and ``labels`` belong to the units."""
+
+
+def batch_of(world: World, policy: Policy, sampling: Policy, units: Sequence[Unit], reads: Sequence[str]) -> Batch:
+    """Return one datum for each member of each unit. Each datum begins with a masked token."""
+    members = [(u, i, k) for u, unit in enumerate(units) for k, i in enumerate(unit.members)]
+    made = world.columns | {"groups": None, "labels": None}
+
+    def row(name: str, u: int, i: int, k: int) -> list[float]:
+        if name == "groups":
+            return alike(world, i, float(u))
+        if name in units[u].columns:
+            return alike(world, i, units[u].columns[name][k])
+        find = made.get(name) or COLUMNS.get(name)
+        if find is None:
+            fix = "Add it to COLUMNS of lossfns/testing/worlds/world.py."
+            raise LossInputError("reads", f"columns of the world {world.name}", name, fix)
+        return find(world, i, sampling)
+
+    masked = [0.0] * (world.targets or 1)
+    columns = {name: [masked + row(name, *member) for member in members] for name in ("weights", *reads)}
+    logprobs = [[PROMPT for _ in masked] + log_of(policy, world, i) for _, i, _ in members]
+    return Batch(logprobs, columns.pop("weights"), columns, world.targets)
+
+
+# Steps
+
+
+class Enumerated:
+    """A loss and the batch of all outcomes of a world.
+
+    A loss that divides by a count of the batch is rescaled to divide by its expectation: with D the denominator of the
+    batch and n the one of each unit, the gradient is multiplied by D / Σ probability·n.
+    """
+
+    def __init__(self, loss_fn: LossFn, world: World, like: Loss | None = None) -> None:
+        self.loss_fn, self.world = loss_fn, world
+        self.like = loss_fn if like is None and isinstance(loss_fn, (Loss, BoundLoss)) else like
+        own = loss_fn.loss if isinstance(loss_fn, BoundLoss) else loss_fn
+        every = (*COLUMNS, "groups", *self.units(world.start)[0].columns)
+        self.reads = own.reads if isinstance(own, Loss) else tuple(name for name in every if name != "weights")
+        self.counts: list[float] = []
+
+    def units(self, policy: Policy) -> list[Unit]:
+        """Return the units, and one of probability 0 without an active token."""
+        units = self.world.units(self.world, self.world.old or policy)
+        return [*units, units[0]._replace(probability=0.0)]
+
+    def natural_gradient(self, policy: Policy) -> list[list[float]]:
+        """Return the natural gradient: the one in the logits, over the probability of the node, and over π there."""
+        sampling, units = self.world.old or policy, self.units(policy)
+        batch = batch_of(self.world, policy, sampling, units, self.reads)
+        silent = len(units[-1].members)
+        batch = batch.having(weights=batch.weights[:-silent] + [[0.0] * len(w) for w in batch.weights[-silent:]])
+        data = batch.data()
+        _, flat, _ = gradient_of(self.loss_fn, data, batch.tensors())
+        slopes, scale = iter(flat.tolist()), self.scale(data, units)
+        by_token = [[0.0] * len(row) for row in policy]
+        for unit in units:
+            for i in unit.members:
+                for _ in range(self.world.targets or 1):
+                    next(slopes)  # the masked token
+                for node, token in self.world.sequences[i]:
+                    by_token[node][token] += scale * unit.probability * next(slopes)
+        rows = [(gs, ps, max(self.world.visits(policy, n), RARE)) for n, (gs, ps) in enumerate(zip(by_token, policy))]
+        return [[(g / p - sum(gs)) / v if p > 0 else 0.0 for g, p in zip(gs, ps)] for gs, ps, v in rows]
+
+    def scale(self, data: Sequence[Any], units: Sequence[Unit]) -> float:
+        """Return D / Σ probability·n, or 1 for a loss whose denominator is not known."""
+        if self.like is None:
+            return 1.0
+        if not self.counts:
+            ends = [sum(len(unit.members) for unit in units[:k]) for k in range(len(units))]
+            parts = [data[a:b] for a, b in itertools.pairwise(ends)]
+            self.counts = [self.like.denominator(part) for part in parts] + [self.like.denominator(data)]
+        return self.counts[-1] / sum(unit.probability * n for unit, n in zip(units[:-1], self.counts))
+
+
+def learn(loss_fn: LossFn, world: World, steps: int, *, rate: float | None = None, like: Loss | None = None) -> Path:
+    """Take exact natural gradient steps, θ ← θ − rate·g / (v·π), and return the policy before the first and after each.
+
+    g is the expected gradient in the logits of a node, v the probability that a sequence passes the node, and π the
+    policy there. The division makes it the steepest descent in KL, which moves rare and frequent tokens alike.
+
+    Args:
+        loss_fn: a loss, or any function of the contract.
+        world: the world.
+        steps: the number of steps.
+        rate: the size of a step; None: the two-point rule of Barzilai and Borwein 1988, which takes the curvature from
+            the last two gradients, and moves no logit by more than 1.
+        like: the loss whose denominators ``loss_fn`` has, if it is no ``Loss``. Without it, the scale of the gradient,
+            and so ``rate``, depends on the number of outcomes.
+
+    Raises:
+        LossInputError: if the loss breaks the contract, or reads a column that the world does not have.
+
+    >>> from lossfns import reinforce
+    >>> from lossfns.testing.worlds import bandit
+    >>> [[round(p, 3) for p in policy[0]] for policy in learn(reinforce(), bandit, steps=2, rate=1.0)]
+    [[0.5, 0.3, 0.2], [0.304, 0.496, 0.2], [0.153, 0.68, 0.167]]
+    """
+    enumerated = Enumerated(loss_fn, world, like)
+    theta = [[math.log(p) if p > 0 else -math.inf for p in row] for row in world.start]
+    path, before, size = [world.start], None, rate
+    for _ in range(steps):
+        direction = enumerated.natural_gradient(path[-1])
+        if rate is None:
+            size = step_size(direction, before)
+        assert size is not None
+        move = [[-size * d for d in row] for row in direction]
+        theta = [[x + m for x, m in zip(*rows)] for rows in zip(theta, move)]
+        before = direction, move, size
+        path.append(tuple(map(softmax, theta)))
+    return path
+
+
+def step_size(direction: list[list[float]], before: Any) -> float:
+    """Return the size of a step by the two-point rule: ⟨s, y⟩ / ⟨y, y⟩ for the last move s and change of gradient y.
+
+    Where the curvature along the last move is not positive, twice the last size. No logit moves by more than ``TRUST``.
+    """
+    largest = max(abs(d) for row in direction for d in row)
+    size = 1.0
+    if before is not None:
+        last, moves, size = before
+        pairs = [(m, d - e) for rows in zip(moves, direction, last) for m, d, e in zip(*rows)]
+        along, squared = sum(s * y for s, y in pairs), sum(y * y for _, y in pairs)
+        size = along / squared if along > 0 else 2 * size
+    return min(size, TRUST / largest) if largest > 0 else size
+
+
+def sigmoid(x: float) -> float:
+    """1 / (1 + exp(−x))."""
+    return 1 / (1 + math.exp(-x)) if x > 0 else math.exp(x) / (1 + math.exp(x))
+
+
+def softmax(row: Sequence[float]) -> tuple[float, ...]:
+    """exp(x) / Σ exp(x)."""
+    top = max(row)
+    powers = [math.exp(x - top) for x in row]
+    return tuple(x / sum(powers) for x in powers)
+
+
+def distance(one: Policy, other: Policy) -> float:
+    """Return the largest difference of two policies in the probability of a token."""
+    return max(abs(p - q) for rows in zip(one, other) for p, q in zip(*rows))
