@@ -109,7 +109,7 @@ def test_a_loss_divides_by_its_expected_denominator() -> None:
     """In the tree a sequence has 0.6·1 + 0.4·2 = 1.4 tokens. The mean over tokens is 1 / 1.4 of the sum of a sequence,
     although the batch holds each sequence once."""
     by_token, by_sequence = (
-        Enumerated(reinforce(weigh=w), tree).natural_gradient(tree.start) for w in ("token_mean", "sequence_sum_mean")
+        Enumerated.of(reinforce(weigh=w), tree).natural_gradient(tree.start) for w in ("token_mean", "sequence_sum_mean")
     )
     for one, other in zip(by_token[0] + by_token[1], by_sequence[0] + by_sequence[1]):
         assert 1.4 * one == pytest.approx(other, abs=1e-7)
@@ -117,7 +117,7 @@ def test_a_loss_divides_by_its_expected_denominator() -> None:
 
 def test_the_expected_gradient_is_that_of_the_expected_reward() -> None:
     """∂V/∂θ by differences of V, at both nodes, times −1 and over the probability to be there and that of the token."""
-    direction = Enumerated(importance_sampling(weigh="sequence_sum_mean"), tree).natural_gradient(tree.start)
+    direction = Enumerated.of(importance_sampling(weigh="sequence_sum_mean"), tree).natural_gradient(tree.start)
     for node, row in enumerate(tree.start):
         for token in range(2):
             values = []
@@ -133,7 +133,7 @@ def test_the_expected_gradient_is_that_of_the_expected_reward() -> None:
 def test_groups_of_two_halve_the_gradient_of_centred_rewards() -> None:
     """The advantage r − (r + r') / 2 = (r − r') / 2 has the expectation (r − V) / 2."""
 
-    def centred(world: Any, i: int, old: Any) -> list[float]:
+    def centred(world: Any, i: int, policy: Any, old: Any) -> list[float]:
         return [0.0]
 
     world = replace(bandit, units=groups_of_two, columns={"advantages": centred})

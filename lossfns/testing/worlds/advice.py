@@ -59,7 +59,7 @@ def drawn_anew(loss_fn: LossFn) -> str:
 
 def drawn_once(loss_fn: LossFn) -> str:
     """A hundred steps of a hundredth of a nat, since a larger one steps over a bound."""
-    enumerated = Enumerated(loss_fn, two_arms)
+    enumerated = Enumerated.of(loss_fn, two_arms)
     largest = max(map(abs, enumerated.natural_gradient(two_arms.start)[0]))
     if largest == 0:
         return f"two arms, drawn once: {NOWHERE}"
@@ -75,7 +75,7 @@ def drawn_once(loss_fn: LossFn) -> str:
 def of_two_lengths(loss_fn: LossFn) -> str:
     """Compare the rates at which log π of two answers of reward 1 grows. They are equal if tokens count alike."""
     world = replace(tree, ref=tree.start, rewards=(1.0, 1.0, 0.0))
-    direction = Enumerated(loss_fn, world).natural_gradient(world.start)
+    direction = Enumerated.of(loss_fn, world).natural_gradient(world.start)
     means = [sum(p * d for p, d in zip(*rows)) for rows in zip(world.start, direction)]
     short, long = (sum(means[n] - direction[n][t] for n, t in steps) for steps in world.sequences[:2])
     if abs(short - long) <= 1e-3 * max(abs(short), abs(long)):

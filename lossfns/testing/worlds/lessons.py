@@ -70,51 +70,6 @@ class Lesson(NamedTuple):
         return self.miss(loss_fn) < CLOSE
 
 
-# The worlds
-
-bandit = World(
-    "bandit", (((0, 0),), ((0, 1),), ((0, 2),)), outcomes, ((0.5, 0.3, 0.2),), ((0.4, 0.4, 0.2),), (0.0, 1.0, 0.5)
-)
-"""Three arms, drawn from the current policy. The best arm is not the one that the policy starts with."""
-
-two_arms = World(
-    "two arms", (((0, 0),), ((0, 1),)), outcomes, ((0.5, 0.5),), ((0.5, 0.5),), (1.0, 0.0), old=((0.5, 0.5),)
-)
-"""Two arms, all drawn from the policy before the first step: many steps with one batch of samples."""
-
-tree = World(
-    "tree",
-    (((0, 0),), ((0, 1), (1, 0)), ((0, 1), (1, 1))),
-    outcomes,
-    ((0.6, 0.4), (0.5, 0.5)),
-    ((0.9, 0.1), (0.7, 0.3)),
-    (0.0, 1.0, 0.2),
-)
-"""A first token that ends the answer, or one that a second token follows: sequences of lengths 1, 2 and 2."""
-
-corpus = replace(tree, name="corpus", old=((0.3, 0.7), (0.8, 0.2)))
-"""The tree, with sequences of a data set: they are drawn from the distribution of the data."""
-
-answers = World(
-    "answers",
-    (((0, 0),), ((0, 1), (1, 0))),
-    preferences,
-    ((0.5, 0.5), (1.0,)),
-    ((0.6, 0.4), (1.0,)),
-    (1.2, 0.4),
-)
-"""Two answers, of one token and of two, of which the second is certain. One is preferred by σ(0.8) of the judges."""
-
-judged = replace(answers, name="judged", units=labelled, rewards=(0.8, 0.3))
-"""The two answers, one at a time. They are labelled as desirable with probabilities 0.8 and 0.3."""
-
-teacher = World(
-    "teacher", (((0, 0), (0, 1), (0, 2)),), position, ((0.2, 0.3, 0.5),), ((0.5, 0.4, 0.1),), (0.0,), targets=3,
-    columns={"weights": lambda world, i, old: list(world.ref[0])},
-)  # fmt: skip
-"""One position, and the probabilities that a teacher gives to its three tokens, as weights."""
-
-
 # Rows
 
 Lessons = Iterator[Lesson]
@@ -199,12 +154,12 @@ def cloned(name: str, preset: Preset) -> Lessons:
         yield Lesson(arms, preset(), (point,), 12, None, "imitates fixed samples in proportion to their reward")
 
 
-def reward_of(world: World, i: int, old: Policy) -> list[float]:
+def reward_of(world: World, i: int, policy: Policy, old: Policy) -> list[float]:
     """Return the reward of a sequence as its advantage."""
     return [world.rewards[i]] * len(world.sequences[i])
 
 
-def soft_advantage(world: World, i: int, old: Policy) -> list[float]:
+def soft_advantage(world: World, i: int, policy: Policy, old: Policy) -> list[float]:
     """Return r − V for the soft value V = β·log Σ μ·exp(r / β)."""
     soft = BETA * math.log(sum(p * math.exp(r / BETA) for p, r in zip(old[0], world.rewards)))
     return [world.rewards[i] - soft] * len(world.sequences[i])
@@ -219,7 +174,7 @@ def direct(name: str, preset: Preset) -> Lessons:
 
 
 def likelihood(name: str, preset: Preset) -> Lessons:
-    """The likelihood leads to the frequencies of the data; a mean over sequences counts each token of a long one less."""
+    """The likelihood leads to the frequencies of the data; a mean over sequences counts long ones less by token."""
     if name == "cross_entropy":
         first, second = corpus.old or ()
         yield Lesson(corpus, preset(weigh=token_mean), (first, second), 12, None, "reaches the frequencies of the data")

@@ -74,10 +74,7 @@ def two_token_tree(
     return (a, 1 - a), second
 
 
-def two_sequences(slope: Callable[[float, float], float]) -> tuple[float, ...]:
-    """(p, 1 − p) where the slope of an expected loss in log(p / (1 − p)) changes from below 0 to above 0.
-
-    ``slope`` takes the logprobs of the two sequences, log p and log(1 − p).
-    """
-    x = root(lambda x: slope(-math.log1p(math.exp(-x)), -math.log1p(math.exp(x))), -12, 12)
+def by_log_odds(slope: Callable[[float], float]) -> tuple[float, ...]:
+    """(p, 1 − p) where a slope changes from below 0 to above 0, as a function of p."""
+    x = root(lambda x: slope(1 / (1 + math.exp(-x))), -12, 12)
     return 1 / (1 + math.exp(-x)), 1 / (1 + math.exp(x))

@@ -23,6 +23,10 @@ Policy = tuple[tuple[float, ...], ...]
 """The probability of each token at each node."""
 Path = list[Policy]
 """The policy before the first step and after each step."""
+Column = Callable[["World", int, Policy, Policy], list[float]]
+"""A function ``(world, sequence, policy, sampling policy) -> row`` of the sequence."""
+Gradients = Callable[[Batch], Sequence[float]]
+"""A function of a batch that returns ∂L/∂logprob of every token, datums end to end."""
 PROMPT = -1.0
 """The logprob of the masked token that every datum begins with. No loss may depend on it."""
 RARE = 1e-6
@@ -59,7 +63,7 @@ class World:
             labelled as desirable.
         old: the policy that samples, if it is fixed; None: the current policy samples, and every step refreshes it.
         targets: K if a position has K targets, else 0.
-        columns: columns that replace the usual ones: functions ``(world, sequence, sampling policy) -> row``.
+        columns: columns that replace the usual ones.
     """
 
     name: str
@@ -70,7 +74,7 @@ class World:
     rewards: tuple[float, ...] = ()
     old: Policy | None = None
     targets: int = 0
-    columns: dict[str, Callable[[World, int, Policy], list[float]]] = field(default_factory=dict)
+    columns: dict[str, Column] = field(default_factory=dict)
 
     def probability(self, policy: Policy, i: int) -> float:
         """Return the probability of sequence ``i``."""
@@ -138,18 +142,18 @@ def alike(world: World, i: int, x: float) -> list[float]:
     return [x] * len(world.sequences[i])
 
 
-COLUMNS: dict[str, Callable[[World, int, Policy], list[float]]] = {
-    "weights": lambda world, i, old: alike(world, i, 1.0),
-    "advantages": lambda world, i, old: alike(world, i, world.rewards[i] - world.value(old)),
-    "rewards": lambda world, i, old: alike(world, i, world.rewards[i]),
-    "old_logprobs": lambda world, i, old: log_of(old, world, i),
-    "sampler_logprobs": lambda world, i, old: log_of(old, world, i),
-    "ref_logprobs": lambda world, i, old: log_of(world.ref, world, i),
-    "teacher_logprobs": lambda world, i, old: log_of(world.ref, world, i),
-    "entropy": lambda world, i, old: at_nodes(world, i, lambda p: -sum(x * math.log(x) for x in p), old),
-    "sum_square_probs": lambda world, i, old: at_nodes(world, i, lambda p: sum(x * x for x in p), old),
-    "reference_point": lambda world, i, old: alike(world, i, 0.0),
-    "target_margin": lambda world, i, old: alike(world, i, 0.0),
+COLUMNS: dict[str, Column] = {
+    "weights": lambda world, i, policy, old: alike(world, i, 1.0),
+    "advantages": lambda world, i, policy, old: alike(world, i, world.rewards[i] - world.value(old)),
+    "rewards": lambda world, i, policy, old: alike(world, i, world.rewards[i]),
+    "old_logprobs": lambda world, i, policy, old: log_of(old, world, i),
+    "sampler_logprobs": lambda world, i, policy, old: log_of(old, world, i),
+    "ref_logprobs": lambda world, i, policy, old: log_of(world.ref, world, i),
+    "teacher_logprobs": lambda world, i, policy, old: log_of(world.ref, world, i),
+    "entropy": lambda world, i, policy, old: at_nodes(world, i, lambda p: -sum(x * math.log(x) for x in p), policy),
+    "sum_square_probs": lambda world, i, policy, old: at_nodes(world, i, lambda p: sum(x * x for x in p), policy),
+    "reference_point": lambda world, i, policy, old: alike(world, i, 0.0),
+    "target_margin": lambda world, i, policy, old: alike(world, i, 0.0),
 }
 """Column → the row of a sequence. ``groups`` and ``labels`` belong to the units."""
 
@@ -168,7 +172,7 @@ def batch_of(world: World, policy: Policy, sampling: Policy, units: Sequence[Uni
         if find is None:
             fix = "Add it to COLUMNS of lossfns/testing/worlds/world.py."
             raise LossInputError("reads", f"columns of the world {world.name}", name, fix)
-        return find(world, i, sampling)
+        return find(world, i, policy, sampling)
 
     masked = [0.0] * (world.targets or 1)
     columns = {name: [masked + row(name, *member) for member in members] for name in ("weights", *reads)}
@@ -180,34 +184,49 @@ def batch_of(world: World, policy: Policy, sampling: Policy, units: Sequence[Uni
 
 
 class Enumerated:
-    """A loss and the batch of all outcomes of a world.
+    """The expected gradient of a loss over all outcomes of a world.
 
     A loss that divides by a count of the batch is rescaled to divide by its expectation: with D the denominator of the
     batch and n the one of each unit, the gradient is multiplied by D / Σ probability·n.
+
+    Attributes:
+        gradients: the gradients of the loss.
+        world: the world.
+        reads: the columns of the batch, besides the weights.
+        like: the loss whose denominators are taken; None: the gradient is not rescaled.
     """
 
-    def __init__(self, loss_fn: LossFn, world: World, like: Loss | None = None) -> None:
-        self.loss_fn, self.world = loss_fn, world
-        self.like = loss_fn if like is None and isinstance(loss_fn, (Loss, BoundLoss)) else like
-        own = loss_fn.loss if isinstance(loss_fn, BoundLoss) else loss_fn
-        every = (*COLUMNS, "groups", *self.units(world.start)[0].columns)
-        self.reads = own.reads if isinstance(own, Loss) else tuple(name for name in every if name != "weights")
+    def __init__(self, gradients: Gradients, world: World, reads: Sequence[str], like: Loss | BoundLoss | None) -> None:
+        self.gradients, self.world, self.reads, self.like = gradients, world, reads, like
         self.counts: list[float] = []
 
-    def units(self, policy: Policy) -> list[Unit]:
-        """Return the units, and one of probability 0 without an active token."""
-        units = self.world.units(self.world, self.world.old or policy)
-        return [*units, units[0]._replace(probability=0.0)]
+    @classmethod
+    def of(cls, loss_fn: LossFn, world: World, like: Loss | None = None) -> Enumerated:
+        """Return the expected gradient of a loss, or of any function of the contract: this gets every column."""
+
+        def gradients(batch: Batch) -> Sequence[float]:
+            return gradient_of(loss_fn, batch.data(), batch.tensors())[1].tolist()
+
+        own = loss_fn.loss if isinstance(loss_fn, BoundLoss) else loss_fn
+        if isinstance(own, Loss):
+            return cls(gradients, world, own.reads, like or own)
+        every = (*COLUMNS, "groups", *world.units(world, world.old or world.start)[0].columns)
+        return cls(gradients, world, [name for name in every if name != "weights"], like)
+
+    def batch(self, policy: Policy) -> tuple[Batch, list[Unit]]:
+        """Return the batch and its units. The last unit has probability 0 and no active token."""
+        sampling = self.world.old or policy
+        units = self.world.units(self.world, sampling)
+        units.append(units[0]._replace(probability=0.0))
+        batch = batch_of(self.world, policy, sampling, units, self.reads)
+        silent = len(units[-1].members)
+        weights = batch.weights[:-silent] + [[0.0] * len(w) for w in batch.weights[-silent:]]
+        return batch.having(weights=weights), units
 
     def natural_gradient(self, policy: Policy) -> list[list[float]]:
         """Return the natural gradient: the one in the logits, over the probability of the node, and over π there."""
-        sampling, units = self.world.old or policy, self.units(policy)
-        batch = batch_of(self.world, policy, sampling, units, self.reads)
-        silent = len(units[-1].members)
-        batch = batch.having(weights=batch.weights[:-silent] + [[0.0] * len(w) for w in batch.weights[-silent:]])
-        data = batch.data()
-        _, flat, _ = gradient_of(self.loss_fn, data, batch.tensors())
-        slopes, scale = iter(flat.tolist()), self.scale(data, units)
+        batch, units = self.batch(policy)
+        slopes, scale = iter(self.gradients(batch)), self.scale(batch, units)
         by_token = [[0.0] * len(row) for row in policy]
         for unit in units:
             for i in unit.members:
@@ -218,11 +237,12 @@ class Enumerated:
         rows = [(gs, ps, max(self.world.visits(policy, n), RARE)) for n, (gs, ps) in enumerate(zip(by_token, policy))]
         return [[(g / p - sum(gs)) / v if p > 0 else 0.0 for g, p in zip(gs, ps)] for gs, ps, v in rows]
 
-    def scale(self, data: Sequence[Any], units: Sequence[Unit]) -> float:
+    def scale(self, batch: Batch, units: Sequence[Unit]) -> float:
         """Return D / Σ probability·n, or 1 for a loss whose denominator is not known."""
         if self.like is None:
             return 1.0
         if not self.counts:
+            data = batch.data()
             ends = [sum(len(unit.members) for unit in units[:k]) for k in range(len(units))]
             parts = [data[a:b] for a, b in itertools.pairwise(ends)]
             self.counts = [self.like.denominator(part) for part in parts] + [self.like.denominator(data)]
@@ -252,7 +272,7 @@ def learn(loss_fn: LossFn, world: World, steps: int, *, rate: float | None = Non
     >>> [[round(p, 3) for p in policy[0]] for policy in learn(reinforce(), bandit, steps=2, rate=1.0)]
     [[0.5, 0.3, 0.2], [0.304, 0.496, 0.2], [0.153, 0.68, 0.167]]
     """
-    enumerated = Enumerated(loss_fn, world, like)
+    enumerated = Enumerated.of(loss_fn, world, like)
     theta = [[math.log(p) if p > 0 else -math.inf for p in row] for row in world.start]
     path, before, size = [world.start], None, rate
     for _ in range(steps):
