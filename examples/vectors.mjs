@@ -238,6 +238,8 @@ const read = x => (Array.isArray(x) ? x.map(read) : NUMBERS[x] ?? x)
 const write = x => (Number.isFinite(x) ? x : Number.isNaN(x) ? 'nan' : x > 0 ? 'inf' : '-inf')
 
 function answer({ loss, config, data, denominator }) {
+  const others = 'importance_sampling ppo dapo grpo gspo gspo_token cispo dro group_advantages'.split(' ')
+  if (!(loss in LOSSES || others.includes(loss))) return { unsupported: `the loss ${loss}` }
   const rows = data.map(datum => each(datum, (x, name) => (name === 'group' ? x : read(x))))
   if (loss === 'group_advantages') return { advantages: groupAdvantages(rows, config).map(write) }
   checkConfig(loss, config, denominator)

@@ -30,9 +30,14 @@ from lossfns.labels import targets_from_labels, weights_from_labels, weights_fro
 from lossfns.logprobs.linear import linear_logprobs
 from lossfns.logprobs.target import target_logprobs
 from lossfns.loss import BoundLoss, Loss, evaluate
-from lossfns.losses.policy import cispo, dapo, dro, grpo, gspo, gspo_token, importance_sampling, ppo, reinforce
+from lossfns.losses.policy import dapo, grpo, importance_sampling, ppo, reinforce
 from lossfns.losses.preference import dpo, orpo
+from lossfns.losses.regression import dro
+from lossfns.losses.sequence import gspo, gspo_token
 from lossfns.losses.supervised import cross_entropy, multi_target_cross_entropy
+from lossfns.losses.trust import sapo
+from lossfns.losses.unpaired import kto
+from lossfns.losses.weighted import cispo
 from lossfns.metrics import merge_metrics
 from lossfns.pack import pack
 from lossfns.segments import geometric_level, sequence_level, token_level
@@ -88,6 +93,7 @@ __all__ = [
     "k1",
     "k2",
     "k3",
+    "kto",
     "linear_logprobs",
     "merge_metrics",
     "multi_target_cross_entropy",
@@ -97,6 +103,7 @@ __all__ = [
     "pair_sum",
     "ppo",
     "reinforce",
+    "sapo",
     "sequence_level",
     "sequence_mean",
     "sequence_sum_mean",

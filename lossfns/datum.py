@@ -17,6 +17,7 @@ from torch import Tensor
 from lossfns.checks import is_huge, is_real
 from lossfns.errors import LossInputError, did_you_mean, show
 from lossfns.pack import is_plain, tensor_form
+from lossfns.tokens import DATUM_COLUMNS, TOKEN_COLUMNS
 
 NUMPY_DTYPES = {"float32": np.float32, "int64": np.int64}
 
@@ -33,6 +34,8 @@ FIELD_DTYPES = {
             "clip_low_threshold",
             "clip_high_threshold",
             "sequence_ratio_mask",
+            *TOKEN_COLUMNS,
+            *DATUM_COLUMNS,
         ],
         "float32",
     ),

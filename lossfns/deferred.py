@@ -48,7 +48,8 @@ class DeferredMetrics:
     """The metrics of a call as tensors. Their values are checked when the host reads them.
 
     Attributes:
-        loss, rows, signed: name of the loss, its kind of row, and whether its weights may be negative.
+        loss, rows, output: name of the loss, its kind of row, and the output of the model that it takes.
+        signed: whether its weights may be negative.
         divisor: the denominator of the whole batch, if one was given; 0-d if it is a tensor.
         sequences: B, the number of sequences.
         get_batch: a function that returns the packed batch, in which an error names the place of a bad value.
@@ -59,6 +60,7 @@ class DeferredMetrics:
 
     loss: str
     rows: Rows
+    output: str
     signed: bool
     divisor: Tensor | float | None
     sequences: int
@@ -105,7 +107,8 @@ class DeferredMetrics:
             totals, sums, extrema = self.numbers.tables(values)
             extras = dict(zip(self.extras_and_divisor, values[len(self.numbers.values) :]))
             divisor = extras.pop("divisor", self.divisor)
-            check_values({**extrema, LENGTHS_FIT: extras.pop(LENGTHS_FIT, 1.0)}, self.get_batch, signed=self.signed)
+            extrema[LENGTHS_FIT] = extras.pop(LENGTHS_FIT, 1.0)
+            check_values(extrema, self.get_batch, self.output, signed=self.signed)
             check_totals(totals, sums["rows"], divisor)
             return self.metrics({**totals, **extras}, sums, divisor)
 

@@ -32,6 +32,9 @@ LossFn = Callable[[list[Any], list[Tensor]], tuple[Tensor, dict[str, float]]]
 """The contract: ``(data, logprobs_list) -> (loss, metrics)``."""
 P = ParamSpec("P")
 
+OUTPUTS = ("logprobs", "scores")
+"""The outputs of a model that a loss may be a function of."""
+
 METRICS = (*ADDITIVE, *DIVIDED, "denominator", "rows")
 """Metrics of every loss. A statistic cannot have one of these names."""
 
@@ -55,6 +58,7 @@ class Loss:
         count: ``t -> this batch's part of the denominator``, which adds over micro-batches and ranks. It reads
             no logprobs. ``None`` makes the loss a raw sum, whose denominator is 1 however the batch is split.
         rows: the kind of row: ``"tokens"``, ``"targets"``, ``"pairs"`` or ``"sequences"`` (one for each datum).
+        output: ``"logprobs"``, or ``"scores"`` of a value head or a reward head, which may have any sign.
     """
 
     name: str
@@ -64,9 +68,13 @@ class Loss:
     share: Callable[[Tokens], Tensor]
     count: Callable[[Tokens], Tensor] | None
     rows: Rows = TOKENS
+    output: str = "logprobs"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rows", Rows.of(self.rows))
+        if self.output not in OUTPUTS:
+            hint = did_you_mean(str(self.output), OUTPUTS)
+            raise LossInputError("output", " or ".join(map(repr, OUTPUTS)), show(self.output), hint)
         object.__setattr__(self, "reads", check_reads(self.reads))
         for name in ("terms", "share") if self.count is None else ("terms", "share", "count"):
             if not callable(getattr(self, name)):
@@ -80,6 +88,11 @@ class Loss:
     def signed(self) -> bool:
         """Whether weights may be negative: only in a plain likelihood, where they are coefficients."""
         return self.rows.per_token and not self.reads
+
+    @property
+    def couples_groups(self) -> bool:
+        """Whether the loss compares the datums of a group. All datums with one label must then be in one call."""
+        return "groups" in self.reads
 
     @functools.cached_property
     def kernel(self) -> Measure:
@@ -448,7 +461,7 @@ class BoundLoss:
         extras = {**(checks or {}), **({"grad_l1": grad_l1(total, batch.logprobs)} if self.grad_l1 else {})}
         get_batch = functools.partial(pack, replace(batch, logprobs=batch.logprobs.detach()))  # without the graph
         metrics = DeferredMetrics(
-            loss.name, loss.rows, loss.signed, self.divisor, sequences, get_batch, numbers, extras
+            loss.name, loss.rows, loss.output, loss.signed, self.divisor, sequences, get_batch, numbers, extras
         )
         return total, metrics
 
@@ -554,11 +567,13 @@ def check_bound(loss: Loss, columns: Mapping[str, Any], align: Any, grad_l1: Any
         check_align(align)
 
 
-def make_loss(terms: Terms, reads: Sequence[str], weigh: Weighing, rows: Rows = TOKENS) -> Loss:
+def make_loss(
+    terms: Terms, reads: Sequence[str], weigh: Weighing, rows: Rows = TOKENS, output: str = "logprobs"
+) -> Loss:
     """Make a loss from its terms and the weighing of its rows. ``preset`` then names it."""
     rows, weigh = Rows.of(rows), resolve_name("weigh", weigh)
     check_weigh(weigh, rows)
-    return Loss("loss", {}, tuple(reads), terms, weigh.share, weigh.count, rows)
+    return Loss("loss", {}, tuple(reads), terms, weigh.share, weigh.count, rows, output)
 
 
 def resolve_name(knob: str, value: Any) -> Any:

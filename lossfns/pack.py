@@ -19,7 +19,7 @@ from torch import Tensor
 from lossfns.checks import is_real
 from lossfns.devices import to_device
 from lossfns.errors import LossInputError, did_you_mean, show
-from lossfns.tokens import DATUM_FIELDS, LOGPROB_COLUMNS, ON_POLICY, SEQUENCES, TOKENS, Rows, Tokens
+from lossfns.tokens import DATUM_COLUMNS, DATUM_FIELDS, LOGPROB_COLUMNS, ON_POLICY, SEQUENCES, TOKENS, Rows, Tokens
 
 Values = np.ndarray[Any, Any] | Tensor
 """The values of one column for one datum."""
@@ -383,10 +383,10 @@ def as_column(name: str, given: Any, rows: Rows = TOKENS) -> Any:
 def check_one_number_each(name: str, given: Values, rows: Rows) -> Values:
     """Return a column ``[B]`` with one number for each datum if this column may have that form, else refuse it.
 
-    Advantages may. In a loss over sequences, so may a column of its own, such as a label.
+    Advantages may, and so may ``DATUM_COLUMNS``. In a loss over sequences, so may a column of its own.
     """
     if not may_be_number(name, rows):
-        fix = "Only advantages, and labels of a loss over sequences, may be one number for each datum."
+        fix = f"Only advantages, {', '.join(DATUM_COLUMNS)} may be one number for each datum."
         raise LossInputError(name, "a row for each datum", "a number for each", fix)
     return given
 
@@ -394,7 +394,7 @@ def check_one_number_each(name: str, given: Values, rows: Rows) -> Values:
 def may_be_number(name: str, rows: Rows) -> bool:
     """Return whether a column may have one number for each datum."""
     is_label = rows is SEQUENCES and name not in ("weights", "target_tokens", *LOGPROB_COLUMNS)
-    return name == "advantages" or is_label
+    return name in ("advantages", *DATUM_COLUMNS) or is_label
 
 
 def find_weights(data: Sequence[Any], columns: Mapping[str, Any], reads: Sequence[str]) -> Any:

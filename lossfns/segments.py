@@ -103,3 +103,21 @@ def sequence_level(t: Tokens, log_ratio: Tensor) -> Tensor:
 def geometric_level(t: Tokens, log_ratio: Tensor) -> Tensor:
     """Σ w·d / Σ w over the sequence, repeated at each token: the log of the weighted geometric mean of its ratios."""
     return to_tokens(t, weighted_mean(t, log_ratio))
+
+
+def group_sum(labels: Tensor, y: Tensor) -> Tensor:
+    """Σ y over all rows of the same label, repeated at each of these rows: ``[M] -> [M]``.
+
+    A row is a sequence or a pair, and ``labels`` are its numbers of the column ``groups``.
+    """
+    return to_dtype(labels[:, None] == labels[None, :], y.dtype) @ y
+
+
+def group_labels(t: Tokens) -> Tensor:
+    """The label of each sequence's group: ``[B]``. An empty sequence has label 0, so y must be 0 there."""
+    return sequence_value(t, t.groups)
+
+
+def over_group(t: Tokens, x: Tensor) -> Tensor:
+    """Σ x over all tokens of the group of each token's sequence: ``[N] -> [N]``. x is 0 at inactive tokens."""
+    return to_tokens(t, group_sum(group_labels(t), sequence_sum(t, x)))

@@ -20,6 +20,11 @@ ONE_MINUS_P_FLOOR = 1e-15
 """Smallest 1 − p in the log-odds. It is below the rounding of any float logprob near 0."""
 
 
+def select(condition: Tensor, x: float, y: float, like: Tensor) -> Tensor:
+    """x where the condition holds, else y, in the dtype of ``like``. Numbers alone would be rounded to float32."""
+    return torch.full_like(like, x).where(condition, y)
+
+
 def nll(logprobs: Tensor) -> Tensor:
     """Negative log-likelihood, −lp."""
     return -logprobs

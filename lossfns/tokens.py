@@ -69,6 +69,12 @@ LOGPROB_COLUMNS = ("old_logprobs", "ref_logprobs", "sampler_logprobs")
 COLUMNS = ("weights", "advantages", *LOGPROB_COLUMNS)
 """The names of the usual columns. A loss of your own may read others."""
 
+TOKEN_COLUMNS = ("entropy", "sum_square_probs", "teacher_logprobs", "values", "old_values", "returns")
+"""More columns by token, which few losses read."""
+
+DATUM_COLUMNS = ("groups", "labels", "rewards", "reference_point", "target_margin")
+"""The columns with one number for each datum. In ``Tokens`` the number stands at each token of the datum."""
+
 DATUM_FIELDS = {"old_logprobs": ("old_logprobs", "logprobs")}
 """Fields of a datum that may hold a column, in order of preference. Tinker calls the old logprobs ``logprobs``."""
 
@@ -117,6 +123,11 @@ class Tokens:
     def sequences(self) -> int:
         """B, the number of sequences."""
         return 1 if self.lengths is None else self.lengths.shape[0]
+
+    @property
+    def scores(self) -> Tensor:
+        """``[N]`` the outputs of a value head or a reward head, which such a loss takes in place of logprobs."""
+        return self.logprobs
 
     @property
     def ends(self) -> Tensor:

@@ -23,6 +23,9 @@ LOGPROB_TOLERANCE = 1e-4
 LENGTHS_FIT = "lengths fit"
 """Name of a number: 1 if lengths on a device were those of the batch, else 0."""
 
+LARGEST_LABEL = 2**24
+"""Largest label of a group: every whole number up to it is exact in float32."""
+
 FAR_LOG_RATIO = 5.0
 """Mean |log-ratio| above which the old logprobs are probably those of other tokens."""
 
@@ -48,12 +51,15 @@ def one_sided_pairs(t: Tokens) -> Tensor:
     return chosen(t, has_active) ^ rejected(t, has_active)
 
 
-def check_values(extrema: Mapping[str, float], get_batch: Callable[[], Tokens], *, signed: bool) -> None:
+def check_values(
+    extrema: Mapping[str, float], get_batch: Callable[[], Tokens], output: str = "logprobs", *, signed: bool
+) -> None:
     """Raise for the first value that no loss can use, and warn about old logprobs that were left at 0.
 
     Args:
         extrema: the numbers of ``extremes(t, rows)``, on the host, and ``LENGTHS_FIT`` if the lengths are unchecked.
         get_batch: a function that returns ``t``. If a number is bad, it is called, and ``t`` is searched for the entry.
+        output: the output of the model that the loss takes. Logprobs are at most 0, and scores have any sign.
         signed: whether weights may be negative.
     """
     if not extrema.get(LENGTHS_FIT, True):
@@ -63,11 +69,14 @@ def check_values(extrema: Mapping[str, float], get_batch: Callable[[], Tokens], 
         low, high = extrema[f"{name} min"], extrema[f"{name} max"]
         if not (math.isfinite(low) and math.isfinite(high)):
             bad, expected, fix = not_finite, "a finite number at every active token", NOT_FINITE_FIX.get(name, "")
-        elif (name == "logprobs" or name in LOGPROB_COLUMNS) and high > LOGPROB_TOLERANCE:
+        elif (name == output == "logprobs" or name in LOGPROB_COLUMNS) and high > LOGPROB_TOLERANCE:
             bad, expected, fix = above_0, "a logprob, at most 0", "Were probabilities or logits passed?"
         elif name == "weights" and low < 0 and not signed:
             fix = "Put the sign into the advantages." if "advantages min" in extrema else NEGATIVE_WEIGHT_FIX
             bad, expected = below_0, "a weight of at least 0"
+        elif name == "groups" and max(-low, high) > LARGEST_LABEL:
+            fix = "Number the groups of the batch from 0."
+            bad, expected = beyond_labels, f"a label of at most {LARGEST_LABEL}"
         else:
             continue
         t = get_batch()
@@ -75,7 +84,7 @@ def check_values(extrema: Mapping[str, float], get_batch: Callable[[], Tokens], 
     if extrema.get("one-sided pairs"):
         raise one_sided_pair(get_batch())
     unset = extrema.get("old_logprobs min") == extrema.get("old_logprobs max") == 0
-    if unset and extrema["logprobs min"] < -LOGPROB_TOLERANCE:
+    if unset and output == "logprobs" and extrema["logprobs min"] < -LOGPROB_TOLERANCE:
         warn("old_logprobs are 0 at every active token: were they left unset?")
 
 
@@ -89,6 +98,10 @@ def above_0(x: Tensor) -> Tensor:
 
 def below_0(x: Tensor) -> Tensor:
     return x < 0
+
+
+def beyond_labels(x: Tensor) -> Tensor:
+    return x.abs() > LARGEST_LABEL
 
 
 def one_sided_pair(t: Tokens) -> LossInputError:

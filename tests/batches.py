@@ -14,10 +14,15 @@ from torch import Tensor
 import lossfns
 from lossfns import Datum, Loss, ModelInput, TensorData
 from lossfns.testing import oracle
-from lossfns.testing.oracle import PAIR_WEIGHINGS, TOKEN_WEIGHINGS
+from lossfns.testing.mutants import CLOSED_FORMS
+from lossfns.testing.oracle import DATUM_WEIGHINGS, PAIR_WEIGHINGS, TOKEN_WEIGHINGS
 from lossfns.testing.public import presets
+from lossfns.testing.settings import knobs, setting_elements, variants
+from lossfns.tokens import PAIRS, SEQUENCES
 
 Rows = list[list[float]]
+WEIGHINGS = {PAIRS: PAIR_WEIGHINGS, SEQUENCES: DATUM_WEIGHINGS}
+"""The weighings of each kind of row; of tokens and targets, those of tokens."""
 LOGPROBS = ("old_logprobs", "ref_logprobs", "sampler_logprobs")
 
 
@@ -72,7 +77,19 @@ class Case:
 
     def batch(self, rng: Random, **options: Any) -> Batch:
         targets = 3 if self.loss.rows == "targets" else 0
-        return random_batch(rng, pairs=self.pairs, targets=targets, **options)
+        batch = random_batch(rng, pairs=self.pairs, targets=targets, **options)
+        return batch if self.loss.output == "logprobs" else with_scores(batch, rng)
+
+    def units(self, batch: Batch) -> list[list[int]]:
+        """The datums that no split may separate: the sides of a pair, or all datums of a group."""
+        size = self.loss.rows.datums
+        units = [list(range(i, i + size)) for i in range(0, len(batch.weights), size)]
+        if not self.loss.couples_groups:
+            return units
+        groups: dict[float, list[int]] = {}
+        for unit in units:
+            groups.setdefault(batch.columns["groups"][unit[0]][0], []).extend(unit)
+        return list(groups.values())
 
     def expected(self, batch: Batch, **more: Any) -> tuple[float, Rows]:
         columns = {name: batch.columns[name] for name in self.loss.reads}
@@ -104,7 +121,38 @@ def random_batch(
 
     columns = {name: [[near(lp) for lp in sequence] for sequence in logprobs] for name in LOGPROBS}
     columns["advantages"] = row(lambda: rng.choice((rng.gauss(0, 1), rng.gauss(0, 1), 0.0)))
-    return Batch(logprobs, weights, columns, targets)
+    return Batch(logprobs, weights, columns | other_columns(rng, logprobs, pairs, near), targets)
+
+
+RANGES = {
+    "entropy": (0.0, 3.0),
+    "sum_square_probs": (0.05, 1.0),
+    **dict.fromkeys(("values", "old_values", "returns"), (-2.0, 2.0)),
+}
+"""The ranges of columns by token that few losses read."""
+
+
+def other_columns(rng: Random, logprobs: Rows, pairs: bool, near: Callable[[float], float]) -> dict[str, Rows]:
+    """The columns that few losses read. Numbers of a datum or pair stand at each token."""
+    columns = {name: [[rng.uniform(*ends) for _ in row] for row in logprobs] for name, ends in RANGES.items()}
+    columns["teacher_logprobs"] = [[near(lp) for lp in row] for row in logprobs]
+    draws: dict[str, Callable[[], float]] = {
+        "groups": lambda: rng.randrange(3),
+        "labels": lambda: rng.randrange(2),
+        "rewards": lambda: rng.gauss(0, 1),
+        "reference_point": lambda: rng.uniform(0, 1),
+        "target_margin": lambda: rng.uniform(0, 2),
+    }
+    for name, draw in draws.items():
+        numbers = [float(draw()) for _ in logprobs]
+        columns[name] = [[numbers[i - i % 2 if pairs else i]] * len(row) for i, row in enumerate(logprobs)]
+    return columns
+
+
+def with_scores(batch: Batch, rng: Random) -> Batch:
+    """The batch with numbers of both signs in place of logprobs."""
+    scores = [[rng.gauss(0, 1) for _ in row] for row in batch.logprobs]
+    return Batch(scores, batch.weights, batch.columns, batch.targets)
 
 
 def call(
@@ -126,32 +174,64 @@ def apart(a: Any, b: Any) -> float:
 
 
 def cases() -> Iterator[Case]:
-    """Every preset with every weighing of its rows and with its knobs away from their defaults, and combinations."""
+    """Every preset in some settings, and combinations with combinators.
+
+    A loss whose oracle is a closed form comes with every weighing and many knobs. Any other comes with its defaults,
+    and once with every setting away from its default.
+    """
+    for name in CLOSED_FORMS:
+        if name in presets():
+            yield from closed_form_cases(name)
     for name, preset in presets().items():
-        for weigh in PAIR_WEIGHINGS if preset().rows == "pairs" else TOKEN_WEIGHINGS:
-            yield case(name, weigh)
-    for name, preset in presets().items():
-        own, pairs = preset().knobs, preset().rows == "pairs"
-        weighings = PAIR_WEIGHINGS if pairs else (repr(own["weigh"]),)
-        for knobs in PAIR_KNOBS if pairs else TOKEN_KNOBS:
-            if knobs.keys() <= own.keys():
-                yield from (case(name, weigh, **knobs) for weigh in weighings)
+        if name not in CLOSED_FORMS:
+            yield derived_case(preset())
+            yield derived_case(changed(preset()))
     t = {"weigh": "token_mean"}
     for level in ("token", "sequence"):
         ppo = lossfns.with_tis(lossfns.ppo(), cap=1.3, level=getattr(lossfns, f"{level}_level"))
-        knobs = {"tis_cap": 1.3, "tis_level": level}
-        yield Case(ppo, oracle.ppo, t | knobs)
-        yield Case(lossfns.with_kl(ppo, kl_beta=0.2), oracle.grpo, t | knobs | {"kl_beta": 0.2})
+        tis = {"tis_cap": 1.3, "tis_level": level}
+        yield Case(ppo, oracle.ppo, t | tis)
+        yield Case(lossfns.with_kl(ppo, kl_beta=0.2), oracle.grpo, t | tis | {"kl_beta": 0.2})
     tis = {"tis_cap": 1.3, "tis_level": "sequence"}
-    for name, preset in presets().items():  # presets with a term of their own, so not those of PPO's surrogate
-        for knobs in ({"clip": (0.5, 2.0)}, {"beta": 0.7}):
-            own = preset().knobs.keys()
-            if preset().reads == ("advantages", "old_logprobs") and knobs.keys() <= own and "dual_clip" not in own:
-                plain = case(name, repr(preset().knobs["weigh"]), **knobs)
-                corrected = lossfns.with_tis(plain.loss, cap=1.3, level=lossfns.sequence_level)
-                yield Case(corrected, plain.oracle, plain.knobs | tis)
-                both = penalised(plain.oracle), plain.knobs | tis | {"kl_beta": 0.2}
-                yield Case(lossfns.with_kl(corrected, kl_beta=0.2), *both)
+    for name, setting in (("cispo", {"clip": (0.5, 2.0)}), ("dro", {"beta": 0.7})):
+        plain = case(name, "token_mean", **setting)
+        corrected = lossfns.with_tis(plain.loss, cap=1.3, level=lossfns.sequence_level)
+        yield Case(corrected, plain.oracle, plain.knobs | tis)
+        both = penalised(plain.oracle), plain.knobs | tis | {"kl_beta": 0.2}
+        yield Case(lossfns.with_kl(corrected, kl_beta=0.2), *both)
+
+
+def closed_form_cases(name: str) -> Iterator[Case]:
+    """A preset with every weighing of its rows, and with its knobs away from their defaults."""
+    loss = presets()[name]()
+    weighings = WEIGHINGS.get(loss.rows, TOKEN_WEIGHINGS)
+    for weigh in weighings:
+        yield case(name, weigh)
+    for settings in PAIR_KNOBS if loss.rows is PAIRS else TOKEN_KNOBS:
+        if settings.keys() <= loss.knobs.keys():
+            for weigh in weighings if loss.rows is PAIRS else (repr(loss.knobs["weigh"]),):
+                yield case(name, weigh, **settings)
+
+
+def changed(loss: Loss) -> Loss:
+    """The loss with each setting at another value than its default."""
+    for name, value in knobs(loss).items():
+        for element in setting_elements(value):
+            loss = next(variants(loss, name, element), loss)
+    return loss
+
+
+def derived_case(loss: Loss) -> Case:
+    """A loss and the oracle's function of its name, with the loss's own settings."""
+    return Case(loss, getattr(oracle, loss.name), oracle_settings(loss))
+
+
+def oracle_settings(loss: Loss) -> dict[str, Any]:
+    """The settings of a loss as the oracle takes them: functions and weighings by their names."""
+    settings = {name: getattr(x, "__name__", x) for name, x in loss.knobs.items()}
+    weigh = repr(settings["weigh"])
+    length = {"length": float(weigh[13:-1])} if weigh.startswith("fixed_length") else {}
+    return settings | {"weigh": weigh.partition("(")[0]} | length
 
 
 TOKEN_KNOBS: tuple[dict[str, Any], ...] = (

@@ -26,8 +26,7 @@ from lossfns.testing.check import check, statement
 from lossfns.testing.claims import CLAIMS
 from lossfns.testing.explain import LAWS
 from lossfns.testing.laws import ADVANTAGES, LAWS_BY_KIND
-from lossfns.testing.mutants import MUTANTS, exemplars, mutant, settings_showing
-from lossfns.testing.vectors.vector import METHODS
+from lossfns.testing.mutants import CLOSED_FORMS, MUTANTS, exemplars, mutant, settings_showing
 
 PAGE = Path("docs/laws.md")
 
@@ -100,7 +99,7 @@ def held_out() -> Iterator[MutantSpec]:
     The settings are the last among the loss's golden vectors that show the bug.
     """
     listed = exemplars()
-    for loss in METHODS:
+    for loss in CLOSED_FORMS:
         for bug in BUGS:
             for settings in settings_showing(bug, loss)[-1:]:
                 if (bug, loss, settings) not in listed:
@@ -128,7 +127,7 @@ def measure_populations() -> Record:
     """Measure both populations."""
     measured = measure_all((MutantSpec(*spec) for spec in exemplars()), "exemplars")
     others = measure_all(held_out(), "held out")
-    by_loss = {loss: [m for m in others if m.loss == loss] for loss in METHODS}
+    by_loss = {loss: [m for m in others if m.loss == loss] for loss in CLOSED_FORMS}
     counts = [count_outcomes(loss, part) for loss, part in by_loss.items()]
     return Record(measured, counts, [m for m in others if not m.named_right()])
 

@@ -12,8 +12,11 @@ from typing import Any, NamedTuple
 from lossfns.checks import check_knobs
 from lossfns.errors import LossInputError, did_you_mean
 from lossfns.loss import Loss
-from lossfns.losses.policy import cispo, dapo, dro, grpo, gspo_token, importance_sampling, ppo
+from lossfns.losses.policy import dapo, grpo, importance_sampling, ppo
+from lossfns.losses.regression import dro
+from lossfns.losses.sequence import gspo_token
 from lossfns.losses.supervised import cross_entropy, multi_target_cross_entropy
+from lossfns.losses.weighted import cispo
 from lossfns.weigh import token_sum
 
 Preset = Callable[..., Loss]

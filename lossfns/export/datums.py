@@ -7,6 +7,7 @@ weighed loss.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from math import prod
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from lossfns.errors import LossInputError, add_loss_name
 from lossfns.export.builtins import BUILTINS, CLIP, builtin_name
 from lossfns.loss import BoundLoss, Loss, check_terms, count_of, sum_of_rows
 from lossfns.pack import Shapes, blank, check_data, pack, weight_rows
-from lossfns.segments import active_counts, geometric_level, sequence_value, to_tokens, token_level
+from lossfns.segments import active_counts, sequence_value, to_tokens
 from lossfns.tokens import ON_POLICY, TARGETS, Tokens
 from lossfns.values import check_values, extremes
 
@@ -95,21 +96,34 @@ def as_datum_fn(loss: Loss | BoundLoss) -> DatumFn:
 
 
 def check_single_datums(loss: Loss, name: str) -> None:
-    """Refuse a loss of pairs for an export of single datums."""
-    if loss.rows.datums > 1:
+    """Refuse a loss of pairs or groups for an export of single datums."""
+    if loss.rows.datums > 1 or loss.couples_groups:
+        coupled = "which couples two" if loss.rows.datums > 1 else "which couples the datums of a group"
         fix = "Use it as a custom loss over the batch: forward_backward_custom(data, loss)."
-        raise LossInputError(name, "a loss of single datums", f"{loss!r}, which couples two", fix)
+        raise LossInputError(name, "a loss of single datums", f"{loss!r}, {coupled}", fix)
 
 
 def keeps_weights(loss: Loss) -> bool:
     """Return whether the terms depend on the scale of a sequence's weights, which then cannot hold share / denominator.
 
-    A mean over the sequence, as in gspo, does not depend on it; a sum, as in ``sequence_level``, does.
+    A mean over the sequence, as in gspo, does not depend on it; a sum, as in ``sequence_level``, does. The terms of
+    some random sequences are compared with those of the same sequences under other weights.
     """
-    inner = loss.knobs.get("loss")
-    level = loss.knobs.get("level", token_level)
-    sums = level not in (token_level, geometric_level)
-    return sums or not loss.rows.per_token or (isinstance(inner, Loss) and keeps_weights(inner))
+    return not loss.rows.per_token or any(terms_depend_on_scale(loss, seed) for seed in range(8))
+
+
+def terms_depend_on_scale(loss: Loss, seed: int) -> bool:
+    """Return whether the terms of a random sequence change if its weights are multiplied."""
+    g = torch.Generator().manual_seed(seed)
+    draw = partial(torch.rand, PROBE_TOKENS, generator=g, dtype=torch.float64)
+    logprobs, weights = -1 - draw(), 0.5 + draw()
+    columns = {name: -1 - draw() for name in loss.reads}
+    one, other = (loss.terms(Tokens(logprobs, weights * by, None, columns))[0] for by in (1, 3))
+    return not torch.allclose(one, other, rtol=1e-9, atol=1e-12)
+
+
+PROBE_TOKENS = 6
+"""Tokens of the sequences whose terms are compared. A function of a sum over six log-ratios shows among eight draws."""
 
 
 def as_bound(loss: Loss | BoundLoss) -> BoundLoss:
@@ -195,7 +209,7 @@ def pack_without_logprobs(bound: BoundLoss, data: Sequence[Any]) -> tuple[Tokens
     t = pack(data, zeros, loss.reads, bound.columns, rows=loss.rows)
     numbers = join_numbers(torch.float64, extremes(t, loss.rows))
     (extrema,) = numbers.tables(numbers.values.tolist())
-    check_values(extrema, lambda: t, signed=loss.signed)
+    check_values(extrema, lambda: t, loss.output, signed=loss.signed)
     return t, shapes
 
 

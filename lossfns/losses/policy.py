@@ -5,19 +5,17 @@ Advantages are one number for each datum or one for each token. Clip bounds are 
 
 from __future__ import annotations
 
-from functools import partial
-
 from torch import Tensor
 
 from lossfns import terms as eq
 from lossfns.combine import KL, with_kl
 from lossfns.loss import Loss, Statistics, make_loss, preset
-from lossfns.losses.ratio import Clip, bound_statistics, clipped, geometric_level_by_token, ratio_loss
-from lossfns.segments import geometric_level, token_level
+from lossfns.losses.ratio import Clip, clipped, ratio_loss
+from lossfns.segments import token_level
 from lossfns.statistics import OnDemand
 from lossfns.terms import k3
 from lossfns.tokens import Tokens
-from lossfns.weigh import Weighing, sequence_mean, token_mean
+from lossfns.weigh import Weighing, token_mean
 
 
 @preset
@@ -182,137 +180,3 @@ def dapo(
     ('advantages', 'old_logprobs')
     """
     return clipped(token_level, clip, weigh, log_ratio_cap, dual_clip)
-
-
-@preset
-def gspo(
-    clip: Clip = (1 - 3e-4, 1 + 4e-4),
-    weigh: Weighing = sequence_mean,
-    log_ratio_cap: float | None = 20.0,
-    dual_clip: float | None = None,
-) -> Loss:
-    """−min(s·A, clip(s, low, high)·A), with one ratio s = (π/π_old)^(1/|y|) for each sequence.
-
-    Zheng et al. 2025, arXiv:2507.18071, equation 5. The mean of the log-ratio over the sequence, log s, is
-    Σ w·d / Σ w: with a mask as weights, |y| counts the active tokens. The gradient of s reaches every token.
-
-    Args:
-        clip: bounds (low, high) of s, 0 <= low <= 1 <= high; an epsilon of 0.2 is (0.8, 1.2).
-        weigh: how tokens count: ``token_mean``, ``sequence_mean``, ``sequence_sum_mean``, ``token_sum`` or
-            ``fixed_length(L)``.
-        log_ratio_cap: bound of |log s| before the exponential, above 0; ``None`` is the paper's uncapped form.
-        dual_clip: c of ``with_dual_clip``, above 1; ``None``: no dual clip.
-
-    Reads ``advantages`` and ``old_logprobs``. Statistics, means over active tokens:
-
-        ratio: mean s, above 0; 1 on-policy.
-        ratio_capped: share of tokens with |log s| above the cap, in [0, 1].
-        log_ratio_abs: mean |log s|, in nats.
-        kl_old: k3 estimate of KL(old‖π) by token, in nats, at least 0.
-        clip_low: share of tokens with A < 0 and s < low, whose gradient is 0; in [0, 1].
-        clip_high: share of tokens with A > 0 and s > high, whose gradient is 0; in [0, 1].
-        clip_dual: share of tokens whose loss is reduced by the dual clip, in [0, 1]; only with ``dual_clip``.
-
-    >>> gspo().knobs["weigh"]
-    sequence_mean
-    """
-    return clipped(geometric_level, clip, weigh, log_ratio_cap, dual_clip)
-
-
-@preset
-def gspo_token(
-    clip: Clip = (1 - 3e-4, 1 + 4e-4),
-    weigh: Weighing = sequence_mean,
-    log_ratio_cap: float | None = 20.0,
-    dual_clip: float | None = None,
-) -> Loss:
-    """−min(s·A, clip(s, low, high)·A), where s has GSPO's value, and its gradient reaches only the token's own logprob.
-
-    Zheng et al. 2025, arXiv:2507.18071, equation 13. log s = Σ w·d / Σ w over the sequence, as in ``gspo``.
-    Advantages may differ by token.
-
-    Args:
-        clip: bounds (low, high) of s, 0 <= low <= 1 <= high; an epsilon of 0.2 is (0.8, 1.2).
-        weigh: how tokens count: ``token_mean``, ``sequence_mean``, ``sequence_sum_mean``, ``token_sum`` or
-            ``fixed_length(L)``.
-        log_ratio_cap: bound of |log s| before the exponential, above 0; ``None`` is the paper's uncapped form.
-        dual_clip: c of ``with_dual_clip``, above 1; ``None``: no dual clip.
-
-    Reads ``advantages`` and ``old_logprobs``. Statistics, means over active tokens:
-
-        ratio: mean s, above 0; 1 on-policy.
-        ratio_capped: share of tokens with |log s| above the cap, in [0, 1].
-        log_ratio_abs: mean |log s|, in nats.
-        kl_old: k3 estimate of KL(old‖π) by token, in nats, at least 0.
-        clip_low: share of tokens with A < 0 and s < low, whose gradient is 0; in [0, 1].
-        clip_high: share of tokens with A > 0 and s > high, whose gradient is 0; in [0, 1].
-        clip_dual: share of tokens whose loss is reduced by the dual clip, in [0, 1]; only with ``dual_clip``.
-
-    >>> gspo_token().reads
-    ('advantages', 'old_logprobs')
-    """
-    return clipped(geometric_level_by_token, clip, weigh, log_ratio_cap, dual_clip)
-
-
-@preset
-def cispo(clip: Clip = (0.0, 4.0), weigh: Weighing = token_mean, log_ratio_cap: float | None = 20.0) -> Loss:
-    """−sg(clip(r, low, high))·A·lp: the bounds limit the coefficient of lp, and no token loses its gradient.
-
-    MiniMax 2025, arXiv:2506.13585. The paper has only an upper bound, and so has the default.
-
-    Args:
-        clip: bounds (low, high) of the ratio itself, 0 <= low <= 1 <= high; an epsilon of 0.2 is (0.8, 1.2).
-        weigh: how tokens count: ``token_mean``, ``sequence_mean``, ``sequence_sum_mean``, ``token_sum`` or
-            ``fixed_length(L)``.
-        log_ratio_cap: bound of |lp − old| before the exponential, above 0; ``None`` is the paper's uncapped form.
-
-    Reads ``advantages`` and ``old_logprobs``. Statistics, means over active tokens:
-
-        ratio: mean r, above 0; 1 on-policy.
-        ratio_capped: share of tokens with |log-ratio| above the cap, in [0, 1].
-        log_ratio_abs: mean |lp − old|, in nats.
-        kl_old: k3 estimate of KL(old‖π) by token, in nats, at least 0.
-        bound_low: share of tokens with r < low, whose coefficient is set to ``low``; in [0, 1].
-        bound_high: share of tokens with r > high, whose coefficient is set to ``high``; in [0, 1].
-
-    >>> cispo(clip=(0.0, 5.0))
-    cispo(clip=(0.0, 5.0), weigh=token_mean, log_ratio_cap=20.0)
-    """
-
-    def weighted(t: Tokens, ratio: Tensor) -> Tensor:
-        return eq.weighted_policy_gradient(t.logprobs, ratio, t.advantages, clip)
-
-    return ratio_loss(token_level, weighted, weigh, log_ratio_cap, partial(bound_statistics, clip=clip))
-
-
-@preset
-def dro(beta: float = 0.05, weigh: Weighing = token_mean) -> Loss:
-    """−(A·lp − ½β(lp − old)²): a policy gradient with a quadratic penalty towards the sampling policy.
-
-    Richemond et al. 2024, arXiv:2405.19107. The penalty applies to the log-ratio of each token, as in the
-    hosted services. The paper applies it to the log-ratio of the sequence. The loss itself has no ratio; the statistics
-    of the ratio use a cap of 20.
-
-    ``with_tis`` weighs the penalty, too. The paper's objective is the expectation, over the sampling policy, of a
-    squared error that contains the penalty; an importance weight corrects this expectation as a whole.
-
-    Args:
-        beta: β, a finite number above 0.
-        weigh: how tokens count: ``token_mean``, ``sequence_mean``, ``sequence_sum_mean``, ``token_sum`` or
-            ``fixed_length(L)``.
-
-    Reads ``advantages`` and ``old_logprobs``. Statistics, means over active tokens:
-
-        ratio: mean r, above 0; 1 on-policy.
-        ratio_capped: share of tokens with |log-ratio| above the cap, in [0, 1].
-        log_ratio_abs: mean |lp − old|, in nats.
-        kl_old: k3 estimate of KL(old‖π) by token, in nats, at least 0.
-
-    >>> dro(beta=0.1)
-    dro(beta=0.1, weigh=token_mean)
-    """
-
-    def penalised(t: Tokens, ratio: Tensor) -> Tensor:
-        return eq.direct_reward(t.logprobs, t.old_logprobs, t.advantages, beta)
-
-    return ratio_loss(token_level, penalised, weigh, eq.KL_LOG_RATIO_CAP)

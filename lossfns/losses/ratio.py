@@ -35,11 +35,15 @@ def ratio_loss(
     weigh: Weighing,
     log_ratio_cap: float | None,
     more_statistics: RatioStatistics = lambda t, ratio: OnDemand(),
+    behaviour: str = "old_logprobs",
 ) -> Loss:
-    """surrogate(t, r) of each token, with r = exp(d) and d = the capped log-ratio of the token or its sequence."""
+    """surrogate(t, r) of each token, with r = exp(d) and d = the capped log-ratio of the token or its sequence.
+
+    ``behaviour`` is the column with the logprobs of the policy that the ratio divides by.
+    """
 
     def terms(t: Tokens) -> tuple[Tensor, Statistics]:
-        log_ratio = t.logprobs - t.old_logprobs
+        log_ratio = t.logprobs - t.columns[behaviour]
         d = level(t, log_ratio)
         r = eq.importance_ratio(d, log_ratio_cap)
         cap = math.inf if log_ratio_cap is None else log_ratio_cap
@@ -47,11 +51,11 @@ def ratio_loss(
             ratio=r.detach,
             ratio_capped=lambda: d.detach().abs() > cap,
             log_ratio_abs=lambda: d.detach().abs(),
-            kl_old=lambda: eq.k3_of(log_ratio.detach()),
+            **{f"kl_{behaviour.removesuffix('_logprobs')}": lambda: eq.k3_of(log_ratio.detach())},
         )
         return surrogate(t, r), statistics | more_statistics(t, r.detach())
 
-    return make_loss(terms, ("advantages", "old_logprobs"), weigh)
+    return make_loss(terms, ("advantages", behaviour), weigh)
 
 
 def clip_statistics(t: Tokens, ratio: Tensor, clip: Clip) -> Statistics:

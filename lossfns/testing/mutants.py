@@ -36,6 +36,9 @@ from lossfns.testing.vectors.library import build_loss
 from lossfns.testing.vectors.vector import METHODS, load
 from lossfns.tokens import PAIRS, TARGETS
 
+CLOSED_FORMS = tuple(loss for loss in METHODS if getattr(oracle, loss).__module__ == oracle.__name__)
+"""The methods whose oracle has its gradient in closed form. The laws of the kit are measured on their mutants."""
+
 Data = Sequence[Any]
 Logprobs = Sequence[Tensor]
 Result = tuple[Tensor, dict[str, Any]]
@@ -305,7 +308,9 @@ def counts_outside(loss: Loss, data: Data, logprobs_list: Logprobs) -> Result:
 
 def other_method(loss: Loss) -> Loss | None:
     """Return the loss of another method that reads the same columns, or None."""
-    others = [build_loss(name, load(name)[0].config) for name in METHODS if name not in (loss.name, "group_advantages")]
+    others = [
+        build_loss(name, load(name)[0].config) for name in CLOSED_FORMS if name not in (loss.name, "group_advantages")
+    ]
     return next((other for other in others if (other.reads, other.rows) == (loss.reads, loss.rows)), None)
 
 
@@ -368,7 +373,7 @@ def exemplars() -> list[tuple[str, str, Config]]:
     The loss and the settings are the first ones with which the bug shows. The losses of the field follow.
     """
     first: dict[tuple[str, bool, str], tuple[str, str, Config]] = {}
-    for loss in METHODS:
+    for loss in CLOSED_FORMS:
         like = correct_loss(loss, load(loss)[0].config)
         family = loss_kind(like), "ref_logprobs" in getattr(like, "reads", ())
         for bug in BUGS:
@@ -385,7 +390,7 @@ globals().update(MUTANTS)
 
 def __getattr__(name: str) -> Subject:
     """Return the mutant of this name, ``loss_bug``, with the first settings that show the bug. It is no exemplar."""
-    for loss in METHODS:
+    for loss in CLOSED_FORMS:
         bug = name.removeprefix(f"{loss}_").replace("_", "-")
         if name.startswith(f"{loss}_") and bug in BUGS and (settings := settings_showing(bug, loss)):
             return mutant(bug, loss, **settings[0])

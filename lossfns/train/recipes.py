@@ -12,8 +12,9 @@ from typing import Any, NamedTuple, TypeVar
 from lossfns.backend.client.training import LocalTrainingClient
 from lossfns.errors import LossInputError
 from lossfns.loss import Loss
-from lossfns.losses.policy import dapo, grpo, gspo_token
+from lossfns.losses.policy import dapo, grpo
 from lossfns.losses.preference import dpo, orpo
+from lossfns.losses.sequence import gspo_token
 from lossfns.losses.supervised import cross_entropy
 from lossfns.train import methods, tasks
 from lossfns.train.options import LARGEST, Options, check_option, flag

@@ -1,5 +1,6 @@
 """``token_gradient``: any part of a batch's tokens has the same gradient as in the whole batch."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -7,10 +8,11 @@ import torch
 from torch import Tensor
 
 import lossfns
-from lossfns import ON_POLICY, Loss, LossInputError
+from lossfns import ON_POLICY, Loss, LossInputError, Tokens, evaluate
 from lossfns.export.token_gradient import token_gradient
 from lossfns.logprobs.linear import linear_logprobs
 from lossfns.testing.public import presets
+from lossfns.tokens import DATUM_COLUMNS
 
 LENGTHS = (5, 1, 8, 3)
 N = sum(LENGTHS)
@@ -22,13 +24,27 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "grpo": {"kl_beta": 0.1},
     "dapo": {"dual_clip": 3.0},
 }
-LOSSES = [preset(**SETTINGS.get(name, {})) for name, preset in presets().items() if preset().rows != "targets"]
-BY_SEQUENCE = [loss for loss in LOSSES if loss.rows == "pairs" or loss.name in ("gspo", "gspo_token")]
-BY_TOKEN = [*(loss for loss in LOSSES if loss not in BY_SEQUENCE), lossfns.with_tis(lossfns.ppo())]
 
 
 def random(seed: int, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def couples_tokens(loss: Loss) -> bool:
+    """Whether the gradient of a token changes with the logprob of another one."""
+    if not loss.rows.per_token:
+        return True
+    t = Tokens(-1 - random(0, 4).abs(), torch.ones(4), None, {name: -1 - random(0, 4).abs() for name in loss.reads})
+    gradients = []
+    for by in (0.0, 0.02):
+        leaf = (t.logprobs - torch.tensor([by, 0, 0, 0])).requires_grad_()
+        gradients.append(torch.autograd.grad(evaluate(loss, replace(t, logprobs=leaf))[0], leaf)[0][1:])
+    return not torch.equal(*gradients)
+
+
+LOSSES = [preset(**SETTINGS.get(name, {})) for name, preset in presets().items() if preset().rows != "targets"]
+BY_SEQUENCE = [loss for loss in LOSSES if couples_tokens(loss)]
+BY_TOKEN = [*(loss for loss in LOSSES if loss not in BY_SEQUENCE), lossfns.with_tis(lossfns.ppo())]
 
 
 def batch() -> list[Any]:
@@ -36,9 +52,12 @@ def batch() -> list[Any]:
 
 
 def bound(loss: Loss) -> Any:
-    columns: dict[str, Any] = {"advantages": [1.0, -2.0, 0.5, 3.0]}
-    names = ("old_logprobs", "ref_logprobs", "sampler_logprobs")
-    columns |= {name: list((-random(i, N).abs()).split(LENGTHS)) for i, name in enumerate(names)}
+    columns: dict[str, Any] = {
+        "advantages": [1.0, -2.0, 0.5, 3.0],
+        **{key: [1.0, 0.0, 0.0, 1.0] for key in DATUM_COLUMNS},
+    }
+    names = [name for name in loss.reads if name not in columns]
+    columns |= {name: list((-random(len(name), N).abs()).split(LENGTHS)) for name in names}
     return loss.bind(**{name: columns[name] for name in loss.reads})
 
 

@@ -6,13 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from batches import CASES, Batch, Case, apart, call
+from batches import CASES, LOGPROBS, Batch, Case, apart, call
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lossfns
 from lossfns import merge_metrics
+from lossfns.testing.settings import knobs, setting_elements, variants
 from lossfns.testing.vectors import load
+from lossfns.tokens import DATUM_COLUMNS
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*log-ratio.*")
 POISON = (math.nan, math.inf, -math.inf, 1e30)
@@ -24,14 +26,13 @@ few = settings(max_examples=max(8, settings().max_examples // 8))
 """A hundred losses draw batches for each law: 8 of them each, or 25 in the exhaustive run."""
 
 
-def partition(rng: Random, case: Case, sequences: int) -> list[list[int]]:
-    """The batch's datums in random chunks; pairs stay together."""
-    unit = 2 if case.pairs else 1
-    units = list(range(sequences // unit))
+def partition(rng: Random, case: Case, batch: Batch) -> list[list[int]]:
+    """The batch's datums in random chunks; pairs and groups stay together."""
+    units = case.units(batch)
     rng.shuffle(units)
     cuts = sorted(rng.sample(range(1, len(units)), rng.randint(0, len(units) - 1))) if len(units) > 1 else []
     parts = [units[a:b] for a, b in zip([0, *cuts], [*cuts, len(units)])]
-    return [[u * unit + side for u in part for side in range(unit)] for part in parts]
+    return [[i for unit in part for i in unit] for part in parts]
 
 
 def denominator(case: Case, batch: Batch) -> float:
@@ -46,7 +47,7 @@ def test_any_partition_sums_to_the_whole(case: Case, seed: int) -> None:
     rng = Random(seed)
     batch = case.batch(rng)
     value, gradients, metrics = call(case.loss, batch)
-    chunks = partition(rng, case, len(batch.weights))
+    chunks = partition(rng, case, batch)
     whole = denominator(case, batch)
     if case.loss.count is not None:
         assert apart(whole, sum(denominator(case, batch.take(chunk)) for chunk in chunks)) < 1e-12
@@ -70,7 +71,10 @@ def test_duplicating_the_batch_leaves_means_and_doubles_sums(case: Case, seed: i
     batch = case.batch(Random(seed))
     indices = list(range(len(batch.weights)))
     value, gradients, _ = call(case.loss, batch)
-    twice, twice_gradients, _ = call(case.loss, batch.take(indices * 2))
+    doubled = batch.take(indices * 2)
+    for i in indices:  # the copies are groups of their own
+        doubled.columns["groups"][len(indices) + i] = [label + 8 for label in batch.columns["groups"][i]]
+    twice, twice_gradients, _ = call(case.loss, doubled)
     factor = 1 if case.loss.count is not None else 2
     assert apart(twice, factor * value) < 1e-12
     halves = [[g * (2 / factor) for g in row] for row in twice_gradients[: len(indices)]]
@@ -83,7 +87,7 @@ def test_duplicating_the_batch_leaves_means_and_doubles_sums(case: Case, seed: i
 def test_order_does_not_matter(case: Case, seed: int) -> None:
     rng = Random(seed)
     batch = case.batch(rng)
-    order = [i for part in partition(rng, case, len(batch.weights)) for i in part]
+    order = [i for part in partition(rng, case, batch) for i in part]
     value, gradients, _ = call(case.loss, batch)
     shuffled, shuffled_gradients, _ = call(case.loss, batch.take(order))
     assert apart(shuffled, value) < 1e-12
@@ -153,17 +157,21 @@ def test_no_knob_is_inert(case: Case) -> None:
         "beta": 0.33,
         "lam": 0.77,
         "label_smoothing": 0.4,
-        "weigh": lossfns.pair_sum if case.pairs else lossfns.fixed_length(3),
     }
-    preset = getattr(lossfns, case.loss.name)
-    batches = [case.batch(Random(seed)) for seed in range(6)]
-    knobs = dict(case.loss.knobs)
-    for name in knobs.keys() & changes.keys():
-        value = lossfns.pair_mean if knobs[name] is lossfns.pair_sum else changes[name]
-        changed = preset(**{**knobs, name: value})
-        if knobs[name] == value or changed.reads != case.loss.reads:
-            continue
-        assert any(call(changed, batch)[:2] != call(case.loss, batch)[:2] for batch in batches), name
+    preset, own = getattr(lossfns, case.loss.name), dict(case.loss.knobs)
+    batches = [case.batch(Random(seed)) for seed in range(12)]
+    before = [call(case.loss, batch)[:2] for batch in batches]
+
+    def has_effect(changed: lossfns.Loss) -> bool:
+        return any(call(changed, batch)[:2] != result for batch, result in zip(batches, before))
+
+    for name in own.keys() & changes.keys():
+        changed = preset(**{**own, name: changes[name]})
+        assert own[name] == changes[name] or changed.reads != case.loss.reads or has_effect(changed), name
+    for name in knobs(case.loss).keys() - changes.keys():
+        for element in setting_elements(own[name]):
+            others = [other for other in variants(case.loss, name, element) if other.reads == case.loss.reads]
+            assert not others or any(map(has_effect, others)), (name, element)
 
 
 @every_loss
@@ -175,7 +183,11 @@ def test_no_column_is_inert(case: Case) -> None:
             batch = case.batch(Random(seed))
             before = call(case.loss, batch)[:2]
             row = next(i for i, w in enumerate(batch.weights) if any(w))
-            batch.columns[name][row][batch.weights[row].index(next(filter(None, batch.weights[row])))] -= 0.37
+            slot = batch.weights[row].index(next(filter(None, batch.weights[row])))
+            if name in DATUM_COLUMNS:
+                batch.columns[name][row] = [1 - x for x in batch.columns[name][row]]
+            else:
+                batch.columns[name][row][slot] -= 0.37
             changed.append(call(case.loss, batch)[:2] != before)
         assert any(changed), name
 
@@ -194,18 +206,32 @@ def test_inputs_are_left_as_they_were(case: Case) -> None:
 @every_loss
 def test_gradcheck_in_float64(case: Case) -> None:
     """Away from kinks, and for losses without a stop-gradient."""
-    if any(name in str(case) for name in STOP_GRADIENT):
-        return
     batch = case.batch(Random(21), sequences=4, longest=4)
     calm = Random(4)
-    for rows in batch.columns.values():
-        if rows is not batch.columns["advantages"]:
-            rows[:] = [[lp - calm.choice((0.03, 0.05, 0.6)) for lp in row] for row in batch.logprobs]
+    for name in (*LOGPROBS, "teacher_logprobs"):
+        batch.columns[name] = [[lp - calm.choice((0.03, 0.05, 0.6)) for lp in row] for row in batch.logprobs]
+    if any(name in str(case) for name in STOP_GRADIENT) or not is_slope(case, batch):
+        return
     loss = case.loss.bind(**batch.bound(case.loss.reads))
     data = batch.data()
     assert torch.autograd.gradcheck(
         lambda *lps: loss(data, list(lps))[0], batch.tensors(), eps=1e-6, atol=1e-7, rtol=1e-5
     )
+
+
+def is_slope(case: Case, batch: Batch) -> bool:
+    """Whether the oracle's gradient is the slope of its value, as it is without a stop-gradient."""
+    _, gradients = case.expected(batch)
+    for i, row in enumerate(batch.logprobs):
+        for t, lp in enumerate(row):
+            ends = []
+            for by in (1e-5, -1e-5):
+                row[t] = lp + by
+                ends.append(case.expected(batch)[0])
+            row[t] = lp
+            if abs((ends[0] - ends[1]) / 2e-5 - gradients[i][t]) > 1e-5 * max(1.0, abs(gradients[i][t])):
+                return False
+    return True
 
 
 EXTREMES = (0.0, -1e-10, -1e-6, -1.0, -50.0, -1e4)

@@ -18,16 +18,26 @@ import lossfns
 from lossfns import LossInputError
 from lossfns.cli import main
 from lossfns.testing.bugs import BUGS
-from lossfns.testing.oracle import PAIR_WEIGHINGS, TOKEN_WEIGHINGS
+from lossfns.testing.mutants import CLOSED_FORMS
+from lossfns.testing.oracle import DATUM_WEIGHINGS, PAIR_WEIGHINGS, TOKEN_WEIGHINGS
 from lossfns.testing.public import presets
 from lossfns.testing.vectors import METHODS, Vector, load, mistake, run, subject_for
 from lossfns.testing.vectors.flags import explains, flags, wrong_answer
 from lossfns.testing.vectors.library import reply_to
 from lossfns.testing.vectors.runner import VectorReport
 from lossfns.testing.vectors.vector import FOLDER, LEDGER, decode, encode, flatten
+from lossfns.tokens import PAIRS, SEQUENCES
 from tools.vectors.__main__ import main as tool
 from tools.vectors.answers import correct_answer
-from tools.vectors.write import changed_files, file_texts, fingerprint, identify, schema_violations, write
+from tools.vectors.write import (
+    changed_files,
+    file_texts,
+    fingerprint,
+    identify,
+    schema_violations,
+    with_definitions,
+    write,
+)
 
 ROOT = Path(lossfns.__file__).parent.parent
 NODE, DOCS = ROOT / "examples" / "vectors.mjs", ROOT / "docs" / "vectors.md"
@@ -100,8 +110,13 @@ def test_the_documented_examples_are_true() -> None:
 def test_the_documentation_names_every_code_setting_and_loss() -> None:
     words = DOCS.read_text(encoding="utf-8")
     codes = {v.error["code"] for v in VECTORS if v.error is not None}
-    settings = {name for v in VECTORS for name in v.config}
+    settings = {name for v in VECTORS if v.loss in CLOSED_FORMS for name in v.config}
     assert [name for name in codes | settings | set(METHODS) if f"`{name}`" not in words] == []
+
+
+def test_the_page_defines_every_loss() -> None:
+    page = DOCS.read_text(encoding="utf-8")
+    assert with_definitions(page) == page, "python -m tools.vectors write"
 
 
 def test_every_loss_of_the_library_has_vectors() -> None:
@@ -110,7 +125,7 @@ def test_every_loss_of_the_library_has_vectors() -> None:
 
 def test_they_are_many_and_small() -> None:
     assert len(VECTORS) >= 400
-    assert sum(path.stat().st_size for path in FOLDER.glob("*.json")) < 2_000_000
+    assert sum(path.stat().st_size for path in FOLDER.glob("*.json")) < 4_000_000
     assert {vector.loss for vector in VECTORS} == set(METHODS)
     assert {vector.kind for vector in VECTORS} == {"valid", "edge", "kink", "must-reject"}
 
@@ -137,7 +152,9 @@ def settings(loss: str, name: str) -> set[Any]:
 @pytest.mark.parametrize("loss", [m for m in METHODS if m != "group_advantages"])
 def test_every_weighing_and_every_knob_appears(loss: str) -> None:
     """Each knob in at least two settings, and a bound denominator."""
-    assert settings(loss, "weigh") == set(PAIR_WEIGHINGS if loss in ("dpo", "orpo") else TOKEN_WEIGHINGS)
+    rows = presets()[loss]().rows
+    weighings = {PAIRS: PAIR_WEIGHINGS, SEQUENCES: DATUM_WEIGHINGS}.get(rows, TOKEN_WEIGHINGS)
+    assert {str(weigh).partition("(")[0] for weigh in settings(loss, "weigh")} == set(weighings)
     for name in load(loss)[0].config:
         assert len(settings(loss, name)) >= 2, name
     assert any(v.denominator is not None for v in load(loss) if v.error is None)
@@ -425,12 +442,13 @@ def node(tmp_path: Path, constant: str = "", value: str = "") -> str:
 def test_the_example_passes(tmp_path: Path) -> None:
     report = run(node(tmp_path))
     assert report.ok, report.table()
-    assert report.count("pass") == len(VECTORS)
+    known = [v for v in VECTORS if v.loss in CLOSED_FORMS]
+    assert (report.count("pass"), report.count("skip")) == (len(known), len(VECTORS) - len(known))
     assert report.complaint == ""
 
 
 def test_the_example_is_short() -> None:
-    assert len(NODE.read_text().splitlines()) <= 260
+    assert len(NODE.read_text().splitlines()) <= 262
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from collections.abc import Iterable, Mapping
 from importlib import import_module
@@ -12,10 +13,12 @@ from typing import Any, NamedTuple
 from lossfns.testing import oracle
 from lossfns.testing.bugs import BUGS
 from lossfns.testing.planted import divisor
+from lossfns.testing.public import presets
 from lossfns.testing.vectors.flags import arguments, flags, to_answer
 from lossfns.testing.vectors.vector import FOLDER, LEDGER, METHODS, SCHEMA, SUITE, Answer, encode, vectors
 from tools.vectors.answers import correct_answer, count_tokens, round_significant, tolerance
 from tools.vectors.cases import Case, cases
+from tools.vectors.cases.family import family_losses
 
 Test = dict[str, Any]
 Ledger = dict[str, str]
@@ -161,8 +164,29 @@ def read_ledger(folder: Path) -> Ledger:
     return ledger
 
 
+DEFINITIONS = Path("docs/vectors.md")
+BEGIN, END = "by `python -m tools.vectors write`. -->\n", "<!-- end -->"
+
+
+def with_definitions(page: str) -> str:
+    """Return the page on vectors with a row for each loss of ``tools.vectors.cases.family``: its equation."""
+    before, _, rest = page.partition(BEGIN)
+    rows = [f"| `{name}` | {equation_of(name)} |" for name in family_losses()]
+    table = "\n".join(["| loss | l of a row |", "|---|---|", *rows])
+    return f"{before}{BEGIN}\n{table}\n\n{END}{rest.partition(END)[2]}"
+
+
+def equation_of(name: str) -> str:
+    """Return the first paragraph of a preset's docstring in one line."""
+    paragraph = (inspect.getdoc(presets()[name]) or "").partition("\n\n")[0]
+    return " ".join(paragraph.split()).replace("|", "\\|")
+
+
 def write(folder: Path = FOLDER) -> list[Path]:
-    """Write every file, and return the paths of those that changed."""
+    """Write every file, and return the paths of those that changed. In the repository, write the definitions, too."""
+    if folder == FOLDER and DEFINITIONS.exists():
+        page = DEFINITIONS.read_text(encoding="utf-8")
+        DEFINITIONS.write_text(with_definitions(page), encoding="utf-8")
     changed = changed_files(folder)
     for path, text in changed.items():
         path.write_text(text, encoding="utf-8")

@@ -41,7 +41,7 @@ def forward_backward(objective: Objective, data: list[Any], forward: Forward, pl
     if len(plan.micro_batches) == 1:
         return single_pass(objective, data, forward, plan)
     sums = forward.empty_outputs.name == "logprobs" and is_sum_over(plan.micro_batches, objective.group)
-    if objective.bound is not None and sums:
+    if objective.bound is not None and sums and not objective.bound.loss.couples_groups:
         return streamed(objective, objective.bound, data, forward, plan)
     return two_pass(objective, data, forward, plan)
 

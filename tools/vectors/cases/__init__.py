@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from tools.vectors.cases.advantages import group_advantage_cases
+from tools.vectors.cases.family import family
 from tools.vectors.cases.form import Case
 from tools.vectors.cases.kinks import kinks
 from tools.vectors.cases.policy import policies
@@ -18,6 +19,7 @@ def cases() -> Iterator[Case]:
     yield from supervised()
     yield from policies()
     yield from preferences()
+    yield from family()
     yield from group_advantage_cases()
     yield from kinks()
     yield from refused()

@@ -2,12 +2,18 @@
 
 A row holds one sequence. A token counts if and only if its weight is not 0. The values of a token that does not count
 are never read. Sums are exactly rounded, so an implementation differs from this file only by its own rounding.
+
+The losses of this file have their gradient in closed form. Those of the other files of the folder differentiate
+themselves (``scalar.py``): each is its equation alone.
 """
 
 import math
 import operator
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import TypedDict, Unpack
+
+from lossfns.testing.oracle.policy import sapo as sapo
+from lossfns.testing.oracle.unpaired import kto as kto
 
 Row = list[float]
 Rows = list[Row]
@@ -17,6 +23,7 @@ Clip = tuple[float, float]
 
 TOKEN_WEIGHINGS = ("token_mean", "sequence_mean", "sequence_sum_mean", "fixed_length", "token_sum")
 PAIR_WEIGHINGS = ("pair_mean", "pair_sum")
+DATUM_WEIGHINGS = ("datum_mean", "datum_sum")
 TIS_LEVELS = ("token", "sequence", "geometric")
 
 
@@ -117,7 +124,7 @@ def normalized(weights: Rows) -> Rows:
 
 def divisor(weigh: str, mass: float, count: int, length: int | None, denominator: float | None) -> float:
     """D: 1 for a sum, `denominator` if given, else Σw, the count, or length · count."""
-    if weigh in ("token_sum", "pair_sum"):
+    if weigh in ("token_sum", "pair_sum", "datum_sum"):
         return 1.0
     if denominator is not None:
         return denominator

@@ -1,0 +1,133 @@
+"""Cases of the losses whose settings have the names and the defaults of their presets.
+
+Each is given the situations of its kind. A column that a situation lacks is filled with a few numbers in turns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import cycle, islice
+from typing import Any
+
+from lossfns.loss import Loss
+from lossfns.testing.public import presets
+from lossfns.testing.settings import knobs, setting_elements, variants
+from lossfns.tokens import DATUM_COLUMNS, PAIRS, SEQUENCES, TARGETS
+from tools.vectors.cases import policy, preference, supervised
+from tools.vectors.cases.form import DEFAULTS, WEIGHINGS, Case, Data, Situation
+
+SETTINGS: dict[str, dict[str, Any]] = {}
+"""Settings of a loss for its vectors, where those of the preset would hide a mistake."""
+
+BY_TOKEN: dict[str, tuple[float, ...]] = {
+    "advantages": (1.0, -0.5, 0.25, 0.0, -2.0),
+    "old_logprobs": (-1.125, -0.625, -2.25),
+    "ref_logprobs": (-0.75, -1.5, -2.0),
+    "sampler_logprobs": (-1.25, -0.5, -1.875),
+    "teacher_logprobs": (-0.5, -1.75, -1.0, -2.5),
+    "entropy": (0.5, 1.25, 2.0, 0.125, 0.75),
+    "sum_square_probs": (0.5, 0.25, 0.875, 0.125),
+    "values": (0.5, -0.25, 1.0),
+    "old_values": (0.25, 0.0, 1.5, -0.5),
+    "returns": (1.0, -0.5, 0.75, 0.25),
+}
+BY_DATUM: dict[str, tuple[float, ...]] = {
+    "groups": (0.0, 0.0, 1.0),
+    "labels": (1.0, 0.0, 0.0, 1.0),
+    "rewards": (1.0, -0.5, 0.25, 2.0),
+    "reference_point": (0.25, 0.5, 0.0),
+    "target_margin": (0.5, 1.0, 0.25),
+}
+"""The numbers of the columns. The second table has those with one number for each datum, or for each pair."""
+
+KINDS = {
+    TARGETS: supervised.K_TARGETS,
+    PAIRS: [*preference.COMMON, preference.UNEQUAL_LENGTHS, *preference.MARGINS],
+    SEQUENCES: [*policy.COMMON, *policy.SEQUENCE_MEANS],
+}
+POLICY = [*policy.COMMON, *policy.OUT_OF_BOUNDS, *policy.SEQUENCE_MEANS, policy.NEAR_SAMPLER]
+
+
+def family_losses() -> list[str]:
+    """Return the names of the losses that ``DEFAULTS`` does not name."""
+    return [name for name in presets() if name not in DEFAULTS]
+
+
+def family() -> Iterator[Case]:
+    """Yield the cases of these losses."""
+    for name in family_losses():
+        yield from cases_of(presets()[name](**SETTINGS.get(name, {})))
+
+
+def cases_of(loss: Loss) -> Iterator[Case]:
+    """Yield the cases of one loss: its situations, each setting changed in two of them, and other weighings."""
+    situations = situations_for(loss)
+    for situation in situations:
+        yield case_of(loss, situation)
+    for name, element, other in changed_settings(loss):
+        place = name if element is None else f"{name}[{element}]"
+        for situation in situations[:2]:
+            yield case_of(other, situation, f"{place} changed")
+    for settings in other_weighings(loss):
+        yield case_of(loss, situations[0], settings["weigh"], settings)
+
+
+def situations_for(loss: Loss) -> list[Situation]:
+    """Return the situations of the loss's kind of row, and of the columns that it reads."""
+    if loss.rows in KINDS:
+        return KINDS[loss.rows]
+    capped = policy.BEYOND_CAP if "log_ratio_cap" in loss.knobs else []
+    return [*POLICY, *capped] if "advantages" in loss.reads else [s for s in supervised.ONE_TARGET if is_positive(s)]
+
+
+def is_positive(situation: Situation) -> bool:
+    """Return whether no weight is negative. Only a plain likelihood takes negative ones."""
+    return all(w >= 0 for datum in situation.data for w in datum["weights"])
+
+
+def changed_settings(loss: Loss) -> Iterator[tuple[str, int | None, Loss]]:
+    """Yield the loss with another value of each setting, or of each element of one."""
+    for name, value in knobs(loss).items():
+        for element in setting_elements(value):
+            for other in variants(loss, name, element) if name != "weigh" else ():
+                if other.reads == loss.reads:
+                    yield name, element, other
+                    break
+
+
+def other_weighings(loss: Loss) -> list[dict[str, Any]]:
+    """Return the settings of the weighings of the loss's rows, without its own."""
+    by_row = {PAIRS: [{"weigh": "pair_sum"}], SEQUENCES: [{"weigh": "datum_sum"}]}
+    every = by_row.get(loss.rows, [{"weigh": "token_mean"}, *WEIGHINGS])
+    return [settings for settings in every if settings["weigh"] != repr(loss.knobs["weigh"])]
+
+
+def case_of(loss: Loss, situation: Situation, suffix: str = "", settings: Mapping[str, Any] | None = None) -> Case:
+    """Return the case of a loss on a situation."""
+    comment = f"{situation.comment}; {suffix}" if suffix else situation.comment
+    config = config_of(loss) | dict(settings or {})
+    return Case(loss.name, situation.kind, comment, config, columns_for(loss, situation.data), situation.denominator)
+
+
+def config_of(loss: Loss) -> dict[str, Any]:
+    """Return the settings of a loss in the form of the file: functions by name, tuples as lists."""
+    config = {name: getattr(x, "__name__", x) for name, x in loss.knobs.items()}
+    weigh = repr(config.pop("weigh"))
+    return {name: list(x) if isinstance(x, tuple) else x for name, x in config.items()} | {"weigh": weigh}
+
+
+def columns_for(loss: Loss, data: Data) -> Data:
+    """Return the data with the columns that the loss reads."""
+    size = loss.rows.datums
+    filled = []
+    turns = {name: cycle(numbers) for name, numbers in BY_TOKEN.items()}
+    for i, row in enumerate(data):
+        columns = {name: row[name] for name in ("logprobs", "weights")}
+        for name in loss.reads:
+            if name in DATUM_COLUMNS:
+                number = BY_DATUM[name][i // size % len(BY_DATUM[name])]
+                columns[name] = [number] * len(row["logprobs"])
+            else:
+                columns[name] = row.get(name) or list(islice(turns[name], len(row["logprobs"])))
+        filled.append(columns)
+    return filled
