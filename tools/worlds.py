@@ -1,22 +1,20 @@
 """Print what each loss learns in the worlds, or draw the paths.
 
-    python -m tools.worlds table     # for each loss: the world, the steps, the point, and the distance from it
-    python -m tools.worlds picture   # write docs/worlds.png (extra ``viz``)
+python -m tools.worlds table     # for each loss: the world, the steps, the point, and the distance from it
+python -m tools.worlds picture   # write docs/worlds.png (extra ``viz``)
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lossfns import cispo, cross_entropy, dapo, dpo, grpo, k1, k2, k3, orpo, ppo, reinforce, with_kl
+from lossfns import cispo, dapo, k1, k2, k3, ppo, reinforce, with_kl
 from lossfns.loss import Loss
-from lossfns.testing import field
 from lossfns.testing.public import presets
-from lossfns.testing.worlds import Policy, World, answers, bandit, corpus, judged, learn, lessons, tree, two_arms
+from lossfns.testing.worlds import Policy, World, bandit, learn, lessons, tree, two_arms
 from lossfns.testing.worlds.points import tilted, towards_reference, two_token_tree
 
 PICTURE = Path("docs/worlds.png")
@@ -27,7 +25,8 @@ def table() -> Iterator[str]:
     for name in presets():
         for lesson in lessons(name):
             point = " | ".join(" ".join(f"{p:.3f}" for p in row) for row in lesson.point if len(row) > 1)
-            yield f"{name:28} {lesson.world.name:10} {lesson.steps:3} steps to {point:27} {lesson.miss():.0e}  {lesson.says}"
+            where = f"{lesson.world.name:10} {lesson.steps:3} steps to {point:27}"
+            yield f"{name:28} {where} {lesson.miss():.0e}  {lesson.says}"
 
 
 class Line(NamedTuple):
@@ -76,21 +75,45 @@ def panels() -> list[Panel]:
     by_token = two_token_tree((fixed[0], fixed[1]), tree.rewards, 0.5, (1, 1), (1, 1))[0][0]
     by_sequence = two_token_tree((fixed[0], fixed[1]), tree.rewards, 0.5, (1, 0.5), (1, 0.5))[0][0]
     return [
-        Panel("Three arms, drawn anew: the KL decides\nwhether and where the policy stops", "π of the best arm", bandit, second, 12, 0.8, [
-            Line("no KL: collapse", ppo(), 1.0),
-            Line("k1: no effect", with_kl(ppo(), 0.5, k1), 1.0, "--"),
-            Line("k2: ref·exp(r/β)", with_kl(ppo(), 0.5, k2), tilted(arms, bandit.rewards, 0.5)[1]),
-            Line("k3: β·ref/(λ − r)", with_kl(ppo(), 0.5, k3), towards_reference(arms, bandit.rewards, 0.5)[1]),
-        ]),
-        Panel("Two arms, drawn once: where steps\non the same samples end", "π of the good arm", two_arms, first, 40, 0.06, [
-            Line("ppo (0.8, 1.2)", ppo(), 0.6),
-            Line("dapo (0.8, 1.28)", dapo(), 0.64),
-            Line("cispo: not at all", cispo(), None),
-        ]),
-        Panel("Answers of 1 and 2 tokens with KL:\nthe length bias", "π of the short answer", tree, first, 12, 0.8, [
-            Line("mean over tokens", with_kl(reinforce(), 0.5, k2), by_token),
-            Line("mean of means", with_kl(reinforce(weigh="sequence_mean"), 0.5, k2), by_sequence),
-        ]),
+        Panel(
+            "Three arms, drawn anew: the KL decides\nwhether and where the policy stops",
+            "π of the best arm",
+            bandit,
+            second,
+            12,
+            0.8,
+            [
+                Line("no KL: collapse", ppo(), 1.0),
+                Line("k1: no effect", with_kl(ppo(), 0.5, k1), 1.0, "--"),
+                Line("k2: ref·exp(r/β)", with_kl(ppo(), 0.5, k2), tilted(arms, bandit.rewards, 0.5)[1]),
+                Line("k3: β·ref/(λ − r)", with_kl(ppo(), 0.5, k3), towards_reference(arms, bandit.rewards, 0.5)[1]),
+            ],
+        ),
+        Panel(
+            "Two arms, drawn once: where steps\non the same samples end",
+            "π of the good arm",
+            two_arms,
+            first,
+            40,
+            0.06,
+            [
+                Line("ppo (0.8, 1.2)", ppo(), 0.6),
+                Line("dapo (0.8, 1.28)", dapo(), 0.64),
+                Line("cispo: not at all", cispo(), None),
+            ],
+        ),
+        Panel(
+            "Answers of 1 and 2 tokens with KL:\nthe length bias",
+            "π of the short answer",
+            tree,
+            first,
+            12,
+            0.8,
+            [
+                Line("mean over tokens", with_kl(reinforce(), 0.5, k2), by_token),
+                Line("mean of means", with_kl(reinforce(weigh="sequence_mean"), 0.5, k2), by_sequence),
+            ],
+        ),
     ]
 
 
@@ -106,8 +129,8 @@ def draw(panel: Panel, axes: Any) -> None:
         ends.append((path[-1], line.label, f"C{i}"))
     heights = spaced([y for y, _, _ in ends])
     for (_, label, colour), y in zip(ends, heights):
-        axes.annotate(label, (panel.steps, y), (4, 0), textcoords="offset points", color=colour, va="center", fontsize=8,
-                      annotation_clip=False)  # fmt: skip
+        axes.annotate(label, (panel.steps, y), (4, 0), textcoords="offset points", annotation_clip=False,
+            color=colour, va="center", fontsize=8)  # fmt: skip
     axes.set(title=panel.title, xlabel="exact steps", ylabel=panel.ylabel, ylim=(-0.03, 1.03), xlim=(0, panel.steps))
     axes.title.set_fontsize(9)
     axes.spines[["top", "right"]].set_visible(False)

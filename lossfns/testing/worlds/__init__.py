@@ -7,22 +7,22 @@ the optimum, or the biased point that theory names. ``advice`` says in words whe
     >>> from lossfns.testing.worlds import lessons
     >>> for lesson in lessons("dpo"):
     ...     print(lesson.world.name, lesson.steps, lesson.holds(), lesson.says)
-    answers 12 True ends where the oracle's expected slope is 0
+    answers 12 True ends where the oracle's expected gradient is 0
     answers 12 True its margin is the log-odds of the preference, over β
     answers 12 True its margin is the log-odds of the preference, over β
 """
 
 from lossfns.testing.worlds.advice import advice as advice
-from lossfns.testing.worlds.lessons import CLOSE as CLOSE
-from lossfns.testing.worlds.lessons import Lesson as Lesson
-from lossfns.testing.worlds.lessons import answers as answers
-from lossfns.testing.worlds.lessons import bandit as bandit
-from lossfns.testing.worlds.lessons import corpus as corpus
-from lossfns.testing.worlds.lessons import judged as judged
+from lossfns.testing.worlds.lesson import CLOSE as CLOSE
+from lossfns.testing.worlds.lesson import Lesson as Lesson
 from lossfns.testing.worlds.lessons import lessons as lessons
-from lossfns.testing.worlds.lessons import teacher as teacher
-from lossfns.testing.worlds.lessons import tree as tree
-from lossfns.testing.worlds.lessons import two_arms as two_arms
+from lossfns.testing.worlds.problems import answers as answers
+from lossfns.testing.worlds.problems import bandit as bandit
+from lossfns.testing.worlds.problems import corpus as corpus
+from lossfns.testing.worlds.problems import judged as judged
+from lossfns.testing.worlds.problems import teacher as teacher
+from lossfns.testing.worlds.problems import tree as tree
+from lossfns.testing.worlds.problems import two_arms as two_arms
 from lossfns.testing.worlds.world import Policy as Policy
 from lossfns.testing.worlds.world import Unit as Unit
 from lossfns.testing.worlds.world import World as World

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from lossfns.loss import LossFn
-from lossfns.testing.worlds.lessons import answers, bandit, corpus, judged, teacher, tree, two_arms
 from lossfns.testing.worlds.points import proportional
+from lossfns.testing.worlds.problems import answers, bandit, corpus, judged, teacher, tree, two_arms
 from lossfns.testing.worlds.world import Enumerated, Policy, distance, learn
 
 STEPS = 24

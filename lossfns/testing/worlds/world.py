@@ -100,12 +100,6 @@ def outcomes(world: World, sampling: Policy) -> list[Unit]:
     return [Unit(world.probability(sampling, i), (i,)) for i in range(len(world.sequences))]
 
 
-def groups_of_two(world: World, sampling: Policy) -> list[Unit]:
-    """Two sequences, drawn independently: a group."""
-    p = [world.probability(sampling, i) for i in range(len(world.sequences))]
-    return [Unit(p[i] * p[j], (i, j)) for i in range(len(p)) for j in range(len(p))]
-
-
 def preferences(world: World, sampling: Policy) -> list[Unit]:
     """Two different sequences, all pairs alike; i is chosen over j with probability σ(score_i − score_j)."""
     n = len(world.sequences)
@@ -122,6 +116,15 @@ def labelled(world: World, sampling: Policy) -> list[Unit]:
 def position(world: World, sampling: Policy) -> list[Unit]:
     """The one position of a world with K targets."""
     return [Unit(1.0, (0,))]
+
+
+def in_twos(units: list[Unit]) -> list[Unit]:
+    """Two units, drawn independently: a group."""
+    return [
+        Unit(a.probability * b.probability, a.members + b.members, {n: a.columns[n] + b.columns[n] for n in a.columns})
+        for a in units
+        for b in units
+    ]
 
 
 # Columns
@@ -187,7 +190,8 @@ class Enumerated:
     """The expected gradient of a loss over all outcomes of a world.
 
     A loss that divides by a count of the batch is rescaled to divide by its expectation: with D the denominator of the
-    batch and n the one of each unit, the gradient is multiplied by D / Σ probability·n.
+    batch and n the one of each unit, the gradient is multiplied by D / Σ probability·n. A loss that compares the datums
+    of a group gets groups of two units.
 
     Attributes:
         gradients: the gradients of the loss.
@@ -196,8 +200,9 @@ class Enumerated:
         like: the loss whose denominators are taken; None: the gradient is not rescaled.
     """
 
-    def __init__(self, gradients: Gradients, world: World, reads: Sequence[str], like: Loss | BoundLoss | None) -> None:
+    def __init__(self, gradients: Gradients, world: World, reads: Sequence[str], like: Loss | None) -> None:
         self.gradients, self.world, self.reads, self.like = gradients, world, reads, like
+        self.couples = "groups" in like.reads if isinstance(like, Loss) else False
         self.counts: list[float] = []
 
     @classmethod
@@ -217,6 +222,8 @@ class Enumerated:
         """Return the batch and its units. The last unit has probability 0 and no active token."""
         sampling = self.world.old or policy
         units = self.world.units(self.world, sampling)
+        if self.couples:
+            units = in_twos(units)
         units.append(units[0]._replace(probability=0.0))
         batch = batch_of(self.world, policy, sampling, units, self.reads)
         silent = len(units[-1].members)

@@ -1,0 +1,119 @@
+"""Where policy losses lead: rows ``(name, preset) -> lessons``, which apply to the presets that their first line takes.
+
+"Drawn anew" means on-policy: the current policy samples for each step. "Fixed samples" are those of the first policy.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from lossfns.combine import with_kl
+from lossfns.terms import k2
+from lossfns.testing.worlds.lesson import BETA, Lesson, Lessons, Preset, knobs_of, made
+from lossfns.testing.worlds.points import proportional, tilted, towards_reference, two_token_tree
+from lossfns.testing.worlds.problems import bandit, tree, two_arms
+from lossfns.testing.worlds.world import Policy, World
+from lossfns.weigh import sequence_mean, token_mean
+
+
+def is_policy(preset: Preset) -> bool:
+    """Return whether a loss has advantages."""
+    return "advantages" in preset().reads
+
+
+def collapse(name: str, preset: Preset) -> Lessons:
+    """Without a KL, the policy collapses on the best arm, at a stated rate.
+
+    On-policy every ratio is 1, where all these losses have the gradient of −A·lp. A natural step of rate η then adds
+    η·r to the logits, so that after n steps π ∝ start·exp(η·n·r).
+    """
+    if is_policy(preset):
+        point = tilted(bandit.start[0], bandit.rewards, 1 / 10)
+        yield Lesson(bandit, made(preset, kl_beta=0.0), (point,), 10, 1.0, "collapses on the best arm, as exp(n·r)")
+
+
+def penalised(name: str, preset: Preset) -> Lessons:
+    """With a penalty ½β(lp − ref)² of every token, π ∝ ref·exp(r / β); a mean over sequences has a length bias."""
+    if not is_policy(preset):
+        return
+    for weigh, factor in ((token_mean, (1.0, 1.0)), (sequence_mean, (1.0, 0.5))):
+        own = "kl" in knobs_of(preset)
+        loss = made(preset, weigh=weigh, **({"kl": k2, "kl_beta": BETA} if own else {}))
+        loss = loss if own else with_kl(loss, BETA, k2)
+        point = two_token_tree(tree.ref, tree.rewards, BETA, factor, factor)  # type: ignore[arg-type]
+        bias = "" if weigh is token_mean else ", biased by the lengths"
+        yield Lesson(tree, loss, point, 12, None, f"reaches ref·exp(r/β) at every token{bias}")
+
+
+def own_kl(name: str, preset: Preset) -> Lessons:
+    """k3 in the loss has the gradient of KL(ref‖π): the policy reaches β·ref / (λ − r), not ref·exp(r / β)."""
+    if "kl_beta" in knobs_of(preset):
+        point = towards_reference(bandit.ref[0], bandit.rewards, BETA)
+        yield Lesson(bandit, made(preset, kl_beta=BETA), (point,), 12, None, "k3 leads to β·ref / (λ − r)")
+
+
+STOPS = {"ppo", "grpo", "dapo", "gspo", "gspo_token"}
+"""Losses that stop at their bounds while the samples are not drawn anew: the gradient ends for r > high where A > 0,
+and for r < low where A < 0."""
+CONTINUES = {"importance_sampling", "cispo"}
+"""Losses that keep the gradient −r·A·∇lp of every sample: on fixed samples they follow the policy gradient."""
+SLOWS_DOWN = {"sapo"}
+"""Losses whose gradient fades on fixed samples, and is 0 nowhere."""
+
+
+def bounded(name: str, preset: Preset) -> Lessons:
+    """On fixed samples, clipping ends the learning at the bounds: π = μ·high for the good arm, μ·low for the bad one.
+
+    Before that the gradient is unbiased. Its natural step of rate η adds η·(r₁ − r₀) to the log-odds, so that eight
+    steps of an eighth of the bound's log-odds reach it. Four more have no effect.
+    """
+    if name in STOPS:
+        loss = made(preset, clip=(0.8, 1.2), kl_beta=0.0)
+        rate = math.log(0.6 / 0.4) / 8 * (1 + 1e-5)
+        yield Lesson(two_arms, loss, ((0.6, 0.4),), 12, rate, "stops at its bounds on fixed samples")
+        loss = made(preset, clip=(0.0, 1e6), kl_beta=0.0)
+        yield Lesson(two_arms, loss, (tilted((0.5, 0.5), two_arms.rewards, 1 / 10),), 10, 1.0,
+            "without its bounds, continues on fixed samples")  # fmt: skip
+
+
+def continuing(name: str, preset: Preset) -> Lessons:
+    """On fixed samples, an importance weight without a bound gives the policy gradient, and the policy collapses.
+
+    A soft gate slows this down, and does not end it: its slope is nowhere 0.
+    """
+    if name in CONTINUES:
+        point = tilted((0.5, 0.5), two_arms.rewards, 1 / 10)
+        yield Lesson(two_arms, preset(), (point,), 10, 1.0, "continues to the best arm on fixed samples")
+    if name in SLOWS_DOWN:
+        yield Lesson(two_arms, preset(), ((1.0, 0.0),), 20, None, "slows down on fixed samples, and does not stop")
+
+
+def cloned(name: str, preset: Preset) -> Lessons:
+    """Without a ratio, fixed samples are imitated: with positive rewards as advantages, π ∝ μ·r."""
+    if is_policy(preset) and "old_logprobs" not in preset().reads:
+        arms = replace(bandit, old=bandit.start, rewards=(0.2, 1.0, 0.5), columns={"advantages": reward_of})
+        point = proportional([p * r for p, r in zip(bandit.start[0], arms.rewards)])
+        yield Lesson(arms, preset(), (point,), 12, None, "imitates fixed samples in proportion to their reward")
+
+
+def reward_of(world: World, i: int, policy: Policy, old: Policy) -> list[float]:
+    """Return the reward of a sequence as its advantage."""
+    return [world.rewards[i]] * len(world.sequences[i])
+
+
+def soft_advantage(world: World, i: int, policy: Policy, old: Policy) -> list[float]:
+    """Return r − V for the soft value V = β·log Σ μ·exp(r / β)."""
+    soft = BETA * math.log(sum(p * math.exp(r / BETA) for p, r in zip(old[0], world.rewards)))
+    return [world.rewards[i] - soft] * len(world.sequences[i])
+
+
+def direct(name: str, preset: Preset) -> Lessons:
+    """On fixed samples with the soft value as baseline, a squared error of A − β·log(π/μ) leads to π ∝ μ·exp(r / β)."""
+    if name == "dro":
+        arms = replace(bandit, old=bandit.start, columns={"advantages": soft_advantage})
+        point = tilted(bandit.start[0], bandit.rewards, BETA)
+        yield Lesson(arms, preset(beta=BETA), (point,), 12, None, "reaches μ·exp(r/β) on fixed samples")
+
+
+POLICY_ROWS = (collapse, penalised, own_kl, bounded, continuing, cloned, direct)
