@@ -9,6 +9,7 @@ import pytest
 
 from lossfns import (
     dpo,
+    group_advantages,
     grpo,
     importance_sampling,
     k2,
