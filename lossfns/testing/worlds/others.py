@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from typing import Any
 
 from lossfns.loss import Loss
 from lossfns.testing import oracle
@@ -35,9 +35,9 @@ def rest(loss: Loss, world: World) -> Policy:
     """Return the policy (p, 1 − p) over two answers at which the oracle's expected gradient is 0, by bisection."""
     settings = {name: getattr(value, "name", getattr(value, "__name__", value)) for name, value in loss.knobs.items()}
 
-    def gradients(batch: Batch) -> Sequence[float]:
+    def gradients(batch: Batch, count: Any) -> list[float]:
         rows = {"logprobs": batch.logprobs, "weights": batch.weights, **batch.columns}
-        _, grads = getattr(oracle, loss.name)(**rows, **settings)
+        _, grads = getattr(oracle, loss.name)(**rows, **settings, denominator=count)
         return [g for row in grads for g in row]
 
     expected = Enumerated(gradients, world, loss.reads, loss)

@@ -10,11 +10,12 @@ from __future__ import annotations
 import itertools
 import math
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from lossfns.errors import LossInputError
+from lossfns.errors import LossInputError, LossWarning
 from lossfns.inspect.probe import gradient_of
 from lossfns.loss import BoundLoss, Loss, LossFn
 from lossfns.testing.batch import Batch
@@ -25,8 +26,8 @@ Path = list[Policy]
 """The policy before the first step and after each step."""
 Column = Callable[["World", int, Policy, Policy], list[float]]
 """A function ``(world, sequence, policy, sampling policy) -> row`` of the sequence."""
-Gradients = Callable[[Batch], Sequence[float]]
-"""A function of a batch that returns ∂L/∂logprob of every token, datums end to end."""
+Gradients = Callable[[Batch, Any], list[float]]
+"""A function ``(batch, denominator) -> ∂L/∂logprob`` of every token, datums end to end."""
 PROMPT = -1.0
 """The logprob of the masked token that every datum begins with. No loss may depend on it."""
 RARE = 1e-6
@@ -189,40 +190,45 @@ def batch_of(world: World, policy: Policy, sampling: Policy, units: Sequence[Uni
 class Enumerated:
     """The expected gradient of a loss over all outcomes of a world.
 
-    A loss that divides by a count of the batch is rescaled to divide by its expectation: with D the denominator of the
-    batch and n the one of each unit, the gradient is multiplied by D / Σ probability·n. A loss that compares the datums
-    of a group gets groups of two units.
+    A loss over a count of the batch, such as its tokens, is divided by the expectation of this count, as in an infinite
+    batch. A loss that compares the datums of a group gets groups of two units.
 
     Attributes:
         gradients: the gradients of the loss.
         world: the world.
         reads: the columns of the batch, besides the weights.
-        like: the loss whose denominators are taken; None: the gradient is not rescaled.
+        like: the loss whose counts are taken; None: the expected count is not known, and ``gradients`` gets None.
     """
 
     def __init__(self, gradients: Gradients, world: World, reads: Sequence[str], like: Loss | None) -> None:
         self.gradients, self.world, self.reads, self.like = gradients, world, reads, like
-        self.couples = "groups" in like.reads if isinstance(like, Loss) else False
-        self.counts: list[float] = []
+        self.counts: list[Any] = []
 
     @classmethod
     def of(cls, loss_fn: LossFn, world: World, like: Loss | None = None) -> Enumerated:
         """Return the expected gradient of a loss, or of any function of the contract: this gets every column."""
-
-        def gradients(batch: Batch) -> Sequence[float]:
-            return gradient_of(loss_fn, batch.data(), batch.tensors())[1].tolist()
-
         own = loss_fn.loss if isinstance(loss_fn, BoundLoss) else loss_fn
         if isinstance(own, Loss):
-            return cls(gradients, world, own.reads, like or own)
+            bound = loss_fn.bind()  # type: ignore[attr-defined]
+
+            def of_loss(batch: Batch, count: Any) -> list[float]:
+                return gradient_of(bound.bind(denominator=count), batch.data(), batch.tensors())[1].tolist()
+
+            return cls(of_loss, world, own.reads, own)
+
+        def of_function(batch: Batch, count: Any) -> list[float]:
+            data = batch.data()
+            by = 1.0 if like is None else like.denominator(data) / count
+            return (by * gradient_of(loss_fn, data, batch.tensors())[1]).tolist()
+
         every = (*COLUMNS, "groups", *world.units(world, world.old or world.start)[0].columns)
-        return cls(gradients, world, [name for name in every if name != "weights"], like)
+        return cls(of_function, world, [name for name in every if name != "weights"], like)
 
     def batch(self, policy: Policy) -> tuple[Batch, list[Unit]]:
         """Return the batch and its units. The last unit has probability 0 and no active token."""
         sampling = self.world.old or policy
         units = self.world.units(self.world, sampling)
-        if self.couples:
+        if self.like is not None and self.like.couples_groups:
             units = in_twos(units)
         units.append(units[0]._replace(probability=0.0))
         batch = batch_of(self.world, policy, sampling, units, self.reads)
@@ -233,27 +239,26 @@ class Enumerated:
     def natural_gradient(self, policy: Policy) -> list[list[float]]:
         """Return the natural gradient: the one in the logits, over the probability of the node, and over π there."""
         batch, units = self.batch(policy)
-        slopes, scale = iter(self.gradients(batch)), self.scale(batch, units)
+        slopes = iter(self.gradients(batch, self.expected_count(batch, units)))
         by_token = [[0.0] * len(row) for row in policy]
         for unit in units:
             for i in unit.members:
                 for _ in range(self.world.targets or 1):
                     next(slopes)  # the masked token
                 for node, token in self.world.sequences[i]:
-                    by_token[node][token] += scale * unit.probability * next(slopes)
+                    by_token[node][token] += unit.probability * next(slopes)
         rows = [(gs, ps, max(self.world.visits(policy, n), RARE)) for n, (gs, ps) in enumerate(zip(by_token, policy))]
         return [[(g / p - sum(gs)) / v if p > 0 else 0.0 for g, p in zip(gs, ps)] for gs, ps, v in rows]
 
-    def scale(self, batch: Batch, units: Sequence[Unit]) -> float:
-        """Return D / Σ probability·n, or 1 for a loss whose denominator is not known."""
+    def expected_count(self, batch: Batch, units: Sequence[Unit]) -> Any:
+        """Return Σ probability·count over the units, or None if the counts are not known."""
         if self.like is None:
-            return 1.0
+            return None
         if not self.counts:
             data = batch.data()
             ends = [sum(len(unit.members) for unit in units[:k]) for k in range(len(units))]
-            parts = [data[a:b] for a, b in itertools.pairwise(ends)]
-            self.counts = [self.like.denominator(part) for part in parts] + [self.like.denominator(data)]
-        return self.counts[-1] / sum(unit.probability * n for unit, n in zip(units[:-1], self.counts))
+            self.counts = [self.like.denominator(data[a:b]) for a, b in itertools.pairwise(ends)]
+        return sum(unit.probability * count for unit, count in zip(units, self.counts))
 
 
 def learn(loss_fn: LossFn, world: World, steps: int, *, rate: float | None = None, like: Loss | None = None) -> Path:
@@ -283,7 +288,9 @@ def learn(loss_fn: LossFn, world: World, steps: int, *, rate: float | None = Non
     theta = [[math.log(p) if p > 0 else -math.inf for p in row] for row in world.start]
     path, before, size = [world.start], None, rate
     for _ in range(steps):
-        direction = enumerated.natural_gradient(path[-1])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", LossWarning)  # some worlds lead far away from the sampling policy
+            direction = enumerated.natural_gradient(path[-1])
         if rate is None:
             size = step_size(direction, before)
         assert size is not None
