@@ -18,6 +18,7 @@ from lossfns.testing.worlds.lesson import Lesson as Lesson
 from lossfns.testing.worlds.lessons import lessons as lessons
 from lossfns.testing.worlds.problems import answers as answers
 from lossfns.testing.worlds.problems import bandit as bandit
+from lossfns.testing.worlds.problems import coin as coin
 from lossfns.testing.worlds.problems import corpus as corpus
 from lossfns.testing.worlds.problems import judged as judged
 from lossfns.testing.worlds.problems import teacher as teacher

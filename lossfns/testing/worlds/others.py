@@ -9,7 +9,7 @@ from lossfns.loss import Loss
 from lossfns.testing import oracle
 from lossfns.testing.batch import Batch
 from lossfns.testing.worlds.lesson import BETA, Lesson, Lessons, Preset, made
-from lossfns.testing.worlds.points import by_log_odds, proportional
+from lossfns.testing.worlds.points import proportional, where_descent_ends
 from lossfns.testing.worlds.problems import answers, corpus, judged, teacher
 from lossfns.testing.worlds.world import Enumerated, Policy, World, sigmoid
 from lossfns.tokens import PAIRS
@@ -41,7 +41,8 @@ def rest(loss: Loss, world: World) -> Policy:
         return [g for row in grads for g in row]
 
     expected = Enumerated(gradients, world, loss.reads, loss)
-    return by_log_odds(lambda p: expected.natural_gradient(((p, 1 - p), (1.0,)))[0][0]), (1.0,)
+    certain = world.start[1:]  # the second token of an answer, if there is one
+    return where_descent_ends(lambda p: expected.natural_gradient(((p, 1 - p), *certain))[0][0]), *certain
 
 
 def paired(name: str, preset: Preset) -> Lessons:

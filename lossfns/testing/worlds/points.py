@@ -13,11 +13,11 @@ Row = Sequence[float]
 
 
 def root(f: Callable[[float], float], low: float, high: float) -> float:
-    """Return where f, below 0 at one end and above 0 at the other, changes its sign; by bisection."""
-    rising = f(high) > f(low)
-    for _ in range(200):
+    """Return where f changes its sign, by bisection. Where it has one sign, f is taken to rise from below 0 to above."""
+    falling = f(low) > 0 > f(high)
+    for _ in range(60):
         middle = (low + high) / 2
-        low, high = (low, middle) if (f(middle) > 0) == rising else (middle, high)
+        low, high = (low, middle) if (f(middle) > 0) != falling else (middle, high)
     return (low + high) / 2
 
 
@@ -74,7 +74,7 @@ def two_token_tree(
     return (a, 1 - a), second
 
 
-def by_log_odds(slope: Callable[[float], float]) -> tuple[float, ...]:
-    """(p, 1 − p) where a slope changes from below 0 to above 0, as a function of p."""
-    x = root(lambda x: slope(1 / (1 + math.exp(-x))), -12, 12)
+def where_descent_ends(slope: Callable[[float], float]) -> tuple[float, ...]:
+    """(p, 1 − p) where the slope of a loss as a function of p changes from below 0 to above 0; an end if it does not."""
+    x = root(lambda x: 1.0 if slope(1 / (1 + math.exp(-x))) > 0 else -1.0, -12, 12)
     return 1 / (1 + math.exp(-x)), 1 / (1 + math.exp(x))

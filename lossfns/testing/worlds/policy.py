@@ -8,12 +8,16 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import torch
+
 from lossfns.combine import with_kl
+from lossfns.loss import Loss
 from lossfns.terms import k2
 from lossfns.testing.worlds.lesson import BETA, Lesson, Lessons, Preset, knobs_of, made
 from lossfns.testing.worlds.points import proportional, tilted, towards_reference, two_token_tree
 from lossfns.testing.worlds.problems import bandit, tree, two_arms
 from lossfns.testing.worlds.world import Policy, World
+from lossfns.tokens import Tokens
 from lossfns.weigh import sequence_mean, token_mean
 
 
@@ -37,13 +41,26 @@ def penalised(name: str, preset: Preset) -> Lessons:
     """With a penalty ½β(lp − ref)² of every token, π ∝ ref·exp(r / β); a mean over sequences has a length bias."""
     if not is_policy(preset):
         return
-    for weigh, factor in ((token_mean, (1.0, 1.0)), (sequence_mean, (1.0, 0.5))):
+    for weigh in (token_mean, sequence_mean) if "weigh" in knobs_of(preset) else (None,):
         own = "kl" in knobs_of(preset)
         loss = made(preset, weigh=weigh, **({"kl": k2, "kl_beta": BETA} if own else {}))
         loss = loss if own else with_kl(loss, BETA, k2)
-        point = two_token_tree(tree.ref, tree.rewards, BETA, factor, factor)  # type: ignore[arg-type]
-        bias = "" if weigh is token_mean else ", biased by the lengths"
+        share = share_by_length(loss)
+        length = REWARD_BY_LENGTH.get(name, (1.0, 1.0))
+        factor = share[0] * length[0], share[1] * length[1]
+        point = two_token_tree((tree.ref[0], tree.ref[1]), tree.rewards, BETA, factor, share)
+        bias = "" if factor[0] == factor[1] else ", biased by the lengths"
         yield Lesson(tree, loss, point, 12, None, f"reaches ref·exp(r/β) at every token{bias}")
+
+
+REWARD_BY_LENGTH: dict[str, tuple[float, float]] = {}
+"""Loss → the factors by which its gradient differs from −A·lp of each token, in sequences of 1 and 2 tokens."""
+
+
+def share_by_length(loss: Loss) -> tuple[float, float]:
+    """Return the coefficient of a token in a sequence of one token, and in one of two."""
+    one, two = (float(loss.share(Tokens(torch.zeros(n), torch.ones(n)))[0]) for n in (1, 2))
+    return one, two
 
 
 def own_kl(name: str, preset: Preset) -> Lessons:

@@ -29,6 +29,9 @@ tree = World(
 corpus = replace(tree, name="corpus", old=((0.3, 0.7), (0.8, 0.2)))
 """The tree, with sequences of a data set: they are drawn from the distribution of the data."""
 
+coin = World("coin", (((0, 0),), ((0, 1),)), outcomes, ((0.5, 0.5),), ((0.6, 0.4),), (0.0, 0.0), old=((0.7, 0.3),))
+"""A data set of answers of one token: the first in 70% of the samples, the second in 30%."""
+
 answers = World(
     "answers",
     (((0, 0),), ((0, 1), (1, 0))),
