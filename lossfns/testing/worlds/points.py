@@ -13,7 +13,7 @@ Row = Sequence[float]
 
 
 def root(f: Callable[[float], float], low: float, high: float) -> float:
-    """Return where f changes its sign, by bisection. Where it has one sign, f is taken to rise from below 0 to above."""
+    """Return where f changes its sign, by bisection; if it does not, the end that a rising f would reach 0 at."""
     falling = f(low) > 0 > f(high)
     for _ in range(60):
         middle = (low + high) / 2
@@ -75,6 +75,6 @@ def two_token_tree(
 
 
 def where_descent_ends(slope: Callable[[float], float]) -> tuple[float, ...]:
-    """(p, 1 − p) where the slope of a loss as a function of p changes from below 0 to above 0; an end if it does not."""
+    """(p, 1 − p) where the slope of a loss in p changes from below 0 to above 0; an end of (0, 1) if it does not."""
     x = root(lambda x: 1.0 if slope(1 / (1 + math.exp(-x))) > 0 else -1.0, -12, 12)
     return 1 / (1 + math.exp(-x)), 1 / (1 + math.exp(x))
