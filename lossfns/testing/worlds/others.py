@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from lossfns.loss import Loss
 from lossfns.testing import oracle
 from lossfns.testing.batch import Batch
 from lossfns.testing.worlds.lesson import BETA, Lesson, Lessons, Preset, made
-from lossfns.testing.worlds.points import proportional, where_descent_ends
-from lossfns.testing.worlds.problems import answers, corpus, judged, teacher
+from lossfns.testing.worlds.points import balanced, proportional, tilted, where_descent_ends
+from lossfns.testing.worlds.problems import answers, bandit, candidates, corpus, judged, letters, teacher
 from lossfns.testing.worlds.world import Enumerated, Policy, World, sigmoid
 from lossfns.tokens import PAIRS
 from lossfns.weigh import sequence_mean, token_mean
+
+teacher_only = replace(teacher, columns={})
+"""The teacher without its probabilities as weights."""
 
 
 def likelihood(name: str, preset: Preset) -> Lessons:
@@ -25,10 +30,69 @@ def likelihood(name: str, preset: Preset) -> Lessons:
         yield Lesson(corpus, preset(weigh=sequence_mean), (biased, second), 12, None, "counts long sequences less")
 
 
+def reweighted(name: str, preset: Preset) -> Lessons:
+    """A re-weighted likelihood rests where frequency · slope(π) is one number for all tokens, which is biased.
+
+    The slope is that of the term in π, with the weights held where they have no gradient: −1 / π for cross-entropy, and
+    −1 for DFT. Then d log π = frequency, and the policy collapses on the mode of the data, as exp(n·frequency).
+    """
+    q = letters.old[0] if letters.old else ()
+    if name == "dft":
+        point = tilted(letters.start[0], q, 1 / 48)
+        yield Lesson(letters, preset(), (point,), 12, 4.0, "collapses on the mode of the data, as exp(n·frequency)")
+    if name == "focal":
+        for gamma in (0.0, 2.0):
+            point = balanced(q, partial(focal_slope, gamma=gamma))
+            yield Lesson(letters, preset(gamma=gamma), (point,), 12, None, "flattens the frequencies for γ above 0")
+    if name == "sft_phi":
+        point = balanced(q, lambda p: p - 1)
+        yield Lesson(letters, preset(), (point,), 20, None, "sharpens the frequencies: f·(1 − π) is one number")
+    if name == "unlikelihood":
+        point = tuple(1 - 2 * x for x in q)
+        yield Lesson(letters, preset(), (point,), 20, None, "leaves 1 − 2·frequency of three unwanted tokens")
+    if name == "eaft":
+        yield Lesson(letters, preset(), letters.old or (), 20, None, "reaches the frequencies: the entropy is common")
+
+
+def focal_slope(p: float, gamma: float) -> float:
+    """d/dp of −(1 − p)^γ·log p."""
+    return gamma * (1 - p) ** (gamma - 1) * math.log(p) - (1 - p) ** gamma / p
+
+
 def teaching(name: str, preset: Preset) -> Lessons:
     """Cross-entropy to a teacher's probabilities leads to them."""
     if name == "multi_target_cross_entropy":
         yield Lesson(teacher, preset(), teacher.ref, 12, None, "reaches the teacher")
+
+
+def distilled(name: str, preset: Preset) -> Lessons:
+    """Divergences on all tokens, or with a tail, lead to the teacher; raw ones on K tokens may not.
+
+    With q the teacher's K probabilities, of sum Q, and the tail free of cost, π rests where the slope of the divergence
+    in π is one number: 0, the slope of the tail. Forward: −q / π = −Q, so that π = q / Q and the tail is forgotten.
+    Reverse: log(π / q) + 1 = 0, so that π = q / e and the tail takes the rest. The mean of both, and JSD, rest at q.
+    """
+    if not name.startswith("top_k"):
+        return
+    yield Lesson(
+        teacher_only, made(preset, support="renormalised_support"), teacher.ref, 12, None, "reaches the teacher"
+    )
+    yield Lesson(candidates, made(preset, support="tail_support"), candidates.ref, 12, None, "reaches teacher and tail")
+    q = candidates.ref[0][:3]
+    by = {"top_k_forward_kl": 1 / sum(q), "top_k_reverse_kl": math.exp(-1)}.get(name, 1.0)
+    point = (*(by * x for x in q), 1 - by * sum(q))
+    says = {"top_k_forward_kl": "raw: forgets the tail", "top_k_reverse_kl": "raw: flees to the tail, π = q / e"}
+    yield Lesson(candidates, made(preset, support="raw_support"), (point,), 20, None, says.get(name, "raw: reaches q"))
+
+
+def sampled(name: str, preset: Preset) -> Lessons:
+    """The teacher's log-ratio as advantage leads to the teacher; on fixed samples to the token that it raises most."""
+    if name == "sampled_reverse_kl":
+        student = replace(bandit, name="student", ref=teacher.ref)
+        yield Lesson(student, preset(), teacher.ref, 12, None, "reaches the teacher")
+        point = tilted(student.start[0], [math.log(q / p) for q, p in zip(student.ref[0], student.start[0])], 1 / 30)
+        fixed = replace(student, old=student.start)
+        yield Lesson(fixed, preset(), (point,), 10, 3.0, "on fixed samples collapses on the largest teacher / sampler")
 
 
 def rest(loss: Loss, world: World) -> Policy:
@@ -73,4 +137,4 @@ def sorted_by_label(name: str, preset: Preset) -> Lessons:
         yield Lesson(judged, made(preset, beta=1.0), point, 20, None, "all to the answer that is mostly desirable")
 
 
-OTHER_ROWS = (likelihood, teaching, paired, margin, sorted_by_label)
+OTHER_ROWS = (likelihood, reweighted, teaching, distilled, sampled, paired, margin, sorted_by_label)

@@ -74,6 +74,15 @@ def two_token_tree(
     return (a, 1 - a), second
 
 
+def balanced(frequencies: Row, slope: Callable[[float], float]) -> tuple[float, ...]:
+    """π with f·slope(π) one number λ for all tokens; ``slope`` is below 0 and rises."""
+
+    def at(level: float) -> list[float]:
+        return [root(lambda p, f=f: f * slope(p) - level, 1e-9, 1 - 1e-9) for f in frequencies]
+
+    return tuple(at(-math.exp(root(lambda x: 1 - sum(at(-math.exp(x))), -12, 12))))
+
+
 def where_descent_ends(slope: Callable[[float], float]) -> tuple[float, ...]:
     """(p, 1 − p) where the slope of a loss in p changes from below 0 to above 0; an end of (0, 1) if it does not."""
     x = root(lambda x: 1.0 if slope(1 / (1 + math.exp(-x))) > 0 else -1.0, -12, 12)

@@ -29,6 +29,12 @@ tree = World(
 corpus = replace(tree, name="corpus", old=((0.3, 0.7), (0.8, 0.2)))
 """The tree, with sequences of a data set: they are drawn from the distribution of the data."""
 
+letters = World(
+    "letters", (((0, 0),), ((0, 1),), ((0, 2),)), outcomes, ((0.2, 0.3, 0.5),), ((0.5, 0.4, 0.1),), (0.0, 0.0, 0.0),
+    old=((0.45, 0.33, 0.22),),
+)  # fmt: skip
+"""A data set of answers of one of three tokens. The policy starts with the rarest."""
+
 coin = World("coin", (((0, 0),), ((0, 1),)), outcomes, ((0.5, 0.5),), ((0.6, 0.4),), (0.0, 0.0), old=((0.7, 0.3),))
 """A data set of answers of one token: the first in 70% of the samples, the second in 30%."""
 
@@ -50,3 +56,9 @@ teacher = World(
     columns={"weights": lambda world, i, policy, old: list(world.ref[0])},
 )  # fmt: skip
 """One position, and the probabilities that a teacher gives to its three tokens, as weights."""
+
+candidates = World(
+    "candidates", (((0, 0), (0, 1), (0, 2)),), position, ((0.3, 0.2, 0.1, 0.4),), ((0.45, 0.3, 0.15, 0.1),), (0.0,),
+    targets=3,
+)  # fmt: skip
+"""One position of four tokens, of which the loss sees three. The teacher gives the fourth 0.1, and the policy 0.4."""
