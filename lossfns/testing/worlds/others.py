@@ -56,7 +56,7 @@ def reweighted(name: str, preset: Preset) -> Lessons:
 
 def focal_slope(p: float, gamma: float) -> float:
     """d/dp of −(1 − p)^γ·log p."""
-    return gamma * (1 - p) ** (gamma - 1) * math.log(p) - (1 - p) ** gamma / p
+    return gamma * math.pow(1 - p, gamma - 1) * math.log(p) - math.pow(1 - p, gamma) / p
 
 
 def teaching(name: str, preset: Preset) -> Lessons:
@@ -111,8 +111,8 @@ def rest(loss: Loss, world: World) -> Policy:
 
 def paired(name: str, preset: Preset) -> Lessons:
     """A preference loss ends where its expected gradient is 0."""
-    loss = made(preset, beta=1.0)
-    if loss.rows == PAIRS:
+    if preset().rows == PAIRS:
+        loss = made(preset, beta=1.0)
         says = "ends where the oracle's expected gradient is 0"
         yield Lesson(answers, loss, rest(loss, answers), 12, None, says)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 Row = Sequence[float]
 
@@ -78,7 +79,10 @@ def balanced(frequencies: Row, slope: Callable[[float], float]) -> tuple[float, 
     """π with f·slope(π) one number λ for all tokens; ``slope`` is below 0 and rises."""
 
     def at(level: float) -> list[float]:
-        return [root(lambda p, f=f: f * slope(p) - level, 1e-9, 1 - 1e-9) for f in frequencies]
+        return [root(partial(excess, level / f), 1e-9, 1 - 1e-9) for f in frequencies]
+
+    def excess(level: float, p: float) -> float:
+        return slope(p) - level
 
     return tuple(at(-math.exp(root(lambda x: 1 - sum(at(-math.exp(x))), -12, 12))))
 
