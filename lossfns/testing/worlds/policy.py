@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -26,15 +27,25 @@ def is_policy(preset: Preset) -> bool:
     return "advantages" in preset().reads
 
 
+SLOPES: dict[str, Callable[[Loss], float]] = {"opmd": lambda loss: 1 / (1 + loss.knobs["tau"])}
+"""Loss → the factor of its gradient on-policy, where it is not that of −A·lp."""
+
+
+def slope(name: str, loss: Loss) -> float:
+    """Return the factor of a loss's gradient on-policy."""
+    return SLOPES[name](loss) if name in SLOPES else 1.0
+
+
 def collapse(name: str, preset: Preset) -> Lessons:
     """Without a KL, the policy collapses on the best arm, at a stated rate.
 
-    On-policy every ratio is 1, where all these losses have the gradient of −A·lp. A natural step of rate η then adds
-    η·r to the logits, so that after n steps π ∝ start·exp(η·n·r).
+    On-policy every ratio is 1, where all these losses have the gradient of −A·lp, up to a factor. A natural step of
+    rate η then adds η·r to the logits, so that after n steps π ∝ start·exp(η·n·r).
     """
     if is_policy(preset):
+        loss = made(preset, weigh=token_mean, kl_beta=0.0)
         point = tilted(bandit.start[0], bandit.rewards, 1 / 10)
-        yield Lesson(bandit, made(preset, kl_beta=0.0), (point,), 10, 1.0, "collapses on the best arm, as exp(n·r)")
+        yield Lesson(bandit, loss, (point,), 10, 1 / slope(name, loss), "collapses on the best arm, as exp(n·r)")
 
 
 def penalised(name: str, preset: Preset) -> Lessons:
@@ -44,17 +55,18 @@ def penalised(name: str, preset: Preset) -> Lessons:
     for weigh in (token_mean, sequence_mean) if "weigh" in knobs_of(preset) else (None,):
         own = "kl" in knobs_of(preset)
         loss = made(preset, weigh=weigh, **({"kl": k2, "kl_beta": BETA} if own else {}))
+        one, two = (x * slope(name, loss) for x in REWARD_BY_LENGTH.get(name, (1.0, 1.0)))
         loss = loss if own else with_kl(loss, BETA, k2)
         share = share_by_length(loss)
-        length = REWARD_BY_LENGTH.get(name, (1.0, 1.0))
-        factor = share[0] * length[0], share[1] * length[1]
+        factor = share[0] * one, share[1] * two
         point = two_token_tree((tree.ref[0], tree.ref[1]), tree.rewards, BETA, factor, share)
-        bias = "" if factor[0] == factor[1] else ", biased by the lengths"
+        bias = "" if factor[0] == factor[1] and share[0] == share[1] else ", biased by the lengths"
         yield Lesson(tree, loss, point, 12, None, f"reaches ref·exp(r/β) at every token{bias}")
 
 
-REWARD_BY_LENGTH: dict[str, tuple[float, float]] = {}
-"""Loss → the factors by which its gradient differs from −A·lp of each token, in sequences of 1 and 2 tokens."""
+REWARD_BY_LENGTH = {"rloo": (1.0, 2.0)}
+"""Loss → the factors of A·lp of each token in sequences of 1 and 2 tokens, where they are not 1: the ratio of a whole
+sequence stands at each of its tokens, and has a gradient in all of them."""
 
 
 def share_by_length(loss: Loss) -> tuple[float, float]:
@@ -70,12 +82,14 @@ def own_kl(name: str, preset: Preset) -> Lessons:
         yield Lesson(bandit, made(preset, kl_beta=BETA), (point,), 12, None, "k3 leads to β·ref / (λ − r)")
 
 
-STOPS = {"ppo", "grpo", "dapo", "gspo", "gspo_token"}
+STOPS = {"ppo", "grpo", "dapo", "bnpo", "dr_grpo", "gspo", "gspo_token", "luspo", "rloo", "gmpo", "rollout_is"}
 """Losses that stop at their bounds while the samples are not drawn anew: the gradient ends for r > high where A > 0,
 and for r < low where A < 0."""
-CONTINUES = {"importance_sampling", "cispo"}
+STOPS_UNWEIGHTED = {"sppo_token", "rec", "rec_ring"}
+"""Losses that stop at their bounds, and before have the gradient of −A·lp, without the ratio."""
+CONTINUES = {"importance_sampling", "cispo", "cispo_sequence", "capped_importance_sampling"}
 """Losses that keep the gradient −r·A·∇lp of every sample: on fixed samples they follow the policy gradient."""
-SLOWS_DOWN = {"sapo"}
+SLOWS_DOWN = {"sapo", "topr", "vespo"}
 """Losses whose gradient fades on fixed samples, and is 0 nowhere."""
 
 
@@ -83,32 +97,36 @@ def bounded(name: str, preset: Preset) -> Lessons:
     """On fixed samples, clipping ends the learning at the bounds: π = μ·high for the good arm, μ·low for the bad one.
 
     Before that the gradient is unbiased. Its natural step of rate η adds η·(r₁ − r₀) to the log-odds, so that eight
-    steps of an eighth of the bound's log-odds reach it. Four more have no effect.
+    steps of an eighth of the bound's log-odds reach it. Four more have no effect. Without the ratio in the gradient a
+    step adds ¼η·(1/π₁ + 1/π₀), and many small steps are needed.
     """
+    says = "stops at its bounds on fixed samples"
     if name in STOPS:
-        loss = made(preset, clip=(0.8, 1.2), kl_beta=0.0)
+        loss = made(preset, clip=(0.8, 1.2), kl_beta=0.0, weigh=token_mean)
         rate = math.log(0.6 / 0.4) / 8 * (1 + 1e-5)
-        yield Lesson(two_arms, loss, ((0.6, 0.4),), 12, rate, "stops at its bounds on fixed samples")
-        loss = made(preset, clip=(0.0, 1e6), kl_beta=0.0)
-        yield Lesson(two_arms, loss, (tilted((0.5, 0.5), two_arms.rewards, 1 / 10),), 10, 1.0,
-            "without its bounds, continues on fixed samples")  # fmt: skip
+        yield Lesson(two_arms, loss, ((0.6, 0.4),), 12, rate, says)
+    if name in STOPS_UNWEIGHTED:
+        yield Lesson(two_arms, made(preset, clip=(0.8, 1.2)), ((0.6, 0.4),), 150, 0.003, says)
 
 
-def continuing(name: str, preset: Preset) -> Lessons:
+def unbounded(name: str, preset: Preset) -> Lessons:
     """On fixed samples, an importance weight without a bound gives the policy gradient, and the policy collapses.
 
     A soft gate slows this down, and does not end it: its slope is nowhere 0.
     """
+    point = (tilted((0.5, 0.5), two_arms.rewards, 1 / 10),)
+    if name in STOPS:
+        loss = made(preset, clip=(0.0, 1e6), kl_beta=0.0, weigh=token_mean)
+        yield Lesson(two_arms, loss, point, 10, 1.0, "without its bounds, continues on fixed samples")
     if name in CONTINUES:
-        point = tilted((0.5, 0.5), two_arms.rewards, 1 / 10)
-        yield Lesson(two_arms, preset(), (point,), 10, 1.0, "continues to the best arm on fixed samples")
+        yield Lesson(two_arms, preset(), point, 10, 1.0, "continues to the best arm on fixed samples")
     if name in SLOWS_DOWN:
         yield Lesson(two_arms, preset(), ((1.0, 0.0),), 20, None, "slows down on fixed samples, and does not stop")
 
 
 def cloned(name: str, preset: Preset) -> Lessons:
     """Without a ratio, fixed samples are imitated: with positive rewards as advantages, π ∝ μ·r."""
-    if is_policy(preset) and "old_logprobs" not in preset().reads:
+    if is_policy(preset) and {"old_logprobs", "sampler_logprobs"}.isdisjoint(preset().reads):
         arms = replace(bandit, old=bandit.start, rewards=(0.2, 1.0, 0.5), columns={"advantages": reward_of})
         point = proportional([p * r for p, r in zip(bandit.start[0], arms.rewards)])
         yield Lesson(arms, preset(), (point,), 12, None, "imitates fixed samples in proportion to their reward")
@@ -127,10 +145,10 @@ def soft_advantage(world: World, i: int, policy: Policy, old: Policy) -> list[fl
 
 def direct(name: str, preset: Preset) -> Lessons:
     """On fixed samples with the soft value as baseline, a squared error of A − β·log(π/μ) leads to π ∝ μ·exp(r / β)."""
-    if name == "dro":
+    if name in ("dro", "kimi15"):
         arms = replace(bandit, old=bandit.start, columns={"advantages": soft_advantage})
         point = tilted(bandit.start[0], bandit.rewards, BETA)
-        yield Lesson(arms, preset(beta=BETA), (point,), 12, None, "reaches μ·exp(r/β) on fixed samples")
+        yield Lesson(arms, made(preset, beta=BETA, tau=BETA), (point,), 12, None, "reaches μ·exp(r/β) on fixed samples")
 
 
-POLICY_ROWS = (collapse, penalised, own_kl, bounded, continuing, cloned, direct)
+POLICY_ROWS = (collapse, penalised, own_kl, bounded, unbounded, cloned, direct)
