@@ -15,6 +15,7 @@ from lossfns import cispo, dapo, k1, k2, k3, ppo, reinforce, with_kl
 from lossfns.loss import Loss
 from lossfns.testing.public import presets
 from lossfns.testing.worlds import Policy, World, bandit, learn, lessons, tree, two_arms
+from lossfns.testing.worlds.combined import COMBINED
 from lossfns.testing.worlds.points import tilted, towards_reference, two_token_tree
 
 PICTURE = Path("docs/worlds.png")
@@ -22,7 +23,7 @@ PICTURE = Path("docs/worlds.png")
 
 def table() -> Iterator[str]:
     """Yield a line for each lesson of each loss."""
-    for name in presets():
+    for name in (*presets(), *COMBINED):
         for lesson in lessons(name):
             point = " | ".join(" ".join(f"{p:.3f}" for p in row) for row in lesson.point if len(row) > 1)
             where = f"{lesson.world.name:10} {lesson.steps:3} steps to {point:27}"

@@ -29,6 +29,7 @@ from lossfns.testing.mutants import mutant, settings_showing
 from lossfns.testing.public import presets
 from lossfns.testing.vectors import METHODS
 from lossfns.testing.worlds import advice, answers, bandit, corpus, distance, learn, lessons, tree, two_arms
+from lossfns.testing.worlds.combined import COMBINED
 from lossfns.testing.worlds.lesson import BETA, CLOSE, Lesson
 from lossfns.testing.worlds.points import root, tilted, towards_reference, two_token_tree
 from lossfns.testing.worlds.world import Enumerated, in_twos
@@ -41,7 +42,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::lossfns.LossWarning")
 
 def test_every_loss_reaches_its_points() -> None:
     """A preset without a lesson raises, with its name."""
-    for name in presets():
+    for name in (*presets(), *COMBINED):
         for lesson in lessons(name):
             miss = lesson.miss()
             assert miss < CLOSE, f"{name} in the world {lesson.world.name} ({lesson.says}): {miss:.1e} from the point"

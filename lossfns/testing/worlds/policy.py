@@ -16,7 +16,7 @@ from lossfns.loss import Loss
 from lossfns.terms import k2
 from lossfns.testing.worlds.lesson import BETA, Lesson, Lessons, Preset, knobs_of, made
 from lossfns.testing.worlds.points import proportional, tilted, towards_reference, two_token_tree
-from lossfns.testing.worlds.problems import bandit, tree, two_arms
+from lossfns.testing.worlds.problems import bandit, reward_of, tree, two_arms
 from lossfns.testing.worlds.world import Policy, World
 from lossfns.tokens import Tokens
 from lossfns.weigh import sequence_mean, token_mean
@@ -130,11 +130,6 @@ def cloned(name: str, preset: Preset) -> Lessons:
         arms = replace(bandit, old=bandit.start, rewards=(0.2, 1.0, 0.5), columns={"advantages": reward_of})
         point = proportional([p * r for p, r in zip(bandit.start[0], arms.rewards)])
         yield Lesson(arms, preset(), (point,), 12, None, "imitates fixed samples in proportion to their reward")
-
-
-def reward_of(world: World, i: int, policy: Policy, old: Policy) -> list[float]:
-    """Return the reward of a sequence as its advantage."""
-    return [world.rewards[i]] * len(world.sequences[i])
 
 
 def soft_advantage(world: World, i: int, policy: Policy, old: Policy) -> list[float]:

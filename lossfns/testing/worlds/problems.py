@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from lossfns.testing.worlds.world import World, labelled, outcomes, position, preferences
+from lossfns.testing.worlds.world import Policy, World, labelled, outcomes, position, preferences
 
 bandit = World(
     "bandit", (((0, 0),), ((0, 1),), ((0, 2),)), outcomes, ((0.5, 0.3, 0.2),), ((0.4, 0.4, 0.2),), (0.0, 1.0, 0.5)
@@ -62,3 +62,8 @@ candidates = World(
     targets=3,
 )  # fmt: skip
 """One position of four tokens, of which the loss sees three. The teacher gives the fourth 0.1, and the policy 0.4."""
+
+
+def reward_of(world: World, i: int, policy: Policy, old: Policy) -> list[float]:
+    """Return the reward of a sequence as its advantage."""
+    return [world.rewards[i]] * len(world.sequences[i])
