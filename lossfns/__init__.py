@@ -25,16 +25,32 @@ from lossfns.combine import with_dual_clip, with_kl, with_tis
 from lossfns.datum import Datum, EncodedTextChunk, ModelInput, TensorData
 from lossfns.errors import LossInputError, LossWarning
 from lossfns.export.token_gradient import token_gradient
-from lossfns.frame import align_sampler_logprobs, datum_from_model_input_weights, datum_from_tokens
+from lossfns.frame import (
+    align_sampler_logprobs,
+    datum_from_candidates,
+    datum_from_model_input_weights,
+    datum_from_tokens,
+)
 from lossfns.labels import targets_from_labels, weights_from_labels, weights_from_mask
 from lossfns.logprobs.linear import linear_logprobs
 from lossfns.logprobs.target import target_logprobs
 from lossfns.loss import BoundLoss, Loss, evaluate
+from lossfns.losses.contrastive import info_nce
+from lossfns.losses.distillation import (
+    raw_support,
+    renormalised_support,
+    sampled_reverse_kl,
+    tail_support,
+    top_k_forward_kl,
+    top_k_jsd,
+    top_k_mixed_kl,
+    top_k_reverse_kl,
+)
 from lossfns.losses.policy import dapo, grpo, importance_sampling, ppo, reinforce
 from lossfns.losses.preference import dpo, orpo
 from lossfns.losses.regression import dro
 from lossfns.losses.sequence import gspo, gspo_token
-from lossfns.losses.supervised import cross_entropy, multi_target_cross_entropy
+from lossfns.losses.supervised import cross_entropy, dft, focal, multi_target_cross_entropy, sft_phi, unlikelihood
 from lossfns.losses.trust import sapo
 from lossfns.losses.unpaired import kto
 from lossfns.losses.weighted import cispo
@@ -74,15 +90,18 @@ __all__ = [
     "cispo",
     "cross_entropy",
     "dapo",
+    "datum_from_candidates",
     "datum_from_model_input_weights",
     "datum_from_tokens",
     "datum_mean",
     "datum_sum",
+    "dft",
     "dpo",
     "dro",
     "evaluate",
     "export",
     "fixed_length",
+    "focal",
     "geometric_level",
     "group_advantages",
     "group_metrics",
@@ -90,6 +109,7 @@ __all__ = [
     "gspo",
     "gspo_token",
     "importance_sampling",
+    "info_nce",
     "k1",
     "k2",
     "k3",
@@ -102,17 +122,27 @@ __all__ = [
     "pair_mean",
     "pair_sum",
     "ppo",
+    "raw_support",
     "reinforce",
+    "renormalised_support",
+    "sampled_reverse_kl",
     "sapo",
     "sequence_level",
     "sequence_mean",
     "sequence_sum_mean",
+    "sft_phi",
+    "tail_support",
     "target_logprobs",
     "targets_from_labels",
     "token_gradient",
     "token_level",
     "token_mean",
     "token_sum",
+    "top_k_forward_kl",
+    "top_k_jsd",
+    "top_k_mixed_kl",
+    "top_k_reverse_kl",
+    "unlikelihood",
     "weights_from_labels",
     "weights_from_mask",
     "with_dual_clip",

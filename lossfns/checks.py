@@ -85,6 +85,10 @@ def check_label_smoothing(name: str, value: Any) -> None:
     check_number(name, value, "a number in [0, 0.5]", lambda x: 0 <= x <= 0.5, fix)
 
 
+def check_share(name: str, value: Any) -> None:
+    check_number(name, value, "a number in [0, 1]", lambda x: 0 <= x <= 1, "It is a share.")
+
+
 def make_function_check(*known: str) -> Callable[[str, Any], None]:
     """Make a check that refuses anything but a function; its hint names the ``known`` functions."""
 
@@ -104,6 +108,10 @@ KNOBS: dict[str, Callable[[str, Any], None]] = {
     "cap": check_positive,
     "length": check_positive,
     "c": check_dual_clip,
+    "forward_share": check_share,
+    "gamma": check_non_negative,
+    "support": make_function_check("raw_support", "tail_support", "renormalised_support"),
+    "temperature": check_positive,
     "tau_pos": check_positive,
     "tau_neg": check_positive,
     "desirable_weight": check_non_negative,

@@ -119,6 +119,43 @@ def datum_from_model_input_weights(
     return datum_from_tokens(model_input.to_ints(), weights, max_length=max_length, reduction=reduction)
 
 
+def datum_from_candidates(
+    tokens: Any, candidates: Any, teacher_logprobs: Any, weights: Any = None, *, prompt_length: int | None = None
+) -> Datum:
+    """Build a datum of K candidates for each position, for ``top_k_forward_kl`` and its family.
+
+    Args:
+        tokens: the T tokens of prompt and completion, as the student reads them.
+        candidates: ``[T − 1, K]`` token ids: those that the teacher finds most probable at each position, in the frame
+            of the targets, so row j is about token j + 1.
+        teacher_logprobs: ``[T − 1, K]`` the teacher's logprobs of the candidates. −inf marks an unused slot.
+        weights, prompt_length: one of them, as for ``datum_from_tokens``.
+
+    Returns:
+        A datum with ``target_tokens``, ``weights`` (0 at unused slots, else those of the positions) and
+        ``teacher_logprobs``.
+
+    Raises:
+        LossInputError: if the shapes do not fit together.
+
+    >>> datum = datum_from_candidates([5, 6, 7], [[6, 8], [7, 9]], [[-0.5, -1.0], [-0.25, -2.0]], prompt_length=2)
+    >>> datum.loss_fn_inputs["weights"].to_numpy().tolist()
+    [[0.0, 0.0], [1.0, 1.0]]
+    """
+    plain = datum_from_tokens(tokens, weights, prompt_length=prompt_length)
+    ids, teacher = np.asarray(candidates), np.asarray(to_float32(teacher_logprobs, "teacher_logprobs"))
+    length = plain.model_input.length
+    if ids.ndim != 2 or len(ids) != length or teacher.shape != ids.shape:
+        got = f"shapes {ids.shape} and {teacher.shape}"
+        fix = "Row j holds the candidates for token j + 1."
+        raise LossInputError("candidates", f"[{length}, K] candidates and teacher_logprobs", got, fix)
+    used = ~np.isneginf(teacher)
+    of_slots = plain.loss_fn_inputs["weights"].to_numpy()[:, None] * used
+    columns = {"weights": of_slots.astype(np.float32), "teacher_logprobs": np.where(used, teacher, 0)}
+    fields = {name: tensor_data(name, x) for name, x in {"target_tokens": ids, **columns}.items()}
+    return Datum(plain.model_input, fields)
+
+
 def align_sampler_logprobs(logprobs: Any, targets: int, prompt_length: int | None = None) -> Tensor:
     """Bring a sampler's logprobs into the frame of N targets: float32 ``[N]``, 0 for tokens of the prompt without one.
 

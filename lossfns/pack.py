@@ -19,7 +19,17 @@ from torch import Tensor
 from lossfns.checks import is_real
 from lossfns.devices import to_device
 from lossfns.errors import LossInputError, did_you_mean, show
-from lossfns.tokens import DATUM_COLUMNS, DATUM_FIELDS, LOGPROB_COLUMNS, ON_POLICY, SEQUENCES, TOKENS, Rows, Tokens
+from lossfns.tokens import (
+    DATUM_COLUMNS,
+    DATUM_FIELDS,
+    LOGPROB_COLUMNS,
+    ON_POLICY,
+    SEQUENCES,
+    TARGETS,
+    TOKENS,
+    Rows,
+    Tokens,
+)
 
 Values = np.ndarray[Any, Any] | Tensor
 """The values of one column for one datum."""
@@ -142,7 +152,14 @@ def pack_columns(
     # In place is safe: flatten_column returns new tensors.
     blanked = {name: x.masked_fill_(inactive, 0) for name, x in flat.items()}
     equal = len(set(map(tuple, shapes))) == 1 and bool(lengths[0] > 0)  # rows of no tokens would have no maximum
-    return PackedColumns(weights, active, to_device(lengths, like.device), blanked | on_policy, kept, equal)
+    targets = num_targets(shapes, rows)
+    return PackedColumns(weights, active, to_device(lengths, like.device), blanked | on_policy, kept, equal, targets)
+
+
+def num_targets(shapes: Shapes, rows: Rows) -> int:
+    """Return K, the number of targets of a position; 0 if it is not the same for all datums."""
+    widths = {shape[-1] for shape in shapes} if rows is TARGETS else {1}
+    return widths.pop() if len(widths) == 1 else 0
 
 
 @dataclass(frozen=True)
@@ -155,6 +172,7 @@ class PackedColumns:
         columns: the other columns ``[N]``. A column that is ON_POLICY becomes the logprobs, in ``with_logprobs``.
         kept: for each datum a mask of the logprobs that are kept; empty unless columns are truncated.
         equal: whether all sequences are equally long.
+        targets: K, the number of targets of a position; 0 if it is not the same for all datums.
     """
 
     weights: Tensor
@@ -163,6 +181,7 @@ class PackedColumns:
     columns: Mapping[str, Any]
     kept: list[Tensor]
     equal: bool = False
+    targets: int = 1
 
     def with_logprobs(self, logprobs: Tensor) -> Tokens:
         """Return the packed batch with these logprobs, concatenated over the datums."""
@@ -170,7 +189,7 @@ class PackedColumns:
             logprobs = logprobs.index_select(0, to_device(torch.cat(self.kept).nonzero().squeeze(1), logprobs.device))
         logprobs = blank(logprobs, self.active)
         columns = {name: logprobs.detach() if x is ON_POLICY else x for name, x in self.columns.items()}
-        return Tokens(logprobs, self.weights, self.lengths, columns, self.equal)
+        return Tokens(logprobs, self.weights, self.lengths, columns, self.equal, targets=self.targets)
 
     def part(self, which: slice) -> PackedColumns:
         """Return the columns of ``data[which]``, a slice of consecutive datums, as views."""
@@ -178,7 +197,7 @@ class PackedColumns:
         tokens = slice(int(self.lengths[:first].sum()), int(self.lengths[:last].sum()))
         columns = {name: x if x is ON_POLICY else x[tokens] for name, x in self.columns.items()}
         weights, active, lengths = self.weights[tokens], self.active[tokens], self.lengths[which]
-        return PackedColumns(weights, active, lengths, columns, self.kept[which], self.equal)
+        return PackedColumns(weights, active, lengths, columns, self.kept[which], self.equal, self.targets)
 
 
 def pack_weights(
@@ -195,11 +214,21 @@ def pack_weights(
         if row.ndim not in (1, rows.rank):
             expected, fix = "a row with a number for each target", "Give one number for each entry of the logprobs."
             raise LossInputError("weights", expected, f"shape {tuple(row.shape)}", fix, datum=i)
+    targets = num_targets(target_shapes(data, weights), rows)
     weights = [row.reshape(-1) for row in weights]
     lengths = torch.tensor([len(row) for row in weights])
     shapes = [row.shape for row in weights]
     packed = flatten_column("weights", weights, shapes, lengths, torch.empty(0, dtype=torch.float64))
-    return Tokens(torch.zeros_like(packed), packed, lengths)
+    return Tokens(torch.zeros_like(packed), packed, lengths, targets=targets)
+
+
+def target_shapes(data: Sequence[Any], weights: Sequence[Values]) -> list[Sequence[int]]:
+    """Return the shapes ``[N, K]`` of weights. Flat weights have the shape of the datum's ``target_tokens``."""
+    shapes: list[Sequence[int]] = []
+    for datum, row in zip(data, weights):
+        ids = datum.loss_fn_inputs.get("target_tokens") if row.ndim == 1 else None
+        shapes.append(tuple(getattr(ids, "shape", None) or row.shape))
+    return shapes
 
 
 def weight_rows(data: Sequence[Any], reads: Sequence[str], columns: Mapping[str, Any]) -> list[Values]:

@@ -42,7 +42,7 @@ class TensorBatch:
         logprobs, weights: ``[N]``, in any dtype.
         columns: the other columns by name. Each is ``[N]``, or one number for each row as a view ``[B, T]`` or
             ``[B, T, K]``, or ON_POLICY.
-        lengths, equal, halves: as in ``Tokens``.
+        lengths, equal, halves, targets: as in ``Tokens``.
     """
 
     logprobs: Tensor
@@ -51,6 +51,7 @@ class TensorBatch:
     lengths: Tensor
     equal: bool
     halves: bool
+    targets: int = 1
 
 
 def blank_tensors(batch: TensorBatch) -> Tokens:
@@ -63,7 +64,7 @@ def blank_tensors(batch: TensorBatch) -> Tokens:
         name: logprobs.detach() if x is ON_POLICY else blank(to_dtype(x, dtype), active.view(x.shape)).flatten()
         for name, x in batch.columns.items()
     }
-    return Tokens(logprobs, weights, batch.lengths, columns, batch.equal, batch.halves, active)
+    return Tokens(logprobs, weights, batch.lengths, columns, batch.equal, batch.halves, active, batch.targets)
 
 
 def check_padded(
@@ -108,7 +109,8 @@ def check_padded(
     aligned = align_columns(align, find_columns(reads, columns or {}))
     lengths = torch.full(logprobs.shape[:1], logprobs[0].numel(), device=logprobs.device)
     halves = layout == "halves"
-    return TensorBatch(logprobs.flatten(), align("weights", weights), aligned, lengths, equal=True, halves=halves)
+    targets = logprobs.shape[2] if logprobs.ndim == 3 else 1
+    return TensorBatch(logprobs.flatten(), align("weights", weights), aligned, lengths, True, halves, targets)
 
 
 def check_two_sides(
@@ -185,7 +187,7 @@ def check_packed(
 
     aligned = align_columns(align, find_columns(reads, columns or {}))
     weights, halves = align("weights", weights), layout == "halves"
-    return TensorBatch(logprobs.flatten(), weights, aligned, tokens * width, equal=False, halves=halves), checks
+    return TensorBatch(logprobs.flatten(), weights, aligned, tokens * width, False, halves, width), checks
 
 
 LAYOUT_FIX = 'Interleave them: row 2i chosen, 2i + 1 rejected, or pass layout="halves".'

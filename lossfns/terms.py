@@ -144,14 +144,21 @@ def preference(margin: Tensor, beta: float, label_smoothing: float) -> Tensor:
     return -(1 - label_smoothing) * F.logsigmoid(h) - label_smoothing * F.logsigmoid(-h)
 
 
-def log_odds(a: Tensor) -> Tensor:
-    """log(p / (1 − p)) = a − log(1 − eᵃ) for a = log p. Value and gradient are finite up to p = 1.
+def log_one_minus(a: Tensor) -> Tensor:
+    """log(1 − eᵃ) for a = log p. Value and gradient are finite up to p = 1.
 
-    The value of 1 − p has a floor, but its gradient stays −p. So where p_chosen = 1, the loss −log σ(Δ)
-    still has its exact gradient −p_rejected / (1 − p_rejected).
+    The value of 1 − p has a floor, but its gradient stays −p.
     """
     one_minus_p = -torch.expm1(a)
-    return a - straight_through(one_minus_p.clamp(min=ONE_MINUS_P_FLOOR), one_minus_p).log()
+    return straight_through(one_minus_p.clamp(min=ONE_MINUS_P_FLOOR), one_minus_p).log()
+
+
+def log_odds(a: Tensor) -> Tensor:
+    """log(p / (1 − p)) = a − log(1 − eᵃ) for a = log p.
+
+    Where p_chosen = 1, the loss −log σ(Δ) still has its exact gradient −p_rejected / (1 − p_rejected).
+    """
+    return a - log_one_minus(a)
 
 
 def odds_ratio(log_odds_ratio: Tensor) -> Tensor:

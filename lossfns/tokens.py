@@ -103,6 +103,7 @@ class Tokens:
         equal: whether all sequences are equally long, as the rows of a padded batch are.
         halves: whether the chosen sides of all pairs come first, then the rejected ones. Otherwise they alternate.
         active: ``[N]`` bool, True where the weight is not 0.
+        targets: K, the candidate targets of a position. The N entries are then those of N / K positions.
 
     Every column holds 0 where ``active`` is False.
     """
@@ -114,6 +115,7 @@ class Tokens:
     equal: bool = False
     halves: bool = False
     active: Tensor = None  # type: ignore[assignment]  # __post_init__ sets it
+    targets: int = 1
 
     def __post_init__(self) -> None:
         if self.active is None:

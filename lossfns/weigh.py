@@ -17,7 +17,7 @@ from torch import Tensor
 from lossfns.checks import check_knobs
 from lossfns.errors import LossInputError, did_you_mean
 from lossfns.segments import chosen, nonempty, rejected, sequence_sum, to_tokens, weight_divisor
-from lossfns.tokens import PAIRS, SEQUENCES, TOKENS, Rows, Tokens
+from lossfns.tokens import PAIRS, SEQUENCES, TARGETS, TOKENS, Rows, Tokens, to_dtype
 
 
 @dataclass(frozen=True, repr=False)
@@ -95,6 +95,43 @@ def pair_active(t: Tokens) -> Tensor:
 def pair_count(t: Tokens) -> Tensor:
     """Number of pairs with active tokens on both sides."""
     return pair_active(t).sum()
+
+
+def by_position(weigh: Weighing) -> Weighing:
+    """Weigh the positions of a loss over K targets as ``weigh`` weighs tokens, whatever K is.
+
+    The weight of a position is the mean weight of its active entries. Each of them has the position's share, divided by
+    their number, so that Σ share·term over the entries is share·term of the position where all have its term.
+    """
+    check_weigh(weigh, TARGETS)
+
+    def share(t: Tokens) -> Tensor:
+        active = to_dtype(t.active.view(-1, t.targets), t.weights.dtype)
+        of_entry = weigh.share(positions(t))[:, None] / active.sum(1, keepdim=True).clamp(min=1)
+        return (of_entry * active).flatten()
+
+    def count(t: Tokens) -> Tensor:
+        assert weigh.count is not None
+        return weigh.count(positions(t))
+
+    return Weighing(weigh.name, TOKENS, share, None if weigh.count is None else count)
+
+
+def positions(t: Tokens) -> Tokens:
+    """Return the N / K positions of a batch with K targets, with their weights alone."""
+    check_targets(t)
+    weights = t.weights.view(-1, t.targets)
+    active = to_dtype(t.active.view(-1, t.targets), weights.dtype)
+    mean = weights.sum(1) / active.sum(1).clamp(min=1)
+    lengths = None if t.lengths is None else t.lengths // t.targets
+    return Tokens(torch.zeros_like(mean), mean, lengths, equal=t.equal)
+
+
+def check_targets(t: Tokens) -> None:
+    """Refuse a batch whose positions have different numbers of targets."""
+    if isinstance(t.targets, int) and t.targets < 1:
+        fix = "Pad the candidates to one K, with weight 0."
+        raise LossInputError("target_tokens", "the same K for all datums", "several", fix)
 
 
 token_mean = Weighing("token_mean", TOKENS, weights, weight_sum)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -93,6 +94,8 @@ class Case:
 
     def expected(self, batch: Batch, **more: Any) -> tuple[float, Rows]:
         columns = {name: batch.columns[name] for name in self.loss.reads}
+        if "targets" in inspect.signature(self.oracle).parameters:
+            more |= {"targets": batch.targets}
         return self.oracle(logprobs=batch.logprobs, weights=batch.weights, **columns, **self.knobs, **more)
 
 

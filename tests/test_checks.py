@@ -9,7 +9,7 @@ import pytest
 
 import lossfns
 from lossfns import LossInputError, k3
-from lossfns.checks import KNOBS, check_knobs, check_non_negative, check_positive
+from lossfns.checks import KNOBS, check_knobs, check_non_negative, check_positive, check_share
 
 TINY = math.ulp(0.0)
 BELOW, ABOVE = math.nextafter(1.0, 0.0), math.nextafter(1.0, 2.0)
@@ -28,6 +28,7 @@ ACCEPTED: dict[str, list[Any]] = {
     "label_smoothing": [0, 0.25, 0.5],
     "level": [lambda t, log_weight: log_weight],
     "kl": [k3, lambda logprobs, ref: logprobs - ref],
+    "support": [lossfns.tail_support, lambda logprobs, active: (logprobs, active)],
 }
 REFUSED: dict[str, list[Any]] = {
     "clip": [
@@ -46,12 +47,14 @@ REFUSED: dict[str, list[Any]] = {
     "label_smoothing": [-TINY, math.nextafter(0.5, 1), 1, *NO_NUMBER],
     "level": ["sequence_level", "token", None],
     "kl": ["k3", None, 3, 0.001],
+    "support": ["tail", None, 0],
 }
 
 
 RANGES: dict[Any, tuple[list[Any], list[Any]]] = {
     check_positive: ([TINY, 2, 2.0], [0, -1, *NO_NUMBER]),
     check_non_negative: ([0, 0.0, TINY, 1e9], [-TINY, -1, *NO_NUMBER]),
+    check_share: ([0, 0.5, 1], [-TINY, ABOVE, *NO_NUMBER]),
 }
 """What a check accepts and refuses, for each of its knobs that is not listed above."""
 for knob in KNOBS.keys() - ACCEPTED.keys():

@@ -66,7 +66,8 @@ def as_datum_fn(loss: Loss | BoundLoss) -> DatumFn:
         w = weights.flatten()
         active = w != 0
         blanked = {name: blank(x.flatten(), active) for name, x in zip(loss.reads, columns)}
-        return Tokens(blank(logprobs.flatten(), active), w, None, blanked)
+        targets = logprobs.shape[-1] if loss.rows is TARGETS else 1
+        return Tokens(blank(logprobs.flatten(), active), w, None, blanked, targets=targets)
 
     def of_tokens(logprobs: Tensor, weights: Tensor, *columns: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         t = packed(logprobs, weights, columns)
@@ -118,7 +119,8 @@ def terms_depend_on_scale(loss: Loss, seed: int) -> bool:
     draw = partial(torch.rand, PROBE_TOKENS, generator=g, dtype=torch.float64)
     logprobs, weights = -1 - draw(), 0.5 + draw()
     columns = {name: -1 - draw() for name in loss.reads}
-    one, other = (loss.terms(Tokens(logprobs, weights * by, None, columns))[0] for by in (1, 3))
+    targets = 2 if loss.rows is TARGETS else 1
+    one, other = (loss.terms(Tokens(logprobs, weights * by, None, columns, targets=targets))[0] for by in (1, 3))
     return not torch.allclose(one, other, rtol=1e-9, atol=1e-12)
 
 

@@ -36,10 +36,12 @@ def ratio_loss(
     log_ratio_cap: float | None,
     more_statistics: RatioStatistics = lambda t, ratio: OnDemand(),
     behaviour: str = "old_logprobs",
+    signal: str = "advantages",
 ) -> Loss:
     """surrogate(t, r) of each token, with r = exp(d) and d = the capped log-ratio of the token or its sequence.
 
-    ``behaviour`` is the column with the logprobs of the policy that the ratio divides by.
+    ``behaviour`` is the column with the logprobs of the policy that the ratio divides by, and ``signal`` the column
+    that the surrogate reads.
     """
 
     def terms(t: Tokens) -> tuple[Tensor, Statistics]:
@@ -55,7 +57,7 @@ def ratio_loss(
         )
         return surrogate(t, r), statistics | more_statistics(t, r.detach())
 
-    return make_loss(terms, ("advantages", behaviour), weigh)
+    return make_loss(terms, (signal, behaviour), weigh)
 
 
 def clip_statistics(t: Tokens, ratio: Tensor, clip: Clip) -> Statistics:

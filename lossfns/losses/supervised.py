@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from lossfns import terms as eq
 from lossfns.loss import Loss, Statistics, make_loss, preset
+from lossfns.statistics import OnDemand
 from lossfns.tokens import TARGETS, Tokens
 from lossfns.weigh import Weighing, token_mean
 
@@ -69,3 +72,106 @@ def multi_target_cross_entropy(weigh: Weighing = token_mean) -> Loss:
     1.25
     """
     return make_loss(nll_of_target, (), weigh, rows=TARGETS)
+
+
+def reweighted(term: Callable[[Tensor], Tensor], weigh: Weighing) -> Loss:
+    """term(lp) of each token: a likelihood whose tokens are weighted by their own probability."""
+
+    def terms(t: Tokens) -> tuple[Tensor, Statistics]:
+        return term(t.logprobs), OnDemand(nll=lambda: -t.logprobs.detach())
+
+    return make_loss(terms, (), weigh)
+
+
+@preset
+def dft(weigh: Weighing = token_mean) -> Loss:
+    """−sg(p)·lp: dynamic fine-tuning, whose gradient is that of −p. Wu et al. 2025, arXiv:2508.05629, equation 9.
+
+    Cross-entropy with a weight p on each token: likely tokens are learned first, and unlikely ones are left alone.
+
+    Args:
+        weigh: how tokens count: ``token_mean``, ``sequence_mean``, ``sequence_sum_mean``, ``token_sum`` or
+            ``fixed_length(L)``.
+
+    Reads no column besides the weights, which may be negative. Statistic:
+
+        nll: unweighted mean −lp over active tokens, in nats, at least 0.
+
+    >>> import torch
+    >>> loss, _ = dft().padded(torch.tensor([[0.5]]).log(), torch.ones(1, 1))
+    >>> round(float(loss), 4)  # ½·log 2
+    0.3466
+    """
+    return reweighted(lambda lp: -lp.detach().exp() * lp, weigh)
+
+
+@preset
+def sft_phi(weigh: Weighing = token_mean) -> Loss:
+    """−sg(p·(1 − p))·lp: cross-entropy on tokens that are neither certain nor unlikely.
+
+    Zhang et al. 2025, CHORD (arXiv:2508.11408), equation 6, where it is the supervised part of a sum.
+
+    Args:
+        weigh: how tokens count: ``token_mean``, ``sequence_mean``, ``sequence_sum_mean``, ``token_sum`` or
+            ``fixed_length(L)``.
+
+    Reads no column besides the weights, which may be negative. Statistic:
+
+        nll: unweighted mean −lp over active tokens, in nats, at least 0.
+
+    >>> import torch
+    >>> loss, _ = sft_phi().padded(torch.tensor([[0.5]]).log(), torch.ones(1, 1))
+    >>> round(float(loss), 4)  # ¼·log 2
+    0.1733
+    """
+
+    def term(lp: Tensor) -> Tensor:
+        p = lp.detach().exp()
+        return -p * (1 - p) * lp
+
+    return reweighted(term, weigh)
+
+
+@preset
+def focal(gamma: float = 2.0, weigh: Weighing = token_mean) -> Loss:
+    """−(1 − p)^γ·lp: cross-entropy that fades on tokens that are likely already. The factor has its gradient.
+
+    Lin et al. 2017, arXiv:1708.02002, equation 4.
+
+    Args:
+        gamma: γ, a finite number of at least 0. At 0 it is ``cross_entropy``.
+        weigh: how tokens count: ``token_mean``, ``sequence_mean``, ``sequence_sum_mean``, ``token_sum`` or
+            ``fixed_length(L)``.
+
+    Reads no column besides the weights, which may be negative. Statistic:
+
+        nll: unweighted mean −lp over active tokens, in nats, at least 0.
+
+    >>> import torch
+    >>> loss, _ = focal().padded(torch.tensor([[0.5]]).log(), torch.ones(1, 1))
+    >>> round(float(loss), 4)  # ¼·log 2
+    0.1733
+    """
+    return reweighted(lambda lp: -(gamma * eq.log_one_minus(lp)).exp() * lp, weigh)
+
+
+@preset
+def unlikelihood(weigh: Weighing = token_mean) -> Loss:
+    """−log(1 − p): makes tokens unlikely. Welleck et al. 2020, arXiv:1908.04319, equation 4.
+
+    The paper adds it to cross-entropy on other tokens. Value and gradient are finite up to p = 1.
+
+    Args:
+        weigh: how tokens count: ``token_mean``, ``sequence_mean``, ``sequence_sum_mean``, ``token_sum`` or
+            ``fixed_length(L)``.
+
+    Reads no column besides the weights, which may be negative. Statistic:
+
+        nll: unweighted mean −lp over active tokens, in nats, at least 0.
+
+    >>> import torch
+    >>> loss, _ = unlikelihood().padded(torch.tensor([[0.75]]).log(), torch.ones(1, 1))
+    >>> round(float(loss), 4)  # log 4
+    1.3863
+    """
+    return reweighted(lambda lp: -eq.log_one_minus(lp), weigh)

@@ -65,8 +65,14 @@ def divisor(a: Arguments) -> float:
     """Return the denominator of the loss with these arguments."""
     nonempty = [bool(active(row)) for row in a["weights"]]
     count = sum(map(all, zip(nonempty[0::2], nonempty[1::2]))) if is_pairwise(a) else sum(nonempty)
-    mass = total(w for row in a["weights"] for w in row)
+    mass = total(w for row in a["weights"] for w in position_weights(row, a.get("targets", 1)))
     return oracle.divisor(a["weigh"], mass, count, a.get("length"), a["denominator"])
+
+
+def position_weights(row: Row, targets: int) -> Row:
+    """Return the mean weight of the active candidates of each position."""
+    parts = [[w for w in row[i : i + targets] if w != 0] for i in range(0, len(row), targets)]
+    return [total(part) / len(part) for part in parts if part]
 
 
 @contextmanager
@@ -623,9 +629,13 @@ def low_precision(f: Oracle, a: Arguments) -> Loss:
     )(f, a)
 
 
+AT_THE_DOOR = ("weigh", "length", "denominator", "targets")
+"""The arguments of the oracle that are no settings of a loss's terms."""
+
+
 def at_defaults(f: Oracle, a: Arguments) -> Loss:
     """Use the oracle's default for every setting except the weighing and the lower bound."""
-    bare = {name: x for name, x in a.items() if isinstance(x, list) or name in ("weigh", "length", "denominator")}
+    bare = {name: x for name, x in a.items() if isinstance(x, list) or name in AT_THE_DOOR}
     high = {"clip": (a["clip"][0], signature(f).parameters["clip"].default[1])} if "clip" in a else {}
     return f(**bare | high)
 

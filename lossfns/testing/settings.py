@@ -146,6 +146,7 @@ NAMED_VALUES = {
     "kl": ("k2", "k3"),
     "weigh": ("fixed_length", "pair_sum", "pair_mean", "token_sum"),
     "level": ("sequence_level", "token_level"),
+    "support": ("renormalised_support", "tail_support", "raw_support"),
 }
 """Setting → the public functions that it may be set to."""
 

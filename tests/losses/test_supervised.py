@@ -84,3 +84,32 @@ def test_ranks_are_not_mixed_up() -> None:
         call(lossfns.cross_entropy(), wide)
     with pytest.raises(lossfns.LossInputError, match="use cross_entropy"):
         call(lossfns.multi_target_cross_entropy(), flat)
+
+
+@pytest.mark.parametrize(
+    ("loss", "value", "slope"),
+    [
+        (lossfns.dft(), 0.25 * math.log(4), -0.25),
+        (lossfns.sft_phi(), 0.1875 * math.log(4), -0.1875),
+        (lossfns.focal(), 0.5625 * math.log(4), -0.5625 + 2 * 0.75 * 0.25 * -math.log(4)),
+        (lossfns.focal(gamma=0.0), math.log(4), -1.0),
+        (lossfns.unlikelihood(), -math.log(0.75), 1 / 3),
+    ],
+    ids=repr,
+)
+def test_likelihoods_that_are_weighted_by_their_own_probability(loss: lossfns.Loss, value: float, slope: float) -> None:
+    """At p = ¼: p = ¼, p(1 − p) = 3/16, (1 − p)² = 9/16 with d/dlp = −2(1 − p)p; −log(1 − p) has slope p/(1 − p)."""
+    logprobs = torch.tensor([[0.25]], dtype=torch.float64).log().requires_grad_()
+    total, _ = loss.padded(logprobs, torch.ones(1, 1, dtype=torch.float64))
+    total.backward()
+    assert logprobs.grad is not None
+    assert (total.item(), logprobs.grad.item()) == (pytest.approx(value), pytest.approx(slope))
+
+
+@pytest.mark.parametrize("loss", [lossfns.focal(), lossfns.focal(gamma=0.5), lossfns.unlikelihood()], ids=repr)
+def test_they_are_finite_up_to_certainty(loss: lossfns.Loss) -> None:
+    logprobs = torch.tensor([[0.0, -1e-12, -1e-7, -50.0, -1e4]], requires_grad=True)
+    total, _ = loss.padded(logprobs, torch.ones(1, 5))
+    total.backward()
+    assert logprobs.grad is not None
+    assert total.isfinite() and logprobs.grad.isfinite().all()

@@ -97,7 +97,8 @@ def divisor(bound: BoundLoss, columns: PackedColumns) -> float:
         return 1.0
     if bound.divisor is not None:
         return float(bound.divisor)
-    return float(bound.loss.count(Tokens(torch.zeros_like(columns.weights), columns.weights, columns.lengths)))
+    zeros = torch.zeros_like(columns.weights)
+    return float(bound.loss.count(Tokens(zeros, columns.weights, columns.lengths, targets=columns.targets)))
 
 
 ROUNDING = 1e-5

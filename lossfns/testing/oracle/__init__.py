@@ -13,6 +13,33 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import TypedDict, Unpack
 
 from lossfns.testing.oracle.policy import sapo as sapo
+from lossfns.testing.oracle.supervised import (
+    dft as dft,
+)
+from lossfns.testing.oracle.supervised import (
+    focal as focal,
+)
+from lossfns.testing.oracle.supervised import (
+    sampled_reverse_kl as sampled_reverse_kl,
+)
+from lossfns.testing.oracle.supervised import (
+    sft_phi as sft_phi,
+)
+from lossfns.testing.oracle.supervised import (
+    top_k_forward_kl as top_k_forward_kl,
+)
+from lossfns.testing.oracle.supervised import (
+    top_k_jsd as top_k_jsd,
+)
+from lossfns.testing.oracle.supervised import (
+    top_k_mixed_kl as top_k_mixed_kl,
+)
+from lossfns.testing.oracle.supervised import (
+    top_k_reverse_kl as top_k_reverse_kl,
+)
+from lossfns.testing.oracle.supervised import (
+    unlikelihood as unlikelihood,
+)
 from lossfns.testing.oracle.unpaired import kto as kto
 
 Row = list[float]

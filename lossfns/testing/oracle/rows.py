@@ -212,3 +212,43 @@ def over_all_datums(terms: Callable[..., list[Number]]) -> Oracle:
         return finish(total(terms(counted, **settings)) / (by or 1.0), batch, weights)
 
     return loss
+
+
+def over_positions(name: str, term: Callable[..., Number]) -> Oracle:
+    """Make a loss over positions with K candidates each from ``term(logprobs, columns, **settings)`` of a position.
+
+    A position counts as a token whose weight is the mean weight of its active candidates.
+    """
+
+    def loss(
+        *,
+        logprobs: Rows,
+        weights: Rows,
+        targets: int,
+        weigh: str = "token_mean",
+        length: float | None = None,
+        denominator: float | None = None,
+        **given: Any,
+    ) -> Loss:
+        columns, settings = split(given)
+        batch = sequences(logprobs, weights, columns)
+        terms: list[list[Number]] = []
+        by_position = []
+        for s in batch:
+            places: dict[int, list[int]] = {}
+            for i, slot in enumerate(s.slots):
+                places.setdefault(slot // targets, []).append(i)
+            rows = list(places.values())
+            terms.append(
+                [
+                    term([s.lp[i] for i in row], {n: [x[i] for i in row] for n, x in s.columns.items()}, **settings)
+                    for row in rows
+                ]
+            )
+            mass = Sequence([], [], {})
+            mass.w = [sum(s.w[i] for i in row) / len(row) for row in rows]
+            by_position.append(mass)
+        return finish(reduce_tokens(terms, by_position, weigh, length, denominator), batch, weights)
+
+    loss.__name__ = loss.__qualname__ = name
+    return loss

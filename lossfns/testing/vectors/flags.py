@@ -37,7 +37,9 @@ def arguments(
     """Return the arguments of the oracle's function: the rows of each column by its name, and the settings."""
     rows = {name: [flatten(datum[name]) for datum in data] for name in data[0]}
     settings = {name: tuple(value) if isinstance(value, list) else value for name, value in config.items()}
-    return rows | settings | {"denominator": denominator}
+    # The oracle of a divergence over candidates needs to know which entries belong to one position.
+    positions = {"targets": num_targets(data)} if num_targets(data) and "teacher_logprobs" in data[0] else {}
+    return rows | settings | positions | {"denominator": denominator}
 
 
 def advantage_arguments(config: Mapping[str, Any], data: Sequence[Mapping[str, Any]]) -> Arguments:

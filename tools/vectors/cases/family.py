@@ -6,17 +6,22 @@ Each is given the situations of its kind. A column that a situation lacks is fil
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from itertools import cycle, islice
+from itertools import cycle
 from typing import Any
 
 from lossfns.loss import Loss
 from lossfns.testing.public import presets
 from lossfns.testing.settings import knobs, setting_elements, variants
+from lossfns.testing.vectors.vector import flatten
 from lossfns.tokens import DATUM_COLUMNS, PAIRS, SEQUENCES, TARGETS
 from tools.vectors.cases import policy, preference, supervised
 from tools.vectors.cases.form import DEFAULTS, WEIGHINGS, Case, Data, Situation
 
-SETTINGS: dict[str, dict[str, Any]] = {}
+SETTINGS: dict[str, dict[str, Any]] = {
+    # Of one candidate, the renormalised probability is 1.
+    name: {"support": "tail_support"}
+    for name in ("top_k_forward_kl", "top_k_reverse_kl", "top_k_mixed_kl", "top_k_jsd")
+}
 """Settings of a loss for its vectors, where those of the preset would hide a mistake."""
 
 BY_TOKEN: dict[str, tuple[float, ...]] = {
@@ -74,15 +79,14 @@ def cases_of(loss: Loss) -> Iterator[Case]:
 
 def situations_for(loss: Loss) -> list[Situation]:
     """Return the situations of the loss's kind of row, and of the columns that it reads."""
-    if loss.rows in KINDS:
-        return KINDS[loss.rows]
     capped = policy.BEYOND_CAP if "log_ratio_cap" in loss.knobs else []
-    return [*POLICY, *capped] if "advantages" in loss.reads else [s for s in supervised.ONE_TARGET if is_positive(s)]
+    of_tokens = [*POLICY, *capped] if "advantages" in loss.reads else supervised.ONE_TARGET
+    return [s for s in KINDS.get(loss.rows, of_tokens) if loss.signed or is_positive(s)]
 
 
 def is_positive(situation: Situation) -> bool:
     """Return whether no weight is negative. Only a plain likelihood takes negative ones."""
-    return all(w >= 0 for datum in situation.data for w in datum["weights"])
+    return all(w >= 0 for datum in situation.data for w in flatten(datum["weights"]))
 
 
 def changed_settings(loss: Loss) -> Iterator[tuple[str, int | None, Loss]]:
@@ -116,6 +120,11 @@ def config_of(loss: Loss) -> dict[str, Any]:
     return {name: list(x) if isinstance(x, tuple) else x for name, x in config.items()} | {"weigh": weigh}
 
 
+def filled_like(row: list[Any], numbers: Iterator[float]) -> list[Any]:
+    """Return a row of the same shape, filled with the next numbers."""
+    return [filled_like(x, numbers) if isinstance(x, list) else next(numbers) for x in row]
+
+
 def columns_for(loss: Loss, data: Data) -> Data:
     """Return the data with the columns that the loss reads."""
     size = loss.rows.datums
@@ -128,6 +137,6 @@ def columns_for(loss: Loss, data: Data) -> Data:
                 number = BY_DATUM[name][i // size % len(BY_DATUM[name])]
                 columns[name] = [number] * len(row["logprobs"])
             else:
-                columns[name] = row.get(name) or list(islice(turns[name], len(row["logprobs"])))
+                columns[name] = row.get(name) or filled_like(row["logprobs"], turns[name])
         filled.append(columns)
     return filled
