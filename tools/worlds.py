@@ -77,46 +77,108 @@ def panels() -> list[Panel]:
     data = letters.old[0] if letters.old else ()
     seen = candidates.ref[0][0]
     return [
-        Panel("Arms drawn anew: the KL decides\nwhether and where the policy stops", "π of the best arm", bandit, second, 12, 0.8, [
-            Line("no KL: collapse", ppo(), 1.0),
-            Line("k1: no effect", with_kl(ppo(), 0.5, k1), None),
-            Line("k2: ref·exp(r/β)", with_kl(ppo(), 0.5, k2), tilted(arms, bandit.rewards, 0.5)[1]),
-            Line("k3: β·ref/(λ − r)", with_kl(ppo(), 0.5, k3), towards_reference(arms, bandit.rewards, 0.5)[1]),
-        ]),
-        Panel("Arms drawn once: where steps\non the same samples end", "π of the good arm", two_arms, first, 40, 0.08, [
-            Line("ppo (0.8, 1.2)", ppo(), 0.6),
-            Line("dapo (0.8, 1.28)", dapo(), 0.64),
-            Line("dppo_tv 0.2", dppo_tv(), 0.7),
-            Line("sapo: slowly on", sapo(), None),
-            Line("cispo: on", cispo(), None),
-        ]),
-        Panel("Answers of 1 and 2 tokens, with KL:\nthe length bias", "π of the short answer", tree, first, 24, 0.8, [
-            Line("mean over tokens", with_kl(reinforce(), 0.5, k2),
-                two_token_tree(reference, tree.rewards, 0.5, (1, 1), (1, 1))[0][0]),
-            Line("mean over sequences", with_kl(reinforce(weigh="sequence_mean"), 0.5, k2),
-                two_token_tree(reference, tree.rewards, 0.5, (1, 0.5), (1, 0.5))[0][0]),
-        ]),
-        Panel("Pairs: 69% prefer the answer\n(β = 1, reference 0.6)", "π of the preferred answer", answers, first, 16, 2.0, [
-            Line("dpo", dpo(beta=1.0), 1 / (1 + math.exp(-share) * 0.4 / 0.6)),
-            Line("ipo", ipo(beta=1.0), None),
-            Line("simpo", simpo(beta=1.0), None),
-            Line("orpo", orpo(lam=1.0), None),
-        ]),
-        Panel("Labels: desirable in 80% and 30%", "π of the first answer", judged, first, 24, 4.0, [
-            Line("kto: its mode", kto(beta=1.0), 1.0),
-            Line("bco: its odds", bco(beta=1.0), None),
-        ]),
-        Panel("Data: 45% have this token", "π of the most frequent token", letters, first, 24, 0.8, [
-            Line("cross_entropy", cross_entropy(), data[0]),
-            Line("focal", focal(), None),
-            Line("sft_phi", sft_phi(), balanced(data, lambda p: p - 1)[0]),
-            Line("dft: the mode", dft(), 1.0),
-        ]),
-        Panel("Teacher with 0.45 here and\n0.1 on the token not seen", "π of the likeliest token", candidates, first, 24, 0.8, [
-            Line("forward, raw", top_k_forward_kl(support="raw_support"), seen / 0.9),
-            Line("reverse, raw", top_k_reverse_kl(support="raw_support"), seen / math.e),
-            Line("both, with tail", top_k_mixed_kl(support="tail_support"), seen),
-        ]),
+        Panel(
+            "Arms drawn anew: the KL decides\nwhether and where the policy stops",
+            "π of the best arm",
+            bandit,
+            second,
+            12,
+            0.8,
+            [
+                Line("no KL: collapse", ppo(), 1.0),
+                Line("k1: no effect", with_kl(ppo(), 0.5, k1), None),
+                Line("k2: ref·exp(r/β)", with_kl(ppo(), 0.5, k2), tilted(arms, bandit.rewards, 0.5)[1]),
+                Line("k3: β·ref/(λ − r)", with_kl(ppo(), 0.5, k3), towards_reference(arms, bandit.rewards, 0.5)[1]),
+            ],
+        ),
+        Panel(
+            "Arms drawn once: where steps\non the same samples end",
+            "π of the good arm",
+            two_arms,
+            first,
+            40,
+            0.08,
+            [
+                Line("ppo (0.8, 1.2)", ppo(), 0.6),
+                Line("dapo (0.8, 1.28)", dapo(), 0.64),
+                Line("dppo_tv 0.2", dppo_tv(), 0.7),
+                Line("sapo: slowly on", sapo(), None),
+                Line("cispo: on", cispo(), None),
+            ],
+        ),
+        Panel(
+            "Answers of 1 and 2 tokens, with KL:\nthe length bias",
+            "π of the short answer",
+            tree,
+            first,
+            24,
+            0.8,
+            [
+                Line(
+                    "mean over tokens",
+                    with_kl(reinforce(), 0.5, k2),
+                    two_token_tree(reference, tree.rewards, 0.5, (1, 1), (1, 1))[0][0],
+                ),
+                Line(
+                    "mean over sequences",
+                    with_kl(reinforce(weigh="sequence_mean"), 0.5, k2),
+                    two_token_tree(reference, tree.rewards, 0.5, (1, 0.5), (1, 0.5))[0][0],
+                ),
+            ],
+        ),
+        Panel(
+            "Pairs: 69% prefer the answer\n(β = 1, reference 0.6)",
+            "π of the preferred answer",
+            answers,
+            first,
+            16,
+            2.0,
+            [
+                Line("dpo", dpo(beta=1.0), 1 / (1 + math.exp(-share) * 0.4 / 0.6)),
+                Line("ipo", ipo(beta=1.0), None),
+                Line("simpo", simpo(beta=1.0), None),
+                Line("orpo", orpo(lam=1.0), None),
+            ],
+        ),
+        Panel(
+            "Labels: desirable in 80% and 30%",
+            "π of the first answer",
+            judged,
+            first,
+            24,
+            4.0,
+            [
+                Line("kto: its mode", kto(beta=1.0), 1.0),
+                Line("bco: its odds", bco(beta=1.0), None),
+            ],
+        ),
+        Panel(
+            "Data: 45% have this token",
+            "π of the most frequent token",
+            letters,
+            first,
+            24,
+            0.8,
+            [
+                Line("cross_entropy", cross_entropy(), data[0]),
+                Line("focal", focal(), None),
+                Line("sft_phi", sft_phi(), balanced(data, lambda p: p - 1)[0]),
+                Line("dft: the mode", dft(), 1.0),
+            ],
+        ),
+        Panel(
+            "Teacher with 0.45 here and\n0.1 on the token not seen",
+            "π of the likeliest token",
+            candidates,
+            first,
+            24,
+            0.8,
+            [
+                Line("forward, raw", top_k_forward_kl(support="raw_support"), seen / 0.9),
+                Line("reverse, raw", top_k_reverse_kl(support="raw_support"), seen / math.e),
+                Line("both, with tail", top_k_mixed_kl(support="tail_support"), seen),
+            ],
+        ),
     ]
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from lossfns.loss import Loss, LossFn
-from lossfns.testing.worlds.world import Policy, World, distance, learn
+from lossfns.testing.worlds.world import Path, Policy, World, distance, learn
 
 Preset = Callable[..., Loss]
 CLOSE = 1e-3
@@ -26,6 +26,7 @@ class Lesson(NamedTuple):
         steps: the number of steps after which it is there.
         rate: the size of a step; None: the two-point rule.
         says: the lesson in words.
+        decay: the factor of the rate from step to step.
     """
 
     world: World
@@ -34,12 +35,16 @@ class Lesson(NamedTuple):
     steps: int
     rate: float | None
     says: str
+    decay: float = 1.0
+
+    def path(self, loss_fn: LossFn | None = None) -> Path:
+        """Return the path of the loss, or of another one with its denominators."""
+        loss = loss_fn or self.loss
+        return learn(loss, self.world, self.steps, rate=self.rate, decay=self.decay, like=self.loss)
 
     def miss(self, loss_fn: LossFn | None = None) -> float:
         """Return the distance from the point after the steps, of the loss or of another one with its denominators."""
-        return distance(
-            learn(loss_fn or self.loss, self.world, self.steps, rate=self.rate, like=self.loss)[-1], self.point
-        )
+        return distance(self.path(loss_fn)[-1], self.point)
 
     def holds(self, loss_fn: LossFn | None = None) -> bool:
         """Return whether the loss, or another one with its denominators, comes within ``CLOSE`` of the point."""

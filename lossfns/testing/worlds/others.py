@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -11,9 +12,9 @@ from lossfns.loss import Loss
 from lossfns.testing import oracle
 from lossfns.testing.batch import Batch
 from lossfns.testing.worlds.lesson import BETA, Lesson, Lessons, Preset, made
-from lossfns.testing.worlds.points import balanced, proportional, tilted, where_descent_ends
-from lossfns.testing.worlds.problems import answers, bandit, candidates, corpus, judged, letters, teacher
-from lossfns.testing.worlds.world import Enumerated, Policy, World, sigmoid
+from lossfns.testing.worlds.points import balanced, proportional, root, tilted, where_descent_ends
+from lossfns.testing.worlds.problems import answers, bandit, candidates, corpus, judged, letters, reward_model, teacher
+from lossfns.testing.worlds.world import Enumerated, Policy, World, alike, outcomes, sigmoid
 from lossfns.tokens import PAIRS
 from lossfns.weigh import sequence_mean, token_mean
 
@@ -106,35 +107,96 @@ def rest(loss: Loss, world: World) -> Policy:
 
     expected = Enumerated(gradients, world, loss.reads, loss)
     certain = world.start[1:]  # the second token of an answer, if there is one
-    return where_descent_ends(lambda p: expected.natural_gradient(((p, 1 - p), *certain))[0][0]), *certain
+
+    def slope(p: float) -> float:
+        return expected.natural_gradient(((p, 1 - p), *certain))[0][0]
+
+    return where_descent_ends(slope, world.start[0][0]), *certain
+
+
+KINKED: dict[str, dict[str, float]] = {"hinge": {}, "bpo": {}, "dpop": {"lam": 2.0}, "minor_dpo": {}}
+"""Losses with a kink where they end, at which steps must become small, and settings with which they come there soon."""
 
 
 def paired(name: str, preset: Preset) -> Lessons:
     """A preference loss ends where its expected gradient is 0."""
-    if preset().rows == PAIRS:
+    if preset().rows != PAIRS or preset().output == "scores":
+        return
+    says = "ends where the oracle's expected gradient is 0"
+    if name in KINKED:
+        loss = made(preset, **({"beta": 1.0} | KINKED[name]))
+        yield Lesson(answers, loss, rest(loss, answers), 60, 0.5, f"{says}, at a kink", 0.9)
+    else:
         loss = made(preset, beta=1.0)
-        says = "ends where the oracle's expected gradient is 0"
-        yield Lesson(answers, loss, rest(loss, answers), 12, None, says)
+        yield Lesson(answers, loss, rest(loss, answers), 20, None, says)
+
+
+MARGINS: dict[str, tuple[dict[str, float], Callable[[float], float]]] = {
+    "dpo": ({"label_smoothing": 0.1}, lambda p: log_odds(0.9 * p + 0.1 * (1 - p)) / BETA),
+    "robust_dpo": ({"flip_rate": 0.1}, lambda p: log_odds((p - 0.1) / (1 - 2 * 0.1)) / BETA),
+    "ipo": ({}, lambda p: (2 * p - 1) / (2 * BETA)),
+}
+"""Loss → settings, and the margin to which a share p of the judges leads: the log-odds of p, or its regression."""
 
 
 def margin(name: str, preset: Preset) -> Lessons:
-    """DPO: β·(log π/ref of one answer − that of the other) is the log-odds of the preference, score − score."""
-    if name == "dpo":
-        one, other = answers.ref[0]
-        for smoothing in (0.0, 0.1):
-            p = sigmoid(answers.rewards[0] - answers.rewards[1])
-            p = (1 - smoothing) * p + smoothing * (1 - p)
-            x = math.log(p / (1 - p)) / BETA + math.log(one / other)
-            loss = preset(beta=BETA, label_smoothing=smoothing)
-            says = "its margin is the log-odds of the preference, over β"
-            yield Lesson(answers, loss, ((sigmoid(x), sigmoid(-x)), (1.0,)), 12, None, says)
+    """The margin log(π/ref) of one answer less that of the other, in closed form.
+
+    A logistic loss rests where σ(β·m) is the expected label: p, which smoothing pulls to ½, and robust DPO from it. A
+    squared loss with the target ±1 / (2β) rests at the mean target. For one answer of two, π is σ(m + log-odds of ref).
+    """
+    if name in MARGINS:
+        knobs, of_share = MARGINS[name]
+        p, prior = sigmoid(answers.rewards[0] - answers.rewards[1]), log_odds(answers.ref[0][0])
+        settings = [(knobs, of_share(p))] + ([({}, log_odds(p) / BETA)] if name == "dpo" else [])
+        for given, m in settings:
+            point = (sigmoid(m + prior), sigmoid(-m - prior))
+            yield Lesson(answers, made(preset, beta=BETA, **given), (point, (1.0,)), 12, None, "the margin of theory")
 
 
-def sorted_by_label(name: str, preset: Preset) -> Lessons:
-    """KTO's value is the highest where all goes to answers that are desirable more often than not: it seeks a mode."""
+def log_odds(p: float) -> float:
+    """log(p / (1 − p))."""
+    return math.log(p / (1 - p))
+
+
+def labelled(name: str, preset: Preset) -> Lessons:
+    """KTO seeks a mode, BCO is a classifier, and SPPO a regression.
+
+    KTO's value is the highest where all goes to answers that are desirable more often than not. BCO rests where
+    β·(log π/ref − z) is the log-odds d / (1 − d) of the label, so that π ∝ ref·odds^(1/β), and z makes the sum 1. SPPO
+    rests at π = ref·exp((P − ½) / β), if these sum to 1.
+    """
     if name == "kto":
         point = ((1.0, 0.0), (1.0,))
         yield Lesson(judged, made(preset, beta=1.0), point, 20, None, "all to the answer that is mostly desirable")
+    if name == "bco":
+        odds = [ref * d / (1 - d) for ref, d in zip(judged.ref[0], judged.rewards)]
+        z = -math.log(sum(odds))
+        shifted = replace(judged, columns={"reference_point": lambda world, i, policy, old: alike(world, i, z)})
+        says = "reaches ref·odds of the label"
+        yield Lesson(shifted, made(preset, beta=1.0), (proportional(odds), (1.0,)), 20, None, says)
+    if name == "sppo":
+        target = (0.75, 0.25)
+        wins = tuple(0.5 + math.log(p / ref) for p, ref in zip(target, judged.ref[0]))
+        rated = replace(judged, name="rated", units=outcomes, rewards=wins)
+        yield Lesson(rated, made(preset, beta=1.0), (target, (1.0,)), 12, None, "reaches ref·exp((P − ½)/β)")
 
 
-OTHER_ROWS = (likelihood, reweighted, teaching, distilled, sampled, paired, margin, sorted_by_label)
+def scored(name: str, preset: Preset) -> Lessons:
+    """Scores: the log-odds of the preference between two answers, or of a label."""
+    one, other = answers.rewards
+    half = (one - other) / 2
+    if name == "bradley_terry":
+        says = "the difference of scores is the log-odds of the preference"
+        yield Lesson(reward_model, preset(), ((half, -half),), 12, None, says)
+    if name == "bradley_terry_margin":
+        p = sigmoid(one - other)
+        m = root(lambda m: (1 - p) * sigmoid(m + 0.25) - p * sigmoid(0.25 - m), -9, 9)
+        yield Lesson(reward_model, preset(), ((m / 2, -m / 2),), 12, None, "a target margin widens the difference")
+    if name == "process_reward":
+        steps = replace(reward_model, name="steps", units=outcomes, rewards=(0.8, 0.3), old=((0.5, 0.5),))
+        point = tuple(log_odds(y) for y in steps.rewards)
+        yield Lesson(steps, preset(), (point,), 12, None, "the score is the log-odds of a right step")
+
+
+OTHER_ROWS = (likelihood, reweighted, teaching, distilled, sampled, paired, margin, labelled, scored)

@@ -16,7 +16,7 @@ Row = Sequence[float]
 def root(f: Callable[[float], float], low: float, high: float) -> float:
     """Return where f changes its sign, by bisection; if it does not, the end that a rising f would reach 0 at."""
     falling = f(low) > 0 > f(high)
-    for _ in range(60):
+    for _ in range(40):
         middle = (low + high) / 2
         low, high = (low, middle) if (f(middle) > 0) != falling else (middle, high)
     return (low + high) / 2
@@ -87,7 +87,18 @@ def balanced(frequencies: Row, slope: Callable[[float], float]) -> tuple[float, 
     return tuple(at(-math.exp(root(lambda x: 1 - sum(at(-math.exp(x))), -12, 12))))
 
 
-def where_descent_ends(slope: Callable[[float], float]) -> tuple[float, ...]:
-    """(p, 1 − p) where the slope of a loss in p changes from below 0 to above 0; an end of (0, 1) if it does not."""
-    x = root(lambda x: 1.0 if slope(1 / (1 + math.exp(-x))) > 0 else -1.0, -12, 12)
+def where_descent_ends(slope: Callable[[float], float], start: float) -> tuple[float, ...]:
+    """(p, 1 − p) where the slope of a loss in p first changes its sign, downhill from the start; an end if nowhere.
+
+    It looks at log(p / (1 − p)) in steps of 1, up to ±12.
+    """
+
+    def at(x: float) -> float:
+        return slope(1 / (1 + math.exp(-x)))
+
+    low = math.log(start / (1 - start))
+    way = -1.0 if at(low) > 0 else 1.0
+    while abs(low) < 12 and (at(low + way) > 0) == (way < 0):
+        low += way
+    x = root(at, *sorted((low, low + way))) if abs(low) < 12 else way * 12
     return 1 / (1 + math.exp(-x)), 1 / (1 + math.exp(x))

@@ -48,6 +48,11 @@ answers = World(
 )
 """Two answers, of one token and of two, of which the second is certain. One is preferred by σ(0.8) of the judges."""
 
+reward_model = World(
+    "reward model", (((0, 0),), ((0, 1),)), preferences, ((0.0, 0.0),), ((0.0, 0.0),), answers.rewards, scores=True
+)
+"""The scores of two answers, and the same judges."""
+
 judged = replace(answers, name="judged", units=labelled, rewards=(0.8, 0.3), old=answers.start)
 """The two answers, one at a time. They are labelled as desirable with probabilities 0.8 and 0.3."""
 

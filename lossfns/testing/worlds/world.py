@@ -64,6 +64,8 @@ class World:
             labelled as desirable.
         old: the policy that samples, if it is fixed; None: the current policy samples, and every step refreshes it.
         targets: K if a position has K targets, else 0.
+        scores: whether θ are scores of a value or reward head, which the loss takes in place of logprobs. A policy is
+            then the table of the scores, and a step is one of plain gradient descent.
         columns: columns that replace the usual ones.
     """
 
@@ -75,6 +77,7 @@ class World:
     rewards: tuple[float, ...] = ()
     old: Policy | None = None
     targets: int = 0
+    scores: bool = False
     columns: dict[str, Column] = field(default_factory=dict)
 
     def probability(self, policy: Policy, i: int) -> float:
@@ -84,6 +87,10 @@ class World:
     def value(self, policy: Policy) -> float:
         """Return the expected reward."""
         return sum(self.probability(policy, i) * r for i, r in enumerate(self.rewards))
+
+    def outputs(self, policy: Policy, i: int) -> list[float]:
+        """Return the logprob of each token of sequence ``i``, or its score."""
+        return [policy[node][token] for node, token in self.sequences[i]] if self.scores else log_of(policy, self, i)
 
     def visits(self, policy: Policy, node: int) -> float:
         """Return the probability that a sequence passes a node."""
@@ -156,8 +163,9 @@ COLUMNS: dict[str, Column] = {
     "teacher_logprobs": lambda world, i, policy, old: log_of(world.ref, world, i),
     "entropy": lambda world, i, policy, old: at_nodes(world, i, lambda p: -sum(x * math.log(x) for x in p), policy),
     "sum_square_probs": lambda world, i, policy, old: at_nodes(world, i, lambda p: sum(x * x for x in p), policy),
+    "returns": lambda world, i, policy, old: alike(world, i, world.rewards[i]),
     "reference_point": lambda world, i, policy, old: alike(world, i, 0.0),
-    "target_margin": lambda world, i, policy, old: alike(world, i, 0.0),
+    "target_margin": lambda world, i, policy, old: alike(world, i, 0.25),
 }
 """Column → the row of a sequence. ``groups`` and ``labels`` belong to the units."""
 
@@ -180,7 +188,7 @@ def batch_of(world: World, policy: Policy, sampling: Policy, units: Sequence[Uni
 
     masked = [0.0] * (world.targets or 1)
     columns = {name: [masked + row(name, *member) for member in members] for name in ("weights", *reads)}
-    logprobs = [[PROMPT for _ in masked] + log_of(policy, world, i) for _, i, _ in members]
+    logprobs = [[PROMPT for _ in masked] + world.outputs(policy, i) for _, i, _ in members]
     return Batch(logprobs, columns.pop("weights"), columns, world.targets)
 
 
@@ -247,6 +255,8 @@ class Enumerated:
                     next(slopes)  # the masked token
                 for node, token in self.world.sequences[i]:
                     by_token[node][token] += unit.probability * next(slopes)
+        if self.world.scores:
+            return by_token
         rows = [(gs, ps, max(self.world.visits(policy, n), RARE)) for n, (gs, ps) in enumerate(zip(by_token, policy))]
         return [[(g / p - sum(gs)) / v if p > 0 else 0.0 for g, p in zip(gs, ps)] for gs, ps, v in rows]
 
@@ -261,7 +271,15 @@ class Enumerated:
         return sum(unit.probability * count for unit, count in zip(units, self.counts))
 
 
-def learn(loss_fn: LossFn, world: World, steps: int, *, rate: float | None = None, like: Loss | None = None) -> Path:
+def learn(
+    loss_fn: LossFn,
+    world: World,
+    steps: int,
+    *,
+    rate: float | None = None,
+    decay: float = 1.0,
+    like: Loss | None = None,
+) -> Path:
     """Take exact natural gradient steps, θ ← θ − rate·g / (v·π), and return the policy before the first and after each.
 
     g is the expected gradient in the logits of a node, v the probability that a sequence passes the node, and π the
@@ -273,6 +291,7 @@ def learn(loss_fn: LossFn, world: World, steps: int, *, rate: float | None = Non
         steps: the number of steps.
         rate: the size of a step; None: the two-point rule of Barzilai and Borwein 1988, which takes the curvature from
             the last two gradients, and moves no logit by more than 1.
+        decay: the factor of the rate from step to step. Below 1, steps around a kink of the loss come to rest.
         like: the loss whose denominators ``loss_fn`` has, if it is no ``Loss``. Without it, the scale of the gradient,
             and so ``rate``, depends on the number of outcomes.
 
@@ -285,19 +304,18 @@ def learn(loss_fn: LossFn, world: World, steps: int, *, rate: float | None = Non
     [[0.5, 0.3, 0.2], [0.304, 0.496, 0.2], [0.153, 0.68, 0.167]]
     """
     enumerated = Enumerated.of(loss_fn, world, like)
-    theta = [[math.log(p) if p > 0 else -math.inf for p in row] for row in world.start]
-    path, before, size = [world.start], None, rate
-    for _ in range(steps):
+    theta = [[x if world.scores else math.log(x) for x in row] for row in world.start]
+    path: Path = [world.start]
+    before = None
+    for step in range(steps):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", LossWarning)  # some worlds lead far away from the sampling policy
             direction = enumerated.natural_gradient(path[-1])
-        if rate is None:
-            size = step_size(direction, before)
-        assert size is not None
+        size = step_size(direction, before) if rate is None else rate * decay**step
         move = [[-size * d for d in row] for row in direction]
         theta = [[x + m for x, m in zip(*rows)] for rows in zip(theta, move)]
         before = direction, move, size
-        path.append(tuple(map(softmax, theta)))
+        path.append(tuple(map(tuple, theta)) if world.scores else tuple(map(softmax, theta)))
     return path
 
 
