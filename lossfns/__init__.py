@@ -19,11 +19,13 @@ A batch may be split in any way. ``D = bound.denominator(data)`` adds over micro
 Bind ``denominator=D`` and the columns of each part: the losses of the parts then sum exactly to the loss of the batch.
 """
 
-from lossfns import export
+from lossfns import export, kl, rollout
 from lossfns.advantages import group_advantages, group_metrics
-from lossfns.combine import with_dual_clip, with_kl, with_tis
+from lossfns.combine import with_dual_clip, with_kl, with_rollout_weight, with_tis
 from lossfns.datum import Datum, EncodedTextChunk, ModelInput, TensorData
+from lossfns.describe import describe
 from lossfns.errors import LossInputError, LossWarning
+from lossfns.export.coefficients import token_coefficients
 from lossfns.export.token_gradient import token_gradient
 from lossfns.frame import (
     align_sampler_logprobs,
@@ -31,6 +33,7 @@ from lossfns.frame import (
     datum_from_model_input_weights,
     datum_from_tokens,
 )
+from lossfns.kl import binary_kl, binary_tv, k1_plus, k3_plus, k3_uncapped, k_abs, k_squared
 from lossfns.labels import targets_from_labels, weights_from_labels, weights_from_mask
 from lossfns.logprobs.linear import linear_logprobs
 from lossfns.logprobs.target import target_logprobs
@@ -56,7 +59,15 @@ from lossfns.losses.unpaired import kto
 from lossfns.losses.weighted import cispo
 from lossfns.metrics import merge_metrics
 from lossfns.pack import pack
-from lossfns.segments import geometric_level, sequence_level, token_level
+from lossfns.rollout import TokenWeight
+from lossfns.sampler import (
+    accepted_weights,
+    proximal_logprobs,
+    rollout_summary,
+    support_logprobs,
+    top_p_support,
+)
+from lossfns.segments import geometric_level, maximum_level, sequence_level, token_level
 from lossfns.terms import k1, k2, k3
 from lossfns.tokens import ON_POLICY, Rows, Tokens
 from lossfns.version import __version__ as __version__
@@ -84,9 +95,13 @@ __all__ = [
     "ModelInput",
     "Rows",
     "TensorData",
+    "TokenWeight",
     "Tokens",
     "Weighing",
+    "accepted_weights",
     "align_sampler_logprobs",
+    "binary_kl",
+    "binary_tv",
     "cispo",
     "cross_entropy",
     "dapo",
@@ -95,6 +110,7 @@ __all__ = [
     "datum_from_tokens",
     "datum_mean",
     "datum_sum",
+    "describe",
     "dft",
     "dpo",
     "dro",
@@ -111,10 +127,17 @@ __all__ = [
     "importance_sampling",
     "info_nce",
     "k1",
+    "k1_plus",
     "k2",
     "k3",
+    "k3_plus",
+    "k3_uncapped",
+    "k_abs",
+    "k_squared",
+    "kl",
     "kto",
     "linear_logprobs",
+    "maximum_level",
     "merge_metrics",
     "multi_target_cross_entropy",
     "orpo",
@@ -122,18 +145,23 @@ __all__ = [
     "pair_mean",
     "pair_sum",
     "ppo",
+    "proximal_logprobs",
     "raw_support",
     "reinforce",
     "renormalised_support",
+    "rollout",
+    "rollout_summary",
     "sampled_reverse_kl",
     "sapo",
     "sequence_level",
     "sequence_mean",
     "sequence_sum_mean",
     "sft_phi",
+    "support_logprobs",
     "tail_support",
     "target_logprobs",
     "targets_from_labels",
+    "token_coefficients",
     "token_gradient",
     "token_level",
     "token_mean",
@@ -142,10 +170,12 @@ __all__ = [
     "top_k_jsd",
     "top_k_mixed_kl",
     "top_k_reverse_kl",
+    "top_p_support",
     "unlikelihood",
     "weights_from_labels",
     "weights_from_mask",
     "with_dual_clip",
     "with_kl",
+    "with_rollout_weight",
     "with_tis",
 ]

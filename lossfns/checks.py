@@ -63,7 +63,7 @@ def check_clip(name: str, value: Any) -> None:
         raise LossInputError(name, expected, show(value), "An epsilon of 0.2 is clip=(0.8, 1.2).")
     low, high = value
     if 0 <= low < 1 and 0 <= high < 1:
-        fix = f"These look like epsilons: pass clip=({1 - low:g}, {1 + high:g})."
+        fix = f"These look like epsilons: pass clip=({1 - float(low):g}, {1 + float(high):g})."
         raise LossInputError(name, expected, repr(value), fix)
     if not 0 <= low <= 1 <= high or not (is_finite(high) or high == math.inf):
         raise LossInputError(name, expected, repr(value), "The bounds must enclose the ratio 1.")
@@ -83,6 +83,21 @@ def check_dual_clip(name: str, value: Any) -> None:
 def check_label_smoothing(name: str, value: Any) -> None:
     fix = "It is the probability that a pair is labelled the wrong way round."
     check_number(name, value, "a number in [0, 0.5]", lambda x: 0 <= x <= 0.5, fix)
+
+
+def check_kl_weight(name: str, value: Any) -> None:
+    if value is not None:
+        make_function_check("score_function", "ratio_to")(name, value)
+
+
+def make_column_check(*known: str) -> Callable[[str, Any], None]:
+    """Make a check that refuses anything but one of these names of a column of logprobs."""
+
+    def check(name: str, value: Any) -> None:
+        if not isinstance(value, str) or value not in known:
+            raise LossInputError(name, "a column of logprobs", show(value), f"Use one of: {', '.join(known)}.")
+
+    return check
 
 
 def check_share(name: str, value: Any) -> None:
@@ -120,6 +135,13 @@ KNOBS: dict[str, Callable[[str, Any], None]] = {
     "log_ratio_cap": check_log_ratio_cap,
     "label_smoothing": check_label_smoothing,
     "kl": make_function_check("k1", "k2", "k3"),
+    "kl_cap": check_log_ratio_cap,
+    "kl_weight": check_kl_weight,
+    "weight": make_function_check("ratio", "truncated"),
+    "kl_to": make_column_check("old_logprobs", "ref_logprobs", "sampler_logprobs"),
+    "numerator": make_column_check("logprobs", "old_logprobs"),
+    "column": make_column_check("old_logprobs", "sampler_logprobs"),
+    "bounds": check_clip,
     "level": make_function_check("sequence_level", "geometric_level", "token_level"),
 }
 

@@ -1,10 +1,11 @@
-"""The command line: ``lossfns train``, ``plot``, ``sample``, ``check`` and ``vectors``."""
+"""The command line: ``lossfns list``, ``describe``, ``check``, ``vectors``, ``train``, ``plot`` and ``sample``."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
 
+from lossfns.catalogue import add_describe, add_list
 from lossfns.testing.command import add_check
 from lossfns.testing.vectors.command import add_vectors
 from lossfns.train.command import add_plot, add_sample, add_train
@@ -16,6 +17,8 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="lossfns", description="LLM post-training losses: train with them, test your own.")
     p.add_argument("--version", action="version", version=f"lossfns {__version__}")
     commands = p.add_subparsers(dest="command", required=True)
+    add_list(commands)
+    add_describe(commands)
     add_check(commands)
     add_vectors(commands)
     add_train(commands)

@@ -1,29 +1,28 @@
 """Combinators: functions that add one part to a loss over tokens.
 
-Apply them in this order: ``with_kl(with_tis(with_dual_clip(loss)), kl_beta=0.01)``. Any other order is refused.
+Apply them in this order: ``with_kl(with_rollout_weight(with_tis(with_dual_clip(loss))), kl_beta=0.01)``. Any other
+order is refused.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 
 from torch import Tensor
 
 from lossfns import terms as eq
 from lossfns.errors import LossInputError, warn
+from lossfns.kl import KL
 from lossfns.loss import BoundLoss, Loss, Statistics, name_or_repr, preset
+from lossfns.rollout import TokenWeight, check_token_weight, rejected_sequences
 from lossfns.segments import Level, token_level
 from lossfns.statistics import OnDemand
 from lossfns.tokens import TOKENS, Tokens
 
-KL = Callable[[Tensor, Tensor], Tensor]
-"""A function ``(logprobs, ref_logprobs) -> divergence of each token``: ``k1``, ``k2`` or ``k3``."""
 
-
-def check_wrappable(loss: Loss, *columns: str) -> None:
-    """Refuse anything but a loss over tokens that reads none of the columns.
+def check_wrappable(loss: Loss, *columns: str, penalty: bool = False) -> None:
+    """Refuse anything but a loss over tokens that reads none of the columns and, without ``penalty``, has no KL.
 
     A loss that reads one of them already has this combinator, or one that comes later.
     """
@@ -32,47 +31,84 @@ def check_wrappable(loss: Loss, *columns: str) -> None:
         if isinstance(loss, BoundLoss):
             fix = "Wrap the loss first, and call bind() or compiled() of the result."
         raise LossInputError("loss", "a Loss such as ppo()", name_or_repr(loss), fix)
+    order = "Apply with_kl last, with_tis before it, with_dual_clip first: with_kl(with_tis(ppo()), kl_beta=0.01)."
     for name in columns:
         if name in loss.reads:
-            fix = (
-                "Apply with_kl last, with_tis before it, with_dual_clip first: with_kl(with_tis(ppo()), kl_beta=0.01)."
-            )
-            raise LossInputError("loss", f"a loss that does not read {name}", repr(loss), fix)
+            raise LossInputError("loss", f"a loss that does not read {name}", repr(loss), order)
+    if loss.knobs.get("kl_beta") and not penalty:
+        raise LossInputError("loss", "a loss without a KL penalty", repr(loss), order)
     if loss.rows is not TOKENS:
         fix = "It works on a term of each token."
         raise LossInputError("loss", "a loss whose rows are tokens", f"{loss!r} over {loss.rows}", fix)
 
 
 @preset
-def with_kl(loss: Loss, kl_beta: float = 1e-3, kl: KL = eq.k3) -> Loss:
-    """l + β·KL(lp, ref), under the share and the denominator of the loss. The penalty is not importance-weighted.
+def with_kl(
+    loss: Loss,
+    kl_beta: float = 1e-3,
+    kl: KL = eq.k3,
+    kl_weight: TokenWeight | None = None,
+    kl_cap: float | None = None,
+    kl_to: str = "ref_logprobs",
+) -> Loss:
+    """l + β·clamp(weight·KL(lp, ref), ±cap), under the share and the denominator of the loss.
+
+    No factor of ``with_tis`` or ``with_rollout_weight`` multiplies the penalty, and no mask rejects it, as in TRL,
+    NeMo-RL and verl's loss. docs/kl.md says which divergence the value and the gradient of each estimator belong to.
+
+    ========================================== =======================================================================
+    verl, SkyRL, NeMo-RL's caps                ``kl=k3, kl_cap=10.0``; verl's "k1+", "k3+": ``k1_plus``, ``k3_plus``
+    TRL, ``use_bias_correction_kl`` (default)  ``kl=k3_uncapped, kl_weight=ratio_to("old_logprobs", None)``
+    slime, ``--use-unbiased-kl``, low_var_kl   the same with ``kl_cap=10.0``
+    NeMo-RL                                    ``kl=k3, kl_weight=score_function, kl_cap=10.0``
+    open-instruct 2 (default); 3               ``kl=log_ratio_capped(k3_uncapped, 40.0)``; k1 with ``ratio_to(...)``
+    prime-rl                                   ``kl=k_squared, kl_to="sampler_logprobs"``
+    ========================================== =======================================================================
 
     Args:
-        loss: a loss over tokens. Apply ``with_tis`` and ``with_dual_clip`` before.
+        loss: a loss over tokens. Apply ``with_dual_clip``, ``with_tis`` and ``with_rollout_weight`` before.
         kl_beta: β, a finite number of at least 0. With 0 the result is the loss itself.
-        kl: the estimator ``k1``, ``k2`` or ``k3``. ``k1`` warns: its expected gradient is 0.
+        kl: the estimator: ``k1``, ``k2``, ``k3`` or another one of ``lossfns.kl``. ``k1`` without a weight warns: its
+            expected gradient is 0.
+        kl_weight: a factor of the estimator, with its gradient: ``ratio_to("old_logprobs")``,
+            ``detached(ratio_to("old_logprobs"))`` or ``score_function`` of ``lossfns.rollout``. ``None``: 1.
+        kl_cap: bound of the weighted estimator of a token, in nats, above 0, with gradient 0 beyond. ``None``:
+            no bound.
+        kl_to: the column of the policy to stay near: ``"ref_logprobs"``, ``"old_logprobs"`` or ``"sampler_logprobs"``.
 
-    Reads ``ref_logprobs`` besides the columns of the loss. Its statistics are those of the loss, and
+    Reads the column ``kl_to``, and those of the weight, besides the columns of the loss. Its statistics are those of
+    the loss, and
 
-        kl_ref: mean of the estimator over active tokens, in nats; for ``k2`` and ``k3`` at least 0.
+        kl_ref: mean of the weighted estimator over active tokens, in nats; for ``k2`` and ``k3`` at least 0. With
+            another ``kl_to`` its name is ``kl_penalty``.
 
     >>> from lossfns import ppo
     >>> with_kl(ppo(), kl_beta=0.01).reads
     ('advantages', 'old_logprobs', 'ref_logprobs')
     """
-    check_wrappable(loss, "ref_logprobs")
+    check_wrappable(loss, "ref_logprobs", penalty=True)
+    if kl_weight is not None:
+        check_token_weight("kl_weight", kl_weight)
     if kl_beta == 0:
         return loss
-    if kl is eq.k1:
+    if kl is eq.k1 and kl_weight is None:
         warn("k1 in a loss has an expected gradient of 0: use k2 or k3")
+    name = "kl_ref" if kl_to == "ref_logprobs" else "kl_penalty"
 
     def terms(t: Tokens) -> tuple[Tensor, Statistics]:
         term, statistics = loss.terms(t)
-        divergence = kl(t.logprobs, t.ref_logprobs)
+        divergence = penalty(t, kl, kl_weight, kl_cap, kl_to)
         penalised = term.add(divergence, alpha=kl_beta)
-        return penalised, statistics | OnDemand(kl_ref=divergence.detach)
+        return penalised, statistics | OnDemand(**{name: divergence.detach})
 
-    return replace(loss, reads=(*loss.reads, "ref_logprobs"), terms=terms)
+    weight_reads = () if kl_weight is None else kl_weight.reads
+    return replace(loss, reads=tuple(dict.fromkeys((*loss.reads, kl_to, *weight_reads))), terms=terms)
+
+
+def penalty(t: Tokens, kl: KL, kl_weight: TokenWeight | None, kl_cap: float | None, kl_to: str) -> Tensor:
+    """clamp(weight·KL(lp, ref), ±cap) of each token: ``[N]``."""
+    divergence = kl(t.logprobs, getattr(t, kl_to))
+    return eq.cap(divergence if kl_weight is None else kl_weight(t) * divergence, kl_cap)
 
 
 def tis_log_weight(t: Tokens, level: Level) -> Tensor:
@@ -115,6 +151,61 @@ def with_tis(loss: Loss, cap: float = 2.0, level: Level = token_level) -> Loss:
         return weight * term, statistics | more
 
     return replace(loss, reads=tuple(dict.fromkeys((*loss.reads, "old_logprobs", "sampler_logprobs"))), terms=terms)
+
+
+@preset
+def with_rollout_weight(loss: Loss, weight: TokenWeight) -> Loss:
+    """ρ·l: the loss with a factor for each token that another policy than the old one sampled.
+
+    The factor is a constant: no gradient passes through it. The factor 0 rejects a token: its term is 0, and it stays
+    in the denominator, as in SkyRL. For verl's denominator, bind ``weights=accepted_weights(weight, ...)``.
+
+    ======================================= ==========================================================================
+    TIS (verl, SkyRL, slime, OpenRLHF)      ``truncated((0.0, 2.0))``
+    IcePop                                  ``masked((0.5, 2.0))``
+    TRL, ``sequence_mask`` (default)        ``masked((0.0, 3.0), sequence_level)``
+    ``seq-mask-tis`` (NeMo-RL, OpenRLHF)    ``ratio() * inside((0.999, 1.002), geometric_level)``
+    verl, ``decoupled_geo_rs``              ``inside((0.999, 1.001), geometric_level)``
+    verl, ``seq_mean_k3``                   ``within(k3, 0.01, geometric_level)``
+    SkyRL, outlier mask                     ``without_outliers((1e-4, 100.0))``
+    AReaL, decoupled PPO                    ``ratio() * inside((0.0, 5.0))``; ``old_logprobs`` are the proximal policy's
+    ======================================= ==========================================================================
+
+    Args:
+        loss: a loss over tokens. Apply ``with_dual_clip`` and ``with_tis`` before and ``with_kl`` after.
+        weight: a token weight of ``lossfns.rollout``, or a product of several.
+
+    Reads the columns of the weight besides those of the loss. Its statistics are those of the loss, and
+
+        rollout_weight: mean weight over active tokens, at least 0.
+        rollout_weight_square: mean squared weight over active tokens, at least 0.
+        rollout_limited: share of active tokens whose weight is truncated at a bound, in [0, 1].
+        rollout_rejected: share of active tokens whose weight is 0, in [0, 1].
+        rollout_rejected_sequences: sequences whose weights are all 0, per active token. ``rollout_summary`` gives their
+            share, and the effective sample size.
+
+    >>> from lossfns import ppo, rollout
+    >>> with_rollout_weight(ppo(), rollout.masked((0.5, 2.0))).reads
+    ('advantages', 'old_logprobs', 'sampler_logprobs')
+    """
+    check_wrappable(loss, "ref_logprobs")
+    check_token_weight("weight", weight)
+    if loss.name == "with_rollout_weight":
+        raise LossInputError("loss", "a loss without a rollout weight", repr(loss), "Pass the product a * b once.")
+
+    def terms(t: Tokens) -> tuple[Tensor, Statistics]:
+        term, statistics = loss.terms(t)
+        factor = weight(t).detach()
+        more = OnDemand(
+            rollout_weight=lambda: factor,
+            rollout_weight_square=lambda: factor.square(),
+            rollout_limited=lambda: weight.limited(t),
+            rollout_rejected=lambda: factor == 0,
+            rollout_rejected_sequences=lambda: rejected_sequences(t, factor),
+        )
+        return factor * term, statistics | more
+
+    return replace(loss, reads=tuple(dict.fromkeys((*loss.reads, *weight.reads))), terms=terms)
 
 
 @preset

@@ -16,11 +16,11 @@ from lossfns.checks import check_denominator, check_knobs, is_huge, is_real
 from lossfns.compiled import Measure, OneKernel
 from lossfns.deferred import DeferredMetrics, Numbers, finalised, join_numbers, not_divisible
 from lossfns.errors import LossInputError, add_loss_name, did_you_mean, show, warn
+from lossfns.kl import ESTIMATORS
 from lossfns.metrics import ADDITIVE, DIVIDED
 from lossfns.pack import as_row, as_tensor, check_align, check_reads, is_plain, pack, pack_weights, tensor_form
-from lossfns.segments import active_counts, geometric_level, sequence_level, token_level
+from lossfns.segments import active_counts, geometric_level, maximum_level, sequence_level, token_level
 from lossfns.tensors import TensorBatch, blank_tensors, check_packed, check_padded
-from lossfns.terms import k1, k2, k3
 from lossfns.tokens import COLUMNS, ON_POLICY, TOKENS, Rows, Tokens, to_dtype
 from lossfns.values import extremes
 from lossfns.weigh import WEIGHINGS, Weighing, check_weigh
@@ -40,8 +40,8 @@ METRICS = (*ADDITIVE, *DIVIDED, "denominator", "rows")
 
 FUNCTIONS_BY_NAME: dict[str, dict[str, Any]] = {
     "weigh": {weighing.name: weighing for weighing in WEIGHINGS},
-    "kl": {"k1": k1, "k2": k2, "k3": k3},
-    "level": {"token_level": token_level, "sequence_level": sequence_level, "geometric_level": geometric_level},
+    "kl": dict(ESTIMATORS),
+    "level": {f.__name__: f for f in (token_level, sequence_level, geometric_level, maximum_level)},
 }
 """The functions that a knob accepts by name."""
 

@@ -52,6 +52,11 @@ def sequence_value(t: Tokens, x: Tensor) -> Tensor:
 
     It is for columns with one number for each datum, such as a label. It takes the maximum, since a mean would round.
     """
+    return sequence_maximum(t, x)
+
+
+def sequence_maximum(t: Tokens, x: Tensor) -> Tensor:
+    """The largest x of the active tokens of each sequence, 0 where there are none: ``[N] -> [B]``."""
     masked = torch.where(t.active, x, -torch.inf)
     if t.lengths is None:
         maximum = masked.amax(0, keepdim=True)
@@ -103,6 +108,11 @@ def sequence_level(t: Tokens, log_ratio: Tensor) -> Tensor:
 def geometric_level(t: Tokens, log_ratio: Tensor) -> Tensor:
     """Σ w·d / Σ w over the sequence, repeated at each token: the log of the weighted geometric mean of its ratios."""
     return to_tokens(t, weighted_mean(t, log_ratio))
+
+
+def maximum_level(t: Tokens, x: Tensor) -> Tensor:
+    """The largest x of the active tokens of the sequence, repeated at each token: ``[N] -> [N]``."""
+    return to_tokens(t, sequence_maximum(t, x))
 
 
 def group_sum(labels: Tensor, y: Tensor) -> Tensor:

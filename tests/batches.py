@@ -10,6 +10,7 @@ from random import Random
 from typing import Any
 
 import torch
+from rollout_oracle import banded, penalised_ppo, weighted_ppo
 from torch import Tensor
 
 import lossfns
@@ -195,6 +196,7 @@ def cases() -> Iterator[Case]:
         tis = {"tis_cap": 1.3, "tis_level": level}
         yield Case(ppo, oracle.ppo, t | tis)
         yield Case(lossfns.with_kl(ppo, kl_beta=0.2), oracle.grpo, t | tis | {"kl_beta": 0.2})
+    yield from corrections()
     tis = {"tis_cap": 1.3, "tis_level": "sequence"}
     for name, setting in (("cispo", {"clip": (0.5, 2.0)}), ("dro", {"beta": 0.7})):
         plain = case(name, "token_mean", **setting)
@@ -235,6 +237,16 @@ def oracle_settings(loss: Loss) -> dict[str, Any]:
     weigh = repr(settings["weigh"])
     length = {"length": float(weigh[13:-1])} if weigh.startswith("fixed_length") else {}
     return settings | {"weigh": weigh.partition("(")[0]} | length
+
+
+def corrections() -> Iterator[Case]:
+    """A penalty with weight, cap and another column; a product of token weights; and both."""
+    ratio, weigh = lossfns.rollout.ratio_to("old_logprobs"), {"weigh": "token_mean"}
+    knobs = {"kl_beta": 0.2, "kl_cap": 1.5, "kl_to": "sampler_logprobs"}
+    loss = lossfns.with_kl(lossfns.ppo(), kl=lossfns.k3, kl_weight=ratio, **knobs)  # type: ignore[arg-type]
+    yield Case(loss, penalised_ppo, weigh | knobs | {"kl": "k3", "kl_weight": "ratio"})
+    weight = lossfns.rollout.truncated((0.5, 1.3)) * lossfns.rollout.inside((0.5, 2.0), lossfns.sequence_level)
+    yield Case(lossfns.with_rollout_weight(lossfns.ppo(), weight), weighted_ppo, weigh | {"factor": banded})
 
 
 TOKEN_KNOBS: tuple[dict[str, Any], ...] = (

@@ -16,7 +16,19 @@ import numpy as np
 import torch
 
 import lossfns
-from lossfns import Datum, EncodedTextChunk, ModelInput, Rows, TensorData, Tokens, Weighing, datum_from_tokens, export
+from lossfns import (
+    Datum,
+    EncodedTextChunk,
+    ModelInput,
+    Rows,
+    TensorData,
+    Tokens,
+    Weighing,
+    datum_from_tokens,
+    export,
+    kl,
+    rollout,
+)
 from lossfns.export.builtins import BUILTINS, builtin_loss
 from lossfns.pack import is_plain
 from lossfns.testing.public import presets
@@ -175,6 +187,7 @@ LOSSES = [
     lossfns.ppo(log_ratio_cap=None, weigh=lossfns.fixed_length(3)),
     lossfns.with_kl(lossfns.with_tis(lossfns.with_dual_clip(lossfns.cispo())), 0.1),
     lossfns.with_tis(lossfns.ppo(log_ratio_cap=None), level=lossfns.sequence_level),
+    lossfns.with_rollout_weight(lossfns.ppo(), rollout.within(lossfns.k3, 0.1, lossfns.maximum_level)),
 ]
 
 
@@ -219,13 +232,47 @@ def building(rng: Random) -> Call:
 
 
 def combining(rng: Random) -> Call:
-    combine = rng.choice([lossfns.with_kl, lossfns.with_tis, lossfns.with_dual_clip])
+    combine = rng.choice([lossfns.with_kl, lossfns.with_tis, lossfns.with_dual_clip, lossfns.with_rollout_weight])
     options = {
-        lossfns.with_kl: {"kl_beta": 0.1, "kl": lossfns.k2},
+        lossfns.with_kl: {"kl_beta": 0.1, "kl": lossfns.k2, "kl_cap": 10.0, "kl_to": "old_logprobs"},
+        lossfns.with_rollout_weight: {"weight": rollout.masked((0.5, 2.0))},
         lossfns.with_tis: {"cap": 2.0, "level": "sequence_level"},
         lossfns.with_dual_clip: {"c": 3.0},
     }
     return Call(combine.__name__, combine, {"loss": lossfns.ppo(), **options[combine]})
+
+
+def correcting(rng: Random) -> Call:
+    """A token weight, an estimator or a row of another policy."""
+    weights = (rollout.truncated, rollout.masked, rollout.inside)
+    bounded = {"bounds": (0.5, 2.0), "level": lossfns.token_level, "numerator": "logprobs"}
+    candidates = torch.tensor([[0.5, 0.25, 0.25]] * 2).log()
+    right = {"candidate_logprobs": candidates, "sampled": torch.tensor([0, 2])}
+    versions = {"versions": torch.tensor([0, 2]), "version": 3}
+    names = ("rollout_weight", "rollout_weight_square", "rollout_rejected_sequences", "tokens", "sequences")
+    batch = {"data": data(rng), "logprobs_list": logprobs(rng)}
+    kept = {"support": torch.ones(2, 3, dtype=torch.bool)}
+    choices = [
+        *(Call(make.__name__, make, bounded) for make in weights),
+        Call("within", rollout.within, {"divergence": lossfns.k3, "high": 0.1, "level": lossfns.maximum_level}),
+        Call("without_outliers", rollout.without_outliers, {"bounds": (0.1, 10.0)}),
+        Call("ratio_to", rollout.ratio_to, {"column": "old_logprobs", "log_ratio_cap": 20.0}),
+        Call("detached", rollout.detached, {"weight": rollout.ratio()}),
+        Call("token_normalized", rollout.token_normalized, {"weight": rollout.ratio()}),
+        Call("TokenWeight", rollout.TokenWeight, {"name": "w", "reads": (), "factor": lambda t: t.weights}),
+        Call("value_capped", kl.value_capped, {"kl": lossfns.k3, "cap": 10.0}),
+        Call("straight_through", kl.straight_through, {"value": lossfns.k3, "gradient": lossfns.k2}),
+        Call("top_p_support", lossfns.top_p_support, {**right, "top_p": 0.9}),
+        Call("support_logprobs", lossfns.support_logprobs, {**right, **kept}),
+        Call(
+            "proximal_logprobs",
+            lossfns.proximal_logprobs,
+            {"logprobs": [-1.0, -2.0], "sampler_logprobs": torch.tensor([-1.5, -2.0]), **versions},
+        ),
+        Call("rollout_summary", lossfns.rollout_summary, {"metrics": dict.fromkeys((*names, "sequences_empty"), 1.0)}),
+        Call("accepted_weights", lossfns.accepted_weights, {"weight": rollout.inside((0.5, 2.0)), **batch}),
+    ]
+    return rng.choice(choices)
 
 
 def own_loss(rng: Random) -> Call:
@@ -339,8 +386,8 @@ def built_in(rng: Random) -> Call:
 
 
 CALLS: list[Callable[[Random], Call]] = [
-    contract, contract, contract, contract, building, combining, own_loss, own_terms, packing, evaluating, weighing,
-    advantages, merging, framing, aligning, tensors, exporting, exporting, built_in,
+    contract, contract, contract, contract, building, combining, correcting, own_loss, own_terms, packing,
+    evaluating, weighing, advantages, merging, framing, aligning, tensors, exporting, exporting, built_in,
 ]  # fmt: skip
 
 

@@ -2,13 +2,14 @@
 
 import inspect
 import math
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
 import pytest
 
 import lossfns
-from lossfns import LossInputError, k3
+from lossfns import LossInputError, k3, rollout
 from lossfns.checks import KNOBS, check_knobs, check_non_negative, check_positive, check_share
 
 TINY = math.ulp(0.0)
@@ -28,6 +29,13 @@ ACCEPTED: dict[str, list[Any]] = {
     "label_smoothing": [0, 0.25, 0.5],
     "level": [lambda t, log_weight: log_weight],
     "kl": [k3, lambda logprobs, ref: logprobs - ref],
+    "kl_cap": [None, TINY, 10, 1e9],
+    "kl_weight": [None, rollout.score_function],
+    "kl_to": ["old_logprobs", "ref_logprobs", "sampler_logprobs"],
+    "weight": [rollout.ratio()],
+    "bounds": [(0, 1), (1, 1), (0.0, math.inf), (0.5, 2.0), [1e-4, 100]],
+    "numerator": ["logprobs", "old_logprobs"],
+    "column": ["old_logprobs", "sampler_logprobs"],
     "support": [lossfns.tail_support, lambda logprobs, active: (logprobs, active)],
 }
 REFUSED: dict[str, list[Any]] = {
@@ -47,6 +55,13 @@ REFUSED: dict[str, list[Any]] = {
     "label_smoothing": [-TINY, math.nextafter(0.5, 1), 1, *NO_NUMBER],
     "level": ["sequence_level", "token", None],
     "kl": ["k3", None, 3, 0.001],
+    "kl_cap": [0, -10, True, "10", math.nan, math.inf],
+    "kl_weight": ["score_function", 1.0],
+    "kl_to": ["logprobs", "advantages", None, ["ref_logprobs"]],
+    "weight": ["truncated", None, 2.0],
+    "bounds": [(0.2, 0.28), (2.0, 0.5), (-TINY, 2.0), (ABOVE, 2.0), (0.5, math.nan), (0.5,), 2.0, None],
+    "numerator": ["ref_logprobs", "old", None],
+    "column": ["logprobs", "ref_logprobs", None],
     "support": ["tail", None, 0],
 }
 
@@ -86,7 +101,10 @@ def test_numpy_numbers_are_numbers(name: str) -> None:
         check_knobs({name: value})
 
 
-@pytest.mark.parametrize("clip, epsilons", [((0.2, 0.2), "(0.8, 1.2)"), ((0.2, 0.28), "(0.8, 1.28)")])
+@pytest.mark.parametrize(
+    "clip, epsilons",
+    [((0.2, 0.2), "(0.8, 1.2)"), ((0.2, 0.28), "(0.8, 1.28)"), ((Fraction(1, 5), Fraction(1, 4)), "(0.8, 1.25)")],
+)
 def test_epsilons_are_answered_with_the_bounds_they_mean(clip: tuple[float, float], epsilons: str) -> None:
     with pytest.raises(LossInputError, match="look like epsilons") as caught:
         check_knobs({"clip": clip})

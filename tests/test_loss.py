@@ -290,7 +290,11 @@ def test_text_and_complex_numbers_are_no_numbers(advantages: Any) -> None:
 
 def test_defaults_of_the_combinators() -> None:
     """β = 0.001 with k3, a weight of at most 2 on each token, and a dual clip at 3."""
-    assert lossfns.with_kl(lossfns.ppo()).knobs == {"loss": ANY, "kl_beta": 1e-3, "kl": lossfns.k3}
+    knobs = {"loss": ANY, "kl_beta": 1e-3, "kl": lossfns.k3, "kl_weight": None, "kl_cap": None, "kl_to": "ref_logprobs"}
+    assert lossfns.with_kl(lossfns.ppo()).knobs == knobs
+    corrected = lossfns.with_rollout_weight(lossfns.ppo(), lossfns.rollout.truncated())
+    shown = f"with_rollout_weight(loss={lossfns.ppo()!r}, weight=rollout.truncated((0.0, 2.0), token_level))"
+    assert repr(corrected) == shown
     assert lossfns.with_tis(lossfns.ppo()).knobs == {"loss": ANY, "cap": 2.0, "level": lossfns.token_level}
     assert lossfns.with_dual_clip(lossfns.ppo()).knobs == {"loss": ANY, "c": 3.0}
 
@@ -556,6 +560,8 @@ def test_a_weighing_an_estimator_and_a_level_may_be_given_by_name(by_name: Any, 
         (lambda: lossfns.ppo(weigh="pair_mean"), "ppo: weigh: expected a weighing of tokens, got pair_mean"),
         (lambda: lossfns.ppo(weigh="fixed_length"), r"ppo: weigh: .* pass weigh=fixed_length\(1024\)"),
         (lambda: lossfns.grpo(kl="k5"), "grpo: kl: .* got 'k5'. Known: k1, k2, k3"),
+        (lambda: lossfns.with_kl(lossfns.ppo(), kl_to="ref"), "with_kl: kl_to: .* Use one of: old_logprobs, ref"),
+        (lambda: lossfns.with_kl(lossfns.ppo(), kl_weight=lambda t: 1), "with_kl: kl_weight: expected a TokenWeight"),
         (
             lambda: lossfns.with_tis(lossfns.ppo(), level="sequence"),
             r"level: .* Did you mean 'sequence_level'\?",

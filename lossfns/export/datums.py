@@ -23,7 +23,7 @@ from lossfns.errors import LossInputError, add_loss_name
 from lossfns.export.builtins import BUILTINS, CLIP, builtin_name
 from lossfns.loss import BoundLoss, Loss, check_terms, count_of, sum_of_rows
 from lossfns.pack import Shapes, blank, check_data, pack, weight_rows
-from lossfns.segments import active_counts, sequence_value, to_tokens
+from lossfns.segments import active_counts, sequence_level, sequence_value, to_tokens
 from lossfns.tokens import ON_POLICY, TARGETS, Tokens
 from lossfns.values import check_values, extremes
 
@@ -110,7 +110,13 @@ def keeps_weights(loss: Loss) -> bool:
     A mean over the sequence, as in gspo, does not depend on it; a sum, as in ``sequence_level``, does. The terms of
     some random sequences are compared with those of the same sequences under other weights.
     """
-    return not loss.rows.per_token or any(terms_depend_on_scale(loss, seed) for seed in range(8))
+    return not loss.rows.per_token or sums_weights(loss) or any(terms_depend_on_scale(loss, seed) for seed in range(8))
+
+
+def sums_weights(loss: Loss) -> bool:
+    """Return whether a token weight of the loss is taken over sums. No draw need reach the threshold of a mask."""
+    inner, levels = loss.knobs.get("loss"), getattr(loss.knobs.get("weight"), "levels", ())
+    return sequence_level in levels or (isinstance(inner, Loss) and sums_weights(inner))
 
 
 def terms_depend_on_scale(loss: Loss, seed: int) -> bool:

@@ -100,7 +100,9 @@ def token_gradient(loss: Loss | BoundLoss, data: Sequence[Any], device: torch.de
             lp = logprobs.detach().requires_grad_()
             blanked = torch.where(select(t.active), lp.flatten(), 0)
             columns = {name: blanked.detach() if name in on_policy else select(x) for name, x in t.columns.items()}
-            term, _ = bound.loss.terms(TokenwiseTokens(blanked, select(t.weights), None, columns))
+            targets = logprobs.shape[1] if logprobs.ndim == 2 else 1
+            part = TokenwiseTokens(blanked, select(t.weights), None, columns, targets=targets)
+            term, _ = bound.loss.terms(part)
             (g,) = torch.autograd.grad(torch.dot(select(share).to(term.dtype), term), lp)
         return g
 

@@ -172,3 +172,35 @@ def notes(strip: Strip, shown: Cells, limit: float, largest: float) -> list[str]
     if limit < largest:
         sentences.append(f"Colours end at the 99th percentile; the largest |g| is {largest:.3g}.")
     return sentences
+
+
+def coefficient_picture(weighings: dict[str, Sequence[Tensor]], *, title: str) -> Figure:
+    """Draw the coefficient of a token against the length of its sequence, one panel for each weighing.
+
+    Args:
+        weighings: label → the result of ``token_coefficients``. A sequence is a point: its length in active tokens, and
+            the mean coefficient of these tokens.
+        title: the title of the figure.
+
+    Raises:
+        ImportError: if matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("a picture needs matplotlib: pip install 'lossfns[viz]'") from error
+
+    figure = Figure(figsize=(2.4 * len(weighings) + 0.8, 2.9), layout="constrained")
+    panels: Any = figure.subplots(1, len(weighings), sharey=True, squeeze=False)
+    for panel, (label, rows) in zip(panels[0], weighings.items()):
+        used = [row[row != 0] for row in rows if (row != 0).any()]
+        panel.plot([len(row) for row in used], [float(row.mean()) for row in used], "o", markersize=4, color="#0072b2")
+        panel.set_title(label, fontsize=9)
+        panel.set_xlabel("active tokens of the sequence", fontsize=8)
+        panel.set_yscale("log")
+        panel.grid(color="0.9")
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.tick_params(labelsize=8)
+    panels[0][0].set_ylabel("coefficient of a token's term", fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    return figure

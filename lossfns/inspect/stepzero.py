@@ -27,7 +27,10 @@ AT_STEP_ZERO: dict[str, dict[str, tuple[float, ...]]] = {
         **dict.fromkeys(("bound_low", "bound_high"), (0.0,)),
     },
     "ref_logprobs": dict.fromkeys(("kl_ref", "margin", "reward_margin"), (0.0,)) | {"accuracy": (0.5, 0.0, 1.0)},
-    "sampler_logprobs": {"tis_weight": (1.0,), "tis_capped": (0.0,)},
+    "sampler_logprobs": {
+        **dict.fromkeys(("tis_weight", "rollout_weight", "rollout_weight_square"), (1.0,)),
+        **dict.fromkeys(("tis_capped", "rollout_limited", "rollout_rejected", "rollout_rejected_sequences"), (0.0,)),
+    },
 }
 """For each column, the values at step zero of the metrics that need it. A tie counts as 0.5, 0 or 1."""
 

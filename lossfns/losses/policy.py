@@ -8,7 +8,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from lossfns import terms as eq
-from lossfns.combine import KL, with_kl
+from lossfns.combine import with_kl
+from lossfns.kl import KL
 from lossfns.loss import Loss, Statistics, make_loss, preset
 from lossfns.losses.ratio import Clip, clipped, ratio_loss
 from lossfns.segments import token_level

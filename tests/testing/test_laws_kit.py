@@ -138,6 +138,12 @@ SETTINGS = (
     lossfns.orpo(weigh=lossfns.pair_sum, lam=1.0),
     lossfns.with_kl(lossfns.with_tis(lossfns.ppo(dual_clip=3.0, weigh=lossfns.sequence_mean)), 0.1, lossfns.k2),
     lossfns.with_tis(lossfns.gspo(), level=lossfns.sequence_level),
+    lossfns.with_rollout_weight(
+        lossfns.ppo(), lossfns.rollout.ratio() * lossfns.rollout.within(lossfns.k3, 0.5, lossfns.geometric_level)
+    ),
+    lossfns.with_kl(
+        lossfns.ppo(), 0.1, kl_weight=lossfns.rollout.score_function, kl_cap=10.0, kl_to="sampler_logprobs"
+    ),
     lossfns.ppo(clip=(0.5, math.inf)),
     *(
         PRESETS[loss.name](clip=(0.0, math.inf), weigh=lossfns.sequence_mean)

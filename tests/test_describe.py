@@ -1,0 +1,40 @@
+"""``describe`` and the commands ``list`` and ``describe``."""
+
+import pytest
+
+import lossfns
+from lossfns import LossInputError, describe
+from lossfns.cli import main
+from lossfns.describe import families, presets
+
+
+@pytest.mark.parametrize("name", presets())
+def test_a_description_has_the_equation_the_columns_and_the_statistics(name: str) -> None:
+    text, loss = describe(name), presets()[name]()
+    assert repr(loss) in text and text == describe(presets()[name]) == describe(loss)
+    assert all(f"``{column}``" in text for column in loss.reads)
+    assert "Args:" in text and ("tatistic" in text)
+    assert all(f"{knob}: " in text or f"{knob}, " in text for knob in loss.knobs)
+
+
+def test_the_settings_of_a_loss_are_shown() -> None:
+    assert "ppo(clip=(0.9, 1.1)" in describe(lossfns.ppo(clip=(0.9, 1.1)).bind())
+    assert "https://arxiv.org/abs/1707.06347" in describe("ppo")
+
+
+@pytest.mark.parametrize("unknown", ["grpoo", 3, lossfns.evaluate])
+def test_what_is_no_loss_is_refused(unknown: object) -> None:
+    with pytest.raises(LossInputError, match="a loss of this library"):
+        describe(unknown)
+
+
+def test_every_loss_is_listed_once(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert sorted(line.split(":")[0].strip() for line in lines if line.startswith("  ")) == sorted(presets())
+    assert sum(map(len, families().values())) == len(presets())
+
+
+def test_the_command_describes_and_refuses(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["describe", "dpo"]) == 0 and "log σ" in capsys.readouterr().out
+    assert main(["describe", "dpoo"]) == 2 and "dpo" in capsys.readouterr().out
