@@ -87,13 +87,21 @@ def distilled(name: str, preset: Preset) -> Lessons:
 
 
 def sampled(name: str, preset: Preset) -> Lessons:
-    """The teacher's log-ratio as advantage leads to the teacher; on fixed samples to the token that it raises most."""
-    if name == "sampled_reverse_kl":
-        student = replace(bandit, name="student", ref=teacher.ref)
+    """The teacher's log-ratio as advantage leads to the teacher.
+
+    On fixed samples, the ratio to the sampler as advantage leads to the token that the teacher raises most over it; the
+    ratio to the current policy leads to the teacher.
+    """
+    student = replace(bandit, name="student", ref=teacher.ref)
+    fixed = replace(student, old=student.start)
+    if name in ("sampled_reverse_kl", "prime_ref_kl"):
         yield Lesson(student, preset(), teacher.ref, 12, None, "reaches the teacher")
+    if name == "sampled_reverse_kl":
         point = tilted(student.start[0], [math.log(q / p) for q, p in zip(student.ref[0], student.start[0])], 1 / 30)
-        fixed = replace(student, old=student.start)
         yield Lesson(fixed, preset(), (point,), 10, 3.0, "on fixed samples collapses on the largest teacher / sampler")
+    if name == "prime_ref_kl":
+        loss = preset(delta_low=1.0, kl_tau=0.0)
+        yield Lesson(fixed, loss, teacher.ref, 12, None, "on fixed samples reaches the teacher, too")
 
 
 def rest(loss: Loss, world: World) -> Policy:
@@ -125,7 +133,7 @@ def paired(name: str, preset: Preset) -> Lessons:
     says = "ends where the oracle's expected gradient is 0"
     if name in KINKED:
         loss = made(preset, **({"beta": 1.0} | KINKED[name]))
-        yield Lesson(answers, loss, rest(loss, answers), 60, 0.5, f"{says}, at a kink", 0.9)
+        yield Lesson(answers, loss, rest(loss, answers), 90, 0.5, f"{says}, at a kink", 0.93)
     else:
         loss = made(preset, beta=1.0)
         yield Lesson(answers, loss, rest(loss, answers), 20, None, says)
@@ -160,11 +168,11 @@ def log_odds(p: float) -> float:
 
 
 def labelled(name: str, preset: Preset) -> Lessons:
-    """KTO seeks a mode, BCO is a classifier, and SPPO a regression.
+    """KTO seeks a mode, BCO is a classifier, and SPPO and A*-PO are regressions.
 
     KTO's value is the highest where all goes to answers that are desirable more often than not. BCO rests where
     β·(log π/ref − z) is the log-odds d / (1 − d) of the label, so that π ∝ ref·odds^(1/β), and z makes the sum 1. SPPO
-    rests at π = ref·exp((P − ½) / β), if these sum to 1.
+    rests at π = ref·exp((P − ½) / β), if these sum to 1, and A*-PO at ref·exp((R − V*) / β), which V* makes sum to 1.
     """
     if name == "kto":
         point = ((1.0, 0.0), (1.0,))
@@ -175,6 +183,14 @@ def labelled(name: str, preset: Preset) -> Lessons:
         shifted = replace(judged, columns={"reference_point": lambda world, i, policy, old: alike(world, i, z)})
         says = "reaches ref·odds of the label"
         yield Lesson(shifted, made(preset, beta=1.0), (proportional(odds), (1.0,)), 20, None, says)
+    if name == "real":
+        says = "ends where the oracle's expected gradient is 0"
+        yield Lesson(judged, preset(), rest(preset(), judged), 20, None, says)
+    if name == "a2po":
+        optimum = tilted(judged.ref[0], judged.rewards, BETA)
+        v = BETA * math.log(sum(q * math.exp(r / BETA) for q, r in zip(judged.ref[0], judged.rewards)))
+        rated = replace(judged, units=outcomes, columns={"reference_point": lambda w, i, policy, old: alike(w, i, v)})
+        yield Lesson(rated, made(preset, beta=BETA), (optimum, (1.0,)), 12, None, "reaches ref·exp((R − V*)/β)")
     if name == "sppo":
         target = (0.75, 0.25)
         wins = tuple(0.5 + math.log(p / ref) for p, ref in zip(target, judged.ref[0]))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -15,7 +16,7 @@ from lossfns.combine import with_kl
 from lossfns.loss import Loss
 from lossfns.terms import k2
 from lossfns.testing.worlds.lesson import BETA, Lesson, Lessons, Preset, knobs_of, made
-from lossfns.testing.worlds.points import proportional, tilted, towards_reference, two_token_tree
+from lossfns.testing.worlds.points import proportional, root, tilted, towards_reference, two_token_tree
 from lossfns.testing.worlds.problems import bandit, reward_of, tree, two_arms
 from lossfns.testing.worlds.world import Policy, World
 from lossfns.tokens import Tokens
@@ -82,14 +83,28 @@ def own_kl(name: str, preset: Preset) -> Lessons:
         yield Lesson(bandit, made(preset, kl_beta=BETA), (point,), 12, None, "k3 leads to β·ref / (λ − r)")
 
 
-STOPS = {"ppo", "grpo", "dapo", "bnpo", "dr_grpo", "gspo", "gspo_token", "luspo", "rloo", "gmpo", "rollout_is"}
-"""Losses that stop at their bounds while the samples are not drawn anew: the gradient ends for r > high where A > 0,
-and for r < low where A < 0."""
+CLIP = {"clip": (0.8, 1.2)}
+CLIPPED = ("ppo", "grpo", "dapo", "bnpo", "dr_grpo", "gspo", "gspo_token", "luspo", "rloo", "gmpo", "rollout_is")
+STOPS: dict[str, tuple[dict[str, Any], float]] = {
+    **dict.fromkeys((*CLIPPED, "clip_cov", "m2po"), (CLIP, 0.6)),
+    "opsm": (CLIP | {"delta": 100.0}, 0.6),
+    "fipo": (CLIP | {"weight_clip": (1.0, 1.0)}, 0.6),
+    "dppo_tv": ({"delta_low": 0.2, "delta_high": 0.2}, 0.7),
+    "dppo_kl": ({"delta_low": 0.05, "delta_high": 0.05}, (1 + math.sqrt(1 - math.exp(-0.1))) / 2),
+    "prime_dppo": ({"delta_low": 0.2, "delta_high": 0.2, "kl_tau": 0.0}, 0.7),
+    "prime_symmetric": ({"delta": 0.1, "kl_tau": 0.0}, 0.6),
+}
+"""Losses that stop at their bounds while the samples are not drawn anew: settings, and π of the good arm there.
+
+The gradient ends for r > high where A > 0, and for r < low where A < 0. With the total variation as bound it ends at a
+distance of δ, and with KL(μ‖π) = −½·log(4·π·(1 − π)) where this is δ.
+"""
+WITHOUT_BOUNDS = {"clip": (0.0, 1e6), "delta": 100.0, "delta_low": 100.0, "delta_high": 100.0}
 STOPS_UNWEIGHTED = {"sppo_token", "rec", "rec_ring"}
 """Losses that stop at their bounds, and before have the gradient of −A·lp, without the ratio."""
-CONTINUES = {"importance_sampling", "cispo", "cispo_sequence", "capped_importance_sampling"}
+CONTINUES = {"importance_sampling", "cispo", "cispo_sequence", "capped_importance_sampling", "kl_cov"}
 """Losses that keep the gradient −r·A·∇lp of every sample: on fixed samples they follow the policy gradient."""
-SLOWS_DOWN = {"sapo", "topr", "vespo"}
+SLOWS_DOWN = {"sapo", "topr", "vespo", "ce_gppo"}
 """Losses whose gradient fades on fixed samples, and is 0 nowhere."""
 
 
@@ -102,11 +117,12 @@ def bounded(name: str, preset: Preset) -> Lessons:
     """
     says = "stops at its bounds on fixed samples"
     if name in STOPS:
-        loss = made(preset, clip=(0.8, 1.2), kl_beta=0.0, weigh=token_mean)
-        rate = math.log(0.6 / 0.4) / 8 * (1 + 1e-5)
-        yield Lesson(two_arms, loss, ((0.6, 0.4),), 12, rate, says)
+        knobs, p = STOPS[name]
+        loss = made(preset, **knobs, kl_beta=0.0, weigh=token_mean)
+        rate = math.log(p / (1 - p)) / 8 * (1 + 1e-5)
+        yield Lesson(two_arms, loss, ((p, 1 - p),), 12, rate, says)
     if name in STOPS_UNWEIGHTED:
-        yield Lesson(two_arms, made(preset, clip=(0.8, 1.2)), ((0.6, 0.4),), 150, 0.003, says)
+        yield Lesson(two_arms, made(preset, **CLIP), ((0.6, 0.4),), 150, 0.003, says)
 
 
 def unbounded(name: str, preset: Preset) -> Lessons:
@@ -116,12 +132,23 @@ def unbounded(name: str, preset: Preset) -> Lessons:
     """
     point = (tilted((0.5, 0.5), two_arms.rewards, 1 / 10),)
     if name in STOPS:
-        loss = made(preset, clip=(0.0, 1e6), kl_beta=0.0, weigh=token_mean)
+        loss = made(preset, **STOPS[name][0] | WITHOUT_BOUNDS, kl_beta=0.0, weigh=token_mean)
         yield Lesson(two_arms, loss, point, 10, 1.0, "without its bounds, continues on fixed samples")
     if name in CONTINUES:
         yield Lesson(two_arms, preset(), point, 10, 1.0, "continues to the best arm on fixed samples")
     if name in SLOWS_DOWN:
         yield Lesson(two_arms, preset(), ((1.0, 0.0),), 20, None, "slows down on fixed samples, and does not stop")
+
+
+def squared_penalty(name: str, preset: Preset) -> Lessons:
+    """On fixed samples, r·A and a penalty τ·(lp − μ)² rest where a step no longer changes the log-odds.
+
+    A natural step adds (r₁ − r₀) − τ·(d₁/π₁ − d₀/π₀) to the log-odds, with d = log(π/μ) and μ = ½.
+    """
+    if name.startswith("prime_") and is_policy(preset):
+        p = root(lambda p: math.log(2 * p) / p - math.log(2 - 2 * p) / (1 - p) - 1, 0.5, 0.9)
+        loss = made(preset, kl_tau=1.0, delta=1.0, delta_low=1.0, delta_high=1.0)
+        yield Lesson(two_arms, loss, ((p, 1 - p),), 12, None, "rests where the penalty balances the reward")
 
 
 def cloned(name: str, preset: Preset) -> Lessons:
@@ -146,4 +173,4 @@ def direct(name: str, preset: Preset) -> Lessons:
         yield Lesson(arms, made(preset, beta=BETA, tau=BETA), (point,), 12, None, "reaches μ·exp(r/β) on fixed samples")
 
 
-POLICY_ROWS = (collapse, penalised, own_kl, bounded, unbounded, cloned, direct)
+POLICY_ROWS = (collapse, penalised, own_kl, bounded, unbounded, squared_penalty, cloned, direct)

@@ -15,6 +15,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from lossfns.errors import LossInputError, LossWarning
 from lossfns.inspect.probe import gradient_of
 from lossfns.loss import BoundLoss, Loss, LossFn
@@ -139,8 +141,12 @@ def in_twos(units: list[Unit]) -> list[Unit]:
 
 
 def log_of(policy: Policy, world: World, i: int) -> list[float]:
-    """Return the logprob of each token of sequence ``i``. A probability that rounds to 0 is the smallest float."""
-    return [math.log(max(policy[node][token], sys.float_info.min)) for node, token in world.sequences[i]]
+    """Return the logprob of each token of sequence ``i``. A probability that rounds to 0 is the smallest float.
+
+    It is rounded to float32, as the columns of datums are, so that on-policy the ratio is exactly 1.
+    """
+    exact = [math.log(max(policy[node][token], sys.float_info.min)) for node, token in world.sequences[i]]
+    return [float(np.float32(x)) for x in exact]
 
 
 def at_nodes(world: World, i: int, of: Callable[[Sequence[float]], float], policy: Policy) -> list[float]:
