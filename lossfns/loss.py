@@ -21,7 +21,7 @@ from lossfns.metrics import ADDITIVE, DIVIDED
 from lossfns.pack import as_row, as_tensor, check_align, check_reads, is_plain, pack, pack_weights, tensor_form
 from lossfns.segments import active_counts, geometric_level, maximum_level, sequence_level, token_level
 from lossfns.tensors import TensorBatch, blank_tensors, check_packed, check_padded
-from lossfns.tokens import COLUMNS, ON_POLICY, TOKENS, Rows, Tokens, to_dtype
+from lossfns.tokens import COLUMNS, DATUM_COLUMNS, ON_POLICY, TOKEN_COLUMNS, TOKENS, Rows, Tokens, to_dtype
 from lossfns.values import extremes
 from lossfns.weigh import WEIGHINGS, Weighing, check_weigh
 
@@ -551,7 +551,7 @@ def grad_l1(total: Tensor, logprobs: Tensor) -> Tensor:
 
 def check_bound(loss: Loss, columns: Mapping[str, Any], align: Any, grad_l1: Any) -> None:
     """Refuse a column that no loss has, and warn about one that this loss does not read."""
-    known = {*COLUMNS, *loss.reads}
+    known = {*COLUMNS, *TOKEN_COLUMNS, *DATUM_COLUMNS, *loss.reads}
     for name, value in columns.items():
         if name not in known:
             got, fix = f"the name {name!r}", did_you_mean(name, known | {"denominator", "align", "grad_l1"})

@@ -157,8 +157,8 @@ def pack_columns(
 
 
 def num_targets(shapes: Shapes, rows: Rows) -> int:
-    """Return K, the number of targets of a position; 0 if it is not the same for all datums."""
-    widths = {shape[-1] for shape in shapes} if rows is TARGETS else {1}
+    """Return K, the number of targets of a position; 0 if it is not known, or not the same for all datums."""
+    widths = {shape[1] if len(shape) == 2 else 0 for shape in shapes} if rows is TARGETS else {1}
     return widths.pop() if len(widths) == 1 else 0
 
 
@@ -226,8 +226,8 @@ def target_shapes(data: Sequence[Any], weights: Sequence[Values]) -> list[Sequen
     """Return the shapes ``[N, K]`` of weights. Flat weights have the shape of the datum's ``target_tokens``."""
     shapes: list[Sequence[int]] = []
     for datum, row in zip(data, weights):
-        ids = datum.loss_fn_inputs.get("target_tokens") if row.ndim == 1 else None
-        shapes.append(tuple(getattr(ids, "shape", None) or row.shape))
+        shape = tuple(getattr(datum.loss_fn_inputs.get("target_tokens"), "shape", None) or ())
+        shapes.append(shape if row.ndim == 1 and prod(shape) == len(row) else tuple(row.shape))
     return shapes
 
 

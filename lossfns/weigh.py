@@ -131,7 +131,7 @@ def check_targets(t: Tokens) -> None:
     """Refuse a batch whose positions have different numbers of targets."""
     if isinstance(t.targets, int) and t.targets < 1:
         fix = "Pad the candidates to one K, with weight 0."
-        raise LossInputError("target_tokens", "the same K for all datums", "several", fix)
+        raise LossInputError("target_tokens", "rows [N, K], with the same K for all datums", "others", fix)
 
 
 token_mean = Weighing("token_mean", TOKENS, weights, weight_sum)

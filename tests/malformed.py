@@ -32,6 +32,7 @@ from lossfns import (
 from lossfns.export.builtins import BUILTINS, builtin_loss
 from lossfns.pack import is_plain
 from lossfns.testing.public import presets
+from lossfns.tokens import DATUM_COLUMNS, TOKEN_COLUMNS
 
 Make = Callable[[Random], Any]
 
@@ -132,13 +133,15 @@ def data(rng: Random, count: int = 2) -> list[Datum]:
 
 
 def columns(n: int) -> dict[str, Any]:
-    names = ("old_logprobs", "ref_logprobs", "sampler_logprobs")
-    return {"advantages": [1.0] * n, **{name: [-1.5, -2.5, -0.5][:n] for name in names}}
+    numbers = {name: [1.0] * n for name in ("advantages", *DATUM_COLUMNS)}
+    others = ("old_logprobs", "ref_logprobs", "sampler_logprobs", *TOKEN_COLUMNS)
+    return numbers | {name: [-1.5, -2.5, -0.5][:n] for name in others}
 
 
 def two_targets(rng: Random) -> list[Datum]:
     ids, weights = torch.tensor([[5, 6], [7, 8]]), torch.tensor([[0.5, 0.5], [1.0, 0.0]])
-    return [Datum(ModelInput.from_ints([1, 2]), {"target_tokens": ids, "weights": weights}) for _ in range(2)]
+    fields = {"target_tokens": ids, "weights": weights, "teacher_logprobs": -1 - weights}
+    return [Datum(ModelInput.from_ints([1, 2]), fields) for _ in range(2)]
 
 
 def logprobs(rng: Random) -> list[torch.Tensor]:
@@ -210,7 +213,7 @@ class Call:
 
 def contract(rng: Random) -> Call:
     loss = a_loss(rng)
-    is_multi = "multi_target" in repr(loss)
+    is_multi = getattr(loss, "loss", loss).rows is Rows.TARGETS
     bound = {} if is_multi or rng.random() < 0.5 else bound_columns(rng)
     method = rng.choice(["call", "call", "value", "denominator"])
     arguments = {"data": (two_targets if is_multi else data)(rng), "columns": bound}
