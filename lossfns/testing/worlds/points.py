@@ -13,10 +13,10 @@ from functools import partial
 Row = Sequence[float]
 
 
-def root(f: Callable[[float], float], low: float, high: float) -> float:
+def root(f: Callable[[float], float], low: float, high: float, halvings: int = 40) -> float:
     """Return where f changes its sign, by bisection; if it does not, the end that a rising f would reach 0 at."""
     falling = f(low) > 0 > f(high)
-    for _ in range(40):
+    for _ in range(halvings):
         middle = (low + high) / 2
         low, high = (low, middle) if (f(middle) > 0) != falling else (middle, high)
     return (low + high) / 2
@@ -100,5 +100,5 @@ def where_descent_ends(slope: Callable[[float], float], start: float) -> tuple[f
     way = -1.0 if at(low) > 0 else 1.0
     while abs(low) < 12 and (at(low + way) > 0) == (way < 0):
         low += way
-    x = root(at, *sorted((low, low + way))) if abs(low) < 12 else way * 12
+    x = root(at, *sorted((low, low + way)), halvings=20) if abs(low) < 12 else way * 12
     return 1 / (1 + math.exp(-x)), 1 / (1 + math.exp(x))

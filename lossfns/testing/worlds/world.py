@@ -15,12 +15,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from lossfns.errors import LossInputError, LossWarning
 from lossfns.inspect.probe import gradient_of
 from lossfns.loss import BoundLoss, Loss, LossFn
 from lossfns.testing.batch import Batch
+from lossfns.tokens import ON_POLICY
 
 Policy = tuple[tuple[float, ...], ...]
 """The probability of each token at each node."""
@@ -141,12 +140,8 @@ def in_twos(units: list[Unit]) -> list[Unit]:
 
 
 def log_of(policy: Policy, world: World, i: int) -> list[float]:
-    """Return the logprob of each token of sequence ``i``. A probability that rounds to 0 is the smallest float.
-
-    It is rounded to float32, as the columns of datums are, so that on-policy the ratio is exactly 1.
-    """
-    exact = [math.log(max(policy[node][token], sys.float_info.min)) for node, token in world.sequences[i]]
-    return [float(np.float32(x)) for x in exact]
+    """Return the logprob of each token of sequence ``i``. A probability that rounds to 0 is the smallest float."""
+    return [math.log(max(policy[node][token], sys.float_info.min)) for node, token in world.sequences[i]]
 
 
 def at_nodes(world: World, i: int, of: Callable[[Sequence[float]], float], policy: Policy) -> list[float]:
@@ -224,6 +219,8 @@ class Enumerated:
         own = loss_fn.loss if isinstance(loss_fn, BoundLoss) else loss_fn
         if isinstance(own, Loss):
             bound = loss_fn.bind()  # type: ignore[attr-defined]
+            if world.old is None and "old_logprobs" in own.reads:
+                bound = bound.bind(old_logprobs=ON_POLICY)  # the columns of datums are float32
 
             def of_loss(batch: Batch, count: Any) -> list[float]:
                 return gradient_of(bound.bind(denominator=count), batch.data(), batch.tensors())[1].tolist()
