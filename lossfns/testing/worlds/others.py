@@ -14,7 +14,7 @@ from lossfns.testing.batch import Batch
 from lossfns.testing.worlds.lesson import BETA, Lesson, Lessons, Preset, made
 from lossfns.testing.worlds.points import balanced, proportional, root, tilted, where_descent_ends
 from lossfns.testing.worlds.problems import answers, bandit, candidates, corpus, judged, letters, reward_model, teacher
-from lossfns.testing.worlds.world import Enumerated, Policy, World, alike, outcomes, sigmoid
+from lossfns.testing.worlds.world import Enumerated, Policy, Slope, World, alike, outcomes, returned, sigmoid
 from lossfns.tokens import PAIRS
 from lossfns.weigh import sequence_mean, token_mean
 
@@ -108,10 +108,10 @@ def rest(loss: Loss, world: World) -> Policy:
     """Return the policy (p, 1 − p) over two answers at which the oracle's expected gradient is 0, by bisection."""
     settings = {name: getattr(value, "name", getattr(value, "__name__", value)) for name, value in loss.knobs.items()}
 
-    def gradients(batch: Batch, count: Any) -> list[float]:
+    def gradients(batch: Batch, count: Any) -> list[Slope]:
         rows = {"logprobs": batch.logprobs, "weights": batch.weights, **batch.columns}
         _, grads = getattr(oracle, loss.name)(**rows, **settings, denominator=count)
-        return [g for row in grads for g in row]
+        return [(g, 0.0) for row in grads for g in row]
 
     expected = Enumerated(gradients, world, loss.reads, loss)
     certain = world.start[1:]  # the second token of an answer, if there is one
@@ -199,7 +199,7 @@ def labelled(name: str, preset: Preset) -> Lessons:
 
 
 def scored(name: str, preset: Preset) -> Lessons:
-    """Scores: the log-odds of the preference between two answers, or of a label."""
+    """Scores: the log-odds of the preference between two answers, or of a label; values: the mean of the returns."""
     one, other = answers.rewards
     half = (one - other) / 2
     if name == "bradley_terry":
@@ -209,6 +209,11 @@ def scored(name: str, preset: Preset) -> Lessons:
         p = sigmoid(one - other)
         m = root(lambda m: (1 - p) * sigmoid(m + 0.25) - p * sigmoid(0.25 - m), -9, 9)
         yield Lesson(reward_model, preset(), ((m / 2, -m / 2),), 12, None, "a target margin widens the difference")
+    if name == "value_loss":
+        values = replace(reward_model, name="values", units=returned, rewards=(0.8, 0.3), old=((0.5, 0.5),))
+        yield Lesson(values, preset(value_clip=None), (values.rewards,), 12, None, "the value is the mean return")
+        says = "stops at its bound from the old value"
+        yield Lesson(values, preset(value_clip=0.2), ((0.2, 0.2),), 90, 0.3, says, 0.93)
     if name == "process_reward":
         steps = replace(reward_model, name="steps", units=outcomes, rewards=(0.8, 0.3), old=((0.5, 0.5),))
         point = tuple(log_odds(y) for y in steps.rewards)

@@ -100,5 +100,5 @@ def where_descent_ends(slope: Callable[[float], float], start: float) -> tuple[f
     way = -1.0 if at(low) > 0 else 1.0
     while abs(low) < 12 and (at(low + way) > 0) == (way < 0):
         low += way
-    x = root(at, *sorted((low, low + way)), halvings=20) if abs(low) < 12 else way * 12
+    x = root(at, min(low, low + way), max(low, low + way), 20) if abs(low) < 12 else way * 12
     return 1 / (1 + math.exp(-x)), 1 / (1 + math.exp(x))

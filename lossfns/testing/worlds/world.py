@@ -15,6 +15,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
+
 from lossfns.errors import LossInputError, LossWarning
 from lossfns.inspect.probe import gradient_of
 from lossfns.loss import BoundLoss, Loss, LossFn
@@ -27,8 +30,10 @@ Path = list[Policy]
 """The policy before the first step and after each step."""
 Column = Callable[["World", int, Policy, Policy], list[float]]
 """A function ``(world, sequence, policy, sampling policy) -> row`` of the sequence."""
-Gradients = Callable[[Batch, Any], list[float]]
-"""A function ``(batch, denominator) -> ∂L/∂logprob`` of every token, datums end to end."""
+Slope = tuple[float, float]
+"""∂L/∂logprob of a token, and ∂L/∂entropy at its node: 0 unless the loss has a gradient through the entropy."""
+Gradients = Callable[[Batch, Any], list[Slope]]
+"""A function ``(batch, denominator) -> slopes`` of every token, datums end to end."""
 PROMPT = -1.0
 """The logprob of the masked token that every datum begins with. No loss may depend on it."""
 RARE = 1e-6
@@ -122,6 +127,11 @@ def labelled(world: World, sampling: Policy) -> list[Unit]:
     return [Unit(p * q, (i,), {"labels": (label,)}) for p, i, r in drawn for label, q in ((1.0, r), (0.0, 1 - r))]
 
 
+def returned(world: World, sampling: Policy) -> list[Unit]:
+    """One sequence with the return 1 or 0, which is 1 with the probability that the world gives."""
+    return [unit._replace(columns={"returns": unit.columns["labels"]}) for unit in labelled(world, sampling)]
+
+
 def position(world: World, sampling: Policy) -> list[Unit]:
     """The one position of a world with K targets."""
     return [Unit(1.0, (0,))]
@@ -146,7 +156,7 @@ def log_of(policy: Policy, world: World, i: int) -> list[float]:
 
 def at_nodes(world: World, i: int, of: Callable[[Sequence[float]], float], policy: Policy) -> list[float]:
     """Return a number of the distribution at each node of sequence ``i``."""
-    return [of([p for p in policy[node] if p > 0]) for node, _ in world.sequences[i]]
+    return [of(policy[node]) for node, _ in world.sequences[i]]
 
 
 def alike(world: World, i: int, x: float) -> list[float]:
@@ -162,10 +172,11 @@ COLUMNS: dict[str, Column] = {
     "sampler_logprobs": lambda world, i, policy, old: log_of(old, world, i),
     "ref_logprobs": lambda world, i, policy, old: log_of(world.ref, world, i),
     "teacher_logprobs": lambda world, i, policy, old: log_of(world.ref, world, i),
-    "entropy": lambda world, i, policy, old: at_nodes(world, i, lambda p: -sum(x * math.log(x) for x in p), policy),
+    "entropy": lambda world, i, policy, old: at_nodes(world, i, entropy_of, policy),
     "sum_square_probs": lambda world, i, policy, old: at_nodes(world, i, lambda p: sum(x * x for x in p), policy),
     "returns": lambda world, i, policy, old: alike(world, i, world.rewards[i]),
     "reference_point": lambda world, i, policy, old: alike(world, i, 0.0),
+    "old_values": lambda world, i, policy, old: alike(world, i, 0.0),
     "target_margin": lambda world, i, policy, old: alike(world, i, 0.25),
 }
 """Column → the row of a sequence. ``groups`` and ``labels`` belong to the units."""
@@ -196,6 +207,22 @@ def batch_of(world: World, policy: Policy, sampling: Policy, units: Sequence[Uni
 # Steps
 
 
+def without_entropy(gradient: Tensor) -> list[Slope]:
+    """Return the slopes of a loss that has no gradient through the entropy."""
+    return [(g, 0.0) for g in gradient.tolist()]
+
+
+def slopes_with_entropy(loss: BoundLoss, batch: Batch) -> list[Slope]:
+    """Return the slopes of a loss that has a gradient through the column of the entropy."""
+    logprobs = batch.tensors()
+    entropies = [torch.tensor(row, dtype=torch.float64, requires_grad=True) for row in batch.columns["entropy"]]
+    total, _ = loss.bind(entropy=entropies)(batch.data(), logprobs)
+    by_logprob, by_entropy = (
+        torch.cat(torch.autograd.grad(total, xs, retain_graph=True)).tolist() for xs in (logprobs, entropies)
+    )
+    return list(zip(by_logprob, by_entropy))
+
+
 class Enumerated:
     """The expected gradient of a loss over all outcomes of a world.
 
@@ -222,15 +249,18 @@ class Enumerated:
             if world.old is None and "old_logprobs" in own.reads:
                 bound = bound.bind(old_logprobs=ON_POLICY)  # the columns of datums are float32
 
-            def of_loss(batch: Batch, count: Any) -> list[float]:
-                return gradient_of(bound.bind(denominator=count), batch.data(), batch.tensors())[1].tolist()
+            def of_loss(batch: Batch, count: Any) -> list[Slope]:
+                divided = bound.bind(denominator=count)
+                if "entropy" in getattr(own, "gradient_columns", ()):
+                    return slopes_with_entropy(divided, batch)
+                return without_entropy(gradient_of(divided, batch.data(), batch.tensors())[1])
 
             return cls(of_loss, world, own.reads, own)
 
-        def of_function(batch: Batch, count: Any) -> list[float]:
+        def of_function(batch: Batch, count: Any) -> list[Slope]:
             data = batch.data()
             by = 1.0 if like is None else like.denominator(data) / count
-            return (by * gradient_of(loss_fn, data, batch.tensors())[1]).tolist()
+            return without_entropy(by * gradient_of(loss_fn, data, batch.tensors())[1])
 
         every = (*COLUMNS, "groups", *world.units(world, world.old or world.start)[0].columns)
         return cls(of_function, world, [name for name in every if name != "weights"], like)
@@ -257,7 +287,12 @@ class Enumerated:
                 for _ in range(self.world.targets or 1):
                     next(slopes)  # the masked token
                 for node, token in self.world.sequences[i]:
-                    by_token[node][token] += unit.probability * next(slopes)
+                    slope, by_entropy = next(slopes)
+                    by_token[node][token] += unit.probability * slope
+                    if by_entropy:  # dH / dθ = −π·(log π + H)
+                        h = entropy_of(policy[node])
+                        for k, p in enumerate(policy[node]):
+                            by_token[node][k] -= unit.probability * by_entropy * p * (math.log(p) + h)
         if self.world.scores:
             return by_token
         rows = [(gs, ps, max(self.world.visits(policy, n), RARE)) for n, (gs, ps) in enumerate(zip(by_token, policy))]
@@ -335,6 +370,11 @@ def step_size(direction: list[list[float]], before: Any) -> float:
         along, squared = sum(s * y for s, y in pairs), sum(y * y for _, y in pairs)
         size = along / squared if along > 0 else 2 * size
     return min(size, TRUST / largest) if largest > 0 else size
+
+
+def entropy_of(p: Sequence[float]) -> float:
+    """−Σ p·log p."""
+    return -sum(x * math.log(x) for x in p if x > 0)
 
 
 def sigmoid(x: float) -> float:
