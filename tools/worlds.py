@@ -1,4 +1,4 @@
-"""Print what each loss learns in the worlds, or draw the paths.
+"""Print what each loss learns in the worlds, or draw some of the paths.
 
 python -m tools.worlds table     # for each loss: the world, the steps, the point, and the distance from it
 python -m tools.worlds picture   # write docs/worlds.png (extra ``viz``)
@@ -7,18 +7,24 @@ python -m tools.worlds picture   # write docs/worlds.png (extra ``viz``)
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+import math
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lossfns import cispo, dapo, k1, k2, k3, ppo, reinforce, with_kl
+import lossfns as ours
+from lossfns import LossWarning, with_kl
 from lossfns.loss import Loss
+from lossfns.testing import worlds
 from lossfns.testing.public import presets
-from lossfns.testing.worlds import Policy, World, bandit, learn, lessons, tree, two_arms
+from lossfns.testing.worlds import World, learn, lessons
 from lossfns.testing.worlds.combined import COMBINED
-from lossfns.testing.worlds.points import tilted, towards_reference, two_token_tree
+from lossfns.testing.worlds.others import rest
+from lossfns.testing.worlds.points import balanced, proportional, tilted, towards_reference, two_token_tree
 
 PICTURE = Path("docs/worlds.png")
+COLUMNS = 4
 
 
 def table() -> Iterator[str]:
@@ -26,188 +32,135 @@ def table() -> Iterator[str]:
     for name in (*presets(), *COMBINED):
         for lesson in lessons(name):
             point = " | ".join(" ".join(f"{p:.3f}" for p in row) for row in lesson.point if len(row) > 1)
-            where = f"{lesson.world.name:10} {lesson.steps:3} steps to {point:27}"
+            where = f"{lesson.world.name:12} {lesson.steps:3} steps to {point:27}"
             yield f"{name:28} {where} {lesson.miss():.0e}  {lesson.says}"
 
 
 class Line(NamedTuple):
-    """A path of one probability, and the level at which theory says that it ends."""
+    """A path, and the probability that theory says it ends at; None if it does not end."""
 
     label: str
-    loss: Any
+    loss: Loss
     end: float | None
-    style: str = "-"
 
 
 class Panel(NamedTuple):
-    """Paths of several losses in one world.
-
-    Attributes:
-        title, ylabel: texts.
-        world: the world.
-        of: the number of a policy that is drawn.
-        steps, rate: as for ``learn``.
-        lines: the losses.
-    """
+    """Paths of several losses in one world: the probability of one token of the first node, by steps of this rate."""
 
     title: str
-    ylabel: str
     world: World
-    of: Callable[[Policy], float]
+    token: int
     steps: int
     rate: float
     lines: list[Line]
 
 
-def first(policy: Policy) -> float:
-    """Return the probability of the first token of the first node."""
-    return policy[0][0]
+def with_penalties() -> Panel:
+    """Return the panel of the KL."""
+    arms, ref, rewards = worlds.bandit, worlds.bandit.ref[0], worlds.bandit.rewards
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", LossWarning)  # with_kl warns of k1, for the reason that the panel shows
+        losses = [with_kl(ours.ppo(), 0.5, kl) for kl in (ours.k1, ours.k2, ours.k3)]
+    ends = (1.0, tilted(ref, rewards, 0.5)[1], towards_reference(ref, rewards, 0.5)[1])
+    labels = ("k1: no effect", "k2: ref·exp(r/β)", "k3: β·ref/(λ − r)")
+    title = "Arms drawn anew, with a KL:\nπ of the best arm"
+    return Panel(title, arms, 1, 12, 0.8, [Line("no KL", ours.ppo(), 1.0), *map(Line, labels, losses, ends)])
 
 
-def second(policy: Policy) -> float:
-    """Return the probability of the second token of the first node."""
-    return policy[0][1]
+def with_lengths() -> Panel:
+    """Return the panel of the length bias."""
+    tree = worlds.tree
+    ref, weighs = (tree.ref[0], tree.ref[1]), (ours.token_mean, ours.sequence_mean)
+    losses = [with_kl(ours.reinforce(weigh=weigh), 0.5, ours.k2) for weigh in weighs]
+    ends = [two_token_tree(ref, tree.rewards, 0.5, f, f)[0][0] for f in ((1, 1), (1, 0.5))]
+    title = "Answers of 1 and 2 tokens, with a KL:\nπ of the short answer"
+    return Panel(title, tree, 0, 24, 0.8, list(map(Line, ("mean over tokens", "over sequences"), losses, ends)))
 
 
-def panels() -> list[Panel]:
-    """Return the panels of the picture."""
-    arms = bandit.ref[0]
-    reference = tree.ref[0], tree.ref[1]
-    share = answers.rewards[0] - answers.rewards[1]
-    data = letters.old[0] if letters.old else ()
-    seen = candidates.ref[0][0]
-    return [
-        Panel(
-            "Arms drawn anew: the KL decides\nwhether and where the policy stops",
-            "π of the best arm",
-            bandit,
-            second,
-            12,
-            0.8,
-            [
-                Line("no KL: collapse", ppo(), 1.0),
-                Line("k1: no effect", with_kl(ppo(), 0.5, k1), None),
-                Line("k2: ref·exp(r/β)", with_kl(ppo(), 0.5, k2), tilted(arms, bandit.rewards, 0.5)[1]),
-                Line("k3: β·ref/(λ − r)", with_kl(ppo(), 0.5, k3), towards_reference(arms, bandit.rewards, 0.5)[1]),
-            ],
-        ),
-        Panel(
-            "Arms drawn once: where steps\non the same samples end",
-            "π of the good arm",
-            two_arms,
-            first,
-            40,
-            0.08,
-            [
-                Line("ppo (0.8, 1.2)", ppo(), 0.6),
-                Line("dapo (0.8, 1.28)", dapo(), 0.64),
-                Line("dppo_tv 0.2", dppo_tv(), 0.7),
-                Line("sapo: slowly on", sapo(), None),
-                Line("cispo: on", cispo(), None),
-            ],
-        ),
-        Panel(
-            "Answers of 1 and 2 tokens, with KL:\nthe length bias",
-            "π of the short answer",
-            tree,
-            first,
-            24,
-            0.8,
-            [
-                Line(
-                    "mean over tokens",
-                    with_kl(reinforce(), 0.5, k2),
-                    two_token_tree(reference, tree.rewards, 0.5, (1, 1), (1, 1))[0][0],
-                ),
-                Line(
-                    "mean over sequences",
-                    with_kl(reinforce(weigh="sequence_mean"), 0.5, k2),
-                    two_token_tree(reference, tree.rewards, 0.5, (1, 0.5), (1, 0.5))[0][0],
-                ),
-            ],
-        ),
-        Panel(
-            "Pairs: 69% prefer the answer\n(β = 1, reference 0.6)",
-            "π of the preferred answer",
-            answers,
-            first,
-            16,
-            2.0,
-            [
-                Line("dpo", dpo(beta=1.0), 1 / (1 + math.exp(-share) * 0.4 / 0.6)),
-                Line("ipo", ipo(beta=1.0), None),
-                Line("simpo", simpo(beta=1.0), None),
-                Line("orpo", orpo(lam=1.0), None),
-            ],
-        ),
-        Panel(
-            "Labels: desirable in 80% and 30%",
-            "π of the first answer",
-            judged,
-            first,
-            24,
-            4.0,
-            [
-                Line("kto: its mode", kto(beta=1.0), 1.0),
-                Line("bco: its odds", bco(beta=1.0), None),
-            ],
-        ),
-        Panel(
-            "Data: 45% have this token",
-            "π of the most frequent token",
-            letters,
-            first,
-            24,
-            0.8,
-            [
-                Line("cross_entropy", cross_entropy(), data[0]),
-                Line("focal", focal(), None),
-                Line("sft_phi", sft_phi(), balanced(data, lambda p: p - 1)[0]),
-                Line("dft: the mode", dft(), 1.0),
-            ],
-        ),
-        Panel(
-            "Teacher with 0.45 here and\n0.1 on the token not seen",
-            "π of the likeliest token",
-            candidates,
-            first,
-            24,
-            0.8,
-            [
-                Line("forward, raw", top_k_forward_kl(support="raw_support"), seen / 0.9),
-                Line("reverse, raw", top_k_reverse_kl(support="raw_support"), seen / math.e),
-                Line("both, with tail", top_k_mixed_kl(support="tail_support"), seen),
-            ],
-        ),
+def on_fixed_samples() -> Panel:
+    """Return the panel of bounds."""
+    lines = [
+        Line("ppo (0.8, 1.2)", ours.ppo(), 0.6),
+        Line("dapo (0.8, 1.28)", ours.dapo(), 0.64),
+        Line("dppo_tv 0.2", ours.dppo_tv(), 0.7),
+        Line("sapo: slows down", ours.sapo(), None),
+        Line("cispo: goes on", ours.cispo(), None),
     ]
+    return Panel("Arms drawn once:\nπ of the good arm", worlds.two_arms, 0, 40, 0.08, lines)
+
+
+def imitating() -> Panel:
+    """Return the panel of losses with and without a ratio, on fixed samples."""
+    cloned = lessons("reinforce")[-1]
+    lines = [
+        Line("reinforce: μ·r", cloned.loss, cloned.point[0][1]),
+        Line("importance_sampling", ours.importance_sampling(), 1.0),
+    ]
+    title = "Arms drawn once, A = r above 0:\nπ of the best arm"
+    return Panel(title, cloned.world, 1, 24, 0.5, lines)
+
+
+def of_pairs() -> Panel:
+    """Return the panel of preferences."""
+    made = [ours.dpo(beta=1.0), ours.ipo(beta=1.0), ours.simpo(beta=1.0), ours.orpo(lam=1.0), ours.apo_zero(beta=1.0)]
+    lines = [Line(loss.name, loss, rest(loss, worlds.answers)[0][0]) for loss in made]
+    return Panel("Pairs, 69% prefer this answer:\nπ of it", worlds.answers, 0, 24, 1.5, lines)
+
+
+def of_labels() -> Panel:
+    """Return the panel of labels."""
+    bco = lessons("bco")[0]
+    lines = [Line("kto: the mode", ours.kto(beta=1.0), 1.0), Line("bco: ref·odds", bco.loss, bco.point[0][0])]
+    return Panel("Desirable in 80% and 30%:\nπ of the first answer", bco.world, 0, 24, 2.0, lines)
+
+
+def of_data() -> Panel:
+    """Return the panel of likelihoods."""
+    data = worlds.letters.old[0] if worlds.letters.old else ()
+    lines = [
+        Line("dft: the mode", ours.dft(), 1.0),
+        Line("sft_phi", ours.sft_phi(), balanced(data, lambda p: p - 1)[0]),
+        Line("cross_entropy", ours.cross_entropy(), data[0]),
+        Line("focal", ours.focal(), lessons("focal")[-1].point[0][0]),
+    ]
+    return Panel("Data, 45% have this token:\nπ of it", worlds.letters, 0, 24, 0.8, lines)
+
+
+def of_teacher() -> Panel:
+    """Return the panel of distillation."""
+    seen = worlds.candidates.ref[0]
+    lines = [
+        Line("forward, raw", ours.top_k_forward_kl(support="raw_support"), proportional(seen[:3])[0]),
+        Line("with the tail", ours.top_k_mixed_kl(support="tail_support"), seen[0]),
+        Line("reverse, raw: q/e", ours.top_k_reverse_kl(support="raw_support"), seen[0] / math.e),
+    ]
+    return Panel("Teacher with 0.45 here, 0.1 unseen:\nπ of the likeliest token", worlds.candidates, 0, 24, 0.8, lines)
 
 
 def draw(panel: Panel, axes: Any) -> None:
     """Draw the paths of a panel, and a dotted line at each stated end, with the label at the end of the path."""
     ends = []
     for i, line in enumerate(panel.lines):
-        like = line.loss if isinstance(line.loss, Loss) else None
-        path = [panel.of(p) for p in learn(line.loss, panel.world, panel.steps, rate=panel.rate, like=like)]
-        axes.plot(path, color=f"C{i}", linestyle=line.style, linewidth=1.6)
+        path = [policy[0][panel.token] for policy in learn(line.loss, panel.world, panel.steps, rate=panel.rate)]
+        axes.plot(path, color=f"C{i}", linewidth=1.6)
         if line.end is not None:
             axes.axhline(line.end, color=f"C{i}", linestyle=":", linewidth=1)
-        ends.append((path[-1], line.label, f"C{i}"))
-    heights = spaced([y for y, _, _ in ends])
-    for (_, label, colour), y in zip(ends, heights):
-        axes.annotate(label, (panel.steps, y), (4, 0), textcoords="offset points", annotation_clip=False,
-            color=colour, va="center", fontsize=8)  # fmt: skip
-    axes.set(title=panel.title, xlabel="exact steps", ylabel=panel.ylabel, ylim=(-0.03, 1.03), xlim=(0, panel.steps))
-    axes.title.set_fontsize(9)
+        ends.append(path[-1])
+    for i, (line, y) in enumerate(zip(panel.lines, spaced(ends))):
+        place = {"xytext": (4, 0), "textcoords": "offset points", "annotation_clip": False, "va": "center"}
+        axes.annotate(line.label, (panel.steps, y), color=f"C{i}", fontsize=8, **place)
+    axes.set(xlabel="exact steps", ylim=(-0.03, 1.03), xlim=(0, panel.steps))
+    axes.set_title(panel.title, fontsize=9, loc="left")
+    axes.xaxis.get_major_locator().set_params(integer=True, nbins=5)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.2)
 
 
-def spaced(heights: list[float], gap: float = 0.075) -> list[float]:
-    """Move labels apart, so that neighbours are at least ``gap`` from each other, in the same order."""
-    order = sorted(range(len(heights)), key=heights.__getitem__)
-    placed = dict.fromkeys(order, 0.0)
+def spaced(heights: list[float], gap: float = 0.085) -> list[float]:
+    """Move labels apart, in the order of their heights, so that neighbours are at least ``gap`` from each other."""
+    placed = dict.fromkeys(range(len(heights)), 0.0)
     lowest = -1.0
-    for i in order:
+    for i in sorted(placed, key=heights.__getitem__):
         placed[i] = lowest = max(heights[i], lowest + gap)
     excess = max(0.0, lowest - 1.0)
     return [placed[i] - excess for i in range(len(heights))]
@@ -217,11 +170,12 @@ def picture() -> None:
     """Draw all panels."""
     from matplotlib.figure import Figure
 
-    drawn = panels()
-    figure = Figure(figsize=(12, 2.7 * -(-len(drawn) // 3)), layout="constrained")
-    for i, panel in enumerate(drawn):
-        draw(panel, figure.add_subplot(-(-len(drawn) // 3), 3, i + 1))
-    figure.savefig(PICTURE, dpi=110)
+    makers = (with_penalties, on_fixed_samples, imitating, with_lengths, of_pairs, of_labels, of_data, of_teacher)
+    rows = -(-len(makers) // COLUMNS)
+    figure = Figure(figsize=(3.6 * COLUMNS, 2.7 * rows), layout="constrained")
+    for i, make in enumerate(makers):
+        draw(make(), figure.add_subplot(rows, COLUMNS, i + 1))
+    figure.savefig(PICTURE, dpi=100)
 
 
 def main() -> None:

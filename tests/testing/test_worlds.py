@@ -32,7 +32,8 @@ from lossfns.testing.worlds import advice, answers, bandit, corpus, distance, le
 from lossfns.testing.worlds.combined import COMBINED
 from lossfns.testing.worlds.lesson import BETA, CLOSE, Lesson
 from lossfns.testing.worlds.points import root, tilted, towards_reference, two_token_tree
-from lossfns.testing.worlds.world import Enumerated, in_twos
+from lossfns.testing.worlds.steps import Enumerated
+from lossfns.testing.worlds.world import in_twos
 
 pytestmark = pytest.mark.filterwarnings("ignore::lossfns.LossWarning")
 

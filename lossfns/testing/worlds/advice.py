@@ -9,7 +9,8 @@ from dataclasses import replace
 from lossfns.loss import LossFn
 from lossfns.testing.worlds.points import proportional
 from lossfns.testing.worlds.problems import answers, bandit, corpus, judged, teacher, tree, two_arms
-from lossfns.testing.worlds.world import Enumerated, Policy, distance, learn
+from lossfns.testing.worlds.steps import Enumerated, distance, learn
+from lossfns.testing.worlds.world import Policy
 
 STEPS = 24
 NEAR = 0.02

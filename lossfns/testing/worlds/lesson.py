@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from lossfns.loss import Loss, LossFn
-from lossfns.testing.worlds.world import Path, Policy, World, distance, learn
+from lossfns.testing.worlds.steps import Path, distance, learn
+from lossfns.testing.worlds.world import Policy, World
 
 Preset = Callable[..., Loss]
 CLOSE = 1e-3

@@ -14,7 +14,8 @@ from lossfns.testing.batch import Batch
 from lossfns.testing.worlds.lesson import BETA, Lesson, Lessons, Preset, made
 from lossfns.testing.worlds.points import balanced, proportional, root, tilted, where_descent_ends
 from lossfns.testing.worlds.problems import answers, bandit, candidates, corpus, judged, letters, reward_model, teacher
-from lossfns.testing.worlds.world import Enumerated, Policy, Slope, World, alike, outcomes, returned, sigmoid
+from lossfns.testing.worlds.steps import Enumerated, Slope
+from lossfns.testing.worlds.world import Policy, World, alike, outcomes, returned, sigmoid
 from lossfns.tokens import PAIRS
 from lossfns.weigh import sequence_mean, token_mean
 

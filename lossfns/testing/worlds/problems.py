@@ -35,9 +35,6 @@ letters = World(
 )  # fmt: skip
 """A data set of answers of one of three tokens. The policy starts with the rarest."""
 
-coin = World("coin", (((0, 0),), ((0, 1),)), outcomes, ((0.5, 0.5),), ((0.6, 0.4),), (0.0, 0.0), old=((0.7, 0.3),))
-"""A data set of answers of one token: the first in 70% of the samples, the second in 30%."""
-
 answers = World(
     "answers",
     (((0, 0),), ((0, 1), (1, 0))),
