@@ -32,6 +32,7 @@ from lossfns.frame import (
     datum_from_candidates,
     datum_from_model_input_weights,
     datum_from_tokens,
+    pair_from_tokens,
 )
 from lossfns.kl import binary_kl, binary_tv, k1_plus, k3_plus, k3_uncapped, k_abs, k_squared
 from lossfns.labels import targets_from_labels, weights_from_labels, weights_from_mask
@@ -39,6 +40,7 @@ from lossfns.logprobs.linear import linear_logprobs
 from lossfns.logprobs.target import target_logprobs
 from lossfns.loss import BoundLoss, Loss, evaluate
 from lossfns.losses.contrastive import info_nce
+from lossfns.losses.coupled import clip_cov, kl_cov, m2po, real
 from lossfns.losses.distillation import (
     raw_support,
     renormalised_support,
@@ -49,24 +51,45 @@ from lossfns.losses.distillation import (
     top_k_mixed_kl,
     top_k_reverse_kl,
 )
-from lossfns.losses.policy import dapo, grpo, importance_sampling, ppo, reinforce
-from lossfns.losses.preference import dpo, orpo
-from lossfns.losses.regression import dro
-from lossfns.losses.sequence import gspo, gspo_token
+from lossfns.losses.grouped import alpha_dpo, aot, aot_unpaired, beta_dpo, dr_dpo
+from lossfns.losses.links import chi_po, discopop, f_dpo, focal_po, gpo, spo
+from lossfns.losses.masks import dppo_kl, dppo_tv, opsm, with_binary_kl_mask, with_opsm, with_tv_mask, with_vaco_mask
+from lossfns.losses.policy import bnpo, dapo, dr_grpo, gpg, grpo, importance_sampling, ppo, reinforce
+from lossfns.losses.preference import dpo, dpo_norm, exo, hinge, ipo, robust_dpo
+from lossfns.losses.prime import prime_dppo, prime_ref_kl, prime_symmetric
+from lossfns.losses.rec import rec, rec_ring
+from lossfns.losses.reference_free import alphapo, cpo, orpo, simpo
+from lossfns.losses.regression import a2po, dro, kimi15, sppo_token
+from lossfns.losses.reward_models import bradley_terry, bradley_terry_margin, process_reward
+from lossfns.losses.sequence import gmpo, gspo, gspo_token, luspo, rloo
+from lossfns.losses.shifts import bpo, dpo_shift, dpop, ld_dpo, minor_dpo, odpo, r_dpo, wpo
+from lossfns.losses.sides import apo_down, apo_zero, bco_pair, c2_dpo, cal_dpo, nca, sppo_hard
 from lossfns.losses.supervised import cross_entropy, dft, focal, multi_target_cross_entropy, sft_phi, unlikelihood
-from lossfns.losses.trust import sapo
-from lossfns.losses.unpaired import kto
-from lossfns.losses.weighted import cispo
+from lossfns.losses.trust import ce_gppo, fipo, sapo
+from lossfns.losses.unpaired import bco, kto, kto_reference_point, sppo
+from lossfns.losses.weighted import capped_importance_sampling, cispo, cispo_sequence, opmd, rollout_is, topr, vespo
+from lossfns.margins import (
+    Reward,
+    alpha_reward,
+    exponential_link,
+    forward_kl_reward,
+    hinge_link,
+    js_reward,
+    log_odds_mean,
+    log_ratio_mean,
+    log_ratio_sum,
+    logistic_link,
+    logprob_mean,
+    logprob_sum,
+    savage_link,
+    squared_link,
+    truncated_quadratic_link,
+)
 from lossfns.metrics import merge_metrics
 from lossfns.pack import pack
+from lossfns.regions import one_side, ratio_weight, two_side, unit_weight
 from lossfns.rollout import TokenWeight
-from lossfns.sampler import (
-    accepted_weights,
-    proximal_logprobs,
-    rollout_summary,
-    support_logprobs,
-    top_p_support,
-)
+from lossfns.sampler import accepted_weights, proximal_logprobs, rollout_summary, support_logprobs, top_p_support
 from lossfns.segments import geometric_level, maximum_level, sequence_level, token_level
 from lossfns.terms import k1, k2, k3
 from lossfns.tokens import ON_POLICY, Rows, Tokens
@@ -93,16 +116,40 @@ __all__ = [
     "LossInputError",
     "LossWarning",
     "ModelInput",
+    "Reward",
     "Rows",
     "TensorData",
     "TokenWeight",
     "Tokens",
     "Weighing",
+    "a2po",
     "accepted_weights",
     "align_sampler_logprobs",
+    "alpha_dpo",
+    "alpha_reward",
+    "alphapo",
+    "aot",
+    "aot_unpaired",
+    "apo_down",
+    "apo_zero",
+    "bco",
+    "bco_pair",
+    "beta_dpo",
     "binary_kl",
     "binary_tv",
+    "bnpo",
+    "bpo",
+    "bradley_terry",
+    "bradley_terry_margin",
+    "c2_dpo",
+    "cal_dpo",
+    "capped_importance_sampling",
+    "ce_gppo",
+    "chi_po",
     "cispo",
+    "cispo_sequence",
+    "clip_cov",
+    "cpo",
     "cross_entropy",
     "dapo",
     "datum_from_candidates",
@@ -112,20 +159,41 @@ __all__ = [
     "datum_sum",
     "describe",
     "dft",
+    "discopop",
     "dpo",
+    "dpo_norm",
+    "dpo_shift",
+    "dpop",
+    "dppo_kl",
+    "dppo_tv",
+    "dr_dpo",
+    "dr_grpo",
     "dro",
     "evaluate",
+    "exo",
+    "exponential_link",
     "export",
+    "f_dpo",
+    "fipo",
     "fixed_length",
     "focal",
+    "focal_po",
+    "forward_kl_reward",
     "geometric_level",
+    "gmpo",
+    "gpg",
+    "gpo",
     "group_advantages",
     "group_metrics",
     "grpo",
     "gspo",
     "gspo_token",
+    "hinge",
+    "hinge_link",
     "importance_sampling",
     "info_nce",
+    "ipo",
+    "js_reward",
     "k1",
     "k1_plus",
     "k2",
@@ -134,29 +202,67 @@ __all__ = [
     "k3_uncapped",
     "k_abs",
     "k_squared",
+    "kimi15",
     "kl",
+    "kl_cov",
     "kto",
+    "kto_reference_point",
+    "ld_dpo",
     "linear_logprobs",
+    "log_odds_mean",
+    "log_ratio_mean",
+    "log_ratio_sum",
+    "logistic_link",
+    "logprob_mean",
+    "logprob_sum",
+    "luspo",
+    "m2po",
     "maximum_level",
     "merge_metrics",
+    "minor_dpo",
     "multi_target_cross_entropy",
+    "nca",
+    "odpo",
+    "one_side",
+    "opmd",
+    "opsm",
     "orpo",
     "pack",
+    "pair_from_tokens",
     "pair_mean",
     "pair_sum",
     "ppo",
+    "prime_dppo",
+    "prime_ref_kl",
+    "prime_symmetric",
+    "process_reward",
     "proximal_logprobs",
+    "r_dpo",
+    "ratio_weight",
     "raw_support",
+    "real",
+    "rec",
+    "rec_ring",
     "reinforce",
     "renormalised_support",
+    "rloo",
+    "robust_dpo",
     "rollout",
+    "rollout_is",
     "rollout_summary",
     "sampled_reverse_kl",
     "sapo",
+    "savage_link",
     "sequence_level",
     "sequence_mean",
     "sequence_sum_mean",
     "sft_phi",
+    "simpo",
+    "spo",
+    "sppo",
+    "sppo_hard",
+    "sppo_token",
+    "squared_link",
     "support_logprobs",
     "tail_support",
     "target_logprobs",
@@ -171,11 +277,21 @@ __all__ = [
     "top_k_mixed_kl",
     "top_k_reverse_kl",
     "top_p_support",
+    "topr",
+    "truncated_quadratic_link",
+    "two_side",
+    "unit_weight",
     "unlikelihood",
+    "vespo",
     "weights_from_labels",
     "weights_from_mask",
+    "with_binary_kl_mask",
     "with_dual_clip",
     "with_kl",
+    "with_opsm",
     "with_rollout_weight",
     "with_tis",
+    "with_tv_mask",
+    "with_vaco_mask",
+    "wpo",
 ]

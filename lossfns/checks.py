@@ -1,4 +1,4 @@
-"""Checks of the knobs of presets. A knob of one name has the same check in every preset."""
+"""Checks of the knobs of presets. A knob of one name has the same check in every preset, but for a few wider ones."""
 
 from __future__ import annotations
 
@@ -69,6 +69,13 @@ def check_clip(name: str, value: Any) -> None:
         raise LossInputError(name, expected, repr(value), "The bounds must enclose the ratio 1.")
 
 
+def check_weight_bounds(name: str, value: Any) -> None:
+    """Refuse anything but bounds of a ratio, or (0, high) with any high above 0: a weight may be capped below 1."""
+    is_pair = isinstance(value, (tuple, list)) and len(value) == 2 and all(map(is_real, value))
+    if not (is_pair and value[0] == 0 and 0 < value[1] < 1):
+        check_clip(name, value)
+
+
 def check_log_ratio_cap(name: str, value: Any) -> None:
     if value is not None:
         check_number(name, value, "a number above 0, or None", lambda x: x > 0, "None is the paper's uncapped form.")
@@ -83,6 +90,48 @@ def check_dual_clip(name: str, value: Any) -> None:
 def check_label_smoothing(name: str, value: Any) -> None:
     fix = "It is the probability that a pair is labelled the wrong way round."
     check_number(name, value, "a number in [0, 0.5]", lambda x: 0 <= x <= 0.5, fix)
+
+
+def check_fraction(name: str, value: Any) -> None:
+    check_number(name, value, "a number above 0, at most 1", lambda x: 0 < x <= 1, "It is a share of the tokens.")
+
+
+def check_positive_or_none(name: str, value: Any) -> None:
+    if value is not None:
+        check_number(name, value, "a finite number above 0, or None", lambda x: x > 0, "None switches it off.")
+
+
+def check_cov_bounds(name: str, value: Any) -> None:
+    """Refuse anything but two numbers in ascending order."""
+    is_pair = isinstance(value, (tuple, list)) and len(value) == 2 and all(map(is_real, value))
+    if not is_pair or not value[0] < value[1] or not all(is_finite(x) or abs(x) == math.inf for x in value):
+        fix = "They bound the covariance, 1 and 5 in the paper."
+        raise LossInputError(name, "bounds (low, high) with low < high", show(value), fix)
+
+
+def check_flip_rate(name: str, value: Any) -> None:
+    fix = "It is the probability that a pair is labelled the wrong way round. At 0.5 a pair says nothing."
+    check_number(name, value, "a number of at least 0 and below 0.5", lambda x: 0 <= x < 0.5, fix)
+
+
+def check_epsilon(name: str, value: Any) -> None:
+    fix = "It is the probability of the rejected side under the target, whose logarithm is taken."
+    check_number(name, value, "a number above 0, and at most 0.5", lambda x: 0 < x <= 0.5, fix)
+
+
+def check_discopop_tau(name: str, value: Any) -> None:
+    fix = "Above 1 the loss has no bound in float32."
+    check_number(name, value, "a number above 0, and at most 1", lambda x: 0 < x <= 1, fix)
+
+
+def check_reward_alpha(name: str, value: Any) -> None:
+    fix = "At 0 the reward is that of simpo."
+    check_number(name, value, "a finite number other than 0", lambda x: x != 0, fix)
+
+
+def check_reward_bound(name: str, value: Any) -> None:
+    if value is not None:
+        check_number(name, value, "a finite number above 0, or None", lambda x: x > 0, "None leaves out the clip.")
 
 
 def check_kl_weight(name: str, value: Any) -> None:
@@ -123,17 +172,54 @@ KNOBS: dict[str, Callable[[str, Any], None]] = {
     "cap": check_positive,
     "length": check_positive,
     "c": check_dual_clip,
+    "weight_clip": check_clip,
+    "cov_bounds": check_cov_bounds,
+    "fraction": check_fraction,
+    "behaviour": make_column_check("old_logprobs", "sampler_logprobs"),
+    "safety_ratio": check_positive_or_none,
+    "beta_low": check_non_negative,
+    "beta_high": check_non_negative,
+    "kl_coef": check_non_negative,
+    "kl_tau": check_non_negative,
+    "adv_tau": check_positive,
+    "delta": check_positive,
+    "delta_low": check_positive,
+    "delta_high": check_positive,
+    "half_life": check_positive,
+    "tau": check_positive,
+    "threshold": check_positive,
     "forward_share": check_share,
     "gamma": check_non_negative,
     "support": make_function_check("raw_support", "tail_support", "renormalised_support"),
     "temperature": check_positive,
     "tau_pos": check_positive,
     "tau_neg": check_positive,
+    "k_pos": check_non_negative,
+    "k_neg": check_non_negative,
+    "lambda_pos": check_positive,
+    "lambda_neg": check_positive,
+    "outer_clip": check_clip,
+    "region": make_function_check("one_side", "two_side"),
+    "is_weight": make_function_check("unit_weight", "ratio_weight"),
     "desirable_weight": check_non_negative,
     "undesirable_weight": check_non_negative,
     "dual_clip": check_dual_clip,
     "log_ratio_cap": check_log_ratio_cap,
     "label_smoothing": check_label_smoothing,
+    "flip_rate": check_flip_rate,
+    "epsilon": check_epsilon,
+    "ld_alpha": check_share,
+    "discopop_tau": check_discopop_tau,
+    "reward_alpha": check_reward_alpha,
+    "divergence_alpha": check_positive,
+    "reward_bound": check_reward_bound,
+    "alpha": check_non_negative,
+    "balance": check_positive,
+    "beta_prime": check_positive,
+    "min_beta": check_positive,
+    "nll_weight": check_non_negative,
+    "center_weight": check_non_negative,
+    "link": make_function_check("hinge_link", "savage_link", "exponential_link", "squared_link", "logistic_link"),
     "kl": make_function_check("k1", "k2", "k3"),
     "kl_cap": check_log_ratio_cap,
     "kl_weight": check_kl_weight,
@@ -145,9 +231,16 @@ KNOBS: dict[str, Callable[[str, Any], None]] = {
     "level": make_function_check("sequence_level", "geometric_level", "token_level"),
 }
 
+KNOBS_OF_PRESETS: dict[str, dict[str, Callable[[str, Any], None]]] = {
+    "cispo": {"clip": check_weight_bounds},
+    "cispo_sequence": {"clip": check_weight_bounds},
+}
+"""Checks of presets whose knob has a wider range than that of others: their bounds hold no ratio in a trust region."""
 
-def check_knobs(knobs: dict[str, Any]) -> None:
+
+def check_knobs(knobs: dict[str, Any], preset: str = "") -> None:
     """Refuse the first knob that is out of its range."""
+    checks = KNOBS | KNOBS_OF_PRESETS.get(preset, {})
     for name, value in knobs.items():
-        if name in KNOBS:
-            KNOBS[name](name, value)
+        if name in checks:
+            checks[name](name, value)

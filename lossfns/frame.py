@@ -75,6 +75,31 @@ def datum_from_tokens(
     return Datum(ModelInput.from_ints(ids[: kept - 1].tolist()), inputs)
 
 
+def pair_from_tokens(
+    prompt: Sequence[int], chosen: Sequence[int], rejected: Sequence[int], *, max_length: int | None = None
+) -> list[Datum]:
+    """Build the two datums of a preference pair, the chosen side first. The tokens of the answers have weight 1.
+
+    Args:
+        prompt: the token ids of the prompt.
+        chosen: the token ids of the better answer.
+        rejected: the token ids of the worse answer.
+        max_length: the number of tokens of prompt and answer to keep at most; later tokens are cut.
+
+    Raises:
+        LossInputError: if an argument is malformed.
+
+    >>> pair = pair_from_tokens([5, 6], chosen=[7, 8], rejected=[9])
+    >>> [datum.loss_fn_inputs["weights"].data for datum in pair]
+    [[0.0, 1.0, 1.0], [0.0, 1.0]]
+    """
+    head = token_ids(prompt, "prompt").tolist()
+    return [
+        datum_from_tokens(head + token_ids(answer, name).tolist(), prompt_length=len(head), max_length=max_length)
+        for name, answer in (("chosen", chosen), ("rejected", rejected))
+    ]
+
+
 def check_count(name: str, value: Any, low: int, high: int | None, fix: str) -> None:
     """Refuse anything but a whole number in [low, high]; ``high`` None is no bound."""
     is_whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)

@@ -17,8 +17,10 @@ from lossfns.compiled import Measure, OneKernel
 from lossfns.deferred import DeferredMetrics, Numbers, finalised, join_numbers, not_divisible
 from lossfns.errors import LossInputError, add_loss_name, did_you_mean, show, warn
 from lossfns.kl import ESTIMATORS
+from lossfns.margins import LINKS, REWARDS
 from lossfns.metrics import ADDITIVE, DIVIDED
 from lossfns.pack import as_row, as_tensor, check_align, check_reads, is_plain, pack, pack_weights, tensor_form
+from lossfns.regions import one_side, ratio_weight, two_side, unit_weight
 from lossfns.segments import active_counts, geometric_level, maximum_level, sequence_level, token_level
 from lossfns.tensors import TensorBatch, blank_tensors, check_packed, check_padded
 from lossfns.tokens import COLUMNS, DATUM_COLUMNS, ON_POLICY, TOKEN_COLUMNS, TOKENS, Rows, Tokens, to_dtype
@@ -40,8 +42,13 @@ METRICS = (*ADDITIVE, *DIVIDED, "denominator", "rows")
 
 FUNCTIONS_BY_NAME: dict[str, dict[str, Any]] = {
     "weigh": {weighing.name: weighing for weighing in WEIGHINGS},
+    "region": {"one_side": one_side, "two_side": two_side},
+    "is_weight": {"unit_weight": unit_weight, "ratio_weight": ratio_weight},
     "kl": dict(ESTIMATORS),
     "level": {f.__name__: f for f in (token_level, sequence_level, geometric_level, maximum_level)},
+    "reward": {**REWARDS},
+    "nll": {**REWARDS},
+    "link": {**LINKS},
 }
 """The functions that a knob accepts by name."""
 
@@ -606,7 +613,7 @@ def preset(build: Callable[P, Loss]) -> Callable[P, Loss]:
         for name, value in knobs.arguments.items():
             knobs.arguments[name] = resolve_name(name, value)
         try:
-            check_knobs(knobs.arguments)
+            check_knobs(knobs.arguments, build.__name__)
             return replace(build(*knobs.args, **knobs.kwargs), name=build.__name__, knobs=dict(knobs.arguments))
         except LossInputError as error:
             error.loss = build.__name__

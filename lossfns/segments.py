@@ -92,6 +92,17 @@ def rejected(t: Tokens, y: Tensor) -> Tensor:
     return y[len(y) // 2 :] if t.halves else y[1::2]
 
 
+def both_sides(t: Tokens, y: Tensor) -> Tensor:
+    """Repeat each pair's value for its two sides: ``[P] -> [B]``."""
+    return torch.cat([y, y]) if t.halves else torch.stack([y, y], 1).flatten()
+
+
+def positions(t: Tokens) -> Tensor:
+    """For each token the number of active tokens of its sequence up to and including it: ``[N]``."""
+    counts = active_counts(t).long()
+    return t.active.cumsum(0) - to_tokens(t, counts.cumsum(0) - counts)
+
+
 def token_level(t: Tokens, log_ratio: Tensor) -> Tensor:
     """Each token's own log-ratio: ``[N] -> [N]``."""
     return log_ratio
@@ -115,12 +126,18 @@ def maximum_level(t: Tokens, x: Tensor) -> Tensor:
     return to_tokens(t, sequence_maximum(t, x))
 
 
+def group_index(labels: Tensor) -> Tensor:
+    """The place of each row's label among the sorted labels of all rows: ``[M] -> [M]``, equal for equal labels."""
+    return torch.searchsorted(labels.sort().values, labels)
+
+
 def group_sum(labels: Tensor, y: Tensor) -> Tensor:
     """Σ y over all rows of the same label, repeated at each of these rows: ``[M] -> [M]``.
 
     A row is a sequence or a pair, and ``labels`` are its numbers of the column ``groups``.
     """
-    return to_dtype(labels[:, None] == labels[None, :], y.dtype) @ y
+    index = group_index(labels)
+    return torch.zeros_like(y).index_add(0, index, y)[index]
 
 
 def group_labels(t: Tokens) -> Tensor:

@@ -289,6 +289,17 @@ def penalised(policy: Callable[..., tuple[float, Rows]]) -> Callable[..., tuple[
 CASES = list(cases())
 
 
+TWINS: dict[str, Loss] = {
+    "gpg": lossfns.reinforce(),
+    "bnpo": lossfns.ppo(),
+    "dapo": lossfns.ppo(clip=(0.8, 1.28)),
+    "dr_grpo": lossfns.ppo(weigh=lossfns.fixed_length(3000)),
+    "luspo": lossfns.gspo(weigh=lossfns.sequence_sum_mean),
+    "kimi15": lossfns.dro(beta=0.1),
+}
+"""Presets that are others under a name that people look up, and which. Their docstrings say so."""
+
+
 def sdks() -> list[Any]:
     """Ours, and the real ``tinker`` where it is installed."""
     try:

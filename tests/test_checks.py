@@ -28,7 +28,17 @@ ACCEPTED: dict[str, list[Any]] = {
     "log_ratio_cap": [None, TINY, 20, 1e9],
     "label_smoothing": [0, 0.25, 0.5],
     "level": [lambda t, log_weight: log_weight],
+    "outer_clip": [(0.4, 3.0), (0.0, math.inf)],
+    "region": [lossfns.two_side, lambda ratio, advantages, clip: ratio > 0],
+    "is_weight": [lossfns.ratio_weight, lambda ratio: ratio.sqrt()],
     "kl": [k3, lambda logprobs, ref: logprobs - ref],
+    "flip_rate": [0, 0.1, math.nextafter(0.5, 0)],
+    "epsilon": [TINY, 1e-3, 0.5],
+    "ld_alpha": [0, 0.5, 1],
+    "discopop_tau": [TINY, 0.05, 1],
+    "reward_alpha": [TINY, -0.5, 0.25],
+    "reward_bound": [None, TINY, 10],
+    "link": [lossfns.hinge_link, lambda h: -h],
     "kl_cap": [None, TINY, 10, 1e9],
     "kl_weight": [None, rollout.score_function],
     "kl_to": ["old_logprobs", "ref_logprobs", "sampler_logprobs"],
@@ -54,7 +64,17 @@ REFUSED: dict[str, list[Any]] = {
     "log_ratio_cap": [0, -20, True, "20", math.nan, math.inf],
     "label_smoothing": [-TINY, math.nextafter(0.5, 1), 1, *NO_NUMBER],
     "level": ["sequence_level", "token", None],
+    "outer_clip": [(0.6, 2.0, 1.0), (0.4, 0.9), (1.5, 3.0), 0.6, None],
+    "region": ["one-side", None, (0.8, 1.2)],
+    "is_weight": ["none", None, 1.0],
     "kl": ["k3", None, 3, 0.001],
+    "flip_rate": [-TINY, 0.5, 1, *NO_NUMBER],
+    "epsilon": [0, math.nextafter(0.5, 1), -1e-3, *NO_NUMBER],
+    "ld_alpha": [-TINY, ABOVE, *NO_NUMBER],
+    "discopop_tau": [0, ABOVE, *NO_NUMBER],
+    "reward_alpha": [0, 0.0, *NO_NUMBER],
+    "reward_bound": [0, -1, True, "3", math.nan, math.inf],
+    "link": ["hinge_link", None, 1.0],
     "kl_cap": [0, -10, True, "10", math.nan, math.inf],
     "kl_weight": ["score_function", 1.0],
     "kl_to": ["logprobs", "advantages", None, ["ref_logprobs"]],
@@ -109,6 +129,15 @@ def test_epsilons_are_answered_with_the_bounds_they_mean(clip: tuple[float, floa
     with pytest.raises(LossInputError, match="look like epsilons") as caught:
         check_knobs({"clip": clip})
     assert f"pass clip={epsilons}" in str(caught.value)
+
+
+@pytest.mark.parametrize("preset", ["cispo", "cispo_sequence"])
+def test_the_bound_of_a_weight_may_be_below_1_where_there_is_no_lower_one(preset: str) -> None:
+    for clip in ((0.0, 0.2), (0, 0.9), (0.0, 5.0), (0.8, 1.2)):
+        check_knobs({"clip": clip}, preset)
+    for clip in ((0.2, 0.28), (0.0, 0.0), (0.0, -1.0), (1.5, 2.0), (0.0,), 0.2, (0.0, True)):
+        with pytest.raises(LossInputError, match="clip"):
+            check_knobs({"clip": clip}, preset)
 
 
 def test_the_first_bad_knob_is_named_and_unknown_ones_pass() -> None:

@@ -12,9 +12,9 @@ import lossfns
 ROOT = Path(lossfns.__file__).parent
 LAYERS = [
     {"errors", "version"},
-    {"tokens", "terms", "checks", "statistics", "devices"},
+    {"tokens", "terms", "checks", "statistics", "regions", "devices"},
     {"segments", "kl"},
-    {"weigh", "pack", "values", "metrics", "rollout"},
+    {"weigh", "pack", "values", "metrics", "margins", "rollout"},
     {"tensors", "deferred"},
     {"compiled"},
     {"loss"},

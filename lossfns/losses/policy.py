@@ -1,6 +1,7 @@
 """Policy-gradient losses: one term for each token, advantages A, importance ratio r = exp(lp − old).
 
-Advantages are one number for each datum or one for each token. Clip bounds are absolute ratios.
+Advantages are one number for each datum or one for each token. Clip bounds are absolute ratios. IGPO is ``ppo`` with
+the advantage of each turn at the tokens of this turn.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from lossfns.segments import token_level
 from lossfns.statistics import OnDemand
 from lossfns.terms import k3
 from lossfns.tokens import Tokens
-from lossfns.weigh import Weighing, token_mean
+from lossfns.weigh import Weighing, fixed_length, token_mean
 
 
 @preset
@@ -158,7 +159,7 @@ def dapo(
 ) -> Loss:
     """−min(r·A, clip(r, low, high)·A), with a higher upper bound. Yu et al. 2025, arXiv:2503.14476, equation 8.
 
-    PPO's clip without a KL penalty, averaged over the tokens of the batch.
+    PPO's clip without a KL penalty, averaged over the tokens of the batch: ``dapo()`` is ``ppo(clip=(0.8, 1.28))``.
 
     Args:
         clip: bounds (low, high) of the ratio itself, 0 <= low <= 1 <= high; an epsilon of 0.2 is (0.8, 1.2).
@@ -179,5 +180,104 @@ def dapo(
 
     >>> dapo().reads
     ('advantages', 'old_logprobs')
+    """
+    return clipped(token_level, clip, weigh, log_ratio_cap, dual_clip)
+
+
+@preset
+def gpg(weigh: Weighing = token_mean) -> Loss:
+    """−A·lp. Chu et al. 2025, arXiv:2504.02546: group policy gradient, without a ratio, a clip or a reference.
+
+    ``gpg()`` is ``reinforce()`` under the name of the paper and of verl. The paper's factor α, which makes up for
+    groups without a signal, belongs in the advantages.
+
+    Args:
+        weigh: how tokens count: ``token_mean``, ``sequence_mean``, ``sequence_sum_mean``, ``token_sum`` or
+            ``fixed_length(L)``.
+
+    Reads ``advantages``. Statistics, means over active tokens:
+
+        nll: mean −lp, in nats, at least 0.
+
+    >>> gpg().reads
+    ('advantages',)
+    """
+    return reinforce(weigh)
+
+
+@preset
+def bnpo(
+    clip: Clip = (0.8, 1.2),
+    weigh: Weighing = token_mean,
+    log_ratio_cap: float | None = 20.0,
+    dual_clip: float | None = None,
+) -> Loss:
+    """−min(r·A, clip(r, low, high)·A), averaged over tokens: TRL's ``loss_type="bnpo"``, with its β of 0.
+
+    ``bnpo()`` is ``ppo()`` under TRL's name. In TRL the denominator is local: each micro-batch and each rank divides by
+    its own tokens, so that the gradient depends on the split. For this, call the loss on each of them without
+    ``denominator=``, and average. Bound to the denominator of the whole batch, it is TRL's "dapo" with other bounds.
+
+    Args:
+        clip: bounds (low, high) of the ratio itself, 0 <= low <= 1 <= high; an epsilon of 0.2 is (0.8, 1.2).
+        weigh: how tokens count: ``token_mean``, ``sequence_mean``, ``sequence_sum_mean``, ``token_sum`` or
+            ``fixed_length(L)``.
+        log_ratio_cap: bound of |lp − old| before the exponential, above 0; ``None`` is the paper's uncapped form.
+        dual_clip: c of ``with_dual_clip``, above 1; ``None``: no dual clip.
+
+    Reads ``advantages`` and ``old_logprobs``. Statistics, means over active tokens:
+
+        ratio: mean r, above 0; 1 on-policy.
+        ratio_capped: share of tokens with |log-ratio| above the cap, in [0, 1].
+        log_ratio_abs: mean |lp − old|, in nats.
+        kl_old: k3 estimate of KL(old‖π) by token, in nats, at least 0.
+        clip_low: share of tokens with A < 0 and r < low, whose gradient is 0; in [0, 1].
+        clip_high: share of tokens with A > 0 and r > high, whose gradient is 0; in [0, 1].
+        clip_dual: share of tokens whose loss is reduced by the dual clip, in [0, 1]; only with ``dual_clip``.
+
+    >>> bnpo().knobs["weigh"]
+    token_mean
+    """
+    return clipped(token_level, clip, weigh, log_ratio_cap, dual_clip)
+
+
+LENGTH_OF_DR_GRPO = fixed_length(3000)
+"""The constant of the paper's code, its ``generate_max_length``."""
+
+
+@preset
+def dr_grpo(
+    clip: Clip = (0.8, 1.2),
+    weigh: Weighing = LENGTH_OF_DR_GRPO,
+    log_ratio_cap: float | None = 20.0,
+    dual_clip: float | None = None,
+) -> Loss:
+    """−min(r·A, clip(r, low, high)·A), divided by one constant length for each sequence. Liu et al. 2025.
+
+    Dr. GRPO, arXiv:2503.20783: without the division by each sequence's own length, a long answer is not weakened. The
+    advantages come from ``group_advantages(..., scale="none")``. ``dr_grpo()`` is ``ppo(weigh=fixed_length(3000))``:
+    the paper's code generates at most 3000 tokens. Pass your own limit, since the gradient is proportional to
+    1 / length.
+
+    Args:
+        clip: bounds (low, high) of the ratio itself, 0 <= low <= 1 <= high; an epsilon of 0.2 is (0.8, 1.2).
+        weigh: how tokens count: ``token_mean``, ``sequence_mean``, ``sequence_sum_mean``, ``token_sum`` or
+            ``fixed_length(L)``.
+        log_ratio_cap: bound of |lp − old| before the exponential, above 0; ``None`` is the paper's uncapped form.
+        dual_clip: c of ``with_dual_clip``, above 1; ``None``: no dual clip.
+
+    Reads ``advantages`` and ``old_logprobs``. Statistics, means over active tokens:
+
+        ratio: mean r, above 0; 1 on-policy.
+        ratio_capped: share of tokens with |log-ratio| above the cap, in [0, 1].
+        log_ratio_abs: mean |lp − old|, in nats.
+        kl_old: k3 estimate of KL(old‖π) by token, in nats, at least 0.
+        clip_low: share of tokens with A < 0 and r < low, whose gradient is 0; in [0, 1].
+        clip_high: share of tokens with A > 0 and r > high, whose gradient is 0; in [0, 1].
+        clip_dual: share of tokens whose loss is reduced by the dual clip, in [0, 1]; only with ``dual_clip``.
+
+    >>> from lossfns import fixed_length
+    >>> dr_grpo(weigh=fixed_length(4096)).knobs["weigh"]
+    fixed_length(4096)
     """
     return clipped(token_level, clip, weigh, log_ratio_cap, dual_clip)

@@ -1,36 +1,41 @@
-"""Preference losses: one term for each pair. Datum 2i is the chosen side, datum 2i + 1 the rejected side."""
+"""Preference losses on a reference, of one margin. Datum 2i is the chosen side, datum 2i + 1 the rejected side."""
 
 from __future__ import annotations
 
+import math
+from functools import partial
+
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lossfns import terms as eq
-from lossfns.loss import Loss, Statistics, make_loss, preset
-from lossfns.segments import chosen, rejected, weighted_mean, weighted_sum
-from lossfns.tokens import PAIRS, Tokens
+from lossfns.loss import Loss, preset
+from lossfns.losses.pairs import of_margin, pair_loss
+from lossfns.margins import Reward, hinge_link, log_ratio_mean, log_ratio_sum
 from lossfns.weigh import Weighing, pair_mean
-
-
-def accuracy(difference: Tensor) -> Tensor:
-    """1 where the difference is positive, ½ where it is 0, else 0."""
-    return (difference.detach().sign() + 1) / 2
 
 
 @preset
 def dpo(beta: float = 0.1, label_smoothing: float = 0.0, weigh: Weighing = pair_mean) -> Loss:
     """−(1−ε)·log σ(β·m) − ε·log σ(−β·m), with m = Σ w·(lp − ref) of the chosen minus the rejected side.
 
-    Rafailov et al. 2023, arXiv:2305.18290, equation 7. ε: Mitchell 2023, conservative DPO.
+    Rafailov et al. 2023, arXiv:2305.18290, equation 7. ε: Mitchell 2023, conservative DPO (cDPO). DPO on pairs of the
+    policy's own samples is online DPO, iterative DPO and self-rewarding; with the policy's sample as the rejected side
+    of a demonstration it is SPIN; with weights 1 at a random subset of as many tokens of both sides it is SamPO
+    (arXiv:2406.10957). With another reward or link it is ``gpo``.
 
     Args:
         beta: β, a finite number above 0.
         label_smoothing: ε in [0, 0.5], the probability that a pair is labelled the wrong way round.
         weigh: ``pair_mean`` or ``pair_sum``.
 
-    Reads ``ref_logprobs``. Statistics, means over pairs:
+    Reads ``ref_logprobs``. Statistics, means over pairs, with c and r = Σ w·(lp − ref) of the two sides:
 
-        margin: m, in nats.
+        margin: m = c − r, in nats.
         reward_margin: β·m.
+        chosen_reward: β·c.
+        rejected_reward: β·r.
         accuracy: share of pairs with m > 0, in [0, 1]; a tie counts ½.
 
     >>> import torch
@@ -41,51 +46,176 @@ def dpo(beta: float = 0.1, label_smoothing: float = 0.0, weigh: Weighing = pair_
     >>> round(float(loss), 4), metrics["margin"], metrics["accuracy"]  # −log σ(0.1 · 2)
     (0.5981, 2.0, 1.0)
     """
-
-    def terms(t: Tokens) -> tuple[Tensor, Statistics]:
-        log_ratio = weighted_sum(t, t.logprobs - t.ref_logprobs)
-        m = chosen(t, log_ratio) - rejected(t, log_ratio)
-        statistics = {"margin": m.detach(), "reward_margin": beta * m.detach(), "accuracy": accuracy(m)}
-        return eq.preference(m, beta, label_smoothing), statistics
-
-    return make_loss(terms, ("ref_logprobs",), weigh, rows=PAIRS)
+    link = partial(eq.preference, beta=beta, label_smoothing=label_smoothing)
+    return pair_loss(of_margin(link), log_ratio_sum, beta, weigh)
 
 
 @preset
-def orpo(lam: float = 0.1, weigh: Weighing = pair_mean) -> Loss:
-    """−a_c + λ·(−log σ(log-odds(a_c) − log-odds(a_r))), with a = Σ w·lp / Σ w of the chosen (c) and rejected (r).
+def dpo_norm(beta: float = 5.0, label_smoothing: float = 0.0, weigh: Weighing = pair_mean) -> Loss:
+    """−(1−ε)·log σ(β·m) − ε·log σ(−β·m), with m = Σ w·(lp − ref) / Σ w of the chosen minus the rejected side.
 
-    Hong et al. 2024, arXiv:2403.07691, equations 6 and 7. No reference model. Value and gradient are finite for every
-    logprob up to and including 0.
+    Length-normalised DPO: Lambert et al. 2024 (Tülu 3), arXiv:2411.15124. TRL calls it ``sigmoid_norm``.
 
     Args:
-        lam: λ, a finite number of at least 0.
+        beta: β, a finite number above 0. A mean over tokens needs a larger one than a sum.
+        label_smoothing: ε in [0, 0.5], the probability that a pair is labelled the wrong way round.
         weigh: ``pair_mean`` or ``pair_sum``.
 
-    Reads no column besides the weights. Statistics, means over pairs:
+    Reads ``ref_logprobs``. Statistics, means over pairs, with c and r the rewards of the two sides and m = c − r:
 
-        nll: −a of the chosen side, in nats, at least 0.
-        log_odds_ratio: log-odds(a_c) − log-odds(a_r), in nats.
-        accuracy: share of pairs with a log-odds ratio above 0, in [0, 1]; a tie counts ½.
+        margin: m, in nats.
+        reward_margin: β·m.
+        chosen_reward: β·c.
+        rejected_reward: β·r.
+        accuracy: share of pairs with m > 0, in [0, 1]; a tie counts ½.
 
     >>> import torch
-    >>> from lossfns import datum_from_tokens
-    >>> pair = [datum_from_tokens([5, 6], prompt_length=1), datum_from_tokens([5, 7], prompt_length=1)]
-    >>> loss, metrics = orpo()(pair, [torch.tensor([-1.0]), torch.tensor([-1.0])])
-    >>> round(float(loss), 4), metrics["nll"], metrics["accuracy"]  # 1 + 0.1 · log 2
-    (1.0693, 1.0, 0.5)
+    >>> lp, ref = torch.tensor([[-1.0], [-2.0]]), torch.tensor([[-2.0], [-1.0]])
+    >>> loss, metrics = dpo_norm(beta=1.0).padded(lp, torch.ones(2, 1), ref_logprobs=ref)
+    >>> round(float(loss), 4)  # −log σ(2)
+    0.1269
+    """
+    link = partial(eq.preference, beta=beta, label_smoothing=label_smoothing)
+    return pair_loss(of_margin(link), log_ratio_mean, beta, weigh)
+
+
+@preset
+def ipo(beta: float = 0.1, reward: Reward = log_ratio_sum, weigh: Weighing = pair_mean) -> Loss:
+    """(m − 1/(2β))², with m the reward of the chosen minus the rejected side: Σ w·(lp − ref), or ``reward``.
+
+    Azar et al. 2023, arXiv:2310.12036, equation 17, whose τ is β. The paper takes the sum over tokens. TRL's DPO
+    divides it by the number of tokens: ``reward=log_ratio_mean``. TRL's CPO takes means without a reference:
+    ``reward=logprob_mean``.
+
+    Args:
+        beta: β, a finite number above 0.
+        reward: the reward of a side: ``log_ratio_sum``, ``log_ratio_mean``, ``forward_kl_reward``, ``js_reward``,
+            ``alpha_reward(α)``, one without a reference such as ``logprob_mean``, or a ``Reward`` of your own.
+        weigh: ``pair_mean`` or ``pair_sum``.
+
+    Reads ``ref_logprobs``. Statistics, means over pairs, with c and r the rewards of the two sides and m = c − r:
+
+        margin: m, in nats.
+        reward_margin: β·m.
+        chosen_reward: β·c.
+        rejected_reward: β·r.
+        accuracy: share of pairs with m > 0, in [0, 1]; a tie counts ½.
+
+    >>> import torch
+    >>> lp, ref = torch.tensor([[-1.0], [-2.0]]), torch.tensor([[-2.0], [-1.0]])
+    >>> loss, metrics = ipo(beta=0.5).padded(lp, torch.ones(2, 1), ref_logprobs=ref)
+    >>> round(float(loss), 4)  # (2 − 1)²
+    1.0
+    """
+    return pair_loss(of_margin(lambda m: (m - 1 / (2 * beta)).square()), reward, beta, weigh)
+
+
+@preset
+def hinge(beta: float = 0.1, reward: Reward = log_ratio_sum, weigh: Weighing = pair_mean) -> Loss:
+    """max(0, 1 − β·m), with m the reward of the chosen minus the rejected side: Σ w·(lp − ref), or ``reward``.
+
+    Zhao et al. 2023 (SLiC-HF), arXiv:2305.10425, on the margin of DPO, which is "hinge-norm" of Liu et al. 2023 (RSO),
+    arXiv:2309.06657. It is ``gpo(link=hinge_link)``. SLiC-HF itself has no reference, a margin δ and a likelihood term:
+    δ·``cpo(link=hinge_link, beta=1/δ, nll_weight=λ/δ)``.
+
+    Args:
+        beta: β, a finite number above 0. 1/β is the margin that a pair must reach.
+        reward: the reward of a side: ``log_ratio_sum``, ``log_ratio_mean``, ``forward_kl_reward``, ``js_reward``,
+            ``alpha_reward(α)``, one without a reference such as ``logprob_mean``, or a ``Reward`` of your own.
+        weigh: ``pair_mean`` or ``pair_sum``.
+
+    Reads ``ref_logprobs``. Statistics, means over pairs, with c and r the rewards of the two sides and m = c − r:
+
+        margin: m, in nats.
+        reward_margin: β·m.
+        chosen_reward: β·c.
+        rejected_reward: β·r.
+        accuracy: share of pairs with m > 0, in [0, 1]; a tie counts ½.
+
+    >>> import torch
+    >>> lp, ref = torch.tensor([[-1.0], [-2.0]]), torch.tensor([[-2.0], [-1.0]])
+    >>> loss, metrics = hinge(beta=0.25).padded(lp, torch.ones(2, 1), ref_logprobs=ref)
+    >>> round(float(loss), 4)  # 1 − 0.25 · 2
+    0.5
+    """
+    return pair_loss(of_margin(hinge_link, beta), reward, beta, weigh)
+
+
+@preset
+def robust_dpo(
+    beta: float = 0.1,
+    flip_rate: float = 0.1,
+    reward: Reward = log_ratio_sum,
+    weigh: Weighing = pair_mean,
+) -> Loss:
+    """(−(1−ε)·log σ(β·m) + ε·log σ(−β·m)) / (1 − 2ε), with m the reward of the chosen minus the rejected side:
+    Σ w·(lp − ref), or ``reward``.
+
+    Chowdhury et al. 2024, arXiv:2403.00409. If labels are flipped with probability ε, its expectation is DPO's loss on
+    clean labels. TRL calls it ``robust`` and ε ``label_smoothing``.
+
+    Args:
+        beta: β, a finite number above 0.
+        flip_rate: ε, at least 0 and below 0.5.
+        reward: the reward of a side: ``log_ratio_sum``, ``log_ratio_mean``, ``forward_kl_reward``, ``js_reward``,
+            ``alpha_reward(α)``, one without a reference such as ``logprob_mean``, or a ``Reward`` of your own.
+        weigh: ``pair_mean`` or ``pair_sum``.
+
+    Reads ``ref_logprobs``. Statistics, means over pairs, with c and r the rewards of the two sides and m = c − r:
+
+        margin: m, in nats.
+        reward_margin: β·m.
+        chosen_reward: β·c.
+        rejected_reward: β·r.
+        accuracy: share of pairs with m > 0, in [0, 1]; a tie counts ½.
+
+    >>> import torch
+    >>> lp, ref = torch.tensor([[-1.0], [-2.0]]), torch.tensor([[-2.0], [-1.0]])
+    >>> loss, metrics = robust_dpo(beta=0.5, flip_rate=0.25).padded(lp, torch.ones(2, 1), ref_logprobs=ref)
+    >>> round(float(loss), 4)  # (−¾·log σ(1) + ¼·log σ(−1)) / ½
+    -0.1867
     """
 
-    def terms(t: Tokens) -> tuple[Tensor, Statistics]:
-        a = weighted_mean(t, t.logprobs)
-        log_odds = eq.log_odds(a)
-        difference = chosen(t, log_odds) - rejected(t, log_odds)
-        nll = eq.nll(chosen(t, a))
-        statistics = {
-            "nll": nll.detach(),
-            "log_odds_ratio": difference.detach(),
-            "accuracy": accuracy(difference),
-        }
-        return nll + lam * eq.odds_ratio(difference), statistics
+    def unbiased(m: Tensor) -> Tensor:
+        clean, flipped = F.logsigmoid(beta * m), F.logsigmoid(-beta * m)
+        return (flip_rate * flipped - (1 - flip_rate) * clean) / (1 - 2 * flip_rate)
 
-    return make_loss(terms, (), weigh, rows=PAIRS)
+    return pair_loss(of_margin(unbiased), reward, beta, weigh)
+
+
+@preset
+def exo(beta: float = 0.1, epsilon: float = 1e-3, reward: Reward = log_ratio_sum, weigh: Weighing = pair_mean) -> Loss:
+    """q·(log q − log(1−ε)) + (1−q)·(log(1−q) − log ε), with q = σ(β·m) and m the reward of the chosen minus the
+    rejected side: Σ w·(lp − ref), or ``reward``.
+
+    Ji et al. 2024 (EXO), arXiv:2402.00856, equation 16: the reverse KL from the model's preference q to a label that is
+    wrong with probability ε. TRL calls it ``exo_pair`` and ε ``label_smoothing``.
+
+    Args:
+        beta: β, a finite number above 0.
+        epsilon: ε, above 0 and at most 0.5.
+        reward: the reward of a side: ``log_ratio_sum``, ``log_ratio_mean``, ``forward_kl_reward``, ``js_reward``,
+            ``alpha_reward(α)``, one without a reference such as ``logprob_mean``, or a ``Reward`` of your own.
+        weigh: ``pair_mean`` or ``pair_sum``.
+
+    Reads ``ref_logprobs``. Statistics, means over pairs, with c and r the rewards of the two sides and m = c − r:
+
+        margin: m, in nats.
+        reward_margin: β·m.
+        chosen_reward: β·c.
+        rejected_reward: β·r.
+        accuracy: share of pairs with m > 0, in [0, 1]; a tie counts ½.
+
+    >>> import torch
+    >>> lp, ref = torch.tensor([[-1.0], [-2.0]]), torch.tensor([[-2.0], [-1.0]])
+    >>> loss, metrics = exo(beta=0.5, epsilon=0.25).padded(lp, torch.ones(2, 1), ref_logprobs=ref)
+    >>> round(float(loss), 4)  # σ(1)·log(σ(1)/¾) + σ(−1)·log(σ(−1)/¼)
+    0.0009
+    """
+
+    def reverse_kl(m: Tensor) -> Tensor:
+        h = beta * m
+        won = torch.sigmoid(h) * (F.logsigmoid(h) - math.log1p(-epsilon))
+        return won + torch.sigmoid(-h) * (F.logsigmoid(-h) - math.log(epsilon))
+
+    return pair_loss(of_margin(reverse_kl), reward, beta, weigh)

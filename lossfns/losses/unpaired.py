@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lossfns import terms as eq
+from lossfns.errors import LossInputError
 from lossfns.loss import Loss, Statistics, make_loss, preset
-from lossfns.segments import sequence_value, weighted_sum
+from lossfns.margins import log_ratio_sum
+from lossfns.segments import sequence_value
 from lossfns.tokens import SEQUENCES, Tokens
 from lossfns.weigh import Weighing, datum_mean
 
@@ -21,8 +26,10 @@ def kto(
 ) -> Loss:
     """λ_D·(1 − σ(β·(m − z₀))) if desirable, λ_U·(1 − σ(β·(z₀ − m))) if not, with m = Σ w·(lp − ref).
 
-    Ethayarajh et al. 2024, arXiv:2402.01306, equation 8. The reference point z₀ is an estimate of KL(π‖ref), at least
-    0 and without gradient: max(0, mean m) over answers to other prompts.
+    Ethayarajh et al. 2024, arXiv:2402.01306, equation 8. The reference point z₀ is an estimate of KL(π‖ref) without
+    gradient: max(0, mean m) over answers to other prompts, as ``kto_reference_point`` computes it. TRL takes this
+    maximum, Liger takes the mean itself. With z₀ = 0 the loss is the unpaired form of APO-zero (arXiv:2408.06266),
+    which TRL calls ``apo_zero_unpaired``.
 
     Args:
         beta: β, a finite number above 0.
@@ -42,7 +49,7 @@ def kto(
     """
 
     def terms(t: Tokens) -> tuple[Tensor, Statistics]:
-        m = weighted_sum(t, t.logprobs - t.ref_logprobs)
+        m = log_ratio_sum(t)
         desirable = sequence_value(t, t.labels) > 0.5
         sign = eq.select(desirable, 1.0, -1.0, like=m)
         distance = sign * (m - sequence_value(t, t.reference_point))
@@ -51,3 +58,108 @@ def kto(
         return weight * torch.sigmoid(-beta * distance), statistics
 
     return make_loss(terms, ("ref_logprobs", "labels", "reference_point"), weigh, rows=SEQUENCES)
+
+
+@preset
+def bco(
+    beta: float = 0.1,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+    weigh: Weighing = datum_mean,
+) -> Loss:
+    """−λ_D·log σ(β·(m − z)) if desirable, −λ_U·log σ(β·(z − m)) if not, with m = Σ w·(lp − ref).
+
+    Jung et al. 2024 (binary classifier optimisation), arXiv:2404.04656. Its shift δ is β·z: the mean of the mean
+    rewards β·m of desirable and of undesirable answers, a moving average that the caller keeps.
+
+    Args:
+        beta: β, a finite number above 0.
+        desirable_weight: λ_D, a finite number of at least 0.
+        undesirable_weight: λ_U, a finite number of at least 0.
+        weigh: ``datum_mean`` or ``datum_sum``.
+
+    Reads ``ref_logprobs``, ``labels`` (1 or 0 for each datum) and ``reference_point`` (z, one number for each datum, in
+    nats). Statistics, means over datums:
+
+        log_ratio: m, in nats.
+        reward: β·m.
+        accuracy: share of datums with m > z if desirable, m < z if not, in [0, 1].
+
+    >>> import torch
+    >>> lp, ref, ones = torch.tensor([[-1.0]]), torch.tensor([[-2.0]]), torch.ones(1)
+    >>> loss, metrics = bco(beta=2.0).padded(lp, ones[None], ref_logprobs=ref, labels=ones, reference_point=0 * ones)
+    >>> round(float(loss), 4)  # −log σ(2 · 1)
+    0.1269
+    """
+
+    def terms(t: Tokens) -> tuple[Tensor, Statistics]:
+        m = log_ratio_sum(t)
+        desirable = sequence_value(t, t.labels) > 0.5
+        sign = eq.select(desirable, 1.0, -1.0, like=m)
+        distance = sign * (m - sequence_value(t, t.reference_point))
+        weight = eq.select(desirable, desirable_weight, undesirable_weight, like=m)
+        statistics = {"log_ratio": m.detach(), "reward": beta * m.detach(), "accuracy": distance.detach() > 0}
+        return -weight * F.logsigmoid(beta * distance), statistics
+
+    return make_loss(terms, ("ref_logprobs", "labels", "reference_point"), weigh, rows=SEQUENCES)
+
+
+@preset
+def sppo(beta: float = 0.1, weigh: Weighing = datum_mean) -> Loss:
+    """(m − (P − ½)/β)², with m = Σ w·(lp − ref) and P the probability that the answer wins against the policy.
+
+    Wu et al. 2024 (self-play preference optimisation), arXiv:2405.00675, equation 4.7 with η = 1/β. The reference is
+    the policy that sampled the answers. On pairs with P = 1 and P = 0 it is half of ``sppo_hard``.
+
+    Args:
+        beta: β, a finite number above 0.
+        weigh: ``datum_mean`` or ``datum_sum``.
+
+    Reads ``ref_logprobs`` and ``rewards`` (P, one number for each datum). Statistics, means over datums:
+
+        log_ratio: m, in nats.
+        reward: β·m.
+
+    >>> import torch
+    >>> lp, ref, ones = torch.tensor([[-1.0]]), torch.tensor([[-2.0]]), torch.ones(1)
+    >>> loss, metrics = sppo(beta=0.25).padded(lp, ones[None], ref_logprobs=ref, rewards=ones)
+    >>> float(loss)  # (1 − 0.5 / 0.25)²
+    1.0
+    """
+
+    def terms(t: Tokens) -> tuple[Tensor, Statistics]:
+        m = log_ratio_sum(t)
+        target = (sequence_value(t, t.rewards) - 0.5) / beta
+        return (m - target).square(), {"log_ratio": m.detach(), "reward": beta * m.detach()}
+
+    return make_loss(terms, ("ref_logprobs", "rewards"), weigh, rows=SEQUENCES)
+
+
+def kto_reference_point(
+    logprobs: Sequence[Sequence[float]], ref_logprobs: Sequence[Sequence[float]], weights: Sequence[Sequence[float]]
+) -> float:
+    """max(0, mean of Σ w·(lp − ref)) over mismatched answers: the reference point of ``kto``.
+
+    An answer is mismatched if it was given to another prompt, such as that of the next datum of the batch. The number
+    is a constant for all datums of the batch, also if the batch is split.
+
+    Args:
+        logprobs: for each mismatched answer the logprobs of its tokens under the policy.
+        ref_logprobs: the same under the reference.
+        weights: the weights of the tokens, such as 1 for the tokens of the answer and 0 for those of the prompt.
+
+    Raises:
+        LossInputError: if there is no answer, or if the numbers of answers or tokens differ.
+
+    >>> kto_reference_point([[-1.0, -2.0], [-3.0]], [[-2.0, -2.5], [-3.25]], [[1.0, 1.0], [1.0]])
+    0.875
+    """
+    lengths = [[len(row) for row in rows] for rows in (logprobs, ref_logprobs, weights)]
+    if not logprobs or lengths.count(lengths[0]) != 3:
+        fix = "Pass the rows of the same answers."
+        raise LossInputError("kto_reference_point", "rows of equal lengths, at least one", f"lengths {lengths}", fix)
+    sums = [
+        sum(w * (float(lp) - float(ref)) for lp, ref, w in zip(*rows, strict=True) if w != 0)
+        for rows in zip(logprobs, ref_logprobs, weights, strict=True)
+    ]
+    return max(0.0, float(sum(sums)) / len(sums))

@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,15 +18,18 @@ from lossfns.errors import LossInputError, LossWarning, did_you_mean
 from lossfns.loss import Loss
 from lossfns.testing.batch import Batch
 from lossfns.testing.claims import agreement, claim_of, matching_vectors, vectors_law
+from lossfns.testing.completed import CompletedLoss, completed
 from lossfns.testing.factories import FactoryLoss
 from lossfns.testing.forms import Adapted
 from lossfns.testing.kinds import (
     KINDS,
     READS,
     SMALL,
+    broken_by_design,
     columns_for_kind,
     detect_kind,
     detect_targets,
+    gradients_or_none,
     takes_datum_advantages,
     takes_rewards,
     working_dtype,
@@ -35,6 +39,7 @@ from lossfns.testing.laws import (
     ANY_KIND,
     COUPLED,
     LAWS_BY_KIND,
+    OF_SINGLE_DATUMS,
     SELF_CONTAINED,
     AdvantageLaw,
     Law,
@@ -206,11 +211,26 @@ def prepare_loss(
         if claim is not None and claim is not loss_fn:
             claim_laws.append(agreement(claim))
         laws = (*LAWS_BY_KIND[kind], *claim_laws)
-        coupled = {name: why for name, why in coupled.items() if name in {law.__name__ for law in laws}}
+        complete = completed(loss_fn, READS[kind])
+        if compares_datums(complete, kind):
+            complete = replace(complete, one_group=True)
+            couples = couples or "it compares the datums of a group"
+            coupled = {law.__name__: f"it couples the batch: {couples}" for law in (*COUPLED, *OF_SINGLE_DATUMS)}
+        by_design = broken_by_design(loss_fn)
+        coupled = {name: why for name, why in (coupled | by_design).items() if name in {law.__name__ for law in laws}}
+        loss_fn = complete
         made = law_trials(loss_fn, kind, targets, examples, laws, guessed)
         claimed = "" if claim is None or claim is loss_fn else repr(claim)
         form = loss_fn.description if isinstance(loss_fn, Adapted) else ""
         return Trials(kind, guessed, couples, claimed, form, without_skipped(made, {**coupled, **skip}))
+
+
+def compares_datums(loss_fn: LossFn, kind: str) -> bool:
+    """Return whether a loss that compares the datums of a group is constant where each datum is its own group."""
+    if not isinstance(loss_fn, CompletedLoss) or not loss_fn.loss.couples_groups:
+        return False
+    gradients = gradients_or_none(loss_fn, columns_for_kind(SMALL[1], kind, detect_targets(loss_fn, kind)))
+    return gradients is not None and not any(g for row in gradients for g in row)
 
 
 def without_skipped(made: list[Trial], skipped: Mapping[str, str]) -> list[Trial]:

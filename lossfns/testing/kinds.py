@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -28,9 +29,10 @@ from lossfns.testing.laws.base import (
     relative_difference,
 )
 from lossfns.testing.names import column_of
+from lossfns.testing.public import LIBRARY
 from lossfns.testing.settings import parameters
 from lossfns.testing.subject import GROUP_SIZES, GROUPS, REWARDS
-from lossfns.tokens import PAIRS, SEQUENCES, TARGETS
+from lossfns.tokens import PAIRS, SEQUENCES, TARGETS, TOKENS
 
 READS = {
     "policy": ("advantages", "old_logprobs", "ref_logprobs", "sampler_logprobs"),
@@ -131,8 +133,9 @@ def detect_kind(loss_fn: LossFn) -> tuple[str, bool]:
     """
     loss = loss_fn.loss if isinstance(loss_fn, BoundLoss) else loss_fn
     if isinstance(loss, Loss):
-        if loss.rows in (PAIRS, SEQUENCES):
-            return ("preference", False) if loss.rows == PAIRS else ("any", False)
+        kind = declared_kind(loss)
+        if kind is not None:
+            return kind, False
         reads = set(loss.reads)
     else:
         reads = set(loss.columns) if isinstance(loss, (FactoryLoss, PaddedLoss)) else set()
@@ -158,6 +161,53 @@ def detect_kind(loss_fn: LossFn) -> tuple[str, bool]:
     if is_linear(loss_fn):
         return "likelihood", False
     return "reweighted", not (isinstance(loss, Loss) or is_tokenwise(loss_fn))
+
+
+def declared_kind(loss: Loss) -> str | None:
+    """Return the kind that follows from the rows and the columns of a ``Loss``, or None."""
+    if loss.rows is PAIRS:
+        return "preference"
+    if loss.rows is SEQUENCES:
+        return "unpaired" if {"labels", "ref_logprobs"} <= set(loss.reads) and not loss.couples_groups else "any"
+    if "teacher_logprobs" in loss.reads and "advantages" not in loss.reads:
+        return "distillation" if loss.rows is TOKENS else "any"
+    return "any" if loss.output != "logprobs" or is_own(loss, UNLIKE_THEIR_KIND) else None
+
+
+UNLIKE_THEIR_KIND = {"unlikelihood": "it lowers the likelihood of its tokens"}
+"""Preset → why it does not obey the laws of the kind that its columns show."""
+
+BY_DESIGN = {
+    "ce_gppo": {"clip": "beyond the bounds the value is constant and the gradient is kept, as the paper has it"},
+    **{
+        key: {"no_inert_knob": "the tokens of a datum have one advantage, and covariance 0"}
+        for key in ("clip_cov", "kl_cov")
+    },
+    "fipo": dict.fromkeys(
+        ("padding", "metric_scope"), "a discount counts positions, so that masked tokens inside a sequence matter"
+    ),
+}
+"""Preset → law → why the preset breaks it."""
+
+
+def is_own(loss: Loss, names: Mapping[str, Any]) -> bool:
+    """Return whether a loss is a preset of this library with one of these names."""
+    return loss.name in names and loss.name in vars(LIBRARY)
+
+
+def broken_by_design(loss_fn: Any) -> dict[str, str]:
+    """Return law → reason for the laws that a preset of this library, or a loss made from it, breaks by design."""
+    loss = loss_fn.loss if isinstance(loss_fn, BoundLoss) else loss_fn
+    broken: dict[str, str] = {}
+    while isinstance(loss, Loss):
+        if is_own(loss, BY_DESIGN):
+            broken |= BY_DESIGN[loss.name]
+        if loss.rows is TARGETS and "teacher_logprobs" in loss.reads:
+            broken |= dict.fromkeys(
+                ("signal", "canary"), "it compares the candidates of a position, which has one here"
+            )
+        loss = loss.knobs.get("loss")
+    return broken
 
 
 def vanishes_at_teacher(loss_fn: LossFn) -> bool:

@@ -6,6 +6,7 @@ import functools
 import inspect
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -146,6 +147,11 @@ NAMED_VALUES = {
     "kl": ("k2", "k3"),
     "weigh": ("fixed_length", "pair_sum", "pair_mean", "token_sum"),
     "level": ("sequence_level", "token_level"),
+    "region": ("one_side", "two_side"),
+    "is_weight": ("unit_weight", "ratio_weight"),
+    "reward": ("log_ratio_mean", "log_ratio_sum", "logprob_mean"),
+    "nll": ("logprob_mean",),
+    "link": ("savage_link", "logistic_link"),
     "support": ("renormalised_support", "tail_support", "raw_support"),
 }
 """Setting → the public functions that it may be set to."""
@@ -166,7 +172,7 @@ def other_values(value: Any, name: str) -> list[Any]:
 def with_settings(loss_fn: Any, **settings: Any) -> Any:
     """Return the loss with some of its settings replaced."""
     if isinstance(loss_fn, BoundLoss):
-        return BoundLoss(with_settings(loss_fn.loss, **settings), loss_fn.columns)
+        return replace(loss_fn, loss=with_settings(loss_fn.loss, **settings))
     if isinstance(loss_fn, Loss):
         return public(loss_fn.name)(**{**loss_fn.knobs, **settings})
     if isinstance(getattr(loss_fn, "target", None), Target):

@@ -13,7 +13,8 @@ from lossfns.backend.client.training import LocalTrainingClient
 from lossfns.errors import LossInputError
 from lossfns.loss import Loss
 from lossfns.losses.policy import dapo, grpo
-from lossfns.losses.preference import dpo, orpo
+from lossfns.losses.preference import dpo
+from lossfns.losses.reference_free import orpo
 from lossfns.losses.sequence import gspo_token
 from lossfns.losses.supervised import cross_entropy
 from lossfns.train import methods, tasks

@@ -1,5 +1,6 @@
 """Laws that every loss obeys, on random batches."""
 
+import functools
 import math
 from random import Random
 from typing import Any
@@ -159,11 +160,15 @@ def test_no_knob_is_inert(case: Case) -> None:
         "label_smoothing": 0.4,
     }
     preset, own = getattr(lossfns, case.loss.name), dict(case.loss.knobs)
-    batches = [case.batch(Random(seed)) for seed in range(12)]
-    before = [call(case.loss, batch)[:2] for batch in batches]
+
+    @functools.cache
+    def batch_and_result(seed: int) -> tuple[Batch, Any]:
+        batch = case.batch(Random(seed))
+        return batch, call(case.loss, batch)[:2]
 
     def has_effect(changed: lossfns.Loss) -> bool:
-        return any(call(changed, batch)[:2] != result for batch, result in zip(batches, before))
+        """Whether one of many batches shows it: outer bounds of a ratio matter to few tokens."""
+        return any(call(changed, batch)[:2] != result for batch, result in map(batch_and_result, range(48)))
 
     for name in own.keys() & changes.keys():
         changed = preset(**{**own, name: changes[name]})
@@ -178,18 +183,21 @@ def test_no_knob_is_inert(case: Case) -> None:
 def test_no_column_is_inert(case: Case) -> None:
     """Changing any column that the loss reads, at one active token, changes value or gradient on some batch."""
     for name in case.loss.reads:
-        changed = []
-        for seed in range(12):
-            batch = case.batch(Random(seed))
-            before = call(case.loss, batch)[:2]
-            row = next(i for i, w in enumerate(batch.weights) if any(w))
-            slot = batch.weights[row].index(next(filter(None, batch.weights[row])))
-            if name in DATUM_COLUMNS:
-                batch.columns[name][row] = [1 - x for x in batch.columns[name][row]]
-            else:
-                batch.columns[name][row][slot] -= 0.37
-            changed.append(call(case.loss, batch)[:2] != before)
-        assert any(changed), name
+        assert any(changes_at_one_token(case, name, seed) for seed in range(48)), name
+
+
+def changes_at_one_token(case: Case, name: str, seed: int) -> bool:
+    batch = case.batch(Random(seed))
+    before = call(case.loss, batch)[:2]
+    row = next(i for i, w in enumerate(batch.weights) if any(w))
+    slot = batch.weights[row].index(next(filter(None, batch.weights[row])))
+    if name in DATUM_COLUMNS:
+        batch.columns[name][row] = [1 - x for x in batch.columns[name][row]]
+    elif name == "sum_square_probs":  # above 0
+        batch.columns[name][row][slot] /= 2
+    else:
+        batch.columns[name][row][slot] -= 0.37
+    return call(case.loss, batch)[:2] != before
 
 
 @every_loss
@@ -229,7 +237,7 @@ def is_slope(case: Case, batch: Batch) -> bool:
                 row[t] = lp + by
                 ends.append(case.expected(batch)[0])
             row[t] = lp
-            if abs((ends[0] - ends[1]) / 2e-5 - gradients[i][t]) > 1e-5 * max(1.0, abs(gradients[i][t])):
+            if abs((ends[0] - ends[1]) / 2e-5 - gradients[i][t]) > 1e-7 + 1e-5 * abs(gradients[i][t]):
                 return False
     return True
 

@@ -307,5 +307,8 @@ LAWS_BY_KIND = {
 }
 """Kind → laws; ``any`` is the kind of a loss that fits no other kind."""
 
+OF_SINGLE_DATUMS: tuple[Law, ...] = (frames.signal, frames.canary, sums.duplication, sums.permutation)
+"""More laws that a loss breaks if it compares the datums of a group and is constant where a group has one of them."""
+
 COUPLED: tuple[Law, ...] = (frames.independence, sums.split, metrics.metric_merge)
 """The laws that a loss breaks by design if it computes a statistic over the batch, such as the KL of KTO."""

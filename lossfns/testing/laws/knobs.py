@@ -131,11 +131,12 @@ def generic_batches(like: Batch) -> list[Batch]:
     """Return batches on which every term of a loss contributes. Log-ratios lie on both sides of all bounds.
 
     Log-ratios grow from batch to batch, because one large term can hide the others. Then follow batches in which all
-    log-ratios of a sequence are equal, and a batch of likely tokens.
+    log-ratios of a sequence are equal, and batches of likely tokens.
     """
     by_token = [ratio_batch(like, d, by_token=True) for d in (0.0, 0.01, 0.15, 0.3, 1.0, 2.0, 25.0)]
     by_sequence = [ratio_batch(like, d, by_token=False) for d in (0.3, 2.0, 25.0)]
-    return [*by_token, *by_sequence, ratio_batch(like, 0.25, by_token=True, logprob=-0.75)]
+    likely = [ratio_batch(like, d, by_token=True, logprob=-0.75) for d in (0.25, 0.7)]
+    return [*by_token, *by_sequence, *likely]
 
 
 def ratio_batch(like: Batch, d: float, *, by_token: bool, logprob: float = -30.0) -> Batch:

@@ -12,35 +12,88 @@ import operator
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import TypedDict, Unpack
 
-from lossfns.testing.oracle.policy import sapo as sapo
-from lossfns.testing.oracle.supervised import (
-    dft as dft,
+from lossfns.testing.oracle.clipped import bnpo, dr_grpo, gmpo, luspo, rloo
+from lossfns.testing.oracle.coupled import clip_cov, kl_cov, m2po, real
+from lossfns.testing.oracle.grouped import (
+    alpha_dpo,
+    aot,
+    aot_unpaired,
+    beta_dpo,
+    dr_dpo,
+)
+from lossfns.testing.oracle.policy import sapo
+from lossfns.testing.oracle.preference import (
+    apo_down,
+    apo_zero,
+    bco_pair,
+    bpo,
+    c2_dpo,
+    cal_dpo,
+    chi_po,
+    discopop,
+    dpo_norm,
+    dpo_shift,
+    dpop,
+    exo,
+    f_dpo,
+    focal_po,
+    gpo,
+    hinge,
+    ipo,
+    ld_dpo,
+    minor_dpo,
+    nca,
+    odpo,
+    r_dpo,
+    robust_dpo,
+    spo,
+    sppo_hard,
+    wpo,
+)
+from lossfns.testing.oracle.reference_free import (
+    alphapo,
+    bradley_terry,
+    bradley_terry_margin,
+    cpo,
+    process_reward,
+    simpo,
 )
 from lossfns.testing.oracle.supervised import (
-    focal as focal,
+    dft,
+    focal,
+    sampled_reverse_kl,
+    sft_phi,
+    top_k_forward_kl,
+    top_k_jsd,
+    top_k_mixed_kl,
+    top_k_reverse_kl,
+    unlikelihood,
 )
-from lossfns.testing.oracle.supervised import (
-    sampled_reverse_kl as sampled_reverse_kl,
+from lossfns.testing.oracle.trust import (
+    a2po,
+    ce_gppo,
+    dppo_kl,
+    dppo_tv,
+    fipo,
+    opsm,
+    prime_dppo,
+    prime_ref_kl,
+    prime_symmetric,
 )
-from lossfns.testing.oracle.supervised import (
-    sft_phi as sft_phi,
+from lossfns.testing.oracle.unpaired import bco, kto, sppo
+from lossfns.testing.oracle.weighted import (
+    capped_importance_sampling,
+    cispo_sequence,
+    gpg,
+    kimi15,
+    opmd,
+    rec,
+    rec_ring,
+    rollout_is,
+    sppo_token,
+    topr,
+    vespo,
 )
-from lossfns.testing.oracle.supervised import (
-    top_k_forward_kl as top_k_forward_kl,
-)
-from lossfns.testing.oracle.supervised import (
-    top_k_jsd as top_k_jsd,
-)
-from lossfns.testing.oracle.supervised import (
-    top_k_mixed_kl as top_k_mixed_kl,
-)
-from lossfns.testing.oracle.supervised import (
-    top_k_reverse_kl as top_k_reverse_kl,
-)
-from lossfns.testing.oracle.supervised import (
-    unlikelihood as unlikelihood,
-)
-from lossfns.testing.oracle.unpaired import kto as kto
 
 Row = list[float]
 Rows = list[Row]

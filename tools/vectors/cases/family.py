@@ -14,13 +14,24 @@ from lossfns.testing.public import presets
 from lossfns.testing.settings import knobs, setting_elements, variants
 from lossfns.testing.vectors.vector import flatten
 from lossfns.tokens import DATUM_COLUMNS, PAIRS, SEQUENCES, TARGETS
+from lossfns.weigh import fixed_length
+from tools.vectors.answers import correct_answer
 from tools.vectors.cases import policy, preference, supervised
 from tools.vectors.cases.form import DEFAULTS, WEIGHINGS, Case, Data, Situation
 
+SMALLEST_FLOAT32 = 2.0**-126
+"""The smallest normal number of float32."""
+
 SETTINGS: dict[str, dict[str, Any]] = {
     # Of one candidate, the renormalised probability is 1.
-    name: {"support": "tail_support"}
-    for name in ("top_k_forward_kl", "top_k_reverse_kl", "top_k_mixed_kl", "top_k_jsd")
+    **{
+        name: {"support": "tail_support"}
+        for name in ("top_k_forward_kl", "top_k_reverse_kl", "top_k_mixed_kl", "top_k_jsd")
+    },
+    "dr_grpo": {"weigh": fixed_length(8)},  # the default makes all numbers small
+    "luspo": {"clip": (0.8, 1.25)},  # the default leaves almost every ratio outside
+    "kimi15": {"tau": 0.5},
+    "rollout_is": {"clip": (0.5, 2.0)},
 }
 """Settings of a loss for its vectors, where those of the preset would hide a mistake."""
 
@@ -59,14 +70,19 @@ def family_losses() -> list[str]:
 
 
 def family() -> Iterator[Case]:
-    """Yield the cases of these losses."""
+    """Yield the cases of these losses. Situations that differ in no column of the loss are one case."""
     for name in family_losses():
-        yield from cases_of(presets()[name](**SETTINGS.get(name, {})))
+        seen = []
+        for case in cases_of(presets()[name](**SETTINGS.get(name, {}))):
+            inputs = case.config, case.data, case.denominator
+            if inputs not in seen:
+                seen.append(inputs)
+                yield case
 
 
 def cases_of(loss: Loss) -> Iterator[Case]:
     """Yield the cases of one loss: its situations, each setting changed in two of them, and other weighings."""
-    situations = situations_for(loss)
+    situations = [s for s in situations_for(loss) if is_representable(case_of(loss, s))]
     for situation in situations:
         yield case_of(loss, situation)
     for name, element, other in changed_settings(loss):
@@ -75,6 +91,18 @@ def cases_of(loss: Loss) -> Iterator[Case]:
             yield case_of(other, situation, f"{place} changed")
     for settings in other_weighings(loss):
         yield case_of(loss, situations[0], settings["weigh"], settings)
+
+
+def is_representable(case: Case) -> bool:
+    """Return whether float32 can hold the answer: its largest gradient does not vanish in float32.
+
+    A gradient of exactly 0 may be the right answer. It is none to show where a factor such as the weight of ``wpo``
+    has vanished, since then every mistake gives 0, too.
+    """
+    gradients = correct_answer(case.loss, case.config, case.data, case.denominator)["grad"]
+    largest = max((abs(g) for g in flatten(gradients)), default=0.0)
+    has_vanished = "sum_square_probs" in case.data[0] and any(any(datum["weights"]) for datum in case.data)
+    return largest >= SMALLEST_FLOAT32 or (largest == 0 and not has_vanished)
 
 
 def situations_for(loss: Loss) -> list[Situation]:
@@ -103,21 +131,23 @@ def other_weighings(loss: Loss) -> list[dict[str, Any]]:
     """Return the settings of the weighings of the loss's rows, without its own."""
     by_row = {PAIRS: [{"weigh": "pair_sum"}], SEQUENCES: [{"weigh": "datum_sum"}]}
     every = by_row.get(loss.rows, [{"weigh": "token_mean"}, *WEIGHINGS])
-    return [settings for settings in every if settings["weigh"] != repr(loss.knobs["weigh"])]
+    return [settings for settings in every if settings["weigh"] != config_of(loss)["weigh"]]
 
 
 def case_of(loss: Loss, situation: Situation, suffix: str = "", settings: Mapping[str, Any] | None = None) -> Case:
     """Return the case of a loss on a situation."""
     comment = f"{situation.comment}; {suffix}" if suffix else situation.comment
-    config = config_of(loss) | dict(settings or {})
+    own = {name: x for name, x in config_of(loss).items() if not (settings and name in ("weigh", "length"))}
+    config = own | dict(settings or {})
     return Case(loss.name, situation.kind, comment, config, columns_for(loss, situation.data), situation.denominator)
 
 
 def config_of(loss: Loss) -> dict[str, Any]:
     """Return the settings of a loss in the form of the file: functions by name, tuples as lists."""
     config = {name: getattr(x, "__name__", x) for name, x in loss.knobs.items()}
-    weigh = repr(config.pop("weigh"))
-    return {name: list(x) if isinstance(x, tuple) else x for name, x in config.items()} | {"weigh": weigh}
+    weigh, _, length = repr(config.pop("weigh")).partition("(")
+    settings = {"weigh": weigh} | ({"length": float(length.removesuffix(")"))} if length else {})
+    return {name: list(x) if isinstance(x, tuple) else x for name, x in config.items()} | settings
 
 
 def filled_like(row: list[Any], numbers: Iterator[float]) -> list[Any]:

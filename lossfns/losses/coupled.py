@@ -1,0 +1,296 @@
+"""Policy losses that compare the tokens or the datums of a group, which the column ``groups`` labels.
+
+All datums of one label must be in one call. A split of a batch that keeps groups whole is exact. Frameworks that couple
+all tokens of a batch give all datums one label.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lossfns.loss import Loss, Statistics, make_loss, preset
+from lossfns.losses.masks import masked
+from lossfns.losses.policy import importance_sampling
+from lossfns.losses.ratio import Clip, clip_statistics, clipped
+from lossfns.segments import (
+    active_counts,
+    group_index,
+    group_labels,
+    group_sum,
+    nonempty,
+    sequence_sum,
+    sequence_value,
+    to_tokens,
+    token_level,
+    weighted_mean,
+)
+from lossfns.statistics import OnDemand
+from lossfns.tokens import SEQUENCES, Tokens, to_dtype
+from lossfns.weigh import Weighing, datum_mean, token_mean
+
+
+class Ranking(NamedTuple):
+    """The tokens of a batch by group, in ascending order of a number; those that do not compete come last in each.
+
+    Attributes:
+        slot: ``[B]`` the place of each sequence's group, as in ``group_index``.
+        key: ``[N]`` an integer for each token: slot, whether it does not compete, and the number in float32.
+        keys: ``[N]`` the keys in ascending order.
+        order: ``[N]`` the tokens in this order.
+        first: ``[B]`` the position of the first token of each sequence's group in this order.
+    """
+
+    slot: Tensor
+    key: Tensor
+    keys: Tensor
+    order: Tensor
+    first: Tensor
+
+    def before(self, t: Tokens, count: Tensor) -> Tensor:
+        """The tokens that come before the one at position ``count`` of their group, none of them equal to it: [N]."""
+        position = self.first + count
+        last = self.keys.shape[0] - 1
+        key = torch.where(position > last, torch.iinfo(torch.int64).max, self.keys[position.clamp(max=last)])
+        return self.key < to_tokens(t, key)
+
+
+def rank(t: Tokens, x: Tensor, competes: Tensor) -> Ranking:
+    """Sort the tokens of each group by x. No shape depends on a value, and integers are sorted fastest."""
+    slot = group_index(group_labels(t))
+    bits = (x.float() + 0.0).view(torch.int32)  # −0 becomes 0
+    in_order = bits ^ ((bits >> 31) & torch.iinfo(torch.int32).max)  # the order of floats as integers
+    key = ((to_tokens(t, 2 * slot) + ~competes) << 32) + in_order
+    keys, order = key.sort()
+    return Ranking(slot, key, keys, order, torch.searchsorted(keys, (2 * slot << 32) + torch.iinfo(torch.int32).min))
+
+
+def largest_share(t: Tokens, x: Tensor, among: Tensor, share: float) -> Tensor:
+    """The max(1, ⌊share·n⌋) tokens of the largest x among those of a group that has n active tokens: ``[N]`` bool.
+
+    Numbers are compared in float32. Where the next largest x equals the last one, no token of that x is taken.
+    """
+    n = group_sum(group_labels(t), active_counts(t))
+    count = (share * n.double()).floor().clamp(min=1).long()
+    return among & rank(t, -x, among).before(t, count)
+
+
+def smallest_with_mean(t: Tokens, x: Tensor, bound: float) -> Tensor:
+    """The active tokens of each group without those of the largest x, so that the mean of x is at most the bound.
+
+    Tokens of equal x, compared in float32, are left out together.
+    """
+    ranking = rank(t, x, t.active)
+    excess = ((x - bound) * to_dtype(t.active, x.dtype))[ranking.order]
+    of_position = ranking.keys >> 33
+    sums = excess.cumsum(0)
+    base = sums.new_zeros(t.sequences).index_copy(0, ranking.slot, (sums - excess)[ranking.first])
+    stays = (sums - base[of_position] <= 0).long()
+    count = torch.zeros_like(ranking.slot).index_add(0, of_position, stays)[ranking.slot]
+    return t.active & ranking.before(t, count)
+
+
+def covariance(t: Tokens) -> Tensor:
+    """(A − mean A)·(lp − mean lp) with means over the active tokens of the group: ``[N]`` in float64, without gradient.
+
+    Both tokens of a group of two have the same covariance. In float32 rounding would tell them apart.
+    """
+    labels = group_labels(t)
+    n = group_sum(labels, active_counts(t)).double().clamp(min=1)
+
+    def centred(x: Tensor) -> Tensor:
+        x = x.double()
+        return x - to_tokens(t, group_sum(labels, sequence_sum(t, x)) / n)
+
+    return centred(t.advantages) * centred(t.logprobs.detach())
+
+
+@preset
+def clip_cov(
+    clip: Clip = (0.8, 1.2),
+    fraction: float = 2e-4,
+    cov_bounds: tuple[float, float] = (1.0, 5.0),
+    weigh: Weighing = token_mean,
+    log_ratio_cap: float | None = 20.0,
+    dual_clip: float | None = None,
+) -> Loss:
+    """−min(r·A, clip(r, low, high)·A), or 0 at the tokens of largest covariance C = (A − mean A)·(lp − mean lp).
+
+    Cui et al. 2025, arXiv:2505.22617 (Clip-Cov). Means are over the tokens of the group. Among the tokens that are not
+    clipped and have a C between the bounds, max(1, ⌊fraction·n⌋) of the n tokens of the group lose their loss, or all
+    if there are fewer. The paper and verl draw them at random; here they are those of the largest C, so that the loss
+    is a function of its inputs. Of tokens with equal C at the end of the selection none is taken.
+
+    Args:
+        clip: bounds (low, high) of the ratio itself, 0 <= low <= 1 <= high; an epsilon of 0.2 is (0.8, 1.2).
+        fraction: the share of tokens, above 0 and at most 1.
+        cov_bounds: bounds (low, high) of C, low < high; C of the selected tokens lies between them.
+        weigh: how tokens count: ``token_mean``, ``sequence_mean``, ``sequence_sum_mean``, ``token_sum`` or
+            ``fixed_length(L)``.
+        log_ratio_cap: bound of |lp − old| before the exponential, above 0; ``None`` is the paper's uncapped form.
+        dual_clip: c of ``with_dual_clip``, above 1; ``None``: no dual clip.
+
+    Reads ``advantages``, ``old_logprobs`` and ``groups``, one label for each datum. Statistics, means over active
+    tokens:
+
+        ratio: mean r, above 0; 1 on-policy.
+        ratio_capped: share of tokens with |log-ratio| above the cap, in [0, 1].
+        log_ratio_abs: mean |lp − old|, in nats.
+        kl_old: k3 estimate of KL(old‖π) by token, in nats, at least 0.
+        clip_low: share of tokens with A < 0 and r < low, whose gradient is 0; in [0, 1].
+        clip_high: share of tokens with A > 0 and r > high, whose gradient is 0; in [0, 1].
+        clip_dual: share of tokens whose loss is reduced by the dual clip, in [0, 1]; only with ``dual_clip``.
+        cov_masked: share of tokens that lose their loss, in [0, 1].
+
+    >>> clip_cov().reads
+    ('advantages', 'old_logprobs', 'groups')
+    """
+    low, high = cov_bounds
+
+    def kept(t: Tokens) -> Tensor:
+        c = covariance(t)
+        sides = clip_statistics(t, (t.logprobs.detach() - t.old_logprobs).exp(), clip)
+        among = t.active & (low < c) & (c < high) & ~sides["clip_low"] & ~sides["clip_high"]
+        return ~largest_share(t, c, among, fraction)
+
+    loss = clipped(token_level, clip, weigh, log_ratio_cap, dual_clip)
+    return masked(loss, kept, "cov_masked", "groups")
+
+
+@preset
+def kl_cov(
+    fraction: float = 2e-4,
+    kl_coef: float = 1.0,
+    weigh: Weighing = token_mean,
+    log_ratio_cap: float | None = 20.0,
+) -> Loss:
+    """−r·A, plus k·|lp − old| at the tokens of largest covariance C = (A − mean A)·(lp − mean lp). Cui et al. 2025.
+
+    arXiv:2505.22617 (KL-Cov). Means are over the tokens of the group. The max(1, ⌊fraction·n⌋) tokens of largest C, of
+    the n tokens of the group, get the penalty; of tokens with equal C at the end of the selection none does.
+
+    Args:
+        fraction: the share of tokens, above 0 and at most 1. It is 2e-4 in verl and 0.2 in SkyRL.
+        kl_coef: k, a finite number of at least 0. It is 1 in the paper's scripts and in SkyRL, 0.1 in verl's settings.
+        weigh: how tokens count: ``token_mean``, ``sequence_mean``, ``sequence_sum_mean``, ``token_sum`` or
+            ``fixed_length(L)``.
+        log_ratio_cap: bound of |lp − old| before the exponential, above 0; ``None`` is the paper's uncapped form.
+
+    Reads ``advantages``, ``old_logprobs`` and ``groups``, one label for each datum. Statistics, means over active
+    tokens:
+
+        ratio: mean r, above 0; 1 on-policy.
+        ratio_capped: share of tokens with |log-ratio| above the cap, in [0, 1].
+        log_ratio_abs: mean |lp − old|, in nats.
+        kl_old: k3 estimate of KL(old‖π) by token, in nats, at least 0.
+        cov_penalised: share of tokens with the penalty, in [0, 1].
+
+    >>> kl_cov(fraction=0.2).knobs["fraction"]
+    0.2
+    """
+
+    loss = importance_sampling(weigh, log_ratio_cap)
+
+    def terms(t: Tokens) -> tuple[Tensor, Statistics]:
+        term, statistics = loss.terms(t)
+        selected = largest_share(t, covariance(t), t.active, fraction)
+        distance = (t.logprobs - t.old_logprobs).abs().masked_fill(~selected, 0)
+        return term.add(distance, alpha=kl_coef), statistics | OnDemand(cov_penalised=lambda: selected)
+
+    return replace(loss, reads=(*loss.reads, "groups"), terms=terms)
+
+
+@preset
+def m2po(
+    threshold: float = 0.04,
+    clip: Clip = (0.8, 1.2),
+    weigh: Weighing = token_mean,
+    log_ratio_cap: float | None = 20.0,
+    dual_clip: float | None = None,
+) -> Loss:
+    """−min(r·A, clip(r, low, high)·A), or 0 at the tokens of largest m = (old − sampler)², until mean m <= threshold.
+
+    Zheng et al. 2025, arXiv:2510.01161 (M2PO), as in AReaL: from each group the tokens of largest m are dropped until
+    the mean m of the rest is at most the threshold; tokens of equal m are dropped together, and all may be. The sampler
+    is the policy that sampled, the old policy the one at the start of the step. The paper measures m from the current
+    policy.
+
+    Args:
+        threshold: the bound of the mean m, a finite number above 0, in nats squared.
+        clip: bounds (low, high) of the ratio itself, 0 <= low <= 1 <= high; an epsilon of 0.2 is (0.8, 1.2).
+        weigh: how tokens count: ``token_mean``, ``sequence_mean``, ``sequence_sum_mean``, ``token_sum`` or
+            ``fixed_length(L)``.
+        log_ratio_cap: bound of |lp − old| before the exponential, above 0; ``None`` is the paper's uncapped form.
+        dual_clip: c of ``with_dual_clip``, above 1; ``None``: no dual clip.
+
+    Reads ``advantages``, ``old_logprobs``, ``sampler_logprobs`` and ``groups``, one label for each datum. Statistics,
+    means over active tokens:
+
+        ratio: mean r, above 0; 1 on-policy.
+        ratio_capped: share of tokens with |log-ratio| above the cap, in [0, 1].
+        log_ratio_abs: mean |lp − old|, in nats.
+        kl_old: k3 estimate of KL(old‖π) by token, in nats, at least 0.
+        clip_low: share of tokens with A < 0 and r < low, whose gradient is 0; in [0, 1].
+        clip_high: share of tokens with A > 0 and r > high, whose gradient is 0; in [0, 1].
+        clip_dual: share of tokens whose loss is reduced by the dual clip, in [0, 1]; only with ``dual_clip``.
+        m2_masked: share of tokens that are dropped, in [0, 1].
+
+    >>> m2po(threshold=0.1).reads
+    ('advantages', 'old_logprobs', 'sampler_logprobs', 'groups')
+    """
+
+    def kept(t: Tokens) -> Tensor:
+        return smallest_with_mean(t, (t.old_logprobs.double() - t.sampler_logprobs).square(), threshold)
+
+    loss = clipped(token_level, clip, weigh, log_ratio_cap, dual_clip)
+    return masked(loss, kept, "m2_masked", "sampler_logprobs", "groups")
+
+
+def log_one_plus_group_sum(labels: Tensor, x: Tensor, among: Tensor) -> Tensor:
+    """log(1 + Σ eˣ) over the rows of each row's group that are among these: ``[B] -> [B]``."""
+    slot = group_index(labels)
+    largest = torch.zeros_like(x).scatter_reduce(0, slot, x.detach().masked_fill(~among, 0), "amax")[slot]
+    inside = (x - largest).masked_fill(~among, -torch.inf).exp()
+    return largest + (group_sum(labels, inside) + (-largest).exp()).log()
+
+
+@preset
+def real(tau: float = 0.5, weigh: Weighing = datum_mean) -> Loss:
+    """log(1 + Σ₊ e^(−s/τ)) + log(1 + Σ₋ e^(s/τ)), s = Σ w·(lp − old) / Σ w of each answer. Zhai et al. 2026.
+
+    Rewards as labels (REAL), arXiv:2602.05630: Σ₊ is over the right answers of a group, Σ₋ over its wrong ones. A group
+    whose answers are all right or all wrong has loss 0, as in ms-swift. Each datum has the loss of its group, so the
+    mean over datums is the mean over groups if these are equally large.
+
+    Args:
+        tau: τ, a finite number above 0.
+        weigh: ``datum_mean`` or ``datum_sum``.
+
+    Reads ``old_logprobs``, ``labels`` (1 right, 0 wrong) and ``groups``, one number for each datum. Statistics, means
+    over datums:
+
+        log_ratio: s, in nats.
+        accuracy: share of datums with s > 0 if right, s < 0 if wrong, in [0, 1].
+        mixed: share of datums in a group with right and wrong answers, in [0, 1].
+
+    >>> real().reads
+    ('old_logprobs', 'labels', 'groups')
+    """
+
+    def terms(t: Tokens) -> tuple[Tensor, Statistics]:
+        labels, answered = group_labels(t), nonempty(t)
+        s = weighted_mean(t, t.logprobs - t.old_logprobs)
+        right = answered & (sequence_value(t, t.labels) > 0.5)
+        wrong = answered & ~right
+        x = s / tau
+        loss = log_one_plus_group_sum(labels, -x, right) + log_one_plus_group_sum(labels, x, wrong)
+        has_right, has_wrong = (group_sum(labels, to_dtype(side, s.dtype)) > 0 for side in (right, wrong))
+        mixed = has_right & has_wrong
+        d = s.detach()
+        statistics = {"log_ratio": d, "accuracy": (right & (d > 0)) | (wrong & (d < 0)), "mixed": mixed}
+        return loss.masked_fill(~mixed, 0), statistics
+
+    return make_loss(terms, ("old_logprobs", "labels", "groups"), weigh, rows=SEQUENCES)
