@@ -7,7 +7,7 @@ the optimum, or the biased point that theory names. ``advice`` says in words whe
     >>> from lossfns.testing.worlds import lessons
     >>> for lesson in lessons("dpo"):
     ...     print(lesson.world.name, lesson.steps, lesson.holds(), lesson.says)
-    answers 20 True ends where the oracle's expected gradient is 0
+    answers 15 True ends where the oracle's expected gradient is 0
     answers 12 True the margin of theory
     answers 12 True the margin of theory
 """

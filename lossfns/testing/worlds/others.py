@@ -11,10 +11,10 @@ from typing import Any
 from lossfns.loss import Loss
 from lossfns.testing import oracle
 from lossfns.testing.batch import Batch
-from lossfns.testing.worlds.lesson import BETA, Lesson, Lessons, Preset, made
+from lossfns.testing.worlds.lesson import BETA, CLOSE, Lesson, Lessons, Preset, made
 from lossfns.testing.worlds.points import balanced, proportional, root, tilted, where_descent_ends
 from lossfns.testing.worlds.problems import answers, bandit, candidates, corpus, judged, letters, reward_model, teacher
-from lossfns.testing.worlds.steps import Enumerated, Slope
+from lossfns.testing.worlds.steps import Enumerated, Slope, follow
 from lossfns.testing.worlds.world import Policy, World, alike, outcomes, returned, sigmoid
 from lossfns.tokens import PAIRS
 from lossfns.weigh import sequence_mean, token_mean
@@ -105,8 +105,8 @@ def sampled(name: str, preset: Preset) -> Lessons:
         yield Lesson(fixed, loss, teacher.ref, 12, None, "on fixed samples reaches the teacher, too")
 
 
-def rest(loss: Loss, world: World) -> Policy:
-    """Return the policy (p, 1 − p) over two answers at which the oracle's expected gradient is 0, by bisection."""
+def by_oracle(loss: Loss, world: World) -> Enumerated:
+    """Return the expected gradient of the oracle of a loss, in plain floats."""
     settings = {name: getattr(value, "name", getattr(value, "__name__", value)) for name, value in loss.knobs.items()}
 
     def gradients(batch: Batch, count: Any) -> list[Slope]:
@@ -114,7 +114,12 @@ def rest(loss: Loss, world: World) -> Policy:
         _, grads = getattr(oracle, loss.name)(**rows, **settings, denominator=count)
         return [(g, 0.0) for row in grads for g in row]
 
-    expected = Enumerated(gradients, world, loss.reads, loss)
+    return Enumerated(gradients, world, loss.reads, loss)
+
+
+def rest(loss: Loss, world: World) -> Policy:
+    """Return the policy (p, 1 − p) over two answers at which the oracle's expected gradient is 0, by bisection."""
+    expected = by_oracle(loss, world)
     certain = world.start[1:]  # the second token of an answer, if there is one
 
     def slope(p: float) -> float:
@@ -123,21 +128,39 @@ def rest(loss: Loss, world: World) -> Policy:
     return where_descent_ends(slope, world.start[0][0]), *certain
 
 
-KINKED: dict[str, dict[str, float]] = {"hinge": {}, "bpo": {}, "dpop": {"lam": 2.0}, "minor_dpo": {}}
-"""Losses with a kink where they end, at which steps must become small, and settings with which they come there soon."""
+PAIR_KNOBS = {"alpha_dpo": {"alpha": 1.0}, "c2_dpo": {"lam": 0.5}, "dpop": {"lam": 2.0}}
+"""Settings that give a small term its effect, or a large one a smaller."""
+KINKED = {"hinge": (60, 0.9), "dpop": (60, 0.9), "minor_dpo": (90, 0.93)}
+"""Losses with a kink where they end, at which steps must become small: the number of steps, and their decay."""
+PAIR_WORLDS = {
+    "alpha_dpo": replace(answers, ref=((0.99, 0.01), (1.0,))),
+    "bpo": replace(answers, rewards=(3.0, 0.0)),
+}
+"""Worlds for losses of which little shows in ``answers``.
+
+α-DPO sees only which pairs of a group have the larger margin over the reference; BPO leaves the reference only if most
+of the judges prefer an answer.
+"""
 
 
 def paired(name: str, preset: Preset) -> Lessons:
-    """A preference loss ends where its expected gradient is 0."""
+    """A preference loss ends where its expected gradient is 0; with some, all goes to one answer.
+
+    Then the way there is compared, too: a few steps lead as far as those with the oracle's gradient.
+    """
     if preset().rows != PAIRS or preset().output == "scores":
         return
-    says = "ends where the oracle's expected gradient is 0"
+    loss = made(preset, **{"beta": 1.0} | PAIR_KNOBS.get(name, {}))
+    world = PAIR_WORLDS.get(name, answers)
+    point, says = rest(loss, world), "ends where the oracle's expected gradient is 0"
     if name in KINKED:
-        loss = made(preset, **({"beta": 1.0} | KINKED[name]))
-        yield Lesson(answers, loss, rest(loss, answers), 90, 0.5, f"{says}, at a kink", 0.93)
+        steps, decay = KINKED[name]
+        yield Lesson(world, loss, point, steps, 0.5, f"{says}, at a kink", decay)
     else:
-        loss = made(preset, beta=1.0)
-        yield Lesson(answers, loss, rest(loss, answers), 20, None, says)
+        yield Lesson(world, loss, point, 15, None, says)
+    if max(point[0]) > 1 - CLOSE:
+        on_the_way = follow(by_oracle(loss, world), 3, 1.0)[-1]
+        yield Lesson(world, loss, on_the_way, 3, 1.0, "all to one answer, as fast as with the oracle's gradient")
 
 
 MARGINS: dict[str, tuple[dict[str, float], Callable[[float], float]]] = {

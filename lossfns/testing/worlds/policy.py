@@ -45,8 +45,8 @@ def collapse(name: str, preset: Preset) -> Lessons:
     """
     if is_policy(preset):
         loss = made(preset, weigh=token_mean, kl_beta=0.0)
-        point = tilted(bandit.start[0], bandit.rewards, 1 / 10)
-        yield Lesson(bandit, loss, (point,), 10, 1 / slope(name, loss), "collapses on the best arm, as exp(n·r)")
+        point = tilted(bandit.start[0], bandit.rewards, 1 / 5)
+        yield Lesson(bandit, loss, (point,), 5, 1 / slope(name, loss), "collapses on the best arm, as exp(n·r)")
 
 
 def penalised(name: str, preset: Preset) -> Lessons:
@@ -62,7 +62,7 @@ def penalised(name: str, preset: Preset) -> Lessons:
         factor = share[0] * one, share[1] * two
         point = two_token_tree((tree.ref[0], tree.ref[1]), tree.rewards, BETA, factor, share)
         bias = "" if factor[0] == factor[1] and share[0] == share[1] else ", biased by the lengths"
-        yield Lesson(tree, loss, point, 12, None, f"reaches ref·exp(r/β) at every token{bias}")
+        yield Lesson(tree, loss, point, 8, None, f"reaches ref·exp(r/β) at every token{bias}")
 
 
 REWARD_BY_LENGTH = {"rloo": (1.0, 2.0)}
@@ -111,18 +111,18 @@ SLOWS_DOWN = {"sapo", "topr", "vespo", "ce_gppo"}
 def bounded(name: str, preset: Preset) -> Lessons:
     """On fixed samples, clipping ends the learning at the bounds: π = μ·high for the good arm, μ·low for the bad one.
 
-    Before that the gradient is unbiased. Its natural step of rate η adds η·(r₁ − r₀) to the log-odds, so that eight
-    steps of an eighth of the bound's log-odds reach it. Four more have no effect. Without the ratio in the gradient a
-    step adds ¼η·(1/π₁ + 1/π₀), and many small steps are needed.
+    Before that the gradient is unbiased. Its natural step of rate η adds η·(r₁ − r₀) to the log-odds, so that four
+    steps of a quarter of the bound's log-odds reach it. Two more have no effect. Without the ratio in the gradient a
+    step adds ¼η·(1/π₁ + 1/π₀): it takes steps that become smaller towards the bound.
     """
     says = "stops at its bounds on fixed samples"
     if name in STOPS:
         knobs, p = STOPS[name]
         loss = made(preset, **knobs, kl_beta=0.0, weigh=token_mean)
-        rate = math.log(p / (1 - p)) / 8 * (1 + 1e-5)
-        yield Lesson(two_arms, loss, ((p, 1 - p),), 12, rate, says)
+        rate = math.log(p / (1 - p)) / 4 * (1 + 1e-5)
+        yield Lesson(two_arms, loss, ((p, 1 - p),), 6, rate, says)
     if name in STOPS_UNWEIGHTED:
-        yield Lesson(two_arms, made(preset, **CLIP), ((0.6, 0.4),), 150, 0.003, says)
+        yield Lesson(two_arms, made(preset, **CLIP), ((0.6, 0.4),), 40, 0.042, says, 0.9)
 
 
 def unbounded(name: str, preset: Preset) -> Lessons:
@@ -133,9 +133,9 @@ def unbounded(name: str, preset: Preset) -> Lessons:
     point = (tilted((0.5, 0.5), two_arms.rewards, 1 / 10),)
     if name in STOPS:
         loss = made(preset, **STOPS[name][0] | WITHOUT_BOUNDS, kl_beta=0.0, weigh=token_mean)
-        yield Lesson(two_arms, loss, point, 10, 1.0, "without its bounds, continues on fixed samples")
+        yield Lesson(two_arms, loss, point, 5, 2.0, "without its bounds, continues on fixed samples")
     if name in CONTINUES:
-        yield Lesson(two_arms, preset(), point, 10, 1.0, "continues to the best arm on fixed samples")
+        yield Lesson(two_arms, preset(), point, 5, 2.0, "continues to the best arm on fixed samples")
     if name in SLOWS_DOWN:
         yield Lesson(two_arms, preset(), ((1.0, 0.0),), 20, None, "slows down on fixed samples, and does not stop")
 

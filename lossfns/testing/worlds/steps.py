@@ -164,7 +164,12 @@ def learn(
     >>> [[round(p, 3) for p in policy[0]] for policy in learn(reinforce(), bandit, steps=2, rate=1.0)]
     [[0.5, 0.3, 0.2], [0.304, 0.496, 0.2], [0.153, 0.68, 0.167]]
     """
-    enumerated = Enumerated.of(loss_fn, world, like)
+    return follow(Enumerated.of(loss_fn, world, like), steps, rate, decay)
+
+
+def follow(enumerated: Enumerated, steps: int, rate: float | None = None, decay: float = 1.0) -> Path:
+    """Take steps along an expected gradient; see ``learn``."""
+    world = enumerated.world
     theta = [[x if world.scores else math.log(x) for x in row] for row in world.start]
     path: Path = [world.start]
     before = None
