@@ -86,7 +86,7 @@ def on_fixed_samples() -> Panel:
         Line("sapo: slows down", ours.sapo(), None),
         Line("cispo: goes on", ours.cispo(), None),
     ]
-    return Panel("Arms drawn once:\nπ of the good arm", worlds.two_arms, 0, 40, 0.08, lines)
+    return Panel("Arms drawn once:\nπ of the good arm", worlds.two_arms, 0, 40, 0.05, lines)
 
 
 def imitating() -> Panel:
@@ -104,14 +104,14 @@ def of_pairs() -> Panel:
     """Return the panel of preferences."""
     made = [ours.dpo(beta=1.0), ours.ipo(beta=1.0), ours.simpo(beta=1.0), ours.orpo(lam=1.0), ours.apo_zero(beta=1.0)]
     lines = [Line(loss.name, loss, rest(loss, worlds.answers)[0][0]) for loss in made]
-    return Panel("Pairs, 69% prefer this answer:\nπ of it", worlds.answers, 0, 24, 1.5, lines)
+    return Panel("Pairs, 69% prefer this answer:\nπ of it", worlds.answers, 0, 40, 0.1, lines)
 
 
 def of_labels() -> Panel:
     """Return the panel of labels."""
     bco = lessons("bco")[0]
     lines = [Line("kto: the mode", ours.kto(beta=1.0), 1.0), Line("bco: ref·odds", bco.loss, bco.point[0][0])]
-    return Panel("Desirable in 80% and 30%:\nπ of the first answer", bco.world, 0, 24, 2.0, lines)
+    return Panel("Desirable in 80% and 30%:\nπ of the first answer", bco.world, 0, 40, 0.5, lines)
 
 
 def of_data() -> Panel:
@@ -123,7 +123,7 @@ def of_data() -> Panel:
         Line("cross_entropy", ours.cross_entropy(), data[0]),
         Line("focal", ours.focal(), lessons("focal")[-1].point[0][0]),
     ]
-    return Panel("Data, 45% have this token:\nπ of it", worlds.letters, 0, 24, 0.8, lines)
+    return Panel("Data, 45% have this token:\nπ of it", worlds.letters, 0, 40, 0.4, lines)
 
 
 def of_teacher() -> Panel:

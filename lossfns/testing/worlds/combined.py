@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
 
 from lossfns.combine import with_kl, with_tis
 from lossfns.errors import LossWarning
-from lossfns.losses.policy import ppo
+from lossfns.losses.policy import ppo, reinforce
+from lossfns.losses.preference import dpo
+from lossfns.losses.summed import chord, rpo
 from lossfns.terms import k1, k2, k3
 from lossfns.testing.worlds.lesson import BETA, Lesson, Lessons
-from lossfns.testing.worlds.points import proportional, tilted, towards_reference
-from lossfns.testing.worlds.problems import bandit, reward_of
-from lossfns.testing.worlds.world import Policy, World, log_of
+from lossfns.testing.worlds.points import proportional, tilted, towards_reference, where_descent_ends
+from lossfns.testing.worlds.problems import answers, bandit, reward_of
+from lossfns.testing.worlds.world import Policy, Unit, World, log_of, outcomes, sigmoid
 
 
 def current_logprobs(world: World, i: int, policy: Policy, sampling: Policy) -> list[float]:
@@ -46,5 +49,42 @@ def tis() -> Lessons:
     yield Lesson(positive, ppo(), (point,), 12, None, "without the weight, imitates the sampler")
 
 
-COMBINED: dict[str, Callable[[], Lessons]] = {"with_kl": kl, "with_tis": tis}
+EXPERT = (0.5, 0.2, 0.3)
+"""The answers of an expert, beside the rollouts."""
+
+
+def with_expert(world: World, sampling: Policy) -> list[Unit]:
+    """Rollouts with the weights of the policy loss, and as many datums of an expert with the weights of SFT."""
+    rollouts, expert = {"weights": (1.0,), "sft_weights": (0.0,)}, {"weights": (0.0,), "sft_weights": (1.0,)}
+    return [
+        *(unit._replace(probability=unit.probability / 2, columns=rollouts) for unit in outcomes(world, sampling)),
+        *(Unit(q / 2, (i,), expert) for i, q in enumerate(EXPERT)),
+    ]
+
+
+def expert_sum() -> Lessons:
+    """(1 − μ)·policy + μ·SFT has the gradient of V − β·KL(expert‖π) with β = μ / (1 − μ): π = β·expert / (λ − r)."""
+    point = towards_reference(EXPERT, bandit.rewards, 0.25 / 0.75)
+    world = replace(bandit, name="expert", units=with_expert)
+    yield Lesson(world, chord(reinforce(), mu=0.25), (point,), 12, None, "reaches β·expert / (λ − r)")
+
+
+def preference_sum() -> Lessons:
+    """DPO and NLL of the chosen side, α times its mean over tokens: one unknown, whose slope has two parts."""
+    share, prior, alpha = sigmoid(answers.rewards[0] - answers.rewards[1]), math.log(0.6 / 0.4), 0.5
+
+    def slope(p: float) -> float:
+        margin = math.log(p / (1 - p)) - prior
+        return sigmoid(margin) - share - alpha * (share * (1 - p) - (1 - share) * p / 2)
+
+    point = where_descent_ends(slope, 0.5), (1.0,)
+    yield Lesson(answers, rpo(dpo(beta=1.0), alpha), point, 12, None, "less certain of the margin, surer of the answer")
+
+
+COMBINED: dict[str, Callable[[], Lessons]] = {
+    "with_kl": kl,
+    "with_tis": tis,
+    "chord": expert_sum,
+    "rpo": preference_sum,
+}
 """Public function → its lessons."""

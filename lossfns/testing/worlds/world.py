@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -35,7 +35,7 @@ class Unit(NamedTuple):
 
     probability: float
     members: tuple[int, ...]
-    columns: dict[str, tuple[float, ...]] = {}  # noqa: RUF012 (never changed)
+    columns: Mapping[str, tuple[float, ...]] = {}
 
 
 @dataclass(frozen=True)
