@@ -20,7 +20,31 @@ Bind ``denominator=D`` and the columns of each part: the losses of the parts the
 """
 
 from lossfns import export, kl, rollout
-from lossfns.advantages import group_advantages, group_metrics
+from lossfns.advantages import (
+    asymre_advantages,
+    batch_advantages,
+    gae,
+    gdpo_advantages,
+    gigpo_advantages,
+    gpg_advantages,
+    group_advantages,
+    group_metrics,
+    groups_with_signal,
+    hierarchical_advantages,
+    kl_penalties,
+    leave_one_out_advantages,
+    maxrl_advantages,
+    opo_advantages,
+    optimal_token_advantages,
+    pass_at_k_advantages,
+    rae_advantages,
+    reinforce_plus_plus_advantages,
+    reinforce_plus_plus_baseline_advantages,
+    remax_advantages,
+    returns_to_go,
+    token_rewards,
+    whiten,
+)
 from lossfns.combine import with_dual_clip, with_kl, with_rollout_weight, with_tis
 from lossfns.datum import Datum, EncodedTextChunk, ModelInput, TensorData
 from lossfns.describe import describe
@@ -64,9 +88,11 @@ from lossfns.losses.reward_models import bradley_terry, bradley_terry_margin, pr
 from lossfns.losses.sequence import gmpo, gspo, gspo_token, luspo, rloo
 from lossfns.losses.shifts import bpo, dpo_shift, dpop, ld_dpo, minor_dpo, odpo, r_dpo, wpo
 from lossfns.losses.sides import apo_down, apo_zero, bco_pair, c2_dpo, cal_dpo, nca, sppo_hard
+from lossfns.losses.summed import chord, echo, mpo, oreal, rpo, vapo_nll
 from lossfns.losses.supervised import cross_entropy, dft, focal, multi_target_cross_entropy, sft_phi, unlikelihood
 from lossfns.losses.trust import ce_gppo, fipo, sapo
 from lossfns.losses.unpaired import bco, kto, kto_reference_point, sppo
+from lossfns.losses.value import explained_variance, value_loss
 from lossfns.losses.weighted import capped_importance_sampling, cispo, cispo_sequence, opmd, rollout_is, topr, vespo
 from lossfns.margins import (
     Reward,
@@ -91,6 +117,7 @@ from lossfns.regions import one_side, ratio_weight, two_side, unit_weight
 from lossfns.rollout import TokenWeight
 from lossfns.sampler import accepted_weights, proximal_logprobs, rollout_summary, support_logprobs, top_p_support
 from lossfns.segments import geometric_level, maximum_level, sequence_level, token_level
+from lossfns.sums import sum_losses
 from lossfns.terms import k1, k2, k3
 from lossfns.tokens import ON_POLICY, Rows, Tokens
 from lossfns.version import __version__ as __version__
@@ -132,6 +159,8 @@ __all__ = [
     "aot_unpaired",
     "apo_down",
     "apo_zero",
+    "asymre_advantages",
+    "batch_advantages",
     "bco",
     "bco_pair",
     "beta_dpo",
@@ -146,6 +175,7 @@ __all__ = [
     "capped_importance_sampling",
     "ce_gppo",
     "chi_po",
+    "chord",
     "cispo",
     "cispo_sequence",
     "clip_cov",
@@ -169,8 +199,10 @@ __all__ = [
     "dr_dpo",
     "dr_grpo",
     "dro",
+    "echo",
     "evaluate",
     "exo",
+    "explained_variance",
     "exponential_link",
     "export",
     "f_dpo",
@@ -179,15 +211,21 @@ __all__ = [
     "focal",
     "focal_po",
     "forward_kl_reward",
+    "gae",
+    "gdpo_advantages",
     "geometric_level",
+    "gigpo_advantages",
     "gmpo",
     "gpg",
+    "gpg_advantages",
     "gpo",
     "group_advantages",
     "group_metrics",
+    "groups_with_signal",
     "grpo",
     "gspo",
     "gspo_token",
+    "hierarchical_advantages",
     "hinge",
     "hinge_link",
     "importance_sampling",
@@ -205,9 +243,11 @@ __all__ = [
     "kimi15",
     "kl",
     "kl_cov",
+    "kl_penalties",
     "kto",
     "kto_reference_point",
     "ld_dpo",
+    "leave_one_out_advantages",
     "linear_logprobs",
     "log_odds_mean",
     "log_ratio_mean",
@@ -218,19 +258,25 @@ __all__ = [
     "luspo",
     "m2po",
     "maximum_level",
+    "maxrl_advantages",
     "merge_metrics",
     "minor_dpo",
+    "mpo",
     "multi_target_cross_entropy",
     "nca",
     "odpo",
     "one_side",
     "opmd",
+    "opo_advantages",
     "opsm",
+    "optimal_token_advantages",
+    "oreal",
     "orpo",
     "pack",
     "pair_from_tokens",
     "pair_mean",
     "pair_sum",
+    "pass_at_k_advantages",
     "ppo",
     "prime_dppo",
     "prime_ref_kl",
@@ -238,18 +284,24 @@ __all__ = [
     "process_reward",
     "proximal_logprobs",
     "r_dpo",
+    "rae_advantages",
     "ratio_weight",
     "raw_support",
     "real",
     "rec",
     "rec_ring",
     "reinforce",
+    "reinforce_plus_plus_advantages",
+    "reinforce_plus_plus_baseline_advantages",
+    "remax_advantages",
     "renormalised_support",
+    "returns_to_go",
     "rloo",
     "robust_dpo",
     "rollout",
     "rollout_is",
     "rollout_summary",
+    "rpo",
     "sampled_reverse_kl",
     "sapo",
     "savage_link",
@@ -263,6 +315,7 @@ __all__ = [
     "sppo_hard",
     "sppo_token",
     "squared_link",
+    "sum_losses",
     "support_logprobs",
     "tail_support",
     "target_logprobs",
@@ -271,6 +324,7 @@ __all__ = [
     "token_gradient",
     "token_level",
     "token_mean",
+    "token_rewards",
     "token_sum",
     "top_k_forward_kl",
     "top_k_jsd",
@@ -282,9 +336,12 @@ __all__ = [
     "two_side",
     "unit_weight",
     "unlikelihood",
+    "value_loss",
+    "vapo_nll",
     "vespo",
     "weights_from_labels",
     "weights_from_mask",
+    "whiten",
     "with_binary_kl_mask",
     "with_dual_clip",
     "with_kl",

@@ -153,6 +153,15 @@ def check_share(name: str, value: Any) -> None:
     check_number(name, value, "a number in [0, 1]", lambda x: 0 <= x <= 1, "It is a share.")
 
 
+def check_coefficients(name: str, value: Any) -> None:
+    """Refuse anything but the coefficients of three parts of a sum, finite numbers of at least 0."""
+    if not isinstance(value, (tuple, list)) or len(value) != 3 or not all(is_real(x) and is_finite(x) for x in value):
+        fix = "Those of MPO's paper are (0.8, 0.2, 1.0)."
+        raise LossInputError(name, "three finite numbers, one for each part", show(value), fix)
+    if min(value) < 0:
+        raise LossInputError(name, "numbers of at least 0", show(value), "Pass 0 to switch a part off.")
+
+
 def make_function_check(*known: str) -> Callable[[str, Any], None]:
     """Make a check that refuses anything but a function; its hint names the ``known`` functions."""
 
@@ -162,6 +171,13 @@ def make_function_check(*known: str) -> Callable[[str, Any], None]:
             raise LossInputError(name, f"a function such as {known[-1]}", show(value), hint)
 
     return check
+
+
+def check_value_clip(name: str, value: Any) -> None:
+    if value is not None:
+        check_number(
+            name, value, "a finite number above 0, or None", lambda x: x > 0, "None is the squared error alone."
+        )
 
 
 KNOBS: dict[str, Callable[[str, Any], None]] = {
@@ -188,6 +204,12 @@ KNOBS: dict[str, Callable[[str, Any], None]] = {
     "half_life": check_positive,
     "tau": check_positive,
     "threshold": check_positive,
+    "alpha": check_non_negative,
+    "mu": check_non_negative,
+    "positive_factor": check_non_negative,
+    "negative_factor": check_non_negative,
+    "sft_factor": check_non_negative,
+    "coefficients": check_coefficients,
     "forward_share": check_share,
     "gamma": check_non_negative,
     "support": make_function_check("raw_support", "tail_support", "renormalised_support"),
@@ -204,6 +226,7 @@ KNOBS: dict[str, Callable[[str, Any], None]] = {
     "desirable_weight": check_non_negative,
     "undesirable_weight": check_non_negative,
     "dual_clip": check_dual_clip,
+    "value_clip": check_value_clip,
     "log_ratio_cap": check_log_ratio_cap,
     "label_smoothing": check_label_smoothing,
     "flip_rate": check_flip_rate,
@@ -213,7 +236,6 @@ KNOBS: dict[str, Callable[[str, Any], None]] = {
     "reward_alpha": check_reward_alpha,
     "divergence_alpha": check_positive,
     "reward_bound": check_reward_bound,
-    "alpha": check_non_negative,
     "balance": check_positive,
     "beta_prime": check_positive,
     "min_beta": check_positive,

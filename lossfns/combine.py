@@ -31,6 +31,9 @@ def check_wrappable(loss: Loss, *columns: str, penalty: bool = False) -> None:
         if isinstance(loss, BoundLoss):
             fix = "Wrap the loss first, and call bind() or compiled() of the result."
         raise LossInputError("loss", "a Loss such as ppo()", name_or_repr(loss), fix)
+    if loss.parts:
+        fix = "Wrap a part: sum_losses(rl=with_kl(ppo()), ce=cross_entropy())."
+        raise LossInputError("loss", "a loss of one denominator", repr(loss), fix)
     order = "Apply with_kl last, with_tis before it, with_dual_clip first: with_kl(with_tis(ppo()), kl_beta=0.01)."
     for name in columns:
         if name in loss.reads:

@@ -122,13 +122,15 @@ def with_dynamic_sizes(batch: Any) -> TensorBatch:
 
     columns = {name: dynamic(x, *rows) for name, x in batch.columns.items()}
     logprobs, weights = dynamic(batch.logprobs.detach(), *rows), dynamic(batch.weights, *rows)
-    return TensorBatch(logprobs, weights, columns, dynamic(batch.lengths, -1), batch.equal, batch.halves)
+    layout = batch.equal, batch.halves, batch.targets, getattr(batch, "masks", ())
+    return TensorBatch(logprobs, weights, columns, dynamic(batch.lengths, -1), *layout)
 
 
 def flattened(batch: TensorBatch, logprobs: Tensor) -> TensorBatch:
     """Return the batch with these logprobs, and every column as ``[N]``."""
     columns = {name: x.flatten() if isinstance(x, Tensor) else x for name, x in batch.columns.items()}
-    return TensorBatch(logprobs.flatten(), batch.weights.flatten(), columns, batch.lengths, batch.equal, batch.halves)
+    weights, layout = batch.weights.flatten(), (batch.equal, batch.halves, batch.targets, batch.masks)
+    return TensorBatch(logprobs.flatten(), weights, columns, batch.lengths, *layout)
 
 
 def divisor_as_tensor(divisor: Tensor | float | None, like: Tensor) -> Tensor | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ParamSpec
@@ -15,11 +16,24 @@ from torch import Tensor
 from lossfns.checks import check_denominator, check_knobs, is_huge, is_real
 from lossfns.compiled import Measure, OneKernel
 from lossfns.deferred import DeferredMetrics, Numbers, finalised, join_numbers, not_divisible
+from lossfns.devices import to_device
 from lossfns.errors import LossInputError, add_loss_name, did_you_mean, show, warn
 from lossfns.kl import ESTIMATORS
 from lossfns.margins import LINKS, REWARDS
-from lossfns.metrics import ADDITIVE, DIVIDED
-from lossfns.pack import as_row, as_tensor, check_align, check_reads, is_plain, pack, pack_weights, tensor_form
+from lossfns.metrics import ADDITIVE, DIVIDED, with_prefix
+from lossfns.pack import (
+    as_row,
+    as_tensor,
+    check_align,
+    check_reads,
+    find_column,
+    is_plain,
+    pack,
+    pack_weights,
+    tensor_form,
+    weight_rows,
+)
+from lossfns.parts import Part, divisor_or_one
 from lossfns.regions import one_side, ratio_weight, two_side, unit_weight
 from lossfns.segments import active_counts, geometric_level, maximum_level, sequence_level, token_level
 from lossfns.tensors import TensorBatch, blank_tensors, check_packed, check_padded
@@ -66,6 +80,7 @@ class Loss:
             no logprobs. ``None`` makes the loss a raw sum, whose denominator is 1 however the batch is split.
         rows: the kind of row: ``"tokens"``, ``"targets"``, ``"pairs"`` or ``"sequences"`` (one for each datum).
         output: ``"logprobs"``, or ``"scores"`` of a value head or a reward head, which may have any sign.
+        parts: the losses that a sum of losses adds up, by name; empty in any other loss. See ``sum_losses``.
     """
 
     name: str
@@ -76,6 +91,7 @@ class Loss:
     count: Callable[[Tokens], Tensor] | None
     rows: Rows = TOKENS
     output: str = "logprobs"
+    parts: Mapping[str, Part] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rows", Rows.of(self.rows))
@@ -95,6 +111,11 @@ class Loss:
     def signed(self) -> bool:
         """Whether weights may be negative: only in a plain likelihood, where they are coefficients."""
         return self.rows.per_token and not self.reads
+
+    @property
+    def masks(self) -> tuple[str, ...]:
+        """The columns that hold weights of parts, besides ``weights``."""
+        return tuple(dict.fromkeys(part.weights for part in self.parts.values() if part.weights != "weights"))
 
     @property
     def couples_groups(self) -> bool:
@@ -117,7 +138,7 @@ class Loss:
         """Bind side columns, and optionally ``denominator=``, ``align=`` or ``grad_l1=``; see ``BoundLoss``."""
         return BoundLoss(self).bind(**columns)
 
-    def denominator(self, data: Sequence[Any] | Tensor, *, layout: str | None = None) -> float:
+    def denominator(self, data: Sequence[Any] | Tensor, *, layout: str | None = None) -> Any:
         """Return this batch's part of the denominator; see ``BoundLoss.denominator``."""
         return BoundLoss(self).denominator(data, layout=layout)
 
@@ -156,10 +177,12 @@ def evaluate(loss: Loss, t: Tokens, denominator: Tensor | float | None = None) -
     Args:
         loss: the loss. Its ``count(t)`` is the denominator unless one is given. A raw sum is never divided.
         t: a packed batch.
-        denominator: the count of the whole batch, if ``t`` is a part of it.
+        denominator: the count of the whole batch, if ``t`` is a part of it. A sum of losses takes a tensor with one
+            count for each part.
 
     Returns:
-        The 0-d loss, and a dict of 0-d sums over the active rows: their number as ``rows``, and each statistic.
+        The 0-d loss, and a dict of 0-d sums over the active rows: their number as ``rows``, and each statistic. In a
+        sum of losses the names begin with the name of the part, as in ``rl/rows``.
 
     Raises:
         LossInputError: if the terms, the statistics or the share do not have one number for each row, or if a statistic
@@ -172,6 +195,9 @@ def evaluate(loss: Loss, t: Tokens, denominator: Tensor | float | None = None) -
     if missing:
         fix = "Pack it with reads=loss.reads."
         raise LossInputError("t", "a batch with every column that the loss reads", f"none called {missing[0]}", fix)
+    if loss.parts:
+        total, (sums,) = add_parts(loss, t, denominator, evaluate_part)
+        return total, sums
     result, share = loss.terms(t), loss.share(t)
     if isinstance(t.weights, Tensor):  # else torch.fx traces, and nothing has a shape
         check_terms(loss, t, result, share)
@@ -179,17 +205,65 @@ def evaluate(loss: Loss, t: Tokens, denominator: Tensor | float | None = None) -
     total = torch.dot(share.to(term.dtype), term)
     del result, term  # frees memory, in which the statistics are then computed
     if loss.count is not None:
-        total = total / (count_of(loss, t) if denominator is None else as_denominator(denominator))
+        if denominator is None:
+            denominator = count_of(loss, t)
+        elif isinstance(t.weights, Tensor):
+            denominator = as_denominator(denominator)
+        total = total / denominator
     # A pair or a sequence is active if its share is not 0.
     active = to_dtype(t.active if loss.rows.per_token else share != 0, total.dtype)
     sums = {name: sum_of_rows(name, statistics, active) for name in statistics}
     return total, {"rows": active.sum(), **sums}
 
 
+Tables = tuple[dict[str, Tensor], ...]
+"""Tables of 0-d tensors by name."""
+
+
+def evaluate_part(loss: Loss, t: Tokens, denominator: Tensor | float) -> tuple[Tensor, Tables]:
+    """Return the loss of one part of a sum, and its sums as the only table."""
+    total, sums = evaluate(loss, t, denominator)
+    return total, (sums,)
+
+
+def add_parts(
+    loss: Loss, t: Tokens, denominators: Any, function: Callable[[Loss, Tokens, Any], tuple[Tensor, Tables]]
+) -> tuple[Tensor, Tables]:
+    """Return Σ coefficient·loss over the parts of a sum, and the tables of all parts, in which each name has a prefix.
+
+    Args:
+        loss: a sum of losses.
+        t: a packed batch.
+        denominators: for each part the count of the whole batch, or None for the counts of ``t``. Where one is 0, no
+            row of the batch is of this part, and its loss is 0.
+        function: ``evaluate_part`` or ``measure_part``, which is called for each part.
+    """
+    if loss.count is None:
+        denominators = None  # no part has one
+    if denominators is not None and not isinstance(denominators, Tensor):
+        denominators = as_divisors(denominators, loss)
+    if denominators is not None:  # a float64 would make the loss one
+        denominators = to_device(denominators, t.weights.device, t.weights.dtype)
+    totals, tables = [], []
+    for i, (name, part) in enumerate(loss.parts.items()):
+        seen = part.view(t)
+        if part.loss.count is None:
+            divisor = 1.0
+        else:
+            divisor = divisor_or_one(count_of(part.loss, seen) if denominators is None else denominators[i])
+        total, own = function(part.loss, seen, divisor)
+        totals.append(part.coefficient * total)
+        tables.append([with_prefix(name, table) for table in own])
+    joined = tuple(functools.reduce(operator.or_, same) for same in zip(*tables))
+    return functools.reduce(operator.add, totals), joined
+
+
 def count_of(loss: Loss, t: Tokens) -> Tensor:
     """Return this batch's part of the denominator. Refuse a count that is no scalar."""
     assert loss.count is not None  # a raw sum has none
     count: Any = loss.count(t)
+    if loss.parts:
+        return count  # type: ignore[no-any-return]  # one of each part, which has been checked
     if isinstance(t.weights, Tensor) and not (isinstance(count, Tensor) and is_plain(count) and count.ndim == 0):
         if not is_real(count) or is_huge(count):
             got = f"shape {tuple(count.shape)}" if isinstance(count, Tensor) and is_plain(count) else show(count)
@@ -210,12 +284,30 @@ def as_denominator(denominator: Any) -> Any:
     return float(denominator)
 
 
-def as_divisor(denominator: Any) -> Tensor | float:
+def as_divisor(denominator: Any, loss: Loss) -> Tensor | float:
     """Return a denominator to bind. A tensor on a device stays there, and is checked when the metrics are read."""
+    if loss.parts and loss.count is not None:
+        return as_divisors(denominator, loss)
     if isinstance(denominator, Tensor) and is_plain(denominator) and denominator.numel() == 1:
         on_device = denominator.device.type != "cpu"
         denominator = denominator.detach().reshape(()) if on_device else denominator.item()
     return as_denominator(denominator)  # type: ignore[no-any-return]
+
+
+def as_divisors(denominators: Any, loss: Loss) -> Tensor:
+    """Return the denominators of the parts of a sum as a tensor. On the host, refuse any that cannot divide."""
+    names = ", ".join(loss.parts)
+    expected = f"{len(loss.parts)} finite numbers of at least 0, not all 0: one for each of {names}"
+    fix = "Take them from loss.denominator(whole_batch)."
+    try:
+        x = as_tensor(as_row(denominators, "denominator", None))
+    except LossInputError:
+        raise LossInputError("denominator", expected, show(denominators), fix) from None
+    if x.shape != (len(loss.parts),):
+        raise LossInputError("denominator", expected, f"shape {tuple(x.shape)}", fix)
+    if x.device.type == "cpu" and not (bool((x.isfinite() & (x >= 0)).all()) and bool(x.any())):
+        raise LossInputError("denominator", expected, show(x.tolist()), fix)
+    return x if x.device.type != "cpu" else x.double()
 
 
 def check_terms(loss: Loss, t: Tokens, result: Any, share: Any) -> None:
@@ -261,6 +353,7 @@ class BoundLoss:
         loss: the loss.
         columns: side columns by name, each with one row or one number for each datum. They replace the datums' own.
         divisor: the denominator of the whole batch, if calls get parts of it. None: the count of the batch of the call.
+            In a sum of losses it is a tensor with a denominator for each part.
         align: ``"strict"``, or ``"truncate"`` to cut all columns of a datum to the length of its shortest.
         grad_l1: whether to add the metric ``grad_l1``, Σ|∂L/∂logprob|.
         measure: the function that computes loss and metrics: ``measure``, or the ``kernel`` of the loss.
@@ -291,7 +384,8 @@ class BoundLoss:
 
         Args:
             denominator: the denominator of the whole batch, if calls get parts of it: a number above 0, or a tensor of
-                one number. A tensor on a device is checked when the metrics are read.
+                one number. A sum of losses takes one for each part: an array, or a tensor ``[parts]``. A tensor on a
+                device is checked when the metrics are read.
             align: ``"strict"`` or ``"truncate"``; see ``BoundLoss``.
             grad_l1: whether to add the metric ``grad_l1``.
             columns: columns by name, for datums or for tensors, whichever the loss is then called with.
@@ -308,18 +402,20 @@ class BoundLoss:
             return replace(
                 self,
                 columns={**self.columns, **columns},
-                divisor=self.divisor if denominator is None else as_divisor(denominator),
+                divisor=self.divisor if denominator is None else as_divisor(denominator, self.loss),
                 align=align or self.align,
                 grad_l1=self.grad_l1 if grad_l1 is None else grad_l1,
             )
 
-    def denominator(self, data: Sequence[Any] | Tensor, *, layout: str | None = None) -> float:
-        """Return this batch's part of the denominator, even if one is bound; 1 for a raw sum.
+    def denominator(self, data: Sequence[Any] | Tensor, *, layout: str | None = None) -> Any:
+        """Return this batch's part of the denominator, even if one is bound: a float, which is 1 for a raw sum.
 
-        It needs no logprobs, and adds over micro-batches and ranks.
+        It needs no logprobs, and adds over micro-batches and ranks. A sum of losses returns a tensor ``[parts]`` in
+        float64 on the host, with the denominator of each part.
 
         Args:
-            data: the datums, or the weights of a padded batch: ``[B, T]``, or ``[B, T, K]``.
+            data: the datums, or the weights of a padded batch: ``[B, T]``, or ``[B, T, K]``. The weights of other
+                parts of a sum are then those that are bound.
             layout: for pairs in one tensor of weights: as for ``padded``.
 
         >>> from lossfns import sequence_mean, reinforce
@@ -333,13 +429,14 @@ class BoundLoss:
             if isinstance(data, Tensor):
                 weights = as_tensor(as_row(data, "weights", None))
                 zeros = torch.zeros(weights.shape, device=weights.device)
-                t = blank_tensors(check_padded(zeros, weights, rows=loss.rows, layout=layout))
+                batch = check_padded(zeros, weights, loss.masks, self.columns, rows=loss.rows, layout=layout)
+                t = blank_tensors(replace(batch, masks=loss.masks))
             else:
-                t = pack_weights(data, loss.reads, self.columns, rows=loss.rows, align=self.align)
-            count = float(count_of(loss, t))
-            if math.isnan(count):
-                raise not_divisible(count)
-        return count
+                t = pack_weights(data, loss.reads, self.columns, rows=loss.rows, align=self.align, masks=loss.masks)
+            counts = count_of(loss, t).cpu()
+            if counts.isnan().any():
+                raise not_divisible(math.nan)
+        return counts.double() if loss.parts else float(counts)
 
     def __call__(self, data: Sequence[Any], logprobs_list: Sequence[Tensor]) -> tuple[Tensor, dict[str, float]]:
         """Return the 0-d loss and a dict of metrics."""
@@ -353,12 +450,31 @@ class BoundLoss:
 
     def pack(self, data: Sequence[Any], logprobs_list: Sequence[Tensor]) -> Tokens:
         """Pack the batch into the form that the loss's terms read."""
-        return pack(data, logprobs_list, self.loss.reads, self.columns, rows=self.loss.rows, align=self.align)
+        loss = self.loss
+        return pack(data, logprobs_list, loss.reads, self.columns, rows=loss.rows, align=self.align, masks=loss.masks)
 
     def part(self, which: slice) -> BoundLoss:
         """Return the loss for ``data[which]``: every bound column is cut to these datums."""
         columns = {name: x if x is ON_POLICY else x[which] for name, x in self.columns.items()}
         return replace(self, columns=columns)
+
+    def by_part(self, data: Sequence[Any]) -> dict[str, BoundLoss]:
+        """Return each part of a sum as a loss by itself, with its columns, its weights and its denominator.
+
+        Σ coefficient·part(data, logprobs_list) over the parts is the loss. A part without a row has the denominator 1.
+        """
+        raw = self.loss.count is None
+        counts = [1.0] * len(self.loss.parts) if raw else self.denominator(data).tolist()
+        divisors = counts if raw or self.divisor is None else self.divisor.tolist()  # type: ignore[union-attr]
+        bound = {}
+        for (name, part), divisor in zip(self.loss.parts.items(), divisors):
+            columns = {column: self.columns[column] for column in part.loss.reads if column in self.columns}
+            if part.weights == "weights":
+                columns["weights"] = weight_rows(data, self.loss.reads, self.columns)
+            else:
+                columns["weights"] = find_column(part.weights, data, self.columns, self.loss.rows)
+            bound[name] = replace(self, loss=part.loss, columns=columns, divisor=divisor_or_one(divisor))
+        return bound
 
     def padded(
         self, logprobs: Any, weights: Any, *, layout: str | None = None, denominator: Any = None, **columns: Any
@@ -464,11 +580,23 @@ class BoundLoss:
             checks: 0-d tensors for ``check_values``, besides the extrema of the batch.
         """
         loss, sequences = self.loss, 1 if batch.lengths is None else len(batch.lengths)
-        total, numbers = self.measure(loss, pack, batch, self.divisor)
+        divisor = self.divisor
+        if isinstance(divisor, Tensor) and loss.parts:  # a compiled loss takes tensors of one device
+            divisor = to_device(divisor, batch.logprobs.device)
+        total, numbers = self.measure(loss, pack, batch, divisor)
         extras = {**(checks or {}), **({"grad_l1": grad_l1(total, batch.logprobs)} if self.grad_l1 else {})}
         get_batch = functools.partial(pack, replace(batch, logprobs=batch.logprobs.detach()))  # without the graph
         metrics = DeferredMetrics(
-            loss.name, loss.rows, loss.output, loss.signed, self.divisor, sequences, get_batch, numbers, extras
+            loss.name,
+            loss.rows,
+            loss.output,
+            loss.signed,
+            self.divisor,
+            sequences,
+            get_batch,
+            numbers,
+            extras,
+            loss.parts,
         )
         return total, metrics
 
@@ -482,12 +610,20 @@ def measure(
     loss: Loss, pack: Callable[[Any], Tokens], batch: Any, divisor: Tensor | float | None
 ) -> tuple[Tensor, Numbers]:
     """Return the 0-d loss of ``pack(batch)``, and its numbers: totals, sums of statistics, and extrema."""
-    t = pack(batch)
+    total, tables = measure_part(loss, pack(batch), divisor)
+    return total, join_numbers(total.dtype, *tables)
+
+
+def measure_part(loss: Loss, t: Tokens, divisor: Tensor | float | None) -> tuple[Tensor, Tables]:
+    """Return the 0-d loss of a packed batch, and its totals, sums of statistics, and extrema."""
+    tokens = active_counts(t)
+    totals = {"tokens": tokens.sum(), "sequences_empty": (tokens == 0).sum()}
+    if loss.parts:
+        total, (of_parts, sums, extrema) = add_parts(loss, t, divisor, measure_part)
+        return total, ({"loss": total.detach(), **totals, **of_parts}, sums, extrema)
     count = {} if loss.count is None else {"count": count_of(loss, t)}
     total, sums = evaluate(loss, t, count.get("count") if divisor is None else divisor)
-    tokens = active_counts(t)
-    totals = {"loss": total.detach(), "tokens": tokens.sum(), "sequences_empty": (tokens == 0).sum(), **count}
-    return total, join_numbers(total.dtype, totals, sums, extremes(t, loss.rows))
+    return total, ({"loss": total.detach(), **totals, **count}, sums, extremes(t, loss.rows))
 
 
 @dataclass(frozen=True)
@@ -518,7 +654,7 @@ class DeferredLoss:
         loss = bound.loss
         with add_loss_name(loss.name):
             batch = check_padded(logprobs, weights, loss.reads, bound.columns, rows=loss.rows, layout=layout)
-            return bound.defer(blank_tensors, batch)
+            return bound.defer(blank_tensors, replace(batch, masks=loss.masks))
 
     def packed(
         self,
@@ -545,7 +681,7 @@ class DeferredLoss:
                 cu_seqlens=cu_seqlens,
                 layout=layout,
             )
-            return bound.defer(blank_tensors, batch, checks)
+            return bound.defer(blank_tensors, replace(batch, masks=loss.masks), checks)
 
 
 def grad_l1(total: Tensor, logprobs: Tensor) -> Tensor:

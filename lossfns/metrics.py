@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from lossfns.checks import is_huge, is_real
 from lossfns.errors import LossInputError, show
 from lossfns.tokens import Rows
+
+T = TypeVar("T")
 
 ROW_COUNTS = tuple(dict.fromkeys(rows.unit for rows in Rows))
 """Metrics that count rows, by kind of row. A statistic is a mean over the rows that one of them counts."""
@@ -15,6 +18,16 @@ ADDITIVE = ("tokens", "sequences", "sequences_empty", *ROW_COUNTS[1:], "count")
 """Metrics that add over chunks, besides those whose name ends in ``:sum``."""
 DIVIDED = ("loss", "grad_l1")
 """Metrics that have been divided by the denominator."""
+
+
+def with_prefix(name: str, table: Mapping[str, T]) -> dict[str, T]:
+    """Return a table whose names begin with the name of a part of a sum of losses."""
+    return {f"{name}/{key}": x for key, x in table.items()}
+
+
+def of_part(name: str, table: Mapping[str, T]) -> dict[str, T]:
+    """Return the entries of one part of a sum, under the names that they have in a loss by itself."""
+    return {key.removeprefix(f"{name}/"): x for key, x in table.items() if key.startswith(f"{name}/")}
 
 
 def check_parts(parts: Any) -> None:
@@ -26,7 +39,9 @@ def check_parts(parts: Any) -> None:
     for i, part in enumerate(parts):
         if not isinstance(part, Mapping):
             raise LossInputError(f"parts[{i}]", "a dict of metrics", show(part), "Pass what the loss returned.")
-        names = [*parts[0], "tokens", *(["denominator"] if any(name in parts[0] for name in DIVIDED) else [])]
+        is_sum = any(name.endswith("/coefficient") for name in parts[0] if isinstance(name, str))
+        divided = not is_sum and any(name in parts[0] for name in DIVIDED)
+        names = [*parts[0], "tokens", *(["denominator"] if divided else [])]
         for name in dict.fromkeys([*names, *part]):
             if name not in part or (name not in parts[0] and i):
                 got = f"{name!r} only in some of them" if i else f"none of the name {name!r}"
@@ -41,13 +56,15 @@ def merge_metrics(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Merge the metrics of chunks into the metrics of the whole batch, exactly.
 
     Counts add. A statistic is averaged, weighted by the number of rows. The loss (and ``grad_l1``) is
-    Σ loss·denominator / Σ count, which is Σ loss for raw sums and for chunks with the whole batch's denominator.
+    Σ loss·denominator / Σ count, which is Σ loss for raw sums and for chunks with the whole batch's denominator. In a
+    sum of losses this holds for each part, and the loss is Σ coefficient·loss over the parts.
 
     Args:
         parts: the metrics of each chunk, all from the same loss.
 
     Raises:
-        LossInputError: if there are no parts, or if a part is not the metrics of a call of the loss.
+        LossInputError: if there are no parts, or if a part is not the metrics of a call of the loss; also for
+            ``grad_l1`` of chunks of a sum of losses without the whole batch's denominators.
 
     >>> a = {"loss": 2.0, "denominator": 1.0, "count": 1.0, "tokens": 1.0, "nll": 2.0}
     >>> b = {"loss": 1.0, "denominator": 3.0, "count": 3.0, "tokens": 3.0, "nll": 1.0}
@@ -56,6 +73,36 @@ def merge_metrics(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
     (1.25, 4.0, 1.25)
     """
     check_parts(parts)
+    names = [name.removesuffix("/coefficient") for name in parts[0] if name.endswith("/coefficient")]
+    return merge_sum(parts, names) if names else merge_loss(parts)
+
+
+def merge_sum(parts: Sequence[Mapping[str, float]], names: Sequence[str]) -> dict[str, float]:
+    """Merge the metrics of a sum of losses, whose parts have these names."""
+    coefficients = {name: parts[0][f"{name}/coefficient"] for name in names}
+    if any(part[f"{name}/coefficient"] != c for part in parts for name, c in coefficients.items()):
+        fix = "Merge the metrics of one loss, and average those of several steps."
+        raise LossInputError("parts", "one coefficient for each part of the sum", "several", fix)
+    by_name = {
+        name: merge_loss([of_part(name, part) for part in parts]) | {"coefficient": c}
+        for name, c in coefficients.items()
+    }
+    whole = {name: sum(part[name] for part in parts) for name in parts[0] if "/" not in name}
+    whole["loss"] = sum(own["coefficient"] * own["loss"] for own in by_name.values())
+    if "grad_l1" in whole and any(
+        not math.isclose(part[f"{name}/denominator"], own["denominator"], rel_tol=1e-6)
+        for part in parts
+        for name, own in by_name.items()
+    ):
+        fix = "Bind denominator= of the whole batch, or leave grad_l1 out."
+        raise LossInputError("parts", "chunks with the denominators of the whole batch, for grad_l1", "others", fix)
+    for name, own in by_name.items():
+        whole |= with_prefix(name, own)
+    return whole
+
+
+def merge_loss(parts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Merge the metrics of one loss."""
     # Every loss has `tokens`, which is the first name; a loss over pairs or datums counts these as well.
     unit = next((name for name in reversed(ROW_COUNTS) if name in parts[0]), "tokens")
     added = [name for name in parts[0] if name in ADDITIVE or name.endswith(":sum")]

@@ -55,6 +55,12 @@ MISSING_COLUMN_FIX = {
 """The fix in the error for a datum that lacks a column, by column."""
 
 
+def missing_column_fix(name: str) -> str:
+    """Return the fix in the error for a datum that lacks this column."""
+    what = ": the weights of this part of the sum, 0 where it trains nothing" if name.endswith("_weights") else ""
+    return MISSING_COLUMN_FIX.get(name, f"Pass bind({name}=...){what}.")
+
+
 def pack(
     data: Sequence[Any],
     logprobs_list: Sequence[Tensor],
@@ -63,6 +69,7 @@ def pack(
     *,
     rows: Rows = TOKENS,
     align: str = "strict",
+    masks: Sequence[str] = (),
 ) -> Tokens:
     """Check, align, concatenate, convert and mask a batch.
 
@@ -73,6 +80,7 @@ def pack(
         columns: for each name a list of B entries. An entry holds one datum's values, or one number for the datum.
         rows: what the loss has one term for: tokens, targets, pairs or sequences.
         align: ``"strict"``, or ``"truncate"`` to cut all columns of a datum to the length of its shortest.
+        masks: the columns of ``reads`` that are weights, too. A slot is active if one of its weights is not 0.
 
     Returns:
         The packed batch, on the logprobs' device. Its dtype is that of the logprobs, or float32 if theirs is narrower.
@@ -96,7 +104,8 @@ def pack(
     check_data(data, rows)
     check_logprobs(data, logprobs_list)
     shapes, logprobs = [lp.shape for lp in logprobs_list], concatenate(logprobs_list)
-    return pack_columns(data, shapes, logprobs, reads, columns, rows=rows, align=align).with_logprobs(logprobs)
+    packed = pack_columns(data, shapes, logprobs, reads, columns, rows=rows, align=align, masks=masks)
+    return packed.with_logprobs(logprobs)
 
 
 def pack_side_columns(
@@ -108,16 +117,17 @@ def pack_side_columns(
     *,
     rows: Rows = TOKENS,
     align: str = "strict",
+    masks: Sequence[str] = (),
 ) -> PackedColumns:
     """Pack every column but the logprobs. ``with_logprobs`` of the result then returns what ``pack`` returns.
 
     Args:
-        data, reads, columns, rows, align: as for ``pack``.
+        data, reads, columns, rows, align, masks: as for ``pack``.
         shapes: the shape of each datum's logprobs.
         like: a tensor with the dtype and the device of the logprobs.
     """
     check_data(data, rows)
-    return pack_columns(data, shapes, like, reads, columns, rows=rows, align=align)
+    return pack_columns(data, shapes, like, reads, columns, rows=rows, align=align, masks=masks)
 
 
 def pack_columns(
@@ -129,6 +139,7 @@ def pack_columns(
     *,
     rows: Rows,
     align: str,
+    masks: Sequence[str] = (),
 ) -> PackedColumns:
     """Pack every column but the logprobs, of data that have been checked."""
     check_shapes(data, shapes, rows.rank)
@@ -147,7 +158,7 @@ def pack_columns(
     lengths = torch.from_numpy(np.array([prod(shape) for shape in shapes], dtype=np.int64))
     flat = {name: flatten_column(name, column, shapes, lengths, like, rows) for name, column in table.items()}
     weights = flat.pop("weights")
-    active = weights != 0
+    active = any_active(weights, [flat[name] for name in masks])
     inactive = ~active
     # In place is safe: flatten_column returns new tensors.
     blanked = {name: x.masked_fill_(inactive, 0) for name, x in flat.items()}
@@ -189,7 +200,7 @@ class PackedColumns:
             logprobs = logprobs.index_select(0, to_device(torch.cat(self.kept).nonzero().squeeze(1), logprobs.device))
         logprobs = blank(logprobs, self.active)
         columns = {name: logprobs.detach() if x is ON_POLICY else x for name, x in self.columns.items()}
-        return Tokens(logprobs, self.weights, self.lengths, columns, self.equal, targets=self.targets)
+        return Tokens(logprobs, self.weights, self.lengths, columns, self.equal, False, self.active, self.targets)
 
     def part(self, which: slice) -> PackedColumns:
         """Return the columns of ``data[which]``, a slice of consecutive datums, as views."""
@@ -201,25 +212,32 @@ class PackedColumns:
 
 
 def pack_weights(
-    data: Sequence[Any], reads: Sequence[str], columns: Mapping[str, Any], *, rows: Rows, align: str = "strict"
+    data: Sequence[Any],
+    reads: Sequence[str],
+    columns: Mapping[str, Any],
+    *,
+    rows: Rows,
+    align: str = "strict",
+    masks: Sequence[str] = (),
 ) -> Tokens:
     """Pack the weights alone, in float64, with zeros as logprobs: enough to compute a denominator."""
     check_data(data, rows)
-    weights = weight_rows(data, reads, columns)
+    table = {name: find_column(name, data, columns, rows) for name in masks}
+    table["weights"] = weight_rows(data, reads, columns)
     if align == "truncate":
         shapes = [row.shape for row in find_column("target_tokens", data, columns)]
-        table = {name: column_or_none(name, data, columns, rows) for name in reads} | {"weights": weights}
-        weights = truncate(shapes, table)[1]["weights"]
-    for i, row in enumerate(weights):
+        others = {name: column_or_none(name, data, columns, rows) for name in reads if name not in masks}
+        table = truncate(shapes, others | table)[1]
+    for i, row in enumerate(table["weights"]):
         if row.ndim not in (1, rows.rank):
             expected, fix = "a row with a number for each target", "Give one number for each entry of the logprobs."
             raise LossInputError("weights", expected, f"shape {tuple(row.shape)}", fix, datum=i)
-    targets = num_targets(target_shapes(data, weights), rows)
-    weights = [row.reshape(-1) for row in weights]
-    lengths = torch.tensor([len(row) for row in weights])
-    shapes = [row.shape for row in weights]
-    packed = flatten_column("weights", weights, shapes, lengths, torch.empty(0, dtype=torch.float64))
-    return Tokens(torch.zeros_like(packed), packed, lengths, targets=targets)
+    targets = num_targets(target_shapes(data, table["weights"]), rows)
+    shapes = [row.shape for row in table["weights"]]
+    lengths, like = torch.tensor([prod(shape) for shape in shapes]), torch.empty(0, dtype=torch.float64)
+    flat = {name: flatten_column(name, table[name], shapes, lengths, like, rows) for name in ("weights", *masks)}
+    weights = flat.pop("weights")
+    return Tokens(torch.zeros_like(weights), weights, lengths, flat, targets=targets)
 
 
 def target_shapes(data: Sequence[Any], weights: Sequence[Values]) -> list[Sequence[int]]:
@@ -248,6 +266,14 @@ def column_or_none(name: str, data: Sequence[Any], columns: Mapping[str, Any], r
 def blank(x: Tensor, active: Tensor) -> Tensor:
     """Put 0 into every inactive slot, before any maths: its content can then reach neither value nor gradient."""
     return torch.where(active, x, 0)
+
+
+def any_active(weights: Tensor, others: Sequence[Tensor]) -> Tensor:
+    """``[N]`` bool: True where one of several columns of weights is not 0."""
+    active = weights != 0
+    for other in others:
+        active = active | (other != 0)
+    return active
 
 
 def check_align(align: Any) -> None:
@@ -378,7 +404,7 @@ def find_column(name: str, data: Sequence[Any], columns: Mapping[str, Any], rows
         given = fields(data, name)
         missing = next((i for i, value in enumerate(given) if value is None), None)
         if missing is not None:
-            got, fix = "nothing bound and nothing in the datum", MISSING_COLUMN_FIX.get(name, f"Pass bind({name}=...).")
+            got, fix = "nothing bound and nothing in the datum", missing_column_fix(name)
             raise LossInputError(name, "one row per datum", got, fix, datum=missing)
     return as_column(name, given, rows)
 
@@ -422,7 +448,8 @@ def check_one_number_each(name: str, given: Values, rows: Rows) -> Values:
 
 def may_be_number(name: str, rows: Rows) -> bool:
     """Return whether a column may have one number for each datum."""
-    is_label = rows is SEQUENCES and name not in ("weights", "target_tokens", *LOGPROB_COLUMNS)
+    per_token = ("weights", "target_tokens", *LOGPROB_COLUMNS)
+    is_label = rows is SEQUENCES and name not in per_token and not name.endswith("_weights")
     return name in ("advantages", *DATUM_COLUMNS) or is_label
 
 

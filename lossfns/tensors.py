@@ -18,12 +18,13 @@ from lossfns.devices import to_device
 from lossfns.errors import LossInputError, did_you_mean, show
 from lossfns.pack import (
     LOGPROB_DTYPES,
-    MISSING_COLUMN_FIX,
+    any_active,
     as_row,
     as_tensor,
     blank,
     is_plain,
     may_be_number,
+    missing_column_fix,
     tensor_form,
 )
 from lossfns.tokens import ON_POLICY, PAIRS, Rows, Tokens, to_dtype
@@ -43,6 +44,7 @@ class TensorBatch:
         columns: the other columns by name. Each is ``[N]``, or one number for each row as a view ``[B, T]`` or
             ``[B, T, K]``, or ON_POLICY.
         lengths, equal, halves, targets: as in ``Tokens``.
+        masks: the columns that are weights, too.
     """
 
     logprobs: Tensor
@@ -52,13 +54,14 @@ class TensorBatch:
     equal: bool
     halves: bool
     targets: int = 1
+    masks: tuple[str, ...] = ()
 
 
 def blank_tensors(batch: TensorBatch) -> Tokens:
     """Convert every column to the dtype of the logprobs, and put 0 into every inactive slot."""
     dtype = torch.promote_types(batch.logprobs.dtype, torch.float32)
     weights = to_dtype(batch.weights, dtype)
-    active = weights != 0
+    active = any_active(weights, [batch.columns[name].flatten() for name in batch.masks])
     logprobs = blank(batch.logprobs.to(dtype), active)
     columns = {
         name: logprobs.detach() if x is ON_POLICY else blank(to_dtype(x, dtype), active.view(x.shape)).flatten()
@@ -271,7 +274,7 @@ def find_columns(reads: Sequence[str], columns: Mapping[str, Any]) -> dict[str, 
         raise LossInputError("weights", "the weights of the call", "weights of bind(weights=...) besides", fix)
     missing = next((name for name in reads if name not in columns), None)
     if missing is not None:
-        fix = MISSING_COLUMN_FIX.get(missing, f"Pass {missing}=.").replace(f"bind({missing}=...)", f"{missing}=...")
+        fix = missing_column_fix(missing).replace(f"bind({missing}=...)", f"{missing}=...")
         raise LossInputError(missing, "a tensor of the shape of logprobs", "nothing", fix)
     return {name: columns[name] for name in reads}
 

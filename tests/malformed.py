@@ -322,11 +322,43 @@ def weighing(rng: Random) -> Call:
 
 
 def advantages(rng: Random) -> Call:
-    function = rng.choice([lossfns.group_advantages, lossfns.group_metrics])
-    arguments = {"rewards": [1.0, 0.0, 3.0], "groups": ["a", "a", "b"]}
-    return Call(
-        function.__name__, function, arguments | ({"scale": "std"} if function is lossfns.group_advantages else {})
-    )
+    """Return a call of an estimator of samples or of tokens, with some of its settings."""
+    groups = ["a", "a", "b"]
+    samples = {"rewards": [1.0, 0.0, 3.0], "groups": groups}
+    rows, ones = [[-1.0, -0.5], [-2.0]], [[1.0, 1.0], [1.0]]
+    scaling, alone = {"eps": 1e-6, "ddof": 1}, {"group_of_one": "zero", "missing": "abstain"}
+    calls: dict[str, dict[str, Any]] = {
+        "group_advantages": {**samples, "scale": "std", **scaling, **alone},
+        "group_metrics": samples,
+        "groups_with_signal": samples,
+        "leave_one_out_advantages": {**samples, **alone},
+        "opo_advantages": {**samples, "lengths": [3, 1, 2]},
+        "pass_at_k_advantages": {**samples, "scale": "std", **scaling},
+        "maxrl_advantages": {**samples, "eps": 0.0, **alone},
+        "gpg_advantages": {**samples, "alpha": "nonzero", "scale": "none"},
+        "asymre_advantages": {**samples, "shift": -0.1},
+        "remax_advantages": {"rewards": [1.0, 0.0], "greedy_rewards": [0.5, 0.5]},
+        "batch_advantages": {"rewards": [1.0, 0.0], "lengths": [1, 2], **scaling},
+        "reinforce_plus_plus_baseline_advantages": {**samples, "lengths": [1, 2, 3], **scaling},
+        "gdpo_advantages": {"rewards": [[1.0, 0.0], [0.0, 2.0]], "groups": ["a", "a"], "reward_weights": [1.0, 2.0]},
+        "rae_advantages": {"rewards": [1.0, 0.0], "roles": ["a", "b"], "baselines": {"a": 0.5}, "decay": 0.5},
+        "hierarchical_advantages": {**samples, "episodes": [1, 1, 2], "roles": groups, "episode_roles": ("a",)},
+        "gigpo_advantages": {**samples, "episodes": [1, 2, 1], "states": groups, "omega": 1.0, "gamma": 0.9},
+        "token_rewards": {"rewards": [1.0, 2.0], "weights": ones, "penalties": rows},
+        "returns_to_go": {"rewards": rows, "weights": ones, "gamma": 0.9, "steps": "slots"},
+        "gae": {"rewards": rows, "values": rows, "weights": ones, "gamma": 0.9, "lam": 0.9},
+        "reinforce_plus_plus_advantages": {"rewards": rows, "weights": ones, "gamma": 1.0, **scaling},
+        "whiten": {"values": rows, "weights": ones, **scaling},
+        "kl_penalties": {"logprobs": rows, "ref_logprobs": rows, "weights": ones, "kl_beta": 0.1, "kl": "k3"},
+        "optimal_token_advantages": {
+            "rewards": rows, "logprobs": rows, "sum_square_probs": [[0.5, 0.5], [0.25]], "weights": ones,
+            "groups": ["a", "a"], "importance": ones,
+        },
+        "explained_variance": {"metrics": {"value_error": 0.0, "value_error_squared": 1.0, "returns": 1.0,
+            "returns_squared": 5.0}},
+    }  # fmt: skip
+    name = rng.choice(list(calls))
+    return Call(name, getattr(lossfns, name), calls[name])
 
 
 def merging(rng: Random) -> Call:

@@ -13,6 +13,7 @@ from lossfns import LossInputError, k3, rollout
 from lossfns.checks import (
     KNOBS,
     check_clip,
+    check_coefficients,
     check_cov_bounds,
     check_fraction,
     check_knobs,
@@ -36,6 +37,7 @@ ACCEPTED: dict[str, list[Any]] = {
     "c": [None, ABOVE, 3],
     "dual_clip": [None, ABOVE, 3.0],
     "log_ratio_cap": [None, TINY, 20, 1e9],
+    "value_clip": [None, TINY, 0.2, 1e9],
     "label_smoothing": [0, 0.25, 0.5],
     "level": [lambda t, log_weight: log_weight],
     "behaviour": ["old_logprobs", "sampler_logprobs"],
@@ -73,6 +75,7 @@ REFUSED: dict[str, list[Any]] = {
     "c": [1, BELOW, 0, -3, True, "3", math.nan, math.inf],
     "dual_clip": [1.0, BELOW, -3.0, True, "3", math.nan, math.inf],
     "log_ratio_cap": [0, -20, True, "20", math.nan, math.inf],
+    "value_clip": [0, -0.2, True, "0.2", math.nan, math.inf],
     "label_smoothing": [-TINY, math.nextafter(0.5, 1), 1, *NO_NUMBER],
     "level": ["sequence_level", "token", None],
     "behaviour": ["ref_logprobs", "old", None, 1, True],
@@ -109,6 +112,10 @@ RANGES: dict[Any, tuple[list[Any], list[Any]]] = {
     ),
     check_non_negative: ([0, 0.0, TINY, 1e9], [-TINY, -1, *NO_NUMBER]),
     check_share: ([0, 0.5, 1], [-TINY, ABOVE, *NO_NUMBER]),
+    check_coefficients: (
+        [(0.8, 0.2, 1), [0, 0.0, TINY]],
+        [(1, 1), (1, 1, -TINY), (1, 1, math.inf), 1, "abc", *NO_NUMBER],
+    ),
 }
 """What a check accepts and refuses, for each of its knobs that is not listed above."""
 for knob in KNOBS.keys() - ACCEPTED.keys():

@@ -78,6 +78,8 @@ def builtin_name(loss: Loss) -> str:
     if loss.name in FOLDS and not inexact:
         return FOLDS[loss.name]
     fix = "No built-in has its name."
+    if loss.parts:
+        fix = "A sum of losses is a custom loss over the batch: forward_backward_custom(data, loss)."
     if inexact:
         fix = f"No built-in has its {inexact[0]}: pass {inexact[0]}={0 if inexact[0] == 'kl_beta' else None}."
     raise LossInputError("fold", f"one of {', '.join(FOLDS)}", f"{loss!r}", fix)

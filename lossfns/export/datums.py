@@ -7,8 +7,10 @@ weighed loss.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from contextlib import nullcontext
+from functools import partial, reduce
 from math import prod
+from operator import add
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,11 +20,12 @@ from torch import Tensor
 from lossfns import terms as eq
 from lossfns.combine import tis_log_weight
 from lossfns.datum import TensorData
-from lossfns.deferred import join_numbers, not_divisible
+from lossfns.deferred import add_part_name, join_numbers, not_divisible
 from lossfns.errors import LossInputError, add_loss_name
 from lossfns.export.builtins import BUILTINS, CLIP, builtin_name
-from lossfns.loss import BoundLoss, Loss, check_terms, count_of, sum_of_rows
+from lossfns.loss import BoundLoss, Loss, as_packed, check_terms, count_of, sum_of_rows
 from lossfns.pack import Shapes, blank, check_data, pack, weight_rows
+from lossfns.parts import divisor_or_one
 from lossfns.segments import active_counts, sequence_level, sequence_value, to_tokens
 from lossfns.tokens import ON_POLICY, TARGETS, Tokens
 from lossfns.values import check_values, extremes
@@ -37,7 +40,8 @@ def as_datum_fn(loss: Loss | BoundLoss) -> DatumFn:
         loss: a loss of tokens, targets or sequences.
 
     Returns:
-        ``fn(logprobs, weights, *reads) -> (0-d tensor, {"custom/<name>:sum": tensor})``, traceable by torch.fx. A loss
+        ``fn(logprobs, weights, *reads) -> (0-d tensor, {"custom/<name>:sum": tensor})``, traceable by torch.fx. A sum
+        of losses takes ``weights`` of its first part and ``<part>_weights`` of each other. A loss
         of sequences, and one with a sum over the sequence in its terms (``with_tis`` at ``sequence_level``), takes
         ``fn(logprobs, weights, share, *reads)``. Call it on the datums that ``with_denominators`` returns: the sum over
         them is the loss of the batch. Metrics are sums over the active rows: divide by ``custom/rows:sum``.
@@ -51,6 +55,8 @@ def as_datum_fn(loss: Loss | BoundLoss) -> DatumFn:
     """
     loss = as_bound(loss).loss
     check_single_datums(loss, "as_datum_fn")
+    if loss.parts:
+        return sum_as_datum_fn(loss)
 
     def sums(t: Tokens, share: Tensor, active: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         result = loss.terms(t)
@@ -86,14 +92,60 @@ def as_datum_fn(loss: Loss | BoundLoss) -> DatumFn:
         sequence_share = share.sum(0, keepdim=True)
         return sums(packed(logprobs, weights, columns), sequence_share, sequence_share != 0)
 
-    # The service reads the names of the parameters from the code object, and torch.fx reads their number.
-    extra, body = (("share",), of_tokens_with_share) if keeps_weights(loss) else ((), of_tokens)
+    body = of_tokens_with_share if keeps_weights(loss) else of_tokens
     if not loss.rows.per_token:
         body = of_sequence
-    names = ", ".join(("logprobs", "weights", *extra, *loss.reads))  # identifiers: Loss has checked them
+    return with_parameters(body, ("logprobs", *weight_fields(loss), *loss.reads), loss.name)
+
+
+def with_parameters(body: DatumFn, parameters: Sequence[str], name: str) -> DatumFn:
+    """Return a function with this name and these parameters, which are identifiers, that calls ``body``.
+
+    The service reads the names of the parameters from the code object, and torch.fx reads their number.
+    """
+    names = ", ".join(parameters)
     fn: DatumFn = eval(f"lambda {names}: body({names})", {"body": body})
-    fn.__name__ = fn.__qualname__ = loss.name
+    fn.__name__ = fn.__qualname__ = name
     return fn
+
+
+def weight_fields(loss: Loss) -> tuple[str, ...]:
+    """Return the fields of a datum that hold weights and share / denominator."""
+    return ("weights", "share") if keeps_weights(loss) else ("weights",)
+
+
+def part_fields(loss: Loss) -> dict[str, dict[str, str]]:
+    """Return for each part of a sum its weight fields, and the names that they have in the datums of the sum.
+
+    The first part keeps its names. Those of another part begin with its own, even if parts share a column of weights:
+    each has a denominator of its own.
+    """
+    prefixes = ["", *(f"{name}_" for name in [*loss.parts][1:])]
+    return {
+        name: {field: prefix + field for field in weight_fields(part.loss)}
+        for prefix, (name, part) in zip(prefixes, loss.parts.items())
+    }
+
+
+def sum_as_datum_fn(loss: Loss) -> DatumFn:
+    """Write a sum of losses as a function of one datum. Coefficients and denominators are in the weights."""
+    fields = part_fields(loss)
+    columns = [name for name in loss.reads if name not in loss.masks]
+    parameters = ("logprobs", *(name for own in fields.values() for name in own.values()), *columns)
+    functions = {name: as_datum_fn(part.loss) for name, part in loss.parts.items()}
+
+    def body(*arguments: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        given = dict(zip(parameters, arguments))
+        totals: list[Tensor] = []
+        metrics: dict[str, Tensor] = {}
+        for name, part in loss.parts.items():
+            names = ("logprobs", *fields[name].values(), *part.loss.reads)
+            total, own = functions[name](*(given[each] for each in names))
+            totals.append(total)
+            metrics |= {key.replace("custom/", f"custom/{name}/", 1): x for key, x in own.items()}
+        return reduce(add, totals), metrics
+
+    return with_parameters(body, parameters, loss.name)
 
 
 def check_single_datums(loss: Loss, name: str) -> None:
@@ -160,14 +212,39 @@ def with_denominators(loss: Loss | BoundLoss, data: Sequence[Any]) -> list[Any]:
     """
     bound = as_bound(loss)
     check_single_datums(bound.loss, "with_denominators")
+    if bound.loss.parts:
+        return with_denominators_of_parts(bound, data)
     t, share, shapes = pack_share(bound, data)
-    if not keeps_weights(bound.loss):
-        columns = {"weights": share}
-    elif bound.loss.rows.per_token:
-        columns = {"weights": t.weights, "share": share}
-    else:
-        columns = {"weights": t.weights, "share": at_first_active(t, share)}
-    return with_columns(data, columns | dict(t.columns), shapes)
+    return with_columns(data, fields_of_share(bound.loss, t, share) | dict(t.columns), shapes)
+
+
+def fields_of_share(loss: Loss, t: Tokens, share: Tensor) -> dict[str, Tensor]:
+    """Return the weight fields ``[N]`` of a packed batch: ``weights``, and ``share`` where these stay as they are."""
+    if not keeps_weights(loss):
+        return {"weights": share}
+    return {"weights": t.weights, "share": share if loss.rows.per_token else at_first_active(t, share)}
+
+
+def with_denominators_of_parts(bound: BoundLoss, data: Sequence[Any]) -> list[Any]:
+    """Copy the datums with coefficient·share / denominator of each part, and every column that a part reads."""
+    loss, columns = bound.loss, dict[str, Tensor]()
+    with add_loss_name(loss.name):
+        t, shapes = pack_without_logprobs(bound, data)
+        counts: Any = count_of(loss, t) if bound.divisor is None or loss.count is None else bound.divisor
+        if loss.count is not None and not counts.any():
+            raise not_divisible(0.0)
+        for i, (name, part) in enumerate(loss.parts.items()):
+            seen = part.view(t)
+            share = part.coefficient * part.loss.share(seen)
+            if part.loss.count is not None:
+                if not (counts[i] > 0 or (counts[i] == 0 and not seen.active.any())):
+                    raise not_divisible(float(counts[i]))
+                share = share / divisor_or_one(counts[i])
+            own = fields_of_share(part.loss, seen, share)
+            columns |= {field: own[name_in_part] for name_in_part, field in part_fields(loss)[name].items()}
+            for column, x in seen.columns.items():  # of parts that share a column, each has 0 where it is inactive
+                columns[column] = torch.where(seen.active, x, columns.get(column, x))
+    return with_columns(data, columns, shapes)
 
 
 def pack_share(bound: BoundLoss, data: Sequence[Any]) -> tuple[Tokens, Tensor, Shapes]:
@@ -214,10 +291,13 @@ def pack_without_logprobs(bound: BoundLoss, data: Sequence[Any]) -> tuple[Tokens
     if loss.rows is TARGETS:
         shapes = [shape if len(shape) == 2 or y is None else y.to_numpy().shape for shape, y in zip(shapes, targets)]
     zeros = [torch.zeros(shape, dtype=torch.float64) for shape in shapes]
-    t = pack(data, zeros, loss.reads, bound.columns, rows=loss.rows)
-    numbers = join_numbers(torch.float64, extremes(t, loss.rows))
-    (extrema,) = numbers.tables(numbers.values.tolist())
-    check_values(extrema, lambda: t, loss.output, signed=loss.signed)
+    t = pack(data, zeros, loss.reads, bound.columns, rows=loss.rows, masks=loss.masks)
+    views = {name: (part.loss, part.weights, part.view(t)) for name, part in loss.parts.items()}
+    for name, (own, weights, seen) in (views or {"": (loss, "weights", t)}).items():
+        numbers = join_numbers(torch.float64, extremes(seen, own.rows))
+        (extrema,) = numbers.tables(numbers.values.tolist())
+        with add_part_name(name, weights) if views else nullcontext():
+            check_values(extrema, partial(as_packed, seen), own.output, signed=own.signed)
     return t, shapes
 
 

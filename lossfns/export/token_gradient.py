@@ -78,6 +78,8 @@ def token_gradient(loss: Loss | BoundLoss, data: Sequence[Any], device: torch.de
             "loss", "a Loss such as ppo()", name_or_repr(loss), "The parts of any other function are unknown."
         )
     bound = loss.bind() if isinstance(loss, Loss) else loss
+    if bound.loss.parts:
+        return sum_of_gradients(bound, data, device)
     if not bound.loss.rows.per_token:
         got = f"{bound.loss!r}, over {bound.loss.rows}"
         raise LossInputError("loss", "a loss whose tokens stand for themselves", got, FIX)
@@ -108,4 +110,17 @@ def token_gradient(loss: Loss | BoundLoss, data: Sequence[Any], device: torch.de
 
     with add_loss_name(bound.loss.name):
         gradient(zeros[0][:1], slice(0, 1))  # refuses a loss of another kind before any work
+    return gradient
+
+
+def sum_of_gradients(bound: BoundLoss, data: Sequence[Any], device: torch.device | str) -> TokenGradient:
+    """Write the gradient of a sum of losses, part by part."""
+    with add_loss_name(bound.loss.name):
+        by_part = bound.by_part(data)
+    gradients = [token_gradient(by_part[name], data, device) for name in by_part]
+    coefficients = [part.coefficient for part in bound.loss.parts.values()]
+
+    def gradient(logprobs: Tensor, index: Any) -> Tensor:
+        return sum((c * each(logprobs, index) for c, each in zip(coefficients, gradients)), torch.zeros_like(logprobs))
+
     return gradient

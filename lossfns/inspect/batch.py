@@ -19,7 +19,7 @@ from torch import Tensor
 from lossfns.datum import FIELD_DTYPES
 from lossfns.errors import LossInputError
 from lossfns.inspect.findings import Findings, name_datums, recorded
-from lossfns.inspect.probe import ALIASES, sum_by_datum
+from lossfns.inspect.probe import ALIASES, active_tokens, sum_by_datum
 from lossfns.pack import Shapes, as_row, pack_side_columns
 from lossfns.tokens import COLUMNS, LOGPROB_COLUMNS, ON_POLICY, TARGETS, TOKENS
 from lossfns.values import LOGPROB_TOLERANCE
@@ -151,7 +151,7 @@ class BatchView:
 
     @property
     def active(self) -> Tensor:
-        return self.columns["weights"] != 0
+        return active_tokens(self.columns)
 
     def sum_by_datum(self, x: Tensor) -> Tensor:
         """Sum over each datum: ``[N] -> [B]``."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from lossfns.errors import LossInputError
 from lossfns.inspect.pictures import Strip, heat_strip
 from lossfns.inspect.probe import (
+    active_tokens,
     gradient_of,
     loss_name,
     readable_columns,
@@ -65,7 +66,7 @@ def grad_report(
     shapes = [tuple(x.shape) for x in logprobs]
     lp = torch.cat([x.detach().flatten() for x in logprobs]).double().cpu()
     columns = visible_columns(loss_fn, data, shapes)
-    active = columns["weights"] != 0
+    active = active_tokens(columns)
     old = columns.get("old_logprobs", lp)
     # The values with which a column has no effect: advantages of 0, and log-ratios of 0.
     neutral = {"advantages": 0 * lp, "old_logprobs": lp, "ref_logprobs": lp, "sampler_logprobs": old}

@@ -201,5 +201,12 @@ def denominators(loss_fn: LossFn, data: Sequence[Any], view: BatchView, paired: 
     trained = int((view.sum_by_datum(view.active) > 0).sum())
     counts = {"tokens": int(view.active.sum()), "Σw": float(view.columns["weights"].sum()), "sequences": trained}
     unbound = {"its own": loss_fn.denominator(data)} if isinstance(loss_fn, (Loss, BoundLoss)) else {}
-    bound = {"bound": loss_fn.divisor} if isinstance(loss_fn, BoundLoss) and loss_fn.divisor else {}
+    divisor: Any = loss_fn.divisor if isinstance(loss_fn, BoundLoss) else None
+    bound = {} if divisor is None else {"bound": divisor}
+    loss = loss_of(loss_fn)
+    if loss and loss.parts:
+        unbound, bound = (
+            {f"{key} {name}": float(x) for key, each in table.items() for name, x in zip(loss.parts, each)}
+            for table in (unbound, bound)
+        )
     return unbound | bound | counts | ({"pairs": trained // 2} if paired else {})

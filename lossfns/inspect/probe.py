@@ -15,7 +15,7 @@ from lossfns.checks import is_real
 from lossfns.errors import LossInputError, LossWarning
 from lossfns.export.datums import with_fields
 from lossfns.loss import BoundLoss, Loss, LossFn
-from lossfns.pack import Shapes, pack_side_columns
+from lossfns.pack import Shapes, any_active, pack_side_columns
 from lossfns.tokens import COLUMNS, DATUM_FIELDS, ON_POLICY, TARGETS, TOKENS, Rows
 
 ALIASES = {"old_logprobs": "logprobs", "weights": "mask"}
@@ -121,7 +121,8 @@ def readable_columns(loss_fn: Any) -> list[str]:
 def visible_columns(loss_fn: Any, data: Sequence[Any], shapes: Shapes) -> dict[str, Tensor]:
     """Return the columns that the binding or all datums hold, as ``[N]`` float64, datums end to end.
 
-    Masked slots keep their values. Weights are ones where there are none.
+    Masked slots keep their values. In a sum of losses, what is not finite where no part reads it becomes 0. Weights are
+    ones where there are none.
 
     Raises:
         LossInputError: if a column does not fit the shapes.
@@ -129,14 +130,25 @@ def visible_columns(loss_fn: Any, data: Sequence[Any], shapes: Shapes) -> dict[s
     bound, like = bound_columns(loss_fn), torch.empty(0, dtype=torch.float64)
     rows = TARGETS if len(shapes[0]) == 2 else TOKENS
     ones = [torch.ones(tuple(shape)) for shape in shapes]
-    names = [name for name in COLUMNS[1:] if is_visible(name, data, bound)]
+    loss = loss_of(loss_fn)
+    names = [name for name in (*COLUMNS[1:], *(loss.masks if loss else ())) if is_visible(name, data, bound)]
     # The other columns get weights of one: the door then masks no slot, and every slot keeps its value.
     unmasked = pack_side_columns(data, shapes, like, names, {**bound, "weights": ones}, rows=rows)
     visible = visible_weights(data, bound)
     weights = pack_side_columns(
         data, shapes, like, (), {"weights": ones if visible is None else visible}, rows=rows
     ).weights
-    return {"weights": weights, **unmasked.columns}
+    columns = {"weights": weights, **unmasked.columns}
+    for name in [name for name in names if loss and loss.parts]:
+        read = [part.weights for part in loss.parts.values() if name in part.loss.reads]  # type: ignore[union-attr]
+        unread = ~any_active(0 * weights, [columns[each] for each in read if each in columns])
+        columns[name] = torch.where(unread & ~columns[name].isfinite(), 0, columns[name])
+    return columns
+
+
+def active_tokens(columns: Mapping[str, Tensor]) -> Tensor:
+    """``[N]`` bool: whether a weight of the token is not 0, that of any part in a sum of losses."""
+    return any_active(columns["weights"], [x for name, x in columns.items() if name.endswith("_weights")])
 
 
 def visible_weights(data: Sequence[Any], bound: Mapping[str, Any]) -> Any:

@@ -69,6 +69,7 @@ def step_zero(loss_fn: LossFn, data: Sequence[Any], view: BatchView, base: Tenso
     used = [name for name in effects if effects[name]]
     loss = loss_of(loss_fn)
     sure = (loss is not None and not set(loss.reads) - set(COLUMNS)) or paired or "advantages" in used
+    sure = sure and not (loss and loss.parts)  # one part may push where another pulls
     return StepZero(report, used, [name for name in effects if not effects[name]], sure)
 
 

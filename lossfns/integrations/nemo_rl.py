@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lossfns.errors import add_loss_name
-from lossfns.integrations.trainer import columns_for, denominator_for, for_trainer, trial_terms
+from lossfns.integrations.trainer import columns_for, counts_rows, denominator_for, for_trainer, trial_terms
 from lossfns.loss import BoundLoss, Loss
 from lossfns.weigh import weight_sum
 
@@ -62,7 +62,7 @@ class LossFn:
             total, metrics = self.bound.deferred().padded(next_token_logprobs, mask, denominator=count, **columns)
             numbers = metrics.finalise()
             part = numbers["tokens"] / max(float(global_valid_toks), 1.0)
-            statistics = {name: numbers[name] * part for name in metrics.sums if name != "rows"}
+            statistics = {name: numbers[name] * part for name in metrics.sums if not counts_rows(name)}
             samples = numbers["sequences"] - numbers["sequences_empty"]
             extra = mismatch(given, mask, global_valid_toks)
             return total, {"loss": numbers["loss"], "num_valid_samples": samples, **statistics, **extra}

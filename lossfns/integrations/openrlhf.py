@@ -63,7 +63,7 @@ def policy_loss(loss: Loss | BoundLoss) -> Callable[..., Result]:
             columns = columns_for(bound, "OpenRLHF", **given)
             total, metrics = bound.deferred().padded(log_probs, action_mask, denominator=count, **columns)
             statistics = means(metrics)
-            clipped = [x for name, x in statistics.items() if name in ("clip_low", "clip_high")]
+            clipped = [x for name, x in statistics.items() if name.rpartition("/")[2] in ("clip_low", "clip_high")]
             clip_ratio = torch.stack([total.new_zeros(()), *clipped]).sum()
             return total * dp_size, clip_ratio, drift(log_probs, old_log_probs, action_mask), None, None
 

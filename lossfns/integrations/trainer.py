@@ -42,6 +42,8 @@ OTHER_ROWS_FIX = {
     PAIRS: "TRL's DPOTrainer takes losses over pairs. Elsewhere, call loss.padded in a training step of your own.",
 }
 
+MASKS_FIX = "The trainer has one mask: take a sum whose parts share it, such as rpo(), or call loss.padded yourself."
+
 NOT_PASSED_FIX = {
     "advantages": "Take a loss that does not read it, such as cross_entropy().",
     "old_logprobs": "Take a loss without a ratio, such as reinforce(), or bind(old_logprobs=ON_POLICY): a ratio of 1.",
@@ -79,7 +81,8 @@ def for_trainer(
         for name in bound.loss.reads:
             if name not in columns and name not in bound.columns:
                 expected = f"one of the columns of {trainer}: {', '.join(columns) or 'it has none'}"
-                raise LossInputError(name, expected, f"{bound.loss!r}, which reads it", NOT_PASSED_FIX.get(name, ""))
+                fix = MASKS_FIX if name in bound.loss.masks else NOT_PASSED_FIX.get(name, "")
+                raise LossInputError(name, expected, f"{bound.loss!r}, which reads it", fix)
         if counts is not None:
             check_counted(bound.loss, trainer, counts)
     return bound
@@ -97,8 +100,10 @@ def check_unbound(bound: BoundLoss, trainer: str) -> None:
 
 def check_counted(loss: Loss, trainer: str, counts: Sequence[str]) -> None:
     """Refuse a loss that is divided by something that the trainer does not count, and a sum that it would scale."""
+    for part in loss.parts.values():
+        check_counted(part.loss, trainer, counts)
     unit = unit_of(loss)
-    if unit not in counts:
+    if unit not in counts and not loss.parts:
         units = " or ".join(each for each in counts if each != "sum")
         divided = f"one divided by {unit or 'a count of its own'}"
         got = "a sum that is never divided" if unit == "sum" else divided
@@ -160,6 +165,10 @@ def denominator_for(loss: Loss, trainer: str, weights: Tensor, **counts: Any) ->
     >>> denominator_for(ppo(weigh=fixed_length(8)), "TRL", torch.ones(2, 3), tokens=6, sequences=2)
     16
     """
+    if loss.parts:
+        seen = [part.loss for part in loss.parts.values()]
+        each = [1.0 if own.count is None else denominator_for(own, trainer, weights, **counts) for own in seen]
+        return torch.stack([torch.as_tensor(x, dtype=torch.float64, device=weights.device) for x in each])
     unit, length = unit_of(loss) or "", fixed_length_of(loss)
     count = counts[unit]
     if count is None or (isinstance(count, Tensor) and count.numel() != 1):
@@ -213,18 +222,23 @@ def check_scales_with_advantages(loss: Loss, trainer: str) -> None:
         raise LossInputError("loss", "terms proportional to the advantages", f"{loss!r}", fix)
 
 
+def counts_rows(name: str) -> bool:
+    """Return whether a sum of a call counts rows, of the loss or of a part of a sum, and is no statistic."""
+    return name.rpartition("/")[2] == "rows"
+
+
 def shares(metrics: DeferredMetrics, count: Any) -> dict[str, Tensor]:
     """Return each statistic's sum over this part, divided by a count of the whole batch. Trainers add these up."""
-    return {name: x / count for name, x in metrics.sums.items() if name != "rows"}
+    return {name: x / count for name, x in metrics.sums.items() if not counts_rows(name)}
 
 
 def means(metrics: DeferredMetrics) -> dict[str, Tensor]:
     """Return the mean of each statistic over the active tokens of this part, as 0-d tensors."""
     tensors = metrics.tensors
-    return {name: tensors[name] for name in metrics.sums if name != "rows"}
+    return {name: tensors[name] for name in metrics.sums if not counts_rows(name)}
 
 
 def means_as_floats(metrics: DeferredMetrics) -> dict[str, float]:
     """Return the same means as floats, in one transfer, which also checks the values of the batch."""
     numbers: Mapping[str, float] = metrics.finalise()
-    return {name: numbers[name] for name in metrics.sums if name != "rows"}
+    return {name: numbers[name] for name in metrics.sums if not counts_rows(name)}

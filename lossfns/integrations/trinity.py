@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from lossfns.errors import add_loss_name
-from lossfns.integrations.trainer import columns_for, denominator_for, for_trainer
+from lossfns.integrations.trainer import columns_for, counts_rows, denominator_for, for_trainer
 from lossfns.loss import BoundLoss, Loss
 
 
@@ -48,7 +48,7 @@ def policy_loss(loss: Loss | BoundLoss) -> type:
                 count = denominator_for(bound.loss, "Trinity-RFT", mask, **counts)
                 total, metrics = bound.deferred().padded(lp, mask, denominator=count, **rows)
                 numbers = metrics.finalise()
-                statistics = {name: numbers[name] for name in metrics.sums if name != "rows"}
+                statistics = {name: numbers[name] for name in metrics.sums if not counts_rows(name)}
                 return total, {"pg_loss": numbers["loss"], **statistics}
 
         @classmethod

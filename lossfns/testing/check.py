@@ -47,6 +47,9 @@ from lossfns.testing.laws import (
     NotApplicable,
     advantages,
     contract,
+    frames,
+    preference,
+    sums,
 )
 from lossfns.testing.laws.base import LossFn, describe_error
 from lossfns.testing.laws.state import global_state_kept
@@ -219,6 +222,8 @@ def prepare_loss(
         by_design = broken_by_design(loss_fn)
         coupled = {name: why for name, why in (coupled | by_design).items() if name in {law.__name__ for law in laws}}
         loss_fn = complete
+        if isinstance(loss_fn, Loss) and loss_fn.parts:
+            skip = {**skipped_in_sums(loss_fn, laws), **skip}
         made = law_trials(loss_fn, kind, targets, examples, laws, guessed)
         claimed = "" if claim is None or claim is loss_fn else repr(claim)
         form = loss_fn.description if isinstance(loss_fn, Adapted) else ""
@@ -231,6 +236,15 @@ def compares_datums(loss_fn: LossFn, kind: str) -> bool:
         return False
     gradients = gradients_or_none(loss_fn, columns_for_kind(SMALL[1], kind, detect_targets(loss_fn, kind)))
     return gradients is not None and not any(g for row in gradients for g in row)
+
+
+def skipped_in_sums(loss: Loss, laws: Sequence[Law]) -> dict[str, str]:
+    """Return the laws that a sum of losses may break although each part obeys them, with the reason."""
+    raw = {part.loss.count is None for part in loss.parts.values()}
+    of_sums = {*ANY_KIND, preference.pair_canary, preference.odd} - {frames.signal, sums.many_tokens}
+    of_sums -= {sums.duplication} if len(raw) > 1 else set()
+    reason = "it adds up losses, and this is a law of each by itself: check its parts"
+    return {law.__name__: reason for law in laws if law in set().union(*LAWS_BY_KIND.values()) - of_sums}
 
 
 def without_skipped(made: list[Trial], skipped: Mapping[str, str]) -> list[Trial]:

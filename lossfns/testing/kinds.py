@@ -31,7 +31,7 @@ from lossfns.testing.laws.base import (
 from lossfns.testing.names import column_of
 from lossfns.testing.public import LIBRARY
 from lossfns.testing.settings import parameters
-from lossfns.testing.subject import GROUP_SIZES, GROUPS, REWARDS
+from lossfns.testing.subject import GROUP_SIZES, GROUPS, LENGTHS, REWARDS
 from lossfns.tokens import PAIRS, SEQUENCES, TARGETS, TOKENS
 
 READS = {
@@ -121,7 +121,7 @@ def takes_rewards(subject: Any) -> bool:
         required = [p.name for p in parameters(subject) if p.default is p.empty]
     except Exception:  # ``adapt`` says what is wrong
         return False
-    known = (*REWARDS, *GROUPS, *GROUP_SIZES)
+    known = (*REWARDS, *GROUPS, *GROUP_SIZES, *LENGTHS)
     return any(n in REWARDS for n in required) and all(n in known or column_of(n) == "weights" for n in required)
 
 
@@ -133,6 +133,8 @@ def detect_kind(loss_fn: LossFn) -> tuple[str, bool]:
     """
     loss = loss_fn.loss if isinstance(loss_fn, BoundLoss) else loss_fn
     if isinstance(loss, Loss):
+        if loss.parts:
+            return "any", False
         kind = declared_kind(loss)
         if kind is not None:
             return kind, False

@@ -31,12 +31,15 @@ from lossfns.loss import Loss
 from lossfns.testing import field, oracle, planted
 from lossfns.testing.bugs import BUGS
 from lossfns.testing.laws.trace import Trace
+from lossfns.testing.public import public
 from lossfns.testing.vectors.flags import arguments
 from lossfns.testing.vectors.library import build_loss
-from lossfns.testing.vectors.vector import METHODS, load
+from lossfns.testing.vectors.vector import METHODS, is_estimator, load
 from lossfns.tokens import PAIRS, TARGETS
 
-CLOSED_FORMS = tuple(loss for loss in METHODS if getattr(oracle, loss).__module__ == oracle.__name__)
+CLOSED_FORMS = tuple(
+    loss for loss in METHODS if loss == "group_advantages" or getattr(oracle, loss).__module__ == oracle.__name__
+)
 """The methods whose oracle has its gradient in closed form. The laws of the kit are measured on their mutants."""
 
 Data = Sequence[Any]
@@ -79,7 +82,7 @@ def described(built: Subject, bug: str, loss: str, kind: str, like: Any) -> Subj
 
 def correct_loss(loss: str, config: Config) -> Any:
     """Return the correct loss with these settings."""
-    return group_advantages if loss == "group_advantages" else build_loss(loss, config)
+    return public(loss) if is_estimator(loss) else build_loss(loss, config)
 
 
 def loss_kind(like: Any) -> str:

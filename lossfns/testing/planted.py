@@ -808,3 +808,33 @@ ADVANTAGE_BUGS: dict[str, Callable[..., Row]] = {
     "inert-knob": lambda rewards, groups, scale: standardised(rewards, groups, "std"),
 }
 """Bugs of group advantages, ``(rewards, groups, scale) -> advantages``."""
+
+ESTIMATOR_BUGS: dict[str, Callable[[Arguments], Arguments]] = {
+    "std-over-n": lambda a: a | {"ddof": 0},
+    "group-of-one-rewarded": lambda a: a | {"group_of_one": "reward"},
+    "groups-by-position": lambda a: a | {"groups": by_position(a.get("groups", [0]))},
+    "groups-ignored": lambda a: a | {"groups": [0] * len(a["rewards"])},
+}
+"""Bugs of the other estimators that replace an argument."""
+
+
+def wrong_advantages(bug: str, loss: str, a: Arguments) -> Any:
+    """Return what an estimator with the bug returns, or None if it cannot have the bug."""
+    if loss == "group_advantages":
+        return ADVANTAGE_BUGS[bug](**a) if bug in ADVANTAGE_BUGS else None
+    estimator = getattr(oracle, loss)
+    if bug == "not-centred":
+        return [total(r) if isinstance(r, list) else r for r in known(a["rewards"])]
+    if bug == "order-lost":
+        result = estimator(**a)
+        return list(map(abs, result[0] if isinstance(result, tuple) else result))
+    changed = ESTIMATOR_BUGS[bug](a) if bug in ESTIMATOR_BUGS else {}
+    try:
+        return estimator(**changed) if changed.keys() == a.keys() else None
+    except (ArithmeticError, ValueError):
+        return None
+
+
+def known(rewards: list[Any]) -> list[Any]:
+    """Return rewards with 0 in place of those that are missing."""
+    return [[x or 0.0 for x in r] if isinstance(r, list) else r or 0.0 for r in rewards]

@@ -18,6 +18,7 @@ import torch
 
 from lossfns.errors import LossInputError, did_you_mean
 from lossfns.loss import BoundLoss, Loss
+from lossfns.sums import with_shared_weights
 from lossfns.testing.factories import FactoryLoss
 from lossfns.testing.forms import (
     FORMS,
@@ -125,7 +126,9 @@ def adapt(subject: Any, *, factory: bool | None = None) -> LossFn:
     """
     if isinstance(subject, PaddedLoss):
         return with_form(subject)
-    if isinstance(subject, (Loss, BoundLoss, ContractLoss, FactoryLoss)):
+    if isinstance(subject, Loss):
+        return with_shared_weights(subject)  # the batches of the laws have one column of weights
+    if isinstance(subject, (BoundLoss, ContractLoss, FactoryLoss)):
         return subject
     if not callable(subject):
         raise LossInputError("subject", "a loss function or a factory of one", repr(subject), FORMS)
@@ -326,12 +329,15 @@ GROUPS = ("groups", "group", "group_ids", "group_id", "index", "indices", "uids"
     "prompts", "problem_ids")  # fmt: skip
 GROUP_SIZES = ("num_generations", "group_size", "n", "k", "num_samples", "n_samples", "num_samples_per_prompt",
     "n_samples_per_prompt", "num_return_sequences", "rollouts_per_prompt", "samples_per_prompt")  # fmt: skip
+LENGTHS = ("lengths", "length", "response_lengths", "response_length", "completion_lengths", "seq_lens", "num_tokens")
 AdvantageForms = dict[str, Callable[[list[float], list[Any]], Any]]
 
 REWARD_FORMS: AdvantageForms = {
     "list": lambda rewards, groups: list(rewards),
     "tensor": lambda rewards, groups: torch.tensor(rewards),
     "array": lambda rewards, groups: np.array(rewards),
+    "column": lambda rewards, groups: torch.tensor(rewards)[:, None],
+    "column array": lambda rewards, groups: np.array(rewards)[:, None],
     "grid": lambda rewards, groups: torch.tensor(rewards).reshape(len(set(groups)), -1),
     "grid array": lambda rewards, groups: np.array(rewards).reshape(len(set(groups)), -1),
     "tokens": lambda rewards, groups: torch.nn.functional.pad(torch.tensor(rewards)[:, None], (2, 0)),
@@ -349,12 +355,13 @@ def adapt_advantages(fn: Any) -> Callable[[Sequence[float], Sequence[Any]], list
 
     Rewards may be a list, an array, a tensor ``[B]``, a grid ``[G, n]`` or token-level ``[B, T]`` with a mask; groups
     may be a list, an array or a tensor of ids, or the number of samples of each group. A function without groups gets
-    one group at a time, or a grid.
+    one group at a time, or a grid. A function of several rewards gets one, as ``[B, 1]``. All lengths are equal.
 
     A function of two parameters of other names, or one that runs in none of these forms, gets the two lists.
 
     Raises:
-        LossInputError: if it has required parameters of other names, and not two.
+        LossInputError: if it has required parameters of other names, and not two, or if it returns rewards themselves
+            as returns to go do.
 
     >>> def rloo(rewards, num_generations):
     ...     grid = rewards.view(-1, num_generations)
@@ -365,29 +372,36 @@ def adapt_advantages(fn: Any) -> Callable[[Sequence[float], Sequence[Any]], list
     fn = fn() if inspect.isclass(fn) else fn
     required = [p for p in parameters(fn) if p.default is p.empty or p.name in (*GROUPS, *GROUP_SIZES)]
     names = [p.name for p in required]
-    unknown = [n for n in names if n not in (*REWARDS, *GROUPS, *GROUP_SIZES) and column_of(n) != "weights"]
+    known = (*REWARDS, *GROUPS, *GROUP_SIZES, *LENGTHS)
+    unknown = [n for n in names if n not in known and column_of(n) != "weights"]
     if unknown and takes_two(fn):
         return fn  # type: ignore[no-any-return]
     if unknown:
         fix = "Known: rewards with groups, group_ids or num_generations; or rewards alone."
         raise LossInputError("subject", "a function (rewards, groups)", ", ".join(map(repr, unknown)), fix)
     by_id, by_size = (any(name in known for name in names) for known in (GROUPS, GROUP_SIZES))
+    masked = any(column_of(name) == "weights" for name in names)
+    by_token = any("token" in name for name in names) or (masked and not by_id and not by_size)
     rewards, groups = [0.0, 1.0, 0.5, 2.0, 1.0, 0.25], ["a", "a", "a", "b", "b", "b"]
     for one_by_one in (False,) if by_id or by_size else (True, False):
         for reward_form in sorted(REWARD_FORMS, key=lambda form: "array" in form, reverse=uses_numpy(fn)):
             grid = reward_form.startswith("grid")
-            if (reward_form == "tokens") != any("token" in name for name in names) or (one_by_one and grid):
+            if (reward_form == "tokens") != by_token or (one_by_one and grid):
                 continue
-            if not (by_id or by_size or one_by_one or grid):
+            if not (by_id or by_size or one_by_one or grid) or (reward_form.startswith("column") and not by_id):
                 continue
             for group_form in GROUP_FORMS if by_id else ("list",):
                 call = functools.partial(call_advantages, fn, required, reward_form, group_form)
                 adapted = functools.partial(regrouped, call, one_by_one, by_size or grid)
                 try:
-                    if np.isfinite(adapted(rewards, groups)).all():
-                        return adapted
+                    result = adapted(rewards, groups)
                 except Exception:
                     continue
+                if masked and one_by_one and result == rewards:
+                    fix = "Check the function that takes off a baseline, or whitens them."
+                    raise LossInputError("subject", "a function of advantages", "returns without a baseline", fix)
+                if np.isfinite(result).all():
+                    return adapted
     return fn  # type: ignore[no-any-return]
 
 
@@ -416,6 +430,8 @@ def call_advantages(fn: Any, required: Any, reward_form: str, group_form: str, r
     for p in required:
         if p.name in GROUP_SIZES:
             arguments[p.name] = len(rewards) // len(set(groups))
+        elif p.name in LENGTHS:
+            arguments[p.name] = REWARD_FORMS[reward_form]([4.0] * len(rewards), list(groups))
         elif p.name in GROUPS:
             arguments[p.name] = GROUP_FORMS[group_form](list(rewards), list(groups))
         else:

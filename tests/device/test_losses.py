@@ -31,6 +31,8 @@ LOSSES = [
     lossfns.with_kl(lossfns.with_tis(lossfns.ppo(dual_clip=3.0), level=lossfns.sequence_level), kl_beta=0.1),
     lossfns.grpo(weigh=lossfns.sequence_mean, kl_beta=0.1),
     lossfns.dapo(weigh=lossfns.fixed_length(8)),
+    lossfns.chord(lossfns.ppo(), mu=0.3),
+    lossfns.rpo(lossfns.dpo()),
 ]
 
 every_loss = pytest.mark.parametrize("loss", LOSSES, ids=repr)
@@ -248,3 +250,23 @@ def test_reports_before_training_are_those_of_the_cpu() -> None:
     assert str(reports[0]) == str(reports[1])
     checked = [preflight(bound, batch.datums(), logprobs=move(batch.logprobs)) for move in (lambda x: x, on_device)]
     assert [str(f) for f in checked[0].findings] == [str(f) for f in checked[1].findings]
+
+
+def test_denominators_of_a_sum_may_be_on_the_device() -> None:
+    """The call and its gradient wait for nothing. A denominator that cannot divide is refused with the metrics."""
+    loss = lossfns.sum_losses(rl=lossfns.reinforce(), ce=lossfns.cross_entropy())
+    lp = torch.tensor([[-1.0, -2.0]], device=DEVICE)
+    given = {"ce_weights": torch.tensor([[0.0, 3.0]], device=DEVICE), "advantages": torch.tensor([2.0], device=DEVICE)}
+    weights = torch.tensor([[1.0, 0.0]], device=DEVICE)
+    for divisors, expected in (([2.0, 6.0], 2.0), ([2.0, 0.0], None)):
+        divisor = torch.tensor(divisors, device=DEVICE)
+        leaf = lp.clone().requires_grad_()
+        with recorded_waits() as waits:
+            total, metrics = loss.deferred().padded(leaf, weights, denominator=divisor, **given)
+            total.backward()
+        assert not waits
+        if expected is None:
+            with pytest.raises(LossInputError, match="denominator: expected a finite number above 0, in the part 'ce'"):
+                metrics.finalise()
+        else:
+            assert metrics.finalise()["ce/denominator"] == 6.0 and total.item() == expected

@@ -25,8 +25,10 @@ from lossfns import (
     orpo,
     ppo,
     reinforce,
+    rpo,
     sequence_mean,
     sequence_sum_mean,
+    sum_losses,
     token_mean,
     with_tis,
 )
@@ -288,3 +290,18 @@ def test_the_other_trainers_refuse_what_they_cannot_do(tmp_path: Path) -> None:
         sampled(tmp_path, ours.RLOOTrainer, trl.RLOOConfig, reinforce(weigh=token_mean))
     with pytest.raises(LossInputError, match=r"a loss over pairs for TRL's DPOTrainer, got one over tokens.*GRPOTr"):
         preferences(tmp_path, ours.DPOTrainer, ppo())
+
+
+def test_a_sum_over_pairs_divides_each_part_by_the_pairs(tmp_path: Path) -> None:
+    """In the first step, the part of rpo is dpo's own loss, and the whole is their sum. A second mask is refused."""
+    logs = []
+    for loss in (rpo(dpo(), alpha=0.5), dpo()):
+        trainer = preferences(tmp_path, ours.DPOTrainer, loss, logging_steps=1, max_steps=1)
+        trainer.train()
+        logs.append(trainer.state.log_history[0])
+    summed, alone = logs
+    assert summed["rpo/loss"] == pytest.approx(summed["rpo/preference/loss"] + 0.5 * summed["rpo/nll/loss"], rel=1e-6)
+    for name in ("loss", "margin", "pairs", "denominator"):
+        assert summed[f"rpo/preference/{name}"] == pytest.approx(alone[f"dpo/{name}"], rel=1e-6)
+    with pytest.raises(LossInputError, match="one mask"):
+        preferences(tmp_path, ours.DPOTrainer, sum_losses(preference=dpo(), nll=cross_entropy()))

@@ -1,5 +1,6 @@
 """``check``: detection of the subject, the report, the command line and pytest."""
 
+import functools
 import json
 import math
 import os
@@ -746,3 +747,92 @@ def test_the_fixture_fails_with_the_table(tmp_path: Path) -> None:
     )
     status, out = pytest_run(tmp_path)
     assert status == 1 and "1 failed, 1 passed" in out and "most likely constant-factor" in out, out
+
+
+def maxrl_of_lists(rewards: Sequence[float], groups: Sequence[Any]) -> list[float]:
+    """(r − mean) / mean, 0 where the mean is not above 0, as in prime-rl."""
+    means = [mean_of_group(rewards, groups, g) for g in groups]
+    return [(r - m) / m if m > 0 else 0.0 for r, m in zip(rewards, means)]
+
+
+def asymre_of_lists(rewards: Sequence[float], groups: Sequence[Any]) -> list[float]:
+    return [r - (mean_of_group(rewards, groups, g) - 0.1) for r, g in zip(rewards, groups)]
+
+
+def gpg_of_lists(rewards: Sequence[float], groups: Sequence[Any]) -> list[float]:
+    """α·(r − mean) with verl's α, the batch over its rewards other than 0."""
+    alpha = len(rewards) / max(sum(r != 0 for r in rewards), 1)
+    return [alpha * (r - mean_of_group(rewards, groups, g)) for r, g in zip(rewards, groups)]
+
+
+def opo_with_lengths(rewards: Tensor, group_ids: Tensor, response_lengths: Tensor) -> Tensor:
+    same = (group_ids[:, None] == group_ids).to(rewards.dtype) * response_lengths
+    return rewards - (same @ rewards) / same.sum(1)
+
+
+def gdpo_of_a_matrix(rewards: Tensor, groups: Sequence[Any]) -> Tensor:
+    z = torch.stack([lossfns.group_advantages(column, groups) for column in rewards.unbind(1)], 1).sum(1)
+    return (z - z.mean()) / (z.std(correction=0) + 1e-6)
+
+
+def whitened_returns(token_level_rewards: Tensor, response_mask: Tensor) -> Tensor:
+    """REINFORCE++ without groups: the batch is its baseline."""
+    returns = (token_level_rewards * response_mask).flip(1).cumsum(1).flip(1)
+    seen = returns[response_mask != 0]
+    return (returns - seen.mean()) * (seen.var() + 1e-8).rsqrt() * response_mask
+
+
+def mean_of_group(rewards: Sequence[float], groups: Sequence[Any], group: Any) -> float:
+    own = [r for r, g in zip(rewards, groups) if g == group]
+    return sum(own) / len(own)
+
+
+def test_no_correct_estimator_of_advantages_is_called_wrong() -> None:
+    """Designs that break a law of the common ones: its laws do not apply to them, and fragile is the worst verdict."""
+    names = [
+        "leave_one_out",
+        "opo",
+        "pass_at_k",
+        "maxrl",
+        "gpg",
+        "asymre",
+        "batch",
+        "reinforce_plus_plus_baseline",
+        "gdpo",
+    ]
+    ours = [getattr(lossfns, f"{name}_advantages") for name in names]
+    verls = functools.partial(lossfns.gpg_advantages, alpha="nonzero")
+    strangers = [maxrl_of_lists, asymre_of_lists, gpg_of_lists, opo_with_lengths, gdpo_of_a_matrix, whitened_returns]
+    for fn in (*ours, verls, *strangers):
+        report = check(fn, examples=0)
+        assert report.kind == "advantages", fn
+        assert [(v.law, v.bug) for v in report.verdicts if v.verdict == "wrong"] == [], fn
+
+
+def test_a_bug_in_the_neighbourhood_of_a_design_is_still_named() -> None:
+    """A mean that is not taken off, a mean of the batch, and a constant only where rewards are equal are no designs."""
+
+    def divided_only(rewards, groups):  # type: ignore[no-untyped-def]
+        return [r / (mean_of_group(rewards, groups, g) or 1.0) for r, g in zip(rewards, groups)]
+
+    def noisy(rewards, groups):  # type: ignore[no-untyped-def]
+        plain = lossfns.group_advantages(rewards, groups, group_of_one="reward").tolist()
+        return [a or 0.15 for a in plain]
+
+    def of_the_batch(rewards, groups):  # type: ignore[no-untyped-def]
+        return maxrl_of_lists(rewards, [0] * len(rewards))
+
+    for fn, bugs in (
+        (divided_only, {"not-centred"}),
+        (noisy, {"constant-group-noise"}),
+        (of_the_batch, {"groups-ignored"}),
+    ):
+        assert {v.bug for v in check(fn, examples=0).verdicts if v.verdict == "wrong"} >= bugs, fn
+
+
+def test_returns_without_a_baseline_are_no_advantages() -> None:
+    def returns(rewards, mask):  # type: ignore[no-untyped-def]
+        return (rewards * mask).flip(1).cumsum(1).flip(1)
+
+    with pytest.raises(LossInputError, match="expected a function of advantages, got returns without a baseline"):
+        check(returns)

@@ -15,13 +15,22 @@ from lossfns.testing import field
 from lossfns.testing.batch import Batch
 from lossfns.testing.bugs import BUGS
 from lossfns.testing.check import check
-from lossfns.testing.mutants import CALL_BUGS, MUTANTS, correct_loss, exemplars, mutant, oracle_loss, settings_showing
+from lossfns.testing.mutants import (
+    CALL_BUGS,
+    CLOSED_FORMS,
+    MUTANTS,
+    correct_loss,
+    exemplars,
+    mutant,
+    oracle_loss,
+    settings_showing,
+)
 from lossfns.testing.planted import ADVANTAGE_BUGS, GENERAL_BUGS, LIKELIHOOD_BUGS, MULTI_TARGET_BUGS, PAIR_BUGS
 from lossfns.testing.subject import padded
-from lossfns.testing.vectors import METHODS, load
+from lossfns.testing.vectors import load
 
 pytestmark = pytest.mark.filterwarnings("ignore::lossfns.LossWarning")
-LOSSES = [loss for loss in METHODS if loss != "group_advantages"]
+LOSSES = [loss for loss in CLOSED_FORMS if loss != "group_advantages"]
 
 
 def batch_for(like: Loss, seed: int) -> Batch:
@@ -51,7 +60,7 @@ def test_every_bug_has_one_implementation_and_an_exemplar() -> None:
 
 def test_the_exemplars_are_no_fewer_than_the_bugs_of_every_kind() -> None:
     assert len(MUTANTS) == len(exemplars()) >= 200
-    assert sum(bool(settings_showing(bug, loss)) for bug in BUGS for loss in METHODS) >= 600
+    assert sum(bool(settings_showing(bug, loss)) for bug in BUGS for loss in CLOSED_FORMS) >= 600
 
 
 @pytest.mark.parametrize("name", MUTANTS)

@@ -25,7 +25,7 @@ from lossfns.testing.vectors import METHODS, Vector, load, mistake, run, subject
 from lossfns.testing.vectors.flags import explains, flags, wrong_answer
 from lossfns.testing.vectors.library import reply_to
 from lossfns.testing.vectors.runner import VectorReport
-from lossfns.testing.vectors.vector import FOLDER, LEDGER, decode, encode, flatten
+from lossfns.testing.vectors.vector import ESTIMATORS, FOLDER, LEDGER, decode, encode, flatten
 from lossfns.tokens import PAIRS, SEQUENCES
 from tools.vectors.__main__ import main as tool
 from tools.vectors.answers import correct_answer
@@ -42,8 +42,10 @@ from tools.vectors.write import (
 ROOT = Path(lossfns.__file__).parent.parent
 NODE, DOCS = ROOT / "examples" / "vectors.mjs", ROOT / "docs" / "vectors.md"
 VECTORS = load()
+BY_TOKEN = {"reinforce_plus_plus_advantages", "optimal_token_advantages"}
+"""The estimators of tokens, whose data would be rows."""
 ANSWERED = [vector for vector in VECTORS if vector.error is None]
-LOSSES = [vector for vector in ANSWERED if vector.loss != "group_advantages"]
+LOSSES = [vector for vector in ANSWERED if vector.loss not in ESTIMATORS]
 
 
 def blocks() -> list[dict[str, Any]]:
@@ -120,7 +122,8 @@ def test_the_page_defines_every_loss() -> None:
 
 
 def test_every_loss_of_the_library_has_vectors() -> None:
-    assert set(METHODS) == {*presets(), "group_advantages"}
+    assert set(METHODS) == {*presets(), *ESTIMATORS}
+    assert set(ESTIMATORS) == {name for name in lossfns.__all__ if name.endswith("_advantages")} - BY_TOKEN
 
 
 def test_they_are_many_and_small() -> None:
@@ -149,7 +152,7 @@ def settings(loss: str, name: str) -> set[Any]:
             for v in load(loss) if v.error is None}  # fmt: skip
 
 
-@pytest.mark.parametrize("loss", [m for m in METHODS if m != "group_advantages"])
+@pytest.mark.parametrize("loss", [m for m in METHODS if m not in ESTIMATORS])
 def test_every_weighing_and_every_knob_appears(loss: str) -> None:
     """Each knob in at least two settings, and a bound denominator."""
     rows = presets()[loss]().rows
@@ -166,6 +169,8 @@ def test_every_weighing_and_every_knob_appears(loss: str) -> None:
 def test_every_estimator_and_scale_appears() -> None:
     assert settings("grpo", "kl") == {"k1", "k2", "k3"}
     assert settings("group_advantages", "scale") == {"std", "none"}
+    for name in ESTIMATORS:
+        assert [setting for setting in load(name)[0].config if len(settings(name, setting)) < 2] == [], name
 
 
 @pytest.mark.parametrize("factor", [1 - 2e-5, 1 + 2e-5])
@@ -196,7 +201,7 @@ def test_ours_refuse_what_must_be_refused() -> None:
         assert (said.get("field"), said.get("datum")) == (v.error["field"], v.error.get("datum")), v.id
 
 
-@pytest.mark.parametrize("loss", [m for m in METHODS if m != "group_advantages"])
+@pytest.mark.parametrize("loss", [m for m in METHODS if m not in ESTIMATORS])
 @pytest.mark.filterwarnings("ignore::lossfns.LossWarning")
 def test_the_batch_of_a_vector_carries_its_columns(loss: str) -> None:
     """The datums of the kit give the same answers."""
@@ -301,7 +306,6 @@ UNSEEN = {
     "entropy-sign",
     "factor-unbounded",
     "focal-factor",
-    "group-of-one-rewarded",
     "label-ignored",
     "margin-clamped",
     "one-side-normalised",

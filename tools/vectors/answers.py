@@ -8,8 +8,8 @@ from typing import Any
 
 from lossfns.testing import oracle
 from lossfns.testing.planted import Arguments
-from lossfns.testing.vectors.flags import advantage_arguments, arguments, to_answer
-from lossfns.testing.vectors.vector import Answer, flatten
+from lossfns.testing.vectors.flags import advantages_answer, arguments, oracle_advantages, to_answer
+from lossfns.testing.vectors.vector import Answer, flatten, is_estimator
 
 FLOAT32 = 2.0**-24
 """Half a unit in the last place of 1."""
@@ -19,8 +19,8 @@ def correct_answer(
     loss: str, config: Mapping[str, Any], data: Sequence[Mapping[str, Any]], denominator: float | None = None
 ) -> Answer:
     """Return the oracle's answer in the shape of the data."""
-    if loss == "group_advantages":
-        return {"advantages": oracle.group_advantages(**advantage_arguments(config, data))}
+    if is_estimator(loss):
+        return advantages_answer(getattr(oracle, loss)(**oracle_advantages(loss, config, data)))
     return to_answer(getattr(oracle, loss)(**arguments(config, data, denominator)), data)
 
 

@@ -96,18 +96,19 @@ class Budget:
         (self.vocabulary, self.dim), self.bytes_per_hidden = head.shape, head[0].nbytes
         self.footprints = FOOTPRINTS if getattr(model, "shape", None) else {}
 
-    def plan(self, inputs: ModelInputs, group: int = 1, compensation_bytes: int = 0) -> Plan:
+    def plan(self, inputs: ModelInputs, group: int = 1, compensation_bytes: int = 0, losses: int = 1) -> Plan:
         """Decide how to compute a request.
 
         Args:
             inputs: the inputs of all datums.
             group: how many consecutive datums to keep in one micro-batch, if every such group fits.
             compensation_bytes: bytes for adding the request's gradient to the accumulated one.
+            losses: how many losses the request adds up.
 
         Raises:
             LossInputError: if there is a limit and a datum by itself exceeds it.
         """
-        budget, costs = self.planned_bytes(), self.costs(inputs, compensation_bytes)
+        budget, costs = self.planned_bytes(), self.costs(inputs, compensation_bytes, losses)
         max_tokens = self.ranks.min(costs.max_tokens(budget))
         if self.limit is not None:
             for i, length in enumerate(inputs.lengths):
@@ -128,12 +129,12 @@ class Budget:
         """The part of the budget to plan with."""
         return CHECKPOINTING_MARGIN if getattr(self.model, "checkpointing", False) else MARGIN
 
-    def costs(self, inputs: ModelInputs, compensation_bytes: int = 0) -> Costs:
+    def costs(self, inputs: ModelInputs, compensation_bytes: int = 0, losses: int = 1) -> Costs:
         """Return the bytes that a request over these inputs takes."""
         trainable = [p for p in self.model.parameters() if p.requires_grad and torch.is_grad_enabled()]
         gradients = sum([p.numel() * max(p.itemsize, 4) for p in local_shards(trainable)])  # summed in float32
         values = sum([x.size for x in inputs.targets]) if inputs.targets else len(inputs.tokens) * self.dim
-        return Costs(gradients + LOSS_BYTES_PER_VALUE * values, self.footprint(inputs), compensation_bytes)
+        return Costs(gradients + LOSS_BYTES_PER_VALUE * losses * values, self.footprint(inputs), compensation_bytes)
 
     def footprint(self, inputs: ModelInputs) -> Footprint:
         """Return the footprint of a step over inputs like these. It is measured once, when it is first needed."""

@@ -193,6 +193,7 @@ def packed_columns(bound: BoundLoss, data: list[Any], empty_outputs: Outputs) ->
             bound.columns,
             rows=loss.rows,
             align=bound.align,
+            masks=loss.masks,
         )
 
 

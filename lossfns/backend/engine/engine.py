@@ -124,7 +124,8 @@ class Engine:
         """
         objective = objective_of(loss_fn, self.ranks.agreeing)
         with torch.enable_grad():  # restores the mode at its end, whatever the loss has set
-            plan = self.budget.plan(forward.inputs, objective.group, self.gradients.compensation_bytes)
+            losses = len(objective.bound.loss.parts) if objective.bound else 1
+            plan = self.budget.plan(forward.inputs, objective.group, self.gradients.compensation_bytes, losses or 1)
             with summed_in_float32(self.model) if len(plan.micro_batches) > 1 else nullcontext():
                 deferred = passes.forward_backward(objective, data, forward, plan)
             result = deferred.finalise(self.gradients.are_finite())

@@ -23,7 +23,8 @@ from lossfns.backend.engine.differentiate import (
     packed_columns,
 )
 from lossfns.backend.engine.forward import Forward
-from lossfns.loss import BoundLoss, evaluate
+from lossfns.devices import to_device
+from lossfns.loss import BoundLoss, count_of, evaluate
 from lossfns.pack import PackedColumns
 from lossfns.tokens import Tokens
 
@@ -64,7 +65,7 @@ def streamed(objective: Objective, bound: BoundLoss, data: list[Any], forward: F
     """Take each micro-batch forward and backward, one after the other; then evaluate loss and metrics of the whole."""
     columns = packed_columns(bound, data, forward.empty_outputs)
     denominator = divisor(bound, columns)
-    if not denominator > 0:
+    if not can_divide(denominator):
         return two_pass(objective, data, forward, plan)  # which raises the error
     evaluate_part = partial(evaluate, bound.loss, denominator=denominator)
     values, gradients = zip(
@@ -91,14 +92,25 @@ def stream_part(
     return values.detach(), leaf.grad
 
 
-def divisor(bound: BoundLoss, columns: PackedColumns) -> float:
-    """Return the denominator of the whole batch, which depends on no logprob."""
-    if bound.loss.count is None:
+def divisor(bound: BoundLoss, columns: PackedColumns) -> Tensor | float:
+    """Return the denominator of the whole batch, which depends on no logprob; of a sum of losses one for each part."""
+    loss = bound.loss
+    if loss.count is None:
         return 1.0
-    if bound.divisor is not None:
-        return float(bound.divisor)
+    masks = {name: columns.columns[name] for name in loss.masks}
     zeros = torch.zeros_like(columns.weights)
-    return float(bound.loss.count(Tokens(zeros, columns.weights, columns.lengths, targets=columns.targets)))
+    count = bound.divisor
+    if count is None:
+        t = Tokens(zeros, columns.weights, columns.lengths, masks, active=columns.active, targets=columns.targets)
+        count = count_of(loss, t)
+    return to_device(torch.as_tensor(count), zeros.device) if loss.parts else float(count)
+
+
+def can_divide(denominator: Tensor | float) -> bool:
+    """Return whether a denominator is above 0. Those of some parts of a sum, but not of all, may be 0."""
+    if isinstance(denominator, Tensor):
+        return bool(((denominator >= 0).all() & (denominator > 0).any()).item())
+    return denominator > 0
 
 
 ROUNDING = 1e-5

@@ -98,9 +98,46 @@ EQUAL = [(x, n) for x in (0.7, 1 / 3, -0.1, 2.6) for n in (3, 5, 6, 7, 8)]
 """A reward and the size of a group in which all have it. Many of their means are rounded."""
 
 
+PROBES = ((1.0, 0.0, 0.5, 2.0), (3.0, 1.0, 0.25))
+"""Rewards of a group, from which the designs below are recognised. None is negative."""
+
+
+def is_design(fn: AdvantageFn, formula: Callable[[float, float], float]) -> bool:
+    """Return whether the advantage of each reward r of a group is ``formula(r, mean)``."""
+    for probe in PROBES:
+        mean = math.fsum(probe) / len(probe)
+        try:
+            result = advantages_of(fn, probe, ["a"] * len(probe))
+        except Exception:
+            return False
+        if relative_difference(result, [formula(r, mean) for r in probe]) > 1e-4:
+            return False
+    return True
+
+
+def divides_by_mean(fn: AdvantageFn) -> bool:
+    """Return whether the mean reward divides: (r − mean) / mean, as in MaxRL. Rewards are then at least 0."""
+    return is_design(fn, lambda r, mean: (r - mean) / mean)
+
+
+def adds_constant(fn: AdvantageFn) -> bool:
+    """Return whether one constant is added to each r − mean, as in AsymRE."""
+    try:
+        own = advantages_of(fn, [1.0, 0.0], ["a", "a"])
+    except Exception:
+        return False
+    shift = math.fsum(own) / 2
+    return abs(shift) > 1e-3 and is_design(fn, lambda r, mean: r - mean + shift)
+
+
+DIVIDES_BY_MEAN = "it divides by the mean reward, as MaxRL does"
+ADDS_CONSTANT = "it adds a constant to every advantage, as AsymRE does"
+
+
 @wrong("equal rewards hold no information")
 def constant(fn: AdvantageFn, rewards: Sequence[float], groups: Sequence[Hashable]) -> None:
     """Where all rewards of a group are equal, its advantages are small: no noise is scaled up to a signal."""
+    assume(not adds_constant(fn), ADDS_CONSTANT)
     for reward, n in ((0.7, 8), (1.0, 6), (0.0, 4)):
         result = advantages_of(fn, [reward] * n, ["same"] * n)
         largest = max(map(abs, result))
@@ -113,6 +150,8 @@ def constant(fn: AdvantageFn, rewards: Sequence[float], groups: Sequence[Hashabl
 @fragile("the noise is small beside an advantage of 1")
 def constant_exact(fn: AdvantageFn, rewards: Sequence[float], groups: Sequence[Hashable]) -> None:
     """Where all rewards of a group are equal, its advantages are 0 up to rounding."""
+    assume(not divides_by_mean(fn), DIVIDES_BY_MEAN)
+    assume(not adds_constant(fn), ADDS_CONSTANT)
     for reward, n in EQUAL:
         result = advantages_of(fn, [reward] * n, ["same"] * n)
         seen = f"{n} rewards of {reward:g} have the advantages {result}."
@@ -175,12 +214,15 @@ THIRDS = (1 / 3, 0.0, 2 / 3, 1 / 3, 1.0, 1 / 7, 0.1)
 @wrong("only differences from the other samples of a prompt matter")
 def baseline(fn: AdvantageFn, rewards: Sequence[float], groups: Sequence[Hashable]) -> None:
     """A constant added to all rewards of a group, up to 1000, changes no advantage."""
+    assume(not divides_by_mean(fn), DIVIDES_BY_MEAN)
     plain = advantages_of(fn, THIRDS, ["a"] * len(THIRDS))
     assume(len({round(a, 6) for a in plain}) > 2, "its advantages take no more than two values")
     for shift in (1.0, 30.0, 1000.0):
         moved = advantages_of(fn, [r + shift for r in THIRDS], ["a"] * len(THIRDS))
         if relative_difference(moved, plain) < 1e-2:
             continue
+        of_nonzero = [a * (len(THIRDS) - 1) / len(THIRDS) for a in plain]  # one of THIRDS is 0
+        assume(relative_difference(moved, of_nonzero) > 1e-6, "it divides by the share of rewards other than 0, as GPG")
         drift = [b - a for a, b in zip(plain, moved)]
         seen = f"Rewards {[round(r, 3) for r in THIRDS]} have the advantages {plain}; with {shift:g} more, {moved}."
         rounded = shift > 1 and max(map(abs, drift)) < shift / 100
@@ -200,6 +242,7 @@ def exact(fn: AdvantageFn, rewards: Sequence[float], groups: Sequence[Hashable])
 @fragile("other baselines than the mean exist: the best, the median, the greedy answer")
 def centred(fn: AdvantageFn, rewards: Sequence[float], groups: Sequence[Hashable]) -> None:
     """The advantages of a group sum to 0."""
+    assume(not adds_constant(fn), ADDS_CONSTANT)
     result = advantages_of(fn, [1.0, 0.0, 0.5, 0.0], ["a"] * 4)
     require(abs(math.fsum(result)) < 1e-2, "not-centred", f"Rewards 1, 0, 0.5, 0 have the advantages {result}.")
 
@@ -207,7 +250,7 @@ def centred(fn: AdvantageFn, rewards: Sequence[float], groups: Sequence[Hashable
 @wrong("a better sample must get the better advantage")
 def ordered(fn: AdvantageFn, rewards: Sequence[float], groups: Sequence[Hashable]) -> None:
     """Within a group, a higher reward has no lower advantage, and the highest a higher one than the lowest."""
-    for given in ([0.0, 3.0, 1.0], [-2.0, -1.0, -1.5]):
+    for given in ([0.0, 3.0, 1.0], [-2.0, -1.0, -1.5])[: 1 if divides_by_mean(fn) else 2]:
         low, high, middle = advantages_of(fn, given, ["a"] * 3)
         seen = f"Rewards {given} have the advantages {[low, high, middle]}."
         require(low <= middle <= high and low < high, "order-lost", seen)
@@ -216,6 +259,7 @@ def ordered(fn: AdvantageFn, rewards: Sequence[float], groups: Sequence[Hashable
 @fragile("both divisors are in use; the smaller one gives larger advantages, most in small groups")
 def deviation(fn: AdvantageFn, rewards: Sequence[float], groups: Sequence[Hashable]) -> None:
     """Scaled advantages of a group of n have Σ A² = n − 1, as the deviation of ``torch.std`` gives, and not n."""
+    assume(not divides_by_mean(fn), DIVIDES_BY_MEAN)
     one, ten = (advantages_of(fn, [x, -x, 0.0], ["a"] * 3) for x in (1.0, 10.0))
     assume(relative_difference(one, ten) < 1e-3, "it does not scale")
     squares = math.fsum(a * a for a in one)

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from lossfns.loss import Loss
+from lossfns.metrics import merge_metrics
 from lossfns.testing.batch import Batch
 from lossfns.testing.laws.base import (
     LossFn,
@@ -53,12 +55,13 @@ def metric_merge(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor
     assume(len(unit_indices(batch)) > 1, "one datum cannot be split")
     parts = [batch.take(part) for part in unit_indices(batch)]
     of_batch, of_parts = numbers(probe(batch).metrics), [numbers(probe(part).metrics) for part in parts]
+    of_sum = merge_metrics(of_parts) if isinstance(loss_fn, Loss) and loss_fn.parts else {}
     for name, value in of_batch.items():
         if any(name not in metrics for metrics in of_parts):
             continue  # such as the reward of desirable answers, of a part that has none
         values = [metrics[name] for metrics in of_parts]
         merged = [weighted_mean(values, [count(part) for part in parts]) for count in COUNTS.values()]
-        merged.append(math.fsum(values))
+        merged += [math.fsum(values), *([of_sum[name]] if name in of_sum else [])]
         if "max" in name:
             merged.append(max(values))
         if "min" in name:

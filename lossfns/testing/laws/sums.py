@@ -14,6 +14,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from lossfns.loss import Loss
 from lossfns.testing.batch import Batch
 from lossfns.testing.laws.base import (
     LossFn,
@@ -146,7 +147,7 @@ def split(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> N
     batch = unpoisoned(probe.batch)
     batch = without_empty_units(batch)
     assume(len(unit_indices(batch)) > 1, "one datum cannot be split")
-    if additive_counts(probe, batch):
+    if additive_counts(probe, batch) or adds_up_by_part(probe, batch):
         return
     assume(not whitens_advantages(probe), WHITENS)
     assume(not acts_by_statistic(probe), STATISTIC)
@@ -186,6 +187,17 @@ def additive_counts(probe: Probe, batch: Batch) -> list[str]:
         if probe.close([value, rows], [whole.value * total, [[g * total for g in row] for row in whole.gradients]]):
             fitting.append(name)
     return fitting
+
+
+def adds_up_by_part(probe: Probe, batch: Batch) -> bool:
+    """Return whether a sum of losses, bound to its denominators for the batch, adds up over the datums or pairs."""
+    loss = probe.loss_fn
+    if not isinstance(loss, Loss) or not loss.parts or loss.count is None:
+        return False
+    bound = loss.bind(denominator=loss.denominator(batch.data()))
+    whole, outcomes = probe(batch), [probe(batch.take(part), bound) for part in unit_indices(batch)]
+    rows = [row for out in outcomes for row in out.gradients]
+    return probe.close([math.fsum(out.value for out in outcomes), rows], [whole.value, whole.gradients])
 
 
 MANY = 301

@@ -12,15 +12,32 @@ import operator
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import TypedDict, Unpack
 
+from lossfns.testing.oracle.advantages import (
+    asymre_advantages,
+    batch_advantages,
+    gae,
+    gdpo_advantages,
+    gigpo_advantages,
+    gpg_advantages,
+    group_advantages,
+    hierarchical_advantages,
+    kl_penalties,
+    leave_one_out_advantages,
+    maxrl_advantages,
+    opo_advantages,
+    optimal_token_advantages,
+    pass_at_k_advantages,
+    rae_advantages,
+    reinforce_plus_plus_advantages,
+    reinforce_plus_plus_baseline_advantages,
+    remax_advantages,
+    returns_to_go,
+    token_rewards,
+    whiten,
+)
 from lossfns.testing.oracle.clipped import bnpo, dr_grpo, gmpo, luspo, rloo
 from lossfns.testing.oracle.coupled import clip_cov, kl_cov, m2po, real
-from lossfns.testing.oracle.grouped import (
-    alpha_dpo,
-    aot,
-    aot_unpaired,
-    beta_dpo,
-    dr_dpo,
-)
+from lossfns.testing.oracle.grouped import alpha_dpo, aot, aot_unpaired, beta_dpo, dr_dpo
 from lossfns.testing.oracle.policy import sapo
 from lossfns.testing.oracle.preference import (
     apo_down,
@@ -58,6 +75,7 @@ from lossfns.testing.oracle.reference_free import (
     process_reward,
     simpo,
 )
+from lossfns.testing.oracle.summed import Part, chosen_nll, sum_losses
 from lossfns.testing.oracle.supervised import (
     dft,
     focal,
@@ -81,6 +99,7 @@ from lossfns.testing.oracle.trust import (
     prime_symmetric,
 )
 from lossfns.testing.oracle.unpaired import bco, kto, sppo
+from lossfns.testing.oracle.value import value_loss
 from lossfns.testing.oracle.weighted import (
     capped_importance_sampling,
     cispo_sequence,
@@ -593,27 +612,3 @@ def orpo(
         return lam * softplus(odds_l - odds_w) - chosen, -1 - doubt * slope_w, doubt * slope_l
 
     return reduce_pairs(term, logprobs, normalized(weights), weigh, length, denominator)
-
-
-# Advantages
-
-
-def group_advantages(*, rewards: Sequence[float], groups: Sequence[Hashable], scale: str = "std") -> Row:
-    """A = (r − mean) / (std + 1e-6) within each group, 0 where all rewards agree (Shao et al. 2024).
-
-    The std divides by n − 1. With scale "none", nothing is divided by the std (Liu et al. 2025).
-    """
-    if scale not in ("std", "none"):
-        raise ValueError(f"scale is 'std' or 'none', not {scale!r}")
-    members: dict[Hashable, Row] = {}
-    for reward, group in zip(rewards, groups, strict=True):
-        members.setdefault(group, []).append(reward)
-
-    def advantage(reward: float, peers: Row) -> float:
-        if max(peers) == min(peers):
-            return 0.0
-        mean = total(peers) / len(peers)
-        std = math.sqrt(total((r - mean) ** 2 for r in peers) / (len(peers) - 1))
-        return (reward - mean) / (std + 1e-6) if scale == "std" else reward - mean
-
-    return [advantage(reward, members[group]) for reward, group in zip(rewards, groups, strict=True)]

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from lossfns.testing import oracle, planted
 from lossfns.testing.bugs import BUGS
-from lossfns.testing.planted import ADVANTAGE_BUGS, Arguments
-from lossfns.testing.vectors.vector import Answer, Vector, flatten, mistake, num_targets
+from lossfns.testing.planted import Arguments
+from lossfns.testing.vectors.vector import SAMPLE_FIELDS, Answer, Vector, flatten, is_estimator, mistake, num_targets
 
 
 def accepts_refused(bug: str, vector: Vector) -> bool:
@@ -42,9 +43,30 @@ def arguments(
     return rows | settings | positions | {"denominator": denominator}
 
 
-def advantage_arguments(config: Mapping[str, Any], data: Sequence[Mapping[str, Any]]) -> Arguments:
-    """Return the arguments of the oracle's ``group_advantages``."""
-    return {"rewards": [row["reward"] for row in data], "groups": [row["group"] for row in data], **config}
+def sample_arguments(data: Sequence[Mapping[str, Any]]) -> Arguments:
+    """Return the arguments of an estimator from its samples. A field that a sample lacks makes its list too short."""
+    fields = dict.fromkeys(name for row in data for name in row)
+    return {SAMPLE_FIELDS[name]: [row[name] for row in data if name in row] for name in fields}
+
+
+def oracle_advantages(loss: str, config: Mapping[str, Any], data: Sequence[Mapping[str, Any]]) -> Arguments:
+    """Return the arguments of an estimator of the oracle. A missing reward is nan in a vector, and None there."""
+    a = sample_arguments(data) | {name: x for name, x in config.items() if name != "missing"}
+    if config.get("missing") == "abstain":
+        a["rewards"] = [none_if_nan(x) for x in a["rewards"]]
+    return a | ({"baselines": {}} if loss == "rae_advantages" else {})
+
+
+def none_if_nan(x: Any) -> Any:
+    """Replace nan by None, in a number or a list of numbers."""
+    if isinstance(x, list):
+        return [none_if_nan(value) for value in x]
+    return None if math.isnan(x) else x
+
+
+def advantages_answer(result: Any) -> Answer:
+    """Return what an estimator returned as an answer. RAE returns its baselines, too."""
+    return {"advantages": result[0] if isinstance(result, tuple) else result}
 
 
 def to_answer(answer: oracle.Loss, data: Sequence[Mapping[str, Any]]) -> Answer:
@@ -57,9 +79,10 @@ def to_answer(answer: oracle.Loss, data: Sequence[Mapping[str, Any]]) -> Answer:
 
 def wrong_answer(bug: str, vector: Vector) -> Answer | None:
     """Return the answer to a vector with the bug planted in its loss, or None if that loss cannot have the bug."""
-    if vector.loss == "group_advantages":
-        variant = ADVANTAGE_BUGS.get(bug)
-        return variant and {"advantages": variant(**advantage_arguments(vector.config, vector.data))}
+    if is_estimator(vector.loss):
+        a = oracle_advantages(vector.loss, vector.config, vector.data)
+        wrong = planted.wrong_advantages(bug, vector.loss, a)
+        return wrong and advantages_answer(wrong)
     a = arguments(vector.config, vector.data, vector.denominator)
     answer = planted.wrong_loss(bug, vector.loss, a, num_targets(vector.data))
     return answer and to_answer(answer, vector.data)

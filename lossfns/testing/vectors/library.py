@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lossfns.advantages import group_advantages
 from lossfns.combine import with_dual_clip, with_kl, with_tis
 from lossfns.datum import Datum, ModelInput, TensorData
 from lossfns.errors import LossInputError, LossWarning
 from lossfns.loss import BoundLoss, Loss
 from lossfns.testing.public import LIBRARY, public
-from lossfns.testing.vectors.vector import Vector, num_targets
+from lossfns.testing.vectors.flags import advantages_answer, sample_arguments
+from lossfns.testing.vectors.vector import Vector, is_estimator, num_targets
 from lossfns.weigh import fixed_length
 
 VECTOR_NAMES = {"cap": "tis_cap", "level": "tis_level"}
@@ -97,7 +97,7 @@ def reply_to(vector: Vector, dtype: str = "float64") -> dict[str, Any]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", LossWarning)  # vectors hold extreme inputs on purpose
         try:
-            if vector.loss == "group_advantages":
+            if is_estimator(vector.loss):
                 return advantages_reply(vector)
             return loss_reply(vector, getattr(torch, dtype))
         except LossInputError as error:
@@ -115,7 +115,8 @@ def loss_reply(vector: Vector, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def advantages_reply(vector: Vector) -> dict[str, Any]:
-    """Return the group advantages for a vector."""
-    rewards = [row["reward"] for row in vector.data]
-    groups = [row["group"] for row in vector.data if "group" in row]  # a missing label makes the list too short
-    return {"advantages": group_advantages(rewards, groups, **vector.config).tolist()}
+    """Return the advantages for a vector."""
+    given = {"rewards": [], "groups": []} if not vector.data else sample_arguments(vector.data)
+    given |= {"baselines": {}} if vector.loss == "rae_advantages" else {}
+    answer = advantages_answer(public(vector.loss)(**given, **vector.config))
+    return {"advantages": answer["advantages"].tolist()}

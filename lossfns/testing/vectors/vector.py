@@ -24,7 +24,21 @@ LEDGER = "ids.json"
 METHODS = tuple(
     dict.fromkeys(name.rpartition("-")[0] for name in json.loads((FOLDER / LEDGER).read_text(encoding="utf-8"))["ids"])
 )
-"""The losses that have vectors, in the order of their first ids."""
+"""The losses and estimators that have vectors, in the order of their first ids."""
+
+
+def is_estimator(name: str) -> bool:
+    """Return whether a method computes advantages. Its data are then samples, not datums."""
+    return name.endswith("_advantages")
+
+
+ESTIMATORS = tuple(filter(is_estimator, METHODS))
+"""The estimators of advantages among them."""
+
+SAMPLE_LABELS = {"group": "groups", "role": "roles", "episode": "episodes", "state": "states"}
+SAMPLE_NUMBERS = {"reward": "rewards", "length": "lengths", "greedy_reward": "greedy_rewards", "rewards": "rewards"}
+SAMPLE_FIELDS = {**SAMPLE_NUMBERS, **SAMPLE_LABELS}
+"""Field of a sample → argument of the estimators. A sample has a reward, or a list of R rewards."""
 
 Answer = Mapping[str, Any]
 """``{"loss", "grad"}`` or ``{"advantages"}``, with plain floats; a refusal has ``"error"``."""
@@ -38,9 +52,10 @@ class Vector:
         kind: ``valid``, ``edge``, ``kink`` (two gradients are right) or ``must-reject`` (the input is refused).
         config: every setting of the loss; none is left at a default.
         flags: the bugs of ``BUGS`` that give another answer.
-        data: one mapping for each datum: its ``logprobs``, ``weights`` and side columns, all of one shape.
+        data: one mapping for each datum: its ``logprobs``, ``weights`` and side columns, all of one shape; or for each
+            sample, with fields of ``SAMPLE_FIELDS``.
         denominator: the number to divide by instead of the batch's own count, for a chunk of a larger batch.
-        expected, grad: L and ∂L/∂logprobs; ``advantages`` for ``group_advantages``; ``error`` for must-reject.
+        expected, grad: L and ∂L/∂logprobs; ``advantages`` for an estimator; ``error`` for must-reject.
         grad_alternatives: at a kink, the gradients of the other side.
         metrics: the number of ``tokens`` that count and the ``denominator``; both are optional in a reply.
         tol: dtype → (rtol, atol); see ``mistake``.
@@ -131,9 +146,10 @@ NUMBERS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 
 
 def decode(x: Any) -> Any:
-    """Replace the strings nan, inf and -inf by numbers, except in ids, comments and group labels."""
+    """Replace the strings nan, inf and -inf by numbers, except in ids, comments and labels."""
     if isinstance(x, dict):
-        return {name: value if name in ("id", "comment", "group") else decode(value) for name, value in x.items()}
+        texts = ("id", "comment", *SAMPLE_LABELS)
+        return {name: value if name in texts else decode(value) for name, value in x.items()}
     if isinstance(x, list):
         return [decode(value) for value in x]
     return NUMBERS.get(x, x) if isinstance(x, str) else x

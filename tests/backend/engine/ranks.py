@@ -102,16 +102,20 @@ def accumulated(mesh: Any) -> Result:
 def micro_batches(mesh: Any) -> Result:
     """Gradients of a batch that exceeds the budget, streamed and in two passes."""
     results: Result = {}
-    for name, loss_fn in (("streamed", lossfns.cross_entropy()), ("coupled", coupled)):
-        c = within_budget(mesh)
+    loss = lossfns.sum_losses(sft=lossfns.cross_entropy(), few=lossfns.cross_entropy(weigh=lossfns.sequence_sum_mean))
+    few = [[float(i < 3)] * d.model_input.length for i, d in enumerate(many())]  # most micro-batches have none of them
+    summed = loss.bind(few_weights=few)
+    for name, loss_fn in (("streamed", lossfns.cross_entropy()), ("coupled", coupled), ("summed", summed)):
+        c = within_budget(mesh, losses=2 if loss_fn is summed else 1)
         assert count_of(c, loss_fn) > 1
         results |= {f"{name} {parameter}": x for parameter, x in gradients(c).items()}
     return results
 
 
-def within_budget(mesh: Any) -> LocalTrainingClient:
+def within_budget(mesh: Any, losses: int = 1) -> LocalTrainingClient:
     engine = client(None)._engine
-    return client(mesh, budget=engine.budget.costs(engine.logprobs(many()).inputs).step_bytes(24))
+    costs = engine.budget.costs(engine.logprobs(many()).inputs, losses=losses)
+    return client(mesh, budget=costs.step_bytes(24))
 
 
 def many() -> list[Any]:

@@ -128,6 +128,16 @@ def test_a_loss_of_ours_streams(loss: Loss) -> None:
     assert_cut_changes_nothing(custom(bound, DATA), DATA, room=longest_pair)
 
 
+def test_a_sum_of_losses_streams() -> None:
+    """Most micro-batches have no token of the second part; those of rpo keep pairs whole."""
+    few = [[float(i < 2)] * d.model_input.length for i, d in enumerate(DATA)]
+    loss = lossfns.chord(lossfns.grpo(kl_beta=0.1), mu=0.3)
+    bound = loss.bind(**columns(Random(1), DATA, loss) | {"sft_weights": few})
+    pairs = lossfns.rpo(lossfns.dpo())
+    for each in (bound, bound.bind(denominator=[50.0, 3.0]), pairs.bind(**columns(Random(1), DATA, pairs))):
+        assert_cut_changes_nothing(custom(each, DATA), DATA, room=40)
+
+
 @pytest.mark.parametrize("weigh", WEIGHINGS, ids=repr)
 @pytest.mark.parametrize("preset", [lossfns.cross_entropy, lossfns.ppo])
 def test_so_it_does_with_every_denominator(weigh: lossfns.Weighing, preset: Callable[..., Loss]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tools.vectors.cases.advantages import group_advantage_cases
+from tools.vectors.cases.advantages import estimator_cases, estimator_refusals, group_advantage_cases
 from tools.vectors.cases.family import family
 from tools.vectors.cases.form import Case
 from tools.vectors.cases.kinks import kinks
@@ -23,6 +23,8 @@ def cases() -> Iterator[Case]:
     yield from group_advantage_cases()
     yield from kinks()
     yield from refused()
+    yield from estimator_cases()
+    yield from estimator_refusals()
 
 
 __all__ = ["Case", "cases"]

@@ -1,0 +1,44 @@
+"""``Part``: a loss within a sum of losses, with a coefficient and a column of weights of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lossfns.pack import blank
+from lossfns.tokens import PAIRS, SEQUENCES, Rows, Tokens
+
+
+@dataclass(frozen=True)
+class Part:
+    """A loss within a sum of losses.
+
+    Attributes:
+        loss: a ``Loss``.
+        coefficient: the number that multiplies it.
+        weights: the column that holds the weights of this part.
+    """
+
+    loss: Any
+    coefficient: float
+    weights: str
+
+    def view(self, t: Tokens) -> Tokens:
+        """Return the batch as this part sees it: with its weights, and with 0 in every column where they are 0."""
+        weights = t.weights if self.weights == "weights" else t.columns[self.weights]
+        active = weights != 0
+        columns = {name: blank(t.columns[name], active) for name in self.loss.reads if name in t.columns}
+        return Tokens(blank(t.logprobs, active), weights, t.lengths, columns, t.equal, t.halves, active, t.targets)
+
+
+def divisor_or_one(divisor: Any) -> Any:
+    """Return a denominator, or 1 where it is 0: a part without a row then adds 0, and not 0 / 0."""
+    return divisor or 1.0 if isinstance(divisor, float) else torch.where(divisor == 0, 1, divisor)
+
+
+def widest_rows(kinds: Sequence[Rows]) -> Rows:
+    """Return the kind of row that spans the most of a batch: a micro-batch that keeps it whole keeps all others."""
+    return next((kind for kind in (PAIRS, SEQUENCES) if kind in kinds), kinds[0])
