@@ -118,7 +118,7 @@ RANGES: dict[Any, tuple[list[Any], list[Any]]] = {
     ),
 }
 """What a check accepts and refuses, for each of its knobs that is not listed above."""
-for knob in KNOBS.keys() - ACCEPTED.keys():
+for knob in sorted(KNOBS.keys() - ACCEPTED.keys()):
     ACCEPTED[knob], REFUSED[knob] = RANGES.get(KNOBS[knob], ([], []))
 
 
