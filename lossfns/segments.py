@@ -64,7 +64,7 @@ def sequence_maximum(t: Tokens, x: Tensor) -> Tensor:
         maximum = by_sequence(t, masked).amax(1)
     else:
         maximum = torch.segment_reduce(masked, "max", lengths=t.lengths, unsafe=True)
-    return torch.where(nonempty(t), maximum, 0)
+    return torch.where(maximum == -torch.inf, 0, maximum)  # of no token at all
 
 
 def weighted_sum(t: Tokens, x: Tensor) -> Tensor:
@@ -99,6 +99,8 @@ def both_sides(t: Tokens, y: Tensor) -> Tensor:
 
 def positions(t: Tokens) -> Tensor:
     """For each token the number of active tokens of its sequence up to and including it: ``[N]``."""
+    if t.equal:
+        return by_sequence(t, t.active).cumsum(1, dtype=torch.int32).flatten()
     counts = active_counts(t).long()
     return t.active.cumsum(0) - to_tokens(t, counts.cumsum(0) - counts)
 

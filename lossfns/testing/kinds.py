@@ -133,7 +133,7 @@ def detect_kind(loss_fn: LossFn) -> tuple[str, bool]:
     """
     loss = loss_fn.loss if isinstance(loss_fn, BoundLoss) else loss_fn
     if isinstance(loss, Loss):
-        if loss.parts:
+        if loss.parts and loss.rows not in (PAIRS, SEQUENCES):
             return "any", False
         kind = declared_kind(loss)
         if kind is not None:

@@ -12,7 +12,7 @@ from lossfns import ON_POLICY, Loss, LossInputError, Tokens, evaluate
 from lossfns.export.token_gradient import token_gradient
 from lossfns.logprobs.linear import linear_logprobs
 from lossfns.testing.public import presets
-from lossfns.tokens import DATUM_COLUMNS
+from lossfns.tokens import DATUM_COLUMNS, MODEL_COLUMNS
 
 LENGTHS = (5, 1, 8, 3)
 N = sum(LENGTHS)
@@ -59,7 +59,8 @@ def bound(loss: Loss) -> Any:
         **{key: [1.0, 0.0, 0.0, 1.0] for key in DATUM_COLUMNS},
     }
     names = [name for name in loss.reads if name not in columns]
-    columns |= {name: list((-random(len(name), N).abs()).split(LENGTHS)) for name in names}
+    signs = {name: 1 if name in MODEL_COLUMNS else -1 for name in names}
+    columns |= {name: list((sign * random(len(name), N).abs()).split(LENGTHS)) for name, sign in signs.items()}
     return loss.bind(**{name: columns[name] for name in loss.reads})
 
 
