@@ -176,7 +176,10 @@ def declared_kind(loss: Loss) -> str | None:
     return "any" if loss.output != "logprobs" or is_own(loss, UNLIKE_THEIR_KIND) else None
 
 
-UNLIKE_THEIR_KIND = {"unlikelihood": "it lowers the likelihood of its tokens"}
+UNLIKE_THEIR_KIND = {
+    "unlikelihood": "it lowers the likelihood of its tokens",
+    "eaft": "the entropy weighs its tokens",
+}
 """Preset → why it does not obey the laws of the kind that its columns show."""
 
 BY_DESIGN = {
