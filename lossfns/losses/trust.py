@@ -10,7 +10,7 @@ from torch import Tensor
 from lossfns import terms as eq
 from lossfns.loss import Loss, Statistics, preset
 from lossfns.losses.ratio import Clip, clip_statistics, clipped, ratio_loss
-from lossfns.segments import to_tokens, token_level
+from lossfns.segments import sequence_sum, to_tokens, token_level
 from lossfns.statistics import OnDemand
 from lossfns.tokens import Tokens, to_dtype
 from lossfns.weigh import Weighing, sequence_mean, token_mean
@@ -113,8 +113,9 @@ def discounted_future(t: Tokens, x: Tensor, half_life: float) -> Tensor:
     After k steps, each of which adds the sum that starts 2^k tokens later, a sum spans 2^k tokens. The steps end where
     the discount is below 2⁻⁶⁴, which no sum in float64 shows.
     """
-    position = torch.ones_like(x, dtype=torch.int64).cumsum(0)
-    left = (to_tokens(t, t.ends) - position).int()  # tokens that follow in the sequence
+    ones = torch.ones_like(x, dtype=torch.float64)
+    ends = to_tokens(t, sequence_sum(t, ones).cumsum(0))
+    left = (ends - ones.cumsum(0)).int()  # tokens that follow in the sequence
     span = 1
     while span < min(64 * half_life, 2**31):
         x = x.addcmul(x.roll(-span), to_dtype(left >= span, x.dtype), value=2 ** (-span / half_life))

@@ -176,7 +176,10 @@ def declared_kind(loss: Loss) -> str | None:
     return "any" if loss.output != "logprobs" or is_own(loss, UNLIKE_THEIR_KIND) else None
 
 
-UNLIKE_THEIR_KIND = {"unlikelihood": "it lowers the likelihood of its tokens"}
+UNLIKE_THEIR_KIND = {
+    "unlikelihood": "it lowers the likelihood of its tokens",
+    "eaft": "the entropy weighs its tokens",
+}
 """Preset → why it does not obey the laws of the kind that its columns show."""
 
 BY_DESIGN = {
@@ -186,6 +189,9 @@ BY_DESIGN = {
     "fipo": (("padding", "metric_scope"), "the discount counts positions, those of masked tokens too"),
     "rec_ring": (("clip",), "its region has a second part, far on the side from which the advantage pulls back"),
     "sppo_token": (("clip", "ratio", "ratio_gradient"), "it has the log-ratio in place of the ratio"),
+    "rloo": (("ratio_length",), "a sequence is one action, whose ratio is the product"),
+    "dpo_norm": (("summed",), "its margin is a mean over tokens"),
+    "value_loss": (("no_inert_knob",), "the old values of these batches are one constant, far from most scores"),
     "opmd": (("on_policy",), "its temperature scales the advantage"),
     "alpha_dpo": (
         ("reference", "no_inert_knob", "pair_metrics"),
