@@ -137,6 +137,20 @@ def test_every_mutant_with_a_wrong_sign_or_a_lost_gradient_or_a_swapped_side_fai
     assert tested >= 500
 
 
+@pytest.mark.exhaustive
+def test_wrong_losses_of_the_field_fail() -> None:
+    """They are wrong copies of these presets, or of divergences from a teacher. Their metrics and batches differ."""
+    for name, bug, like in (
+        ("dft", "sign-flipped", "dft"),
+        ("hard_tokens", "detached-term", "focal"),
+        ("kto", "label-ignored", "kto"),
+        ("kto", "sides-swapped", "kto"),
+        ("reverse_kl", "kl-sign", "sampled_reverse_kl"),
+        ("k2", "kl-sign", "sampled_reverse_kl"),
+    ):
+        assert fails(lessons(like)[0], field.WRONG[name, bug]), (name, bug)
+
+
 # Steps
 
 
