@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 
 from lossfns import (
+    dft,
     dpo,
     group_advantages,
     grpo,
     importance_sampling,
     k2,
+    kto,
     ppo,
     reinforce,
     sequence_mean,
@@ -35,6 +37,7 @@ from lossfns.testing.worlds.lesson import BETA, CLOSE, Lesson
 from lossfns.testing.worlds.points import root, tilted, towards_reference, two_token_tree
 from lossfns.testing.worlds.steps import Enumerated
 from lossfns.testing.worlds.world import in_twos
+from tools import worlds as worlds_tool
 
 pytestmark = pytest.mark.filterwarnings("ignore::lossfns.LossWarning")
 
@@ -60,6 +63,17 @@ def test_every_loss_reaches_all_its_points() -> None:
     for name in (*presets(), *COMBINED):
         for lesson in lessons(name):
             assert_reached(name, lesson)
+
+
+def test_a_loss_that_no_row_names_goes_as_far_as_its_oracle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A policy loss, a loss of labels and a likelihood, under names that no row has."""
+    losses = {"ppo": ppo, "kto": kto, "dft": dft}
+    monkeypatch.setitem(lessons.__globals__, "presets", lambda: {f"new_{name}": x for name, x in losses.items()})
+    for name in losses:
+        found = lessons(f"new_{name}")
+        assert found[-1].says == "as far as with the oracle's gradient"
+        assert_reached(name, found[-1])
+        assert fails(found[-1], mutant("sign-flipped", name))
 
 
 def test_a_loss_without_a_lesson_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,6 +135,20 @@ def test_every_mutant_with_a_wrong_sign_or_a_lost_gradient_or_a_swapped_side_fai
                 assert_fails(bug, name, known)
                 tested += 1
     assert tested >= 500
+
+
+@pytest.mark.exhaustive
+def test_wrong_losses_of_the_field_fail() -> None:
+    """They are wrong copies of these presets, or of divergences from a teacher. Their metrics and batches differ."""
+    for name, bug, like in (
+        ("dft", "sign-flipped", "dft"),
+        ("hard_tokens", "detached-term", "focal"),
+        ("kto", "label-ignored", "kto"),
+        ("kto", "sides-swapped", "kto"),
+        ("reverse_kl", "kl-sign", "sampled_reverse_kl"),
+        ("k2", "kl-sign", "sampled_reverse_kl"),
+    ):
+        assert fails(lessons(like)[0], field.WRONG[name, bug]), (name, bug)
 
 
 # Steps
@@ -229,6 +257,15 @@ def test_sequences_are_drawn_with_the_probability_of_their_tokens() -> None:
     units = corpus.units(corpus, corpus.old or corpus.start)
     assert [round(unit.probability, 12) for unit in units] == [0.3, 0.56, 0.14]
     assert corpus.visits(corpus.start, 1) == pytest.approx(0.4) and corpus.visits(corpus.start, 0) == pytest.approx(1)
+
+
+@pytest.mark.exhaustive
+def test_the_picture_is_drawn(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worlds_tool, "PICTURE", tmp_path / "worlds.png")
+    worlds_tool.picture()
+    assert (tmp_path / "worlds.png").read_bytes().startswith(b"\x89PNG")
+    assert next(worlds_tool.table()).split()[0] in presets()
+    assert worlds_tool.spaced([0.5, 0.5, 1.0]) == pytest.approx([0.5, 0.585, 1.0])
 
 
 # Advice

@@ -6,9 +6,12 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 from lossfns.combine import with_kl, with_tis
+from lossfns.entropy import with_entropy, with_sampled_entropy
 from lossfns.errors import LossWarning
+from lossfns.loss import Loss
 from lossfns.losses.policy import ppo, reinforce
 from lossfns.losses.preference import dpo
 from lossfns.losses.summed import chord, rpo
@@ -49,6 +52,12 @@ def tis() -> Lessons:
     yield Lesson(positive, ppo(), (point,), 12, None, "without the weight, imitates the sampler")
 
 
+def entropy(combinator: Callable[[Loss, float], Loss]) -> Lessons:
+    """V + α·H has its maximum at π ∝ exp(r / α), whether H is exact or estimated from the samples."""
+    point = tilted((1.0, 1.0, 1.0), bandit.rewards, BETA)
+    yield Lesson(bandit, combinator(ppo(), BETA), (point,), 12, None, "an entropy bonus leads to exp(r/α)")
+
+
 EXPERT = (0.5, 0.2, 0.3)
 """The answers of an expert, beside the rollouts."""
 
@@ -84,6 +93,8 @@ def preference_sum() -> Lessons:
 COMBINED: dict[str, Callable[[], Lessons]] = {
     "with_kl": kl,
     "with_tis": tis,
+    "with_entropy": partial(entropy, with_entropy),
+    "with_sampled_entropy": partial(entropy, with_sampled_entropy),
     "chord": expert_sum,
     "rpo": preference_sum,
 }

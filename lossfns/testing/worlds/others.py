@@ -194,13 +194,18 @@ def log_odds(p: float) -> float:
 def labelled(name: str, preset: Preset) -> Lessons:
     """KTO seeks a mode, BCO is a classifier, and SPPO and A*-PO are regressions.
 
-    KTO's value is the highest where all goes to answers that are desirable more often than not. BCO rests where
+    KTO's value is the highest where all goes to answers that are desirable more often than not. It rests between two
+    such answers, since the gain of each is bounded. BCO rests where
     β·(log π/ref − z) is the log-odds d / (1 − d) of the label, so that π ∝ ref·odds^(1/β), and z makes the sum 1. SPPO
     rests at π = ref·exp((P − ½) / β), if these sum to 1, and A*-PO at ref·exp((R − V*) / β), which V* makes sum to 1.
     """
     if name == "kto":
         point = ((1.0, 0.0), (1.0,))
         yield Lesson(judged, made(preset, beta=1.0), point, 20, None, "all to the answer that is mostly desirable")
+        liked = replace(judged, name="liked", rewards=(0.8, 0.6))
+        loss = made(preset, beta=1.0, undesirable_weight=0.5)
+        says = "between two answers that are both mostly desirable, where the oracle's expected gradient is 0"
+        yield Lesson(liked, loss, rest(loss, liked), 20, None, says)
     if name == "bco":
         odds = [ref * d / (1 - d) for ref, d in zip(judged.ref[0], judged.rewards)]
         z = -math.log(sum(odds))

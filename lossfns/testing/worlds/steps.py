@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lossfns.errors import LossWarning
+from lossfns.errors import LossInputError, LossWarning
 from lossfns.inspect.probe import gradient_of
 from lossfns.loss import BoundLoss, Loss, LossFn
 from lossfns.testing.batch import Batch
@@ -69,12 +69,15 @@ class Enumerated:
         own = loss_fn.loss if isinstance(loss_fn, BoundLoss) else loss_fn
         if isinstance(own, Loss):
             bound = loss_fn.bind()  # type: ignore[attr-defined]
+            if set(own.gradient_columns) - {"entropy"}:
+                got, fix = " and ".join(own.gradient_columns), "Its part of a step would be lost."
+                raise LossInputError("loss", "a gradient through the logprobs and the entropy", got, fix)
             if world.old is None and "old_logprobs" in own.reads:
                 bound = bound.bind(old_logprobs=ON_POLICY)  # the columns of datums are float32
 
             def of_loss(batch: Batch, count: Any) -> list[Slope]:
                 divided = bound.bind(denominator=count)
-                if "entropy" in getattr(own, "gradient_columns", ()):
+                if own.gradient_columns:
                     return slopes_with_entropy(divided, batch)
                 return without_entropy(gradient_of(divided, batch.data(), batch.tensors())[1])
 
