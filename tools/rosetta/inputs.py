@@ -1,0 +1,254 @@
+"""The fixed inputs of the table, in float64: every number follows from a seed of Python's own generator.
+
+B sequences of at most T tokens are padded on the right. Each batch has tokens on both sides of every common bound:
+ratios below 0.8, above 1.28 and above 3, for advantages of both signs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from random import Random
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CEILING = -0.01
+"""The largest logprob. A logprob above 0 is refused at the door."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch, and what both sides of a row read from it.
+
+    Attributes:
+        leaf: the tensor that both sides are differentiated by: logprobs ``[B, T]``, logits ``[B, T, K]`` or scores.
+        mask: ``[B, T]``, 1 for each token that counts.
+        columns: the columns by our names, ``[B, T]``, ``[B, T, K]`` or ``[B]``.
+        lengths: the number of tokens that count of each sequence.
+    """
+
+    leaf: Tensor
+    mask: Tensor
+    columns: dict[str, Tensor] = field(default_factory=dict)
+    normalise: bool = False
+
+    def __getattr__(self, name: str) -> Any:
+        """Return a column as an attribute: ``b.old_logprobs``."""
+        try:
+            return self.columns[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+    @property
+    def lp(self) -> Tensor:
+        """The logprobs: the leaf, or its log-softmax where the leaf has logits."""
+        return self.leaf.log_softmax(-1) if self.normalise else self.leaf
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens that count of each sequence ``[B]``."""
+        return self.mask.sum(-1)
+
+    @property
+    def A(self) -> Tensor:
+        """The advantage of each token ``[B, T]``."""
+        a: Tensor = self.advantages
+        return a if a.ndim == 2 else a[:, None].expand_as(self.mask)
+
+
+def table(rows: list[list[float]]) -> Tensor:
+    """Return numbers as a float64 tensor."""
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def numbers(rng: Random, shape: tuple[int, int], low: float, high: float) -> Tensor:
+    """Draw uniform numbers, rounded to four decimals."""
+    return table([[round(rng.uniform(low, high), 4) for _ in range(shape[1])] for _ in range(shape[0])])
+
+
+def gaps(rng: Random, shape: tuple[int, int], scale: float) -> Tensor:
+    """Draw normal numbers, rounded to four decimals."""
+    return table([[round(rng.gauss(0, scale), 4) for _ in range(shape[1])] for _ in range(shape[0])])
+
+
+def ragged(lengths: list[int], width: int) -> Tensor:
+    """Return the mask of rows of these lengths."""
+    return table([[1.0] * n + [0.0] * (width - n) for n in lengths])
+
+
+def policy() -> Batch:
+    """Six answers to two prompts of three each, with every column of a policy loss."""
+    rng, shape = Random(15), (6, 7)
+    logprobs = numbers(rng, shape, -2.2, -0.15)
+    d = gaps(rng, shape, 0.25)
+    # Planted log-ratios: beyond the dual clip for both signs of A, and beyond each bound.
+    for row, column, value in ((3, 0, 1.4), (4, 1, 1.3), (0, 1, 0.5), (1, 2, -0.6), (2, 3, -0.5), (5, 0, 0.4)):
+        logprobs[row, column], d[row, column] = -1.2, value
+    old = (logprobs - d).clamp(max=CEILING)
+    mismatch = gaps(rng, shape, 0.3)
+    mismatch[0, 2], mismatch[4, 0], mismatch[5, 1] = 1.2, -1.1, 0.9
+    columns = {
+        "advantages": torch.tensor([1.1, -0.7, 0.4, -1.3, 0.9, -0.4], dtype=torch.float64),
+        "old_logprobs": old,
+        "sampler_logprobs": (old - mismatch).clamp(max=CEILING),
+        "ref_logprobs": (logprobs - gaps(rng, shape, 0.4)).clamp(max=CEILING),
+        "teacher_logprobs": (logprobs - gaps(rng, shape, 0.5)).clamp(max=CEILING),
+        "entropy": numbers(rng, shape, 0.1, 2.0),
+        "groups": torch.tensor([0, 0, 0, 1, 1, 1], dtype=torch.float64),
+        "rewards": torch.tensor([0.9, 0.1, 0.6, 0.0, 1.0, 0.3], dtype=torch.float64),
+        "reference_point": torch.full((6,), 0.15, dtype=torch.float64),
+        "labels": torch.tensor([1, 0, 1, 0, 1, 0], dtype=torch.float64),
+        "values": numbers(rng, shape, -0.5, 0.9),
+        "old_values": numbers(rng, shape, -0.5, 0.9),
+        "returns": numbers(rng, shape, -0.2, 1.1),
+    }
+    return Batch(logprobs, ragged([7, 4, 6, 2, 5, 3], 7), columns)
+
+
+def token_advantages() -> Batch:
+    """The policy batch with an advantage for each token, of one sign within a sequence."""
+    b = policy()
+    spread = numbers(Random(19), (6, 7), 0.5, 1.5)
+    return Batch(b.leaf, b.mask, {**b.columns, "advantages": b.advantages[:, None] * spread})
+
+
+def one_group() -> Batch:
+    """The policy batch, whose sequences are all compared with each other: the form of frameworks without groups."""
+    b = policy()
+    return Batch(b.leaf, b.mask, {**b.columns, "groups": torch.zeros(6, dtype=torch.float64)})
+
+
+def masked_row() -> Batch:
+    """The policy batch with a third sequence that is masked whole, as a truncated answer may be."""
+    b = policy()
+    mask = b.mask.clone()
+    mask[2] = 0
+    return Batch(b.leaf, mask, b.columns)
+
+
+def far() -> Batch:
+    """The policy batch with log-ratios of 21 and of −21: beyond the usual bound of 20, which exp survives."""
+    b = policy()
+    leaf, old = b.leaf.clone(), b.old_logprobs.clone()
+    old[5, 2], leaf[1, 1], old[1, 1] = leaf[5, 2] - 21, -22.0, -1.0
+    return Batch(leaf, b.mask, {**b.columns, "old_logprobs": old})
+
+
+def sampler_is_old() -> Batch:
+    """The policy batch whose old policy is the sampler: no logprobs are computed again after sampling."""
+    b = policy()
+    return Batch(b.leaf, b.mask, {**b.columns, "old_logprobs": b.sampler_logprobs})
+
+
+def no_reference_point() -> Batch:
+    """The policy batch with KTO's reference point at 0."""
+    b = policy()
+    return Batch(b.leaf, b.mask, {**b.columns, "reference_point": torch.zeros(6, dtype=torch.float64)})
+
+
+def pairs() -> Batch:
+    """Four pairs whose sides differ in length: row 2i is chosen, row 2i + 1 rejected."""
+    rng, shape = Random(16), (8, 6)
+    logprobs = numbers(rng, shape, -2.0, -0.1)
+    mask = ragged([6, 3, 4, 6, 3, 4, 5, 2], 6)
+    columns = {
+        "sft_weights": mask * table([[1.0], [0.0]] * 4),
+        "ref_logprobs": (logprobs - gaps(rng, shape, 0.6)).clamp(max=CEILING),
+        "sum_square_probs": logprobs.exp().square() + numbers(rng, shape, 0.01, 0.1),
+        "target_margin": torch.tensor([0.5, 0, 0.2, 0, 1.0, 0, 0.1, 0], dtype=torch.float64),
+        "reference_point": torch.zeros(8, dtype=torch.float64),
+        "groups": torch.zeros(8, dtype=torch.float64),
+    }
+    return Batch(logprobs, mask, columns)
+
+
+def chosen() -> Batch:
+    """The pairs, of which the chosen sides alone are trained."""
+    b = pairs()
+    return Batch(b.leaf, b.sft_weights, b.columns)
+
+
+def two_parts() -> Batch:
+    """The policy batch in two parts: answers of positive advantage, and the others under weights of their own."""
+    b = policy()
+    positive = (b.advantages > 0)[:, None].double()
+    return Batch(b.leaf, b.mask * positive, {**b.columns, "pg_weights": b.mask * (1 - positive)})
+
+
+def scores() -> Batch:
+    """Four pairs of one score each, at the last token."""
+    b = pairs()
+    return Batch(
+        torch.tensor([[0.7], [-0.3], [0.1], [0.4], [-0.9], [-1.2], [1.5], [-0.2]], dtype=torch.float64),
+        torch.ones(8, 1, dtype=torch.float64),
+        {"target_margin": b.target_margin},
+    )
+
+
+def values() -> Batch:
+    """The scores of a value head in place of logprobs."""
+    b = policy()
+    return Batch(b.values.clone(), b.mask, b.columns)
+
+
+def vocabulary() -> Batch:
+    """Logits of a student and a teacher over a vocabulary of five tokens, which are all candidates."""
+    rng, k = Random(17), 5
+    mask = ragged([4, 2, 3], 4)
+    student = gaps(rng, (12, k), 1.0).view(3, 4, k)
+    teacher = gaps(rng, (12, k), 1.0).view(3, 4, k).log_softmax(-1)
+    return Batch(student, mask[..., None].expand(3, 4, k).clone(), {"teacher_logprobs": teacher}, normalise=True)
+
+
+def candidates() -> Batch:
+    """Logprobs of student and teacher at three candidates of each position, which do not exhaust the vocabulary."""
+    b = vocabulary()
+    return Batch(
+        b.lp[..., :3].detach().clone(),
+        b.mask[..., :3].clone(),
+        {"teacher_logprobs": b.teacher_logprobs[..., :3].clone()},
+    )
+
+
+def samples() -> Batch:
+    """Rewards of eight answers to two prompts, for estimators of advantages."""
+    rewards = [1.0, 0.0, 0.5, 0.2, 0.9, 0.9, 0.1, 0.4]
+    lengths = [3, 1, 4, 2, 4, 3, 2, 1]
+    rng = Random(18)
+    logprobs = numbers(rng, (8, 4), -2.0, -0.1)
+    columns = {
+        "rewards": torch.tensor(rewards, dtype=torch.float64),
+        "groups": torch.tensor([0, 0, 0, 0, 1, 1, 1, 1]),
+        "flat_rewards": torch.tensor([0.1, 0.1, 0.1, 0.3, 0.9, 0.9, 0.1, 0.4], dtype=torch.float64),
+        "singles": torch.arange(8),
+        "greedy_rewards": torch.tensor([0.4] * 4 + [0.6] * 4, dtype=torch.float64),
+        "several_rewards": numbers(rng, (8, 2), 0.0, 1.0),
+        "values": numbers(rng, (8, 4), -0.5, 0.9),
+        "logprobs": logprobs,
+        "sum_square_probs": logprobs.exp().square() + numbers(rng, (8, 4), 0.01, 0.1),
+        "ref_logprobs": numbers(rng, (8, 4), -2.0, -0.1),
+    }
+    return Batch(torch.zeros(8, dtype=torch.float64), ragged(lengths, 4), columns)
+
+
+INPUTS = {
+    f.__name__: f
+    for f in (
+        policy,
+        token_advantages,
+        one_group,
+        masked_row,
+        far,
+        sampler_is_old,
+        no_reference_point,
+        pairs,
+        chosen,
+        two_parts,
+        scores,
+        values,
+        vocabulary,
+        candidates,
+        samples,
+    )
+}
