@@ -18,7 +18,6 @@ from lossfns.segments import (
     active_counts,
     both_sides,
     chosen,
-    group_sum,
     nonempty,
     positions,
     rejected,
@@ -27,7 +26,7 @@ from lossfns.segments import (
     weighted_mean,
     weighted_sum,
 )
-from lossfns.tokens import Tokens, to_dtype
+from lossfns.tokens import Tokens
 
 Link = Callable[[Tensor], Tensor]
 """A function ``h -> loss`` of the margin h = β·m of each pair."""
@@ -224,24 +223,40 @@ def pair_groups(t: Tokens) -> Tensor:
     return torch.where(chosen(t, nonempty(t)), pair_number(t, t.groups), torch.inf)
 
 
-def same_group(labels: Tensor) -> Tensor:
-    """``[P, P]`` bool: True where two pairs are of one group."""
-    return labels[:, None] == labels[None, :]
+def group_numbers(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Number the groups of pairs.
+
+    Returns:
+        The indices of the pairs by group, the number of each pair's group, and the size of each group, 0 for numbers
+        that no group has: each ``[P]``.
+    """
+    order = labels.argsort(stable=True)
+    sorted_labels = labels[order]
+    starts = torch.cat([torch.zeros_like(labels[:1], dtype=torch.bool), sorted_labels[1:] != sorted_labels[:-1]])
+    numbers = torch.zeros_like(order).scatter(0, order, starts.cumsum(0))
+    return order, numbers, torch.zeros_like(order).scatter_add(0, numbers, torch.ones_like(order))
+
+
+def over_pairs(labels: Tensor, y: Tensor, reduce: str) -> Tensor:
+    """The sum or the maximum of y, as ``reduce`` says, over the group of each pair: ``[P] -> [P]``."""
+    order, numbers, sizes = group_numbers(labels)
+    return torch.segment_reduce(y[order], reduce, lengths=sizes, unsafe=True)[numbers]
 
 
 def group_size(labels: Tensor, like: Tensor) -> Tensor:
     """The number of pairs in the group of each pair, in the dtype of ``like``: ``[P]``."""
-    return to_dtype(same_group(labels), like.dtype).sum(1)
+    _, numbers, sizes = group_numbers(labels)
+    return sizes[numbers].to(like.dtype)
 
 
 def group_mean(labels: Tensor, y: Tensor) -> Tensor:
     """The mean of y over the group of each pair: ``[P] -> [P]``."""
-    return group_sum(labels, y) / group_size(labels, like=y)
+    return over_pairs(labels, y, "sum") / group_size(labels, like=y)
 
 
 def group_log_mean_exp(labels: Tensor, y: Tensor) -> Tensor:
     """log of the mean of exp(y) over the group of each pair: ``[P] -> [P]``."""
-    largest = torch.where(same_group(labels), y.detach(), -torch.inf).amax(1)
+    largest = over_pairs(labels, y.detach(), "max")
     return group_mean(labels, (y - largest).exp()).log() + largest
 
 

@@ -99,6 +99,8 @@ def both_sides(t: Tokens, y: Tensor) -> Tensor:
 
 def positions(t: Tokens) -> Tensor:
     """For each token the number of active tokens of its sequence up to and including it: ``[N]``."""
+    if t.equal:
+        return by_sequence(t, t.active).cumsum(1, dtype=torch.int32).flatten()
     counts = active_counts(t).long()
     return t.active.cumsum(0) - to_tokens(t, counts.cumsum(0) - counts)
 

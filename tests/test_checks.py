@@ -10,7 +10,18 @@ import pytest
 
 import lossfns
 from lossfns import LossInputError, k3, rollout
-from lossfns.checks import KNOBS, check_coefficients, check_knobs, check_non_negative, check_positive, check_share
+from lossfns.checks import (
+    KNOBS,
+    check_clip,
+    check_coefficients,
+    check_cov_bounds,
+    check_fraction,
+    check_knobs,
+    check_non_negative,
+    check_positive,
+    check_positive_or_none,
+    check_share,
+)
 
 TINY = math.ulp(0.0)
 BELOW, ABOVE = math.nextafter(1.0, 0.0), math.nextafter(1.0, 2.0)
@@ -29,6 +40,7 @@ ACCEPTED: dict[str, list[Any]] = {
     "value_clip": [None, TINY, 0.2, 1e9],
     "label_smoothing": [0, 0.25, 0.5],
     "level": [lambda t, log_weight: log_weight],
+    "behaviour": ["old_logprobs", "sampler_logprobs"],
     "outer_clip": [(0.4, 3.0), (0.0, math.inf)],
     "region": [lossfns.two_side, lambda ratio, advantages, clip: ratio > 0],
     "is_weight": [lossfns.ratio_weight, lambda ratio: ratio.sqrt()],
@@ -66,6 +78,7 @@ REFUSED: dict[str, list[Any]] = {
     "value_clip": [0, -0.2, True, "0.2", math.nan, math.inf],
     "label_smoothing": [-TINY, math.nextafter(0.5, 1), 1, *NO_NUMBER],
     "level": ["sequence_level", "token", None],
+    "behaviour": ["ref_logprobs", "old", None, 1, True],
     "outer_clip": [(0.6, 2.0, 1.0), (0.4, 0.9), (1.5, 3.0), 0.6, None],
     "region": ["one-side", None, (0.8, 1.2)],
     "is_weight": ["none", None, 1.0],
@@ -90,6 +103,13 @@ REFUSED: dict[str, list[Any]] = {
 
 RANGES: dict[Any, tuple[list[Any], list[Any]]] = {
     check_positive: ([TINY, 2, 2.0], [0, -1, *NO_NUMBER]),
+    check_clip: (ACCEPTED["clip"], REFUSED["clip"]),
+    check_positive_or_none: ([None, TINY, 4.0], [0, -1, True, "4", math.nan, math.inf]),
+    check_fraction: ([TINY, 0.2, 1], [0, -0.1, ABOVE, *NO_NUMBER]),
+    check_cov_bounds: (
+        [(1, 5), (-1.0, 1.0), [0.5, 2.0], (-math.inf, math.inf)],
+        [(5, 1), (1.0, 1.0), (1.0,), (1, 2, 3), 1.0, None, ("1", 5), (True, 5), (math.nan, 1.0)],
+    ),
     check_non_negative: ([0, 0.0, TINY, 1e9], [-TINY, -1, *NO_NUMBER]),
     check_share: ([0, 0.5, 1], [-TINY, ABOVE, *NO_NUMBER]),
     check_coefficients: (

@@ -222,4 +222,9 @@ def test_no_preset_is_another_under_the_same_settings_unless_it_is_documented_as
 @pytest.mark.parametrize("name", TWINS)
 def test_a_documented_twin_is_the_loss_that_its_docstring_names(name: str) -> None:
     assert f"``{name}()`` is ``" in " ".join((PRESETS[name].__doc__ or "").split())
-    assert value_and_gradient(PRESETS[name]()) == value_and_gradient(TWINS[name])
+    loss, twin = PRESETS[name](), TWINS[name]
+    assert value_and_gradient(loss) == value_and_gradient(twin)
+    for changed in settings(loss):
+        shared = {knob: x for knob, x in changed.knobs.items() if knob in twin.knobs}
+        if all(changed.knobs[knob] == x for knob, x in loss.knobs.items() if knob not in shared):
+            assert value_and_gradient(changed) == value_and_gradient(with_settings(twin, **shared)), changed

@@ -59,3 +59,9 @@ def test_no_shape_depends_on_a_value() -> None:
         assert fn(t, x).shape == (3,)
         assert segments.to_tokens(t, fn(t, x)).shape == (6,)
     assert segments.weight_divisor(t).shape == segments.nonempty(t).shape == (3,)
+
+
+def test_rows_of_one_label_have_one_index_below_their_number() -> None:
+    labels = torch.tensor([7.0, -1.0, 7.0, 3.0, -1.0])
+    assert segments.group_index(labels).tolist() == [3, 0, 3, 2, 0]
+    assert segments.group_sum(labels, torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])).tolist() == [4, 7, 4, 4, 7]

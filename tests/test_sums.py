@@ -312,7 +312,10 @@ def test_every_form_is_the_datum_form() -> None:
                 "deferred": partial(case.loss.deferred().padded, leaf, **columns),
             }[form]()
             total.backward()
-            found = found.finalise() if form == "deferred" else found
+            if form == "deferred":
+                assert {name for name in metrics if "/" in name} >= {name for name in found.tensors if "/" in name}
+                assert found.tensors.keys() >= {f"{name}/loss" for name in case.parts}
+                found = found.finalise()
             assert leaf.grad is not None
             torch.testing.assert_close([total, leaf.grad], [value, expected], rtol=1e-12, atol=1e-15, msg=form)
             assert found == pytest.approx(metrics, rel=1e-12), f"{case.loss!r} {form}"
@@ -449,6 +452,10 @@ def test_a_part_without_tokens_adds_nothing_and_a_batch_without_any_is_refused()
     value.backward()
     assert value.item() == 1.5 and metrics["ce/loss"] == metrics["ce/denominator"] == metrics["ce/nll"] == 0
     assert lp.grad is not None and lp.grad.tolist() == [[-0.5, -0.5]]
+    data = [Datum(ModelInput.from_ints([0, 0]), {"target_tokens": np.zeros(2, np.int64)})]
+    bound = loss.bind(weights=ones, ce_weights=zeros, advantages=[1.0])
+    assert [part.divisor for part in bound.by_part(data).values()] == [2.0, 1.0]
+    assert token_gradient(bound, data)(lp[0].detach(), slice(0, 2)).tolist() == [-0.5, -0.5]
     alone, metrics = loss.padded(lp, zeros, ce_weights=ones, advantages=torch.tensor([math.nan]))
     assert alone.item() == 0.75 and metrics["rl/loss"] == 0
     with pytest.raises(LossInputError, match="at least one active token"):
@@ -503,6 +510,7 @@ def test_refusals() -> None:
         ("2 finite numbers", lambda: loss.bind(denominator=3.0)),
         ("2 finite numbers", lambda: loss.bind(denominator=[1.0, math.nan])),
         ("2 finite numbers", lambda: loss.bind(denominator=[0.0, 0.0])),
+        ("2 finite numbers", lambda: loss.bind(denominator=[-1.0, 2.0])),
         ("2 finite numbers", lambda: loss.bind(denominator="12")),
         ("in \\[0, 1\\]", lambda: lossfns.chord(ppo(), mu=1.5)),
         ("at least 0", lambda: lossfns.echo(ppo(), alpha=-1.0)),
@@ -536,6 +544,8 @@ def test_repr_copies_and_metrics_of_merged_norms() -> None:
     assert merged == pytest.approx(everything, rel=1e-12)
     with pytest.raises(LossInputError, match="denominators of the whole batch"):
         merge_metrics([everything, everything])
+    with pytest.raises(LossInputError, match="one coefficient for each part"):
+        merge_metrics([everything, everything | {"ce/coefficient": 0.7}])
 
 
 def test_a_trainer_with_one_mask_takes_a_sum_that_shares_it() -> None:

@@ -34,20 +34,16 @@ from lossfns.weigh import Weighing, datum_mean, token_mean
 
 
 class Ranking(NamedTuple):
-    """The tokens of a batch by group, in ascending order of a number; those that do not compete come last in each.
+    """The competing tokens of a batch by group, in ascending order of a number.
 
     Attributes:
-        slot: ``[B]`` the place of each sequence's group, as in ``group_index``.
-        key: ``[N]`` an integer for each token: slot, whether it does not compete, and the number in float32.
-        keys: ``[N]`` the keys in ascending order.
-        order: ``[N]`` the tokens in this order.
+        key: ``[N]`` an integer for each token: the place of its group above the bits of the number in float32.
+        keys: ``[N]`` the keys in ascending order; those of tokens that do not compete come last.
         first: ``[B]`` the position of the first token of each sequence's group in this order.
     """
 
-    slot: Tensor
     key: Tensor
     keys: Tensor
-    order: Tensor
     first: Tensor
 
     def before(self, t: Tokens, count: Tensor) -> Tensor:
@@ -63,9 +59,9 @@ def rank(t: Tokens, x: Tensor, competes: Tensor) -> Ranking:
     slot = group_index(group_labels(t))
     bits = (x.float() + 0.0).view(torch.int32)  # −0 becomes 0
     in_order = bits ^ ((bits >> 31) & torch.iinfo(torch.int32).max)  # the order of floats as integers
-    key = ((to_tokens(t, 2 * slot) + ~competes) << 32) + in_order
-    keys, order = key.sort()
-    return Ranking(slot, key, keys, order, torch.searchsorted(keys, (2 * slot << 32) + torch.iinfo(torch.int32).min))
+    key = ((to_tokens(t, slot) + ~competes * t.sequences) << 32) + in_order
+    keys = key.sort().values
+    return Ranking(key, keys, torch.searchsorted(keys, (slot << 32) + torch.iinfo(torch.int32).min))
 
 
 def largest_share(t: Tokens, x: Tensor, among: Tensor, share: float) -> Tensor:
@@ -81,15 +77,16 @@ def largest_share(t: Tokens, x: Tensor, among: Tensor, share: float) -> Tensor:
 def smallest_with_mean(t: Tokens, x: Tensor, bound: float) -> Tensor:
     """The active tokens of each group without those of the largest x, so that the mean of x is at most the bound.
 
-    Tokens of equal x, compared in float32, are left out together.
+    x is at least 0, in float32. Tokens of equal x are left out together.
     """
     ranking = rank(t, x, t.active)
-    excess = ((x - bound) * to_dtype(t.active, x.dtype))[ranking.order]
-    of_position = ranking.keys >> 33
+    of_position = ranking.keys >> 32  # the place of the group
+    excess = ranking.keys.int().view(torch.float32).double() - bound
     sums = excess.cumsum(0)
-    base = sums.new_zeros(t.sequences).index_copy(0, ranking.slot, (sums - excess)[ranking.first])
-    stays = (sums - base[of_position] <= 0).long()
-    count = torch.zeros_like(ranking.slot).index_add(0, of_position, stays)[ranking.slot]
+    slot = group_index(group_labels(t))
+    base = sums.new_zeros(2 * t.sequences).index_copy(0, slot, (sums - excess)[ranking.first])
+    stays = to_dtype(sums <= base[of_position], torch.float64)
+    count = torch.zeros_like(base).index_add(0, of_position, stays)[slot].long()
     return t.active & ranking.before(t, count)
 
 

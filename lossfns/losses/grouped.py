@@ -20,7 +20,6 @@ from lossfns.margins import (
     smoothed,
 )
 from lossfns.segments import chosen, rejected, weighted_sum
-from lossfns.statistics import OnDemand
 from lossfns.tokens import Tokens
 from lossfns.weigh import Weighing, pair_mean
 
@@ -59,8 +58,9 @@ def aot(beta: float = 0.1, label_smoothing: float = 0.0, weigh: Weighing = pair_
     link = smoothed(logistic_link, label_smoothing)
 
     def transported(t: Tokens, c: Tensor, r: Tensor) -> Tensor:
-        policy, reference = weighted_sum(t, t.logprobs), weighted_sum(t, t.ref_logprobs)
-        x, y = (chosen(t, side) - rejected(t, side) for side in (policy, reference))
+        policy = weighted_sum(t, t.logprobs)
+        x = chosen(t, policy) - rejected(t, policy)
+        y = (x - (c - r)).detach()
         return link(beta * (x - same_rank(pair_groups(t), x, y)))
 
     return pair_loss(transported, log_ratio_sum, beta, weigh, ("groups",))
@@ -172,17 +172,12 @@ def beta_dpo(beta: float = 0.1, alpha: float = 0.6, min_beta: float = 1e-3, weig
     0.0486
     """
 
-    def dynamic(t: Tokens, m: Tensor) -> Tensor:
-        gap = group_mean(pair_groups(t), m) - pair_number(t, t.reference_point)
-        return (beta * (1 + alpha * gap)).clamp(min=min_beta)
+    def calibrated(t: Tokens, c: Tensor, r: Tensor) -> tuple[Tensor, Statistics]:
+        gap = group_mean(pair_groups(t), (c - r).detach()) - pair_number(t, t.reference_point)
+        dynamic = (beta * (1 + alpha * gap)).clamp(min=min_beta)
+        return logistic_link(dynamic * (c - r)), {"beta_used": dynamic}
 
-    def calibrated(t: Tokens, c: Tensor, r: Tensor) -> Tensor:
-        return logistic_link(dynamic(t, (c - r).detach()) * (c - r))
-
-    def statistics(t: Tokens, c: Tensor, r: Tensor) -> Statistics:
-        return OnDemand(beta_used=lambda: dynamic(t, c - r))
-
-    return pair_loss(calibrated, log_ratio_sum, beta, weigh, ("groups", "reference_point"), statistics)
+    return pair_loss(calibrated, log_ratio_sum, beta, weigh, ("groups", "reference_point"))
 
 
 @preset

@@ -13,10 +13,11 @@ from lossfns.statistics import OnDemand
 from lossfns.tokens import PAIRS, Tokens
 from lossfns.weigh import Weighing
 
-PairTerm = Callable[[Tokens, Tensor, Tensor], Tensor]
-"""A function ``(t, c [P], r [P]) -> loss of each pair [P]`` of the rewards of the chosen and of the rejected side."""
-PairStatistics = Callable[[Tokens, Tensor, Tensor], Statistics]
-"""A function ``(t, c [P], r [P]) -> statistics of each pair``, of rewards without a graph."""
+PairTerm = Callable[[Tokens, Tensor, Tensor], Tensor | tuple[Tensor, Statistics]]
+"""A function ``(t, c [P], r [P]) -> loss of each pair [P]`` of the rewards of the chosen and of the rejected side.
+
+It may also return ``(loss, statistics)``.
+"""
 
 
 def accuracy(difference: Tensor) -> Tensor:
@@ -35,7 +36,6 @@ def pair_loss(
     beta: float,
     weigh: Weighing,
     reads: Sequence[str] = (),
-    more_statistics: PairStatistics = lambda t, c, r: OnDemand(),
     output: str = "logprobs",
 ) -> Loss:
     """term(t, c, r) of each pair, with c and r the rewards of its chosen and of its rejected side, before β.
@@ -55,6 +55,8 @@ def pair_loss(
             rejected_reward=lambda: beta * plain_r,
             accuracy=lambda: accuracy(plain_c - plain_r),
         )
-        return term(t, c, r), statistics | more_statistics(t, plain_c, plain_r)
+        result = term(t, c, r)
+        loss, more = result if isinstance(result, tuple) else (result, {})
+        return loss, statistics | more
 
     return make_loss(terms, tuple(dict.fromkeys((*reward.reads, *reads))), weigh, rows=PAIRS, output=output)

@@ -183,11 +183,9 @@ def cpo(
     """
     compare = smoothed(link, label_smoothing)
 
-    def contrastive(t: Tokens, c: Tensor, r: Tensor) -> Tensor:
-        return compare(beta * (c - r)) - nll_weight * chosen(t, nll(t))
-
-    def statistics(t: Tokens, c: Tensor, r: Tensor) -> Statistics:
-        return OnDemand(nll=lambda: -chosen(t, nll(t)).detach())
+    def contrastive(t: Tokens, c: Tensor, r: Tensor) -> tuple[Tensor, Statistics]:
+        a = chosen(t, nll(t))
+        return compare(beta * (c - r)) - nll_weight * a, {"nll": -a.detach()}
 
     check_reward("nll", nll)
-    return pair_loss(contrastive, reward, beta, weigh, nll.reads, statistics)
+    return pair_loss(contrastive, reward, beta, weigh, nll.reads)

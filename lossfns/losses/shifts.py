@@ -12,7 +12,6 @@ from lossfns.loss import Loss, Statistics, preset
 from lossfns.losses.pairs import of_margin, pair_loss
 from lossfns.margins import REFERENCE, Reward, desensitised, log_ratio_sum, logistic_link, pair_number
 from lossfns.segments import active_counts, chosen, rejected, weighted_mean
-from lossfns.statistics import OnDemand
 from lossfns.tokens import Tokens
 from lossfns.weigh import Weighing, pair_mean
 
@@ -275,15 +274,10 @@ def wpo(beta: float = 0.1, weigh: Weighing = pair_mean) -> Loss:
     0.0156
     """
 
-    def likeness(t: Tokens) -> Tensor:
+    def weighted(t: Tokens, c: Tensor, r: Tensor) -> tuple[Tensor, Statistics]:
         log_square = torch.where(t.active, t.sum_square_probs, 1.0).log()
-        v = weighted_mean(t, t.logprobs.detach() - log_square)
-        return (chosen(t, v) + rejected(t, v)).exp()
+        log_v = weighted_mean(t, t.logprobs.detach() - log_square)
+        weight = (chosen(t, log_v) + rejected(t, log_v)).exp()
+        return weight * logistic_link(beta * (c - r)), {"pair_weight": weight}
 
-    def weighted(t: Tokens, c: Tensor, r: Tensor) -> Tensor:
-        return likeness(t) * logistic_link(beta * (c - r))
-
-    def statistics(t: Tokens, c: Tensor, r: Tensor) -> Statistics:
-        return OnDemand(pair_weight=lambda: likeness(t))
-
-    return pair_loss(weighted, log_ratio_sum, beta, weigh, ("sum_square_probs",), statistics)
+    return pair_loss(weighted, log_ratio_sum, beta, weigh, ("sum_square_probs",))

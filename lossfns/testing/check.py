@@ -221,21 +221,13 @@ def prepare_loss(
             coupled = {law.__name__: f"it couples the batch: {couples}" for law in (*COUPLED, *OF_SINGLE_DATUMS)}
         by_design = broken_by_design(loss_fn)
         coupled = {name: why for name, why in (coupled | by_design).items() if name in {law.__name__ for law in laws}}
-        loss_fn = complete
         if isinstance(loss_fn, Loss) and loss_fn.parts:
             skip = {**skipped_in_sums(loss_fn, laws), **skip}
+        loss_fn = complete
         made = law_trials(loss_fn, kind, targets, examples, laws, guessed)
         claimed = "" if claim is None or claim is loss_fn else repr(claim)
         form = loss_fn.description if isinstance(loss_fn, Adapted) else ""
         return Trials(kind, guessed, couples, claimed, form, without_skipped(made, {**coupled, **skip}))
-
-
-def compares_datums(loss_fn: LossFn, kind: str) -> bool:
-    """Return whether a loss that compares the datums of a group is constant where each datum is its own group."""
-    if not isinstance(loss_fn, CompletedLoss) or not loss_fn.loss.couples_groups:
-        return False
-    gradients = gradients_or_none(loss_fn, columns_for_kind(SMALL[1], kind, detect_targets(loss_fn, kind)))
-    return gradients is not None and not any(g for row in gradients for g in row)
 
 
 def skipped_in_sums(loss: Loss, laws: Sequence[Law]) -> dict[str, str]:
@@ -245,6 +237,14 @@ def skipped_in_sums(loss: Loss, laws: Sequence[Law]) -> dict[str, str]:
     of_sums -= {sums.duplication} if len(raw) > 1 else set()
     reason = "it adds up losses, and this is a law of each by itself: check its parts"
     return {law.__name__: reason for law in laws if law in set().union(*LAWS_BY_KIND.values()) - of_sums}
+
+
+def compares_datums(loss_fn: LossFn, kind: str) -> bool:
+    """Return whether a loss that compares the datums of a group is constant where each datum is its own group."""
+    if not isinstance(loss_fn, CompletedLoss) or not loss_fn.loss.couples_groups:
+        return False
+    gradients = gradients_or_none(loss_fn, columns_for_kind(SMALL[1], kind, detect_targets(loss_fn, kind)))
+    return gradients is not None and not any(g for row in gradients for g in row)
 
 
 def without_skipped(made: list[Trial], skipped: Mapping[str, str]) -> list[Trial]:

@@ -133,7 +133,7 @@ def detect_kind(loss_fn: LossFn) -> tuple[str, bool]:
     """
     loss = loss_fn.loss if isinstance(loss_fn, BoundLoss) else loss_fn
     if isinstance(loss, Loss):
-        if loss.parts:
+        if loss.parts and loss.rows not in (PAIRS, SEQUENCES):
             return "any", False
         kind = declared_kind(loss)
         if kind is not None:
@@ -180,16 +180,12 @@ UNLIKE_THEIR_KIND = {"unlikelihood": "it lowers the likelihood of its tokens"}
 """Preset → why it does not obey the laws of the kind that its columns show."""
 
 BY_DESIGN = {
-    "ce_gppo": {"clip": "beyond the bounds the value is constant and the gradient is kept, as the paper has it"},
-    **{
-        key: {"no_inert_knob": "the tokens of a datum have one advantage, and covariance 0"}
-        for key in ("clip_cov", "kl_cov")
-    },
-    "fipo": dict.fromkeys(
-        ("padding", "metric_scope"), "a discount counts positions, so that masked tokens inside a sequence matter"
-    ),
+    "ce_gppo": (("clip",), "beyond the bounds the value is constant and the gradient is kept, as in the paper"),
+    "clip_cov": (("no_inert_knob",), "the tokens of a datum have one advantage, and so the covariance 0"),
+    "kl_cov": (("no_inert_knob",), "the tokens of a datum have one advantage, and so the covariance 0"),
+    "fipo": (("padding", "metric_scope"), "the discount counts positions, those of masked tokens too"),
 }
-"""Preset → law → why the preset breaks it."""
+"""Preset → the laws that it breaks, and why."""
 
 
 def is_own(loss: Loss, names: Mapping[str, Any]) -> bool:
@@ -203,11 +199,9 @@ def broken_by_design(loss_fn: Any) -> dict[str, str]:
     broken: dict[str, str] = {}
     while isinstance(loss, Loss):
         if is_own(loss, BY_DESIGN):
-            broken |= BY_DESIGN[loss.name]
+            broken |= dict.fromkeys(*BY_DESIGN[loss.name])
         if loss.rows is TARGETS and "teacher_logprobs" in loss.reads:
-            broken |= dict.fromkeys(
-                ("signal", "canary"), "it compares the candidates of a position, which has one here"
-            )
+            broken |= dict.fromkeys(("signal", "canary"), "it compares the candidates of a position, here a single one")
         loss = loss.knobs.get("loss")
     return broken
 

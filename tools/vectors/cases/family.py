@@ -23,6 +23,10 @@ SMALLEST_FLOAT32 = 2.0**-126
 """The smallest normal number of float32."""
 
 SETTINGS: dict[str, dict[str, Any]] = {
+    # Of a few tokens, the smallest share is none, and no covariance is above 1.
+    "clip_cov": {"fraction": 0.25, "cov_bounds": (0.05, 5.0)},
+    "kl_cov": {"fraction": 0.25},
+    "m2po": {"threshold": 0.1},
     # Of one candidate, the renormalised probability is 1.
     **{
         name: {"support": "tail_support"}
