@@ -80,16 +80,10 @@ def ours(row: Row) -> Side:
         made = eval(row.call, {**vars(lossfns), **b.columns, "lp": b.lp, "mask": b.mask, "lengths": b.lengths})
         if not isinstance(made, Loss):
             return torch.as_tensor(made[0] if isinstance(made, tuple) else made)
-        columns = [name for name in b.columns if name in made.reads or (name.endswith("_weights") and is_sum(made))]
-        loss, _ = made.padded(b.lp, b.mask, **{name: b.columns[name] for name in columns})
+        loss, _ = made.padded(b.lp, b.mask, **{name: b.columns[name] for name in made.reads})
         return loss
 
     return side(function, batch_of(row.inputs))
-
-
-def is_sum(loss: Loss) -> bool:
-    """Return whether a loss is a sum of losses, whose parts have columns of weights."""
-    return loss.name == "sum_losses"
 
 
 def peers(row: Row) -> Side:

@@ -77,6 +77,10 @@ def ragged(lengths: list[int], width: int) -> Tensor:
     return table([[1.0] * n + [0.0] * (width - n) for n in lengths])
 
 
+SECOND_WEIGHTS = ("ce_weights", "nll_weights", "sft_weights", "positive_weights")
+"""The columns of the weights of the second part, by our names."""
+
+
 def policy() -> Batch:
     """Six answers to two prompts of three each, with every column of a policy loss."""
     rng, shape = Random(15), (6, 7)
@@ -169,11 +173,18 @@ def chosen() -> Batch:
     return Batch(b.leaf, b.sft_weights, b.columns)
 
 
+def equal_margins() -> Batch:
+    """The pairs with one target margin for all."""
+    b = pairs()
+    return Batch(b.leaf, b.mask, {**b.columns, "target_margin": table([[0.5, 0.0]] * 4).flatten()})
+
+
 def two_parts() -> Batch:
-    """The policy batch in two parts: answers of positive advantage, and the others under weights of their own."""
+    """The policy batch in two parts: answers of negative advantage, and the others under weights of their own."""
     b = policy()
     positive = (b.advantages > 0)[:, None].double()
-    return Batch(b.leaf, b.mask * positive, {**b.columns, "pg_weights": b.mask * (1 - positive)})
+    second = dict.fromkeys(SECOND_WEIGHTS, b.mask * positive)
+    return Batch(b.leaf, b.mask * (1 - positive), {**b.columns, **second})
 
 
 def scores() -> Batch:
@@ -244,6 +255,7 @@ INPUTS = {
         no_reference_point,
         pairs,
         chosen,
+        equal_margins,
         two_parts,
         scores,
         values,

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tools.rosetta.formulas import pair_means, pair_sums
 from tools.rosetta.inputs import Batch
 from tools.rosetta.installed import Peer
 from tools.rosetta.row import Framework
@@ -48,6 +49,16 @@ def sapo() -> Peer:
     return Peer("areal", (*PARTS, (FUNCTIONAL, "sapo_loss_fn")), run, NAMES)
 
 
+def dpo(kind: str) -> Peer:
+    """Return dpo_preference_loss, averaged over pairs; ipo takes means over tokens."""
+
+    def run(names: dict[str, Any], b: Batch) -> Tensor:
+        chosen, rejected = (pair_means if kind == "ipo" else pair_sums)(b, b.lp - b.ref_logprobs)
+        return names["dpo_preference_loss"](chosen - rejected, beta=0.1, loss_type=kind).mean()
+
+    return Peer("areal", ((FUNCTIONAL, "dpo_preference_loss"),), run, NAMES)
+
+
 def rows() -> None:
     """Add the rows."""
     no_cap = "log_ratio_cap=None"
@@ -79,6 +90,14 @@ def rows() -> None:
     )
     areal.equal(
         "sapo", f"sapo(weigh=token_mean, {no_cap})", sapo(), why="a mean over tokens, not the paper's over sequences"
+    )
+    areal.equal("DPO, loss_type=sigmoid", "dpo()", dpo("sigmoid"), inputs="pairs")
+    areal.equal(
+        "DPO, loss_type=ipo",
+        "ipo(reward=log_ratio_mean)",
+        dpo("ipo"),
+        inputs="pairs",
+        why="means over tokens; the paper's equation has sums",
     )
     areal.different(
         "m2_threshold=0.04",

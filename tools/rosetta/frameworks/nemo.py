@@ -106,12 +106,19 @@ def rows() -> None:
     )
     nemo.equal(
         "positive_example_nll_weight=0.1 (VAPO), reference_policy_kl_penalty=0",
-        f"sum_losses(rl=ppo({no_cap}), nll=cross_entropy(), coefficients={{'nll': 0.1}}, "
-        "weights={'nll': 'pg_weights'})",
-        lambda b: token_mean(b, ppo(b)) - 0.1 * (b.lp * b.pg_weights).sum() / b.pg_weights.sum(),
+        f"vapo_nll(ppo({no_cap}))",
+        lambda b: token_mean(b, ppo(b)) - 0.1 * (b.lp * b.nll_weights).sum() / b.nll_weights.sum(),
         inputs="two_parts",
         why="NeMo-RL divides the second part by the tokens of the rank",
     )
+    for kind, estimate in (("k1", lambda d: d), ("k2", lambda d: d.square() / 2)):
+        nemo.equal(
+            f"reference_policy_kl_type={kind}, penalty 0.01",
+            f"with_kl(ppo({no_cap}), 0.01, {kind}, rollout.score_function, 10.0)",
+            lambda b, f=estimate: token_mean(
+                b, ppo(b) + 0.01 * (b.lp - b.lp.detach()).exp() * f(log_ratio(b, "ref_logprobs"))
+            ),
+        )
     nemo.equal("DPOLossFn", "dpo(beta=0.05)", dpo, inputs="pairs")
     for kind, forward, call in (
         ("forward", 1.0, "top_k_forward_kl()"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from tools.rosetta.formulas import clipped, k3, log_ratio, pair_means, pair_sums, token_mean, weighted
+from tools.rosetta.formulas import clipped, k3, log_ratio, pair_means, pair_sums, per_sequence, token_mean, weighted
 from tools.rosetta.inputs import Batch
 from tools.rosetta.row import Framework
 
@@ -41,6 +41,14 @@ def simpo(b: Batch) -> Tensor:
     return -F.logsigmoid(5.0 * (chosen - rejected - 0.3)).mean()
 
 
+def vaco(b: Batch) -> Tensor:
+    """0 where A·(lp − old) > 0 in a sequence whose mean |r − 1| is above 0.2."""
+    ratio = log_ratio(b).exp()
+    far = per_sequence(b, (ratio.detach() - 1).abs()) > 0.2
+    keep = ~(far & (b.A * log_ratio(b).detach() > 0))
+    return token_mean(b, clipped(ratio, b.A, 0.8, 1.272) * keep)
+
+
 def rows() -> None:
     """Add the rows."""
     ppo = "ppo(clip=(0.8, 1.272), log_ratio_cap=None)"
@@ -65,6 +73,13 @@ def rows() -> None:
         "loss_fn=cispo, beta=0",
         "with_tis(cispo(clip=(0.0, 1.272), log_ratio_cap=None))",
         lambda b: token_mean(b, weighted(b, log_ratio(b).exp().clamp(max=1.272)) * rho(b)),
+    )
+    open_instruct.equal(
+        "vaco mask, delta 0.2, loss_fn=dapo, beta=0, no rho",
+        "with_vaco_mask(ppo(clip=(0.8, 1.272), log_ratio_cap=None), 0.2)",
+        vaco,
+        inputs="sampler_is_old",
+        why="their ratio is that of the old policy and the sampler",
     )
     dpo = {"inputs": "pairs", "source": "open_instruct/dpo_utils.py"}
     open_instruct.equal("loss_type=dpo", "dpo()", lambda b: -F.logsigmoid(0.1 * margin(b, False)).mean(), **dpo)

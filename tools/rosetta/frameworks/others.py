@@ -18,6 +18,8 @@ from tools.rosetta.row import Framework
 unsloth = Framework("unsloth_zoo 2026.10.9", "unsloth_zoo/rl_replacements.py")
 torchtitan = Framework("torchtitan 0.3.0", "torchtitan/experiments/rl/losses/dapo.py")
 llamafactory = Framework("LLaMA-Factory 0.9.5", "llamafactory/train/dpo/trainer.py", "pairs")
+rllm = Framework("rLLM (main, 2026-11)", "rllm/trainer/algorithms/advantage.py", "samples")
+flashinfer = Framework("flashinfer (main, 2026-11)", "flashinfer/chunked_lm_head.py")
 xtuner = Framework("xtuner (main, 2026-11)", "xtuner/v1/rl/loss/oreal_loss.py")
 
 
@@ -117,19 +119,36 @@ def rows() -> None:
         inputs="policy",
         source="llamafactory/train/trainer_utils.py",
     )
+    rllm.equal(
+        "prpo",
+        "batch_advantages(rewards)",
+        lambda b: (b.rewards - b.rewards.mean()) / (b.rewards.std(correction=0) + 1e-6),
+    )
+    flashinfer.equal(
+        "policy",
+        "capped_importance_sampling(log_ratio_cap=None)",
+        capped,
+        why="the gradient is 0 above the cap, whatever the sign of A",
+    )
     xtuner.equal(
-        "OREAL, positive factor 1, negative factor 0.5",
-        "sum_losses(sft=cross_entropy(), pg=reinforce(), coefficients={'pg': 0.5}, weights={'sft': 'weights'})",
+        "OREAL, negative factor 0.5",
+        "oreal(reinforce(), negative_factor=0.5)",
         oreal,
         inputs="two_parts",
         why="a positive and a negative denominator",
     )
 
 
+def capped(b: Batch) -> Tensor:
+    """−min(exp(lp − sampler), 2)·A."""
+    return token_mean(b, -(b.lp - b.sampler_logprobs).exp().clamp(max=2.0) * b.A)
+
+
 def oreal(b: Batch) -> Tensor:
-    """SFT on its own tokens over their number, plus half the policy gradient on the others over theirs."""
-    sft = -(b.lp * b.mask).sum() / b.mask.sum()
-    return sft + 0.5 * (-(b.A * b.lp) * b.pg_weights).sum() / b.pg_weights.sum()
+    """0.5·PG(A <= 0) + PG(A > 0) + SFT(A > 0), each over its own tokens."""
+    gradient, positive = -b.A * b.lp, b.positive_weights
+    good = ((gradient - b.lp) * positive).sum() / positive.sum()
+    return 0.5 * (gradient * b.mask).sum() / b.mask.sum() + good
 
 
 rows()

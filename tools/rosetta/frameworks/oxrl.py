@@ -48,6 +48,18 @@ def kto() -> Peer:
     return Peer("oxrl", (("algs/kto.py", "KTO.compute_loss"),), run, NAMES)
 
 
+def policy(file: str) -> Peer:
+    """Return a policy loss without its KL."""
+    shared = ("prepare_loss_inputs", "compute_kl_distance", "compute_entropy_and_kl", "token_level_metrics")
+
+    def run(names: dict[str, Any], b: Batch) -> Tensor:
+        loss = names[f"compute_{file}_loss"]
+        return loss(b.lp, b.old_logprobs, b.A, b.mask, None, None, 0.2, 0.2, 0.0, 0.0)[0]
+
+    definitions = (*(("algs/losses/common.py", x) for x in shared), (f"algs/losses/{file}.py", f"compute_{file}_loss"))
+    return Peer("oxrl", definitions, run, NAMES)
+
+
 def rows() -> None:
     """Add the rows."""
     same = {
@@ -122,6 +134,28 @@ def rows() -> None:
         oxrl.different(
             f"algs/{file}.py", call, pair(file, name, extra=extra, **settings), why=why, source=f"oxrl/algs/{file}.py"
         )
+    oxrl.equal("algs/sppo.py", "sppo_hard()", pair("sppo", "SPPO"), source="oxrl/algs/sppo.py")
+    oxrl.equal(
+        "algs/odpo.py, odpo_delta=0.5",
+        "odpo()",
+        pair("odpo", "ODPO", odpo_delta=0.5),
+        inputs="equal_margins",
+        source="oxrl/algs/odpo.py",
+        why="one margin for all pairs; ours reads one for each",
+    )
+    oxrl.different(
+        "algs/alpha_dpo.py, first batch",
+        "alpha_dpo(beta=0.1, gamma=0.03)",
+        pair("alpha_dpo", "AlphaDPO", extra=("_update_ema",), _ema_initialized=False, alpha=0.1, gamma_beta_ratio=0.3),
+        source="oxrl/algs/alpha_dpo.py",
+        why="sums in place of means over tokens, β·α in place of α, and a running mean and variance",
+    )
+    for file, call in (
+        ("sgrpo", "ppo(log_ratio_cap=None)"),
+        ("gspo", "gspo(clip=(0.8, 1.2), log_ratio_cap=None)"),
+        ("cispo", "cispo(clip=(0.8, 1.2), log_ratio_cap=None)"),
+    ):
+        oxrl.equal(f"algs/losses/{file}.py", call, policy(file), inputs="policy", source=f"oxrl/algs/losses/{file}.py")
     oxrl.equal(
         "algs/rdpo.py, alpha=−0.01",
         "r_dpo()",

@@ -59,8 +59,8 @@ def rows() -> None:
     prime.equal("ref_kl component", "prime_ref_kl()", ref_kl)
     prime.equal(
         "rl and ce components, ce weight 0.1 (ECHO)",
-        "sum_losses(rl=prime_dppo(), ce=cross_entropy(), coefficients={'ce': 0.1}, weights={'ce': 'pg_weights'})",
-        lambda b: dppo(b, one_sided(b)) - 0.1 * (b.lp * b.pg_weights).sum() / b.pg_weights.sum(),
+        "echo(prime_dppo())",
+        lambda b: dppo(b, one_sided(b)) - 0.1 * (b.lp * b.ce_weights).sum() / b.ce_weights.sum(),
         inputs="two_parts",
         why="each component has its own count",
     )

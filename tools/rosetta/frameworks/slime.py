@@ -50,7 +50,11 @@ def rows() -> None:
         "gspo(clip=(0.8, 1.28), log_ratio_cap=None)",
         lambda b: sequence_mean(b, clipped(per_sequence(b, log_ratio(b)).exp().expand_as(b.lp), b.A, 0.8, 1.28)),
     )
-    slime.equal("--use-opsm, opsm_delta=1e-4", f"with_opsm({call})", lambda b: sequence_mean(b, ppo(b) * opsm(b)))
+    slime.equal(
+        "--use-opsm, opsm_delta=1e-4",
+        "opsm(clip=(0.8, 1.28), log_ratio_cap=None)",
+        lambda b: sequence_mean(b, ppo(b) * opsm(b)),
+    )
     slime.equal(
         "--use-tis",
         f"with_tis({call})",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tools.rosetta.formulas import clipped, log_ratio, token_mean
@@ -24,7 +25,7 @@ class PolicyLossFn:
         self.backend = backend
 
 
-def policy(file: str, name: str, **settings: Any) -> Peer:
+def policy(file: str, name: str, also: tuple[str, ...] = (), **settings: Any) -> Peer:
     """Return a policy loss."""
 
     def run(names: dict[str, Any], b: Batch) -> Tensor:
@@ -32,7 +33,18 @@ def policy(file: str, name: str, **settings: Any) -> Peer:
         return loss(logprob=b.lp, old_logprob=b.old_logprobs, action_mask=b.mask, advantages=b.A)[0]
 
     names = {"torch": torch, "PolicyLossFn": PolicyLossFn}
-    return Peer("trinity", (*SHARED, (f"{FOLDER}/{file}.py", name)), run, names)
+    path = f"{FOLDER}/{file}.py"
+    return Peer("trinity", (*SHARED, *((path, x) for x in also), (path, name)), run, names)
+
+
+def dpo() -> Peer:
+    """Return the preference loss."""
+
+    def run(names: dict[str, Any], b: Batch) -> Tensor:
+        return names["DPOLossFn"]()(logprob=b.lp, ref_logprob=b.ref_logprobs, action_mask=b.mask)[0]
+
+    names = {"torch": torch, "F": F, "PolicyLossFn": PolicyLossFn}
+    return Peer("trinity", (*SHARED, (f"{FOLDER}/dpo_loss.py", "DPOLossFn")), run, names)
 
 
 def rec(**settings: Any) -> Peer:
@@ -44,7 +56,7 @@ def rec(**settings: Any) -> Peer:
 def mix(b: Batch) -> Tensor:
     """0.9 times the PPO loss of the policy's tokens, plus 0.1 times the NLL of the expert's."""
     rl = token_mean(b, clipped(log_ratio(b, cap=20.0).exp(), b.A, 0.8, 1.2, 3.0))
-    return 0.9 * rl - 0.1 * (b.lp * b.pg_weights).sum() / b.pg_weights.sum()
+    return 0.9 * rl - 0.1 * (b.lp * b.sft_weights).sum() / b.sft_weights.sum()
 
 
 def rows() -> None:
@@ -93,11 +105,27 @@ def rows() -> None:
     trinity.equal("sppo", f"sppo_token({no_cap})", policy("sppo_loss_fn", "sPPOPolicyLossFn"))
     trinity.equal(
         "mix, mu=0.1, one expert part",
-        "sum_losses(rl=ppo(dual_clip=3.0), sft=cross_entropy(), "
-        "coefficients={'rl': 0.9, 'sft': 0.1}, weights={'sft': 'pg_weights'})",
+        "chord(ppo(dual_clip=3.0))",
         mix,
         inputs="two_parts",
         source=f"trinity/{FOLDER}/mix_policy_loss.py",
+    )
+    trinity.equal(
+        "asymre, baseline_shift -0.1",
+        "asymre_advantages(rewards, groups)",
+        lambda b: b.rewards - (b.rewards.view(2, 4).mean(1).repeat_interleave(4) - 0.1),
+        inputs="samples",
+        source="trinity/algorithm/advantage_fn/asymre_advantage.py",
+    )
+    for name, call in (("SFTISLossFn", "dft()"), ("SFTPhiLossFn", "sft_phi()")):
+        trinity.equal(f"chord's {name}", call, policy("chord_policy_loss", name, also=("phi_function",)))
+    trinity.equal("sft", "cross_entropy()", policy("sft_loss", "SFTLossFn"))
+    trinity.different(
+        "dpo",
+        "dpo()",
+        dpo(),
+        inputs="pairs",
+        why="sums over all pairs of the batch before the sigmoid: one margin for the whole batch",
     )
     trinity.equal("rec, clip_mode=none (default)", "reinforce()", rec())
     trinity.equal("rec, one-side", f"rec({no_cap})", rec(clip_mode="one-side"))

@@ -22,6 +22,13 @@ def rloo_advantage(b: Batch) -> Tensor:
     return (rewards - (rewards.sum(1, keepdim=True) - rewards) / 3).flatten()
 
 
+def gdpo(b: Batch) -> Tensor:
+    """Each reward standardised in its group, summed, and standardised in the batch."""
+    rewards = b.several_rewards.view(2, 4, 2)
+    total = ((rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)).sum(2).flatten()
+    return (total - total.mean()) / (total.std() + 1e-4)
+
+
 def rows() -> None:
     """Add the rows."""
     trl.equal(
@@ -48,6 +55,12 @@ def rows() -> None:
         "scale_rewards=none",
         'group_advantages(rewards, groups, scale="none")',
         lambda b: scaled(b, "none"),
+        inputs="samples",
+    )
+    trl.equal(
+        "multi_objective_aggregation=normalize_then_sum (GDPO)",
+        "gdpo_advantages(several_rewards, groups, eps=1e-4)",
+        gdpo,
         inputs="samples",
     )
     trl.equal(

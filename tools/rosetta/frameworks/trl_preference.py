@@ -185,6 +185,12 @@ def rows() -> None:
         "weights={'bco': 'weights'})",
         dpo(["sigmoid", "bco_pair", "sft"], loss_weights=[0.8, 0.2, 1.0]),
     )
+    preference.different(
+        "the same, for MPO's equation",
+        "mpo(dpo(), bco_pair())",
+        dpo(["sigmoid", "bco_pair", "sft"], loss_weights=[0.8, 0.2, 1.0]),
+        why="the NLL is a mean over the chosen tokens of the batch; ours a mean over pairs",
+    )
     add("KTOConfig()", "kto()", kto("kto"), source=f"trl/{KTO}", inputs="policy")
     add(
         "KTOConfig(loss_type=apo_zero_unpaired)",

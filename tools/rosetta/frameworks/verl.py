@@ -223,6 +223,13 @@ def rows() -> None:
         "with_binary_kl_mask(cispo(clip=(0.0, 20.0)), delta_low=0.2, delta_high=0.2)",
         policy("dppo_kl", clip_ratio_c=20.0),
     )
+    verl.equal(
+        "loss_mode=clip_cov, every candidate drawn",
+        "clip_cov(fraction=1.0, cov_bounds=(0.05, 5.0), log_ratio_cap=None)",
+        policy("clip_cov", policy_loss={"clip_cov_ratio": 1.0, "clip_cov_lb": 0.05}),
+        inputs="one_group",
+        why="with a smaller fraction verl draws tokens at random; ours takes those of the largest covariance",
+    )
     verl.equal("loss_mode=kl_cov", "kl_cov(kl_coef=0.1, log_ratio_cap=None)", policy("kl_cov"), inputs="one_group")
     kl_types = {
         "kl": "kl=k1",

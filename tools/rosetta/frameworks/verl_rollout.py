@@ -46,6 +46,18 @@ def value() -> Peer:
     return Peer("verl", (*MASKED, (CORE, "agg_loss"), (CORE, "compute_value_loss")), run, NAMES)
 
 
+def distillation() -> Peer:
+    """Return the k3 estimate towards a teacher, in the place of the reference, added to gpg."""
+
+    def run(names: dict[str, Any], b: Batch) -> Tensor:
+        functions(names)
+        estimate = names["kl_penalty"](b.lp, b.ref_logprobs, "low_var_kl")
+        return names["agg_loss"](estimate - b.A * b.lp, b.mask, "token-mean")
+
+    needed = ((CORE, "agg_loss"), (CORE, "kl_penalty_forward"), (CORE, "kl_penalty"))
+    return Peer("verl", (*MASKED, *needed), run, NAMES)
+
+
 def rows() -> None:
     """Add the rows."""
     for level, function in (("token", "token_level"), ("sequence", "sequence_level")):
@@ -83,6 +95,13 @@ def rows() -> None:
         "cispo(clip=(0.0, 2.0), weigh=sequence_sum_mean)",
         bypass(),
         inputs="sampler_is_old",
+    )
+    verl.equal(
+        "distillation loss_mode=k3 (default), beside gpg",
+        'with_kl(gpg(), 1.0, kl_cap=10.0)',
+        distillation(),
+        source="verl/trainer/distillation/losses.py",
+        why="ref_logprobs are the teacher's",
     )
     verl.equal("critic, cliprange_value=0.2", "value_loss()", value(), inputs="values")
 
