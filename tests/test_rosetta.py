@@ -96,7 +96,8 @@ def test_a_wrong_verdict_does_not_hold() -> None:
 
 def test_a_description_has_the_rows_of_a_loss_and_most_losses_have_some() -> None:
     lines = peer_lines("rec_ring")
-    assert any("Trinity" in line and "ring" in line for line in lines), lines
+    assert any("Trinity" in line and "ring" in line and line.endswith("(equal)") for line in lines), lines
+    assert any("(different: beta is 0.04 in Liger and 0 in TRL)" in line for line in peer_lines("bnpo"))
     without = [name for name in presets() if not peer_lines(name)]
     assert len(without) < len(presets()) / 3, without
 

@@ -98,7 +98,7 @@ def rows() -> None:
     )
     verl.equal(
         "distillation loss_mode=k3 (default), beside gpg",
-        'with_kl(gpg(), 1.0, kl_cap=10.0)',
+        "with_kl(gpg(), 1.0, kl_cap=10.0)",
         distillation(),
         source="verl/trainer/distillation/losses.py",
         why="ref_logprobs are the teacher's",
