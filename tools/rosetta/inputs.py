@@ -139,6 +139,17 @@ def far() -> Batch:
     return Batch(leaf, b.mask, {**b.columns, "old_logprobs": old})
 
 
+def far_reference() -> Batch:
+    """The policy batch with two tokens whose k3 is above 10: what the bounds of a KL are for."""
+    b = policy()
+    ref = b.ref_logprobs.clone()
+    leaf = b.leaf.clone()
+    leaf[0, 3], ref[0, 3] = -4.0, -0.5
+    leaf[3, 1], ref[3, 1] = -0.2, -12.5
+    old = torch.where(leaf == b.leaf, b.old_logprobs, leaf)
+    return Batch(leaf, b.mask, {**b.columns, "ref_logprobs": ref, "old_logprobs": old})
+
+
 def sampler_is_old() -> Batch:
     """The policy batch whose old policy is the sampler: no logprobs are computed again after sampling."""
     b = policy()
@@ -251,6 +262,7 @@ INPUTS = {
         one_group,
         masked_row,
         far,
+        far_reference,
         sampler_is_old,
         no_reference_point,
         pairs,

@@ -80,6 +80,12 @@ def rows() -> None:
         grpo(loss_type="grpo", beta=0.04),
         why="bounds of ±20 and 10 on the KL, unlike TRL",
     )
+    unsloth.equal(
+        "loss_type=grpo, beta=0.04, k3 above 10",
+        f"with_kl(ppo(weigh=sequence_mean, {no_cap}), 0.04, kl_cap=10.0)",
+        grpo(loss_type="grpo", beta=0.04),
+        inputs="far_reference",
+    )
     unsloth.equal("loss_type=dapo", f"bnpo({no_cap})", grpo(loss_type="dapo"))
     unsloth.equal("loss_type=dr_grpo", f"dr_grpo(weigh=fixed_length(16), {no_cap})", grpo(loss_type="dr_grpo"))
     unsloth.equal(

@@ -188,6 +188,9 @@ def rows() -> None:
     for kind, knobs in (("k1", "kl=k1"), ("abs", "kl=k_abs"), ("k2", "kl=k2"), ("k3", "kl_cap=10.0")):
         why = "the default" if kind == "k3" else ""
         skyrl.equal(f"kl_estimator_type={kind}", f"with_kl(reinforce(), 1.0, {knobs})", kl(kind), why=why)
+    skyrl.equal(
+        "kl_estimator_type=k3, k3 above 10", "with_kl(reinforce(), 1.0, kl_cap=10.0)", kl("k3"), inputs="far_reference"
+    )
 
 
 rows()

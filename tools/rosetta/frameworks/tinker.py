@@ -108,6 +108,17 @@ def nll() -> Peer:
     return Peer("tinker_cookbook", (("supervised/common.py", "compute_mean_nll"),), run, names)
 
 
+def sdft() -> Peer:
+    """Return the reverse KL of distillation/sdft.py over the teacher's renormalised candidates."""
+
+    def run(names: dict[str, Any], b: Batch) -> Tensor:
+        weights = b.teacher_logprobs.softmax(-1) * b.mask
+        data = [SimpleNamespace(loss_fn_inputs={"weights": SimpleNamespace(to_torch=lambda w=w: w)}) for w in weights]
+        return names["reverse_kl_custom_loss"](data, list(b.lp))[0]
+
+    return Peer("tinker_cookbook", (("distillation/sdft.py", "reverse_kl_custom_loss"),), run, {"torch": torch})
+
+
 def distillation(b: Batch) -> Tensor:
     """−r·(teacher − old): the teacher's log-ratio as the advantage of importance sampling."""
     return token_sum(b, -log_ratio(b).exp() * (b.teacher_logprobs - b.old_logprobs))
@@ -160,6 +171,13 @@ def recipes() -> None:
         nll(),
         inputs="policy",
         source="tinker_cookbook/supervised/common.py",
+    )
+    cookbook.equal(
+        "distillation/sdft.py, reverse_kl_custom_loss",
+        "top_k_reverse_kl(weigh=token_sum)",
+        sdft(),
+        inputs="candidates",
+        source="tinker_cookbook/distillation/sdft.py",
     )
     cookbook.equal(
         "distillation/train_on_policy.py, coefficient 1",

@@ -163,6 +163,12 @@ def rows() -> None:
         "grpo(kl_beta=0.04, kl=k3_uncapped, weigh=sequence_mean, log_ratio_cap=None)",
         grpo(loss_type="grpo", beta=0.04),
     )
+    trl.equal(
+        "loss_type=grpo, beta=0.04, k3 above 10",
+        "grpo(kl_beta=0.04, kl=k3_uncapped, weigh=sequence_mean, log_ratio_cap=None)",
+        grpo(loss_type="grpo", beta=0.04),
+        inputs="far_reference",
+    )
     trl.factor(
         "loss_type=grpo, a row masked whole",
         "grpo(kl_beta=0.0, weigh=sequence_mean, log_ratio_cap=None)",

@@ -22,6 +22,7 @@ DPO, KTO, SFT = "trainer/dpo_trainer.py", "trainer/kto_trainer.py", "trainer/sft
 CPO, ORPO = "experimental/cpo/cpo_trainer.py", "experimental/orpo/orpo_trainer.py"
 preference = Framework("TRL 1.16.0, offline", f"trl/{DPO}", "pairs")
 NAMES = {
+    "nn": torch.nn,
     "torch": torch,
     "F": F,
     "math": math,
@@ -132,11 +133,14 @@ def cpo(loss_type: str, **settings: Any) -> Peer:
     return Peer("trl", ((CPO, "CPOTrainer.cpo_loss"),), run, NAMES)
 
 
-def orpo(b: Batch) -> Tensor:
-    """λ·(−log σ(log-odds)) with means over tokens, plus the NLL of the chosen side as a mean over its tokens."""
-    chosen, rejected = sums(b, mean=True)
-    odds = chosen - rejected - torch.log(-torch.expm1(chosen)) + torch.log(-torch.expm1(rejected))
-    return chosen_nll(b) - 0.1 * F.logsigmoid(odds).mean()
+def orpo() -> Peer:
+    """Return the loss of ORPOTrainer: its method of the pairs, and its mean over chosen tokens."""
+
+    def run(names: dict[str, Any], b: Batch) -> Tensor:
+        losses, *_ = names["odds_ratio_loss"](self_of(), *sums(b, mean=True))
+        return chosen_nll(b) - losses.mean()
+
+    return Peer("trl", ((ORPO, "log1mexp"), (ORPO, "ORPOTrainer.odds_ratio_loss")), run, NAMES)
 
 
 def rows() -> None:
@@ -237,7 +241,7 @@ def rows() -> None:
     preference.different(
         "ORPOConfig()",
         "orpo()",
-        orpo,
+        orpo(),
         source=f"trl/{ORPO}",
         why="the NLL is a mean over the tokens of prompts and chosen answers; ours a mean over pairs",
     )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from tools.rosetta.frameworks.trl_preference import NAMES, SFT, preference
+from tools.rosetta.frameworks.trl_preference import NAMES, SFT, halves, model, preference, self_of, trained
 from tools.rosetta.inputs import Batch
 from tools.rosetta.installed import Peer
 
@@ -28,15 +28,47 @@ def gkd(beta: float) -> Peer:
     return Peer("trl", ((GKD, "GKDTrainer.generalized_jsd_loss"),), run, NAMES)
 
 
-def reward(b: Batch) -> tuple[Tensor, Tensor]:
-    """Scores of chosen and rejected."""
-    return b.leaf[0::2, 0], b.leaf[1::2, 0]
+def reward(coefficient: float | None = None) -> Peer:
+    """Return the loss of RewardTrainer."""
+
+    def run(names: dict[str, Any], b: Batch) -> Tensor:
+        self = self_of()
+        self.args.center_rewards_coefficient = coefficient
+        return names["compute_loss"](self, lambda **_: SimpleNamespace(logits=halves(b.leaf)), trained(b.mask, halves))
+
+    return Peer("trl", ((REWARD, "RewardTrainer.compute_loss"),), run, NAMES)
 
 
-def a2po(b: Batch) -> Tensor:
-    """Mean of (β₂·(log π − log ref) − (r − V*))² with V* = 0."""
-    gap = ((b.lp - b.ref_logprobs) * b.mask).sum(1)
-    return (1e-3 * gap - b.rewards).square().mean()
+def sft(loss_type: str) -> Peer:
+    """Return the loss of SFTTrainer."""
+
+    def run(names: dict[str, Any], b: Batch) -> Tensor:
+        self = self_of(compute_loss_func=None, label_smoother=None)
+        self.args.loss_type, self.args.average_tokens_across_devices = loss_type, False
+        inputs = {**trained(b.mask, lambda x: x), "labels": None}
+        return names["compute_loss"](self, model(b.lp, b.mask), inputs)
+
+    versions = {"Version": str, "accelerate": SimpleNamespace(__version__="1.11"), "transformers": None}
+    return Peer("trl", ((SFT, "SFTTrainer.compute_loss"),), run, {**NAMES, **versions})
+
+
+def a2po() -> Peer:
+    """Return the loss of A2POTrainer with V* = 0."""
+
+    def run(names: dict[str, Any], b: Batch) -> Tensor:
+        self = self_of(_get_sequence_logps=lambda *_: (b.lp * b.mask).sum(1))
+        self.args.beta2 = 1e-3
+        inputs = {
+            "input_ids": None,
+            "attention_mask": None,
+            "logits_to_keep": None,
+            "rewards": b.rewards,
+            "ref_logps": (b.ref_logprobs * b.mask).sum(1),
+            "v_star": b.reference_point,
+        }
+        return names["compute_loss"](self, None, inputs)
+
+    return Peer("trl", ((A2PO, "A2POTrainer.compute_loss"),), run, NAMES)
 
 
 def rows() -> None:
@@ -44,28 +76,28 @@ def rows() -> None:
     preference.equal(
         "RewardConfig()",
         "bradley_terry()",
-        lambda b: -F.logsigmoid(reward(b)[0] - reward(b)[1]).mean(),
+        reward(),
         inputs="scores",
         source=f"trl/{REWARD}",
     )
     preference.equal(
         "RewardConfig(center_rewards_coefficient=0.01)",
         "bradley_terry(center_weight=0.01)",
-        lambda b: (-F.logsigmoid(reward(b)[0] - reward(b)[1]) + 0.01 * sum(reward(b)) ** 2).mean(),
+        reward(0.01),
         inputs="scores",
         source=f"trl/{REWARD}",
     )
     preference.equal(
         "SFTConfig(), loss_type=nll",
         "cross_entropy()",
-        lambda b: -(b.lp * b.mask).sum() / b.mask.sum(),
+        sft("nll"),
         source=f"trl/{SFT}",
         inputs="policy",
     )
     preference.equal(
         "SFTConfig(loss_type=dft)",
         "dft()",
-        lambda b: -(b.lp.detach().exp() * b.lp * b.mask).sum() / b.mask.sum(),
+        sft("dft"),
         source=f"trl/{SFT}",
         inputs="policy",
     )
@@ -75,7 +107,7 @@ def rows() -> None:
     )
     preference.equal("GKDConfig(beta=0.0)", "top_k_forward_kl(support=raw_support)", gkd(0.0), **per_position)
     preference.equal("GKDConfig(beta=1.0)", "top_k_reverse_kl(support=raw_support)", gkd(1.0), **per_position)
-    preference.equal("A2POConfig(), V* = 0", "a2po()", a2po, source=f"trl/{A2PO}", inputs="no_reference_point")
+    preference.equal("A2POConfig(), V* = 0", "a2po()", a2po(), source=f"trl/{A2PO}", inputs="no_reference_point")
 
 
 rows()

@@ -242,6 +242,19 @@ def rows() -> None:
     for kind, knobs in kl_types.items():
         why = {"kl": "without a gradient in expectation", "low_var_kl": "the default"}.get(kind, "")
         verl.equal(f"kl_loss_type={kind}", f"with_kl(gpg(), 1.0, {knobs})", kl_with_gpg(kind), why=why)
+    verl.equal(
+        "kl_loss_type=low_var_kl, k3 above 10",
+        "with_kl(gpg(), 1.0, kl_cap=10.0)",
+        kl_with_gpg("low_var_kl"),
+        inputs="far_reference",
+    )
+    verl.different(
+        "kl_loss_type=low_var_kl, k3 above 10, our default",
+        "with_kl(gpg(), 1.0)",
+        kl_with_gpg("low_var_kl"),
+        inputs="far_reference",
+        why="k3 is at most 10, without a gradient beyond; ours has a bound of the log-ratio alone",
+    )
 
 
 def kl_with_gpg(kind: str) -> Peer:
