@@ -150,6 +150,12 @@ def far_reference() -> Batch:
     return Batch(leaf, b.mask, {**b.columns, "ref_logprobs": ref, "old_logprobs": old})
 
 
+def on_policy() -> Batch:
+    """The policy batch whose old policy is the current one: one update for each batch."""
+    b = policy()
+    return Batch(b.leaf, b.mask, {**b.columns, "old_logprobs": b.leaf.clone()})
+
+
 def sampler_is_old() -> Batch:
     """The policy batch whose old policy is the sampler: no logprobs are computed again after sampling."""
     b = policy()
@@ -263,6 +269,7 @@ INPUTS = {
         masked_row,
         far,
         far_reference,
+        on_policy,
         sampler_is_old,
         no_reference_point,
         pairs,

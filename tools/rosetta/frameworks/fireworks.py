@@ -1,4 +1,4 @@
-"""Fireworks cookbook (training/utils): sums over tokens, with a weight of the rollout on every loss but one."""
+"""fw-ai/cookbook 76821fa1, of August 2026 (training/utils): sums over tokens, with a weight of the rollout on every loss but one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tools.rosetta.inputs import Batch
 from tools.rosetta.row import Framework
 
 RL = "training/utils/rl"
-fireworks = Framework("Fireworks cookbook (fw-ai/cookbook)", f"{RL}/grpo.py")
+fireworks = Framework("Fireworks cookbook 76821fa1", f"{RL}/grpo.py")
 
 
 def tis(b: Batch, cap: float = 5.0) -> Tensor:

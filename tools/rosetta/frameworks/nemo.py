@@ -1,4 +1,4 @@
-"""NeMo-RL (main, 2026-11): one clipped loss with many settings."""
+"""NeMo-RL 7ea279abf, of August 2026: one clipped loss with many settings."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tools.rosetta.formulas import clipped, k3, log_ratio, pair_sums, per_sequen
 from tools.rosetta.inputs import Batch
 from tools.rosetta.row import Framework
 
-nemo = Framework("NeMo-RL (main, 2026-11)", "nemo_rl/algorithms/loss/loss_functions.py")
+nemo = Framework("NeMo-RL 7ea279abf", "nemo_rl/algorithms/loss/loss_functions.py")
 
 
 def ppo(b: Batch) -> Tensor:

@@ -1,7 +1,8 @@
-"""open-instruct (main, 2026-11): GRPO and DPO of Tülu and OLMo."""
+"""open-instruct e6c3044aa, of August 2026: GRPO and DPO of Tülu and OLMo."""
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -9,7 +10,7 @@ from tools.rosetta.formulas import clipped, k3, log_ratio, pair_means, pair_sums
 from tools.rosetta.inputs import Batch
 from tools.rosetta.row import Framework
 
-open_instruct = Framework("open-instruct (main, 2026-11)", "open_instruct/grpo_utils.py")
+open_instruct = Framework("open-instruct e6c3044aa", "open_instruct/grpo_utils.py")
 
 
 def rho(b: Batch) -> Tensor:
@@ -42,11 +43,11 @@ def simpo(b: Batch) -> Tensor:
 
 
 def vaco(b: Batch) -> Tensor:
-    """0 where A·(lp − old) > 0 in a sequence whose mean |r − 1| is above 0.2."""
-    ratio = log_ratio(b).exp()
-    far = per_sequence(b, (ratio.detach() - 1).abs()) > 0.2
-    keep = ~(far & (b.A * log_ratio(b).detach() > 0))
-    return token_mean(b, clipped(ratio, b.A, 0.8, 1.272) * keep)
+    """DAPO's loss times rho; 0 where A·(old − sampler) > 0 in a sequence whose mean |rho − 1| is above 0.2."""
+    gap = (b.old_logprobs - b.sampler_logprobs).clamp(-10, 10)
+    far = per_sequence(b, (gap.exp() - 1).abs()) > 0.2
+    weight = torch.where(far & (gap.sign() * b.A > 0), 0.0, gap.exp().clamp(max=2.0))
+    return token_mean(b, clipped(log_ratio(b).exp(), b.A, 0.8, 1.272) * weight)
 
 
 def rows() -> None:
@@ -75,11 +76,11 @@ def rows() -> None:
         lambda b: token_mean(b, weighted(b, log_ratio(b).exp().clamp(max=1.272)) * rho(b)),
     )
     open_instruct.equal(
-        "vaco mask, delta 0.2, loss_fn=dapo, beta=0, no rho",
-        "with_vaco_mask(ppo(clip=(0.8, 1.272), log_ratio_cap=None), 0.2)",
+        "rho_mask_tv_divergence=True, rho_mask_upper_bound=0.2, beta=0, one update for each batch",
+        'with_vaco_mask(with_tis(ppo(clip=(0.8, 1.272), log_ratio_cap=None)), 0.2, "sampler_logprobs")',
         vaco,
-        inputs="sampler_is_old",
-        why="their ratio is that of the old policy and the sampler",
+        inputs="on_policy",
+        why="its ratio is that of the old policy and the sampler: with more updates ours moves with the policy",
     )
     dpo = {"inputs": "pairs", "source": "open_instruct/dpo_utils.py"}
     open_instruct.equal("loss_type=dpo", "dpo()", lambda b: -F.logsigmoid(0.1 * margin(b, False)).mean(), **dpo)
@@ -90,7 +91,7 @@ def rows() -> None:
     open_instruct.different(
         "loss_type=wpo",
         "wpo()",
-        lambda b: (-F.logsigmoid(0.1 * margin(b, False)) * sum(pair_means(b, b.lp.detach())).exp()).mean(),
+        lambda b: (-F.logsigmoid(0.1 * margin(b, False)) * sum(pair_means(b, b.lp.detach())).exp().clamp(max=1)).mean(),
         why="the mean probability alone, without Σp² of the vocabulary",
         **dpo,
     )

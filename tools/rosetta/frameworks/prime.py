@@ -1,4 +1,4 @@
-"""prime-rl (main, 2026-11): DPPO with a squared penalty towards the sampler is its default."""
+"""prime-rl 559b44772, of August 2026: DPPO with a squared penalty towards the sampler is its default."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tools.rosetta.formulas import log_ratio, token_mean
 from tools.rosetta.inputs import Batch
 from tools.rosetta.row import Framework
 
-prime = Framework("prime-rl (main, 2026-11)", "prime-rl/src/prime_rl/trainer/rl/loss.py")
+prime = Framework("prime-rl 559b44772", "prime-rl/src/prime_rl/trainer/rl/loss.py")
 
 
 def moved(b: Batch) -> Tensor:

@@ -1,4 +1,4 @@
-"""ROLL (main, 2026-11): pg_variant of the RLVR pipeline."""
+"""ROLL 8eb27cc2, of August 2026: pg_variant of the RLVR pipeline."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tools.rosetta.formulas import clipped, log_ratio, token_mean, weighted
 from tools.rosetta.inputs import Batch
 from tools.rosetta.row import Framework
 
-roll = Framework("ROLL (main, 2026-11)", "roll/pipeline/rlvr/actor_pg_worker.py")
+roll = Framework("ROLL 8eb27cc2", "roll/pipeline/rlvr/actor_pg_worker.py")
 
 
 def topr(b: Batch) -> Tensor:

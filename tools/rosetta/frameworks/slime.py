@@ -1,4 +1,4 @@
-"""slime (main, 2026-11), and miles with the same functions."""
+"""slime 624b824a8, of August 2026, and miles with the same functions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from tools.rosetta.formulas import clipped, k3, log_ratio, per_sequence, sequenc
 from tools.rosetta.inputs import Batch
 from tools.rosetta.row import Framework
 
-slime = Framework("slime (main, 2026-11)", "slime/utils/ppo_utils.py")
+slime = Framework("slime 624b824a8", "slime/utils/ppo_utils.py")
 
 
 def ppo(b: Batch, c: float | None = None) -> Tensor:
