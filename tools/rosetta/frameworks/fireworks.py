@@ -1,4 +1,7 @@
-"""fw-ai/cookbook 76821fa1, of August 2026 (training/utils): sums over tokens, with a weight of the rollout on every loss but one."""
+"""Fireworks cookbook (fw-ai/cookbook 76821fa1, of August 2026): sums over tokens.
+
+A weight of the rollout is on every loss but one.
+"""
 
 from __future__ import annotations
 

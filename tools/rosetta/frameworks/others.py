@@ -71,6 +71,12 @@ def preference(method: str, *, mean: bool = True, **settings: Any) -> Peer:
     return Peer("llamafactory", definitions, run, {"torch": torch, "F": F})
 
 
+def margin(b: Batch) -> Tensor:
+    """The difference of summed log-ratios."""
+    chosen, rejected = pair_sums(b, b.lp - b.ref_logprobs)
+    return chosen - rejected
+
+
 def rows() -> None:
     """Add the rows."""
     no_cap = "log_ratio_cap=None"
@@ -115,6 +121,12 @@ def rows() -> None:
         "dapo()",
         titan(0.2, 0.2),
         why="ratio_clip_high is 0.2 unless set; the paper has 0.28",
+    )
+    llamafactory.equal(
+        "pref_loss=sigmoid (default), pref_beta=0.1",
+        "dpo()",
+        lambda b: -F.logsigmoid(0.1 * margin(b)).mean(),
+        why="TRL's loss, without an SFT term",
     )
     llamafactory.equal("pref_loss=orpo", "orpo()", preference("odds_ratio_loss"))
     llamafactory.equal("pref_loss=simpo", "simpo(beta=0.1, gamma=0.5)", preference("simpo_loss", simpo_gamma=0.5))

@@ -73,6 +73,17 @@ def kl(kind: str) -> Peer:
     return Peer("skyrl", ((PPO, "compute_approx_kl"),), run, NAMES)
 
 
+def default() -> Peer:
+    """Return the loss of the default settings, with the KL loss that the worker adds."""
+    ppo = policy("ppo_policy_loss")
+
+    def run(names: dict[str, Any], b: Batch) -> Tensor:
+        estimate = names["compute_approx_kl"](b.lp, b.ref_logprobs, b.mask, "k3")
+        return ppo.run(names, b) + 1e-3 * names["masked_mean"](estimate, b.mask, dim=-1).mean()
+
+    return Peer("skyrl", (*ppo.definitions, (PPO, "compute_approx_kl")), run, NAMES)
+
+
 def critic() -> Peer:
     """Return the loss of the critic."""
 
@@ -98,6 +109,12 @@ def advantage(name: str) -> Peer:
 def rows() -> None:
     """Add the rows."""
     ppo = "ppo_policy_loss"
+    skyrl.different(
+        "AlgorithmConfig(): regular, token_mean, 0.001·k3",
+        "grpo()",
+        default(),
+        why="the KL is a mean over sequences, whatever the reduction of the loss",
+    )
     skyrl.equal("policy_loss_type=regular (default)", "ppo()", policy(ppo))
     skyrl.equal("policy_loss_type=dual_clip", "ppo(dual_clip=3.0)", policy(ppo, policy_loss_type="dual_clip"))
     skyrl.equal("loss_reduction=sequence_mean", "ppo(weigh=sequence_mean)", policy(ppo, loss_reduction="sequence_mean"))

@@ -71,6 +71,12 @@ def a2po() -> Peer:
     return Peer("trl", ((A2PO, "A2POTrainer.compute_loss"),), run, NAMES)
 
 
+def reverse_kl(b: Batch) -> Tensor:
+    """Mean over positions of Σ p·(log p − log q) over the vocabulary."""
+    divergence = (b.lp.exp() * (b.lp - b.teacher_logprobs) * b.mask).sum()
+    return divergence / b.mask[..., 0].sum()
+
+
 def rows() -> None:
     """Add the rows."""
     preference.equal(
@@ -108,6 +114,13 @@ def rows() -> None:
     preference.equal("GKDConfig(beta=0.0)", "top_k_forward_kl(support=raw_support)", gkd(0.0), **per_position)
     preference.equal("GKDConfig(beta=1.0)", "top_k_reverse_kl(support=raw_support)", gkd(1.0), **per_position)
     preference.equal("A2POConfig(), V* = 0", "a2po()", a2po(), source=f"trl/{A2PO}", inputs="no_reference_point")
+    preference.equal(
+        "DistillationConfig() (beta=1.0), candidates = vocabulary",
+        "top_k_reverse_kl(support=raw_support)",
+        reverse_kl,
+        inputs="vocabulary",
+        source="trl/trainer/distillation_trainer.py",
+    )
 
 
 rows()
