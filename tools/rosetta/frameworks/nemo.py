@@ -140,7 +140,7 @@ def rows() -> None:
         source=source,
     )
     nemo.different(
-        "use_leave_one_out_baseline=True (default), normalize_rewards=True",
+        "normalize_rewards=True with the leave-one-out baseline (default)",
         "group_advantages(rewards, groups)",
         lambda b: leave_one_out(b, True),
         inputs="samples",
@@ -148,7 +148,7 @@ def rows() -> None:
         why="r − mean of the others over the deviation of all: n / (n − 1) times the advantage of GRPO",
     )
     nemo.factor(
-        "the same, by its factor",
+        "normalize_rewards=True with the leave-one-out baseline, by its factor",
         "group_advantages(rewards, groups)",
         lambda b: leave_one_out(b, True),
         inputs="samples",

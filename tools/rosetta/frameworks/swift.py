@@ -63,10 +63,11 @@ def rows() -> None:
     """Add the rows."""
     no_cap = "log_ratio_cap=None"
     swift.equal(
-        "loss_type=grpo, beta=0.04 (default)",
-        f"grpo(kl_beta=0.04, weigh=sequence_mean, {no_cap})",
+        "loss_type=grpo, beta=0.04 (default), k3 above 10",
+        f"with_kl(ppo(weigh=sequence_mean, {no_cap}), 0.04, kl_cap=10.0)",
         lambda b: sequence_mean(b, ppo(b) + 0.04 * kl(b)),
-        why="its KL is bounded by 10, which no token of the inputs reaches",
+        inputs="far_reference",
+        why="bounds of ±20 and 10 on the KL, unlike TRL",
     )
     swift.equal("loss_type=dapo, beta=0", f"bnpo({no_cap})", lambda b: token_mean(b, ppo(b)))
     swift.equal("loss_type=bnpo, beta=0", f"bnpo({no_cap})", lambda b: token_mean(b, ppo(b)))

@@ -190,7 +190,7 @@ def rows() -> None:
         dpo(["sigmoid", "bco_pair", "sft"], loss_weights=[0.8, 0.2, 1.0]),
     )
     preference.different(
-        "the same, for MPO's equation",
+        'loss_type=["sigmoid", "bco_pair", "sft"], for the equation of MPO',
         "mpo(dpo(), bco_pair())",
         dpo(["sigmoid", "bco_pair", "sft"], loss_weights=[0.8, 0.2, 1.0]),
         why="the NLL is a mean over the chosen tokens of the batch; ours a mean over pairs",
