@@ -48,6 +48,7 @@ from lossfns.advantages import (
 from lossfns.combine import with_dual_clip, with_kl, with_rollout_weight, with_tis
 from lossfns.datum import Datum, EncodedTextChunk, ModelInput, TensorData
 from lossfns.describe import describe
+from lossfns.entropy import adapt_entropy_coef, with_clip_b, with_entropy, with_sampled_entropy, with_top_entropy
 from lossfns.errors import LossInputError, LossWarning
 from lossfns.export.coefficients import token_coefficients
 from lossfns.export.token_gradient import token_gradient
@@ -89,7 +90,15 @@ from lossfns.losses.sequence import gmpo, gspo, gspo_token, luspo, rloo
 from lossfns.losses.shifts import bpo, dpo_shift, dpop, ld_dpo, minor_dpo, odpo, r_dpo, wpo
 from lossfns.losses.sides import apo_down, apo_zero, bco_pair, c2_dpo, cal_dpo, nca, sppo_hard
 from lossfns.losses.summed import chord, echo, mpo, oreal, rpo, vapo_nll
-from lossfns.losses.supervised import cross_entropy, dft, focal, multi_target_cross_entropy, sft_phi, unlikelihood
+from lossfns.losses.supervised import (
+    cross_entropy,
+    dft,
+    eaft,
+    focal,
+    multi_target_cross_entropy,
+    sft_phi,
+    unlikelihood,
+)
 from lossfns.losses.trust import ce_gppo, fipo, sapo
 from lossfns.losses.unpaired import bco, kto, kto_reference_point, sppo
 from lossfns.losses.value import explained_variance, value_loss
@@ -151,6 +160,7 @@ __all__ = [
     "Weighing",
     "a2po",
     "accepted_weights",
+    "adapt_entropy_coef",
     "align_sampler_logprobs",
     "alpha_dpo",
     "alpha_reward",
@@ -199,6 +209,7 @@ __all__ = [
     "dr_dpo",
     "dr_grpo",
     "dro",
+    "eaft",
     "echo",
     "evaluate",
     "exo",
@@ -343,11 +354,15 @@ __all__ = [
     "weights_from_mask",
     "whiten",
     "with_binary_kl_mask",
+    "with_clip_b",
     "with_dual_clip",
+    "with_entropy",
     "with_kl",
     "with_opsm",
     "with_rollout_weight",
+    "with_sampled_entropy",
     "with_tis",
+    "with_top_entropy",
     "with_tv_mask",
     "with_vaco_mask",
     "wpo",

@@ -183,6 +183,10 @@ def check_value_clip(name: str, value: Any) -> None:
 KNOBS: dict[str, Callable[[str, Any], None]] = {
     "clip": check_clip,
     "kl_beta": check_non_negative,
+    "entropy_coef": check_non_negative,
+    "entropy_scale": check_positive,
+    "top_quantile": check_share,
+    "power": check_non_negative,
     "beta": check_beta,
     "lam": check_non_negative,
     "cap": check_positive,

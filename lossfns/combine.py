@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
@@ -43,6 +44,16 @@ def check_wrappable(loss: Loss, *columns: str, penalty: bool = False) -> None:
     if loss.rows is not TOKENS:
         fix = "It works on a term of each token."
         raise LossInputError("loss", "a loss whose rows are tokens", f"{loss!r} over {loss.rows}", fix)
+
+
+def check_no_bonus(loss: Loss) -> None:
+    """Refuse a loss with an entropy bonus, which a weight or a clip of the whole term would change."""
+    inner: Any = loss
+    while isinstance(inner, Loss):
+        if inner.knobs.get("entropy_coef"):
+            fix = f"Apply {inner.name} after: with_entropy(with_tis(ppo()))."
+            raise LossInputError("loss", "a loss without an entropy bonus", repr(loss), fix)
+        inner = inner.knobs.get("loss")
 
 
 @preset
@@ -145,6 +156,7 @@ def with_tis(loss: Loss, cap: float = 2.0, level: Level = token_level) -> Loss:
     ('advantages', 'old_logprobs', 'sampler_logprobs')
     """
     check_wrappable(loss, "ref_logprobs", "sampler_logprobs")
+    check_no_bonus(loss)
 
     def terms(t: Tokens) -> tuple[Tensor, Statistics]:
         term, statistics = loss.terms(t)
@@ -192,6 +204,7 @@ def with_rollout_weight(loss: Loss, weight: TokenWeight) -> Loss:
     ('advantages', 'old_logprobs', 'sampler_logprobs')
     """
     check_wrappable(loss, "ref_logprobs")
+    check_no_bonus(loss)
     check_token_weight("weight", weight)
     if loss.name == "with_rollout_weight":
         raise LossInputError("loss", "a loss without a rollout weight", repr(loss), "Pass the product a * b once.")
@@ -230,6 +243,7 @@ def with_dual_clip(loss: Loss, c: float | None = 3.0) -> Loss:
     with_dual_clip(loss=importance_sampling(weigh=token_mean, log_ratio_cap=20.0), c=3.0)
     """
     check_wrappable(loss, "ref_logprobs", "sampler_logprobs")
+    check_no_bonus(loss)
     if "advantages" not in loss.reads:
         raise LossInputError("loss", "a loss that reads advantages", repr(loss), "There is nothing to clip by.")
     if c is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from types import FunctionType
 from typing import Any
 
@@ -37,7 +37,8 @@ class OneKernel:
 
     def __call__(self, loss: Any, pack: Any, batch: Any, divisor: Any) -> tuple[Tensor, Numbers]:
         # Inside torch.func, or inside a step that the caller compiles, the loss is traced as a part of that function.
-        differentiable = torch.is_grad_enabled() and batch.logprobs.requires_grad
+        inputs = batch.logprobs, *(batch.columns[name] for name in loss.gradient_columns)
+        differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
         variant = differentiable, batch.equal, divisor is None
         if variant in self.failed or torch.compiler.is_compiling() or is_transformed():
             return self.measure(loss, pack, batch, divisor)
@@ -47,7 +48,7 @@ class OneKernel:
                 self.kernels[variant] = torch.compile(function, fullgraph=True)
             denominator = divisor_as_tensor(divisor, batch.logprobs)
             arguments = self.measure, loss, with_dynamic_sizes(batch), denominator
-            total, names, values, *gradient = self.kernels[variant](*arguments)
+            total, names, values, *gradients = self.kernels[variant](*arguments)
             problem = "the loss has learnable tensors of its own" if total.requires_grad else ""  # the batch has none
         except Exception as error:  # torch.compile raises errors of many types, which differ by release and backend
             problem = reason(error)
@@ -57,7 +58,7 @@ class OneKernel:
             warn(f"the loss runs without torch.compile: {problem}")
             return result
         if differentiable:
-            total = WithGradient.apply(batch.logprobs, total, gradient[0].view(-1))  # type: ignore[no-untyped-call]
+            total = WithGradient.apply(total, gradients, *inputs)  # type: ignore[no-untyped-call]
         return total, Numbers(names, values)
 
 
@@ -69,37 +70,40 @@ def value(measure: Measure, loss: Any, batch: TensorBatch, divisor: Tensor | Non
 
 def value_and_gradient(
     measure: Measure, loss: Any, batch: TensorBatch, divisor: Tensor | None
-) -> tuple[Tensor, Any, Tensor, Tensor]:
-    """Return what ``value`` returns, and the gradient with respect to the logprobs."""
+) -> tuple[Tensor, Any, Tensor, *tuple[Tensor, ...]]:
+    """Return what ``value`` returns, and the gradients in the logprobs and in each column that carries a gradient."""
     names: Any = ()
 
-    def of_logprobs(logprobs: Tensor) -> tuple[Tensor, Tensor]:
+    def of_inputs(logprobs: Tensor, *columns: Tensor) -> tuple[Tensor, Tensor]:
         nonlocal names  # torch.func returns tensors alone
-        total, numbers = measure(loss, blank_tensors, flattened(batch, logprobs), divisor)
+        changed = flattened(batch, logprobs, dict(zip(loss.gradient_columns, columns)))
+        total, numbers = measure(loss, blank_tensors, changed, divisor)
         names = numbers.names
         return total, numbers.values
 
-    # In float32 at least: it may be multiplied by a scale that is inf in float16.
-    wide = batch.logprobs.to(torch.promote_types(batch.logprobs.dtype, torch.float32))
-    gradient, (total, values) = torch.func.grad_and_value(of_logprobs, has_aux=True)(wide)
-    return total, names, values, gradient
+    # In float32 at least: they may be multiplied by a scale that is inf in float16.
+    inputs = batch.logprobs, *(batch.columns[name] for name in loss.gradient_columns)
+    wide = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in inputs]
+    of_all = torch.func.grad_and_value(of_inputs, argnums=tuple(range(len(wide))), has_aux=True)
+    gradients, (total, values) = of_all(*wide)
+    return total, names, values, *gradients
 
 
 class WithGradient(torch.autograd.Function):
-    """A 0-d tensor whose gradient is known already."""
+    """A 0-d tensor whose gradients in some inputs are known already."""
 
     @staticmethod
-    def forward(ctx: Any, logprobs: Tensor, total: Tensor, gradient: Tensor) -> Tensor:
-        ctx.save_for_backward(gradient)
-        ctx.dtype = logprobs.dtype
+    def forward(ctx: Any, total: Tensor, gradients: Sequence[Tensor], *inputs: Tensor) -> Tensor:
+        ctx.save_for_backward(*(gradient.view(x.shape) for gradient, x in zip(gradients, inputs)))
+        ctx.dtypes = [x.dtype for x in inputs]
         return total.clone()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             fix = "Take gradients of gradients of the loss itself, without compiled()."
             raise LossInputError("create_graph", "False, for a compiled loss", "True", fix)
-        return (grads[0] * ctx.saved_tensors[0]).to(ctx.dtype), None, None
+        return None, None, *((grads[0] * x).to(dtype) for x, dtype in zip(ctx.saved_tensors, ctx.dtypes))
 
 
 def with_dynamic_sizes(batch: Any) -> TensorBatch:
@@ -120,15 +124,21 @@ def with_dynamic_sizes(batch: Any) -> TensorBatch:
             torch._dynamo.maybe_mark_dynamic(view, dim)
         return view
 
-    columns = {name: dynamic(x, *rows) for name, x in batch.columns.items()}
+    columns = {name: dynamic(detached(x), *rows) for name, x in batch.columns.items()}
     logprobs, weights = dynamic(batch.logprobs.detach(), *rows), dynamic(batch.weights, *rows)
     layout = batch.equal, batch.halves, batch.targets, getattr(batch, "masks", ())
     return TensorBatch(logprobs, weights, columns, dynamic(batch.lengths, -1), *layout)
 
 
-def flattened(batch: TensorBatch, logprobs: Tensor) -> TensorBatch:
-    """Return the batch with these logprobs, and every column as ``[N]``."""
-    columns = {name: x.flatten() if isinstance(x, Tensor) else x for name, x in batch.columns.items()}
+def detached(x: Any) -> Any:
+    """Return a column without its graph."""
+    return x.detach() if isinstance(x, Tensor) else x  # ON_POLICY
+
+
+def flattened(batch: TensorBatch, logprobs: Tensor, changed: Mapping[str, Tensor] | None = None) -> TensorBatch:
+    """Return the batch with these logprobs and these ``changed`` columns, and every column as ``[N]``."""
+    table = {**batch.columns, **(changed or {})}
+    columns = {name: x.flatten() if isinstance(x, Tensor) else x for name, x in table.items()}
     weights, layout = batch.weights.flatten(), (batch.equal, batch.halves, batch.targets, batch.masks)
     return TensorBatch(logprobs.flatten(), weights, columns, batch.lengths, *layout)
 

@@ -25,6 +25,7 @@ from lossfns.pack import (
     as_row,
     as_tensor,
     check_align,
+    check_differentiates,
     check_reads,
     find_column,
     is_plain,
@@ -37,7 +38,17 @@ from lossfns.parts import Part, divisor_or_one
 from lossfns.regions import one_side, ratio_weight, two_side, unit_weight
 from lossfns.segments import active_counts, geometric_level, maximum_level, sequence_level, token_level
 from lossfns.tensors import TensorBatch, blank_tensors, check_packed, check_padded
-from lossfns.tokens import COLUMNS, DATUM_COLUMNS, ON_POLICY, TOKEN_COLUMNS, TOKENS, Rows, Tokens, to_dtype
+from lossfns.tokens import (
+    COLUMNS,
+    DATUM_COLUMNS,
+    MODEL_COLUMNS,
+    ON_POLICY,
+    TOKEN_COLUMNS,
+    TOKENS,
+    Rows,
+    Tokens,
+    to_dtype,
+)
 from lossfns.values import extremes
 from lossfns.weigh import WEIGHINGS, Weighing, check_weigh
 
@@ -81,6 +92,9 @@ class Loss:
         rows: the kind of row: ``"tokens"``, ``"targets"``, ``"pairs"`` or ``"sequences"`` (one for each datum).
         output: ``"logprobs"``, or ``"scores"`` of a value head or a reward head, which may have any sign.
         parts: the losses that a sum of losses adds up, by name; empty in any other loss. See ``sum_losses``.
+        differentiates: the columns in ``reads`` that carry a gradient, like the logprobs. ``None``: the outputs of the
+            model among them, ``entropy`` and ``sum_square_probs``. Terms get all other columns as constants, and a
+            column that carries a gradient is refused if it comes without a graph while the logprobs have one.
     """
 
     name: str
@@ -92,6 +106,7 @@ class Loss:
     rows: Rows = TOKENS
     output: str = "logprobs"
     parts: Mapping[str, Part] = field(default_factory=dict)
+    differentiates: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rows", Rows.of(self.rows))
@@ -99,6 +114,8 @@ class Loss:
             hint = did_you_mean(str(self.output), OUTPUTS)
             raise LossInputError("output", " or ".join(map(repr, OUTPUTS)), show(self.output), hint)
         object.__setattr__(self, "reads", check_reads(self.reads))
+        if self.differentiates is not None:
+            object.__setattr__(self, "differentiates", check_differentiates(self.differentiates, self.reads))
         for name in ("terms", "share") if self.count is None else ("terms", "share", "count"):
             if not callable(getattr(self, name)):
                 fix = "token_mean.share and token_mean.count are functions for share and count."
@@ -121,6 +138,15 @@ class Loss:
     def couples_groups(self) -> bool:
         """Whether the loss compares the datums of a group. All datums with one label must then be in one call."""
         return "groups" in self.reads
+
+    @property
+    def gradient_columns(self) -> tuple[str, ...]:
+        """The columns that carry a gradient, like the logprobs; see ``differentiates``."""
+        if self.differentiates is not None:
+            return self.differentiates
+        if self.parts:
+            return tuple(dict.fromkeys(name for part in self.parts.values() for name in part.loss.gradient_columns))
+        return tuple(name for name in self.reads if name in MODEL_COLUMNS)
 
     @functools.cached_property
     def kernel(self) -> Measure:
@@ -407,6 +433,11 @@ class BoundLoss:
                 grad_l1=self.grad_l1 if grad_l1 is None else grad_l1,
             )
 
+    @property
+    def gradient_columns(self) -> tuple[str, ...]:
+        """The columns that carry a gradient; see ``Loss.differentiates``."""
+        return self.loss.gradient_columns
+
     def denominator(self, data: Sequence[Any] | Tensor, *, layout: str | None = None) -> Any:
         """Return this batch's part of the denominator, even if one is bound: a float, which is 1 for a raw sum.
 
@@ -451,7 +482,16 @@ class BoundLoss:
     def pack(self, data: Sequence[Any], logprobs_list: Sequence[Tensor]) -> Tokens:
         """Pack the batch into the form that the loss's terms read."""
         loss = self.loss
-        return pack(data, logprobs_list, loss.reads, self.columns, rows=loss.rows, align=self.align, masks=loss.masks)
+        return pack(
+            data,
+            logprobs_list,
+            loss.reads,
+            self.columns,
+            rows=loss.rows,
+            align=self.align,
+            masks=loss.masks,
+            differentiates=loss.gradient_columns,
+        )
 
     def part(self, which: slice) -> BoundLoss:
         """Return the loss for ``data[which]``: every bound column is cut to these datums."""
@@ -489,8 +529,9 @@ class BoundLoss:
                 ``"halves"`` (rows i and i + P).
             denominator: the denominator of the whole batch, if this is a part of it: the sum of all weights for
                 ``token_mean``, and the number of sequences or pairs with an active token for means over these.
-            columns: the columns that the loss reads, in the shape of the logprobs. Advantages may be ``[B]``. Columns
-                and weights are constants: no gradient reaches them.
+            columns: the columns that the loss reads, in the shape of the logprobs. Advantages may be ``[B]``. Weights
+                and columns are constants, except those in ``loss.gradient_columns``, such as the ``entropy`` of a
+                bonus: they are outputs of the model, as the logprobs are, and come with their graph.
 
         Raises:
             LossInputError: if any input is malformed.
@@ -528,8 +569,9 @@ class BoundLoss:
             layout: for pairs: ``"interleaved"`` (the default) or ``"halves"`` (all chosen sequences first).
             denominator: the denominator of the whole batch, if this is a part of it: the sum of all weights for
                 ``token_mean``, and the number of sequences or pairs with an active token for means over these.
-            columns: the columns that the loss reads, in the shape of the logprobs. Advantages may be ``[B]``. Columns
-                and weights are constants: no gradient reaches them.
+            columns: the columns that the loss reads, in the shape of the logprobs. Advantages may be ``[B]``. Weights
+                and columns are constants, except those in ``loss.gradient_columns``, such as the ``entropy`` of a
+                bonus: they are outputs of the model, as the logprobs are, and come with their graph.
 
         Raises:
             LossInputError: if any input is malformed.
@@ -585,7 +627,7 @@ class BoundLoss:
             divisor = to_device(divisor, batch.logprobs.device)
         total, numbers = self.measure(loss, pack, batch, divisor)
         extras = {**(checks or {}), **({"grad_l1": grad_l1(total, batch.logprobs)} if self.grad_l1 else {})}
-        get_batch = functools.partial(pack, replace(batch, logprobs=batch.logprobs.detach()))  # without the graph
+        get_batch = functools.partial(pack, without_graph(batch, loss.gradient_columns))
         metrics = DeferredMetrics(
             loss.name,
             loss.rows,
@@ -604,6 +646,12 @@ class BoundLoss:
 def as_packed(t: Tokens) -> Tokens:
     """Return a batch that is packed and masked already."""
     return t
+
+
+def without_graph(batch: Any, gradient_columns: Sequence[str]) -> Any:
+    """Return a batch whose logprobs and columns are constants."""
+    columns = {**batch.columns, **{name: batch.columns[name].detach() for name in gradient_columns}}
+    return replace(batch, logprobs=batch.logprobs.detach(), columns=columns)
 
 
 def measure(
@@ -653,7 +701,15 @@ class DeferredLoss:
         bound = self.bound.bind(denominator=denominator, **columns)
         loss = bound.loss
         with add_loss_name(loss.name):
-            batch = check_padded(logprobs, weights, loss.reads, bound.columns, rows=loss.rows, layout=layout)
+            batch = check_padded(
+                logprobs,
+                weights,
+                loss.reads,
+                bound.columns,
+                rows=loss.rows,
+                layout=layout,
+                differentiates=loss.gradient_columns,
+            )
             return bound.defer(blank_tensors, replace(batch, masks=loss.masks))
 
     def packed(
@@ -680,6 +736,7 @@ class DeferredLoss:
                 lengths=lengths,
                 cu_seqlens=cu_seqlens,
                 layout=layout,
+                differentiates=loss.gradient_columns,
             )
             return bound.defer(blank_tensors, replace(batch, masks=loss.masks), checks)
 
@@ -689,7 +746,7 @@ def grad_l1(total: Tensor, logprobs: Tensor) -> Tensor:
     if not total.requires_grad:
         fix = "Pass leaves with requires_grad=True, outside no_grad."
         raise LossInputError("logprobs_list", "tensors that require grad, for grad_l1", "constants", fix)
-    return torch.autograd.grad(total, logprobs, retain_graph=True)[0].abs().sum()
+    return torch.autograd.grad(total, logprobs, retain_graph=True, materialize_grads=True)[0].abs().sum()
 
 
 def check_bound(loss: Loss, columns: Mapping[str, Any], align: Any, grad_l1: Any) -> None:
@@ -711,12 +768,17 @@ def check_bound(loss: Loss, columns: Mapping[str, Any], align: Any, grad_l1: Any
 
 
 def make_loss(
-    terms: Terms, reads: Sequence[str], weigh: Weighing, rows: Rows = TOKENS, output: str = "logprobs"
+    terms: Terms,
+    reads: Sequence[str],
+    weigh: Weighing,
+    rows: Rows = TOKENS,
+    output: str = "logprobs",
+    differentiates: tuple[str, ...] | None = None,
 ) -> Loss:
     """Make a loss from its terms and the weighing of its rows. ``preset`` then names it."""
     rows, weigh = Rows.of(rows), resolve_name("weigh", weigh)
     check_weigh(weigh, rows)
-    return Loss("loss", {}, tuple(reads), terms, weigh.share, weigh.count, rows, output)
+    return Loss("loss", {}, tuple(reads), terms, weigh.share, weigh.count, rows, output, differentiates=differentiates)
 
 
 def resolve_name(knob: str, value: Any) -> Any:

@@ -23,6 +23,7 @@ from lossfns.tokens import (
     DATUM_COLUMNS,
     DATUM_FIELDS,
     LOGPROB_COLUMNS,
+    MODEL_COLUMNS,
     ON_POLICY,
     SEQUENCES,
     TARGETS,
@@ -51,6 +52,11 @@ MISSING_COLUMN_FIX = {
     "old_logprobs": "Pass bind(old_logprobs=...): the old policy's logprobs, or ON_POLICY if it is the current one.",
     "ref_logprobs": "Pass bind(ref_logprobs=...): the frozen reference model's logprobs of the same targets.",
     "sampler_logprobs": "Pass bind(sampler_logprobs=...): see align_sampler_logprobs.",
+    "entropy": "The local client supplies it. In a loop pass bind(entropy=...), from linear_logprobs or "
+    "target_logprobs with return_entropy=True. A hosted service returns logprobs alone: for a bonus take "
+    "with_sampled_entropy.",
+    "sum_square_probs": "The local client supplies it. In a loop pass bind(sum_square_probs=...), from linear_logprobs "
+    "or target_logprobs with return_sum_square_probs=True. A hosted service returns logprobs alone.",
 }
 """The fix in the error for a datum that lacks a column, by column."""
 
@@ -70,6 +76,7 @@ def pack(
     rows: Rows = TOKENS,
     align: str = "strict",
     masks: Sequence[str] = (),
+    differentiates: Sequence[str] = (),
 ) -> Tokens:
     """Check, align, concatenate, convert and mask a batch.
 
@@ -81,6 +88,7 @@ def pack(
         rows: what the loss has one term for: tokens, targets, pairs or sequences.
         align: ``"strict"``, or ``"truncate"`` to cut all columns of a datum to the length of its shortest.
         masks: the columns of ``reads`` that are weights, too. A slot is active if one of its weights is not 0.
+        differentiates: the columns that carry a gradient, as ``columns`` has them. All others become constants.
 
     Returns:
         The packed batch, on the logprobs' device. Its dtype is that of the logprobs, or float32 if theirs is narrower.
@@ -104,7 +112,12 @@ def pack(
     check_data(data, rows)
     check_logprobs(data, logprobs_list)
     shapes, logprobs = [lp.shape for lp in logprobs_list], concatenate(logprobs_list)
-    packed = pack_columns(data, shapes, logprobs, reads, columns, rows=rows, align=align, masks=masks)
+    graph = tuple(differentiates)
+    packed = pack_columns(
+        data, shapes, logprobs, reads, columns, rows=rows, align=align, masks=masks, differentiates=graph
+    )
+    for name in graph:
+        check_has_graph(name, packed.columns[name], logprobs)
     return packed.with_logprobs(logprobs)
 
 
@@ -119,7 +132,7 @@ def pack_side_columns(
     align: str = "strict",
     masks: Sequence[str] = (),
 ) -> PackedColumns:
-    """Pack every column but the logprobs. ``with_logprobs`` of the result then returns what ``pack`` returns.
+    """Pack every column but the logprobs, as constants. ``with_logprobs`` then returns what ``pack`` returns.
 
     Args:
         data, reads, columns, rows, align, masks: as for ``pack``.
@@ -140,12 +153,14 @@ def pack_columns(
     rows: Rows,
     align: str,
     masks: Sequence[str] = (),
+    differentiates: Sequence[str] = (),
 ) -> PackedColumns:
     """Pack every column but the logprobs, of data that have been checked."""
     check_shapes(data, shapes, rows.rank)
     columns = columns or {}
     on_policy = {name: ON_POLICY for name in reads if columns.get(name) is ON_POLICY}
-    table = {name: find_column(name, data, columns, rows) for name in reads if name not in on_policy}
+    side = [name for name in reads if name not in on_policy]
+    table = {name: find_column(name, data, columns, rows, with_graph=name in differentiates) for name in side}
     table["weights"] = find_weights(data, columns, reads)
     kept: list[Tensor] = []
     if align == "truncate":
@@ -194,12 +209,18 @@ class PackedColumns:
     equal: bool = False
     targets: int = 1
 
-    def with_logprobs(self, logprobs: Tensor) -> Tokens:
-        """Return the packed batch with these logprobs, concatenated over the datums."""
+    def with_logprobs(self, logprobs: Tensor, outputs: Mapping[str, Tensor] | None = None) -> Tokens:
+        """Return the packed batch with these logprobs, concatenated over the datums.
+
+        ``outputs`` are further columns ``[N]``, which the model has computed together with the logprobs.
+        """
         if self.kept:
-            logprobs = logprobs.index_select(0, to_device(torch.cat(self.kept).nonzero().squeeze(1), logprobs.device))
+            index = to_device(torch.cat(self.kept).nonzero().squeeze(1), logprobs.device)
+            logprobs = logprobs.index_select(0, index)
+            outputs = {name: x.index_select(0, index) for name, x in (outputs or {}).items()}
         logprobs = blank(logprobs, self.active)
         columns = {name: logprobs.detach() if x is ON_POLICY else x for name, x in self.columns.items()}
+        columns |= {name: blank(x, self.active) for name, x in (outputs or {}).items()}
         return Tokens(logprobs, self.weights, self.lengths, columns, self.equal, False, self.active, self.targets)
 
     def part(self, which: slice) -> PackedColumns:
@@ -300,6 +321,22 @@ def check_reads(reads: Any) -> tuple[str, ...]:
     return tuple(reads)
 
 
+def check_differentiates(differentiates: Any, reads: Sequence[str]) -> tuple[str, ...]:
+    """Return the names of the columns that carry a gradient. Refuse a column that the loss does not read."""
+    unread = [name for name in check_reads(differentiates) if name not in reads]
+    if unread:
+        fix = "A gradient can go through a column that the terms read."
+        raise LossInputError("differentiates", f"names among {', '.join(reads) or 'no'} reads", repr(unread[0]), fix)
+    return tuple(differentiates)
+
+
+def check_has_graph(name: str, column: Tensor, logprobs: Tensor) -> None:
+    """Refuse a column without a graph where the loss's gradient goes through it: this part of it would be lost."""
+    if logprobs.requires_grad and not column.requires_grad and torch.is_grad_enabled():
+        fix = f"Pass the {name} of the same forward pass as the logprobs, as it is: no .detach(), list or datum field."
+        raise LossInputError(name, "a tensor with its graph, since the gradient goes through it", "a constant", fix)
+
+
 def check_data(data: Sequence[Any], rows: Rows) -> None:
     """Refuse data that are not a list of datums. For a loss over pairs, also refuse an odd number of datums."""
     if not isinstance(data, (list, tuple)):
@@ -384,10 +421,13 @@ def check_targets(data: Sequence[Any], shapes: Shapes) -> None:
                 raise LossInputError("logprobs", f"{count} rows (the length of target_tokens)", got, fix, datum=i)
 
 
-def find_column(name: str, data: Sequence[Any], columns: Mapping[str, Any], rows: Rows = TOKENS) -> Any:
+def find_column(
+    name: str, data: Sequence[Any], columns: Mapping[str, Any], rows: Rows = TOKENS, *, with_graph: bool = False
+) -> Any:
     """Return a column as a list of B rows, or as one array ``[B]`` with a number for each datum.
 
-    The column comes from ``columns`` if it is bound there, else from the datums.
+    The column comes from ``columns`` if it is bound there, else from the datums. Tensors lose their graph unless it is
+    to be kept.
     """
     if name in columns:
         given = columns[name]
@@ -406,7 +446,7 @@ def find_column(name: str, data: Sequence[Any], columns: Mapping[str, Any], rows
         if missing is not None:
             got, fix = "nothing bound and nothing in the datum", missing_column_fix(name)
             raise LossInputError(name, "one row per datum", got, fix, datum=missing)
-    return as_column(name, given, rows)
+    return as_column(name, given, rows, with_graph=with_graph)
 
 
 def has_length(x: Any) -> bool:
@@ -417,11 +457,11 @@ def has_length(x: Any) -> bool:
         return False
 
 
-def as_column(name: str, given: Any, rows: Rows = TOKENS) -> Any:
+def as_column(name: str, given: Any, rows: Rows = TOKENS, *, with_graph: bool = False) -> Any:
     """Convert a column to a list of B rows, or to one array ``[B]`` if each datum has a number."""
     if isinstance(given, (Tensor, np.ndarray)) and given.ndim == 1:
         return check_one_number_each(name, as_row(given, name, None), rows)
-    datum_rows = as_rows(given, name)
+    datum_rows = as_rows(given, name, with_graph=with_graph)
     ranks = {row.ndim for row in datum_rows}
     if 0 not in ranks:
         return datum_rows
@@ -448,7 +488,7 @@ def check_one_number_each(name: str, given: Values, rows: Rows) -> Values:
 
 def may_be_number(name: str, rows: Rows) -> bool:
     """Return whether a column may have one number for each datum."""
-    per_token = ("weights", "target_tokens", *LOGPROB_COLUMNS)
+    per_token = ("weights", "target_tokens", *LOGPROB_COLUMNS, *MODEL_COLUMNS)
     is_label = rows is SEQUENCES and name not in per_token and not name.endswith("_weights")
     return name in ("advantages", *DATUM_COLUMNS) or is_label
 
@@ -485,18 +525,21 @@ def fields(data: Sequence[Any], name: str) -> list[Any]:
     return values
 
 
-def as_rows(values: Any, name: str) -> list[Values]:
-    """Convert each datum's row to an array or a detached tensor."""
+def as_rows(values: Any, name: str, *, with_graph: bool = False) -> list[Values]:
+    """Convert each datum's row to an array or a tensor, which is detached unless its graph is to be kept."""
     kind, *others = set(map(type, values))
     if not others and kind.__name__ == "TensorData":  # ours, or an SDK's: no need to check each
         return [value.to_numpy() for value in values]
-    return [as_row(value, name, i) for i, value in enumerate(values)]
+    return [as_row(value, name, i, with_graph=with_graph) for i, value in enumerate(values)]
 
 
-def as_row(value: Any, name: str, datum: int | None) -> Values:
-    """Convert one row to an array or a detached tensor; a ``None`` among the numbers becomes nan."""
+def as_row(value: Any, name: str, datum: int | None, *, with_graph: bool = False) -> Values:
+    """Convert one row to an array or a tensor, which is detached unless its graph is to be kept.
+
+    A ``None`` among the numbers becomes nan.
+    """
     if isinstance(value, Tensor) and is_plain(value):
-        return value.detach()
+        return value if with_graph else value.detach()
     try:
         row = np.asarray(value.to_numpy() if hasattr(value, "to_numpy") else value)
         if row.dtype == object and row.ndim and all(x is None or is_real(x) for x in row.flat):

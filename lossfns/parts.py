@@ -31,6 +31,8 @@ class Part:
         weights = t.weights if self.weights == "weights" else t.columns[self.weights]
         active = weights != 0
         columns = {name: blank(t.columns[name], active) for name in self.loss.reads if name in t.columns}
+        constants = columns.keys() - set(self.loss.gradient_columns)
+        columns |= {name: columns[name].detach() for name in constants}  # another part may differentiate them
         return Tokens(blank(t.logprobs, active), weights, t.lengths, columns, t.equal, t.halves, active, t.targets)
 
 

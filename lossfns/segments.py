@@ -64,7 +64,7 @@ def sequence_maximum(t: Tokens, x: Tensor) -> Tensor:
         maximum = by_sequence(t, masked).amax(1)
     else:
         maximum = torch.segment_reduce(masked, "max", lengths=t.lengths, unsafe=True)
-    return torch.where(nonempty(t), maximum, 0)
+    return torch.where(maximum == -torch.inf, 0, maximum)  # of no token at all
 
 
 def weighted_sum(t: Tokens, x: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from lossfns.pack import (
     as_row,
     as_tensor,
     blank,
+    check_has_graph,
     is_plain,
     may_be_number,
     missing_column_fix,
@@ -78,6 +79,7 @@ def check_padded(
     *,
     rows: Rows,
     layout: str | None = None,
+    differentiates: Sequence[str] = (),
 ) -> TensorBatch:
     """Check a padded batch.
 
@@ -85,7 +87,7 @@ def check_padded(
         logprobs: ``[B, T]``, or ``[B, T, K]`` for a loss over K targets. For pairs also a tuple of two tensors
             ``[P, T]``, chosen and rejected, whose T may differ.
         weights: of the same shape; 0 where a token is not trained, and at padding on either side.
-        reads, rows: as for ``pack``.
+        reads, rows, differentiates: as for ``pack``.
         columns: for each name a tensor of the same shape, or ``[B]`` with one number for each row where the column may
             have one. Every column of pairs in two tensors is a tuple of two.
         layout: ``"interleaved"`` (the default) or ``"halves"``, for pairs in one tensor.
@@ -99,7 +101,7 @@ def check_padded(
     rows = Rows.of(rows)
     check_layout(layout, rows, two_tensors=isinstance(logprobs, (tuple, list)))
     if isinstance(logprobs, (tuple, list)):
-        return check_two_sides(logprobs, weights, reads, columns or {}, rows)
+        return check_two_sides(logprobs, weights, reads, columns or {}, rows, differentiates)
     check_logprobs(logprobs, "logprobs", rows.rank + 1, "padded", ("B", "T", "K"))
     if logprobs.shape[0] % rows.datums:
         raise LossInputError(
@@ -107,9 +109,11 @@ def check_padded(
         )
 
     def align(name: str, x: Any) -> Tensor:
-        return align_rows(name, x, logprobs, rows)
+        return align_rows(name, x, logprobs, rows, with_graph=name in differentiates)
 
     aligned = align_columns(align, find_columns(reads, columns or {}))
+    for name in differentiates:
+        check_has_graph(name, aligned[name], logprobs)
     lengths = torch.full(logprobs.shape[:1], logprobs[0].numel(), device=logprobs.device)
     halves = layout == "halves"
     targets = logprobs.shape[2] if logprobs.ndim == 3 else 1
@@ -117,7 +121,12 @@ def check_padded(
 
 
 def check_two_sides(
-    logprobs: Any, weights: Any, reads: Sequence[str], columns: Mapping[str, Any], rows: Rows
+    logprobs: Any,
+    weights: Any,
+    reads: Sequence[str],
+    columns: Mapping[str, Any],
+    rows: Rows,
+    differentiates: Sequence[str],
 ) -> TensorBatch:
     """Check pairs in two padded tensors, chosen and rejected. The batch has all chosen rows first: layout "halves"."""
     sides = pair_of("logprobs", logprobs)
@@ -128,13 +137,15 @@ def check_two_sides(
         raise LossInputError("logprobs", "as many chosen as rejected rows", got, "Row i of both is pair i.")
 
     def join(name: str, x: Any) -> Tensor:
-        joined: Tensor = torch.cat(
-            [align_rows(name, side, lp, rows).flatten() for side, lp in zip(pair_of(name, x), sides)]
-        )
+        graph = name in differentiates
+        pairs = zip(pair_of(name, x), sides)
+        joined: Tensor = torch.cat([align_rows(name, y, lp, rows, with_graph=graph).flatten() for y, lp in pairs])
         return joined
 
     aligned = align_columns(join, find_columns(reads, columns))
     logprobs = torch.cat([x.flatten() for x in sides])
+    for name in differentiates:
+        check_has_graph(name, aligned[name], logprobs)
     lengths = torch.cat([torch.full(x.shape[:1], x.shape[1], device=x.device) for x in sides])
     equal = sides[0].shape == sides[1].shape
     return TensorBatch(logprobs, join("weights", weights), aligned, lengths, equal=equal, halves=True)
@@ -150,13 +161,14 @@ def check_packed(
     lengths: Any = None,
     cu_seqlens: Any = None,
     layout: str | None = None,
+    differentiates: Sequence[str] = (),
 ) -> tuple[TensorBatch, dict[str, Tensor]]:
     """Check a packed batch, whose sequences lie end to end without padding.
 
     Args:
         logprobs: ``[N]``, or ``[N, K]`` for a loss over K targets.
         weights: of the same shape.
-        reads, rows: as for ``pack``.
+        reads, rows, differentiates: as for ``pack``.
         columns: for each name a tensor of the same shape, or ``[B]`` where the column may have one number for each
             sequence.
         lengths: ``[B]`` tokens of each sequence, which sum to N.
@@ -181,7 +193,7 @@ def check_packed(
         raise LossInputError("lengths", "chosen/rejected pairs", f"{len(tokens)} sequences, an odd number", LAYOUT_FIX)
 
     def align(name: str, x: Any) -> Tensor:
-        column = column_tensor(name, x, logprobs)
+        column = column_tensor(name, x, logprobs, with_graph=name in differentiates)
         if column.shape == logprobs.shape:
             return column.flatten()
         if column.shape == tokens.shape and may_be_number(name, rows):
@@ -189,6 +201,8 @@ def check_packed(
         raise wrong_shape(name, column, logprobs.shape, rows, len(tokens))
 
     aligned = align_columns(align, find_columns(reads, columns or {}))
+    for name in differentiates:
+        check_has_graph(name, aligned[name], logprobs)
     weights, halves = align("weights", weights), layout == "halves"
     return TensorBatch(logprobs.flatten(), weights, aligned, tokens * width, False, halves, width), checks
 
@@ -284,10 +298,10 @@ def align_columns(align: Callable[[str, Any], Tensor], columns: Mapping[str, Any
     return {name: x if x is ON_POLICY else align(name, x) for name, x in columns.items()}
 
 
-def column_tensor(name: str, x: Any, like: Tensor) -> Tensor:
-    """Return a column as a tensor without graph, on the device of ``like``."""
+def column_tensor(name: str, x: Any, like: Tensor, *, with_graph: bool = False) -> Tensor:
+    """Return a column as a tensor, without its graph unless that is to be kept, on the device of ``like``."""
     check_local(name, x)
-    column = to_device(as_tensor(as_row(x, name, None)), like.device)
+    column = to_device(as_tensor(as_row(x, name, None, with_graph=with_graph)), like.device)
     if torch.compiler.is_compiling() or not column.is_inference() or torch.is_inference_mode_enabled():
         return column
     return column.clone()  # autograd saves the weights, but refuses to save a tensor that was made in inference mode
@@ -301,9 +315,9 @@ def pair_of(name: str, x: Any) -> tuple[Any, Any]:
     return x[0], x[1]
 
 
-def align_rows(name: str, x: Any, logprobs: Tensor, rows: Rows) -> Tensor:
+def align_rows(name: str, x: Any, logprobs: Tensor, rows: Rows, *, with_graph: bool = False) -> Tensor:
     """Return a padded column as ``[N]``, or a column with one number for each row as a view of the logprobs' shape."""
-    column, shape = column_tensor(name, x, logprobs), logprobs.shape
+    column, shape = column_tensor(name, x, logprobs, with_graph=with_graph), logprobs.shape
     if column.shape == shape:
         return column.flatten()
     one_each = column.shape in (shape[:1], (shape[0], 1))

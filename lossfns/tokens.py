@@ -66,10 +66,14 @@ class Rows(StrEnum):
 TOKENS, TARGETS, PAIRS, SEQUENCES = Rows
 
 LOGPROB_COLUMNS = ("old_logprobs", "ref_logprobs", "sampler_logprobs")
+MODEL_COLUMNS = ("entropy", "sum_square_probs")
+"""Outputs of the current model besides the logprobs: the entropy −Σ p·log p of the distribution at each token, in nats,
+and Σ p² over its vocabulary. Whoever computes the logprobs supplies them, with their graph."""
+
 COLUMNS = ("weights", "advantages", *LOGPROB_COLUMNS)
 """The names of the usual columns. A loss of your own may read others."""
 
-TOKEN_COLUMNS = ("entropy", "sum_square_probs", "teacher_logprobs", "values", "old_values", "returns")
+TOKEN_COLUMNS = (*MODEL_COLUMNS, "teacher_logprobs", "values", "old_values", "returns")
 """More columns by token, which few losses read."""
 
 DATUM_COLUMNS = ("groups", "labels", "rewards", "reference_point", "target_margin")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lossfns.errors import LossInputError, warn
 from lossfns.segments import chosen, nonempty, rejected
-from lossfns.tokens import LOGPROB_COLUMNS, PAIRS, Rows, Tokens
+from lossfns.tokens import LOGPROB_COLUMNS, MODEL_COLUMNS, PAIRS, Rows, Tokens
 
 LOGPROB_TOLERANCE = 1e-4
 """Largest value above 0 that a logprob may have because of rounding."""
@@ -32,7 +32,8 @@ FAR_LOG_RATIO = 5.0
 
 def checked_columns(t: Tokens) -> dict[str, Tensor]:
     """Return every column of a batch by name, without graph."""
-    return {"logprobs": t.logprobs.detach(), "weights": t.weights, **t.columns}
+    columns = {"logprobs": t.logprobs, "weights": t.weights, **t.columns}
+    return {name: x.detach() for name, x in columns.items()}
 
 
 def extremes(t: Tokens, rows: Rows) -> dict[str, Tensor]:
@@ -71,6 +72,10 @@ def check_values(
             bad, expected, fix = not_finite, "a finite number at every active token", NOT_FINITE_FIX.get(name, "")
         elif (name == output == "logprobs" or name in LOGPROB_COLUMNS) and high > LOGPROB_TOLERANCE:
             bad, expected, fix = above_0, "a logprob, at most 0", "Were probabilities or logits passed?"
+        elif name in MODEL_COLUMNS and low < 0:
+            bad, expected, fix = below_0, "a number of at least 0", "Was its negative passed, or a sum of logprobs?"
+        elif name == "sum_square_probs" and high > 1 + LOGPROB_TOLERANCE:
+            bad, expected, fix = above_1, "a sum of squared probabilities, at most 1", "Was its inverse passed?"
         elif name == "weights" and low < 0 and not signed:
             fix = "Put the sign into the advantages." if "advantages min" in extrema else NEGATIVE_WEIGHT_FIX
             bad, expected = below_0, "a weight of at least 0"
@@ -94,6 +99,10 @@ def not_finite(x: Tensor) -> Tensor:
 
 def above_0(x: Tensor) -> Tensor:
     return x > LOGPROB_TOLERANCE
+
+
+def above_1(x: Tensor) -> Tensor:
+    return x > 1 + LOGPROB_TOLERANCE
 
 
 def below_0(x: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ from lossfns import (
 from lossfns.export.builtins import BUILTINS, builtin_loss
 from lossfns.pack import is_plain
 from lossfns.testing.public import presets
-from lossfns.tokens import DATUM_COLUMNS, TOKEN_COLUMNS
+from lossfns.tokens import DATUM_COLUMNS, MODEL_COLUMNS, TOKEN_COLUMNS
 
 Make = Callable[[Random], Any]
 
@@ -133,8 +133,8 @@ def data(rng: Random, count: int = 2) -> list[Datum]:
 
 
 def columns(n: int) -> dict[str, Any]:
-    numbers = {name: [1.0] * n for name in ("advantages", *DATUM_COLUMNS)}
-    others = ("old_logprobs", "ref_logprobs", "sampler_logprobs", *TOKEN_COLUMNS)
+    numbers = {name: [1.0] * n for name in ("advantages", *DATUM_COLUMNS, *MODEL_COLUMNS)}
+    others = ("old_logprobs", "ref_logprobs", "sampler_logprobs", *TOKEN_COLUMNS[len(MODEL_COLUMNS) :])
     return numbers | {name: [-1.5, -2.5, -0.5][:n] for name in others}
 
 

@@ -20,6 +20,7 @@ LAYERS = [
     {"compiled"},
     {"loss"},
     {"combine", "sums"},
+    {"entropy"},
     {"losses", "advantages", "datum", "labels", "logprobs", "sampler"},
     {"frame"},
     {"export"},

@@ -149,7 +149,11 @@ def sum_as_datum_fn(loss: Loss) -> DatumFn:
 
 
 def check_single_datums(loss: Loss, name: str) -> None:
-    """Refuse a loss of pairs or groups for an export of single datums."""
+    """Refuse a loss of pairs or groups, or with a gradient through other columns, for an export of single datums."""
+    if loss.gradient_columns:
+        fix = "The service differentiates the logprobs alone: take with_sampled_entropy for an entropy bonus."
+        got = f"{loss!r}, whose gradient goes through {loss.gradient_columns[0]}"
+        raise LossInputError(name, "a loss of the logprobs and of constants", got, fix)
     if loss.rows.datums > 1 or loss.couples_groups:
         coupled = "which couples two" if loss.rows.datums > 1 else "which couples the datums of a group"
         fix = "Use it as a custom loss over the batch: forward_backward_custom(data, loss)."

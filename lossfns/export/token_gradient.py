@@ -78,6 +78,9 @@ def token_gradient(loss: Loss | BoundLoss, data: Sequence[Any], device: torch.de
             "loss", "a Loss such as ppo()", name_or_repr(loss), "The parts of any other function are unknown."
         )
     bound = loss.bind() if isinstance(loss, Loss) else loss
+    if bound.loss.gradient_columns:
+        got = f"{bound.loss!r}, whose gradient goes through {bound.loss.gradient_columns[0]}"
+        raise LossInputError("loss", "a loss of the logprobs and of constants", got, "Take another plan.")
     if bound.loss.parts:
         return sum_of_gradients(bound, data, device)
     if not bound.loss.rows.per_token:

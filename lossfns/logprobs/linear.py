@@ -17,7 +17,7 @@ the maths of a tile.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
 
@@ -46,6 +46,7 @@ from lossfns.logprobs.tiles import (
     row_blocks,
     running_lse,
 )
+from lossfns.tokens import MODEL_COLUMNS
 
 PLANS = ("auto", "tiled", "saved", "frozen", "separable")
 
@@ -78,26 +79,37 @@ class Swept(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         targets: Tensor,
-        entropy: bool,
+        extras: Sequence[str],
         budget: float,
         result_device: torch.device,
         *head_options: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        stats, ctx.kept = forward_tiles(Head(weight, bias, *head_options), hidden, targets, entropy, budget)
-        mean_logit = stats.mean_logit
-        ctx.save_for_backward(hidden, weight, bias, targets, stats.tile_prob, mean_logit)
+    ) -> tuple[Tensor | None, ...]:
+        stats, ctx.kept = forward_tiles(Head(weight, bias, *head_options), hidden, targets, extras, budget)
+        squares = stats.sum_square_probs
+        ctx.save_for_backward(hidden, weight, bias, targets, stats.tile_prob, stats.mean_logit, squares)
         ctx.head_options = head_options
-        return stats.logprobs.to(result_device), None if mean_logit is None else stats.lse - mean_logit
+        ctx.set_materialize_grads(False)  # an entropy that no loss differentiates then costs nothing backward
+        return on_device(result_device, stats.logprobs, stats.entropy, squares)
 
     @staticmethod
     @no_double_backward
-    def backward(ctx: Any, g: Tensor, d_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, tile_prob, mean_logit = ctx.saved_tensors
+    def backward(
+        ctx: Any, g: Tensor | None, d_entropy: Tensor | None, d_squares: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, targets, tile_prob, mean_logit, squares = ctx.saved_tensors
         with without_autocast(hidden):
-            grad, needed = OutputGrad(targets, tile_prob, mean_logit, g, d_entropy), ctx.needs_input_grad
+            if g is None:
+                g = torch.zeros(targets.shape, dtype=compute_dtype(hidden), device=hidden.device)
+            grad = OutputGrad(targets, tile_prob, g, mean_logit, d_entropy, squares, d_squares)
+            needed = ctx.needs_input_grad
             sums = HeadGrads.allocate(weight, needed[1:3], weight.dtype)
             d_hidden = backward_tiles(Head(weight, bias, *ctx.head_options), hidden, grad, ctx.kept, sums, needed[0])
         return d_hidden, sums.weight, None if sums.bias is None else sums.bias.to(weight.dtype), *[None] * 6
+
+
+def on_device(device: torch.device, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Return the tensors on this device; None stays None."""
+    return tuple(x if x is None else x.to(device) for x in tensors)
 
 
 class Frozen(torch.autograd.Function):
@@ -109,6 +121,8 @@ class Frozen(torch.autograd.Function):
 
     The targets are left out of r because of rounding. Where a target is nearly certain, p_k is near 1 and r is small:
     in a sum with p_k·∂z_k/∂hidden, r would lose its digits.
+
+    Entropy and Σp² are constants here: their gradients would need sums of their own.
     """
 
     @staticmethod
@@ -118,21 +132,24 @@ class Frozen(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         targets: Tensor,
+        extras: Sequence[str],
         result_device: torch.device,
         *head_options: Any,
-    ) -> Tensor:
-        head, stats = Head(weight, bias, *head_options), TileStats.empty(hidden, len(weight), targets, entropy=False)
+    ) -> tuple[Tensor | None, ...]:
+        head, stats = Head(weight, bias, *head_options), TileStats.empty(hidden, len(weight), targets, extras)
         rest = torch.empty_like(hidden, dtype=compute_dtype(hidden))
         for rows in blocks(len(hidden), TILE_TOKENS):
             rest[rows] = mean_gradient_of_others(head, hidden[rows], targets[rows], stats.rows(rows))
         logprobs = stats.logprobs
         d_raw = head.chain_through_head(torch.ones_like(stats.target_logits), stats.target_logits)
         ctx.save_for_backward(rest, weight, targets, d_raw, logprobs.exp() * first_occurrence(targets))
-        return logprobs.to(result_device)
+        result = on_device(result_device, logprobs, stats.entropy, stats.sum_square_probs)
+        ctx.mark_non_differentiable(*(x for x in result[1:] if x is not None))
+        return result
 
     @staticmethod
     @no_double_backward
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, g: Tensor, *constants: Tensor | None) -> tuple[Tensor | None, ...]:
         rest, weight, targets, d_raw, p = ctx.saved_tensors
         g = to_device(g, rest.device)
         total = g.sum(1, keepdim=True)
@@ -142,7 +159,7 @@ class Frozen(torch.autograd.Function):
             for rows in row_blocks(rest):
                 of_targets = torch.einsum("nk,nkd->nd", factors[rows], weight[targets[rows]].to(g.dtype))
                 d_hidden[rows] = of_targets - total[rows] * rest[rows]
-        return d_hidden.masked_fill_((g == 0).all(1)[:, None], 0), *[None] * 6
+        return d_hidden.masked_fill_((g == 0).all(1)[:, None], 0), *[None] * 7
 
 
 def mean_gradient_of_others(head: Head, hidden: Tensor, targets: Tensor, stats: TileStats) -> Tensor:
@@ -152,13 +169,15 @@ def mean_gradient_of_others(head: Head, hidden: Tensor, targets: Tensor, stats: 
     sum so far by exp(old − new).
     """
     rest, raw = torch.zeros_like(hidden, dtype=compute_dtype(hidden)), None
+    asked = stats.tile_mean is not None, stats.tile_squares is not None
     lse, first = torch.full_like(stats.tile_lse[:, 0], -math.inf), first_occurrence(targets)
     for tile, vocab in enumerate(blocks(len(head.weight), TILE_VOCAB)):
         raw, local = head.raw(hidden, vocab, raw), targets - vocab.start
         gather_targets(head, raw, stats, targets, vocab)
         for rows in row_blocks(raw):
             z, before = head.to_logits(raw[rows]), lse[rows].clone()
-            stats.tile_lse[rows, tile], lse[rows], p = compiled_on_gpu(running_lse, raw.device.type)(z, before)
+            sums, lse[rows], p = compiled_on_gpu(running_lse, raw.device.type)(z, before, *asked)
+            stats.put(rows, tile, *sums)
             rest[rows] *= (before - lse[rows]).exp_()[:, None]
             raw[rows] = head.chain_through_head(p, z)
         subtract_targets_(raw, local, first)
@@ -210,10 +229,10 @@ class Separable(torch.autograd.Function):
         logprobs = torch.empty(targets.shape, dtype=compute_dtype(hidden), device=hidden.device)
         declared, d_hidden = torch.empty_like(logprobs), [hidden[:0]]
         for rows in blocks(max(1, len(hidden)), block):  # one block even without tokens: gradients are then zeros
-            stats, kept = forward_tiles(head, hidden[rows], targets[rows], entropy=False, budget=math.inf)
+            stats, kept = forward_tiles(head, hidden[rows], targets[rows], extras=(), budget=math.inf)
             logprobs[rows] = stats.logprobs
             declared[rows] = gradient(logprobs[rows], rows)
-            grad = OutputGrad(targets[rows], stats.tile_prob, None, declared[rows], None)
+            grad = OutputGrad(targets[rows], stats.tile_prob, declared[rows])
             d = backward_tiles(head, hidden[rows], grad, kept, sums, needed[0], overwrite=rows.start == 0)
             if d is not None:
                 d_hidden.append(d)
@@ -261,6 +280,7 @@ def linear_logprobs(
     temperature: float = 1.0,
     softcap: float | None = None,
     return_entropy: bool = False,
+    return_sum_square_probs: bool = False,
     plan: str = "auto",
     gradient: Gradient | None = None,
     memory_budget: float | None = None,
@@ -279,7 +299,8 @@ def linear_logprobs(
         rows: [N] bool, the tokens to compute. The others cost nothing, get 0 and have no gradient.
         temperature: T, above 0.
         softcap: c, above 0, or None.
-        return_entropy: also return the entropy −Σ p·log p of each token, [N], in nats.
+        return_entropy: also return the entropy −Σ p·log p of each token, [N], in nats, at least 0.
+        return_sum_square_probs: also return Σ p² over the vocabulary for each token, [N], in (0, 1].
         plan: ``"auto"``, the cheapest that is possible, or one of ``"tiled"``, ``"saved"``, ``"frozen"`` and
             ``"separable"``.
         gradient: for the separable plan, ``(logprobs of some tokens, their slice) -> ∂loss/∂logprob``;
@@ -289,8 +310,8 @@ def linear_logprobs(
             weight take. For separable, bytes of logits to hold at a time; None holds 2048 tokens.
 
     Returns:
-        Logprobs in the shape of ``targets``, float32 (float64 for a float64 weight); with ``return_entropy`` the pair
-        (logprobs, entropy).
+        Logprobs in the shape of ``targets``, float32 (float64 for a float64 weight). With ``return_entropy`` or
+        ``return_sum_square_probs`` a tuple: the logprobs, and the ones asked for, in this order. All carry gradients.
 
     Raises:
         LossInputError: shapes, dtypes, devices, ids or options that do not fit.
@@ -305,7 +326,9 @@ def linear_logprobs(
     hidden, weight, bias = to_one_dtype(hidden, weight, bias)
     index: Any = ALL if rows is None else rows.nonzero().squeeze(1)
     inputs = (hidden[index], weight, bias, (targets[:, None] if targets.ndim == 1 else targets)[index])
-    plan, head_options, entropy = choose_plan(plan, inputs, return_entropy, gradient), (temperature, softcap), None
+    extras = [name for name, asked in zip(MODEL_COLUMNS, (return_entropy, return_sum_square_probs)) if asked]
+    plan, head_options = choose_plan(plan, inputs, extras, gradient), (temperature, softcap)
+    others: list[Tensor | None] = []
 
     def declared_gradient(logprobs: Tensor, block: slice) -> Tensor:
         """Call ``gradient`` with logprobs in the shape of ``targets``, and with their positions among all rows."""
@@ -315,16 +338,16 @@ def linear_logprobs(
 
     with without_autocast(hidden):
         if plan == "frozen":
-            logprobs = apply(Frozen, *inputs, hidden.device, *head_options)
+            logprobs, *_ = apply(Frozen, *inputs, (), hidden.device, *head_options)
         elif plan == "separable":
             block = separable_tokens(memory_budget, weight)
             logprobs = apply(Separable, *inputs, declared_gradient, block, *head_options)
         else:
             auto_bytes = default_budget(hidden, weight) if memory_budget is None else memory_budget
             kept_bytes = {"auto": auto_bytes, "tiled": 0.0, "saved": math.inf}[plan] if needs_backward(*inputs) else 0.0
-            logprobs, entropy = apply(Swept, *inputs, return_entropy, kept_bytes, hidden.device, *head_options)
+            logprobs, *others = apply(Swept, *inputs, extras, kept_bytes, hidden.device, *head_options)
     logprobs = scatter_rows(logprobs, rows, index).view_as(targets)
-    return (logprobs, scatter_rows(entropy, rows, index)) if return_entropy else logprobs
+    return (logprobs, *(scatter_rows(x, rows, index) for x in others if x is not None)) if extras else logprobs
 
 
 def head_of(model: Any) -> Head:
@@ -340,14 +363,32 @@ def model_logprobs(
     memory_budget: float = math.inf,
     result_device: torch.device | None = None,
 ) -> Tensor:
+    """Return the logprobs of the targets with the head of a model; see ``model_outputs``."""
+    return model_outputs(model, hidden, targets, (), (), memory_budget, result_device)[0]
+
+
+def model_outputs(
+    model: Any,
+    hidden: Tensor,
+    targets: Tensor,
+    extras: Sequence[str],
+    differentiates: Sequence[str],
+    memory_budget: float = math.inf,
+    result_device: torch.device | None = None,
+) -> list[Tensor]:
     """Return what ``linear_logprobs`` returns with the head of a model. The host does not wait in the forward pass.
 
     Args:
         model: a module with ``head`` [V, D] and, where it has them, bias, softcap and temperature.
         hidden, targets: as for ``linear_logprobs``, with ids that have been checked.
+        extras: what to return besides the logprobs, names in ``MODEL_COLUMNS``.
+        differentiates: those of the extras that carry a gradient. The others are constants.
         memory_budget: bytes of logits to keep at most.
         result_device: the device of the result; None is that of ``hidden``. With the CPU, the host does not wait in the
             backward pass either, since it reads there which tokens have a gradient.
+
+    Returns:
+        The logprobs, and the extras in the order of their names.
     """
     weight, bias, temperature, softcap = head_of(model)
     check_arguments(hidden, weight, targets, bias, None, temperature, softcap, None)
@@ -355,13 +396,13 @@ def model_logprobs(
     inputs = (hidden, weight, bias, targets[:, None] if targets.ndim == 1 else targets)
     device = hidden.device if result_device is None else result_device
     with without_autocast(hidden):
-        if choose_plan("auto", inputs, False, None) == "frozen":
-            logprobs = apply(Frozen, *inputs, device, temperature, softcap)
+        if choose_plan("auto", inputs, differentiates, None) == "frozen":
+            logprobs, *others = apply(Frozen, *inputs, extras, device, temperature, softcap)
         else:
             kept_bytes = min(memory_budget, default_budget(hidden, weight)) if needs_backward(*inputs) else 0.0
-            logprobs, _ = apply(Swept, *inputs, False, kept_bytes, device, temperature, softcap)
-    result: Tensor = logprobs.view_as(targets)
-    return result
+            logprobs, *others = apply(Swept, *inputs, extras, kept_bytes, device, temperature, softcap)
+    found = dict(zip(MODEL_COLUMNS, others))
+    return [logprobs.view_as(targets), *(found[x] if x in differentiates else found[x].detach() for x in extras)]
 
 
 def needs_backward(*inputs: Tensor | None) -> bool:
@@ -393,7 +434,7 @@ def scatter_rows(x: Tensor | None, rows: Tensor | None, index: Tensor) -> Any:
 
 
 def choose_plan(
-    plan: str, inputs: tuple[Tensor, Tensor, Tensor | None, Tensor], entropy: bool, gradient: Gradient | None
+    plan: str, inputs: tuple[Tensor, Tensor, Tensor | None, Tensor], extras: Sequence[str], gradient: Gradient | None
 ) -> str:
     """Return the plan to use: for ``"auto"`` the one with the fewest products, or ``"auto"`` where the budget decides.
 
@@ -403,9 +444,11 @@ def choose_plan(
     if plan not in PLANS:
         raise LossInputError("plan", "the name of a plan", repr(plan), did_you_mean(str(plan), PLANS))
     if plan == "auto":
-        if gradient is not None:
+        if gradient is not None and not extras:
             return "separable"
-        return "frozen" if needs_backward(hidden) and not needs_backward(*head) and not entropy else "auto"
+        if gradient is None:
+            return "frozen" if needs_backward(hidden) and not needs_backward(*head) and not extras else "auto"
+        plan = "separable"  # which is refused below
     if (plan == "separable") != (gradient is not None):
         fix = "It returns ∂loss/∂logprob of a block of tokens. Without such a function, use plan='auto'."
         got = "none" if gradient is None else f"one for plan={plan!r}"
@@ -413,9 +456,9 @@ def choose_plan(
     if plan == "frozen" and needs_backward(*head):
         got = "one that requires grad"
         raise LossInputError("weight", "a frozen head for plan='frozen'", got, "Detach it, or take plan='auto'.")
-    if entropy and plan in ("frozen", "separable"):
-        fix = "Take plan='auto', 'tiled' or 'saved'."
-        raise LossInputError("return_entropy", f"False for plan={plan!r}", "True", fix)
+    if extras and plan in ("frozen", "separable"):
+        fix = "Take plan='auto', 'tiled' or 'saved', without gradient=."
+        raise LossInputError(f"return_{extras[0]}", f"False for plan={plan!r}", "True", fix)
     return plan
 
 

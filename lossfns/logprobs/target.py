@@ -1,4 +1,4 @@
-"""Log-probabilities of chosen tokens from logits ``[..., V]``, without a float32 copy of the logits."""
+"""Log-probabilities of chosen tokens, entropy and Σp² from logits ``[..., V]``, without a float32 copy of these."""
 
 from __future__ import annotations
 
@@ -15,7 +15,14 @@ from lossfns.logprobs.linear import apply, no_double_backward
 from lossfns.logprobs.tiles import TILE_TOKENS, TILE_VOCAB, blocks, compute_dtype, row_blocks
 
 
-def target_logprobs(logits: Tensor, targets: Tensor, *, temperature: float = 1.0) -> Tensor:
+def target_logprobs(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float = 1.0,
+    return_entropy: bool = False,
+    return_sum_square_probs: bool = False,
+) -> Any:
     """Return log softmax(logits / temperature) at the targets: float32, or float64 for logits in float64.
 
     The softmax is taken in blocks of rows. The only tensor of the size of the logits that is made is their gradient, in
@@ -26,6 +33,12 @@ def target_logprobs(logits: Tensor, targets: Tensor, *, temperature: float = 1.0
         logits: ``[..., V]``, floating point.
         targets: ``[...]``, ids in [0, V).
         temperature: a finite number above 0.
+        return_entropy: also return the entropy −Σ p·log p of each row, ``[...]``, in nats, at least 0.
+        return_sum_square_probs: also return Σ p² over the vocabulary for each row, ``[...]``, in (0, 1].
+
+    Returns:
+        Logprobs ``[...]``. With ``return_entropy`` or ``return_sum_square_probs`` a tuple: the logprobs, and the ones
+        asked for, in this order. All carry gradients. p is the softmax of logits / temperature.
 
     Raises:
         LossInputError: if shapes, dtypes, devices or the temperature do not fit, or, on the CPU, if an id is outside of
@@ -34,14 +47,17 @@ def target_logprobs(logits: Tensor, targets: Tensor, *, temperature: float = 1.0
 
     >>> target_logprobs(torch.tensor([[[0.0, 0.0], [2.0, 0.0]]]), torch.tensor([[1, 0]]))
     tensor([[-0.6931, -0.1269]])
+    >>> target_logprobs(torch.zeros(1, 4), torch.tensor([0]), return_entropy=True)  # log 4
+    (tensor([-1.3863]), tensor([1.3863]))
     """
     check_arguments(logits, targets)
     check_number("temperature", temperature, "a finite number above 0", lambda x: x > 0, "Use 1 for the model itself.")
     shape = targets.shape
     if logits.is_contiguous():  # a block may then span several sequences
         logits, targets = logits.view(-1, logits.shape[-1]), targets.reshape(-1)
-    result: Tensor = apply(TargetLogprobs, logits, targets, float(temperature))
-    return result.view(shape)
+    results = apply(TargetLogprobs, logits, targets, float(temperature), return_entropy, return_sum_square_probs)
+    logprobs, *others = (x.view(shape) for x in results if x is not None)
+    return (logprobs, *others) if others else logprobs
 
 
 def check_arguments(logits: Any, targets: Any) -> None:
@@ -67,29 +83,53 @@ def check_arguments(logits: Any, targets: Any) -> None:
 
 
 class TargetLogprobs(torch.autograd.Function):
-    """Keep the logits and one log-sum-exp for each row; compute the softmax again in the backward pass."""
+    """Keep the logits and a few numbers for each row; compute the softmax again in the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
+    def forward(
+        ctx: Any, logits: Tensor, targets: Tensor, temperature: float, entropy: bool, squares: bool
+    ) -> tuple[Tensor | None, ...]:
         target_logits = logits.gather(-1, targets.long()[..., None]).squeeze(-1)
         lse = torch.empty_like(target_logits, dtype=compute_dtype(logits))
+        mean, total = (torch.empty_like(lse) if asked else None for asked in (entropy, squares))
         for rows in block_indices(logits):
-            lse[rows] = (logits[rows].to(lse.dtype) / temperature).logsumexp(-1)
-        ctx.save_for_backward(logits, targets, lse)
+            z = logits[rows].to(lse.dtype) / temperature
+            lse[rows] = z.logsumexp(-1)
+            if mean is not None or total is not None:
+                p = (z - lse[rows][..., None]).exp_()
+            if mean is not None:
+                mean[rows] = torch.linalg.vecdot(p, z)
+            if total is not None:
+                total[rows] = torch.linalg.vecdot(p, p)
+        ctx.save_for_backward(logits, targets, lse, mean, total)
         ctx.temperature = temperature
-        return target_logits.to(lse.dtype) / temperature - lse
+        ctx.set_materialize_grads(False)
+        of_rows = None if mean is None else (lse - mean).clamp_(min=0)
+        return target_logits.to(lse.dtype) / temperature - lse, of_rows, total
 
     @staticmethod
     @no_double_backward
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
-        logits, targets, lse = ctx.saved_tensors
+    def backward(
+        ctx: Any, g: Tensor | None, d_entropy: Tensor | None, d_squares: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        """∂loss/∂z = g·[v = target] − p·(g + e·(z − Σ p·z) − 2f·(p − Σp²)), as in ``lossfns.logprobs.tiles``."""
+        logits, targets, lse, mean, total = ctx.saved_tensors
         d_logits = torch.empty_like(logits)
+        g = torch.zeros_like(lse) if g is None else g
         for rows in block_indices(logits):
             scale = (g[rows] / ctx.temperature)[..., None]
             p = (logits[rows].to(lse.dtype) / ctx.temperature).sub_(lse[rows][..., None]).exp_()
-            d = p.mul_(-scale).scatter_add_(-1, targets[rows].long()[..., None], scale)
-            d_logits[rows] = d.masked_fill_(scale == 0, 0)  # where no gradient arrives, even if logits are inf or nan
-        return d_logits, None, None
+            mass, inert = scale, scale == 0
+            if d_entropy is not None:
+                e = (d_entropy[rows] / ctx.temperature)[..., None]
+                z = logits[rows].to(lse.dtype) / ctx.temperature
+                mass, inert = mass + e * (z - mean[rows][..., None]), inert & (e == 0)
+            if d_squares is not None:
+                f = (d_squares[rows] / ctx.temperature)[..., None]
+                mass, inert = mass - 2 * f * (p - total[rows][..., None]), inert & (f == 0)
+            d = p.mul_(-mass).scatter_add_(-1, targets[rows].long()[..., None], scale)
+            d_logits[rows] = d.masked_fill_(inert, 0)  # where no gradient arrives, even if logits are inf or nan
+        return d_logits, None, None, None, None
 
 
 def block_indices(logits: Tensor) -> Iterator[tuple[Any, ...]]:

@@ -9,8 +9,9 @@ Symbols: N tokens, width D, vocabulary V, K targets per token. A tile has n toke
     raw  [n, v]   h·Wᵀ + b, as the matrix product gives it, in the dtype of the weight
     z    [n, v]   the logits c·tanh(raw / c) / T, with softcap c and temperature T; float32, float64 for float64
 
-Forward pass. Each tile t gives lse_t = log Σ_{v in t} exp(z_v) and, for the entropy, m_t = Σ_{v in t} q_v·z_v with
-q = softmax of the tile alone. These [N, tiles] numbers determine everything about the whole vocabulary:
+Forward pass. Each tile t gives lse_t = log Σ_{v in t} exp(z_v) and, with q = softmax of the tile alone, for the
+entropy m_t = Σ_{v in t} q_v·z_v, and for Σp² the sum s_t = Σ_{v in t} q_v². These [N, tiles] numbers determine
+everything about the whole vocabulary:
 
     lse      log Σ_t exp(lse_t)
     π_t      exp(lse_t − lse), the probability of tile t
@@ -18,10 +19,12 @@ q = softmax of the tile alone. These [N, tiles] numbers determine everything abo
     m        Σ_v p_v·z_v = Σ_t π_t·m_t
     logprob  z_target − lse
     entropy  lse − m
+    Σp²      Σ_t π_t²·s_t
 
-Backward pass. With g_k = ∂loss/∂logprob_k and e = ∂loss/∂entropy, each tile becomes its own gradient in place:
+Backward pass. With g_k = ∂loss/∂logprob_k, e = ∂loss/∂entropy and f = ∂loss/∂Σp², each tile becomes its own gradient
+in place:
 
-    ∂loss/∂z_v    Σ_k g_k·[v = target_k] − p_v·(Σ_k g_k + e·(z_v − m))
+    ∂loss/∂z_v    Σ_k g_k·[v = target_k] − p_v·(Σ_k g_k + e·(z_v − m) − 2f·(p_v − Σp²))
     ∂loss/∂raw_v  ∂loss/∂z_v·(1 − (T·z_v / c)²) / T
 
 and the chain rule gives ∂hidden = ∂raw·W, ∂W = ∂rawᵀ·h and ∂b = the sum of ∂raw over tokens.
@@ -37,7 +40,7 @@ loops over all tiles.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -46,6 +49,7 @@ import torch
 from torch import Tensor
 
 from lossfns.devices import to_device
+from lossfns.tokens import MODEL_COLUMNS
 
 TILE_TOKENS, TILE_VOCAB = 8192, 4096
 """The largest tile. With fewer tokens per tile, ∂weight would be read and written more often."""
@@ -93,18 +97,26 @@ class TileStats(NamedTuple):
 
     tile_lse: Tensor  # [n, tiles] log Σ exp(z) over the tile
     tile_mean: Tensor | None  # [n, tiles] Σ q·z over the tile, q its own softmax; None without entropy
+    tile_squares: Tensor | None  # [n, tiles] Σ q² over the tile; None without Σp²
     target_logits: Tensor  # [n, K] z at the targets
 
     @staticmethod
-    def empty(hidden: Tensor, vocabulary: int, targets: Tensor, entropy: bool) -> TileStats:
-        """Allocate the statistics of all tokens of ``hidden``."""
+    def empty(hidden: Tensor, vocabulary: int, targets: Tensor, extras: Sequence[str]) -> TileStats:
+        """Allocate the statistics of all tokens of ``hidden``. ``extras`` are names in ``MODEL_COLUMNS``."""
         target_logits = torch.zeros(targets.shape, dtype=compute_dtype(hidden), device=hidden.device)
         tile_lse = target_logits.new_empty(len(hidden), -(-vocabulary // TILE_VOCAB))
-        return TileStats(tile_lse, torch.empty_like(tile_lse) if entropy else None, target_logits)
+        mean, squares = (torch.empty_like(tile_lse) if name in extras else None for name in MODEL_COLUMNS)
+        return TileStats(tile_lse, mean, squares, target_logits)
 
     def rows(self, index: slice) -> TileStats:
         """Return a view of some of the tokens."""
-        return TileStats(self.tile_lse[index], take(self.tile_mean, index), self.target_logits[index])
+        return TileStats(*taken(self, index))
+
+    def put(self, rows: slice, tile: int, lse: Tensor, mean: Tensor | None, squares: Tensor | None) -> None:
+        """Write the statistics of one tile for some of the tokens."""
+        for total, x in zip(self, (lse, mean, squares)):
+            if total is not None and x is not None:
+                total[rows, tile] = x
 
     @property
     def lse(self) -> Tensor:
@@ -128,31 +140,45 @@ class TileStats(NamedTuple):
         """[n] Σ p·z over the vocabulary."""
         return None if self.tile_mean is None else torch.linalg.vecdot(self.tile_prob, self.tile_mean)
 
+    @property
+    def entropy(self) -> Tensor | None:
+        """[n] −Σ p·log p, never below 0."""
+        mean = self.mean_logit
+        return None if mean is None else (self.lse - mean).clamp_(min=0)
+
+    @property
+    def sum_square_probs(self) -> Tensor | None:
+        """[n] Σ p² over the vocabulary."""
+        return None if self.tile_squares is None else torch.linalg.vecdot(self.tile_prob.square(), self.tile_squares)
+
 
 class OutputGrad(NamedTuple):
     """∂loss/∂outputs of n tokens, and what else ∂loss/∂logits needs."""
 
     targets: Tensor  # [n, K] vocabulary ids
     tile_prob: Tensor  # [n, tiles]
-    mean_logit: Tensor | None  # [n] Σ p·z over the vocabulary
-    g: Tensor  # [n, K] ∂loss/∂logprob; it may be on the host
-    d_entropy: Tensor | None  # [n] ∂loss/∂entropy
+    g: Tensor  # [n, K] ∂loss/∂logprob; it may be on the host, like the other two
+    mean_logit: Tensor | None = None  # [n] Σ p·z over the vocabulary
+    d_entropy: Tensor | None = None  # [n] ∂loss/∂entropy
+    sum_square_probs: Tensor | None = None  # [n] Σ p² over the vocabulary
+    d_squares: Tensor | None = None  # [n] ∂loss/∂Σp²
 
     def rows(self, index: Any) -> OutputGrad:
         """Return the part for some of the tokens."""
-        return OutputGrad(
-            self.targets[index],
-            self.tile_prob[index],
-            take(self.mean_logit, index),
-            self.g[index],
-            take(self.d_entropy, index),
-        )
+        return OutputGrad(*taken(self, index))
+
+    def to(self, device: torch.device) -> OutputGrad:
+        """Return the gradient with everything on the device of the logits."""
+        entropy, squares = (x if x is None else to_device(x, device) for x in (self.d_entropy, self.d_squares))
+        return self._replace(g=to_device(self.g, device), d_entropy=entropy, d_squares=squares)
 
     @property
     def nonzero(self) -> Tensor:
         """[n] bool, whether a token has any gradient."""
         nonzero = (self.g != 0).any(1)
-        return nonzero if self.d_entropy is None else nonzero | (self.d_entropy != 0)
+        for d in (self.d_entropy, self.d_squares):
+            nonzero = nonzero if d is None else nonzero | (d != 0)
+        return nonzero
 
     def in_tile(self, tile: int, vocab: slice) -> TileGrad:
         """Return the part that one tile needs: tile number ``tile``, which covers ``vocab``."""
@@ -160,9 +186,13 @@ class OutputGrad(NamedTuple):
         grad_mass = tile_prob * self.g.sum(1, keepdim=True)
         g = torch.where(is_inside(local, vocab), self.g, 0)
         local = local.clamp(0, vocab.stop - vocab.start - 1)  # a target outside adds 0, so any valid index will do
-        if self.d_entropy is None or self.mean_logit is None:
-            return TileGrad(local, g, grad_mass, None, None)
-        return TileGrad(local, g, grad_mass, tile_prob * self.d_entropy[:, None], self.mean_logit[:, None])
+        grad = TileGrad(local, g, grad_mass)
+        if self.d_entropy is not None and self.mean_logit is not None:
+            grad = grad._replace(d_entropy=tile_prob * self.d_entropy[:, None], mean_logit=self.mean_logit[:, None])
+        if self.d_squares is not None and self.sum_square_probs is not None:
+            d_squares, total = 2 * tile_prob * self.d_squares[:, None], self.sum_square_probs[:, None]
+            grad = grad._replace(d_squares=d_squares, tile_prob=tile_prob, sum_square_probs=total)
+        return grad
 
 
 class TileGrad(NamedTuple):
@@ -171,22 +201,20 @@ class TileGrad(NamedTuple):
     targets: Tensor  # [n, K] indices within the tile
     g: Tensor  # [n, K] ∂loss/∂logprob, 0 where the target lies outside the tile
     grad_mass: Tensor  # [n, 1] π·Σ_k g_k
-    d_entropy: Tensor | None  # [n, 1] π·∂loss/∂entropy
-    mean_logit: Tensor | None  # [n, 1] Σ p·z over the vocabulary
+    d_entropy: Tensor | None = None  # [n, 1] π·∂loss/∂entropy
+    mean_logit: Tensor | None = None  # [n, 1] Σ p·z over the vocabulary
+    d_squares: Tensor | None = None  # [n, 1] 2π·∂loss/∂Σp²
+    tile_prob: Tensor | None = None  # [n, 1] π
+    sum_square_probs: Tensor | None = None  # [n, 1] Σ p² over the vocabulary
 
     def rows(self, index: slice) -> TileGrad:
         """Return a view of some of the tokens."""
-        return TileGrad(
-            self.targets[index],
-            self.g[index],
-            self.grad_mass[index],
-            take(self.d_entropy, index),
-            take(self.mean_logit, index),
-        )
+        return TileGrad(*taken(self, index))
 
 
-def take(x: Tensor | None, index: Any) -> Tensor | None:
-    return None if x is None else x[index]
+def taken(tensors: Iterable[Tensor | None], index: Any) -> Any:
+    """Return the rows ``index`` of each tensor; None stays None."""
+    return (x if x is None else x[index] for x in tensors)
 
 
 # The equations, for the logits z [n, v] of one tile
@@ -198,29 +226,40 @@ def softmax_and_lse(z: Tensor) -> tuple[Tensor, Tensor]:
     return q, z.amax(1) - q.amax(1).log_()
 
 
-def tile_lse(z: Tensor, entropy: bool) -> tuple[Tensor, Tensor | None]:
-    """log Σ exp(z) [n] of a tile and, for the entropy, Σ q·z [n] with q its softmax."""
+def tile_sums(q: Tensor, z: Tensor, entropy: bool, squares: bool) -> tuple[Tensor | None, Tensor | None]:
+    """Σ q·z [n] of a tile for the entropy, and Σ q² [n] for Σp², with q its softmax; None where not asked for."""
+    return torch.linalg.vecdot(q, z) if entropy else None, torch.linalg.vecdot(q, q) if squares else None
+
+
+def tile_lse(z: Tensor, entropy: bool, squares: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """log Σ exp(z) [n] of a tile, and its ``tile_sums``."""
     q, lse = softmax_and_lse(z)
-    return lse, torch.linalg.vecdot(q, z) if entropy else None
+    return lse, *tile_sums(q, z, entropy, squares)
 
 
-def running_lse(z: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Running softmax: the tile's log-sum-exp, the new running one, and the tile's probabilities under the new one.
+def running_lse(z: Tensor, lse: Tensor, entropy: bool, squares: bool) -> tuple[Any, Tensor, Tensor]:
+    """Running softmax: what ``tile_lse`` returns, the new running lse, and the tile's probabilities under the new one.
 
     ``lse`` [n] is the log-sum-exp of all tiles before this one, −inf before the first. Sums of terms that were weighted
     by probabilities under the old ``lse`` have to be multiplied by exp(old − new).
     """
     q, lse_of_tile = softmax_and_lse(z)
+    sums = tile_sums(q, z, entropy, squares)
     lse = torch.logaddexp(lse, lse_of_tile)
-    return lse_of_tile, lse, q.mul_((lse_of_tile - lse).exp_()[:, None])
+    return (lse_of_tile, *sums), lse, q.mul_((lse_of_tile - lse).exp_()[:, None])
 
 
 def logit_grad(grad: TileGrad, z: Tensor) -> Tensor:
-    """∂loss/∂z [n, v] = Σ_k g_k·[v = target_k] − p·(Σ_k g_k + e·(z − Σ p·z)), with p = π·q and e = ∂loss/∂entropy."""
-    grad_mass = grad.grad_mass
+    """∂loss/∂z [n, v] = Σ_k g_k·[v = target_k] − p·(Σ_k g_k + e·(z − Σ p·z) − 2f·(p − Σp²)), with p = π·q.
+
+    e = ∂loss/∂entropy and f = ∂loss/∂Σp².
+    """
+    q, grad_mass = z.softmax(1), grad.grad_mass
     if grad.d_entropy is not None and grad.mean_logit is not None:
         grad_mass = grad_mass + grad.d_entropy * (z - grad.mean_logit)
-    return z.softmax(1).mul_(-grad_mass).scatter_add_(1, grad.targets, grad.g)
+    if grad.d_squares is not None and grad.tile_prob is not None and grad.sum_square_probs is not None:
+        grad_mass = grad_mass - grad.d_squares * (grad.tile_prob * q - grad.sum_square_probs)
+    return q.mul_(-grad_mass).scatter_add_(1, grad.targets, grad.g)
 
 
 @cache
@@ -306,28 +345,27 @@ KeptTiles = dict[tuple[int, int], Tensor]
 
 
 def forward_tiles(
-    head: Head, hidden: Tensor, targets: Tensor, entropy: bool, budget: float
+    head: Head, hidden: Tensor, targets: Tensor, extras: Sequence[str], budget: float
 ) -> tuple[TileStats, KeptTiles]:
     """Compute all tiles of the logits and keep as many of them as ``budget`` bytes hold.
 
     Args:
         hidden, targets: [N, D] and [N, K].
-        entropy: also collect what the entropy needs.
+        extras: also collect what these need, names in ``MODEL_COLUMNS``.
 
     Returns:
         The statistics of all tokens, and the tiles that are kept for ``backward_tiles``.
     """
-    stats, kept, buffer = TileStats.empty(hidden, len(head.weight), targets, entropy), KeptTiles(), None
+    stats, kept, buffer = TileStats.empty(hidden, len(head.weight), targets, extras), KeptTiles(), None
+    asked = [name in extras for name in MODEL_COLUMNS]
     for tokens in blocks(len(hidden), TILE_TOKENS):
         block_stats = stats.rows(tokens)
         for tile, vocab in enumerate(blocks(len(head.weight), TILE_VOCAB)):
             raw = head.raw(hidden[tokens], vocab, buffer)
             gather_targets(head, raw, block_stats, targets[tokens], vocab)
             for rows in row_blocks(raw):
-                lse, mean = compiled_on_gpu(tile_lse, raw.device.type)(head.to_logits(raw[rows]), entropy)
-                block_stats.tile_lse[rows, tile] = lse
-                if block_stats.tile_mean is not None:
-                    block_stats.tile_mean[rows, tile] = mean
+                sums = compiled_on_gpu(tile_lse, raw.device.type)(head.to_logits(raw[rows]), *asked)
+                block_stats.put(rows, tile, *sums)
             budget -= raw.nbytes
             if budget >= 0:
                 kept[tokens.start, vocab.start] = raw
@@ -386,7 +424,7 @@ def backward_tiles(
         ∂hidden [N, D] in the dtype of ``hidden``, or None.
     """
     nonzero = grad.nonzero.cpu().numpy()  # for all tokens at once: the host waits for it
-    grad = grad._replace(g=to_device(grad.g, hidden.device))
+    grad = grad.to(hidden.device)
     active = [ActiveTokens.of(tokens, hidden, grad, nonzero) for tokens in blocks(max(1, len(hidden)), TILE_TOKENS)]
     d_hidden = [torch.zeros_like(a.hidden, dtype=compute_dtype(hidden)) if needs_hidden else None for a in active]
     buffer: Tensor | None = None

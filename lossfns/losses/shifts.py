@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from lossfns.loss import Loss, Statistics, preset
 from lossfns.losses.pairs import of_margin, pair_loss
 from lossfns.margins import REFERENCE, Reward, desensitised, log_ratio_sum, logistic_link, pair_number
-from lossfns.segments import active_counts, chosen, rejected, weighted_mean
+from lossfns.segments import active_counts, chosen, rejected, sequence_sum, weight_divisor, weighted_sum
 from lossfns.tokens import Tokens
 from lossfns.weigh import Weighing, pair_mean
 
@@ -275,9 +276,10 @@ def wpo(beta: float = 0.1, weigh: Weighing = pair_mean) -> Loss:
     """
 
     def weighted(t: Tokens, c: Tensor, r: Tensor) -> tuple[Tensor, Statistics]:
-        log_square = torch.where(t.active, t.sum_square_probs, 1.0).log()
-        log_v = weighted_mean(t, t.logprobs.detach() - log_square)
+        log_squares = torch.xlogy(t.weights, t.sum_square_probs.detach())  # 0 where the weight is 0
+        log_v = (weighted_sum(t, t.logprobs.detach()) - sequence_sum(t, log_squares)) / weight_divisor(t)
         weight = (chosen(t, log_v) + rejected(t, log_v)).exp()
         return weight * logistic_link(beta * (c - r)), {"pair_weight": weight}
 
-    return pair_loss(weighted, log_ratio_sum, beta, weigh, ("sum_square_probs",))
+    loss = pair_loss(weighted, log_ratio_sum, beta, weigh, ("sum_square_probs",))
+    return replace(loss, differentiates=())

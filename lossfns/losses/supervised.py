@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from torch import Tensor
@@ -11,6 +12,9 @@ from lossfns.loss import Loss, Statistics, make_loss, preset
 from lossfns.statistics import OnDemand
 from lossfns.tokens import TARGETS, Tokens
 from lossfns.weigh import Weighing, token_mean
+
+LOG_20 = math.log(20)
+"""The entropy of 20 equally likely tokens, in nats."""
 
 
 def nll_of_token(t: Tokens) -> tuple[Tensor, Statistics]:
@@ -47,6 +51,38 @@ def cross_entropy(weigh: Weighing = token_mean) -> Loss:
     (1.75, 1.5)
     """
     return make_loss(nll_of_token, (), weigh)
+
+
+@preset
+def eaft(power: float = 1.0, entropy_scale: float = LOG_20, weigh: Weighing = token_mean) -> Loss:
+    """−sg(H/s)^α·lp: tokens learn less the surer the model is, so that confident conflicts do not overwrite it.
+
+    Entropy-adaptive fine-tuning: Diao et al. 2026, arXiv:2601.02151. The paper approximates H by the entropy of the 20
+    most likely tokens among themselves, and divides by log 20, its largest value; here H is the exact entropy of the
+    whole vocabulary, which may exceed log 20. LLaMA-Factory (``use_eaft_loss``) divides the approximation by 3.0.
+
+    Args:
+        power: α, a finite number of at least 0 (LLaMA-Factory's ``eaft_alpha``). With 0 it is ``cross_entropy``.
+        entropy_scale: s, the entropy of a token that learns in full, in nats, above 0.
+        weigh: how tokens count: ``token_mean``, ``sequence_mean``, ``sequence_sum_mean``, ``token_sum`` or
+            ``fixed_length(L)``.
+
+    Reads ``entropy``, as a constant. Statistics, means over active tokens:
+
+        nll: unweighted −lp, in nats, at least 0.
+        entropy: H, in nats, at least 0.
+        eaft_weight: (H/s)^α, at least 0.
+
+    >>> eaft().reads, eaft().gradient_columns
+    (('entropy',), ())
+    """
+
+    def terms(t: Tokens) -> tuple[Tensor, Statistics]:
+        nll, entropy = eq.nll(t.logprobs), t.entropy.detach()
+        weight = (entropy / entropy_scale) ** power
+        return weight * nll, {"nll": nll.detach(), "entropy": entropy, "eaft_weight": weight}
+
+    return make_loss(terms, ("entropy",), weigh, differentiates=())
 
 
 @preset

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lossfns.errors import LossInputError
 from lossfns.terminal import console_on, print_report, print_rows, print_wrapped, printable, status, while_read
@@ -56,6 +56,8 @@ def add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         help="the reason for the --skip before it, which the report shows")  # fmt: skip
     p.add_argument("--couples", metavar="TEXT", default="", help="why the datums of a batch may affect one another, "
         "such as 'the KL baseline is a batch mean': the laws that forbid it are left out")  # fmt: skip
+    p.add_argument("--learns", action="store_true", help="also say where exact gradient steps with the loss lead, in "
+        "small problems whose answer is known: advice, which changes no verdict")  # fmt: skip
     p.add_argument("--examples", type=non_negative, default=12, metavar="N",
         help="random batches for each law (default: 12)")  # fmt: skip
     p.add_argument("--timeout", type=positive, default=120.0, metavar="SECONDS",
@@ -167,6 +169,8 @@ def isolated_check(args: argparse.Namespace, skip: Mapping[str, str]) -> Report:
                     report = Report(args.subject, *about)
                 case ["verdict", verdict]:
                     report.verdicts.append(Verdict(**verdict))
+                case ["learns", lines]:
+                    report.learns.extend(lines)
     return report
 
 
@@ -200,6 +204,26 @@ def check_and_send(
     send(["about", [[trial.law, trial.says] for trial in trials], *about])
     for verdict in prepared.verdicts(lambda law: send(["doing", law])):
         send(["verdict", vars(verdict)])
+    if args.learns:
+        send(["learns", learned(subject, prepared.kind, args.factory)])
+
+
+def learned(subject: Any, kind: str, factory: bool | None) -> list[str]:
+    """Return where exact gradient steps lead in the worlds of this kind, in words, or why that is not known."""
+    from lossfns.testing.check import without_expected_warnings
+    from lossfns.testing.kinds import detect_targets
+    from lossfns.testing.laws.base import describe_error
+    from lossfns.testing.subject import adapt
+    from lossfns.testing.worlds import advice
+
+    if kind == "advantages":
+        return [f"there is no world for {kind}"]
+    try:
+        with without_expected_warnings():
+            loss_fn = adapt(subject, factory=factory)
+            return advice(loss_fn, kind, detect_targets(loss_fn, kind)) or [f"there is no world for the kind {kind}"]
+    except Exception as error:
+        return [f"it does not run in the worlds: {printable(describe_error(error))}"]
 
 
 def with_end(report: Report, laws: Sequence[Sequence[str]], doing: str, ended: Ended, timeout: float) -> Report:
@@ -224,6 +248,7 @@ def draw(report: Report, console: Console) -> None:
     print_rows(console, [(MARKS[v.verdict], v.law, v.remark) for v in report.verdicts],
         styles=[STYLES[v.verdict] for v in report.verdicts])  # fmt: skip
     console.print()
+    print_rows(console, [("", "learns", line) for line in report.learns])
     draw_summary(report, console)
 
 

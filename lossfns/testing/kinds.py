@@ -184,6 +184,29 @@ BY_DESIGN = {
     "clip_cov": (("no_inert_knob",), "the tokens of a datum have one advantage, and so the covariance 0"),
     "kl_cov": (("no_inert_knob",), "the tokens of a datum have one advantage, and so the covariance 0"),
     "fipo": (("padding", "metric_scope"), "the discount counts positions, those of masked tokens too"),
+    "rec_ring": (("clip",), "its region has a second part, far on the side from which the advantage pulls back"),
+    "sppo_token": (("clip", "ratio", "ratio_gradient"), "it has the log-ratio in place of the ratio"),
+    "opmd": (("on_policy",), "its temperature scales the advantage"),
+    "alpha_dpo": (
+        ("reference", "no_inert_knob", "pair_metrics"),
+        "the reference acts through a z-score over the pairs of a group, which is 0 for one pair",
+    ),
+    "beta_dpo": (("monotone", "finite_differences"), "its β depends on the margins, without gradient"),
+    "dr_dpo": (("no_inert_knob",), "a group of one pair has no robust mean"),
+    "discopop": (("sides", "monotone"), "it blends the logistic and the exponential loss, and is not monotone"),
+    "f_dpo": (("margin_metrics",), "its margin is that of the divergence, not of the log-ratios"),
+    "gpo": (("target",), "the squared hinge has its target at 1/β"),
+    "alphapo": (("misranked", "odds"), "its reward is a power of the probability, which grows without bound"),
+    "bpo": (
+        ("pair_canary", "reference", "finite_differences"),
+        "only the side with the smaller reward has a gradient, and both are equal on-policy",
+    ),
+    "minor_dpo": (("sides", "reference"), "a rejected side below the reference is left alone"),
+    "ld_dpo": (("pair_weights",), "tokens beyond the length of the shorter side count less"),
+    "wpo": (
+        ("reference", "monotone", "finite_differences"),
+        "the probability of a pair under the policy weighs it, without gradient",
+    ),
 }
 """Preset → the laws that it breaks, and why."""
 

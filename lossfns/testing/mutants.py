@@ -131,6 +131,8 @@ def oracle_loss(bug: str, loss: str, config: Config) -> Subject:
         like(data, [lp.detach() for lp in logprobs_list])
         a = arguments({**config, **settings}, columns(data, logprobs_list, names))
         targets = logprobs_list[0].shape[-1] if like.rows == TARGETS else 0
+        if targets and "teacher_logprobs" in names:
+            a["targets"] = targets  # as in ``arguments``, which sees flat rows here
         wrong = planted.wrong_loss(bug, loss, a, targets) if bug else None
         value, rows = wrong if wrong is not None else getattr(oracle, loss)(**a)
         detached = [bug == "gradient-missing" and not any(w) for w in a["weights"]]

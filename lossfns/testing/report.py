@@ -88,6 +88,7 @@ class Report:
         form: how the subject is called and what is done with its result; "" if it is a contract function.
         verdicts: the verdict of each law.
         stopped: why some laws were not tested: the process ended, or time was up; "" if all laws were tested.
+        learns: where exact gradient steps lead in small problems, in words; advice, which changes no verdict.
     """
 
     subject: str
@@ -98,6 +99,7 @@ class Report:
     form: str = ""
     verdicts: list[Verdict] = field(default_factory=list)
     stopped: str = ""
+    learns: list[str] = field(default_factory=list)
 
     @property
     def broken(self) -> list[Verdict]:
@@ -148,6 +150,7 @@ class Report:
             "bug": self.bug,
             "counts": self.counts,
             "verdicts": [vars(v) for v in self.verdicts],
+            "learns": self.learns,
         }
 
     @property
@@ -177,7 +180,8 @@ class Report:
         """Return the report as plain text: an explanation of each broken law, a line for each law, and the summary."""
         width = max((len(v.law) for v in self.verdicts), default=0)
         rows = [f"{MARKS[v.verdict]:7}  {v.law:{width}}  {v.remark}" for v in self.verdicts]
-        return "\n".join([*self.explanations, *rows, "", self.summary])
+        learns = [f"learns: {line}" for line in self.learns]
+        return "\n".join([*self.explanations, *rows, "", *learns, self.summary])
 
     def quiet(self) -> str:
         """Return the broken laws and the summary as plain text."""

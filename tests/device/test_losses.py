@@ -24,6 +24,7 @@ from lossfns import (
 from lossfns.export import token_gradient
 from lossfns.inspect import grad_report, preflight
 from lossfns.testing.public import presets
+from lossfns.tokens import MODEL_COLUMNS
 
 LENGTHS = [3, 5, 1, 4]
 LOSSES = [
@@ -59,6 +60,7 @@ class Batch:
         }
         for name in set(loss.reads) - {"old_logprobs", "ref_logprobs", "sampler_logprobs"}:
             numbers = torch.tensor([1.0, 0.0, 1.0, 0.0] if "label" in name else [0.5, -1.0, 0.0, 2.0])
+            numbers = numbers.abs().clamp(max=1) if name in MODEL_COLUMNS else numbers
             self.columns[name] = [numbers[i].expand(lp.shape).clone() for i, lp in enumerate(self.logprobs)]
 
     def datums(self) -> list[Datum]:

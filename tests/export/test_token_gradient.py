@@ -12,7 +12,7 @@ from lossfns import ON_POLICY, Loss, LossInputError, Tokens, evaluate
 from lossfns.export.token_gradient import token_gradient
 from lossfns.logprobs.linear import linear_logprobs
 from lossfns.testing.public import presets
-from lossfns.tokens import DATUM_COLUMNS
+from lossfns.tokens import DATUM_COLUMNS, MODEL_COLUMNS
 
 LENGTHS = (5, 1, 8, 3)
 N = sum(LENGTHS)
@@ -31,15 +31,17 @@ def random(seed: int, *shape: int) -> Tensor:
 
 
 def couples_tokens(loss: Loss) -> bool:
-    """Whether the gradient of a token changes with the logprob of another one."""
-    if not loss.rows.per_token:
+    """Whether the gradient of a token changes with the logprob of an earlier or later one."""
+    if not loss.rows.per_token or loss.couples_groups:
         return True
     t = Tokens(-1 - random(0, 4).abs(), torch.ones(4), None, {name: -1 - random(0, 4).abs() for name in loss.reads})
-    gradients = []
-    for by in (0.0, 0.02):
-        leaf = (t.logprobs - torch.tensor([by, 0, 0, 0])).requires_grad_()
-        gradients.append(torch.autograd.grad(evaluate(loss, replace(t, logprobs=leaf))[0], leaf)[0][1:])
-    return not torch.equal(*gradients)
+
+    def inner_gradient(first: float, last: float) -> Tensor:
+        leaf = (t.logprobs - torch.tensor([first, 0, 0, last])).requires_grad_()
+        return torch.autograd.grad(evaluate(loss, replace(t, logprobs=leaf))[0], leaf)[0][1:-1]
+
+    others = [inner_gradient(*by) for by in ((0.02, 0), (-0.02, 0), (0, 0.02), (0, -0.02))]
+    return not all(torch.equal(inner_gradient(0, 0), other) for other in others)
 
 
 LOSSES = [preset(**SETTINGS.get(name, {})) for name, preset in presets().items() if preset().rows != "targets"]
@@ -57,7 +59,8 @@ def bound(loss: Loss) -> Any:
         **{key: [1.0, 0.0, 0.0, 1.0] for key in DATUM_COLUMNS},
     }
     names = [name for name in loss.reads if name not in columns]
-    columns |= {name: list((-random(len(name), N).abs()).split(LENGTHS)) for name in names}
+    signs = {name: 1 if name in MODEL_COLUMNS else -1 for name in names}
+    columns |= {name: list((sign * random(len(name), N).abs()).split(LENGTHS)) for name, sign in signs.items()}
     return loss.bind(**{name: columns[name] for name in loss.reads})
 
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -15,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lossfns import LossInputError
 from lossfns.logprobs import linear as plans
 from lossfns.logprobs import tiles
-from lossfns.logprobs.linear import linear_logprobs
+from lossfns.logprobs.linear import linear_logprobs, model_outputs
+from lossfns.tokens import MODEL_COLUMNS
 
 TILES = {"TILE_TOKENS": 16, "TILE_VOCAB": 20, "BLOCK_LOGITS": 140, "SEPARABLE_TOKENS": 8}
 """Sizes so small that a few dozen tokens make several tiles, with ragged edges: blocks of 7 rows."""
@@ -228,18 +230,34 @@ def test_gradients_of_some_inputs_alone(small: None, plan: str, wanted: str) -> 
 
 @pytest.mark.parametrize("plan", RECOMPUTING)
 @pytest.mark.parametrize("knobs", KNOBS)
-def test_entropy_and_its_gradient(small: None, plan: str, knobs: str) -> None:
+def test_entropy_and_sum_of_squares_and_their_gradients(small: None, plan: str, knobs: str) -> None:
+    """Each alone, and all with the logprobs."""
     case = draw(k=2, **KNOBS[knobs])
-    logprobs, entropy = compute(case, plan, return_entropy=True)
+    logprobs, *others = compute(case, plan, return_entropy=True, return_sum_square_probs=True)
     p = definition(case)
-    reference = -(p.exp() * p).sum(1)
-    torch.testing.assert_close(entropy, reference, atol=1e-12, rtol=0)
-    d_entropy = torch.linspace(-1, 1, len(entropy), dtype=torch.float64)
-    loss, exact = (entropy * d_entropy).sum(), (reference * d_entropy).sum()
-    alone = torch.autograd.grad(exact, case.inputs, retain_graph=True)
-    assert relative_error(torch.autograd.grad(loss, case.inputs, retain_graph=True), alone) < 1e-12
-    both = torch.autograd.grad(exact + (expected(case) * case.g).sum(), case.inputs)
-    assert relative_error(torch.autograd.grad(loss + (logprobs * case.g).sum(), case.inputs), both) < 1e-12
+    references = -(p.exp() * p).sum(1), (2 * p).exp().sum(1)
+    loss, exact = (logprobs * case.g).sum(), (expected(case) * case.g).sum()
+    for name, found, reference in zip(("return_entropy", "return_sum_square_probs"), others, references):
+        torch.testing.assert_close(found, reference, atol=1e-12, rtol=0)
+        d = torch.linspace(-1, 1, len(found), dtype=torch.float64)
+        alone = torch.autograd.grad((reference * d).sum(), case.inputs, retain_graph=True)
+        of_one = (compute(case, plan, **{name: True})[1] * d).sum()
+        assert relative_error(torch.autograd.grad(of_one, case.inputs), alone) < 1e-12
+        loss, exact = loss + (found * d).sum(), exact + (reference * d).sum()
+    both = torch.autograd.grad(exact, case.inputs)
+    assert relative_error(torch.autograd.grad(loss, case.inputs), both) < 1e-12
+
+
+def test_the_frozen_plan_gives_both_as_constants(small: None) -> None:
+    case = suited(draw(k=2, **KNOBS["all of them"]), "frozen")
+    model = SimpleNamespace(head=case.weight, head_bias=case.bias, head_temperature=1.3, head_softcap=5.0)
+    found = model_outputs(model, case.hidden, case.targets, MODEL_COLUMNS, ())
+    swept = model_outputs(model, case.hidden, case.targets, MODEL_COLUMNS, MODEL_COLUMNS)
+    assert [x.requires_grad for x in found + swept] == [True, False, False, True, True, True]
+    for x, y in zip(found, swept, strict=True):
+        torch.testing.assert_close(x, y, atol=1e-12, rtol=0)
+    of_logprobs = (torch.autograd.grad(x, case.hidden, case.g)[0] for x in (found[0], swept[0]))
+    torch.testing.assert_close(*of_logprobs, atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("plan", ["tiled", "saved", "frozen"])
@@ -250,7 +268,8 @@ def test_gradcheck(small: None, plan: str) -> None:
 
 def test_gradcheck_with_the_entropy(small: None) -> None:
     case = draw(n=19, d=3, v=23, biased=True, temperature=0.8, softcap=4.0)
-    assert torch.autograd.gradcheck(lambda *_: compute(case, "tiled", return_entropy=True), case.inputs)
+    options = {"return_entropy": True, "return_sum_square_probs": True}
+    assert torch.autograd.gradcheck(lambda *_: compute(case, "tiled", **options), case.inputs)
 
 
 @every_plan
@@ -790,6 +809,8 @@ WRONG: dict[str, tuple[str, dict[str, Any]]] = {
     "a gradient for another plan": ("gradient", {"plan": "tiled", "gradient": lambda lp, _: lp}),
     "frozen with a weight that requires grad": ("weight", {"plan": "frozen", "weight": W.clone().requires_grad_()}),
     "frozen with the entropy": ("return_entropy", {"plan": "frozen", "return_entropy": True}),
+    "frozen with squares": ("return_sum_square_probs", {"plan": "frozen", "return_sum_square_probs": True}),
+    "a declared gradient with the entropy": ("return_entropy", {"gradient": lambda x, _: x, "return_entropy": True}),
     "separable with the entropy": (
         "return_entropy",
         {"plan": "separable", "gradient": lambda lp, _: lp, "return_entropy": True},

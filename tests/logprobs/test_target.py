@@ -23,6 +23,25 @@ def test_value_and_gradient_are_those_of_log_softmax(shape: tuple[int, ...], tem
     torch.testing.assert_close(a, b)
 
 
+def test_entropy_and_sum_of_squares_are_those_of_the_softmax_with_their_gradients() -> None:
+    """Each alone, and all with the logprobs; rows of two leading dimensions, and of a view."""
+    whole = torch.randn(2, 5, 7, dtype=torch.float64, requires_grad=True)
+    for logits in (whole, whole[:, :-1]):
+        targets = torch.randint(0, 7, logits.shape[:-1])
+        lp = (logits / 0.7).log_softmax(-1)
+        expected = [lp.gather(-1, targets[..., None])[..., 0], -(lp.exp() * lp).sum(-1), (2 * lp).exp().sum(-1)]
+        for asked in ((True, False), (False, True), (True, True)):
+            options = dict(zip(("return_entropy", "return_sum_square_probs"), asked))
+            found = target_logprobs(logits, targets, temperature=0.7, **options)
+            want = [expected[0], *(x for x, y in zip(expected[1:], asked) if y)]
+            torch.testing.assert_close(list(found), want)
+            g = [torch.randn_like(x) for x in want]
+            for of in ([*range(len(want))], [len(want) - 1]):
+                a, b = (torch.autograd.grad([x[i] for i in of], whole, [g[i] for i in of], retain_graph=True)
+                        for x in (found, want))  # fmt: skip
+                torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_low_precision_logits_give_float32(dtype: torch.dtype) -> None:
     logits = (4 * torch.randn(7, 50)).to(dtype).requires_grad_()
@@ -71,6 +90,10 @@ def test_a_masked_row_of_infinities_gets_gradient_0() -> None:
     logprobs = target_logprobs(logits, torch.tensor([0, 1]))
     torch.where(torch.tensor([False, True]), logprobs, 0).sum().backward()
     assert logits.grad is not None and logits.grad[0].tolist() == [0, 0, 0] and logits.grad[1].isfinite().all()
+    outputs = target_logprobs(logits, torch.tensor([0, 1]), return_entropy=True, return_sum_square_probs=True)
+    logits.grad = None
+    sum(torch.where(torch.tensor([False, True]), x, 0).sum() for x in outputs).backward()
+    assert logits.grad[0].tolist() == [0, 0, 0] and logits.grad[1].isfinite().all()
 
 
 def test_a_block_spans_many_short_sequences(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ import lossfns
 from lossfns import merge_metrics
 from lossfns.testing.settings import knobs, setting_elements, variants
 from lossfns.testing.vectors import load
-from lossfns.tokens import DATUM_COLUMNS
+from lossfns.tokens import DATUM_COLUMNS, MODEL_COLUMNS
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*log-ratio.*")
 POISON = (math.nan, math.inf, -math.inf, 1e30)
@@ -193,7 +193,7 @@ def changes_at_one_token(case: Case, name: str, seed: int) -> bool:
     slot = batch.weights[row].index(next(filter(None, batch.weights[row])))
     if name in DATUM_COLUMNS:
         batch.columns[name][row] = [1 - x for x in batch.columns[name][row]]
-    elif name == "sum_square_probs":  # above 0
+    elif name in MODEL_COLUMNS:  # at least 0, or above 0
         batch.columns[name][row][slot] /= 2
     else:
         batch.columns[name][row][slot] -= 0.37

@@ -15,8 +15,7 @@ from lossfns.testing.check import prepare, without_expected_warnings
 from lossfns.testing.laws import ADVANTAGES, LAWS_BY_KIND, SELF_CONTAINED
 from lossfns.testing.mutants import CLOSED_FORMS, MUTANTS, correct_loss, oracle_loss
 from lossfns.testing.report import BROKEN, Report, Verdict
-from lossfns.testing.vectors import METHODS, load
-from lossfns.testing.vectors.vector import ESTIMATORS
+from lossfns.testing.vectors import load
 from tools.laws import CLAIMS, KINDS, LAWS, held_out, read_page, render_page, totals
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -130,7 +129,6 @@ def test_the_law_that_breaks_first_is_the_one_on_the_page_for_every_exemplar(nam
 
 
 PRESETS = {name: getattr(lossfns, name) for name in CLOSED_FORMS}
-PRESETS = {name: getattr(lossfns, name) for name in METHODS if name == "group_advantages" or name not in ESTIMATORS}
 DEFAULTS = [preset() for name, preset in PRESETS.items() if name != "group_advantages"]
 SETTINGS = (
     lossfns.grpo(weigh=lossfns.sequence_mean, kl_beta=0.04),

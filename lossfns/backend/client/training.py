@@ -97,6 +97,9 @@ class LocalTrainingClient(LocalReferenceClient):
                 inputs are then whole, unshifted sequences, and targets are not needed.
             pooling: how embeddings are pooled: the ``"mean"`` over the tokens, or the ``"last"`` token.
 
+        A loss that reads ``entropy`` or ``sum_square_probs`` gets those of the model, from the same pass, with their
+        gradient where the loss differentiates them. Numbers that are bound or in the datums replace them, as constants.
+
         The metrics are those of the loss, ``passes``, ``micro_batches`` and ``peak_memory`` (bytes), and those of the
         profile. Under ``"tinker"``, ``loss:sum`` is the loss and ``surrogate_loss:sum`` is Σ lp·∂L/∂lp. Under
         ``"fireworks"``, ``loss:sum`` is that surrogate and ``response_tokens`` counts the entries with a gradient.
@@ -291,7 +294,7 @@ class LocalTrainingClient(LocalReferenceClient):
         if output == "embedding":
             forward = self._engine.embeddings(fields, POOLS[pooling])
         else:
-            forward = self._engine.logprobs(fields)
+            forward = self._engine.logprobs(fields, loss_fn)
             self._profile.check_custom_data(fields)
         with self._engine.gradients.all_or_nothing():
             result = self._engine.backward(loss_fn, data, forward)

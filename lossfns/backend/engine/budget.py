@@ -96,7 +96,14 @@ class Budget:
         (self.vocabulary, self.dim), self.bytes_per_hidden = head.shape, head[0].nbytes
         self.footprints = FOOTPRINTS if getattr(model, "shape", None) else {}
 
-    def plan(self, inputs: ModelInputs, group: int = 1, compensation_bytes: int = 0, losses: int = 1) -> Plan:
+    def plan(
+        self,
+        inputs: ModelInputs,
+        group: int = 1,
+        compensation_bytes: int = 0,
+        losses: int = 1,
+        extras: tuple[str, ...] = (),
+    ) -> Plan:
         """Decide how to compute a request.
 
         Args:
@@ -104,11 +111,12 @@ class Budget:
             group: how many consecutive datums to keep in one micro-batch, if every such group fits.
             compensation_bytes: bytes for adding the request's gradient to the accumulated one.
             losses: how many losses the request adds up.
+            extras: what is computed besides the logprobs.
 
         Raises:
             LossInputError: if there is a limit and a datum by itself exceeds it.
         """
-        budget, costs = self.planned_bytes(), self.costs(inputs, compensation_bytes, losses)
+        budget, costs = self.planned_bytes(), self.costs(inputs, compensation_bytes, losses, extras)
         max_tokens = self.ranks.min(costs.max_tokens(budget))
         if self.limit is not None:
             for i, length in enumerate(inputs.lengths):
@@ -129,14 +137,17 @@ class Budget:
         """The part of the budget to plan with."""
         return CHECKPOINTING_MARGIN if getattr(self.model, "checkpointing", False) else MARGIN
 
-    def costs(self, inputs: ModelInputs, compensation_bytes: int = 0, losses: int = 1) -> Costs:
+    def costs(
+        self, inputs: ModelInputs, compensation_bytes: int = 0, losses: int = 1, extras: tuple[str, ...] = ()
+    ) -> Costs:
         """Return the bytes that a request over these inputs takes."""
         trainable = [p for p in self.model.parameters() if p.requires_grad and torch.is_grad_enabled()]
         gradients = sum([p.numel() * max(p.itemsize, 4) for p in local_shards(trainable)])  # summed in float32
         values = sum([x.size for x in inputs.targets]) if inputs.targets else len(inputs.tokens) * self.dim
-        return Costs(gradients + LOSS_BYTES_PER_VALUE * losses * values, self.footprint(inputs), compensation_bytes)
+        values = LOSS_BYTES_PER_VALUE * losses * (values + len(extras) * sum(inputs.lengths))
+        return Costs(gradients + values, self.footprint(inputs, extras), compensation_bytes)
 
-    def footprint(self, inputs: ModelInputs) -> Footprint:
+    def footprint(self, inputs: ModelInputs, extras: tuple[str, ...] = ()) -> Footprint:
         """Return the footprint of a step over inputs like these. It is measured once, when it is first needed."""
         # The sequences of the probe are no longer than the inputs, so the model can read them. Their length is odd, so
         # that no activation has the size of a weight.
@@ -144,21 +155,23 @@ class Budget:
         parameters = list(self.model.parameters())
         kind = (type(self.model), repr(getattr(self.model, "shape", None)), getattr(self.model, "checkpointing", False))
         weights = [(p.shape, p.dtype, p.requires_grad) for p in parameters]
-        probe = (length, inputs.targets_per_token)
+        probe = (length, inputs.targets_per_token, extras)
         key = (*probe, torch.is_grad_enabled(), parameters[0].device, self.ranks.size, *kind, *weights)
         if key not in self.footprints:
             self.footprints[key] = footprint(partial(self.probe_step, *probe), parameters)
         return self.footprints[key]
 
-    def probe_step(self, length: int, targets: int) -> None:
+    def probe_step(self, length: int, targets: int, extras: tuple[str, ...]) -> None:
         """Run a step over ``PROBE_TOKENS`` tokens, and drop each gradient as soon as it is computed.
 
-        Sequences have ``length`` tokens, and each token has as many targets as ``targets`` says.
+        Sequences have ``length`` tokens, and each token has as many targets as ``targets`` says. Extras are
+        differentiated, which takes the most.
         """
         draw = partial(np.random.default_rng(0).integers, self.vocabulary)  # random, so that few prefixes are shared
         ends = range(length, PROBE_TOKENS, length)
         tokens, ids = (np.split(draw(size=size), ends) for size in (PROBE_TOKENS, (PROBE_TOKENS, targets)))
-        compute = partial(compute_logprobs, self.model, ModelInputs(tokens, ids), lambda tokens: 0.0)
+        given = self.model, ModelInputs(tokens, ids), lambda tokens: 0.0
+        compute = partial(compute_logprobs, *given, extras=extras, differentiates=extras)
         device = next(self.model.parameters()).device
         with dropped_gradients(self.model), torch.random.fork_rng([device] if device.type == "cuda" else []):
             logprobs = self.ranks.with_full_weights(compute)

@@ -20,6 +20,7 @@ from lossfns.devices import copy_to_host, to_device
 from lossfns.errors import LossInputError, add_loss_name
 from lossfns.loss import BoundLoss, Loss, LossFn, as_packed
 from lossfns.pack import PackedColumns, pack_side_columns
+from lossfns.tokens import MODEL_COLUMNS, Tokens
 
 
 class Outputs(NamedTuple):
@@ -27,21 +28,40 @@ class Outputs(NamedTuple):
 
     Attributes:
         name: ``"logprobs"`` or ``"embedding"``.
-        values: [R], [R, K] or [R, D], with the graph of the forward pass.
+        values: [R], [R, K] or [R, D], with the graph of the forward pass. With extras, [R, 1 + E] or [R, K + E]: one
+            tensor for all that a loss reads of the model, which is split, gathered and differentiated as a whole.
         lengths: rows of each datum in ``values``: one for each position with targets, or one embedding.
         tensor_class: the class of the datums' own tensors.
+        extras: what the last E columns of ``values`` are, names in ``MODEL_COLUMNS``.
+        target_shape: with extras, the shape of one row of the logprobs: () or (K,).
     """
 
     name: str
     values: Tensor
     lengths: list[int]
     tensor_class: Any
+    extras: tuple[str, ...] = ()
+    target_shape: tuple[int, ...] = ()
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """The shape of one row of the logprobs or embeddings: (), (K,) or (D,)."""
+        return self.target_shape if self.extras else tuple(self.values.shape[1:])
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:
         """The shape of each datum's outputs: [N_i], [N_i, K], or [D] of an embedding."""
-        row_shape = tuple(self.values.shape[1:])
-        return [row_shape if self.name == "embedding" else (n, *row_shape) for n in self.lengths]
+        return [self.row_shape if self.name == "embedding" else (n, *self.row_shape) for n in self.lengths]
+
+    def without_extras(self, x: Tensor) -> Tensor:
+        """Return the part of a tensor in the shape of ``values`` that belongs to the logprobs or the embeddings."""
+        return x[:, : x.shape[1] - len(self.extras)].reshape(len(x), *self.row_shape) if self.extras else x
+
+    def extras_of(self, x: Tensor) -> dict[str, Tensor]:
+        """Return the extras in a tensor in the shape of ``values``, each repeated over the targets of its position."""
+        parts = [x[:, i - len(self.extras)] for i in range(len(self.extras))]
+        repeated = [part.reshape(-1, *[1] * len(self.row_shape)).expand(-1, *self.row_shape) for part in parts]
+        return dict(zip(self.extras, repeated))
 
     def by_datum(self, x: Tensor) -> Sequence[Tensor]:
         """Split a tensor with the rows of ``values`` into one tensor for each datum."""
@@ -53,8 +73,8 @@ class Outputs(NamedTuple):
         return result
 
     def records(self) -> list[dict[str, Any]]:
-        """Return the outputs as ``loss_fn_outputs``, in the datums' own class of tensors."""
-        on_host = self.values.detach().float().cpu()
+        """Return the outputs as ``loss_fn_outputs``, in the datums' own class of tensors, without the extras."""
+        on_host = self.without_extras(self.values.detach()).float().cpu()
         return [{self.name: self.tensor_class.from_numpy(x.numpy())} for x in self.by_datum(on_host)]
 
 
@@ -75,9 +95,10 @@ class Differentiated(NamedTuple):
         metrics: what the loss itself has returned.
         gradient: ∂loss/∂outputs, in the shape and on the device that the outputs had.
         outputs: the outputs that the loss was computed on, on the host.
-        surrogate: Σ output·∂loss/∂output, the loss that a hosted service computes in place of a custom loss.
-        nonzero: the number of entries of ``gradient`` that are not 0.
-        has_gradient: [R] bool, for each row of the outputs whether it has such an entry.
+        surrogate: Σ output·∂loss/∂output, the loss that a hosted service computes in place of a custom loss. Extras
+            are left out of it: the services have none.
+        nonzero: the number of entries of ``gradient`` that are not 0, extras left out.
+        has_gradient: [R] bool, for each row of the outputs whether it has an entry that is not 0.
         passes: forward passes over the model: 1 or 2.
         micro_batches: how many parts of the batch went through the model one after the other.
         peak_memory: the bytes that the request was planned to take at most.
@@ -125,9 +146,11 @@ class DeferredResult(NamedTuple):
         """
         values, gradient = self.outputs.values.detach(), self.gradient
         nonzero = gradient.reshape(len(gradient), -1) != 0
-        surrogate = (values * gradient).sum()
+        of_outputs = self.outputs.without_extras(gradient)
+        surrogate = (self.outputs.without_extras(values) * of_outputs).sum()
+        count = (of_outputs != 0).sum() if self.outputs.extras else nonzero.sum()
         gradient_finite, parameters_finite = gradient.isfinite().all(), torch.as_tensor(parameters_finite)
-        results = values, self.loss, self.numbers, surrogate, nonzero.sum(), nonzero.any(1)
+        results = values, self.loss, self.numbers, surrogate, count, nonzero.any(1)
         values, loss, numbers, surrogate, count, has_gradient, gradient_finite, parameters_finite = copy_to_host(
             [*results, gradient_finite, parameters_finite]
         )
@@ -181,20 +204,44 @@ def bind_loss(bound: BoundLoss, data: list[Any], empty_outputs: Outputs) -> Call
     return partial(differentiate_loss, bound, packed_columns(bound, data, empty_outputs))
 
 
+def computed_columns(loss_fn: Any, data: Sequence[Any]) -> tuple[str, ...]:
+    """Return what the model has to compute for a loss of this library besides the logprobs, names in ``MODEL_COLUMNS``.
+
+    A column that is bound, or that a datum has, is taken from there.
+    """
+    bound = BoundLoss(loss_fn) if isinstance(loss_fn, Loss) else loss_fn
+    if not isinstance(bound, BoundLoss):
+        return ()
+    needed = [name for name in MODEL_COLUMNS if name in bound.loss.reads and name not in bound.columns]
+    return tuple(name for name in needed if all(datum.loss_fn_inputs.get(name) is None for datum in data))
+
+
 def packed_columns(bound: BoundLoss, data: list[Any], empty_outputs: Outputs) -> PackedColumns:
     """Pack what a loss of this library reads of the batch besides the outputs."""
     loss = bound.loss
     with add_loss_name(loss.name):
-        return pack_side_columns(
+        packed = pack_side_columns(
             data,
             empty_outputs.shapes,
             empty_outputs.values,
-            loss.reads,
+            [name for name in loss.reads if name not in empty_outputs.extras],
             bound.columns,
             rows=loss.rows,
             align=bound.align,
             masks=loss.masks,
         )
+        for name in loss.gradient_columns:
+            if name not in empty_outputs.extras:
+                got, fix = "numbers that are bound or in the datums", "Leave them out: the client computes it."
+                raise LossInputError(name, "the model's own, through which the gradient goes", got, fix)
+        return packed
+
+
+def tokens_of(bound: BoundLoss, columns: PackedColumns, outputs: Outputs, values: Tensor) -> Tokens:
+    """Return the packed batch of a loss, with ``values`` in the shape of the outputs' own."""
+    graph = bound.loss.gradient_columns
+    extras = {n: (x if n in graph else x.detach()).flatten() for n, x in outputs.extras_of(values).items()}
+    return columns.with_logprobs(outputs.without_extras(values).flatten(), extras)
 
 
 def bind_callable(loss_fn: LossFn, data: list[Any], empty_outputs: Outputs) -> Callable[[Outputs], DeferredResult]:
@@ -209,7 +256,7 @@ def differentiate_loss(bound: BoundLoss, columns: PackedColumns, outputs: Output
     """Differentiate a loss of this library: on the device of the outputs, on all of them end to end."""
     leaf = outputs.values.detach().requires_grad_()
     with add_loss_name(bound.loss.name):
-        loss, metrics = bound.defer(as_packed, columns.with_logprobs(leaf.flatten()))
+        loss, metrics = bound.defer(as_packed, tokens_of(bound, columns, outputs, leaf))
     if not loss.requires_grad:
         metrics.finalise()  # an error of a value explains more than that the loss is a constant
         raise constant_loss()

@@ -18,6 +18,7 @@ from lossfns.backend.engine.builtins import bind_builtin
 from lossfns.backend.engine.differentiate import (
     Differentiated,
     Outputs,
+    computed_columns,
     evaluate_loss,
     objective_of,
     packed_columns,
@@ -60,10 +61,16 @@ class Engine:
 
     # Forward
 
-    def logprobs(self, data: Sequence[Any]) -> Forward:
-        """Prepare the forward pass that computes the logprobs of the targets, in the shape of the targets."""
+    def logprobs(self, data: Sequence[Any], loss_fn: Any = None) -> Forward:
+        """Prepare the forward pass that computes the logprobs of the targets, in the shape of the targets.
+
+        It also computes what else of the model a loss reads: entropy and Σp².
+        """
         inputs = inputs_with_targets(data, self.budget.vocabulary)
-        return self.forward_pass("logprobs", data, inputs, compute_logprobs, inputs.targets[0].shape[1:])
+        extras = computed_columns(loss_fn, data)
+        graph = [name for name in extras if name in loss_fn.gradient_columns]
+        compute = partial(compute_logprobs, extras=extras, differentiates=graph) if extras else compute_logprobs
+        return self.forward_pass("logprobs", data, inputs, compute, inputs.targets[0].shape[1:], extras)
 
     def embeddings(self, data: Sequence[Any], pool: Pool) -> Forward:
         """Prepare the forward pass that computes embeddings [B, D]: hidden states pooled over each datum's tokens."""
@@ -77,8 +84,9 @@ class Engine:
         inputs: ModelInputs,
         compute: Callable[..., Tensor],
         shape: Sequence[int],
+        extras: tuple[str, ...] = (),
     ) -> Forward:
-        """Prepare the forward pass that computes outputs called ``name``, in rows of ``shape``.
+        """Prepare the forward pass that computes outputs called ``name``, in rows of ``shape``, and extras.
 
         Inputs longer than the model's context are refused here, so that all ranks refuse them before any computes.
         """
@@ -87,8 +95,9 @@ class Engine:
             if length > context:
                 expected = f"sequences of at most {context} tokens, the context of the model"
                 raise LossInputError("model_input", expected, f"{length}", "Cut it.", datum=i)
-        empty = torch.empty(0, *shape, dtype=self.output_dtype, device=next(self.model.parameters()).device)
-        empty_outputs = Outputs(name, empty, inputs.output_lengths, tensor_class(data))
+        width = [math.prod(shape) + len(extras)] if extras else shape
+        empty = torch.empty(0, *width, dtype=self.output_dtype, device=next(self.model.parameters()).device)
+        empty_outputs = Outputs(name, empty, inputs.output_lengths, tensor_class(data), extras, tuple(shape))
         return Forward(inputs, partial(self.ranks.run, partial(compute, self.model)), empty_outputs)
 
     def outputs(self, forward: Forward) -> Outputs:
@@ -124,8 +133,9 @@ class Engine:
         """
         objective = objective_of(loss_fn, self.ranks.agreeing)
         with torch.enable_grad():  # restores the mode at its end, whatever the loss has set
+            extras, compensation = forward.empty_outputs.extras, self.gradients.compensation_bytes
             losses = len(objective.bound.loss.parts) if objective.bound else 1
-            plan = self.budget.plan(forward.inputs, objective.group, self.gradients.compensation_bytes, losses or 1)
+            plan = self.budget.plan(forward.inputs, objective.group, compensation, losses or 1, extras)
             with summed_in_float32(self.model) if len(plan.micro_batches) > 1 else nullcontext():
                 deferred = passes.forward_backward(objective, data, forward, plan)
             result = deferred.finalise(self.gradients.are_finite())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from inspect import signature
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from lossfns.backend.engine.memory import trim_heap
 from lossfns.backend.engine.pooling import Pool
 from lossfns.backend.model.prefixes import share_prefixes
 from lossfns.errors import LossInputError
-from lossfns.logprobs.linear import model_logprobs
+from lossfns.logprobs.linear import model_outputs
 
 SpareBytes = Callable[[int], float]
 """``spare_bytes(tokens)``: the bytes of logits that a forward pass over so many tokens may keep for its backward."""
@@ -59,14 +59,25 @@ class Forward(NamedTuple):
 
 
 def compute_logprobs(
-    model: nn.Module, inputs: ModelInputs, spare_bytes: SpareBytes, result_device: torch.device | None = None
+    model: nn.Module,
+    inputs: ModelInputs,
+    spare_bytes: SpareBytes,
+    result_device: torch.device | None = None,
+    *,
+    extras: Sequence[str] = (),
+    differentiates: Sequence[str] = (),
 ) -> Tensor:
-    """Return the logprobs of the targets, in float32 at least: [N] or [N, K], on the model's or the result device."""
+    """Return the logprobs of the targets, in float32 at least: [N] or [N, K], on the model's or the result device.
+
+    With ``extras``, names in ``MODEL_COLUMNS``, these are the last columns of the result: [N, 1 + E] or [N, K + E].
+    Those that are not in ``differentiates`` are constants.
+    """
     packed, hidden = hidden_states(model, inputs, result_device)
     assert packed.targets is not None
-    rows = index_or_all(hidden, packed.hidden_rows)
-    logprobs = model_logprobs(model, rows, packed.targets, spare_bytes(len(hidden)), result_device)
-    return index_or_all(logprobs, packed.inverse)
+    rows, spare = index_or_all(hidden, packed.hidden_rows), spare_bytes(len(hidden))
+    outputs = model_outputs(model, rows, packed.targets, extras, differentiates, spare, result_device)
+    values = torch.cat([x.view(len(x), -1) for x in outputs], 1) if extras else outputs[0]
+    return index_or_all(values, packed.inverse)
 
 
 def compute_embeddings(model: nn.Module, inputs: ModelInputs, spare_bytes: SpareBytes, pool: Pool) -> Tensor:

@@ -8,7 +8,6 @@ without a graph, the loss is evaluated on all outputs, and each micro-batch goes
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from lossfns.backend.engine.differentiate import (
     backward_to,
     differentiate_loss,
     packed_columns,
+    tokens_of,
 )
 from lossfns.backend.engine.forward import Forward
 from lossfns.devices import to_device
@@ -67,7 +67,10 @@ def streamed(objective: Objective, bound: BoundLoss, data: list[Any], forward: F
     denominator = divisor(bound, columns)
     if not can_divide(denominator):
         return two_pass(objective, data, forward, plan)  # which raises the error
-    evaluate_part = partial(evaluate, bound.loss, denominator=denominator)
+
+    def evaluate_part(part: PackedColumns, leaf: Tensor) -> Tensor:
+        return evaluate(bound.loss, tokens_of(bound, part, forward.empty_outputs, leaf), denominator)[0]
+
     values, gradients = zip(
         *(stream_part(evaluate_part, columns.part(part), forward, part, plan) for part in plan.micro_batches)
     )
@@ -80,13 +83,16 @@ def streamed(objective: Objective, bound: BoundLoss, data: list[Any], forward: F
 
 
 def stream_part(
-    evaluate_part: Callable[[Tokens], Any], columns: PackedColumns, forward: Forward, part: slice, plan: Plan
+    evaluate_part: Callable[[PackedColumns, Tensor], Tensor],
+    columns: PackedColumns,
+    forward: Forward,
+    part: slice,
+    plan: Plan,
 ) -> tuple[Tensor, Tensor]:
     """Return the outputs of a micro-batch and their gradient. On return, its graph has been freed."""
     values = forward.micro_batch(part, plan.spare_bytes)
     leaf = values.detach().requires_grad_()
-    loss, _ = evaluate_part(columns.with_logprobs(leaf.flatten()))
-    backward_to(leaf, loss)
+    backward_to(leaf, evaluate_part(columns, leaf))
     torch.autograd.backward(values, leaf.grad)
     assert leaf.grad is not None
     return values.detach(), leaf.grad

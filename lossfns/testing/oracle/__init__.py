@@ -37,6 +37,7 @@ from lossfns.testing.oracle.advantages import (
 )
 from lossfns.testing.oracle.clipped import bnpo, dr_grpo, gmpo, luspo, rloo
 from lossfns.testing.oracle.coupled import clip_cov, kl_cov, m2po, real
+from lossfns.testing.oracle.entropy import eaft, entropy_bonus, sampled_entropy_bonus, with_clip_b, with_top_entropy
 from lossfns.testing.oracle.grouped import alpha_dpo, aot, aot_unpaired, beta_dpo, dr_dpo
 from lossfns.testing.oracle.policy import sapo
 from lossfns.testing.oracle.preference import (

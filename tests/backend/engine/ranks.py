@@ -174,7 +174,9 @@ def samples(mesh: Any) -> Result:
 SCENARIOS: dict[str, Callable[[Any], Result]] = {
     "sft": lambda mesh: five_steps(mesh, lossfns.cross_entropy(), pairs),
     "grpo, token mean": lambda mesh: five_steps(mesh, lossfns.grpo(weigh=lossfns.token_mean), group),
-    "grpo, sequence mean": lambda mesh: five_steps(mesh, lossfns.grpo(weigh=lossfns.sequence_mean), group),
+    "grpo, sequence mean": lambda mesh: five_steps(
+        mesh, lossfns.with_entropy(lossfns.grpo(weigh=lossfns.sequence_mean), 0.1), group
+    ),
     "dpo": lambda mesh: five_steps(mesh, lossfns.dpo(), pairs),
     "untied": lambda mesh: five_steps(mesh, lossfns.cross_entropy(), pairs, tied=False),
     "adapters": lambda mesh: five_steps(mesh, lossfns.grpo(), group, rank=2),

@@ -14,7 +14,7 @@ from tiny import texts
 from tokenizers import Tokenizer, models
 from torch import Tensor, nn
 
-from lossfns import LossInputError, LossWarning, ModelInput, datum_from_tokens
+from lossfns import LossInputError, LossWarning, ModelInput, datum_from_tokens, reinforce, token_sum, with_entropy
 from lossfns.backend import AdamParams, LocalReferenceClient, LocalServiceClient, LocalTrainingClient, SamplingParams
 from lossfns.backend.model import hf, lora
 
@@ -161,6 +161,21 @@ def test_a_shared_prefix_changes_no_hidden_state_and_no_gradient(name: str) -> N
     torch.testing.assert_close(shared, torch.cat((separate[:7], separate[12:])), rtol=0, atol=1e-5)
     torch.cat((separate[5:7], separate[12:])).square().sum().backward()
     assert relative_difference(one, gradient(model)) < 1e-5
+
+
+def test_an_entropy_bonus_has_the_gradient_of_the_librarys_own_logits() -> None:
+    """With a tied head, a bias, a softcap and scaled logits."""
+    for name in ("llama, tied", "phi", "gemma2", "granite"):
+        c, reference, total = client(name), own(name), torch.zeros(())
+        for ids, targets, weights in map(rows, DATA):
+            lp = reference(input_ids=ids[None], use_cache=False).logits[0].float().log_softmax(-1)
+            h = -(lp.exp() * lp).sum(-1)
+            total = total + (weights * (-lp.gather(1, targets[:, None])[:, 0] - 0.3 * h)).sum()
+        total.backward()
+        loss = with_entropy(reinforce(weigh=token_sum), 0.3).bind(advantages=[1.0] * len(DATA))
+        metrics = c.forward_backward_custom(DATA, loss).result().metrics
+        assert metrics["loss:sum"] == pytest.approx(total.item(), rel=1e-5), name
+        assert relative_difference(gradient(c.model), gradient(reference)) < 1e-5, name
 
 
 def test_a_bias_of_the_head_that_is_not_finite_is_refused_by_clients() -> None:
