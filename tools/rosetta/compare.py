@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -13,7 +13,8 @@ from torch import Tensor
 
 import lossfns
 from lossfns import Loss
-from tools.rosetta.inputs import INPUTS, Batch
+from tools.rosetta.batch import Batch
+from tools.rosetta.inputs import INPUTS
 from tools.rosetta.row import DIFFERENT, Row
 
 SAME = 1e-6
@@ -60,7 +61,7 @@ def side(function: Callable[[Batch], Tensor], batch: Batch) -> Side:
     leaf = batch.leaf.clone().requires_grad_()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # warnings of far off-policy tokens, which the inputs have on purpose
-        output = function(Batch(leaf, batch.mask, batch.columns, batch.normalise))
+        output = function(replace(batch, leaf=leaf))
     if not output.requires_grad:
         return Side(output.detach().double(), torch.zeros_like(leaf))
     (gradient,) = torch.autograd.grad(output.sum(), leaf, allow_unused=True)
@@ -80,7 +81,7 @@ def ours(row: Row) -> Side:
         made = eval(row.call, {**vars(lossfns), **b.columns, "lp": b.lp, "mask": b.mask, "lengths": b.lengths})
         if not isinstance(made, Loss):
             return torch.as_tensor(made[0] if isinstance(made, tuple) else made)
-        loss, _ = made.padded(b.lp, b.mask, **{name: b.columns[name] for name in made.reads})
+        loss, _ = made.padded(b.lp, b.mask, **{name: b.column(name) for name in made.reads})
         return loss
 
     return side(function, batch_of(row.inputs))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tools.rosetta.inputs import Batch
+from tools.rosetta.batch import Batch
 
 
 def token_mean(b: Batch, x: Tensor) -> Tensor:

@@ -6,55 +6,15 @@ ratios below 0.8, above 1.28 and above 3, for advantages of both signs.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from random import Random
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from tools.rosetta.batch import Batch
+
 CEILING = -0.01
 """The largest logprob. A logprob above 0 is refused at the door."""
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One batch, and what both sides of a row read from it.
-
-    Attributes:
-        leaf: the tensor that both sides are differentiated by: logprobs ``[B, T]``, logits ``[B, T, K]`` or scores.
-        mask: ``[B, T]``, 1 for each token that counts.
-        columns: the columns by our names, ``[B, T]``, ``[B, T, K]`` or ``[B]``.
-        lengths: the number of tokens that count of each sequence.
-    """
-
-    leaf: Tensor
-    mask: Tensor
-    columns: dict[str, Tensor] = field(default_factory=dict)
-    normalise: bool = False
-
-    def __getattr__(self, name: str) -> Any:
-        """Return a column as an attribute: ``b.old_logprobs``."""
-        try:
-            return self.columns[name]
-        except KeyError:
-            raise AttributeError(name) from None
-
-    @property
-    def lp(self) -> Tensor:
-        """The logprobs: the leaf, or its log-softmax where the leaf has logits."""
-        return self.leaf.log_softmax(-1) if self.normalise else self.leaf
-
-    @property
-    def lengths(self) -> Tensor:
-        """Tokens that count of each sequence ``[B]``."""
-        return self.mask.sum(-1)
-
-    @property
-    def A(self) -> Tensor:
-        """The advantage of each token ``[B, T]``."""
-        a: Tensor = self.advantages
-        return a if a.ndim == 2 else a[:, None].expand_as(self.mask)
 
 
 def table(rows: list[list[float]]) -> Tensor:
@@ -226,7 +186,18 @@ def vocabulary() -> Batch:
     mask = ragged([4, 2, 3], 4)
     student = gaps(rng, (12, k), 1.0).view(3, 4, k)
     teacher = gaps(rng, (12, k), 1.0).view(3, 4, k).log_softmax(-1)
-    return Batch(student, mask[..., None].expand(3, 4, k).clone(), {"teacher_logprobs": teacher}, normalise=True)
+    return Batch(student, mask[..., None].expand(3, 4, k).clone(), {"teacher_logprobs": teacher}, output="logits")
+
+
+def token_of_logits() -> Batch:
+    """The policy batch with a vocabulary of 20 tokens, of which the first one was sampled at each position."""
+    b, rng = policy(), Random(20)
+    logits = gaps(rng, (42, 20), 1.0).view(6, 7, 20)
+    logits[..., 0] += 3
+    log_p = logits.log_softmax(-1)[..., 0]
+    old = (log_p + b.old_logprobs - b.leaf).clamp(max=CEILING)
+    columns = {"advantages": b.advantages, "groups": torch.zeros(6, dtype=torch.float64), "old_logprobs": old}
+    return Batch(logits, b.mask, {**columns, "ref_logprobs": old}, output="token of logits")
 
 
 def candidates() -> Batch:
@@ -279,6 +250,7 @@ INPUTS = {
         scores,
         values,
         vocabulary,
+        token_of_logits,
         candidates,
         samples,
     )

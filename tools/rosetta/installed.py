@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tools.rosetta.inputs import Batch
+from tools.rosetta.batch import Batch
 
 DISTRIBUTIONS = {
     "liger_kernel": "liger-kernel",

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from tools.rosetta.inputs import Batch
+from tools.rosetta.batch import Batch
 from tools.rosetta.installed import Peer
 
 EQUAL, FACTOR, DIFFERENT = "equal", "equal up to a factor", "different"

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tools.rosetta.batch import Batch
 from tools.rosetta.formulas import pair_means, pair_sums
-from tools.rosetta.inputs import Batch
 from tools.rosetta.installed import Peer
 from tools.rosetta.row import Framework
 

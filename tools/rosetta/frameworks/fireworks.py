@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from tools.rosetta.batch import Batch
 from tools.rosetta.formulas import (
     by_token,
     clipped,
@@ -20,7 +21,6 @@ from tools.rosetta.formulas import (
     weighted,
 )
 from tools.rosetta.formulas import token_sum as total
-from tools.rosetta.inputs import Batch
 from tools.rosetta.row import Framework
 
 RL = "training/utils/rl"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from tools.rosetta.batch import Batch
 from tools.rosetta.formulas import clipped, k3, log_ratio, pair_sums, per_sequence, sequence_mean, token_mean, weighted
-from tools.rosetta.inputs import Batch
 from tools.rosetta.row import Framework
 
 nemo = Framework("NeMo-RL 7ea279abf", "nemo_rl/algorithms/loss/loss_functions.py")

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tools.rosetta.batch import Batch
 from tools.rosetta.formulas import clipped, k3, log_ratio, pair_means, pair_sums, per_sequence, token_mean, weighted
-from tools.rosetta.inputs import Batch
 from tools.rosetta.row import Framework
 
 open_instruct = Framework("open-instruct e6c3044aa", "open_instruct/grpo_utils.py")

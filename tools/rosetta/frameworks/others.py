@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tools.rosetta.batch import Batch
 from tools.rosetta.formulas import pair_means, pair_sums, token_mean
-from tools.rosetta.inputs import Batch
 from tools.rosetta.installed import Peer
 from tools.rosetta.row import Framework
 
@@ -69,6 +69,16 @@ def preference(method: str, *, mean: bool = True, **settings: Any) -> Peer:
 
     definitions = (("train/dpo/trainer.py", f"CustomDPOTrainer.{method}"),)
     return Peer("llamafactory", definitions, run, {"torch": torch, "F": F})
+
+
+def logits(name: str) -> Peer:
+    """Return a supervised loss of LLaMA-Factory on logits."""
+
+    def run(names: dict[str, Any], b: Batch) -> Tensor:
+        labels = torch.where(b.mask.bool(), 0, -100)
+        return names[name](b.leaf.flatten(0, 1), labels.flatten())
+
+    return Peer("llamafactory", (("train/trainer_utils.py", name),), run, {"torch": torch, "F": F})
 
 
 def margin(b: Batch) -> Tensor:
@@ -130,12 +140,14 @@ def rows() -> None:
     )
     llamafactory.equal("pref_loss=orpo", "orpo()", preference("odds_ratio_loss"))
     llamafactory.equal("pref_loss=simpo", "simpo(beta=0.1, gamma=0.5)", preference("simpo_loss", simpo_gamma=0.5))
+    supervised = {"inputs": "token_of_logits", "source": "llamafactory/train/trainer_utils.py"}
+    llamafactory.equal("use_dft_loss", "dft()", logits("_dft_cross_entropy"), **supervised)
     llamafactory.equal(
-        "use_dft_loss",
-        "dft()",
-        lambda b: token_mean(b, -b.lp.detach().exp() * b.lp),
-        inputs="policy",
-        source="llamafactory/train/trainer_utils.py",
+        "use_eaft_loss",
+        "eaft(entropy_scale=3.0)",
+        logits("_eaft_cross_entropy"),
+        **supervised,
+        why="with a vocabulary of 20; of a larger one it takes the entropy of the 20 most likely tokens",
     )
     rllm.equal(
         "prpo",

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tools.rosetta.inputs import Batch
+from tools.rosetta.batch import Batch
 from tools.rosetta.installed import Peer
 from tools.rosetta.row import Framework
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tools.rosetta.batch import Batch
 from tools.rosetta.formulas import log_ratio, token_mean
-from tools.rosetta.inputs import Batch
 from tools.rosetta.row import Framework
 
 prime = Framework("prime-rl 559b44772", "prime-rl/src/prime_rl/trainer/rl/loss.py")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tools.rosetta.batch import Batch
 from tools.rosetta.formulas import clipped, log_ratio, token_mean, weighted
-from tools.rosetta.inputs import Batch
 from tools.rosetta.row import Framework
 
 roll = Framework("ROLL 8eb27cc2", "roll/pipeline/rlvr/actor_pg_worker.py")

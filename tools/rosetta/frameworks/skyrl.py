@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tools.rosetta.inputs import Batch
+from tools.rosetta.batch import Batch
 from tools.rosetta.installed import Peer
 from tools.rosetta.row import Framework
 
@@ -82,6 +82,17 @@ def default() -> Peer:
         return ppo.run(names, b) + 1e-3 * names["masked_mean"](estimate, b.mask, dim=-1).mean()
 
     return Peer("skyrl", (*ppo.definitions, (PPO, "compute_approx_kl")), run, NAMES)
+
+
+def bonus(reduction: str) -> Peer:
+    """Return the loss with the entropy bonus that the worker adds."""
+    ppo = policy("ppo_policy_loss", loss_reduction=reduction)
+
+    def run(names: dict[str, Any], b: Batch) -> Tensor:
+        loss = ppo.run(names, b)
+        return loss - 0.01 * names["masked_mean"](b.entropy, b.mask, dim=-1).mean()
+
+    return Peer("skyrl", ppo.definitions, run, NAMES)
 
 
 def critic() -> Peer:
@@ -182,6 +193,21 @@ def rows() -> None:
         policy("compute_policy_loss_kl_cov"),
         inputs="one_group",
         why="A is divided by the tokens before, |lp − old| is not: the penalty counts n times as much",
+    )
+    skyrl.different(
+        "use_entropy_loss, coefficient 0.01, token_mean",
+        "with_entropy(ppo(), 0.01)",
+        bonus("token_mean"),
+        inputs="token_of_logits",
+        source="skyrl/backends/skyrl_train/workers/worker.py",
+        why="the bonus is a mean over sequences, whatever the reduction of the loss",
+    )
+    skyrl.equal(
+        "use_entropy_loss, coefficient 0.01, sequence_mean",
+        "with_entropy(ppo(weigh=sequence_mean), 0.01)",
+        bonus("sequence_mean"),
+        inputs="token_of_logits",
+        source="skyrl/backends/skyrl_train/workers/worker.py",
     )
     skyrl.equal(
         "critic, value_clip=0.2",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from tools.rosetta.batch import Batch
 from tools.rosetta.formulas import clipped, k3, log_ratio, per_sequence, sequence_mean, token_mean
-from tools.rosetta.inputs import Batch
 from tools.rosetta.row import Framework
 
 slime = Framework("slime 624b824a8", "slime/utils/ppo_utils.py")

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tools.rosetta.batch import Batch
 from tools.rosetta.formulas import clipped, log_ratio, token_mean
-from tools.rosetta.inputs import Batch
 from tools.rosetta.installed import Peer
 from tools.rosetta.row import Framework
 
@@ -51,6 +51,16 @@ def rec(**settings: Any) -> Peer:
     """Return REC at its default arguments."""
     defaults = {"epsilon_low_prime": 0.6, "epsilon_high_prime": 2.0}
     return policy("rec_policy_loss", "RECPolicyLossFn", **{**defaults, **settings})
+
+
+def clip_b(b: Batch) -> Tensor:
+    """−A·lp, or 0 where A < 0 and S = p·(H + lp) is more than half a deviation below its mean over the batch."""
+    s = (b.lp.exp() * (b.entropy + b.lp)).detach()
+    n = b.mask.sum()
+    centred = s - (s * b.mask).sum() / n
+    deviation = ((centred.square() * b.mask).sum() / n).sqrt()
+    keep = (b.A >= 0) | (centred >= -0.5 * deviation)
+    return -(b.A * b.lp * keep * b.mask).sum()
 
 
 def mix(b: Batch) -> Tensor:
@@ -109,6 +119,14 @@ def rows() -> None:
         mix,
         inputs="two_parts",
         source=f"trinity/{FOLDER}/mix_policy_loss.py",
+    )
+    trinity.equal(
+        "clipb, mu=0.5, beside REINFORCE as a sum",
+        "with_clip_b(reinforce(weigh=token_sum), 0.5)",
+        clip_b,
+        inputs="token_of_logits",
+        source="trinity/algorithm/advantage_fn/clipb_advantage.py",
+        why="as a mean it differs: its dropped tokens leave the denominator",
     )
     trinity.equal(
         "asymre, baseline_shift -0.1",

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tools.rosetta.inputs import Batch
+from tools.rosetta.batch import Batch
 from tools.rosetta.installed import Peer
 from tools.rosetta.row import Framework
 
@@ -25,6 +25,7 @@ ACCELERATOR = SimpleNamespace(
     gather=lambda x: x,
     gather_for_metrics=lambda x: x,
     reduce=lambda x, reduction: x,
+    pad_across_processes=lambda x, dim, pad_index: x,
 )
 """What a trainer asks of its accelerator in one process."""
 
@@ -68,7 +69,7 @@ def trainer(b: Batch, **settings: Any) -> SimpleNamespace:
     own = {key: value for key, value in settings.items() if key in args}
     args.update(own)
     attributes.update({key: value for key, value in settings.items() if key not in own})
-    entropy = b.columns.get("entropy", torch.zeros_like(b.mask))
+    entropy = getattr(b, "entropy", torch.zeros_like(b.mask))
     return SimpleNamespace(
         args=SimpleNamespace(**args),
         _get_per_token_logps_and_entropies=lambda *_, **__: (b.lp, entropy, None),
@@ -261,6 +262,21 @@ def rows() -> None:
             grpo(tis={"mode": mode, "low": None, "high": 3.0}),
             why=why,
         )
+    bonus = grpo(_entropy_bonus_enabled=True, entropy_coef=0.01)
+    trl.equal("entropy_coef=0.01", "with_entropy(bnpo(log_ratio_cap=None), 0.01)", bonus, inputs="token_of_logits")
+    trl.equal(
+        "top_entropy_quantile=0.2",
+        "with_top_entropy(bnpo(log_ratio_cap=None), 0.2)",
+        grpo(top_entropy_quantile=0.2),
+        inputs="one_group",
+    )
+    trl.different(
+        "top_entropy_quantile=0.2, entropy_coef=0.01",
+        "with_top_entropy(with_entropy(bnpo(log_ratio_cap=None), 0.01), 0.2)",
+        grpo(top_entropy_quantile=0.2, _entropy_bonus_enabled=True, entropy_coef=0.01),
+        inputs="token_of_logits",
+        why="TRL divides the bonus by the kept tokens; ours divides it by all",
+    )
     trl.equal("GMPOConfig()", "gmpo(log_ratio_cap=None)", gmpo(), source=f"trl/{GMPO}")
     trl.equal("RLOOConfig()", "rloo(log_ratio_cap=None)", rloo(), source=f"trl/{RLOO}")
     trl.different(

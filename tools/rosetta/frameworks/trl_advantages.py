@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from tools.rosetta.batch import Batch
 from tools.rosetta.frameworks.trl import RLOO, trl
-from tools.rosetta.inputs import Batch
 
 
 def scaled(b: Batch, scale: str) -> Tensor:

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tools.rosetta.batch import Batch
 from tools.rosetta.frameworks.trl import ACCELERATOR
-from tools.rosetta.inputs import Batch
 from tools.rosetta.installed import Peer
 from tools.rosetta.row import Framework
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tools.rosetta.batch import Batch
 from tools.rosetta.frameworks.trl_preference import NAMES, SFT, halves, model, preference, self_of, trained
-from tools.rosetta.inputs import Batch
 from tools.rosetta.installed import Peer
 
 GKD, A2PO = "experimental/gkd/gkd_trainer.py", "experimental/a2po/a2po_trainer.py"

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tools.rosetta.inputs import Batch
+from tools.rosetta.batch import Batch
 from tools.rosetta.installed import Peer
 from tools.rosetta.row import Framework
 

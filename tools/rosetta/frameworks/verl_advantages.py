@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tools.rosetta.batch import Batch
 from tools.rosetta.frameworks.verl import CORE, MASKED, NAMES, ActorConfig, functions, verl
-from tools.rosetta.inputs import Batch
 from tools.rosetta.installed import Peer
 
 

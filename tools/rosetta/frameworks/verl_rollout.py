@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
+from tools.rosetta.batch import Batch
 from tools.rosetta.frameworks.verl import CORE, MASKED, NAMES, ROLLOUT, WEIGHTS, ActorConfig, functions, policy, verl
-from tools.rosetta.inputs import Batch
 from tools.rosetta.installed import Peer
 
 RS = {
@@ -58,6 +58,16 @@ def distillation() -> Peer:
     return Peer("verl", (*MASKED, *needed), run, NAMES)
 
 
+def bonus() -> Peer:
+    """Return the policy loss less the entropy, both aggregated in one mode."""
+    vanilla = policy("vanilla")
+
+    def run(names: dict[str, Any], b: Batch) -> Tensor:
+        return vanilla.run(names, b) - 0.01 * names["agg_loss"](b.entropy, b.mask, "token-mean")
+
+    return Peer("verl", vanilla.definitions, run, NAMES)
+
+
 def rows() -> None:
     """Add the rows."""
     for level, function in (("token", "token_level"), ("sequence", "sequence_level")):
@@ -102,6 +112,13 @@ def rows() -> None:
         distillation(),
         source="verl/trainer/distillation/losses.py",
         why="ref_logprobs are the teacher's",
+    )
+    verl.equal(
+        "entropy_coeff=0.01",
+        "with_entropy(ppo(dual_clip=3.0), 0.01)",
+        bonus(),
+        inputs="token_of_logits",
+        source="verl/workers/utils/losses.py",
     )
     verl.equal("critic, cliprange_value=0.2", "value_loss()", value(), inputs="values")
 
