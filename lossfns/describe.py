@@ -78,8 +78,13 @@ def peer_lines(name: str) -> list[str]:
     rows = [row for row in peers() if name in re.findall(r"\w+", row["call"])]
     if not rows:
         return []
-    lines = [f"    {row['framework']}: {row['setting']} = {row['call']} ({row['verdict']})" for row in rows]
+    lines = [f"    {row['framework']}: {row['setting']} = {row['call']} ({verdict(row)})" for row in rows]
     return ["Other frameworks (docs/rosetta.md):", *lines]
+
+
+def verdict(row: Mapping[str, str]) -> str:
+    """Return whether a setting is equal, and if not, the name of the factor or the reason."""
+    return row["verdict"] if row["verdict"] == "equal" else f"{row['verdict']}: {row['why']}"
 
 
 @cache
