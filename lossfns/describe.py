@@ -36,7 +36,7 @@ def families() -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for name, preset in sorted(presets().items()):
         found.setdefault(preset.__module__.rpartition(".")[2], []).append(name)
-    return found
+    return dict(sorted(found.items()))
 
 
 def describe(loss: Any) -> str:
