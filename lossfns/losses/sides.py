@@ -1,4 +1,4 @@
-"""Preference losses that place each side of a pair for itself, not only their margin."""
+"""Preference losses of the rewards of both sides, not of their margin alone."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ def cal_dpo(beta: float = 0.1, lam: float = 1.0, weigh: Weighing = pair_mean) ->
     """−log σ(c − r) + λ·((c − 1/(2β))² + (r + 1/(2β))²), with c and r = Σ w·(lp − ref) of the chosen and the rejected
     side.
 
-    Xiao et al. 2024 (Cal-DPO), arXiv:2412.14516. β does not scale the margin; it sets where the two rewards are to be.
+    Xiao et al. 2024 (Cal-DPO), arXiv:2412.14516. β does not scale the margin. It sets the targets of c and r, ±1/(2β).
     The authors' code has λ = ½.
 
     Args:
@@ -211,8 +211,8 @@ def cal_dpo(beta: float = 0.1, lam: float = 1.0, weigh: Weighing = pair_mean) ->
 def c2_dpo(beta: float = 0.1, lam: float = 2e-4, weigh: Weighing = pair_mean) -> Loss:
     """−log σ(β·(c − r)) + λ·(c + r)², with c and r = Σ w·(lp − ref) of the chosen and the rejected side.
 
-    "Constrained controlled" DPO, arXiv:2502.17507, with its constraint on the logarithms: what one side gains the other
-    loses.
+    "Constrained controlled" DPO, arXiv:2502.17507, with its constraint on the logarithms: c + r stays near 0, so that
+    one side gains what the other loses.
 
     Args:
         beta: β, a finite number above 0.

@@ -1,4 +1,4 @@
-"""Preference losses on single datums: each has a label, 1 for a desirable answer and 0 for an undesirable one."""
+"""Preference losses on single datums. The label of a datum is 1 if its answer is desirable, else 0."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def kto(
         undesirable_weight: λ_U, a finite number of at least 0.
         weigh: ``datum_mean`` or ``datum_sum``.
 
-    Reads ``ref_logprobs``, ``labels`` (1 or 0 for each datum) and ``reference_point`` (z₀, one number for each datum).
-    Statistics, means over datums:
+    Reads ``ref_logprobs``, ``labels`` (1 if desirable, 0 if not, for each datum) and ``reference_point`` (z₀, one
+    number for each datum). Statistics, means over datums:
 
         log_ratio: m, in nats.
         reward: β·m.
@@ -78,8 +78,8 @@ def bco(
         undesirable_weight: λ_U, a finite number of at least 0.
         weigh: ``datum_mean`` or ``datum_sum``.
 
-    Reads ``ref_logprobs``, ``labels`` (1 or 0 for each datum) and ``reference_point`` (z, one number for each datum, in
-    nats). Statistics, means over datums:
+    Reads ``ref_logprobs``, ``labels`` (1 if desirable, 0 if not, for each datum) and ``reference_point`` (z, one number
+    for each datum, in nats). Statistics, means over datums:
 
         log_ratio: m, in nats.
         reward: β·m.
@@ -141,12 +141,12 @@ def kto_reference_point(
     """max(0, mean of Σ w·(lp − ref)) over mismatched answers: the reference point of ``kto``.
 
     An answer is mismatched if it was given to another prompt, such as that of the next datum of the batch. The number
-    is a constant for all datums of the batch, also if the batch is split.
+    is one constant for all datums of the batch, even if the batch is split.
 
     Args:
         logprobs: for each mismatched answer the logprobs of its tokens under the policy.
-        ref_logprobs: the same under the reference.
-        weights: the weights of the tokens, such as 1 for the tokens of the answer and 0 for those of the prompt.
+        ref_logprobs: for each mismatched answer the logprobs of its tokens under the reference.
+        weights: for each mismatched answer the weights of its tokens, such as 1 in the answer and 0 in the prompt.
 
     Raises:
         LossInputError: if there is no answer, or if the numbers of answers or tokens differ.
