@@ -92,7 +92,7 @@ def hierarchical_advantages(
 
     Args:
         rewards: ``[B]`` finite numbers.
-        groups, episodes, roles: ``[B]`` hashable labels each. Episodes of different groups are different, also if their
+        groups, episodes, roles: ``[B]`` hashable labels each. Episodes of different groups are different, even if their
             labels are equal.
         episode_roles: the roles that are compared within an episode.
         missing: as for ``group_advantages``.
@@ -141,7 +141,7 @@ def gigpo_advantages(
     Args:
         rewards: ``[B]`` the reward of each step, in the order of the steps within each episode.
         groups, episodes, states: ``[B]`` hashable labels of each step: its task, its episode, and the state in which it
-            was taken. Episodes and states of different groups are different, also if their labels are equal.
+            was taken. Episodes and states of different groups are different, even if their labels are equal.
         omega: ω, a finite number of at least 0.
         gamma: γ in [0, 1].
         scale: ``"std"``, or ``"none"``; the paper reports both.

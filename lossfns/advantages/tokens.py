@@ -205,12 +205,14 @@ def whiten(
     Args:
         values: a number for each token, such as advantages.
         weights: active tokens have a weight other than 0.
-        shift_mean: whether the mean is subtracted; ``False``: it is added again after the division, as for rewards.
+        shift_mean: whether the result has mean 0; ``False``: the mean is added again after the division, as for
+            rewards.
         eps: added to the variance, above 0.
         ddof: 1, or 0 for a variance that divides by the number of tokens.
 
     Returns:
-        Numbers of mean 0 and variance 1, in the form of the weights; exactly 0 if all numbers are equal.
+        Numbers of mean 0 and variance 1, in the form of the weights; exactly 0 if all numbers are equal. With
+        ``shift_mean=False``, these plus the mean of ``values``.
 
     Raises:
         LossInputError: if a number is not finite, if no token is active, or columns do not have one form.

@@ -265,7 +265,7 @@ def real(tau: float = 0.5, weigh: Weighing = datum_mean) -> Loss:
 
     Args:
         tau: τ, a finite number above 0.
-        weigh: ``datum_mean`` or ``datum_sum``.
+        weigh: how datums count: ``datum_mean`` or ``datum_sum``.
 
     Reads ``old_logprobs``, ``labels`` (1 if right, 0 if wrong, for each datum) and ``groups`` (an integer label for
     each datum; all datums of one label must be in one call). Statistics, means over datums:

@@ -38,7 +38,7 @@ def aot(beta: float = 0.1, label_smoothing: float = 0.0, weigh: Weighing = pair_
     Args:
         beta: β, a finite number above 0.
         label_smoothing: ε in [0, 0.5], the probability that a pair is labelled the wrong way round.
-        weigh: ``pair_mean`` or ``pair_sum``.
+        weigh: how pairs count: ``pair_mean`` or ``pair_sum``.
 
     Reads ``ref_logprobs`` and ``groups`` (an integer label for each pair; all pairs of one label must be in one call).
     Statistics, means over pairs, with c and r the rewards of the two sides and m = c − r:
@@ -77,7 +77,7 @@ def aot_unpaired(beta: float = 0.1, label_smoothing: float = 0.0, weigh: Weighin
     Args:
         beta: β, a finite number above 0.
         label_smoothing: ε in [0, 0.5], the probability that a pair is labelled the wrong way round.
-        weigh: ``pair_mean`` or ``pair_sum``.
+        weigh: how pairs count: ``pair_mean`` or ``pair_sum``.
 
     Reads ``ref_logprobs`` and ``groups`` (an integer label for each pair; all pairs of one label must be in one call).
     Statistics, means over pairs, with c and r the rewards of the two sides and m = c − r:
@@ -113,7 +113,7 @@ def dr_dpo(beta: float = 0.1, beta_prime: float = 1.0, weigh: Weighing = pair_me
     Args:
         beta: β, a finite number above 0.
         beta_prime: β′, a finite number above 0.
-        weigh: ``pair_mean`` or ``pair_sum``.
+        weigh: how pairs count: ``pair_mean`` or ``pair_sum``.
 
     Reads ``ref_logprobs`` and ``groups`` (an integer label for each pair; all pairs of one label must be in one call).
     Statistics, means over pairs, with c and r the rewards of the two sides and m = c − r:
@@ -151,7 +151,7 @@ def beta_dpo(beta: float = 0.1, alpha: float = 0.6, min_beta: float = 1e-3, weig
         beta: β, a finite number above 0.
         alpha: α, a finite number of at least 0.
         min_beta: b_min, a finite number above 0.
-        weigh: ``pair_mean`` or ``pair_sum``.
+        weigh: how pairs count: ``pair_mean`` or ``pair_sum``.
 
     Reads ``ref_logprobs``, ``groups`` (an integer label for each pair; all pairs of one label must be in one call) and
     ``reference_point`` (M₀, one number for each pair). Statistics, means over pairs, with c and r the rewards of the
@@ -193,7 +193,7 @@ def alpha_dpo(beta: float = 2.0, gamma: float = 1.0, alpha: float = 0.1, weigh: 
         beta: β, a finite number above 0.
         gamma: γ, a finite number of at least 0.
         alpha: α, a finite number of at least 0.
-        weigh: ``pair_mean`` or ``pair_sum``.
+        weigh: how pairs count: ``pair_mean`` or ``pair_sum``.
 
     Reads ``ref_logprobs`` and ``groups`` (an integer label for each pair; all pairs of one label must be in one call).
     Statistics, means over pairs, with c and r the rewards of the two sides and m = c − r:

@@ -41,7 +41,7 @@ def gpo(
         beta: β, a finite number above 0.
         reward: the reward of a side: ``log_ratio_sum``, ``log_ratio_mean``, ``forward_kl_reward``, ``js_reward``,
             ``alpha_reward(α)``, one without a reference such as ``logprob_mean``, or a ``Reward`` of your own.
-        weigh: ``pair_mean`` or ``pair_sum``.
+        weigh: how pairs count: ``pair_mean`` or ``pair_sum``.
 
     Reads ``ref_logprobs``. Statistics, means over pairs, with c and r the rewards of the two sides and m = c − r:
 
@@ -77,7 +77,7 @@ def discopop(
         discopop_tau: τ, above 0 and at most 1.
         reward: the reward of a side: ``log_ratio_sum``, ``log_ratio_mean``, ``forward_kl_reward``, ``js_reward``,
             ``alpha_reward(α)``, one without a reference such as ``logprob_mean``, or a ``Reward`` of your own.
-        weigh: ``pair_mean`` or ``pair_sum``.
+        weigh: how pairs count: ``pair_mean`` or ``pair_sum``.
 
     Reads ``ref_logprobs``. Statistics, means over pairs, with c and r the rewards of the two sides and m = c − r:
 
@@ -113,7 +113,7 @@ def spo(beta: float = 0.1, reward: Reward = log_ratio_sum, weigh: Weighing = pai
         beta: β, a finite number above 0.
         reward: the reward of a side: ``log_ratio_sum``, ``log_ratio_mean``, ``forward_kl_reward``, ``js_reward``,
             ``alpha_reward(α)``, one without a reference such as ``logprob_mean``, or a ``Reward`` of your own.
-        weigh: ``pair_mean`` or ``pair_sum``.
+        weigh: how pairs count: ``pair_mean`` or ``pair_sum``.
 
     Reads ``ref_logprobs``. Statistics, means over pairs, with c and r the rewards of the two sides and m = c − r:
 
@@ -150,7 +150,7 @@ def focal_po(
         gamma: γ, a finite number of at least 0.
         reward: the reward of a side: ``log_ratio_sum``, ``log_ratio_mean``, ``forward_kl_reward``, ``js_reward``,
             ``alpha_reward(α)``, one without a reference such as ``logprob_mean``, or a ``Reward`` of your own.
-        weigh: ``pair_mean`` or ``pair_sum``.
+        weigh: how pairs count: ``pair_mean`` or ``pair_sum``.
 
     Reads ``ref_logprobs``. Statistics, means over pairs, with c and r the rewards of the two sides and m = c − r:
 
@@ -185,7 +185,7 @@ def f_dpo(beta: float = 0.1, reward: Reward = js_reward, weigh: Weighing = pair_
     Args:
         beta: β, a finite number above 0.
         reward: f′(u): ``js_reward``, ``forward_kl_reward``, ``alpha_reward(α)`` or ``log_ratio_sum``.
-        weigh: ``pair_mean`` or ``pair_sum``.
+        weigh: how pairs count: ``pair_mean`` or ``pair_sum``.
 
     Reads ``ref_logprobs``. Statistics, means over pairs, with c and r the rewards of the two sides and m = c − r:
 
@@ -221,7 +221,7 @@ def chi_po(
         beta: β, a finite number above 0.
         reward_bound: R, a finite number above 0: the argument of σ is clamped to ±2R, and has no gradient beyond.
             ``None`` leaves out this clip of the paper.
-        weigh: ``pair_mean`` or ``pair_sum``.
+        weigh: how pairs count: ``pair_mean`` or ``pair_sum``.
         log_ratio_cap: bound of |d| before the exponential, above 0; ``None``: no bound.
 
     Reads ``ref_logprobs``. Statistics, means over pairs, with c and r the rewards of the two sides and m = c − r:

@@ -28,7 +28,7 @@ def dpo(beta: float = 0.1, label_smoothing: float = 0.0, weigh: Weighing = pair_
     Args:
         beta: β, a finite number above 0.
         label_smoothing: ε in [0, 0.5], the probability that a pair is labelled the wrong way round.
-        weigh: ``pair_mean`` or ``pair_sum``.
+        weigh: how pairs count: ``pair_mean`` or ``pair_sum``.
 
     Reads ``ref_logprobs``. Statistics, means over pairs, with c and r the rewards of the two sides and m = c − r:
 
@@ -59,7 +59,7 @@ def dpo_norm(beta: float = 5.0, label_smoothing: float = 0.0, weigh: Weighing = 
     Args:
         beta: β, a finite number above 0. A mean over tokens needs a larger β than a sum.
         label_smoothing: ε in [0, 0.5], the probability that a pair is labelled the wrong way round.
-        weigh: ``pair_mean`` or ``pair_sum``.
+        weigh: how pairs count: ``pair_mean`` or ``pair_sum``.
 
     Reads ``ref_logprobs``. Statistics, means over pairs, with c and r the rewards of the two sides and m = c − r:
 
@@ -91,7 +91,7 @@ def ipo(beta: float = 0.1, reward: Reward = log_ratio_sum, weigh: Weighing = pai
         beta: β, a finite number above 0.
         reward: the reward of a side: ``log_ratio_sum``, ``log_ratio_mean``, ``forward_kl_reward``, ``js_reward``,
             ``alpha_reward(α)``, one without a reference such as ``logprob_mean``, or a ``Reward`` of your own.
-        weigh: ``pair_mean`` or ``pair_sum``.
+        weigh: how pairs count: ``pair_mean`` or ``pair_sum``.
 
     Reads ``ref_logprobs``. Statistics, means over pairs, with c and r the rewards of the two sides and m = c − r:
 
@@ -122,7 +122,7 @@ def hinge(beta: float = 0.1, reward: Reward = log_ratio_sum, weigh: Weighing = p
         beta: β, a finite number above 0. 1/β is the margin that a pair must reach.
         reward: the reward of a side: ``log_ratio_sum``, ``log_ratio_mean``, ``forward_kl_reward``, ``js_reward``,
             ``alpha_reward(α)``, one without a reference such as ``logprob_mean``, or a ``Reward`` of your own.
-        weigh: ``pair_mean`` or ``pair_sum``.
+        weigh: how pairs count: ``pair_mean`` or ``pair_sum``.
 
     Reads ``ref_logprobs``. Statistics, means over pairs, with c and r the rewards of the two sides and m = c − r:
 
@@ -159,7 +159,7 @@ def robust_dpo(
         flip_rate: ε, the probability that a label is flipped, at least 0 and below 0.5.
         reward: the reward of a side: ``log_ratio_sum``, ``log_ratio_mean``, ``forward_kl_reward``, ``js_reward``,
             ``alpha_reward(α)``, one without a reference such as ``logprob_mean``, or a ``Reward`` of your own.
-        weigh: ``pair_mean`` or ``pair_sum``.
+        weigh: how pairs count: ``pair_mean`` or ``pair_sum``.
 
     Reads ``ref_logprobs``. Statistics, means over pairs, with c and r the rewards of the two sides and m = c − r:
 
@@ -196,7 +196,7 @@ def exo(beta: float = 0.1, epsilon: float = 1e-3, reward: Reward = log_ratio_sum
         epsilon: ε, above 0 and at most 0.5.
         reward: the reward of a side: ``log_ratio_sum``, ``log_ratio_mean``, ``forward_kl_reward``, ``js_reward``,
             ``alpha_reward(α)``, one without a reference such as ``logprob_mean``, or a ``Reward`` of your own.
-        weigh: ``pair_mean`` or ``pair_sum``.
+        weigh: how pairs count: ``pair_mean`` or ``pair_sum``.
 
     Reads ``ref_logprobs``. Statistics, means over pairs, with c and r the rewards of the two sides and m = c − r:
 

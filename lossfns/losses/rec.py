@@ -55,8 +55,8 @@ def rec(
         region: where a token keeps its gradient: ``one_side`` or ``two_side``.
         is_weight: ω, the importance weight of a token: ``unit_weight`` or ``ratio_weight``.
         clip: bounds (low, high) of the ratio itself, 0 <= low <= 1 <= high; an epsilon of 0.2 is (0.8, 1.2).
-        level: what the log-ratio is taken over: ``token_level`` (each token), ``sequence_level`` (Σ w·d over the
-            sequence) or ``geometric_level`` (Σ w·d / Σ w over the sequence).
+        level: what the log-ratio d = lp − old is taken over: ``token_level`` (each token), ``sequence_level`` (Σ w·d
+            over the sequence) or ``geometric_level`` (Σ w·d / Σ w over the sequence).
         weigh: how tokens count: ``token_mean``, ``sequence_mean``, ``sequence_sum_mean``, ``token_sum`` or
             ``fixed_length(L)``.
         log_ratio_cap: bound of |log r| before the exponential, above 0; ``None`` is the paper's uncapped form.

@@ -25,7 +25,7 @@ def orpo(lam: float = 0.1, weigh: Weighing = pair_mean) -> Loss:
 
     Args:
         lam: λ, a finite number of at least 0.
-        weigh: ``pair_mean`` or ``pair_sum``.
+        weigh: how pairs count: ``pair_mean`` or ``pair_sum``.
 
     Reads no column besides the weights. Statistics, means over pairs:
 
@@ -70,7 +70,7 @@ def simpo(beta: float = 2.0, gamma: float = 1.0, label_smoothing: float = 0.0, w
         beta: β, a finite number above 0.
         gamma: γ, the target margin, a finite number of at least 0, in the unit of β·m.
         label_smoothing: ε in [0, 0.5], the probability that a pair is labelled the wrong way round.
-        weigh: ``pair_mean`` or ``pair_sum``.
+        weigh: how pairs count: ``pair_mean`` or ``pair_sum``.
 
     Reads no column besides the weights. Statistics, means over pairs, with c and r the rewards of the two sides and m =
     c − r:
@@ -111,7 +111,7 @@ def alphapo(
         gamma: γ, the target margin, a finite number of at least 0, in the unit of β·ρ.
         reward_alpha: α, a finite number other than 0.
         label_smoothing: ε in [0, 0.5], the probability that a pair is labelled the wrong way round.
-        weigh: ``pair_mean`` or ``pair_sum``.
+        weigh: how pairs count: ``pair_mean`` or ``pair_sum``.
         log_ratio_cap: bound of |α·a| before the exponential, above 0; ``None`` is the paper's uncapped form.
 
     Reads no column besides the weights. Statistics, means over pairs, with c and r the rewards of the two sides and m =
@@ -162,7 +162,7 @@ def cpo(
         reward: ``logprob_sum``, ``logprob_mean``, ``log_odds_mean``, or one with a reference: with ``log_ratio_sum``
             the loss is that of ``dpo`` plus a likelihood (RPO).
         nll: ``logprob_sum``, or ``logprob_mean`` for the mean over each chosen side.
-        weigh: ``pair_mean`` or ``pair_sum``.
+        weigh: how pairs count: ``pair_mean`` or ``pair_sum``.
 
     Reads the columns of its rewards, by default none. Statistics, means over pairs, with c and r the rewards of the two
     sides and m = c − r:

@@ -115,7 +115,7 @@ def a2po(beta: float = 1e-3, weigh: Weighing = datum_mean) -> Loss:
 
     Args:
         beta: β₂, a finite number above 0.
-        weigh: ``datum_mean`` or ``datum_sum``.
+        weigh: how datums count: ``datum_mean`` or ``datum_sum``.
 
     Reads ``ref_logprobs``, ``rewards`` (R) and ``reference_point`` (V*), one number for each datum. Statistics, means
     over datums:

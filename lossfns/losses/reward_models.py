@@ -31,7 +31,7 @@ def bradley_terry(center_weight: float = 0.0, weigh: Weighing = pair_mean) -> Lo
 
     Args:
         center_weight: λ, a finite number of at least 0. TRL calls it ``center_rewards_coefficient``.
-        weigh: ``pair_mean`` or ``pair_sum``.
+        weigh: how pairs count: ``pair_mean`` or ``pair_sum``.
 
     Reads no column besides the weights. It takes scores of any sign. Statistics, means over pairs:
 
@@ -61,7 +61,7 @@ def bradley_terry_margin(center_weight: float = 0.0, weigh: Weighing = pair_mean
 
     Args:
         center_weight: λ, a finite number of at least 0. TRL calls it ``center_rewards_coefficient``.
-        weigh: ``pair_mean`` or ``pair_sum``.
+        weigh: how pairs count: ``pair_mean`` or ``pair_sum``.
 
     Reads ``target_margin`` (Δ, one number for each pair, on its chosen side). It takes scores of any sign. Statistics,
     means over pairs:

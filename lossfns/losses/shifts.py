@@ -27,7 +27,7 @@ def dpop(beta: float = 0.3, lam: float = 50.0, weigh: Weighing = pair_mean) -> L
     Args:
         beta: β, a finite number above 0.
         lam: λ, a finite number of at least 0.
-        weigh: ``pair_mean`` or ``pair_sum``.
+        weigh: how pairs count: ``pair_mean`` or ``pair_sum``.
 
     Reads ``ref_logprobs``. Statistics, means over pairs, with c and r the rewards of the two sides and m = c − r:
 
@@ -59,7 +59,7 @@ def odpo(beta: float = 0.1, weigh: Weighing = pair_mean) -> Loss:
 
     Args:
         beta: β, a finite number above 0.
-        weigh: ``pair_mean`` or ``pair_sum``.
+        weigh: how pairs count: ``pair_mean`` or ``pair_sum``.
 
     Reads ``ref_logprobs`` and ``target_margin`` (Δ, one number for each pair, on its chosen side). Statistics, means
     over pairs, with c and r the rewards of the two sides and m = c − r:
@@ -95,7 +95,7 @@ def r_dpo(beta: float = 0.1, alpha: float = 0.01, weigh: Weighing = pair_mean) -
     Args:
         beta: β, a finite number above 0.
         alpha: α, a finite number of at least 0.
-        weigh: ``pair_mean`` or ``pair_sum``.
+        weigh: how pairs count: ``pair_mean`` or ``pair_sum``.
 
     Reads ``ref_logprobs``. Statistics, means over pairs, with c and r the rewards of the two sides and m = c − r:
 
@@ -129,7 +129,7 @@ def ld_dpo(beta: float = 0.1, ld_alpha: float = 0.5, weigh: Weighing = pair_mean
     Args:
         beta: β, a finite number above 0.
         ld_alpha: α in [0, 1]; at 1 the loss is ``dpo``.
-        weigh: ``pair_mean`` or ``pair_sum``.
+        weigh: how pairs count: ``pair_mean`` or ``pair_sum``.
 
     Reads ``ref_logprobs``. Statistics, means over pairs, with c and r the rewards of the two sides and m = c − r:
 
@@ -157,7 +157,7 @@ def minor_dpo(beta: float = 0.1, weigh: Weighing = pair_mean) -> Loss:
 
     Args:
         beta: β, a finite number above 0.
-        weigh: ``pair_mean`` or ``pair_sum``.
+        weigh: how pairs count: ``pair_mean`` or ``pair_sum``.
 
     Reads ``ref_logprobs``. Statistics, means over pairs, with c and r the rewards of the two sides and m = c − r:
 
@@ -189,7 +189,7 @@ def dpo_shift(beta: float = 0.1, lam: float = 0.95, weigh: Weighing = pair_mean)
     Args:
         beta: β, a finite number above 0.
         lam: λ, a finite number of at least 0; at 1 the loss is ``dpo``.
-        weigh: ``pair_mean`` or ``pair_sum``.
+        weigh: how pairs count: ``pair_mean`` or ``pair_sum``.
 
     Reads ``ref_logprobs``. Statistics, means over pairs, with c and r the rewards of the two sides and m = c − r:
 
@@ -222,7 +222,7 @@ def bpo(beta: float = 0.1, balance: float = 0.3, weigh: Weighing = pair_mean) ->
     Args:
         beta: β, a finite number above 0.
         balance: α, a finite number above 0, in the paper at most 1.
-        weigh: ``pair_mean`` or ``pair_sum``.
+        weigh: how pairs count: ``pair_mean`` or ``pair_sum``.
 
     Reads ``ref_logprobs``. Statistics, means over pairs, with c and r the rewards of the two sides and m = c − r:
 
@@ -255,7 +255,7 @@ def wpo(beta: float = 0.1, weigh: Weighing = pair_mean) -> Loss:
 
     Args:
         beta: β, a finite number above 0.
-        weigh: ``pair_mean`` or ``pair_sum``.
+        weigh: how pairs count: ``pair_mean`` or ``pair_sum``.
 
     Reads ``ref_logprobs`` and ``sum_square_probs`` (Σp² over the vocabulary, by token, above 0). Statistics, means over
     pairs, with c and r the rewards of the two sides and m = c − r:

@@ -21,7 +21,7 @@ def nca(beta: float = 0.1, weigh: Weighing = pair_mean) -> Loss:
 
     Args:
         beta: β, a finite number above 0.
-        weigh: ``pair_mean`` or ``pair_sum``.
+        weigh: how pairs count: ``pair_mean`` or ``pair_sum``.
 
     Reads ``ref_logprobs``. Statistics, means over pairs, with c and r the rewards of the two sides and m = c − r:
 
@@ -53,7 +53,7 @@ def bco_pair(beta: float = 0.1, weigh: Weighing = pair_mean) -> Loss:
 
     Args:
         beta: β, a finite number above 0.
-        weigh: ``pair_mean`` or ``pair_sum``.
+        weigh: how pairs count: ``pair_mean`` or ``pair_sum``.
 
     Reads ``ref_logprobs``. Statistics, means over pairs, with c and r the rewards of the two sides and m = c − r:
 
@@ -85,7 +85,7 @@ def sppo_hard(beta: float = 0.1, weigh: Weighing = pair_mean) -> Loss:
 
     Args:
         beta: β, a finite number above 0.
-        weigh: ``pair_mean`` or ``pair_sum``.
+        weigh: how pairs count: ``pair_mean`` or ``pair_sum``.
 
     Reads ``ref_logprobs``. Statistics, means over pairs, with c and r the rewards of the two sides and m = c − r:
 
@@ -117,7 +117,7 @@ def apo_zero(beta: float = 0.1, weigh: Weighing = pair_mean) -> Loss:
 
     Args:
         beta: β, a finite number above 0.
-        weigh: ``pair_mean`` or ``pair_sum``.
+        weigh: how pairs count: ``pair_mean`` or ``pair_sum``.
 
     Reads ``ref_logprobs``. Statistics, means over pairs, with c and r the rewards of the two sides and m = c − r:
 
@@ -149,7 +149,7 @@ def apo_down(beta: float = 0.1, weigh: Weighing = pair_mean) -> Loss:
 
     Args:
         beta: β, a finite number above 0.
-        weigh: ``pair_mean`` or ``pair_sum``.
+        weigh: how pairs count: ``pair_mean`` or ``pair_sum``.
 
     Reads ``ref_logprobs``. Statistics, means over pairs, with c and r the rewards of the two sides and m = c − r:
 
@@ -183,7 +183,7 @@ def cal_dpo(beta: float = 0.1, lam: float = 1.0, weigh: Weighing = pair_mean) ->
     Args:
         beta: β, a finite number above 0.
         lam: λ, a finite number of at least 0.
-        weigh: ``pair_mean`` or ``pair_sum``.
+        weigh: how pairs count: ``pair_mean`` or ``pair_sum``.
 
     Reads ``ref_logprobs``. Statistics, means over pairs, with c and r the rewards of the two sides and m = c − r:
 
@@ -217,7 +217,7 @@ def c2_dpo(beta: float = 0.1, lam: float = 2e-4, weigh: Weighing = pair_mean) ->
     Args:
         beta: β, a finite number above 0.
         lam: λ, a finite number of at least 0.
-        weigh: ``pair_mean`` or ``pair_sum``.
+        weigh: how pairs count: ``pair_mean`` or ``pair_sum``.
 
     Reads ``ref_logprobs``. Statistics, means over pairs, with c and r the rewards of the two sides and m = c − r:
 

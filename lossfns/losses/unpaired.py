@@ -35,7 +35,7 @@ def kto(
         beta: β, a finite number above 0.
         desirable_weight: λ_D, a finite number of at least 0.
         undesirable_weight: λ_U, a finite number of at least 0.
-        weigh: ``datum_mean`` or ``datum_sum``.
+        weigh: how datums count: ``datum_mean`` or ``datum_sum``.
 
     Reads ``ref_logprobs``, ``labels`` (1 if desirable, 0 if not, for each datum) and ``reference_point`` (z₀, one
     number for each datum). Statistics, means over datums:
@@ -76,7 +76,7 @@ def bco(
         beta: β, a finite number above 0.
         desirable_weight: λ_D, a finite number of at least 0.
         undesirable_weight: λ_U, a finite number of at least 0.
-        weigh: ``datum_mean`` or ``datum_sum``.
+        weigh: how datums count: ``datum_mean`` or ``datum_sum``.
 
     Reads ``ref_logprobs``, ``labels`` (1 if desirable, 0 if not, for each datum) and ``reference_point`` (z, one number
     for each datum, in nats). Statistics, means over datums:
@@ -113,7 +113,7 @@ def sppo(beta: float = 0.1, weigh: Weighing = datum_mean) -> Loss:
 
     Args:
         beta: β, a finite number above 0.
-        weigh: ``datum_mean`` or ``datum_sum``.
+        weigh: how datums count: ``datum_mean`` or ``datum_sum``.
 
     Reads ``ref_logprobs`` and ``rewards`` (P, one number for each datum). Statistics, means over datums:
 

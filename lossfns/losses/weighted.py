@@ -169,8 +169,8 @@ def topr(
     rewards, with or without a baseline.
 
     Args:
-        level: what the log-ratio is taken over: ``sequence_level`` (Σ w·d), ``token_level`` (each token) or
-            ``geometric_level`` (Σ w·d / Σ w).
+        level: what the log-ratio d = lp − old is taken over: ``sequence_level`` (Σ w·d over the sequence),
+            ``token_level`` (each token) or ``geometric_level`` (Σ w·d / Σ w over the sequence).
         weigh: how tokens count: ``token_mean``, ``sequence_mean``, ``sequence_sum_mean``, ``token_sum`` or
             ``fixed_length(L)``.
         log_ratio_cap: bound of |log r| before the exponential, above 0; ``None`` is the paper's uncapped form.
