@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -15,11 +13,6 @@ from lossfns.weigh import Weighing, pair_mean, token_mean
 
 SCORE = Reward("score", sum_of_logprobs)
 """Σ w·score of each answer: scores stand in place of logprobs."""
-
-
-def bradley_terry_term(t: Tokens, c: Tensor, r: Tensor, center_weight: float) -> Tensor:
-    """−log σ(c − r) + λ·(c + r)²."""
-    return center_weight * (c + r).square() - F.logsigmoid(c - r)
 
 
 @preset
@@ -48,7 +41,11 @@ def bradley_terry(center_weight: float = 0.0, weigh: Weighing = pair_mean) -> Lo
     >>> round(float(loss), 4), metrics["chosen_reward"]  # −log σ(1 + 1)
     (0.1269, 1.0)
     """
-    return pair_loss(partial(bradley_terry_term, center_weight=center_weight), SCORE, 1.0, weigh, output="scores")
+
+    def centred(t: Tokens, c: Tensor, r: Tensor) -> Tensor:
+        return center_weight * (c + r).square() - F.logsigmoid(c - r)
+
+    return pair_loss(centred, SCORE, 1.0, weigh, output="scores")
 
 
 @preset
@@ -81,7 +78,7 @@ def bradley_terry_margin(center_weight: float = 0.0, weigh: Weighing = pair_mean
     """
 
     def beyond_margin(t: Tokens, c: Tensor, r: Tensor) -> Tensor:
-        return bradley_terry_term(t, c - pair_number(t, t.target_margin), r, 0.0) + center_weight * (c + r).square()
+        return center_weight * (c + r).square() - F.logsigmoid(c - pair_number(t, t.target_margin) - r)
 
     return pair_loss(beyond_margin, SCORE, 1.0, weigh, ("target_margin",), output="scores")
 
