@@ -5,16 +5,30 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lossfns import terms as eq
 from lossfns.errors import LossInputError
 from lossfns.loss import Loss, Statistics, make_loss, preset
-from lossfns.margins import log_ratio_sum
+from lossfns.margins import Link, log_ratio_sum, logistic_link
 from lossfns.segments import sequence_value
 from lossfns.tokens import SEQUENCES, Tokens
 from lossfns.weigh import Weighing, datum_mean
+
+
+def labelled_loss(link: Link, beta: float, desirable_weight: float, undesirable_weight: float, weigh: Weighing) -> Loss:
+    """λ_D·f(β·(m − z)) if desirable, λ_U·f(β·(z − m)) if not, with f the link and m = Σ w·(lp − ref)."""
+
+    def terms(t: Tokens) -> tuple[Tensor, Statistics]:
+        m = log_ratio_sum(t)
+        desirable = sequence_value(t, t.labels) > 0.5
+        sign = eq.select(desirable, 1.0, -1.0, like=m)
+        distance = sign * (m - sequence_value(t, t.reference_point))
+        weight = eq.select(desirable, desirable_weight, undesirable_weight, like=m)
+        statistics = {"log_ratio": m.detach(), "reward": beta * m.detach(), "accuracy": distance.detach() > 0}
+        return weight * link(beta * distance), statistics
+
+    return make_loss(terms, ("ref_logprobs", "labels", "reference_point"), weigh, rows=SEQUENCES)
 
 
 @preset
@@ -48,16 +62,7 @@ def kto(
     ('ref_logprobs', 'labels', 'reference_point')
     """
 
-    def terms(t: Tokens) -> tuple[Tensor, Statistics]:
-        m = log_ratio_sum(t)
-        desirable = sequence_value(t, t.labels) > 0.5
-        sign = eq.select(desirable, 1.0, -1.0, like=m)
-        distance = sign * (m - sequence_value(t, t.reference_point))
-        weight = eq.select(desirable, desirable_weight, undesirable_weight, like=m)
-        statistics = {"log_ratio": m.detach(), "reward": beta * m.detach(), "accuracy": distance.detach() > 0}
-        return weight * torch.sigmoid(-beta * distance), statistics
-
-    return make_loss(terms, ("ref_logprobs", "labels", "reference_point"), weigh, rows=SEQUENCES)
+    return labelled_loss(lambda h: torch.sigmoid(-h), beta, desirable_weight, undesirable_weight, weigh)
 
 
 @preset
@@ -92,16 +97,7 @@ def bco(
     0.1269
     """
 
-    def terms(t: Tokens) -> tuple[Tensor, Statistics]:
-        m = log_ratio_sum(t)
-        desirable = sequence_value(t, t.labels) > 0.5
-        sign = eq.select(desirable, 1.0, -1.0, like=m)
-        distance = sign * (m - sequence_value(t, t.reference_point))
-        weight = eq.select(desirable, desirable_weight, undesirable_weight, like=m)
-        statistics = {"log_ratio": m.detach(), "reward": beta * m.detach(), "accuracy": distance.detach() > 0}
-        return -weight * F.logsigmoid(beta * distance), statistics
-
-    return make_loss(terms, ("ref_logprobs", "labels", "reference_point"), weigh, rows=SEQUENCES)
+    return labelled_loss(logistic_link, beta, desirable_weight, undesirable_weight, weigh)
 
 
 @preset
