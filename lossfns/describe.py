@@ -15,7 +15,7 @@ from lossfns.errors import LossInputError, did_you_mean, show
 from lossfns.loss import BoundLoss, Loss, name_or_repr
 
 ROSETTA = Path(__file__).with_name("rosetta.json")
-"""The names of other frameworks, with what was measured. ``python -m tools.rosetta write`` writes it."""
+"""The table of other frameworks' settings, each measured against ours. ``python -m tools.rosetta write`` writes it."""
 
 
 def presets() -> dict[str, Callable[..., Loss]]:
@@ -32,11 +32,11 @@ def makes_loss(function: Callable[..., Any]) -> bool:
 
 
 def families() -> dict[str, list[str]]:
-    """Return the names of the presets by family, the module in ``lossfns.losses`` that defines them."""
-    found: dict[str, list[str]] = {}
+    """Return the names of the presets by family. A family is a module of ``lossfns.losses``."""
+    by_family: dict[str, list[str]] = {}
     for name, preset in sorted(presets().items()):
-        found.setdefault(preset.__module__.rpartition(".")[2], []).append(name)
-    return dict(sorted(found.items()))
+        by_family.setdefault(preset.__module__.rpartition(".")[2], []).append(name)
+    return dict(sorted(by_family.items()))
 
 
 def describe(loss: Any) -> str:
@@ -46,7 +46,7 @@ def describe(loss: Any) -> str:
         loss: a preset, its name, or a loss that it made.
 
     Raises:
-        LossInputError: if it is no loss of this library.
+        LossInputError: if ``loss`` is not a loss of this library.
 
     >>> print(describe("reinforce").partition("\\n")[0])
     −A·lp: the on-policy policy gradient. Williams 1992.
@@ -64,7 +64,7 @@ def describe(loss: Any) -> str:
 
 
 def name_and_knobs(loss: Any) -> tuple[str, Loss | None]:
-    """Return the name of a loss's preset, and the loss itself if it is one and no preset."""
+    """Return the name of a loss's preset, and the ``Loss``; None if a preset or its name was passed."""
     loss = loss.loss if isinstance(loss, BoundLoss) else loss
     name = loss if isinstance(loss, str) else loss.name if isinstance(loss, Loss) else getattr(loss, "__name__", "")
     if name not in presets():
@@ -83,12 +83,12 @@ def peer_lines(name: str) -> list[str]:
 
 
 def verdict(row: Mapping[str, str]) -> str:
-    """Return whether a setting is equal, and if not, the name of the factor or the reason."""
+    """Return whether another framework's setting is equal to ours and, if not, the factor or the reason."""
     return row["verdict"] if row["verdict"] == "equal" else f"{row['verdict']}: {row['why']}"
 
 
 @cache
 def peers() -> Sequence[Mapping[str, str]]:
-    """Return the rows of the table of other frameworks' names."""
+    """Return the rows of the table of other frameworks' settings."""
     rows: list[dict[str, str]] = json.loads(ROSETTA.read_text(encoding="utf-8"))["rows"] if ROSETTA.exists() else []
     return rows

@@ -26,9 +26,9 @@ from lossfns.tokens import Tokens, to_dtype
 def with_entropy(loss: Loss, entropy_coef: float = 0.01) -> Loss:
     """l − c·H: an entropy bonus, under the share and the denominator of the loss, as in verl.
 
-    SkyRL weighs the bonus by ``sequence_mean`` whatever the loss is, and TRL takes its mean over the tokens of a batch
-    (with ``top_entropy_quantile``, over the kept ones). For a loss of another weighing, sum the loss and a loss of the
-    bonus alone, each over its own denominator.
+    SkyRL weighs the bonus by ``sequence_mean``, whatever the loss is. TRL takes the mean of H over the tokens of a
+    batch (with ``top_entropy_quantile``, over the kept tokens). For a bonus with another weighing, sum the loss and a
+    loss of the bonus alone, each over its own denominator.
 
     Args:
         loss: a loss over tokens. Apply ``with_tis`` and ``with_dual_clip`` before: they would change the bonus.
@@ -68,8 +68,8 @@ def with_sampled_entropy(loss: Loss, entropy_coef: float = 0.01, log_ratio_cap: 
     """l + c·r·lp with r = exp(lp − old): an entropy bonus from logprobs alone, for services that return no entropy.
 
     A score-function estimate. For a token sampled from the old policy, E[−r·lp] = H and E[∇(−r·lp)] = ∇H, on- and
-    off-policy. −lp by itself has the right expected value on-policy, but its expected gradient is 0, since
-    E[∇lp] = 0. A sample says less than the distribution: where the backend supplies ``entropy``, take ``with_entropy``.
+    off-policy. −lp by itself has the right expected value on-policy, but its expected gradient is 0, since E[∇lp] = 0.
+    The estimate is noisier than H: if the backend supplies ``entropy``, use ``with_entropy``.
 
     Args:
         loss: a loss over tokens. Apply ``with_tis`` and ``with_dual_clip`` before: they would change the bonus.
@@ -100,20 +100,21 @@ def with_sampled_entropy(loss: Loss, entropy_coef: float = 0.01, log_ratio_cap: 
 
 @preset
 def with_top_entropy(loss: Loss, top_quantile: float = 0.2) -> Loss:
-    """l·1[H ≥ τ]: only the tokens of highest entropy in their group learn. Wang et al. 2025, arXiv:2506.01939.
+    """l·1[H >= τ]: only the tokens of highest entropy in their group learn. Wang et al. 2025, arXiv:2506.01939.
 
-    Of the n active tokens of a group, 1 + ⌊ρ·(n − 1)⌋ are kept, and those that tie with the last of them. τ is thus the
-    (1 − ρ)-quantile of H, as in TRL's ``top_entropy_quantile``. The other tokens have the term 0 and stay in the
+    Of the n active tokens of a group, 1 + ⌊ρ·(n − 1)⌋ are kept, and all that tie with the last of these. So τ is the (1
+    − ρ)-quantile of H, as in TRL's ``top_entropy_quantile``. The other tokens have the term 0 and stay in the
     denominator. The mask is a constant. Bind ``groups=[0] * len(data)`` for a quantile over the whole batch, as TRL and
     the paper take it.
 
     Args:
-        loss: a loss over tokens. Apply ``with_kl`` after: in TRL the penalty is not masked. TRL masks an entropy bonus:
-            ``with_top_entropy(with_entropy(loss))``.
+        loss: a loss over tokens. Apply ``with_kl`` after, so that the penalty is not masked, as in TRL. TRL masks an
+            entropy
+        bonus: ``with_top_entropy(with_entropy(loss))``.
         top_quantile: ρ, a number in [0, 1]. With 1 the result is the loss itself.
 
-    Reads ``entropy``, as a constant, and ``groups`` besides the columns of the loss. Its statistics are those of the
-    loss, over all active tokens, and
+    Reads ``entropy``, as a constant, and ``groups`` (an integer label for each datum; all datums of one label must be
+    in one call) besides the columns of the loss. Its statistics are those of the loss, over all active tokens, and
 
         entropy: mean H over active tokens, in nats, at least 0.
         entropy_kept: share of active tokens that are kept, in (0, 1].
@@ -153,20 +154,20 @@ def in_top_quantile(t: Tokens, x: Tensor, share: float) -> Tensor:
 
 @preset
 def with_clip_b(loss: Loss, mu: float = 2.5) -> Loss:
-    """l·1[A ≥ 0 or S − E[S] ≥ −μ·σ(S)], S = p·(H + lp): bad tokens that would lower the entropy most do not learn.
+    """l·1[A >= 0 or S − E[S] >= −μ·σ(S)], S = p·(H + lp): tokens with A < 0 that lower the entropy most do not learn.
 
     Clip_B of Wang et al. 2026, arXiv:2602.03392, and of Trinity-RFT (``clipb_advantage.py``). To first order, lowering
-    the logit of a token by ε changes H by ε·S. Mean and standard deviation (divisor n) are over the active tokens of
-    the group. The mask is a constant, of the current policy; Trinity-RFT computes it once, before the updates. Dropped
-    tokens have the term 0 and stay in the denominator, while Trinity-RFT takes them out of the mask. Bind
-    ``groups=[0] * len(data)`` to compare the whole batch, as it does.
+    the logit of a token by ε changes H by ε·S. Mean E and standard deviation σ (divisor n) are over the active tokens
+    of the group. The mask is a constant, of the current policy; Trinity-RFT computes it once, before the updates.
+    Dropped tokens have the term 0 and stay in the denominator, while Trinity-RFT takes them out of the mask. Bind
+    ``groups=[0] * len(data)`` to compare the whole batch, as Trinity-RFT does.
 
     Args:
-        loss: a loss over tokens that reads ``advantages``. Apply ``with_kl`` after.
+        loss: a loss over tokens that reads ``advantages``. Apply ``with_kl`` after, so that the penalty is not masked.
         mu: μ, a finite number of at least 0.
 
-    Reads ``entropy``, as a constant, and ``groups`` besides the columns of the loss. Its statistics are those of the
-    loss, over all active tokens, and
+    Reads ``entropy``, as a constant, and ``groups`` (an integer label for each datum; all datums of one label must be
+    in one call) besides the columns of the loss. Its statistics are those of the loss, over all active tokens, and
 
         entropy: mean H over active tokens, in nats, at least 0.
         clip_b: share of active tokens that are dropped, in [0, 1].
@@ -205,8 +206,8 @@ def adapt_entropy_coef(
 ) -> tuple[float, float]:
     """Return the next entropy coefficient, and the one to apply in the next step.
 
-    The coefficient grows by δ where H ≤ target, else it shrinks by δ, within [low, high]. It is applied only where
-    H ≤ target. He et al. 2025 (Skywork-OR1, arXiv:2505.22312); TRL's ``use_adaptive_entropy``, whose target is 0.2. TRL
+    The coefficient grows by δ if H <= target, else it shrinks by δ, within [low, high]. It is applied only if H <=
+    target. He et al. 2025 (Skywork-OR1, arXiv:2505.22312); TRL's ``use_adaptive_entropy``, whose target is 0.2. TRL
     applies 0 in the first step. The two results are the whole state: keep them in checkpoints.
 
     Args:

@@ -1,10 +1,10 @@
 """Estimators of a KL divergence from one sampled token: functions ``(logprobs, ref_logprobs) -> [N]``, in nats.
 
-Symbols: d = lp − ref, x = −d. The value of an estimator and its gradient may belong to different divergences, and to
-others again where the tokens come from another policy than π. The docstrings state both, and docs/kl.md has the table.
-``lossfns.testing.enumeration`` computes it exactly, for an estimator of your own too.
+Symbols: d = lp − ref, x = −d. The value of an estimator and its gradient may belong to different divergences. Both may
+change if the tokens come from another policy than π. The docstrings name the divergences, and docs/kl.md has a table,
+which ``lossfns.testing.enumeration`` computes exactly. It takes an estimator of your own too.
 
-k1, k2 and k3 stand in ``lossfns.terms``: Schulman 2020, "Approximating KL divergence".
+k1, k2 and k3 are in ``lossfns.terms``: Schulman 2020, "Approximating KL divergence".
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def k_abs(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 def k_squared(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """(lp − ref)², twice k2: on-policy its gradient is that of 2·KL(π‖ref); its value is no KL.
 
-    prime-rl's default loss adds it with the weight ``kl_tau`` against the sampler: ``with_kl(loss, kl_beta=1e-3,
+    prime-rl's default loss adds it relative to the sampler, with the weight ``kl_tau``: ``with_kl(loss, kl_beta=1e-3,
     kl=k_squared, kl_to="sampler_logprobs")``.
     """
     return (logprobs - ref_logprobs).square()
@@ -69,7 +69,7 @@ def straight_through(value: KL, gradient: KL) -> KL:
 
 
 def value_capped(kl: KL, cap: float) -> KL:
-    """Make an estimator clamped to ±cap, whose gradient is 0 beyond. ``with_kl(kl_cap=)`` does it after the weight.
+    """Make an estimator clamped to ±cap, whose gradient is 0 beyond. ``with_kl(kl_cap=)`` clamps after the weight.
 
     Args:
         kl: an estimator.
@@ -89,7 +89,7 @@ def value_capped(kl: KL, cap: float) -> KL:
 def k1_plus(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """The value of k1 with the gradient of k2: on-policy, value and gradient of KL(π‖ref).
 
-    The name in verl is "k1+". Tang & Munos 2025 (arXiv:2506.09477) show why the gradient of k1 itself does not do.
+    The name in verl is "k1+". Tang & Munos 2025 (arXiv:2506.09477) show why the gradient of k1 itself is no penalty.
     """
     return eq.straight_through(k1(logprobs, ref_logprobs), k2(logprobs, ref_logprobs))
 
@@ -97,7 +97,7 @@ def k1_plus(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 def k3_plus(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """The value of k3 with the gradient of k2: on-policy, value and gradient of KL(π‖ref).
 
-    The name in verl is "k3+", which also caps the value at 10: see ``straight_through``.
+    The name in verl is "k3+". verl also caps the value at 10: see ``straight_through``.
     """
     return eq.straight_through(k3(logprobs, ref_logprobs), k2(logprobs, ref_logprobs))
 
@@ -108,7 +108,7 @@ def log_ratio_capped(kl: KL, cap: float = 20.0) -> KL:
     NeMo-RL clamps d to ±20 for every estimator, and open-instruct to ±40. k3 has a cap of 20 of its own.
 
     Args:
-        kl: an estimator that depends on d alone, as all of this module do.
+        kl: an estimator that depends on d alone, such as k2.
         cap: in nats, a finite number above 0.
 
     >>> log_ratio_capped(k2, 40.0)(torch.tensor([-50.0, -1.0]), torch.tensor([0.0, -3.0]))
@@ -126,8 +126,8 @@ def log_ratio_capped(kl: KL, cap: float = 20.0) -> KL:
 def swapped(kl: KL) -> KL:
     """Make the estimator with its two arguments exchanged: kl(ref, lp).
 
-    Where the tokens come from the reference itself, as where ``kl_to="sampler_logprobs"``, the value of ``swapped(k3)``
-    is KL(sampler‖π), and its gradient is exact.
+    If the tokens come from the reference itself, as with ``kl_to="sampler_logprobs"``, ``swapped(k3)`` has the value
+    and the gradient of KL(sampler‖π).
 
     >>> swapped(k1)(torch.tensor(-1.0), torch.tensor(-3.0))
     tensor(-2.)
@@ -162,19 +162,18 @@ def name_of(function: object) -> str:
 
 
 def with_name(kl: KL, name: str) -> KL:
-    """Give a function the text that ``repr`` of a loss shows for it."""
+    """Give a function the name that ``repr`` of a loss shows for it."""
     kl.__name__ = kl.__qualname__ = name
     return kl
 
 
-# Divergences between "this token" and "another token", of which a threshold makes a mask
+# Divergences between "this token" and "another token", which masks compare with a threshold
 
 
 def binary_kl(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """p·log(p/q) + (1−p)·log((1−p)/(1−q)), p = exp(lp), q = exp(ref): KL between "this token" and "another token".
 
-    It is at most the KL over the vocabulary. DPPO (arXiv:2602.04879, equation 14). 1 − p has a floor
-    of 1e-15.
+    It is at most the KL over the vocabulary. DPPO (arXiv:2602.04879, equation 14). 1 − p has a floor of 1e-15.
     """
     p = logprobs.exp()
     rest, ref_rest = (torch.expm1(lp).neg().clamp(min=eq.ONE_MINUS_P_FLOOR) for lp in (logprobs, ref_logprobs))

@@ -92,7 +92,7 @@ def log_odds_of_mean(t: Tokens) -> Tensor:
 
 
 def power_of_ratio(t: Tokens, alpha: float) -> Tensor:
-    """(1 − u^−α)/α at u = exp(Σ w·(lp − ref)), the exponent capped."""
+    """(1 − u^−α)/α at u = exp(Σ w·(lp − ref)), with the exponent capped at ±20."""
     return -torch.expm1(-eq.cap(alpha * sum_of_log_ratios(t), EXPONENT_CAP)) / alpha
 
 
@@ -139,7 +139,7 @@ def alpha_reward(alpha: float) -> Reward:
 
 
 def desensitised(t: Tokens, tail: float) -> Tensor:
-    """Σ w·(lp − ref), in which the tokens beyond the length of the pair's shorter side count ``tail`` times."""
+    """Σ w·(lp − ref), in which the tokens beyond the length of the pair's shorter side are multiplied by ``tail``."""
     lengths = active_counts(t)
     common = both_sides(t, torch.minimum(chosen(t, lengths), rejected(t, lengths)))
     share = eq.select(positions(t) > to_tokens(t, common), tail, 1.0, like=t.weights)
@@ -209,17 +209,17 @@ LINKS: dict[str, Link] = {
 def check_reward(knob: str, reward: object) -> None:
     """Refuse anything but a reward."""
     if not isinstance(reward, Reward):
-        fix = f"{did_you_mean(str(reward), REWARDS)} Of a function of your own, make Reward(name, function, reads)."
+        fix = f"{did_you_mean(str(reward), REWARDS)} Wrap a function of your own: Reward(name, function, reads)."
         raise LossInputError(knob, "a reward such as log_ratio_mean", show(reward), fix)
 
 
 def pair_number(t: Tokens, x: Tensor) -> Tensor:
-    """The number of each pair in a column with one for each datum, read on the chosen side: ``[N] -> [P]``."""
+    """The value for each pair of a column with one number for each datum, read on the chosen side: ``[N] -> [P]``."""
     return chosen(t, sequence_value(t, x))
 
 
 def pair_groups(t: Tokens) -> Tensor:
-    """The label of each pair's group: ``[P]``. Pairs without an active token are a group of their own, of label ∞."""
+    """The label of each pair's group: ``[P]``. Pairs without an active token form one group, whose label is ∞."""
     return torch.where(chosen(t, nonempty(t)), pair_number(t, t.groups), torch.inf)
 
 
@@ -227,8 +227,8 @@ def group_numbers(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Number the groups of pairs.
 
     Returns:
-        The indices of the pairs by group, the number of each pair's group, and the size of each group, 0 for numbers
-        that no group has: each ``[P]``.
+        The indices of the pairs, sorted by group; the number of each pair's group; and the size of each group, 0 for
+        numbers that no group has. Each is ``[P]``.
     """
     order = labels.argsort(stable=True)
     sorted_labels = labels[order]
@@ -261,11 +261,11 @@ def group_log_mean_exp(labels: Tensor, y: Tensor) -> Tensor:
 
 
 def in_order(labels: Tensor, y: Tensor) -> Tensor:
-    """The indices of the pairs by group, and by y within a group. Equal values keep their order: ``[P]``."""
+    """The indices of the pairs, sorted by group and, within a group, by y. Equal values keep their order: ``[P]``."""
     by_value = y.detach().argsort(stable=True)
     return by_value[labels[by_value].argsort(stable=True)]
 
 
 def same_rank(labels: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """For each pair the y that has, within the group, the rank that x of the pair has: ``[P] -> [P]``."""
+    """For each pair the y of its group whose rank equals the rank of the pair's x: ``[P] -> [P]``."""
     return torch.zeros_like(y).scatter(0, in_order(labels, x), y[in_order(labels, y)])

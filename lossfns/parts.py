@@ -19,7 +19,7 @@ class Part:
     Attributes:
         loss: a ``Loss``.
         coefficient: the number that multiplies it.
-        weights: the column that holds the weights of this part.
+        weights: the column of the weights of this part.
     """
 
     loss: Any
@@ -37,10 +37,10 @@ class Part:
 
 
 def divisor_or_one(divisor: Any) -> Any:
-    """Return a denominator, or 1 where it is 0: a part without a row then adds 0, and not 0 / 0."""
+    """Return a denominator, or 1 where it is 0, so that a part without a row adds 0 and not 0 / 0."""
     return divisor or 1.0 if isinstance(divisor, float) else torch.where(divisor == 0, 1, divisor)
 
 
 def widest_rows(kinds: Sequence[Rows]) -> Rows:
-    """Return the kind of row that spans the most of a batch: a micro-batch that keeps it whole keeps all others."""
+    """Return the kind of row that spans most tokens: a micro-batch that keeps these rows whole keeps all others."""
     return next((kind for kind in (PAIRS, SEQUENCES) if kind in kinds), kinds[0])

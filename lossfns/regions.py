@@ -1,6 +1,6 @@
-"""Parts of a loss of the ratio that are functions: which tokens keep their gradient, and what weighs them.
+"""Regions, which say where a token keeps its gradient, and weights of tokens: functions of the importance ratio.
 
-They take the ratio r and the advantages A of each token ``[N]`` and pass no gradient.
+They take the ratio r and the advantages A of each token ``[N]``, as constants.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ def two_side(ratio: Tensor, advantages: Tensor, clip: tuple[float, float]) -> Te
 
 
 def unit_weight(ratio: Tensor) -> Tensor:
-    """1 for each token: no importance sampling."""
+    """1 for each token, without importance sampling."""
     return torch.ones_like(ratio)
 
 
 def ratio_weight(ratio: Tensor) -> Tensor:
-    """r: importance sampling."""
+    """r, the importance weight."""
     return ratio

@@ -1,10 +1,11 @@
 """Token weights: factors that correct a loss for tokens that another policy has sampled.
 
-Three policies are apart: the current one π (``logprobs``), the old one that began the step (``old_logprobs``), and the
-sampler, which wrote the tokens with other kernels or older weights (``sampler_logprobs``). A factor is 1 where they
-agree. Factors multiply: ``truncated() * inside((0.999, 1.002), geometric_level)``.
+Three policies are distinct: the current policy π (``logprobs``), the old policy at the start of the step
+(``old_logprobs``), and the sampler, which sampled the tokens with other kernels or older weights
+(``sampler_logprobs``). A factor is 1 where they agree. Factors multiply: ``truncated() * inside((0.999, 1.002),
+geometric_level)``.
 
-A factor of 0 rejects a token or a sequence. Its terms become 0, and the denominator of the loss stays what it was.
+A factor of 0 rejects a token or a sequence. Its terms become 0, and the denominator of the loss does not change.
 ``accepted_weights`` in ``lossfns.sampler`` takes rejected tokens out of the denominator too.
 """
 
@@ -53,10 +54,9 @@ class TokenWeight:
         reads: the columns that the factor needs besides ``logprobs`` and ``weights``.
         factor: ``t -> [N]``, at least 0.
         limited: ``t -> [N]`` bool, True where a bound has changed the factor.
-        levels: the levels over which the factor is taken: a factor with a sum over the sequence names
-            ``sequence_level``.
+        levels: the levels over which the factor is taken; ``sequence_level`` if it contains a sum over the sequence.
 
-    ``a * b`` is the product of two.
+    ``a * b`` is the product of two token weights.
 
     >>> from lossfns import geometric_level, k3
     >>> masked((0.5, 2.0)) * within(k3, 0.01, geometric_level)
@@ -118,7 +118,7 @@ def call_text(name: str, numerator: str) -> str:
     return f"{name})" if numerator == "old_logprobs" else f"{name}, {numerator!r})"
 
 
-def ratio_weight(
+def weight_of_ratio(
     name: str,
     level: Level,
     numerator: str,
@@ -146,7 +146,7 @@ def is_inside(ratio: Tensor, bounds: Bounds) -> Tensor:
 
 
 def ratio(level: Level = token_level, numerator: str = "old_logprobs") -> TokenWeight:
-    """ρ = old / sampler, without a bound but for exp(±20).
+    """ρ = old / sampler, bounded by exp(±20) alone.
 
     Args:
         level: what the ratio is taken over: ``token_level`` (each token), ``sequence_level`` (the product over the
@@ -158,13 +158,13 @@ def ratio(level: Level = token_level, numerator: str = "old_logprobs") -> TokenW
     rollout.ratio(geometric_level)
     """
     check_knobs({"level": level, "numerator": numerator})
-    return ratio_weight(f"rollout.ratio({name_of(level)}", level, numerator, lambda r: r)
+    return weight_of_ratio(f"rollout.ratio({name_of(level)}", level, numerator, lambda r: r)
 
 
 def truncated(bounds: Bounds = (0.0, 2.0), level: Level = token_level, numerator: str = "old_logprobs") -> TokenWeight:
     """clamp(ρ, low, high): truncated importance sampling (TIS). With low = 0 it is the factor of ``with_tis``.
 
-    verl and SkyRL truncate above; slime's ``tis_clip_low`` and TRL's ``clip_min`` are the lower bound.
+    verl and SkyRL have the upper bound alone. slime's ``tis_clip_low`` and TRL's ``clip_min`` are lower bounds.
 
     Args:
         bounds: (low, high) of ρ, 0 <= low <= 1 <= high; high may be inf.
@@ -175,14 +175,14 @@ def truncated(bounds: Bounds = (0.0, 2.0), level: Level = token_level, numerator
     """
     check_knobs({"bounds": bounds, "level": level, "numerator": numerator})
     name = f"rollout.truncated({bounds!r}, {name_of(level)}"
-    return ratio_weight(name, level, numerator, lambda r: r.clamp(*bounds), lambda r: ~is_inside(r, bounds))
+    return weight_of_ratio(name, level, numerator, lambda r: r.clamp(*bounds), lambda r: ~is_inside(r, bounds))
 
 
 def masked(bounds: Bounds = (0.5, 2.0), level: Level = token_level, numerator: str = "old_logprobs") -> TokenWeight:
     """ρ where low <= ρ <= high, else 0: masked importance sampling, which is IcePop at ``token_level``.
 
-    IcePop: verl ("low_high"), SkyRL, NeMo-RL, slime, OpenRLHF. TRL's default ``sequence_mask`` is
-    ``masked((0.0, 3.0), sequence_level)``.
+    verl ("low_high"), SkyRL, NeMo-RL, slime and OpenRLHF have IcePop. TRL's default ``sequence_mask`` is ``masked((0.0,
+    3.0), sequence_level)``.
 
     Args:
         bounds: (low, high) of ρ, 0 <= low <= 1 <= high; high may be inf.
@@ -190,14 +190,14 @@ def masked(bounds: Bounds = (0.5, 2.0), level: Level = token_level, numerator: s
     """
     check_knobs({"bounds": bounds, "level": level, "numerator": numerator})
     name = f"rollout.masked({bounds!r}, {name_of(level)}"
-    return ratio_weight(name, level, numerator, lambda r: torch.where(is_inside(r, bounds), r, 0))
+    return weight_of_ratio(name, level, numerator, lambda r: torch.where(is_inside(r, bounds), r, 0))
 
 
 def inside(bounds: Bounds, level: Level = token_level, numerator: str = "old_logprobs") -> TokenWeight:
-    """1 where low <= ρ <= high, else 0: rejection by a ratio, as by k1 in [log low, log high].
+    """1 where low <= ρ <= high, else 0: rejection by the ratio, or by k1 in [log low, log high].
 
-    SkyRL's token, geometric and product masks. verl's ``k1`` options bound 1/ρ in place of ρ, which is the same where
-    low = 1/high. NeMo-RL's ``seq-mask-tis`` is ``ratio() * inside((0.999, 1.002), geometric_level)``.
+    These are SkyRL's token, geometric and product masks. verl's ``k1`` options bound 1/ρ in place of ρ, which is the
+    same if low = 1/high. NeMo-RL's ``seq-mask-tis`` is ``ratio() * inside((0.999, 1.002), geometric_level)``.
 
     Args:
         bounds: (low, high) of ρ, 0 <= low <= 1 <= high; high may be inf.
@@ -205,7 +205,7 @@ def inside(bounds: Bounds, level: Level = token_level, numerator: str = "old_log
     """
     check_knobs({"bounds": bounds, "level": level, "numerator": numerator})
     name = f"rollout.inside({bounds!r}, {name_of(level)}"
-    return ratio_weight(name, level, numerator, lambda r: to_dtype(is_inside(r, bounds), r.dtype))
+    return weight_of_ratio(name, level, numerator, lambda r: to_dtype(is_inside(r, bounds), r.dtype))
 
 
 # Rejection
@@ -218,11 +218,12 @@ def within(divergence: KL, high: float, level: Level = token_level, numerator: s
 
     Args:
         divergence: ``k2``, ``k3``, ``binary_kl``, ``binary_tv`` or another function, called with the logprobs of
-            (sampler, old): tokens of the sampler estimate KL(sampler‖old). AReaL has k3 of (old, sampler):
-            ``swapped(k3)``.
+            (sampler, old): its mean over the sampler's tokens estimates KL(sampler‖old). AReaL has k3 of (old,
+            sampler): ``swapped(k3)``.
         high: the largest divergence, in nats, a finite number above 0.
-        level: ``token_level``; or ``sequence_level``, ``geometric_level`` or ``maximum_level`` for the sum, the mean or
-            the maximum over the sequence, which is then kept or rejected as a whole.
+        level: what the divergence is taken over: ``token_level`` (each token), ``sequence_level`` (the sum over the
+            sequence), ``geometric_level`` (the mean) or ``maximum_level`` (the maximum). With the last three a sequence
+            is kept or rejected as a whole.
         numerator: as for ``ratio``.
     """
     check_knobs({"kl": divergence, "level": level, "numerator": numerator})
@@ -239,7 +240,7 @@ def within(divergence: KL, high: float, level: Level = token_level, numerator: s
 def without_outliers(bounds: Bounds = (1e-4, 100.0), numerator: str = "old_logprobs") -> TokenWeight:
     """1 where every active token of the sequence has low <= ρ <= high, else 0.
 
-    SkyRL's ``outlier_token_is_threshold_low`` and ``_high``: one token outside rejects its sequence.
+    One token outside the bounds rejects its sequence, as SkyRL's ``outlier_token_is_threshold_low`` and ``_high`` do.
 
     Args:
         bounds: (low, high) of a token's ρ, 0 <= low <= 1 <= high; high may be inf.
@@ -259,13 +260,14 @@ def total_variation_mask(radius: float = 0.02) -> TokenWeight:
     """0 where the group's total variation is above the radius and the term would raise it further, else 1.
 
     The total variation of a group is ½·E|r − 1| with r = π / sampler: the mean over its sequences of the mean over
-    their tokens. A term raises it where A·(π − sampler) > 0; all other terms stay. open-instruct's "tvpo", whose
-    groups are prompts.
+    their tokens. A term raises it where A·(π − sampler) > 0; all other terms are kept. This is open-instruct's "tvpo",
+    whose groups are prompts.
 
     Args:
         radius: the largest total variation of a group, a finite number above 0.
 
-    Reads ``advantages``, ``sampler_logprobs`` and ``groups``: all datums of a group must be in one call.
+    Reads ``advantages``, ``sampler_logprobs`` and ``groups`` (an integer label for each datum; all datums of one label
+    must be in one call).
     """
     check_positive("radius", radius)
 
@@ -288,9 +290,10 @@ def total_variation_mask(radius: float = 0.02) -> TokenWeight:
 def token_normalized(weight: TokenWeight) -> TokenWeight:
     """ρ / (Σ w·ρ / Σ w over the tokens of the group): the mean weight of the group's tokens becomes 1.
 
-    verl's ``rollout_is_batch_normalize`` at token level, where one label for all datums makes the batch a group.
+    This is verl's ``rollout_is_batch_normalize`` at token level, if all datums have one label.
 
-    Reads ``groups`` besides the columns of the weight: all datums of a group must be in one call.
+    Reads ``groups`` (an integer label for each datum; all datums of one label must be in one call) besides the columns
+    of the weight.
     """
     return normalized("token_normalized", weight, lambda t, r: (weighted_sum(t, r), sequence_sum(t, t.weights)))
 
@@ -298,15 +301,16 @@ def token_normalized(weight: TokenWeight) -> TokenWeight:
 def sequence_normalized(weight: TokenWeight) -> TokenWeight:
     """ρ / the mean over the group's sequences of Σ w·ρ / Σ w: the mean weight of the group's sequences becomes 1.
 
-    verl's ``rollout_is_batch_normalize`` at sequence level, where one label for all datums makes the batch a group.
+    This is verl's ``rollout_is_batch_normalize`` at sequence level, if all datums have one label.
 
-    Reads ``groups`` besides the columns of the weight: all datums of a group must be in one call.
+    Reads ``groups`` (an integer label for each datum; all datums of one label must be in one call) besides the columns
+    of the weight.
     """
     return normalized("sequence_normalized", weight, lambda t, r: (weighted_mean(t, r), to_dtype(nonempty(t), r.dtype)))
 
 
 def normalized(name: str, weight: TokenWeight, parts: Callable[[Tokens, Tensor], tuple[Tensor, Tensor]]) -> TokenWeight:
-    """Divide a weight by Σ numerators / Σ denominators of its group. A group whose weights are all 0 stays so."""
+    """Divide a weight by Σ numerators / Σ denominators of its group. Weights that are all 0 in a group stay 0."""
     check_token_weight("weight", weight)
 
     def factor(t: Tokens) -> Tensor:
@@ -323,7 +327,7 @@ def normalized(name: str, weight: TokenWeight, parts: Callable[[Tokens, Tensor],
 
 
 def ratio_to(column: str = "old_logprobs", log_ratio_cap: float | None = 20.0) -> TokenWeight:
-    """r = exp(lp − column), with its gradient: makes the expectation over the column's policy one over π.
+    """r = exp(lp − column), with its gradient: it turns an expectation over the column's policy into one over π.
 
     As ``kl_weight`` it makes ``k1`` and ``k3`` exact off-policy, in value and gradient of KL(π‖ref): DeepSeek-V3.2
     (arXiv:2512.02556), TRL's ``use_bias_correction_kl`` (with ``log_ratio_cap=None``), slime's ``--use-unbiased-kl``.

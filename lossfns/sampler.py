@@ -1,4 +1,4 @@
-"""Rows for a loss whose tokens another policy sampled: logprobs on a support, proximal logprobs, accepted weights."""
+"""Columns for a loss whose tokens another policy sampled: logprobs on a support, proximal logprobs, weights."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from lossfns.values import LOGPROB_TOLERANCE
 
 
 def top_p_support(candidate_logprobs: Tensor, sampled: Tensor, top_p: float) -> Tensor:
-    """Return the support of top-p sampling: the fewest likely candidates with a mass of at least ``top_p``.
+    """Return the support of top-p sampling: the fewest candidates, most likely first, whose mass is at least ``top_p``.
 
     Args:
         candidate_logprobs: ``[N, K]`` the sampler's logprobs of K candidates for each position, over the whole
             vocabulary, in any order; -inf for a candidate that does not count.
-        sampled: ``[N]`` int64, the index of the sampled token among the candidates. It is a part of the support.
+        sampled: ``[N]`` int64, the index of the sampled token among the candidates. It is always in the support.
         top_p: the sampler's setting, in (0, 1].
 
     Returns:
@@ -39,7 +39,7 @@ def top_p_support(candidate_logprobs: Tensor, sampled: Tensor, top_p: float) -> 
     mass = p.sum(1)
     if bool((mass < top_p - 1e-4).any()):
         i = int((mass < top_p - 1e-4).nonzero()[0])
-        fix = "Ask the sampler for more candidates: its support is not all here."
+        fix = "Ask the sampler for more candidates: its support is not complete."
         expected = f"a mass of at least top_p = {top_p:g}"
         raise LossInputError(f"candidate_logprobs[{i}]", expected, f"{float(mass[i]):g}", fix)
     likely, order = p.sort(dim=1, descending=True)
@@ -51,10 +51,10 @@ def top_p_support(candidate_logprobs: Tensor, sampled: Tensor, top_p: float) -> 
 def support_logprobs(candidate_logprobs: Tensor, sampled: Tensor, support: Tensor) -> Tensor:
     """lp − log Σ p over the support: the logprobs of the distribution that a sampler with a support draws from.
 
-    A sampler with top_p below 1 draws from its likely tokens alone. It gives a token the probability p / Σ p over this
-    support, while servers and training passes return p over the whole vocabulary. Ratios of the two are then wrong by
-    another factor at each position. Call this for both policies, each with its own logprobs and with the support of the
-    sampler (``top_p_support``), as slime does.
+    A sampler with top_p below 1 draws from its most likely tokens alone, its support. A token then has the probability
+    p / Σ p, while servers and training passes return p over the whole vocabulary. Ratios of the two are then wrong, by
+    a different factor at each position. Call this for both policies, each with its own logprobs and with the support of
+    the sampler (``top_p_support``), as slime does.
 
     Args:
         candidate_logprobs: ``[N, K]`` logprobs of the candidates under one policy. Their graph is kept.
@@ -76,7 +76,7 @@ def support_logprobs(candidate_logprobs: Tensor, sampled: Tensor, support: Tenso
     missing = ~kept.gather(1, index[:, None])[:, 0]
     if bool(missing.any()):
         i = int(missing.nonzero()[0])
-        fix = "A token that the sampler cannot draw has no logprob: are candidates and support those of one sampler?"
+        fix = "A token that the sampler cannot draw has no logprob: do candidates and support come from one sampler?"
         raise LossInputError(f"support[{i}]", "the sampled token in it", "a support without it", fix)
     inside = x.masked_fill(~kept, -torch.inf)
     return inside.gather(1, index[:, None])[:, 0] - inside.logsumexp(1)
@@ -113,7 +113,7 @@ def proximal_logprobs(logprobs: Tensor, sampler_logprobs: Tensor, versions: Tens
 
     AReaL's log-linear approximation of the proximal policy, which saves a forward pass. Decoupled PPO (Hilton et al.
     2021, arXiv:2110.00641; AReaL, arXiv:2505.24298) clips against the proximal policy and corrects for the sampler:
-    bind this as ``old_logprobs`` of ``with_rollout_weight(ppo(), ratio())``.
+    bind the result as ``old_logprobs`` of ``with_rollout_weight(ppo(), ratio())``.
 
     Args:
         logprobs: ``[N]`` current logprobs. Their graph is not kept.
@@ -134,7 +134,7 @@ def proximal_logprobs(logprobs: Tensor, sampler_logprobs: Tensor, versions: Tens
             raise LossInputError(name, f"{len(now)} values, one for each of logprobs", str(len(x)), fix)
     if bool((age < 0).any()):
         got = f"{float(version) - float(age.min()):g}"
-        raise LossInputError("versions", f"at most version = {version}", got, "Weights of the future sample nothing.")
+        raise LossInputError("versions", f"at most version = {version}", got, "No token can come from later weights.")
     alpha = ((age - 1) / age.clamp(min=1)).clamp(min=0).to(then.dtype)
     return then + alpha * (now - then)
 
@@ -144,8 +144,8 @@ def accepted_weights(
 ) -> list[Tensor]:
     """Return the weights of the batch, with 0 for each token that a token weight rejects.
 
-    ``with_rollout_weight`` leaves rejected tokens in the denominator. Bound as ``weights``, these rows take them out of
-    it, out of the KL penalty and out of every statistic, as in verl.
+    ``with_rollout_weight`` leaves rejected tokens in the denominator. Bind the result as ``weights`` to take them out
+    of the denominator, of the KL penalty and of every statistic, as in verl.
 
     Args:
         weight: a token weight, such as ``within(k3, 0.01, geometric_level)``.
@@ -176,8 +176,8 @@ def accepted_weights(
 def rollout_summary(metrics: Mapping[str, float]) -> dict[str, float]:
     """Return the effective sample size and the share of rejected sequences, from metrics of ``with_rollout_weight``.
 
-    Neither is a mean over tokens, so it would not merge. They are computed from metrics that do: call this on the
-    metrics of the whole batch, after ``merge_metrics``.
+    Neither is a mean over tokens, so neither merges over micro-batches. Call this on the metrics of the whole batch,
+    after ``merge_metrics``.
 
     Returns:
         ``effective_sample_size``: (Σρ)² / (N·Σρ²) over the N active tokens, in [0, 1]; 1 where all weights are equal,
@@ -187,11 +187,11 @@ def rollout_summary(metrics: Mapping[str, float]) -> dict[str, float]:
     ...     "tokens": 8.0, "sequences": 3.0, "sequences_empty": 1.0})
     {'effective_sample_size': 0.5, 'rejected_sequences': 0.5}
     """
-    found = [metrics.get(name) for name in SUMMARISED] if isinstance(metrics, Mapping) else []
-    if not found or not all(is_real(x) and not is_huge(x) for x in found):
+    values = [metrics.get(name) for name in SUMMARISED] if isinstance(metrics, Mapping) else []
+    if not values or not all(is_real(x) and not is_huge(x) for x in values):
         fix = "Pass what a call of with_rollout_weight(...) or merge_metrics returned."
         raise LossInputError("metrics", f"the metrics {', '.join(SUMMARISED)}", show(metrics), fix)
-    mean, square, rejected, tokens, sequences, empty = (float(x) for x in found)  # type: ignore[arg-type]
+    mean, square, rejected, tokens, sequences, empty = (float(x) for x in values)  # type: ignore[arg-type]
     return {
         "effective_sample_size": mean * mean / square if square else 0.0,
         "rejected_sequences": rejected * tokens / (sequences - empty) if sequences > empty else 0.0,

@@ -23,23 +23,23 @@ def sum_losses(
     """L = Σ c·N/D over the parts: a numerator and a denominator for each loss.
 
     The result is a loss like any other: it has every form of call, and any split of a batch is exact. Each part trains
-    the tokens of its own weights. The weights of the first part are the column ``weights``, those of a part ``ce`` are
-    the column ``ce_weights``. A column that several parts read is one column. Where the weights of a part are 0, no
-    column can reach it, whatever it holds. A part without an active token in a batch adds 0.
+    the tokens of its own weights. The first part takes its weights from the column ``weights``, a part ``ce`` from the
+    column ``ce_weights``. A column that several parts read is one column. Where the weights of a part are 0, the values
+    of the columns do not matter to this part. A part without an active token in a batch adds 0.
 
     ``denominator(data)`` returns a tensor ``[parts]``, which adds over micro-batches and ranks, and which
-    ``bind(denominator=)`` accepts. Metrics are ``loss`` and the counts of the batch, and every metric of a part under
-    its name, as in ``ce/nll``; ``ce/loss`` is not multiplied by the coefficient, which is ``ce/coefficient``.
+    ``bind(denominator=)`` accepts. Metrics are ``loss``, the counts of the batch, and every metric of a part under the
+    name of the part, as in ``ce/nll``. ``ce/loss`` is not multiplied by the coefficient, which is ``ce/coefficient``.
 
     Args:
         coefficients: c of each part, a finite number; 1 where it is left out.
-        weights: the column of a part's weights, where it is not the usual one. Several parts may share one; at least
-            one has ``weights``.
-        losses: the parts by name, which is an identifier. Parts over pairs and over tokens go together, and read the
-            same datums. A part over ``[N, K]`` goes only with others over ``[N, K]``.
+        weights: the column of a part's weights, if it is not the usual one. Several parts may share a column; at least
+            one part has ``weights``.
+        losses: the parts by name. A name is an identifier. Parts over pairs, sequences and tokens can be summed, and
+            read the same datums. A part over ``[N, K]`` can be summed only with others over ``[N, K]``.
 
     Raises:
-        LossInputError: if there is no part, or if a name, a coefficient or a column of weights is none.
+        LossInputError: if there is no part, or if a name, a coefficient or a column of weights is invalid.
 
     >>> import torch
     >>> from lossfns import cross_entropy, reinforce
@@ -53,8 +53,8 @@ def sum_losses(
     coefficients, weights = dict(coefficients or {}), dict(weights or {})
     if not losses:
         raise LossInputError("losses", "at least one loss", "none", "Name each: sum_losses(rl=grpo(), ce=...).")
-    for knob, given in (("coefficients", coefficients), ("weights", weights)):
-        for name in given:
+    for knob, setting in (("coefficients", coefficients), ("weights", weights)):
+        for name in setting:
             if name not in losses:
                 raise LossInputError(knob, "names of the parts", show(name), did_you_mean(name, losses))
     parts: dict[str, Part] = {}
@@ -65,7 +65,9 @@ def sum_losses(
         parts[name] = Part(loss, float(coefficient), weights.get(name, f"{name}_weights" if parts else "weights"))
     columns = [part.weights for part in parts.values()]
     if "weights" not in columns:
-        raise LossInputError("weights", "a part whose column is 'weights'", show(weights), "Leave out that of one.")
+        raise LossInputError(
+            "weights", "a part whose column is 'weights'", show(weights), "Leave out that of one part."
+        )
     reads = [name for loss in losses.values() for name in loss.reads]
     for column in columns:
         if not isinstance(column, str) or column in reads or not column.endswith("weights"):
@@ -120,6 +122,6 @@ def counts(parts: Mapping[str, Part], t: Tokens) -> Tensor:
 
 
 def no_rows(t: Tokens) -> NoReturn:
-    """Refuse to give the terms or shares of a sum, whose parts have rows of their own."""
+    """Refuse a request for the terms or shares of a sum: each part has rows of its own."""
     fix = "Take its parts one by one: loss.bind(...).by_part(data)[name]."
     raise LossInputError("loss", "a loss of one denominator", "a sum of losses", fix)

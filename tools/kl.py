@@ -36,7 +36,7 @@ ROWS = (
     Row(k1, None, "verl k1, in a loss"),
     Row(k2, None, "verl k2, open-instruct 1"),
     Row(k3, None, "Fireworks; with `kl_cap=10.0` verl low_var_kl, SkyRL"),
-    Row(k3_uncapped, None, "TRL before 1.16, slime, Liger; with |d| up to 40 open-instruct 2, its default"),
+    Row(k3_uncapped, None, "TRL before 1.16, slime, Liger; with d capped at ±40 open-instruct 2, its default"),
     Row(k_abs, None, "verl, SkyRL abs"),
     Row(k_squared, None, "(prime-rl has it against the sampler)"),
     Row(k1_plus, None, "verl k1+"),
@@ -84,13 +84,13 @@ TEXT = """# KL penalties: which divergence, and which gradient
 
 <!-- Written by `python -m tools.kl write`. Do not edit. -->
 
-A penalty computed from one sampled token has a value, which is logged, and a gradient, which trains. They need not
-belong to the same divergence, and where the tokens come from an older policy, they often belong to none.
+A penalty computed from one sampled token has a value, which is logged, and a gradient, which trains. The two need not
+belong to the same divergence. If the tokens come from an older policy, they often belong to none.
 The table is exact: `lossfns.testing.enumeration` sums over every outcome of a vocabulary of four tokens, for one step
 and for a tree of two, and compares values and gradients to 1e-12. A gradient of `2·KL` is twice that of the KL.
 
 π is the current policy, `old` the policy that sampled, r = π / old the ratio. On-policy, old is π.
-`KL(π‖ref)` is the reverse KL, which a penalty of RLHF is meant to be; `KL(ref‖π)` is the forward KL.
+`KL(π‖ref)` is the reverse KL, the intended penalty of RLHF; `KL(ref‖π)` is the forward KL.
 
 ## Towards the reference
 
@@ -102,7 +102,8 @@ and for a tree of two, and compares values and gradients to 1e-12. A gradient of
 - **k2, and the straight-through `k1_plus` and `k3_plus`** (value of one, gradient of k2) have the gradient of the
   reverse KL on-policy. Off-policy they need the ratio as a constant.
 - **The ratio with its gradient** makes k1 and k3 exact, on- and off-policy: r·k is then an identity in π, and so is its
-  gradient. With k2, `k1_plus` and `k3_plus`, the ratio's gradient is one too many: multiply these by the constant.
+  gradient. With k2, `k1_plus` and `k3_plus`, the ratio's gradient is one too many: multiply these by the ratio as a
+  constant.
 - **The score function** exp(lp − sg(lp)) has the value 1. On-policy it is the ratio. Off-policy it corrects nothing.
 
 ## Towards the sampler
@@ -117,10 +118,10 @@ and the gradient of KL(sampler‖π).
 ## What the table does not say
 
 - A penalty over tokens takes the prefixes as given. Over two steps and more, its gradient is that of the KL at each
-  prefix, averaged over the prefixes that were sampled, and not that of KL(π‖ref) between whole sequences, to which
-  earlier tokens contribute through later ones. To have this, put KL into the reward.
+  prefix, averaged over the sampled prefixes. It is not that of KL(π‖ref) between whole sequences, in which earlier
+  tokens also change the KL of later tokens. For the KL between sequences, put the KL into the reward.
 - A bounded ratio or estimator (`log_ratio_cap`, `kl_cap`, k3's ±20) is exact where no bound is reached.
-- Exact in expectation says nothing about variance: that of k1 is the largest.
+- An estimator that is exact in expectation may have a large variance: that of k1 is the largest.
 
 ## An estimator of your own
 

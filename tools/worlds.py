@@ -20,7 +20,7 @@ from lossfns.testing import worlds
 from lossfns.testing.public import presets
 from lossfns.testing.worlds import World, learn, lessons
 from lossfns.testing.worlds.combined import COMBINED
-from lossfns.testing.worlds.others import rest
+from lossfns.testing.worlds.others import point_of_rest
 from lossfns.testing.worlds.points import balanced, proportional, tilted, towards_reference, two_token_tree
 
 PICTURE = Path("docs/worlds.png")
@@ -103,7 +103,7 @@ def imitating() -> Panel:
 def of_pairs() -> Panel:
     """Return the panel of preferences."""
     made = [ours.dpo(beta=1.0), ours.ipo(beta=1.0), ours.simpo(beta=1.0), ours.orpo(lam=1.0), ours.apo_zero(beta=1.0)]
-    lines = [Line(loss.name, loss, rest(loss, worlds.answers)[0][0]) for loss in made]
+    lines = [Line(loss.name, loss, point_of_rest(loss, worlds.answers)[0][0]) for loss in made]
     return Panel("Pairs, 69% prefer this answer:\nπ of it", worlds.answers, 0, 40, 0.1, lines)
 
 

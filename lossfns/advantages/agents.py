@@ -40,17 +40,17 @@ def rae_advantages(
 ) -> tuple[Tensor, dict[Hashable, float]]:
     """r − b with a running mean b of the rewards of each role: b ← decay·b + (1 − decay)·r. RAE of SPIRAL.
 
-    In self-play the mean of a group says nothing: in a zero-sum game it is 0. arXiv:2506.24119 compares a reward with
-    the running mean of its own role. Samples are taken in order.
+    In self-play the mean of a group is no baseline: in a zero-sum game it is 0. arXiv:2506.24119 compares a reward with
+    the running mean of its own role. Samples are processed in order.
 
     Args:
         rewards: ``[B]`` finite numbers.
         roles: ``[B]`` hashable labels: the role, or the game and the role, of each sample.
-        baselines: b of each role before this batch, as the last call returned them; ``{}`` at first. A role that is not
-            in it starts at 0.
+        baselines: b of each role before this batch, as the last call returned them; ``{}`` at first. A role that is
+            missing starts at 0.
         decay: in [0, 1]; 0.95 in the paper and in prime-rl.
-        baseline: ``"updated"``: b takes in the reward before the two are compared, as the paper writes.
-            ``"previous"``: after that, as in prime-rl, so that b does not depend on the sample.
+        baseline: ``"updated"``: b is updated with a reward before it is subtracted from this reward, as in the paper.
+            ``"previous"``: b is updated afterwards, as in prime-rl, so that it does not depend on the sample.
         missing: as for ``group_advantages``. A sample that abstains leaves b as it is.
 
     Returns:
@@ -86,19 +86,20 @@ def hierarchical_advantages(
 ) -> Tensor:
     """r − mean of the samples of the same role: within the episode for some roles, within the group for others.
 
-    A proposer writes a problem, and solvers try it. Solvers are compared on the same problem, an episode; proposers
-    with each other within the group, which is the task that the problems were written for. It is prime-rl's
+    A proposer writes a problem, and solvers try it. Solvers are compared on the same problem, an episode; proposers are
+    compared with each other within the group, the task that the problems were written for. This is prime-rl's
     ``hierarchical_grpo``.
 
     Args:
         rewards: ``[B]`` finite numbers.
-        groups, episodes, roles: ``[B]`` hashable labels each. Equal labels of episodes in two groups are two episodes.
+        groups, episodes, roles: ``[B]`` hashable labels each. Episodes of different groups are different, even if their
+            labels are equal.
         episode_roles: the roles that are compared within an episode.
         missing: as for ``group_advantages``.
 
     Returns:
-        ``[B]`` float64; exactly 0 where all rewards that are compared are equal, or where there is only one, with a
-        warning.
+        ``[B]`` float64; exactly 0 where all rewards that are compared are equal. Where there is only one, it is 0 with
+        a warning.
 
     Raises:
         LossInputError: as ``group_advantages``.
@@ -110,11 +111,11 @@ def hierarchical_advantages(
     count = len(parse_rewards(rewards, missing)[0])
     if not isinstance(episode_roles, (tuple, list, set, frozenset)) or not all(map(hashable, episode_roles)):
         raise LossInputError("episode_roles", "a tuple of roles", show(episode_roles), 'Pass ("solver",), or ().')
-    alone = frozenset(episode_roles)
+    within_episode = frozenset(episode_roles)
     g, e, a = (parse_labels(x, count, n) for x, n in ((groups, "groups"), (episodes, "episodes"), (roles, "roles")))
-    peers = [(role, group, episode if role in alone else None) for group, episode, role in zip(g, e, a)]
-    within = [role in alone for role in a]
-    s = compared("hierarchical_advantages", rewards, list(zip(peers, within)), missing)
+    peers = [(role, group, episode if role in within_episode else None) for group, episode, role in zip(g, e, a)]
+    in_episode = [role in within_episode for role in a]
+    s = compared("hierarchical_advantages", rewards, list(zip(peers, in_episode)), missing)
     return s.finish(scaled(s, "none", 1.0, 0, "zero"))
 
 
@@ -133,14 +134,14 @@ def gigpo_advantages(
     """A_E + ω·A_S of each step of an episode. GiGPO, arXiv:2505.10978.
 
     A_E compares the sum of an episode's rewards with the other episodes of its group. A_S compares the discounted
-    return Rₜ = Σ_{k≥t} γ^{k−t}·rₖ of a step with the other steps of the group that were taken in the same state. A
+    return Rₜ = Σ_{k >= t} γ^{k−t}·rₖ of a step with the other steps of the group that were taken in the same state. A
     state that occurs once has A_S = 0. Trinity-RFT has ``scale="none"`` and ``gamma=1.0``, and compares states across
     groups.
 
     Args:
         rewards: ``[B]`` the reward of each step, in the order of the steps within each episode.
         groups, episodes, states: ``[B]`` hashable labels of each step: its task, its episode, and the state in which it
-            was taken. Equal labels of episodes or states in two groups are two.
+            was taken. Episodes and states of different groups are different, even if their labels are equal.
         omega: ω, a finite number of at least 0.
         gamma: γ in [0, 1].
         scale: ``"std"``, or ``"none"``; the paper reports both.
@@ -150,7 +151,7 @@ def gigpo_advantages(
         ``[B]`` float64, one for each step.
 
     Raises:
-        LossInputError: if a reward is not a finite number, or if there are not three labels for each.
+        LossInputError: if a reward is not a finite number, or if there are not three labels for each reward.
 
     >>> gigpo_advantages([0, 1, 0], ["q"] * 3, [1, 1, 2], ["start", "door", "start"], gamma=0.5, scale="none")
     tensor([ 0.7500,  0.5000, -0.7500], dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Advantages over other baselines than the mean of the group, and with other scales than its deviation.
+"""Advantages whose baseline is not the group mean, or whose scale is not the group's standard deviation.
 
 The options ``missing``, ``group_of_one``, ``eps`` and ``ddof`` are those of ``lossfns.advantages.groups``.
 """
@@ -34,7 +34,7 @@ def opo_advantages(
 
     Args:
         rewards, groups, missing: as for ``group_advantages``.
-        lengths: ``[B]`` active tokens of each sample, at least 0; above 0 for one sample of each group.
+        lengths: ``[B]`` active tokens of each sample, at least 0; above 0 for at least one sample of each group.
         group_of_one: ``"zero"``, or ``"reward"``: a group of one has no baseline, as in verl.
 
     Returns:
@@ -64,10 +64,12 @@ def pass_at_k_advantages(
     ddof: int = 1,
     missing: str = "refuse",
 ) -> Tensor:
-    """Group maximum − maximum of the other samples: the best gets r₁ − r₂, all others 0. arXiv:2503.19595.
+    """r₁ − r₂ for the best sample of the group, 0 for all others; r₁ and r₂ are the two largest rewards.
+    arXiv:2503.19595.
 
-    The objective is the expected maximum of k samples, pass@k for rewards 0 and 1, with k the size of the group. Its
-    baseline is the maximum without the sample itself. If two samples share the maximum, no sample has an advantage.
+    The objective is the expected maximum of k samples, which is pass@k for rewards 0 and 1; k is the size of the group.
+    The baseline of a sample is the maximum of the other samples. If two samples share the maximum, no sample has an
+    advantage.
 
     Args:
         rewards, groups, missing: as for ``group_advantages``.
@@ -101,8 +103,8 @@ def maxrl_advantages(
 ) -> Tensor:
     """(r − group mean) / group mean, 0 where the mean is 0. MaxRL, arXiv:2602.02710.
 
-    Division by the success rate weighs hard prompts up: for rewards 0 and 1 and groups of n, the gradient is that of
-    the maximum-likelihood objective up to the order n. prime-rl has no eps; SkyRL has ``eps=1e-6`` and
+    Division by the success rate gives hard prompts more weight: for rewards 0 and 1 and groups of n, the gradient is
+    that of the maximum-likelihood objective up to the order n. prime-rl has no eps; SkyRL has ``eps=1e-6`` and
     ``group_of_one="reward"``.
 
     Args:
@@ -144,8 +146,8 @@ def gpg_advantages(
 ) -> Tensor:
     """α·(r − group mean) / F with α = B / (B − M). GPG, arXiv:2504.02546.
 
-    M samples are in groups whose rewards are all equal, so that they have no gradient. α restores the scale of the mean
-    over all B samples.
+    M of the B samples are in groups whose rewards are all equal, so they have no gradient. α restores the scale of the
+    mean over all B samples.
 
     Args:
         rewards, groups, missing: as for ``group_advantages``.
@@ -177,8 +179,8 @@ def asymre_advantages(
 ) -> Tensor:
     """r − (group mean + shift). AsymRE, arXiv:2506.20520.
 
-    A shift below 0 raises good samples more than it lowers bad ones, which is stable off-policy. The shift is the
-    method: a group whose rewards are all equal has the advantage −shift, not 0.
+    A shift below 0 raises good samples more than it lowers bad ones, which is stable off-policy. The shift applies to
+    every group: where all rewards are equal, the advantage is −shift, not 0.
 
     Args:
         rewards, groups, missing: as for ``group_advantages``.

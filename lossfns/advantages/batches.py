@@ -39,14 +39,14 @@ def batch_advantages(
         rewards: ``[B]`` finite numbers: rewards, or advantages that are to be normalised.
         lengths: ``[B]`` active tokens of each sample, if the statistics are to be taken over tokens.
         eps: added to the standard deviation, above 0; 1e-6 in rLLM, 1e-4 in TRL's RLOO.
-        ddof: 0 (rLLM), or 1 (TRL's RLOO).
+        ddof: 0 for a standard deviation that divides by n (rLLM), or 1 (TRL's RLOO).
         missing: as for ``group_advantages``.
 
     Returns:
         ``[B]`` float64; exactly 0 if all rewards are equal.
 
     Raises:
-        LossInputError: if a reward is not a finite number, or if there is not one length for each.
+        LossInputError: if a reward is not a finite number, or if there is not one length for each reward.
 
     >>> batch_advantages([3.0, 1.0], eps=1e-12)
     tensor([ 1.0000, -1.0000], dtype=torch.float64)
@@ -70,13 +70,14 @@ def reinforce_plus_plus_baseline_advantages(
     """(A − batch mean) / √(batch variance + eps) of A = r − group mean. REINFORCE++-baseline, arXiv:2501.03262.
 
     verl, OpenRLHF and NeMo-RL take the batch statistics over tokens: pass ``lengths``. verl has ``ddof=1``; OpenRLHF
-    and NeMo-RL have ``ddof=0`` and max(variance, eps) in place of variance + eps. rLLM takes them over samples.
+    and NeMo-RL have ``ddof=0`` and max(variance, eps) in place of variance + eps. rLLM takes the statistics over
+    samples.
 
     Args:
         rewards, groups, missing: as for ``group_advantages``.
         lengths: ``[B]`` active tokens of each sample, if the statistics are to be taken over tokens.
         eps: added to the variance, above 0.
-        ddof: 1, or 0.
+        ddof: 1, or 0 for a variance that divides by n.
         group_of_one: ``"zero"``, or ``"reward"``: a group of one has no baseline, as in verl.
 
     Returns:
@@ -116,7 +117,7 @@ def gdpo_advantages(
     Args:
         rewards: ``[B, R]`` numbers, one row for each sample.
         groups: as for ``group_advantages``.
-        reward_weights: R weights w; None: all are 1.
+        reward_weights: R weights w; ``None``: all are 1.
         lengths: ``[B]`` active tokens of each sample, if the batch statistics are to be taken over tokens.
         eps, ddof: as for ``group_advantages``, of both normalisations.
         missing: ``"refuse"``, or ``"abstain"``: a reward of None or nan adds nothing to its sample and is not in the

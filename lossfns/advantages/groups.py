@@ -4,8 +4,8 @@ Every function takes one reward and one label for each sample. Options that seve
 
     missing       "refuse": a reward of None or nan is an error. "abstain": its sample is in no statistic and has
                   advantage 0, as in TRL, where a reward function may return None. ``group_metrics`` counts them.
-    group_of_one  "zero": a sample without others to compare with has advantage 0. "reward": its baseline is 0.
-    eps, ddof     the constant beside the standard deviation, and the number taken off n in its divisor.
+    group_of_one  "zero": a sample without others to compare with has advantage 0. "reward": its baseline is 0. eps,
+    ddof     the constant added to the standard deviation, and the number subtracted from n in its divisor.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def group_advantages(
         rewards: ``[B]`` finite numbers.
         groups: ``[B]`` hashable labels. Samples with equal labels are one group, in any order.
         scale: ``"std"`` (GRPO, arXiv:2402.03300), ``"none"`` (Dr. GRPO, arXiv:2503.20783), or ``"batch"``: the standard
-            deviation of all rewards of the batch divides.
+            deviation is that of all rewards of the batch.
         eps: added to the standard deviation, above 0.
         ddof: 1, or 0 for a standard deviation that divides by n.
         group_of_one: ``"zero"``, or ``"reward"``: the mean of a group of one is taken as 0 and its std as 1.
@@ -107,8 +107,8 @@ def scaled(s: Samples, scale: str, eps: float, ddof: int, group_of_one: str) -> 
 def groups_with_signal(rewards: Any, groups: Groups, *, missing: str = "refuse") -> Tensor:
     """Return True for each sample whose group has two different rewards: the samples that DAPO's sampling keeps.
 
-    All other samples have advantage 0 relative to their group. The groups stay or go whole; within a group that stays,
-    a sample that abstains is False. As indices: ``.nonzero().flatten()``. As weights: ``.double()``.
+    All other samples have advantage 0 relative to their group. A group is kept or dropped as a whole, but a sample that
+    abstains is always False. As indices: ``.nonzero().flatten()``. As weights: ``.double()``.
 
     Args:
         rewards, groups, missing: as for ``group_advantages``.

@@ -23,11 +23,11 @@ def optimal_token_advantages(
     importance: Columns | None = None,
     group_of_one: str = "zero",
 ) -> Tensor | list[Tensor]:
-    """Gₜ − Σ W·G / Σ W over the t-th tokens of the group, Wₜ = Σ_{s≤t} (1 − 2pₛ + Σᵥ pᵥ²). OTB, arXiv:2602.07078.
+    """Gₜ − Σ W·G / Σ W over the t-th tokens of the group, Wₜ = Σ_{s <= t} (1 − 2pₛ + Σᵥ pᵥ²). OTB, arXiv:2602.07078.
 
-    The squared norm of the gradient of one token's logprob in its logits is 1 − 2p + Σᵥ pᵥ²: that of the vector
-    1[v] − pᵥ. Its sum W up to token t approximates how much the tokens so far contribute to the variance, and the
-    baseline that minimises the variance at t is the mean of the returns to go under W.
+    The squared norm of the gradient of one token's logprob in its logits is 1 − 2p + Σᵥ pᵥ²: that of the vector 1[v] −
+    pᵥ. Its sum W up to token t approximates how much the tokens so far contribute to the variance. The baseline that
+    minimises the variance at t is the mean of the returns to go, weighted by W.
 
     Args:
         rewards: rewards of tokens; see ``token_rewards``.
@@ -35,10 +35,10 @@ def optimal_token_advantages(
         sum_square_probs: Σᵥ pᵥ² over the vocabulary at each token, in (0, 1].
         weights: active tokens have a weight other than 0. The t-th token is the t-th active one, as in verl's
             ``tir_optimal_token_baseline``.
-        groups: ``[B]`` hashable labels. Rows with equal labels are one group.
+        groups: ``[B]`` hashable labels. Rows with equal labels are one group, in any order.
         importance: importance weights of tokens; their squares multiply 1 − 2p + Σᵥ pᵥ².
-        group_of_one: ``"zero"``: where one row of the group has a t-th token, its advantage is 0. ``"reward"``: it has
-            no baseline, as in verl for groups of one and (``handle_zero_tail``) beyond the second longest row.
+        group_of_one: ``"zero"``: where only one row of the group has a t-th token, its advantage is 0. ``"reward"``: it
+            has no baseline, as in verl for groups of one and (``handle_zero_tail``) beyond the second longest row.
 
     Returns:
         Advantages, in the form of the weights; exactly 0 at a t where all returns of the group are equal.

@@ -25,7 +25,7 @@ class TokenRows:
 
     Attributes:
         active: ``[B, T]`` bool, True at active tokens. Rows of different lengths are padded at the end.
-        lengths: the length of each row, or None if the columns are padded.
+        lengths: the length of each row; None: the columns are padded.
     """
 
     active: Tensor
@@ -36,14 +36,14 @@ class TokenRows:
         matrix, lengths = as_matrix(name, values, self.active.device)
         if matrix.shape != self.active.shape or lengths != self.lengths:
             fix = "Every column has the form of the weights, and one number for each token."
-            raise LossInputError(name, describe(self.active, self.lengths), describe(matrix, lengths), fix)
+            raise LossInputError(name, form_text(self.active, self.lengths), form_text(matrix, lengths), fix)
         low, high = bounds
         within = (matrix >= low - LOGPROB_TOLERANCE) & (matrix <= high + LOGPROB_TOLERANCE) & matrix.isfinite()
         bad = self.active & ~within
         if bool(bad.any()):
             i, j = bad.nonzero()[0].tolist()
             expected = "a finite number" if math.isinf(high) else f"a finite number from {low:g} to {high:g}"
-            fix = "What stands at other tokens does not matter."
+            fix = "Values at other tokens do not matter."
             got = f"{matrix[i, j].item()}"
             raise LossInputError(f"{name}[{j}]", f"{expected} at every active token", got, fix, datum=i)
         return torch.where(self.active, matrix, 0.0)
@@ -57,7 +57,7 @@ class TokenRows:
         return x[self.active].sum() / max(int(self.active.sum()), 1)
 
     def next_active(self, x: Tensor) -> Tensor:
-        """x at the next active token of the row, 0 after the last: ``[B, T]``."""
+        """x at the next active token of the row; 0 if there is none: ``[B, T]``."""
         slots = torch.arange(x.shape[1], device=x.device).expand_as(x)
         at_or_after = torch.where(self.active, slots, x.shape[1]).flip(1).cummin(1).values.flip(1)
         end = at_or_after.new_full((len(x), 1), x.shape[1])
@@ -96,14 +96,14 @@ def parse_token_rows(weights: Any) -> TokenRows:
 
 
 def first_device(rows: Any) -> torch.device:
-    """Return the device of a tensor, or of the first row that is one, else the CPU."""
+    """Return the device of a tensor, or of the first row that is a tensor, else the CPU."""
     each = [rows] if isinstance(rows, Tensor) else rows if isinstance(rows, (list, tuple)) else []
     on = [row.device for row in each if isinstance(row, Tensor) and is_plain(row)]
     return on[0] if on else torch.device("cpu")
 
 
 def as_matrix(name: str, values: Any, device: torch.device) -> tuple[Tensor, tuple[int, ...] | None]:
-    """Return numbers as ``[B, T]`` float64, and the length of each row if they are no padded tensor or array."""
+    """Return numbers as ``[B, T]`` float64, and the length of each row; None for a padded tensor or array."""
     expected, fix = "[B, T] numbers, or one row of numbers for each datum", "A row holds one number for each token."
     try:
         if isinstance(values, (Tensor, np.ndarray)):
@@ -129,7 +129,7 @@ def as_float64(row: Any, device: torch.device) -> Tensor:
     return torch.from_numpy(np.array(row, dtype=np.float64)).to(device)
 
 
-def describe(matrix: Tensor, lengths: tuple[int, ...] | None) -> str:
+def form_text(matrix: Tensor, lengths: tuple[int, ...] | None) -> str:
     """Return the form of a column in words."""
     if lengths is None:
         return f"shape {list(matrix.shape)}"

@@ -172,7 +172,7 @@ def standardized(x: Array, mass: Array, eps: float, ddof: int, root: bool = Fals
 
 
 def hashable(label: Any) -> bool:
-    """Whether a label can be a key of a dict."""
+    """Return whether a label can be a key of a dict."""
     try:
         hash(label)
     except TypeError:
@@ -181,21 +181,21 @@ def hashable(label: Any) -> bool:
 
 
 def check_choice(name: str, value: Any, known: tuple[str, ...]) -> None:
-    """Refuse a setting that is none of the known words."""
+    """Refuse a setting that is not one of the known words."""
     if not isinstance(value, str) or value not in known:
         raise LossInputError(name, " or ".join(map(repr, known)), show(value), did_you_mean(value, known))
 
 
 def check_scaling(eps: Any, ddof: Any) -> float:
-    """Return eps. Refuse one that is no number above 0, and a ddof other than 0 and 1."""
+    """Return eps. Refuse an eps that is no number above 0, and a ddof other than 0 and 1."""
     if isinstance(ddof, bool) or not isinstance(ddof, int) or ddof not in (0, 1):
         raise LossInputError("ddof", "0 or 1", show(ddof), "The deviation divides by n − ddof.")
-    fix = "It keeps a small deviation from dividing."
+    fix = "It prevents a division by a tiny deviation."
     return as_number("eps", eps, "a finite number above 0", lambda x: x > 0, fix)
 
 
 def as_number(name: str, value: Any, expected: str, accept: Callable[[float], bool], fix: str) -> float:
-    """Return a real number of any type as a float. Refuse one that is not finite or not accepted."""
+    """Return a real number of any type as a float. Refuse a number that is not finite or not accepted."""
     check_number(name, value, expected, accept, fix)
     return float(value)
 

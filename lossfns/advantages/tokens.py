@@ -1,10 +1,10 @@
 """Advantages of tokens: returns to go, GAE, REINFORCE++, whitening, and KL penalties.
 
 Columns have one number for each token. They come as padded rows, a tensor or array ``[B, T]``, or as a list with one
-row for each datum, of any lengths. ``weights`` says which tokens are active: those whose weight is not 0. It is always
-given, has the same form as the columns, and decides the form of the result: a tensor ``[B, T]``, or a list of tensors.
-All results are float64, without graph, on the device of the weights, and 0 at tokens that are not active. What a column
-holds there is never read.
+row for each datum, of any lengths. The active tokens are those whose weight in ``weights`` is not 0. ``weights`` has
+the form of the columns, and the result has the same form: a tensor ``[B, T]``, or a list of tensors. All results are
+float64, without graph, on the device of the weights, and 0 at tokens that are not active. Values of a column at such
+tokens are never read.
 
 A token that is not active, such as one that a tool wrote, is skipped: the next token is the next active one.
 """
@@ -63,20 +63,21 @@ def kl_penalties(
     discount: float = 0.0,
     steps: str = "active",
 ) -> Tensor | list[Tensor]:
-    """−kl_beta·KL(lp, ref) of each token: a penalty in the reward or in the advantage instead of in the loss.
+    """−β·KL(lp, ref) of each token: a penalty in the reward or in the advantage instead of in the loss.
 
     In the reward, as in PPO for RLHF: ``token_rewards(rewards, weights, penalties)``, then ``gae`` or
     ``reinforce_plus_plus_advantages``. In the advantage, as in tinker-cookbook: add the penalties of a datum to its
-    advantages. Without a discount a token then answers for its own KL alone.
+    advantages. Without a discount, the advantage of a token then contains its own KL alone.
 
     Args:
         logprobs: logprobs of the policy that sampled, or old logprobs.
         ref_logprobs: logprobs of the reference.
         weights: active tokens have a weight other than 0.
-        kl_beta: at least 0.
+        kl_beta: β, a finite number of at least 0.
         kl: ``k1`` (verl's ``kl``, tinker-cookbook, TRL), ``k2``, ``k3``, or another function of two tensors.
-        centred: whether to take off the mean KL over all active tokens of the batch, as tinker-cookbook does.
-        discount: γ of Σ_{k≥0} γᵏ·penalty of the k-th token from here, in [0, 1]; 0: the token's own.
+        centred: whether to subtract the mean KL over all active tokens of the batch, as tinker-cookbook does.
+        discount: γ in [0, 1]. The result at t is Σ_{k >= 0} γᵏ·(penalty of the k-th token after t); with 0: its own
+            penalty.
         steps: ``"active"``: the sum skips tokens that are not active. ``"slots"``: each slot is discounted, as in
             tinker-cookbook.
 
@@ -99,7 +100,7 @@ def kl_penalties(
     divergence = estimate(estimator, t.logprobs("logprobs", logprobs), t.logprobs("ref_logprobs", ref_logprobs))
     if centred:
         divergence = divergence - t.mean(divergence)
-    penalties = torch.where(t.active, 0.0 - kl_beta * divergence, 0.0)  # 0 has no sign
+    penalties = torch.where(t.active, 0.0 - kl_beta * divergence, 0.0)  # 0.0 − 0.0 is 0.0, where −0.0 would have a sign
     return t.finish(t.discounted_sum(penalties, discount, steps))
 
 
@@ -170,7 +171,7 @@ def reinforce_plus_plus_advantages(
 ) -> Tensor | list[Tensor]:
     """Returns to go, whitened over the active tokens of the batch. REINFORCE++, arXiv:2501.03262.
 
-    The KL penalty is in the rewards: ``token_rewards(rewards, weights, kl_penalties(...))``. Compute it on the whole
+    The KL penalty is in the rewards: ``token_rewards(rewards, weights, kl_penalties(...))``. Compute them on the whole
     batch, before it is split.
 
     Args:
@@ -197,19 +198,21 @@ def reinforce_plus_plus_advantages(
 def whiten(
     values: Columns, weights: Columns, *, shift_mean: bool = True, eps: float = 1e-8, ddof: int = 1
 ) -> Tensor | list[Tensor]:
-    """(x − mean) / √(variance + eps) over the active tokens of the batch, each of which counts once.
+    """(x − mean) / √(variance + eps) over the active tokens of the batch, each counted once.
 
     TRL's PPO and verl have these defaults. OpenRLHF and NeMo-RL have ``ddof=0`` and max(variance, eps).
 
     Args:
         values: a number for each token, such as advantages.
         weights: active tokens have a weight other than 0.
-        shift_mean: whether the mean is taken off; False adds it again after the division, for rewards.
+        shift_mean: whether the result has mean 0; ``False``: the mean is added again after the division, as for
+            rewards.
         eps: added to the variance, above 0.
         ddof: 1, or 0 for a variance that divides by the number of tokens.
 
     Returns:
-        Numbers of mean 0 and variance 1, in the form of the weights; exactly 0 if all numbers are equal.
+        Numbers of mean 0 and variance 1, in the form of the weights; exactly 0 if all numbers are equal. With
+        ``shift_mean=False``, these plus the mean of ``values``.
 
     Raises:
         LossInputError: if a number is not finite, if no token is active, or columns do not have one form.

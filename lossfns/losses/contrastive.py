@@ -17,9 +17,9 @@ from lossfns.loss import LossFn
 def info_nce(temperature: float = 0.05) -> LossFn:
     """Make the loss −log(e^(s_ii/τ) / Σ_j e^(s_ij/τ)), where s_ij is the cosine of query i and document j.
 
-    It is the mean over queries. van den Oord et al. 2018, arXiv:1807.03748, equation 4; with the batch's documents as
-    candidates, as Karpukhin et al. 2020 (arXiv:2004.04906). Datum 2i is a query, datum 2i + 1 its document. Every other
-    document of the call is a negative, so the loss couples the batch: it is no sum over parts of it.
+    It is the mean over queries. van den Oord et al. 2018, arXiv:1807.03748, equation 4, with the documents of the batch
+    as candidates, as in Karpukhin et al. 2020 (arXiv:2004.04906). Datum 2i is a query, datum 2i + 1 its document. Every
+    other document of the call is a negative, so the loss couples the batch: a batch cannot be split.
 
     Args:
         temperature: τ, a finite number above 0.
@@ -45,9 +45,9 @@ def info_nce(temperature: float = 0.05) -> LossFn:
         check_embeddings(embeddings)
         unit = F.normalize(torch.stack(list(embeddings)).float(), dim=1)
         cosines = unit[0::2] @ unit[1::2].T
-        own = torch.arange(len(cosines), device=cosines.device)
-        loss = F.cross_entropy(cosines / temperature, own)
-        nearest, similarity = (cosines.argmax(1) == own).float().mean(), cosines.diagonal().mean()
+        target = torch.arange(len(cosines), device=cosines.device)
+        loss = F.cross_entropy(cosines / temperature, target)
+        nearest, similarity = (cosines.argmax(1) == target).float().mean(), cosines.diagonal().mean()
         accuracy, mean = torch.stack([nearest, similarity.detach()]).tolist()
         return loss, {"accuracy": accuracy, "similarity": mean}
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lossfns.loss import Loss, Statistics, make_loss, preset
-from lossfns.losses.masks import masked
+from lossfns.losses.masks import with_mask
 from lossfns.losses.policy import importance_sampling
 from lossfns.losses.ratio import Clip, clip_statistics, clipped
 from lossfns.segments import (
@@ -34,12 +34,13 @@ from lossfns.weigh import Weighing, datum_mean, token_mean
 
 
 class Ranking(NamedTuple):
-    """The competing tokens of a batch by group, in ascending order of a number.
+    """The competing tokens of a batch, sorted by group and, within a group, by a number x.
 
     Attributes:
-        key: ``[N]`` an integer for each token: the place of its group above the bits of the number in float32.
+        key: ``[N]`` an integer for each token: the index of its group in the upper bits, x as float32 in the lower
+            bits.
         keys: ``[N]`` the keys in ascending order; those of tokens that do not compete come last.
-        first: ``[B]`` the position of the first token of each sequence's group in this order.
+        first: ``[B]`` the position in ``keys`` of the first token of each sequence's group.
     """
 
     key: Tensor
@@ -47,7 +48,7 @@ class Ranking(NamedTuple):
     first: Tensor
 
     def before(self, t: Tokens, count: Tensor) -> Tensor:
-        """The tokens that come before the one at position ``count`` of their group, none of them equal to it: [N]."""
+        """``[N]`` bool: True at tokens whose x is below the x at position ``count`` of their group."""
         position = self.first + count
         last = self.keys.shape[0] - 1
         key = torch.where(position > last, torch.iinfo(torch.int64).max, self.keys[position.clamp(max=last)])
@@ -55,19 +56,20 @@ class Ranking(NamedTuple):
 
 
 def rank(t: Tokens, x: Tensor, competes: Tensor) -> Ranking:
-    """Sort the tokens of each group by x. No shape depends on a value, and integers are sorted fastest."""
+    """Sort the competing tokens of each group by x. No shape depends on a value, and integers are sorted fastest."""
     slot = group_index(group_labels(t))
     bits = (x.float() + 0.0).view(torch.int32)  # −0 becomes 0
-    in_order = bits ^ ((bits >> 31) & torch.iinfo(torch.int32).max)  # the order of floats as integers
-    key = ((to_tokens(t, slot) + ~competes * t.sequences) << 32) + in_order
+    sortable = bits ^ ((bits >> 31) & torch.iinfo(torch.int32).max)  # integers that sort as the floats do
+    key = ((to_tokens(t, slot) + ~competes * t.sequences) << 32) + sortable
     keys = key.sort().values
     return Ranking(key, keys, torch.searchsorted(keys, (slot << 32) + torch.iinfo(torch.int32).min))
 
 
 def largest_share(t: Tokens, x: Tensor, among: Tensor, share: float) -> Tensor:
-    """The max(1, ⌊share·n⌋) tokens of the largest x among those of a group that has n active tokens: ``[N]`` bool.
+    """Select max(1, ⌊share·n⌋) tokens of each group, those of the largest x: ``[N]`` bool, True at the selected ones.
 
-    Numbers are compared in float32. Where the next largest x equals the last one, no token of that x is taken.
+    n is the number of active tokens of the group; only the tokens of ``among`` compete. x is compared in float32. If
+    the selection ends between tokens of equal x, none of these is selected.
     """
     n = group_sum(group_labels(t), active_counts(t))
     count = (share * n.double()).floor().clamp(min=1).long()
@@ -75,25 +77,25 @@ def largest_share(t: Tokens, x: Tensor, among: Tensor, share: float) -> Tensor:
 
 
 def smallest_with_mean(t: Tokens, x: Tensor, bound: float) -> Tensor:
-    """The active tokens of each group without those of the largest x, so that the mean of x is at most the bound.
+    """Drop tokens of the largest x from each group until the mean x of the rest is at most the bound: ``[N]`` bool.
 
-    x is at least 0, in float32. Tokens of equal x are left out together.
+    It is True at the active tokens that are kept. x is at least 0, in float32. Tokens of equal x are dropped together.
     """
     ranking = rank(t, x, t.active)
-    of_position = ranking.keys >> 32  # the place of the group
+    group_of_key = ranking.keys >> 32
     excess = ranking.keys.int().view(torch.float32).double() - bound
     sums = excess.cumsum(0)
     slot = group_index(group_labels(t))
     base = sums.new_zeros(2 * t.sequences).index_copy(0, slot, (sums - excess)[ranking.first])
-    stays = to_dtype(sums <= base[of_position], torch.float64)
-    count = torch.zeros_like(base).index_add(0, of_position, stays)[slot].long()
+    kept = to_dtype(sums <= base[group_of_key], torch.float64)
+    count = torch.zeros_like(base).index_add(0, group_of_key, kept)[slot].long()
     return t.active & ranking.before(t, count)
 
 
 def covariance(t: Tokens) -> Tensor:
     """(A − mean A)·(lp − mean lp) with means over the active tokens of the group: ``[N]`` in float64, without gradient.
 
-    Both tokens of a group of two have the same covariance. In float32 rounding would tell them apart.
+    The two tokens of a group of two have the same covariance. In float32, rounding would make them differ.
     """
     labels = group_labels(t)
     n = group_sum(labels, active_counts(t)).double().clamp(min=1)
@@ -116,22 +118,22 @@ def clip_cov(
 ) -> Loss:
     """−min(r·A, clip(r, low, high)·A), or 0 at the tokens of largest covariance C = (A − mean A)·(lp − mean lp).
 
-    Cui et al. 2025, arXiv:2505.22617 (Clip-Cov). Means are over the tokens of the group. Among the tokens that are not
-    clipped and have a C between the bounds, max(1, ⌊fraction·n⌋) of the n tokens of the group lose their loss, or all
-    if there are fewer. The paper and verl draw them at random; here they are those of the largest C, so that the loss
-    is a function of its inputs. Of tokens with equal C at the end of the selection none is taken.
+    Cui et al. 2025, arXiv:2505.22617 (Clip-Cov). Means are over the n active tokens of the group. The candidates are
+    the tokens that are not clipped and whose C is between the bounds. Of these, max(1, ⌊fraction·n⌋) tokens get loss 0,
+    or all if there are fewer. The paper and verl draw them at random. Here those of the largest C are selected, so that
+    the loss is a function of its inputs. If the selection ends between tokens of equal C, none of these is selected.
 
     Args:
         clip: bounds (low, high) of the ratio itself, 0 <= low <= 1 <= high; an epsilon of 0.2 is (0.8, 1.2).
-        fraction: the share of tokens, above 0 and at most 1.
-        cov_bounds: bounds (low, high) of C, low < high; C of the selected tokens lies between them.
+        fraction: the share of tokens that are selected, above 0 and at most 1.
+        cov_bounds: bounds (low, high) of C, low < high; only tokens whose C lies between them are selected.
         weigh: how tokens count: ``token_mean``, ``sequence_mean``, ``sequence_sum_mean``, ``token_sum`` or
             ``fixed_length(L)``.
         log_ratio_cap: bound of |lp − old| before the exponential, above 0; ``None`` is the paper's uncapped form.
         dual_clip: c of ``with_dual_clip``, above 1; ``None``: no dual clip.
 
-    Reads ``advantages``, ``old_logprobs`` and ``groups``, one label for each datum. Statistics, means over active
-    tokens:
+    Reads ``advantages``, ``old_logprobs`` and ``groups`` (an integer label for each datum; all datums of one label must
+    be in one call). Statistics, means over active tokens:
 
         ratio: mean r, above 0; 1 on-policy.
         ratio_capped: share of tokens with |log-ratio| above the cap, in [0, 1].
@@ -140,7 +142,7 @@ def clip_cov(
         clip_low: share of tokens with A < 0 and r < low, whose gradient is 0; in [0, 1].
         clip_high: share of tokens with A > 0 and r > high, whose gradient is 0; in [0, 1].
         clip_dual: share of tokens whose loss is reduced by the dual clip, in [0, 1]; only with ``dual_clip``.
-        cov_masked: share of tokens that lose their loss, in [0, 1].
+        cov_masked: share of tokens that are selected and get loss 0, in [0, 1].
 
     >>> clip_cov().reads
     ('advantages', 'old_logprobs', 'groups')
@@ -154,7 +156,7 @@ def clip_cov(
         return ~largest_share(t, c, among, fraction)
 
     loss = clipped(token_level, clip, weigh, log_ratio_cap, dual_clip)
-    return masked(loss, kept, "cov_masked", "groups")
+    return with_mask(loss, kept, "cov_masked", "groups")
 
 
 @preset
@@ -166,18 +168,18 @@ def kl_cov(
 ) -> Loss:
     """−r·A, plus k·|lp − old| at the tokens of largest covariance C = (A − mean A)·(lp − mean lp). Cui et al. 2025.
 
-    arXiv:2505.22617 (KL-Cov). Means are over the tokens of the group. The max(1, ⌊fraction·n⌋) tokens of largest C, of
-    the n tokens of the group, get the penalty; of tokens with equal C at the end of the selection none does.
+    arXiv:2505.22617 (KL-Cov). Means are over the n active tokens of the group. The max(1, ⌊fraction·n⌋) tokens of the
+    largest C get the penalty. If the selection ends between tokens of equal C, none of these is selected.
 
     Args:
-        fraction: the share of tokens, above 0 and at most 1. It is 2e-4 in verl and 0.2 in SkyRL.
+        fraction: the share of tokens that are selected, above 0 and at most 1. It is 2e-4 in verl and 0.2 in SkyRL.
         kl_coef: k, a finite number of at least 0. It is 1 in the paper's scripts and in SkyRL, 0.1 in verl's settings.
         weigh: how tokens count: ``token_mean``, ``sequence_mean``, ``sequence_sum_mean``, ``token_sum`` or
             ``fixed_length(L)``.
         log_ratio_cap: bound of |lp − old| before the exponential, above 0; ``None`` is the paper's uncapped form.
 
-    Reads ``advantages``, ``old_logprobs`` and ``groups``, one label for each datum. Statistics, means over active
-    tokens:
+    Reads ``advantages``, ``old_logprobs`` and ``groups`` (an integer label for each datum; all datums of one label must
+    be in one call). Statistics, means over active tokens:
 
         ratio: mean r, above 0; 1 on-policy.
         ratio_capped: share of tokens with |log-ratio| above the cap, in [0, 1].
@@ -188,7 +190,6 @@ def kl_cov(
     >>> kl_cov(fraction=0.2).knobs["fraction"]
     0.2
     """
-
     loss = importance_sampling(weigh, log_ratio_cap)
 
     def terms(t: Tokens) -> tuple[Tensor, Statistics]:
@@ -210,10 +211,10 @@ def m2po(
 ) -> Loss:
     """−min(r·A, clip(r, low, high)·A), or 0 at the tokens of largest m = (old − sampler)², until mean m <= threshold.
 
-    Zheng et al. 2025, arXiv:2510.01161 (M2PO), as in AReaL: from each group the tokens of largest m are dropped until
-    the mean m of the rest is at most the threshold; tokens of equal m are dropped together, and all may be. The sampler
-    is the policy that sampled, the old policy the one at the start of the step. The paper measures m from the current
-    policy.
+    Zheng et al. 2025, arXiv:2510.01161 (M2PO), in the form of AReaL: from each group, the tokens of the largest m are
+    dropped until the mean m of the rest is at most the threshold. Tokens of equal m are dropped together, and all may
+    be dropped. The sampler is the policy that sampled, and the old policy is the one at the start of the step. In the
+    paper, m compares the current policy with the sampler.
 
     Args:
         threshold: the bound of the mean m, a finite number above 0, in nats squared.
@@ -223,8 +224,8 @@ def m2po(
         log_ratio_cap: bound of |lp − old| before the exponential, above 0; ``None`` is the paper's uncapped form.
         dual_clip: c of ``with_dual_clip``, above 1; ``None``: no dual clip.
 
-    Reads ``advantages``, ``old_logprobs``, ``sampler_logprobs`` and ``groups``, one label for each datum. Statistics,
-    means over active tokens:
+    Reads ``advantages``, ``old_logprobs``, ``sampler_logprobs`` and ``groups`` (an integer label for each datum; all
+    datums of one label must be in one call). Statistics, means over active tokens:
 
         ratio: mean r, above 0; 1 on-policy.
         ratio_capped: share of tokens with |log-ratio| above the cap, in [0, 1].
@@ -243,11 +244,11 @@ def m2po(
         return smallest_with_mean(t, (t.old_logprobs.double() - t.sampler_logprobs).square(), threshold)
 
     loss = clipped(token_level, clip, weigh, log_ratio_cap, dual_clip)
-    return masked(loss, kept, "m2_masked", "sampler_logprobs", "groups")
+    return with_mask(loss, kept, "m2_masked", "sampler_logprobs", "groups")
 
 
 def log_one_plus_group_sum(labels: Tensor, x: Tensor, among: Tensor) -> Tensor:
-    """log(1 + Σ eˣ) over the rows of each row's group that are among these: ``[B] -> [B]``."""
+    """log(1 + Σ eˣ) for each sequence, over the sequences of its group that are in ``among``: ``[B] -> [B]``."""
     slot = group_index(labels)
     largest = torch.zeros_like(x).scatter_reduce(0, slot, x.detach().masked_fill(~among, 0), "amax")[slot]
     inside = (x - largest).masked_fill(~among, -torch.inf).exp()
@@ -260,17 +261,17 @@ def real(tau: float = 0.5, weigh: Weighing = datum_mean) -> Loss:
 
     Rewards as labels (REAL), arXiv:2602.05630: Σ₊ is over the right answers of a group, Σ₋ over its wrong ones. A group
     whose answers are all right or all wrong has loss 0, as in ms-swift. Each datum has the loss of its group, so the
-    mean over datums is the mean over groups if these are equally large.
+    mean over datums is the mean over groups if all groups have the same size.
 
     Args:
         tau: τ, a finite number above 0.
-        weigh: ``datum_mean`` or ``datum_sum``.
+        weigh: how datums count: ``datum_mean`` or ``datum_sum``.
 
-    Reads ``old_logprobs``, ``labels`` (1 right, 0 wrong) and ``groups``, one number for each datum. Statistics, means
-    over datums:
+    Reads ``old_logprobs``, ``labels`` (1 if right, 0 if wrong, for each datum) and ``groups`` (an integer label for
+    each datum; all datums of one label must be in one call). Statistics, means over datums:
 
         log_ratio: s, in nats.
-        accuracy: share of datums with s > 0 if right, s < 0 if wrong, in [0, 1].
+        accuracy: share of datums with s > 0 if right, s < 0 if not, in [0, 1].
         mixed: share of datums in a group with right and wrong answers, in [0, 1].
 
     >>> real().reads

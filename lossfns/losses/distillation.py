@@ -28,26 +28,26 @@ Divergence = Callable[[Tensor, Tensor], Tensor]
 """A function ``(log p [n, M], log q [n, M]) -> part of each entry [n, M]``: p is the student's, q the teacher's."""
 
 IMPOSSIBLE = -1e30
-"""The logprob of an unused slot. Of −inf alone, logsumexp has no gradient."""
+"""The logprob of an unused slot. It is finite because logsumexp has no gradient if all its inputs are −inf."""
 
 TAIL_FLOOR = 1e-7
 """Smallest probability of the tail. The rounding of K float32 logprobs is about as large."""
 
 
 def raw_support(logprobs: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
-    """Take the K probabilities as they are; their sum is below 1."""
+    """Keep the K probabilities, whose sum is at most 1."""
     return logprobs, active
 
 
 def renormalised_support(logprobs: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
-    """Divide the K probabilities by their sum, in teacher and student alike."""
+    """Divide the K probabilities by their sum, for the teacher and for the student."""
     log_mass = torch.where(active, logprobs, IMPOSSIBLE).logsumexp(1, keepdim=True)
     used = active.any(1, keepdim=True)
     return logprobs - torch.where(used, log_mass, 0), active
 
 
 def tail_support(logprobs: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
-    """Add one entry with the probability of all other tokens, 1 − Σ p, at least 1e-7."""
+    """Add one entry for all other tokens, with the probability 1 − Σ p, at least 1e-7."""
     mass = (logprobs.exp() * to_dtype(active, logprobs.dtype)).sum(1, keepdim=True)
     tail = (1 - mass).clamp(min=TAIL_FLOOR).log()
     return torch.cat([logprobs, tail], 1), torch.cat([active, active.any(1, keepdim=True)], 1)
@@ -78,7 +78,7 @@ def jensen_shannon(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
 
 
 def candidate_loss(divergence: Divergence, support: Support, weigh: Weighing) -> Loss:
-    """The sum of a divergence over the candidates of each position."""
+    """Make the loss that sums a divergence over the candidates of each position."""
 
     def terms(t: Tokens) -> tuple[Tensor, Statistics]:
         check_targets(t)
@@ -108,8 +108,8 @@ def candidate_loss(divergence: Divergence, support: Support, weigh: Weighing) ->
 def top_k_forward_kl(support: Support = renormalised_support, weigh: Weighing = token_mean) -> Loss:
     """Σ_k q_k·(log q_k − log p_k) over K candidates: KL(teacher‖student), which covers every mode of the teacher.
 
-    Hinton et al. 2015 (arXiv:1503.02531), restricted to K tokens. Its gradient is that of
-    ``multi_target_cross_entropy`` with the teacher's probabilities as weights, where these are taken as they are.
+    Hinton et al. 2015 (arXiv:1503.02531), restricted to K tokens. With ``raw_support`` its gradient is that of
+    ``multi_target_cross_entropy`` with the teacher's probabilities as weights.
 
     Args:
         support: what to do with the tokens beyond the candidates: ``renormalised_support``, ``raw_support`` or
@@ -121,7 +121,7 @@ def top_k_forward_kl(support: Support = renormalised_support, weigh: Weighing = 
 
         divergence: the divergence of the entry's position, in nats.
         student_mass: Σ p over the active candidates of the position, in [0, 1].
-        teacher_mass: Σ q over them, in [0, 1].
+        teacher_mass: Σ q over the active candidates of the position, in [0, 1].
 
     >>> import torch
     >>> logprobs = torch.tensor([[[0.5, 0.25]]]).log()
@@ -149,7 +149,7 @@ def top_k_reverse_kl(support: Support = renormalised_support, weigh: Weighing = 
 
         divergence: the divergence of the entry's position, in nats.
         student_mass: Σ p over the active candidates of the position, in [0, 1].
-        teacher_mass: Σ q over them, in [0, 1].
+        teacher_mass: Σ q over the active candidates of the position, in [0, 1].
 
     >>> top_k_reverse_kl(support="tail_support")
     top_k_reverse_kl(support=tail_support, weigh=token_mean)
@@ -174,7 +174,7 @@ def top_k_mixed_kl(
 
         divergence: the divergence of the entry's position, in nats.
         student_mass: Σ p over the active candidates of the position, in [0, 1].
-        teacher_mass: Σ q over them, in [0, 1].
+        teacher_mass: Σ q over the active candidates of the position, in [0, 1].
 
     >>> top_k_mixed_kl().reads
     ('teacher_logprobs',)
@@ -186,11 +186,12 @@ def top_k_mixed_kl(
 def top_k_jsd(beta: float = 0.5, support: Support = renormalised_support, weigh: Weighing = token_mean) -> Loss:
     """β·KL(teacher‖M) + (1 − β)·KL(student‖M) over K candidates, with M = β·teacher + (1 − β)·student.
 
-    Agarwal et al. 2024, GKD (arXiv:2306.13649), equation 1. The limits β → 0 and β → 1 of the gradient, divided by β
-    and by 1 − β, are those of the forward and of the reverse KL. TRL and Liger put these losses at β = 0 and 1.
+    Agarwal et al. 2024, GKD (arXiv:2306.13649), equation 1. As β → 0, the gradient divided by β approaches that of the
+    forward KL; as β → 1, the gradient divided by 1 − β approaches that of the reverse KL. At β = 0 and β = 1, TRL and
+    Liger have the forward and the reverse KL themselves.
 
     Args:
-        beta: β, between 0 and 1, without both.
+        beta: β, above 0 and below 1.
         support: what to do with the tokens beyond the candidates: ``renormalised_support``, ``raw_support`` or
             ``tail_support``.
         weigh: how positions count: ``token_mean``, ``sequence_mean``, ``sequence_sum_mean``, ``token_sum`` or
@@ -200,7 +201,7 @@ def top_k_jsd(beta: float = 0.5, support: Support = renormalised_support, weigh:
 
         divergence: the divergence of the entry's position, in nats.
         student_mass: Σ p over the active candidates of the position, in [0, 1].
-        teacher_mass: Σ q over them, in [0, 1].
+        teacher_mass: Σ q over the active candidates of the position, in [0, 1].
 
     >>> top_k_jsd(beta=0.9).knobs["beta"]
     0.9

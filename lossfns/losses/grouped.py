@@ -24,7 +24,7 @@ from lossfns.tokens import Tokens
 from lossfns.weigh import Weighing, pair_mean
 
 STD_FLOOR = 1e-6
-"""What is added to a standard deviation before it divides, as in ``group_advantages``."""
+"""The constant that is added to a standard deviation before it divides, as in ``group_advantages``."""
 
 
 @preset
@@ -32,13 +32,13 @@ def aot(beta: float = 0.1, label_smoothing: float = 0.0, weigh: Weighing = pair_
     """−(1−ε)·log σ(β·z) − ε·log σ(−β·z), with z = x − y of the same rank within the group: x = Σ w·lp of the chosen
     minus the rejected side, and y the same of ref.
 
-    Melnyk et al. 2024 (alignment via optimal transport, paired), arXiv:2406.05882. The gradient of a pair is that of
-    the rank of its x. Equal numbers of a group keep the order of the batch.
+    Melnyk et al. 2024 (alignment via optimal transport, paired), arXiv:2406.05882. The ranks have no gradient. Equal
+    numbers of a group are ranked in the order of the batch.
 
     Args:
         beta: β, a finite number above 0.
         label_smoothing: ε in [0, 0.5], the probability that a pair is labelled the wrong way round.
-        weigh: ``pair_mean`` or ``pair_sum``.
+        weigh: how pairs count: ``pair_mean`` or ``pair_sum``.
 
     Reads ``ref_logprobs`` and ``groups`` (an integer label for each pair; all pairs of one label must be in one call).
     Statistics, means over pairs, with c and r the rewards of the two sides and m = c − r:
@@ -68,16 +68,16 @@ def aot(beta: float = 0.1, label_smoothing: float = 0.0, weigh: Weighing = pair_
 
 @preset
 def aot_unpaired(beta: float = 0.1, label_smoothing: float = 0.0, weigh: Weighing = pair_mean) -> Loss:
-    """−(1−ε)·log σ(β·z) − ε·log σ(−β·z), with z = c − r of the same rank within the group: c and r = Σ w·(lp − ref) of
-    chosen and of rejected sides.
+    """−(1−ε)·log σ(β·z) − ε·log σ(−β·z), with z = c − r of the same rank within the group, and c and r = Σ w·(lp − ref)
+    of the chosen and the rejected sides.
 
     Melnyk et al. 2024 (alignment via optimal transport, unpaired), arXiv:2406.05882. The sides of a pair need not
-    belong together. Equal numbers of a group keep the order of the batch.
+    answer the same prompt. Equal numbers of a group are ranked in the order of the batch.
 
     Args:
         beta: β, a finite number above 0.
         label_smoothing: ε in [0, 0.5], the probability that a pair is labelled the wrong way round.
-        weigh: ``pair_mean`` or ``pair_sum``.
+        weigh: how pairs count: ``pair_mean`` or ``pair_sum``.
 
     Reads ``ref_logprobs`` and ``groups`` (an integer label for each pair; all pairs of one label must be in one call).
     Statistics, means over pairs, with c and r the rewards of the two sides and m = c − r:
@@ -107,13 +107,13 @@ def dr_dpo(beta: float = 0.1, beta_prime: float = 1.0, weigh: Weighing = pair_me
     """−β′·log mean exp(log σ(β·m) / β′) over the pairs of a group, with m = Σ w·(lp − ref) of the chosen minus the
     rejected side. Each pair of the group has this number as its term.
 
-    Wu et al. 2024 (distributionally robust DPO), arXiv:2407.07880: pairs that are ranked wrong, perhaps by a flipped
-    label, count less. A group is the batch of the paper; for large β′ the loss is ``dpo``.
+    Wu et al. 2024 (distributionally robust DPO), arXiv:2407.07880: pairs that are ranked wrong, perhaps because of a
+    flipped label, count less. A group takes the place of the paper's batch. For large β′ the loss approaches ``dpo``.
 
     Args:
         beta: β, a finite number above 0.
         beta_prime: β′, a finite number above 0.
-        weigh: ``pair_mean`` or ``pair_sum``.
+        weigh: how pairs count: ``pair_mean`` or ``pair_sum``.
 
     Reads ``ref_logprobs`` and ``groups`` (an integer label for each pair; all pairs of one label must be in one call).
     Statistics, means over pairs, with c and r the rewards of the two sides and m = c − r:
@@ -141,17 +141,17 @@ def dr_dpo(beta: float = 0.1, beta_prime: float = 1.0, weigh: Weighing = pair_me
 @preset
 def beta_dpo(beta: float = 0.1, alpha: float = 0.6, min_beta: float = 1e-3, weigh: Weighing = pair_mean) -> Loss:
     """−log σ(sg(b)·m), with b = max(b_min, β·(1 + α·(mean m − M₀))), m = Σ w·(lp − ref) of the chosen minus the
-    rejected side, and its mean over the pairs of the group.
+    rejected side, and mean m over the pairs of the group.
 
-    Wu et al. 2024 (β-DPO), arXiv:2407.08639, with β by batch, which is here the group. M₀ is the moving average of the
-    means of former batches, which the caller keeps. To leave out a pair, as the paper's filter does, give both sides
-    weights of 0.
+    Wu et al. 2024 (β-DPO), arXiv:2407.08639, with one β for each batch, which is here the group. M₀ is the moving
+    average of mean m over earlier batches, which the caller keeps. To leave out a pair, as the paper's filter does,
+    give both sides weights of 0.
 
     Args:
         beta: β, a finite number above 0.
         alpha: α, a finite number of at least 0.
         min_beta: b_min, a finite number above 0.
-        weigh: ``pair_mean`` or ``pair_sum``.
+        weigh: how pairs count: ``pair_mean`` or ``pair_sum``.
 
     Reads ``ref_logprobs``, ``groups`` (an integer label for each pair; all pairs of one label must be in one call) and
     ``reference_point`` (M₀, one number for each pair). Statistics, means over pairs, with c and r the rewards of the
@@ -183,17 +183,17 @@ def beta_dpo(beta: float = 0.1, alpha: float = 0.6, min_beta: float = 1e-3, weig
 @preset
 def alpha_dpo(beta: float = 2.0, gamma: float = 1.0, alpha: float = 0.1, weigh: Weighing = pair_mean) -> Loss:
     """−log σ(β·u − γ − α·sg(z)), with u = Σ w·lp / Σ w of the chosen minus the rejected side, z = (x − mean x) / (std x
-    + 10⁻⁶) over the pairs of the group, and x as u of lp − ref.
+    + 10⁻⁶) over the pairs of the group, and x the same as u, but of lp − ref.
 
     Wu et al. 2024 (α-DPO), arXiv:2410.10148: ``simpo`` with a margin of its own for each pair. The standard deviation
-    divides by n − 1, and z is 0 in a group of one pair. The authors' code takes moving averages, and β·α in place of α.
-    In the statistics c and r are Σ w·lp / Σ w of the two sides.
+    divides by n − 1, and z is 0 in a group of one pair. The authors' code takes moving averages, and has β·α in place
+    of α. In the statistics c and r are Σ w·lp / Σ w of the two sides.
 
     Args:
         beta: β, a finite number above 0.
         gamma: γ, a finite number of at least 0.
         alpha: α, a finite number of at least 0.
-        weigh: ``pair_mean`` or ``pair_sum``.
+        weigh: how pairs count: ``pair_mean`` or ``pair_sum``.
 
     Reads ``ref_logprobs`` and ``groups`` (an integer label for each pair; all pairs of one label must be in one call).
     Statistics, means over pairs, with c and r the rewards of the two sides and m = c − r:

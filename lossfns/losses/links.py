@@ -1,4 +1,4 @@
-"""Preference losses with other links and other rewards than DPO's."""
+"""Preference losses whose link or reward is not that of DPO."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def gpo(
         beta: β, a finite number above 0.
         reward: the reward of a side: ``log_ratio_sum``, ``log_ratio_mean``, ``forward_kl_reward``, ``js_reward``,
             ``alpha_reward(α)``, one without a reference such as ``logprob_mean``, or a ``Reward`` of your own.
-        weigh: ``pair_mean`` or ``pair_sum``.
+        weigh: how pairs count: ``pair_mean`` or ``pair_sum``.
 
     Reads ``ref_logprobs``. Statistics, means over pairs, with c and r the rewards of the two sides and m = c − r:
 
@@ -77,7 +77,7 @@ def discopop(
         discopop_tau: τ, above 0 and at most 1.
         reward: the reward of a side: ``log_ratio_sum``, ``log_ratio_mean``, ``forward_kl_reward``, ``js_reward``,
             ``alpha_reward(α)``, one without a reference such as ``logprob_mean``, or a ``Reward`` of your own.
-        weigh: ``pair_mean`` or ``pair_sum``.
+        weigh: how pairs count: ``pair_mean`` or ``pair_sum``.
 
     Reads ``ref_logprobs``. Statistics, means over pairs, with c and r the rewards of the two sides and m = c − r:
 
@@ -106,14 +106,14 @@ def discopop(
 def spo(beta: float = 0.1, reward: Reward = log_ratio_sum, weigh: Weighing = pair_mean) -> Loss:
     """−h·σ(h), with h = β·m and m the reward of the chosen minus the rejected side: Σ w·(lp − ref), or ``reward``.
 
-    "SPO: Self preference optimization with self regularization", Findings of EMNLP 2025: −SiLU in place of log σ. Below
-    h = −1.28 its gradient changes sign: a pair that is ranked wrong by more is pushed on in that direction.
+    "SPO: Self preference optimization with self regularization", Findings of EMNLP 2025: −SiLU in place of log σ. At h
+    = −1.28 its gradient changes sign: a pair with a lower h is pushed further in the wrong direction.
 
     Args:
         beta: β, a finite number above 0.
         reward: the reward of a side: ``log_ratio_sum``, ``log_ratio_mean``, ``forward_kl_reward``, ``js_reward``,
             ``alpha_reward(α)``, one without a reference such as ``logprob_mean``, or a ``Reward`` of your own.
-        weigh: ``pair_mean`` or ``pair_sum``.
+        weigh: how pairs count: ``pair_mean`` or ``pair_sum``.
 
     Reads ``ref_logprobs``. Statistics, means over pairs, with c and r the rewards of the two sides and m = c − r:
 
@@ -142,15 +142,15 @@ def focal_po(
     """−σ(h)^γ·log σ(h), with h = β·m and m the reward of the chosen minus the rejected side: Σ w·(lp − ref), or
     ``reward``.
 
-    Liu et al. 2025 (FocalPO), arXiv:2501.06645. The factor has a gradient, as in the focal loss. It gives weight to
-    pairs that are ranked right; at γ = 0 the loss is ``dpo``.
+    Liu et al. 2025 (FocalPO), arXiv:2501.06645. The factor σ(h)^γ has a gradient, as in the focal loss. It gives more
+    weight to pairs that are ranked right. At γ = 0 the loss is ``dpo``.
 
     Args:
         beta: β, a finite number above 0.
         gamma: γ, a finite number of at least 0.
         reward: the reward of a side: ``log_ratio_sum``, ``log_ratio_mean``, ``forward_kl_reward``, ``js_reward``,
             ``alpha_reward(α)``, one without a reference such as ``logprob_mean``, or a ``Reward`` of your own.
-        weigh: ``pair_mean`` or ``pair_sum``.
+        weigh: how pairs count: ``pair_mean`` or ``pair_sum``.
 
     Reads ``ref_logprobs``. Statistics, means over pairs, with c and r the rewards of the two sides and m = c − r:
 
@@ -185,7 +185,7 @@ def f_dpo(beta: float = 0.1, reward: Reward = js_reward, weigh: Weighing = pair_
     Args:
         beta: β, a finite number above 0.
         reward: f′(u): ``js_reward``, ``forward_kl_reward``, ``alpha_reward(α)`` or ``log_ratio_sum``.
-        weigh: ``pair_mean`` or ``pair_sum``.
+        weigh: how pairs count: ``pair_mean`` or ``pair_sum``.
 
     Reads ``ref_logprobs``. Statistics, means over pairs, with c and r the rewards of the two sides and m = c − r:
 
@@ -214,15 +214,15 @@ def chi_po(
     """−log σ(β·(φ(d_c) − φ(d_r))), with φ(d) = exp(d) + d and d = Σ w·(lp − ref) of the chosen (c) and rejected (r)
     side.
 
-    Huang et al. 2024 (χPO), arXiv:2407.13399, equation 9. The exponential weighs the regularisation by χ². In the
-    statistics c and r are φ(d) of the two sides.
+    Huang et al. 2024 (χPO), arXiv:2407.13399, equation 9. The exponential adds a χ² divergence to the regularisation.
+    In the statistics c and r are φ(d) of the two sides.
 
     Args:
         beta: β, a finite number above 0.
         reward_bound: R, a finite number above 0: the argument of σ is clamped to ±2R, and has no gradient beyond.
             ``None`` leaves out this clip of the paper.
-        weigh: ``pair_mean`` or ``pair_sum``.
-        log_ratio_cap: bound of |d| before the exponential, above 0; ``None`` is no bound.
+        weigh: how pairs count: ``pair_mean`` or ``pair_sum``.
+        log_ratio_cap: bound of |d| before the exponential, above 0; ``None``: no bound.
 
     Reads ``ref_logprobs``. Statistics, means over pairs, with c and r the rewards of the two sides and m = c − r:
 

@@ -24,12 +24,12 @@ from lossfns.weigh import Weighing, sequence_mean, token_mean
 Mask = Callable[[Tokens], Tensor]
 """A function ``t -> [N]`` bool: True at the tokens that stay. It has no gradient."""
 
-ROUNDED_COMPLEMENT = 1e-8
-"""The authors add it to 1 − p in the binary KL, which is then finite up to p = 1."""
+COMPLEMENT_EPS = 1e-8
+"""The constant that DPPO's authors add to 1 − p in the binary KL, which is then finite up to p = 1."""
 
 
-def masked(loss: Loss, kept: Mask, name: str, *reads: str) -> Loss:
-    """l where the mask holds, else 0. The statistic of this name is the share of tokens that the mask drops."""
+def with_mask(loss: Loss, kept: Mask, name: str, *reads: str) -> Loss:
+    """l where the mask is True, else 0. The statistic ``name`` is the share of tokens that the mask drops."""
 
     def terms(t: Tokens) -> tuple[Tensor, Statistics]:
         term, statistics = loss.terms(t)
@@ -40,7 +40,7 @@ def masked(loss: Loss, kept: Mask, name: str, *reads: str) -> Loss:
 
 
 def probability_change(t: Tokens, behaviour: str) -> Tensor:
-    """p − p_old: how far the probability of the sampled token alone has moved, with the rest as one other token."""
+    """p − p_old of the sampled token."""
     return t.logprobs.detach().exp() - t.columns[behaviour].exp()
 
 
@@ -50,16 +50,16 @@ def within_tv(t: Tokens, behaviour: str, low: float, high: float) -> Tensor:
     return torch.where(t.advantages > 0, change <= high, change >= -low)
 
 
-def binary_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+def binary_kl_with_eps(log_p: Tensor, log_q: Tensor) -> Tensor:
     """KL(p‖q) of two events: p·log(p/q) + (1 − p)·log((1 − p)/(1 − q)), with 1e-8 added to 1 − p and 1 − q."""
     p, q = log_p.exp(), log_q.exp()
-    return p * (log_p - log_q) + (1 - p) * ((1 - p + ROUNDED_COMPLEMENT) / (1 - q + ROUNDED_COMPLEMENT)).log()
+    return p * (log_p - log_q) + (1 - p) * ((1 - p + COMPLEMENT_EPS) / (1 - q + COMPLEMENT_EPS)).log()
 
 
 def within_binary_kl(t: Tokens, low: float, high: float) -> Tensor:
     """Not (KL > high and p > p_old) where A > 0, else not (KL > low and p < p_old)."""
     lp, old = t.logprobs.detach(), t.old_logprobs
-    kl = binary_kl(old, lp)
+    kl = binary_kl_with_eps(old, lp)
     return torch.where(t.advantages > 0, (kl <= high) | (lp <= old), (kl <= low) | (lp >= old))
 
 
@@ -70,7 +70,7 @@ def with_tv_mask(loss: Loss, delta_low: float = 0.2, delta_high: float = 0.2) ->
     The mask of ``dppo_tv`` over any loss. verl's form of ``dppo_tv`` is ``with_tv_mask(cispo(clip=(0.0, 20.0)))``.
 
     Args:
-        loss: a loss over tokens that reads ``advantages``. Apply ``with_kl`` after.
+        loss: a loss over tokens that reads ``advantages``. Apply ``with_kl`` after, so that the penalty is not masked.
         delta_low: δ_low, a finite number above 0.
         delta_high: δ_high, a finite number above 0.
 
@@ -84,17 +84,18 @@ def with_tv_mask(loss: Loss, delta_low: float = 0.2, delta_high: float = 0.2) ->
     """
     check_wrappable(loss, "ref_logprobs")
     kept = lambda t: within_tv(t, "old_logprobs", delta_low, delta_high)  # noqa: E731
-    return masked(loss, kept, "tv_masked", "advantages", "old_logprobs")
+    return with_mask(loss, kept, "tv_masked", "advantages", "old_logprobs")
 
 
 @preset
 def with_binary_kl_mask(loss: Loss, delta_low: float = 0.05, delta_high: float = 0.05) -> Loss:
     """l, or 0 where D > δ_high, p > p_old and A > 0, and where D > δ_low, p < p_old and A <= 0. D is a binary KL.
 
-    The mask of ``dppo_kl`` over any loss. verl's form of it is ``with_binary_kl_mask(cispo(clip=(0.0, 20.0)))``.
+    The mask of ``dppo_kl`` over any loss. verl's form of ``dppo_kl`` is ``with_binary_kl_mask(cispo(clip=(0.0,
+    20.0)))``.
 
     Args:
-        loss: a loss over tokens that reads ``advantages``. Apply ``with_kl`` after.
+        loss: a loss over tokens that reads ``advantages``. Apply ``with_kl`` after, so that the penalty is not masked.
         delta_low: δ_low, a finite number above 0, in nats.
         delta_high: δ_high, a finite number above 0, in nats.
 
@@ -108,7 +109,7 @@ def with_binary_kl_mask(loss: Loss, delta_low: float = 0.05, delta_high: float =
     """
     check_wrappable(loss, "ref_logprobs")
     kept = lambda t: within_binary_kl(t, delta_low, delta_high)  # noqa: E731
-    return masked(loss, kept, "divergence_masked", "advantages", "old_logprobs")
+    return with_mask(loss, kept, "divergence_masked", "advantages", "old_logprobs")
 
 
 @preset
@@ -119,12 +120,13 @@ def with_opsm(loss: Loss, delta: float = 1e-4, behaviour: str = "old_logprobs") 
     by more than δ for each token, is not pushed down further. The report gives no δ; 1e-4 is that of slime.
 
     Args:
-        loss: a loss over tokens that reads ``advantages``. Apply ``with_kl`` after, which then is not masked.
+        loss: a loss over tokens that reads ``advantages``. Apply ``with_kl`` after, so that the penalty is not masked.
         delta: δ, a finite number above 0, in nats for each token.
         behaviour: the column of the policy that sampled: ``"old_logprobs"``, or ``"sampler_logprobs"`` if the sampler's
             logprobs differ from those that the trainer computed.
 
-    Reads ``advantages`` and the column besides those of the loss. Its statistics are those of the loss, and
+    Reads ``advantages`` and the column ``behaviour`` besides those of the loss. Its statistics are those of the loss,
+    and
 
         opsm_masked: share of active tokens that the mask drops, in [0, 1].
 
@@ -138,23 +140,25 @@ def with_opsm(loss: Loss, delta: float = 1e-4, behaviour: str = "old_logprobs") 
         fall = weighted_mean(t, t.columns[behaviour] - t.logprobs.detach())
         return (t.advantages >= 0) | (to_tokens(t, fall) <= delta)
 
-    return masked(loss, kept, "opsm_masked", "advantages", behaviour)
+    return with_mask(loss, kept, "opsm_masked", "advantages", behaviour)
 
 
 @preset
 def with_vaco_mask(loss: Loss, delta: float, behaviour: str = "old_logprobs") -> Loss:
     """l, or 0 where A·(lp − old) > 0 and Σ w·|r − 1| / Σ w > δ over the sequence, with r = exp(lp − old).
 
-    Honari et al. 2026, arXiv:2603.01365 (VACO). Of a sequence that is too far from the old policy, the tokens stay that
-    bring it nearer. This is the mask of open-instruct, which has no ½ in the total variation; there the ratio is that
-    of the old policy and the sampler. |lp − old| is capped at 20.
+    Honari et al. 2026, arXiv:2603.01365 (VACO). In a sequence that is too far from the old policy, only the tokens that
+    bring it nearer are kept. This is the mask of open-instruct, which has no ½ in the total variation. open-instruct
+    takes the ratio of the old policy to the sampler. |lp − old| is capped at 20.
 
     Args:
-        loss: a loss over tokens that reads ``advantages``. Apply ``with_kl`` after.
+        loss: a loss over tokens that reads ``advantages``. Apply ``with_kl`` after, so that the penalty is not masked.
         delta: δ, a finite number above 0.
-        behaviour: the column of the policy that sampled: ``"old_logprobs"`` or ``"sampler_logprobs"``.
+        behaviour: the column of the policy that sampled: ``"old_logprobs"``, or ``"sampler_logprobs"`` if the sampler's
+            logprobs differ from those that the trainer computed.
 
-    Reads ``advantages`` and the column besides those of the loss. Its statistics are those of the loss, and
+    Reads ``advantages`` and the column ``behaviour`` besides those of the loss. Its statistics are those of the loss,
+    and
 
         vaco_masked: share of active tokens that the mask drops, in [0, 1].
 
@@ -168,7 +172,7 @@ def with_vaco_mask(loss: Loss, delta: float, behaviour: str = "old_logprobs") ->
         d = eq.cap(t.logprobs.detach() - t.columns[behaviour], eq.KL_LOG_RATIO_CAP)
         return (t.advantages * d <= 0) | (to_tokens(t, weighted_mean(t, d.expm1().abs())) <= delta)
 
-    return masked(loss, kept, "vaco_masked", "advantages", behaviour)
+    return with_mask(loss, kept, "vaco_masked", "advantages", behaviour)
 
 
 @preset
@@ -181,9 +185,10 @@ def dppo_tv(
     """−r·A, or 0 where p − p_old > δ_high and A > 0, and where p − p_old < −δ_low and A <= 0. Qi et al. 2026.
 
     DPPO with the binary total variation (arXiv:2602.04879). The trust region bounds how far the probability p = e^lp of
-    the sampled token moves, in place of its ratio: a rare token may change by a large factor. The old policy is
-    the one that sampled: bind the sampler's logprobs. This is SkyRL's form; verl's is ``with_tv_mask(cispo(clip=(0.0,
-    20.0)))``, whose weight min(r, 20) has no gradient. Below the bound of 20 both have the same gradient.
+    the sampled token moves, in place of its ratio: a rare token may change by a large factor. The old policy is the one
+    that sampled: bind the sampler's logprobs as ``old_logprobs``. This is SkyRL's form; verl's is
+    ``with_tv_mask(cispo(clip=(0.0, 20.0)))``, whose weight min(r, 20) has no gradient. Below the bound of 20 both have
+    the same gradient.
 
     Args:
         delta_low: δ_low, a finite number above 0.

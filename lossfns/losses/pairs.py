@@ -1,4 +1,4 @@
-"""Losses of pairs: the part that the preference presets share. A loss is one reward and one term of its two sides."""
+"""Losses of pairs, the part that the preference presets share: a reward of each side, and a term of the two rewards."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lossfns.tokens import PAIRS, Tokens
 from lossfns.weigh import Weighing
 
 PairTerm = Callable[[Tokens, Tensor, Tensor], Tensor | tuple[Tensor, Statistics]]
-"""A function ``(t, c [P], r [P]) -> loss of each pair [P]`` of the rewards of the chosen and of the rejected side.
+"""A function ``(t, c [P], r [P]) -> loss of each pair [P]``, where c and r are the rewards of the two sides.
 
 It may also return ``(loss, statistics)``.
 """
@@ -40,7 +40,8 @@ def pair_loss(
 ) -> Loss:
     """term(t, c, r) of each pair, with c and r the rewards of its chosen and of its rejected side, before β.
 
-    The loss reads the columns of the reward, and ``reads``. ``beta`` is for the statistics alone: the term has its own.
+    The loss reads the columns of the reward, and ``reads``. ``beta`` scales the statistics alone: the term applies its
+    own.
     """
     check_reward("reward", reward)
 

@@ -1,7 +1,7 @@
 """Policy-gradient losses: one term for each token, advantages A, importance ratio r = exp(lp − old).
 
-Advantages are one number for each datum or one for each token. Clip bounds are absolute ratios. IGPO is ``ppo`` with
-the advantage of each turn at the tokens of this turn.
+Advantages are one number for each datum or one for each token. Clip bounds are bounds of the ratio itself. IGPO is
+``ppo`` with the advantage of each turn at the tokens of this turn.
 """
 
 from __future__ import annotations
@@ -125,8 +125,8 @@ def grpo(
         log_ratio_cap: bound of |lp − old| before the exponential, above 0; ``None`` is the paper's uncapped form.
         dual_clip: c of ``with_dual_clip``, above 1; ``None``: no dual clip.
 
-    Reads ``advantages``, ``old_logprobs`` and, unless ``kl_beta=0``, ``ref_logprobs``.
-    Statistics, means over active tokens:
+    Reads ``advantages``, ``old_logprobs`` and, unless ``kl_beta=0``, ``ref_logprobs``. Statistics, means over active
+    tokens:
 
         ratio: mean r, above 0; 1 on-policy.
         ratio_capped: share of tokens with |log-ratio| above the cap, in [0, 1].
@@ -215,8 +215,9 @@ def bnpo(
     """−min(r·A, clip(r, low, high)·A), averaged over tokens: TRL's ``loss_type="bnpo"``, with its β of 0.
 
     ``bnpo()`` is ``ppo()`` under TRL's name. In TRL the denominator is local: each micro-batch and each rank divides by
-    its own tokens, so that the gradient depends on the split. For this, call the loss on each of them without
-    ``denominator=``, and average. Bound to the denominator of the whole batch, it is TRL's "dapo" with other bounds.
+    its own tokens, so that the gradient depends on the split. To reproduce this, call the loss on each micro-batch
+    without ``denominator=``, and average. Bound to the denominator of the whole batch, it is TRL's "dapo" with other
+    bounds.
 
     Args:
         clip: bounds (low, high) of the ratio itself, 0 <= low <= 1 <= high; an epsilon of 0.2 is (0.8, 1.2).
@@ -254,10 +255,10 @@ def dr_grpo(
 ) -> Loss:
     """−min(r·A, clip(r, low, high)·A), divided by one constant length for each sequence. Liu et al. 2025.
 
-    Dr. GRPO, arXiv:2503.20783: without the division by each sequence's own length, a long answer is not weakened. The
+    Dr. GRPO, arXiv:2503.20783: without the division by each sequence's own length, long answers keep their weight. The
     advantages come from ``group_advantages(..., scale="none")``. ``dr_grpo()`` is ``ppo(weigh=fixed_length(3000))``:
-    the paper's code generates at most 3000 tokens. Pass your own limit, since the gradient is proportional to
-    1 / length.
+    the paper's code generates at most 3000 tokens. Pass your own limit, since the gradient is proportional to 1 /
+    length.
 
     Args:
         clip: bounds (low, high) of the ratio itself, 0 <= low <= 1 <= high; an epsilon of 0.2 is (0.8, 1.2).

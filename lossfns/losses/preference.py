@@ -1,4 +1,4 @@
-"""Preference losses on a reference, of one margin. Datum 2i is the chosen side, datum 2i + 1 the rejected side."""
+"""Preference losses of the margin alone, with a reference. Datum 2i is the chosen side, datum 2i + 1 the rejected."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from lossfns.weigh import Weighing, pair_mean
 def dpo(beta: float = 0.1, label_smoothing: float = 0.0, weigh: Weighing = pair_mean) -> Loss:
     """−(1−ε)·log σ(β·m) − ε·log σ(−β·m), with m = Σ w·(lp − ref) of the chosen minus the rejected side.
 
-    Rafailov et al. 2023, arXiv:2305.18290, equation 7. ε: Mitchell 2023, conservative DPO (cDPO). DPO on pairs of the
-    policy's own samples is online DPO, iterative DPO and self-rewarding; with the policy's sample as the rejected side
-    of a demonstration it is SPIN; with weights 1 at a random subset of as many tokens of both sides it is SamPO
-    (arXiv:2406.10957). With another reward or link it is ``gpo``.
+    Rafailov et al. 2023, arXiv:2305.18290, equation 7. ε: Mitchell 2023, conservative DPO (cDPO). Online DPO, iterative
+    DPO and self-rewarding are DPO on pairs of the policy's own samples. In SPIN the chosen side is a demonstration, and
+    the rejected side a sample of the policy. In SamPO (arXiv:2406.10957) equally many random tokens of each side have
+    weight 1. For another reward or link, see ``gpo``.
 
     Args:
         beta: β, a finite number above 0.
         label_smoothing: ε in [0, 0.5], the probability that a pair is labelled the wrong way round.
-        weigh: ``pair_mean`` or ``pair_sum``.
+        weigh: how pairs count: ``pair_mean`` or ``pair_sum``.
 
-    Reads ``ref_logprobs``. Statistics, means over pairs, with c and r = Σ w·(lp − ref) of the two sides:
+    Reads ``ref_logprobs``. Statistics, means over pairs, with c and r the rewards of the two sides and m = c − r:
 
-        margin: m = c − r, in nats.
+        margin: m, in nats.
         reward_margin: β·m.
         chosen_reward: β·c.
         rejected_reward: β·r.
@@ -57,9 +57,9 @@ def dpo_norm(beta: float = 5.0, label_smoothing: float = 0.0, weigh: Weighing = 
     Length-normalised DPO: Lambert et al. 2024 (Tülu 3), arXiv:2411.15124. TRL calls it ``sigmoid_norm``.
 
     Args:
-        beta: β, a finite number above 0. A mean over tokens needs a larger one than a sum.
+        beta: β, a finite number above 0. A mean over tokens needs a larger β than a sum.
         label_smoothing: ε in [0, 0.5], the probability that a pair is labelled the wrong way round.
-        weigh: ``pair_mean`` or ``pair_sum``.
+        weigh: how pairs count: ``pair_mean`` or ``pair_sum``.
 
     Reads ``ref_logprobs``. Statistics, means over pairs, with c and r the rewards of the two sides and m = c − r:
 
@@ -83,15 +83,15 @@ def dpo_norm(beta: float = 5.0, label_smoothing: float = 0.0, weigh: Weighing = 
 def ipo(beta: float = 0.1, reward: Reward = log_ratio_sum, weigh: Weighing = pair_mean) -> Loss:
     """(m − 1/(2β))², with m the reward of the chosen minus the rejected side: Σ w·(lp − ref), or ``reward``.
 
-    Azar et al. 2023, arXiv:2310.12036, equation 17, whose τ is β. The paper takes the sum over tokens. TRL's DPO
-    divides it by the number of tokens: ``reward=log_ratio_mean``. TRL's CPO takes means without a reference:
-    ``reward=logprob_mean``.
+    Azar et al. 2023, arXiv:2310.12036, equation 17, where β is called τ. The paper takes the sum over tokens. TRL's
+    ``DPOTrainer`` divides it by the number of tokens: ``reward=log_ratio_mean``. TRL's ``CPOTrainer`` takes means
+    without a reference: ``reward=logprob_mean``.
 
     Args:
         beta: β, a finite number above 0.
         reward: the reward of a side: ``log_ratio_sum``, ``log_ratio_mean``, ``forward_kl_reward``, ``js_reward``,
             ``alpha_reward(α)``, one without a reference such as ``logprob_mean``, or a ``Reward`` of your own.
-        weigh: ``pair_mean`` or ``pair_sum``.
+        weigh: how pairs count: ``pair_mean`` or ``pair_sum``.
 
     Reads ``ref_logprobs``. Statistics, means over pairs, with c and r the rewards of the two sides and m = c − r:
 
@@ -114,15 +114,15 @@ def ipo(beta: float = 0.1, reward: Reward = log_ratio_sum, weigh: Weighing = pai
 def hinge(beta: float = 0.1, reward: Reward = log_ratio_sum, weigh: Weighing = pair_mean) -> Loss:
     """max(0, 1 − β·m), with m the reward of the chosen minus the rejected side: Σ w·(lp − ref), or ``reward``.
 
-    Zhao et al. 2023 (SLiC-HF), arXiv:2305.10425, on the margin of DPO, which is "hinge-norm" of Liu et al. 2023 (RSO),
-    arXiv:2309.06657. It is ``gpo(link=hinge_link)``. SLiC-HF itself has no reference, a margin δ and a likelihood term:
-    δ·``cpo(link=hinge_link, beta=1/δ, nll_weight=λ/δ)``.
+    The hinge loss of SLiC-HF (Zhao et al. 2023, arXiv:2305.10425) on the margin of DPO: "hinge-norm" of Liu et al. 2023
+    (RSO), arXiv:2309.06657. It is ``gpo(link=hinge_link)``. SLiC-HF itself has no reference, but a margin δ and a
+    likelihood term: δ·``cpo(link=hinge_link, beta=1/δ, nll_weight=λ/δ)``.
 
     Args:
         beta: β, a finite number above 0. 1/β is the margin that a pair must reach.
         reward: the reward of a side: ``log_ratio_sum``, ``log_ratio_mean``, ``forward_kl_reward``, ``js_reward``,
             ``alpha_reward(α)``, one without a reference such as ``logprob_mean``, or a ``Reward`` of your own.
-        weigh: ``pair_mean`` or ``pair_sum``.
+        weigh: how pairs count: ``pair_mean`` or ``pair_sum``.
 
     Reads ``ref_logprobs``. Statistics, means over pairs, with c and r the rewards of the two sides and m = c − r:
 
@@ -151,15 +151,15 @@ def robust_dpo(
     """(−(1−ε)·log σ(β·m) + ε·log σ(−β·m)) / (1 − 2ε), with m the reward of the chosen minus the rejected side:
     Σ w·(lp − ref), or ``reward``.
 
-    Chowdhury et al. 2024, arXiv:2403.00409. If labels are flipped with probability ε, its expectation is DPO's loss on
-    clean labels. TRL calls it ``robust`` and ε ``label_smoothing``.
+    Chowdhury et al. 2024, arXiv:2403.00409. If labels are flipped with probability ε, the expected loss is that of DPO
+    on clean labels. TRL calls it ``robust`` and ε ``label_smoothing``.
 
     Args:
         beta: β, a finite number above 0.
-        flip_rate: ε, at least 0 and below 0.5.
+        flip_rate: ε, the probability that a label is flipped, at least 0 and below 0.5.
         reward: the reward of a side: ``log_ratio_sum``, ``log_ratio_mean``, ``forward_kl_reward``, ``js_reward``,
             ``alpha_reward(α)``, one without a reference such as ``logprob_mean``, or a ``Reward`` of your own.
-        weigh: ``pair_mean`` or ``pair_sum``.
+        weigh: how pairs count: ``pair_mean`` or ``pair_sum``.
 
     Reads ``ref_logprobs``. Statistics, means over pairs, with c and r the rewards of the two sides and m = c − r:
 
@@ -196,7 +196,7 @@ def exo(beta: float = 0.1, epsilon: float = 1e-3, reward: Reward = log_ratio_sum
         epsilon: ε, above 0 and at most 0.5.
         reward: the reward of a side: ``log_ratio_sum``, ``log_ratio_mean``, ``forward_kl_reward``, ``js_reward``,
             ``alpha_reward(α)``, one without a reference such as ``logprob_mean``, or a ``Reward`` of your own.
-        weigh: ``pair_mean`` or ``pair_sum``.
+        weigh: how pairs count: ``pair_mean`` or ``pair_sum``.
 
     Reads ``ref_logprobs``. Statistics, means over pairs, with c and r the rewards of the two sides and m = c − r:
 

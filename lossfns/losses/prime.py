@@ -1,4 +1,4 @@
-"""The losses of prime-rl: a mask on probabilities, and the squared log-ratio to the sampler at every token."""
+"""The losses of prime-rl: −r·A masked by probabilities, plus the squared log-ratio to the sampler at every token."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from lossfns.tokens import Tokens
 from lossfns.weigh import Weighing, token_mean
 
 SAMPLER = "sampler_logprobs"
+"""The column of the policy that sampled, which the ratio divides by."""
 
 
 def masked_with_penalty(
@@ -27,11 +28,11 @@ def masked_with_penalty(
     weigh: Weighing,
     log_ratio_cap: float | None,
 ) -> Loss:
-    """−r·A where the mask holds, else 0, plus τ·(lp − sampler)² everywhere, with r = exp(lp − sampler)."""
+    """−r·A where the mask is True, else 0, plus τ·(lp − sampler)² at every token, with r = exp(lp − sampler)."""
 
     def surrogate(t: Tokens, ratio: Tensor) -> Tensor:
-        stays = torch.where(kept(t), eq.surrogate(ratio, advantage(t)), 0)
-        return stays + kl_tau * (t.logprobs - t.sampler_logprobs).square()
+        term = torch.where(kept(t), eq.surrogate(ratio, advantage(t)), 0)
+        return term + kl_tau * (t.logprobs - t.sampler_logprobs).square()
 
     def statistics(t: Tokens, ratio: Tensor) -> Statistics:
         return OnDemand(tv_masked=lambda: ~kept(t))
@@ -51,7 +52,7 @@ def prime_dppo(
     """−α·r·A + τ·(lp − sampler)², without −α·r·A where p − p_sampler > δ_high and A > 0, or < −δ_low and A <= 0.
 
     The default loss of prime-rl: the mask of ``dppo_tv`` (arXiv:2602.04879), and the squared log-ratio of Kimi K2.5
-    (arXiv:2602.02276), which has no ½ and also holds masked tokens. r = exp(lp − sampler), p = e^lp.
+    (arXiv:2602.02276), which has no ½ and applies to masked tokens too. r = exp(lp − sampler), p = e^lp.
 
     Args:
         delta_low: δ_low, a finite number above 0.
@@ -139,8 +140,8 @@ def prime_ref_kl(
         kl_tau: τ, a finite number of at least 0.
         weigh: how tokens count: ``token_mean``, ``sequence_mean``, ``sequence_sum_mean``, ``token_sum`` or
             ``fixed_length(L)``.
-        log_ratio_cap: bound of |lp − sampler| before the exponential, above 0; ``None`` is prime-rl's uncapped form. It
-            is lower than in other losses, since a teacher's logprob gives a token no bounded advantage.
+        log_ratio_cap: bound of |lp − sampler| before the exponential, above 0; ``None`` is prime-rl's uncapped form.
+            The default is lower than in other losses, because the advantage ref − lp is unbounded.
 
     Reads ``ref_logprobs`` and ``sampler_logprobs``. Statistics, means over active tokens:
 

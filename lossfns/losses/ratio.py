@@ -40,7 +40,7 @@ def ratio_loss(
 ) -> Loss:
     """surrogate(t, r) of each token, with r = exp(d) and d = the capped log-ratio of the token or its sequence.
 
-    ``behaviour`` is the column with the logprobs of the policy that the ratio divides by, and ``signal`` the column
+    ``behaviour`` is the column with the logprobs of the policy that the ratio divides by, and ``signal`` is the column
     that the surrogate reads.
     """
 

@@ -1,8 +1,8 @@
 """REC, the REINFORCE family with clips of Yao et al. 2025: −sg(ω)·A·lp in a region of the ratio, 0 outside.
 
-The regularisers of the family are other parts. The squared log-ratio c·(lp − old)² is ``with_kl(rec(), kl_beta=2 * c,
-kl=k2)`` with the old logprobs bound as ``ref_logprobs``. The weights e^(A/T) of data belong in the advantages:
-A·e^(A/T).
+The regularisers of the family are combinators and advantages. The squared log-ratio c·(lp − old)² is ``with_kl(rec(),
+kl_beta=2 * c, kl=k2)`` with the old logprobs bound as ``ref_logprobs``. The data weights e^(A/T) belong in the
+advantages: A·e^(A/T).
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def rec(
         region: where a token keeps its gradient: ``one_side`` or ``two_side``.
         is_weight: ω, the importance weight of a token: ``unit_weight`` or ``ratio_weight``.
         clip: bounds (low, high) of the ratio itself, 0 <= low <= 1 <= high; an epsilon of 0.2 is (0.8, 1.2).
-        level: what the log-ratio is taken over: ``token_level`` (each token), ``sequence_level`` (Σ w·d over the
-            sequence) or ``geometric_level`` (Σ w·d / Σ w over the sequence).
+        level: what the log-ratio d = lp − old is taken over: ``token_level`` (each token), ``sequence_level`` (Σ w·d
+            over the sequence) or ``geometric_level`` (Σ w·d / Σ w over the sequence).
         weigh: how tokens count: ``token_mean``, ``sequence_mean``, ``sequence_sum_mean``, ``token_sum`` or
             ``fixed_length(L)``.
         log_ratio_cap: bound of |log r| before the exponential, above 0; ``None`` is the paper's uncapped form.
@@ -84,10 +84,10 @@ def rec_ring(
     weigh: Weighing = token_mean,
     log_ratio_cap: float | None = 20.0,
 ) -> Loss:
-    """−sg(ω(r))·A·lp in PPO's region and far on the side that the advantage pulls back from, else 0.
+    """−sg(ω(r))·A·lp between the bounds, and beyond an outer bound from which the advantage pulls r back, else 0.
 
-    REC-Ring of Yao et al. 2025, arXiv:2509.24203. A token counts where low <= r <= high, where A >= 0 and r is at most
-    the outer low, and where A <= 0 and r is at least the outer high.
+    REC-Ring of Yao et al. 2025, arXiv:2509.24203. A token keeps its gradient where low <= r <= high, where A >= 0 and r
+    is at most the outer low, and where A <= 0 and r is at least the outer high.
 
     Args:
         is_weight: ω, the importance weight of a token: ``unit_weight`` or ``ratio_weight``.

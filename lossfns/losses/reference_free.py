@@ -18,18 +18,18 @@ from lossfns.weigh import Weighing, pair_mean
 def orpo(lam: float = 0.1, weigh: Weighing = pair_mean) -> Loss:
     """−a_c + λ·(−log σ(log-odds(a_c) − log-odds(a_r))), with a = Σ w·lp / Σ w of the chosen (c) and rejected (r).
 
-    Hong et al. 2024, arXiv:2403.07691, equations 6 and 7. No reference model. Value and gradient are finite for every
-    logprob up to and including 0. The likelihood is that of the tokens with a weight. TRL takes it over prompt and
-    answer: add a ``cross_entropy`` of these to the odds ratio alone, which is
-    ``cpo(beta=1, nll_weight=0, reward=log_odds_mean)``.
+    Hong et al. 2024, arXiv:2403.07691, equations 6 and 7. Value and gradient are finite for every logprob up to and
+    including 0. The likelihood is that of the tokens with a weight. TRL takes the likelihood over prompt and answer:
+    for this, add a ``cross_entropy`` of both to the odds ratio alone, ``cpo(beta=1, nll_weight=0,
+    reward=log_odds_mean)``.
 
     Args:
         lam: λ, a finite number of at least 0.
-        weigh: ``pair_mean`` or ``pair_sum``.
+        weigh: how pairs count: ``pair_mean`` or ``pair_sum``.
 
     Reads no column besides the weights. Statistics, means over pairs:
 
-        nll: −a of the chosen side, in nats, at least 0.
+        nll: −a_c, in nats, at least 0.
         log_odds_ratio: log-odds(a_c) − log-odds(a_r), in nats.
         chosen_reward: λ·a_c.
         rejected_reward: λ·a_r.
@@ -70,7 +70,7 @@ def simpo(beta: float = 2.0, gamma: float = 1.0, label_smoothing: float = 0.0, w
         beta: β, a finite number above 0.
         gamma: γ, the target margin, a finite number of at least 0, in the unit of β·m.
         label_smoothing: ε in [0, 0.5], the probability that a pair is labelled the wrong way round.
-        weigh: ``pair_mean`` or ``pair_sum``.
+        weigh: how pairs count: ``pair_mean`` or ``pair_sum``.
 
     Reads no column besides the weights. Statistics, means over pairs, with c and r the rewards of the two sides and m =
     c − r:
@@ -103,16 +103,16 @@ def alphapo(
     """−(1−ε)·log σ(h) − ε·log σ(−h), with h = β·(ρ_c − ρ_r) − γ and ρ = (1 − exp(−α·a))/α of the chosen (c) and
     rejected (r) side, a = Σ w·lp / Σ w.
 
-    Gupta et al. 2025 (AlphaPO), arXiv:2501.03884. At α → 0 it is ``simpo``, from which β and γ have their defaults. In
-    the statistics c and r are ρ of the two sides.
+    Gupta et al. 2025 (AlphaPO), arXiv:2501.03884. At α → 0 it is ``simpo``, whose defaults β and γ have here. In the
+    statistics c and r are ρ of the two sides.
 
     Args:
         beta: β, a finite number above 0.
         gamma: γ, the target margin, a finite number of at least 0, in the unit of β·ρ.
         reward_alpha: α, a finite number other than 0.
         label_smoothing: ε in [0, 0.5], the probability that a pair is labelled the wrong way round.
-        weigh: ``pair_mean`` or ``pair_sum``.
-        log_ratio_cap: bound of |α·a| before the exponential, above 0; ``None`` is the paper's form.
+        weigh: how pairs count: ``pair_mean`` or ``pair_sum``.
+        log_ratio_cap: bound of |α·a| before the exponential, above 0; ``None`` is the paper's uncapped form.
 
     Reads no column besides the weights. Statistics, means over pairs, with c and r the rewards of the two sides and m =
     c − r:
@@ -150,10 +150,9 @@ def cpo(
     """(1−ε)·f(β·m) + ε·f(−β·m) − λ·a_c, with f(h) = −log σ(h) or another ``link``, and m the reward of the chosen minus
     the rejected side: Σ w·lp, or ``reward``. a_c is Σ w·lp of the chosen side, or ``nll`` of it.
 
-    Xu et al. 2024 (CPO), arXiv:2401.08417. Without the likelihood it is the part of TPO (arXiv:2405.16681) that
-    compares two answers; TPO's third answer is a ``cross_entropy`` of its own. With ``reward=log_odds_mean``, β = 1 and
-    no likelihood it is the odds ratio of ``orpo``, to be added to a likelihood over other tokens, such as prompt and
-    answer.
+    Xu et al. 2024 (CPO), arXiv:2401.08417. With λ = 0 it is the part of TPO (arXiv:2405.16681) that compares two
+    answers; add a ``cross_entropy`` for TPO's third answer. With ``reward=log_odds_mean``, β = 1 and λ = 0 it is the
+    odds ratio of ``orpo``, to which a likelihood over other tokens can be added, such as prompt and answer.
 
     Args:
         beta: β, a finite number above 0.
@@ -161,11 +160,11 @@ def cpo(
         label_smoothing: ε in [0, 0.5], the probability that a pair is labelled the wrong way round.
         link: f: ``logistic_link``, ``hinge_link``, ``squared_link`` or another of ``gpo``.
         reward: ``logprob_sum``, ``logprob_mean``, ``log_odds_mean``, or one with a reference: with ``log_ratio_sum``
-            the loss is ``dpo`` and a likelihood (RPO).
+            the loss is that of ``dpo`` plus a likelihood (RPO).
         nll: ``logprob_sum``, or ``logprob_mean`` for the mean over each chosen side.
-        weigh: ``pair_mean`` or ``pair_sum``.
+        weigh: how pairs count: ``pair_mean`` or ``pair_sum``.
 
-    Reads the columns of its rewards: by default none. Statistics, means over pairs, with c and r the rewards of the two
+    Reads the columns of its rewards, by default none. Statistics, means over pairs, with c and r the rewards of the two
     sides and m = c − r:
 
         margin: m, in nats.

@@ -18,11 +18,10 @@ from lossfns.weigh import Weighing, datum_mean, token_mean
 def dro(beta: float = 0.05, weigh: Weighing = token_mean) -> Loss:
     """−(A·lp − ½β(lp − old)²): a policy gradient with a quadratic penalty towards the sampling policy.
 
-    Richemond et al. 2024, arXiv:2405.19107. The penalty applies to the log-ratio of each token, as in the
-    hosted services. The paper applies it to the log-ratio of the sequence. The loss itself has no ratio; the statistics
-    of the ratio use a cap of 20.
+    Richemond et al. 2024, arXiv:2405.19107. The penalty applies to the log-ratio of each token, as in the hosted
+    services. The paper applies it to the log-ratio of the sequence. The statistics of the ratio use a cap of 20.
 
-    ``with_tis`` weighs the penalty, too. The paper's objective is the expectation, over the sampling policy, of a
+    ``with_tis`` weighs the penalty too. The paper's objective is the expectation, over the sampling policy, of a
     squared error that contains the penalty; an importance weight corrects this expectation as a whole.
 
     Args:
@@ -76,8 +75,8 @@ def kimi15(tau: float = 0.1, weigh: Weighing = token_mean) -> Loss:
 def sppo_token(clip: Clip = (1 / 1.3, 1.3), weigh: Weighing = token_mean, log_ratio_cap: float | None = 20.0) -> Loss:
     """−A·(lp − old) where low <= r <= high, else 0: the log-ratio in place of the ratio.
 
-    Trinity's "sppo", after Vaswani et al. 2021, arXiv:2108.05828. Inside the bounds the gradient is −A; the tokens
-    outside of them have none, for either sign of A. An ε of Trinity is ``clip=(1 / (1 + ε), 1 + ε)``.
+    Trinity's "sppo", after Vaswani et al. 2021, arXiv:2108.05828. Inside the bounds the gradient is −A. Tokens outside
+    have no gradient, for either sign of A. An ε of Trinity is ``clip=(1 / (1 + ε), 1 + ε)``.
 
     Args:
         clip: bounds (low, high) of the ratio itself, 0 <= low <= 1 <= high; an epsilon of 0.2 is (0.8, 1.2).
@@ -112,11 +111,11 @@ def a2po(beta: float = 1e-3, weigh: Weighing = datum_mean) -> Loss:
     """(β₂·Σ w·(lp − ref) − (R − V*))² of each answer, with its reward R. Brantley et al. 2025, arXiv:2505.20686.
 
     A*-PO: the log-ratio to the reference is fitted to the optimal advantage. V* is the optimal value of the prompt,
-    β₁·(logsumexp(R/β₁) − log N) over the rewards of N answers that the reference gave, with β₁ = 0.5 in TRL.
+    β₁·(logsumexp(R/β₁) − log N) over the rewards of N answers of the reference, with β₁ = 0.5 in TRL.
 
     Args:
         beta: β₂, a finite number above 0.
-        weigh: ``datum_mean`` or ``datum_sum``.
+        weigh: how datums count: ``datum_mean`` or ``datum_sum``.
 
     Reads ``ref_logprobs``, ``rewards`` (R) and ``reference_point`` (V*), one number for each datum. Statistics, means
     over datums:

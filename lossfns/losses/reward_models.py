@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -17,11 +15,6 @@ SCORE = Reward("score", sum_of_logprobs)
 """Σ w·score of each answer: scores stand in place of logprobs."""
 
 
-def compared(t: Tokens, c: Tensor, r: Tensor, center_weight: float) -> Tensor:
-    """−log σ(c − r) + λ·(c + r)²."""
-    return center_weight * (c + r).square() - F.logsigmoid(c - r)
-
-
 @preset
 def bradley_terry(center_weight: float = 0.0, weigh: Weighing = pair_mean) -> Loss:
     """−log σ(m) + λ·(s_c + s_r)², with s = Σ w·score of the chosen (c) and rejected (r) side and m = s_c − s_r.
@@ -31,7 +24,7 @@ def bradley_terry(center_weight: float = 0.0, weigh: Weighing = pair_mean) -> Lo
 
     Args:
         center_weight: λ, a finite number of at least 0. TRL calls it ``center_rewards_coefficient``.
-        weigh: ``pair_mean`` or ``pair_sum``.
+        weigh: how pairs count: ``pair_mean`` or ``pair_sum``.
 
     Reads no column besides the weights. It takes scores of any sign. Statistics, means over pairs:
 
@@ -48,7 +41,11 @@ def bradley_terry(center_weight: float = 0.0, weigh: Weighing = pair_mean) -> Lo
     >>> round(float(loss), 4), metrics["chosen_reward"]  # −log σ(1 + 1)
     (0.1269, 1.0)
     """
-    return pair_loss(partial(compared, center_weight=center_weight), SCORE, 1.0, weigh, output="scores")
+
+    def centred(t: Tokens, c: Tensor, r: Tensor) -> Tensor:
+        return center_weight * (c + r).square() - F.logsigmoid(c - r)
+
+    return pair_loss(centred, SCORE, 1.0, weigh, output="scores")
 
 
 @preset
@@ -57,11 +54,11 @@ def bradley_terry_margin(center_weight: float = 0.0, weigh: Weighing = pair_mean
     the pair's target margin.
 
     ``bradley_terry`` with the margin of Touvron et al. 2023 (Llama 2), arXiv:2307.09288, equation 2: pairs that differ
-    clearly have a large one.
+    clearly have a large margin.
 
     Args:
-        center_weight: λ, a finite number of at least 0.
-        weigh: ``pair_mean`` or ``pair_sum``.
+        center_weight: λ, a finite number of at least 0. TRL calls it ``center_rewards_coefficient``.
+        weigh: how pairs count: ``pair_mean`` or ``pair_sum``.
 
     Reads ``target_margin`` (Δ, one number for each pair, on its chosen side). It takes scores of any sign. Statistics,
     means over pairs:
@@ -81,7 +78,7 @@ def bradley_terry_margin(center_weight: float = 0.0, weigh: Weighing = pair_mean
     """
 
     def beyond_margin(t: Tokens, c: Tensor, r: Tensor) -> Tensor:
-        return compared(t, c - pair_number(t, t.target_margin), r, 0.0) + center_weight * (c + r).square()
+        return center_weight * (c + r).square() - F.logsigmoid(c - pair_number(t, t.target_margin) - r)
 
     return pair_loss(beyond_margin, SCORE, 1.0, weigh, ("target_margin",), output="scores")
 
@@ -96,13 +93,13 @@ def process_reward(weigh: Weighing = token_mean) -> Loss:
     continuations.
 
     Args:
-        weigh: ``token_mean`` (over steps), ``sequence_mean``, ``sequence_sum_mean``, ``token_sum`` or
+        weigh: how steps count: ``token_mean``, ``sequence_mean``, ``sequence_sum_mean``, ``token_sum`` or
             ``fixed_length(L)``.
 
     Reads ``returns`` (y, by token). It takes scores of any sign. Statistics, means over active tokens:
 
-        probability: σ(s), in [0, 1].
-        accuracy: share of steps with s > 0 if y > ½, and s <= 0 if not, in [0, 1].
+        probability: mean σ(s), in [0, 1].
+        accuracy: share of steps with s > 0 if y > ½, s <= 0 if not, in [0, 1].
 
     >>> import torch
     >>> scores = torch.tensor([[0.5, 1.0], [2.0, -1.0]])

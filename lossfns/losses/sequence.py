@@ -131,7 +131,8 @@ def rloo(
     """−min(s·A, clip(s, low, high)·A), with the product s = π(y) / π_old(y) of the ratios of a sequence.
 
     TRL's ``RLOOTrainer``: PPO's clip on the ratio of whole sequences. On-policy it is the loss of Ahmadian et al. 2024,
-    arXiv:2402.14740, which has no ratio. log s = Σ w·d. The leave-one-out baseline is in the advantages.
+    arXiv:2402.14740, which has no ratio. log s = Σ w·d. The leave-one-out baseline belongs in the advantages:
+    ``leave_one_out_advantages``.
 
     Args:
         clip: bounds (low, high) of s, 0 <= low <= 1 <= high; an epsilon of 0.2 is (0.8, 1.2).
@@ -157,7 +158,7 @@ def rloo(
 
 
 def one_sided_clip(log_ratio: Tensor, advantages: Tensor, bounds: Clip) -> Tensor:
-    """min(d, log high) where A > 0, max(d, log low) where A < 0. On a bound the gradient flows."""
+    """min(d, log high) where A > 0, max(d, log low) where A < 0. On a bound d keeps its gradient."""
     d = log_ratio.detach()
     bounded = d.clamp(*bounds)
     return torch.where((d - bounded) * advantages > 0, bounded, log_ratio)
@@ -175,9 +176,10 @@ def gmpo(
 ) -> Loss:
     """−s·A, where s is the geometric mean over the sequence of ratios that are clipped one by one.
 
-    Zhao et al. 2025, "Geometric-Mean Policy Optimization", arXiv:2507.20673. The ratio of a token is cut to ``high``
-    where A > 0 and to ``low`` where A < 0, and then log s = Σ w·log r / Σ w. verl calls it "geo_mean" and takes its
-    bounds in log space from the settings of PPO: (e^−0.2, e^0.2); TRL's are the paper's. Both average over sequences.
+    Zhao et al. 2025, "Geometric-Mean Policy Optimization", arXiv:2507.20673. The ratio of a token is limited to
+    ``high`` where A > 0 and to ``low`` where A < 0, and then log s = Σ w·log r / Σ w. verl calls it "geo_mean" and
+    takes its bounds in log space from the settings of PPO: (e^−0.2, e^0.2); TRL's are the paper's. Both average over
+    sequences.
 
     Args:
         clip: bounds (low, high) of the ratio of a token, 0 <= low <= 1 <= high; the paper's ±0.4 in log space are

@@ -27,7 +27,7 @@ def dpop(beta: float = 0.3, lam: float = 50.0, weigh: Weighing = pair_mean) -> L
     Args:
         beta: β, a finite number above 0.
         lam: λ, a finite number of at least 0.
-        weigh: ``pair_mean`` or ``pair_sum``.
+        weigh: how pairs count: ``pair_mean`` or ``pair_sum``.
 
     Reads ``ref_logprobs``. Statistics, means over pairs, with c and r the rewards of the two sides and m = c − r:
 
@@ -59,7 +59,7 @@ def odpo(beta: float = 0.1, weigh: Weighing = pair_mean) -> Loss:
 
     Args:
         beta: β, a finite number above 0.
-        weigh: ``pair_mean`` or ``pair_sum``.
+        weigh: how pairs count: ``pair_mean`` or ``pair_sum``.
 
     Reads ``ref_logprobs`` and ``target_margin`` (Δ, one number for each pair, on its chosen side). Statistics, means
     over pairs, with c and r the rewards of the two sides and m = c − r:
@@ -87,15 +87,15 @@ def odpo(beta: float = 0.1, weigh: Weighing = pair_mean) -> Loss:
 @preset
 def r_dpo(beta: float = 0.1, alpha: float = 0.01, weigh: Weighing = pair_mean) -> Loss:
     """−log σ(β·m + α·(n_c − n_r)), with m = Σ w·(lp − ref) of the chosen minus the rejected side and n the number of
-    tokens with a weight of each.
+    active tokens of each side.
 
-    Park et al. 2024, arXiv:2403.19159: a longer chosen side counts less. Codes of others subtract α·(n_c − n_r), which
-    does the opposite.
+    Park et al. 2024, arXiv:2403.19159: a longer chosen side counts less. Some implementations subtract α·(n_c − n_r),
+    which has the opposite effect.
 
     Args:
         beta: β, a finite number above 0.
         alpha: α, a finite number of at least 0.
-        weigh: ``pair_mean`` or ``pair_sum``.
+        weigh: how pairs count: ``pair_mean`` or ``pair_sum``.
 
     Reads ``ref_logprobs``. Statistics, means over pairs, with c and r the rewards of the two sides and m = c − r:
 
@@ -122,14 +122,14 @@ def r_dpo(beta: float = 0.1, alpha: float = 0.01, weigh: Weighing = pair_mean) -
 @preset
 def ld_dpo(beta: float = 0.1, ld_alpha: float = 0.5, weigh: Weighing = pair_mean) -> Loss:
     """−log σ(β·m), with m = Σ w·(lp − ref) of the chosen minus the rejected side, in which the tokens beyond the length
-    of the shorter side count α times.
+    of the shorter side are multiplied by α.
 
-    Liu et al. 2024 (length-desensitised DPO), arXiv:2409.06411. Lengths count the tokens with a weight.
+    Liu et al. 2024 (length-desensitised DPO), arXiv:2409.06411. Lengths count the active tokens.
 
     Args:
         beta: β, a finite number above 0.
         ld_alpha: α in [0, 1]; at 1 the loss is ``dpo``.
-        weigh: ``pair_mean`` or ``pair_sum``.
+        weigh: how pairs count: ``pair_mean`` or ``pair_sum``.
 
     Reads ``ref_logprobs``. Statistics, means over pairs, with c and r the rewards of the two sides and m = c − r:
 
@@ -157,7 +157,7 @@ def minor_dpo(beta: float = 0.1, weigh: Weighing = pair_mean) -> Loss:
 
     Args:
         beta: β, a finite number above 0.
-        weigh: ``pair_mean`` or ``pair_sum``.
+        weigh: how pairs count: ``pair_mean`` or ``pair_sum``.
 
     Reads ``ref_logprobs``. Statistics, means over pairs, with c and r the rewards of the two sides and m = c − r:
 
@@ -189,7 +189,7 @@ def dpo_shift(beta: float = 0.1, lam: float = 0.95, weigh: Weighing = pair_mean)
     Args:
         beta: β, a finite number above 0.
         lam: λ, a finite number of at least 0; at 1 the loss is ``dpo``.
-        weigh: ``pair_mean`` or ``pair_sum``.
+        weigh: how pairs count: ``pair_mean`` or ``pair_sum``.
 
     Reads ``ref_logprobs``. Statistics, means over pairs, with c and r the rewards of the two sides and m = c − r:
 
@@ -216,13 +216,13 @@ def dpo_shift(beta: float = 0.1, lam: float = 0.95, weigh: Weighing = pair_mean)
 def bpo(beta: float = 0.1, balance: float = 0.3, weigh: Weighing = pair_mean) -> Loss:
     """−log σ(β·min(c, −α·r)), with c and r = Σ w·(lp − ref) of the chosen and the rejected side.
 
-    Sun et al. 2025 (balanced preference optimisation), arXiv:2506.03557: the gradient is that of the side that lags
-    behind, the chosen one in a tie.
+    Sun et al. 2025 (balanced preference optimisation), arXiv:2506.03557: only the side that attains the minimum has a
+    gradient, the chosen one in a tie.
 
     Args:
         beta: β, a finite number above 0.
         balance: α, a finite number above 0, in the paper at most 1.
-        weigh: ``pair_mean`` or ``pair_sum``.
+        weigh: how pairs count: ``pair_mean`` or ``pair_sum``.
 
     Reads ``ref_logprobs``. Statistics, means over pairs, with c and r the rewards of the two sides and m = c − r:
 
@@ -248,14 +248,14 @@ def bpo(beta: float = 0.1, balance: float = 0.3, weigh: Weighing = pair_mean) ->
 @preset
 def wpo(beta: float = 0.1, weigh: Weighing = pair_mean) -> Loss:
     """−sg(v_c·v_r)·log σ(β·m), with m = Σ w·(lp − ref) of the chosen minus the rejected side and v = exp(Σ w·(lp − log
-    Σp²) / Σ w) of each.
+    Σp²) / Σ w) of each side.
 
     Zhou et al. 2024 (weighted preference optimisation), arXiv:2406.11827, equation 2, with its sampled alignment: pairs
-    that the policy would produce itself count more. With 1 in place of Σp², v is the plain likelihood by token.
+    that the policy itself is likely to produce count more. With 1 in place of Σp², v is the plain likelihood by token.
 
     Args:
         beta: β, a finite number above 0.
-        weigh: ``pair_mean`` or ``pair_sum``.
+        weigh: how pairs count: ``pair_mean`` or ``pair_sum``.
 
     Reads ``ref_logprobs`` and ``sum_square_probs`` (Σp² over the vocabulary, by token, above 0). Statistics, means over
     pairs, with c and r the rewards of the two sides and m = c − r:

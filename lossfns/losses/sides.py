@@ -1,4 +1,4 @@
-"""Preference losses that place each side of a pair for itself, not only their margin."""
+"""Preference losses of the rewards of both sides, not of their margin alone."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def nca(beta: float = 0.1, weigh: Weighing = pair_mean) -> Loss:
 
     Args:
         beta: β, a finite number above 0.
-        weigh: ``pair_mean`` or ``pair_sum``.
+        weigh: how pairs count: ``pair_mean`` or ``pair_sum``.
 
     Reads ``ref_logprobs``. Statistics, means over pairs, with c and r the rewards of the two sides and m = c − r:
 
@@ -53,7 +53,7 @@ def bco_pair(beta: float = 0.1, weigh: Weighing = pair_mean) -> Loss:
 
     Args:
         beta: β, a finite number above 0.
-        weigh: ``pair_mean`` or ``pair_sum``.
+        weigh: how pairs count: ``pair_mean`` or ``pair_sum``.
 
     Reads ``ref_logprobs``. Statistics, means over pairs, with c and r the rewards of the two sides and m = c − r:
 
@@ -85,7 +85,7 @@ def sppo_hard(beta: float = 0.1, weigh: Weighing = pair_mean) -> Loss:
 
     Args:
         beta: β, a finite number above 0.
-        weigh: ``pair_mean`` or ``pair_sum``.
+        weigh: how pairs count: ``pair_mean`` or ``pair_sum``.
 
     Reads ``ref_logprobs``. Statistics, means over pairs, with c and r the rewards of the two sides and m = c − r:
 
@@ -117,7 +117,7 @@ def apo_zero(beta: float = 0.1, weigh: Weighing = pair_mean) -> Loss:
 
     Args:
         beta: β, a finite number above 0.
-        weigh: ``pair_mean`` or ``pair_sum``.
+        weigh: how pairs count: ``pair_mean`` or ``pair_sum``.
 
     Reads ``ref_logprobs``. Statistics, means over pairs, with c and r the rewards of the two sides and m = c − r:
 
@@ -149,7 +149,7 @@ def apo_down(beta: float = 0.1, weigh: Weighing = pair_mean) -> Loss:
 
     Args:
         beta: β, a finite number above 0.
-        weigh: ``pair_mean`` or ``pair_sum``.
+        weigh: how pairs count: ``pair_mean`` or ``pair_sum``.
 
     Reads ``ref_logprobs``. Statistics, means over pairs, with c and r the rewards of the two sides and m = c − r:
 
@@ -177,13 +177,13 @@ def cal_dpo(beta: float = 0.1, lam: float = 1.0, weigh: Weighing = pair_mean) ->
     """−log σ(c − r) + λ·((c − 1/(2β))² + (r + 1/(2β))²), with c and r = Σ w·(lp − ref) of the chosen and the rejected
     side.
 
-    Xiao et al. 2024 (Cal-DPO), arXiv:2412.14516. β does not scale the margin; it sets where the two rewards are to be.
+    Xiao et al. 2024 (Cal-DPO), arXiv:2412.14516. β does not scale the margin. It sets the targets of c and r, ±1/(2β).
     The authors' code has λ = ½.
 
     Args:
         beta: β, a finite number above 0.
         lam: λ, a finite number of at least 0.
-        weigh: ``pair_mean`` or ``pair_sum``.
+        weigh: how pairs count: ``pair_mean`` or ``pair_sum``.
 
     Reads ``ref_logprobs``. Statistics, means over pairs, with c and r the rewards of the two sides and m = c − r:
 
@@ -211,13 +211,13 @@ def cal_dpo(beta: float = 0.1, lam: float = 1.0, weigh: Weighing = pair_mean) ->
 def c2_dpo(beta: float = 0.1, lam: float = 2e-4, weigh: Weighing = pair_mean) -> Loss:
     """−log σ(β·(c − r)) + λ·(c + r)², with c and r = Σ w·(lp − ref) of the chosen and the rejected side.
 
-    "Constrained controlled" DPO, arXiv:2502.17507, with its constraint on the logarithms: what one side gains the other
-    loses.
+    "Constrained controlled" DPO, arXiv:2502.17507, with its constraint on the logarithms: c + r stays near 0, so that
+    one side gains what the other loses.
 
     Args:
         beta: β, a finite number above 0.
         lam: λ, a finite number of at least 0.
-        weigh: ``pair_mean`` or ``pair_sum``.
+        weigh: how pairs count: ``pair_mean`` or ``pair_sum``.
 
     Reads ``ref_logprobs``. Statistics, means over pairs, with c and r the rewards of the two sides and m = c − r:
 

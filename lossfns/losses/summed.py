@@ -1,6 +1,6 @@
-"""Sums of losses that papers name. Each is one line over ``sum_losses``: losses, coefficients, columns of weights.
+"""Sums of losses that papers name. Each is a call of ``sum_losses``: losses, coefficients, columns of weights.
 
-The losses themselves are arguments, so that each sum goes with any policy or preference loss and any weighing. The
+The losses themselves are arguments, so that each sum works with any policy or preference loss and any weighing. The
 statistics of each part are those of its loss, under the name of the part, as in ``sft/nll``.
 """
 
@@ -35,7 +35,7 @@ CHOSEN_NLL = replace(make_loss(nll_of_chosen, (), pair_mean, rows=PAIRS), name="
 
 @preset
 def echo(policy: Loss, alpha: float = 0.1) -> Loss:
-    """L_policy + α·CE, where CE is the cross-entropy on what the environment answered.
+    """L_policy + α·CE, where CE is the cross-entropy on the tokens of the environment.
 
     ECHO, as prime-rl 0.6 documents it (docs/algorithms.md): each part is divided by its own tokens of the whole batch.
 
@@ -88,9 +88,8 @@ def vapo_nll(policy: Loss, mu: float = 0.1) -> Loss:
         policy: the loss on all samples, the tokens of ``weights``.
         mu: μ, a finite number of at least 0.
 
-    Reads ``nll_weights``, which are the weights in correct samples and 0 in others, besides the columns of the policy
-    loss. A batch without a correct sample is no error: NLL is then 0. Statistics: those of the policy loss under
-    ``rl/``, and
+    Reads ``nll_weights``, the weights of correct samples and 0 in others, besides the columns of the policy loss. A
+    batch without a correct sample is no error: NLL is then 0. Statistics: those of the policy loss under ``rl/``, and
 
         nll/nll: mean −lp over the tokens of ``nll_weights``, in nats, at least 0.
 
@@ -103,7 +102,7 @@ def vapo_nll(policy: Loss, mu: float = 0.1) -> Loss:
 
 @preset
 def oreal(policy: Loss, positive_factor: float = 1.0, negative_factor: float = 1.0, sft_factor: float = 1.0) -> Loss:
-    """c_neg·L_policy(A ≤ 0) + c_pos·(L_policy(A > 0) + c_sft·SFT(A > 0)), each over its own count of tokens.
+    """c_neg·L_policy(A <= 0) + c_pos·(L_policy(A > 0) + c_sft·SFT(A > 0)), each over its own count of tokens.
 
     Lyu et al. 2025, arXiv:2502.06781, in the form of xtuner 1.0 (``xtuner/v1/rl/loss/oreal_loss.py``), with its
     ``positive_loss_factor``, ``negative_loss_factor`` and ``pos_sft_loss_weight``, and without its KL term.
@@ -113,7 +112,7 @@ def oreal(policy: Loss, positive_factor: float = 1.0, negative_factor: float = 1
         positive_factor, negative_factor, sft_factor: c_pos, c_neg and c_sft, finite numbers of at least 0.
 
     Reads ``positive_weights`` besides the columns of the policy loss: the weights of tokens with A > 0, and 0 at the
-    others. ``weights`` are those of tokens with A ≤ 0. Statistics: those of the policy loss under ``negative/`` and
+    others. ``weights`` are those of tokens with A <= 0. Statistics: those of the policy loss under ``negative/`` and
     ``positive/``, and
 
         sft/nll: mean −lp over the tokens of ``positive_weights``, in nats, at least 0.

@@ -39,9 +39,9 @@ def cross_entropy(weigh: Weighing = token_mean) -> Loss:
         weigh: how tokens count: ``token_mean``, ``sequence_mean``, ``sequence_sum_mean``, ``token_sum`` or
             ``fixed_length(L)``.
 
-    Reads no column besides the weights, which may be negative. Statistic:
+    Reads no column besides the weights, which may be negative. Statistics, means over active tokens:
 
-        nll: unweighted mean −lp over active tokens, in nats, at least 0.
+        nll: unweighted mean −lp, in nats, at least 0.
 
     >>> import torch
     >>> from lossfns import datum_from_tokens
@@ -55,23 +55,23 @@ def cross_entropy(weigh: Weighing = token_mean) -> Loss:
 
 @preset
 def eaft(power: float = 1.0, entropy_scale: float = LOG_20, weigh: Weighing = token_mean) -> Loss:
-    """−sg(H/s)^α·lp: tokens learn less the surer the model is, so that confident conflicts do not overwrite it.
+    """−sg(H/s)^α·lp: a token learns less where the model is surer, so that data in conflict overwrite it less.
 
     Entropy-adaptive fine-tuning: Diao et al. 2026, arXiv:2601.02151. The paper approximates H by the entropy of the 20
-    most likely tokens among themselves, and divides by log 20, its largest value; here H is the exact entropy of the
+    most likely tokens among themselves, and divides by log 20, its largest value; here H is the exact entropy over the
     whole vocabulary, which may exceed log 20. LLaMA-Factory (``use_eaft_loss``) divides the approximation by 3.0.
 
     Args:
         power: α, a finite number of at least 0 (LLaMA-Factory's ``eaft_alpha``). With 0 it is ``cross_entropy``.
-        entropy_scale: s, the entropy of a token that learns in full, in nats, above 0.
+        entropy_scale: s, the entropy at which a token has weight 1, in nats, above 0.
         weigh: how tokens count: ``token_mean``, ``sequence_mean``, ``sequence_sum_mean``, ``token_sum`` or
             ``fixed_length(L)``.
 
     Reads ``entropy``, as a constant. Statistics, means over active tokens:
 
-        nll: unweighted −lp, in nats, at least 0.
-        entropy: H, in nats, at least 0.
-        eaft_weight: (H/s)^α, at least 0.
+        nll: unweighted mean −lp, in nats, at least 0.
+        entropy: mean H, in nats, at least 0.
+        eaft_weight: mean (H/s)^α, at least 0.
 
     >>> eaft().reads, eaft().gradient_columns
     (('entropy',), ())
@@ -123,15 +123,15 @@ def reweighted(term: Callable[[Tensor], Tensor], weigh: Weighing) -> Loss:
 def dft(weigh: Weighing = token_mean) -> Loss:
     """−sg(p)·lp: dynamic fine-tuning, whose gradient is that of −p. Wu et al. 2025, arXiv:2508.05629, equation 9.
 
-    Cross-entropy with a weight p on each token: likely tokens are learned first, and unlikely ones are left alone.
+    Cross-entropy with a weight p on each token: likely tokens learn most, and unlikely tokens hardly learn.
 
     Args:
         weigh: how tokens count: ``token_mean``, ``sequence_mean``, ``sequence_sum_mean``, ``token_sum`` or
             ``fixed_length(L)``.
 
-    Reads no column besides the weights, which may be negative. Statistic:
+    Reads no column besides the weights, which may be negative. Statistics, means over active tokens:
 
-        nll: unweighted mean −lp over active tokens, in nats, at least 0.
+        nll: unweighted mean −lp, in nats, at least 0.
 
     >>> import torch
     >>> loss, _ = dft().padded(torch.tensor([[0.5]]).log(), torch.ones(1, 1))
@@ -145,15 +145,15 @@ def dft(weigh: Weighing = token_mean) -> Loss:
 def sft_phi(weigh: Weighing = token_mean) -> Loss:
     """−sg(p·(1 − p))·lp: cross-entropy on tokens that are neither certain nor unlikely.
 
-    Zhang et al. 2025, CHORD (arXiv:2508.11408), equation 6, where it is the supervised part of a sum.
+    Zhang et al. 2025, CHORD (arXiv:2508.11408), equation 6, where it is the supervised part of a sum: see ``chord``.
 
     Args:
         weigh: how tokens count: ``token_mean``, ``sequence_mean``, ``sequence_sum_mean``, ``token_sum`` or
             ``fixed_length(L)``.
 
-    Reads no column besides the weights, which may be negative. Statistic:
+    Reads no column besides the weights, which may be negative. Statistics, means over active tokens:
 
-        nll: unweighted mean −lp over active tokens, in nats, at least 0.
+        nll: unweighted mean −lp, in nats, at least 0.
 
     >>> import torch
     >>> loss, _ = sft_phi().padded(torch.tensor([[0.5]]).log(), torch.ones(1, 1))
@@ -170,7 +170,7 @@ def sft_phi(weigh: Weighing = token_mean) -> Loss:
 
 @preset
 def focal(gamma: float = 2.0, weigh: Weighing = token_mean) -> Loss:
-    """−(1 − p)^γ·lp: cross-entropy that fades on tokens that are likely already. The factor has its gradient.
+    """−(1 − p)^γ·lp: cross-entropy that fades on tokens that are already likely. The factor has a gradient.
 
     Lin et al. 2017, arXiv:1708.02002, equation 4.
 
@@ -179,9 +179,9 @@ def focal(gamma: float = 2.0, weigh: Weighing = token_mean) -> Loss:
         weigh: how tokens count: ``token_mean``, ``sequence_mean``, ``sequence_sum_mean``, ``token_sum`` or
             ``fixed_length(L)``.
 
-    Reads no column besides the weights, which may be negative. Statistic:
+    Reads no column besides the weights, which may be negative. Statistics, means over active tokens:
 
-        nll: unweighted mean −lp over active tokens, in nats, at least 0.
+        nll: unweighted mean −lp, in nats, at least 0.
 
     >>> import torch
     >>> loss, _ = focal().padded(torch.tensor([[0.5]]).log(), torch.ones(1, 1))
@@ -193,7 +193,7 @@ def focal(gamma: float = 2.0, weigh: Weighing = token_mean) -> Loss:
 
 @preset
 def unlikelihood(weigh: Weighing = token_mean) -> Loss:
-    """−log(1 − p): makes tokens unlikely. Welleck et al. 2020, arXiv:1908.04319, equation 4.
+    """−log(1 − p): the loss makes tokens unlikely. Welleck et al. 2020, arXiv:1908.04319, equation 4.
 
     The paper adds it to cross-entropy on other tokens. Value and gradient are finite up to p = 1.
 
@@ -201,9 +201,9 @@ def unlikelihood(weigh: Weighing = token_mean) -> Loss:
         weigh: how tokens count: ``token_mean``, ``sequence_mean``, ``sequence_sum_mean``, ``token_sum`` or
             ``fixed_length(L)``.
 
-    Reads no column besides the weights, which may be negative. Statistic:
+    Reads no column besides the weights, which may be negative. Statistics, means over active tokens:
 
-        nll: unweighted mean −lp over active tokens, in nats, at least 0.
+        nll: unweighted mean −lp, in nats, at least 0.
 
     >>> import torch
     >>> loss, _ = unlikelihood().padded(torch.tensor([[0.75]]).log(), torch.ones(1, 1))

@@ -1,4 +1,4 @@
-"""Policy losses with a trust region of another kind than PPO's clip."""
+"""Policy losses with another kind of trust region than PPO's clip."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def sapo(
 ) -> Loss:
     """−(4/τ)·σ(τ·(r − 1))·A: a soft gate in place of the clip. Gao et al. 2025, arXiv:2511.20347.
 
-    On-policy the slope in r is A, as in PPO. It falls smoothly on both sides of 1, the faster the higher the
+    On-policy the slope in r is A, as in PPO. It falls smoothly on both sides of 1, and falls faster with a higher
     temperature τ.
 
     Args:
@@ -110,15 +110,15 @@ def ce_gppo(
 def discounted_future(t: Tokens, x: Tensor, half_life: float) -> Tensor:
     """Σ_{s >= t} 2^(−(s − t) / half_life)·x_s over the rest of each token's sequence: ``[N] -> [N]``.
 
-    After k steps, each of which adds the sum that starts 2^k tokens later, a sum spans 2^k tokens. The steps end where
-    the discount is below 2⁻⁶⁴, which no sum in float64 shows.
+    A step adds to each sum the sum that starts ``span`` tokens later, and so doubles the tokens that a sum spans. The
+    steps end where the discount is below 2⁻⁶⁴, which is too small to change a sum in float64.
     """
     ones = torch.ones_like(x, dtype=torch.float64)
     ends = to_tokens(t, sequence_sum(t, ones).cumsum(0))
-    left = (ends - ones.cumsum(0)).int()  # tokens that follow in the sequence
+    following = (ends - ones.cumsum(0)).int()  # tokens that follow in the sequence
     span = 1
     while span < min(64 * half_life, 2**31):
-        x = x.addcmul(x.roll(-span), to_dtype(left >= span, x.dtype), value=2 ** (-span / half_life))
+        x = x.addcmul(x.roll(-span), to_dtype(following >= span, x.dtype), value=2 ** (-span / half_life))
         span *= 2
     return x
 
@@ -137,14 +137,14 @@ def fipo(
 
     Ma et al. 2026, arXiv:2603.19835 (FIPO). d = lp − old, and the sum runs over the rest of the sequence: a token
     counts more if the policy now makes its continuation more likely. Tokens with r above ``dual_clip`` are left out of
-    the sum. Where A < 0 and r > ``safety_ratio``, f is limited to [0.8, 1]. Settings are those of ms-swift and of the
-    authors' run on 32B, whose upper bound is DAPO's.
+    the sum. Where A < 0 and r > ``safety_ratio``, f is limited to [0.8, 1]. The defaults are those of ms-swift and of
+    the authors' run on 32B, whose upper bound is that of DAPO.
 
     Args:
         clip: bounds (low, high) of the ratio itself, 0 <= low <= 1 <= high; an epsilon of 0.2 is (0.8, 1.2).
         half_life: the distance in tokens at which d counts half, a finite number above 0.
         weight_clip: bounds (a, b) of f, 0 <= a <= 1 <= b.
-        safety_ratio: a number above 0; ``None``: no such limit.
+        safety_ratio: the ratio above which f is limited where A < 0, a number above 0; ``None``: no such limit.
         weigh: how tokens count: ``token_mean``, ``sequence_mean``, ``sequence_sum_mean``, ``token_sum`` or
             ``fixed_length(L)``.
         log_ratio_cap: bound of |lp − old| before the exponential, above 0; ``None`` is the paper's uncapped form.
@@ -159,12 +159,11 @@ def fipo(
         clip_low: share of tokens with A < 0 and r < low, whose gradient is 0; in [0, 1].
         clip_high: share of tokens with A > 0 and r > high, whose gradient is 0; in [0, 1].
         clip_dual: share of tokens whose loss is reduced by the dual clip, in [0, 1]; only with ``dual_clip``.
-        influence: mean f.
+        influence: mean f, at least 0.
 
     >>> fipo(half_life=64.0).knobs["half_life"]
     64.0
     """
-
     loss = clipped(token_level, clip, weigh, log_ratio_cap, dual_clip)
 
     def influence(t: Tokens) -> Tensor:

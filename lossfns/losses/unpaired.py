@@ -1,20 +1,34 @@
-"""Preference losses on single datums: each has a label, 1 for a desirable answer and 0 for an undesirable one."""
+"""Preference losses on single datums. The label of a datum is 1 if its answer is desirable, else 0."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lossfns import terms as eq
 from lossfns.errors import LossInputError
 from lossfns.loss import Loss, Statistics, make_loss, preset
-from lossfns.margins import log_ratio_sum
+from lossfns.margins import Link, log_ratio_sum, logistic_link
 from lossfns.segments import sequence_value
 from lossfns.tokens import SEQUENCES, Tokens
 from lossfns.weigh import Weighing, datum_mean
+
+
+def labelled_loss(link: Link, beta: float, desirable_weight: float, undesirable_weight: float, weigh: Weighing) -> Loss:
+    """λ_D·f(β·(m − z)) if desirable, λ_U·f(β·(z − m)) if not, with f the link and m = Σ w·(lp − ref)."""
+
+    def terms(t: Tokens) -> tuple[Tensor, Statistics]:
+        m = log_ratio_sum(t)
+        desirable = sequence_value(t, t.labels) > 0.5
+        sign = eq.select(desirable, 1.0, -1.0, like=m)
+        distance = sign * (m - sequence_value(t, t.reference_point))
+        weight = eq.select(desirable, desirable_weight, undesirable_weight, like=m)
+        statistics = {"log_ratio": m.detach(), "reward": beta * m.detach(), "accuracy": distance.detach() > 0}
+        return weight * link(beta * distance), statistics
+
+    return make_loss(terms, ("ref_logprobs", "labels", "reference_point"), weigh, rows=SEQUENCES)
 
 
 @preset
@@ -35,10 +49,10 @@ def kto(
         beta: β, a finite number above 0.
         desirable_weight: λ_D, a finite number of at least 0.
         undesirable_weight: λ_U, a finite number of at least 0.
-        weigh: ``datum_mean`` or ``datum_sum``.
+        weigh: how datums count: ``datum_mean`` or ``datum_sum``.
 
-    Reads ``ref_logprobs``, ``labels`` (1 or 0 for each datum) and ``reference_point`` (z₀, one number for each datum).
-    Statistics, means over datums:
+    Reads ``ref_logprobs``, ``labels`` (1 if desirable, 0 if not, for each datum) and ``reference_point`` (z₀, one
+    number for each datum). Statistics, means over datums:
 
         log_ratio: m, in nats.
         reward: β·m.
@@ -48,16 +62,7 @@ def kto(
     ('ref_logprobs', 'labels', 'reference_point')
     """
 
-    def terms(t: Tokens) -> tuple[Tensor, Statistics]:
-        m = log_ratio_sum(t)
-        desirable = sequence_value(t, t.labels) > 0.5
-        sign = eq.select(desirable, 1.0, -1.0, like=m)
-        distance = sign * (m - sequence_value(t, t.reference_point))
-        weight = eq.select(desirable, desirable_weight, undesirable_weight, like=m)
-        statistics = {"log_ratio": m.detach(), "reward": beta * m.detach(), "accuracy": distance.detach() > 0}
-        return weight * torch.sigmoid(-beta * distance), statistics
-
-    return make_loss(terms, ("ref_logprobs", "labels", "reference_point"), weigh, rows=SEQUENCES)
+    return labelled_loss(lambda h: torch.sigmoid(-h), beta, desirable_weight, undesirable_weight, weigh)
 
 
 @preset
@@ -76,10 +81,10 @@ def bco(
         beta: β, a finite number above 0.
         desirable_weight: λ_D, a finite number of at least 0.
         undesirable_weight: λ_U, a finite number of at least 0.
-        weigh: ``datum_mean`` or ``datum_sum``.
+        weigh: how datums count: ``datum_mean`` or ``datum_sum``.
 
-    Reads ``ref_logprobs``, ``labels`` (1 or 0 for each datum) and ``reference_point`` (z, one number for each datum, in
-    nats). Statistics, means over datums:
+    Reads ``ref_logprobs``, ``labels`` (1 if desirable, 0 if not, for each datum) and ``reference_point`` (z, one number
+    for each datum, in nats). Statistics, means over datums:
 
         log_ratio: m, in nats.
         reward: β·m.
@@ -92,16 +97,7 @@ def bco(
     0.1269
     """
 
-    def terms(t: Tokens) -> tuple[Tensor, Statistics]:
-        m = log_ratio_sum(t)
-        desirable = sequence_value(t, t.labels) > 0.5
-        sign = eq.select(desirable, 1.0, -1.0, like=m)
-        distance = sign * (m - sequence_value(t, t.reference_point))
-        weight = eq.select(desirable, desirable_weight, undesirable_weight, like=m)
-        statistics = {"log_ratio": m.detach(), "reward": beta * m.detach(), "accuracy": distance.detach() > 0}
-        return -weight * F.logsigmoid(beta * distance), statistics
-
-    return make_loss(terms, ("ref_logprobs", "labels", "reference_point"), weigh, rows=SEQUENCES)
+    return labelled_loss(logistic_link, beta, desirable_weight, undesirable_weight, weigh)
 
 
 @preset
@@ -113,7 +109,7 @@ def sppo(beta: float = 0.1, weigh: Weighing = datum_mean) -> Loss:
 
     Args:
         beta: β, a finite number above 0.
-        weigh: ``datum_mean`` or ``datum_sum``.
+        weigh: how datums count: ``datum_mean`` or ``datum_sum``.
 
     Reads ``ref_logprobs`` and ``rewards`` (P, one number for each datum). Statistics, means over datums:
 
@@ -141,12 +137,12 @@ def kto_reference_point(
     """max(0, mean of Σ w·(lp − ref)) over mismatched answers: the reference point of ``kto``.
 
     An answer is mismatched if it was given to another prompt, such as that of the next datum of the batch. The number
-    is a constant for all datums of the batch, also if the batch is split.
+    is one constant for all datums of the batch, even if the batch is split.
 
     Args:
         logprobs: for each mismatched answer the logprobs of its tokens under the policy.
-        ref_logprobs: the same under the reference.
-        weights: the weights of the tokens, such as 1 for the tokens of the answer and 0 for those of the prompt.
+        ref_logprobs: for each mismatched answer the logprobs of its tokens under the reference.
+        weights: for each mismatched answer the weights of its tokens, such as 1 in the answer and 0 in the prompt.
 
     Raises:
         LossInputError: if there is no answer, or if the numbers of answers or tokens differ.

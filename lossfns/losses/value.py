@@ -1,4 +1,4 @@
-"""The loss of a value head. The numbers in place of logprobs are values, of any sign."""
+"""The loss of a value head. It takes values, of any sign, in place of logprobs."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from lossfns.weigh import Weighing, token_mean
 
 
 def clipped_square(values: Tensor, returns: Tensor, old_values: Tensor, value_clip: float) -> tuple[Tensor, Tensor]:
-    """½·max((v − R)², (clip(v, v_old − c, v_old + c) − R)²), and where the clipped square is larger.
+    """½·max((v − R)², (clip(v, v_old − c, v_old + c) − R)²), and where the clip takes effect.
 
-    There v is beyond its bounds and the error within them is larger, so the term has no gradient.
+    The clip takes effect where v is beyond its bounds and the clipped square is larger. There the term has no gradient.
     """
     moved = values.detach() - old_values
     error, bounded = values - returns, old_values + moved.clamp(-value_clip, value_clip) - returns
@@ -31,25 +31,25 @@ def clipped_square(values: Tensor, returns: Tensor, old_values: Tensor, value_cl
 def value_loss(value_clip: float | None = 0.2, weigh: Weighing = token_mean) -> Loss:
     """½·max((v − R)², (clip(v, v_old − c, v_old + c) − R)²): squared error of values, clipped as PPO clips ratios.
 
-    Where a value has moved from its old value by more than c, towards its return, it has no further gradient. The clip
-    is that of OpenAI's ppo2 (baselines, 2017), and of TRL's PPO, verl, SkyRL, OpenRLHF and NeMo-RL. The PPO paper,
+    Where a value has moved from its old value towards its return by more than c, it has no gradient. The clip is that
+    of OpenAI's ppo2 (baselines, 2017), and of TRL's PPO, verl, SkyRL, OpenRLHF and NeMo-RL. The PPO paper,
     arXiv:1707.06347, has the squared error alone: ``value_clip=None``. Advantages and returns come from ``gae``. The
-    coefficient of the loss beside a policy loss, 0.1 in TRL, is a factor of the sum, or of the learning rate.
+    coefficient of the loss beside a policy loss is 0.1 in TRL: multiply the loss by it, or the learning rate.
 
     Args:
         value_clip: c, in units of the value, above 0: 0.2 in TRL and SkyRL, 0.5 in verl; ``None``: no clip.
         weigh: how tokens count: ``token_mean``, ``sequence_mean``, ``sequence_sum_mean``, ``token_sum`` or
             ``fixed_length(L)``.
 
-    Reads ``returns``, and ``old_values`` unless ``value_clip`` is ``None``. The numbers that it is called with in place
-    of logprobs are the values v of a value head. Statistics, means over active tokens:
+    Reads ``returns`` (R, by token) and, unless ``value_clip=None``, ``old_values`` (v_old, by token). It takes values v
+    of any sign. Statistics, means over active tokens:
 
         value: mean v.
         value_error: mean R − v.
         value_error_squared: mean (R − v)², at least 0.
         returns: mean R.
         returns_squared: mean R², at least 0. ``explained_variance`` combines the last four.
-        value_clipped: share of tokens whose gradient the clip takes away, in [0, 1]; only with ``value_clip``.
+        value_clipped: share of tokens whose gradient the clip makes 0, in [0, 1]; only with ``value_clip``.
 
     >>> import torch
     >>> columns = {"returns": torch.tensor([[2.0, 0.0]]), "old_values": torch.zeros(1, 2)}
@@ -78,7 +78,7 @@ def value_loss(value_clip: float | None = 0.2, weigh: Weighing = token_mean) -> 
 def explained_variance(metrics: Mapping[str, float]) -> float:
     """1 − Var(R − v) / Var(R), from the metrics of ``value_loss``, merged or not.
 
-    It is 1 if the values are the returns, 0 if they tell no more than a constant, and negative if they tell less.
+    It is 1 if the values equal the returns, 0 if they predict them as well as a constant does, negative if worse.
 
     >>> explained_variance({"value_error": 0.0, "value_error_squared": 1.0, "returns": 1.0, "returns_squared": 5.0})
     0.75
@@ -87,7 +87,7 @@ def explained_variance(metrics: Mapping[str, float]) -> float:
         At most 1; nan if all returns are equal.
 
     Raises:
-        LossInputError: if a metric of ``value_loss`` is missing or no finite number.
+        LossInputError: if a metric of ``value_loss`` is missing or not a finite number.
     """
     names = ("value_error", "value_error_squared", "returns", "returns_squared")
     if not isinstance(metrics, Mapping) or not all(name in metrics for name in names):

@@ -29,7 +29,7 @@ def clipped_weight(level: Level, clip: Clip, weigh: Weighing, log_ratio_cap: flo
 def cispo(clip: Clip = (0.0, 4.0), weigh: Weighing = token_mean, log_ratio_cap: float | None = 20.0) -> Loss:
     """−sg(clip(r, low, high))·A·lp: the bounds limit the coefficient of lp, and no token loses its gradient.
 
-    MiniMax 2025, arXiv:2506.13585. The paper has only an upper bound, and so has the default.
+    MiniMax 2025, arXiv:2506.13585. As in the paper, the default has only an upper bound.
 
     Args:
         clip: bounds (low, high) of the ratio itself, 0 <= low <= 1 <= high; an epsilon of 0.2 is (0.8, 1.2). Where
@@ -86,7 +86,7 @@ def rollout_is(clip: Clip = (0.8, 1.2), weigh: Weighing = token_mean, log_ratio_
     """−sg(r)·A·lp where low <= r <= high, else 0, with r = π / π_sampler: IcePop's mask as a loss of its own.
 
     GLM-5 and SkyRL's "rollout_is": the ratio to the sampler corrects for the update and for the sampler's mismatch at
-    once. The mask is IcePop's, arXiv:2510.18855, which keeps a token on a bound, whereas SkyRL drops it.
+    once. The mask is that of IcePop, arXiv:2510.18855. It keeps a token on a bound, which SkyRL drops.
 
     Args:
         clip: bounds (low, high) of the ratio itself, 0 <= low <= 1 <= high; an epsilon of 0.2 is (0.8, 1.2).
@@ -96,7 +96,7 @@ def rollout_is(clip: Clip = (0.8, 1.2), weigh: Weighing = token_mean, log_ratio_
 
     Reads ``advantages`` and ``sampler_logprobs``. Statistics, means over active tokens:
 
-        ratio: mean r, above 0; 1 if the sampler is the policy.
+        ratio: mean r, above 0; 1 on-policy.
         ratio_capped: share of tokens with |log-ratio| above the cap, in [0, 1].
         log_ratio_abs: mean |lp − sampler|, in nats.
         kl_sampler: k3 estimate of KL(sampler‖π) by token, in nats, at least 0.
@@ -126,7 +126,7 @@ def capped_importance_sampling(
 ) -> Loss:
     """−min(r, cap)·A with r = π / π_sampler: above the cap the gradient is 0, whatever the sign of A.
 
-    flashinfer's "policy" loss of its chunked head, which sums over tokens: ``weigh=token_sum``. PPO's clip keeps the
+    The "policy" loss of flashinfer's chunked head, which sums over tokens: ``weigh=token_sum``. PPO's clip keeps the
     gradient of a token with A < 0 and a large ratio, and ``cispo`` that of every token.
 
     Args:
@@ -137,7 +137,7 @@ def capped_importance_sampling(
 
     Reads ``advantages`` and ``sampler_logprobs``. Statistics, means over active tokens:
 
-        ratio: mean r, above 0; 1 if the sampler is the policy.
+        ratio: mean r, above 0; 1 on-policy.
         ratio_capped: share of tokens with |log-ratio| above the cap, in [0, 1].
         log_ratio_abs: mean |lp − sampler|, in nats.
         kl_sampler: k3 estimate of KL(sampler‖π) by token, in nats, at least 0.
@@ -163,14 +163,14 @@ def topr(
 ) -> Loss:
     """−A·lp where A > 0, −sg(min(r, 1))·A·lp where A <= 0. Le Roux et al. 2025, arXiv:2503.14286, equation 8.
 
-    Tapered off-policy REINFORCE: a positive answer is learned as in supervised training, and a negative one ceases to
-    push when the policy has left it. In the paper r = π(y) / π_old(y) is the product over the sequence; Trinity and
-    ROLL take the ratio of each token, ``level=token_level``. The advantages are the paper's rewards, with or without a
-    baseline.
+    Tapered off-policy REINFORCE: an answer with A > 0 is learned as in supervised training. The gradient of an answer
+    with A <= 0 fades as the policy makes it less likely. In the paper r = π(y) / π_old(y) is the product over the
+    sequence; Trinity and ROLL take the ratio of each token, ``level=token_level``. The advantages are the paper's
+    rewards, with or without a baseline.
 
     Args:
-        level: what the log-ratio is taken over: ``sequence_level`` (Σ w·d), ``token_level`` (each token) or
-            ``geometric_level`` (Σ w·d / Σ w).
+        level: what the log-ratio d = lp − old is taken over: ``sequence_level`` (Σ w·d over the sequence),
+            ``token_level`` (each token) or ``geometric_level`` (Σ w·d / Σ w over the sequence).
         weigh: how tokens count: ``token_mean``, ``sequence_mean``, ``sequence_sum_mean``, ``token_sum`` or
             ``fixed_length(L)``.
         log_ratio_cap: bound of |log r| before the exponential, above 0; ``None`` is the paper's uncapped form.
@@ -211,8 +211,9 @@ def vespo(
     """−sg(φ(s))·A·lp with φ(s) = sᵏ·e^(λ·(1 − s)), and the product s = π(y) / π_old(y) of the ratios of a sequence.
 
     Shen et al. 2026, "Variational Sequence-Level Soft Policy Optimization", arXiv:2602.10693. φ(1) = 1, and φ has its
-    maximum at s = k / λ. The defaults are TRL's. TRL takes s to the sampler if it corrects for it: bind the sampler's
-    logprobs as ``old_logprobs``. It clamps log s to [log 1e-8, 20], and the log-ratio of each token to ±20.
+    maximum at s = k / λ. The defaults are TRL's. If TRL corrects for the sampler, its s is relative to the sampler:
+    bind the sampler's logprobs as ``old_logprobs``. TRL clamps log s to [log 1e-8, 20], and the log-ratio of each token
+    to ±20.
 
     Args:
         k_pos: the power k where A >= 0, a finite number of at least 0.
@@ -255,8 +256,8 @@ def vespo(
 def opmd(tau: float = 1.0, weigh: Weighing = token_mean) -> Loss:
     """−A·lp / (1 + τ): Trinity's form of online policy mirror descent. Yao et al. 2025, arXiv:2509.24203.
 
-    The regularisation towards the sampling policy has become the factor 1 / (1 + τ). The advantages are rewards less
-    the group's mean.
+    The factor 1 / (1 + τ) takes the place of a regularisation towards the sampling policy. The advantages are rewards
+    minus the mean of the group: ``group_advantages(..., scale="none")``.
 
     Args:
         tau: τ, the strength of the regularisation, a finite number above 0.

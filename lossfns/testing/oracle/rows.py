@@ -1,6 +1,6 @@
-"""From the terms of one sequence, pair or group to a loss: the sums, their weights and the denominators.
+"""Make losses from the terms of a sequence, a pair or a batch: the sums, their weights and the denominators.
 
-An oracle is a function of one ``Sequence`` (or two, or a group) that gives its terms. It sees the active tokens only.
+The terms are a function of one ``Sequence``, of two, or of all. It sees the active tokens only.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ class Sequence:
     """The active tokens of one datum: ``s.lp``, ``s.w``, and one attribute for each column.
 
     Attributes:
-        lp: the logprobs, each a number whose gradient is taken.
-        w: the weights.
-        slots: the position in the datum of each.
-        targets: K where a position has K targets; entries are then those of whole positions.
+        lp: the logprobs, which the gradient is taken in.
+        w: their weights.
+        slots: the position of each active token in the datum.
+        columns: the values of each column at the active tokens, by name.
     """
 
     def __init__(self, logprobs: Row, weights: Row, columns: dict[str, Row]) -> None:
@@ -57,17 +57,17 @@ class Sequence:
 
 
 def sequences(logprobs: Rows, weights: Rows, columns: dict[str, Rows]) -> list[Sequence]:
-    """Return the sequences of a batch, also those without an active token."""
+    """Return the sequences of a batch, including those without an active token."""
     return [
         Sequence(lp, w, {name: rows[i] for name, rows in columns.items()})
         for i, (lp, w) in enumerate(zip(logprobs, weights, strict=True))
     ]
 
 
-def split(given: dict[str, Any]) -> tuple[dict[str, Rows], dict[str, Any]]:
-    """Separate columns, which are lists of rows, from settings."""
-    columns = {name: x for name, x in given.items() if isinstance(x, list)}
-    return columns, {name: x for name, x in given.items() if name not in columns}
+def split(arguments: dict[str, Any]) -> tuple[dict[str, Rows], dict[str, Any]]:
+    """Separate the columns, which are lists of rows, from the settings."""
+    columns = {name: x for name, x in arguments.items() if isinstance(x, list)}
+    return columns, {name: x for name, x in arguments.items() if name not in columns}
 
 
 def finish(value: Scalar, batch: list[Sequence], weights: Rows) -> Loss:
@@ -88,7 +88,7 @@ def reduce_tokens(
     denominator: float | None,
 ) -> Scalar:
     """Σ share·term / D, where the share is w, or w / Σ w of the sequence for ``sequence_mean``."""
-    by = {
+    divisor = {
         "token_mean": sum(w for s in batch for w in s.w),
         "token_sum": 1.0,
         "sequence_mean": float(sum(1 for s in batch if s.w)),
@@ -96,11 +96,11 @@ def reduce_tokens(
         "fixed_length": (length or 0) * sum(1 for s in batch if s.w),
     }[weigh]
     if denominator is not None and weigh != "token_sum":
-        by = denominator
+        divisor = denominator
     shares = [[w / sum(s.w) if weigh == "sequence_mean" else w for w in s.w] for s in batch]
     return total(
         share * term for row, values in zip(shares, terms, strict=True) for share, term in zip(row, values, strict=True)
-    ) / (by or 1.0)
+    ) / (divisor or 1.0)
 
 
 def over_batch(terms: Callable[..., list[list[Number]]]) -> Oracle:
@@ -119,9 +119,9 @@ def over_batch(terms: Callable[..., list[list[Number]]]) -> Oracle:
         denominator: float | None = None,
         tis_cap: float | None = None,
         tis_level: str = "token",
-        **given: Any,
+        **arguments: Any,
     ) -> Loss:
-        columns, settings = split(given)
+        columns, settings = split(arguments)
         batch = sequences(logprobs, weights, columns)
         rows = terms(batch, **settings)
         if tis_cap is not None:
@@ -144,11 +144,11 @@ def over_tokens(terms: Callable[..., Iterable[Number]]) -> Oracle:
 
 
 def truncated(s: Sequence, limit: float, level: str) -> Row:
-    """min(e^(old − sampler), limit) at each token, taken over the token, Σ w·x or Σ w·x / Σ w."""
+    """min(e^x, limit) at each token, with x = old − sampler of the token, or Σ w·x or Σ w·x / Σ w of its sequence."""
     gaps = [old - sampler for old, sampler in zip(s.old_logprobs, s.sampler_logprobs, strict=True)]
     if level != "token" and gaps:
-        whole = float(s.sum(gaps) if level == "sequence" else s.mean(gaps))
-        gaps = [whole] * len(gaps)
+        gap_of_sequence = float(s.sum(gaps) if level == "sequence" else s.mean(gaps))
+        gaps = [gap_of_sequence] * len(gaps)
     return [min(float(exp(cap(gap, 20.0))), limit) for gap in gaps]
 
 
@@ -172,13 +172,13 @@ def over_all_pairs(terms: Callable[..., list[Number]]) -> Oracle:
         weigh: str = "pair_mean",
         length: float | None = None,
         denominator: float | None = None,
-        **given: Any,
+        **arguments: Any,
     ) -> Loss:
-        columns, settings = split(given)
+        columns, settings = split(arguments)
         batch = sequences(logprobs, weights, columns)
         pairs = [pair for pair in zip(batch[::2], batch[1::2], strict=True) if all(s.w for s in pair)]
-        by = 1.0 if weigh == "pair_sum" else len(pairs) if denominator is None else denominator
-        return finish(total(terms(pairs, **settings)) / (by or 1.0), batch, weights)
+        divisor = 1.0 if weigh == "pair_sum" else len(pairs) if denominator is None else denominator
+        return finish(total(terms(pairs, **settings)) / (divisor or 1.0), batch, weights)
 
     return loss
 
@@ -203,19 +203,21 @@ def over_all_datums(terms: Callable[..., list[Number]]) -> Oracle:
         weigh: str = "datum_mean",
         length: float | None = None,
         denominator: float | None = None,
-        **given: Any,
+        **arguments: Any,
     ) -> Loss:
-        columns, settings = split(given)
+        columns, settings = split(arguments)
         batch = sequences(logprobs, weights, columns)
         counted = [s for s in batch if s.w]
-        by = 1.0 if weigh == "datum_sum" else len(counted) if denominator is None else denominator
-        return finish(total(terms(counted, **settings)) / (by or 1.0), batch, weights)
+        divisor = 1.0 if weigh == "datum_sum" else len(counted) if denominator is None else denominator
+        return finish(total(terms(counted, **settings)) / (divisor or 1.0), batch, weights)
 
     return loss
 
 
 def over_positions(name: str, term: Callable[..., Number]) -> Oracle:
-    """Make a loss over positions with K candidates each from ``term(logprobs, columns, **settings)`` of a position.
+    """Make a loss over positions with K candidates each, from the term of a position.
+
+    The term is ``term(logprobs, columns, **settings)``, of the active candidates.
 
     A position counts as a token whose weight is the mean weight of its active candidates.
     """
@@ -228,26 +230,26 @@ def over_positions(name: str, term: Callable[..., Number]) -> Oracle:
         weigh: str = "token_mean",
         length: float | None = None,
         denominator: float | None = None,
-        **given: Any,
+        **arguments: Any,
     ) -> Loss:
-        columns, settings = split(given)
+        columns, settings = split(arguments)
         batch = sequences(logprobs, weights, columns)
         terms: list[list[Number]] = []
         by_position = []
         for s in batch:
-            places: dict[int, list[int]] = {}
+            entries: dict[int, list[int]] = {}
             for i, slot in enumerate(s.slots):
-                places.setdefault(slot // targets, []).append(i)
-            rows = list(places.values())
+                entries.setdefault(slot // targets, []).append(i)
+            rows = list(entries.values())
             terms.append(
                 [
                     term([s.lp[i] for i in row], {n: [x[i] for i in row] for n, x in s.columns.items()}, **settings)
                     for row in rows
                 ]
             )
-            mass = Sequence([], [], {})
-            mass.w = [sum(s.w[i] for i in row) / len(row) for row in rows]
-            by_position.append(mass)
+            of_positions = Sequence([], [], {})
+            of_positions.w = [sum(s.w[i] for i in row) / len(row) for row in rows]
+            by_position.append(of_positions)
         return finish(reduce_tokens(terms, by_position, weigh, length, denominator), batch, weights)
 
     loss.__name__ = loss.__qualname__ = name

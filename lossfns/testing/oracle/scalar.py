@@ -1,7 +1,7 @@
-"""Numbers that know their derivatives: reverse-mode differentiation in plain floats.
+"""Numbers with derivatives: reverse-mode differentiation in plain floats.
 
-An oracle written with them is its equation alone; the gradient follows by the chain rule. ``stop`` is the
-stop-gradient. Where a function has a kink, Python's ``if`` on the values picks the branch, as the paper says.
+An oracle written with them contains its equation alone. The gradient follows by the chain rule. ``stop`` is the
+stop-gradient. Where a function has a kink, Python's ``if`` selects the branch by the values, as in the paper.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ ORDER = count()
 
 
 class Scalar:
-    """A value, and the slopes of the numbers that it was computed from.
+    """A value, and its slopes in the numbers that it was computed from.
 
     >>> x = Scalar(3.0)
     >>> gradient(x * x + stop(x) * x, [x])
@@ -80,7 +80,7 @@ Number = Scalar | float
 
 
 def gradient(result: Number, inputs: Sequence[Scalar]) -> list[float]:
-    """∂result/∂x of each input, by the chain rule from the result back."""
+    """∂result/∂x of each input, by the chain rule, from the result backwards."""
     slope: dict[Scalar, float] = {}
     if isinstance(result, Scalar):
         slope[result] = 1.0
@@ -91,14 +91,14 @@ def gradient(result: Number, inputs: Sequence[Scalar]) -> list[float]:
                     reached.add(parent)
                     to_do.append(parent)
         for node in sorted(reached, key=lambda node: -node.order):
-            for parent, by in node.slopes:
+            for parent, local in node.slopes:
                 if slope.get(node, 0.0) != 0:
-                    slope[parent] = slope.get(parent, 0.0) + slope[node] * by
+                    slope[parent] = slope.get(parent, 0.0) + slope[node] * local
     return [slope.get(x, 0.0) for x in inputs]
 
 
 def total(numbers: Iterable[Number]) -> Scalar:
-    """Σ numbers, exactly rounded while finite."""
+    """Σ numbers, exactly rounded if all are finite."""
     numbers = list(numbers)
     values = [float(x) for x in numbers]
     try:
@@ -150,7 +150,7 @@ def log_sigmoid(x: Number) -> Scalar:
 
 
 def clamp(x: Number, low: float, high: float) -> Number:
-    """x within the bounds, and on them; the bound, without a gradient, beyond."""
+    """x within the bounds and on them; beyond, the bound without a gradient."""
     return min(max(float(x), low), high) if not low <= float(x) <= high else x
 
 

@@ -1,8 +1,8 @@
-"""What a loss learns: small problems whose answer is known exactly, by enumeration and without sampling.
+"""What a loss learns: small problems whose solution is known exactly, by enumeration and without sampling.
 
 A ``World`` is a small tree of tokens with rewards, preferences, labels, data or a teacher. ``learn`` takes exact
-gradient steps in it. ``lessons`` says, for each loss of the library, in which worlds it reaches which point, and why:
-the optimum, or the biased point that theory names. ``advice`` says in words where any loss leads.
+gradient steps in it. ``lessons`` lists, for each loss of the library, the worlds, the point that the loss reaches in
+each, and why: the optimum, or the biased point of theory. ``advice`` describes in words where any loss leads.
 
     >>> from lossfns.testing.worlds import lessons
     >>> for lesson in lessons("dpo"):

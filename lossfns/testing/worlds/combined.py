@@ -1,4 +1,4 @@
-"""Where combinators and sums of losses lead: rows for public functions that take a loss."""
+"""Where combinators and sums of losses lead: lessons for public functions that take a loss."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def kl() -> Lessons:
 
 
 def tis() -> Lessons:
-    """Samples of a policy that the old logprobs do not show: the weight π / sampler makes the gradient unbiased.
+    """With samples of another policy than the old one, the weight old / sampler makes the gradient unbiased.
 
     Without it, positive rewards as advantages lead to π ∝ sampler·r.
     """
@@ -79,7 +79,7 @@ def expert_sum() -> Lessons:
 
 
 def preference_sum() -> Lessons:
-    """DPO and NLL of the chosen side, α times its mean over tokens: one unknown, whose slope has two parts."""
+    """DPO plus α·NLL, the mean over tokens of the chosen side: the slope in the one unknown p has two parts."""
     share, prior, alpha = sigmoid(answers.rewards[0] - answers.rewards[1]), math.log(0.6 / 0.4), 0.5
 
     def slope(p: float) -> float:

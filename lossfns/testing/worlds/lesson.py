@@ -12,7 +12,7 @@ from lossfns.testing.worlds.world import Policy, World
 
 Preset = Callable[..., Loss]
 CLOSE = 1e-3
-"""The largest distance from a point, of a probability, at which the point is reached."""
+"""The largest difference of a probability from a point at which the point is reached."""
 BETA = 0.5
 """The weight β of penalties in the worlds."""
 
@@ -24,9 +24,9 @@ class Lesson(NamedTuple):
         world: the world.
         loss: the loss, with its settings.
         point: the policy that it reaches.
-        steps: the number of steps after which it is there.
+        steps: the number of steps after which it reaches the point.
         rate: the size of a step; None: the two-point rule.
-        says: the lesson in words.
+        says: where the loss leads, in words.
         decay: the factor of the rate from step to step.
     """
 
@@ -39,16 +39,16 @@ class Lesson(NamedTuple):
     decay: float = 1.0
 
     def path(self, loss_fn: LossFn | None = None) -> Path:
-        """Return the path of the loss, or of another one with its denominators."""
+        """Return the path of the loss, or of another loss with the same denominators."""
         loss = loss_fn or self.loss
         return learn(loss, self.world, self.steps, rate=self.rate, decay=self.decay, like=self.loss)
 
     def miss(self, loss_fn: LossFn | None = None) -> float:
-        """Return the distance from the point after the steps, of the loss or of another one with its denominators."""
+        """Return the distance from the point after the steps, of the loss or of another with the same denominators."""
         return distance(self.path(loss_fn)[-1], self.point)
 
     def holds(self, loss_fn: LossFn | None = None) -> bool:
-        """Return whether the loss, or another one with its denominators, comes within ``CLOSE`` of the point."""
+        """Return whether the loss, or another loss with the same denominators, comes within ``CLOSE`` of the point."""
         return self.miss(loss_fn) < CLOSE
 
 
@@ -61,5 +61,5 @@ def knobs_of(preset: Preset) -> set[str]:
 
 
 def made(preset: Preset, **knobs: Any) -> Loss:
-    """Call a preset with those of these knobs that it has."""
+    """Call a preset with the knobs that it has, and ignore the others."""
     return preset(**{name: value for name, value in knobs.items() if name in knobs_of(preset)})

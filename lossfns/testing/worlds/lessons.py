@@ -15,7 +15,7 @@ ROWS = (*POLICY_ROWS, *OTHER_ROWS)
 
 
 def on_fixed_samples(preset: Preset) -> Lessons:
-    """A few steps on fixed samples lead as far as those with the oracle's gradient: for losses that no row names."""
+    """For losses that no row names: a few steps on fixed samples lead as far as steps with the oracle's gradient."""
     loss = preset()
     if is_policy(preset):
         world = two_arms
@@ -30,18 +30,18 @@ def on_fixed_samples(preset: Preset) -> Lessons:
 
 
 def lessons(name: str) -> list[Lesson]:
-    """Return what a preset learns, or a loss made by a combinator.
+    """Return the lessons of a preset, or of a combinator or sum of losses, by its name.
 
     Raises:
-        LossInputError: if no row of the table is about it.
+        LossInputError: if no row of the table names it.
     """
     if name in COMBINED:
         return list(COMBINED[name]())
     preset = presets()[name]
-    found = [lesson for row in ROWS for lesson in row(name, preset)]
-    if not found or (is_policy(preset) and all(lesson.world.old is None for lesson in found)):
-        found += on_fixed_samples(preset)
-    if not found:
+    learned = [lesson for row in ROWS for lesson in row(name, preset)]
+    if not learned or (is_policy(preset) and all(lesson.world.old is None for lesson in learned)):
+        learned += on_fixed_samples(preset)
+    if not learned:
         fix = "Add a row, or its name to a row, in lossfns/testing/worlds/policy.py or others.py."
         raise LossInputError(name, "a world that says where it leads", "none", fix)
-    return found
+    return learned

@@ -1,4 +1,4 @@
-"""Where the other losses lead: likelihoods, teachers, pairs and labels; rows as in ``policy``."""
+"""Where the other losses lead: likelihoods, teachers, pairs and labels. Rows are functions as in ``policy``."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ teacher_only = replace(teacher, columns={})
 
 
 def likelihood(name: str, preset: Preset) -> Lessons:
-    """The likelihood leads to the frequencies of the data; a mean over sequences counts long ones less by token."""
+    """The likelihood leads to the frequencies of the data; a mean over sequences gives long ones less weight."""
     if name == "cross_entropy":
         first, second = corpus.old or ()
         yield Lesson(corpus, preset(weigh=token_mean), (first, second), 12, None, "reaches the frequencies of the data")
@@ -33,9 +33,9 @@ def likelihood(name: str, preset: Preset) -> Lessons:
 
 
 def reweighted(name: str, preset: Preset) -> Lessons:
-    """A re-weighted likelihood rests where frequency · slope(π) is one number for all tokens, which is biased.
+    """A re-weighted likelihood has a biased point of rest, where frequency · slope(π) is one number for all tokens.
 
-    The slope is that of the term in π, with the weights held where they have no gradient: −1 / π for cross-entropy, and
+    The slope is that of the term in π, with weights that have no gradient as constants: −1 / π for cross-entropy, and
     −1 for DFT. Then d log π = frequency, and the policy collapses on the mode of the data, as exp(n·frequency).
     """
     q = letters.old[0] if letters.old else ()
@@ -70,9 +70,10 @@ def teaching(name: str, preset: Preset) -> Lessons:
 def distilled(name: str, preset: Preset) -> Lessons:
     """Divergences on all tokens, or with a tail, lead to the teacher; raw ones on K tokens may not.
 
-    With q the teacher's K probabilities, of sum Q, and the tail free of cost, π rests where the slope of the divergence
-    in π is one number: 0, the slope of the tail. Forward: −q / π = −Q, so that π = q / Q and the tail is forgotten.
-    Reverse: log(π / q) + 1 = 0, so that π = q / e and the tail takes the rest. The mean of both, and JSD, rest at q.
+    Let q be the teacher's K probabilities, and Q their sum. The tail has no cost. Then π rests where the slope of the
+    divergence in π is one number: 0, the slope of the tail. Forward: −q / π = −Q, so that π = q / Q and the tail is
+    forgotten. Reverse: log(π / q) + 1 = 0, so that π = q / e and the tail takes the rest. The mean of both, and JSD,
+    rest at q.
     """
     if not name.startswith("top_k"):
         return
@@ -117,7 +118,7 @@ def by_oracle(loss: Loss, world: World) -> Enumerated:
     return Enumerated(gradients, world, loss.reads, loss)
 
 
-def rest(loss: Loss, world: World) -> Policy:
+def point_of_rest(loss: Loss, world: World) -> Policy:
     """Return the policy (p, 1 − p) over two answers at which the oracle's expected gradient is 0, by bisection."""
     expected = by_oracle(loss, world)
     certain = world.start[1:]  # the second token of an answer, if there is one
@@ -129,30 +130,30 @@ def rest(loss: Loss, world: World) -> Policy:
 
 
 PAIR_KNOBS = {"alpha_dpo": {"alpha": 1.0}, "c2_dpo": {"lam": 0.5}, "dpop": {"lam": 2.0}}
-"""Settings that give a small term its effect, or a large one a smaller."""
+"""Settings that make a small term larger, or a large term smaller, so that its effect shows."""
 KINKED = {"hinge": (60, 0.9), "dpop": (60, 0.9), "minor_dpo": (90, 0.93)}
-"""Losses with a kink where they end, at which steps must become small: the number of steps, and their decay."""
+"""Losses that end at a kink, where steps must become small: the number of steps, and their decay."""
 PAIR_WORLDS = {
     "alpha_dpo": replace(answers, ref=((0.99, 0.01), (1.0,))),
     "bpo": replace(answers, rewards=(3.0, 0.0)),
 }
-"""Worlds for losses of which little shows in ``answers``.
+"""Worlds for losses that show little effect in ``answers``.
 
-α-DPO sees only which pairs of a group have the larger margin over the reference; BPO leaves the reference only if most
-of the judges prefer an answer.
+α-DPO depends only on which pairs of a group have the larger margin over the reference. BPO leaves the reference only if
+most of the judges prefer one answer.
 """
 
 
 def paired(name: str, preset: Preset) -> Lessons:
-    """A preference loss ends where its expected gradient is 0; with some, all goes to one answer.
+    """A preference loss ends where its expected gradient is 0. Some losses give all probability to one answer.
 
-    Then the way there is compared, too: a few steps lead as far as those with the oracle's gradient.
+    For these the path is compared too: a few steps lead as far as steps with the oracle's gradient.
     """
     if preset().rows != PAIRS or preset().output == "scores":
         return
     loss = made(preset, **{"beta": 1.0} | PAIR_KNOBS.get(name, {}))
     world = PAIR_WORLDS.get(name, answers)
-    point, says = rest(loss, world), "ends where the oracle's expected gradient is 0"
+    point, says = point_of_rest(loss, world), "ends where the oracle's expected gradient is 0"
     if name in KINKED:
         steps, decay = KINKED[name]
         yield Lesson(world, loss, point, steps, 0.5, f"{says}, at a kink", decay)
@@ -168,22 +169,23 @@ MARGINS: dict[str, tuple[dict[str, float], Callable[[float], float]]] = {
     "robust_dpo": ({"flip_rate": 0.1}, lambda p: log_odds((p - 0.1) / (1 - 2 * 0.1)) / BETA),
     "ipo": ({}, lambda p: (2 * p - 1) / (2 * BETA)),
 }
-"""Loss → settings, and the margin to which a share p of the judges leads: the log-odds of p, or its regression."""
+"""Loss → settings, and the margin that a share p of the judges leads to: the log-odds of p, or a mean target."""
 
 
 def margin(name: str, preset: Preset) -> Lessons:
-    """The margin log(π/ref) of one answer less that of the other, in closed form.
+    """The margin m, which is log(π/ref) of one answer minus that of the other, in closed form.
 
-    A logistic loss rests where σ(β·m) is the expected label: p, which smoothing pulls to ½, and robust DPO from it. A
-    squared loss with the target ±1 / (2β) rests at the mean target. For one answer of two, π is σ(m + log-odds of ref).
+    A logistic loss rests where σ(β·m) is the expected label. This is p, which label smoothing moves towards ½, and
+    robust DPO away from ½. A squared loss with the target ±1 / (2β) rests at the mean target. For one answer of two, π
+    is σ(m + log-odds of ref).
     """
     if name in MARGINS:
         knobs, of_share = MARGINS[name]
         p, prior = sigmoid(answers.rewards[0] - answers.rewards[1]), log_odds(answers.ref[0][0])
         settings = [(knobs, of_share(p))] + ([({}, log_odds(p) / BETA)] if name == "dpo" else [])
-        for given, m in settings:
+        for setting, m in settings:
             point = (sigmoid(m + prior), sigmoid(-m - prior))
-            yield Lesson(answers, made(preset, beta=BETA, **given), (point, (1.0,)), 12, None, "the margin of theory")
+            yield Lesson(answers, made(preset, beta=BETA, **setting), (point, (1.0,)), 12, None, "the margin of theory")
 
 
 def log_odds(p: float) -> float:
@@ -194,10 +196,10 @@ def log_odds(p: float) -> float:
 def labelled(name: str, preset: Preset) -> Lessons:
     """KTO seeks a mode, BCO is a classifier, and SPPO and A*-PO are regressions.
 
-    KTO's value is the highest where all goes to answers that are desirable more often than not. It rests between two
-    such answers, since the gain of each is bounded. BCO rests where
-    β·(log π/ref − z) is the log-odds d / (1 − d) of the label, so that π ∝ ref·odds^(1/β), and z makes the sum 1. SPPO
-    rests at π = ref·exp((P − ½) / β), if these sum to 1, and A*-PO at ref·exp((R − V*) / β), which V* makes sum to 1.
+    KTO leads to the answer that is desirable more often than not. If two answers are, it rests between them, since the
+    gain of each is bounded. BCO rests where β·(log π/ref − z) is the log-odds log(d / (1 − d)) of the label, so that π
+    ∝ ref·odds^(1/β); the world has the z for which the sum is 1. SPPO rests at π = ref·exp((P − ½) / β), if these sum
+    to 1. A*-PO rests at ref·exp((R − V*) / β), whose sum is 1 by the definition of V*.
     """
     if name == "kto":
         point = ((1.0, 0.0), (1.0,))
@@ -205,7 +207,7 @@ def labelled(name: str, preset: Preset) -> Lessons:
         liked = replace(judged, name="liked", rewards=(0.8, 0.6))
         loss = made(preset, beta=1.0, undesirable_weight=0.5)
         says = "between two answers that are both mostly desirable, where the oracle's expected gradient is 0"
-        yield Lesson(liked, loss, rest(loss, liked), 20, None, says)
+        yield Lesson(liked, loss, point_of_rest(loss, liked), 20, None, says)
     if name == "bco":
         odds = [ref * d / (1 - d) for ref, d in zip(judged.ref[0], judged.rewards)]
         z = -math.log(sum(odds))
@@ -214,7 +216,7 @@ def labelled(name: str, preset: Preset) -> Lessons:
         yield Lesson(shifted, made(preset, beta=1.0), (proportional(odds), (1.0,)), 20, None, says)
     if name == "real":
         says = "ends where the oracle's expected gradient is 0"
-        yield Lesson(judged, preset(), rest(preset(), judged), 20, None, says)
+        yield Lesson(judged, preset(), point_of_rest(preset(), judged), 20, None, says)
     if name == "a2po":
         optimum = tilted(judged.ref[0], judged.rewards, BETA)
         v = BETA * math.log(sum(q * math.exp(r / BETA) for q, r in zip(judged.ref[0], judged.rewards)))

@@ -50,33 +50,33 @@ def towards_reference(ref: Row, rewards: Row, beta: float) -> tuple[float, ...]:
 def two_token_tree(
     ref: tuple[Row, Row], rewards: Row, beta: float, reward_factor: Row, penalty_factor: Row
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """The rest of a tree with sequences (a), (b, c) and (b, d), under a penalty ½β·(lp − ref)² of each token.
+    """The point of rest in a tree with sequences (a), (b, c) and (b, d), under a penalty ½β·(lp − ref)² of each token.
 
     The factors are of lengths 1 and 2: the reward's f and the penalty's g, by which a loss multiplies every token of a
     sequence. With f = g = 1, tokens count alike. With 1 / length, a long answer counts less at each of its tokens: that
     is the length bias of a mean over sequences of means over tokens (arXiv:2503.20783).
 
-    At the second node f·r − g·β·log(π/ref) is one number, so π ∝ ref·exp(f·r / (g·β)). At the first node, with
-    Q = Σ π·r of the second, f₁·(r − V) − g₁·β·log(π/ref) of token a equals f₂·(Q − V) − g₂·β·log(π/ref) of token b. The
-    penalty of a token is local: it does not see that its token leads to further penalties.
+    At the second node f·r − g·β·log(π/ref) is the same for both tokens, so π ∝ ref·exp(f·r / (g·β)). At the first node,
+    with Q = Σ π·r of the second, f₁·(r − V) − g₁·β·log(π/ref) of token a equals f₂·(Q − V) − g₂·β·log(π/ref) of token
+    b. The penalty of a token is local: it ignores the penalties of the tokens that follow.
     """
     (f1, f2), (g1, g2) = reward_factor, penalty_factor
     second = tilted(ref[1], rewards[1:], beta * g2 / f2)
     q = sum(p * r for p, r in zip(second, rewards[1:]))
 
-    def tension(x: float) -> float:
+    def imbalance(x: float) -> float:
         a, b = 1 / (1 + math.exp(-x)), 1 / (1 + math.exp(x))
         v = a * rewards[0] + b * q
         of_a = f1 * (rewards[0] - v) - g1 * beta * math.log(a / ref[0][0])
         of_b = f2 * (q - v) - g2 * beta * math.log(b / ref[0][1])
         return of_a - of_b
 
-    a = 1 / (1 + math.exp(-root(tension, -30, 30)))
+    a = 1 / (1 + math.exp(-root(imbalance, -30, 30)))
     return (a, 1 - a), second
 
 
 def balanced(frequencies: Row, slope: Callable[[float], float]) -> tuple[float, ...]:
-    """π with f·slope(π) one number λ for all tokens; ``slope`` is below 0 and rises."""
+    """π for which f·slope(π) is one number for all tokens of frequencies f; ``slope`` is below 0 and rises."""
 
     def at(level: float) -> list[float]:
         return [root(partial(excess, level / f), 1e-9, 1 - 1e-9) for f in frequencies]
@@ -88,17 +88,18 @@ def balanced(frequencies: Row, slope: Callable[[float], float]) -> tuple[float, 
 
 
 def where_descent_ends(slope: Callable[[float], float], start: float) -> tuple[float, ...]:
-    """(p, 1 − p) where the slope of a loss in p first changes its sign, downhill from the start; an end if nowhere.
+    """(p, 1 − p) where the slope of a loss in p first changes its sign, downhill from the start, else an end.
 
-    It looks at log(p / (1 − p)) in steps of 1, up to ±12.
+    The search takes steps of 1 in log(p / (1 − p)), up to ±12.
     """
 
     def at(x: float) -> float:
         return slope(1 / (1 + math.exp(-x)))
 
     low = math.log(start / (1 - start))
-    way = -1.0 if at(low) > 0 else 1.0
-    while abs(low) < 12 and (at(low + way) > 0) == (way < 0):
-        low += way
-    x = root(at, min(low, low + way), max(low, low + way), 20) if abs(low) < 12 else way * 12
+    direction = -1.0 if at(low) > 0 else 1.0
+    while abs(low) < 12 and (at(low + direction) > 0) == (direction < 0):
+        low += direction
+    end = low + direction
+    x = root(at, min(low, end), max(low, end), 20) if abs(low) < 12 else direction * 12
     return 1 / (1 + math.exp(-x)), 1 / (1 + math.exp(x))

@@ -1,4 +1,4 @@
-"""Where policy losses lead: rows ``(name, preset) -> lessons``, which apply to the presets that their first line takes.
+"""Where policy losses lead: rows ``(name, preset) -> lessons``. The condition of a row selects its presets.
 
 "Drawn anew" means on-policy: the current policy samples for each step. "Fixed samples" are those of the first policy.
 """
@@ -24,7 +24,7 @@ from lossfns.weigh import sequence_mean, token_mean
 
 
 def is_policy(preset: Preset) -> bool:
-    """Return whether a loss has advantages."""
+    """Return whether a preset makes a loss that reads advantages."""
     return "advantages" in preset().reads
 
 
@@ -38,7 +38,7 @@ def slope(name: str, loss: Loss) -> float:
 
 
 def collapse(name: str, preset: Preset) -> Lessons:
-    """Without a KL, the policy collapses on the best arm, at a stated rate.
+    """Without a KL, the policy collapses on the best arm, at a known rate.
 
     On-policy every ratio is 1, where all these losses have the gradient of −A·lp, up to a factor. A natural step of
     rate η then adds η·r to the logits, so that after n steps π ∝ start·exp(η·n·r).
@@ -54,20 +54,20 @@ def penalised(name: str, preset: Preset) -> Lessons:
     if not is_policy(preset):
         return
     for weigh in (token_mean, sequence_mean) if "weigh" in knobs_of(preset) else (None,):
-        own = "kl" in knobs_of(preset)
-        loss = made(preset, weigh=weigh, **({"kl": k2, "kl_beta": BETA} if own else {}))
-        one, two = (x * slope(name, loss) for x in REWARD_BY_LENGTH.get(name, (1.0, 1.0)))
-        loss = loss if own else with_kl(loss, BETA, k2)
+        has_kl = "kl" in knobs_of(preset)
+        loss = made(preset, weigh=weigh, **({"kl": k2, "kl_beta": BETA} if has_kl else {}))
+        short, long = (x * slope(name, loss) for x in REWARD_BY_LENGTH.get(name, (1.0, 1.0)))
+        loss = loss if has_kl else with_kl(loss, BETA, k2)
         share = share_by_length(loss)
-        factor = share[0] * one, share[1] * two
+        factor = share[0] * short, share[1] * long
         point = two_token_tree((tree.ref[0], tree.ref[1]), tree.rewards, BETA, factor, share)
         bias = "" if factor[0] == factor[1] and share[0] == share[1] else ", biased by the lengths"
         yield Lesson(tree, loss, point, 8, None, f"reaches ref·exp(r/β) at every token{bias}")
 
 
 REWARD_BY_LENGTH = {"rloo": (1.0, 2.0)}
-"""Loss → the factors of A·lp of each token in sequences of 1 and 2 tokens, where they are not 1: the ratio of a whole
-sequence stands at each of its tokens, and has a gradient in all of them."""
+"""Loss → the factors of A·lp of each token in sequences of 1 and 2 tokens, where they are not 1. The ratio of a whole
+sequence is the ratio of each of its tokens, and has a gradient in all of them."""
 
 
 def share_by_length(loss: Loss) -> tuple[float, float]:
@@ -94,14 +94,14 @@ STOPS: dict[str, tuple[dict[str, Any], float]] = {
     "prime_dppo": ({"delta_low": 0.2, "delta_high": 0.2, "kl_tau": 0.0}, 0.7),
     "prime_symmetric": ({"delta": 0.1, "kl_tau": 0.0}, 0.6),
 }
-"""Losses that stop at their bounds while the samples are not drawn anew: settings, and π of the good arm there.
+"""Losses that stop at their bounds on fixed samples: settings, and π of the good arm at the bound.
 
 The gradient ends for r > high where A > 0, and for r < low where A < 0. With the total variation as bound it ends at a
 distance of δ, and with KL(μ‖π) = −½·log(4·π·(1 − π)) where this is δ.
 """
 WITHOUT_BOUNDS = {"clip": (0.0, 1e6), "delta": 100.0, "delta_low": 100.0, "delta_high": 100.0}
 STOPS_UNWEIGHTED = {"sppo_token", "rec", "rec_ring"}
-"""Losses that stop at their bounds, and before have the gradient of −A·lp, without the ratio."""
+"""Losses that stop at their bounds, and until then have the gradient of −A·lp, without the ratio."""
 CONTINUES = {"importance_sampling", "cispo", "cispo_sequence", "capped_importance_sampling", "kl_cov"}
 """Losses that keep the gradient −r·A·∇lp of every sample: on fixed samples they follow the policy gradient."""
 SLOWS_DOWN = {"sapo", "topr", "vespo", "ce_gppo"}
@@ -112,8 +112,8 @@ def bounded(name: str, preset: Preset) -> Lessons:
     """On fixed samples, clipping ends the learning at the bounds: π = μ·high for the good arm, μ·low for the bad one.
 
     Before that the gradient is unbiased. Its natural step of rate η adds η·(r₁ − r₀) to the log-odds, so that four
-    steps of a quarter of the bound's log-odds reach it. Two more have no effect. Without the ratio in the gradient a
-    step adds ¼η·(1/π₁ + 1/π₀): it takes steps that become smaller towards the bound.
+    steps of a quarter of the bound's log-odds reach it. Two more have no effect. Without the ratio in the gradient, a
+    step adds ¼η·(1/π₁ + 1/π₀), so the steps have to become smaller towards the bound.
     """
     says = "stops at its bounds on fixed samples"
     if name in STOPS:
@@ -128,7 +128,7 @@ def bounded(name: str, preset: Preset) -> Lessons:
 def unbounded(name: str, preset: Preset) -> Lessons:
     """On fixed samples, an importance weight without a bound gives the policy gradient, and the policy collapses.
 
-    A soft gate slows this down, and does not end it: its slope is nowhere 0.
+    A soft gate slows this down without an end: its slope is nowhere 0.
     """
     point = (tilted((0.5, 0.5), two_arms.rewards, 1 / 10),)
     if name in STOPS:

@@ -14,7 +14,7 @@ bandit = World(
 two_arms = World(
     "two arms", (((0, 0),), ((0, 1),)), outcomes, ((0.5, 0.5),), ((0.5, 0.5),), (1.0, 0.0), old=((0.5, 0.5),)
 )
-"""Two arms, all drawn from the policy before the first step: many steps with one batch of samples."""
+"""Two arms, drawn from the policy before the first step: many steps on one batch of samples."""
 
 tree = World(
     "tree",
@@ -24,10 +24,10 @@ tree = World(
     ((0.9, 0.1), (0.7, 0.3)),
     (0.0, 1.0, 0.2),
 )
-"""A first token that ends the answer, or one that a second token follows: sequences of lengths 1, 2 and 2."""
+"""A first token that ends the answer, or a first token and a second: sequences of lengths 1, 2 and 2."""
 
 corpus = replace(tree, name="corpus", old=((0.3, 0.7), (0.8, 0.2)))
-"""The tree, with sequences of a data set: they are drawn from the distribution of the data."""
+"""The tree, with sequences drawn from the distribution of a data set."""
 
 letters = World(
     "letters", (((0, 0),), ((0, 1),), ((0, 2),)), outcomes, ((0.2, 0.3, 0.5),), ((0.5, 0.4, 0.1),), (0.0, 0.0, 0.0),
@@ -43,7 +43,7 @@ answers = World(
     ((0.6, 0.4), (1.0,)),
     (1.2, 0.4),
 )
-"""Two answers, of one token and of two, of which the second is certain. One is preferred by σ(0.8) of the judges."""
+"""An answer of one token, and one of two tokens whose second is certain. σ(0.8) of the judges prefer the first."""
 
 reward_model = World(
     "reward model", (((0, 0),), ((0, 1),)), preferences, ((0.0, 0.0),), ((0.0, 0.0),), answers.rewards, scores=True
@@ -63,7 +63,7 @@ candidates = World(
     "candidates", (((0, 0), (0, 1), (0, 2)),), position, ((0.3, 0.2, 0.1, 0.4),), ((0.45, 0.3, 0.15, 0.1),), (0.0,),
     targets=3,
 )  # fmt: skip
-"""One position of four tokens, of which the loss sees three. The teacher gives the fourth 0.1, and the policy 0.4."""
+"""One position of four tokens, of which the loss sees three. The fourth has 0.1 of the teacher, 0.4 of the policy."""
 
 
 def reward_of(world: World, i: int, policy: Policy, old: Policy) -> list[float]:

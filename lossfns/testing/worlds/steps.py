@@ -23,9 +23,9 @@ Path = list[Policy]
 Slope = tuple[float, float]
 """∂L/∂logprob of a token, and ∂L/∂entropy at its node: 0 unless the loss has a gradient through the entropy."""
 Gradients = Callable[[Batch, Any], list[Slope]]
-"""A function ``(batch, denominator) -> slopes`` of every token, datums end to end."""
+"""A function ``(batch, denominator) -> slopes`` of every token, one datum after the other."""
 RARE = 1e-6
-"""The smallest probability of a node by which a gradient is divided."""
+"""The floor of a node's probability, by which a gradient is divided."""
 TRUST = 1.0
 """The largest change of a logit in a step of the two-point rule."""
 
@@ -49,14 +49,14 @@ def slopes_with_entropy(loss: BoundLoss, batch: Batch) -> list[Slope]:
 class Enumerated:
     """The expected gradient of a loss over all outcomes of a world.
 
-    A loss over a count of the batch, such as its tokens, is divided by the expectation of this count, as in an infinite
-    batch. A loss that compares the datums of a group gets groups of two units.
+    The denominator of a loss, such as the number of tokens, is replaced by its expectation, as in an infinite batch. A
+    loss that compares the datums of a group gets groups of two units.
 
     Attributes:
         gradients: the gradients of the loss.
         world: the world.
         reads: the columns of the batch, besides the weights.
-        like: the loss whose counts are taken; None: the expected count is not known, and ``gradients`` gets None.
+        like: the loss whose denominators are used; None: they are not known, and ``gradients`` gets None.
     """
 
     def __init__(self, gradients: Gradients, world: World, reads: Sequence[str], like: Loss | None) -> None:
@@ -65,28 +65,28 @@ class Enumerated:
 
     @classmethod
     def of(cls, loss_fn: LossFn, world: World, like: Loss | None = None) -> Enumerated:
-        """Return the expected gradient of a loss, or of any function of the contract: this gets every column."""
-        own = loss_fn.loss if isinstance(loss_fn, BoundLoss) else loss_fn
-        if isinstance(own, Loss):
+        """Return the expected gradient of a loss, or of any function of the contract, which gets every column."""
+        loss = loss_fn.loss if isinstance(loss_fn, BoundLoss) else loss_fn
+        if isinstance(loss, Loss):
             bound = loss_fn.bind()  # type: ignore[attr-defined]
-            if set(own.gradient_columns) - {"entropy"}:
-                got, fix = " and ".join(own.gradient_columns), "Its part of a step would be lost."
+            if set(loss.gradient_columns) - {"entropy"}:
+                got, fix = " and ".join(loss.gradient_columns), "Its part of a step would be lost."
                 raise LossInputError("loss", "a gradient through the logprobs and the entropy", got, fix)
-            if world.old is None and "old_logprobs" in own.reads:
+            if world.old is None and "old_logprobs" in loss.reads:
                 bound = bound.bind(old_logprobs=ON_POLICY)  # the columns of datums are float32
 
             def of_loss(batch: Batch, count: Any) -> list[Slope]:
                 divided = bound.bind(denominator=count)
-                if own.gradient_columns:
+                if loss.gradient_columns:
                     return slopes_with_entropy(divided, batch)
                 return without_entropy(gradient_of(divided, batch.data(), batch.tensors())[1])
 
-            return cls(of_loss, world, own.reads, own)
+            return cls(of_loss, world, loss.reads, loss)
 
         def of_function(batch: Batch, count: Any) -> list[Slope]:
             data = batch.data()
-            by = 1.0 if like is None else like.denominator(data) / count
-            return without_entropy(by * gradient_of(loss_fn, data, batch.tensors())[1])
+            scale = 1.0 if like is None else like.denominator(data) / count
+            return without_entropy(scale * gradient_of(loss_fn, data, batch.tensors())[1])
 
         every = (*COLUMNS, "groups", *world.units(world, world.old or world.start)[0].columns)
         return cls(of_function, world, [name for name in every if name != "weights"], like)
@@ -104,7 +104,7 @@ class Enumerated:
         return batch.having(weights=weights), units
 
     def natural_gradient(self, policy: Policy) -> list[list[float]]:
-        """Return the natural gradient: the one in the logits, over the probability of the node, and over π there."""
+        """Return the natural gradient: the gradient in the logits over the probability of the node and over π there."""
         batch, units = self.batch(policy)
         slopes = iter(self.gradients(batch, self.expected_count(batch, units)))
         by_token = [[0.0] * len(row) for row in policy]

@@ -28,9 +28,9 @@ class Unit(NamedTuple):
     """Datums that a loss may compare with each other: an outcome, a pair, or a group.
 
     Attributes:
-        probability: the probability of the unit. Those of all units sum to 1.
+        probability: the probability of the unit. The probabilities of all units sum to 1.
         members: the sequence of each datum, by index.
-        columns: columns that differ between units of the same members, with one number for each datum.
+        columns: columns that belong to the unit, such as labels, with one number for each datum.
     """
 
     probability: float
@@ -40,7 +40,7 @@ class Unit(NamedTuple):
 
 @dataclass(frozen=True)
 class World:
-    """A tree of tokens, what its sequences are worth, and how they are drawn.
+    """A tree of tokens, the rewards of its sequences, and how sequences are drawn.
 
     Attributes:
         name: the name.
@@ -50,7 +50,7 @@ class World:
         ref: the reference policy, or the teacher.
         rewards: one number for each sequence: its reward, its Bradley-Terry score, or the probability that it is
             labelled as desirable.
-        old: the policy that samples, if it is fixed; None: the current policy samples, and every step refreshes it.
+        old: the policy that samples, if it is fixed; None: the current policy samples anew for each step.
         targets: K if a position has K targets, else 0.
         scores: whether θ are scores of a value or reward head, which the loss takes in place of logprobs. A policy is
             then the table of the scores, and a step is one of plain gradient descent.
@@ -97,7 +97,7 @@ def outcomes(world: World, sampling: Policy) -> list[Unit]:
 
 
 def preferences(world: World, sampling: Policy) -> list[Unit]:
-    """Two different sequences, all pairs alike; i is chosen over j with probability σ(score_i − score_j)."""
+    """Two different sequences, all pairs equally likely; i is chosen over j with probability σ(score_i − score_j)."""
     n = len(world.sequences)
     pairs = [(i, j) for i in range(n) for j in range(n) if i != j]
     return [Unit(2 * sigmoid(world.rewards[i] - world.rewards[j]) / len(pairs), (i, j)) for i, j in pairs]
@@ -137,7 +137,7 @@ def log_of(policy: Policy, world: World, i: int) -> list[float]:
 
 
 def at_nodes(world: World, i: int, of: Callable[[Sequence[float]], float], policy: Policy) -> list[float]:
-    """Return a number of the distribution at each node of sequence ``i``."""
+    """Return a function of the distribution at each node of sequence ``i``, such as its entropy."""
     return [of(policy[node]) for node, _ in world.sequences[i]]
 
 
@@ -174,11 +174,11 @@ def batch_of(world: World, policy: Policy, sampling: Policy, units: Sequence[Uni
             return alike(world, i, float(u))
         if name in units[u].columns:
             return alike(world, i, units[u].columns[name][k])
-        find = made.get(name) or COLUMNS.get(name)
-        if find is None:
+        column = made.get(name) or COLUMNS.get(name)
+        if column is None:
             fix = "Add it to COLUMNS of lossfns/testing/worlds/world.py."
             raise LossInputError("reads", f"columns of the world {world.name}", name, fix)
-        return find(world, i, policy, sampling)
+        return column(world, i, policy, sampling)
 
     masked = [0.0] * (world.targets or 1)
     columns = {name: [masked + row(name, *member) for member in members] for name in ("weights", *reads)}
