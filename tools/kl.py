@@ -36,7 +36,7 @@ ROWS = (
     Row(k1, None, "verl k1, in a loss"),
     Row(k2, None, "verl k2, open-instruct 1"),
     Row(k3, None, "Fireworks; with `kl_cap=10.0` verl low_var_kl, SkyRL"),
-    Row(k3_uncapped, None, "TRL before 1.16, slime, Liger; with |d| up to 40 open-instruct 2, its default"),
+    Row(k3_uncapped, None, "TRL before 1.16, slime, Liger; with log-ratios up to ±40 open-instruct 2, its default"),
     Row(k_abs, None, "verl, SkyRL abs"),
     Row(k_squared, None, "(prime-rl has it against the sampler)"),
     Row(k1_plus, None, "verl k1+"),
