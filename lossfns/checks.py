@@ -22,7 +22,9 @@ LARGEST_FLOAT = 1e30
 
 
 def is_finite(value: Any) -> bool:
-    """Whether torch can hold the number: a float in float32, an integer in 64 bits."""
+    """Whether torch can hold the number: a float in float32, an integer in 64 bits, and no fraction."""
+    if not isinstance(value, (int, float, np.number)):
+        return False
     return abs(value) <= 2**62 if isinstance(value, int) else abs(float(value)) <= LARGEST_FLOAT
 
 
@@ -65,7 +67,7 @@ def check_clip(name: str, value: Any) -> None:
     if 0 <= low < 1 and 0 <= high < 1:
         fix = f"These look like epsilons: pass clip=({1 - float(low):g}, {1 + float(high):g})."
         raise LossInputError(name, expected, repr(value), fix)
-    if not 0 <= low <= 1 <= high or not (is_finite(high) or high == math.inf):
+    if not 0 <= low <= 1 <= high or not is_finite(low) or not (is_finite(high) or high == math.inf):
         raise LossInputError(name, expected, repr(value), "The bounds must enclose the ratio 1.")
 
 

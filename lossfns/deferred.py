@@ -222,7 +222,7 @@ def check_divides(count: float, rows: float, divisor: Any) -> None:
 def check_finite(loss: float) -> None:
     """Refuse a loss that is not finite."""
     if not math.isfinite(loss):
-        fix = "A finite log_ratio_cap keeps exp from overflowing."
+        fix = "Look for an extreme value. Where a loss has log_ratio_cap, a finite one keeps exp from overflowing."
         raise LossInputError("loss", "a finite value", f"{loss:g}", fix)
 
 

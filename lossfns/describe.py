@@ -68,8 +68,10 @@ def name_and_knobs(loss: Any) -> tuple[str, Loss | None]:
     loss = loss.loss if isinstance(loss, BoundLoss) else loss
     name = loss if isinstance(loss, str) else loss.name if isinstance(loss, Loss) else getattr(loss, "__name__", "")
     if name not in presets():
-        hint = did_you_mean(name, presets()) if isinstance(name, str) else ""
-        raise LossInputError("loss", "a loss of this library, or its name", show(name_or_repr(loss)), hint)
+        public = isinstance(name, str) and callable(getattr(import_module("lossfns"), name, None))
+        hint = f"See help(lossfns.{name})." if public else did_you_mean(name, presets())
+        got = show(loss) if isinstance(loss, str) else show(name_or_repr(loss))
+        raise LossInputError("loss", "a loss of this library that takes settings alone, or its name", got, hint)
     return name, loss if isinstance(loss, Loss) else None
 
 

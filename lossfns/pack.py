@@ -551,6 +551,7 @@ def as_row(value: Any, name: str, datum: int | None, *, with_graph: bool = False
     except Exception:  # whatever the value's own to_numpy raises
         pass
     got, fix = f"a {type(value).__name__} that is no rectangular array of numbers", "Use a list, array or tensor."
+    fix = "Number the groups of the batch from 0." if name == "groups" else fix
     raise LossInputError(name, "a number or a row of numbers", got, fix, datum=datum)
 
 

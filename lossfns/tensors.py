@@ -329,5 +329,10 @@ def align_rows(name: str, x: Any, logprobs: Tensor, rows: Rows, *, with_graph: b
 def wrong_shape(name: str, x: Tensor, shape: Sequence[int], rows: Rows, sequences: int) -> LossInputError:
     """Return the error for a column that has neither the shape of the logprobs nor one number for each sequence."""
     one_each = f" or ({sequences},)" if may_be_number(name, rows) else ""
-    fix = "Shift labels, masks and logprobs alike: position j holds token j + 1."
+    if x.ndim < 2 and may_be_number(name, rows):
+        fix = "Pass one number for each sequence; both sides of a pair count."
+    elif len(shape) > x.ndim and tuple(x.shape) == tuple(shape)[:-1]:
+        fix = "Repeat it for each of the K targets: x.unsqueeze(-1).expand_as(logprobs)."
+    else:
+        fix = "Shift labels, masks and logprobs alike: position j holds token j + 1."
     return LossInputError(name, f"shape {tuple(shape)}{one_each}, that of logprobs", f"shape {tuple(x.shape)}", fix)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from lossfns.errors import LossInputError, warn
-from lossfns.segments import chosen, nonempty, rejected
-from lossfns.tokens import LOGPROB_COLUMNS, MODEL_COLUMNS, PAIRS, Rows, Tokens
+from lossfns.segments import both_sides, chosen, nonempty, rejected, sequence_value, to_tokens
+from lossfns.tokens import DATUM_COLUMNS, LOGPROB_COLUMNS, MODEL_COLUMNS, PAIRS, TOKENS, Rows, Tokens
 
 LOGPROB_TOLERANCE = 1e-4
 """Largest value above 0 that a logprob may have because of rounding."""
@@ -23,8 +23,14 @@ LOGPROB_TOLERANCE = 1e-4
 LENGTHS_FIT = "lengths fit"
 """Name of a number: 1 if lengths on a device were those of the batch, else 0."""
 
-LARGEST_LABEL = 2**24
-"""Largest label of a group: every whole number up to it is exact in float32."""
+LARGEST_LABEL = 2**24 - 1
+"""Largest label of a group. In float32 the next whole number, 2²⁴, may be a larger one that was rounded."""
+
+AT_MOST_0 = (*LOGPROB_COLUMNS, "teacher_logprobs")
+"""The columns of logprobs, which are at most 0."""
+
+LABELS = ("groups", "labels")
+"""The columns of whole numbers."""
 
 FAR_LOG_RATIO = 5.0
 """Mean |log-ratio| above which the old logprobs are probably those of other tokens."""
@@ -37,13 +43,28 @@ def checked_columns(t: Tokens) -> dict[str, Tensor]:
 
 
 def extremes(t: Tokens, rows: Rows) -> dict[str, Tensor]:
-    """Return 0-d tensors: ``NAME min`` and ``NAME max`` of each column (nan if it has one), and ``one-sided pairs``."""
+    """Return 0-d tensors: for each column its least and its greatest value, or nan if it has one.
+
+    They are ``NAME min`` and ``NAME max``. Of labels and groups also ``NAME fractions``, the number of entries that are
+    not whole; of columns with one number for each datum ``NAME uneven``, the number of entries that differ from it; of
+    pairs ``one-sided pairs``.
+    """
     if t.logprobs.numel() == 0:
         return {}
     extrema = {}
     for name, x in checked_columns(t).items():
         extrema[f"{name} min"], extrema[f"{name} max"] = torch.aminmax(x)
+    extrema |= {f"{name} fractions": fractional(t.columns[name]).sum() for name in LABELS if name in t.columns}
+    extrema |= {f"{name} uneven": uneven(t, name, rows).sum() for name in DATUM_COLUMNS if name in t.columns}
     return extrema | ({"one-sided pairs": one_sided_pairs(t).sum()} if rows is PAIRS else {})
+
+
+def uneven(t: Tokens, name: str, rows: Rows) -> Tensor:
+    """``[N]`` bool: True where a column with one number for each datum has another one, or a pair has two groups."""
+    number = sequence_value(t, t.columns[name])
+    if rows is PAIRS and name == "groups":
+        number = both_sides(t, chosen(t, number))
+    return t.active & (t.columns[name] != to_tokens(t, number))
 
 
 def one_sided_pairs(t: Tokens) -> Tensor:
@@ -70,7 +91,7 @@ def check_values(
         low, high = extrema[f"{name} min"], extrema[f"{name} max"]
         if not (math.isfinite(low) and math.isfinite(high)):
             bad, expected, fix = not_finite, "a finite number at every active token", NOT_FINITE_FIX.get(name, "")
-        elif (name == output == "logprobs" or name in LOGPROB_COLUMNS) and high > LOGPROB_TOLERANCE:
+        elif (name == output == "logprobs" or name in AT_MOST_0) and high > LOGPROB_TOLERANCE:
             bad, expected, fix = above_0, "a logprob, at most 0", "Were probabilities or logits passed?"
         elif name in MODEL_COLUMNS and low < 0:
             bad, expected, fix = below_0, "a number of at least 0", "Was its negative passed, or a sum of logprobs?"
@@ -79,15 +100,25 @@ def check_values(
         elif name == "weights" and low < 0 and not signed:
             fix = "Put the sign into the advantages." if "advantages min" in extrema else NEGATIVE_WEIGHT_FIX
             bad, expected = below_0, "a weight of at least 0"
-        elif name == "groups" and max(-low, high) > LARGEST_LABEL:
+        elif name == "groups" and (max(-low, high) > LARGEST_LABEL or extrema.get("groups fractions")):
             fix = "Number the groups of the batch from 0."
-            bad, expected = beyond_labels, f"a label of at most {LARGEST_LABEL}"
+            bad, expected = no_group, f"a whole number of at most {LARGEST_LABEL}"
+        elif name == "labels" and (low < 0 or high > 1 or extrema.get("labels fractions")):
+            fix = "1 is a desirable or right answer, 0 an undesirable or wrong one."
+            bad, expected = no_label, "1 or 0"
         else:
             continue
         t = get_batch()
         raise_at_first(t, name, bad(checked_columns(t)[name]), expected, fix)
     if extrema.get("one-sided pairs"):
         raise one_sided_pair(get_batch())
+    for name in DATUM_COLUMNS:
+        if extrema.get(f"{name} uneven"):
+            rows = PAIRS if "one-sided pairs" in extrema else TOKENS
+            of_pair = rows is PAIRS and name == "groups"
+            expected = "one number for both sides of a pair" if of_pair else "one number for all tokens of a datum"
+            t = get_batch()
+            raise_at_first(t, name, uneven(t, name, rows), expected, f"Bind a flat list: {name}=[...].")
     unset = extrema.get("old_logprobs min") == extrema.get("old_logprobs max") == 0
     if unset and output == "logprobs" and extrema["logprobs min"] < -LOGPROB_TOLERANCE:
         warn("old_logprobs are 0 at every active token: were they left unset?")
@@ -109,8 +140,16 @@ def below_0(x: Tensor) -> Tensor:
     return x < 0
 
 
-def beyond_labels(x: Tensor) -> Tensor:
-    return x.abs() > LARGEST_LABEL
+def fractional(x: Tensor) -> Tensor:
+    return x != x.round()
+
+
+def no_group(x: Tensor) -> Tensor:
+    return fractional(x) | (x.abs() > LARGEST_LABEL)
+
+
+def no_label(x: Tensor) -> Tensor:
+    return (x != 0) & (x != 1)
 
 
 def one_sided_pair(t: Tokens) -> LossInputError:
@@ -135,6 +174,7 @@ NEGATIVE_WEIGHT_FIX = "Give 0 to a token that does not count; only a plain likel
 NOT_FINITE_FIX = {
     "logprobs": "A token that the model cannot produce has no finite logprob: mask it.",
     "advantages": "A group of one has no standard deviation: use group_advantages, or larger groups.",
+    "teacher_logprobs": "Where the teacher gives a candidate no probability, give this slot weight 0.",
     **dict.fromkeys(LOGPROB_COLUMNS, "Servers send null for the prompt: give those positions weight 0."),
 }
 

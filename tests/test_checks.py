@@ -22,6 +22,7 @@ from lossfns.checks import (
     check_positive_or_none,
     check_share,
 )
+from lossfns.describe import presets
 
 TINY = math.ulp(0.0)
 BELOW, ABOVE = math.nextafter(1.0, 0.0), math.nextafter(1.0, 2.0)
@@ -145,6 +146,20 @@ def test_numpy_numbers_are_numbers(name: str) -> None:
     """As a sweep over np.linspace or np.arange hands them in."""
     for value in (np.float64(2.0), np.float32(2.0), np.int64(2)):
         check_knobs({name: value})
+
+
+def test_a_number_that_torch_cannot_compute_with_is_refused() -> None:
+    """``Fraction`` is a real number, and torch has no product with it."""
+    for name, preset in presets().items():
+        for knob, value in preset().knobs.items():
+            pair = isinstance(value, tuple)
+            if pair or isinstance(value, float):
+                given = (Fraction(value[0]), value[1]) if pair else Fraction(value)
+                with pytest.raises(LossInputError):
+                    preset(**{knob: given})
+                    pytest.fail(f"{name}({knob}={given!r})")
+    with pytest.raises(LossInputError):
+        lossfns.with_kl(lossfns.ppo(), kl_beta=Fraction(1, 10))
 
 
 @pytest.mark.parametrize(

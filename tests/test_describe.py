@@ -28,6 +28,14 @@ def test_what_is_no_loss_is_refused(unknown: object) -> None:
         describe(unknown)
 
 
+def test_the_hint_for_a_name() -> None:
+    """A function that takes losses is none of them, and no misspelling of another one."""
+    for name, hint in (("simpoo", "Did you mean 'simpo'?"), ("mpo", "See help(lossfns.mpo).")):
+        with pytest.raises(LossInputError) as caught:
+            describe(name)
+        assert (caught.value.got, caught.value.fix) == (repr(name), hint)
+
+
 def test_every_loss_is_listed_once(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list"]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -1,6 +1,7 @@
 """KL penalties: the plain-float oracle, numbers by hand, the formulas of other frameworks, and exact expectations."""
 
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
@@ -304,3 +305,17 @@ def test_a_penalty_comes_last_and_only_once_to_the_reference() -> None:
     ):
         with pytest.raises(LossInputError, match="Apply with_kl last"):
             build()
+
+
+def test_every_row_of_a_table_has_the_cells_of_its_head() -> None:
+    """A bar within a cell, as in |d|, ends it: the rest of the row is not shown."""
+    root, tables = Path(__file__).parents[1], 0
+    for path in (root / "README.md", *sorted((root / "docs").glob("*.md"))):
+        text = re.sub(r"(?ms)^```.*?^```", "", path.read_text(encoding="utf-8"))
+        for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+            rows = table.splitlines()
+            bars = [len(re.findall(r"(?<!\\)\|", row)) for row in rows]
+            uneven = [row for row, count in zip(rows, bars, strict=True) if count != bars[0]]
+            assert not uneven, (path.name, uneven)
+            tables += 1
+    assert tables > 20

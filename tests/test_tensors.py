@@ -53,6 +53,15 @@ def batch(loss: Loss, seed: int = 0, dtype: torch.dtype = torch.float64) -> dict
     return {"weights": weights.to(torch.float32), **as_given}
 
 
+def test_the_fix_for_a_shape() -> None:
+    """Weights of positions where there are candidates; a number for each pair where there is one for each side."""
+    lp, scores = -torch.ones(2, 3, 4), torch.zeros(4, 2)
+    with pytest.raises(LossInputError, match=r"Repeat it for each of the K targets: x.unsqueeze\(-1\).expand_as"):
+        lossfns.top_k_jsd().padded(lp, torch.ones(2, 3), teacher_logprobs=lp)
+    with pytest.raises(LossInputError, match="one number for each sequence; both sides of a pair count"):
+        lossfns.bradley_terry_margin().padded(scores, torch.ones(4, 2), target_margin=torch.ones(2))
+
+
 def datums(weights: Any) -> list[Datum]:
     return [
         Datum(ModelInput.from_ints([0] * len(w)), {"target_tokens": np.zeros(tuple(w.shape), np.int64), "weights": w})

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import lossfns
-from lossfns import Datum, LossInputError, LossWarning, ModelInput, Tokens
-from lossfns.tokens import PAIRS, TOKENS
+from lossfns import Datum, Loss, LossInputError, LossWarning, ModelInput, Tokens
+from lossfns.describe import presets
+from lossfns.tokens import DATUM_COLUMNS, PAIRS, TARGETS, TOKENS
 from lossfns.values import check_values, extremes, raise_at_first, warn_if_far_off_policy
 
 NAN = math.nan
@@ -73,6 +74,74 @@ def test_a_logprob_may_lie_above_0_by_the_tolerance() -> None:
         error = refused([[-1.0] * 3], [[1.0] * 3], **{name: [[-1.0, 1e-4, 1.1e-4]]})
         assert (error.field, error.expected, error.got) == (f"{name}[2]", "a logprob, at most 0", "0.00011")
         assert error.fix == "Were probabilities or logits passed?"
+
+
+def test_a_teachers_probability_in_place_of_its_logprob_is_refused() -> None:
+    of_one = {"logprobs": torch.tensor([[[-1.0, -2.0]]]), "teacher_logprobs": torch.tensor([[[0.7, 0.2]]])}
+    for loss in (lossfns.top_k_forward_kl(), lossfns.top_k_jsd(), lossfns.sampled_reverse_kl()):
+        flat = {} if loss.rows is TARGETS else {"old_logprobs": -torch.ones(1, 2)}
+        columns = of_one if loss.rows is TARGETS else {name: x[0] for name, x in of_one.items()}
+        lp, teacher = columns["logprobs"], columns["teacher_logprobs"]
+        with pytest.raises(LossInputError, match=r"teacher_logprobs\[0\]: expected a logprob, at most 0, got 0.7"):
+            loss.padded(lp, torch.ones_like(lp), teacher_logprobs=teacher, **flat)
+
+
+def of_datums(loss: Loss, **columns: Any) -> LossInputError | None:
+    """The error of a loss on two pairs of two tokens each, if it has one. Other columns are in order."""
+    rows = [[-1.0, -1.0]] * 4
+    others = {name: [1.0] * 4 if name in DATUM_COLUMNS else rows for name in loss.reads}
+    tensors = [torch.tensor(row) for row in rows]
+    try:
+        loss.bind(**{**others, **columns})(data(*[[1.0, 1.0]] * 4), tensors)
+    except LossInputError as error:
+        return error
+    return None
+
+
+def test_a_column_with_one_number_for_each_datum_is_refused_where_its_tokens_differ() -> None:
+    """No loss takes one of them silently. In a masked slot anything may stand."""
+    tried = set()
+    for name, preset in presets().items():
+        loss = preset()
+        for column in set(loss.reads) & set(DATUM_COLUMNS):
+            tried.add(column)
+            rows = [[1.0, 1.0], [1.0, 1.0], [1.0, 1.0], [0.0, 1.0]]
+            error = of_datums(loss, **{column: rows})
+            assert error is not None and error.expected.startswith("one number for "), (name, column, error)
+            assert (error.datum, error.field, error.got) == (3, f"{column}[0]", "0"), (name, column)
+            masked = [[1.0, 1.0]] * 3 + [[0.0, 1.0]]
+            assert of_datums(loss, **{column: rows}, weights=masked) is None, (name, column)
+    assert tried == set(DATUM_COLUMNS)
+
+
+def test_labels_are_1_or_0_and_groups_whole_numbers_that_float32_tells_apart() -> None:
+    for name, preset in presets().items():
+        loss = preset()
+        if "labels" in loss.reads:
+            assert of_datums(loss, labels=[1, 0, 1, 0]) is None is of_datums(loss, labels=torch.ones(4, dtype=bool)), (
+                name
+            )
+            for wrong in (0.5, 2, -1, 1.001):
+                error = of_datums(loss, labels=[1, 0, wrong, 0])
+                assert error is not None and (error.datum, error.expected) == (2, "1 or 0"), (name, wrong)
+        if "groups" in loss.reads:
+            largest = 2**24 - 1
+            assert of_datums(loss, groups=[-largest] * 2 + [largest] * 2) is None, name
+            for wrong in (largest + 1, largest + 2, -largest - 1, 0.5):
+                error = of_datums(loss, groups=[1, 1, wrong, wrong])
+                assert error is not None and error.expected == f"a whole number of at most {largest}", (name, wrong)
+            error = of_datums(loss, groups=["a", "a", "b", "b"])
+            assert error is not None and error.fix == "Number the groups of the batch from 0.", name
+
+
+def test_a_pair_is_of_one_group() -> None:
+    """The label of either side would group the pair with others."""
+    for name, preset in presets().items():
+        loss = preset()
+        if loss.rows is PAIRS and "groups" in loss.reads:
+            error = of_datums(loss, groups=[0, 0, 0, 1])
+            assert error is not None and error.expected == "one number for both sides of a pair", name
+            assert (error.datum, error.field) == (3, "groups[0]")
 
 
 def test_a_negative_weight_is_found_behind_masked_ones() -> None:

@@ -42,8 +42,7 @@ def raw_support(logprobs: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
 def renormalised_support(logprobs: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
     """Divide the K probabilities by their sum, for the teacher and for the student."""
     log_mass = torch.where(active, logprobs, IMPOSSIBLE).logsumexp(1, keepdim=True)
-    used = active.any(1, keepdim=True)
-    return logprobs - torch.where(used, log_mass, 0), active
+    return torch.where(active, logprobs - log_mass, 0), active  # an unused slot must not grow with the others' mass
 
 
 def tail_support(logprobs: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,7 +116,8 @@ def top_k_forward_kl(support: Support = renormalised_support, weigh: Weighing = 
         weigh: how positions count: ``token_mean``, ``sequence_mean``, ``sequence_sum_mean``, ``token_sum`` or
             ``fixed_length(L)``.
 
-    Reads ``teacher_logprobs`` ``[N, K]``. Statistics, means over active entries:
+    Reads ``teacher_logprobs`` ``[N, K]``; ``datum_from_candidates`` makes such datums. Statistics, means over active
+    entries:
 
         divergence: the divergence of the entry's position, in nats.
         student_mass: Σ p over the active candidates of the position, in [0, 1].
@@ -145,7 +145,8 @@ def top_k_reverse_kl(support: Support = renormalised_support, weigh: Weighing = 
         weigh: how positions count: ``token_mean``, ``sequence_mean``, ``sequence_sum_mean``, ``token_sum`` or
             ``fixed_length(L)``.
 
-    Reads ``teacher_logprobs`` ``[N, K]``. Statistics, means over active entries:
+    Reads ``teacher_logprobs`` ``[N, K]``; ``datum_from_candidates`` makes such datums. Statistics, means over active
+    entries:
 
         divergence: the divergence of the entry's position, in nats.
         student_mass: Σ p over the active candidates of the position, in [0, 1].
@@ -170,7 +171,8 @@ def top_k_mixed_kl(
         weigh: how positions count: ``token_mean``, ``sequence_mean``, ``sequence_sum_mean``, ``token_sum`` or
             ``fixed_length(L)``.
 
-    Reads ``teacher_logprobs`` ``[N, K]``. Statistics, means over active entries:
+    Reads ``teacher_logprobs`` ``[N, K]``; ``datum_from_candidates`` makes such datums. Statistics, means over active
+    entries:
 
         divergence: the divergence of the entry's position, in nats.
         student_mass: Σ p over the active candidates of the position, in [0, 1].
@@ -197,7 +199,8 @@ def top_k_jsd(beta: float = 0.5, support: Support = renormalised_support, weigh:
         weigh: how positions count: ``token_mean``, ``sequence_mean``, ``sequence_sum_mean``, ``token_sum`` or
             ``fixed_length(L)``.
 
-    Reads ``teacher_logprobs`` ``[N, K]``. Statistics, means over active entries:
+    Reads ``teacher_logprobs`` ``[N, K]``; ``datum_from_candidates`` makes such datums. Statistics, means over active
+    entries:
 
         divergence: the divergence of the entry's position, in nats.
         student_mass: Σ p over the active candidates of the position, in [0, 1].

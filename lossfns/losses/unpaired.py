@@ -137,7 +137,7 @@ def kto_reference_point(
     """max(0, mean of Σ w·(lp − ref)) over mismatched answers: the reference point of ``kto``.
 
     An answer is mismatched if it was given to another prompt, such as that of the next datum of the batch. The number
-    is one constant for all datums of the batch, even if the batch is split.
+    is a constant for all datums of the batch, even if the batch is split: bind ``[z] * len(data)``.
 
     Args:
         logprobs: for each mismatched answer the logprobs of its tokens under the policy.

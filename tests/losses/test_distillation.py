@@ -108,6 +108,23 @@ def test_a_datum_of_candidates_leaves_out_the_prompt_and_unused_slots() -> None:
         datum_from_candidates([5, 6, 7], [[6, 8]], [[-0.5, -1.0]], prompt_length=1)
 
 
+def test_an_unused_slot_has_no_effect_however_small_the_mass_of_the_others_is() -> None:
+    """exp of what is added to its 0 would overflow, and 0·inf is nan."""
+    for name in ("top_k_forward_kl", "top_k_reverse_kl", "top_k_mixed_kl", "top_k_jsd"):
+        for support in ("renormalised_support", "tail_support", "raw_support"):
+            for small, other in ((-200.0, -1.0), (-1.0, -200.0), (-200.0, -200.0)):
+                numbers = []
+                for slots in (2, 3):
+                    lp = torch.tensor([[[small, small - 1, 0.0][:slots]]], requires_grad=True)
+                    teacher = torch.tensor([[[other, other - 2, 0.0][:slots]]])
+                    weights = torch.tensor([[[1.0, 1.0, 0.0][:slots]]])
+                    value, _ = getattr(lossfns, name)(support=support).padded(lp, weights, teacher_logprobs=teacher)
+                    value.backward()
+                    assert lp.grad is not None
+                    numbers.append([value.item(), *lp.grad.flatten().tolist()])
+                assert numbers[1] == pytest.approx([*numbers[0], 0.0], rel=1e-5), (name, support, small, other)
+
+
 def test_on_policy_distillation_takes_the_teachers_log_ratio_as_the_advantage() -> None:
     """On-policy: −1·(teacher − old) at each token, slope the same; mean of (1 − 0.5)/2."""
     logprobs = torch.tensor([[-2.0, -1.0]], dtype=torch.float64, requires_grad=True)

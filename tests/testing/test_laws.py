@@ -192,7 +192,9 @@ def changes_at_one_token(case: Case, name: str, seed: int) -> bool:
     row = next(i for i, w in enumerate(batch.weights) if any(w))
     slot = batch.weights[row].index(next(filter(None, batch.weights[row])))
     if name in DATUM_COLUMNS:
-        batch.columns[name][row] = [1 - x for x in batch.columns[name][row]]
+        sides = case.loss.rows.datums if name == "groups" else 1  # a pair is of one group
+        for i in range(row, row + sides):
+            batch.columns[name][i] = [1 - x for x in batch.columns[name][i]]
     elif name in MODEL_COLUMNS:  # at least 0, or above 0
         batch.columns[name][row][slot] /= 2
     else:

@@ -192,6 +192,9 @@ def objective_of(loss_fn: LossFn | Loss | BoundLoss, agreeing: Callable[[LossFn]
     bound = BoundLoss(loss_fn) if isinstance(loss_fn, Loss) else loss_fn
     if isinstance(bound, BoundLoss):
         loss = bound.loss
+        if loss.output != "logprobs":
+            fix = "The model has no head for them: call the loss in a loop of your own, on the numbers of your head."
+            raise LossInputError("loss_fn", "a loss of logprobs", f"{loss!r}, a loss of {loss.output}", fix)
         return Objective(partial(bind_loss, bound), bound, loss.rows.datums, None if loss.count is None else loss)
     if isinstance(loss_fn, str) or not callable(loss_fn):
         fix = "A built-in's name goes to forward_backward, a loss such as grpo() comes here."

@@ -209,6 +209,7 @@ BAD_LOSSES: list[tuple[Callable[[Any, list[Tensor]], Any], str]] = [
     (lambda data, lps: (lps[0].detach().sum(), {}), "constant without grad_fn"),
     (lambda data, lps: (torch.cat(lps).sum() * math.nan, {}), "got nan"),
     (lambda data, lps: (torch.cat(lps).sum(), None), "a dict of floats"),
+    (lossfns.bradley_terry(), "a loss of logprobs, got bradley_terry.*, a loss of scores"),
     (lambda data, lps: (lps[0].sum() + lps[2].sum(), {}), r"datum\[1\].logprobs: .*No gradient computed"),
 ]
 
