@@ -24,11 +24,20 @@ from lossfns import (
 from lossfns.export import token_gradient
 from lossfns.inspect import grad_report, preflight
 from lossfns.testing.public import presets
-from lossfns.tokens import MODEL_COLUMNS
+from lossfns.tokens import DATUM_COLUMNS, LOGPROB_COLUMNS, MODEL_COLUMNS
 
 LENGTHS = [3, 5, 1, 4]
+PRESETS = [preset() for preset in presets().values()]
+
+
+def kind(loss: Loss) -> tuple[Any, ...]:
+    """What decides how the columns of a loss come to the device, and how it reduces its rows."""
+    by_datum = any(name in DATUM_COLUMNS for name in loss.reads)
+    return loss.rows, loss.output, loss.couples_groups, by_datum, "advantages" in loss.reads
+
+
 LOSSES = [
-    *(preset() for preset in presets().values()),
+    *{kind(loss): loss for loss in PRESETS}.values(),
     lossfns.with_kl(lossfns.with_tis(lossfns.ppo(dual_clip=3.0), level=lossfns.sequence_level), kl_beta=0.1),
     lossfns.grpo(weigh=lossfns.sequence_mean, kl_beta=0.1),
     lossfns.dapo(weigh=lossfns.fixed_length(8)),
@@ -36,7 +45,7 @@ LOSSES = [
     lossfns.rpo(lossfns.dpo()),
 ]
 
-every_loss = pytest.mark.parametrize("loss", LOSSES, ids=repr)
+"""One preset of each kind, which runs in every form, and combinations."""
 
 
 class Batch:
@@ -58,9 +67,10 @@ class Batch:
             name: [(lp + 0.2 * torch.randn(lp.shape, generator=g)).clamp(max=-1e-3) for lp in self.logprobs]
             for name in loss.reads
         }
-        for name in set(loss.reads) - {"old_logprobs", "ref_logprobs", "sampler_logprobs"}:
-            numbers = torch.tensor([1.0, 0.0, 1.0, 0.0] if "label" in name else [0.5, -1.0, 0.0, 2.0])
-            numbers = numbers.abs().clamp(max=1) if name in MODEL_COLUMNS else numbers
+        groups = [1.0, 1.0, 1.0, 1.0] if loss.rows == "pairs" else [1.0, 1.0, 0.0, 0.0]
+        given = {"labels": [1.0, 0.0, 1.0, 0.0], "groups": groups} | dict.fromkeys(MODEL_COLUMNS, [0.5, 1.0, 0.25, 1.0])
+        for name in set(loss.reads) - {*LOGPROB_COLUMNS, "teacher_logprobs"}:
+            numbers = torch.tensor(given.get(name, [0.5, -1.0, 0.0, 2.0]))
             self.columns[name] = [numbers[i].expand(lp.shape).clone() for i, lp in enumerate(self.logprobs)]
 
     def datums(self) -> list[Datum]:
@@ -93,7 +103,7 @@ SIDES: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
 }
 
 
-@every_loss
+@pytest.mark.parametrize("loss", LOSSES, ids=repr)
 @pytest.mark.parametrize("side", SIDES)
 def test_the_datum_form(loss: Loss, side: str) -> None:
     batch = Batch(loss)
@@ -162,8 +172,11 @@ def call_of(loss: Any, form: str, arguments: dict[str, Any]) -> Callable[[Any], 
     return lambda leaves: getattr(loss, form.split()[0])(leaves[0], **arguments)
 
 
-@every_loss
-@pytest.mark.parametrize("form", FORMS)
+IN_FORMS = [(loss, form) for loss in LOSSES for form in FORMS]
+IN_FORMS += [(loss, FORMS[0]) for loss in PRESETS if loss not in LOSSES]
+
+
+@pytest.mark.parametrize(("loss", "form"), IN_FORMS, ids=repr)
 def test_padded_packed_and_deferred(loss: Loss, form: str) -> None:
     """Deferred, neither the loss nor its backward pass makes a wait, and ``finalise`` makes one."""
     logprobs, arguments = tensors(Batch(loss), form)
