@@ -24,20 +24,12 @@ from lossfns import (
 from lossfns.export import token_gradient
 from lossfns.inspect import grad_report, preflight
 from lossfns.testing.public import presets
-from lossfns.tokens import DATUM_COLUMNS, LOGPROB_COLUMNS, MODEL_COLUMNS
+from lossfns.tokens import LOGPROB_COLUMNS, MODEL_COLUMNS
 
 LENGTHS = [3, 5, 1, 4]
-PRESETS = [preset() for preset in presets().values()]
-
-
-def kind(loss: Loss) -> tuple[Any, ...]:
-    """What decides how the columns of a loss come to the device, and how it reduces its rows."""
-    by_datum = any(name in DATUM_COLUMNS for name in loss.reads)
-    return loss.rows, loss.output, loss.couples_groups, by_datum, "advantages" in loss.reads
-
-
+PRESETS = {name: preset() for name, preset in presets().items()}
 LOSSES = [
-    *{kind(loss): loss for loss in PRESETS}.values(),
+    *{(loss.rows, loss.output, loss.couples_groups): loss for loss in PRESETS.values()}.values(),
     lossfns.with_kl(lossfns.with_tis(lossfns.ppo(dual_clip=3.0), level=lossfns.sequence_level), kl_beta=0.1),
     lossfns.grpo(weigh=lossfns.sequence_mean, kl_beta=0.1),
     lossfns.dapo(weigh=lossfns.fixed_length(8)),
@@ -45,7 +37,9 @@ LOSSES = [
     lossfns.rpo(lossfns.dpo()),
 ]
 
-"""One preset of each kind, which runs in every form, and combinations."""
+"""One preset of each kind, and combinations. They run in every form."""
+
+every_loss = pytest.mark.parametrize("loss", LOSSES, ids=repr)
 
 
 class Batch:
@@ -68,7 +62,8 @@ class Batch:
             for name in loss.reads
         }
         groups = [1.0, 1.0, 1.0, 1.0] if loss.rows == "pairs" else [1.0, 1.0, 0.0, 0.0]
-        given = {"labels": [1.0, 0.0, 1.0, 0.0], "groups": groups} | dict.fromkeys(MODEL_COLUMNS, [0.5, 1.0, 0.25, 1.0])
+        given = {"labels": [1.0, 0.0, 1.0, 0.0], "groups": groups}
+        given |= {name: [0.5, 1.0, 0.25, 1.0] for name in MODEL_COLUMNS}
         for name in set(loss.reads) - {*LOGPROB_COLUMNS, "teacher_logprobs"}:
             numbers = torch.tensor(given.get(name, [0.5, -1.0, 0.0, 2.0]))
             self.columns[name] = [numbers[i].expand(lp.shape).clone() for i, lp in enumerate(self.logprobs)]
@@ -103,7 +98,7 @@ SIDES: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
 }
 
 
-@pytest.mark.parametrize("loss", LOSSES, ids=repr)
+@every_loss
 @pytest.mark.parametrize("side", SIDES)
 def test_the_datum_form(loss: Loss, side: str) -> None:
     batch = Batch(loss)
@@ -172,11 +167,15 @@ def call_of(loss: Any, form: str, arguments: dict[str, Any]) -> Callable[[Any], 
     return lambda leaves: getattr(loss, form.split()[0])(leaves[0], **arguments)
 
 
-IN_FORMS = [(loss, form) for loss in LOSSES for form in FORMS]
-IN_FORMS += [(loss, FORMS[0]) for loss in PRESETS if loss not in LOSSES]
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset(name: str) -> None:
+    logprobs, arguments = tensors(Batch(PRESETS[name]), "padded")
+    expected = evaluate(call_of(PRESETS[name], "padded", arguments), [logprobs])
+    assert_same(evaluate(call_of(PRESETS[name], "padded", on_device(arguments)), on_device([logprobs])), expected)
 
 
-@pytest.mark.parametrize(("loss", "form"), IN_FORMS, ids=repr)
+@every_loss
+@pytest.mark.parametrize("form", FORMS)
 def test_padded_packed_and_deferred(loss: Loss, form: str) -> None:
     """Deferred, neither the loss nor its backward pass makes a wait, and ``finalise`` makes one."""
     logprobs, arguments = tensors(Batch(loss), form)
