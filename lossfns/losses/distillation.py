@@ -42,8 +42,8 @@ def raw_support(logprobs: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
 def renormalised_support(logprobs: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
     """Divide the K probabilities by their sum, in teacher and student alike."""
     log_mass = torch.where(active, logprobs, IMPOSSIBLE).logsumexp(1, keepdim=True)
-    used = active.any(1, keepdim=True)
-    return logprobs - torch.where(used, log_mass, 0), active
+    # The exponential of an unused slot, which holds 0, must not overflow where all others are almost impossible.
+    return torch.where(active, logprobs - log_mass, 0), active
 
 
 def tail_support(logprobs: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
