@@ -183,8 +183,8 @@ def test_columns_that_few_losses_read_hold_what_they_mean(pairs: bool) -> None:
     sides = 2 if pairs else 1
     for batch in drawn(batches(reads=OTHERS, pairs=pairs, poison=True), 60):
         for rows in (batch.columns[name] for name in DATUM_COLUMNS):
-            units = [sum(rows[i : i + sides], []) for i in range(0, len(rows), sides)]
-            assert all(len(set(unit)) == 1 for unit in units)
+            units = [rows[i : i + sides] for i in range(0, len(rows), sides)]
+            assert all(len(set(itertools.chain(*unit))) == 1 for unit in units)
         for token in tokens(batch):
             assert token["labels"] in (0, 1) and token["groups"] in (0, 1, 2) and token["reference_point"] >= 0
             if token["weights"]:
