@@ -70,6 +70,11 @@ class Case:
     oracle: Callable[..., tuple[float, Rows]]
     knobs: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def default(self) -> bool:
+        """Whether the loss has the defaults of its preset."""
+        return repr(self.loss) == repr(presets()[self.loss.name]())
+
     def __str__(self) -> str:
         return repr(self.loss)
 
@@ -301,6 +306,10 @@ def penalised(policy: Callable[..., tuple[float, Rows]]) -> Callable[..., tuple[
 
 
 CASES = list(cases())
+LAW_CASES = [
+    case for case in CASES if case.loss.name not in presets() or case.loss.name in CLOSED_FORMS or case.default
+]
+"""The cases without the settings of a derived loss that differ from its defaults: no law depends on them."""
 
 
 def sdks() -> list[Any]:
@@ -312,4 +321,16 @@ def sdks() -> list[Any]:
     return [lossfns, tinker]
 
 
-__all__ = ["CASES", "Batch", "Case", "Datum", "ModelInput", "TensorData", "apart", "call", "random_batch", "sdks"]
+__all__ = [
+    "CASES",
+    "LAW_CASES",
+    "Batch",
+    "Case",
+    "Datum",
+    "ModelInput",
+    "TensorData",
+    "apart",
+    "call",
+    "random_batch",
+    "sdks",
+]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from batches import CASES, LOGPROBS, Batch, Case, apart, call
+from batches import LAW_CASES, LOGPROBS, Batch, Case, apart, call
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,7 +19,7 @@ from lossfns.tokens import DATUM_COLUMNS, MODEL_COLUMNS
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*log-ratio.*")
 POISON = (math.nan, math.inf, -math.inf, 1e30)
-every_loss = pytest.mark.parametrize("case", CASES, ids=str)
+every_loss = pytest.mark.parametrize("case", LAW_CASES, ids=str)
 seeds = given(st.integers(0, 2**32 - 1))
 STOP_GRADIENT = {vector.loss for vector in load() if "missing-stop-gradient" in vector.flags}
 """The losses whose gradient is not the slope of their value, by design."""

@@ -77,18 +77,21 @@ def to_answer(answer: oracle.Loss, data: Sequence[Mapping[str, Any]]) -> Answer:
     return {"loss": value, "grad": nested}
 
 
-def wrong_answer(bug: str, vector: Vector) -> Answer | None:
-    """Return the answer to a vector with the bug planted in its loss, or None if that loss cannot have the bug."""
+def wrong_answer(bug: str, vector: Vector, a: Arguments | None = None) -> Answer | None:
+    """Return the answer to a vector with the bug planted in its loss, or None if that loss cannot have the bug.
+
+    ``a`` are the arguments of the oracle, where they are known already.
+    """
     if is_estimator(vector.loss):
         a = oracle_advantages(vector.loss, vector.config, vector.data)
         wrong = planted.wrong_advantages(bug, vector.loss, a)
         return wrong and advantages_answer(wrong)
-    a = arguments(vector.config, vector.data, vector.denominator)
+    a = arguments(vector.config, vector.data, vector.denominator) if a is None else a
     answer = planted.wrong_loss(bug, vector.loss, a, num_targets(vector.data))
     return answer and to_answer(answer, vector.data)
 
 
-def shows(bug: str, vector: Vector) -> bool:
+def shows(bug: str, vector: Vector, a: Arguments | None = None) -> bool:
     """Return whether a loss that has the bug fails the vector by more than ten times the tolerance of float32.
 
     No bug shows at a kink, since such a vector accepts both one-sided gradients and all between them.
@@ -97,14 +100,17 @@ def shows(bug: str, vector: Vector) -> bool:
         return accepts_refused(bug, vector)
     if vector.kind == "kink":
         return False
-    answer = wrong_answer(bug, vector)
+    answer = wrong_answer(bug, vector, a)
     wide = {dtype: [10 * x for x in vector.tol["float32"]] for dtype in vector.tol}
     return answer is not None and mistake(replace(vector, tol=wide), answer, "float32") != ""
 
 
 def flags(vector: Vector) -> list[str]:
     """Return every bug of the catalogue that shows on the vector."""
-    return [bug for bug in BUGS if shows(bug, vector)]
+    a = None
+    if vector.error is None and vector.advantages is None:
+        a = arguments(vector.config, vector.data, vector.denominator)
+    return [bug for bug in BUGS if shows(bug, vector, a)]
 
 
 def explains(bug: str, vector: Vector, reply: Mapping[str, Any], dtype: str) -> bool:
