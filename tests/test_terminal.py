@@ -30,6 +30,7 @@ REPORT = Report(
         ),
         Verdict("kl", "The KL term pulls to the reference.", "n/a", 0.1, seen="it reads no reference"),
     ],
+    learns=["two arms: it ends at the better one", "a bandit: it ends at the mean of the rewards"],
 )
 RIGHT, WRONG = load("dpo")[:2]
 RESULTS = [Result(RIGHT, "pass", ""), Result(WRONG, "fail", "loss is 1, not 2")]

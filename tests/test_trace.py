@@ -11,6 +11,7 @@ import torch
 from batches import CASES, Case, apart
 from torch import Tensor
 
+import lossfns
 from lossfns import Loss, Tokens, evaluate, pack
 
 
@@ -64,25 +65,42 @@ def test_fx_equals_eager(case: Case) -> None:
 COMPILER = "inductor" if shutil.which("g++") else "aot_eager"  # inductor needs a C++ compiler
 DISTINCT = {case.loss.name: case for case in reversed(CASES)}
 """One case of each method and combinator."""
+FAMILIES = {getattr(lossfns, name).__module__: case for name, case in DISTINCT.items()}
+"""One of them for each module that has presets or combinators."""
 
 
 @pytest.mark.exhaustive
 def test_compile_equals_eager() -> None:
-    """One graph of all losses, no breaks: a compilation for each loss would take a minute.
+    """Each loss is one graph, without inductor, whose compilations would take minutes."""
+    for name, case in DISTINCT.items():
+        torch.compiler.reset()
+        batches = [packed(case, 1)]
+
+        def one(batches: list[Tokens], loss: Loss = case.loss) -> list[Any]:
+            return [evaluate(loss, t) for t in batches]
+
+        eager = numbers_and_gradients(one, batches)
+        again = numbers_and_gradients(torch.compile(one, fullgraph=True, backend="aot_eager"), batches)
+        assert apart(eager, again) < 1e-12, name
+
+
+@pytest.mark.exhaustive
+def test_a_kernel_of_each_family_equals_eager() -> None:
+    """One graph, no breaks: a compilation for each loss would take minutes.
 
     Each loss has its own leaf, so that the sum of the losses gives each of them its own gradient.
     """
-    losses = [case.loss for case in DISTINCT.values()]
+    losses = [case.loss for case in FAMILIES.values()]
 
     def every(batches: list[Tokens]) -> list[Any]:
         return [evaluate(loss, t) for loss, t in zip(losses, batches)]
 
     torch.compiler.reset()
-    batches = [packed(case, 1) for case in DISTINCT.values()]
+    batches = [packed(case, 1) for case in FAMILIES.values()]
     eager = numbers_and_gradients(every, batches)
     again = numbers_and_gradients(torch.compile(every, fullgraph=True, backend=COMPILER), batches)
-    for name, expected, found in zip(DISTINCT, eager, again):
-        assert apart(expected, found) < 1e-12, name
+    for loss, expected, found in zip(losses, eager, again):
+        assert apart(expected, found) < 1e-12, loss
 
 
 def numbers_and_gradients(fn: Callable[..., list[Any]], batches: list[Tokens]) -> list[list[Any]]:

@@ -42,7 +42,8 @@ def raw_support(logprobs: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
 def renormalised_support(logprobs: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
     """Divide the K probabilities by their sum, for the teacher and for the student."""
     log_mass = torch.where(active, logprobs, IMPOSSIBLE).logsumexp(1, keepdim=True)
-    return torch.where(active, logprobs - log_mass, 0), active  # an unused slot must not grow with the others' mass
+    # The exponential of an unused slot, which holds 0, must not overflow where all others are almost impossible.
+    return torch.where(active, logprobs - log_mass, 0), active
 
 
 def tail_support(logprobs: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lossfns import datum as lossfns_sdk
 from lossfns.inspect.probe import ALIASES
-from lossfns.tokens import COLUMNS
+from lossfns.tokens import COLUMNS, DATUM_COLUMNS, TOKEN_COLUMNS
 
 Row = list[float]
 Rows = list[Row]
@@ -51,7 +51,7 @@ class Batch:
         def flat(name: str) -> Rows:
             return [fields[name].to_numpy().reshape(-1).tolist() for fields in inputs]
 
-        side = (name for name in (*COLUMNS, "labels") if name != "weights")
+        side = (name for name in (*COLUMNS, *TOKEN_COLUMNS, *DATUM_COLUMNS) if name != "weights")
         names = [name for name in side if all(name in fields for fields in inputs)]
         columns = {name: flat(name) for name in names}
         targets = logprobs[0].shape[1] if logprobs and logprobs[0].ndim == 2 else 0

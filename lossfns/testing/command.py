@@ -248,7 +248,8 @@ def draw(report: Report, console: Console) -> None:
     print_rows(console, [(MARKS[v.verdict], v.law, v.remark) for v in report.verdicts],
         styles=[STYLES[v.verdict] for v in report.verdicts])  # fmt: skip
     console.print()
-    print_rows(console, [("", "learns", line) for line in report.learns])
+    if report.learns:
+        print_rows(console, [("", "learns:", line) for line in report.learns])
     draw_summary(report, console)
 
 

@@ -25,7 +25,7 @@ import torch
 from lossfns import datum as lossfns_sdk
 from lossfns.errors import did_you_mean
 from lossfns.testing.batch import Batch, Row
-from lossfns.tokens import COLUMNS, LOGPROB_COLUMNS
+from lossfns.tokens import COLUMNS, DATUM_COLUMNS, LOGPROB_COLUMNS, TOKEN_COLUMNS
 
 try:
     from hypothesis import strategies as st
@@ -62,6 +62,14 @@ BOUND_LOG_RATIOS = tuple(k / 1024 for k in (-228, -229, 186, 187, 252, 253, -4 /
 FAR_LOG_RATIOS = (25.0, -25.0)
 """Log-ratios past the usual cap of ±20."""
 
+ENTROPIES = simplest_first((k / 4 for k in range(13)), near=1.0)
+SUM_SQUARE_PROBS = simplest_first((k / 16 for k in range(1, 17)), near=1.0)
+GROUPS = (0.0, 1.0, 2.0)
+REFERENCE_POINTS = simplest_first((k / 4 for k in range(9)), near=0.0)
+
+OTHER_LOGPROBS = (*LOGPROB_COLUMNS, "teacher_logprobs")
+"""The columns of other models' logprobs. They are drawn as log-ratios."""
+
 POISONS = (math.nan, math.inf, -math.inf, 1e30)
 MASKED = (False,) * 7 + (True,)
 """Whether a sequence or pair is fully masked: one in eight is."""
@@ -70,15 +78,21 @@ CALM: Mapping[str, Values] = {
     "logprobs": LOGPROBS,
     "weights": WEIGHTS,
     "advantages": ADVANTAGES,
-    **dict.fromkeys(LOGPROB_COLUMNS, LOG_RATIOS),
+    **dict.fromkeys(OTHER_LOGPROBS, LOG_RATIOS),
+    **dict.fromkeys(("values", "old_values", "returns", "rewards"), ADVANTAGES),
+    "entropy": ENTROPIES,
+    "sum_square_probs": SUM_SQUARE_PROBS,
     "labels": (1.0, 0.0),
+    "groups": GROUPS,
+    "reference_point": REFERENCE_POINTS,
+    "target_margin": REFERENCE_POINTS,
     "poison": (None, *POISONS),
 }
-AT_BOUNDS = {**CALM, **dict.fromkeys(LOGPROB_COLUMNS, LOG_RATIOS + BOUND_LOG_RATIOS)}
+AT_BOUNDS = {**CALM, **dict.fromkeys(OTHER_LOGPROBS, LOG_RATIOS + BOUND_LOG_RATIOS)}
 EXTREME = {
     **CALM,
     "logprobs": LOGPROBS + 3 * END_LOGPROBS,  # repeated, so that they are drawn more often
-    **dict.fromkeys(LOGPROB_COLUMNS, LOG_RATIOS + BOUND_LOG_RATIOS + FAR_LOG_RATIOS),
+    **dict.fromkeys(OTHER_LOGPROBS, LOG_RATIOS + BOUND_LOG_RATIOS + FAR_LOG_RATIOS),
 }
 
 
@@ -141,7 +155,8 @@ def batches(
     """Batches that every loss over these columns accepts: at least one token is active, and no logprob is above 0.
 
     Args:
-        reads: the columns besides ``weights``, as a ``Loss`` names them, and ``labels``: 1 or 0, one for each sequence.
+        reads: the columns besides ``weights``, as a ``Loss`` names them. ``groups``, ``labels`` and the other columns
+            with one number for each datum have it at each token; in pairs, both sides have the same number.
         pairs: sequences 2i and 2i + 1 form a pair. Both have active tokens, or neither has.
         targets: K for logprobs ``[N, K]``, with K targets at each position; 0 for ``[N]``.
         signed: weights may be negative. Their sum may be 0 or less, which no mean can divide by.
@@ -175,9 +190,7 @@ def batches(
 
     masks = [masked for masked, *_ in units]
     masks[0] = masks[0] and not all(masks)  # at least one token must be active
-    sequences = [
-        build_sequence(names, side, masked, by_token) for (_, *unit), masked in zip(units, masks) for side in unit
-    ]
+    sequences = [row for (_, *unit), masked in zip(units, masks) for row in build_unit(names, unit, masked, by_token)]
     rows = {name: [row[name] for row in sequences] for name in ("logprobs", "weights", *reads)}
     return Batch(rows.pop("logprobs"), rows.pop("weights"), rows, targets)
 
@@ -192,7 +205,7 @@ def datums(*, sdk: Any = lossfns_sdk, **options: Any) -> st.SearchStrategy[list[
 
 def check_columns(reads: Sequence[str]) -> None:
     """Refuse columns that cannot be drawn."""
-    known = [*(name for name in COLUMNS if name != "weights"), "labels"]
+    known = [name for name in (*COLUMNS, *TOKEN_COLUMNS, *DATUM_COLUMNS) if name != "weights"]
     if isinstance(reads, str):
         raise InvalidArgument(f"reads={reads!r} is a string: write ({reads!r},)")
     for name in reads:
@@ -222,6 +235,17 @@ def lists_of(element: st.SearchStrategy[T], minimum: int, maximum: int) -> st.Se
     return st.integers(minimum, maximum).flatmap(lambda n: st.lists(element, min_size=n, max_size=n))
 
 
+def build_unit(
+    names: Sequence[str], sides: Sequence[Iterable[Iterable[Cell]]], masked: bool, by_token: bool
+) -> list[Columns]:
+    """Return the rows of one sequence, or of the two sides of a pair."""
+    rows = [build_sequence(names, side, masked, by_token) for side in sides]
+    for name in set(names) & set(DATUM_COLUMNS):
+        for row in rows:
+            row[name] = rows[0][name][:1] * len(row[name])
+    return [apply_poison(row) if "poison" in row else row for row in rows]
+
+
 def build_sequence(names: Sequence[str], positions: Iterable[Iterable[Cell]], masked: bool, by_token: bool) -> Columns:
     """Return the rows of one sequence.
 
@@ -236,14 +260,11 @@ def build_sequence(names: Sequence[str], positions: Iterable[Iterable[Cell]], ma
         row["weights"][0] = 1.0
     if "advantages" in row and not by_token:
         row["advantages"] = row["advantages"][:1] * len(cells)
-    if "labels" in row:
-        row["labels"] = row["labels"][:1] * len(cells)
     ratios = {
-        name: list(map(feasible_log_ratio, row["logprobs"], row[name])) for name in names if name in LOGPROB_COLUMNS
+        name: list(map(feasible_log_ratio, row["logprobs"], row[name])) for name in names if name in OTHER_LOGPROBS
     }
     row["logprobs"] = [min([lp, *map(highest_logprob, ds)]) for lp, *ds in zip(row["logprobs"], *ratios.values())]
-    row |= {name: other_logprobs(row["logprobs"], ds) for name, ds in ratios.items()}
-    return apply_poison(row) if "poison" in row else row
+    return row | {name: other_logprobs(row["logprobs"], ds) for name, ds in ratios.items()}
 
 
 def feasible_log_ratio(logprob: float, log_ratio: float) -> float:
@@ -262,7 +283,7 @@ def other_logprobs(logprobs: Row, log_ratios: Row) -> Row:
 
 
 def apply_poison(row: Columns) -> Columns:
-    """Fill each slot of weight 0 with its poison, if it has one. Labels stay."""
+    """Fill each slot of weight 0 with its poison, if it has one. Numbers of a datum stay."""
     slots = list(zip(row["weights"], row["poison"]))
     filled = {name: [x if w or p is None else p for x, (w, p) in zip(xs, slots)] for name, xs in row.items()}
-    return {**filled, **{name: row[name] for name in ("weights", "labels") if name in row}}
+    return {**filled, **{name: row[name] for name in ("weights", *DATUM_COLUMNS) if name in row}}

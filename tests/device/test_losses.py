@@ -24,17 +24,20 @@ from lossfns import (
 from lossfns.export import token_gradient
 from lossfns.inspect import grad_report, preflight
 from lossfns.testing.public import presets
-from lossfns.tokens import MODEL_COLUMNS
+from lossfns.tokens import LOGPROB_COLUMNS, MODEL_COLUMNS
 
 LENGTHS = [3, 5, 1, 4]
+PRESETS = {name: preset() for name, preset in presets().items()}
 LOSSES = [
-    *(preset() for preset in presets().values()),
+    *{(loss.rows, loss.output, loss.couples_groups): loss for loss in PRESETS.values()}.values(),
     lossfns.with_kl(lossfns.with_tis(lossfns.ppo(dual_clip=3.0), level=lossfns.sequence_level), kl_beta=0.1),
     lossfns.grpo(weigh=lossfns.sequence_mean, kl_beta=0.1),
     lossfns.dapo(weigh=lossfns.fixed_length(8)),
     lossfns.chord(lossfns.ppo(), mu=0.3),
     lossfns.rpo(lossfns.dpo()),
 ]
+
+"""One preset of each kind, and combinations. They run in every form."""
 
 every_loss = pytest.mark.parametrize("loss", LOSSES, ids=repr)
 
@@ -58,9 +61,11 @@ class Batch:
             name: [(lp + 0.2 * torch.randn(lp.shape, generator=g)).clamp(max=-1e-3) for lp in self.logprobs]
             for name in loss.reads
         }
-        for name in set(loss.reads) - {"old_logprobs", "ref_logprobs", "sampler_logprobs"}:
-            numbers = torch.tensor([1.0, 0.0, 1.0, 0.0] if "label" in name else [0.5, -1.0, 0.0, 2.0])
-            numbers = numbers.abs().clamp(max=1) if name in MODEL_COLUMNS else numbers
+        groups = [1.0, 1.0, 1.0, 1.0] if loss.rows == "pairs" else [1.0, 1.0, 0.0, 0.0]
+        given = {"labels": [1.0, 0.0, 1.0, 0.0], "groups": groups}
+        given |= {name: [0.5, 1.0, 0.25, 1.0] for name in MODEL_COLUMNS}
+        for name in set(loss.reads) - {*LOGPROB_COLUMNS, "teacher_logprobs"}:
+            numbers = torch.tensor(given.get(name, [0.5, -1.0, 0.0, 2.0]))
             self.columns[name] = [numbers[i].expand(lp.shape).clone() for i, lp in enumerate(self.logprobs)]
 
     def datums(self) -> list[Datum]:
@@ -160,6 +165,13 @@ def tensors(batch: Batch, form: str) -> tuple[Tensor, dict[str, Any]]:
 
 def call_of(loss: Any, form: str, arguments: dict[str, Any]) -> Callable[[Any], Any]:
     return lambda leaves: getattr(loss, form.split()[0])(leaves[0], **arguments)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset(name: str) -> None:
+    logprobs, arguments = tensors(Batch(PRESETS[name]), "padded")
+    expected = evaluate(call_of(PRESETS[name], "padded", arguments), [logprobs])
+    assert_same(evaluate(call_of(PRESETS[name], "padded", on_device(arguments)), on_device([logprobs])), expected)
 
 
 @every_loss

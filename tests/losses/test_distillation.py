@@ -90,6 +90,17 @@ def test_the_raw_forward_kl_has_the_gradient_of_a_cross_entropy_with_the_teacher
     torch.testing.assert_close(*(torch.autograd.grad(x, logprobs)[0] for x in (hard, soft)))
 
 
+@pytest.mark.parametrize("name", ["top_k_forward_kl", "top_k_reverse_kl", "top_k_mixed_kl", "top_k_jsd"])
+def test_an_unused_slot_beside_an_almost_impossible_candidate_has_no_gradient(name: str) -> None:
+    """Renormalised, the one candidate in use has probability 1 in student and teacher: nothing is left to learn."""
+    logprobs = torch.tensor([[[-1e4, 0.0]]], requires_grad=True)
+    loss, _ = getattr(lossfns, name)().padded(
+        logprobs, torch.tensor([[[1.0, 0.0]]]), teacher_logprobs=logprobs.detach()
+    )
+    (gradient,) = torch.autograd.grad(loss, logprobs)
+    assert loss.item() == 0 and gradient.tolist() == [[[0.0, 0.0]]]
+
+
 def test_datums_with_different_numbers_of_candidates_are_refused() -> None:
     def datum(k: int) -> Any:
         return datum_from_candidates([5, 6, 7], [[6] * k, [7] * k], [[-1.0] * k] * 2, prompt_length=1)

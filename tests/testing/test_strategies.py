@@ -22,15 +22,16 @@ from lossfns.testing import strategies
 from lossfns.testing.batch import Batch
 from lossfns.testing.public import presets
 from lossfns.testing.strategies import batches, datums
-from lossfns.tokens import LOGPROB_COLUMNS
+from lossfns.tokens import DATUM_COLUMNS, LOGPROB_COLUMNS, TOKEN_COLUMNS
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*log-ratio.*")
 BOUNDS = (0.8, 1.2, 1.28, 1 - 3e-4, 1 + 4e-4)
 COLUMNS = ("advantages", *LOGPROB_COLUMNS)
+OTHERS = (*TOKEN_COLUMNS, *DATUM_COLUMNS)
 OPTIONS: dict[str, dict[str, Any]] = {
-    "policy": {"reads": COLUMNS},
-    "pairs": {"reads": ("ref_logprobs",), "pairs": True},
-    "targets": {"reads": (), "targets": 3},
+    "policy": {"reads": (*COLUMNS, *OTHERS)},
+    "pairs": {"reads": ("ref_logprobs", "sum_square_probs", *DATUM_COLUMNS), "pairs": True},
+    "targets": {"reads": ("teacher_logprobs",), "targets": 3},
     "signed": {"reads": (), "signed": True},
     "signed targets": {"reads": (), "signed": True, "targets": 2},
 }
@@ -151,7 +152,7 @@ def off_bounds(log_ratio: float) -> bool:
 PRESETS = [preset() for preset in presets().values()]
 LOSSES = {
     "policy": [
-        *(loss for loss in PRESETS if "advantages" in loss.reads),
+        *(loss for loss in PRESETS if loss.rows in ("tokens", "sequences")),
         lossfns.with_kl(lossfns.with_tis(lossfns.ppo())),
         lossfns.cross_entropy(weigh=lossfns.sequence_mean),
     ],
@@ -167,12 +168,27 @@ LOSSES = {
 def test_our_losses_accept_every_batch(kind: str, poison: bool) -> None:
     """Value and gradient are finite."""
     for batch in drawn(batches(**OPTIONS[kind], poison=poison), 40):
+        data = batch.data()
         for loss in LOSSES[kind]:
             logprobs = batch.tensors()
-            value, metrics = loss(batch.data(), logprobs)
+            value, metrics = loss(data, logprobs)
             value.backward()
             assert all(map(math.isfinite, (value.item(), *metrics.values())))
-            assert all(lp.grad is not None and lp.grad.isfinite().all() for lp in logprobs)
+            assert all(lp.grad is not None and lp.grad.isfinite().all() for lp in logprobs), loss
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_columns_that_few_losses_read_hold_what_they_mean(pairs: bool) -> None:
+    """A number of a datum stands at each of its tokens, and both sides of a pair have the same."""
+    sides = 2 if pairs else 1
+    for batch in drawn(batches(reads=OTHERS, pairs=pairs, poison=True), 60):
+        for rows in (batch.columns[name] for name in DATUM_COLUMNS):
+            units = [rows[i : i + sides] for i in range(0, len(rows), sides)]
+            assert all(len(set(itertools.chain(*unit))) == 1 for unit in units)
+        for token in tokens(batch):
+            assert token["labels"] in (0, 1) and token["groups"] in (0, 1, 2) and token["reference_point"] >= 0
+            if token["weights"]:
+                assert token["entropy"] >= 0 < token["sum_square_probs"] <= 1 and token["teacher_logprobs"] <= 0
 
 
 @every_kind

@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from lossfns import Datum, Loss, ModelInput, TensorData, grpo
 from lossfns.testing.public import presets
+from lossfns.tokens import LOGPROB_COLUMNS, MODEL_COLUMNS
 
 
 def losses(device: str) -> Checks:
@@ -39,13 +40,28 @@ def ragged_columns(loss: Loss) -> dict[str, list[Tensor]]:
     def drawn(draw: Callable[..., Tensor]) -> list[Tensor]:
         return [draw(shape, generator=generator, dtype=torch.float64) for shape in shapes]
 
-    columns = {"logprobs": [-3 * x - 0.1 for x in drawn(torch.rand)], "advantages": drawn(torch.randn)}
-    for name in ("old_logprobs", "ref_logprobs"):
-        columns[name] = [(lp + x / 5).clamp(max=0) for lp, x in zip(columns["logprobs"], drawn(torch.randn))]
+    columns = {"logprobs": [-3 * x - 0.1 for x in drawn(torch.rand)]}
     columns["weights"] = [(x > 0.3).double() for x in drawn(torch.rand)]
     for row in columns["weights"]:
         row[-1] = 1
-    return {name: columns[name] for name in ("logprobs", "weights", *loss.reads)}
+    for name in loss.reads:
+        if name in (*LOGPROB_COLUMNS, "teacher_logprobs"):
+            columns[name] = [(lp + x / 5).clamp(max=0) for lp, x in zip(columns["logprobs"], drawn(torch.randn))]
+        elif name in DATUM_NUMBERS:
+            columns[name] = [x.new_full(x.shape, n) for x, n in zip(columns["logprobs"], DATUM_NUMBERS[name])]
+        else:
+            columns[name] = drawn(torch.rand if name in MODEL_COLUMNS else torch.randn)
+    return columns
+
+
+DATUM_NUMBERS = {
+    "groups": (1, 1, 1, 1),
+    "labels": (1, 0, 1, 0),
+    "rewards": (0.5, -1, 0, 2),
+    "reference_point": (0.25, 0.25, 0.25, 0.25),
+    "target_margin": (0.5, 0.5, 1, 1),
+}
+"""The columns with one number for each datum, for a batch of four."""
 
 
 def value_and_gradient(call: Callable[[list[Tensor]], Tensor], rows: list[Tensor], device: str) -> list[Tensor]:

@@ -10,12 +10,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import lossfns
 from lossfns.testing import oracle
 from lossfns.testing.bugs import BUGS
 from lossfns.testing.planted import divisor
-from lossfns.testing.public import presets
 from lossfns.testing.vectors.flags import arguments, flags, to_answer
-from lossfns.testing.vectors.vector import FOLDER, LEDGER, METHODS, SCHEMA, SUITE, Answer, encode, vectors
+from lossfns.testing.vectors.vector import ESTIMATORS, FOLDER, LEDGER, METHODS, SCHEMA, SUITE, Answer, encode, vectors
 from tools.vectors.answers import correct_answer, count_tokens, round_significant, tolerance
 from tools.vectors.cases import Case, cases
 from tools.vectors.cases.family import family_losses
@@ -169,16 +169,22 @@ BEGIN, END = "by `python -m tools.vectors write`. -->\n", "<!-- end -->"
 
 
 def with_definitions(page: str) -> str:
-    """Return the page on vectors with a row for each loss of ``tools.vectors.cases.family``: its equation."""
+    """Return the page on vectors with the equation of each loss of ``tools.vectors.cases.family`` and estimator."""
     before, _, rest = page.partition(BEGIN)
-    rows = [f"| `{name}` | {equation_of(name)} |" for name in family_losses()]
-    table = "\n".join(["| loss | l of a row |", "|---|---|", *rows])
-    return f"{before}{BEGIN}\n{table}\n\n{END}{rest.partition(END)[2]}"
+    losses = table_of("loss", "l of a row", family_losses())
+    estimators = table_of("estimator", "advantage of a sample", ESTIMATORS)
+    return f"{before}{BEGIN}\n{losses}\n\n{estimators}\n\n{END}{rest.partition(END)[2]}"
+
+
+def table_of(kind: str, what: str, names: Iterable[str]) -> str:
+    """Return a table in Markdown with the equation of each loss or estimator."""
+    rows = [f"| `{name}` | {equation_of(name)} |" for name in names]
+    return "\n".join([f"| {kind} | {what} |", "|---|---|", *rows])
 
 
 def equation_of(name: str) -> str:
-    """Return the first paragraph of a preset's docstring in one line."""
-    paragraph = (inspect.getdoc(presets()[name]) or "").partition("\n\n")[0]
+    """Return the first paragraph of the docstring of a preset or an estimator in one line."""
+    paragraph = (inspect.getdoc(getattr(lossfns, name)) or "").partition("\n\n")[0]
     return " ".join(paragraph.split()).replace("|", "\\|")
 
 

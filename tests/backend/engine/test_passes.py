@@ -95,7 +95,9 @@ def columns(rng: Random, data: list[Any], loss: Loss) -> dict[str, Any]:
     def rows() -> list[list[float]]:
         return [[-3.4 + rng.gauss(0, 0.3) for _ in range(d.model_input.length)] for d in data]
 
-    found = {"advantages": [rng.gauss(0, 1) for _ in data]}
+    found: dict[str, Any] = {"advantages": [rng.gauss(0, 1) for _ in data]}
+    indices = range(len(data))
+    found |= {"groups": [float(i // 2 % 2) for i in indices], "labels": [float(i % 2) for i in indices]}
     return {name: found.get(name) or rows() for name in loss.reads if name not in MODEL_COLUMNS}
 
 
@@ -129,11 +131,13 @@ WEIGHINGS = [
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.name)
-def test_a_loss_of_ours_streams(loss: Loss) -> None:
+def test_a_loss_of_ours_streams_unless_it_compares_the_datums_of_a_group(loss: Loss) -> None:
+    """A loss that couples groups takes two passes."""
     bound = loss.bind(**columns(Random(1), DATA, loss))
     longest_pair = max(a.model_input.length + b.model_input.length for a, b in zip(DATA[::2], DATA[1::2]))
     extras = tuple(name for name in MODEL_COLUMNS if name in loss.reads)
-    assert_cut_changes_nothing(custom(bound, DATA), DATA, room=longest_pair, extras=extras)
+    passes = 2 if loss.couples_groups else 1
+    assert_cut_changes_nothing(custom(bound, DATA), DATA, passes, room=longest_pair, extras=extras)
 
 
 def test_a_sum_of_losses_streams() -> None:
