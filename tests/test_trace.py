@@ -11,7 +11,6 @@ import torch
 from batches import CASES, Case, apart
 from torch import Tensor
 
-import lossfns
 from lossfns import Loss, Tokens, evaluate, pack
 
 
@@ -65,8 +64,10 @@ def test_fx_equals_eager(case: Case) -> None:
 COMPILER = "inductor" if shutil.which("g++") else "aot_eager"  # inductor needs a C++ compiler
 DISTINCT = {case.loss.name: case for case in reversed(CASES)}
 """One case of each method and combinator."""
-FAMILIES = {getattr(lossfns, name).__module__: case for name, case in DISTINCT.items()}
-"""One of them for each module that has presets or combinators."""
+KINDS = {
+    (case.loss.rows, case.loss.couples_groups, "advantages" in case.loss.reads): case for case in DISTINCT.values()
+}
+"""One of them for each kind of row, with and without groups and advantages."""
 
 
 @pytest.mark.exhaustive
@@ -85,18 +86,18 @@ def test_compile_equals_eager() -> None:
 
 
 @pytest.mark.exhaustive
-def test_a_kernel_of_each_family_equals_eager() -> None:
+def test_a_kernel_of_each_kind_equals_eager() -> None:
     """One graph, no breaks: a compilation for each loss would take minutes.
 
     Each loss has its own leaf, so that the sum of the losses gives each of them its own gradient.
     """
-    losses = [case.loss for case in FAMILIES.values()]
+    losses = [case.loss for case in KINDS.values()]
 
     def every(batches: list[Tokens]) -> list[Any]:
         return [evaluate(loss, t) for loss, t in zip(losses, batches)]
 
     torch.compiler.reset()
-    batches = [packed(case, 1) for case in FAMILIES.values()]
+    batches = [packed(case, 1) for case in KINDS.values()]
     eager = numbers_and_gradients(every, batches)
     again = numbers_and_gradients(torch.compile(every, fullgraph=True, backend=COMPILER), batches)
     for loss, expected, found in zip(losses, eager, again):
