@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,7 +32,8 @@ def info_nce(temperature: float = 0.05) -> LossFn:
             similarity: mean cosine of a query and its document, in [−1, 1].
 
     Raises:
-        LossInputError: from the loss function, if there are not two embeddings of one length for each query.
+        LossInputError: from the loss function, if there are not two embeddings of one length for each query, or if a
+            number is not finite.
 
     >>> import torch
     >>> near, far = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
@@ -48,7 +50,9 @@ def info_nce(temperature: float = 0.05) -> LossFn:
         target = torch.arange(len(cosines), device=cosines.device)
         loss = F.cross_entropy(cosines / temperature, target)
         nearest, similarity = (cosines.argmax(1) == target).float().mean(), cosines.diagonal().mean()
-        accuracy, mean = torch.stack([nearest, similarity.detach()]).tolist()
+        accuracy, mean, value = torch.stack([nearest, similarity.detach(), loss.detach()]).tolist()
+        if not math.isfinite(value):
+            raise LossInputError("embeddings", "finite numbers", f"a loss of {value:g}", "Look for a nan or an inf.")
         return loss, {"accuracy": accuracy, "similarity": mean}
 
     return loss_fn

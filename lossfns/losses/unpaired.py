@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from lossfns import terms as eq
-from lossfns.errors import LossInputError
+from lossfns.errors import LossInputError, show
 from lossfns.loss import Loss, Statistics, make_loss, preset
 from lossfns.margins import Link, log_ratio_sum, logistic_link
+from lossfns.pack import as_rows, as_tensor, has_length
 from lossfns.segments import sequence_value
 from lossfns.tokens import SEQUENCES, Tokens
 from lossfns.weigh import Weighing, datum_mean
+
+Row = Sequence[float] | Tensor
+"""The numbers of one answer's tokens."""
 
 
 def labelled_loss(link: Link, beta: float, desirable_weight: float, undesirable_weight: float, weigh: Weighing) -> Loss:
@@ -131,31 +136,35 @@ def sppo(beta: float = 0.1, weigh: Weighing = datum_mean) -> Loss:
     return make_loss(terms, ("ref_logprobs", "rewards"), weigh, rows=SEQUENCES)
 
 
-def kto_reference_point(
-    logprobs: Sequence[Sequence[float]], ref_logprobs: Sequence[Sequence[float]], weights: Sequence[Sequence[float]]
-) -> float:
+def kto_reference_point(logprobs: Sequence[Row], ref_logprobs: Sequence[Row], weights: Sequence[Row]) -> float:
     """max(0, mean of Σ w·(lp − ref)) over mismatched answers: the reference point of ``kto``.
 
     An answer is mismatched if it was given to another prompt, such as that of the next datum of the batch. The number
     is a constant for all datums of the batch, even if the batch is split: bind ``[z] * len(data)``.
 
     Args:
-        logprobs: for each mismatched answer the logprobs of its tokens under the policy.
-        ref_logprobs: for each mismatched answer the logprobs of its tokens under the reference.
-        weights: for each mismatched answer the weights of its tokens, such as 1 in the answer and 0 in the prompt.
+        logprobs: for each mismatched answer the logprobs of its tokens under the policy, or a padded tensor of them.
+        ref_logprobs: the same under the reference.
+        weights: the weights of the tokens, such as 1 in the answer and 0 in the prompt.
 
     Raises:
-        LossInputError: if there is no answer, or if the numbers of answers or tokens differ.
+        LossInputError: if there is no answer, if the numbers of answers or tokens differ, or if a number is not finite.
 
     >>> kto_reference_point([[-1.0, -2.0], [-3.0]], [[-2.0, -2.5], [-3.25]], [[1.0, 1.0], [1.0]])
     0.875
     """
-    lengths = [[len(row) for row in rows] for rows in (logprobs, ref_logprobs, weights)]
-    if not logprobs or lengths.count(lengths[0]) != 3:
+    given = {"logprobs": logprobs, "ref_logprobs": ref_logprobs, "weights": weights}
+    for name, rows in given.items():
+        if not has_length(rows) or len(rows) == 0:
+            raise LossInputError(name, "rows of equal lengths, at least one", show(rows), "Pass a row for each answer.")
+    columns = [[as_tensor(row).double() for row in as_rows(list(rows), name)] for name, rows in given.items()]
+    shapes = [[tuple(row.shape) for row in rows] for rows in columns]
+    if shapes.count(shapes[0]) != 3 or any(len(shape) != 1 for shape in shapes[0]):
         fix = "Pass the rows of the same answers."
-        raise LossInputError("kto_reference_point", "rows of equal lengths, at least one", f"lengths {lengths}", fix)
-    sums = [
-        sum(w * (float(lp) - float(ref)) for lp, ref, w in zip(*rows, strict=True) if w != 0)
-        for rows in zip(logprobs, ref_logprobs, weights, strict=True)
-    ]
-    return max(0.0, float(sum(sums)) / len(sums))
+        raise LossInputError("kto_reference_point", "rows of equal lengths", f"shapes {shapes}", fix)
+    sums = [float((w * (lp - ref))[w != 0].sum()) for lp, ref, w in zip(*columns, strict=True)]
+    bad = next((i for i, x in enumerate(sums) if not math.isfinite(x)), None)
+    if bad is not None:
+        fix = "Give weight 0 to a token without a logprob."
+        raise LossInputError("kto_reference_point", "finite numbers", f"the sum {sums[bad]}", fix, datum=bad)
+    return max(0.0, sum(sums) / len(sums))

@@ -31,3 +31,10 @@ def test_what_is_no_batch_of_pairs_is_refused(shapes: list[tuple[int, ...]]) -> 
 def test_a_temperature_of_0_is_refused() -> None:
     with pytest.raises(LossInputError, match="temperature"):
         info_nce(temperature=0)
+
+
+def test_embeddings_that_are_not_finite_are_refused() -> None:
+    """A nan would give a loss of nan beside an accuracy of 1."""
+    for wrong in (float("nan"), float("inf")):
+        with pytest.raises(LossInputError, match="embeddings: expected finite numbers"):
+            info_nce()([], [torch.tensor([1.0, wrong]), torch.ones(2)])

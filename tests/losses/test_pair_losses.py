@@ -366,3 +366,19 @@ def test_far_margins_are_finite_in_float32() -> None:
             for loss in (getattr(lossfns, name)(), getattr(lossfns, name)(beta=5.0)):
                 value, gradients, _ = call(loss, batch, torch.float32)
                 assert math.isfinite(value) and all(math.isfinite(g) for row in gradients for g in row), loss
+
+
+def test_the_reference_point_of_padded_tensors_and_of_numbers_that_are_none() -> None:
+    """A nan at a token with a weight would be max(0, nan) = 0. The content of a masked slot has no effect."""
+    lp, ref = torch.tensor([[-1.0, -2.0], [-3.0, math.nan]]), torch.tensor([[-2.0, -2.5], [-3.25, 0.0]])
+    assert kto_reference_point(lp, ref, torch.tensor([[1, 1], [1, 0]])) == 0.875
+    wrong: tuple[Any, ...] = (
+        (lp, ref, torch.ones(2, 2)),
+        (lp, ref[:1], lp),
+        ([], [], []),
+        (0.0, 1.0, 2.0),
+        (None,) * 3,
+    )
+    for rows in (*wrong, (torch.ones(2),) * 3, ([["x"]],) * 3):
+        with pytest.raises(LossInputError):
+            kto_reference_point(*rows)

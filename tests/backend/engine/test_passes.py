@@ -34,7 +34,7 @@ from lossfns.backend.model import lora
 from lossfns.backend.model.tokenizer import ByteTokenizer
 from lossfns.export.builtins import BUILTINS
 from lossfns.testing.public import presets
-from lossfns.tokens import MODEL_COLUMNS
+from lossfns.tokens import DATUM_COLUMNS, MODEL_COLUMNS
 
 Make = Callable[..., LocalTrainingClient]
 Call = Callable[[LocalTrainingClient], Any]
@@ -95,7 +95,8 @@ def columns(rng: Random, data: list[Any], loss: Loss) -> dict[str, Any]:
     def rows() -> list[list[float]]:
         return [[-3.4 + rng.gauss(0, 0.3) for _ in range(d.model_input.length)] for d in data]
 
-    found: dict[str, Any] = {"advantages": [rng.gauss(0, 1) for _ in data]}
+    found: dict[str, Any] = {name: [rng.random() for _ in data] for name in DATUM_COLUMNS}
+    found["advantages"] = [rng.gauss(0, 1) for _ in data]
     indices = range(len(data))
     found |= {"groups": [float(i // 2 % 2) for i in indices], "labels": [float(i % 2) for i in indices]}
     return {name: found.get(name) or rows() for name in loss.reads if name not in MODEL_COLUMNS}
@@ -119,7 +120,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "dpo": {"label_smoothing": 0.1},
 }
 LOSSES = [
-    *(preset(**SETTINGS.get(name, {})) for name, preset in presets().items() if preset().rows != "targets"),
+    *(
+        preset(**SETTINGS.get(name, {}))
+        for name, preset in presets().items()
+        if preset().rows != "targets" and preset().output == "logprobs"
+    ),
     lossfns.with_tis(lossfns.ppo(), level=lossfns.sequence_level),
 ]
 WEIGHINGS = [
