@@ -13,7 +13,7 @@ from typing import Any, ParamSpec
 import torch
 from torch import Tensor
 
-from lossfns.checks import check_denominator, check_knobs, is_huge, is_real
+from lossfns.checks import LARGEST_FLOAT, check_denominator, check_knobs, is_huge, is_real
 from lossfns.compiled import Measure, OneKernel
 from lossfns.deferred import DeferredMetrics, Numbers, finalised, join_numbers, not_divisible
 from lossfns.devices import to_device
@@ -291,7 +291,7 @@ def count_of(loss: Loss, t: Tokens) -> Tensor:
     if loss.parts:
         return count  # type: ignore[no-any-return]  # one of each part, which has been checked
     if isinstance(t.weights, Tensor) and not (isinstance(count, Tensor) and is_plain(count) and count.ndim == 0):
-        if not is_real(count) or is_huge(count):
+        if not is_real(count) or is_huge(count) or LARGEST_FLOAT < abs(float(count)) < math.inf:
             got = f"shape {tuple(count.shape)}" if isinstance(count, Tensor) and is_plain(count) else show(count)
             raise LossInputError("count", "a 0-d tensor or a number", got, "Sum over the batch.", loss=loss.name)
         return t.weights.new_full((), float(count))

@@ -253,7 +253,7 @@ def pack_weights(
         if row.ndim not in (1, rows.rank):
             expected, fix = "a row with a number for each target", "Give one number for each entry of the logprobs."
             raise LossInputError("weights", expected, f"shape {tuple(row.shape)}", fix, datum=i)
-    targets = num_targets(target_shapes(data, table["weights"]), rows)
+    targets = num_targets(target_shapes(data, table["weights"]), rows) if rows is TARGETS else 1
     shapes = [row.shape for row in table["weights"]]
     lengths, like = torch.tensor([prod(shape) for shape in shapes]), torch.empty(0, dtype=torch.float64)
     flat = {name: flatten_column(name, table[name], shapes, lengths, like, rows) for name in ("weights", *masks)}
@@ -265,7 +265,9 @@ def target_shapes(data: Sequence[Any], weights: Sequence[Values]) -> list[Sequen
     """Return the shapes ``[N, K]`` of weights. Flat weights have the shape of the datum's ``target_tokens``."""
     shapes: list[Sequence[int]] = []
     for datum, row in zip(data, weights):
-        shape = tuple(getattr(datum.loss_fn_inputs.get("target_tokens"), "shape", None) or ())
+        ids = datum.loss_fn_inputs.get("target_tokens")
+        known = not isinstance(ids, Tensor) or is_plain(ids)
+        shape = tuple(getattr(ids, "shape", None) or ()) if known else ()
         shapes.append(shape if row.ndim == 1 and prod(shape) == len(row) else tuple(row.shape))
     return shapes
 
