@@ -8,7 +8,6 @@ import io
 import os
 from collections.abc import Iterator
 from importlib.util import find_spec
-from typing import Any
 
 import pytest
 import torch
@@ -17,9 +16,6 @@ from hypothesis import is_hypothesis_test, settings
 from lossfns.backend.engine.memory import trim_heap
 
 collect_ignore = ["strangers"]  # losses that others wrote, which test_strangers.py checks
-
-FEW = 8
-"""Examples of a property of which there is a test for each loss."""
 
 settings.register_profile("default", derandomize=True, deadline=None, max_examples=25)
 settings.register_profile("exhaustive", derandomize=bool(os.environ.get("CI")), deadline=None, max_examples=200)
@@ -41,13 +37,8 @@ def pytest_report_header(config: pytest.Config) -> str | None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.getoption("markexpr") == "exhaustive":
         for item in items:
-            if isinstance(item, pytest.Function) and is_hypothesis_test(item.obj) and draws_more(item.obj):
+            if isinstance(item, pytest.Function) and is_hypothesis_test(item.obj):
                 item.add_marker("exhaustive")
-
-
-def draws_more(test: Any) -> bool:
-    """Whether a property test draws more examples than in the default run. One with few for each loss does not."""
-    return test._hypothesis_internal_use_settings.max_examples > FEW
 
 
 @pytest.fixture(autouse=True, scope="module")

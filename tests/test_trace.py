@@ -1,5 +1,6 @@
 """The maths of every loss under torch.fx and torch.compile: the eager values and gradients."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from random import Random
@@ -60,8 +61,13 @@ def test_fx_equals_eager(case: Case) -> None:
         assert apart(list(eager[1]), again[1]) == 0 and eager[0] == again[0]
 
 
+COMPILER = "inductor" if shutil.which("g++") else "aot_eager"  # inductor needs a C++ compiler
 DISTINCT = {case.loss.name: case for case in reversed(CASES)}
 """One case of each method and combinator."""
+KINDS = {
+    (case.loss.rows, case.loss.couples_groups, "advantages" in case.loss.reads): case for case in DISTINCT.values()
+}
+"""One of them for each kind of row, with and without groups and advantages."""
 
 
 @pytest.mark.exhaustive
@@ -77,6 +83,25 @@ def test_compile_equals_eager() -> None:
         eager = numbers_and_gradients(one, batches)
         again = numbers_and_gradients(torch.compile(one, fullgraph=True, backend="aot_eager"), batches)
         assert apart(eager, again) < 1e-12, name
+
+
+@pytest.mark.exhaustive
+def test_a_kernel_of_each_kind_equals_eager() -> None:
+    """One graph, no breaks: a compilation for each loss would take minutes.
+
+    Each loss has its own leaf, so that the sum of the losses gives each of them its own gradient.
+    """
+    losses = [case.loss for case in KINDS.values()]
+
+    def every(batches: list[Tokens]) -> list[Any]:
+        return [evaluate(loss, t) for loss, t in zip(losses, batches)]
+
+    torch.compiler.reset()
+    batches = [packed(case, 1) for case in KINDS.values()]
+    eager = numbers_and_gradients(every, batches)
+    again = numbers_and_gradients(torch.compile(every, fullgraph=True, backend=COMPILER), batches)
+    for loss, expected, found in zip(losses, eager, again):
+        assert apart(expected, found) < 1e-12, loss
 
 
 def numbers_and_gradients(fn: Callable[..., list[Any]], batches: list[Tokens]) -> list[list[Any]]:

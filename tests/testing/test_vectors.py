@@ -590,7 +590,8 @@ def test_export_copies_every_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.exhaustive
-def test_the_tool_has_nothing_to_write_beside_an_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_tool_checks_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["vectors", "export", str(tmp_path / "vendored")]) == 0
+    assert tool(["check"]) == 0
     assert tool(["write", "--out", str(tmp_path / "vendored")]) == 0
     assert "nothing to write" in capsys.readouterr().out
