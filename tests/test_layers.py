@@ -36,6 +36,7 @@ LAYERS = [
     {"backend/client"},
     {"backend"},
     {"train"},
+    {"server"},
     {"catalogue"},
     {"cli"},
     {"__main__"},
