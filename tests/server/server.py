@@ -8,6 +8,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
+
+for name in ("starlette", "uvicorn"):
+    pytest.importorskip(name)
+tinker = pytest.importorskip("tinker", "0.38")
+
 import uvicorn
 
 from lossfns.server.app import create_app
