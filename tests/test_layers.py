@@ -35,6 +35,7 @@ LAYERS = [
     {"backend/engine"},
     {"backend/client"},
     {"backend"},
+    {"server"},
     {"train"},
     {"server"},
     {"catalogue"},
