@@ -9,10 +9,11 @@ from lossfns.backend.client.training import LocalTrainingClient
 from lossfns.backend.types import AdamParams, SamplingParams
 from lossfns.errors import LossInputError, show
 from lossfns.server import wire
+from lossfns.server.custom import create_loss
 from lossfns.server.futures import Future
 from lossfns.server.model import ServedModel
 from lossfns.server.passes import run_pass
-from lossfns.server.service import Sampler, Service
+from lossfns.server.service import Sampler, Service, session_of
 from lossfns.server.wire import field, only, sequence_id
 
 Json = dict[str, Any]
@@ -34,7 +35,7 @@ async def client_config(service: Service, body: Json, digest: int | None) -> Jso
         "use_pyqwest_transport": False,
         "proto_compress_fwdbwd": False,
         "parallel_fwdbwd_chunks": True,
-        "custom_loss_server_side": False,
+        "custom_loss_server_side": True,
         "sample_join_sampling_session": False,
         "sample_use_retrieve_futures": False,
     }
@@ -137,10 +138,14 @@ async def get_info(service: Service, body: Json, digest: int | None) -> Json:
 
 async def forward_backward(service: Service, request: wire.Pass, digest: int | None) -> Json:
     async def run(model: ServedModel) -> Any:
-        return await run_pass(model.client, request)
+        return await run_pass(model.client, request, service.sessions[session_of(model.model_id)].losses)
 
     kind = "forward" if request.forward_only else "forward_backward"
     return promise(service.submit(request.model_id, request.seq_id, digest, kind, run))
+
+
+async def create_custom_loss(service: Service, body: Json, digest: int | None) -> Json:
+    return promise(create_loss(service, body, digest))
 
 
 ADAM = tuple(AdamParams.__dataclass_fields__)
@@ -267,6 +272,7 @@ POST: dict[str, Endpoint] = {
     "create_model": create_model,
     "load_weights": load_weights,
     "get_info": get_info,
+    "create_custom_loss": create_custom_loss,
     "optim_step": optim_step,
     "save_weights": save_weights,
     "save_weights_for_sampler": save_weights_for_sampler,

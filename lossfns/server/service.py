@@ -19,6 +19,7 @@ from lossfns.backend.client.service import LocalServiceClient, ModelBuilder
 from lossfns.backend.client.training import LocalTrainingClient
 from lossfns.backend.storage import checkpoint
 from lossfns.errors import LossInputError
+from lossfns.loss import LossFn
 from lossfns.server.futures import Future, Futures, Refused
 from lossfns.server.model import ServedModel, log
 
@@ -27,10 +28,11 @@ NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,127}", re.ASCII)
 
 
 class Session:
-    """A client's session: its models and samplers live as long as it does."""
+    """A client's session: its models, samplers and uploaded losses live as long as it does."""
 
     def __init__(self, session_id: str, user_metadata: Mapping[str, str] | None = None) -> None:
         self.session_id, self.user_metadata = session_id, dict(user_metadata or {})
+        self.losses: dict[str, LossFn] = {}
         self.seen = time.monotonic()
         self.finished = False
 
@@ -128,6 +130,7 @@ class Service:
             self.models.pop(model.model_id, None)
         for name in [name for name in self.samplers if session_of(name) == session_id]:
             del self.samplers[name]
+        session.losses.clear()
 
     async def finish_silent_sessions(self) -> None:
         """End the sessions whose clients have given no sign of life for ``session_seconds``."""
