@@ -134,7 +134,7 @@ def stopped_by(target: Target, results: list[Result], hangs: int, seconds: float
     """Return why the run ends after a result, or "" if it goes on."""
     if seconds > limit:
         return f"time was up after {limit:g} s"
-    if len(results) == 1 and results[0].verdict == "error":
+    if len(results) == 1 and results[0].bug == "no-answer":
         return f"the server does not serve: {results[0].seen}"
     if results[-1].verdict == "error" and (gone := target.alive()):
         return f"the server is gone since the check {results[-1].check}: {gone}"
