@@ -6,6 +6,7 @@ A ``Service`` belongs to one event loop. The models compute on threads of their 
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import tempfile
 import time
@@ -19,8 +20,11 @@ from lossfns.backend.client.service import LocalServiceClient, ModelBuilder
 from lossfns.backend.client.training import LocalTrainingClient
 from lossfns.backend.storage import checkpoint
 from lossfns.errors import LossInputError
+from lossfns.export.per_datum import per_datum
 from lossfns.server.futures import Future, Futures, Refused
+from lossfns.server.graph import rebuild
 from lossfns.server.model import ServedModel, log
+from lossfns.server.passes import Uploaded
 
 PATH = re.compile(r"tinker://([0-9a-f-]{8,64}):train:(\d{1,18})/(weights|sampler_weights)/([A-Za-z0-9][\w.-]{0,127})")
 NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,127}", re.ASCII)
@@ -60,6 +64,7 @@ class Service:
         state: the folder of checkpoints, and of what ``close`` saves. None takes a folder that is deleted at the end.
         sessions, model_limit, samplers: the most sessions, models and loaded samplers at a time. A further sampler
             takes the place of the one that was not used for the longest time.
+        losses: the most uploaded losses.
         queue: the most requests of a model that wait.
         results, result_bytes: the most futures, and the most bytes of results, that wait to be read.
         session_seconds: a session ends if its client gives no sign of life for this long.
@@ -77,6 +82,7 @@ class Service:
         sessions: int = 256,
         model_limit: int = 64,
         samplers: int = 16,
+        losses: int = 1024,
         queue: int = 1024,
         results: int = 20_000,
         result_bytes: int = 2**30,
@@ -85,15 +91,17 @@ class Service:
         grace_seconds: float = 30.0,
     ) -> None:
         self.local = LocalServiceClient(models, device=device, memory_budget=memory_budget)
-        self._temporary = tempfile.TemporaryDirectory(prefix="lossfns-") if state is None else None
-        self.root = Path(self._temporary.name if self._temporary else str(state))
+        self.temporary = tempfile.TemporaryDirectory(prefix="lossfns-") if state is None else None
+        self.root = Path(self.temporary.name if self.temporary else str(state))
         self.session_limit, self.model_limit, self.sampler_limit = sessions, model_limit, samplers
+        self.loss_limit = losses
         self.queue, self.session_seconds = queue, session_seconds
         self.gap_seconds, self.grace_seconds = gap_seconds, grace_seconds
         self.futures = Futures(results, result_bytes)
         self.sessions: dict[str, Session] = {}
         self.models: dict[str, ServedModel] = {}
         self.samplers: dict[str, Sampler] = {}
+        self.losses: dict[str, Uploaded] = {}
         self.tasks: set[asyncio.Task[None]] = set()
         self.creating = 0
         self.stopping = False
@@ -126,8 +134,9 @@ class Service:
         await asyncio.gather(*(model.stop(60.0, "came after the end of its session") for model in models))
         for model in models:
             self.models.pop(model.model_id, None)
-        for name in [name for name in self.samplers if session_of(name) == session_id]:
-            del self.samplers[name]
+        for kept in (self.samplers, self.losses):
+            for name in [name for name in kept if session_of(name) == session_id]:
+                del kept[name]
 
     async def finish_silent_sessions(self) -> None:
         """End the sessions whose clients have given no sign of life for ``session_seconds``."""
@@ -180,11 +189,26 @@ class Service:
                 self.session(session_id)  # it may have finished meanwhile
             finally:
                 self.creating -= 1
-            self.add_model(model_id, client, base_model, user_metadata)
+            model = self.add_model(model_id, client, base_model, user_metadata)
+            await self._record_run(model)
             kind = "create_model" if path is None else "load_weights"
             return {"model_id": model_id, "type": kind, **({} if path is None else {"path": path})}
 
         return self.start(self.futures.begin(f"{model_id}:0", digest), create)
+
+    async def _record_run(self, model: ServedModel) -> None:
+        """Write what remains known of a model when it has gone."""
+        info = await model.client.get_info_async()
+        run = {
+            "training_run_id": model.model_id,
+            "base_model": model.base_model,
+            "is_lora": info.is_lora,
+            "lora_rank": info.lora_rank,
+            "user_metadata": model.user_metadata,
+        }
+        folder = self.folder(model.model_id)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "run.json").write_text(json.dumps(run))
 
     def add_model(
         self, model_id: str, client: LocalTrainingClient, base_model: str, user_metadata: Mapping[str, str] | None
@@ -238,9 +262,6 @@ class Service:
         for future in self.futures.by_id.values():
             future.wake()
 
-    async def restore(self) -> None:
-        """Restore what ``close`` has saved in the same folder."""
-
     async def close(self) -> None:
         """Run the accepted requests for ``grace_seconds`` at most, and fail the rest."""
         self.begin_stop()
@@ -248,8 +269,20 @@ class Service:
         await asyncio.gather(*(model.stop(self.grace_seconds, stopped) for model in self.models.values()))
         if self.tasks:
             await asyncio.wait(self.tasks)
-        if self._temporary is not None:
-            self._temporary.cleanup()
+
+    # Uploaded losses
+
+    def loss_id(self, request: Mapping[str, Any]) -> str:
+        return f"{request['session_id']}:loss:{request['custom_loss_seq_id']}"
+
+    def add_loss(self, request: dict[str, Any]) -> None:
+        """Rebuild an uploaded loss; raises LossInputError for anything but tensor arithmetic."""
+        if len(self.losses) >= self.loss_limit:
+            raise LossInputError("losses", f"at most {self.loss_limit} uploaded losses", "one more", "Reuse one.")
+        fn = rebuild(request["graph"], request["inputs"])
+        ranks = {each["name"]: each["rank"] for each in request["inputs"]}
+        uploaded = Uploaded(request["session_id"], per_datum(fn, ranks), ranks, request)
+        self.losses[self.loss_id(request)] = uploaded
 
     # Checkpoints
 
@@ -260,6 +293,10 @@ class Service:
             fix = "save_state and save_weights_for_sampler return such paths."
             raise LossInputError("path", "tinker://{model_id}/weights/{name}", repr(path)[:200], fix)
         return self.root / match[1] / match[2] / match[3] / match[4]
+
+    def folder(self, model_id: str) -> Path:
+        """Return the folder of a model's checkpoints."""
+        return self.checkpoint(f"tinker://{model_id}/weights/any").parent.parent
 
     def checkpoint_of(self, model_id: str, kind: str, name: str) -> tuple[str, Path]:
         """Return the path that a model's checkpoint will have, and its file. ``kind`` is a part of the path."""
