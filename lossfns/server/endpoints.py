@@ -52,6 +52,7 @@ async def create_session(service: Service, body: Json, digest: int | None) -> Js
 
 async def session_heartbeat(service: Service, body: Json, digest: int | None) -> Json:
     service.session(field(body, "session_id", str))
+    service.finish_silent_sessions()
     return {"type": "session_heartbeat"}
 
 

@@ -11,7 +11,7 @@ import re
 import tempfile
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +110,7 @@ class Service:
 
     def create_session(self, user_metadata: Mapping[str, str] | None = None) -> str:
         self.refuse_if_stopping()
+        self.finish_silent_sessions()
         if sum(not s.finished for s in self.sessions.values()) >= self.session_limit:
             raise Refused(429, f"{self.session_limit} sessions are open, which is the limit of this server.")
         session = Session(str(uuid.uuid4()), user_metadata)
@@ -138,13 +139,18 @@ class Service:
             for name in [name for name in kept if session_of(name) == session_id]:
                 del kept[name]
 
-    async def finish_silent_sessions(self) -> None:
+    def finish_silent_sessions(self) -> None:
         """End the sessions whose clients have given no sign of life for ``session_seconds``."""
-        now = time.monotonic()
-        for session in list(self.sessions.values()):
-            if not session.finished and now - session.seen > self.session_seconds:
+        oldest = time.monotonic() - self.session_seconds
+        for session in self.sessions.values():
+            if not session.finished and session.seen < oldest:
                 log.warning("Session %s ends: no heartbeat for %g s.", session.session_id, self.session_seconds)
-                await self.finish_session(session.session_id)
+                self.run_in_background(self.finish_session(session.session_id))
+
+    def run_in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
 
     # Models
 
@@ -247,9 +253,7 @@ class Service:
                 future.set_error(f"{type(error).__name__}: {error}", "server")
             self.futures.finish(future)
 
-        task = asyncio.create_task(finish())
-        self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
+        self.run_in_background(finish())
         return future
 
     def refuse_if_stopping(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from serving import batch, datum, sdk, tiny_model, tiny_service, tinker
+from serving import batch, datum, sdk, tiny_model, tiny_service
 from torch import Tensor
 
 from lossfns import cross_entropy, ppo
@@ -50,10 +50,13 @@ def per_datum(logprobs: Tensor, weights: Tensor) -> tuple[Tensor, dict[str, Tens
 def test_gradients_are_those_of_direct_differentiation() -> None:
     wide = [datum([1, 2, 3], target_tokens=[[2, 9], [3, 8]], weights=[[0.7, 0.3], [1.0, -0.5]])]
     policy = [
-        datum(row, logprobs=[-5.5 + 0.3 * i for i in range(len(row) - 1)], advantages=[1.0, -2.0, 0.5, 3.0][: len(row) - 1])
+        datum(
+            row,
+            logprobs=[-5.5 + 0.3 * i for i in range(len(row) - 1)],
+            advantages=[1.0, -2.0, 0.5, 3.0][: len(row) - 1],
+        )
         for row in ([1, 2, 3, 4], [9, 8, 7, 6, 5])
     ]
-    own = with_denominators(ppo(), policy)
     cases: dict[str, tuple[list[Any], Any, Any]] = {
         "cross_entropy": (batch(), lambda c, d: c.forward_backward(d, "cross_entropy"), weighted),
         "targets [N, K]": (wide, lambda c, d: c.forward_backward(d, "cross_entropy"), weighted),
@@ -82,18 +85,21 @@ def test_gradients_are_those_of_direct_differentiation() -> None:
             lambda c, d: c.forward_backward_custom(d, handle),
             lambda d, lp: sum(per_datum(x, y.loss_fn_inputs["weights"].to_torch())[0] for x, y in zip(lp, d)),
         )
-        traced = client_of.create_custom_loss(as_datum_fn(ppo()), dict.fromkeys(("logprobs", *inputs_of(own)), 1))
+        names = ("logprobs", "weights", "advantages", "old_logprobs")
+        traced = client_of.create_custom_loss(as_datum_fn(ppo()), dict.fromkeys(names, 1)).result()
         cases["an uploaded loss of lossfns"] = (
-            [tinker.Datum(p.model_input, {**p.loss_fn_inputs, **extra(o)}) for p, o in zip(policy, own)],
-            lambda c, d: c.forward_backward_custom(d, traced.result()),
-            lambda d, lp: surrogate(d, lp, 0.8, 1.2) / sum(len(x) for x in lp),
+            with_denominators(ppo(), policy),
+            lambda c, d: c.forward_backward_custom(d, traced),
+            lambda _, lp: surrogate(policy, lp, 0.8, 1.2) / sum(len(x) for x in lp),
         )
         for name, (data, call, loss) in cases.items():
             client = client_of.create_lora_training_client("Tiny", rank=4, seed=5).result()
             assert_trained(service.models[client.model_id].client.model)
             call(client, data).result()
             ours = service.models[client.model_id].client.model
-            direct = LocalServiceClient({"Tiny": tiny_model}, device="cpu").create_lora_training_client("Tiny", 4, 5).model
+            direct = (
+                LocalServiceClient({"Tiny": tiny_model}, device="cpu").create_lora_training_client("Tiny", 4, 5).model
+            )
             direct.load_state_dict(ours.state_dict())
             loss(data, logprobs_of(direct, data)).backward()
             for (key, p), q in zip(ours.named_parameters(), direct.parameters()):
