@@ -94,8 +94,7 @@ def read_input(datum: Any, name: str, i: int) -> Tensor:
     if value is None:
         got = f"only {', '.join(datum.loss_fn_inputs)}"
         raise LossInputError(name, "a field that the loss reads", got, "Put it into loss_fn_inputs.", datum=i)
-    tensor: Tensor = value.to_torch()
-    return tensor
+    return torch.from_numpy(value.to_numpy().copy())  # fields of a request cannot be written to, which torch warns of
 
 
 def check_rank(name: str, x: Tensor, rank: int, i: int) -> None:

@@ -10,10 +10,11 @@ from lossfns.backend.client.training import LocalTrainingClient
 from lossfns.backend.types import AdamParams, SamplingParams
 from lossfns.errors import LossInputError, show
 from lossfns.server import rest, wire
+from lossfns.server.custom import create_loss
 from lossfns.server.futures import Future
 from lossfns.server.model import ServedModel
 from lossfns.server.passes import run_pass
-from lossfns.server.service import Sampler, Service
+from lossfns.server.service import Sampler, Service, session_of
 from lossfns.server.wire import field, only, sequence_id
 
 Json = dict[str, Any]
@@ -139,7 +140,7 @@ async def get_info(service: Service, body: Json, digest: int | None) -> Json:
 
 async def forward_backward(service: Service, request: wire.Pass, digest: int | None) -> Json:
     async def run(model: ServedModel) -> Any:
-        return await run_pass(model.client, request, service.losses)
+        return await run_pass(model.client, request, service.sessions[session_of(model.model_id)].losses)
 
     kind = "forward" if request.forward_only else "forward_backward"
     return promise(service.submit(request.model_id, request.seq_id, digest, kind, run))
@@ -208,20 +209,7 @@ async def save_weights_for_sampler(service: Service, body: Json, digest: int | N
 
 
 async def create_custom_loss(service: Service, body: Json, digest: int | None) -> Json:
-    """Rebuild an uploaded loss; the result has the id for which ``loss_fn="custom"`` finds it."""
-    only(body, ("session_id", "custom_loss_seq_id", "name", "inputs", "graph"))
-    service.session(field(body, "session_id", str))
-    sequence_id(field(body, "custom_loss_seq_id", int), "custom_loss_seq_id", 0)
-    loss_id = service.loss_id(body)
-    future = service.futures.repeated(loss_id, digest)
-    if future is None:
-
-        async def run() -> Json:
-            await asyncio.to_thread(service.add_loss, body)
-            return {"type": "create_custom_loss", "loss_id": loss_id}
-
-        future = service.start(service.futures.begin(loss_id, digest), run)
-    return promise(future)
+    return promise(create_loss(service, body, digest))
 
 
 # Sampling

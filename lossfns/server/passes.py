@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,34 +14,19 @@ from lossfns.backend.client.profiles import with_reductions
 from lossfns.backend.client.training import LocalTrainingClient
 from lossfns.backend.types import ForwardBackwardOutput
 from lossfns.datum import Datum, TensorData
-from lossfns.errors import LossInputError, show
-from lossfns.loss import LossFn
+from lossfns.errors import LossInputError
+from lossfns.server.custom import run_loss
+from lossfns.server.service import Uploaded
 from lossfns.server.wire import Pass
 
 
-class Uploaded(NamedTuple):
-    """A loss that a client has uploaded, as a loss of a batch.
-
-    Attributes:
-        session_id: the session that may use it.
-        loss: the loss.
-        ranks: the dimensions of ``logprobs`` and of each field that it reads, by name.
-        request: what was uploaded.
-    """
-
-    session_id: str
-    loss: LossFn
-    ranks: dict[str, int]
-    request: dict[str, Any]
-
-
-async def run_pass(client: LocalTrainingClient, request: Pass, uploaded: dict[str, Uploaded]) -> ForwardBackwardOutput:
+async def run_pass(client: LocalTrainingClient, request: Pass, losses: Mapping[str, Uploaded]) -> ForwardBackwardOutput:
     """Run a request; raises LossInputError for data, names and settings that are refused.
 
     Args:
         client: the client of the model.
         request: what to compute.
-        uploaded: the losses that clients have uploaded, by id.
+        losses: those that the session has uploaded, by id.
     """
     if request.loss_fn == "stable_reinforce":
         got, fix = "'stable_reinforce'", "Its formula is not published. Pass a loss to forward_backward_custom."
@@ -49,7 +34,7 @@ async def run_pass(client: LocalTrainingClient, request: Pass, uploaded: dict[st
     if isinstance(request.data, LossInputError):
         raise request.data
     if request.loss_fn == "custom":
-        return await run_uploaded(client, request.data, find_uploaded(request, uploaded))
+        return await run_loss(client, request, losses)
     if request.loss_fn != "cross_entropy":
         return await run_builtin(client, request, request.data)
     data, widths = padded_targets(request.data)
@@ -63,38 +48,6 @@ async def run_pass(client: LocalTrainingClient, request: Pass, uploaded: dict[st
 async def run_builtin(client: LocalTrainingClient, request: Pass, data: list[Datum]) -> ForwardBackwardOutput:
     run = client.forward if request.forward_only else client.forward_backward
     return await run(data, request.loss_fn, request.config)
-
-
-# Uploaded losses
-
-
-def find_uploaded(request: Pass, uploaded: dict[str, Uploaded]) -> Uploaded:
-    loss_id = request.config.get("loss_id")
-    found = uploaded.get(loss_id) if isinstance(loss_id, str) else None
-    if found is None or found.session_id != request.model_id.partition(":")[0]:
-        fix = "create_custom_loss returns it."
-        raise LossInputError("loss_fn_config loss_id", "the id of a loss of this session", show(loss_id), fix)
-    if request.forward_only:
-        raise LossInputError("loss_fn", "a built-in loss for forward", "'custom'", "Call forward_backward_custom.")
-    return found
-
-
-async def run_uploaded(client: LocalTrainingClient, data: list[Datum], uploaded: Uploaded) -> ForwardBackwardOutput:
-    """Run a loss of a client in one forward and backward pass."""
-    scalars = [name for name, rank in uploaded.ranks.items() if rank == 0]
-    output = await client.forward_backward_custom([with_scalars(datum, scalars) for datum in data], uploaded.loss)
-    plain = {name: x for name, x in output.metrics.items() if ":" not in name}
-    named = {name: x for name, x in output.metrics.items() if ":" in name}
-    return replace(output, metrics=with_reductions(plain) | named)
-
-
-def with_scalars(datum: Datum, names: Sequence[str]) -> Datum:
-    """Return a datum whose fields of these names are 0-d: protobuf does not tell shape [] from none."""
-    fields = dict(datum.loss_fn_inputs)
-    for name in names:
-        if name in fields and fields[name].shape == [1]:
-            fields[name] = TensorData(fields[name].to_numpy().reshape(()), fields[name].dtype, [])
-    return Datum(datum.model_input, fields)
 
 
 # Cross-entropy in the forms that clients send

@@ -15,10 +15,11 @@ from typing import Any
 
 from lossfns.backend.client.training import LocalTrainingClient
 from lossfns.backend.storage import checkpoint
+from lossfns.server.custom import rebuilt
 from lossfns.server.futures import Future
 from lossfns.server.model import ServedModel, log
 from lossfns.server.results import Encoded, encode
-from lossfns.server.service import Sampler, Service, Session
+from lossfns.server.service import Sampler, Service, Session, session_of
 from lossfns.server.wire import PROTOBUF
 
 INDEX = "stopped.json"
@@ -31,7 +32,7 @@ async def save(service: Service) -> None:
         "sessions": [[s.session_id, s.user_metadata] for s in service.sessions.values() if not s.finished],
         "models": models,
         "samplers": [[name, s.base_model, s.path] for name, s in service.samplers.items() if s.reloadable],
-        "losses": [loss.request for loss in service.losses.values()],
+        "losses": [[name, loss.request] for s in service.sessions.values() for name, loss in s.losses.items()],
         "futures": [saved_future(future) for future in service.futures.by_id.values() if future.finished],
     }
     service.root.mkdir(parents=True, exist_ok=True)
@@ -81,8 +82,9 @@ async def restore(service: Service) -> None:
         else:
             future.set_error(saved["error"], saved["category"])
         service.futures.finish(future)
-    for request in index["losses"]:
-        await asyncio.to_thread(service.add_loss, request)
+    for name, request in index["losses"]:
+        loss = await asyncio.to_thread(rebuilt, request, request["graph"], request["inputs"])
+        service.sessions[session_of(name)].losses[name] = loss
     for name, base_model, weights in index["samplers"]:
         service.samplers[name] = Sampler(base_model, weights)
     for saved in index["models"]:

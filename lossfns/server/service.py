@@ -13,28 +13,35 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lossfns.backend.client.sampling import LocalSamplingClient
 from lossfns.backend.client.service import LocalServiceClient, ModelBuilder
 from lossfns.backend.client.training import LocalTrainingClient
 from lossfns.backend.storage import checkpoint
 from lossfns.errors import LossInputError
-from lossfns.export.per_datum import per_datum
+from lossfns.loss import LossFn
 from lossfns.server.futures import Future, Futures, Refused
-from lossfns.server.graph import rebuild
 from lossfns.server.model import ServedModel, log
-from lossfns.server.passes import Uploaded
 
 PATH = re.compile(r"tinker://([0-9a-f-]{8,64}):train:(\d{1,18})/(weights|sampler_weights)/([A-Za-z0-9][\w.-]{0,127})")
 NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,127}", re.ASCII)
 
 
+class Uploaded(NamedTuple):
+    """A loss that a client has uploaded: as a loss of a batch, the rank of each input by name, and the request."""
+
+    loss: LossFn
+    ranks: dict[str, int]
+    request: dict[str, Any]
+
+
 class Session:
-    """A client's session: its models and samplers live as long as it does."""
+    """A client's session: its models, samplers and uploaded losses live as long as it does."""
 
     def __init__(self, session_id: str, user_metadata: Mapping[str, str] | None = None) -> None:
         self.session_id, self.user_metadata = session_id, dict(user_metadata or {})
+        self.losses: dict[str, Uploaded] = {}
         self.seen = time.monotonic()
         self.finished = False
 
@@ -64,7 +71,6 @@ class Service:
         state: the folder of checkpoints, and of what ``close`` saves. None takes a folder that is deleted at the end.
         sessions, model_limit, samplers: the most sessions, models and loaded samplers at a time. A further sampler
             takes the place of the one that was not used for the longest time.
-        losses: the most uploaded losses.
         queue: the most requests of a model that wait.
         results, result_bytes: the most futures, and the most bytes of results, that wait to be read.
         session_seconds: a session ends if its client gives no sign of life for this long.
@@ -82,7 +88,6 @@ class Service:
         sessions: int = 256,
         model_limit: int = 64,
         samplers: int = 16,
-        losses: int = 1024,
         queue: int = 1024,
         results: int = 20_000,
         result_bytes: int = 2**30,
@@ -94,14 +99,12 @@ class Service:
         self.temporary = tempfile.TemporaryDirectory(prefix="lossfns-") if state is None else None
         self.root = Path(self.temporary.name if self.temporary else str(state))
         self.session_limit, self.model_limit, self.sampler_limit = sessions, model_limit, samplers
-        self.loss_limit = losses
         self.queue, self.session_seconds = queue, session_seconds
         self.gap_seconds, self.grace_seconds = gap_seconds, grace_seconds
         self.futures = Futures(results, result_bytes)
         self.sessions: dict[str, Session] = {}
         self.models: dict[str, ServedModel] = {}
         self.samplers: dict[str, Sampler] = {}
-        self.losses: dict[str, Uploaded] = {}
         self.tasks: set[asyncio.Task[None]] = set()
         self.creating = 0
         self.stopping = False
@@ -135,9 +138,9 @@ class Service:
         await asyncio.gather(*(model.stop(60.0, "came after the end of its session") for model in models))
         for model in models:
             self.models.pop(model.model_id, None)
-        for kept in (self.samplers, self.losses):
-            for name in [name for name in kept if session_of(name) == session_id]:
-                del kept[name]
+        for name in [name for name in self.samplers if session_of(name) == session_id]:
+            del self.samplers[name]
+        session.losses.clear()
 
     def finish_silent_sessions(self) -> None:
         """End the sessions whose clients have given no sign of life for ``session_seconds``."""
@@ -273,20 +276,6 @@ class Service:
         await asyncio.gather(*(model.stop(self.grace_seconds, stopped) for model in self.models.values()))
         if self.tasks:
             await asyncio.wait(self.tasks)
-
-    # Uploaded losses
-
-    def loss_id(self, request: Mapping[str, Any]) -> str:
-        return f"{request['session_id']}:loss:{request['custom_loss_seq_id']}"
-
-    def add_loss(self, request: dict[str, Any]) -> None:
-        """Rebuild an uploaded loss; raises LossInputError for anything but tensor arithmetic."""
-        if len(self.losses) >= self.loss_limit:
-            raise LossInputError("losses", f"at most {self.loss_limit} uploaded losses", "one more", "Reuse one.")
-        fn = rebuild(request["graph"], request["inputs"])
-        ranks = {each["name"]: each["rank"] for each in request["inputs"]}
-        uploaded = Uploaded(request["session_id"], per_datum(fn, ranks), ranks, request)
-        self.losses[self.loss_id(request)] = uploaded
 
     # Checkpoints
 
