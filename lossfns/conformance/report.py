@@ -175,7 +175,8 @@ def measured(r: Result) -> str:
     """Return the error of a check beside its tolerance, or "" if it has no number."""
     if math.isnan(r.tolerance):
         return ""
-    return f"{r.error:.1e} ≤ {r.tolerance:.0e}" if r.error <= r.tolerance else f"{r.error:.1e} > {r.tolerance:.0e}"
+    error = "0" if r.error == 0 else f"{r.error:.1e}"
+    return f"{error} {'≤' if r.error <= r.tolerance else '>'} {r.tolerance:g}"
 
 
 def remark(r: Result) -> str:

@@ -1,6 +1,6 @@
 """Servers with one planted defect each: the server of this project, patched in a process of its own.
 
-    python -m tests.conformance.faulty NAME --port P
+python -m tests.conformance.faulty NAME --port P
 """
 
 from __future__ import annotations
