@@ -181,7 +181,7 @@ def measured(r: Result) -> str:
 
 def remark(r: Result) -> str:
     """Return the text for one line of the table: what a check says if it holds, else what was seen."""
-    return r.says if r.verdict in ("pass", "xpass") else r.seen
+    return r.says if r.verdict in ("pass", "xpass") else printable(r.seen)
 
 
 def explanation(r: Result) -> list[tuple[str, str]]:
@@ -194,4 +194,4 @@ def explanation(r: Result) -> list[tuple[str, str]]:
         "bug": f"{r.bug}: {bug.description}." if bug else "",
         "as in": ", ".join(bug.sources) if bug else "",
     }
-    return [(label, text) for label, text in details.items() if text]
+    return [(label, printable(text)) for label, text in details.items() if text]
