@@ -28,7 +28,7 @@ from lossfns.conformance.base import (
 from lossfns.conformance.bench import Bench, Facts, connect_facts
 from lossfns.conformance.bugs import symptom
 from lossfns.conformance.client import Connection, HttpLog, NoAnswer, connect
-from lossfns.conformance.report import Report
+from lossfns.conformance.report import BROKEN, Report
 from lossfns.terminal import printable
 from lossfns.testing.isolated import FAILED, Ended, Send, run_isolated
 
@@ -96,6 +96,7 @@ def run(
     report: Report,
     *,
     xfails: Sequence[str] = (),
+    first: bool = False,
     time_limit: float = 900.0,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Report:
@@ -106,6 +107,7 @@ def run(
         checks: the checks to run.
         report: a report that says what is tested, without results.
         xfails: names, or patterns of names, of checks that are expected not to hold.
+        first: whether the first check that does not hold ends the run.
         time_limit: the seconds after which no further check is started.
         progress: called with the name of each check before it runs.
     """
@@ -123,6 +125,8 @@ def run(
             left.pop(0)
             hangs = hangs + 1 if result.bug == "no-answer" and result.verdict == "error" else 0
             stopped = stopped_by(target, results, hangs, time.monotonic() - began, time_limit)
+            if first and results[-1].verdict in BROKEN:
+                stopped = stopped or f"{results[-1].check} does not hold"
             if stopped:
                 break
     return replace(report, base_model=facts.base_model, noise=facts.noise, rounding=facts.rounding, results=results,

@@ -55,6 +55,7 @@ def add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     )
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
     add("--models", type=int, default=64, metavar="N", help="the most models at a time (default: 64)")
+    add("--memory", type=float, metavar="GIB", help="the most memory of the server; beyond it no model is created")
     add("--sessions", type=int, default=256, metavar="N", help="the most sessions at a time (default: 256)")
     add("--queue", type=int, default=1024, metavar="N", help="the most requests of a model that wait (default: 1024)")
     add("--grace", type=float, default=30.0, metavar="S", help="seconds for accepted requests at the end; those that "
@@ -83,6 +84,7 @@ def serve_command(args: argparse.Namespace) -> int:
             state=args.state,
             sessions=args.sessions,
             model_limit=args.models,
+            memory=None if args.memory is None else args.memory * 2**30,
             queue=args.queue,
             grace_seconds=args.grace,
         )
@@ -119,16 +121,29 @@ def serve(app: Starlette, *, host: str = "127.0.0.1", port: int = 8000, log: boo
         host, port: where to listen. Port 0 takes a free one; the address is printed.
         log: whether to print a line for each request to standard error.
     """
+    import uvicorn
+
     with listening_socket(host, port) as sock:
         name = f"[{host}]" if ":" in host else host
         print(f"lossfns serve: http://{name}:{sock.getsockname()[1]}", flush=True)
-        asyncio.run(serve_socket(app, sock, log))
+        with asyncio.Runner(loop_factory=uvicorn.Config(app).get_loop_factory()) as runner:
+            runner.run(serve_socket(app, sock, log))
 
 
 def listening_socket(host: str, port: int) -> socket.socket:
     """Listen at an address; raise OSError if it is taken."""
-    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-    return socket.create_server(address[:2], family=family, backlog=2048)
+    kind = socket.SOCK_STREAM
+    family, _, _, _, address = socket.getaddrinfo(host, port, type=kind, flags=socket.AI_PASSIVE)[0]
+    sock = socket.socket(family, kind, socket.IPPROTO_TCP)  # without the protocol, asyncio leaves Nagle's delays on
+    try:
+        if os.name == "posix":
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+        sock.listen(2048)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
 
 
 async def serve_socket(app: Starlette, sock: socket.socket, log: bool = False) -> None:

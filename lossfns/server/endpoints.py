@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 from lossfns.backend.client.training import LocalTrainingClient
-from lossfns.backend.types import AdamParams, SamplingParams
+from lossfns.backend.types import AdamParams
 from lossfns.errors import LossInputError, show
-from lossfns.server import wire
+from lossfns.server import rest, wire
 from lossfns.server.custom import create_loss
 from lossfns.server.futures import Future
 from lossfns.server.model import ServedModel
 from lossfns.server.passes import run_pass
+from lossfns.server.sampling import SAMPLE, sample
 from lossfns.server.service import Sampler, Service, session_of
 from lossfns.server.wire import field, only, sequence_id
 
@@ -32,7 +34,7 @@ async def client_config(service: Service, body: Json, digest: int | None) -> Jso
     """The flags that the SDK reads at its start; those that are not here have the SDK's defaults."""
     return {
         "pjwt_auth_enabled": False,
-        "use_pyqwest_transport": False,
+        "use_pyqwest_transport": True,
         "proto_compress_fwdbwd": False,
         "parallel_fwdbwd_chunks": True,
         "custom_loss_server_side": True,
@@ -52,6 +54,7 @@ async def create_session(service: Service, body: Json, digest: int | None) -> Js
 
 async def session_heartbeat(service: Service, body: Json, digest: int | None) -> Json:
     service.session(field(body, "session_id", str))
+    service.finish_silent_sessions()
     return {"type": "session_heartbeat"}
 
 
@@ -144,10 +147,6 @@ async def forward_backward(service: Service, request: wire.Pass, digest: int | N
     return promise(service.submit(request.model_id, request.seq_id, digest, kind, run))
 
 
-async def create_custom_loss(service: Service, body: Json, digest: int | None) -> Json:
-    return promise(create_loss(service, body, digest))
-
-
 ADAM = tuple(AdamParams.__dataclass_fields__)
 
 
@@ -210,6 +209,10 @@ async def save_weights_for_sampler(service: Service, body: Json, digest: int | N
     return promise(submit(service, body, digest, "save_weights_for_sampler", run))
 
 
+async def create_custom_loss(service: Service, body: Json, digest: int | None) -> Json:
+    return promise(create_loss(service, body, digest))
+
+
 # Sampling
 
 
@@ -223,11 +226,6 @@ async def create_sampling_session(service: Service, body: Json, digest: int | No
     return {"type": "create_sampling_session", "sampling_session_id": service.add_sampler(session_id, number, sampler)}
 
 
-SAMPLE = ("num_samples", "prompt", "sampling_params", "base_model", "model_path", "sampling_session_id", "seq_id",
-          "prompt_logprobs", "topk_prompt_logprobs", "topk_sample_logprobs", "target_prompt_logprobs",
-          "prompt_alt_tokens_k", "prompt_logprobs_last_n", "record_stability_info")  # fmt: skip
-
-
 async def asample(service: Service, body: Json, digest: int | None) -> Json:
     """Sample. The answer has an id for each sample, as the SDK asserts."""
     only(body, SAMPLE)
@@ -237,30 +235,21 @@ async def asample(service: Service, body: Json, digest: int | None) -> Json:
     if not 1 <= count <= 4096:
         raise LossInputError("num_samples", "a whole number from 1 to 4096", str(count), "Send several requests.")
     request_id = f"{session}:{seq_id}"
-    ids = [f"{request_id}:{i}" for i in range(count)]
     future = service.futures.repeated(request_id, digest)
     if future is None:
-        service.session(session.partition(":")[0])
+        service.find_sampler(session)
+        service.session(session_of(session))
 
         async def run() -> Any:
-            prompt = wire.TokenInput(wire.tokens_of_json(field(body, "prompt", dict), "prompt"))
-            for name in ("topk_prompt_logprobs", "topk_sample_logprobs", "target_prompt_logprobs",
-                         "prompt_alt_tokens_k", "record_stability_info"):  # fmt: skip
-                if body.get(name):
-                    raise LossInputError(name, "nothing", show(body[name]), "This server does not compute it.")
-            params = sampling_params(field(body, "sampling_params", dict))
-            client = await service.sampler(session)
-            return await client.sample(prompt, count, params, field(body, "prompt_logprobs", bool, False))
+            return await sample(await service.sampler(session), count, body)
 
         future = service.start(service.futures.begin(request_id, digest), run)
-    return promise(future, sample_sequence_ids=ids)
+    return promise(future, sample_sequence_ids=[f"{request_id}:{i}" for i in range(count)])
 
 
-def sampling_params(body: Json) -> SamplingParams:
-    kinds: dict[str, Any] = {"max_tokens": int, "seed": int, "stop": (str, list), "temperature": (int, float),
-                             "top_k": int, "top_p": (int, float)}  # fmt: skip
-    only(body, kinds)
-    return SamplingParams(**{k: field(body, k, kind) for k, kind in kinds.items() if body.get(k) is not None})
+async def weights_info(service: Service, body: Json, digest: int | None) -> Json:
+    only(body, ("tinker_path",))
+    return await asyncio.to_thread(rest.weights_info, service, body)
 
 
 POST: dict[str, Endpoint] = {
@@ -272,34 +261,11 @@ POST: dict[str, Endpoint] = {
     "create_model": create_model,
     "load_weights": load_weights,
     "get_info": get_info,
-    "create_custom_loss": create_custom_loss,
     "optim_step": optim_step,
     "save_weights": save_weights,
     "save_weights_for_sampler": save_weights_for_sampler,
+    "create_custom_loss": create_custom_loss,
     "create_sampling_session": create_sampling_session,
     "asample": asample,
-}
-
-
-# What is read without a body
-
-
-def capabilities(service: Service) -> Json:
-    models = service.local.get_server_capabilities().supported_models
-    return {"supported_models": [{"model_name": m.model_name, "trainable": True, "sampleable": True} for m in models]}
-
-
-def health(service: Service) -> Json:
-    return {"status": "ok"}
-
-
-def get_sampler(service: Service, sampler_id: str) -> Json:
-    sampler = service.find_sampler(sampler_id)
-    return {"sampler_id": sampler_id, "base_model": sampler.base_model, "model_path": sampler.path}
-
-
-GET: dict[str, Callable[..., Json]] = {
-    "get_server_capabilities": capabilities,
-    "healthz": health,
-    "samplers/{sampler_id}": get_sampler,
+    "weights_info": weights_info,
 }

@@ -18,7 +18,7 @@ for name in ("starlette", "uvicorn"):
     pytest.importorskip(name)
 tinker = pytest.importorskip("tinker", "0.38")
 
-from server import served
+from serving import served
 
 from lossfns.cli import main
 from lossfns.conformance import runner
