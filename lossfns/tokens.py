@@ -10,7 +10,7 @@ Shape legend, used in every docstring:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NoReturn
@@ -109,6 +109,8 @@ class Tokens:
         halves: whether the chosen sides of all pairs come first, then the rejected ones. Otherwise they alternate.
         active: ``[N]`` bool, True where the weight is not 0.
         targets: K, the candidate targets of a position. The N entries are then those of N / K positions.
+        by_datum: of each column that came as one number for each datum, the tensor in ``columns`` and the numbers
+            ``[B]``. ``segments.sequence_value`` looks them up.
 
     Every column holds 0 where ``active`` is False.
     """
@@ -121,6 +123,7 @@ class Tokens:
     halves: bool = False
     active: Tensor = None  # type: ignore[assignment]  # __post_init__ sets it
     targets: int = 1
+    by_datum: Sequence[tuple[Tensor, Tensor]] = ()
 
     def __post_init__(self) -> None:
         if self.active is None:

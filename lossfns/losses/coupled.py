@@ -6,8 +6,8 @@ all tokens of a batch give all datums one label.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from lossfns.segments import (
     nonempty,
     sequence_sum,
     sequence_value,
+    slot_sum,
     to_tokens,
     token_level,
     weighted_mean,
@@ -32,37 +33,34 @@ from lossfns.statistics import OnDemand
 from lossfns.tokens import SEQUENCES, Tokens, to_dtype
 from lossfns.weigh import Weighing, datum_mean, token_mean
 
+LOWEST = -(2**31)
+MINUS_INFINITY = -2139095041
+"""The key of −∞; lower keys are those of no number."""
+BITS = (LOWEST, *(1 << place for place in reversed(range(31))))
+"""The bits of a key, the highest first."""
 
-class Ranking(NamedTuple):
-    """The competing tokens of a batch, sorted by group and, within a group, by a number x.
 
-    Attributes:
-        key: ``[N]`` an integer for each token: the index of its group in the upper bits, x as float32 in the lower
-            bits.
-        keys: ``[N]`` the keys in ascending order; those of tokens that do not compete come last.
-        first: ``[B]`` the position in ``keys`` of the first token of each sequence's group.
+def at_least(t: Tokens, x: Tensor, key: Tensor) -> Tensor:
+    """1 where x is at least the number of its sequence, else 0, in the dtype of x: ``[N]``.
+
+    The number is given by its key: int32, ``[B]``. Keys are in the order of their float32 numbers.
     """
-
-    key: Tensor
-    keys: Tensor
-    first: Tensor
-
-    def before(self, t: Tokens, count: Tensor) -> Tensor:
-        """``[N]`` bool: True at tokens whose x is below the x at position ``count`` of their group."""
-        position = self.first + count
-        last = self.keys.shape[0] - 1
-        key = torch.where(position > last, torch.iinfo(torch.int64).max, self.keys[position.clamp(max=last)])
-        return self.key < to_tokens(t, key)
+    key = key.clamp(min=MINUS_INFINITY)
+    number = (key ^ ((key >> 31) & torch.iinfo(torch.int32).max)).view(torch.float32)
+    return x.clone().ge_(to_tokens(t, number.to(x.dtype)))
 
 
-def rank(t: Tokens, x: Tensor, competes: Tensor) -> Ranking:
-    """Sort the competing tokens of each group by x. No shape depends on a value, and integers are sorted fastest."""
-    slot = group_index(group_labels(t))
-    bits = (x.float() + 0.0).view(torch.int32)  # −0 becomes 0
-    sortable = bits ^ ((bits >> 31) & torch.iinfo(torch.int32).max)  # integers that sort as the floats do
-    key = ((to_tokens(t, slot) + ~competes * t.sequences) << 32) + sortable
-    keys = key.sort().values
-    return Ranking(key, keys, torch.searchsorted(keys, (slot << 32) + torch.iinfo(torch.int32).min))
+def largest_key(t: Tokens, x: Tensor, slot: Tensor, holds: Callable[[Tensor], Tensor]) -> Tensor:
+    """The key of the largest number of each group for which ``holds(at_least(t, x, key))``: ``[B]``.
+
+    It holds for no number, or for every number up to one. The search sets one bit of the key after the other, which is
+    faster than to sort x, and no shape depends on a value.
+    """
+    key = torch.full_like(slot, LOWEST, dtype=torch.int32)
+    for bit in BITS:
+        higher = key ^ bit
+        key = torch.where(holds(at_least(t, x, higher)), higher, key)
+    return key
 
 
 def largest_share(t: Tokens, x: Tensor, among: Tensor, share: float) -> Tensor:
@@ -71,9 +69,14 @@ def largest_share(t: Tokens, x: Tensor, among: Tensor, share: float) -> Tensor:
     n is the number of active tokens of the group; only the tokens of ``among`` compete. x is compared in float32. If
     the selection ends between tokens of equal x, none of these is selected.
     """
-    n = group_sum(group_labels(t), active_counts(t))
-    count = (share * n.double()).floor().clamp(min=1).long()
-    return among & rank(t, -x, among).before(t, count)
+    slot = group_index(group_labels(t))
+    count = (share * slot_sum(slot, active_counts(t)).double()).floor().clamp(min=1)
+    x = torch.where(among, x.float(), torch.nan)
+
+    def are_more(selected: Tensor) -> Tensor:
+        return slot_sum(slot, sequence_sum(t, selected).double()) > count
+
+    return at_least(t, x, largest_key(t, x, slot, are_more) + 1).bool()
 
 
 def smallest_with_mean(t: Tokens, x: Tensor, bound: float) -> Tensor:
@@ -81,15 +84,14 @@ def smallest_with_mean(t: Tokens, x: Tensor, bound: float) -> Tensor:
 
     It is True at the active tokens that are kept. x is at least 0, in float32. Tokens of equal x are dropped together.
     """
-    ranking = rank(t, x, t.active)
-    group_of_key = ranking.keys >> 32
-    excess = ranking.keys.int().view(torch.float32).double() - bound
-    sums = excess.cumsum(0)
     slot = group_index(group_labels(t))
-    base = sums.new_zeros(2 * t.sequences).index_copy(0, slot, (sums - excess)[ranking.first])
-    kept = to_dtype(sums <= base[group_of_key], torch.float64)
-    count = torch.zeros_like(base).index_add(0, group_of_key, kept)[slot].long()
-    return t.active & ranking.before(t, count)
+    x = x.float().double()
+    excess = torch.where(t.active, x - bound, 0)
+
+    def is_small(dropped: Tensor) -> Tensor:
+        return slot_sum(slot, sequence_sum(t, torch.addcmul(excess, excess, dropped, value=-1))) <= 0
+
+    return t.active & ~at_least(t, x, largest_key(t, x, slot, is_small)).bool()
 
 
 def covariance(t: Tokens) -> Tensor:
