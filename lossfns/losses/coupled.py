@@ -18,6 +18,8 @@ from lossfns.losses.policy import importance_sampling
 from lossfns.losses.ratio import Clip, clip_statistics, clipped
 from lossfns.segments import (
     active_counts,
+    at_least,
+    at_most,
     group_index,
     group_labels,
     group_sum,
@@ -40,26 +42,22 @@ BITS = (LOWEST, *(1 << place for place in reversed(range(31))))
 """The bits of a key, the highest first."""
 
 
-def at_least(t: Tokens, x: Tensor, key: Tensor) -> Tensor:
-    """1 where x is at least the number of its sequence, else 0, in the dtype of x: ``[N]``.
-
-    The number is given by its key: int32, ``[B]``. Keys are in the order of their float32 numbers.
-    """
+def number_of(key: Tensor) -> Tensor:
+    """The float32 number of an int32 key. Keys are in the order of their numbers."""
     key = key.clamp(min=MINUS_INFINITY)
-    number = (key ^ ((key >> 31) & torch.iinfo(torch.int32).max)).view(torch.float32)
-    return x.clone().ge_(to_tokens(t, number.to(x.dtype)))
+    return (key ^ ((key >> 31) & torch.iinfo(torch.int32).max)).view(torch.float32)
 
 
-def largest_key(t: Tokens, x: Tensor, slot: Tensor, holds: Callable[[Tensor], Tensor]) -> Tensor:
-    """The key of the largest number of each group for which ``holds(at_least(t, x, key))``: ``[B]``.
+def largest_key(slot: Tensor, holds: Callable[[Tensor], Tensor]) -> Tensor:
+    """The key of the largest number of each group for which ``holds(number)`` is True: ``[B]``.
 
-    It holds for no number, or for every number up to one. The search sets one bit of the key after the other, which is
-    faster than to sort x, and no shape depends on a value.
+    It is True up to some number, and False beyond. The search sets one bit of the key after the other, from the highest
+    to the lowest: it is faster than to sort all tokens, and no shape depends on a value.
     """
     key = torch.full_like(slot, LOWEST, dtype=torch.int32)
     for bit in BITS:
         higher = key ^ bit
-        key = torch.where(holds(at_least(t, x, higher)), higher, key)
+        key = torch.where(holds(number_of(higher)), higher, key)
     return key
 
 
@@ -73,25 +71,32 @@ def largest_share(t: Tokens, x: Tensor, among: Tensor, share: float) -> Tensor:
     count = (share * slot_sum(slot, active_counts(t)).double()).floor().clamp(min=1)
     x = torch.where(among, x.float(), torch.nan)
 
-    def are_more(selected: Tensor) -> Tensor:
-        return slot_sum(slot, sequence_sum(t, selected).double()) > count
+    def are_more(number: Tensor) -> Tensor:
+        return slot_sum(slot, sequence_sum(t, at_least(t, x, number)).double()) > count
 
-    return at_least(t, x, largest_key(t, x, slot, are_more) + 1).bool()
+    return at_least(t, x, number_of(largest_key(slot, are_more) + 1)).bool()
 
 
 def smallest_with_mean(t: Tokens, x: Tensor, bound: float) -> Tensor:
     """Drop tokens of the largest x from each group until the mean x of the rest is at most the bound: ``[N]`` bool.
 
-    It is True at the active tokens that are kept. x is at least 0, in float32. Tokens of equal x are dropped together.
+    It is True at the active tokens that are kept. x is at least 0, in float32, and 0 at inactive tokens. Tokens of
+    equal x are dropped together.
     """
-    slot = group_index(group_labels(t))
-    x = x.float().double()
-    excess = torch.where(t.active, x - bound, 0)
+    slot, x = group_index(group_labels(t)), x.float()
+    excess = torch.where(t.active, x.double() - bound, 0)
+    # Tokens below the bound are all kept. What they are below it pays for the excess of others, the smallest first.
+    credit = slot_sum(slot, sequence_sum(t, -excess.clamp(max=0)))
+    unpayable = credit + bound
+    excess = at_most(t, excess.clamp(min=0), unpayable)
 
-    def is_small(dropped: Tensor) -> Tensor:
-        return slot_sum(slot, sequence_sum(t, torch.addcmul(excess, excess, dropped, value=-1))) <= 0
+    def is_paid(number: Tensor) -> Tensor:
+        """Whether the excess of the tokens with x below the number is at most the credit."""
+        largest = torch.minimum((number.double() - bound).clamp(min=0), unpayable)
+        of_smaller = sequence_sum(t, at_most(t, excess, largest)) - largest * sequence_sum(t, at_least(t, x, number))
+        return slot_sum(slot, of_smaller) <= credit
 
-    return t.active & ~at_least(t, x, largest_key(t, x, slot, is_small)).bool()
+    return t.active & ~at_least(t, x, number_of(largest_key(slot, is_paid))).bool()
 
 
 def covariance(t: Tokens) -> Tensor:
