@@ -38,26 +38,24 @@ from lossfns.weigh import Weighing, datum_mean, token_mean
 LOWEST = -(2**31)
 MINUS_INFINITY = -2139095041
 """The key of −∞; lower keys are those of no number."""
-BITS = (LOWEST, *(1 << place for place in reversed(range(31))))
-"""The bits of a key, the highest first."""
 
 
 def number_of(key: Tensor) -> Tensor:
-    """The float32 number of an int32 key. Keys are in the order of their numbers."""
+    """The float32 number of an int32 key. Keys are in the order of their numbers, and those from 0 are their bits."""
     key = key.clamp(min=MINUS_INFINITY)
     return (key ^ ((key >> 31) & torch.iinfo(torch.int32).max)).view(torch.float32)
 
 
-def largest_key(slot: Tensor, holds: Callable[[Tensor], Tensor]) -> Tensor:
-    """The key of the largest number of each group for which ``holds(number)`` is True: ``[B]``.
+def largest_key(lowest: Tensor, bits: int, holds: Callable[[Tensor], Tensor]) -> Tensor:
+    """The largest key from ``lowest`` to ``lowest + 2**bits - 1`` for which ``holds(key)`` is True: ``[B]``, int32.
 
-    It is True up to some number, and False beyond. The search sets one bit of the key after the other, from the highest
-    to the lowest: it is faster than to sort all tokens, and no shape depends on a value.
+    It is True up to some key, and False beyond. The search adds one bit to the key after the other, from the highest to
+    the lowest: it is faster than to sort all tokens, and no shape depends on a value.
     """
-    key = torch.full_like(slot, LOWEST, dtype=torch.int32)
-    for bit in BITS:
-        higher = key ^ bit
-        key = torch.where(holds(number_of(higher)), higher, key)
+    key = lowest
+    for place in reversed(range(bits)):
+        higher = key - -(1 << place)  # 2³¹ is no int32, but −2³¹ is one
+        key = torch.where(holds(higher), higher, key)
     return key
 
 
@@ -71,10 +69,11 @@ def largest_share(t: Tokens, x: Tensor, among: Tensor, share: float) -> Tensor:
     count = (share * slot_sum(slot, active_counts(t)).double()).floor().clamp(min=1)
     x = torch.where(among, x.float(), torch.nan)
 
-    def are_more(number: Tensor) -> Tensor:
-        return slot_sum(slot, sequence_sum(t, at_least(t, x, number)).double()) > count
+    def are_more(key: Tensor) -> Tensor:
+        return slot_sum(slot, sequence_sum(t, at_least(t, x, number_of(key))).double()) > count
 
-    return at_least(t, x, number_of(largest_key(slot, are_more) + 1)).bool()
+    lowest = torch.full_like(slot, LOWEST, dtype=torch.int32)
+    return at_least(t, x, number_of(largest_key(lowest, 32, are_more) + 1)).bool()
 
 
 def smallest_with_mean(t: Tokens, x: Tensor, bound: float) -> Tensor:
@@ -87,16 +86,18 @@ def smallest_with_mean(t: Tokens, x: Tensor, bound: float) -> Tensor:
     excess = torch.where(t.active, x.double() - bound, 0)
     # Tokens below the bound are all kept. What they are below it pays for the excess of others, the smallest first.
     credit = slot_sum(slot, sequence_sum(t, -excess.clamp(max=0)))
-    unpayable = credit + bound
+    zero, unpayable = torch.zeros_like(credit), credit + bound
     excess = at_most(t, excess.clamp(min=0), unpayable)
 
-    def is_paid(number: Tensor) -> Tensor:
-        """Whether the excess of the tokens with x below the number is at most the credit."""
-        largest = torch.minimum((number.double() - bound).clamp(min=0), unpayable)
-        of_smaller = sequence_sum(t, at_most(t, excess, largest)) - largest * sequence_sum(t, at_least(t, x, number))
-        return slot_sum(slot, of_smaller) <= credit
+    def is_paid(key: Tensor) -> Tensor:
+        """Whether the excess of the tokens with x below a number is at most the credit."""
+        number = key.view(torch.float32)
+        largest = (number.double() - bound).clamp(zero, unpayable)
+        others = sequence_sum(t, at_least(t, x, number)).double()
+        return slot_sum(slot, sequence_sum(t, at_most(t, excess, largest)) - largest * others) <= credit
 
-    return t.active & ~at_least(t, x, number_of(largest_key(slot, is_paid))).bool()
+    key = largest_key(torch.zeros_like(slot, dtype=torch.int32), 31, is_paid)
+    return t.active & ~at_least(t, x, key.view(torch.float32)).bool()
 
 
 def covariance(t: Tokens) -> Tensor:
@@ -248,7 +249,7 @@ def m2po(
     """
 
     def kept(t: Tokens) -> Tensor:
-        return smallest_with_mean(t, (t.old_logprobs.double() - t.sampler_logprobs).square(), threshold)
+        return smallest_with_mean(t, (t.old_logprobs.double() - t.sampler_logprobs.double()).square(), threshold)
 
     loss = clipped(token_level, clip, weigh, log_ratio_cap, dual_clip)
     return with_mask(loss, kept, "m2_masked", "sampler_logprobs", "groups")
