@@ -46,11 +46,12 @@ def at_least(t: Tokens, x: Tensor, y: Tensor) -> Tensor:
     return x.clone().ge_(to_tokens(t, y))
 
 
-def at_most(t: Tokens, x: Tensor, y: Tensor) -> Tensor:
-    """The lesser of x and the y of its sequence: ``[N], [B] -> [N]``."""
-    if t.equal:
-        return by_sequence(t, x).clamp(max=y[:, None]).flatten()
-    return torch.minimum(x, to_tokens(t, y))
+def sum_below(t: Tokens, x: Tensor, y: Tensor) -> Tensor:
+    """Σ x over the tokens of each sequence with x below its y, both at least 0: ``[N], [B] -> [B]``."""
+    limit = y[:, None] if t.equal else to_tokens(t, y)
+    limited = torch.minimum(by_sequence(t, x) if t.equal else x, limit)
+    total = sequence_sum(t, limited.flatten())
+    return total - y * sequence_sum(t, limited.ge_(limit).flatten())
 
 
 def active_counts(t: Tokens) -> Tensor:
@@ -79,7 +80,7 @@ def given_numbers(t: Tokens) -> dict[str, Tensor]:
 
 
 def with_numbers(t: Tokens, numbers: Mapping[str, Tensor]) -> Tokens:
-    """Return the batch with more columns, given as one number ``[B]`` for each datum; an empty datum has 0."""
+    """Return the batch with more columns, of which ``numbers`` has one number ``[B]`` for each datum."""
     if not numbers:
         return t
     present = nonempty(t)

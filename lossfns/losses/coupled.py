@@ -6,6 +6,7 @@ all tokens of a batch give all datums one label.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -19,7 +20,6 @@ from lossfns.losses.ratio import Clip, clip_statistics, clipped
 from lossfns.segments import (
     active_counts,
     at_least,
-    at_most,
     group_index,
     group_labels,
     group_sum,
@@ -27,6 +27,7 @@ from lossfns.segments import (
     sequence_sum,
     sequence_value,
     slot_sum,
+    sum_below,
     to_tokens,
     token_level,
     weighted_mean,
@@ -35,7 +36,7 @@ from lossfns.statistics import OnDemand
 from lossfns.tokens import SEQUENCES, Tokens, to_dtype
 from lossfns.weigh import Weighing, datum_mean, token_mean
 
-LOWEST = -(2**31)
+LOWEST, LARGEST_INT32 = -(2**31), 2**31 - 1
 MINUS_INFINITY = -2139095041
 """The key of −∞; lower keys are those of no number."""
 
@@ -43,7 +44,7 @@ MINUS_INFINITY = -2139095041
 def number_of(key: Tensor) -> Tensor:
     """The float32 number of an int32 key. Keys are in the order of their numbers, and those from 0 are their bits."""
     key = key.clamp(min=MINUS_INFINITY)
-    return (key ^ ((key >> 31) & torch.iinfo(torch.int32).max)).view(torch.float32)
+    return (key ^ ((key >> 31) & LARGEST_INT32)).view(torch.float32)
 
 
 def largest_key(lowest: Tensor, bits: int, holds: Callable[[Tensor], Tensor]) -> Tensor:
@@ -83,21 +84,28 @@ def smallest_with_mean(t: Tokens, x: Tensor, bound: float) -> Tensor:
     equal x are dropped together.
     """
     slot, x = group_index(group_labels(t)), x.float()
-    excess = torch.where(t.active, x.double() - bound, 0)
-    # Tokens below the bound are all kept. What they are below it pays for the excess of others, the smallest first.
-    credit = slot_sum(slot, sequence_sum(t, -excess.clamp(max=0)))
-    zero, unpayable = torch.zeros_like(credit), credit + bound
-    excess = at_most(t, excess.clamp(min=0), unpayable)
+    distance = x.double() - bound
+    # Tokens up to the bound are all kept. What they are below it pays for the excess of others, the smallest first.
+    saved = torch.where(t.active, distance.clamp(max=0), 0)
+    credit, excess = -slot_sum(slot, sequence_sum(t, saved)), distance.clamp(min=0)
+    farthest = 2 * credit + bound  # no excess beyond the credit is paid, and sums stay exact if the search ends here
 
     def is_paid(key: Tensor) -> Tensor:
-        """Whether the excess of the tokens with x below a number is at most the credit."""
-        number = key.view(torch.float32)
-        largest = (number.double() - bound).clamp(zero, unpayable)
-        others = sequence_sum(t, at_least(t, x, number)).double()
-        return slot_sum(slot, sequence_sum(t, at_most(t, excess, largest)) - largest * others) <= credit
+        """Whether the excess of the tokens below the number of the key is at most the credit."""
+        largest = (key.view(torch.float32).double() - bound).clamp(min=0)
+        return (largest <= farthest) & (slot_sum(slot, sum_below(t, excess, largest)) <= credit)
 
-    key = largest_key(torch.zeros_like(slot, dtype=torch.int32), 31, is_paid)
-    return t.active & ~at_least(t, x, key.view(torch.float32)).bool()
+    # The number is between the bound and n times the bound, so that its key is less than 2²⁸ above that of the bound.
+    # From 2⁹⁶ it reaches the largest number of float32, and the number above 0 has key 1.
+    lowest = torch.full_like(slot, max(1, bits_of(min(bound, 2.0**96))), dtype=torch.int32)
+    number = largest_key(lowest, 28, is_paid).view(torch.float32)
+    return t.active & ~at_least(t, x, number).bool()
+
+
+def bits_of(x: float) -> int:
+    """The bits of a number in float32, which is its key if it is at least 0."""
+    bits: int = struct.unpack("i", struct.pack("f", x))[0]
+    return bits
 
 
 def covariance(t: Tokens) -> Tensor:
