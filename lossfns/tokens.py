@@ -77,7 +77,8 @@ TOKEN_COLUMNS = (*MODEL_COLUMNS, "teacher_logprobs", "values", "old_values", "re
 """More columns by token, which few losses read."""
 
 DATUM_COLUMNS = ("groups", "labels", "rewards", "reference_point", "target_margin")
-"""The columns with one number for each datum. In ``Tokens`` the number stands at each token of the datum. Labels are 1
+"""The columns with one number for each datum. In ``Tokens`` the number stands at each token of the datum, and
+``segments.sequence_value(t, t.rewards)`` returns it once for each datum. Labels are 1
 (desirable, right) or 0, groups are whole numbers, and both sides of a pair are of one group."""
 
 DATUM_FIELDS = {"old_logprobs": ("old_logprobs", "logprobs")}
