@@ -6,8 +6,9 @@ all tokens of a batch give all datums one label.
 
 from __future__ import annotations
 
+import struct
+from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,12 +19,15 @@ from lossfns.losses.policy import importance_sampling
 from lossfns.losses.ratio import Clip, clip_statistics, clipped
 from lossfns.segments import (
     active_counts,
+    at_least,
     group_index,
     group_labels,
     group_sum,
     nonempty,
     sequence_sum,
     sequence_value,
+    slot_sum,
+    sum_below,
     to_tokens,
     token_level,
     weighted_mean,
@@ -32,37 +36,28 @@ from lossfns.statistics import OnDemand
 from lossfns.tokens import SEQUENCES, Tokens, to_dtype
 from lossfns.weigh import Weighing, datum_mean, token_mean
 
+LOWEST, LARGEST_INT32 = -(2**31), 2**31 - 1
+MINUS_INFINITY = -2139095041
+"""The key of −∞; lower keys are those of no number."""
 
-class Ranking(NamedTuple):
-    """The competing tokens of a batch, sorted by group and, within a group, by a number x.
 
-    Attributes:
-        key: ``[N]`` an integer for each token: the index of its group in the upper bits, x as float32 in the lower
-            bits.
-        keys: ``[N]`` the keys in ascending order; those of tokens that do not compete come last.
-        first: ``[B]`` the position in ``keys`` of the first token of each sequence's group.
+def number_of(key: Tensor) -> Tensor:
+    """The float32 number of an int32 key. Keys are in the order of their numbers, and those from 0 are their bits."""
+    key = key.clamp(min=MINUS_INFINITY)
+    return (key ^ ((key >> 31) & LARGEST_INT32)).view(torch.float32)
+
+
+def largest_key(lowest: Tensor, bits: int, holds: Callable[[Tensor], Tensor]) -> Tensor:
+    """The largest key from ``lowest`` to ``lowest + 2**bits - 1`` for which ``holds(key)`` is True: ``[B]``, int32.
+
+    It is True up to some key, and False beyond. The search adds one bit to the key after the other, from the highest to
+    the lowest: it is faster than to sort all tokens, and no shape depends on a value.
     """
-
-    key: Tensor
-    keys: Tensor
-    first: Tensor
-
-    def before(self, t: Tokens, count: Tensor) -> Tensor:
-        """``[N]`` bool: True at tokens whose x is below the x at position ``count`` of their group."""
-        position = self.first + count
-        last = self.keys.shape[0] - 1
-        key = torch.where(position > last, torch.iinfo(torch.int64).max, self.keys[position.clamp(max=last)])
-        return self.key < to_tokens(t, key)
-
-
-def rank(t: Tokens, x: Tensor, competes: Tensor) -> Ranking:
-    """Sort the competing tokens of each group by x. No shape depends on a value, and integers are sorted fastest."""
-    slot = group_index(group_labels(t))
-    bits = (x.float() + 0.0).view(torch.int32)  # −0 becomes 0
-    sortable = bits ^ ((bits >> 31) & torch.iinfo(torch.int32).max)  # integers that sort as the floats do
-    key = ((to_tokens(t, slot) + ~competes * t.sequences) << 32) + sortable
-    keys = key.sort().values
-    return Ranking(key, keys, torch.searchsorted(keys, (slot << 32) + torch.iinfo(torch.int32).min))
+    key = lowest
+    for place in reversed(range(bits)):
+        higher = key - -(1 << place)  # 2³¹ is no int32, but −2³¹ is one
+        key = torch.where(holds(higher), higher, key)
+    return key
 
 
 def largest_share(t: Tokens, x: Tensor, among: Tensor, share: float) -> Tensor:
@@ -71,25 +66,46 @@ def largest_share(t: Tokens, x: Tensor, among: Tensor, share: float) -> Tensor:
     n is the number of active tokens of the group; only the tokens of ``among`` compete. x is compared in float32. If
     the selection ends between tokens of equal x, none of these is selected.
     """
-    n = group_sum(group_labels(t), active_counts(t))
-    count = (share * n.double()).floor().clamp(min=1).long()
-    return among & rank(t, -x, among).before(t, count)
+    slot = group_index(group_labels(t))
+    count = (share * slot_sum(slot, active_counts(t)).double()).floor().clamp(min=1)
+    x = torch.where(among, x.float(), torch.nan)
+
+    def are_more(key: Tensor) -> Tensor:
+        return slot_sum(slot, sequence_sum(t, at_least(t, x, number_of(key))).double()) > count
+
+    lowest = torch.full_like(slot, LOWEST, dtype=torch.int32)
+    return at_least(t, x, number_of(largest_key(lowest, 32, are_more) + 1)).bool()
 
 
 def smallest_with_mean(t: Tokens, x: Tensor, bound: float) -> Tensor:
     """Drop tokens of the largest x from each group until the mean x of the rest is at most the bound: ``[N]`` bool.
 
-    It is True at the active tokens that are kept. x is at least 0, in float32. Tokens of equal x are dropped together.
+    It is True at the active tokens that are kept. x is at least 0, in float32, and 0 at inactive tokens. Tokens of
+    equal x are dropped together.
     """
-    ranking = rank(t, x, t.active)
-    group_of_key = ranking.keys >> 32
-    excess = ranking.keys.int().view(torch.float32).double() - bound
-    sums = excess.cumsum(0)
-    slot = group_index(group_labels(t))
-    base = sums.new_zeros(2 * t.sequences).index_copy(0, slot, (sums - excess)[ranking.first])
-    kept = to_dtype(sums <= base[group_of_key], torch.float64)
-    count = torch.zeros_like(base).index_add(0, group_of_key, kept)[slot].long()
-    return t.active & ranking.before(t, count)
+    slot, x = group_index(group_labels(t)), x.float()
+    distance = x.double() - bound
+    # Tokens up to the bound are all kept. What they are below it pays for the excess of others, the smallest first.
+    saved = torch.where(t.active, distance.clamp(max=0), 0)
+    credit, excess = -slot_sum(slot, sequence_sum(t, saved)), distance.clamp(min=0)
+    farthest = 2 * credit + bound  # no excess beyond the credit is paid, and sums stay exact if the search ends here
+
+    def is_paid(key: Tensor) -> Tensor:
+        """Whether the excess of the tokens below the number of the key is at most the credit."""
+        largest = (key.view(torch.float32).double() - bound).clamp(min=0)
+        return (largest <= farthest) & (slot_sum(slot, sum_below(t, excess, largest)) <= credit)
+
+    # The number is between the bound and n times the bound, so that its key is less than 2²⁸ above that of the bound.
+    # From 2⁹⁶ it reaches the largest number of float32, and the number above 0 has key 1.
+    lowest = torch.full_like(slot, max(1, bits_of(min(bound, 2.0**96))), dtype=torch.int32)
+    number = largest_key(lowest, 28, is_paid).view(torch.float32)
+    return t.active & ~at_least(t, x, number).bool()
+
+
+def bits_of(x: float) -> int:
+    """The bits of a number in float32, which is its key if it is at least 0."""
+    bits: int = struct.unpack("i", struct.pack("f", x))[0]
+    return bits
 
 
 def covariance(t: Tokens) -> Tensor:
@@ -241,7 +257,7 @@ def m2po(
     """
 
     def kept(t: Tokens) -> Tensor:
-        return smallest_with_mean(t, (t.old_logprobs.double() - t.sampler_logprobs).square(), threshold)
+        return smallest_with_mean(t, (t.old_logprobs.double() - t.sampler_logprobs.double()).square(), threshold)
 
     loss = clipped(token_level, clip, weigh, log_ratio_cap, dual_clip)
     return with_mask(loss, kept, "m2_masked", "sampler_logprobs", "groups")
