@@ -38,22 +38,6 @@ def to_tokens(t: Tokens, y: Tensor) -> Tensor:
     return torch.repeat_interleave(y, t.lengths, output_size=t.logprobs.shape[0])
 
 
-def at_least(t: Tokens, x: Tensor, y: Tensor) -> Tensor:
-    """1 where x is at least the y of its sequence, else 0: ``[N], [B] -> [N]``, in their dtype."""
-    # Comparing in place gives numbers, several times faster than bools.
-    if t.equal:
-        return by_sequence(t, x).clone().ge_(y[:, None]).flatten()
-    return x.clone().ge_(to_tokens(t, y))
-
-
-def sum_below(t: Tokens, x: Tensor, y: Tensor) -> Tensor:
-    """Σ x over the tokens of each sequence with x below its y, both at least 0: ``[N], [B] -> [B]``."""
-    limit = y[:, None] if t.equal else to_tokens(t, y)
-    limited = torch.minimum(by_sequence(t, x) if t.equal else x, limit)
-    total = sequence_sum(t, limited.flatten())
-    return total - y * sequence_sum(t, limited.ge_(limit).flatten())
-
-
 def active_counts(t: Tokens) -> Tensor:
     """Number of active tokens of each sequence: ``[B]``."""
     return sequence_sum(t, to_dtype(t.active, t.weights.dtype))

@@ -6,8 +6,6 @@ all tokens of a batch give all datums one label.
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -17,17 +15,15 @@ from lossfns.loss import Loss, Statistics, make_loss, preset
 from lossfns.losses.masks import with_mask
 from lossfns.losses.policy import importance_sampling
 from lossfns.losses.ratio import Clip, clip_statistics, clipped
+from lossfns.losses.selection import largest_share, smallest_with_mean
 from lossfns.segments import (
     active_counts,
-    at_least,
     group_index,
     group_labels,
     group_sum,
     nonempty,
     sequence_sum,
     sequence_value,
-    slot_sum,
-    sum_below,
     to_tokens,
     token_level,
     weighted_mean,
@@ -35,77 +31,6 @@ from lossfns.segments import (
 from lossfns.statistics import OnDemand
 from lossfns.tokens import SEQUENCES, Tokens, to_dtype
 from lossfns.weigh import Weighing, datum_mean, token_mean
-
-LOWEST, LARGEST_INT32 = -(2**31), 2**31 - 1
-MINUS_INFINITY = -2139095041
-"""The key of −∞; lower keys are those of no number."""
-
-
-def number_of(key: Tensor) -> Tensor:
-    """The float32 number of an int32 key. Keys are in the order of their numbers, and those from 0 are their bits."""
-    key = key.clamp(min=MINUS_INFINITY)
-    return (key ^ ((key >> 31) & LARGEST_INT32)).view(torch.float32)
-
-
-def largest_key(lowest: Tensor, bits: int, holds: Callable[[Tensor], Tensor]) -> Tensor:
-    """The largest key from ``lowest`` to ``lowest + 2**bits - 1`` for which ``holds(key)`` is True: ``[B]``, int32.
-
-    It is True up to some key, and False beyond. The search adds one bit to the key after the other, from the highest to
-    the lowest: it is faster than to sort all tokens, and no shape depends on a value.
-    """
-    key = lowest
-    for place in reversed(range(bits)):
-        higher = key - -(1 << place)  # 2³¹ is no int32, but −2³¹ is one
-        key = torch.where(holds(higher), higher, key)
-    return key
-
-
-def largest_share(t: Tokens, x: Tensor, among: Tensor, share: float) -> Tensor:
-    """Select max(1, ⌊share·n⌋) tokens of each group, those of the largest x: ``[N]`` bool, True at the selected ones.
-
-    n is the number of active tokens of the group; only the tokens of ``among`` compete. x is compared in float32. If
-    the selection ends between tokens of equal x, none of these is selected.
-    """
-    slot = group_index(group_labels(t))
-    count = (share * slot_sum(slot, active_counts(t)).double()).floor().clamp(min=1)
-    x = torch.where(among, x.float(), torch.nan)
-
-    def are_more(key: Tensor) -> Tensor:
-        return slot_sum(slot, sequence_sum(t, at_least(t, x, number_of(key))).double()) > count
-
-    lowest = torch.full_like(slot, LOWEST, dtype=torch.int32)
-    return at_least(t, x, number_of(largest_key(lowest, 32, are_more) + 1)).bool()
-
-
-def smallest_with_mean(t: Tokens, x: Tensor, bound: float) -> Tensor:
-    """Drop tokens of the largest x from each group until the mean x of the rest is at most the bound: ``[N]`` bool.
-
-    It is True at the active tokens that are kept. x is at least 0, in float32, and 0 at inactive tokens. Tokens of
-    equal x are dropped together.
-    """
-    slot, x = group_index(group_labels(t)), x.float()
-    distance = x.double() - bound
-    # Tokens up to the bound are all kept. What they are below it pays for the excess of others, the smallest first.
-    saved = torch.where(t.active, distance.clamp(max=0), 0)
-    credit, excess = -slot_sum(slot, sequence_sum(t, saved)), distance.clamp(min=0)
-    farthest = 2 * credit + bound  # no excess beyond the credit is paid, and sums stay exact if the search ends here
-
-    def is_paid(key: Tensor) -> Tensor:
-        """Whether the excess of the tokens below the number of the key is at most the credit."""
-        largest = (key.view(torch.float32).double() - bound).clamp(min=0)
-        return (largest <= farthest) & (slot_sum(slot, sum_below(t, excess, largest)) <= credit)
-
-    # The number is between the bound and n times the bound, so that its key is less than 2²⁸ above that of the bound.
-    # From 2⁹⁶ it reaches the largest number of float32, and the number above 0 has key 1.
-    lowest = torch.full_like(slot, max(1, bits_of(min(bound, 2.0**96))), dtype=torch.int32)
-    number = largest_key(lowest, 28, is_paid).view(torch.float32)
-    return t.active & ~at_least(t, x, number).bool()
-
-
-def bits_of(x: float) -> int:
-    """The bits of a number in float32, which is its key if it is at least 0."""
-    bits: int = struct.unpack("i", struct.pack("f", x))[0]
-    return bits
 
 
 def covariance(t: Tokens) -> Tensor:

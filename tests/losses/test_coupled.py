@@ -8,7 +8,7 @@ from batches import Batch, call
 
 import lossfns
 from lossfns import Tokens
-from lossfns.losses.coupled import largest_share, smallest_with_mean
+from lossfns.losses.selection import largest_share, smallest_with_mean
 
 LN = math.log
 
