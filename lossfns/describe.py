@@ -24,6 +24,7 @@ def presets() -> dict[str, Callable[..., Loss]]:
     return {name: x for name, x in library.items() if inspect.isfunction(x) and makes_loss(x)}
 
 
+@cache
 def makes_loss(function: Callable[..., Any]) -> bool:
     """Return whether a function is annotated to return a ``Loss`` and has no required argument."""
     signature = inspect.signature(function)
