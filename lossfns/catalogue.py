@@ -6,7 +6,7 @@ import argparse
 import inspect
 import sys
 
-from lossfns.describe import describe, families, presets
+from lossfns.describe import describe, families, makers
 from lossfns.errors import LossInputError
 from lossfns.terminal import console_on, print_wrapped, say, while_read
 
@@ -44,8 +44,8 @@ def catalogue_lines() -> list[str]:
 
 
 def equation(name: str) -> str:
-    """Return the first paragraph of a preset's docstring in one line."""
-    return " ".join((inspect.getdoc(presets()[name]) or "").partition("\n\n")[0].split())
+    """Return the first paragraph of a docstring in one line."""
+    return " ".join((inspect.getdoc(makers()[name]) or "").partition("\n\n")[0].split())
 
 
 def print_lines(lines: list[str]) -> int:

@@ -1,4 +1,5 @@
-"""The command line: ``lossfns list``, ``describe``, ``check``, ``vectors``, ``train``, ``plot`` and ``sample``."""
+"""The command line: ``lossfns list``, ``describe``, ``check``, ``vectors``, ``train``, ``plot``, ``sample``,
+``serve``."""
 
 from __future__ import annotations
 
@@ -6,6 +7,8 @@ import argparse
 from collections.abc import Callable, Sequence
 
 from lossfns.catalogue import add_describe, add_list
+from lossfns.conformance.command import add_conformance
+from lossfns.server.command import add_serve
 from lossfns.testing.command import add_check
 from lossfns.testing.vectors.command import add_vectors
 from lossfns.train.command import add_plot, add_sample, add_train
@@ -21,9 +24,11 @@ def parser() -> argparse.ArgumentParser:
     add_describe(commands)
     add_check(commands)
     add_vectors(commands)
+    add_conformance(commands)
     add_train(commands)
     add_plot(commands)
     add_sample(commands)
+    add_serve(commands)
     return p
 
 

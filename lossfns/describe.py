@@ -18,25 +18,38 @@ ROSETTA = Path(__file__).with_name("rosetta.json")
 """The table of other frameworks' settings, each measured against ours. ``python -m tools.rosetta write`` writes it."""
 
 
-def presets() -> dict[str, Callable[..., Loss]]:
-    """Return every public function that makes a ``Loss`` from settings alone, by its name."""
+def makers() -> dict[str, Callable[..., Any]]:
+    """Return every public function that makes a loss, from settings or from other losses, by its name."""
     library = vars(import_module("lossfns"))
     return {name: x for name, x in library.items() if inspect.isfunction(x) and makes_loss(x)}
 
 
 @cache
-def makes_loss(function: Callable[..., Any]) -> bool:
-    """Return whether a function is annotated to return a ``Loss`` and has no required argument."""
-    signature = inspect.signature(function)
-    needed = [p for p in signature.parameters.values() if p.default is p.empty]
-    return signature.return_annotation in (Loss, "Loss") and not needed
+def signature(function: Callable[..., Any]) -> inspect.Signature:
+    """Return the signature of a function. The tests ask for those of the library thousands of times."""
+    return inspect.signature(function)
+
+
+def makes_loss(function: Callable[..., Any], kinds: Sequence[str] = ("Loss", "LossFn")) -> bool:
+    """Return whether a function is annotated to return a ``Loss``, or a function of the same contract."""
+    return signature(function).return_annotation in kinds
+
+
+def presets() -> dict[str, Callable[..., Loss]]:
+    """Return every public function that makes a ``Loss`` from settings alone, by its name."""
+    return {name: make for name, make in makers().items() if makes_loss(make, ("Loss",)) and not required(make)}
+
+
+def required(function: Callable[..., Any]) -> list[str]:
+    """Return the names of a function's arguments without a default."""
+    return [name for name, p in signature(function).parameters.items() if p.default is p.empty]
 
 
 def families() -> dict[str, list[str]]:
-    """Return the names of the presets by family. A family is a module of ``lossfns.losses``."""
+    """Return the names of the makers by family. A family is a module."""
     by_family: dict[str, list[str]] = {}
-    for name, preset in sorted(presets().items()):
-        by_family.setdefault(preset.__module__.rpartition(".")[2], []).append(name)
+    for name, make in sorted(makers().items()):
+        by_family.setdefault(make.__module__.rpartition(".")[2], []).append(name)
     return dict(sorted(by_family.items()))
 
 
@@ -44,7 +57,7 @@ def describe(loss: Any) -> str:
     """Describe a loss: equation, columns, settings, statistics, references, and what other frameworks call it.
 
     Args:
-        loss: a preset, its name, or a loss that it made.
+        loss: a function that makes losses, its name, or a loss that it made.
 
     Raises:
         LossInputError: if ``loss`` is not a loss of this library.
@@ -52,27 +65,42 @@ def describe(loss: Any) -> str:
     >>> print(describe("reinforce").partition("\\n")[0])
     −A·lp: the on-policy policy gradient. Williams 1992.
     """
-    name, knobs = name_and_knobs(loss)
-    text = inspect.getdoc(presets()[name]) or ""
+    name, made = name_and_loss(loss)
+    text = inspect.getdoc(makers()[name]) or ""
     summary, _, rest = text.partition("\n\n")
     body, _, _ = rest.partition(">>>")
-    made = presets()[name]() if knobs is None else knobs
-    head = [summary, f"    {made!r}", f"Rows: {made.rows}. Output of the model: {made.output}."]
+    head = [summary, *loss_lines(name, made)]
     links = [f"https://arxiv.org/abs/{paper}" for paper in dict.fromkeys(re.findall(r"arXiv:(\d{4}\.\d{5})", text))]
     references = ["References:", *(f"    {link}" for link in links)] if links else []
     sections = ["\n".join(head), body.rstrip(), "\n".join(references), "\n".join(peer_lines(name))]
     return "\n\n".join(section for section in sections if section)
 
 
-def name_and_knobs(loss: Any) -> tuple[str, Loss | None]:
-    """Return the name of a loss's preset, and the ``Loss``; None if a preset or its name was passed."""
+def loss_lines(name: str, made: Loss | None) -> list[str]:
+    """Return what a loss is called with, its rows and its output. A function of other losses has only a signature."""
+    make = makers()[name]
+    if made is None and name not in presets():
+        return [f"    {name}({', '.join(map(argument, inspect.signature(make).parameters.values()))})"]
+    made = make() if made is None else made
+    return [f"    {made!r}", f"Rows: {made.rows}. Output of the model: {made.output}."]
+
+
+def argument(p: inspect.Parameter) -> str:
+    """Return an argument without its type: ``loss``, ``beta=0.1``, ``**losses``."""
+    if p.default is not p.empty:
+        return f"{p.name}={name_or_repr(p.default)}"
+    return f"**{p.name}" if p.kind is p.VAR_KEYWORD else p.name
+
+
+def name_and_loss(loss: Any) -> tuple[str, Loss | None]:
+    """Return the name of the function that makes a loss, and the ``Loss``; None if only the function is known."""
     loss = loss.loss if isinstance(loss, BoundLoss) else loss
     name = loss if isinstance(loss, str) else loss.name if isinstance(loss, Loss) else getattr(loss, "__name__", "")
-    if name not in presets():
+    if name not in makers():
         public = isinstance(name, str) and callable(getattr(import_module("lossfns"), name, None))
-        hint = f"See help(lossfns.{name})." if public else did_you_mean(name, presets())
+        hint = f"See help(lossfns.{name})." if public else did_you_mean(name, makers())
         got = show(loss) if isinstance(loss, str) else show(name_or_repr(loss))
-        raise LossInputError("loss", "a loss of this library that takes settings alone, or its name", got, hint)
+        raise LossInputError("loss", "a loss of this library, or its name", got, hint)
     return name, loss if isinstance(loss, Loss) else None
 
 

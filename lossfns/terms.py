@@ -135,6 +135,8 @@ def k3_of(x: Tensor) -> Tensor:
     """exp(x) − x − 1 of a log-ratio x, which is first capped at ±20."""
     x = cap(x, KL_LOG_RATIO_CAP)
     e = torch.expm1(x)
+    if not isinstance(x, Tensor):  # torch.fx traces, and services refuse a graph that changes tensors in place
+        return e - x
     return x.neg_().add_(e)  # in the memory of x, which no gradient needs
 
 

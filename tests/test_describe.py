@@ -5,7 +5,7 @@ import pytest
 import lossfns
 from lossfns import LossInputError, describe
 from lossfns.cli import main
-from lossfns.describe import families, presets
+from lossfns.describe import families, makers, presets
 
 
 @pytest.mark.parametrize("name", presets())
@@ -29,8 +29,8 @@ def test_what_is_no_loss_is_refused(unknown: object) -> None:
 
 
 def test_the_hint_for_a_name() -> None:
-    """A function that takes losses is none of them, and no misspelling of another one."""
-    for name, hint in (("simpoo", "Did you mean 'simpo'?"), ("mpo", "See help(lossfns.mpo).")):
+    """A public function that makes no loss is no misspelling of another one."""
+    for name, hint in (("simpoo", "Did you mean 'simpo'?"), ("evaluate", "See help(lossfns.evaluate).")):
         with pytest.raises(LossInputError) as caught:
             describe(name)
         assert (caught.value.got, caught.value.fix) == (repr(name), hint)
@@ -39,8 +39,15 @@ def test_the_hint_for_a_name() -> None:
 def test_every_loss_is_listed_once(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert sorted(line.split(":")[0].strip() for line in lines if line.startswith("  ")) == sorted(presets())
-    assert sum(map(len, families().values())) == len(presets())
+    listed = sorted(line.split(":")[0].strip() for line in lines if line.startswith("  "))
+    assert listed == sorted(makers()) and {"mpo", "with_kl", "info_nce", "sum_losses"} < set(listed)
+    assert sum(map(len, families().values())) == len(makers()) > len(presets())
+
+
+def test_functions_of_other_losses_are_described_by_their_signature() -> None:
+    assert "\n    mpo(preference, quality, coefficients=(0.8, 0.2, 1.0))\n" in describe("mpo")
+    assert "kl=k3, " in describe("with_kl") and "**losses" in describe("sum_losses")
+    assert "preference=dpo(" in describe(lossfns.mpo(lossfns.dpo(), lossfns.bco()))
 
 
 def test_the_command_describes_and_refuses(capsys: pytest.CaptureFixture[str]) -> None:

@@ -35,6 +35,8 @@ LAYERS = [
     {"backend/engine"},
     {"backend/client"},
     {"backend"},
+    {"conformance"},
+    {"server"},
     {"train"},
     {"catalogue"},
     {"cli"},

@@ -1,0 +1,209 @@
+"""The HTTP side: routes, the key, limits, and errors as statuses with a reason."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from lossfns.errors import LossInputError
+from lossfns.server import endpoints, wire
+from lossfns.server.futures import Future, Refused
+from lossfns.server.results import encode, to_json
+from lossfns.server.service import Service
+
+log = logging.getLogger("lossfns.server.access")
+
+SMALL = 2**18
+"""Bodies and results of more bytes are read and written in a thread, so that other requests need not wait."""
+
+Handler = Callable[[Request], Awaitable[Response]]
+
+
+class App:
+    """The handlers of a service.
+
+    Args:
+        service: what the handlers ask.
+        api_key: what clients must send as ``X-API-Key``; None lets everybody in.
+        body_bytes: the largest body; ``decompressed_bytes``, the largest one when decompressed.
+        body_seconds: the longest time that a body may take to arrive.
+        poll_seconds: how long ``retrieve_future`` waits for a result before it asks the client to try again.
+    """
+
+    def __init__(
+        self,
+        service: Service,
+        *,
+        api_key: str | None = None,
+        body_bytes: int = 2**26,
+        decompressed_bytes: int = 2**28,
+        body_seconds: float = 60.0,
+        poll_seconds: float = 20.0,
+    ) -> None:
+        self.service, self.api_key = service, api_key
+        self.body_bytes, self.decompressed_bytes = body_bytes, decompressed_bytes
+        self.body_seconds, self.poll_seconds = body_seconds, poll_seconds
+
+    @asynccontextmanager
+    async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
+        """Restore what the last server has saved in the same folder, and save at the end."""
+        await self.service.restore()
+        yield
+        await self.service.close()
+
+    def starlette(self) -> Starlette:
+        """Return the ASGI application."""
+        routes = [self.route(f"/api/v1/{name}", self.json(endpoint)) for name, endpoint in endpoints.POST.items()]
+        routes += [
+            self.route("/api/v1/forward_backward", self.passes),
+            self.route("/api/v1/forward", self.passes),
+            self.route("/api/v1/retrieve_future", self.retrieve_future),
+            self.route("/api/v1/sessions/{session_id}/finish", self.finish_session),
+            *(self.route(f"/api/v1/{path}", self.read(answer), "GET") for path, answer in endpoints.GET.items()),
+            self.route("/{path:path}", self.unknown, "GET", "POST", "PUT", "DELETE", "PATCH"),
+        ]
+        app = Starlette(routes=routes, lifespan=self.lifespan)
+        app.state.service = self.service
+        return app
+
+    def route(self, path: str, handler: Handler, *methods: str) -> Route:
+        return Route(path, self.guarded(handler), methods=list(methods or ("POST",)))
+
+    def guarded(self, handler: Handler) -> Handler:
+        """Check the key, turn errors into statuses, and log a line for each request."""
+
+        async def guarded(request: Request) -> Response:
+            start = time.perf_counter()
+            reason = ""
+            try:
+                self.check_key(request)
+                response = await handler(request)
+            except LossInputError as error:
+                reason, response = str(error), refusal(400, str(error))
+            except Refused as error:
+                reason, response = error.reason, refusal(error.status, error.reason)
+            except ClientDisconnect:
+                reason, response = "the client has gone", refusal(400, "the body is not complete")
+            except Exception as error:  # a defect of the server: the client gets its name, the log all of it
+                logging.getLogger("lossfns.server").exception("%s failed.", request.url.path)
+                reason = f"{type(error).__name__} in the server. Its log has more."
+                response = refusal(400, reason)
+            milliseconds = 1e3 * (time.perf_counter() - start)
+            log.info(
+                "%s %s %d %.1f ms %s", request.method, request.url.path, response.status_code, milliseconds, reason
+            )
+            return response
+
+        return guarded
+
+    def check_key(self, request: Request) -> None:
+        if self.api_key is not None:
+            key = request.headers.get("x-api-key", "")
+            if not hmac.compare_digest(key.encode(), self.api_key.encode()):
+                raise Refused(401, "X-API-Key: expected the key of this server. Pass api_key= or set TINKER_API_KEY.")
+
+    async def body(self, request: Request) -> bytes:
+        """Return the body, decompressed."""
+        declared = request.headers.get("content-length", "0")
+        if not declared.isdecimal() or int(declared) > self.body_bytes:
+            raise Refused(413, f"A body of {declared} bytes: at most {self.body_bytes} are read. Send less at a time.")
+        parts, size = [], 0
+        try:
+            async with asyncio.timeout(self.body_seconds):
+                async for part in request.stream():
+                    size += len(part)
+                    if size > self.body_bytes:
+                        raise Refused(413, f"A body of more than {self.body_bytes} bytes. Send less at a time.")
+                    parts.append(part)
+        except TimeoutError:
+            raise Refused(408, f"The body took more than {self.body_seconds:g} s to arrive.") from None
+        body = b"".join(parts)
+        encoding = request.headers.get("content-encoding", "")
+        if not encoding:
+            return body
+        return await asyncio.to_thread(wire.decompress, body, encoding, self.decompressed_bytes)
+
+    def json(self, endpoint: endpoints.Endpoint) -> Handler:
+        async def handler(request: Request) -> Response:
+            body = await self.body(request)
+            answer = await endpoint(self.service, wire.json_object(body), hash(body))
+            return Response(to_json(answer), media_type="application/json")
+
+        return handler
+
+    def read(self, answer: Callable[..., dict[str, Any]]) -> Handler:
+        async def handler(request: Request) -> Response:
+            return Response(to_json(answer(self.service, **request.path_params)), media_type="application/json")
+
+        return handler
+
+    async def passes(self, request: Request) -> Response:
+        """Forward and forward-backward requests, the only ones that are large."""
+        body = await self.body(request)
+        content_type = request.headers.get("content-type", "")
+        forward_only = request.url.path.endswith("/forward")
+
+        def read() -> tuple[wire.Pass, int]:
+            return wire.read_pass(body, content_type, forward_only=forward_only), hash(body)
+
+        made, digest = await asyncio.to_thread(read) if len(body) > SMALL else read()
+        answer = await endpoints.forward_backward(self.service, made, digest)
+        return Response(to_json(answer), media_type="application/json")
+
+    async def retrieve_future(self, request: Request) -> Response:
+        """Wait for a result, and return it; after ``poll_seconds`` ask the client to try again."""
+        body = wire.json_object(await self.body(request))
+        future = self.service.futures.find(wire.field(body, "request_id", str))
+        try:
+            async with asyncio.timeout(self.poll_seconds):
+                if not future.finished:
+                    await future.done.wait()
+        except TimeoutError:
+            pass
+        if not future.finished:
+            pending = {"type": "try_again", "request_id": future.request_id, "queue_state": "active"}
+            return Response(to_json(pending), 408, media_type="application/json")
+        response = await self.outcome(future, request.headers.get("accept", ""))
+        self.service.futures.retrieve(future)
+        return response
+
+    async def outcome(self, future: Future, accept: str) -> Response:
+        if future.error is not None:
+            failed = {"error": future.error, "category": future.category}
+            return Response(to_json(failed), media_type="application/json")
+        large = future.nbytes > SMALL
+        media_type, data = (
+            await asyncio.to_thread(encode, future.result, accept) if large else encode(future.result, accept)
+        )
+        return Response(data, media_type=media_type)
+
+    async def finish_session(self, request: Request) -> Response:
+        await self.body(request)
+        await self.service.finish_session(request.path_params["session_id"])
+        return Response(status_code=204)
+
+    async def unknown(self, request: Request) -> Response:
+        raise Refused(404, f"{request.method} {request.url.path}: this server has no such call.")
+
+
+def refusal(status: int, reason: str) -> Response:
+    """Return the response to a request that is not accepted."""
+    return Response(to_json({"error": reason, "detail": reason}), status, media_type="application/json")
+
+
+def create_app(service: Service | None = None, **options: Any) -> Starlette:
+    """Return the ASGI application of a service; ``options`` are those of ``App``, such as ``api_key``.
+
+    Its lifespan restores the service's state, and at the end saves it.
+    """
+    return App(service or Service(), **options).starlette()

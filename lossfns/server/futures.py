@@ -1,0 +1,134 @@
+"""The results of accepted requests, kept until the client has read them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+from lossfns.backend.types import ForwardBackwardOutput
+
+
+class Refused(Exception):
+    """A request that is not accepted: the status and the reason that the client gets.
+
+    The SDKs send a request again after 408, 409, 429 and 5xx, and after no other status.
+    """
+
+    def __init__(self, status: int, reason: str) -> None:
+        super().__init__(reason)
+        self.status, self.reason = status, reason
+
+
+class Future:
+    """An accepted request: pending, then with a result or an error.
+
+    Attributes:
+        request_id: what the client asks for.
+        digest: of the request's body, which tells a repeated request from another one; None matches any.
+        result: what the request returned.
+        error, category: why it failed, and whose fault it is: ``"user"`` or ``"server"``.
+        retrieved: when the client was given the outcome, in seconds of the monotonic clock; None before.
+    """
+
+    def __init__(self, request_id: str, digest: int | None) -> None:
+        self.request_id, self.digest = request_id, digest
+        self.result: Any = None
+        self.error: str | None = None
+        self.category = "user"
+        self.finished = self.retrieved = 0.0
+        self.done = asyncio.Event()
+
+    def set_result(self, result: Any) -> None:
+        self.result = result
+        self._finish()
+
+    def set_error(self, error: str, category: str = "user") -> None:
+        self.error, self.category = error, category
+        self._finish()
+
+    def _finish(self) -> None:
+        self.finished = time.monotonic()
+        self.done.set()
+
+    def wake(self) -> None:
+        """Wake those that wait, also without an outcome."""
+        self.done.set()
+        if not self.finished:
+            self.done.clear()
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the arrays of a result."""
+        outputs = self.result.loss_fn_outputs if isinstance(self.result, ForwardBackwardOutput) else []
+        return sum(x.to_numpy().nbytes for record in outputs for x in record.values())
+
+
+class Futures:
+    """All futures by request id.
+
+    A result that was retrieved is kept for ``RETRIEVED_SECONDS`` longer, since the response may have been lost; one
+    that nobody retrieves, for ``UNREAD_SECONDS``.
+
+    Args:
+        limit: the most futures, pending ones included.
+        limit_bytes: the most bytes of results.
+    """
+
+    RETRIEVED_SECONDS, UNREAD_SECONDS = 60.0, 3600.0
+
+    def __init__(self, limit: int, limit_bytes: int) -> None:
+        self.limit, self.limit_bytes = limit, limit_bytes
+        self.by_id: dict[str, Future] = {}
+        self.bytes = 0
+        self._retrieved: dict[str, Future] = {}  # in order
+        self._finished: dict[str, Future] = {}  # in order
+
+    def find(self, request_id: str) -> Future:
+        if request_id not in self.by_id:
+            reason = f"The request {request_id!r} is unknown here, or its result has expired. Submit it again."
+            raise Refused(410, reason)
+        return self.by_id[request_id]
+
+    def repeated(self, request_id: str, digest: int | None) -> Future | None:
+        """Return the future of a request that was accepted before; refuse another request of the same id."""
+        future = self.by_id.get(request_id)
+        if future is not None and None not in (digest, future.digest) and digest != future.digest:
+            raise Refused(400, f"Another request was accepted under the id {request_id!r}. Take the next sequence id.")
+        return future
+
+    def begin(self, request_id: str, digest: int | None) -> Future:
+        """Create the future of an accepted request."""
+        self._expire()
+        if len(self.by_id) >= self.limit or self.bytes >= self.limit_bytes:
+            raise Refused(429, f"{len(self.by_id)} results with {self.bytes} bytes are not yet retrieved.")
+        future = self.by_id[request_id] = Future(request_id, digest)
+        return future
+
+    def finish(self, future: Future) -> None:
+        """Account for a future that has its outcome."""
+        self.bytes += future.nbytes
+        self._finished[future.request_id] = future
+
+    def retrieve(self, future: Future) -> None:
+        """Mark an outcome as given to the client."""
+        if not future.retrieved:
+            future.retrieved = time.monotonic()
+            self._finished.pop(future.request_id, None)
+            self._retrieved[future.request_id] = future
+
+    def drop(self, request_id: str) -> None:
+        future = self.by_id.pop(request_id, None)
+        if future is not None:
+            self._retrieved.pop(request_id, None)
+            self._finished.pop(request_id, None)
+            self.bytes -= future.nbytes if future.done.is_set() else 0
+
+    def _expire(self) -> None:
+        now = time.monotonic()
+        full = len(self.by_id) >= self.limit or self.bytes >= self.limit_bytes
+        retrieved_before = now - (0.0 if full else self.RETRIEVED_SECONDS)
+        old = [i for i, future in self._retrieved.items() if future.retrieved <= retrieved_before]
+        old += [i for i, future in self._finished.items() if future.finished <= now - self.UNREAD_SECONDS]
+        for request_id in old:
+            self.drop(request_id)

@@ -1,0 +1,326 @@
+"""Sessions, models, samplers and their requests, without HTTP: all that a server of the API keeps.
+
+A ``Service`` belongs to one event loop. The models compute on threads of their own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import tempfile
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lossfns.backend.client.sampling import LocalSamplingClient
+from lossfns.backend.client.service import LocalServiceClient, ModelBuilder
+from lossfns.backend.client.training import LocalTrainingClient
+from lossfns.backend.storage import checkpoint
+from lossfns.errors import LossInputError
+from lossfns.loss import LossFn
+from lossfns.server.futures import Future, Futures, Refused
+from lossfns.server.model import ServedModel, log
+
+PATH = re.compile(r"tinker://([0-9a-f-]{8,64}):train:(\d{1,18})/(weights|sampler_weights)/([A-Za-z0-9][\w.-]{0,127})")
+NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,127}", re.ASCII)
+
+
+class Session:
+    """A client's session: its models, samplers and uploaded losses live as long as it does."""
+
+    def __init__(self, session_id: str, user_metadata: Mapping[str, str] | None = None) -> None:
+        self.session_id, self.user_metadata = session_id, dict(user_metadata or {})
+        self.losses: dict[str, LossFn] = {}
+        self.seen = time.monotonic()
+        self.finished = False
+
+
+class Sampler:
+    """A sampling session.
+
+    Attributes:
+        base_model: the name of the base model.
+        path: the path of its weights; None for a base model, and for weights that were not written.
+        client: the sampling client once it is loaded.
+        reloadable: whether ``client`` can be loaded again.
+    """
+
+    def __init__(self, base_model: str, path: str | None, client: LocalSamplingClient | None = None) -> None:
+        self.base_model, self.path, self.client = base_model, path, client
+        self.reloadable = client is None
+        self.lock = asyncio.Lock()
+
+
+class Service:
+    """The models of a server, and the sessions of its clients.
+
+    Args:
+        models: for each name a function that builds the model, as in ``LocalServiceClient``. None: ``"Decoder"``.
+        device, memory_budget: as in ``LocalServiceClient``.
+        state: the folder of checkpoints, and of what ``close`` saves. None takes a folder that is deleted at the end.
+        sessions, model_limit, samplers: the most sessions, models and loaded samplers at a time. A further sampler
+            takes the place of the one that was not used for the longest time.
+        queue: the most requests of a model that wait.
+        results, result_bytes: the most futures, and the most bytes of results, that wait to be read.
+        session_seconds: a session ends if its client gives no sign of life for this long.
+        gap_seconds: how long a request waits for those with lower sequence ids.
+        grace_seconds: how long ``close`` waits for accepted requests.
+    """
+
+    def __init__(
+        self,
+        models: Mapping[str, ModelBuilder] | None = None,
+        *,
+        device: str = "auto",
+        memory_budget: float | None = None,
+        state: str | Path | None = None,
+        sessions: int = 256,
+        model_limit: int = 64,
+        samplers: int = 16,
+        queue: int = 1024,
+        results: int = 20_000,
+        result_bytes: int = 2**30,
+        session_seconds: float = 1800.0,
+        gap_seconds: float = 30.0,
+        grace_seconds: float = 30.0,
+    ) -> None:
+        self.local = LocalServiceClient(models, device=device, memory_budget=memory_budget)
+        self._temporary = tempfile.TemporaryDirectory(prefix="lossfns-") if state is None else None
+        self.root = Path(self._temporary.name if self._temporary else str(state))
+        self.session_limit, self.model_limit, self.sampler_limit = sessions, model_limit, samplers
+        self.queue, self.session_seconds = queue, session_seconds
+        self.gap_seconds, self.grace_seconds = gap_seconds, grace_seconds
+        self.futures = Futures(results, result_bytes)
+        self.sessions: dict[str, Session] = {}
+        self.models: dict[str, ServedModel] = {}
+        self.samplers: dict[str, Sampler] = {}
+        self.tasks: set[asyncio.Task[None]] = set()
+        self.creating = 0
+        self.stopping = False
+
+    # Sessions
+
+    def create_session(self, user_metadata: Mapping[str, str] | None = None) -> str:
+        self.refuse_if_stopping()
+        if sum(not s.finished for s in self.sessions.values()) >= self.session_limit:
+            raise Refused(429, f"{self.session_limit} sessions are open, which is the limit of this server.")
+        session = Session(str(uuid.uuid4()), user_metadata)
+        self.sessions[session.session_id] = session
+        return session.session_id
+
+    def session(self, session_id: str) -> Session:
+        """Return a session that is open, and note that its client lives."""
+        session = self.sessions.get(session_id)
+        if session is None:
+            raise Refused(404, f"The session {session_id!r} is unknown. create_session returns its id.")
+        if session.finished:
+            raise Refused(410, f"The session {session_id!r} has finished.")
+        session.seen = time.monotonic()
+        return session
+
+    async def finish_session(self, session_id: str) -> None:
+        """End a session, once its requests have run. Its models and samplers are freed; its checkpoints stay."""
+        session = self.session(session_id)
+        session.finished = True
+        models = [model for model in self.models.values() if session_of(model.model_id) == session_id]
+        await asyncio.gather(*(model.stop(60.0, "came after the end of its session") for model in models))
+        for model in models:
+            self.models.pop(model.model_id, None)
+        for name in [name for name in self.samplers if session_of(name) == session_id]:
+            del self.samplers[name]
+        session.losses.clear()
+
+    async def finish_silent_sessions(self) -> None:
+        """End the sessions whose clients have given no sign of life for ``session_seconds``."""
+        now = time.monotonic()
+        for session in list(self.sessions.values()):
+            if not session.finished and now - session.seen > self.session_seconds:
+                log.warning("Session %s ends: no heartbeat for %g s.", session.session_id, self.session_seconds)
+                await self.finish_session(session.session_id)
+
+    # Models
+
+    def model(self, model_id: str) -> ServedModel:
+        model = self.models.get(model_id)
+        if model is None:
+            if session_of(model_id) in self.sessions:
+                self.session(session_of(model_id))
+            reason = f"The model {model_id!r} is unknown here. Create it, or create one from a saved state."
+            raise Refused(404, reason)
+        self.session(session_of(model_id))
+        return model
+
+    def create_model(
+        self,
+        session_id: str,
+        number: int,
+        digest: int | None,
+        make: Callable[[], tuple[str, LocalTrainingClient]],
+        user_metadata: Mapping[str, str] | None,
+        path: str | None = None,
+    ) -> Future:
+        """Begin to create a model, by ``make`` in a thread, under the id ``{session}:train:{number}``.
+
+        The result has the id, and the path that the model was loaded from, if any.
+        """
+        self.session(session_id)
+        model_id = f"{session_id}:train:{number}"
+        if (repeated := self.futures.repeated(f"{model_id}:0", digest)) is not None:
+            return repeated
+        self.refuse_if_stopping()
+        if model_id in self.models:
+            raise Refused(400, f"The model {model_id!r} exists. Take the next model_seq_id.")
+
+        async def create() -> dict[str, Any]:
+            if len(self.models) + self.creating >= self.model_limit:
+                fix = "Close a ServiceClient, or start the server with a higher limit."
+                raise LossInputError("models", f"at most {self.model_limit} models at a time", "one more", fix)
+            self.creating += 1
+            try:
+                base_model, client = await asyncio.to_thread(make)
+                self.session(session_id)  # it may have finished meanwhile
+            finally:
+                self.creating -= 1
+            self.add_model(model_id, client, base_model, user_metadata)
+            kind = "create_model" if path is None else "load_weights"
+            return {"model_id": model_id, "type": kind, **({} if path is None else {"path": path})}
+
+        return self.start(self.futures.begin(f"{model_id}:0", digest), create)
+
+    def add_model(
+        self, model_id: str, client: LocalTrainingClient, base_model: str, user_metadata: Mapping[str, str] | None
+    ) -> ServedModel:
+        model = self.models[model_id] = ServedModel(
+            model_id,
+            client,
+            base_model,
+            self.futures,
+            queue_limit=self.queue,
+            gap_seconds=self.gap_seconds,
+            user_metadata=user_metadata,
+        )
+        return model
+
+    def submit(
+        self, model_id: str, seq_id: int, digest: int | None, kind: str, run: Callable[[ServedModel], Awaitable[Any]]
+    ) -> Future:
+        """Queue a request of a model, which is run as ``run(model)`` in its turn."""
+        self.refuse_if_stopping()
+        model = self.model(model_id)
+        return model.submit(seq_id, digest, kind, lambda: run(model))
+
+    def start(self, future: Future, run: Callable[[], Awaitable[Any]]) -> Future:
+        """Run a request that no other one has to wait for, and keep its outcome."""
+
+        async def finish() -> None:
+            try:
+                future.set_result(await run())
+            except LossInputError as error:
+                future.set_error(str(error))
+            except Refused as error:
+                future.set_error(error.reason)
+            except Exception as error:  # the client gets the message alone; the traceback stays in the log
+                log.exception("%s failed.", future.request_id)
+                future.set_error(f"{type(error).__name__}: {error}", "server")
+            self.futures.finish(future)
+
+        task = asyncio.create_task(finish())
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+        return future
+
+    def refuse_if_stopping(self) -> None:
+        if self.stopping:
+            raise Refused(503, "The server stops. Send the request again once it has restarted.")
+
+    def begin_stop(self) -> None:
+        """Accept nothing more, and send the clients that wait for a result away until the next server."""
+        self.stopping = True
+        for future in self.futures.by_id.values():
+            future.wake()
+
+    async def restore(self) -> None:
+        """Restore what ``close`` has saved in the same folder."""
+
+    async def close(self) -> None:
+        """Run the accepted requests for ``grace_seconds`` at most, and fail the rest."""
+        self.begin_stop()
+        stopped = "came when the server stopped"
+        await asyncio.gather(*(model.stop(self.grace_seconds, stopped) for model in self.models.values()))
+        if self.tasks:
+            await asyncio.wait(self.tasks)
+        if self._temporary is not None:
+            self._temporary.cleanup()
+
+    # Checkpoints
+
+    def checkpoint(self, path: str) -> Path:
+        """Return the file of a checkpoint's path, ``tinker://{model}/weights/{name}``."""
+        match = PATH.fullmatch(path)
+        if match is None:
+            fix = "save_state and save_weights_for_sampler return such paths."
+            raise LossInputError("path", "tinker://{model_id}/weights/{name}", repr(path)[:200], fix)
+        return self.root / match[1] / match[2] / match[3] / match[4]
+
+    def checkpoint_of(self, model_id: str, kind: str, name: str) -> tuple[str, Path]:
+        """Return the path that a model's checkpoint will have, and its file. ``kind`` is a part of the path."""
+        if NAME.fullmatch(name) is None:
+            fix = "Letters, digits, '.', '_' and '-'; the first is a letter or a digit."
+            raise LossInputError("path", "the name of a checkpoint", repr(name)[:200], fix)
+        path = f"tinker://{model_id}/{kind}/{name}"
+        return path, self.checkpoint(path)
+
+    # Samplers
+
+    def add_sampler(self, session_id: str, number: int, sampler: Sampler) -> str:
+        """Add a sampling session; the ones that were not used for the longest time make room for it."""
+        name = f"{session_id}:sample:{number}"
+        self.samplers.setdefault(name, sampler)
+        self._unload_samplers(name)
+        return name
+
+    def base_model_of(self, path: str | None, base_model: str | None) -> str:
+        """Return the name of a sampler's base model, and refuse a path or a name without a model."""
+        if path is not None:
+            saved = checkpoint.metadata(self.checkpoint(path))["model"] if base_model is None else base_model
+            base_model = str(saved)
+        names = [model.model_name for model in self.local.get_server_capabilities().supported_models]
+        if base_model not in names:
+            raise LossInputError("base_model", f"one of {', '.join(map(repr, names))}", repr(base_model), "Name it.")
+        return base_model
+
+    def find_sampler(self, name: str) -> Sampler:
+        if name not in self.samplers:
+            reason = f"The sampling session {name!r} is unknown, or had to make room. Create a sampling client."
+            raise Refused(404, reason)
+        return self.samplers[name]
+
+    async def sampler(self, name: str) -> LocalSamplingClient:
+        """Return the client of a sampling session, which is loaded at its first use."""
+        sampler = self.find_sampler(name)
+        self.session(session_of(name))
+        self.samplers[name] = self.samplers.pop(name)  # the last one is the last used
+        async with sampler.lock:
+            if sampler.client is None:
+                sampler.client = await asyncio.to_thread(self._load_sampler, sampler)
+        self._unload_samplers(name)
+        return sampler.client
+
+    def _load_sampler(self, sampler: Sampler) -> LocalSamplingClient:
+        file = None if sampler.path is None else self.checkpoint(sampler.path)
+        return self.local.create_sampling_client(file, sampler.base_model)
+
+    def _unload_samplers(self, used: str) -> None:
+        loaded = [name for name, sampler in self.samplers.items() if sampler.client is not None and name != used]
+        for name in loaded[: max(0, len(loaded) + 1 - self.sampler_limit)]:
+            if self.samplers[name].reloadable:
+                self.samplers[name].client = None
+            else:
+                del self.samplers[name]
+
+
+def session_of(name: str) -> str:
+    """Return the session of a model's or a sampler's id."""
+    return name.partition(":")[0]
