@@ -286,10 +286,10 @@ def complete_options(given: Mapping[str, Any]) -> Options:
             others = ", ".join(other for other in METHODS if has_option(other, name))
             raise LossInputError(flag(name), f"a method that has it ({others})", method, "Leave it out.")
     options = Options(**METHODS[method].defaults | given)
-    for name in ("device", "init") if options.base_url else ():
-        if name in given:
+    for name, default in (("device", "auto"), ("init", None)):
+        if options.base_url and (value := getattr(options, name)) != default:
             expected, fix = "no --base-url with it", "The server has the model: it starts from its own weights."
-            raise LossInputError(flag(name), expected, reprlib.repr(given[name]), fix)
+            raise LossInputError(flag(name), expected, reprlib.repr(value), fix)
     if options.max_length and not options.data:
         raise LossInputError("--max-length", "--data with it", "none", "The built-in data has its own length.")
     if options.batch * max(1, options.group) > LARGEST["batch"]:
