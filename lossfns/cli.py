@@ -7,6 +7,7 @@ import argparse
 from collections.abc import Callable, Sequence
 
 from lossfns.catalogue import add_describe, add_list
+from lossfns.conformance.command import add_conformance
 from lossfns.server.command import add_serve
 from lossfns.testing.command import add_check
 from lossfns.testing.vectors.command import add_vectors
@@ -23,6 +24,7 @@ def parser() -> argparse.ArgumentParser:
     add_describe(commands)
     add_check(commands)
     add_vectors(commands)
+    add_conformance(commands)
     add_train(commands)
     add_plot(commands)
     add_sample(commands)

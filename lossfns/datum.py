@@ -287,6 +287,11 @@ class Datum:
         converted = {name: tensor_data(name, value) for name, value in self.loss_fn_inputs.items()}
         object.__setattr__(self, "loss_fn_inputs", converted)
 
+    def __copy__(self) -> Datum:
+        copied = object.__new__(type(self))  # as copy.copy does it, several times faster: clients copy every datum
+        vars(copied).update(vars(self))
+        return copied
+
 
 def tensor_data(name: str, value: Any) -> Any:
     """Convert a field's value to TensorData as the SDKs do. Refuse a value that the SDKs would silently change."""

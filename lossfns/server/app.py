@@ -16,7 +16,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from lossfns.errors import LossInputError
-from lossfns.server import endpoints, wire
+from lossfns.server import endpoints, rest, saved, wire
 from lossfns.server.futures import Future, Refused
 from lossfns.server.results import encode, to_json
 from lossfns.server.service import Service
@@ -57,9 +57,13 @@ class App:
     @asynccontextmanager
     async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
         """Restore what the last server has saved in the same folder, and save at the end."""
-        await self.service.restore()
+        await saved.restore(self.service)
         yield
         await self.service.close()
+        if self.service.temporary is None:
+            await saved.save(self.service)
+        else:
+            self.service.temporary.cleanup()
 
     def starlette(self) -> Starlette:
         """Return the ASGI application."""
@@ -69,7 +73,8 @@ class App:
             self.route("/api/v1/forward", self.passes),
             self.route("/api/v1/retrieve_future", self.retrieve_future),
             self.route("/api/v1/sessions/{session_id}/finish", self.finish_session),
-            *(self.route(f"/api/v1/{path}", self.read(answer), "GET") for path, answer in endpoints.GET.items()),
+            self.route("/api/v1/training_runs/{model_id}/checkpoints/{kind}/{name}", self.delete_checkpoint, "DELETE"),
+            *(self.route(f"/api/v1/{path}", self.read(answer), "GET") for path, answer in rest.GET.items()),
             self.route("/{path:path}", self.unknown, "GET", "POST", "PUT", "DELETE", "PATCH"),
         ]
         app = Starlette(routes=routes, lifespan=self.lifespan)
@@ -143,7 +148,8 @@ class App:
 
     def read(self, answer: Callable[..., dict[str, Any]]) -> Handler:
         async def handler(request: Request) -> Response:
-            return Response(to_json(answer(self.service, **request.path_params)), media_type="application/json")
+            value = await asyncio.to_thread(answer, self.service, request.query_params, **request.path_params)
+            return Response(to_json(value), media_type="application/json")
 
         return handler
 
@@ -190,6 +196,10 @@ class App:
     async def finish_session(self, request: Request) -> Response:
         await self.body(request)
         await self.service.finish_session(request.path_params["session_id"])
+        return Response(status_code=204)
+
+    async def delete_checkpoint(self, request: Request) -> Response:
+        await asyncio.to_thread(rest.delete_checkpoint, self.service, **request.path_params)
         return Response(status_code=204)
 
     async def unknown(self, request: Request) -> Response:

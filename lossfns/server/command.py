@@ -119,16 +119,29 @@ def serve(app: Starlette, *, host: str = "127.0.0.1", port: int = 8000, log: boo
         host, port: where to listen. Port 0 takes a free one; the address is printed.
         log: whether to print a line for each request to standard error.
     """
+    import uvicorn
+
     with listening_socket(host, port) as sock:
         name = f"[{host}]" if ":" in host else host
         print(f"lossfns serve: http://{name}:{sock.getsockname()[1]}", flush=True)
-        asyncio.run(serve_socket(app, sock, log))
+        with asyncio.Runner(loop_factory=uvicorn.Config(app).get_loop_factory()) as runner:
+            runner.run(serve_socket(app, sock, log))
 
 
 def listening_socket(host: str, port: int) -> socket.socket:
     """Listen at an address; raise OSError if it is taken."""
-    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-    return socket.create_server(address[:2], family=family, backlog=2048)
+    kind = socket.SOCK_STREAM
+    family, _, _, _, address = socket.getaddrinfo(host, port, type=kind, flags=socket.AI_PASSIVE)[0]
+    sock = socket.socket(family, kind, socket.IPPROTO_TCP)  # without the protocol, asyncio leaves Nagle's delays on
+    try:
+        if os.name == "posix":
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+        sock.listen(2048)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
 
 
 async def serve_socket(app: Starlette, sock: socket.socket, log: bool = False) -> None:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from lossfns.backend.client.profiles import with_reductions
 from lossfns.backend.client.training import LocalTrainingClient
 from lossfns.backend.types import ForwardBackwardOutput
+from lossfns.datum import Datum, TensorData
 from lossfns.errors import LossInputError, show
 from lossfns.export.per_datum import per_datum
-from lossfns.loss import LossFn
 from lossfns.server.futures import Future
 from lossfns.server.graph import read_inputs, rebuild
-from lossfns.server.service import Service
+from lossfns.server.service import Service, Uploaded
 from lossfns.server.wire import Pass, field, only, sequence_id
 
 MOST_LOSSES = 256
@@ -37,23 +37,41 @@ def create_loss(service: Service, body: dict[str, Any], digest: int | None) -> F
         if len(session.losses) >= MOST_LOSSES:
             fix = "Use those that there are, or create another ServiceClient."
             raise LossInputError("create_custom_loss", f"at most {MOST_LOSSES} losses in a session", "one more", fix)
-        fn = await asyncio.to_thread(rebuild, graph, inputs)
-        session.losses[loss_id] = per_datum(fn, read_inputs(inputs))
+        session.losses[loss_id] = await asyncio.to_thread(rebuilt, body, graph, inputs)
         return {"type": "create_custom_loss", "loss_id": loss_id}
 
     return service.start(service.futures.begin(loss_id, digest), create)
 
 
-async def run_loss(client: LocalTrainingClient, request: Pass, losses: Mapping[str, LossFn]) -> ForwardBackwardOutput:
+def rebuilt(body: dict[str, Any], graph: dict[str, Any], inputs: list[Any]) -> Uploaded:
+    """Rebuild a loss from a request of ``create_custom_loss``."""
+    ranks = read_inputs(inputs)
+    return Uploaded(per_datum(rebuild(graph, inputs), ranks), ranks, body)
+
+
+async def run_loss(client: LocalTrainingClient, request: Pass, losses: Mapping[str, Uploaded]) -> ForwardBackwardOutput:
     """Run a pass with an uploaded loss. Its metrics, like all others, have their reduction in the name."""
-    loss_fn = losses.get(str(request.config.get("loss_id")))
-    if loss_fn is None or len(request.config) != 1:
+    uploaded = losses.get(str(request.config.get("loss_id")))
+    if uploaded is None or len(request.config) != 1:
         fix = "create_custom_loss returns it; it belongs to the session. Or use forward_backward_custom."
         raise LossInputError("loss_fn_config", "{'loss_id': the id of an uploaded loss}", show(request.config), fix)
     if request.forward_only:
         fix = "Take forward_backward_custom, or forward with a built-in loss."
         raise LossInputError("forward", "a built-in loss", "an uploaded one", fix)
-    result = await client.forward_backward_custom(request.data, loss_fn)  # type: ignore[arg-type]
+    if isinstance(request.data, LossInputError):
+        raise request.data
+    scalars = [name for name, rank in uploaded.ranks.items() if rank == 0]
+    data = [with_scalars(datum, scalars) for datum in request.data] if scalars else request.data
+    result = await client.forward_backward_custom(data, uploaded.loss)
     named = {name: x for name, x in result.metrics.items() if ":" in name}
     others = {name: x for name, x in result.metrics.items() if ":" not in name}
     return replace(result, metrics=named | with_reductions(others))
+
+
+def with_scalars(datum: Datum, names: Sequence[str]) -> Datum:
+    """Return a datum whose fields of these names are 0-d: protobuf does not tell a shape of [] from none."""
+    fields = dict(datum.loss_fn_inputs)
+    for name in names:
+        if name in fields and fields[name].shape == [1]:
+            fields[name] = TensorData(fields[name].to_numpy().reshape(()), fields[name].dtype, [])
+    return Datum(datum.model_input, fields)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 from lossfns.backend.client.training import LocalTrainingClient
 from lossfns.backend.types import AdamParams, SamplingParams
 from lossfns.errors import LossInputError, show
-from lossfns.server import wire
+from lossfns.server import rest, wire
 from lossfns.server.custom import create_loss
 from lossfns.server.futures import Future
 from lossfns.server.model import ServedModel
@@ -32,7 +33,7 @@ async def client_config(service: Service, body: Json, digest: int | None) -> Jso
     """The flags that the SDK reads at its start; those that are not here have the SDK's defaults."""
     return {
         "pjwt_auth_enabled": False,
-        "use_pyqwest_transport": False,
+        "use_pyqwest_transport": True,
         "proto_compress_fwdbwd": False,
         "parallel_fwdbwd_chunks": True,
         "custom_loss_server_side": True,
@@ -52,6 +53,7 @@ async def create_session(service: Service, body: Json, digest: int | None) -> Js
 
 async def session_heartbeat(service: Service, body: Json, digest: int | None) -> Json:
     service.session(field(body, "session_id", str))
+    service.finish_silent_sessions()
     return {"type": "session_heartbeat"}
 
 
@@ -144,10 +146,6 @@ async def forward_backward(service: Service, request: wire.Pass, digest: int | N
     return promise(service.submit(request.model_id, request.seq_id, digest, kind, run))
 
 
-async def create_custom_loss(service: Service, body: Json, digest: int | None) -> Json:
-    return promise(create_loss(service, body, digest))
-
-
 ADAM = tuple(AdamParams.__dataclass_fields__)
 
 
@@ -210,6 +208,10 @@ async def save_weights_for_sampler(service: Service, body: Json, digest: int | N
     return promise(submit(service, body, digest, "save_weights_for_sampler", run))
 
 
+async def create_custom_loss(service: Service, body: Json, digest: int | None) -> Json:
+    return promise(create_loss(service, body, digest))
+
+
 # Sampling
 
 
@@ -263,6 +265,11 @@ def sampling_params(body: Json) -> SamplingParams:
     return SamplingParams(**{k: field(body, k, kind) for k, kind in kinds.items() if body.get(k) is not None})
 
 
+async def weights_info(service: Service, body: Json, digest: int | None) -> Json:
+    only(body, ("tinker_path",))
+    return await asyncio.to_thread(rest.weights_info, service, body)
+
+
 POST: dict[str, Endpoint] = {
     "client/config": client_config,
     "client/dynamic_config": client_dynamic_config,
@@ -272,34 +279,11 @@ POST: dict[str, Endpoint] = {
     "create_model": create_model,
     "load_weights": load_weights,
     "get_info": get_info,
-    "create_custom_loss": create_custom_loss,
     "optim_step": optim_step,
     "save_weights": save_weights,
     "save_weights_for_sampler": save_weights_for_sampler,
+    "create_custom_loss": create_custom_loss,
     "create_sampling_session": create_sampling_session,
     "asample": asample,
-}
-
-
-# What is read without a body
-
-
-def capabilities(service: Service) -> Json:
-    models = service.local.get_server_capabilities().supported_models
-    return {"supported_models": [{"model_name": m.model_name, "trainable": True, "sampleable": True} for m in models]}
-
-
-def health(service: Service) -> Json:
-    return {"status": "ok"}
-
-
-def get_sampler(service: Service, sampler_id: str) -> Json:
-    sampler = service.find_sampler(sampler_id)
-    return {"sampler_id": sampler_id, "base_model": sampler.base_model, "model_path": sampler.path}
-
-
-GET: dict[str, Callable[..., Json]] = {
-    "get_server_capabilities": capabilities,
-    "healthz": health,
-    "samplers/{sampler_id}": get_sampler,
+    "weights_info": weights_info,
 }

@@ -28,7 +28,8 @@ class Future:
         digest: of the request's body, which tells a repeated request from another one; None matches any.
         result: what the request returned.
         error, category: why it failed, and whose fault it is: ``"user"`` or ``"server"``.
-        retrieved: when the client was given the outcome, in seconds of the monotonic clock; None before.
+        nbytes: the bytes of the arrays of the result.
+        finished, retrieved: when it had its outcome, and when the client got it, by the monotonic clock; 0 before.
     """
 
     def __init__(self, request_id: str, digest: int | None) -> None:
@@ -37,6 +38,7 @@ class Future:
         self.error: str | None = None
         self.category = "user"
         self.finished = self.retrieved = 0.0
+        self.nbytes = 0
         self.done = asyncio.Event()
 
     def set_result(self, result: Any) -> None:
@@ -49,6 +51,8 @@ class Future:
 
     def _finish(self) -> None:
         self.finished = time.monotonic()
+        outputs = self.result.loss_fn_outputs if isinstance(self.result, ForwardBackwardOutput) else []
+        self.nbytes = sum(x.to_numpy().nbytes for record in outputs for x in record.values())
         self.done.set()
 
     def wake(self) -> None:
@@ -56,12 +60,6 @@ class Future:
         self.done.set()
         if not self.finished:
             self.done.clear()
-
-    @property
-    def nbytes(self) -> int:
-        """The bytes of the arrays of a result."""
-        outputs = self.result.loss_fn_outputs if isinstance(self.result, ForwardBackwardOutput) else []
-        return sum(x.to_numpy().nbytes for record in outputs for x in record.values())
 
 
 class Futures:
@@ -122,7 +120,7 @@ class Futures:
         if future is not None:
             self._retrieved.pop(request_id, None)
             self._finished.pop(request_id, None)
-            self.bytes -= future.nbytes if future.done.is_set() else 0
+            self.bytes -= future.nbytes
 
     def _expire(self) -> None:
         now = time.monotonic()

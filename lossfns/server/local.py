@@ -52,3 +52,5 @@ def local_service(service: Service | None = None, **options: Any) -> Iterator[ti
     finally:
         inside.AsyncTinker = original
         asyncio.run_coroutine_threadsafe(service.close(), loop).result()
+        if service.temporary is not None:
+            service.temporary.cleanup()

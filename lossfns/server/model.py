@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -60,6 +61,7 @@ class ServedModel:
         self.running: Call | None = None
         self.failed_gradient: Future | None = None
         self.metrics: dict[str, float] = {}
+        self.last_request = time.time()
         self._changed = asyncio.Event()
         self._task = asyncio.create_task(self._serve())
 
@@ -75,6 +77,7 @@ class ServedModel:
         future = self.futures.begin(request_id, digest)
         if kind == "forward_backward" and self.failed_gradient is not None and self.failed_gradient.retrieved:
             self.failed_gradient = None
+        self.last_request = time.time()
         self.waiting[seq_id] = Call(kind, run, future)
         self._changed.set()
         return future

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from tinker.proto import tinker_public_pb2 as pb
@@ -16,8 +16,18 @@ from lossfns.server.wire import PROTOBUF
 JSON = "application/json"
 
 
+class Encoded(NamedTuple):
+    """A result in both forms. Where it has no protobuf form, both are JSON."""
+
+    protobuf: bytes
+    json: bytes
+
+
 def encode(result: Any, accept: str) -> tuple[str, bytes]:
     """Return the content type and the bytes of a result, in protobuf where it has that form and the client takes it."""
+    if isinstance(result, Encoded):
+        binary = PROTOBUF in accept and result.protobuf != result.json
+        return (PROTOBUF, result.protobuf) if binary else (JSON, result.json)
     if PROTOBUF in accept and isinstance(result, ForwardBackwardOutput):
         return PROTOBUF, output_to_protobuf(result)
     if PROTOBUF in accept and isinstance(result, SampleResponse):

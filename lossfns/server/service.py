@@ -6,13 +6,14 @@ A ``Service`` belongs to one event loop. The models compute on threads of their 
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import tempfile
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lossfns.backend.client.sampling import LocalSamplingClient
 from lossfns.backend.client.service import LocalServiceClient, ModelBuilder
@@ -27,12 +28,20 @@ PATH = re.compile(r"tinker://([0-9a-f-]{8,64}):train:(\d{1,18})/(weights|sampler
 NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,127}", re.ASCII)
 
 
+class Uploaded(NamedTuple):
+    """A loss that a client has uploaded: as a loss of a batch, the rank of each input by name, and the request."""
+
+    loss: LossFn
+    ranks: dict[str, int]
+    request: dict[str, Any]
+
+
 class Session:
     """A client's session: its models, samplers and uploaded losses live as long as it does."""
 
     def __init__(self, session_id: str, user_metadata: Mapping[str, str] | None = None) -> None:
         self.session_id, self.user_metadata = session_id, dict(user_metadata or {})
-        self.losses: dict[str, LossFn] = {}
+        self.losses: dict[str, Uploaded] = {}
         self.seen = time.monotonic()
         self.finished = False
 
@@ -87,8 +96,8 @@ class Service:
         grace_seconds: float = 30.0,
     ) -> None:
         self.local = LocalServiceClient(models, device=device, memory_budget=memory_budget)
-        self._temporary = tempfile.TemporaryDirectory(prefix="lossfns-") if state is None else None
-        self.root = Path(self._temporary.name if self._temporary else str(state))
+        self.temporary = tempfile.TemporaryDirectory(prefix="lossfns-") if state is None else None
+        self.root = Path(self.temporary.name if self.temporary else str(state))
         self.session_limit, self.model_limit, self.sampler_limit = sessions, model_limit, samplers
         self.queue, self.session_seconds = queue, session_seconds
         self.gap_seconds, self.grace_seconds = gap_seconds, grace_seconds
@@ -104,6 +113,7 @@ class Service:
 
     def create_session(self, user_metadata: Mapping[str, str] | None = None) -> str:
         self.refuse_if_stopping()
+        self.finish_silent_sessions()
         if sum(not s.finished for s in self.sessions.values()) >= self.session_limit:
             raise Refused(429, f"{self.session_limit} sessions are open, which is the limit of this server.")
         session = Session(str(uuid.uuid4()), user_metadata)
@@ -132,13 +142,18 @@ class Service:
             del self.samplers[name]
         session.losses.clear()
 
-    async def finish_silent_sessions(self) -> None:
+    def finish_silent_sessions(self) -> None:
         """End the sessions whose clients have given no sign of life for ``session_seconds``."""
-        now = time.monotonic()
-        for session in list(self.sessions.values()):
-            if not session.finished and now - session.seen > self.session_seconds:
+        oldest = time.monotonic() - self.session_seconds
+        for session in self.sessions.values():
+            if not session.finished and session.seen < oldest:
                 log.warning("Session %s ends: no heartbeat for %g s.", session.session_id, self.session_seconds)
-                await self.finish_session(session.session_id)
+                self.run_in_background(self.finish_session(session.session_id))
+
+    def run_in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
 
     # Models
 
@@ -183,11 +198,26 @@ class Service:
                 self.session(session_id)  # it may have finished meanwhile
             finally:
                 self.creating -= 1
-            self.add_model(model_id, client, base_model, user_metadata)
+            model = self.add_model(model_id, client, base_model, user_metadata)
+            await self._record_run(model)
             kind = "create_model" if path is None else "load_weights"
             return {"model_id": model_id, "type": kind, **({} if path is None else {"path": path})}
 
         return self.start(self.futures.begin(f"{model_id}:0", digest), create)
+
+    async def _record_run(self, model: ServedModel) -> None:
+        """Write what remains known of a model when it has gone."""
+        info = await model.client.get_info_async()
+        run = {
+            "training_run_id": model.model_id,
+            "base_model": model.base_model,
+            "is_lora": info.is_lora,
+            "lora_rank": info.lora_rank,
+            "user_metadata": model.user_metadata,
+        }
+        folder = self.folder(model.model_id)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "run.json").write_text(json.dumps(run))
 
     def add_model(
         self, model_id: str, client: LocalTrainingClient, base_model: str, user_metadata: Mapping[str, str] | None
@@ -226,9 +256,7 @@ class Service:
                 future.set_error(f"{type(error).__name__}: {error}", "server")
             self.futures.finish(future)
 
-        task = asyncio.create_task(finish())
-        self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
+        self.run_in_background(finish())
         return future
 
     def refuse_if_stopping(self) -> None:
@@ -241,9 +269,6 @@ class Service:
         for future in self.futures.by_id.values():
             future.wake()
 
-    async def restore(self) -> None:
-        """Restore what ``close`` has saved in the same folder."""
-
     async def close(self) -> None:
         """Run the accepted requests for ``grace_seconds`` at most, and fail the rest."""
         self.begin_stop()
@@ -251,8 +276,6 @@ class Service:
         await asyncio.gather(*(model.stop(self.grace_seconds, stopped) for model in self.models.values()))
         if self.tasks:
             await asyncio.wait(self.tasks)
-        if self._temporary is not None:
-            self._temporary.cleanup()
 
     # Checkpoints
 
@@ -263,6 +286,10 @@ class Service:
             fix = "save_state and save_weights_for_sampler return such paths."
             raise LossInputError("path", "tinker://{model_id}/weights/{name}", repr(path)[:200], fix)
         return self.root / match[1] / match[2] / match[3] / match[4]
+
+    def folder(self, model_id: str) -> Path:
+        """Return the folder of a model's checkpoints."""
+        return self.checkpoint(f"tinker://{model_id}/weights/any").parent.parent
 
     def checkpoint_of(self, model_id: str, kind: str, name: str) -> tuple[str, Path]:
         """Return the path that a model's checkpoint will have, and its file. ``kind`` is a part of the path."""

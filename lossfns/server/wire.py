@@ -221,11 +221,11 @@ def check_spans(spans: Sequence[Any], length: int, place: str) -> None:
 
 
 def array(data: bytes, dtype: np.dtype, place: str) -> np.ndarray:
-    """View bytes as numbers."""
+    """Return bytes as numbers, in memory of their own: torch may write to it."""
     if len(data) % dtype.itemsize:
         got = f"{len(data)} bytes"
         raise LossInputError(place, f"a multiple of {dtype.itemsize} bytes, {dtype.name}", got, "The bytes are cut.")
-    return np.frombuffer(data, dtype)
+    return np.frombuffer(bytearray(data), dtype)
 
 
 def tensor_of_protobuf(tensor: Any, place: str) -> TensorData:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import select
 import signal
@@ -29,7 +30,7 @@ class Ended(NamedTuple):
     timed_out: bool = False
 
 
-def run_isolated(work: Callable[[Send], None], timeout: float) -> Iterator[Any]:
+def run_isolated(work: Callable[[Send], None], timeout: float, silence: float = math.inf) -> Iterator[Any]:
     """Run ``work(send)`` in a child process and yield what it sends. If it does not finish, the last item is ``Ended``.
 
     The child leads a process group, which is killed at the end, when time is up, and when the caller stops iterating.
@@ -38,6 +39,7 @@ def run_isolated(work: Callable[[Send], None], timeout: float) -> Iterator[Any]:
     Args:
         work: a function that is called with a function that sends a message.
         timeout: the seconds after which the child is killed.
+        silence: the seconds without a message after which the child is killed.
     """
     deadline = time.monotonic() + timeout
     reader, writer = os.pipe()
@@ -50,7 +52,7 @@ def run_isolated(work: Callable[[Send], None], timeout: float) -> Iterator[Any]:
     os.close(writer)
     with ended_by_signals():
         try:
-            for message in messages(reader, pid, deadline):
+            for message in messages(reader, pid, deadline, silence):
                 if message == DONE:
                     return
                 yield message
@@ -65,14 +67,15 @@ FAILED = "failed"
 the error."""
 
 
-def messages(reader: int, pid: int, deadline: float) -> Iterator[Any]:
+def messages(reader: int, pid: int, deadline: float, silence: float) -> Iterator[Any]:
     """Yield the messages in a pipe, then an ``Ended``."""
+    heard = time.monotonic()
     os.set_blocking(reader, False)
     poller = select.poll()
     poller.register(reader, select.POLLIN | select.POLLHUP)
     rest, is_open, status = b"", True, None
     while status is None or is_open:
-        left = deadline - time.monotonic()
+        left = min(deadline, heard + silence) - time.monotonic()
         if left <= 0 and status is None:
             yield Ended("time was up", timed_out=True)
             return
@@ -86,6 +89,7 @@ def messages(reader: int, pid: int, deadline: float) -> Iterator[Any]:
             is_open = False
         elif part:
             *lines, rest = (rest + part).split(b"\n")
+            heard = time.monotonic()
             for line in lines:
                 with contextlib.suppress(ValueError):  # the work may have written to the pipe by itself
                     yield json.loads(line)
@@ -131,7 +135,7 @@ def run_child(work: Callable[[Send], None], writer: int, timeout: float) -> NoRe
         os.setsid()
         for number in (signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
-        signal.alarm(min(int(timeout) + 60, 2**31 - 1))  # in case the parent is gone by then
+        signal.alarm(int(min(timeout + 60, 2**31 - 1)))  # in case the parent is gone by then
         redirect_streams()
         owner = os.getpid()
 

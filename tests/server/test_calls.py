@@ -2,22 +2,185 @@
 
 from __future__ import annotations
 
-from server import served, tinker
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from serving import batch, datum, sdk, tinker
+
+from lossfns.server import local_service
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+types = tinker.types
+TOKENS = types.ModelInput.from_ints([1, 2, 3])
 
 
-def test_a_model_is_trained_saved_loaded_and_sampled() -> None:
-    with served() as url, tinker.ServiceClient(base_url=url, api_key="tml-local") as service:
-        client = service.create_lora_training_client("Decoder", rank=4, seed=1).result()
-        types = tinker.types
-        tokens = types.ModelInput.from_ints([1, 2, 3])
-        data = [types.Datum(tokens, {"target_tokens": [2, 3, 4], "weights": [1.0, 0.5, 2.0]})]
-        before = client.forward_backward(data, "cross_entropy").result()
-        client.optim_step(types.AdamParams(learning_rate=1e-2)).result()
-        path = client.save_state("first").result().path
-        after = client.forward(data, "cross_entropy").result()
-        assert after.metrics["loss:sum"] < before.metrics["loss:sum"]
-        again = service.create_training_client_from_state_with_optimizer(path).result()
-        assert again.forward(data, "cross_entropy").result().metrics["loss:sum"] == after.metrics["loss:sum"]
-        sampler = client.save_weights_and_get_sampling_client().result()
-        sampled = sampler.sample(tokens, 2, types.SamplingParams(max_tokens=4)).result()
-        assert [len(sequence.tokens) for sequence in sampled.sequences] == [4, 4]
+def adam(rate: float = 1e-2) -> object:
+    return types.AdamParams(learning_rate=rate)
+
+
+def test_every_training_call() -> None:
+    with sdk() as service:
+        client = service.create_lora_training_client("Tiny", rank=4, seed=1, user_metadata={"run": "a"}).result()
+        info = client.get_info()
+        assert (info.model_data.model_name, info.is_lora, info.lora_rank) == ("Tiny", True, 4)
+        assert info.model_id == client.model_id and client.model_id.endswith(":train:0")
+        data = batch()
+        before = client.forward(data, "cross_entropy").result()
+        assert [record["logprobs"].shape for record in before.loss_fn_outputs] == [[3], [5], [1]]
+        summed = sum(
+            -(d.loss_fn_inputs["weights"].to_numpy() * out["logprobs"].to_numpy()).sum()
+            for d, out in zip(data, before.loss_fn_outputs)
+        )
+        assert before.metrics["loss:sum"] == pytest.approx(summed, rel=1e-6)
+        passed = client.forward_backward(data, "cross_entropy").result()
+        assert passed.metrics["loss:sum"] == pytest.approx(summed, rel=1e-6)
+        assert all(key.count(":") == 1 for key in passed.metrics), passed.metrics
+        step = client.optim_step(adam()).result()
+        assert step.metrics["grad_norm"] > 0
+        custom = client.forward_backward_custom(
+            data, lambda _, logprobs: (-torch.cat(logprobs).mean(), {"seen": 1.0})
+        ).result()
+        assert custom.metrics["seen"] == 1.0 and custom.metrics["loss:sum"] > 0
+        client.optim_step(adam()).result()
+        state, weights = client.save_state("a").result().path, client.save_weights_for_sampler("a").result().path
+        assert state == f"tinker://{client.model_id}/weights/a"
+        assert weights == f"tinker://{client.model_id}/sampler_weights/a"
+        now = client.forward(data, "cross_entropy").result().metrics["loss:sum"]
+        assert now < summed
+
+        def step_of(other: object) -> float:
+            other.forward_backward(data, "cross_entropy").result()
+            other.optim_step(adam()).result()
+            return other.forward(data, "cross_entropy").result().metrics["loss:sum"]
+
+        after = step_of(client)
+        fresh = service.create_training_client_from_state(state).result()
+        whole = service.create_training_client_from_state_with_optimizer(state).result()
+        assert fresh.get_info().lora_rank == 4
+        losses = [c.forward(data, "cross_entropy").result().metrics["loss:sum"] for c in (fresh, whole)]
+        assert losses == [now, now]
+        assert step_of(whole) == after != step_of(fresh)
+        client.load_state_with_optimizer(state).result()
+        assert step_of(client) == after
+        client.load_state(weights).result()
+        assert client.forward(data, "cross_entropy").result().metrics["loss:sum"] == now
+
+
+def test_every_sampling_call() -> None:
+    with sdk() as service:
+        client = service.create_lora_training_client("Tiny", rank=4, seed=1).result()
+        saved = client.save_weights_for_sampler("a").result().path
+        base = service.create_sampling_client(base_model="Tiny").result()
+        samplers = {
+            "copy": client.save_weights_and_get_sampling_client().result(),
+            "inflight": client.save_weights_and_get_sampling_client(kind="inflight").result(),
+            "path": service.create_sampling_client(model_path=saved).result(),
+            "of the client": client.create_sampling_client(saved).result(),
+            "base": base,
+        }
+        greedy = types.SamplingParams(max_tokens=5, temperature=0.0)
+        seeded = types.SamplingParams(max_tokens=5, seed=3, top_k=20, top_p=0.9)
+        expected = base.sample(TOKENS, 1, greedy).result().sequences[0].tokens
+        for name, sampler in samplers.items():
+            response = sampler.sample(TOKENS, 2, greedy, include_prompt_logprobs=True).result()
+            assert [s.tokens for s in response.sequences] == [expected] * 2, name
+            assert len({s.sequence_id for s in response.sequences}) == 2, name
+            logprobs = sampler.compute_logprobs(TOKENS).result()
+            assert logprobs == response.prompt_logprobs and logprobs[0] is None and logprobs[1] < 0, name
+            again = [sampler.sample(TOKENS, 1, seeded).result().sequences[0] for _ in range(2)]
+            assert again[0].tokens == again[1].tokens and again[0].logprobs == again[1].logprobs, name
+            assert again[0].sequence_id != again[1].sequence_id, name
+        scored = base.compute_logprobs(types.ModelInput.from_ints([1, 2, 3, *expected])).result()
+        sampled = base.sample(TOKENS, 1, greedy).result().sequences[0]
+        assert np.allclose(scored[3:], sampled.logprobs, atol=1e-5)
+        stop = types.SamplingParams(max_tokens=5, temperature=0.0, stop=[expected[1]])
+        ended = base.sample(TOKENS, 1, stop).result().sequences[0]
+        assert ended.stop_reason == "stop" and ended.tokens == expected[: expected.index(expected[1]) + 1]
+
+
+def test_targets_of_several_k_sparse_and_dense() -> None:
+    row = [1, 2, 3, 4]
+    wide = torch.tensor([[5, 6, 0, 0], [7, 0, 0, 0], [0, 0, 0, 0]])
+    shares = torch.tensor([[0.5, 0.5, 0, 0], [1.0, 0, 0, 0], [0, 0, 0, 0]])
+    sparse = datum(row, target_tokens=wide, weights=shares)
+    dense = datum(row, target_tokens=wide.numpy(), weights=shares.numpy())
+    assert sparse.loss_fn_inputs["weights"].sparse_crow_indices is not None, "the case is not sparse"
+    narrow = datum(row, target_tokens=wide[:, :2].numpy(), weights=shares[:, :2].numpy())
+    flat, column = datum(row, weights=[1.0, 1.0, 1.0]), datum(row, target_tokens=[[2], [3], [4]])
+    with sdk() as service:
+        client = service.create_lora_training_client("Tiny", rank=4, seed=1).result()
+
+        def run(data: list[object]) -> tuple[list[np.ndarray], float]:
+            result = client.forward_backward(data, "cross_entropy").result()
+            return [out["logprobs"].to_numpy() for out in result.loss_fn_outputs], result.metrics["loss:sum"]
+
+        mixed, total = run([sparse, flat, dense, narrow, column])
+        assert [x.shape for x in mixed] == [(3, 4), (3,), (3, 4), (3, 2), (3, 1)]
+        alone = [run([each]) for each in (sparse, flat, dense, narrow, column)]
+        for got, (expected, _) in zip(mixed, alone):
+            assert np.allclose(got, expected[0], atol=1e-6)
+        assert total == pytest.approx(sum(loss for _, loss in alone), rel=1e-6)
+
+
+def test_a_batch_without_a_weight_adds_zeros() -> None:
+    with sdk() as service:
+        client = service.create_lora_training_client("Tiny", rank=4, seed=1).result()
+        data = [datum([1, 2, 3], weights=[0.0, 0.0])]
+        result = client.forward_backward(data, "cross_entropy").result()
+        assert result.metrics["loss:sum"] == 0.0
+        assert client.optim_step(adam()).result().metrics["grad_norm"] == 0.0
+        clipped = client.forward_backward_custom(data, lambda _, logprobs: (0 * logprobs[0].sum(), {})).result()
+        assert clipped.metrics["loss:sum"] == 0.0
+
+
+def test_what_clients_read_of_a_server() -> None:
+    with sdk() as service, warnings.catch_warnings():
+        rest = service.create_rest_client()
+        assert [m.model_name for m in rest.get_server_capabilities().result().supported_models] == ["Tiny"]
+        client = service.create_lora_training_client("Tiny", rank=4, seed=1, user_metadata={"run": "a"}).result()
+        path = client.save_state("first", user_metadata={"step": "1"}).result().path
+        sampler = client.save_weights_for_sampler("second").result().path
+        run = rest.get_training_run(client.model_id).result()
+        assert (run.base_model, run.lora_rank, run.user_metadata) == ("Tiny", 4, {"run": "a"})
+        assert run.last_checkpoint.tinker_path == path and run.last_sampler_checkpoint.tinker_path == sampler
+        assert [r.training_run_id for r in rest.list_training_runs().result().training_runs] == [client.model_id]
+        found = rest.list_checkpoints(client.model_id).result().checkpoints
+        assert {c.tinker_path for c in found} == {path, sampler}
+        assert {c.tinker_path for c in rest.list_user_checkpoints().result().checkpoints} == {path, sampler}
+        info = rest.get_weights_info_by_tinker_path(path).result()
+        assert (info.base_model, info.lora_rank, info.train_mlp) == ("Tiny", 4, True)
+        session = rest.get_session(client.model_id.split(":")[0]).result()
+        assert session.training_run_ids == [client.model_id]
+        rest.delete_checkpoint_from_tinker_path(sampler).result()
+        assert [c.tinker_path for c in rest.list_checkpoints(client.model_id).result().checkpoints] == [path]
+
+
+def test_an_uploaded_loss_runs_on_the_server() -> None:
+    def loss(logprobs: torch.Tensor, weights: torch.Tensor, scale: torch.Tensor) -> object:
+        value = -(scale * weights * logprobs).sum()
+        return value, {"custom/weight:sum": weights.sum(), "custom/scale:mean": scale + 0}
+
+    data = [datum([1, 2, 3], weights=[1.0, 0.5], scale=np.float32([2.0])) for _ in range(2)]
+    for each in data:
+        each.loss_fn_inputs["scale"] = types.TensorData(data=[2.0], dtype="float32", shape=[])
+    with sdk() as service:
+        client = service.create_lora_training_client("Tiny", rank=4, seed=1).result()
+        handle = service.create_custom_loss(loss, {"logprobs": 1, "weights": 1, "scale": 0}).result()
+        assert handle.loss_id is not None
+        result = client.forward_backward_custom(data, handle).result()
+        plain = client.forward([datum([1, 2, 3], weights=[2.0, 1.0])] * 2, "cross_entropy").result()
+        assert result.metrics["loss:sum"] == pytest.approx(plain.metrics["loss:sum"], rel=1e-6)
+        assert result.metrics["custom/weight:sum"] == 3.0 and result.metrics["custom/scale:mean"] == 2.0
+
+
+def test_the_same_client_without_a_socket() -> None:
+    original = tinker.lib.internal_client_holder.AsyncTinker
+    with local_service() as service:
+        client = service.create_lora_training_client("Decoder", rank=2, seed=1).result()
+        client.forward_backward(batch(), "cross_entropy").result()
+        assert client.optim_step(adam()).result().metrics["grad_norm"] > 0
+        with pytest.raises(tinker.RequestFailedError, match="stable_reinforce"):
+            client.forward_backward(batch(), "stable_reinforce").result()
+    assert tinker.lib.internal_client_holder.AsyncTinker is original

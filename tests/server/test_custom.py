@@ -8,7 +8,7 @@ import httpx
 import pytest
 import torch
 from graphs import INPUTS, X, function, whole
-from server import served, tinker
+from serving import served, tinker
 from torch import Tensor
 
 from lossfns.server import local_service

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from batches import CASES, LOGPROBS, Batch, Case
-from server import tinker
+from serving import tinker
 
 import lossfns
 from lossfns import LossInputError, export

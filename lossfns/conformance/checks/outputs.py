@@ -1,0 +1,137 @@
+"""Outputs of forward and forward_backward: records, logprobs and metrics."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from lossfns.conformance.base import Check, Finding, require, worst
+from lossfns.conformance.bench import Bench
+from lossfns.conformance.client import Answer
+from lossfns.conformance.rows import BATCH, row, tokens
+
+NATS = 0.05
+"""The difference of logprobs that another batch shape may make in half precision, in nats."""
+
+REDUCTIONS = ("mean", "sum", "min", "max", "slack", "hash2", "unique")
+"""The reductions of metrics that the SDK knows."""
+
+
+def forward(bench: Bench) -> None:
+    """forward answers with one record of logprobs for each datum."""
+    check_records(bench.fresh().forward(BATCH))
+
+
+def forward_backward(bench: Bench) -> None:
+    """forward_backward answers with one record of logprobs for each datum."""
+    check_records(bench.fresh().forward_backward(BATCH))
+
+
+def check_records(answer: Answer) -> None:
+    """Refuse records that are not one for each datum of the batch, with logprobs."""
+    n = len(answer.records)
+    require(n == len(BATCH), f"{n} records for {len(BATCH)} datums", "datum-count")
+    for i, record in enumerate(answer.records):
+        require("logprobs" in record, f"the record of datum {i} has {sorted(record)} and no logprobs", "output-shape")
+
+
+def output_shape(bench: Bench) -> None:
+    """Logprobs are float32, and have the shape of target_tokens."""
+    for call in ("forward", "forward_backward"):
+        answer = getattr(bench.fresh(), call)(BATCH)
+        for i, (datum, record) in enumerate(zip(BATCH, answer.records)):
+            shape, dtype = np.shape(record["logprobs"].to_numpy()), record["logprobs"].dtype
+            expected = datum.fields["target_tokens"].shape
+            require(shape == expected, f"{call}: logprobs of datum {i} are {list(shape)}, targets {list(expected)}")
+            require(dtype == "float32", f"{call}: logprobs of datum {i} are {dtype}", "output-values")
+
+
+def output_values(bench: Bench) -> None:
+    """Logprobs are finite and at most 0."""
+    for i, lp in enumerate(bench.fresh().forward(BATCH).logprobs):
+        require(bool(np.isfinite(lp).all()), f"a logprob of datum {i} is {lp[~np.isfinite(lp)].ravel()[:1]}")
+        require(float(lp.max()) <= 1e-4, f"a logprob of datum {i} is {lp.max():.4g}")
+
+
+def metric_keys(bench: Bench) -> None:
+    """Metrics are finite numbers named name:reduction."""
+    for call in ("forward", "forward_backward"):
+        for key, value in getattr(bench.fresh(), call)(BATCH).metrics.items():
+            require(key.rpartition(":")[2].split("_")[0] in REDUCTIONS, f"{call}: a metric is named {key!r}")
+            finite = isinstance(value, int | float) and math.isfinite(value)
+            require(finite, f"{call}: the metric {key} is {value!r}")
+
+
+def loss_sum(bench: Bench) -> None:
+    """Metrics of forward and of forward_backward have loss:sum."""
+    for call in ("forward", "forward_backward"):
+        metrics = getattr(bench.fresh(), call)(BATCH).metrics
+        got = ", ".join(sorted(metrics)) or "none at all"
+        require("loss:sum" in metrics, f"{call}: the metrics are {got}")
+
+
+def output_order(bench: Bench) -> Finding:
+    """Records are in the order of the datums."""
+    answer = bench.fresh().forward(BATCH[::-1])
+    require(len(answer.records) == len(BATCH), "there is not one record for each datum", "datum-count")
+    back = answer.logprobs[::-1]
+    first = bench.start_logprobs(BATCH)
+    swapped = [i for i, (a, b) in enumerate(zip(back, first)) if a.shape != b.shape]
+    require(not swapped, "the records of a reversed batch have the lengths of the batch", "output-order")
+    return apart(back, first, "the batch in the reverse order")
+
+
+def targets_honoured(bench: Bench) -> None:
+    """Logprobs are those of target_tokens, not of the next input token."""
+    datum = BATCH[1]
+    others = datum.having(target_tokens=tokens(9, len(datum.tokens)))
+    gap = np.abs(bench.start_logprobs([others])[0] - bench.start_logprobs([datum])[0]).max()
+    require(gap > 1e-3, "other target_tokens at the same inputs have the same logprobs")
+
+
+def batch_independence(bench: Bench) -> Finding:
+    """The logprobs of a datum do not depend on the other datums of its batch."""
+    alone = [bench.start_logprobs([datum])[0] for datum in BATCH]
+    long = [row(5, 40), *BATCH, row(6, 2)]
+    together = bench.start_logprobs(long)[1:-1]
+    return worst([
+        apart(bench.start_logprobs(BATCH), alone, "datums in a batch and alone"),
+        apart(together, alone, "datums beside longer and shorter ones, and alone"),
+    ])  # fmt: skip
+
+
+def one_numeric_path(bench: Bench) -> Finding:
+    """forward_backward returns the logprobs of forward."""
+    return apart(bench.fresh().forward_backward(BATCH).logprobs, bench.start_logprobs(BATCH),
+        "logprobs of forward_backward and of forward", nats=NATS / 5)  # fmt: skip
+
+
+def repetition(bench: Bench) -> Finding:
+    """The same forward twice gives the same logprobs."""
+    trainer = bench.fresh()
+    first, second = trainer.forward(BATCH).logprobs, trainer.forward(BATCH).logprobs
+    return apart(second, first, "forward twice")
+
+
+def apart(found: list[np.ndarray], expected: list[np.ndarray], seen: str, nats: float = NATS) -> Finding:
+    """Compare logprobs, by the largest difference in nats."""
+    for a, b in zip(found, expected, strict=True):
+        require(a.shape == b.shape, f"{seen}: shapes {list(a.shape)} and {list(b.shape)}", "output-shape")
+    gap = max(float(np.abs(a - b).max()) for a, b in zip(found, expected))
+    return Finding(gap, nats, seen=f"{seen}: they differ by {gap:.3g} nats")
+
+
+CHECKS = (
+    Check.of(forward, "refused"),
+    Check.of(forward_backward, "refused"),
+    Check.of(output_shape, "output-shape", needs=("forward",)),
+    Check.of(output_values, "output-values", needs=("forward",)),
+    Check.of(metric_keys, "metric-keys", needs=("forward",)),
+    Check.of(loss_sum, "loss-sum-missing", needs=("forward",)),
+    Check.of(repetition, "state-between-calls", needs=("forward",)),
+    Check.of(output_order, "output-order", needs=("output-shape",)),
+    Check.of(targets_honoured, "targets-ignored", needs=("output-shape",)),
+    Check.of(batch_independence, "batch-leak", needs=("output-shape",)),
+    Check.of(one_numeric_path, "two-numeric-paths", needs=("output-shape",)),
+)
