@@ -59,6 +59,7 @@ def policy_rows(logprobs: Sequence[np.ndarray], *, mask: bool = False) -> list[R
         regimes = [REGIMES[(k + i) % len(REGIMES)] for i in range(n - prompt)]
         k += len(regimes)
         log_ratio = np.array([0.0] * prompt + [d for d, _ in regimes])
+        log_ratio = np.where(lp - log_ratio > -1e-3, abs(log_ratio), log_ratio)  # no logprob is above 0
         advantages = [0.0] * prompt + [a for _, a in regimes]
         fields: dict[str, Any] = {"logprobs": lp - log_ratio, "advantages": advantages, "weights": None}
         rows.append(datum.having(**fields))
