@@ -46,6 +46,9 @@ MOST_SECONDS = 150.0
 HEALTH_SECONDS = 5.0
 """The longest time for any answer at all over HTTP."""
 
+MARGIN = 2.0
+"""The time beyond its limit that a check has to say what has no answer, before its process is killed."""
+
 MOST_HANGS = 4
 """So many checks in a row without an answer end the run."""
 
@@ -164,7 +167,7 @@ def worker(
     """Run checks in a child process until all are done, or one hangs or dies. Yield each result with the facts."""
     doing, status, began = checks[0], "", time.monotonic()
     work = partial(work_through, target, checks, facts, limit)
-    running: Any = run_isolated(work, math.inf, silence=limit + 2)
+    running: Any = run_isolated(work, math.inf, silence=limit + MARGIN)
     with contextlib.closing(running) as messages:
         for message in messages:
             match message:
