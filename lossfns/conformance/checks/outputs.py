@@ -9,7 +9,7 @@ import numpy as np
 from lossfns.conformance.base import Check, Finding, require, worst
 from lossfns.conformance.bench import Bench
 from lossfns.conformance.client import Answer
-from lossfns.conformance.rows import BATCH, row, tokens
+from lossfns.conformance.rows import BATCH, other_tokens, row
 
 NATS = 0.05
 """The difference of logprobs that another batch shape may make in half precision, in nats."""
@@ -86,9 +86,10 @@ def output_order(bench: Bench) -> Finding:
 def targets_honoured(bench: Bench) -> None:
     """Logprobs are those of target_tokens, not of the next input token."""
     datum = BATCH[1]
-    others = datum.having(target_tokens=tokens(9, len(datum.tokens)))
-    gap = np.abs(bench.start_logprobs([others])[0] - bench.start_logprobs([datum])[0]).max()
-    require(gap > 1e-3, "other target_tokens at the same inputs have the same logprobs")
+    others = datum.having(target_tokens=other_tokens(datum.fields["target_tokens"]))
+    gap = np.abs(bench.start_logprobs([others])[0] - bench.start_logprobs([datum])[0])
+    same = int((gap < 1e-4).sum())  # two tokens may have one probability by chance
+    require(same < 2, f"{same} of {len(gap)} other target_tokens at the same inputs have the same logprobs")
 
 
 def batch_independence(bench: Bench) -> Finding:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from lossfns.conformance.base import Check, Finding, Wrong, require, server_words
+from lossfns.conformance.base import Check, Finding, Wrong, require, server_words, worst
 from lossfns.conformance.bench import Act, Bench, Gradient, calibrate, find_start
 from lossfns.conformance.checks.outputs import NATS
 from lossfns.conformance.client import Trainer, plain_sgd
@@ -102,7 +102,16 @@ def resume_without_optimizer(bench: Bench) -> Finding:
 def save_disturbs_nothing(bench: Bench) -> Finding:
     """Saving does not change the client that saves."""
     found = bench.effect(Act("save", bench.save), Gradient(BATCH))
-    return bench.same(found, bench.effect(Gradient(BATCH)), "a step after a save, and without one")
+    trainer = bench.fresh()
+    trainer.forward_backward(HALF)
+    trainer.step(learning_rate=1e-2, **ADAM)
+    bench.save(trainer)
+    trainer.forward_backward(REST)
+    trainer.step(learning_rate=1e-2, **ADAM)
+    return worst([
+        bench.same(found, bench.effect(Gradient(BATCH)), "a step after a save, and without one"),
+        bench.same(moved(bench, trainer), in_one_go(bench, ADAM), "two steps of AdamW with a save between them"),
+    ])  # fmt: skip
 
 
 def clients_are_apart(bench: Bench) -> Finding:
