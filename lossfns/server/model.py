@@ -15,22 +15,27 @@ from lossfns.server.futures import Future, Futures, Refused
 log = logging.getLogger("lossfns.server")
 
 
+Run = Callable[[], Awaitable[Any]]
+
+
 class Call(NamedTuple):
-    """An accepted request: what it is, the coroutine function that runs it, and its future."""
+    """An accepted request: what it is, the coroutine function that runs it, its bytes, and its future."""
 
     kind: str
-    run: Callable[[], Awaitable[Any]]
+    run: Run
+    nbytes: int
     future: Future
 
 
 class ServedModel:
     """A training client and the queue of its requests.
 
-    A request waits for all those with lower sequence ids. If the next one does not come for ``gap_seconds``, the
-    requests that wait for it fail, since part of what they build on is missing, and the sequence goes on after them.
+    A request waits for all those with lower sequence ids, ``gap_seconds`` at most: a client leaves out the id of a call
+    that failed before it was sent. The SDK sends the parts of a batch at once, the first one last, so an id that comes
+    late is normal; one that comes after its place was given up is refused.
 
-    A step is refused once after a gradient that has failed: it would take a part of the batch for the whole. It is not
-    refused if another gradient is submitted after the client has read the failure.
+    A step is refused once after a gradient that has failed or was refused: it would take a part of the batch for the
+    whole. It is not refused if another gradient is submitted after the client has read the failure.
 
     Args:
         model_id: ``{session}:train:{number}``.
@@ -60,25 +65,30 @@ class ServedModel:
         self.waiting: dict[int, Call] = {}
         self.running: Call | None = None
         self.failed_gradient: Future | None = None
-        self.metrics: dict[str, float] = {}
+        self.metrics: dict[str, dict[str, float]] = {}  # by the kind of the last requests that have any
         self.last_request = time.time()
         self._changed = asyncio.Event()
         self._task = asyncio.create_task(self._serve())
 
-    def submit(self, seq_id: int, digest: int | None, kind: str, run: Callable[[], Awaitable[Any]]) -> Future:
+    def submit(self, seq_id: int, digest: int | None, kind: str, run: Run, nbytes: int = 0) -> Future:
         """Queue a request. A repeated one has the same future; a place that has passed is refused."""
         request_id = f"{self.model_id}:{seq_id}"
         if (repeated := self.futures.repeated(request_id, digest)) is not None:
             return repeated
         if seq_id < self.next_seq:
-            raise Refused(400, f"seq_id: expected {self.next_seq} or later, got {seq_id}, which has passed.")
+            reason = f"seq_id: expected {self.next_seq} or later, got {seq_id}, which has passed."
+            if kind == "forward_backward":
+                self.failed_gradient = Future(request_id, None)
+                self.failed_gradient.set_error(reason)
+                self.failed_gradient.retrieved = self.failed_gradient.finished
+            raise Refused(400, reason)
         if len(self.waiting) >= self.queue_limit:
             raise Refused(429, f"{len(self.waiting)} requests of {self.model_id} wait.")
         future = self.futures.begin(request_id, digest)
         if kind == "forward_backward" and self.failed_gradient is not None and self.failed_gradient.retrieved:
             self.failed_gradient = None
         self.last_request = time.time()
-        self.waiting[seq_id] = Call(kind, run, future)
+        self.waiting[seq_id] = Call(kind, run, nbytes, future)
         self._changed.set()
         return future
 
@@ -103,11 +113,11 @@ class ServedModel:
                     await self._changed.wait()
                     self._changed.clear()
         except TimeoutError:
-            reason = f"waited {self.gap_seconds:g} s for the request with seq_id {self.next_seq}, which did not come"
-            self._fail_waiting(reason)
+            log.warning("%s goes on without the request with seq_id %d.", self.model_id, self.next_seq)
+            self.next_seq = min(self.waiting)
 
     def _fail_waiting(self, reason: str) -> None:
-        """Fail all requests that wait, and go on after them."""
+        """Fail all requests that wait."""
         for seq_id, call in sorted(self.waiting.items()):
             self._set_error(call, f"{call.kind} (seq_id {seq_id}): not run, it {reason}. Submit it again.", "user")
             self.next_seq = seq_id + 1
@@ -124,7 +134,8 @@ class ServedModel:
             log.exception("%s of %s failed.", call.kind, self.model_id)
             self._set_error(call, f"{type(error).__name__}: {error}", "server")
         else:
-            self.metrics = getattr(result, "metrics", None) or self.metrics
+            metrics = result.get("metrics") if isinstance(result, dict) else result.metrics
+            self.metrics |= {call.kind: metrics} if metrics else {}
             call.future.set_result(result)
             self.futures.finish(call.future)
 

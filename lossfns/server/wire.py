@@ -26,6 +26,9 @@ DTYPES: dict[int, tuple[str, np.dtype]] = {
     pb.DTYPE_FLOAT32: ("float32", np.dtype("<f4")),
     pb.DTYPE_INT64: ("int64", np.dtype("<i8")),
 }
+MAX_DATUMS, MAX_CHUNKS = 2**16, 2**12
+"""The most datums of a request, and the most chunks of a model input."""
+
 MAX_CELLS = 2**27
 """The most values of one tensor. A sparse tensor of few bytes may claim a shape of any size."""
 
@@ -174,6 +177,8 @@ def pass_of_json(body: dict[str, Any], forward_only: bool) -> Pass:
 
 
 def data_or_error(read: Callable[[Any, str], Datum], data: Sequence[Any]) -> list[Datum] | LossInputError:
+    if len(data) > MAX_DATUMS:
+        return LossInputError("data", f"at most {MAX_DATUMS} datums", f"{len(data)}", "Send several requests.")
     try:
         return [read(datum, f"data[{i}]") for i, datum in enumerate(data)]
     except LossInputError as error:
@@ -181,6 +186,7 @@ def data_or_error(read: Callable[[Any, str], Datum], data: Sequence[Any]) -> lis
 
 
 def datum_of_protobuf(message: Any, place: str) -> Datum:
+    check_chunks(message.model_input, f"{place}.model_input")
     chunks = [tokens_of_protobuf(chunk, f"{place}.model_input[{j}]") for j, chunk in enumerate(message.model_input)]
     fields = {
         name: tensor_of_protobuf(tensor, f'{place}.loss_fn_inputs["{name}"]')
@@ -192,6 +198,11 @@ def datum_of_protobuf(message: Any, place: str) -> Datum:
     rows = len(ids) if targets is None or not targets.shape else targets.shape[0]
     check_spans(message.loss_fn_input_spans, rows, f"{place}.loss_fn_input_spans")
     return Datum(TokenInput(ids), fields)
+
+
+def check_chunks(chunks: Sequence[Any], place: str) -> None:
+    if len(chunks) > MAX_CHUNKS:
+        raise LossInputError(place, f"at most {MAX_CHUNKS} chunks", f"{len(chunks)}", "Join them.")
 
 
 def joined(chunks: list[np.ndarray]) -> np.ndarray:
@@ -297,7 +308,8 @@ def tokens_of_json(model_input: dict[str, Any], place: str = "model_input") -> n
     """Return the ids [N] of a model input: {chunks: [{type: encoded_text, tokens}]}."""
     only(model_input, ("chunks",))
     chunks = []
-    for j, chunk in enumerate(field(model_input, "chunks", list)):
+    check_chunks(field(model_input, "chunks", list), place)
+    for j, chunk in enumerate(model_input["chunks"]):
         where = f"{place}[{j}]"
         if not isinstance(chunk, dict) or chunk.get("type", "encoded_text") != "encoded_text":
             raise not_text(show(chunk.get("type") if isinstance(chunk, dict) else chunk), where)
