@@ -18,6 +18,11 @@ def tokens(seed: int, length: int) -> list[int]:
     return [FIRST + (37 * seed + 11 * i + 7 * i * i) % SPAN for i in range(length)]
 
 
+def other_tokens(ids: np.ndarray) -> np.ndarray:
+    """Return tokens of which each is another one than the given."""
+    return FIRST + (ids - FIRST + 31) % SPAN
+
+
 def row(seed: int, n: int, weights: Sequence[float] | None = None, **fields: Any) -> Row:
     """Return a datum of N next-token targets; all have weight 1 unless weights are given."""
     ids = tokens(seed, n + 1)
@@ -38,11 +43,11 @@ PROBE = (*(r.having(weights=np.ones(len(r.tokens))) for r in BATCH), row(4, 7))
 
 REGIMES = (
     (0.05, 1.0), (0.5, 0.7), (-0.5, 1.3), (-0.05, -1.0), (0.5, -0.8), (-0.5, -1.2), (1.6, 0.5), (0.1, -0.3),
-    (-0.1, 0.9), (0.02, 2.0), (0.14, 0.6), (-0.16, -0.9),
+    (-0.1, 0.9), (0.02, 2.0), (0.14, 0.6), (-0.16, -0.9), (1.5, -0.6),
 )  # fmt: skip
 """(log-ratio, advantage) of tokens: both signs of the advantage within the clip bounds and beyond each of them.
 
-The last two ratios, 1.15 and 0.85, are within the usual bounds and beyond narrower ones.
+The ratios 1.15 and 0.85 are within the usual bounds and beyond narrower ones. The last one is where a dual clip acts.
 """
 
 PROMPT = (2, 3, 1)
@@ -61,7 +66,7 @@ def policy_rows(logprobs: Sequence[np.ndarray], *, mask: bool = False) -> list[R
         n = len(lp)
         regimes = [REGIMES[(k + i) % len(REGIMES)] for i in range(n - prompt)]
         k += len(regimes)
-        log_ratio = np.array([0.0] * prompt + [d for d, _ in regimes])
+        log_ratio = np.array([0.3] * prompt + [d for d, _ in regimes])
         log_ratio = np.where(lp - log_ratio > -1e-3, abs(log_ratio), log_ratio)  # no logprob is above 0
         advantages = [0.0] * prompt + [a for _, a in regimes]
         fields: dict[str, Any] = {"logprobs": lp - log_ratio, "advantages": advantages, "weights": None}
