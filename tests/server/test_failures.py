@@ -7,10 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import httpx
 import pytest
-import zstandard
-from serving import KEY, batch, datum, sdk, served, tinker, tiny_service
+from serving import KEY, batch, datum, httpx, sdk, served, tinker, tiny_service, zstandard
 from tinker.proto import tinker_public_pb2 as pb
 from tinker.proto.request_conv import forward_backward_request_to_proto
 
