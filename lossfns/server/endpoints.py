@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from lossfns.backend.client.requests import check_metadata
 from lossfns.backend.client.training import LocalTrainingClient
 from lossfns.backend.types import AdamParams, SamplingParams
 from lossfns.errors import LossInputError, show
@@ -96,6 +97,7 @@ async def load_weights(service: Service, body: Json, digest: int | None) -> Json
     path, optimizer = field(body, "path", str), field(body, "optimizer", bool)
     metadata, base_model = field(body, "user_metadata", dict, None), field(body, "base_model", str, None)
     check_optimizer(body)
+    check_metadata(metadata)
     file = service.checkpoint(path)
 
     async def load(model: ServedModel) -> Json:
@@ -240,6 +242,7 @@ async def asample(service: Service, body: Json, digest: int | None) -> Json:
         raise LossInputError("num_samples", "a whole number from 1 to 4096", str(count), "Send several requests.")
     request_id = f"{session}:{seq_id}"
     ids = [f"{request_id}:{i}" for i in range(count)]
+    service.find_sampler(session)  # before a future takes the name: it could be the place of a model's request
     future = service.futures.repeated(request_id, digest)
     if future is None:
         service.session(session.partition(":")[0])

@@ -11,9 +11,7 @@ import numpy as np
 from tinker.proto import tinker_public_pb2 as pb
 
 from lossfns.backend.types import ForwardBackwardOutput, SampleResponse
-from lossfns.server.wire import PROTOBUF
-
-JSON = "application/json"
+from lossfns.server.wire import JSON, PROTOBUF
 
 
 class Encoded(NamedTuple):
