@@ -183,7 +183,8 @@ RESOLVED = "A client needs no waiting. Code that expects a future of it can read
 EMBEDDING = "Fireworks has losses over embeddings."
 FIREWORKS = "Fireworks has it."
 ONE_MODEL = "It may be omitted if the service has one model alone."
-NOT_SAMPLED = "The local sampler returns the logprobs of the tokens that it draws and of the prompt, and no others."
+NOT_SAMPLED = "The local sampler scores other tokens by calls of their own: target_logprobs and top_logprobs."
+SCORES = "It scores a prompt without sampling; the SDK asks for these numbers with a sample."
 ARRAYS = "Results are lists; numpy.array makes an array of one."
 KIND = "Its class says the same."
 ALWAYS_SET = "It is always set."
@@ -242,6 +243,10 @@ WHY: dict[str, str] = {
     "SamplingClient.from_sampler_handle": NO_SERVICE,
     "SamplingClient.result": RESOLVED,
     "SamplingClient.result_async": RESOLVED,
+    "SamplingClient.target_logprobs": SCORES,
+    "SamplingClient.target_logprobs_async": SCORES,
+    "SamplingClient.top_logprobs": SCORES,
+    "SamplingClient.top_logprobs_async": SCORES,
     "SamplingClient.sample_batch": "It samples for many prompts at once, which is much faster than one by one.",
     "SamplingParams.max_tokens": "Its default limits the length of a sample.",
     "OptimStepResponse.metrics": ALWAYS_SET,

@@ -37,6 +37,7 @@ class SamplingParams:
         seed: seed of the draws; None draws from torch's own random numbers.
         stop: a token id, a string, or a list of them, in addition to the end tokens of the model and the tokenizer.
             A string is searched in the decoded text. The token with which a stop ends is the last one of the sample.
+            An empty list switches the end tokens off as well.
         temperature: a number above 1e-6, or 0, which takes the most probable token.
         top_k: draw from the k most probable tokens; -1 draws from all.
         top_p: draw from the most probable tokens that together have this probability, in (0, 1].

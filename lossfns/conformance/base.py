@@ -125,10 +125,17 @@ class Result:
 
 
 def refuse(error: BaseException) -> NoReturn:
-    """Raise Unsupported with the server's own words if an error says that the request was refused; else the error."""
+    """Raise Unsupported if an error says that the server, in its own words, or the SDK refuses; else the error."""
+    if refused_by_sdk(error):
+        raise Unsupported(f"this version of the SDK does not send it: {server_words(error)}") from error
     if is_refusal(error):
         raise Unsupported(server_words(error)) from error
     raise error
+
+
+def refused_by_sdk(error: BaseException) -> bool:
+    """Return whether the SDK has refused to send a request."""
+    return type(error).__name__ == "ValidationError" or "not JSON compliant" in str(error)
 
 
 def is_refusal(error: BaseException) -> bool:

@@ -103,11 +103,12 @@ class Bench:
         them. Where that is not possible, one client is loaded again and again instead.
         """
         facts = self.facts
+        facts.closes = facts.closes and hasattr(self.connection.service, "close")
         if self.made >= MOST_CLIENTS and facts.closes:
             facts.closes = self.connection.close()
             self.connection.service = self.connection.open_session()
             self.made, self.reused, self.sampler = 0, None, None
-        if facts.path and (facts.start == "load" or self.made >= MOST_CLIENTS):
+        if facts.path and (facts.start == "load" or (self.made > 0 and not facts.closes)):
             self.reused = self.reused or self.new()
             self.reused.load(facts.path)
             return self.reused

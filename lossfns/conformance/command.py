@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import json
 import math
 import os
 import sys
@@ -51,6 +52,8 @@ def add_conformance(commands: argparse._SubParsersAction[argparse.ArgumentParser
     p.add_argument("--check", metavar="NAME", action="append", default=[],
         help="run only this check, or those of a pattern, and what they need; may be repeated")  # fmt: skip
     p.add_argument("--list", action="store_true", help="print the checks, each with its level and statement")
+    p.add_argument("--formulas", action="store_true", help="print the built-in losses as JSON: terms, gradients, "
+        "fields and settings")  # fmt: skip
     p.add_argument("--sdk-path", metavar="DIR", help="a folder with another version of the SDK: "
         "pip install --target DIR tinker==0.25.0")  # fmt: skip
     p.add_argument("--xfails", metavar="FILE", help="names or patterns of checks that are expected to fail, one a line")
@@ -75,6 +78,11 @@ def conformance_command(args: argparse.Namespace) -> int:
             sys.path.insert(0, str(existing_folder(args.sdk_path)))
         from lossfns.conformance.checks import CHECKS
 
+        if args.formulas:
+            from lossfns.conformance.formulas import as_data
+
+            print(json.dumps(as_data(), indent=1))
+            return 0
         if args.list:
             print("\n".join(f"{check.level:4}  {check.name:26}  {check.says}" for check in CHECKS))
             return 0

@@ -51,7 +51,8 @@ def page(report: Report) -> str:
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Conformance of {escape(report.server)}</title><style>{STYLE}</style></head><body>
 <h1>This training server {verdict}</h1>
-<p class="dim">A black-box test through the SDK <code>tinker</code>, by <code>lossfns conformance</code>.</p>
+<p class="dim">A black-box test of <code>{escape(report.server)}</code> through the SDK <code>tinker</code>
+{escape(report.sdk)}, by <code>lossfns conformance</code>{f", {report.date}" if report.date else ""}.</p>
 <ul class="sum">{counts}</ul>
 {stopped}{f"<h2>What does not hold</h2>{broken}" if broken else ""}
 <h2>Every check</h2>
@@ -79,6 +80,6 @@ def line(r: Result) -> str:
     """Return the row of a check."""
     says = escape(r.says if r.verdict in ("pass", "fail", "error") else f"{r.says} {remark(r)}")
     return (
-        f'<tr><td class="{r.verdict}">{MARKS[r.verdict]}</td><td><code>{r.check}</code></td>'
+        f'<tr><td class="{r.verdict}">{MARKS[r.verdict]}</td><td class="n"><code>{r.check}</code></td>'
         f'<td class="n">{escape(measured(r))}</td><td>{says}</td></tr>\n'
     )

@@ -175,12 +175,13 @@ def measured(r: Result) -> str:
     """Return the error of a check beside its tolerance, or "" if it has no number."""
     if math.isnan(r.tolerance):
         return ""
-    return f"{r.error:.1e} ≤ {r.tolerance:.0e}" if r.error <= r.tolerance else f"{r.error:.1e} > {r.tolerance:.0e}"
+    error = "0" if r.error == 0 else f"{r.error:.1e}"
+    return f"{error} {'≤' if r.error <= r.tolerance else '>'} {r.tolerance:g}"
 
 
 def remark(r: Result) -> str:
     """Return the text for one line of the table: what a check says if it holds, else what was seen."""
-    return r.says if r.verdict in ("pass", "xpass") else r.seen
+    return r.says if r.verdict in ("pass", "xpass") else printable(r.seen)
 
 
 def explanation(r: Result) -> list[tuple[str, str]]:
@@ -193,4 +194,4 @@ def explanation(r: Result) -> list[tuple[str, str]]:
         "bug": f"{r.bug}: {bug.description}." if bug else "",
         "as in": ", ".join(bug.sources) if bug else "",
     }
-    return [(label, text) for label, text in details.items() if text]
+    return [(label, printable(text)) for label, text in details.items() if text]

@@ -38,9 +38,12 @@ PROBE = (*(r.having(weights=np.ones(len(r.tokens))) for r in BATCH), row(4, 7))
 
 REGIMES = (
     (0.05, 1.0), (0.5, 0.7), (-0.5, 1.3), (-0.05, -1.0), (0.5, -0.8), (-0.5, -1.2), (1.6, 0.5), (0.1, -0.3),
-    (-0.1, 0.9), (0.02, 2.0),
+    (-0.1, 0.9), (0.02, 2.0), (0.14, 0.6), (-0.16, -0.9),
 )  # fmt: skip
-"""(log-ratio, advantage) of tokens: both signs of the advantage within the clip bounds and beyond each of them."""
+"""(log-ratio, advantage) of tokens: both signs of the advantage within the clip bounds and beyond each of them.
+
+The last two ratios, 1.15 and 0.85, are within the usual bounds and beyond narrower ones.
+"""
 
 PROMPT = (2, 3, 1)
 """The prompts of the policy datums, in tokens: their advantages are 0."""
@@ -59,6 +62,7 @@ def policy_rows(logprobs: Sequence[np.ndarray], *, mask: bool = False) -> list[R
         regimes = [REGIMES[(k + i) % len(REGIMES)] for i in range(n - prompt)]
         k += len(regimes)
         log_ratio = np.array([0.0] * prompt + [d for d, _ in regimes])
+        log_ratio = np.where(lp - log_ratio > -1e-3, abs(log_ratio), log_ratio)  # no logprob is above 0
         advantages = [0.0] * prompt + [a for _, a in regimes]
         fields: dict[str, Any] = {"logprobs": lp - log_ratio, "advantages": advantages, "weights": None}
         rows.append(datum.having(**fields))

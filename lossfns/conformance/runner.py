@@ -28,7 +28,7 @@ from lossfns.conformance.base import (
 from lossfns.conformance.bench import Bench, Facts, connect_facts
 from lossfns.conformance.bugs import symptom
 from lossfns.conformance.client import Connection, HttpLog, NoAnswer, connect
-from lossfns.conformance.report import Report
+from lossfns.conformance.report import BROKEN, Report
 from lossfns.terminal import printable
 from lossfns.testing.isolated import FAILED, Ended, Send, run_isolated
 
@@ -38,13 +38,16 @@ SETUP_SECONDS = 60.0
 CHECK_SECONDS = 15.0
 """The longest time for a check, beside ``EXPERIMENTS`` times that of an experiment."""
 
-EXPERIMENTS = 30
+EXPERIMENTS = 20
 
 MOST_SECONDS = 150.0
 """The longest time for any check."""
 
 HEALTH_SECONDS = 5.0
 """The longest time for any answer at all over HTTP."""
+
+MARGIN = 2.0
+"""The time beyond its limit that a check has to say what has no answer, before its process is killed."""
 
 MOST_HANGS = 4
 """So many checks in a row without an answer end the run."""
@@ -93,6 +96,7 @@ def run(
     report: Report,
     *,
     xfails: Sequence[str] = (),
+    first: bool = False,
     time_limit: float = 900.0,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Report:
@@ -103,6 +107,7 @@ def run(
         checks: the checks to run.
         report: a report that says what is tested, without results.
         xfails: names, or patterns of names, of checks that are expected not to hold.
+        first: whether the first check that does not hold ends the run.
         time_limit: the seconds after which no further check is started.
         progress: called with the name of each check before it runs.
     """
@@ -113,12 +118,15 @@ def run(
     left = list(checks)
     while left and not stopped:
         limit = min(CHECK_SECONDS + EXPERIMENTS * facts.seconds, MOST_SECONDS) if results else SETUP_SECONDS
-        for result, found in worker(target, left[:] if results else left[:1], facts, limit, progress):
+        # The first requests may load a model. They have a process of their own, from which later limits are derived.
+        for result, found in worker(target, left[:] if results else left[:2], facts, limit, progress):
             facts = found
             results.append(expected(result, xfails))
             left.pop(0)
             hangs = hangs + 1 if result.bug == "no-answer" and result.verdict == "error" else 0
             stopped = stopped_by(target, results, hangs, time.monotonic() - began, time_limit)
+            if first and results[-1].verdict in BROKEN:
+                stopped = stopped or f"{results[-1].check} does not hold"
             if stopped:
                 break
     return replace(report, base_model=facts.base_model, noise=facts.noise, rounding=facts.rounding, results=results,
@@ -134,7 +142,7 @@ def stopped_by(target: Target, results: list[Result], hangs: int, seconds: float
     """Return why the run ends after a result, or "" if it goes on."""
     if seconds > limit:
         return f"time was up after {limit:g} s"
-    if len(results) == 1 and results[0].verdict == "error":
+    if len(results) == 1 and results[0].bug == "no-answer":
         return f"the server does not serve: {results[0].seen}"
     if results[-1].verdict == "error" and (gone := target.alive()):
         return f"the server is gone since the check {results[-1].check}: {gone}"
@@ -159,7 +167,7 @@ def worker(
     """Run checks in a child process until all are done, or one hangs or dies. Yield each result with the facts."""
     doing, status, began = checks[0], "", time.monotonic()
     work = partial(work_through, target, checks, facts, limit)
-    running: Any = run_isolated(work, math.inf, silence=limit + 2)
+    running: Any = run_isolated(work, math.inf, silence=limit + MARGIN)
     with contextlib.closing(running) as messages:
         for message in messages:
             match message:
@@ -210,7 +218,8 @@ def work_through(target: Target, checks: Sequence[Check], facts: Facts, limit: f
         if result.verdict == "error" and last:
             result = result.having(seen=f"{result.seen}; the last status was {last[0]}")
         result = result.having(seconds=time.monotonic() - began)
-        facts.seconds = facts.seconds or result.seconds
+        if not facts.rate:  # the setup then measures an experiment
+            facts.seconds = min(facts.seconds or result.seconds, result.seconds)
         if result.verdict not in ("pass", "unsupported"):
             facts.failed[check.name] = result.seen
         elif result.verdict == "unsupported":
@@ -242,20 +251,28 @@ def attempt(
             bench = Bench(connection, facts)
         bench.connection.deadline = deadline
         return bench, with_finding(result, check, check.run(bench))
-    except Wrong as error:
-        return bench, result.having(verdict="fail", seen=printable(str(error), 600), bug=error.bug or check.bug)
-    except Unsupported as error:
-        return bench, result.having(verdict="unsupported", seen=printable(str(error), 600))
-    except Inconclusive as error:
-        return bench, result.having(verdict="inconclusive", seen=printable(str(error), 600))
-    except NoAnswer as error:
-        return bench, result.having(verdict="error", seen=str(error), bug="no-answer")
     except Exception as error:
-        words = server_words(error)
-        if is_refusal(error):
-            return bench, result.having(verdict="fail", seen=f"a valid request is refused: {words}",
-                bug=symptom(words, check.bug if check.bug != "bad-request-accepted" else "refused"))  # fmt: skip
-        return bench, result.having(verdict="error", seen=words, bug=symptom(words, check.bug))
+        if bench is not None:
+            bench.reused = None  # its requests may be out of step
+        return bench, with_error(result, check, error)
+
+
+def with_error(result: Result, check: Check, error: Exception) -> Result:
+    """Return the result of a check that an exception has ended."""
+    seen = printable(str(error), 600)
+    match error:
+        case Wrong():
+            return result.having(verdict="fail", seen=seen, bug=error.bug or check.bug)
+        case Unsupported():
+            return result.having(verdict="unsupported", seen=seen)
+        case Inconclusive():
+            return result.having(verdict="inconclusive", seen=seen)
+        case NoAnswer():
+            return result.having(verdict="error", seen=seen, bug="no-answer")
+    words = server_words(error)
+    if is_refusal(error):
+        return result.having(verdict="fail", seen=f"a valid request is refused: {words}", bug=symptom(words, "refused"))
+    return result.having(verdict="error", seen=words, bug=symptom(words, check.bug))
 
 
 def with_finding(result: Result, check: Check, finding: Finding | None) -> Result:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import hmac
 import logging
 import time
@@ -17,7 +18,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from lossfns.errors import LossInputError
-from lossfns.server import endpoints, rest, saved, wire
+from lossfns.server import endpoints, rest, saved, status, wire
 from lossfns.server.futures import Future, Refused, printable
 from lossfns.server.results import encode, to_json
 from lossfns.server.service import Service
@@ -85,6 +86,8 @@ class App:
             self.route("/api/v1/sessions/{session_id}/finish", self.finish_session),
             self.route("/api/v1/training_runs/{model_id}/checkpoints/{kind}/{name}", self.delete_checkpoint, "DELETE"),
             *(self.route(f"/api/v1/{path}", self.read(answer), "GET") for path, answer in rest.GET.items()),
+            self.route("/", self.status_page, "GET"),
+            self.route("/status.json", self.status_json, "GET"),
             self.route("/{path:path}", self.unknown, "GET", "POST", "PUT", "DELETE", "PATCH"),
         ]
         app = Starlette(routes=routes, lifespan=self.lifespan, exception_handlers={HTTPException: self.no_route})
@@ -122,10 +125,17 @@ class App:
         return guarded
 
     def check_key(self, request: Request) -> None:
-        if self.api_key is not None:
-            key = request.headers.get("x-api-key", "")
-            if not hmac.compare_digest(key.encode(), self.api_key.encode()):
-                raise Refused(401, "X-API-Key: expected the key of this server. Pass api_key= or set TINKER_API_KEY.")
+        """Refuse clients without the key, and pages of other sites that a browser on this machine has open.
+
+        A browser sends the key as the password of the status page.
+        """
+        if request.method != "GET" and "origin" in request.headers:
+            raise Refused(403, "Origin: expected none. Web pages cannot call this server.")
+        if self.api_key is None:
+            return
+        given = request.headers.get("x-api-key") or password(request.headers.get("authorization", ""))
+        if not hmac.compare_digest(given.encode(), self.api_key.encode()):
+            raise Refused(401, "X-API-Key: expected the key of this server. Pass api_key= or set TINKER_API_KEY.")
 
     async def body(self, request: Request, limit: int | None = None) -> bytes:
         """Return the body, decompressed; refuse one of more than ``limit`` bytes, or ``body_bytes``."""
@@ -226,6 +236,12 @@ class App:
         await asyncio.to_thread(rest.delete_checkpoint, self.service, **request.path_params)
         return Response(status_code=204)
 
+    async def status_page(self, request: Request) -> Response:
+        return Response(status.page(self.service), media_type="text/html")
+
+    async def status_json(self, request: Request) -> Response:
+        return Response(to_json(status.status(self.service)), media_type="application/json")
+
     async def unknown(self, request: Request) -> Response:
         raise Refused(404, f"{request.method} {request.url.path}: this server has no such call.")
 
@@ -235,10 +251,23 @@ class App:
         return refusal(status, f"{request.method} {request.url.path}: this server has no such call.")
 
 
-def refusal(status: int, reason: str) -> Response:
+def password(authorization: str) -> str:
+    """Return the password of an ``Authorization`` header of HTTP's basic form; "" if it has another."""
+    kind, _, encoded = authorization.partition(" ")
+    try:
+        return base64.b64decode(encoded, validate=True).decode().partition(":")[2] if kind == "Basic" else ""
+    except ValueError:
+        return ""
+
+
+def refusal(code: int, reason: str) -> Response:
     """Return the response to a request that is not accepted."""
+    headers = {"www-authenticate": 'Basic realm="lossfns"'} if code == 401 else {}
+    if code == 429:
+        headers["x-should-retry"] = "false"  # the SDK would otherwise send new sessions again for minutes
     reason = printable(reason)
-    return Response(to_json({"error": reason, "detail": reason}), status, media_type="application/json")
+    body = to_json({"error": reason, "detail": reason})
+    return Response(body, code, headers, media_type="application/json")
 
 
 def create_app(service: Service | None = None, **options: Any) -> Starlette:

@@ -55,6 +55,7 @@ def add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     )
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
     add("--models", type=int, default=64, metavar="N", help="the most models at a time (default: 64)")
+    add("--memory", type=float, metavar="GIB", help="the most memory of the server; beyond it no model is created")
     add("--sessions", type=int, default=256, metavar="N", help="the most sessions at a time (default: 256)")
     add("--queue", type=int, default=1024, metavar="N", help="the most requests of a model that wait (default: 1024)")
     add("--grace", type=float, default=30.0, metavar="S", help="seconds for accepted requests at the end; those that "
@@ -83,6 +84,7 @@ def serve_command(args: argparse.Namespace) -> int:
             state=args.state,
             sessions=args.sessions,
             model_limit=args.models,
+            memory=None if args.memory is None else args.memory * 2**30,
             queue=args.queue,
             grace_seconds=args.grace,
         )

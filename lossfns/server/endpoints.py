@@ -8,13 +8,14 @@ from typing import Any
 
 from lossfns.backend.client.requests import check_metadata
 from lossfns.backend.client.training import LocalTrainingClient
-from lossfns.backend.types import AdamParams, SamplingParams
+from lossfns.backend.types import AdamParams
 from lossfns.errors import LossInputError, show
 from lossfns.server import rest, wire
 from lossfns.server.custom import create_loss
 from lossfns.server.futures import Future
 from lossfns.server.model import ServedModel
 from lossfns.server.passes import run_pass
+from lossfns.server.sampling import SAMPLE, sample
 from lossfns.server.service import Sampler, Service, session_of
 from lossfns.server.wire import field, only, sequence_id
 
@@ -227,11 +228,6 @@ async def create_sampling_session(service: Service, body: Json, digest: int | No
     return {"type": "create_sampling_session", "sampling_session_id": service.add_sampler(session_id, number, sampler)}
 
 
-SAMPLE = ("num_samples", "prompt", "sampling_params", "base_model", "model_path", "sampling_session_id", "seq_id",
-          "prompt_logprobs", "topk_prompt_logprobs", "topk_sample_logprobs", "target_prompt_logprobs",
-          "prompt_alt_tokens_k", "prompt_logprobs_last_n", "record_stability_info")  # fmt: skip
-
-
 async def asample(service: Service, body: Json, digest: int | None) -> Json:
     """Sample. The answer has an id for each sample, as the SDK asserts."""
     only(body, SAMPLE)
@@ -241,31 +237,16 @@ async def asample(service: Service, body: Json, digest: int | None) -> Json:
     if not 1 <= count <= 4096:
         raise LossInputError("num_samples", "a whole number from 1 to 4096", str(count), "Send several requests.")
     request_id = f"{session}:{seq_id}"
-    ids = [f"{request_id}:{i}" for i in range(count)]
-    service.find_sampler(session)  # before a future takes the name: it could be the place of a model's request
     future = service.futures.repeated(request_id, digest)
     if future is None:
-        service.session(session.partition(":")[0])
+        service.find_sampler(session)
+        service.session(session_of(session))
 
         async def run() -> Any:
-            prompt = wire.TokenInput(wire.tokens_of_json(field(body, "prompt", dict), "prompt"))
-            for name in ("topk_prompt_logprobs", "topk_sample_logprobs", "target_prompt_logprobs",
-                         "prompt_alt_tokens_k", "record_stability_info"):  # fmt: skip
-                if body.get(name):
-                    raise LossInputError(name, "nothing", show(body[name]), "This server does not compute it.")
-            params = sampling_params(field(body, "sampling_params", dict))
-            client = await service.sampler(session)
-            return await client.sample(prompt, count, params, field(body, "prompt_logprobs", bool, False))
+            return await sample(await service.sampler(session), count, body)
 
         future = service.start(service.futures.begin(request_id, digest), run)
-    return promise(future, sample_sequence_ids=ids)
-
-
-def sampling_params(body: Json) -> SamplingParams:
-    kinds: dict[str, Any] = {"max_tokens": int, "seed": int, "stop": (str, list), "temperature": (int, float),
-                             "top_k": int, "top_p": (int, float)}  # fmt: skip
-    only(body, kinds)
-    return SamplingParams(**{k: field(body, k, kind) for k, kind in kinds.items() if body.get(k) is not None})
+    return promise(future, sample_sequence_ids=[f"{request_id}:{i}" for i in range(count)])
 
 
 async def weights_info(service: Service, body: Json, digest: int | None) -> Json:

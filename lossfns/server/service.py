@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
+import sys
 import tempfile
 import time
 import uuid
@@ -71,6 +73,8 @@ class Service:
         state: the folder of checkpoints, and of what ``close`` saves. None takes a folder that is deleted at the end.
         sessions, model_limit, samplers: the most sessions, models and loaded samplers at a time. A further sampler
             takes the place of the one that was not used for the longest time.
+        memory: the most bytes of the process, on Linux: beyond it no model is created. ``memory_budget`` bounds the
+            memory of a request.
         queue: the most requests of a model that wait.
         results, result_bytes: the most futures, and the most bytes of results, that wait to be read.
         session_seconds: a session ends if its client gives no sign of life for this long.
@@ -87,6 +91,7 @@ class Service:
         state: str | Path | None = None,
         sessions: int = 256,
         model_limit: int = 64,
+        memory: float | None = None,
         samplers: int = 16,
         queue: int = 1024,
         results: int = 20_000,
@@ -99,6 +104,7 @@ class Service:
         self.temporary = tempfile.TemporaryDirectory(prefix="lossfns-") if state is None else None
         self.root = Path(self.temporary.name if self.temporary else str(state))
         self.session_limit, self.model_limit, self.sampler_limit = sessions, model_limit, samplers
+        self.memory = memory
         self.queue, self.session_seconds = queue, session_seconds
         self.gap_seconds, self.grace_seconds = gap_seconds, grace_seconds
         self.futures = Futures(results, result_bytes)
@@ -107,6 +113,7 @@ class Service:
         self.samplers: dict[str, Sampler] = {}
         self.tasks: set[asyncio.Task[None]] = set()
         self.creating = 0
+        self.started = time.monotonic()
         self.stopping = False
 
     # Sessions
@@ -192,6 +199,9 @@ class Service:
             if len(self.models) + self.creating >= self.model_limit:
                 fix = "Close a ServiceClient, or start the server with a higher limit."
                 raise LossInputError("models", f"at most {self.model_limit} models at a time", "one more", fix)
+            if self.memory is not None and (resident_bytes() or 0) > self.memory:
+                fix = "Close a ServiceClient, or start the server with a higher limit."
+                raise LossInputError("memory", f"at most {self.memory:.0f} bytes", f"{resident_bytes()}", fix)
             self.creating += 1
             try:
                 base_model, client = await asyncio.to_thread(make)
@@ -359,3 +369,10 @@ class Service:
 def session_of(name: str) -> str:
     """Return the session of a model's or a sampler's id."""
     return name.partition(":")[0]
+
+
+def resident_bytes() -> int | None:
+    """Return the memory that the process has, where the system tells it."""
+    if sys.platform != "linux":
+        return None
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")

@@ -184,3 +184,30 @@ def test_the_same_client_without_a_socket() -> None:
         with pytest.raises(tinker.RequestFailedError, match="stable_reinforce"):
             client.forward_backward(batch(), "stable_reinforce").result()
     assert tinker.lib.internal_client_holder.AsyncTinker is original
+
+
+def test_logprobs_beside_those_of_the_samples() -> None:
+    tokens, greedy = types.ModelInput.from_ints([1, 2, 3, 4]), types.SamplingParams(max_tokens=3, temperature=0.0)
+    with sdk() as service:
+        base = service.create_sampling_client(base_model="Tiny").result()
+        named = torch.tensor([[2, -1], [-1, -1], [4, 9]])
+        for targets in (types.TensorData.from_torch(named), types.TensorData.from_torch_sparse(named, pad_value=-1)):
+            response = base.sample(
+                tokens, 2, greedy, True, topk_prompt_logprobs=3, topk_sample_logprobs=2, target_prompt_logprobs=targets
+            ).result()
+            logprobs, found = response.prompt_logprobs, response.target_prompt_logprobs
+            assert (found.sparse_crow_indices is None) == (targets.sparse_crow_indices is None)
+            assert np.allclose(found.to_numpy()[[0, 2], 0], [logprobs[1], logprobs[3]], atol=1e-6)
+            assert (found.to_numpy()[named.numpy() < 0] == 0).all()
+        first, *others = response.topk_prompt_logprobs
+        assert first is None and all(len(top) == 3 and top[0][1] >= top[1][1] for top in others)
+        for sequence in response.sequences:  # greedy: the most probable token is the one that was drawn
+            assert [top[0][0] for top in sequence.topk_logprobs] == sequence.tokens
+            assert np.allclose([top[0][1] for top in sequence.topk_logprobs], sequence.logprobs, atol=1e-5)
+        assert base.compute_logprobs(tokens, prompt_logprobs_last_n=2).result() == [None, None, *logprobs[2:]]
+        end = types.SamplingParams(max_tokens=200, seed=1)
+        never = types.SamplingParams(max_tokens=200, seed=1, stop=[])
+        assert base.sample(tokens, 8, end).result().sequences[0].stop_reason in ("stop", "length")
+        assert {s.stop_reason for s in base.sample(tokens, 8, never).result().sequences} == {"length"}
+        with pytest.raises(tinker.RequestFailedError, match="prompt_alt_tokens_k"):
+            base.sample(tokens, 1, greedy, prompt_alt_tokens_k=2).result()

@@ -7,17 +7,17 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lossfns.backend.client.requests import check_integer
-from lossfns.backend.engine.batch import input_ids
+from lossfns.backend.engine.batch import as_array, in_vocabulary, input_ids
 from lossfns.backend.engine.ranks import Ranks, SingleProcess
 from lossfns.backend.futures import APIFuture, Resolved, Worker, async_result
 from lossfns.backend.model.generate import generate
 from lossfns.backend.types import SampledSequence, SampleResponse, SamplingParams
 from lossfns.devices import to_device
 from lossfns.errors import LossInputError
-from lossfns.logprobs.linear import model_logprobs
+from lossfns.logprobs.linear import head_of, model_logprobs
 
 
 class LocalSamplingClient(Resolved):
@@ -77,6 +77,28 @@ class LocalSamplingClient(Resolved):
         """
         return self._submit(self._compute_logprobs, prompt)
 
+    def target_logprobs(self, prompt: Any, targets: Any) -> APIFuture[Tensor]:
+        """Compute the logprobs of given tokens at each position of a prompt after the first.
+
+        Args:
+            prompt: a model input of at least two tokens.
+            targets: token ids [T - 1, K]; row i is scored at position i + 1.
+
+        The result is [T - 1, K], float32. Errors are those of ``compute_logprobs``.
+        """
+        return self._submit(self._target_logprobs, prompt, targets)
+
+    def top_logprobs(self, prompt: Any, k: int) -> APIFuture[tuple[Tensor, Tensor]]:
+        """Compute the k most probable tokens at each position of a prompt after the first.
+
+        Args:
+            prompt: a model input of at least one token.
+            k: at least 1, and at most the size of the vocabulary.
+
+        The result are token ids [T - 1, k] and their logprobs, float32. Errors are those of ``compute_logprobs``.
+        """
+        return self._submit(self._top_logprobs, prompt, k)
+
     def get_tokenizer(self) -> Any:
         """Return the tokenizer of the client that made this one, or None."""
         return self._tokenizer
@@ -84,6 +106,8 @@ class LocalSamplingClient(Resolved):
     sample_async = async_result(sample)
     sample_batch_async = async_result(sample_batch)
     compute_logprobs_async = async_result(compute_logprobs)
+    target_logprobs_async = async_result(target_logprobs)
+    top_logprobs_async = async_result(top_logprobs)
 
     # Run by the worker
 
@@ -118,7 +142,7 @@ class LocalSamplingClient(Resolved):
             temperature=params.temperature,
             top_k=params.top_k,
             top_p=params.top_p,
-            stop=[*stop_ids, *end_tokens(self.model, self._tokenizer)],
+            stop=stop_ids if params.stop == [] else [*stop_ids, *end_tokens(self.model, self._tokenizer)],
             ends=text_stops(stop_texts, self._tokenizer, ids) if stop_texts else None,
             seed=params.seed,
         )
@@ -133,11 +157,39 @@ class LocalSamplingClient(Resolved):
 
     @torch.inference_mode()
     def _compute_logprobs(self, prompt: Any) -> list[float | None]:
-        ids = to_device(torch.tensor(self._ids(prompt)), next(self.model.parameters()).device)
-        hidden = self.model(ids[:-1], [len(ids) - 1]) if len(ids) > 1 else None
+        ids, hidden = self._read(prompt)
         predicted = [] if hidden is None else model_logprobs(self.model, hidden, ids[1:]).tolist()
         return [None, *predicted]
 
+    @torch.inference_mode()
+    def _target_logprobs(self, prompt: Any, targets: Any) -> Tensor:
+        ids, hidden = self._read(prompt)
+        tokens = as_array(targets, "targets", None)
+        if tokens.ndim != 2 or len(tokens) != len(ids) - 1 or not tokens.size:
+            fix = "Row i is scored at position i + 1."
+            raise LossInputError("targets", f"shape [{len(ids) - 1}, K]", f"{tokens.shape}", fix)
+        assert hidden is not None  # as there are targets
+        tokens = in_vocabulary(tokens, "targets", self._vocabulary, None)
+        return model_logprobs(self.model, hidden, to_device(tokens, hidden.device)).float().cpu()
+
+    @torch.inference_mode()
+    def _top_logprobs(self, prompt: Any, k: int) -> tuple[Tensor, Tensor]:
+        check_integer("k", k, 1, self._vocabulary, "That is the size of the vocabulary.")
+        _, hidden = self._read(prompt)
+        if hidden is None:
+            return torch.zeros(0, k, dtype=torch.long), torch.zeros(0, k)
+        head = head_of(self.model)
+        top = [head.logits(rows).float().log_softmax(1).topk(k) for rows in torch.split(hidden, ROWS)]
+        return torch.cat([t.indices for t in top]).cpu(), torch.cat([t.values for t in top]).cpu()
+
+    def _read(self, prompt: Any) -> tuple[Tensor, Tensor | None]:
+        """Return the ids [T] of a prompt and the hidden states [T - 1, D] that predict all but the first, if any."""
+        ids = to_device(torch.tensor(self._ids(prompt)), next(self.model.parameters()).device)
+        return ids, self.model(ids[:-1], [len(ids) - 1]) if len(ids) > 1 else None
+
+
+ROWS = 1024
+"""Positions whose logits are computed at a time."""
 
 LARGEST = 2**20
 """The largest number of samples of a prompt, of tokens of a sample, and the largest ``top_k``."""

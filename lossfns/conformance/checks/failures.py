@@ -9,7 +9,17 @@ from typing import Any
 
 import numpy as np
 
-from lossfns.conformance.base import Check, Finding, Inconclusive, Wrong, is_refusal, refuse, server_words
+from lossfns.conformance.base import (
+    Check,
+    Finding,
+    Inconclusive,
+    Unsupported,
+    Wrong,
+    is_refusal,
+    refuse,
+    refused_by_sdk,
+    server_words,
+)
 from lossfns.conformance.bench import Act, Bench, Gradient
 from lossfns.conformance.client import NoAnswer, Row, Trainer, plain_sgd
 from lossfns.conformance.rows import BATCH
@@ -72,6 +82,8 @@ def must_fail(request: Callable[[], Any]) -> None:
     except NoAnswer:
         raise
     except Exception as error:
+        if refused_by_sdk(error):
+            refuse(error)
         if not is_refusal(error):
             words = f"it fails, but not as the sender's fault: {server_words(error)}"
             raise Wrong(words, "failure-miscategorised") from error
@@ -90,7 +102,7 @@ def usable_after(bench: Bench, bad: Act) -> Finding:
 
     try:
         found = bench.effect(Act(bad.key, failing), Gradient(BATCH))
-    except (Wrong, NoAnswer):
+    except (Wrong, NoAnswer, Unsupported):
         raise
     except Exception as error:
         if refused:

@@ -38,13 +38,14 @@ def check_records(answer: Answer) -> None:
 
 def output_shape(bench: Bench) -> None:
     """Logprobs are float32, and have the shape of target_tokens."""
+    targets = [datum.fields["target_tokens"].shape for datum in BATCH]
     for call in ("forward", "forward_backward"):
-        answer = getattr(bench.fresh(), call)(BATCH)
-        for i, (datum, record) in enumerate(zip(BATCH, answer.records)):
-            shape, dtype = np.shape(record["logprobs"].to_numpy()), record["logprobs"].dtype
-            expected = datum.fields["target_tokens"].shape
-            require(shape == expected, f"{call}: logprobs of datum {i} are {list(shape)}, targets {list(expected)}")
-            require(dtype == "float32", f"{call}: logprobs of datum {i} are {dtype}", "output-values")
+        tensors = [record["logprobs"] for record in getattr(bench.fresh(), call)(BATCH).records]
+        shapes = [np.shape(tensor.to_numpy()) for tensor in tensors]
+        seen = f"{call}: logprobs are {shapes}, targets {targets}"
+        require(shapes == targets, seen, "output-order" if sorted(shapes) == sorted(targets) else "")
+        dtypes = {tensor.dtype for tensor in tensors}
+        require(dtypes == {"float32"}, f"{call}: logprobs are {', '.join(sorted(dtypes))}", "output-values")
 
 
 def output_values(bench: Bench) -> None:

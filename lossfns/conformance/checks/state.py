@@ -27,7 +27,8 @@ def create_from_state(bench: Bench) -> Finding:
     for start in ("state", "load", "seed"):
         facts.start = start
         try:
-            found = bench.probe(bench.fresh())
+            trainer = bench.connection.from_state(facts.path) if start == "state" else bench.fresh()
+            found = bench.probe(trainer)
         except Exception as error:
             reasons.append(server_words(error))
             continue
