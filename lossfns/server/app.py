@@ -107,16 +107,16 @@ class App:
                 self.check_key(request)
                 response = await handler(request)
             except LossInputError as error:
-                reason, status = str(error), 400
+                reason, code = str(error), 400
             except Refused as error:
-                reason, status = error.reason, error.status
+                reason, code = error.reason, error.status
             except ClientDisconnect:
-                reason, status = "The body is not complete.", 400
+                reason, code = "The body is not complete.", 400
             except Exception as error:  # a defect of the server: the client gets its name, the log all of it
                 logging.getLogger("lossfns.server").exception("%s failed.", printable(request.url.path))
-                reason, status = f"{type(error).__name__} in the server. Its log has more.", 400
+                reason, code = f"{type(error).__name__} in the server. Its log has more.", 400
             if reason:
-                response = refusal(status, reason)
+                response = refusal(code, reason)
             milliseconds = 1e3 * (time.perf_counter() - start)
             path, reason = printable(request.url.path), printable(reason)
             log.info("%s %s %d %.1f ms %s", request.method, path, response.status_code, milliseconds, reason)
@@ -145,7 +145,7 @@ class App:
             raise Refused(413, f"A body of {declared} bytes: at most {most} are read. Send less at a time.")
         parts, size = [], 0
         try:
-            async with asyncio.timeout(self.body_seconds):
+            async with self.service.until_stop(asyncio.timeout(self.body_seconds)):
                 async for part in request.stream():
                     size += len(part)
                     self.arriving += len(part)
@@ -155,6 +155,7 @@ class App:
                         raise Refused(429, f"Bodies of {self.arriving} bytes arrive at the same time. Send it again.")
                     parts.append(part)
         except TimeoutError:
+            self.service.refuse_if_stopping()
             raise Refused(408, f"The body took more than {self.body_seconds:g} s to arrive.") from None
         finally:
             self.arriving -= size
@@ -247,8 +248,8 @@ class App:
 
     async def no_route(self, request: Request, error: Exception) -> Response:
         """Answer a request that matches no route: a method without a meaning here, or a path of many lines."""
-        status = error.status_code if isinstance(error, HTTPException) else 404
-        return refusal(status, f"{request.method} {request.url.path}: this server has no such call.")
+        code = error.status_code if isinstance(error, HTTPException) else 404
+        return refusal(code, f"{request.method} {request.url.path}: this server has no such call.")
 
 
 def password(authorization: str) -> str:

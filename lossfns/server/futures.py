@@ -8,7 +8,6 @@ from typing import Any
 
 from lossfns.backend.types import ForwardBackwardOutput
 
-
 LONGEST = 2000
 """The most characters of a reason: what came in may have any length."""
 

@@ -13,7 +13,8 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +27,9 @@ from lossfns.loss import LossFn
 from lossfns.server.futures import Future, Futures, Refused
 from lossfns.server.model import ServedModel, log
 
-PATH = re.compile(r"tinker://([0-9a-f-]{8,64}):train:(\d{1,18})/(weights|sampler_weights)/([A-Za-z0-9][\w.-]{0,127})", re.ASCII)
+PATH = re.compile(
+    r"tinker://([0-9a-f-]{8,64}):train:(\d{1,18})/(weights|sampler_weights)/([A-Za-z0-9][\w.-]{0,127})", re.ASCII
+)
 NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,127}", re.ASCII)
 
 
@@ -112,6 +115,7 @@ class Service:
         self.models: dict[str, ServedModel] = {}
         self.samplers: dict[str, Sampler] = {}
         self.tasks: set[asyncio.Task[None]] = set()
+        self.arriving: set[asyncio.Timeout] = set()
         self.creating = 0
         self.started = time.monotonic()
         self.stopping = False
@@ -284,6 +288,18 @@ class Service:
         self.stopping = True
         for future in self.futures.by_id.values():
             future.wake()
+        for timeout in self.arriving:
+            timeout.reschedule(asyncio.get_running_loop().time())
+
+    @asynccontextmanager
+    async def until_stop(self, timeout: asyncio.Timeout) -> AsyncIterator[None]:
+        """End a timeout when the server stops: a body that arrives slowly must not keep it from saving."""
+        async with timeout:
+            self.arriving.add(timeout)
+            try:
+                yield
+            finally:
+                self.arriving.discard(timeout)
 
     async def close(self) -> None:
         """Run the accepted requests for ``grace_seconds`` at most, and fail the rest."""
@@ -321,8 +337,10 @@ class Service:
         """Add a sampling session; the ones that were not used for the longest time make room for it."""
         name = f"{session_id}:sample:{number}"
         known = self.samplers.setdefault(name, sampler)
-        if known is not sampler and (sampler.client, sampler.path, sampler.base_model) != (None, known.path, known.base_model):
-            raise LossInputError("sampling_session_seq_id", "one that is not taken", str(number), "Take the next one.")
+        same = (sampler.client, sampler.base_model, sampler.path) == (None, known.base_model, known.path)
+        if known is not sampler and not same:
+            fix = "Take the next one."
+            raise LossInputError("sampling_session_seq_id", "one that is not taken", str(number), fix)
         self._unload_samplers(name)
         return name
 

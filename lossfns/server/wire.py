@@ -20,6 +20,7 @@ from tinker.proto import tinker_public_pb2 as pb
 
 from lossfns.datum import Datum, TensorData
 from lossfns.errors import LossInputError, show
+from lossfns.server.parts import check_json_parts, check_protobuf_parts
 
 PROTOBUF, JSON = "application/x-protobuf", "application/json"
 DTYPES: dict[int, tuple[str, np.dtype]] = {
@@ -29,11 +30,8 @@ DTYPES: dict[int, tuple[str, np.dtype]] = {
 MAX_CELLS = 2**26
 """The most values of the tensors of a request. A sparse tensor of few bytes may claim a shape of any size."""
 
-JSON_BYTES, MOST_CONTAINERS = 2**26, 2**18
-"""The largest JSON body, and the most objects and lists in it: an empty one takes 3 bytes here and 64 in memory."""
-
-MOST_DATUMS, MOST_CHUNKS, MOST_FIELDS = 2**16, 2**17, 64
-"""The most datums and chunks of a request, and the most fields of a datum. An empty one takes 2 bytes of protobuf."""
+JSON_BYTES = 2**26
+"""The largest JSON body: in memory it may take twenty times as much."""
 
 INDEX = np.dtype("<i8")
 
@@ -110,9 +108,9 @@ def decompress(body: bytes, encoding: str, limit: int) -> bytes:
 def json_object(body: bytes) -> dict[str, Any]:
     """Parse a body that must be a JSON object, without repeated names in any object."""
     fix = "Send {...}."
-    if len(body) > JSON_BYTES or body.count(b"{") + body.count(b"[") > MOST_CONTAINERS:
-        expected = f"at most {JSON_BYTES} bytes of JSON, with {MOST_CONTAINERS} objects and lists"
-        raise LossInputError("body", expected, "more", "Send less at a time, or protobuf.")
+    if len(body) > JSON_BYTES:
+        raise LossInputError("body", f"at most {JSON_BYTES} bytes of JSON", f"{len(body)}", "Send protobuf.")
+    check_json_parts(body)
     try:
         value = json.loads(body, object_pairs_hook=object_of)
     except LossInputError:
@@ -182,6 +180,7 @@ def read_pass(body: bytes, content_type: str, *, forward_only: bool = False) -> 
 
 def pass_of_protobuf(body: bytes) -> Pass:
     message = pb.ForwardBackwardRequest()
+    check_protobuf_parts(body, pb.ForwardBackwardRequest.DATA_FIELD_NUMBER)
     try:
         message.ParseFromString(body)
     except DecodeError as error:
@@ -193,9 +192,6 @@ def pass_of_protobuf(body: bytes) -> Pass:
     for key, value in message.loss_fn_config_v2.items():  # where both have a key, this one is the newer form
         if value.WhichOneof("value") is not None:
             config[key] = value.text if value.WhichOneof("value") == "text" else value.number
-    chunks = sum(len(datum.model_input) for datum in message.data)
-    if chunks > MOST_CHUNKS:
-        raise LossInputError("data", f"at most {MOST_CHUNKS} chunks", f"{chunks}", "Join the chunks of a datum.")
     data = data_or_error(datum_of_protobuf, message.data)
     return Pass(message.model_id, sequence_id(message.seq_id), message.forward_only, message.loss_fn, config, data)
 
@@ -212,25 +208,20 @@ def pass_of_json(body: dict[str, Any], forward_only: bool) -> Pass:
 
 
 def data_or_error(read: Callable[[Any, str], Datum], data: Sequence[Any]) -> list[Datum] | LossInputError:
-    fix = "Send several requests."
-    if len(data) > MOST_DATUMS:
-        return LossInputError("data", f"at most {MOST_DATUMS} datums", f"{len(data)}", fix)
     datums, cells = [], 0
     try:
         for i, each in enumerate(data):
             datums.append(read(each, f"data[{i}]"))
             cells += sum(prod(tensor.shape) for tensor in datums[-1].loss_fn_inputs.values())
             if cells > MAX_CELLS:
-                raise LossInputError("data", f"at most {MAX_CELLS} values", f"{cells} up to data[{i}]", fix)
+                got, fix = f"{cells} up to data[{i}]", "Send several requests."
+                raise LossInputError("data", f"at most {MAX_CELLS} values", got, fix)
     except LossInputError as error:
         return error
     return datums
 
 
 def datum_of_protobuf(message: Any, place: str) -> Datum:
-    if len(message.loss_fn_inputs) > MOST_FIELDS:
-        got = f"{len(message.loss_fn_inputs)}"
-        raise LossInputError(f"{place}.loss_fn_inputs", f"at most {MOST_FIELDS} fields", got, "No loss reads more.")
     chunks = [tokens_of_protobuf(chunk, f"{place}.model_input[{j}]") for j, chunk in enumerate(message.model_input)]
     fields = {
         name: tensor_of_protobuf(tensor, f'{place}.loss_fn_inputs["{name}"]')
