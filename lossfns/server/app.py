@@ -207,8 +207,7 @@ class App:
         future = self.service.futures.find(wire.field(body, "request_id", str))
         try:
             async with asyncio.timeout(self.poll_seconds):
-                if not future.finished:
-                    await future.done.wait()
+                await future.wait()
         except TimeoutError:
             pass
         if not future.finished:

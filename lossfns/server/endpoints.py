@@ -8,6 +8,7 @@ from typing import Any
 
 from lossfns.backend.client.requests import check_metadata
 from lossfns.backend.client.training import LocalTrainingClient
+from lossfns.backend.model.tokenizer import ByteTokenizer
 from lossfns.backend.types import AdamParams
 from lossfns.errors import LossInputError, show
 from lossfns.server import rest, wire
@@ -17,6 +18,7 @@ from lossfns.server.model import ServedModel
 from lossfns.server.passes import run_pass
 from lossfns.server.sampling import SAMPLE, sample
 from lossfns.server.service import Sampler, Service, session_of
+from lossfns.server.tokenizer import write_byte_tokenizer
 from lossfns.server.wire import field, only, sequence_id
 
 Json = dict[str, Any]
@@ -124,6 +126,9 @@ async def load_weights(service: Service, body: Json, digest: int | None) -> Json
 async def get_info(service: Service, body: Json, digest: int | None) -> Json:
     model = service.model(field(body, "model_id", str))
     info = await model.client.get_info_async()
+    tokenizer_id = info.model_data.tokenizer_id
+    if tokenizer_id is None and isinstance(model.client.get_tokenizer(), ByteTokenizer):
+        tokenizer_id = str(await asyncio.to_thread(write_byte_tokenizer, service.root.resolve() / "byte_tokenizer"))
     return {
         "type": "get_info",
         "model_id": model.model_id,
@@ -131,7 +136,7 @@ async def get_info(service: Service, body: Json, digest: int | None) -> Json:
         "model_data": {
             "arch": info.model_data.arch,
             "model_name": model.base_model,
-            "tokenizer_id": info.model_data.tokenizer_id,
+            "tokenizer_id": tokenizer_id,
         },
         "is_lora": info.is_lora,
         "lora_rank": info.lora_rank,

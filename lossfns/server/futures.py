@@ -38,6 +38,7 @@ class Future:
         digest: of the request's body, which tells a repeated request from another one; None matches any.
         result: what the request returned.
         error, category: why it failed, and whose fault it is: ``"user"`` or ``"server"``.
+        waiters: how many requests wait for the outcome.
         nbytes: the bytes of the arrays of the result.
         finished, retrieved: when it had its outcome, and when the client got it, by the monotonic clock; 0 before.
     """
@@ -48,7 +49,7 @@ class Future:
         self.error: str | None = None
         self.category = "user"
         self.finished = self.retrieved = 0.0
-        self.nbytes = 0
+        self.nbytes = self.waiters = 0
         self.done = asyncio.Event()
 
     def set_result(self, result: Any) -> None:
@@ -64,6 +65,15 @@ class Future:
         outputs = self.result.loss_fn_outputs if isinstance(self.result, ForwardBackwardOutput) else []
         self.nbytes = sum(x.to_numpy().nbytes for record in outputs for x in record.values())
         self.done.set()
+
+    async def wait(self) -> None:
+        """Wait for the outcome, or until ``wake``."""
+        if not self.finished:
+            self.waiters += 1
+            try:
+                await self.done.wait()
+            finally:
+                self.waiters -= 1
 
     def wake(self) -> None:
         """Wake those that wait, also without an outcome."""

@@ -26,11 +26,12 @@ class Call(NamedTuple):
 class ServedModel:
     """A training client and the queue of its requests.
 
-    A request waits for all those with lower sequence ids. If the next one does not come for ``gap_seconds``, the
-    requests that wait for it fail, since part of what they build on is missing, and the sequence goes on after them.
+    A request waits for all those with lower sequence ids, ``gap_seconds`` at most: a client leaves out the id of a call
+    that failed before it was sent. The SDK sends the parts of a batch at once, the first one last, so an id that comes
+    late is normal; one that comes after its place was given up is refused.
 
-    A step is refused once after a gradient that has failed: it would take a part of the batch for the whole. It is not
-    refused if another gradient is submitted after the client has read the failure.
+    A step is refused once after a gradient that has failed or was refused: it would take a part of the batch for the
+    whole. It is not refused if another gradient is submitted after the client has read the failure.
 
     Args:
         model_id: ``{session}:train:{number}``.
@@ -71,7 +72,12 @@ class ServedModel:
         if (repeated := self.futures.repeated(request_id, digest)) is not None:
             return repeated
         if seq_id < self.next_seq:
-            raise Refused(400, f"seq_id: expected {self.next_seq} or later, got {seq_id}, which has passed.")
+            reason = f"seq_id: expected {self.next_seq} or later, got {seq_id}, which has passed."
+            if kind == "forward_backward":
+                self.failed_gradient = Future(request_id, None)
+                self.failed_gradient.set_error(reason)
+                self.failed_gradient.retrieved = self.failed_gradient.finished
+            raise Refused(400, reason)
         if len(self.waiting) >= self.queue_limit and seq_id != self.next_seq:
             raise Refused(429, f"{len(self.waiting)} requests of {self.model_id} wait.")
         if seq_id >= self.next_seq + self.futures.limit:  # a wrong one must not end the sequence
@@ -105,11 +111,11 @@ class ServedModel:
                     await self._changed.wait()
                     self._changed.clear()
         except TimeoutError:
-            reason = f"waited {self.gap_seconds:g} s for the request with seq_id {self.next_seq}, which did not come"
-            self._fail_waiting(reason)
+            log.warning("%s goes on without the request with seq_id %d.", self.model_id, self.next_seq)
+            self.next_seq = min(self.waiting)
 
     def _fail_waiting(self, reason: str) -> None:
-        """Fail all requests that wait, and go on after them."""
+        """Fail all requests that wait."""
         for seq_id, call in sorted(self.waiting.items()):
             self._set_error(call, f"{call.kind} (seq_id {seq_id}): not run, it {reason}. Submit it again.", "user")
             self.next_seq = seq_id + 1

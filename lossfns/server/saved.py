@@ -55,7 +55,7 @@ def save_model(service: Service, model: ServedModel) -> dict[str, Any]:
         "base_model": model.base_model,
         "next_seq": model.next_seq,
         "user_metadata": model.user_metadata,
-        "failed_gradient": None if failed is None else failed.request_id,
+        "failed_gradient": None if failed is None else [failed.request_id, failed.error],
     }
 
 
@@ -95,7 +95,10 @@ async def restore(service: Service) -> None:
             continue
         model = service.add_model(saved["model_id"], client, saved["base_model"], saved["user_metadata"])
         model.next_seq = saved["next_seq"]
-        model.failed_gradient = service.futures.by_id.get(saved["failed_gradient"] or "")
+        if saved["failed_gradient"] is not None:
+            request_id, error = saved["failed_gradient"]
+            model.failed_gradient = service.futures.by_id.get(request_id) or Future(request_id, None)
+            model.failed_gradient.set_error(error)
     path.unlink()
 
 

@@ -100,7 +100,7 @@ class Service:
         results: int = 20_000,
         result_bytes: int = 2**30,
         session_seconds: float = 1800.0,
-        gap_seconds: float = 30.0,
+        gap_seconds: float = 10.0,
         grace_seconds: float = 30.0,
     ) -> None:
         self.local = LocalServiceClient(models, device=device, memory_budget=memory_budget)

@@ -28,10 +28,12 @@ from lossfns.backend.storage import checkpoint
 from lossfns.backend.types import SamplingParams
 from lossfns.datum import ModelInput
 from lossfns.errors import LossInputError
+from lossfns.loss import Loss
 from lossfns.terminal import console_on, say, while_read
-from lossfns.train import formats, plots, recipes, tasks
+from lossfns.train import formats, plots, recipes, remote, tasks
 from lossfns.train.methods import TEMPERATURE, one_line
 from lossfns.train.options import Options, check_option
+from lossfns.train.remote import Client, RemoteTrainingClient
 from lossfns.train.run import (
     CHECKPOINTS,
     CONFIG,
@@ -67,6 +69,8 @@ def add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "(default: 2048)")  # fmt: skip
     add("--out", metavar="DIR", help="the run folder (default: runs/METHOD-TIME)")
     add("--init", metavar="FILE", help="start from the weights of this checkpoint")
+    add("--base-url", metavar="URL", help="train on a server of the Tinker API, such as lossfns serve, through the "
+        "tinker SDK; TINKER_API_KEY is its key")  # fmt: skip
     add("--device", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
     add("--threads", type=int, metavar="N", help="CPU threads; more hardly help a model this small (default: 1)")
     add("--seed", type=int, metavar="N", help="seed of the model, the batches and the samples (default: 0)")
@@ -189,7 +193,31 @@ def train_and_report(options: Options, folder: Path, check_config: Callable[[dic
     torch.manual_seed(options.seed)  # for random numbers that a recipe does not draw from its own seeds
     method = recipes.METHODS[options.method]
     loss, task = method.loss(), method.task(options)
-    client = LocalTrainingClient(device=options.device, seed=options.seed, mesh=start_ranks(options.device))
+    with client_of(options) as client:
+        train_with(client, method.recipe, task, loss, options, folder, check_config)
+    return 0
+
+
+@contextmanager
+def client_of(options: Options) -> Iterator[Client]:
+    """Yield the client of a new model, in this process or on a server."""
+    if options.base_url is None:
+        yield LocalTrainingClient(device=options.device, seed=options.seed, mesh=start_ranks(options.device))
+        return
+    with remote.connected(options.base_url) as client:
+        yield client
+
+
+def train_with(
+    client: Client,
+    recipe: recipes.Recipe,
+    task: tasks.Task[Any],
+    loss: Loss,
+    options: Options,
+    folder: Path,
+    check_config: Callable[[dict[str, Any]], None],
+) -> None:
+    """Run the recipe with a client, save and report."""
     ranks = client.ranks
     if options.init and not checkpoints(folder):
         client.load_state(options.init).result()
@@ -201,10 +229,9 @@ def train_and_report(options: Options, folder: Path, check_config: Callable[[dic
             run.say(task.note)
         if run.history:
             run.say(f"resumed after {run.steps_done} steps")
-        outcome = method.recipe(run, client, task, loss, options)
+        outcome = recipe(run, client, task, loss, options)
     if ranks.rank == 0:
         report(run, outcome)
-    return 0
 
 
 # Checkpoints of a run
@@ -213,28 +240,34 @@ def train_and_report(options: Options, folder: Path, check_config: Callable[[dic
 def checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoints of a run, newest first.
 
-    There are two if a run was killed just after it was resumed with another number of processes.
+    There are two if a run was killed just after it was resumed with another number of processes. A run on a server has
+    a file that names the checkpoint there.
     """
+    if (folder / remote.CHECKPOINT).is_file():
+        return [folder / remote.CHECKPOINT]
     paths = [folder / name for name in CHECKPOINTS if checkpoint.exists(folder / name)]
     return sorted(paths, key=lambda path: checkpoint.metadata(path).get("steps", 0), reverse=True)
 
 
-def save_checkpoint(client: LocalTrainingClient, folder: Path, state: State) -> None:
+def save_checkpoint(client: Client, folder: Path, state: State) -> None:
     """Save the weights, the optimizer and the state of the run, and remove the checkpoint of the other form."""
     metadata = {"run": json.dumps(state._asdict())}
+    if isinstance(client, RemoteTrainingClient):
+        return recipes.save_to(client, folder, remote.CHECKPOINT, metadata)
     name, other = CHECKPOINTS if client.ranks.size == 1 else CHECKPOINTS[::-1]
     recipes.save_to(client, folder, name, metadata)
     client.ranks.when_idle(client.ranks.on_rank_zero, checkpoint.remove, folder / other)
 
 
-def load_newest(client: LocalTrainingClient, folder: Path) -> State:
+def load_newest(client: Client, folder: Path) -> State:
     """Load the newest checkpoint into the client and return the state of the run; an empty one if there is none."""
     if not checkpoints(folder):
         return State({}, [], {})
     path = checkpoints(folder)[0]
     client.load_state_with_optimizer(path).result()
     try:
-        return State(**json.loads(checkpoint.metadata(path)["user_metadata"]["run"]))
+        data = checkpoint.metadata(path) if isinstance(client, LocalTrainingClient) else remote.read_pointer(path)
+        return State(**json.loads(data["user_metadata"]["run"]))
     except (KeyError, TypeError, ValueError):
         got = f"{path}, which was saved by something else"
         raise LossInputError("--resume", "a checkpoint of the run", got, "Put the run's own back.") from None
@@ -243,7 +276,7 @@ def load_newest(client: LocalTrainingClient, folder: Path) -> State:
 # The configuration of a run
 
 
-def config_of(options: Options, client: LocalTrainingClient) -> dict[str, Any]:
+def config_of(options: Options, client: Client) -> dict[str, Any]:
     """Return the content of ``config.json``: everything that is needed to repeat the run."""
     files = {name: os.path.abspath(path) for name, path in asdict(options).items() if name in ("data", "init") and path}
     return {
@@ -251,10 +284,16 @@ def config_of(options: Options, client: LocalTrainingClient) -> dict[str, Any]:
         "options": recipes.own_options(options) | files,
         "sha256": {name: sha256(path) for name, path in files.items()},
         "loss": repr(recipes.METHODS[options.method].loss()),
-        "model": asdict(client.get_info()),
-        "shape": client.model.shape,
+        **description_of(client),
         "versions": {"lossfns": __version__, "torch": torch.__version__, "python": platform.python_version()},
     }
+
+
+def description_of(client: Client) -> dict[str, Any]:
+    """Return the model and its shape, as far as they are known here."""
+    if isinstance(client, RemoteTrainingClient):
+        return {"model": client.describe(), "shape": None}
+    return {"model": asdict(client.get_info()), "shape": client.model.shape}
 
 
 def sha256(path: str) -> str:
@@ -494,10 +533,20 @@ def sample_run(folder: Path, args: argparse.Namespace) -> list[str]:
         got = ascii(args.prompt[:40])
         raise LossInputError("PROMPT", "text in UTF-8", got, "Check the encoding of the terminal.") from None
     torch.set_num_threads(1)
-    client = LocalTrainingClient(device=args.device)
-    sampler = client.create_sampling_client(checkpoints(folder)[0])
+    path, base_url = checkpoints(folder)[0], config["options"].get("base_url")
     params = SamplingParams(max_tokens=args.max_tokens, temperature=args.temperature, seed=args.seed)
-    response = sampler.sample(
-        ModelInput.from_ints(tasks.END + ids if style == "passage" or not ids else ids), args.samples, params
-    ).result()
+    prompt = ModelInput.from_ints(tasks.END + ids if style == "passage" or not ids else ids)
+    with sampler_of(path, base_url, args.device) as sampler:
+        (response,) = sampler.sample_batch([prompt], args.samples, params).result()
     return [tasks.TOKENIZER.decode(sequence.tokens) for sequence in response.sequences]
+
+
+@contextmanager
+def sampler_of(path: Path, base_url: str | None, device: str) -> Iterator[Any]:
+    """Yield a sampler of a run's checkpoint, in this process or on the server of the run."""
+    if base_url is None:
+        yield LocalTrainingClient(device=device).create_sampling_client(path)
+        return
+    with remote.connected(base_url) as client:
+        client.load_state(path).result()
+        yield client.save_weights_and_get_sampling_client()

@@ -8,13 +8,13 @@ from random import Random
 from typing import Any, NamedTuple
 
 from lossfns.advantages import group_advantages, group_metrics
-from lossfns.backend.client.training import LocalTrainingClient
 from lossfns.backend.types import AdamParams, SamplingParams
 from lossfns.datum import Datum, ModelInput
 from lossfns.frame import align_sampler_logprobs, datum_from_tokens
 from lossfns.loss import Loss
 from lossfns.losses.supervised import cross_entropy
 from lossfns.metrics import merge_metrics
+from lossfns.train.remote import Client
 from lossfns.train.run import Run
 from lossfns.train.tasks import END, TOKENIZER, Demonstration, Preference, Problem, Task
 
@@ -60,19 +60,19 @@ def chunks(data: Sequence[Any], size: int = CHUNK) -> Iterable[list[Any]]:
     return (list(data[i : i + size]) for i in range(0, len(data), size))
 
 
-def target_logprobs(client: LocalTrainingClient, data: Sequence[Datum]) -> list[Any]:
+def target_logprobs(client: Client, data: Sequence[Datum]) -> list[Any]:
     """Return the logprobs of each datum's targets under the current weights."""
     outputs = (client.forward(chunk, "cross_entropy").result().loss_fn_outputs for chunk in chunks(data))
     return [output["logprobs"] for part in outputs for output in part]
 
 
-def completion_logprobs(client: LocalTrainingClient, data: Sequence[Datum]) -> list[float]:
+def completion_logprobs(client: Client, data: Sequence[Datum]) -> list[float]:
     """Return the logprob of each datum's completion: the sum over its tokens."""
     rows = zip(target_logprobs(client, data), data)
     return [float(lp.to_numpy() @ d.loss_fn_inputs["weights"].to_numpy()) for lp, d in rows]
 
 
-def train_step(client: LocalTrainingClient, data: list[Datum], loss: Any, learning_rate: float) -> dict[str, float]:
+def train_step(client: Client, data: list[Datum], loss: Any, learning_rate: float) -> dict[str, float]:
     """Take one optimizer step. Queue both requests before waiting for either."""
     adam = AdamParams(learning_rate=learning_rate, eps=1e-8, grad_clip_norm=1.0)
     pending, step = client.forward_backward_custom(data, loss), client.optim_step(adam)
@@ -86,7 +86,7 @@ def train_step(client: LocalTrainingClient, data: list[Datum], loss: Any, learni
 
 def train_supervised(
     run: Run,
-    client: LocalTrainingClient,
+    client: Client,
     draw: Callable[[Random, int], list[Demonstration]],
     *,
     phase: str,
@@ -102,7 +102,7 @@ def train_supervised(
         run.log(step, train_step(client, data, loss, learning_rate(step)))
 
 
-def bits_per_byte(client: LocalTrainingClient, examples: Sequence[Demonstration]) -> float:
+def bits_per_byte(client: Client, examples: Sequence[Demonstration]) -> float:
     """Return the held-out cross-entropy, in bits for each byte of the completions."""
     data = [completion_datum(*example) for example in examples]  # one token is one byte
     return -sum(completion_logprobs(client, data)) / sum(len(e.completion) for e in examples) / math.log(2)
@@ -118,8 +118,8 @@ def pair_datums(examples: Sequence[Preference]) -> list[Datum]:
 
 def train_preference(
     run: Run,
-    client: LocalTrainingClient,
-    reference: LocalTrainingClient,
+    client: Client,
+    reference: Client,
     loss: Loss,
     task: Task[Preference],
     *,
@@ -141,18 +141,14 @@ def share_positive(margins: Sequence[float]) -> float:
     return sum((margin > 0) + 0.5 * (margin == 0) for margin in margins) / len(margins)
 
 
-def margin_accuracy(
-    client: LocalTrainingClient, reference: LocalTrainingClient, examples: Sequence[Preference]
-) -> float:
+def margin_accuracy(client: Client, reference: Client, examples: Sequence[Preference]) -> float:
     """Return the share of pairs whose chosen side gains more over the reference than the rejected side."""
     data = pair_datums(examples)
     gains = [a - b for a, b in zip(completion_logprobs(client, data), completion_logprobs(reference, data))]
     return share_positive([chosen - rejected for chosen, rejected in zip(gains[0::2], gains[1::2])])
 
 
-def likelihood_accuracy(
-    client: LocalTrainingClient, reference: LocalTrainingClient, examples: Sequence[Preference]
-) -> float:
+def likelihood_accuracy(client: Client, reference: Client, examples: Sequence[Preference]) -> float:
     """Return the share of pairs whose chosen side has the larger mean logprob per token.
 
     ``reference`` is not used: the arguments are those of ``margin_accuracy``.
@@ -168,8 +164,8 @@ def likelihood_accuracy(
 
 def train_policy(
     run: Run,
-    client: LocalTrainingClient,
-    reference: LocalTrainingClient,
+    client: Client,
+    reference: Client,
     loss: Loss,
     task: Task[Problem],
     *,
@@ -237,7 +233,7 @@ class Answer(NamedTuple):
 
 
 def sample_answers(
-    client: LocalTrainingClient,
+    client: Client,
     problems: Sequence[Problem],
     group: int,
     max_tokens: int,
@@ -256,7 +252,7 @@ def sample_answers(
     ]
 
 
-def mean_reward(client: LocalTrainingClient, problems: Sequence[Problem], max_tokens: int, samples: int = 4) -> float:
+def mean_reward(client: Client, problems: Sequence[Problem], max_tokens: int, samples: int = 4) -> float:
     """Return the share of correct answers to held-out problems, sampled at temperature 1."""
     answers = sample_answers(client, problems, samples, max_tokens, seed=7)
     return sum(answer.correct for answer in answers) / len(answers)
@@ -268,7 +264,7 @@ SAMPLES, SAMPLE_TOKENS, TEMPERATURE = 3, 64, 0.7
 """How many samples are shown, the most tokens of each, and the temperature at which they are drawn."""
 
 
-def sample_texts(client: LocalTrainingClient, examples: Sequence[Demonstration | Preference | Problem]) -> list[Any]:
+def sample_texts(client: Client, examples: Sequence[Demonstration | Preference | Problem]) -> list[Any]:
     """Return pairs of a prompt and a sample for a few examples, the same draw for the same weights.
 
     An example without a prompt gives the first bytes of its text.

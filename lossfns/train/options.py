@@ -20,6 +20,7 @@ class Options:
         data: path of a file of rows to train on; ``None`` for the built-in data.
         out: path of the run folder; ``None`` for ``runs/METHOD-TIME``.
         init: path of a checkpoint to start from.
+        base_url: address of a server of the Tinker API to train on; ``None`` trains in this process.
         device: device to train on, such as ``"auto"`` or ``"cuda:1"``.
         threads: CPU threads.
         seed: seed of the model, the batches and the samples.
@@ -38,6 +39,7 @@ class Options:
     data: str | None = None
     out: str | None = None
     init: str | None = None
+    base_url: str | None = None
     device: str = "auto"
     threads: int = 1
     seed: int = 0
@@ -58,7 +60,7 @@ def check_option(name: str, value: Any) -> None:
     Raises:
         LossInputError: with the flag of the option.
     """
-    if name in ("method", "data", "out", "init", "device", "resume", "RUN"):
+    if name in ("method", "data", "out", "init", "base_url", "device", "resume", "RUN"):
         expected, accepted = "text", isinstance(value, str) and is_path(value)
         if isinstance(value, str) and not accepted:
             expected = "text in UTF-8 that is not empty and has no NUL"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from functools import partial
@@ -19,6 +20,7 @@ from lossfns.losses.sequence import gspo_token
 from lossfns.losses.supervised import cross_entropy
 from lossfns.train import methods, tasks
 from lossfns.train.options import LARGEST, Options, check_option, flag
+from lossfns.train.remote import REFERENCE, Client, RemoteTrainingClient
 from lossfns.train.run import REFERENCES, Run, replaced
 from lossfns.train.tasks import Demonstration, Preference, Problem, Task
 
@@ -45,7 +47,7 @@ T = TypeVar("T", Demonstration, Preference, Problem)
 
 def compared(
     run: Run,
-    client: LocalTrainingClient,
+    client: Client,
     examples: Sequence[T],
     name: str,
     title: str,
@@ -62,8 +64,11 @@ def compared(
     return Outcome(name, title, before, measure(), samples)
 
 
-def frozen_copy(run: Run, client: LocalTrainingClient) -> LocalTrainingClient:
+def frozen_copy(run: Run, client: Client) -> Client:
     """Return a reference policy: a client with the weights that ``client`` had at the first call of this in the run."""
+    if isinstance(client, RemoteTrainingClient):
+        run.once("reference", lambda: save_to(client, run.folder, REFERENCE))
+        return client.from_state(run.folder / REFERENCE)
     ranks, device = client.ranks, next(client.model.parameters()).device
     model = ranks.when_idle(ranks.copy_model)
     reference = LocalTrainingClient(model, tokenizer=client.get_tokenizer(), device=device, mesh=ranks.mesh)
@@ -77,9 +82,9 @@ def frozen_copy(run: Run, client: LocalTrainingClient) -> LocalTrainingClient:
     return reference
 
 
-def save_to(client: LocalTrainingClient, folder: Path, name: str, metadata: Mapping[str, str] | None = None) -> None:
+def save_to(client: Client, folder: Path, name: str, metadata: Mapping[str, str] | None = None) -> None:
     """Save the client's state under a name in the folder of a run. Several processes write a folder with parts."""
-    if client.ranks.size > 1:
+    if isinstance(client, LocalTrainingClient) and client.ranks.size > 1:
         client.save_state(folder / name, overwrite=True, user_metadata=metadata).result()
         return
     with replaced(folder, name) as path:
@@ -89,7 +94,7 @@ def save_to(client: LocalTrainingClient, folder: Path, name: str, metadata: Mapp
 # Recipes
 
 
-def sft(run: Run, client: LocalTrainingClient, task: Task[Demonstration], loss: Loss, options: Options) -> Outcome:
+def sft(run: Run, client: Client, task: Task[Demonstration], loss: Loss, options: Options) -> Outcome:
     """Fine-tune on demonstrations."""
     measure = partial(methods.bits_per_byte, client, task.held_out)
     train = partial(
@@ -106,7 +111,7 @@ def sft(run: Run, client: LocalTrainingClient, task: Task[Demonstration], loss: 
     return compared(run, client, task.held_out, "bits_per_byte", "held-out bits per byte", measure, train)
 
 
-def preference(run: Run, client: LocalTrainingClient, task: Task[Preference], loss: Loss, options: Options) -> Outcome:
+def preference(run: Run, client: Client, task: Task[Preference], loss: Loss, options: Options) -> Outcome:
     """Learn preferences from pairs.
 
     DPO learns relative to a reference, so it needs a supervised start. ORPO needs none: it learns the chosen texts too.
@@ -135,7 +140,7 @@ def preference(run: Run, client: LocalTrainingClient, task: Task[Preference], lo
     return compared(run, client, task.held_out, "accuracy", "held-out preference accuracy", measure, train)
 
 
-def policy(run: Run, client: LocalTrainingClient, task: Task[Problem], loss: Loss, options: Options) -> Outcome:
+def policy(run: Run, client: Client, task: Task[Problem], loss: Loss, options: Options) -> Outcome:
     """Learn by reinforcement, from a supervised start that solves only some of the problems."""
     demonstrate = tasks.correct_demonstration if options.data else tasks.noisy_demonstration
 
@@ -171,7 +176,7 @@ def answer_length(problem: Problem) -> int:
 
 def warm_up(
     run: Run,
-    client: LocalTrainingClient,
+    client: Client,
     draw: Callable[[Random, int], list[Demonstration]],
     options: Options,
     *,
@@ -232,6 +237,9 @@ def problems(options: Options) -> Task[Problem]:
 # Methods
 
 
+Recipe = Callable[[Run, Client, Task[Any], Loss, Options], Outcome]
+
+
 class Method(NamedTuple):
     """A training method.
 
@@ -244,7 +252,7 @@ class Method(NamedTuple):
 
     loss: Callable[[], Loss]
     task: Callable[[Options], Task[Any]]
-    recipe: Callable[[Run, LocalTrainingClient, Task[Any], Loss, Options], Outcome]
+    recipe: Recipe
     defaults: dict[str, Any]
 
 
@@ -278,6 +286,10 @@ def complete_options(given: Mapping[str, Any]) -> Options:
             others = ", ".join(other for other in METHODS if has_option(other, name))
             raise LossInputError(flag(name), f"a method that has it ({others})", method, "Leave it out.")
     options = Options(**METHODS[method].defaults | given)
+    for name, default in (("device", "auto"), ("init", None)):
+        if options.base_url and (value := getattr(options, name)) != default:
+            expected, fix = "no --base-url with it", "The server has the model: it starts from its own weights."
+            raise LossInputError(flag(name), expected, reprlib.repr(value), fix)
     if options.max_length and not options.data:
         raise LossInputError("--max-length", "--data with it", "none", "The built-in data has its own length.")
     if options.batch * max(1, options.group) > LARGEST["batch"]:

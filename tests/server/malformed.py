@@ -32,7 +32,7 @@ STRANGE = [
         "a b",
     ],
     *["\x1b[31mred", "\u202ename", "\ud800", "é" * 128, "ß", "名", "١٢٣", "x" * 10_000, "a" * 129, "-", ".hidden"],
-    *["~root", "C:\\x", "|id", "$(id)", "tinker://", "tinker://../../x", "file:///etc/passwd"],
+    *["a b", "~root", "C:\\x", "|id", "$(id)", "tinker://", "tinker://../../x", "file:///etc/passwd"],
 ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -35,15 +36,24 @@ def tiny_service(**options: Any) -> Service:
 
 
 @contextmanager
-def served(service: Service, **options: Any) -> Iterator[str]:
-    """Return the address of a server."""
+def served(service: Service, *, port: int = 0, **options: Any) -> Iterator[str]:
+    """Return the address of a server. At the end it stops as after SIGTERM."""
     server = uvicorn.Server(uvicorn.Config(create_app(service, **options), log_level="warning", access_log=False))
-    with listening_socket("127.0.0.1", 0) as sock:
-        thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[sock])))
+    with listening_socket("127.0.0.1", port) as sock:
+        loops: list[asyncio.AbstractEventLoop] = []
+
+        async def serve() -> None:
+            loops.append(asyncio.get_running_loop())
+            await server.serve(sockets=[sock])
+
+        thread = threading.Thread(target=lambda: asyncio.run(serve()))
         thread.start()
+        while not server.started and thread.is_alive():
+            time.sleep(0.01)
         try:
             yield f"http://127.0.0.1:{sock.getsockname()[1]}"
         finally:
+            loops[0].call_soon_threadsafe(service.begin_stop)
             server.should_exit = True
             thread.join()
 

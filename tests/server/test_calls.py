@@ -211,3 +211,15 @@ def test_logprobs_beside_those_of_the_samples() -> None:
         assert {s.stop_reason for s in base.sample(tokens, 8, never).result().sequences} == {"length"}
         with pytest.raises(tinker.RequestFailedError, match="prompt_alt_tokens_k"):
             base.sample(tokens, 1, greedy, prompt_alt_tokens_k=2).result()
+
+
+def test_the_tokenizer_of_the_embedded_model_needs_no_hub() -> None:
+    with sdk() as service:
+        tokenizer = service.create_lora_training_client("Tiny", rank=4).result().get_tokenizer()
+        text = "byte, \n Bytes: é 漢字 🙂 \x00\x7f"
+        assert tokenizer.encode(text) == list(text.encode())
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+        assert (tokenizer.eos_token_id, len(tokenizer)) == (256, 257)
+        assert tokenizer.decode(list(range(257)), skip_special_tokens=True) == bytes(range(256)).decode(
+            errors="replace"
+        )

@@ -145,10 +145,6 @@ def run_restarted(tmp_path: Path, clients: int, count: int) -> None:
             assert torch.equal(weights(trained)[name], expected), (seed, name)
 
 
-def test_a_server_that_stops_goes_on_where_it_was(tmp_path: Path) -> None:
-    run_restarted(tmp_path, clients=2, count=30)
-
-
 @pytest.mark.exhaustive
 def test_a_server_that_stops_under_load_goes_on_where_it_was(tmp_path: Path) -> None:
     run_restarted(tmp_path, clients=8, count=120)
