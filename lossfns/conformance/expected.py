@@ -11,12 +11,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from lossfns.backend.engine.builtins import bind_builtin
+from lossfns.conformance import formulas
 from lossfns.conformance.client import Row, Rows
 from lossfns.datum import Datum, ModelInput, TensorData
 from lossfns.errors import LossInputError, LossWarning
-from lossfns.export.builtins import BUILTINS
+from lossfns.export.builtins import BUILTINS, CLIP
 from lossfns.loss import BoundLoss
 
 Config = Mapping[str, Any] | None
@@ -28,7 +30,7 @@ class Expected(NamedTuple):
     value: float
     gradients: list[np.ndarray]
     scale: float
-    """A bound of the size of the value: Σ |∂L/∂lp · lp| and Σ |terms|, for relative errors."""
+    """The size of the terms that the value adds up, for relative errors."""
 
     def as_cross_entropy(self, rows: Rows) -> list[Row]:
         """Return datums whose cross_entropy has this gradient: its weights are −∂L/∂lp."""
@@ -54,8 +56,12 @@ def differentiate(loss: BoundLoss, rows: Rows, logprobs: list[np.ndarray]) -> Ex
         value, _ = loss([as_datum(row) for row in rows], leaves)
     value.backward()  # type: ignore[no-untyped-call]
     gradients = [np.zeros(lp.shape) if lp.grad is None else lp.grad.numpy() for lp in leaves]
-    scale = sum(float(np.abs(g * lp).sum()) + float(np.abs(g).sum()) for g, lp in zip(gradients, logprobs))
-    return Expected(float(value.detach()), gradients, scale)
+    return Expected(float(value.detach()), gradients, size_of(gradients, logprobs))
+
+
+def size_of(gradients: list[np.ndarray], logprobs: list[np.ndarray]) -> float:
+    """Return Σ |∂L/∂lp|·(|lp| + 1), which bounds the size of the terms that a loss adds up."""
+    return sum(float((np.abs(g) * (np.abs(lp) + 1)).sum()) for g, lp in zip(gradients, logprobs))
 
 
 def expected(loss: str, config: Config, rows: Rows, logprobs: list[np.ndarray]) -> Expected:
@@ -79,6 +85,7 @@ def variants(loss: str, config: Config, rows: Rows, logprobs: list[np.ndarray]) 
     for name, n in counts(rows).items():
         yield Variant("loss-not-summed", f"the sum divided by the number of {name}", scaled(right, 1 / n))
     yield Variant("sign-flipped", "the loss with the other sign", scaled(right, -1.0))
+    yield from wrong_terms(loss, config, rows, logprobs)
     for bug, words, request in misread(loss, config, rows, logprobs):
         try:
             answer = expected(*request, logprobs)
@@ -94,29 +101,87 @@ Request = tuple[str, Config, Rows]
 
 def misread(loss: str, config: Config, rows: Rows, logprobs: list[np.ndarray]) -> Iterator[tuple[str, str, Request]]:
     """Yield well-known bugs, in words, with the request as which a server with the bug reads this one."""
+
+    def edited(edit: Callable[[Row, np.ndarray], Row]) -> Request:
+        return loss, config, [edit(row, lp) for row, lp in zip(rows, logprobs)]
+
     if loss == "cross_entropy":
         for bug, words, edit_weights in WEIGHTS:
-            yield bug, words, (loss, config, [row.having(weights=edit_weights(row.weights)) for row in rows])
+            yield bug, words, edited(lambda row, lp, e=edit_weights: row.having(weights=e(row.weights)))  # type: ignore[misc]
         return
-    for bug, words, edit in POLICY:
-        yield bug, words, (loss, config, [edit(row, lp) for row, lp in zip(rows, logprobs)])
+    settings = {name: x for name, x in formulas.settings(loss).items() if x is not None} | dict(config or {})
+    low, high = (settings.get(name, bound) for name, bound in zip(CLIP, (0.0, np.inf)))
+    for bug, words, edit in (*POLICY, *(SEQUENCE if loss == "gspo" else ())):
+        yield bug, words, edited(edit)
     if config:
         yield "config-ignored", "the loss under its defaults", (loss, None, rows)
-    if "clip_low_threshold" in BUILTINS[loss].config:
-        for low, high in ((0.9, 1.1), (0.8, 1.2), (0.0, 4.0), (0.8, 1.28)):
-            clip = {"clip_low_threshold": low, "clip_high_threshold": high}
-            bug = "config-ignored" if config else "other-defaults"
-            yield bug, f"the loss clipped to {low:g} and {high:g}", (loss, clip, rows)
-        clip = {"clip_low_threshold": 0.0, "clip_high_threshold": 1e6}
-        yield "clip-inert", "the loss without a clip", (loss, clip, rows)
+    if loss == "dro":
+        yield "half-missing", "the penalty without its half", (loss, {"beta": 2 * settings["beta"]}, rows)
+        yield "penalty-gated", "the penalty without tokens of advantage 0", edited(without_idle_tokens)
+    if loss == "cispo":
+        within = lambda row, lp: advantages(row, row.fields["advantages"] * bounded(row, lp, low, high))  # noqa: E731
+        yield "clip-drops-tokens", "the loss without the tokens beyond its bounds", edited(within)
+    if CLIP.keys() <= BUILTINS[loss].config.keys():
+        if config:
+            clip = dict(zip(CLIP, (max(0.0, 1 - low), 1 + high)))
+            yield "clip-as-epsilon", "the loss with its thresholds as epsilons", (loss, clip, rows)
+        for bounds in ((0.9, 1.1), (0.8, 1.2), (0.0, 4.0), (0.8, 1.28)):
+            bug, words = "config-ignored" if config else "other-defaults", "the loss clipped to {:g} and {:g}"
+            yield bug, words.format(*bounds), (loss, dict(zip(CLIP, bounds)), rows)
+        yield "clip-inert", "the loss without a clip", (loss, dict(zip(CLIP, (0.0, 1e6))), rows)
     bare = [row.having(sequence_ratio_mask=None) for row in rows]
     for other in ("importance_sampling", "ppo", "cispo"):
         if other != loss:
             yield "another-loss", f"{other} in its place", (other, None, bare)
+    if loss == "gspo":
+        yield "another-loss", "ppo in its place, with the ratio of each token", ("ppo", config, bare)
     ones = [with_weights(row, np.ones(lp.shape)) for row, lp in zip(rows, logprobs)]
     yield "another-loss", "cross_entropy with weights of 1 in its place", ("cross_entropy", None, ones)
     weighted = [with_weights(row, row.fields["advantages"]) for row in rows]
     yield "another-loss", "cross_entropy with the advantages as weights", ("cross_entropy", None, weighted)
+
+
+TERMS: dict[str, tuple[tuple[str, str, Callable[..., Tensor]], ...]] = {
+    "importance_sampling": (
+        ("ratio-clamped", "the ratio kept within 0.01 and 100", lambda r, A, low, high: -r.clamp(0.01, 100) * A),
+        ("ratio-clamped", "the log-ratio kept within ±20", lambda r, A, low, high: -r.log().clamp(-20, 20).exp() * A),
+        ("ratio-not-exponentiated", "the log-ratio in place of the ratio", lambda r, A, low, high: -r.log() * A),
+    ),
+    "ppo": (
+        ("clip-without-min", "the clipped ratio alone", lambda r, A, low, high: -r.clamp(low, high) * A),
+        ("clip-max-for-min", "max in place of min",
+            lambda r, A, low, high: -torch.maximum(r * A, r.clamp(low, high) * A)),
+        ("other-defaults", "the loss with a dual clip of 3", lambda r, A, low, high: -torch.where(
+            A < 0, torch.maximum(torch.minimum(r * A, r.clamp(low, high) * A), 3 * A),
+            torch.minimum(r * A, r.clamp(low, high) * A))),
+    ),
+}  # fmt: skip
+"""Loss → wrong terms of a token, of its ratio, its advantage and the bounds."""
+
+
+def wrong_terms(loss: str, config: Config, rows: Rows, logprobs: list[np.ndarray]) -> Iterator[Variant]:
+    """Yield the answers of formulas that are wrong in one place."""
+    settings = formulas.settings(loss) | dict(config or {})
+    bounds = [settings.get(name) for name in CLIP]
+    for bug, words, term in TERMS.get(loss, ()):
+        leaves = [torch.tensor(lp, dtype=torch.float64, requires_grad=True) for lp in logprobs]
+        fields = [[torch.tensor(row.fields[name], dtype=torch.float64) for name in ("logprobs", "advantages")]
+                  for row in rows]  # fmt: skip
+        value = sum((term((lp - q).exp(), A, *bounds).sum() for lp, (q, A) in zip(leaves, fields)), torch.zeros(()))
+        gradients = [g.numpy() for g in torch.autograd.grad(value, leaves)]
+        yield Variant(bug, words, Expected(value.item(), gradients, size_of(gradients, logprobs)))
+
+
+def bounded(row: Row, lp: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Return which tokens have a ratio within the bounds."""
+    ratio = np.exp(lp - row.fields["logprobs"])
+    within: np.ndarray = (ratio >= low) & (ratio <= high)
+    return within
+
+
+def without_idle_tokens(row: Row, lp: np.ndarray) -> Row:
+    """Return a row whose tokens of advantage 0 have the ratio 1, and so no penalty."""
+    return old(row, np.where(row.fields["advantages"] == 0, lp, row.fields["logprobs"]))
 
 
 def counts(rows: Rows) -> dict[str, float]:
@@ -150,6 +215,8 @@ WEIGHTS: tuple[tuple[str, str, Callable[[np.ndarray], np.ndarray]], ...] = (
     ("weights-squared", "weights are applied twice", lambda w: w * w),
     ("frame-shift", "weights are one token late", lambda w: np.roll(w, 1)),
     ("frame-shift", "weights are one token early", lambda w: np.roll(w, -1)),
+    ("target-dropped", "the last target is dropped", lambda w: w * (np.arange(len(w)) < len(w) - 1)),
+    ("target-dropped", "the first target is dropped", lambda w: w * (np.arange(len(w)) != np.flatnonzero(w)[0])),
 )
 """Wrong readings of the weights of cross_entropy."""
 
@@ -162,6 +229,11 @@ def advantages(row: Row, values: np.ndarray) -> Row:
     return row.having(advantages=values)
 
 
+def pooled(row: Row, values: np.ndarray) -> Row:
+    """Return a row whose tokens all have the same advantage, within the mask if there is one."""
+    return advantages(row, values * row.fields.get("sequence_ratio_mask", np.ones_like(values)))
+
+
 POLICY: tuple[tuple[str, str, Callable[[Row, np.ndarray], Row]], ...] = (
     ("old-logprobs-inert", "the ratio is always 1", lambda row, lp: old(row, lp)),
     ("ratio-inverted", "the ratio is exp(old − new)", lambda row, lp: old(row, 2 * lp - row.fields["logprobs"])),
@@ -169,11 +241,30 @@ POLICY: tuple[tuple[str, str, Callable[[Row, np.ndarray], Row]], ...] = (
         lambda row, lp: advantages(row, np.abs(row.fields["advantages"]))),
     ("advantage-inert", "all advantages are 1",
         lambda row, lp: advantages(row, np.sign(np.abs(row.fields["advantages"])))),
-    ("advantages-pooled", "advantages are replaced by their mean",
-        lambda row, lp: advantages(row, np.where(row.fields["advantages"] != 0, row.fields["advantages"].mean(), 0))),
-    ("frame-shift", "advantages are one token late",
-        lambda row, lp: advantages(row, np.roll(row.fields["advantages"], 1)) if "sequence_ratio_mask" not in row.fields
-        else row),
+    ("advantages-pooled", "advantages are replaced by their mean over the datum",
+        lambda row, lp: pooled(row, np.full(lp.shape, row.fields["advantages"].mean()))),
+    ("advantages-pooled", "advantages are replaced by their mean over the tokens that have one",
+        lambda row, lp: advantages(row, (row.fields["advantages"] != 0) * row.fields["advantages"].sum()
+            / np.count_nonzero(row.fields["advantages"]))),
+    ("frame-shift", "advantages are one token early",
+        lambda row, lp: pooled(row, np.append(row.fields["advantages"][1:], 0))),
     ("frame-shift", "old logprobs are one token late", lambda row, lp: old(row, np.roll(row.fields["logprobs"], 1))),
+    ("target-dropped", "the last target is dropped",
+        lambda row, lp: advantages(row, row.fields["advantages"] * (np.arange(len(lp)) < len(lp) - 1))),
 )  # fmt: skip
 """Wrong readings of the fields of a policy loss."""
+
+
+def by_share(row: Row, lp: np.ndarray) -> Row:
+    """Return a row whose log-ratio is multiplied by the share of the tokens in the mask."""
+    return old(row, lp - (lp - row.fields["logprobs"]) * row.fields["sequence_ratio_mask"].mean())
+
+
+SEQUENCE: tuple[tuple[str, str, Callable[[Row, np.ndarray], Row]], ...] = (
+    ("padding-in-sequence-ratio", "the mean log-ratio divides by all positions", by_share),
+    ("padding-in-sequence-ratio", "the mean log-ratio is of all positions",
+        lambda row, lp: row.having(sequence_ratio_mask=np.ones_like(lp))),
+    ("ratio-product", "the ratio is the product over the tokens, not their geometric mean",
+        lambda row, lp: old(row, lp - (lp - row.fields["logprobs"]) * row.fields["sequence_ratio_mask"].sum())),
+)  # fmt: skip
+"""Wrong readings of the sequence ratio of gspo."""

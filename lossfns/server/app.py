@@ -54,8 +54,8 @@ class App:
         service: Service,
         *,
         api_key: str | None = None,
-        body_bytes: int = 2**26,
-        decompressed_bytes: int = 2**28,
+        body_bytes: int = 2**25,
+        decompressed_bytes: int = 2**26,
         body_seconds: float = 60.0,
         poll_seconds: float = 20.0,
     ) -> None:
@@ -196,7 +196,7 @@ class App:
             return wire.read_pass(body, content_type, forward_only=forward_only), hash(body)
 
         made, digest = await self.in_thread(read) if len(body) > SMALL else read()
-        answer = await endpoints.forward_backward(self.service, made, digest)
+        answer = await endpoints.forward_backward(self.service, made, digest, len(body))
         return Response(to_json(answer), media_type="application/json")
 
     async def retrieve_future(self, request: Request) -> Response:

@@ -18,6 +18,8 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from lossfns.backend.client.sampling import LocalSamplingClient
 from lossfns.backend.client.service import LocalServiceClient, ModelBuilder
 from lossfns.backend.client.training import LocalTrainingClient
@@ -31,6 +33,10 @@ PATH = re.compile(
     r"tinker://([0-9a-f-]{8,64}):train:(\d{1,18})/(weights|sampler_weights)/([A-Za-z0-9][\w.-]{0,127})", re.ASCII
 )
 NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,127}", re.ASCII)
+
+
+REMEMBERED = 1000
+"""Sessions that have finished, of which the server still says so."""
 
 
 class Uploaded(NamedTuple):
@@ -70,6 +76,8 @@ class Sampler:
 class Service:
     """The models of a server, and the sessions of its clients.
 
+    Models compute one at a time, unless there are more cores than torch takes threads: each plans with all free memory.
+
     Args:
         models: for each name a function that builds the model, as in ``LocalServiceClient``. None: ``"Decoder"``.
         device, memory_budget: as in ``LocalServiceClient``.
@@ -78,7 +86,7 @@ class Service:
             takes the place of the one that was not used for the longest time.
         memory: the most bytes of the process, on Linux: beyond it no model is created. ``memory_budget`` bounds the
             memory of a request.
-        queue: the most requests of a model that wait.
+        queue: the most requests of a model that wait; ``queue_bytes``, the most bytes of all that wait.
         results, result_bytes: the most futures, and the most bytes of results, that wait to be read.
         session_seconds: a session ends if its client gives no sign of life for this long.
         gap_seconds: how long a request waits for those with lower sequence ids.
@@ -97,6 +105,7 @@ class Service:
         memory: float | None = None,
         samplers: int = 16,
         queue: int = 1024,
+        queue_bytes: int = 2**30,
         results: int = 20_000,
         result_bytes: int = 2**30,
         session_seconds: float = 1800.0,
@@ -108,7 +117,8 @@ class Service:
         self.root = Path(self.temporary.name if self.temporary else str(state))
         self.session_limit, self.model_limit, self.sampler_limit = sessions, model_limit, samplers
         self.memory = memory
-        self.queue, self.session_seconds = queue, session_seconds
+        self.queue, self.queue_bytes, self.session_seconds = queue, queue_bytes, session_seconds
+        self.turns = asyncio.Semaphore(max(1, (os.cpu_count() or 1) // torch.get_num_threads()))
         self.gap_seconds, self.grace_seconds = gap_seconds, grace_seconds
         self.futures = Futures(results, result_bytes)
         self.sessions: dict[str, Session] = {}
@@ -125,6 +135,8 @@ class Service:
     def create_session(self, user_metadata: Mapping[str, str] | None = None) -> str:
         self.refuse_if_stopping()
         self.finish_silent_sessions()
+        for old in [name for name, s in self.sessions.items() if s.finished][:-REMEMBERED]:
+            del self.sessions[old]
         if sum(not s.finished for s in self.sessions.values()) >= self.session_limit:
             raise Refused(429, f"{self.session_limit} sessions are open, which is the limit of this server.")
         session = Session(str(uuid.uuid4()), user_metadata)
@@ -254,12 +266,26 @@ class Service:
         return model
 
     def submit(
-        self, model_id: str, seq_id: int, digest: int | None, kind: str, run: Callable[[ServedModel], Awaitable[Any]]
+        self,
+        model_id: str,
+        seq_id: int,
+        digest: int | None,
+        kind: str,
+        run: Callable[[ServedModel], Awaitable[Any]],
+        nbytes: int = 0,
     ) -> Future:
-        """Queue a request of a model, which is run as ``run(model)`` in its turn."""
+        """Queue a request of a model, of ``nbytes``, which is run as ``run(model)`` in its turn."""
         self.refuse_if_stopping()
         model = self.model(model_id)
-        return model.submit(seq_id, digest, kind, lambda: run(model))
+
+        async def in_turn() -> Any:
+            async with self.turns:
+                return await run(model)
+
+        waiting = sum(call.nbytes for each in self.models.values() for call in each.waiting.values())
+        if nbytes and waiting + nbytes > self.queue_bytes:
+            raise Refused(429, f"Requests of {waiting} bytes wait; {self.queue_bytes} may.")
+        return model.submit(seq_id, digest, kind, in_turn, nbytes)
 
     def start(self, future: Future, run: Callable[[], Awaitable[Any]]) -> Future:
         """Run a request that no other one has to wait for, and keep its outcome."""

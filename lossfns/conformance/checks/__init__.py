@@ -21,6 +21,7 @@ CHECKS: tuple[Check, ...] = (
     *outputs.CHECKS,
     *values.CHECKS,
     *state.START,
+    *optimizer.FIRST,
     *algebra.CHECKS,
     *gradients.CHECKS,
     *targets.CHECKS,

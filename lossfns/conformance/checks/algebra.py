@@ -33,6 +33,15 @@ def calls_add_up(bench: Bench) -> Finding:
     return bench.same(split, whole, "a datum at a time, and the batch at once", bug)
 
 
+def tokens_add_up(bench: Bench) -> Finding:
+    """The gradient of a token does not depend on which other tokens of its datum have a weight."""
+    halves = [
+        [row.having(weights=row.weights * (np.arange(len(row.weights)) % 2 == k)) for row in BATCH] for k in (0, 1)
+    ]
+    return bench.same(bench.effect(*map(Gradient, halves)), bench.effect(Gradient(BATCH)),
+        "every other token in one request, the rest in another, and all at once")  # fmt: skip
+
+
 def order_of_datums(bench: Bench) -> Finding:
     """The order of the datums does not matter."""
     return bench.same(bench.effect(Gradient(BATCH[::-1])), bench.effect(Gradient(BATCH)),
@@ -87,7 +96,9 @@ def step_clears_gradients(bench: Bench) -> Finding:
     still = Act("step-0", lambda trainer: trainer.step(learning_rate=1e-12 * EPS * bench.facts.rate, beta1=0.0,
         beta2=0.0, eps=EPS))  # fmt: skip
     found = bench.effect(Gradient(BATCH[:1]), still, Gradient(BATCH[1:]))
-    return bench.same(found, bench.effect(Gradient(BATCH[1:])), "a gradient after another step, and alone")
+    kept = bench.same(found, bench.effect(Gradient(BATCH)), "").holds
+    return bench.same(found, bench.effect(Gradient(BATCH[1:])), "a gradient after another step, and alone",
+        "gradient-kept" if kept else "adam-settings")  # fmt: skip
 
 
 def masked_targets(bench: Bench) -> Finding:
@@ -102,6 +113,8 @@ def masked_targets(bench: Bench) -> Finding:
 def masked_datum(bench: Bench) -> Finding:
     """A datum whose weights are all 0 changes nothing."""
     empty = BATCH[0].having(weights=0 * BATCH[0].weights)
+    loss = bench.fresh().forward([empty, *BATCH[1:]]).metrics.get("loss:sum", 0.0)
+    require(bool(np.isfinite(loss)), f"the loss beside a datum of weight 0 is {loss}")
     return bench.same(bench.effect(Gradient([empty, *BATCH[1:]])), bench.effect(Gradient(BATCH[1:])),
         "beside a datum of weight 0, and without it")  # fmt: skip
 
@@ -154,6 +167,7 @@ CHECKS = tuple(
     for run, bug, level in (
         (loss_falls, "sign-flipped", "core"),
         (calls_add_up, "gradient-averaged", "core"),
+        (tokens_add_up, "gradient-averaged", "core"),
         (order_of_datums, "order-dependent", "core"),
         (batches_add_up, "gradient-averaged", "full"),
         (chunked_batch, "chunks-misread", "full"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from lossfns.conformance.base import Check, Finding, worst
 from lossfns.conformance.bench import Act, Bench, Gradient, Vector, difference
@@ -29,7 +30,12 @@ def rate_counts(bench: Bench) -> Finding:
 def first_step(bench: Bench) -> Finding:
     """The first step of AdamW with a small eps does not depend on the gradient's size."""
     small, large = (bench.effect(Gradient(times(x)), rate=RATE, adam=DEFAULTS) for x in (1, 4))
-    return bench.same(large, small, "the first step at four times the weights")
+    finding = bench.same(large, small, "the first step at four times the weights")
+    if finding.holds:
+        return finding
+    # Without a gradient new moments move nothing; this eps is above the rounding of weights that cancel.
+    still = bench.effect(Gradient(BATCH), Gradient(times(-1)), rate=RATE, adam={**DEFAULTS, "eps": 1e-4})
+    return finding if bench.none(still, "").holds else replace(finding, bug="optimizer-kept")
 
 
 def two_steps(bench: Bench, beta1: float, beta2: float) -> Finding:
@@ -100,12 +106,14 @@ def settings_do_not_stick(bench: Bench) -> Finding:
 
 EFFECTS = ("gradient-descent",)
 
+FIRST = (Check.of(clip_off, "clip-ignored", needs=EFFECTS),)
+"""The check on which all effects rely: they are measured without a clip."""
+
 CHECKS = (
     Check.of(rate_counts, "adam-settings", needs=EFFECTS),
     Check.of(first_step, "adam-settings", needs=EFFECTS),
     Check.of(moments, "adam-bias", needs=EFFECTS),
     Check.of(settings_do_not_stick, "adam-settings", "full", needs=EFFECTS),
-    Check.of(clip_off, "clip-ignored", "full", needs=EFFECTS),
     Check.of(clip_norm, "clip-ignored", "full", needs=EFFECTS),
     Check.of(weight_decay, "decay-wrong", "full", needs=EFFECTS),
 )

@@ -89,17 +89,24 @@ def prompt_logprobs(bench: Bench) -> Finding:
 
 
 def sampler_is_a_copy(bench: Bench) -> Finding:
-    """A sampler keeps the weights that were saved while training goes on."""
-    trainer = bench.fresh()
+    """A sampler has the weights of the save, and keeps them while training goes on."""
+    trainer, row = bench.fresh(), BATCH[1]
+    prompt = bench.connection.types.ModelInput.from_ints([*row.tokens, int(row.fields["target_tokens"][-1])])
+
+    def train() -> None:
+        trainer.forward_backward(BATCH)
+        trainer.step(learning_rate=1e-2)
+
+    def sampled(sampler: Any) -> list[np.ndarray]:
+        found = bench.connection.wait(sampler.compute_logprobs(prompt), "compute_logprobs")
+        return [np.asarray(found[1:], np.float64)]
+
+    train()
+    saved = trainer.forward([row]).logprobs
     sampler = bench.connection.sampler(trainer.save_for_sampler(name()))
-    trainer.forward_backward(BATCH)
-    trainer.step(learning_rate=1e-2)
-    row = BATCH[1]
-    ids = [*row.tokens, int(row.fields["target_tokens"][-1])]
-    prompt = bench.connection.types.ModelInput.from_ints(ids)
-    found = bench.connection.wait(sampler.compute_logprobs(prompt), "compute_logprobs")
-    sampled = np.asarray(found[1:], np.float64)
-    return apart([sampled], bench.start_logprobs([row]), "a sampler after a step, and the save", 2 * NATS)
+    at_once = apart(sampled(sampler), saved, "a sampler, and the client that saved its weights", 2 * NATS)
+    train()
+    return worst([at_once, apart(sampled(sampler), saved, "a sampler after another step, and the save", 2 * NATS)])
 
 
 def max_tokens(bench: Bench) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from lossfns.conformance.base import Check, Finding, Wrong, require, server_words
-from lossfns.conformance.bench import Act, Bench, Gradient, calibrate, find_start
+from lossfns.conformance.bench import Bench, Gradient, calibrate, find_start
 from lossfns.conformance.checks.outputs import NATS
 from lossfns.conformance.client import Trainer, plain_sgd
 from lossfns.conformance.rows import BATCH
@@ -77,11 +79,14 @@ def resumed(bench: Bench, *, optimizer: bool) -> np.ndarray:
     return moved(bench, trainer)
 
 
-def in_one_go(bench: Bench, second: dict[str, float]) -> np.ndarray:
-    """Return the effect of two steps of one client."""
+def in_one_go(
+    bench: Bench, second: dict[str, float], between: Callable[[Trainer], object] = lambda trainer: None
+) -> np.ndarray:
+    """Return the effect of two steps of one client, the second with other settings."""
     trainer = bench.fresh()
     trainer.forward_backward(HALF)
     trainer.step(learning_rate=1e-2, **ADAM)
+    between(trainer)
     trainer.forward_backward(REST)
     trainer.step(learning_rate=1e-2, **second)
     return moved(bench, trainer)
@@ -100,9 +105,8 @@ def resume_without_optimizer(bench: Bench) -> Finding:
 
 
 def save_disturbs_nothing(bench: Bench) -> Finding:
-    """Saving does not change the client that saves."""
-    found = bench.effect(Act("save", bench.save), Gradient(BATCH))
-    return bench.same(found, bench.effect(Gradient(BATCH)), "a step after a save, and without one")
+    """Saving does not change what training does next."""
+    return bench.same(in_one_go(bench, ADAM, bench.save), in_one_go(bench, ADAM), "two steps with a save between them")
 
 
 def clients_are_apart(bench: Bench) -> Finding:
@@ -125,6 +129,18 @@ def load_into_client(bench: Bench) -> Finding:
     return bench.none(moved(bench, trainer), "weights after load_state")
 
 
+def load_resets_optimizer(bench: Bench) -> Finding:
+    """load_state starts the optimizer afresh."""
+    trainer = bench.fresh()
+    trainer.forward_backward(HALF)
+    trainer.step(learning_rate=1e-2, **ADAM)
+    trainer.load(bench.facts.path)
+    trainer.forward_backward(REST)
+    trainer.step(learning_rate=1e-2, **ADAM)
+    new = bench.effect(Gradient(REST), rate=1e-2, adam=ADAM)
+    return bench.same(moved(bench, trainer), new, "a step after load_state, and the first of a new client")
+
+
 START = (
     Check.of(save_state, "refused", needs=("forward-backward",)),
     Check.of(create_from_state, "state-lost", needs=("save-state",)),
@@ -137,6 +153,7 @@ EFFECTS = ("gradient-descent",)
 CHECKS = (
     Check.of(save_disturbs_nothing, "save-disturbs", needs=EFFECTS),
     Check.of(load_into_client, "state-lost", "full", needs=EFFECTS),
+    Check.of(load_resets_optimizer, "optimizer-kept", "full", needs=EFFECTS),
     Check.of(resume_with_optimizer, "optimizer-lost", needs=(*EFFECTS, "create-from-state")),
     Check.of(resume_without_optimizer, "optimizer-kept", needs=(*EFFECTS, "create-from-state")),
     Check.of(clients_are_apart, "models-shared", needs=(*EFFECTS, "create-from-state")),

@@ -9,7 +9,7 @@ from lossfns.conformance.base import Check, Finding, Inconclusive, refuse, requi
 from lossfns.conformance.bench import Bench
 from lossfns.conformance.client import Rows
 from lossfns.conformance.expected import expected, variants
-from lossfns.conformance.rows import BATCH, GSPO_CLIP, policy_rows
+from lossfns.conformance.rows import BATCH, FAR, GSPO_CLIP, REGIMES, policy_rows
 
 RTOL = 1e-4
 """The relative error of a sum in float32 over the wire."""
@@ -30,13 +30,15 @@ class Case(NamedTuple):
     @property
     def words(self) -> str:
         given = ", ".join(f"{key} {x:g}" for key, x in (self.config or {}).items())
-        return f"{self.loss} with {given}" if given else self.loss
+        where = " far from the old policy" if self.tag == "far" else ""
+        return f"{self.loss} with {given}" if given else self.loss + where
 
     def rows(self, bench: Bench) -> Rows:
         """Return the datums: those of every regime of a policy loss, around the logprobs of the start."""
         if self.loss == "cross_entropy":
             return BATCH
-        return policy_rows(bench.start_logprobs(BATCH), mask=self.loss == "gspo")
+        logprobs = bench.start_logprobs(BATCH)
+        return policy_rows(logprobs, FAR if self.tag == "far" else REGIMES, mask=self.loss == "gspo")
 
 
 CLIP = {"clip_low_threshold": 0.7, "clip_high_threshold": 1.1}
@@ -44,6 +46,7 @@ CLIP = {"clip_low_threshold": 0.7, "clip_high_threshold": 1.1}
 CASES = (
     Case("cross_entropy", None, "", "core"),
     Case("importance_sampling", None, "", "core"),
+    Case("importance_sampling", None, "far", "full"),
     Case("ppo", None, "", "core"),
     Case("ppo", CLIP, "clip", "core"),
     Case("cispo", None, "", "full"),
