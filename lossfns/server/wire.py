@@ -222,7 +222,6 @@ def data_or_error(read: Callable[[Any, str], Datum], data: Sequence[Any]) -> lis
 
 
 def datum_of_protobuf(message: Any, place: str) -> Datum:
-    check_chunks(message.model_input, f"{place}.model_input")
     chunks = [tokens_of_protobuf(chunk, f"{place}.model_input[{j}]") for j, chunk in enumerate(message.model_input)]
     fields = {
         name: tensor_of_protobuf(tensor, f'{place}.loss_fn_inputs["{name}"]')
@@ -234,9 +233,6 @@ def datum_of_protobuf(message: Any, place: str) -> Datum:
     rows = len(ids) if targets is None or not targets.shape else targets.shape[0]
     check_spans(message.loss_fn_input_spans, rows, f"{place}.loss_fn_input_spans")
     return Datum(TokenInput(ids), fields)
-
-
-def check_chunks(chunks: Sequence[Any], place: str) -> None:
 
 
 def joined(chunks: list[np.ndarray]) -> np.ndarray:
@@ -344,7 +340,6 @@ def tokens_of_json(model_input: dict[str, Any], place: str = "model_input") -> n
     """Return the ids [N] of a model input: {chunks: [{type: encoded_text, tokens}]}."""
     only(model_input, ("chunks",))
     chunks = []
-    check_chunks(field(model_input, "chunks", list), place)
     for j, chunk in enumerate(model_input["chunks"]):
         where = f"{place}[{j}]"
         if not isinstance(chunk, dict) or chunk.get("type", "encoded_text") != "encoded_text":
