@@ -340,7 +340,7 @@ def tokens_of_json(model_input: dict[str, Any], place: str = "model_input") -> n
     """Return the ids [N] of a model input: {chunks: [{type: encoded_text, tokens}]}."""
     only(model_input, ("chunks",))
     chunks = []
-    for j, chunk in enumerate(model_input["chunks"]):
+    for j, chunk in enumerate(field(model_input, "chunks", list)):
         where = f"{place}[{j}]"
         if not isinstance(chunk, dict) or chunk.get("type", "encoded_text") != "encoded_text":
             raise not_text(show(chunk.get("type") if isinstance(chunk, dict) else chunk), where)
