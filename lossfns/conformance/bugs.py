@@ -33,8 +33,8 @@ SERVER_BUGS: dict[str, Bug] = {
     "config-ignored": Bug("loss_fn_config has no effect: defaults are used", ()),
     "other-defaults": Bug("without a loss_fn_config the defaults are not those of the service", ("TuFT's 0.9/1.1",
         "NovaSky-AI/SkyRL's cispo")),
-    "ratio-clamped": Bug("the importance ratio or its logarithm is clamped where the service does not",
-        ("Tinkerbell's 0.01 and 100", "a cap of the log-ratio at ±20 in verl, SkyRL, Fireworks' cookbook")),
+    "ratio-clamped": Bug("the importance ratio or its logarithm is clamped, which the formula is not: beyond the "
+        "bounds a token has no gradient", ("Tinkerbell's [0.01, 100]", "verl's ±20")),
     "weights-ignored": Bug("the weights of cross_entropy have no effect", ()),
     "accumulation-lost": Bug("a forward_backward replaces the gradient of the one before it", ()),
     "forward-has-gradient": Bug("forward leaves a gradient or changes the weights", ()),

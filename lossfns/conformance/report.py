@@ -88,7 +88,7 @@ class Report:
     @property
     def bug(self) -> str:
         """The most likely bug, which the first check that does not hold names, or ""."""
-        return self.broken[0].bug if self.broken else ""
+        return self.broken[0].bug if self.broken else "no-answer" if self.stopped and not self.results else ""
 
     @property
     def title(self) -> str:

@@ -18,6 +18,11 @@ def tokens(seed: int, length: int) -> list[int]:
     return [FIRST + (37 * seed + 11 * i + 7 * i * i) % SPAN for i in range(length)]
 
 
+def other_tokens(ids: np.ndarray) -> np.ndarray:
+    """Return tokens of which each is another one than the given."""
+    return FIRST + (ids - FIRST + 31) % SPAN
+
+
 def row(seed: int, n: int, weights: Sequence[float] | None = None, **fields: Any) -> Row:
     """Return a datum of N next-token targets; all have weight 1 unless weights are given."""
     ids = tokens(seed, n + 1)
@@ -36,40 +41,34 @@ BATCH = (
 PROBE = (*(r.having(weights=np.ones(len(r.tokens))) for r in BATCH), row(4, 7))
 """The datums whose logprobs are watched."""
 
-Regimes = Sequence[tuple[float, float]]
-
 REGIMES = (
     (0.05, 1.0), (0.5, 0.7), (-0.5, 1.3), (-0.05, -1.0), (0.5, -0.8), (-0.5, -1.2), (1.6, 0.5), (0.1, -0.3),
-    (-0.1, 0.9), (0.02, 2.0), (0.14, 0.6), (-0.16, -0.9), (1.3, -0.4),
+    (-0.1, 0.9), (0.02, 2.0), (0.14, 0.6), (-0.16, -0.9), (1.5, -0.6),
 )  # fmt: skip
 """(log-ratio, advantage) of tokens: both signs of the advantage within the clip bounds and beyond each of them.
 
-The ratios 1.15 and 0.85 are within the usual bounds and beyond narrower ones. The last one, 3.7, is beyond a dual clip.
+The ratios 1.15 and 0.85 are within the usual bounds and beyond narrower ones. The last one is where a dual clip acts.
 """
-
-FAR = ((6.0, 1e-3), (21.0, 5e-10), (-5.0, 100.0))
-"""(log-ratio, advantage) of tokens far from the old policy: the terms are about 1, unless the ratio is clamped."""
 
 PROMPT = (2, 3, 1)
 """The prompts of the policy datums, in tokens: their advantages are 0."""
 
 
-def policy_rows(logprobs: Sequence[np.ndarray], regimes: Regimes = REGIMES, *, mask: bool = False) -> list[Row]:
-    """Return datums of a policy loss with the log-ratios and advantages of some regimes, in turn.
+def policy_rows(logprobs: Sequence[np.ndarray], *, mask: bool = False) -> list[Row]:
+    """Return datums of a policy loss with the log-ratios and advantages of ``REGIMES``.
 
     Args:
         logprobs: the current logprobs of the datums of ``BATCH``, from which the old ones are set apart.
-        regimes: (log-ratio, advantage) of tokens.
         mask: whether to add the field ``sequence_ratio_mask``, with log-ratios for the bounds of ``GSPO_CLIP``.
     """
     rows, k = [], 0
     for datum, lp, prompt in zip(BATCH, logprobs, PROMPT):
         n = len(lp)
-        own = [regimes[(k + i) % len(regimes)] for i in range(n - prompt)]
-        k += len(own)
-        log_ratio = np.array([0.3] * prompt + [d for d, _ in own])
+        regimes = [REGIMES[(k + i) % len(REGIMES)] for i in range(n - prompt)]
+        k += len(regimes)
+        log_ratio = np.array([0.3] * prompt + [d for d, _ in regimes])
         log_ratio = np.where(lp - log_ratio > -1e-3, abs(log_ratio), log_ratio)  # no logprob is above 0
-        advantages = [0.0] * prompt + [a for _, a in own]
+        advantages = [0.0] * prompt + [a for _, a in regimes]
         fields: dict[str, Any] = {"logprobs": lp - log_ratio, "advantages": advantages, "weights": None}
         rows.append(datum.having(**fields))
     return gspo_rows(rows, logprobs) if mask else rows
@@ -88,8 +87,7 @@ def gspo_rows(rows: Sequence[Row], logprobs: Sequence[np.ndarray]) -> list[Row]:
         ripple = 0.1 * np.cos(np.arange(len(lp)))  # the tokens' own ratios are not that of the sequence
         ripple -= (ripple * mask).sum() / n
         advantages = sign * mask * (1 + 0.1 * np.arange(len(lp)))
-        distance = np.where(mask != 0, log_ratio + ripple, 0)
-        fields = {"logprobs": lp - distance, "advantages": advantages, "sequence_ratio_mask": mask}
+        fields = {"logprobs": lp - log_ratio - ripple, "advantages": advantages, "sequence_ratio_mask": mask}
         made.append(r.having(**fields))
     return made
 

@@ -131,11 +131,19 @@ async def load(service: Service, model: ServedModel, body: Json) -> Json:
     return {"type": "load_weights", "path": path, "model_id": model.model_id}
 
 
+def reads_bytes(client: LocalTrainingClient) -> bool:
+    """Whether a client has the byte tokenizer. A model need not have one at all."""
+    try:
+        return isinstance(client.get_tokenizer(), ByteTokenizer)
+    except LossInputError:
+        return False
+
+
 async def get_info(service: Service, body: Json, digest: int | None) -> Json:
     model = service.model(field(body, "model_id", str))
     info = await model.client.get_info_async()
     tokenizer_id = info.model_data.tokenizer_id
-    if tokenizer_id is None and isinstance(model.client.get_tokenizer(), ByteTokenizer):
+    if tokenizer_id is None and reads_bytes(model.client):
         tokenizer_id = str(await asyncio.to_thread(write_byte_tokenizer, service.root.resolve() / "byte_tokenizer"))
     return {
         "type": "get_info",

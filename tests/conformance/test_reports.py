@@ -17,11 +17,12 @@ from lossfns.conformance.bench import difference, how_different
 from lossfns.conformance.bugs import ALL_BUGS, symptom
 from lossfns.conformance.checks import CHECKS
 from lossfns.conformance.checks.values import CASES
-from lossfns.conformance.expected import expected, variants
+from lossfns.conformance.expected import expected
 from lossfns.conformance.formulas import FORMULAS, as_data
 from lossfns.conformance.page import page
 from lossfns.conformance.report import MARKS, Report
 from lossfns.conformance.rows import BATCH, policy_rows
+from lossfns.conformance.wrong import variants
 
 ROOT = Path(__file__).parents[2]
 

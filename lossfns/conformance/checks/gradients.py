@@ -11,8 +11,9 @@ from lossfns.conformance.base import Check, Finding, Inconclusive
 from lossfns.conformance.bench import Bench, Gradient
 from lossfns.conformance.checks.values import CASES, Case
 from lossfns.conformance.client import plain_sgd
-from lossfns.conformance.expected import expected, variants
+from lossfns.conformance.expected import expected
 from lossfns.conformance.rows import BATCH
+from lossfns.conformance.wrong import variants
 
 
 def gradient(case: Case, bench: Bench) -> Finding:
@@ -29,7 +30,7 @@ def gradient(case: Case, bench: Bench) -> Finding:
             break  # the rest of the time belongs to the answer
         if bench.same(found, bench.effect(Gradient(wrong.answer.as_cross_entropy(rows))), "").holds:
             return Finding(finding.error, finding.tolerance, finding.noise,
-                f"{finding.seen}; it is {wrong.words}", wrong.bug)  # fmt: skip
+                f"{finding.seen}; as if {wrong.words}", wrong.bug)  # fmt: skip
     return finding
 
 

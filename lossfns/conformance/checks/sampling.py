@@ -89,24 +89,28 @@ def prompt_logprobs(bench: Bench) -> Finding:
 
 
 def sampler_is_a_copy(bench: Bench) -> Finding:
-    """A sampler has the weights of the save, and keeps them while training goes on."""
+    """A sampler keeps the weights that were saved while training goes on."""
     trainer, row = bench.fresh(), BATCH[1]
-    prompt = bench.connection.types.ModelInput.from_ints([*row.tokens, int(row.fields["target_tokens"][-1])])
-
-    def train() -> None:
-        trainer.forward_backward(BATCH)
-        trainer.step(learning_rate=1e-2)
-
-    def sampled(sampler: Any) -> list[np.ndarray]:
-        found = bench.connection.wait(sampler.compute_logprobs(prompt), "compute_logprobs")
-        return [np.asarray(found[1:], np.float64)]
-
-    train()
-    saved = trainer.forward([row]).logprobs
     sampler = bench.connection.sampler(trainer.save_for_sampler(name()))
-    at_once = apart(sampled(sampler), saved, "a sampler, and the client that saved its weights", 2 * NATS)
-    train()
-    return worst([at_once, apart(sampled(sampler), saved, "a sampler after another step, and the save", 2 * NATS)])
+    trainer.forward_backward(BATCH)
+    trainer.step(learning_rate=1e-2)
+    prompt = bench.connection.types.ModelInput.from_ints([*row.tokens, int(row.fields["target_tokens"][-1])])
+    found = bench.connection.wait(sampler.compute_logprobs(prompt), "compute_logprobs")
+    sampled = np.asarray(found[1:], np.float64)
+    return apart([sampled], bench.start_logprobs([row]), "a sampler after a step, and the save", 2 * NATS)
+
+
+def sampler_is_current(bench: Bench) -> Finding:
+    """A sampler has the weights of the moment of the save, after the last step."""
+    trainer = bench.fresh()
+    trainer.forward_backward(BATCH)
+    trainer.step(learning_rate=1e-2)
+    row = BATCH[1]
+    prompt = bench.connection.types.ModelInput.from_ints([*row.tokens, int(row.fields["target_tokens"][-1])])
+    sampler = bench.connection.sampler(trainer.save_for_sampler(name()))
+    found = bench.connection.wait(sampler.compute_logprobs(prompt), "compute_logprobs")
+    return apart([np.asarray(found[1:], np.float64)], trainer.forward([row]).logprobs,
+        "a sampler of weights after a step, and the training client", 2 * NATS)  # fmt: skip
 
 
 def max_tokens(bench: Bench) -> None:
@@ -150,6 +154,7 @@ CHECKS = (
     Check.of(sequence_ids, "sequence-ids-missing", "full", needs=NEEDS),
     Check.of(sampled_logprobs, "sampler-logprobs", "full", needs=NEEDS),
     Check.of(prompt_logprobs, "prompt-logprobs", "full", needs=NEEDS),
+    Check.of(sampler_is_current, "sampler-weights", "full", needs=NEEDS),
     Check.of(sampler_is_a_copy, "sampler-weights", "full", needs=NEEDS),
     Check.of(max_tokens, "sampling-settings", "full", needs=NEEDS),
     Check.of(seeds, "sampling-settings", "full", needs=NEEDS),

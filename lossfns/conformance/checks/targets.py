@@ -79,7 +79,7 @@ def mixed_targets(bench: Bench) -> Finding:
 
 
 def wide(k: int) -> list[Row]:
-    """Return datums of k targets at each position, two with a weight; at the first one also token 0."""
+    """Return datums of k targets at each position of which two or three have a weight; the third is token 0."""
     rows = []
     for row in BATCH:
         n = len(row.tokens)
@@ -87,7 +87,7 @@ def wide(k: int) -> list[Row]:
         for j, column in enumerate(columns(row, 2)):
             at = (np.arange(n) + 3 * j) % k
             ids[np.arange(n), at], weights[np.arange(n), at] = column.fields["target_tokens"], column.weights + 0.125
-        weights[0, k - 1] = 0.25  # of the token 0, which CSR leaves out
+        weights[::2, k // 2] += 0.5 * (weights[::2, k // 2] == 0)  # at a token 0, which is not stored
         rows.append(row.having(target_tokens=ids, weights=weights))
     return rows
 
