@@ -19,7 +19,8 @@ from lossfns.server.custom import rebuilt
 from lossfns.server.futures import Future
 from lossfns.server.model import ServedModel, log
 from lossfns.server.results import Encoded, encode
-from lossfns.server.service import Sampler, Service, Session, session_of
+from lossfns.server.samplers import Sampler
+from lossfns.server.service import Service, Session, session_of
 from lossfns.server.wire import PROTOBUF
 
 INDEX = "stopped.json"

@@ -18,7 +18,9 @@ def byte_characters() -> list[str]:
 
 
 def write_byte_tokenizer(folder: Path) -> Path:
-    """Write the files that ``AutoTokenizer.from_pretrained`` reads, and return the folder."""
+    """Write the files that ``AutoTokenizer.from_pretrained`` reads, unless they are there, and return the folder."""
+    if (folder / "tokenizer.json").exists():
+        return folder
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
     end = {"id": ByteTokenizer.eos_token_id, "content": ByteTokenizer.eos_token, "special": True}
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
@@ -32,7 +34,7 @@ def write_byte_tokenizer(folder: Path) -> Path:
     }
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": ByteTokenizer.eos_token}
     folder.mkdir(parents=True, exist_ok=True)
-    for name, value in (("tokenizer.json", tokenizer), ("tokenizer_config.json", config)):
+    for name, value in (("tokenizer_config.json", config), ("tokenizer.json", tokenizer)):
         part = folder / f"{name}.part"
         part.write_text(json.dumps(value))
         os.replace(part, folder / name)
