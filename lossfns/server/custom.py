@@ -15,7 +15,8 @@ from lossfns.errors import LossInputError, show
 from lossfns.export.per_datum import per_datum
 from lossfns.server.futures import Future
 from lossfns.server.graph import read_inputs, rebuild
-from lossfns.server.service import Service, Uploaded
+from lossfns.server.service import Service
+from lossfns.server.session import Uploaded
 from lossfns.server.wire import Pass, field, only, sequence_id
 
 MOST_LOSSES = 256
@@ -31,6 +32,8 @@ def create_loss(service: Service, body: dict[str, Any], digest: int | None) -> F
     if (repeated := service.futures.repeated(loss_id, digest)) is not None:
         return repeated
     service.refuse_if_stopping()
+    if loss_id in session.losses:
+        raise LossInputError("custom_loss_seq_id", "one that is not taken", str(number), "Take the next one.")
 
     async def create() -> dict[str, str]:
         graph, inputs = field(body, "graph", dict), field(body, "inputs", list)

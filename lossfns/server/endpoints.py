@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
+from lossfns.backend.client.requests import check_metadata
 from lossfns.backend.client.training import LocalTrainingClient
 from lossfns.backend.model.tokenizer import ByteTokenizer
 from lossfns.backend.types import AdamParams
@@ -15,13 +16,19 @@ from lossfns.server.custom import create_loss
 from lossfns.server.futures import Future
 from lossfns.server.model import ServedModel
 from lossfns.server.passes import run_pass
+from lossfns.server.results import to_json
 from lossfns.server.samplers import Sampler
 from lossfns.server.sampling import SAMPLE, sample
-from lossfns.server.service import Service, session_of
+from lossfns.server.service import Service
+from lossfns.server.session import session_of
 from lossfns.server.tokenizer import write_byte_tokenizer
 from lossfns.server.wire import field, only, sequence_id
 
 Json = dict[str, Any]
+
+METADATA_BYTES = 2**16
+"""The largest metadata of a session, which are kept as long as the server runs."""
+
 Endpoint = Callable[[Service, Json, int | None], Awaitable[Json]]
 
 
@@ -52,6 +59,8 @@ async def client_dynamic_config(service: Service, body: Json, digest: int | None
 
 async def create_session(service: Service, body: Json, digest: int | None) -> Json:
     metadata = field(body, "user_metadata", dict, {})
+    if len(to_json(metadata)) > METADATA_BYTES:
+        raise LossInputError("user_metadata", f"at most {METADATA_BYTES} bytes", "more", "The server keeps it.")
     return {"type": "create_session", "session_id": service.create_session(metadata)}
 
 
@@ -119,6 +128,7 @@ async def load_weights(service: Service, body: Json, digest: int | None) -> Json
 async def load(service: Service, model: ServedModel, body: Json) -> Json:
     path = field(body, "path", str)
     file, client = service.saved_checkpoint(path), model.client
+    check_metadata(field(body, "user_metadata", dict, None))
     await (client.load_state_with_optimizer(file) if field(body, "optimizer", bool) else client.load_state(file))
     return {"type": "load_weights", "path": path, "model_id": model.model_id}
 

@@ -82,8 +82,10 @@ class ServedModel:
                 self.failed_gradient.set_error(reason)
                 self.failed_gradient.retrieved = self.failed_gradient.finished
             raise Refused(400, reason)
-        if len(self.waiting) >= self.queue_limit:
+        if len(self.waiting) >= self.queue_limit and seq_id != self.next_seq:
             raise Refused(429, f"{len(self.waiting)} requests of {self.model_id} wait.")
+        if seq_id >= self.next_seq + self.futures.limit:  # a wrong one must not end the sequence
+            raise Refused(429, f"seq_id: expected one below {self.next_seq + self.futures.limit} by now, got {seq_id}.")
         future = self.futures.begin(request_id, digest)
         if kind == "forward_backward" and self.failed_gradient is not None and self.failed_gradient.retrieved:
             self.failed_gradient = None

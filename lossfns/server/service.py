@@ -13,9 +13,10 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -24,10 +25,10 @@ from lossfns.backend.client.service import LocalServiceClient, ModelBuilder
 from lossfns.backend.client.training import LocalTrainingClient
 from lossfns.backend.storage import checkpoint
 from lossfns.errors import LossInputError
-from lossfns.loss import LossFn
 from lossfns.server.futures import Future, Futures, Refused
 from lossfns.server.model import ServedModel, log
 from lossfns.server.samplers import Sampler
+from lossfns.server.session import Session, session_of
 
 PATH = re.compile(
     r"tinker://(\w[\w-]{0,127}):train:(\d{1,18})/(weights|sampler_weights)/([A-Za-z0-9][\w.-]{0,127})", re.ASCII
@@ -37,24 +38,6 @@ NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,127}", re.ASCII)
 
 REMEMBERED = 1000
 """Sessions that have finished, of which the server still says so."""
-
-
-class Uploaded(NamedTuple):
-    """A loss that a client has uploaded: as a loss of a batch, the rank of each input by name, and the request."""
-
-    loss: LossFn
-    ranks: dict[str, int]
-    request: dict[str, Any]
-
-
-class Session:
-    """A client's session: its models, samplers and uploaded losses live as long as it does."""
-
-    def __init__(self, session_id: str, user_metadata: Mapping[str, str] | None = None) -> None:
-        self.session_id, self.user_metadata = session_id, dict(user_metadata or {})
-        self.losses: dict[str, Uploaded] = {}
-        self.seen = time.monotonic()
-        self.finished = False
 
 
 class Service:
@@ -99,6 +82,9 @@ class Service:
         self.local = LocalServiceClient(models, device=device, memory_budget=memory_budget)
         self.temporary = tempfile.TemporaryDirectory(prefix="lossfns-") if state is None else None
         self.root = Path(self.temporary.name if self.temporary else str(state))
+        self.root.mkdir(parents=True, exist_ok=True)
+        if not os.access(self.root, os.W_OK):
+            raise LossInputError("state", "a folder to write to", f"{self.root}", "Choose another.")
         self.session_limit, self.model_limit, self.sampler_limit = sessions, model_limit, samplers
         self.memory = memory
         self.queue, self.queue_bytes, self.session_seconds = queue, queue_bytes, session_seconds
@@ -109,6 +95,7 @@ class Service:
         self.models: dict[str, ServedModel] = {}
         self.samplers: dict[str, Sampler] = {}
         self.tasks: set[asyncio.Task[None]] = set()
+        self.arriving: set[asyncio.Timeout] = set()
         self.creating = 0
         self.started = time.monotonic()
         self.stopping = False
@@ -147,6 +134,7 @@ class Service:
         for name in [name for name in self.samplers if session_of(name) == session_id]:
             del self.samplers[name]
         session.losses.clear()
+        self.futures.release(session_id)
 
     def finish_silent_sessions(self) -> None:
         """End the sessions whose clients have given no sign of life for ``session_seconds``."""
@@ -207,26 +195,32 @@ class Service:
                 self.session(session_id)  # it may have finished meanwhile
             finally:
                 self.creating -= 1
-            model = self.add_model(model_id, client, base_model, user_metadata)
-            await self._record_run(model)
+            await self._record_run(model_id, client, base_model, user_metadata)
+            self.add_model(model_id, client, base_model, user_metadata)
             kind = "create_model" if path is None else "load_weights"
             return {"model_id": model_id, "type": kind, **({} if path is None else {"path": path})}
 
         return self.start(self.futures.begin(f"{model_id}:0", digest), create)
 
-    async def _record_run(self, model: ServedModel) -> None:
+    async def _record_run(
+        self, model_id: str, client: LocalTrainingClient, base_model: str, user_metadata: Mapping[str, str] | None
+    ) -> None:
         """Write what remains known of a model when it has gone."""
-        info = await model.client.get_info_async()
+        info = await client.get_info_async()
         run = {
-            "training_run_id": model.model_id,
-            "base_model": model.base_model,
+            "training_run_id": model_id,
+            "base_model": base_model,
             "is_lora": info.is_lora,
             "lora_rank": info.lora_rank,
-            "user_metadata": model.user_metadata,
+            "user_metadata": dict(user_metadata or {}),
         }
-        folder = self.folder(model.model_id)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "run.json").write_text(json.dumps(run))
+        folder = self.folder(model_id)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "run.part").write_text(json.dumps(run))
+            (folder / "run.part").replace(folder / "run.json")  # a reader finds all of it
+        except OSError as error:
+            raise LossInputError("state", "a folder to write to", f"{error}", "Free its disk.") from None
 
     def add_model(
         self, model_id: str, client: LocalTrainingClient, base_model: str, user_metadata: Mapping[str, str] | None
@@ -291,6 +285,18 @@ class Service:
         self.stopping = True
         for future in self.futures.by_id.values():
             future.wake()
+        for timeout in self.arriving:
+            timeout.reschedule(asyncio.get_running_loop().time())
+
+    @asynccontextmanager
+    async def until_stop(self, timeout: asyncio.Timeout) -> AsyncIterator[None]:
+        """End a timeout when the server stops: a body that arrives slowly must not keep it from saving."""
+        async with timeout:
+            self.arriving.add(timeout)
+            try:
+                yield
+            finally:
+                self.arriving.discard(timeout)
 
     async def close(self) -> None:
         """Run the accepted requests for ``grace_seconds`` at most, and fail the rest."""
@@ -334,7 +340,11 @@ class Service:
     def add_sampler(self, session_id: str, number: int, sampler: Sampler) -> str:
         """Add a sampling session; the ones that were not used for the longest time make room for it."""
         name = f"{session_id}:sample:{number}"
-        self.samplers.setdefault(name, sampler)
+        known = self.samplers.setdefault(name, sampler)
+        same = (sampler.client, sampler.base_model, sampler.path) == (None, known.base_model, known.path)
+        if known is not sampler and not same:
+            fix = "Take the next one."
+            raise LossInputError("sampling_session_seq_id", "one that is not taken", str(number), fix)
         self._unload_samplers(name)
         return name
 
@@ -377,11 +387,6 @@ class Service:
                 self.samplers[name].client = None
             else:
                 del self.samplers[name]
-
-
-def session_of(name: str) -> str:
-    """Return the session of a model's or a sampler's id."""
-    return name.partition(":")[0]
 
 
 def resident_bytes() -> int | None:

@@ -7,13 +7,12 @@ from typing import Any
 import pytest
 import torch
 from graphs import INPUTS, X, function, whole
-from serving import served, tinker
+from serving import httpx, served, tinker
 from torch import Tensor
 
 from lossfns.server import local_service
 from lossfns.server.service import Service
 
-httpx = pytest.importorskip("httpx")
 types = tinker.types
 RANKS: dict[str, Any] = {"logprobs": 1, "weights": 1}
 

@@ -1,0 +1,32 @@
+"""Sessions, and the losses that were uploaded in them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from lossfns.loss import LossFn
+
+
+class Uploaded(NamedTuple):
+    """A loss that a client has uploaded: as a loss of a batch, the rank of each input by name, and the request."""
+
+    loss: LossFn
+    ranks: dict[str, int]
+    request: dict[str, Any]
+
+
+class Session:
+    """A client's session: its models, samplers and uploaded losses live as long as it does."""
+
+    def __init__(self, session_id: str, user_metadata: Mapping[str, str] | None = None) -> None:
+        self.session_id, self.user_metadata = session_id, dict(user_metadata or {})
+        self.losses: dict[str, Uploaded] = {}
+        self.seen = time.monotonic()
+        self.finished = False
+
+
+def session_of(name: str) -> str:
+    """Return the session in the id of a model, a sampler or a request."""
+    return name.partition(":")[0]
