@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lossfns.conformance.base import TOLERANCE, TOO_NOISY, Finding, Inconclusive, require
+from lossfns.conformance.base import TOLERANCE, TOO_NOISY, Finding, Inconclusive, Wrong, require
 from lossfns.conformance.client import Answer, Connection, Row, Rows, Trainer, key_of, plain_sgd
 from lossfns.conformance.rows import BATCH, PROBE
 
@@ -247,7 +247,10 @@ def calibrate(bench: Bench) -> None:
         if 0.3 <= moved <= 3:
             break
         rate *= 0.01 if not np.isfinite(moved) else float(np.clip(1 / max(moved, 1e-9), 0.01, 100))
-    require(moved > 1e-4, f"gradient descent moves no logprob by more than {moved:.2g}", "step-inert")
+    if not moved > 1e-4:
+        ordinary = float(np.abs(bench.effect(Gradient(BATCH), rate=1e-2, adam={"eps": 1e-12})).max())
+        raise Wrong(f"gradient descent moves no logprob by more than {moved:.2g}, a step of AdamW by {ordinary:.2g}",
+            "adam-settings" if ordinary > 1e-3 else "step-inert")  # fmt: skip
     require(np.isfinite(moved) and moved < 30, f"a small step moves logprobs by {moved:.3g}: AdamW does not take its "
         "eps or its learning rate from AdamParams", "adam-settings")  # fmt: skip
     first = bench.effect(Gradient(BATCH))

@@ -24,6 +24,7 @@ CHECKS: tuple[Check, ...] = (
     *algebra.CHECKS,
     *gradients.CHECKS,
     *targets.CHECKS,
+    *state.MOMENTS,
     *optimizer.CHECKS,
     *state.CHECKS,
     *failures.CHECKS,

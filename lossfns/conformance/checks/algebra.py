@@ -119,6 +119,8 @@ def masked_targets(bench: Bench) -> Finding:
 def masked_datum(bench: Bench) -> Finding:
     """A datum whose weights are all 0 changes nothing."""
     empty = BATCH[0].having(weights=0 * BATCH[0].weights)
+    loss, rest = (bench.fresh().forward(rows).metrics.get("loss:sum", 0.0) for rows in ([empty, *BATCH[1:]], BATCH[1:]))
+    require(abs(loss - rest) <= 1e-3 * abs(rest), f"loss:sum is {loss:.6g} beside such a datum, {rest:.6g} without it")
     return bench.same(bench.effect(Gradient([empty, *BATCH[1:]])), bench.effect(Gradient(BATCH[1:])),
         "beside a datum of weight 0, and without it")  # fmt: skip
 

@@ -20,13 +20,6 @@ DESCENT = {"beta1": 0.0, "beta2": 0.0, "eps": EPS}
 """Settings with which AdamW is plain gradient descent."""
 
 
-def no_moments(bench: Bench) -> Finding:
-    """A client that is created from a state without its optimizer has no moments."""
-    momentum = {"beta1": 0.9, "beta2": 0.0, "eps": EPS}
-    found = bench.effect(Gradient(BATCH), Gradient(times(-1)), rate=10 * bench.facts.rate * EPS, adam=momentum)
-    return bench.none(found, "a step with beta1 0.9 and no gradient")
-
-
 def rate_counts(bench: Bench) -> Finding:
     """Half the learning rate at twice the weights is the same step."""
     return bench.same(bench.effect(Gradient(times(2)), rate=0.5), bench.effect(Gradient(BATCH)),
@@ -108,7 +101,6 @@ def settings_do_not_stick(bench: Bench) -> Finding:
 EFFECTS = ("gradient-descent",)
 
 CHECKS = (
-    Check.of(no_moments, "optimizer-kept", needs=(*EFFECTS, "create-from-state")),
     Check.of(rate_counts, "adam-settings", needs=EFFECTS),
     Check.of(first_step, "adam-settings", needs=EFFECTS),
     Check.of(moments, "adam-bias", needs=EFFECTS),

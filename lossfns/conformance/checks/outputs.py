@@ -49,10 +49,15 @@ def output_shape(bench: Bench) -> None:
 
 
 def output_values(bench: Bench) -> None:
-    """Logprobs are finite and at most 0."""
-    for i, lp in enumerate(bench.fresh().forward(BATCH).logprobs):
+    """Logprobs are finite, at most 0, and not rounded to half precision."""
+    logprobs = bench.fresh().forward(BATCH).logprobs
+    for i, lp in enumerate(logprobs):
         require(bool(np.isfinite(lp).all()), f"a logprob of datum {i} is {lp[~np.isfinite(lp)].ravel()[:1]}")
         require(float(lp.max()) <= 1e-4, f"a logprob of datum {i} is {lp.max():.4g}")
+    flat = np.concatenate(logprobs).astype(np.float32)
+    halves = {"bfloat16": flat.view(np.uint32) & 0xFFFF == 0, "float16": flat.astype(np.float16) == flat}
+    for dtype, exact in halves.items():
+        require(not exact.all(), f"all {len(flat)} logprobs are numbers of {dtype}", "low-precision")
 
 
 def metric_keys(bench: Bench) -> None:
@@ -90,6 +95,10 @@ def targets_honoured(bench: Bench) -> None:
     gap = np.abs(bench.start_logprobs([others])[0] - bench.start_logprobs([datum])[0])
     same = int((gap < 1e-4).sum())  # two tokens may have one probability by chance
     require(same < 2, f"{same} of {len(gap)} other target_tokens at the same inputs have the same logprobs")
+    one = np.where(np.arange(len(gap)) == 4, others.fields["target_tokens"], datum.fields["target_tokens"])
+    gap = np.abs(bench.start_logprobs([datum.having(target_tokens=one)])[0] - bench.start_logprobs([datum])[0])
+    moved = np.flatnonzero(gap > NATS).tolist()
+    require(moved in ([4], []), f"another target at position 4 changes the logprobs at {moved}", "frame-shift")
 
 
 def batch_independence(bench: Bench) -> Finding:

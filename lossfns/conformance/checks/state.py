@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from lossfns.conformance.base import Check, Finding, Wrong, require, server_words, worst
+from lossfns.conformance.base import Check, Finding, Wrong, is_refusal, require, server_words, worst
 from lossfns.conformance.bench import Act, Bench, Gradient, calibrate, find_start
 from lossfns.conformance.checks.outputs import NATS
-from lossfns.conformance.client import Trainer, plain_sgd
+from lossfns.conformance.client import EPS, Trainer, plain_sgd
 from lossfns.conformance.rows import BATCH
 
 HALF = BATCH[:2]
@@ -120,18 +120,46 @@ def clients_are_apart(bench: Bench) -> Finding:
     other.forward_backward([row.having(weights=-3 * row.weights) for row in BATCH])
     one.forward_backward(BATCH)
     other.step(learning_rate=1e-2)
-    one.step(**plain_sgd(bench.facts.rate))
+    try:
+        one.step(**plain_sgd(bench.facts.rate))
+    except Exception as error:
+        if not is_refusal(error):
+            raise
+        raise Wrong(f"after a step of another client: {server_words(error)}", "models-shared") from error
     found = moved(bench, one)
     return bench.same(found, bench.effect(Gradient(BATCH)), "a client beside another that trains, and alone")
 
 
 def load_into_client(bench: Bench) -> Finding:
-    """load_state gives a client the saved weights again."""
+    """load_state gives a client the saved weights again, and no moments."""
     trainer = bench.fresh()
     trainer.forward_backward(BATCH)
     trainer.step(learning_rate=1e-2)
     trainer.load(bench.facts.path)
-    return bench.none(moved(bench, trainer), "weights after load_state")
+    weights = bench.none(moved(bench, trainer), "weights after load_state")
+    no_gradient(trainer)
+    trainer.step(**momentum(bench))
+    return worst([weights, bench.none(moved(bench, trainer), "a step after load_state with beta1 0.9 and no gradient",
+        "optimizer-kept")])  # fmt: skip
+
+
+def no_gradient(trainer: Trainer) -> None:
+    """Leave a gradient of 0, up to rounding, and not no gradient."""
+    trainer.forward_backward(BATCH)
+    trainer.forward_backward([row.having(weights=-row.weights) for row in BATCH])
+
+
+def momentum(bench: Bench) -> dict[str, float]:
+    """Return settings with which a step of AdamW moves weights by their first moments alone."""
+    return {"learning_rate": 10 * bench.facts.rate * EPS, "beta1": 0.9, "beta2": 0.0, "eps": EPS}
+
+
+def no_moments(bench: Bench) -> Finding:
+    """A client that is created from a state without its optimizer has no moments."""
+    trainer = bench.fresh()
+    no_gradient(trainer)
+    trainer.step(**momentum(bench))
+    return bench.none(moved(bench, trainer), "a step with beta1 0.9 and no gradient")
 
 
 START = (
@@ -142,6 +170,9 @@ START = (
 """The checks that find the state and the step size from which all effects are measured."""
 
 EFFECTS = ("gradient-descent",)
+
+MOMENTS = (Check.of(no_moments, "optimizer-kept", needs=(*EFFECTS, "create-from-state")),)
+"""What the checks of AdamW build on."""
 
 CHECKS = (
     Check.of(save_disturbs_nothing, "save-disturbs", needs=EFFECTS),
