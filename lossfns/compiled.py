@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 
 from lossfns.deferred import Numbers
 from lossfns.errors import LossInputError, warn
+from lossfns.segments import given_numbers
 from lossfns.tensors import TensorBatch, blank_tensors
 
 Measure = Callable[[Any, Any, Any, Any], tuple[Tensor, Numbers]]
@@ -124,10 +125,12 @@ def with_dynamic_sizes(batch: Any) -> TensorBatch:
             torch._dynamo.maybe_mark_dynamic(view, dim)
         return view
 
-    columns = {name: dynamic(detached(x), *rows) for name, x in batch.columns.items()}
+    given = batch.numbers if isinstance(batch, TensorBatch) else given_numbers(batch)
+    numbers = {name: dynamic(x, -1) for name, x in given.items()}
+    columns = {name: dynamic(detached(x), *rows) for name, x in batch.columns.items() if name not in given}
     logprobs, weights = dynamic(batch.logprobs.detach(), *rows), dynamic(batch.weights, *rows)
     layout = batch.equal, batch.halves, batch.targets, getattr(batch, "masks", ())
-    return TensorBatch(logprobs, weights, columns, dynamic(batch.lengths, -1), *layout)
+    return TensorBatch(logprobs, weights, columns, numbers, dynamic(batch.lengths, -1), *layout)
 
 
 def detached(x: Any) -> Any:
@@ -140,7 +143,7 @@ def flattened(batch: TensorBatch, logprobs: Tensor, changed: Mapping[str, Tensor
     table = {**batch.columns, **(changed or {})}
     columns = {name: x.flatten() if isinstance(x, Tensor) else x for name, x in table.items()}
     weights, layout = batch.weights.flatten(), (batch.equal, batch.halves, batch.targets, batch.masks)
-    return TensorBatch(logprobs.flatten(), weights, columns, batch.lengths, *layout)
+    return TensorBatch(logprobs.flatten(), weights, columns, batch.numbers, batch.lengths, *layout)
 
 
 def divisor_as_tensor(divisor: Tensor | float | None, like: Tensor) -> Tensor | None:

@@ -88,7 +88,11 @@ class TensorData:
     def from_numpy(cls, array: np.ndarray) -> TensorData:
         if not isinstance(array, np.ndarray):
             raise LossInputError("array", "a NumPy array", show(array), "Use TensorData(data=..., dtype=...).")
-        return cls(array, tensor_dtype(array.dtype.kind, array.dtype), array.shape)
+        dtype = tensor_dtype(array.dtype.kind, array.dtype)
+        dense = cls.__new__(cls)  # without __init__, whose checks of a shape an array always passes
+        dense.dtype, dense.shape, dense._values = dtype, list(array.shape), cast(array, dtype, "data")
+        dense.sparse_crow_indices = dense.sparse_col_indices = None
+        return dense
 
     @classmethod
     def from_torch(cls, tensor: Tensor) -> TensorData:

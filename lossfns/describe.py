@@ -24,9 +24,15 @@ def makers() -> dict[str, Callable[..., Any]]:
     return {name: x for name, x in library.items() if inspect.isfunction(x) and makes_loss(x)}
 
 
+@cache
+def signature(function: Callable[..., Any]) -> inspect.Signature:
+    """Return the signature of a function. The tests ask for those of the library thousands of times."""
+    return inspect.signature(function)
+
+
 def makes_loss(function: Callable[..., Any], kinds: Sequence[str] = ("Loss", "LossFn")) -> bool:
     """Return whether a function is annotated to return a ``Loss``, or a function of the same contract."""
-    return inspect.signature(function).return_annotation in kinds
+    return signature(function).return_annotation in kinds
 
 
 def presets() -> dict[str, Callable[..., Loss]]:
@@ -36,7 +42,7 @@ def presets() -> dict[str, Callable[..., Loss]]:
 
 def required(function: Callable[..., Any]) -> list[str]:
     """Return the names of a function's arguments without a default."""
-    return [name for name, p in inspect.signature(function).parameters.items() if p.default is p.empty]
+    return [name for name, p in signature(function).parameters.items() if p.default is p.empty]
 
 
 def families() -> dict[str, list[str]]:

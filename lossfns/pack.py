@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import keyword
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from lossfns.checks import is_real
 from lossfns.devices import to_device
 from lossfns.errors import LossInputError, did_you_mean, show
+from lossfns.segments import nonempty
 from lossfns.tokens import (
     DATUM_COLUMNS,
     DATUM_FIELDS,
@@ -178,8 +179,13 @@ def pack_columns(
     # In place is safe: flatten_column returns new tensors.
     blanked = {name: x.masked_fill_(inactive, 0) for name, x in flat.items()}
     equal = len(set(map(tuple, shapes))) == 1 and bool(lengths[0] > 0)  # rows of no tokens would have no maximum
-    targets = num_targets(shapes, rows)
-    return PackedColumns(weights, active, to_device(lengths, like.device), blanked | on_policy, kept, equal, targets)
+    targets, lengths = num_targets(shapes, rows), to_device(lengths, like.device)
+    given = [name for name in side if not isinstance(table[name], list) and name not in differentiates]
+    numbers = {name: to_device(as_tensor(table[name]), like.device, like.dtype) for name in given}
+    if numbers:
+        present = nonempty(Tokens(weights, weights, lengths, equal=equal, active=active))
+        numbers = {name: blank(y, present) for name, y in numbers.items()}
+    return PackedColumns(weights, active, lengths, blanked | on_policy, kept, equal, targets, numbers)
 
 
 def num_targets(shapes: Shapes, rows: Rows) -> int:
@@ -199,6 +205,7 @@ class PackedColumns:
         kept: for each datum a mask of the logprobs that are kept; empty unless columns are truncated.
         equal: whether all sequences are equally long.
         targets: K, the number of targets of a position; 0 if it is not the same for all datums.
+        numbers: ``[B]`` of each column with one number for each datum, which ``columns`` have at every token.
     """
 
     weights: Tensor
@@ -208,6 +215,7 @@ class PackedColumns:
     kept: list[Tensor]
     equal: bool = False
     targets: int = 1
+    numbers: Mapping[str, Tensor] = field(default_factory=dict)
 
     def with_logprobs(self, logprobs: Tensor, outputs: Mapping[str, Tensor] | None = None) -> Tokens:
         """Return the packed batch with these logprobs, concatenated over the datums.
@@ -221,7 +229,8 @@ class PackedColumns:
         logprobs = blank(logprobs, self.active)
         columns = {name: logprobs.detach() if x is ON_POLICY else x for name, x in self.columns.items()}
         columns |= {name: blank(x, self.active) for name, x in (outputs or {}).items()}
-        return Tokens(logprobs, self.weights, self.lengths, columns, self.equal, False, self.active, self.targets)
+        layout, by_datum = (self.equal, False), [(columns[name], y) for name, y in self.numbers.items()]
+        return Tokens(logprobs, self.weights, self.lengths, columns, *layout, self.active, self.targets, by_datum)
 
     def part(self, which: slice) -> PackedColumns:
         """Return the columns of ``data[which]``, a slice of consecutive datums, as views."""
@@ -229,7 +238,8 @@ class PackedColumns:
         tokens = slice(int(self.lengths[:first].sum()), int(self.lengths[:last].sum()))
         columns = {name: x if x is ON_POLICY else x[tokens] for name, x in self.columns.items()}
         weights, active, lengths = self.weights[tokens], self.active[tokens], self.lengths[which]
-        return PackedColumns(weights, active, lengths, columns, self.kept[which], self.equal, self.targets)
+        numbers = {name: y[which] for name, y in self.numbers.items()}
+        return PackedColumns(weights, active, lengths, columns, self.kept[which], self.equal, self.targets, numbers)
 
 
 def pack_weights(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -50,9 +51,26 @@ def nonempty(t: Tokens) -> Tensor:
 def sequence_value(t: Tokens, x: Tensor) -> Tensor:
     """The one value that x has at the active tokens of each sequence, 0 where there are none: ``[N] -> [B]``.
 
-    It is for columns with one number for each datum, such as a label. It takes the maximum, since a mean would round.
+    It is for columns with one number for each datum, such as a label. Where the caller gave a row for each datum, it
+    takes the maximum, since a mean would round.
     """
-    return sequence_maximum(t, x)
+    given = [number for column, number in t.by_datum if column is x]
+    return given[0] if given else sequence_maximum(t, x)
+
+
+def given_numbers(t: Tokens) -> dict[str, Tensor]:
+    """The numbers ``[B]`` of the columns that came as one number for each datum, by name."""
+    return {name: number for name, x in t.columns.items() for column, number in t.by_datum if column is x}
+
+
+def with_numbers(t: Tokens, numbers: Mapping[str, Tensor]) -> Tokens:
+    """Return the batch with more columns, of which ``numbers`` has one number ``[B]`` for each datum."""
+    if not numbers:
+        return t
+    present = nonempty(t)
+    by_datum = {name: torch.where(present, y, 0) for name, y in numbers.items()}
+    columns = {name: torch.where(t.active, to_tokens(t, y), 0) for name, y in by_datum.items()}
+    return replace(t, columns={**t.columns, **columns}, by_datum=[(columns[name], y) for name, y in by_datum.items()])
 
 
 def sequence_maximum(t: Tokens, x: Tensor) -> Tensor:
@@ -105,6 +123,15 @@ def positions(t: Tokens) -> Tensor:
     return t.active.cumsum(0) - to_tokens(t, counts.cumsum(0) - counts)
 
 
+def tokens_after(t: Tokens) -> Tensor:
+    """For each token the number of tokens that follow in its sequence: ``[N]``."""
+    if t.equal:
+        ones = by_sequence(t, torch.ones_like(t.weights))
+        return (ones.sum(1, keepdim=True) - ones.cumsum(1)).flatten()
+    ones = torch.ones_like(t.weights, dtype=torch.float64)
+    return to_tokens(t, sequence_sum(t, ones).cumsum(0)) - ones.cumsum(0)
+
+
 def token_level(t: Tokens, log_ratio: Tensor) -> Tensor:
     """Each token's own log-ratio: ``[N] -> [N]``."""
     return log_ratio
@@ -138,8 +165,12 @@ def group_sum(labels: Tensor, y: Tensor) -> Tensor:
 
     A row is a sequence or a pair, and ``labels`` are its numbers of the column ``groups``.
     """
-    index = group_index(labels)
-    return torch.zeros_like(y).index_add(0, index, y)[index]
+    return slot_sum(group_index(labels), y)
+
+
+def slot_sum(slot: Tensor, y: Tensor) -> Tensor:
+    """``group_sum`` of rows whose groups have these places, those of ``group_index``: ``[M] -> [M]``."""
+    return torch.zeros_like(y).index_add(0, slot, y)[slot]
 
 
 def group_labels(t: Tokens) -> Tensor:

@@ -28,6 +28,7 @@ from lossfns.pack import (
     missing_column_fix,
     tensor_form,
 )
+from lossfns.segments import with_numbers
 from lossfns.tokens import ON_POLICY, PAIRS, Rows, Tokens, to_dtype
 from lossfns.values import LENGTHS_FIT
 
@@ -42,8 +43,8 @@ class TensorBatch:
 
     Attributes:
         logprobs, weights: ``[N]``, in any dtype.
-        columns: the other columns by name. Each is ``[N]``, or one number for each row as a view ``[B, T]`` or
-            ``[B, T, K]``, or ON_POLICY.
+        columns: other columns by name, each ``[N]`` or ON_POLICY.
+        numbers: the columns with one number for each sequence, ``[B]``.
         lengths, equal, halves, targets: as in ``Tokens``.
         masks: the columns that are weights, too.
     """
@@ -51,6 +52,7 @@ class TensorBatch:
     logprobs: Tensor
     weights: Tensor
     columns: Mapping[str, Any]
+    numbers: Mapping[str, Tensor]
     lengths: Tensor
     equal: bool
     halves: bool
@@ -62,13 +64,14 @@ def blank_tensors(batch: TensorBatch) -> Tokens:
     """Convert every column to the dtype of the logprobs, and put 0 into every inactive slot."""
     dtype = torch.promote_types(batch.logprobs.dtype, torch.float32)
     weights = to_dtype(batch.weights, dtype)
-    active = any_active(weights, [batch.columns[name].flatten() for name in batch.masks])
+    active = any_active(weights, [batch.columns[name] for name in batch.masks])
     logprobs = blank(batch.logprobs.to(dtype), active)
     columns = {
-        name: logprobs.detach() if x is ON_POLICY else blank(to_dtype(x, dtype), active.view(x.shape)).flatten()
+        name: logprobs.detach() if x is ON_POLICY else blank(to_dtype(x, dtype), active)
         for name, x in batch.columns.items()
     }
-    return Tokens(logprobs, weights, batch.lengths, columns, batch.equal, batch.halves, active, batch.targets)
+    t = Tokens(logprobs, weights, batch.lengths, columns, batch.equal, batch.halves, active, batch.targets)
+    return with_numbers(t, {name: to_dtype(x, dtype) for name, x in batch.numbers.items()})
 
 
 def check_padded(
@@ -111,13 +114,14 @@ def check_padded(
     def align(name: str, x: Any) -> Tensor:
         return align_rows(name, x, logprobs, rows, with_graph=name in differentiates)
 
-    aligned = align_columns(align, find_columns(reads, columns or {}))
+    aligned, numbers = align_columns(align, find_columns(reads, columns or {}), logprobs.numel())
     for name in differentiates:
         check_has_graph(name, aligned[name], logprobs)
     lengths = torch.full(logprobs.shape[:1], logprobs[0].numel(), device=logprobs.device)
     halves = layout == "halves"
     targets = logprobs.shape[2] if logprobs.ndim == 3 else 1
-    return TensorBatch(logprobs.flatten(), align("weights", weights), aligned, lengths, True, halves, targets)
+    weights = align("weights", weights)
+    return TensorBatch(logprobs.flatten(), weights, aligned, numbers, lengths, True, halves, targets)
 
 
 def check_two_sides(
@@ -138,17 +142,19 @@ def check_two_sides(
 
     def join(name: str, x: Any) -> Tensor:
         graph = name in differentiates
-        pairs = zip(pair_of(name, x), sides)
-        joined: Tensor = torch.cat([align_rows(name, y, lp, rows, with_graph=graph).flatten() for y, lp in pairs])
+        both = [align_rows(name, y, lp, rows, with_graph=graph) for y, lp in zip(pair_of(name, x), sides)]
+        if not all(y.numel() < lp.numel() for y, lp in zip(both, sides)):  # not a number for each row of both sides
+            both = [at_tokens(y, lp) for y, lp in zip(both, sides)]
+        joined: Tensor = torch.cat(both)
         return joined
 
-    aligned = align_columns(join, find_columns(reads, columns))
     logprobs = torch.cat([x.flatten() for x in sides])
+    aligned, numbers = align_columns(join, find_columns(reads, columns), logprobs.numel())
     for name in differentiates:
         check_has_graph(name, aligned[name], logprobs)
     lengths = torch.cat([torch.full(x.shape[:1], x.shape[1], device=x.device) for x in sides])
     equal = sides[0].shape == sides[1].shape
-    return TensorBatch(logprobs, join("weights", weights), aligned, lengths, equal=equal, halves=True)
+    return TensorBatch(logprobs, join("weights", weights), aligned, numbers, lengths, equal=equal, halves=True)
 
 
 def check_packed(
@@ -196,15 +202,18 @@ def check_packed(
         column = column_tensor(name, x, logprobs, with_graph=name in differentiates)
         if column.shape == logprobs.shape:
             return column.flatten()
-        if column.shape == tokens.shape and may_be_number(name, rows):
+        if column.shape != tokens.shape or not may_be_number(name, rows):
+            raise wrong_shape(name, column, logprobs.shape, rows, len(tokens))
+        if name in differentiates:
             return torch.repeat_interleave(column, tokens * width, output_size=logprobs.numel())
-        raise wrong_shape(name, column, logprobs.shape, rows, len(tokens))
+        return column
 
-    aligned = align_columns(align, find_columns(reads, columns or {}))
+    aligned, numbers = align_columns(align, find_columns(reads, columns or {}), logprobs.numel())
     for name in differentiates:
         check_has_graph(name, aligned[name], logprobs)
     weights, halves = align("weights", weights), layout == "halves"
-    return TensorBatch(logprobs.flatten(), weights, aligned, tokens * width, False, halves, width), checks
+    batch = TensorBatch(logprobs.flatten(), weights, aligned, numbers, tokens * width, False, halves, width)
+    return batch, checks
 
 
 LAYOUT_FIX = 'Interleave them: row 2i chosen, 2i + 1 rejected, or pass layout="halves".'
@@ -293,9 +302,14 @@ def find_columns(reads: Sequence[str], columns: Mapping[str, Any]) -> dict[str, 
     return {name: columns[name] for name in reads}
 
 
-def align_columns(align: Callable[[str, Any], Tensor], columns: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the columns in the shape of the logprobs. ON_POLICY stays as it is."""
-    return {name: x if x is ON_POLICY else align(name, x) for name, x in columns.items()}
+def align_columns(
+    align: Callable[[str, Any], Tensor], columns: Mapping[str, Any], entries: int
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the columns with all N entries, or ON_POLICY; and those with one number for each sequence."""
+    on_policy = {name: x for name, x in columns.items() if x is ON_POLICY}
+    aligned = {name: align(name, x) for name, x in columns.items() if name not in on_policy}
+    numbers = {name: x for name, x in aligned.items() if x.numel() != entries}
+    return {name: x for name, x in (aligned | on_policy).items() if name not in numbers}, numbers
 
 
 def column_tensor(name: str, x: Any, like: Tensor, *, with_graph: bool = False) -> Tensor:
@@ -316,14 +330,21 @@ def pair_of(name: str, x: Any) -> tuple[Any, Any]:
 
 
 def align_rows(name: str, x: Any, logprobs: Tensor, rows: Rows, *, with_graph: bool = False) -> Tensor:
-    """Return a padded column as ``[N]``, or a column with one number for each row as a view of the logprobs' shape."""
+    """Return a padded column as ``[N]``, or one with a number for each row as ``[B]``, unless its graph is kept."""
     column, shape = column_tensor(name, x, logprobs, with_graph=with_graph), logprobs.shape
     if column.shape == shape:
         return column.flatten()
     one_each = column.shape in (shape[:1], (shape[0], 1))
-    if one_each and may_be_number(name, rows):
-        return column.reshape(-1, *[1] * (len(shape) - 1)).expand(shape)
-    raise wrong_shape(name, column, shape, rows, shape[0])
+    if not (one_each and may_be_number(name, rows)):
+        raise wrong_shape(name, column, shape, rows, shape[0])
+    return at_tokens(column.flatten(), logprobs) if with_graph else column.flatten()
+
+
+def at_tokens(column: Tensor, logprobs: Tensor) -> Tensor:
+    """Return a column ``[N]`` as it is; repeat one with a number for each row over the tokens of the row."""
+    if column.numel() == logprobs.numel():
+        return column
+    return column.reshape(-1, *[1] * (logprobs.ndim - 1)).expand_as(logprobs).flatten()
 
 
 def wrong_shape(name: str, x: Tensor, shape: Sequence[int], rows: Rows, sequences: int) -> LossInputError:

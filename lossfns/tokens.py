@@ -10,7 +10,7 @@ Shape legend, used in every docstring:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NoReturn
@@ -77,7 +77,8 @@ TOKEN_COLUMNS = (*MODEL_COLUMNS, "teacher_logprobs", "values", "old_values", "re
 """More columns by token, which few losses read."""
 
 DATUM_COLUMNS = ("groups", "labels", "rewards", "reference_point", "target_margin")
-"""The columns with one number for each datum. In ``Tokens`` the number stands at each token of the datum. Labels are 1
+"""The columns with one number for each datum. In ``Tokens`` the number stands at each token of the datum, and
+``segments.sequence_value(t, t.rewards)`` returns it once for each datum. Labels are 1
 (desirable, right) or 0, groups are whole numbers, and both sides of a pair are of one group."""
 
 DATUM_FIELDS = {"old_logprobs": ("old_logprobs", "logprobs")}
@@ -109,6 +110,8 @@ class Tokens:
         halves: whether the chosen sides of all pairs come first, then the rejected ones. Otherwise they alternate.
         active: ``[N]`` bool, True where the weight is not 0.
         targets: K, the candidate targets of a position. The N entries are then those of N / K positions.
+        by_datum: of each column that came as one number for each datum, the tensor in ``columns`` and the numbers
+            ``[B]``. ``segments.sequence_value`` looks them up.
 
     Every column holds 0 where ``active`` is False.
     """
@@ -121,6 +124,7 @@ class Tokens:
     halves: bool = False
     active: Tensor = None  # type: ignore[assignment]  # __post_init__ sets it
     targets: int = 1
+    by_datum: Sequence[tuple[Tensor, Tensor]] = ()
 
     def __post_init__(self) -> None:
         if self.active is None:

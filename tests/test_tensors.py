@@ -1,7 +1,9 @@
 """Tensors as loops hold them: padded and packed batches give the loss, gradient and metrics of the datum form."""
 
+import math
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,9 @@ from torch import Tensor
 
 import lossfns
 from lossfns import Datum, Loss, LossInputError, ModelInput
-from lossfns.tokens import TARGETS
+from lossfns.describe import presets
+from lossfns.segments import sequence_value
+from lossfns.tokens import DATUM_COLUMNS, PAIRS, TARGETS
 
 B, T, K = 6, 7, 3
 TOKEN_LOSSES = [
@@ -342,3 +346,40 @@ def test_pairs_in_halves_are_named_by_their_rows() -> None:
     weights[3] = 0  # the rejected side of pair 1
     with pytest.raises(LossInputError, match=r"datum\[3\].*rejected side of pair 1"):
         lossfns.dpo().padded(LP, weights, ref_logprobs=LP, layout="halves")
+
+
+def test_a_number_for_each_datum_and_a_row_of_it_are_the_same() -> None:
+    """In every tensor form, with rows of nan for a masked datum, and of two sides also one as numbers, one as rows."""
+    g = torch.Generator().manual_seed(0)
+    logprobs, others = -torch.rand(8, 5, generator=g), -torch.rand(8, 5, generator=g)
+    mask = torch.ones(8, 5)
+    mask[2:4], mask[5, 3:] = 0, 0
+    for name, preset in presets().items():
+        loss = preset()
+        numbers = {x: torch.tensor([1.0, 1, math.nan, math.nan, 0, 0, 1, 1]) for x in loss.reads if x in DATUM_COLUMNS}
+        if not numbers:
+            continue
+        columns = {x: others for x in loss.reads if x not in numbers}
+        rows = {x: y[:, None].expand(8, 5).contiguous() for x, y in numbers.items()}
+        found = {}
+        for form, given in (("numbers", columns | numbers), ("rows", columns | rows)):
+            found[form] = loss.padded(logprobs, mask, **given)
+            flat = {x: y if y.ndim == 1 else y.flatten() for x, y in given.items()}
+            found[f"packed {form}"] = loss.packed(logprobs.flatten(), mask.flatten(), lengths=[5] * 8, **flat)
+            if loss.rows is PAIRS:
+                sides = {x: (y[0::2], y[1::2]) for x, y in given.items()}
+                mixed = {x: (y[0::2], rows[x][1::2]) if x in rows else sides[x] for x, y in given.items()}
+                both = (logprobs[0::2], logprobs[1::2]), (mask[0::2], mask[1::2])
+                found[f"two sides, {form}"] = loss.padded(*both, **sides)
+                found[f"two sides, one as {form}"] = loss.padded(*both, **mixed)
+        value, metrics = found["rows"]
+        for form, (other, theirs) in found.items():
+            assert other.item() == pytest.approx(value.item(), rel=1e-6), (name, form)
+            assert theirs == pytest.approx(metrics, rel=1e-6), (name, form)
+        t = loss.bind(**numbers, **{x: list(y) for x, y in columns.items()}).pack(
+            [lossfns.Datum(lossfns.ModelInput.from_ints([1] * 5), {"weights": w}) for w in mask], list(logprobs)
+        )
+        for x, y in numbers.items():
+            assert sequence_value(t, getattr(t, x)).tolist() == y.nan_to_num().tolist(), (name, x)
+            moved = replace(t, columns={**t.columns, x: getattr(t, x) - 2})  # another column is no longer that number
+            assert sequence_value(moved, getattr(moved, x))[0] == y[0] - 2, (name, x)

@@ -35,6 +35,15 @@ def start():
     return dist.get_rank(), dist.get_world_size()
 
 
+def stop():
+    """Wait for the other ranks, and end their group.
+
+    A process that ends just after a collective can abort, because a thread of gloo still holds the tensors.
+    """
+    dist.barrier()
+    dist.destroy_process_group()
+
+
 def load(name, seed, dtype="float32", **settings):
     """Return a tokenizer that can pad, and a model without dropout, on the GPU if there is one.
 

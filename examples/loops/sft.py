@@ -8,7 +8,7 @@ HuggingFaceTB/SmolLM2-135M-Instruct --learning-rate 1e-4``; put your data in pla
 from contextlib import nullcontext
 
 import torch
-from common import collate, load, options, save, start
+from common import collate, load, options, save, start, stop
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -56,4 +56,4 @@ for step in range(args.steps):
         part["metrics"].finalise()  # check the values, when the work of the step is queued
 if args.out:
     save(args.out, tokenizer, model)
-torch.distributed.destroy_process_group()
+stop()

@@ -121,11 +121,14 @@ def run(
         # The first requests may load a model. They have a process of their own, from which later limits are derived.
         for result, found in worker(target, left[:] if results else left[:2], facts, limit, progress):
             facts = found
-            gone = target.alive() if result.verdict == "error" else ""
-            results.append(expected(result.having(bug="server-died") if gone else result, xfails))
+            results.append(expected(result, xfails))
             left.pop(0)
+            if result.verdict == "error" and (gone := target.alive()):
+                stopped = f"the server is gone since the check {result.check}: {gone}"
+                results[-1] = results[-1].having(bug="server-died")
+                break
             hangs = hangs + 1 if result.bug == "no-answer" and result.verdict == "error" else 0
-            stopped = stopped_by(results, gone, hangs, time.monotonic() - began, time_limit)
+            stopped = stopped_by(results, hangs, time.monotonic() - began, time_limit)
             if first and results[-1].verdict in BROKEN:
                 stopped = stopped or f"{results[-1].check} does not hold"
             if stopped:
@@ -139,14 +142,12 @@ def stop(unreached: str) -> str:
     return f"the server does not answer: {unreached}" if unreached else ""
 
 
-def stopped_by(results: list[Result], gone: str, hangs: int, seconds: float, limit: float) -> str:
+def stopped_by(results: list[Result], hangs: int, seconds: float, limit: float) -> str:
     """Return why the run ends after a result, or "" if it goes on."""
     if seconds > limit:
         return f"time was up after {limit:g} s"
     if len(results) == 1 and results[0].bug == "no-answer":
         return f"the server does not serve: {results[0].seen}"
-    if gone:
-        return f"the server is gone since the check {results[-1].check}: {gone}"
     return f"{hangs} checks in a row had no answer" if hangs >= MOST_HANGS else ""
 
 

@@ -56,6 +56,9 @@ def misread(loss: str, config: Config, rows: Rows, logprobs: list[np.ndarray]) -
         yield bug, words, (loss, config, [edit(row, lp) for row, lp in zip(rows, logprobs)])
     if config:
         yield "config-ignored", "the loss under its defaults", (loss, None, rows)
+    if loss == "cispo":
+        kept = [advantages(row, row.fields["advantages"] * within(row, lp, config)) for row, lp in zip(rows, logprobs)]
+        yield "clip-drops-tokens", "tokens beyond the bounds are left out", (loss, config, kept)
     if "clip_low_threshold" in BUILTINS[loss].config:
         for low, high in ((0.9, 1.1), (0.8, 1.2), (0.0, 4.0), (0.8, 1.28)):
             clip = {"clip_low_threshold": low, "clip_high_threshold": high}
@@ -114,6 +117,14 @@ def weights_of(row: Row) -> np.ndarray:
     fields = row.fields
     found: np.ndarray = fields.get("weights", fields.get("sequence_ratio_mask", np.ones(len(row.tokens))))
     return found
+
+
+def within(row: Row, lp: np.ndarray, config: Config) -> np.ndarray:
+    """Return which tokens have a ratio within the bounds of cispo."""
+    low, high = builtin_loss("cispo", config).knobs["clip"]
+    ratio = np.exp(lp - row.fields["logprobs"])
+    kept: np.ndarray = (ratio >= low) & (ratio <= high)
+    return kept
 
 
 def counts(rows: Rows) -> dict[str, float]:

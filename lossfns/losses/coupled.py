@@ -7,7 +7,6 @@ all tokens of a batch give all datums one label.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +15,7 @@ from lossfns.loss import Loss, Statistics, make_loss, preset
 from lossfns.losses.masks import with_mask
 from lossfns.losses.policy import importance_sampling
 from lossfns.losses.ratio import Clip, clip_statistics, clipped
+from lossfns.losses.selection import largest_share, smallest_with_mean
 from lossfns.segments import (
     active_counts,
     group_index,
@@ -31,65 +31,6 @@ from lossfns.segments import (
 from lossfns.statistics import OnDemand
 from lossfns.tokens import SEQUENCES, Tokens, to_dtype
 from lossfns.weigh import Weighing, datum_mean, token_mean
-
-
-class Ranking(NamedTuple):
-    """The competing tokens of a batch, sorted by group and, within a group, by a number x.
-
-    Attributes:
-        key: ``[N]`` an integer for each token: the index of its group in the upper bits, x as float32 in the lower
-            bits.
-        keys: ``[N]`` the keys in ascending order; those of tokens that do not compete come last.
-        first: ``[B]`` the position in ``keys`` of the first token of each sequence's group.
-    """
-
-    key: Tensor
-    keys: Tensor
-    first: Tensor
-
-    def before(self, t: Tokens, count: Tensor) -> Tensor:
-        """``[N]`` bool: True at tokens whose x is below the x at position ``count`` of their group."""
-        position = self.first + count
-        last = self.keys.shape[0] - 1
-        key = torch.where(position > last, torch.iinfo(torch.int64).max, self.keys[position.clamp(max=last)])
-        return self.key < to_tokens(t, key)
-
-
-def rank(t: Tokens, x: Tensor, competes: Tensor) -> Ranking:
-    """Sort the competing tokens of each group by x. No shape depends on a value, and integers are sorted fastest."""
-    slot = group_index(group_labels(t))
-    bits = (x.float() + 0.0).view(torch.int32)  # −0 becomes 0
-    sortable = bits ^ ((bits >> 31) & torch.iinfo(torch.int32).max)  # integers that sort as the floats do
-    key = ((to_tokens(t, slot) + ~competes * t.sequences) << 32) + sortable
-    keys = key.sort().values
-    return Ranking(key, keys, torch.searchsorted(keys, (slot << 32) + torch.iinfo(torch.int32).min))
-
-
-def largest_share(t: Tokens, x: Tensor, among: Tensor, share: float) -> Tensor:
-    """Select max(1, ⌊share·n⌋) tokens of each group, those of the largest x: ``[N]`` bool, True at the selected ones.
-
-    n is the number of active tokens of the group; only the tokens of ``among`` compete. x is compared in float32. If
-    the selection ends between tokens of equal x, none of these is selected.
-    """
-    n = group_sum(group_labels(t), active_counts(t))
-    count = (share * n.double()).floor().clamp(min=1).long()
-    return among & rank(t, -x, among).before(t, count)
-
-
-def smallest_with_mean(t: Tokens, x: Tensor, bound: float) -> Tensor:
-    """Drop tokens of the largest x from each group until the mean x of the rest is at most the bound: ``[N]`` bool.
-
-    It is True at the active tokens that are kept. x is at least 0, in float32. Tokens of equal x are dropped together.
-    """
-    ranking = rank(t, x, t.active)
-    group_of_key = ranking.keys >> 32
-    excess = ranking.keys.int().view(torch.float32).double() - bound
-    sums = excess.cumsum(0)
-    slot = group_index(group_labels(t))
-    base = sums.new_zeros(2 * t.sequences).index_copy(0, slot, (sums - excess)[ranking.first])
-    kept = to_dtype(sums <= base[group_of_key], torch.float64)
-    count = torch.zeros_like(base).index_add(0, group_of_key, kept)[slot].long()
-    return t.active & ranking.before(t, count)
 
 
 def covariance(t: Tokens) -> Tensor:
@@ -241,7 +182,7 @@ def m2po(
     """
 
     def kept(t: Tokens) -> Tensor:
-        return smallest_with_mean(t, (t.old_logprobs.double() - t.sampler_logprobs).square(), threshold)
+        return smallest_with_mean(t, (t.old_logprobs.double() - t.sampler_logprobs.double()).square(), threshold)
 
     loss = clipped(token_level, clip, weigh, log_ratio_cap, dual_clip)
     return with_mask(loss, kept, "m2_masked", "sampler_logprobs", "groups")

@@ -9,16 +9,17 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
 from lossfns.errors import LossInputError
 from lossfns.server import endpoints, rest, saved, status, wire
-from lossfns.server.futures import Future, Refused
+from lossfns.server.futures import Future, Refused, printable
 from lossfns.server.results import encode, to_json
 from lossfns.server.service import Service
 
@@ -27,7 +28,14 @@ log = logging.getLogger("lossfns.server.access")
 SMALL = 2**18
 """Bodies and results of more bytes are read and written in a thread, so that other requests need not wait."""
 
+JSON_BYTES = 2**22
+"""The largest body of a request that is no pass. It is parsed at once, while nothing else runs."""
+
+ARRIVING = 8
+"""How many of the largest bodies may arrive at the same time."""
+
 Handler = Callable[[Request], Awaitable[Response]]
+T = TypeVar("T")
 
 
 class App:
@@ -46,14 +54,16 @@ class App:
         service: Service,
         *,
         api_key: str | None = None,
-        body_bytes: int = 2**26,
-        decompressed_bytes: int = 2**28,
+        body_bytes: int = 2**25,
+        decompressed_bytes: int = 2**26,
         body_seconds: float = 60.0,
         poll_seconds: float = 20.0,
     ) -> None:
         self.service, self.api_key = service, api_key
         self.body_bytes, self.decompressed_bytes = body_bytes, decompressed_bytes
         self.body_seconds, self.poll_seconds = body_seconds, poll_seconds
+        self.arriving = 0  # bytes
+        self.reading = asyncio.Lock()
 
     @asynccontextmanager
     async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
@@ -80,7 +90,7 @@ class App:
             self.route("/status.json", self.status_json, "GET"),
             self.route("/{path:path}", self.unknown, "GET", "POST", "PUT", "DELETE", "PATCH"),
         ]
-        app = Starlette(routes=routes, lifespan=self.lifespan)
+        app = Starlette(routes=routes, lifespan=self.lifespan, exception_handlers={HTTPException: self.no_route})
         app.state.service = self.service
         return app
 
@@ -97,19 +107,19 @@ class App:
                 self.check_key(request)
                 response = await handler(request)
             except LossInputError as error:
-                reason, response = str(error), refusal(400, str(error))
+                reason, code = str(error), 400
             except Refused as error:
-                reason, response = error.reason, refusal(error.status, error.reason)
+                reason, code = error.reason, error.status
             except ClientDisconnect:
-                reason, response = "the client has gone", refusal(400, "the body is not complete")
+                reason, code = "The body is not complete.", 400
             except Exception as error:  # a defect of the server: the client gets its name, the log all of it
-                logging.getLogger("lossfns.server").exception("%s failed.", request.url.path)
-                reason = f"{type(error).__name__} in the server. Its log has more."
-                response = refusal(400, reason)
+                logging.getLogger("lossfns.server").exception("%s failed.", printable(request.url.path))
+                reason, code = f"{type(error).__name__} in the server. Its log has more.", 400
+            if reason:
+                response = refusal(code, reason)
             milliseconds = 1e3 * (time.perf_counter() - start)
-            log.info(
-                "%s %s %d %.1f ms %s", request.method, request.url.path, response.status_code, milliseconds, reason
-            )
+            path, reason = printable(request.url.path), printable(reason)
+            log.info("%s %s %d %.1f ms %s", request.method, path, response.status_code, milliseconds, reason)
             return response
 
         return guarded
@@ -127,30 +137,43 @@ class App:
         if not hmac.compare_digest(given.encode(), self.api_key.encode()):
             raise Refused(401, "X-API-Key: expected the key of this server. Pass api_key= or set TINKER_API_KEY.")
 
-    async def body(self, request: Request) -> bytes:
-        """Return the body, decompressed."""
+    async def body(self, request: Request, limit: int | None = None) -> bytes:
+        """Return the body, decompressed; refuse one of more than ``limit`` bytes, or ``body_bytes``."""
+        most = self.body_bytes if limit is None else min(limit, self.body_bytes)
         declared = request.headers.get("content-length", "0")
-        if not declared.isdecimal() or int(declared) > self.body_bytes:
-            raise Refused(413, f"A body of {declared} bytes: at most {self.body_bytes} are read. Send less at a time.")
+        if len(declared) > 18 or not declared.isdecimal() or int(declared) > most:
+            raise Refused(413, f"A body of {declared} bytes: at most {most} are read. Send less at a time.")
         parts, size = [], 0
         try:
-            async with asyncio.timeout(self.body_seconds):
+            async with self.service.until_stop(asyncio.timeout(self.body_seconds)):
                 async for part in request.stream():
                     size += len(part)
-                    if size > self.body_bytes:
-                        raise Refused(413, f"A body of more than {self.body_bytes} bytes. Send less at a time.")
+                    self.arriving += len(part)
+                    if size > most:
+                        raise Refused(413, f"A body of more than {most} bytes. Send less at a time.")
+                    if self.arriving > ARRIVING * self.body_bytes:
+                        raise Refused(429, f"Bodies of {self.arriving} bytes arrive at the same time. Send it again.")
                     parts.append(part)
         except TimeoutError:
+            self.service.refuse_if_stopping()
             raise Refused(408, f"The body took more than {self.body_seconds:g} s to arrive.") from None
+        finally:
+            self.arriving -= size
         body = b"".join(parts)
         encoding = request.headers.get("content-encoding", "")
         if not encoding:
             return body
-        return await asyncio.to_thread(wire.decompress, body, encoding, self.decompressed_bytes)
+        return await self.in_thread(wire.decompress, body, encoding, limit or self.decompressed_bytes)
+
+    async def in_thread(self, read: Callable[..., T], *args: Any) -> T:
+        """Read a large body in a thread, one at a time: it may take many times its size in memory."""
+        async with self.reading:
+            return await asyncio.to_thread(read, *args)
 
     def json(self, endpoint: endpoints.Endpoint) -> Handler:
         async def handler(request: Request) -> Response:
-            body = await self.body(request)
+            body = await self.body(request, JSON_BYTES)
+            wire.check_json(request.headers.get("content-type", ""))
             answer = await endpoint(self.service, wire.json_object(body), hash(body))
             return Response(to_json(answer), media_type="application/json")
 
@@ -172,13 +195,15 @@ class App:
         def read() -> tuple[wire.Pass, int]:
             return wire.read_pass(body, content_type, forward_only=forward_only), hash(body)
 
-        made, digest = await asyncio.to_thread(read) if len(body) > SMALL else read()
-        answer = await endpoints.forward_backward(self.service, made, digest)
+        made, digest = await self.in_thread(read) if len(body) > SMALL else read()
+        answer = await endpoints.forward_backward(self.service, made, digest, len(body))
         return Response(to_json(answer), media_type="application/json")
 
     async def retrieve_future(self, request: Request) -> Response:
         """Wait for a result, and return it; after ``poll_seconds`` ask the client to try again."""
-        body = wire.json_object(await self.body(request))
+        data = await self.body(request, JSON_BYTES)
+        wire.check_json(request.headers.get("content-type", ""))
+        body = wire.json_object(data)
         future = self.service.futures.find(wire.field(body, "request_id", str))
         try:
             async with asyncio.timeout(self.poll_seconds):
@@ -203,7 +228,7 @@ class App:
         return Response(data, media_type=media_type)
 
     async def finish_session(self, request: Request) -> Response:
-        await self.body(request)
+        await self.body(request, JSON_BYTES)
         await self.service.finish_session(request.path_params["session_id"])
         return Response(status_code=204)
 
@@ -220,6 +245,11 @@ class App:
     async def unknown(self, request: Request) -> Response:
         raise Refused(404, f"{request.method} {request.url.path}: this server has no such call.")
 
+    async def no_route(self, request: Request, error: Exception) -> Response:
+        """Answer a request that matches no route: a method without a meaning here, or a path of many lines."""
+        code = error.status_code if isinstance(error, HTTPException) else 404
+        return refusal(code, f"{request.method} {request.url.path}: this server has no such call.")
+
 
 def password(authorization: str) -> str:
     """Return the password of an ``Authorization`` header of HTTP's basic form; "" if it has another."""
@@ -235,6 +265,7 @@ def refusal(code: int, reason: str) -> Response:
     headers = {"www-authenticate": 'Basic realm="lossfns"'} if code == 401 else {}
     if code == 429:
         headers["x-should-retry"] = "false"  # the SDK would otherwise send new sessions again for minutes
+    reason = printable(reason)
     body = to_json({"error": reason, "detail": reason})
     return Response(body, code, headers, media_type="application/json")
 

@@ -31,6 +31,8 @@ def create_loss(service: Service, body: dict[str, Any], digest: int | None) -> F
     if (repeated := service.futures.repeated(loss_id, digest)) is not None:
         return repeated
     service.refuse_if_stopping()
+    if loss_id in session.losses:
+        raise LossInputError("custom_loss_seq_id", "one that is not taken", str(number), "Take the next one.")
 
     async def create() -> dict[str, str]:
         graph, inputs = field(body, "graph", dict), field(body, "inputs", list)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
+from lossfns.backend.client.requests import check_metadata
 from lossfns.backend.client.training import LocalTrainingClient
 from lossfns.backend.model.tokenizer import ByteTokenizer
 from lossfns.backend.types import AdamParams
@@ -15,12 +16,17 @@ from lossfns.server.custom import create_loss
 from lossfns.server.futures import Future
 from lossfns.server.model import ServedModel
 from lossfns.server.passes import run_pass
+from lossfns.server.results import to_json
 from lossfns.server.sampling import SAMPLE, sample
 from lossfns.server.service import Sampler, Service, session_of
 from lossfns.server.tokenizer import write_byte_tokenizer
 from lossfns.server.wire import field, only, sequence_id
 
 Json = dict[str, Any]
+
+METADATA_BYTES = 2**16
+"""The largest metadata of a session, which are kept as long as the server runs."""
+
 Endpoint = Callable[[Service, Json, int | None], Awaitable[Json]]
 
 
@@ -51,6 +57,8 @@ async def client_dynamic_config(service: Service, body: Json, digest: int | None
 
 async def create_session(service: Service, body: Json, digest: int | None) -> Json:
     metadata = field(body, "user_metadata", dict, {})
+    if len(to_json(metadata)) > METADATA_BYTES:
+        raise LossInputError("user_metadata", f"at most {METADATA_BYTES} bytes", "more", "The server keeps it.")
     return {"type": "create_session", "session_id": service.create_session(metadata)}
 
 
@@ -92,40 +100,50 @@ def check_optimizer(body: Json) -> None:
         raise LossInputError("optimizer_config", "adamw", show(optimizer), "This server has AdamW alone.")
 
 
+LOAD = ("path", "optimizer", "optimizer_config", "base_model", "user_metadata", "weights_access_token")
+
+
 async def load_weights(service: Service, body: Json, digest: int | None) -> Json:
     """Load a checkpoint into a model, or create a model from it, where a session is given in place of a model."""
-    place = ("model_id", "seq_id") if body.get("model_id") is not None else ("session_id", "model_seq_id")
-    only(body, (*place, "path", "optimizer", "optimizer_config", "base_model", "user_metadata", "weights_access_token"))
-    path, optimizer = field(body, "path", str), field(body, "optimizer", bool)
-    metadata, base_model = field(body, "user_metadata", dict, None), field(body, "base_model", str, None)
-    check_optimizer(body)
-    file = service.checkpoint(path)
-
-    async def load(model: ServedModel) -> Json:
-        client = model.client
-        await (client.load_state_with_optimizer(file) if optimizer else client.load_state(file))
-        return {"type": "load_weights", "path": path, "model_id": model.model_id}
+    if body.get("model_id") is not None:
+        return promise(submit(service, body, digest, "load_weights", LOAD, load))
+    metadata, path = field(body, "user_metadata", dict, None), field(body, "path", str)
 
     def make() -> tuple[str, LocalTrainingClient]:
-        if optimizer:
+        only(body, ("session_id", "model_seq_id", *LOAD))
+        check_optimizer(body)
+        file, base_model = service.checkpoint(path), field(body, "base_model", str, None)
+        if field(body, "optimizer", bool):
             client = service.local.create_training_client_from_state_with_optimizer(file, base_model, metadata)
         else:
             client = service.local.create_training_client_from_state(file, base_model, metadata)
         return client.get_info().model_name, client
 
-    if "model_id" in place:
-        seq_id = sequence_id(field(body, "seq_id", int))
-        return promise(service.submit(field(body, "model_id", str), seq_id, digest, "load_weights", load))
     number = sequence_id(field(body, "model_seq_id", int), "model_seq_id", 0)
-    session_id = field(body, "session_id", str)
-    return promise(service.create_model(session_id, number, digest, make, metadata, path=path))
+    return promise(service.create_model(field(body, "session_id", str), number, digest, make, metadata, path=path))
+
+
+async def load(service: Service, model: ServedModel, body: Json) -> Json:
+    path = field(body, "path", str)
+    file, client = service.checkpoint(path), model.client
+    check_metadata(field(body, "user_metadata", dict, None))
+    await (client.load_state_with_optimizer(file) if field(body, "optimizer", bool) else client.load_state(file))
+    return {"type": "load_weights", "path": path, "model_id": model.model_id}
+
+
+def reads_bytes(client: LocalTrainingClient) -> bool:
+    """Whether a client has the byte tokenizer. A model need not have one at all."""
+    try:
+        return isinstance(client.get_tokenizer(), ByteTokenizer)
+    except LossInputError:
+        return False
 
 
 async def get_info(service: Service, body: Json, digest: int | None) -> Json:
     model = service.model(field(body, "model_id", str))
     info = await model.client.get_info_async()
     tokenizer_id = info.model_data.tokenizer_id
-    if tokenizer_id is None and isinstance(model.client.get_tokenizer(), ByteTokenizer):
+    if tokenizer_id is None and reads_bytes(model.client):
         tokenizer_id = str(await asyncio.to_thread(write_byte_tokenizer, service.root.resolve() / "byte_tokenizer"))
     return {
         "type": "get_info",
@@ -141,77 +159,93 @@ async def get_info(service: Service, body: Json, digest: int | None) -> Json:
     }
 
 
-# Training
+# Training. What is wrong with a request whose model and place are known makes its future fail: the place is then taken.
+
+Run = Callable[[Service, ServedModel, Json], Awaitable[Any]]
 
 
-async def forward_backward(service: Service, request: wire.Pass, digest: int | None) -> Json:
+def submit(service: Service, body: Json, digest: int | None, kind: str, names: Iterable[str], run: Run) -> Future:
+    """Queue a request of the model and the place that its body names; it may have the fields ``names`` besides."""
+    model_id, seq_id = field(body, "model_id", str), sequence_id(field(body, "seq_id", int))
+
+    async def checked(model: ServedModel) -> Any:
+        only(body, ("model_id", "seq_id", *names))
+        return await run(service, model, body)
+
+    return service.submit(model_id, seq_id, digest, kind, checked)
+
+
+async def forward_backward(service: Service, request: wire.Pass, digest: int | None, nbytes: int) -> Json:
+    """Queue a pass, from a body of ``nbytes``."""
+
     async def run(model: ServedModel) -> Any:
         return await run_pass(model.client, request, service.sessions[session_of(model.model_id)].losses)
 
     kind = "forward" if request.forward_only else "forward_backward"
-    return promise(service.submit(request.model_id, request.seq_id, digest, kind, run))
+    return promise(service.submit(request.model_id, request.seq_id, digest, kind, run, nbytes))
 
 
 ADAM = tuple(AdamParams.__dataclass_fields__)
+PARAMS = ("adam_params", "optim_params", "optimizer_params")
 
 
 async def optim_step(service: Service, body: Json, digest: int | None) -> Json:
-    only(body, ("model_id", "seq_id", "adam_params", "optim_params", "optimizer_params"))
-    others = {"adam_params", "optim_params", "optimizer_params"} & set(body)
-    params = body.get(next(iter(others))) if len(others) == 1 else None
-
-    async def run(model: ServedModel) -> Json:
-        if not isinstance(params, dict) or params.get("type", "adamw") != "adamw":
-            raise LossInputError("adam_params", "the settings of AdamW", show(params), "This server has AdamW alone.")
-        only(params, ADAM)
-        settings = AdamParams(**{k: field(params, k, (int, float)) for k in ADAM if params.get(k) is not None})
-        return {"metrics": (await model.client.optim_step(settings)).metrics}
-
-    return promise(submit(service, body, digest, "optim_step", run))
+    return promise(submit(service, body, digest, "optim_step", PARAMS, step))
 
 
-def submit(service: Service, body: Json, digest: int | None, kind: str, run: Any) -> Future:
-    """Queue a request of the model and the place that its body names."""
-    model_id, seq_id = field(body, "model_id", str), sequence_id(field(body, "seq_id", int))
-    return service.submit(model_id, seq_id, digest, kind, run)
+async def step(service: Service, model: ServedModel, body: Json) -> Json:
+    given = [body[name] for name in PARAMS if name in body]
+    if len(given) != 1 or not isinstance(given[0], dict) or given[0].get("type", "adamw") != "adamw":
+        raise LossInputError("adam_params", "the settings of AdamW", show(given), "This server has AdamW alone.")
+    (params,) = given
+    only(params, ADAM)
+    settings = AdamParams(**{k: field(params, k, (int, float)) for k in ADAM if params.get(k) is not None})
+    return {"metrics": (await model.client.optim_step(settings)).metrics}
 
 
 async def save_weights(service: Service, body: Json, digest: int | None) -> Json:
-    only(body, ("model_id", "seq_id", "path", "ttl_seconds", "overwrite", "user_metadata"))
+    names = ("path", "ttl_seconds", "overwrite", "user_metadata")
+    return promise(submit(service, body, digest, "save_weights", names, save))
 
-    async def run(model: ServedModel) -> Json:
-        path, file = service.checkpoint_of(model.model_id, "weights", field(body, "path", str))
-        overwrite, metadata = field(body, "overwrite", bool, False), field(body, "user_metadata", dict, None)
-        await model.client.save_state(file, body.get("ttl_seconds"), overwrite, metadata)
-        return {"type": "save_weights", "path": path}
 
-    return promise(submit(service, body, digest, "save_weights", run))
+async def save(service: Service, model: ServedModel, body: Json) -> Json:
+    path, file = service.checkpoint_of(model.model_id, "weights", field(body, "path", str))
+    overwrite, metadata = field(body, "overwrite", bool, False), field(body, "user_metadata", dict, None)
+    await model.client.save_state(file, body.get("ttl_seconds"), overwrite, metadata)
+    return {"type": "save_weights", "path": path}
 
 
 async def save_weights_for_sampler(service: Service, body: Json, digest: int | None) -> Json:
+    names = ("path", "ttl_seconds", "user_metadata", "sampling_session_seq_id", "kind")
+    return promise(submit(service, body, digest, "save_weights_for_sampler", names, save_for_sampler))
+
+
+async def save_for_sampler(service: Service, model: ServedModel, body: Json) -> Json:
     """Save weights under a name; without one, keep a copy in memory and return a sampling session of it.
 
     An ``inflight`` session may sample from newer weights. Here it does not: it is a snapshot as well.
     """
-    names = ("model_id", "seq_id", "path", "ttl_seconds", "user_metadata", "sampling_session_seq_id", "kind")
-    only(body, names)
+    name, kind = field(body, "path", str, None), field(body, "kind", str, "snapshot")
+    if name is not None:
+        path, file = service.checkpoint_of(model.model_id, "sampler_weights", name)
+        metadata = field(body, "user_metadata", dict, None)
+        await model.client.save_weights_for_sampler(file, body.get("ttl_seconds"), metadata)
+        return {"type": "save_weights_for_sampler", "path": path}
+    if kind not in ("snapshot", "inflight"):
+        raise LossInputError("kind", "'snapshot' or 'inflight'", show(kind), "Leave it out for a snapshot.")
+    number = sequence_id(field(body, "sampling_session_seq_id", int), "sampling_session_seq_id", 0)
+    client = await model.client.save_weights_and_get_sampling_client_async()
+    sampler = service.add_sampler(session_of(model.model_id), number, Sampler(model.base_model, None, client))
+    return {"type": "save_weights_for_sampler", "sampling_session_id": sampler}
 
-    async def run(model: ServedModel) -> Json:
-        name, kind = field(body, "path", str, None), field(body, "kind", str, "snapshot")
-        if name is not None:
-            path, file = service.checkpoint_of(model.model_id, "sampler_weights", name)
-            metadata = field(body, "user_metadata", dict, None)
-            await model.client.save_weights_for_sampler(file, body.get("ttl_seconds"), metadata)
-            return {"type": "save_weights_for_sampler", "path": path}
-        if kind not in ("snapshot", "inflight"):
-            raise LossInputError("kind", "'snapshot' or 'inflight'", show(kind), "Leave it out for a snapshot.")
-        number = sequence_id(field(body, "sampling_session_seq_id", int), "sampling_session_seq_id", 0)
-        client = await model.client.save_weights_and_get_sampling_client_async()
-        session_id = model.model_id.partition(":")[0]
-        sampler = service.add_sampler(session_id, number, Sampler(model.base_model, None, client))
-        return {"type": "save_weights_for_sampler", "sampling_session_id": sampler}
 
-    return promise(submit(service, body, digest, "save_weights_for_sampler", run))
+async def save_weights_external(service: Service, body: Json, digest: int | None) -> Json:
+    return promise(submit(service, body, digest, "save_weights_external", body, refuse_external))
+
+
+async def refuse_external(service: Service, model: ServedModel, body: Json) -> Json:
+    fix = "Take save_state, whose file is on this machine."
+    raise LossInputError("save_weights_external", "a save in the server's own format", "an external one", fix)
 
 
 async def create_custom_loss(service: Service, body: Json, digest: int | None) -> Json:
@@ -269,6 +303,7 @@ POST: dict[str, Endpoint] = {
     "optim_step": optim_step,
     "save_weights": save_weights,
     "save_weights_for_sampler": save_weights_for_sampler,
+    "save_weights_external": save_weights_external,
     "create_custom_loss": create_custom_loss,
     "create_sampling_session": create_sampling_session,
     "asample": asample,

@@ -8,6 +8,16 @@ from typing import Any
 
 from lossfns.backend.types import ForwardBackwardOutput
 
+LONGEST = 2000
+"""The most characters of a reason: what came in may have any length."""
+
+
+def printable(reason: str) -> str:
+    """Return a reason on one line, shortened in the middle, with control characters as escapes."""
+    if len(reason) > LONGEST:
+        reason = f"{reason[: LONGEST - 500]} ... {reason[-400:]}"
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in reason)
+
 
 class Refused(Exception):
     """A request that is not accepted: the status and the reason that the client gets.
@@ -47,7 +57,7 @@ class Future:
         self._finish()
 
     def set_error(self, error: str, category: str = "user") -> None:
-        self.error, self.category = error, category
+        self.error, self.category = printable(error), category
         self._finish()
 
     def _finish(self) -> None:

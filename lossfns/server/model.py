@@ -15,11 +15,15 @@ from lossfns.server.futures import Future, Futures, Refused
 log = logging.getLogger("lossfns.server")
 
 
+Run = Callable[[], Awaitable[Any]]
+
+
 class Call(NamedTuple):
-    """An accepted request: what it is, the coroutine function that runs it, and its future."""
+    """An accepted request: what it is, the coroutine function that runs it, its bytes, and its future."""
 
     kind: str
-    run: Callable[[], Awaitable[Any]]
+    run: Run
+    nbytes: int
     future: Future
 
 
@@ -61,12 +65,12 @@ class ServedModel:
         self.waiting: dict[int, Call] = {}
         self.running: Call | None = None
         self.failed_gradient: Future | None = None
-        self.metrics: dict[str, float] = {}
+        self.metrics: dict[str, dict[str, float]] = {}  # by the kind of the last requests that have any
         self.last_request = time.time()
         self._changed = asyncio.Event()
         self._task = asyncio.create_task(self._serve())
 
-    def submit(self, seq_id: int, digest: int | None, kind: str, run: Callable[[], Awaitable[Any]]) -> Future:
+    def submit(self, seq_id: int, digest: int | None, kind: str, run: Run, nbytes: int = 0) -> Future:
         """Queue a request. A repeated one has the same future; a place that has passed is refused."""
         request_id = f"{self.model_id}:{seq_id}"
         if (repeated := self.futures.repeated(request_id, digest)) is not None:
@@ -78,13 +82,15 @@ class ServedModel:
                 self.failed_gradient.set_error(reason)
                 self.failed_gradient.retrieved = self.failed_gradient.finished
             raise Refused(400, reason)
-        if len(self.waiting) >= self.queue_limit:
+        if len(self.waiting) >= self.queue_limit and seq_id != self.next_seq:
             raise Refused(429, f"{len(self.waiting)} requests of {self.model_id} wait.")
+        if seq_id >= self.next_seq + self.futures.limit:  # a wrong one must not end the sequence
+            raise Refused(429, f"seq_id: expected one below {self.next_seq + self.futures.limit} by now, got {seq_id}.")
         future = self.futures.begin(request_id, digest)
         if kind == "forward_backward" and self.failed_gradient is not None and self.failed_gradient.retrieved:
             self.failed_gradient = None
         self.last_request = time.time()
-        self.waiting[seq_id] = Call(kind, run, future)
+        self.waiting[seq_id] = Call(kind, run, nbytes, future)
         self._changed.set()
         return future
 
@@ -130,7 +136,8 @@ class ServedModel:
             log.exception("%s of %s failed.", call.kind, self.model_id)
             self._set_error(call, f"{type(error).__name__}: {error}", "server")
         else:
-            self.metrics = getattr(result, "metrics", None) or self.metrics
+            metrics = result.get("metrics") if isinstance(result, dict) else result.metrics
+            self.metrics |= {call.kind: metrics} if metrics else {}
             call.future.set_result(result)
             self.futures.finish(call.future)
 

@@ -136,7 +136,8 @@ def time_of(seconds: float) -> str:
 
 def page(items: Sequence[Any], query: Mapping[str, str]) -> tuple[list[Any], Json]:
     """Return the items from ``offset``, at most ``limit``, and the cursor that says so."""
-    limit, offset = (int(x) if x.isdecimal() else -1 for x in (query.get("limit", "100"), query.get("offset", "0")))
+    given = query.get("limit", "100"), query.get("offset", "0")
+    limit, offset = (int(x) if len(x) < 19 and x.isdecimal() else -1 for x in given)
     if not (0 <= limit < 2**31 and 0 <= offset < 2**31):
         raise LossInputError("limit, offset", "whole numbers from 0", f"{dict(query)}"[:200], "Leave them out.")
     cursor = {"offset": offset, "limit": limit, "total_count": len(items)}

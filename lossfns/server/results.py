@@ -12,9 +12,7 @@ from tinker.proto import tinker_public_pb2 as pb
 
 from lossfns.backend.types import ForwardBackwardOutput, SampleResponse
 from lossfns.datum import TensorData
-from lossfns.server.wire import PROTOBUF
-
-JSON = "application/json"
+from lossfns.server.wire import JSON, PROTOBUF
 
 
 class Encoded(NamedTuple):

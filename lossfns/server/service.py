@@ -13,9 +13,12 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import torch
 
 from lossfns.backend.client.sampling import LocalSamplingClient
 from lossfns.backend.client.service import LocalServiceClient, ModelBuilder
@@ -26,8 +29,14 @@ from lossfns.loss import LossFn
 from lossfns.server.futures import Future, Futures, Refused
 from lossfns.server.model import ServedModel, log
 
-PATH = re.compile(r"tinker://([0-9a-f-]{8,64}):train:(\d{1,18})/(weights|sampler_weights)/([A-Za-z0-9][\w.-]{0,127})")
+PATH = re.compile(
+    r"tinker://([0-9a-f-]{8,64}):train:(\d{1,18})/(weights|sampler_weights)/([A-Za-z0-9][\w.-]{0,127})", re.ASCII
+)
 NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,127}", re.ASCII)
+
+
+REMEMBERED = 1000
+"""Sessions that have finished, of which the server still says so."""
 
 
 class Uploaded(NamedTuple):
@@ -67,6 +76,8 @@ class Sampler:
 class Service:
     """The models of a server, and the sessions of its clients.
 
+    Models compute one at a time, unless there are more cores than torch takes threads: each plans with all free memory.
+
     Args:
         models: for each name a function that builds the model, as in ``LocalServiceClient``. None: ``"Decoder"``.
         device, memory_budget: as in ``LocalServiceClient``.
@@ -75,7 +86,7 @@ class Service:
             takes the place of the one that was not used for the longest time.
         memory: the most bytes of the process, on Linux: beyond it no model is created. ``memory_budget`` bounds the
             memory of a request.
-        queue: the most requests of a model that wait.
+        queue: the most requests of a model that wait; ``queue_bytes``, the most bytes of all that wait.
         results, result_bytes: the most futures, and the most bytes of results, that wait to be read.
         session_seconds: a session ends if its client gives no sign of life for this long.
         gap_seconds: how long a request waits for those with lower sequence ids.
@@ -94,6 +105,7 @@ class Service:
         memory: float | None = None,
         samplers: int = 16,
         queue: int = 1024,
+        queue_bytes: int = 2**30,
         results: int = 20_000,
         result_bytes: int = 2**30,
         session_seconds: float = 1800.0,
@@ -105,13 +117,15 @@ class Service:
         self.root = Path(self.temporary.name if self.temporary else str(state))
         self.session_limit, self.model_limit, self.sampler_limit = sessions, model_limit, samplers
         self.memory = memory
-        self.queue, self.session_seconds = queue, session_seconds
+        self.queue, self.queue_bytes, self.session_seconds = queue, queue_bytes, session_seconds
+        self.turns = asyncio.Semaphore(max(1, (os.cpu_count() or 1) // torch.get_num_threads()))
         self.gap_seconds, self.grace_seconds = gap_seconds, grace_seconds
         self.futures = Futures(results, result_bytes)
         self.sessions: dict[str, Session] = {}
         self.models: dict[str, ServedModel] = {}
         self.samplers: dict[str, Sampler] = {}
         self.tasks: set[asyncio.Task[None]] = set()
+        self.arriving: set[asyncio.Timeout] = set()
         self.creating = 0
         self.started = time.monotonic()
         self.stopping = False
@@ -121,6 +135,8 @@ class Service:
     def create_session(self, user_metadata: Mapping[str, str] | None = None) -> str:
         self.refuse_if_stopping()
         self.finish_silent_sessions()
+        for old in [name for name, s in self.sessions.items() if s.finished][:-REMEMBERED]:
+            del self.sessions[old]
         if sum(not s.finished for s in self.sessions.values()) >= self.session_limit:
             raise Refused(429, f"{self.session_limit} sessions are open, which is the limit of this server.")
         session = Session(str(uuid.uuid4()), user_metadata)
@@ -208,26 +224,32 @@ class Service:
                 self.session(session_id)  # it may have finished meanwhile
             finally:
                 self.creating -= 1
-            model = self.add_model(model_id, client, base_model, user_metadata)
-            await self._record_run(model)
+            await self._record_run(model_id, client, base_model, user_metadata)
+            self.add_model(model_id, client, base_model, user_metadata)
             kind = "create_model" if path is None else "load_weights"
             return {"model_id": model_id, "type": kind, **({} if path is None else {"path": path})}
 
         return self.start(self.futures.begin(f"{model_id}:0", digest), create)
 
-    async def _record_run(self, model: ServedModel) -> None:
+    async def _record_run(
+        self, model_id: str, client: LocalTrainingClient, base_model: str, user_metadata: Mapping[str, str] | None
+    ) -> None:
         """Write what remains known of a model when it has gone."""
-        info = await model.client.get_info_async()
+        info = await client.get_info_async()
         run = {
-            "training_run_id": model.model_id,
-            "base_model": model.base_model,
+            "training_run_id": model_id,
+            "base_model": base_model,
             "is_lora": info.is_lora,
             "lora_rank": info.lora_rank,
-            "user_metadata": model.user_metadata,
+            "user_metadata": dict(user_metadata or {}),
         }
-        folder = self.folder(model.model_id)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "run.json").write_text(json.dumps(run))
+        folder = self.folder(model_id)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "run.part").write_text(json.dumps(run))
+            (folder / "run.part").replace(folder / "run.json")  # a reader finds all of it
+        except OSError as error:
+            raise LossInputError("state", "a folder to write to", f"{error}", "Free its disk.") from None
 
     def add_model(
         self, model_id: str, client: LocalTrainingClient, base_model: str, user_metadata: Mapping[str, str] | None
@@ -244,12 +266,26 @@ class Service:
         return model
 
     def submit(
-        self, model_id: str, seq_id: int, digest: int | None, kind: str, run: Callable[[ServedModel], Awaitable[Any]]
+        self,
+        model_id: str,
+        seq_id: int,
+        digest: int | None,
+        kind: str,
+        run: Callable[[ServedModel], Awaitable[Any]],
+        nbytes: int = 0,
     ) -> Future:
-        """Queue a request of a model, which is run as ``run(model)`` in its turn."""
+        """Queue a request of a model, of ``nbytes``, which is run as ``run(model)`` in its turn."""
         self.refuse_if_stopping()
         model = self.model(model_id)
-        return model.submit(seq_id, digest, kind, lambda: run(model))
+
+        async def in_turn() -> Any:
+            async with self.turns:
+                return await run(model)
+
+        waiting = sum(call.nbytes for each in self.models.values() for call in each.waiting.values())
+        if nbytes and waiting + nbytes > self.queue_bytes:
+            raise Refused(429, f"Requests of {waiting} bytes wait; {self.queue_bytes} may.")
+        return model.submit(seq_id, digest, kind, in_turn, nbytes)
 
     def start(self, future: Future, run: Callable[[], Awaitable[Any]]) -> Future:
         """Run a request that no other one has to wait for, and keep its outcome."""
@@ -278,6 +314,18 @@ class Service:
         self.stopping = True
         for future in self.futures.by_id.values():
             future.wake()
+        for timeout in self.arriving:
+            timeout.reschedule(asyncio.get_running_loop().time())
+
+    @asynccontextmanager
+    async def until_stop(self, timeout: asyncio.Timeout) -> AsyncIterator[None]:
+        """End a timeout when the server stops: a body that arrives slowly must not keep it from saving."""
+        async with timeout:
+            self.arriving.add(timeout)
+            try:
+                yield
+            finally:
+                self.arriving.discard(timeout)
 
     async def close(self) -> None:
         """Run the accepted requests for ``grace_seconds`` at most, and fail the rest."""
@@ -314,7 +362,11 @@ class Service:
     def add_sampler(self, session_id: str, number: int, sampler: Sampler) -> str:
         """Add a sampling session; the ones that were not used for the longest time make room for it."""
         name = f"{session_id}:sample:{number}"
-        self.samplers.setdefault(name, sampler)
+        known = self.samplers.setdefault(name, sampler)
+        same = (sampler.client, sampler.base_model, sampler.path) == (None, known.base_model, known.path)
+        if known is not sampler and not same:
+            fix = "Take the next one."
+            raise LossInputError("sampling_session_seq_id", "one that is not taken", str(number), fix)
         self._unload_samplers(name)
         return name
 

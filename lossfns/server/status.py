@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from html import escape
 from typing import Any
@@ -40,7 +41,7 @@ def status(service: Service) -> dict[str, Any]:
                 "requests": model.next_seq - 1 - (model.running is not None),
                 "running": model.running.kind if model.running else None,
                 "waiting": len(model.waiting),
-                "metrics": {name: x for name, x in model.metrics.items() if isinstance(x, (int, float)) and x == x},
+                "metrics": {k: x for last in model.metrics.values() for k, x in last.items() if math.isfinite(x)},
                 "idle_seconds": round(time.time() - model.last_request, 1),
             }
             for model in service.models.values()

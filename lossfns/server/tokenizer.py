@@ -6,6 +6,7 @@ import json
 import os
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from lossfns.backend.model.tokenizer import ByteTokenizer
 
@@ -33,7 +34,7 @@ def write_byte_tokenizer(folder: Path) -> Path:
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": ByteTokenizer.eos_token}
     folder.mkdir(parents=True, exist_ok=True)
     for name, value in (("tokenizer.json", tokenizer), ("tokenizer_config.json", config)):
-        part = folder / f"{name}.part"
+        part = folder / f"{name}.{uuid4().hex}.part"  # many may write at once
         part.write_text(json.dumps(value))
         os.replace(part, folder / name)
     return folder

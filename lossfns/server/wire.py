@@ -20,14 +20,18 @@ from tinker.proto import tinker_public_pb2 as pb
 
 from lossfns.datum import Datum, TensorData
 from lossfns.errors import LossInputError, show
+from lossfns.server.parts import check_json_parts, check_protobuf_parts
 
-PROTOBUF = "application/x-protobuf"
+PROTOBUF, JSON = "application/x-protobuf", "application/json"
 DTYPES: dict[int, tuple[str, np.dtype]] = {
     pb.DTYPE_FLOAT32: ("float32", np.dtype("<f4")),
     pb.DTYPE_INT64: ("int64", np.dtype("<i8")),
 }
-MAX_CELLS = 2**27
-"""The most values of one tensor. A sparse tensor of few bytes may claim a shape of any size."""
+MAX_CELLS = 2**26
+"""The most values of the tensors of a request. A sparse tensor of few bytes may claim a shape of any size."""
+
+JSON_BYTES = 2**26
+"""The largest JSON body: in memory it may take twenty times as much."""
 
 INDEX = np.dtype("<i8")
 
@@ -67,35 +71,63 @@ class Pass(NamedTuple):
 # Bodies
 
 
+def media_type(content_type: str) -> str:
+    return content_type.partition(";")[0].strip().lower()
+
+
+def check_json(content_type: str, expected: str = JSON) -> None:
+    """Refuse a body that is not declared as JSON: a page of another site may send only other types without asking."""
+    if media_type(content_type) != JSON:
+        raise LossInputError("Content-Type", expected, show(content_type), "Declare what the body is, such as JSON.")
+
+
 def decompress(body: bytes, encoding: str, limit: int) -> bytes:
     """Decompress a body of the content encoding ``zstd``; refuse one of more than ``limit`` bytes when decompressed."""
     if encoding in ("", "identity"):
         return body
     if encoding != "zstd":
         raise LossInputError("Content-Encoding", "zstd or identity", show(encoding), "Send the body as it is.")
-    fix = "Send complete zstd frames, smaller ones, or no compression."
-    parts, size = [], 0
+    fix = "Send one whole zstd frame, a smaller one, or no compression."
+    decompressor, size = zstandard.ZstdDecompressor(max_window_size=2**27), 0
     try:
-        reader = zstandard.ZstdDecompressor(max_window_size=2**27).stream_reader(body, read_across_frames=True)
-        while part := reader.read(2**20):
+        reader = decompressor.stream_reader(body)
+        while part := reader.read(2**20):  # count before anything is kept
             size += len(part)
             if size > limit:
                 raise LossInputError("body", f"at most {limit} bytes, decompressed", "more", fix)
-            parts.append(part)
+        frame = decompressor.decompressobj()
+        data = frame.decompress(body)
     except zstandard.ZstdError as error:
         raise LossInputError("body", "zstd", f"{error}", fix) from None
-    return b"".join(parts)
+    if not frame.eof or frame.unused_data:
+        got = "a part of one" if not frame.eof else f"{len(frame.unused_data)} bytes after it"
+        raise LossInputError("body", "a zstd frame", got, fix)
+    return data
 
 
 def json_object(body: bytes) -> dict[str, Any]:
-    """Parse a body that must be a JSON object."""
+    """Parse a body that must be a JSON object, without repeated names in any object."""
     fix = "Send {...}."
+    if len(body) > JSON_BYTES:
+        raise LossInputError("body", f"at most {JSON_BYTES} bytes of JSON", f"{len(body)}", "Send protobuf.")
+    check_json_parts(body)
     try:
-        value = json.loads(body)
+        value = json.loads(body, object_pairs_hook=object_of)
+    except LossInputError:
+        raise
     except (ValueError, RecursionError) as error:  # also what is no UTF-8
         raise LossInputError("body", "a JSON object", f"{type(error).__name__}: {str(error)[:200]}", fix) from None
     if not isinstance(value, dict):
         raise LossInputError("body", "a JSON object", f"a {type(value).__name__}", fix)
+    return value
+
+
+def object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [name for name, _ in pairs]
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise LossInputError(repeated, "one value", f"{names.count(repeated)}", "Send each field once.")
     return value
 
 
@@ -140,13 +172,15 @@ def read_pass(body: bytes, content_type: str, *, forward_only: bool = False) -> 
     Raises LossInputError for a body of another form, and without a model or a place in the sequence. Datums that are
     refused are an error in ``data``.
     """
-    if content_type.partition(";")[0].strip() == PROTOBUF:
+    if media_type(content_type) == PROTOBUF:
         return pass_of_protobuf(body)
+    check_json(content_type, f"{PROTOBUF} or {JSON}")
     return pass_of_json(json_object(body), forward_only)
 
 
 def pass_of_protobuf(body: bytes) -> Pass:
     message = pb.ForwardBackwardRequest()
+    check_protobuf_parts(body, pb.ForwardBackwardRequest.DATA_FIELD_NUMBER)
     try:
         message.ParseFromString(body)
     except DecodeError as error:
@@ -174,10 +208,17 @@ def pass_of_json(body: dict[str, Any], forward_only: bool) -> Pass:
 
 
 def data_or_error(read: Callable[[Any, str], Datum], data: Sequence[Any]) -> list[Datum] | LossInputError:
+    datums, cells = [], 0
     try:
-        return [read(datum, f"data[{i}]") for i, datum in enumerate(data)]
+        for i, each in enumerate(data):
+            datums.append(read(each, f"data[{i}]"))
+            cells += sum(prod(tensor.shape) for tensor in datums[-1].loss_fn_inputs.values())
+            if cells > MAX_CELLS:
+                got, fix = f"{cells} up to data[{i}]", "Send several requests."
+                raise LossInputError("data", f"at most {MAX_CELLS} values", got, fix)
     except LossInputError as error:
         return error
+    return datums
 
 
 def datum_of_protobuf(message: Any, place: str) -> Datum:
@@ -213,6 +254,8 @@ def check_spans(spans: Sequence[Any], length: int, place: str) -> None:
     """Check the provenance of a datum's tokens. Only a loss that this server does not have reads it."""
     if not spans:
         return
+    if len(spans) > length:
+        raise LossInputError(place, f"at most {length} runs", f"{len(spans)}", "Each run has a token.")
     arms = [getattr(span, span.WhichOneof("span")) for span in spans if span.WhichOneof("span")]
     whole = len(arms) == len(spans) and all(arm.length >= 0 and arm.offset >= 0 for arm in arms)
     if not whole or sum(arm.length for arm in arms) != length:
@@ -273,7 +316,7 @@ def sparse_tensor(
 
 
 def check_shape(shape: list[int], place: str) -> None:
-    if len(shape) > 2 or any(n < 0 for n in shape) or prod(shape) > MAX_CELLS:
+    if len(shape) > 2 or any(not 0 <= n <= MAX_CELLS for n in shape) or prod(shape) > MAX_CELLS:
         raise LossInputError(place, f"shape [N] or [N, K], of at most {MAX_CELLS} values", show(shape), "Split it.")
 
 

@@ -79,8 +79,8 @@ class Batch:
         """Return datum ``i``."""
         shape = self.shape(self.weights[i])
         columns = {"weights": self.weights[i], **{name: rows[i] for name, rows in self.columns.items()}}
-        columns |= {ALIASES[name]: row for name, row in columns.items() if name in ALIASES}
         fields = {name: np.array(row, np.float32).reshape(shape) for name, row in columns.items()}
+        fields |= {ALIASES[name]: x.copy() for name, x in fields.items() if name in ALIASES}
         ids = (np.arange(prod(shape)) % 50 + 3).reshape(shape)  # arbitrary token ids: 3 to 52, in turns
         tensors = {name: sdk.TensorData.from_numpy(x) for name, x in (fields | {"target_tokens": ids}).items()}
         first_targets = ids.reshape(shape[0], -1)[:, 0] if shape[0] else ids

@@ -255,7 +255,7 @@ LOSSES: dict[str, Defect] = {
     "last-token-dropped": Defect("target-dropped", datums(last_token_dropped)),
     "columns-averaged": Defect("targets-flattened", columns(lambda k: 1 / k)),
     "first-column-only": Defect("targets-flattened", columns(lambda k: np.arange(k) == 0)),
-    "targets-shifted": Defect("frame-shift", datums(shifted)),
+    "targets-shifted": Defect("targets-ignored", datums(shifted)),
     "targets-from-input": Defect("targets-ignored", datums(next_tokens)),
     "advantages-flipped": Defect("sign-flipped", datums(flipped)),
     "advantages-pooled": Defect("advantages-pooled", datums(pooled_advantages)),

@@ -204,15 +204,13 @@ def main() -> None:
     plants = {name: defect.plant for name, defect in DEFECTS.items() if not args.names or name in args.names}
     variants = {name: plant for name, plant in VARIANTS.items() if not args.names or name in args.names}
     wrong: dict[str, Found] = {}
-    for name, result in measure(plants, args.jobs, first=True):
-        wrong[name] = result
-        print(" | ".join(defect_row(name, result)), flush=True)
     right: dict[str, Found] = {}
-    for name, result in measure(variants, args.jobs, first=False):
-        right[name] = result
-        print(" | ".join(variant_row(name, result)), flush=True)
-    if args.json:
-        Path(args.json).write_text(json.dumps({"wrong": wrong, "right": right}))
+    for results, measured, first, row in ((right, variants, False, variant_row), (wrong, plants, True, defect_row)):
+        for name, result in measure(measured, args.jobs, first=first):
+            results[name] = result
+            print(" | ".join(row(name, result)), flush=True)
+            if args.json:
+                Path(args.json).write_text(json.dumps({"wrong": wrong, "right": right}))
     if args.write:
         write(Path(args.write), wrong, right)
     print(summary(wrong, right))

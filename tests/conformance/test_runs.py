@@ -31,8 +31,8 @@ from lossfns.server import local_service
 from lossfns.server.service import Service
 from tests.conformance.faulty import DEFECTS, FIRST
 
-UNSUPPORTED = {"mixed-targets", "unpublished-loss"}
-"""The checks of things that this project's server says that it does not have."""
+UNSUPPORTED = {"unpublished-loss"}
+"""What this project's server says that it does not have."""
 
 
 OPEN: list[Any] = []

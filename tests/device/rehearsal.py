@@ -11,15 +11,14 @@ Importing this module registers the device, for the whole process. It replaces `
 
 from __future__ import annotations
 
-import traceback
+import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import wraps
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
 NAME = "rehearsal"
@@ -125,7 +124,7 @@ def run(op: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     parts = op.decompose(*args, **kwargs)  # in inference mode, operations that consist of others arrive whole
     if parts is not NotImplemented:
         return parts
-    tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    tensors = [*tensors_of(args), *tensors_of(kwargs)]
     device_tensors = [x for x in tensors if isinstance(x, DeviceTensor)]
     host_tensors = [x for x in tensors if not isinstance(x, DeviceTensor)]
     check_devices(op, args, kwargs, device_tensors, host_tensors)
@@ -137,22 +136,40 @@ def run(op: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         waits.append(f"{op} at {caller()}")
     if target is not None:
         kwargs = {**kwargs, "device": torch.device("cpu")}
-    result = op(*tree_map(unwrap, args), **tree_map(unwrap, kwargs))
+    result = op(*mapped(unwrap, args), **mapped(unwrap, kwargs))
     if not result_on_device:
         return result
     if op is aten._to_copy.default and any(result is unwrap(x) for x in tensors):
         result = result.clone()  # between two devices nothing is shared
     originals = {id(x.held): x for x in device_tensors}
 
-    def wrap(x: Any) -> Any:
-        if not isinstance(x, Tensor) or isinstance(x, DeviceTensor):
+    def wrap(x: Tensor) -> Tensor:
+        if isinstance(x, DeviceTensor):
             return x
         return originals[id(x)] if id(x) in originals else DeviceTensor(x)
 
-    return tree_map(wrap, result)
+    return mapped(wrap, result)
 
 
-def unwrap(x: Any) -> Any:
+def tensors_of(x: Any) -> Iterator[Tensor]:
+    """Yield the tensors of nested lists, tuples and dicts."""
+    if isinstance(x, Tensor):
+        yield x
+    elif isinstance(x, (list, tuple, dict)):
+        for item in x.values() if isinstance(x, dict) else x:
+            yield from tensors_of(item)
+
+
+def mapped(change: Callable[[Tensor], Tensor], x: Any) -> Any:
+    """Apply a function to the tensors of nested lists, tuples and dicts."""
+    if isinstance(x, Tensor):
+        return change(x)
+    if isinstance(x, (list, tuple)):
+        return type(x)([mapped(change, item) for item in x])
+    return {name: mapped(change, item) for name, item in x.items()} if isinstance(x, dict) else x
+
+
+def unwrap(x: Tensor) -> Tensor:
     return x.held if isinstance(x, DeviceTensor) else x
 
 
@@ -194,8 +211,10 @@ def makes_host_wait(
 
 def caller() -> str:
     """Return file and line of the innermost frame outside of PyTorch and this module."""
-    frames = [f for f in traceback.extract_stack() if "/torch/" not in f.filename and f.filename != __file__]
-    return f"{'/'.join(frames[-1].filename.split('/')[-2:])}:{frames[-1].lineno}" if frames else "?"
+    frame = sys._getframe()
+    while frame is not None and ("/torch/" in frame.f_code.co_filename or frame.f_code.co_filename == __file__):
+        frame = frame.f_back
+    return "?" if frame is None else f"{'/'.join(frame.f_code.co_filename.split('/')[-2:])}:{frame.f_lineno}"
 
 
 # Registration

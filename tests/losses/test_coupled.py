@@ -8,7 +8,7 @@ from batches import Batch, call
 
 import lossfns
 from lossfns import Tokens
-from lossfns.losses.coupled import largest_share, smallest_with_mean
+from lossfns.losses.selection import largest_share, smallest_with_mean
 
 LN = math.log
 
@@ -121,3 +121,36 @@ def test_of_equal_numbers_at_the_end_of_a_selection_none_is_taken() -> None:
         assert largest_share(t, numbers, t.active, share).tolist() == expected, (x, share)
     t, numbers = one_group([0.5, 1.0, 1.0, 0.0])
     assert smallest_with_mean(t, numbers, 0.5).tolist() == [True, False, False, True]
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_tokens_are_selected_as_after_a_sort(equal: bool) -> None:
+    """Groups of several sequences, many equal numbers, both signs and 0; the answer of Python's own sort."""
+    for seed in range(12):
+        g = torch.Generator().manual_seed(seed)
+        lengths = torch.full((6,), 9) if equal else torch.tensor([9, 1, 14, 3, 20, 7])
+        x = (torch.randn(54, generator=g, dtype=torch.float64) * 2 ** (seed % 5)).float().double()
+        x[torch.rand(54, generator=g) < 0.4] = [0.5, -0.0, 1.5][seed % 3]
+        of_sequence = torch.tensor([7, 2, 7, -3, 2, 7])
+        groups = torch.repeat_interleave(of_sequence, lengths)
+        weights = (torch.rand(54, generator=g) < 0.8).double()
+        active, among = weights > 0, (weights > 0) & (torch.rand(54, generator=g) < 0.7)
+        t = Tokens(x * weights, weights, lengths, {"groups": (groups * weights).double()}, equal)
+        for share in (1e-4, 0.1, 0.5, 1.0):
+            expected = torch.zeros(54, dtype=torch.bool)
+            for label in (7, 2, -3):
+                of_group = among & (groups == label)
+                count = max(1, math.floor(share * int((active & (groups == label)).sum())))
+                descending = sorted(x[of_group].tolist(), reverse=True)
+                bar = descending[count] if count < len(descending) else -math.inf
+                expected |= of_group & (x > bar)
+            assert torch.equal(largest_share(t, x, among, share), expected), (seed, share)
+        x = (x * weights).square()
+        for bound in (1e-50, 1e-3, 0.25, 0.75, 3.0, 1e300):
+            expected = torch.zeros(54, dtype=torch.bool)
+            for label in (7, 2, -3):
+                ascending = sorted(x[active & (groups == label)].float().tolist())
+                paid = [n for n in range(len(ascending)) if math.fsum(y - bound for y in ascending[: n + 1]) > 0]
+                bar = ascending[paid[0]] if paid else math.inf
+                expected |= active & (groups == label) & (x.float() < bar)
+            assert torch.equal(smallest_with_mean(t, x, bound), expected), (seed, bound)

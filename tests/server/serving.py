@@ -14,6 +14,8 @@ import pytest
 for name in ("starlette", "uvicorn"):
     pytest.importorskip(name)
 tinker = pytest.importorskip("tinker", "0.38")
+httpx = pytest.importorskip("httpx")
+zstandard = pytest.importorskip("zstandard")
 
 import uvicorn
 

@@ -9,9 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import httpx
 import pytest
-from serving import tinker
+from serving import httpx, tinker
 
 from lossfns.cli import main
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import httpx
 import pytest
 import torch
 from graphs import INPUTS, X, function, whole
-from serving import served, tinker
+from serving import httpx, served, tinker
 from torch import Tensor
 
 from lossfns.server import local_service
@@ -86,7 +85,7 @@ def test_a_graph_that_the_sdk_would_not_send_is_refused_by_name_and_a_repeated_o
     service = Service(device="cpu")
     with served(service) as url, httpx.Client(base_url=f"{url}/api/v1") as http:
 
-        def post(call: str, **body: Any) -> httpx.Response:
+        def post(call: str, **body: Any) -> Any:
             return http.post(f"/{call}", json=body, headers={"X-API-Key": "tml-local"})
 
         session = post("create_session", tags=[], sdk_version="0.38.0").json()["session_id"]

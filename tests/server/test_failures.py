@@ -7,10 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import httpx
 import pytest
-import zstandard
-from serving import KEY, batch, datum, sdk, served, tinker, tiny_service
+from serving import KEY, batch, datum, httpx, sdk, served, tinker, tiny_service, zstandard
 from tinker.proto import tinker_public_pb2 as pb
 from tinker.proto.request_conv import forward_backward_request_to_proto
 
@@ -98,7 +96,7 @@ def test_a_failed_request_is_the_only_one_that_fails() -> None:
             service.create_lora_training_client("Tiny", optimizer=types.DimuonOptimizerConfig()).result(timeout=20)
         with pytest.raises(tinker.RequestFailedError, match="base_model"):
             service.create_lora_training_client("Huge").result(timeout=20)
-        with pytest.raises(tinker.BadRequestError, match="tinker://"):
+        with pytest.raises(tinker.RequestFailedError, match="tinker://"):
             service.create_training_client_from_state("tinker://../../etc/passwd").result(timeout=20)
         with pytest.raises(tinker.BadRequestError, match="base_model"):
             service.create_sampling_client(base_model="Huge").result(timeout=20)
@@ -170,7 +168,6 @@ def test_malformed_requests_have_a_status_and_a_reason() -> None:
             ("optim_step", {"content": b"{"}, 400, "JSON"),
             ("optim_step", {"content": b"[" * 100_0}, 400, "JSON"),
             ("optim_step", {"body": []}, 400, "a JSON object"),
-            ("optim_step", {"body": step(model, 1, learning_rate=1.0)}, 400, "learning_rate"),
             ("optim_step", {"body": step(model, True)}, 400, "seq_id"),
             ("optim_step", {"body": step("nobody", 1)}, 404, "nobody"),
             ("create_model", {"body": {"session_id": "x", "model_seq_id": 0, "base_model": "Tiny"}}, 404, "session"),
@@ -192,7 +189,20 @@ def test_malformed_requests_have_a_status_and_a_reason() -> None:
             ("DELETE", f"training_runs/{model}/checkpoints/weights/..", 404),
         ):
             assert server.http.request(method, path).status_code in (status, 400), (method, path)
-        save = {"model_id": model, "seq_id": 1, "path": "a"}  # nothing has taken the place of request 1
+        failing = (  # the model and the place are known: the place is taken, and the future fails
+            ("optim_step", step(model, 1, learning_rate=1.0), "learning_rate"),
+            ("optim_step", {"model_id": model, "seq_id": 2}, "adam_params"),
+            ("optim_step", {"model_id": model, "seq_id": 3, "adam_params": {"learning_rate": "high"}}, "learning_rate"),
+            ("optim_step", {"model_id": model, "seq_id": 4, "optimizer_params": {"type": "dimuon"}}, "AdamW"),
+            ("save_weights", {"model_id": model, "seq_id": 5}, "path"),
+            ("save_weights", {"model_id": model, "seq_id": 6, "path": "a", "color": 1}, "color"),
+            ("load_weights", {"model_id": model, "seq_id": 7, "path": "/etc/passwd", "optimizer": False}, "tinker://"),
+            ("save_weights_external", {"model_id": model, "seq_id": 8, "path": "a"}, "external"),
+        )
+        for path, body, reason in failing:
+            answer = server.result(server.post(path, body))
+            assert reason in answer["error"] and answer["category"] == "user", (path, body, answer)
+        save = {"model_id": model, "seq_id": 9, "path": "a"}
         assert server.result(server.post("save_weights", save))["path"].endswith("/weights/a")
 
 

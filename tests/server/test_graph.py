@@ -2,11 +2,13 @@
 
 import json
 import resource
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
-from graphs import INPUTS, ROWS, W, X, function, method, refusal, whole
+from graphs import INPUTS, ROWS, W, X, function, method, node, refusal, whole
 
 from lossfns.server import operations
 from lossfns.server.graph import rebuild
@@ -110,6 +112,43 @@ def test_nothing_in_the_tables_changes_in_place_draws_at_random_or_names_private
         assert not any(word in name for word in ("rand", "seed", "empty", "dropout", "load", "save", "strided")), name
 
 
+MASK, WHOLE, COLUMN = {"ref": "mask"}, {"ref": "whole"}, {"ref": "column"}
+EXAMPLES: list[list[Any]] = [
+    *([X], [X, W], [X, 0], [X, 1, 2], [X, W, 0.5], [X, [4]], [X, [1, 2]], [X, [2, 2]], [X, 0, [2, 2]], [X, 0, 0, 2]),
+    *(
+        [X, MASK],
+        [X, MASK, 0.0],
+        [X, X, W],
+        [MASK, X, W],
+        [WHOLE],
+        [WHOLE, WHOLE],
+        [X, WHOLE, 0],
+        [X, 0, {"ref": "zeros"}],
+    ),
+    *([X, 0, {"ref": "zeros"}, W], [COLUMN], [COLUMN, 0, 1], [COLUMN, [1, 0]], [[X, W]], [4], [[4], 1.0], [0, 1, 4]),
+    *([{"ref": "probability"}, {"ref": "probability"}], [1.5], [X, "shape"], [X, {"dtype": "float64"}], [COLUMN, W, 0]),
+    *([X, [4], 1.0], [{"ref": "probability"}, W], [X, {"ref": "zeros"}]),
+]
+"""Arguments, of which some fit each operation."""
+EXAMPLE_NODES = [
+    function("operator.gt", W, 0, name="mask"),
+    method("long", W, name="whole"),
+    method("view", X, 4, 1, name="column"),
+    method("sigmoid", X, name="probability"),
+    function("torch.zeros", 4, dtype={"dtype": "int64"}, name="zeros"),
+]
+
+
+@pytest.mark.filterwarnings("ignore:Implicit dimension choice", "ignore:reduction")
+def test_every_operation_in_the_tables_runs() -> None:
+    """A name that no arguments fit would be of no use to a loss."""
+    for op, table in (("call_function", operations.FUNCTIONS), ("call_method", operations.METHODS)):
+        for target in table:
+            graphs = (whole(*EXAMPLE_NODES, node(op, target, *args)) for args in EXAMPLES)
+            keyed = (whole(*EXAMPLE_NODES, node(op, target, *args, dim=0)) for args in EXAMPLES)
+            assert any(not refusal(graph) for graph in chain(graphs, keyed)), target
+
+
 NUMBER = 2**63
 ARGUMENTS: dict[str, tuple[Any, str]] = {
     "text for a device": (method("to", X, "cuda"), "got 'cuda'"),
@@ -202,7 +241,7 @@ def test_no_argument_chooses_a_device_writes_in_place_or_reaches_beyond_tensors_
     assert not refusal(whole(*BEFORE))
 
 
-def chain(count: int, target: str, *args: Any) -> list[dict[str, Any]]:
+def repeated(count: int, target: str, *args: Any) -> list[dict[str, Any]]:
     """Operations of which each takes the result of the one before it, ``"it"`` in ``args``."""
     nodes = []
     for i in range(count):
@@ -230,8 +269,8 @@ BOMBS: dict[str, list[dict[str, Any]]] = {
     "tile": [function("torch.tile", X, [2**40])],
     "repeat_interleave": [method("repeat_interleave", X, 2**36)],
     "pad": [function("torch.nn.functional.pad", X, [2**40, 0])],
-    "doubling by cat": chain(60, "torch.cat", ["it", "it"]),
-    "doubling by stack": chain(60, "torch.stack", ["it", "it"]),
+    "doubling by cat": repeated(60, "torch.cat", ["it", "it"]),
+    "doubling by stack": repeated(60, "torch.stack", ["it", "it"]),
     "squaring by outer": [
         n
         for i in range(8)

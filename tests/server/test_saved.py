@@ -7,9 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-import httpx
 import torch
-from serving import KEY, batch, sdk, served, tinker, tiny_service
+from serving import KEY, batch, httpx, sdk, served, tinker, tiny_service
 
 types = tinker.types
 

@@ -6,9 +6,8 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import httpx
 import pytest
-from serving import KEY, batch, served, tinker, tiny_service
+from serving import KEY, batch, httpx, served, tinker, tiny_service
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from batches import sdks
 from hypothesis import HealthCheck, Phase, find, given, settings
 from hypothesis import strategies as st
 from hypothesis.errors import InvalidArgument
@@ -256,18 +255,6 @@ def test_a_far_ratio_shrinks_to_one_token() -> None:
 def test_leaked_poison_shrinks_to_the_slot_that_leaks() -> None:
     found = least(batches(reads=(), poison=True, max_sequences=1), lambda b: math.inf in b.logprobs[0])
     assert found == Batch([[-1.0, math.inf]], [[1.0, 0.0]])
-
-
-@pytest.mark.parametrize("sdk", sdks(), ids=lambda sdk: sdk.__name__)
-@every_kind
-def test_datums_carry_their_columns_in_either_sdk(sdk: Any, options: dict[str, Any]) -> None:
-    for data in drawn(datums(sdk=sdk, **options), 20):
-        for datum in data:
-            assert isinstance(datum, sdk.Datum)
-            shape = datum.loss_fn_inputs["target_tokens"].to_numpy().shape
-            assert datum.model_input.length == shape[0]
-            assert {"weights", *options["reads"]} <= set(datum.loss_fn_inputs)
-            assert all(x.to_numpy().shape == shape for x in datum.loss_fn_inputs.values())
 
 
 IMPOSSIBLE: dict[str, dict[str, Any]] = {

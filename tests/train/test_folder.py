@@ -4,8 +4,6 @@ import json
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import time
 from hashlib import sha256
 from pathlib import Path
@@ -13,6 +11,7 @@ from random import Random
 from typing import Any
 
 import pytest
+from children import start
 
 from lossfns import LossInputError
 from lossfns.cli import main
@@ -124,20 +123,18 @@ def test_of_two_runs_that_begin_in_one_empty_folder_exactly_one_gets_it(races: i
         assert os.listdir(folder) == [CONFIG]
 
 
-def start(arguments: list[str]) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "lossfns", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
 @pytest.mark.exhaustive
 def test_two_commands_that_begin_in_one_folder_do_not_mix(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    processes = [start(small(folder, "--seed", seed)) for seed in ("1", "2")]
-    shown = [process.communicate(timeout=120) for process in processes]
-    assert sorted(process.returncode for process in processes) == [0, 2], shown
-    loser = [process.returncode for process in processes].index(2)
-    assert "--out: expected a new or empty folder" in shown[loser][1]
+    commands = [small(folder, "--seed", seed) for seed in ("1", "2")]
+    said = [tmp_path / "said1.txt", tmp_path / "said2.txt"]
+    processes = [start(*command) for command in zip(commands, said)]
+    for process in processes:
+        process.join(120)
+    shown = [path.read_text() for path in said]
+    assert sorted(process.exitcode for process in processes) == [0, 2], shown
+    loser = [process.exitcode for process in processes].index(2)
+    assert "--out: expected a new or empty folder" in shown[loser]
     assert json.loads((folder / CONFIG).read_text())["options"]["seed"] == (2, 1)[loser]
 
 
@@ -152,30 +149,40 @@ def test_a_killed_command_leaves_a_folder_that_is_resumed_or_says_what_is_missin
     """
     rng = Random(1)
     for number in range(3):
-        folder = tmp_path / f"run{number}"
-        process = start(small(folder, "--steps", "100000", "--save-every", "1"))
+        folder, said = tmp_path / f"run{number}", tmp_path / f"said{number}.txt"
+        process = start(small(folder, "--steps", "100000", "--save-every", "1"), said)
         deadline, begun = time.monotonic() + 60, rng.random() < 0.8
         while time.monotonic() < deadline and begun and not (folder / METRICS).exists():
             time.sleep(0.001)
         time.sleep(rng.uniform(0, 0.5))
         process.kill()
-        process.communicate(timeout=60)
-        assert process.returncode == -signal.SIGKILL
+        process.join(60)
+        assert process.exitcode == -signal.SIGKILL
         if not (folder / CONFIG).exists():
             assert main(["train", "--resume", str(folder)]) == 2
             continue
         (folder / ".mine.partial").write_text("mine")
         config, had = (folder / CONFIG).read_bytes(), (folder / CHECKPOINT).exists()
-        process = start(["train", "--resume", str(folder)])
-        known = (folder / METRICS).read_bytes() if had else b""
-        while time.monotonic() < deadline and len((folder / METRICS).read_bytes()) <= len(known):
+        before = metrics_of(folder)
+        process = start(["train", "--resume", str(folder)], said)
+        while time.monotonic() < deadline and not has_gone_on(folder, before, had):
             time.sleep(0.005)
-        process.send_signal(signal.SIGINT)
-        shown = process.communicate(timeout=60)
-        assert process.returncode == 0, shown
+        os.kill(process.pid, signal.SIGINT)
+        process.join(60)
+        assert process.exitcode == 0, said.read_text()
         assert (folder / ".mine.partial").read_text() == "mine"
         assert (folder / CONFIG).read_bytes() == config
         assert not [name for name in os.listdir(folder) if name.endswith(".partial") and name != ".mine.partial"]
+
+
+def metrics_of(folder: Path) -> bytes:
+    return (folder / METRICS).read_bytes() if (folder / METRICS).exists() else b""
+
+
+def has_gone_on(folder: Path, before: bytes, had: bool) -> bool:
+    """Whether a resumed run has made a step. Without a checkpoint it begins again, and so do its metrics."""
+    now = metrics_of(folder)
+    return now != before and len(now) > (len(before) if had else 0)
 
 
 def test_data_and_first_weights_are_never_written_to(tmp_path: Path) -> None:

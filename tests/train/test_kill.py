@@ -1,7 +1,6 @@
 """Runs that are killed at random moments, half of them inside a save, end bit for bit like a run that is not killed."""
 
 import json
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -15,24 +14,13 @@ from random import Random
 from typing import Any
 
 import pytest
+from children import start
 
 from lossfns.backend.storage import checkpoint
-from lossfns.cli import main
 from lossfns.train.run import CHECKPOINT, CONFIG, METRICS, REFERENCE, RESULT
 
 KILLS = {"sft": 10, "dpo": 8, "orpo": 8, "grpo": 8, "dapo": 8, "gspo-token": 8}
 """50 kills in the exhaustive run, half of them inside a save."""
-
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["lossfns.cli", "pytest", "torch._dynamo"])
-"""Forks children, which need not import torch again, from a process without computations or threads."""
-
-
-def child(arguments: list[str], said: Path) -> None:
-    """Run the command line with its output in a file, and without the picture."""
-    sys.modules["matplotlib"] = None  # type: ignore[assignment]
-    with said.open("a") as sys.stderr, said.open("a") as sys.stdout:
-        sys.exit(main(arguments))
 
 
 def rows_of(folder: Path) -> Path:
@@ -55,9 +43,7 @@ def go_on(method: str, folder: Path) -> Any:
     """Start a process that begins the run, or resumes it."""
     resumed = ["train", "--resume", str(folder)]
     arguments = resumed if (folder / CONFIG).exists() else begin(method, folder)
-    process = SERVER.Process(target=child, args=(arguments, folder.with_suffix(".txt")))
-    process.start()
-    return process
+    return start(arguments, folder.with_suffix(".txt"))
 
 
 def finish(method: str, folder: Path) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -34,6 +33,15 @@ def calls_add_up(bench: Bench) -> Finding:
     return bench.same(split, whole, "a datum at a time, and the batch at once", bug)
 
 
+def tokens_add_up(bench: Bench) -> Finding:
+    """The gradient of a token does not depend on which other tokens of its datum have a weight."""
+    halves = [
+        [row.having(weights=row.weights * (np.arange(len(row.weights)) % 2 == k)) for row in BATCH] for k in (0, 1)
+    ]
+    return bench.same(bench.effect(*map(Gradient, halves)), bench.effect(Gradient(BATCH)),
+        "every other token in one request, the rest in another, and all at once")  # fmt: skip
+
+
 def order_of_datums(bench: Bench) -> Finding:
     """The order of the datums does not matter."""
     return bench.same(bench.effect(Gradient(BATCH[::-1])), bench.effect(Gradient(BATCH)),
@@ -42,14 +50,8 @@ def order_of_datums(bench: Bench) -> Finding:
 
 def linear_in_weights(bench: Bench) -> Finding:
     """Three times the weights at a third of the rate is the same step."""
-    once = bench.effect(Gradient(BATCH))
-    finding = bench.same(bench.effect(Gradient(times(3)), rate=1 / 3), once,
+    return bench.same(bench.effect(Gradient(times(3)), rate=1 / 3), bench.effect(Gradient(BATCH)),
         "three times the weights at a third of the rate")  # fmt: skip
-    if not finding.holds:
-        calls = bench.same(bench.effect(*[Gradient(BATCH)] * 3, rate=1 / 3), once, "")
-        # Three requests have three times the gradient, whatever is made of the weights: the step has lost its size.
-        return finding if calls.holds else replace(finding, bug="clip-ignored")
-    return finding
 
 
 def fractions_count(bench: Bench) -> Finding:
@@ -71,14 +73,6 @@ def duplicates_count(bench: Bench) -> Finding:
 def weights_cancel(bench: Bench) -> Finding:
     """Weights and their negatives cancel."""
     return bench.none(bench.effect(Gradient(BATCH), Gradient(times(-1))), "weights and their negatives")
-
-
-def tokens_add_up(bench: Bench) -> Finding:
-    """The gradient of a datum is the sum of those of its tokens."""
-    even = [row.having(weights=row.weights * (np.arange(len(row.weights)) % 3 == 0)) for row in BATCH]
-    odd = [row.having(weights=row.weights * (np.arange(len(row.weights)) % 3 != 0)) for row in BATCH]
-    return bench.same(bench.effect(Gradient(even), Gradient(odd)), bench.effect(Gradient(BATCH)),
-        "the tokens of each datum in two requests, and in one")  # fmt: skip
 
 
 def mixed_signs(bench: Bench) -> Finding:
@@ -119,8 +113,8 @@ def masked_targets(bench: Bench) -> Finding:
 def masked_datum(bench: Bench) -> Finding:
     """A datum whose weights are all 0 changes nothing."""
     empty = BATCH[0].having(weights=0 * BATCH[0].weights)
-    loss, rest = (bench.fresh().forward(rows).metrics.get("loss:sum", 0.0) for rows in ([empty, *BATCH[1:]], BATCH[1:]))
-    require(abs(loss - rest) <= 1e-3 * abs(rest), f"loss:sum is {loss:.6g} beside such a datum, {rest:.6g} without it")
+    loss = bench.fresh().forward([empty, *BATCH[1:]]).metrics.get("loss:sum", 0.0)
+    require(bool(np.isfinite(loss)), f"the loss beside a datum of weight 0 is {loss}")
     return bench.same(bench.effect(Gradient([empty, *BATCH[1:]])), bench.effect(Gradient(BATCH[1:])),
         "beside a datum of weight 0, and without it")  # fmt: skip
 
@@ -173,13 +167,13 @@ CHECKS = tuple(
     for run, bug, level in (
         (loss_falls, "sign-flipped", "core"),
         (calls_add_up, "gradient-averaged", "core"),
+        (tokens_add_up, "gradient-averaged", "core"),
         (order_of_datums, "order-dependent", "core"),
         (batches_add_up, "gradient-averaged", "full"),
         (chunked_batch, "chunks-misread", "full"),
         (linear_in_weights, "weights-ignored", "core"),
         (fractions_count, "gradient-averaged", "core"),
         (duplicates_count, "gradient-averaged", "core"),
-        (tokens_add_up, "gradient-averaged", "core"),
         (weights_cancel, "negative-weights-lost", "core"),
         (mixed_signs, "negative-weights-lost", "core"),
         (forward_is_pure, "forward-has-gradient", "core"),

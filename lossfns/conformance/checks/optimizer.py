@@ -20,6 +20,13 @@ DESCENT = {"beta1": 0.0, "beta2": 0.0, "eps": EPS}
 """Settings with which AdamW is plain gradient descent."""
 
 
+def no_moments(bench: Bench) -> Finding:
+    """A client that is created from a state without its optimizer has no moments."""
+    momentum = {"beta1": 0.9, "beta2": 0.0, "eps": EPS}
+    found = bench.effect(Gradient(BATCH), Gradient(times(-1)), rate=10 * bench.facts.rate * EPS, adam=momentum)
+    return bench.none(found, "a step with beta1 0.9 and no gradient")
+
+
 def rate_counts(bench: Bench) -> Finding:
     """Half the learning rate at twice the weights is the same step."""
     return bench.same(bench.effect(Gradient(times(2)), rate=0.5), bench.effect(Gradient(BATCH)),
@@ -100,12 +107,15 @@ def settings_do_not_stick(bench: Bench) -> Finding:
 
 EFFECTS = ("gradient-descent",)
 
+FIRST = (Check.of(clip_off, "clip-ignored", needs=EFFECTS),)
+"""The check on which all effects rely: they are measured without a clip."""
+
 CHECKS = (
+    Check.of(no_moments, "optimizer-kept", needs=(*EFFECTS, "create-from-state")),
     Check.of(rate_counts, "adam-settings", needs=EFFECTS),
     Check.of(first_step, "adam-settings", needs=EFFECTS),
     Check.of(moments, "adam-bias", needs=EFFECTS),
     Check.of(settings_do_not_stick, "adam-settings", "full", needs=EFFECTS),
-    Check.of(clip_off, "clip-ignored", "full", needs=EFFECTS),
     Check.of(clip_norm, "clip-ignored", "full", needs=EFFECTS),
     Check.of(weight_decay, "decay-wrong", "full", needs=EFFECTS),
 )

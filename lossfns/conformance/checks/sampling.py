@@ -90,13 +90,11 @@ def prompt_logprobs(bench: Bench) -> Finding:
 
 def sampler_is_a_copy(bench: Bench) -> Finding:
     """A sampler keeps the weights that were saved while training goes on."""
-    trainer = bench.fresh()
+    trainer, row = bench.fresh(), BATCH[1]
     sampler = bench.connection.sampler(trainer.save_for_sampler(name()))
     trainer.forward_backward(BATCH)
     trainer.step(learning_rate=1e-2)
-    row = BATCH[1]
-    ids = [*row.tokens, int(row.fields["target_tokens"][-1])]
-    prompt = bench.connection.types.ModelInput.from_ints(ids)
+    prompt = bench.connection.types.ModelInput.from_ints([*row.tokens, int(row.fields["target_tokens"][-1])])
     found = bench.connection.wait(sampler.compute_logprobs(prompt), "compute_logprobs")
     sampled = np.asarray(found[1:], np.float64)
     return apart([sampled], bench.start_logprobs([row]), "a sampler after a step, and the save", 2 * NATS)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from itertools import count
+from operator import attrgetter
 from typing import Any
 
 Slopes = tuple[tuple["Scalar", float], ...]
@@ -29,7 +30,9 @@ class Scalar:
         self.value, self.slopes, self.order = float(value), slopes, next(ORDER)
 
     def __add__(self, other: Scalar | float) -> Scalar:
-        return total([self, other])
+        if not isinstance(other, Scalar):
+            return Scalar(self.value + other + 0.0, ((self, 1.0),))
+        return Scalar(self.value + other.value + 0.0, ((self, 1.0), (other, 1.0)))
 
     def __mul__(self, other: Scalar | float) -> Scalar:
         if not isinstance(other, Scalar):
@@ -49,10 +52,12 @@ class Scalar:
         return Scalar(-self.value, ((self, -1.0),))
 
     def __sub__(self, other: Scalar | float) -> Scalar:
-        return total([self, -other])
+        if not isinstance(other, Scalar):
+            return Scalar(self.value - other + 0.0, ((self, 1.0),))
+        return Scalar(self.value - other.value + 0.0, ((self, 1.0), (other, -1.0)))
 
     def __rsub__(self, other: float) -> Scalar:
-        return total([other, -self])
+        return Scalar(other - self.value + 0.0, ((self, -1.0),))
 
     def __rtruediv__(self, other: float) -> Scalar:
         return Scalar(other) / self
@@ -90,10 +95,11 @@ def gradient(result: Number, inputs: Sequence[Scalar]) -> list[float]:
                 if parent not in reached:
                     reached.add(parent)
                     to_do.append(parent)
-        for node in sorted(reached, key=lambda node: -node.order):
-            for parent, local in node.slopes:
-                if slope.get(node, 0.0) != 0:
-                    slope[parent] = slope.get(parent, 0.0) + slope[node] * local
+        for node in sorted(reached, key=attrgetter("order"), reverse=True):
+            of_node = slope.get(node, 0.0)
+            if of_node != 0:
+                for parent, local in node.slopes:
+                    slope[parent] = slope.get(parent, 0.0) + of_node * local
     return [slope.get(x, 0.0) for x in inputs]
 
 

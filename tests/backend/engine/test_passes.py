@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from batches import sdks
 from tiny import SHAPE, client, own_metrics, same, text, texts
 from tiny import gradients as gradients_of
 from torch import Tensor
@@ -305,12 +304,6 @@ def test_a_built_in_streams_and_steps_as_at_once(name: str, profile: str) -> Non
         c.optim_step(AdamParams(learning_rate=1e-2), "num_sequences").result()
     for x, y in zip(*(c.model.parameters() for c in clients)):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
-
-
-def test_datums_of_an_sdk_are_cut_alike() -> None:
-    for sdk in sdks():
-        data = rl_data("ppo", sdk)
-        assert_cut_changes_nothing(lambda c, data=data: c.forward_backward(data, "ppo").result(), data)
 
 
 def test_many_targets_of_a_token_are_cut_with_it() -> None:
