@@ -15,7 +15,8 @@ from lossfns.errors import LossInputError, show
 from lossfns.export.per_datum import per_datum
 from lossfns.server.futures import Future
 from lossfns.server.graph import read_inputs, rebuild
-from lossfns.server.service import Service, Uploaded
+from lossfns.server.service import Service
+from lossfns.server.session import Uploaded
 from lossfns.server.wire import Pass, field, only, sequence_id
 
 MOST_LOSSES = 256

@@ -18,7 +18,8 @@ from lossfns.server.model import ServedModel
 from lossfns.server.passes import run_pass
 from lossfns.server.results import to_json
 from lossfns.server.sampling import SAMPLE, sample
-from lossfns.server.service import Sampler, Service, session_of
+from lossfns.server.service import Service
+from lossfns.server.session import Sampler, session_of
 from lossfns.server.tokenizer import write_byte_tokenizer
 from lossfns.server.wire import field, only, sequence_id
 

@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 from lossfns.backend.types import ForwardBackwardOutput
+from lossfns.server.session import session_of
 
 LONGEST = 2000
 """The most characters of a reason: what came in may have any length."""
@@ -89,8 +90,8 @@ class Futures:
     that nobody retrieves, for ``UNREAD_SECONDS``.
 
     Args:
-        limit: the most futures, pending ones included.
-        limit_bytes: the most bytes of results.
+        limit: the most futures, pending ones included; one session may hold half of them.
+        limit_bytes: the most bytes of results; one session may hold half of them.
     """
 
     RETRIEVED_SECONDS, UNREAD_SECONDS = 60.0, 3600.0
@@ -118,6 +119,7 @@ class Futures:
     def begin(self, request_id: str, digest: int | None) -> Future:
         """Create the future of an accepted request."""
         self._expire()
+        self._check_share(session_of(request_id))
         if len(self.by_id) >= self.limit or self.bytes >= self.limit_bytes:
             raise Refused(429, f"{len(self.by_id)} results with {self.bytes} bytes are not yet retrieved.")
         future = self.by_id[request_id] = Future(request_id, digest)
@@ -134,6 +136,18 @@ class Futures:
             future.retrieved = time.monotonic()
             self._finished.pop(future.request_id, None)
             self._retrieved[future.request_id] = future
+
+    def release(self, session_id: str) -> None:
+        """Count the outcomes of a session that has ended as read."""
+        for future in [future for future in self._finished.values() if session_of(future.request_id) == session_id]:
+            self.retrieve(future)
+
+    def _check_share(self, session_id: str) -> None:
+        """Refuse a session that holds half of all: one that reads nothing must not stop the others."""
+        if 2 * len(self.by_id) >= self.limit or 2 * self.bytes >= self.limit_bytes:
+            own = [future.nbytes for name, future in self.by_id.items() if session_of(name) == session_id]
+            if 2 * len(own) >= self.limit or 2 * sum(own) >= self.limit_bytes:
+                raise Refused(429, f"{len(own)} results of this session with {sum(own)} bytes are not yet retrieved.")
 
     def drop(self, request_id: str) -> None:
         future = self.by_id.pop(request_id, None)

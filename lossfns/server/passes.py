@@ -16,7 +16,7 @@ from lossfns.backend.types import ForwardBackwardOutput
 from lossfns.datum import Datum, TensorData
 from lossfns.errors import LossInputError
 from lossfns.server.custom import run_loss
-from lossfns.server.service import Uploaded
+from lossfns.server.session import Uploaded
 from lossfns.server.wire import Pass
 
 

@@ -15,11 +15,13 @@ from typing import Any
 
 from lossfns.backend.client.training import LocalTrainingClient
 from lossfns.backend.storage import checkpoint
+from lossfns.errors import LossInputError
 from lossfns.server.custom import rebuilt
 from lossfns.server.futures import Future
 from lossfns.server.model import ServedModel, log
 from lossfns.server.results import Encoded, encode
-from lossfns.server.service import Sampler, Service, Session, session_of
+from lossfns.server.service import Service
+from lossfns.server.session import Sampler, Session, session_of
 from lossfns.server.wire import PROTOBUF
 
 INDEX = "stopped.json"
@@ -27,7 +29,12 @@ INDEX = "stopped.json"
 
 async def save(service: Service) -> None:
     """Save the models of a service that has stopped, and what their clients need to go on."""
-    models = [await asyncio.to_thread(save_model, service, model) for model in service.models.values()]
+    models = []
+    for model in service.models.values():
+        try:
+            models.append(await asyncio.to_thread(save_model, service, model))
+        except LossInputError as error:  # the others are to be saved all the same
+            log.error("The model %s is not saved: %s", model.model_id, error)
     index = {
         "sessions": [[s.session_id, s.user_metadata] for s in service.sessions.values() if not s.finished],
         "models": models,

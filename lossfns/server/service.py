@@ -16,7 +16,7 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -25,9 +25,9 @@ from lossfns.backend.client.service import LocalServiceClient, ModelBuilder
 from lossfns.backend.client.training import LocalTrainingClient
 from lossfns.backend.storage import checkpoint
 from lossfns.errors import LossInputError
-from lossfns.loss import LossFn
 from lossfns.server.futures import Future, Futures, Refused
 from lossfns.server.model import ServedModel, log
+from lossfns.server.session import Sampler, Session, session_of
 
 PATH = re.compile(
     r"tinker://([0-9a-f-]{8,64}):train:(\d{1,18})/(weights|sampler_weights)/([A-Za-z0-9][\w.-]{0,127})", re.ASCII
@@ -37,40 +37,6 @@ NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,127}", re.ASCII)
 
 REMEMBERED = 1000
 """Sessions that have finished, of which the server still says so."""
-
-
-class Uploaded(NamedTuple):
-    """A loss that a client has uploaded: as a loss of a batch, the rank of each input by name, and the request."""
-
-    loss: LossFn
-    ranks: dict[str, int]
-    request: dict[str, Any]
-
-
-class Session:
-    """A client's session: its models, samplers and uploaded losses live as long as it does."""
-
-    def __init__(self, session_id: str, user_metadata: Mapping[str, str] | None = None) -> None:
-        self.session_id, self.user_metadata = session_id, dict(user_metadata or {})
-        self.losses: dict[str, Uploaded] = {}
-        self.seen = time.monotonic()
-        self.finished = False
-
-
-class Sampler:
-    """A sampling session.
-
-    Attributes:
-        base_model: the name of the base model.
-        path: the path of its weights; None for a base model, and for weights that were not written.
-        client: the sampling client once it is loaded.
-        reloadable: whether ``client`` can be loaded again.
-    """
-
-    def __init__(self, base_model: str, path: str | None, client: LocalSamplingClient | None = None) -> None:
-        self.base_model, self.path, self.client = base_model, path, client
-        self.reloadable = client is None
-        self.lock = asyncio.Lock()
 
 
 class Service:
@@ -115,6 +81,9 @@ class Service:
         self.local = LocalServiceClient(models, device=device, memory_budget=memory_budget)
         self.temporary = tempfile.TemporaryDirectory(prefix="lossfns-") if state is None else None
         self.root = Path(self.temporary.name if self.temporary else str(state))
+        self.root.mkdir(parents=True, exist_ok=True)
+        if not os.access(self.root, os.W_OK):
+            raise LossInputError("state", "a folder to write to", f"{self.root}", "Choose another.")
         self.session_limit, self.model_limit, self.sampler_limit = sessions, model_limit, samplers
         self.memory = memory
         self.queue, self.queue_bytes, self.session_seconds = queue, queue_bytes, session_seconds
@@ -164,6 +133,7 @@ class Service:
         for name in [name for name in self.samplers if session_of(name) == session_id]:
             del self.samplers[name]
         session.losses.clear()
+        self.futures.release(session_id)
 
     def finish_silent_sessions(self) -> None:
         """End the sessions whose clients have given no sign of life for ``session_seconds``."""
@@ -408,11 +378,6 @@ class Service:
                 self.samplers[name].client = None
             else:
                 del self.samplers[name]
-
-
-def session_of(name: str) -> str:
-    """Return the session of a model's or a sampler's id."""
-    return name.partition(":")[0]
 
 
 def resident_bytes() -> int | None:

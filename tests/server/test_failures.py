@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -294,3 +295,30 @@ def test_a_session_ends_by_the_client_or_by_its_silence() -> None:
         assert server.post("optim_step", step(silent, 1)).status_code == 410
         body = {"session_id": other.split(":")[0], "model_seq_id": 1, "path": path, "optimizer": True}
         assert server.result(server.post("load_weights", body))["path"] == path  # checkpoints stay
+
+
+def test_a_client_that_reads_no_results_stops_no_other_one() -> None:
+    with raw(tiny_service(results=20)) as server:
+        model, other = server.model(), server.model()
+        answers = [server.post("optim_step", step(model, i)).status_code for i in range(1, 16)]
+        assert answers.count(429) >= 5 and "this session" in server.post("optim_step", step(model, 16)).json()["error"]
+        assert "error" in server.result(server.post("optim_step", step(other, 1)))
+        server.post(f"sessions/{model.partition(':')[0]}/finish", {})
+        third = server.model()
+        assert [server.post("optim_step", step(third, i)).status_code for i in range(1, 9)] == [200] * 8
+
+
+def test_a_model_that_cannot_be_saved_does_not_keep_the_others_from_it(tmp_path: Path) -> None:
+    with raw(tiny_service(state=tmp_path)) as server:
+        first, second = server.model(), server.model()
+        session = first.partition(":")[0]
+        (tmp_path / session / "0" / "stopped.state" / "in the way").mkdir(parents=True)
+    with raw(tiny_service(state=tmp_path)) as server:
+        assert server.post("get_info", {"model_id": second}).status_code == 200
+        assert server.post("get_info", {"model_id": first}).status_code == 404
+
+
+def test_a_state_that_is_no_folder_is_refused_at_the_start(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        tiny_service(state=tmp_path / "file")

@@ -59,9 +59,9 @@ def save(path: str | Path, tensors: Mapping[str, Tensor], data: Mapping[str, Any
 def load(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the tensors and the data. Refuse a file whose bytes have changed; the error names the file."""
     with opened(path) as (archive, meta):
-        with open(path, "rb") as file:
-            if archive.comment != digest(file):
-                raise ValueError("its bytes are not those that were written")
+        # The file that is open: under this path another one may be by now.
+        if archive.fp is None or archive.comment != digest(archive.fp):
+            raise ValueError("its bytes are not those that were written")
         return {name: restored(array(archive, name), dtype) for name, dtype in meta["dtypes"].items()}, meta["data"]
 
 

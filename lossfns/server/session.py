@@ -1,0 +1,50 @@
+"""Sessions, and what belongs to them beside models: samplers and uploaded losses."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from lossfns.backend.client.sampling import LocalSamplingClient
+from lossfns.loss import LossFn
+
+
+class Uploaded(NamedTuple):
+    """A loss that a client has uploaded: as a loss of a batch, the rank of each input by name, and the request."""
+
+    loss: LossFn
+    ranks: dict[str, int]
+    request: dict[str, Any]
+
+
+class Session:
+    """A client's session: its models, samplers and uploaded losses live as long as it does."""
+
+    def __init__(self, session_id: str, user_metadata: Mapping[str, str] | None = None) -> None:
+        self.session_id, self.user_metadata = session_id, dict(user_metadata or {})
+        self.losses: dict[str, Uploaded] = {}
+        self.seen = time.monotonic()
+        self.finished = False
+
+
+class Sampler:
+    """A sampling session.
+
+    Attributes:
+        base_model: the name of the base model.
+        path: the path of its weights; None for a base model, and for weights that were not written.
+        client: the sampling client once it is loaded.
+        reloadable: whether ``client`` can be loaded again.
+    """
+
+    def __init__(self, base_model: str, path: str | None, client: LocalSamplingClient | None = None) -> None:
+        self.base_model, self.path, self.client = base_model, path, client
+        self.reloadable = client is None
+        self.lock = asyncio.Lock()
+
+
+def session_of(name: str) -> str:
+    """Return the session in the id of a model, a sampler or a request."""
+    return name.partition(":")[0]
