@@ -91,6 +91,7 @@ class Bench:
     def __init__(self, connection: Connection, facts: Facts) -> None:
         self.connection, self.facts = connection, facts
         self.made = 0
+        self.kept: Trainer | None = None
         self.reused: Trainer | None = None
         self.sampler: Any = None
 
@@ -107,15 +108,34 @@ class Bench:
         if self.made >= MOST_CLIENTS and facts.closes:
             facts.closes = self.connection.close()
             self.connection.service = self.connection.open_session()
-            self.made, self.reused, self.sampler = 0, None, None
-        if facts.path and (facts.start == "load" or (self.made > 0 and not facts.closes)):
-            self.reused = self.reused or self.new()
+            self.made = 0
+            self.forget()
+        if facts.path and self.made > 0 and not facts.closes:
+            self.reused = self.reused or self.another()
             self.reused.load(facts.path)
             return self.reused
+        return self.another()
+
+    def another(self) -> Trainer:
+        """Return a client of its own in that state."""
+        facts = self.facts
         self.made += 1
         if facts.path and facts.start == "state":
             return self.connection.from_state(facts.path)
-        return self.new()
+        trainer = self.new()
+        if facts.path and facts.start == "load":
+            trainer.load(facts.path)
+        return trainer
+
+    def forget(self) -> None:
+        """Drop the clients that are kept: their session has ended, their requests failed, or the start has moved."""
+        self.kept = self.reused = self.sampler = None
+
+    def idle(self) -> Trainer:
+        """Return a client in that state on which no steps are taken. It is kept for all requests without one."""
+        if self.kept is None:
+            self.kept = self.another()
+        return self.kept
 
     def new(self) -> Trainer:
         """Return a client with new adapters, the same each time if the server heeds the seed."""
@@ -136,7 +156,7 @@ class Bench:
             weights=np.ones_like(row.fields["target_tokens"])) for row in rows]  # fmt: skip
         key = key_of(bare)
         if key not in self.facts.logprobs:
-            self.facts.logprobs[key] = [lp.tolist() for lp in self.fresh().forward(bare).logprobs]
+            self.facts.logprobs[key] = [lp.tolist() for lp in self.idle().forward(bare).logprobs]
         return [np.asarray(lp) for lp in self.facts.logprobs[key]]
 
     def effect(self, *acts: Gradient | Act, rate: float = 1.0, adam: Adam | None = None, again: str = "") -> Vector:
@@ -232,6 +252,7 @@ def find_start(bench: Bench) -> None:
     trainer.step(learning_rate=1e-3)
     bench.facts.path = bench.save(trainer)
     bench.facts.logprobs.clear()  # they were those of a new model
+    bench.forget()
     bench.facts.baseline = bench.probe(trainer).tolist()
 
 

@@ -255,7 +255,7 @@ def attempt(
         return bench, with_finding(result, check, check.run(bench))
     except Exception as error:
         if bench is not None:
-            bench.reused = None  # its requests may be out of step
+            bench.forget()  # requests may be out of step
         return bench, with_error(result, check, error)
 
 

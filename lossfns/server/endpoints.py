@@ -17,9 +17,10 @@ from lossfns.server.futures import Future
 from lossfns.server.model import ServedModel
 from lossfns.server.passes import run_pass
 from lossfns.server.results import to_json
+from lossfns.server.samplers import Sampler
 from lossfns.server.sampling import SAMPLE, sample
 from lossfns.server.service import Service
-from lossfns.server.session import Sampler, session_of
+from lossfns.server.session import session_of
 from lossfns.server.tokenizer import write_byte_tokenizer
 from lossfns.server.wire import field, only, sequence_id
 
@@ -113,7 +114,7 @@ async def load_weights(service: Service, body: Json, digest: int | None) -> Json
     def make() -> tuple[str, LocalTrainingClient]:
         only(body, ("session_id", "model_seq_id", *LOAD))
         check_optimizer(body)
-        file, base_model = service.checkpoint(path), field(body, "base_model", str, None)
+        file, base_model = service.saved_checkpoint(path), field(body, "base_model", str, None)
         if field(body, "optimizer", bool):
             client = service.local.create_training_client_from_state_with_optimizer(file, base_model, metadata)
         else:
@@ -126,7 +127,7 @@ async def load_weights(service: Service, body: Json, digest: int | None) -> Json
 
 async def load(service: Service, model: ServedModel, body: Json) -> Json:
     path = field(body, "path", str)
-    file, client = service.checkpoint(path), model.client
+    file, client = service.saved_checkpoint(path), model.client
     check_metadata(field(body, "user_metadata", dict, None))
     await (client.load_state_with_optimizer(file) if field(body, "optimizer", bool) else client.load_state(file))
     return {"type": "load_weights", "path": path, "model_id": model.model_id}
@@ -145,7 +146,7 @@ async def get_info(service: Service, body: Json, digest: int | None) -> Json:
     info = await model.client.get_info_async()
     tokenizer_id = info.model_data.tokenizer_id
     if tokenizer_id is None and reads_bytes(model.client):
-        tokenizer_id = str(await asyncio.to_thread(write_byte_tokenizer, service.root.resolve() / "byte_tokenizer"))
+        tokenizer_id = str(write_byte_tokenizer(service.root.resolve() / "byte_tokenizer"))
     return {
         "type": "get_info",
         "model_id": model.model_id,
@@ -281,7 +282,7 @@ async def asample(service: Service, body: Json, digest: int | None) -> Json:
         service.session(session_of(session))
 
         async def run() -> Any:
-            return await sample(await service.sampler(session), count, body)
+            return await sample(*await service.sampler(session), count, body)
 
         future = service.start(service.futures.begin(request_id, digest), run)
     return promise(future, sample_sequence_ids=[f"{request_id}:{i}" for i in range(count)])

@@ -74,7 +74,7 @@ def list_all_checkpoints(service: Service, query: Mapping[str, str]) -> Json:
 
 def weights_info(service: Service, body: Json) -> Json:
     """Describe a checkpoint: SDKs before 0.38 create a model from it by this."""
-    data = checkpoint.metadata(service.checkpoint(field(body, "tinker_path", str)))
+    data = checkpoint.metadata(service.saved_checkpoint(field(body, "tinker_path", str)))
     lora = data.get("lora")
     parts = {} if lora is None else {f"train_{part}": part in lora["parts"] for part in ("mlp", "attn", "unembed")}
     rank = None if lora is None else lora["rank"]

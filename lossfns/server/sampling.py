@@ -12,6 +12,7 @@ from lossfns.backend.types import SamplingParams
 from lossfns.datum import TensorData
 from lossfns.errors import LossInputError, show
 from lossfns.server.results import NO_LOGPROB, Samples, Top
+from lossfns.server.samplers import Sampler
 from lossfns.server.wire import TokenInput, field, numbers, only, sparse_tensor, tokens_of_json
 
 SAMPLE = ("num_samples", "prompt", "sampling_params", "base_model", "model_path", "sampling_session_id", "seq_id",
@@ -20,7 +21,7 @@ SAMPLE = ("num_samples", "prompt", "sampling_params", "base_model", "model_path"
 """The fields of a request. Those of the session, and of the number of samples, are read where it is accepted."""
 
 
-async def sample(client: LocalSamplingClient, count: int, body: dict[str, Any]) -> Samples:
+async def sample(sampler: Sampler, client: LocalSamplingClient, count: int, body: dict[str, Any]) -> Samples:
     """Run a request. Raises LossInputError for settings out of range, and for what this server does not compute."""
     for name in ("prompt_alt_tokens_k", "record_stability_info", "base_model", "model_path"):
         if body.get(name):
@@ -30,10 +31,10 @@ async def sample(client: LocalSamplingClient, count: int, body: dict[str, Any]) 
     scored = last_scored(body, len(prompt.ids))
     top_prompt, top_sample = (field(body, f"topk_{name}_logprobs", int, 0) for name in ("prompt", "sample"))
     wanted = target_tokens(field(body, "target_prompt_logprobs", dict, None))
-    response = await client.sample(prompt, count, params, field(body, "prompt_logprobs", bool, False))
-    if response.prompt_logprobs is not None:
+    response = await sampler.sample(client, prompt, count, params)
+    if field(body, "prompt_logprobs", bool, False):
         unscored: list[float | None] = [None] * (len(prompt.ids) - scored)
-        response = replace(response, prompt_logprobs=unscored + response.prompt_logprobs[-scored:])
+        response = replace(response, prompt_logprobs=unscored + (await client.compute_logprobs(prompt))[-scored:])
     sampled = [sequence.tokens for sequence in response.sequences]
     return Samples(
         response,

@@ -20,8 +20,9 @@ from lossfns.server.custom import rebuilt
 from lossfns.server.futures import Future
 from lossfns.server.model import ServedModel, log
 from lossfns.server.results import Encoded, encode
+from lossfns.server.samplers import Sampler
 from lossfns.server.service import Service
-from lossfns.server.session import Sampler, Session, session_of
+from lossfns.server.session import Session, session_of
 from lossfns.server.wire import PROTOBUF
 
 INDEX = "stopped.json"

@@ -27,10 +27,11 @@ from lossfns.backend.storage import checkpoint
 from lossfns.errors import LossInputError
 from lossfns.server.futures import Future, Futures, Refused
 from lossfns.server.model import ServedModel, log
-from lossfns.server.session import Sampler, Session, session_of
+from lossfns.server.samplers import Sampler
+from lossfns.server.session import Session, session_of
 
 PATH = re.compile(
-    r"tinker://([0-9a-f-]{8,64}):train:(\d{1,18})/(weights|sampler_weights)/([A-Za-z0-9][\w.-]{0,127})", re.ASCII
+    r"tinker://(\w[\w-]{0,127}):train:(\d{1,18})/(weights|sampler_weights)/([A-Za-z0-9][\w.-]{0,127})", re.ASCII
 )
 NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,127}", re.ASCII)
 
@@ -315,6 +316,13 @@ class Service:
             raise LossInputError("path", "tinker://{model_id}/weights/{name}", repr(path)[:200], fix)
         return self.root / match[1] / match[2] / match[3] / match[4]
 
+    def saved_checkpoint(self, path: str) -> Path:
+        """Return the file of a checkpoint that exists."""
+        file = self.checkpoint(path)
+        if not file.is_file():
+            raise LossInputError("path", "a checkpoint of this server", repr(path), "list_checkpoints names them.")
+        return file
+
     def folder(self, model_id: str) -> Path:
         """Return the folder of a model's checkpoints."""
         return self.checkpoint(f"tinker://{model_id}/weights/any").parent.parent
@@ -343,7 +351,7 @@ class Service:
     def base_model_of(self, path: str | None, base_model: str | None) -> str:
         """Return the name of a sampler's base model, and refuse a path or a name without a model."""
         if path is not None:
-            saved = checkpoint.metadata(self.checkpoint(path))["model"] if base_model is None else base_model
+            saved = checkpoint.metadata(self.saved_checkpoint(path))["model"] if base_model is None else base_model
             base_model = str(saved)
         names = [model.model_name for model in self.local.get_server_capabilities().supported_models]
         if base_model not in names:
@@ -356,19 +364,20 @@ class Service:
             raise Refused(404, reason)
         return self.samplers[name]
 
-    async def sampler(self, name: str) -> LocalSamplingClient:
-        """Return the client of a sampling session, which is loaded at its first use."""
+    async def sampler(self, name: str) -> tuple[Sampler, LocalSamplingClient]:
+        """Return a sampling session and its client, which is loaded at its first use."""
         sampler = self.find_sampler(name)
         self.session(session_of(name))
         self.samplers[name] = self.samplers.pop(name)  # the last one is the last used
         async with sampler.lock:
-            if sampler.client is None:
-                sampler.client = await asyncio.to_thread(self._load_sampler, sampler)
+            client = sampler.client
+            if client is None:
+                client = sampler.client = await asyncio.to_thread(self._load_sampler, sampler)
         self._unload_samplers(name)
-        return sampler.client
+        return sampler, client
 
     def _load_sampler(self, sampler: Sampler) -> LocalSamplingClient:
-        file = None if sampler.path is None else self.checkpoint(sampler.path)
+        file = None if sampler.path is None else self.saved_checkpoint(sampler.path)
         return self.local.create_sampling_client(file, sampler.base_model)
 
     def _unload_samplers(self, used: str) -> None:

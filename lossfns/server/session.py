@@ -1,13 +1,11 @@
-"""Sessions, and what belongs to them beside models: samplers and uploaded losses."""
+"""Sessions, and the losses that were uploaded in them."""
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from lossfns.backend.client.sampling import LocalSamplingClient
 from lossfns.loss import LossFn
 
 
@@ -27,22 +25,6 @@ class Session:
         self.losses: dict[str, Uploaded] = {}
         self.seen = time.monotonic()
         self.finished = False
-
-
-class Sampler:
-    """A sampling session.
-
-    Attributes:
-        base_model: the name of the base model.
-        path: the path of its weights; None for a base model, and for weights that were not written.
-        client: the sampling client once it is loaded.
-        reloadable: whether ``client`` can be loaded again.
-    """
-
-    def __init__(self, base_model: str, path: str | None, client: LocalSamplingClient | None = None) -> None:
-        self.base_model, self.path, self.client = base_model, path, client
-        self.reloadable = client is None
-        self.lock = asyncio.Lock()
 
 
 def session_of(name: str) -> str:

@@ -6,7 +6,6 @@ import json
 import os
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 from lossfns.backend.model.tokenizer import ByteTokenizer
 
@@ -19,7 +18,9 @@ def byte_characters() -> list[str]:
 
 
 def write_byte_tokenizer(folder: Path) -> Path:
-    """Write the files that ``AutoTokenizer.from_pretrained`` reads, and return the folder."""
+    """Write the files that ``AutoTokenizer.from_pretrained`` reads, unless they are there, and return the folder."""
+    if (folder / "tokenizer.json").exists():
+        return folder
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
     end = {"id": ByteTokenizer.eos_token_id, "content": ByteTokenizer.eos_token, "special": True}
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
@@ -33,8 +34,8 @@ def write_byte_tokenizer(folder: Path) -> Path:
     }
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": ByteTokenizer.eos_token}
     folder.mkdir(parents=True, exist_ok=True)
-    for name, value in (("tokenizer.json", tokenizer), ("tokenizer_config.json", config)):
-        part = folder / f"{name}.{uuid4().hex}.part"  # many may write at once
+    for name, value in (("tokenizer_config.json", config), ("tokenizer.json", tokenizer)):
+        part = folder / f"{name}.part"
         part.write_text(json.dumps(value))
         os.replace(part, folder / name)
     return folder

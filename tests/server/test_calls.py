@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import numpy as np
 import pytest
@@ -223,3 +224,23 @@ def test_the_tokenizer_of_the_embedded_model_needs_no_hub() -> None:
         assert tokenizer.decode(list(range(257)), skip_special_tokens=True) == bytes(range(256)).decode(
             errors="replace"
         )
+
+
+def test_samples_that_are_requested_at_once_are_those_of_one_after_the_other() -> None:
+    prompts = [types.ModelInput.from_ints([i, i + 1, i + 2]) for i in range(40)]
+    greedy, other = (types.SamplingParams(max_tokens=n, temperature=0.0) for n in (6, 3))
+    seeded = types.SamplingParams(max_tokens=6, seed=7)
+    with sdk() as service:
+        base = service.create_sampling_client(base_model="Tiny").result()
+
+        def run(prompt: Any, i: int) -> Any:
+            return base.sample(prompt, 1 + i % 2, (greedy, other, seeded)[i % 3])
+
+        alone = [run(prompt, i).result() for i, prompt in enumerate(prompts)]
+        futures = [run(prompt, i) for i, prompt in enumerate(prompts)]
+        bad = base.sample(types.ModelInput.from_ints([5000]), 1, greedy)
+        for i, future in enumerate(futures):
+            got = [sequence.tokens for sequence in future.result().sequences]
+            assert got == [sequence.tokens for sequence in alone[i].sequences], i
+        with pytest.raises(tinker.RequestFailedError, match="prompt"):
+            bad.result()

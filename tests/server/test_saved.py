@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from serving import KEY, batch, httpx, sdk, served, tinker, tiny_service
 
+from lossfns.server import local_service
+
 types = tinker.types
 
 
@@ -99,3 +101,12 @@ def test_nothing_is_kept_without_a_folder() -> None:
         client_of.create_lora_training_client("Tiny", rank=4).result().save_state("a").result()
         assert service.root.exists()
     assert not service.root.exists()
+
+
+def test_a_service_without_a_socket_is_saved_as_well(tmp_path: Path) -> None:
+    with local_service(tiny_service(state=tmp_path)) as client_of:
+        path = client_of.create_lora_training_client("Tiny", rank=4).result().save_state("a").result().path
+    assert (tmp_path / "stopped.json").exists()
+    with local_service(tiny_service(state=tmp_path)) as client_of:
+        assert not (tmp_path / "stopped.json").exists()
+        assert client_of.create_training_client_from_state(path).result().get_info().lora_rank == 4

@@ -113,7 +113,7 @@ def masked_targets(bench: Bench) -> Finding:
 def masked_datum(bench: Bench) -> Finding:
     """A datum whose weights are all 0 changes nothing."""
     empty = BATCH[0].having(weights=0 * BATCH[0].weights)
-    loss = bench.fresh().forward([empty, *BATCH[1:]]).metrics.get("loss:sum", 0.0)
+    loss = bench.idle().forward([empty, *BATCH[1:]]).metrics.get("loss:sum", 0.0)
     require(bool(np.isfinite(loss)), f"the loss beside a datum of weight 0 is {loss}")
     return bench.same(bench.effect(Gradient([empty, *BATCH[1:]])), bench.effect(Gradient(BATCH[1:])),
         "beside a datum of weight 0, and without it")  # fmt: skip
@@ -152,7 +152,7 @@ def chunked_batch(bench: Bench) -> Finding:
         finally:
             holder._client_config = config
 
-    logprobs = in_chunks(bench.fresh()).logprobs
+    logprobs = in_chunks(bench.idle()).logprobs
     require(len(logprobs) == len(BATCH), f"{len(logprobs)} records for {len(BATCH)} datums in chunks")
     return worst([
         apart(logprobs, bench.start_logprobs(BATCH), "logprobs of a batch in chunks, and at once"),

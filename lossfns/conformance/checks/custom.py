@@ -24,7 +24,7 @@ def summed_likelihood(data: list[Any], logprobs: list[Any]) -> tuple[Any, dict[s
 
 def custom_answers(bench: Bench) -> None:
     """forward_backward_custom answers with the loss and the metrics of its function."""
-    answer = bench.fresh().custom(BATCH, summed_likelihood)
+    answer = bench.idle().custom(BATCH, summed_likelihood)
     metrics, found = answer.metrics, answer.metrics.get("loss:sum")
     require(metrics.get("datums") == len(BATCH) and metrics.get("a/count:sum") == 3.0,
         f"the metrics of the function are lost: {metrics}")  # fmt: skip

@@ -117,7 +117,7 @@ def unpublished_loss(bench: Bench) -> None:
     """A loss without a public formula, stable_reinforce, works or is refused at once."""
     rows = [row.having(weights=None, logprobs=np.full(len(row.tokens), -1.0), advantages=np.ones(len(row.tokens)))
             for row in BATCH]  # fmt: skip
-    trainer = bench.fresh()
+    trainer = bench.idle()
     try:
         trainer.forward(rows, "stable_reinforce")
     except Exception as error:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+
 from lossfns.conformance.base import Check, Finding, worst
 from lossfns.conformance.bench import Act, Bench, Gradient, Vector, difference
 from lossfns.conformance.checks.algebra import times
@@ -77,7 +79,9 @@ def clip_norm(bench: Bench) -> Finding:
     """A gradient above grad_clip_norm is scaled to this norm: its direction stays, its size does not count."""
     tiny = 1e-3
     plain = bench.effect(Gradient(BATCH))
-    longer = 1 / tiny
+    short = np.linalg.norm(descent(bench, rate=1 / tiny, grad_clip_norm=tiny))
+    # A step as long as the unclipped one: weights in half precision do not feel much shorter ones.
+    longer = float(np.clip(np.linalg.norm(plain) / short if short else 1.0, 1.0, 1e3)) / tiny
     one, three = (descent(bench, weights=w, rate=longer, grad_clip_norm=tiny) for w in (1.0, 3.0))
     unclipped = Finding(max(0.0, 0.5 - difference(descent(bench, grad_clip_norm=tiny), plain)), 0.0, bench.noise,
         "grad_clip_norm of 0.001 leaves the step as it is")  # fmt: skip

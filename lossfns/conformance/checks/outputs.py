@@ -21,12 +21,12 @@ REDUCTIONS = ("mean", "sum", "min", "max", "slack", "hash2", "unique")
 
 def forward(bench: Bench) -> None:
     """forward answers with one record of logprobs for each datum."""
-    check_records(bench.fresh().forward(BATCH))
+    check_records(bench.idle().forward(BATCH))
 
 
 def forward_backward(bench: Bench) -> None:
     """forward_backward answers with one record of logprobs for each datum."""
-    check_records(bench.fresh().forward_backward(BATCH))
+    check_records(bench.idle().forward_backward(BATCH))
 
 
 def check_records(answer: Answer) -> None:
@@ -41,7 +41,7 @@ def output_shape(bench: Bench) -> None:
     """Logprobs are float32, and have the shape of target_tokens."""
     targets = [datum.fields["target_tokens"].shape for datum in BATCH]
     for call in ("forward", "forward_backward"):
-        tensors = [record["logprobs"] for record in getattr(bench.fresh(), call)(BATCH).records]
+        tensors = [record["logprobs"] for record in getattr(bench.idle(), call)(BATCH).records]
         shapes = [np.shape(tensor.to_numpy()) for tensor in tensors]
         seen = f"{call}: logprobs are {shapes}, targets {targets}"
         require(shapes == targets, seen, "output-order" if sorted(shapes) == sorted(targets) else "")
@@ -51,7 +51,7 @@ def output_shape(bench: Bench) -> None:
 
 def output_values(bench: Bench) -> None:
     """Logprobs are finite, at most 0, and not rounded to bfloat16."""
-    for i, lp in enumerate(bench.fresh().forward(BATCH).logprobs):
+    for i, lp in enumerate(bench.idle().forward(BATCH).logprobs):
         require(bool(np.isfinite(lp).all()), f"a logprob of datum {i} is {lp[~np.isfinite(lp)].ravel()[:1]}")
         require(float(lp.max()) <= 1e-4, f"a logprob of datum {i} is {lp.max():.4g}")
         rounded = torch.from_numpy(lp).bfloat16().double().numpy()
@@ -61,7 +61,7 @@ def output_values(bench: Bench) -> None:
 def metric_keys(bench: Bench) -> None:
     """Metrics are finite numbers named name:reduction."""
     for call in ("forward", "forward_backward"):
-        for key, value in getattr(bench.fresh(), call)(BATCH).metrics.items():
+        for key, value in getattr(bench.idle(), call)(BATCH).metrics.items():
             require(key.rpartition(":")[2].split("_")[0] in REDUCTIONS, f"{call}: a metric is named {key!r}")
             finite = isinstance(value, int | float) and math.isfinite(value)
             require(finite, f"{call}: the metric {key} is {value!r}")
@@ -70,14 +70,14 @@ def metric_keys(bench: Bench) -> None:
 def loss_sum(bench: Bench) -> None:
     """Metrics of forward and of forward_backward have loss:sum."""
     for call in ("forward", "forward_backward"):
-        metrics = getattr(bench.fresh(), call)(BATCH).metrics
+        metrics = getattr(bench.idle(), call)(BATCH).metrics
         got = ", ".join(sorted(metrics)) or "none at all"
         require("loss:sum" in metrics, f"{call}: the metrics are {got}")
 
 
 def output_order(bench: Bench) -> Finding:
     """Records are in the order of the datums."""
-    answer = bench.fresh().forward(BATCH[::-1])
+    answer = bench.idle().forward(BATCH[::-1])
     require(len(answer.records) == len(BATCH), "there is not one record for each datum", "datum-count")
     back = answer.logprobs[::-1]
     first = bench.start_logprobs(BATCH)
@@ -113,13 +113,13 @@ def batch_independence(bench: Bench) -> Finding:
 
 def one_numeric_path(bench: Bench) -> Finding:
     """forward_backward returns the logprobs of forward."""
-    return apart(bench.fresh().forward_backward(BATCH).logprobs, bench.start_logprobs(BATCH),
+    return apart(bench.idle().forward_backward(BATCH).logprobs, bench.start_logprobs(BATCH),
         "logprobs of forward_backward and of forward", nats=NATS / 5)  # fmt: skip
 
 
 def repetition(bench: Bench) -> Finding:
     """The same forward twice gives the same logprobs."""
-    trainer = bench.fresh()
+    trainer = bench.idle()
     first, second = trainer.forward(BATCH).logprobs, trainer.forward(BATCH).logprobs
     return apart(second, first, "forward twice")
 

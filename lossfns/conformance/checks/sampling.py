@@ -24,7 +24,7 @@ def name() -> str:
 def sampler_of(bench: Bench) -> Any:
     """Return a sampling client of the start's weights. It is made once in a session."""
     if bench.sampler is None:
-        path = bench.fresh().save_for_sampler(name())
+        path = bench.idle().save_for_sampler(name())
         bench.sampler = bench.connection.sampler(path)
     return bench.sampler
 
@@ -40,7 +40,7 @@ def draw(bench: Bench, sampler: Any = None, n: int = 1, **settings: Any) -> list
 
 def sampling(bench: Bench) -> None:
     """The server samples from saved weights: as many sequences as asked for, each with logprobs."""
-    trainer = bench.fresh()
+    trainer = bench.idle()
     try:
         sequences = draw(bench, bench.connection.sampler(trainer.save_for_sampler(name())), n=3)
     except Exception as error:

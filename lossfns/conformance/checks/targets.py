@@ -33,7 +33,7 @@ def multi(k: int) -> list[Row]:
 
 def several_targets(bench: Bench) -> None:
     """The server takes [N, K] targets, and returns logprobs of this shape."""
-    trainer = bench.fresh()
+    trainer = bench.idle()
     try:
         answer = trainer.forward_backward(multi(2))
     except Exception as error:

@@ -64,7 +64,7 @@ CASES = (
 def loss_offered(loss: str, bench: Bench) -> None:
     """Ask for a loss once. A server that does not have it says so at once, in a status that the SDK does not repeat."""
     case = next(case for case in CASES if case.loss == loss)
-    trainer, rows = bench.fresh(), case.rows(bench)
+    trainer, rows = bench.idle(), case.rows(bench)
     try:
         trainer.forward(rows, loss, case.config)
     except Exception as error:
@@ -78,7 +78,7 @@ def value(case: Case, bench: Bench) -> Finding:
 
 def own_value(case: Case, call: str, rows: Rows, bench: Bench) -> Finding:
     """Compare the loss:sum of a call with the loss of the logprobs that came with it."""
-    answer = getattr(bench.fresh(), call)(rows, case.loss, case.config)
+    answer = getattr(bench.idle(), call)(rows, case.loss, case.config)
     if "loss:sum" not in answer.metrics:
         raise Inconclusive(f"{call} of {case.loss} has no loss:sum in its metrics")
     found, logprobs = answer.metrics["loss:sum"], answer.logprobs
