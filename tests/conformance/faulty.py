@@ -22,6 +22,7 @@ from lossfns.server.command import serve
 from lossfns.server.futures import Futures, Refused
 from lossfns.server.model import ServedModel
 from lossfns.server.wire import Pass
+from tests.conformance.faulty_later import LATER
 from tests.conformance.faulty_losses import LOSSES
 from tests.conformance.faulty_service import SERVICE
 from tests.conformance.faulty_steps import STEPS
@@ -282,7 +283,7 @@ FIRST: dict[str, Defect] = {
 }
 """Name → defect. The suite was written beside these; the others came later, and no check knew of them."""
 
-DEFECTS = FIRST | LOSSES | STEPS | SERVICE
+DEFECTS = FIRST | LOSSES | STEPS | SERVICE | LATER
 """Name → defect: all of them."""
 
 

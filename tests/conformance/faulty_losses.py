@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from functools import partial, update_wrapper
 from typing import Any
 
 import numpy as np
@@ -181,9 +181,11 @@ def uploaded_loss_halved() -> None:
     run = passes.run_loss
 
     async def edited(client: Any, request: Pass, losses: Any) -> Any:
-        halved = {
-            name: lambda data, lps, fn=fn: (fn(data, lps)[0] / 2, fn(data, lps)[1]) for name, fn in losses.items()
-        }
+        def half(fn: Any, data: Any, lps: Any) -> Any:
+            loss, found = fn(data, lps)
+            return loss / 2, found
+
+        halved = {name: update_wrapper(partial(half, fn), fn) for name, fn in losses.items()}
         return await run(client, request, halved)
 
     passes.run_loss = edited
@@ -269,7 +271,7 @@ LOSSES: dict[str, Defect] = {
     "clip-without-min": Defect(
         "clip-without-min", formula("clipped_surrogate", lambda f, r, a, clip: -(a * r.clamp(*clip)))
     ),
-    "cispo-drops-tokens": Defect("clip-drops-tokens", formula("weighted_policy_gradient", weight_within_bounds)),
+    "cispo-drops-tokens": Defect("clip-without-min", formula("weighted_policy_gradient", weight_within_bounds)),
     "dro-twice": Defect("half-missing", formula("direct_reward", lambda f, lp, old, a, beta: f(lp, old, a, 2 * beta))),
     "dro-gated": Defect("penalty-gated", formula("direct_reward", penalty_where_advantage)),
     "value-without-ratio": Defect(

@@ -1,6 +1,6 @@
 """Run the suite on every faulty server and on every correct variant, and write what it finds as a table.
 
-    python -m tests.conformance.measure [NAME ...] [--jobs 2] [--write docs/conformance-figures.md]
+    python -m tests.conformance.measure [NAME ...] [--jobs 2] [--json FILE] [--write docs/conformance-figures.md]
 
 On a faulty server the run ends at the first check that does not hold: its bug is what the report names first.
 """
@@ -133,20 +133,61 @@ def save(file: Path, plant: Callable[[], None], first: bool) -> None:
     file.write_text(json.dumps(found(plant, first=first)))
 
 
+# The report
+
+
 def table(rows: list[list[str]]) -> str:
     """Return rows as a Markdown table; the first one has the names of the columns."""
     head, *others = [f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows]
     return "\n".join([head, "|" + "---|" * len(rows[0]), *others])
 
 
+def is_named(name: str, result: Found) -> bool:
+    """Return whether what the report names first is the defect."""
+    return result.bug == DEFECTS[name].bug
+
+
 def defect_row(name: str, result: Found) -> list[str]:
-    """Return the row of a faulty server."""
-    named = "yes" if result.bug == DEFECTS[name].bug else result.bug or "no"
-    return [name, DEFECTS[name].bug, result.check or "(missed)", named, result.seen[:160], f"{result.seconds:.1f}"]
+    """Return the row of a faulty server: the first line of its report is the check, the bug and what was seen."""
+    bug = result.bug if is_named(name, result) else f"{result.bug or 'nothing'}, not {DEFECTS[name].bug}"
+    return [name, bug, result.check or "(missed)", shortened(result.seen), f"{result.seconds:.0f}"]
+
+
+def shortened(text: str, limit: int = 110) -> str:
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"
 
 
 def variant_row(name: str, result: Found) -> list[str]:
-    return [name, str(result.passed), ", ".join(result.broken) or "none", f"{result.seconds:.1f}"]
+    """Return the row of a correct server."""
+    return [name, str(result.passed), ", ".join(result.broken) or "none", f"{result.seconds:.0f}"]
+
+
+def summary(wrong: Mapping[str, Found], right: Mapping[str, Found]) -> str:
+    """Return the figures in words."""
+    caught = sum(bool(result.check) for result in wrong.values())
+    named = sum(is_named(name, result) for name, result in wrong.items())
+    accused = sum(bool(result.broken) for result in right.values())
+    return (f"{caught} of {len(wrong)} faulty servers are caught, {named} of them under the name of their bug. "
+            f"{accused} of {len(right)} correct servers are accused.")  # fmt: skip
+
+
+MARK = "<!-- What follows is written by python -m tests.conformance.measure --write. -->"
+
+
+def write(path: Path, wrong: Mapping[str, Found], right: Mapping[str, Found]) -> None:
+    """Replace all of a page that comes after ``MARK``."""
+    text, mark, _ = path.read_text(encoding="utf-8").partition(MARK)
+    if not mark:
+        raise SystemExit(f"{path} has no line {MARK}")
+    faulty = [defect_row(name, wrong[name]) for name in DEFECTS if name in wrong]
+    correct = [variant_row(name, right[name]) for name in VARIANTS if name in right]
+    parts = [
+        text + MARK,
+        summary(wrong, right),
+        table([["correct server", "checks that hold", "checks that fail", "seconds"], *correct]),
+        table([["faulty server", "named", "caught by", "seen", "seconds"], *faulty]),
+    ]
+    path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
 def main() -> None:
@@ -155,6 +196,7 @@ def main() -> None:
     p.add_argument("names", nargs="*", help="defects or variants; all if left out")
     p.add_argument("--jobs", type=int, default=2, help="how many servers at a time (default: 2)")
     p.add_argument("--json", metavar="FILE", help="write the findings as JSON")
+    p.add_argument("--write", metavar="FILE", help="write them as tables into a page")
     args = p.parse_args()
     unknown = set(args.names) - {*DEFECTS, *VARIANTS}
     if unknown:
@@ -162,19 +204,16 @@ def main() -> None:
     plants = {name: defect.plant for name, defect in DEFECTS.items() if not args.names or name in args.names}
     variants = {name: plant for name, plant in VARIANTS.items() if not args.names or name in args.names}
     wrong: dict[str, Found] = {}
-    for name, result in measure(plants, args.jobs, first=True):
-        wrong[name] = result
-        print(" | ".join(defect_row(name, result)), flush=True)
     right: dict[str, Found] = {}
-    for name, result in measure(variants, args.jobs, first=False):
-        right[name] = result
-        print(" | ".join(variant_row(name, result)), flush=True)
-    if args.json:
-        Path(args.json).write_text(json.dumps({"wrong": wrong, "right": right}))
-    caught = [name for name in wrong if wrong[name].check]
-    named = [name for name in caught if wrong[name].bug == DEFECTS[name].bug]
-    print(f"{len(caught)} of {len(wrong)} faulty servers caught, {len(named)} under the name of their bug; "
-          f"{sum(bool(r.broken) for r in right.values())} of {len(right)} correct servers accused")  # fmt: skip
+    for results, measured, first, row in ((right, variants, False, variant_row), (wrong, plants, True, defect_row)):
+        for name, result in measure(measured, args.jobs, first=first):
+            results[name] = result
+            print(" | ".join(row(name, result)), flush=True)
+            if args.json:
+                Path(args.json).write_text(json.dumps({"wrong": wrong, "right": right}))
+    if args.write:
+        write(Path(args.write), wrong, right)
+    print(summary(wrong, right))
 
 
 if __name__ == "__main__":

@@ -91,7 +91,8 @@ def core_only() -> None:
         if request.loss_fn not in ("cross_entropy", "importance_sampling", "ppo"):
             raise endpoints.LossInputError("loss_fn", "cross_entropy, importance_sampling or ppo", request.loss_fn, "-")
         for datum in request.data if isinstance(request.data, list) else ():
-            if len(datum.loss_fn_inputs["target_tokens"].to_numpy().shape) > 1:
+            targets = datum.loss_fn_inputs.get("target_tokens")
+            if targets is not None and targets.to_numpy().ndim > 1:
                 raise endpoints.LossInputError("target_tokens", "one target for each position", "several", "-")
         result = await run(client, request, losses)
         result.metrics.update(kept := {"loss:sum": result.metrics["loss:sum"]})

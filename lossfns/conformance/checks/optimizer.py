@@ -78,14 +78,13 @@ def descent(bench: Bench, weights: float = 1.0, rate: float = 1.0, **adam: float
 def clip_norm(bench: Bench) -> Finding:
     """A gradient above grad_clip_norm is scaled to this norm: its direction stays, its size does not count."""
     tiny = 1e-3
-    plain, clipped = bench.effect(Gradient(BATCH)), descent(bench, grad_clip_norm=tiny)
-    unclipped = Finding(max(0.0, 0.5 - difference(clipped, plain)), 0.0, bench.noise,
+    plain = bench.effect(Gradient(BATCH))
+    short = np.linalg.norm(descent(bench, rate=1 / tiny, grad_clip_norm=tiny))
+    # A step as long as the unclipped one: weights in half precision do not feel much shorter ones.
+    longer = float(np.clip(np.linalg.norm(plain) / short if short else 1.0, 1.0, 1e3)) / tiny
+    one, three = (descent(bench, weights=w, rate=longer, grad_clip_norm=tiny) for w in (1.0, 3.0))
+    unclipped = Finding(max(0.0, 0.5 - difference(descent(bench, grad_clip_norm=tiny), plain)), 0.0, bench.noise,
         "grad_clip_norm of 0.001 leaves the step as it is")  # fmt: skip
-    # A step of about the usual length, so that weights in half precision do not round it away.
-    long = descent(bench, rate=1 / tiny, grad_clip_norm=tiny)
-    size, short = float(np.linalg.norm(plain)), float(np.linalg.norm(long))
-    rate = min(100.0, max(1.0, size / short if short else 1.0)) / tiny
-    one, three = (descent(bench, weights=w, rate=rate, grad_clip_norm=tiny) for w in (1.0, 3.0))
     return worst([unclipped, bench.same(three, one, "clipped gradients of one and of three times the weights")])
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from lossfns.conformance.base import Check, Finding, Wrong, require, server_words
+from lossfns.conformance.base import Check, Finding, Wrong, is_refusal, require, server_words
 from lossfns.conformance.bench import Bench, Gradient, calibrate, find_start
 from lossfns.conformance.checks.outputs import NATS
 from lossfns.conformance.client import Trainer, plain_sgd
@@ -115,7 +115,12 @@ def clients_are_apart(bench: Bench) -> Finding:
     other.forward_backward([row.having(weights=-3 * row.weights) for row in BATCH])
     one.forward_backward(BATCH)
     other.step(learning_rate=1e-2)
-    one.step(**plain_sgd(bench.facts.rate))
+    try:
+        one.step(**plain_sgd(bench.facts.rate))
+    except Exception as error:
+        if not is_refusal(error):
+            raise
+        raise Wrong(f"after a step of another client: {server_words(error)}", "models-shared") from error
     found = moved(bench, one)
     return bench.same(found, bench.effect(Gradient(BATCH)), "a client beside another that trains, and alone")
 
