@@ -175,6 +175,25 @@ def optimizer_lost() -> None:
     endpoints.Service.__init__ = edited
 
 
+def save_refused() -> None:
+    async def refused(service: Any, body: Any, digest: Any) -> Any:
+        raise Refused(422, "path: field required")
+
+    endpoints.POST["save_weights"] = refused
+
+
+def settings_stick() -> None:
+    """A weight decay that was given once is kept for all later steps."""
+    read, kept = engine.adam_settings, {"weight_decay": 0.0}
+
+    def edited(adam: Any, dtypes: Any) -> dict[str, Any]:
+        given = read(adam, dtypes)
+        kept["weight_decay"] = max(kept["weight_decay"], given["weight_decay"])
+        return given | kept
+
+    engine.adam_settings = edited
+
+
 # Patches of failures and sequence ids
 
 
@@ -225,6 +244,26 @@ def no_sequence_ids() -> None:
     endpoints.POST["asample"] = edited
 
 
+def ids_repeated() -> None:
+    sample = endpoints.POST["asample"]
+
+    async def edited(service: Any, body: Any, digest: Any) -> Any:
+        answer = await sample(service, body, digest)
+        return {**answer, "sample_sequence_ids": ["a"] * len(answer["sample_sequence_ids"])}
+
+    endpoints.POST["asample"] = edited
+
+
+def forward_drifts() -> None:
+    calls: list[int] = []
+
+    def edit(request: Pass, i: int, x: np.ndarray) -> np.ndarray:
+        calls.append(i)
+        return x - 0.02 * len(calls)
+
+    logprobs(edit)()
+
+
 def json_results() -> None:
     app.encode = lambda result, accept: results.encode(result, "application/json")
 
@@ -246,6 +285,16 @@ def sparse_to_the_left() -> None:
 
 FIRST: dict[str, Defect] = {
     "metrics-empty": Defect("loss-sum-missing", metrics(lambda m: {})),
+    "forward-drifts": Defect("state-between-calls", forward_drifts),
+    "columns-reversed": Defect("targets-flattened", logprobs(lambda r, i, x: x[:, ::-1] if x.ndim == 2 else x)),
+    "one-column-halved": Defect(
+        "targets-flattened", weights(lambda w: w / 2 if w.ndim == 2 and w.shape[1] == 1 else w)
+    ),
+    "weights-flipped": Defect("sign-flipped", weights(np.negative)),
+    "save-refused": Defect("refused", save_refused),
+    "settings-stick": Defect("adam-settings", settings_stick),
+    "ids-repeated": Defect("sequence-ids-missing", ids_repeated),
+    "metric-nan": Defect("metric-keys", metrics(lambda m: {**m, "speed:mean": float("nan")})),
     "keys-without-colon": Defect("metric-keys", keys_without_colon),
     "flattened-targets": Defect("targets-flattened", logprobs(lambda request, i, x: x.ravel())),
     "loss-mean-times-tokens": Defect("loss-not-summed", loss_is_a_mean_times_tokens),
