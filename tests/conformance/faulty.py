@@ -70,10 +70,10 @@ def narrow_clip() -> None:
 def status_501() -> None:
     submit = endpoints.forward_backward
 
-    async def refused(service: Any, request: Pass, digest: Any) -> Any:
+    async def refused(service: Any, request: Pass, *args: Any) -> Any:
         if request.loss_fn in ("cispo", "dro", "gspo"):
             raise Refused(501, f"{request.loss_fn} is not implemented")
-        return await submit(service, request, digest)
+        return await submit(service, request, *args)
 
     endpoints.forward_backward = refused
 
@@ -173,6 +173,19 @@ def optimizer_lost() -> None:
         local.create_training_client_from_state_with_optimizer = local.create_training_client_from_state
 
     endpoints.Service.__init__ = edited
+
+
+def mixed_targets_halved() -> None:
+    """Datums of different numbers of targets in one request count half."""
+
+    def edit(request: Pass) -> Pass:
+        widths = {datum.loss_fn_inputs["target_tokens"].to_numpy().shape[1:] for datum in request.data}
+        if len(widths) == 1:
+            return request
+        halved = [with_fields(d, weights=d.loss_fn_inputs["weights"].to_numpy() / 2) for d in request.data]
+        return request._replace(data=halved)
+
+    requests(edit)
 
 
 def save_refused() -> None:
@@ -291,6 +304,7 @@ FIRST: dict[str, Defect] = {
         "targets-flattened", weights(lambda w: w / 2 if w.ndim == 2 and w.shape[1] == 1 else w)
     ),
     "weights-flipped": Defect("sign-flipped", weights(np.negative)),
+    "mixed-targets-halved": Defect("targets-flattened", mixed_targets_halved),
     "save-refused": Defect("refused", save_refused),
     "settings-stick": Defect("adam-settings", settings_stick),
     "ids-repeated": Defect("sequence-ids-missing", ids_repeated),

@@ -28,7 +28,7 @@ LOSSES = ("cross_entropy", "multi_target_cross_entropy", "importance_sampling", 
     "gspo_token")  # fmt: skip
 """The losses whose vectors may fold into a built-in, with the gradient of the vector at any logprobs."""
 
-SENT = {"multi_target_cross_entropy": "cross_entropy", "dapo": "ppo", "grpo": "ppo", "gspo_token": "gspo"}
+SENT = {"dapo": "ppo", "grpo": "ppo", "gspo_token": "gspo"}
 """Loss of the vectors → the built-in that computes it, where the names differ."""
 
 
@@ -155,6 +155,6 @@ CHECKS = tuple(
     Check(f"vectors-{name.replace('_', '-')}", f"The golden vectors of {name}, sent as "
         f"{SENT.get(name, name)}, have their golden gradients.", "another-loss", partial(vectors, name), "full",
         ("gradient-descent", f"offers-{SENT.get(name, name).replace('_', '-')}",
-         *(["several-targets"] if name == "multi_target_cross_entropy" else [])))
+))
     for name in LOSSES
 )  # fmt: skip
