@@ -70,10 +70,10 @@ def narrow_clip() -> None:
 def status_501() -> None:
     submit = endpoints.forward_backward
 
-    async def refused(service: Any, request: Pass, digest: Any) -> Any:
+    async def refused(service: Any, request: Pass, *args: Any) -> Any:
         if request.loss_fn in ("cispo", "dro", "gspo"):
             raise Refused(501, f"{request.loss_fn} is not implemented")
-        return await submit(service, request, digest)
+        return await submit(service, request, *args)
 
     endpoints.forward_backward = refused
 

@@ -171,6 +171,15 @@ def summary(wrong: Mapping[str, Found], right: Mapping[str, Found]) -> str:
             f"{accused} of {len(right)} correct servers are accused.")  # fmt: skip
 
 
+def read(file: str | None) -> tuple[dict[str, Found], dict[str, Found]]:
+    """Return the findings in a file, of faulty and of correct servers; none if there is no file."""
+    if not file or not Path(file).exists():
+        return {}, {}
+    findings = json.loads(Path(file).read_text())
+    wrong, right = ({name: Found(*x) for name, x in findings[key].items()} for key in ("wrong", "right"))
+    return wrong, right
+
+
 MARK = "<!-- What follows is written by python -m tests.conformance.measure --write. -->"
 
 
@@ -195,7 +204,7 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("names", nargs="*", help="defects or variants; all if left out")
     p.add_argument("--jobs", type=int, default=2, help="how many servers at a time (default: 2)")
-    p.add_argument("--json", metavar="FILE", help="write the findings as JSON")
+    p.add_argument("--json", metavar="FILE", help="update the findings in this file: those of other names stay")
     p.add_argument("--write", metavar="FILE", help="write them as tables into a page")
     args = p.parse_args()
     unknown = set(args.names) - {*DEFECTS, *VARIANTS}
@@ -203,8 +212,7 @@ def main() -> None:
         p.error(f"unknown: {', '.join(sorted(unknown))}")
     plants = {name: defect.plant for name, defect in DEFECTS.items() if not args.names or name in args.names}
     variants = {name: plant for name, plant in VARIANTS.items() if not args.names or name in args.names}
-    wrong: dict[str, Found] = {}
-    right: dict[str, Found] = {}
+    wrong, right = read(args.json)
     for results, measured, first, row in ((right, variants, False, variant_row), (wrong, plants, True, defect_row)):
         for name, result in measure(measured, args.jobs, first=first):
             results[name] = result
