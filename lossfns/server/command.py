@@ -156,7 +156,10 @@ async def serve_socket(app: Starlette, sock: socket.socket, log: bool = False) -
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         logger.handlers[:], logger.propagate = [handler], False
         logger.setLevel(logging.INFO)
-    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_keep_alive=120)
+    # A connection that is accepted while the server stops would otherwise be waited for until its client goes.
+    config = uvicorn.Config(
+        app, log_level="warning", access_log=False, timeout_keep_alive=120, timeout_graceful_shutdown=5
+    )
     server = uvicorn.Server(config)
 
     def stop() -> None:

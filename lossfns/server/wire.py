@@ -96,7 +96,7 @@ def decompress(body: bytes, encoding: str, limit: int) -> bytes:
             if size > limit:
                 raise LossInputError("body", f"at most {limit} bytes, decompressed", "more", fix)
         frame = decompressor.decompressobj()
-        data = frame.decompress(body)
+        data: bytes = frame.decompress(body)
     except zstandard.ZstdError as error:
         raise LossInputError("body", "zstd", f"{error}", fix) from None
     if not frame.eof or frame.unused_data:

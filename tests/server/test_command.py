@@ -41,8 +41,9 @@ def test_a_server_starts_logs_and_ends_by_a_signal(tmp_path: Path) -> None:
     models = httpx.get(f"{url}/api/v1/get_server_capabilities", timeout=60).json()["supported_models"]
     assert [model["model_name"] for model in models] == ["small", "Decoder"]
     assert httpx.post(f"{url}/api/v1/optim_step", json={"model_id": "x", "seq_id": 1}).status_code == 404
-    process.send_signal(signal.SIGTERM)
-    _, log = process.communicate(timeout=60)
+    with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))):  # accepted while the server stops
+        process.send_signal(signal.SIGTERM)
+        _, log = process.communicate(timeout=60)
     assert process.returncode == 0
     assert (tmp_path / "stopped.json").exists()
     assert "GET /api/v1/get_server_capabilities 200" in log
