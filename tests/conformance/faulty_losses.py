@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial, update_wrapper
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -177,16 +177,25 @@ def averaged_tokens(loss: str, data: list[Datum]) -> list[Datum]:
     return [scaled(loss, datum, 1 / active(datum)) for datum in data]
 
 
+class Halved:
+    """A loss times one half, with the attributes of the loss."""
+
+    def __init__(self, loss: Any) -> None:
+        self.loss = loss
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loss, name)
+
+    def __call__(self, data: Any, logprobs_list: Any) -> Any:
+        loss, found = self.loss(data, logprobs_list)
+        return loss / 2, found
+
+
 def uploaded_loss_halved() -> None:
     run = passes.run_loss
 
     async def edited(client: Any, request: Pass, losses: Any) -> Any:
-        def half(fn: Any, data: Any, lps: Any) -> Any:
-            loss, found = fn(data, lps)
-            return loss / 2, found
-
-        halved = {name: update_wrapper(partial(half, fn), fn) for name, fn in losses.items()}
-        return await run(client, request, halved)
+        return await run(client, request, {name: Halved(fn) for name, fn in losses.items()})
 
     passes.run_loss = edited
 
@@ -271,7 +280,7 @@ LOSSES: dict[str, Defect] = {
     "clip-without-min": Defect(
         "clip-without-min", formula("clipped_surrogate", lambda f, r, a, clip: -(a * r.clamp(*clip)))
     ),
-    "cispo-drops-tokens": Defect("clip-without-min", formula("weighted_policy_gradient", weight_within_bounds)),
+    "cispo-drops-tokens": Defect("clip-drops-tokens", formula("weighted_policy_gradient", weight_within_bounds)),
     "dro-twice": Defect("half-missing", formula("direct_reward", lambda f, lp, old, a, beta: f(lp, old, a, 2 * beta))),
     "dro-gated": Defect("penalty-gated", formula("direct_reward", penalty_where_advantage)),
     "value-without-ratio": Defect(
