@@ -21,7 +21,6 @@ from lossfns.export.builtins import BUILTINS
 from lossfns.losses import sequence
 from lossfns.losses.policy import ppo
 from lossfns.segments import sequence_sum, to_tokens
-from lossfns.server import passes
 from lossfns.server.wire import Pass
 from tests.conformance.planting import Defect, answers, logprobs, requests, weights, with_fields
 
@@ -177,26 +176,6 @@ def averaged_tokens(loss: str, data: list[Datum]) -> list[Datum]:
     return [scaled(loss, datum, 1 / active(datum)) for datum in data]
 
 
-def halved(loss: Any) -> Any:
-    """Return an uploaded loss times one half."""
-
-    def half(data: Any, logprobs_list: Any) -> Any:
-        value, found = loss(data, logprobs_list)
-        return value / 2, found
-
-    half.ranks = loss.ranks
-    return half
-
-
-def uploaded_loss_halved() -> None:
-    run = passes.run_loss
-
-    async def edited(client: Any, request: Pass, losses: Any) -> Any:
-        return await run(client, request, {name: halved(fn) for name, fn in losses.items()})
-
-    passes.run_loss = edited
-
-
 # The outputs
 
 
@@ -285,7 +264,6 @@ LOSSES: dict[str, Defect] = {
     ),
     "micro-batches-averaged": Defect("gradient-averaged", gradient_of(averaged_micro_batches)),
     "gradient-mean-of-tokens": Defect("gradient-averaged", gradient_of(averaged_tokens)),
-    "uploaded-loss-halved": Defect("custom-loss", uploaded_loss_halved),
     "forward-tempered": Defect("two-numeric-paths", tempered(lambda: not torch.is_grad_enabled())),
     "training-tempered": Defect("sampler-logprobs", tempered(lambda: True)),
     "padding-read": Defect("batch-leak", padding_is_read),
