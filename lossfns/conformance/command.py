@@ -184,7 +184,7 @@ def draw(report: Report, console: Console) -> None:
 
 def numbers(r: Result) -> str:
     """Return the error of a check, or "" if it has none."""
-    return "" if math.isnan(r.error) else f"{r.error:.0e}"
+    return "" if math.isnan(r.error) else "0" if r.error == 0 else f"{r.error:.0e}"
 
 
 def draw_quietly(report: Report, console: Console) -> None:

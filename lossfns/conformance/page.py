@@ -78,7 +78,7 @@ def box(r: Result) -> str:
 
 def line(r: Result) -> str:
     """Return the row of a check."""
-    says = escape(r.says if r.verdict in ("pass", "fail", "error") else f"{r.says} {remark(r)}")
+    says = escape(r.says if r.verdict in ("pass", "xpass", "fail", "error") else f"{r.says} {remark(r)}")
     return (
         f'<tr><td class="{r.verdict}">{MARKS[r.verdict]}</td><td class="n"><code>{r.check}</code></td>'
         f'<td class="n">{escape(measured(r))}</td><td>{says}</td></tr>\n'

@@ -6,6 +6,7 @@ import socket
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,7 @@ from lossfns.conformance.checks import CHECKS
 from lossfns.conformance.client import Connection
 from lossfns.conformance.report import Report
 from lossfns.conformance.runner import Target, run, unreachable
+from lossfns.errors import LossWarning
 from lossfns.server import local_service
 from lossfns.server.service import Service
 from tests.conformance.faulty import DEFECTS, FIRST
@@ -43,6 +45,7 @@ def opened(defect: str, folder: str) -> Connection:
     """Open a session with a server in this process, with a planted defect."""
     if defect:
         DEFECTS[defect].plant()
+    warnings.simplefilter("ignore", LossWarning)  # of large ratios: a server only logs it
     OPEN.append(local_service(Service(device="cpu", state=folder)))
     OPEN[-1].__enter__()
     return Connection(lambda: tinker.ServiceClient(base_url="http://local", api_key="tml-local"), tinker.types)
@@ -231,7 +234,7 @@ def test_a_server_with_any_answer_is_alive(babbling: str) -> None:
 def test_the_command_writes_its_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = {name: tmp_path / f"out.{name}" for name in ("json", "junit", "html")}
     options = [text for name, path in files.items() for text in (f"--{name}", str(path))]
-    with served() as url:
+    with served(Service(device="cpu")) as url:
         assert main(["conformance", "--base-url", url, "--check", "weights-cancel", *options]) == 0
     out = capsys.readouterr().out
     found = json.loads(files["json"].read_text())
