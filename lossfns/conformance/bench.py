@@ -234,11 +234,18 @@ def how_different(found: Vector, expected: Vector) -> str:
 
 def connect_facts(connection: Connection, base_model: str | None) -> Facts:
     """Return facts with the model to train: the given one, or the first that the server offers."""
-    if base_model is None:
+    try:
         offered = connection.service.get_server_capabilities().supported_models
-        names = [getattr(model, "model_name", None) for model in offered]
-        require(bool(names) and bool(names[0]), "the server offers no model: pass --base-model", "refused")
-        base_model = str(names[0])
+    except Exception:
+        if base_model is None:
+            raise
+        return Facts(base_model)  # a server need not list its models to one who knows them
+    names = [name for name in (getattr(model, "model_name", None) for model in offered) if name]
+    if base_model is None:
+        require(bool(names), "the server offers no model: pass --base-model", "refused")
+        return Facts(str(names[0]))
+    if names and base_model not in names:
+        raise Inconclusive(f"the server has no model {base_model!r}; it offers {', '.join(map(repr, names))}")
     return Facts(base_model)
 
 

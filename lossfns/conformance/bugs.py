@@ -8,7 +8,7 @@ SERVER_BUGS: dict[str, Bug] = {
     # Protocol
     "no-answer": Bug("the server does not answer, or answers with a 5xx or 429 that the SDK repeats for minutes and "
         "that blocks every later request", ("SkyRL's 501 for what it does not have",)),
-    "refused": Bug("the server refuses a valid request", ("422 on create-from-state",)),
+    "refused": Bug("the server refuses a valid request", ()),
     "server-died": Bug("a request ends the server", ()),
     "not-the-protocol": Bug("an answer is not what this version of the SDK reads",
         ("JSON where the SDK reads protobuf",)),

@@ -126,7 +126,7 @@ def run_checks(args: argparse.Namespace) -> Report:
             raise LossInputError("xfails", "names or patterns of checks", repr(pattern), fix)
     sdk = installed_sdk(args.sdk_path)
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
-    report = Report(args.base_url, sdk, args.level, date=today, strict=args.strict)
+    report = Report(args.base_url, sdk, args.level, date=today, strict=args.strict, partial=bool(args.check))
     target = http_target(args.base_url, args.api_key, args.base_model)
     checks = chosen(CHECKS, args.level, args.check)
     with status() as show:

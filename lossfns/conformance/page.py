@@ -41,7 +41,6 @@ def page(report: Report) -> str:
     )
     broken = "".join(box(r) for r in report.broken)
     rows = "".join(line(r) for r in report.results)
-    verdict = "conforms" if report.ok else "does not conform"
     meanings = "".join(
         f'<tr><td class="{v}">{MARKS[v]}</td><td>{escape(words)}</td></tr>'
         for v, words in VERDICTS.items() if report.counts[v]
@@ -55,7 +54,7 @@ def page(report: Report) -> str:
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Conformance of {escape(report.server)}</title><style>{STYLE}</style></head><body>
-<h1>This training server {verdict}</h1>
+<h1>{escape(report.headline)}</h1>
 <p class="dim">A black-box test of <code>{escape(report.server)}</code> through the SDK <code>tinker</code>
 {escape(report.sdk)}, by <code>lossfns conformance</code>{f", {report.date}" if report.date else ""}.</p>
 <ul class="sum">{counts}</ul>

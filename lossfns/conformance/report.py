@@ -54,6 +54,7 @@ class Report:
         seconds: the time of the run.
         date: the day, in ISO form.
         strict: whether a check that is unsupported or inconclusive counts against the server.
+        partial: whether only some checks of the level were chosen.
     """
 
     server: str
@@ -67,6 +68,14 @@ class Report:
     seconds: float = 0.0
     date: str = ""
     strict: bool = False
+    partial: bool = False
+
+    @property
+    def headline(self) -> str:
+        """The verdict in words. Only a run of all checks of a level says that a server conforms."""
+        if self.partial:
+            return "The chosen checks hold" if self.ok else "The chosen checks do not all hold"
+        return f"This training server {'conforms' if self.ok else 'does not conform'}, level {self.level}"
 
     @property
     def broken(self) -> list[Result]:
@@ -129,7 +138,8 @@ class Report:
         return {
             "suite": __version__,
             **{name: getattr(self, name) for name in
-               ("server", "sdk", "level", "base_model", "date", "strict", "stopped", "ok", "bug", "counts")},
+               ("server", "sdk", "level", "partial", "base_model", "date", "strict", "stopped", "ok", "bug",
+                "counts")},
             "noise": number(self.noise),
             "rounding": number(self.rounding),
             "seconds": round(self.seconds, 3),

@@ -73,21 +73,34 @@ def http_target(base_url: str, api_key: str, base_model: str | None) -> Target:
     return Target(partial(connect, base_url, api_key), partial(unreachable, base_url), base_model)
 
 
+NO_SUCH_CALL = (404, 405, 501)
+"""The statuses of a server that does not know a path or a method."""
+
+
 def unreachable(base_url: str) -> str:
-    """Return why a URL gives no HTTP answer of any kind, or ""."""
-    parts = urlsplit(base_url)
-    kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
-    connection = kind(parts.hostname or "", parts.port, timeout=HEALTH_SECONDS)
+    """Return why a URL has no server of the API, or ""; a server need not have both of the calls that are tried."""
     try:
-        connection.request("GET", f"{parts.path.rstrip('/')}/api/v1/healthz")
-        connection.getresponse()
+        healthy, configured = status_of(base_url, "GET", "healthz"), status_of(base_url, "POST", "client/config")
     except TimeoutError:
         return f"it takes a connection and does not answer within {HEALTH_SECONDS:g} s"
     except (OSError, HTTPException) as error:
         return f"there is no HTTP server: {type(error).__name__}: {error}"
+    if healthy in NO_SUCH_CALL and configured in NO_SUCH_CALL:
+        return f"no server of this API: GET /api/v1/healthz gives {healthy}, POST /api/v1/client/config {configured}"
+    return ""
+
+
+def status_of(base_url: str, method: str, call: str) -> int:
+    """Return the HTTP status of a call of the API, with an empty JSON object as the body of a POST."""
+    parts = urlsplit(base_url)
+    kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
+    connection = kind(parts.hostname or "", parts.port, timeout=HEALTH_SECONDS)
+    body, headers = (b"{}", {"Content-Type": "application/json"}) if method == "POST" else (None, {})
+    try:
+        connection.request(method, f"{parts.path.rstrip('/')}/api/v1/{call}", body, headers)
+        return connection.getresponse().status
     finally:
         connection.close()
-    return ""
 
 
 def run(
@@ -114,7 +127,7 @@ def run(
     began = time.monotonic()
     results: list[Result] = []
     stopped = stop(target.alive())
-    facts, hangs = Facts(target.base_model or ""), 0
+    facts, hangs = Facts(""), 0
     left = list(checks)
     while left and not stopped:
         limit = min(CHECK_SECONDS + EXPERIMENTS * facts.seconds, MOST_SECONDS) if results else SETUP_SECONDS
@@ -150,6 +163,8 @@ def stopped_by(results: list[Result], hangs: int, seconds: float, limit: float) 
         return f"the server does not serve: {results[0].seen}"
     if len(results) == 1 and "AuthenticationError: " in results[0].seen:
         return "the server refuses the key; pass its own with --api-key, or set TINKER_API_KEY"
+    if len(results) == 1 and results[0].verdict == "inconclusive":
+        return results[0].seen
     return f"{hangs} checks in a row had no answer" if hangs >= MOST_HANGS else ""
 
 
@@ -251,7 +266,7 @@ def attempt(
         if bench is None:
             connection = target.open()
             connection.deadline = deadline
-            facts = facts if facts.base_model else connect_facts(connection, None)
+            facts = facts if facts.base_model else connect_facts(connection, target.base_model)
             bench = Bench(connection, facts)
         bench.connection.deadline = deadline
         return bench, with_finding(result, check, check.run(bench))

@@ -60,6 +60,14 @@ def test_a_report_is_ok_without_failures_and_strict_counts_the_unclear_ones() ->
     assert not report().ok
 
 
+def test_only_a_run_of_all_checks_of_a_level_says_that_a_server_conforms() -> None:
+    good = [r for r in report().results if r.verdict == "pass"]
+    heads = [Report("u", "s", "core", results=good, partial=partial) for partial in (False, True)]
+    assert "<h1>This training server conforms, level core</h1>" in page(heads[0])
+    assert "<h1>The chosen checks hold</h1>" in page(heads[1])
+    assert "does not conform, level full" in report().headline
+
+
 def test_junit_counts_what_its_cases_say() -> None:
     suite = ElementTree.fromstring(report().junit())
     counts = {name: int(suite.get(name) or -1) for name in ("tests", "failures", "errors", "skipped")}

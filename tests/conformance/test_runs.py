@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -240,6 +241,23 @@ def test_a_wrong_key_ends_the_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert "the server refuses the key" in out and f"{len(CHECKS) - 1} checks were not run" in out
 
 
+def test_a_model_that_the_server_does_not_have_ends_the_run(capsys: pytest.CaptureFixture[str]) -> None:
+    with served(Service(device="cpu")) as url:
+        assert main(["conformance", "--base-url", url, "--base-model", "nope"]) == 1
+    out = " ".join(capsys.readouterr().out.split())
+    assert "the server has no model 'nope'; it offers 'Decoder'; " in out and "most likely" not in out
+
+
+def test_a_server_of_something_else_ends_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as other:
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        assert main(["conformance", "--base-url", f"http://127.0.0.1:{other.server_port}"]) == 1
+        other.shutdown()
+    words = "no server of this API: GET /api/v1/healthz gives 404, POST /api/v1/client/config 501"
+    assert words in " ".join(capsys.readouterr().out.split())
+
+
 def test_a_server_with_any_answer_is_alive(babbling: str) -> None:
     assert unreachable(babbling) == ""
 
@@ -255,4 +273,4 @@ def test_the_command_writes_its_reports(tmp_path: Path, capsys: pytest.CaptureFi
     assert names == ["forward-backward", "save-state", "create-from-state", "gradient-descent", "weights-cancel"]
     assert found["sdk"] == tinker.__version__ and found["ok"] and "5 of 5 checks hold" in out
     assert ElementTree.parse(files["junit"]).getroot().get("tests") == "5"
-    assert "This training server conforms" in files["html"].read_text()
+    assert "The chosen checks hold" in files["html"].read_text()
