@@ -49,13 +49,13 @@ def smallest_with_mean(t: Tokens, x: Tensor, bound: float) -> Tensor:
 
 def select_largest_of(x: Tensor, slot: Tensor, count: Tensor, lengths: Optional[Tensor], equal: bool) -> Tensor:  # noqa: UP045
     """True at the ``count`` tokens of the largest x in each group: ``[N]``. ``slot`` and ``count`` are ``[B]``."""
-    t = Tokens(x, x, lengths, equal=equal)
+    t, room = Tokens(x, x, lengths, equal=equal), torch.empty_like(x)
 
     def are_more(key: Tensor) -> Tensor:
-        return slot_sum(slot, sequence_sum(t, at_least(t, x, number_of(key))).double()) > count
+        return slot_sum(slot, sequence_sum(t, at_least(t, x, number_of(key), room)).double()) > count
 
     lowest = torch.full_like(slot, LOWEST, dtype=torch.int32)
-    return at_least(t, x, number_of(largest_key(lowest, 32, are_more) + 1)).bool()
+    return at_least(t, x, number_of(largest_key(lowest, 32, are_more) + 1), room).bool()
 
 
 def keep_smallest_of(
@@ -73,17 +73,21 @@ def keep_smallest_of(
     saved = torch.where(active, distance.clamp(max=0), 0)
     credit, excess = -slot_sum(slot, sequence_sum(t, saved)), distance.clamp(min=0)
     farthest = 2 * credit + bound  # no excess beyond the credit is paid, and sums stay exact if the search ends here
+    room, wide_room = torch.empty_like(x), torch.empty_like(excess)
 
     def is_paid(key: Tensor) -> Tensor:
         """Whether the excess of the tokens below the number of the key is at most the credit."""
-        largest = (key.view(torch.float32).double() - bound).clamp(min=0)
-        return (largest <= farthest) & (slot_sum(slot, sum_below(t, excess, largest)) <= credit)
+        number = key.view(torch.float32)
+        largest = (number.double() - bound).clamp(min=0)
+        limited = sequence_sum(t, with_value(t, torch.minimum, excess, largest, wide_room))
+        below = limited - largest * sequence_sum(t, at_least(t, x, number, room))
+        return (largest <= farthest) & (slot_sum(slot, below) <= credit)
 
     # The number is between the bound and n times the bound, so that its key is less than 2²⁸ above that of the bound.
     # From 2⁹⁶ it reaches the largest number of float32, and the number above 0 has key 1.
     lowest = torch.full_like(slot, max(1, bits_of(min(bound, 2.0**96))), dtype=torch.int32)
     number = largest_key(lowest, 28, is_paid).view(torch.float32)
-    return active & ~at_least(t, x, number).bool()
+    return active & ~at_least(t, x, number, room).bool()
 
 
 def as_operation(name: str, function: Callable[..., Tensor]) -> Any:
@@ -137,17 +141,16 @@ def bits_of(x: float) -> int:
     return bits
 
 
-def at_least(t: Tokens, x: Tensor, y: Tensor) -> Tensor:
-    """1 where x is at least the y of its sequence, else 0: ``[N], [B] -> [N]``, in their dtype."""
-    # Comparing in place gives numbers, several times faster than bools.
+def at_least(t: Tokens, x: Tensor, y: Tensor, room: Tensor) -> Tensor:
+    """1 where x is at least the y of its sequence, else 0: ``[N], [B] -> [N]``, written into ``room`` in its dtype."""
+    # Comparisons that write numbers are several times faster than bools, and fresh memory would cost as much again.
+    return with_value(t, torch.ge, x, y, room)
+
+
+def with_value(t: Tokens, operation: Callable[..., Tensor], x: Tensor, y: Tensor, room: Tensor) -> Tensor:
+    """An operation of each x and the y of its sequence: ``[N], [B] -> [N]``, written into ``room``."""
     if t.equal:
-        return by_sequence(t, x).clone().ge_(y[:, None]).flatten()
-    return x.clone().ge_(to_tokens(t, y))
-
-
-def sum_below(t: Tokens, x: Tensor, y: Tensor) -> Tensor:
-    """Σ x over the tokens of each sequence with x below its y, both at least 0: ``[N], [B] -> [B]``."""
-    limit = y[:, None] if t.equal else to_tokens(t, y)
-    limited = torch.minimum(by_sequence(t, x) if t.equal else x, limit)
-    total = sequence_sum(t, limited.flatten())
-    return total - y * sequence_sum(t, limited.ge_(limit).flatten())
+        operation(by_sequence(t, x), y[:, None], out=by_sequence(t, room))
+    else:
+        operation(x, to_tokens(t, y), out=room)
+    return room

@@ -17,7 +17,7 @@ from lossfns.backend.client.training import LocalTrainingClient
 from lossfns.backend.engine import engine
 from lossfns.backend.types import ForwardBackwardOutput
 from lossfns.datum import Datum
-from lossfns.server import app, endpoints, results, wire
+from lossfns.server import app, endpoints, results, sampling, wire
 from lossfns.server.command import serve
 from lossfns.server.futures import Futures, Refused
 from lossfns.server.model import ServedModel
@@ -70,10 +70,10 @@ def narrow_clip() -> None:
 def status_501() -> None:
     submit = endpoints.forward_backward
 
-    async def refused(service: Any, request: Pass, digest: Any) -> Any:
+    async def refused(service: Any, request: Pass, *args: Any) -> Any:
         if request.loss_fn in ("cispo", "dro", "gspo"):
             raise Refused(501, f"{request.loss_fn} is not implemented")
-        return await submit(service, request, digest)
+        return await submit(service, request, *args)
 
     endpoints.forward_backward = refused
 
@@ -230,8 +230,8 @@ def json_results() -> None:
 
 
 def seed_ignored() -> None:
-    read = endpoints.sampling_params
-    endpoints.sampling_params = lambda body: read({k: x for k, x in body.items() if k != "seed"})
+    read = sampling.sampling_params
+    sampling.sampling_params = lambda body: read({k: x for k, x in body.items() if k != "seed"})
 
 
 def sparse_to_the_left() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial, update_wrapper
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,6 @@ from lossfns.export.builtins import BUILTINS
 from lossfns.losses import sequence
 from lossfns.losses.policy import ppo
 from lossfns.segments import sequence_sum, to_tokens
-from lossfns.server import passes
 from lossfns.server.wire import Pass
 from tests.conformance.planting import Defect, answers, logprobs, requests, weights, with_fields
 
@@ -177,20 +176,6 @@ def averaged_tokens(loss: str, data: list[Datum]) -> list[Datum]:
     return [scaled(loss, datum, 1 / active(datum)) for datum in data]
 
 
-def uploaded_loss_halved() -> None:
-    run = passes.run_loss
-
-    async def edited(client: Any, request: Pass, losses: Any) -> Any:
-        def half(fn: Any, data: Any, lps: Any) -> Any:
-            loss, found = fn(data, lps)
-            return loss / 2, found
-
-        halved = {name: update_wrapper(partial(half, fn), fn) for name, fn in losses.items()}
-        return await run(client, request, halved)
-
-    passes.run_loss = edited
-
-
 # The outputs
 
 
@@ -271,7 +256,7 @@ LOSSES: dict[str, Defect] = {
     "clip-without-min": Defect(
         "clip-without-min", formula("clipped_surrogate", lambda f, r, a, clip: -(a * r.clamp(*clip)))
     ),
-    "cispo-drops-tokens": Defect("clip-without-min", formula("weighted_policy_gradient", weight_within_bounds)),
+    "cispo-drops-tokens": Defect("clip-drops-tokens", formula("weighted_policy_gradient", weight_within_bounds)),
     "dro-twice": Defect("half-missing", formula("direct_reward", lambda f, lp, old, a, beta: f(lp, old, a, 2 * beta))),
     "dro-gated": Defect("penalty-gated", formula("direct_reward", penalty_where_advantage)),
     "value-without-ratio": Defect(
@@ -279,7 +264,6 @@ LOSSES: dict[str, Defect] = {
     ),
     "micro-batches-averaged": Defect("gradient-averaged", gradient_of(averaged_micro_batches)),
     "gradient-mean-of-tokens": Defect("gradient-averaged", gradient_of(averaged_tokens)),
-    "uploaded-loss-halved": Defect("custom-loss", uploaded_loss_halved),
     "forward-tempered": Defect("two-numeric-paths", tempered(lambda: not torch.is_grad_enabled())),
     "training-tempered": Defect("sampler-logprobs", tempered(lambda: True)),
     "padding-read": Defect("batch-leak", padding_is_read),

@@ -19,6 +19,7 @@ from lossfns.datum import TensorData
 from lossfns.errors import LossInputError
 from lossfns.export.builtins import BUILTINS
 from lossfns.server import endpoints, wire
+from lossfns.server import sampling as served_sampling
 from lossfns.server.app import App, refusal
 from lossfns.server.model import ServedModel
 from lossfns.server.service import Service
@@ -194,8 +195,8 @@ def sampling_setting(**fixed: Any) -> Callable[[], None]:
     """Return a defect that fixes settings of sampling."""
 
     def plant() -> None:
-        read = endpoints.sampling_params
-        endpoints.sampling_params = lambda body: replace(read(body), **fixed)
+        read = served_sampling.sampling_params
+        served_sampling.sampling_params = lambda body: replace(read(body), **fixed)
 
     return plant
 

@@ -15,6 +15,7 @@ import os
 import signal
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -57,15 +58,18 @@ class Found(NamedTuple):
 
 
 def forked(work: Callable[[], None]) -> int:
-    """Run work in a process of its own, in a group of its own, and return the process's id."""
+    """Run work in a process of its own, and return the process's id. Its exit status is 1 after an error."""
     pid = os.fork()
     if pid:
         return pid
+    status = 1
     try:
-        os.setpgid(0, 0)
         work()
+        status = 0
+    except BaseException:
+        traceback.print_exc()
     finally:
-        os._exit(0)
+        os._exit(status)
 
 
 def kill(pid: int) -> None:
@@ -83,10 +87,10 @@ def served(plant: Callable[[], None]) -> Iterator[str]:
     with listening_socket("127.0.0.1", 0) as sock, tempfile.TemporaryDirectory() as folder:
 
         def serve() -> None:
+            plant()
             null = os.open(os.devnull, os.O_RDWR)
             os.dup2(null, 1)
             os.dup2(null, 2)
-            plant()
             asyncio.run(serve_socket(create_app(Service(device="cpu", state=folder)), sock))
 
         pid = forked(serve)
@@ -130,6 +134,7 @@ def measure(plants: Mapping[str, Callable[[], None]], jobs: int, *, first: bool)
 
 
 def save(file: Path, plant: Callable[[], None], first: bool) -> None:
+    os.setpgid(0, 0)  # so that its server ends with it
     file.write_text(json.dumps(found(plant, first=first)))
 
 
@@ -171,6 +176,15 @@ def summary(wrong: Mapping[str, Found], right: Mapping[str, Found]) -> str:
             f"{accused} of {len(right)} correct servers are accused.")  # fmt: skip
 
 
+def read(file: str | None) -> tuple[dict[str, Found], dict[str, Found]]:
+    """Return the findings in a file, of faulty and of correct servers; none if there is no file."""
+    if not file or not Path(file).exists():
+        return {}, {}
+    findings = json.loads(Path(file).read_text())
+    wrong, right = ({name: Found(*x) for name, x in findings[key].items()} for key in ("wrong", "right"))
+    return wrong, right
+
+
 MARK = "<!-- What follows is written by python -m tests.conformance.measure --write. -->"
 
 
@@ -195,16 +209,19 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("names", nargs="*", help="defects or variants; all if left out")
     p.add_argument("--jobs", type=int, default=2, help="how many servers at a time (default: 2)")
-    p.add_argument("--json", metavar="FILE", help="write the findings as JSON")
+    p.add_argument("--json", metavar="FILE", help="update the findings in this file: those of other names stay")
     p.add_argument("--write", metavar="FILE", help="write them as tables into a page")
+    p.add_argument("--plant", action="store_true", help="plant each defect in a process of its own, and run nothing")
     args = p.parse_args()
     unknown = set(args.names) - {*DEFECTS, *VARIANTS}
     if unknown:
         p.error(f"unknown: {', '.join(sorted(unknown))}")
     plants = {name: defect.plant for name, defect in DEFECTS.items() if not args.names or name in args.names}
     variants = {name: plant for name, plant in VARIANTS.items() if not args.names or name in args.names}
-    wrong: dict[str, Found] = {}
-    right: dict[str, Found] = {}
+    if args.plant:
+        failed = [name for name, plant in (plants | variants).items() if os.waitpid(forked(plant), 0)[1]]
+        p.exit(status=1 if failed else 0, message=f"{len(failed)} cannot be planted: {', '.join(failed)}\n")
+    wrong, right = read(args.json)
     for results, measured, first, row in ((right, variants, False, variant_row), (wrong, plants, True, defect_row)):
         for name, result in measure(measured, args.jobs, first=first):
             results[name] = result

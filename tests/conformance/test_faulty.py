@@ -29,6 +29,12 @@ def measured(folder: Path, *names: str) -> dict[str, Any]:
     return found
 
 
+def test_every_defect_can_be_planted() -> None:
+    command = [sys.executable, "-m", "tests.conformance.measure", "--plant"]
+    planted = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert planted.returncode == 0, planted.stderr
+
+
 def test_a_server_that_says_nothing_or_answers_badly_is_caught_and_named(tmp_path: Path) -> None:
     names = ("silent", "one-record", "loss-avg")
     for name, (bug, check, *_) in measured(tmp_path, *names)["wrong"].items():
