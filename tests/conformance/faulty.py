@@ -175,6 +175,38 @@ def optimizer_lost() -> None:
     endpoints.Service.__init__ = edited
 
 
+def mixed_targets_halved() -> None:
+    """Datums of different numbers of targets in one request count half."""
+
+    def edit(request: Pass) -> Pass:
+        widths = {datum.loss_fn_inputs["target_tokens"].to_numpy().shape[1:] for datum in request.data}
+        if len(widths) == 1:
+            return request
+        halved = [with_fields(d, weights=d.loss_fn_inputs["weights"].to_numpy() / 2) for d in request.data]
+        return request._replace(data=halved)
+
+    requests(edit)
+
+
+def save_refused() -> None:
+    async def refused(service: Any, body: Any, digest: Any) -> Any:
+        raise Refused(422, "path: field required")
+
+    endpoints.POST["save_weights"] = refused
+
+
+def settings_stick() -> None:
+    """A weight decay that was given once is kept for all later steps."""
+    read, kept = engine.adam_settings, {"weight_decay": 0.0}
+
+    def edited(adam: Any, dtypes: Any) -> dict[str, Any]:
+        given = read(adam, dtypes)
+        kept["weight_decay"] = max(kept["weight_decay"], given["weight_decay"])
+        return given | kept
+
+    engine.adam_settings = edited
+
+
 # Patches of failures and sequence ids
 
 
@@ -205,9 +237,9 @@ def runs_repeated_requests() -> None:
 def runs_in_order_of_arrival() -> None:
     submit = ServedModel.submit
 
-    def edited(self: Any, seq_id: int, digest: Any, kind: str, run: Any) -> Any:
+    def edited(self: Any, seq_id: int, *args: Any) -> Any:
         place = max([self.next_seq - 1, *self.waiting]) + 1
-        future = submit(self, place, digest, kind, run)
+        future = submit(self, place, *args)
         return future
 
     ServedModel.submit = edited
@@ -223,6 +255,26 @@ def no_sequence_ids() -> None:
         return {name: x for name, x in (await sample(service, body, digest)).items() if name != "sample_sequence_ids"}
 
     endpoints.POST["asample"] = edited
+
+
+def ids_repeated() -> None:
+    sample = endpoints.POST["asample"]
+
+    async def edited(service: Any, body: Any, digest: Any) -> Any:
+        answer = await sample(service, body, digest)
+        return {**answer, "sample_sequence_ids": ["a"] * len(answer["sample_sequence_ids"])}
+
+    endpoints.POST["asample"] = edited
+
+
+def forward_drifts() -> None:
+    calls: list[int] = []
+
+    def edit(request: Pass, i: int, x: np.ndarray) -> np.ndarray:
+        calls.append(i)
+        return x - 0.02 * len(calls)
+
+    logprobs(edit)()
 
 
 def json_results() -> None:
@@ -246,6 +298,17 @@ def sparse_to_the_left() -> None:
 
 FIRST: dict[str, Defect] = {
     "metrics-empty": Defect("loss-sum-missing", metrics(lambda m: {})),
+    "forward-drifts": Defect("state-between-calls", forward_drifts),
+    "columns-reversed": Defect("targets-flattened", logprobs(lambda r, i, x: x[:, ::-1] if x.ndim == 2 else x)),
+    "one-column-halved": Defect(
+        "targets-flattened", weights(lambda w: w / 2 if w.ndim == 2 and w.shape[1] == 1 else w)
+    ),
+    "weights-flipped": Defect("sign-flipped", weights(np.negative)),
+    "mixed-targets-halved": Defect("targets-flattened", mixed_targets_halved),
+    "save-refused": Defect("refused", save_refused),
+    "settings-stick": Defect("adam-settings", settings_stick),
+    "ids-repeated": Defect("sequence-ids-missing", ids_repeated),
+    "metric-nan": Defect("metric-keys", metrics(lambda m: {**m, "speed:mean": float("nan")})),
     "keys-without-colon": Defect("metric-keys", keys_without_colon),
     "flattened-targets": Defect("targets-flattened", logprobs(lambda request, i, x: x.ravel())),
     "loss-mean-times-tokens": Defect("loss-not-summed", loss_is_a_mean_times_tokens),

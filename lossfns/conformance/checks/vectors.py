@@ -24,11 +24,10 @@ from lossfns.export.datums import fold
 from lossfns.testing.vectors.library import subject_for
 from lossfns.testing.vectors.vector import Vector, load, num_targets
 
-LOSSES = ("cross_entropy", "multi_target_cross_entropy", "importance_sampling", "ppo", "dapo", "grpo", "cispo",
-    "gspo_token")  # fmt: skip
-"""The losses whose vectors may fold into a built-in, with the gradient of the vector at any logprobs."""
+LOSSES = ("importance_sampling", "ppo", "dapo", "grpo", "cispo", "gspo_token")
+"""The losses whose vectors may fold into a built-in. Those of cross_entropy would be compared with themselves."""
 
-SENT = {"multi_target_cross_entropy": "cross_entropy", "dapo": "ppo", "grpo": "ppo", "gspo_token": "gspo"}
+SENT = {"dapo": "ppo", "grpo": "ppo", "gspo_token": "gspo"}
 """Loss of the vectors → the built-in that computes it, where the names differ."""
 
 
@@ -155,6 +154,6 @@ CHECKS = tuple(
     Check(f"vectors-{name.replace('_', '-')}", f"The golden vectors of {name}, sent as "
         f"{SENT.get(name, name)}, have their golden gradients.", "another-loss", partial(vectors, name), "full",
         ("gradient-descent", f"offers-{SENT.get(name, name).replace('_', '-')}",
-         *(["several-targets"] if name == "multi_target_cross_entropy" else [])))
+))
     for name in LOSSES
 )  # fmt: skip
