@@ -39,11 +39,12 @@ def add_conformance(commands: argparse._SubParsersAction[argparse.ArgumentParser
         "conformance",
         help="test a training server through the SDK tinker, from outside",
         description="Test a training server through the public SDK tinker, without access to its weights. Exits with "
-        "0 if no check fails, 1 if one does or the server stops answering, 2 if the suite cannot be run.",
+        "0 if no check fails, 1 if one does or the server stops answering, 2 if the suite cannot be run. Needs the "
+        "extra: tinker.",
     )
     p.add_argument("--base-url", metavar="URL", help="the server, such as http://127.0.0.1:8000")
     p.add_argument("--api-key", metavar="KEY", default=os.environ.get("TINKER_API_KEY", "tml-conformance"),
-        help="its key; the variable TINKER_API_KEY if left out")  # fmt: skip
+        help="its key; TINKER_API_KEY, or else tml-conformance, if left out")  # fmt: skip
     p.add_argument(
         "--base-model", metavar="NAME", help="the model to train; the first that the server offers if left out"
     )
@@ -115,10 +116,17 @@ def run_checks(args: argparse.Namespace) -> Report:
     for path in filter(None, (args.json, args.junit, args.html)):
         if not Path(path).absolute().parent.is_dir():
             raise LossInputError("report", "a file in a folder that exists", repr(path), "Make the folder first.")
+    if not args.base_url.startswith(("http://", "https://")):
+        fix = f"Write http://{args.base_url} if the server has no TLS."
+        raise LossInputError("base-url", "an address with http:// or https://", repr(args.base_url), fix)
+    xfails = read_patterns(args.xfails)
+    for pattern in xfails:
+        if not any(fnmatch(check.name, pattern) for check in CHECKS):
+            fix = "lossfns conformance --list prints the names."
+            raise LossInputError("xfails", "names or patterns of checks", repr(pattern), fix)
     sdk = installed_sdk(args.sdk_path)
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     report = Report(args.base_url, sdk, args.level, date=today, strict=args.strict)
-    xfails = read_patterns(args.xfails)
     target = http_target(args.base_url, args.api_key, args.base_model)
     checks = chosen(CHECKS, args.level, args.check)
     with status() as show:

@@ -23,6 +23,11 @@ code { font: 0.92em ui-monospace, monospace; overflow-wrap: anywhere } .dim { co
 .sum { display: flex; flex-wrap: wrap; gap: 0.4rem 1.6rem; margin: 1rem 0; padding: 0 } .sum li { list-style: none }
 .sum b { font-size: 1.3rem } .box { border-left: 3px solid var(--bad); padding: 0.1rem 0 0.1rem 0.9rem; margin: 1rem 0 }
 .box p { margin: 0.25rem 0 } .stop { border-color: var(--unsure) }
+@media (max-width: 44rem) {
+  .checks td, .checks th { display: inline-block; padding: 0.1rem 0.4rem 0.1rem 0; white-space: normal }
+  .checks tr { display: block; padding: 0.3rem 0 } .checks td:last-child { display: block }
+  .checks :is(td, th):empty, .checks th:first-child { display: none }
+}
 """.strip()
 
 
@@ -56,7 +61,7 @@ def page(report: Report) -> str:
 <ul class="sum">{counts}</ul>
 {stopped}{f"<h2>What does not hold</h2>{broken}" if broken else ""}
 <h2>Every check</h2>
-<table><tr><th></th><th>check</th><th>error</th><th></th></tr>{rows}</table>
+<table class="checks"><tr><th></th><th>check</th><th>error</th><th></th></tr>{rows}</table>
 <h2>The run</h2>
 <table>{about}</table>
 <h2>Words</h2>

@@ -102,11 +102,10 @@ class Report:
         """The verdict in one line, with the time that it took."""
         counted = {verdict: n for verdict, n in self.counts.items() if n and verdict != "pass"}
         others = "".join(f", {n} {verdict}" for verdict, n in counted.items())
-        bug = f"; most likely {self.bug}: {ALL_BUGS[self.bug].description}" if self.bug else ""
+        bug = f"; most likely {self.bug}: {ALL_BUGS[self.bug].description}" if self.broken else ""
         stopped = f"; stopped: {self.stopped}" if self.stopped else ""
-        return printable(
-            f"{self.counts['pass']} of {len(self.results)} checks hold{others}{bug}{stopped} ({self.seconds:.1f} s)"
-        )
+        held = f"{self.counts['pass']} of {len(self.results)} checks hold" if self.results else "no check was run"
+        return printable(f"{held}{others}{bug}{stopped} ({self.seconds:.1f} s)")
 
     def table(self) -> str:
         """Return the report as plain text: the broken checks, a line for each check, and the summary."""

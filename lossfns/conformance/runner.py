@@ -148,6 +148,8 @@ def stopped_by(results: list[Result], hangs: int, seconds: float, limit: float) 
         return f"time was up after {limit:g} s"
     if len(results) == 1 and results[0].bug == "no-answer":
         return f"the server does not serve: {results[0].seen}"
+    if len(results) == 1 and "AuthenticationError: " in results[0].seen:
+        return "the server refuses the key; pass its own with --api-key, or set TINKER_API_KEY"
     return f"{hangs} checks in a row had no answer" if hangs >= MOST_HANGS else ""
 
 

@@ -119,7 +119,8 @@ class App:
                 response = refusal(code, reason)
             milliseconds = 1e3 * (time.perf_counter() - start)
             path, reason = printable(request.url.path), printable(reason)
-            log.info("%s %s %d %.1f ms %s", request.method, path, response.status_code, milliseconds, reason)
+            reason = f" {reason}" if reason else ""
+            log.info("%s %s %d %.1f ms%s", request.method, path, response.status_code, milliseconds, reason)
             return response
 
         return handle

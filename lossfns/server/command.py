@@ -143,6 +143,9 @@ def listening_socket(host: str, port: int) -> socket.socket:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(address)
         sock.listen(2048)
+    except OSError as error:
+        sock.close()
+        raise OSError(error.errno, f"{error.strerror}: {host}, port {port}. --port takes another") from error
     except BaseException:
         sock.close()
         raise

@@ -309,11 +309,11 @@ class Service:
     # Checkpoints
 
     def checkpoint(self, path: str) -> Path:
-        """Return the file of a checkpoint's path, ``tinker://{model}/weights/{name}``."""
+        """Return the file of a checkpoint's path, ``tinker://SESSION:train:N/weights/NAME``."""
         match = PATH.fullmatch(path)
         if match is None:
             fix = "save_state and save_weights_for_sampler return such paths."
-            raise LossInputError("path", "tinker://{model_id}/weights/{name}", repr(path)[:200], fix)
+            raise LossInputError("path", "tinker://SESSION:train:N/weights/NAME", repr(path)[:200], fix)
         return self.root / match[1] / match[2] / match[3] / match[4]
 
     def saved_checkpoint(self, path: str) -> Path:

@@ -226,6 +226,9 @@ def test_the_command_refuses_what_it_cannot_run(capsys: pytest.CaptureFixture[st
     with pytest.raises(SystemExit):
         main(["conformance"])
     assert "--base-url" in capsys.readouterr().err
-    for option in (["--sdk-path", str(tmp_path)], ["--html", str(tmp_path / "no" / "x.html")]):
+    xfails = tmp_path / "xfails.txt"
+    xfails.write_text("gradient-*\nnosuch-*\n")
+    for option in (["--sdk-path", str(tmp_path)], ["--html", str(tmp_path / "no" / "x.html")],
+                   ["--xfails", str(xfails)], ["--base-url", "127.0.0.1:9"]):  # fmt: skip
         assert main(["conformance", "--base-url", "http://127.0.0.1:9", *option]) == 2, option
         assert capsys.readouterr().err.startswith("lossfns: ")

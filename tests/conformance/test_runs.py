@@ -233,6 +233,13 @@ def test_a_server_that_does_not_serve_ends_with_a_report(
         assert words in capsys.readouterr().out, url
 
 
+def test_a_wrong_key_ends_the_run(capsys: pytest.CaptureFixture[str]) -> None:
+    with served(Service(device="cpu"), api_key="tml-secret") as url:
+        assert main(["conformance", "--base-url", url, "--api-key", "tml-wrong"]) == 1
+    out = capsys.readouterr().out
+    assert "the server refuses the key" in out and f"{len(CHECKS) - 1} checks were not run" in out
+
+
 def test_a_server_with_any_answer_is_alive(babbling: str) -> None:
     assert unreachable(babbling) == ""
 

@@ -296,7 +296,7 @@ class LocalServiceClient:
         """Return a base model and its tokenizer, built at the first use. Clients get copies, never the model itself."""
         if not isinstance(name, str) or name not in self._models:
             expected = f"one of {', '.join(map(repr, self._models))}"
-            fix = "LocalServiceClient(models={name: build}) adds others."
+            fix = "LocalServiceClient(models={name: build}) adds others, as does lossfns serve --model NAME=MODEL."
             raise LossInputError("base_model", expected, repr(name), fix)
         with self._lock:
             if name not in self._bases:
