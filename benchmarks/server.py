@@ -1,7 +1,7 @@
 """The protocol's overhead: forward_backward by the tinker SDK over loopback, beside the same call in this process.
 
-The server is a process of its own. Both sides have the same small model, so that little else than the protocol is
-measured, and take turns. The overhead of a call does not depend on the model.
+The server is a process of its own. Both sides take turns and have the same small model, so that little else than the
+protocol is measured. The overhead of a call does not depend on the model.
 
     python benchmarks/server.py [--calls 200]
 """
@@ -22,7 +22,7 @@ from lossfns.backend.model.tokenizer import ByteTokenizer
 
 MODELS = {"Tiny": lambda: (Decoder(vocab_size=257, dim=16, layers=1, heads=2, kv_heads=1, hidden=32), ByteTokenizer())}
 SIZES = {(8, 256): 2.5, (256, 1024): 25.0}
-"""Datums and tokens of a call, and the most milliseconds of overhead."""
+"""(datums, tokens of each) of a call, and the most milliseconds of overhead."""
 
 
 def serve_models() -> None:
@@ -49,20 +49,21 @@ def compare(calls: int, url: str) -> bool:
     import tinker
 
     warnings.simplefilter("ignore")
-    here = LocalServiceClient(MODELS, device="cpu").create_lora_training_client("Tiny", 4, 0)
+    local = LocalServiceClient(MODELS, device="cpu").create_lora_training_client("Tiny", 4, 0)
     within = True
     with tinker.ServiceClient(base_url=url, api_key="tml-local") as service:
-        there = service.create_lora_training_client("Tiny", 4, 0).result()
+        remote = service.create_lora_training_client("Tiny", 4, 0).result()
         for (count, length), most in SIZES.items():
             data = datums(count, length)
             rounds = calls if count * length < 10_000 else max(1, calls // 10)
-            times = [[seconds(client, data) for client in (here, there)] for _ in range(rounds + 3)][3:]
-            ours, wire = (statistics.median(column) for column in zip(*times, strict=True))
+            times = [[seconds(client, data) for client in (local, remote)] for _ in range(rounds + 3)][3:]
+            in_process, over_loopback = (statistics.median(column) for column in zip(*times, strict=True))
             overhead = 1e3 * statistics.median(b - a for a, b in times)
             within &= overhead <= most
             print(
-                f"{count:4} x {length:4} tokens: in process {1e3 * ours:7.2f} ms, over loopback {1e3 * wire:7.2f} ms, "
-                f"overhead {overhead:6.2f} ms of {most} (median of {rounds} pairs)",
+                f"{count:4} x {length:4} tokens: in process {1e3 * in_process:7.2f} ms, "
+                f"over loopback {1e3 * over_loopback:7.2f} ms, overhead {overhead:6.2f} ms of {most} "
+                f"(median of {rounds} pairs)",
                 flush=True,
             )
     return within

@@ -1,4 +1,4 @@
-"""A function of one datum as a loss of a batch: the contract of ``create_custom_loss`` in that of a custom loss."""
+"""A function of one datum, as ``create_custom_loss`` takes it, turned into a custom loss of a batch."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ SUM, MEAN = ":sum", ":mean"
 def per_datum(fn: Callable[..., tuple[Tensor, Mapping[str, Tensor]]], input_ranks: Mapping[str, int]) -> LossFn:
     """Return the loss of a batch that sums a function over its datums, as the service runs ``create_custom_loss``.
 
-    The gradient of a datum is computed before the next datum is read, so that only one graph is in memory. All numbers
-    are read together.
+    The gradient of a datum is computed before the next datum is read, so that only one graph is in memory. All metrics
+    are read in one transfer.
 
     Args:
         fn: ``fn(logprobs, *inputs) -> (0-d tensor, {"custom/<name>:sum" or ":mean": 0-d tensor})``. A metric is summed
@@ -49,18 +49,18 @@ def per_datum(fn: Callable[..., tuple[Tensor, Mapping[str, Tensor]]], input_rank
 
     def loss_fn(data: list[Any], logprobs_list: list[Tensor]) -> tuple[Tensor, dict[str, float]]:
         losses: list[Tensor] = []
-        rows: list[Mapping[str, Tensor]] = []
+        metrics_of_datums: list[Mapping[str, Tensor]] = []
         for i, (datum, logprobs) in enumerate(zip(data, logprobs_list, strict=True)):
             inputs = [read_input(datum, name, i) for name in names[1:]]
             for name, x in zip(names, (logprobs, *inputs)):
                 check_rank(name, x, input_ranks[name], i)
             loss, metrics = loss_of_datum(fn, logprobs, inputs, i)
-            if rows and metrics.keys() != rows[0].keys():
+            if metrics_of_datums and metrics.keys() != metrics_of_datums[0].keys():
                 fix = "Return the same metrics for every datum."
-                raise LossInputError("metrics", ", ".join(rows[0]), ", ".join(metrics), fix, datum=i)
+                raise LossInputError("metrics", ", ".join(metrics_of_datums[0]), ", ".join(metrics), fix, datum=i)
             losses.append(loss)
-            rows.append(metrics)
-        return torch.stack(losses).sum(), reduce_metrics(rows)
+            metrics_of_datums.append(metrics)
+        return torch.stack(losses).sum(), reduce_metrics(metrics_of_datums)
 
     return loss_fn
 
@@ -94,12 +94,12 @@ def read_input(datum: Any, name: str, i: int) -> Tensor:
     if value is None:
         got = f"only {', '.join(datum.loss_fn_inputs)}"
         raise LossInputError(name, "a field that the loss reads", got, "Put it into loss_fn_inputs.", datum=i)
-    return torch.from_numpy(value.to_numpy().copy())  # fields of a request cannot be written to, which torch warns of
+    return torch.from_numpy(value.to_numpy().copy())  # torch warns of arrays that cannot be written to
 
 
 def check_rank(name: str, x: Tensor, rank: int, i: int) -> None:
     if x.ndim != rank:
-        fix = "The loss was created with this rank."
+        fix = "Send the rank that the loss was created with."
         raise LossInputError(name, f"{rank} dimensions", f"shape {tuple(x.shape)}", fix, datum=i)
 
 

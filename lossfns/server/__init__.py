@@ -1,6 +1,6 @@
 """A server for the ``tinker`` SDK on local models: ``lossfns serve``, or ``local_service`` without a socket.
 
-Its parts need the extra ``server``; they are imported when they are used.
+The public names need the extra ``server``, and are imported when they are used.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 __all__ = ["Service", "create_app", "local_service", "serve"]
 
-ROOMS = {"Service": "service", "create_app": "app", "local_service": "local", "serve": "command"}
+MODULES = {"Service": "service", "create_app": "app", "local_service": "local", "serve": "command"}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in ROOMS:
+    if name not in MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        return getattr(import_module(f"{__name__}.{ROOMS[name]}"), name)
+        return getattr(import_module(f"{__name__}.{MODULES[name]}"), name)
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("lossfns"):
             raise

@@ -25,13 +25,13 @@ from lossfns.server.service import Service
 
 log = logging.getLogger("lossfns.server.access")
 
-SMALL = 2**18
-"""Bodies and results of more bytes are read and written in a thread, so that other requests need not wait."""
+INLINE_BYTES = 2**18
+"""The largest body or result that is read or written in the event loop. Larger ones take a thread."""
 
-JSON_BYTES = 2**22
-"""The largest body of a request that is no pass. It is parsed at once, while nothing else runs."""
+CALL_BYTES = 2**22
+"""The largest body of a request that is no pass. It is parsed in the event loop, while nothing else runs."""
 
-ARRIVING = 8
+BODIES_AT_ONCE = 8
 """How many of the largest bodies may arrive at the same time."""
 
 Handler = Callable[[Request], Awaitable[Response]]
@@ -42,9 +42,9 @@ class App:
     """The handlers of a service.
 
     Args:
-        service: what the handlers ask.
+        service: the sessions and models that requests are about.
         api_key: what clients must send as ``X-API-Key``; None lets everybody in.
-        body_bytes: the largest body; ``decompressed_bytes``, the largest one when decompressed.
+        body_bytes, decompressed_bytes: the largest body, as it arrives and when decompressed.
         body_seconds: the longest time that a body may take to arrive.
         poll_seconds: how long ``retrieve_future`` waits for a result before it asks the client to try again.
     """
@@ -62,7 +62,7 @@ class App:
         self.service, self.api_key = service, api_key
         self.body_bytes, self.decompressed_bytes = body_bytes, decompressed_bytes
         self.body_seconds, self.poll_seconds = body_seconds, poll_seconds
-        self.arriving = 0  # bytes
+        self.arriving_bytes = 0
         self.reading = asyncio.Lock()
 
     @asynccontextmanager
@@ -78,14 +78,14 @@ class App:
 
     def starlette(self) -> Starlette:
         """Return the ASGI application."""
-        routes = [self.route(f"/api/v1/{name}", self.json(endpoint)) for name, endpoint in endpoints.POST.items()]
-        routes += [
+        routes = [
+            *(self.route(f"/api/v1/{path}", self.post_handler(endpoint)) for path, endpoint in endpoints.POST.items()),
             self.route("/api/v1/forward_backward", self.passes),
             self.route("/api/v1/forward", self.passes),
             self.route("/api/v1/retrieve_future", self.retrieve_future),
             self.route("/api/v1/sessions/{session_id}/finish", self.finish_session),
             self.route("/api/v1/training_runs/{model_id}/checkpoints/{kind}/{name}", self.delete_checkpoint, "DELETE"),
-            *(self.route(f"/api/v1/{path}", self.read(answer), "GET") for path, answer in rest.GET.items()),
+            *(self.route(f"/api/v1/{path}", self.get_handler(answer), "GET") for path, answer in rest.GET.items()),
             self.route("/", self.status_page, "GET"),
             self.route("/status.json", self.status_json, "GET"),
             self.route("/{path:path}", self.unknown, "GET", "POST", "PUT", "DELETE", "PATCH"),
@@ -100,11 +100,11 @@ class App:
     def guarded(self, handler: Handler) -> Handler:
         """Check the key, turn errors into statuses, and log a line for each request."""
 
-        async def guarded(request: Request) -> Response:
+        async def handle(request: Request) -> Response:
             start = time.perf_counter()
             reason = ""
             try:
-                self.check_key(request)
+                self.check_access(request)
                 response = await handler(request)
             except LossInputError as error:
                 reason, code = str(error), 400
@@ -112,7 +112,7 @@ class App:
                 reason, code = error.reason, error.status
             except ClientDisconnect:
                 reason, code = "The body is not complete.", 400
-            except Exception as error:  # a defect of the server: the client gets its name, the log all of it
+            except Exception as error:  # a defect of the server: the client gets its name, the log the traceback
                 logging.getLogger("lossfns.server").exception("%s failed.", printable(request.url.path))
                 reason, code = f"{type(error).__name__} in the server. Its log has more.", 400
             if reason:
@@ -123,9 +123,9 @@ class App:
             log.info("%s %s %d %.1f ms%s", request.method, path, response.status_code, milliseconds, reason)
             return response
 
-        return guarded
+        return handle
 
-    def check_key(self, request: Request) -> None:
+    def check_access(self, request: Request) -> None:
         """Refuse clients without the key, and pages of other sites that a browser on this machine has open.
 
         A browser sends the key as the password of the status page.
@@ -134,32 +134,33 @@ class App:
             raise Refused(403, "Origin: expected none. Web pages cannot call this server.")
         if self.api_key is None:
             return
-        given = request.headers.get("x-api-key") or password(request.headers.get("authorization", ""))
-        if not hmac.compare_digest(given.encode(), self.api_key.encode()):
+        key = request.headers.get("x-api-key") or password(request.headers.get("authorization", ""))
+        if not hmac.compare_digest(key.encode(), self.api_key.encode()):
             raise Refused(401, "X-API-Key: expected the key of this server. Pass api_key= or set TINKER_API_KEY.")
 
     async def body(self, request: Request, limit: int | None = None) -> bytes:
         """Return the body, decompressed; refuse one of more than ``limit`` bytes, or ``body_bytes``."""
-        most = self.body_bytes if limit is None else min(limit, self.body_bytes)
+        largest = self.body_bytes if limit is None else min(limit, self.body_bytes)
         declared = request.headers.get("content-length", "0")
-        if len(declared) > 18 or not declared.isdecimal() or int(declared) > most:
-            raise Refused(413, f"A body of {declared} bytes: at most {most} are read. Send less at a time.")
+        if len(declared) > 18 or not declared.isdecimal() or int(declared) > largest:
+            raise Refused(413, f"A body of {declared} bytes: at most {largest} are read. Send less at a time.")
         parts, size = [], 0
         try:
             async with self.service.until_stop(asyncio.timeout(self.body_seconds)):
                 async for part in request.stream():
                     size += len(part)
-                    self.arriving += len(part)
-                    if size > most:
-                        raise Refused(413, f"A body of more than {most} bytes. Send less at a time.")
-                    if self.arriving > ARRIVING * self.body_bytes:
-                        raise Refused(429, f"Bodies of {self.arriving} bytes arrive at the same time. Send it again.")
+                    self.arriving_bytes += len(part)
+                    if size > largest:
+                        raise Refused(413, f"A body of more than {largest} bytes. Send less at a time.")
+                    if self.arriving_bytes > BODIES_AT_ONCE * self.body_bytes:
+                        reason = f"Bodies of {self.arriving_bytes} bytes arrive at the same time. Send it again."
+                        raise Refused(429, reason)
                     parts.append(part)
         except TimeoutError:
             self.service.refuse_if_stopping()
             raise Refused(408, f"The body took more than {self.body_seconds:g} s to arrive.") from None
         finally:
-            self.arriving -= size
+            self.arriving_bytes -= size
         body = b"".join(parts)
         encoding = request.headers.get("content-encoding", "")
         if not encoding:
@@ -171,16 +172,20 @@ class App:
         async with self.reading:
             return await asyncio.to_thread(read, *args)
 
-    def json(self, endpoint: endpoints.Endpoint) -> Handler:
+    def post_handler(self, endpoint: endpoints.Endpoint) -> Handler:
+        """Return the handler of an endpoint that takes and returns JSON."""
+
         async def handler(request: Request) -> Response:
-            body = await self.body(request, JSON_BYTES)
+            body = await self.body(request, CALL_BYTES)
             wire.check_json(request.headers.get("content-type", ""))
             answer = await endpoint(self.service, wire.json_object(body), hash(body))
             return Response(to_json(answer), media_type="application/json")
 
         return handler
 
-    def read(self, answer: Callable[..., dict[str, Any]]) -> Handler:
+    def get_handler(self, answer: Callable[..., dict[str, Any]]) -> Handler:
+        """Return the handler of an endpoint without a body, which is answered in a thread."""
+
         async def handler(request: Request) -> Response:
             value = await asyncio.to_thread(answer, self.service, request.query_params, **request.path_params)
             return Response(to_json(value), media_type="application/json")
@@ -188,7 +193,7 @@ class App:
         return handler
 
     async def passes(self, request: Request) -> Response:
-        """Forward and forward-backward requests, the only ones that are large."""
+        """Accept a forward or a forward-backward request. Only these are large."""
         body = await self.body(request)
         content_type = request.headers.get("content-type", "")
         forward_only = request.url.path.endswith("/forward")
@@ -196,13 +201,13 @@ class App:
         def read() -> tuple[wire.Pass, int]:
             return wire.read_pass(body, content_type, forward_only=forward_only), hash(body)
 
-        made, digest = await self.in_thread(read) if len(body) > SMALL else read()
-        answer = await endpoints.forward_backward(self.service, made, digest, len(body))
+        parsed, digest = await self.in_thread(read) if len(body) > INLINE_BYTES else read()
+        answer = await endpoints.forward_backward(self.service, parsed, digest, len(body))
         return Response(to_json(answer), media_type="application/json")
 
     async def retrieve_future(self, request: Request) -> Response:
-        """Wait for a result, and return it; after ``poll_seconds`` ask the client to try again."""
-        data = await self.body(request, JSON_BYTES)
+        """Wait for a result and return it; after ``poll_seconds`` ask the client to try again."""
+        data = await self.body(request, CALL_BYTES)
         wire.check_json(request.headers.get("content-type", ""))
         body = wire.json_object(data)
         future = self.service.futures.find(wire.field(body, "request_id", str))
@@ -214,22 +219,23 @@ class App:
         if not future.finished:
             pending = {"type": "try_again", "request_id": future.request_id, "queue_state": "active"}
             return Response(to_json(pending), 408, media_type="application/json")
-        response = await self.outcome(future, request.headers.get("accept", ""))
+        response = await self.response_of(future, request.headers.get("accept", ""))
         self.service.futures.retrieve(future)
         return response
 
-    async def outcome(self, future: Future, accept: str) -> Response:
+    async def response_of(self, future: Future, accept: str) -> Response:
+        """Return the result or the error of a future that has finished."""
         if future.error is not None:
             failed = {"error": future.error, "category": future.category}
             return Response(to_json(failed), media_type="application/json")
-        large = future.nbytes > SMALL
+        large = future.nbytes > INLINE_BYTES
         media_type, data = (
             await asyncio.to_thread(encode, future.result, accept) if large else encode(future.result, accept)
         )
         return Response(data, media_type=media_type)
 
     async def finish_session(self, request: Request) -> Response:
-        await self.body(request, JSON_BYTES)
+        await self.body(request, CALL_BYTES)
         await self.service.finish_session(request.path_params["session_id"])
         return Response(status_code=204)
 
@@ -247,7 +253,7 @@ class App:
         raise Refused(404, f"{request.method} {request.url.path}: this server has no such call.")
 
     async def no_route(self, request: Request, error: Exception) -> Response:
-        """Answer a request that matches no route: a method without a meaning here, or a path of many lines."""
+        """Answer a request that matches no route, such as one with an unknown method or a line break in its path."""
         code = error.status_code if isinstance(error, HTTPException) else 404
         return refusal(code, f"{request.method} {request.url.path}: this server has no such call.")
 

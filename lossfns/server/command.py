@@ -120,6 +120,9 @@ def serve(app: Starlette, *, host: str = "127.0.0.1", port: int = 8000, log: boo
         app: from ``create_app``.
         host, port: where to listen. Port 0 takes a free one; the address is printed.
         log: whether to print a line for each request to standard error.
+
+    Raises:
+        OSError: if the address is taken, or is not one of this machine.
     """
     import uvicorn
 
@@ -159,7 +162,7 @@ async def serve_socket(app: Starlette, sock: socket.socket, log: bool = False) -
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
         logger.handlers[:], logger.propagate = [handler], False
         logger.setLevel(logging.INFO)
-    # A connection that is accepted while the server stops would otherwise be waited for until its client goes.
+    # Without the last limit, a connection that comes while the server stops keeps it until the client closes it.
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, timeout_keep_alive=120, timeout_graceful_shutdown=5
     )

@@ -16,7 +16,7 @@ from lossfns.export.per_datum import per_datum
 from lossfns.server.futures import Future
 from lossfns.server.graph import read_inputs, rebuild
 from lossfns.server.service import Service
-from lossfns.server.session import Uploaded
+from lossfns.server.session import UploadedLoss
 from lossfns.server.wire import Pass, field, only, sequence_id
 
 MOST_LOSSES = 256
@@ -36,24 +36,26 @@ def create_loss(service: Service, body: dict[str, Any], digest: int | None) -> F
         raise LossInputError("custom_loss_seq_id", "one that is not taken", str(number), "Take the next one.")
 
     async def create() -> dict[str, str]:
-        graph, inputs = field(body, "graph", dict), field(body, "inputs", list)
         if len(session.losses) >= MOST_LOSSES:
             fix = "Use those that there are, or create another ServiceClient."
             raise LossInputError("create_custom_loss", f"at most {MOST_LOSSES} losses in a session", "one more", fix)
-        session.losses[loss_id] = await asyncio.to_thread(rebuilt, body, graph, inputs)
+        session.losses[loss_id] = await asyncio.to_thread(rebuild_loss, body)
         return {"type": "create_custom_loss", "loss_id": loss_id}
 
     return service.start(service.futures.begin(loss_id, digest), create)
 
 
-def rebuilt(body: dict[str, Any], graph: dict[str, Any], inputs: list[Any]) -> Uploaded:
+def rebuild_loss(body: dict[str, Any]) -> UploadedLoss:
     """Rebuild a loss from a request of ``create_custom_loss``."""
+    graph, inputs = field(body, "graph", dict), field(body, "inputs", list)
     ranks = read_inputs(inputs)
-    return Uploaded(per_datum(rebuild(graph, inputs), ranks), ranks, body)
+    return UploadedLoss(per_datum(rebuild(graph, inputs), ranks), ranks, body)
 
 
-async def run_loss(client: LocalTrainingClient, request: Pass, losses: Mapping[str, Uploaded]) -> ForwardBackwardOutput:
-    """Run a pass with an uploaded loss. Its metrics, like all others, have their reduction in the name."""
+async def run_loss(
+    client: LocalTrainingClient, request: Pass, losses: Mapping[str, UploadedLoss]
+) -> ForwardBackwardOutput:
+    """Run a pass with an uploaded loss, whose metrics already have their reduction in the name."""
     uploaded = losses.get(str(request.config.get("loss_id")))
     if uploaded is None or len(request.config) != 1:
         fix = "create_custom_loss returns it; it belongs to the session. Or use forward_backward_custom."
@@ -66,13 +68,13 @@ async def run_loss(client: LocalTrainingClient, request: Pass, losses: Mapping[s
     scalars = [name for name, rank in uploaded.ranks.items() if rank == 0]
     data = [with_scalars(datum, scalars) for datum in request.data] if scalars else request.data
     result = await client.forward_backward_custom(data, uploaded.loss)
-    named = {name: x for name, x in result.metrics.items() if ":" in name}
+    reduced = {name: x for name, x in result.metrics.items() if ":" in name}
     others = {name: x for name, x in result.metrics.items() if ":" not in name}
-    return replace(result, metrics=named | with_reductions(others))
+    return replace(result, metrics=reduced | with_reductions(others))
 
 
 def with_scalars(datum: Datum, names: Sequence[str]) -> Datum:
-    """Return a datum whose fields of these names are 0-d: protobuf does not tell a shape of [] from none."""
+    """Return a datum whose fields of these names are 0-d: in protobuf, the shape [] looks like no shape."""
     fields = dict(datum.loss_fn_inputs)
     for name in names:
         if name in fields and fields[name].shape == [1]:

@@ -1,4 +1,4 @@
-"""The endpoints that take and return JSON, by name: what each reads of its request, and what it asks of the service."""
+"""The endpoints that take and return JSON, by name: each reads its request and calls the service."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lossfns.server.model import ServedModel
 from lossfns.server.passes import run_pass
 from lossfns.server.results import to_json
 from lossfns.server.samplers import Sampler
-from lossfns.server.sampling import SAMPLE, sample
+from lossfns.server.sampling import SAMPLE_FIELDS, sample
 from lossfns.server.service import Service
 from lossfns.server.session import session_of
 from lossfns.server.tokenizer import write_byte_tokenizer
@@ -27,7 +27,10 @@ from lossfns.server.wire import field, only, sequence_id
 Json = dict[str, Any]
 
 METADATA_BYTES = 2**16
-"""The largest metadata of a session, which are kept as long as the server runs."""
+"""The largest metadata of a session, in bytes of JSON. The server keeps them as long as it runs."""
+
+MOST_SAMPLES = 4096
+"""The most samples of a request."""
 
 Endpoint = Callable[[Service, Json, int | None], Awaitable[Json]]
 
@@ -41,7 +44,7 @@ def promise(future: Future, **more: Any) -> Json:
 
 
 async def client_config(service: Service, body: Json, digest: int | None) -> Json:
-    """The flags that the SDK reads at its start; those that are not here have the SDK's defaults."""
+    """Return the flags that the SDK reads at its start. Flags that are not here have the SDK's defaults."""
     return {
         "pjwt_auth_enabled": False,
         "use_pyqwest_transport": True,
@@ -60,7 +63,7 @@ async def client_dynamic_config(service: Service, body: Json, digest: int | None
 async def create_session(service: Service, body: Json, digest: int | None) -> Json:
     metadata = field(body, "user_metadata", dict, {})
     if len(to_json(metadata)) > METADATA_BYTES:
-        raise LossInputError("user_metadata", f"at most {METADATA_BYTES} bytes", "more", "The server keeps it.")
+        raise LossInputError("user_metadata", f"at most {METADATA_BYTES} bytes", "more", "Send less.")
     return {"type": "create_session", "session_id": service.create_session(metadata)}
 
 
@@ -71,7 +74,7 @@ async def session_heartbeat(service: Service, body: Json, digest: int | None) ->
 
 
 async def telemetry(service: Service, body: Json, digest: int | None) -> Json:
-    """Accepted, and not kept."""
+    """Accept events. They are not kept."""
     return {"status": "accepted"}
 
 
@@ -99,20 +102,20 @@ async def create_model(service: Service, body: Json, digest: int | None) -> Json
 def check_optimizer(body: Json) -> None:
     optimizer = field(body, "optimizer_config", dict, {"type": "adamw"})
     if optimizer.get("type") != "adamw":
-        raise LossInputError("optimizer_config", "adamw", show(optimizer), "This server has AdamW alone.")
+        raise LossInputError("optimizer_config", "adamw", show(optimizer), "Leave it out: this server has AdamW alone.")
 
 
-LOAD = ("path", "optimizer", "optimizer_config", "base_model", "user_metadata", "weights_access_token")
+LOAD_FIELDS = ("path", "optimizer", "optimizer_config", "base_model", "user_metadata", "weights_access_token")
 
 
 async def load_weights(service: Service, body: Json, digest: int | None) -> Json:
-    """Load a checkpoint into a model, or create a model from it, where a session is given in place of a model."""
+    """Load a checkpoint into a model, or create a model from it if the body names no model."""
     if body.get("model_id") is not None:
-        return promise(submit(service, body, digest, "load_weights", LOAD, load))
+        return promise(submit(service, body, digest, "load_weights", LOAD_FIELDS, load))
     metadata, path = field(body, "user_metadata", dict, None), field(body, "path", str)
 
     def make() -> tuple[str, LocalTrainingClient]:
-        only(body, ("session_id", "model_seq_id", *LOAD))
+        only(body, ("session_id", "model_seq_id", *LOAD_FIELDS))
         check_optimizer(body)
         file, base_model = service.saved_checkpoint(path), field(body, "base_model", str, None)
         if field(body, "optimizer", bool):
@@ -134,7 +137,7 @@ async def load(service: Service, model: ServedModel, body: Json) -> Json:
 
 
 def reads_bytes(client: LocalTrainingClient) -> bool:
-    """Whether a client has the byte tokenizer. A model need not have one at all."""
+    """Return whether a client has the byte tokenizer. A model may have no tokenizer."""
     try:
         return isinstance(client.get_tokenizer(), ByteTokenizer)
     except LossInputError:
@@ -161,13 +164,13 @@ async def get_info(service: Service, body: Json, digest: int | None) -> Json:
     }
 
 
-# Training. What is wrong with a request whose model and place are known makes its future fail: the place is then taken.
+# Training. Once the model and the place of a request are known, an error makes its future fail: the place is taken.
 
-Run = Callable[[Service, ServedModel, Json], Awaitable[Any]]
+RunBody = Callable[[Service, ServedModel, Json], Awaitable[Any]]
 
 
-def submit(service: Service, body: Json, digest: int | None, kind: str, names: Iterable[str], run: Run) -> Future:
-    """Queue a request of the model and the place that its body names; it may have the fields ``names`` besides."""
+def submit(service: Service, body: Json, digest: int | None, kind: str, names: Iterable[str], run: RunBody) -> Future:
+    """Queue a request at the model and the place that its body names. ``names`` are its other fields."""
     model_id, seq_id = field(body, "model_id", str), sequence_id(field(body, "seq_id", int))
 
     async def checked(model: ServedModel) -> Any:
@@ -187,21 +190,21 @@ async def forward_backward(service: Service, request: wire.Pass, digest: int | N
     return promise(service.submit(request.model_id, request.seq_id, digest, kind, run, nbytes))
 
 
-ADAM = tuple(AdamParams.__dataclass_fields__)
-PARAMS = ("adam_params", "optim_params", "optimizer_params")
+ADAM_FIELDS = tuple(AdamParams.__dataclass_fields__)
+PARAMS_FIELDS = ("adam_params", "optim_params", "optimizer_params")
 
 
 async def optim_step(service: Service, body: Json, digest: int | None) -> Json:
-    return promise(submit(service, body, digest, "optim_step", PARAMS, step))
+    return promise(submit(service, body, digest, "optim_step", PARAMS_FIELDS, step))
 
 
 async def step(service: Service, model: ServedModel, body: Json) -> Json:
-    given = [body[name] for name in PARAMS if name in body]
-    if len(given) != 1 or not isinstance(given[0], dict) or given[0].get("type", "adamw") != "adamw":
-        raise LossInputError("adam_params", "the settings of AdamW", show(given), "This server has AdamW alone.")
-    (params,) = given
-    only(params, ADAM)
-    settings = AdamParams(**{k: field(params, k, (int, float)) for k in ADAM if params.get(k) is not None})
+    sent = [body[name] for name in PARAMS_FIELDS if name in body]
+    if len(sent) != 1 or not isinstance(sent[0], dict) or sent[0].get("type", "adamw") != "adamw":
+        raise LossInputError("adam_params", "the settings of AdamW", show(sent), "Send one object of type adamw.")
+    (params,) = sent
+    only(params, ADAM_FIELDS)
+    settings = AdamParams(**{k: field(params, k, (int, float)) for k in ADAM_FIELDS if params.get(k) is not None})
     return {"metrics": (await model.client.optim_step(settings)).metrics}
 
 
@@ -225,7 +228,7 @@ async def save_weights_for_sampler(service: Service, body: Json, digest: int | N
 async def save_for_sampler(service: Service, model: ServedModel, body: Json) -> Json:
     """Save weights under a name; without one, keep a copy in memory and return a sampling session of it.
 
-    An ``inflight`` session may sample from newer weights. Here it does not: it is a snapshot as well.
+    An ``inflight`` session may sample from newer weights. Here it is a snapshot as well.
     """
     name, kind = field(body, "path", str, None), field(body, "kind", str, "snapshot")
     if name is not None:
@@ -268,13 +271,14 @@ async def create_sampling_session(service: Service, body: Json, digest: int | No
 
 
 async def asample(service: Service, body: Json, digest: int | None) -> Json:
-    """Sample. The answer has an id for each sample, as the SDK asserts."""
-    only(body, SAMPLE)
+    """Queue a sampling request. The answer has an id for each sample, which the SDK asserts."""
+    only(body, SAMPLE_FIELDS)
     service.refuse_if_stopping()
     session, seq_id = field(body, "sampling_session_id", str), sequence_id(field(body, "seq_id", int), start=0)
     count = field(body, "num_samples", int, 1)
-    if not 1 <= count <= 4096:
-        raise LossInputError("num_samples", "a whole number from 1 to 4096", str(count), "Send several requests.")
+    if not 1 <= count <= MOST_SAMPLES:
+        expected = f"a whole number from 1 to {MOST_SAMPLES}"
+        raise LossInputError("num_samples", expected, str(count), "Send several requests.")
     request_id = f"{session}:{seq_id}"
     future = service.futures.repeated(request_id, digest)
     if future is None:

@@ -9,14 +9,14 @@ from typing import Any
 from lossfns.backend.types import ForwardBackwardOutput
 from lossfns.server.session import session_of
 
-LONGEST = 2000
-"""The most characters of a reason: what came in may have any length."""
+REASON_CHARACTERS = 2000
+"""The most characters of a reason, which may quote a request of any length."""
 
 
 def printable(reason: str) -> str:
     """Return a reason on one line, shortened in the middle, with control characters as escapes."""
-    if len(reason) > LONGEST:
-        reason = f"{reason[: LONGEST - 500]} ... {reason[-400:]}"
+    if len(reason) > REASON_CHARACTERS:
+        reason = f"{reason[: REASON_CHARACTERS - 500]} ... {reason[-400:]}"
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in reason)
 
 
@@ -38,9 +38,10 @@ class Future:
         request_id: what the client asks for.
         digest: of the request's body, which tells a repeated request from another one; None matches any.
         result: what the request returned.
-        error, category: why it failed, and whose fault it is: ``"user"`` or ``"server"``.
+        error, category: why it failed, and who has to act: ``"user"`` or ``"server"``.
         waiters: how many requests wait for the outcome.
         nbytes: the bytes of the arrays of the result.
+        done: set when there is an outcome, and for a moment by ``wake``.
         finished, retrieved: when it had its outcome, and when the client got it, by the monotonic clock; 0 before.
     """
 
@@ -77,7 +78,7 @@ class Future:
                 self.waiters -= 1
 
     def wake(self) -> None:
-        """Wake those that wait, also without an outcome."""
+        """End all waits, also without an outcome."""
         self.done.set()
         if not self.finished:
             self.done.clear()
@@ -86,8 +87,8 @@ class Future:
 class Futures:
     """All futures by request id.
 
-    A result that was retrieved is kept for ``RETRIEVED_SECONDS`` longer, since the response may have been lost; one
-    that nobody retrieves, for ``UNREAD_SECONDS``.
+    A retrieved result is kept for another ``RETRIEVED_SECONDS``, since the response may have been lost. A result that
+    nobody retrieves is kept for ``UNREAD_SECONDS``.
 
     Args:
         limit: the most futures, pending ones included; one session may hold half of them.
@@ -126,7 +127,7 @@ class Futures:
         return future
 
     def finish(self, future: Future) -> None:
-        """Account for a future that has its outcome."""
+        """Count the bytes of a future that has its outcome, and start its time to be retrieved."""
         self.bytes += future.nbytes
         self._finished[future.request_id] = future
 
@@ -143,11 +144,12 @@ class Futures:
             self.retrieve(future)
 
     def _check_share(self, session_id: str) -> None:
-        """Refuse a session that holds half of all: one that reads nothing must not stop the others."""
+        """Refuse a session that holds half of the limit: a client that reads nothing must not stop the others."""
         if 2 * len(self.by_id) >= self.limit or 2 * self.bytes >= self.limit_bytes:
-            own = [future.nbytes for name, future in self.by_id.items() if session_of(name) == session_id]
-            if 2 * len(own) >= self.limit or 2 * sum(own) >= self.limit_bytes:
-                raise Refused(429, f"{len(own)} results of this session with {sum(own)} bytes are not yet retrieved.")
+            sizes = [future.nbytes for name, future in self.by_id.items() if session_of(name) == session_id]
+            if 2 * len(sizes) >= self.limit or 2 * sum(sizes) >= self.limit_bytes:
+                reason = f"{len(sizes)} results of this session with {sum(sizes)} bytes are not yet retrieved."
+                raise Refused(429, reason)
 
     def drop(self, request_id: str) -> None:
         future = self.by_id.pop(request_id, None)

@@ -33,7 +33,7 @@ MOST_NODES, MOST_ITEMS, DEEPEST, MOST_INPUTS, MOST_METRICS = 4096, 1024, 8, 64, 
 """Limits of a graph: nodes, items in the arguments of a node, levels of lists in them, inputs, and metrics."""
 
 ELEMENTS, ELEMENTS_PER_INPUT = 2**26, 2**10
-"""The numbers that the nodes read and write for a datum: at most the first, and the second for each number read in."""
+"""Limit of the numbers that the nodes read and write for a datum: the first, plus the second for each input number."""
 
 NAME = re.compile(r"[\w.]{1,128}", re.ASCII)
 INPUT_NAME = re.compile(r"[a-z_][a-z0-9_]{0,63}")
@@ -99,11 +99,11 @@ def rebuild(
 
     @lru_cache(maxsize=4096)
     def check_sizes(forms: tuple[tuple[torch.Size, torch.dtype], ...]) -> None:
-        """Run the graph on tensors of these shapes without data: sizes depend on nothing else."""
+        """Run the graph on tensors without data. The shapes and dtypes alone determine all sizes."""
         empty = [torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in forms]
-        most = ELEMENTS + ELEMENTS_PER_INPUT * sum(map(count_elements, empty))
+        limit = ELEMENTS + ELEMENTS_PER_INPUT * sum(map(count_elements, empty))
         with torch.no_grad(), torch.device("meta"):
-            read_output(run(nodes, dict(zip(placeholders, empty)), most), output)
+            read_output(run(nodes, dict(zip(placeholders, empty)), limit), output)
 
     def fn(*arguments: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         check_arguments(arguments, ranks)
@@ -113,8 +113,8 @@ def rebuild(
     return fn
 
 
-def run(nodes: Sequence[Node], results: dict[str, Any], most: float = math.inf) -> dict[str, Any]:
-    """Run the nodes in order, and add the result of each to ``results``; refuse more than ``most`` numbers in all."""
+def run(nodes: Sequence[Node], results: dict[str, Any], limit: float = math.inf) -> dict[str, Any]:
+    """Run the nodes in order, and add the result of each to ``results``; refuse more than ``limit`` numbers in all."""
     total = 0
     for node in nodes:
         args, kwargs = resolve(node.args, results), resolve(node.kwargs, results)
@@ -130,8 +130,8 @@ def run(nodes: Sequence[Node], results: dict[str, Any], most: float = math.inf) 
             raise LossInputError(node.where, "arguments that fit", first_line(error), fix) from error
         check_result(result, node.where)
         total += count_elements(args) + count_elements([*kwargs.values()]) + count_elements(result)
-        if total > most:
-            expected, got = f"at most {most} numbers read and written for a datum", f"{total} up to here"
+        if total > limit:
+            expected, got = f"at most {limit} numbers read and written for a datum", f"{total} up to here"
             raise LossInputError(node.where, expected, got, "Make no tensor much larger than the inputs.")
         results[node.name] = result
     return results
@@ -182,7 +182,8 @@ def check_arguments(arguments: Sequence[Any], ranks: Mapping[str, int]) -> None:
     for (name, rank), x in zip(ranks.items(), arguments):
         if not isinstance(x, Tensor) or x.ndim != rank:
             got = f"{x.ndim} dimensions" if isinstance(x, Tensor) else f"a {type(x).__name__}"
-            raise LossInputError(name, f"a tensor of {rank} dimensions", got, "The loss was created with this rank.")
+            fix = "Send the rank that the loss was created with."
+            raise LossInputError(name, f"a tensor of {rank} dimensions", got, fix)
 
 
 def read_output(results: Mapping[str, Any], output: Output) -> tuple[Tensor, dict[str, Tensor]]:
@@ -224,7 +225,7 @@ def read_inputs(inputs: Any) -> dict[str, int]:
 
 
 def read_graph(graph: Any, inputs: list[str]) -> tuple[list[Node], list[str], Output]:
-    """Return the operations of a graph in order, the names of its placeholders, and what it returns."""
+    """Return the nodes of a graph in order, the names of its placeholders, and its output."""
     version, rows = read_fields(graph, ("format", "nodes"), "graph", optional={"format": 1})
     if version != 1 or isinstance(version, bool):
         raise LossInputError("graph.format", "1", show(version), FIX)
@@ -233,7 +234,7 @@ def read_graph(graph: Any, inputs: list[str]) -> tuple[list[Node], list[str], Ou
         raise LossInputError("graph.nodes", f"a list of 1 to {MOST_NODES} nodes", got, "Upload a smaller loss.")
     nodes: list[Node] = []
     placeholders: list[str] = []
-    known: set[str] = set()
+    earlier: set[str] = set()
     for i, row in enumerate(rows):
         fields = ("op", "name", "target", "args", "kwargs")
         op, name, target, args, kwargs = read_fields(row, fields, f"nodes[{i}]", optional={"args": [], "kwargs": {}})
@@ -242,7 +243,7 @@ def read_graph(graph: Any, inputs: list[str]) -> tuple[list[Node], list[str], Ou
                 expected = "at most 128 letters, digits, dots and _"
                 raise LossInputError(f"nodes[{i}].{field}", expected, show(value), FIX)
         where = f"nodes[{i}] {name} ({target})"
-        if name in known:
+        if name in earlier:
             raise LossInputError(where, "a name of its own", "that of an earlier node", FIX)
         if not isinstance(args, list) or not isinstance(kwargs, dict):
             raise LossInputError(where, "a list of arguments and a dict of keywords", show((args, kwargs)), FIX)
@@ -256,29 +257,29 @@ def read_graph(graph: Any, inputs: list[str]) -> tuple[list[Node], list[str], Ou
                 raise LossInputError(
                     where, f"an output after all other nodes, with {len(inputs)} placeholders", "another", FIX
                 )
-            return nodes, placeholders, read_returned(args, kwargs, known, where)
+            return nodes, placeholders, read_returned(args, kwargs, earlier, where)
         elif op in ("call_function", "call_method"):
-            nodes.append(read_node(op, name, target, args, kwargs, known, where))
+            nodes.append(read_node(op, name, target, args, kwargs, earlier, where))
         else:
             expected = "placeholder, call_function, call_method or output"
             raise LossInputError(where, expected, show(op), "A loss captures no tensor and no module.")
-        known.add(name)
+        earlier.add(name)
     raise LossInputError("graph.nodes", "an output as the last node", "none", FIX)
 
 
 def read_fields(row: Any, names: Sequence[str], where: str, optional: Mapping[str, Any] | None = None) -> list[Any]:
     """Return the fields of a record; refuse one that is missing or has another name."""
-    given = {**(optional or {}), **row} if isinstance(row, Mapping) else {}
-    if given.keys() != set(names):
+    fields = {**(optional or {}), **row} if isinstance(row, Mapping) else {}
+    if fields.keys() != set(names):
         got = f"{', '.join(map(show, row))}" if isinstance(row, Mapping) else f"a {type(row).__name__}"
         raise LossInputError(where, f"a record of {', '.join(names)}", got[:300], FIX)
-    return [given[name] for name in names]
+    return [fields[name] for name in names]
 
 
 def read_node(
-    op: str, name: str, target: str, args: list[Any], kwargs: dict[str, Any], known: set[str], where: str
+    op: str, name: str, target: str, args: list[Any], kwargs: dict[str, Any], earlier: set[str], where: str
 ) -> Node:
-    """Return the operation of a node with its arguments; refuse what no operation may get."""
+    """Return the operation of a node with its arguments; refuse arguments that no operation may get."""
     operation = find_operation(op, target, where)
     if count_items([args, kwargs], where) > MOST_ITEMS:
         raise LossInputError(where, f"at most {MOST_ITEMS} arguments", "more", "Compute them from the inputs.")
@@ -286,7 +287,7 @@ def read_node(
         if len(args) != 2 or kwargs or not isinstance(args[1], str) or args[1] not in ATTRIBUTES:
             got, fix = show(args[1:]), "A loss sees the values of a tensor, its shape and its dtype."
             raise LossInputError(where, f"an attribute among {', '.join(ATTRIBUTES)}", got, fix)
-        return Node(name, where, operation, (read_argument(args[0], known, where), args[1]), {})
+        return Node(name, where, operation, (read_argument(args[0], earlier, where), args[1]), {})
     keywords = {key: value for key, value in kwargs.items() if not is_default(key, value)}
     for key, value in keywords.items():
         if key not in KEYWORDS:
@@ -294,12 +295,12 @@ def read_node(
             raise LossInputError(where, "keywords that an uploaded loss may use", show(key), fix)
         if isinstance(value, str) and value not in TEXTS.get(key, ()):
             raise LossInputError(where, f"{key} among {', '.join(TEXTS.get(key, ())) or 'numbers'}", show(value), FIX)
-    values = {k: v if isinstance(v, str) else read_argument(v, known, where) for k, v in keywords.items()}
-    return Node(name, where, operation, tuple(read_argument(each, known, where) for each in args), values)
+    values = {k: v if isinstance(v, str) else read_argument(v, earlier, where) for k, v in keywords.items()}
+    return Node(name, where, operation, tuple(read_argument(each, earlier, where) for each in args), values)
 
 
 def is_default(key: str, value: Any) -> bool:
-    """Whether a keyword has the only value that it may have, and can be left out."""
+    """Return whether a keyword has the only value that it may have, and can be left out."""
     return key in DEFAULTS and type(value) is type(DEFAULTS[key]) and value == DEFAULTS[key]
 
 
@@ -312,8 +313,8 @@ def count_items(x: Any, where: str, depth: int = 0) -> int:
     return 1
 
 
-def read_argument(x: Any, known: set[str], where: str) -> Any:
-    """Return an argument from its form on the wire."""
+def read_argument(x: Any, earlier: set[str], where: str) -> Any:
+    """Read an argument from its form on the wire."""
     if x is None or isinstance(x, (bool, float)):
         return x
     if isinstance(x, int):
@@ -321,19 +322,19 @@ def read_argument(x: Any, known: set[str], where: str) -> Any:
             raise LossInputError(where, "a whole number below 2**63", "a larger one", "Use floats.")
         return x
     if isinstance(x, list):
-        return [read_argument(each, known, where) for each in x]
+        return [read_argument(each, earlier, where) for each in x]
     if not isinstance(x, dict) or len(x) != 1:
         fix = "An uploaded loss has no text in its arguments, and chooses no device."
         raise LossInputError(where, "numbers, results and lists of them", show(x), fix)
     ((kind, value),) = x.items()
     if kind == "ref" and isinstance(value, str):
-        if value not in known:
+        if value not in earlier:
             raise LossInputError(where, "a reference to an earlier node", show(value), FIX)
         return Ref(value)
     if kind == "tuple" and isinstance(value, list):
-        return tuple(read_argument(each, known, where) for each in value)
+        return tuple(read_argument(each, earlier, where) for each in value)
     if kind == "slice" and isinstance(value, list) and len(value) == 3:
-        parts = [read_argument(each, known, where) for each in value]
+        parts = [read_argument(each, earlier, where) for each in value]
         if all(part is None or type(part) is int or isinstance(part, Ref) for part in parts):
             return slice(*parts)
     if kind == "ellipsis" and value is True:
@@ -348,8 +349,8 @@ def read_argument(x: Any, known: set[str], where: str) -> Any:
     )
 
 
-def read_returned(args: list[Any], kwargs: dict[str, Any], known: set[str], where: str) -> Output:
-    """Return what a graph returns from its form on the wire."""
+def read_returned(args: list[Any], kwargs: dict[str, Any], earlier: set[str], where: str) -> Output:
+    """Read the loss and the metrics that a graph returns, from their form on the wire."""
     pair = args[0] if len(args) == 1 and not kwargs else None
     pair = pair.get("tuple") if isinstance(pair, dict) else pair
     if not isinstance(pair, list) or len(pair) != 2 or not isinstance(pair[1], dict):
@@ -365,5 +366,5 @@ def read_returned(args: list[Any], kwargs: dict[str, Any], known: set[str], wher
     for key, value in returned.items():
         if not isinstance(value, dict) or [*value] != ["ref"]:
             raise LossInputError(f"{where} {key}", "the result of a node", show(value), "Return a tensor.")
-        refs[key] = read_argument(value, known, f"{where} {key}")
+        refs[key] = read_argument(value, earlier, f"{where} {key}")
     return Output(refs.pop("loss"), dict(zip(metrics, refs.values())))

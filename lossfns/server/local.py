@@ -17,27 +17,28 @@ from lossfns.server.service import Service
 
 URL = "http://local"
 
-VERSIONS = "0.38"
-"""The SDK whose insides ``local_service`` knows."""
+VERSION = "0.38"
+"""The version of the SDK whose internal classes ``local_service`` replaces."""
 
 
 @contextmanager
 def local_service(service: Service | None = None, **options: Any) -> Iterator[tinker.ServiceClient]:
-    """Return the SDK's ``ServiceClient`` of a service in this process, for the length of a ``with`` block.
+    """Yield the SDK's ``ServiceClient`` of a service in this process, for the length of a ``with`` block.
 
-    The SDK's requests go to the application itself: nothing listens, and nothing is sent. Inside of the block every
-    new ``ServiceClient`` goes there; afterwards the SDK is as it was before.
+    The SDK's requests go to the application itself: nothing listens, and nothing is sent. Inside the block every new
+    ``ServiceClient`` does the same; afterwards the SDK is as it was before.
 
     Args:
         service: a ``Service``; None takes one with the embedded model, ``"Decoder"``. One with a ``state`` is restored,
             and saved at the end.
         options: of ``create_app``.
 
-    Raises LossInputError for a version of the SDK whose insides are not known: use ``lossfns serve`` with it.
+    Raises:
+        LossInputError: for another version of the SDK than 0.38. Use ``lossfns serve`` with it.
     """
-    if not tinker.__version__.startswith(f"{VERSIONS}."):
+    if not tinker.__version__.startswith(f"{VERSION}."):
         fix = "Start `lossfns serve` and pass base_url=, which works with any version."
-        raise LossInputError("tinker", f"version {VERSIONS}", tinker.__version__, fix)
+        raise LossInputError("tinker", f"version {VERSION}", tinker.__version__, fix)
     app = create_app(service or Service(), **options)
     transport, lifespan = httpx.ASGITransport(app), app.router.lifespan_context(app)
     inside: Any = holder

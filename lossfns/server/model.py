@@ -14,12 +14,11 @@ from lossfns.server.futures import Future, Futures, Refused
 
 log = logging.getLogger("lossfns.server")
 
-
 Run = Callable[[], Awaitable[Any]]
 
 
 class Call(NamedTuple):
-    """An accepted request: what it is, the coroutine function that runs it, its bytes, and its future."""
+    """An accepted request: its kind, the coroutine function that runs it, the bytes of its body, and its future."""
 
     kind: str
     run: Run
@@ -34,8 +33,8 @@ class ServedModel:
     that failed before it was sent. The SDK sends the parts of a batch at once, the first one last, so an id that comes
     late is normal; one that comes after its place was given up is refused.
 
-    A step is refused once after a gradient that has failed or was refused: it would take a part of the batch for the
-    whole. It is not refused if another gradient is submitted after the client has read the failure.
+    A step is refused once after a gradient that has failed or was refused, since the gradient of its batch is not
+    complete. It is not refused if another gradient is submitted after the client has read the failure.
 
     Args:
         model_id: ``{session}:train:{number}``.
@@ -65,7 +64,7 @@ class ServedModel:
         self.waiting: dict[int, Call] = {}
         self.running: Call | None = None
         self.failed_gradient: Future | None = None
-        self.metrics: dict[str, dict[str, float]] = {}  # by the kind of the last requests that have any
+        self.metrics: dict[str, dict[str, float]] = {}  # the last of each kind of request
         self.last_request = time.time()
         self._changed = asyncio.Event()
         self._task = asyncio.create_task(self._serve())
@@ -84,7 +83,7 @@ class ServedModel:
             raise Refused(400, reason)
         if len(self.waiting) >= self.queue_limit and seq_id != self.next_seq:
             raise Refused(429, f"{len(self.waiting)} requests of {self.model_id} wait.")
-        if seq_id >= self.next_seq + self.futures.limit:  # a wrong one must not end the sequence
+        if seq_id >= self.next_seq + self.futures.limit:  # a wrong id must not end the sequence
             raise Refused(429, f"seq_id: expected one below {self.next_seq + self.futures.limit} by now, got {seq_id}.")
         future = self.futures.begin(request_id, digest)
         if kind == "forward_backward" and self.failed_gradient is not None and self.failed_gradient.retrieved:
@@ -155,7 +154,7 @@ class ServedModel:
             raise LossInputError("optim_step", "requests before it that succeed", got, fix)
 
     async def stop(self, seconds: float, reason: str) -> None:
-        """Run what can run within ``seconds``, then fail the rest; a request that runs is finished in any case."""
+        """Run the waiting requests for ``seconds`` at most, then fail the rest. A running one is always finished."""
         try:
             async with asyncio.timeout(seconds):
                 while self.running is not None or self.next_seq in self.waiting:

@@ -22,7 +22,7 @@ Operation = Callable[..., Any]
 
 
 def names(text: str) -> list[str]:
-    """Return the names in a text, between which there are spaces."""
+    """Split a text of names at its spaces."""
     return text.split()
 
 
@@ -71,7 +71,7 @@ FUNCTIONAL = {
     **dict.fromkeys(names("mse_loss l1_loss smooth_l1_loss huber_loss kl_div"), 2),
     **dict.fromkeys(names("binary_cross_entropy binary_cross_entropy_with_logits pad"), 2),
 }
-"""Functions of ``torch.nn.functional``, and how many arguments of each may come by position; others are settings."""
+"""Functions of ``torch.nn.functional``, and how many arguments of each may come by position."""
 
 BUILT_IN_FUNCTIONAL = {"softplus": F.softplus, "log_sigmoid": F.logsigmoid, "gelu": F.gelu}
 """Functions of ``torch.nn.functional`` that are built into torch, by the names that ``torch.fx`` has for them."""
@@ -146,11 +146,11 @@ def item(x: Any, index: Any) -> Any:
 
 def to(x: Tensor, dtype: Any = None, *, other: Any = None) -> Tensor:
     """Return x in a dtype, or in the dtype of another tensor."""
-    given = dtype if other is None else other
-    given = given.dtype if isinstance(given, Tensor) else given
-    if not isinstance(given, torch.dtype):
+    target = dtype if other is None else other
+    target = target.dtype if isinstance(target, Tensor) else target
+    if not isinstance(target, torch.dtype):
         raise TypeError("to() takes a dtype or a tensor; tensors stay on their device")
-    return x.to(given)
+    return x.to(target)
 
 
 def power(x: Any, exponent: Any) -> Any:
@@ -161,7 +161,7 @@ def power(x: Any, exponent: Any) -> Any:
 
 
 def product(x: Tensor, y: Tensor) -> Tensor:
-    """Return ``x @ y``, of which one has one dimension: the work is then no more than the numbers that are read."""
+    """Return ``x @ y`` for an x or a y of one dimension: the work is then no more than the numbers that are read."""
     if x.ndim != 1 and y.ndim != 1:
         raise TypeError("a product of two matrices takes too long; one of the two must have one dimension")
     return x @ y
@@ -172,7 +172,7 @@ def outer(x: Tensor, y: Tensor) -> Tensor:
 
 
 def repeat_each(x: Tensor, repeats: int, dim: int | None = None) -> Tensor:
-    """Return x with each element repeated as often; a tensor of repeats would give a size that depends on values."""
+    """Return x with each element repeated ``repeats`` times; with a tensor, the size would depend on its values."""
     if not isinstance(repeats, int):
         raise TypeError("repeats must be one whole number: sizes depend on no value")
     return torch.repeat_interleave(x, repeats, dim)
@@ -185,12 +185,12 @@ def tensor(x: Any) -> Tensor:
 
 
 def of_tensor(method: Operation) -> Operation:
-    """Return a method of a tensor as a function whose first argument has to be one."""
+    """Return a method of tensors as a function that refuses any other first argument."""
     return lambda x, *args, **kwargs: method(tensor(x), *args, **kwargs)
 
 
 def of_operands(function: Operation) -> Operation:
-    """Return an operator that takes tensors and numbers alone: it repeats no list and joins no text."""
+    """Return an operator that takes tensors and numbers alone: ``*`` must repeat no list, ``+`` join no text."""
 
     def checked(*operands: Any) -> Any:
         for x in operands:
@@ -202,7 +202,7 @@ def of_operands(function: Operation) -> Operation:
 
 
 def of_numbers(function: Operation) -> Operation:
-    """Return a function of ``math`` that takes Python numbers alone: of a tensor it would lose the gradient."""
+    """Return a function of ``math`` that takes Python numbers alone: a tensor would lose its gradient."""
 
     def checked(*numbers: Any) -> Any:
         if not all(map(is_number, numbers)):
@@ -213,7 +213,7 @@ def of_numbers(function: Operation) -> Operation:
 
 
 def with_positions(function: Operation, count: int) -> Operation:
-    """Return a function that takes at most so many arguments by position."""
+    """Return a function that takes at most ``count`` arguments by position."""
 
     def limited(*args: Any, **kwargs: Any) -> Any:
         if len(args) > count:
@@ -232,6 +232,7 @@ LIMITED: dict[str, Operation] = {
     "repeat_interleave": repeat_each,
 }
 """Functions and methods that take fewer kinds of arguments than those of torch."""
+
 BOTH = BY_ELEMENT + REDUCTIONS + SHAPES
 
 FUNCTIONS: dict[str, Operation] = {

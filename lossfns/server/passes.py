@@ -16,17 +16,22 @@ from lossfns.backend.types import ForwardBackwardOutput
 from lossfns.datum import Datum, TensorData
 from lossfns.errors import LossInputError
 from lossfns.server.custom import run_loss
-from lossfns.server.session import Uploaded
+from lossfns.server.session import UploadedLoss
 from lossfns.server.wire import Pass
 
 
-async def run_pass(client: LocalTrainingClient, request: Pass, losses: Mapping[str, Uploaded]) -> ForwardBackwardOutput:
-    """Run a request; raises LossInputError for data, names and settings that are refused.
+async def run_pass(
+    client: LocalTrainingClient, request: Pass, losses: Mapping[str, UploadedLoss]
+) -> ForwardBackwardOutput:
+    """Run a request.
 
     Args:
         client: the client of the model.
         request: what to compute.
-        losses: those that the session has uploaded, by id.
+        losses: the losses that the session has uploaded, by id.
+
+    Raises:
+        LossInputError: for data, names and settings that are refused.
     """
     if request.loss_fn == "stable_reinforce":
         got, fix = "'stable_reinforce'", "Its formula is not published. Pass a loss to forward_backward_custom."
@@ -54,14 +59,15 @@ async def run_builtin(client: LocalTrainingClient, request: Pass, data: list[Dat
 
 
 def any_weight(data: Sequence[Datum]) -> bool:
+    """Return whether a weight is not 0. Without the field, all weights are 1."""
     weights = [datum.loss_fn_inputs.get("weights") for datum in data]
     return any(w is None or w.to_numpy().any() for w in weights)
 
 
 async def run_without_weights(client: LocalTrainingClient, request: Pass, data: list[Datum]) -> ForwardBackwardOutput:
-    """Add a gradient of zeros. The backend refuses a batch without a weight, but it may be a part of a client's batch.
+    """Add a gradient of zeros for a batch whose weights are all 0. The backend refuses one; a client may send one.
 
-    The gradient of a custom loss that the SDK sends as weights is zero where all of its tokens are clipped.
+    The SDK sends the gradient of a custom loss as weights, in chunks. They are 0 if all tokens of a chunk are clipped.
     """
     values = await client.forward(data, "cross_entropy", request.config)
     output = await client.forward_backward_custom(data, zero_loss)
@@ -70,6 +76,7 @@ async def run_without_weights(client: LocalTrainingClient, request: Pass, data: 
 
 
 def zero_loss(data: list[Any], logprobs_list: list[Tensor]) -> tuple[Tensor, dict[str, float]]:
+    """Return 0 with a gradient of zeros, also where a logprob is infinite."""
     return torch.stack([0 * lp.nan_to_num(0, 0, 0).sum() for lp in logprobs_list]).sum(), {}
 
 
@@ -90,17 +97,18 @@ def padded_targets(data: list[Datum]) -> tuple[list[Datum], list[tuple[int, ...]
 
 
 def with_columns(datum: Datum, columns: int) -> Datum:
+    """Return a datum with targets [N, columns]: the added ones are token 0 with weight 0."""
     targets = datum.loss_fn_inputs["target_tokens"].to_numpy()
     weights = datum.loss_fn_inputs.get("weights")
     weights = np.ones(targets.shape, np.float32) if weights is None else weights.to_numpy()
     if weights.shape != targets.shape:
         expected, fix = f"shape {targets.shape}, that of target_tokens", "One weight for each target."
         raise LossInputError("weights", expected, f"{weights.shape}", fix)
-    wide = {}
+    padded = {}
     for name, x in (("target_tokens", targets), ("weights", weights)):
         flat = x.reshape(len(x), -1)
-        wide[name] = TensorData.from_numpy(np.pad(flat, ((0, 0), (0, columns - flat.shape[1]))))
-    return Datum(datum.model_input, {**datum.loss_fn_inputs, **wide})
+        padded[name] = TensorData.from_numpy(np.pad(flat, ((0, 0), (0, columns - flat.shape[1]))))
+    return Datum(datum.model_input, {**datum.loss_fn_inputs, **padded})
 
 
 def without_padding(output: ForwardBackwardOutput, widths: Sequence[tuple[int, ...]]) -> ForwardBackwardOutput:

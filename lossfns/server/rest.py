@@ -1,4 +1,4 @@
-"""What clients read of the server: models, sessions, training runs and checkpoints."""
+"""The endpoints that describe the server: its models, sessions, training runs and checkpoints."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def get_sampler(service: Service, query: Mapping[str, str], sampler_id: str) -> 
 
 
 def list_sessions(service: Service, query: Mapping[str, str]) -> Json:
-    return {"sessions": page(list(service.sessions), query)[0]}
+    return {"sessions": paginate(list(service.sessions), query)[0]}
 
 
 def get_session(service: Service, query: Mapping[str, str], session_id: str) -> Json:
@@ -49,7 +49,7 @@ def get_session(service: Service, query: Mapping[str, str], session_id: str) -> 
 
 
 def list_training_runs(service: Service, query: Mapping[str, str]) -> Json:
-    runs, cursor = page(training_runs(service), query)
+    runs, cursor = paginate(training_runs(service), query)
     return {"training_runs": runs, "cursor": cursor}
 
 
@@ -68,12 +68,12 @@ def list_checkpoints(service: Service, query: Mapping[str, str], model_id: str) 
 def list_all_checkpoints(service: Service, query: Mapping[str, str]) -> Json:
     runs = training_runs(service)
     found = [c for run in runs for c in checkpoints(service, run["training_run_id"])]
-    listed, cursor = page(sorted(found, key=lambda c: str(c["time"]), reverse=True), query)
+    listed, cursor = paginate(sorted(found, key=lambda c: str(c["time"]), reverse=True), query)
     return {"checkpoints": listed, "cursor": cursor}
 
 
 def weights_info(service: Service, body: Json) -> Json:
-    """Describe a checkpoint: SDKs before 0.38 create a model from it by this."""
+    """Describe a checkpoint. SDKs before 0.38 create a model from this description."""
     data = checkpoint.metadata(service.saved_checkpoint(field(body, "tinker_path", str)))
     lora = data.get("lora")
     parts = {} if lora is None else {f"train_{part}": part in lora["parts"] for part in ("mlp", "attn", "unembed")}
@@ -89,12 +89,12 @@ def delete_checkpoint(service: Service, model_id: str, kind: str, name: str) -> 
 
 
 def training_runs(service: Service) -> list[Json]:
-    """Return all models that were ever created in the folder of the service, the last one first."""
-    runs = [run_of(service, path) for path in service.root.glob("*/*/run.json")]
+    """Return all models that were ever created in the folder of the service, the last used one first."""
+    runs = [describe_run(service, path) for path in service.root.glob("*/*/run.json")]
     return sorted(runs, key=lambda run: str(run["last_request_time"]), reverse=True)
 
 
-def run_of(service: Service, path: Path) -> Json:
+def describe_run(service: Service, path: Path) -> Json:
     run: Json = json.loads(path.read_text())
     saved = checkpoints(service, run["training_run_id"])
     last = {kind: next((c for c in saved if c["checkpoint_type"] == kind), None) for kind in KINDS.values()}
@@ -102,7 +102,7 @@ def run_of(service: Service, path: Path) -> Json:
     return {
         **run,
         "model_owner": "local",
-        "last_request_time": time_of(path.stat().st_mtime if model is None else model.last_request),
+        "last_request_time": iso_time(path.stat().st_mtime if model is None else model.last_request),
         "last_checkpoint": last["training"],
         "last_sampler_checkpoint": last["sampler"],
     }
@@ -121,7 +121,7 @@ def checkpoints(service: Service, model_id: str) -> list[Json]:
                 {
                     "checkpoint_id": f"{kind}/{path.name}",
                     "checkpoint_type": name,
-                    "time": time_of(path.stat().st_mtime),
+                    "time": iso_time(path.stat().st_mtime),
                     "tinker_path": f"tinker://{model_id}/{kind}/{path.name}",
                     "size_bytes": path.stat().st_size,
                     "user_metadata": metadata,
@@ -130,14 +130,14 @@ def checkpoints(service: Service, model_id: str) -> list[Json]:
     return sorted(found, key=lambda c: str(c["time"]), reverse=True)
 
 
-def time_of(seconds: float) -> str:
+def iso_time(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).isoformat()
 
 
-def page(items: Sequence[Any], query: Mapping[str, str]) -> tuple[list[Any], Json]:
-    """Return the items from ``offset``, at most ``limit``, and the cursor that says so."""
-    given = query.get("limit", "100"), query.get("offset", "0")
-    limit, offset = (int(x) if len(x) < 19 and x.isdecimal() else -1 for x in given)
+def paginate(items: Sequence[Any], query: Mapping[str, str]) -> tuple[list[Any], Json]:
+    """Return at most ``limit`` items from ``offset`` on, and the cursor that describes them."""
+    texts = query.get("limit", "100"), query.get("offset", "0")
+    limit, offset = (int(x) if len(x) < 19 and x.isdecimal() else -1 for x in texts)
     if not (0 <= limit < 2**31 and 0 <= offset < 2**31):
         raise LossInputError("limit, offset", "whole numbers from 0", f"{dict(query)}"[:200], "Leave them out.")
     cursor = {"offset": offset, "limit": limit, "total_count": len(items)}

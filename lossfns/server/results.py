@@ -55,9 +55,9 @@ def as_plain(result: Any) -> Any:
 
 
 def output_to_protobuf(output: ForwardBackwardOutput) -> bytes:
-    """One record for each run of datums whose arrays have the same trailing shape, [] or [K], and dtype."""
+    """Write one record for each group of consecutive datums whose arrays have the same trailing shape, [] or [K]."""
     message = pb.ForwardBackwardOutput(loss_fn_output_type="ArrayRecord", metrics=output.metrics)
-    for name, arrays in runs(output.loss_fn_outputs):
+    for name, arrays in group_arrays(output.loss_fn_outputs):
         record = message.loss_fn_outputs.add(type_tag="ArrayRecord", num_datums=len(arrays))
         batched = record.fields[name]
         batched.data = b"".join(x.tobytes() for x in arrays)
@@ -68,8 +68,8 @@ def output_to_protobuf(output: ForwardBackwardOutput) -> bytes:
     return data
 
 
-def runs(outputs: Sequence[dict[str, Any]]) -> Iterator[tuple[str, list[np.ndarray]]]:
-    """Group the datums' arrays, one field each, by name and trailing shape, in order."""
+def group_arrays(outputs: Sequence[dict[str, Any]]) -> Iterator[tuple[str, list[np.ndarray]]]:
+    """Yield the name and the arrays of consecutive datums with the same field and the same trailing shape."""
     named = [(name, x.to_numpy()) for record in outputs for name, x in record.items()]
     for (name, _), group in groupby(named, key=lambda pair: (pair[0], pair[1].shape[1:])):
         yield name, [x for _, x in group]

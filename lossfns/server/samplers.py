@@ -9,11 +9,11 @@ from lossfns.backend.client.sampling import LocalSamplingClient
 from lossfns.backend.types import SampleResponse, SamplingParams
 from lossfns.errors import LossInputError
 
-TOGETHER = 64
+SEQUENCES_AT_ONCE = 64
 """The most sequences that are sampled at once, unless one request asks for more."""
 
 
-class Request(NamedTuple):
+class SampleRequest(NamedTuple):
     """A prompt that waits for its samples."""
 
     prompt: Any
@@ -25,8 +25,8 @@ class Request(NamedTuple):
 class Sampler:
     """A sampling session.
 
-    Requests that come while others are sampled wait, and those with the same settings are then sampled together, which
-    is much faster. A request with a seed is sampled alone, so that its seed decides.
+    Requests that come during a run wait. Those with the same settings are then sampled together, which is much faster.
+    A request with a seed is sampled alone, so that its seed decides.
 
     Attributes:
         base_model: the name of the base model.
@@ -40,7 +40,7 @@ class Sampler:
         self.base_model, self.path, self.client = base_model, path, client
         self.reloadable = client is None
         self.lock = asyncio.Lock()
-        self._waiting: list[Request] = []
+        self._waiting: list[SampleRequest] = []
         self._task: asyncio.Task[None] | None = None
 
     async def sample(
@@ -49,7 +49,7 @@ class Sampler:
         """Sample ``count`` continuations of a prompt by ``client``, the loaded one."""
         if params.seed is not None:
             return await client.sample(prompt, count, params)
-        request = Request(prompt, count, params, asyncio.get_running_loop().create_future())
+        request = SampleRequest(prompt, count, params, asyncio.get_running_loop().create_future())
         self._waiting.append(request)
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._run(client))
@@ -59,9 +59,9 @@ class Sampler:
         while self._waiting:
             first = self._waiting[0]
             alike = [r for r in self._waiting if (r.samples, r.params) == (first.samples, first.params)]
-            batch = alike[: max(1, TOGETHER // first.samples)]
-            taken = set(map(id, batch))
-            self._waiting = [request for request in self._waiting if id(request) not in taken]
+            batch = alike[: max(1, SEQUENCES_AT_ONCE // first.samples)]
+            batch_ids = set(map(id, batch))
+            self._waiting = [request for request in self._waiting if id(request) not in batch_ids]
             try:
                 prompts = [request.prompt for request in batch]
                 responses = await client.sample_batch(prompts, first.samples, first.params)
@@ -74,12 +74,12 @@ class Sampler:
                 for request, response in zip(batch, responses, strict=True):
                     request.response.set_result(response)
 
-    async def _run_each(self, client: LocalSamplingClient, batch: list[Request], error: LossInputError) -> None:
-        """Sample one by one, after an error that one prompt or the settings have caused."""
+    async def _run_each(self, client: LocalSamplingClient, batch: list[SampleRequest], error: LossInputError) -> None:
+        """Sample one by one after ``error``, so that it fails only the requests that cause it."""
         for request in batch:
             try:
-                if len(batch) == 1:
+                if len(batch) == 1:  # it would fail again
                     raise error
                 request.response.set_result(await client.sample(request.prompt, request.samples, request.params))
-            except Exception as own:
-                request.response.set_exception(own)
+            except Exception as failure:
+                request.response.set_exception(failure)

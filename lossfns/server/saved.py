@@ -1,7 +1,7 @@
-"""What a server keeps when it stops, and where the next one in the same folder goes on.
+"""The state that a server saves when it stops, and that the next server in the same folder restores.
 
 Each model is a checkpoint with its optimizer, beside a file of the gradient that it has accumulated. ``stopped.json``
-has all else: sessions, places in the sequences of requests, samplers, uploaded losses, and results that were not read.
+has the rest: sessions, places in the sequences of requests, samplers, uploaded losses, and results that were not read.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from lossfns.backend.client.training import LocalTrainingClient
 from lossfns.backend.storage import checkpoint
 from lossfns.errors import LossInputError
-from lossfns.server.custom import rebuilt
+from lossfns.server.custom import rebuild_loss
 from lossfns.server.futures import Future
 from lossfns.server.model import ServedModel, log
 from lossfns.server.results import Encoded, encode
@@ -25,7 +25,7 @@ from lossfns.server.service import Service
 from lossfns.server.session import Session, session_of
 from lossfns.server.wire import PROTOBUF
 
-INDEX = "stopped.json"
+INDEX_FILE = "stopped.json"
 
 
 async def save(service: Service) -> None:
@@ -34,7 +34,7 @@ async def save(service: Service) -> None:
     for model in service.models.values():
         try:
             models.append(await asyncio.to_thread(save_model, service, model))
-        except LossInputError as error:  # the others are to be saved all the same
+        except LossInputError as error:  # save the other models all the same
             log.error("The model %s is not saved: %s", model.model_id, error)
     index = {
         "sessions": [[s.session_id, s.user_metadata] for s in service.sessions.values() if not s.finished],
@@ -44,9 +44,9 @@ async def save(service: Service) -> None:
         "futures": [saved_future(future) for future in service.futures.by_id.values() if future.finished],
     }
     service.root.mkdir(parents=True, exist_ok=True)
-    part = service.root / f"{INDEX}.part"
+    part = service.root / f"{INDEX_FILE}.part"
     part.write_text(json.dumps(index))
-    os.replace(part, service.root / INDEX)
+    os.replace(part, service.root / INDEX_FILE)
 
 
 def save_model(service: Service, model: ServedModel) -> dict[str, Any]:
@@ -76,8 +76,8 @@ def saved_future(future: Future) -> dict[str, Any]:
 
 
 async def restore(service: Service) -> None:
-    """Go on where the last server in this folder stopped. Its index is removed: it describes that moment alone."""
-    path = service.root / INDEX
+    """Restore the state of the last server in this folder, and remove its index, which will be out of date."""
+    path = service.root / INDEX_FILE
     if not path.exists():
         return
     index = json.loads(path.read_text())
@@ -91,14 +91,14 @@ async def restore(service: Service) -> None:
             future.set_error(saved["error"], saved["category"])
         service.futures.finish(future)
     for name, request in index["losses"]:
-        loss = await asyncio.to_thread(rebuilt, request, request["graph"], request["inputs"])
+        loss = await asyncio.to_thread(rebuild_loss, request)
         service.sessions[session_of(name)].losses[name] = loss
     for name, base_model, weights in index["samplers"]:
         service.samplers[name] = Sampler(base_model, weights)
     for saved in index["models"]:
         try:
             client = await asyncio.to_thread(load_model, service, service.folder(saved["model_id"]), saved)
-        except Exception:  # the others are worth more than a clean end
+        except Exception:  # restore the other models all the same
             log.exception("The model %s is not restored.", saved["model_id"])
             continue
         model = service.add_model(saved["model_id"], client, saved["base_model"], saved["user_metadata"])

@@ -37,7 +37,7 @@ NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,127}", re.ASCII)
 
 
 REMEMBERED = 1000
-"""Sessions that have finished, of which the server still says so."""
+"""The finished sessions that the server still knows: it answers that they have finished, not that they are unknown."""
 
 
 class Service:
@@ -53,7 +53,7 @@ class Service:
             takes the place of the one that was not used for the longest time.
         memory: the most bytes of the process, on Linux: beyond it no model is created. ``memory_budget`` bounds the
             memory of a request.
-        queue: the most requests of a model that wait; ``queue_bytes``, the most bytes of all that wait.
+        queue, queue_bytes: the most waiting requests of a model, and the most bytes of the waiting requests of all.
         results, result_bytes: the most futures, and the most bytes of results, that wait to be read.
         session_seconds: a session ends if its client gives no sign of life for this long.
         gap_seconds: how long a request waits for those with lower sequence ids.
@@ -95,7 +95,7 @@ class Service:
         self.models: dict[str, ServedModel] = {}
         self.samplers: dict[str, Sampler] = {}
         self.tasks: set[asyncio.Task[None]] = set()
-        self.arriving: set[asyncio.Timeout] = set()
+        self.body_timeouts: set[asyncio.Timeout] = set()
         self.creating = 0
         self.started = time.monotonic()
         self.stopping = False
@@ -120,7 +120,7 @@ class Service:
             raise Refused(404, f"The session {session_id!r} is unknown. create_session returns its id.")
         if session.finished:
             raise Refused(410, f"The session {session_id!r} has finished.")
-        session.seen = time.monotonic()
+        session.last_seen = time.monotonic()
         return session
 
     async def finish_session(self, session_id: str) -> None:
@@ -140,7 +140,7 @@ class Service:
         """End the sessions whose clients have given no sign of life for ``session_seconds``."""
         oldest = time.monotonic() - self.session_seconds
         for session in self.sessions.values():
-            if not session.finished and session.seen < oldest:
+            if not session.finished and session.last_seen < oldest:
                 log.warning("Session %s ends: no heartbeat for %g s.", session.session_id, self.session_seconds)
                 self.run_in_background(self.finish_session(session.session_id))
 
@@ -205,7 +205,7 @@ class Service:
     async def _record_run(
         self, model_id: str, client: LocalTrainingClient, base_model: str, user_metadata: Mapping[str, str] | None
     ) -> None:
-        """Write what remains known of a model when it has gone."""
+        """Write the description of a model that ``RestClient`` lists, also after the model is freed."""
         info = await client.get_info_async()
         run = {
             "training_run_id": model_id,
@@ -281,22 +281,22 @@ class Service:
             raise Refused(503, "The server stops. Send the request again once it has restarted.")
 
     def begin_stop(self) -> None:
-        """Accept nothing more, and send the clients that wait for a result away until the next server."""
+        """Refuse new requests, and end all waits for results and bodies: the clients ask the next server again."""
         self.stopping = True
         for future in self.futures.by_id.values():
             future.wake()
-        for timeout in self.arriving:
+        for timeout in self.body_timeouts:
             timeout.reschedule(asyncio.get_running_loop().time())
 
     @asynccontextmanager
     async def until_stop(self, timeout: asyncio.Timeout) -> AsyncIterator[None]:
-        """End a timeout when the server stops: a body that arrives slowly must not keep it from saving."""
+        """Enter a timeout that also ends when the server stops: a slow body must not keep the server from saving."""
         async with timeout:
-            self.arriving.add(timeout)
+            self.body_timeouts.add(timeout)
             try:
                 yield
             finally:
-                self.arriving.discard(timeout)
+                self.body_timeouts.discard(timeout)
 
     async def close(self) -> None:
         """Run the accepted requests for ``grace_seconds`` at most, and fail the rest."""
@@ -330,7 +330,7 @@ class Service:
     def checkpoint_of(self, model_id: str, kind: str, name: str) -> tuple[str, Path]:
         """Return the path that a model's checkpoint will have, and its file. ``kind`` is a part of the path."""
         if NAME.fullmatch(name) is None:
-            fix = "Letters, digits, '.', '_' and '-'; the first is a letter or a digit."
+            fix = "Take letters, digits, '.', '_' and '-'; the first is a letter or a digit."
             raise LossInputError("path", "the name of a checkpoint", repr(name)[:200], fix)
         path = f"tinker://{model_id}/{kind}/{name}"
         return path, self.checkpoint(path)
@@ -338,12 +338,12 @@ class Service:
     # Samplers
 
     def add_sampler(self, session_id: str, number: int, sampler: Sampler) -> str:
-        """Add a sampling session; the ones that were not used for the longest time make room for it."""
+        """Add a sampling session and return its id. The least recently used samplers are unloaded beyond the limit."""
         name = f"{session_id}:sample:{number}"
-        known = self.samplers.setdefault(name, sampler)
-        same = (sampler.client, sampler.base_model, sampler.path) == (None, known.base_model, known.path)
-        if known is not sampler and not same:
-            fix = "Take the next one."
+        existing = self.samplers.setdefault(name, sampler)
+        same = (sampler.client, sampler.base_model, sampler.path) == (None, existing.base_model, existing.path)
+        if existing is not sampler and not same:
+            fix = "Take the next number."
             raise LossInputError("sampling_session_seq_id", "one that is not taken", str(number), fix)
         self._unload_samplers(name)
         return name
@@ -355,7 +355,7 @@ class Service:
             base_model = str(saved)
         names = [model.model_name for model in self.local.get_server_capabilities().supported_models]
         if base_model not in names:
-            raise LossInputError("base_model", f"one of {', '.join(map(repr, names))}", repr(base_model), "Name it.")
+            raise LossInputError("base_model", f"one of {', '.join(map(repr, names))}", repr(base_model), "Pass one.")
         return base_model
 
     def find_sampler(self, name: str) -> Sampler:
@@ -390,7 +390,7 @@ class Service:
 
 
 def resident_bytes() -> int | None:
-    """Return the memory that the process has, where the system tells it."""
+    """Return the resident memory of the process in bytes; None on other systems than Linux."""
     if sys.platform != "linux":
         return None
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")

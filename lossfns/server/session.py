@@ -9,8 +9,14 @@ from typing import Any, NamedTuple
 from lossfns.loss import LossFn
 
 
-class Uploaded(NamedTuple):
-    """A loss that a client has uploaded: as a loss of a batch, the rank of each input by name, and the request."""
+class UploadedLoss(NamedTuple):
+    """A loss that a client has uploaded.
+
+    Attributes:
+        loss: the loss of a batch.
+        ranks: the dimensions of each input by name.
+        request: the body of ``create_custom_loss``, from which a restarted server rebuilds the loss.
+    """
 
     loss: LossFn
     ranks: dict[str, int]
@@ -22,8 +28,8 @@ class Session:
 
     def __init__(self, session_id: str, user_metadata: Mapping[str, str] | None = None) -> None:
         self.session_id, self.user_metadata = session_id, dict(user_metadata or {})
-        self.losses: dict[str, Uploaded] = {}
-        self.seen = time.monotonic()
+        self.losses: dict[str, UploadedLoss] = {}
+        self.last_seen = time.monotonic()
         self.finished = False
 
 

@@ -66,13 +66,13 @@ def page(service: Service) -> str:
         "samplers": f"{now['samplers']} ({now['samplers_loaded']} loaded)",
         "results kept": f"{now['results']} ({size(now['result_bytes'])})",
     }
-    terms = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts.items())
+    facts_html = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts.items())
     names = ", ".join(f"<code>{escape(name)}</code>" for name in now["base_models"])
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>lossfns serve</title>'
         f'<meta http-equiv="refresh" content="{REFRESH_SECONDS}">'
         f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body>'
-        f"<h1>lossfns serve {escape(now['version'])}</h1><dl>{terms}</dl>"
+        f"<h1>lossfns serve {escape(now['version'])}</h1><dl>{facts_html}</dl>"
         f"<h2>Base models</h2><p>{names}</p><h2>Models</h2>{table(now['models'])}"
         f'<p class="none">The same as JSON: <a href="/status.json">status.json</a></p></body></html>'
     )

@@ -1,7 +1,7 @@
-"""The door: the bytes of requests become datums and arguments, and results become bytes. Nothing here has a state.
+"""The door: the bytes of requests become datums and arguments. Nothing here has a state.
 
-The forms are those of the ``tinker`` SDK: protobuf for forward and backward passes and their results, JSON for all
-else. SDKs before 0.25 send JSON alone. Every field is checked: an error is a ``LossInputError`` with the place, such as
+The forms are those of the ``tinker`` SDK: protobuf for forward and backward passes, JSON for all else. SDKs before 0.25
+send JSON alone. Every field is checked: an error is a ``LossInputError`` with the place, such as
 ``data[3].loss_fn_inputs["weights"]``.
 """
 
@@ -33,7 +33,7 @@ MAX_CELLS = 2**26
 JSON_BYTES = 2**26
 """The largest JSON body: in memory it may take twenty times as much."""
 
-INDEX = np.dtype("<i8")
+INT64 = np.dtype("<i8")
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def decompress(body: bytes, encoding: str, limit: int) -> bytes:
     decompressor, size = zstandard.ZstdDecompressor(max_window_size=2**27), 0
     try:
         reader = decompressor.stream_reader(body)
-        while part := reader.read(2**20):  # count before anything is kept
+        while part := reader.read(2**20):  # count the bytes before any are kept
             size += len(part)
             if size > limit:
                 raise LossInputError("body", f"at most {limit} bytes, decompressed", "more", fix)
@@ -112,17 +112,17 @@ def json_object(body: bytes) -> dict[str, Any]:
         raise LossInputError("body", f"at most {JSON_BYTES} bytes of JSON", f"{len(body)}", "Send protobuf.")
     check_json_parts(body)
     try:
-        value = json.loads(body, object_pairs_hook=object_of)
+        value = json.loads(body, object_pairs_hook=object_without_repeats)
     except LossInputError:
         raise
-    except (ValueError, RecursionError) as error:  # also what is no UTF-8
+    except (ValueError, RecursionError) as error:  # also for bytes that are not UTF-8
         raise LossInputError("body", "a JSON object", f"{type(error).__name__}: {str(error)[:200]}", fix) from None
     if not isinstance(value, dict):
         raise LossInputError("body", "a JSON object", f"a {type(value).__name__}", fix)
     return value
 
 
-def object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def object_without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
         names = [name for name, _ in pairs]
@@ -141,13 +141,19 @@ def field(body: Mapping[str, Any], name: str, kind: type | tuple[type, ...], def
         return default
     kinds = kind if isinstance(kind, tuple) else (kind,)
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-        names = " or ".join(WORDS.get(k, k.__name__) for k in kinds)
-        raise LossInputError(name, names, "nothing" if value is None else show(value), "Send it.")
+        names = " or ".join(TYPE_NAMES.get(k, k.__name__) for k in kinds)
+        raise LossInputError(name, names, "nothing" if value is None else show(value), f"Send {names}.")
     return value
 
 
-WORDS: dict[type, str] = {str: "a string", int: "a whole number", float: "a number", dict: "an object", list: "a list",
-                          bool: "true or false"}  # fmt: skip
+TYPE_NAMES: dict[type, str] = {
+    str: "a string",
+    int: "a whole number",
+    float: "a number",
+    dict: "an object",
+    list: "a list",
+    bool: "true or false",
+}
 
 
 def only(body: Mapping[str, Any], names: Iterable[str]) -> None:
@@ -167,10 +173,13 @@ def sequence_id(value: int, name: str = "seq_id", start: int = 1) -> int:
 
 
 def read_pass(body: bytes, content_type: str, *, forward_only: bool = False) -> Pass:
-    """Read a request for a pass, from protobuf or JSON. ``forward_only`` is that of an endpoint that does not say it.
+    """Read a request for a pass, from protobuf or JSON.
 
-    Raises LossInputError for a body of another form, and without a model or a place in the sequence. Datums that are
-    refused are an error in ``data``.
+    A JSON body takes ``forward_only`` from its endpoint; a protobuf body has a field for it. Datums that are refused
+    are an error in ``data``.
+
+    Raises:
+        LossInputError: for a body of another form, and without a model or a place in the sequence.
     """
     if media_type(content_type) == PROTOBUF:
         return pass_of_protobuf(body)
@@ -208,6 +217,7 @@ def pass_of_json(body: dict[str, Any], forward_only: bool) -> Pass:
 
 
 def data_or_error(read: Callable[[Any, str], Datum], data: Sequence[Any]) -> list[Datum] | LossInputError:
+    """Read the datums of a request; return the error of the first that is refused."""
     datums, cells = [], 0
     try:
         for i, each in enumerate(data):
@@ -227,7 +237,7 @@ def datum_of_protobuf(message: Any, place: str) -> Datum:
         name: tensor_of_protobuf(tensor, f'{place}.loss_fn_inputs["{name}"]')
         for name, tensor in message.loss_fn_inputs.items()
     }
-    ids = joined(chunks)
+    ids = concatenate(chunks)
     check_spans(message.model_input_spans, len(ids), f"{place}.model_input_spans")
     targets = fields.get("target_tokens")
     rows = len(ids) if targets is None or not targets.shape else targets.shape[0]
@@ -235,7 +245,7 @@ def datum_of_protobuf(message: Any, place: str) -> Datum:
     return Datum(TokenInput(ids), fields)
 
 
-def joined(chunks: list[np.ndarray]) -> np.ndarray:
+def concatenate(chunks: list[np.ndarray]) -> np.ndarray:
     return chunks[0] if len(chunks) == 1 else np.concatenate([np.zeros(0, np.int32), *chunks])
 
 
@@ -243,11 +253,11 @@ def tokens_of_protobuf(chunk: Any, place: str) -> np.ndarray:
     kind = chunk.WhichOneof("chunk")
     if kind != "encoded_text":
         raise not_text(kind or "nothing", place)
-    return array(chunk.encoded_text.tokens, np.dtype("<i4"), place)
+    return array_of_bytes(chunk.encoded_text.tokens, np.dtype("<i4"), place)
 
 
 def not_text(kind: str, place: str) -> LossInputError:
-    return LossInputError(place, "encoded_text", kind, "The models of this server read text: send token ids.")
+    return LossInputError(place, "encoded_text", kind, "Send token ids: the models of this server read text alone.")
 
 
 def check_spans(spans: Sequence[Any], length: int, place: str) -> None:
@@ -255,19 +265,19 @@ def check_spans(spans: Sequence[Any], length: int, place: str) -> None:
     if not spans:
         return
     if len(spans) > length:
-        raise LossInputError(place, f"at most {length} runs", f"{len(spans)}", "Each run has a token.")
-    arms = [getattr(span, span.WhichOneof("span")) for span in spans if span.WhichOneof("span")]
-    whole = len(arms) == len(spans) and all(arm.length >= 0 and arm.offset >= 0 for arm in arms)
-    if not whole or sum(arm.length for arm in arms) != length:
-        got, fix = f"{len(spans)} runs that do not", "Each token belongs to one run."
+        raise LossInputError(place, f"at most {length} runs", f"{len(spans)}", "Send no empty runs.")
+    runs = [getattr(span, span.WhichOneof("span")) for span in spans if span.WhichOneof("span")]
+    valid = len(runs) == len(spans) and all(run.length >= 0 and run.offset >= 0 for run in runs)
+    if not valid or sum(run.length for run in runs) != length:
+        got, fix = f"{len(spans)} runs that do not", "Send each token in one run."
         raise LossInputError(place, f"runs that cover {length} tokens", got, fix)
 
 
-def array(data: bytes, dtype: np.dtype, place: str) -> np.ndarray:
+def array_of_bytes(data: bytes, dtype: np.dtype, place: str) -> np.ndarray:
     """Return bytes as numbers, in memory of their own: torch may write to it."""
     if len(data) % dtype.itemsize:
-        got = f"{len(data)} bytes"
-        raise LossInputError(place, f"a multiple of {dtype.itemsize} bytes, {dtype.name}", got, "The bytes are cut.")
+        got, fix = f"{len(data)} bytes", "Send all bytes of each number."
+        raise LossInputError(place, f"a multiple of {dtype.itemsize} bytes, {dtype.name}", got, fix)
     return np.frombuffer(bytearray(data), dtype)
 
 
@@ -278,17 +288,17 @@ def tensor_of_protobuf(tensor: Any, place: str) -> TensorData:
     name, dtype = DTYPES[tensor.dtype]
     if tensor.WhichOneof("encoding") == "sparse_csr":
         csr = tensor.sparse_csr
-        values = array(csr.values, dtype, place)
-        crow, col = (array(x, INDEX, place) for x in (csr.crow_indices, csr.col_indices))
+        values = array_of_bytes(csr.values, dtype, place)
+        crow, col = (array_of_bytes(x, INT64, place) for x in (csr.crow_indices, csr.col_indices))
         return sparse_tensor(name, values, crow, col, list(tensor.shape), place)
-    values = array(tensor.dense, dtype, place)
+    values = array_of_bytes(tensor.dense, dtype, place)
     return dense_tensor(name, values, list(tensor.shape) or [len(values)], place)
 
 
 def dense_tensor(dtype: str, values: np.ndarray, shape: list[int], place: str) -> TensorData:
     check_shape(shape, place)
     if prod(shape) != len(values):
-        got, fix = f"{len(values)} values", "The values are row-major."
+        got, fix = f"{len(values)} values", "Send all values, in row-major order."
         raise LossInputError(place, f"{prod(shape)} values, for shape {shape}", got, fix)
     return TensorData(values, dtype, shape)
 
@@ -345,16 +355,16 @@ def tokens_of_json(model_input: dict[str, Any], place: str = "model_input") -> n
         if not isinstance(chunk, dict) or chunk.get("type", "encoded_text") != "encoded_text":
             raise not_text(show(chunk.get("type") if isinstance(chunk, dict) else chunk), where)
         chunks.append(numbers(chunk.get("tokens"), "int64", f"{where}.tokens"))
-    return joined(chunks)
+    return concatenate(chunks)
 
 
 def numbers(values: Any, dtype: str, place: str) -> np.ndarray:
-    """Return a flat JSON list of numbers as an array, [N]. Nothing is rounded to an integer."""
+    """Return a flat JSON list of numbers as an array [N]. Nothing is rounded to an integer."""
     kinds = (int,) if dtype == "int64" else (int, float)
     if not isinstance(values, list) or any(type(x) not in kinds for x in values):
-        raise LossInputError(place, f"a flat list of {dtype}", show(values), "null and strings are no numbers.")
+        raise LossInputError(place, f"a flat list of {dtype}", show(values), "Send no null and no strings.")
     try:
-        with np.errstate(over="ignore"):  # what float32 cannot hold becomes inf, which the loss refuses
+        with np.errstate(over="ignore"):  # a number beyond float32 becomes inf, which the loss refuses
             return np.array(values, np.int64 if dtype == "int64" else np.float64).astype(dtype)
     except OverflowError:
         raise LossInputError(place, f"a flat list of {dtype}", "a number beyond it", "Send smaller ones.") from None
@@ -366,8 +376,8 @@ def tensor_of_json(tensor: Any, place: str) -> TensorData:
         raise LossInputError(place, "{data, dtype, shape}, of float32 or int64", show(tensor), "Send TensorData.")
     crow, col = tensor.get("sparse_crow_indices"), tensor.get("sparse_col_indices")
     dtype, values = tensor["dtype"], numbers(tensor.get("data"), tensor["dtype"], f"{place}.data")
-    given = tensor.get("shape")
-    shape = [len(values)] if given is None else numbers(given, "int64", f"{place}.shape").tolist()
+    dimensions = tensor.get("shape")
+    shape = [len(values)] if dimensions is None else numbers(dimensions, "int64", f"{place}.shape").tolist()
     if crow is None and col is None:
         return dense_tensor(dtype, values, shape, place)
     rows = numbers(crow, "int64", f"{place}.sparse_crow_indices")

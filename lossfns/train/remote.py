@@ -58,10 +58,10 @@ class RemoteTrainingClient:
     def save_state(self, path: str | Path, user_metadata: Mapping[str, str] | None = None) -> Resolved:
         """Save the state on the server, and its path there into a file.
 
-        Two names take turns on the server. The state that the last file names is whole while the next one is written.
+        Two names take turns on the server, so that the last state stays complete while the next one is written.
 
         Args:
-            path: a file that is not there yet.
+            path: a file that does not exist.
             user_metadata: strings by name, which the file holds as well.
         """
         self._saves += 1
@@ -89,7 +89,7 @@ class RemoteTrainingClient:
         return RemoteTrainingClient(self._service, client)
 
     def describe(self) -> dict[str, Any]:
-        """Return what ``config.json`` tells of the model."""
+        """Return the description of the model that ``config.json`` has."""
         info = self._client.get_info()
         return {"model_name": info.model_data.model_name, "arch": info.model_data.arch}
 
@@ -152,16 +152,17 @@ def read_pointer(path: str | Path) -> dict[str, Any]:
             return content
     except (KeyError, OSError, TypeError, ValueError, RecursionError):
         pass
-    raise LossInputError("path", "a file that names a checkpoint on a server", str(path), "Was it changed?")
+    fix = "Restore the file, or start a new run."
+    raise LossInputError("path", "a file that names a checkpoint on a server", str(path), fix)
 
 
 def path_on_server(path: str | Path) -> str:
-    """Return a path on the server: itself, or the one in a file of a run."""
+    """Return a path on the server: ``path`` itself, or the path in a file of a run."""
     return str(path) if str(path).startswith("tinker://") else str(read_pointer(path)["path"])
 
 
 Client = LocalTrainingClient | RemoteTrainingClient
-"""What the recipes train with."""
+"""A client that the recipes can train with."""
 
 
 @contextmanager
@@ -171,7 +172,7 @@ def connected(base_url: str) -> Iterator[RemoteTrainingClient]:
     The key is that of the environment, ``TINKER_API_KEY``. A server on this machine may need none.
 
     Raises:
-        LossInputError: without the SDK, for a server without the model, and if a request fails.
+        LossInputError: if the SDK is not installed, the server does not have the model, or a request fails.
     """
     try:
         import tinker
@@ -196,7 +197,7 @@ def check_reachable(base_url: str) -> None:
         with urlopen(f"{base_url.rstrip('/')}/api/v1/healthz", timeout=30):
             pass
     except HTTPError:
-        pass  # it answers
+        pass  # the server answers
     except (OSError, ValueError, HTTPException) as error:
         got, fix = f"{base_url} ({error})", "Start one: lossfns serve."
         raise LossInputError("--base-url", "the address of a server", got, fix) from None

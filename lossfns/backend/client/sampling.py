@@ -95,7 +95,8 @@ class LocalSamplingClient(Resolved):
             prompt: a model input of at least one token.
             k: at least 1, and at most the size of the vocabulary.
 
-        The result are token ids [T - 1, k] and their logprobs, float32. Errors are those of ``compute_logprobs``.
+        The result is a pair: token ids [T - 1, k], and their logprobs [T - 1, k] in float32. Errors are those of
+        ``compute_logprobs``.
         """
         return self._submit(self._top_logprobs, prompt, k)
 
@@ -157,39 +158,39 @@ class LocalSamplingClient(Resolved):
 
     @torch.inference_mode()
     def _compute_logprobs(self, prompt: Any) -> list[float | None]:
-        ids, hidden = self._read(prompt)
+        ids, hidden = self._hidden_states(prompt)
         predicted = [] if hidden is None else model_logprobs(self.model, hidden, ids[1:]).tolist()
         return [None, *predicted]
 
     @torch.inference_mode()
     def _target_logprobs(self, prompt: Any, targets: Any) -> Tensor:
-        ids, hidden = self._read(prompt)
+        ids, hidden = self._hidden_states(prompt)
         tokens = as_array(targets, "targets", None)
         if tokens.ndim != 2 or len(tokens) != len(ids) - 1 or not tokens.size:
             fix = "Row i is scored at position i + 1."
             raise LossInputError("targets", f"shape [{len(ids) - 1}, K]", f"{tokens.shape}", fix)
-        assert hidden is not None  # as there are targets
+        assert hidden is not None  # targets have at least one row, so the prompt has two tokens
         tokens = in_vocabulary(tokens, "targets", self._vocabulary, None)
         return model_logprobs(self.model, hidden, to_device(tokens, hidden.device)).float().cpu()
 
     @torch.inference_mode()
     def _top_logprobs(self, prompt: Any, k: int) -> tuple[Tensor, Tensor]:
         check_integer("k", k, 1, self._vocabulary, "That is the size of the vocabulary.")
-        _, hidden = self._read(prompt)
+        _, hidden = self._hidden_states(prompt)
         if hidden is None:
             return torch.zeros(0, k, dtype=torch.long), torch.zeros(0, k)
         head = head_of(self.model)
-        top = [head.logits(rows).float().log_softmax(1).topk(k) for rows in torch.split(hidden, ROWS)]
+        top = [head.logits(rows).float().log_softmax(1).topk(k) for rows in torch.split(hidden, POSITIONS_AT_ONCE)]
         return torch.cat([t.indices for t in top]).cpu(), torch.cat([t.values for t in top]).cpu()
 
-    def _read(self, prompt: Any) -> tuple[Tensor, Tensor | None]:
+    def _hidden_states(self, prompt: Any) -> tuple[Tensor, Tensor | None]:
         """Return the ids [T] of a prompt and the hidden states [T - 1, D] that predict all but the first, if any."""
         ids = to_device(torch.tensor(self._ids(prompt)), next(self.model.parameters()).device)
         return ids, self.model(ids[:-1], [len(ids) - 1]) if len(ids) > 1 else None
 
 
-ROWS = 1024
-"""Positions whose logits are computed at a time."""
+POSITIONS_AT_ONCE = 1024
+"""The positions whose logits are in memory at the same time."""
 
 LARGEST = 2**20
 """The largest number of samples of a prompt, of tokens of a sample, and the largest ``top_k``."""

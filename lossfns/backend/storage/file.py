@@ -59,7 +59,7 @@ def save(path: str | Path, tensors: Mapping[str, Tensor], data: Mapping[str, Any
 def load(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the tensors and the data. Refuse a file whose bytes have changed; the error names the file."""
     with opened(path) as (archive, meta):
-        # The file that is open: under this path another one may be by now.
+        # Read the open file: by now its path may belong to another one.
         if archive.fp is None or archive.comment != digest(archive.fp):
             raise ValueError("its bytes are not those that were written")
         return {name: restored(array(archive, name), dtype) for name, dtype in meta["dtypes"].items()}, meta["data"]
