@@ -182,7 +182,8 @@ def m2po(
     """
 
     def kept(t: Tokens) -> Tensor:
-        return smallest_with_mean(t, (t.old_logprobs.double() - t.sampler_logprobs.double()).square(), threshold)
+        m = t.old_logprobs.double().sub(t.sampler_logprobs).square()
+        return smallest_with_mean(t, m, threshold)
 
     loss = clipped(token_level, clip, weigh, log_ratio_cap, dual_clip)
     return with_mask(loss, kept, "m2_masked", "sampler_logprobs", "groups")

@@ -33,8 +33,8 @@ def with_mask(loss: Loss, kept: Mask, name: str, *reads: str) -> Loss:
 
     def terms(t: Tokens) -> tuple[Tensor, Statistics]:
         term, statistics = loss.terms(t)
-        dropped = ~kept(t)
-        return term.masked_fill(dropped, 0), statistics | OnDemand(**{name: lambda: dropped})
+        keep = kept(t)
+        return torch.where(keep, term, 0), statistics | OnDemand(**{name: lambda: ~keep})
 
     return replace(loss, reads=tuple(dict.fromkeys((*loss.reads, *reads))), terms=terms)
 

@@ -68,10 +68,10 @@ def keep_smallest_of(
 ) -> Tensor:
     """True at the active tokens of the smallest x in each group whose mean is at most the bound: ``[N]``."""
     t = Tokens(x, x, lengths, equal=equal, active=active)
-    distance = x.double() - bound
+    distance = x.double().sub_(bound)
     # Tokens up to the bound are all kept. What they are below it pays for the excess of others, the smallest first.
-    saved = torch.where(active, distance.clamp(max=0), 0)
-    credit, excess = -slot_sum(slot, sequence_sum(t, saved)), distance.clamp(min=0)
+    excess, saved = distance.clamp(min=0), distance.clamp_(max=0).mul_(active)
+    credit = -slot_sum(slot, sequence_sum(t, saved))
     farthest = 2 * credit + bound  # no excess beyond the credit is paid, and sums stay exact if the search ends here
     room, wide_room = torch.empty_like(x), torch.empty_like(excess)
 

@@ -25,7 +25,7 @@ from lossfns.server.service import Service
 from lossfns.server.session import Session, session_of
 from lossfns.server.wire import PROTOBUF
 
-INDEX_FILE = "stopped.json"
+INDEX_FILE, FAILED_FILE = "stopped.json", "not_restored.json"
 
 
 async def save(service: Service) -> None:
@@ -95,11 +95,13 @@ async def restore(service: Service) -> None:
         service.sessions[session_of(name)].losses[name] = loss
     for name, base_model, weights in index["samplers"]:
         service.samplers[name] = Sampler(base_model, weights)
+    failed = []
     for saved in index["models"]:
         try:
             client = await asyncio.to_thread(load_model, service, service.folder(saved["model_id"]), saved)
         except Exception:  # restore the other models all the same
-            log.exception("The model %s is not restored.", saved["model_id"])
+            log.exception("The model %s is not restored. Its entry is kept in %s.", saved["model_id"], FAILED_FILE)
+            failed.append(saved)
             continue
         model = service.add_model(saved["model_id"], client, saved["base_model"], saved["user_metadata"])
         model.next_seq = saved["next_seq"]
@@ -107,6 +109,8 @@ async def restore(service: Service) -> None:
             request_id, error = saved["failed_gradient"]
             model.failed_gradient = service.futures.by_id.get(request_id) or Future(request_id, None)
             model.failed_gradient.set_error(error)
+    if failed:
+        (service.root / FAILED_FILE).write_text(json.dumps({"models": failed}))
     path.unlink()
 
 

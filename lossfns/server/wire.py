@@ -175,14 +175,15 @@ def sequence_id(value: int, name: str = "seq_id", start: int = 1) -> int:
 def read_pass(body: bytes, content_type: str, *, forward_only: bool = False) -> Pass:
     """Read a request for a pass, from protobuf or JSON.
 
-    A JSON body takes ``forward_only`` from its endpoint; a protobuf body has a field for it. Datums that are refused
+    ``forward_only`` is that of the endpoint; a protobuf body has a field for it as well. Datums that are refused
     are an error in ``data``.
 
     Raises:
         LossInputError: for a body of another form, and without a model or a place in the sequence.
     """
     if media_type(content_type) == PROTOBUF:
-        return pass_of_protobuf(body)
+        made = pass_of_protobuf(body)
+        return made._replace(forward_only=True) if forward_only else made
     check_json(content_type, f"{PROTOBUF} or {JSON}")
     return pass_of_json(json_object(body), forward_only)
 

@@ -3,6 +3,8 @@
 import json
 import os
 import socket
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -234,17 +236,25 @@ def test_a_server_that_does_not_serve_ends_with_a_report(
         assert words in capsys.readouterr().out, url
 
 
-def test_a_wrong_key_ends_the_run(capsys: pytest.CaptureFixture[str]) -> None:
+def conformance(*options: str) -> tuple[int, str]:
+    """Run the command in a process of its own, since this one may have used the SDK, whose threads no fork has."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    command = [sys.executable, "-m", "lossfns", "conformance", *options]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    return process.returncode, " ".join(process.stdout.split())
+
+
+def test_a_wrong_key_ends_the_run() -> None:
     with served(Service(device="cpu"), api_key="tml-secret") as url:
-        assert main(["conformance", "--base-url", url, "--api-key", "tml-wrong"]) == 1
-    out = capsys.readouterr().out
+        status, out = conformance("--base-url", url, "--api-key", "tml-wrong")
+    assert status == 1
     assert "the server refuses the key" in out and f"{len(CHECKS) - 1} checks were not run" in out
 
 
-def test_a_model_that_the_server_does_not_have_ends_the_run(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_that_the_server_does_not_have_ends_the_run() -> None:
     with served(Service(device="cpu")) as url:
-        assert main(["conformance", "--base-url", url, "--base-model", "nope"]) == 1
-    out = " ".join(capsys.readouterr().out.split())
+        status, out = conformance("--base-url", url, "--base-model", "nope")
+    assert status == 1
     assert "the server has no model 'nope'; it offers 'Decoder'; " in out and "most likely" not in out
 
 
@@ -262,12 +272,12 @@ def test_a_server_with_any_answer_is_alive(babbling: str) -> None:
     assert unreachable(babbling) == ""
 
 
-def test_the_command_writes_its_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_writes_its_reports(tmp_path: Path) -> None:
     files = {name: tmp_path / f"out.{name}" for name in ("json", "junit", "html")}
     options = [text for name, path in files.items() for text in (f"--{name}", str(path))]
     with served(Service(device="cpu")) as url:
-        assert main(["conformance", "--base-url", url, "--check", "weights-cancel", *options]) == 0
-    out = capsys.readouterr().out
+        status, out = conformance("--base-url", url, "--check", "weights-cancel", *options)
+    assert status == 0
     found = json.loads(files["json"].read_text())
     names = [r["check"] for r in found["results"]]
     assert names == ["forward-backward", "save-state", "create-from-state", "gradient-descent", "weights-cancel"]

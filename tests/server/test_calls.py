@@ -11,6 +11,7 @@ import torch
 from serving import batch, datum, sdk, tinker
 
 from lossfns.server import local_service
+from lossfns.server.wire import PROTOBUF, pb, read_pass
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 types = tinker.types
@@ -244,3 +245,11 @@ def test_samples_that_are_requested_at_once_are_those_of_one_after_the_other() -
             assert got == [sequence.tokens for sequence in alone[i].sequences], i
         with pytest.raises(tinker.RequestFailedError, match="prompt"):
             bad.result()
+
+
+def test_a_pass_to_the_endpoint_of_forward_has_no_gradient() -> None:
+    """The SDK sends protobuf to the other endpoint alone, where the message says which pass it is."""
+    for only, forward_only, expected in ((False, False, False), (True, False, True), (False, True, True)):
+        message = pb.ForwardBackwardRequest(model_id="m", seq_id=1, forward_only=only, loss_fn="cross_entropy")
+        body = message.SerializeToString()
+        assert read_pass(body, PROTOBUF, forward_only=forward_only).forward_only is expected

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from pathlib import Path
@@ -110,3 +111,15 @@ def test_a_service_without_a_socket_is_saved_as_well(tmp_path: Path) -> None:
     with local_service(tiny_service(state=tmp_path)) as client_of:
         assert not (tmp_path / "stopped.json").exists()
         assert client_of.create_training_client_from_state(path).result().get_info().lora_rank == 4
+
+
+def test_a_model_that_cannot_be_restored_is_named_and_kept(tmp_path: Path) -> None:
+    with served(tiny_service(state=tmp_path)) as url:
+        service = tinker.ServiceClient(base_url=url, api_key=KEY)
+        damaged, whole = (service.create_lora_training_client("Tiny", rank=4).result().model_id for _ in range(2))
+    (tmp_path / damaged.replace(":train:", "/") / "stopped.state").write_bytes(b"damaged")
+    again = tiny_service(state=tmp_path)
+    with served(again):
+        assert list(again.models) == [whole]
+        (entry,) = json.loads((tmp_path / "not_restored.json").read_text())["models"]
+        assert entry["model_id"] == damaged
