@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -205,14 +204,6 @@ def connect(base_url: str, api_key: str) -> Connection:
 
     warnings.simplefilter("ignore")  # older and newer calls warn of one another
     return Connection(lambda: tinker.ServiceClient(base_url=base_url, api_key=api_key), tinker.types)
-
-
-def start_anew() -> None:
-    """Let the SDK start its thread in this process, if the parent used it before the fork: threads are not copied."""
-    holder = sys.modules.get("tinker.lib.internal_client_holder")
-    thread = getattr(holder, "_internal_client_holder_thread_singleton", None)  # private: other versions may have none
-    if thread is not None:
-        thread.__init__()
 
 
 def sdk_version() -> str:

@@ -27,7 +27,7 @@ from lossfns.conformance.base import (
 )
 from lossfns.conformance.bench import Bench, Facts, connect_facts
 from lossfns.conformance.bugs import symptom
-from lossfns.conformance.client import Connection, HttpLog, NoAnswer, connect, start_anew
+from lossfns.conformance.client import Connection, HttpLog, NoAnswer, connect
 from lossfns.conformance.report import BROKEN, Report
 from lossfns.terminal import printable
 from lossfns.testing.isolated import FAILED, Ended, Send, run_isolated
@@ -218,7 +218,6 @@ def ended_result(check: Check, ended: Ended, status: str, seconds: float) -> Res
 def work_through(target: Target, checks: Sequence[Check], facts: Facts, limit: float, send: Send) -> None:
     """Run checks one after another in this process, and send each result."""
     silence_streams()
-    start_anew()
     last: list[str] = []
 
     def tell(status: str) -> None:

@@ -5,10 +5,8 @@ import os
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -32,36 +30,13 @@ from lossfns.conformance.client import Connection
 from lossfns.conformance.command import chosen
 from lossfns.conformance.report import Report
 from lossfns.conformance.runner import Target, run, unreachable
-from lossfns.errors import LossWarning
-from lossfns.server import local_service
 from lossfns.server.service import Service
 from tests.conformance.faulty import DEFECTS
+from tests.conformance.running import run_on
 from tests.conformance.shown import BROKEN_BY
 
 UNSUPPORTED = {"unpublished-loss"}
 """What this project's server says that it does not have."""
-
-
-OPEN: list[Any] = []
-"""The services of a worker, which are open until it ends."""
-
-
-def opened(defect: str, folder: str) -> Connection:
-    """Open a session with a server in this process, with a planted defect."""
-    if defect:
-        DEFECTS[defect].plant()
-    warnings.simplefilter("ignore", LossWarning)  # of large ratios: a server only logs it
-    OPEN.append(local_service(Service(device="cpu", state=folder)))
-    OPEN[-1].__enter__()
-    return Connection(lambda: tinker.ServiceClient(base_url="http://local", api_key="tml-local"), tinker.types)
-
-
-def run_on(defect: str, names: set[str] | None = None) -> Report:
-    """Return the report on a server with a defect, in process: the server is in each worker."""
-    checks = [check for check in CHECKS if names is None or check.name in names]
-    with tempfile.TemporaryDirectory() as folder:
-        target = Target(partial(opened, defect, folder), lambda: "")
-        return run(target, checks, Report("local", tinker.__version__, "full"))
 
 
 def test_our_server_passes_every_check() -> None:
