@@ -2,6 +2,7 @@
 
 from importlib.util import find_spec
 
-collect_ignore = []
-if any(find_spec(name) is None for name in ("starlette", "tinker", "zstandard")):
-    collect_ignore += ["malformed.py", "malformed_messages.py", "requests_of_endpoints.py", "test_fuzz.py"]
+OF_THE_SDK = ("malformed_requests.py", "malformed_messages.py", "requests_of_endpoints.py", "test_malformed_requests.py")
+
+missing = any(find_spec(name) is None for name in ("starlette", "tinker", "zstandard"))
+collect_ignore = [*OF_THE_SDK] if missing else []

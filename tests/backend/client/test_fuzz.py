@@ -146,6 +146,17 @@ def prompt_call(rng: Random) -> Arguments:
     return {"prompt": sample_call(rng)["prompt"]}
 
 
+def targets_call(rng: Random) -> Arguments:
+    prompt = sample_call(rng)["prompt"]
+    while len(prompt.to_ints()) < 2:
+        prompt = sample_call(rng)["prompt"]
+    return {"prompt": prompt, "targets": [[rng.randrange(VOCABULARY) for _ in range(2)] for _ in prompt.to_ints()[1:]]}
+
+
+def top_call(rng: Random) -> Arguments:
+    return prompt_call(rng) | {"k": rng.randint(1, VOCABULARY)}
+
+
 # Junk
 
 
@@ -606,6 +617,8 @@ METHODS = {
     "sample": Method(sample_call, {"prompt": prompt_is_wrong, "num_samples": COUNT} | SAMPLE, 4),
     "sample_batch": Method(batch_call, {"prompts": prompt_is_wrong, "num_samples": COUNT} | SAMPLE, 1),
     "compute_logprobs": Method(prompt_call, {"prompt": prompt_is_wrong}, 1),
+    "target_logprobs": Method(targets_call, {"prompt": prompt_is_wrong, "targets": other_than(nothing)}, 1),
+    "top_logprobs": Method(top_call, {"prompt": prompt_is_wrong, "k": other_than(lambda x: whole(x, 1))}, 1),
 }
 
 

@@ -18,7 +18,7 @@ from random import Random
 from typing import Any
 
 import pytest
-from malformed import malformed
+from malformed_requests import malformed
 from requests_of_endpoints import PROTOBUF, Malformed, Target, bodies, message, text
 from requests_of_endpoints import http as request
 from serving import served
