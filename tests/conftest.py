@@ -17,6 +17,10 @@ from hypothesis import is_hypothesis_test, settings
 from lossfns.backend.engine.memory import trim_heap
 
 collect_ignore = ["strangers"]  # losses that others wrote, which test_strangers.py checks
+if any(find_spec(name) is None for name in ("starlette", "tinker", "zstandard")):  # of the extra `server`
+    collect_ignore += [f"server/{name}.py" for name in ("malformed_requests", "malformed_messages")]
+    collect_ignore += [f"server/{name}.py" for name in ("requests_of_endpoints", "test_malformed_requests")]
+    collect_ignore_glob = ["conformance/[!t]*.py"]
 
 settings.register_profile("default", derandomize=True, deadline=None, max_examples=25)
 settings.register_profile("exhaustive", derandomize=bool(os.environ.get("CI")), deadline=None, max_examples=200)

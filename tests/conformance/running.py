@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import multiprocessing
 import tempfile
 import warnings
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stdout
 from functools import cache, partial
 from typing import Any
 
+import pytest
 import tinker
 
+from lossfns.cli import main
+from lossfns.conformance import runner
 from lossfns.conformance.checks import CHECKS
 from lossfns.conformance.client import Connection
 from lossfns.conformance.report import Report
@@ -42,6 +47,18 @@ def run_here(defect: str, names: set[str] | None) -> Report:
         return run(target, checks, Report("local", tinker.__version__, "full"))
 
 
+IMPATIENT = {"SETUP_SECONDS": 2.0, "CHECK_SECONDS": 0.7, "EXPERIMENTS": 0, "MARGIN": 0.3, "HEALTH_SECONDS": 1.0}
+"""Limits of the runner that tests can wait for."""
+
+
+def command_here(url: str) -> tuple[int, str]:
+    """Run the command on a server with short limits, and return its status and what it prints."""
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as out:
+        for name, value in IMPATIENT.items():
+            patch.setattr(runner, name, value)
+        return main(["conformance", "--base-url", url]), out.getvalue()
+
+
 @cache
 def fresh_process() -> ProcessPoolExecutor:
     """Return a process that is no fork: the SDK and autograd do not work in forks of one that has used them."""
@@ -51,3 +68,8 @@ def fresh_process() -> ProcessPoolExecutor:
 def run_on(defect: str, names: set[str] | None = None) -> Report:
     """Return the report on a server with a defect, or on the right one for no name."""
     return fresh_process().submit(run_here, defect, names).result()
+
+
+def command_on(url: str) -> tuple[int, str]:
+    """Return the status of the command on a server, with short limits, and what it prints."""
+    return fresh_process().submit(command_here, url).result()

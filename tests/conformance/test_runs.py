@@ -32,7 +32,7 @@ from lossfns.conformance.report import Report
 from lossfns.conformance.runner import Target, run, unreachable
 from lossfns.server.service import Service
 from tests.conformance.faulty import DEFECTS
-from tests.conformance.running import run_on
+from tests.conformance.running import IMPATIENT, command_on, run_on
 from tests.conformance.shown import BROKEN_BY
 
 UNSUPPORTED = {"unpublished-loss"}
@@ -93,11 +93,8 @@ the rest is ``offers-ppo`` for other losses."""
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "SETUP_SECONDS", 2.0)
-    monkeypatch.setattr(runner, "CHECK_SECONDS", 0.7)
-    monkeypatch.setattr(runner, "EXPERIMENTS", 0)
-    monkeypatch.setattr(runner, "MARGIN", 0.3)
-    monkeypatch.setattr(runner, "HEALTH_SECONDS", 1.0)
+    for name, value in IMPATIENT.items():
+        monkeypatch.setattr(runner, name, value)
 
 
 def check(name: str, act: Callable[[Any], Any], needs: tuple[str, ...] = ()) -> Check:
@@ -196,10 +193,7 @@ def babbling() -> Iterator[str]:
         sock.shutdown(socket.SHUT_RDWR)
 
 
-@pytest.mark.usefixtures("impatient")
-def test_a_server_that_does_not_serve_ends_with_a_report(
-    silent: str, babbling: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_server_that_does_not_serve_ends_with_a_report(silent: str, babbling: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as sock:
         nobody = f"http://127.0.0.1:{sock.getsockname()[1]}"
     for url, words in (
@@ -207,8 +201,8 @@ def test_a_server_that_does_not_serve_ends_with_a_report(
         (nobody, "there is no HTTP server"),
         (babbling, "the last status was 500"),
     ):
-        assert main(["conformance", "--base-url", url]) == 1, url
-        assert words in capsys.readouterr().out, url
+        status, out = command_on(url)
+        assert status == 1 and words in out, url
 
 
 def conformance(*options: str) -> tuple[int, str]:
