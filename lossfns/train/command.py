@@ -24,16 +24,18 @@ import torch
 
 from lossfns.backend.client.training import LocalTrainingClient
 from lossfns.backend.engine.ranks import start as start_ranks
+from lossfns.backend.model.tokenizer import ByteTokenizer
 from lossfns.backend.storage import checkpoint
 from lossfns.backend.types import SamplingParams
 from lossfns.datum import ModelInput
 from lossfns.errors import LossInputError
 from lossfns.loss import Loss
 from lossfns.terminal import console_on, say, while_read
-from lossfns.train import formats, plots, recipes, remote, tasks
+from lossfns.train import plots, recipes, remote, tasks
 from lossfns.train.methods import TEMPERATURE, one_line
 from lossfns.train.options import Options, check_option
 from lossfns.train.remote import Client, RemoteTrainingClient
+from lossfns.train.render import Renderer, typed_prompt
 from lossfns.train.run import (
     CHECKPOINTS,
     CONFIG,
@@ -67,6 +69,7 @@ def add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "others; docs/train.md lists all formats")  # fmt: skip
     add("--max-length", type=int, metavar="N", help="longest row of --data in tokens (bytes); longer ones are refused "
         "(default: 2048)")  # fmt: skip
+    add("--drop-longer", action="store_true", default=None, help="leave out longer rows, and count them")
     add("--out", metavar="DIR", help="the run folder (default: runs/METHOD-TIME)")
     add("--init", metavar="FILE", help="start from the weights of this checkpoint")
     add("--base-url", metavar="URL", help="train on a server of the Tinker API, such as lossfns serve, through the "
@@ -192,7 +195,7 @@ def train_and_report(options: Options, folder: Path, check_config: Callable[[dic
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)  # for random numbers that a recipe does not draw from its own seeds
     method = recipes.METHODS[options.method]
-    loss, task = method.loss(), method.task(options)
+    loss, task = method.loss(), method.task(options, Renderer(ByteTokenizer()))
     with client_of(options) as client:
         train_with(client, method.recipe, task, loss, options, folder, check_config)
     return 0
@@ -526,19 +529,19 @@ def sample_run(folder: Path, args: argparse.Namespace) -> list[str]:
     if not checkpoints(folder):
         fix = "A run saves its first one after --save-every steps."
         raise LossInputError("RUN", "a run with a checkpoint", f"{folder}, which has none", fix)
-    style = config.get("prompts", "text")
+    renderer = Renderer(ByteTokenizer())
     try:
-        ids = tasks.TOKENIZER.encode(formats.prompt_for(style, args.prompt))
+        ids = typed_prompt(renderer, config.get("prompts", "text"), args.prompt)
     except UnicodeEncodeError:
         got = ascii(args.prompt[:40])
         raise LossInputError("PROMPT", "text in UTF-8", got, "Check the encoding of the terminal.") from None
     torch.set_num_threads(1)
     path, base_url = checkpoints(folder)[0], config["options"].get("base_url")
     params = SamplingParams(max_tokens=args.max_tokens, temperature=args.temperature, seed=args.seed)
-    prompt = ModelInput.from_ints(tasks.END + ids if style == "passage" or not ids else ids)
+    prompt = ModelInput.from_ints(ids)
     with sampler_of(path, base_url, args.device) as sampler:
         (response,) = sampler.sample_batch([prompt], args.samples, params).result()
-    return [tasks.TOKENIZER.decode(sequence.tokens) for sequence in response.sequences]
+    return [renderer.decode(sequence.tokens) for sequence in response.sequences]
 
 
 @contextmanager
