@@ -72,10 +72,9 @@ class App:
         await saved.restore(self.service)
         yield
         await self.service.close()
-        if self.service.temporary is None:
+        if self.service.state.temporary is None:
             await saved.save(self.service)
-        else:
-            self.service.temporary.cleanup()
+        self.service.state.close()
 
     def starlette(self) -> Starlette:
         """Return the ASGI application."""
