@@ -14,7 +14,7 @@ import pytest
 from lossfns import LossInputError
 from lossfns.backend import ByteTokenizer, Decoder, LocalTrainingClient
 from lossfns.train import methods, tasks
-from lossfns.train.command import print_outcome
+from lossfns.train.outcome import print_outcome
 from lossfns.train.plots import running_mean
 from lossfns.train.recipes import Outcome
 from lossfns.train.run import Run, State
