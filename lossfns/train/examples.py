@@ -47,7 +47,7 @@ class Problem(NamedTuple):
 
     prompt: list[int]
     answer: str | None
-    fields: Mapping[str, Any]
+    fields: Mapping[str, Any] = {}
 
 
 Example = Demonstration | Preference | Labelled | Problem

@@ -188,7 +188,10 @@ def common_length(a: Sequence[Any], b: Sequence[Any]) -> int:
 def with_prompt(row: Row, common: Messages) -> Messages:
     """Return the messages before the answers: those of the prompt, and those that both sides repeat or add."""
     prompt = row.fields.get("prompt") or []
-    before = [user(str(prompt))] if isinstance(prompt, str) else read_messages(row, "prompt")
+    if isinstance(prompt, str):
+        before = [user(str(prompt))]
+    else:
+        before = read_messages(row, "prompt") if prompt else []
     if isinstance(prompt, str) and before[0] in common:
         return common
     if common[: len(before)] == before:
@@ -224,6 +227,9 @@ def prompt_and_answer(row: Row, renderer: Renderer) -> list[Problem]:
 
 def prompt_alone(row: Row, renderer: Renderer) -> list[Problem]:
     """``{"prompt"}``, for rewards that need no answer."""
+    if "answer" in row.fields:
+        fix = "The first row has none: give every row an answer, or none."
+        row.refuse("a prompt without an answer", "one with an answer", fix)
     return [problem(row, renderer, None)]
 
 
