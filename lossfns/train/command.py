@@ -39,6 +39,7 @@ from lossfns.train.run import (
     CONFIG,
     CURVES,
     METRICS,
+    OLD_CHECKPOINT,
     RESULT,
     Run,
     State,
@@ -245,7 +246,7 @@ def checkpoints(folder: Path) -> list[Path]:
     """
     if (folder / remote.CHECKPOINT).is_file():
         return [folder / remote.CHECKPOINT]
-    paths = [folder / name for name in CHECKPOINTS if checkpoint.exists(folder / name)]
+    paths = [folder / name for name in (*CHECKPOINTS, OLD_CHECKPOINT) if checkpoint.exists(folder / name)]
     return sorted(paths, key=lambda path: checkpoint.metadata(path).get("steps", 0), reverse=True)
 
 
@@ -256,7 +257,8 @@ def save_checkpoint(client: Client, folder: Path, state: State) -> None:
         return recipes.save_to(client, folder, remote.CHECKPOINT, metadata)
     name, other = CHECKPOINTS if client.ranks.size == 1 else CHECKPOINTS[::-1]
     recipes.save_to(client, folder, name, metadata)
-    client.ranks.when_idle(client.ranks.on_rank_zero, checkpoint.remove, folder / other)
+    for old in (other, OLD_CHECKPOINT):
+        client.ranks.when_idle(client.ranks.on_rank_zero, checkpoint.remove, folder / old)
 
 
 def load_newest(client: Client, folder: Path) -> State:
