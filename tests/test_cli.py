@@ -233,6 +233,10 @@ def test_a_run_killed_before_its_result_only_measures(tmp_path: Path, capsys: py
     assert "resumed after 3 steps" in capsys.readouterr().err
     assert json.loads((folder / "result.json").read_text())["bits_per_byte"] == first["bits_per_byte"]
     assert written(folder / "checkpoint.safetensors") == saved
+    (folder / "checkpoint.safetensors").rename(folder / "checkpoint.npz")  # its name until 2026-11
+    (folder / "result.json").unlink()
+    assert main(["train", "--resume", str(folder)]) == 0
+    assert "resumed after 3 steps" in capsys.readouterr().err
 
 
 def test_a_finished_run_is_left_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,11 +6,9 @@ import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from functools import partial
-from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple, TypeVar
 
-from lossfns.backend.client.training import LocalTrainingClient
 from lossfns.errors import LossInputError
 from lossfns.loss import Loss
 from lossfns.losses.policy import dapo, grpo
@@ -19,9 +17,10 @@ from lossfns.losses.reference_free import orpo
 from lossfns.losses.sequence import gspo_token
 from lossfns.losses.supervised import cross_entropy
 from lossfns.train import methods, tasks
+from lossfns.train.checkpoints import frozen_copy
 from lossfns.train.options import LARGEST, Options, check_option, flag
-from lossfns.train.remote import REFERENCE, Client, RemoteTrainingClient
-from lossfns.train.run import REFERENCES, Run, replaced
+from lossfns.train.remote import Client
+from lossfns.train.run import Run
 from lossfns.train.tasks import Demonstration, Preference, Problem, Task
 
 
@@ -62,33 +61,6 @@ def compared(
     pairs = zip(texts, draw())
     samples = tuple({"prompt": p, "before": old, "after": new} for (p, old), (_, new) in pairs)
     return Outcome(name, title, before, measure(), samples)
-
-
-def frozen_copy(run: Run, client: Client) -> Client:
-    """Return a reference policy: a client with the weights that ``client`` had at the first call of this in the run."""
-    if isinstance(client, RemoteTrainingClient):
-        run.once("reference", lambda: save_to(client, run.folder, REFERENCE))
-        return client.from_state(run.folder / REFERENCE)
-    ranks, device = client.ranks, next(client.model.parameters()).device
-    model = ranks.when_idle(ranks.copy_model)
-    reference = LocalTrainingClient(model, tokenizer=client.get_tokenizer(), device=device, mesh=ranks.mesh)
-
-    def save() -> str:
-        name = REFERENCES[0] if ranks.size == 1 else REFERENCES[1]
-        save_to(reference, run.folder, name)
-        return name
-
-    reference.load_state(run.folder / run.once("reference", save)).result()
-    return reference
-
-
-def save_to(client: Client, folder: Path, name: str, metadata: Mapping[str, str] | None = None) -> None:
-    """Save the client's state under a name in the folder of a run. Several processes write a folder with parts."""
-    if isinstance(client, LocalTrainingClient) and client.ranks.size > 1:
-        client.save_state(folder / name, overwrite=True, user_metadata=metadata).result()
-        return
-    with replaced(folder, name) as path:
-        client.save_state(path, user_metadata=metadata).result()
 
 
 # Recipes
@@ -286,7 +258,8 @@ def complete_options(given: Mapping[str, Any]) -> Options:
             others = ", ".join(other for other in METHODS if has_option(other, name))
             raise LossInputError(flag(name), f"a method that has it ({others})", method, "Leave it out.")
     options = Options(**METHODS[method].defaults | given)
-    for name, default in (("device", "auto"), ("init", None)):
+    for name in ("device", "model", "lora", "lora_parts", "dtype", "gradient_checkpointing", "init"):
+        default = next(field.default for field in fields(Options) if field.name == name)
         if options.base_url and (value := getattr(options, name)) != default:
             expected, fix = "no --base-url with it", "The server has the model: it starts from its own weights."
             raise LossInputError(flag(name), expected, reprlib.repr(value), fix)
