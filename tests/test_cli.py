@@ -43,7 +43,7 @@ def test_every_method_leaves_a_whole_run_folder(
     shown = capsys.readouterr()
     assert "before" in shown.out and "after" in shown.out and f"{method} on" in shown.err
     assert {p.name for p in tmp_path.iterdir()} == {
-        *("config.json", "metrics.jsonl", "result.json", "checkpoint.safetensors", "curves.png"),
+        *("config.json", "metrics.jsonl", "evaluations.jsonl", "result.json", "checkpoint.safetensors", "curves.png"),
         *([] if method == "sft" else ["reference.safetensors"]),
     }
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
