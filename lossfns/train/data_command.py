@@ -101,9 +101,8 @@ def data_command(args: argparse.Namespace) -> int:
         print_lengths(found)
         print_refused(found, longer, args.max_length, args.drop_longer)
         usable = not found.errors and (not longer or args.drop_longer) and different >= 2
-        say(
-            f"lossfns train {'takes' if usable else 'refuses'} it{'' if different >= 2 else ': it needs 2 different rows'}"
-        )
+        reason = "" if different >= 2 else ": it needs 2 different rows"
+        say(f"lossfns train {'takes' if usable else 'refuses'} it{reason}")
     return 0 if usable else 1
 
 
