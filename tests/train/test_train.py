@@ -170,6 +170,7 @@ def drawn(run: Run, until: int = 99) -> list[tuple[str, int, float]]:
     steps = []
     for phase, count in (("warm-up", 5), ("grpo", 7)):
         run.once(f"before {phase}", lambda phase=phase: f"{phase} {len(run.history)}")  # type: ignore[misc]
+        run.evaluate_every(3, lambda: {"reward": len(run.history) / 10})
         rng = Random(phase)
         for step in run.steps(phase, count, rng):
             if run.steps_done == until:
@@ -201,6 +202,10 @@ def test_a_run_goes_on_from_its_newest_state(tmp_path: Path, until: int) -> None
         assert first[:kept] + drawn(run) == whole
     rows = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("whole", "broken")]
     assert [[json.loads(row)["loss"] for row in part] for part in rows] == [[x for *_, x in whole]] * 2
+    measured = [(tmp_path / name / "evaluations.jsonl").read_text().splitlines() for name in ("whole", "broken")]
+    places = [("warm-up", 3, 0.3), ("grpo", 3, 0.8), ("grpo", 6, 1.1)]  # of 5 and 7 steps, every third
+    for part in measured:
+        assert [tuple(map(json.loads(row).get, ("phase", "step", "reward"))) for row in part] == places
     assert states[-1] == last
     assert run.measured == {"before warm-up": "warm-up 0", "before grpo": "grpo 5"}
 
@@ -210,7 +215,7 @@ def test_rows_that_the_state_counts_on_must_be_there(tmp_path: Path) -> None:
     row = '{"phase": "sft", "step": 1, "seconds": 0.5}\n'
     for text in ("", row, row + "{nonsense\n", row + "[]\n", row + "{}\n", row + "\udcff\n"):
         (tmp_path / "metrics.jsonl").write_text(text, errors="surrogateescape")
-        with pytest.raises(LossInputError, match=r"expected 2 rows of metrics, got .*metrics\.jsonl"):
+        with pytest.raises(LossInputError, match=r"expected 2 rows, got .*metrics\.jsonl"):
             Run(tmp_path, state=state)
         assert (tmp_path / "metrics.jsonl").read_text(errors="surrogateescape") == text
 
