@@ -6,7 +6,7 @@ One table, ``MAKERS``, has a maker for each column. A column whose meaning depen
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,6 +35,7 @@ class Batch:
         labels: 1 for each answer that is desirable or chosen, 0 for the others.
         scale: the scale of the advantages, ``"std"`` or ``"none"``.
         history: the metrics of the steps before.
+        metrics: metrics of the batch itself.
     """
 
     data: list[Datum]
@@ -47,6 +48,7 @@ class Batch:
     labels: Sequence[float] = ()
     scale: str = "std"
     history: Sequence[Mapping[str, float]] = ()
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 def target_logprobs(client: Any, data: Sequence[Datum]) -> list[Any]:
@@ -107,7 +109,8 @@ def kl_of_other_answers(batch: Batch) -> list[float]:
     pairs = zip(tokens, starts, [*tokens[1:], tokens[0]], [*starts[1:], starts[0]])
     others = [datum_from_tokens([*a[:i], *b[j:]], prompt_length=i) for a, i, b, j in pairs]
     now, then = ([x.to_torch() for x in target_logprobs(each, others)] for each in (batch.policy, batch.reference))
-    return [kto_reference_point(now, then, [weights_of(datum) for datum in others])] * len(batch.data)
+    weights = [weights_of(datum).tolist() for datum in others]
+    return [kto_reference_point(now, then, weights)] * len(batch.data)
 
 
 def mean_of_steps(name: str, decay: float = 0.9) -> Callable[[Batch], list[float]]:

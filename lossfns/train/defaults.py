@@ -29,7 +29,6 @@ LEARNS_THE_CHOSEN = {"steps": 500, "batch": 32, "lr": 3e-3, "warmup_steps": 0}
 DEFAULTS_OF_LOSSES = {"orpo": LEARNS_THE_CHOSEN}
 """The defaults of losses that differ from those of their method: orpo needs no supervised start."""
 
-MODEL = {"supervised": {"steps": 100, "batch": 8}, "preference": {"steps": 100, "batch": 8}}
 MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
     "supervised": {"steps": 100, "batch": 8},
     "preference": {"steps": 100, "batch": 8},
@@ -53,9 +52,6 @@ OF_METHODS = {
     "candidates": ("distillation",),
 }
 """The methods of the options that not every method has."""
-
-OF_MODELS = ("lora", "lora_parts", "dtype", "gradient_checkpointing")
-"""Options of ``--model``."""
 
 
 def loss_of(text: str, settings: Mapping[str, Any]) -> AnyLoss:
@@ -108,22 +104,20 @@ def complete_options(given: Mapping[str, Any]) -> Options:
 def defaults_of(given: Mapping[str, Any], method: str) -> dict[str, Any]:
     """Return the defaults of a loss and its method."""
     if "model" in given:
-        rate = LEARNING_RATE_OF_ADAPTERS if "lora" in given else LEARNING_RATE
+        rate = LEARNING_RATE_OF_ADAPTERS if given.get("lora") else LEARNING_RATE
         return MODEL_DEFAULTS[method] | {"lr": rate}
     return DEFAULTS_OF_LOSSES.get(spelled(given["loss"]), DEFAULTS[method])
 
 
 def check_together(options: Options) -> None:
     """Refuse options that exclude one another, or need one another."""
-    for name, default in (("device", "auto"), ("init", None), ("model", None), ("teacher", None)):
-        if options.base_url and (value := getattr(options, name)) != default:
+    for name in ("device", "model", "lora", "lora_parts", "dtype", "gradient_checkpointing", "init", "teacher"):
+        if options.base_url and (value := getattr(options, name)) != getattr(Options, name):
             expected, fix = "no --base-url with it", "The server has the model: it starts from its own weights."
             raise LossInputError(flag(name), expected, reprlib.repr(value), fix)
-    for name in OF_MODELS:
-        if options.model is None and getattr(options, name) != getattr(Options, name):
-            raise LossInputError(flag(name), "--model with it", "none", "The embedded model is small: leave it out.")
-    if options.max_length and not options.data:
-        raise LossInputError("--max-length", "--data with it", "none", "The built-in data has its own length.")
+    for name in ("max_length", "drop_longer"):
+        if getattr(options, name) and not options.data:
+            raise LossInputError(flag(name), "--data with it", "none", "The built-in data has its own length.")
     if options.batch * max(1, options.group) > LARGEST["batch"]:
         expected, got = f"--batch times --group of at most {LARGEST['batch']}", f"{options.batch * options.group}"
         raise LossInputError("--group", expected, got, "Take fewer samples in a step, and more steps.")

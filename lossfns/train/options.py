@@ -25,11 +25,11 @@ class Options:
         data: the rows to train on; ``None`` for the built-in data.
         out: path of the run folder; ``None`` for ``runs/LOSS-TIME``.
         init: path of a checkpoint to start from.
-        model: the model to train; ``None`` for the embedded one.
-        lora: rank of the adapters to train; ``None`` to train all parameters.
-        lora_parts: the parts of the model that get adapters.
-        dtype: dtype of the weights; ``None`` for that of the file.
-        gradient_checkpointing: whether to compute activations again in the backward pass.
+        model: a model as ``hf.load`` takes it, such as ``"smollm2"`` or a folder; ``None`` for the embedded one.
+        lora: rank of low-rank adapters; 0 trains all weights.
+        lora_parts: the parts with adapters, among ``"attn"``, ``"mlp"`` and ``"unembed"``.
+        dtype: dtype of the weights, such as ``"bfloat16"``; ``None`` keeps that of the file.
+        gradient_checkpointing: whether the layers run again in the backward pass, to save memory.
         teacher: the model to learn from; without ``model`` the checkpoint of one.
         candidates: candidate tokens of the teacher at each position.
         base_url: address of a server of the Tinker API to train on; ``None`` trains in this process.
@@ -45,7 +45,8 @@ class Options:
         max_tokens: most tokens of a sample; ``None`` for the length of the longest answer.
         reward: how samples are rewarded; ``None`` for the default of the data.
         advantage_scale: ``"std"``, or ``"none"`` as in Dr. GRPO.
-        max_length: most tokens of a row of ``data``; ``None`` for 2048. A longer row is refused.
+        max_length: most tokens of a row of ``data``; ``None`` for 2048. Longer ones are refused.
+        drop_longer: whether longer rows are left out and counted, instead.
         eval_every: steps from one held-out evaluation to the next; 0 for only before and after.
         save_every: steps from one checkpoint to the next.
     """
@@ -56,7 +57,7 @@ class Options:
     out: str | None = None
     init: str | None = None
     model: str | None = None
-    lora: int | None = None
+    lora: int = 0
     lora_parts: str = "attn,mlp"
     dtype: str | None = None
     gradient_checkpointing: bool = False
@@ -76,16 +77,17 @@ class Options:
     reward: str | None = None
     advantage_scale: str = "std"
     max_length: int | None = None
+    drop_longer: bool = False
     eval_every: int = 0
     save_every: int = 20
 
 
 NAMES = tuple(each.name for each in fields(Options))
 TEXTS = (
-    *("loss", "data", "out", "init", "model", "lora_parts", "teacher", "base_url", "device", "reward"),
+    *("loss", "data", "out", "init", "model", "lora_parts", "dtype", "teacher", "base_url", "device", "reward"),
     *("resume", "config", "RUN"),
 )
-CHOICES = {"dtype": ("float32", "bfloat16", "float16", "float64"), "advantage_scale": ("std", "none")}
+CHOICES = {"advantage_scale": ("std", "none")}
 
 
 def check_option(name: str, value: Any) -> None:
@@ -102,7 +104,7 @@ def check_option(name: str, value: Any) -> None:
         expected, accepted = f"one of {', '.join(CHOICES[name])}", value in CHOICES[name]
     elif name == "set":
         expected, accepted = "settings by name", isinstance(value, Mapping) and all(map(str.isidentifier, value))
-    elif name == "gradient_checkpointing":
+    elif name in ("gradient_checkpointing", "drop_longer"):
         expected, accepted = "true or false", isinstance(value, bool)
     elif name == "lr":
         expected, accepted = "a finite number above 0", type(value) in (int, float) and 0 < value < math.inf
@@ -110,7 +112,7 @@ def check_option(name: str, value: Any) -> None:
             expected, accepted = "a learning rate of at most 1", False
     else:
         # `group` and `updates` are 0 only by default, for a method that has none.
-        smallest = 0 if name in ("seed", "warmup_steps", "eval_every") else 1
+        smallest = 0 if name in ("seed", "warmup_steps", "eval_every", "lora") else 1
         expected = f"a whole number of at least {smallest}"
         accepted = type(value) is int and smallest <= value
         if accepted and value > LARGEST[name]:
@@ -125,7 +127,7 @@ LARGEST = {
     "steps": 10**9,
     "warmup_steps": 10**9,
     "batch": 2**16,
-    "lora": 2**12,
+    "lora": 2**16,
     "candidates": 2**12,
     "group": 2**12,
     "updates": 2**16,
