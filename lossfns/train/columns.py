@@ -53,7 +53,9 @@ class Batch:
 
 def target_logprobs(client: Any, data: Sequence[Datum]) -> list[Any]:
     """Return the logprobs of each datum's targets under a client's weights."""
-    plain = [Datum(d.model_input, {name: d.loss_fn_inputs[name] for name in ("target_tokens", "weights")}) for d in data]
+    plain = [
+        Datum(d.model_input, {name: d.loss_fn_inputs[name] for name in ("target_tokens", "weights")}) for d in data
+    ]
     parts = (plain[i : i + CHUNK] for i in range(0, len(plain), CHUNK))
     outputs = [client.forward(part, "cross_entropy").result().loss_fn_outputs for part in parts]
     return [output["logprobs"] for part in outputs for output in part]

@@ -30,7 +30,7 @@ from lossfns.train.recipes import Job, run_job
 from lossfns.train.remote import Client
 from lossfns.train.rewards import SPECS
 from lossfns.train.run import CONFIG, Run, check_new, create_run, is_finished, load_config
-from lossfns.train.setup import client_of, job_of
+from lossfns.train.setup import client_of, examples_of, job_of
 
 
 def add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -208,8 +208,9 @@ def train_and_report(options: Options, folder: Path, check_config: Callable[[dic
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)  # for random numbers that a recipe does not draw from its own seeds
     loss = loss_of(options.loss, options.set)
+    task, reward = examples_of(options, loss)
     with client_of(options) as client:
-        train_with(client, job_of(options, loss, client), folder, check_config)
+        train_with(client, job_of(options, loss, client, task, reward), folder, check_config)
     return 0
 
 

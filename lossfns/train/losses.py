@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import ast
 import functools
+import inspect
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from lossfns.datum import Datum, tensor_data
-from lossfns.describe import makers, presets, required, signature
+from lossfns.describe import makers, presets, signature
 from lossfns.errors import LossInputError, did_you_mean, show
 from lossfns.loss import Loss, LossFn
 from lossfns.tokens import PAIRS, TARGETS
@@ -84,7 +85,8 @@ def family_loss(text: str, settings: Mapping[str, Any]) -> Loss:
         arguments = [evaluated(node) for node in called.args]
         given = {k.arg or "": evaluated(k.value) for k in called.keywords}
         given |= {name: value_of(value, known.get(name)) for name, value in settings.items()}
-        refuse_incomplete(text, [name for name in required(make)[len(arguments) :] if name not in given])
+        needed = [name for name, default in known.items() if default is inspect.Parameter.empty]
+        refuse_incomplete(text, [name for name in needed[len(arguments) :] if name not in given])
         loss = make(*arguments, **given)
     except LossInputError:
         raise

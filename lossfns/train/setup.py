@@ -30,15 +30,19 @@ def client_of(options: Options) -> Iterator[Client]:
         yield client
 
 
-def job_of(options: Options, loss: AnyLoss, client: Client) -> Job:
-    """Load what the recipe needs besides the client, and check that it fits together."""
-    renderer = Renderer(client.get_tokenizer())
-    task = task_of(loss, options, renderer)
-    reward = None
-    if method_of(loss) == "policy":
-        task, reward = with_answers_that_fit(task, options), reward_for(task, options)
+def job_of(options: Options, loss: AnyLoss, client: Client, task: Task[Any], reward: Reward | None) -> Job:
+    """Load the teacher, and return what the recipe works with."""
     teacher = None if options.teacher is None else teacher_of(options, client)
     return Job(options=options, loss=loss, client=client, task=task, teacher=teacher, reward=reward)
+
+
+def examples_of(options: Options, loss: AnyLoss) -> tuple[Task[Any], Reward | None]:
+    """Load the examples, and the reward of a method that samples. Nothing here needs the model, only its tokenizer."""
+    task = task_of(loss, options, Renderer(models.load_tokenizer(options)))
+    if method_of(loss) != "policy":
+        return task, None
+    reward = check_reward(reward_name(task, options), task.held_out + task.train)
+    return with_answers_that_fit(task, options), reward
 
 
 def teacher_of(options: Options, student: Client) -> Client:
@@ -109,11 +113,6 @@ def labelled(pairs: Task[Preference]) -> Task[Labelled]:
 
     held_out = sides(pairs.held_out[: len(pairs.held_out) // 2])
     return Task(pairs.name, pairs.renderer, draw, held_out, style=pairs.style)
-
-
-def reward_for(task: Task[Any], options: Options) -> Reward:
-    """Return the reward of the run, after a trial with the answers of the data."""
-    return check_reward(reward_name(task, options), task.held_out + task.train)
 
 
 def with_answers_that_fit(task: Task[Problem], options: Options) -> Task[Problem]:

@@ -3,28 +3,25 @@
 import io
 import math
 from pathlib import Path
-from random import Random
 from typing import Any
-
-import pytest
 
 from lossfns import LossInputError
 from lossfns.backend import ByteTokenizer, Decoder, LocalTrainingClient
 from lossfns.describe import makers, required
-from lossfns.train.columns import check_columns, columns_of
-from lossfns.train.defaults import complete_options, loss_of
+from lossfns.train.columns import check_columns
+from lossfns.train.defaults import loss_of
 from lossfns.train.examples import Demonstration, Labelled, Preference, Problem
-from lossfns.train.losses import OwnLoss, method_of, parse_setting
+from lossfns.train.losses import method_of
 from lossfns.train.options import Options
 from lossfns.train.recipes import Job, run_job
 from lossfns.train.render import Renderer
-from lossfns.train.rewards import reward_of
 from lossfns.train.run import Run
 from lossfns.train.tasks import Task
 
 RENDERER = Renderer(ByteTokenizer())
 SHAPE: dict[str, Any] = {"vocab_size": 257, "dim": 16, "layers": 1, "heads": 1, "kv_heads": 1, "hidden": 16}
-PARTS = {"loss": "dapo", "policy": "dapo", "preference": "dpo", "quality": "kto", "weight": "truncated()", "delta": 0.1}
+PARTS: dict[str, Any] = {"loss": "dapo", "policy": "dapo", "preference": "dpo", "quality": "kto", "delta": 0.1}
+PARTS["weight"] = "rollout.truncated()"
 """What the combinators of the family combine."""
 
 REFUSED = {
