@@ -101,15 +101,15 @@ class Decoder(nn.Module):
         """Name of the route that the attention of a packed batch takes, from ``choose_route``."""
         return choose_route(self.embed.weight.device, self.embed.weight.dtype, self.head_dim)
 
-    def forward(self, tokens: Tensor, lengths: Sequence[int], parents: Sequence[int | None] | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, lengths: Sequence[int], previous: Sequence[int | None] | None = None) -> Tensor:
         """Return hidden states [N, D] after the final norm.
 
         Args:
             tokens: [N] ids of the segments, end to end.
             lengths: tokens of each segment.
-            parents: for each segment the index of the earlier segment that it continues, or None; see ``Layout``.
+            previous: for each segment the token that comes before its first one, or None; see ``Layout``.
         """
-        layout = Layout(lengths, parents, tokens.device)
+        layout = Layout(lengths, previous, tokens.device)
         return self._run(tokens, layout.positions, layout.attend)
 
     def prefill(self, tokens: Tensor, lengths: Sequence[int], max_new_tokens: int) -> tuple[Tensor, Cache]:
