@@ -4,10 +4,12 @@
 tokens, width D and vocabulary V, one product of matrices (GEMM) is 2·N·D·V operations:
 
     plan       kept                           GEMMs   when
-    frozen     Σ p·∂z/∂hidden, [N, D]         2       weight and bias need no gradient
+    frozen     Σ p·∂z/∂hidden, [N, D]         2       the head needs no gradient
     separable  the gradients themselves       3       the gradient of the loss is known in the forward pass
     saved      the logits                     3       they fit
     tiled      [N, tiles] floats              4       otherwise
+
+Each of the last three has one GEMM less where the weight is frozen and only its low-rank ``adapter`` is trained.
 
 Saved and tiled are the two extremes of one method. The forward pass keeps as many tiles of logits as the budget holds.
 The backward pass overwrites these with their gradient, and computes the others again. ``lossfns.logprobs.tiles`` has
@@ -26,7 +28,7 @@ from torch import Tensor
 
 from lossfns.checks import check_number
 from lossfns.devices import to_device
-from lossfns.errors import LossInputError, did_you_mean
+from lossfns.errors import LossInputError, did_you_mean, show
 from lossfns.logprobs.tiles import (
     ALL,
     TILE_TOKENS,
@@ -78,15 +80,17 @@ class Swept(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
+        up: Tensor | None,
         targets: Tensor,
         extras: Sequence[str],
         budget: float,
         result_device: torch.device,
         *head_options: Any,
     ) -> tuple[Tensor | None, ...]:
-        stats, ctx.kept = forward_tiles(Head(weight, bias, *head_options), hidden, targets, extras, budget)
+        head = head_like(weight, bias, up, *head_options)
+        stats, ctx.kept = forward_tiles(head, hidden, targets, extras, budget)
         squares = stats.sum_square_probs
-        ctx.save_for_backward(hidden, weight, bias, targets, stats.tile_prob, stats.mean_logit, squares)
+        ctx.save_for_backward(hidden, weight, bias, up, targets, stats.tile_prob, stats.mean_logit, squares)
         ctx.head_options = head_options
         ctx.set_materialize_grads(False)  # an entropy that no loss differentiates then costs nothing backward
         return on_device(result_device, stats.logprobs, stats.entropy, squares)
@@ -96,15 +100,25 @@ class Swept(torch.autograd.Function):
     def backward(
         ctx: Any, g: Tensor | None, d_entropy: Tensor | None, d_squares: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, tile_prob, mean_logit, squares = ctx.saved_tensors
+        hidden, weight, bias, up, targets, tile_prob, mean_logit, squares = ctx.saved_tensors
         with without_autocast(hidden):
             if g is None:
                 g = torch.zeros(targets.shape, dtype=compute_dtype(hidden), device=hidden.device)
             grad = OutputGrad(targets, tile_prob, g, mean_logit, d_entropy, squares, d_squares)
-            needed = ctx.needs_input_grad
-            sums = HeadGrads.allocate(weight, needed[1:3], weight.dtype)
-            d_hidden = backward_tiles(Head(weight, bias, *ctx.head_options), hidden, grad, ctx.kept, sums, needed[0])
-        return d_hidden, sums.weight, None if sums.bias is None else sums.bias.to(weight.dtype), *[None] * 6
+            head, needed = head_like(weight, bias, up, *ctx.head_options), ctx.needs_input_grad
+            sums = HeadGrads.allocate(head, needed[1:4], weight.dtype)
+            d_hidden = backward_tiles(head, hidden, grad, ctx.kept, sums, needed[0])
+        return d_hidden, *as_inputs(sums, weight, bias, up), *[None] * 6
+
+
+def head_like(weight: Tensor, bias: Tensor | None, up: Tensor | None, *options: Any) -> Head:
+    """Return the head for products in the dtype of the weight; a second factor of an adapter may be wider."""
+    return Head(weight, bias, None if up is None else up.to(weight.dtype), *options)
+
+
+def as_inputs(sums: HeadGrads, *inputs: Tensor | None) -> list[Tensor | None]:
+    """Return the gradients of weight, bias and up in the dtypes of these; None stays None."""
+    return [d if d is None or x is None else d.to(x.dtype) for d, x in zip((sums.weight, sums.bias, sums.up), inputs)]
 
 
 def on_device(device: torch.device, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -131,18 +145,20 @@ class Frozen(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
+        up: Tensor | None,
         targets: Tensor,
         extras: Sequence[str],
         result_device: torch.device,
         *head_options: Any,
     ) -> tuple[Tensor | None, ...]:
-        head, stats = Head(weight, bias, *head_options), TileStats.empty(hidden, len(weight), targets, extras)
+        head = head_like(weight, bias, up, *head_options)
+        stats = TileStats.empty(hidden, len(weight), targets, extras)
         rest = torch.empty_like(hidden, dtype=compute_dtype(hidden))
         for rows in blocks(len(hidden), TILE_TOKENS):
             rest[rows] = mean_gradient_of_others(head, hidden[rows], targets[rows], stats.rows(rows))
         logprobs = stats.logprobs
         d_raw = head.chain_through_head(torch.ones_like(stats.target_logits), stats.target_logits)
-        ctx.save_for_backward(rest, weight, targets, d_raw, logprobs.exp() * first_occurrence(targets))
+        ctx.save_for_backward(rest, weight, head.up, targets, d_raw, logprobs.exp() * first_occurrence(targets))
         result = on_device(result_device, logprobs, stats.entropy, stats.sum_square_probs)
         ctx.mark_non_differentiable(*(x for x in result[1:] if x is not None))
         return result
@@ -150,20 +166,21 @@ class Frozen(torch.autograd.Function):
     @staticmethod
     @no_double_backward
     def backward(ctx: Any, g: Tensor, *constants: Tensor | None) -> tuple[Tensor | None, ...]:
-        rest, weight, targets, d_raw, p = ctx.saved_tensors
+        rest, weight, up, targets, d_raw, p = ctx.saved_tensors
         g = to_device(g, rest.device)
         total = g.sum(1, keepdim=True)
         factors = (g - total * p) * d_raw
         d_hidden = torch.empty_like(rest, dtype=weight.dtype)
         with without_autocast(rest):
             for rows in row_blocks(rest):
-                of_targets = torch.einsum("nk,nkd->nd", factors[rows], weight[targets[rows]].to(g.dtype))
-                d_hidden[rows] = of_targets - total[rows] * rest[rows]
-        return d_hidden.masked_fill_((g == 0).all(1)[:, None], 0), *[None] * 7
+                of_targets = [x[targets[rows]] for x in (weight, up) if x is not None]
+                summed = torch.einsum("nk,nkd->nd", factors[rows], torch.cat(of_targets, 2).to(g.dtype))
+                d_hidden[rows] = summed - total[rows] * rest[rows]
+        return d_hidden.masked_fill_((g == 0).all(1)[:, None], 0), *[None] * 8
 
 
 def mean_gradient_of_others(head: Head, hidden: Tensor, targets: Tensor, stats: TileStats) -> Tensor:
-    """Return r = Σ p_v·∂z_v/∂hidden [n, D] over all but the targets, and fill in ``stats``.
+    """Return r = Σ p_v·∂z_v/∂hidden over all but the targets, in the shape of hidden, and fill in ``stats``.
 
     p is known only after the last tile. Until then p is computed with the running log-sum-exp, and each tile scales the
     sum so far by exp(old − new).
@@ -181,7 +198,8 @@ def mean_gradient_of_others(head: Head, hidden: Tensor, targets: Tensor, stats: 
             rest[rows] *= (before - lse[rows]).exp_()[:, None]
             raw[rows] = head.chain_through_head(p, z)
         subtract_targets_(raw, local, first)
-        add_matmul_(rest, raw, head.weight[vocab])
+        for columns, factor in head.factors:
+            add_matmul_(rest[:, columns], raw, factor[vocab])
     return rest
 
 
@@ -218,14 +236,15 @@ class Separable(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
+        up: Tensor | None,
         targets: Tensor,
         gradient: Gradient,
         block: int,
         *head_options: Any,
     ) -> Tensor:
-        head, needed = Head(weight, bias, *head_options), ctx.needs_input_grad
+        head, needed = head_like(weight, bias, up, *head_options), ctx.needs_input_grad
         one_block = len(hidden) <= block
-        sums = HeadGrads.allocate(weight, needed[1:3], weight.dtype if one_block else compute_dtype(weight))
+        sums = HeadGrads.allocate(head, needed[1:4], weight.dtype if one_block else compute_dtype(weight))
         logprobs = torch.empty(targets.shape, dtype=compute_dtype(hidden), device=hidden.device)
         declared, d_hidden = torch.empty_like(logprobs), [hidden[:0]]
         for rows in blocks(max(1, len(hidden)), block):  # one block even without tokens: gradients are then zeros
@@ -237,7 +256,7 @@ class Separable(torch.autograd.Function):
             if d is not None:
                 d_hidden.append(d)
         ctx.save_for_backward(declared, torch.cat(d_hidden) if needed[0] else None, *sums)
-        ctx.dtypes = (hidden.dtype, weight.dtype, weight.dtype)
+        ctx.dtypes = (hidden.dtype, weight.dtype, weight.dtype, None if up is None else up.dtype)
         return logprobs
 
     @staticmethod
@@ -276,6 +295,7 @@ def linear_logprobs(
     targets: Tensor,
     *,
     bias: Tensor | None = None,
+    adapter: Adapter | None = None,
     rows: Tensor | None = None,
     temperature: float = 1.0,
     softcap: float | None = None,
@@ -296,6 +316,9 @@ def linear_logprobs(
         weight: [V, D] unembedding.
         targets: [N] token ids, or [N, K] for K targets per token; torch.long.
         bias: [V], taken in the dtype of the weight.
+        adapter: ``(a, b, scale)`` with a [r, D] and b [V, r] of any dtype: the weight is then W + scale·b·a, as in LoRA
+            (Hu et al. 2021, arXiv:2106.09685, equation 3). Neither this sum nor its gradient is ever computed: z gets
+            scale·(hidden·aᵀ)·bᵀ. Freeze the weight, and only a and b are trained.
         rows: [N] bool, the tokens to compute. The others cost nothing, get 0 and have no gradient.
         temperature: T, above 0.
         softcap: c, above 0, or None.
@@ -322,10 +345,12 @@ def linear_logprobs(
     tensor([0.3333])
     """
     check_arguments(hidden, weight, targets, bias, rows, temperature, softcap, memory_budget)
+    check_adapter(adapter, weight)
     check_values(targets, len(weight), bias, weight.dtype)
     hidden, weight, bias = to_one_dtype(hidden, weight, bias)
     index: Any = ALL if rows is None else rows.nonzero().squeeze(1)
-    inputs = (hidden[index], weight, bias, (targets[:, None] if targets.ndim == 1 else targets)[index])
+    hidden, up = with_adapter(hidden[index], adapter)
+    inputs = (hidden, weight, bias, up, (targets[:, None] if targets.ndim == 1 else targets)[index])
     extras = [name for name, asked in zip(MODEL_COLUMNS, (return_entropy, return_sum_square_probs)) if asked]
     plan, head_options = choose_plan(plan, inputs, extras, gradient), (temperature, softcap)
     others: list[Tensor | None] = []
@@ -350,10 +375,24 @@ def linear_logprobs(
     return (logprobs, *(scatter_rows(x, rows, index) for x in others if x is not None)) if extras else logprobs
 
 
+Adapter = tuple[Tensor, Tensor, float]
+"""``(a, b, scale)`` of the low-rank addition scale·b·a to a weight."""
+
+
+def with_adapter(hidden: Tensor, adapter: Adapter | None) -> tuple[Tensor, Tensor | None]:
+    """Return hidden and u = scale·hidden·aᵀ side by side, [N, D + r] in the dtype of hidden, and b."""
+    if adapter is None:
+        return hidden, None
+    a, b, scale = adapter
+    with without_autocast(hidden):
+        u = scale * (hidden.to(a.dtype) @ a.T)
+    return torch.cat((hidden, u.to(hidden.dtype)), 1), b
+
+
 def head_of(model: Any) -> Head:
     """Return a model's unembedding: ``head`` [V, D] and, where it has them, its bias, temperature and softcap."""
     bias, softcap = getattr(model, "head_bias", None), getattr(model, "head_softcap", None)
-    return Head(model.head, bias, getattr(model, "head_temperature", 1.0), softcap)
+    return Head(model.head, bias, None, getattr(model, "head_temperature", 1.0), softcap)
 
 
 def model_logprobs(
@@ -390,10 +429,11 @@ def model_outputs(
     Returns:
         The logprobs, and the extras in the order of their names.
     """
-    weight, bias, temperature, softcap = head_of(model)
+    weight, bias, _, temperature, softcap = head_of(model)
     check_arguments(hidden, weight, targets, bias, None, temperature, softcap, None)
     hidden, weight, bias = to_one_dtype(hidden, weight, bias)
-    inputs = (hidden, weight, bias, targets[:, None] if targets.ndim == 1 else targets)
+    hidden, up = with_adapter(hidden, getattr(model, "head_adapter", None))
+    inputs = (hidden, weight, bias, up, targets[:, None] if targets.ndim == 1 else targets)
     device = hidden.device if result_device is None else result_device
     with without_autocast(hidden):
         if choose_plan("auto", inputs, differentiates, None) == "frozen":
@@ -433,9 +473,7 @@ def scatter_rows(x: Tensor | None, rows: Tensor | None, index: Tensor) -> Any:
     return x if x is None or rows is None else x.new_zeros(len(rows), *x.shape[1:]).index_copy(0, index, x)
 
 
-def choose_plan(
-    plan: str, inputs: tuple[Tensor, Tensor, Tensor | None, Tensor], extras: Sequence[str], gradient: Gradient | None
-) -> str:
+def choose_plan(plan: str, inputs: tuple[Tensor | None, ...], extras: Sequence[str], gradient: Gradient | None) -> str:
     """Return the plan to use: for ``"auto"`` the one with the fewest products, or ``"auto"`` where the budget decides.
 
     Refuse a plan that does not exist, or that the other arguments rule out.
@@ -509,6 +547,25 @@ def check_arguments(
     if memory_budget is not None and memory_budget != math.inf:
         fix = "0 keeps no logits, math.inf all."
         check_number("memory_budget", memory_budget, "a number of bytes", lambda b: b >= 0, fix)
+
+
+def check_adapter(adapter: Any, weight: Tensor) -> None:
+    """Refuse anything but two factors of a matrix like the weight, and a scale."""
+    if adapter is None:
+        return
+    vocabulary, width = weight.shape
+    expected, fix = f"(a [r, {width}], b [{vocabulary}, r], scale)", "peft calls them lora_A, lora_B and scaling."
+    if not isinstance(adapter, tuple) or len(adapter) != 3 or not all(isinstance(x, Tensor) for x in adapter[:2]):
+        raise LossInputError("adapter", expected, show(adapter), fix)
+    a, b, scale = adapter
+    if a.ndim != 2 or a.shape[1] != width or b.shape != (vocabulary, len(a)):
+        raise LossInputError("adapter", expected, f"shapes {tuple(a.shape)} and {tuple(b.shape)}", fix)
+    for factor in (a, b):
+        if not factor.is_floating_point():
+            raise LossInputError("adapter", "floating point factors", str(factor.dtype), fix)
+        if factor.device != weight.device:
+            raise LossInputError("adapter", f"factors on {weight.device}", f"one on {factor.device}", "Move it.")
+    check_number("adapter scale", scale, "a finite number", lambda x: True, "LoRA's is alpha / rank.")
 
 
 def check_values(targets: Tensor, vocabulary: int, bias: Tensor | None, dtype: torch.dtype) -> None:

@@ -27,7 +27,8 @@ in place:
     ∂loss/∂z_v    Σ_k g_k·[v = target_k] − p_v·(Σ_k g_k + e·(z_v − m) − 2f·(p_v − Σp²))
     ∂loss/∂raw_v  ∂loss/∂z_v·(1 − (T·z_v / c)²) / T
 
-and the chain rule gives ∂hidden = ∂raw·W, ∂W = ∂rawᵀ·h and ∂b = the sum of ∂raw over tokens.
+and the chain rule gives ∂hidden = ∂raw·W, ∂W = ∂rawᵀ·h and ∂b = the sum of ∂raw over tokens. A low-rank addition
+u·Upᵀ to raw has ∂u = ∂raw·Up and ∂Up = ∂rawᵀ·u, which are narrow products.
 
 Precision: matrix products take and give the dtype of the weight; everything elementwise, and every sum over tiles or
 tokens, is float32 or better. Memory: one tile in the dtype of the weight, the tiles that are kept, and float32 copies
@@ -61,20 +62,36 @@ ALL = slice(None)
 
 
 class Head(NamedTuple):
-    """The unembedding: logits z = c·tanh(raw / c) / T of raw = h·Wᵀ + b, with softcap c and temperature T."""
+    """The unembedding: logits z = c·tanh(raw / c) / T of raw = h·Wᵀ + b, with softcap c and temperature T.
+
+    With a low-rank addition, raw = h·Wᵀ + u·Upᵀ + b, and ``hidden`` [n, D + r] is h and u side by side.
+    """
 
     weight: Tensor  # [V, D]
     bias: Tensor | None  # [V]
+    up: Tensor | None  # [V, r]
     temperature: float
     softcap: float | None
 
+    @property
+    def factors(self) -> list[tuple[slice, Tensor]]:
+        """The matrices, each with the columns of ``hidden`` that it multiplies."""
+        width = self.weight.shape[1]
+        added = [] if self.up is None else [(slice(width, None), self.up)]
+        return [(slice(width), self.weight), *added]
+
     def raw(self, hidden: Tensor, vocab: slice, buffer: Tensor | None = None) -> Tensor:
-        """Return h·Wᵀ + b [n, v] for hidden [n, D], in the dtype of the weight and, if it fits, in the buffer."""
-        weight = self.weight[vocab].T
+        """Return h·Wᵀ + b [n, v], in the dtype of the weight and, if it fits, in the buffer."""
+        (columns, weight), *added = self.factors
+        weight = weight[vocab].T
         out = view_of(buffer, len(hidden), weight.shape[1])
         if self.bias is None:
-            return torch.mm(hidden, weight, out=out)
-        return torch.addmm(self.bias[vocab], hidden, weight, out=out)
+            out = torch.mm(hidden[:, columns], weight, out=out)
+        else:
+            out = torch.addmm(self.bias[vocab], hidden[:, columns], weight, out=out)
+        for columns, up in added:
+            out.addmm_(hidden[:, columns], up[vocab].T)
+        return out
 
     def to_logits(self, raw: Tensor) -> Tensor:
         """Return z for ``raw``, in ``compute_dtype``. This is ``raw`` itself if nothing changes."""
@@ -389,13 +406,16 @@ class HeadGrads(NamedTuple):
 
     weight: Tensor | None  # [V, D], uninitialised
     bias: Tensor | None  # [V] of zeros, in ``compute_dtype``
+    up: Tensor | None  # [V, r], uninitialised, in ``compute_dtype``
 
     @staticmethod
-    def allocate(weight: Tensor, needed: tuple[bool, ...], dtype: torch.dtype) -> HeadGrads:
-        """Allocate the gradients that are ``needed`` of weight and bias; ∂weight has this ``dtype``."""
+    def allocate(head: Head, needed: tuple[bool, ...], dtype: torch.dtype) -> HeadGrads:
+        """Allocate the gradients that are ``needed`` of weight, bias and up; ∂weight has this ``dtype``."""
+        weight, up, wide = head.weight, head.up, compute_dtype(head.weight)
         return HeadGrads(
             torch.empty_like(weight, dtype=dtype) if needed[0] else None,
-            weight.new_zeros(len(weight), dtype=compute_dtype(weight)) if needed[1] else None,
+            weight.new_zeros(len(weight), dtype=wide) if needed[1] else None,
+            torch.empty_like(up, dtype=wide) if up is not None and needed[2] else None,
         )
 
 
@@ -415,13 +435,13 @@ def backward_tiles(
     tokens in float32 and written once.
 
     Args:
-        hidden: [N, D].
-        head_grads: receives ∂weight and ∂bias.
+        hidden: [N, D], or [N, D + r] with a low-rank addition.
+        head_grads: receives the gradients of the head.
         needs_hidden: whether ∂hidden is needed.
-        overwrite: write ∂weight over what ``head_grads`` holds instead of adding to it.
+        overwrite: write ∂weight and ∂up over what ``head_grads`` holds instead of adding to it.
 
     Returns:
-        ∂hidden [N, D] in the dtype of ``hidden``, or None.
+        ∂hidden in the shape and dtype of ``hidden``, or None.
     """
     nonzero = grad.nonzero.cpu().numpy()  # for all tokens at once: the host waits for it
     grad = grad.to(hidden.device)
@@ -434,10 +454,12 @@ def backward_tiles(
             d_weight = d_weight.to(compute_dtype(hidden))  # a copy only if it is narrower than float32
         for a, d_a in zip(active, d_hidden):
             buffer = d = to_gradient_(head, a.raw(head, vocab, kept, buffer), a.grad.in_tile(tile, vocab))
-            if d_a is not None:
-                add_hidden_grad_(d_a, d, head.weight[vocab], a.grad.targets - vocab.start)
-            if d_weight is not None:
-                add_matmul_(d_weight, d.T, a.hidden, overwrite=overwrite and a is active[0])
+            d_factors = (d_weight, None if head_grads.up is None else head_grads.up[vocab])
+            for (columns, factor), d_factor in zip(head.factors, d_factors):
+                if d_a is not None:
+                    add_hidden_grad_(d_a[:, columns], d, factor[vocab], a.grad.targets - vocab.start)
+                if d_factor is not None:
+                    add_matmul_(d_factor, d.T, a.hidden[:, columns], overwrite=overwrite and a is active[0])
             if head_grads.bias is not None:
                 head_grads.bias[vocab] += d.sum(0, dtype=head_grads.bias.dtype)
         if head_grads.weight is not None and d_weight is not None and d_weight.dtype != head_grads.weight.dtype:
