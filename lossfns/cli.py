@@ -11,7 +11,9 @@ from lossfns.conformance.command import add_conformance
 from lossfns.server.command import add_serve
 from lossfns.testing.command import add_check
 from lossfns.testing.vectors.command import add_vectors
-from lossfns.train.command import add_plot, add_sample, add_train
+from lossfns.train.command import add_train
+from lossfns.train.plot_command import add_plot
+from lossfns.train.sample_command import add_sample
 from lossfns.version import __version__
 
 

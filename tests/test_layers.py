@@ -26,7 +26,7 @@ LAYERS = [
     {"export"},
     {"describe"},
     {"__init__"},
-    {"terminal"},
+    {"terminal", "loading"},
     {"integrations"},
     {"inspect"},
     {"testing"},
@@ -44,7 +44,7 @@ LAYERS = [
 ]
 """Rooms (folders or modules) in order. A module may import from rooms above its own, and from its own."""
 
-CORE = set().union(*LAYERS[: LAYERS.index({"terminal"})])
+CORE = set().union(*LAYERS[: LAYERS.index({"terminal", "loading"})])
 """The rooms that a plain install needs: they import torch, numpy and the standard library alone."""
 
 

@@ -182,11 +182,10 @@ def check_and_send(
     args: argparse.Namespace, kind: str | None, like: Loss | None, skip: Mapping[str, str], send: Send
 ) -> None:
     """Check the subject in this process. Send each step or law before it runs, the list of laws, and each verdict."""
+    from lossfns.loading import load
     from lossfns.testing.check import ends_process, prepare, surviving_interrupts
     from lossfns.testing.laws.base import describe_error
-    from lossfns.testing.subject import load
 
-    sys.path.insert(0, os.getcwd())  # as ``python`` does, so that a module in the current folder is found
     options = {"factory": args.factory, "couples": args.couples, "examples": args.examples}
     calls = False
     try:

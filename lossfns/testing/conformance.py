@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
+from lossfns.loading import load
 from lossfns.testing.check import Trial, prepare, without_expected_warnings
-from lossfns.testing.subject import load
 
 
 def pytest_generate_tests(metafunc: Any) -> None:

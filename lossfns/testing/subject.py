@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import ast
 import functools
-import importlib
-import importlib.util
 import inspect
-import sys
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from lossfns.errors import LossInputError, did_you_mean
+from lossfns.errors import LossInputError
 from lossfns.loss import BoundLoss, Loss
 from lossfns.sums import with_shared_weights
 from lossfns.testing.factories import FactoryLoss
@@ -32,35 +28,7 @@ from lossfns.testing.names import COLUMN_BY_NAME, PARAMETER_NAMES, column_of
 from lossfns.testing.public import public
 from lossfns.testing.settings import Target, fills, parameters, signature
 
-__all__ = ["PARAMETER_NAMES", "FactoryLoss", "PaddedLoss", "adapt", "adapt_advantages", "load", "padded"]
-
-
-def load(path: str) -> Any:
-    """Import the object that ``package.module:name`` or ``file.py:name`` names. The name may be dotted.
-
-    Raises:
-        LossInputError: if there is no such module or name, or the module cannot be imported.
-    """
-    module_name, _, attribute = path.rpartition(":")
-    if not module_name or not attribute:
-        raise LossInputError("subject", "module:loss_fn", repr(path), "Name the function after a colon.")
-    try:
-        module = from_file(module_name) if module_name.endswith(".py") else importlib.import_module(module_name)
-    except LossInputError:
-        raise
-    except (Exception, SystemExit) as error:
-        got = f"{type(error).__name__}: {error}"
-        fix = "Check the name."
-        if "relative import" in str(error):
-            fix = "It is part of a package: name it as package.module:loss_fn, from the folder that holds the package."
-        raise LossInputError("subject", f"that {module_name} can be imported", got, fix) from error
-    result: Any = module
-    for name in attribute.split("."):
-        if not hasattr(result, name):
-            hint = did_you_mean(name, [n for n in dir(result) if not n.startswith("_")])
-            raise LossInputError("subject", f"a name in {module_name}", repr(name), hint)
-        result = getattr(result, name)
-    return result
+__all__ = ["PARAMETER_NAMES", "FactoryLoss", "PaddedLoss", "adapt", "adapt_advantages", "padded"]
 
 
 def parse_method(text: str) -> Loss:
@@ -85,30 +53,6 @@ def parse_value(node: ast.expr) -> Any:
     if isinstance(node, ast.Call):
         return public(ast.unparse(node.func))(*map(parse_value, node.args))
     return ast.literal_eval(node)
-
-
-def from_file(path: str) -> Any:
-    """Import a Python file as Python imports a script, but under the name of the file.
-
-    Its folder comes first on ``sys.path``, and the module is in ``sys.modules``, so that it can import its neighbours,
-    define dataclasses and be pickled.
-    """
-    file = Path(path).resolve()
-    folder, name = str(file.parent), file.stem
-    sys.path[:] = [folder, *(entry for entry in sys.path if entry != folder)]
-    taken = sys.modules.get(name)
-    if taken is not None and getattr(taken, "__file__", None) != str(file):
-        name = f"{name}_under_test"
-    spec = importlib.util.spec_from_file_location(name, file)
-    assert spec is not None and spec.loader is not None  # it ends in .py
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module
 
 
 # The form of a subject

@@ -19,6 +19,11 @@ class Options:
         method: name of the method, such as ``"grpo"``.
         data: path of a file of rows to train on; ``None`` for the built-in data.
         out: path of the run folder; ``None`` for ``runs/METHOD-TIME``.
+        model: a model as ``hf.load`` takes it, such as ``"smollm2"`` or a folder; ``None`` for the embedded one.
+        lora: rank of low-rank adapters; 0 trains all weights.
+        lora_parts: the parts with adapters, among ``"attn"``, ``"mlp"`` and ``"unembed"``.
+        dtype: dtype of the weights, such as ``"bfloat16"``; ``None`` keeps that of the file.
+        gradient_checkpointing: whether the layers run again in the backward pass, to save memory.
         init: path of a checkpoint to start from.
         base_url: address of a server of the Tinker API to train on; ``None`` trains in this process.
         device: device to train on, such as ``"auto"`` or ``"cuda:1"``.
@@ -31,13 +36,19 @@ class Options:
         group: samples of each problem; 0 for a method that does not sample.
         updates: optimizer steps for each round of samples; 0 for a method that does not sample.
         max_tokens: most tokens of a sample; ``None`` for the length of the longest answer.
-        max_length: most tokens of a row of ``data``; ``None`` for 2048. A longer row is refused.
+        max_length: most tokens of a row of ``data``; ``None`` for 2048. Longer rows are refused unless ``drop_longer``.
+        drop_longer: leave out longer rows and count them, instead of refusing them.
         save_every: steps from one checkpoint to the next.
     """
 
     method: str
     data: str | None = None
     out: str | None = None
+    model: str | None = None
+    lora: int = 0
+    lora_parts: str = "attn,mlp"
+    dtype: str | None = None
+    gradient_checkpointing: bool = False
     init: str | None = None
     base_url: str | None = None
     device: str = "auto"
@@ -51,6 +62,7 @@ class Options:
     updates: int = 0
     max_tokens: int | None = None
     max_length: int | None = None
+    drop_longer: bool = False
     save_every: int = 20
 
 
@@ -60,17 +72,19 @@ def check_option(name: str, value: Any) -> None:
     Raises:
         LossInputError: with the flag of the option.
     """
-    if name in ("method", "data", "out", "init", "base_url", "device", "resume", "RUN"):
+    if name in ("method", "data", "out", "model", "lora_parts", "dtype", "init", "base_url", "device", "resume", "RUN"):
         expected, accepted = "text", isinstance(value, str) and is_path(value)
         if isinstance(value, str) and not accepted:
             expected = "text in UTF-8 that is not empty and has no NUL"
+    elif name in ("drop_longer", "gradient_checkpointing"):
+        expected, accepted = "true or false", isinstance(value, bool)
     elif name == "lr":
         expected, accepted = "a finite number above 0", type(value) in (int, float) and 0 < value < math.inf
         if accepted and value > 1:
             expected, accepted = "a learning rate of at most 1", False
     else:
         # `group` and `updates` are 0 only by default, for a method that has none.
-        smallest = 0 if name in ("seed", "warmup_steps") else 1
+        smallest = 0 if name in ("seed", "warmup_steps", "lora") else 1
         expected = f"a whole number of at least {smallest}"
         accepted = type(value) is int and smallest <= value
         if accepted and value > LARGEST[name]:
@@ -82,6 +96,7 @@ def check_option(name: str, value: Any) -> None:
 LARGEST = {
     "threads": max(64, os.cpu_count() or 1),
     "seed": 2**63 - 1,
+    "lora": 2**16,
     "steps": 10**9,
     "warmup_steps": 10**9,
     "batch": 2**16,

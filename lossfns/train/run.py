@@ -9,13 +9,12 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from random import Random
-from tempfile import TemporaryFile
 from types import FrameType
-from typing import IO, Any, NamedTuple, TextIO
+from typing import Any, NamedTuple, TextIO
 from uuid import uuid4
 
 from lossfns.backend.engine.ranks import Ranks, SingleProcess
@@ -23,11 +22,9 @@ from lossfns.backend.storage.file import sync
 from lossfns.errors import LossInputError
 from lossfns.terminal import discard
 from lossfns.train.display import display_on
+from lossfns.train.rows import RowFile
 
-if sys.platform != "win32":
-    import fcntl
-
-CONFIG, METRICS, RESULT = "config.json", "metrics.jsonl", "result.json"
+CONFIG, METRICS, EVALUATIONS, RESULT = "config.json", "metrics.jsonl", "evaluations.jsonl", "result.json"
 CHECKPOINT, REFERENCE, CURVES = "checkpoint.npz", "reference.npz", "curves.png"
 CHECKPOINTS, REFERENCES = (CHECKPOINT, "checkpoint"), (REFERENCE, "reference")
 """One process writes a file, several processes write a folder."""
@@ -41,11 +38,13 @@ class State(NamedTuple):
         done: the number of finished steps of each phase.
         random: the state of the random generator that draws the batches of the current phase.
         measured: the values that ``Run.once`` has measured, by name.
+        evaluations: the number of rows of ``evaluations.jsonl``.
     """
 
     done: dict[str, int]
     random: list[Any]
     measured: dict[str, Any]
+    evaluations: int = 0
 
 
 Save = Callable[[State], None]
@@ -81,10 +80,12 @@ class Run:
         self.folder, self.save, self.every, self.ranks = folder, save, every, ranks
         self.done, self.random, self.measured = dict(state.done), state.random, dict(state.measured)
         self.stopping = self.stopped = False
-        self._metrics, self.history = (read_metrics if ranks.rank else open_metrics)(folder, sum(self.done.values()))
+        self._files = open_files(folder, [sum(self.done.values()), state.evaluations], ranks.rank)
+        self.history, self.evaluations = (file.rows for file in self._files)
         self.start = time.monotonic() - (self.history[-1]["seconds"] if self.history else 0)
         self.display = display_on(terminal or sys.stderr)
         self._open = True
+        self._evaluate: Callable[[], Mapping[str, float]] | None = None
 
     def __enter__(self) -> Run:
         self._handler = signal.signal(signal.SIGINT, self._stop)
@@ -93,7 +94,8 @@ class Run:
     def __exit__(self, *error: object) -> None:
         signal.signal(signal.SIGINT, self._handler)
         self._show(self.display.close)
-        self._metrics.close()
+        for file in self._files:
+            file.close()
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         if self.stopping and callable(self._handler):
@@ -102,6 +104,15 @@ class Run:
         self.stopping = True
         with suppress(RuntimeError):  # the signal may have come while another line was being written
             self.say("stopping after this step; Ctrl-C again stops at once")
+
+    def evaluate_every(self, steps: int, measure: Callable[[], Mapping[str, float]]) -> None:
+        """From here on, log ``measure()`` after every ``steps`` steps of a phase, but not after its last step.
+
+        Args:
+            steps: the number of steps from one evaluation to the next; 0 for none.
+            measure: measures on held-out examples. It must leave all random states as they are.
+        """
+        self._evaluate, self._evaluate_every = (measure if steps else None), steps
 
     def steps(self, phase: str, count: int, rng: Random) -> Iterator[int]:
         """Yield the steps of a phase that are not done yet, of 0 to ``count`` − 1, until a stop is requested.
@@ -123,6 +134,8 @@ class Run:
                 return
             yield step
             self.done[phase], self.random = step + 1, [*rng.getstate()]
+            if self._evaluate and (step + 1) % self._evaluate_every == 0 and step + 1 < count:
+                self.log_evaluation(phase, step + 1, self._evaluate())
             if (step + 1) % self.every == 0 or step + 1 == count:
                 self.checkpoint()
 
@@ -133,17 +146,22 @@ class Run:
         return self.measured[name]
 
     def checkpoint(self) -> None:
-        """Flush the metrics to the disk, then save the state, which must not be ahead of them."""
-        os.fsync(self._metrics.fileno())
-        self.save(State(dict(self.done), self.random, dict(self.measured)))
+        """Flush the rows to the disk, then save the state, which must not be ahead of them."""
+        for file in self._files:
+            file.sync()
+        self.save(State(dict(self.done), self.random, dict(self.measured), len(self.evaluations)))
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append a row to ``metrics.jsonl`` and show it."""
-        row = {"phase": self.phase, "step": step + 1, "seconds": round(self.seconds, 3), **metrics}
-        self.history.append(row)
-        self._metrics.write(json.dumps(row).encode() + b"\n")
-        self._metrics.flush()
+        self._files[0].append(self._row(self.phase, step + 1, metrics))
         self._show(self.display.show_step, step + 1, metrics)
+
+    def log_evaluation(self, phase: str, step: int, values: Mapping[str, float]) -> None:
+        """Append a row to ``evaluations.jsonl``: held-out measurements by name, after ``step`` steps of a phase."""
+        self._files[1].append(self._row(phase, step, values))
+
+    def _row(self, phase: str, step: int, values: Mapping[str, float]) -> dict[str, Any]:
+        return {"phase": phase, "step": step, "seconds": round(self.seconds, 3), **values}
 
     @property
     def steps_done(self) -> int:
@@ -302,51 +320,20 @@ def write_json(folder: Path, name: str, content: Mapping[str, Any]) -> None:
         os.fsync(file.fileno())
 
 
-def open_metrics(folder: Path, count: int) -> tuple[IO[bytes], list[dict[str, Any]]]:
-    """Lock the metrics of a run, cut them to their first ``count`` rows, and return the file and the rows.
+def open_files(folder: Path, counts: Sequence[int], rank: int) -> list[RowFile]:
+    """Open the metrics and the evaluations of a run, cut to ``counts`` rows.
 
-    A killed run has more rows than its checkpoint knows. What a killed save of this run left half written is removed.
+    The lock of the metrics keeps other processes from writing to the run. What a killed save of this run left half
+    written is removed.
 
     Raises:
-        LossInputError: if another process has the lock, or there are fewer rows.
+        LossInputError: if another process has the lock, or a file has fewer rows.
     """
-    metrics = (folder / METRICS).open("ab+")
-    try:
-        lock(metrics, folder)
-        metrics.seek(0)
-        history = read_rows(metrics, count)
-        metrics.truncate(metrics.tell())
-    except LossInputError:
-        metrics.close()
-        raise
-    remove_half_written(folder)
-    return metrics, history
-
-
-def read_metrics(folder: Path, count: int) -> tuple[IO[bytes], list[dict[str, Any]]]:
-    """Return the first ``count`` rows of rank 0, and a temporary file in which another rank writes its own."""
-    if count == 0:
-        return TemporaryFile(), []
-    with (folder / METRICS).open("rb") as metrics:
-        return TemporaryFile(), read_rows(metrics, count)
-
-
-def lock(metrics: IO[bytes], folder: Path) -> None:
-    """Keep other processes from writing to the run. The lock ends with the process, even if it is killed."""
-    if sys.platform == "win32":
-        return
-    try:
-        fcntl.flock(metrics, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        got = f"{folder}, which is still running"
-        raise LossInputError("--resume", "a run that has ended", got, "Wait for it, or stop it.") from None
-
-
-def read_rows(metrics: IO[bytes], count: int) -> list[dict[str, Any]]:
-    """Read the next ``count`` rows of a file of metrics."""
-    try:
-        rows = [json.loads(metrics.readline()) for _ in range(count)]
-        return [{**row, "seconds": float(row["seconds"])} for row in rows]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        got = f"{metrics.name}, which is damaged"
-        raise LossInputError("--resume", f"{count} rows of metrics", got, "Start a new run.") from None
+    with ExitStack() as opened:
+        files = []
+        for name, count in zip((METRICS, EVALUATIONS), counts):
+            files.append(opened.enter_context(closing(RowFile(folder / name, count, rank))))
+        if rank == 0:
+            remove_half_written(folder)
+        opened.pop_all()
+    return files

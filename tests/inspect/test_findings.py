@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from lossfns.cli import parser
+from lossfns.loading import load
 from lossfns.testing.batch import Batch
 from lossfns.testing.check import check
-from lossfns.testing.subject import load
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "findings.md").read_text(encoding="utf-8")

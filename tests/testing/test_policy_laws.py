@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 import lossfns
+from lossfns.loading import load
 from lossfns.testing import padded
 from lossfns.testing.check import prepare, without_expected_warnings
 from lossfns.testing.laws.settings import asks_for_k1, claims_to_be, named_numbers, role_of
 from lossfns.testing.report import Verdict
-from lossfns.testing.subject import load
 
 Loss = Callable[..., Any]
 

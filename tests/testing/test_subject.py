@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import lossfns
 from lossfns import LossInputError
+from lossfns.loading import from_file, load
 from lossfns.testing import Batch, check
 from lossfns.testing.factories import FactoryLoss
 from lossfns.testing.forms import PROBE, ContractLoss, PaddedLoss
@@ -25,7 +26,7 @@ from lossfns.testing.kinds import detect_kind, takes_rewards
 from lossfns.testing.laws.base import NotApplicable, Probe, reads_only_mask
 from lossfns.testing.names import column_of
 from lossfns.testing.settings import knobs, with_settings
-from lossfns.testing.subject import adapt, adapt_advantages, from_file, load, padded
+from lossfns.testing.subject import adapt, adapt_advantages, padded
 
 # One number for each datum, so that a loss that takes one advantage for each datum can be compared.
 BATCH = PROBE.having(

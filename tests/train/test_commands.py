@@ -378,7 +378,7 @@ def test_what_cannot_be_sampled_is_named(run: Path, tmp_path: Path, capsys: pyte
 def test_escape_sequences_of_a_sample_do_not_reach_the_terminal(
     run: Path, terminal: io.StringIO, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lossfns.train.command.sample_run", lambda folder, args: ["a\x1b[2J\nb"])
+    monkeypatch.setattr("lossfns.train.sample_command.sample_run", lambda folder, args: ["a\x1b[2J\nb"])
     monkeypatch.setattr(sys, "stdout", terminal)
     assert main(["sample", str(run), "x"]) == 0
     assert terminal.getvalue() == "a\\x1b[2J\nb\n"

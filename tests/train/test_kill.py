@@ -17,7 +17,7 @@ import pytest
 from children import start
 
 from lossfns.backend.storage import checkpoint
-from lossfns.train.run import CHECKPOINT, CONFIG, METRICS, REFERENCE, RESULT
+from lossfns.train.run import CHECKPOINT, CONFIG, EVALUATIONS, METRICS, REFERENCE, RESULT
 
 KILLS = {"sft": 10, "dpo": 8, "orpo": 8, "grpo": 8, "dapo": 8, "gspo-token": 8}
 """50 kills in the exhaustive run, half of them inside a save."""
@@ -55,14 +55,16 @@ def finish(method: str, folder: Path) -> Path:
 
 def contents(folder: Path) -> dict[str, Any]:
     """All that a run leaves, except times."""
-    rows = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+    rows = {
+        name: [json.loads(line) for line in (folder / name).read_text().splitlines()] for name in (METRICS, EVALUATIONS)
+    }
     result = json.loads((folder / RESULT).read_text())
     files = [folder / name for name in (CHECKPOINT, REFERENCE) if (folder / name).exists()]
     return {
-        METRICS: [{name: x for name, x in row.items() if name != "seconds"} for row in rows],
+        **{file: [{name: x for name, x in row.items() if name != "seconds"} for row in rows[file]] for file in rows},
         RESULT: {name: x for name, x in result.items() if name != "seconds"},
         **{path.name: sha256(path.read_bytes()).hexdigest() for path in files},
-        "others": {path.name for path in folder.iterdir()} - {METRICS, RESULT, CHECKPOINT, REFERENCE},
+        "others": {path.name for path in folder.iterdir()} - {METRICS, EVALUATIONS, RESULT, CHECKPOINT, REFERENCE},
     }
 
 

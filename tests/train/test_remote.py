@@ -14,7 +14,7 @@ from lossfns.backend.client.sampling import LocalSamplingClient
 from lossfns.cli import main
 from lossfns.errors import LossInputError
 from lossfns.server.service import Service
-from lossfns.train import command, methods
+from lossfns.train import methods
 from lossfns.train.remote import Gathered, seed_of_prompt
 
 OPTIONS = {
@@ -31,7 +31,7 @@ NUMBERS = count()
 @pytest.fixture(autouse=True)
 def without_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TINKER_API_KEY", raising=False)
-    monkeypatch.setattr(command, "draw_curves", lambda *_: "not drawn")  # which takes long
+    monkeypatch.setattr("lossfns.train.outcome.draw_curves", lambda *_: "not drawn")  # which takes long
 
 
 def arguments(folder: Path, method: str, *more: str) -> list[str]:

@@ -15,7 +15,7 @@ from torch import Tensor
 import lossfns
 from lossfns import Datum, LossInputError, ModelInput
 from lossfns.backend import ByteTokenizer, Decoder, LocalTrainingClient
-from lossfns.testing.subject import from_file
+from lossfns.loading import from_file
 
 IDS = [[72, 101, 121, 33], [7], [200, 3, 3, 3, 90, 41, 5, 5, 17], [88, 120], [7, 11, 13, 17, 19, 23]]
 POOL: dict[str, Callable[[Tensor], Tensor]] = {"mean": lambda h: h.sum(0) / len(h), "last": lambda h: h[-1]}

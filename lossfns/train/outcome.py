@@ -1,0 +1,86 @@
+"""The outcome of a run: ``result.json``, the picture of the curves, and what the terminal shows at the end."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lossfns.terminal import console_on, say, while_read
+from lossfns.train import plots, recipes
+from lossfns.train.checkpoints import checkpoints
+from lossfns.train.methods import TEMPERATURE, one_line
+from lossfns.train.run import CURVES, METRICS, RESULT, Run, replaced, write_json
+
+
+def refused(error: Exception) -> int:
+    """Print an error in one line, and return the exit status for it."""
+    with while_read(sys.stderr):
+        print(f"lossfns: {error}", file=sys.stderr)
+    return 2
+
+
+def report(run: Run, outcome: recipes.Outcome) -> None:
+    """Write ``result.json`` and the picture of the curves, and print the outcome."""
+    result = {
+        "stopped_early": run.stopped,
+        "seconds": round(run.seconds, 1),
+        outcome.name: {"before": outcome.before, "after": outcome.after},
+        "samples": outcome.samples,
+    }
+    write_json(run.folder, RESULT, result)
+    curves = draw_curves(run.folder, run.history, {outcome.name: (outcome.before, outcome.after)})
+    with while_read(sys.stdout):
+        print_outcome(outcome)
+        print_samples(outcome.samples)
+        say(f"{run.steps_done} steps in {result['seconds']} s{', stopped early' if run.stopped else ''}")
+        say(f"checkpoint  {checkpoints(run.folder)[0]}")
+        say(f"metrics     {run.folder / METRICS}")
+        say(f"curves      {curves}")
+        say(f"try it      lossfns sample {run.folder} PROMPT")
+        if run.stopped:
+            say(f"continue    lossfns train --resume {run.folder}")
+
+
+def print_outcome(outcome: recipes.Outcome) -> None:
+    """Print the held-out measurement before and after between blank lines: a table on a terminal, else one line."""
+    before, after, change = f"{outcome.before:.3f}", f"{outcome.after:.3f}", f"{outcome.after - outcome.before:+.3f}"
+    console = console_on(sys.stdout)
+    if console is None:
+        say(f"\n{outcome.title}: {before} before, {after} after ({change})\n")
+        return
+    from rich import box
+    from rich.table import Table
+
+    table = Table("", box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("before", "after", "change"):
+        table.add_column(name, justify="right")
+    table.add_row(outcome.title, before, after, change)
+    console.print(table)
+
+
+def print_samples(samples: Sequence[Mapping[str, str]]) -> None:
+    """Print a few prompts with samples before and after training, each on a line of 80 columns."""
+    if not samples:
+        return
+    say(f"samples at temperature {TEMPERATURE}, before and after training (whole in {RESULT})")
+    for sample in samples:
+        for name, text in sample.items():
+            say(f"  {name:<8}{one_line(text, 68)}")
+        say("")
+
+
+def draw_curves(folder: Path, history: Sequence[Mapping[str, Any]], measured: Mapping[str, tuple[float, float]]) -> str:
+    """Draw the curves of the run; return the path of the picture, or the reason why there is none."""
+    picture = io.BytesIO()
+    try:
+        drawn = plots.plot_metrics(history, measured, picture)
+    except ImportError:
+        return f"not drawn: pip install 'lossfns[viz]', then lossfns plot {folder}"
+    if not drawn:
+        return "not drawn: no metric has changed yet"
+    with replaced(folder, CURVES) as path:
+        path.write_bytes(picture.getvalue())
+    return str(folder / CURVES)

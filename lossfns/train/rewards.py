@@ -1,0 +1,186 @@
+"""Rewards: a number for each sample of a problem. They judge text, so they hold for every tokenizer."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from fractions import Fraction
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lossfns.errors import LossInputError, show
+from lossfns.loading import load
+
+if TYPE_CHECKING:
+    from lossfns.train.examples import Problem
+
+Reward = Callable[["Problem", str], float]
+"""``reward(problem, text)``: a finite number for the text of a sample, without the tokens that end it."""
+
+SPECS = "exact, number, regex:PATTERN, json-schema:FILE, module:function or file.py:function"
+
+
+def reward_of(spec: str) -> Reward:
+    """Return the reward that ``--reward SPEC`` names. It refuses a sample for which it has no finite number.
+
+    Args:
+        spec: ``exact``, ``number``, ``regex:PATTERN``, ``json-schema:FILE``; or ``module:function`` or
+            ``file.py:function`` for a function ``(problem, text) -> number``.
+
+    Raises:
+        LossInputError: if there is no such reward, or the pattern, schema or function cannot be used.
+
+    >>> from lossfns.train.examples import Problem
+    >>> reward_of("number")(Problem([], "1,200"), "That makes 3 * 400 = $1200.00.")
+    1.0
+    """
+    kind, _, rest = spec.partition(":")
+    reward: Any
+    if spec in BY_ANSWER:
+        reward = BY_ANSWER[spec]
+    elif kind in ("regex", "json-schema") and rest:
+        reward = pattern_reward(rest) if kind == "regex" else schema_reward(rest)
+    elif rest:
+        reward = load(spec, "--reward")
+        if not callable(reward):
+            raise LossInputError("--reward", "a function (problem, text)", f"{spec}, {show(reward)}", "Name another.")
+    else:
+        raise LossInputError("--reward", SPECS, repr(spec), "See docs/train.md.")
+    return partial(finite_reward, spec, reward)
+
+
+def default_reward(problem: Problem) -> str:
+    """Return the reward for data like this problem: ``number`` for GSM8K, whose answers end in ``#### 72``."""
+    return "number" if "####" in str(getattr(problem, "fields", {}).get("answer", "")) else "exact"
+
+
+def check_reward(spec: str, problems: Sequence[Problem]) -> Reward:
+    """Return the reward after a trial with the problems' own answers, before anything is trained.
+
+    A function of the user may be slow: it is tried with one problem.
+
+    Raises:
+        LossInputError: naming the answer for which the reward has no number.
+    """
+    reward = reward_of(spec)
+    for problem in problems if spec in BY_ANSWER else problems[:1]:
+        reward(problem, problem.answer or "")
+    return reward
+
+
+def finite_reward(spec: str, reward: Callable[[Problem, str], Any], problem: Problem, text: str) -> float:
+    """Return the reward of a sample.
+
+    Raises:
+        LossInputError: if the reward raises, or returns no finite number. It names the reward and the sample.
+    """
+    try:
+        value = reward(problem, text)
+        got = show(value)
+    except (Exception, SystemExit) as error:
+        value, got = None, f"{type(error).__name__}: {error}"
+    with suppress(TypeError, ValueError, OverflowError, RuntimeError):  # the last one is of a tensor
+        if not isinstance(value, (str, bytes)) and math.isfinite(number := float(value)):
+            return number
+    got += f" for the sample {show(text)} to a problem with the answer {show(problem.answer)}"
+    raise LossInputError(f"--reward {spec}", "a finite number for each sample", got, "Return 0.0 for a bad sample.")
+
+
+# Rewards by the answer
+
+
+def exact(problem: Problem, text: str) -> float:
+    """Return 1 if the sample is the answer, up to space at its ends, else 0."""
+    if problem.answer is None:
+        raise ValueError("the row has no answer")
+    return float(text.strip() == problem.answer.strip())
+
+
+def number(problem: Problem, text: str) -> float:
+    """Return 1 if the last number of the sample equals that of the answer, else 0. See ``last_number``."""
+    right = last_number(problem.answer or "")
+    if right is None:
+        raise ValueError("the answer has no number")
+    return float(last_number(text) == right)
+
+
+BY_ANSWER: dict[str, Reward] = {"exact": exact, "number": number}
+"""The rewards that need an answer in each row."""
+
+NUMBER = re.compile(
+    r"(?:(?<![\w.^)\]])([-−]))?[$€£¥]?"  # a minus follows no operand, as it does in 5-3
+    r"(?<![\w.^])((?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)"  # no part of a word (x2) or an exponent (m^2)
+    r"(?:[eE]([-+]?\d+))?(?:/(\d+))?"
+)
+MAX_DIGITS, MAX_EXPONENT = 400, 4
+"""The most characters of a number and of its exponent. A longer one counts as no number."""
+
+
+def last_number(text: str) -> Fraction | None:
+    """Return the last number of a text, exactly; None if there is none.
+
+    It may have a sign, a currency, commas between thousands, decimals, an exponent, a denominator, and a unit after it.
+    Digits in a word (``x2``) and after ``^`` do not count. If the text has ``####`` (GSM8K), it is read from there on.
+
+    >>> last_number("12 apples at $0.50 are -$6.00 (or 6 m^2)."), last_number("3/4"), last_number("#### 1,024 km")
+    (Fraction(6, 1), Fraction(3, 4), Fraction(1024, 1))
+    """
+    found = list(NUMBER.finditer(text.rpartition("####")[2]))
+    if not found or len(found[-1][0]) > MAX_DIGITS:
+        return None
+    minus, digits, exponent, divisor = found[-1].groups(default="")
+    if len(exponent) > MAX_EXPONENT:
+        return None
+    value = Fraction(f"{minus and '-'}{digits.replace(',', '')}e{exponent or 0}")
+    return None if set(divisor) == {"0"} else value / int(divisor or 1)
+
+
+# Rewards by the form
+
+
+def pattern_reward(pattern: str) -> Reward:
+    """Return a reward that is 1 if the regular expression is found in the sample, else 0."""
+    try:
+        compiled = re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise LossInputError("--reward", "a regular expression", f"{pattern!r} ({error})", "Correct it.") from None
+    return lambda problem, text: float(compiled.search(text) is not None)
+
+
+def schema_reward(file: str) -> Reward:
+    """Return a reward that is 1 if the whole sample is JSON that fits the schema in a file, else 0.
+
+    A reference to another file is not followed. Extra ``rewards``.
+    """
+    try:
+        from jsonschema.exceptions import SchemaError
+        from jsonschema.validators import validator_for
+        from referencing import Registry
+    except ImportError:
+        fix = "pip install 'lossfns[rewards]'"
+        raise LossInputError("--reward", "the package jsonschema", "none", fix) from None
+    try:
+        schema = json.loads(Path(file).read_text(encoding="utf-8"))
+        form = validator_for(schema)
+        form.check_schema(schema)
+    except (OSError, TypeError, ValueError, RecursionError, SchemaError) as error:
+        got = f"{file} ({str(error).splitlines()[0]})"
+        raise LossInputError("--reward", "a file with a JSON schema", got, "Correct it, or name another.") from None
+    validator = form(schema, registry=Registry())
+
+    def reward(problem: Problem, text: str) -> float:
+        try:
+            return float(validator.is_valid(json.loads(text, parse_constant=refuse_constant)))
+        except (ValueError, RecursionError):  # no JSON, or nested too deeply
+            return 0.0
+
+    return reward
+
+
+def refuse_constant(name: str) -> None:
+    """Refuse NaN and Infinity, which Python reads, but which are not JSON."""
+    raise ValueError(name)

@@ -1,0 +1,170 @@
+"""Rewards of ``--reward``: what counts as right, and what is refused with the sample that did it."""
+
+import json
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lossfns import LossInputError
+from lossfns.train.examples import Problem
+from lossfns.train.rewards import check_reward, default_reward, last_number, reward_of
+
+
+def problem(answer: Any) -> Problem:
+    return Problem([1], answer)
+
+
+NUMBERS: dict[str, Fraction | int | None] = {
+    "": None,
+    "no number": None,
+    "72": 72,
+    "72.": 72,
+    "The total is 72 km.": 72,
+    "72km": 72,
+    "50%": 50,
+    "$1,234.50.": Fraction(12345, 10),
+    "€ 5": 5,
+    "-$6": -6,
+    "$-6": -6,
+    "−3": -3,
+    "x = -0.50": Fraction(-1, 2),
+    ".5": Fraction(1, 2),
+    "5-3": 3,
+    "(5)-3": 3,
+    "5 - 3": 3,
+    "5-3=2": 2,
+    "1,234,567": 1234567,
+    "1, 2": 2,
+    "1,2345": 2345,
+    "12,345 and 6,78": 78,
+    "1.5e3": 1500,
+    "2E-2 m": Fraction(1, 50),
+    "3/4": Fraction(3, 4),
+    "-3/4 cups": Fraction(-3, 4),
+    "3/0": None,
+    "8 m^2": 8,
+    "8 m2": 8,
+    "3 of x1": 3,
+    "10:30": 30,
+    "3 + 4 = <<3+4=7>>7\n#### 7\n": 7,
+    "#### 1,024\nor 8?": 8,
+    "12 #### none": None,
+    "9" * 401: None,
+    "9" * 399: int("9" * 399),
+    "1e9999": 10**9999,
+    "1e10000": None,
+    "1/2/2024": 2024,
+}
+"""Text → its last number; none if it is longer than 400 characters or its exponent than 4."""
+
+
+def test_the_last_number_of_a_text_is_read_exactly() -> None:
+    found = {text: last_number(text) for text in NUMBERS}
+    assert {text: x for text, x in found.items() if x != NUMBERS[text]} == {}
+
+
+CASES = [
+    ("exact", "4", {"4": 1, " 4\n": 1, "4.": 0, "44": 0, "": 0}),
+    ("exact", " 4 ", {"4": 1}),
+    ("number", "1,200 m", {"It is 1200.0 km": 1, "1,200 of 1,201": 0, "": 0, "twelve hundred": 0}),
+    ("number", "2 + 2 = 4\n#### 4", {"#### 4": 1, "4": 1, "4 or 5": 0}),
+    (r"regex:^<a>\d+</a>$", None, {"<a>12</a>": 1, "<a>x</a>": 0, "x <a>1</a>": 0}),
+    ("regex:a:b", None, {"xa:by": 1, "ab": 0}),
+]
+
+
+def test_rewards_are_one_for_what_is_right_and_zero_for_all_else() -> None:
+    for spec, answer, samples in CASES:
+        reward = reward_of(spec)
+        for text, expected in samples.items():
+            assert reward(problem(answer), text) == expected, (spec, answer, text)
+
+
+def test_a_schema_asks_for_json_that_is_whole_and_fits(tmp_path: Path) -> None:
+    schema = {"type": "object", "properties": {"n": {"type": "integer", "minimum": 0}}, "required": ["n"]}
+    (tmp_path / "schema.json").write_text(json.dumps(schema))
+    reward = reward_of(f"json-schema:{tmp_path / 'schema.json'}")
+    right = ['{"n": 3}', ' {"n": 0, "m": NULL}\n'.replace("NULL", "null")]
+    wrong = ['{"n": -1}', "{}", "[]", "", "n", '{"n": 3', '{"n": 3} yes', "```json\n{}\n```", '{"n": NaN}', "[" * 9999]
+    wrong += ['{"n": ' + "9" * 5000 + "}"]  # more digits than Python converts
+    assert [reward(problem(None), text) for text in right + wrong] == [1.0] * len(right) + [0.0] * len(wrong)
+    for name, content in {"no JSON": "{", "no schema": '{"type": "nothing"}', "a number": "3"}.items():
+        (tmp_path / "bad.json").write_text(content)
+        with pytest.raises(LossInputError, match="--reward: expected a file with a JSON schema"):
+            reward_of(f"json-schema:{tmp_path / 'bad.json'}")
+            pytest.fail(name)
+
+
+def test_a_schema_loads_nothing_from_elsewhere(tmp_path: Path) -> None:
+    (tmp_path / "schema.json").write_text('{"$ref": "http://127.0.0.1:9/schema.json"}')
+    with pytest.raises(LossInputError, match=r"Unresolvable.* for the sample '1' to a problem"):
+        reward_of(f"json-schema:{tmp_path / 'schema.json'}")(problem(None), "1")
+
+
+FUNCTIONS = """
+import numpy, torch
+def length(problem, text): return len(text) / 10
+def right(problem, text): return text == problem.answer
+def tensor(problem, text): return torch.tensor(0.5)
+def array(problem, text): return numpy.float32(0.25)
+def nothing(problem, text): pass
+def nan(problem, text): return float("nan")
+def large(problem, text): return 10**400
+def words(problem, text): return "1.0"
+def fails(problem, text): return 1 / 0
+def leaves(problem, text): raise SystemExit(3)
+def one(text): return 1.0
+four = 4
+"""
+
+
+def test_a_reward_may_be_any_function(tmp_path: Path) -> None:
+    file = tmp_path / "own_rewards.py"
+    file.write_text(FUNCTIONS)
+    for name, expected in {"length": 0.4, "right": 1.0, "tensor": 0.5, "array": 0.25}.items():
+        value = reward_of(f"{file}:{name}")(problem("four"), "four")
+        assert (type(value), value) == (float, expected), name
+    assert reward_of("own_rewards:length")(problem(None), "") == 0.0  # the folder is on the path by now
+    says = {
+        "nothing": "got None for the sample",
+        "nan": "got nan",
+        "large": "got 1000",
+        "words": "got '1.0'",
+        "fails": "got ZeroDivisionError: division by zero for",
+        "leaves": "got SystemExit: 3",
+        "one": "got TypeError: one",
+    }
+    for name, text in says.items():
+        reward = reward_of(f"{file}:{name}")
+        with pytest.raises(LossInputError, match=f"{name}: expected a finite number for each sample, {text}") as error:
+            reward(problem("right"), "fo\nur")
+        assert "'fo\\nur' to a problem with the answer 'right'" in str(error.value), name
+
+
+def test_a_reward_that_does_not_exist_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "some_rewards.py").write_text(FUNCTIONS)
+    for spec, says in {
+        "exakt": "expected exact, number, regex:PATTERN, json-schema:FILE, module:function or file.py:function",
+        "regex:": "expected exact, number",
+        "regex:(": "expected a regular expression, got '\\('",
+        f"json-schema:{tmp_path}/none.json": "expected a file with a JSON schema",
+        "no_such_module:f": "expected that no_such_module can be imported",
+        f"{tmp_path}/some_rewards.py:lenght": "expected a name in .*Did you mean 'length'",
+        f"{tmp_path}/some_rewards.py:four": r"expected a function \(problem, text\)",
+    }.items():
+        with pytest.raises(LossInputError, match=f"--reward: {says}"):
+            reward_of(spec)
+
+
+def test_answers_that_a_reward_cannot_use_are_found_before_training() -> None:
+    with pytest.raises(LossInputError, match=r"--reward number: .* the answer has no number .*the answer 'none'"):
+        check_reward("number", [problem("1"), problem("none")])
+    with pytest.raises(LossInputError, match=r"--reward exact: .* the row has no answer"):
+        check_reward("exact", [problem(None)])
+    assert check_reward("number", [problem("1")])(problem("1"), "1.0") == 1.0
+
+
+def test_the_data_tell_the_default_reward() -> None:
+    assert default_reward(problem("4")) == "exact"
