@@ -141,6 +141,7 @@ class CausalLM(nn.Module):
 
     Attributes:
         model: the model of ``transformers``.
+        prefix: the place of its tensors within this module.
         context_length: the most tokens that a sequence may have.
         shape: architecture and settings, as a checkpoint records them.
 
@@ -153,6 +154,8 @@ class CausalLM(nn.Module):
             tokens other than by attention (Mamba and other hybrids) and models whose attention or head has parts
             that are not known here. Attention sinks and chunked attention are refused by name.
     """
+
+    prefix = "model."
 
     def __init__(self, model: Any) -> None:
         super().__init__()
