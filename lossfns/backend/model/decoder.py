@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from lossfns.backend.model import lora
 from lossfns.backend.model.attention import Attend, Layout, choose_route
 from lossfns.backend.model.cache import Cache
+from lossfns.logprobs.head import Adapter
 
 
 class Decoder(nn.Module):
@@ -95,6 +96,11 @@ class Decoder(nn.Module):
     def head(self) -> Tensor:
         """Unembedding weight [V, D], its adapter included: ``logits = hidden @ head.T``."""
         return lora.adapted_weight(self.unembed)
+
+    @property
+    def factored_head(self) -> tuple[Tensor, Adapter | None]:
+        """Unembedding weight [V, D] without its adapter, and the adapter or None: ``head`` as two parts."""
+        return lora.factored_weight(self.unembed)
 
     @property
     def attention(self) -> str:

@@ -26,7 +26,7 @@ from lossfns.backend.model.attention import Attend, Layout, choose_route
 from lossfns.backend.model.cache import Cache
 from lossfns.backend.model.gguf_cache import converted
 from lossfns.errors import LossInputError, warn
-from lossfns.logprobs.linear import head_of
+from lossfns.logprobs.head import Adapter, head_of
 
 
 def load(
@@ -184,6 +184,11 @@ class CausalLM(nn.Module):
     def head(self) -> Tensor:
         """Unembedding weight [V, D], its adapter included."""
         return lora.adapted_weight(self.model.get_output_embeddings())
+
+    @property
+    def factored_head(self) -> tuple[Tensor, Adapter | None]:
+        """Unembedding weight [V, D] without its adapter, and the adapter or None: ``head`` as two parts."""
+        return lora.factored_weight(self.model.get_output_embeddings())
 
     @property
     def head_bias(self) -> Tensor | None:
