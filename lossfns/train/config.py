@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 
 from lossfns.errors import LossInputError
 from lossfns.terminal import while_read
+from lossfns.train import files
 from lossfns.train.checkpoints import checkpoints
 from lossfns.train.defaults import own_options
 from lossfns.train.losses import AnyLoss, method_of
@@ -30,11 +30,11 @@ CONFIG_TOML = "config.toml"
 def config_of(options: Options, loss: AnyLoss, client: Client) -> dict[str, Any]:
     """Return the content of ``config.json``: everything that is needed to repeat the run."""
     repeated = with_whole_paths(own_options(options, method_of(loss)))
-    files = {name: repeated[name] for name in ("data", "init") if repeated[name]}
+    sources = {name: repeated[name] for name in ("data", "init") if repeated[name]}
     return {
         "id": uuid4().hex,
         "options": repeated,
-        "sha256": {name: sha256(path) for name, path in files.items()},
+        "sha256": {name: files.digest(path) for name, path in sources.items()},
         "loss": repr(loss),
         **description_of(client),
         "versions": {"lossfns": __version__, "torch": torch.__version__, "python": platform.python_version()},
@@ -43,8 +43,9 @@ def config_of(options: Options, loss: AnyLoss, client: Client) -> dict[str, Any]
 
 def with_whole_paths(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options with whole paths, so that they mean the same in another folder."""
-    names = ("data", "init", "model", "teacher", "loss", "reward")
-    return {name: whole_path(x) if name in names and x else x for name, x in options.items()}
+    whole: dict[str, Callable[[str], str]] = {"data": files.located, "init": os.path.abspath}
+    whole |= dict.fromkeys(("model", "teacher", "loss", "reward"), whole_path)
+    return {name: whole[name](x) if name in whole and x else x for name, x in options.items()}
 
 
 def whole_path(text: str) -> str:
@@ -69,14 +70,6 @@ def description_of(client: Client) -> dict[str, Any]:
     if isinstance(client, RemoteTrainingClient):
         return {"model": client.describe(), "shape": None}
     return {"model": asdict(client.get_info()), "shape": client.model.shape}
-
-
-def sha256(path: str) -> str:
-    """Return the SHA-256 of a file's content; an empty string if the file cannot be read."""
-    try:
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    except OSError:
-        return ""
 
 
 def check_same(then: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
