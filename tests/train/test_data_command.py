@@ -67,7 +67,7 @@ def test_a_file_that_training_refuses(tmp_path: Path, capsys: pytest.CaptureFixt
     words = " ".join(text.split())
     assert "1 rows are longer than 100 tokens and are refused: pass --drop-longer, or" in words
     assert "--max-length 202 F:2: 202 tokens" in words
-    places = re.findall(r"F:(\d+): expected", text)
+    places = re.findall(r"F:(\d+): expected", words)
     assert (
         "12 rows are refused" in text and places == ["3", "4", "5", "6", "7", "8", "9", "10"] and "and 4 more" in text
     )

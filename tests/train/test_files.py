@@ -12,18 +12,18 @@ import pytest
 from lossfns import LossInputError
 from lossfns.backend import ByteTokenizer
 from lossfns.train import tasks
-from lossfns.train.examples import Demonstration, Example, Problem, prompt_of, sequences
-from lossfns.train.options import Options
-from lossfns.train.recipes import METHODS, complete_options
+from lossfns.train.examples import Demonstration, Example, Preference, Problem, prompt_of, sequences
 from lossfns.train.render import Renderer
 from lossfns.train.tasks import Task
 
 BYTES = Renderer(ByteTokenizer())
 
 
+KINDS: dict[str, Any] = {"sft": Demonstration, "dpo": Preference, "grpo": Problem}
+
+
 def load(method: str, path: Path, **more: Any) -> Task[Any]:
-    options: Options = complete_options({"method": method, "data": str(path), **more})
-    return METHODS[method].task(options, BYTES)
+    return tasks.load(str(path), BYTES, KINDS[method], **more)
 
 
 def written(path: Path, rows: list[Any]) -> Path:
