@@ -46,7 +46,7 @@ OTHER_START = CHATML[: CHATML.rindex("{{")] + "{{ '<|im_start|>model\n' }}{% end
 CUTS = CHATML.replace("m.content", "m.content[:3]")
 
 
-def byte_pairs(template: str | None = None, **special: str) -> Any:
+def byte_pairs(template: str | None = None, **special: Any) -> Any:
     """Return a byte-level tokenizer with a few merges, of which some cover the border of a prompt and its answer."""
     from lossfns.server.tokenizer import byte_characters
 
