@@ -25,8 +25,9 @@ from lossfns.server.service import Service
 
 log = logging.getLogger("lossfns.server.access")
 
-INLINE_BYTES = 2**18
-"""The largest body or result that is read or written in the event loop. Larger ones take a thread."""
+INLINE_BYTES = {"body": 2**18, "result": 2**22}
+"""The largest body that is read, and the largest result that is written, in the event loop: either takes less than a
+millisecond. Larger ones take a thread."""
 
 CALL_BYTES = 2**22
 """The largest body of a request that is no pass. It is parsed in the event loop, while nothing else runs."""
@@ -71,10 +72,9 @@ class App:
         await saved.restore(self.service)
         yield
         await self.service.close()
-        if self.service.temporary is None:
+        if self.service.state.temporary is None:
             await saved.save(self.service)
-        else:
-            self.service.temporary.cleanup()
+        self.service.state.close()
 
     def starlette(self) -> Starlette:
         """Return the ASGI application."""
@@ -201,7 +201,7 @@ class App:
         def read() -> tuple[wire.Pass, int]:
             return wire.read_pass(body, content_type, forward_only=forward_only), hash(body)
 
-        parsed, digest = await self.in_thread(read) if len(body) > INLINE_BYTES else read()
+        parsed, digest = await self.in_thread(read) if len(body) > INLINE_BYTES["body"] else read()
         answer = await endpoints.forward_backward(self.service, parsed, digest, len(body))
         return Response(to_json(answer), media_type="application/json")
 
@@ -228,7 +228,7 @@ class App:
         if future.error is not None:
             failed = {"error": future.error, "category": future.category}
             return Response(to_json(failed), media_type="application/json")
-        large = future.nbytes > INLINE_BYTES
+        large = future.nbytes > INLINE_BYTES["result"]
         media_type, data = (
             await asyncio.to_thread(encode, future.result, accept) if large else encode(future.result, accept)
         )

@@ -117,7 +117,7 @@ async def load_weights(service: Service, body: Json, digest: int | None) -> Json
     def make() -> tuple[str, LocalTrainingClient]:
         only(body, ("session_id", "model_seq_id", *LOAD_FIELDS))
         check_optimizer(body)
-        file, base_model = service.saved_checkpoint(path), field(body, "base_model", str, None)
+        file, base_model = service.state.saved_checkpoint(path), field(body, "base_model", str, None)
         if field(body, "optimizer", bool):
             client = service.local.create_training_client_from_state_with_optimizer(file, base_model, metadata)
         else:
@@ -130,7 +130,7 @@ async def load_weights(service: Service, body: Json, digest: int | None) -> Json
 
 async def load(service: Service, model: ServedModel, body: Json) -> Json:
     path = field(body, "path", str)
-    file, client = service.saved_checkpoint(path), model.client
+    file, client = service.state.saved_checkpoint(path), model.client
     check_metadata(field(body, "user_metadata", dict, None))
     await (client.load_state_with_optimizer(file) if field(body, "optimizer", bool) else client.load_state(file))
     return {"type": "load_weights", "path": path, "model_id": model.model_id}
@@ -149,7 +149,7 @@ async def get_info(service: Service, body: Json, digest: int | None) -> Json:
     info = await model.client.get_info_async()
     tokenizer_id = info.model_data.tokenizer_id
     if tokenizer_id is None and reads_bytes(model.client):
-        tokenizer_id = str(write_byte_tokenizer(service.root.resolve() / "byte_tokenizer"))
+        tokenizer_id = str(write_byte_tokenizer(service.state.root.resolve() / "byte_tokenizer"))
     return {
         "type": "get_info",
         "model_id": model.model_id,
@@ -214,7 +214,7 @@ async def save_weights(service: Service, body: Json, digest: int | None) -> Json
 
 
 async def save(service: Service, model: ServedModel, body: Json) -> Json:
-    path, file = service.checkpoint_of(model.model_id, "weights", field(body, "path", str))
+    path, file = service.state.new_checkpoint(model.model_id, "weights", field(body, "path", str))
     overwrite, metadata = field(body, "overwrite", bool, False), field(body, "user_metadata", dict, None)
     await model.client.save_state(file, body.get("ttl_seconds"), overwrite, metadata)
     return {"type": "save_weights", "path": path}
@@ -232,7 +232,7 @@ async def save_for_sampler(service: Service, model: ServedModel, body: Json) -> 
     """
     name, kind = field(body, "path", str, None), field(body, "kind", str, "snapshot")
     if name is not None:
-        path, file = service.checkpoint_of(model.model_id, "sampler_weights", name)
+        path, file = service.state.new_checkpoint(model.model_id, "sampler_weights", name)
         metadata = field(body, "user_metadata", dict, None)
         await model.client.save_weights_for_sampler(file, body.get("ttl_seconds"), metadata)
         return {"type": "save_weights_for_sampler", "path": path}

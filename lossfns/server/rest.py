@@ -74,7 +74,7 @@ def list_all_checkpoints(service: Service, query: Mapping[str, str]) -> Json:
 
 def weights_info(service: Service, body: Json) -> Json:
     """Describe a checkpoint. SDKs before 0.38 create a model from this description."""
-    data = checkpoint.metadata(service.saved_checkpoint(field(body, "tinker_path", str)))
+    data = checkpoint.metadata(service.state.saved_checkpoint(field(body, "tinker_path", str)))
     lora = data.get("lora")
     parts = {} if lora is None else {f"train_{part}": part in lora["parts"] for part in ("mlp", "attn", "unembed")}
     rank = None if lora is None else lora["rank"]
@@ -82,7 +82,7 @@ def weights_info(service: Service, body: Json) -> Json:
 
 
 def delete_checkpoint(service: Service, model_id: str, kind: str, name: str) -> None:
-    path = service.checkpoint(f"tinker://{model_id}/{kind}/{name}")
+    path = service.state.checkpoint(f"tinker://{model_id}/{kind}/{name}")
     if not path.is_file():
         raise Refused(404, f"tinker://{model_id}/{kind}/{name}: no such checkpoint.")
     path.unlink()
@@ -90,7 +90,7 @@ def delete_checkpoint(service: Service, model_id: str, kind: str, name: str) -> 
 
 def training_runs(service: Service) -> list[Json]:
     """Return all models that were ever created in the folder of the service, the last used one first."""
-    runs = [describe_run(service, path) for path in service.root.glob("*/*/run.json")]
+    runs = [describe_run(service, path) for path in service.state.root.glob("*/*/run.json")]
     return sorted(runs, key=lambda run: str(run["last_request_time"]), reverse=True)
 
 
@@ -112,7 +112,7 @@ def checkpoints(service: Service, model_id: str) -> list[Json]:
     """Return the checkpoints of a model, the last one first."""
     found = []
     for kind, name in KINDS.items():
-        for path in (service.folder(model_id) / kind).glob("*"):
+        for path in (service.state.of_model(model_id) / kind).glob("*"):
             try:
                 metadata = checkpoint.metadata(path).get("user_metadata")
             except LossInputError:  # one that is being written

@@ -43,14 +43,16 @@ async def save(service: Service) -> None:
         "losses": [[name, loss.request] for s in service.sessions.values() for name, loss in s.losses.items()],
         "futures": [saved_future(future) for future in service.futures.by_id.values() if future.finished],
     }
-    service.root.mkdir(parents=True, exist_ok=True)
-    part = service.root / f"{INDEX_FILE}.part"
+    root = service.state.root
+    root.mkdir(parents=True, exist_ok=True)
+    part = root / f"{INDEX_FILE}.part"
     part.write_text(json.dumps(index))
-    os.replace(part, service.root / INDEX_FILE)
+    os.replace(part, root / INDEX_FILE)
+    log.warning("%d of %d models saved in %s.", len(models), len(service.models), root)
 
 
 def save_model(service: Service, model: ServedModel) -> dict[str, Any]:
-    folder = service.folder(model.model_id)
+    folder = service.state.of_model(model.model_id)
     parameters = dict(model.client.model.named_parameters())
     gradient = {name: p.grad for name, p in parameters.items() if p.grad is not None}
     checkpoint.save(folder / "stopped.gradient", gradient, {})
@@ -77,7 +79,7 @@ def saved_future(future: Future) -> dict[str, Any]:
 
 async def restore(service: Service) -> None:
     """Restore the state of the last server in this folder, and remove its index, which will be out of date."""
-    path = service.root / INDEX_FILE
+    path = service.state.root / INDEX_FILE
     if not path.exists():
         return
     index = json.loads(path.read_text())
@@ -98,7 +100,7 @@ async def restore(service: Service) -> None:
     failed = []
     for saved in index["models"]:
         try:
-            client = await asyncio.to_thread(load_model, service, service.folder(saved["model_id"]), saved)
+            client = await asyncio.to_thread(load_model, service, service.state.of_model(saved["model_id"]), saved)
         except Exception:  # restore the other models all the same
             log.exception("The model %s is not restored. Its entry is kept in %s.", saved["model_id"], FAILED_FILE)
             failed.append(saved)
@@ -110,7 +112,7 @@ async def restore(service: Service) -> None:
             model.failed_gradient = service.futures.by_id.get(request_id) or Future(request_id, None)
             model.failed_gradient.set_error(error)
     if failed:
-        (service.root / FAILED_FILE).write_text(json.dumps({"models": failed}))
+        (service.state.root / FAILED_FILE).write_text(json.dumps({"models": failed}))
     path.unlink()
 
 

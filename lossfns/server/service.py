@@ -8,9 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import re
 import sys
-import tempfile
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
@@ -25,16 +23,11 @@ from lossfns.backend.client.service import LocalServiceClient, ModelBuilder
 from lossfns.backend.client.training import LocalTrainingClient
 from lossfns.backend.storage import checkpoint
 from lossfns.errors import LossInputError
+from lossfns.server.folder import StateFolder
 from lossfns.server.futures import Future, Futures, Refused
 from lossfns.server.model import ServedModel, log
 from lossfns.server.samplers import Sampler
 from lossfns.server.session import Session, session_of
-
-PATH = re.compile(
-    r"tinker://(\w[\w-]{0,127}):train:(\d{1,18})/(weights|sampler_weights)/([A-Za-z0-9][\w.-]{0,127})", re.ASCII
-)
-NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,127}", re.ASCII)
-
 
 REMEMBERED = 1000
 """The finished sessions that the server still knows: it answers that they have finished, not that they are unknown."""
@@ -48,7 +41,8 @@ class Service:
     Args:
         models: for each name a function that builds the model, as in ``LocalServiceClient``. None: ``"Decoder"``.
         device, memory_budget: as in ``LocalServiceClient``.
-        state: the folder of checkpoints, and of what ``close`` saves. None takes a folder that is deleted at the end.
+        state: the folder of checkpoints, and of what is saved at the end; one server has it at a time. None takes a
+            folder that is deleted at the end.
         sessions, model_limit, samplers: the most sessions, models and loaded samplers at a time. A further sampler
             takes the place of the one that was not used for the longest time.
         memory: the most bytes of the process, on Linux: beyond it no model is created. ``memory_budget`` bounds the
@@ -80,11 +74,7 @@ class Service:
         grace_seconds: float = 30.0,
     ) -> None:
         self.local = LocalServiceClient(models, device=device, memory_budget=memory_budget)
-        self.temporary = tempfile.TemporaryDirectory(prefix="lossfns-") if state is None else None
-        self.root = Path(self.temporary.name if self.temporary else str(state))
-        self.root.mkdir(parents=True, exist_ok=True)
-        if not os.access(self.root, os.W_OK):
-            raise LossInputError("state", "a folder to write to", f"{self.root}", "Choose another.")
+        self.state = StateFolder(state)
         self.session_limit, self.model_limit, self.sampler_limit = sessions, model_limit, samplers
         self.memory = memory
         self.queue, self.queue_bytes, self.session_seconds = queue, queue_bytes, session_seconds
@@ -214,7 +204,7 @@ class Service:
             "lora_rank": info.lora_rank,
             "user_metadata": dict(user_metadata or {}),
         }
-        folder = self.folder(model_id)
+        folder = self.state.of_model(model_id)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "run.part").write_text(json.dumps(run))
@@ -306,35 +296,6 @@ class Service:
         if self.tasks:
             await asyncio.wait(self.tasks)
 
-    # Checkpoints
-
-    def checkpoint(self, path: str) -> Path:
-        """Return the file of a checkpoint's path, ``tinker://SESSION:train:N/weights/NAME``."""
-        match = PATH.fullmatch(path)
-        if match is None:
-            fix = "save_state and save_weights_for_sampler return such paths."
-            raise LossInputError("path", "tinker://SESSION:train:N/weights/NAME", repr(path)[:200], fix)
-        return self.root / match[1] / match[2] / match[3] / match[4]
-
-    def saved_checkpoint(self, path: str) -> Path:
-        """Return the file of a checkpoint that exists."""
-        file = self.checkpoint(path)
-        if not file.is_file():
-            raise LossInputError("path", "a checkpoint of this server", repr(path), "list_checkpoints names them.")
-        return file
-
-    def folder(self, model_id: str) -> Path:
-        """Return the folder of a model's checkpoints."""
-        return self.checkpoint(f"tinker://{model_id}/weights/any").parent.parent
-
-    def checkpoint_of(self, model_id: str, kind: str, name: str) -> tuple[str, Path]:
-        """Return the path that a model's checkpoint will have, and its file. ``kind`` is a part of the path."""
-        if NAME.fullmatch(name) is None:
-            fix = "Take letters, digits, '.', '_' and '-'; the first is a letter or a digit."
-            raise LossInputError("path", "the name of a checkpoint", repr(name)[:200], fix)
-        path = f"tinker://{model_id}/{kind}/{name}"
-        return path, self.checkpoint(path)
-
     # Samplers
 
     def add_sampler(self, session_id: str, number: int, sampler: Sampler) -> str:
@@ -351,7 +312,9 @@ class Service:
     def base_model_of(self, path: str | None, base_model: str | None) -> str:
         """Return the name of a sampler's base model, and refuse a path or a name without a model."""
         if path is not None:
-            saved = checkpoint.metadata(self.saved_checkpoint(path))["model"] if base_model is None else base_model
+            saved = (
+                checkpoint.metadata(self.state.saved_checkpoint(path))["model"] if base_model is None else base_model
+            )
             base_model = str(saved)
         names = [model.model_name for model in self.local.get_server_capabilities().supported_models]
         if base_model not in names:
@@ -377,7 +340,7 @@ class Service:
         return sampler, client
 
     def _load_sampler(self, sampler: Sampler) -> LocalSamplingClient:
-        file = None if sampler.path is None else self.saved_checkpoint(sampler.path)
+        file = None if sampler.path is None else self.state.saved_checkpoint(sampler.path)
         return self.local.create_sampling_client(file, sampler.base_model)
 
     def _unload_samplers(self, used: str) -> None:

@@ -301,7 +301,7 @@ def dense_tensor(dtype: str, values: np.ndarray, shape: list[int], place: str) -
     if prod(shape) != len(values):
         got, fix = f"{len(values)} values", "Send all values, in row-major order."
         raise LossInputError(place, f"{prod(shape)} values, for shape {shape}", got, fix)
-    return TensorData(values, dtype, shape)
+    return TensorData.from_numpy(values.reshape(shape))
 
 
 def sparse_tensor(
@@ -323,11 +323,12 @@ def sparse_tensor(
         raise LossInputError(place, "columns that ascend within each row", show(col[:8].tolist()), fix)
     dense = np.zeros(shape, values.dtype)
     dense[row, col] = values
-    return TensorData(dense, dtype, shape)
+    return TensorData.from_numpy(dense)
 
 
 def check_shape(shape: list[int], place: str) -> None:
-    if len(shape) > 2 or any(not 0 <= n <= MAX_CELLS for n in shape) or prod(shape) > MAX_CELLS:
+    sizes = (0, *shape)
+    if len(shape) > 2 or min(sizes) < 0 or max(sizes) > MAX_CELLS or prod(shape) > MAX_CELLS:
         raise LossInputError(place, f"shape [N] or [N, K], of at most {MAX_CELLS} values", show(shape), "Split it.")
 
 

@@ -17,12 +17,10 @@ from typing import Any, NoReturn
 
 import torch
 
-from lossfns.backend.client.training import LocalTrainingClient
-from lossfns.backend.engine.ranks import start as start_ranks
 from lossfns.errors import LossInputError
 from lossfns.loss import Loss
 from lossfns.terminal import while_read
-from lossfns.train import recipes, remote, tasks
+from lossfns.train import models, recipes, remote, tasks
 from lossfns.train.checkpoints import checkpoints, load_newest, save_checkpoint
 from lossfns.train.config import check_same, config_of
 from lossfns.train.options import Options, check_option
@@ -47,6 +45,14 @@ def add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     add("--max-length", type=int, metavar="N", help="longest row of --data in tokens (bytes); longer ones are refused "
         "(default: 2048)")  # fmt: skip
     add("--out", metavar="DIR", help="the run folder (default: runs/METHOD-TIME)")
+    add("--model", metavar="MODEL", help="train this model instead of the embedded one: a folder or the name of a "
+        "repository of Hugging Face, a GGUF file, or smollm2, the model of that extra")  # fmt: skip
+    add("--lora", type=int, metavar="RANK", help="train low-rank adapters of this rank instead of all weights")
+    add("--lora-parts", metavar="PARTS", help="which layers get adapters: some of attn, mlp and unembed, with commas "
+        "between them (default: attn,mlp)")  # fmt: skip
+    add("--dtype", choices=models.DTYPES, help="dtype of the weights (default: that of the model's file)")
+    add("--gradient-checkpointing", action="store_true", default=None, help="save memory: run each layer again in the "
+        "backward pass")  # fmt: skip
     add("--init", metavar="FILE", help="start from the weights of this checkpoint")
     add("--base-url", metavar="URL", help="train on a server of the Tinker API, such as lossfns serve, through the "
         "tinker SDK; TINKER_API_KEY is its key")  # fmt: skip
@@ -87,7 +93,7 @@ def train_command(args: argparse.Namespace) -> int:
     try:
         with silence() if int(os.environ.get("RANK", 0)) else nullcontext():
             return resume_run(Path(args.resume)) if options is None else start_run(options)
-    except (LossInputError, OSError) as error:
+    except (LossInputError, ImportError, OSError) as error:
         return refused(error)
 
 
@@ -174,7 +180,7 @@ def train_and_report(options: Options, folder: Path, check_config: Callable[[dic
 def client_of(options: Options) -> Iterator[Client]:
     """Yield the client of a new model, in this process or on a server."""
     if options.base_url is None:
-        yield LocalTrainingClient(device=options.device, seed=options.seed, mesh=start_ranks(options.device))
+        yield models.load_client(options)
         return
     with remote.connected(options.base_url) as client:
         yield client

@@ -19,6 +19,11 @@ class Options:
         method: name of the method, such as ``"grpo"``.
         data: path of a file of rows to train on; ``None`` for the built-in data.
         out: path of the run folder; ``None`` for ``runs/METHOD-TIME``.
+        model: a model as ``hf.load`` takes it, such as ``"smollm2"`` or a folder; ``None`` for the embedded one.
+        lora: rank of low-rank adapters; 0 trains all weights.
+        lora_parts: the parts with adapters, among ``"attn"``, ``"mlp"`` and ``"unembed"``.
+        dtype: dtype of the weights, such as ``"bfloat16"``; ``None`` keeps that of the file.
+        gradient_checkpointing: whether the layers run again in the backward pass, to save memory.
         init: path of a checkpoint to start from.
         base_url: address of a server of the Tinker API to train on; ``None`` trains in this process.
         device: device to train on, such as ``"auto"`` or ``"cuda:1"``.
@@ -38,6 +43,11 @@ class Options:
     method: str
     data: str | None = None
     out: str | None = None
+    model: str | None = None
+    lora: int = 0
+    lora_parts: str = "attn,mlp"
+    dtype: str | None = None
+    gradient_checkpointing: bool = False
     init: str | None = None
     base_url: str | None = None
     device: str = "auto"
@@ -60,17 +70,19 @@ def check_option(name: str, value: Any) -> None:
     Raises:
         LossInputError: with the flag of the option.
     """
-    if name in ("method", "data", "out", "init", "base_url", "device", "resume", "RUN"):
+    if name in ("method", "data", "out", "model", "lora_parts", "dtype", "init", "base_url", "device", "resume", "RUN"):
         expected, accepted = "text", isinstance(value, str) and is_path(value)
         if isinstance(value, str) and not accepted:
             expected = "text in UTF-8 that is not empty and has no NUL"
+    elif name == "gradient_checkpointing":
+        expected, accepted = "true or false", isinstance(value, bool)
     elif name == "lr":
         expected, accepted = "a finite number above 0", type(value) in (int, float) and 0 < value < math.inf
         if accepted and value > 1:
             expected, accepted = "a learning rate of at most 1", False
     else:
         # `group` and `updates` are 0 only by default, for a method that has none.
-        smallest = 0 if name in ("seed", "warmup_steps") else 1
+        smallest = 0 if name in ("seed", "warmup_steps", "lora") else 1
         expected = f"a whole number of at least {smallest}"
         accepted = type(value) is int and smallest <= value
         if accepted and value > LARGEST[name]:
@@ -82,6 +94,7 @@ def check_option(name: str, value: Any) -> None:
 LARGEST = {
     "threads": max(64, os.cpu_count() or 1),
     "seed": 2**63 - 1,
+    "lora": 2**16,
     "steps": 10**9,
     "warmup_steps": 10**9,
     "batch": 2**16,

@@ -258,7 +258,8 @@ def complete_options(given: Mapping[str, Any]) -> Options:
             others = ", ".join(other for other in METHODS if has_option(other, name))
             raise LossInputError(flag(name), f"a method that has it ({others})", method, "Leave it out.")
     options = Options(**METHODS[method].defaults | given)
-    for name, default in (("device", "auto"), ("init", None)):
+    for name in ("device", "model", "lora", "lora_parts", "dtype", "gradient_checkpointing", "init"):
+        default = next(field.default for field in fields(Options) if field.name == name)
         if options.base_url and (value := getattr(options, name)) != default:
             expected, fix = "no --base-url with it", "The server has the model: it starts from its own weights."
             raise LossInputError(flag(name), expected, reprlib.repr(value), fix)

@@ -236,7 +236,7 @@ def state_of(service: Service) -> dict[str, Any]:
         models[model_id] = (digest.hexdigest(), model.client.get_info().steps, model.user_metadata)
     sessions = {s.session_id: (s.finished, sorted(s.losses), s.user_metadata) for s in service.sessions.values()}
     samplers = {name: (sampler.base_model, sampler.path) for name, sampler in service.samplers.items()}
-    return {"models": models, "sessions": sessions, "samplers": samplers, "files": files(service.root)}
+    return {"models": models, "sessions": sessions, "samplers": samplers, "files": files(service.state.root)}
 
 
 def files(root: Path) -> dict[str, str]:

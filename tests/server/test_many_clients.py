@@ -140,7 +140,7 @@ def run_restarted(tmp_path: Path, clients: int, count: int) -> None:
     stop(process)
     service = tiny_service(state=tmp_path)
     for seed, path in enumerate(paths):
-        trained = service.local.create_training_client_from_state(service.checkpoint(path)).model
+        trained = service.local.create_training_client_from_state(service.state.checkpoint(path)).model
         for name, expected in serial(seed, count).items():
             assert torch.equal(weights(trained)[name], expected), (seed, name)
 

@@ -8,9 +8,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from serving import KEY, batch, httpx, sdk, served, tinker, tiny_service
 
+from lossfns.errors import LossInputError
 from lossfns.server import local_service
 
 types = tinker.types
@@ -100,8 +102,8 @@ def test_nothing_is_kept_without_a_folder() -> None:
     service = tiny_service()
     with sdk(service) as client_of:
         client_of.create_lora_training_client("Tiny", rank=4).result().save_state("a").result()
-        assert service.root.exists()
-    assert not service.root.exists()
+        assert service.state.root.exists()
+    assert not service.state.root.exists()
 
 
 def test_a_service_without_a_socket_is_saved_as_well(tmp_path: Path) -> None:
@@ -123,3 +125,12 @@ def test_a_model_that_cannot_be_restored_is_named_and_kept(tmp_path: Path) -> No
         assert list(again.models) == [whole]
         (entry,) = json.loads((tmp_path / "not_restored.json").read_text())["models"]
         assert entry["model_id"] == damaged
+
+
+def test_a_folder_has_one_server(tmp_path: Path) -> None:
+    first = tiny_service(state=tmp_path)
+    with pytest.raises(LossInputError, match="which another server has"):
+        tiny_service(state=tmp_path)
+    with served(first):
+        pass
+    tiny_service(state=tmp_path).state.close()

