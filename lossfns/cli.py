@@ -12,6 +12,7 @@ from lossfns.server.command import add_serve
 from lossfns.testing.command import add_check
 from lossfns.testing.vectors.command import add_vectors
 from lossfns.train.command import add_train
+from lossfns.train.compare_command import add_compare
 from lossfns.train.plot_command import add_plot
 from lossfns.train.sample_command import add_sample
 from lossfns.version import __version__
@@ -29,6 +30,7 @@ def parser() -> argparse.ArgumentParser:
     add_conformance(commands)
     add_train(commands)
     add_plot(commands)
+    add_compare(commands)
     add_sample(commands)
     add_serve(commands)
     return p

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,38 +13,40 @@ from lossfns.export.coefficients import token_coefficients
 from lossfns.inspect.gradients import GradReport, column_rows, grad_report, json_safe, kind_rows
 from lossfns.inspect.probe import loss_of, split_by_datum, visible_columns
 from lossfns.train.remote import Client
+from lossfns.train.run import BATCH, Run, Trained, write_json
 
 SEQUENCES, TOKENS, CONTEXT = 8, 320, 60
 """The most sequences that are kept, the most tokens of each, and the most masked ones before the first active one."""
 
 
-class Batch(NamedTuple):
-    """The batch of an optimizer step.
+Decode = Callable[[Sequence[int]], str]
 
-    Attributes:
-        phase: the phase of the step.
-        step: the number of the step in its phase, counted from 1.
-        data: the datums.
-        loss: the loss with its side columns, as the step got it.
+
+def write_look(run: Run, client: Client, decode: Decode) -> None:
+    """Look at the last batch of a run, if it has trained on any, and write ``batch.json``. All ranks call this.
+
+    Args:
+        run: the run.
+        client: the client that it trains.
+        decode: turns token ids into text.
     """
+    if run.trained is not None:
+        content = look_at(client, decode, run.trained)
+        if run.ranks.rank == 0:
+            write_json(run.folder, BATCH, content)
 
-    phase: str
-    step: int
-    data: Sequence[Any]
-    loss: Any
 
-
-def look_at(client: Client, batch: Batch) -> dict[str, Any]:
+def look_at(client: Client, decode: Decode, trained: Trained) -> dict[str, Any]:
     """Return the content of ``batch.json``: the gradients of a batch under the present weights.
 
     A batch that cannot be looked at has the reason instead.
     """
-    place = {"phase": batch.phase, "step": batch.step}
+    place = {"phase": trained.phase, "step": trained.step}
     try:
-        outputs = client.forward(list(batch.data), "cross_entropy").result().loss_fn_outputs
+        outputs = client.forward(list(trained.data), "cross_entropy").result().loss_fn_outputs
         logprobs = [torch.from_numpy(output["logprobs"].to_numpy()) for output in outputs]
-        report = grad_report(batch.loss, batch.data, logprobs)
-        rows = sequences(client.get_tokenizer(), batch, report, logprobs)
+        report = grad_report(trained.loss, trained.data, logprobs)
+        rows = sequences(decode, trained, report, logprobs)
     except LossInputError as error:
         return {**place, "reason": str(error)}
     summary = {"loss_fn": report.loss_fn, "loss": report.loss, "l1": report.l1, "cancellation": report.cancellation}
@@ -53,33 +55,33 @@ def look_at(client: Client, batch: Batch) -> dict[str, Any]:
     return content
 
 
-def sequences(tokenizer: Any, batch: Batch, report: GradReport, logprobs: list[Tensor]) -> list[dict[str, Any]]:
-    """Return the first sequences that get a gradient: their tokens, with what each one gets."""
-    columns = visible_columns(batch.loss, batch.data, report.shapes)
+def sequences(decode: Decode, trained: Trained, report: GradReport, logprobs: list[Tensor]) -> list[dict[str, Any]]:
+    """Return the sequences or pairs with the largest Σ|g|: their tokens, with what each one gets."""
+    columns = visible_columns(trained.loss, trained.data, report.shapes)
     flags = {"active": report.active, "clipped": report.clipped}
     parts: dict[str, list[Tensor]] = {
         "gradient": report.gradients,
         "logprob": logprobs,
         **{name: split_by_datum(x, report.shapes) for name, x in flags.items() if x is not None},
         **({"advantage": split_by_datum(columns["advantages"], report.shapes)} if "advantages" in columns else {}),
-        **({"coefficient": token_coefficients(batch.loss, batch.data)} if loss_of(batch.loss) is not None else {}),
+        **({"coefficient": token_coefficients(trained.loss, trained.data)} if loss_of(trained.loss) else {}),
     }
     share = report.sequences()["share"]
-    shown = [i for i, x in enumerate(share) if x > 0] or range(len(share))
-    if report.pairs:
-        shown = [j for i in sorted({i // 2 for i in shown}) for j in (2 * i, 2 * i + 1)]
+    size = 2 if report.pairs else 1  # datums that stay together
+    largest = sorted(range(len(share) // size), key=lambda i: -sum(share[size * i : size * (i + 1)]))
+    shown = [size * i + j for i in sorted(largest[: SEQUENCES // size]) for j in range(size)]
     return [
         {
             "datum": i,
             "side": ("chosen", "rejected")[i % 2] if report.pairs else "",
             "share": share[i],
-            **row(tokenizer, batch.data[i], {name: rows[i] for name, rows in parts.items()}),
+            **row(decode, trained.data[i], {name: rows[i] for name, rows in parts.items()}),
         }
-        for i in list(shown)[:SEQUENCES]
+        for i in shown
     ]
 
 
-def row(tokenizer: Any, datum: Any, columns: dict[str, Tensor]) -> dict[str, Any]:
+def row(decode: Decode, datum: Any, columns: dict[str, Tensor]) -> dict[str, Any]:
     """Return the tokens of a datum as texts, and a list of numbers for each column. The first token has none.
 
     K targets of a position are summed. A long beginning without active tokens is left out, and so is the end of a long
@@ -91,7 +93,7 @@ def row(tokenizer: Any, datum: Any, columns: dict[str, Tensor]) -> dict[str, Any
     end = first + TOKENS
     targets = datum.loss_fn_inputs["target_tokens"].to_numpy()
     last = targets[-1:].reshape(-1)[:1].tolist()
-    texts = pieces(tokenizer, [*datum.model_input.to_ints(), *last])
+    texts = pieces(decode, [*datum.model_input.to_ints(), *last])
     count = len(texts) - 1
     return {
         "before": first,
@@ -102,16 +104,16 @@ def row(tokenizer: Any, datum: Any, columns: dict[str, Tensor]) -> dict[str, Any
     }
 
 
-def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+def pieces(decode: Decode, ids: Sequence[int]) -> list[str]:
     """Return the text that each token adds. An incomplete character is added by the token that completes it.
 
     >>> from lossfns.backend.model.tokenizer import ByteTokenizer
-    >>> pieces(ByteTokenizer(), [97, 195, 169, 256])
+    >>> pieces(ByteTokenizer().decode, [97, 195, 169, 256])
     ['a', '', 'é', '']
     """
     texts, done = [], ""
     for end in range(1, len(ids) + 1):
-        text = tokenizer.decode(ids[:end])
+        text = decode(ids[:end])
         whole = not text.endswith("\ufffd")
         texts.append(text[len(done) :] if whole and text.startswith(done) else "")
         done = text if whole else done

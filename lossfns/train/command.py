@@ -21,6 +21,7 @@ from lossfns.errors import LossInputError
 from lossfns.loss import Loss
 from lossfns.terminal import while_read
 from lossfns.train import models, recipes, remote, tasks
+from lossfns.train.batch import write_look
 from lossfns.train.checkpoints import checkpoints, load_newest, save_checkpoint
 from lossfns.train.config import check_same, config_of
 from lossfns.train.options import Options, check_option
@@ -208,5 +209,6 @@ def train_with(
         if run.history:
             run.say(f"resumed after {run.steps_done} steps")
         outcome = recipe(run, client, task, loss, options)
+        write_look(run, client, tasks.TOKENIZER.decode)
     if ranks.rank == 0:
         report(run, outcome)

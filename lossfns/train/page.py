@@ -29,13 +29,15 @@ figcaption b { font-weight: 600 } figcaption span { color: var(--dim); font-vari
 .key i.dashed { border-top-style: dashed } .key i.faint { border-top-width: 1px }
 .wide { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 td, th { text-align: left; vertical-align: top; padding: .2rem 1.4rem .2rem 0; border-top: 1px solid var(--line) }
-th { font-weight: 400; color: var(--dim) } td.n, th.n { text-align: right; white-space: nowrap }
+th { font-weight: 400; color: var(--dim) } td:not(.n) { min-width: 7rem } td.n, th.n { text-align: right; white-space: nowrap }
 pre, code { font: 13px/1.5 ui-monospace, monospace; overflow-wrap: anywhere }
 pre { white-space: pre-wrap; background: var(--box); border-radius: 6px; padding: .6rem .8rem; margin: .3rem 0 }
-.sample { border-left: 3px solid var(--line); padding-left: .9rem; margin: 0 0 1.2rem }
-.sample p { color: var(--dim); font-size: .85rem; margin: .5rem 0 0 }
+.sample { border-left: 3px solid var(--line); padding-left: .9rem; margin: 0 0 1.2rem; display: grid;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 17rem), 1fr)); gap: 0 1rem }
+.sample p { color: var(--dim); font-size: .85rem; margin: .3rem 0 0 } .sample > div { min-width: 0 }
 .strip { font: 13px/1.9 ui-monospace, monospace; overflow-wrap: anywhere; white-space: pre-wrap; margin: .3rem 0 1rem }
-.strip span { --a: 0; border-radius: 2px; background: color-mix(in srgb, var(--c, transparent) var(--a), transparent) }
+.strip span { --a: 0; border-radius: 2px; background: color-mix(in srgb, var(--c, transparent) var(--a), transparent);
+  box-shadow: inset 0 calc(-1 * var(--u, 0px)) var(--dim) }
 .strip .off { color: var(--dim) } .strip .clipped { text-decoration: line-through }
 """.strip()
 
@@ -62,7 +64,7 @@ def text(content: object) -> str:
 def facts(pairs: Iterable[tuple[str, object]], large: int = 0) -> str:
     """Return names with values side by side, the first ``large`` of them in large letters."""
     cells = [
-        f'<div{" class=large" if i < large else ""}><dt>{text(name)}</dt><dd>{text(value)}</dd></div>'
+        f"<div{' class=large' if i < large else ''}><dt>{text(name)}</dt><dd>{text(value)}</dd></div>"
         for i, (name, value) in enumerate(pairs)
     ]
     return f'<dl class="facts">{"".join(cells)}</dl>'

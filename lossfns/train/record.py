@@ -45,9 +45,13 @@ class Record(NamedTuple):
         return next(iter(names), None)
 
     def held_out(self) -> list[tuple[int, float]]:
-        """Return the held-out measure by step, in the last phase that has one."""
-        name, phase = self.measure, self.evaluations[-1]["phase"] if self.evaluations else None
-        return [(row["step"], row[name]) for row in self.evaluations if row["phase"] == phase and name in row]
+        """Return the steps of the last phase with the held-out measure; that of ``result.json`` if there is no row."""
+        if self.measure is None:
+            return []
+        if self.evaluations:
+            return values_of(self.evaluations, self.evaluations[-1]["phase"], self.measure)
+        measured = self.result[self.measure]
+        return [(0, float(measured["before"])), (self.history[-1]["step"], float(measured["after"]))]
 
 
 PLACE = ("phase", "step", "seconds", "stopped_early", "samples")
@@ -115,13 +119,19 @@ CURVES = ("reward", "accuracy", "loss", "nll", "ratio", "kl_old", "kl_ref", "cli
 
 
 def changing(record: Record) -> list[tuple[str, str]]:
-    """Return the phases with their metrics of ``CURVES`` that are not constant, the last phase first."""
-    return [
-        (phase, name)
-        for phase in reversed(record.phases)
-        for name in CURVES
-        if len({x for _, x in values_of(record.history, phase, name)}) > 1
-    ]
+    """Return the phases with their metrics of ``CURVES`` that are not constant, the last phase first.
+
+    A metric that equals one before it, as the nll of a cross-entropy equals its loss, is left out.
+    """
+    found: list[tuple[str, str]] = []
+    for phase in reversed(record.phases):
+        seen: list[list[str]] = []
+        for name in CURVES:
+            shown = [f"{x:.4g}" for _, x in values_of(record.history, phase, name)]
+            if len(set(shown)) > 1 and shown not in seen:
+                seen.append(shown)
+                found.append((phase, name))
+    return found
 
 
 def rises(measure: str) -> bool:

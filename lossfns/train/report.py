@@ -120,7 +120,7 @@ def samples(rows: Sequence[Mapping[str, str]]) -> str:
     """Return the samples before and after training."""
 
     def part(name: str, content: str) -> str:
-        return f"<p>{text(name)}</p><pre>{text(content) or ' '}</pre>"
+        return f"<div><p>{text(name)}</p><pre>{text(content) or ' '}</pre></div>"
 
     return "".join(f'<div class="sample">{"".join(part(*pair) for pair in row.items())}</div>' for row in rows)
 
@@ -152,7 +152,7 @@ def batch(content: Mapping[str, Any]) -> str:
         f'<div class="grid"><div>{table(tokens[1:], head=tokens[0])}</div>'
         f"<div>{table(columns[1:], head=columns[0]) if columns[1:] else ''}</div></div>"
         f"<p>&nbsp;</p>{key(looks)}"
-        f"{''.join(strip(row, largest, most) for row in content['sequences'])}"
+        f'<div class="grid">{"".join(strip(row, largest, most) for row in content["sequences"])}</div>'
     )
 
 
@@ -163,13 +163,12 @@ def strip(row: Mapping[str, Any], largest: float, most: float) -> str:
     for name, words in (("advantage", "advantage"), ("coefficient", "coefficient of a token")):
         values = sorted({float(f"{float(row[name][i]):.3g}") for i in active}) if name in row else []
         if values:
-            sign = "+" if name == "advantage" else ""
-            notes.append(f"{words} {' to '.join(f'{x:{sign}g}' for x in (values[0], values[-1])[: len(values)])}")
+            notes.append(f"{words} {' to '.join(f'{x:g}' for x in (values[0], values[-1])[: len(values)])}")
     before = f"<span class=off>… {row['before']} tokens … </span>" if row["before"] else ""
     after = f"<span class=off> … {row['after']} tokens more</span>" if row["after"] else ""
     tokens = "".join(token(row, i, largest, most) for i in range(len(row["tokens"])))
     prompt = f"<span class=off>{mark(row['prompt'])}</span>" if row["prompt"] else ""
-    return f'<p class="dim">{text(", ".join(notes))}</p><p class="strip">{before}{prompt}{tokens}{after}</p>'
+    return f'<div><p class="dim">{text(", ".join(notes))}</p><p class="strip">{before}{prompt}{tokens}{after}</p></div>'
 
 
 def token(row: Mapping[str, Any], i: int, largest: float, most: float) -> str:
@@ -181,7 +180,7 @@ def token(row: Mapping[str, Any], i: int, largest: float, most: float) -> str:
     names = [name for name in ("logprob", "advantage", "coefficient", "gradient") if name in row]
     numbers = ", ".join(f"{name} {float(row[name][i]):.4g}" for name in names)
     looks = ("c0" if g < 0 else "c1") + (" clipped" if row.get("clipped", [0] * (i + 1))[i] else "")
-    strength = round(70 * abs(g) / largest) if largest and math.isfinite(g) else 0
+    strength = round(50 * abs(g) / largest) if largest and math.isfinite(g) else 0
     bar = 3 * float(row["coefficient"][i]) / most if most and "coefficient" in row else 0
     style = f"--a:{strength}%;--u:{max(0.0, bar):.1f}px"
     return f'<span class="{looks}" style="{style}" title="{escape(numbers)}">{shown}</span>'
@@ -197,13 +196,14 @@ def mark(piece: str) -> str:
 
 def shown(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options that are set."""
-    return {name: x for name, x in options.items() if x not in (None, [], {}, False)}
+    return {name: x for name, x in options.items() if x is not None and x is not False and x != [] and x != {}}
 
 
 def environment(config: Mapping[str, Any]) -> list[tuple[str, object]]:
     """Return the model, the machine and the versions by name."""
     rows = {**config["versions"], **config.get("machine", {})}
-    rows |= {f"model: {spoken(name)}": x for name, x in config["model"].items() if x not in (None, "", [], {})}
+    model = {name: x for name, x in shown(config["model"]).items() if not isinstance(x, dict)}
+    rows |= {f"model: {spoken(name)}": x for name, x in model.items()}
     rows |= {f"SHA-256 of {name}": x for name, x in config["sha256"].items() if x}
     return list(rows.items())
 
