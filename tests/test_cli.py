@@ -43,7 +43,7 @@ def test_every_method_leaves_a_whole_run_folder(
     shown = capsys.readouterr()
     assert "before" in shown.out and "after" in shown.out and f"{method} on" in shown.err
     assert {p.name for p in tmp_path.iterdir()} == {
-        *("config.json", "metrics.jsonl", "result.json", "checkpoint.npz", "curves.png"),
+        *("config.json", "metrics.jsonl", "evaluations.jsonl", "result.json", "checkpoint.npz", "report.html"),
         *([] if method == "sft" else ["reference.npz"]),
     }
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -143,7 +143,6 @@ def test_other_line_separators_and_a_byte_order_mark_are_no_trouble(tmp_path: Pa
     rows = [{"prompt": f"a\u2028{i}", "completion": "b\x85c"} for i in range(3)]
     path.write_text("\ufeff" + "\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
     assert main(["train", "sft", "--data", str(path), "--steps", "1", "--out", str(tmp_path / "run")]) == 0
-    assert not (tmp_path / "run" / "curves.png").exists()  # nothing has moved yet
 
 
 def test_another_run_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

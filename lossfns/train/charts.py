@@ -90,7 +90,7 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
     """Return about ``count`` round numbers that cover a range.
 
     >>> ticks(0.1, 0.93), ticks(3.0, 3.0)
-    ([0.0, 0.2, 0.4, 0.6, 0.8, 1.0], [2.0, 3.0, 4.0])
+    ([0.0, 0.2, 0.4, 0.6, 0.8, 1.0], [2.0, 2.5, 3.0, 3.5, 4.0])
     """
     if high <= low:
         pad = abs(low) / 3 or 1.0

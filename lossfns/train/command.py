@@ -211,6 +211,6 @@ def train_with(
         if run.history:
             run.say(f"resumed after {run.steps_done} steps")
         outcome = recipe(run, client, task, loss, options)
-        write_look(run, client, tasks.TOKENIZER.decode)
+        write_look(run, client, task.renderer.shown)
     if ranks.rank == 0:
         report(run, outcome)

@@ -124,7 +124,7 @@ def common_curves(records: Sequence[Record]) -> dict[str, list[list[tuple[int, f
     if measure := shared_measure(records):
         found[f"held-out {measure.replace('_', ' ')}"] = [record.held_out() for record in records]
     for name in dict.fromkeys(name for record in records for _, name in changing(record)):
-        found[name] = [smooth(values_of(record.history, record.phases[-1], name)) for record in records]
+        found[name] = [smooth(values_of(record.history, record.main_phase, name)) for record in records]
     return {name: rows for name, rows in found.items() if sum(len(points) > 1 for points in rows) > 1}
 
 

@@ -58,7 +58,7 @@ class PlainDisplay:
 
     def show_evaluations(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Show the last one of the evaluations."""
-        self.say(f"held out: {held_out_text(rows[-1:])}")
+        self.say(f"held out: {held_out_text(rows)}")
 
     def say(self, text: str) -> None:
         """Write a line."""
@@ -108,9 +108,9 @@ class LiveDisplay(PlainDisplay):
             expand=True,
         )
         self.tasks: dict[str, Any] = {}
-        self.live = Live(console=console, refresh_per_second=4, get_renderable=self.render)
         self.values: dict[str, deque[float]] = {}
         self.held_out = ""
+        self.live = Live(console=console, refresh_per_second=4, get_renderable=self.render)
 
     def plan(self, phases: Mapping[str, int]) -> None:
         super().plan(phases)

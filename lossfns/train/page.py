@@ -29,7 +29,8 @@ figcaption b { font-weight: 600 } figcaption span { color: var(--dim); font-vari
 .key i.dashed { border-top-style: dashed } .key i.faint { border-top-width: 1px }
 .wide { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 td, th { text-align: left; vertical-align: top; padding: .2rem 1.4rem .2rem 0; border-top: 1px solid var(--line) }
-th { font-weight: 400; color: var(--dim) } td:not(.n) { min-width: 7rem } td.n, th.n { text-align: right; white-space: nowrap }
+th { font-weight: 400; color: var(--dim) } td:not(.n) { min-width: 7rem }
+td.n, th.n { text-align: right; white-space: nowrap }
 pre, code { font: 13px/1.5 ui-monospace, monospace; overflow-wrap: anywhere }
 pre { white-space: pre-wrap; background: var(--box); border-radius: 6px; padding: .6rem .8rem; margin: .3rem 0 }
 .sample { border-left: 3px solid var(--line); padding-left: .9rem; margin: 0 0 1.2rem; display: grid;

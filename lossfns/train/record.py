@@ -38,6 +38,11 @@ class Record(NamedTuple):
         return list(dict.fromkeys(row["phase"] for row in [*self.history, *self.evaluations]))
 
     @property
+    def main_phase(self) -> str:
+        """The phase of the last held-out evaluation, or the last one that has begun."""
+        return str(self.evaluations[-1]["phase"]) if self.evaluations else self.phases[-1]
+
+    @property
     def measure(self) -> str | None:
         """The name of the held-out measure; None before the first evaluation."""
         rows = self.evaluations or [self.result]
@@ -49,7 +54,7 @@ class Record(NamedTuple):
         if self.measure is None:
             return []
         if self.evaluations:
-            return values_of(self.evaluations, self.evaluations[-1]["phase"], self.measure)
+            return values_of(self.evaluations, self.main_phase, self.measure)
         measured = self.result[self.measure]
         return [(0, float(measured["before"])), (self.history[-1]["step"], float(measured["after"]))]
 

@@ -91,11 +91,10 @@ def curves(record: Record) -> str:
     metrics = changing(record)
     figures = []
     if len(held_out) > 1 and name:
-        phase = record.evaluations[-1]["phase"]
-        both = (phase, name) in metrics
-        lines = [*(trained(record, phase, name) if both else []), Line(held_out, "c1 dashed", marks=True)]
+        same = (record.main_phase, name)
+        lines = [*(trained(record, *same) if same in metrics else []), Line(held_out, "c1 dashed", marks=True)]
         figures.append(figure(f"held-out {spoken(name)}", f"{held_out[0][1]:.3f} → {held_out[-1][1]:.3f}", lines))
-        metrics = [each for each in metrics if each != (phase, name)]
+        metrics = [each for each in metrics if each != same]
     many = len(record.phases) > 1
     for phase, metric in metrics:
         lines = trained(record, phase, metric)
