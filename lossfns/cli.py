@@ -1,4 +1,4 @@
-"""The command line: ``lossfns list``, ``describe``, ``check``, ``vectors``, ``train``, ``plot``, ``sample``,
+"""The command line: ``lossfns list``, ``describe``, ``check``, ``vectors``, ``data``, ``train``, ``plot``, ``sample``,
 ``serve``."""
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from lossfns.testing.command import add_check
 from lossfns.testing.vectors.command import add_vectors
 from lossfns.train.command import add_train
 from lossfns.train.compare_command import add_compare
+from lossfns.train.data_command import add_data
 from lossfns.train.plot_command import add_plot
 from lossfns.train.sample_command import add_sample
 from lossfns.version import __version__
@@ -28,6 +29,7 @@ def parser() -> argparse.ArgumentParser:
     add_check(commands)
     add_vectors(commands)
     add_conformance(commands)
+    add_data(commands)
     add_train(commands)
     add_plot(commands)
     add_compare(commands)

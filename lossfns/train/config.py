@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
 import sys
@@ -15,7 +14,7 @@ import torch
 
 from lossfns.errors import LossInputError
 from lossfns.terminal import while_read
-from lossfns.train import recipes
+from lossfns.train import files, recipes
 from lossfns.train.checkpoints import checkpoints
 from lossfns.train.options import Options
 from lossfns.train.remote import Client, RemoteTrainingClient
@@ -24,11 +23,12 @@ from lossfns.version import __version__
 
 def config_of(options: Options, client: Client) -> dict[str, Any]:
     """Return the content of ``config.json``: everything that is needed to repeat the run."""
-    files = {name: os.path.abspath(path) for name, path in asdict(options).items() if name in ("data", "init") and path}
+    data = {"data": files.located(options.data)} if options.data else {}
+    sources = data | ({"init": os.path.abspath(options.init)} if options.init else {})
     return {
         "id": uuid4().hex,
-        "options": recipes.own_options(options) | files,
-        "sha256": {name: sha256(path) for name, path in files.items()},
+        "options": recipes.own_options(options) | sources,
+        "sha256": {name: files.digest(path) for name, path in sources.items()},
         "loss": repr(recipes.METHODS[options.method].loss()),
         **description_of(client),
         "versions": {"lossfns": __version__, "torch": torch.__version__, "python": platform.python_version()},
@@ -40,14 +40,6 @@ def description_of(client: Client) -> dict[str, Any]:
     if isinstance(client, RemoteTrainingClient):
         return {"model": client.describe(), "shape": None}
     return {"model": asdict(client.get_info()), "shape": client.model.shape}
-
-
-def sha256(path: str) -> str:
-    """Return the SHA-256 of a file's content; an empty string if the file cannot be read."""
-    try:
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    except OSError:
-        return ""
 
 
 def check_same(then: dict[str, Any], now: dict[str, Any], folder: Path) -> None:

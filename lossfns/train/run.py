@@ -26,9 +26,12 @@ from lossfns.train.rows import RowFile
 from lossfns.train.trackers import Tracker
 
 CONFIG, METRICS, EVALUATIONS, RESULT = "config.json", "metrics.jsonl", "evaluations.jsonl", "result.json"
-CHECKPOINT, REFERENCE, BATCH, REPORT = "checkpoint.npz", "reference.npz", "batch.json", "report.html"
+CHECKPOINT, REFERENCE = "checkpoint.safetensors", "reference.safetensors"
+BATCH, REPORT = "batch.json", "report.html"
 CHECKPOINTS, REFERENCES = (CHECKPOINT, "checkpoint"), (REFERENCE, "reference")
 """One process writes a file, several processes write a folder."""
+OLD_CHECKPOINT = "checkpoint.npz"
+"""The file that one process wrote until 2026-11. It is read, and replaced at the next save."""
 ONE_PROCESS = SingleProcess()
 
 
