@@ -64,8 +64,9 @@ def read_records(folders: Sequence[str]) -> list[Record]:
     """
     for folder in folders:
         check_option("RUN", folder)
-    if not 2 <= len({Path(folder).resolve() for folder in folders}) == len(folders) <= MOST_RUNS:
-        got = f"{len(folders)}" if len(set(folders)) == len(folders) else "one of them twice"
+    different = {Path(folder).resolve() for folder in folders}
+    if not 2 <= len(different) == len(folders) <= MOST_RUNS:
+        got = f"{len(folders)}" if len(different) == len(folders) else "one of them twice"
         raise LossInputError("RUN", f"2 to {MOST_RUNS} different runs", got, "Name each run once.")
     return [read_record(Path(folder)) for folder in folders]
 

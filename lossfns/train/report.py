@@ -9,6 +9,8 @@ from html import escape
 from typing import Any
 
 from lossfns.train.charts import Line, running_mean
+from lossfns.train.config import CONFIG_TOML
+from lossfns.train.options import to_toml
 from lossfns.train.page import facts, figure, key, page, table, text
 from lossfns.train.record import Record, best, changing, rises, values_of
 from lossfns.train.run import REPORT, replaced
@@ -25,6 +27,7 @@ def write_report(record: Record) -> str:
 def report(record: Record) -> str:
     """Return the report as the text of an HTML file."""
     options = record.config["options"]
+    command = shlex.join(["lossfns", "train", "--config", str(record.folder.resolve() / CONFIG_TOML)])
     sections = [
         f"<h1>{text(title_of(record))}</h1>",
         f'<p class="dim"><code>{text(record.config.get("loss", ""))}</code></p>',
@@ -32,9 +35,9 @@ def report(record: Record) -> str:
         section("Curves", curves(record)),
         section("Samples on held-out prompts", samples(record.result.get("samples", []))),
         section("What the loss does to a batch", batch(record.batch)),
-        section("Options", table(sorted(shown(options).items()), numbers=False)),
+        section("Options", f"<pre>{text(to_toml({name: x for name, x in options.items() if name != 'out'}))}</pre>"),
         section("Environment", table(environment(record.config), numbers=False)),
-        section("Repeat it", f"<pre>{text(command(options))}</pre>"),
+        section("Repeat it", f"<pre>{text(command)}</pre>"),
     ]
     return page(title_of(record), "\n".join(filter(None, sections)))
 
@@ -45,8 +48,8 @@ def section(title: str, body: str) -> str:
 
 def title_of(record: Record) -> str:
     options = record.config["options"]
-    data = options.get("data") or "built-in data"
-    return f"{options.get('method') or options.get('loss')} on {data}"
+    model = f"{options['model']}: " if options.get("model") else ""
+    return f"{model}{options.get('loss')} on {options.get('data') or 'built-in data'}"
 
 
 def headline(record: Record) -> str:
@@ -193,30 +196,10 @@ def mark(piece: str) -> str:
 # Config and environment
 
 
-def shown(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options that are set."""
-    return {name: x for name, x in options.items() if x is not None and x is not False and x != [] and x != {}}
-
-
 def environment(config: Mapping[str, Any]) -> list[tuple[str, object]]:
     """Return the model, the machine and the versions by name."""
     rows = {**config["versions"], **config.get("machine", {})}
-    model = {name: x for name, x in shown(config["model"]).items() if not isinstance(x, dict)}
+    model = {name: x for name, x in config["model"].items() if x not in (None, "") and not isinstance(x, dict)}
     rows |= {f"model: {spoken(name)}": x for name, x in model.items()}
     rows |= {f"SHA-256 of {name}": x for name, x in config["sha256"].items() if x}
     return list(rows.items())
-
-
-def command(options: Mapping[str, Any]) -> str:
-    """Return the command that repeats a run, in a new folder.
-
-    >>> command({"method": "grpo", "out": "runs/a", "lr": 0.001, "set": ["clip=0.8,1.2", "x y"], "group": None})
-    "lossfns train grpo --lr 0.001 --set clip=0.8,1.2 --set 'x y'"
-    """
-    words = ["lossfns", "train", *([options["method"]] if options.get("method") else [])]
-    for name, value in shown(options).items():
-        if name not in ("method", "out"):
-            values = value if isinstance(value, list) else [value]
-            for each in values:
-                words += [f"--{name.replace('_', '-')}", *([] if each is True else [str(each)])]
-    return shlex.join(words)

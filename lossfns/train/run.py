@@ -108,7 +108,6 @@ class Run:
         self.start = time.monotonic() - (self.history[-1]["seconds"] if self.history else 0)
         self.display = display_on(terminal or sys.stderr)
         self._open = True
-        self._evaluate: Callable[[], Mapping[str, float]] | None = None
         self.trained: Trained | None = None
 
     def __enter__(self) -> Run:
@@ -135,15 +134,6 @@ class Run:
         """Name the phases of the whole run with their numbers of steps, so that the progress shows all of them."""
         self._show(self.display.plan, phases)
 
-    def evaluate_every(self, steps: int, measure: Callable[[], Mapping[str, float]]) -> None:
-        """From here on, log ``measure()`` after every ``steps`` steps of a phase, but not after its last step.
-
-        Args:
-            steps: the number of steps from one evaluation to the next; 0 for none.
-            measure: measures on held-out examples. It must leave all random states as they are.
-        """
-        self._evaluate, self._evaluate_every = (measure if steps else None), steps
-
     def steps(self, phase: str, count: int, rng: Random) -> Iterator[int]:
         """Yield the steps of a phase that are not done yet, of 0 to ``count`` − 1, until a stop is requested.
 
@@ -164,8 +154,6 @@ class Run:
                 return
             yield step
             self.done[phase], self.random = step + 1, [*rng.getstate()]
-            if self._evaluate and (step + 1) % self._evaluate_every == 0 and step + 1 < count:
-                self.log_evaluation(phase, step + 1, self._evaluate())
             if (step + 1) % self.every == 0 or step + 1 == count:
                 self.checkpoint()
 

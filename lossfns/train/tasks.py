@@ -198,10 +198,12 @@ def load(
         LossInputError: for a row that cannot be used, and if all rows are equal.
     """
     rows = files.read_rows(source)
+    groups: list[list[T]] = []
+    if rows:
+        known = formats.recognise(rows[0], kind)
+        groups = [list(formats.examples_of(row, known, renderer)) for row in rows]
     if len(rows) < 2:
         raise LossInputError("--data", "at least 2 rows", f"{len(rows)} in {source}", "One in ten is held out.")
-    known = formats.recognise(rows[0], kind)
-    groups: list[list[T]] = [list(formats.examples_of(row, known, renderer)) for row in rows]
     lengths = [max(length(each, renderer) for each in group) for group in groups]
     if drop_longer:
         groups = [group for group, n in zip(groups, lengths) if n <= max_length]

@@ -14,18 +14,19 @@ import pytest
 from lossfns import LossInputError
 from lossfns.backend import ByteTokenizer
 from lossfns.train import tasks
+from lossfns.train.defaults import complete_options, loss_of
 from lossfns.train.examples import Example, Problem, prompt_of, sequences
 from lossfns.train.options import Options
-from lossfns.train.recipes import METHODS, complete_options
 from lossfns.train.render import Renderer
+from lossfns.train.setup import examples_of
 from lossfns.train.tasks import Task
 
 BYTES = Renderer(ByteTokenizer())
 
 
 def load(method: str, path: Path, **more: Any) -> Task[Any]:
-    options: Options = complete_options({"method": method, "data": str(path), **more})
-    return METHODS[method].task(options, BYTES)
+    options: Options = complete_options({"loss": method, "data": str(path), **more})
+    return examples_of(options, loss_of(method, {}))[0]
 
 
 def written(path: Path, rows: list[Any]) -> Path:

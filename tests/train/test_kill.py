@@ -36,7 +36,7 @@ def begin(method: str, folder: Path) -> list[str]:
     sizes = ["--steps", "24"] if method == "sft" else ["--steps", "20", "--warmup-steps", "4"]
     group = ["--group", "3"] if method in ("grpo", "dapo", "gspo-token") else []
     data = ["--data", str(rows_of(folder.parent)), "--device", "cpu", "--out", str(folder)]
-    return ["train", method, *data, *sizes, *group, "--batch", "3", "--save-every", "2"]
+    return ["train", method, *data, *sizes, *group, "--batch", "3", "--save-every", "2", "--eval-every", "3"]
 
 
 def go_on(method: str, folder: Path) -> Any:
