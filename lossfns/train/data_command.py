@@ -35,6 +35,13 @@ KINDS: dict[str, type[Example]] = {
 }
 """The kinds of examples by name. A file that has several is shown as the first of them."""
 
+TITLES = {
+    "preference": "preferences",
+    "labelled": "completions with labels",
+    "demonstration": "demonstrations",
+    "problem": "problems",
+}
+
 SHOWN, LINES, WIDTH, MESSAGES = 3, 16, 76, 8
 """How many rows are shown, the most lines of each, their width, and how many refused rows are listed."""
 
@@ -116,8 +123,9 @@ def examine(source: str, renderer: Renderer, name: str | None) -> Findings:
     rows = files.read_rows(source, errors.append)
     if not rows:
         raise errors[0] if errors else LossInputError("FILE", "at least 2 rows", f"0 in {source}", "It is empty.")
-    names = [each for each, kind in KINDS.items() if formats.matching(rows[0], formats.FORMATS[kind])]
-    kind = name or (names or ["demonstration"])[0]
+    names = [each for each in KINDS if is_of(each, rows[0], renderer)]
+    first = next((each for each in KINDS if formats.matching(rows[0], formats.FORMATS[KINDS[each]])), "demonstration")
+    kind = name or (names or [first])[0]
     known = formats.recognise(rows[0], KINDS[kind])
     used: list[tuple[Row, Sequence[Example], int]] = []
     for row in rows:
@@ -130,6 +138,17 @@ def examine(source: str, renderer: Renderer, name: str | None) -> Findings:
     errors.sort(key=line_of)
     fields = list(dict.fromkeys(field for row in rows for field in row.fields))
     return Findings(kind, known, used, fields, errors, [each for each in names if each != kind])
+
+
+def is_of(name: str, row: Row, renderer: Renderer) -> bool:
+    """Whether a row has examples of a kind. A prompt alone counts only if the row has nothing else."""
+    known = formats.matching(row, formats.FORMATS[KINDS[name]])
+    if known is None or (known.keys == ("prompt",) and len(row.fields) > 1):
+        return False
+    try:
+        return bool(formats.examples_of(row, known, renderer))
+    except LossInputError:
+        return False
 
 
 def line_of(error: LossInputError) -> int:
@@ -145,10 +164,9 @@ def print_format(source: str, found: Findings) -> None:
     """Print the format, the methods that read it, and the fields that are not read."""
     place = found.rows[0][0].place.rpartition(":")[0] if found.rows else source
     say(f"{place}: {len(found.rows) + len(found.errors)} rows of {found.known.name}")
-    say(f"  read as {found.name}s, for {formats.KINDS[KINDS[found.name]]}")
-    others = [name for name in found.others if KINDS[name] is not Problem or "answer" in found.fields]
-    for name in others:
-        say(f"  also {name}s (--kind {name}), for {formats.KINDS[KINDS[name]]}")
+    say(f"  read as {TITLES[found.name]}, for {formats.KINDS[KINDS[found.name]]}")
+    for name in found.others:
+        say(f"  also {TITLES[name]} (--kind {name}), for {formats.KINDS[KINDS[name]]}")
     unread = [field for field in found.fields if field not in found.known.keys + found.known.also]
     if unread:
         print_indented(f"not read: {', '.join(map(shown, unread))}", "  ")
@@ -156,7 +174,11 @@ def print_format(source: str, found: Findings) -> None:
 
 def print_indented(text: str, indent: str, deeper: str = "  ") -> None:
     """Print text in lines of 80 columns."""
-    say(textwrap.fill(printable(text), 80, initial_indent=indent, subsequent_indent=indent + deeper))
+    say(
+        textwrap.fill(
+            printable(text), 80, initial_indent=indent, subsequent_indent=indent + deeper, break_on_hyphens=False
+        )
+    )
 
 
 # Rows as the model sees them

@@ -208,7 +208,8 @@ class Renderer:
             fix = "The answer would not be trained as it is. Mend the chat template, or the message."
             raise LossInputError(place, f"the answer {shorten(content)} as text", shorten(answer), fix)
         if not self._turn_end and content.strip():
-            answer = answer[: answer.index(content.strip()) + len(content.strip())]
+            content = content if content in answer else content.strip()
+            answer = answer[: answer.index(content) + len(content)]
             ids, start = self._continue(before, answer)
             return [*ids, self._eos], start
         ids, start = self._continue(before, answer)

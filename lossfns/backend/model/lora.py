@@ -105,7 +105,8 @@ def merge(model: nn.Module) -> None:
 def declare_untied(model: nn.Module) -> None:
     """Tell the configurations of models of transformers whose head has a weight of its own now, so that it is saved."""
     for module in model.modules():
-        if getattr(getattr(module, "config", None), "tie_word_embeddings", False):
+        tied = getattr(getattr(module, "config", None), "tie_word_embeddings", False)
+        if tied and hasattr(module, "get_output_embeddings"):  # not a layer, which has the configuration, too
             ends = [find() for find in (module.get_input_embeddings, module.get_output_embeddings)]  # type: ignore[operator]
             if all(ends) and ends[0].weight is not ends[1].weight:
                 module.config.tie_word_embeddings = False  # type: ignore[union-attr]
