@@ -300,7 +300,7 @@ BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "
 def test_a_browser_shows_the_report_without_overflow(width: int, tmp_path: Path) -> None:
     page = report(read_record(folder_of(tmp_path / "run", text="a" * 300)))
     # A browser's window may not be as narrow as a phone: the page gets the width instead.
-    measure = f'<p id="size"></p><script>document.body.style.width = "{width}px"; '
+    measure = f'<p id="size"></p><script>document.body.style = "width: {width}px; max-width: none"; '
     measure += "size.textContent = document.body.scrollWidth</script></body>"
     (tmp_path / "page.html").write_text(page.replace("</body>", measure))
     command = [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
