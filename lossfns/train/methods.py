@@ -85,7 +85,8 @@ def train(
             bound = loss.bind(**{name: [column[i] for i in members] for name, column in columns.items()})
             data = [batch.data[i] for i in members]
             metrics.append(train_step(client, data, bound, learning_rate(step)))
-        run.log(step, {**merged(metrics), **batch.metrics}, data, bound)
+        points = {name: columns[name][0] for name in columns if name == "reference_point"}  # one for the whole batch
+        run.log(step, {**merged(metrics), **batch.metrics, **points}, data, bound)
         after(step + 1, batch)
 
 
