@@ -323,7 +323,7 @@ def start_of_problems(job: Job) -> Start:
     def draw(rng: Random, n: int) -> list[Demonstration]:
         return [task.renderer.answered(each.prompt, answer(each, rng)) for each in task.draw(rng, n)]
 
-    return draw, 256, methods.constant(2e-3)
+    return draw, 128, methods.constant(2e-3)
 
 
 WARM_UPS: dict[str, Callable[[Job], Start]] = {
