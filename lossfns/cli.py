@@ -12,6 +12,7 @@ from lossfns.server.command import add_serve
 from lossfns.testing.command import add_check
 from lossfns.testing.vectors.command import add_vectors
 from lossfns.train.command import add_train
+from lossfns.train.compare_command import add_compare
 from lossfns.train.data_command import add_data
 from lossfns.train.plot_command import add_plot
 from lossfns.train.sample_command import add_sample
@@ -31,6 +32,7 @@ def parser() -> argparse.ArgumentParser:
     add_data(commands)
     add_train(commands)
     add_plot(commands)
+    add_compare(commands)
     add_sample(commands)
     add_serve(commands)
     return p
