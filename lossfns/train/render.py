@@ -208,7 +208,8 @@ class Renderer:
             fix = "The answer would not be trained as it is. Mend the chat template, or the message."
             raise LossInputError(place, f"the answer {shorten(content)} as text", shorten(answer), fix)
         if not self._turn_end and content.strip():
-            answer = answer[: answer.index(content.strip()) + len(content.strip())]
+            content = content if content in answer else content.strip()
+            answer = answer[: answer.index(content) + len(content)]
             ids, start = self._continue(before, answer)
             return [*ids, self._eos], start
         ids, start = self._continue(before, answer)
@@ -255,20 +256,16 @@ class Renderer:
                     expected = "text without special tokens"
                     raise LossInputError(f"messages[{i}]", expected, shorten(text), fix)
         for part in parts_of(messages, tools):
-            if self._template is None:
-                missing: str | None = "the model has no chat template, and plain lines have no place for it"
-                if part == "a system message":
-                    continue
-            else:
-                if part not in self._probed:
-                    self._probed[part] = self._probe(part)
-                missing = self._probed[part]
-            if missing:
+            if part not in self._probed:
+                self._probed[part] = self._probe(part)
+            if missing := self._probed[part]:
                 fix = "Leave such rows out, or take a model whose template writes it."
                 raise LossInputError("messages", "what the chat template writes", f"{part}: {missing}", fix)
 
     def _probe(self, part: str) -> str | None:
-        """Return why the chat template does not write a part; None if it does."""
+        """Return why the chat template, or plain lines, do not write a part; None if they do."""
+        if self._template is None:
+            return None if part == "a system message" else "the model has no chat template, and plain lines lack it"
         messages, tools, count = PROBES[part]
         try:
             written = self._write(messages, tools).count(MARK)
