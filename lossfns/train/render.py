@@ -6,7 +6,9 @@ these tokens, and up to the token that ends it. Whatever a chat template does no
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from lossfns.errors import LossInputError
@@ -15,6 +17,9 @@ from lossfns.train.examples import Demonstration, demonstration
 Message = Mapping[str, Any]
 """A message as OpenAI has it: ``role``, ``content`` (text), ``tool_calls`` (arguments as objects), ``tool_call_id``,
 ``name``, ``reasoning_content``; and ``weight``, which is 1 for the assistant and 0 for others unless it is given."""
+
+PIECES, KEPT = 512, 10_000
+"""How many pieces of text are kept with their tokens, and of less than how many characters."""
 
 MARK = "qvzx"
 """A word that no template has, to find out what a template writes."""
@@ -66,6 +71,10 @@ class Renderer:
         self.tokenizer = tokenizer
         self._template = getattr(tokenizer, "chat_template", None)
         self._special = [str(text) for text in getattr(tokenizer, "all_special_tokens", [])]
+        self._pieces = re.compile("|".join(f"(?={re.escape(text)})" for text in self._special) or "(?!)")
+        self._kept = lru_cache(PIECES)(self._encode)
+        if self.encode(probe := "a b".join(["", *self._special, " c\n"])) != self._encode(probe):
+            self._pieces = re.compile("(?!)")
         self._probed: dict[str, str | None] = {}
         bos = getattr(tokenizer, "bos_token_id", None)
         self._bos = [bos] if bos is not None and bos in tokenizer.encode("", add_special_tokens=True) else []
@@ -80,7 +89,15 @@ class Renderer:
         self.start = self._bos or [self._eos]
 
     def encode(self, text: str) -> list[int]:
-        """Return the tokens of text, without any before or after it."""
+        """Return the tokens of text, without any before or after it.
+
+        Special tokens divide a text into pieces that have their own tokens. The tokens of the last short ones are kept,
+        since the prompts of one chat share most of them.
+        """
+        pieces = filter(None, self._pieces.split(text))
+        return [i for piece in pieces for i in (self._kept if len(piece) < KEPT else self._encode)(piece)]
+
+    def _encode(self, text: str) -> list[int]:
         return [*self.tokenizer.encode(text, add_special_tokens=False)]
 
     def decode(self, ids: Iterable[int]) -> str:
