@@ -12,6 +12,7 @@ from lossfns.server.command import add_serve
 from lossfns.testing.command import add_check
 from lossfns.testing.vectors.command import add_vectors
 from lossfns.train.command import add_train
+from lossfns.train.compare_command import add_compare
 from lossfns.train.data_command import add_data
 from lossfns.train.export_command import add_export
 from lossfns.train.plot_command import add_plot
@@ -32,6 +33,7 @@ def parser() -> argparse.ArgumentParser:
     add_data(commands)
     add_train(commands)
     add_plot(commands)
+    add_compare(commands)
     add_sample(commands)
     add_export(commands)
     add_serve(commands)

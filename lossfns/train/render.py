@@ -80,7 +80,8 @@ class Renderer:
         self._bos = [bos] if bos is not None and bos in tokenizer.encode("", add_special_tokens=True) else []
         eos = getattr(tokenizer, "eos_token_id", None)
         declared = [eos] if isinstance(eos, int) else list(eos or [])
-        self._turn_end = self._find_turn_end(declared) if self._template else []
+        self._closing = self._write_closing() if self._template else ""
+        self._turn_end = self._find_turn_end(declared)
         self.end = list(dict.fromkeys(self._turn_end + declared))
         if not self.end:
             fix = "Set tokenizer.eos_token: the model has to learn where an answer ends."
@@ -224,16 +225,14 @@ class Renderer:
         if content.strip() not in answer:
             fix = "The answer would not be trained as it is. Mend the chat template, or the message."
             raise LossInputError(place, f"the answer {shorten(content)} as text", shorten(answer), fix)
-        if not self._turn_end and content.strip():
-            content = content if content in answer else content.strip()
-            answer = answer[: answer.index(content) + len(content)]
-            ids, start = self._continue(before, answer)
+        if not self._turn_end:
+            ids, start = self._continue(before, answer.removesuffix(self._closing))
             return [*ids, self._eos], start
         ids, start = self._continue(before, answer)
-        end = next((i for i in range(start, len(ids)) if ids[i] in self.end), None)
-        if end is None:
-            fix = "The model would not learn to stop. Mend the chat template."
-            raise LossInputError(place, "an end token after the answer", shorten(answer[-40:]), fix)
+        end = next((i for i in range(start, len(ids)) if ids[i] in self.end), len(ids))
+        if end == len(ids) or self.shown(ids[end + 1 :]).strip():
+            fix = "The model would not learn to stop there. Mend the chat template."
+            raise LossInputError(place, "one end token, after the answer", shorten(answer[-40:]), fix)
         return ids[: end + 1], start
 
     def _lines(self, messages: Sequence[Message]) -> list[int]:
@@ -290,14 +289,17 @@ class Renderer:
             return error.got
         return None if written >= count else "the template leaves it out"
 
-    def _find_turn_end(self, declared: list[int]) -> list[int]:
-        """Return the token that the chat template writes after an answer; none if it is no special token."""
-        special = {*declared, *getattr(self.tokenizer, "added_tokens_decoder", {})}
+    def _write_closing(self) -> str:
+        """Return what the chat template writes after the text of an answer."""
         try:
-            after = self._write([ASKED, {"role": "assistant", "content": MARK}], None).rpartition(MARK)[2]
+            return self._write([ASKED, {"role": "assistant", "content": MARK}], None).rpartition(MARK)[2]
         except LossInputError:
-            return []
-        return [i for i in self.encode(after) if i in special][:1]
+            return ""
+
+    def _find_turn_end(self, declared: list[int]) -> list[int]:
+        """Return the token that ends an answer of the chat template: a declared one, or else the first special one."""
+        special, closing = getattr(self.tokenizer, "added_tokens_decoder", {}), self.encode(self._closing)
+        return ([i for i in closing if i in declared] or [i for i in closing if i in special])[:1]
 
 
 def weight_of(message: Message) -> float:
@@ -305,15 +307,15 @@ def weight_of(message: Message) -> float:
     return float(message.get("weight", message["role"] == "assistant"))
 
 
-def parts_of(messages: Sequence[Message], tools: Sequence[Any] | None) -> set[str]:
-    """Return which keys of ``PROBES`` messages and tools have."""
+def parts_of(messages: Sequence[Message], tools: Sequence[Any] | None) -> list[str]:
+    """Return which keys of ``PROBES`` messages and tools have, in their order."""
     found = {"tools"} if tools else set()
     for message in messages:
         found |= {"a system message"} if message["role"] == "system" else set()
         found |= {"a result of a tool"} if message["role"] == "tool" else set()
         found |= {"a call of a tool"} if message.get("tool_calls") else set()
         found |= {"reasoning"} if message.get("reasoning_content") else set()
-    return found
+    return [part for part in PROBES if part in found]
 
 
 def shorten(text: str) -> str:

@@ -38,6 +38,10 @@ NO_SYSTEM = """{%- for m in messages %}
 NO_END = """{%- for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}
 {%- if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"""
 
+TWO_ENDS = CHATML.replace("'<|im_end|>\n' }}{% endfor", "'<|end_text|><|im_end|>\n' }}{% endfor")
+"""An answer ends with two special tokens, of which the second is the declared end token."""
+
+LATE_END = CHATML.replace("m.role + '\n'", "m.role + '\nso<|im_end|>'")
 OTHER_START = CHATML[: CHATML.rindex("{{")] + "{{ '<|im_start|>model\n' }}{% endif %}"
 CUTS = CHATML.replace("m.content", "m.content[:3]")
 

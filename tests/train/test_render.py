@@ -5,7 +5,19 @@ from random import Random
 from typing import Any
 
 import pytest
-from small_tokenizers import CHATML, CUTS, NO_END, NO_SYSTEM, OTHER_START, THINKS, TOOLS, byte_pairs, word_pieces
+from small_tokenizers import (
+    CHATML,
+    CUTS,
+    LATE_END,
+    NO_END,
+    NO_SYSTEM,
+    OTHER_START,
+    THINKS,
+    TOOLS,
+    TWO_ENDS,
+    byte_pairs,
+    word_pieces,
+)
 
 from lossfns import LossInputError
 from lossfns.backend import ByteTokenizer
@@ -102,6 +114,9 @@ def test_tools_are_written_by_a_template_that_has_them() -> None:
     assert trained == ['<call>add {"a": 2, "b": 2}</call><|im_end|>', "It is 4.<|im_end|>"]
     assert '"description": "Adds."' in renderer.shown(prompt_of(example))
     assert "4 from add 1" in renderer.shown(example.tokens)
+    no_end = Renderer(byte_pairs(TOOLS.replace("<|im_end|>", "")))  # the declared end token stands for it
+    first, second = no_end.answers(chat, [TOOL])
+    assert [runs(no_end, each)[-1][1] for each in (first, second)] == trained
     thinking = Renderer(byte_pairs(THINKS)).chat([user("2+2"), answer("4", reasoning_content="two and two")])
     assert renderer.decode(thinking.tokens).endswith("<think>\ntwo and two\n</think>\n\n4")
 
@@ -116,6 +131,7 @@ def test_a_template_is_refused_for_messages_that_it_does_not_write() -> None:
         (None, chat, [TOOL], "got tools: the model has no chat template"),
         (NO_SYSTEM, [SYSTEM, *chat], None, "a system message: TemplateError: 'System role not supported'"),
         (OTHER_START, chat, None, "messages[1]: expected an answer after its prompt, which ends in"),
+        (LATE_END, chat, None, "messages[1]: expected one end token, after the answer, got 'so<|im_end|>4"),
         (CUTS, [user("2+2="), answer("4")], None, "messages[0]: expected its text as it is"),
         (CUTS, [user("2+2"), answer("four")], None, "messages[1]: expected the answer 'four' as text"),
         ("{{ messages[9].content }}", chat, None, "messages that the chat template writes, got UndefinedError"),
@@ -130,6 +146,8 @@ def test_a_template_is_refused_for_messages_that_it_does_not_write() -> None:
         assert says in str(refused.value), (template, messages, str(refused.value))
     last = [*multi[:1], answer("b", weight=0.0), *multi[2:]]  # the fix that the last message names
     assert Renderer(byte_pairs(THINKS)).chat(last).weights.count(1.0) > 1
+    two = byte_pairs(TWO_ENDS, additional_special_tokens=["<|end_text|>"])
+    assert runs(Renderer(two), Renderer(two).chat(chat))[-1] == (1.0, "4<|end_text|><|im_end|>")
     with pytest.raises(LossInputError, match="tokenizer: expected an end token, got none"):
         Renderer(byte_pairs(eos_token=""))
 
