@@ -117,7 +117,7 @@ def names(losses: Sequence[Loss]) -> list[str]:
 
 def plot_policy(losses: Sequence[Loss]) -> Figure:
     figure, axes = panels(2, 2)
-    ratios = line(0.02, 2.5, 249)
+    ratios = line(0.02, 2.5, 125)
     bounds = losses[0].knobs.get("clip") or () if len(losses) == 1 else ()
     for column, (advantage, sign) in enumerate(((1.0, "A = 1"), (-1.0, "A = −1"))):
         named = {n: curves.ratio_curve(x, advantage, ratios) for n, x in zip(names(losses), losses, strict=True)}
@@ -132,13 +132,13 @@ def plot_policy(losses: Sequence[Loss]) -> Figure:
 
 
 def plot_preference(losses: Sequence[Loss]) -> Figure:
-    margins = line(-8.0, 8.0, 161)
+    margins = line(-8.0, 8.0, 81)
     curve = {n: curves.margin_curve(x, margins).from_zero() for n, x in zip(names(losses), losses, strict=True)}
     return two_panels(curve, "margin, nats", "loss, less that at 0", "∂ loss / ∂ margin")
 
 
 def plot_unpaired(losses: Sequence[Loss]) -> Figure:
-    x = line(-30.0, 30.0, 161)
+    x = line(-30.0, 30.0, 81)
     named = {
         f"{n}, {kind}": curves.log_ratio_curve(loss, label, x)
         for n, loss in zip(names(losses), losses, strict=True)
@@ -148,7 +148,7 @@ def plot_unpaired(losses: Sequence[Loss]) -> Figure:
 
 
 def plot_supervised(losses: Sequence[Loss]) -> Figure:
-    p = line(0.005, 0.995, 199)
+    p = line(0.005, 0.995, 100)
     named = {n: curves.probability_curve(x, p) for n, x in zip(names(losses), losses, strict=True)}
     figure = two_panels(named, "probability of the token", "loss of a token", "∂ loss / ∂ logprob")
     for axes in figure.axes:
@@ -270,3 +270,9 @@ def plot_advantages(group: int = 8) -> Figure:
             panel.set_xlabel(f"right answers in a group of {group}")
             panel.set_ylabel("advantage")
         return finish(figure, axes[0][0], 2)
+
+
+def save(figure: Figure, path: Any) -> None:
+    """Save a figure. The same figure gives the same file: an SVG has no date in it."""
+    with style():
+        figure.savefig(path, metadata={"Date": None} if str(path).endswith(".svg") else None, dpi=150)
