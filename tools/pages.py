@@ -304,8 +304,8 @@ def step_zero(loss: Loss | None) -> str:
     shown = {"loss": total.item()} | {k: v for k, v in metrics.items() if k not in COUNTS}
     rows = [(f"`{k}`", f"{v:.4g}") for k, v in shown.items()]
     return (
-        "## At step zero\n\nOn the batch of the call, with all policies equal to the current one. Other numbers in your "
-        "first step mean that two policies differ: another temperature, template, mask or frame.\n\n"
+        "## At step zero\n\nOn the batch of the call, with all policies equal to the current one. Other numbers in "
+        "your first step mean that two policies differ: another temperature, template, mask or frame.\n\n"
         + table(("metric", "value"), rows)
     )
 
