@@ -43,8 +43,8 @@ def test_every_method_leaves_a_whole_run_folder(
     shown = capsys.readouterr()
     assert "before" in shown.out and "after" in shown.out and f"{method} on" in shown.err
     assert {p.name for p in tmp_path.iterdir()} == {
-        *("config.json", "metrics.jsonl", "result.json", "checkpoint.npz", "curves.png"),
-        *([] if method == "sft" else ["reference.npz"]),
+        *("config.json", "metrics.jsonl", "evaluations.jsonl", "result.json", "checkpoint.safetensors", "curves.png"),
+        *([] if method == "sft" else ["reference.safetensors"]),
     }
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     steps = [row["step"] for row in rows if row["phase"] != "warm-up"]
@@ -52,7 +52,7 @@ def test_every_method_leaves_a_whole_run_folder(
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["options"]["steps"] == 2 and config["loss"] == repr(METHODS[method].loss())
     assert json.loads((tmp_path / "result.json").read_text())["stopped_early"] is False
-    assert checkpoint.load(tmp_path / "checkpoint.npz")[1]["steps"] >= 2
+    assert checkpoint.load(tmp_path / "checkpoint.safetensors")[1]["steps"] >= 2
 
 
 @pytest.mark.parametrize("method", ["sft", pytest.param("grpo", marks=pytest.mark.exhaustive), "dpo"])
@@ -81,7 +81,7 @@ def test_a_run_is_repeatable_and_starts_from_a_checkpoint(tmp_path: Path) -> Non
     first = losses("a")
     assert losses("b") == first
     assert losses("c", "--seed", "1") != first
-    assert losses("d", "--init", str(tmp_path / "a" / "checkpoint.npz"))[0] < first[-1]
+    assert losses("d", "--init", str(tmp_path / "a" / "checkpoint.safetensors"))[0] < first[-1]
 
 
 @pytest.mark.parametrize(
@@ -111,9 +111,9 @@ def test_a_missing_file_and_a_foreign_checkpoint_are_refused(
 ) -> None:
     assert main(["train", "sft", "--data", str(tmp_path / "none.jsonl"), "--out", str(tmp_path / "run")]) == 2
     assert "none.jsonl" in capsys.readouterr().err
-    (tmp_path / "x.npz").write_text("hello")
-    assert main(["train", "sft", "--init", str(tmp_path / "x.npz"), "--out", str(tmp_path / "run")]) == 2
-    assert "x.npz" in capsys.readouterr().err
+    (tmp_path / "x.safetensors").write_text("hello")
+    assert main(["train", "sft", "--init", str(tmp_path / "x.safetensors"), "--out", str(tmp_path / "run")]) == 2
+    assert "x.safetensors" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -178,7 +178,7 @@ def test_ctrl_c_ends_a_run_with_everything_saved(tmp_path: Path) -> None:
     assert "stopping after this step" in errors and "Traceback" not in errors
     assert "stopped early" in shown and "held-out bits per byte" in shown
     rows = (out / "metrics.jsonl").read_text().splitlines()
-    assert checkpoint.load(out / "checkpoint.npz")[1]["steps"] == len(rows) == json.loads(rows[-1])["step"]
+    assert checkpoint.load(out / "checkpoint.safetensors")[1]["steps"] == len(rows) == json.loads(rows[-1])["step"]
     assert json.loads((out / "result.json").read_text())["stopped_early"] is True
 
 
@@ -190,7 +190,7 @@ def unfinished(tmp_path: Path, *more: str, method: str = "sft") -> Path:
     data = jsonl(tmp_path / "rows.jsonl", variants(method, 6))
     folder = tmp_path / "run"
     assert main(["train", method, "--data", data, "--out", str(folder), "--batch", "2", "--steps", "3", *more]) == 0
-    for name in ("result.json", "checkpoint.npz"):
+    for name in ("result.json", "checkpoint.safetensors"):
         (folder / name).unlink()
     return folder
 
@@ -227,12 +227,16 @@ def written(path: Path) -> tuple[bytes, int]:
 def test_a_run_killed_before_its_result_only_measures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = unfinished(tmp_path)
     assert main(["train", "--resume", str(folder)]) == 0
-    first, saved = json.loads((folder / "result.json").read_text()), written(folder / "checkpoint.npz")
+    first, saved = json.loads((folder / "result.json").read_text()), written(folder / "checkpoint.safetensors")
     (folder / "result.json").unlink()
     assert main(["train", "--resume", str(folder)]) == 0
     assert "resumed after 3 steps" in capsys.readouterr().err
     assert json.loads((folder / "result.json").read_text())["bits_per_byte"] == first["bits_per_byte"]
-    assert written(folder / "checkpoint.npz") == saved
+    assert written(folder / "checkpoint.safetensors") == saved
+    (folder / "checkpoint.safetensors").rename(folder / "checkpoint.npz")  # its name until 2026-11
+    (folder / "result.json").unlink()
+    assert main(["train", "--resume", str(folder)]) == 0
+    assert "resumed after 3 steps" in capsys.readouterr().err
 
 
 def test_a_finished_run_is_left_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -249,7 +253,7 @@ def test_a_run_goes_on_from_another_directory(tmp_path: Path, monkeypatch: pytes
     jsonl(Path("rows.jsonl"), variants("sft", 6))
     assert main(["train", "sft", "--data", "rows.jsonl", "--out", "run", "--batch", "2", "--steps", "3"]) == 0
     rows = losses(Path("run"))
-    for name in ("result.json", "checkpoint.npz"):
+    for name in ("result.json", "checkpoint.safetensors"):
         Path("run", name).unlink()
     monkeypatch.chdir("/")
     assert main(["train", "--resume", str(tmp_path / "run")]) == 0
@@ -319,17 +323,17 @@ def test_a_run_needs_its_first_weights_until_it_has_some_of_its_own(
     (first := tmp_path / "first").mkdir()
     init = unfinished(first)
     assert main(["train", "--resume", str(init)]) == 0
-    folder = unfinished(tmp_path, "--init", str(init / "checkpoint.npz"))
-    rows, weights = losses(folder), (init / "checkpoint.npz").read_bytes()
-    (init / "checkpoint.npz").unlink()
-    refused(folder, "checkpoint.npz", capsys)
+    folder = unfinished(tmp_path, "--init", str(init / "checkpoint.safetensors"))
+    rows, weights = losses(folder), (init / "checkpoint.safetensors").read_bytes()
+    (init / "checkpoint.safetensors").unlink()
+    refused(folder, "checkpoint.safetensors", capsys)
     other = first / "other"
     assert main(["train", "sft", "--steps", "1", "--batch", "1", "--seed", "5", "--out", str(other)]) == 0
-    (init / "checkpoint.npz").write_bytes((other / "checkpoint.npz").read_bytes())
+    (init / "checkpoint.safetensors").write_bytes((other / "checkpoint.safetensors").read_bytes())
     refused(folder, "which has changed since", capsys)
-    (init / "checkpoint.npz").write_bytes(weights)
+    (init / "checkpoint.safetensors").write_bytes(weights)
     assert main(["train", "--resume", str(folder)]) == 0 and losses(folder) == rows
-    (init / "checkpoint.npz").unlink()
+    (init / "checkpoint.safetensors").unlink()
     (folder / "result.json").unlink()
     assert main(["train", "--resume", str(folder)]) == 0 and losses(folder) == rows
 
@@ -351,13 +355,13 @@ def test_a_checkpoint_that_is_not_the_runs_own_is_named(
     folder = unfinished(tmp_path)
     assert main(["train", "--resume", str(folder)]) == 0
     (folder / "result.json").unlink()
-    path = folder / "checkpoint.npz"
+    path = folder / "checkpoint.safetensors"
     tensors, data = checkpoint.load(path)
     if damage == "of something else":
         checkpoint.save(path, tensors, data | {"user_metadata": {}})
     else:
         path.write_bytes(path.read_bytes()[:-1000] if damage == "truncated" else b"hello")
-    refused(folder, "checkpoint.npz", capsys)
+    refused(folder, "checkpoint.safetensors", capsys)
 
 
 def test_a_folder_that_holds_part_of_a_run_is_not_taken_for_a_new_one(

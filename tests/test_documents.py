@@ -10,7 +10,7 @@ import torch
 from batches import Batch, random_batch, sdks
 
 from lossfns import Loss, TensorData, cross_entropy, dpo, k1, reinforce, sequence_sum_mean, with_kl
-from lossfns.testing.subject import from_file
+from lossfns.loading import from_file
 
 documented = from_file(str(Path(__file__).parents[1] / "examples" / "documented_losses.py"))
 

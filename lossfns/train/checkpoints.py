@@ -11,7 +11,7 @@ from lossfns.backend.storage import checkpoint
 from lossfns.errors import LossInputError
 from lossfns.train import remote
 from lossfns.train.remote import REFERENCE, Client, RemoteTrainingClient
-from lossfns.train.run import CHECKPOINTS, REFERENCES, Run, State, replaced
+from lossfns.train.run import CHECKPOINTS, OLD_CHECKPOINT, REFERENCES, Run, State, replaced
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -22,7 +22,7 @@ def checkpoints(folder: Path) -> list[Path]:
     """
     if (folder / remote.CHECKPOINT).is_file():
         return [folder / remote.CHECKPOINT]
-    paths = [folder / name for name in CHECKPOINTS if checkpoint.exists(folder / name)]
+    paths = [folder / name for name in (*CHECKPOINTS, OLD_CHECKPOINT) if checkpoint.exists(folder / name)]
     return sorted(paths, key=lambda path: checkpoint.metadata(path).get("steps", 0), reverse=True)
 
 
@@ -33,7 +33,8 @@ def save_checkpoint(client: Client, folder: Path, state: State) -> None:
         return save_to(client, folder, remote.CHECKPOINT, metadata)
     name, other = CHECKPOINTS if client.ranks.size == 1 else CHECKPOINTS[::-1]
     save_to(client, folder, name, metadata)
-    client.ranks.when_idle(client.ranks.on_rank_zero, checkpoint.remove, folder / other)
+    for old in (other, OLD_CHECKPOINT):
+        client.ranks.when_idle(client.ranks.on_rank_zero, checkpoint.remove, folder / old)
 
 
 def load_newest(client: Client, folder: Path) -> State:

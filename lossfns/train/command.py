@@ -26,6 +26,7 @@ from lossfns.train.config import check_same, config_of
 from lossfns.train.options import Options, check_option
 from lossfns.train.outcome import refused, report
 from lossfns.train.remote import Client
+from lossfns.train.render import Renderer
 from lossfns.train.run import CONFIG, Run, check_new, create_run, is_finished, load_config
 
 
@@ -44,6 +45,7 @@ def add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "others; docs/train.md lists all formats")  # fmt: skip
     add("--max-length", type=int, metavar="N", help="longest row of --data in tokens (bytes); longer ones are refused "
         "(default: 2048)")  # fmt: skip
+    add("--drop-longer", action="store_true", default=None, help="leave out longer rows, and count them")
     add("--out", metavar="DIR", help="the run folder (default: runs/METHOD-TIME)")
     add("--model", metavar="MODEL", help="train this model instead of the embedded one: a folder or the name of a "
         "repository of Hugging Face, a GGUF file, or smollm2, the model of that extra")  # fmt: skip
@@ -170,7 +172,7 @@ def train_and_report(options: Options, folder: Path, check_config: Callable[[dic
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)  # for random numbers that a recipe does not draw from its own seeds
     method = recipes.METHODS[options.method]
-    loss, task = method.loss(), method.task(options)
+    loss, task = method.loss(), method.task(options, Renderer(models.load_tokenizer(options)))
     with client_of(options) as client:
         train_with(client, method.recipe, task, loss, options, folder, check_config)
     return 0

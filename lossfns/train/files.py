@@ -86,6 +86,19 @@ class Repeated(ValueError):
     """A key that an object has twice."""
 
 
+def plain(value: Any) -> Any:
+    """Return a value with its numbers as numbers.
+
+    >>> plain({"a": [Number("1"), Number("0.50"), "2"]})
+    {'a': [1, 0.5, '2']}
+    """
+    if isinstance(value, Number):
+        return int(value) if re.fullmatch(r"-?\d+", value) else float(value)
+    if isinstance(value, dict):
+        return {key: plain(x) for key, x in value.items()}
+    return [plain(x) for x in value] if isinstance(value, list) else value
+
+
 SPACE = re.compile(r"\s*")
 
 

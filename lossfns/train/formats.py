@@ -1,26 +1,17 @@
-"""Formats of rows: each function turns a row of one format into the texts that a method trains on.
-
-Chats have one plain rendering, as the byte model has no template of its own: each message is a line ``role: text``, and
-an answer follows ``assistant: ``. Only the answers of the assistant are trained, each as a completion of all that
-stands before it.
-"""
+"""Formats of rows: each function reads a row of one format and makes its examples with a ``Renderer``."""
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from lossfns.train.files import Row, key_of_rows, quoted, shown, write_list
+from lossfns.errors import LossInputError
+from lossfns.train.examples import Demonstration, Example, Labelled, Preference, Problem
+from lossfns.train.files import Row, key_of_rows, plain, quoted, shown, write_list
+from lossfns.train.messages import file_of, read_dialogue, read_messages, read_tools, shown_field, text_of
+from lossfns.train.render import Renderer, weight_of
 
-Texts = list[tuple[str, ...]]
-"""The examples of a row: (prompt, completion), (prompt, chosen, rejected) or (prompt, answer)."""
-
-Message = tuple[str, str]
-"""The role (system, user or assistant) and the text."""
-
-CHAT, DIALOGUE = "assistant: ", "\n\nAssistant:"
-"""The ends of the prompts of chats and of hh-rlhf's dialogues."""
+Messages = list[dict[str, Any]]
 
 
 class Format(NamedTuple):
@@ -29,328 +20,343 @@ class Format(NamedTuple):
     Attributes:
         name: how the terminal names it.
         keys: the fields by which it is recognised.
+        read: makes the examples of a row.
         also: further fields that it reads if they are there.
-        read: turns a row into its examples.
     """
 
     name: str
     keys: tuple[str, ...]
-    read: Callable[[Row], Texts]
-    also: tuple[str, ...] = ()
+    read: Callable[[Row, Renderer], Sequence[Example]]
+    also: tuple[str, ...] = ("tools", "functions")
 
 
 # Chats
 
-ROLES = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "prompter": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bard": "assistant",
-    "model": "assistant",
-}
 
-WITHOUT_TOOLS = """jq -c 'select([.. | objects | has("tool_calls") or .role == "tool"] | any | not)' IN > rows.jsonl"""
+def messages(row: Row) -> Messages:
+    """``{"messages": [{"role", "content"}, ...]}``."""
+    return read_messages(row, "messages")
 
 
-def render(messages: Sequence[Message]) -> str:
-    """Return the messages as lines ``role: text``.
-
-    >>> render([("system", "Add."), ("user", "2+2")])
-    'system: Add.\\nuser: 2+2\\n'
-    """
-    return "".join(f"{role}: {text}\n" for role, text in messages)
+def sharegpt(row: Row) -> Messages:
+    """``{"conversations": [{"from", "value"}, ...]}``, with an optional text ``system``."""
+    return system(row) + read_messages(row, "conversations")
 
 
-def answers(row: Row, messages: Sequence[Message], key: str, first: int = 0) -> Texts:
-    """Return each answer of the assistant, from message ``first`` on, with all that stands before it as its prompt."""
-    examples: Texts = []
-    for i, (role, text) in enumerate(messages):
-        if role == "assistant" and i >= first:
-            if not text:
-                row.refuse(f"text under '{key}[{i - first}]'", "''", "An answer must not be empty.")
-            examples.append((render(messages[:i]) + CHAT, text))
-    if not examples:
-        row.refuse(f"an answer of the assistant under {key!r}", "none", "There is nothing to train on.")
+def alpaca(row: Row) -> Messages:
+    """``{"instruction", "input", "output"}``: the instruction and the input are one message of the user."""
+    request = text_of(row, "instruction")
+    if row.fields.get("input") is not None:
+        given = text_of(row, "input", empty=True)
+        request = f"{request}\n{given}" if given else request
+    return [*system(row), user(request), assistant(text_of(row, "output"))]
+
+
+def question_and_answer(row: Row) -> Messages:
+    """``{"question", "answer"}``, GSM8K's fields: the whole answer, with its reasoning."""
+    return [user(text_of(row, "question")), assistant(text_of(row, "answer"))]
+
+
+def user(text: str) -> dict[str, Any]:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> dict[str, Any]:
+    return {"role": "assistant", "content": text}
+
+
+def system(row: Row) -> Messages:
+    """Return the message of the system, if the row has its text."""
+    return [{"role": "system", "content": text_of(row, "system")}] if row.fields.get("system") else []
+
+
+def untrained(before: Messages) -> Messages:
+    """Return messages of a prompt, with weight 0."""
+    return [each | {"weight": 0.0} for each in before]
+
+
+def check_answers(row: Row, key: str, chat: Messages) -> None:
+    """Refuse a chat without a trained answer, or with an empty one."""
+    trained = [each for each in chat if weight_of(each)]
+    if not trained:
+        fix = "There is nothing to train on: leave this row out, or set a weight."
+        row.refuse(f"an answer of the assistant under {key!r} that is trained", "none", fix)
+    if any(not each["content"].strip() and not each.get("tool_calls") for each in trained):
+        row.refuse(f"text in each answer under {key!r}", "''", "An answer must not be empty.")
+
+
+# Demonstrations
+
+
+def demonstrated(read: Callable[[Row], Messages], key: str) -> Callable[[Row, Renderer], Sequence[Example]]:
+    """Return a reader of the answers of a chat as demonstrations."""
+
+    def examples(row: Row, renderer: Renderer) -> Sequence[Example]:
+        chat = read(row)
+        check_answers(row, key, chat)
+        return renderer.answers(chat, read_tools(row))
+
     return examples
 
 
-def message_list(row: Row, key: str) -> list[Message]:
-    """Read a list of messages: ``role`` and ``content`` as OpenAI has them, or ShareGPT's ``from`` and ``value``."""
-    value = row.fields.get(key)
-    if not isinstance(value, list) or not value:
-        row.refuse(f"a list of messages under {key!r}", shown_field(row, key), "Each message has a role and a content.")
-    return [message(row, f"{key}[{i}]", each) for i, each in enumerate(value)]
-
-
-def message(row: Row, name: str, value: Any) -> Message:
-    """Read one message; refuse tools and images by their name."""
-    if not isinstance(value, dict):
-        row.refuse(f"a message under {quoted(name)}", shown(value), "Each message has a role and a content.")
-    file = file_of(row)
-    role_key, text_key = ("from", "value") if "from" in value else ("role", "content")
-    role, text = value.get(role_key), value.get(text_key)
-    if role in ("tool", "function", "ipython", "observation", "function_call") or any(
-        value.get(key) for key in ("tool_calls", "function_call")
-    ):
-        fix = f"Tools are not read. Keep the other rows: {WITHOUT_TOOLS.replace('IN', file)}"
-        row.refuse(f"text under {quoted(name)}", "a call of a tool", fix)
-    if not isinstance(role, str) or role.lower() not in ROLES:
-        got = shown(role) if role_key in value else "nothing"
-        row.refuse(f"system, user or assistant under '{name}.{role_key}'", got, "Rename the role.")
-    if isinstance(text, list):
-        parts = [part.get("text") if isinstance(part, dict) else None for part in text]
-        if not all(isinstance(part, str) for part in parts) or not parts:
-            fix = "Images and sounds are not read: leave such rows out."
-            row.refuse(f"text under '{name}.{text_key}'", f"parts that are no text ({shown(text)})", fix)
-        text = "".join(str(part) for part in parts)
-    if not isinstance(text, str):
-        got = shown(text) if text_key in value else "nothing"
-        row.refuse(f"text under '{name}.{text_key}'", got, "A message has one text.")
-    return ROLES[role.lower()], str(text)
-
-
-def file_of(row: Row) -> str:
-    """Return the path of the row's file, as a shell reads it."""
-    return shlex.quote(row.place.rpartition(":")[0])
-
-
-def shown_field(row: Row, key: str) -> str:
-    """Show the value of a field in a few characters; "nothing" if it is missing."""
-    return shown(row.fields[key]) if key in row.fields else "nothing"
-
-
-def text_of(row: Row, key: str, empty: bool = False) -> str:
-    """Return the text of a field. A number is read as it is written."""
-    value = row.fields.get(key)
-    if not isinstance(value, str) or not (value or empty):
-        has = ", ".join(map(shown, row.fields)) or "no fields"
-        row.refuse(f"text under {key!r}", shown_field(row, key), f"The row has {has}.")
-    return str(value)
-
-
-# Demonstrations: (prompt, completion)
-
-
-def prompt_and_completion(row: Row) -> Texts:
+def prompt_and_completion(row: Row, renderer: Renderer) -> list[Demonstration]:
     """``{"prompt", "completion"}``: two texts as they are, or two lists of messages."""
+    if not isinstance(row.fields.get("prompt"), list):
+        refuse_tools(row)
+        return [renderer.completion(text_of(row, "prompt", empty=True), text_of(row, "completion"))]
+    before = read_messages(row, "prompt")
+    if isinstance(row.fields.get("completion"), str):
+        after = [assistant(text_of(row, "completion"))]
+    else:
+        after = read_messages(row, "completion")
+    check_answers(row, "completion", after)
+    return renderer.answers(untrained(before) + after, read_tools(row))
+
+
+def without_label(row: Row, renderer: Renderer) -> list[Demonstration]:
+    """``{"prompt", "completion"}``, if there is no label."""
     if isinstance(row.fields.get("label"), bool):
-        file = file_of(row)
-        fix = f"Train on the good ones: jq -c 'select(.label) | {{prompt, completion}}' {file} > rows.jsonl"
-        row.refuse("demonstrations", "a label: unpaired preferences, which no method reads", fix)
-    if isinstance(row.fields.get("prompt"), list):
-        before = message_list(row, "prompt")
-        if isinstance(row.fields.get("completion"), str):
-            return [(render(before) + CHAT, text_of(row, "completion"))]
-        return answers(row, before + message_list(row, "completion"), "completion", len(before))
-    return [(text_of(row, "prompt", empty=True), text_of(row, "completion"))]
+        fix = f"Train on the good ones: jq -c 'select(.label) | {{prompt, completion}}' {file_of(row)} > rows.jsonl"
+        row.refuse("demonstrations", "a label, which losses of unpaired preference read", fix)
+    return prompt_and_completion(row, renderer)
 
 
-def chat(row: Row) -> Texts:
-    """``{"messages": [{"role", "content"}, ...]}``."""
-    return answers(row, message_list(row, "messages"), "messages")
+def plain_text(row: Row, renderer: Renderer) -> list[Demonstration]:
+    """``{"text"}``: trained from its first token to its end."""
+    refuse_tools(row)
+    return [renderer.text(text_of(row, "text"))]
 
 
-def sharegpt(row: Row) -> Texts:
-    """``{"conversations": [{"from", "value"}, ...]}``, with an optional text ``system``."""
-    before = [("system", text_of(row, "system"))] if row.fields.get("system") else []
-    return answers(row, before + message_list(row, "conversations"), "conversations", len(before))
+def refuse_tools(row: Row) -> None:
+    """Refuse tools beside texts, which have no place for them."""
+    if read_tools(row):
+        row.refuse("messages beside the tools", "text", "Write the prompt as messages, or leave the tools out.")
 
 
-def alpaca(row: Row) -> Texts:
-    """``{"instruction", "input", "output"}``: the instruction and the input are one message of the user."""
-    before = [("system", text_of(row, "system"))] if row.fields.get("system") else []
-    request = text_of(row, "instruction")
-    if "input" in row.fields and row.fields["input"] is not None:
-        given = text_of(row, "input", empty=True)
-        request = f"{request}\n{given}" if given else request
-    return [(render([*before, ("user", request)]) + CHAT, text_of(row, "output"))]
+# Preferences and labels
 
 
-def question_and_answer(row: Row) -> Texts:
-    """``{"question", "answer"}``, GSM8K's fields: the whole answer, with its reasoning."""
-    return [(render([("user", text_of(row, "question"))]) + CHAT, text_of(row, "answer"))]
-
-
-def plain_text(row: Row) -> Texts:
-    """``{"text"}``: trained from its first byte to its end."""
-    return [("", text_of(row, "text"))]
-
-
-# Preferences: (prompt, chosen, rejected)
-
-
-def pair(row: Row) -> Texts:
+def pair(row: Row, renderer: Renderer) -> list[Preference]:
     """``{"prompt", "chosen", "rejected"}``: texts as they are, or lists of messages.
 
     The chosen and rejected lists may repeat the prompt, as in UltraFeedback.
     """
-    chosen, rejected = row.fields.get("chosen"), row.fields.get("rejected")
-    if not isinstance(chosen, list) and not isinstance(rejected, list):
+    prompt = row.fields.get("prompt")
+    if not isinstance(row.fields.get("chosen"), list) and not isinstance(row.fields.get("rejected"), list):
         texts = text_of(row, "chosen"), text_of(row, "rejected")
-        if isinstance(row.fields.get("prompt"), list):
-            return [(render(message_list(row, "prompt")) + CHAT, *texts)]
-        return [(text_of(row, "prompt", empty=True), *texts)]
-    sides = [message_list(row, key) for key in ("chosen", "rejected")]
-    common = sides[0][: common_length(*sides)]
-    if len(common) == min(map(len, sides)):
-        common = common[:-1]  # both sides give the same answer
-    for key, side in zip(("chosen", "rejected"), sides):
-        if [role for role, _ in side[len(common) :]] != ["assistant"] or not side[-1][1]:
-            fix = "Both sides have the same messages, but for the last one: an answer of the assistant."
-            row.refuse(f"one answer under {key!r} after the messages that both sides have", shown(side), fix)
-    return [(render(with_prompt(row, common)) + CHAT, sides[0][-1][1], sides[1][-1][1])]
+        if isinstance(prompt, list):
+            before = read_messages(row, "prompt")
+            return [preference(row, renderer, before, *([assistant(text)] for text in texts))]
+        refuse_tools(row)
+        before_text = text_of(row, "prompt", empty=True)
+        return [Preference(*(renderer.completion(before_text, text) for text in texts))]
+    return [split_pair(row, renderer, *(read_messages(row, key) for key in ("chosen", "rejected")))]
+
+
+def implicit_pair(row: Row, renderer: Renderer) -> list[Preference]:
+    """``{"chosen", "rejected"}``: two lists of messages with a common start, or two texts, as in hh-rlhf."""
+    read = read_messages if isinstance(row.fields.get("chosen"), list) else read_dialogue
+    return [split_pair(row, renderer, *(read(row, key) for key in ("chosen", "rejected")))]
+
+
+def split_pair(row: Row, renderer: Renderer, chosen: Messages, rejected: Messages) -> Preference:
+    """Make a preference of two chats: messages that both start with are the prompt."""
+    common = common_length(chosen, rejected)
+    if common == min(len(chosen), len(rejected)):
+        common -= 1  # both sides give the same answer
+    return preference(row, renderer, with_prompt(row, chosen[:common]), chosen[common:], rejected[common:])
+
+
+def preference(row: Row, renderer: Renderer, before: Messages, chosen: Messages, rejected: Messages) -> Preference:
+    """Make a preference of a prompt and the messages of both sides, of which the first is an answer."""
+    for key, side in (("chosen", chosen), ("rejected", rejected)):
+        if not side or side[0]["role"] != "assistant":
+            got = f"a message of the {side[0]['role']}" if side else "nothing"
+            fix = "Both sides have the same messages, up to two answers of the assistant."
+            row.refuse(f"an answer under {key!r} after the messages that both sides have", got, fix)
+        check_answers(row, key, side)
+    tools = read_tools(row)
+    return Preference(*(renderer.chat(untrained(before) + side, tools) for side in (chosen, rejected)))
 
 
 def common_length(a: Sequence[Any], b: Sequence[Any]) -> int:
-    """Return the number of equal items (characters of a text) at the start of two sequences."""
+    """Return the number of equal items at the start of two sequences."""
     shorter = min(len(a), len(b))
     return next((i for i in range(shorter) if a[i] != b[i]), shorter)
 
 
-def with_prompt(row: Row, common: list[Message]) -> list[Message]:
+def with_prompt(row: Row, common: Messages) -> Messages:
     """Return the messages before the answers: those of the prompt, and those that both sides repeat or add."""
-    prompt = row.fields.get("prompt", [])
-    before = message_list(row, "prompt") if isinstance(prompt, list) and prompt else []
-    if isinstance(prompt, str) and prompt:
-        before = [("user", str(prompt))]
-        if common and before[0] in common:
-            return common
+    prompt = row.fields.get("prompt") or []
+    if isinstance(prompt, str):
+        before = [user(str(prompt))]
+    else:
+        before = read_messages(row, "prompt") if prompt else []
+    if isinstance(prompt, str) and before[0] in common:
+        return common
     if common[: len(before)] == before:
         return common
-    if any(role == "user" for role, _ in common) and before:
+    if any(each["role"] == "user" for each in common) and before:
         fix = "Leave out one of the two."
         row.refuse("the messages of the prompt at the start of 'chosen' and 'rejected'", "others", fix)
     return before + common
 
 
-def transcripts(row: Row) -> Texts:
-    """``{"chosen", "rejected"}``: two whole dialogues, as in hh-rlhf, that differ in the last answer; or two lists."""
-    if isinstance(row.fields.get("chosen"), list):
-        return pair(row)
-    sides, mark = {key: text_of(row, key) for key in ("chosen", "rejected")}, DIALOGUE
-    at = sides["chosen"].rfind(mark, 0, common_length(*sides.values()))
-    if at < 0:
-        fix = "Add the field 'prompt', or write whole dialogues."
-        row.refuse(f"the same start under 'chosen' and 'rejected', with {mark!r}", shown(sides["chosen"]), fix)
-    prompt = sides["chosen"][: at + len(mark)]
-    texts = {key: side[len(prompt) :] for key, side in sides.items()}
-    for key, text in texts.items():
-        if not text.strip() or "\n\nHuman:" in text:
-            got = "more turns" if text.strip() else "no answer"
-            fix = (
-                "The sides part before the last answer: leave this row out." if text.strip() else "Leave this row out."
-            )
-            row.refuse(f"one answer under {key!r} after the dialogue that both sides have", got, fix)
-    return [(prompt, texts["chosen"], texts["rejected"])]
+LABELS = {True: True, False: False, "true": True, "false": False, "True": True, "False": False, "1": True, "0": False}
 
 
-# Problems: (prompt, answer)
+def labelled(row: Row, renderer: Renderer) -> list[Labelled]:
+    """``{"prompt", "completion", "label"}``: the label is true for a desirable completion."""
+    label = row.fields.get("label")
+    if not isinstance(label, (bool, str)) or label not in LABELS:
+        row.refuse("true or false under 'label'", shown_field(row, "label"), "true is a desirable completion.")
+    found = prompt_and_completion(row, renderer)
+    if len(found) > 1:
+        fix = 'Train the last answer: give the others "weight": 0.'
+        row.refuse("a completion in one sequence", f"{len(found)}, by the chat template", fix)
+    return [Labelled(found[0], LABELS[label])]
 
 
-def prompt_and_answer(row: Row) -> Texts:
+# Problems
+
+
+def prompt_and_answer(row: Row, renderer: Renderer) -> list[Problem]:
     """``{"prompt", "answer"}``: the answer is a text or a number; the prompt is a text or a list of messages."""
+    return [problem(row, renderer, text_of(row, "answer"))]
+
+
+def prompt_alone(row: Row, renderer: Renderer) -> list[Problem]:
+    """``{"prompt"}``, for rewards that need no answer."""
+    if "answer" in row.fields:
+        fix = "The first row has none: give every row an answer, or none."
+        row.refuse("a prompt without an answer", "one with an answer", fix)
+    return [problem(row, renderer, None)]
+
+
+def problem(row: Row, renderer: Renderer, answer: str | None) -> Problem:
+    """Make a problem of the row's prompt."""
+    fields = plain(row.fields)
     if isinstance(row.fields.get("prompt"), list):
-        return [(render(message_list(row, "prompt")) + CHAT, text_of(row, "answer"))]
-    return [(text_of(row, "prompt", empty=True), text_of(row, "answer"))]
+        return Problem(renderer.prompt(read_messages(row, "prompt"), read_tools(row)), answer, fields)
+    refuse_tools(row)
+    return Problem(renderer.prompt(text_of(row, "prompt", empty=True)), answer, fields)
 
 
-def final_answer(row: Row) -> Texts:
+def final_answer(row: Row, renderer: Renderer) -> list[Problem]:
     """``{"question", "answer"}``, as in GSM8K: the answer is the number after ``####``, without commas."""
-    ((prompt, answer),) = question_and_answer(row)
+    answer = text_of(row, "answer")
     if "####" in answer:
         answer = answer.rpartition("####")[2].strip().replace(",", "")
         if not answer:
             row.refuse("an answer after '####' under 'answer'", "nothing", "Leave this row out.")
-    return [(prompt, answer)]
+    return [Problem(renderer.prompt([user(text_of(row, "question"))]), answer, plain(row.fields))]
 
 
-def last_answer(read: Callable[[Row], Texts]) -> Callable[[Row], Texts]:
-    """Return a reader of the last demonstration of a row as a problem."""
-    return lambda row: read(row)[-1:]
+def last_answer(read: Callable[[Row], Messages], key: str) -> Callable[[Row, Renderer], list[Problem]]:
+    """Return a reader of the last answer of a chat as a problem."""
+
+    def examples(row: Row, renderer: Renderer) -> list[Problem]:
+        chat = read(row)
+        last = max((i for i, each in enumerate(chat) if each["role"] == "assistant"), default=None)
+        if last is None or not chat[last]["content"].strip():
+            got = "none" if last is None else "one without text"
+            row.refuse(f"an answer of the assistant under {key!r}", got, "It is what a sample is compared with.")
+        return [Problem(renderer.prompt(chat[:last], read_tools(row)), chat[last]["content"], plain(row.fields))]
+
+    return examples
 
 
-DEMONSTRATIONS = (
-    Format("prompt and completion", ("prompt", "completion"), prompt_and_completion),
-    Format("messages", ("messages",), chat),
-    Format("ShareGPT conversations", ("conversations",), sharegpt, ("system",)),
-    Format("Alpaca instructions", ("instruction", "output"), alpaca, ("input", "system")),
-    Format("question and answer", ("question", "answer"), question_and_answer),
-    Format("text", ("text",), plain_text),
-)
-PREFERENCES = (
-    Format("prompt, chosen and rejected", ("prompt", "chosen", "rejected"), pair),
-    Format("dialogues, chosen and rejected", ("chosen", "rejected"), transcripts),
-)
-PROBLEMS = (
-    Format("prompt and answer", ("prompt", "answer"), prompt_and_answer),
-    Format("question and answer; what follows '####' is the answer", ("question", "answer"), final_answer),
-    Format("messages; the last answer", ("messages",), last_answer(chat)),
-    Format("ShareGPT conversations; the last answer", ("conversations",), last_answer(sharegpt), ("system",)),
-    Format("Alpaca instructions", ("instruction", "output"), last_answer(alpaca), ("input", "system")),
-)
-READERS = {"sft": DEMONSTRATIONS, "dpo or orpo": PREFERENCES, "grpo, dapo or gspo-token": PROBLEMS}
-"""The formats by the methods that read them."""
+FORMATS: dict[type[Example], tuple[Format, ...]] = {
+    Demonstration: (
+        Format("prompt and completion", ("prompt", "completion"), without_label),
+        Format("messages", ("messages",), demonstrated(messages, "messages")),
+        Format("ShareGPT conversations", ("conversations",), demonstrated(sharegpt, "conversations"),
+               ("system", "tools", "functions")),
+        Format("Alpaca instructions", ("instruction", "output"), demonstrated(alpaca, "output"), ("input", "system")),
+        Format("question and answer", ("question", "answer"), demonstrated(question_and_answer, "answer"), ()),
+        Format("text", ("text",), plain_text, ()),
+    ),
+    Preference: (
+        Format("prompt, chosen and rejected", ("prompt", "chosen", "rejected"), pair),
+        Format("chosen and rejected with a common start", ("chosen", "rejected"), implicit_pair),
+    ),
+    Labelled: (Format("prompt, completion and label", ("prompt", "completion", "label"), labelled),),
+    Problem: (
+        Format("prompt and answer", ("prompt", "answer"), prompt_and_answer),
+        Format("question and answer; what follows '####' is the answer", ("question", "answer"), final_answer, ()),
+        Format("messages; the last answer", ("messages",), last_answer(messages, "messages")),
+        Format("ShareGPT conversations; the last answer", ("conversations",), last_answer(sharegpt, "conversations"),
+               ("system", "tools", "functions")),
+        Format("Alpaca instructions; the output is the answer", ("instruction", "output"),
+               last_answer(alpaca, "output"), ("input", "system")),
+        Format("prompt without an answer", ("prompt",), prompt_alone),
+    ),
+}  # fmt: skip
+"""The formats by the kind of example."""
 
-UNREAD = ("images", "image", "videos", "video", "audio", "audios", "tools", "functions")
+KINDS: dict[type[Example], str] = {
+    Demonstration: "supervised methods (sft)",
+    Preference: "preference methods (dpo, orpo)",
+    Labelled: "methods of unpaired preference (kto)",
+    Problem: "policy methods (grpo, dapo, gspo-token)",
+}
+"""The methods that train on each kind of example."""
+
+UNREAD = ("images", "image", "videos", "video", "audio", "audios")
 """Fields that a text depends on, and that are not read."""
 
 
-def recognise(row: Row, formats: Sequence[Format]) -> Format:
-    """Return the format of a row, of those that a method reads.
+def matching(row: Row, formats: Sequence[Format]) -> Format | None:
+    """Return the first format whose fields a row has."""
+    return next((known for known in formats if all(key in row.fields for key in known.keys)), None)
+
+
+def recognise(row: Row, kind: type[Example]) -> Format:
+    """Return the format of a row, of those with examples of a kind.
 
     Raises:
         LossInputError: if it is another format. The error says which one, and how to convert it.
     """
-    for known in formats:
-        if all(key in row.fields for key in known.keys):
-            return known
+    formats = FORMATS[kind]
+    if (known := matching(row, formats)) is not None:
+        return known
     names = ", ".join(map(shown, row.fields)) or "no fields"
     mine = formats[0].keys
     missing = next((key for key in mine if key not in row.fields), mine[0])
     reads = "; ".join(", ".join(each.keys) for each in formats)
-    file = file_of(row)
-    for methods, others in READERS.items():
-        for other in others:
-            if all(key in row.fields for key in other.keys):
-                kind = other.name.split(";")[0]
-                fix = f"The row is of the format {kind}, which {methods} reads. This method reads {reads}."
-                row.refuse(f"text under {missing!r}", "nothing", fix)
+    for other, others in FORMATS.items():
+        if (found := matching(row, others)) is not None and found.keys != ("prompt",):
+            name = found.name.split(";")[0]
+            fix = f"The row is of the format {name}, which {KINDS[other]} read. This method reads {reads}."
+            row.refuse(f"text under {missing!r}", "nothing", fix)
     if (key := key_of_rows(row.fields)) is not None:
         row.refuse(f"text under {missing!r}", "nothing", write_list(row.place.rpartition(":")[0], quoted(key)[1:-1]))
     recipe = ", ".join(f"{key}: .FIELD" for key in mine)
-    fix = f"The row has {names}. This method reads {reads}. Rename the fields: jq -c '{{{recipe}}}' {file} > rows.jsonl"
-    row.refuse(f"text under {missing!r}", "nothing", fix)
+    fix = f"The row has {names}. This method reads {reads}. Rename the fields: "
+    row.refuse(f"text under {missing!r}", "nothing", f"{fix}jq -c '{{{recipe}}}' {file_of(row)} > rows.jsonl")
 
 
-def refuse_unread(row: Row) -> None:
-    """Refuse a row with images, sounds or tools."""
+def examples_of(row: Row, known: Format, renderer: Renderer) -> Sequence[Any]:
+    """Make the examples of a row of a format; refuse images and sounds.
+
+    Raises:
+        LossInputError: with the place of the row.
+    """
     for key in UNREAD:
         if row.fields.get(key) and row.fields[key] not in ("[]", "{}", "null"):
-            file = file_of(row)
-            fix = f"If the texts do not need them: jq -c 'del(.{key})' {file} > rows.jsonl"
+            fix = f"If the texts do not need them: jq -c 'del(.{key})' {file_of(row)} > rows.jsonl"
             row.refuse("text only", f"{key!r}, which are not read", fix)
+    try:
+        return known.read(row, renderer)
+    except LossInputError as error:
+        if error.field == row.place:
+            raise
+        row.refuse(f"{error.expected} ({error.field})", error.got, error.fix)
 
 
-def prompt_style(prompt: str) -> str:
-    """Return how prompts are written, by one of them: as a chat, a dialogue, a text, or a passage if empty.
-
-    A passage starts after the end of another text, also if a person gives its first words.
-    """
-    if not prompt:
-        return "passage"
-    return "chat" if prompt.endswith(CHAT) else "dialogue" if prompt.endswith(DIALOGUE) else "text"
-
-
-def prompt_for(style: str, text: str) -> str:
-    """Return the prompt of a style for a text that a person has typed.
-
-    >>> prompt_for("chat", "hello"), prompt_for("text", "47+8=")
-    ('user: hello\\nassistant: ', '47+8=')
-    """
-    written = {"chat": render([("user", text)]) + CHAT, "dialogue": f"\n\nHuman: {text}{DIALOGUE}"}
-    return written.get(style, text)
+def prompt_style(row: Row, known: Format) -> str:
+    """Return how the prompts of a format are written: as a ``"chat"``, a ``"text"``, or a ``"passage"`` if empty."""
+    prompt = row.fields.get("prompt", "") if known.keys[0] in ("prompt", "text") else None
+    if isinstance(prompt, str) and not isinstance(row.fields.get("chosen"), list):
+        return "text" if prompt else "passage"
+    return "chat"

@@ -14,9 +14,11 @@ from lossfns.frame import align_sampler_logprobs, datum_from_tokens
 from lossfns.loss import Loss
 from lossfns.losses.supervised import cross_entropy
 from lossfns.metrics import merge_metrics
+from lossfns.train.examples import Demonstration, Example, Preference, Problem, datum_of, prompt_of, sequences
 from lossfns.train.remote import Client
+from lossfns.train.render import Renderer
 from lossfns.train.run import Run
-from lossfns.train.tasks import END, TOKENIZER, Demonstration, Preference, Problem, Task
+from lossfns.train.tasks import Task
 
 CHUNK = 256
 """Sequences in one evaluation request."""
@@ -98,14 +100,14 @@ def train_supervised(
     """Train with token-mean cross-entropy on demonstrations."""
     rng, loss = Random(seed), cross_entropy()
     for step in run.steps(phase, steps, rng):
-        data = [completion_datum(*example) for example in draw(rng, batch)]
+        data = [datum_of(example) for example in draw(rng, batch)]
         run.log(step, train_step(client, data, loss, learning_rate(step)))
 
 
 def bits_per_byte(client: Client, examples: Sequence[Demonstration]) -> float:
     """Return the held-out cross-entropy, in bits for each byte of the completions."""
-    data = [completion_datum(*example) for example in examples]  # one token is one byte
-    return -sum(completion_logprobs(client, data)) / sum(len(e.completion) for e in examples) / math.log(2)
+    data = [datum_of(example) for example in examples]  # one token is one byte
+    return -sum(completion_logprobs(client, data)) / sum(sum(e.weights[1:]) for e in examples) / math.log(2)
 
 
 # Preference
@@ -113,7 +115,7 @@ def bits_per_byte(client: Client, examples: Sequence[Demonstration]) -> float:
 
 def pair_datums(examples: Sequence[Preference]) -> list[Datum]:
     """Make two datums of each example: datum 2i is chosen, datum 2i + 1 is rejected."""
-    return [completion_datum(e.prompt, completion) for e in examples for completion in (e.chosen, e.rejected)]
+    return [datum_of(side) for e in examples for side in e]
 
 
 def train_preference(
@@ -154,7 +156,7 @@ def likelihood_accuracy(client: Client, reference: Client, examples: Sequence[Pr
     ``reference`` is not used: the arguments are those of ``margin_accuracy``.
     """
     sums = completion_logprobs(client, pair_datums(examples))
-    lengths = [len(completion) for e in examples for completion in (e.chosen, e.rejected)]
+    lengths = [sum(side.weights[1:]) for e in examples for side in e]
     means = [total / length for total, length in zip(sums, lengths)]
     return share_positive([chosen - rejected for chosen, rejected in zip(means[0::2], means[1::2])])
 
@@ -185,7 +187,7 @@ def train_policy(
     rng = Random(seed)
     for step in run.steps(loss.name, steps, rng):
         problems = task.draw(rng, batch)
-        samples = sample_answers(client, problems, group, max_tokens, seed=rng.getrandbits(31))
+        samples = sample_answers(client, task.renderer, problems, group, max_tokens, seed=rng.getrandbits(31))
         rewards = [float(sample.correct) for sample in samples]
         groups = [i for i in range(len(problems)) for _ in range(group)]
         advantages = group_advantages(rewards, groups)
@@ -203,21 +205,21 @@ def train_policy(
         norm = sum(m["grad_norm"] for m in metrics) / len(metrics)
         run.log(step, {**merge_metrics(metrics), **group_metrics(rewards, groups), "grad_norm": norm})
         if step + 1 == min(FIRST_STEPS, steps):
-            warn_if_constant(run, step + 1, samples)
+            warn_if_constant(run, step + 1, task.renderer.decode(samples[0].tokens))
 
 
 FIRST_STEPS = 5
 """Steps after which rewards that have not changed are warned about."""
 
 
-def warn_if_constant(run: Run, steps: int, samples: Sequence[Answer]) -> None:
+def warn_if_constant(run: Run, steps: int, sample: str) -> None:
     """Warn if all rewards of a phase's first steps were 0, or all were 1: there is nothing to learn from."""
     rewards = {row["reward"] for row in run.history if row["phase"] == run.phase}
     if rewards == {0.0}:
-        sample = one_line(TOKENIZER.decode(samples[0].tokens), 30)
         run.say(
             f"warning: all rewards of the first {steps} steps are 0, so nothing is learned. A sample is right only if "
-            f"it is exactly the answer; one of them was {sample!r}. Try more --warmup-steps, or shorter answers."
+            f"it is exactly the answer; one of them was {one_line(sample, 30)!r}. Try more --warmup-steps, or shorter "
+            f"answers."
         )
     elif rewards == {1.0}:
         run.say(f"warning: all rewards of the first {steps} steps are 1: there is nothing left to learn.")
@@ -234,6 +236,7 @@ class Answer(NamedTuple):
 
 def sample_answers(
     client: Client,
+    renderer: Renderer,
     problems: Sequence[Problem],
     group: int,
     max_tokens: int,
@@ -246,15 +249,22 @@ def sample_answers(
     prompts = [ModelInput.from_ints(problem.prompt) for problem in problems]
     responses = sampler.sample_batch(prompts, group, params).result()
     return [
-        Answer(problem.prompt, s.tokens, s.logprobs, s.tokens == TOKENIZER.encode(problem.answer) + END)
+        Answer(
+            problem.prompt,
+            s.tokens,
+            s.logprobs,
+            s.tokens[-1:] != [] and s.tokens[-1] in renderer.end and renderer.decode(s.tokens) == problem.answer,
+        )
         for problem, response in zip(problems, responses)
         for s in response.sequences
     ]
 
 
-def mean_reward(client: Client, problems: Sequence[Problem], max_tokens: int, samples: int = 4) -> float:
+def mean_reward(
+    client: Client, renderer: Renderer, problems: Sequence[Problem], max_tokens: int, samples: int = 4
+) -> float:
     """Return the share of correct answers to held-out problems, sampled at temperature 1."""
-    answers = sample_answers(client, problems, samples, max_tokens, seed=7)
+    answers = sample_answers(client, renderer, problems, samples, max_tokens, seed=7)
     return sum(answer.correct for answer in answers) / len(answers)
 
 
@@ -264,20 +274,26 @@ SAMPLES, SAMPLE_TOKENS, TEMPERATURE = 3, 64, 0.7
 """How many samples are shown, the most tokens of each, and the temperature at which they are drawn."""
 
 
-def sample_texts(client: Client, examples: Sequence[Demonstration | Preference | Problem]) -> list[Any]:
+def sample_texts(client: Client, renderer: Renderer, examples: Sequence[Example]) -> list[Any]:
     """Return pairs of a prompt and a sample for a few examples, the same draw for the same weights.
 
-    An example without a prompt gives the first bytes of its text.
+    An example without a prompt gives the first tokens of its text.
     """
-    prompts = [
-        [*END, *e[1][: min(24, len(e[1]) // 2)]] if e.prompt == END and not isinstance(e, Problem) else e.prompt
-        for e in examples[:SAMPLES]
-    ]
+    prompts = [prompt_to_sample(renderer, example) for example in examples[:SAMPLES]]
     sampler = client.save_weights_and_get_sampling_client()
     params = SamplingParams(max_tokens=SAMPLE_TOKENS, seed=11, temperature=TEMPERATURE)
     responses = sampler.sample_batch([ModelInput.from_ints(prompt) for prompt in prompts], 1, params).result()
     tokens = [response.sequences[0].tokens for response in responses]
-    return [[TOKENIZER.decode(prompt), TOKENIZER.decode(ids)] for prompt, ids in zip(prompts, tokens)]
+    return [[renderer.decode(prompt), renderer.decode(ids)] for prompt, ids in zip(prompts, tokens)]
+
+
+def prompt_to_sample(renderer: Renderer, example: Example) -> list[int]:
+    """Return the prompt of an example, or the first tokens of its text if it has none."""
+    prompt = prompt_of(example)
+    if prompt != renderer.start or isinstance(example, Problem):
+        return prompt
+    tokens = sequences(example)[0].tokens
+    return tokens[: len(prompt) + min(24, (len(tokens) - len(prompt)) // 2)]
 
 
 def one_line(text: str, width: int) -> str:

@@ -11,6 +11,7 @@ from lossfns.backend.client.reference import embedded_model
 from lossfns.backend.client.training import LocalTrainingClient
 from lossfns.backend.engine.ranks import start as start_ranks
 from lossfns.backend.model import hf, lora
+from lossfns.backend.model.tokenizer import ByteTokenizer
 from lossfns.errors import LossInputError
 from lossfns.train.options import Options
 
@@ -40,6 +41,11 @@ def load_client(options: Options) -> LocalTrainingClient:
     if options.gradient_checkpointing:
         model.checkpointing = True  # type: ignore[assignment]
     return LocalTrainingClient(model, tokenizer=tokenizer, device=options.device, mesh=mesh, name=options.model)
+
+
+def load_tokenizer(options: Options) -> Any:
+    """Load the tokenizer of the model that the options name."""
+    return ByteTokenizer() if options.model is None else hf.load_tokenizer(options.model)
 
 
 def load_model(options: Options, dtype: torch.dtype | None) -> tuple[nn.Module, Any]:

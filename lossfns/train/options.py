@@ -36,7 +36,8 @@ class Options:
         group: samples of each problem; 0 for a method that does not sample.
         updates: optimizer steps for each round of samples; 0 for a method that does not sample.
         max_tokens: most tokens of a sample; ``None`` for the length of the longest answer.
-        max_length: most tokens of a row of ``data``; ``None`` for 2048. A longer row is refused.
+        max_length: most tokens of a row of ``data``; ``None`` for 2048. Longer rows are refused unless ``drop_longer``.
+        drop_longer: leave out longer rows and count them, instead of refusing them.
         save_every: steps from one checkpoint to the next.
     """
 
@@ -61,6 +62,7 @@ class Options:
     updates: int = 0
     max_tokens: int | None = None
     max_length: int | None = None
+    drop_longer: bool = False
     save_every: int = 20
 
 
@@ -74,7 +76,7 @@ def check_option(name: str, value: Any) -> None:
         expected, accepted = "text", isinstance(value, str) and is_path(value)
         if isinstance(value, str) and not accepted:
             expected = "text in UTF-8 that is not empty and has no NUL"
-    elif name == "gradient_checkpointing":
+    elif name in ("drop_longer", "gradient_checkpointing"):
         expected, accepted = "true or false", isinstance(value, bool)
     elif name == "lr":
         expected, accepted = "a finite number above 0", type(value) in (int, float) and 0 < value < math.inf

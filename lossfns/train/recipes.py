@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields, replace
 from functools import partial
 from random import Random
@@ -18,10 +18,12 @@ from lossfns.losses.sequence import gspo_token
 from lossfns.losses.supervised import cross_entropy
 from lossfns.train import methods, tasks
 from lossfns.train.checkpoints import frozen_copy
+from lossfns.train.examples import Demonstration, Preference, Problem
 from lossfns.train.options import LARGEST, Options, check_option, flag
 from lossfns.train.remote import Client
+from lossfns.train.render import Renderer
 from lossfns.train.run import Run
-from lossfns.train.tasks import Demonstration, Preference, Problem, Task
+from lossfns.train.tasks import Task
 
 
 class Outcome(NamedTuple):
@@ -47,15 +49,15 @@ T = TypeVar("T", Demonstration, Preference, Problem)
 def compared(
     run: Run,
     client: Client,
-    examples: Sequence[T],
+    task: Task[T],
     name: str,
     title: str,
     measure: Callable[[], float],
     train: Callable[[], None],
 ) -> Outcome:
     """Measure on held-out examples and draw samples, train, and do both again."""
-    run.say(f"measuring on held-out examples: {len(examples)}")
-    draw = partial(methods.sample_texts, client, examples)
+    run.say(f"measuring on held-out examples: {len(task.held_out)}")
+    draw = partial(methods.sample_texts, client, task.renderer, task.held_out)
     before, texts = run.once("before", measure), run.once("samples", draw)
     train()
     pairs = zip(texts, draw())
@@ -80,7 +82,7 @@ def sft(run: Run, client: Client, task: Task[Demonstration], loss: Loss, options
         learning_rate=methods.cosine(options.lr, options.steps),
         seed=options.seed,
     )
-    return compared(run, client, task.held_out, "bits_per_byte", "held-out bits per byte", measure, train)
+    return compared(run, client, task, "bits_per_byte", "held-out bits per byte", measure, train)
 
 
 def preference(run: Run, client: Client, task: Task[Preference], loss: Loss, options: Options) -> Outcome:
@@ -90,9 +92,9 @@ def preference(run: Run, client: Client, task: Task[Preference], loss: Loss, opt
     """
 
     def draw_chosen(rng: Random, n: int) -> list[Demonstration]:
-        return [Demonstration(e.prompt, e.chosen) for e in task.draw(rng, n)]
+        return [e.chosen for e in task.draw(rng, n)]
 
-    draw = draw_chosen if options.data else tasks.documentation().draw
+    draw = draw_chosen if options.data else tasks.documentation(task.renderer).draw
     warm_up(run, client, draw, options, batch=16, learning_rate=methods.cosine(3e-3, options.warmup_steps))
     reference = frozen_copy(run, client)
     accuracy = methods.margin_accuracy if "ref_logprobs" in loss.reads else methods.likelihood_accuracy
@@ -109,20 +111,20 @@ def preference(run: Run, client: Client, task: Task[Preference], loss: Loss, opt
         learning_rate=methods.cosine(options.lr, options.steps, warmup_steps=10),
         seed=options.seed,
     )
-    return compared(run, client, task.held_out, "accuracy", "held-out preference accuracy", measure, train)
+    return compared(run, client, task, "accuracy", "held-out preference accuracy", measure, train)
 
 
 def policy(run: Run, client: Client, task: Task[Problem], loss: Loss, options: Options) -> Outcome:
     """Learn by reinforcement, from a supervised start that solves only some of the problems."""
-    demonstrate = tasks.correct_demonstration if options.data else tasks.noisy_demonstration
 
     def draw_demonstrations(rng: Random, n: int) -> list[Demonstration]:
-        return [demonstrate(problem, rng) for problem in task.draw(rng, n)]
+        drawn = [(e.prompt, str(e.answer) if options.data else tasks.noisy_answer(e, rng)) for e in task.draw(rng, n)]
+        return [task.renderer.answered(*each) for each in drawn]
 
     warm_up(run, client, draw_demonstrations, options, batch=256, learning_rate=methods.constant(2e-3))
-    longest = max(answer_length(problem) for problem in task.held_out + task.train)
+    longest = max(answer_lengths(task))
     max_tokens = options.max_tokens or longest
-    measure = partial(methods.mean_reward, client, task.held_out, max_tokens)
+    measure = partial(methods.mean_reward, client, task.renderer, task.held_out, max_tokens)
     train = partial(
         methods.train_policy,
         run,
@@ -138,12 +140,12 @@ def policy(run: Run, client: Client, task: Task[Problem], loss: Loss, options: O
         max_tokens=max_tokens,
         seed=options.seed,
     )
-    return compared(run, client, task.held_out, "reward", "held-out reward", measure, train)
+    return compared(run, client, task, "reward", "held-out reward", measure, train)
 
 
-def answer_length(problem: Problem) -> int:
-    """Return the tokens of a problem's answer, with the end of the sequence."""
-    return len(tasks.TOKENIZER.encode(problem.answer)) + 1
+def answer_lengths(task: Task[Problem]) -> list[int]:
+    """Return the tokens of each problem's answer, with the end of the sequence."""
+    return [len(task.renderer.encode(problem.answer or "")) + 1 for problem in task.held_out + task.train]
 
 
 def warm_up(
@@ -171,29 +173,36 @@ def warm_up(
 # Data
 
 
-def demonstrations(options: Options) -> Task[Demonstration]:
-    return tasks.load_demonstrations(options) if options.data else tasks.documentation()
+def load(options: Options, renderer: Renderer, kind: type[T]) -> Task[T]:
+    """Load the examples of ``--data``."""
+    limit = options.max_length or tasks.MAX_LENGTH
+    drop = options.drop_longer
+    return tasks.load(str(options.data), renderer, kind, max_length=limit, drop_longer=drop, seed=options.seed)
 
 
-def pairs(options: Options) -> Task[Preference]:
-    return tasks.load_preferences(options) if options.data else tasks.continuations()
+def demonstrations(options: Options, renderer: Renderer) -> Task[Demonstration]:
+    return load(options, renderer, Demonstration) if options.data else tasks.documentation(renderer)
 
 
-def pairs_with_prompts(options: Options) -> Task[Preference]:
+def pairs(options: Options, renderer: Renderer) -> Task[Preference]:
+    return load(options, renderer, Preference) if options.data else tasks.continuations(renderer)
+
+
+def pairs_with_prompts(options: Options, renderer: Renderer) -> Task[Preference]:
     """Load the pairs for ORPO, which learns the chosen texts: the built-in prompts are part of them."""
     if options.data:
-        return tasks.load_preferences(options)
-    return tasks.with_prompts_trained(tasks.continuations())
+        return load(options, renderer, Preference)
+    return tasks.with_prompts_trained(tasks.continuations(renderer))
 
 
-def problems(options: Options) -> Task[Problem]:
+def problems(options: Options, renderer: Renderer) -> Task[Problem]:
     """Load the problems, and note how many answers no sample can be: those longer than ``--max-tokens``.
 
     Raises:
         LossInputError: if no answer is short enough.
     """
-    task = tasks.load_problems(options) if options.data else tasks.arithmetic()
-    lengths = [answer_length(problem) for problem in task.held_out + task.train]
+    task = load(options, renderer, Problem) if options.data else tasks.arithmetic(renderer)
+    lengths = answer_lengths(task)
     most = options.max_tokens or max(lengths)
     longer = sum(length > most for length in lengths)
     if longer == len(lengths):
@@ -223,7 +232,7 @@ class Method(NamedTuple):
     """
 
     loss: Callable[[], Loss]
-    task: Callable[[Options], Task[Any]]
+    task: Callable[[Options, Renderer], Task[Any]]
     recipe: Recipe
     defaults: dict[str, Any]
 
@@ -265,6 +274,8 @@ def complete_options(given: Mapping[str, Any]) -> Options:
             raise LossInputError(flag(name), expected, reprlib.repr(value), fix)
     if options.max_length and not options.data:
         raise LossInputError("--max-length", "--data with it", "none", "The built-in data has its own length.")
+    if options.drop_longer and not options.data:
+        raise LossInputError("--drop-longer", "--data with it", "none", "The built-in data has its own length.")
     if options.batch * max(1, options.group) > LARGEST["batch"]:
         expected, got = f"--batch times --group of at most {LARGEST['batch']}", f"{options.batch * options.group}"
         raise LossInputError("--group", expected, got, "Take fewer samples in a step, and more steps.")

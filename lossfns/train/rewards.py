@@ -16,7 +16,7 @@ from lossfns.errors import LossInputError, show
 from lossfns.loading import load
 
 if TYPE_CHECKING:
-    from lossfns.train.tasks import Problem
+    from lossfns.train.examples import Problem
 
 Reward = Callable[["Problem", str], float]
 """``reward(problem, text)``: a finite number for the text of a sample, without the tokens that end it."""
@@ -34,7 +34,7 @@ def reward_of(spec: str) -> Reward:
     Raises:
         LossInputError: if there is no such reward, or the pattern, schema or function cannot be used.
 
-    >>> from lossfns.train.tasks import Problem
+    >>> from lossfns.train.examples import Problem
     >>> reward_of("number")(Problem([], "1,200"), "That makes 3 * 400 = $1200.00.")
     1.0
     """

@@ -25,9 +25,11 @@ from lossfns.train.display import display_on
 from lossfns.train.rows import RowFile
 
 CONFIG, METRICS, EVALUATIONS, RESULT = "config.json", "metrics.jsonl", "evaluations.jsonl", "result.json"
-CHECKPOINT, REFERENCE, CURVES = "checkpoint.npz", "reference.npz", "curves.png"
+CHECKPOINT, REFERENCE, CURVES = "checkpoint.safetensors", "reference.safetensors", "curves.png"
 CHECKPOINTS, REFERENCES = (CHECKPOINT, "checkpoint"), (REFERENCE, "reference")
 """One process writes a file, several processes write a folder."""
+OLD_CHECKPOINT = "checkpoint.npz"
+"""The file that one process wrote until 2026-11. It is read, and replaced at the next save."""
 ONE_PROCESS = SingleProcess()
 
 

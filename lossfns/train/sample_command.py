@@ -13,15 +13,17 @@ from typing import Any
 import torch
 
 from lossfns.backend.client.training import LocalTrainingClient
+from lossfns.backend.model.tokenizer import ByteTokenizer
 from lossfns.backend.types import SamplingParams
 from lossfns.datum import ModelInput
 from lossfns.errors import LossInputError
 from lossfns.terminal import console_on, say, while_read
-from lossfns.train import formats, remote, tasks
+from lossfns.train import remote
 from lossfns.train.checkpoints import checkpoints
 from lossfns.train.methods import TEMPERATURE, one_line
 from lossfns.train.options import check_option
 from lossfns.train.outcome import refused
+from lossfns.train.render import Renderer, typed_prompt
 from lossfns.train.run import load_config
 
 
@@ -72,19 +74,19 @@ def sample_run(folder: Path, args: argparse.Namespace) -> list[str]:
     if not checkpoints(folder):
         fix = "A run saves its first one after --save-every steps."
         raise LossInputError("RUN", "a run with a checkpoint", f"{folder}, which has none", fix)
-    style = config.get("prompts", "text")
+    renderer = Renderer(ByteTokenizer())
     try:
-        ids = tasks.TOKENIZER.encode(formats.prompt_for(style, args.prompt))
+        ids = typed_prompt(renderer, config.get("prompts", "text"), args.prompt)
     except UnicodeEncodeError:
         got = ascii(args.prompt[:40])
         raise LossInputError("PROMPT", "text in UTF-8", got, "Check the encoding of the terminal.") from None
     torch.set_num_threads(1)
     path, base_url = checkpoints(folder)[0], config["options"].get("base_url")
     params = SamplingParams(max_tokens=args.max_tokens, temperature=args.temperature, seed=args.seed)
-    prompt = ModelInput.from_ints(tasks.END + ids if style == "passage" or not ids else ids)
+    prompt = ModelInput.from_ints(ids)
     with sampler_of(path, base_url, args.device) as sampler:
         (response,) = sampler.sample_batch([prompt], args.samples, params).result()
-    return [tasks.TOKENIZER.decode(sequence.tokens) for sequence in response.sequences]
+    return [renderer.decode(sequence.tokens) for sequence in response.sequences]
 
 
 @contextmanager

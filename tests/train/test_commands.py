@@ -117,7 +117,7 @@ def test_a_closed_pipe_ends_quietly_with_everything_saved(closed: str, tmp_path:
     assert process.returncode == 0 and "Traceback" not in (shown or "") and "Error" not in (shown or "")
     result = json.loads((tmp_path / "run" / RESULT).read_text())
     assert result["stopped_early"] is (closed == "both")
-    assert (tmp_path / "run" / "checkpoint.npz").exists()
+    assert (tmp_path / "run" / "checkpoint.safetensors").exists()
 
 
 @pytest.mark.parametrize("moment", ["in a step", pytest.param("before the run", marks=pytest.mark.exhaustive)])

@@ -14,16 +14,18 @@ import pytest
 from lossfns import LossInputError
 from lossfns.backend import ByteTokenizer
 from lossfns.train import tasks
+from lossfns.train.examples import Example, Problem, prompt_of, sequences
 from lossfns.train.options import Options
 from lossfns.train.recipes import METHODS, complete_options
-from lossfns.train.tasks import Demonstration, Preference, Problem, Task
+from lossfns.train.render import Renderer
+from lossfns.train.tasks import Task
 
-TEXT = ByteTokenizer()
+BYTES = Renderer(ByteTokenizer())
 
 
 def load(method: str, path: Path, **more: Any) -> Task[Any]:
     options: Options = complete_options({"method": method, "data": str(path), **more})
-    return METHODS[method].task(options)
+    return METHODS[method].task(options, BYTES)
 
 
 def written(path: Path, rows: list[Any]) -> Path:
@@ -31,8 +33,12 @@ def written(path: Path, rows: list[Any]) -> Path:
     return path
 
 
-def texts(example: Demonstration | Preference | Problem) -> tuple[str, ...]:
-    return tuple(part if isinstance(part, str) else TEXT.decode(part) for part in example)
+def texts(example: Example) -> tuple[str, ...]:
+    """The prompt, and the answer or what follows the prompt in each sequence."""
+    prompt = BYTES.decode(prompt_of(example))
+    if isinstance(example, Problem):
+        return prompt, str(example.answer)
+    return (prompt, *(BYTES.decode(each.tokens).removeprefix(prompt) for each in sequences(example)))
 
 
 def examples(task: Task[Any]) -> set[tuple[str, ...]]:
@@ -81,7 +87,7 @@ GOOD = b'{"prompt": "a", "completion": "b"}\n'
         (b'{"prompt": "a", "completion": "b"', r"a JSON object, got Expecting ',' delimiter"),
         (b'{"prompt": "a\x1b[2J", "completion": "b"}', r"a JSON object, got Invalid control character"),
         (b'{"prompt": "' + b"a" * 2**24 + b'", "completion": "b"}', r"a line of at most 16777216 characters"),
-        (b'{"prompt": "a", "completion": "' + b"b" * 20_000 + b'"}', r"at most 2048 tokens \(bytes\).*, got 20002"),
+        (b'{"prompt": "a", "completion": "' + b"b" * 20_000 + b'"}', r"at most 2048 tokens with.*, got 20002"),
     ],
 )
 def test_a_row_that_cannot_be_used_is_named_by_file_line_and_field(row: bytes, says: str, tmp_path: Path) -> None:
@@ -159,10 +165,12 @@ CHAT = [
     {"role": "assistant", "content": "6"},
 ]
 TURNS = {("system: Add.\nuser: 2+2\nassistant: ", "4")}
+BOTH = {("system: Add.\nuser: 2+2\nassistant: ", "4\nuser: 3+3\nassistant: 6")}
 LATER = {("system: Add.\nuser: 2+2\nassistant: 4\nuser: 3+3\nassistant: ", "6")}
 USER, FOUR, FIVE = CHAT[1], CHAT[2], {"role": "assistant", "content": "5"}
 SHAREGPT = [{"from": "human", "value": "2+2"}, {"from": "gpt", "value": "4"}]
 HH = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: 2+2\n\nAssistant:"
+HI = "user: hi\nassistant: hello\nuser: 2+2\nassistant: "
 ASKED = "user: 2+2\nassistant: "
 
 FORMATS: list[tuple[str, str, dict[str, Any], set[tuple[str, ...]]]] = [
@@ -170,7 +178,7 @@ FORMATS: list[tuple[str, str, dict[str, Any], set[tuple[str, ...]]]] = [
     ("sft", "prompt and completion", {"prompt": "2+2=", "completion": 4.50}, {("2+2=", "4.5")}),
     ("sft", "prompt and completion", {"prompt": [USER], "completion": [FOUR]}, {(ASKED, "4")}),
     ("sft", "prompt and completion", {"prompt": [USER], "completion": "4"}, {(ASKED, "4")}),
-    ("sft", "messages", {"messages": CHAT}, TURNS | LATER),
+    ("sft", "messages", {"messages": CHAT}, BOTH),
     ("sft", "messages", {"messages": [USER, FOUR | {"content": [{"type": "text", "text": "4"}]}]}, {(ASKED, "4")}),
     ("sft", "ShareGPT conversations", {"conversations": SHAREGPT}, {(ASKED, "4")}),
     ("sft", "ShareGPT conversations", {"conversations": SHAREGPT, "system": "Add."}, TURNS),
@@ -187,8 +195,9 @@ FORMATS: list[tuple[str, str, dict[str, Any], set[tuple[str, ...]]]] = [
     ("dpo", "prompt, chosen and rejected", {"prompt": [USER], "chosen": [USER, FOUR], "rejected": [USER, FIVE]},
      {(ASKED, "4", "5")}),
     ("dpo", "prompt, chosen and rejected", {"prompt": [USER], "chosen": "4", "rejected": "5"}, {(ASKED, "4", "5")}),
-    ("dpo", "dialogues, chosen and rejected", {"chosen": [USER, FOUR], "rejected": [USER, FIVE]}, {(ASKED, "4", "5")}),
-    ("dpo", "dialogues, chosen and rejected", {"chosen": HH + " 4", "rejected": HH + " 5"}, {(HH, " 4", " 5")}),
+    ("dpo", "chosen and rejected with a common start",
+     {"chosen": [USER, FOUR], "rejected": [USER, FIVE]}, {(ASKED, "4", "5")}),
+    ("dpo", "chosen and rejected with a common start", {"chosen": HH + " 4", "rejected": HH + " 5"}, {(HI, "4", "5")}),
     ("grpo", "prompt and answer", {"prompt": "2+2=", "answer": 4}, {("2+2=", "4")}),
     ("grpo", "prompt and answer", {"prompt": [USER], "answer": "4"}, {(ASKED, "4")}),
     ("grpo", "question and answer", {"question": "2+2", "answer": "It is <<2+2=4>>4.\n#### 1,004"}, {(ASKED, "1004")}),
@@ -223,30 +232,34 @@ def test_the_usual_formats_are_read(
         (
             "sft",
             {"prompt": "a", "chosen": "b", "rejected": "c"},
-            "prompt, chosen and rejected, which dpo or orpo reads",
+            "prompt, chosen and rejected, which preference methods (dpo, orpo) read",
         ),
-        ("dpo", {"messages": [USER, FOUR]}, "of the format messages, which sft reads"),
+        ("dpo", {"messages": [USER, FOUR]}, "of the format messages, which supervised methods (sft) read"),
         ("sft", {"query": "a", "reply": "b"}, "The row has 'query', 'reply'. This method reads prompt, completion;"),
         ("sft", {"query": "a", "reply": "b"}, "jq -c '{prompt: .FIELD, completion: .FIELD}'"),
-        ("sft", {"prompt": "a", "completion": "b", "label": True}, "unpaired preferences, which no method reads"),
+        ("sft", {"prompt": "a", "completion": "b", "label": True}, "a label, which losses of unpaired preference read"),
         ("sft", {"prompt": "a", "completion": "b", "images": ["x.png"]}, "got 'images', which are not read"),
-        ("sft", {"messages": [USER, FOUR], "tools": [{"name": "add"}]}, "got 'tools', which are not read"),
-        ("sft", {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [1]}]}, "a call of a tool"),
-        ("sft", {"messages": [USER, {"role": "tool", "content": "4"}, FOUR]}, "a call of a tool"),
+        ("sft", {"messages": [USER, FOUR], "tools": [{"name": "add"}]}, "got tools: the model has no chat template"),
+        (
+            "sft",
+            {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [1]}]},
+            "'messages[1].tool_calls[0]', got 1",
+        ),
+        ("sft", {"messages": [USER, {"role": "tool", "content": "4"}, FOUR]}, "a result of a tool: the model has no"),
         ("sft", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}, FOUR]}, "parts that are no text"),
-        ("sft", {"messages": [USER]}, "an answer of the assistant under 'messages', got none"),
+        ("sft", {"messages": [USER]}, "an answer of the assistant under 'messages' that is trained, got none"),
         ("sft", {"messages": []}, "a list of messages under 'messages', got []"),
         ("sft", {"messages": "hello"}, "a list of messages under 'messages', got 'hello'"),
         ("sft", {"messages": [USER, 3]}, "a message under 'messages[1]', got 3"),
         ("sft", {"messages": [{"role": "wizard", "content": ""}]}, "under 'messages[0].role', got 'wizard'"),
         ("sft", {"messages": [{"content": "x"}]}, "under 'messages[0].role', got nothing"),
         ("sft", {"messages": [USER, {"role": "assistant"}]}, "text under 'messages[1].content', got nothing"),
-        ("sft", {"messages": [USER, FOUR | {"content": ""}]}, "text under 'messages[1]', got ''"),
-        ("dpo", {"chosen": "4", "rejected": "5"}, "the same start under 'chosen' and 'rejected'"),
-        ("dpo", {"chosen": HH + " 4\n\nHuman: ok\n\nAssistant: b", "rejected": HH + " 5"}, "got more turns"),
-        ("dpo", {"chosen": HH, "rejected": HH + " 5"}, "one answer under 'chosen'"),
+        ("sft", {"messages": [USER, FOUR | {"content": ""}]}, "text in each answer under 'messages', got ''"),
+        ("dpo", {"chosen": "4", "rejected": "5"}, "a dialogue of 'Human:' and 'Assistant:' under 'chosen', got '4'"),
+        ("dpo", {"chosen": HH + " 4", "rejected": HH[:-16] + "3+3\n\nAssistant: 5"}, "got a message of the user"),
+        ("dpo", {"chosen": HH, "rejected": HH + " 5"}, "text in each answer under 'chosen'"),
         ("dpo", {"prompt": "a", "chosen": [USER, FOUR], "rejected": [USER, FIVE]}, "got others. Leave out one"),
-        ("dpo", {"chosen": [USER, FOUR], "rejected": [FIVE]}, "one answer under 'chosen' after the messages"),
+        ("dpo", {"chosen": [USER, FOUR], "rejected": [FIVE]}, "an answer under 'chosen' after the messages"),
         ("sft", {"data": [{"text": "a"}], "n": 1}, "open('"),
         ("sft", {"data": [{"text": "a"}], "n": 1}, "['data']]\" > rows.jsonl"),
         ("sft", {"k" * 5000: "a"}, "text under 'prompt', got nothing"),
@@ -267,7 +280,7 @@ def test_the_answers_of_a_chat_are_held_out_together(tmp_path: Path) -> None:
         for i in range(20)
     ]
     task = load("sft", written(tmp_path / "rows.jsonl", rows))
-    assert len(task.held_out) == 8 and len(task.train) == 72
+    assert len(task.held_out) == 2 and len(task.train) == 18
     chats = [{texts(e)[0].split()[1] for e in part} for part in (task.train, task.held_out)]
     assert len(chats[1]) == 2 and not chats[0] & chats[1]
 
@@ -276,7 +289,7 @@ def test_of_chats_with_many_answers_no_more_than_the_limit_are_held_out_and_none
     turns = [{"role": r, "content": f"{j}"} for j in range(30) for r in ("user", "assistant")]
     rows = [{"messages": [{"role": "system", "content": f"{i}"}, *turns]} for i in range(300)]
     task = load("sft", written(tmp_path / "rows.jsonl", rows))
-    assert len(task.held_out) == 390 and len(task.held_out) + len(task.train) == 9000
+    assert len(task.held_out) == 30 and len(task.held_out) + len(task.train) == 300
 
 
 def test_rows_longer_than_the_limit_are_said_at_once(tmp_path: Path) -> None:
@@ -286,7 +299,7 @@ def test_rows_longer_than_the_limit_are_said_at_once(tmp_path: Path) -> None:
     message = refusal("sft", path)
     assert "got 20003, and 11 longer rows after it" in message and "--max-length 20014" in message
     assert len(load("sft", path, max_length=20_014).train) == 11
-    assert len(load("sft", path, max_length=20_014).train[0].completion) > 20_000
+    assert len(load("sft", path, max_length=20_014).train[0].tokens) > 20_000
 
 
 # 10,000 mutated rows
@@ -349,6 +362,13 @@ def contents(value: Any) -> list[Any]:
     return list(value.values()) if isinstance(value, dict) else value
 
 
+def usable(example: Example) -> bool:
+    """Whether an example has tokens to read and tokens to train on, or an answer."""
+    if isinstance(example, Problem):
+        return bool(example.prompt and (example.answer or "answer" not in example.fields))
+    return all(len(each.tokens) == len(each.weights) and any(each.weights[1:]) for each in sequences(example))
+
+
 @pytest.mark.parametrize("count", [1000, pytest.param(10_000, marks=pytest.mark.exhaustive)])
 def test_mutated_rows_give_nothing_but_named_errors(count: int, tmp_path: Path) -> None:
     """Each file is read whole, or refused in one line with its path; what is read can be encoded and is not empty."""
@@ -369,7 +389,7 @@ def test_mutated_rows_give_nothing_but_named_errors(count: int, tmp_path: Path) 
             assert message.startswith((f"{path}:", "--data: ")), (number, message)
             refused += 1
         else:
-            assert task.train and task.held_out and all(all(each) for each in map(tuple, task.train))
+            assert task.train and task.held_out and all(map(usable, task.train))
             read += 1
     assert read > count // 20 and refused > count // 5
 
@@ -384,4 +404,4 @@ def test_the_longest_answer_of_all_rows_sets_the_length_of_samples(tmp_path: Pat
     rows = [{"prompt": f"{i}", "answer": "x" * (40 if i == 700 else 2)} for i in range(1000)]
     task = load("grpo", written(tmp_path / "rows.jsonl", rows))
     assert max(len(p.answer) for p in task.train + task.held_out) == 40
-    assert len(tasks.arithmetic().train) == 610
+    assert len(tasks.arithmetic(BYTES).train) == 610

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from lossfns import LossInputError
+from lossfns.train.examples import Problem
 from lossfns.train.rewards import check_reward, default_reward, last_number, reward_of
-from lossfns.train.tasks import Problem
 
 
 def problem(answer: Any) -> Problem:

@@ -14,16 +14,19 @@ import pytest
 from lossfns import LossInputError
 from lossfns.backend import ByteTokenizer, Decoder, LocalTrainingClient
 from lossfns.train import methods, tasks
+from lossfns.train.examples import Problem, demonstration, prompt_of
 from lossfns.train.outcome import print_outcome
 from lossfns.train.plots import running_mean
 from lossfns.train.recipes import Outcome
+from lossfns.train.render import Renderer
 from lossfns.train.run import Run, State
 
 TEXT = ByteTokenizer()
+BYTES = Renderer(TEXT)
 
 
 def test_held_out_problems_are_never_drawn_and_answers_are_right() -> None:
-    task = tasks.arithmetic()
+    task = tasks.arithmetic(BYTES)
     held_out = {tuple(p.prompt) for p in task.held_out}
     drawn = task.draw(Random(0), 10_000)
     assert len(drawn) == 810 - len(held_out) and not held_out & {tuple(p.prompt) for p in drawn}
@@ -33,8 +36,8 @@ def test_held_out_problems_are_never_drawn_and_answers_are_right() -> None:
 
 
 def test_careless_demonstrations_slip_six_times_in_ten() -> None:
-    problem, rng = tasks.arithmetic().held_out[0], Random(0)
-    shown = [TEXT.decode(tasks.noisy_demonstration(problem, rng).completion) for _ in range(2000)]
+    problem, rng = tasks.arithmetic(BYTES).held_out[0], Random(0)
+    shown = [tasks.noisy_answer(problem, rng) for _ in range(2000)]
     right = sum(answer == problem.answer for answer in shown) / 2000
     assert right == pytest.approx(0.4, abs=0.04)
     assert {abs(int(answer) - int(problem.answer)) for answer in shown} == {0, 1, 10}
@@ -43,35 +46,35 @@ def test_careless_demonstrations_slip_six_times_in_ten() -> None:
 def test_topics_are_held_out_whole() -> None:
     train, held_out = tasks.corpus()
     assert not train.keys() & held_out.keys() and len(held_out) > 8
-    everything = " ".join(tasks.normalized(TEXT.decode(text)) for text in train.values())
-    for example in tasks.documentation().held_out:
-        assert tasks.normalized(TEXT.decode(example.completion)) not in everything
+    everything = " ".join(tasks.normalized(text) for text in train.values())
+    for example in tasks.documentation(BYTES).held_out:
+        assert tasks.normalized(TEXT.decode(example.tokens)) not in everything
 
 
 def test_a_true_continuation_continues_and_the_other_comes_from_elsewhere() -> None:
     _, held_out = tasks.corpus()
-    texts = {name: TEXT.decode(text) for name, text in held_out.items()}
-    for pair in tasks.continuations().held_out[:40]:
-        prompt, chosen, rejected = (TEXT.decode(ids) for ids in pair)
-        homes = {name for name, text in texts.items() if prompt + chosen in text}
-        assert homes and any(rejected in text for name, text in texts.items() if name not in homes)
+    for pair in tasks.continuations(BYTES).held_out[:40]:
+        prompt = TEXT.decode(prompt_of(pair))
+        chosen, rejected = (TEXT.decode(side.tokens).removeprefix(prompt) for side in pair)
+        homes = {name for name, text in held_out.items() if prompt + chosen in text}
+        assert homes and any(rejected in text for name, text in held_out.items() if name not in homes)
         assert prompt[-1].isalpha() and chosen[0].isalpha() and rejected[0].isalpha()
-        assert len(pair[1]) == len(pair[2])  # in tokens, of which a quote in the corpus may need three
+        assert len(pair.chosen.tokens) == len(pair.rejected.tokens)
 
 
 def test_rewards_are_for_exactly_the_answer(tmp_path: Path) -> None:
     """The greedy answer of the model counts as correct, and no other."""
     shape: dict[str, Any] = {"vocab_size": 257, "dim": 16, "layers": 1, "heads": 1, "kv_heads": 1, "hidden": 16}
     client = LocalTrainingClient(Decoder(**shape), tokenizer=TEXT, device="cpu")
-    problem = tasks.Problem([50, 61], "x")
-    (_, tokens, _, right), *_ = methods.sample_answers(client, [problem], 1, 4, seed=0, temperature=0)
+    problem = Problem([50, 61], "x", {})
+    (_, tokens, _, right), *_ = methods.sample_answers(client, BYTES, [problem], 1, 4, seed=0, temperature=0)
     assert right is (tokens == [*TEXT.encode("x"), 256])
-    draw = lambda rng, n: [tasks.Demonstration(problem.prompt, [120, 256])] * n  # noqa: E731
+    draw = lambda rng, n: [demonstration(problem.prompt, [120, 256])] * n  # noqa: E731
     rate = methods.constant(3e-2)
     with Run(tmp_path, terminal=io.StringIO()) as run:
         methods.train_supervised(run, client, draw, phase="warm-up", steps=60, batch=4, learning_rate=rate, seed=0)
-    assert methods.mean_reward(client, [problem], 4) > 0.9
-    assert methods.mean_reward(client, [tasks.Problem([50, 61], "xx")], 4) < 0.1
+    assert methods.mean_reward(client, BYTES, [problem], 4) > 0.9
+    assert methods.mean_reward(client, BYTES, [Problem([50, 61], "xx", {})], 4) < 0.1
 
 
 def test_accuracy_counts_a_tie_half() -> None:

@@ -19,6 +19,7 @@ from lossfns.backend.client.sampling import LocalSamplingClient
 from lossfns.backend.client.training import LocalTrainingClient
 from lossfns.backend.engine import state
 from lossfns.backend.engine.budget import check_budget
+from lossfns.backend.engine.names import renamed
 from lossfns.backend.engine.ranks import Ranks, SingleProcess
 from lossfns.backend.futures import async_in_thread
 from lossfns.backend.model import lora
@@ -268,7 +269,8 @@ class LocalServiceClient:
             raise LossInputError("record_stability_info", "False", repr(record_stability_info), fix)
         if model_path is not None:
             name, model = self._model_of_checkpoint(model_path, base_model)
-            state.load_weights(model, checkpoint.load(model_path)[0], str(model_path))
+            tensors, _ = renamed(model, *checkpoint.load(model_path))
+            state.load_weights(model, tensors, str(model_path))
         elif base_model is not None:
             name, model = base_model, self._copied_base(base_model)
         else:

@@ -22,6 +22,7 @@ from lossfns.backend.client.requests import (
     refuse_existing,
 )
 from lossfns.backend.client.sampling import LocalSamplingClient
+from lossfns.backend.engine.names import renamed
 from lossfns.backend.engine.pooling import POOLS
 from lossfns.backend.engine.state import (
     adapters_change_nothing,
@@ -322,6 +323,7 @@ class LocalTrainingClient(LocalReferenceClient):
     ) -> SaveResponse:
         data = more | {
             "kind": kind,
+            "names": "public",
             "steps": self._engine.steps,
             "model": self._name,
             "starts_unadapted": self._starts_unadapted,
@@ -337,7 +339,7 @@ class LocalTrainingClient(LocalReferenceClient):
             raise
 
     def _load(self, path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        return checkpoint.load(path, self._processes(), self.ranks.empty_for)
+        return renamed(self.model, *checkpoint.load(path, self._processes(), self.ranks.empty_for))
 
     def _processes(self) -> Processes:
         ranks = self.ranks
@@ -373,7 +375,7 @@ class LocalTrainingClient(LocalReferenceClient):
         return LocalSamplingClient(self.ranks.copy_model(), self._tokenizer, self.ranks)
 
     def _sampling_client(self, path: str | Path) -> LocalSamplingClient:
-        tensors, data = checkpoint.load(path)
+        tensors, data = renamed(self.model, *checkpoint.load(path))
         check_description(self.model, data, str(path))
         sampler = self._copy_to_sampler()
         load_weights(sampler.model, tensors, str(path))

@@ -26,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lossfns.backend.engine.batch import ModelInputs
+from lossfns.backend.engine.names import OPTIMIZER, public_names
 from lossfns.backend.futures import RequestThread
 from lossfns.errors import LossInputError
 from lossfns.loss import BoundLoss
@@ -235,7 +236,8 @@ class Ranks:
         self.skeleton = copied_with(model, {name: p.to("meta") for name, p in model.named_parameters()})
         self.root = fully_sharded(model, self.mesh)
         self.parameters = list(model.parameters())
-        self.weights = model.state_dict()
+        public = public_names(model)
+        self.weights = {public[name]: x for name, x in model.state_dict().items()}
 
     def with_full_weights(self, compute: Callable[[], Tensor]) -> Tensor:
         """Call a function while the weights are gathered. The gradient of its result goes back to the shards."""
@@ -269,8 +271,7 @@ class Ranks:
 
     def empty_for(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Return an empty tensor to load ``name`` into, sharded like its parameter."""
-        # Names are model.<parameter> and optim.<key>.<parameter>.
-        parameter = self.weights.get(name.split(".", 1 if name.startswith("model.") else 2)[-1])
+        parameter = self.weights.get(name.split("/", 2)[-1] if name.startswith(OPTIMIZER) else name)
         if parameter is None or parameter.shape != torch.Size(shape):
             return torch.empty(tuple(shape), dtype=dtype)
         return torch.empty_like(parameter, dtype=dtype)

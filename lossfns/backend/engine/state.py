@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lossfns.backend.engine.names import OPTIMIZER, RANDOM, public_names
 from lossfns.backend.engine.ranks import full_tensor
 from lossfns.backend.model import lora
 from lossfns.errors import LossInputError
@@ -18,9 +19,9 @@ from lossfns.errors import LossInputError
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
-    """Return every tensor of the model as ``model.<name>``. Tied weights are one tensor under several names."""
-    tensors, tied = model.state_dict(), tied_names(model)
-    return {f"model.{name}": tensors[tied.get(name, name)] for name in tensors}
+    """Return every tensor of the model by its name in a checkpoint. Tied weights have the first of their names."""
+    public, tied = public_names(model), tied_names(model)
+    return {public[name]: x for name, x in model.state_dict().items() if name not in tied}
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:
@@ -31,25 +32,29 @@ def tied_names(model: nn.Module) -> dict[str, str]:
 
 
 def check_weights(model: nn.Module, tensors: Mapping[str, Tensor], path: str) -> None:
-    """Refuse weights whose names, shapes or kinds of numbers are not the model's, and those that are not finite."""
-    loaded, state = weights_in(tensors), model.state_dict()
+    """Refuse weights whose names, shapes or kinds of numbers are not the model's, and those that are not finite.
+
+    Further names of tied weights may be there, with the same numbers.
+    """
+    public, state = public_names(model), weights(model)
+    first = {public[name]: public[other] for name, other in tied_names(model).items()}
+    loaded = {name: x for name, x in tensors.items() if not name.startswith((OPTIMIZER, RANDOM))}
     expected, shapes = ({name: tuple(x.shape) for name, x in each.items()} for each in (state, loaded))
-    if shapes != expected:
-        wrong = next(name for name in (*expected, *shapes) if shapes.get(name) != expected.get(name))
-        got = f"{wrong} is {shapes.get(wrong, 'missing')} in place of {expected.get(wrong, 'nothing')}"
-        raise other_model(path, got)
+    if missing := next((name for name in expected if shapes.get(name) != expected[name]), None):
+        raise other_model(path, f"{missing} is {shapes.get(missing, 'missing')} in place of {expected[missing]}")
+    for name in [name for name in loaded if name not in state]:
+        if name not in first:
+            raise other_model(path, f"{name} is {shapes[name]} in place of nothing")
+        if shapes[name] != shapes[first[name]] or not all_true(loaded[name] == loaded[first[name]]):
+            raise other_model(path, f"{name} is not {first[name]}, to which this model ties it")
     for name, x in state.items():
         if loaded[name].dtype != x.dtype and not (loaded[name].is_floating_point() and x.is_floating_point()):
             raise other_model(path, f"{name} is {loaded[name].dtype} in place of {x.dtype}")
-    for name, p in model.named_parameters(remove_duplicate=False):
-        if not all_true(loaded[name].to(p.dtype).isfinite()):
+    for name, p in model.named_parameters():
+        if not all_true(loaded[public[name]].to(p.dtype).isfinite()):
             fix = "Take an earlier checkpoint."
-            raise LossInputError("path", "a checkpoint of finite weights", f"{path}, with nan or inf in {name}", fix)
-
-
-def weights_in(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the model's tensors of a checkpoint, by the names that the model gives them."""
-    return {name.removeprefix("model."): x for name, x in tensors.items() if name.startswith("model.")}
+            got = f"{path}, with nan or inf in {public[name]}"
+            raise LossInputError("path", "a checkpoint of finite weights", got, fix)
 
 
 def all_true(x: Tensor) -> bool:
@@ -59,7 +64,8 @@ def all_true(x: Tensor) -> bool:
 
 def replace_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Load weights that ``check_weights`` has accepted."""
-    model.load_state_dict(weights_in(tensors))
+    public, tied = public_names(model), tied_names(model)
+    model.load_state_dict({name: tensors[public[tied.get(name, name)]] for name in public})
 
 
 def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], path: str) -> None:
@@ -115,26 +121,32 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
 def moments(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """Return what the optimizer keeps of each parameter as ``optim.<key>.<parameter>``."""
-    names = [name for name, _ in model.named_parameters()]
+    """Return what the optimizer keeps of each parameter as ``optimizer/<key>/<parameter>``."""
+    names = parameter_names(model)
     kept = optimizer.state_dict()["state"]
-    return {f"optim.{key}.{names[i]}": x for i, state in kept.items() for key, x in state.items()}
+    return {f"{OPTIMIZER}{key}/{names[i]}": x for i, state in kept.items() for key, x in state.items()}
+
+
+def parameter_names(model: nn.Module) -> list[str]:
+    """Return the names of the parameters in a checkpoint, in the order of the optimizer."""
+    public = public_names(model)
+    return [public[name] for name, _ in model.named_parameters()]
 
 
 def load_moments(model: nn.Module, optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:
     """Load what ``moments`` has returned into an optimizer of the same parameters."""
     kept: dict[int, dict[str, Tensor]] = {}
-    index = {name: i for i, (name, _) in enumerate(model.named_parameters())}
+    index = {name: i for i, name in enumerate(parameter_names(model))}
     for name, x in tensors.items():
-        if name.startswith("optim."):
-            _, key, parameter = name.split(".", 2)
+        if name.startswith(OPTIMIZER):
+            key, parameter = name.removeprefix(OPTIMIZER).split("/", 1)
             kept.setdefault(index[parameter], {})[key] = x
     optimizer.load_state_dict({"state": kept, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def parameters_with_moments(tensors: Mapping[str, Tensor]) -> list[str]:
     """Return the names of the parameters that have moments."""
-    return sorted({name.split(".", 2)[2] for name in tensors if name.startswith("optim.")})
+    return sorted({name.split("/", 2)[2] for name in tensors if name.startswith(OPTIMIZER) and name.count("/") > 1})
 
 
 LARGEST_STEPS = 2**53
@@ -147,7 +159,7 @@ def check_complete(model: nn.Module, tensors: Mapping[str, Tensor], data: Mappin
     Such a state has other dtypes, or lacks a part of the optimizer's state, or has one that AdamW cannot have left.
     """
     check_dtypes(model, tensors, path)
-    steps, parameters = data.get("steps"), dict(model.named_parameters())
+    steps, parameters = data.get("steps"), dict(zip(parameter_names(model), model.parameters()))
     names = parameters_with_moments(tensors)
     wrong = None
     if not isinstance(steps, int) or isinstance(steps, bool) or not 0 <= steps <= LARGEST_STEPS:
@@ -158,17 +170,17 @@ def check_complete(model: nn.Module, tensors: Mapping[str, Tensor], data: Mappin
         wrong = f"moments of {min(set(names) - parameters.keys())}, which is no parameter of this model"
     else:
         wrong = next((w for name in names if (w := wrong_moments(name, parameters[name], tensors, steps))), None)
-    known = ("model.", "random.", *(f"optim.{key}." for key in MOMENTS))
-    unknown = [name for name in tensors if not name.startswith(known)]
+    known = tuple(f"{OPTIMIZER}{key}/" for key in MOMENTS)
+    unknown = [name for name in tensors if name.startswith(OPTIMIZER) and not name.startswith(known)]
     if unknown:
-        wrong = wrong or f"{unknown[0]}, which is neither weight, moment nor random state"
+        wrong = wrong or f"{unknown[0]}, which AdamW does not keep"
     if wrong is not None:
         raise not_continued(path, wrong)
 
 
 def wrong_moments(name: str, p: nn.Parameter, tensors: Mapping[str, Tensor], steps: int) -> str | None:
     """Return what is wrong with the moments of a parameter; None if AdamW may have left them."""
-    keys = [f"optim.{key}.{name}" for key in MOMENTS]
+    keys = [f"{OPTIMIZER}{key}/{name}" for key in MOMENTS]
     shapes = [tuple(tensors[key].shape) if key in tensors else None for key in keys]
     if shapes != [tuple(p.shape), tuple(p.shape), ()]:
         return f"moments of {name} of shapes {shapes}"
@@ -200,18 +212,20 @@ def check_dtypes(model: nn.Module, tensors: Mapping[str, Tensor], path: str) -> 
 
 # Random numbers
 
+CPU, CUDA = f"{RANDOM}cpu", f"{RANDOM}cuda"
+
 
 def random(device: torch.device) -> dict[str, Tensor]:
-    """Return the states of torch's generators as ``random.<device>``. Samples without a seed are drawn from them."""
-    cuda = {"random.cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
-    return {"random.cpu": torch.get_rng_state(), **cuda}
+    """Return the states of torch's generators as ``random/<device>``. Samples without a seed are drawn from them."""
+    cuda = {CUDA: torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
+    return {CPU: torch.get_rng_state(), **cuda}
 
 
 def check_random(tensors: Mapping[str, Tensor], device: torch.device, path: str) -> None:
     """Refuse states that torch's generators cannot take. They are tried on generators of their own."""
-    if "random.cpu" not in tensors:
+    if CPU not in tensors:
         raise not_continued(path, "no state of random numbers")
-    devices = {"random.cpu": torch.device("cpu")} | ({"random.cuda": device} if device.type == "cuda" else {})
+    devices = {CPU: torch.device("cpu")} | ({CUDA: device} if device.type == "cuda" else {})
     for name in devices.keys() & tensors.keys():
         try:
             torch.Generator(devices[name]).set_state(full_tensor(tensors[name]))
@@ -221,6 +235,6 @@ def check_random(tensors: Mapping[str, Tensor], device: torch.device, path: str)
 
 def load_random(tensors: Mapping[str, Tensor], device: torch.device) -> None:
     """Set the states of torch's generators, for the whole process."""
-    torch.set_rng_state(tensors["random.cpu"])
-    if "random.cuda" in tensors and device.type == "cuda":
-        torch.cuda.set_rng_state(tensors["random.cuda"], device)
+    torch.set_rng_state(tensors[CPU])
+    if CUDA in tensors and device.type == "cuda":
+        torch.cuda.set_rng_state(tensors[CUDA], device)

@@ -7,6 +7,7 @@ prefixes. Everything else is the library's own code.
 from __future__ import annotations
 
 import inspect
+import json
 import math
 import re
 from collections.abc import Sequence
@@ -51,9 +52,8 @@ def load(
     >>> service = LocalServiceClient({"smollm2": lambda: load("SmolLM2-135M-Instruct.Q4_1.gguf")})
     """
     transformers()
-    path = smollm2_file() if source == "smollm2" else Path(source)
     try:
-        found = converted(path) if path.suffix == ".gguf" else path if path.exists() else from_hub(str(source))
+        found = located(source)
         model = transformers().AutoModelForCausalLM.from_pretrained(found, dtype=dtype, attn_implementation="eager")
         tokenizer = tokenizer_of(found, model.name_or_path if lora.wrapped_layers(model) else found)
     except LossInputError:
@@ -62,6 +62,30 @@ def load(
         raise source_error(source, error) from error
     lora.merge(model)
     return CausalLM(model).to(device), tokenizer
+
+
+def load_tokenizer(source: str | Path) -> Any:
+    """Load the tokenizer that ``load`` returns beside the model.
+
+    Raises:
+        LossInputError: no tokenizer is found.
+    """
+    transformers()
+    try:
+        found = located(source)
+        adapters = Path(found) / "adapter_config.json"
+        base = json.loads(adapters.read_text())["base_model_name_or_path"] if adapters.exists() else found
+        return tokenizer_of(found, base)
+    except LossInputError:
+        raise
+    except (OSError, ValueError, KeyError) as error:
+        raise source_error(source, error) from error
+
+
+def located(source: str | Path) -> str | Path:
+    """Return the folder of a model, or the name of a repository that has to be fetched."""
+    path = smollm2_file() if source == "smollm2" else Path(source)
+    return converted(path) if path.suffix == ".gguf" else path if path.exists() else from_hub(str(source))
 
 
 def smollm2_file() -> Path:
@@ -117,6 +141,7 @@ class CausalLM(nn.Module):
 
     Attributes:
         model: the model of ``transformers``.
+        prefix: the place of its tensors within this module.
         context_length: the most tokens that a sequence may have.
         shape: architecture and settings, as a checkpoint records them.
 
@@ -129,6 +154,8 @@ class CausalLM(nn.Module):
             tokens other than by attention (Mamba and other hybrids) and models whose attention or head has parts
             that are not known here. Attention sinks and chunked attention are refused by name.
     """
+
+    prefix = "model."
 
     def __init__(self, model: Any) -> None:
         super().__init__()

@@ -20,6 +20,12 @@ class ByteTokenizer:
         ids = [*text.encode("utf-8")]
         return [*ids, self.eos_token_id] if add_special_tokens else ids
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Return the text. The end of sequence is dropped, and broken UTF-8 becomes U+FFFD."""
-        return bytes(i for i in ids if i != self.eos_token_id).decode("utf-8", errors="replace")
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        """Return the text; broken UTF-8 becomes U+FFFD. The end of sequence is left out, or written as its name."""
+        parts = [b""]
+        for i in ids:
+            if i != self.eos_token_id:
+                parts[-1] += bytes([i])
+            elif not skip_special_tokens:
+                parts += [b""]
+        return self.eos_token.join(part.decode("utf-8", errors="replace") for part in parts)

@@ -582,7 +582,7 @@ EMBEDDING: dict[str, Spoil] = {"output": output_is_wrong, "pooling": output_is_w
 BUILTIN: dict[str, Spoil] = {"data": data_is_wrong, "loss_fn_config": config_is_wrong, "loss_fn": name_is_wrong}
 FILES = ("missing", "folder", "garbage", "empty", "truncated", "other.npz", "pickle", "plain.npz", "foreign")
 SAVE: dict[str, Spoil] = {
-    "name": path_is_wrong("state.npz", "folder", "garbage/x.npz"),
+    "name": path_is_wrong("state.npz", "folder", "garbage/x.safetensors"),
     "ttl_seconds": other_than(nothing),
     "user_metadata": other_than(lambda x: x is None or (isinstance(x, dict) and not x)),
 }

@@ -1,8 +1,7 @@
 """Checkpoints with a good seal and bad content: refused by name, with the client as it was."""
 
 import contextlib
-import io
-import zipfile
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
@@ -64,22 +63,15 @@ def told(**changes: Any) -> Callable[[Tensors, Data], None]:
     return lambda tensors, data: data.update(changes)
 
 
-FIRST, SECOND, STEP, WEIGHT = (
-    f"{kind}.{name}"
-    for kind, name in [
-        ("optim.exp_avg", "norm.weight"),
-        ("optim.exp_avg_sq", "norm.weight"),
-        ("optim.step", "norm.weight"),
-        ("model", "norm.weight"),
-    ]
-)
+WEIGHT = "norm.weight"
+FIRST, SECOND, STEP = (f"optimizer/{key}/{WEIGHT}" for key in ("exp_avg", "exp_avg_sq", "step"))
 
 DAMAGE: dict[str, tuple[Callable[[Tensors, Data], None], str]] = {
-    "a random state of zeros": (put("random.cpu", torch.zeros_like), "random numbers that torch refuses"),
-    "a random state of ones": (put("random.cpu", torch.ones_like), "random numbers that torch refuses"),
-    "a short random state": (put("random.cpu", lambda x: x[:-1]), "random numbers that torch refuses"),
-    "a random state of floats": (put("random.cpu", Tensor.float), "random numbers that torch refuses"),
-    "no random state": (lambda tensors, data: tensors.pop("random.cpu"), "no state of random numbers"),  # type: ignore[dict-item, return-value]
+    "a random state of zeros": (put("random/cpu", torch.zeros_like), "random numbers that torch refuses"),
+    "a random state of ones": (put("random/cpu", torch.ones_like), "random numbers that torch refuses"),
+    "a short random state": (put("random/cpu", lambda x: x[:-1]), "random numbers that torch refuses"),
+    "a random state of floats": (put("random/cpu", Tensor.float), "random numbers that torch refuses"),
+    "no random state": (lambda tensors, data: tensors.pop("random/cpu"), "no state of random numbers"),  # type: ignore[dict-item, return-value]
     "nan in the first moment": (put(FIRST, entry(np.nan)), "moments of norm.weight that are negative, nan or inf"),
     "inf in the first moment": (put(FIRST, entry(-np.inf)), "moments of norm.weight that are negative, nan or inf"),
     "nan in the second moment": (put(SECOND, entry(np.nan)), "moments of norm.weight that are negative, nan or inf"),
@@ -101,13 +93,16 @@ DAMAGE: dict[str, tuple[Callable[[Tensors, Data], None], str]] = {
     "weights of integers": (put(WEIGHT, Tensor.long), "norm.weight is torch.int64 in place of torch.float32"),
     "weights of complex numbers": (put(WEIGHT, lambda x: x.to(torch.complex64)), "norm.weight is torch.complex64"),
     "weights of half precision": (put(WEIGHT, Tensor.half), "norm.weight is torch.float16 in place of torch.float32"),
-    "an unknown tensor": (lambda tensors, data: tensors.update(extra=torch.ones(1)), "extra, which is neither weight"),
+    "an unknown tensor": (
+        lambda tensors, data: tensors.update(extra=torch.ones(1)),
+        "extra is (1,) in place of nothing",
+    ),
     "an unknown moment": (
-        lambda tensors, data: tensors.update({"optim.max_exp_avg_sq.norm.weight": torch.ones(8)}),
-        "optim.max_exp_avg_sq.norm.weight, which is neither weight",
+        lambda tensors, data: tensors.update({"optimizer/max_exp_avg_sq/norm.weight": torch.ones(8)}),
+        "optimizer/max_exp_avg_sq/norm.weight, which AdamW does not keep",
     ),
     "moments of another parameter": (
-        lambda tensors, data: (tensors.update({f"optim.{k}.x": torch.ones(1) for k in ("exp_avg", "step")}), None)[1],
+        lambda tensors, data: tensors.update({f"optimizer/{k}/x": torch.ones(1) for k in ("exp_avg", "step")}),
         "an incomplete optimizer",
     ),
     "steps that are a text": (told(steps="3"), "steps = '3'"),
@@ -202,7 +197,7 @@ def spoil_tensor(tensors: Tensors, rng: Random) -> None:
             x = x.to(rng.choice(kinds))
         case 3:
             del tensors[name]
-            tensors[rng.choice([name + "x", "x", name.replace("model", "optim"), name.upper()])] = x
+            tensors[rng.choice([name + "x", "x", f"optimizer/{name}", name.upper()])] = x
             return
         case 4:
             del tensors[name]
@@ -230,29 +225,31 @@ def spoil_data(data: Any, rng: Random) -> None:
 
 
 def spoil_bytes(content: bytes, rng: Random, *, seal: bool) -> bytes:
-    """Overwrite, cut or double a stretch of the file, and seal the rest anew."""
-    body, old = content[: -file.DIGEST], content[-file.DIGEST :]
+    """Overwrite, cut or double a stretch of the file. A stretch of the tensors' bytes can be sealed anew."""
+    start = 8 + int.from_bytes(content[:8], "little") if seal else 0
+    header, body = content[:start], content[start:]
     a = rng.randrange(len(body))
     b = min(len(body), a + 2 ** rng.randrange(8))
     body = rng.choice([body[:a] + rng.randbytes(b - a) + body[b:], body[:a] + body[b:], body[:b] + body[a:], body[:a]])
-    return body + (file.digest(io.BytesIO(body + old)) if seal else old)
+    return sealed(header[8:], body) if seal else body
 
 
 def spoil_text(content: bytes, rng: Random) -> bytes:
-    """Change characters of the JSON in a file, keep the archive whole, and seal it anew."""
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        members = {info.filename: archive.read(info) for info in archive.infolist()}
-    text = bytearray(np.lib.format.read_array(io.BytesIO(members["meta.npy"])).tobytes())
+    """Change characters of the JSON in a file, and seal it anew."""
+    start = 8 + int.from_bytes(content[:8], "little")
+    text = bytearray(content[8:start])
     for _ in range(rng.randint(1, 3)):
-        text[rng.randrange(len(text))] = rng.choice(b'09e-"[]{},:nx')
-    target, member = io.BytesIO(), io.BytesIO()
-    np.lib.format.write_array(member, np.frombuffer(bytes(text), np.uint8))
-    members["meta.npy"] = member.getvalue()
-    with zipfile.ZipFile(target, "w") as archive:
-        archive.comment = b"0" * file.DIGEST
-        for name, written in members.items():
-            archive.writestr(name, written)
-    return target.getvalue()[: -file.DIGEST] + file.digest(target)
+        text[rng.randrange(len(file.PREFIX), len(text))] = rng.choice(b'09e-"[]{},:nx')
+    return sealed(bytes(text), content[start:])
+
+
+def sealed(header: bytes, body: bytes) -> bytes:
+    """A file with the checksums that such a header and body have."""
+    before = header.index(b'"sha256":"') + 10 if b'"sha256":"' in header else 0
+    if before:
+        header = header[:before] + hashlib.sha256(body).hexdigest().encode() + header[before + file.DIGEST :]
+    whole, start = len(header).to_bytes(8, "little") + header, 8 + len(file.PREFIX)
+    return whole[:start] + file.seal_of(whole) + whole[start + file.DIGEST :] + body
 
 
 def spoiled(good: Path, bad: Path, rng: Random) -> None:

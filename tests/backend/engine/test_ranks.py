@@ -148,7 +148,7 @@ def test_ranks_stop_together_and_any_number_of_them_goes_on(folder: Path) -> Non
     same_run(folder / "one-stopped", folder / "two-sft")
     assert (
         not (folder / "two-stopped" / "checkpoint").exists()
-        and not (folder / "one-stopped" / "checkpoint.npz").exists()
+        and not (folder / "one-stopped" / "checkpoint.safetensors").exists()
     )
 
 

@@ -123,8 +123,8 @@ def test_of_two_clients_that_save_one_state_at_the_same_moment_one_succeeds(coun
         assert len(winners) == 1 and loser.startswith(f"name: {REFUSED}, got {tmp_path / f'{i}'}")
         loaded, data = checkpoint.load(tmp_path / f"{i}")
         assert data["steps"] == 2 * winners[0]
-        for name, x in clients[winners[0]].model.state_dict().items():
-            assert torch.equal(loaded[f"model.{name}"], x)
+        for name, x in clients[winners[0]].model.named_parameters():
+            assert torch.equal(loaded[name], x)
     assert len(list(tmp_path.iterdir())) == count
 
 
