@@ -241,7 +241,7 @@ def call(name: str, doc: Doc, loss: Loss | None) -> str:
     lines += [">>> loss.backward()", ">>> round(loss.item(), 4)", repr(round(total, 4)), ">>> logprobs.grad"]
     lines += [*repr(gradient).splitlines()]
     pairs = " Row 0 is the chosen side, row 1 the rejected one." if loss.rows == "pairs" else ""
-    forms = "The same object takes datums and packed tensors, and compiles to one kernel: [README](../../README.md)."
+    forms = "The same object takes datums and packed tensors, and compiles to one kernel: [client](../client.md)."
     return "## A call\n\n```python\n" + "\n".join(lines) + f"\n\n```\n\n{forms}{pairs}"
 
 
@@ -361,7 +361,7 @@ def references(make: Callable[..., Any]) -> str:
     papers = dict.fromkeys(re.findall(r"arXiv:(\d{4}\.\d{5})", inspect.getdoc(make) or ""))
     lines = [f"- [arXiv:{paper}](https://arxiv.org/abs/{paper})" for paper in papers]
     module = make.__module__.replace(".", "/")
-    return "## References\n\n" + "\n".join([*lines, f"- [`{module}.py`](../../{module}.py)"])
+    return "## References\n\n" + "\n".join([*lines, f"- The code: `{module}.py`"])
 
 
 # The index and the files

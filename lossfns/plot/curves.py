@@ -66,7 +66,7 @@ def ratio_curve(loss: Loss, advantage: float, ratios: Sequence[float]) -> Curve:
     """Return a policy loss of one token over its ratio π/π_old. Sampler and reference are the old policy.
 
     >>> from lossfns import ppo
-    >>> ratio_curve(ppo(), 1.0, [0.5, 1.0, 1.5]).slope
+    >>> [round(slope, 3) for slope in ratio_curve(ppo(), 1.0, [0.5, 1.0, 1.5]).slope]
     [-0.5, -1.0, 0.0]
     """
     columns = {name: torch.full((1, 1), OLD).double() for name in loss.reads if name != "advantages"}

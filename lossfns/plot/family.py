@@ -51,7 +51,7 @@ def parts_of(function: Callable[..., Any]) -> tuple[str, ...]:
 
     >>> from lossfns import ppo
     >>> parts_of(ppo)
-    ('token_mean', 'token_level', 'with_dual_clip', 'clipped_surrogate', 'importance_ratio')
+    ('token_mean', 'token_level', 'importance_ratio', 'clipped_surrogate', 'with_dual_clip')
     """
     found: dict[str, None] = {}
     pending, seen = [inspect.unwrap(function)], set[Any]()
