@@ -1,4 +1,4 @@
-"""The command line: ``lossfns list``, ``describe``, ``check``, ``vectors``, ``train``, ``plot``, ``sample``,
+"""The command line: ``lossfns list``, ``describe``, ``check``, ``vectors``, ``data``, ``train``, ``plot``, ``sample``,
 ``serve``."""
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from lossfns.server.command import add_serve
 from lossfns.testing.command import add_check
 from lossfns.testing.vectors.command import add_vectors
 from lossfns.train.command import add_train
+from lossfns.train.data_command import add_data
 from lossfns.train.plot_command import add_plot
 from lossfns.train.sample_command import add_sample
 from lossfns.version import __version__
@@ -27,6 +28,7 @@ def parser() -> argparse.ArgumentParser:
     add_check(commands)
     add_vectors(commands)
     add_conformance(commands)
+    add_data(commands)
     add_train(commands)
     add_plot(commands)
     add_sample(commands)

@@ -13,7 +13,7 @@ import pytest
 
 from lossfns.backend.storage import checkpoint
 from lossfns.cli import main
-from lossfns.train.recipes import METHODS, complete_options, own_options
+from lossfns.train.defaults import complete_options, loss_of, own_options
 
 SMALL = ["--steps", "2", "--batch", "4"]
 ROWS = {
@@ -21,6 +21,8 @@ ROWS = {
     "grpo": {"prompt": "2+2=", "answer": "4"},
     "dpo": {"prompt": "Say hello: ", "chosen": "hello", "rejected": "goodbye"},
 }
+
+METHODS = ("sft", "grpo", "dapo", "gspo-token", "dpo", "orpo")
 
 
 def jsonl(path: Path, rows: list[object]) -> str:
@@ -43,14 +45,15 @@ def test_every_method_leaves_a_whole_run_folder(
     shown = capsys.readouterr()
     assert "before" in shown.out and "after" in shown.out and f"{method} on" in shown.err
     assert {p.name for p in tmp_path.iterdir()} == {
-        *("config.json", "metrics.jsonl", "evaluations.jsonl", "result.json", "checkpoint.safetensors", "curves.png"),
-        *([] if method == "sft" else ["reference.safetensors"]),
+        *("config.json", "config.toml", "metrics.jsonl", "evaluations.jsonl"),
+        *("result.json", "checkpoint.safetensors", "curves.png"),
+        *(["reference.safetensors"] if method in ("grpo", "dpo") else []),
     }
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     steps = [row["step"] for row in rows if row["phase"] != "warm-up"]
     assert steps == [1, 2] and all("loss" in row and "grad_norm" in row for row in rows)
     config = json.loads((tmp_path / "config.json").read_text())
-    assert config["options"]["steps"] == 2 and config["loss"] == repr(METHODS[method].loss())
+    assert config["options"]["steps"] == 2 and config["loss"] == repr(loss_of(method, {}))
     assert json.loads((tmp_path / "result.json").read_text())["stopped_early"] is False
     assert checkpoint.load(tmp_path / "checkpoint.safetensors")[1]["steps"] >= 2
 
@@ -279,10 +282,11 @@ def test_what_is_no_run_cannot_be_resumed(tmp_path: Path, capsys: pytest.Capture
         ('"steps": "many"', "--steps: expected a whole number of at least 1, got 'many'"),
         ('"steps": true', "--steps: expected a whole number of at least 1, got True"),
         ('"lr": "fast", "steps": 3', "--lr: expected a finite number above 0, got 'fast'"),
-        ('"group": 4, "steps": 3', "--group: expected a method that has it (grpo, dapo, gspo-token), got sft"),
+        ('"group": 4, "steps": 3', "--group: expected a loss that has it (policy losses), got cross_entropy"),
         ('"stops": 3', "got 'stops'"),
         ('"out": 3, "steps": 3', "--out: expected text, got 3"),
-        ('"method": "ppo2", "steps": 3', "method: expected one of sft, grpo"),
+        ('"loss": "ppo2", "steps": 3', "--loss: expected the name of a loss, or module:function, got 'ppo2'"),
+        ('"set": {"clip": [0.2, 0.3]}, "loss": "ppo", "steps": 3', "ppo: clip: expected ratio bounds"),
     ],
 )
 def test_options_that_someone_has_put_into_a_config_are_checked(
@@ -290,7 +294,7 @@ def test_options_that_someone_has_put_into_a_config_are_checked(
 ) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
-    options: dict[str, Any] = {"method": "sft", "steps": 3, "lr": 0.003, "group": None}
+    options: dict[str, Any] = {"loss": "sft", "steps": 3, "lr": 0.003, "group": None}
     written = json.loads("{" + new + "}")
     config = {"options": {k: v for k, v in options.items() if k != "steps"} | written}
     (folder / "config.json").write_text(json.dumps(config | {"model": {}, "sha256": {}, "versions": {}}))
@@ -299,9 +303,10 @@ def test_options_that_someone_has_put_into_a_config_are_checked(
 
 def test_a_config_that_does_not_name_an_option_takes_its_default() -> None:
     """A run of an earlier version, which had fewer options, and ``null`` for those that its method did not have."""
-    options = complete_options({"method": "dpo", "batch": 3, "group": None, "out": None})
+    options = complete_options({"loss": "dpo", "batch": 3, "group": None, "out": None})
     assert (options.batch, options.steps, options.warmup_steps, options.save_every) == (3, 400, 300, 20)
-    assert complete_options(own_options(options)) == options and own_options(options)["group"] is None
+    own = own_options(options, "preference")
+    assert complete_options(own) == options and own["group"] is None
 
 
 def test_a_run_goes_on_only_with_the_data_it_began_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

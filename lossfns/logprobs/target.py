@@ -11,8 +11,9 @@ from torch import Tensor
 
 from lossfns.checks import check_number
 from lossfns.errors import LossInputError
-from lossfns.logprobs.linear import apply, no_double_backward
-from lossfns.logprobs.tiles import TILE_TOKENS, TILE_VOCAB, blocks, compute_dtype, row_blocks
+from lossfns.logprobs.head import compute_dtype
+from lossfns.logprobs.plans import apply, no_double_backward
+from lossfns.logprobs.tiles import TILE_TOKENS, TILE_VOCAB, blocks, row_blocks
 
 
 def target_logprobs(

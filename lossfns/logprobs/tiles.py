@@ -27,7 +27,8 @@ in place:
     ∂loss/∂z_v    Σ_k g_k·[v = target_k] − p_v·(Σ_k g_k + e·(z_v − m) − 2f·(p_v − Σp²))
     ∂loss/∂raw_v  ∂loss/∂z_v·(1 − (T·z_v / c)²) / T
 
-and the chain rule gives ∂hidden = ∂raw·W, ∂W = ∂rawᵀ·h and ∂b = the sum of ∂raw over tokens.
+and the chain rule gives ∂hidden = ∂raw·W, ∂W = ∂rawᵀ·h and ∂b = the sum of ∂raw over tokens. A low-rank addition
+u·Upᵀ to raw has ∂u = ∂raw·Up and ∂Up = ∂rawᵀ·u, which are narrow products.
 
 Precision: matrix products take and give the dtype of the weight; everything elementwise, and every sum over tiles or
 tokens, is float32 or better. Memory: one tile in the dtype of the weight, the tiles that are kept, and float32 copies
@@ -49,6 +50,7 @@ import torch
 from torch import Tensor
 
 from lossfns.devices import to_device
+from lossfns.logprobs.head import Head, add_hidden_grad_, add_matmul_, compute_dtype, is_inside
 from lossfns.tokens import MODEL_COLUMNS
 
 TILE_TOKENS, TILE_VOCAB = 8192, 4096
@@ -56,40 +58,6 @@ TILE_TOKENS, TILE_VOCAB = 8192, 4096
 
 BLOCK_LOGITS = 2**20
 """Logits that a CPU converts to float32 and processes at a time, so that they stay in its cache."""
-
-ALL = slice(None)
-
-
-class Head(NamedTuple):
-    """The unembedding: logits z = c·tanh(raw / c) / T of raw = h·Wᵀ + b, with softcap c and temperature T."""
-
-    weight: Tensor  # [V, D]
-    bias: Tensor | None  # [V]
-    temperature: float
-    softcap: float | None
-
-    def raw(self, hidden: Tensor, vocab: slice, buffer: Tensor | None = None) -> Tensor:
-        """Return h·Wᵀ + b [n, v] for hidden [n, D], in the dtype of the weight and, if it fits, in the buffer."""
-        weight = self.weight[vocab].T
-        out = view_of(buffer, len(hidden), weight.shape[1])
-        if self.bias is None:
-            return torch.mm(hidden, weight, out=out)
-        return torch.addmm(self.bias[vocab], hidden, weight, out=out)
-
-    def to_logits(self, raw: Tensor) -> Tensor:
-        """Return z for ``raw``, in ``compute_dtype``. This is ``raw`` itself if nothing changes."""
-        z = raw.to(compute_dtype(raw))
-        z = z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
-        return z if self.temperature == 1 else z / self.temperature
-
-    def chain_through_head(self, d: Tensor, z: Tensor) -> Tensor:
-        """Return ∂loss/∂raw from ``d`` = ∂loss/∂z at the logits ``z``."""
-        d = d if self.softcap is None else d * (1 - (z * (self.temperature / self.softcap)).square())
-        return d if self.temperature == 1 else d / self.temperature
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Return z over the whole vocabulary, [n, V], for hidden [n, D] of any dtype."""
-        return self.to_logits(self.raw(hidden.to(self.weight.dtype), ALL))
 
 
 class TileStats(NamedTuple):
@@ -268,7 +236,7 @@ def compiled_on_gpu(function: Callable[..., Any], device: str) -> Callable[..., 
     return torch.compile(function, dynamic=True) if device == "cuda" else function
 
 
-# Slices, dtypes and products
+# Slices
 
 
 def blocks(n: int, size: int) -> Iterator[slice]:
@@ -279,62 +247,6 @@ def blocks(n: int, size: int) -> Iterator[slice]:
 def row_blocks(raw: Tensor) -> Iterator[slice]:
     """Split the rows of a tile into blocks that are processed together: ``BLOCK_LOGITS`` on a CPU, all on a GPU."""
     return blocks(len(raw), max(1, BLOCK_LOGITS // raw.shape[1]) if raw.device.type == "cpu" else max(1, len(raw)))
-
-
-def is_inside(local: Tensor, vocab: slice) -> Tensor:
-    """Return whether indices that count from the first entry of ``vocab`` lie in it."""
-    size: int = vocab.stop - vocab.start
-    return (local >= 0) & (local < size)
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype of elementwise maths and of sums: float32, or float64 for float64."""
-    return torch.promote_types(x.dtype, torch.float32)
-
-
-def view_of(buffer: Tensor | None, n: int, v: int) -> Tensor | None:
-    """Return an [n, v] view of the buffer, or None if it is too small. Fresh pages are slow to get from the system."""
-    return None if buffer is None or buffer.numel() < n * v else buffer.view(-1)[: n * v].view(n, v)
-
-
-def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """Return a·b, on a GPU with a float32 result for half-precision inputs. A CPU rounds the result to their dtype."""
-    if a.is_cuda and a.dtype != compute_dtype(a):
-        return torch.mm(a, b, out_dtype=compute_dtype(a))
-    return a @ b
-
-
-def add_matmul_(total: Tensor, a: Tensor, b: Tensor, overwrite: bool = False) -> None:
-    """total += a·b, or total = a·b to ``overwrite`` it; in one kernel if the dtypes are the same."""
-    if a.dtype == total.dtype:
-        total.addmm_(a, b, beta=not overwrite)
-    elif overwrite:
-        total.copy_(matmul(a, b))
-    else:
-        total += matmul(a, b)
-
-
-def add_hidden_grad_(total: Tensor, d: Tensor, weight: Tensor, local: Tensor) -> None:
-    """total [n, D] += d·W for the gradient ``d`` [n, v] of a tile, with the target entries compensated.
-
-    ``local`` [n, K] are the targets, counted from the first entry of the tile.
-
-    A CPU rounds a half-precision product to half precision, here once per tile instead of once for the whole
-    vocabulary. The error is proportional to the entries of ``d``. Those of the targets are by far the largest, so
-    they are left out of the product and added in float32. The sum is then about as exact as one product over the
-    whole vocabulary, except where the rows of W have a large part in common.
-    """
-    if d.dtype == total.dtype or d.is_cuda:
-        return add_matmul_(total, d, weight)
-    rows, k = is_inside(local, slice(0, d.shape[1])).nonzero(as_tuple=True)
-    places = torch.unique(rows * d.shape[1] + local[rows, k])  # a target that occurs twice is one entry of d
-    flat = d.view(-1)
-    entries = flat[places]
-    flat[places] = 0
-    add_matmul_(total, d, weight)
-    flat[places] = entries
-    for part, values in zip(torch.split(places, len(d)), torch.split(entries, len(d))):  # [n, D] at a time
-        total.index_add_(0, part // d.shape[1], values[:, None].to(total.dtype) * weight[part % d.shape[1]])
 
 
 # All tiles, forward
@@ -389,13 +301,16 @@ class HeadGrads(NamedTuple):
 
     weight: Tensor | None  # [V, D], uninitialised
     bias: Tensor | None  # [V] of zeros, in ``compute_dtype``
+    up: Tensor | None  # [V, r], uninitialised, in ``compute_dtype``
 
     @staticmethod
-    def allocate(weight: Tensor, needed: tuple[bool, ...], dtype: torch.dtype) -> HeadGrads:
-        """Allocate the gradients that are ``needed`` of weight and bias; ∂weight has this ``dtype``."""
+    def allocate(head: Head, needed: tuple[bool, ...], dtype: torch.dtype) -> HeadGrads:
+        """Allocate the gradients that are ``needed`` of weight, bias and up; ∂weight has this ``dtype``."""
+        weight, up, wide = head.weight, head.up, compute_dtype(head.weight)
         return HeadGrads(
             torch.empty_like(weight, dtype=dtype) if needed[0] else None,
-            weight.new_zeros(len(weight), dtype=compute_dtype(weight)) if needed[1] else None,
+            weight.new_zeros(len(weight), dtype=wide) if needed[1] else None,
+            torch.empty_like(up, dtype=wide) if up is not None and needed[2] else None,
         )
 
 
@@ -415,13 +330,13 @@ def backward_tiles(
     tokens in float32 and written once.
 
     Args:
-        hidden: [N, D].
-        head_grads: receives ∂weight and ∂bias.
+        hidden: [N, D], or [N, D + r] with a low-rank addition.
+        head_grads: receives the gradients of the head.
         needs_hidden: whether ∂hidden is needed.
-        overwrite: write ∂weight over what ``head_grads`` holds instead of adding to it.
+        overwrite: write ∂weight and ∂up over what ``head_grads`` holds instead of adding to it.
 
     Returns:
-        ∂hidden [N, D] in the dtype of ``hidden``, or None.
+        ∂hidden in the shape and dtype of ``hidden``, or None.
     """
     nonzero = grad.nonzero.cpu().numpy()  # for all tokens at once: the host waits for it
     grad = grad.to(hidden.device)
@@ -434,10 +349,12 @@ def backward_tiles(
             d_weight = d_weight.to(compute_dtype(hidden))  # a copy only if it is narrower than float32
         for a, d_a in zip(active, d_hidden):
             buffer = d = to_gradient_(head, a.raw(head, vocab, kept, buffer), a.grad.in_tile(tile, vocab))
-            if d_a is not None:
-                add_hidden_grad_(d_a, d, head.weight[vocab], a.grad.targets - vocab.start)
-            if d_weight is not None:
-                add_matmul_(d_weight, d.T, a.hidden, overwrite=overwrite and a is active[0])
+            d_factors = (d_weight, None if head_grads.up is None else head_grads.up[vocab])
+            for (columns, factor), d_factor in zip(head.factors, d_factors):
+                if d_a is not None:
+                    add_hidden_grad_(d_a[:, columns], d, factor[vocab], a.grad.targets - vocab.start)
+                if d_factor is not None:
+                    add_matmul_(d_factor, d.T, a.hidden[:, columns], overwrite=overwrite and a is active[0])
             if head_grads.bias is not None:
                 head_grads.bias[vocab] += d.sum(0, dtype=head_grads.bias.dtype)
         if head_grads.weight is not None and d_weight is not None and d_weight.dtype != head_grads.weight.dtype:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import reduce
 from importlib import import_module
 from typing import Any
 
@@ -12,5 +13,8 @@ LIBRARY: Any = import_module("lossfns")
 
 
 def public(name: str) -> Any:
-    """Return the object that ``lossfns`` exports under this name, or raise AttributeError."""
-    return getattr(LIBRARY, name)
+    """Return the object that ``lossfns`` exports under this name, or raise AttributeError.
+
+    The name may be that of a module's function, such as ``rollout.truncated``.
+    """
+    return reduce(getattr, name.split("."), LIBRARY)

@@ -10,6 +10,7 @@ from lossfns.backend.client.training import LocalTrainingClient
 from lossfns.backend.storage import checkpoint
 from lossfns.errors import LossInputError
 from lossfns.train import remote
+from lossfns.train.options import Options
 from lossfns.train.remote import REFERENCE, Client, RemoteTrainingClient
 from lossfns.train.run import CHECKPOINTS, OLD_CHECKPOINT, REFERENCES, Run, State, replaced
 
@@ -49,6 +50,13 @@ def load_newest(client: Client, folder: Path) -> State:
     except (KeyError, TypeError, ValueError):
         got = f"{path}, which was saved by something else"
         raise LossInputError("--resume", "a checkpoint of the run", got, "Put the run's own back.") from None
+
+
+def reference_policy(run: Run, client: Client, options: Options) -> Client:
+    """Return the policy that the method starts from: the model with its new adapters off, or else a frozen copy."""
+    if isinstance(client, LocalTrainingClient) and options.lora and not options.init and not options.warmup_steps:
+        return client.reference()  # type: ignore[return-value]  # of which only `forward` is called
+    return frozen_copy(run, client)
 
 
 def frozen_copy(run: Run, client: Client) -> Client:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
-from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -18,16 +18,19 @@ from typing import Any, NoReturn
 import torch
 
 from lossfns.errors import LossInputError
-from lossfns.loss import Loss
 from lossfns.terminal import while_read
-from lossfns.train import models, recipes, remote, tasks
+from lossfns.train import models
 from lossfns.train.checkpoints import checkpoints, load_newest, save_checkpoint
-from lossfns.train.config import check_same, config_of
-from lossfns.train.options import Options, check_option
+from lossfns.train.config import check_same, config_of, write_config_toml
+from lossfns.train.defaults import complete_options, loss_of
+from lossfns.train.losses import parse_setting
+from lossfns.train.options import CHOICES, NAMES, Options, check_option, read_toml
 from lossfns.train.outcome import refused, report
+from lossfns.train.recipes import Job, run_job
 from lossfns.train.remote import Client
-from lossfns.train.render import Renderer
+from lossfns.train.rewards import SPECS
 from lossfns.train.run import CONFIG, Run, check_new, create_run, is_finished, load_config
+from lossfns.train.setup import client_of, examples_of, job_of
 
 
 def add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -35,41 +38,63 @@ def add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     p = commands.add_parser(
         "train",
         help="train a local model with one of the losses",
-        description="Train a local model and measure it on held-out data before and after. Everything about the run "
-        "is kept in the folder --out.",
+        description="Train a local model with a loss, and measure it on held-out data before and after. How it is "
+        "trained follows from what the loss reads. Everything about the run is kept in the folder --out.",
     )
-    add = p.add_argument
-    add("method", nargs="?", choices=recipes.METHODS, help="the training method")
-    add("--data", metavar="FILE", help="train on your own rows (JSONL, a JSON array or CSV) instead of built-in data: "
-        "{prompt, completion} or a chat for sft, {prompt, chosen, rejected} for dpo and orpo, {prompt, answer} for the "
-        "others; docs/train.md lists all formats")  # fmt: skip
-    add("--max-length", type=int, metavar="N", help="longest row of --data in tokens (bytes); longer ones are refused "
+    p.add_argument("loss", nargs="?", metavar="LOSS", help="a loss of the family, such as sft, dpo or grpo (lossfns "
+        "list has them all), a call such as 'with_tis(dapo(), cap=2)', or one of your own: module:function or "
+        "FILE.py:FUNCTION")  # fmt: skip
+    of_loss = p.add_argument_group("loss")
+    of_loss.add_argument("--loss", dest="named_loss", metavar="LOSS", help="the same as LOSS")
+    of_loss.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the loss, such "
+        "as clip=0.8,1.28, weigh=sequence_mean or kl_beta=0; lossfns describe LOSS has them all")  # fmt: skip
+    of_loss.add_argument("--teacher", metavar="MODEL", help="the model that the loss learns from; without --model, a "
+        "checkpoint of one")  # fmt: skip
+    of_loss.add_argument("--candidates", type=int, metavar="N", help="candidate tokens of the teacher at each position "
+        "(default: 16)")  # fmt: skip
+    data = p.add_argument_group("data").add_argument
+    data("--data", metavar="FILE", help="train on your own rows instead of built-in data: {prompt, completion} or a "
+        "chat, {prompt, chosen, rejected}, {prompt, answer}, ...; docs/train.md lists all formats")  # fmt: skip
+    data("--max-length", type=int, metavar="N", help="longest row of --data in tokens; longer ones are refused "
         "(default: 2048)")  # fmt: skip
-    add("--drop-longer", action="store_true", default=None, help="leave out longer rows, and count them")
-    add("--out", metavar="DIR", help="the run folder (default: runs/METHOD-TIME)")
-    add("--model", metavar="MODEL", help="train this model instead of the embedded one: a folder or the name of a "
+    data("--drop-longer", action="store_true", default=None, help="leave out longer rows, and count them")
+    model = p.add_argument_group("model").add_argument
+    model("--model", metavar="MODEL", help="train this model instead of the embedded one: a folder or the name of a "
         "repository of Hugging Face, a GGUF file, or smollm2, the model of that extra")  # fmt: skip
-    add("--lora", type=int, metavar="RANK", help="train low-rank adapters of this rank instead of all weights")
-    add("--lora-parts", metavar="PARTS", help="which layers get adapters: some of attn, mlp and unembed, with commas "
+    model("--lora", type=int, metavar="RANK", help="train low-rank adapters of this rank instead of all weights")
+    model("--lora-parts", metavar="PARTS", help="which layers get adapters: some of attn, mlp and unembed, with commas "
         "between them (default: attn,mlp)")  # fmt: skip
-    add("--dtype", choices=models.DTYPES, help="dtype of the weights (default: that of the model's file)")
-    add("--gradient-checkpointing", action="store_true", default=None, help="save memory: run each layer again in the "
-        "backward pass")  # fmt: skip
-    add("--init", metavar="FILE", help="start from the weights of this checkpoint")
-    add("--base-url", metavar="URL", help="train on a server of the Tinker API, such as lossfns serve, through the "
+    model("--dtype", choices=models.DTYPES, help="dtype of the weights (default: that of the model's file)")
+    model("--gradient-checkpointing", action="store_true", default=None, help="save memory: run each layer again in "
+        "the backward pass")  # fmt: skip
+    model("--init", metavar="FILE", help="start from the weights of this checkpoint")
+    model("--base-url", metavar="URL", help="train on a server of the Tinker API, such as lossfns serve, through the "
         "tinker SDK; TINKER_API_KEY is its key")  # fmt: skip
-    add("--device", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
-    add("--threads", type=int, metavar="N", help="CPU threads; more hardly help a model this small (default: 1)")
-    add("--seed", type=int, metavar="N", help="seed of the model, the batches and the samples (default: 0)")
-    add("--steps", type=int, metavar="N", help="steps of the method (default: by method)")
-    add("--warmup-steps", type=int, metavar="N", help="supervised steps before the method (default: by method)")
-    add("--batch", type=int, metavar="N", help="examples, pairs or problems in a step (default: by method)")
-    add("--lr", type=float, metavar="X", help="learning rate (default: by method)")
-    add("--group", type=int, metavar="N", help="samples of each problem, for grpo, dapo and gspo-token")
-    add("--updates", type=int, metavar="N", help="optimizer steps for each round of samples")
-    add("--max-tokens", type=int, metavar="N", help="longest sample in tokens (default: that of the longest answer)")
-    add("--save-every", type=int, metavar="N", help="steps from one checkpoint to the next (default: 20)")
-    add("--resume", metavar="DIR", help="continue the run in this folder, which was killed or stopped; all other "
+    model("--device", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
+    model("--threads", type=int, metavar="N", help="CPU threads; more hardly help a small model (default: 1)")
+    steps = p.add_argument_group("steps").add_argument
+    steps("--seed", type=int, metavar="N", help="seed of the model, the batches and the samples (default: 0)")
+    steps("--steps", type=int, metavar="N", help="steps of the method (default: by method)")
+    steps("--warmup-steps", type=int, metavar="N", help="supervised steps before the method (default: by method)")
+    steps("--batch", type=int, metavar="N", help="examples, pairs or problems in a step (default: by method)")
+    steps("--lr", type=float, metavar="X", help="learning rate (default: by method)")
+    samples = p.add_argument_group("samples, for losses that need them").add_argument
+    samples("--group", type=int, metavar="N", help="samples of each problem")
+    samples("--updates", type=int, metavar="N", help="optimizer steps for each round of samples")
+    samples(
+        "--max-tokens", type=int, metavar="N", help="longest sample in tokens (default: that of the longest answer)"
+    )
+    samples("--reward", metavar="SPEC", help=f"{SPECS} (default: by the data)")
+    samples("--advantage-scale", choices=CHOICES["advantage_scale"], help="divide advantages by the standard "
+        "deviation of the group, or not, as in Dr. GRPO (default: std)")  # fmt: skip
+    run = p.add_argument_group("run").add_argument
+    run("--config", metavar="FILE", help="take options from a TOML file, such as the config.toml of a run; options of "
+        "the command line come first")  # fmt: skip
+    run("--out", metavar="DIR", help="the run folder (default: runs/LOSS-TIME)")
+    run("--eval-every", type=int, metavar="N", help="steps from one held-out evaluation to the next (default: only "
+        "before and after)")  # fmt: skip
+    run("--save-every", type=int, metavar="N", help="steps from one checkpoint to the next (default: 20)")
+    run("--resume", metavar="DIR", help="continue the run in this folder, which was killed or stopped; all other "
         "options come from the folder")  # fmt: skip
     p.set_defaults(run=train_command, parser=p)
 
@@ -80,16 +105,15 @@ def train_command(args: argparse.Namespace) -> int:
     Returns:
         0, also if the run was stopped early and saved, or 2 if the input was refused.
     """
-    names = [field.name for field in fields(Options)]
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    if args.resume is not None and given:
-        args.parser.error(f"--resume takes all options from the run: leave out {', '.join(given)}")
-    if args.resume is None and args.method is None:
-        args.parser.error("name a method, or --resume a run")
     try:
+        given = given_options(args)
         if args.resume is not None:
             check_option("resume", args.resume)
-        options = None if args.resume is not None else recipes.complete_options(given)
+            if given:
+                args.parser.error(f"--resume takes all options from the run: leave out {', '.join(given)}")
+        elif "loss" not in given:
+            args.parser.error("name a loss, or --resume a run")
+        options = None if args.resume is not None else complete_options(given)
     except LossInputError as error:
         args.parser.error(str(error))
     try:
@@ -97,6 +121,17 @@ def train_command(args: argparse.Namespace) -> int:
             return resume_run(Path(args.resume)) if options is None else start_run(options)
     except (LossInputError, ImportError, OSError) as error:
         return refused(error)
+
+
+def given_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the options that the command line and its ``--config`` name. Those of the command line come first."""
+    if args.named_loss is not None and args.loss is not None:
+        raise LossInputError("--loss", "one loss", f"{args.loss} and {args.named_loss}", "Leave one of them out.")
+    args.loss = args.named_loss if args.loss is None else args.loss
+    file = {} if args.config is None else read_toml(args.config)
+    named = {name: getattr(args, name) for name in NAMES if name != "set" and getattr(args, name) is not None}
+    settings = {**file.get("set", {}), **dict(map(parse_setting, args.set))}
+    return {**file, **named, **({"set": settings} if settings else {})}
 
 
 @contextmanager
@@ -139,7 +174,8 @@ def silence() -> Iterator[None]:
 
 def start_run(options: Options) -> int:
     """Start a new run."""
-    folder = Path(options.out or f"runs/{options.method}-{time.strftime('%Y%m%d-%H%M%S')}")
+    name = re.sub(r"[^\w.-]+", "-", Path(options.loss).name)[:40].strip("-.") or "run"
+    folder = Path(options.out or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
     check_new(folder)
     return train(options, folder, lambda config: create_run(folder, config))
 
@@ -151,7 +187,7 @@ def resume_run(folder: Path) -> int:
         with while_read(sys.stdout):
             print(f"{folder} is finished: there is nothing to resume")
         return 0
-    options = recipes.complete_options(config["options"])
+    options = complete_options(config["options"])
     return train(options, folder, lambda now: check_same(config, now, folder))
 
 
@@ -171,44 +207,28 @@ def train(options: Options, folder: Path, check_config: Callable[[dict[str, Any]
 def train_and_report(options: Options, folder: Path, check_config: Callable[[dict[str, Any]], None]) -> int:
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)  # for random numbers that a recipe does not draw from its own seeds
-    method = recipes.METHODS[options.method]
-    loss, task = method.loss(), method.task(options, Renderer(models.load_tokenizer(options)))
+    loss = loss_of(options.loss, options.set)
+    task, reward = examples_of(options, loss)
     with client_of(options) as client:
-        train_with(client, method.recipe, task, loss, options, folder, check_config)
+        train_with(client, job_of(options, loss, client, task, reward), folder, check_config)
     return 0
 
 
-@contextmanager
-def client_of(options: Options) -> Iterator[Client]:
-    """Yield the client of a new model, in this process or on a server."""
-    if options.base_url is None:
-        yield models.load_client(options)
-        return
-    with remote.connected(options.base_url) as client:
-        yield client
-
-
-def train_with(
-    client: Client,
-    recipe: recipes.Recipe,
-    task: tasks.Task[Any],
-    loss: Loss,
-    options: Options,
-    folder: Path,
-    check_config: Callable[[dict[str, Any]], None],
-) -> None:
+def train_with(client: Client, job: Job, folder: Path, check_config: Callable[[dict[str, Any]], None]) -> None:
     """Run the recipe with a client, save and report."""
-    ranks = client.ranks
+    ranks, options, task = client.ranks, job.options, job.task
     if options.init and not checkpoints(folder):
         client.load_state(options.init).result()
-    ranks.when_idle(ranks.on_rank_zero, check_config, config_of(options, client) | {"prompts": task.style})
+    config = config_of(options, job.loss, client) | {"prompts": task.style}
+    ranks.when_idle(ranks.on_rank_zero, check_config, config)
+    ranks.when_idle(ranks.on_rank_zero, write_config_toml, folder, config["options"])
     state, save = load_newest(client, folder), partial(save_checkpoint, client, folder)
     with Run(folder, save, state=state, every=options.save_every, ranks=ranks) as run:
-        run.say(f"{options.method} on {task.name}: {loss!r}")
+        run.say(f"{options.loss} on {task.name}: {job.loss!r}")
         if task.note:
             run.say(task.note)
         if run.history:
             run.say(f"resumed after {run.steps_done} steps")
-        outcome = recipe(run, client, task, loss, options)
+        outcome = run_job(run, job)
     if ranks.rank == 0:
         report(run, outcome)

@@ -1,11 +1,11 @@
-"""``config.json`` of a run: everything that is needed to repeat it."""
+"""``config.json`` and ``config.toml`` of a run: everything that is needed to repeat it."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
 import sys
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,24 +15,54 @@ import torch
 
 from lossfns.errors import LossInputError
 from lossfns.terminal import while_read
-from lossfns.train import recipes
+from lossfns.train import files
 from lossfns.train.checkpoints import checkpoints
-from lossfns.train.options import Options
+from lossfns.train.defaults import own_options
+from lossfns.train.losses import AnyLoss, method_of
+from lossfns.train.options import Options, to_toml
 from lossfns.train.remote import Client, RemoteTrainingClient
+from lossfns.train.run import replaced
 from lossfns.version import __version__
 
+CONFIG_TOML = "config.toml"
 
-def config_of(options: Options, client: Client) -> dict[str, Any]:
+
+def config_of(options: Options, loss: AnyLoss, client: Client) -> dict[str, Any]:
     """Return the content of ``config.json``: everything that is needed to repeat the run."""
-    files = {name: os.path.abspath(path) for name, path in asdict(options).items() if name in ("data", "init") and path}
+    repeated = with_whole_paths(own_options(options, method_of(loss)))
+    sources = {name: repeated[name] for name in ("data", "init") if repeated[name]}
     return {
         "id": uuid4().hex,
-        "options": recipes.own_options(options) | files,
-        "sha256": {name: sha256(path) for name, path in files.items()},
-        "loss": repr(recipes.METHODS[options.method].loss()),
+        "options": repeated,
+        "sha256": {name: files.digest(path) for name, path in sources.items()},
+        "loss": repr(loss),
         **description_of(client),
         "versions": {"lossfns": __version__, "torch": torch.__version__, "python": platform.python_version()},
     }
+
+
+def with_whole_paths(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options with whole paths, so that they mean the same in another folder."""
+    whole: dict[str, Callable[[str], str]] = {"data": files.located, "init": os.path.abspath}
+    whole |= dict.fromkeys(("model", "teacher", "loss", "reward"), whole_path)
+    return {name: whole[name](x) if name in whole and x else x for name, x in options.items()}
+
+
+def whole_path(text: str) -> str:
+    """Return the whole path of a file that is there, also in ``FILE.py:FUNCTION`` and ``json-schema:FILE``."""
+    before, _, after = text.rpartition(":")
+    if os.path.exists(text):
+        return os.path.abspath(text)
+    if before.endswith(".py") and os.path.exists(before):
+        return f"{os.path.abspath(before)}:{after}"
+    return f"{before}:{os.path.abspath(after)}" if before == "json-schema" and os.path.exists(after) else text
+
+
+def write_config_toml(folder: Path, options: Mapping[str, Any]) -> None:
+    """Write ``config.toml``, with which ``lossfns train --config`` repeats the run in another folder."""
+    if not (folder / CONFIG_TOML).exists():
+        with replaced(folder, CONFIG_TOML) as path:
+            path.write_text(to_toml({name: x for name, x in options.items() if name != "out"}), encoding="utf-8")
 
 
 def description_of(client: Client) -> dict[str, Any]:
@@ -40,14 +70,6 @@ def description_of(client: Client) -> dict[str, Any]:
     if isinstance(client, RemoteTrainingClient):
         return {"model": client.describe(), "shape": None}
     return {"model": asdict(client.get_info()), "shape": client.model.shape}
-
-
-def sha256(path: str) -> str:
-    """Return the SHA-256 of a file's content; an empty string if the file cannot be read."""
-    try:
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    except OSError:
-        return ""
 
 
 def check_same(then: dict[str, Any], now: dict[str, Any], folder: Path) -> None:

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import codecs
 import csv
+import hashlib
 import io
 import json
 import math
 import os
 import re
-import reprlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any
 
 from lossfns.errors import LossInputError
+from lossfns.train import tables
+from lossfns.train.values import Constant, Number, Row, quoted, shown
 
 MAX_FILE, MAX_LINE = 2**30, 2**24
 """The largest file and the longest line, in bytes and in characters."""
@@ -26,15 +28,10 @@ MAX_FILE, MAX_LINE = 2**30, 2**24
 MAX_DEPTH, MAX_DIGITS = 50, 400
 """The deepest nesting of a row, and the most characters of a number."""
 
-FROM_PARQUET = "import pandas; pandas.read_parquet('IN').to_json('rows.jsonl', orient='records', lines=True)"
-FROM_ARROW = "import datasets; datasets.Dataset.from_file('IN').to_json('rows.jsonl')"
 FROM_TEXT = "import json; [print(json.dumps({'text': line.rstrip()})) for line in open('IN') if line.strip()]"
 FROM_OBJECT = "import json; [print(json.dumps(row)) for row in json.load(open('IN'))['KEY']]"
 
 OTHER_KINDS = {
-    b"PAR1": ("a Parquet file", f'Convert it: python -c "{FROM_PARQUET}"'),
-    b"ARROW1": ("an Arrow file", f'Convert it: python -c "{FROM_ARROW}"'),
-    b"\xff\xff\xff\xff": ("an Arrow stream", f'Convert it: python -c "{FROM_ARROW}"'),
     b"\x1f\x8b": ("a gzip file", "Unpack it: gunzip -k 'IN'"),
     b"BZh": ("a bzip2 file", "Unpack it: bunzip2 -k 'IN'"),
     b"\xfd7zXZ": ("an xz file", "Unpack it: unxz -k 'IN'"),
@@ -52,51 +49,8 @@ OTHER_KINDS = {
 """Kinds of files that are not read, by their first bytes, with the way to convert them."""
 
 
-class Row(NamedTuple):
-    """A row of a file.
-
-    Attributes:
-        place: the file and the line, such as ``rows.jsonl:3``.
-        fields: the values by name. Numbers are ``Number``: text, as it stands in the file.
-    """
-
-    place: str
-    fields: dict[str, Any]
-
-    def refuse(self, expected: str, got: str, fix: str) -> NoReturn:
-        """Refuse the row."""
-        raise LossInputError(self.place, expected, got, fix)
-
-
-class Number(str):
-    """A number as it is written: ``0.50`` stays ``0.50``."""
-
-    def __repr__(self) -> str:
-        return str(self)
-
-
-class Constant(str):
-    """NaN, Infinity or -Infinity, which are not JSON."""
-
-    def __repr__(self) -> str:
-        return str(self)
-
-
 class Repeated(ValueError):
     """A key that an object has twice."""
-
-
-def plain(value: Any) -> Any:
-    """Return a value with its numbers as numbers.
-
-    >>> plain({"a": [Number("1"), Number("0.50"), "2"]})
-    {'a': [1, 0.5, '2']}
-    """
-    if isinstance(value, Number):
-        return int(value) if re.fullmatch(r"-?\d+", value) else float(value)
-    if isinstance(value, dict):
-        return {key: plain(x) for key, x in value.items()}
-    return [plain(x) for x in value] if isinstance(value, list) else value
 
 
 SPACE = re.compile(r"\s*")
@@ -114,38 +68,79 @@ def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 DECODER = json.JSONDecoder(object_pairs_hook=unique, parse_int=Number, parse_float=Number, parse_constant=Constant)
 
 
-def shown(value: Any) -> str:
-    """Show a value in a few printable characters."""
-    text = reprlib.repr(value)
-    return text if text.isprintable() else ascii(text)[1:-1]
+Refused = Callable[[LossInputError], None]
+"""Gets the error of each line that cannot be used."""
 
 
-def quoted(name: str) -> str:
-    """Return the name of a field in quotes, at most 80 characters of it."""
-    return ascii(name if len(name) <= 80 else f"{name[:40]}...{name[-37:]}")
+def raise_at_once(error: LossInputError) -> None:
+    """Raise the error of the first line that cannot be used."""
+    raise error
 
 
-def read_rows(path: str) -> list[Row]:
-    """Read the rows of a data file: CSV if its name ends in ``.csv`` or ``.tsv``, else JSONL or a JSON array.
+def read_rows(source: str, refused: Refused = raise_at_once) -> list[Row]:
+    """Read rows of a file, of a folder that ``datasets`` has saved, or of a data set by its name.
+
+    A file is Parquet or Arrow by its first bytes; CSV if its name ends in ``.csv`` or ``.tsv``; else a JSON array or
+    JSONL.
+
+    Args:
+        source: a path; ``FOLDER`` or ``FOLDER:SPLIT``; ``OWNER/NAME``, ``OWNER/NAME:CONFIG`` or
+            ``OWNER/NAME:CONFIG:SPLIT``.
+        refused: gets the errors of lines that cannot be used. By default the first one is raised.
 
     Raises:
-        LossInputError: if a line cannot be used, or the file is of another kind. The error names the line or the kind.
+        LossInputError: if the file is of another kind, or there is none. The error names the kind.
     """
-    text = read_text(path)
-    suffix = Path(path).suffix.lower()
-    if suffix in (".csv", ".tsv"):
-        rows = list(csv_rows(path, text, "\t" if suffix == ".tsv" else ","))
-    elif text.lstrip().startswith("["):
-        rows = list(array_rows(path, text))
-    else:
-        rows = list(line_rows(path, text))
-    for row in rows:
-        check_row(row)
+    rows = []
+    for row in rows_of(source, refused):
+        try:
+            check_row(row)
+            rows.append(row)
+        except LossInputError as error:
+            refused(error)
     return rows
 
 
-def read_text(path: str) -> str:
-    """Return the text of a file; refuse a file of another kind by its name."""
+def rows_of(source: str, refused: Refused) -> Iterable[Row]:
+    """Return the rows of a source, without a check of their values."""
+    if tables.is_saved(source):
+        return tables.saved_rows(source)
+    if not os.path.exists(source) and tables.is_name(source) and not is_file_name(source):
+        return tables.named_rows(source)
+    content = read_bytes(source)
+    if content.startswith((tables.PARQUET, tables.ARROW, tables.STREAM)):
+        return tables.table_rows(source, content)
+    text = text_of(source, content)
+    suffix = Path(source).suffix.lower()
+    if suffix in (".csv", ".tsv"):
+        return csv_rows(source, text, "\t" if suffix == ".tsv" else ",", refused)
+    return (array_rows if text.lstrip().startswith("[") else line_rows)(source, text, refused)
+
+
+def is_file_name(source: str) -> bool:
+    """Whether a source that does not exist was meant as a file: it has the suffix of one, or its folder exists."""
+    suffixes = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet", ".arrow", ".txt")
+    return source.lower().endswith(suffixes) or os.path.isdir(os.path.dirname(source))
+
+
+def located(source: str) -> str:
+    """Return the absolute path of a source that is a file or a folder; another one is a name, and stays."""
+    exists = os.path.exists(source) or tables.is_saved(source) or not tables.is_name(source) or is_file_name(source)
+    return os.path.abspath(source) if exists else source
+
+
+def digest(source: str) -> str:
+    """Return the SHA-256 of a file's content, of a folder's or of a data set's rows; "" if they cannot be read."""
+    try:
+        if os.path.isfile(source):
+            return hashlib.sha256(Path(source).read_bytes()).hexdigest()
+        return hashlib.sha256(repr([row.fields for row in rows_of(source, raise_at_once)]).encode()).hexdigest()
+    except (OSError, LossInputError):
+        return ""
+
+
+def read_bytes(path: str) -> bytes:
+    """Return the content of a file."""
     try:
         if os.path.isdir(path):
             names = sorted(name for name in os.listdir(path) if not name.startswith("."))[:3]
@@ -158,13 +153,18 @@ def read_text(path: str) -> str:
             got = f"{path} with {os.path.getsize(path)}"
             fix = f"Take a part of it: head -n 100000 '{path}' > rows.jsonl"
             raise LossInputError("--data", f"a file of at most {MAX_FILE} bytes", got, fix)
-        content = Path(path).read_bytes()
+        return Path(path).read_bytes()
     except OSError as error:
-        got, fix = f"{path} ({error.strerror})", "One JSON object a line."
-        raise LossInputError("--data", "a JSONL file", got, fix) from None
+        got, fix = f"{path} ({error.strerror})", "Name a file, or a data set as OWNER/NAME."
+        raise LossInputError("--data", "a file of rows", got, fix) from None
+
+
+def text_of(path: str, content: bytes) -> str:
+    """Return the text of a file; refuse a file of another kind by its name."""
     for start, (kind, fix) in OTHER_KINDS.items():
         if content.startswith(start):
-            raise LossInputError("--data", "JSONL, a JSON array or CSV", f"{path}, {kind}", fix.replace("IN", path))
+            expected = "JSONL, a JSON array, CSV, Parquet or Arrow"
+            raise LossInputError("--data", expected, f"{path}, {kind}", fix.replace("IN", path))
     at = content.find(b"\0")
     if at >= 0:
         fix = "It is damaged, or not UTF-8: iconv converts it."
@@ -181,21 +181,37 @@ def line_of(content: bytes, at: int) -> int:
     return content.count(b"\n", 0, at) + 1
 
 
-def line_rows(path: str, text: str) -> Iterator[Row]:
+def line_rows(path: str, text: str, refused: Refused) -> Iterator[Row]:
     """Yield the rows of a JSONL file. Lines end only at a newline: a string may hold other line separators."""
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
-            if len(line) > MAX_LINE:
-                got, fix = f"{len(line)}", "One object a line."
-                raise LossInputError(f"{path}:{number}", f"a line of at most {MAX_LINE} characters", got, fix)
-            fields, end = decode(path, number, text, line, skip_space(line, 0))
-            if line[end:].strip():
-                fix = "One object a line."
-                raise LossInputError(f"{path}:{number}", "a JSON object", f"more after it: {shown(line[end:])}", fix)
-            yield as_row(f"{path}:{number}", fields)
+            try:
+                yield line_row(path, number, text, line)
+            except LossInputError as error:
+                refused(error)
 
 
-def array_rows(path: str, text: str) -> Iterator[Row]:
+def line_row(path: str, number: int, text: str, line: str) -> Row:
+    """Return the row of one line."""
+    if len(line) > MAX_LINE:
+        got, fix = f"{len(line)}", "One object a line."
+        raise LossInputError(f"{path}:{number}", f"a line of at most {MAX_LINE} characters", got, fix)
+    fields, end = decode(path, number, text, line, skip_space(line, 0))
+    if line[end:].strip():
+        fix = "One object a line."
+        raise LossInputError(f"{path}:{number}", "a JSON object", f"more after it: {shown(line[end:])}", fix)
+    return as_row(f"{path}:{number}", fields)
+
+
+def array_rows(path: str, text: str, refused: Refused) -> Iterator[Row]:
+    """Yield the elements of a JSON array, up to the first place that is no JSON."""
+    try:
+        yield from elements(path, text)
+    except LossInputError as error:
+        refused(error)
+
+
+def elements(path: str, text: str) -> Iterator[Row]:
     """Yield the elements of a JSON array."""
     counted, number = 0, 1
     at = skip_space(text, text.index("[") + 1)
@@ -269,7 +285,7 @@ def as_row(place: str, value: Any) -> Row:
     return Row(place, value if isinstance(value, dict) else {})
 
 
-def csv_rows(path: str, text: str, delimiter: str) -> Iterator[Row]:
+def csv_rows(path: str, text: str, delimiter: str, refused: Refused) -> Iterator[Row]:
     """Yield the rows of a table whose first line names the columns."""
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     header: list[str] = []
@@ -281,7 +297,8 @@ def csv_rows(path: str, text: str, delimiter: str) -> Iterator[Row]:
             return
         except csv.Error as error:
             fix = "Quote texts that hold quotes or newlines."
-            raise LossInputError(place, "a row of CSV", str(error), fix) from None
+            refused(LossInputError(place, "a row of CSV", str(error), fix))
+            return
         if not cells:
             continue
         if not header:
@@ -290,7 +307,7 @@ def csv_rows(path: str, text: str, delimiter: str) -> Iterator[Row]:
                 raise LossInputError(place, "a name for each column, once", shown(header), "Name the columns.")
         elif len(cells) != len(header):
             fix = f"The columns are {', '.join(map(shown, header))}; quote texts that hold a comma or a newline."
-            raise LossInputError(place, f"{len(header)} columns", f"{len(cells)}", fix)
+            refused(LossInputError(place, f"{len(header)} columns", f"{len(cells)}", fix))
         else:
             yield Row(place, dict(zip(header, cells)))
 

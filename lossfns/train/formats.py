@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 
 from lossfns.errors import LossInputError
 from lossfns.train.examples import Demonstration, Example, Labelled, Preference, Problem
-from lossfns.train.files import Row, key_of_rows, plain, quoted, shown, write_list
+from lossfns.train.files import key_of_rows, write_list
 from lossfns.train.messages import file_of, read_dialogue, read_messages, read_tools, shown_field, text_of
 from lossfns.train.render import Renderer, weight_of
+from lossfns.train.values import Row, plain, quoted, shown
 
 Messages = list[dict[str, Any]]
 

@@ -7,7 +7,7 @@ import re
 import shlex
 from typing import Any, NoReturn
 
-from lossfns.train.files import Number, Row, plain, quoted, shown
+from lossfns.train.values import Number, Row, plain, quoted, shown
 
 ROLES = {
     "system": "system",

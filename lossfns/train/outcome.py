@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from lossfns.terminal import console_on, say, while_read
-from lossfns.train import plots, recipes
+from lossfns.train import plots
 from lossfns.train.checkpoints import checkpoints
-from lossfns.train.methods import TEMPERATURE, one_line
+from lossfns.train.measures import TEMPERATURE, TITLES, one_line
+from lossfns.train.recipes import Outcome
 from lossfns.train.run import CURVES, METRICS, RESULT, Run, replaced, write_json
 
 
@@ -22,16 +23,17 @@ def refused(error: Exception) -> int:
     return 2
 
 
-def report(run: Run, outcome: recipes.Outcome) -> None:
+def report(run: Run, outcome: Outcome) -> None:
     """Write ``result.json`` and the picture of the curves, and print the outcome."""
     result = {
         "stopped_early": run.stopped,
         "seconds": round(run.seconds, 1),
-        outcome.name: {"before": outcome.before, "after": outcome.after},
+        **{name: {"before": outcome.before[name], "after": outcome.after[name]} for name in outcome.before},
         "samples": outcome.samples,
     }
     write_json(run.folder, RESULT, result)
-    curves = draw_curves(run.folder, run.history, {outcome.name: (outcome.before, outcome.after)})
+    measured = {name: (outcome.before[name], outcome.after[name]) for name in outcome.before}
+    curves = draw_curves(run.folder, run.history, measured)
     with while_read(sys.stdout):
         print_outcome(outcome)
         print_samples(outcome.samples)
@@ -44,12 +46,15 @@ def report(run: Run, outcome: recipes.Outcome) -> None:
             say(f"continue    lossfns train --resume {run.folder}")
 
 
-def print_outcome(outcome: recipes.Outcome) -> None:
-    """Print the held-out measurement before and after between blank lines: a table on a terminal, else one line."""
-    before, after, change = f"{outcome.before:.3f}", f"{outcome.after:.3f}", f"{outcome.after - outcome.before:+.3f}"
+def print_outcome(outcome: Outcome) -> None:
+    """Print the held-out measurements before and after between blank lines: a table on a terminal, else lines."""
+    rows = [(TITLES[name], before, outcome.after[name]) for name, before in outcome.before.items()]
     console = console_on(sys.stdout)
     if console is None:
-        say(f"\n{outcome.title}: {before} before, {after} after ({change})\n")
+        lines = (
+            f"{title}: {before:.3f} before, {after:.3f} after ({after - before:+.3f})" for title, before, after in rows
+        )
+        say("\n" + "\n".join(lines) + "\n")
         return
     from rich import box
     from rich.table import Table
@@ -57,7 +62,8 @@ def print_outcome(outcome: recipes.Outcome) -> None:
     table = Table("", box=box.SIMPLE_HEAD, pad_edge=False)
     for name in ("before", "after", "change"):
         table.add_column(name, justify="right")
-    table.add_row(outcome.title, before, after, change)
+    for title, before, after in rows:
+        table.add_row(title, f"{before:.3f}", f"{after:.3f}", f"{after - before:+.3f}")
     console.print(table)
 
 

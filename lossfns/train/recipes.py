@@ -1,292 +1,326 @@
-"""A recipe for each method: its loss, its data, its defaults, and the measurement before and after."""
+"""A recipe for each method: its data, the batch of a step, and the measurement before and after."""
 
 from __future__ import annotations
 
-import reprlib
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, fields, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from random import Random
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from lossfns.errors import LossInputError
-from lossfns.loss import Loss
-from lossfns.losses.policy import dapo, grpo
-from lossfns.losses.preference import dpo
-from lossfns.losses.reference_free import orpo
-from lossfns.losses.sequence import gspo_token
 from lossfns.losses.supervised import cross_entropy
-from lossfns.train import methods, tasks
-from lossfns.train.checkpoints import frozen_copy
-from lossfns.train.examples import Demonstration, Preference, Problem
-from lossfns.train.options import LARGEST, Options, check_option, flag
+from lossfns.tokens import TARGETS
+from lossfns.train import batches, measures, methods, tasks
+from lossfns.train.checkpoints import reference_policy
+from lossfns.train.columns import Batch
+from lossfns.train.examples import Demonstration, Problem
+from lossfns.train.losses import AnyLoss, OwnLoss, method_of
+from lossfns.train.measures import Measured
+from lossfns.train.methods import Schedule
+from lossfns.train.options import Options
 from lossfns.train.remote import Client
-from lossfns.train.render import Renderer
+from lossfns.train.rewards import Reward, default_reward
 from lossfns.train.run import Run
 from lossfns.train.tasks import Task
 
 
-class Outcome(NamedTuple):
-    """A measurement on held-out examples, before and after training.
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What a recipe works with.
 
     Attributes:
-        name: name in ``result.json``; a training metric of the same name shares its panel of the curves.
-        title: name in the printed report.
-        before, after: the values.
+        options: those of the run.
+        loss: the loss.
+        client: the client to train.
+        task: the examples.
+        teacher: the client of the teacher; None without one.
+        reward: rewards samples; None for a method that does not sample.
+    """
+
+    options: Options
+    loss: AnyLoss
+    client: Client
+    task: Task[Any]
+    teacher: Client | None = None
+    reward: Reward | None = None
+
+    @property
+    def phase(self) -> str:
+        """The name of the phase: that of the loss as it was given, if that is a name."""
+        given = self.options.loss
+        return given if given.replace("-", "_").isidentifier() else self.loss.name
+
+
+class Outcome(NamedTuple):
+    """The measurements on held-out examples, before and after training, and samples.
+
+    Attributes:
+        before, after: measurements by name. A training metric of the same name shares its panel of the curves.
         samples: texts of the model by ``prompt``, ``before`` and ``after`` training.
     """
 
-    name: str
-    title: str
-    before: float
-    after: float
+    before: Measured
+    after: Measured
     samples: tuple[dict[str, str], ...] = ()
 
 
-T = TypeVar("T", Demonstration, Preference, Problem)
+class Recipe(NamedTuple):
+    """A method on a task.
+
+    Attributes:
+        make_batch: makes the batch of a step.
+        measure: measures on held-out examples.
+        learning_rate: the schedule.
+    """
+
+    make_batch: methods.MakeBatch
+    measure: Callable[[], Measured]
+    learning_rate: Schedule
 
 
-def compared(
-    run: Run,
-    client: Client,
-    task: Task[T],
-    name: str,
-    title: str,
-    measure: Callable[[], float],
-    train: Callable[[], None],
-) -> Outcome:
-    """Measure on held-out examples and draw samples, train, and do both again."""
+def run_job(run: Run, job: Job) -> Outcome:
+    """Warm up, measure on held-out examples, train, and measure again."""
+    options, task = job.options, job.task
+    warm_up(run, job)
+    reads_reference = "ref_logprobs" in job.loss.reads
+    reference = reference_policy(run, job.client, options) if reads_reference else None
+    recipe = RECIPES[method_of(job.loss)](run, job, reference)
     run.say(f"measuring on held-out examples: {len(task.held_out)}")
-    draw = partial(methods.sample_texts, client, task.renderer, task.held_out)
-    before, texts = run.once("before", measure), run.once("samples", draw)
-    train()
+    draw = partial(measures.sample_texts, job.client, task.renderer, task.held_out)
+    before, texts = run.once("before", recipe.measure), run.once("samples", draw)
+    methods.train(
+        run,
+        job.client,
+        job.loss,
+        recipe.make_batch,
+        phase=job.phase,
+        steps=options.steps,
+        learning_rate=recipe.learning_rate,
+        seed=options.seed,
+        updates=max(1, options.updates),
+        after=partial(watch, run, job, recipe),
+    )
     pairs = zip(texts, draw())
     samples = tuple({"prompt": p, "before": old, "after": new} for (p, old), (_, new) in pairs)
-    return Outcome(name, title, before, measure(), samples)
+    return Outcome(before, recipe.measure(), samples)
+
+
+def watch(run: Run, job: Job, recipe: Recipe, done: int, batch: Batch) -> None:
+    """Evaluate every ``--eval-every`` steps but the last, and warn of rewards that do not differ."""
+    every, steps = job.options.eval_every, job.options.steps
+    if every and done % every == 0 and done < steps:
+        run.log_evaluation(job.phase, done, recipe.measure())
+    if batch.rewards and done == min(FIRST_STEPS, steps):
+        tokens = batch.data[0].loss_fn_inputs["target_tokens"].to_numpy()
+        sampled = tokens[batch.data[0].loss_fn_inputs["weights"].to_numpy() > 0]
+        warn_if_constant(run, done, job.task.renderer.decode(sampled.tolist()))
+
+
+FIRST_STEPS = 5
+"""Steps after which rewards that have not changed are warned about."""
+
+
+def warn_if_constant(run: Run, steps: int, sample: str) -> None:
+    """Warn if the samples of each problem had equal rewards in all steps of the phase: nothing is learned."""
+    rows = [row for row in run.history if row["phase"] == run.phase]
+    if any(row["groups_constant"] < 1 for row in rows):
+        return
+    rewards = {row["reward"] for row in rows}
+    if rewards == {0.0}:
+        run.say(
+            f"warning: all rewards of the first {steps} steps are 0, so nothing is learned. One of the samples was "
+            f"{measures.one_line(sample, 30)!r}. Is --reward right? Or try more --warmup-steps, or easier problems."
+        )
+    elif rewards == {1.0}:
+        run.say(f"warning: all rewards of the first {steps} steps are 1: there is nothing left to learn.")
+    else:
+        run.say(
+            f"warning: in the first {steps} steps all samples of a problem had the same reward, so nothing is learned. "
+            "Try a larger --group, or another --reward."
+        )
+
+
+def warm_up(run: Run, job: Job) -> None:
+    """Train supervised for a few steps, so that the method starts from a model that produces plausible text."""
+    options = job.options
+    if not options.warmup_steps:
+        return
+    draw, batch, rate = WARM_UPS[method_of(job.loss)](job)
+    if options.model is not None:
+        batch, rate = options.batch, methods.constant(options.lr)
+
+    def make_batch(rng: Random) -> Batch:
+        return batches.demonstration_batch(job.client, draw(rng, batch))
+
+    loss = cross_entropy()
+    methods.train(
+        run,
+        job.client,
+        loss,
+        make_batch,
+        phase="warm-up",
+        steps=options.warmup_steps,
+        learning_rate=rate,
+        seed=options.seed,
+    )
 
 
 # Recipes
 
 
-def sft(run: Run, client: Client, task: Task[Demonstration], loss: Loss, options: Options) -> Outcome:
+def supervised(run: Run, job: Job, reference: Client | None) -> Recipe:
     """Fine-tune on demonstrations."""
-    measure = partial(methods.bits_per_byte, client, task.held_out)
-    train = partial(
-        methods.train_supervised,
-        run,
-        client,
-        task.draw,
-        phase="sft",
-        steps=options.steps,
-        batch=options.batch,
-        learning_rate=methods.cosine(options.lr, options.steps),
-        seed=options.seed,
-    )
-    return compared(run, client, task, "bits_per_byte", "held-out bits per byte", measure, train)
+    client, task, options = job.client, job.task, job.options
+
+    def make_batch(rng: Random) -> Batch:
+        return batches.demonstration_batch(client, task.draw(rng, options.batch), reference=reference)
+
+    measure = partial(measures.likelihood, client, task.renderer, task.held_out)
+    return Recipe(make_batch, measure, methods.cosine(options.lr, options.steps))
 
 
-def preference(run: Run, client: Client, task: Task[Preference], loss: Loss, options: Options) -> Outcome:
-    """Learn preferences from pairs.
+def distillation(run: Run, job: Job, reference: Client | None) -> Recipe:
+    """Learn from the teacher's most probable tokens, or its logprobs, at each position of demonstrations."""
+    client, task, options, teacher = job.client, job.task, job.options, job.teacher
+    assert teacher is not None  # check_columns has refused
+    sampler: Any = teacher.save_weights_and_get_sampling_client()
+    k, soft = options.candidates, "teacher_logprobs" not in job.loss.reads
 
-    DPO learns relative to a reference, so it needs a supervised start. ORPO needs none: it learns the chosen texts too.
-    """
+    def make_batch(rng: Random) -> Batch:
+        examples = task.draw(rng, options.batch)
+        if isinstance(job.loss, OwnLoss) or job.loss.rows != TARGETS:
+            return batches.demonstration_batch(client, examples, reference=teacher, teacher=teacher)
+        return batches.candidate_batch(client, examples, sampler, k, soft, reference=reference, teacher=teacher)
 
-    def draw_chosen(rng: Random, n: int) -> list[Demonstration]:
-        return [e.chosen for e in task.draw(rng, n)]
-
-    draw = draw_chosen if options.data else tasks.documentation(task.renderer).draw
-    warm_up(run, client, draw, options, batch=16, learning_rate=methods.cosine(3e-3, options.warmup_steps))
-    reference = frozen_copy(run, client)
-    accuracy = methods.margin_accuracy if "ref_logprobs" in loss.reads else methods.likelihood_accuracy
-    measure = partial(accuracy, client, reference, task.held_out)
-    train = partial(
-        methods.train_preference,
-        run,
-        client,
-        reference,
-        loss,
-        task,
-        steps=options.steps,
-        batch=options.batch,
-        learning_rate=methods.cosine(options.lr, options.steps, warmup_steps=10),
-        seed=options.seed,
-    )
-    return compared(run, client, task, "accuracy", "held-out preference accuracy", measure, train)
+    held_out = task.held_out[:TEACHER_EXAMPLES]
+    measure = partial(measures.divergence, client, sampler, held_out, k)
+    return Recipe(make_batch, measure, methods.cosine(options.lr, options.steps))
 
 
-def policy(run: Run, client: Client, task: Task[Problem], loss: Loss, options: Options) -> Outcome:
-    """Learn by reinforcement, from a supervised start that solves only some of the problems."""
+TEACHER_EXAMPLES = 50
+"""The most held-out examples that are compared with a teacher."""
 
-    def draw_demonstrations(rng: Random, n: int) -> list[Demonstration]:
-        drawn = [(e.prompt, str(e.answer) if options.data else tasks.noisy_answer(e, rng)) for e in task.draw(rng, n)]
-        return [task.renderer.answered(*each) for each in drawn]
 
-    warm_up(run, client, draw_demonstrations, options, batch=256, learning_rate=methods.constant(2e-3))
-    longest = max(answer_lengths(task))
-    max_tokens = options.max_tokens or longest
-    measure = partial(methods.mean_reward, client, task.renderer, task.held_out, max_tokens)
-    train = partial(
-        methods.train_policy,
-        run,
-        client,
-        frozen_copy(run, client),
-        loss,
-        task,
-        steps=options.steps,
-        batch=options.batch,
-        group=options.group,
-        updates=options.updates,
-        learning_rate=methods.linear_decay(options.lr, options.steps),
-        max_tokens=max_tokens,
-        seed=options.seed,
-    )
-    return compared(run, client, task, "reward", "held-out reward", measure, train)
+def preference(run: Run, job: Job, reference: Client | None) -> Recipe:
+    """Learn preferences from pairs."""
+    client, task, options = job.client, job.task, job.options
+
+    def make_batch(rng: Random) -> Batch:
+        history = history_of(run, job)
+        return batches.pair_batch(client, task.draw(rng, options.batch), reference=reference, history=history)
+
+    if reference is None:
+        measure: Callable[[], Measured] = partial(measures.likelihood_accuracy, client, task.held_out)
+    else:
+        measure = partial(measures.margin_accuracy, client, reference, task.held_out)
+    return Recipe(make_batch, measure, methods.cosine(options.lr, options.steps, warmup_steps=10))
+
+
+def unpaired(run: Run, job: Job, reference: Client | None) -> Recipe:
+    """Learn from answers that are labelled as desirable or not."""
+    client, task, options = job.client, job.task, job.options
+
+    def make_batch(rng: Random) -> Batch:
+        history = history_of(run, job)
+        return batches.labelled_batch(client, task.draw(rng, options.batch), reference=reference, history=history)
+
+    measure = partial(measures.ranking, client, reference, task.held_out)
+    return Recipe(make_batch, measure, methods.cosine(options.lr, options.steps, warmup_steps=10))
+
+
+def policy(run: Run, job: Job, reference: Client | None) -> Recipe:
+    """Learn by reinforcement from samples."""
+    client, task, options, reward = job.client, job.task, job.options, job.reward
+    assert reward is not None
+    max_tokens = options.max_tokens or default_max_tokens(task, options)
+
+    def make_batch(rng: Random) -> Batch:
+        problems = task.draw(rng, options.batch)
+        return batches.sample_batch(
+            client,
+            task.renderer,
+            problems,
+            reward,
+            group=options.group,
+            max_tokens=max_tokens,
+            seed=rng.getrandbits(31),
+            scale=options.advantage_scale,
+            reference=reference,
+            teacher=job.teacher,
+        )
+
+    measure = partial(measures.mean_reward, client, task.renderer, task.held_out, reward, max_tokens)
+    return Recipe(make_batch, measure, methods.linear_decay(options.lr, options.steps))
+
+
+def default_max_tokens(task: Task[Problem], options: Options) -> int:
+    """Return the most tokens of a sample: those of the longest answer if it must be exact, with its end; else 256."""
+    return max(answer_lengths(task)) if reward_name(task, options) == "exact" else 256
 
 
 def answer_lengths(task: Task[Problem]) -> list[int]:
-    """Return the tokens of each problem's answer, with the end of the sequence."""
-    return [len(task.renderer.encode(problem.answer or "")) + 1 for problem in task.held_out + task.train]
+    """Return the tokens of each answer, with the end of the sequence."""
+    return [len(task.renderer.encode(each.answer or "")) + 1 for each in task.held_out + task.train]
 
 
-def warm_up(
-    run: Run,
-    client: Client,
-    draw: Callable[[Random, int], list[Demonstration]],
-    options: Options,
-    *,
-    batch: int,
-    learning_rate: methods.Schedule,
-) -> None:
-    """Train supervised for a few steps, so that the method starts from a model that produces plausible text."""
-    methods.train_supervised(
-        run,
-        client,
-        draw,
-        phase="warm-up",
-        steps=options.warmup_steps,
-        batch=batch,
-        learning_rate=learning_rate,
-        seed=options.seed,
-    )
+def reward_name(task: Task[Problem], options: Options) -> str:
+    """Return the reward that is given, or that of the data."""
+    return options.reward or default_reward((task.held_out + task.train)[0])
 
 
-# Data
-
-
-def load(options: Options, renderer: Renderer, kind: type[T]) -> Task[T]:
-    """Load the examples of ``--data``."""
-    limit = options.max_length or tasks.MAX_LENGTH
-    drop = options.drop_longer
-    return tasks.load(str(options.data), renderer, kind, max_length=limit, drop_longer=drop, seed=options.seed)
-
-
-def demonstrations(options: Options, renderer: Renderer) -> Task[Demonstration]:
-    return load(options, renderer, Demonstration) if options.data else tasks.documentation(renderer)
-
-
-def pairs(options: Options, renderer: Renderer) -> Task[Preference]:
-    return load(options, renderer, Preference) if options.data else tasks.continuations(renderer)
-
-
-def pairs_with_prompts(options: Options, renderer: Renderer) -> Task[Preference]:
-    """Load the pairs for ORPO, which learns the chosen texts: the built-in prompts are part of them."""
-    if options.data:
-        return load(options, renderer, Preference)
-    return tasks.with_prompts_trained(tasks.continuations(renderer))
-
-
-def problems(options: Options, renderer: Renderer) -> Task[Problem]:
-    """Load the problems, and note how many answers no sample can be: those longer than ``--max-tokens``.
-
-    Raises:
-        LossInputError: if no answer is short enough.
-    """
-    task = load(options, renderer, Problem) if options.data else tasks.arithmetic(renderer)
-    lengths = answer_lengths(task)
-    most = options.max_tokens or max(lengths)
-    longer = sum(length > most for length in lengths)
-    if longer == len(lengths):
-        expected = f"at least {min(lengths)}, the tokens of the shortest answer"
-        fix = f"No sample could be right: the reward would always be 0. Pass {max(lengths)}, or leave it out."
-        raise LossInputError("--max-tokens", expected, f"{most}", fix)
-    if longer:
-        warning = f"warning: {longer} of {len(lengths)} answers are longer than --max-tokens {most}: reward 0"
-        return replace(task, note=f"{task.note}\n{warning}".lstrip())
-    return task
-
-
-# Methods
-
-
-Recipe = Callable[[Run, Client, Task[Any], Loss, Options], Outcome]
-
-
-class Method(NamedTuple):
-    """A training method.
-
-    Attributes:
-        loss: makes the loss.
-        task: makes the examples to train on and to hold out.
-        recipe: trains and measures.
-        defaults: the defaults of its method-specific options. It does not have the others that ``POLICY`` names.
-    """
-
-    loss: Callable[[], Loss]
-    task: Callable[[Options, Renderer], Task[Any]]
-    recipe: Recipe
-    defaults: dict[str, Any]
-
-
-POLICY = {"steps": 100, "batch": 32, "lr": 5e-4, "warmup_steps": 200, "group": 16, "updates": 2, "max_tokens": None}
-METHODS = {
-    "sft": Method(cross_entropy, demonstrations, sft, {"steps": 400, "batch": 16, "lr": 3e-3}),
-    "grpo": Method(grpo, problems, policy, POLICY),
-    "dapo": Method(dapo, problems, policy, POLICY),
-    "gspo-token": Method(gspo_token, problems, policy, POLICY),
-    "dpo": Method(dpo, pairs, preference, {"steps": 400, "batch": 32, "lr": 3e-4, "warmup_steps": 300}),
-    "orpo": Method(orpo, pairs_with_prompts, preference, {"steps": 500, "batch": 32, "lr": 3e-3, "warmup_steps": 0}),
+RECIPES: dict[str, Callable[[Run, Job, Client | None], Recipe]] = {
+    "supervised": supervised,
+    "distillation": distillation,
+    "preference": preference,
+    "unpaired": unpaired,
+    "policy": policy,
 }
 
 
-def complete_options(given: Mapping[str, Any]) -> Options:
-    """Check the options that are given, and fill in the defaults of the method. ``None`` counts as not given.
-
-    Raises:
-        LossInputError: for an option that does not exist, that the method does not have, or whose value is wrong.
-    """
-    given = {name: value for name, value in given.items() if value is not None}
-    method = given.get("method")
-    if method not in METHODS:
-        raise LossInputError("method", f"one of {', '.join(METHODS)}", repr(method), "Name one of them.")
-    known = {field.name for field in fields(Options)}
-    for name, value in given.items():
-        if name not in known:
-            raise LossInputError("options", f"options among {', '.join(sorted(known))}", repr(name), "Leave it out.")
-        check_option(name, value)
-        if not has_option(method, name):
-            others = ", ".join(other for other in METHODS if has_option(other, name))
-            raise LossInputError(flag(name), f"a method that has it ({others})", method, "Leave it out.")
-    options = Options(**METHODS[method].defaults | given)
-    for name in ("device", "model", "lora", "lora_parts", "dtype", "gradient_checkpointing", "init"):
-        default = next(field.default for field in fields(Options) if field.name == name)
-        if options.base_url and (value := getattr(options, name)) != default:
-            expected, fix = "no --base-url with it", "The server has the model: it starts from its own weights."
-            raise LossInputError(flag(name), expected, reprlib.repr(value), fix)
-    if options.max_length and not options.data:
-        raise LossInputError("--max-length", "--data with it", "none", "The built-in data has its own length.")
-    if options.drop_longer and not options.data:
-        raise LossInputError("--drop-longer", "--data with it", "none", "The built-in data has its own length.")
-    if options.batch * max(1, options.group) > LARGEST["batch"]:
-        expected, got = f"--batch times --group of at most {LARGEST['batch']}", f"{options.batch * options.group}"
-        raise LossInputError("--group", expected, got, "Take fewer samples in a step, and more steps.")
-    return options
+def history_of(run: Run, job: Job) -> list[dict[str, Any]]:
+    """Return the metrics of the steps of the method."""
+    return [row for row in run.history if row["phase"] == job.phase]
 
 
-def has_option(method: str, name: str) -> bool:
-    """Whether a method has an option. ``POLICY`` names all method-specific options."""
-    return name not in POLICY or name in METHODS[method].defaults
+# Supervised starts: the examples, their number in a step, and the learning rate
 
 
-def own_options(options: Options) -> dict[str, Any]:
-    """Return the options as ``config.json`` holds them: ``None`` for those that the method does not have."""
-    return {name: value if has_option(options.method, name) else None for name, value in asdict(options).items()}
+Start = tuple[Callable[[Random, int], list[Demonstration]], int, Schedule]
+
+
+def start_of_pairs(job: Job) -> Start:
+    """Learn the chosen texts; with the built-in data, the documentation."""
+    return learn_texts(job, lambda rng, n: [pair.chosen for pair in job.task.draw(rng, n)])
+
+
+def start_of_labels(job: Job) -> Start:
+    """Learn the desirable answers; with the built-in data, the documentation."""
+    good = [each.example for each in job.task.train if each.desirable]
+    if job.options.data and not good:
+        raise LossInputError("--warmup-steps", "a desirable answer to start with", "none in the data", "Pass 0.")
+    return learn_texts(job, lambda rng, n: rng.choices(good, k=n))
+
+
+def learn_texts(job: Job, draw: Callable[[Random, int], list[Demonstration]]) -> Start:
+    options = job.options
+    rate = methods.cosine(3e-3, options.warmup_steps)
+    return draw if options.data else tasks.documentation(job.task.renderer).draw, 16, rate
+
+
+def start_of_problems(job: Job) -> Start:
+    """Learn right answers; with the built-in data, answers that are mostly wrong, for the method to correct."""
+    task = job.task
+    answer = tasks.noisy_answer if job.options.data is None else lambda problem, rng: str(problem.answer)
+
+    def draw(rng: Random, n: int) -> list[Demonstration]:
+        return [task.renderer.answered(each.prompt, answer(each, rng)) for each in task.draw(rng, n)]
+
+    return draw, 256, methods.constant(2e-3)
+
+
+WARM_UPS: dict[str, Callable[[Job], Start]] = {
+    "preference": start_of_pairs,
+    "unpaired": start_of_labels,
+    "policy": start_of_problems,
+}

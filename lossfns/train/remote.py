@@ -15,6 +15,7 @@ from urllib.request import urlopen
 from lossfns.backend.client.training import LocalTrainingClient
 from lossfns.backend.engine.ranks import SingleProcess
 from lossfns.backend.futures import Resolved
+from lossfns.backend.model.tokenizer import ByteTokenizer
 from lossfns.backend.types import AdamParams, SamplingParams
 from lossfns.errors import LossInputError
 from lossfns.loss import LossFn
@@ -87,6 +88,10 @@ class RemoteTrainingClient:
         """Return another client with the weights of a state."""
         client = self._service.create_training_client_from_state(path_on_server(path)).result()
         return RemoteTrainingClient(self._service, client)
+
+    def get_tokenizer(self) -> ByteTokenizer:
+        """Return the tokenizer of the embedded model, which is the one that a server must have."""
+        return ByteTokenizer()
 
     def describe(self) -> dict[str, Any]:
         """Return the description of the model that ``config.json`` has."""

@@ -6,7 +6,9 @@ these tokens, and up to the token that ends it. Whatever a chat template does no
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from lossfns.errors import LossInputError
@@ -15,6 +17,9 @@ from lossfns.train.examples import Demonstration, demonstration
 Message = Mapping[str, Any]
 """A message as OpenAI has it: ``role``, ``content`` (text), ``tool_calls`` (arguments as objects), ``tool_call_id``,
 ``name``, ``reasoning_content``; and ``weight``, which is 1 for the assistant and 0 for others unless it is given."""
+
+PIECES, KEPT = 512, 10_000
+"""How many pieces of text are kept with their tokens, and of less than how many characters."""
 
 MARK = "qvzx"
 """A word that no template has, to find out what a template writes."""
@@ -66,6 +71,10 @@ class Renderer:
         self.tokenizer = tokenizer
         self._template = getattr(tokenizer, "chat_template", None)
         self._special = [str(text) for text in getattr(tokenizer, "all_special_tokens", [])]
+        self._pieces = re.compile("|".join(f"(?={re.escape(text)})" for text in self._special) or "(?!)")
+        self._kept = lru_cache(PIECES)(self._encode)
+        if self.encode(probe := "a b".join(["", *self._special, " c\n"])) != self._encode(probe):
+            self._pieces = re.compile("(?!)")
         self._probed: dict[str, str | None] = {}
         bos = getattr(tokenizer, "bos_token_id", None)
         self._bos = [bos] if bos is not None and bos in tokenizer.encode("", add_special_tokens=True) else []
@@ -80,7 +89,15 @@ class Renderer:
         self.start = self._bos or [self._eos]
 
     def encode(self, text: str) -> list[int]:
-        """Return the tokens of text, without any before or after it."""
+        """Return the tokens of text, without any before or after it.
+
+        Special tokens divide a text into pieces that have their own tokens. The tokens of the last short ones are kept,
+        since the prompts of one chat share most of them.
+        """
+        pieces = filter(None, self._pieces.split(text))
+        return [i for piece in pieces for i in (self._kept if len(piece) < KEPT else self._encode)(piece)]
+
+    def _encode(self, text: str) -> list[int]:
         return [*self.tokenizer.encode(text, add_special_tokens=False)]
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -208,7 +225,8 @@ class Renderer:
             fix = "The answer would not be trained as it is. Mend the chat template, or the message."
             raise LossInputError(place, f"the answer {shorten(content)} as text", shorten(answer), fix)
         if not self._turn_end and content.strip():
-            answer = answer[: answer.index(content.strip()) + len(content.strip())]
+            content = content if content in answer else content.strip()
+            answer = answer[: answer.index(content) + len(content)]
             ids, start = self._continue(before, answer)
             return [*ids, self._eos], start
         ids, start = self._continue(before, answer)
@@ -255,20 +273,16 @@ class Renderer:
                     expected = "text without special tokens"
                     raise LossInputError(f"messages[{i}]", expected, shorten(text), fix)
         for part in parts_of(messages, tools):
-            if self._template is None:
-                missing: str | None = "the model has no chat template, and plain lines have no place for it"
-                if part == "a system message":
-                    continue
-            else:
-                if part not in self._probed:
-                    self._probed[part] = self._probe(part)
-                missing = self._probed[part]
-            if missing:
+            if part not in self._probed:
+                self._probed[part] = self._probe(part)
+            if missing := self._probed[part]:
                 fix = "Leave such rows out, or take a model whose template writes it."
                 raise LossInputError("messages", "what the chat template writes", f"{part}: {missing}", fix)
 
     def _probe(self, part: str) -> str | None:
-        """Return why the chat template does not write a part; None if it does."""
+        """Return why the chat template, or plain lines, do not write a part; None if they do."""
+        if self._template is None:
+            return None if part == "a system message" else "the model has no chat template, and plain lines lack it"
         messages, tools, count = PROBES[part]
         try:
             written = self._write(messages, tools).count(MARK)

@@ -1,4 +1,4 @@
-"""``lossfns sample RUN PROMPT``: generate from the weights of a run."""
+"""``lossfns sample RUN PROMPT``: generate from the weights of a run. Without a prompt, line by line."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from lossfns.backend.client.training import LocalTrainingClient
-from lossfns.backend.model.tokenizer import ByteTokenizer
 from lossfns.backend.types import SamplingParams
 from lossfns.datum import ModelInput
 from lossfns.errors import LossInputError
 from lossfns.terminal import console_on, say, while_read
-from lossfns.train import remote
+from lossfns.train import models, remote
 from lossfns.train.checkpoints import checkpoints
-from lossfns.train.methods import TEMPERATURE, one_line
+from lossfns.train.defaults import complete_options
+from lossfns.train.measures import TEMPERATURE, one_line
 from lossfns.train.options import check_option
 from lossfns.train.outcome import refused
-from lossfns.train.render import Renderer, typed_prompt
+from lossfns.train.render import Message, Renderer, typed_prompt
 from lossfns.train.run import load_config
 
 
@@ -31,13 +31,14 @@ def add_sample(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     """Add the ``sample`` command to a command line."""
     p = commands.add_parser(
         "sample",
-        help="generate text from a run of lossfns train",
+        help="generate text from a run of lossfns train, or chat with it",
         description="Generate from the newest checkpoint of a run. The prompt is written as the prompts of the run's "
-        "data are: after a chat, as a message of the user.",
+        "data are: after a chat, as a message of the user. Without a prompt, each line that you type gets an answer, "
+        "and a chat goes on turn by turn; /new begins another, /quit or Ctrl-D ends.",
     )
     add = p.add_argument
     add("folder", metavar="RUN", help="the run folder")
-    add("prompt", metavar="PROMPT", help="the text to continue or to answer; '' begins a text")
+    add("prompt", metavar="PROMPT", nargs="?", help="the text to continue or to answer; '' begins a text")
     add("--max-tokens", type=int, default=128, metavar="N", help="longest sample in tokens (default: 128)")
     add("--temperature", type=float, default=TEMPERATURE, metavar="X", help=f"0 is greedy (default: {TEMPERATURE})")
     add("--samples", type=int, default=1, metavar="N", help="how many samples (default: 1)")
@@ -54,47 +55,99 @@ def sample_command(args: argparse.Namespace) -> int:
     """
     try:
         check_option("RUN", args.folder)
-        texts = sample_run(Path(args.folder), args)
-    except (LossInputError, OSError) as error:
+        torch.set_num_threads(1)
+        with opened(Path(args.folder), args.device) as model:
+            if args.prompt is None:
+                converse(model, args)
+            else:
+                show(sample_texts(model, prompt_of(model, args.prompt), args))
+    except (LossInputError, ImportError, OSError) as error:
         return refused(error)
     except KeyboardInterrupt:
         os._exit(130)
-    with while_read(sys.stdout):
-        for number, text in enumerate(texts, 1):
-            if len(texts) > 1:
-                say(f"sample {number}:")
-            live = console_on(sys.stdout) is not None  # a terminal would obey the escape sequences of a sample
-            say("\n".join(one_line(line, sys.maxsize) for line in text.split("\n")) if live else text)
     return 0
 
 
-def sample_run(folder: Path, args: argparse.Namespace) -> list[str]:
-    """Return samples from the newest checkpoint of a run."""
+class Model(NamedTuple):
+    """The model of a run.
+
+    Attributes:
+        sampler: a sampling client of its newest checkpoint.
+        renderer: writes prompts and reads samples.
+        style: how the prompts of the run's data are written.
+    """
+
+    sampler: Any
+    renderer: Renderer
+    style: str
+
+
+@contextmanager
+def opened(folder: Path, device: str) -> Iterator[Model]:
+    """Yield the model of a run's newest checkpoint, in this process or on the server of the run."""
     config = load_config(folder, "RUN")
     if not checkpoints(folder):
         fix = "A run saves its first one after --save-every steps."
         raise LossInputError("RUN", "a run with a checkpoint", f"{folder}, which has none", fix)
-    renderer = Renderer(ByteTokenizer())
-    try:
-        ids = typed_prompt(renderer, config.get("prompts", "text"), args.prompt)
-    except UnicodeEncodeError:
-        got = ascii(args.prompt[:40])
-        raise LossInputError("PROMPT", "text in UTF-8", got, "Check the encoding of the terminal.") from None
-    torch.set_num_threads(1)
-    path, base_url = checkpoints(folder)[0], config["options"].get("base_url")
-    params = SamplingParams(max_tokens=args.max_tokens, temperature=args.temperature, seed=args.seed)
-    prompt = ModelInput.from_ints(ids)
-    with sampler_of(path, base_url, args.device) as sampler:
-        (response,) = sampler.sample_batch([prompt], args.samples, params).result()
-    return [renderer.decode(sequence.tokens) for sequence in response.sequences]
-
-
-@contextmanager
-def sampler_of(path: Path, base_url: str | None, device: str) -> Iterator[Any]:
-    """Yield a sampler of a run's checkpoint, in this process or on the server of the run."""
-    if base_url is None:
-        yield LocalTrainingClient(device=device).create_sampling_client(path)
+    options, path = complete_options(config["options"]), checkpoints(folder)[0]
+    style = config.get("prompts", "text")
+    if options.base_url is None:
+        client = models.load_client(replace(options, device=device))
+        yield Model(client.create_sampling_client(path), Renderer(client.get_tokenizer()), style)
         return
-    with remote.connected(base_url) as client:
-        client.load_state(path).result()
-        yield client.save_weights_and_get_sampling_client()
+    with remote.connected(options.base_url) as server:
+        server.load_state(path).result()
+        yield Model(server.save_weights_and_get_sampling_client(), Renderer(server.get_tokenizer()), style)
+
+
+def prompt_of(model: Model, text: str) -> list[int]:
+    """Return the tokens of a prompt that was typed."""
+    try:
+        return typed_prompt(model.renderer, model.style, text)
+    except UnicodeEncodeError:
+        fix = "Check the encoding of the terminal."
+        raise LossInputError("PROMPT", "text in UTF-8", ascii(text[:40]), fix) from None
+
+
+def sample_texts(model: Model, prompt: list[int], args: argparse.Namespace, seed: int = 0) -> list[str]:
+    """Return the texts of samples. ``seed`` is added to that of the command line."""
+    params = SamplingParams(max_tokens=args.max_tokens, temperature=args.temperature, seed=args.seed + seed)
+    (response,) = model.sampler.sample_batch([ModelInput.from_ints(prompt)], args.samples, params).result()
+    return [model.renderer.decode(sequence.tokens) for sequence in response.sequences]
+
+
+def show(texts: list[str]) -> None:
+    """Print samples. A terminal would obey the escape sequences in them, so they are escaped there."""
+    live = console_on(sys.stdout) is not None
+    with while_read(sys.stdout):
+        for number, text in enumerate(texts, 1):
+            if len(texts) > 1:
+                say(f"sample {number}:")
+            say("\n".join(one_line(line, sys.maxsize) for line in text.split("\n")) if live else text)
+
+
+def converse(model: Model, args: argparse.Namespace) -> None:
+    """Answer each line that is typed, until /quit or the end of the input. The first sample continues a chat."""
+    messages: list[Message] = []
+    for turn, line in enumerate(typed_lines()):
+        if line == "/quit":
+            return
+        if line == "/new":
+            messages = []
+            continue
+        asked: list[Message] = [*messages, {"role": "user", "content": line}]
+        prompt = model.renderer.prompt(asked) if model.style == "chat" else prompt_of(model, line)
+        texts = sample_texts(model, prompt, args, turn)
+        show(texts)
+        messages = [*asked, {"role": "assistant", "content": texts[0]}]
+
+
+def typed_lines() -> Iterator[str]:
+    """Yield the lines of standard input that are not empty, after a prompt if a person types them."""
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return
+        if line:
+            yield line

@@ -12,9 +12,10 @@ from random import Random
 from typing import Generic, TypeVar
 
 from lossfns.errors import LossInputError
-from lossfns.train import files, formats
+from lossfns.train import files, formats, values
 from lossfns.train.examples import Demonstration, Labelled, Preference, Problem, demonstration, sequences
 from lossfns.train.render import Renderer
+from lossfns.train.values import Row
 
 MAX_HELD_OUT = 400
 """The largest number of held-out examples. Passages are longer, so half as many are enough."""
@@ -197,10 +198,12 @@ def load(
         LossInputError: for a row that cannot be used, and if all rows are equal.
     """
     rows = files.read_rows(source)
+    groups: list[list[T]] = []
+    if rows:
+        known = formats.recognise(rows[0], kind)
+        groups = [list(formats.examples_of(row, known, renderer)) for row in rows]
     if len(rows) < 2:
         raise LossInputError("--data", "at least 2 rows", f"{len(rows)} in {source}", "One in ten is held out.")
-    known = formats.recognise(rows[0], kind)
-    groups: list[list[T]] = [list(formats.examples_of(row, known, renderer)) for row in rows]
     lengths = [max(length(each, renderer) for each in group) for group in groups]
     if drop_longer:
         groups = [group for group, n in zip(groups, lengths) if n <= max_length]
@@ -232,10 +235,11 @@ def load(
         f"{len(rows)} rows of {known.name}, up to {longest} tokens; {len(held_out)} held out",
         f"{len(rows) - used} rows longer than {max_length} tokens left out" if used < len(rows) else "",
         f"{equal} rows that are equal to others left out" if equal else "",
-        f"not read: {', '.join(map(files.shown, unread[:8]))}{', ...' if unread[8:] else ''}" if unread else "",
+        f"not read: {', '.join(map(values.shown, unread[:8]))}{', ...' if unread[8:] else ''}" if unread else "",
     ]
     note, style = "; ".join(filter(None, notes)), formats.prompt_style(rows[0], known)
-    return Task(source, renderer, draw, held_out, train, note, style)
+    name = rows[0].place.rpartition(":")[0]  # with the split that was taken
+    return Task(name, renderer, draw, held_out, train, note, style)
 
 
 def length(example: Demonstration | Preference | Labelled | Problem, renderer: Renderer) -> int:
@@ -245,7 +249,7 @@ def length(example: Demonstration | Preference | Labelled | Problem, renderer: R
     return max(len(each.tokens) for each in sequences(example))
 
 
-def check_lengths(rows: Sequence[files.Row], lengths: Sequence[int], limit: int) -> None:
+def check_lengths(rows: Sequence[Row], lengths: Sequence[int], limit: int) -> None:
     """Refuse rows that are longer than the limit, before a step of the run takes minutes."""
     longer = [(row, n) for row, n in zip(rows, lengths) if n > limit]
     if longer:

@@ -13,7 +13,8 @@ import torch
 from lossfns import terms
 from lossfns.backend.client.training import LocalTrainingClient
 from lossfns.backend.engine import forward
-from lossfns.backend.engine.batch import pack_inputs, unshared
+from lossfns.backend.engine.batch import pack_inputs
+from lossfns.backend.model.prefixes import unshared
 from lossfns.backend.types import ForwardBackwardOutput
 from lossfns.datum import Datum
 from lossfns.errors import LossInputError

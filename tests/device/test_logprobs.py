@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lossfns import LossInputError, target_logprobs
-from lossfns.logprobs import linear, target, tiles
+from lossfns.logprobs import plans, target, tiles
 from lossfns.logprobs.linear import linear_logprobs
 
 N, D, V, K = 40, 6, 50, 3
@@ -26,7 +26,7 @@ PLANS: dict[str, dict[str, Any]] = {
 }
 HEADS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "with a bias, a softcap and a temperature": {"biased": True, "softcap": 4.0, "temperature": 0.8},
+    "with all options": {"biased": True, "adapted": True, "softcap": 4.0, "temperature": 0.8},
 }
 
 every_plan = pytest.mark.parametrize("plan", PLANS)
@@ -36,10 +36,10 @@ every_plan = pytest.mark.parametrize("plan", PLANS)
 def sizes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "many tiles":
         sizes = {"TILE_TOKENS": 16, "TILE_VOCAB": 20, "BLOCK_LOGITS": 140}
-        for module in (linear, tiles):
+        for module in (plans, tiles):
             for name in sizes.keys() & vars(module).keys():
                 monkeypatch.setattr(module, name, sizes[name])
-        monkeypatch.setattr(linear, "SEPARABLE_TOKENS", 8)
+        monkeypatch.setattr(plans, "SEPARABLE_TOKENS", 8)
 
 
 def draw(dtype: torch.dtype = torch.float32, several: bool = False) -> dict[str, Tensor]:
@@ -51,6 +51,8 @@ def draw(dtype: torch.dtype = torch.float32, several: bool = False) -> dict[str,
         "hidden": torch.randn(N, D, generator=g).to(dtype),
         "weight": torch.randn(V, D, generator=g).to(dtype),
         "bias": torch.randn(V, generator=g).to(dtype),
+        "a": torch.randn(2, D, generator=g),
+        "b": torch.randn(V, 2, generator=g),
         "targets": targets,
         "gradient": torch.randn(targets.shape, generator=g) * (torch.rand(targets.shape, generator=g) > 0.3),
         "rows": torch.rand(N, generator=g) > 0.4,
@@ -63,15 +65,17 @@ def run(
     *,
     selected: bool = False,
     biased: bool = False,
+    adapted: bool = False,
     waits: tuple[int, int] | None = None,
     **knobs: Any,
 ) -> Any:
     """Return logprobs, entropy, and the gradients of the parameters; ``waits`` are those of the two passes."""
-    leaves = {name: given[name].detach().requires_grad_() for name in ("hidden", "weight", "bias")}
+    leaves = {name: given[name].detach().requires_grad_() for name in ("hidden", "weight", "bias", "a", "b")}
     if plan == "frozen":
-        leaves["weight"], leaves["bias"] = given["weight"], given["bias"]
+        leaves |= {name: given[name] for name in ("weight", "bias", "a", "b")}
     options = PLANS[plan] | knobs | ({"rows": given["rows"]} if selected else {})
     options |= {"bias": leaves["bias"]} if biased else {}
+    options |= {"adapter": (leaves["a"], leaves["b"], 0.5)} if adapted else {}
     if plan == "separable":
         options["gradient"] = lambda logprobs, rows: given["gradient"][rows]
     with recorded_waits() as forward:

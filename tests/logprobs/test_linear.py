@@ -14,8 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lossfns import LossInputError
-from lossfns.logprobs import linear as plans
-from lossfns.logprobs import tiles
+from lossfns.logprobs import plans, tiles
 from lossfns.logprobs.linear import linear_logprobs, model_outputs
 from lossfns.tokens import MODEL_COLUMNS
 

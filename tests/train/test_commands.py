@@ -241,7 +241,7 @@ def test_a_reward_that_cannot_rise_is_warned_about(tmp_path: Path, capsys: pytes
     ]
     data = written(tmp_path / "rows.jsonl", rows)
     options = ["--steps", "6", "--warmup-steps", "1", "--batch", "2", "--group", "2", "--out", str(tmp_path / "run")]
-    assert main(["train", "grpo", "--data", data, *options]) == 0
+    assert main(["train", "grpo", "--data", data, "--reward", "exact", *options]) == 0
     said = capsys.readouterr().err
     assert said.count("warning: all rewards of the first 5 steps are 0, so nothing is learned") == 1
 
@@ -378,7 +378,7 @@ def test_what_cannot_be_sampled_is_named(run: Path, tmp_path: Path, capsys: pyte
 def test_escape_sequences_of_a_sample_do_not_reach_the_terminal(
     run: Path, terminal: io.StringIO, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lossfns.train.sample_command.sample_run", lambda folder, args: ["a\x1b[2J\nb"])
+    monkeypatch.setattr("lossfns.train.sample_command.sample_texts", lambda *_: ["a\x1b[2J\nb"])
     monkeypatch.setattr(sys, "stdout", terminal)
     assert main(["sample", str(run), "x"]) == 0
     assert terminal.getvalue() == "a\\x1b[2J\nb\n"

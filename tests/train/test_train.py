@@ -11,14 +11,16 @@ from typing import Any
 
 import pytest
 
-from lossfns import LossInputError
+from lossfns import LossInputError, cross_entropy
 from lossfns.backend import ByteTokenizer, Decoder, LocalTrainingClient
-from lossfns.train import methods, tasks
+from lossfns.train import measures, methods, tasks
+from lossfns.train.batches import demonstration_batch, sample_answers
 from lossfns.train.examples import Problem, demonstration, prompt_of
 from lossfns.train.outcome import print_outcome
 from lossfns.train.plots import running_mean
 from lossfns.train.recipes import Outcome
 from lossfns.train.render import Renderer
+from lossfns.train.rewards import reward_of
 from lossfns.train.run import Run, State
 
 TEXT = ByteTokenizer()
@@ -63,22 +65,23 @@ def test_a_true_continuation_continues_and_the_other_comes_from_elsewhere() -> N
 
 
 def test_rewards_are_for_exactly_the_answer(tmp_path: Path) -> None:
-    """The greedy answer of the model counts as correct, and no other."""
+    """A model that has learned the answer gets it, and no reward for another answer."""
     shape: dict[str, Any] = {"vocab_size": 257, "dim": 16, "layers": 1, "heads": 1, "kv_heads": 1, "hidden": 16}
     client = LocalTrainingClient(Decoder(**shape), tokenizer=TEXT, device="cpu")
-    problem = Problem([50, 61], "x", {})
-    (_, tokens, _, right), *_ = methods.sample_answers(client, BYTES, [problem], 1, 4, seed=0, temperature=0)
-    assert right is (tokens == [*TEXT.encode("x"), 256])
-    draw = lambda rng, n: [demonstration(problem.prompt, [120, 256])] * n  # noqa: E731
+    problem, exact = Problem([50, 61], "x", {}), reward_of("exact")
+    data = [demonstration(problem.prompt, [120, 256])] * 4
     rate = methods.constant(3e-2)
     with Run(tmp_path, terminal=io.StringIO()) as run:
-        methods.train_supervised(run, client, draw, phase="warm-up", steps=60, batch=4, learning_rate=rate, seed=0)
-    assert methods.mean_reward(client, BYTES, [problem], 4) > 0.9
-    assert methods.mean_reward(client, BYTES, [Problem([50, 61], "xx", {})], 4) < 0.1
+        batch = lambda rng: demonstration_batch(client, data)  # noqa: E731
+        methods.train(run, client, cross_entropy(), batch, phase="warm-up", steps=60, learning_rate=rate, seed=0)
+    (answer,) = sample_answers(client, BYTES, [problem], 1, 4, seed=0, temperature=0)
+    assert (answer.tokens, answer.text) == ([120, 256], "x")
+    assert measures.mean_reward(client, BYTES, [problem], exact, 4)["reward"] > 0.9
+    assert measures.mean_reward(client, BYTES, [Problem([50, 61], "xx", {})], exact, 4)["reward"] < 0.1
 
 
 def test_accuracy_counts_a_tie_half() -> None:
-    assert methods.share_positive([1.0, -2.0, 0.0, 3.0]) == 2.5 / 4
+    assert measures.share_positive([1.0, -2.0, 0.0, 3.0]) == 2.5 / 4
 
 
 def test_schedules() -> None:
@@ -135,7 +138,7 @@ def test_the_outcome_is_a_table_on_a_terminal_and_a_line_elsewhere(
 ) -> None:
     stream = terminal if live else io.StringIO()
     monkeypatch.setattr(sys, "stdout", stream)
-    print_outcome(Outcome("reward", "held-out reward", 0.25, 0.875))
+    print_outcome(Outcome({"reward": 0.25}, {"reward": 0.875}))
     text = re.sub(r"\x1b\[[\d;]*m", "", stream.getvalue())
     if live:
         assert [line.split() for line in text.splitlines() if line.strip(" ─")] == [

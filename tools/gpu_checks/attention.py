@@ -17,7 +17,8 @@ def attention(device: str) -> Checks:
     """Every route of packed attention, and dense SDPA with a mask, against dense attention in float64."""
     scale = pick(device, 20, 1)
     lengths = [scale * n for n in (35, 16, 5, 5, 1, 70, 3)]
-    continued = [None, None, 0, 0, 0, 1, None]
+    # Two segments continue the first one from its end, one continues one of these, one the second from its middle.
+    continued = [None, None, 35 * scale - 1, 35 * scale - 1, 53 * scale, 43 * scale, None]
     # The window and the softcap apply to the batch with prefixes.
     batches: dict[str, tuple[list[int | None], dict[str, Any]]] = {
         "packed": ([None] * 7, {}),
@@ -27,11 +28,11 @@ def attention(device: str) -> Checks:
     }
     checks: Checks = {}
     for dtype in BOUNDS:
-        for batch, (parents, options) in batches.items():
+        for batch, (previous, options) in batches.items():
             for route in ("dense", *ROUTES):
                 name = f"{route} {batch} {'float32' if dtype == torch.float32 else 'bfloat16'}"
                 if is_for(route, device, dtype, options):
-                    layout = Layout(lengths, parents, device)
+                    layout = Layout(lengths, previous, device)
                     checks[name] = partial(check_route, route, layout, dtype, **options)
     for route in ROUTES if device == "cpu" else ():
         if route != "sdpa-by-length":
@@ -71,12 +72,12 @@ def check_route(
 
 
 def visible(layout: Layout, window: int | None) -> Tensor:
-    """Return [N, N] bool, whether token i sees token j: its segment's parent and itself, up to i, within the window."""
-    rows = torch.arange(sum(layout.lengths)).split(layout.lengths)
-    seen = torch.zeros(sum(layout.lengths), sum(layout.lengths), dtype=torch.bool)
-    for segment, parent in zip(rows, layout.parents, strict=True):
-        context = torch.cat([segment[:0] if parent is None else rows[parent], segment])
-        for i in range(len(segment)):
-            end = len(context) - len(segment) + i + 1
-            seen[segment[i], context[0 if window is None else max(0, end - window) : end]] = True
+    """Return [N, N] bool, whether token i sees token j: the tokens up to i in its sequence, within the window."""
+    seen, up_to = torch.zeros(sum(layout.lengths), sum(layout.lengths), dtype=torch.bool), list[list[int]]()
+    for length, previous in zip(layout.lengths, layout.previous, strict=True):
+        before = [] if previous is None else up_to[previous]
+        for i in range(len(up_to), len(up_to) + length):
+            before = [*before, i]
+            seen[i, before if window is None else before[-window:]] = True
+            up_to.append(before)
     return seen

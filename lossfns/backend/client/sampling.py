@@ -34,7 +34,7 @@ class LocalSamplingClient(Resolved):
     def __init__(self, model: nn.Module, tokenizer: Any = None, ranks: SingleProcess | Ranks | None = None) -> None:
         self.model = model
         self._tokenizer = tokenizer
-        self._vocabulary = len(model.head)  # type: ignore[arg-type]
+        self._vocabulary = len(head_of(model).weight)
         ranks = ranks or SingleProcess()
         self._on_rank_zero = ranks.on_rank_zero  # not the ranks: a SingleProcess holds the model in training
         self._worker = Worker(ranks.thread, ranks.call)

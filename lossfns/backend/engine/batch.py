@@ -71,9 +71,9 @@ class PackedInputs(NamedTuple):
     """The tokens that a model computes, segment after segment, and the index of each position's output.
 
     Attributes:
-        tokens: ids of all segments, end to end. A prefix that datums share is a segment of its own.
+        tokens: ids of all segments, end to end. A segment is a datum without the prefix that it shares with another.
         lengths: tokens of each segment.
-        parents: for each segment the index of the segment that it continues, or None.
+        previous: for each segment the token that comes before its first one, or None.
         hidden_rows: [R], for each row of logits the token whose hidden state it reads; for embeddings, the token of
             each position.
         targets: [R] or [R, K], for each row of logits the targets that it scores; None for embeddings.
@@ -84,7 +84,7 @@ class PackedInputs(NamedTuple):
 
     tokens: Tensor
     lengths: list[int]
-    parents: list[int | None]
+    previous: list[int | None]
     hidden_rows: Tensor | None
     targets: Tensor | None
     inverse: Tensor | None
@@ -109,26 +109,24 @@ def pack_inputs(
         return None if np.array_equal(index, np.arange(len(index))) else to_device(index, index_device)
 
     shared = find_prefixes(inputs.tokens)
-    tokens = to_device(np.concatenate(inputs.tokens)[shared.order], device)
-    if not inputs.targets:
-        return PackedInputs(tokens, shared.lengths, shared.parents, index_or_none(shared.inverse), None, None)
-    targets = np.concatenate(inputs.targets)
-    hidden_rows, inverse = logit_rows(shared.inverse, targets)
-    if len(hidden_rows) < len(inverse):
-        targets = targets[np.unique(inverse, return_index=True)[1]]  # of the first position of each row of logits
-    rows, inverse_index = index_or_none(hidden_rows), index_or_none(inverse, result_device or device)
-    return PackedInputs(tokens, shared.lengths, shared.parents, rows, to_device(targets, device), inverse_index)
+    ids = np.concatenate(inputs.tokens)
+    targets = np.concatenate(inputs.targets) if inputs.targets else None
+    rows = inverse = None
+    if len(shared.order) < len(ids):
+        ids = ids[shared.order]
+        if targets is None:
+            rows = to_device(shared.inverse, device)
+        else:
+            scored, inverse_index = logit_rows(shared, targets)
+            rows, targets = index_or_none(shared.inverse[scored]), targets[scored]
+            inverse = index_or_none(inverse_index, result_device or device)
+    on_device = None if targets is None else to_device(targets, device)
+    return PackedInputs(to_device(ids, device), shared.lengths, shared.previous, rows, on_device, inverse)
 
 
 def index_or_all(x: Tensor, index: Tensor | None) -> Tensor:
     """Return x[index]; None takes all rows."""
     return x if index is None else x.index_select(0, index)
-
-
-def unshared(tokens: Sequence[np.ndarray]) -> SharedPrefixes:
-    """Make each sequence a segment of its own, for a model that cannot continue a segment."""
-    in_order = np.arange(sum(map(len, tokens)))
-    return SharedPrefixes(in_order, [len(ids) for ids in tokens], [None] * len(tokens), in_order)
 
 
 # Checks

@@ -31,6 +31,7 @@ from lossfns.backend.engine.pooling import Pool
 from lossfns.backend.engine.ranks import Ranks, SingleProcess
 from lossfns.backend.types import OptimStepResponse
 from lossfns.errors import LossInputError
+from lossfns.logprobs.head import head_of
 from lossfns.loss import BoundLoss, Loss, LossFn
 
 
@@ -46,7 +47,7 @@ class Engine:
     def __init__(self, model: nn.Module, ranks: SingleProcess | Ranks, memory_budget: float | None = None) -> None:
         self.model, self.ranks = model, ranks
         with torch.no_grad():
-            head: Tensor = model.head  # type: ignore[assignment]
+            head = head_of(model).weight
         self.budget = Budget(model, head, ranks, memory_budget)
         self.output_dtype = torch.promote_types(head.dtype, torch.float32)
         ranks.shard(model)

@@ -10,11 +10,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lossfns.backend.engine.batch import ModelInputs, PackedInputs, index_or_all, pack_inputs, unshared
+from lossfns.backend.engine.batch import ModelInputs, PackedInputs, index_or_all, pack_inputs
 from lossfns.backend.engine.differentiate import Outputs
 from lossfns.backend.engine.memory import trim_heap
 from lossfns.backend.engine.pooling import Pool
-from lossfns.backend.model.prefixes import share_prefixes
+from lossfns.backend.model.prefixes import share_prefixes, unshared
 from lossfns.errors import LossInputError
 from lossfns.logprobs.linear import model_outputs
 
@@ -95,8 +95,8 @@ def hidden_states(
     Common prefixes are computed once if the model can share them.
     """
     device = next(model.parameters()).device
-    if "parents" not in signature(model.forward).parameters:
+    if "previous" not in signature(model.forward).parameters:
         packed = pack_inputs(inputs, unshared, device, result_device)
         return packed, model(packed.tokens, packed.lengths)
     packed = pack_inputs(inputs, share_prefixes, device, result_device)
-    return packed, model(packed.tokens, packed.lengths, packed.parents)
+    return packed, model(packed.tokens, packed.lengths, packed.previous)

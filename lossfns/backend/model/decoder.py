@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from lossfns.backend.model import lora
 from lossfns.backend.model.attention import Attend, Layout, choose_route
 from lossfns.backend.model.cache import Cache
+from lossfns.logprobs.head import Adapter
 
 
 class Decoder(nn.Module):
@@ -97,19 +98,24 @@ class Decoder(nn.Module):
         return lora.adapted_weight(self.unembed)
 
     @property
+    def factored_head(self) -> tuple[Tensor, Adapter | None]:
+        """Unembedding weight [V, D] without its adapter, and the adapter or None: ``head`` as two parts."""
+        return lora.factored_weight(self.unembed)
+
+    @property
     def attention(self) -> str:
         """Name of the route that the attention of a packed batch takes, from ``choose_route``."""
         return choose_route(self.embed.weight.device, self.embed.weight.dtype, self.head_dim)
 
-    def forward(self, tokens: Tensor, lengths: Sequence[int], parents: Sequence[int | None] | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, lengths: Sequence[int], previous: Sequence[int | None] | None = None) -> Tensor:
         """Return hidden states [N, D] after the final norm.
 
         Args:
             tokens: [N] ids of the segments, end to end.
             lengths: tokens of each segment.
-            parents: for each segment the index of the earlier segment that it continues, or None; see ``Layout``.
+            previous: for each segment the token that comes before its first one, or None; see ``Layout``.
         """
-        layout = Layout(lengths, parents, tokens.device)
+        layout = Layout(lengths, previous, tokens.device)
         return self._run(tokens, layout.positions, layout.attend)
 
     def prefill(self, tokens: Tensor, lengths: Sequence[int], max_new_tokens: int) -> tuple[Tensor, Cache]:

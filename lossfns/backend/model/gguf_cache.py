@@ -9,9 +9,10 @@ import hashlib
 import json
 import os
 import shutil
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory, mkdtemp
 
 from lossfns.errors import LossInputError
 
@@ -29,7 +30,7 @@ def converted(file: Path) -> Path:
     the versions of the libraries that read it. A folder whose files are not those that were written is replaced.
 
     Raises:
-        OSError: the file cannot be read.
+        OSError, ValueError: the file cannot be read.
         LossInputError: the cache cannot be written.
     """
     with file.open("rb") as content:
@@ -45,7 +46,10 @@ def converted(file: Path) -> Path:
         got, fix = f"{folder.parent} ({error.strerror})", "Set XDG_CACHE_HOME to a folder that can be."
         raise LossInputError("cache", "a folder that can be written", got, fix) from error
     try:
-        convert(file, partial)
+        try:
+            convert(file, partial)
+        except Exception as error:  # a damaged file leads the readers into errors of any kind
+            raise ValueError(str(error) or type(error).__name__) from error
         digests = {path.name: digest(path) for path in partial.iterdir()}
         (partial / CONTENTS).write_text(json.dumps({"source": source, "sha256": digests}))
         put(partial, folder, source)
@@ -94,7 +98,8 @@ def put(partial: Path, folder: Path, source: dict[str, str]) -> None:
         except OSError:
             if is_intact(folder, source):
                 return
-            folder.rename(Path(mkdtemp(dir=partial)) / "damaged")  # removed with the rest of ``partial``
+            with TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as aside, suppress(OSError):
+                folder.rename(Path(aside) / "damaged")
     raise LossInputError("cache", "a folder of its own", f"{folder}, which others change", "Try again.")
 
 

@@ -26,7 +26,7 @@ from lossfns.backend.model.attention import Attend, Layout, choose_route
 from lossfns.backend.model.cache import Cache
 from lossfns.backend.model.gguf_cache import converted
 from lossfns.errors import LossInputError, warn
-from lossfns.logprobs.linear import head_of
+from lossfns.logprobs.head import Adapter, head_of
 
 
 def load(
@@ -186,6 +186,11 @@ class CausalLM(nn.Module):
         return lora.adapted_weight(self.model.get_output_embeddings())
 
     @property
+    def factored_head(self) -> tuple[Tensor, Adapter | None]:
+        """Unembedding weight [V, D] without its adapter, and the adapter or None: ``head`` as two parts."""
+        return lora.factored_weight(self.model.get_output_embeddings())
+
+    @property
     def head_bias(self) -> Tensor | None:
         """Bias [V] of the unembedding, or None."""
         bias: Tensor | None = getattr(self.model.get_output_embeddings(), "bias", None)
@@ -212,9 +217,9 @@ class CausalLM(nn.Module):
         softcap = getattr(config, "attn_logit_softcapping", None) is not None
         return choose_route(weight.device, weight.dtype, head_dim, softcap)
 
-    def forward(self, tokens: Tensor, lengths: Sequence[int], parents: Sequence[int | None] | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, lengths: Sequence[int], previous: Sequence[int | None] | None = None) -> Tensor:
         """Return hidden states [N, D] after the final norm; the arguments are those of ``Decoder.forward``."""
-        layout = Layout(lengths, parents, tokens.device)
+        layout = Layout(lengths, previous, tokens.device)
         self._check_length(layout.max_key_length, "model_input", "Shorten it.")
         return self._run(tokens, layout.positions, layout.attend)
 
@@ -434,7 +439,7 @@ def linear_layers_by_part(model: CausalLM) -> dict[str, tuple[str, ...]]:
 @torch.no_grad()
 def check_packing(model: CausalLM) -> None:
     """Switch a model to our attention; refuse it if packed sequences then have other logits than by the model's own."""
-    lengths, parents = [2, 2, 5], [None, 0, 0]  # most tokens follow tokens that they must not see
+    lengths, previous = [2, 2, 5], [None, 1, 1]  # most tokens follow tokens that they must not see
     vocabulary = len(model.model.get_input_embeddings().weight)
     tokens = torch.arange(1, 10, device=model.head.device) * 7919 % vocabulary
     prefix, first, second = torch.split(tokens, lengths)
@@ -446,7 +451,7 @@ def check_packing(model: CausalLM) -> None:
     model.model.set_attn_implementation(ATTENTION)
     try:
         packed, other_neighbour = (
-            head_of(model).logits(model(torch.cat((prefix, suffix, second)), lengths, parents)).float()
+            head_of(model).logits(model(torch.cat((prefix, suffix, second)), lengths, previous)).float()
             for suffix in (first, first.flip(0))
         )
     except LossInputError:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lossfns.checks import check_number
 from lossfns.errors import LossInputError
+from lossfns.logprobs.head import Adapter
 
 ALPHA = 32
 """Numerator of the scale alpha / rank. The hosted services take 32 for every rank."""
@@ -104,7 +105,8 @@ def merge(model: nn.Module) -> None:
 def declare_untied(model: nn.Module) -> None:
     """Tell the configurations of models of transformers whose head has a weight of its own now, so that it is saved."""
     for module in model.modules():
-        if getattr(getattr(module, "config", None), "tie_word_embeddings", False):
+        tied = getattr(getattr(module, "config", None), "tie_word_embeddings", False)
+        if tied and hasattr(module, "get_output_embeddings"):  # not a layer, which has the configuration, too
             ends = [find() for find in (module.get_input_embeddings, module.get_output_embeddings)]  # type: ignore[operator]
             if all(ends) and ends[0].weight is not ends[1].weight:
                 module.config.tie_word_embeddings = False  # type: ignore[union-attr]
@@ -147,13 +149,41 @@ def adapted_layers(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if hasattr(module, "lora_A")]
 
 
+def enabled_adapters(layer: Any) -> list[str]:
+    """Return the names of the adapters that a layer adds to its weight."""
+    if getattr(layer, "disable_adapters", True):
+        return []
+    return [name for name in layer.active_adapters if name in layer.lora_A and name not in layer.merged_adapters]
+
+
 def adapted_weight(layer: Any) -> Tensor:
     """Return a linear layer's weight [out, in], with its adapter added, in the adapter's dtype, if one is enabled."""
     weight: Tensor = layer.weight
-    if not getattr(layer, "disable_adapters", True):
-        for adapter in set(layer.active_adapters) - set(layer.merged_adapters):
-            weight = weight + layer.get_delta_weight(adapter)
+    for name in enabled_adapters(layer):
+        weight = weight + layer.get_delta_weight(name)
     return weight
+
+
+def factored_weight(layer: Any) -> tuple[Tensor, Adapter | None]:
+    """Return a linear layer's weight, and what its enabled adapters add to it as (a, b, scale), None for nothing.
+
+    The sum is not computed. Only an adapter that is more than a product of two factors is added to the weight.
+    """
+    names = enabled_adapters(layer)
+    if not names:
+        return layer.weight, None
+    if not all(is_product(layer, name) for name in names):
+        return adapted_weight(layer), None
+    factors = [(layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]) for name in names]
+    if len(factors) == 1:
+        return layer.weight, factors[0]
+    return layer.weight, (torch.cat([a for a, _, _ in factors]), torch.cat([s * b for _, b, s in factors], 1), 1.0)
+
+
+def is_product(layer: Any, name: str) -> bool:
+    """Return whether an adapter adds b·a to the weight and nothing else: no magnitude, bias or transposition."""
+    plain = all(type(x) is nn.Linear and x.bias is None for x in (layer.lora_A[name], layer.lora_B[name]))
+    return plain and name not in layer.lora_variant and not layer.fan_in_fan_out
 
 
 @contextmanager

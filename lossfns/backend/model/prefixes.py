@@ -1,52 +1,62 @@
-"""Sharing of prefixes: which tokens of a batch to compute, so that a common prefix is computed once."""
+"""Sharing of prefixes: which tokens of a batch to compute, so that a common prefix is computed once.
+
+The sequences of a batch form a tree: the turns of a conversation, groups of completions that continue each of them. One
+sequence is computed whole. Each other one is computed from the token on at which it leaves the tree of those before it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
 
 
 class SharedPrefixes(NamedTuple):
-    """A batch of N tokens as M ≤ N computed ones, in segments. A segment may continue an earlier one, its parent.
+    """A batch of N tokens as M ≤ N computed ones, in segments. A segment may continue another from any of its tokens.
 
     Attributes:
-        order: [M] the tokens to compute, segment after segment, as indices into the batch.
+        order: [M] the tokens to compute, segment after segment, as indices into the batch. They are all tokens in order
+            if M = N.
         lengths: tokens of each segment.
-        parents: for each segment the index of its parent, or None.
+        previous: for each segment the computed token that comes before its first one, in an earlier segment; None where
+            a sequence begins.
         inverse: [N] for each token of the batch the computed token that has its hidden state.
     """
 
     order: np.ndarray
     lengths: list[int]
-    parents: list[int | None]
+    previous: list[int | None]
     inverse: np.ndarray
 
 
 def share_prefixes(tokens: Sequence[np.ndarray], min_length: int = 16) -> SharedPrefixes:
-    """Group sequences that have a prefix in common, such that the most tokens are saved.
+    """Compute each common prefix of at least ``min_length`` tokens once.
 
-    The prefix of a group becomes one segment, and what a member has beyond it becomes another, which continues the
-    first. A member that is no longer than the prefix has no segment of its own. A sequence is in at most one group.
-    Segments with the same parent and the same length are adjacent, so that they attend in one call.
+    Of sequences in sorted order, the longest prefix that a sequence has in common with any before it is the one in
+    common with the last of them. So a sequence continues the one before it, and the rest of it is its segment. A
+    sequence that is a prefix of the one before it has no segment.
 
     Args:
         tokens: ids of each sequence, at least one.
-        min_length: shorter prefixes are not shared; they save less than their attention calls cost.
+        min_length: shorter prefixes are not shared; they save less than the attention to them costs.
     """
     flat = np.concatenate(tokens)
     lengths = np.array([len(row) for row in tokens])
-    # Sorting by bytes is much faster than by tokens, and it brings common prefixes together just as well.
-    ranking = np.array(sorted(range(len(tokens)), key=[row.tobytes() for row in tokens].__getitem__))
-    common = common_prefixes(flat, (lengths.cumsum() - lengths)[ranking], lengths[ranking], min_length)
+    # Sorting by bytes is much faster than by tokens, and it brings common prefixes together just as well. Descending
+    # order puts a sequence before its prefixes.
+    ranking = np.array(sorted(range(len(tokens)), key=[row.tobytes() for row in tokens].__getitem__, reverse=True))
+    starts, lengths_in_order = (lengths.cumsum() - lengths)[ranking], lengths[ranking]
+    common = common_prefixes(flat, starts, lengths_in_order, min_length)
     if not common.any():
-        each = np.arange(len(flat))
-        return SharedPrefixes(each, lengths.tolist(), [None] * len(tokens), each)
-    group, prefix = np.empty_like(ranking), np.empty_like(ranking)
-    group[ranking], prefix[ranking] = best_groups(common)
-    return build_segments(lengths, group, prefix)
+        return unshared(tokens)
+    return build_segments(starts, lengths_in_order, np.append(0, common))
+
+
+def unshared(tokens: Sequence[np.ndarray]) -> SharedPrefixes:
+    """Make each sequence a segment of its own."""
+    in_order = np.arange(sum(map(len, tokens)))
+    return SharedPrefixes(in_order, [len(ids) for ids in tokens], [None] * len(tokens), in_order)
 
 
 def common_prefixes(flat: np.ndarray, starts: np.ndarray, lengths: np.ndarray, min_length: int) -> np.ndarray:
@@ -70,109 +80,74 @@ def common_prefixes(flat: np.ndarray, starts: np.ndarray, lengths: np.ndarray, m
     return common
 
 
-def best_groups(common: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Choose the prefixes to share, such that the most tokens are saved.
-
-    Common prefixes form a tree. A node is a range of sorted sequences and the longest prefix that they all have; its
-    children are the ranges within it that have a longer one. Some nodes are opened: their prefix is computed once. A
-    sequence uses the longest open prefix that it has, so
-
-        saved = Σ over sequences of the length of the prefix that they use − Σ over open nodes of their prefix's length.
-
-    Dynamic programming finds the maximum. What a subtree saves depends on the rest of the tree only through the length
-    of the longest prefix that is open above it. From the leaves to the root, it is computed for each such length.
+def build_segments(starts: np.ndarray, lengths: np.ndarray, prefixes: np.ndarray) -> SharedPrefixes:
+    """Lay out segments level by level; those that continue the same token and are equally long are adjacent.
 
     Args:
-        common: tokens that each sequence, in sorted order, has in common with the next.
-
-    Returns:
-        For each sequence in sorted order its group, −1 for none, and the length of the prefix that the group shares.
-    """
-    nodes = [(0, len(common) + 1, 0)]  # first sequence, last + 1, parent; a parent comes before its children
-    candidates: list[np.ndarray] = []  # per node: what the longest open prefix may be: 0 (none), an ancestor's, its own
-    saved = []  # per node and candidate: what the subtree saves if the candidate is the longest open prefix
-    for node, (first, last, parent) in enumerate(nodes):  # nodes grows in the loop
-        inside = common[first : last - 1]
-        candidates.append(np.append(candidates[parent] if node else 0, inside.min()))
-        cuts = first + 1 + np.flatnonzero(inside == inside.min())
-        children = [(a, b, node) for a, b in pairwise([first, *cuts.tolist(), last]) if b - a > 1]
-        without_child = last - first - sum(b - a for a, b, _ in children)
-        saved.append(without_child * candidates[node])
-        nodes += children
-    # Per node: it is opened if the longest open prefix above it is one of its first ``opens`` candidates. The first are
-    # the shortest, and a node gains less by being opened below a longer one.
-    opens = np.zeros(len(nodes), int)
-    for node in reversed(range(len(nodes))):
-        closed, opened = saved[node][:-1], saved[node][-1] - candidates[node][-1]
-        opens[node] = np.count_nonzero(opened > closed)
-        if node:
-            saved[nodes[node][2]] += np.maximum(closed, opened)
-    group, prefix = np.full(len(common) + 1, -1), np.zeros(len(common) + 1, int)
-    longest = np.zeros(len(nodes), int)  # per node: index of the candidate that is the longest open prefix
-    for node, (first, last, parent) in enumerate(nodes):
-        longest[node] = longest[parent]
-        if longest[node] < opens[node]:
-            longest[node] = len(candidates[node]) - 1
-            group[first:last], prefix[first:last] = node, candidates[node][-1]
-    return group, prefix
-
-
-def build_segments(lengths: np.ndarray, group: np.ndarray, prefix: np.ndarray) -> SharedPrefixes:
-    """Lay out segments, those without a parent first.
-
-    Args:
+        starts: index of the first token of each sequence, in sorted order.
         lengths: tokens of each sequence.
-        group: the group of each sequence, −1 for none.
-        prefix: tokens that a sequence shares with its group.
+        prefixes: tokens that a sequence has in common with the one before it.
     """
-    each, suffix, starts = np.arange(len(lengths)), lengths - prefix, lengths.cumsum() - lengths
-    _, member, group_index = np.unique(group, return_index=True, return_inverse=True)
-    leader = np.where(group >= 0, member[group_index], each)  # the sequence that a group's prefix is copied from
-    leaders, continued = np.flatnonzero((group >= 0) & (leader == each)), np.flatnonzero(suffix)
-
-    # The segments: prefixes of the groups, then suffixes of the sequences.
-    sources = np.append(starts[leaders], (starts + prefix)[continued])
-    counts = np.append(prefix[leaders], suffix[continued])
-    parent_leader = np.append(np.full(len(leaders), -1), np.where(group >= 0, leader, -1)[continued])
-    order = np.lexsort((counts, parent_leader))
-    counts_in_order = counts[order]
-
-    # Where the two parts of each sequence begin among the computed tokens.
-    segment_starts = np.empty_like(order)
-    segment_starts[order] = counts_in_order.cumsum() - counts_in_order
-    begins = np.zeros((len(lengths), 2), int)
-    begins[leaders, 0], begins[continued, 1] = segment_starts[: len(leaders)], segment_starts[len(leaders) :]
-    begins[:, 0] = begins[leader, 0]
-
-    prefix_segment = np.zeros(len(lengths), int)
-    prefix_segment[leaders] = np.argsort(order)[: len(leaders)]  # the inverse of the order
+    parents, levels = tree_of_sequences(prefixes.tolist(), lengths.tolist())
+    own = lengths - prefixes
+    order = np.lexsort((own, prefixes, parents, levels))
+    order = order[own[order] > 0]
+    segment_starts = np.zeros_like(starts)
+    segment_starts[order] = own[order].cumsum() - own[order]
+    previous = segment_starts[parents] + prefixes - prefixes[parents] - 1
+    inverse = np.empty(lengths.sum(), int)
+    last = 0
+    for start, prefix, length, segment in zip(*(x.tolist() for x in (starts, prefixes, lengths, segment_starts))):
+        inverse[start : start + prefix] = inverse[last : last + prefix]
+        inverse[start + prefix : start + length] = np.arange(segment, segment + length - prefix)
+        last = start
     return SharedPrefixes(
-        ranges(sources[order], counts_in_order),
-        counts_in_order.tolist(),
-        [int(prefix_segment[i]) if i >= 0 else None for i in parent_leader[order]],
-        ranges(begins.ravel(), np.stack((prefix, suffix), 1).ravel()),
+        ranges((starts + prefixes)[order], own[order]),
+        own[order].tolist(),
+        [row if level else None for row, level in zip(previous[order].tolist(), levels[order].tolist())],
+        inverse,
     )
 
 
-def logit_rows(rows: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Choose the rows of logits to compute: tokens with the same hidden state and the same targets share a row.
+def tree_of_sequences(prefixes: list[int], lengths: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Return for each sequence, in sorted order, whose segment its own one continues, and on which level it is.
+
+    The segment of sequence i begins at position ``prefixes[i]``. It continues the last earlier segment that begins
+    before this position. On level 0 a segment continues none.
+    """
+    parents, levels = [], []
+    path: list[int] = []  # the segments that the last sequence consists of
+    for i, (prefix, length) in enumerate(zip(prefixes, lengths)):
+        while path and prefixes[path[-1]] >= prefix:
+            path.pop()
+        parents.append(path[-1] if path else 0)
+        levels.append(len(path))
+        if length > prefix:
+            path.append(i)
+    return np.array(parents), np.array(levels)
+
+
+def logit_rows(shared: SharedPrefixes, targets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Choose the rows of logits to compute: one for all tokens with the same hidden state and the same targets.
 
     Args:
-        rows: [N] for each token the index of its hidden state.
+        shared: the computed tokens of the batch.
         targets: [N] or [N, K] target ids.
 
     Returns:
-        ``hidden_rows`` [R], for each row of logits the hidden state that it reads, and ``inverse`` [N], for each token
-        its row of logits.
+        ``tokens`` [R], for each row of logits a token of the batch that reads it, and ``inverse`` [N], for each token
+        its row of logits. The first M rows are those of the computed tokens.
     """
-    each = np.arange(len(rows))
-    first = np.empty(rows.max() + 1, int)
-    first[rows[::-1]] = each[::-1]  # numpy keeps the last of several writes: the first token's
-    same_hidden = first[rows]
-    same = (targets == targets[same_hidden]).reshape(len(rows), -1).all(1)
-    representative = np.where(same, same_hidden, each)
-    computed = representative == each
-    return rows[computed], (computed.cumsum() - 1)[representative]
+    differ = targets != targets[shared.order][shared.inverse]
+    # Few tokens have other targets than the computed token: those at which sequences part.
+    others = np.flatnonzero(differ if differ.ndim == 1 else differ.any(1))
+    if not len(others):
+        return shared.order, shared.inverse
+    kinds = np.column_stack((shared.inverse[others], targets[others]))
+    _, first, kind = np.unique(kinds, axis=0, return_index=True, return_inverse=True)
+    inverse = shared.inverse.copy()
+    inverse[others] = len(shared.order) + kind.reshape(-1)
+    return np.append(shared.order, others[first]), inverse
 
 
 def ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from tiny import DATA, SHAPE, client, texts
 
 from lossfns import Datum, LossInputError, ModelInput, TensorData
-from lossfns.backend.engine.batch import ModelInputs, inputs_with_targets, inputs_without_targets, pack_inputs, unshared
-from lossfns.backend.model.prefixes import share_prefixes
+from lossfns.backend.engine.batch import ModelInputs, inputs_with_targets, inputs_without_targets, pack_inputs
+from lossfns.backend.model.prefixes import share_prefixes, unshared
 
 CPU = torch.device("cpu")
 
@@ -45,9 +45,8 @@ def test_every_position_reads_its_own_past_and_its_own_target(share_prefixes: An
     def past(token: int) -> list[int]:
         """The tokens that a computed token sees, itself last."""
         i = segment[token]
-        parent = batch.parents[i]
-        before = [] if parent is None else batch.tokens[begins[parent] : begins[parent + 1]].tolist()
-        return before + batch.tokens[begins[i] : token + 1].tolist()
+        previous = batch.previous[i]
+        return ([] if previous is None else past(previous)) + batch.tokens[begins[i] : token + 1].tolist()
 
     assert batch.targets is not None
     hidden_rows, count = whole(batch.hidden_rows, len(batch.tokens)), len(batch.targets)

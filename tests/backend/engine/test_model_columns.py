@@ -28,7 +28,7 @@ from lossfns import (
 from lossfns.backend import AdamParams, Decoder, LocalTrainingClient
 from lossfns.backend.engine.differentiate import computed_columns
 from lossfns.backend.model import lora
-from lossfns.logprobs import linear, tiles
+from lossfns.logprobs import linear, plans, tiles
 from lossfns.loss import make_loss
 from lossfns.tokens import MODEL_COLUMNS, TARGETS, Tokens
 from lossfns.weigh import pair_mean, token_mean
@@ -194,7 +194,7 @@ def test_only_what_a_loss_reads_is_computed_and_never_all_logits(monkeypatch: py
         asked.append(tuple(extras))
         return forward_tiles(head, hidden, targets, extras, budget)
 
-    monkeypatch.setattr(linear, "forward_tiles", recorded)
+    monkeypatch.setattr(plans, "forward_tiles", recorded)
     bonus = with_entropy(reinforce(), 0.1).bind(advantages=ADVANTAGES)
     for loss, names in (
         (reinforce().bind(advantages=ADVANTAGES), ()),
@@ -219,16 +219,16 @@ def test_only_what_a_loss_reads_is_computed_and_never_all_logits(monkeypatch: py
 
 def test_a_frozen_head_gives_the_entropy_in_its_own_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     """As a constant: a mask costs no product of matrices more. A bonus takes another plan."""
-    plans: list[str] = []
+    taken: list[str] = []
     apply = linear.apply
-    monkeypatch.setattr(linear, "apply", lambda plan, *args: plans.append(plan.__name__) or apply(plan, *args))
+    monkeypatch.setattr(linear, "apply", lambda plan, *args: taken.append(plan.__name__) or apply(plan, *args))
     m = model("adapters")
     columns = {"advantages": ADVANTAGES, "groups": [0] * 6}
     for loss, plan in ((with_top_entropy(reinforce(), 0.4), "Frozen"), (with_entropy(reinforce()), "Swept")):
         bound = loss.bind(**{name: columns[name] for name in loss.reads if name in columns})
         c = LocalTrainingClient(m, device="cpu")
         c.forward_backward_custom(DATA, bound).result()
-        assert plans[-1] == plan
+        assert taken[-1] == plan
 
 
 def refusal(function: Callable[[], Any]) -> str:

@@ -1,5 +1,6 @@
 """Attention over a layout of segments, against attention that is written out in float64 with a mask."""
 
+from itertools import accumulate
 from typing import Any
 
 import pytest
@@ -17,15 +18,15 @@ from lossfns.backend.model.attention import Layout, SegmentGroup, choose_cuda_ro
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
-def sees(lengths: list[int], parents: list[int | None], window: int | None) -> Tensor:
-    """Return [N, N], whether token i sees token j, from a list of the tokens before each."""
-    rows = torch.arange(sum(lengths)).split(lengths)
-    seen = torch.zeros(sum(lengths), sum(lengths), dtype=torch.bool)
-    for own, parent in zip(rows, parents, strict=True):
-        before = [] if parent is None else rows[parent].tolist()
-        for i in own.tolist():
-            before.append(i)
+def sees(lengths: list[int], previous: list[int | None], window: int | None) -> Tensor:
+    """Return [N, N], whether token i sees token j, from a list of the tokens up to each."""
+    seen, up_to = torch.zeros(sum(lengths), sum(lengths), dtype=torch.bool), list[list[int]]()
+    for length, token in zip(lengths, previous, strict=True):
+        before = [] if token is None else up_to[token]
+        for i in range(len(up_to), len(up_to) + length):
+            before = [*before, i]
             seen[i, before[-window:] if window else before] = True
+            up_to.append(before)
     return seen
 
 
@@ -50,7 +51,7 @@ def draw(n: int, heads: int = 4, kv_heads: int = 2, dim: int = 16, seed: int = 0
 
 def largest_difference(layout: Layout, qkv: list[Tensor], *, window: int | None = None, **options: Any) -> float:
     """Return the largest difference to ``written_out``, of the output and of the three gradients."""
-    seen = sees(layout.lengths, layout.parents, window)
+    seen = sees(layout.lengths, layout.previous, window)
     ours = layout.attend(*qkv, window=window, **options)
     theirs = written_out(*qkv, seen, options.get("scale"), options.get("softcap"))
     assert ours.shape == theirs.shape and ours.dtype == qkv[0].dtype
@@ -62,10 +63,7 @@ def largest_difference(layout: Layout, qkv: list[Tensor], *, window: int | None 
 @st.composite
 def layouts(draw: st.DrawFn) -> tuple[list[int], list[int | None]]:
     lengths = draw(st.lists(st.integers(1, 6), min_size=1, max_size=6))
-    parents: list[int | None] = []
-    for _ in lengths:
-        parents.append(draw(st.sampled_from([None, *(i for i, parent in enumerate(parents) if parent is None)])))
-    return lengths, parents
+    return lengths, [draw(st.sampled_from([None, *range(start)])) for start in accumulate(lengths[:-1], initial=0)]
 
 
 @given(
@@ -88,7 +86,7 @@ def test_any_layout_is_what_its_mask_says(
     assert largest_difference(Layout(*of), qkv, window=window, softcap=softcap, scale=scale) < 1e-12
 
 
-GROUPS: tuple[list[int], list[int | None]] = ([70, 33, 9, 9, 1, 140, 5], [None, None, 0, 0, 0, 1, None])
+GROUPS: tuple[list[int], list[int | None]] = ([70, 33, 9, 9, 1, 140, 5], [None, None, 69, 69, 115, 80, None])
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 0.1}
 
 
@@ -103,35 +101,35 @@ def test_routes_agree_with_the_mask(of: Any, dtype: torch.dtype, options: dict[s
 
 
 def test_gradient_is_that_of_finite_differences() -> None:
-    layout = Layout([3, 2, 1, 2], [None, 0, 0, None])
-    qkv = draw(8, heads=2, kv_heads=1, dim=3, dtype=torch.float64)
+    layout = Layout([3, 2, 2, 2], [None, 2, 3, None])
+    qkv = draw(9, heads=2, kv_heads=1, dim=3, dtype=torch.float64)
     assert torch.autograd.gradcheck(layout.attend, qkv)
     assert torch.autograd.gradcheck(lambda *qkv: layout.attend(*qkv, window=2, softcap=1.0), qkv)
 
 
-def test_a_parents_gradient_is_summed_in_float32() -> None:
+def test_the_gradient_of_what_is_continued_is_summed_in_float32() -> None:
     """Each of 512 calls adds less than bfloat16 can add. Only the last rounding, 0.4 %, may remain."""
-    lengths, parents = [3] + [1, 2] * 256, [None] + [0] * 512
+    lengths, previous = [3] + [1, 2] * 256, [None] + [2] * 512
     qkv = draw(sum(lengths), heads=1, kv_heads=1, dim=8, dtype=torch.bfloat16)
     direction = torch.ones(sum(lengths) - 3, 1, 8, dtype=torch.bfloat16)
-    ours = Layout(lengths, parents).attend(*qkv)[3:]
-    theirs = written_out(*qkv, sees(lengths, parents, None), None, None)[3:].to(torch.bfloat16)
+    ours = Layout(lengths, previous).attend(*qkv)[3:]
+    theirs = written_out(*qkv, sees(lengths, previous, None), None, None)[3:].to(torch.bfloat16)
     a, b = (torch.autograd.grad(x, qkv[2], direction)[0][:3].double() for x in (ours, theirs))
     assert ((a - b).abs() / b).max() < 2**-8
 
 
-def test_positions_go_on_after_the_parent() -> None:
-    layout = Layout([3, 2, 1, 2], [None, None, 0, 1])
-    assert layout.positions.tolist() == [0, 1, 2, 0, 1, 3, 2, 3]
+def test_positions_go_on_after_the_previous_token() -> None:
+    layout = Layout([3, 2, 1, 2, 1], [None, None, 2, 3, 6])
+    assert layout.positions.tolist() == [0, 1, 2, 0, 1, 3, 1, 2, 2]
 
 
-def test_adjacent_segments_of_one_parent_and_length_are_one_call() -> None:
-    layout = Layout([2, 2, 3, 1, 1, 1], [None, None, None, 0, 0, 1])
+def test_adjacent_segments_of_one_previous_token_and_length_are_one_call() -> None:
+    layout = Layout([2, 2, 3, 1, 1, 1], [None, None, None, 1, 1, 3])
     assert layout.groups == [
         SegmentGroup(None, 2, 2),
         SegmentGroup(None, 3, 1),
-        SegmentGroup(0, 1, 2),
-        SegmentGroup(1, 1, 1),
+        SegmentGroup(1, 1, 2),
+        SegmentGroup(3, 1, 1),
     ]
     assert Layout([1, 2, 1]).groups == [SegmentGroup(None, 1, 1), SegmentGroup(None, 2, 1), SegmentGroup(None, 1, 1)]
 
@@ -158,30 +156,30 @@ def test_sequences_of_one_length_are_not_copied(lengths: list[int]) -> None:
 
 
 def test_the_bias_of_continuations_is_computed_once() -> None:
-    """One tensor serves all lengths and layers; it covers positions 5 to 7, which need it, and no others."""
-    layout, qkv = Layout([9, 5, 3, 2], [None, None, 1, 1]), draw(19)
+    """One tensor serves all lengths and layers. The last segment is longer than what it continues and needs none."""
+    layout, qkv = Layout([9, 5, 3, 2, 4], [None, None, 13, 13, 2]), draw(23)
     layout.attend(*qkv)
-    ((first, bias),) = layout.biases.values()
-    assert first == 5 and bias.tolist() == [[0.0] * (6 + i) + [-torch.inf] * (2 - i) for i in range(3)]
+    (bias,) = layout.biases.values()
+    assert bias.tolist() == [[0.0] * (6 + i) + [-torch.inf] * (2 - i) for i in range(3)]
     layout.attend(*qkv)
-    assert [each is bias for _, each in layout.biases.values()] == [True]
+    assert [each is bias for each in layout.biases.values()] == [True]
 
 
 @pytest.mark.parametrize(
-    ("lengths", "parents", "message"),
+    ("lengths", "previous", "message"),
     [
         ([], None, "lengths: expected segments of at least one token, got []"),
         ([3, 0], None, "got [3, 0]"),
-        ([3, 2], [None], "parents: expected 2, one per segment, got 1"),
-        ([3, 2], [None, 1], "for segment 1 an earlier one that has no parent itself, got 1"),
-        ([3, 2], [1, None], "for segment 0"),
-        ([3, 2, 1], [None, 0, 1], "for segment 2"),
+        ([3, 2], [None], "previous: expected 2, one per segment, got 1"),
+        ([3, 2], [None, 3], "for segment 1 a token of an earlier one, 0 to 2, got 3"),
+        ([3, 2], [1, None], "None for segment 0, got 1"),
+        ([3, 2, 1], [None, 0, 5], "for segment 2"),
         ([3, 2], [None, -2], "got -2"),
     ],
 )
-def test_segments_that_do_not_fit_are_refused(lengths: Any, parents: Any, message: str) -> None:
+def test_segments_that_do_not_fit_are_refused(lengths: Any, previous: Any, message: str) -> None:
     with pytest.raises(LossInputError) as error:
-        Layout(lengths, parents)
+        Layout(lengths, previous)
     assert message in str(error.value)
 
 
@@ -232,7 +230,7 @@ def kernel(
 
 
 @pytest.mark.parametrize("window", [None, 1, 4])
-@pytest.mark.parametrize("of", [([5, 3, 2, 2, 1], [None, None, 0, 0, 1]), ([2, 5], [None, None])])
+@pytest.mark.parametrize("of", [([5, 3, 2, 2, 1], [None, None, 4, 6, 10]), ([2, 5], [None, None])])
 def test_varlen_route_asks_the_kernel_for_the_mask(
     of: Any, window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

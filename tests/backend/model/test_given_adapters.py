@@ -83,6 +83,7 @@ GIVEN: dict[str, Callable[[], Any]] = {
     "low rank on the head": lambda: adapted(low_rank("q_proj", "lm_head")),
     "low rank on a tied head": lambda: adapted(low_rank("q_proj", "lm_head"), tied=True),
     "low rank on a tied embedding": lambda: adapted(low_rank("embed_tokens", "q_proj"), tied=True),
+    "low rank in a tied model": lambda: adapted(low_rank("q_proj"), tied=True),
     "rank-stabilised": lambda: adapted(low_rank("q_proj", use_rslora=True)),
     "weight-decomposed": lambda: adapted(low_rank("q_proj", "down_proj", use_dora=True)),
     "layers trained as a whole": lambda: adapted(low_rank("q_proj", modules_to_save=["norm", "up_proj"])),

@@ -7,6 +7,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from lossfns import LossInputError, LossWarning, ModelInput, datum_from_tokens, reinforce, token_sum, with_entropy
 from lossfns.backend import AdamParams, LocalReferenceClient, LocalServiceClient, LocalTrainingClient, SamplingParams
 from lossfns.backend.model import hf, lora
+from lossfns.backend.model.prefixes import share_prefixes
 
 COMMON: dict[str, Any] = {"vocab_size": 31, "max_position_embeddings": 512}
 SIZE: dict[str, Any] = {
@@ -153,7 +155,7 @@ def test_rotary_frequencies_stay_in_float32() -> None:
 def test_a_shared_prefix_changes_no_hidden_state_and_no_gradient(name: str) -> None:
     model = hf.CausalLM(own(name))
     prefix, a, b = torch.arange(5), torch.arange(7, 9), torch.arange(11, 17)
-    shared = model(torch.cat((prefix, a, b)), [5, 2, 6], [None, 0, 0])
+    shared = model(torch.cat((prefix, a, b)), [5, 2, 6], [None, 4, 4])
     shared[5:].square().sum().backward()
     one = gradient(model)
     model.zero_grad()
@@ -161,6 +163,47 @@ def test_a_shared_prefix_changes_no_hidden_state_and_no_gradient(name: str) -> N
     torch.testing.assert_close(shared, torch.cat((separate[:7], separate[12:])), rtol=0, atol=1e-5)
     torch.cat((separate[5:7], separate[12:])).square().sum().backward()
     assert relative_difference(one, gradient(model)) < 1e-5
+
+
+def test_trees_of_sequences_have_the_hidden_states_and_gradients_of_sequences_alone() -> None:
+    """Three turns of 8 tokens, with 3 answers of 1 to 3 tokens on each; one is continued, some from its middle.
+
+    With rotary and learned positions, windows and softcaps. Norms of the library round to float32 in any dtype, so
+    float64 is checked with PyTorch's.
+    """
+    draw, talk, batch = np.random.default_rng(0), np.zeros(0, int), []
+    for _ in range(3):
+        talk = np.append(talk, draw.integers(0, 31, 8))
+        batch += [np.append(talk, draw.integers(0, 31, length)) for length in (1, 2, 3, 3)]
+        talk = batch[-1][: draw.integers(len(talk) + 1, len(batch[-1]) + 1)]
+    tokens, shared = np.concatenate(batch), share_prefixes(batch, min_length=2)
+    assert len(shared.order) < len(tokens) / 2 and len(set(shared.previous)) >= 4
+    packed, inverse = torch.from_numpy(tokens[shared.order]), torch.from_numpy(shared.inverse)
+    direction = torch.randn(len(tokens), 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for name, dtype in [
+        *((name, torch.float32) for name in ("llama", "mistral", "gemma2", "gpt2")),
+        ("llama", torch.float64),
+    ]:
+        model = hf.CausalLM(own(name)).to(dtype)
+        if dtype == torch.float64:
+            with_norms_of_pytorch(model)
+        alone = model(torch.from_numpy(tokens), list(map(len, batch)))
+        tree = model(packed, shared.lengths, shared.previous)[inverse]
+        one, other = (
+            torch.autograd.grad((x.double() * direction).sum(), list(model.parameters()), allow_unused=True)
+            for x in (tree, alone)
+        )
+        one, other = (torch.cat([x.flatten() for x in each if x is not None]) for each in (one, other))
+        values, gradients = (1e-5, 1e-4) if dtype == torch.float32 else (1e-12, 1e-10)
+        assert (tree - alone).abs().max() < values * alone.abs().max(), (name, dtype)
+        assert relative_difference(one, other) < gradients, (name, dtype)
+
+
+def with_norms_of_pytorch(model: nn.Module) -> None:
+    for path, norm in [(path, x) for path, x in model.named_modules() if type(x).__name__ == "LlamaRMSNorm"]:
+        own_norm = nn.RMSNorm(len(norm.weight), eps=norm.variance_epsilon, dtype=norm.weight.dtype)
+        own_norm.weight = norm.weight
+        model.set_submodule(path, own_norm)
 
 
 def test_an_entropy_bonus_has_the_gradient_of_the_librarys_own_logits() -> None:
@@ -495,7 +538,7 @@ def test_a_sequence_longer_than_the_context_is_refused() -> None:
     c = client("gpt2")
     assert c.model.context_length == 512
     with pytest.raises(LossInputError, match="at most 512 tokens, the context of the model, got 513"):
-        c.model(torch.ones(513, dtype=torch.long), [40, 473], [None, 0])
+        c.model(torch.ones(513, dtype=torch.long), [40, 473], [None, 39])
     sampler = c.save_weights_and_get_sampling_client()
     read = sampler.compute_logprobs
     assert len(read(ModelInput.from_ints([1] * 513)).result()) == 513  # the last token is only predicted

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from tiny import DATA, RATE, SHAPE, logprobs, train
@@ -177,6 +178,37 @@ def test_a_loss_over_embeddings_trains_all_but_the_unembedding() -> None:
     trained = {name for name, p in c.model.named_parameters() if p.grad is not None}
     assert trained == {name for name in tensors(c) if "lora_" in name and "unembed" not in name}
     c.optim_step(RATE).result()
+
+
+def test_the_head_is_used_in_two_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No request makes the [V, D] product of the factors, and the parts add up to ``head``: for one adapter and two.
+
+    An adapter that is more than a product is added to the weight.
+    """
+    c = client()
+    move(c)
+    layer: Any = c.model.unembed
+    with monkeypatch.context() as patched:
+        patched.setattr(type(layer), "get_delta_weight", lambda *_: pytest.fail("a [V, D] matrix is made"))
+        c.forward_backward(DATA, "cross_entropy").result()
+        c.forward(DATA, "cross_entropy").result()
+        c.optim_step(RATE).result()
+        sampler = c.save_weights_and_get_sampling_client()
+        sampler.sample(ModelInput.from_ints([1, 2]), 1, SamplingParams(max_tokens=2)).result()
+    assert layer.weight.grad is None
+    peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["unembed"], use_rslora=True), c.model, "second")
+    nn.init.normal_(layer.lora_B["second"].weight)
+    layer.set_adapter(["default", "second"])
+    weight, adapter = lora.factored_weight(layer)
+    assert weight is layer.weight and adapter is not None
+    a, b, scale = adapter
+    torch.testing.assert_close(weight + scale * b @ a, c.model.head)
+    peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["unembed"], use_dora=True), c.model, "third")
+    layer.set_adapter(["third"])
+    weight, adapter = lora.factored_weight(layer)
+    assert adapter is None and torch.equal(weight, c.model.head)
+    with lora.disabled(c.model):
+        assert lora.factored_weight(layer) == (layer.weight, None)
 
 
 # The reference

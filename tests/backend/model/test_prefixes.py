@@ -1,7 +1,7 @@
 """Sharing prefixes: nothing is lost, the most is saved, and a model computes the same."""
 
-from collections.abc import Iterator, Sequence
-from itertools import accumulate, takewhile
+from collections.abc import Sequence
+from itertools import accumulate
 
 import numpy as np
 import pytest
@@ -38,68 +38,65 @@ def families(draw: st.DrawFn, most: int = 5) -> Sequences:
     return rows
 
 
-def partitions(rows: Sequences) -> Iterator[list[Sequences]]:
-    if not rows:
-        yield []
-        return
-    for rest in partitions(rows[1:]):
-        yield [rows[:1], *rest]
-        for i, group in enumerate(rest):
-            yield [*rest[:i], [rows[0], *group], *rest[i + 1 :]]
-
-
-@given(families(), st.integers(1, 4))
-def test_no_grouping_saves_more(sequences: Sequences, min_length: int) -> None:
-    """Compare with every possible grouping."""
-
-    def saving(group: Sequences) -> int:
-        prefix = len(list(takewhile(lambda column: len(set(column)) == 1, zip(*group))))
-        return (len(group) - 1) * prefix if prefix >= min_length else 0
-
-    assert saved(sequences, min_length) == max(sum(map(saving, groups)) for groups in partitions(sequences))
+@given(families(8), st.integers(1, 4))
+def test_each_prefix_that_is_long_enough_is_computed_once(sequences: Sequences, min_length: int) -> None:
+    """Count the distinct prefixes, of all sequences that have their first ``min_length`` tokens in common."""
+    prefixes = set()
+    for i, row in enumerate(sequences):
+        family = tuple(row[:min_length]) if len(row) >= min_length else i
+        prefixes |= {(family, *row[:n]) for n in range(1, len(row) + 1)}
+    assert len(shared(sequences, min_length).order) == len(prefixes)
 
 
 @given(families(12), st.integers(1, 4))
 def test_every_sequence_is_there_token_by_token(sequences: Sequences, min_length: int) -> None:
-    order, lengths, parents, rows = shared(sequences, min_length)
-    layout = Layout(lengths, parents)
+    order, lengths, previous, rows = shared(sequences, min_length)
+    layout = Layout(lengths, previous)
     tokens = np.concatenate([np.array(row) for row in sequences])[order]
-    ends = list(accumulate(map(len, sequences)))
     starts = list(accumulate(lengths, initial=0))
-    for sequence, at in zip(sequences, np.split(rows, ends[:-1]), strict=True):
+    before = list(range(-1, len(order) - 1))  # for each computed token the one before it
+    for start, token in zip(starts, previous):
+        before[start] = -1 if token is None else token
+    for sequence, at in zip(sequences, np.split(rows, list(accumulate(map(len, sequences)))[:-1]), strict=True):
         assert tokens[at].tolist() == sequence
         assert layout.positions[at].tolist() == list(range(len(sequence)))
-        segment = next(i for i, end in enumerate(starts[1:]) if at[-1] < end)
-        parent = parents[segment]
-        before = [] if parent is None else list(range(starts[parent], starts[parent + 1]))
-        assert at.tolist() == [*before, *range(starts[segment], at[-1] + 1)]
+        assert [before[row] for row in at] == [-1, *at[:-1]]
     assert set(rows) == set(range(len(order)))
 
 
 def test_by_hand() -> None:
-    """5 6 is computed once; segments without a parent come first, each kind by length."""
-    order, lengths, parents, rows = shared([[5, 6, 7, 8], [5, 6, 9], [1]], min_length=2)
-    assert order.tolist() == [7, 0, 1, 6, 2, 3]
-    assert lengths == [1, 2, 1, 2]
-    assert parents == [None, None, 1, 1]
+    """5 6 is computed once, with 9, and 7 8 follows its 6. Levels come one after the other, each by length."""
+    order, lengths, previous, rows = shared([[5, 6, 7, 8], [5, 6, 9], [1]], min_length=2)
+    assert order.tolist() == [7, 4, 5, 6, 2, 3]
+    assert lengths == [1, 3, 2]
+    assert previous == [None, None, 2]
     assert rows.tolist() == [1, 2, 4, 5, 1, 2, 3, 0]
 
 
-def test_a_sequence_that_is_the_prefix_is_the_parent_itself() -> None:
-    _, lengths, parents, rows = shared([[5, 6, 9], [5, 6]], min_length=2)
-    assert (lengths, parents, rows.tolist()) == ([2, 1], [None, 0], [0, 1, 2, 0, 1])
+def test_a_tree_of_three_levels_by_hand() -> None:
+    """9 9 9 is whole, 7 6 5 follows its first 9, a 4 follows 7 and another 6. 9 7 6 is a prefix."""
+    order, lengths, previous, rows = shared([[9, 7, 6, 4], [9, 9, 9], [9, 7, 6], [9, 7, 6, 5], [9, 7, 4]], min_length=1)
+    assert lengths == [3, 3, 1, 1]
+    assert previous == [None, 0, 3, 4]
+    assert order.tolist() == [4, 5, 6, 11, 12, 13, 16, 3]
+    assert rows.tolist() == [0, 3, 4, 7, 0, 1, 2, 0, 3, 4, 0, 3, 4, 5, 0, 3, 6]
+
+
+def test_a_sequence_that_is_a_prefix_has_no_segment() -> None:
+    _, lengths, previous, rows = shared([[5, 6], [5, 6, 9]], min_length=2)
+    assert (lengths, previous, rows.tolist()) == ([3], [None], [0, 1, 0, 1, 2])
 
 
 def test_equal_sequences_are_one() -> None:
-    _, lengths, parents, rows = shared([[5, 6], [5, 6], [5, 6]], min_length=2)
-    assert (lengths, parents, rows.tolist()) == ([2], [None], [0, 1] * 3)
+    _, lengths, previous, rows = shared([[5, 6], [5, 6], [5, 6]], min_length=2)
+    assert (lengths, previous, rows.tolist()) == ([2], [None], [0, 1] * 3)
 
 
 @pytest.mark.parametrize("min_length", [3, 16])
 def test_short_prefixes_are_left_alone(min_length: int) -> None:
-    order, lengths, parents, rows = shared([[5, 6, 7], [5, 6, 8, 9], [5, 6]], min_length)
+    order, lengths, previous, rows = shared([[5, 6, 7], [5, 6, 8, 9], [5, 6]], min_length)
     assert order.tolist() == rows.tolist() == list(range(9))
-    assert (lengths, parents) == ([3, 4, 2], [None, None, None])
+    assert (lengths, previous) == ([3, 4, 2], [None, None, None])
     assert saved([[*range(min_length), i] for i in range(2)], min_length) == min_length
 
 
@@ -107,47 +104,43 @@ def test_one_sequence_is_as_it_was() -> None:
     assert shared([[7, 8]], 1).lengths == [2]
 
 
-def test_a_long_prefix_and_a_short_one_are_both_shared() -> None:
-    """30 sequences share 4 tokens and 10 of them share 20: two groups save 19 · 4 + 9 · 20, one group saves 29 · 4."""
-    start = [1, 2, 3, 4]
-    alike, loose = [*start, *[5] * 16], [[*start, 10 + i, i] for i in range(20)]
-    assert saved([[*alike, i] for i in range(10)] + loose, min_length=4) == 19 * 4 + 9 * 20
-
-
-def test_a_conversation_that_grows_turn_by_turn() -> None:
-    """Lengths 10, 20, ..., 3000. A group from the a-th to the b-th shares the a-th, which saves b - a times it."""
+def test_a_conversation_that_grows_turn_by_turn_is_its_last_turn() -> None:
     talk = np.random.default_rng(0).integers(0, 300, 3000).tolist()
-    best = [0]
-    for b in range(1, 301):
-        best.append(max(best[a - 1] + (b - a) * 10 * a for a in range(1, b + 1)))
-    assert saved([talk[: 10 * i] for i in range(1, 301)], min_length=1) == best[-1]
+    _, lengths, previous, rows = shared([talk[: 10 * i] for i in range(1, 301)], min_length=1)
+    assert (lengths, previous) == ([3000], [None])
+    assert rows[:10].tolist() == rows[10:20].tolist() == list(range(10))
+
+
+def test_a_group_of_one_length_attends_in_one_call_on_each_turn() -> None:
+    """4 turns of 20 tokens with 4 answers of 5 each; the last answer of a turn goes on: 1 + 4 calls."""
+    draw, talk, batch = np.random.default_rng(0), list[int](), []
+    for _ in range(4):
+        talk += draw.integers(0, 10**6, 20).tolist()
+        batch += [[*talk, *draw.integers(0, 10**6, 5).tolist()] for _ in range(4)]
+        talk = batch[-1]
+    _, lengths, previous, _ = shared(batch, min_length=16)
+    assert sum(lengths) == 4 * 20 + 16 * 5 and len(lengths) == 13
+    assert len(Layout(lengths, previous).groups) <= 1 + 2 * 4
 
 
 def test_a_row_of_logits_for_each_hidden_state_and_target() -> None:
-    """The last token of a prefix has another target in each sequence."""
-    *_, rows = shared([[5, 6, 7, 8], [5, 6, 9], [5, 6, 7]], min_length=2)
-    targets = np.array([6, 7, 8, 1, 6, 9, 1, 6, 7, 3])
-    hidden_rows, inverse = logit_rows(rows, targets)
-    assert hidden_rows[inverse].tolist() == rows.tolist()
-    assert len(hidden_rows) == len(set(zip(rows.tolist(), targets.tolist())))
-    assert [inverse[i] == inverse[j] for i, j in [(0, 4), (0, 7), (1, 5), (1, 8), (2, 9)]] == [
-        True,
-        True,
-        False,
-        True,
-        False,
-    ]
+    """The last token of a prefix has another target in each sequence; two have the same."""
+    prefixes = shared([[5, 6, 7, 8], [5, 6, 9], [5, 6, 7], [5, 6]], min_length=2)
+    targets = np.array([6, 7, 8, 1, 6, 9, 1, 6, 7, 3, 6, 7])
+    tokens, inverse = logit_rows(prefixes, targets)
+    assert prefixes.inverse[tokens][inverse].tolist() == prefixes.inverse.tolist()
+    assert targets[tokens][inverse].tolist() == targets.tolist()
+    assert len(tokens) == len(set(zip(prefixes.inverse.tolist(), targets.tolist()))) == 7
 
 
 @given(families(8), st.sampled_from([(), (2,)]), st.integers(0, 99))
 def test_logit_rows_give_every_token_its_own(sequences: Sequences, more: tuple[int, ...], seed: int) -> None:
-    rows = shared(sequences, min_length=1).inverse
-    targets = np.random.default_rng(seed).integers(0, 2, (len(rows), *more))
-    hidden_rows, inverse = logit_rows(rows, targets)
-    assert hidden_rows[inverse].tolist() == rows.tolist()
-    target_of = {row: targets[n].tolist() for n, row in reversed(list(enumerate(inverse.tolist())))}
-    assert [target_of[row] for row in inverse.tolist()] == targets.tolist()
-    assert set(inverse.tolist()) == set(range(len(hidden_rows)))
+    prefixes = shared(sequences, min_length=1)
+    targets = np.random.default_rng(seed).integers(0, 2, (len(prefixes.inverse), *more))
+    tokens, inverse = logit_rows(prefixes, targets)
+    kinds = [(row, *np.atleast_1d(target)) for row, target in zip(prefixes.inverse, targets)]
+    assert [kinds[token] for token in tokens[inverse]] == kinds
+    assert len(tokens) == len(set(kinds)) == len(set(inverse))
 
 
 PROMPT, OTHER = list(range(20)), [7, *range(30, 48)]
@@ -159,6 +152,9 @@ BATCH = [
     [*OTHER, 2],
     [*OTHER, 2],
     [*PROMPT[:3], 40],
+    [*PROMPT, 0, 1, 2, *range(25), 7],
+    [*PROMPT, 0, 1, 2, *range(25), 8, 8],
+    [*PROMPT, 0, 1, 2, *range(20), 9],
 ]
 
 
@@ -171,15 +167,15 @@ def test_a_model_computes_the_same(dtype: torch.dtype, checkpointing: bool) -> N
         model.embed.weight.mul_(20)
     tokens = torch.tensor([token for row in BATCH for token in row])
     direction = torch.randn(len(tokens), 32, dtype=dtype, generator=torch.Generator().manual_seed(0))
-    order, lengths, parents, rows = shared(BATCH, min_length=16)
-    assert len(order) == len(tokens) - 3 * 20 - 3 * 19
+    order, lengths, previous, rows = shared(BATCH, min_length=16)
+    assert len(order) == 2 + 4 + 21 + (20 + 3 + 2 + 3 + 1) + (25 + 1 + 2 + 1)  # loose ones, OTHER, PROMPT, PROMPT 0 1 2
 
     def gradients(hidden: Tensor) -> list[Tensor]:
         return list(torch.autograd.grad((hidden * direction).sum(), list(model.parameters())))
 
     alone = model(tokens, list(map(len, BATCH)))
     model.checkpointing = checkpointing
-    together = model(tokens[order], lengths, parents)[rows]
+    together = model(tokens[order], lengths, previous)[rows]
     exact = dtype == torch.float64
     torch.testing.assert_close(together, alone, atol=1e-12 if exact else 1e-5, rtol=0)
     for a, b in zip(gradients(together), gradients(alone), strict=True):
@@ -187,7 +183,7 @@ def test_a_model_computes_the_same(dtype: torch.dtype, checkpointing: bool) -> N
 
 
 class Unshared(Decoder):
-    """A decoder without ``parents``, so that a client shares no prefixes."""
+    """A decoder without ``previous``, so that a client shares no prefixes."""
 
     def forward(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:  # type: ignore[override]
         return super().forward(tokens, lengths)

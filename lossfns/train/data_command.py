@@ -1,0 +1,307 @@
+"""``lossfns data FILE``: show what a file of rows is, how a model sees it, and what training would refuse."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import textwrap
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from statistics import median
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from lossfns.backend.model import hf
+from lossfns.backend.model.tokenizer import ByteTokenizer
+from lossfns.errors import LossInputError
+from lossfns.terminal import console_on, printable, say, while_read
+from lossfns.train import files, formats
+from lossfns.train.examples import Demonstration, Example, Labelled, Preference, Problem, demonstration, sequences
+from lossfns.train.formats import Format
+from lossfns.train.options import check_option
+from lossfns.train.outcome import refused
+from lossfns.train.render import Renderer
+from lossfns.train.tasks import MAX_LENGTH, length
+from lossfns.train.values import Row, shown
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+KINDS: dict[str, type[Example]] = {
+    "preference": Preference,
+    "labelled": Labelled,
+    "demonstration": Demonstration,
+    "problem": Problem,
+}
+"""The kinds of examples by name. A file that has several is shown as the first of them."""
+
+TITLES = {
+    "preference": "preferences",
+    "labelled": "completions with labels",
+    "demonstration": "demonstrations",
+    "problem": "problems",
+}
+
+SHOWN, LINES, WIDTH, MESSAGES = 3, 16, 76, 8
+"""How many rows are shown, the most lines of each, their width, and how many refused rows are listed."""
+
+
+class Findings(NamedTuple):
+    """A file as one kind of example.
+
+    Attributes:
+        name: the kind.
+        known: the format.
+        rows: the rows that can be used, each with its examples and the tokens of the longest one.
+        fields: the names of the fields of all rows.
+        errors: why others cannot be used, in the order of the file.
+        others: the names of other kinds that the rows are, too.
+    """
+
+    name: str
+    known: Format
+    rows: list[tuple[Row, Sequence[Example], int]]
+    fields: list[str]
+    errors: list[LossInputError]
+    others: list[str]
+
+
+def add_data(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the ``data`` command to a command line."""
+    p = commands.add_parser(
+        "data",
+        help="show what a file of rows is, and what training would refuse",
+        description="Show the format of the rows, three of them as the model sees them with the trained tokens marked, "
+        "the lengths, and the rows that lossfns train would refuse. Exit status 1 if there are any.",
+    )
+    add = p.add_argument
+    add("source", metavar="FILE", help="JSONL, a JSON array, CSV, Parquet or Arrow; a folder saved by datasets, or the "
+        "name of a data set: OWNER/NAME, OWNER/NAME:CONFIG:SPLIT (extra data)")  # fmt: skip
+    add("--kind", choices=KINDS, help="the kind of examples to read (default: by the fields)")
+    add("--model", metavar="MODEL", help="take the tokenizer and the chat template of this model")
+    add("--max-length", type=int, default=MAX_LENGTH, metavar="N", help=f"longest row (default: {MAX_LENGTH} tokens)")
+    add("--drop-longer", action="store_true", help="count longer rows as left out, not as refused")
+    p.set_defaults(run=data_command, parser=p)
+
+
+def data_command(args: argparse.Namespace) -> int:
+    """Run ``lossfns data``.
+
+    Returns:
+        0, 1 if ``lossfns train`` would refuse the file, or 2 if nothing of it can be shown.
+    """
+    try:
+        check_option("data", args.source)
+        check_option("max_length", args.max_length)
+        renderer = Renderer(ByteTokenizer() if args.model is None else hf.load_tokenizer(args.model))
+        found = examine(args.source, renderer, args.kind)
+    except (LossInputError, OSError, ImportError) as error:
+        return refused(error)
+    except KeyboardInterrupt:
+        os._exit(130)
+    longer = [(row, n) for row, _, n in found.rows if n > args.max_length]
+    different = len({repr(examples) for _, examples, n in found.rows if n <= args.max_length})
+    with while_read(sys.stdout):
+        print_format(args.source, found)
+        for row, examples, _ in found.rows[:SHOWN]:
+            print_row(row, examples, renderer)
+        print_lengths(found)
+        print_refused(found, longer, args.max_length, args.drop_longer)
+        usable = not found.errors and (not longer or args.drop_longer) and different >= 2
+        reason = "" if different >= 2 else ": it needs 2 different rows"
+        say(f"lossfns train {'takes' if usable else 'refuses'} it{reason}")
+    return 0 if usable else 1
+
+
+def examine(source: str, renderer: Renderer, name: str | None) -> Findings:
+    """Make the examples of all rows, and collect the errors of those that cannot be used.
+
+    Raises:
+        LossInputError: if no row can be read, or their format is not known.
+    """
+    errors: list[LossInputError] = []
+    rows = files.read_rows(source, errors.append)
+    if not rows:
+        raise errors[0] if errors else LossInputError("FILE", "at least 2 rows", f"0 in {source}", "It is empty.")
+    names = [each for each in KINDS if is_of(each, rows[0], renderer)]
+    first = next((each for each in KINDS if formats.matching(rows[0], formats.FORMATS[KINDS[each]])), "demonstration")
+    kind = name or (names or [first])[0]
+    known = formats.recognise(rows[0], KINDS[kind])
+    used: list[tuple[Row, Sequence[Example], int]] = []
+    for row in rows:
+        try:
+            examples = formats.examples_of(row, known, renderer)
+        except LossInputError as error:
+            errors.append(error)
+        else:
+            used.append((row, examples, max(length(each, renderer) for each in examples)))
+    errors.sort(key=line_of)
+    fields = list(dict.fromkeys(field for row in rows for field in row.fields))
+    return Findings(kind, known, used, fields, errors, [each for each in names if each != kind])
+
+
+def is_of(name: str, row: Row, renderer: Renderer) -> bool:
+    """Whether a row has examples of a kind. A prompt alone counts only if the row has nothing else."""
+    known = formats.matching(row, formats.FORMATS[KINDS[name]])
+    if known is None or (known.keys == ("prompt",) and len(row.fields) > 1):
+        return False
+    try:
+        return bool(formats.examples_of(row, known, renderer))
+    except LossInputError:
+        return False
+
+
+def line_of(error: LossInputError) -> int:
+    """Return the line that an error names; 0 if it names none."""
+    line = error.field.rpartition(":")[2]
+    return int(line) if line.isdecimal() else 0
+
+
+# What was recognised
+
+
+def print_format(source: str, found: Findings) -> None:
+    """Print the format, the methods that read it, and the fields that are not read."""
+    place = found.rows[0][0].place.rpartition(":")[0] if found.rows else source
+    say(f"{place}: {len(found.rows) + len(found.errors)} rows of {found.known.name}")
+    say(f"  read as {TITLES[found.name]}, for {formats.KINDS[KINDS[found.name]]}")
+    for name in found.others:
+        say(f"  also {TITLES[name]} (--kind {name}), for {formats.KINDS[KINDS[name]]}")
+    unread = [field for field in found.fields if field not in found.known.keys + found.known.also]
+    if unread:
+        print_indented(f"not read: {', '.join(map(shown, unread))}", "  ")
+
+
+def print_indented(text: str, indent: str, deeper: str = "  ") -> None:
+    """Print text in lines of 80 columns."""
+    say(
+        textwrap.fill(
+            printable(text), 80, initial_indent=indent, subsequent_indent=indent + deeper, break_on_hyphens=False
+        )
+    )
+
+
+# Rows as the model sees them
+
+
+def print_row(row: Row, examples: Sequence[Example], renderer: Renderer) -> None:
+    """Print each sequence of a row: trained tokens in colour on a terminal, and in [[ ]] elsewhere."""
+    say("")
+    for example in examples:
+        for title, sequence in titled(example, renderer):
+            trained = "" if isinstance(example, Problem) else f", {trained_tokens(sequence)} trained"
+            say(printable(f"{row.place}{title}: {len(sequence.tokens)} tokens{trained}"))
+            print_sequence(sequence, renderer)
+
+
+def titled(example: Example, renderer: Renderer) -> Iterator[tuple[str, Demonstration]]:
+    """Yield the sequences of an example with their titles. That of a problem is its prompt."""
+    if isinstance(example, Problem):
+        answer = "no answer" if example.answer is None else f"the answer {shown(example.answer)}"
+        yield f", prompt with {answer}", demonstration(example.prompt, [])
+    elif isinstance(example, Labelled):
+        yield f", {'desirable' if example.desirable else 'undesirable'}", example.example
+    else:
+        titles = (", chosen", ", rejected") if isinstance(example, Preference) else ("",)
+        yield from zip(titles, sequences(example))
+
+
+def print_sequence(sequence: Demonstration, renderer: Renderer) -> None:
+    """Print a sequence in lines, the middle of a long one left out."""
+    runs = groupby(zip(sequence.tokens, sequence.weights), key=lambda pair: pair[1])
+    parts = [(printable(renderer.shown(token for token, _ in run), sys.maxsize), weight) for weight, run in runs]
+    console = console_on(sys.stdout)
+    if console is None:
+        marked = "".join(mark(text, weight) for text, weight in parts)
+        lines: Sequence[Any] = [line for text in marked.split("\n") for line in wrap(text)]
+    else:
+        lines = list(coloured(parts).wrap(console, WIDTH))
+    half = LINES // 2
+    for line in lines if len(lines) <= LINES else lines[:half]:
+        print_line(console, line)
+    if len(lines) > LINES:
+        say(f"    ... {len(lines) - 2 * half} lines ...")
+        for line in lines[-half:]:
+            print_line(console, line)
+
+
+def print_line(console: Any, line: Any) -> None:
+    """Print one line of a sequence behind a margin."""
+    if console is None:
+        say(f"    {line}")
+    else:
+        line.pad_left(4)
+        console.print(line)
+
+
+def mark(text: str, weight: float) -> str:
+    """Return text with marks around it if it is trained; a weight that is not 1 stands in them."""
+    return text if not weight else f"[[{text}]]" if weight == 1 else f"[[{weight:g}: {text}]]"
+
+
+def wrap(text: str) -> list[str]:
+    """Split a line of text into lines that fit."""
+    return textwrap.wrap(text, WIDTH, replace_whitespace=False, drop_whitespace=False) or [""]
+
+
+def coloured(parts: Sequence[tuple[str, float]]) -> Text:
+    """Return text coloured by weight: what is read is dim, what is trained green, a weight in between yellow."""
+    from rich.text import Text
+
+    styles = {0.0: "dim", 1.0: "bold green"}
+    return Text.assemble(*((text, styles.get(weight, "bold yellow")) for text, weight in parts), no_wrap=False)
+
+
+# Lengths, and what is left out
+
+
+def print_lengths(found: Findings) -> None:
+    """Print the shortest, median and longest row, and how many rows have which length."""
+    if not found.rows:
+        return
+    lengths = sorted(n for *_, n in found.rows)
+    examples = [example for _, group, _ in found.rows for example in group]
+    all_tokens = [each for example in examples for each in sequences(example)]
+    say(f"\ntokens of a row: {lengths[0]} at least, {median(lengths):g} median, {lengths[-1]} at most")
+    if all_tokens:
+        total, trained = (sum(map(count, all_tokens)) for count in (lambda e: len(e.tokens), trained_tokens))
+        say(f"in all: {total} tokens in {len(all_tokens)} sequences, {trained} of them trained")
+    bins = [(low, low * 2 - 1, sum(low <= n < low * 2 for n in lengths)) for low in powers(lengths[0], lengths[-1])]
+    most = max(count for *_, count in bins)
+    for low, high, count in bins:
+        say(f"  {low:>7} to {high:<7} {count:>7}  {'#' * round(40 * count / most) or '.' * bool(count)}".rstrip())
+
+
+def trained_tokens(example: Demonstration) -> int:
+    """Return how many tokens of a sequence are trained."""
+    return sum(weight > 0 for weight in example.weights[1:])
+
+
+def powers(low: int, high: int) -> list[int]:
+    """Return the powers of two from the one at or below ``low`` to the one at or below ``high``.
+
+    >>> powers(5, 16)
+    [4, 8, 16]
+    """
+    return [2**i for i in range(low.bit_length() - 1, high.bit_length())]
+
+
+def print_refused(found: Findings, longer: Sequence[tuple[Row, int]], limit: int, drop: bool) -> None:
+    """Print which rows are refused or left out, and why."""
+    equal = len(found.rows) - len({repr(examples) for _, examples, _ in found.rows})
+    say("")
+    if equal:
+        say(f"equal to other rows, and counted once: {equal}")
+    if longer:
+        what = (
+            "are left out" if drop else f"are refused: pass --drop-longer, or --max-length {max(n for _, n in longer)}"
+        )
+        print_indented(f"{len(longer)} rows are longer than {limit} tokens and {what}", "")
+        for row, n in longer[:SHOWN]:
+            say(printable(f"  {row.place}: {n} tokens"))
+    if found.errors:
+        say(f"{len(found.errors)} rows are refused")
+        for error in found.errors[:MESSAGES]:
+            print_indented(str(error), "  ")
+        if len(found.errors) > MESSAGES:
+            say(f"  and {len(found.errors) - MESSAGES} more")

@@ -1,0 +1,160 @@
+"""Measurements on held-out examples, and samples to look at. They make only public calls of the client."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lossfns.backend.model.tokenizer import ByteTokenizer
+from lossfns.backend.types import SamplingParams
+from lossfns.datum import Datum, ModelInput
+from lossfns.train.batches import candidate_datum, pair_datums, sample_answers
+from lossfns.train.columns import target_logprobs, weights_of
+from lossfns.train.examples import Demonstration, Example, Labelled, Preference, Problem, datum_of, prompt_of, sequences
+from lossfns.train.remote import Client
+from lossfns.train.render import Renderer
+from lossfns.train.rewards import Reward
+
+Measured = dict[str, float]
+"""Measurements by name. The first one is that of the method."""
+
+TITLES = {
+    "bits_per_byte": "held-out bits per byte",
+    "nll": "held-out nll per token",
+    "accuracy": "held-out preference accuracy",
+    "ranked": "held-out answers ranked right",
+    "reward": "held-out reward",
+    "kl_teacher": "held-out KL from the teacher",
+}
+"""The names of measurements in the printed report."""
+
+
+def completion_logprobs(client: Client, data: Sequence[Datum]) -> list[float]:
+    """Return the logprob of each datum's completion: Σ w·lp over its tokens."""
+    return [float(lp.to_numpy() @ weights_of(d)) for lp, d in zip(target_logprobs(client, data), data)]
+
+
+# Demonstrations
+
+
+def likelihood(client: Client, renderer: Renderer, examples: Sequence[Demonstration]) -> Measured:
+    """Return the held-out cross-entropy of the trained tokens: bits per byte, and nats per token.
+
+    Of a model whose tokens are bytes, the two are one measurement. The end token counts as a byte there.
+    """
+    data = [datum_of(example) for example in examples]
+    total = -sum(completion_logprobs(client, data))
+    tokens = sum(float(weights_of(datum).sum()) for datum in data)
+    if isinstance(renderer.tokenizer, ByteTokenizer):
+        return {"bits_per_byte": total / tokens / math.log(2)}
+    return {"nll": total / tokens, "bits_per_byte": total / byte_count(renderer, examples) / math.log(2)}
+
+
+def byte_count(renderer: Renderer, examples: Sequence[Demonstration]) -> int:
+    """Return the bytes of the text of the trained tokens, at least 1."""
+    trained = [[t for t, w in zip(each.tokens[1:], each.weights[1:]) if w] for each in examples]
+    return max(1, sum(len(renderer.decode(ids).encode()) for ids in trained))
+
+
+def divergence(client: Client, teacher: Any, examples: Sequence[Demonstration], k: int) -> Measured:
+    """Return the mean of Σ q·(log q − log p) by token, over the teacher's k most probable candidates, in nats."""
+    data = [candidate_datum(example, teacher, k, soft=False) for example in examples]
+    total = tokens = 0.0
+    for datum, row in zip(data, target_logprobs(client, data)):
+        log_q = datum.loss_fn_inputs["teacher_logprobs"].to_torch()
+        weights = datum.loss_fn_inputs["weights"].to_torch()
+        total += float((weights * log_q.exp() * (log_q - row.to_torch())).sum())
+        tokens += float(weights[:, 0].sum())
+    return {"kl_teacher": total / tokens}
+
+
+# Preferences
+
+
+def share_positive(margins: Sequence[float]) -> float:
+    """Return the share of margins above 0. A margin of 0 counts half."""
+    return sum((margin > 0) + 0.5 * (margin == 0) for margin in margins) / len(margins)
+
+
+def margin_accuracy(client: Client, reference: Client, examples: Sequence[Preference]) -> Measured:
+    """Return the share of pairs whose chosen side gains more over the reference than the rejected side."""
+    data = pair_datums(examples)
+    gains = [a - b for a, b in zip(completion_logprobs(client, data), completion_logprobs(reference, data))]
+    return {"accuracy": share_positive([chosen - rejected for chosen, rejected in zip(gains[0::2], gains[1::2])])}
+
+
+def likelihood_accuracy(client: Client, examples: Sequence[Preference]) -> Measured:
+    """Return the share of pairs whose chosen side has the larger mean logprob per token."""
+    data = pair_datums(examples)
+    means = [total / float(weights_of(d).sum()) for total, d in zip(completion_logprobs(client, data), data)]
+    return {"accuracy": share_positive([chosen - rejected for chosen, rejected in zip(means[0::2], means[1::2])])}
+
+
+def ranking(client: Client, reference: Client | None, examples: Sequence[Labelled]) -> Measured:
+    """Return the share of pairs of a desirable and an undesirable answer of which the desirable one gains more.
+
+    The gain is over the reference; without one it is the mean logprob per token. Held-out answers of one kind alone
+    cannot be compared: they count half.
+    """
+    data = [datum_of(each.example) for each in examples]
+    if reference is None:
+        gains = [total / float(weights_of(d).sum()) for total, d in zip(completion_logprobs(client, data), data)]
+    else:
+        gains = [a - b for a, b in zip(completion_logprobs(client, data), completion_logprobs(reference, data))]
+    good, bad = ([g for g, each in zip(gains, examples) if each.desirable is kind] for kind in (True, False))
+    return {"ranked": share_positive([a - b for a in good for b in bad] or [0.0])}
+
+
+# Problems
+
+
+def mean_reward(
+    client: Client, renderer: Renderer, problems: Sequence[Problem], reward: Reward, max_tokens: int, samples: int = 4
+) -> Measured:
+    """Return the mean reward of samples of held-out problems, at temperature 1."""
+    answers = sample_answers(client, renderer, problems, samples, max_tokens, seed=7)
+    return {"reward": sum(reward(answer.problem, answer.text) for answer in answers) / len(answers)}
+
+
+# Samples to look at
+
+SAMPLES, SAMPLE_TOKENS, TEMPERATURE = 3, 64, 0.7
+"""How many samples are shown, the most tokens of each, and the temperature at which they are drawn."""
+
+
+def sample_texts(client: Client, renderer: Renderer, examples: Sequence[Example]) -> list[list[str]]:
+    """Return pairs of a prompt and a sample for a few examples, the same draw for the same weights.
+
+    An example without a prompt gives the first tokens of its text.
+    """
+    prompts = [shown_prompt(renderer, example) for example in examples[:SAMPLES]]
+    sampler = client.save_weights_and_get_sampling_client()
+    params = SamplingParams(max_tokens=SAMPLE_TOKENS, seed=11, temperature=TEMPERATURE)
+    responses = sampler.sample_batch([ModelInput.from_ints(prompt) for prompt in prompts], 1, params).result()
+    tokens = [response.sequences[0].tokens for response in responses]
+    return [[renderer.decode(prompt), renderer.decode(ids)] for prompt, ids in zip(prompts, tokens)]
+
+
+def shown_prompt(renderer: Renderer, example: Example) -> list[int]:
+    """Return the prompt of an example, or of a text without one its first tokens: at most 24, or half of it."""
+    prompt = prompt_of(example)
+    if isinstance(example, Problem) or prompt != renderer.start:
+        return prompt
+    text = sequences(example)[0].tokens[len(prompt) :]
+    return [*prompt, *text[: min(24, len(text) // 2)]]
+
+
+def one_line(text: str, width: int) -> str:
+    """Return text on one line of at most ``width`` characters: newlines and what cannot be printed are escaped.
+
+    >>> print(one_line("a" + chr(10) + "b" + chr(27), 20), one_line("abcdef", 4))
+    a\\nb\\x1b abc…
+    """
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def in_json(measured: Mapping[str, float]) -> dict[str, float]:
+    """Return measurements as plain floats."""
+    return {name: float(value) for name, value in measured.items()}

@@ -1,0 +1,56 @@
+"""Losses of the user, by ``module:function`` or ``file.py:function``, in any form that ``lossfns check`` takes."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+from lossfns.errors import LossInputError
+from lossfns.loading import load
+from lossfns.loss import BoundLoss, Loss
+from lossfns.testing.factories import FactoryLoss
+from lossfns.testing.forms import PaddedLoss
+from lossfns.testing.kinds import detect_fields_read, detect_kind
+from lossfns.testing.laws.base import ALL_FIELDS
+from lossfns.testing.settings import defaults_of
+from lossfns.testing.subject import adapt
+from lossfns.train.losses import SAMPLED, AnyLoss, OwnLoss, check_settings, value_of
+
+
+def own_loss(text: str, settings: Mapping[str, Any]) -> AnyLoss:
+    """Import a loss of any form that ``lossfns check`` takes, and find out what it reads."""
+    subject = load(text, "--loss")
+    if isinstance(subject, (Loss, BoundLoss)):
+        check_settings(text, {}, settings)
+        return subject.loss if isinstance(subject, BoundLoss) else subject
+    name = text.rpartition(":")[2]
+    if settings and callable(subject):
+        known = defaults_of(subject)
+        check_settings(text, known, settings)
+        subject = functools.partial(subject, **{n: value_of(value, known[n]) for n, value in settings.items()})
+    try:
+        function: Any = adapt(subject)
+        if isinstance(function, (Loss, BoundLoss)):
+            return function.loss if isinstance(function, BoundLoss) else function
+        kind, _ = detect_kind(function)
+    except LossInputError as error:
+        raise LossInputError("--loss", error.expected, error.got, error.fix) from None
+    columns = function.columns if isinstance(function, (FactoryLoss, PaddedLoss)) else detect_fields_read(function)
+    names = {column.rpartition(" ")[2] for column in columns} - {ALL_FIELDS, *DATUM_FIELDS}
+    by_columns = "policy" if SAMPLED & names else "supervised"
+    return OwnLoss(name, function, tuple(sorted(names)), METHOD_OF_KIND.get(kind, by_columns))
+
+
+DATUM_FIELDS = ("logprobs", "weights", "mask", "ids", "lengths", "target_tokens")
+"""Columns that every datum has, or that follow from it."""
+
+METHOD_OF_KIND = {
+    "policy": "policy",
+    "likelihood": "supervised",
+    "reweighted": "supervised",
+    "preference": "preference",
+    "unpaired": "unpaired",
+    "distillation": "distillation",
+}
+"""The method for each kind of loss that ``lossfns check`` knows. ``any`` is left to the columns."""

