@@ -55,10 +55,10 @@ def messages(source: str) -> Iterator[Message]:
             continue
         names = dict(assignments(function))
         for call in ast.walk(function):
-            if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "LossInputError":
-                if len(call.args) >= 4:
-                    field, expected, _, fix = (text_of(x, names) for x in call.args[:4])
-                    found[Message(field, expected, fix)] = None
+            is_call = isinstance(call, ast.Call) and isinstance(call.func, ast.Name)
+            if is_call and call.func.id == "LossInputError" and len(call.args) >= 4:
+                field, expected, _, fix = (text_of(x, names) for x in call.args[:4])
+                found[Message(field, expected, fix)] = None
     yield from found
 
 
@@ -81,7 +81,12 @@ def render() -> str:
     for path in sorted((ROOT / "lossfns").rglob("*.py")):
         rows = list(messages(path.read_text(encoding="utf-8")))
         if rows:
-            lines = [f"## `{path.relative_to(ROOT).as_posix()}`", "", "| place | expected | fix |", "| --- | --- | --- |"]
+            lines = [
+                f"## `{path.relative_to(ROOT).as_posix()}`",
+                "",
+                "| place | expected | fix |",
+                "| --- | --- | --- |",
+            ]
             lines += [f"| {' | '.join(cell(x) for x in row)} |" for row in rows]
             sections.append("\n".join(lines) + "\n")
     return "\n".join(sections)

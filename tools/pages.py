@@ -221,7 +221,8 @@ EXAMPLES = {
 def call(name: str, doc: Doc, loss: Loss | None) -> str:
     """Return a call that prints the loss and its gradient; the docstring's own example for a loss of another shape."""
     if loss is None or loss.rows == "targets" or not set(loss.reads) <= set(EXAMPLES):
-        return f"## A call\n\n```python\n{doc.example.strip()}\n\n```" if doc.example else ""
+        imports = f">>> from lossfns import {', '.join(public_names(doc.example, name))}\n"
+        return f"## A call\n\n```python\n{imports}{doc.example.strip()}\n\n```" if doc.example else ""
     columns = {c: EXAMPLES[c] for c in loss.reads}
     names = [f"{c}=torch.tensor({text})" for c, text in columns.items()]
     kind = "outputs of the head" if loss.output == "scores" else "logprobs of the targets"
@@ -243,6 +244,13 @@ def call(name: str, doc: Doc, loss: Loss | None) -> str:
     pairs = " Row 0 is the chosen side, row 1 the rejected one." if loss.rows == "pairs" else ""
     forms = "The same object takes datums and packed tensors, and compiles to one kernel: [client](../client.md)."
     return "## A call\n\n```python\n" + "\n".join(lines) + f"\n\n```\n\n{forms}{pairs}"
+
+
+def public_names(example: str, name: str) -> list[str]:
+    """Return the names of the library that an example uses and does not import itself."""
+    imported = re.findall(r"import (.*)", example)
+    used = [word for word in dict.fromkeys(re.findall(r"\w+", example)) if inspect.isfunction(vars(lossfns).get(word))]
+    return sorted({name, *used} - {each.strip() for line in imported for each in line.split(",")})
 
 
 def evaluate(loss: Loss, columns: dict[str, Any]) -> tuple[float, torch.Tensor]:

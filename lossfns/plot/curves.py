@@ -37,6 +37,12 @@ class Curve(NamedTuple):
         middle = min(range(len(self.x)), key=lambda i: abs(self.x[i]))
         return self._replace(value=[v - self.value[middle] for v in self.value])
 
+    def by_slope_at_zero(self) -> Curve:
+        """Return the curve in units of the size of its slope at the input that is nearest to 0."""
+        middle = min(range(len(self.x)), key=lambda i: abs(self.x[i]))
+        unit = abs(self.slope[middle]) or 1.0
+        return Curve(self.x, [v / unit for v in self.value], [s / unit for s in self.slope])
+
 
 POLICY_COLUMNS = {"advantages", "old_logprobs", "ref_logprobs", "sampler_logprobs"}
 """The columns of the losses that are drawn over the ratio."""

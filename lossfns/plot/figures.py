@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lossfns.advantages import group_advantages
+from lossfns.errors import LossInputError
 from lossfns.loss import Loss
 from lossfns.plot import curves
 from lossfns.plot.curves import Curve, line
@@ -103,7 +104,8 @@ def plot_losses(losses: Sequence[Loss]) -> Figure:
         if is_kind(losses[0]):
             for loss in losses:
                 if not is_kind(loss):
-                    raise curves.refuse(loss)
+                    got, fix = f"{losses[0].name} and {loss.name}", "Draw them apart."
+                    raise LossInputError("losses", "losses of one kind", got, fix)
             with style():
                 return plot(losses)
     raise curves.refuse(losses[0])
@@ -133,8 +135,14 @@ def plot_policy(losses: Sequence[Loss]) -> Figure:
 
 def plot_preference(losses: Sequence[Loss]) -> Figure:
     margins = line(-8.0, 8.0, 81)
-    curve = {n: curves.margin_curve(x, margins).from_zero() for n, x in zip(names(losses), losses, strict=True)}
-    return two_panels(curve, "margin, nats", "loss, less that at 0", "∂ loss / ∂ margin")
+    named = {n: curves.margin_curve(x, margins).from_zero() for n, x in zip(names(losses), losses, strict=True)}
+    if len(losses) == 1:
+        return two_panels(named, "margin, nats", "loss, less that at 0", "∂ loss / ∂ margin")
+    named = {name: curve.by_slope_at_zero() for name, curve in named.items()}
+    figure = two_panels(named, "margin, nats", "loss, by its slope at 0", "slope, by that at 0")
+    for axes, (low, high) in zip(figure.axes, ((-9.0, 9.0), (-3.0, 3.0)), strict=True):
+        axes.set_ylim(max(low, axes.get_ylim()[0]), min(high, axes.get_ylim()[1]))
+    return figure
 
 
 def plot_unpaired(losses: Sequence[Loss]) -> Figure:
