@@ -6,9 +6,11 @@ these tokens, and up to the token that ends it. Whatever a chat template does no
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 from lossfns.errors import LossInputError
@@ -70,17 +72,18 @@ class Renderer:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self._template = getattr(tokenizer, "chat_template", None)
-        self._special = [str(text) for text in getattr(tokenizer, "all_special_tokens", [])]
-        self._pieces = re.compile("|".join(f"(?={re.escape(text)})" for text in self._special) or "(?!)")
-        self._kept = lru_cache(PIECES)(self._encode)
-        if self.encode(probe := "a b".join(["", *self._special, " c\n"])) != self._encode(probe):
-            self._pieces = re.compile("(?!)")
+        special = special_texts(tokenizer)
+        self._special = re.compile("|".join(map(re.escape, special)) or "(?!)")
+        self._kept, self._in_pieces = lru_cache(PIECES)(self._encode), True
+        probe = "a b".join(["", *special[:50], " c\n"])
+        self._in_pieces = self.encode(probe) == self._encode(probe)
         self._probed: dict[str, str | None] = {}
         bos = getattr(tokenizer, "bos_token_id", None)
         self._bos = [bos] if bos is not None and bos in tokenizer.encode("", add_special_tokens=True) else []
         eos = getattr(tokenizer, "eos_token_id", None)
         declared = [eos] if isinstance(eos, int) else list(eos or [])
-        self._turn_end = self._find_turn_end(declared) if self._template else []
+        self._closing = self._write_closing() if self._template else ""
+        self._turn_end = self._find_turn_end(declared)
         self.end = list(dict.fromkeys(self._turn_end + declared))
         if not self.end:
             fix = "Set tokenizer.eos_token: the model has to learn where an answer ends."
@@ -94,7 +97,10 @@ class Renderer:
         Special tokens divide a text into pieces that have their own tokens. The tokens of the last short ones are kept,
         since the prompts of one chat share most of them.
         """
-        pieces = filter(None, self._pieces.split(text))
+        if not self._in_pieces:
+            return self._encode(text)
+        borders = [0, *(found.start() for found in self._special.finditer(text)), len(text)]
+        pieces = (text[a:b] for a, b in pairwise(borders) if a < b)
         return [i for piece in pieces for i in (self._kept if len(piece) < KEPT else self._encode)(piece)]
 
     def _encode(self, text: str) -> list[int]:
@@ -224,16 +230,14 @@ class Renderer:
         if content.strip() not in answer:
             fix = "The answer would not be trained as it is. Mend the chat template, or the message."
             raise LossInputError(place, f"the answer {shorten(content)} as text", shorten(answer), fix)
-        if not self._turn_end and content.strip():
-            content = content if content in answer else content.strip()
-            answer = answer[: answer.index(content) + len(content)]
-            ids, start = self._continue(before, answer)
+        if not self._turn_end:
+            ids, start = self._continue(before, answer.removesuffix(self._closing))
             return [*ids, self._eos], start
         ids, start = self._continue(before, answer)
-        end = next((i for i in range(start, len(ids)) if ids[i] in self.end), None)
-        if end is None:
-            fix = "The model would not learn to stop. Mend the chat template."
-            raise LossInputError(place, "an end token after the answer", shorten(answer[-40:]), fix)
+        end = next((i for i in range(start, len(ids)) if ids[i] in self.end), len(ids))
+        if end == len(ids) or self.shown(ids[end + 1 :]).strip():
+            fix = "The model would not learn to stop there. Mend the chat template."
+            raise LossInputError(place, "one end token, after the answer", shorten(answer[-40:]), fix)
         return ids[: end + 1], start
 
     def _lines(self, messages: Sequence[Message]) -> list[int]:
@@ -266,12 +270,10 @@ class Renderer:
 
     def _check(self, messages: Sequence[Message], tools: Sequence[Any] | None) -> None:
         """Refuse what the template does not write, and texts that would become special tokens."""
-        for i, message in enumerate(messages):
-            for text in self._special:
-                if text in message["content"]:
-                    fix = "It would become the special token: write it in another way, or leave the row out."
-                    expected = "text without special tokens"
-                    raise LossInputError(f"messages[{i}]", expected, shorten(text), fix)
+        for place, value in [*((f"messages[{i}]", each) for i, each in enumerate(messages)), ("tools", tools)]:
+            if found := self._special.search(json.dumps(value, ensure_ascii=False)):
+                fix = "It would become the special token: write it in another way, or leave the row out."
+                raise LossInputError(place, "text without special tokens", shorten(found[0]), fix)
         for part in parts_of(messages, tools):
             if part not in self._probed:
                 self._probed[part] = self._probe(part)
@@ -290,14 +292,24 @@ class Renderer:
             return error.got
         return None if written >= count else "the template leaves it out"
 
-    def _find_turn_end(self, declared: list[int]) -> list[int]:
-        """Return the token that the chat template writes after an answer; none if it is no special token."""
-        special = {*declared, *getattr(self.tokenizer, "added_tokens_decoder", {})}
+    def _write_closing(self) -> str:
+        """Return what the chat template writes after the text of an answer."""
         try:
-            after = self._write([ASKED, {"role": "assistant", "content": MARK}], None).rpartition(MARK)[2]
+            return self._write([ASKED, {"role": "assistant", "content": MARK}], None).rpartition(MARK)[2]
         except LossInputError:
-            return []
-        return [i for i in self.encode(after) if i in special][:1]
+            return ""
+
+    def _find_turn_end(self, declared: list[int]) -> list[int]:
+        """Return the token that ends an answer of the chat template: a declared one, or else the first special one."""
+        special, closing = getattr(self.tokenizer, "added_tokens_decoder", {}), self.encode(self._closing)
+        return ([i for i in closing if i in declared] or [i for i in closing if i in special])[:1]
+
+
+def special_texts(tokenizer: Any) -> list[str]:
+    """Return the texts that a tokenizer takes for special tokens, longest first."""
+    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    texts = {str(token) for token in added if token.special} | set(getattr(tokenizer, "all_special_tokens", []))
+    return sorted(texts - {""}, key=len, reverse=True)
 
 
 def weight_of(message: Message) -> float:
@@ -305,15 +317,15 @@ def weight_of(message: Message) -> float:
     return float(message.get("weight", message["role"] == "assistant"))
 
 
-def parts_of(messages: Sequence[Message], tools: Sequence[Any] | None) -> set[str]:
-    """Return which keys of ``PROBES`` messages and tools have."""
+def parts_of(messages: Sequence[Message], tools: Sequence[Any] | None) -> list[str]:
+    """Return which keys of ``PROBES`` messages and tools have, in their order."""
     found = {"tools"} if tools else set()
     for message in messages:
         found |= {"a system message"} if message["role"] == "system" else set()
         found |= {"a result of a tool"} if message["role"] == "tool" else set()
         found |= {"a call of a tool"} if message.get("tool_calls") else set()
         found |= {"reasoning"} if message.get("reasoning_content") else set()
-    return found
+    return [part for part in PROBES if part in found]
 
 
 def shorten(text: str) -> str:

@@ -38,15 +38,18 @@ NO_SYSTEM = """{%- for m in messages %}
 NO_END = """{%- for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}
 {%- if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"""
 
+TWO_ENDS = CHATML.replace("'<|im_end|>\n' }}{% endfor", "'<|end_text|><|im_end|>\n' }}{% endfor")
+"""An answer ends with two special tokens, of which the second is the declared end token."""
+
+LATE_END = CHATML.replace("m.role + '\n'", "m.role + '\nso<|im_end|>'")
 OTHER_START = CHATML[: CHATML.rindex("{{")] + "{{ '<|im_start|>model\n' }}{% endif %}"
 CUTS = CHATML.replace("m.content", "m.content[:3]")
 
 
-def byte_pairs(template: str | None = None, **special: str) -> Any:
+def byte_pairs(template: str | None = None, **special: Any) -> Any:
     """Return a byte-level tokenizer with a few merges, of which some cover the border of a prompt and its answer."""
-    from lossfns.server.tokenizer import byte_characters
-
-    vocabulary = {character: byte for byte, character in enumerate(byte_characters())}
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {character: i for i, character in enumerate(alphabet)}
     pairs = [tuple(merge.split(" ")) for merge in MERGES]
     for a, b in pairs:
         vocabulary[a + b] = len(vocabulary)

@@ -1,11 +1,26 @@
 """Text and messages as tokens: an answer is trained after the tokens that it is sampled from, up to its end."""
 
+import re
+from importlib.util import find_spec
 from itertools import groupby
+from pathlib import Path
 from random import Random
 from typing import Any
 
 import pytest
-from small_tokenizers import CHATML, CUTS, NO_END, NO_SYSTEM, OTHER_START, THINKS, TOOLS, byte_pairs, word_pieces
+from small_tokenizers import (
+    CHATML,
+    CUTS,
+    LATE_END,
+    NO_END,
+    NO_SYSTEM,
+    OTHER_START,
+    THINKS,
+    TOOLS,
+    TWO_ENDS,
+    byte_pairs,
+    word_pieces,
+)
 
 from lossfns import LossInputError
 from lossfns.backend import ByteTokenizer
@@ -102,6 +117,9 @@ def test_tools_are_written_by_a_template_that_has_them() -> None:
     assert trained == ['<call>add {"a": 2, "b": 2}</call><|im_end|>', "It is 4.<|im_end|>"]
     assert '"description": "Adds."' in renderer.shown(prompt_of(example))
     assert "4 from add 1" in renderer.shown(example.tokens)
+    no_end = Renderer(byte_pairs(TOOLS.replace("<|im_end|>", "")))  # the declared end token stands for it
+    first, second = no_end.answers(chat, [TOOL])
+    assert [runs(no_end, each)[-1][1] for each in (first, second)] == trained
     thinking = Renderer(byte_pairs(THINKS)).chat([user("2+2"), answer("4", reasoning_content="two and two")])
     assert renderer.decode(thinking.tokens).endswith("<think>\ntwo and two\n</think>\n\n4")
 
@@ -116,6 +134,7 @@ def test_a_template_is_refused_for_messages_that_it_does_not_write() -> None:
         (None, chat, [TOOL], "got tools: the model has no chat template"),
         (NO_SYSTEM, [SYSTEM, *chat], None, "a system message: TemplateError: 'System role not supported'"),
         (OTHER_START, chat, None, "messages[1]: expected an answer after its prompt, which ends in"),
+        (LATE_END, chat, None, "messages[1]: expected one end token, after the answer, got 'so<|im_end|>4"),
         (CUTS, [user("2+2="), answer("4")], None, "messages[0]: expected its text as it is"),
         (CUTS, [user("2+2"), answer("four")], None, "messages[1]: expected the answer 'four' as text"),
         ("{{ messages[9].content }}", chat, None, "messages that the chat template writes, got UndefinedError"),
@@ -130,6 +149,8 @@ def test_a_template_is_refused_for_messages_that_it_does_not_write() -> None:
         assert says in str(refused.value), (template, messages, str(refused.value))
     last = [*multi[:1], answer("b", weight=0.0), *multi[2:]]  # the fix that the last message names
     assert Renderer(byte_pairs(THINKS)).chat(last).weights.count(1.0) > 1
+    two = byte_pairs(TWO_ENDS, additional_special_tokens=["<|end_text|>"])
+    assert runs(Renderer(two), Renderer(two).chat(chat))[-1] == (1.0, "4<|end_text|><|im_end|>")
     with pytest.raises(LossInputError, match="tokenizer: expected an end token, got none"):
         Renderer(byte_pairs(eos_token=""))
 
@@ -161,3 +182,45 @@ def test_texts_stay_as_they_are_between_the_tokens_that_begin_and_end_them() -> 
         "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n",
         "a",
     ]
+
+
+@pytest.mark.exhaustive
+def test_templates_of_well_known_models_are_exact_or_refused() -> None:
+    """The templates that ``trl`` ships: what is trained follows its prompt and holds the whole answer."""
+    package = find_spec("trl")
+    folders = [Path(folder) / "chat_templates" for folder in (package and package.submodule_search_locations) or ()]
+    paths = sorted(path for folder in folders for path in folder.glob("*.jinja"))
+    if not paths:
+        pytest.skip("trl is not installed")
+    chats: dict[str, tuple[list[Any], list[Any] | None]] = {
+        "two": ([user("2+2"), answer("four."), user("3+3"), answer("six.")], None),
+        "system": ([SYSTEM, user("2+2"), answer("four.")], None),
+        "tools": ([user("2+2"), answer("", tool_calls=[CALL | {"id": "callabcde"}]),
+                   RESULT | {"tool_call_id": "callabcde"}, answer("four.")], [TOOL]),
+        "reasoning": ([user("2+2"), answer("four.", reasoning_content="two and two")], None),
+    }  # fmt: skip
+    accepted = dict.fromkeys(chats, 0)
+    for path in paths:
+        template = path.read_text()
+        special = sorted(set(re.findall(r"<\|[^<>|]+\|>|<｜[^｜]*｜>|</?s>|<end_of_turn>|<turn\|>", template)))
+        ends = ("im_end", "eot_id", "return", "end▁of▁sentence", "END_OF_TURN", "end_of_turn", "turn|", "|end|", "</s>")
+        end = next((text for name in ends for text in special if name in text), "<|eos|>")
+        renderer = Renderer(byte_pairs(template, eos_token=end, extra_special_tokens=special))
+        for name, (chat, tools) in chats.items():
+            try:
+                found = renderer.answers(chat, tools)
+            except LossInputError as error:
+                assert str(error).isprintable() and len(str(error)) < 600, (path.name, name)
+                continue
+            accepted[name] += 1
+            text = "".join(renderer.shown(i for i, w in zip(e.tokens, e.weights) if w) for e in found)
+            contents = [m["content"] for m in chat if m["role"] == "assistant"]
+            assert all(each in text for each in contents), (path.name, name, text)
+            assert "two and two" in text or name != "reasoning", (path.name, text)
+            assert "add" in text or name != "tools", (path.name, text)
+            for i, message in enumerate(chat):
+                if message["role"] == "assistant":
+                    before = renderer.prompt(chat[:i], tools)
+                    fits = [e for e in found if e.tokens[: len(before)] == before and e.weights[len(before)]]
+                    assert fits, (path.name, name, i)
+    assert all(count > 10 for count in accepted.values()), accepted
