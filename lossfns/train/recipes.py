@@ -82,13 +82,20 @@ class Recipe(NamedTuple):
 def run_job(run: Run, job: Job) -> Outcome:
     """Warm up, measure on held-out examples, train, and measure again."""
     options, task = job.options, job.task
+    run.plan({"warm-up": options.warmup_steps, job.phase: options.steps})
     warm_up(run, job)
     reads_reference = "ref_logprobs" in job.loss.reads
     reference = reference_policy(run, job.client, options) if reads_reference else None
     recipe = RECIPES[method_of(job.loss)](run, job, reference)
     run.say(f"measuring on held-out examples: {len(task.held_out)}")
     draw = partial(measures.sample_texts, job.client, task.renderer, task.held_out)
-    before, texts = run.once("before", recipe.measure), run.once("samples", draw)
+
+    def measure() -> Measured:
+        values = recipe.measure()
+        run.log_evaluation(job.phase, run.done.get(job.phase, 0), values)
+        return values
+
+    before, texts = run.once("before", measure), run.once("samples", draw)
     methods.train(
         run,
         job.client,
@@ -103,7 +110,7 @@ def run_job(run: Run, job: Job) -> Outcome:
     )
     pairs = zip(texts, draw())
     samples = tuple({"prompt": p, "before": old, "after": new} for (p, old), (_, new) in pairs)
-    return Outcome(before, recipe.measure(), samples)
+    return Outcome(before, measure(), samples)
 
 
 def watch(run: Run, job: Job, recipe: Recipe, done: int, batch: Batch) -> None:

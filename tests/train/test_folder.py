@@ -35,7 +35,7 @@ def everything(folder: Path) -> dict[str, bytes]:
 
 FOREIGN = [
     *(".notes.partial", ".config.json.0123.partial", ".checkpoint.npz.0123456789ab.partial", "notes.txt"),
-    *("metrics.jsonl", "result.json", "checkpoint.npz", "curves.png", ".hidden"),
+    *("metrics.jsonl", "result.json", "checkpoint.npz", "report.html", ".hidden"),
 ]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import json
 import math
+import os
 import re
 from collections.abc import Sequence
 from functools import partial
@@ -167,11 +168,19 @@ class CausalLM(nn.Module):
             raise LossInputError("model", "a causal language model of transformers", f"a {type(model).__name__}", fix)
         check_text_alone(model)
         check_router_loss(model)
+        if lora.wrapped_layers(model):
+            lora.declare_adapted(model)
         self.model = model.eval()
         self.context_length = context_length(model.config.get_text_config())
         self.shape = architecture(model)
         check_packing(self)
         warn_of_noise(model)
+
+    @property
+    def source(self) -> str | None:
+        """Where the model of transformers was loaded from: a path or the name of a repository, or None."""
+        name: str = self.model.name_or_path
+        return (os.path.abspath(name) if os.path.exists(name) else name) or None
 
     @property
     def lora_targets(self) -> dict[str, tuple[str, ...]]:
