@@ -1,8 +1,9 @@
-"""``lossfns plot RUN``: the curves of a run on the terminal, and its report."""
+"""``lossfns plot``: the curves of a run on the terminal and its report, or pictures of losses."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -19,11 +20,15 @@ def add_plot(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     """Add the ``plot`` command to a command line."""
     p = commands.add_parser(
         "plot",
-        help="show the curves of a run of lossfns train",
+        help="draw losses, or the curves of a run of lossfns train",
         description="Show the curves of a run on the terminal, and write report.html into its folder: curves, samples, "
-        "gradients, options. Works while the run goes on, too.",
+        "gradients, options. Works while the run goes on, too. Or draw losses into a file: values and slopes over what "
+        "they see, several of one kind on the same axes. kl draws the estimators of KL, weighings what a token counts, "
+        "advantages those of a group. Pictures of losses need the extra viz.",
     )
-    p.add_argument("folder", metavar="RUN", help="the run folder")
+    p.add_argument("names", metavar="NAME", nargs="*", help="a run folder; or losses; or kl, weighings or advantages")
+    p.add_argument("--parts", metavar="FAMILY", help="draw which parts the losses of a family are made of")
+    p.add_argument("--out", metavar="FILE", help="the picture of losses: .svg, .png or .pdf (default: NAME.svg)")
     p.set_defaults(run=plot_command, parser=p)
 
 
@@ -31,12 +36,31 @@ def plot_command(args: argparse.Namespace) -> int:
     """Run ``lossfns plot``.
 
     Returns:
-        0, or 2 if the folder holds no run or no metrics.
+        0, or 2 if a name is neither a run with metrics nor a loss.
     """
+    if not args.names and args.parts is None:
+        args.parser.error("name a run or a loss, or pass --parts FAMILY")
+    is_run = len(args.names) == 1 and (os.sep in args.names[0] or Path(args.names[0]).exists())
+    return plot_run(args.names[0]) if is_run else plot_losses(args)
+
+
+def plot_losses(args: argparse.Namespace) -> int:
+    from lossfns.plot.command import draw
+
     try:
-        check_option("RUN", args.folder)
-        folder = Path(args.folder)
-        record = read_record(folder)
+        path = draw(args.names, args.out, args.parts)
+    except (LossInputError, OSError) as error:
+        return refused(error)
+    with while_read(sys.stdout):
+        say(f"picture     {path}")
+    return 0
+
+
+def plot_run(name: str) -> int:
+    """Draw the curves of a run."""
+    try:
+        check_option("RUN", name)
+        record = read_record(Path(name))
         written = write_report(record)
     except (LossInputError, OSError) as error:
         return refused(error)
