@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from lossfns.backend.model import hf
 from lossfns.backend.model.tokenizer import ByteTokenizer
 from lossfns.errors import LossInputError
-from lossfns.terminal import console_on, printable, say, while_read
+from lossfns.terminal import console_on, printable, say, status, while_read
 from lossfns.train import files, formats
 from lossfns.train.examples import Demonstration, Example, Labelled, Preference, Problem, demonstration, sequences
 from lossfns.train.formats import Format
@@ -94,7 +94,9 @@ def data_command(args: argparse.Namespace) -> int:
         check_option("data", args.source)
         check_option("max_length", args.max_length)
         renderer = Renderer(ByteTokenizer() if args.model is None else hf.load_tokenizer(args.model))
-        found = examine(args.source, renderer, args.kind)
+        with status() as tell:
+            tell(f"reading {args.source}")
+            found = examine(args.source, renderer, args.kind)
     except (LossInputError, OSError, ImportError) as error:
         return refused(error)
     except KeyboardInterrupt:
