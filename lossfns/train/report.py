@@ -133,7 +133,7 @@ def samples(rows: Sequence[Mapping[str, str]]) -> str:
 def batch(content: Mapping[str, Any]) -> str:
     """Return the gradient report of a batch, and its tokens coloured by what they get."""
     if not content:
-        return '<p class="dim">The batch of the last step is looked at when the run ends or is stopped.</p>'
+        return '<p class="dim">The batch is looked at after the first step, and when the run ends or is stopped.</p>'
     place = f"The batch of step {content['step']} of {content['phase']}"
     if "reason" in content:
         return f'<p class="dim">{text(place)} cannot be looked at: {text(content["reason"])}</p>'

@@ -144,6 +144,9 @@ def test_pairs_stay_together_and_groups_show_their_advantages() -> None:
     content = looked_at(grpo(kl_beta=0).bind(**columns), data)
     shown = {row["datum"]: row["advantage"] for row in content["sequences"]}
     assert shown[1] == [2.0, 2.0] and shown[2] == [-1.0, -1.0]
+    advantages = [*[-3.0] * 10, *[1.0] * 10]  # the larger gradients are all of one sign
+    content = looked_at(grpo(kl_beta=0).bind(**columns | {"advantages": advantages}), data)
+    assert [row["advantage"][0] for row in content["sequences"]] == [-3.0] * 4 + [1.0] * 4
 
 
 def test_a_batch_that_cannot_be_looked_at_has_the_reason() -> None:
