@@ -63,9 +63,8 @@ def headline(record: Record) -> str:
     large, (step, value) = len(pairs), best(record) if points else (0, math.nan)
     if len(points) > 2:
         pairs.append((f"best ({'highest' if rises(name or '') else 'lowest'})", f"{value:.3f} after {step} steps"))
-    stopped = {None: "not ended", True: "stopped early", False: "finished"}[record.result.get("stopped_early")]
     tokens = sum(row.get("tokens", 0) for row in record.history)
-    pairs += [("state", stopped), ("steps", f"{len(record.history):,}"), ("time", clock(last["seconds"]))]
+    pairs += [("state", record.state), ("steps", f"{len(record.history):,}"), ("time", clock(last["seconds"]))]
     pairs += [("tokens trained", f"{tokens:,.0f}")] if tokens else []
     return facts(pairs, large)
 

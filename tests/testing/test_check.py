@@ -3,8 +3,8 @@
 import functools
 import json
 import math
+import multiprocessing
 import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -666,12 +666,30 @@ def test_reports_are_written_as_json_and_junit(capsys: pytest.CaptureFixture[str
 # pytest
 
 
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["lossfns.testing.check", "pytest"])
+"""Starts processes that need not import torch again."""
+
+
 def pytest_run(folder: Path, *args: str, **variables: str) -> tuple[int, str]:
     """Run pytest in an empty folder; return exit status and output."""
+    said = folder / "said.txt"
+    process = SERVER.Process(target=run_pytest_in, args=(folder, args, variables, said))
+    process.start()
+    process.join(120)
+    assert process.exitcode is not None
+    return process.exitcode, said.read_text()
+
+
+def run_pytest_in(folder: Path, args: Sequence[str], variables: dict[str, str], said: Path) -> None:
+    os.chdir(folder)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("LOSSFNS")}
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *args]
-    done = subprocess.run(command, cwd=folder, env=environment | variables, capture_output=True, text=True, timeout=120)
-    return done.returncode, done.stdout + done.stderr
+    os.environ.clear()
+    os.environ.update(environment | variables)
+    with said.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.exit(pytest.main(["-p", "no:cacheprovider", *args]))
 
 
 CONFORMANCE = ("--pyargs", "lossfns.testing.conformance")

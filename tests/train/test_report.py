@@ -110,6 +110,10 @@ def test_a_run_that_goes_on_has_a_report_as_far_as_it_goes(tmp_path: Path, capsy
         (folder / name).unlink()
     assert main(["plot", str(folder)]) == 0 and "grpo reward" in capsys.readouterr().out
     assert "not ended" in read((folder / "report.html").read_text()).said
+    stopped = {"stopped_early": True, "seconds": 38.0}  # the last step ends after 38 seconds
+    for seconds, state in ((38.0, "stopped early"), (20.0, "not ended")):
+        (folder / "result.json").write_text(json.dumps(stopped | {"seconds": seconds}))
+        assert read_record(folder).state == state
     (folder / "evaluations.jsonl").write_text('{"phase": "grpo", "step": "x"}\n')
     assert main(["plot", str(folder)]) == 2 and "evaluations.jsonl:1: expected a row" in capsys.readouterr().err
 
@@ -283,11 +287,11 @@ def test_trackers_that_are_not_there_are_refused_before_training(
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     for names, says in {
-        "wandb": "--track: expected the package wandb, got none. pip install wandb",
+        "wandb,wandb": "--track: expected the package wandb, got none. pip install wandb",
         "tensorboard,board": "--track: expected names among tensorboard, wandb, mlflow, trackio, with commas between",
     }.items():
         with pytest.raises(SystemExit):
-            main(["train", "sft", "--out", str(tmp_path / "run"), "--track", names])
+            main(["train", "sft", "--out", str(tmp_path / "run"), "--tensorboard", "--track", names])
         assert says in capsys.readouterr().err and not (tmp_path / "run").exists()
     with pytest.raises(LossInputError, match="got ''"):
         names_of("tensorboard,")
