@@ -1,6 +1,7 @@
 """``lossfns train`` end to end, small: every method, a user's data, a clean stop, readable refusals."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -12,7 +13,10 @@ from typing import Any
 import pytest
 
 from lossfns.backend.storage import checkpoint
-from lossfns.cli import main
+from lossfns.cli import main, parser
+from lossfns.errors import LossInputError
+from lossfns.train import methods
+from lossfns.train.command import given_options
 from lossfns.train.defaults import complete_options, loss_of, own_options
 
 SMALL = ["--steps", "2", "--batch", "4"]
@@ -376,3 +380,87 @@ def test_a_folder_that_holds_part_of_a_run_is_not_taken_for_a_new_one(
     (folder / "config.json").unlink()
     assert main(["train", "sft", "--steps", "1", "--batch", "1", "--out", str(folder)]) == 2
     assert "nothing is overwritten" in capsys.readouterr().err
+
+
+# --config, --loss, --eval-every, --teacher
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: x for name, x in row.items() if name != "seconds"} for row in rows]
+
+
+def test_the_config_of_a_run_repeats_it_and_options_of_the_command_line_come_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    jsonl(Path("rows.jsonl"), variants("sft", 6))
+    command = ["train", "--loss", "sft", "--set", "weigh=sequence_mean", "--data", "rows.jsonl", "--steps", "5"]
+    assert main([*command, "--batch", "2", "--eval-every", "2", "--out", "a"]) == 0
+    evaluations = [json.loads(line) for line in Path("a/evaluations.jsonl").read_text().splitlines()]
+    assert [(row["phase"], row["step"], row["bits_per_byte"] > 0) for row in evaluations] == [
+        ("sft", 2, True),
+        ("sft", 4, True),
+    ]
+    config = str(tmp_path / "a" / "config.toml")
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir("other")
+    assert main(["train", "--config", config, "--out", str(tmp_path / "b")]) == 0
+    assert rows_of(tmp_path / "b") == rows_of(tmp_path / "a")
+    assert (tmp_path / "b" / "config.toml").read_text() == Path(config).read_text()
+    assert main(["train", "focal", "--config", config, "--set", "gamma=1", "--out", str(tmp_path / "c")]) == 0
+    assert json.loads((tmp_path / "c" / "config.json").read_text())["loss"] == "focal(gamma=1, weigh=sequence_mean)"
+    for text, says in [
+        ('loss = "sft"\nstepps = 3', "got 'stepps'. Did you mean 'steps'?"),
+        ('loss = "sft"\nsteps = "3"', "--steps: expected a whole number of at least 1, got '3'"),
+        ("loss = ", "--config: expected a TOML file of options"),
+        ('loss = "sft"\nset = 3', "--set: expected settings by name, got 3"),
+    ]:
+        Path("x.toml").write_text(text)
+        with pytest.raises(SystemExit):
+            main(["train", "--config", "x.toml", "--out", str(tmp_path / "d")])
+        assert says in capsys.readouterr().err, text
+
+
+def test_a_name_is_a_loss_with_or_without_the_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    given = [given_options(parser().parse_args(["train", *each])) for each in (["grpo"], ["--loss", "grpo"])]
+    assert given[0] == given[1] == {"loss": "grpo"}
+    with pytest.raises(SystemExit):
+        main(["train", "grpo", "--loss", "dapo"])
+    assert "--loss: expected one loss, got grpo and dapo" in capsys.readouterr().err
+
+
+def test_a_student_comes_closer_to_its_teacher(tmp_path: Path) -> None:
+    """The teacher is the checkpoint of a run; the student starts as it did."""
+    data = jsonl(tmp_path / "rows.jsonl", variants("sft", 8))
+    sizes = ["--data", data, "--steps", "12", "--batch", "4"]
+    assert main(["train", "sft", *sizes, "--out", str(tmp_path / "teacher")]) == 0
+    teacher = ["--teacher", str(tmp_path / "teacher" / "checkpoint.safetensors"), "--candidates", "8"]
+    assert main(["train", "top_k_forward_kl", *sizes, *teacher, "--out", str(tmp_path / "run")]) == 0
+    measured = json.loads((tmp_path / "run" / "result.json").read_text())["kl_teacher"]
+    assert 0 < measured["after"] < measured["before"] / 2
+
+
+def test_adapters_start_at_the_reference_and_are_resumed_bit_for_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reference is the model with its adapters off: the loss of dpo starts at ln 2. The third step fails once."""
+    data = jsonl(tmp_path / "rows.jsonl", variants("dpo", 6))
+    sizes = ["--data", data, "--lora", "2", "--steps", "4", "--batch", "2", "--warmup-steps", "0", "--lr", "0.01"]
+    command = ["train", "dpo", *sizes, "--save-every", "1"]
+    assert main([*command, "--out", str(tmp_path / "whole")]) == 0
+    whole = rows_of(tmp_path / "whole")
+    assert whole[0]["loss"] == pytest.approx(math.log(2), abs=1e-6) and whole[1]["loss"] != whole[0]["loss"]
+    assert not (tmp_path / "whole" / "reference.safetensors").exists()
+    original, steps = methods.train_step, []
+
+    def failing(*given: Any) -> dict[str, float]:
+        steps.append(1)
+        if len(steps) == 3:
+            raise LossInputError("step", "a step", "none", "Again.")
+        return original(*given)
+
+    monkeypatch.setattr(methods, "train_step", failing)
+    assert main([*command, "--out", str(tmp_path / "broken")]) == 2 and len(rows_of(tmp_path / "broken")) == 2
+    assert main(["train", "--resume", str(tmp_path / "broken")]) == 0
+    assert rows_of(tmp_path / "broken") == whole

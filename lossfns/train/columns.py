@@ -116,17 +116,32 @@ def kl_of_other_answers(batch: Batch) -> list[float]:
     return [kto_reference_point(now, then, weights)] * len(batch.data)
 
 
-def mean_of_steps(name: str, decay: float = 0.9) -> Callable[[Batch], list[float]]:
-    """Make a maker of the moving average of a metric over the steps before, 0 before the first one."""
+DECAY = 0.9
+"""How much of a moving average one step keeps."""
 
-    def average(batch: Batch) -> list[float]:
-        values = [row[name] for row in batch.history if name in row]
-        mean = values[0] if values else 0.0
-        for value in values[1:]:
-            mean = decay * mean + (1 - decay) * value
-        return [mean] * len(batch.data)
 
-    return average
+def mean_margin_before(batch: Batch) -> list[float]:
+    """Return M₀ of β-DPO: the moving average of the mean margin over the steps before, 0 before the first one."""
+    margins = [row["margin"] for row in batch.history if "margin" in row]
+    mean = margins[0] if margins else 0.0
+    for margin in margins[1:]:
+        mean = DECAY * mean + (1 - DECAY) * margin
+    return [mean] * len(batch.data)
+
+
+def mean_of_classes(batch: Batch) -> list[float]:
+    """Return z of BCO: the moving average of the mean of two means, the log-ratios of desirable and of other answers.
+
+    A batch with answers of one kind alone changes nothing.
+    """
+    now, then = (target_logprobs(client, batch.data) for client in (batch.policy, batch.reference))
+    ratios = [float(weights_of(d) @ (a.to_numpy() - b.to_numpy())) for d, a, b in zip(batch.data, now, then)]
+    means = [np.mean(kind) for y in (1, 0) if (kind := [x for x, label in zip(ratios, batch.labels) if label == y])]
+    before = [row["reference_point"] for row in batch.history if "reference_point" in row]
+    z = float(np.mean(means))
+    if before:
+        z = DECAY * before[-1] + (1 - DECAY) * z if len(means) == 2 else before[-1]
+    return [z] * len(batch.data)
 
 
 class Maker(NamedTuple):
@@ -156,8 +171,8 @@ MAKERS: dict[str, Maker] = {
     "labels": Maker(("policy", "unpaired", "preference"), is_right),
     "nll_weights": Maker(POLICY, weights_if_right),
     "kto/reference_point": Maker(("unpaired", "preference"), kl_of_other_answers),
-    "beta_dpo/reference_point": Maker(PAIRED, mean_of_steps("margin")),
-    "bco/reference_point": Maker(("unpaired",), mean_of_steps("class_log_ratio")),
+    "beta_dpo/reference_point": Maker(PAIRED, mean_margin_before),
+    "bco/reference_point": Maker(("unpaired", "preference"), mean_of_classes),
 }
 """The maker of each column. ``LOSS/COLUMN`` is that of a column whose meaning depends on the loss."""
 

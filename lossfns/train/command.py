@@ -130,6 +130,7 @@ def given_options(args: argparse.Namespace) -> dict[str, Any]:
     args.loss = args.named_loss if args.loss is None else args.loss
     file = {} if args.config is None else read_toml(args.config)
     named = {name: getattr(args, name) for name in NAMES if name != "set" and getattr(args, name) is not None}
+    check_option("set", file.get("set", {}))
     settings = {**file.get("set", {}), **dict(map(parse_setting, args.set))}
     return {**file, **named, **({"set": settings} if settings else {})}
 

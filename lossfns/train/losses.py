@@ -58,12 +58,13 @@ AnyLoss = Loss | OwnLoss
 
 
 def call_with_columns(function: LossFn, columns: Mapping[str, Any], data: list[Any], logprobs_list: list[Any]) -> Any:
-    """Call a contract function with the columns as fields of the datums."""
+    """Call a contract function with the columns, and the mask, as fields of the datums."""
     filled = []
     for i, datum in enumerate(data):
-        length = len(logprobs_list[i])
-        rows = {name: column[i] for name, column in columns.items()}
-        rows = {name: [row] * length if isinstance(row, (int, float)) else row for name, row in rows.items()}
+        weights = datum.loss_fn_inputs["weights"].to_numpy()
+        rows: dict[str, Any] = {"mask": (weights != 0).astype("float32")}
+        for name, column in columns.items():
+            rows[name] = [column[i]] * len(weights) if isinstance(column[i], (int, float)) else column[i]
         fields = {name: tensor_data(name, row) for name, row in rows.items()}
         filled.append(Datum(datum.model_input, {**datum.loss_fn_inputs, **fields}))
     return function(filled, logprobs_list)

@@ -13,7 +13,8 @@ import torch
 from lossfns import terms
 from lossfns.backend.client.training import LocalTrainingClient
 from lossfns.backend.engine import forward
-from lossfns.backend.engine.batch import pack_inputs, unshared
+from lossfns.backend.engine.batch import pack_inputs
+from lossfns.backend.model.prefixes import unshared
 from lossfns.backend.types import ForwardBackwardOutput
 from lossfns.datum import Datum
 from lossfns.errors import LossInputError
@@ -198,7 +199,7 @@ def padding_is_read() -> None:
     """Datums are padded on the left to the longest one, and the padding is not masked."""
 
     def states(model: Any, inputs: Any, result_device: Any = None) -> Any:
-        packed = pack_inputs(inputs, unshared, next(model.parameters()).device, result_device)
+        packed = pack_inputs(inputs, unshared(inputs.tokens), next(model.parameters()).device, result_device)
         longest = max(inputs.lengths)
         rows = [torch.from_numpy(np.pad(np.asarray(ids), (longest - len(ids), 0))) for ids in inputs.tokens]
         keep = torch.cat([torch.arange(longest) >= longest - n for n in inputs.lengths])

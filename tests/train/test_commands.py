@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 
 from lossfns.cli import main
+from lossfns.train import sample_command
 from lossfns.train.display import PlainDisplay
 from lossfns.train.run import METRICS, RESULT, Run
 
@@ -332,6 +333,26 @@ def test_a_run_generates_from_its_weights(run: Path, capsys: pytest.CaptureFixtu
     assert shown.startswith("sample 1:\n") and "sample 2:\n" in shown
     assert main(["sample", str(run), "7?", "--samples", "2", "--seed", "3"]) == 0
     assert capsys.readouterr().out == shown
+
+
+def test_lines_that_are_typed_are_answered_turn_by_turn(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The chat goes on: the second prompt holds the first answer. /new begins another chat."""
+    prompts: list[str] = []
+    original = sample_command.sample_texts
+
+    def recorded(model: sample_command.Model, prompt: list[int], *more: Any) -> list[str]:
+        prompts.append(model.renderer.decode(prompt))
+        return original(model, prompt, *more)
+
+    monkeypatch.setattr(sample_command, "sample_texts", recorded)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("5?\n\n6?\n/new\n7?\n/quit\n8?\n"))
+    assert main(["sample", str(run), "--temperature", "0"]) == 0
+    assert capsys.readouterr().out.startswith("yes\n") and len(prompts) == 3
+    assert prompts[1].startswith("user: 5?\nassistant: yes\nuser: 6?") and prompts[2].startswith("user: 7?")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("5?"))
+    assert main(["sample", str(run), "--temperature", "0"]) == 0  # the end of the input ends it, too
 
 
 def test_output_without_unicode_is_escaped(

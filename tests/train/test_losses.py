@@ -2,16 +2,21 @@
 
 import io
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from lossfns import LossInputError
 from lossfns.backend import ByteTokenizer, Decoder, LocalTrainingClient
 from lossfns.describe import makers, required
-from lossfns.train.columns import check_columns
-from lossfns.train.defaults import loss_of
-from lossfns.train.examples import Demonstration, Labelled, Preference, Problem
-from lossfns.train.losses import method_of
+from lossfns.train.batches import labelled_batch
+from lossfns.train.columns import MAKERS, Batch, check_columns, columns_of
+from lossfns.train.defaults import complete_options, loss_of
+from lossfns.train.examples import Demonstration, Labelled, Preference, Problem, datum_of
+from lossfns.train.losses import OwnLoss, method_of, parse_setting
+from lossfns.train.measures import completion_logprobs
 from lossfns.train.options import Options
 from lossfns.train.recipes import Job, run_job
 from lossfns.train.render import Renderer
@@ -94,3 +99,127 @@ def test_every_loss_of_the_family_trains_a_step_or_says_why_not(tmp_path: Path) 
     assert refused.keys() == REFUSED.keys()
     for name, reason in REFUSED.items():
         assert reason in refused[name], (name, refused[name])
+
+
+def test_settings_are_those_of_the_loss() -> None:
+    """Values are those that TOML could hold; a text stands for a public name or a call of one."""
+    given = dict(
+        map(parse_setting, ["clip=0.8,1.28", "weigh=fixed_length(64)", "kl_beta=0", "kl=k2", "dual_clip=None"])
+    )
+    assert given == {"clip": [0.8, 1.28], "weigh": "fixed_length(64)", "kl_beta": 0, "kl": "k2", "dual_clip": "None"}
+    for text, settings, shown in [
+        ("grpo", given, "grpo(clip=(0.8, 1.28), kl_beta=0, kl=k2, weigh=fixed_length(64), log_ratio_cap=20.0"),
+        ("gspo-token", {"clip": [0.9, float("inf")]}, "gspo_token(clip=(0.9, inf), weigh=sequence_mean"),
+        ("with_tis(dapo(), cap=2)", {"cap": 3}, "with_tis(loss=dapo(clip=(0.8, 1.28)"),
+        ("with_kl", {"loss": "dapo", "kl_to": "sampler_logprobs"}, "kl_to='sampler_logprobs')"),
+        ("sft", {}, "cross_entropy(weigh=token_mean)"),
+    ]:  # fmt: skip
+        assert shown in repr(loss_of(text, settings)), (text, settings)
+
+
+WRONG: list[tuple[str, dict[str, Any], str]] = [
+    ("grop", {}, "got 'grop'. Did you mean 'grpo'?"),
+    ("grpo(", {}, "got 'grpo('. Did you mean 'grpo'?"),
+    ("__import__('os')", {}, "the name of a loss, or module:function"),
+    ("grpo(clip=__import__('os'))", {}, "a loss with its settings"),
+    ("grpo", {"clp": 1}, "--set: expected a setting of grpo, got 'clp'. Did you mean 'clip'?"),
+    ("grpo", {"clip": [0.2, 0.28]}, "pass clip=(0.8, 1.28)"),
+    ("grpo", {"weigh": "sequence_mea"}, "Did you mean 'sequence_mean'?"),
+    ("with_tis", {}, "with_tis with loss, got no loss. Add --set loss=..."),
+    ("no_such_module_of_mine:loss", {}, "--loss: expected that no_such_module_of_mine can be imported"),
+    ("lossfns:grop", {}, "--loss: expected a name in lossfns, got 'grop'. Did you mean 'grpo'?"),
+]
+
+
+def test_what_is_no_loss_or_no_setting_is_refused_by_name() -> None:
+    for text, settings, says in WRONG:
+        with pytest.raises(LossInputError) as refused:
+            loss_of(text, settings)
+        assert says in str(refused.value), (text, settings, str(refused.value))
+    for setting in ("clip", "=3", "a b=3", "clip="):
+        with pytest.raises(LossInputError, match="NAME=VALUE"):
+            parse_setting(setting)
+    for options, says in [
+        ({"loss": "top_k_jsd"}, "--teacher: expected a teacher, whose logprobs top_k_jsd reads, got none"),
+        ({"loss": "multi_target_cross_entropy"}, "--teacher: expected a teacher, from which"),
+        ({"loss": "sft", "group": 3}, "--group: expected a loss that has it (policy losses)"),
+        ({"loss": "eaft", "base_url": "http://x"}, "which reads entropy: it takes the model itself, in this process"),
+        ({"loss": "grpo", "teacher": "x", "base_url": "http://x"}, "--teacher: expected no --base-url with it"),
+        ({"loss": "sft", "stepps": 3}, "got 'stepps'. Did you mean 'steps'?"),
+    ]:
+        with pytest.raises(LossInputError) as refused:
+            complete_options(options)
+        assert says in str(refused.value), (options, str(refused.value))
+
+
+OWN = """
+import torch
+
+def pg(logprobs, advantages, mask, scale=1.0):
+    return -(scale * torch.where(mask != 0, logprobs * advantages, 0)).sum() / mask.sum()
+
+def clipped(advantages, old_logprobs, eps=0.2):
+    def loss_fn(data, logprobs_list):
+        total = count = 0
+        for datum, lp, a, old in zip(data, logprobs_list, advantages, old_logprobs):
+            w = datum.loss_fn_inputs["weights"].to_torch()
+            r = (lp - torch.as_tensor(old)).exp()
+            total = total - (w * torch.minimum(r * a, r.clamp(1 - eps, 1 + eps) * a)).sum()
+            count += w.sum()
+        return total / count, {"clipped": 0.0}
+    return loss_fn
+
+def nll(data, logprobs_list):
+    weights = [datum.loss_fn_inputs["weights"].to_torch() for datum in data]
+    return -sum((w * lp).sum() for w, lp in zip(weights, logprobs_list)) / sum(w.sum() for w in weights), {}
+
+def dpo(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps, beta=0.1):
+    margin = (policy_chosen_logps - reference_chosen_logps) - (policy_rejected_logps - reference_rejected_logps)
+    return -torch.nn.functional.logsigmoid(beta * margin)
+"""
+
+
+def test_ones_own_loss_of_any_form_trains_by_what_it_reads(tmp_path: Path) -> None:
+    """Where the family has the same loss, the first step is the same: gradient and, of a contract function, loss."""
+    (tmp_path / "mine.py").write_text(OWN)
+    for name, settings, method, same in [
+        ("pg", {"scale": 2.0}, "policy", None),
+        ("pg", {}, "policy", "reinforce"),
+        ("clipped", {"eps": 0.2}, "policy", "ppo"),
+        ("nll", {}, "supervised", "cross_entropy"),
+        ("dpo", {}, "preference", "dpo"),
+    ]:
+        loss = loss_of(f"{tmp_path}/mine.py:{name}", settings)
+        assert isinstance(loss, OwnLoss) and method_of(loss) == method, name
+        check_columns(loss, teacher=False, outputs=True)
+        row = one_step(loss, tmp_path / f"{name}{len(settings)}", tiny(), tiny())
+        if same is not None:
+            expected = one_step(loss_of(same, {}), tmp_path / same, tiny(), tiny())
+            assert row["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4), (name, same)
+    with pytest.raises(LossInputError, match=r"a setting of .*mine.py:pg, got 'scal'. Did you mean 'scale'\?"):
+        loss_of(f"{tmp_path}/mine.py:pg", {"scal": 2.0})
+
+
+def test_columns_that_a_batch_makes_itself() -> None:
+    """Group 0 has rewards 1, 0, 0 and group 1 has 3, 3. A win counts 1, a tie ½, over all samples of the group."""
+    data = [datum_of(demonstration(i)) for i in range(5)]
+    batch = Batch(data=data, policy=None, groups=[0, 0, 0, 1, 1], rewards=[1.0, 0.0, 0.0, 3.0, 3.0])
+    made = columns_of(loss_of("sppo", {}), replace(batch, reference=tiny()))["rewards"]
+    assert made == pytest.approx([2.5 / 3, 1 / 3, 1 / 3, 0.5, 0.5])
+    weights = columns_of(loss_of("vapo_nll(reinforce())", {}), batch)["nll_weights"]
+    assert [float(row.sum()) > 0 for row in weights] == [True, False, False, True, True]
+    margins = [{"margin": 1.0}, {"margin": 2.0}]
+    points = [MAKERS["beta_dpo/reference_point"].make(replace(batch, history=rows))[0] for rows in ([], margins)]
+    assert points == pytest.approx([0.0, 0.9 * 1.0 + 0.1 * 2.0])
+
+
+def test_the_reference_point_of_bco_is_the_middle_of_the_two_kinds() -> None:
+    """Policy and reference differ; the log-ratios m are taken one by one. The last average counts 0.9."""
+    client, reference = tiny(), LocalTrainingClient(Decoder(**SHAPE, seed=1), tokenizer=ByteTokenizer(), device="cpu")
+    batch = labelled_batch(client, EXAMPLES["unpaired"], reference=reference)
+    m = [a - b for a, b in zip(*(completion_logprobs(each, batch.data) for each in (client, reference)))]
+    middle = ((m[0] + m[2]) / 2 + (m[1] + m[3]) / 2) / 2
+    make = MAKERS["bco/reference_point"].make
+    assert make(batch) == pytest.approx([middle] * 4, rel=1e-4)
+    later = replace(batch, history=[{"reference_point": 5.0}])
+    assert make(later) == pytest.approx([0.9 * 5.0 + 0.1 * middle] * 4, rel=1e-4)

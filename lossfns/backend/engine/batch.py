@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lossfns.backend.model.prefixes import SharedPrefixes, logit_rows
+from lossfns.backend.model.prefixes import SharedPrefixes, logit_rows, share_prefixes
 from lossfns.devices import to_device
 from lossfns.errors import LossInputError
 from lossfns.pack import as_row, check_data
@@ -33,7 +33,13 @@ class ModelInputs:
 
     def part(self, which: slice) -> ModelInputs:
         """Return the inputs of some of the datums."""
-        return ModelInputs(self.tokens[which], self.targets[which])
+        tokens = self.tokens[which]
+        return self if len(tokens) == len(self.tokens) else ModelInputs(tokens, self.targets[which])
+
+    @cached_property
+    def shared(self) -> SharedPrefixes:
+        """The tokens to compute if common prefixes are computed once."""
+        return share_prefixes(self.tokens)
 
     @cached_property
     def lengths(self) -> list[int]:
@@ -79,6 +85,8 @@ class PackedInputs(NamedTuple):
         targets: [R] or [R, K], for each row of logits the targets that it scores; None for embeddings.
         inverse: for each position of the datums, end to end, the row of logits that has its output.
 
+        tokens_in_memory: how many tokens of sequences that share nothing take as much memory.
+
     The indices ``hidden_rows`` and ``inverse`` are None where they would take every row in order.
     """
 
@@ -88,11 +96,12 @@ class PackedInputs(NamedTuple):
     hidden_rows: Tensor | None
     targets: Tensor | None
     inverse: Tensor | None
+    tokens_in_memory: int
 
 
 def pack_inputs(
     inputs: ModelInputs,
-    find_prefixes: Callable[[Sequence[np.ndarray]], SharedPrefixes],
+    shared: SharedPrefixes,
     device: torch.device,
     result_device: torch.device | None = None,
 ) -> PackedInputs:
@@ -100,7 +109,7 @@ def pack_inputs(
 
     Args:
         inputs: the tokens and the targets of the datums.
-        find_prefixes: decides which tokens are computed once.
+        shared: the tokens to compute.
         device: the device of the model.
         result_device: the device of ``inverse``, which indexes the logprobs; None is that of the model.
     """
@@ -108,7 +117,6 @@ def pack_inputs(
     def index_or_none(index: np.ndarray, index_device: torch.device = device) -> Tensor | None:
         return None if np.array_equal(index, np.arange(len(index))) else to_device(index, index_device)
 
-    shared = find_prefixes(inputs.tokens)
     ids = np.concatenate(inputs.tokens)
     targets = np.concatenate(inputs.targets) if inputs.targets else None
     rows = inverse = None
@@ -121,7 +129,8 @@ def pack_inputs(
             rows, targets = index_or_none(shared.inverse[scored]), targets[scored]
             inverse = index_or_none(inverse_index, result_device or device)
     on_device = None if targets is None else to_device(targets, device)
-    return PackedInputs(to_device(ids, device), shared.lengths, shared.previous, rows, on_device, inverse)
+    packed = to_device(ids, device), shared.lengths, shared.previous, rows, on_device, inverse
+    return PackedInputs(*packed, shared.tokens_in_memory)
 
 
 def index_or_all(x: Tensor, index: Tensor | None) -> Tensor:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lossfns.backend.engine.batch import ModelInputs
-from lossfns.backend.engine.forward import compute_logprobs
+from lossfns.backend.engine.forward import can_share, compute_logprobs
 from lossfns.backend.engine.gradients import dropped_gradients
 from lossfns.backend.engine.memory import PROBE_TOKENS, Footprint, available_bytes, footprint
 from lossfns.backend.engine.ranks import Ranks, SingleProcess, local_shards
@@ -122,10 +123,21 @@ class Budget:
             for i, length in enumerate(inputs.lengths):
                 if length > max_tokens:
                     raise budget_too_small(self.limit, costs.step_bytes(length) / self.margin, i)
-        micro_batches = self.ranks.one_per_rank(into_micro_batches(inputs.lengths, max_tokens, group))
-        tokens = max([self.ranks.max_tokens(inputs.lengths[part]) for part in micro_batches])
+        tokens_of = partial(self.tokens_in_memory, inputs)
+        micro_batches = self.ranks.one_per_rank(into_micro_batches(len(inputs.tokens), tokens_of, max_tokens, group))
+        tokens = max([min(tokens_of(part), self.ranks.max_tokens(inputs.lengths[part])) for part in micro_batches])
         needed, kept_logits = costs.step_bytes(tokens), self.bytes_per_hidden * (self.vocabulary + tokens)
         return Plan(budget, costs, micro_batches, max(needed, int(min(budget, needed + kept_logits))))
+
+    def tokens_in_memory(self, inputs: ModelInputs, part: slice) -> int:
+        """Return how many tokens of sequences that share nothing take as much memory as a part of the datums.
+
+        Ranks count whole sequences: which prefixes they share depends on how they divide the datums.
+        """
+        whole = sum(inputs.lengths[part])
+        if self.ranks.size > 1 or not can_share(self.model):
+            return whole
+        return min(inputs.part(part).shared.tokens_in_memory, whole)
 
     def planned_bytes(self) -> float:
         """Return the bytes to plan with: a part of the limit or, without a limit, of the memory that is free now."""
@@ -179,21 +191,23 @@ class Budget:
                 torch.autograd.backward(logprobs.sum())
 
 
-def into_micro_batches(lengths: Sequence[int], max_tokens: float, group: int) -> list[slice]:
+def into_micro_batches(datums: int, tokens_of: Callable[[slice], int], max_tokens: float, group: int) -> list[slice]:
     """Split the datums, in order, into micro-batches of at most ``max_tokens`` tokens.
 
     Groups of ``group`` datums are kept whole if every group fits. A datum with more tokens is a micro-batch by itself.
+    ``tokens_of`` counts the tokens of consecutive datums. More datums never have fewer.
     """
-    sizes = [sum(lengths[start : start + group]) for start in range(0, len(lengths), group)]
-    if group > 1 and max(sizes) > max_tokens:
-        return into_micro_batches(lengths, max_tokens, 1)
-    micro_batches, first, filled = [], 0, 0
-    for start, size in zip(range(0, len(lengths), group), sizes):
-        if filled and filled + size > max_tokens:
-            micro_batches.append(slice(first, start))
-            first, filled = start, 0
-        filled += size
-    return [*micro_batches, slice(first, len(lengths))]
+    if tokens_of(slice(0, datums)) <= max_tokens:
+        return [slice(0, datums)]
+    if group > 1 and any(tokens_of(slice(i, i + group)) > max_tokens for i in range(0, datums, group)):
+        return into_micro_batches(datums, tokens_of, max_tokens, 1)
+    micro_batches, first = [], 0
+    while first < datums:
+        ends = [*range(first + group, datums, group), datums]
+        fitting = bisect_right(ends, max_tokens, key=lambda end: tokens_of(slice(first, end)))
+        micro_batches.append(slice(first, ends[max(fitting, 1) - 1]))
+        first = micro_batches[-1].stop
+    return micro_batches
 
 
 def check_budget(limit: Any) -> None:

@@ -14,7 +14,7 @@ from lossfns.backend.engine.batch import ModelInputs, PackedInputs, index_or_all
 from lossfns.backend.engine.differentiate import Outputs
 from lossfns.backend.engine.memory import trim_heap
 from lossfns.backend.engine.pooling import Pool
-from lossfns.backend.model.prefixes import share_prefixes, unshared
+from lossfns.backend.model.prefixes import unshared
 from lossfns.errors import LossInputError
 from lossfns.logprobs.linear import model_outputs
 
@@ -74,7 +74,7 @@ def compute_logprobs(
     """
     packed, hidden = hidden_states(model, inputs, result_device)
     assert packed.targets is not None
-    rows, spare = index_or_all(hidden, packed.hidden_rows), spare_bytes(len(hidden))
+    rows, spare = index_or_all(hidden, packed.hidden_rows), spare_bytes(packed.tokens_in_memory)
     outputs = model_outputs(model, rows, packed.targets, extras, differentiates, spare, result_device)
     values = torch.cat([x.view(len(x), -1) for x in outputs], 1) if extras else outputs[0]
     return index_or_all(values, packed.inverse)
@@ -95,8 +95,13 @@ def hidden_states(
     Common prefixes are computed once if the model can share them.
     """
     device = next(model.parameters()).device
-    if "previous" not in signature(model.forward).parameters:
-        packed = pack_inputs(inputs, unshared, device, result_device)
+    if not can_share(model):
+        packed = pack_inputs(inputs, unshared(inputs.tokens), device, result_device)
         return packed, model(packed.tokens, packed.lengths)
-    packed = pack_inputs(inputs, share_prefixes, device, result_device)
+    packed = pack_inputs(inputs, inputs.shared, device, result_device)
     return packed, model(packed.tokens, packed.lengths, packed.previous)
+
+
+def can_share(model: nn.Module) -> bool:
+    """Return whether segments of a batch may continue others."""
+    return "previous" in signature(model.forward).parameters

@@ -6,6 +6,7 @@ sequence is computed whole. Each other one is computed from the token on at whic
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -22,12 +23,23 @@ class SharedPrefixes(NamedTuple):
         previous: for each segment the computed token that comes before its first one, in an earlier segment; None where
             a sequence begins.
         inverse: [N] for each token of the batch the computed token that has its hidden state.
+        copied: tokens that segments see which continue another, all added up: attention may copy their keys.
     """
 
     order: np.ndarray
     lengths: list[int]
     previous: list[int | None]
     inverse: np.ndarray
+    copied: int = 0
+
+    @property
+    def tokens_in_memory(self) -> int:
+        """How many tokens of sequences that share nothing take as much memory.
+
+        A copied token counts as a quarter: its key and value, and where queries are added a query and an output. That
+        is at most 4 of the some 20 vectors that a layer keeps of a token.
+        """
+        return len(self.order) + math.ceil(self.copied / 4)
 
 
 def share_prefixes(tokens: Sequence[np.ndarray], min_length: int = 16) -> SharedPrefixes:
@@ -101,11 +113,13 @@ def build_segments(starts: np.ndarray, lengths: np.ndarray, prefixes: np.ndarray
         inverse[start : start + prefix] = inverse[last : last + prefix]
         inverse[start + prefix : start + length] = np.arange(segment, segment + length - prefix)
         last = start
+    copied = int(lengths[(prefixes > 0) & (own > 0)].sum())
     return SharedPrefixes(
         ranges((starts + prefixes)[order], own[order]),
         own[order].tolist(),
         [row if level else None for row, level in zip(previous[order].tolist(), levels[order].tolist())],
         inverse,
+        copied,
     )
 
 

@@ -38,7 +38,7 @@ def whole(index: torch.Tensor | None, count: int) -> torch.Tensor:
 @given(datums())
 def test_every_position_reads_its_own_past_and_its_own_target(share_prefixes: Any, inputs: ModelInputs) -> None:
     """Follow a position to its row of the head, and from there to the token whose hidden state the row reads."""
-    batch = pack_inputs(inputs, share_prefixes, CPU)
+    batch = pack_inputs(inputs, share_prefixes(inputs.tokens), CPU)
     begins = np.cumsum([0, *batch.lengths])
     segment = np.repeat(np.arange(len(batch.lengths)), batch.lengths)
 
@@ -62,11 +62,11 @@ def test_every_position_reads_its_own_past_and_its_own_target(share_prefixes: An
 
 @given(datums())
 def test_nothing_is_computed_or_scored_for_nothing(inputs: ModelInputs) -> None:
-    batch = pack_inputs(inputs, share_prefixes, CPU)
+    batch = pack_inputs(inputs, share_prefixes(inputs.tokens), CPU)
     assert batch.targets is not None
     assert set(whole(batch.hidden_rows, len(batch.tokens)).tolist()) == set(range(len(batch.tokens)))
     assert set(whole(batch.inverse, len(batch.targets)).tolist()) == set(range(len(batch.targets)))
-    assert len(batch.tokens) <= sum(inputs.lengths) == len(pack_inputs(inputs, unshared, CPU).tokens)
+    assert len(batch.tokens) <= sum(inputs.lengths) == len(pack_inputs(inputs, unshared(inputs.tokens), CPU).tokens)
 
 
 @given(datums(), st.integers(0, 8), st.integers(0, 8))
@@ -82,7 +82,7 @@ def test_without_targets_a_token_that_is_shared_is_read_by_each() -> None:
     """Two sequences of 20 tokens that differ in the last one: 19 shared tokens, 21 in all."""
     ids = np.arange(20)
     inputs = ModelInputs([ids, np.append(ids[:-1], 25)], [])
-    batch = pack_inputs(inputs, share_prefixes, CPU)
+    batch = pack_inputs(inputs, share_prefixes(inputs.tokens), CPU)
     assert batch.targets is None and batch.inverse is None and batch.hidden_rows is not None
     assert len(batch.tokens) == 21
     assert batch.tokens[batch.hidden_rows].tolist() == [*ids, *ids[:-1], 25]

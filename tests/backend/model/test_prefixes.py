@@ -50,7 +50,7 @@ def test_each_prefix_that_is_long_enough_is_computed_once(sequences: Sequences, 
 
 @given(families(12), st.integers(1, 4))
 def test_every_sequence_is_there_token_by_token(sequences: Sequences, min_length: int) -> None:
-    order, lengths, previous, rows = shared(sequences, min_length)
+    order, lengths, previous, rows, _ = shared(sequences, min_length)
     layout = Layout(lengths, previous)
     tokens = np.concatenate([np.array(row) for row in sequences])[order]
     starts = list(accumulate(lengths, initial=0))
@@ -66,7 +66,7 @@ def test_every_sequence_is_there_token_by_token(sequences: Sequences, min_length
 
 def test_by_hand() -> None:
     """5 6 is computed once, with 9, and 7 8 follows its 6. Levels come one after the other, each by length."""
-    order, lengths, previous, rows = shared([[5, 6, 7, 8], [5, 6, 9], [1]], min_length=2)
+    order, lengths, previous, rows, _ = shared([[5, 6, 7, 8], [5, 6, 9], [1]], min_length=2)
     assert order.tolist() == [7, 4, 5, 6, 2, 3]
     assert lengths == [1, 3, 2]
     assert previous == [None, None, 2]
@@ -75,7 +75,9 @@ def test_by_hand() -> None:
 
 def test_a_tree_of_three_levels_by_hand() -> None:
     """9 9 9 is whole, 7 6 5 follows its first 9, a 4 follows 7 and another 6. 9 7 6 is a prefix."""
-    order, lengths, previous, rows = shared([[9, 7, 6, 4], [9, 9, 9], [9, 7, 6], [9, 7, 6, 5], [9, 7, 4]], min_length=1)
+    order, lengths, previous, rows, _ = shared(
+        [[9, 7, 6, 4], [9, 9, 9], [9, 7, 6], [9, 7, 6, 5], [9, 7, 4]], min_length=1
+    )
     assert lengths == [3, 3, 1, 1]
     assert previous == [None, 0, 3, 4]
     assert order.tolist() == [4, 5, 6, 11, 12, 13, 16, 3]
@@ -83,18 +85,18 @@ def test_a_tree_of_three_levels_by_hand() -> None:
 
 
 def test_a_sequence_that_is_a_prefix_has_no_segment() -> None:
-    _, lengths, previous, rows = shared([[5, 6], [5, 6, 9]], min_length=2)
+    _, lengths, previous, rows, _ = shared([[5, 6], [5, 6, 9]], min_length=2)
     assert (lengths, previous, rows.tolist()) == ([3], [None], [0, 1, 0, 1, 2])
 
 
 def test_equal_sequences_are_one() -> None:
-    _, lengths, previous, rows = shared([[5, 6], [5, 6], [5, 6]], min_length=2)
+    _, lengths, previous, rows, _ = shared([[5, 6], [5, 6], [5, 6]], min_length=2)
     assert (lengths, previous, rows.tolist()) == ([2], [None], [0, 1] * 3)
 
 
 @pytest.mark.parametrize("min_length", [3, 16])
 def test_short_prefixes_are_left_alone(min_length: int) -> None:
-    order, lengths, previous, rows = shared([[5, 6, 7], [5, 6, 8, 9], [5, 6]], min_length)
+    order, lengths, previous, rows, _ = shared([[5, 6, 7], [5, 6, 8, 9], [5, 6]], min_length)
     assert order.tolist() == rows.tolist() == list(range(9))
     assert (lengths, previous) == ([3, 4, 2], [None, None, None])
     assert saved([[*range(min_length), i] for i in range(2)], min_length) == min_length
@@ -106,7 +108,7 @@ def test_one_sequence_is_as_it_was() -> None:
 
 def test_a_conversation_that_grows_turn_by_turn_is_its_last_turn() -> None:
     talk = np.random.default_rng(0).integers(0, 300, 3000).tolist()
-    _, lengths, previous, rows = shared([talk[: 10 * i] for i in range(1, 301)], min_length=1)
+    _, lengths, previous, rows, _ = shared([talk[: 10 * i] for i in range(1, 301)], min_length=1)
     assert (lengths, previous) == ([3000], [None])
     assert rows[:10].tolist() == rows[10:20].tolist() == list(range(10))
 
@@ -118,7 +120,7 @@ def test_a_group_of_one_length_attends_in_one_call_on_each_turn() -> None:
         talk += draw.integers(0, 10**6, 20).tolist()
         batch += [[*talk, *draw.integers(0, 10**6, 5).tolist()] for _ in range(4)]
         talk = batch[-1]
-    _, lengths, previous, _ = shared(batch, min_length=16)
+    _, lengths, previous, *_ = shared(batch, min_length=16)
     assert sum(lengths) == 4 * 20 + 16 * 5 and len(lengths) == 13
     assert len(Layout(lengths, previous).groups) <= 1 + 2 * 4
 
@@ -167,7 +169,7 @@ def test_a_model_computes_the_same(dtype: torch.dtype, checkpointing: bool) -> N
         model.embed.weight.mul_(20)
     tokens = torch.tensor([token for row in BATCH for token in row])
     direction = torch.randn(len(tokens), 32, dtype=dtype, generator=torch.Generator().manual_seed(0))
-    order, lengths, previous, rows = shared(BATCH, min_length=16)
+    order, lengths, previous, rows, _ = shared(BATCH, min_length=16)
     assert len(order) == 2 + 4 + 21 + (20 + 3 + 2 + 3 + 1) + (25 + 1 + 2 + 1)  # loose ones, OTHER, PROMPT, PROMPT 0 1 2
 
     def gradients(hidden: Tensor) -> list[Tensor]:
