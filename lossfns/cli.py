@@ -1,5 +1,5 @@
 """The command line: ``lossfns list``, ``describe``, ``check``, ``vectors``, ``data``, ``train``, ``plot``, ``sample``,
-``serve``."""
+``export``, ``serve``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from lossfns.server.command import add_serve
 from lossfns.testing.command import add_check
 from lossfns.testing.vectors.command import add_vectors
 from lossfns.train.command import add_train
+from lossfns.train.compare_command import add_compare
 from lossfns.train.data_command import add_data
+from lossfns.train.export_command import add_export
 from lossfns.train.plot_command import add_plot
 from lossfns.train.sample_command import add_sample
 from lossfns.version import __version__
@@ -31,7 +33,9 @@ def parser() -> argparse.ArgumentParser:
     add_data(commands)
     add_train(commands)
     add_plot(commands)
+    add_compare(commands)
     add_sample(commands)
+    add_export(commands)
     add_serve(commands)
     return p
 

@@ -13,6 +13,7 @@ from typing import Any, ParamSpec
 import torch
 from torch import Tensor
 
+from lossfns import spellings
 from lossfns.checks import LARGEST_FLOAT, check_denominator, check_knobs, is_huge, is_real
 from lossfns.compiled import Measure, OneKernel
 from lossfns.deferred import DeferredMetrics, Numbers, finalised, join_numbers, not_divisible
@@ -65,8 +66,10 @@ OUTPUTS = ("logprobs", "scores")
 METRICS = (*ADDITIVE, *DIVIDED, "denominator", "rows")
 """Metrics of every loss. A statistic cannot have one of these names."""
 
+WEIGHINGS_BY_NAME = {weighing.name: weighing for weighing in WEIGHINGS}
 FUNCTIONS_BY_NAME: dict[str, dict[str, Any]] = {
-    "weigh": {weighing.name: weighing for weighing in WEIGHINGS},
+    "weigh": WEIGHINGS_BY_NAME
+    | {theirs: WEIGHINGS_BY_NAME[ours] for theirs, ours in spellings.WEIGHINGS.items() if ours in WEIGHINGS_BY_NAME},
     "region": {"one_side": one_side, "two_side": two_side},
     "is_weight": {"unit_weight": unit_weight, "ratio_weight": ratio_weight},
     "kl": dict(ESTIMATORS),
@@ -75,7 +78,7 @@ FUNCTIONS_BY_NAME: dict[str, dict[str, Any]] = {
     "nll": {**REWARDS},
     "link": {**LINKS},
 }
-"""The functions that a knob accepts by name."""
+"""The functions that a knob accepts by name, and verl's names of the weighings."""
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -786,8 +789,8 @@ def resolve_name(knob: str, value: Any) -> Any:
 
     A string that names none is left to the check of the knob, which suggests the nearest name.
 
-    >>> resolve_name("weigh", "sequence_mean"), resolve_name("weigh", "sequence-mean")
-    (sequence_mean, 'sequence-mean')
+    >>> resolve_name("weigh", "seq-mean-token-mean"), resolve_name("weigh", "sequence-average")
+    (sequence_mean, 'sequence-average')
     """
     return FUNCTIONS_BY_NAME.get(knob, {}).get(value, value) if isinstance(value, str) else value
 
@@ -802,9 +805,9 @@ def preset(build: Callable[P, Loss]) -> Callable[P, Loss]:
 
     @functools.wraps(build)
     def named(*args: P.args, **kwargs: P.kwargs) -> Loss:
-        for name in kwargs:
+        for name, value in kwargs.items():
             if name not in signature.parameters:
-                hint = did_you_mean(name, signature.parameters)
+                hint = spellings.hint(name, value, signature.parameters)
                 raise TypeError(f"{build.__name__}() has no knob {name!r}. {hint}")
         knobs = signature.bind(*args, **kwargs)
         knobs.apply_defaults()

@@ -12,7 +12,7 @@ import lossfns
 ROOT = Path(lossfns.__file__).parent
 LAYERS = [
     {"errors", "version"},
-    {"tokens", "terms", "checks", "statistics", "regions", "devices"},
+    {"tokens", "terms", "checks", "statistics", "regions", "devices", "spellings"},
     {"segments", "kl"},
     {"weigh", "pack", "values", "metrics", "margins", "rollout"},
     {"parts"},
@@ -28,7 +28,7 @@ LAYERS = [
     {"__init__"},
     {"terminal", "loading"},
     {"integrations"},
-    {"inspect"},
+    {"inspect", "plot"},
     {"testing"},
     {"backend/types", "backend/futures"},
     {"backend/model", "backend/storage"},

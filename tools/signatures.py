@@ -204,6 +204,7 @@ WHY: dict[str, str] = {
     "TrainingClient.save_weights_and_get_sampling_client(record_stability_info)": NO_SERVICE,
     "TrainingClient.save_weights_and_get_sampling_client(kind)": "It is always a snapshot, which is the default there.",
     "TrainingClient.reference": "It gives a reference policy on the same weights, with the adapters switched off.",
+    "TrainingClient.export": "It writes the model for `transformers` and `peft`.",
     "TrainingClient.result": RESOLVED,
     "TrainingClient.result_async": RESOLVED,
     "ServiceClient.__init__(models)": "It defines the base models of this service.",

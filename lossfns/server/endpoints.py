@@ -8,7 +8,7 @@ from typing import Any
 
 from lossfns.backend.client.requests import check_metadata
 from lossfns.backend.client.training import LocalTrainingClient
-from lossfns.backend.model.tokenizer import ByteTokenizer
+from lossfns.backend.model.tokenizer import ByteTokenizer, write_byte_tokenizer
 from lossfns.backend.types import AdamParams
 from lossfns.errors import LossInputError, show
 from lossfns.server import rest, wire
@@ -21,7 +21,6 @@ from lossfns.server.samplers import Sampler
 from lossfns.server.sampling import SAMPLE_FIELDS, sample
 from lossfns.server.service import Service
 from lossfns.server.session import session_of
-from lossfns.server.tokenizer import write_byte_tokenizer
 from lossfns.server.wire import field, only, sequence_id
 
 Json = dict[str, Any]

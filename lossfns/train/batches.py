@@ -94,7 +94,7 @@ def sample_answers(
 ) -> list[Answer]:
     """Sample ``group`` answers to each problem under the current weights."""
     sampler = client.save_weights_and_get_sampling_client()
-    params = SamplingParams(max_tokens=max_tokens, seed=seed, temperature=temperature)
+    params = SamplingParams(max_tokens=max_tokens, seed=seed, temperature=temperature, stop=renderer.end)
     prompts = [ModelInput.from_ints(problem.prompt) for problem in problems]
     responses = sampler.sample_batch(prompts, group, params).result()
     return [

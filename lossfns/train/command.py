@@ -20,6 +20,7 @@ import torch
 from lossfns.errors import LossInputError
 from lossfns.terminal import while_read
 from lossfns.train import models
+from lossfns.train.batch import write_look
 from lossfns.train.checkpoints import checkpoints, load_newest, save_checkpoint
 from lossfns.train.config import check_same, config_of, write_config_toml
 from lossfns.train.defaults import complete_options, loss_of
@@ -31,6 +32,7 @@ from lossfns.train.remote import Client
 from lossfns.train.rewards import SPECS
 from lossfns.train.run import CONFIG, Run, check_new, create_run, is_finished, load_config
 from lossfns.train.setup import client_of, examples_of, job_of
+from lossfns.train.trackers import TRACKERS, open_trackers
 
 
 def add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -93,6 +95,10 @@ def add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     run("--out", metavar="DIR", help="the run folder (default: runs/LOSS-TIME)")
     run("--eval-every", type=int, metavar="N", help="steps from one held-out evaluation to the next (default: only "
         "before and after)")  # fmt: skip
+    run("--track", action="append", metavar="NAMES", help=f"send the metrics to {', '.join(TRACKERS)}, or "
+        "several with commas between them, too")  # fmt: skip
+    run("--tensorboard", dest="track", action="append_const", const="tensorboard", help="the same as "
+        "--track tensorboard: event files in the run folder")  # fmt: skip
     run("--save-every", type=int, metavar="N", help="steps from one checkpoint to the next (default: 20)")
     run("--resume", metavar="DIR", help="continue the run in this folder, which was killed or stopped; all other "
         "options come from the folder")  # fmt: skip
@@ -128,6 +134,7 @@ def given_options(args: argparse.Namespace) -> dict[str, Any]:
     if args.named_loss is not None and args.loss is not None:
         raise LossInputError("--loss", "one loss", f"{args.loss} and {args.named_loss}", "Leave one of them out.")
     args.loss = args.named_loss if args.loss is None else args.loss
+    args.track = None if args.track is None else ",".join(args.track)
     file = {} if args.config is None else read_toml(args.config)
     named = {name: getattr(args, name) for name in NAMES if name != "set" and getattr(args, name) is not None}
     check_option("set", file.get("set", {}))
@@ -224,12 +231,15 @@ def train_with(client: Client, job: Job, folder: Path, check_config: Callable[[d
     ranks.when_idle(ranks.on_rank_zero, check_config, config)
     ranks.when_idle(ranks.on_rank_zero, write_config_toml, folder, config["options"])
     state, save = load_newest(client, folder), partial(save_checkpoint, client, folder)
-    with Run(folder, save, state=state, every=options.save_every, ranks=ranks) as run:
+    names = options.track if ranks.rank == 0 else None
+    trackers = open_trackers(names, folder, load_config(folder), sum(state.done.values())) if names else []
+    with Run(folder, save, state=state, every=options.save_every, ranks=ranks, trackers=trackers) as run:
         run.say(f"{options.loss} on {task.name}: {job.loss!r}")
         if task.note:
             run.say(task.note)
         if run.history:
             run.say(f"resumed after {run.steps_done} steps")
         outcome = run_job(run, job)
+        write_look(run, client, task.renderer.shown)
     if ranks.rank == 0:
         report(run, outcome)

@@ -12,7 +12,7 @@ from lossfns.train.columns import check_columns
 from lossfns.train.losses import AnyLoss, family_loss, method_of, spelled
 from lossfns.train.options import LARGEST, NAMES, Options, check_known, check_option, flag
 
-POLICY = {"steps": 100, "batch": 32, "lr": 5e-4, "warmup_steps": 200, "group": 16, "updates": 2}
+POLICY = {"steps": 100, "batch": 16, "lr": 5e-4, "warmup_steps": 200, "group": 16, "updates": 2}
 PREFERENCE = {"steps": 400, "batch": 32, "lr": 3e-4, "warmup_steps": 300}
 SUPERVISED = {"steps": 400, "batch": 16, "lr": 3e-3}
 

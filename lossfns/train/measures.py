@@ -130,7 +130,7 @@ def sample_texts(client: Client, renderer: Renderer, examples: Sequence[Example]
     """
     prompts = [shown_prompt(renderer, example) for example in examples[:SAMPLES]]
     sampler = client.save_weights_and_get_sampling_client()
-    params = SamplingParams(max_tokens=SAMPLE_TOKENS, seed=11, temperature=TEMPERATURE)
+    params = SamplingParams(max_tokens=SAMPLE_TOKENS, seed=11, temperature=TEMPERATURE, stop=renderer.end)
     responses = sampler.sample_batch([ModelInput.from_ints(prompt) for prompt in prompts], 1, params).result()
     tokens = [response.sequences[0].tokens for response in responses]
     return [[renderer.decode(prompt), renderer.decode(ids)] for prompt, ids in zip(prompts, tokens)]

@@ -83,9 +83,10 @@ def train(
         metrics = []
         for members in parts_of(batch, updates):
             bound = loss.bind(**{name: [column[i] for i in members] for name, column in columns.items()})
-            metrics.append(train_step(client, [batch.data[i] for i in members], bound, learning_rate(step)))
+            data = [batch.data[i] for i in members]
+            metrics.append(train_step(client, data, bound, learning_rate(step)))
         points = {name: columns[name][0] for name in columns if name == "reference_point"}  # one for the whole batch
-        run.log(step, {**merged(metrics), **batch.metrics, **points})
+        run.log(step, {**merged(metrics), **batch.metrics, **points}, data, bound)
         after(step + 1, batch)
 
 

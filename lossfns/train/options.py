@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lossfns.errors import LossInputError, did_you_mean
+from lossfns.train.trackers import names_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +50,7 @@ class Options:
         drop_longer: whether longer rows are left out and counted, instead.
         eval_every: steps from one held-out evaluation to the next; 0 for only before and after.
         save_every: steps from one checkpoint to the next.
+        track: names of trackers that get the metrics, too, with commas between them.
     """
 
     loss: str
@@ -80,11 +82,25 @@ class Options:
     drop_longer: bool = False
     eval_every: int = 0
     save_every: int = 20
+    track: str | None = None
 
 
 NAMES = tuple(each.name for each in fields(Options))
 TEXTS = (
-    *("loss", "data", "out", "init", "model", "lora_parts", "dtype", "teacher", "base_url", "device", "reward"),
+    *(
+        "loss",
+        "data",
+        "out",
+        "init",
+        "model",
+        "lora_parts",
+        "dtype",
+        "teacher",
+        "base_url",
+        "device",
+        "reward",
+        "track",
+    ),
     *("resume", "config", "RUN"),
 )
 CHOICES = {"advantage_scale": ("std", "none")}
@@ -117,6 +133,8 @@ def check_option(name: str, value: Any) -> None:
         accepted = type(value) is int and smallest <= value
         if accepted and value > LARGEST[name]:
             expected, accepted = f"a whole number from {smallest} to {LARGEST[name]}", False
+    if name == "track" and accepted:
+        names_of(value)
     if not accepted:
         raise LossInputError(flag(name), expected, reprlib.repr(value), "See lossfns train --help.")
 

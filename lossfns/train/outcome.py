@@ -1,19 +1,17 @@
-"""The outcome of a run: ``result.json``, the picture of the curves, and what the terminal shows at the end."""
+"""The outcome of a run: ``result.json``, the report, and what the terminal shows at the end."""
 
 from __future__ import annotations
 
-import io
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
 
 from lossfns.terminal import console_on, say, while_read
-from lossfns.train import plots
 from lossfns.train.checkpoints import checkpoints
 from lossfns.train.measures import TEMPERATURE, TITLES, one_line
 from lossfns.train.recipes import Outcome
-from lossfns.train.run import CURVES, METRICS, RESULT, Run, replaced, write_json
+from lossfns.train.record import read_record
+from lossfns.train.report import write_report
+from lossfns.train.run import METRICS, RESULT, Run, write_json
 
 
 def refused(error: Exception) -> int:
@@ -24,7 +22,7 @@ def refused(error: Exception) -> int:
 
 
 def report(run: Run, outcome: Outcome) -> None:
-    """Write ``result.json`` and the picture of the curves, and print the outcome."""
+    """Write ``result.json`` and ``report.html``, and print the outcome."""
     result = {
         "stopped_early": run.stopped,
         "seconds": round(run.seconds, 1),
@@ -32,15 +30,14 @@ def report(run: Run, outcome: Outcome) -> None:
         "samples": outcome.samples,
     }
     write_json(run.folder, RESULT, result)
-    measured = {name: (outcome.before[name], outcome.after[name]) for name in outcome.before}
-    curves = draw_curves(run.folder, run.history, measured)
+    page = write_report(read_record(run.folder)) if run.history else "none: the run has made no step"
     with while_read(sys.stdout):
         print_outcome(outcome)
         print_samples(outcome.samples)
         say(f"{run.steps_done} steps in {result['seconds']} s{', stopped early' if run.stopped else ''}")
         say(f"checkpoint  {checkpoints(run.folder)[0]}")
         say(f"metrics     {run.folder / METRICS}")
-        say(f"curves      {curves}")
+        say(f"report      {page}")
         say(f"try it      lossfns sample {run.folder} PROMPT")
         if run.stopped:
             say(f"continue    lossfns train --resume {run.folder}")
@@ -76,17 +73,3 @@ def print_samples(samples: Sequence[Mapping[str, str]]) -> None:
         for name, text in sample.items():
             say(f"  {name:<8}{one_line(text, 68)}")
         say("")
-
-
-def draw_curves(folder: Path, history: Sequence[Mapping[str, Any]], measured: Mapping[str, tuple[float, float]]) -> str:
-    """Draw the curves of the run; return the path of the picture, or the reason why there is none."""
-    picture = io.BytesIO()
-    try:
-        drawn = plots.plot_metrics(history, measured, picture)
-    except ImportError:
-        return f"not drawn: pip install 'lossfns[viz]', then lossfns plot {folder}"
-    if not drawn:
-        return "not drawn: no metric has changed yet"
-    with replaced(folder, CURVES) as path:
-        path.write_bytes(picture.getvalue())
-    return str(folder / CURVES)

@@ -12,6 +12,7 @@ from lossfns.errors import LossInputError
 from lossfns.losses.supervised import cross_entropy
 from lossfns.tokens import TARGETS
 from lossfns.train import batches, measures, methods, tasks
+from lossfns.train.batch import write_look
 from lossfns.train.checkpoints import reference_policy
 from lossfns.train.columns import Batch
 from lossfns.train.examples import Demonstration, Problem
@@ -82,13 +83,20 @@ class Recipe(NamedTuple):
 def run_job(run: Run, job: Job) -> Outcome:
     """Warm up, measure on held-out examples, train, and measure again."""
     options, task = job.options, job.task
+    run.plan({"warm-up": options.warmup_steps, job.phase: options.steps})
     warm_up(run, job)
     reads_reference = "ref_logprobs" in job.loss.reads
     reference = reference_policy(run, job.client, options) if reads_reference else None
     recipe = RECIPES[method_of(job.loss)](run, job, reference)
     run.say(f"measuring on held-out examples: {len(task.held_out)}")
     draw = partial(measures.sample_texts, job.client, task.renderer, task.held_out)
-    before, texts = run.once("before", recipe.measure), run.once("samples", draw)
+
+    def measure() -> Measured:
+        values = recipe.measure()
+        run.log_evaluation(job.phase, run.done.get(job.phase, 0), values)
+        return values
+
+    before, texts = run.once("before", measure), run.once("samples", draw)
     methods.train(
         run,
         job.client,
@@ -103,11 +111,13 @@ def run_job(run: Run, job: Job) -> Outcome:
     )
     pairs = zip(texts, draw())
     samples = tuple({"prompt": p, "before": old, "after": new} for (p, old), (_, new) in pairs)
-    return Outcome(before, recipe.measure(), samples)
+    return Outcome(before, measure(), samples)
 
 
 def watch(run: Run, job: Job, recipe: Recipe, done: int, batch: Batch) -> None:
-    """Evaluate every ``--eval-every`` steps but the last, and warn of rewards that do not differ."""
+    """Look at the first batch, evaluate every ``--eval-every`` steps but the last, and warn of equal rewards."""
+    if done == 1:
+        write_look(run, job.client, job.task.renderer.shown)
     every, steps = job.options.eval_every, job.options.steps
     if every and done % every == 0 and done < steps:
         run.log_evaluation(job.phase, done, recipe.measure())
@@ -316,7 +326,7 @@ def start_of_problems(job: Job) -> Start:
     def draw(rng: Random, n: int) -> list[Demonstration]:
         return [task.renderer.answered(each.prompt, answer(each, rng)) for each in task.draw(rng, n)]
 
-    return draw, 256, methods.constant(2e-3)
+    return draw, 128, methods.constant(2e-3)
 
 
 WARM_UPS: dict[str, Callable[[Job], Start]] = {

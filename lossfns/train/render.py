@@ -6,9 +6,11 @@ these tokens, and up to the token that ends it. Whatever a chat template does no
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 from lossfns.errors import LossInputError
@@ -54,6 +56,7 @@ class Renderer:
 
     Attributes:
         tokenizer: the argument.
+        template: its chat template; None if messages become plain lines.
         end: the ids that end an answer: first the one that is trained, then others that the tokenizer declares.
         start: the ids before a text that has no prompt.
 
@@ -69,18 +72,18 @@ class Renderer:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        self._template = getattr(tokenizer, "chat_template", None)
-        self._special = [str(text) for text in getattr(tokenizer, "all_special_tokens", [])]
-        self._pieces = re.compile("|".join(f"(?={re.escape(text)})" for text in self._special) or "(?!)")
-        self._kept = lru_cache(PIECES)(self._encode)
-        if self.encode(probe := "a b".join(["", *self._special, " c\n"])) != self._encode(probe):
-            self._pieces = re.compile("(?!)")
+        self.template = getattr(tokenizer, "chat_template", None)
+        special = special_texts(tokenizer)
+        self._special = re.compile("|".join(map(re.escape, special)) or "(?!)")
+        self._kept, self._in_pieces = lru_cache(PIECES)(self._encode), True
+        probe = "a b".join(["", *special[:50], " c\n"])
+        self._in_pieces = self.encode(probe) == self._encode(probe)
         self._probed: dict[str, str | None] = {}
         bos = getattr(tokenizer, "bos_token_id", None)
         self._bos = [bos] if bos is not None and bos in tokenizer.encode("", add_special_tokens=True) else []
         eos = getattr(tokenizer, "eos_token_id", None)
         declared = [eos] if isinstance(eos, int) else list(eos or [])
-        self._closing = self._write_closing() if self._template else ""
+        self._closing = self._write_closing() if self.template else ""
         self._turn_end = self._find_turn_end(declared)
         self.end = list(dict.fromkeys(self._turn_end + declared))
         if not self.end:
@@ -95,7 +98,10 @@ class Renderer:
         Special tokens divide a text into pieces that have their own tokens. The tokens of the last short ones are kept,
         since the prompts of one chat share most of them.
         """
-        pieces = filter(None, self._pieces.split(text))
+        if not self._in_pieces:
+            return self._encode(text)
+        borders = [0, *(found.start() for found in self._special.finditer(text)), len(text)]
+        pieces = (text[a:b] for a, b in pairwise(borders) if a < b)
         return [i for piece in pieces for i in (self._kept if len(piece) < KEPT else self._encode)(piece)]
 
     def _encode(self, text: str) -> list[int]:
@@ -143,7 +149,7 @@ class Renderer:
         if isinstance(prompt, str):
             return [*self._before(prompt), *self.encode(prompt)]
         self._check(prompt, tools)
-        if self._template is None:
+        if self.template is None:
             return self._lines(prompt)
         return self.encode(self._write(prompt, tools, header=True))
 
@@ -212,7 +218,7 @@ class Renderer:
     def _answer(self, messages: Sequence[Message], tools: Sequence[Any] | None) -> tuple[list[int], int]:
         """Return the tokens of a chat up to the end of its last message, and the number of them that are the prompt."""
         content = messages[-1]["content"]
-        if self._template is None:
+        if self.template is None:
             prompt = self._lines(messages[:-1])
             return [*prompt, *self.encode(content), self._eos], len(prompt)
         before, whole = self._write(messages[:-1], tools, header=True), self._write(messages, tools)
@@ -265,12 +271,10 @@ class Renderer:
 
     def _check(self, messages: Sequence[Message], tools: Sequence[Any] | None) -> None:
         """Refuse what the template does not write, and texts that would become special tokens."""
-        for i, message in enumerate(messages):
-            for text in self._special:
-                if text in message["content"]:
-                    fix = "It would become the special token: write it in another way, or leave the row out."
-                    expected = "text without special tokens"
-                    raise LossInputError(f"messages[{i}]", expected, shorten(text), fix)
+        for place, value in [*((f"messages[{i}]", each) for i, each in enumerate(messages)), ("tools", tools)]:
+            if found := self._special.search(json.dumps(value, ensure_ascii=False)):
+                fix = "It would become the special token: write it in another way, or leave the row out."
+                raise LossInputError(place, "text without special tokens", shorten(found[0]), fix)
         for part in parts_of(messages, tools):
             if part not in self._probed:
                 self._probed[part] = self._probe(part)
@@ -280,7 +284,7 @@ class Renderer:
 
     def _probe(self, part: str) -> str | None:
         """Return why the chat template, or plain lines, do not write a part; None if they do."""
-        if self._template is None:
+        if self.template is None:
             return None if part == "a system message" else "the model has no chat template, and plain lines lack it"
         messages, tools, count = PROBES[part]
         try:
@@ -300,6 +304,13 @@ class Renderer:
         """Return the token that ends an answer of the chat template: a declared one, or else the first special one."""
         special, closing = getattr(self.tokenizer, "added_tokens_decoder", {}), self.encode(self._closing)
         return ([i for i in closing if i in declared] or [i for i in closing if i in special])[:1]
+
+
+def special_texts(tokenizer: Any) -> list[str]:
+    """Return the texts that a tokenizer takes for special tokens, longest first."""
+    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    texts = {str(token) for token in added if token.special} | set(getattr(tokenizer, "all_special_tokens", []))
+    return sorted(texts - {""}, key=len, reverse=True)
 
 
 def weight_of(message: Message) -> float:

@@ -23,9 +23,11 @@ from lossfns.errors import LossInputError
 from lossfns.terminal import discard
 from lossfns.train.display import display_on
 from lossfns.train.rows import RowFile
+from lossfns.train.trackers import Tracker
 
 CONFIG, METRICS, EVALUATIONS, RESULT = "config.json", "metrics.jsonl", "evaluations.jsonl", "result.json"
-CHECKPOINT, REFERENCE, CURVES = "checkpoint.safetensors", "reference.safetensors", "curves.png"
+CHECKPOINT, REFERENCE = "checkpoint.safetensors", "reference.safetensors"
+BATCH, REPORT = "batch.json", "report.html"
 CHECKPOINTS, REFERENCES = (CHECKPOINT, "checkpoint"), (REFERENCE, "reference")
 """One process writes a file, several processes write a folder."""
 OLD_CHECKPOINT = "checkpoint.npz"
@@ -52,6 +54,22 @@ class State(NamedTuple):
 Save = Callable[[State], None]
 
 
+class Trained(NamedTuple):
+    """What an optimizer step has trained on.
+
+    Attributes:
+        phase: the phase of the step.
+        step: the number of the step in its phase, counted from 1.
+        data: the datums.
+        loss: the loss with its side columns, as the step got it.
+    """
+
+    phase: str
+    step: int
+    data: Sequence[Any]
+    loss: Any
+
+
 class Run:
     """A run in ``folder``, from ``state`` on: its steps, metrics, checkpoints and progress.
 
@@ -66,6 +84,7 @@ class Run:
         every: the number of steps from one checkpoint to the next.
         terminal: where to show progress; standard error by default.
         ranks: the processes of the run. Rank 0 writes the files, and all ranks stop after the same step.
+        trackers: others that get the metrics, too.
     """
 
     def __init__(
@@ -77,17 +96,19 @@ class Run:
         every: int = 20,
         terminal: TextIO | None = None,
         ranks: SingleProcess | Ranks = ONE_PROCESS,
+        trackers: Sequence[Tracker] = (),
     ) -> None:
         state = state or State({}, [], {})
         self.folder, self.save, self.every, self.ranks = folder, save, every, ranks
         self.done, self.random, self.measured = dict(state.done), state.random, dict(state.measured)
         self.stopping = self.stopped = False
+        self.trackers = list(trackers)
         self._files = open_files(folder, [sum(self.done.values()), state.evaluations], ranks.rank)
         self.history, self.evaluations = (file.rows for file in self._files)
         self.start = time.monotonic() - (self.history[-1]["seconds"] if self.history else 0)
         self.display = display_on(terminal or sys.stderr)
         self._open = True
-        self._evaluate: Callable[[], Mapping[str, float]] | None = None
+        self.trained: Trained | None = None
 
     def __enter__(self) -> Run:
         self._handler = signal.signal(signal.SIGINT, self._stop)
@@ -98,6 +119,8 @@ class Run:
         self._show(self.display.close)
         for file in self._files:
             file.close()
+        for tracker in list(self.trackers):
+            self._track(tracker, tracker.close)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         if self.stopping and callable(self._handler):
@@ -107,14 +130,9 @@ class Run:
         with suppress(RuntimeError):  # the signal may have come while another line was being written
             self.say("stopping after this step; Ctrl-C again stops at once")
 
-    def evaluate_every(self, steps: int, measure: Callable[[], Mapping[str, float]]) -> None:
-        """From here on, log ``measure()`` after every ``steps`` steps of a phase, but not after its last step.
-
-        Args:
-            steps: the number of steps from one evaluation to the next; 0 for none.
-            measure: measures on held-out examples. It must leave all random states as they are.
-        """
-        self._evaluate, self._evaluate_every = (measure if steps else None), steps
+    def plan(self, phases: Mapping[str, int]) -> None:
+        """Name the phases of the whole run with their numbers of steps, so that the progress shows all of them."""
+        self._show(self.display.plan, phases)
 
     def steps(self, phase: str, count: int, rng: Random) -> Iterator[int]:
         """Yield the steps of a phase that are not done yet, of 0 to ``count`` − 1, until a stop is requested.
@@ -136,8 +154,6 @@ class Run:
                 return
             yield step
             self.done[phase], self.random = step + 1, [*rng.getstate()]
-            if self._evaluate and (step + 1) % self._evaluate_every == 0 and step + 1 < count:
-                self.log_evaluation(phase, step + 1, self._evaluate())
             if (step + 1) % self.every == 0 or step + 1 == count:
                 self.checkpoint()
 
@@ -153,14 +169,37 @@ class Run:
             file.sync()
         self.save(State(dict(self.done), self.random, dict(self.measured), len(self.evaluations)))
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Append a row to ``metrics.jsonl`` and show it."""
-        self._files[0].append(self._row(self.phase, step + 1, metrics))
+    def log(self, step: int, metrics: Mapping[str, float], data: Sequence[Any] = (), loss: Any = None) -> None:
+        """Append a row to ``metrics.jsonl`` and show it.
+
+        Args:
+            step: the step, counted from 0.
+            metrics: its metrics.
+            data, loss: the datums of the step and the loss that it bound to them, for the report.
+        """
+        self.trained = Trained(self.phase, step + 1, data, loss) if data else None
+        self._append(0, self._row(self.phase, step + 1, metrics), f"{self.phase}/")
         self._show(self.display.show_step, step + 1, metrics)
 
     def log_evaluation(self, phase: str, step: int, values: Mapping[str, float]) -> None:
         """Append a row to ``evaluations.jsonl``: held-out measurements by name, after ``step`` steps of a phase."""
-        self._files[1].append(self._row(phase, step, values))
+        self._append(1, self._row(phase, step, values), "held out/")
+        self._show(self.display.show_evaluations, self.evaluations)
+
+    def _append(self, file: int, row: dict[str, Any], prefix: str) -> None:
+        """Append a row to a file, and pass its values on to the trackers, with the number of steps of the run."""
+        self._files[file].append(row)
+        values = {f"{prefix}{name}": x for name, x in row.items() if name not in ("phase", "step", "seconds")}
+        for tracker in list(self.trackers):
+            self._track(tracker, tracker.log, len(self.history), values)
+
+    def _track(self, tracker: Tracker, call: Callable[..., Any], *arguments: Any) -> None:
+        """Call a tracker. If it fails, say so, and go on without it: the files of the run have everything."""
+        try:
+            call(*arguments)
+        except Exception as error:
+            self.trackers.remove(tracker)
+            self.say(f"warning: {tracker.name} fails ({type(error).__name__}: {error}); {METRICS} has everything")
 
     def _row(self, phase: str, step: int, values: Mapping[str, float]) -> dict[str, Any]:
         return {"phase": phase, "step": step, "seconds": round(self.seconds, 3), **values}

@@ -111,7 +111,9 @@ def prompt_of(model: Model, text: str) -> list[int]:
 
 def sample_texts(model: Model, prompt: list[int], args: argparse.Namespace, seed: int = 0) -> list[str]:
     """Return the texts of samples. ``seed`` is added to that of the command line."""
-    params = SamplingParams(max_tokens=args.max_tokens, temperature=args.temperature, seed=args.seed + seed)
+    params = SamplingParams(
+        max_tokens=args.max_tokens, temperature=args.temperature, seed=args.seed + seed, stop=model.renderer.end
+    )
     (response,) = model.sampler.sample_batch([ModelInput.from_ints(prompt)], args.samples, params).result()
     return [model.renderer.decode(sequence.tokens) for sequence in response.sequences]
 

@@ -46,11 +46,10 @@ OTHER_START = CHATML[: CHATML.rindex("{{")] + "{{ '<|im_start|>model\n' }}{% end
 CUTS = CHATML.replace("m.content", "m.content[:3]")
 
 
-def byte_pairs(template: str | None = None, **special: str) -> Any:
+def byte_pairs(template: str | None = None, **special: Any) -> Any:
     """Return a byte-level tokenizer with a few merges, of which some cover the border of a prompt and its answer."""
-    from lossfns.server.tokenizer import byte_characters
-
-    vocabulary = {character: byte for byte, character in enumerate(byte_characters())}
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {character: i for i, character in enumerate(alphabet)}
     pairs = [tuple(merge.split(" ")) for merge in MERGES]
     for a, b in pairs:
         vocabulary[a + b] = len(vocabulary)

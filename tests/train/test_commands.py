@@ -199,7 +199,7 @@ def screen(output: str, columns: int) -> tuple[list[str], int]:
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
 @pytest.mark.parametrize("columns", [80, pytest.param(60, marks=pytest.mark.exhaustive)])
-def test_progress_takes_one_line_a_phase_on_a_terminal(columns: int, tmp_path: Path) -> None:
+def test_progress_takes_one_line_a_phase_and_three_below_on_a_terminal(columns: int, tmp_path: Path) -> None:
     more = ["--steps", "12", "--warmup-steps", "12", "--group", "3"]
     status, output = on_a_terminal(small(tmp_path, "grpo", *more), columns)
     progress = output[output.index("measuring on") : output.index("\x1b[?25h")]  # paths in other lines may be longer
@@ -207,7 +207,7 @@ def test_progress_takes_one_line_a_phase_on_a_terminal(columns: int, tmp_path: P
     assert status == 0 and wraps == 0, output
     assert sum("warm-up" in line for line in lines) == 1
     assert sum("12/12" in line for line in lines) == 2
-    assert len(lines) <= 5
+    assert len(lines) <= 8
 
 
 def test_the_bar_fits_with_long_metrics_and_many_steps(terminal: io.StringIO, tmp_path: Path) -> None:
@@ -274,21 +274,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-def test_curves_are_drawn_later(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (run / "curves.png").unlink(missing_ok=True)
+def test_curves_are_shown_and_the_report_is_written_later(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / "report.html").unlink()
     assert main(["plot", str(run)]) == 0
     shown = capsys.readouterr().out
-    assert re.search(r"sft loss +5\.\d+  █.*▁  0\.\d+\n", shown) and f"curves      {run}/curves.png" in shown
-    assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert re.search(r"sft loss +5\.\d+  █.*▁  0\.\d+\n", shown) and f"report      {run}/report.html" in shown
+    assert (run / "report.html").read_text().startswith("<!doctype html>")
     assert all(len(line) <= 80 for line in shown.splitlines()[:-1])
-
-
-def test_without_matplotlib_the_command_to_draw_later_is_named(
-    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert main(["plot", str(run)]) == 0
-    assert f"not drawn: pip install 'lossfns[viz]', then lossfns plot {run}" in capsys.readouterr().out
 
 
 def test_a_run_without_whole_metrics_is_plotted_as_far_as_it_goes(tmp_path: Path, run: Path) -> None:

@@ -1,6 +1,9 @@
 """Text and messages as tokens: an answer is trained after the tokens that it is sampled from, up to its end."""
 
+import re
+from importlib.util import find_spec
 from itertools import groupby
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -179,3 +182,45 @@ def test_texts_stay_as_they_are_between_the_tokens_that_begin_and_end_them() -> 
         "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n",
         "a",
     ]
+
+
+@pytest.mark.exhaustive
+def test_templates_of_well_known_models_are_exact_or_refused() -> None:
+    """The templates that ``trl`` ships: what is trained follows its prompt and holds the whole answer."""
+    package = find_spec("trl")
+    folders = [Path(folder) / "chat_templates" for folder in (package and package.submodule_search_locations) or ()]
+    paths = sorted(path for folder in folders for path in folder.glob("*.jinja"))
+    if not paths:
+        pytest.skip("trl is not installed")
+    chats: dict[str, tuple[list[Any], list[Any] | None]] = {
+        "two": ([user("2+2"), answer("four."), user("3+3"), answer("six.")], None),
+        "system": ([SYSTEM, user("2+2"), answer("four.")], None),
+        "tools": ([user("2+2"), answer("", tool_calls=[CALL | {"id": "callabcde"}]),
+                   RESULT | {"tool_call_id": "callabcde"}, answer("four.")], [TOOL]),
+        "reasoning": ([user("2+2"), answer("four.", reasoning_content="two and two")], None),
+    }  # fmt: skip
+    accepted = dict.fromkeys(chats, 0)
+    for path in paths:
+        template = path.read_text()
+        special = sorted(set(re.findall(r"<\|[^<>|]+\|>|<｜[^｜]*｜>|</?s>|<end_of_turn>|<turn\|>", template)))
+        ends = ("im_end", "eot_id", "return", "end▁of▁sentence", "END_OF_TURN", "end_of_turn", "turn|", "|end|", "</s>")
+        end = next((text for name in ends for text in special if name in text), "<|eos|>")
+        renderer = Renderer(byte_pairs(template, eos_token=end, extra_special_tokens=special))
+        for name, (chat, tools) in chats.items():
+            try:
+                found = renderer.answers(chat, tools)
+            except LossInputError as error:
+                assert str(error).isprintable() and len(str(error)) < 600, (path.name, name)
+                continue
+            accepted[name] += 1
+            text = "".join(renderer.shown(i for i, w in zip(e.tokens, e.weights) if w) for e in found)
+            contents = [m["content"] for m in chat if m["role"] == "assistant"]
+            assert all(each in text for each in contents), (path.name, name, text)
+            assert "two and two" in text or name != "reasoning", (path.name, text)
+            assert "add" in text or name != "tools", (path.name, text)
+            for i, message in enumerate(chat):
+                if message["role"] == "assistant":
+                    before = renderer.prompt(chat[:i], tools)
+                    fits = [e for e in found if e.tokens[: len(before)] == before and e.weights[len(before)]]
+                    assert fits, (path.name, name, i)
+    assert all(count > 10 for count in accepted.values()), accepted

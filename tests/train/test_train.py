@@ -15,9 +15,9 @@ from lossfns import LossInputError, cross_entropy
 from lossfns.backend import ByteTokenizer, Decoder, LocalTrainingClient
 from lossfns.train import measures, methods, tasks
 from lossfns.train.batches import demonstration_batch, sample_answers
+from lossfns.train.charts import running_mean
 from lossfns.train.examples import Problem, demonstration, prompt_of
 from lossfns.train.outcome import print_outcome
-from lossfns.train.plots import running_mean
 from lossfns.train.recipes import Outcome
 from lossfns.train.render import Renderer
 from lossfns.train.rewards import reward_of
@@ -96,9 +96,13 @@ def shown(stream: io.StringIO, folder: Path) -> str:
     """The output of a run of two phases and a remark."""
     folder.mkdir()
     with Run(folder, terminal=stream) as run:
+        run.plan({"warm-up": 3, "sft": 30})
         for phase, count in (("warm-up", 3), ("sft", 30)):
+            if phase == "sft":
+                run.log_evaluation("sft", 0, {"reward": 0.25})
             for step in run.steps(phase, count, Random(0)):
                 run.log(step, {"loss": 1.0, "reward": 0.5, "grad_norm": 2.0})
+        run.log_evaluation("sft", 30, {"reward": 0.75})
         run.say("[b]done[/b]")
     return stream.getvalue()
 
@@ -106,10 +110,12 @@ def shown(stream: io.StringIO, folder: Path) -> str:
 def test_a_terminal_gets_a_bar_for_each_phase(terminal: io.StringIO, tmp_path: Path) -> None:
     text = shown(terminal, tmp_path / "run")
     assert re.search(r"\x1b\[[\d;]*m", text) and re.search(r"\x1b\[\d+A", text)  # colours, and the cursor goes up
-    last = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", text).splitlines()[-3:]
+    last = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", text).splitlines()[-6:]
     assert any("warm-up" in line and "3/3" in line for line in last)
-    assert any("sft" in line and "30/30" in line and "loss 1.000  reward 0.500" in line for line in last)
-    assert "[b]done[/b]" in text and all(len(line) <= 80 for line in last)
+    assert any("sft" in line and "30/30" in line for line in last)
+    assert any(re.search(r"reward +0\.500  ▁+ +loss +1\.000  ▁+", line) for line in last)
+    assert any("held out: reward 0.250 → 0.750 after 30 steps" in line for line in last)
+    assert "[b]done[/b]" in text and all(len(line) <= 80 for line in text.splitlines()[-9:] if "\x1b" not in line)
 
 
 def test_no_color_is_respected(terminal: io.StringIO, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,8 +133,11 @@ def test_all_else_gets_a_line_for_each_tenth(
         monkeypatch.setitem(sys.modules, "rich.console", None)
     text = shown(io.StringIO() if case == "no terminal" else terminal, tmp_path / "run")
     lines = text.splitlines()
-    assert "\x1b" not in text and "\r" not in text and len(lines) == 3 + 10 + 1
-    assert re.fullmatch(r"     sft 15/30  loss 1\.000  reward 0\.500  0:00:0\d left", lines[3 + 4])
+    assert "\x1b" not in text and "\r" not in text and len(lines) == 3 + 1 + 10 + 1 + 1
+    assert re.fullmatch(r" warm-up 1/3  loss 1\.000  reward 0\.500  0:00:0\d left \+ 30 sft", lines[0])
+    assert lines[3] == "held out: reward 0.250 before training"
+    assert re.fullmatch(r"     sft 15/30  loss 1\.000  reward 0\.500  0:00:0\d left", lines[3 + 5])
+    assert lines[-2] == "held out: reward 0.250 → 0.750 after 30 steps"
     assert lines[-1] == "[b]done[/b]"
 
 
@@ -176,13 +185,14 @@ def drawn(run: Run, until: int = 99) -> list[tuple[str, int, float]]:
     steps = []
     for phase, count in (("warm-up", 5), ("grpo", 7)):
         run.once(f"before {phase}", lambda phase=phase: f"{phase} {len(run.history)}")  # type: ignore[misc]
-        run.evaluate_every(3, lambda: {"reward": len(run.history) / 10})
         rng = Random(phase)
         for step in run.steps(phase, count, rng):
             if run.steps_done == until:
                 return steps
             steps.append((phase, step, rng.gauss(0, 1)))
             run.log(step, {"loss": steps[-1][2]})
+            if (step + 1) % 3 == 0:
+                run.log_evaluation(phase, step + 1, {"reward": len(run.history) / 10})
     return steps
 
 

@@ -227,6 +227,26 @@ class LocalTrainingClient(LocalReferenceClient):
         """``save_weights_and_get_sampling_client`` without blocking the event loop."""
         return await self._worker.submit(self._copy_to_sampler)
 
+    def export(self, path: str | Path, merge: bool = False) -> APIFuture[SaveResponse]:
+        """Write the model to a folder that ``transformers`` and ``peft`` load. The folder appears whole or not at all.
+
+        Args:
+            path: a folder that is new or empty.
+            merge: whether to merge adapters into the weights. Without it a model with adapters becomes a folder for
+                ``peft``: the adapter and the name of its base model. A base model that cannot be loaded from where it
+                came is written beside the adapter, in the folder ``base``.
+
+        A model of ``transformers`` keeps its architecture, and the embedded ``Decoder`` becomes a ``LlamaForCausalLM``.
+        The tokenizer of the client is written as well. Weights narrower than float32 become float32 if adapters are
+        merged into them. Loaded elsewhere, the model gives the same logprobs. Needs the extra ``hf``.
+
+        The future raises LossInputError for a path that holds something, and for a model, a tokenizer or adapters that
+        the formats do not have.
+        """
+        check_path("path", path)
+        check_flag("merge", merge)
+        return self._worker.submit(self._export, path, merge)
+
     def create_sampling_client(self, model_path: str | Path, retry_config: Any = None) -> LocalSamplingClient:
         """Return a client that samples from the weights of a file.
 
@@ -267,6 +287,7 @@ class LocalTrainingClient(LocalReferenceClient):
     load_state_async = async_submit(load_state)
     load_state_with_optimizer_async = async_submit(load_state_with_optimizer)
     save_weights_for_sampler_async = async_submit(save_weights_for_sampler)
+    export_async = async_submit(export)
 
     def _submit_custom(
         self, data: Any, loss_fn: Any, *, loss_type_input: Any = None, output: Any = "logprobs", pooling: Any = "mean"
@@ -326,6 +347,8 @@ class LocalTrainingClient(LocalReferenceClient):
             "names": "public",
             "steps": self._engine.steps,
             "model": self._name,
+            "source": getattr(self.model, "source", None),
+            "dtype": str(next(self.model.parameters()).dtype),
             "starts_unadapted": self._starts_unadapted,
             **description(self.model),
             "user_metadata": self.user_metadata | metadata,
@@ -337,6 +360,12 @@ class LocalTrainingClient(LocalReferenceClient):
         except LossInputError as error:
             error.field = "name" if error.field == "path" else error.field
             raise
+
+    def _export(self, path: str | Path, merge: bool) -> SaveResponse:
+        from lossfns.backend.model.pretrained import save_pretrained  # imports transformers
+
+        model = self.ranks.copy_model()
+        return SaveResponse(str(self.ranks.on_rank_zero(save_pretrained, model, self._tokenizer, path, merge)))
 
     def _load(self, path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return renamed(self.model, *checkpoint.load(path, self._processes(), self.ranks.empty_for))

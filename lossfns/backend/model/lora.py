@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -51,16 +52,30 @@ def adapt(
     """
     merge(model)
     check_settings(model, rank, parts, alpha, seed)
-    targets = [name for part in parts for name in trainable_layers(model, part)]
-    config = peft().LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets)
-    with torch.random.fork_rng(devices=[]):  # peft draws weights, which initialise replaces
-        peft().inject_adapter_in_model(config, model, ADAPTER)
+    prefix = getattr(model, "prefix", "")  # adapters are put on the model of transformers within a CausalLM
+    targets = [name.removeprefix(prefix) for part in parts for name in trainable_layers(model, part)]
+    inject(model.get_submodule(prefix.removesuffix(".")), targets, rank, alpha)
     initialise(adapted_layers(model), seed)
     model.lora = {"rank": rank, "parts": sorted(parts), "alpha": alpha}  # type: ignore[assignment]
     if "unembed" in parts and not model.head.requires_grad:
         fix = "Let it be lora.adapted_weight(layer), as in Decoder.head, or pass train_unembed=False."
         raise LossInputError("base_model", "a head with its adapter", f"{type(model).__name__}.head without", fix)
     return model
+
+
+def inject(model: nn.Module, targets: list[str], rank: int, alpha: float) -> None:
+    """Freeze a model and put new adapters on some of its layers, in place."""
+    config = peft().LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets)
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():  # peft draws weights, which the caller replaces
+        warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")  # an adapter of one end is meant
+        peft().inject_adapter_in_model(config, model, ADAPTER)
+    declare_adapted(model)
+
+
+def declare_adapted(model: Any) -> None:
+    """Tell a model of transformers that it has adapters, so that its ``save_pretrained`` writes them and no others."""
+    if hasattr(model, "_hf_peft_config_loaded"):
+        model._hf_peft_config_loaded = True
 
 
 @torch.no_grad()
@@ -88,7 +103,8 @@ def merge(model: nn.Module) -> None:
     layers = wrapped_layers(model)
     if not layers:
         return
-    narrow = next((p.dtype for layer in layers for p in layer.parameters() if p.itemsize < 4), None)
+    in_effect = [layer for layer in layers if not layer.disable_adapters]
+    narrow = next((p.dtype for layer in in_effect for p in layer.parameters() if p.itemsize < 4), None)
     if narrow is not None:
         fix = "Load it with dtype=torch.float32, or merge the adapters yourself if the rounding does not matter."
         raise LossInputError("model", "adapters on float32 weights, to be merged", f"weights of {narrow}", fix)
@@ -99,6 +115,10 @@ def merge(model: nn.Module) -> None:
                 setattr(parent, name, merged(layer, {key for key, count in names.items() if count > 1}))
     model.requires_grad_(True)
     model.lora = None  # type: ignore[assignment]
+    for module in model.modules():
+        vars(module).pop("peft_config", None)
+        if hasattr(module, "_hf_peft_config_loaded"):
+            module._hf_peft_config_loaded = False  # type: ignore[assignment]
     declare_untied(model)
 
 
@@ -129,13 +149,13 @@ def merged(layer: Any, tied: Collection[int]) -> nn.Module:
         whole: nn.Module = layer.original_module if layer.disable_adapters else trained()
         return whole
     base: nn.Module = layer.get_base_layer()
-    for name, p in list(base.named_parameters(recurse=False)):
-        if id(p) in tied:
-            setattr(base, name, nn.Parameter(p.detach().clone()))
     if layer.disable_adapters:
         if layer.merged:
             layer.unmerge()
         return base
+    for name, p in list(base.named_parameters(recurse=False)):
+        if id(p) in tied:
+            setattr(base, name, nn.Parameter(p.detach().clone()))
     try:
         layer.merge(safe_merge=True)
     except (RuntimeError, ValueError, NotImplementedError) as error:

@@ -51,7 +51,8 @@ def share_prefixes(tokens: Sequence[np.ndarray], min_length: int = 16) -> Shared
 
     Args:
         tokens: ids of each sequence, at least one.
-        min_length: shorter prefixes are not shared; they save less than the attention to them costs.
+        min_length: shorter prefixes are not shared; they save less than the attention to them costs. There is no such
+            bound for what a sequence has in common beyond a prefix that is shared already: it needs no further segment.
     """
     flat = np.concatenate(tokens)
     lengths = np.array([len(row) for row in tokens])

@@ -614,6 +614,11 @@ METHODS = {
     "create_sampling_client": Method(
         lambda rng: {"model_path": Path("state.npz")}, {"model_path": path_is_wrong(*FILES)}, 1
     ),
+    "export": Method(
+        lambda rng: {"path": Path("exported"), "merge": rng.random() < 0.5},
+        {"path": path_is_wrong("state.npz", "garbage/x"), "merge": other_than(lambda x: isinstance(x, bool))},
+        1,
+    ),
     "sample": Method(sample_call, {"prompt": prompt_is_wrong, "num_samples": COUNT} | SAMPLE, 4),
     "sample_batch": Method(batch_call, {"prompts": prompt_is_wrong, "num_samples": COUNT} | SAMPLE, 1),
     "compute_logprobs": Method(prompt_call, {"prompt": prompt_is_wrong}, 1),
@@ -721,7 +726,9 @@ def fill(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("count", [500, pytest.param(20_000, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize(
+    "count", [pytest.param(500, marks=pytest.mark.repeated), pytest.param(20_000, marks=pytest.mark.exhaustive)]
+)
 def test_malformed_calls_are_refused_by_name_and_change_nothing(folder: Path, count: int) -> None:
     subjects = Subjects(folder)
     before = [x if x is None else x.clone() for x in subjects.state()]
@@ -755,6 +762,8 @@ def test_the_calls_are_valid_until_they_are_spoiled(folder: Path) -> None:
         arguments = METHODS[name].valid(rng)
         if name.startswith("save"):
             arguments["name"] = Path(f"{i}.npz")
+        if name == "export":
+            arguments["path"] = Path(f"{i}")
         if name == "optim_step":
             for c in subjects.busy:
                 c._engine.gradients.clear()

@@ -202,6 +202,13 @@ def save(mesh: Any, path: Path) -> None:
     c.save_state(path, overwrite=True, user_metadata={"who": "ranks"}).result()
 
 
+def export(mesh: Any, path: Path, exported: Path) -> None:
+    """Write the model of a checkpoint for transformers, from all ranks together."""
+    c = client(mesh, seed=2)
+    c.load_state(path).result()
+    c.export(exported).result()
+
+
 def go_on(mesh: Any, path: Path) -> Result:
     """The state of a checkpoint, and the state three steps later."""
     c, rng = client(mesh, seed=2), Random(9)
@@ -324,6 +331,7 @@ if __name__ == "__main__":
     results = {name: scenario(mesh) for name, scenario in SCENARIOS.items()}
     results["from one"] = go_on(mesh, folder / "one")
     save(mesh, folder / "two")
+    export(mesh, folder / "two", folder / "exported")
     results["from two"] = go_on(mesh, folder / "two")
     told, results["mistakes"] = mistakes(mesh, folder)
     for method in ("sft", "dpo", "grpo"):

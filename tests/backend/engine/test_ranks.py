@@ -18,6 +18,7 @@ import ranks
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from torch import nn
 
 from lossfns import LossInputError
@@ -29,6 +30,7 @@ from lossfns.backend.storage.folder import remove_other_parts
 from lossfns.cli import main
 from lossfns.train.run import METRICS, RESULT
 
+pytestmark = pytest.mark.long  # the fixture ``folder``: two processes run all scenarios
 HERE = Path(__file__).parent
 METHODS = ("sft", "dpo", "grpo")
 
@@ -153,6 +155,16 @@ def test_ranks_stop_together_and_any_number_of_them_goes_on(folder: Path) -> Non
 
 
 # Checkpoints in folders
+
+
+def test_ranks_export_what_one_process_exports_from_their_folder(folder: Path, tmp_path: Path) -> None:
+    assert main(["export", str(folder / "two"), str(tmp_path / "one")]) == 0
+    theirs, ours = (folder / "exported", tmp_path / "one")
+    assert {file.name for file in theirs.iterdir()} == {file.name for file in ours.iterdir()}
+    one, two = (load_file(path / "model.safetensors") for path in (ours, theirs))
+    assert one.keys() == two.keys() and all(torch.equal(x, two[name]) for name, x in one.items())
+    weights = checkpoint.load(folder / "two")[0]
+    assert torch.equal(one["model.embed_tokens.weight"], weights["embed.weight"])
 
 
 @pytest.fixture

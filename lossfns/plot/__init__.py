@@ -1,0 +1,1 @@
+"""Pictures of losses: what a loss and its gradient are over the quantity that it sees."""

@@ -1,0 +1,164 @@
+"""Other frameworks' names of settings, and what they are called here. Errors for unknown names quote them.
+
+Sources of the names: TRL, verl, OpenRLHF, SkyRL, slime, AReaL, NeMo-RL; docs/rosetta.md has their values with numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+from lossfns.errors import did_you_mean
+
+
+class Setting(NamedTuple):
+    """A setting of other frameworks.
+
+    Attributes:
+        names: how they spell it.
+        knob: our setting; "" if it is another loss, or no setting of a loss.
+        translate: writes its value as our call.
+    """
+
+    names: tuple[str, ...]
+    knob: str
+    translate: Callable[[Any], str]
+
+
+def number(value: Any) -> float | None:
+    """Return a number; None for anything else."""
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+
+def both_bounds(value: Any) -> str:
+    x = number(value)
+    bounds = "(1 - ε, 1 + ε)" if x is None else f"({1 - x:g}, {1 + x:g})"
+    return f"clip has the bounds of the ratio itself: clip={bounds}."
+
+
+def lower_bound(value: Any) -> str:
+    x = number(value)
+    return f"clip has both bounds of the ratio itself: clip=({'1 - ε' if x is None else f'{1 - x:g}'}, high)."
+
+
+def upper_bound(value: Any) -> str:
+    x = number(value)
+    return f"clip has both bounds of the ratio itself: clip=(low, {'1 + ε' if x is None else f'{1 + x:g}'})."
+
+
+WEIGHINGS = {
+    "token-mean": "token_mean",
+    "seq-mean-token-mean": "sequence_mean",
+    "seq-mean-token-sum": "sequence_sum_mean",
+    "token-sum": "token_sum",
+    "seq-mean-token-sum-norm": "fixed_length(L)",
+    "seq_mean_token_sum_norm": "fixed_length(L)",
+    "sequence_mean": "sequence_mean",
+    "token_mean": "token_mean",
+}
+"""Values of the settings of the reduction."""
+
+ESTIMATORS = {
+    "kl": "kl=k1",
+    "k1": "kl=k1",
+    "mse": "kl=k2",
+    "k2": "kl=k2",
+    "abs": "kl=k_abs",
+    "k3": "kl=k3",
+    "low_var_kl": "kl=k3, and with_kl(..., kl_cap=10.0) for its bound of 10",
+}
+"""Values of the settings of the KL estimator."""
+
+LOSSES = {
+    "sigmoid": "dpo",
+    "sigmoid_norm": "dpo_norm",
+    "robust": "robust_dpo",
+    "exo_pair": "exo",
+    "nca_pair": "nca",
+    "aot_pair": "aot",
+    "apo_zero_unpaired": "kto, with reference_point=0",
+    "ppo_clip": "ppo",
+    "regular": "ppo",
+    "vanilla": "ppo",
+    "gpo": "gpo",
+    "sft": "cross_entropy",
+    "nll": "cross_entropy",
+    "gspo": "gspo or gspo_token",
+    "dapo": "bnpo for TRL's default bounds, dapo for the paper's",
+}
+"""Values of ``loss_type`` and kin whose loss has another name here."""
+
+
+def find(names: Mapping[str, str], value: Any, default: Any) -> Any:
+    """Return what a value is called here; a value that is no string has no name."""
+    return names.get(value, default) if isinstance(value, str) else default
+
+
+def weighing(value: Any) -> str:
+    known = "token_mean, sequence_mean, sequence_sum_mean, token_sum or fixed_length(L)"
+    return f"Pass weigh={find(WEIGHINGS, value, known)}."
+
+
+def estimator(value: Any) -> str:
+    return f"Pass {find(ESTIMATORS, value, 'kl=k1, k2 or k3')}."
+
+
+def another_loss(value: Any) -> str:
+    name = find(LOSSES, value, value if isinstance(value, str) and value.isidentifier() else None)
+    return f"Each loss is a function of its own: {name or 'lossfns list names them'}."
+
+
+def as_it_is(knob: str) -> Callable[[Any], str]:
+    def translate(value: Any) -> str:
+        x = number(value)
+        return f"Pass {knob}={'...' if x is None else f'{x:g}'}."
+
+    return translate
+
+
+SETTINGS = (
+    Setting(("epsilon", "eps_clip", "cliprange", "clip_range", "clip_eps", "clip_ratio", "ratio_clip", "clip_epsilon"),
+            "clip", both_bounds),
+    Setting(("epsilon_low", "clip_ratio_low", "eps_clip_low", "cliprange_low", "ratio_clip_min", "clip_low"),
+            "clip", lower_bound),
+    Setting(("epsilon_high", "clip_ratio_high", "eps_clip_high", "cliprange_high", "ratio_clip_max", "clip_high"),
+            "clip", upper_bound),
+    Setting(("clip_ratio_c", "eps_clip_c", "ratio_clip_c", "dual_clip_coef", "clip_c", "delta"),
+            "dual_clip", as_it_is("dual_clip")),
+    Setting(("beta", "kl_coef", "kl_loss_coef", "init_kl_coef", "kl_penalty_coef", "kl_ctl", "kl_coeff",
+             "reference_policy_kl_penalty"), "kl_beta", as_it_is("kl_beta")),
+    Setting(("kl_loss_type", "kl_penalty", "kl_estimator", "kl_estimator_type", "use_kl_estimator_k3"),
+            "kl", estimator),
+    Setting(("loss_agg_mode", "loss_reduction", "reduction", "aggregate", "token_level_loss", "loss_scale_factor"),
+            "weigh", weighing),
+    Setting(("simpo_gamma", "gamma_beta_ratio"), "gamma", as_it_is("gamma")),
+    Setting(("cpo_alpha",), "nll_weight", as_it_is("nll_weight")),
+    Setting(("lambda", "lambda_", "orpo_beta"), "lam", as_it_is("lam")),
+    Setting(("desirable_weight_d", "lambda_d"), "desirable_weight", as_it_is("desirable_weight")),
+    Setting(("lambda_u",), "undesirable_weight", as_it_is("undesirable_weight")),
+    Setting(("loss_type", "policy_loss_type", "loss_mode", "loss_fn", "importance_sampling_level"), "", another_loss),
+    Setting(("tis_imp_ratio_cap", "use_tis", "tis_cap", "vllm_importance_sampling_cap", "imp_ratio_cap",
+             "vllm_importance_sampling_correction"), "", lambda value: "Wrap the loss: with_tis(loss, cap=2.0)."),
+    Setting(("temperature",), "", lambda value: "Pass it to target_logprobs(logits, targets, temperature=...)."),
+    Setting(("scale_rewards", "norm_adv_by_std_in_grpo", "num_generations"), "",
+            lambda value: 'Advantages are made before: group_advantages(rewards, groups, scale="std" or "none").'),
+    Setting(("entropy_coeff", "entropy_coef", "ent_coef", "entropy_loss_coef"), "",
+            lambda value: "Wrap the loss: with_entropy(loss, ...)."),
+    Setting(("num_items_in_batch", "gradient_accumulation_steps"), "",
+            lambda value: "Bind the count of the whole batch: loss.bind(denominator=...)."),
+)  # fmt: skip
+
+
+def hint(name: str, value: Any, knobs: Iterable[str]) -> str:
+    """Return what an unknown setting of a loss is called here; else the nearest of the loss's own settings.
+
+    >>> hint("epsilon", 0.2, ["clip", "weigh"])
+    'clip has the bounds of the ratio itself: clip=(0.8, 1.2).'
+    >>> hint("loss_agg_mode", "seq-mean-token-mean", ["clip", "weigh"])
+    'Pass weigh=sequence_mean.'
+    """
+    known = list(knobs)
+    for setting in SETTINGS:
+        if name.lower() in setting.names and (not setting.knob or setting.knob in known):
+            return setting.translate(value)
+    return did_you_mean(name, known)

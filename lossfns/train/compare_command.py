@@ -1,0 +1,191 @@
+"""``lossfns compare RUN RUN ...``: what differs in the options of runs, and in what they reached."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lossfns.errors import LossInputError
+from lossfns.terminal import console_on, say, while_read
+from lossfns.train.charts import COLOURS, Line, block_line, running_mean
+from lossfns.train.options import check_option
+from lossfns.train.outcome import refused
+from lossfns.train.page import figure, key, page, table, text
+from lossfns.train.record import Record, best, changing, read_record, rises, values_of
+from lossfns.train.report import clock
+
+MOST_RUNS = 2 * COLOURS
+"""The most runs of a comparison: each has a colour of its own, the second half with dashed lines."""
+
+
+def add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the ``compare`` command to a command line."""
+    p = commands.add_parser(
+        "compare",
+        help="compare runs of lossfns train",
+        description="Compare runs: the options in which they differ, the held-out measure before, after and at its "
+        "best, and the curves over one another. Works while they go on, too.",
+    )
+    p.add_argument("folders", metavar="RUN", nargs="+", help="the run folders")
+    p.add_argument("--html", metavar="FILE", help="write the comparison with its charts to this HTML file, too")
+    p.set_defaults(run=compare_command, parser=p)
+
+
+def compare_command(args: argparse.Namespace) -> int:
+    """Run ``lossfns compare``.
+
+    Returns:
+        0, or 2 if a folder holds no run, or no metrics.
+    """
+    try:
+        records = read_records(args.folders)
+        if args.html:
+            Path(args.html).write_text(comparison(records), encoding="utf-8", errors="backslashreplace")
+    except (LossInputError, OSError) as error:
+        return refused(error)
+    console = console_on(sys.stdout)
+    with while_read(sys.stdout):
+        say("\n".join(lines_of(records, console.width if console else 80)))
+        if args.html:
+            say(f"\npage  {args.html}")
+    return 0
+
+
+def read_records(folders: Sequence[str]) -> list[Record]:
+    """Read the runs.
+
+    Raises:
+        LossInputError: if there are fewer than two different ones, or too many; or naming a folder without a run.
+    """
+    for folder in folders:
+        check_option("RUN", folder)
+    different = {Path(folder).resolve() for folder in folders}
+    if not 2 <= len(different) == len(folders) <= MOST_RUNS:
+        got = f"{len(folders)}" if len(different) == len(folders) else "one of them twice"
+        raise LossInputError("RUN", f"2 to {MOST_RUNS} different runs", got, "Name each run once.")
+    return [read_record(Path(folder)) for folder in folders]
+
+
+# The differences
+
+
+def differences(records: Sequence[Record]) -> dict[str, list[str]]:
+    """Return the options, the loss, the model and the versions that differ: for each its value in each run."""
+    configs = [flat(record.config) for record in records]
+    names = dict.fromkeys(name for config in configs for name in config)
+    values = {name: [config.get(name, "–") for config in configs] for name in names}
+    return {name: row for name, row in values.items() if len(set(row)) > 1}
+
+
+def flat(config: dict[str, Any]) -> dict[str, str]:
+    """Return the parts of a config that a comparison shows, as texts by name."""
+    options = {name: x for name, x in config["options"].items() if name != "out"}
+    parts = {**options, "loss": config.get("loss", ""), **config["versions"]}
+    parts |= {f"model {name}": config["model"].get(name) for name in ("model_name", "parameters", "device", "dtype")}
+    parts |= {f"SHA-256 of {name}": x for name, x in config["sha256"].items()}
+    return {name: x if isinstance(x, str) else json.dumps(x) for name, x in parts.items()}
+
+
+def reached(records: Sequence[Record]) -> list[list[str]]:
+    """Return a row for each run: the held-out measure before, after and at its best; steps, time, state."""
+    rows = []
+    for number, record in enumerate(records, 1):
+        points = record.held_out()
+        values = ["–"] * 3
+        if points:
+            step, value = best(record)
+            values = [f"{points[0][1]:.3f}", f"{points[-1][1]:.3f}", f"{value:.3f} @ {step}"]
+        last = record.history[-1]
+        rows.append([f"{number}", *values, f"{len(record.history)}", clock(last["seconds"]), record.state])
+    return rows
+
+
+def shared_measure(records: Sequence[Record]) -> str:
+    """Return the name of the held-out measure that all runs have; an empty text if they have none in common."""
+    names = {record.measure for record in records}
+    return (names.pop() or "") if len(names) == 1 else ""
+
+
+def heads(records: Sequence[Record]) -> list[str]:
+    """Return the heads of the columns of ``reached``."""
+    measure = shared_measure(records)
+    better = ("best (high)" if rises(measure) else "best (low)") if measure else "best"
+    return ["run", "before", "after", better, "steps", "time", "state"]
+
+
+def common_curves(records: Sequence[Record]) -> dict[str, list[list[tuple[int, float]]]]:
+    """Return the curves that at least two runs have in their last phase: for each metric the points of each run."""
+    found: dict[str, list[list[tuple[int, float]]]] = {}
+    if measure := shared_measure(records):
+        found[f"held-out {measure.replace('_', ' ')}"] = [record.held_out() for record in records]
+    for name in dict.fromkeys(name for record in records for _, name in changing(record)):
+        found[name] = [smooth(values_of(record.history, record.main_phase, name)) for record in records]
+    return {name: rows for name, rows in found.items() if sum(len(points) > 1 for points in rows) > 1}
+
+
+def smooth(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+    """Return a curve's running mean."""
+    return [(x, y) for (x, _), y in zip(points, running_mean([y for _, y in points]))]
+
+
+# Text
+
+
+def lines_of(records: Sequence[Record], width: int) -> list[str]:
+    """Return the comparison as lines of text."""
+    lines = [f"{number:>3}  {record.folder}" for number, record in enumerate(records, 1)]
+    measure = shared_measure(records)
+    lines += ["", f"held-out {measure.replace('_', ' ')}" if measure else "held out"]
+    rows = [heads(records), *reached(records)]
+    sizes = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines += ["  ".join(cell.rjust(size) for cell, size in zip(row, sizes)) for row in rows]
+    lines += ["", "options that differ" if (different := differences(records)) else "no option differs"]
+    for name, values in different.items():
+        lines.append(f"  {name}")
+        for number, value in enumerate(values, 1):
+            lines += textwrap.wrap(f"{number:>5}  {value}", width, subsequent_indent=" " * 7, max_lines=4)
+    for name, curves in common_curves(records).items():
+        lines += ["", name]
+        every = [y for points in curves for _, y in points]
+        for number, points in enumerate(curves, 1):
+            ys = [y for _, y in points]
+            if ys:
+                curve = block_line(ys, max(8, min(60, width - 28)), (min(every), max(every)))
+                lines.append(f"{number:>3} {ys[0]:>10.4g}  {curve}  {ys[-1]:.4g}")
+    return lines
+
+
+# A page
+
+
+def look(i: int) -> str:
+    """Return the look of a run's lines: a colour of its own, dashed in the second half."""
+    return f"c{i % COLOURS}{' dashed' if i >= COLOURS else ''}"
+
+
+def comparison(records: Sequence[Record]) -> str:
+    """Return the comparison as the text of an HTML file."""
+    names = [f"{number}: {record.folder}" for number, record in enumerate(records, 1)]
+    figures = []
+    for name, curves in common_curves(records).items():
+        lines = [Line(points, look(i), marks="held-out" in name) for i, points in enumerate(curves) if points]
+        note = ", ".join(f"{i}: {points[-1][1]:.3g}" for i, points in enumerate(curves, 1) if points)
+        figures.append(figure(name, note if len(records) <= 4 else "", lines))
+    different = [[name, *values] for name, values in differences(records).items()]
+    head = ["", *(f"run {number}" for number in range(1, len(records) + 1))]
+    parts = [
+        f"<h1>{len(records)} runs</h1>",
+        key((look(i), name) for i, name in enumerate(names)),
+        f"<h2>Held-out {text(shared_measure(records).replace('_', ' '))}</h2>",
+        table(reached(records), head=heads(records)),
+        "<h2>Curves</h2>" if figures else "",
+        f'<div class="grid">{"".join(figures)}</div>',
+        "<h2>What differs</h2>",
+        table(different, head=head, numbers=False) if different else "<p>No option, model or version differs.</p>",
+    ]
+    return page(f"{len(records)} runs", "\n".join(parts))

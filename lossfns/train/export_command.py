@@ -1,0 +1,110 @@
+"""``lossfns export RUN DIR``: the model of a run or a checkpoint in the formats of Hugging Face and ``peft``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lossfns.backend.client.service import LocalServiceClient
+from lossfns.backend.model.decoder import Decoder
+from lossfns.backend.model.tokenizer import ByteTokenizer
+from lossfns.backend.storage import checkpoint
+from lossfns.errors import LossInputError
+from lossfns.terminal import say, while_read
+from lossfns.train.checkpoints import checkpoints
+from lossfns.train.options import check_option
+from lossfns.train.outcome import refused
+from lossfns.train.run import CONFIG, load_config
+
+
+def add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the ``export`` command to a command line."""
+    p = commands.add_parser(
+        "export",
+        help="write a trained model for transformers and peft",
+        description="Write the newest checkpoint of a run, or any checkpoint, to a new folder that transformers loads. "
+        "A model with adapters becomes a folder for peft, unless they are merged.",
+    )
+    p.add_argument("source", metavar="RUN", help="the run folder, or a checkpoint")
+    p.add_argument("folder", metavar="DIR", help="the new folder")
+    p.add_argument("--merge", action="store_true", help="merge the adapters into the weights")
+    p.add_argument("--model", metavar="MODEL", help="where the model was loaded from, if it has moved since")
+    p.set_defaults(run=export_command, parser=p)
+
+
+def export_command(args: argparse.Namespace) -> int:
+    """Run ``lossfns export``.
+
+    Returns:
+        0, or 2 if the input was refused.
+    """
+    try:
+        check_option("RUN", args.source)
+        path, model = newest(Path(args.source))
+        export(path, args.folder, merge=args.merge, model=args.model or model)
+    except (LossInputError, ImportError, OSError) as error:
+        return refused(error)
+    except KeyboardInterrupt:
+        return 130
+    with while_read(sys.stdout):
+        say(f"exported    {args.folder}")
+        say(f"train on    lossfns train sft --model {args.folder}")
+    return 0
+
+
+def newest(source: Path) -> tuple[Path, str | None]:
+    """Return the newest checkpoint of a run and the model that it began with, or the checkpoint that a path is."""
+    if not (source / CONFIG).is_file():
+        return source, None
+    options = load_config(source, "RUN")["options"]
+    found = checkpoints(source)
+    if not found or options.get("base_url"):
+        got = f"{source}, which has {'its checkpoints on a server' if found else 'none'}"
+        fix = "A run saves its first one after --save-every steps."
+        raise LossInputError("RUN", "a run with a checkpoint in its folder", got, fix)
+    return found[0], options.get("model")
+
+
+def export(path: Path, folder: str, *, merge: bool = False, model: str | None = None) -> None:
+    """Write the model of a checkpoint to a new folder.
+
+    Args:
+        path: the checkpoint.
+        folder: a folder that is new or empty.
+        merge: whether to merge adapters into the weights.
+        model: where the model was loaded from; None takes what the checkpoint says.
+
+    Raises:
+        LossInputError: a checkpoint that cannot be read, or a model that is not found or cannot be written.
+    """
+    data = checkpoint.metadata(path)
+    name = str(data.get("model"))
+    service = LocalServiceClient({name: lambda: base_model(path, data, model or data.get("source"))}, device="cpu")
+    client = service.create_training_client_from_state(path, name)
+    client.export(folder, merge=merge).result()
+
+
+def base_model(path: Path, data: dict[str, Any], source: str | None) -> tuple[nn.Module, Any]:
+    """Build the model that a checkpoint is of, with other weights, and its tokenizer."""
+    shape = data.get("shape")
+    dtype = getattr(torch, str(data.get("dtype")).removeprefix("torch."), None)
+    if isinstance(shape, dict) and "architecture" in shape:
+        from lossfns.backend.model import hf
+
+        if source is None:
+            got, fix = f"{path}, which does not say", "Name it with --model."
+            raise LossInputError("RUN", "a checkpoint that says where its model came from", got, fix)
+        return hf.load(source, dtype=dtype or "auto")
+    if not isinstance(shape, dict) or shape.keys() != DECODER.keys():
+        fix = "Export it with client.export in the program that made it."
+        raise LossInputError("RUN", "a checkpoint of a known model", f"{path}, of {data.get('model')!r}", fix)
+    return Decoder(**shape).to(dtype=dtype), ByteTokenizer()
+
+
+DECODER = Decoder(vocab_size=1, dim=2, layers=0, heads=1, kv_heads=1, hidden=1).shape
+"""The settings of a decoder."""

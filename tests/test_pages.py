@@ -1,0 +1,100 @@
+"""Pages that are written from the code, and the pictures of losses."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from lossfns.cli import main
+from lossfns.describe import families, makers, presets
+from lossfns.errors import LossInputError
+from lossfns.plot import curves
+from lossfns.plot.command import TOPICS, figure_of
+from lossfns.plot.family import parts_of
+from tools import errors, pages
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def test_the_pages_are_those_of_the_code() -> None:
+    assert pages.main(["check"]) == 0, "python -m tools.pages write"
+    assert errors.main(["check"]) == 0, "python -m tools.errors write"
+
+
+def test_links_and_pictures_of_the_documents_exist() -> None:
+    files = [*DOCS.rglob("*.md"), DOCS.parent / "README.md"]
+    assert len(files) > 100
+    for file in files:
+        for target in re.findall(r"\]\(([^)#\s]+)(?:#[\w-]*)?\)", file.read_text(encoding="utf-8")):
+            if not target.startswith(("http", "mailto")):
+                assert (file.parent / target).exists(), f"{file.name}: {target}"
+
+
+def test_the_tests_that_show_the_claims_exist() -> None:
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", (DOCS / "claims.md").read_text(encoding="utf-8"))
+    assert len(named) > 20
+    for file, test in named:
+        assert f"def {test}(" in (DOCS.parent / file).read_text(encoding="utf-8"), f"{file}::{test}"
+
+
+def test_a_ratio_curve_has_the_corners_and_slopes_of_its_equation() -> None:
+    """PPO with bounds 0.8 and 1.2: for A = 1 the loss is −min(r, 1.2), for A = −1 it is max(r, 0.8).
+
+    Its slope by the logprob is −r·A where no bound acts, and 0 where one does.
+    """
+    ppo = presets()["ppo"]()
+    up, down = (curves.ratio_curve(ppo, a, [0.5, 1.0, 1.5]) for a in (1.0, -1.0))
+    assert up.value == pytest.approx([-0.5, -1.0, -1.2]) and up.slope == pytest.approx([-0.5, -1.0, 0.0])
+    assert down.value == pytest.approx([0.8, 1.0, 1.5]) and down.slope == pytest.approx([0.0, 1.0, 1.5])
+
+
+def test_a_curve_is_of_one_row_whatever_divides_the_loss() -> None:
+    """dr_grpo divides by a constant number of tokens; one token then still counts 1."""
+    assert curves.ratio_curve(presets()["dr_grpo"](), 1.0, [1.0]).slope == pytest.approx([-1.0])
+
+
+def test_slopes_are_the_derivatives_of_the_values() -> None:
+    """Each loss with a picture, by central differences at points away from corners."""
+    checked = 0
+    for name, make in presets().items():
+        loss = make()
+        step = 1e-4
+        if curves.is_preference(loss):
+            found = curves.margin_curve(loss, [0.7 - step, 0.7, 0.7 + step])
+            expected = (found.value[2] - found.value[0]) / (2 * step)
+        elif curves.is_unpaired(loss):
+            found = curves.log_ratio_curve(loss, 1.0, [0.7 - step, 0.7, 0.7 + step])
+            expected = (found.value[2] - found.value[0]) / (2 * step)
+        else:
+            continue
+        assert found.slope[1] == pytest.approx(expected, rel=1e-3, abs=1e-6), name
+        checked += 1
+    assert checked > 20
+
+
+def test_every_loss_and_topic_is_drawn_or_refused_by_name() -> None:
+    for name in TOPICS:
+        assert figure_of([name]).axes, name
+    for name in ("grpo", "dpo", "kto", "focal"):
+        assert len(figure_of([name]).axes) >= 2, name
+    assert len(figure_of(["ppo", "dapo"]).legends) == 1
+    for names, words in ((["value_loss"], "value_loss, which reads"), (["ppo", "dpo"], "dpo"), (["gprpo"], "'grpo'")):
+        with pytest.raises(LossInputError, match=words):
+            figure_of(names)
+
+
+def test_the_parts_of_a_loss_are_those_that_its_code_names() -> None:
+    assert {"with_kl", "k3", "clipped_surrogate", "token_level"} <= set(parts_of(makers()["grpo"]))
+    assert "geometric_level" in parts_of(makers()["gspo"]) and "geometric_level" not in parts_of(makers()["ppo"])
+    assert "with_kl" not in parts_of(makers()["dapo"])
+    assert sum(bool(parts_of(makers()[name])) for members in families().values() for name in members) > 90
+
+
+def test_the_command_writes_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "trust.svg"
+    assert main(["plot", "ppo", "dapo", "--out", str(file)]) == 0
+    assert "<svg" in file.read_text() and str(file) in capsys.readouterr().out
+    assert main(["plot", "kl", "--out", str(tmp_path / "kl.xyz")]) == 2
+    assert "--out" in capsys.readouterr().err
+    assert main(["plot", "gprpo"]) == 2
+    assert "Did you mean 'grpo'?" in capsys.readouterr().err

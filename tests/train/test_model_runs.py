@@ -1,0 +1,57 @@
+"""``lossfns train --model`` end to end, on a Llama of a few thousand parameters with adapters."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from small_tokenizers import CHATML, byte_pairs
+
+from lossfns.cli import main
+
+CHAT = [{"role": "user", "content": "2+2"}, {"role": "assistant", "content": "4"}]
+ROWS: dict[str, dict[str, Any]] = {
+    "sft": {"messages": CHAT},
+    "dpo": {"prompt": CHAT[:1], "chosen": CHAT[1:], "rejected": [{"role": "assistant", "content": "5"}]},
+    "kto": {"prompt": CHAT[:1], "completion": CHAT[1:], "label": True},
+    "grpo": {"prompt": CHAT[:1], "answer": "4"},
+}
+
+
+def test_a_model_with_adapters_is_trained_measured_and_sampled(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two steps of each method. The measurement is per token and per byte, and the reference is the model itself."""
+    tokenizer = byte_pairs(CHATML)
+    sizes = {"num_attention_heads": 2, "num_key_value_heads": 1, "hidden_size": 16, "intermediate_size": 24}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = transformers.LlamaConfig(vocab_size=len(tokenizer), num_hidden_layers=1, **sizes)
+        transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    for loss, row in ROWS.items():
+        rows = [json.loads(json.dumps(row).replace("2+2", f"{i}+2")) for i in range(8)]
+        rows = [each | {"label": i % 2 == 0} if "label" in each else each for i, each in enumerate(rows)]
+        (tmp_path / f"{loss}.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+        run = tmp_path / f"run-{loss}"
+        options = ["--model", str(tmp_path / "model"), "--lora", "2", "--steps", "2", "--batch", "2", "--lr", "0.01"]
+        options += ["--reward", "regex:.", "--max-tokens", "4", "--group", "2"] if loss == "grpo" else []
+        assert main(["train", loss, *options, "--data", str(tmp_path / f"{loss}.jsonl"), "--out", str(run)]) == 0, loss
+        metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        assert [row["phase"] for row in metrics] == [loss, loss], loss  # a pretrained model needs no supervised start
+        result = json.loads((run / "result.json").read_text())
+        if loss == "sft":
+            ratio = [result["nll"][when] / result["bits_per_byte"][when] for when in ("before", "after")]
+            assert ratio[0] == pytest.approx(ratio[1]) and result["nll"]["after"] < result["nll"]["before"]
+        if loss == "dpo":
+            assert metrics[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+        sample = ["sample", str(run), "3+2", "--max-tokens", "3", "--temperature", "0"]
+        shown = []
+        for _ in range(2):
+            capsys.readouterr()
+            assert main(sample) == 0, loss
+            shown.append(capsys.readouterr().out)
+        assert shown[0] == shown[1] != "", loss
