@@ -1,8 +1,8 @@
 """Settings of a test run, and a terminal to write to.
 
 Property tests draw a few examples, the same in every run. With ``-m exhaustive`` they count as exhaustive tests and
-draw many examples, outside CI new ones in every run. So they do with ``-m ""``, which runs all tests. Processes that
-run tests side by side use one thread each.
+draw many examples, outside CI new ones in every run. So they do with ``-m ""``, which runs all tests but those marked
+``repeated``. Processes that run tests side by side use one thread each.
 """
 
 import io
@@ -50,16 +50,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             if isinstance(item, pytest.Function) and is_hypothesis_test(item.obj):
                 item.add_marker("exhaustive")
     elif includes_exhaustive(config):
-        items[:] = long_first(items)
+        left_out = {item for item in items if item.get_closest_marker("repeated")}
+        config.hook.pytest_deselected(items=list(left_out))
+        items[:] = long_first([item for item in items if item not in left_out])
 
 
 def long_first(items: list[pytest.Item]) -> list[pytest.Item]:
     """Return the tests in two halves, which two processes begin with. The long tests of each half come first.
 
+    Long are the exhaustive tests and those that are marked ``long``.
+
     The processes then end together, since what they take from one another last are short tests.
     """
-    long = [item for item in items if item.get_closest_marker("exhaustive")]
-    short = [item for item in items if not item.get_closest_marker("exhaustive")]
+    long = [item for item in items if item.get_closest_marker("exhaustive") or item.get_closest_marker("long")]
+    others = set(items) - set(long)
+    short = [item for item in items if item in others]
     i, j = len(long) // 2, len(short) // 2
     return [*long[:i], *short[:j], *long[i:], *short[j:]]
 

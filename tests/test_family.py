@@ -70,6 +70,7 @@ def check_settings(name: str, seeds: range, **size: int) -> None:
         assert differences(case, in_float32(batch), torch.float32) < 1e-5, (loss, seed)
 
 
+@pytest.mark.repeated
 @every_preset
 def test_every_setting_gives_the_value_and_gradient_of_the_oracle(name: str) -> None:
     check_settings(name, range(100, 102), sequences=4, longest=5)

@@ -30,6 +30,13 @@ def test_links_and_pictures_of_the_documents_exist() -> None:
                 assert (file.parent / target).exists(), f"{file.name}: {target}"
 
 
+def test_the_tests_that_show_the_claims_exist() -> None:
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", (DOCS / "claims.md").read_text(encoding="utf-8"))
+    assert len(named) > 20
+    for file, test in named:
+        assert f"def {test}(" in (DOCS.parent / file).read_text(encoding="utf-8"), f"{file}::{test}"
+
+
 def test_a_ratio_curve_has_the_corners_and_slopes_of_its_equation() -> None:
     """PPO with bounds 0.8 and 1.2: for A = 1 the loss is −min(r, 1.2), for A = −1 it is max(r, 0.8).
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -56,7 +57,10 @@ def look_at(client: Client, decode: Decode, trained: Trained) -> dict[str, Any]:
 
 
 def sequences(decode: Decode, trained: Trained, report: GradReport, logprobs: list[Tensor]) -> list[dict[str, Any]]:
-    """Return the sequences or pairs with the largest Σ|g|: their tokens, with what each one gets."""
+    """Return the tokens of a few sequences or pairs, with what each token gets.
+
+    They are those with the largest Σ|g|: as many that become more likely as less likely, if there are.
+    """
     columns = visible_columns(trained.loss, trained.data, report.shapes)
     flags = {"active": report.active, "clipped": report.clipped}
     parts: dict[str, list[Tensor]] = {
@@ -66,10 +70,12 @@ def sequences(decode: Decode, trained: Trained, report: GradReport, logprobs: li
         **({"advantage": split_by_datum(columns["advantages"], report.shapes)} if "advantages" in columns else {}),
         **({"coefficient": token_coefficients(trained.loss, trained.data)} if loss_of(trained.loss) else {}),
     }
-    share = report.sequences()["share"]
+    share, total = (report.sequences()[name] for name in ("share", "sum"))
     size = 2 if report.pairs else 1  # datums that stay together
     largest = sorted(range(len(share) // size), key=lambda i: -sum(share[size * i : size * (i + 1)]))
-    shown = [size * i + j for i in sorted(largest[: SEQUENCES // size]) for j in range(size)]
+    more, less = ([i for i in largest if (total[size * i] < 0) is likely] for likely in (True, False))
+    mixed = [i for both in zip_longest(more, less) for i in both if i is not None]
+    shown = [size * i + j for i in sorted(mixed[: SEQUENCES // size]) for j in range(size)]
     return [
         {
             "datum": i,

@@ -61,6 +61,15 @@ def target_logprobs(client: Any, data: Sequence[Datum]) -> list[Any]:
     return [output["logprobs"] for part in outputs for output in part]
 
 
+READ = {"target_tokens", "weights"}
+"""The fields that the built-in cross-entropy reads. It refuses others."""
+
+
+def without_columns(datum: Datum) -> Datum:
+    """Return a datum with its targets and weights alone."""
+    return Datum(datum.model_input, {name: x for name, x in datum.loss_fn_inputs.items() if name in READ})
+
+
 def weights_of(datum: Datum) -> np.ndarray:
     row: np.ndarray = datum.loss_fn_inputs["weights"].to_numpy()
     return row

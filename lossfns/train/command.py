@@ -95,10 +95,10 @@ def add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     run("--out", metavar="DIR", help="the run folder (default: runs/LOSS-TIME)")
     run("--eval-every", type=int, metavar="N", help="steps from one held-out evaluation to the next (default: only "
         "before and after)")  # fmt: skip
-    run("--track", metavar="NAMES", help=f"send the metrics to trackers, too: {', '.join(TRACKERS)}; several with "
-        "commas between them")  # fmt: skip
-    run("--tensorboard", dest="track", action="store_const", const="tensorboard", help="the same as --track "
-        "tensorboard: event files in the run folder")  # fmt: skip
+    run("--track", action="append", metavar="NAMES", help=f"send the metrics to {', '.join(TRACKERS)}, or "
+        "several with commas between them, too")  # fmt: skip
+    run("--tensorboard", dest="track", action="append_const", const="tensorboard", help="the same as "
+        "--track tensorboard: event files in the run folder")  # fmt: skip
     run("--save-every", type=int, metavar="N", help="steps from one checkpoint to the next (default: 20)")
     run("--resume", metavar="DIR", help="continue the run in this folder, which was killed or stopped; all other "
         "options come from the folder")  # fmt: skip
@@ -134,6 +134,7 @@ def given_options(args: argparse.Namespace) -> dict[str, Any]:
     if args.named_loss is not None and args.loss is not None:
         raise LossInputError("--loss", "one loss", f"{args.loss} and {args.named_loss}", "Leave one of them out.")
     args.loss = args.named_loss if args.loss is None else args.loss
+    args.track = None if args.track is None else ",".join(args.track)
     file = {} if args.config is None else read_toml(args.config)
     named = {name: getattr(args, name) for name in NAMES if name != "set" and getattr(args, name) is not None}
     check_option("set", file.get("set", {}))

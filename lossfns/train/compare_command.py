@@ -100,9 +100,8 @@ def reached(records: Sequence[Record]) -> list[list[str]]:
         if points:
             step, value = best(record)
             values = [f"{points[0][1]:.3f}", f"{points[-1][1]:.3f}", f"{value:.3f} @ {step}"]
-        ended = {None: "not ended", True: "stopped", False: "finished"}[record.result.get("stopped_early")]
         last = record.history[-1]
-        rows.append([f"{number}", *values, f"{len(record.history)}", clock(last["seconds"]), ended])
+        rows.append([f"{number}", *values, f"{len(record.history)}", clock(last["seconds"]), record.state])
     return rows
 
 

@@ -38,6 +38,7 @@ def config_of(options: Options, loss: AnyLoss, client: Client) -> dict[str, Any]
         "loss": repr(loss),
         **description_of(client),
         "versions": {"lossfns": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        "machine": {"platform": platform.platform(), "processors": os.cpu_count()},
     }
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from lossfns.backend.model import hf
 from lossfns.backend.model.tokenizer import ByteTokenizer
 from lossfns.errors import LossInputError
-from lossfns.terminal import console_on, printable, say, while_read
+from lossfns.terminal import console_on, printable, say, status, while_read
 from lossfns.train import files, formats
 from lossfns.train.examples import Demonstration, Example, Labelled, Preference, Problem, demonstration, sequences
 from lossfns.train.formats import Format
@@ -94,7 +94,9 @@ def data_command(args: argparse.Namespace) -> int:
         check_option("data", args.source)
         check_option("max_length", args.max_length)
         renderer = Renderer(ByteTokenizer() if args.model is None else hf.load_tokenizer(args.model))
-        found = examine(args.source, renderer, args.kind)
+        with status() as tell:
+            tell(f"reading {args.source}")
+            found = examine(args.source, renderer, args.kind)
     except (LossInputError, OSError, ImportError) as error:
         return refused(error)
     except KeyboardInterrupt:
@@ -102,7 +104,7 @@ def data_command(args: argparse.Namespace) -> int:
     longer = [(row, n) for row, _, n in found.rows if n > args.max_length]
     different = len({repr(examples) for _, examples, n in found.rows if n <= args.max_length})
     with while_read(sys.stdout):
-        print_format(args.source, found)
+        print_format(args.source, found, args.model, renderer)
         for row, examples, _ in found.rows[:SHOWN]:
             print_row(row, examples, renderer)
         print_lengths(found)
@@ -160,13 +162,15 @@ def line_of(error: LossInputError) -> int:
 # What was recognised
 
 
-def print_format(source: str, found: Findings) -> None:
-    """Print the format, the methods that read it, and the fields that are not read."""
+def print_format(source: str, found: Findings, model: str | None, renderer: Renderer) -> None:
+    """Print the format, the methods that read it, what makes the tokens, and the fields that are not read."""
     place = found.rows[0][0].place.rpartition(":")[0] if found.rows else source
     say(f"{place}: {len(found.rows) + len(found.errors)} rows of {found.known.name}")
     say(f"  read as {TITLES[found.name]}, for {formats.KINDS[KINDS[found.name]]}")
     for name in found.others:
         say(f"  also {TITLES[name]} (--kind {name}), for {formats.KINDS[KINDS[name]]}")
+    written = "as plain lines" if renderer.template is None else "by its chat template"
+    print_indented(f"tokens of {model or 'the embedded model'}; messages are written {written}", "  ")
     unread = [field for field in found.fields if field not in found.known.keys + found.known.also]
     if unread:
         print_indented(f"not read: {', '.join(map(shown, unread))}", "  ")

@@ -74,7 +74,7 @@ def family_loss(text: str, settings: Mapping[str, Any]) -> Loss:
     """Return a loss of the family by its name, or by a call with settings and other losses."""
     try:
         node = ast.parse(ALIASES.get(text, spelled(text)), mode="eval").body
-    except (SyntaxError, ValueError, RecursionError):
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
         raise no_loss(text) from None
     called = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
     make = makers().get(ast.unparse(called.func))
@@ -147,7 +147,7 @@ def value_of(value: Any, default: Any = None) -> Any:
         return value
     try:
         return evaluated(ast.parse(value, mode="eval").body)
-    except (SyntaxError, AttributeError, TypeError, ValueError, RecursionError) as error:
+    except (SyntaxError, AttributeError, TypeError, ValueError, RecursionError, MemoryError) as error:
         if isinstance(error, LossInputError):
             raise
         return value  # the loss refuses it, or takes it as a text

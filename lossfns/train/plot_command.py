@@ -22,8 +22,9 @@ def add_plot(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         "plot",
         help="draw losses, or the curves of a run of lossfns train",
         description="Show the curves of a run on the terminal, and write report.html into its folder: curves, samples, "
-        "gradients, options. Works while the run goes on, too. Or draw losses into a file: values and slopes over what they see, several of one kind on the same axes. kl draws the "
-        "estimators of KL, weighings what a token counts, advantages those of a group. Pictures need the extra viz.",
+        "gradients, options. Works while the run goes on, too. Or draw losses into a file: values and slopes over what "
+        "they see, several of one kind on the same axes. kl draws the estimators of KL, weighings what a token counts, "
+        "advantages those of a group. Pictures of losses need the extra viz.",
     )
     p.add_argument("names", metavar="NAME", nargs="*", help="a run folder; or losses; or kl, weighings or advantages")
     p.add_argument("--parts", metavar="FAMILY", help="draw which parts the losses of a family are made of")

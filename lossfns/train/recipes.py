@@ -12,6 +12,7 @@ from lossfns.errors import LossInputError
 from lossfns.losses.supervised import cross_entropy
 from lossfns.tokens import TARGETS
 from lossfns.train import batches, measures, methods, tasks
+from lossfns.train.batch import write_look
 from lossfns.train.checkpoints import reference_policy
 from lossfns.train.columns import Batch
 from lossfns.train.examples import Demonstration, Problem
@@ -114,7 +115,9 @@ def run_job(run: Run, job: Job) -> Outcome:
 
 
 def watch(run: Run, job: Job, recipe: Recipe, done: int, batch: Batch) -> None:
-    """Evaluate every ``--eval-every`` steps but the last, and warn of rewards that do not differ."""
+    """Look at the first batch, evaluate every ``--eval-every`` steps but the last, and warn of equal rewards."""
+    if done == 1:
+        write_look(run, job.client, job.task.renderer.shown)
     every, steps = job.options.eval_every, job.options.steps
     if every and done % every == 0 and done < steps:
         run.log_evaluation(job.phase, done, recipe.measure())

@@ -33,6 +33,13 @@ class Record(NamedTuple):
     batch: Row
 
     @property
+    def state(self) -> str:
+        """Whether the run has ended, in words. A result from before it was resumed does not count."""
+        if not self.result or self.history[-1]["seconds"] > self.result.get("seconds", math.inf) + 0.1:
+            return "not ended"
+        return "stopped early" if self.result.get("stopped_early") else "finished"
+
+    @property
     def phases(self) -> list[str]:
         """The phases that have begun, in their order."""
         return list(dict.fromkeys(row["phase"] for row in [*self.history, *self.evaluations]))

@@ -56,6 +56,7 @@ class Renderer:
 
     Attributes:
         tokenizer: the argument.
+        template: its chat template; None if messages become plain lines.
         end: the ids that end an answer: first the one that is trained, then others that the tokenizer declares.
         start: the ids before a text that has no prompt.
 
@@ -71,7 +72,7 @@ class Renderer:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
-        self._template = getattr(tokenizer, "chat_template", None)
+        self.template = getattr(tokenizer, "chat_template", None)
         special = special_texts(tokenizer)
         self._special = re.compile("|".join(map(re.escape, special)) or "(?!)")
         self._kept, self._in_pieces = lru_cache(PIECES)(self._encode), True
@@ -82,7 +83,7 @@ class Renderer:
         self._bos = [bos] if bos is not None and bos in tokenizer.encode("", add_special_tokens=True) else []
         eos = getattr(tokenizer, "eos_token_id", None)
         declared = [eos] if isinstance(eos, int) else list(eos or [])
-        self._closing = self._write_closing() if self._template else ""
+        self._closing = self._write_closing() if self.template else ""
         self._turn_end = self._find_turn_end(declared)
         self.end = list(dict.fromkeys(self._turn_end + declared))
         if not self.end:
@@ -148,7 +149,7 @@ class Renderer:
         if isinstance(prompt, str):
             return [*self._before(prompt), *self.encode(prompt)]
         self._check(prompt, tools)
-        if self._template is None:
+        if self.template is None:
             return self._lines(prompt)
         return self.encode(self._write(prompt, tools, header=True))
 
@@ -217,7 +218,7 @@ class Renderer:
     def _answer(self, messages: Sequence[Message], tools: Sequence[Any] | None) -> tuple[list[int], int]:
         """Return the tokens of a chat up to the end of its last message, and the number of them that are the prompt."""
         content = messages[-1]["content"]
-        if self._template is None:
+        if self.template is None:
             prompt = self._lines(messages[:-1])
             return [*prompt, *self.encode(content), self._eos], len(prompt)
         before, whole = self._write(messages[:-1], tools, header=True), self._write(messages, tools)
@@ -283,7 +284,7 @@ class Renderer:
 
     def _probe(self, part: str) -> str | None:
         """Return why the chat template, or plain lines, do not write a part; None if they do."""
-        if self._template is None:
+        if self.template is None:
             return None if part == "a system message" else "the model has no chat template, and plain lines lack it"
         messages, tools, count = PROBES[part]
         try:

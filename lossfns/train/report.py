@@ -63,9 +63,8 @@ def headline(record: Record) -> str:
     large, (step, value) = len(pairs), best(record) if points else (0, math.nan)
     if len(points) > 2:
         pairs.append((f"best ({'highest' if rises(name or '') else 'lowest'})", f"{value:.3f} after {step} steps"))
-    stopped = {None: "not ended", True: "stopped early", False: "finished"}[record.result.get("stopped_early")]
     tokens = sum(row.get("tokens", 0) for row in record.history)
-    pairs += [("state", stopped), ("steps", f"{len(record.history):,}"), ("time", clock(last["seconds"]))]
+    pairs += [("state", record.state), ("steps", f"{len(record.history):,}"), ("time", clock(last["seconds"]))]
     pairs += [("tokens trained", f"{tokens:,.0f}")] if tokens else []
     return facts(pairs, large)
 
@@ -133,7 +132,7 @@ def samples(rows: Sequence[Mapping[str, str]]) -> str:
 def batch(content: Mapping[str, Any]) -> str:
     """Return the gradient report of a batch, and its tokens coloured by what they get."""
     if not content:
-        return '<p class="dim">The batch of the last step is looked at when the run ends or is stopped.</p>'
+        return '<p class="dim">The batch is looked at after the first step, and when the run ends or is stopped.</p>'
     place = f"The batch of step {content['step']} of {content['phase']}"
     if "reason" in content:
         return f'<p class="dim">{text(place)} cannot be looked at: {text(content["reason"])}</p>'

@@ -55,7 +55,7 @@ def reward_of(spec: str) -> Reward:
 
 def default_reward(problem: Problem) -> str:
     """Return the reward for data like this problem: ``number`` for GSM8K, whose answers end in ``#### 72``."""
-    return "number" if "####" in str(getattr(problem, "fields", {}).get("answer", "")) else "exact"
+    return "number" if "####" in str(problem.fields.get("answer", "")) else "exact"
 
 
 def check_reward(spec: str, problems: Sequence[Problem]) -> Reward:

@@ -12,6 +12,7 @@ from random import Random
 from typing import Generic, TypeVar
 
 from lossfns.errors import LossInputError
+from lossfns.terminal import status
 from lossfns.train import files, formats, values
 from lossfns.train.examples import Demonstration, Labelled, Preference, Problem, demonstration, sequences
 from lossfns.train.render import Renderer
@@ -197,11 +198,14 @@ def load(
     Raises:
         LossInputError: for a row that cannot be used, and if all rows are equal.
     """
-    rows = files.read_rows(source)
     groups: list[list[T]] = []
-    if rows:
-        known = formats.recognise(rows[0], kind)
-        groups = [list(formats.examples_of(row, known, renderer)) for row in rows]
+    with status() as tell:
+        tell(f"reading {source}")
+        rows = files.read_rows(source)
+        tell(f"making the tokens of {len(rows)} rows")
+        if rows:
+            known = formats.recognise(rows[0], kind)
+            groups = [list(formats.examples_of(row, known, renderer)) for row in rows]
     if len(rows) < 2:
         raise LossInputError("--data", "at least 2 rows", f"{len(rows)} in {source}", "One in ten is held out.")
     lengths = [max(length(each, renderer) for each in group) for group in groups]

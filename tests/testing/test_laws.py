@@ -24,7 +24,10 @@ seeds = given(st.integers(0, 2**32 - 1))
 STOP_GRADIENT = {vector.loss for vector in load() if "missing-stop-gradient" in vector.flags}
 """The losses whose gradient is not the slope of their value, by design."""
 few = settings(max_examples=max(8, settings().max_examples // 8))
-"""Two hundred losses draw batches for each law: 8 of them each, or 25 in the exhaustive run."""
+"""Two hundred losses draw batches: 8 of them each, or 25 in the exhaustive run."""
+FIRST = list({case.loss.name: case for case in reversed(LAW_CASES)}.values())
+OTHERS = [case for case in LAW_CASES if case not in FIRST]
+"""One case of each loss and combinator, and those that differ from it by settings alone, which draw 8 batches each."""
 
 
 def partition(rng: Random, case: Case, batch: Batch) -> list[list[int]]:
@@ -36,19 +39,40 @@ def partition(rng: Random, case: Case, batch: Batch) -> list[list[int]]:
     return [[i for unit in part for i in unit] for part in parts]
 
 
+Result = tuple[float, list[list[float]], dict[str, float]]
+"""Value, gradients and metrics of a batch."""
+
+
 def denominator(case: Case, batch: Batch) -> float:
     return case.loss.bind(weights=batch.shaped(batch.weights)).denominator(batch.data())
 
 
-@every_loss
+@pytest.mark.parametrize("case", FIRST, ids=str)
 @few
 @seeds
-def test_any_partition_sums_to_the_whole(case: Case, seed: int) -> None:
-    """With the denominator added up front: loss, gradients and metrics."""
+def test_parts_copies_and_order(case: Case, seed: int) -> None:
+    check_parts_copies_and_order(case, seed)
+
+
+@pytest.mark.parametrize("case", OTHERS, ids=str)
+@settings(max_examples=8)
+@seeds
+def test_parts_copies_and_order_with_other_settings(case: Case, seed: int) -> None:
+    check_parts_copies_and_order(case, seed)
+
+
+def check_parts_copies_and_order(case: Case, seed: int) -> None:
     rng = Random(seed)
     batch = case.batch(rng)
-    value, gradients, metrics = call(case.loss, batch)
-    chunks = partition(rng, case, batch)
+    chunks, result = partition(rng, case, batch), call(case.loss, batch)
+    any_partition_sums_to_the_whole(case, batch, chunks, result)
+    order_does_not_matter(case, batch, [i for chunk in chunks for i in chunk], result)
+    duplicating_the_batch_leaves_means_and_doubles_sums(case, batch, result)
+
+
+def any_partition_sums_to_the_whole(case: Case, batch: Batch, chunks: list[list[int]], result: Result) -> None:
+    """With the denominator added up front: loss, gradients and metrics."""
+    value, gradients, metrics = result
     whole = denominator(case, batch)
     if case.loss.count is not None:
         assert apart(whole, sum(denominator(case, batch.take(chunk)) for chunk in chunks)) < 1e-12
@@ -61,17 +85,15 @@ def test_any_partition_sums_to_the_whole(case: Case, seed: int) -> None:
     assert apart(total, value) < 1e-12
     merged = merge_metrics(parts)
     assert merged.keys() == metrics.keys()
+    # A mean that nearly cancels keeps the rounding of its summands: rewards of chi_po reach e²⁰.
+    rounding = 64 * torch.finfo(torch.float64).eps * max(map(abs, metrics.values()))
     for name, metric in metrics.items():
-        assert apart(merged[name], metric) < 1e-12, name
+        assert apart(merged[name], metric) < max(1e-12, rounding), name
 
 
-@every_loss
-@few
-@seeds
-def test_duplicating_the_batch_leaves_means_and_doubles_sums(case: Case, seed: int) -> None:
-    batch = case.batch(Random(seed))
+def duplicating_the_batch_leaves_means_and_doubles_sums(case: Case, batch: Batch, result: Result) -> None:
+    value, gradients, _ = result
     indices = list(range(len(batch.weights)))
-    value, gradients, _ = call(case.loss, batch)
     doubled = batch.take(indices * 2)
     for i in indices:  # the copies are groups of their own
         doubled.columns["groups"][len(indices) + i] = [label + 8 for label in batch.columns["groups"][i]]
@@ -82,14 +104,8 @@ def test_duplicating_the_batch_leaves_means_and_doubles_sums(case: Case, seed: i
     assert apart(halves, gradients) < 1e-12
 
 
-@every_loss
-@few
-@seeds
-def test_order_does_not_matter(case: Case, seed: int) -> None:
-    rng = Random(seed)
-    batch = case.batch(rng)
-    order = [i for part in partition(rng, case, batch) for i in part]
-    value, gradients, _ = call(case.loss, batch)
+def order_does_not_matter(case: Case, batch: Batch, order: list[int], result: Result) -> None:
+    value, gradients, _ = result
     shuffled, shuffled_gradients, _ = call(case.loss, batch.take(order))
     assert apart(shuffled, value) < 1e-12
     assert apart(shuffled_gradients, [gradients[i] for i in order]) < 1e-12

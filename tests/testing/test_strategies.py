@@ -165,8 +165,8 @@ LOSSES = {
 @pytest.mark.parametrize("poison", [False, True])
 @pytest.mark.parametrize("kind", OPTIONS)
 def test_our_losses_accept_every_batch(kind: str, poison: bool) -> None:
-    """Value and gradient are finite."""
-    for batch in drawn(batches(**OPTIONS[kind], poison=poison), 40):
+    """Value and gradient are finite. A poisoned batch is one without poison whose inactive slots are filled."""
+    for batch in drawn(batches(**OPTIONS[kind], poison=poison), 40 if poison else 10):
         data = batch.data()
         for loss in LOSSES[kind]:
             logprobs = batch.tensors()

@@ -783,7 +783,9 @@ def random_subject(rng: random.Random) -> Any:
     return scope["__call__"] if form == "function" else scope["C"]() if form == "object" else scope["C"]
 
 
-@pytest.mark.parametrize("count", [300, pytest.param(1000, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize(
+    "count", [pytest.param(300, marks=pytest.mark.repeated), pytest.param(1000, marks=pytest.mark.exhaustive)]
+)
 def test_any_callable_is_a_loss_or_refused(count: int) -> None:
     """No subject gives a bare TypeError."""
     rng, seen = random.Random(0), {"kind": 0, "refused": 0}

@@ -61,6 +61,7 @@ def each(x: Any, change: Callable[[float], float]) -> Any:
 # The files
 
 
+@pytest.mark.long
 def test_the_tool_finds_the_files_in_order_and_has_nothing_to_write(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

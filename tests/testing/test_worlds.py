@@ -51,6 +51,7 @@ def assert_reached(name: str, lesson: Lesson) -> None:
     assert distance(lesson.world.start, lesson.point) > 10 * CLOSE, f"{name}: nothing to learn"
 
 
+@pytest.mark.repeated
 def test_every_loss_reaches_a_point_in_each_of_its_worlds() -> None:
     """The first lesson of each world. A preset without a lesson raises, with its name."""
     for name in (*presets(), *COMBINED):
@@ -113,6 +114,7 @@ def assert_fails(bug: str, name: str, lessons_of_name: list[Lesson]) -> None:
     raise AssertionError(f"{name} with {bug} passes {len(own)} lessons")
 
 
+@pytest.mark.repeated
 def test_a_loss_with_a_wrong_sign_or_a_lost_gradient_or_a_swapped_side_fails() -> None:
     for bug, name in (
         ("sign-flipped", "ppo"),

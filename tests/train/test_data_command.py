@@ -30,10 +30,11 @@ def test_a_file_that_training_takes(tmp_path: Path, capsys: pytest.CaptureFixtur
     path = tmp_path / "rows.jsonl"
     rows = [{"messages": LATER, "id": 1}, *({"messages": CHAT, "id": i} for i in range(3))]
     status, text = shown(path, rows, capsys)
-    assert status == 0 and text.splitlines()[:9] == [
+    assert status == 0 and text.splitlines()[:10] == [
         "F: 4 rows of messages",
         "  read as demonstrations, for supervised methods (sft)",
         "  also problems (--kind problem), for policy methods (grpo, dapo, gspo-token)",
+        "  tokens of the embedded model; messages are written as plain lines",
         "  not read: 'id'",
         "",
         "F:1: 51 tokens, 4 trained",

@@ -191,6 +191,22 @@ def test_rows_longer_than_the_limit_are_said_at_once(tmp_path: Path) -> None:
     assert len(load("sft", path, max_length=20_014).train[0].tokens) > 20_000
 
 
+def test_longer_rows_are_left_out_only_if_asked_for_and_counted(tmp_path: Path) -> None:
+    """Ten rows of 12 to 21 tokens, then three that are equal to some of them; 5 are longer than 17 tokens."""
+    rows = [{"text": "x" * (10 + i)} for i in range(10)] + [{"text": "x" * (10 + i)} for i in (0, 0, 9)]
+    path = written(tmp_path / "rows.jsonl", rows)
+    assert "rows.jsonl:7: expected at most 17 tokens with its prompt, got 18, and 4 longer rows" in refusal(
+        "sft", path, max_length=17
+    )
+    task = load("sft", path, max_length=17, drop_longer=True)
+    assert sorted(len(each.tokens) for each in task.train + task.held_out) == [12, 13, 14, 15, 16, 17]
+    assert task.note == (
+        "13 rows of text, up to 17 tokens; 1 held out; 5 rows longer than 17 tokens left out; "
+        "2 rows that are equal to others left out"
+    )
+    assert "of at most 11 tokens" in refusal("sft", path, max_length=11, drop_longer=True)
+
+
 def test_numbers_of_answers_are_read_as_they_are_written(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"prompt": "a", "answer": 0.50}\n{"prompt": "b", "answer": 12345678901234567890123}\n')

@@ -100,7 +100,9 @@ def compete(number: int, folders: list[Path], barrier: Any, results: Any) -> Non
             results.put((number, str(folder), str(error)))
 
 
-@pytest.mark.parametrize("races", [60, pytest.param(500, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize(
+    "races", [pytest.param(60, marks=pytest.mark.repeated), pytest.param(500, marks=pytest.mark.exhaustive)]
+)
 def test_of_two_runs_that_begin_in_one_empty_folder_exactly_one_gets_it(races: int, tmp_path: Path) -> None:
     """Half of the folders exist already. The config is the winner's, whole; the loser is refused by name."""
     folders = [tmp_path / f"run{i}" for i in range(races)]

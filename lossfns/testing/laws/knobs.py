@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -46,6 +47,8 @@ def no_inert_knob(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tenso
         return any(changes_outcome(probe, batch, default, other, metrics_too) for other in others)
 
     for batch in generic_batches(probe.batch):
+        if not any(inert.values()):
+            return
         default = probe(batch)
         for name, indices in inert.items():
             inert[name] = [i for i in indices if not has_effect(batch, default, name, i)]
@@ -189,8 +192,13 @@ NEAR, FAR = 1e-5, 4.0
 """The smallest and the largest log-ratio at which a bound is searched."""
 
 
-def end_of_gradient(probe: Probe, advantage: float, side: int, loss_fn: LossFn | None = None) -> float | None:
-    """Return the log-ratio above (side 1) or below (−1) 0 from which the gradient no longer changes, or None."""
+def end_of_gradient(
+    probe: Probe, advantage: float, side: int, loss_fn: LossFn | None = None, likely: Sequence[float] = ()
+) -> float | None:
+    """Return the log-ratio above (side 1) or below (−1) 0 from which the gradient no longer changes, or None.
+
+    Log-ratios at which it is likely to end are tried first. Others are searched for.
+    """
 
     def gradient(size: float) -> float:
         return gradient_at(probe, advantage, side * size, loss_fn)
@@ -203,15 +211,22 @@ def end_of_gradient(probe: Probe, advantage: float, side: int, loss_fn: LossFn |
     low, high = NEAR, 0.98 * FAR
     if level(low) or not level(high):
         return None
+    for place in likely:
+        size = side * place
+        if low < 0.999 * size and 1.001 * size < high and level(1.001 * size) and not level(0.999 * size):
+            return place
     for _ in range(18):
         middle = math.sqrt(low * high)
         low, high = (low, middle) if level(middle) else (middle, high)
     return side * high
 
 
-def ends(probe: Probe, loss_fn: LossFn | None = None) -> dict[str, float | None]:
+def ends(probe: Probe, likely: Mapping[str, Sequence[float]], loss_fn: LossFn | None = None) -> dict[str, float | None]:
     """Return the log-ratios at which the gradient ends below, for a bad token, and above, for a good one."""
-    return {"low": end_of_gradient(probe, -1.0, -1, loss_fn), "high": end_of_gradient(probe, 1.0, 1, loss_fn)}
+    return {
+        "low": end_of_gradient(probe, -1.0, -1, loss_fn, likely["low"]),
+        "high": end_of_gradient(probe, 1.0, 1, loss_fn, likely["high"]),
+    }
 
 
 def same_place(a: float | None, b: float | None) -> bool:
@@ -234,13 +249,13 @@ def clip_bounds(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]
     assume("old_logprobs" in columns_read(probe), "it reads no old logprobs")
     bounds = [s for s in named_numbers(loss_fn) if s.role in ("low", "high", "clip") and 1e-4 < s.value < math.inf]
     assume(bool(bounds), "no setting names a bound of the ratio")
-    found = ends(probe)
-    assume(any(end is not None for end in found.values()), "the gradient ends at no ratio")
     lows, highs = ([s.value for s in bounds if s.role == role] for role in ("low", "high"))
     # (1, 1) may be two bounds or two epsilons.
     absolute = bool(lows and highs) and 0.5 < lows[0] <= 1 <= highs[0] and lows[0] < highs[0]
+    found = ends(probe, {side: places_meant(bounds, side, absolute) for side in ("low", "high")})
+    assume(any(end is not None for end in found.values()), "the gradient ends at no ratio")
     for bound in bounds:
-        moved = moved_ends(probe, bound, found)
+        moved = moved_ends(probe, bound, found, absolute)
         other = {"low": "high", "high": "low"}.get(bound.role, "")
         own = [side for side in ("low", "high") if side != other]
         seen = f"The setting {bound.name} = {bound.value:g} moves the {other} bound of the ratio"
@@ -262,13 +277,24 @@ def clip_bounds(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]
             require(moved is None, "bound-elsewhere", f"{seen}.")
 
 
-def moved_ends(probe: Probe, bound: NamedNumber, before: dict[str, float | None]) -> set[str] | None:
+def places_meant(bounds: Sequence[NamedNumber], side: str, absolute: bool) -> list[float]:
+    """Return the log-ratios that the bounds of a side may mean."""
+    own = [bound.value for bound in bounds if bound.role in (side, "clip")]
+    return [place for value in own for place in log_ratios_meant(side, value, absolute)]
+
+
+def moved_ends(probe: Probe, bound: NamedNumber, before: Mapping[str, float | None], absolute: bool) -> set[str] | None:
     """Return the sides whose bound moves with a setting, or None if the setting has no other value."""
     other = nearer_to_off(bound.value)
     if other is None:
         return None
     try:
-        after = ends(probe, bound.change(other))
+        changed = replace(bound, value=other)
+        likely = {
+            side: [*places_meant([changed], side, absolute), *([] if end is None else [end])]
+            for side, end in before.items()
+        }
+        after = ends(probe, likely, bound.change(other))
     except Exception:  # the loss refuses the value
         return None
     return {side for side, end in before.items() if not same_place(end, after[side])}

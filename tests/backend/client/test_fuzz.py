@@ -726,7 +726,9 @@ def fill(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("count", [500, pytest.param(20_000, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize(
+    "count", [pytest.param(500, marks=pytest.mark.repeated), pytest.param(20_000, marks=pytest.mark.exhaustive)]
+)
 def test_malformed_calls_are_refused_by_name_and_change_nothing(folder: Path, count: int) -> None:
     subjects = Subjects(folder)
     before = [x if x is None else x.clone() for x in subjects.state()]

@@ -60,7 +60,9 @@ def whole(count: int) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("size", "seed"), [(1, None), (1, 2), (30, 3), (1000, 1)], ids=["1", "1 shuffled", "30 shuffled", "all shuffled"]
 )
-@pytest.mark.parametrize("count", [100, pytest.param(1000, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize(
+    "count", [pytest.param(100, marks=pytest.mark.repeated), pytest.param(1000, marks=pytest.mark.exhaustive)]
+)
 def test_datums_have_one_gradient(count: int, size: int, seed: int | None) -> None:
     """Compare one call with all datums with calls of ``size`` datums."""
     data = datums(count) if seed is None else shuffled(datums(count), seed)
@@ -69,7 +71,9 @@ def test_datums_have_one_gradient(count: int, size: int, seed: int | None) -> No
     assert 0 < difference < 1e-6
 
 
-@pytest.mark.parametrize("count", [60, pytest.param(300, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize(
+    "count", [pytest.param(60, marks=pytest.mark.repeated), pytest.param(300, marks=pytest.mark.exhaustive)]
+)
 def test_many_calls_in_bfloat16_lose_no_more_than_its_last_rounding(count: int) -> None:
     """Compare with the same gradients, read after each call and summed in float64. In bfloat16, 1 + 1/257 is 1."""
     c = LocalTrainingClient(Decoder(**MODEL.shape), device="cpu", dtype=torch.bfloat16)

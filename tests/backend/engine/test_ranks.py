@@ -30,6 +30,7 @@ from lossfns.backend.storage.folder import remove_other_parts
 from lossfns.cli import main
 from lossfns.train.run import METRICS, RESULT
 
+pytestmark = pytest.mark.long  # the fixture ``folder``: two processes run all scenarios
 HERE = Path(__file__).parent
 METHODS = ("sft", "dpo", "grpo")
 

@@ -69,7 +69,9 @@ def saver(kind: str, root: str, count: int, writer: int, barrier: Any, results: 
     results.put((writer, told))
 
 
-@pytest.mark.parametrize("count", [12, pytest.param(500, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize(
+    "count", [pytest.param(12, marks=pytest.mark.repeated), pytest.param(500, marks=pytest.mark.exhaustive)]
+)
 @pytest.mark.parametrize("kind", SAVES)
 def test_of_two_saves_of_one_name_at_the_same_moment_one_succeeds(kind: str, count: int, tmp_path: Path) -> None:
     barrier, results = SERVER.Barrier(2), SERVER.Queue()
@@ -92,7 +94,9 @@ def test_of_two_saves_of_one_name_at_the_same_moment_one_succeeds(kind: str, cou
         assert len(list((tmp_path / f"{i}").glob("*.part"))) == 1
 
 
-@pytest.mark.parametrize("count", [25, pytest.param(500, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize(
+    "count", [pytest.param(25, marks=pytest.mark.repeated), pytest.param(500, marks=pytest.mark.exhaustive)]
+)
 def test_of_two_clients_that_save_one_state_at_the_same_moment_one_succeeds(count: int, tmp_path: Path) -> None:
     """Clients of one process; their states differ in the number of steps."""
     clients = [client(seed=seed) for seed in (1, 2)]
@@ -181,7 +185,9 @@ def save_again_and_again(kind: str, root: str, first: int) -> None:
         SAVES[kind](Path(root) / f"new-{i}", i, size=100_000)
 
 
-@pytest.mark.parametrize("kills", [4, pytest.param(50, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize(
+    "kills", [pytest.param(4, marks=pytest.mark.repeated), pytest.param(50, marks=pytest.mark.exhaustive)]
+)
 @pytest.mark.parametrize("kind", SAVES)
 def test_a_killed_save_leaves_the_old_checkpoint_or_the_new_one(kind: str, kills: int, tmp_path: Path) -> None:
     """At any moment the last whole checkpoint is there; a new name is there as a whole or not at all."""
@@ -265,7 +271,9 @@ def test_a_sealed_folder_of_bad_content_is_refused_by_name(what: str, tmp_path: 
     assert str(tmp_path / "x") in str(caught.value)
 
 
-@pytest.mark.parametrize("count", [20, pytest.param(200, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize(
+    "count", [pytest.param(20, marks=pytest.mark.repeated), pytest.param(200, marks=pytest.mark.exhaustive)]
+)
 def test_a_folder_of_mutated_tensors_is_refused_by_name_or_read_whole(count: int, tmp_path: Path) -> None:
     """The checksums are those of the mutated file, so that only reading it can tell."""
     save_folder(tmp_path / "x", 1, size=5)

