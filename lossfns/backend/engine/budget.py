@@ -6,7 +6,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from lossfns.backend.engine.batch import ModelInputs
 from lossfns.backend.engine.forward import can_share, compute_logprobs
 from lossfns.backend.engine.gradients import dropped_gradients
-from lossfns.backend.engine.memory import PROBE_TOKENS, Footprint, available_bytes, footprint
+from lossfns.backend.engine.memory import PROBE_TOKENS, AllocationTracker, Footprint, available_bytes, footprint
 from lossfns.backend.engine.ranks import Ranks, SingleProcess, local_shards
 from lossfns.checks import is_real
 from lossfns.errors import LossInputError
+
+T = TypeVar("T")
 
 MARGIN = 0.7
 """The fraction of a budget to plan with. Allocators take more memory than tensors need, glibc up to 1.3 times."""
@@ -31,6 +33,14 @@ LOSS_BYTES_PER_VALUE = 56
 
 FOOTPRINTS: dict[Any, Footprint] = {}
 """Footprints of models that have a ``shape``: one measurement serves all models of the same shape."""
+
+FEW_TOKENS = 2 * PROBE_TOKENS
+"""Tokens for which a measurement beforehand would take as long as the request itself, or half as long."""
+
+GENEROUS_BYTES = 32
+"""Bytes for each token and each row and column of a weight, several times what a step over a transformer takes."""
+
+UNMEASURED = Footprint(0, 0)
 
 
 class Costs(NamedTuple):
@@ -95,7 +105,9 @@ class Budget:
     ) -> None:
         self.model, self.ranks, self.limit = model, ranks, limit
         (self.vocabulary, self.dim), self.bytes_per_hidden = head.shape, head[0].nbytes
+        self.parameters = list(model.parameters())
         self.footprints = FOOTPRINTS if getattr(model, "shape", None) else {}
+        self.of_few: dict[Any, tuple[int, Footprint]] = {}  # by the kind of step: tokens, and their footprint
 
     def plan(
         self,
@@ -117,7 +129,12 @@ class Budget:
         Raises:
             LossInputError: if there is a limit and a datum by itself exceeds it.
         """
-        budget, costs = self.planned_bytes(), self.costs(inputs, compensation_bytes, losses, extras)
+        budget = self.planned_bytes()
+        if self.surely_fits(inputs, budget):
+            costs = self.costs(inputs, compensation_bytes, losses, extras, self.footprint_of_few(inputs, extras))
+            everything = slice(0, len(inputs.tokens))
+            return Plan(budget, costs, [everything], costs.step_bytes(sum(inputs.lengths)))
+        costs = self.costs(inputs, compensation_bytes, losses, extras)
         max_tokens = self.ranks.min(costs.max_tokens(budget))
         if self.limit is not None:
             for i, length in enumerate(inputs.lengths):
@@ -141,7 +158,7 @@ class Budget:
 
     def planned_bytes(self) -> float:
         """Return the bytes to plan with: a part of the limit or, without a limit, of the memory that is free now."""
-        device = next(self.model.parameters()).device
+        device = self.parameters[0].device
         return self.margin * (available_bytes(device) if self.limit is None else self.limit)
 
     @property
@@ -150,28 +167,69 @@ class Budget:
         return CHECKPOINTING_MARGIN if getattr(self.model, "checkpointing", False) else MARGIN
 
     def costs(
-        self, inputs: ModelInputs, compensation_bytes: int = 0, losses: int = 1, extras: tuple[str, ...] = ()
+        self,
+        inputs: ModelInputs,
+        compensation_bytes: int = 0,
+        losses: int = 1,
+        extras: tuple[str, ...] = (),
+        footprint: Footprint | None = None,
     ) -> Costs:
-        """Return the bytes that a request over these inputs takes."""
-        trainable = [p for p in self.model.parameters() if p.requires_grad and torch.is_grad_enabled()]
+        """Return the bytes that a request over these inputs takes; None measures the footprint, if it is not known."""
+        trainable = [p for p in self.parameters if p.requires_grad and torch.is_grad_enabled()]
         gradients = sum([p.numel() * max(p.itemsize, 4) for p in local_shards(trainable)])  # summed in float32
         values = sum([x.size for x in inputs.targets]) if inputs.targets else len(inputs.tokens) * self.dim
         values = LOSS_BYTES_PER_VALUE * losses * (values + len(extras) * sum(inputs.lengths))
-        return Costs(gradients + values, self.footprint(inputs, extras), compensation_bytes)
+        return Costs(gradients + values, footprint or self.footprint(inputs, extras), compensation_bytes)
 
     def footprint(self, inputs: ModelInputs, extras: tuple[str, ...] = ()) -> Footprint:
         """Return the footprint of a step over inputs like these. It is measured once, when it is first needed."""
         # The sequences of the probe are no longer than the inputs, so the model can read them. Their length is odd, so
         # that no activation has the size of a weight.
         length = 2 ** ((min(max(inputs.lengths), PROBE_TOKENS) + 1).bit_length() - 1) - 1
-        parameters = list(self.model.parameters())
-        kind = (type(self.model), repr(getattr(self.model, "shape", None)), getattr(self.model, "checkpointing", False))
-        weights = [(p.shape, p.dtype, p.requires_grad) for p in parameters]
-        probe = (length, inputs.targets_per_token, extras)
-        key = (*probe, torch.is_grad_enabled(), parameters[0].device, self.ranks.size, *kind, *weights)
+        key = length, *self.kind_of(inputs, extras)
         if key not in self.footprints:
-            self.footprints[key] = footprint(partial(self.probe_step, *probe), parameters)
+            step = partial(self.probe_step, length, inputs.targets_per_token, extras)
+            self.footprints[key] = footprint(step, self.parameters)
         return self.footprints[key]
+
+    def kind_of(self, inputs: ModelInputs, extras: tuple[str, ...]) -> tuple[Any, ...]:
+        """Return what the footprint of a step depends on, apart from the length of its sequences."""
+        model = (
+            type(self.model),
+            repr(getattr(self.model, "shape", None)),
+            getattr(self.model, "checkpointing", False),
+        )
+        weights = [(p.shape, p.dtype, p.requires_grad) for p in self.parameters]
+        step = inputs.targets_per_token, extras, torch.is_grad_enabled(), self.parameters[0].device, self.ranks.size
+        return *step, *model, *weights
+
+    # Few tokens are not measured before they are computed
+
+    def surely_fits(self, inputs: ModelInputs, budget: float) -> bool:
+        """Return whether a request of few tokens fits by a generous estimate, so that nothing has to be measured."""
+        tokens = sum(inputs.lengths)
+        if self.limit is not None or tokens > FEW_TOKENS or inputs.targets_per_token > 1:
+            return False
+        channels, weights = sum([sum(p.shape) for p in self.parameters]), sum([p.nbytes for p in self.parameters])
+        return self.ranks.min(budget - GENEROUS_BYTES * tokens * channels - 4 * weights) > 0
+
+    def footprint_of_few(self, inputs: ModelInputs, extras: tuple[str, ...]) -> Footprint:
+        """Return what ``measured`` has found for as many tokens as these or more."""
+        tokens, found = self.of_few.get(self.kind_of(inputs, extras), (0, UNMEASURED))
+        return found if tokens >= sum(inputs.lengths) else UNMEASURED
+
+    def measured(
+        self, step: Callable[[], T], plan: Plan, inputs: ModelInputs, extras: tuple[str, ...]
+    ) -> tuple[T, Plan]:
+        """Run the step of a request of few tokens and measure its footprint. Return its result and the plan with it."""
+        with AllocationTracker({p.nbytes for p in self.parameters}) as tracker:
+            result = step()
+        gradients = sum([p.grad.nbytes for p in self.parameters if p.grad is not None])  # costs counts them
+        tokens = sum(inputs.lengths)
+        found = Footprint(max(0, tracker.fixed.peak - gradients), -(-tracker.growing.peak // tokens))
+        self.of_few[self.kind_of(inputs, extras)] = tokens, found
+        costs = plan.costs._replace(footprint=found)
+        return result, plan._replace(costs=costs, peak_memory=costs.step_bytes(tokens))
 
     def probe_step(self, length: int, targets: int, extras: tuple[str, ...]) -> None:
         """Run a step over ``PROBE_TOKENS`` tokens, and drop each gradient as soon as it is computed.
@@ -184,7 +242,7 @@ class Budget:
         tokens, ids = (np.split(draw(size=size), ends) for size in (PROBE_TOKENS, (PROBE_TOKENS, targets)))
         given = self.model, ModelInputs(tokens, ids), lambda tokens: 0.0
         compute = partial(compute_logprobs, *given, extras=extras, differentiates=extras)
-        device = next(self.model.parameters()).device
+        device = self.parameters[0].device
         with dropped_gradients(self.model), torch.random.fork_rng([device] if device.type == "cuda" else []):
             logprobs = self.ranks.with_full_weights(compute)
             if logprobs.requires_grad:

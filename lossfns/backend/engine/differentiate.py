@@ -74,8 +74,10 @@ class Outputs(NamedTuple):
 
     def records(self) -> list[dict[str, Any]]:
         """Return the outputs as ``loss_fn_outputs``, in the datums' own class of tensors, without the extras."""
-        on_host = self.without_extras(self.values.detach()).float().cpu()
-        return [{self.name: self.tensor_class.from_numpy(x.numpy())} for x in self.by_datum(on_host)]
+        on_host = self.without_extras(self.values.detach()).float().cpu().numpy()
+        ends = np.cumsum(self.lengths[:-1])
+        rows = on_host if self.name == "embedding" else np.split(on_host, ends) if len(ends) else [on_host]
+        return [{self.name: self.tensor_class.from_numpy(x)} for x in rows]
 
 
 def tensor_class(data: Sequence[Any]) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lossfns.backend.engine import passes, state
 from lossfns.backend.engine.batch import ModelInputs, inputs_with_targets, inputs_without_targets
-from lossfns.backend.engine.budget import Budget
+from lossfns.backend.engine.budget import UNMEASURED, Budget
 from lossfns.backend.engine.builtins import bind_builtin
 from lossfns.backend.engine.differentiate import (
     Differentiated,
@@ -48,15 +48,16 @@ class Engine:
         self.model, self.ranks = model, ranks
         with torch.no_grad():
             head = head_of(model).weight
-        self.budget = Budget(model, head, ranks, memory_budget)
         self.output_dtype = torch.promote_types(head.dtype, torch.float32)
         ranks.shard(model)
-        self.gradients = Gradients(model)
+        self.parameters = list(model.parameters())
+        self.budget = Budget(model, head, ranks, memory_budget)
+        self.gradients = Gradients(self.parameters)
         self.reset_optimizer()
 
     def reset_optimizer(self) -> None:
         """Discard the moments, the count of steps and the accumulated gradient."""
-        self.optimizer = torch.optim.AdamW(self.model.parameters())
+        self.optimizer = torch.optim.AdamW(self.parameters)
         self.steps = 0
         self.gradients.clear()
 
@@ -97,7 +98,7 @@ class Engine:
                 expected = f"sequences of at most {context} tokens, the context of the model"
                 raise LossInputError("model_input", expected, f"{length}", "Cut it.", datum=i)
         width = [math.prod(shape) + len(extras)] if extras else shape
-        empty = torch.empty(0, *width, dtype=self.output_dtype, device=next(self.model.parameters()).device)
+        empty = torch.empty(0, *width, dtype=self.output_dtype, device=self.parameters[0].device)
         empty_outputs = Outputs(name, empty, inputs.output_lengths, tensor_class(data), extras, tuple(shape))
         return Forward(inputs, partial(self.ranks.run, partial(compute, self.model)), empty_outputs)
 
@@ -137,8 +138,12 @@ class Engine:
             extras, compensation = forward.empty_outputs.extras, self.gradients.compensation_bytes
             losses = len(objective.bound.loss.parts) if objective.bound else 1
             plan = self.budget.plan(forward.inputs, objective.group, compensation, losses or 1, extras)
-            with summed_in_float32(self.model) if len(plan.micro_batches) > 1 else nullcontext():
-                deferred = passes.forward_backward(objective, data, forward, plan)
+            step = partial(passes.forward_backward, objective, data, forward, plan)
+            if plan.costs.footprint is UNMEASURED:
+                deferred, plan = self.budget.measured(step, plan, forward.inputs, extras)
+            else:
+                with summed_in_float32(self.model) if len(plan.micro_batches) > 1 else nullcontext():
+                    deferred = step()
             result = deferred.finalise(self.gradients.are_finite())
             self.gradients.record(objective, result)
         return result._replace(micro_batches=len(plan.micro_batches), peak_memory=plan.peak_memory)
@@ -147,7 +152,7 @@ class Engine:
 
     def optim_step(self, adam: Any, normalization: Any = None) -> OptimStepResponse:
         """Divide the accumulated gradient, clip it, take a step of AdamW with it, and clear it."""
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        parameters = [p for p in self.parameters if p.grad is not None]
         settings = adam_settings(adam, {p.dtype for p in parameters})
         divisor = gradient_divisor(normalization, self.gradients.accumulated)
         if not parameters:
@@ -171,7 +176,7 @@ class Engine:
 
         The random state is that of rank 0, which draws the samples.
         """
-        random = self.ranks.on_rank_zero(state.random, next(self.model.parameters()).device)
+        random = self.ranks.on_rank_zero(state.random, self.parameters[0].device)
         return state.weights(self.model) | state.moments(self.model, self.optimizer) | random
 
     def load_weights(self, tensors: Mapping[str, Tensor], path: str) -> None:
@@ -198,8 +203,8 @@ class Engine:
         tensors = self.ranks.distribute(tensors)
         state.check_weights(self.model, tensors, path)
         state.check_complete(self.model, tensors, data, path)
-        state.check_random(tensors, next(self.model.parameters()).device, path)
+        state.check_random(tensors, self.parameters[0].device, path)
         self.replace_weights(tensors)
         state.load_moments(self.model, self.optimizer, tensors)
-        state.load_random(tensors, next(self.model.parameters()).device)
+        state.load_random(tensors, self.parameters[0].device)
         self.steps = data["steps"]

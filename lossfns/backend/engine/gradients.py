@@ -36,7 +36,7 @@ class Accumulated(NamedTuple):
 
 
 class Gradients:
-    """The accumulated gradient of a model, in the parameters' ``grad``.
+    """The accumulated gradient of a model's parameters, in their ``grad``.
 
     Attributes:
         accumulated: the losses whose gradients have been added.
@@ -44,13 +44,13 @@ class Gradients:
         set_aside: the accumulated gradients, while a request computes its own.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        self.parameters = parameters
         self.clear()
 
     def clear(self) -> None:
         """Drop the gradient."""
-        self.model.zero_grad(set_to_none=True)
+        set_gradients(self.parameters, {})
         self.accumulated = Accumulated()
         self.compensation: dict[nn.Parameter, Tensor] = {}
         self.set_aside: dict[nn.Parameter, Tensor] = {}
@@ -71,18 +71,17 @@ class Gradients:
 
         On any error the accumulated gradient is left as it was.
         """
-        parameters = list(self.model.parameters())
-        before = {p: p.grad for p in parameters if p.grad is not None}
+        before = {p: p.grad for p in self.parameters if p.grad is not None}
         if not before:
             self.clear()  # gradients may have been cleared by hand, without the counts
         self.set_aside, accumulated = before, self.accumulated
-        self.model.zero_grad(set_to_none=True)
+        set_gradients(self.parameters, {})
         try:
             yield
             in_both = [p for p in before if p.grad is not None]
             self.compensation |= {p: torch.zeros_like(before[p]) for p in in_both if p not in self.compensation}
         except BaseException:
-            set_gradients(parameters, before)
+            set_gradients(self.parameters, before)
             self.accumulated = accumulated
             raise
         finally:
@@ -93,7 +92,7 @@ class Gradients:
 
     def are_finite(self) -> Tensor:
         """Return whether the gradients of all parameters are finite, as a 0-d tensor on their device."""
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
         finite: Tensor = full_tensor(torch.nn.utils.get_total_norm(gradients, norm_type=math.inf)).isfinite()
         return finite
 

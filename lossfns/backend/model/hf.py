@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -229,19 +229,20 @@ class CausalLM(nn.Module):
     @property
     def checkpointing(self) -> bool:
         """Whether each layer keeps only its input for the backward pass, and runs again there. It can be set."""
-        return any("forward" in vars(layer) for layer in self._layers())
+        return any("forward" in vars(layer) for layer in self._layers)
 
     @checkpointing.setter
     def checkpointing(self, on: bool) -> None:
         # The library's own switch works only in training mode, which also turns dropout on.
-        if on and not self._layers():
+        if on and not self._layers:
             got, fix = f"{type(self.model).__name__}, which names none", "Leave checkpointing off."
             raise LossInputError("checkpointing", "a model with layers to run again", got, fix)
-        for layer in self._layers():
+        for layer in self._layers:
             vars(layer).pop("forward", None)
             if on:
                 layer.forward = MethodType(checkpointed_forward, layer)
 
+    @cached_property
     def _layers(self) -> list[nn.Module]:
         from transformers.modeling_layers import GradientCheckpointingLayer
 

@@ -378,6 +378,34 @@ def test_models_that_do_not_say_what_they_are_are_measured_one_by_one() -> None:
     assert often._engine.budget.footprint(like(100)).per_token > 3 * once._engine.budget.footprint(like(100)).per_token
 
 
+def test_few_tokens_are_measured_as_they_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a limit and where they surely fit. More tokens than before are measured again, fewer are not.
+
+    The peak that a request reports is a bound of what it takes, and not twice as much.
+    """
+    monkeypatch.setattr("lossfns.backend.engine.budget.footprint", lambda *_: pytest.fail("a step besides"))
+    model = Decoder(**MODELS["deep"][0])
+    passes: list[int] = []
+    model.register_forward_hook(lambda *_: passes.append(1))
+    c, rng, measurements = LocalTrainingClient(model, tokenizer=1, device="cpu"), Random(0), []
+    run = c._engine.budget.measured
+    monkeypatch.setattr(c._engine.budget, "measured", lambda *given: measurements.append(1) or run(*given))
+    for lengths, count in (([30, 40], 1), ([20], 1), ([60, 90], 2), ([60, 80], 2)):
+        data = [datum_from_tokens([rng.randrange(257) for _ in range(n + 1)], prompt_length=1) for n in lengths]
+        measured = backward(c, lossfns.cross_entropy(), data, c._engine.logprobs(data)).peak_memory
+        assert len(measurements) == count, lengths
+        c._engine.gradients.clear()
+        with AllocationTracker(set()) as watch:
+            later = backward(c, lossfns.cross_entropy(), data, c._engine.logprobs(data)).peak_memory
+        c._engine.gradients.clear()
+        assert measured == later and watch.growing.peak <= later <= 2 * watch.growing.peak, lengths
+    assert len(passes) == 8
+    monkeypatch.undo()
+    c._engine.budget.footprint(like(500))  # what follows has too many tokens
+    data = [datum_from_tokens([1] * 520, prompt_length=1)]
+    assert backward(c, lossfns.cross_entropy(), data, c._engine.logprobs(data)).micro_batches == 1
+
+
 def test_a_reference_runs_no_backward_pass() -> None:
     c = LocalReferenceClient(Decoder(**{**SHAPE, "hidden": 13}), device="cpu")  # a shape that was not measured before
     backward = []
@@ -488,7 +516,7 @@ def test_adding_a_gradient_to_another_has_to_fit_as_well() -> None:
         return backward(c, lossfns.cross_entropy(), data, c._engine.logprobs(data)).peak_memory
 
     shape, data = {**SHAPE, "hidden": 40, "layers": 40}, [text(Random(0), 2)]
-    c = LocalTrainingClient(Decoder(**shape), tokenizer=1, device="cpu")
+    c = LocalTrainingClient(Decoder(**shape), tokenizer=1, device="cpu", memory_budget=math.inf)
     weights = sum(p.nbytes for p in c.model.parameters())
     first = step(c)
     with AllocationTracker(set()) as watch:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import SHAPE, client, texts
+from tiny import SHAPE, client, own_metrics, texts
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -243,7 +243,8 @@ def test_numbers_that_are_given_replace_those_of_the_model_and_carry_no_gradient
     bound = eaft().bind(entropy=rows)
     assert computed_columns(bound, DATA) == computed_columns(eaft(), with_field) == ()
     assert computed_columns(eaft(), DATA) == ("entropy",) and computed_columns(lambda *_: None, DATA) == ()
-    losses = [client().forward_backward_custom(d, x).result().metrics for d, x in ((DATA, bound), (with_field, eaft()))]
+    results = [client().forward_backward_custom(d, x).result() for d, x in ((DATA, bound), (with_field, eaft()))]
+    losses = [own_metrics(result.metrics) for result in results]
     assert losses[0] == losses[1] and losses[0]["entropy"] == 0.5
     bonus = with_entropy(reinforce()).bind(advantages=ADVANTAGES)
     for data, loss in ((with_field, bonus), (DATA, bonus.bind(entropy=rows))):
