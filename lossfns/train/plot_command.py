@@ -40,9 +40,13 @@ def plot_command(args: argparse.Namespace) -> int:
     """
     if not args.names and args.parts is None:
         args.parser.error("name a run or a loss, or pass --parts FAMILY")
-    name = args.names[0] if len(args.names) == 1 else ""
-    is_run = bool(name) and (os.sep in name or not is_path(name) or Path(name).exists())
-    return plot_run(name) if is_run else plot_losses(args)
+    is_run = len(args.names) == 1 and names_run(args.names[0])
+    return plot_run(args.names[0]) if is_run else plot_losses(args)
+
+
+def names_run(name: str) -> bool:
+    """Whether a name is that of a folder, and not of a loss. What no path can be is refused as a folder."""
+    return os.sep in name or not is_path(name) or Path(name).exists()
 
 
 def plot_losses(args: argparse.Namespace) -> int:
