@@ -165,7 +165,7 @@ def line_of(error: LossInputError) -> int:
 def print_format(source: str, found: Findings, model: str | None, renderer: Renderer) -> None:
     """Print the format, the methods that read it, what makes the tokens, and the fields that are not read."""
     place = found.rows[0][0].place.rpartition(":")[0] if found.rows else source
-    say(f"{place}: {len(found.rows) + len(found.errors)} rows of {found.known.name}")
+    say(printable(f"{place}: {len(found.rows) + len(found.errors)} rows of {found.known.name}"))
     say(f"  read as {TITLES[found.name]}, for {formats.KINDS[KINDS[found.name]]}")
     for name in found.others:
         say(f"  also {TITLES[name]} (--kind {name}), for {formats.KINDS[KINDS[name]]}")
