@@ -18,7 +18,7 @@ from lossfns.errors import LossInputError
 from lossfns.terminal import say, while_read
 from lossfns.train.checkpoints import checkpoints
 from lossfns.train.options import check_option
-from lossfns.train.outcome import refused
+from lossfns.train.outcome import print_refusal
 from lossfns.train.run import CONFIG, load_config
 
 
@@ -48,7 +48,7 @@ def export_command(args: argparse.Namespace) -> int:
         path, model = newest(Path(args.source))
         export(path, args.folder, merge=args.merge, model=args.model or model)
     except (LossInputError, ImportError, OSError) as error:
-        return refused(error)
+        return print_refusal(error)
     except KeyboardInterrupt:
         return 130
     with while_read(sys.stdout):

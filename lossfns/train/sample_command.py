@@ -22,7 +22,7 @@ from lossfns.train.checkpoints import checkpoints
 from lossfns.train.defaults import complete_options
 from lossfns.train.measures import TEMPERATURE, one_line
 from lossfns.train.options import check_option
-from lossfns.train.outcome import refused
+from lossfns.train.outcome import print_refusal
 from lossfns.train.render import Message, Renderer, typed_prompt
 from lossfns.train.run import load_config
 
@@ -62,7 +62,7 @@ def sample_command(args: argparse.Namespace) -> int:
             else:
                 show(sample_texts(model, prompt_of(model, args.prompt), args))
     except (LossInputError, ImportError, OSError) as error:
-        return refused(error)
+        return print_refusal(error)
     except KeyboardInterrupt:
         os._exit(130)
     return 0
