@@ -58,7 +58,7 @@ def export_command(args: argparse.Namespace) -> int:
 
 
 def newest(source: Path) -> tuple[Path, str | None]:
-    """Return the newest checkpoint of a run and the model that it began with, or the checkpoint that a path is."""
+    """Return the newest checkpoint of a run and the run's ``--model``; for a checkpoint, itself and None."""
     if not (source / CONFIG).is_file():
         return source, None
     options = load_config(source, "RUN")["options"]
@@ -90,7 +90,7 @@ def export(path: Path, folder: str, *, merge: bool = False, model: str | None = 
 
 
 def base_model(path: Path, data: dict[str, Any], source: str | None) -> tuple[nn.Module, Any]:
-    """Build the model that a checkpoint is of, with other weights, and its tokenizer."""
+    """Build the model of a checkpoint and its tokenizer. The weights are not those of the checkpoint yet."""
     shape = data.get("shape")
     dtype = getattr(torch, str(data.get("dtype")).removeprefix("torch."), None)
     if isinstance(shape, dict) and "architecture" in shape:

@@ -45,7 +45,7 @@ def plot_command(args: argparse.Namespace) -> int:
 
 
 def names_run(name: str) -> bool:
-    """Whether a name is that of a folder, and not of a loss. What no path can be is refused as a folder."""
+    """Whether a name stands for a run folder. A text that no path can be does too: its error is that of a folder."""
     return os.sep in name or not is_path(name) or Path(name).exists()
 
 
