@@ -77,9 +77,8 @@ class Renderer:
         self._special = re.compile("|".join(map(re.escape, special)) or "(?!)")
         self._encode_cached = lru_cache(CACHED_PIECES)(self._encode)
         probe = "a b".join(["", *special[:50], " c\n"])
-        self._has_pieces = self._encode_pieces(probe) == self._encode(
-            probe
-        )  # False: the tokens of a piece depend on its neighbours
+        # False for a tokenizer whose tokens of a piece depend on the pieces around it.
+        self._has_pieces = self._encode_pieces(probe) == self._encode(probe)
         self._probed: dict[str, str | None] = {}
         bos = getattr(tokenizer, "bos_token_id", None)
         self._bos = [bos] if bos is not None and bos in tokenizer.encode("", add_special_tokens=True) else []
