@@ -44,7 +44,7 @@ class Head(NamedTuple):
         return torch.cat((hidden, u.to(hidden.dtype)), 1)
 
     def raw(self, hidden: Tensor, vocab: slice, buffer: Tensor | None = None) -> Tensor:
-        """Return raw [n, v] in the dtype of the weight, in the buffer if that is large enough; ``hidden`` is h and u."""
+        """Return raw [n, v] in the dtype of the weight, in the buffer if it is large enough; ``hidden`` is h and u."""
         product, *added = [(hidden[:, columns], x[vocab].T) for columns, x in self.factors]
         out = view_of(buffer, len(hidden), product[1].shape[1])
         if self.bias is None:

@@ -107,7 +107,7 @@ class Budget:
         (self.vocabulary, self.dim), self.bytes_per_hidden = head.shape, head[0].nbytes
         self.parameters = list(model.parameters())
         self.footprints = FOOTPRINTS if getattr(model, "shape", None) else {}
-        self.few_tokens_footprints: dict[Any, tuple[int, Footprint]] = {}  # by kind of step: tokens, footprint
+        self.small_footprints: dict[Any, tuple[int, Footprint]] = {}  # by kind of step: tokens, footprint
 
     def plan(
         self,
@@ -216,7 +216,7 @@ class Budget:
 
     def footprint_of_few(self, inputs: ModelInputs, extras: tuple[str, ...]) -> Footprint:
         """Return the footprint that ``measured`` found for at least as many tokens, or ``UNMEASURED``."""
-        tokens, measured = self.few_tokens_footprints.get(self.step_kind(inputs, extras), (0, UNMEASURED))
+        tokens, measured = self.small_footprints.get(self.step_kind(inputs, extras), (0, UNMEASURED))
         return measured if tokens >= sum(inputs.lengths) else UNMEASURED
 
     def measured(
@@ -228,7 +228,7 @@ class Budget:
         gradients = sum([p.grad.nbytes for p in self.parameters if p.grad is not None])  # costs counts them
         tokens = sum(inputs.lengths)
         step_footprint = Footprint(max(0, tracker.fixed.peak - gradients), -(-tracker.growing.peak // tokens))
-        self.few_tokens_footprints[self.step_kind(inputs, extras)] = tokens, step_footprint
+        self.small_footprints[self.step_kind(inputs, extras)] = tokens, step_footprint
         costs = plan.costs._replace(footprint=step_footprint)
         return result, plan._replace(costs=costs, peak_memory=costs.step_bytes(tokens))
 
