@@ -66,10 +66,8 @@ OUTPUTS = ("logprobs", "scores")
 METRICS = (*ADDITIVE, *DIVIDED, "denominator", "rows")
 """Metrics of every loss. A statistic cannot have one of these names."""
 
-WEIGHINGS_BY_NAME = {weighing.name: weighing for weighing in WEIGHINGS}
 FUNCTIONS_BY_NAME: dict[str, dict[str, Any]] = {
-    "weigh": WEIGHINGS_BY_NAME
-    | {theirs: WEIGHINGS_BY_NAME[ours] for theirs, ours in spellings.WEIGHINGS.items() if ours in WEIGHINGS_BY_NAME},
+    "weigh": {weighing.name: weighing for weighing in WEIGHINGS},
     "region": {"one_side": one_side, "two_side": two_side},
     "is_weight": {"unit_weight": unit_weight, "ratio_weight": ratio_weight},
     "kl": dict(ESTIMATORS),
@@ -78,7 +76,7 @@ FUNCTIONS_BY_NAME: dict[str, dict[str, Any]] = {
     "nll": {**REWARDS},
     "link": {**LINKS},
 }
-"""The functions that a knob accepts by name, and verl's names of the weighings."""
+"""The functions that a knob accepts by name."""
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -789,8 +787,8 @@ def resolve_name(knob: str, value: Any) -> Any:
 
     A string that names none is left to the check of the knob, which suggests the nearest name.
 
-    >>> resolve_name("weigh", "seq-mean-token-mean"), resolve_name("weigh", "sequence-average")
-    (sequence_mean, 'sequence-average')
+    >>> resolve_name("weigh", "sequence_mean"), resolve_name("weigh", "sequence-mean")
+    (sequence_mean, 'sequence-mean')
     """
     return FUNCTIONS_BY_NAME.get(knob, {}).get(value, value) if isinstance(value, str) else value
 

@@ -46,7 +46,7 @@ def upper_bound(value: Any) -> str:
     return f"clip has both bounds of the ratio itself: clip=(low, {'1 + ε' if x is None else f'{1 + x:g}'})."
 
 
-WEIGHINGS = {
+WEIGHINGS_ELSEWHERE = {
     "token-mean": "token_mean",
     "seq-mean-token-mean": "sequence_mean",
     "seq-mean-token-sum": "sequence_sum_mean",
@@ -96,7 +96,7 @@ def find(names: Mapping[str, str], value: Any, default: Any) -> Any:
 
 def weighing(value: Any) -> str:
     known = "token_mean, sequence_mean, sequence_sum_mean, token_sum or fixed_length(L)"
-    return f"Pass weigh={find(WEIGHINGS, value, known)}."
+    return f"Pass weigh={find(WEIGHINGS_ELSEWHERE, value, known)}."
 
 
 def estimator(value: Any) -> str:

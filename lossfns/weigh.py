@@ -17,6 +17,7 @@ from torch import Tensor
 from lossfns.checks import check_knobs
 from lossfns.errors import LossInputError, did_you_mean
 from lossfns.segments import chosen, nonempty, rejected, sequence_sum, to_tokens, weight_divisor
+from lossfns.spellings import WEIGHINGS_ELSEWHERE
 from lossfns.tokens import PAIRS, SEQUENCES, TARGETS, TOKENS, Rows, Tokens, to_dtype
 
 
@@ -182,7 +183,8 @@ def check_weigh(weigh: object, rows: Rows) -> None:
         fix = "It takes a length, so it has no name alone: pass weigh=fixed_length(1024)."
         raise LossInputError("weigh", f"a weighing of {kind}", repr(weigh), fix)
     if not isinstance(weigh, Weighing):
-        hint = did_you_mean(str(weigh), names)
+        theirs = WEIGHINGS_ELSEWHERE.get(str(weigh), "")
+        hint = f"Did you mean {theirs!r}?" if theirs in names else did_you_mean(str(weigh), names)
         raise LossInputError("weigh", f"a weighing of {kind}", repr(weigh), f"{hint} Import it from lossfns.")
     if weigh.rows is not kind:
         fix = f"This loss has rows that are {kind}. Use one of: {', '.join(names)}."

@@ -442,8 +442,8 @@ FAULTS = [
     Fault(
         31,
         "weighing",
-        lambda lp: grpo(weigh="token_means"),
-        ("grpo: weigh", "a weighing of tokens, got 'token_means'", "Did you mean 'token_mean'?"),
+        lambda lp: grpo(weigh="token-mean"),
+        ("grpo: weigh", "a weighing of tokens, got 'token-mean'", "Did you mean 'token_mean'?"),
     ),
     Fault(
         31,

@@ -93,6 +93,7 @@ def test_repr_of_a_fixed_length_has_the_length() -> None:
     ("build", "message"),
     [
         (lambda: lossfns.ppo(weigh="token-mean"), r"ppo: weigh: .* Did you mean 'token_mean'\?"),
+        (lambda: lossfns.ppo(weigh="seq-mean-token-mean"), r"ppo: weigh: .* Did you mean 'sequence_mean'\?"),
         (lambda: lossfns.ppo(weigh=lossfns.pair_mean), "a weighing of tokens, got pair_mean"),
         (lambda: lossfns.dpo(weigh=lossfns.token_mean), "a weighing of pairs, got token_mean"),
         (lambda: lossfns.multi_target_cross_entropy(weigh=lossfns.pair_sum), "a weighing of tokens"),

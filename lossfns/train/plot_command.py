@@ -10,7 +10,7 @@ from pathlib import Path
 from lossfns.errors import LossInputError
 from lossfns.terminal import console_on, say, while_read
 from lossfns.train.charts import block_line
-from lossfns.train.options import check_option
+from lossfns.train.options import check_option, is_path
 from lossfns.train.outcome import refused
 from lossfns.train.record import Record, changing, read_record, values_of
 from lossfns.train.report import write_report
@@ -40,8 +40,13 @@ def plot_command(args: argparse.Namespace) -> int:
     """
     if not args.names and args.parts is None:
         args.parser.error("name a run or a loss, or pass --parts FAMILY")
-    is_run = len(args.names) == 1 and (os.sep in args.names[0] or Path(args.names[0]).exists())
+    is_run = len(args.names) == 1 and names_run(args.names[0])
     return plot_run(args.names[0]) if is_run else plot_losses(args)
+
+
+def names_run(name: str) -> bool:
+    """Whether a name is that of a folder, and not of a loss. What no path can be is refused as a folder."""
+    return os.sep in name or not is_path(name) or Path(name).exists()
 
 
 def plot_losses(args: argparse.Namespace) -> int:

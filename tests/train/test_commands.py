@@ -202,7 +202,7 @@ def screen(output: str, columns: int) -> tuple[list[str], int]:
 def test_progress_takes_one_line_a_phase_and_three_below_on_a_terminal(columns: int, tmp_path: Path) -> None:
     more = ["--steps", "12", "--warmup-steps", "12", "--group", "3"]
     status, output = on_a_terminal(small(tmp_path, "grpo", *more), columns)
-    progress = output[output.index("measuring on") : output.index("\x1b[?25h")]  # paths in other lines may be longer
+    progress = output[output.index("measuring on") : output.rindex("\x1b[?25h")]  # paths in other lines may be longer
     lines, wraps = screen(progress, columns)
     assert status == 0 and wraps == 0, output
     assert sum("warm-up" in line for line in lines) == 1

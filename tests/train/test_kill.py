@@ -53,16 +53,19 @@ def finish(method: str, folder: Path) -> Path:
     return folder
 
 
+MEASURED = ("seconds", "peak_memory")
+
+
 def contents(folder: Path) -> dict[str, Any]:
-    """All that a run leaves, except times."""
+    """All that a run leaves, except what a process measures: times, and the memory of its first request."""
     rows = {
         name: [json.loads(line) for line in (folder / name).read_text().splitlines()] for name in (METRICS, EVALUATIONS)
     }
     result = json.loads((folder / RESULT).read_text())
     files = [folder / name for name in (CHECKPOINT, REFERENCE) if (folder / name).exists()]
     return {
-        **{file: [{name: x for name, x in row.items() if name != "seconds"} for row in rows[file]] for file in rows},
-        RESULT: {name: x for name, x in result.items() if name != "seconds"},
+        **{file: [{name: x for name, x in row.items() if name not in MEASURED} for row in rows[file]] for file in rows},
+        RESULT: {name: x for name, x in result.items() if name not in MEASURED},
         **{path.name: sha256(path.read_bytes()).hexdigest() for path in files},
         "others": {path.name for path in folder.iterdir()} - {METRICS, EVALUATIONS, RESULT, CHECKPOINT, REFERENCE},
     }

@@ -208,6 +208,8 @@ def test_columns_that_a_batch_makes_itself() -> None:
     assert made == pytest.approx([2.5 / 3, 1 / 3, 1 / 3, 0.5, 0.5])
     weights = columns_of(loss_of("vapo_nll(reinforce())", {}), batch)["nll_weights"]
     assert [float(row.sum()) > 0 for row in weights] == [True, False, False, True, True]
+    plain = columns_of(loss_of("reinforce", {}), replace(batch, scale="none"))["advantages"]
+    assert plain == pytest.approx([2 / 3, -1 / 3, -1 / 3, 0, 0])  # the reward minus the mean of the group
     margins = [{"margin": 1.0}, {"margin": 2.0}]
     points = [MAKERS["beta_dpo/reference_point"].make(replace(batch, history=rows))[0] for rows in ([], margins)]
     assert points == pytest.approx([0.0, 0.9 * 1.0 + 0.1 * 2.0])
@@ -223,3 +225,16 @@ def test_the_reference_point_of_bco_is_the_middle_of_the_two_kinds() -> None:
     assert make(batch) == pytest.approx([middle] * 4, rel=1e-4)
     later = replace(batch, history=[{"reference_point": 5.0}])
     assert make(later) == pytest.approx([0.9 * 5.0 + 0.1 * middle] * 4, rel=1e-4)
+
+
+def test_the_reference_point_of_kto_is_that_of_answers_to_other_prompts() -> None:
+    """Prompt i gets the answer of datum i + 1, and the last prompt that of the first."""
+    client, reference = tiny(), LocalTrainingClient(Decoder(**SHAPE, seed=1), tokenizer=ByteTokenizer(), device="cpu")
+    batch = labelled_batch(client, EXAMPLES["unpaired"], reference=reference)
+    others = [datum_of(RENDERER.completion(f"{i}+1=", str((i + 1) % 4 + 1))) for i in range(4)]
+    gains = [a - b for a, b in zip(*(completion_logprobs(each, others) for each in (client, reference)))]
+    mean = sum(gains) / 4
+    make = MAKERS["kto/reference_point"].make
+    assert make(batch) == pytest.approx([max(0, mean)] * 4, rel=1e-4)
+    swapped = replace(batch, policy=reference, reference=client)
+    assert make(swapped) == pytest.approx([max(0, -mean)] * 4, rel=1e-4)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 import torch
@@ -130,6 +130,11 @@ class Probe:
         except LawBroken as error:
             error.batch = batch
             raise
+
+    @cached_property
+    def reads(self) -> set[str]:
+        """The columns that a call on the batch reads, which are found out once."""
+        return columns_read(self)
 
     def gradients(self, batch: Batch | None = None) -> Rows:
         """Return the gradients on a batch."""

@@ -53,7 +53,7 @@ MARGINS = ("gamma", "margin", "target_margin", "target_reward_margin", "simpo_ga
 
 def has_reference(probe: Probe) -> bool:
     """Return whether the loss reads the logprobs of a reference."""
-    return "ref_logprobs" in columns_read(probe)
+    return "ref_logprobs" in probe.reads
 
 
 def pair_of_gaps(
