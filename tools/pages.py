@@ -54,6 +54,9 @@ COLUMNS = {
 }
 """For each column its shape in the padded form, and who supplies it."""
 
+TRUST = ("ppo", "dapo", "sapo")
+"""Losses in the picture of trust regions, which the README shows."""
+
 
 # The sections of a page
 
@@ -351,6 +354,7 @@ def write_pictures() -> None:
     folder = FOLDER / "pictures"
     folder.mkdir(exist_ok=True)
     drawn = {"kl": figures.plot_kl, "weighings": figures.plot_weighings, "advantages": figures.plot_advantages}
+    drawn["trust"] = lambda: figures.plot_losses([presets()[name]() for name in TRUST])
     for name, make in presets().items():
         if kind_of(make()) is not None:
             drawn[name] = lambda make=make: figures.plot_losses([make()])
