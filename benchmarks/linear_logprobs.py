@@ -29,10 +29,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from logprobs_report import picture, report
+from logprobs_report import PICTURE, picture, report
 from memory import elsewhere, peak
 from rivals import Logprobs, installed, liger_scaled, naive, rivals, trl_chunked, versions
-from side_by_side import RESULTS, keep_freed_memory, load, race, save
+from side_by_side import keep_freed_memory, load, race, save
 from torch import Tensor
 
 from lossfns import Datum, ModelInput, TensorData, grpo, token_gradient
@@ -420,7 +420,7 @@ def main() -> None:
         rows.append(measure(*key, taken[key], args.rounds))
         path = keep(rows[-1])
     print(report(rows))
-    print(f"written: {path.name}, {picture(load('linear_logprobs'), RESULTS / 'linear_logprobs.png').name}")
+    print(f"written: {path.name}, {picture(load('linear_logprobs'), PICTURE).name}")
 
 
 def keep(row: dict[str, Any]) -> Path:

@@ -16,7 +16,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
-from side_by_side import RESULTS, device_name, load, ratio, table
+from side_by_side import device_name, load, ratio, table
+
+PICTURE = Path(__file__).parents[1] / "docs" / "linear_logprobs.png"
 
 Row = dict[str, Any]
 
@@ -227,4 +229,4 @@ def inside(box: Bbox, frame: Bbox) -> bool:
 if __name__ == "__main__":
     stored = load("linear_logprobs")
     print(report(stored))
-    picture(stored, RESULTS / "linear_logprobs.png")
+    picture(stored, PICTURE)

@@ -35,6 +35,7 @@ from torch import Tensor
 from lossfns import ON_POLICY, cross_entropy, datum_from_tokens, grpo
 from lossfns.backend import AdamParams, LocalTrainingClient
 from lossfns.backend.model import hf, lora
+from lossfns.backend.model.sources import located
 
 LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 RATE, ALPHA = 1e-5, 32
@@ -97,7 +98,7 @@ def ours(model: str, case: Case, unembed: bool, rank: int) -> Side:
 
 
 def plain(model: str, case: Case, unembed: bool, rank: int) -> Side:
-    base = transformers.AutoModelForCausalLM.from_pretrained(hf.located(model), dtype=torch.float32)
+    base = transformers.AutoModelForCausalLM.from_pretrained(located(model), dtype=torch.float32)
     targets = [*LAYERS, "lm_head"] if unembed else list(LAYERS)
     adapted = peft.get_peft_model(base, peft.LoraConfig(r=rank, lora_alpha=ALPHA, target_modules=targets))
     parameters = prepared(adapted.train())
@@ -106,7 +107,7 @@ def plain(model: str, case: Case, unembed: bool, rank: int) -> Side:
 
     def gradients() -> None:
         optimizer.zero_grad(set_to_none=True)
-        compute().backward()
+        torch.autograd.backward(compute())
 
     def step() -> None:
         gradients()
@@ -155,8 +156,12 @@ def apart(a: Side, b: Side) -> float:
     for side in (a, b):
         side.gradients()
     assert a.parameters.keys() == b.parameters.keys(), a.parameters.keys() ^ b.parameters.keys()
-    x, y = (torch.cat([side.parameters[name].grad.flatten() for name in sorted(a.parameters)]) for side in (a, b))
+    x, y = (flat(side.parameters) for side in (a, b))
     return float((x - y).norm() / y.norm())
+
+
+def flat(parameters: dict[str, Tensor]) -> Tensor:
+    return torch.cat([p.grad.flatten() for _, p in sorted(parameters.items()) if p.grad is not None])
 
 
 SIDES = {"ours": ours, "plain": plain}
@@ -190,12 +195,13 @@ def main() -> None:
     parser.add_argument("--firsts", type=int, default=3, help="first steps, each in a process of its own")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--case", nargs="+", default=[case.name for case in CASES])
+    parser.add_argument("--head", nargs="+", default=["frozen", "adapted"], help="with an adapter or without")
     options = parser.parse_args()
     warnings.filterwarnings("ignore", module="peft")
     keep_freed_memory()
     results = []
     for case in (case for case in CASES if case.name in options.case):
-        for unembed in (False, True):
+        for unembed in (head == "adapted" for head in options.head):
             given = (options.model, case, unembed, options.rank)
             memory = {side: peak(partial(warm, side, *given)) for side in SIDES}
             firsts = [
@@ -208,7 +214,7 @@ def main() -> None:
             }
             row["first_step_ratio"] = round(statistics.median(first["ours"] / first["plain"] for first in firsts), 3)
             row |= {"peak_bytes": memory, "peak_ratio": round(memory["ours"] / memory["plain"], 3)}
-            row |= {"limit": case.limit, "load": round(os.getloadavg()[0], 1)}
+            row |= {"limit": case.limit, "rounds": options.rounds, "load": round(os.getloadavg()[0], 1)}
             row["versions"] = {name: metadata.version(name) for name in ("transformers", "peft", "torch")}
             results.append(row)
             print(report([row]) if len(results) == 1 else report([row]).splitlines()[-1], flush=True)

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
+from typing import Any
 
 MODULES = """
 argparse ast asyncio base64 bisect builtins calendar collections copy csv datetime decimal difflib email
@@ -84,6 +85,15 @@ def main(folder: Path) -> None:
 
 def asked(a: int, b: int) -> list[dict[str, str]]:
     return [{"role": "system", "content": "Answer with one number."}, *user(f"Which is larger, {a} or {b}?")]
+
+
+def first_number(problem: Any, text: str) -> float:
+    """Reward a sample whose first number is the answer, by --reward examples/chats.py:first_number.
+
+    The last number, which the reward ``number`` takes, would also reward "13 is larger than 22", and a model learns it.
+    """
+    found = re.search(r"\d+", text)
+    return float(found is not None and found[0] == problem.answer)
 
 
 def wordy(answer: str, rng: Random) -> str:

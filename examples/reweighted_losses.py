@@ -1,4 +1,4 @@
-"""The focal loss of the README's "You write a training loop", as a file. ``docs/findings.md`` has the results."""
+"""The focal loss of ``docs/loop.md``, as a file. ``docs/findings.md`` has the results."""
 
 from lossfns import Loss, token_mean
 

@@ -30,6 +30,12 @@ def test_links_and_pictures_of_the_documents_exist() -> None:
                 assert (file.parent / target).exists(), f"{file.name}: {target}"
 
 
+def test_the_readme_links_every_loss_once() -> None:
+    readme = (DOCS.parent / "README.md").read_text(encoding="utf-8")
+    linked = re.findall(r"\[`(\w+)`\]\(docs/losses/(\w+)\.md\)", readme)
+    assert sorted(linked) == sorted((name, name) for name in makers())
+
+
 def test_the_tests_that_show_the_claims_exist() -> None:
     named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", (DOCS / "claims.md").read_text(encoding="utf-8"))
     assert len(named) > 20

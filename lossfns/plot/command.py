@@ -18,7 +18,7 @@ TOPICS: dict[str, Callable[[], Figure]] = {
     "weighings": figures.plot_weighings,
     "advantages": figures.plot_advantages,
 }
-"""The pictures that are of no single loss."""
+"""The pictures that do not belong to a single loss."""
 
 
 def figure_of(names: Sequence[str], parts: str | None = None) -> Figure:

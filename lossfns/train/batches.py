@@ -1,4 +1,7 @@
-"""The batch of a step: datums of the examples that were drawn, or of samples of the policy. Public calls alone."""
+"""The batch of a step: datums of the examples that were drawn, or of samples of the policy.
+
+The clients are used through their public calls alone.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +21,9 @@ from lossfns.train.render import Renderer
 from lossfns.train.rewards import Reward
 
 
-def demonstration_batch(client: Client, examples: Sequence[Demonstration], **clients: Any) -> Batch:
+def demonstration_batch(client: Client, examples: Sequence[Demonstration], **fields: Any) -> Batch:
     """Make a datum of each demonstration."""
-    return Batch(data=list(map(datum_of, examples)), policy=client, **clients)
+    return Batch(data=list(map(datum_of, examples)), policy=client, **fields)
 
 
 def pair_datums(examples: Sequence[Preference]) -> list[Datum]:
@@ -28,22 +31,22 @@ def pair_datums(examples: Sequence[Preference]) -> list[Datum]:
     return [datum_of(side) for example in examples for side in example]
 
 
-def pair_batch(client: Client, examples: Sequence[Preference], **clients: Any) -> Batch:
+def pair_batch(client: Client, examples: Sequence[Preference], **fields: Any) -> Batch:
     """Make two datums of each pair. All pairs of the batch are one group."""
     data = pair_datums(examples)
     labels = [1.0, 0.0] * len(examples)
-    return Batch(data=data, policy=client, groups=[0] * len(data), labels=labels, **clients)
+    return Batch(data=data, policy=client, groups=[0] * len(data), labels=labels, **fields)
 
 
-def labelled_batch(client: Client, examples: Sequence[Labelled], **clients: Any) -> Batch:
+def labelled_batch(client: Client, examples: Sequence[Labelled], **fields: Any) -> Batch:
     """Make a datum of each labelled answer."""
     data = [datum_of(each.example) for each in examples]
     labels = [float(each.desirable) for each in examples]
-    return Batch(data=data, policy=client, groups=[0] * len(data), labels=labels, **clients)
+    return Batch(data=data, policy=client, groups=[0] * len(data), labels=labels, **fields)
 
 
 def candidate_batch(
-    client: Client, examples: Sequence[Demonstration], sampler: Any, k: int, soft: bool, **clients: Any
+    client: Client, examples: Sequence[Demonstration], sampler: Any, k: int, soft: bool, **fields: Any
 ) -> Batch:
     """Make a datum of each demonstration whose targets are the k candidates that the teacher finds most probable.
 
@@ -52,11 +55,11 @@ def candidate_batch(
         examples: the demonstrations.
         sampler: a sampling client of the teacher.
         k: candidates at each position.
-        soft: whether the weights of the candidates are their probabilities, renormalised; for a loss that does not read
-            the teacher's logprobs.
-        clients: others, by name.
+        soft: whether the weight of a candidate is its renormalised probability, for a loss that does not read the
+            teacher's logprobs.
+        fields: other fields of the batch, such as the client of the reference.
     """
-    return Batch(data=[candidate_datum(each, sampler, k, soft) for each in examples], policy=client, **clients)
+    return Batch(data=[candidate_datum(each, sampler, k, soft) for each in examples], policy=client, **fields)
 
 
 def candidate_datum(example: Demonstration, sampler: Any, k: int, soft: bool) -> Datum:
@@ -106,7 +109,7 @@ def sample_answers(
 
 def sample_batch(
     client: Client, renderer: Renderer, problems: Sequence[Problem], reward: Reward, *,
-    group: int, max_tokens: int, seed: int, scale: str, **clients: Any,
+    group: int, max_tokens: int, seed: int, scale: str, **fields: Any,
 ) -> Batch:  # fmt: skip
     """Sample a group of answers to each problem and reward them. The sampler's logprobs are the old logprobs."""
     samples = sample_answers(client, renderer, problems, group, max_tokens, seed)
@@ -125,5 +128,5 @@ def sample_batch(
         rewards=rewards,
         scale=scale,
         metrics=group_metrics(rewards, groups),
-        **clients,
+        **fields,
     )

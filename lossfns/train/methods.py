@@ -93,7 +93,7 @@ def train(
 
 
 def parts_of(batch: Batch, updates: int) -> list[Sequence[int]]:
-    """Return the indices of the datums of each update: whole groups, in turns."""
+    """Return the indices of the datums of each update. The updates get whole groups in turns."""
     if updates == 1:
         return [range(len(batch.data))]
     count = min(updates, len(set(batch.groups)))
@@ -105,7 +105,7 @@ def train_step(client: Client, data: list[Datum], loss: Any, learning_rate: floa
     adam = AdamParams(learning_rate=learning_rate, eps=1e-8, grad_clip_norm=1.0)
     pending, step = client.forward_backward_custom(data, loss), client.optim_step(adam)
     metrics = pending.result().metrics | step.result().metrics
-    # A name with a colon is the service's: the loss once more, or its surrogate.
+    # Names with a colon are the service's: they repeat the loss, or have its surrogate.
     return {name: number(name, value) for name, value in metrics.items() if ":" not in name}
 
 
@@ -122,7 +122,7 @@ def number(name: str, value: Any) -> float:
 
 
 def merged(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Merge the metrics of the updates of a step. A loss of one's own need not have the counts to weight a mean by."""
+    """Merge the metrics of the updates of a step. A loss of the user may lack the counts that weight a mean."""
     if len(metrics) == 1:
         return dict(metrics[0])
     values = {name: [m[name] for m in metrics if name in m] for name in {name: 0 for m in metrics for name in m}}

@@ -11,7 +11,7 @@ from lossfns.errors import LossInputError
 from lossfns.terminal import console_on, printable, say, while_read
 from lossfns.train.charts import block_line
 from lossfns.train.options import check_option, is_path
-from lossfns.train.outcome import refused
+from lossfns.train.outcome import print_refusal
 from lossfns.train.record import Record, changing, read_record, values_of
 from lossfns.train.report import write_report
 
@@ -45,7 +45,7 @@ def plot_command(args: argparse.Namespace) -> int:
 
 
 def names_run(name: str) -> bool:
-    """Whether a name is that of a folder, and not of a loss. What no path can be is refused as a folder."""
+    """Whether a name stands for a run folder. A text that no path can be does too: its error is that of a folder."""
     return os.sep in name or not is_path(name) or os.path.exists(name)  # False for a name that is too long
 
 
@@ -55,7 +55,7 @@ def plot_losses(args: argparse.Namespace) -> int:
     try:
         path = draw(args.names, args.out, args.parts)
     except (LossInputError, OSError) as error:
-        return refused(error)
+        return print_refusal(error)
     with while_read(sys.stdout):
         say(f"picture     {path}")
     return 0
@@ -68,7 +68,7 @@ def plot_run(name: str) -> int:
         record = read_record(Path(name))
         written = write_report(record)
     except (LossInputError, OSError) as error:
-        return refused(error)
+        return print_refusal(error)
     except KeyboardInterrupt:
         return 130
     with while_read(sys.stdout):

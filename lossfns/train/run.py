@@ -55,7 +55,7 @@ Save = Callable[[State], None]
 
 
 class Trained(NamedTuple):
-    """What an optimizer step has trained on.
+    """The batch of an optimizer step.
 
     Attributes:
         phase: the phase of the step.
@@ -74,7 +74,7 @@ class Run:
     """A run in ``folder``, from ``state`` on: its steps, metrics, checkpoints and progress.
 
     As a context manager the run handles Ctrl-C. The first one sets ``stopping``, which ends ``steps`` after the
-    current step, as does a terminal or pipe that is closed. The second one is left to the handler before it.
+    current step. A closed terminal or pipe has the same effect. The second Ctrl-C goes to the handler before.
 
     Args:
         folder: an existing folder.
@@ -238,10 +238,10 @@ def restore_rng(rng: Random, state: list[Any]) -> None:
 
 
 def check_new(folder: Path) -> None:
-    """Refuse a folder that is not new or empty: nothing of others is overwritten.
+    """Refuse a folder that is not new or empty, so that nothing is overwritten.
 
     Raises:
-        LossInputError: naming a part of what is there.
+        LossInputError: naming some of the files in the folder.
     """
     try:
         names = sorted(os.listdir(folder))
@@ -305,10 +305,10 @@ def run_id(folder: Path) -> str | None:
 
 @contextmanager
 def replaced(folder: Path, name: str) -> Iterator[Path]:
-    """Yield a path to write a file of the run to; it then replaces the file ``name`` in one step.
+    """Yield a path to write to. After the block, the file there replaces the file ``name`` of the run in one step.
 
-    Until then it stands in a new folder, whose name has the run's id: a later process knows by it what a killed one
-    has left.
+    Until then the file is in a new folder with the run's id in its name, so that a later process can remove what a
+    killed process has left.
     """
     aside = folder / f".{name}.{run_id(folder) or 'run'}.{uuid4().hex[:12]}.partial"
     aside.mkdir()
@@ -366,8 +366,8 @@ def write_json(folder: Path, name: str, content: Mapping[str, Any]) -> None:
 def open_files(folder: Path, counts: Sequence[int], rank: int) -> list[RowFile]:
     """Open the metrics and the evaluations of a run, cut to ``counts`` rows.
 
-    The lock of the metrics keeps other processes from writing to the run. What a killed save of this run left half
-    written is removed.
+    The lock of the metrics keeps other processes from writing to the run. Files that a killed process of this run has
+    left half written are removed.
 
     Raises:
         LossInputError: if another process has the lock, or a file has fewer rows.

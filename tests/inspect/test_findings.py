@@ -71,13 +71,13 @@ def test_the_page_names_every_loss_of_the_examples() -> None:
     assert named <= there
 
 
-def test_the_focal_loss_is_the_readmes() -> None:
-    """The README computes 0.593 on logprobs −1, −2 and −1, −0.5."""
+def test_the_focal_loss_is_that_of_the_document() -> None:
+    """``docs/loop.md`` computes 0.593 on logprobs −1, −2 and −1, −0.5."""
     focal = load(f"{ROOT}/examples/reweighted_losses.py:focal")()
     batch = Batch([[-1.0, -2.0], [-1.0, -0.5]], [[1.0, 1.0], [1.0, 1.0]])
     value, _ = focal(batch.data(), batch.tensors())
     assert round(value.item(), 4) == 0.593
-    assert "round(focal(data, logprobs)[0].item(), 4)\n0.593\n" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "round(focal(data, logprobs)[0].item(), 4)\n0.593\n" in (ROOT / "docs/loop.md").read_text(encoding="utf-8")
 
 
 def test_the_summary_of_the_page_follows_from_its_tables() -> None:
