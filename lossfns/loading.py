@@ -6,6 +6,8 @@ import importlib
 import importlib.util
 import os
 import sys
+import sysconfig
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +35,8 @@ def load(path: str, where: str = "subject") -> Any:
     except LossInputError:
         raise
     except (Exception, SystemExit) as error:
-        got = f"{type(error).__name__}: {error}"
-        fix = "Check the name."
+        got = described(error)
+        fix = "Check the name." if place_of(error) == "" else "Correct it there."
         if "relative import" in str(error):
             fix = "It is part of a package: name it as package.module:name, from the folder that holds the package."
         raise LossInputError(where, f"that {module_name} can be imported", got, fix) from error
@@ -45,6 +47,23 @@ def load(path: str, where: str = "subject") -> Any:
             raise LossInputError(where, f"a name in {module_name}", repr(name), hint)
         result = getattr(result, name)
     return result
+
+
+PACKAGES = tuple({os.path.join(sysconfig.get_path(name), "") for name in ("stdlib", "purelib", "platlib")})
+LIBRARY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "")
+
+
+def place_of(error: BaseException) -> str:
+    """Return ``file:line`` of the innermost code of the user in a traceback; an empty text if there is none there."""
+    others = (*PACKAGES, LIBRARY, "<")
+    own = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(others)]
+    return f"{own[-1].filename}:{own[-1].lineno}" if own else ""
+
+
+def described(error: BaseException) -> str:
+    """Return an error of the user's code in a line: its type, what it says, and the file and line that raised it."""
+    place, text = place_of(error), " ".join(str(error).split())
+    return f"{type(error).__name__}{text and f': {text}'}{place and f' ({place})'}"
 
 
 def from_file(path: str) -> Any:

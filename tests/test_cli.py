@@ -15,9 +15,10 @@ import pytest
 from lossfns.backend.storage import checkpoint
 from lossfns.cli import main, parser
 from lossfns.errors import LossInputError
-from lossfns.train import methods
+from lossfns.train import methods, models
 from lossfns.train.command import given_options
 from lossfns.train.defaults import complete_options, loss_of, recorded_options
+from lossfns.train.options import Options
 
 SMALL = ["--steps", "2", "--batch", "4"]
 ROWS = {
@@ -445,7 +446,9 @@ def test_adapters_start_at_the_reference_and_are_resumed_bit_for_bit(
 ) -> None:
     """The reference is the model with its adapters off: the loss of dpo starts at ln 2. The third step fails once."""
     data = jsonl(tmp_path / "rows.jsonl", variants("dpo", 6))
-    sizes = ["--data", data, "--lora", "2", "--steps", "4", "--batch", "2", "--warmup-steps", "0", "--lr", "0.01"]
+    model = tmp_path / "model"
+    models.load_client(Options(loss="dpo", steps=1, batch=1, lr=1)).export(model).result()
+    sizes = ["--data", data, "--model", str(model), "--lora", "2", "--steps", "4", "--batch", "2", "--lr", "0.01"]
     command = ["train", "dpo", *sizes, "--save-every", "1"]
     assert main([*command, "--out", str(tmp_path / "whole")]) == 0
     whole = rows_of(tmp_path / "whole")

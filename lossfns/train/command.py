@@ -25,12 +25,12 @@ from lossfns.train.checkpoints import checkpoints, load_newest, save_checkpoint
 from lossfns.train.config import check_same, config_of, write_config_toml
 from lossfns.train.defaults import complete_options, loss_of
 from lossfns.train.losses import parse_setting
-from lossfns.train.options import CHOICES, NAMES, Options, check_option, read_toml
+from lossfns.train.options import CHOICES, NAMES, Options, check_option, flag, naming, read_toml
 from lossfns.train.outcome import print_refusal, report_outcome
 from lossfns.train.recipes import Job, run_job
 from lossfns.train.remote import Client
 from lossfns.train.rewards import SPECS
-from lossfns.train.run import CONFIG, Run, check_new, create_run, is_finished, load_config
+from lossfns.train.run import CHECKPOINT, CONFIG, Run, check_new, create_run, is_finished, load_config
 from lossfns.train.setup import client_of, examples_of, job_of
 from lossfns.train.trackers import TRACKERS, open_trackers
 
@@ -116,7 +116,9 @@ def train_command(args: argparse.Namespace) -> int:
         if args.resume is not None:
             check_option("resume", args.resume)
             if given:
-                args.parser.error(f"--resume takes all options from the run: leave out {', '.join(given)}")
+                names = ", ".join(map(flag, given))
+                longer = f"; {TRAIN_LONGER.format(args.resume)}" if "steps" in given else ""
+                args.parser.error(f"--resume takes all options from the run: leave out {names}{longer}")
         elif "loss" not in given:
             args.parser.error("name a loss, or --resume a run")
         options = None if args.resume is not None else complete_options(given)
@@ -189,12 +191,16 @@ def start_run(options: Options) -> int:
     return train(options, folder, lambda config: create_run(folder, config))
 
 
+TRAIN_LONGER = f"to train longer, start a new run with --init {{}}/{CHECKPOINT}"
+"""How to go on from the weights of a run at folder ``{}``."""
+
+
 def resume_run(folder: Path) -> int:
     """Continue a run from its newest checkpoint, or from the beginning if it was killed before there was one."""
     config = load_config(folder)
     if is_finished(folder):
         with while_read(sys.stdout):
-            print(f"{folder} is finished: there is nothing to resume")
+            print(f"{folder} is finished: there is nothing to resume; {TRAIN_LONGER.format(folder)}")
         return 0
     options = complete_options(config["options"])
     return train(options, folder, lambda now: check_same(config, now, folder))
@@ -227,7 +233,8 @@ def train_with(client: Client, job: Job, folder: Path, check_config: Callable[[d
     """Run the recipe with a client, save and report."""
     ranks, options, task = client.ranks, job.options, job.task
     if options.init and not checkpoints(folder):
-        client.load_state(options.init).result()
+        with naming({"path": "--init"}):
+            client.load_state(options.init).result()
     config = config_of(options, job.loss, client) | {"prompts": task.style}
     ranks.when_idle(ranks.on_rank_zero, check_config, config)
     ranks.when_idle(ranks.on_rank_zero, write_config_toml, folder, config["options"])

@@ -124,7 +124,7 @@ def common_curves(records: Sequence[Record]) -> dict[str, list[Points]]:
     if measure := shared_measure(records):
         curves[f"held-out {spoken(measure)}"] = [record.held_out() for record in records]
     for name in dict.fromkeys(name for record in records for _, name in changing(record)):
-        curves[name] = [smooth(values_of(record.history, record.main_phase, name)) for record in records]
+        curves[name] = [values_of(record.history, record.main_phase, name) for record in records]
     return {name: rows for name, rows in curves.items() if sum(len(points) > 1 for points in rows) > 1}
 
 
@@ -168,7 +168,9 @@ def comparison(records: Sequence[Record]) -> str:
     names = [f"{number}: {record.folder}" for number, record in enumerate(records, 1)]
     figures = []
     for name, curves in common_curves(records).items():
-        lines = [Line(points, line_look(i), marks="held-out" in name) for i, points in enumerate(curves) if points]
+        held_out = name.startswith("held-out ")
+        shown = curves if held_out else map(smooth, curves)
+        lines = [Line(points, line_look(i), marks=held_out) for i, points in enumerate(shown) if points]
         note = ", ".join(f"{i}: {points[-1][1]:.3g}" for i, points in enumerate(curves, 1) if points)
         figures.append(figure(name, note if len(records) <= 4 else "", lines))
     different = [[name, *values] for name, values in differences(records).items()]
@@ -178,7 +180,9 @@ def comparison(records: Sequence[Record]) -> str:
         key((line_look(i), name) for i, name in enumerate(names)),
         f"<h2>Held-out {text(spoken(shared_measure(records)))}</h2>",
         table(result_rows(records), head=result_head(records)),
-        "<h2>Curves</h2>" if figures else "",
+        "<h2>Curves</h2><p>Metrics of training are running means. The numbers are the last values.</p>"
+        if figures
+        else "",
         f'<div class="grid">{"".join(figures)}</div>',
         "<h2>What differs</h2>",
         table(different, head=head, numbers=False) if different else "<p>No option, model or version differs.</p>",

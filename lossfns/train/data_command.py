@@ -18,7 +18,7 @@ from lossfns.terminal import console_on, printable, say, status, while_read
 from lossfns.train import files, formats
 from lossfns.train.examples import Demonstration, Example, Labelled, Preference, Problem, demonstration, sequences
 from lossfns.train.formats import Format
-from lossfns.train.options import check_option
+from lossfns.train.options import check_option, naming
 from lossfns.train.outcome import print_refusal
 from lossfns.train.render import Renderer
 from lossfns.train.tasks import MAX_LENGTH, length
@@ -91,10 +91,10 @@ def data_command(args: argparse.Namespace) -> int:
         0, 1 if ``lossfns train`` would refuse the file, or 2 if nothing of it can be shown.
     """
     try:
-        check_option("data", args.source)
+        check_option("FILE", args.source)
         check_option("max_length", args.max_length)
-        renderer = Renderer(ByteTokenizer() if args.model is None else hf.load_tokenizer(args.model))
-        with status() as tell:
+        with naming({"source": "--model", "--data": "FILE"}), status() as tell:
+            renderer = Renderer(ByteTokenizer() if args.model is None else hf.load_tokenizer(args.model))
             tell(f"reading {args.source}")
             findings = examine(args.source, renderer, args.kind)
     except (LossInputError, OSError, ImportError) as error:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,9 +19,9 @@ from lossfns.backend.storage import checkpoint
 from lossfns.errors import LossInputError
 from lossfns.terminal import say, while_read
 from lossfns.train.checkpoints import checkpoints
-from lossfns.train.options import check_option
+from lossfns.train.options import check_option, naming
 from lossfns.train.outcome import print_refusal
-from lossfns.train.run import CONFIG, load_config
+from lossfns.train.run import CONFIG, check_new, load_config
 
 
 def add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -45,16 +47,32 @@ def export_command(args: argparse.Namespace) -> int:
     """
     try:
         check_option("RUN", args.source)
+        check_option("DIR", args.folder)
         path, model = newest(Path(args.source))
-        export(path, args.folder, merge=args.merge, model=args.model or model)
+        with naming(dict.fromkeys(("source", "model"), "--model" if args.model else "RUN")):
+            export(path, args.folder, merge=args.merge, model=args.model or model)
     except (LossInputError, ImportError, OSError) as error:
         return print_refusal(error)
     except KeyboardInterrupt:
         return 130
     with while_read(sys.stdout):
         say(f"exported    {args.folder}")
+        if base := base_of(Path(args.folder)):
+            say(f"base model  {base}")
         say(f"train on    lossfns train sft --model {args.folder}")
     return 0
+
+
+def base_of(folder: Path) -> str:
+    """Return where the base model of exported adapters is; an empty text for a whole model."""
+    adapters = folder / "adapter_config.json"
+    if not adapters.is_file():
+        return ""
+    base = str(json.loads(adapters.read_text(encoding="utf-8"))["base_model_name_or_path"])
+    if not os.path.exists(base):
+        return base
+    place = "within it" if Path(base).absolute().is_relative_to(folder.absolute()) else "only on this machine"
+    return f"{base}, {place}; --merge writes a whole model"
 
 
 def newest(source: Path) -> tuple[Path, str | None]:
@@ -82,11 +100,15 @@ def export(path: Path, folder: str, *, merge: bool = False, model: str | None = 
     Raises:
         LossInputError: a checkpoint that cannot be read, or a model that is not found or cannot be written.
     """
-    data = checkpoint.metadata(path)
+    check_new(Path(folder), "DIR")
+    with naming({"path": "RUN"}):
+        data = checkpoint.metadata(path)
     name = str(data.get("model"))
     service = LocalServiceClient({name: lambda: base_model(path, data, model or data.get("source"))}, device="cpu")
-    client = service.create_training_client_from_state(path, name)
-    client.export(folder, merge=merge).result()
+    with naming({"path": "RUN"}):
+        client = service.create_training_client_from_state(path, name)
+    with naming({"path": "DIR"}):
+        client.export(folder, merge=merge).result()
 
 
 def base_model(path: Path, data: dict[str, Any], source: str | None) -> tuple[nn.Module, Any]:

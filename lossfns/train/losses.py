@@ -14,9 +14,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from lossfns.datum import Datum, tensor_data
 from lossfns.describe import makers, presets, signature
 from lossfns.errors import LossInputError, did_you_mean, show
+from lossfns.loading import described
 from lossfns.loss import Loss, LossFn
 from lossfns.tokens import PAIRS, TARGETS
 
@@ -39,26 +42,31 @@ class OwnLoss:
         function: ``(data, logprobs_list) -> (loss, metrics)``.
         reads: the columns that it reads besides ``logprobs`` and ``weights``.
         method: the training method, found by the columns and by what the gradients depend on.
+        settings: its settings of ``--set``, as texts by name.
     """
 
     name: str
     function: LossFn
     reads: tuple[str, ...]
     method: str
+    settings: tuple[tuple[str, str], ...] = ()
 
     def bind(self, /, **columns: Any) -> LossFn:
-        """Return the function for a batch with these columns: a number or a row for each datum."""
-        return functools.partial(call_with_columns, self.function, columns)
+        """Return the function for a batch with these columns: a number or a row for each datum.
+
+        Its metrics have the loss that it returns as ``loss``. What it raises becomes an error with the place.
+        """
+        return functools.partial(call_with_columns, self, columns)
 
     def __repr__(self) -> str:
-        return f"{self.name}({', '.join(self.reads)})"
+        return f"{self.name}({', '.join(f'{name}={value}' for name, value in self.settings)})"
 
 
 AnyLoss = Loss | OwnLoss
 
 
-def call_with_columns(function: LossFn, columns: Mapping[str, Any], data: list[Any], logprobs_list: list[Any]) -> Any:
-    """Call a contract function with the columns, and the mask, as fields of the datums."""
+def call_with_columns(loss: OwnLoss, columns: Mapping[str, Any], data: list[Any], logprobs_list: list[Any]) -> Any:
+    """Call the function of a loss with the columns, and the mask, as fields of the datums."""
     filled = []
     for i, datum in enumerate(data):
         weights = datum.loss_fn_inputs["weights"].to_numpy()
@@ -67,7 +75,18 @@ def call_with_columns(function: LossFn, columns: Mapping[str, Any], data: list[A
             rows[name] = [column[i]] * len(weights) if isinstance(column[i], (int, float)) else column[i]
         fields = {name: tensor_data(name, row) for name, row in rows.items()}
         filled.append(Datum(datum.model_input, {**datum.loss_fn_inputs, **fields}))
-    return function(filled, logprobs_list)
+    try:
+        result = loss.function(filled, logprobs_list)
+    except (LossInputError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        fix = "Correct it there."
+        raise LossInputError(f"--loss {loss.name}", "a loss for each batch", described(error), fix) from error
+    if isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict):
+        value, metrics = result
+        if isinstance(value, torch.Tensor) and value.numel() == 1 and not value.is_complex():
+            return value, {**metrics, "loss": float(value.detach())}
+    return result  # the client refuses it
 
 
 def family_loss(text: str, settings: Mapping[str, Any]) -> Loss:

@@ -39,16 +39,16 @@ def completion_logprobs(client: Client, data: Sequence[Datum]) -> list[float]:
 
 
 def likelihood(client: Client, renderer: Renderer, examples: Sequence[Demonstration]) -> Measured:
-    """Return the held-out cross-entropy of the trained tokens: bits per byte, and nats per token.
+    """Return the held-out cross-entropy of the trained tokens: bits per byte of their text, and nats per token.
 
-    For a model whose tokens are bytes, only bits per byte are returned. There the end token counts as a byte.
+    For a model whose tokens are bytes, only bits per byte are returned. An end token adds bits and no byte.
     """
     data = [datum_of(example) for example in examples]
     total = -sum(completion_logprobs(client, data))
-    tokens = sum(float(weights_of(datum).sum()) for datum in data)
+    bits = {"bits_per_byte": total / byte_count(renderer, examples) / math.log(2)}
     if isinstance(renderer.tokenizer, ByteTokenizer):
-        return {"bits_per_byte": total / tokens / math.log(2)}
-    return {"nll": total / tokens, "bits_per_byte": total / byte_count(renderer, examples) / math.log(2)}
+        return bits
+    return {"nll": total / sum(float(weights_of(datum).sum()) for datum in data), **bits}
 
 
 def byte_count(renderer: Renderer, examples: Sequence[Demonstration]) -> int:

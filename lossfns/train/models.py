@@ -13,10 +13,13 @@ from lossfns.backend.engine.ranks import start as start_ranks
 from lossfns.backend.model import hf, lora
 from lossfns.backend.model.tokenizer import ByteTokenizer
 from lossfns.errors import LossInputError
-from lossfns.train.options import Options
+from lossfns.train.options import Options, naming
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 """The dtypes of weights by the names that ``--dtype`` takes."""
+
+MODEL = {"source": "--model", "model": "--model"}
+"""How the command line calls what the errors of a model name."""
 
 PARTS = ("attn", "mlp", "unembed")
 """The parts of a model that can have adapters."""
@@ -35,7 +38,8 @@ def load_client(options: Options) -> LocalTrainingClient:
     dtype = None if options.dtype is None else check_dtype(options.dtype)
     parts = check_parts(options.lora_parts) if options.lora else []
     mesh = start_ranks(options.device)
-    model, tokenizer = load_model(options, dtype)
+    with naming(MODEL):
+        model, tokenizer = load_model(options, dtype)
     if options.lora:
         lora.adapt(model, rank=options.lora, parts=parts, seed=options.seed)
     if options.gradient_checkpointing:
@@ -45,7 +49,8 @@ def load_client(options: Options) -> LocalTrainingClient:
 
 def load_tokenizer(options: Options) -> Any:
     """Load the tokenizer of the model that the options name."""
-    return ByteTokenizer() if options.model is None else hf.load_tokenizer(options.model)
+    with naming(MODEL):
+        return ByteTokenizer() if options.model is None else hf.load_tokenizer(options.model)
 
 
 def load_model(options: Options, dtype: torch.dtype | None) -> tuple[nn.Module, Any]:

@@ -7,7 +7,8 @@ import math
 import os
 import reprlib
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,7 @@ class Options:
 NAMES = tuple(each.name for each in fields(Options))
 TEXTS = (
     "loss", "data", "out", "init", "model", "lora_parts", "dtype", "teacher", "base_url", "device", "reward", "track",
-    *("resume", "config", "RUN"),  # of commands
+    *("resume", "config", "RUN", "DIR", "FILE"),  # of commands
 )  # fmt: skip
 """The options and other arguments that are text."""
 
@@ -154,6 +155,24 @@ def is_path(text: str) -> bool:
 def flag(name: str) -> str:
     """Return the flag of an option on the command line."""
     return name if name.isupper() else f"--{name.replace('_', '-')}"
+
+
+@contextmanager
+def naming(names: Mapping[str, str]) -> Iterator[None]:
+    """Rename the input that an error in a ``with`` block names, to the word of the command line for it.
+
+    >>> with naming({"source": "--model"}):
+    ...     raise LossInputError("source", "a folder", "none", "Name another.")
+    Traceback (most recent call last):
+    lossfns.errors.LossInputError: --model: expected a folder, got none. Name another.
+    """
+    try:
+        yield
+    except LossInputError as error:
+        if error.field not in names:
+            raise
+        parts = (error.expected, error.got, error.fix)
+        raise LossInputError(names[error.field], *parts, datum=error.datum, loss=error.loss) from error
 
 
 # TOML

@@ -39,7 +39,8 @@ def own_loss(text: str, settings: Mapping[str, Any]) -> AnyLoss:
     columns = function.columns if isinstance(function, (FactoryLoss, PaddedLoss)) else detect_fields_read(function)
     names = {column.rpartition(" ")[2] for column in columns} - {ALL_FIELDS, *DATUM_FIELDS}
     by_columns = "policy" if SAMPLED & names else "supervised"
-    return OwnLoss(name, function, tuple(sorted(names)), METHOD_OF_KIND.get(kind, by_columns))
+    shown = tuple((n, value if isinstance(value, str) else repr(value_of(value))) for n, value in settings.items())
+    return OwnLoss(name, function, tuple(sorted(names)), METHOD_OF_KIND.get(kind, by_columns), shown)
 
 
 def unbound(loss: Loss | BoundLoss) -> Loss:

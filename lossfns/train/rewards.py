@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import re
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lossfns.errors import LossInputError, show
-from lossfns.loading import load
+from lossfns.loading import described, load, place_of
 
 if TYPE_CHECKING:
     from lossfns.train.examples import Problem
@@ -48,9 +49,23 @@ def reward_of(spec: str) -> Reward:
         reward = load(spec, "--reward")
         if not callable(reward):
             raise LossInputError("--reward", "a function (problem, text)", f"{spec}, {show(reward)}", "Name another.")
+        check_arguments(spec, reward)
     else:
         raise LossInputError("--reward", SPECS, repr(spec), "See docs/train.md.")
     return partial(finite_reward, spec, reward)
+
+
+def check_arguments(spec: str, reward: Callable[..., Any]) -> None:
+    """Refuse a function that cannot be called with a problem and a text. Not every callable has a known signature."""
+    try:
+        signature = inspect.signature(reward)
+    except ValueError:
+        return
+    try:
+        signature.bind(None, "")
+    except TypeError:
+        fix = "It must take (problem, text) and return a number."
+        raise LossInputError("--reward", "a function (problem, text)", f"{spec}{signature}", fix) from None
 
 
 def default_reward(problem: Problem) -> str:
@@ -78,15 +93,17 @@ def finite_reward(spec: str, reward: Callable[[Problem, str], Any], problem: Pro
     Raises:
         LossInputError: if the reward raises, or returns no finite number. The error names the reward and the sample.
     """
+    sample = f" for the sample {show(text)} to a problem with the answer {show(problem.answer)}"
     try:
         value = reward(problem, text)
-        got = show(value)
     except (Exception, SystemExit) as error:
-        value, got = None, f"{type(error).__name__}: {error}"
+        fix = "Correct it there." if place_of(error) else "Give each row such an answer, or name another reward."
+        got = f"{described(error)}{sample}"
+        raise LossInputError(f"--reward {spec}", "a finite number for each sample", got, fix) from error
     with suppress(TypeError, ValueError, OverflowError, RuntimeError):  # RuntimeError: a tensor of several numbers
         if not isinstance(value, (str, bytes)) and math.isfinite(number := float(value)):
             return number
-    got += f" for the sample {show(text)} to a problem with the answer {show(problem.answer)}"
+    got = f"{show(value)}{sample}"
     raise LossInputError(f"--reward {spec}", "a finite number for each sample", got, "Return 0.0 for a bad sample.")
 
 

@@ -237,7 +237,7 @@ def restore_rng(rng: Random, state: list[Any]) -> None:
 # The folder
 
 
-def check_new(folder: Path) -> None:
+def check_new(folder: Path, argument: str = "--out") -> None:
     """Refuse a folder that is not new or empty, so that nothing is overwritten.
 
     Raises:
@@ -249,14 +249,14 @@ def check_new(folder: Path) -> None:
         return
     except NotADirectoryError:
         got, fix = f"{folder}, which is a file", "Choose another: nothing is overwritten."
-        raise LossInputError("--out", "a new or empty folder", got, fix) from None
+        raise LossInputError(argument, "a new or empty folder", got, fix) from None
     if CONFIG in names:
         fix = f"Choose another: nothing is overwritten. lossfns train --resume {folder} continues a run."
-        raise LossInputError("--out", "a new or empty folder", f"{folder}, which holds another run", fix)
+        raise LossInputError(argument, "a new or empty folder", f"{folder}, which holds another run", fix)
     if names:
         got = f"{folder}, which holds {', '.join(map(ascii, names[:3]))}{', ...' if len(names) > 3 else ''}"
         fix = "Choose another: nothing is overwritten."
-        raise LossInputError("--out", "a new or empty folder", got, fix)
+        raise LossInputError(argument, "a new or empty folder", got, fix)
 
 
 def create_run(folder: Path, config: Mapping[str, Any]) -> None:

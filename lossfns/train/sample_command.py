@@ -21,7 +21,7 @@ from lossfns.train import models, remote
 from lossfns.train.checkpoints import checkpoints
 from lossfns.train.defaults import complete_options
 from lossfns.train.measures import TEMPERATURE, one_line
-from lossfns.train.options import check_option
+from lossfns.train.options import check_option, naming
 from lossfns.train.outcome import print_refusal
 from lossfns.train.render import Message, Renderer, typed_prompt
 from lossfns.train.run import load_config
@@ -92,8 +92,10 @@ def opened(folder: Path, device: str) -> Iterator[Model]:
     options, path = complete_options(config["options"]), checkpoints(folder)[0]
     style = config.get("prompts", "text")
     if options.base_url is None:
-        client = models.load_client(replace(options, device=device))
-        yield Model(client.create_sampling_client(path), Renderer(client.get_tokenizer()), style)
+        with naming({"--model": "RUN", "path": "RUN"}):
+            client = models.load_client(replace(options, device=device))
+            sampler = client.create_sampling_client(path)
+        yield Model(sampler, Renderer(client.get_tokenizer()), style)
         return
     with remote.connected(options.base_url) as server:
         server.load_state(path).result()

@@ -8,11 +8,16 @@ from dataclasses import replace
 from random import Random
 from typing import Any
 
+import torch
+
+from lossfns.backend.engine.differentiate import check_contract
 from lossfns.errors import LossInputError
 from lossfns.train import models, remote, tasks
-from lossfns.train.examples import Demonstration, Labelled, Preference, Problem
-from lossfns.train.losses import AnyLoss, method_of
-from lossfns.train.options import Options
+from lossfns.train.columns import OUTPUTS, weights_of
+from lossfns.train.examples import Demonstration, Example, Labelled, Preference, Problem, datum_of, sequences
+from lossfns.train.losses import AnyLoss, OwnLoss, method_of
+from lossfns.train.methods import number
+from lossfns.train.options import Options, naming
 from lossfns.train.recipes import Job, answer_lengths, reward_name
 from lossfns.train.remote import Client
 from lossfns.train.render import Renderer
@@ -39,10 +44,42 @@ def job_of(options: Options, loss: AnyLoss, client: Client, task: Task[Any], rew
 def examples_of(options: Options, loss: AnyLoss) -> tuple[Task[Any], Reward | None]:
     """Load the examples, and the reward of a method that samples. This needs the model's tokenizer alone."""
     task = task_of(loss, options, Renderer(models.load_tokenizer(options)))
+    if isinstance(loss, OwnLoss):
+        try_loss(loss, task)
     if method_of(loss) != "policy":
         return task, None
     reward = check_reward(reward_name(task, options), task.held_out + task.train)
     return with_warning_of_long_answers(task, options), reward
+
+
+def try_loss(loss: OwnLoss, task: Task[Any]) -> None:
+    """Call a loss of the user on two held-out examples, with made-up logprobs and columns, before anything is trained.
+
+    Raises:
+        LossInputError: if it raises, or returns something else than a finite loss and metrics.
+    """
+    parts = [part for example in task.held_out[:2] for part in trained_sequences(example, task.renderer)]
+    data = list(map(datum_of, parts))
+    logprobs = [torch.full((datum.model_input.length,), -1.0 - i / 4) for i, datum in enumerate(data)]
+    signs, shares, zeros = [1.0, -1.0] * len(data), [1.0, 0.0] * len(data), [0.0] * len(data)
+    columns: dict[str, list[Any]] = {name: [row.numpy() for row in logprobs] for name in ROWS}
+    columns |= {"advantages": signs, "rewards": shares, "labels": shares, "reference_point": zeros}
+    columns |= {"groups": [0] * len(data), "nll_weights": [weights_of(datum) for datum in data]}
+    read = {name: columns[name][: len(data)] for name in loss.reads if name in columns}
+    _, metrics = check_contract(loss.bind(**read)(data, [row.requires_grad_() for row in logprobs]))
+    for name, value in metrics.items():
+        number(name, value)
+
+
+ROWS = ("old_logprobs", "sampler_logprobs", "ref_logprobs", "teacher_logprobs", *OUTPUTS)
+"""The columns with a number for each token, which the trial of a loss fills with the logprobs."""
+
+
+def trained_sequences(example: Example, renderer: Renderer) -> list[Demonstration]:
+    """Return the sequences of an example; for a problem, its prompt with the answer."""
+    if isinstance(example, Problem):
+        return [renderer.answered(example.prompt, example.answer or "")]
+    return sequences(example)
 
 
 def teacher_of(options: Options, student: Client) -> Client:
@@ -52,9 +89,10 @@ def teacher_of(options: Options, student: Client) -> Client:
         LossInputError: if its tokens are not those of the student.
     """
     name = options.teacher if options.model is not None else None
-    teacher: Any = models.load_client(replace(options, model=name, lora=0, gradient_checkpointing=False))
-    if name is None:
-        teacher.load_state(str(options.teacher)).result()
+    with naming({"--model": "--teacher", "path": "--teacher"}):
+        teacher: Any = models.load_client(replace(options, model=name, lora=0, gradient_checkpointing=False))
+        if name is None:
+            teacher.load_state(str(options.teacher)).result()
     if vocabulary(teacher) != vocabulary(student):
         fix = "Logprobs of other tokens cannot be compared."
         raise LossInputError("--teacher", "a model with the tokens of the student", f"{options.teacher}", fix)

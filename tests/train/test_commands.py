@@ -72,6 +72,7 @@ def steps_done(run: Path) -> int:
         (["--lr", "1e308"], "--lr: expected a learning rate of at most 1"),
         (["--lr", "inf"], "--lr: expected a finite number above 0"),
         (["--max-length", "100"], "--max-length: expected --data with it"),
+        (["--lora", "2"], "--lora: expected a pretrained model with it: --model or --init, got neither"),
         (["--out", "a\0b"], r"--out: expected text in UTF-8 that is not empty and has no NUL, got 'a\x00b'"),
         (["--data", "a\0b"], "--data: expected text in UTF-8 that"),
         (["--init", "\udcff"], "--init: expected text in UTF-8 that"),
@@ -87,6 +88,37 @@ def test_absurd_options_are_refused_by_name(
         main(["train", "orpo", *arguments])
     assert ended.value.code == 2 and says in capsys.readouterr().err
     assert not os.listdir(tmp_path)
+
+
+FAILING = """
+def raises(data, logprobs_list):
+    return logprobs_list[0].sum() / {}["x"], {}
+
+def constant(data, logprobs_list):
+    return 1.0, {}
+
+def later(data, logprobs_list):
+    if len(data) == 3 and data[0].model_input.length > 6:
+        raise RuntimeError("two\\nlines")
+    weights = [datum.loss_fn_inputs["weights"].to_torch() for datum in data]
+    return -sum((w * lp).sum() for w, lp in zip(weights, logprobs_list)) / sum(w.sum() for w in weights), {}
+"""
+
+
+def test_what_ones_own_loss_raises_is_one_line_with_its_place(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A loss is tried before the run folder is made. One that fails later has made the folder, to be resumed."""
+    mine = tmp_path / "failing_losses.py"
+    mine.write_text(FAILING)
+    for name, says, folder in [
+        ("raises", f"--loss raises: expected a loss for each batch, got KeyError: 'x' ({mine}:3)", False),
+        ("constant", "loss: expected a 0-d tensor, got a float", False),
+        ("later", f"got RuntimeError: two lines ({mine}:10). Correct it there.", True),
+    ]:
+        assert main(small(tmp_path, f"{mine}:{name}", "--steps", "1")) == 2, name
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert last.startswith("lossfns: ") and says in last and (tmp_path / "run").exists() == folder, (name, last)
 
 
 def test_groups_that_cannot_be_sampled_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

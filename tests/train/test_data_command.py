@@ -86,7 +86,7 @@ def test_what_cannot_be_shown_is_one_line(tmp_path: Path, capsys: pytest.Capture
         ([{"a": 1}], [], "lossfns: F:1: expected text under 'prompt', got nothing"),
         ([{"text": "a"}], ["--kind", "preference"], "lossfns: F:1: expected text under 'prompt'"),
         ([{"text": "a"}], ["--max-length", "0"], "lossfns: --max-length: expected a whole number of at least 1"),
-        ([{"text": "a"}], ["--model", str(tmp_path / "none")], "lossfns: source: expected a folder, a GGUF file"),
+        ([{"text": "a"}], ["--model", str(tmp_path / "none")], "lossfns: --model: expected a folder, a GGUF file"),
     ]
     for rows, more, says in cases:
         status, text = shown(path, rows, capsys, *more)

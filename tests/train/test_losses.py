@@ -197,6 +197,9 @@ def test_ones_own_loss_of_any_form_trains_by_what_it_reads(tmp_path: Path) -> No
         if same is not None:
             expected = one_step(loss_of(same, {}), tmp_path / same, tiny(), tiny())
             assert row["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4), (name, same)
+            if same == "cross_entropy":  # its metrics are {}: the loss that it returns is recorded
+                assert row["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        assert repr(loss) == f"{name}({', '.join(f'{n}={x}' for n, x in settings.items())})"
     with pytest.raises(LossInputError, match=r"a setting of .*mine.py:pg, got 'scal'. Did you mean 'scale'\?"):
         loss_of(f"{tmp_path}/mine.py:pg", {"scal": 2.0})
 

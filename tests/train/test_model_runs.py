@@ -21,6 +21,22 @@ ROWS: dict[str, dict[str, Any]] = {
 }
 
 
+def test_an_exported_model_starts_where_its_run_ended(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Bits per byte count the bytes of the text alone, whatever the tokens are."""
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"{i}+2=", "completion": f"{i + 2} é"}) + "\n" for i in range(8)))
+    given = ["--data", str(data), "--steps", "1", "--batch", "2", "--out"]
+    assert main(["train", "sft", *given, str(tmp_path / "run")]) == 0
+    capsys.readouterr()
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "run")]) == 2
+    assert capsys.readouterr().err.startswith("lossfns: DIR: expected a new or empty folder")
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "model")]) == 0
+    assert main(["train", "sft", "--model", str(tmp_path / "model"), *given, str(tmp_path / "next")]) == 0
+    assert "Loading weights" not in capsys.readouterr().err  # no bar where no terminal shows it
+    ended, began = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("run", "next"))
+    assert began["bits_per_byte"]["before"] == pytest.approx(ended["bits_per_byte"]["after"], rel=1e-5)
+
+
 def test_a_model_with_adapters_is_trained_measured_and_sampled(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

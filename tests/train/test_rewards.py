@@ -139,15 +139,17 @@ def test_a_reward_may_be_any_function(tmp_path: Path) -> None:
         "nan": "got nan",
         "large": "got 1000",
         "words": "got '1.0'",
-        "fails": "got ZeroDivisionError: division by zero for",
-        "leaves": "got SystemExit: 3",
-        "one": "got TypeError: one",
+        "fails": rf"got ZeroDivisionError: division by zero \({file}:11\) for",
+        "leaves": rf"got SystemExit: 3 \({file}:12\)",
     }
+    with pytest.raises(LossInputError, match=r"one\(text\)\. It must take \(problem, text\)"):
+        reward_of(f"{file}:one")
     for name, text in says.items():
         reward = reward_of(f"{file}:{name}")
         with pytest.raises(LossInputError, match=f"{name}: expected a finite number for each sample, {text}") as error:
             reward(problem("right"), "fo\nur")
         assert "'fo\\nur' to a problem with the answer 'right'" in str(error.value), name
+        assert ("Return 0.0 for a bad sample" in str(error.value)) == (name not in ("fails", "leaves")), name
 
 
 def test_a_reward_that_does_not_exist_is_refused(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -398,9 +399,11 @@ def packing_error(model: CausalLM, got: str) -> LossInputError:
 
 
 def transformers() -> Any:
-    """Import the library, or raise an error that names the extra."""
+    """Import the library, or raise an error that names the extra. Progress bars are off if no terminal shows them."""
     try:
         import transformers
     except ImportError as error:
         raise ImportError("models of Hugging Face need transformers: pip install 'lossfns[hf]'") from error
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
     return transformers

@@ -36,13 +36,28 @@ def from_hub(name: str) -> str | Path:
     try:
         HfApi().model_info(name, timeout=10)  # fails at once, where loading would try again and again
     except Exception as error:  # those of the library's HTTP client, which depends on its version
-        raise source_error(name, error) from error
+        raise LossInputError("source", EXPECTED, not_found(name, error), FIX) from error
     return name
+
+
+def not_found(name: str, error: Exception) -> str:
+    """Return why a name is neither a path here nor a repository, as far as the error of the library tells."""
+    if isinstance(error, ValueError):  # the library's check of names
+        return f"no folder {name!r} here, and no repository can have that name"
+    if getattr(error, "response", None) is None:
+        return f"no folder {name!r} here, and no connection to look for it"
+    return f"no folder {name!r} here, and of a repository {first_line(error)!r}"
+
+
+EXPECTED = "a folder, a GGUF file or the name of a repository"
+FIX = "Check the path, or the connection, and that it is a causal language model."
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of what an error says; its type if it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def source_error(source: str | Path, error: Exception) -> LossInputError:
     """Return the error for a model that cannot be loaded, with the first line of the reason."""
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
-    expected, got = "a folder, a GGUF file or the name of a repository", f"{str(source)!r} ({reason})"
-    fix = "Check the path, or the connection, and that it is a causal language model."
-    return LossInputError("source", expected, got, fix)
+    return LossInputError("source", EXPECTED, f"{str(source)!r} ({first_line(error)})", FIX)
