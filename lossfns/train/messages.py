@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 from typing import Any, NoReturn
 
 from lossfns.train.values import Number, Row, plain, quoted, shown
@@ -174,11 +173,6 @@ def read_dialogue(row: Row, key: str) -> list[dict[str, Any]]:
 
 
 # Fields
-
-
-def file_of(row: Row) -> str:
-    """Return the path of the row's file, as a shell reads it."""
-    return shlex.quote(row.place.rpartition(":")[0])
 
 
 def shown_field(row: Row, key: str) -> str:
