@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lossfns.errors import LossInputError
-from lossfns.terminal import console_on, say, while_read
+from lossfns.terminal import console_on, printable, say, while_read
 from lossfns.train.charts import COLOURS, Line, Points, block_line, smooth
 from lossfns.train.options import check_option
 from lossfns.train.outcome import print_refusal
@@ -50,7 +50,7 @@ def compare_command(args: argparse.Namespace) -> int:
         return print_refusal(error)
     console = console_on(sys.stdout)
     with while_read(sys.stdout):
-        say("\n".join(lines_of(records, console.width if console else 80)))
+        say(printable("\n".join(lines_of(records, console.width if console else 80)), sys.maxsize))
         if args.html:
             say(f"\npage  {args.html}")
     return 0

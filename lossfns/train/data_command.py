@@ -165,7 +165,7 @@ def line_of(error: LossInputError) -> int:
 def print_format(source: str, findings: Findings, model: str | None, renderer: Renderer) -> None:
     """Print the format, the methods that read it, what makes the tokens, and the fields that are not read."""
     place = findings.rows[0][0].place.rpartition(":")[0] if findings.rows else source
-    say(f"{place}: {len(findings.rows) + len(findings.errors)} rows of {findings.format.name}")
+    say(printable(f"{place}: {len(findings.rows) + len(findings.errors)} rows of {findings.format.name}"))
     say(f"  read as {TITLES[findings.name]}, for {formats.KINDS[KINDS[findings.name]]}")
     for name in findings.others:
         say(f"  also {TITLES[name]} (--kind {name}), for {formats.KINDS[KINDS[name]]}")

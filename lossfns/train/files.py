@@ -287,6 +287,7 @@ def as_row(place: str, value: Any) -> Row:
 
 def csv_rows(path: str, text: str, delimiter: str, on_error: OnError) -> Iterator[Row]:
     """Yield the rows of a table whose first line names the columns."""
+    csv.field_size_limit(MAX_LINE)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     header: list[str] = []
     while True:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from random import Random
 from typing import Any
 
 from lossfns.backend.types import AdamParams
 from lossfns.datum import Datum
+from lossfns.errors import LossInputError, show
 from lossfns.metrics import merge_metrics
 from lossfns.train.columns import Batch, columns_of
 from lossfns.train.losses import AnyLoss
@@ -104,13 +106,26 @@ def train_step(client: Client, data: list[Datum], loss: Any, learning_rate: floa
     pending, step = client.forward_backward_custom(data, loss), client.optim_step(adam)
     metrics = pending.result().metrics | step.result().metrics
     # Names with a colon are the service's: they repeat the loss, or have its surrogate.
-    return {name: value for name, value in metrics.items() if ":" not in name}
+    return {name: number(name, value) for name, value in metrics.items() if ":" not in name}
+
+
+def number(name: str, value: Any) -> float:
+    """Return a metric as a number. One of a loss of one's own may be a tensor.
+
+    Raises:
+        LossInputError: if it is no number.
+    """
+    with suppress(TypeError, ValueError, OverflowError, RuntimeError):
+        if not isinstance(value, (str, bytes)):
+            return float(value)
+    raise LossInputError(f"metrics[{name!r}]", "a number", show(value), "Return a dict of floats.")
 
 
 def merged(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Merge the metrics of the updates of a step. A loss of the user may lack the counts that weight a mean."""
     if len(metrics) == 1:
         return dict(metrics[0])
-    mean = {name: sum(m[name] for m in metrics) / len(metrics) for name in metrics[0]}
+    values = {name: [m[name] for m in metrics if name in m] for name in {name: 0 for m in metrics for name in m}}
+    mean = {name: sum(xs) / len(xs) for name, xs in values.items()}
     # A plain mean of the norms: merge_metrics would weight each by the number of tokens.
     return {**merge_metrics(metrics), "grad_norm": mean["grad_norm"]} if "tokens" in mean else mean

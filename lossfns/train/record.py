@@ -85,7 +85,8 @@ def read_record(folder: Path, argument: str = "RUN") -> Record:
     if not history:
         got = f"none in {folder}"
         raise LossInputError(argument, "a run with metrics", got, "It has not made a step yet.")
-    return Record(folder, config, history, evaluations, read_json(folder / RESULT), read_json(folder / BATCH))
+    result = read_json(folder / RESULT)
+    return Record(folder, config, history, evaluations, result if is_result(result) else {}, read_json(folder / BATCH))
 
 
 def read_metric_rows(path: Path) -> list[Row]:
@@ -103,12 +104,24 @@ def read_metric_rows(path: Path) -> list[Row]:
         try:
             row = json.loads(line)
             rows.append({**row, "phase": str(row["phase"]), "step": int(row["step"])})
-            valid = all(isinstance(x, (int, float)) for name, x in row.items() if name != "phase")
-        except (ValueError, KeyError, TypeError, RecursionError):
+            numbers = [float(x) for name, x in row.items() if name != "phase" and isinstance(x, (int, float))]
+            valid = len(numbers) == len(row) - 1 and all(math.isfinite(row[name]) for name in ("step", "seconds"))
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             valid = False
         if not valid:
             raise LossInputError(f"{path}:{number}", "a row of metrics", "a damaged one", "Was the file changed?")
     return rows
+
+
+def is_result(content: Row) -> bool:
+    """Whether the content of ``result.json`` is that of a run: numbers before and after, and samples as texts."""
+    try:
+        measured = [x[when] for name, x in content.items() if name not in PLACE for when in ("before", "after")]
+        texts = [x for row in content.get("samples", []) for x in row.values()]
+        seconds = content.get("seconds", 0.0)
+    except (AttributeError, KeyError, TypeError):
+        return False
+    return all(isinstance(x, (int, float)) for x in [*measured, seconds]) and all(isinstance(x, str) for x in texts)
 
 
 def read_json(path: Path) -> Row:

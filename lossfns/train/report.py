@@ -34,7 +34,7 @@ def report(record: Record) -> str:
         headline(record),
         section("Curves", curves(record)),
         section("Samples on held-out prompts", samples(record.result.get("samples", []))),
-        section("What the loss does to a batch", batch(record.batch)),
+        section("What the loss does to a batch", whole_batch(record.batch)),
         section("Options", f"<pre>{text(to_toml({name: x for name, x in options.items() if name != 'out'}))}</pre>"),
         section("Environment", table(environment(record.config), numbers=False)),
         section("Repeat it", f"<pre>{text(command)}</pre>"),
@@ -128,6 +128,14 @@ def samples(rows: Sequence[Mapping[str, str]]) -> str:
 
 
 # A batch
+
+
+def whole_batch(content: Mapping[str, Any]) -> str:
+    """Return the gradient report of a batch. Of a file that was changed by hand, only that it is damaged is said."""
+    try:
+        return batch(content)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+        return '<p class="dim">batch.json is damaged.</p>'
 
 
 def batch(content: Mapping[str, Any]) -> str:

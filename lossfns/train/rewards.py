@@ -167,7 +167,7 @@ def schema_reward(file: str) -> Reward:
         schema = json.loads(Path(file).read_text(encoding="utf-8"))
         form = validator_for(schema)
         form.check_schema(schema)
-    except (OSError, TypeError, ValueError, RecursionError, SchemaError) as error:
+    except (AttributeError, OSError, TypeError, ValueError, RecursionError, SchemaError) as error:
         got = f"{file} ({str(error).splitlines()[0]})"
         raise LossInputError("--reward", "a file with a JSON schema", got, "Correct it, or name another.") from None
     validator = form(schema, registry=Registry())
@@ -175,7 +175,7 @@ def schema_reward(file: str) -> Reward:
     def reward(problem: Problem, text: str) -> float:
         try:
             return float(validator.is_valid(json.loads(text, parse_constant=refuse_constant)))
-        except (ValueError, RecursionError):  # no JSON, or nested too deeply
+        except (ValueError, OverflowError, RecursionError):  # no JSON, a number like 1e400, or nested too deeply
             return 0.0
 
     return reward

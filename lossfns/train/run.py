@@ -20,7 +20,7 @@ from uuid import uuid4
 from lossfns.backend.engine.ranks import Ranks, SingleProcess
 from lossfns.backend.storage.file import sync
 from lossfns.errors import LossInputError
-from lossfns.terminal import discard
+from lossfns.terminal import discard, printable
 from lossfns.train.display import display_on
 from lossfns.train.rows import RowFile
 from lossfns.train.trackers import Tracker
@@ -202,7 +202,8 @@ class Run:
             self.say(f"warning: {tracker.name} fails ({type(error).__name__}: {error}); {METRICS} has everything")
 
     def _row(self, phase: str, step: int, values: Mapping[str, float]) -> dict[str, Any]:
-        return {"phase": phase, "step": step, "seconds": round(self.seconds, 3), **values}
+        place = {"phase": phase, "step": step, "seconds": round(self.seconds, 3)}
+        return {**place, **values, **place}  # a metric of one's own loss may have such a name
 
     @property
     def steps_done(self) -> int:
@@ -215,7 +216,7 @@ class Run:
 
     def say(self, text: str) -> None:
         """Write a line to the terminal."""
-        self._show(self.display.say, text)
+        self._show(self.display.say, printable(text, sys.maxsize))
 
     def _show(self, write: Callable[..., None], *arguments: Any) -> None:
         """Write to the terminal. If nobody reads it any more (a closed pipe), stop after this step, and be silent."""
@@ -337,7 +338,8 @@ def load_config(folder: Path, argument: str = "--resume") -> dict[str, Any]:
         raise LossInputError(argument, "the folder of a run", got, "Pass the folder that --out named.")
     try:
         config: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        if all(isinstance(config[key], dict) for key in ("options", "model", "sha256", "versions")):
+        parts = [*(config[key] for key in ("options", "model", "sha256", "versions")), config.get("machine", {})]
+        if all(isinstance(part, dict) for part in parts):
             return config
     except (KeyError, OSError, TypeError, ValueError, RecursionError):
         pass

@@ -59,12 +59,19 @@ def load(
     transformers()
     try:
         found = located(source)
-        model = transformers().AutoModelForCausalLM.from_pretrained(found, dtype=dtype, attn_implementation="eager")
+        model, info = transformers().AutoModelForCausalLM.from_pretrained(
+            found, dtype=dtype, attn_implementation="eager", output_loading_info=True
+        )
         tokenizer = tokenizer_of(found, model.name_or_path if lora.wrapped_layers(model) else found)
     except LossInputError:
         raise
-    except (OSError, ValueError) as error:  # ValueError: not a causal language model, or no path at all
+    except Exception as error:  # ValueError: not a causal language model, or no path at all
+        if not isinstance(error, (OSError, ValueError)) and type(error).__name__ != "SafetensorError":
+            raise
         raise source_error(source, error) from error
+    if missing := sorted(info["missing_keys"]):  # transformers would draw them at random
+        got = f"{source} without {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}"
+        raise LossInputError("source", "a model with all of its weights", got, "Is it whole, and a language model?")
     lora.merge(model)
     return CausalLM(model).to(device), tokenizer
 

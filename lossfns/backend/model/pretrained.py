@@ -64,7 +64,9 @@ def new_folder(path: Path) -> Iterator[tuple[Path, Path]]:
         if final.exists():
             final.rmdir()
         os.rename(temporary, final)
-    except OSError as error:
+    except Exception as error:
+        if not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":  # of a full disk
+            raise
         raise LossInputError("path", "a folder to write to", f"{path} ({error})", "Choose another.") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
