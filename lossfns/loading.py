@@ -26,7 +26,7 @@ def load(path: str, where: str = "subject") -> Any:
     if not module_name or not attribute:
         expected, fix = "module:function or file.py:function", "Name the function after a colon."
         raise LossInputError(where, expected, repr(path), fix)
-    if os.getcwd() not in sys.path:  # as for ``python``, so that a module in the current folder is found
+    if os.getcwd() not in sys.path:  # as for ``python``: modules in the current folder are found
         sys.path.insert(0, os.getcwd())
     try:
         module = from_file(module_name) if module_name.endswith(".py") else importlib.import_module(module_name)
@@ -56,8 +56,8 @@ def from_file(path: str) -> Any:
     file = Path(path).resolve()
     folder, name = str(file.parent), file.stem
     sys.path[:] = [folder, *(entry for entry in sys.path if entry != folder)]
-    taken = sys.modules.get(name)
-    if taken is not None and getattr(taken, "__file__", None) != str(file):
+    loaded = sys.modules.get(name)
+    if loaded is not None and getattr(loaded, "__file__", None) != str(file):
         name = f"{name}_under_test"
     spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None and spec.loader is not None  # it ends in .py

@@ -1,4 +1,4 @@
-"""Other frameworks' names of settings, and what they are called here. Errors for unknown names quote them.
+"""Other frameworks' names of settings, and our names of these. The errors for unknown names quote them.
 
 Sources of the names: TRL, verl, OpenRLHF, SkyRL, slime, AReaL, NeMo-RL; docs/rosetta.md has their values with numbers.
 """
@@ -86,29 +86,29 @@ LOSSES = {
     "gspo": "gspo or gspo_token",
     "dapo": "bnpo for TRL's default bounds, dapo for the paper's",
 }
-"""Values of ``loss_type`` and kin whose loss has another name here."""
+"""Values of ``loss_type`` and similar settings, with the loss that they name here."""
 
 
-def find(names: Mapping[str, str], value: Any, default: Any) -> Any:
-    """Return what a value is called here; a value that is no string has no name."""
+def name_here(names: Mapping[str, str], value: Any, default: Any) -> Any:
+    """Return the name here of a value elsewhere; the default for an unknown value, or one that is no string."""
     return names.get(value, default) if isinstance(value, str) else default
 
 
 def weighing(value: Any) -> str:
     known = "token_mean, sequence_mean, sequence_sum_mean, token_sum or fixed_length(L)"
-    return f"Pass weigh={find(WEIGHINGS_ELSEWHERE, value, known)}."
+    return f"Pass weigh={name_here(WEIGHINGS_ELSEWHERE, value, known)}."
 
 
 def estimator(value: Any) -> str:
-    return f"Pass {find(ESTIMATORS, value, 'kl=k1, k2 or k3')}."
+    return f"Pass {name_here(ESTIMATORS, value, 'kl=k1, k2 or k3')}."
 
 
 def another_loss(value: Any) -> str:
-    name = find(LOSSES, value, value if isinstance(value, str) and value.isidentifier() else None)
+    name = name_here(LOSSES, value, value if isinstance(value, str) and value.isidentifier() else None)
     return f"Each loss is a function of its own: {name or 'lossfns list names them'}."
 
 
-def as_it_is(knob: str) -> Callable[[Any], str]:
+def same_value(knob: str) -> Callable[[Any], str]:
     def translate(value: Any) -> str:
         x = number(value)
         return f"Pass {knob}={'...' if x is None else f'{x:g}'}."
@@ -124,18 +124,18 @@ SETTINGS = (
     Setting(("epsilon_high", "clip_ratio_high", "eps_clip_high", "cliprange_high", "ratio_clip_max", "clip_high"),
             "clip", upper_bound),
     Setting(("clip_ratio_c", "eps_clip_c", "ratio_clip_c", "dual_clip_coef", "clip_c", "delta"),
-            "dual_clip", as_it_is("dual_clip")),
+            "dual_clip", same_value("dual_clip")),
     Setting(("beta", "kl_coef", "kl_loss_coef", "init_kl_coef", "kl_penalty_coef", "kl_ctl", "kl_coeff",
-             "reference_policy_kl_penalty"), "kl_beta", as_it_is("kl_beta")),
+             "reference_policy_kl_penalty"), "kl_beta", same_value("kl_beta")),
     Setting(("kl_loss_type", "kl_penalty", "kl_estimator", "kl_estimator_type", "use_kl_estimator_k3"),
             "kl", estimator),
     Setting(("loss_agg_mode", "loss_reduction", "reduction", "aggregate", "token_level_loss", "loss_scale_factor"),
             "weigh", weighing),
-    Setting(("simpo_gamma", "gamma_beta_ratio"), "gamma", as_it_is("gamma")),
-    Setting(("cpo_alpha",), "nll_weight", as_it_is("nll_weight")),
-    Setting(("lambda", "lambda_", "orpo_beta"), "lam", as_it_is("lam")),
-    Setting(("desirable_weight_d", "lambda_d"), "desirable_weight", as_it_is("desirable_weight")),
-    Setting(("lambda_u",), "undesirable_weight", as_it_is("undesirable_weight")),
+    Setting(("simpo_gamma", "gamma_beta_ratio"), "gamma", same_value("gamma")),
+    Setting(("cpo_alpha",), "nll_weight", same_value("nll_weight")),
+    Setting(("lambda", "lambda_", "orpo_beta"), "lam", same_value("lam")),
+    Setting(("desirable_weight_d", "lambda_d"), "desirable_weight", same_value("desirable_weight")),
+    Setting(("lambda_u",), "undesirable_weight", same_value("undesirable_weight")),
     Setting(("loss_type", "policy_loss_type", "loss_mode", "loss_fn", "importance_sampling_level"), "", another_loss),
     Setting(("tis_imp_ratio_cap", "use_tis", "tis_cap", "vllm_importance_sampling_cap", "imp_ratio_cap",
              "vllm_importance_sampling_correction"), "", lambda value: "Wrap the loss: with_tis(loss, cap=2.0)."),
@@ -150,7 +150,7 @@ SETTINGS = (
 
 
 def hint(name: str, value: Any, knobs: Iterable[str]) -> str:
-    """Return what an unknown setting of a loss is called here; else the nearest of the loss's own settings.
+    """Return a hint for an unknown setting of a loss: its name here, or else the nearest of the loss's settings.
 
     >>> hint("epsilon", 0.2, ["clip", "weigh"])
     'clip has the bounds of the ratio itself: clip=(0.8, 1.2).'

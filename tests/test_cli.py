@@ -17,7 +17,7 @@ from lossfns.cli import main, parser
 from lossfns.errors import LossInputError
 from lossfns.train import methods
 from lossfns.train.command import given_options
-from lossfns.train.defaults import complete_options, loss_of, own_options
+from lossfns.train.defaults import complete_options, loss_of, recorded_options
 
 SMALL = ["--steps", "2", "--batch", "4"]
 ROWS = {
@@ -309,8 +309,8 @@ def test_a_config_that_does_not_name_an_option_takes_its_default() -> None:
     """A run of an earlier version, which had fewer options, and ``null`` for those that its method did not have."""
     options = complete_options({"loss": "dpo", "batch": 3, "group": None, "out": None})
     assert (options.batch, options.steps, options.warmup_steps, options.save_every) == (3, 400, 300, 20)
-    own = own_options(options, "preference")
-    assert complete_options(own) == options and own["group"] is None
+    recorded = recorded_options(options, "preference")
+    assert complete_options(recorded) == options and recorded["group"] is None
 
 
 def test_a_run_goes_on_only_with_the_data_it_began_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -102,5 +102,7 @@ def test_the_command_writes_a_picture(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "<svg" in file.read_text() and str(file) in capsys.readouterr().out
     assert main(["plot", "kl", "--out", str(tmp_path / "kl.xyz")]) == 2
     assert "--out" in capsys.readouterr().err
+    assert main(["plot", "kl", "--out", str(tmp_path / "kl")]) == 2 and not (tmp_path / "kl.png").exists()
+    assert main(["plot", "x" * 5000]) == 2
     assert main(["plot", "gprpo"]) == 2
     assert "Did you mean 'grpo'?" in capsys.readouterr().err

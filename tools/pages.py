@@ -20,7 +20,7 @@ import tomllib
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -29,6 +29,7 @@ from lossfns import Loss
 from lossfns.describe import families, makers, peers, presets
 from lossfns.plot import curves
 from lossfns.plot.family import named_in, parts, parts_of
+from tools.docstrings import Doc, read_doc
 
 DOCS = Path(__file__).parents[1] / "docs"
 FOLDER = DOCS / "losses"
@@ -55,58 +56,6 @@ COLUMNS = {
 
 TRUST = ("ppo", "dapo", "sapo")
 """Losses in the picture of trust regions, which the README shows."""
-
-
-class Doc(NamedTuple):
-    """The parts of a docstring.
-
-    Attributes:
-        summary: the first paragraph.
-        body: the paragraphs before the arguments.
-        settings: the text of each argument.
-        reads: what the loss reads, in words.
-        statistics: the text of each statistic.
-        example: the doctest.
-    """
-
-    summary: str
-    body: str
-    settings: dict[str, str]
-    reads: str
-    statistics: dict[str, str]
-    example: str
-
-
-def read_doc(function: Callable[..., Any]) -> Doc:
-    text = inspect.getdoc(function) or ""
-    text, mark, example = text.partition("\n>>>")
-    head, _, rest = text.partition("\nArgs:\n")
-    summary, _, body = head.partition("\n\n")
-    block = re.match(r"(?:(?:    .*)?\n)*(?:    .*)?", rest)
-    settings = entries(block[0] if block else "")
-    tail = rest[block.end() if block else 0 :].strip() if "\nArgs:\n" in text else body
-    body = body if "\nArgs:\n" in text else ""
-    reads, _, statistics = tail.partition("\n\n    ")
-    return Doc(
-        " ".join(summary.split()), body.strip(), settings, " ".join(reads.split()), entries("    " + statistics),
-        f">>>{example}" if mark else "",
-    )  # fmt: skip
-
-
-def entries(block: str) -> dict[str, str]:
-    """Return the entries ``name: text`` of an indented block; ``a, b: text`` is one entry."""
-    found: dict[str, str] = {}
-    name = ""
-    for line in textwrap.dedent(block).splitlines():
-        match = re.match(r"(\w[\w, ]*): (.*)", line)
-        if match:
-            name = match[1]
-            found[name] = match[2]
-        elif name and line.startswith(" "):
-            found[name] += " " + line.strip()
-        elif line.strip():
-            name = ""
-    return found
 
 
 # The sections of a page
@@ -200,8 +149,8 @@ def without_docstring(function: Callable[..., Any]) -> str:
     return "\n".join(lines[node.lineno - 1 :]).strip().replace("\n\n\n", "\n\n").replace(":\n\n", ":\n", 1)
 
 
-BATCH = "[[-1.2, -0.4, -2.0], [-0.7, -1.5, -0.9]]"
-"""The logprobs of the call on a page: two sequences of three tokens, padded."""
+BATCH, MASK = "[[-1.2, -0.4, -2.0], [-0.7, -1.5, -0.9]]", "[[1, 1, 1], [1, 1, 0]]"
+"""The logprobs and the mask of the call on a page: two sequences of three tokens, padded."""
 
 EXAMPLES = {
     "advantages": "[1.0, -1.0]",
@@ -219,6 +168,7 @@ EXAMPLES = {
     "entropy": "[[1.1, 0.4, 2.2], [0.6, 1.9, 0.8]]",
     "sum_square_probs": "[[0.4, 0.7, 0.2], [0.6, 0.3, 0.5]]",
 }
+"""The columns of the call on a page."""
 
 
 def call(name: str, doc: Doc, loss: Loss | None) -> str:
@@ -233,17 +183,17 @@ def call(name: str, doc: Doc, loss: Loss | None) -> str:
         ">>> import torch",
         f">>> from lossfns import {name}",
         f">>> logprobs = torch.tensor({BATCH}, requires_grad=True)  # {kind}, [B, T]",
-        ">>> mask = torch.tensor([[1, 1, 1], [1, 1, 0]])  # 0: a token that is not trained",
-        f">>> loss, metrics = {name}().padded(logprobs, mask{', ' if names else ''}",
+        f">>> mask = torch.tensor({MASK})  # 0: a token that is not trained",
     ]
     if names:
-        lines[-1] = f">>> loss, metrics = {name}().padded(logprobs, mask,"
+        lines.append(f">>> loss, metrics = {name}().padded(logprobs, mask,")
         lines += [f"...     {text}," for text in names[:-1]] + [f"...     {names[-1]})"]
     else:
-        lines[-1] = f">>> loss, metrics = {name}().padded(logprobs, mask)"
-    total, gradient = evaluate(loss, {c: ast.literal_eval(text) for c, text in columns.items()})
-    lines += [">>> loss.backward()", ">>> round(loss.item(), 4)", repr(round(total, 4)), ">>> logprobs.grad"]
-    lines += [*repr(gradient).splitlines()]
+        lines.append(f">>> loss, metrics = {name}().padded(logprobs, mask)")
+    logprobs, total, _ = evaluate(loss, {c: ast.literal_eval(text) for c, text in columns.items()})
+    total.backward()
+    lines += [">>> loss.backward()", ">>> round(loss.item(), 4)", repr(round(total.item(), 4)), ">>> logprobs.grad"]
+    lines += repr(logprobs.grad).splitlines()
     pairs = " Row 0 is the chosen side, row 1 the rejected one." if loss.rows == "pairs" else ""
     forms = "The same object takes datums and packed tensors, and compiles to one kernel: [client](../client.md)."
     return "## A call\n\n```python\n" + "\n".join(lines) + f"\n\n```\n\n{forms}{pairs}"
@@ -256,13 +206,11 @@ def public_names(example: str, name: str) -> list[str]:
     return sorted({name, *used} - {each.strip() for line in imported for each in line.split(",")})
 
 
-def evaluate(loss: Loss, columns: dict[str, Any]) -> tuple[float, torch.Tensor]:
+def evaluate(loss: Loss, columns: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, dict[str, float]]:
+    """Return the logprobs of the batch, and the loss and the metrics with these columns."""
     logprobs = torch.tensor(ast.literal_eval(BATCH), requires_grad=True)
     tensors = {name: torch.tensor(x) for name, x in columns.items()}
-    total, _ = loss.padded(logprobs, torch.tensor([[1, 1, 1], [1, 1, 0]]), **tensors)
-    total.backward()
-    assert logprobs.grad is not None
-    return total.item(), logprobs.grad
+    return logprobs, *loss.padded(logprobs, torch.tensor(ast.literal_eval(MASK)), **tensors)
 
 
 def columns(doc: Doc, loss: Loss | None) -> str:
@@ -307,11 +255,9 @@ def step_zero(loss: Loss | None) -> str:
     if not policies:
         return ""
     columns = {c: ast.literal_eval(BATCH if c in policies else EXAMPLES[c]) for c in loss.reads}
-    tensors = {c: torch.tensor(x) for c, x in columns.items()}
-    if "reference_point" in tensors:
-        tensors["reference_point"] = torch.zeros(2)
-    logprobs = torch.tensor(ast.literal_eval(BATCH), requires_grad=True)
-    total, metrics = loss.padded(logprobs, torch.tensor([[1, 1, 1], [1, 1, 0]]), **tensors)
+    if "reference_point" in columns:
+        columns["reference_point"] = [0.0, 0.0]
+    _, total, metrics = evaluate(loss, columns)
     shown = {"loss": total.item()} | {k: v for k, v in metrics.items() if k not in COUNTS}
     rows = [(f"`{k}`", f"{v:.4g}") for k, v in shown.items()]
     return (
@@ -322,6 +268,7 @@ def step_zero(loss: Loss | None) -> str:
 
 
 COUNTS = ("count", "tokens", "sequences", "sequences_empty", "denominator", "pairs", "datums", "loss")
+"""The metrics that are not shown at step zero: counts, and the loss itself."""
 
 
 def statistics(doc: Doc) -> str:
@@ -360,6 +307,7 @@ def elsewhere(name: str) -> str:
 
 
 def verdict(row: Any) -> str:
+    """Return the verdict of a row of the table of frameworks, with its reason."""
     return row["verdict"] + (f": {row['why']}" if row["why"] else "")
 
 
@@ -434,6 +382,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def same(file: Path, text: str) -> bool:
+    """Return whether a file exists and has this text."""
     return file.exists() and file.read_text(encoding="utf-8") == text
 
 

@@ -22,7 +22,7 @@ def check_arguments(
     softcap: float | None,
     memory_budget: float | None,
 ) -> None:
-    """Refuse arguments of ``linear_logprobs`` that do not fit together. The host does not wait."""
+    """Refuse arguments of ``linear_logprobs`` that do not fit together, without a wait for the device."""
     for name, x, ndims in (("hidden", hidden, (2,)), ("weight", weight, (2,)), ("targets", targets, (1, 2))):
         if not isinstance(x, Tensor) or x.ndim not in ndims:
             got = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"

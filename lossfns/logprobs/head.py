@@ -16,7 +16,7 @@ Adapter = tuple[Tensor, Tensor, float]
 class Head(NamedTuple):
     """The unembedding: logits z = c·tanh(raw / c) / T of raw = h·Wᵀ + b, with softcap c and temperature T.
 
-    With a low-rank addition up·down to W, raw = h·Wᵀ + u·upᵀ + b of u = h·downᵀ. The functions of tiles take h and u
+    With a low-rank addition up·down to W, raw = h·Wᵀ + u·upᵀ + b with u = h·downᵀ. The functions of tiles take h and u
     side by side, ``with_low_rank(h)``, and do not need ``down``.
     """
 
@@ -44,7 +44,7 @@ class Head(NamedTuple):
         return torch.cat((hidden, u.to(hidden.dtype)), 1)
 
     def raw(self, hidden: Tensor, vocab: slice, buffer: Tensor | None = None) -> Tensor:
-        """Return raw [n, v], in the dtype of the weight and, if it fits, in the buffer; ``hidden`` is h and u."""
+        """Return raw [n, v] in the dtype of the weight, in the buffer if it is large enough; ``hidden`` is h and u."""
         product, *added = [(hidden[:, columns], x[vocab].T) for columns, x in self.factors]
         out = view_of(buffer, len(hidden), product[1].shape[1])
         if self.bias is None:
@@ -74,10 +74,10 @@ class Head(NamedTuple):
 
 
 def head_of(model: Any) -> Head:
-    """Return a model's unembedding, and where it has them the bias, softcap, temperature and adapter of it.
+    """Return a model's unembedding, with its bias, softcap, temperature and adapter where it has them.
 
-    A model with a trained head tells ``head`` [V, D]. One with adapters tells ``factored_head`` as well, the weight and
-    an ``Adapter`` or None, so that their sum is not computed.
+    Every model has ``head`` [V, D]. A model with adapters also has ``factored_head``: the weight, and an ``Adapter`` or
+    None, so that their sum is not computed.
     """
     weight, adapter = getattr(model, "factored_head", None) or (model.head, None)
     down, up = (None, None) if adapter is None else low_rank(adapter)
@@ -111,7 +111,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def view_of(buffer: Tensor | None, n: int, v: int) -> Tensor | None:
-    """Return an [n, v] view of the buffer, or None if it is too small. Fresh pages are slow to get from the system."""
+    """Return an [n, v] view of the buffer, or None if it is too small. To allocate new memory takes longer."""
     return None if buffer is None or buffer.numel() < n * v else buffer.view(-1)[: n * v].view(n, v)
 
 
@@ -123,7 +123,7 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
 
 
 def add_matmul_(total: Tensor, a: Tensor, b: Tensor, overwrite: bool = False) -> None:
-    """total += a·b, or total = a·b to ``overwrite`` it; in one kernel if the dtypes are the same."""
+    """total += a·b, or total = a·b with ``overwrite``; in one kernel if the dtypes are the same."""
     if a.dtype == total.dtype:
         total.addmm_(a, b, beta=not overwrite)
     elif overwrite:

@@ -27,8 +27,7 @@ from torch import Tensor
 
 from lossfns.errors import LossInputError, did_you_mean
 from lossfns.logprobs.arguments import check_adapter, check_arguments, check_values
-from lossfns.logprobs.head import ALL, Adapter, Head, low_rank, without_autocast
-from lossfns.logprobs.head import head_of as head_of
+from lossfns.logprobs.head import ALL, Adapter, Head, head_of, low_rank, without_autocast
 from lossfns.logprobs.plans import Frozen, Gradient, Separable, Swept, apply, separable_tokens
 from lossfns.tokens import MODEL_COLUMNS
 
@@ -77,8 +76,8 @@ def linear_logprobs(
             ``lossfns.token_gradient`` makes it from a loss. The gradient that arrives in the backward pass must be
             this one, up to one factor for all tokens.
         memory_budget: for auto, bytes of logits to keep for the backward pass; None keeps as many as hidden and
-            weight take, or hidden and b with an adapter of a frozen weight. For separable, bytes of logits to hold at a
-            time; None holds 2048 tokens.
+            weight take; with an adapter on a frozen weight, as many as hidden and b take. For separable, bytes of
+            logits to hold at a time; None holds those of 2048 tokens.
 
     Returns:
         Logprobs in the shape of ``targets``, float32 (float64 for a float64 weight). With ``return_entropy`` or
@@ -150,7 +149,7 @@ def model_outputs(
     memory_budget: float = math.inf,
     result_device: torch.device | None = None,
 ) -> list[Tensor]:
-    """Return what ``linear_logprobs`` returns with the head of a model. The host does not wait in the forward pass.
+    """Return the result of ``linear_logprobs`` with the head of a model. The host does not wait in the forward pass.
 
     Args:
         model: a module with ``head`` [V, D] and, where it has them, bias, softcap and temperature.
@@ -159,7 +158,7 @@ def model_outputs(
         differentiates: those of the extras that carry a gradient. The others are constants.
         memory_budget: bytes of logits to keep at most.
         result_device: the device of the result; None is that of ``hidden``. With the CPU, the host does not wait in the
-            backward pass either, since it reads there which tokens have a gradient.
+            backward pass either: it reads the gradient that arrives to find the tokens that have one.
 
     Returns:
         The logprobs, and the extras in the order of their names.
@@ -177,8 +176,8 @@ def model_outputs(
         else:
             kept_bytes = min(memory_budget, hidden.nbytes + weight.nbytes) if needs_backward(*inputs) else 0.0
             logprobs, *others = apply(Swept, *inputs, extras, kept_bytes, device, *options)
-    found = dict(zip(MODEL_COLUMNS, others))
-    return [logprobs.view_as(targets), *(found[x] if x in differentiates else found[x].detach() for x in extras)]
+    columns = dict(zip(MODEL_COLUMNS, others))
+    return [logprobs.view_as(targets), *(columns[x] if x in differentiates else columns[x].detach() for x in extras)]
 
 
 def needs_backward(*inputs: Tensor | None) -> bool:
@@ -216,7 +215,7 @@ def choose_plan(plan: str, inputs: tuple[Tensor | None, ...], extras: Sequence[s
             return "separable"
         if gradient is None:
             return "frozen" if needs_backward(hidden) and not needs_backward(*head) and not extras else "auto"
-        plan = "separable"  # which is refused below
+        plan = "separable"  # refused below: it cannot return extras
     if (plan == "separable") != (gradient is not None):
         fix = "It returns ∂loss/∂logprob of a block of tokens. Without such a function, use plan='auto'."
         got = "none" if gradient is None else f"one for plan={plan!r}"

@@ -32,7 +32,7 @@ SEPARABLE_TOKENS = 2048
 
 
 def no_double_backward(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Make a backward pass raise under ``create_graph``, where autograd would take its result for a constant."""
+    """Make a backward pass raise under ``create_graph``: autograd would treat its result as a constant."""
 
     @wraps(backward)
     def backward_once(ctx: Any, *gradients: Tensor) -> Any:
@@ -64,7 +64,7 @@ class Swept(torch.autograd.Function):
         squares = stats.sum_square_probs
         ctx.save_for_backward(hidden, weight, bias, up, targets, stats.tile_prob, stats.mean_logit, squares)
         ctx.head_options = head_options
-        ctx.set_materialize_grads(False)  # an entropy that no loss differentiates then costs nothing backward
+        ctx.set_materialize_grads(False)  # an output without a gradient then costs nothing in the backward pass
         return on_device(result_device, stats.logprobs, stats.entropy, squares)
 
     @staticmethod
@@ -84,12 +84,12 @@ class Swept(torch.autograd.Function):
 
 
 def head_like(weight: Tensor, bias: Tensor | None, up: Tensor | None, *options: Any) -> Head:
-    """Return the head for products in the dtype of the weight; a second factor of an adapter may be wider."""
+    """Return the head with ``up`` in the dtype of the weight, for products; the adapter's own dtype may be wider."""
     return Head(weight, bias, None, None if up is None else up.to(weight.dtype), *options)
 
 
 def as_inputs(sums: HeadGrads, *inputs: Tensor | None) -> list[Tensor | None]:
-    """Return the gradients of weight, bias and up in the dtypes of these; None stays None."""
+    """Return the gradients of weight, bias and up, each in the dtype of its input; None stays None."""
     return [d if d is None or x is None else d.to(x.dtype) for d, x in zip((sums.weight, sums.bias, sums.up), inputs)]
 
 
@@ -178,7 +178,7 @@ def mean_gradient_of_others(head: Head, hidden: Tensor, targets: Tensor, stats: 
 def subtract_targets_(raw: Tensor, local: Tensor, first: Tensor) -> None:
     """Set the entries of ``raw`` [n, v] to 0 at the indices ``local`` [n, K] that lie in it.
 
-    ``first`` [n, K] tells which indices of a token are its first of their kind: x − x is 0 once.
+    ``first`` [n, K] tells which indices of a token do not repeat an earlier one: each entry is subtracted once.
     """
     inside, index = is_inside(local, slice(0, raw.shape[1])), local.clamp(0, raw.shape[1] - 1)
     raw.scatter_add_(1, index, torch.where(inside & first, -raw.gather(1, index), 0))

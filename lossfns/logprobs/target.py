@@ -1,4 +1,4 @@
-"""Log-probabilities of chosen tokens, entropy and Σp² from logits ``[..., V]``, without a float32 copy of these."""
+"""Log-probabilities of chosen tokens, entropy and Σp² from logits ``[..., V]``, without a float32 copy of them."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def target_logprobs(
 ) -> Any:
     """Return log softmax(logits / temperature) at the targets: float32, or float64 for logits in float64.
 
-    The softmax is taken in blocks of rows. The only tensor of the size of the logits that is made is their gradient, in
-    their dtype. Autograd makes one more for the gradient of a slice such as ``logits[:, :-1]``: to save it, pass all
+    The softmax is taken in blocks of rows. The only new tensor as large as the logits is their gradient, in their
+    dtype. Autograd makes another one for the gradient of a slice such as ``logits[:, :-1]``: to avoid it, pass all
     logits, and give weight 0 to the last token. There is no second derivative.
 
     Args:
@@ -92,21 +92,21 @@ class TargetLogprobs(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         target_logits = logits.gather(-1, targets.long()[..., None]).squeeze(-1)
         lse = torch.empty_like(target_logits, dtype=compute_dtype(logits))
-        mean, total = (torch.empty_like(lse) if asked else None for asked in (entropy, squares))
+        mean, square_sum = (torch.empty_like(lse) if asked else None for asked in (entropy, squares))
         for rows in block_indices(logits):
             z = logits[rows].to(lse.dtype) / temperature
             lse[rows] = z.logsumexp(-1)
-            if mean is not None or total is not None:
+            if mean is not None or square_sum is not None:
                 p = (z - lse[rows][..., None]).exp_()
             if mean is not None:
                 mean[rows] = torch.linalg.vecdot(p, z)
-            if total is not None:
-                total[rows] = torch.linalg.vecdot(p, p)
-        ctx.save_for_backward(logits, targets, lse, mean, total)
+            if square_sum is not None:
+                square_sum[rows] = torch.linalg.vecdot(p, p)
+        ctx.save_for_backward(logits, targets, lse, mean, square_sum)
         ctx.temperature = temperature
         ctx.set_materialize_grads(False)
-        of_rows = None if mean is None else (lse - mean).clamp_(min=0)
-        return target_logits.to(lse.dtype) / temperature - lse, of_rows, total
+        row_entropy = None if mean is None else (lse - mean).clamp_(min=0)
+        return target_logits.to(lse.dtype) / temperature - lse, row_entropy, square_sum
 
     @staticmethod
     @no_double_backward
@@ -114,7 +114,7 @@ class TargetLogprobs(torch.autograd.Function):
         ctx: Any, g: Tensor | None, d_entropy: Tensor | None, d_squares: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         """∂loss/∂z = g·[v = target] − p·(g + e·(z − Σ p·z) − 2f·(p − Σp²)), as in ``lossfns.logprobs.tiles``."""
-        logits, targets, lse, mean, total = ctx.saved_tensors
+        logits, targets, lse, mean, square_sum = ctx.saved_tensors
         d_logits = torch.empty_like(logits)
         g = torch.zeros_like(lse) if g is None else g
         for rows in block_indices(logits):
@@ -127,7 +127,7 @@ class TargetLogprobs(torch.autograd.Function):
                 mass, inert = mass + e * (z - mean[rows][..., None]), inert & (e == 0)
             if d_squares is not None:
                 f = (d_squares[rows] / ctx.temperature)[..., None]
-                mass, inert = mass - 2 * f * (p - total[rows][..., None]), inert & (f == 0)
+                mass, inert = mass - 2 * f * (p - square_sum[rows][..., None]), inert & (f == 0)
             d = p.mul_(-mass).scatter_add_(-1, targets[rows].long()[..., None], scale)
             d_logits[rows] = d.masked_fill_(inert, 0)  # where no gradient arrives, even if logits are inf or nan
         return d_logits, None, None, None, None
@@ -144,5 +144,5 @@ def block_indices(logits: Tensor) -> Iterator[tuple[Any, ...]]:
 
 
 def small_blocks(x: Tensor) -> Iterator[slice]:
-    """Split the rows of logits [n, V] into blocks: those of ``row_blocks`` on a CPU, of the size of a tile on a GPU."""
+    """Split the rows of logits [n, V] into blocks: as ``row_blocks`` on a CPU, as large as a tile on a GPU."""
     return row_blocks(x) if x.device.type == "cpu" else blocks(len(x), max(1, TILE_TOKENS * TILE_VOCAB // x.shape[1]))

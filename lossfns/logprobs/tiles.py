@@ -78,7 +78,7 @@ class TileStats(NamedTuple):
 
     def rows(self, index: slice) -> TileStats:
         """Return a view of some of the tokens."""
-        return TileStats(*taken(self, index))
+        return TileStats(*index_each(self, index))
 
     def put(self, rows: slice, tile: int, lse: Tensor, mean: Tensor | None, squares: Tensor | None) -> None:
         """Write the statistics of one tile for some of the tokens."""
@@ -121,11 +121,11 @@ class TileStats(NamedTuple):
 
 
 class OutputGrad(NamedTuple):
-    """∂loss/∂outputs of n tokens, and what else ∂loss/∂logits needs."""
+    """∂loss/∂outputs of n tokens, and the statistics that ∂loss/∂logits needs."""
 
     targets: Tensor  # [n, K] vocabulary ids
     tile_prob: Tensor  # [n, tiles]
-    g: Tensor  # [n, K] ∂loss/∂logprob; it may be on the host, like the other two
+    g: Tensor  # [n, K] ∂loss/∂logprob; it may be on the host, like d_entropy and d_squares
     mean_logit: Tensor | None = None  # [n] Σ p·z over the vocabulary
     d_entropy: Tensor | None = None  # [n] ∂loss/∂entropy
     sum_square_probs: Tensor | None = None  # [n] Σ p² over the vocabulary
@@ -133,7 +133,7 @@ class OutputGrad(NamedTuple):
 
     def rows(self, index: Any) -> OutputGrad:
         """Return the part for some of the tokens."""
-        return OutputGrad(*taken(self, index))
+        return OutputGrad(*index_each(self, index))
 
     def to(self, device: torch.device) -> OutputGrad:
         """Return the gradient with everything on the device of the logits."""
@@ -177,10 +177,10 @@ class TileGrad(NamedTuple):
 
     def rows(self, index: slice) -> TileGrad:
         """Return a view of some of the tokens."""
-        return TileGrad(*taken(self, index))
+        return TileGrad(*index_each(self, index))
 
 
-def taken(tensors: Iterable[Tensor | None], index: Any) -> Any:
+def index_each(tensors: Iterable[Tensor | None], index: Any) -> Any:
     """Return the rows ``index`` of each tensor; None stays None."""
     return (x if x is None else x[index] for x in tensors)
 
@@ -263,7 +263,7 @@ def forward_tiles(
 
     Args:
         hidden, targets: [N, D] and [N, K].
-        extras: also collect what these need, names in ``MODEL_COLUMNS``.
+        extras: names in ``MODEL_COLUMNS``, whose statistics are also collected.
 
     Returns:
         The statistics of all tokens, and the tiles that are kept for ``backward_tiles``.
@@ -305,7 +305,7 @@ class HeadGrads(NamedTuple):
 
     @staticmethod
     def allocate(head: Head, needed: tuple[bool, ...], dtype: torch.dtype) -> HeadGrads:
-        """Allocate the gradients that are ``needed`` of weight, bias and up; ∂weight has this ``dtype``."""
+        """Allocate the gradients of weight, bias and up that are ``needed``; ∂weight has this ``dtype``."""
         weight, up, wide = head.weight, head.up, compute_dtype(head.weight)
         return HeadGrads(
             torch.empty_like(weight, dtype=dtype) if needed[0] else None,
@@ -338,7 +338,7 @@ def backward_tiles(
     Returns:
         ∂hidden in the shape and dtype of ``hidden``, or None.
     """
-    nonzero = grad.nonzero.cpu().numpy()  # for all tokens at once: the host waits for it
+    nonzero = grad.nonzero.cpu().numpy()  # in one transfer for all tokens: the host waits for it
     grad = grad.to(hidden.device)
     active = [ActiveTokens.of(tokens, hidden, grad, nonzero) for tokens in blocks(max(1, len(hidden)), TILE_TOKENS)]
     d_hidden = [torch.zeros_like(a.hidden, dtype=compute_dtype(hidden)) if needs_hidden else None for a in active]
@@ -372,7 +372,7 @@ def to_gradient_(head: Head, raw: Tensor, grad: TileGrad) -> Tensor:
 
 
 class ActiveTokens(NamedTuple):
-    """The m tokens, out of up to ``TILE_TOKENS`` adjacent ones, that have a gradient."""
+    """The m tokens with a gradient, among up to ``TILE_TOKENS`` adjacent tokens."""
 
     start: int  # position of the first of the adjacent tokens in the batch
     size: int  # count of the adjacent tokens

@@ -18,7 +18,7 @@ TOPICS: dict[str, Callable[[], Figure]] = {
     "weighings": figures.plot_weighings,
     "advantages": figures.plot_advantages,
 }
-"""The pictures that are of no single loss."""
+"""The pictures that do not belong to a single loss."""
 
 
 def figure_of(names: Sequence[str], parts: str | None = None) -> Figure:
@@ -45,6 +45,8 @@ def draw(names: Sequence[str], out: str | None = None, parts: str | None = None)
         LossInputError: as ``figure_of``, and for a file that cannot be written or has an unknown ending.
     """
     path = Path(out or f"{'-'.join([*names, *filter(None, [parts])])}.svg")
+    if path.suffix.lower() not in (".svg", ".png", ".pdf"):  # matplotlib would write another file, with an ending
+        raise LossInputError("--out", "a file ending in .svg, .png or .pdf", f"{path}", "Choose another.")
     try:
         figures.save(figure_of(names, parts), path)
     except LossInputError:

@@ -16,7 +16,7 @@ from lossfns.errors import LossInputError
 from lossfns.loss import Loss
 
 OLD, REFERENCE = -2.0, -40.0
-"""The logprobs around which ratios and margins vary: as far from 0, which no logprob exceeds, as the curves need."""
+"""The logprobs around which ratios and margins vary. Over the range of a curve, no logprob exceeds 0."""
 
 
 class Curve(NamedTuple):
@@ -80,7 +80,7 @@ def ratio_curve(loss: Loss, advantage: float, ratios: Sequence[float]) -> Curve:
 
     def differentiate(ratio: float) -> tuple[float, float]:
         logprob = torch.full((1, 1), OLD + math.log(ratio), dtype=torch.float64, requires_grad=True)
-        return of_row(loss, logprob, logprob, columns)
+        return value_and_slope(loss, logprob, logprob, columns)
 
     return curve(differentiate, ratios)
 
@@ -99,7 +99,7 @@ def margin_curve(loss: Loss, margins: Sequence[float]) -> Curve:
 
     def differentiate(margin: float) -> tuple[float, float]:
         m = torch.tensor(margin, dtype=torch.float64, requires_grad=True)
-        return of_row(loss, torch.stack([REFERENCE + m / 2, REFERENCE - m / 2])[:, None], m, columns)
+        return value_and_slope(loss, torch.stack([REFERENCE + m / 2, REFERENCE - m / 2])[:, None], m, columns)
 
     return curve(differentiate, margins)
 
@@ -116,7 +116,7 @@ def log_ratio_curve(loss: Loss, label: float, log_ratios: Sequence[float]) -> Cu
 
     def differentiate(x: float) -> tuple[float, float]:
         logprob = torch.full((1, 1), REFERENCE + x, dtype=torch.float64, requires_grad=True)
-        return of_row(loss, logprob, logprob, columns)
+        return value_and_slope(loss, logprob, logprob, columns)
 
     return curve(differentiate, log_ratios)
 
@@ -131,7 +131,7 @@ def probability_curve(loss: Loss, probabilities: Sequence[float]) -> Curve:
 
     def differentiate(p: float) -> tuple[float, float]:
         logprob = torch.full((1, 1), math.log(p), dtype=torch.float64, requires_grad=True)
-        return of_row(loss, logprob, logprob, {})
+        return value_and_slope(loss, logprob, logprob, {})
 
     return curve(differentiate, probabilities)
 
@@ -141,7 +141,7 @@ def curve(differentiate: Callable[[float], tuple[float, float]], x: Sequence[flo
     return Curve(list(x), list(value), list(slope))
 
 
-def of_row(loss: Loss, logprobs: Tensor, x: Tensor, columns: dict[str, Tensor]) -> tuple[float, float]:
+def value_and_slope(loss: Loss, logprobs: Tensor, x: Tensor, columns: dict[str, Tensor]) -> tuple[float, float]:
     """Return the numerator of a loss of one row, and its derivative by x; 0 where the loss does not depend on x."""
     total, metrics = loss.padded(logprobs, torch.ones_like(logprobs, requires_grad=False), **columns)
     (slope,) = torch.autograd.grad(total, x, allow_unused=True, materialize_grads=True)
@@ -149,12 +149,12 @@ def of_row(loss: Loss, logprobs: Tensor, x: Tensor, columns: dict[str, Tensor]) 
     return total.item() * count, slope.item() * count
 
 
-def line(first: float, last: float, count: int = 161) -> list[float]:
+def linspace(first: float, last: float, count: int = 161) -> list[float]:
     """Return numbers at equal distances. With an odd count, the middle is one of them."""
     return [first + (last - first) * i / (count - 1) for i in range(count)]
 
 
-def refuse(loss: Loss) -> LossInputError:
+def no_picture(loss: Loss) -> LossInputError:
     """Return the error for a loss that has no picture."""
     reads = ", ".join(loss.reads) or "nothing"
     expected = "a policy loss over ratios, a preference loss over margins, or a supervised loss over logprobs"

@@ -36,13 +36,13 @@ equations, estimators, combinators."""
 @cache
 def parts() -> dict[int, str]:
     """Return the names of all parts by id, in the order of ``PARTS``."""
-    found = {}
+    names = {}
     for module, pattern in PARTS.items():
         for name, x in vars(import_module(f"lossfns.{module}")).items():
-            at_home = inspect.isfunction(x) and x.__module__ == f"lossfns.{module}"
-            if (at_home or isinstance(x, (Reward, Weighing))) and re.fullmatch(pattern, name):
-                found[id(inspect.unwrap(x) if at_home else x)] = name
-    return found
+            defined_here = inspect.isfunction(x) and x.__module__ == f"lossfns.{module}"
+            if (defined_here or isinstance(x, (Reward, Weighing))) and re.fullmatch(pattern, name):
+                names[id(inspect.unwrap(x) if defined_here else x)] = name
+    return names
 
 
 @cache
@@ -53,7 +53,7 @@ def parts_of(function: Callable[..., Any]) -> tuple[str, ...]:
     >>> parts_of(ppo)
     ('token_mean', 'token_level', 'importance_ratio', 'clipped_surrogate', 'with_dual_clip')
     """
-    found: dict[str, None] = {}
+    names: set[str] = set()
     pending, seen = [inspect.unwrap(function)], set[Any]()
     while pending:
         f = pending.pop(0)
@@ -62,21 +62,21 @@ def parts_of(function: Callable[..., Any]) -> tuple[str, ...]:
         seen.add(f)
         for x in named_in(f):
             if id(x) in parts():
-                found[parts()[id(x)]] = None
+                names.add(parts()[id(x)])
             elif inspect.isfunction(x) and x.__module__.startswith("lossfns.losses"):
                 pending.append(x)
-    return tuple(name for name in parts().values() if name in found)
+    return tuple(name for name in parts().values() if name in names)
 
 
 def named_in(function: Callable[..., Any]) -> list[Any]:
     """Return the values of the global names in the source of a function."""
-    module, found = vars(import_module(function.__module__)), []
+    module, values = vars(import_module(function.__module__)), []
     for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(function)))):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-            found.append(getattr(module.get(node.value.id), node.attr, None))
+            values.append(getattr(module.get(node.value.id), node.attr, None))
         elif isinstance(node, ast.Name):
-            found.append(module.get(node.id))
-    return [inspect.unwrap(x) if inspect.isfunction(x) else x for x in found]
+            values.append(module.get(node.id))
+    return [inspect.unwrap(x) if inspect.isfunction(x) else x for x in values]
 
 
 def plot_family(family: str) -> Figure:

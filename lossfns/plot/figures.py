@@ -17,7 +17,7 @@ from lossfns.advantages import group_advantages
 from lossfns.errors import LossInputError
 from lossfns.loss import Loss
 from lossfns.plot import curves
-from lossfns.plot.curves import Curve, line
+from lossfns.plot.curves import Curve, linspace
 from lossfns.terms import k1, k2, k3
 from lossfns.weigh import Weighing, fixed_length, sequence_mean, sequence_sum_mean, token_mean
 
@@ -69,9 +69,9 @@ def panels(columns: int, rows: int = 1, width: float = 3.4, height: float = 2.5)
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def draw(axes: Axes, named: dict[str, Curve], attribute: str, *, bounds: Sequence[float] = ()) -> None:
+def draw(axes: Axes, by_name: dict[str, Curve], attribute: str, *, bounds: Sequence[float] = ()) -> None:
     """Draw the values or the slopes of several curves, each by its name."""
-    for i, (name, curve) in enumerate(named.items()):
+    for i, (name, curve) in enumerate(by_name.items()):
         y = getattr(curve, attribute)
         axes.plot(curve.x, y, label=name, color=COLOURS[i % len(COLOURS)], linestyle=DASHES[i % len(DASHES)])
     for x in bounds:
@@ -108,24 +108,24 @@ def plot_losses(losses: Sequence[Loss]) -> Figure:
                     raise LossInputError("losses", "losses of one kind", got, fix)
             with style():
                 return plot(losses)
-    raise curves.refuse(losses[0])
+    raise curves.no_picture(losses[0])
 
 
 def names(losses: Sequence[Loss]) -> list[str]:
-    """Return the names of losses; with their settings where a name is there twice."""
+    """Return the names of losses, with their settings where two losses have one name."""
     plain = [loss.name for loss in losses]
     return [loss.name if plain.count(loss.name) == 1 else repr(loss) for loss in losses]
 
 
 def plot_policy(losses: Sequence[Loss]) -> Figure:
     figure, axes = panels(2, 2)
-    ratios = line(0.02, 2.5, 125)
+    ratios = linspace(0.02, 2.5, 125)
     bounds = losses[0].knobs.get("clip") or () if len(losses) == 1 else ()
+    inside = [x for x in bounds if ratios[0] < x < ratios[-1]]
     for column, (advantage, sign) in enumerate(((1.0, "A = 1"), (-1.0, "A = −1"))):
-        named = {n: curves.ratio_curve(x, advantage, ratios) for n, x in zip(names(losses), losses, strict=True)}
-        inside = [x for x in bounds if ratios[0] < x < ratios[-1]]
-        draw(axes[0][column], named, "value", bounds=inside)
-        draw(axes[1][column], named, "slope", bounds=inside)
+        by_name = {n: curves.ratio_curve(x, advantage, ratios) for n, x in zip(names(losses), losses, strict=True)}
+        draw(axes[0][column], by_name, "value", bounds=inside)
+        draw(axes[1][column], by_name, "slope", bounds=inside)
         axes[0][column].set_title(sign)
         axes[1][column].set_xlabel("ratio π / π_old")
     axes[0][0].set_ylabel("loss of a token")
@@ -134,44 +134,44 @@ def plot_policy(losses: Sequence[Loss]) -> Figure:
 
 
 def plot_preference(losses: Sequence[Loss]) -> Figure:
-    margins = line(-8.0, 8.0, 81)
-    named = {n: curves.margin_curve(x, margins).from_zero() for n, x in zip(names(losses), losses, strict=True)}
+    margins = linspace(-8.0, 8.0, 81)
+    by_name = {n: curves.margin_curve(x, margins).from_zero() for n, x in zip(names(losses), losses, strict=True)}
     if len(losses) == 1:
-        return two_panels(named, "margin, nats", "loss, less that at 0", "∂ loss / ∂ margin")
-    named = {name: curve.by_slope_at_zero() for name, curve in named.items()}
-    figure = two_panels(named, "margin, nats", "loss, by its slope at 0", "slope, by that at 0")
+        return two_panels(by_name, "margin, nats", "loss, less that at 0", "∂ loss / ∂ margin")
+    by_name = {name: curve.by_slope_at_zero() for name, curve in by_name.items()}
+    figure = two_panels(by_name, "margin, nats", "loss, by its slope at 0", "slope, by that at 0")
     for axes, (low, high) in zip(figure.axes, ((-9.0, 9.0), (-3.0, 3.0)), strict=True):
         axes.set_ylim(max(low, axes.get_ylim()[0]), min(high, axes.get_ylim()[1]))
     return figure
 
 
 def plot_unpaired(losses: Sequence[Loss]) -> Figure:
-    x = line(-30.0, 30.0, 81)
-    named = {
+    x = linspace(-30.0, 30.0, 81)
+    by_name = {
         f"{n}, {kind}": curves.log_ratio_curve(loss, label, x)
         for n, loss in zip(names(losses), losses, strict=True)
         for kind, label in (("desirable", 1.0), ("undesirable", 0.0))
     }
-    return two_panels(named, "log-ratio of the answer, nats", "loss of an answer", "∂ loss / ∂ log-ratio")
+    return two_panels(by_name, "log-ratio of the answer, nats", "loss of an answer", "∂ loss / ∂ log-ratio")
 
 
 def plot_supervised(losses: Sequence[Loss]) -> Figure:
-    p = line(0.005, 0.995, 100)
-    named = {n: curves.probability_curve(x, p) for n, x in zip(names(losses), losses, strict=True)}
-    figure = two_panels(named, "probability of the token", "loss of a token", "∂ loss / ∂ logprob")
+    p = linspace(0.005, 0.995, 100)
+    by_name = {n: curves.probability_curve(x, p) for n, x in zip(names(losses), losses, strict=True)}
+    figure = two_panels(by_name, "probability of the token", "loss of a token", "∂ loss / ∂ logprob")
     for axes in figure.axes:
         low, high = axes.get_ylim()
         axes.set_ylim(max(low, -6.0), min(high, 6.0))
     return figure
 
 
-def two_panels(named: dict[str, Curve], x: str, value: str, slope: str) -> Figure:
+def two_panels(by_name: dict[str, Curve], x: str, value: str, slope: str) -> Figure:
     figure, axes = panels(2)
     for panel, attribute, label in zip(axes[0], ("value", "slope"), (value, slope), strict=True):
-        draw(panel, named, attribute)
+        draw(panel, by_name, attribute)
         panel.set_xlabel(x)
         panel.set_ylabel(label)
-    return finish(figure, axes[0][0], len(named))
+    return finish(figure, axes[0][0], len(by_name))
 
 
 KINDS: tuple[tuple[Callable[[Loss], bool], Callable[[Sequence[Loss]], Figure]], ...] = (
@@ -193,11 +193,11 @@ def plot_kl() -> Figure:
     """
     with style():
         figure, axes = panels(3)
-        log_ratios, thetas = line(-2.5, 2.5), line(-3.0, 3.0)
+        log_ratios, thetas = linspace(-2.5, 2.5), linspace(-3.0, 3.0)
         for i, (name, estimate) in enumerate((("k1", k1), ("k2", k2), ("k3", k3))):
             look = {"color": COLOURS[i], "linestyle": DASHES[i], "label": name}
             x = torch.tensor(log_ratios, dtype=torch.float64)
-            axes[0][0].plot(log_ratios, estimate(x - 3, torch.full_like(x, -3.0)), **look)
+            axes[0][0].plot(log_ratios, estimate(x - 3, torch.full_like(x, -3.0)), **look)  # logprobs below 0
             exact = [expectations(estimate, theta) for theta in thetas]
             axes[0][1].plot(thetas, [gradient for gradient, _ in exact], **look)
             axes[0][2].plot(thetas, [deviation for _, deviation in exact], **look)

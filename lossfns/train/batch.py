@@ -17,8 +17,7 @@ from lossfns.train.remote import Client
 from lossfns.train.run import BATCH, Run, Trained, write_json
 
 SEQUENCES, TOKENS, CONTEXT = 8, 320, 60
-"""The most sequences that are kept, the most tokens of each, and the most masked ones before the first active one."""
-
+"""The most sequences, the most tokens of each, and the most masked tokens before the first active token."""
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -40,7 +39,7 @@ def write_look(run: Run, client: Client, decode: Decode) -> None:
 def look_at(client: Client, decode: Decode, trained: Trained) -> dict[str, Any]:
     """Return the content of ``batch.json``: the gradients of a batch under the present weights.
 
-    A batch that cannot be looked at has the reason instead.
+    A batch whose gradients cannot be computed has the reason instead.
     """
     place = {"phase": trained.phase, "step": trained.step}
     try:
@@ -57,41 +56,47 @@ def look_at(client: Client, decode: Decode, trained: Trained) -> dict[str, Any]:
 
 
 def sequences(decode: Decode, trained: Trained, report: GradReport, logprobs: list[Tensor]) -> list[dict[str, Any]]:
-    """Return the tokens of a few sequences or pairs, with what each token gets.
-
-    They are those with the largest Σ|g|: as many that become more likely as less likely, if there are.
-    """
+    """Return the tokens of the datums in ``largest_datums``, each with its gradient and the columns that explain it."""
     columns = visible_columns(trained.loss, trained.data, report.shapes)
     flags = {"active": report.active, "clipped": report.clipped}
-    parts: dict[str, list[Tensor]] = {
+    by_datum: dict[str, list[Tensor]] = {
         "gradient": report.gradients,
         "logprob": logprobs,
         **{name: split_by_datum(x, report.shapes) for name, x in flags.items() if x is not None},
         **({"advantage": split_by_datum(columns["advantages"], report.shapes)} if "advantages" in columns else {}),
         **({"coefficient": token_coefficients(trained.loss, trained.data)} if loss_of(trained.loss) else {}),
     }
-    share, total = (report.sequences()[name] for name in ("share", "sum"))
-    size = 2 if report.pairs else 1  # datums that stay together
-    largest = sorted(range(len(share) // size), key=lambda i: -sum(share[size * i : size * (i + 1)]))
-    more, less = ([i for i in largest if (total[size * i] < 0) is likely] for likely in (True, False))
-    mixed = [i for both in zip_longest(more, less) for i in both if i is not None]
-    shown = [size * i + j for i in sorted(mixed[: SEQUENCES // size]) for j in range(size)]
+    share = report.sequences()["share"]
     return [
         {
             "datum": i,
             "side": ("chosen", "rejected")[i % 2] if report.pairs else "",
             "share": share[i],
-            **row(decode, trained.data[i], {name: rows[i] for name, rows in parts.items()}),
+            **token_row(decode, trained.data[i], {name: rows[i] for name, rows in by_datum.items()}),
         }
-        for i in shown
+        for i in largest_datums(report)
     ]
 
 
-def row(decode: Decode, datum: Any, columns: dict[str, Tensor]) -> dict[str, Any]:
+def largest_datums(report: GradReport) -> list[int]:
+    """Return the datums of the sequences or pairs with the largest Σ|g|, at most ``SEQUENCES`` datums, in order.
+
+    Half of them become more likely and half less likely, if the batch has enough of both kinds.
+    """
+    share, total = (report.sequences()[name] for name in ("share", "sum"))
+    size = 2 if report.pairs else 1  # both sides of a pair stay together
+    largest = sorted(range(len(share) // size), key=lambda i: -sum(share[size * i : size * (i + 1)]))
+    more = [i for i in largest if total[size * i] < 0]
+    less = [i for i in largest if not total[size * i] < 0]
+    in_turns = [i for both in zip_longest(more, less) for i in both if i is not None]
+    return [size * i + j for i in sorted(in_turns[: SEQUENCES // size]) for j in range(size)]
+
+
+def token_row(decode: Decode, datum: Any, columns: dict[str, Tensor]) -> dict[str, Any]:
     """Return the tokens of a datum as texts, and a list of numbers for each column. The first token has none.
 
     K targets of a position are summed. A long beginning without active tokens is left out, and so is the end of a long
-    sequence; ``before`` and ``after`` count the tokens that are left out.
+    sequence. ``before`` and ``after`` count the omitted tokens.
     """
     columns = {name: x.double().reshape(len(x), -1).sum(1) for name, x in columns.items()}
     active = columns["active"].nonzero().flatten().tolist()
@@ -120,7 +125,7 @@ def pieces(decode: Decode, ids: Sequence[int]) -> list[str]:
     texts, done = [], ""
     for end in range(1, len(ids) + 1):
         text = decode(ids[:end])
-        whole = not text.endswith("\ufffd")
-        texts.append(text[len(done) :] if whole and text.startswith(done) else "")
-        done = text if whole else done
+        complete = not text.endswith("\ufffd")
+        texts.append(text[len(done) :] if complete and text.startswith(done) else "")
+        done = text if complete else done
     return texts

@@ -1,4 +1,7 @@
-"""The batch of a step: datums of the examples that were drawn, or of samples of the policy. Public calls alone."""
+"""The batch of a step: datums of the examples that were drawn, or of samples of the policy.
+
+The clients are used through their public calls alone.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from torch import Tensor
 
 from lossfns.advantages import group_metrics
 from lossfns.backend.types import SamplingParams
@@ -18,9 +22,9 @@ from lossfns.train.render import Renderer
 from lossfns.train.rewards import Reward
 
 
-def demonstration_batch(client: Client, examples: Sequence[Demonstration], **clients: Any) -> Batch:
+def demonstration_batch(client: Client, examples: Sequence[Demonstration], **fields: Any) -> Batch:
     """Make a datum of each demonstration."""
-    return Batch(data=list(map(datum_of, examples)), policy=client, **clients)
+    return Batch(data=list(map(datum_of, examples)), policy=client, **fields)
 
 
 def pair_datums(examples: Sequence[Preference]) -> list[Datum]:
@@ -28,22 +32,22 @@ def pair_datums(examples: Sequence[Preference]) -> list[Datum]:
     return [datum_of(side) for example in examples for side in example]
 
 
-def pair_batch(client: Client, examples: Sequence[Preference], **clients: Any) -> Batch:
+def pair_batch(client: Client, examples: Sequence[Preference], **fields: Any) -> Batch:
     """Make two datums of each pair. All pairs of the batch are one group."""
     data = pair_datums(examples)
     labels = [1.0, 0.0] * len(examples)
-    return Batch(data=data, policy=client, groups=[0] * len(data), labels=labels, **clients)
+    return Batch(data=data, policy=client, groups=[0] * len(data), labels=labels, **fields)
 
 
-def labelled_batch(client: Client, examples: Sequence[Labelled], **clients: Any) -> Batch:
+def labelled_batch(client: Client, examples: Sequence[Labelled], **fields: Any) -> Batch:
     """Make a datum of each labelled answer."""
     data = [datum_of(each.example) for each in examples]
     labels = [float(each.desirable) for each in examples]
-    return Batch(data=data, policy=client, groups=[0] * len(data), labels=labels, **clients)
+    return Batch(data=data, policy=client, groups=[0] * len(data), labels=labels, **fields)
 
 
 def candidate_batch(
-    client: Client, examples: Sequence[Demonstration], sampler: Any, k: int, soft: bool, **clients: Any
+    client: Client, examples: Sequence[Demonstration], sampler: Any, k: int, soft: bool, **fields: Any
 ) -> Batch:
     """Make a datum of each demonstration whose targets are the k candidates that the teacher finds most probable.
 
@@ -52,23 +56,33 @@ def candidate_batch(
         examples: the demonstrations.
         sampler: a sampling client of the teacher.
         k: candidates at each position.
-        soft: whether the weights of the candidates are their probabilities, renormalised; for a loss that does not read
-            the teacher's logprobs.
-        clients: others, by name.
+        soft: whether the weight of a candidate is its renormalised probability, for a loss that does not read the
+            teacher's logprobs.
+        fields: other fields of the batch, such as the client of the reference.
     """
-    return Batch(data=[candidate_datum(each, sampler, k, soft) for each in examples], policy=client, **clients)
+    make = soft_candidate_datum if soft else candidate_datum
+    return Batch(data=[make(each, sampler, k) for each in examples], policy=client, **fields)
 
 
-def candidate_datum(example: Demonstration, sampler: Any, k: int, soft: bool) -> Datum:
-    """Make a datum of the teacher's candidates for each target of a demonstration."""
-    ids, logprobs = sampler.top_logprobs(ModelInput.from_ints(example.tokens), k).result()
-    datum = datum_from_candidates(example.tokens, ids.numpy(), logprobs, example.weights)
-    if not soft:
-        return datum
-    probabilities = logprobs.softmax(1).numpy()
-    weights = (np.asarray(example.weights, np.float32)[1:, None] * probabilities).astype(np.float32)
+def candidate_datum(example: Demonstration, sampler: Any, k: int) -> Datum:
+    """Make a datum of the teacher's k candidates for each target of a demonstration, with the teacher's logprobs."""
+    ids, logprobs = candidates(example, sampler, k)
+    return datum_from_candidates(example.tokens, ids, logprobs, example.weights)
+
+
+def soft_candidate_datum(example: Demonstration, sampler: Any, k: int) -> Datum:
+    """Make a datum of the teacher's k candidates, with their renormalised probabilities as weights."""
+    ids, logprobs = candidates(example, sampler, k)
+    datum = datum_from_candidates(example.tokens, ids, logprobs, example.weights)
+    weights = (np.asarray(example.weights, np.float32)[1:, None] * logprobs.softmax(1).numpy()).astype(np.float32)
     fields = {"target_tokens": datum.loss_fn_inputs["target_tokens"], "weights": tensor_data("weights", weights)}
     return Datum(datum.model_input, fields)
+
+
+def candidates(example: Demonstration, sampler: Any, k: int) -> tuple[np.ndarray, Tensor]:
+    """Return the ids and the logprobs of the k tokens that the teacher finds most probable, for each target."""
+    ids, logprobs = sampler.top_logprobs(ModelInput.from_ints(example.tokens), k).result()
+    return ids.numpy(), logprobs
 
 
 # Samples of the policy
@@ -106,7 +120,7 @@ def sample_answers(
 
 def sample_batch(
     client: Client, renderer: Renderer, problems: Sequence[Problem], reward: Reward, *,
-    group: int, max_tokens: int, seed: int, scale: str, **clients: Any,
+    group: int, max_tokens: int, seed: int, scale: str, **fields: Any,
 ) -> Batch:  # fmt: skip
     """Sample a group of answers to each problem and reward them. The sampler's logprobs are the old logprobs."""
     samples = sample_answers(client, renderer, problems, group, max_tokens, seed)
@@ -125,5 +139,5 @@ def sample_batch(
         rewards=rewards,
         scale=scale,
         metrics=group_metrics(rewards, groups),
-        **clients,
+        **fields,
     )

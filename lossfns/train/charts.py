@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from html import escape
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
+
+T = TypeVar("T")
 
 Points = Sequence[tuple[float, float]]
 
@@ -13,7 +15,7 @@ WIDTH, HEIGHT, LEFT, BOTTOM, EDGE = 340, 190, 46, 22, 8
 """The size of a chart, and the space for the labels of its axes, in pixels."""
 
 MOST_POINTS = 300
-"""The most points of a line. Of a longer one, the smallest and the largest of neighbouring values are drawn."""
+"""The most points of a line. A longer line is drawn by the smallest and the largest value of each of its parts."""
 
 STYLE = """
 .chart { width: 100%; height: auto; overflow: visible; font: 11px system-ui, sans-serif }
@@ -71,7 +73,7 @@ def svg(lines: Sequence[Line], label: str) -> str:
         _, down = at(left, y)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - EDGE}" y1="{down}" y2="{down}"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{down + 4}" text-anchor="end">{short(y)}</text>')
-    for x in (x for x in ticks(left, right) if left <= x <= right and x == int(x)):
+    for x in (x for x in ticks(left, right) if left <= x <= right and x == int(x)):  # x counts steps
         across, _ = at(x, low)
         parts.append(f'<text x="{across}" y="{HEIGHT - 5}" text-anchor="middle">{short(x)}</text>')
     for line in lines:
@@ -114,22 +116,27 @@ def short(x: float) -> str:
 
 
 def thinned(points: Points) -> Points:
-    """Return at most ``MOST_POINTS`` points: of each part of a longer line the smallest and the largest."""
+    """Return a line with at most ``MOST_POINTS`` points: the smallest and the largest of each part of a longer line."""
     if len(points) <= MOST_POINTS:
         return points
     kept: list[tuple[float, float]] = []
-    for part in parts_of(points, MOST_POINTS // 2):
+    for part in split(points, MOST_POINTS // 2):
         kept += sorted({min(part, key=lambda p: p[1]), max(part, key=lambda p: p[1])})
     return kept
 
 
-def parts_of(points: Points, count: int) -> list[Points]:
-    """Split a line into ``count`` parts of about one length."""
-    return [points[i * len(points) // count : (i + 1) * len(points) // count] for i in range(count)]
+def split(items: Sequence[T], count: int) -> list[Sequence[T]]:
+    """Split a sequence into ``count`` parts of nearly equal length."""
+    return [items[i * len(items) // count : (i + 1) * len(items) // count] for i in range(count)]
+
+
+def smooth(points: Points) -> Points:
+    """Return the running mean of a line."""
+    return [(x, y) for (x, _), y in zip(points, running_mean([y for _, y in points]))]
 
 
 def running_mean(values: Sequence[float], fraction: float = 0.1) -> list[float]:
-    """Return for each value the mean of the values around it. The window holds this fraction of all values."""
+    """Return for each value the mean of the values around it. The window holds ``fraction`` of all values."""
     half = max(1, round(len(values) * fraction / 2))
     sums = [0.0]
     for value in values:
@@ -142,7 +149,7 @@ BLOCKS = "▁▂▃▄▅▆▇█"
 
 
 def block_line(values: Sequence[float], width: int, scale: tuple[float, float] | None = None) -> str:
-    """Return a curve as blocks, one for the mean of each of ``width`` parts of the values.
+    """Return a curve as blocks. Each block shows the mean of one of ``width`` parts of the values.
 
     Args:
         values: the values, all finite; at least one.
@@ -152,8 +159,6 @@ def block_line(values: Sequence[float], width: int, scale: tuple[float, float] |
     >>> block_line([0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0], 8)
     '▁▂▃▄▅▆▇█'
     """
-    width = min(width, len(values))
-    parts = [values[i * len(values) // width : (i + 1) * len(values) // width] for i in range(width)]
-    means = [sum(part) / len(part) for part in parts]
+    means = [sum(part) / len(part) for part in split(values, min(width, len(values)))]
     low, high = scale or (min(means), max(means))
     return "".join(BLOCKS[max(0, min(7, int((x - low) / ((high - low) or 1.0) * 8)))] for x in means)

@@ -39,7 +39,7 @@ def save_checkpoint(client: Client, folder: Path, state: State) -> None:
 
 
 def load_newest(client: Client, folder: Path) -> State:
-    """Load the newest checkpoint into the client and return the state of the run; an empty one if there is none."""
+    """Load the newest checkpoint into the client and return the state of the run; an empty state if there is none."""
     if not checkpoints(folder):
         return State({}, [], {})
     path = checkpoints(folder)[0]
@@ -55,12 +55,12 @@ def load_newest(client: Client, folder: Path) -> State:
 def reference_policy(run: Run, client: Client, options: Options) -> Client:
     """Return the policy that the method starts from: the model with its new adapters off, or else a frozen copy."""
     if isinstance(client, LocalTrainingClient) and options.lora and not options.init and not options.warmup_steps:
-        return client.reference()  # type: ignore[return-value]  # of which only `forward` is called
+        return client.reference()  # type: ignore[return-value]  # only its forward is called
     return frozen_copy(run, client)
 
 
 def frozen_copy(run: Run, client: Client) -> Client:
-    """Return a reference policy: a client with the weights that ``client`` had at the first call of this in the run."""
+    """Return a reference policy: a client with the weights that ``client`` had at the run's first call."""
     if isinstance(client, RemoteTrainingClient):
         run.once("reference", lambda: save_to(client, run.folder, REFERENCE))
         return client.from_state(run.folder / REFERENCE)
@@ -78,7 +78,7 @@ def frozen_copy(run: Run, client: Client) -> Client:
 
 
 def save_to(client: Client, folder: Path, name: str, metadata: Mapping[str, str] | None = None) -> None:
-    """Save the client's state under a name in the folder of a run. Several processes write a folder with parts."""
+    """Save the client's state under a name in the run folder. One process writes a file, several write a folder."""
     if isinstance(client, LocalTrainingClient) and client.ranks.size > 1:
         client.save_state(folder / name, overwrite=True, user_metadata=metadata).result()
         return

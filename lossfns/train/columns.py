@@ -53,21 +53,15 @@ class Batch:
 
 def target_logprobs(client: Any, data: Sequence[Datum]) -> list[Any]:
     """Return the logprobs of each datum's targets under a client's weights."""
-    plain = [
-        Datum(d.model_input, {name: d.loss_fn_inputs[name] for name in ("target_tokens", "weights")}) for d in data
-    ]
+    plain = list(map(without_columns, data))
     parts = (plain[i : i + CHUNK] for i in range(0, len(plain), CHUNK))
     outputs = [client.forward(part, "cross_entropy").result().loss_fn_outputs for part in parts]
     return [output["logprobs"] for part in outputs for output in part]
 
 
-READ = {"target_tokens", "weights"}
-"""The fields that the built-in cross-entropy reads. It refuses others."""
-
-
 def without_columns(datum: Datum) -> Datum:
-    """Return a datum with its targets and weights alone."""
-    return Datum(datum.model_input, {name: x for name, x in datum.loss_fn_inputs.items() if name in READ})
+    """Return a datum with its targets and weights alone: the built-in cross-entropy refuses other fields."""
+    return Datum(datum.model_input, {name: datum.loss_fn_inputs[name] for name in ("target_tokens", "weights")})
 
 
 def weights_of(datum: Datum) -> np.ndarray:
@@ -90,7 +84,7 @@ def advantages(batch: Batch) -> list[float]:
 
 
 def is_right(batch: Batch) -> list[float]:
-    """Return 1 for each sample with a reward above ½, and 0 for the others; or the labels of the data."""
+    """Return the labels of the data; for samples, 1 where the reward is above ½, and 0 elsewhere."""
     return list(batch.labels) or [float(reward > 0.5) for reward in batch.rewards]
 
 
@@ -107,7 +101,7 @@ def win_rate(batch: Batch) -> list[float]:
 
 
 def weights_if_right(batch: Batch) -> list[Any]:
-    """Return the weights of the samples that are right, and 0 in the others."""
+    """Return the weights of each right sample, and zeros for each wrong sample."""
     return [weights_of(datum) * right for datum, right in zip(batch.data, is_right(batch))]
 
 
@@ -120,13 +114,14 @@ def kl_of_other_answers(batch: Batch) -> list[float]:
     tokens = [tokens_of(datum) for datum in batch.data]
     pairs = zip(tokens, starts, [*tokens[1:], tokens[0]], [*starts[1:], starts[0]])
     others = [datum_from_tokens([*a[:i], *b[j:]], prompt_length=i) for a, i, b, j in pairs]
-    now, then = ([x.to_torch() for x in target_logprobs(each, others)] for each in (batch.policy, batch.reference))
+    clients = (batch.policy, batch.reference)
+    logprobs, ref_logprobs = ([x.to_torch() for x in target_logprobs(each, others)] for each in clients)
     weights = [weights_of(datum).tolist() for datum in others]
-    return [kto_reference_point(now, then, weights)] * len(batch.data)
+    return [kto_reference_point(logprobs, ref_logprobs, weights)] * len(batch.data)
 
 
 DECAY = 0.9
-"""How much of a moving average one step keeps."""
+"""The share of a moving average that one step keeps."""
 
 
 def mean_margin_before(batch: Batch) -> list[float]:
@@ -141,11 +136,13 @@ def mean_margin_before(batch: Batch) -> list[float]:
 def mean_of_classes(batch: Batch) -> list[float]:
     """Return z of BCO: the moving average of the mean of two means, the log-ratios of desirable and of other answers.
 
-    A batch with answers of one kind alone changes nothing.
+    A batch with answers of one kind alone leaves the average as it is.
     """
-    now, then = (target_logprobs(client, batch.data) for client in (batch.policy, batch.reference))
-    ratios = [float(weights_of(d) @ (a.to_numpy() - b.to_numpy())) for d, a, b in zip(batch.data, now, then)]
-    means = [np.mean(kind) for y in (1, 0) if (kind := [x for x, label in zip(ratios, batch.labels) if label == y])]
+    logprobs, ref_logprobs = (target_logprobs(client, batch.data) for client in (batch.policy, batch.reference))
+    changes = [lp.to_numpy() - ref.to_numpy() for lp, ref in zip(logprobs, ref_logprobs)]
+    log_ratios = [float(weights_of(datum) @ change) for datum, change in zip(batch.data, changes)]
+    kinds = ([x for x, label in zip(log_ratios, batch.labels) if label == kind] for kind in (1, 0))
+    means = [np.mean(kind) for kind in kinds if kind]
     before = [row["reference_point"] for row in batch.history if "reference_point" in row]
     z = float(np.mean(means))
     if before:
@@ -183,26 +180,26 @@ MAKERS: dict[str, Maker] = {
     "beta_dpo/reference_point": Maker(PAIRED, mean_margin_before),
     "bco/reference_point": Maker(("unpaired", "preference"), mean_of_classes),
 }
-"""The maker of each column. ``LOSS/COLUMN`` is that of a column whose meaning depends on the loss."""
+"""The maker of each column. The key is ``LOSS/COLUMN`` for a column whose meaning depends on the loss."""
 
 OUTPUTS = ("entropy", "sum_square_probs")
 """Columns that the model in this process supplies itself."""
 
-WHAT_IT_NEEDS = {
+MISSING_SOURCES = {
     "target_margin": "scores of both sides of a pair",
     "reference_point": "an estimate that the caller keeps, such as the value of each prompt under the reference",
     "sft_weights": "demonstrations of an expert among the samples",
     "ce_weights": "the tokens that a tool returned",
-    "positive_weights": "weights that part the samples by the sign of their advantages",
+    "positive_weights": "weights that separate the samples by the sign of their advantages",
     "values": "a value head",
     "old_values": "a value head",
     "returns": "a value head",
 }
-"""What would make the columns that a run cannot make."""
+"""The sources of the columns that a run cannot make."""
 
 
 def readers(loss: AnyLoss, column: str) -> Iterator[str]:
-    """Yield the names of the losses that read a column: of the parts of a sum, else of the loss itself."""
+    """Yield the names of the losses that read a column: those of the parts of a sum first, then the loss's own."""
     parts = {} if isinstance(loss, OwnLoss) else loss.parts
     for part in parts.values():
         if column in part.loss.reads:
@@ -212,8 +209,8 @@ def readers(loss: AnyLoss, column: str) -> Iterator[str]:
 
 def maker_of(loss: AnyLoss, column: str) -> Maker | None:
     """Return the maker of a column for a loss; None if nothing makes it."""
-    found = [MAKERS[f"{name}/{column}"] for name in readers(loss, column) if f"{name}/{column}" in MAKERS]
-    return found[0] if found else MAKERS.get(column)
+    keys = [*(f"{name}/{column}" for name in readers(loss, column)), column]
+    return next((MAKERS[key] for key in keys if key in MAKERS), None)
 
 
 def check_columns(loss: AnyLoss, *, teacher: bool, outputs: bool) -> None:
@@ -225,7 +222,7 @@ def check_columns(loss: AnyLoss, *, teacher: bool, outputs: bool) -> None:
         outputs: whether the model is in this process, and supplies its entropy.
 
     Raises:
-        LossInputError: with the name of the column, and what would make it.
+        LossInputError: naming the column and the source that the run lacks.
     """
     method = method_of(loss)
     for column in loss.reads:
@@ -235,7 +232,8 @@ def check_columns(loss: AnyLoss, *, teacher: bool, outputs: bool) -> None:
             raise LossInputError("--teacher", f"a teacher, whose logprobs {loss.name} reads", "none", "Name a model.")
         maker = maker_of(loss, column)
         if maker is None or method not in maker.methods:
-            what = WHAT_IT_NEEDS.get(column, "the model itself, in this process" if column in OUTPUTS else "your code")
+            default = "the model itself, in this process" if column in OUTPUTS else "your code"
+            what = MISSING_SOURCES.get(column, default)
             got = f"{loss.name}, which reads {column}: it takes {what}"
             fix = f"Train it in a loop of your own, with loss.bind({column}=...)."
             raise LossInputError("--loss", "a loss whose columns a run can make", got, fix)

@@ -26,7 +26,7 @@ from lossfns.train.config import check_same, config_of, write_config_toml
 from lossfns.train.defaults import complete_options, loss_of
 from lossfns.train.losses import parse_setting
 from lossfns.train.options import CHOICES, NAMES, Options, check_option, read_toml
-from lossfns.train.outcome import refused, report
+from lossfns.train.outcome import print_refusal, report_outcome
 from lossfns.train.recipes import Job, run_job
 from lossfns.train.remote import Client
 from lossfns.train.rewards import SPECS
@@ -126,17 +126,18 @@ def train_command(args: argparse.Namespace) -> int:
         with silence() if int(os.environ.get("RANK", 0)) else nullcontext():
             return resume_run(Path(args.resume)) if options is None else start_run(options)
     except (LossInputError, ImportError, OSError) as error:
-        return refused(error)
+        return print_refusal(error)
 
 
 def given_options(args: argparse.Namespace) -> dict[str, Any]:
     """Return the options that the command line and its ``--config`` name. Those of the command line come first."""
     if args.named_loss is not None and args.loss is not None:
         raise LossInputError("--loss", "one loss", f"{args.loss} and {args.named_loss}", "Leave one of them out.")
-    args.loss = args.named_loss if args.loss is None else args.loss
-    args.track = None if args.track is None else ",".join(args.track)
+    loss = args.named_loss if args.loss is None else args.loss
+    track = None if args.track is None else ",".join(args.track)
+    values = {**vars(args), "loss": loss, "track": track}
     file = {} if args.config is None else read_toml(args.config)
-    named = {name: getattr(args, name) for name in NAMES if name != "set" and getattr(args, name) is not None}
+    named = {name: values[name] for name in NAMES if name != "set" and values[name] is not None}
     check_option("set", file.get("set", {}))
     settings = {**file.get("set", {}), **dict(map(parse_setting, args.set))}
     return {**file, **named, **({"set": settings} if settings else {})}
@@ -144,7 +145,7 @@ def given_options(args: argparse.Namespace) -> dict[str, Any]:
 
 @contextmanager
 def one_interrupt() -> Iterator[None]:
-    """Raise KeyboardInterrupt at the first Ctrl-C only: the next one must not disturb the end of the process."""
+    """Raise KeyboardInterrupt at the first Ctrl-C only: another one must not disturb the end of the process."""
     raised = False
 
     def interrupt(number: int, frame: FrameType | None) -> None:
@@ -161,7 +162,7 @@ def one_interrupt() -> Iterator[None]:
 
 
 def leave_at_once(folder: Path) -> NoReturn:
-    """End the process after an interrupt. The request in hand is left: its thread would keep the process alive."""
+    """End the process after an interrupt, without waiting for the thread of the current request."""
     begun = (folder / CONFIG).exists() and not is_finished(folder)
     with while_read(sys.stderr):
         print(
@@ -175,7 +176,7 @@ def leave_at_once(folder: Path) -> NoReturn:
 
 @contextmanager
 def silence() -> Iterator[None]:
-    """Suppress all output but errors. Of several ranks only the first writes to the terminal."""
+    """Suppress all output in a ``with`` block: only rank 0 writes to the terminal. Errors are printed outside of it."""
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
         yield
 
@@ -242,4 +243,4 @@ def train_with(client: Client, job: Job, folder: Path, check_config: Callable[[d
         outcome = run_job(run, job)
         write_look(run, client, task.renderer.shown)
     if ranks.rank == 0:
-        report(run, outcome)
+        report_outcome(run, outcome)

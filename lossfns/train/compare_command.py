@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from lossfns.errors import LossInputError
-from lossfns.terminal import console_on, say, while_read
-from lossfns.train.charts import COLOURS, Line, block_line, running_mean
+from lossfns.terminal import console_on, printable, say, while_read
+from lossfns.train.charts import COLOURS, Line, Points, block_line, smooth
 from lossfns.train.options import check_option
-from lossfns.train.outcome import refused
+from lossfns.train.outcome import print_refusal
 from lossfns.train.page import figure, key, page, table, text
 from lossfns.train.record import Record, best, changing, read_record, rises, values_of
-from lossfns.train.report import clock
+from lossfns.train.report import duration, spoken
 
 MOST_RUNS = 2 * COLOURS
 """The most runs of a comparison: each has a colour of its own, the second half with dashed lines."""
@@ -47,10 +47,10 @@ def compare_command(args: argparse.Namespace) -> int:
         if args.html:
             Path(args.html).write_text(comparison(records), encoding="utf-8", errors="backslashreplace")
     except (LossInputError, OSError) as error:
-        return refused(error)
+        return print_refusal(error)
     console = console_on(sys.stdout)
     with while_read(sys.stdout):
-        say("\n".join(lines_of(records, console.width if console else 80)))
+        say(printable("\n".join(lines_of(records, console.width if console else 80)), sys.maxsize))
         if args.html:
             say(f"\npage  {args.html}")
     return 0
@@ -60,7 +60,7 @@ def read_records(folders: Sequence[str]) -> list[Record]:
     """Read the runs.
 
     Raises:
-        LossInputError: if there are fewer than two different ones, or too many; or naming a folder without a run.
+        LossInputError: if there are fewer than two different folders, or too many, or if a folder holds no run.
     """
     for folder in folders:
         check_option("RUN", folder)
@@ -75,14 +75,14 @@ def read_records(folders: Sequence[str]) -> list[Record]:
 
 
 def differences(records: Sequence[Record]) -> dict[str, list[str]]:
-    """Return the options, the loss, the model and the versions that differ: for each its value in each run."""
-    configs = [flat(record.config) for record in records]
+    """Return the options and the parts of loss, model and versions that differ, each with its value in every run."""
+    configs = [config_texts(record.config) for record in records]
     names = dict.fromkeys(name for config in configs for name in config)
     values = {name: [config.get(name, "–") for config in configs] for name in names}
     return {name: row for name, row in values.items() if len(set(row)) > 1}
 
 
-def flat(config: dict[str, Any]) -> dict[str, str]:
+def config_texts(config: dict[str, Any]) -> dict[str, str]:
     """Return the parts of a config that a comparison shows, as texts by name."""
     options = {name: x for name, x in config["options"].items() if name != "out"}
     parts = {**options, "loss": config.get("loss", ""), **config["versions"]}
@@ -91,7 +91,7 @@ def flat(config: dict[str, Any]) -> dict[str, str]:
     return {name: x if isinstance(x, str) else json.dumps(x) for name, x in parts.items()}
 
 
-def reached(records: Sequence[Record]) -> list[list[str]]:
+def result_rows(records: Sequence[Record]) -> list[list[str]]:
     """Return a row for each run: the held-out measure before, after and at its best; steps, time, state."""
     rows = []
     for number, record in enumerate(records, 1):
@@ -101,7 +101,7 @@ def reached(records: Sequence[Record]) -> list[list[str]]:
             step, value = best(record)
             values = [f"{points[0][1]:.3f}", f"{points[-1][1]:.3f}", f"{value:.3f} @ {step}"]
         last = record.history[-1]
-        rows.append([f"{number}", *values, f"{len(record.history)}", clock(last["seconds"]), record.state])
+        rows.append([f"{number}", *values, f"{len(record.history)}", duration(last["seconds"]), record.state])
     return rows
 
 
@@ -111,26 +111,21 @@ def shared_measure(records: Sequence[Record]) -> str:
     return (names.pop() or "") if len(names) == 1 else ""
 
 
-def heads(records: Sequence[Record]) -> list[str]:
-    """Return the heads of the columns of ``reached``."""
+def result_head(records: Sequence[Record]) -> list[str]:
+    """Return the column heads of ``result_rows``."""
     measure = shared_measure(records)
     better = ("best (high)" if rises(measure) else "best (low)") if measure else "best"
     return ["run", "before", "after", better, "steps", "time", "state"]
 
 
-def common_curves(records: Sequence[Record]) -> dict[str, list[list[tuple[int, float]]]]:
-    """Return the curves that at least two runs have in their last phase: for each metric the points of each run."""
-    found: dict[str, list[list[tuple[int, float]]]] = {}
+def common_curves(records: Sequence[Record]) -> dict[str, list[Points]]:
+    """Return the curves that at least two runs have in their last phase: by metric, the points of each run."""
+    curves: dict[str, list[Points]] = {}
     if measure := shared_measure(records):
-        found[f"held-out {measure.replace('_', ' ')}"] = [record.held_out() for record in records]
+        curves[f"held-out {spoken(measure)}"] = [record.held_out() for record in records]
     for name in dict.fromkeys(name for record in records for _, name in changing(record)):
-        found[name] = [smooth(values_of(record.history, record.main_phase, name)) for record in records]
-    return {name: rows for name, rows in found.items() if sum(len(points) > 1 for points in rows) > 1}
-
-
-def smooth(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
-    """Return a curve's running mean."""
-    return [(x, y) for (x, _), y in zip(points, running_mean([y for _, y in points]))]
+        curves[name] = [smooth(values_of(record.history, record.main_phase, name)) for record in records]
+    return {name: rows for name, rows in curves.items() if sum(len(points) > 1 for points in rows) > 1}
 
 
 # Text
@@ -140,8 +135,8 @@ def lines_of(records: Sequence[Record], width: int) -> list[str]:
     """Return the comparison as lines of text."""
     lines = [f"{number:>3}  {record.folder}" for number, record in enumerate(records, 1)]
     measure = shared_measure(records)
-    lines += ["", f"held-out {measure.replace('_', ' ')}" if measure else "held out"]
-    rows = [heads(records), *reached(records)]
+    lines += ["", f"held-out {spoken(measure)}" if measure else "held out"]
+    rows = [result_head(records), *result_rows(records)]
     sizes = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines += ["  ".join(cell.rjust(size) for cell, size in zip(row, sizes)) for row in rows]
     lines += ["", "options that differ" if (different := differences(records)) else "no option differs"]
@@ -163,7 +158,7 @@ def lines_of(records: Sequence[Record], width: int) -> list[str]:
 # A page
 
 
-def look(i: int) -> str:
+def line_look(i: int) -> str:
     """Return the look of a run's lines: a colour of its own, dashed in the second half."""
     return f"c{i % COLOURS}{' dashed' if i >= COLOURS else ''}"
 
@@ -173,16 +168,16 @@ def comparison(records: Sequence[Record]) -> str:
     names = [f"{number}: {record.folder}" for number, record in enumerate(records, 1)]
     figures = []
     for name, curves in common_curves(records).items():
-        lines = [Line(points, look(i), marks="held-out" in name) for i, points in enumerate(curves) if points]
+        lines = [Line(points, line_look(i), marks="held-out" in name) for i, points in enumerate(curves) if points]
         note = ", ".join(f"{i}: {points[-1][1]:.3g}" for i, points in enumerate(curves, 1) if points)
         figures.append(figure(name, note if len(records) <= 4 else "", lines))
     different = [[name, *values] for name, values in differences(records).items()]
     head = ["", *(f"run {number}" for number in range(1, len(records) + 1))]
     parts = [
         f"<h1>{len(records)} runs</h1>",
-        key((look(i), name) for i, name in enumerate(names)),
-        f"<h2>Held-out {text(shared_measure(records).replace('_', ' '))}</h2>",
-        table(reached(records), head=heads(records)),
+        key((line_look(i), name) for i, name in enumerate(names)),
+        f"<h2>Held-out {text(spoken(shared_measure(records)))}</h2>",
+        table(result_rows(records), head=result_head(records)),
         "<h2>Curves</h2>" if figures else "",
         f'<div class="grid">{"".join(figures)}</div>',
         "<h2>What differs</h2>",

@@ -17,7 +17,7 @@ from lossfns.errors import LossInputError
 from lossfns.terminal import while_read
 from lossfns.train import files
 from lossfns.train.checkpoints import checkpoints
-from lossfns.train.defaults import own_options
+from lossfns.train.defaults import recorded_options
 from lossfns.train.losses import AnyLoss, method_of
 from lossfns.train.options import Options, to_toml
 from lossfns.train.remote import Client, RemoteTrainingClient
@@ -29,11 +29,11 @@ CONFIG_TOML = "config.toml"
 
 def config_of(options: Options, loss: AnyLoss, client: Client) -> dict[str, Any]:
     """Return the content of ``config.json``: everything that is needed to repeat the run."""
-    repeated = with_whole_paths(own_options(options, method_of(loss)))
-    sources = {name: repeated[name] for name in ("data", "init") if repeated[name]}
+    recorded = with_absolute_paths(recorded_options(options, method_of(loss)))
+    sources = {name: recorded[name] for name in ("data", "init") if recorded[name]}
     return {
         "id": uuid4().hex,
-        "options": repeated,
+        "options": recorded,
         "sha256": {name: files.digest(path) for name, path in sources.items()},
         "loss": repr(loss),
         **description_of(client),
@@ -42,15 +42,15 @@ def config_of(options: Options, loss: AnyLoss, client: Client) -> dict[str, Any]
     }
 
 
-def with_whole_paths(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options with whole paths, so that they mean the same in another folder."""
-    whole: dict[str, Callable[[str], str]] = {"data": files.located, "init": os.path.abspath}
-    whole |= dict.fromkeys(("model", "teacher", "loss", "reward"), whole_path)
-    return {name: whole[name](x) if name in whole and x else x for name, x in options.items()}
+def with_absolute_paths(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options with absolute paths, so that they mean the same in another folder."""
+    resolve: dict[str, Callable[[str], str]] = {"data": files.located, "init": os.path.abspath}
+    resolve |= dict.fromkeys(("model", "teacher", "loss", "reward"), absolute_path)
+    return {name: resolve[name](x) if name in resolve and x else x for name, x in options.items()}
 
 
-def whole_path(text: str) -> str:
-    """Return the whole path of a file that is there, also in ``FILE.py:FUNCTION`` and ``json-schema:FILE``."""
+def absolute_path(text: str) -> str:
+    """Return the absolute path of a file that exists, also in ``FILE.py:FUNCTION`` and ``json-schema:FILE``."""
     before, _, after = text.rpartition(":")
     if os.path.exists(text):
         return os.path.abspath(text)
@@ -67,7 +67,7 @@ def write_config_toml(folder: Path, options: Mapping[str, Any]) -> None:
 
 
 def description_of(client: Client) -> dict[str, Any]:
-    """Return the model and its shape, as far as they are known here."""
+    """Return the description and the shape of the model; the shape is None for a model on a server."""
     if isinstance(client, RemoteTrainingClient):
         return {"model": client.describe(), "shape": None}
     return {"model": asdict(client.get_info()), "shape": client.model.shape}

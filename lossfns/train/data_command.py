@@ -19,7 +19,7 @@ from lossfns.train import files, formats
 from lossfns.train.examples import Demonstration, Example, Labelled, Preference, Problem, demonstration, sequences
 from lossfns.train.formats import Format
 from lossfns.train.options import check_option
-from lossfns.train.outcome import refused
+from lossfns.train.outcome import print_refusal
 from lossfns.train.render import Renderer
 from lossfns.train.tasks import MAX_LENGTH, length
 from lossfns.train.values import Row, shown
@@ -43,7 +43,7 @@ TITLES = {
 }
 
 SHOWN, LINES, WIDTH, MESSAGES = 3, 16, 76, 8
-"""How many rows are shown, the most lines of each, their width, and how many refused rows are listed."""
+"""The rows that are shown, the most lines of each, their width, and the refused rows that are listed."""
 
 
 class Findings(NamedTuple):
@@ -51,15 +51,15 @@ class Findings(NamedTuple):
 
     Attributes:
         name: the kind.
-        known: the format.
-        rows: the rows that can be used, each with its examples and the tokens of the longest one.
+        format: the format of the rows.
+        rows: the usable rows, each with its examples and the length of the longest example in tokens.
         fields: the names of the fields of all rows.
-        errors: why others cannot be used, in the order of the file.
-        others: the names of other kinds that the rows are, too.
+        errors: the errors of the other rows, in the order of the file.
+        others: the names of other kinds of examples that the rows give, too.
     """
 
     name: str
-    known: Format
+    format: Format
     rows: list[tuple[Row, Sequence[Example], int]]
     fields: list[str]
     errors: list[LossInputError]
@@ -96,20 +96,20 @@ def data_command(args: argparse.Namespace) -> int:
         renderer = Renderer(ByteTokenizer() if args.model is None else hf.load_tokenizer(args.model))
         with status() as tell:
             tell(f"reading {args.source}")
-            found = examine(args.source, renderer, args.kind)
+            findings = examine(args.source, renderer, args.kind)
     except (LossInputError, OSError, ImportError) as error:
-        return refused(error)
+        return print_refusal(error)
     except KeyboardInterrupt:
         os._exit(130)
-    longer = [(row, n) for row, _, n in found.rows if n > args.max_length]
-    different = len({repr(examples) for _, examples, n in found.rows if n <= args.max_length})
+    longer = [(row, n) for row, _, n in findings.rows if n > args.max_length]
+    different = len({repr(examples) for _, examples, n in findings.rows if n <= args.max_length})
     with while_read(sys.stdout):
-        print_format(args.source, found, args.model, renderer)
-        for row, examples, _ in found.rows[:SHOWN]:
+        print_format(args.source, findings, args.model, renderer)
+        for row, examples, _ in findings.rows[:SHOWN]:
             print_row(row, examples, renderer)
-        print_lengths(found)
-        print_refused(found, longer, args.max_length, args.drop_longer)
-        usable = not found.errors and (not longer or args.drop_longer) and different >= 2
+        print_lengths(findings)
+        print_refused(findings, longer, args.max_length, args.drop_longer)
+        usable = not findings.errors and (not longer or args.drop_longer) and different >= 2
         reason = "" if different >= 2 else ": it needs 2 different rows"
         say(f"lossfns train {'takes' if usable else 'refuses'} it{reason}")
     return 0 if usable else 1
@@ -126,29 +126,29 @@ def examine(source: str, renderer: Renderer, name: str | None) -> Findings:
     if not rows:
         raise errors[0] if errors else LossInputError("FILE", "at least 2 rows", f"0 in {source}", "It is empty.")
     names = [each for each in KINDS if is_of(each, rows[0], renderer)]
-    first = next((each for each in KINDS if formats.matching(rows[0], formats.FORMATS[KINDS[each]])), "demonstration")
-    kind = name or (names or [first])[0]
-    known = formats.recognise(rows[0], KINDS[kind])
+    by_fields = (each for each in KINDS if formats.matching(rows[0], formats.FORMATS[KINDS[each]]))
+    kind = name or (names[0] if names else next(by_fields, "demonstration"))  # without examples, by the fields alone
+    row_format = formats.recognise(rows[0], KINDS[kind])
     used: list[tuple[Row, Sequence[Example], int]] = []
     for row in rows:
         try:
-            examples = formats.examples_of(row, known, renderer)
+            examples = formats.examples_of(row, row_format, renderer)
         except LossInputError as error:
             errors.append(error)
         else:
             used.append((row, examples, max(length(each, renderer) for each in examples)))
     errors.sort(key=line_of)
     fields = list(dict.fromkeys(field for row in rows for field in row.fields))
-    return Findings(kind, known, used, fields, errors, [each for each in names if each != kind])
+    return Findings(kind, row_format, used, fields, errors, [each for each in names if each != kind])
 
 
 def is_of(name: str, row: Row, renderer: Renderer) -> bool:
     """Whether a row has examples of a kind. A prompt alone counts only if the row has nothing else."""
-    known = formats.matching(row, formats.FORMATS[KINDS[name]])
-    if known is None or (known.keys == ("prompt",) and len(row.fields) > 1):
+    row_format = formats.matching(row, formats.FORMATS[KINDS[name]])
+    if row_format is None or (row_format.keys == ("prompt",) and len(row.fields) > 1):
         return False
     try:
-        return bool(formats.examples_of(row, known, renderer))
+        return bool(formats.examples_of(row, row_format, renderer))
     except LossInputError:
         return False
 
@@ -162,16 +162,16 @@ def line_of(error: LossInputError) -> int:
 # What was recognised
 
 
-def print_format(source: str, found: Findings, model: str | None, renderer: Renderer) -> None:
+def print_format(source: str, findings: Findings, model: str | None, renderer: Renderer) -> None:
     """Print the format, the methods that read it, what makes the tokens, and the fields that are not read."""
-    place = found.rows[0][0].place.rpartition(":")[0] if found.rows else source
-    say(f"{place}: {len(found.rows) + len(found.errors)} rows of {found.known.name}")
-    say(f"  read as {TITLES[found.name]}, for {formats.KINDS[KINDS[found.name]]}")
-    for name in found.others:
+    place = findings.rows[0][0].place.rpartition(":")[0] if findings.rows else source
+    say(printable(f"{place}: {len(findings.rows) + len(findings.errors)} rows of {findings.format.name}"))
+    say(f"  read as {TITLES[findings.name]}, for {formats.KINDS[KINDS[findings.name]]}")
+    for name in findings.others:
         say(f"  also {TITLES[name]} (--kind {name}), for {formats.KINDS[KINDS[name]]}")
     written = "as plain lines" if renderer.template is None else "by its chat template"
     print_indented(f"tokens of {model or 'the embedded model'}; messages are written {written}", "  ")
-    unread = [field for field in found.fields if field not in found.known.keys + found.known.also]
+    unread = [field for field in findings.fields if field not in findings.format.keys + findings.format.also]
     if unread:
         print_indented(f"not read: {', '.join(map(shown, unread))}", "  ")
 
@@ -259,12 +259,12 @@ def coloured(parts: Sequence[tuple[str, float]]) -> Text:
 # Lengths, and what is left out
 
 
-def print_lengths(found: Findings) -> None:
+def print_lengths(findings: Findings) -> None:
     """Print the shortest, median and longest row, and how many rows have which length."""
-    if not found.rows:
+    if not findings.rows:
         return
-    lengths = sorted(n for *_, n in found.rows)
-    examples = [example for _, group, _ in found.rows for example in group]
+    lengths = sorted(n for *_, n in findings.rows)
+    examples = [example for _, group, _ in findings.rows for example in group]
     all_tokens = [each for example in examples for each in sequences(example)]
     say(f"\ntokens of a row: {lengths[0]} at least, {median(lengths):g} median, {lengths[-1]} at most")
     if all_tokens:
@@ -273,7 +273,8 @@ def print_lengths(found: Findings) -> None:
     bins = [(low, low * 2 - 1, sum(low <= n < low * 2 for n in lengths)) for low in powers(lengths[0], lengths[-1])]
     most = max(count for *_, count in bins)
     for low, high, count in bins:
-        say(f"  {low:>7} to {high:<7} {count:>7}  {'#' * round(40 * count / most) or '.' * bool(count)}".rstrip())
+        bar = "#" * round(40 * count / most) or ("." if count else "")
+        say(f"  {low:>7} to {high:<7} {count:>7}  {bar}".rstrip())
 
 
 def trained_tokens(example: Demonstration) -> int:
@@ -290,9 +291,9 @@ def powers(low: int, high: int) -> list[int]:
     return [2**i for i in range(low.bit_length() - 1, high.bit_length())]
 
 
-def print_refused(found: Findings, longer: Sequence[tuple[Row, int]], limit: int, drop: bool) -> None:
+def print_refused(findings: Findings, longer: Sequence[tuple[Row, int]], limit: int, drop: bool) -> None:
     """Print which rows are refused or left out, and why."""
-    equal = len(found.rows) - len({repr(examples) for _, examples, _ in found.rows})
+    equal = len(findings.rows) - len({repr(examples) for _, examples, _ in findings.rows})
     say("")
     if equal:
         say(f"equal to other rows, and counted once: {equal}")
@@ -303,9 +304,9 @@ def print_refused(found: Findings, longer: Sequence[tuple[Row, int]], limit: int
         print_indented(f"{len(longer)} rows are longer than {limit} tokens and {what}", "")
         for row, n in longer[:SHOWN]:
             say(printable(f"  {row.place}: {n} tokens"))
-    if found.errors:
-        say(f"{len(found.errors)} rows are refused")
-        for error in found.errors[:MESSAGES]:
+    if findings.errors:
+        say(f"{len(findings.errors)} rows are refused")
+        for error in findings.errors[:MESSAGES]:
             print_indented(str(error), "  ")
-        if len(found.errors) > MESSAGES:
-            say(f"  and {len(found.errors) - MESSAGES} more")
+        if len(findings.errors) > MESSAGES:
+            say(f"  and {len(findings.errors) - MESSAGES} more")

@@ -41,7 +41,7 @@ MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
 LEARNING_RATE, LEARNING_RATE_OF_ADAPTERS = 1e-5, 1e-4
 """The default learning rates with ``--model``: of all parameters, and of adapters."""
 
-OF_METHODS = {
+OPTION_METHODS = {
     "group": ("policy",),
     "updates": ("policy",),
     "max_tokens": ("policy",),
@@ -51,7 +51,7 @@ OF_METHODS = {
     "teacher": ("policy", "distillation"),
     "candidates": ("distillation",),
 }
-"""The methods of the options that not every method has."""
+"""The methods that have an option, for the options that not every method has."""
 
 
 def loss_of(text: str, settings: Mapping[str, Any]) -> AnyLoss:
@@ -94,7 +94,7 @@ def complete_options(given: Mapping[str, Any]) -> Options:
     check_columns(loss, teacher="teacher" in given, outputs="base_url" not in given)
     for name in given:
         if not has_option(method, name):
-            expected = f"a loss that has it ({' and '.join(OF_METHODS[name])} losses)"
+            expected = f"a loss that has it ({' and '.join(OPTION_METHODS[name])} losses)"
             raise LossInputError(flag(name), expected, f"{loss.name}, a {method} loss", "Leave it out.")
     options = Options(**defaults_of(given, method) | given)
     check_together(options)
@@ -125,10 +125,10 @@ def check_together(options: Options) -> None:
 
 def has_option(method: str, name: str) -> bool:
     """Whether a method has an option."""
-    return method in OF_METHODS.get(name, (method,))
+    return method in OPTION_METHODS.get(name, (method,))
 
 
-def own_options(options: Options, method: str) -> dict[str, Any]:
+def recorded_options(options: Options, method: str) -> dict[str, Any]:
     """Return the options as ``config.json`` holds them: ``None`` for those that the method does not have."""
     values = asdict(options)
     return {name: values[name] if has_option(method, name) else None for name in NAMES}

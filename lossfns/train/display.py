@@ -24,7 +24,7 @@ CURVES = ("reward", "accuracy", "loss", "kl_ref", "margin", "grad_norm")
 """The metrics of the live display. It shows the first four that the method has."""
 
 SILENCE = 10.0
-"""The most seconds without a line, if steps end."""
+"""A step that ends after this many seconds without a line writes one."""
 
 
 def display_on(stream: TextIO | None) -> PlainDisplay:
@@ -41,7 +41,7 @@ class PlainDisplay:
         self.phases: dict[str, int] = {}
 
     def plan(self, phases: Mapping[str, int]) -> None:
-        """Tell the phases of the whole run with their numbers of steps."""
+        """Set the phases of the whole run, with their numbers of steps."""
         self.phases = {phase: count for phase, count in phases.items() if count}
 
     def begin_phase(self, phase: str, first: int, count: int) -> None:
@@ -71,8 +71,8 @@ class PlainDisplay:
     def time_left(self, done: int) -> str:
         """Return the time that the rest of the run will take at the mean speed of the phase.
 
-        The speed of later phases is not known: their steps are named instead. At the end of the phase it is the time
-        that the phase took.
+        The speed of later phases is not known, so their steps are named instead. At the end of the phase, return the
+        time that the phase took.
         """
         spent = time.monotonic() - self.start
         if done == self.count:
@@ -85,7 +85,7 @@ class PlainDisplay:
 class LiveDisplay(PlainDisplay):
     """Progress as a bar for each phase, with curves of the metrics below, redrawn in place.
 
-    All phases are there from the start. A phase takes one line: the bar has what the texts leave.
+    All phases are shown from the start. A phase takes one line, and its bar fills the space between the texts.
     """
 
     def __init__(self, console: Console) -> None:

@@ -23,7 +23,7 @@ class Demonstration(NamedTuple):
 
 
 class Preference(NamedTuple):
-    """Two answers to one prompt, whose tokens both sequences start with."""
+    """Two answers to one prompt. Both sequences start with the tokens of the prompt."""
 
     chosen: Demonstration
     rejected: Demonstration

@@ -18,7 +18,7 @@ from lossfns.errors import LossInputError
 from lossfns.terminal import say, while_read
 from lossfns.train.checkpoints import checkpoints
 from lossfns.train.options import check_option
-from lossfns.train.outcome import refused
+from lossfns.train.outcome import print_refusal
 from lossfns.train.run import CONFIG, load_config
 
 
@@ -48,7 +48,7 @@ def export_command(args: argparse.Namespace) -> int:
         path, model = newest(Path(args.source))
         export(path, args.folder, merge=args.merge, model=args.model or model)
     except (LossInputError, ImportError, OSError) as error:
-        return refused(error)
+        return print_refusal(error)
     except KeyboardInterrupt:
         return 130
     with while_read(sys.stdout):
@@ -58,7 +58,7 @@ def export_command(args: argparse.Namespace) -> int:
 
 
 def newest(source: Path) -> tuple[Path, str | None]:
-    """Return the newest checkpoint of a run and the model that it began with, or the checkpoint that a path is."""
+    """Return the newest checkpoint of a run and the run's ``--model``; for a checkpoint, itself and None."""
     if not (source / CONFIG).is_file():
         return source, None
     options = load_config(source, "RUN")["options"]
@@ -90,7 +90,7 @@ def export(path: Path, folder: str, *, merge: bool = False, model: str | None = 
 
 
 def base_model(path: Path, data: dict[str, Any], source: str | None) -> tuple[nn.Module, Any]:
-    """Build the model that a checkpoint is of, with other weights, and its tokenizer."""
+    """Build the model of a checkpoint and its tokenizer. The weights are not those of the checkpoint yet."""
     shape = data.get("shape")
     dtype = getattr(torch, str(data.get("dtype")).removeprefix("torch."), None)
     if isinstance(shape, dict) and "architecture" in shape:

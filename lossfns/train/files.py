@@ -49,27 +49,27 @@ OTHER_KINDS = {
 """Kinds of files that are not read, by their first bytes, with the way to convert them."""
 
 
-class Repeated(ValueError):
-    """A key that an object has twice."""
+class RepeatedKey(ValueError):
+    """Raised for a key that a JSON object has twice."""
 
 
 SPACE = re.compile(r"\s*")
 
 
-def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Make the dict of a JSON object, and refuse a key that comes twice."""
     fields = dict(pairs)
     if len(fields) < len(pairs):
         names = [name for name, _ in pairs]
-        raise Repeated(next(name for name in names if names.count(name) > 1))
+        raise RepeatedKey(next(name for name in names if names.count(name) > 1))
     return fields
 
 
-DECODER = json.JSONDecoder(object_pairs_hook=unique, parse_int=Number, parse_float=Number, parse_constant=Constant)
+DECODER = json.JSONDecoder(object_pairs_hook=object_of, parse_int=Number, parse_float=Number, parse_constant=Constant)
 
 
-Refused = Callable[[LossInputError], None]
-"""Gets the error of each line that cannot be used."""
+OnError = Callable[[LossInputError], None]
+"""Called with the error of each line that cannot be used."""
 
 
 def raise_at_once(error: LossInputError) -> None:
@@ -77,7 +77,7 @@ def raise_at_once(error: LossInputError) -> None:
     raise error
 
 
-def read_rows(source: str, refused: Refused = raise_at_once) -> list[Row]:
+def read_rows(source: str, on_error: OnError = raise_at_once) -> list[Row]:
     """Read rows of a file, of a folder that ``datasets`` has saved, or of a data set by its name.
 
     A file is Parquet or Arrow by its first bytes; CSV if its name ends in ``.csv`` or ``.tsv``; else a JSON array or
@@ -86,22 +86,22 @@ def read_rows(source: str, refused: Refused = raise_at_once) -> list[Row]:
     Args:
         source: a path; ``FOLDER`` or ``FOLDER:SPLIT``; ``OWNER/NAME``, ``OWNER/NAME:CONFIG`` or
             ``OWNER/NAME:CONFIG:SPLIT``.
-        refused: gets the errors of lines that cannot be used. By default the first one is raised.
+        on_error: called with the error of each line that cannot be used. By default the first error is raised.
 
     Raises:
-        LossInputError: if the file is of another kind, or there is none. The error names the kind.
+        LossInputError: if there is no file, or a file of another kind, which the error names.
     """
     rows = []
-    for row in rows_of(source, refused):
+    for row in rows_of(source, on_error):
         try:
             check_row(row)
             rows.append(row)
         except LossInputError as error:
-            refused(error)
+            on_error(error)
     return rows
 
 
-def rows_of(source: str, refused: Refused) -> Iterable[Row]:
+def rows_of(source: str, on_error: OnError) -> Iterable[Row]:
     """Return the rows of a source, without a check of their values."""
     if tables.is_saved(source):
         return tables.saved_rows(source)
@@ -110,27 +110,27 @@ def rows_of(source: str, refused: Refused) -> Iterable[Row]:
     content = read_bytes(source)
     if content.startswith((tables.PARQUET, tables.ARROW, tables.STREAM)):
         return tables.table_rows(source, content)
-    text = text_of(source, content)
+    text = decode_text(source, content)
     suffix = Path(source).suffix.lower()
     if suffix in (".csv", ".tsv"):
-        return csv_rows(source, text, "\t" if suffix == ".tsv" else ",", refused)
-    return (array_rows if text.lstrip().startswith("[") else line_rows)(source, text, refused)
+        return csv_rows(source, text, "\t" if suffix == ".tsv" else ",", on_error)
+    return (array_rows if text.lstrip().startswith("[") else line_rows)(source, text, on_error)
 
 
 def is_file_name(source: str) -> bool:
-    """Whether a source that does not exist was meant as a file: it has the suffix of one, or its folder exists."""
+    """Whether a source that does not exist was meant as a file: it has the suffix of a file, or its folder exists."""
     suffixes = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet", ".arrow", ".txt")
     return source.lower().endswith(suffixes) or os.path.isdir(os.path.dirname(source))
 
 
 def located(source: str) -> str:
-    """Return the absolute path of a source that is a file or a folder; another one is a name, and stays."""
+    """Return the absolute path of a source that is a file or a folder; the name of a data set stays as it is."""
     exists = os.path.exists(source) or tables.is_saved(source) or not tables.is_name(source) or is_file_name(source)
     return os.path.abspath(source) if exists else source
 
 
 def digest(source: str) -> str:
-    """Return the SHA-256 of a file's content, of a folder's or of a data set's rows; "" if they cannot be read."""
+    """Return the SHA-256 of a file, or of the rows of a folder or a data set; "" if they cannot be read."""
     try:
         if os.path.isfile(source):
             return hashlib.sha256(Path(source).read_bytes()).hexdigest()
@@ -159,7 +159,7 @@ def read_bytes(path: str) -> bytes:
         raise LossInputError("--data", "a file of rows", got, fix) from None
 
 
-def text_of(path: str, content: bytes) -> str:
+def decode_text(path: str, content: bytes) -> str:
     """Return the text of a file; refuse a file of another kind by its name."""
     for start, (kind, fix) in OTHER_KINDS.items():
         if content.startswith(start):
@@ -181,14 +181,14 @@ def line_of(content: bytes, at: int) -> int:
     return content.count(b"\n", 0, at) + 1
 
 
-def line_rows(path: str, text: str, refused: Refused) -> Iterator[Row]:
+def line_rows(path: str, text: str, on_error: OnError) -> Iterator[Row]:
     """Yield the rows of a JSONL file. Lines end only at a newline: a string may hold other line separators."""
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
                 yield line_row(path, number, text, line)
             except LossInputError as error:
-                refused(error)
+                on_error(error)
 
 
 def line_row(path: str, number: int, text: str, line: str) -> Row:
@@ -203,12 +203,12 @@ def line_row(path: str, number: int, text: str, line: str) -> Row:
     return as_row(f"{path}:{number}", fields)
 
 
-def array_rows(path: str, text: str, refused: Refused) -> Iterator[Row]:
-    """Yield the elements of a JSON array, up to the first place that is no JSON."""
+def array_rows(path: str, text: str, on_error: OnError) -> Iterator[Row]:
+    """Yield the elements of a JSON array, up to the first place that is not JSON."""
     try:
         yield from elements(path, text)
     except LossInputError as error:
-        refused(error)
+        on_error(error)
 
 
 def elements(path: str, text: str) -> Iterator[Row]:
@@ -241,7 +241,7 @@ def decode(path: str, number: int, text: str, line: str, start: int) -> tuple[An
     place, fix = f"{path}:{number}", "One object a line."
     try:
         return DECODER.raw_decode(line, start)
-    except Repeated as error:
+    except RepeatedKey as error:
         fix = "Keep one of them."
         raise LossInputError(place, f"the key {shown(str(error))} once", "it twice", fix) from None
     except RecursionError:
@@ -285,8 +285,9 @@ def as_row(place: str, value: Any) -> Row:
     return Row(place, value if isinstance(value, dict) else {})
 
 
-def csv_rows(path: str, text: str, delimiter: str, refused: Refused) -> Iterator[Row]:
+def csv_rows(path: str, text: str, delimiter: str, on_error: OnError) -> Iterator[Row]:
     """Yield the rows of a table whose first line names the columns."""
+    csv.field_size_limit(MAX_LINE)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     header: list[str] = []
     while True:
@@ -297,7 +298,7 @@ def csv_rows(path: str, text: str, delimiter: str, refused: Refused) -> Iterator
             return
         except csv.Error as error:
             fix = "Quote texts that hold quotes or newlines."
-            refused(LossInputError(place, "a row of CSV", str(error), fix))
+            on_error(LossInputError(place, "a row of CSV", str(error), fix))
             return
         if not cells:
             continue
@@ -307,7 +308,7 @@ def csv_rows(path: str, text: str, delimiter: str, refused: Refused) -> Iterator
                 raise LossInputError(place, "a name for each column, once", shown(header), "Name the columns.")
         elif len(cells) != len(header):
             fix = f"The columns are {', '.join(map(shown, header))}; quote texts that hold a comma or a newline."
-            refused(LossInputError(place, f"{len(header)} columns", f"{len(cells)}", fix))
+            on_error(LossInputError(place, f"{len(header)} columns", f"{len(cells)}", fix))
         else:
             yield Row(place, dict(zip(header, cells)))
 

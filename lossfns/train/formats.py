@@ -48,8 +48,8 @@ def alpaca(row: Row) -> Messages:
     """``{"instruction", "input", "output"}``: the instruction and the input are one message of the user."""
     request = text_of(row, "instruction")
     if row.fields.get("input") is not None:
-        given = text_of(row, "input", empty=True)
-        request = f"{request}\n{given}" if given else request
+        context = text_of(row, "input", empty=True)
+        request = f"{request}\n{context}" if context else request
     return [*system(row), user(request), assistant(text_of(row, "output"))]
 
 
@@ -161,7 +161,7 @@ def implicit_pair(row: Row, renderer: Renderer) -> list[Preference]:
 
 
 def split_pair(row: Row, renderer: Renderer, chosen: Messages, rejected: Messages) -> Preference:
-    """Make a preference of two chats: messages that both start with are the prompt."""
+    """Make a preference of two chats. The messages at the start of both are the prompt."""
     common = common_length(chosen, rejected)
     if common == min(len(chosen), len(rejected)):
         common -= 1  # both sides give the same answer
@@ -169,7 +169,7 @@ def split_pair(row: Row, renderer: Renderer, chosen: Messages, rejected: Message
 
 
 def preference(row: Row, renderer: Renderer, before: Messages, chosen: Messages, rejected: Messages) -> Preference:
-    """Make a preference of a prompt and the messages of both sides, of which the first is an answer."""
+    """Make a preference of a prompt and the messages of both sides. Each side begins with an answer."""
     for key, side in (("chosen", chosen), ("rejected", rejected)):
         if not side or side[0]["role"] != "assistant":
             got = f"a message of the {side[0]['role']}" if side else "nothing"
@@ -187,7 +187,7 @@ def common_length(a: Sequence[Any], b: Sequence[Any]) -> int:
 
 
 def with_prompt(row: Row, common: Messages) -> Messages:
-    """Return the messages before the answers: those of the prompt, and those that both sides repeat or add."""
+    """Return the messages before the answers: the prompt, and the messages at the start of both sides."""
     prompt = row.fields.get("prompt") or []
     if isinstance(prompt, str):
         before = [user(str(prompt))]
@@ -211,11 +211,11 @@ def labelled(row: Row, renderer: Renderer) -> list[Labelled]:
     label = row.fields.get("label")
     if not isinstance(label, (bool, str)) or label not in LABELS:
         row.refuse("true or false under 'label'", shown_field(row, "label"), "true is a desirable completion.")
-    found = prompt_and_completion(row, renderer)
-    if len(found) > 1:
+    examples = prompt_and_completion(row, renderer)
+    if len(examples) > 1:
         fix = 'Train the last answer: give the others "weight": 0.'
-        row.refuse("a completion in one sequence", f"{len(found)}, by the chat template", fix)
-    return [Labelled(found[0], LABELS[label])]
+        row.refuse("a completion in one sequence", f"{len(examples)}, by the chat template", fix)
+    return [Labelled(examples[0], LABELS[label])]
 
 
 # Problems
@@ -304,40 +304,40 @@ KINDS: dict[type[Example], str] = {
 """The methods that train on each kind of example."""
 
 UNREAD = ("images", "image", "videos", "video", "audio", "audios")
-"""Fields that a text depends on, and that are not read."""
+"""Fields that are not read, although a text may depend on them."""
 
 
 def matching(row: Row, formats: Sequence[Format]) -> Format | None:
     """Return the first format whose fields a row has."""
-    return next((known for known in formats if all(key in row.fields for key in known.keys)), None)
+    return next((each for each in formats if all(key in row.fields for key in each.keys)), None)
 
 
 def recognise(row: Row, kind: type[Example]) -> Format:
-    """Return the format of a row, of those with examples of a kind.
+    """Return the format of a row, among the formats of one kind of example.
 
     Raises:
-        LossInputError: if it is another format. The error says which one, and how to convert it.
+        LossInputError: if the row has another format. The error names this format and says how to convert it.
     """
     formats = FORMATS[kind]
-    if (known := matching(row, formats)) is not None:
-        return known
+    if (row_format := matching(row, formats)) is not None:
+        return row_format
     names = ", ".join(map(shown, row.fields)) or "no fields"
-    mine = formats[0].keys
-    missing = next((key for key in mine if key not in row.fields), mine[0])
+    keys = formats[0].keys
+    missing = next((key for key in keys if key not in row.fields), keys[0])
     reads = "; ".join(", ".join(each.keys) for each in formats)
     for other, others in FORMATS.items():
-        if (found := matching(row, others)) is not None and found.keys != ("prompt",):
-            name = found.name.split(";")[0]
+        if (other_format := matching(row, others)) is not None and other_format.keys != ("prompt",):
+            name = other_format.name.split(";")[0]
             fix = f"The row is of the format {name}, which {KINDS[other]} read. This method reads {reads}."
             row.refuse(f"text under {missing!r}", "nothing", fix)
     if (key := key_of_rows(row.fields)) is not None:
         row.refuse(f"text under {missing!r}", "nothing", write_list(row.place.rpartition(":")[0], quoted(key)[1:-1]))
-    recipe = ", ".join(f"{key}: .FIELD" for key in mine)
+    recipe = ", ".join(f"{key}: .FIELD" for key in keys)
     fix = f"The row has {names}. This method reads {reads}. Rename the fields: "
     row.refuse(f"text under {missing!r}", "nothing", f"{fix}jq -c '{{{recipe}}}' {file_of(row)} > rows.jsonl")
 
 
-def examples_of(row: Row, known: Format, renderer: Renderer) -> Sequence[Any]:
+def examples_of(row: Row, row_format: Format, renderer: Renderer) -> Sequence[Any]:
     """Make the examples of a row of a format; refuse images and sounds.
 
     Raises:
@@ -348,16 +348,16 @@ def examples_of(row: Row, known: Format, renderer: Renderer) -> Sequence[Any]:
             fix = f"If the texts do not need them: jq -c 'del(.{key})' {file_of(row)} > rows.jsonl"
             row.refuse("text only", f"{key!r}, which are not read", fix)
     try:
-        return known.read(row, renderer)
+        return row_format.read(row, renderer)
     except LossInputError as error:
         if error.field == row.place:
             raise
         row.refuse(f"{error.expected} ({error.field})", error.got, error.fix)
 
 
-def prompt_style(row: Row, known: Format) -> str:
-    """Return how the prompts of a format are written: as a ``"chat"``, a ``"text"``, or a ``"passage"`` if empty."""
-    prompt = row.fields.get("prompt", "") if known.keys[0] in ("prompt", "text") else None
+def prompt_style(row: Row, row_format: Format) -> str:
+    """Return the style of a row's prompt: ``"chat"``, ``"text"``, or ``"passage"`` for a text without a prompt."""
+    prompt = row.fields.get("prompt", "") if row_format.keys[0] in ("prompt", "text") else None
     if isinstance(prompt, str) and not isinstance(row.fields.get("chosen"), list):
         return "text" if prompt else "passage"
     return "chat"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from lossfns.backend.model.tokenizer import ByteTokenizer
@@ -41,7 +41,7 @@ def completion_logprobs(client: Client, data: Sequence[Datum]) -> list[float]:
 def likelihood(client: Client, renderer: Renderer, examples: Sequence[Demonstration]) -> Measured:
     """Return the held-out cross-entropy of the trained tokens: bits per byte, and nats per token.
 
-    Of a model whose tokens are bytes, the two are one measurement. The end token counts as a byte there.
+    For a model whose tokens are bytes, only bits per byte are returned. There the end token counts as a byte.
     """
     data = [datum_of(example) for example in examples]
     total = -sum(completion_logprobs(client, data))
@@ -59,7 +59,7 @@ def byte_count(renderer: Renderer, examples: Sequence[Demonstration]) -> int:
 
 def divergence(client: Client, teacher: Any, examples: Sequence[Demonstration], k: int) -> Measured:
     """Return the mean of Σ q·(log q − log p) by token, over the teacher's k most probable candidates, in nats."""
-    data = [candidate_datum(example, teacher, k, soft=False) for example in examples]
+    data = [candidate_datum(example, teacher, k) for example in examples]
     total = tokens = 0.0
     for datum, row in zip(data, target_logprobs(client, data)):
         log_q = datum.loss_fn_inputs["teacher_logprobs"].to_torch()
@@ -77,32 +77,28 @@ def share_positive(margins: Sequence[float]) -> float:
     return sum((margin > 0) + 0.5 * (margin == 0) for margin in margins) / len(margins)
 
 
-def margin_accuracy(client: Client, reference: Client, examples: Sequence[Preference]) -> Measured:
-    """Return the share of pairs whose chosen side gains more over the reference than the rejected side."""
-    data = pair_datums(examples)
-    gains = [a - b for a, b in zip(completion_logprobs(client, data), completion_logprobs(reference, data))]
-    return {"accuracy": share_positive([chosen - rejected for chosen, rejected in zip(gains[0::2], gains[1::2])])}
+def scores(client: Client, reference: Client | None, data: Sequence[Datum]) -> list[float]:
+    """Return the log-ratio of each completion to the reference; without one, its mean logprob per token."""
+    logprobs = completion_logprobs(client, data)
+    if reference is None:
+        return [total / float(weights_of(datum).sum()) for total, datum in zip(logprobs, data)]
+    return [lp - ref for lp, ref in zip(logprobs, completion_logprobs(reference, data))]
 
 
-def likelihood_accuracy(client: Client, examples: Sequence[Preference]) -> Measured:
-    """Return the share of pairs whose chosen side has the larger mean logprob per token."""
-    data = pair_datums(examples)
-    means = [total / float(weights_of(d).sum()) for total, d in zip(completion_logprobs(client, data), data)]
-    return {"accuracy": share_positive([chosen - rejected for chosen, rejected in zip(means[0::2], means[1::2])])}
+def pair_accuracy(client: Client, reference: Client | None, examples: Sequence[Preference]) -> Measured:
+    """Return the share of pairs whose chosen side has the higher score; see ``scores``."""
+    by_side = scores(client, reference, pair_datums(examples))
+    return {"accuracy": share_positive([chosen - rejected for chosen, rejected in zip(by_side[0::2], by_side[1::2])])}
 
 
 def ranking(client: Client, reference: Client | None, examples: Sequence[Labelled]) -> Measured:
-    """Return the share of pairs of a desirable and an undesirable answer of which the desirable one gains more.
+    """Return how often a desirable answer has a higher score than an undesirable one, over all such pairs.
 
-    The gain is over the reference; without one it is the mean logprob per token. Held-out answers of one kind alone
-    cannot be compared: they count half.
+    Held-out answers of one kind alone cannot be compared: the result is then ½.
     """
-    data = [datum_of(each.example) for each in examples]
-    if reference is None:
-        gains = [total / float(weights_of(d).sum()) for total, d in zip(completion_logprobs(client, data), data)]
-    else:
-        gains = [a - b for a, b in zip(completion_logprobs(client, data), completion_logprobs(reference, data))]
-    good, bad = ([g for g, each in zip(gains, examples) if each.desirable is kind] for kind in (True, False))
+    by_answer = scores(client, reference, [datum_of(each.example) for each in examples])
+    good = [score for score, each in zip(by_answer, examples) if each.desirable]
+    bad = [score for score, each in zip(by_answer, examples) if not each.desirable]
     return {"ranked": share_positive([a - b for a in good for b in bad] or [0.0])}
 
 
@@ -124,10 +120,7 @@ SAMPLES, SAMPLE_TOKENS, TEMPERATURE = 3, 64, 0.7
 
 
 def sample_texts(client: Client, renderer: Renderer, examples: Sequence[Example]) -> list[list[str]]:
-    """Return pairs of a prompt and a sample for a few examples, the same draw for the same weights.
-
-    An example without a prompt gives the first tokens of its text.
-    """
+    """Return pairs of a prompt and a sample for a few examples. The same weights give the same samples."""
     prompts = [shown_prompt(renderer, example) for example in examples[:SAMPLES]]
     sampler = client.save_weights_and_get_sampling_client()
     params = SamplingParams(max_tokens=SAMPLE_TOKENS, seed=11, temperature=TEMPERATURE, stop=renderer.end)
@@ -137,7 +130,7 @@ def sample_texts(client: Client, renderer: Renderer, examples: Sequence[Example]
 
 
 def shown_prompt(renderer: Renderer, example: Example) -> list[int]:
-    """Return the prompt of an example, or of a text without one its first tokens: at most 24, or half of it."""
+    """Return the prompt of an example; for a text without one, its first tokens, at most 24 or half of the text."""
     prompt = prompt_of(example)
     if isinstance(example, Problem) or prompt != renderer.start:
         return prompt
@@ -153,8 +146,3 @@ def one_line(text: str, width: int) -> str:
     """
     text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     return text if len(text) <= width else text[: width - 1] + "…"
-
-
-def in_json(measured: Mapping[str, float]) -> dict[str, float]:
-    """Return measurements as plain floats."""
-    return {name: float(value) for name, value in measured.items()}

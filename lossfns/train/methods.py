@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from random import Random
 from typing import Any
 
 from lossfns.backend.types import AdamParams
 from lossfns.datum import Datum
+from lossfns.errors import LossInputError, show
 from lossfns.metrics import merge_metrics
 from lossfns.train.columns import Batch, columns_of
 from lossfns.train.losses import AnyLoss
@@ -91,7 +93,7 @@ def train(
 
 
 def parts_of(batch: Batch, updates: int) -> list[Sequence[int]]:
-    """Return the indices of the datums of each update: whole groups, in turns."""
+    """Return the indices of the datums of each update. The updates get whole groups in turns."""
     if updates == 1:
         return [range(len(batch.data))]
     count = min(updates, len(set(batch.groups)))
@@ -103,14 +105,27 @@ def train_step(client: Client, data: list[Datum], loss: Any, learning_rate: floa
     adam = AdamParams(learning_rate=learning_rate, eps=1e-8, grad_clip_norm=1.0)
     pending, step = client.forward_backward_custom(data, loss), client.optim_step(adam)
     metrics = pending.result().metrics | step.result().metrics
-    # A name with a colon is the service's: the loss once more, or its surrogate.
-    return {name: value for name, value in metrics.items() if ":" not in name}
+    # Names with a colon are the service's: they repeat the loss, or have its surrogate.
+    return {name: number(name, value) for name, value in metrics.items() if ":" not in name}
+
+
+def number(name: str, value: Any) -> float:
+    """Return a metric as a number. One of a loss of one's own may be a tensor.
+
+    Raises:
+        LossInputError: if it is no number.
+    """
+    with suppress(TypeError, ValueError, OverflowError, RuntimeError):
+        if not isinstance(value, (str, bytes)):
+            return float(value)
+    raise LossInputError(f"metrics[{name!r}]", "a number", show(value), "Return a dict of floats.")
 
 
 def merged(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Merge the metrics of the updates of a step. A loss of one's own need not have the counts to weight a mean by."""
+    """Merge the metrics of the updates of a step. A loss of the user may lack the counts that weight a mean."""
     if len(metrics) == 1:
         return dict(metrics[0])
-    mean = {name: sum(m[name] for m in metrics) / len(metrics) for name in metrics[0]}
+    values = {name: [m[name] for m in metrics if name in m] for name in {name: 0 for m in metrics for name in m}}
+    mean = {name: sum(xs) / len(xs) for name, xs in values.items()}
     # A plain mean of the norms: merge_metrics would weight each by the number of tokens.
     return {**merge_metrics(metrics), "grad_norm": mean["grad_norm"]} if "tokens" in mean else mean

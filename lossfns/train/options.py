@@ -87,22 +87,11 @@ class Options:
 
 NAMES = tuple(each.name for each in fields(Options))
 TEXTS = (
-    *(
-        "loss",
-        "data",
-        "out",
-        "init",
-        "model",
-        "lora_parts",
-        "dtype",
-        "teacher",
-        "base_url",
-        "device",
-        "reward",
-        "track",
-    ),
-    *("resume", "config", "RUN"),
-)
+    "loss", "data", "out", "init", "model", "lora_parts", "dtype", "teacher", "base_url", "device", "reward", "track",
+    *("resume", "config", "RUN"),  # of commands
+)  # fmt: skip
+"""The options and other arguments that are text."""
+
 CHOICES = {"advantage_scale": ("std", "none")}
 
 
@@ -171,7 +160,7 @@ def flag(name: str) -> str:
 
 
 def read_toml(path: str) -> dict[str, Any]:
-    """Return the options in a file, which has the names of ``Options``, and the settings of the loss under ``[set]``.
+    """Return the options in a TOML file, by the names of ``Options``. The settings of the loss are under ``[set]``.
 
     Raises:
         LossInputError: if the file cannot be read, is no TOML, or has a name that is no option.

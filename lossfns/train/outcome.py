@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 
-from lossfns.terminal import console_on, say, while_read
+from lossfns.terminal import console_on, printable, say, while_read
 from lossfns.train.checkpoints import checkpoints
 from lossfns.train.measures import TEMPERATURE, TITLES, one_line
 from lossfns.train.recipes import Outcome
@@ -14,14 +14,14 @@ from lossfns.train.report import write_report
 from lossfns.train.run import METRICS, RESULT, Run, write_json
 
 
-def refused(error: Exception) -> int:
+def print_refusal(error: Exception) -> int:
     """Print an error in one line, and return the exit status for it."""
     with while_read(sys.stderr):
-        print(f"lossfns: {error}", file=sys.stderr)
+        print(f"lossfns: {printable(str(error), sys.maxsize)}", file=sys.stderr)
     return 2
 
 
-def report(run: Run, outcome: Outcome) -> None:
+def report_outcome(run: Run, outcome: Outcome) -> None:
     """Write ``result.json`` and ``report.html``, and print the outcome."""
     result = {
         "stopped_early": run.stopped,

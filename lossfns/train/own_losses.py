@@ -23,7 +23,7 @@ def own_loss(text: str, settings: Mapping[str, Any]) -> AnyLoss:
     subject = load(text, "--loss")
     if isinstance(subject, (Loss, BoundLoss)):
         check_settings(text, {}, settings)
-        return subject.loss if isinstance(subject, BoundLoss) else subject
+        return unbound(subject)
     name = text.rpartition(":")[2]
     if settings and callable(subject):
         known = defaults_of(subject)
@@ -32,7 +32,7 @@ def own_loss(text: str, settings: Mapping[str, Any]) -> AnyLoss:
     try:
         function: Any = adapt(subject)
         if isinstance(function, (Loss, BoundLoss)):
-            return function.loss if isinstance(function, BoundLoss) else function
+            return unbound(function)
         kind, _ = detect_kind(function)
     except LossInputError as error:
         raise LossInputError("--loss", error.expected, error.got, error.fix) from None
@@ -40,6 +40,11 @@ def own_loss(text: str, settings: Mapping[str, Any]) -> AnyLoss:
     names = {column.rpartition(" ")[2] for column in columns} - {ALL_FIELDS, *DATUM_FIELDS}
     by_columns = "policy" if SAMPLED & names else "supervised"
     return OwnLoss(name, function, tuple(sorted(names)), METHOD_OF_KIND.get(kind, by_columns))
+
+
+def unbound(loss: Loss | BoundLoss) -> Loss:
+    """Return a loss without its bound columns: a run makes its own."""
+    return loss.loss if isinstance(loss, BoundLoss) else loss
 
 
 DATUM_FIELDS = ("logprobs", "weights", "mask", "ids", "lengths", "target_tokens")

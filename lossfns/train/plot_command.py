@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 from lossfns.errors import LossInputError
-from lossfns.terminal import console_on, say, while_read
+from lossfns.terminal import console_on, printable, say, while_read
 from lossfns.train.charts import block_line
 from lossfns.train.options import check_option, is_path
-from lossfns.train.outcome import refused
+from lossfns.train.outcome import print_refusal
 from lossfns.train.record import Record, changing, read_record, values_of
 from lossfns.train.report import write_report
 
@@ -45,8 +45,8 @@ def plot_command(args: argparse.Namespace) -> int:
 
 
 def names_run(name: str) -> bool:
-    """Whether a name is that of a folder, and not of a loss. What no path can be is refused as a folder."""
-    return os.sep in name or not is_path(name) or Path(name).exists()
+    """Whether a name stands for a run folder. A text that no path can be does too: its error is that of a folder."""
+    return os.sep in name or not is_path(name) or os.path.exists(name)  # False for a name that is too long
 
 
 def plot_losses(args: argparse.Namespace) -> int:
@@ -55,7 +55,7 @@ def plot_losses(args: argparse.Namespace) -> int:
     try:
         path = draw(args.names, args.out, args.parts)
     except (LossInputError, OSError) as error:
-        return refused(error)
+        return print_refusal(error)
     with while_read(sys.stdout):
         say(f"picture     {path}")
     return 0
@@ -68,12 +68,12 @@ def plot_run(name: str) -> int:
         record = read_record(Path(name))
         written = write_report(record)
     except (LossInputError, OSError) as error:
-        return refused(error)
+        return print_refusal(error)
     except KeyboardInterrupt:
         return 130
     with while_read(sys.stdout):
         print_curves(record)
-        say(f"report      {written}")
+        say(printable(f"report      {written}", sys.maxsize))
     return 0
 
 
@@ -86,4 +86,4 @@ def print_curves(record: Record) -> None:
         rows.insert(0, (f"{'held out':>10} {record.measure:<10}", held_out))
     for title, points in rows:
         x = [y for _, y in points]
-        say(f"{title[:21]:<21} {x[0]:>10.4g}  {block_line(x, max(8, width))}  {x[-1]:.4g}")
+        say(f"{printable(title)[:21]:<21} {x[0]:>10.4g}  {block_line(x, max(8, width))}  {x[-1]:.4g}")

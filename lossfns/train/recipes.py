@@ -48,9 +48,9 @@ class Job:
 
     @property
     def phase(self) -> str:
-        """The name of the phase: that of the loss as it was given, if that is a name."""
-        given = self.options.loss
-        return given if given.replace("-", "_").isidentifier() else self.loss.name
+        """The name of the phase: ``--loss`` if it is a plain name, or else the name of the loss."""
+        text = self.options.loss
+        return text if text.replace("-", "_").isidentifier() else self.loss.name
 
 
 class Outcome(NamedTuple):
@@ -128,7 +128,7 @@ def watch(run: Run, job: Job, recipe: Recipe, done: int, batch: Batch) -> None:
 
 
 FIRST_STEPS = 5
-"""Steps after which rewards that have not changed are warned about."""
+"""The steps after which a run warns if the samples of each problem had equal rewards."""
 
 
 def warn_if_constant(run: Run, steps: int, sample: str) -> None:
@@ -193,7 +193,7 @@ def supervised(run: Run, job: Job, reference: Client | None) -> Recipe:
 def distillation(run: Run, job: Job, reference: Client | None) -> Recipe:
     """Learn from the teacher's most probable tokens, or its logprobs, at each position of demonstrations."""
     client, task, options, teacher = job.client, job.task, job.options, job.teacher
-    assert teacher is not None  # check_columns has refused
+    assert teacher is not None  # check_columns refuses the loss otherwise
     sampler: Any = teacher.save_weights_and_get_sampling_client()
     k, soft = options.candidates, "teacher_logprobs" not in job.loss.reads
 
@@ -220,10 +220,7 @@ def preference(run: Run, job: Job, reference: Client | None) -> Recipe:
         history = history_of(run, job)
         return batches.pair_batch(client, task.draw(rng, options.batch), reference=reference, history=history)
 
-    if reference is None:
-        measure: Callable[[], Measured] = partial(measures.likelihood_accuracy, client, task.held_out)
-    else:
-        measure = partial(measures.margin_accuracy, client, reference, task.held_out)
+    measure = partial(measures.pair_accuracy, client, reference, task.held_out)
     return Recipe(make_batch, measure, methods.cosine(options.lr, options.steps, warmup_steps=10))
 
 
@@ -265,17 +262,17 @@ def policy(run: Run, job: Job, reference: Client | None) -> Recipe:
 
 
 def default_max_tokens(task: Task[Problem], options: Options) -> int:
-    """Return the most tokens of a sample: those of the longest answer if it must be exact, with its end; else 256."""
+    """Return the most tokens of a sample: the length of the longest answer if samples must be exact, or else 256."""
     return max(answer_lengths(task)) if reward_name(task, options) == "exact" else 256
 
 
 def answer_lengths(task: Task[Problem]) -> list[int]:
-    """Return the tokens of each answer, with the end of the sequence."""
+    """Return the number of tokens of each answer, the end token included."""
     return [len(task.renderer.encode(each.answer or "")) + 1 for each in task.held_out + task.train]
 
 
 def reward_name(task: Task[Problem], options: Options) -> str:
-    """Return the reward that is given, or that of the data."""
+    """Return ``--reward``, or the default reward of the data."""
     return options.reward or default_reward((task.held_out + task.train)[0])
 
 
@@ -289,23 +286,24 @@ RECIPES: dict[str, Callable[[Run, Job, Client | None], Recipe]] = {
 
 
 def history_of(run: Run, job: Job) -> list[dict[str, Any]]:
-    """Return the metrics of the steps of the method."""
+    """Return the metrics of the steps of the method, without those of the warm-up."""
     return [row for row in run.history if row["phase"] == job.phase]
 
 
-# Supervised starts: the examples, their number in a step, and the learning rate
+# Supervised starts
 
 
 Start = tuple[Callable[[Random, int], list[Demonstration]], int, Schedule]
+"""A function that draws examples, their number in a step, and the learning rate."""
 
 
 def start_of_pairs(job: Job) -> Start:
-    """Learn the chosen texts; with the built-in data, the documentation."""
+    """Learn the chosen sides; with the built-in data, passages of the documentation."""
     return learn_texts(job, lambda rng, n: [pair.chosen for pair in job.task.draw(rng, n)])
 
 
 def start_of_labels(job: Job) -> Start:
-    """Learn the desirable answers; with the built-in data, the documentation."""
+    """Learn the desirable answers; with the built-in data, passages of the documentation."""
     good = [each.example for each in job.task.train if each.desirable]
     if job.options.data and not good:
         raise LossInputError("--warmup-steps", "a desirable answer to start with", "none in the data", "Pass 0.")
@@ -313,9 +311,10 @@ def start_of_labels(job: Job) -> Start:
 
 
 def learn_texts(job: Job, draw: Callable[[Random, int], list[Demonstration]]) -> Start:
-    options = job.options
-    rate = methods.cosine(3e-3, options.warmup_steps)
-    return draw if options.data else tasks.documentation(job.task.renderer).draw, 16, rate
+    """Learn the examples of ``draw``; with the built-in data, passages of the documentation."""
+    if not job.options.data:
+        draw = tasks.documentation(job.task.renderer).draw
+    return draw, 16, methods.cosine(3e-3, job.options.warmup_steps)
 
 
 def start_of_problems(job: Job) -> Start:

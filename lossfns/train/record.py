@@ -34,7 +34,7 @@ class Record(NamedTuple):
 
     @property
     def state(self) -> str:
-        """Whether the run has ended, in words. A result from before it was resumed does not count."""
+        """The state of the run in words. A result that is older than a resumption does not count."""
         if not self.result or self.history[-1]["seconds"] > self.result.get("seconds", math.inf) + 0.1:
             return "not ended"
         return "stopped early" if self.result.get("stopped_early") else "finished"
@@ -57,7 +57,7 @@ class Record(NamedTuple):
         return next(iter(names), None)
 
     def held_out(self) -> list[tuple[int, float]]:
-        """Return the steps of the last phase with the held-out measure; that of ``result.json`` if there is no row."""
+        """Return pairs of step and held-out measure in the last phase; without evaluations, of ``result.json``."""
         if self.measure is None:
             return []
         if self.evaluations:
@@ -81,15 +81,16 @@ def read_record(folder: Path, argument: str = "RUN") -> Record:
         LossInputError: if the folder holds no run, the run has made no step, or a row is damaged.
     """
     config = load_config(folder, argument)
-    history, evaluations = read_rows(folder / METRICS), read_rows(folder / EVALUATIONS)
+    history, evaluations = read_metric_rows(folder / METRICS), read_metric_rows(folder / EVALUATIONS)
     if not history:
         got = f"none in {folder}"
         raise LossInputError(argument, "a run with metrics", got, "It has not made a step yet.")
-    return Record(folder, config, history, evaluations, read_json(folder / RESULT), read_json(folder / BATCH))
+    result = read_json(folder / RESULT)
+    return Record(folder, config, history, evaluations, result if is_result(result) else {}, read_json(folder / BATCH))
 
 
-def read_rows(path: Path) -> list[Row]:
-    """Read the rows of a file; none if there is no file. A last line that is not whole yet is left out.
+def read_metric_rows(path: Path) -> list[Row]:
+    """Read the rows of a file; none if there is no file. A last line without its end is left out.
 
     Raises:
         LossInputError: if a row is damaged.
@@ -103,16 +104,28 @@ def read_rows(path: Path) -> list[Row]:
         try:
             row = json.loads(line)
             rows.append({**row, "phase": str(row["phase"]), "step": int(row["step"])})
-            whole = all(isinstance(x, (int, float)) for name, x in row.items() if name != "phase")
-        except (ValueError, KeyError, TypeError, RecursionError):
-            whole = False
-        if not whole:
+            numbers = [float(x) for name, x in row.items() if name != "phase" and isinstance(x, (int, float))]
+            valid = len(numbers) == len(row) - 1 and all(math.isfinite(row[name]) for name in ("step", "seconds"))
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+            valid = False
+        if not valid:
             raise LossInputError(f"{path}:{number}", "a row of metrics", "a damaged one", "Was the file changed?")
     return rows
 
 
+def is_result(content: Row) -> bool:
+    """Whether the content of ``result.json`` is that of a run: numbers before and after, and samples as texts."""
+    try:
+        measured = [x[when] for name, x in content.items() if name not in PLACE for when in ("before", "after")]
+        texts = [x for row in content.get("samples", []) for x in row.values()]
+        seconds = content.get("seconds", 0.0)
+    except (AttributeError, KeyError, TypeError):
+        return False
+    return all(isinstance(x, (int, float)) for x in [*measured, seconds]) and all(isinstance(x, str) for x in texts)
+
+
 def read_json(path: Path) -> Row:
-    """Read a file that may not be there yet: empty if it is not, or is damaged."""
+    """Return the content of a file; empty if the file is missing or damaged."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -122,8 +135,8 @@ def read_json(path: Path) -> Row:
 
 def values_of(rows: list[Row], phase: str, name: str) -> list[tuple[int, float]]:
     """Return the steps of a phase with the values of a metric. Values that are not finite are left out."""
-    found = [(row["step"], row[name]) for row in rows if row["phase"] == phase and name in row]
-    return [(step, x) for step, x in found if math.isfinite(x)]
+    points = [(row["step"], row[name]) for row in rows if row["phase"] == phase and name in row]
+    return [(step, x) for step, x in points if math.isfinite(x)]
 
 
 CURVES = ("reward", "accuracy", "loss", "nll", "ratio", "kl_old", "kl_ref", "clip_high", "margin", "grad_norm")
@@ -135,19 +148,19 @@ def changing(record: Record) -> list[tuple[str, str]]:
 
     A metric that equals one before it, as the nll of a cross-entropy equals its loss, is left out.
     """
-    found: list[tuple[str, str]] = []
+    names: list[tuple[str, str]] = []
     for phase in reversed(record.phases):
         seen: list[list[str]] = []
         for name in CURVES:
             shown = [f"{x:.4g}" for _, x in values_of(record.history, phase, name)]
             if len(set(shown)) > 1 and shown not in seen:
                 seen.append(shown)
-                found.append((phase, name))
-    return found
+                names.append((phase, name))
+    return names
 
 
 def rises(measure: str) -> bool:
-    """Whether a larger value of a held-out measure is the better one: it is, but for losses."""
+    """Whether a larger value of a held-out measure is better, as for all measures but losses."""
     return not measure.startswith(("bits", "loss", "nll", "perplexity"))
 
 

@@ -94,7 +94,7 @@ class RemoteTrainingClient:
         return ByteTokenizer()
 
     def describe(self) -> dict[str, Any]:
-        """Return the description of the model that ``config.json`` has."""
+        """Return the description of the model for ``config.json``."""
         info = self._client.get_info()
         return {"model_name": info.model_data.model_name, "arch": info.model_data.arch}
 
@@ -122,12 +122,12 @@ class RemoteSamplingClient:
 
 
 def seed_of_prompt(seed: int | None, i: int) -> dict[str, int]:
-    """Return the seed of the i-th prompt of a batch. Without one for each, all prompts would have the same draws."""
+    """Return the seed of the i-th prompt of a batch. With one seed, all prompts would have the same draws."""
     return {} if seed is None else {"seed": (seed + 1_000_003 * i) % 2**31}
 
 
 class Gathered:
-    """The futures of a list of requests, as one."""
+    """A future of several requests."""
 
     def __init__(self, futures: Sequence[Any]) -> None:
         self._futures = futures
@@ -174,7 +174,7 @@ Client = LocalTrainingClient | RemoteTrainingClient
 def connected(base_url: str) -> Iterator[RemoteTrainingClient]:
     """Yield a client that trains all parameters of the server's embedded model, and close the session at the end.
 
-    The key is that of the environment, ``TINKER_API_KEY``. A server on this machine may need none.
+    The key is ``TINKER_API_KEY`` of the environment. A server on this machine may need none.
 
     Raises:
         LossInputError: if the SDK is not installed, the server does not have the model, or a request fails.

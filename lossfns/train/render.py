@@ -20,8 +20,8 @@ Message = Mapping[str, Any]
 """A message as OpenAI has it: ``role``, ``content`` (text), ``tool_calls`` (arguments as objects), ``tool_call_id``,
 ``name``, ``reasoning_content``; and ``weight``, which is 1 for the assistant and 0 for others unless it is given."""
 
-PIECES, KEPT = 512, 10_000
-"""How many pieces of text are kept with their tokens, and of less than how many characters."""
+CACHED_PIECES, LONG_PIECE = 512, 10_000
+"""The pieces of text that are cached with their tokens, and the length in characters from which none is cached."""
 
 MARK = "qvzx"
 """A word that no template has, to find out what a template writes."""
@@ -42,7 +42,7 @@ PROBES: dict[str, tuple[list[Message], list[Any] | None, int]] = {
     ),
     "reasoning": ([ASKED, {"role": "assistant", "content": "b", "reasoning_content": MARK}], None, 1),
 }
-"""What only some templates write: messages and tools with it, and how often ``MARK`` must then be written."""
+"""Parts of a chat that only some templates write: messages and tools, and how often the text must have ``MARK``."""
 
 
 class Renderer:
@@ -75,9 +75,10 @@ class Renderer:
         self.template = getattr(tokenizer, "chat_template", None)
         special = special_texts(tokenizer)
         self._special = re.compile("|".join(map(re.escape, special)) or "(?!)")
-        self._kept, self._in_pieces = lru_cache(PIECES)(self._encode), True
+        self._encode_cached = lru_cache(CACHED_PIECES)(self._encode)
         probe = "a b".join(["", *special[:50], " c\n"])
-        self._in_pieces = self.encode(probe) == self._encode(probe)
+        # False for a tokenizer whose tokens of a piece depend on the pieces around it.
+        self._has_pieces = self._encode_pieces(probe) == self._encode(probe)
         self._probed: dict[str, str | None] = {}
         bos = getattr(tokenizer, "bos_token_id", None)
         self._bos = [bos] if bos is not None and bos in tokenizer.encode("", add_special_tokens=True) else []
@@ -93,16 +94,20 @@ class Renderer:
         self.start = self._bos or [self._eos]
 
     def encode(self, text: str) -> list[int]:
-        """Return the tokens of text, without any before or after it.
+        """Return the tokens of text, without any before or after it."""
+        return self._encode_pieces(text) if self._has_pieces else self._encode(text)
 
-        Special tokens divide a text into pieces that have their own tokens. The tokens of the last short ones are kept,
-        since the prompts of one chat share most of them.
+    def _encode_pieces(self, text: str) -> list[int]:
+        """Return the tokens of text piece by piece. A piece begins at each special token.
+
+        The tokens of recent short pieces are cached, since the prompts of one chat share most pieces.
         """
-        if not self._in_pieces:
-            return self._encode(text)
         borders = [0, *(found.start() for found in self._special.finditer(text)), len(text)]
         pieces = (text[a:b] for a, b in pairwise(borders) if a < b)
-        return [i for piece in pieces for i in (self._kept if len(piece) < KEPT else self._encode)(piece)]
+        return [i for piece in pieces for i in self._encode_piece(piece)]
+
+    def _encode_piece(self, piece: str) -> list[int]:
+        return self._encode_cached(piece) if len(piece) < LONG_PIECE else self._encode(piece)
 
     def _encode(self, text: str) -> list[int]:
         return [*self.tokenizer.encode(text, add_special_tokens=False)]
@@ -154,7 +159,7 @@ class Renderer:
         return self.encode(self._write(prompt, tools, header=True))
 
     def _before(self, text: str) -> list[int]:
-        """Return the tokens before a text: one that begins a sequence, unless the text has it already."""
+        """Return the tokens before a text: the token that begins a sequence, unless the text begins with it."""
         if not text:
             return self.start
         return self._bos if self.encode(text)[:1] != self._bos else []
@@ -162,8 +167,8 @@ class Renderer:
     def _continue(self, prompt: str, completion: str) -> tuple[list[int], int]:
         """Return the tokens of a prompt and its completion, and the number of them that are the prompt.
 
-        They are the tokens of the whole text, unless one of these covers the border. The two are then tokenised apart:
-        the model is sampled from the tokens of the prompt alone.
+        They are the tokens of the whole text, unless a token spans the border. Then prompt and completion are
+        tokenised apart, since the model is sampled from the tokens of the prompt alone.
         """
         before, whole = self.encode(prompt), self.encode(prompt + completion)
         if whole[: len(before)] == before:
@@ -181,7 +186,7 @@ class Renderer:
         """Make one demonstration of a chat. The answers with a weight are trained, each to its end.
 
         Raises:
-            LossInputError: as by ``answers``, and if the template writes an answer in another way once others follow.
+            LossInputError: as ``answers`` does, and if the template changes an answer once other messages follow it.
         """
         found = self.answers(messages, tools)
         if len(found) > 1:
@@ -193,7 +198,7 @@ class Renderer:
     def answers(self, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> list[Demonstration]:
         """Make demonstrations of the answers in a chat that have a weight.
 
-        Each answer follows the tokens of its prompt. An answer with which another sequence starts, token for token, is
+        Each answer follows the tokens of its prompt. If another sequence begins with the same tokens, the answer is
         trained there, so most templates give one sequence.
 
         Raises:
@@ -252,7 +257,7 @@ class Renderer:
     def _write(self, messages: Sequence[Message], tools: Sequence[Any] | None, header: bool = False) -> str:
         """Write messages by the chat template, with the header of an answer if asked for.
 
-        Texts of users and of the system must stand in it as they are, apart from white space around them.
+        Refuse a result that lacks a text of the user or the system, apart from the white space around that text.
         """
         plain = [{key: value for key, value in each.items() if key != "weight"} for each in messages]
         try:
@@ -270,7 +275,7 @@ class Renderer:
         return str(text)
 
     def _check(self, messages: Sequence[Message], tools: Sequence[Any] | None) -> None:
-        """Refuse what the template does not write, and texts that would become special tokens."""
+        """Refuse parts that the template does not write, and texts that would become special tokens."""
         for place, value in [*((f"messages[{i}]", each) for i, each in enumerate(messages)), ("tools", tools)]:
             if found := self._special.search(json.dumps(value, ensure_ascii=False)):
                 fix = "It would become the special token: write it in another way, or leave the row out."
@@ -301,7 +306,7 @@ class Renderer:
             return ""
 
     def _find_turn_end(self, declared: list[int]) -> list[int]:
-        """Return the token that ends an answer of the chat template: a declared one, or else the first special one."""
+        """Return the token that ends an answer in the chat template: a declared end token, or the first special one."""
         special, closing = getattr(self.tokenizer, "added_tokens_decoder", {}), self.encode(self._closing)
         return ([i for i in closing if i in declared] or [i for i in closing if i in special])[:1]
 
@@ -320,13 +325,14 @@ def weight_of(message: Message) -> float:
 
 def parts_of(messages: Sequence[Message], tools: Sequence[Any] | None) -> list[str]:
     """Return which keys of ``PROBES`` messages and tools have, in their order."""
-    found = {"tools"} if tools else set()
-    for message in messages:
-        found |= {"a system message"} if message["role"] == "system" else set()
-        found |= {"a result of a tool"} if message["role"] == "tool" else set()
-        found |= {"a call of a tool"} if message.get("tool_calls") else set()
-        found |= {"reasoning"} if message.get("reasoning_content") else set()
-    return [part for part in PROBES if part in found]
+    present = {
+        "a system message": any(each["role"] == "system" for each in messages),
+        "tools": bool(tools),
+        "a call of a tool": any(each.get("tool_calls") for each in messages),
+        "a result of a tool": any(each["role"] == "tool" for each in messages),
+        "reasoning": any(each.get("reasoning_content") for each in messages),
+    }
+    return [part for part in PROBES if present[part]]
 
 
 def shorten(text: str) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from lossfns.train.charts import Line, running_mean
+from lossfns.train.charts import Line, smooth
 from lossfns.train.config import CONFIG_TOML
 from lossfns.train.options import to_toml
 from lossfns.train.page import facts, figure, key, page, table, text
@@ -34,7 +34,7 @@ def report(record: Record) -> str:
         headline(record),
         section("Curves", curves(record)),
         section("Samples on held-out prompts", samples(record.result.get("samples", []))),
-        section("What the loss does to a batch", batch(record.batch)),
+        section("What the loss does to a batch", whole_batch(record.batch)),
         section("Options", f"<pre>{text(to_toml({name: x for name, x in options.items() if name != 'out'}))}</pre>"),
         section("Environment", table(environment(record.config), numbers=False)),
         section("Repeat it", f"<pre>{text(command)}</pre>"),
@@ -60,23 +60,25 @@ def headline(record: Record) -> str:
         before, after = points[0][1], points[-1][1]
         change = f"{before:.3f} → {after:.3f}"
         pairs = [(f"held-out {spoken(name)}, before → after", change), ("change", f"{after - before:+.3f}")]
-    large, (step, value) = len(pairs), best(record) if points else (0, math.nan)
+    large = len(pairs)
     if len(points) > 2:
+        step, value = best(record)
         pairs.append((f"best ({'highest' if rises(name or '') else 'lowest'})", f"{value:.3f} after {step} steps"))
     tokens = sum(row.get("tokens", 0) for row in record.history)
-    pairs += [("state", record.state), ("steps", f"{len(record.history):,}"), ("time", clock(last["seconds"]))]
+    pairs += [("state", record.state), ("steps", f"{len(record.history):,}"), ("time", duration(last["seconds"]))]
     pairs += [("tokens trained", f"{tokens:,.0f}")] if tokens else []
     return facts(pairs, large)
 
 
 def spoken(name: str) -> str:
+    """Return the name of a metric in words."""
     return name.replace("_", " ")
 
 
-def clock(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """Return a time in words.
 
-    >>> clock(75.2), clock(4000)
+    >>> duration(75.2), duration(4000)
     ('1 min 15 s', '1 h 6 min')
     """
     minutes, rest = divmod(round(seconds), 60)
@@ -108,10 +110,9 @@ def curves(record: Record) -> str:
 
 
 def trained(record: Record, phase: str, name: str) -> list[Line]:
-    """Return a metric of the training steps: each value, and their running mean."""
+    """Return two lines of a training metric: its values, and their running mean."""
     points = values_of(record.history, phase, name)
-    mean = running_mean([y for _, y in points])
-    return [Line(points, "c0 faint"), Line([(x, y) for (x, _), y in zip(points, mean)], "c0")]
+    return [Line(points, "c0 faint"), Line(smooth(points), "c0")]
 
 
 # Samples
@@ -129,8 +130,16 @@ def samples(rows: Sequence[Mapping[str, str]]) -> str:
 # A batch
 
 
+def whole_batch(content: Mapping[str, Any]) -> str:
+    """Return the gradient report of a batch. Of a file that was changed by hand, only that it is damaged is said."""
+    try:
+        return batch(content)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+        return '<p class="dim">batch.json is damaged.</p>'
+
+
 def batch(content: Mapping[str, Any]) -> str:
-    """Return the gradient report of a batch, and its tokens coloured by what they get."""
+    """Return the gradient report of a batch, and its tokens coloured by their gradients."""
     if not content:
         return '<p class="dim">The batch is looked at after the first step, and when the run ends or is stopped.</p>'
     place = f"The batch of step {content['step']} of {content['phase']}"
@@ -158,9 +167,10 @@ def batch(content: Mapping[str, Any]) -> str:
 
 
 def strip(row: Mapping[str, Any], largest: float, most: float) -> str:
-    """Return a sequence: a line of its numbers, and its tokens, each with its colour and bar."""
+    """Return a sequence of a batch: a line with its numbers, then its tokens with their colours and bars."""
     active = [i for i, on in enumerate(row["active"]) if on]
-    notes = [f"datum {row['datum']}{', ' * bool(row['side'])}{row['side']}", f"{float(row['share']):.1%} of Σ|g|"]
+    side = f", {row['side']}" if row["side"] else ""
+    notes = [f"datum {row['datum']}{side}", f"{float(row['share']):.1%} of Σ|g|"]
     for name, words in (("advantage", "advantage"), ("coefficient", "coefficient of a token")):
         values = sorted({float(f"{float(row[name][i]):.3g}") for i in active}) if name in row else []
         if values:
@@ -180,7 +190,7 @@ def token(row: Mapping[str, Any], i: int, largest: float, most: float) -> str:
     g = float(row["gradient"][i])
     names = [name for name in ("logprob", "advantage", "coefficient", "gradient") if name in row]
     numbers = ", ".join(f"{name} {float(row[name][i]):.4g}" for name in names)
-    looks = ("c0" if g < 0 else "c1") + (" clipped" if row.get("clipped", [0] * (i + 1))[i] else "")
+    looks = ("c0" if g < 0 else "c1") + (" clipped" if "clipped" in row and row["clipped"][i] else "")
     strength = round(50 * abs(g) / largest) if largest and math.isfinite(g) else 0
     bar = 3 * float(row["coefficient"][i]) / most if most and "coefficient" in row else 0
     style = f"--a:{strength}%;--u:{max(0.0, bar):.1f}px"
@@ -188,7 +198,7 @@ def token(row: Mapping[str, Any], i: int, largest: float, most: float) -> str:
 
 
 def mark(piece: str) -> str:
-    """Return a token's text: with a sign where it is a line break, or has no text of its own."""
+    """Return the text of a token, with a sign for a line break and for an empty text."""
     return text(piece).replace("\n", "↵\n") or "·"
 
 

@@ -25,7 +25,7 @@ SPECS = "exact, number, regex:PATTERN, json-schema:FILE, module:function or file
 
 
 def reward_of(spec: str) -> Reward:
-    """Return the reward that ``--reward SPEC`` names. It refuses a sample for which it has no finite number.
+    """Return the reward that ``--reward SPEC`` names. It raises for a sample to which it gives no finite number.
 
     Args:
         spec: ``exact``, ``number``, ``regex:PATTERN``, ``json-schema:FILE``; or ``module:function`` or
@@ -76,14 +76,14 @@ def finite_reward(spec: str, reward: Callable[[Problem, str], Any], problem: Pro
     """Return the reward of a sample.
 
     Raises:
-        LossInputError: if the reward raises, or returns no finite number. It names the reward and the sample.
+        LossInputError: if the reward raises, or returns no finite number. The error names the reward and the sample.
     """
     try:
         value = reward(problem, text)
         got = show(value)
     except (Exception, SystemExit) as error:
         value, got = None, f"{type(error).__name__}: {error}"
-    with suppress(TypeError, ValueError, OverflowError, RuntimeError):  # the last one is of a tensor
+    with suppress(TypeError, ValueError, OverflowError, RuntimeError):  # RuntimeError: a tensor of several numbers
         if not isinstance(value, (str, bytes)) and math.isfinite(number := float(value)):
             return number
     got += f" for the sample {show(text)} to a problem with the answer {show(problem.answer)}"
@@ -167,7 +167,7 @@ def schema_reward(file: str) -> Reward:
         schema = json.loads(Path(file).read_text(encoding="utf-8"))
         form = validator_for(schema)
         form.check_schema(schema)
-    except (OSError, TypeError, ValueError, RecursionError, SchemaError) as error:
+    except (AttributeError, OSError, TypeError, ValueError, RecursionError, SchemaError) as error:
         got = f"{file} ({str(error).splitlines()[0]})"
         raise LossInputError("--reward", "a file with a JSON schema", got, "Correct it, or name another.") from None
     validator = form(schema, registry=Registry())
@@ -175,7 +175,7 @@ def schema_reward(file: str) -> Reward:
     def reward(problem: Problem, text: str) -> float:
         try:
             return float(validator.is_valid(json.loads(text, parse_constant=refuse_constant)))
-        except (ValueError, RecursionError):  # no JSON, or nested too deeply
+        except (ValueError, OverflowError, RecursionError):  # no JSON, a number like 1e400, or nested too deeply
             return 0.0
 
     return reward

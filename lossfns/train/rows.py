@@ -18,19 +18,19 @@ if sys.platform != "win32":
 class RowFile:
     """A file of rows that a run appends to, open and locked by this process.
 
-    A killed run has more rows than its checkpoint knows: the file is cut to those that it knows. Of several ranks,
-    rank 0 writes the file. The others read its rows, and write their own to a temporary file.
+    A killed run may have more rows than its checkpoint counts: the file is cut to that count. Rank 0 writes the file.
+    Other ranks read its rows, and write their own rows to a temporary file.
 
     Args:
         path: the file; it is created if there is none.
-        count: the number of rows that the checkpoint knows.
+        count: the number of rows by the checkpoint.
         rank: the rank of this process.
 
     Raises:
         LossInputError: if another process has the lock, or there are fewer rows.
 
     Attributes:
-        rows: the rows, also those that are appended.
+        rows: the rows, with those that are appended.
     """
 
     def __init__(self, path: Path, count: int, rank: int = 0) -> None:

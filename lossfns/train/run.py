@@ -20,7 +20,7 @@ from uuid import uuid4
 from lossfns.backend.engine.ranks import Ranks, SingleProcess
 from lossfns.backend.storage.file import sync
 from lossfns.errors import LossInputError
-from lossfns.terminal import discard
+from lossfns.terminal import discard, printable
 from lossfns.train.display import display_on
 from lossfns.train.rows import RowFile
 from lossfns.train.trackers import Tracker
@@ -55,7 +55,7 @@ Save = Callable[[State], None]
 
 
 class Trained(NamedTuple):
-    """What an optimizer step has trained on.
+    """The batch of an optimizer step.
 
     Attributes:
         phase: the phase of the step.
@@ -74,7 +74,7 @@ class Run:
     """A run in ``folder``, from ``state`` on: its steps, metrics, checkpoints and progress.
 
     As a context manager the run handles Ctrl-C. The first one sets ``stopping``, which ends ``steps`` after the
-    current step, as does a terminal or pipe that is closed. The second one is left to the handler before it.
+    current step. A closed terminal or pipe has the same effect. The second Ctrl-C goes to the handler before.
 
     Args:
         folder: an existing folder.
@@ -202,7 +202,8 @@ class Run:
             self.say(f"warning: {tracker.name} fails ({type(error).__name__}: {error}); {METRICS} has everything")
 
     def _row(self, phase: str, step: int, values: Mapping[str, float]) -> dict[str, Any]:
-        return {"phase": phase, "step": step, "seconds": round(self.seconds, 3), **values}
+        place = {"phase": phase, "step": step, "seconds": round(self.seconds, 3)}
+        return {**place, **values, **place}  # a metric of one's own loss may have such a name
 
     @property
     def steps_done(self) -> int:
@@ -215,7 +216,7 @@ class Run:
 
     def say(self, text: str) -> None:
         """Write a line to the terminal."""
-        self._show(self.display.say, text)
+        self._show(self.display.say, printable(text, sys.maxsize))
 
     def _show(self, write: Callable[..., None], *arguments: Any) -> None:
         """Write to the terminal. If nobody reads it any more (a closed pipe), stop after this step, and be silent."""
@@ -237,10 +238,10 @@ def restore_rng(rng: Random, state: list[Any]) -> None:
 
 
 def check_new(folder: Path) -> None:
-    """Refuse a folder that is not new or empty: nothing of others is overwritten.
+    """Refuse a folder that is not new or empty, so that nothing is overwritten.
 
     Raises:
-        LossInputError: naming a part of what is there.
+        LossInputError: naming some of the files in the folder.
     """
     try:
         names = sorted(os.listdir(folder))
@@ -304,10 +305,10 @@ def run_id(folder: Path) -> str | None:
 
 @contextmanager
 def replaced(folder: Path, name: str) -> Iterator[Path]:
-    """Yield a path to write a file of the run to; it then replaces the file ``name`` in one step.
+    """Yield a path to write to. After the block, the file there replaces the file ``name`` of the run in one step.
 
-    Until then it stands in a new folder, whose name has the run's id: a later process knows by it what a killed one
-    has left.
+    Until then the file is in a new folder with the run's id in its name, so that a later process can remove what a
+    killed process has left.
     """
     aside = folder / f".{name}.{run_id(folder) or 'run'}.{uuid4().hex[:12]}.partial"
     aside.mkdir()
@@ -337,7 +338,8 @@ def load_config(folder: Path, argument: str = "--resume") -> dict[str, Any]:
         raise LossInputError(argument, "the folder of a run", got, "Pass the folder that --out named.")
     try:
         config: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        if all(isinstance(config[key], dict) for key in ("options", "model", "sha256", "versions")):
+        parts = [*(config[key] for key in ("options", "model", "sha256", "versions")), config.get("machine", {})]
+        if all(isinstance(part, dict) for part in parts):
             return config
     except (KeyError, OSError, TypeError, ValueError, RecursionError):
         pass
@@ -364,8 +366,8 @@ def write_json(folder: Path, name: str, content: Mapping[str, Any]) -> None:
 def open_files(folder: Path, counts: Sequence[int], rank: int) -> list[RowFile]:
     """Open the metrics and the evaluations of a run, cut to ``counts`` rows.
 
-    The lock of the metrics keeps other processes from writing to the run. What a killed save of this run left half
-    written is removed.
+    The lock of the metrics keeps other processes from writing to the run. Files that a killed process of this run has
+    left half written are removed.
 
     Raises:
         LossInputError: if another process has the lock, or a file has fewer rows.

@@ -22,7 +22,7 @@ from lossfns.train.checkpoints import checkpoints
 from lossfns.train.defaults import complete_options
 from lossfns.train.measures import TEMPERATURE, one_line
 from lossfns.train.options import check_option
-from lossfns.train.outcome import refused
+from lossfns.train.outcome import print_refusal
 from lossfns.train.render import Message, Renderer, typed_prompt
 from lossfns.train.run import load_config
 
@@ -62,7 +62,7 @@ def sample_command(args: argparse.Namespace) -> int:
             else:
                 show(sample_texts(model, prompt_of(model, args.prompt), args))
     except (LossInputError, ImportError, OSError) as error:
-        return refused(error)
+        return print_refusal(error)
     except KeyboardInterrupt:
         os._exit(130)
     return 0
@@ -73,7 +73,7 @@ class Model(NamedTuple):
 
     Attributes:
         sampler: a sampling client of its newest checkpoint.
-        renderer: writes prompts and reads samples.
+        renderer: makes the tokens of prompts and the texts of samples.
         style: how the prompts of the run's data are written.
     """
 
@@ -109,10 +109,10 @@ def prompt_of(model: Model, text: str) -> list[int]:
         raise LossInputError("PROMPT", "text in UTF-8", ascii(text[:40]), fix) from None
 
 
-def sample_texts(model: Model, prompt: list[int], args: argparse.Namespace, seed: int = 0) -> list[str]:
-    """Return the texts of samples. ``seed`` is added to that of the command line."""
+def sample_texts(model: Model, prompt: list[int], args: argparse.Namespace, turn: int = 0) -> list[str]:
+    """Return the texts of samples. ``turn`` is added to the seed of the command line."""
     params = SamplingParams(
-        max_tokens=args.max_tokens, temperature=args.temperature, seed=args.seed + seed, stop=model.renderer.end
+        max_tokens=args.max_tokens, temperature=args.temperature, seed=args.seed + turn, stop=model.renderer.end
     )
     (response,) = model.sampler.sample_batch([ModelInput.from_ints(prompt)], args.samples, params).result()
     return [model.renderer.decode(sequence.tokens) for sequence in response.sequences]

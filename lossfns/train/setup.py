@@ -31,18 +31,18 @@ def client_of(options: Options) -> Iterator[Client]:
 
 
 def job_of(options: Options, loss: AnyLoss, client: Client, task: Task[Any], reward: Reward | None) -> Job:
-    """Load the teacher, and return what the recipe works with."""
+    """Load the teacher, and return the arguments of the recipe."""
     teacher = None if options.teacher is None else teacher_of(options, client)
     return Job(options=options, loss=loss, client=client, task=task, teacher=teacher, reward=reward)
 
 
 def examples_of(options: Options, loss: AnyLoss) -> tuple[Task[Any], Reward | None]:
-    """Load the examples, and the reward of a method that samples. Nothing here needs the model, only its tokenizer."""
+    """Load the examples, and the reward of a method that samples. This needs the model's tokenizer alone."""
     task = task_of(loss, options, Renderer(models.load_tokenizer(options)))
     if method_of(loss) != "policy":
         return task, None
     reward = check_reward(reward_name(task, options), task.held_out + task.train)
-    return with_answers_that_fit(task, options), reward
+    return with_warning_of_long_answers(task, options), reward
 
 
 def teacher_of(options: Options, student: Client) -> Client:
@@ -103,7 +103,7 @@ def built_in(loss: AnyLoss, options: Options, renderer: Renderer) -> Task[Any]:
 
 
 def labelled(pairs: Task[Preference]) -> Task[Labelled]:
-    """Make labelled answers of pairs: each side alone."""
+    """Make a labelled answer of each side of the pairs."""
 
     def sides(examples: list[Preference]) -> list[Labelled]:
         return [Labelled(side, good) for pair in examples for side, good in zip(pair, (True, False))]
@@ -115,8 +115,8 @@ def labelled(pairs: Task[Preference]) -> Task[Labelled]:
     return Task(pairs.name, pairs.renderer, draw, held_out, style=pairs.style)
 
 
-def with_answers_that_fit(task: Task[Problem], options: Options) -> Task[Problem]:
-    """Note how many answers no sample can be: those longer than ``--max-tokens``, where a sample must be the answer.
+def with_warning_of_long_answers(task: Task[Problem], options: Options) -> Task[Problem]:
+    """Add a warning to the task's note if answers are longer than ``--max-tokens`` where a sample must be the answer.
 
     Raises:
         LossInputError: if no answer is short enough.

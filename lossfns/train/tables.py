@@ -1,6 +1,6 @@
 """Rows of Parquet and Arrow files, and of folders and names of ``datasets``. Needs the extra ``data``.
 
-A null inside of a struct is a field that the row does not have: Arrow gives all structs of a column the same fields.
+A null inside of a struct is read as a missing field: Arrow gives all structs of a column the same fields.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def named_rows(source: str) -> Iterator[Row]:
         if not hub.constants.HF_HUB_OFFLINE:
             hub.HfApi().dataset_info(name, timeout=10)  # fails at once, where loading would try again and again
         data = datasets.load_dataset(name, config or None)
-    except Exception as error:  # those of the library's HTTP client, which depends on its version
+    except Exception as error:  # the classes of the library's HTTP errors depend on its version
         got = f"{source!r}: no such file, and no data set ({first_line(error)})"
         fix = "Check the path, the name or the connection; HF_HUB_OFFLINE=1 takes a data set from the cache."
         raise LossInputError("--data", "a file, a folder or the name of a data set", got, fix) from None

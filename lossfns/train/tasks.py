@@ -33,11 +33,11 @@ class Task(Generic[T]):
 
     Attributes:
         name: the file, or the name of the built-in data.
-        renderer: made the tokens.
+        renderer: the renderer that made the tokens.
         draw: ``draw(rng, n)`` returns n training examples; none of them is in ``held_out``.
         held_out: the examples to measure on.
         train: the examples that are drawn; empty if they are made by ``draw``.
-        note: for the terminal, what was recognised in a file.
+        note: a text for the terminal: what was recognised in a file.
         style: how prompts are written; see ``formats.prompt_style``.
     """
 
@@ -100,14 +100,14 @@ def passage(rng: Random, texts: dict[str, list[int]], length: int) -> list[int]:
     return text[start : start + length]
 
 
-def continuations(renderer: Renderer, prompt: int = 16, length: int = 6) -> Task[Preference]:
+def continuations(renderer: Renderer, prompt_length: int = 16, length: int = 6) -> Task[Preference]:
     """Prefer the true continuation of a prompt that ends inside a word to one from another topic, in bytes."""
     train, held_out = ({name: text.encode() for name, text in part.items()} for part in corpus())
-    splits = {name: splits_of_words(text, prompt, length) for name, text in (train | held_out).items()}
+    splits = {name: splits_of_words(text, prompt_length, length) for name, text in (train | held_out).items()}
 
     def side(before: bytes, after: bytes) -> Demonstration:
-        texts = (part.decode(errors="ignore") for part in (before, after))  # a character may be cut
-        return demonstration(renderer.opening(next(texts)), renderer.encode(next(texts)))
+        prompt, answer = (part.decode(errors="ignore") for part in (before, after))  # a character may be cut
+        return demonstration(renderer.opening(prompt), renderer.encode(answer))
 
     def pair(rng: Random, texts: dict[str, bytes]) -> Preference:
         names, weights = list(texts), [len(splits[name]) for name in texts]
@@ -116,7 +116,7 @@ def continuations(renderer: Renderer, prompt: int = 16, length: int = 6) -> Task
             other_topic = rng.choices(names, weights)[0]
         i, j = rng.choice(splits[topic]), rng.choice(splits[other_topic])
         text, other_text = texts[topic], texts[other_topic]
-        before = text[i - prompt : i]
+        before = text[i - prompt_length : i]
         return Preference(side(before, text[i : i + length]), side(before, other_text[j : j + length]))
 
     def draw(rng: Random, n: int) -> list[Preference]:
@@ -137,7 +137,7 @@ def splits_of_words(text: bytes, before: int, after: int) -> list[int]:
 
 
 def with_prompts_trained(task: Task[Preference]) -> Task[Preference]:
-    """Train the prompts too, on both sides of the pairs."""
+    """Return the task with weight 1 on the prompts, too, on both sides of the pairs."""
     first = len(task.renderer.start)
 
     def side(each: Demonstration) -> Demonstration:
@@ -159,7 +159,7 @@ def arithmetic(renderer: Renderer) -> Task[Problem]:
     rows = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a, b in problems]
     examples = [Problem(renderer.prompt(row["prompt"]), row["answer"], row) for row in rows]
     held_out, train = examples[:200], examples[200:]
-    return Task("sums", renderer, lambda rng, n: rng.sample(train, min(n, len(train))), held_out[:MAX_HELD_OUT], train)
+    return Task("sums", renderer, lambda rng, n: rng.sample(train, min(n, len(train))), held_out, train)
 
 
 def noisy_answer(problem: Problem, rng: Random, error_rate: float = 0.6) -> str:
@@ -184,13 +184,12 @@ def load(
 ) -> Task[T]:
     """Load the rows of ``--data``, hold out one in ten, and train on the rest.
 
-    Equal rows count once. The examples of a row are held out together: at least one row, and not more rows than have
-    ``MAX_HELD_OUT`` examples.
+    Equal rows count once; see ``hold_out``.
 
     Args:
         source: see ``files.read_rows``.
         renderer: makes the tokens.
-        kind: the kind of example; the first row tells which one of its formats the file has.
+        kind: the kind of example; the first row decides which of its formats the file has.
         max_length: the longest example in tokens.
         drop_longer: leave out rows that are longer, and count them, instead of refusing them.
         seed: shuffles the rows.
@@ -204,8 +203,8 @@ def load(
         rows = files.read_rows(source)
         tell(f"making the tokens of {len(rows)} rows")
         if rows:
-            known = formats.recognise(rows[0], kind)
-            groups = [list(formats.examples_of(row, known, renderer)) for row in rows]
+            row_format = formats.recognise(rows[0], kind)
+            groups = [list(formats.examples_of(row, row_format, renderer)) for row in rows]
     if len(rows) < 2:
         raise LossInputError("--data", "at least 2 rows", f"{len(rows)} in {source}", "One in ten is held out.")
     lengths = [max(length(each, renderer) for each in group) for group in groups]
@@ -220,34 +219,43 @@ def load(
         raise LossInputError("--data", "at least 2 different rows", got, "One in ten is held out.")
     equal = used - len(groups)
     Random(seed).shuffle(groups)
-    size = min(MAX_HELD_OUT, max(1, len(groups) // 10))
-    while size > 1 and sum(map(len, groups[:size])) > MAX_HELD_OUT:
-        size -= 1
-    held_out = [each for group in groups[:size] for each in group]
-    kept_apart = {repr(each) for each in held_out}
-    train = [each for group in groups[size:] for each in group if repr(each) not in kept_apart]
+    held_out, train = hold_out(groups)
     if not train:
         raise LossInputError("--data", "rows that differ from those held out", "none", "One in ten is held out.")
 
     def draw(rng: Random, n: int) -> list[T]:
         return rng.sample(train, n) if n <= len(train) else rng.choices(train, k=n)
 
-    named = dict.fromkeys(name for row in rows for name in row.fields)
-    unread = [name for name in named if name not in known.keys + known.also]
+    fields = dict.fromkeys(name for row in rows for name in row.fields)
+    unread = [name for name in fields if name not in row_format.keys + row_format.also]
     longest = max(n for n in lengths if n <= max_length)
     notes = [
-        f"{len(rows)} rows of {known.name}, up to {longest} tokens; {len(held_out)} held out",
+        f"{len(rows)} rows of {row_format.name}, up to {longest} tokens; {len(held_out)} held out",
         f"{len(rows) - used} rows longer than {max_length} tokens left out" if used < len(rows) else "",
         f"{equal} rows that are equal to others left out" if equal else "",
         f"not read: {', '.join(map(values.shown, unread[:8]))}{', ...' if unread[8:] else ''}" if unread else "",
     ]
-    note, style = "; ".join(filter(None, notes)), formats.prompt_style(rows[0], known)
+    note, style = "; ".join(filter(None, notes)), formats.prompt_style(rows[0], row_format)
     name = rows[0].place.rpartition(":")[0]  # with the split that was taken
     return Task(name, renderer, draw, held_out, train, note, style)
 
 
+def hold_out(groups: Sequence[list[T]]) -> tuple[list[T], list[T]]:
+    """Return the held-out examples, those of the first tenth of the groups, and the training examples.
+
+    A group has the examples of one row. At least one group is held out; more only up to ``MAX_HELD_OUT`` examples. A
+    held-out example is not trained on, even if another group has it too.
+    """
+    size = min(MAX_HELD_OUT, max(1, len(groups) // 10))
+    while size > 1 and sum(map(len, groups[:size])) > MAX_HELD_OUT:
+        size -= 1
+    held_out = [each for group in groups[:size] for each in group]
+    known = {repr(each) for each in held_out}
+    return held_out, [each for group in groups[size:] for each in group if repr(each) not in known]
+
+
 def length(example: Demonstration | Preference | Labelled | Problem, renderer: Renderer) -> int:
-    """Return the tokens of the longest sequence of an example; of a problem, those of its prompt and its answer."""
+    """Return the length of the longest sequence of an example; for a problem, of its prompt and answer together."""
     if isinstance(example, Problem):
         return len(example.prompt) + len(renderer.encode(example.answer or "")) + 1
     return max(len(each.tokens) for each in sequences(example))

@@ -1,4 +1,4 @@
-"""Trackers that get the metrics of a run besides its own files, each through its own package."""
+"""Trackers, which also get the metrics of a run. Each needs its own package."""
 
 from __future__ import annotations
 

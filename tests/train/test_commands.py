@@ -8,6 +8,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import signal
 import struct
 import subprocess
@@ -297,6 +298,10 @@ def test_a_run_without_whole_metrics_is_plotted_as_far_as_it_goes(tmp_path: Path
         ("", "a run with metrics, got none"),
         ("{nonsense\n", "metrics.jsonl:1: expected a row of metrics, got a damaged one"),
         ('{"phase": "sft", "step": 1, "loss": "x"}\n', "metrics.jsonl:1: expected a row of metrics"),
+        ('{"phase": "sft", "step": 1e400, "seconds": 1}\n', "metrics.jsonl:1: expected a row of metrics"),
+        ('{"phase": "sft", "step": 1, "seconds": NaN}\n', "metrics.jsonl:1: expected a row of metrics"),
+        ('{"phase": "sft", "step": 1, "loss": 1}\n', "metrics.jsonl:1: expected a row of metrics"),
+        (f'{{"phase": "sft", "step": 1, "seconds": 1, "loss": 1{"0" * 400}}}\n', "metrics.jsonl:1: expected a row"),
     ],
 )
 def test_metrics_that_cannot_be_plotted_are_named(
@@ -306,6 +311,61 @@ def test_metrics_that_cannot_be_plotted_are_named(
     (tmp_path / METRICS).write_text(text)
     assert main(["plot", str(tmp_path)]) == 2
     assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "value"),
+    [
+        (RESULT, "seconds", "x"),
+        (RESULT, "samples", ["x"]),
+        (RESULT, "samples", [{"prompt": 1}]),
+        (RESULT, "nll", {}),
+        (RESULT, "nll", {"before": "x", "after": 1}),
+        ("batch.json", "tokens", 1),
+        ("batch.json", "loss", "x"),
+        ("batch.json", "sequences", "x"),
+        ("batch.json", "step", None),
+    ],
+)
+def test_a_result_or_a_batch_that_was_changed_by_hand_is_left_out(
+    name: str, part: str, value: object, tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(run, tmp_path / "run")
+    content = json.loads((folder / name).read_text()) | {part: value}
+    if value is None:
+        del content[part]
+    (folder / name).write_text(json.dumps(content))
+    assert main(["plot", str(folder)]) == 0 and main(["compare", str(folder), str(run)]) == 0
+    says = "<dd>not ended</dd>" if name == RESULT else "batch.json is damaged"
+    assert says in (folder / "report.html").read_text()
+
+
+def test_a_config_that_was_changed_by_hand_is_refused(
+    tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(run, tmp_path / "run")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"machine": 5}))
+    assert main(["plot", str(folder)]) == 2
+    assert "config.json, which is damaged" in capsys.readouterr().err
+
+
+def test_names_from_files_do_not_control_the_terminal(
+    tmp_path: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(run, tmp_path / "run \x1b[31m")
+    with (folder / METRICS).open("a") as file:
+        for step in (1, 2, 3):
+            row = {"phase": "\x1b[31m", "step": step, "seconds": 1e3, "loss": step}
+            file.write(json.dumps(row) + "\n")
+    rows = written(tmp_path / "\x1b[31m.jsonl", [{"text": "a"}, {"text": "b"}])
+    assert main(["compare", str(folder), str(run)]) == 0 and main(["data", rows]) == 0
+    assert main(["data", str(tmp_path / "\x1b[32m")]) == 2
+    assert main(["train", "sft", "--data", rows, "--steps", "1", "--out", str(tmp_path / "out")]) == 0
+    assert main(["plot", str(folder)]) == 0
+    output = capsys.readouterr()
+    assert "\\x1b[31m loss" in output.out
+    assert "\x1b" not in output.out + output.err
 
 
 def test_samples_before_and_after_are_shown_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from lossfns import LossInputError
 from lossfns.backend import ByteTokenizer
-from lossfns.train import tasks
+from lossfns.train import files, tasks
 from lossfns.train.examples import Demonstration, Example, Preference, Problem, prompt_of, sequences
 from lossfns.train.render import Renderer
 from lossfns.train.tasks import Task
@@ -143,7 +143,7 @@ WRONG_TABLES: list[tuple[str, str]] = [
     ('prompt,completion\na,"b"c\n', ":2: expected a row of CSV"),
     ('prompt,completion\n"x\ny",b\na,\n', ":4: expected text under 'completion', got ''"),
     (
-        "prompt,completion\na," + "b" * 200_000 + "\n",
+        "prompt,completion\na," + "b" * 2**24 + "b\n",
         ":2: expected a row of CSV, got field larger than field limit",
     ),
 ]
@@ -154,6 +154,12 @@ def test_a_table_that_cannot_be_used_is_named_by_its_line(tmp_path: Path) -> Non
     for content, says in WRONG_TABLES:
         path.write_text(content)
         assert says in refusal("sft", path), content[:80]
+
+
+def test_a_cell_of_a_table_may_be_as_long_as_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text(f"prompt,completion\na,{'b' * 200_000}\nc,d\n")
+    assert [len(row.fields["completion"]) for row in files.read_rows(str(path))] == [200_000, 1]
 
 
 def test_the_answers_of_a_chat_are_held_out_together(tmp_path: Path) -> None:

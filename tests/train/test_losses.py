@@ -17,6 +17,7 @@ from lossfns.train.defaults import complete_options, loss_of
 from lossfns.train.examples import Demonstration, Labelled, Preference, Problem, datum_of
 from lossfns.train.losses import OwnLoss, method_of, parse_setting
 from lossfns.train.measures import completion_logprobs
+from lossfns.train.methods import merged
 from lossfns.train.options import Options
 from lossfns.train.recipes import Job, run_job
 from lossfns.train.render import Renderer
@@ -198,6 +199,22 @@ def test_ones_own_loss_of_any_form_trains_by_what_it_reads(tmp_path: Path) -> No
             assert row["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4), (name, same)
     with pytest.raises(LossInputError, match=r"a setting of .*mine.py:pg, got 'scal'. Did you mean 'scale'\?"):
         loss_of(f"{tmp_path}/mine.py:pg", {"scal": 2.0})
+
+
+def test_metrics_of_ones_own_loss_are_numbers_and_leave_the_place_of_a_row(tmp_path: Path) -> None:
+    source = "def {}(data, logprobs_list):\n    return -sum(map(sum, logprobs_list)), {{{}}}\n"
+    named = "'phase': 3, 'step': 9, 'seconds': 1e9, 'x': logprobs_list[0].new_tensor(2.0)"
+    text = source.format("named", named) + source.format("text", "'x': '2'")
+    (tmp_path / "measured.py").write_text(text)
+    row = one_step(loss_of(f"{tmp_path}/measured.py:named", {}), tmp_path / "named", tiny(), tiny())
+    assert (row["phase"], row["step"], row["x"]) == ("named", 1, 2.0) and row["seconds"] < 1e6
+    with pytest.raises(LossInputError, match=r"metrics\['x'\]: expected a number, got '2'"):
+        one_step(loss_of(f"{tmp_path}/measured.py:text", {}), tmp_path / "text", tiny(), tiny())
+
+
+def test_metrics_that_only_some_updates_have_are_merged() -> None:
+    updates = [{"a": 1.0, "grad_norm": 1.0}, {"b": 3.0, "grad_norm": 2.0}]
+    assert merged(updates) == {"a": 1.0, "b": 3.0, "grad_norm": 1.5}
 
 
 def test_columns_that_a_batch_makes_itself() -> None:

@@ -90,11 +90,18 @@ def test_a_schema_asks_for_json_that_is_whole_and_fits(tmp_path: Path) -> None:
     wrong = ['{"n": -1}', "{}", "[]", "", "n", '{"n": 3', '{"n": 3} yes', "```json\n{}\n```", '{"n": NaN}', "[" * 9999]
     wrong += ['{"n": ' + "9" * 5000 + "}"]  # more digits than Python converts
     assert [reward(problem(None), text) for text in right + wrong] == [1.0] * len(right) + [0.0] * len(wrong)
-    for name, content in {"no JSON": "{", "no schema": '{"type": "nothing"}', "a number": "3"}.items():
+    bad = {"no JSON": "{", "no schema": '{"type": "nothing"}', "a number": "3", "no draft": '{"$schema": 5}'}
+    for name, content in bad.items():
         (tmp_path / "bad.json").write_text(content)
         with pytest.raises(LossInputError, match="--reward: expected a file with a JSON schema"):
             reward_of(f"json-schema:{tmp_path / 'bad.json'}")
             pytest.fail(name)
+
+
+def test_a_sample_with_a_number_that_is_too_large_does_not_fit(tmp_path: Path) -> None:
+    (tmp_path / "schema.json").write_text('{"multipleOf": 0.5}')
+    reward = reward_of(f"json-schema:{tmp_path / 'schema.json'}")
+    assert [reward(problem(None), text) for text in ("1.5", "1.3", "1e400")] == [1, 0, 0]
 
 
 def test_a_schema_loads_nothing_from_elsewhere(tmp_path: Path) -> None:

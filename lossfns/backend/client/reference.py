@@ -23,7 +23,7 @@ from lossfns.backend.model.tokenizer import ByteTokenizer
 from lossfns.backend.types import ForwardBackwardOutput, GetInfoResponse, ModelData
 from lossfns.errors import LossInputError
 from lossfns.export.builtins import check_config
-from lossfns.logprobs.linear import head_of
+from lossfns.logprobs.head import head_of
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

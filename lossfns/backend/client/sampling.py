@@ -17,7 +17,8 @@ from lossfns.backend.model.generate import generate
 from lossfns.backend.types import SampledSequence, SampleResponse, SamplingParams
 from lossfns.devices import to_device
 from lossfns.errors import LossInputError
-from lossfns.logprobs.linear import head_of, model_logprobs
+from lossfns.logprobs.head import head_of
+from lossfns.logprobs.linear import model_logprobs
 
 
 class LocalSamplingClient(Resolved):

@@ -35,7 +35,7 @@ FOOTPRINTS: dict[Any, Footprint] = {}
 """Footprints of models that have a ``shape``: one measurement serves all models of the same shape."""
 
 FEW_TOKENS = 2 * PROBE_TOKENS
-"""Tokens for which a measurement beforehand would take as long as the request itself, or half as long."""
+"""Requests of at most this many tokens are not measured beforehand: that would take at least half of their time."""
 
 GENEROUS_BYTES = 32
 """Bytes for each token and each row and column of a weight, several times what a step over a transformer takes."""
@@ -107,7 +107,7 @@ class Budget:
         (self.vocabulary, self.dim), self.bytes_per_hidden = head.shape, head[0].nbytes
         self.parameters = list(model.parameters())
         self.footprints = FOOTPRINTS if getattr(model, "shape", None) else {}
-        self.of_few: dict[Any, tuple[int, Footprint]] = {}  # by the kind of step: tokens, and their footprint
+        self.small_footprints: dict[Any, tuple[int, Footprint]] = {}  # by kind of step: tokens, footprint
 
     def plan(
         self,
@@ -147,14 +147,14 @@ class Budget:
         return Plan(budget, costs, micro_batches, max(needed, int(min(budget, needed + kept_logits))))
 
     def tokens_in_memory(self, inputs: ModelInputs, part: slice) -> int:
-        """Return how many tokens of sequences that share nothing take as much memory as a part of the datums.
+        """Return the number of tokens that would take as much memory as this part if sequences shared nothing.
 
         Ranks count whole sequences: which prefixes they share depends on how they divide the datums.
         """
-        whole = sum(inputs.lengths[part])
+        tokens = sum(inputs.lengths[part])
         if self.ranks.size > 1 or not can_share(self.model):
-            return whole
-        return min(inputs.part(part).shared.tokens_in_memory, whole)
+            return tokens
+        return min(inputs.part(part).shared.tokens_in_memory, tokens)
 
     def planned_bytes(self) -> float:
         """Return the bytes to plan with: a part of the limit or, without a limit, of the memory that is free now."""
@@ -179,20 +179,21 @@ class Budget:
         gradients = sum([p.numel() * max(p.itemsize, 4) for p in local_shards(trainable)])  # summed in float32
         values = sum([x.size for x in inputs.targets]) if inputs.targets else len(inputs.tokens) * self.dim
         values = LOSS_BYTES_PER_VALUE * losses * (values + len(extras) * sum(inputs.lengths))
-        return Costs(gradients + values, footprint or self.footprint(inputs, extras), compensation_bytes)
+        footprint = self.footprint(inputs, extras) if footprint is None else footprint
+        return Costs(gradients + values, footprint, compensation_bytes)
 
     def footprint(self, inputs: ModelInputs, extras: tuple[str, ...] = ()) -> Footprint:
         """Return the footprint of a step over inputs like these. It is measured once, when it is first needed."""
         # The sequences of the probe are no longer than the inputs, so the model can read them. Their length is odd, so
         # that no activation has the size of a weight.
         length = 2 ** ((min(max(inputs.lengths), PROBE_TOKENS) + 1).bit_length() - 1) - 1
-        key = length, *self.kind_of(inputs, extras)
+        key = length, *self.step_kind(inputs, extras)
         if key not in self.footprints:
             step = partial(self.probe_step, length, inputs.targets_per_token, extras)
             self.footprints[key] = footprint(step, self.parameters)
         return self.footprints[key]
 
-    def kind_of(self, inputs: ModelInputs, extras: tuple[str, ...]) -> tuple[Any, ...]:
+    def step_kind(self, inputs: ModelInputs, extras: tuple[str, ...]) -> tuple[Any, ...]:
         """Return what the footprint of a step depends on, apart from the length of its sequences."""
         model = (
             type(self.model),
@@ -214,9 +215,9 @@ class Budget:
         return self.ranks.min(budget - GENEROUS_BYTES * tokens * channels - 4 * weights) > 0
 
     def footprint_of_few(self, inputs: ModelInputs, extras: tuple[str, ...]) -> Footprint:
-        """Return what ``measured`` has found for as many tokens as these or more."""
-        tokens, found = self.of_few.get(self.kind_of(inputs, extras), (0, UNMEASURED))
-        return found if tokens >= sum(inputs.lengths) else UNMEASURED
+        """Return the footprint that ``measured`` found for at least as many tokens, or ``UNMEASURED``."""
+        tokens, measured = self.small_footprints.get(self.step_kind(inputs, extras), (0, UNMEASURED))
+        return measured if tokens >= sum(inputs.lengths) else UNMEASURED
 
     def measured(
         self, step: Callable[[], T], plan: Plan, inputs: ModelInputs, extras: tuple[str, ...]
@@ -226,22 +227,24 @@ class Budget:
             result = step()
         gradients = sum([p.grad.nbytes for p in self.parameters if p.grad is not None])  # costs counts them
         tokens = sum(inputs.lengths)
-        found = Footprint(max(0, tracker.fixed.peak - gradients), -(-tracker.growing.peak // tokens))
-        self.of_few[self.kind_of(inputs, extras)] = tokens, found
-        costs = plan.costs._replace(footprint=found)
+        step_footprint = Footprint(max(0, tracker.fixed.peak - gradients), -(-tracker.growing.peak // tokens))
+        self.small_footprints[self.step_kind(inputs, extras)] = tokens, step_footprint
+        costs = plan.costs._replace(footprint=step_footprint)
         return result, plan._replace(costs=costs, peak_memory=costs.step_bytes(tokens))
 
     def probe_step(self, length: int, targets: int, extras: tuple[str, ...]) -> None:
         """Run a step over ``PROBE_TOKENS`` tokens, and drop each gradient as soon as it is computed.
 
-        Sequences have ``length`` tokens, and each token has as many targets as ``targets`` says. Extras are
-        differentiated, which takes the most.
+        Sequences have ``length`` tokens, and each token has ``targets`` targets. Extras are differentiated,
+        which takes the most memory.
         """
         draw = partial(np.random.default_rng(0).integers, self.vocabulary)  # random, so that few prefixes are shared
         ends = range(length, PROBE_TOKENS, length)
         tokens, ids = (np.split(draw(size=size), ends) for size in (PROBE_TOKENS, (PROBE_TOKENS, targets)))
-        given = self.model, ModelInputs(tokens, ids), lambda tokens: 0.0
-        compute = partial(compute_logprobs, *given, extras=extras, differentiates=extras)
+        inputs = ModelInputs(tokens, ids)
+        compute = partial(
+            compute_logprobs, self.model, inputs, lambda tokens: 0.0, extras=extras, differentiates=extras
+        )
         device = self.parameters[0].device
         with dropped_gradients(self.model), torch.random.fork_rng([device] if device.type == "cuda" else []):
             logprobs = self.ranks.with_full_weights(compute)
@@ -253,7 +256,7 @@ def into_micro_batches(datums: int, tokens_of: Callable[[slice], int], max_token
     """Split the datums, in order, into micro-batches of at most ``max_tokens`` tokens.
 
     Groups of ``group`` datums are kept whole if every group fits. A datum with more tokens is a micro-batch by itself.
-    ``tokens_of`` counts the tokens of consecutive datums. More datums never have fewer.
+    ``tokens_of`` counts the tokens of consecutive datums. It never falls when a datum is added.
     """
     if tokens_of(slice(0, datums)) <= max_tokens:
         return [slice(0, datums)]

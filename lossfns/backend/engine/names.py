@@ -1,7 +1,7 @@
 """Names of tensors in a checkpoint.
 
 Weights have the names that Hugging Face gives them, and those of adapters the names of ``peft``, so that other programs
-find them. What else a state has is under ``optimizer/`` and ``random/``.
+find them. The rest of a state is under ``optimizer/`` and ``random/``.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from lossfns.errors import LossInputError
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
-    """Return every tensor of the model by its name in a checkpoint. Tied weights have the first of their names."""
+    """Return every tensor of the model by its name in a checkpoint. Tied weights appear once, by their first name."""
     public, tied = public_names(model), tied_names(model)
     return {public[name]: x for name, x in model.state_dict().items() if name not in tied}
 
@@ -32,7 +32,7 @@ def tied_names(model: nn.Module) -> dict[str, str]:
 
 
 def check_weights(model: nn.Module, tensors: Mapping[str, Tensor], path: str) -> None:
-    """Refuse weights whose names, shapes or kinds of numbers are not the model's, and those that are not finite.
+    """Refuse weights whose names, shapes or kinds of numbers are not the model's, and weights that are not finite.
 
     Further names of tied weights may be there, with the same numbers.
     """
@@ -83,8 +83,10 @@ def other_model(path: str, difference: str) -> LossInputError:
 @torch.no_grad()
 def adapters_change_nothing(model: nn.Module) -> bool:
     """Return whether a model computes the same with its adapters switched off. It does so before their first step."""
-    own = getattr(model, "lora", None)  # set by lora.adapt; adapters of another kind are taken to change something
-    return bool(own) and all(all_true(layer.lora_B[lora.ADAPTER].weight == 0) for layer in lora.adapted_layers(model))
+    settings = getattr(model, "lora", None)  # set by lora.adapt; other adapters are assumed to change something
+    return bool(settings) and all(
+        all_true(layer.lora_B[lora.ADAPTER].weight == 0) for layer in lora.adapted_layers(model)
+    )
 
 
 # Description
@@ -123,8 +125,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 def moments(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
     """Return what the optimizer keeps of each parameter as ``optimizer/<key>/<parameter>``."""
     names = parameter_names(model)
-    kept = optimizer.state_dict()["state"]
-    return {f"{OPTIMIZER}{key}/{names[i]}": x for i, state in kept.items() for key, x in state.items()}
+    states = optimizer.state_dict()["state"]
+    return {f"{OPTIMIZER}{key}/{names[i]}": x for i, state in states.items() for key, x in state.items()}
 
 
 def parameter_names(model: nn.Module) -> list[str]:
@@ -135,13 +137,13 @@ def parameter_names(model: nn.Module) -> list[str]:
 
 def load_moments(model: nn.Module, optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:
     """Load what ``moments`` has returned into an optimizer of the same parameters."""
-    kept: dict[int, dict[str, Tensor]] = {}
+    states: dict[int, dict[str, Tensor]] = {}
     index = {name: i for i, name in enumerate(parameter_names(model))}
     for name, x in tensors.items():
         if name.startswith(OPTIMIZER):
             key, parameter = name.removeprefix(OPTIMIZER).split("/", 1)
-            kept.setdefault(index[parameter], {})[key] = x
-    optimizer.load_state_dict({"state": kept, "param_groups": optimizer.state_dict()["param_groups"]})
+            states.setdefault(index[parameter], {})[key] = x
+    optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def parameters_with_moments(tensors: Mapping[str, Tensor]) -> list[str]:
@@ -161,9 +163,8 @@ def check_complete(model: nn.Module, tensors: Mapping[str, Tensor], data: Mappin
     check_dtypes(model, tensors, path)
     steps, parameters = data.get("steps"), dict(zip(parameter_names(model), model.parameters()))
     names = parameters_with_moments(tensors)
-    wrong = None
     if not isinstance(steps, int) or isinstance(steps, bool) or not 0 <= steps <= LARGEST_STEPS:
-        wrong = f"steps = {steps!r}"
+        wrong: str | None = f"steps = {steps!r}"
     elif data.get("stepped") != names or (steps == 0) != (not names):
         wrong = "an incomplete optimizer"
     elif not set(names) <= parameters.keys():
@@ -222,7 +223,7 @@ def random(device: torch.device) -> dict[str, Tensor]:
 
 
 def check_random(tensors: Mapping[str, Tensor], device: torch.device, path: str) -> None:
-    """Refuse states that torch's generators cannot take. They are tried on generators of their own."""
+    """Refuse states that torch's generators cannot take, by a trial on new generators."""
     if CPU not in tensors:
         raise not_continued(path, "no state of random numbers")
     devices = {CPU: torch.device("cpu")} | ({CUDA: device} if device.type == "cuda" else {})

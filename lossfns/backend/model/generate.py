@@ -13,7 +13,7 @@ from lossfns.backend.model.decoder import Decoder
 from lossfns.checks import check_number
 from lossfns.devices import to_device
 from lossfns.errors import LossInputError
-from lossfns.logprobs.linear import head_of
+from lossfns.logprobs.head import head_of
 
 
 class Sample(NamedTuple):

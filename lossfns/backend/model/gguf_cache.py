@@ -17,10 +17,10 @@ from tempfile import TemporaryDirectory, mkdtemp
 from lossfns.errors import LossInputError
 
 FORMAT = 1
-"""Counts the changes of what is written here: folders of another number are not read."""
+"""The version of the folders that are written here. Folders of another version are not read."""
 
 CONTENTS = "contents.json"
-"""The file of a folder that tells its source and the digests of its other files. It is written last."""
+"""The file of a folder with its source and the digests of its other files. It is written last."""
 
 
 def converted(file: Path) -> Path:
@@ -52,7 +52,7 @@ def converted(file: Path) -> Path:
             raise ValueError(str(error) or type(error).__name__) from error
         digests = {path.name: digest(path) for path in partial.iterdir()}
         (partial / CONTENTS).write_text(json.dumps({"source": source, "sha256": digests}))
-        put(partial, folder, source)
+        publish(partial, folder, source)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
@@ -89,8 +89,8 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
-def put(partial: Path, folder: Path, source: dict[str, str]) -> None:
-    """Give a whole folder its name. A folder that another process put there meanwhile stays; a damaged one goes."""
+def publish(partial: Path, folder: Path, source: dict[str, str]) -> None:
+    """Rename a complete folder to its final path. An intact folder there is kept, a damaged one is replaced."""
     for _ in range(2):
         try:
             partial.rename(folder)

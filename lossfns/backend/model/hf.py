@@ -59,12 +59,19 @@ def load(
     transformers()
     try:
         found = located(source)
-        model = transformers().AutoModelForCausalLM.from_pretrained(found, dtype=dtype, attn_implementation="eager")
+        model, info = transformers().AutoModelForCausalLM.from_pretrained(
+            found, dtype=dtype, attn_implementation="eager", output_loading_info=True
+        )
         tokenizer = tokenizer_of(found, model.name_or_path if lora.wrapped_layers(model) else found)
     except LossInputError:
         raise
-    except (OSError, ValueError) as error:  # ValueError: not a causal language model, or no path at all
+    except Exception as error:  # ValueError: not a causal language model, or no path at all
+        if not isinstance(error, (OSError, ValueError)) and type(error).__name__ != "SafetensorError":
+            raise
         raise source_error(source, error) from error
+    if missing := sorted(info["missing_keys"]):  # transformers would draw them at random
+        got = f"{source} without {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}"
+        raise LossInputError("source", "a model with all of its weights", got, "Is it whole, and a language model?")
     lora.merge(model)
     return CausalLM(model).to(device), tokenizer
 
@@ -111,13 +118,13 @@ class CausalLM(nn.Module):
         context_length: the most tokens that a sequence may have.
         shape: architecture and settings, as a checkpoint records them.
 
-    Dropout and noise that the configuration asks for are not computed, which a ``LossWarning`` says.
+    Dropout and noise that the configuration asks for are not computed: a ``LossWarning`` names them.
 
     Raises:
         LossInputError: not a causal language model, one that reads more than text, one whose configuration asks for the
-            auxiliary loss of a router, or one that cannot be packed. Before and after its attention is
-            replaced, a few tokens go through the model, and the logits are compared. That refuses models that mix
-            tokens other than by attention (Mamba and other hybrids) and models whose attention or head has parts
+            auxiliary loss of a router, or one that cannot be packed. To find out, a few tokens go through the model
+            before and after its attention is replaced, and the logits are compared. Models that mix tokens other
+            than by attention (Mamba and other hybrids) are refused, and models whose attention or head has parts
             that are not known here. Attention sinks and chunked attention are refused by name.
     """
 
@@ -341,7 +348,7 @@ def linear_layers_by_part(model: CausalLM) -> dict[str, tuple[str, ...]]:
 
 @torch.no_grad()
 def check_packing(model: CausalLM) -> None:
-    """Switch a model to our attention; refuse it if packed sequences then have other logits than by the model's own."""
+    """Switch a model to our attention; refuse the model if that changes the logits of packed sequences."""
     lengths, previous = [2, 2, 5], [None, 1, 1]  # most tokens follow tokens that they must not see
     vocabulary = len(model.model.get_input_embeddings().weight)
     tokens = torch.arange(1, 10, device=model.head.device) * 7919 % vocabulary

@@ -34,8 +34,8 @@ def adapt(
     """Freeze a model and put adapters on its ``parts``, in place: y = x·(W + alpha/rank·B·A)ᵀ.
 
     A [rank, in] is uniform in ±1/√in, and B [out, rank] is zero, so that the model's outputs do not change at first.
-    Both are float32 or better. Adapters that the model has already are merged into its weights. If some parameters are
-    frozen, their layers get no adapters; if all are frozen, as those of a reference, this has no meaning.
+    Both are float32 or better. Adapters that the model has already are merged into its weights. Frozen layers get no
+    adapters, unless the whole model is frozen, as a reference is: then all layers of the parts get them.
 
     Args:
         model: its ``lora_targets`` names the linear layers of each part, as in ``Decoder``.
@@ -67,7 +67,9 @@ def inject(model: nn.Module, targets: list[str], rank: int, alpha: float) -> Non
     """Freeze a model and put new adapters on some of its layers, in place."""
     config = peft().LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():  # peft draws weights, which the caller replaces
-        warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")  # an adapter of one end is meant
+        warnings.filterwarnings(
+            "ignore", "Model has `tie_word_embeddings=True`"
+        )  # an adapter of the head alone is intended
         peft().inject_adapter_in_model(config, model, ADAPTER)
     declare_adapted(model)
 
@@ -82,7 +84,10 @@ def declare_adapted(model: Any) -> None:
 def initialise(adapters: list[Any], seed: int | None) -> None:
     """Convert adapters to float32 or better and draw A. ``peft`` has set B to zero."""
     generator = torch.Generator("cpu")  # on the CPU, so that a seed gives the same adapter on every device
-    generator.seed() if seed is None else generator.manual_seed(seed)
+    if seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(seed)
     for module in adapters:
         module.lora_A.to(torch.promote_types(module.weight.dtype, torch.float32))
         module.lora_B.to(torch.promote_types(module.weight.dtype, torch.float32))
@@ -127,8 +132,8 @@ def declare_untied(model: nn.Module) -> None:
     for module in model.modules():
         tied = getattr(getattr(module, "config", None), "tie_word_embeddings", False)
         if tied and hasattr(module, "get_output_embeddings"):  # not a layer, which has the configuration, too
-            ends = [find() for find in (module.get_input_embeddings, module.get_output_embeddings)]  # type: ignore[operator]
-            if all(ends) and ends[0].weight is not ends[1].weight:
+            embed, unembed = module.get_input_embeddings(), module.get_output_embeddings()  # type: ignore[operator]
+            if embed and unembed and embed.weight is not unembed.weight:
                 module.config.tie_word_embeddings = False  # type: ignore[union-attr]
 
 
@@ -144,10 +149,10 @@ def wrapped_layers(model: nn.Module) -> list[Any]:
 
 def merged(layer: Any, tied: Collection[int]) -> nn.Module:
     """Return a layer without its adapter, with the adapter's effect in its weights. ``tied`` are ids of parameters."""
-    if hasattr(layer, "original_module"):  # a layer of which a copy has been trained
+    if hasattr(layer, "original_module"):  # a trained copy stands beside the original layer
         trained = partial(layer.unload_and_optionally_merge_module, merge=True, safe_merge=True, adapter_names=None)
-        whole: nn.Module = layer.original_module if layer.disable_adapters else trained()
-        return whole
+        module: nn.Module = layer.original_module if layer.disable_adapters else trained()
+        return module
     base: nn.Module = layer.get_base_layer()
     if layer.disable_adapters:
         if layer.merged:
@@ -208,15 +213,15 @@ def is_product(layer: Any, name: str) -> bool:
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """Switch all adapters off in a ``with`` block, where the model then is its base model, the reference policy."""
+    """Switch all adapters off in a ``with`` block: there the model is its base model, the reference policy."""
     flags = [(p, p.requires_grad) for p in model.parameters()]
-    on = [layer for layer in adapted_layers(model) if not layer.disable_adapters]
-    for layer in on:
+    enabled = [layer for layer in adapted_layers(model) if not layer.disable_adapters]
+    for layer in enabled:
         layer.enable_adapters(False)
     try:
         yield
     finally:
-        for layer in on:
+        for layer in enabled:
             layer.enable_adapters(True)
         for p, flag in flags:  # enable_adapters changes them
             p.requires_grad_(flag)

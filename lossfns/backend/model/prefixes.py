@@ -23,7 +23,7 @@ class SharedPrefixes(NamedTuple):
         previous: for each segment the computed token that comes before its first one, in an earlier segment; None where
             a sequence begins.
         inverse: [N] for each token of the batch the computed token that has its hidden state.
-        copied: tokens that segments see which continue another, all added up: attention may copy their keys.
+        copied: the summed lengths of the sequences whose segments continue others: attention may copy their keys.
     """
 
     order: np.ndarray
@@ -34,7 +34,7 @@ class SharedPrefixes(NamedTuple):
 
     @property
     def tokens_in_memory(self) -> int:
-        """How many tokens of sequences that share nothing take as much memory.
+        """The number of tokens that would take as much memory if sequences shared nothing.
 
         A copied token counts as a quarter: its key and value, and where queries are added a query and an output. That
         is at most 4 of the some 20 vectors that a layer keeps of a token.
@@ -45,14 +45,14 @@ class SharedPrefixes(NamedTuple):
 def share_prefixes(tokens: Sequence[np.ndarray], min_length: int = 16) -> SharedPrefixes:
     """Compute each common prefix of at least ``min_length`` tokens once.
 
-    Of sequences in sorted order, the longest prefix that a sequence has in common with any before it is the one in
-    common with the last of them. So a sequence continues the one before it, and the rest of it is its segment. A
-    sequence that is a prefix of the one before it has no segment.
+    In sorted order, the longest prefix that a sequence shares with any earlier sequence is the prefix that it shares
+    with the sequence before it. So each sequence continues the sequence before it, and its segment is the rest. A
+    sequence that is a prefix of the sequence before it has no segment.
 
     Args:
         tokens: ids of each sequence, at least one.
-        min_length: shorter prefixes are not shared; they save less than the attention to them costs. There is no such
-            bound for what a sequence has in common beyond a prefix that is shared already: it needs no further segment.
+        min_length: shorter prefixes are not shared; they save less than the attention to them costs. There is
+            no such bound for tokens that follow a shared prefix: to share them needs no further segment.
     """
     flat = np.concatenate(tokens)
     lengths = np.array([len(row) for row in tokens])
@@ -102,11 +102,11 @@ def build_segments(starts: np.ndarray, lengths: np.ndarray, prefixes: np.ndarray
         prefixes: tokens that a sequence has in common with the one before it.
     """
     parents, levels = tree_of_sequences(prefixes.tolist(), lengths.tolist())
-    own = lengths - prefixes
-    order = np.lexsort((own, prefixes, parents, levels))
-    order = order[own[order] > 0]
+    rest = lengths - prefixes  # tokens of each segment
+    order = np.lexsort((rest, prefixes, parents, levels))
+    order = order[rest[order] > 0]
     segment_starts = np.zeros_like(starts)
-    segment_starts[order] = own[order].cumsum() - own[order]
+    segment_starts[order] = rest[order].cumsum() - rest[order]
     previous = segment_starts[parents] + prefixes - prefixes[parents] - 1
     inverse = np.empty(lengths.sum(), int)
     last = 0
@@ -114,10 +114,10 @@ def build_segments(starts: np.ndarray, lengths: np.ndarray, prefixes: np.ndarray
         inverse[start : start + prefix] = inverse[last : last + prefix]
         inverse[start + prefix : start + length] = np.arange(segment, segment + length - prefix)
         last = start
-    copied = int(lengths[(prefixes > 0) & (own > 0)].sum())
+    copied = int(lengths[(prefixes > 0) & (rest > 0)].sum())
     return SharedPrefixes(
-        ranges((starts + prefixes)[order], own[order]),
-        own[order].tolist(),
+        ranges((starts + prefixes)[order], rest[order]),
+        rest[order].tolist(),
         [row if level else None for row, level in zip(previous[order].tolist(), levels[order].tolist())],
         inverse,
         copied,
@@ -125,7 +125,7 @@ def build_segments(starts: np.ndarray, lengths: np.ndarray, prefixes: np.ndarray
 
 
 def tree_of_sequences(prefixes: list[int], lengths: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Return for each sequence, in sorted order, whose segment its own one continues, and on which level it is.
+    """Return for each sequence, in sorted order, the sequence whose segment its segment continues, and its level.
 
     The segment of sequence i begins at position ``prefixes[i]``. It continues the last earlier segment that begins
     before this position. On level 0 a segment continues none.

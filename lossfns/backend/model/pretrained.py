@@ -53,7 +53,7 @@ def save_pretrained(model: nn.Module, tokenizer: Any, path: str | Path, merge: b
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[tuple[Path, Path]]:
-    """Yield a folder to write to and the path that it will have at the end of the ``with`` block, without an error."""
+    """Yield a temporary folder, and its final path: it is moved there if the ``with`` block ends without an error."""
     final = path.absolute()
     temporary = final.with_name(f".{final.name}.{uuid4().hex[:12]}.partial")
     try:
@@ -64,7 +64,9 @@ def new_folder(path: Path) -> Iterator[tuple[Path, Path]]:
         if final.exists():
             final.rmdir()
         os.rename(temporary, final)
-    except OSError as error:
+    except Exception as error:
+        if not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":  # of a full disk
+            raise
         raise LossInputError("path", "a folder to write to", f"{path} ({error})", "Choose another.") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -79,7 +81,7 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
 
 
 def plain_model(model: Decoder | hf.CausalLM) -> Any:
-    """Return the model of transformers without adapters, those in effect merged. Narrow weights become float32."""
+    """Return the model of transformers with its enabled adapters merged. Narrow weights then become float32."""
     if any(not layer.disable_adapters for layer in lora.wrapped_layers(model)):
         model = model.to(torch.promote_types(next(model.parameters()).dtype, torch.float32))
     lora.merge(model)
@@ -118,7 +120,7 @@ def as_llama(decoder: Decoder) -> Any:
 
 
 def weighted_paths(decoder: Decoder) -> list[str]:
-    """Return the paths of the modules with a weight. The parts of an adapted layer are none of them."""
+    """Return the paths of the modules with a weight. An adapted layer counts as one module."""
     return [path for path, module in decoder.named_modules() if hasattr(module, "weight") and ".lora_" not in path
             and not path.endswith("base_layer")]  # fmt: skip
 
@@ -132,7 +134,7 @@ LLAMA = {
     "mlp_norm": "post_attention_layernorm",
     "down": "mlp.down_proj",
 }
-"""Modules of ``Decoder`` and its layers by their names in Llama."""
+"""The names in Llama of the modules of ``Decoder`` and of its layers."""
 
 
 def llama_parts(path: str, decoder: Decoder) -> dict[str, int]:
@@ -149,7 +151,7 @@ def llama_parts(path: str, decoder: Decoder) -> dict[str, int]:
 
 
 def copy_adapters(decoder: Decoder, model: Any, parts: Mapping[str, Mapping[str, int]]) -> None:
-    """Put the adapters of a decoder on its Llama: the parts of a layer have A in common, and the rows of B each."""
+    """Copy the adapters of a decoder to its Llama. Each part of a layer gets a copy of A, and its own rows of B."""
     settings: Any = decoder.lora
     adapted = {path: layer for path, layer in decoder.named_modules() if hasattr(layer, "lora_A")}
     if settings is None or any([*layer.active_adapters] != [lora.ADAPTER] for layer in adapted.values()):
@@ -170,9 +172,9 @@ def copy_adapters(decoder: Decoder, model: Any, parts: Mapping[str, Mapping[str,
 def save_adapters(model: Any, tokenizer: Any, folder: Path, final: Path) -> None:
     """Write the adapter in effect of a model of transformers as ``peft`` does, and the base model if it has no source.
 
-    ``base_model_name_or_path`` names the source of the model if its weights are those of the base model; otherwise the
-    base model is written, too. The tokenizer is written beside the base model, and beside the adapter if it is as large
-    as the vocabulary: ``peft`` resizes the base model to a tokenizer that is there.
+    ``base_model_name_or_path`` names the source of the model if the source has the weights of the base model; otherwise
+    the base model is written, too. The tokenizer is written beside the base model. It is written beside the adapter if
+    it is as large as the vocabulary: ``peft`` resizes the base model to a tokenizer that is there.
     """
     layers = lora.wrapped_layers(model)
     names = {name for layer in layers for name in layer.active_adapters}
@@ -226,5 +228,7 @@ def has_weights_of(model: Any, source: str) -> bool:
         return False
     if loaded is None or lora.wrapped_layers(loaded):
         return False
-    own, theirs = model.state_dict(), loaded.state_dict()
-    return own.keys() == theirs.keys() and all(torch.equal(x, theirs[name].to(x.dtype)) for name, x in own.items())
+    weights, stored = model.state_dict(), loaded.state_dict()
+    if weights.keys() != stored.keys():
+        return False
+    return all(torch.equal(x, stored[name].to(x.dtype)) for name, x in weights.items())

@@ -29,8 +29,8 @@ def save(
         tensors: dense tensors by name; in a folder they may be sharded (``DTensor``).
         data: anything that JSON can hold.
         processes: those that call this together.
-        overwrite: whether to replace a checkpoint. Otherwise one of many saves under one path at the same time
-            succeeds, and the others are refused.
+        overwrite: whether to replace a checkpoint. Otherwise, of several simultaneous saves under one path,
+            one succeeds, and the others are refused.
 
     Raises:
         LossInputError: for a path that cannot be written to, or that exists and is not to be replaced, and for tensors
@@ -73,4 +73,7 @@ def exists(path: Path) -> bool:
 
 def remove(path: Path) -> None:
     """Remove the checkpoint that is there, if any."""
-    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -6,8 +6,8 @@ The file has the format safetensors, which many programs read (``safetensors.tor
     header     JSON: dtype, shape and place of each tensor; and ``__metadata__``, strings by name
     the rest   the bytes of the tensors, one after another
 
-Of the strings, ``data`` is the data of the checkpoint in JSON. ``sha256`` is the checksum of the tensors' bytes, and
-``seal`` that of all bytes before these.
+Among the strings, ``data`` is the data of the checkpoint in JSON, ``sha256`` is the checksum of the tensors' bytes, and
+``seal`` is the checksum of all bytes before them.
 """
 
 from __future__ import annotations
@@ -57,13 +57,13 @@ DTYPES = {
 def save(path: str | Path, tensors: Mapping[str, Tensor], data: Mapping[str, Any], *, overwrite: bool = True) -> Path:
     """Write a checkpoint, and return its path once the file is whole and on the disk.
 
-    Until then, an older file under this path stays as it was. Without ``overwrite`` it is kept, and refused.
+    Until then, an older file under this path stays as it was. Without ``overwrite``, a path that exists is refused.
     """
     path = Path(path)
     for name, x in tensors.items():
         check_tensor(name, x)
     in_order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))  # so that each one is aligned
-    entries = places({name: tensors[name] for name in in_order})
+    entries = header_entries({name: tensors[name] for name in in_order})
     content = to_json(data).decode()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -122,7 +122,7 @@ LONGEST_HEADER = 100_000_000
 """The most bytes that readers of the format accept."""
 
 
-def places(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
+def header_entries(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
     """Return the entry of each tensor in the header."""
     names, entries, end = {dtype: name for name, dtype in DTYPES.items()}, {}, 0
     for name, x in tensors.items():
@@ -139,9 +139,9 @@ def header_of(entries: Mapping[str, Any], data: str, sha256: str) -> bytes:
     if len(header) > LONGEST_HEADER:
         got = f"{len(header)} bytes of names and data"
         raise LossInputError("data", f"a header of at most {LONGEST_HEADER} bytes", got, "Keep less with the weights.")
-    whole = len(header).to_bytes(8, "little") + header
+    content = len(header).to_bytes(8, "little") + header
     start = 8 + len(PREFIX)
-    return whole[:start] + seal_of(whole) + whole[start + DIGEST :]
+    return content[:start] + seal_of(content) + content[start + DIGEST :]
 
 
 def seal_of(header: bytes) -> bytes:
@@ -151,7 +151,7 @@ def seal_of(header: bytes) -> bytes:
 
 
 def read_header(file: IO[bytes]) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-    """Return the entries of the tensors, in the order of their bytes, and the strings. Then the file is at the tensors.
+    """Return the entries of the tensors, in the order of their bytes, and the strings. Leave the file at the tensors.
 
     Nothing in a file may ask for more memory than the file has bytes.
     """
@@ -235,7 +235,7 @@ def replacing(path: Path, *, overwrite: bool = True) -> Iterator[IO[bytes]]:
         if overwrite:
             os.replace(temporary, path)
         else:
-            place(temporary, path)
+            link_new(temporary, path)
         sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
@@ -245,7 +245,7 @@ NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EM
 """Errors of a file system that has no hard links."""
 
 
-def place(temporary: Path, path: Path) -> None:
+def link_new(temporary: Path, path: Path) -> None:
     """Give a file a name that no file has yet. Check and creation are one step: only one of many writers succeeds."""
     try:
         try:

@@ -199,7 +199,7 @@ def create_part(path: Path, data: Mapping[str, Any]) -> str:
 
 
 def commit(path: Path, meta: Mapping[str, Any], overwrite: bool) -> None:
-    """Make the new subfolder the checkpoint, and remove those of older saves and of slower ones."""
+    """Make the new subfolder the checkpoint, and remove the subfolders of older and of slower saves."""
     with locked(path):
         sync(path / meta["part"])  # raises if a faster save has removed it
         with replacing(path / META, overwrite=overwrite) as file:

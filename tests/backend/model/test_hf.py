@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from tiny import texts
 from tokenizers import Tokenizer, models
 from torch import Tensor, nn
@@ -422,6 +423,22 @@ def test_load_reads_a_folder(tmp_path: Path) -> None:
 def test_load_from_a_missing_source_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(LossInputError, match=f"source: expected a folder, a GGUF file .*{name}"):
         hf.load(tmp_path / name)
+
+
+def test_a_folder_whose_weights_are_not_whole_is_refused(tmp_path: Path) -> None:
+    """transformers draws missing weights at random."""
+    file = tmp_path / "model.safetensors"
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(31)}, unk_token="w0"))
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w2").save_pretrained(tmp_path)
+    own("llama").save_pretrained(tmp_path)
+    weights = load_file(file)
+    del weights["model.norm.weight"]
+    save_file(weights, file, {"format": "pt"})
+    with pytest.raises(LossInputError, match=r"source: expected a model with all .* without model\.norm\.weight\."):
+        hf.load(tmp_path)
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(LossInputError, match="source: expected a folder, a GGUF file"):
+        hf.load(tmp_path)
 
 
 def test_without_transformers_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:

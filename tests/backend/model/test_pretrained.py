@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 import transformers
+from safetensors import SafetensorError
 from test_given_adapters import adapted, base, low_rank, own_random_numbers, two  # noqa: F401
 from test_hf import DATA, alone, logprobs
 from tiny import RATE, byte_client, byte_texts
@@ -85,6 +86,17 @@ def source(folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     words = Tokenizer(models.WordLevel({chr(97 + i): i for i in range(31)}, "a"))
     transformers.PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
     return folder
+
+
+def test_a_disk_that_is_full_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object, **options: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    client = LocalTrainingClient(MODELS["decoder"](), device="cpu")
+    monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", full)
+    with pytest.raises(LossInputError, match=r"path: expected a folder to write to, got .*No space left"):
+        client.export(tmp_path / "out").result()
+    assert not [*tmp_path.iterdir()]
 
 
 def test_adapters_name_the_base_model_if_its_weights_are_those_of_its_source(tmp_path: Path) -> None:
