@@ -170,6 +170,7 @@ WRONG: list[tuple[Kind, dict[str, Any], str]] = [
     (Demonstration, {"data": [{"text": "a"}], "n": 1}, "['data']]\" > rows.jsonl"),
     (Demonstration, {"k" * 5000: "a"}, "text under 'prompt', got nothing"),
     (Preference, {"messages": [USER, FOUR]}, "of the format messages, which supervised methods (sft) read"),
+    (Preference, {"prompt": "a", "completion": "b", "label": True}, "prompt, completion and label, which methods of"),
     (Preference, {"prompt": "a", "chosen": "b", "rejected": None}, "text under 'rejected', got None"),
     (Preference, {"prompt": "a", "chosen": [FOUR], "rejected": "b"}, "a list of messages under 'rejected', got 'b'"),
     (Preference, {"chosen": "4", "rejected": "5"}, "a dialogue of 'Human:' and 'Assistant:' under 'chosen', got '4'"),
