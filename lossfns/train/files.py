@@ -151,7 +151,7 @@ def read_bytes(path: str) -> bytes:
             raise LossInputError("--data", "a file of rows", f"{path}, which is a pipe or a device", fix)
         if os.path.exists(path) and os.path.getsize(path) > MAX_FILE:
             got = f"{path} with {os.path.getsize(path)}"
-            fix = f"Take a part of it: head -n 100000 '{path}' > rows.jsonl"
+            fix = "Write a part of its rows to another file."
             raise LossInputError("--data", f"a file of at most {MAX_FILE} bytes", got, fix)
         return Path(path).read_bytes()
     except OSError as error:

@@ -156,6 +156,13 @@ def test_a_table_that_cannot_be_used_is_named_by_its_line(tmp_path: Path) -> Non
         assert says in refusal("sft", path), content[:80]
 
 
+def test_a_converted_table_is_named_as_a_table(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    for encoding in ("utf-16", "latin1"):
+        path.write_bytes("prompt,completion\né,b\n".encode(encoding))
+        assert "' > rows.csv" in refusal("sft", path), encoding
+
+
 def test_a_cell_of_a_table_may_be_as_long_as_a_line(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     path.write_text(f"prompt,completion\na,{'b' * 200_000}\nc,d\n")
