@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from torch import Tensor
 
 from lossfns.advantages import group_metrics
 from lossfns.backend.types import SamplingParams
@@ -59,19 +60,29 @@ def candidate_batch(
             teacher's logprobs.
         fields: other fields of the batch, such as the client of the reference.
     """
-    return Batch(data=[candidate_datum(each, sampler, k, soft) for each in examples], policy=client, **fields)
+    make = soft_candidate_datum if soft else candidate_datum
+    return Batch(data=[make(each, sampler, k) for each in examples], policy=client, **fields)
 
 
-def candidate_datum(example: Demonstration, sampler: Any, k: int, soft: bool) -> Datum:
-    """Make a datum of the teacher's candidates for each target of a demonstration."""
-    ids, logprobs = sampler.top_logprobs(ModelInput.from_ints(example.tokens), k).result()
-    datum = datum_from_candidates(example.tokens, ids.numpy(), logprobs, example.weights)
-    if not soft:
-        return datum
-    probabilities = logprobs.softmax(1).numpy()
-    weights = (np.asarray(example.weights, np.float32)[1:, None] * probabilities).astype(np.float32)
+def candidate_datum(example: Demonstration, sampler: Any, k: int) -> Datum:
+    """Make a datum of the teacher's k candidates for each target of a demonstration, with the teacher's logprobs."""
+    ids, logprobs = candidates(example, sampler, k)
+    return datum_from_candidates(example.tokens, ids, logprobs, example.weights)
+
+
+def soft_candidate_datum(example: Demonstration, sampler: Any, k: int) -> Datum:
+    """Make a datum of the teacher's k candidates, with their renormalised probabilities as weights."""
+    ids, logprobs = candidates(example, sampler, k)
+    datum = datum_from_candidates(example.tokens, ids, logprobs, example.weights)
+    weights = (np.asarray(example.weights, np.float32)[1:, None] * logprobs.softmax(1).numpy()).astype(np.float32)
     fields = {"target_tokens": datum.loss_fn_inputs["target_tokens"], "weights": tensor_data("weights", weights)}
     return Datum(datum.model_input, fields)
+
+
+def candidates(example: Demonstration, sampler: Any, k: int) -> tuple[np.ndarray, Tensor]:
+    """Return the ids and the logprobs of the k tokens that the teacher finds most probable, for each target."""
+    ids, logprobs = sampler.top_logprobs(ModelInput.from_ints(example.tokens), k).result()
+    return ids.numpy(), logprobs
 
 
 # Samples of the policy

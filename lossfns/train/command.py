@@ -56,7 +56,7 @@ def add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         "(default: 16)")  # fmt: skip
     data = p.add_argument_group("data").add_argument
     data("--data", metavar="FILE", help="train on your own rows instead of built-in data: {prompt, completion} or a "
-        "chat, {prompt, chosen, rejected}, {prompt, answer}, ...; docs/train.md lists all formats")  # fmt: skip
+        "chat, {prompt, chosen, rejected}, {prompt, answer}, ...; docs/data.md lists all formats")  # fmt: skip
     data("--max-length", type=int, metavar="N", help="longest row of --data in tokens; longer ones are refused "
         "(default: 2048)")  # fmt: skip
     data("--drop-longer", action="store_true", default=None, help="leave out longer rows, and count them")

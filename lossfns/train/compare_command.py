@@ -44,16 +44,27 @@ def compare_command(args: argparse.Namespace) -> int:
     """
     try:
         records = read_records(args.folders)
-        if args.html:
-            Path(args.html).write_text(comparison(records), encoding="utf-8", errors="backslashreplace")
+        if args.html is not None:
+            write_page(Path(args.html), comparison(records))
     except (LossInputError, OSError) as error:
         return print_refusal(error)
     console = console_on(sys.stdout)
     with while_read(sys.stdout):
         say(printable("\n".join(lines_of(records, console.width if console else 80)), sys.maxsize))
-        if args.html:
+        if args.html is not None:
             say(f"\npage  {args.html}")
     return 0
+
+
+def write_page(file: Path, page: str) -> None:
+    """Write a page. A file that is no page is not replaced: a slip of the fingers must not cost a run its files.
+
+    Raises:
+        LossInputError: for a file with another ending.
+    """
+    if file.suffix.lower() not in (".html", ".htm"):
+        raise LossInputError("--html", "a file ending in .html", repr(str(file)), "Choose another name.")
+    file.write_text(page, encoding="utf-8", errors="backslashreplace")
 
 
 def read_records(folders: Sequence[str]) -> list[Record]:

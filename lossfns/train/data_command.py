@@ -21,8 +21,9 @@ from lossfns.train.formats import Format
 from lossfns.train.options import check_option, naming
 from lossfns.train.outcome import print_refusal
 from lossfns.train.render import Renderer
+from lossfns.train.rewards import WITHOUT_ANSWERS
 from lossfns.train.tasks import MAX_LENGTH, length
-from lossfns.train.values import Row, shown
+from lossfns.train.values import Row, counted, shown
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -42,8 +43,11 @@ TITLES = {
     "problem": "problems",
 }
 
+TRAIN = {"preference": "dpo", "labelled": "kto", "demonstration": "sft", "problem": "grpo"}
+"""A method that reads each kind."""
+
 SHOWN, LINES, WIDTH, MESSAGES = 3, 16, 76, 8
-"""The rows that are shown, the most lines of each, their width, and the refused rows that are listed."""
+"""The rows that are shown, the most lines of each, their width, and the refusals that are listed."""
 
 
 class Findings(NamedTuple):
@@ -110,9 +114,17 @@ def data_command(args: argparse.Namespace) -> int:
         print_lengths(findings)
         print_refused(findings, longer, args.max_length, args.drop_longer)
         usable = not findings.errors and (not longer or args.drop_longer) and different >= 2
-        reason = "" if different >= 2 else ": it needs 2 different rows"
-        say(f"lossfns train {'takes' if usable else 'refuses'} it{reason}")
+        say(f"lossfns train {'takes' if usable else 'refuses'} it{reason_of(findings, len(longer), different)}")
     return 0 if usable else 1
+
+
+def reason_of(findings: Findings, longer: int, different: int) -> str:
+    """Return why there are too few rows; "" if there are enough."""
+    used = len(findings.rows) - longer
+    if used < 2:
+        rows = counted(len(findings.rows) + len(findings.errors), "row")
+        return f": it needs 2 usable rows, and {used} of {rows} {'is' if used == 1 else 'are'}"
+    return "" if different >= 2 else f": it needs 2 different rows, and all {used} are equal"
 
 
 def examine(source: str, renderer: Renderer, name: str | None) -> Findings:
@@ -165,10 +177,14 @@ def line_of(error: LossInputError) -> int:
 def print_format(source: str, findings: Findings, model: str | None, renderer: Renderer) -> None:
     """Print the format, the methods that read it, what makes the tokens, and the fields that are not read."""
     place = findings.rows[0][0].place.rpartition(":")[0] if findings.rows else source
-    say(printable(f"{place}: {len(findings.rows) + len(findings.errors)} rows of {findings.format.name}"))
+    say(printable(f"{place}: {counted(len(findings.rows) + len(findings.errors), 'row')} of {findings.format.name}"))
     say(f"  read as {TITLES[findings.name]}, for {formats.KINDS[KINDS[findings.name]]}")
     for name in findings.others:
-        say(f"  also {TITLES[name]} (--kind {name}), for {formats.KINDS[KINDS[name]]}")
+        say(f"  also {TITLES[name]}, for {formats.KINDS[KINDS[name]]}:")
+        how = f"`lossfns data FILE --kind {name}` shows them; `train {TRAIN[name]}` reads them so"
+        print_indented(how, "    ", "")
+    if findings.format.keys == ("prompt",):
+        print_indented(f"The rows have no answer. {WITHOUT_ANSWERS}", "  ")
     written = "as plain lines" if renderer.template is None else "by its chat template"
     print_indented(f"tokens of {model or 'the embedded model'}; messages are written {written}", "  ")
     unread = [field for field in findings.fields if field not in findings.format.keys + findings.format.also]
@@ -194,7 +210,7 @@ def print_row(row: Row, examples: Sequence[Example], renderer: Renderer) -> None
     for example in examples:
         for title, sequence in titled(example, renderer):
             trained = "" if isinstance(example, Problem) else f", {trained_tokens(sequence)} trained"
-            say(printable(f"{row.place}{title}: {len(sequence.tokens)} tokens{trained}"))
+            say(printable(f"{row.place}{title}: {counted(len(sequence.tokens), 'token')}{trained}"))
             print_sequence(sequence, renderer)
 
 
@@ -269,7 +285,7 @@ def print_lengths(findings: Findings) -> None:
     say(f"\ntokens of a row: {lengths[0]} at least, {median(lengths):g} median, {lengths[-1]} at most")
     if all_tokens:
         total, trained = (sum(map(count, all_tokens)) for count in (lambda e: len(e.tokens), trained_tokens))
-        say(f"in all: {total} tokens in {len(all_tokens)} sequences, {trained} of them trained")
+        say(f"in all: {counted(total, 'token')} in {counted(len(all_tokens), 'sequence')}, {trained} of them trained")
     bins = [(low, low * 2 - 1, sum(low <= n < low * 2 for n in lengths)) for low in powers(lengths[0], lengths[-1])]
     most = max(count for *_, count in bins)
     for low, high, count in bins:
@@ -298,15 +314,47 @@ def print_refused(findings: Findings, longer: Sequence[tuple[Row, int]], limit: 
     if equal:
         say(f"equal to other rows, and counted once: {equal}")
     if longer:
-        what = (
-            "are left out" if drop else f"are refused: pass --drop-longer, or --max-length {max(n for _, n in longer)}"
-        )
-        print_indented(f"{len(longer)} rows are longer than {limit} tokens and {what}", "")
+        fix = f"refused: pass --drop-longer, or --max-length {max(n for _, n in longer)}"
+        are = "is" if len(longer) == 1 else "are"
+        what = f"{are} longer than {counted(limit, 'token')} and {are} {'left out' if drop else fix}"
+        print_indented(f"{counted(len(longer), 'row')} {what}", "")
         for row, n in longer[:SHOWN]:
-            say(printable(f"  {row.place}: {n} tokens"))
+            say(printable(f"  {row.place}: {counted(n, 'token')}"))
     if findings.errors:
-        say(f"{len(findings.errors)} rows are refused")
-        for error in findings.errors[:MESSAGES]:
-            print_indented(str(error), "  ")
-        if len(findings.errors) > MESSAGES:
-            say(f"  and {len(findings.errors) - MESSAGES} more")
+        say(f"{counted(len(findings.errors), 'row')} {'is' if len(findings.errors) == 1 else 'are'} refused")
+        groups = equal_refusals(findings.errors)
+        for group in groups[:MESSAGES]:
+            print_indented(refusal(group), "  ")
+        if more := sum(map(len, groups[MESSAGES:])):
+            say(f"  and {more} more")
+
+
+def equal_refusals(errors: Sequence[LossInputError]) -> list[list[LossInputError]]:
+    """Group the errors that differ by their lines alone. A group stands where its first error does."""
+    groups: dict[tuple[str, ...], list[LossInputError]] = {}
+    for error in errors:
+        key = (error.field.rpartition(":")[0], error.expected, error.got, error.fix)
+        groups.setdefault(key, []).append(error)
+    return list(groups.values())
+
+
+def refusal(group: Sequence[LossInputError]) -> str:
+    """Return the text of equal errors: where, and what is wrong."""
+    if len(group) == 1:
+        return str(group[0])
+    return f"{len(group)} rows ({ranges(list(map(line_of, group)))}){str(group[0]).removeprefix(group[0].field)}"
+
+
+def ranges(lines: Sequence[int]) -> str:
+    """Return line numbers in few words.
+
+    >>> ranges([1, 2, 3, 7]), ranges(range(1, 40, 3))
+    ('1 to 3, 7', '1, 4, 7, 10, 13, 16, 19, 22, ...')
+    """
+    runs: list[list[int]] = []
+    for line in lines:
+        if runs and line == runs[-1][-1] + 1:
+            runs[-1][1:] = [line]
+        else:
+            runs.append([line])
+    return ", ".join([" to ".join(map(str, run)) for run in runs[:MESSAGES]] + ["..."] * (len(runs) > MESSAGES))

@@ -43,8 +43,8 @@ OTHER_KINDS = {
     b"\x89PNG": ("an image", "The model reads text only."),
     b"\xff\xd8\xff": ("an image", "The model reads text only."),
     b"\x80": ("a pickle", "Write its rows as JSONL; a pickle can run any program when it is read."),
-    codecs.BOM_UTF16_LE: ("text in UTF-16", "Convert it: iconv -f UTF-16 -t UTF-8 'IN' > rows.jsonl"),
-    codecs.BOM_UTF16_BE: ("text in UTF-16", "Convert it: iconv -f UTF-16 -t UTF-8 'IN' > rows.jsonl"),
+    codecs.BOM_UTF16_LE: ("text in UTF-16", "Convert it: iconv -f UTF-16 -t UTF-8 'IN' > rowsSUFFIX"),
+    codecs.BOM_UTF16_BE: ("text in UTF-16", "Convert it: iconv -f UTF-16 -t UTF-8 'IN' > rowsSUFFIX"),
 }  # fmt: skip
 """Kinds of files that are not read, by their first bytes, with the way to convert them."""
 
@@ -151,7 +151,7 @@ def read_bytes(path: str) -> bytes:
             raise LossInputError("--data", "a file of rows", f"{path}, which is a pipe or a device", fix)
         if os.path.exists(path) and os.path.getsize(path) > MAX_FILE:
             got = f"{path} with {os.path.getsize(path)}"
-            fix = f"Take a part of it: head -n 100000 '{path}' > rows.jsonl"
+            fix = "Write a part of its rows to another file."
             raise LossInputError("--data", f"a file of at most {MAX_FILE} bytes", got, fix)
         return Path(path).read_bytes()
     except OSError as error:
@@ -161,10 +161,13 @@ def read_bytes(path: str) -> bytes:
 
 def decode_text(path: str, content: bytes) -> str:
     """Return the text of a file; refuse a file of another kind by its name."""
+    suffix = Path(path).suffix or ".jsonl"
     for start, (kind, fix) in OTHER_KINDS.items():
         if content.startswith(start):
             expected = "JSONL, a JSON array, CSV, Parquet or Arrow"
-            raise LossInputError("--data", expected, f"{path}, {kind}", fix.replace("IN", path))
+            raise LossInputError(
+                "--data", expected, f"{path}, {kind}", fix.replace("IN", path).replace("SUFFIX", suffix)
+            )
     at = content.find(b"\0")
     if at >= 0:
         fix = "It is damaged, or not UTF-8: iconv converts it."
@@ -173,7 +176,7 @@ def decode_text(path: str, content: bytes) -> str:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         place, got = f"{path}:{line_of(content, error.start)}", f"byte 0x{content[error.start]:02x} ({error.reason})"
-        fix = f"Convert it, for example: iconv -f LATIN1 -t UTF-8 '{path}' > rows.jsonl"
+        fix = f"Convert it, for example: iconv -f LATIN1 -t UTF-8 '{path}' > rows{suffix}"
         raise LossInputError(place, "text in UTF-8", got, fix) from None
 
 
@@ -248,7 +251,7 @@ def decode(path: str, number: int, text: str, line: str, start: int) -> tuple[An
         got = "deeper nesting"
         raise LossInputError(place, f"a row of at most {MAX_DEPTH} levels", got, "Flatten it.") from None
     except json.JSONDecodeError as error:
-        got = f"{error.msg} (column {error.colno}): {shown(line[max(0, error.pos - 10) : error.pos + 10])}"
+        got = f"{shown(line[max(0, error.pos - 10) : error.pos + 10])} at column {error.colno} ({reason_of(error)})"
         if line[start : start + 1] == "\ufeff":
             got = "a byte order mark: two files were joined"
         elif number == 1 and line[start : start + 1] not in ("{", "["):
@@ -257,6 +260,16 @@ def decode(path: str, number: int, text: str, line: str, start: int) -> tuple[An
         if number == 1 and (key := list_of_rows(text)):
             got, fix = "one object over many lines", write_list(path, key)
         raise LossInputError(place, "a JSON object", got, fix) from None
+
+
+def reason_of(error: json.JSONDecodeError) -> str:
+    """Return why a text is not JSON, as part of a sentence.
+
+    >>> reason_of(json.JSONDecodeError("Unterminated string starting at", "", 0))
+    'unterminated string'
+    """
+    reason = re.sub(r"( starting)? at$|: ?$", "", error.msg)
+    return reason[:1].lower() + reason[1:]
 
 
 def list_of_rows(text: str) -> str | None:
@@ -298,7 +311,7 @@ def csv_rows(path: str, text: str, delimiter: str, on_error: OnError) -> Iterato
             return
         except csv.Error as error:
             fix = "Quote texts that hold quotes or newlines."
-            on_error(LossInputError(place, "a row of CSV", str(error), fix))
+            on_error(LossInputError(place, "a row of CSV", f"a damaged one ({error})", fix))
             return
         if not cells:
             continue

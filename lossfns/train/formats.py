@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from lossfns.errors import LossInputError
+from lossfns.train import conversions
 from lossfns.train.examples import Demonstration, Example, Labelled, Preference, Problem
 from lossfns.train.files import key_of_rows, write_list
-from lossfns.train.messages import file_of, read_dialogue, read_messages, read_tools, shown_field, text_of
+from lossfns.train.messages import read_dialogue, read_messages, read_tools, shown_field, text_of
 from lossfns.train.render import Renderer, weight_of
 from lossfns.train.values import Row, plain, quoted, shown
 
@@ -115,10 +116,13 @@ def prompt_and_completion(row: Row, renderer: Renderer) -> list[Demonstration]:
 
 
 def without_label(row: Row, renderer: Renderer) -> list[Demonstration]:
-    """``{"prompt", "completion"}``, if there is no label."""
-    if isinstance(row.fields.get("label"), bool):
-        fix = f"Train on the good ones: jq -c 'select(.label) | {{prompt, completion}}' {file_of(row)} > rows.jsonl"
+    """``{"prompt", "completion"}``, if there is no label: an answer with one may be bad."""
+    if label_of(row) is not None:
+        fix = f"Train on the good ones: {conversions.good_ones(row)}"
         row.refuse("demonstrations", "a label, which losses of unpaired preference read", fix)
+    if row.fields.get("label") not in (None, ""):
+        fix = f"Leave out bad answers. If it says nothing of good and bad: {conversions.without(row, 'label')}"
+        row.refuse("demonstrations without a label", f"the label {shown_field(row, 'label')}", fix)
     return prompt_and_completion(row, renderer)
 
 
@@ -203,19 +207,26 @@ def with_prompt(row: Row, common: Messages) -> Messages:
     return before + common
 
 
-LABELS = {True: True, False: False, "true": True, "false": False, "True": True, "False": False, "1": True, "0": False}
+LABELS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
+"""The labels of all kinds of files, in small letters: a table may have TRUE, and 1.0 where others are missing."""
+
+
+def label_of(row: Row) -> bool | None:
+    """Return whether a row's label is true; None if it is neither true nor false, or missing."""
+    label = row.fields.get("label")
+    return LABELS.get(str(label).strip().lower()) if isinstance(label, (bool, str)) else None
 
 
 def labelled(row: Row, renderer: Renderer) -> list[Labelled]:
     """``{"prompt", "completion", "label"}``: the label is true for a desirable completion."""
-    label = row.fields.get("label")
-    if not isinstance(label, (bool, str)) or label not in LABELS:
+    label = label_of(row)
+    if label is None:
         row.refuse("true or false under 'label'", shown_field(row, "label"), "true is a desirable completion.")
     examples = prompt_and_completion(row, renderer)
     if len(examples) > 1:
         fix = 'Train the last answer: give the others "weight": 0.'
         row.refuse("a completion in one sequence", f"{len(examples)}, by the chat template", fix)
-    return [Labelled(examples[0], LABELS[label])]
+    return [Labelled(examples[0], label)]
 
 
 # Problems
@@ -325,16 +336,18 @@ def recognise(row: Row, kind: type[Example]) -> Format:
     keys = formats[0].keys
     missing = next((key for key in keys if key not in row.fields), keys[0])
     reads = "; ".join(", ".join(each.keys) for each in formats)
-    for other, others in FORMATS.items():
-        if (other_format := matching(row, others)) is not None and other_format.keys != ("prompt",):
-            name = other_format.name.split(";")[0]
-            fix = f"The row is of the format {name}, which {KINDS[other]} read. This method reads {reads}."
-            row.refuse(f"text under {missing!r}", "nothing", fix)
-    if (key := key_of_rows(row.fields)) is not None:
-        row.refuse(f"text under {missing!r}", "nothing", write_list(row.place.rpartition(":")[0], quoted(key)[1:-1]))
-    recipe = ", ".join(f"{key}: .FIELD" for key in keys)
-    fix = f"The row has {names}. This method reads {reads}. Rename the fields: "
-    row.refuse(f"text under {missing!r}", "nothing", f"{fix}jq -c '{{{recipe}}}' {file_of(row)} > rows.jsonl")
+    found = ((each, other) for other, others in FORMATS.items() if (each := matching(row, others)))
+    others = [(each, other) for each, other in found if each.keys != ("prompt",)]
+    if others:
+        other_format, other = max(others, key=lambda pair: len(pair[0].keys))
+        name = other_format.name.split(";")[0]
+        fix = f"The row is of the format {name}, which {KINDS[other]} read. This method reads {reads}."
+        row.refuse(f"text under {missing!r}", "nothing", fix)
+    path = conversions.path_of(row)
+    if (key := key_of_rows(row.fields)) is not None and conversions.is_json(path):
+        row.refuse(f"text under {missing!r}", "nothing", write_list(path, quoted(key)[1:-1]))
+    fix = f"The row has {names}. This method reads {reads}. {conversions.renamed(row, keys)}"
+    row.refuse(f"text under {missing!r}", "nothing", fix)
 
 
 def examples_of(row: Row, row_format: Format, renderer: Renderer) -> Sequence[Any]:
@@ -345,7 +358,7 @@ def examples_of(row: Row, row_format: Format, renderer: Renderer) -> Sequence[An
     """
     for key in UNREAD:
         if row.fields.get(key) and row.fields[key] not in ("[]", "{}", "null"):
-            fix = f"If the texts do not need them: jq -c 'del(.{key})' {file_of(row)} > rows.jsonl"
+            fix = f"If the texts do not need them: {conversions.without(row, key)}"
             row.refuse("text only", f"{key!r}, which are not read", fix)
     try:
         return row_format.read(row, renderer)

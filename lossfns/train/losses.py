@@ -1,7 +1,7 @@
 """The loss of a run: one of the family by its name, or a sum or combination of them, with its settings.
 
-The method follows from what the loss reads; see ``method_of``. A function of the user is an ``OwnLoss``; see
-``own_losses.py``.
+The method follows from the columns that the loss reads; see ``method_of``. A function of the user is an ``OwnLoss``;
+see ``own_losses.py``.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class OwnLoss:
         name: the name of the function.
         function: ``(data, logprobs_list) -> (loss, metrics)``.
         reads: the columns that it reads besides ``logprobs`` and ``weights``.
-        method: the training method, found by the columns and by what the gradients depend on.
+        method: the training method, which follows from the columns and from what the gradients depend on.
         settings: its settings of ``--set``, as texts by name.
     """
 
@@ -92,7 +92,7 @@ def call_with_columns(loss: OwnLoss, columns: Mapping[str, Any], data: list[Any]
 def family_loss(text: str, settings: Mapping[str, Any]) -> Loss:
     """Return a loss of the family by its name, or by a call with settings and other losses."""
     try:
-        node = ast.parse(ALIASES.get(text, spelled(text)), mode="eval").body
+        node = ast.parse(canonical(text), mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         raise no_loss(text) from None
     called = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
@@ -123,6 +123,11 @@ def spelled(text: str) -> str:
     return text.replace("-", "_") if text.replace("-", "_").isidentifier() else text
 
 
+def canonical(text: str) -> str:
+    """Return the function name of a loss for an alias or a name with hyphens; any other text as it is."""
+    return ALIASES.get(text, spelled(text))
+
+
 def no_loss(text: str) -> LossInputError:
     """Return the error for a text that names no loss."""
     hint = did_you_mean(text.partition("(")[0], [*makers(), *ALIASES]) if len(text) < 40 else ""
@@ -139,7 +144,7 @@ def defaults_and_required(make: Callable[..., Any]) -> dict[str, Any]:
 def check_settings(text: str, known: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     """Refuse a setting that the loss does not have."""
     for name in settings:
-        if name not in known and ALIASES.get(text, spelled(text)) != "sum_losses":
+        if name not in known and canonical(text) != "sum_losses":
             raise LossInputError("--set", f"a setting of {text}", show(name), did_you_mean(name, known))
 
 
@@ -159,7 +164,7 @@ def evaluated(node: ast.expr) -> Any:
 
 
 def value_of(value: Any, default: Any = None) -> Any:
-    """Return the value of a setting: a list as a tuple, and a text as the public object that it names, if it does."""
+    """Return the value of a setting: a tuple for a list, and the public object that a text names, if there is one."""
     if isinstance(value, (list, tuple)):
         return tuple(map(value_of, value))
     if not isinstance(value, str) or isinstance(default, str):

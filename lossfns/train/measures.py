@@ -59,7 +59,7 @@ def byte_count(renderer: Renderer, examples: Sequence[Demonstration]) -> int:
 
 def divergence(client: Client, teacher: Any, examples: Sequence[Demonstration], k: int) -> Measured:
     """Return the mean of Σ q·(log q − log p) by token, over the teacher's k most probable candidates, in nats."""
-    data = [candidate_datum(example, teacher, k, soft=False) for example in examples]
+    data = [candidate_datum(example, teacher, k) for example in examples]
     total = tokens = 0.0
     for datum, row in zip(data, target_logprobs(client, data)):
         log_q = datum.loss_fn_inputs["teacher_logprobs"].to_torch()

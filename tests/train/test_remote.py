@@ -31,7 +31,6 @@ NUMBERS = count()
 @pytest.fixture(autouse=True)
 def without_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TINKER_API_KEY", raising=False)
-    monkeypatch.setattr("lossfns.train.outcome.draw_curves", lambda *_: "not drawn")  # which takes long
 
 
 def arguments(folder: Path, method: str, *more: str) -> list[str]:

@@ -168,9 +168,11 @@ def test_a_reward_that_does_not_exist_is_refused(tmp_path: Path) -> None:
 
 
 def test_answers_that_a_reward_cannot_use_are_found_before_training() -> None:
-    with pytest.raises(LossInputError, match=r"--reward number: .* the answer has no number .*the answer 'none'"):
+    with pytest.raises(LossInputError, match=r"--reward number: expected a number in each answer, got 'none'"):
         check_reward("number", [problem("1"), problem("none")])
-    with pytest.raises(LossInputError, match=r"--reward exact: .* the row has no answer"):
+    with pytest.raises(
+        LossInputError, match=r"--reward exact: .*rows that have no answer. Pass a --reward that needs none: regex"
+    ):
         check_reward("exact", [problem(None)])
     assert check_reward("number", [problem("1")])(problem("1"), "1.0") == 1.0
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
+import subprocess
 import sys
 from datetime import datetime
 from decimal import Decimal
@@ -14,7 +17,7 @@ from test_formats import BYTES, texts
 
 from lossfns import LossInputError
 from lossfns.train import files, tasks
-from lossfns.train.examples import Demonstration, Problem
+from lossfns.train.examples import Demonstration, Labelled, Problem
 from lossfns.train.values import plain
 
 datasets = pytest.importorskip("datasets")
@@ -44,9 +47,9 @@ def written(folder: Path) -> dict[str, str]:
     return paths | {"train": paths["many"] + ":train"}
 
 
-def refusal(source: str | Path) -> str:
+def refusal(source: str | Path, kind: Any = Problem) -> str:
     with pytest.raises(LossInputError) as refused:
-        tasks.load(str(source), BYTES, Problem)
+        tasks.load(str(source), BYTES, kind)
     assert str(refused.value).isprintable()
     return str(refused.value)
 
@@ -86,6 +89,50 @@ def test_a_table_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytes
     assert f"{paths['parquet']}:1: expected text under 'prompt', got b'a'" in refusal(paths["parquet"])
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     assert "pip install 'lossfns[data]'" in refusal(paths["parquet"])
+
+
+LABELLED = [{"prompt": f"{i}", "completion": "b", "label": i % 3 > 0} for i in range(6)]
+LABELS: list[tuple[str, str]] = [("True", "False"), ("1", "0"), ("TRUE", "FALSE"), ("1.0", "0.0")]
+
+
+def test_a_table_with_labels_is_no_table_of_demonstrations(tmp_path: Path) -> None:
+    """However the labels are written: the bad completions must not be trained."""
+    path = tmp_path / "rows.csv"
+    for labels in LABELS:
+        path.write_text("prompt,completion,label\n" + "".join(f"{i},b,{labels[i % 2]}\n" for i in range(6)))
+        says = "got a label, which losses of unpaired preference read. Train on the good ones: write them to another"
+        assert says in refusal(path, Demonstration), labels
+        task = tasks.load(str(path), BYTES, Labelled)
+        assert sum(each.desirable for each in task.train + task.held_out) == 3, labels
+    path.write_text("prompt,completion,label\na,b,\nc,d,\n")
+    assert len(tasks.load(str(path), BYTES, Demonstration).train) == 1  # nothing is labelled
+
+
+def test_the_commands_for_a_file_work_on_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, other, lines = (tmp_path / name for name in ("it's.parquet", "rows.csv", "rows.jsonl"))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+    def run(message: str) -> list[dict[str, Any]]:
+        command = re.search(r"(python -c|jq -c) .*", message)
+        assert command, message
+        text = command[0].replace("python", sys.executable, 1)
+        subprocess.run(text.replace("FIELD1", "reply").replace("FIELD", "reply"), shell=True, cwd=tmp_path, check=True)
+        return [plain(row.fields) for row in files.read_rows(str(lines))]
+
+    good = [{"prompt": row["prompt"], "completion": "b"} for row in LABELLED if row["label"]]
+    renamed = [{"prompt": f"{i}", "completion": "b"} for i in range(2)]
+    arrow.parquet.write_table(arrow.Table.from_pylist(LABELLED), path)
+    assert run(refusal(path, Demonstration)) == good
+    arrow.parquet.write_table(arrow.Table.from_pylist([{"prompt": f"{i}", "reply": "b"} for i in range(2)]), path)
+    assert run(refusal(path, Demonstration)) == renamed
+    other.write_text("prompt,reply\na,b\nc,d\n")
+    assert refusal(other, Demonstration).endswith("Rename the columns in the first line.")
+    if shutil.which("jq"):
+        array = tmp_path / "rows.json"
+        array.write_text(json.dumps([{"prompt": f"{i}", "reply": "b"} for i in range(2)]))
+        assert run(refusal(array, Demonstration)) == renamed
+        array.write_text(json.dumps([row | {"label": int(row["label"])} for row in LABELLED]))
+        assert run(refusal(array, Demonstration)) == good
 
 
 def test_a_name_without_a_connection_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

