@@ -35,6 +35,14 @@ def test_an_exported_model_starts_where_its_run_ended(tmp_path: Path, capsys: py
     assert "Loading weights" not in capsys.readouterr().err  # no bar where no terminal shows it
     ended, began = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("run", "next"))
     assert began["bits_per_byte"]["before"] == pytest.approx(ended["bits_per_byte"]["after"], rel=1e-5)
+    adapted = ["--model", str(tmp_path / "model"), "--lora", "2", *given, str(tmp_path / "adapted")]
+    assert main(["train", "sft", *adapted]) == 0
+    capsys.readouterr()
+    assert main(["export", str(tmp_path / "adapted"), str(tmp_path / "adapters")]) == 0
+    assert f"base model  {tmp_path}/model, only on this machine; --merge writes" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["train", "--resume", str(tmp_path / "run"), "--steps", "3"])
+    assert f"--init {tmp_path}/run/checkpoint.safetensors" in capsys.readouterr().err
 
 
 def test_a_model_with_adapters_is_trained_measured_and_sampled(

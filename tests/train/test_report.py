@@ -215,6 +215,9 @@ def test_runs_are_compared_in_what_differs_and_what_they_reached(
         "    3  0.001",
     ]
     assert "held-out reward" in lines and "reward" in lines and "█" in shown
+    trained = lines[len(lines) - lines[::-1].index("reward") :]
+    ends = [(line.split()[1], line.split()[-1]) for line in trained]  # raw, not means
+    assert ends == [("0", "0.9667"), ("0", "0.95"), ("0", "0.9667")]
     reader = read(page.read_text())
     assert reader.tags.count("polyline") == 6 and f"2: {tmp_path}/b" in reader.said  # held out, and trained
 
