@@ -248,8 +248,8 @@ def stopped(folder: Path, out: Path, rank: int) -> None:
     """A run in which one rank is told to stop, in its third step."""
     log = Run.log
 
-    def interrupting(run: Run, step: int, metrics: Any) -> None:
-        log(run, step, metrics)
+    def interrupting(run: Run, step: int, *logged: Any) -> None:
+        log(run, step, *logged)
         if step == 2 and run.ranks.rank == rank:
             signal.raise_signal(signal.SIGINT)
 
