@@ -77,17 +77,19 @@ def datums(case: Case) -> list[Any]:
 
 def prepare(case: Case, kind: str, dtype: torch.dtype) -> tuple[LocalTrainingClient, Callable[[], None]]:
     """Return a client and a request to it, which takes it from tokens to gradients."""
-    client, data = LocalTrainingClient(MODELS[kind](**MODEL), dtype=dtype), datums(case)
-
-    def request() -> None:
-        client.model.zero_grad(set_to_none=True)
-        client.forward_backward_custom(data, grpo()).result()
-
-    return client, request
+    client = LocalTrainingClient(MODELS[kind](**MODEL), dtype=dtype)
+    return client, partial(request_grpo, client, datums(case))
 
 
-def logprobs(client: LocalTrainingClient, case: Case) -> np.ndarray:
-    data = [Datum(d.model_input, {"target_tokens": d.loss_fn_inputs["target_tokens"]}) for d in datums(case)]
+def request_grpo(client: LocalTrainingClient, data: list[Any]) -> None:
+    """Compute new gradients of GRPO."""
+    client.model.zero_grad(set_to_none=True)
+    client.forward_backward_custom(data, grpo()).result()
+
+
+def logprobs(client: LocalTrainingClient, datums: list[Any]) -> np.ndarray:
+    """Return the logprobs of all targets, datum by datum."""
+    data = [Datum(d.model_input, {"target_tokens": d.loss_fn_inputs["target_tokens"]}) for d in datums]
     outputs = client.forward(data, "cross_entropy").result().loss_fn_outputs
     return np.concatenate([output["logprobs"].to_numpy() for output in outputs])
 
@@ -99,7 +101,7 @@ def gradient(client: LocalTrainingClient, request: Callable[[], None]) -> Tensor
 
 def measure(case: Case, dtype: torch.dtype, rounds: int) -> dict[str, Any]:
     both = {kind: prepare(case, kind, dtype) for kind in MODELS}
-    ours, theirs = (logprobs(client, case) for client, _ in both.values())
+    ours, theirs = (logprobs(client, datums(case)) for client, _ in both.values())
     a, b = (gradient(*each) for each in both.values())
     apart = {"logprobs": float(np.abs(ours - theirs).max()), "gradient": float((a - b).norm() / b.norm())}
     if dtype == torch.float32:

@@ -23,11 +23,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from memory import elsewhere, peak
-from prefix import gradient
+from prefix import gradient, logprobs, request_grpo
 from side_by_side import device_name, keep_freed_memory, load, race, ratio, save, table
 from torch import Tensor, nn
 
-from lossfns import Datum, datum_from_tokens, grpo
+from lossfns import datum_from_tokens
 from lossfns.backend import LocalTrainingClient
 from lossfns.backend.model.decoder import Decoder
 from lossfns.backend.model.prefixes import share_prefixes
@@ -118,25 +118,14 @@ KINDS: dict[str, Callable[[nn.Module], nn.Module]] = {"tree": lambda model: mode
 
 def prepare(case: Case, model: str, kind: str, dtype: torch.dtype) -> tuple[LocalTrainingClient, Callable[[], None]]:
     """Return a client and a request to it, which takes it from tokens to gradients."""
-    client, data = LocalTrainingClient(KINDS[kind](MODELS[model](dtype)), dtype=dtype), datums(case)
-
-    def request() -> None:
-        client.model.zero_grad(set_to_none=True)
-        client.forward_backward_custom(data, grpo()).result()
-
-    return client, request
-
-
-def logprobs(client: LocalTrainingClient, case: Case) -> np.ndarray:
-    data = [Datum(d.model_input, {"target_tokens": d.loss_fn_inputs["target_tokens"]}) for d in datums(case)]
-    outputs = client.forward(data, "cross_entropy").result().loss_fn_outputs
-    return np.concatenate([output["logprobs"].to_numpy() for output in outputs])
+    client = LocalTrainingClient(KINDS[kind](MODELS[model](dtype)), dtype=dtype)
+    return client, partial(request_grpo, client, datums(case))
 
 
 def difference(case: Case, model: str, dtype: torch.dtype, bounds: tuple[float, float]) -> dict[str, float]:
     """Return how far logprobs and gradients are apart; fail if it is more than the bounds."""
     both = [prepare(case, model, kind, dtype) for kind in KINDS]
-    ours, theirs = (logprobs(client, case) for client, _ in both)
+    ours, theirs = (logprobs(client, datums(case)) for client, _ in both)
     a, b = (gradient(*each) for each in both)
     apart = {"logprobs": float(np.abs(ours - theirs).max()), "gradient": float((a - b).norm() / b.norm())}
     assert apart["logprobs"] <= bounds[0] and apart["gradient"] <= bounds[1], apart

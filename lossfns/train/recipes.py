@@ -212,28 +212,15 @@ TEACHER_EXAMPLES = 50
 """The most held-out examples that are compared with a teacher."""
 
 
-def preference(run: Run, job: Job, reference: Client | None) -> Recipe:
-    """Learn preferences from pairs."""
+def judged(make: Callable[..., Batch], measure: Callable[..., Any], run: Run, job: Job, ref: Client | None) -> Recipe:
+    """Learn from judged answers: pairs of them, or answers with labels. ``make`` and ``measure`` are of their kind."""
     client, task, options = job.client, job.task, job.options
 
     def make_batch(rng: Random) -> Batch:
-        history = history_of(run, job)
-        return batches.pair_batch(client, task.draw(rng, options.batch), reference=reference, history=history)
+        return make(client, task.draw(rng, options.batch), reference=ref, history=history_of(run, job))
 
-    measure = partial(measures.pair_accuracy, client, reference, task.held_out)
-    return Recipe(make_batch, measure, methods.cosine(options.lr, options.steps, warmup_steps=10))
-
-
-def unpaired(run: Run, job: Job, reference: Client | None) -> Recipe:
-    """Learn from answers that are labelled as desirable or not."""
-    client, task, options = job.client, job.task, job.options
-
-    def make_batch(rng: Random) -> Batch:
-        history = history_of(run, job)
-        return batches.labelled_batch(client, task.draw(rng, options.batch), reference=reference, history=history)
-
-    measure = partial(measures.ranking, client, reference, task.held_out)
-    return Recipe(make_batch, measure, methods.cosine(options.lr, options.steps, warmup_steps=10))
+    schedule = methods.cosine(options.lr, options.steps, warmup_steps=10)
+    return Recipe(make_batch, partial(measure, client, ref, task.held_out), schedule)
 
 
 def policy(run: Run, job: Job, reference: Client | None) -> Recipe:
@@ -279,8 +266,8 @@ def reward_name(task: Task[Problem], options: Options) -> str:
 RECIPES: dict[str, Callable[[Run, Job, Client | None], Recipe]] = {
     "supervised": supervised,
     "distillation": distillation,
-    "preference": preference,
-    "unpaired": unpaired,
+    "preference": partial(judged, batches.pair_batch, measures.pair_accuracy),
+    "unpaired": partial(judged, batches.labelled_batch, measures.ranking),
     "policy": policy,
 }
 
