@@ -15,7 +15,8 @@ from torch import Tensor
 from lossfns import terms as eq
 from lossfns.errors import LossInputError, warn
 from lossfns.kl import KL
-from lossfns.loss import BoundLoss, Loss, Statistics, name_or_repr, preset
+from lossfns.loss import BoundLoss, Loss, Statistics, name_or_repr
+from lossfns.preset import preset
 from lossfns.rollout import TokenWeight, check_token_weight, rejected_sequences
 from lossfns.segments import Level, token_level
 from lossfns.statistics import OnDemand

@@ -16,7 +16,8 @@ from lossfns import terms as eq
 from lossfns.checks import check_number
 from lossfns.combine import check_wrappable
 from lossfns.errors import LossInputError
-from lossfns.loss import Loss, Statistics, preset
+from lossfns.loss import Loss, Statistics
+from lossfns.preset import preset
 from lossfns.segments import group_labels, over_group, to_tokens
 from lossfns.statistics import OnDemand
 from lossfns.tokens import Tokens, to_dtype

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ParamSpec
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lossfns import spellings
-from lossfns.checks import LARGEST_FLOAT, check_denominator, check_knobs, is_huge, is_real
+from lossfns.checks import LARGEST_FLOAT, check_denominator, is_huge, is_real
 from lossfns.compiled import Measure, OneKernel
 from lossfns.deferred import DeferredMetrics, Numbers, finalised, join_numbers, not_divisible
 from lossfns.devices import to_device
 from lossfns.errors import LossInputError, add_loss_name, did_you_mean, show, warn
-from lossfns.kl import ESTIMATORS
-from lossfns.margins import LINKS, REWARDS
 from lossfns.metrics import ADDITIVE, DIVIDED, with_prefix
 from lossfns.pack import (
     as_row,
@@ -36,8 +32,7 @@ from lossfns.pack import (
     weight_rows,
 )
 from lossfns.parts import Part, divisor_or_one
-from lossfns.regions import one_side, ratio_weight, two_side, unit_weight
-from lossfns.segments import active_counts, geometric_level, maximum_level, sequence_level, token_level
+from lossfns.segments import active_counts
 from lossfns.tensors import TensorBatch, blank_tensors, check_packed, check_padded
 from lossfns.tokens import (
     COLUMNS,
@@ -51,32 +46,18 @@ from lossfns.tokens import (
     to_dtype,
 )
 from lossfns.values import extremes
-from lossfns.weigh import WEIGHINGS, Weighing, check_weigh
 
 Statistics = Mapping[str, Tensor]
 """One value for each row, detached, by name of the statistic: a dict, or ``OnDemand``."""
 Terms = Callable[[Tokens], tuple[Tensor, Statistics]]
 LossFn = Callable[[list[Any], list[Tensor]], tuple[Tensor, dict[str, float]]]
 """The contract: ``(data, logprobs_list) -> (loss, metrics)``."""
-P = ParamSpec("P")
 
 OUTPUTS = ("logprobs", "scores")
 """The outputs of a model that a loss may be a function of."""
 
 METRICS = (*ADDITIVE, *DIVIDED, "denominator", "rows")
 """Metrics of every loss. A statistic cannot have one of these names."""
-
-FUNCTIONS_BY_NAME: dict[str, dict[str, Any]] = {
-    "weigh": {weighing.name: weighing for weighing in WEIGHINGS},
-    "region": {"one_side": one_side, "two_side": two_side},
-    "is_weight": {"unit_weight": unit_weight, "ratio_weight": ratio_weight},
-    "kl": dict(ESTIMATORS),
-    "level": {f.__name__: f for f in (token_level, sequence_level, geometric_level, maximum_level)},
-    "reward": {**REWARDS},
-    "nll": {**REWARDS},
-    "link": {**LINKS},
-}
-"""The functions that a knob accepts by name."""
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -766,56 +747,3 @@ def check_bound(loss: Loss, columns: Mapping[str, Any], align: Any, grad_l1: Any
         raise LossInputError("grad_l1", "True or False", show(grad_l1), "True adds the metric grad_l1.")
     if align is not None:
         check_align(align)
-
-
-def make_loss(
-    terms: Terms,
-    reads: Sequence[str],
-    weigh: Weighing,
-    rows: Rows = TOKENS,
-    output: str = "logprobs",
-    differentiates: tuple[str, ...] | None = None,
-) -> Loss:
-    """Make a loss from its terms and the weighing of its rows. ``preset`` then names it."""
-    rows, weigh = Rows.of(rows), resolve_name("weigh", weigh)
-    check_weigh(weigh, rows)
-    return Loss("loss", {}, tuple(reads), terms, weigh.share, weigh.count, rows, output, differentiates=differentiates)
-
-
-def resolve_name(knob: str, value: Any) -> Any:
-    """Return the function that a string names, for a knob that takes a function; return any other value itself.
-
-    A string that names none is left to the check of the knob, which suggests the nearest name.
-
-    >>> resolve_name("weigh", "sequence_mean"), resolve_name("weigh", "sequence-mean")
-    (sequence_mean, 'sequence-mean')
-    """
-    return FUNCTIONS_BY_NAME.get(knob, {}).get(value, value) if isinstance(value, str) else value
-
-
-def preset(build: Callable[P, Loss]) -> Callable[P, Loss]:
-    """Decorate a function that builds a loss.
-
-    The decorated function checks its arguments, after it has replaced the names of functions, as in
-    ``weigh="sequence_mean"``, by the functions. The loss gets the preset's name, and the arguments as its knobs.
-    """
-    signature = inspect.signature(build)
-
-    @functools.wraps(build)
-    def named(*args: P.args, **kwargs: P.kwargs) -> Loss:
-        for name, value in kwargs.items():
-            if name not in signature.parameters:
-                hint = spellings.hint(name, value, signature.parameters)
-                raise TypeError(f"{build.__name__}() has no knob {name!r}. {hint}")
-        knobs = signature.bind(*args, **kwargs)
-        knobs.apply_defaults()
-        for name, value in knobs.arguments.items():
-            knobs.arguments[name] = resolve_name(name, value)
-        try:
-            check_knobs(knobs.arguments, build.__name__)
-            return replace(build(*knobs.args, **knobs.kwargs), name=build.__name__, knobs=dict(knobs.arguments))
-        except LossInputError as error:
-            error.loss = build.__name__
-            raise
-
-    return named

@@ -19,7 +19,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import lossfns
 from lossfns import Loss, LossInputError, LossWarning
-from lossfns.loss import make_loss
+from lossfns.preset import make_loss
 
 LOSSES = [*TOKEN_LOSSES, *PAIR_LOSSES]
 FEW = [lossfns.reinforce(weigh=lossfns.sequence_mean), lossfns.orpo()]

@@ -34,7 +34,7 @@ from lossfns import (
     with_top_entropy,
 )
 from lossfns.entropy import in_top_quantile
-from lossfns.loss import make_loss
+from lossfns.preset import make_loss
 from lossfns.testing import oracle
 from lossfns.testing.laws import policy
 from lossfns.testing.laws.base import LawBroken

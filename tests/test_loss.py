@@ -16,8 +16,9 @@ from torch import Tensor
 
 import lossfns
 from lossfns import ON_POLICY, Loss, LossInputError, LossWarning, Tokens, datum_from_tokens, merge_metrics, token_mean
-from lossfns.loss import METRICS, make_loss
+from lossfns.loss import METRICS
 from lossfns.pack import RESERVED_COLUMNS
+from lossfns.preset import make_loss
 
 NAMESPACE = {name: getattr(lossfns, name) for name in dir(lossfns)}
 

@@ -8,7 +8,7 @@ import torch
 
 import lossfns
 from lossfns import LossInputError, Rows, Tokens, Weighing
-from lossfns.loss import make_loss
+from lossfns.preset import make_loss
 
 # Sequences (0, 1, 2), (1, ½), (0): the last is empty.
 WEIGHTS = torch.tensor([0.0, 1.0, 2.0, 1.0, 0.5, 0.0], dtype=torch.float64)

@@ -11,11 +11,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lossfns.loss import Loss, Statistics, make_loss, preset
+from lossfns.loss import Loss, Statistics
 from lossfns.losses.masks import with_mask
 from lossfns.losses.policy import importance_sampling
 from lossfns.losses.ratio import Clip, clip_statistics, clipped
 from lossfns.losses.selection import largest_share, smallest_with_mean
+from lossfns.preset import make_loss, preset
 from lossfns.segments import (
     active_counts,
     group_index,

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from lossfns import terms as eq
 from lossfns.errors import LossInputError
-from lossfns.loss import FUNCTIONS_BY_NAME, Loss, Statistics, make_loss, preset
+from lossfns.loss import Loss, Statistics
 from lossfns.losses.ratio import ratio_loss
+from lossfns.preset import FUNCTIONS_BY_NAME, make_loss, preset
 from lossfns.segments import token_level
 from lossfns.statistics import OnDemand
 from lossfns.tokens import TARGETS, Tokens, to_dtype

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lossfns.loss import Loss, Statistics, preset
+from lossfns.loss import Loss, Statistics
 from lossfns.losses.pairs import pair_loss
 from lossfns.margins import (
     group_log_mean_exp,
@@ -19,6 +19,7 @@ from lossfns.margins import (
     same_rank,
     smoothed,
 )
+from lossfns.preset import preset
 from lossfns.segments import chosen, rejected, weighted_sum
 from lossfns.tokens import Tokens
 from lossfns.weigh import Weighing, pair_mean

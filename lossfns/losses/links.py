@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lossfns import terms as eq
-from lossfns.loss import Loss, preset
+from lossfns.loss import Loss
 from lossfns.losses.pairs import of_margin, pair_loss
 from lossfns.margins import (
     REFERENCE,
@@ -18,6 +18,7 @@ from lossfns.margins import (
     logistic_link,
     truncated_quadratic_link,
 )
+from lossfns.preset import preset
 from lossfns.tokens import Tokens
 from lossfns.weigh import Weighing, pair_mean
 

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from lossfns import terms as eq
 from lossfns.combine import check_wrappable
-from lossfns.loss import Loss, Statistics, preset
+from lossfns.loss import Loss, Statistics
 from lossfns.losses.policy import importance_sampling
 from lossfns.losses.ratio import Clip, clipped
+from lossfns.preset import preset
 from lossfns.segments import to_tokens, token_level, weighted_mean
 from lossfns.statistics import OnDemand
 from lossfns.tokens import Tokens

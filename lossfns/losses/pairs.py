@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from lossfns.loss import Loss, Statistics, make_loss
+from lossfns.loss import Loss, Statistics
 from lossfns.margins import Link, Reward, check_reward
+from lossfns.preset import make_loss
 from lossfns.segments import chosen, rejected
 from lossfns.statistics import OnDemand
 from lossfns.tokens import PAIRS, Tokens

@@ -11,8 +11,9 @@ from torch import Tensor
 from lossfns import terms as eq
 from lossfns.combine import with_kl
 from lossfns.kl import KL
-from lossfns.loss import Loss, Statistics, make_loss, preset
+from lossfns.loss import Loss, Statistics
 from lossfns.losses.ratio import Clip, clipped, ratio_loss
+from lossfns.preset import make_loss, preset
 from lossfns.segments import token_level
 from lossfns.statistics import OnDemand
 from lossfns.terms import k3

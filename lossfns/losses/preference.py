@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lossfns import terms as eq
-from lossfns.loss import Loss, preset
+from lossfns.loss import Loss
 from lossfns.losses.pairs import of_margin, pair_loss
 from lossfns.margins import Reward, hinge_link, log_ratio_mean, log_ratio_sum
+from lossfns.preset import preset
 from lossfns.weigh import Weighing, pair_mean
 
 

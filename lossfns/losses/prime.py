@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from lossfns import terms as eq
-from lossfns.loss import Loss, Statistics, preset
+from lossfns.loss import Loss, Statistics
 from lossfns.losses.masks import Mask, probability_change, within_tv
 from lossfns.losses.ratio import ratio_loss
+from lossfns.preset import preset
 from lossfns.segments import token_level
 from lossfns.statistics import OnDemand
 from lossfns.tokens import Tokens

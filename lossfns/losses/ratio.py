@@ -10,7 +10,8 @@ from torch import Tensor
 
 from lossfns import terms as eq
 from lossfns.combine import with_dual_clip
-from lossfns.loss import Loss, Statistics, make_loss
+from lossfns.loss import Loss, Statistics
+from lossfns.preset import make_loss
 from lossfns.segments import Level, geometric_level
 from lossfns.statistics import OnDemand
 from lossfns.tokens import Tokens

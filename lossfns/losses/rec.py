@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from lossfns import terms as eq
-from lossfns.loss import Loss, Statistics, preset
+from lossfns.loss import Loss, Statistics
 from lossfns.losses.ratio import Clip, ratio_loss
+from lossfns.preset import preset
 from lossfns.regions import RatioWeight, Region, one_side, two_side, unit_weight
 from lossfns.segments import Level, token_level
 from lossfns.statistics import OnDemand

@@ -5,9 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from lossfns import terms as eq
-from lossfns.loss import Loss, Statistics, make_loss, preset
+from lossfns.loss import Loss, Statistics
 from lossfns.losses.pairs import accuracy, of_margin, pair_loss
 from lossfns.margins import Link, Reward, check_reward, logistic_link, logprob_mean, logprob_sum, smoothed
+from lossfns.preset import make_loss, preset
 from lossfns.segments import chosen, rejected, weighted_mean
 from lossfns.statistics import OnDemand
 from lossfns.tokens import PAIRS, Tokens

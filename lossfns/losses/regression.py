@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from lossfns import terms as eq
-from lossfns.loss import Loss, Statistics, make_loss, preset
+from lossfns.loss import Loss, Statistics
 from lossfns.losses.ratio import Clip, ratio_loss
+from lossfns.preset import make_loss, preset
 from lossfns.regions import two_side
 from lossfns.segments import sequence_value, token_level, weighted_sum
 from lossfns.statistics import OnDemand

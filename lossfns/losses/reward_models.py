@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from lossfns.loss import Loss, Statistics, make_loss, preset
+from lossfns.loss import Loss, Statistics
 from lossfns.losses.pairs import pair_loss
 from lossfns.margins import Reward, pair_number, sum_of_logprobs
+from lossfns.preset import make_loss, preset
 from lossfns.tokens import Tokens
 from lossfns.weigh import Weighing, pair_mean, token_mean
 

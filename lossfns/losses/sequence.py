@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from lossfns import terms as eq
-from lossfns.loss import Loss, Statistics, preset
+from lossfns.loss import Loss, Statistics
 from lossfns.losses.ratio import Clip, clip_statistics, clipped, geometric_level_by_token, ratio_loss
+from lossfns.preset import preset
 from lossfns.segments import geometric_level, sequence_level
 from lossfns.tokens import Tokens
 from lossfns.weigh import Weighing, sequence_mean, sequence_sum_mean

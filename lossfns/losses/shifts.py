@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lossfns.loss import Loss, Statistics, preset
+from lossfns.loss import Loss, Statistics
 from lossfns.losses.pairs import of_margin, pair_loss
 from lossfns.margins import REFERENCE, Reward, desensitised, log_ratio_sum, logistic_link, pair_number
+from lossfns.preset import preset
 from lossfns.segments import active_counts, chosen, rejected, sequence_sum, weight_divisor, weighted_sum
 from lossfns.tokens import Tokens
 from lossfns.weigh import Weighing, pair_mean

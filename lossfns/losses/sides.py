@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lossfns.loss import Loss, preset
+from lossfns.loss import Loss
 from lossfns.losses.pairs import pair_loss
 from lossfns.margins import log_ratio_sum
+from lossfns.preset import preset
 from lossfns.tokens import Tokens
 from lossfns.weigh import Weighing, pair_mean
 

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from lossfns import terms as eq
 from lossfns.checks import check_number
-from lossfns.loss import Loss, Statistics, make_loss, preset
+from lossfns.loss import Loss, Statistics
 from lossfns.losses.supervised import cross_entropy
+from lossfns.preset import make_loss, preset
 from lossfns.segments import chosen, weighted_mean
 from lossfns.sums import sum_losses
 from lossfns.tokens import PAIRS, Tokens

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from torch import Tensor
 
 from lossfns import terms as eq
-from lossfns.loss import Loss, Statistics, make_loss, preset
+from lossfns.loss import Loss, Statistics
+from lossfns.preset import make_loss, preset
 from lossfns.statistics import OnDemand
 from lossfns.tokens import TARGETS, Tokens
 from lossfns.weigh import Weighing, token_mean

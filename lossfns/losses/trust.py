@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from lossfns import terms as eq
-from lossfns.loss import Loss, Statistics, preset
+from lossfns.loss import Loss, Statistics
 from lossfns.losses.ratio import Clip, clip_statistics, clipped, ratio_loss
+from lossfns.preset import preset
 from lossfns.segments import token_level, tokens_after
 from lossfns.statistics import OnDemand
 from lossfns.tokens import Tokens

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from lossfns import terms as eq
 from lossfns.errors import LossInputError, show
-from lossfns.loss import Loss, Statistics, make_loss, preset
+from lossfns.loss import Loss, Statistics
 from lossfns.margins import Link, log_ratio_sum, logistic_link
 from lossfns.pack import as_rows, as_tensor, has_length
+from lossfns.preset import make_loss, preset
 from lossfns.segments import sequence_value
 from lossfns.tokens import SEQUENCES, Tokens
 from lossfns.weigh import Weighing, datum_mean

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from lossfns.checks import check_number
 from lossfns.errors import LossInputError, show
-from lossfns.loss import Loss, Statistics, make_loss, preset
+from lossfns.loss import Loss, Statistics
+from lossfns.preset import make_loss, preset
 from lossfns.statistics import OnDemand
 from lossfns.tokens import Tokens
 from lossfns.weigh import Weighing, token_mean

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from lossfns import terms as eq
-from lossfns.loss import Loss, Statistics, make_loss, preset
+from lossfns.loss import Loss, Statistics
 from lossfns.losses.ratio import Clip, bound_statistics, ratio_loss
+from lossfns.preset import make_loss, preset
 from lossfns.segments import Level, geometric_level, sequence_level, token_level
 from lossfns.statistics import OnDemand
 from lossfns.tokens import Tokens

@@ -10,7 +10,7 @@ import torch
 
 from lossfns import Datum, Loss, datum_from_tokens, dpo, orpo
 from lossfns.inspect import Finding, Preflight, preflight
-from lossfns.loss import make_loss, preset
+from lossfns.preset import make_loss, preset
 from lossfns.segments import sequence_value, weighted_sum
 from lossfns.tokens import Rows
 from lossfns.weigh import datum_mean

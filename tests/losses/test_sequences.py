@@ -12,7 +12,8 @@ from torch import Tensor
 import lossfns
 from lossfns import LossInputError, Rows, Tokens, datum_from_tokens, datum_mean, datum_sum, export
 from lossfns.inspect import preflight
-from lossfns.loss import Loss, Statistics, make_loss, preset
+from lossfns.loss import Loss, Statistics
+from lossfns.preset import make_loss, preset
 from lossfns.segments import sequence_value, weighted_sum
 from lossfns.testing.kinds import detect_kind
 from lossfns.weigh import Weighing

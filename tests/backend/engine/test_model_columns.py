@@ -29,7 +29,7 @@ from lossfns.backend import AdamParams, Decoder, LocalTrainingClient
 from lossfns.backend.engine.differentiate import computed_columns
 from lossfns.backend.model import lora
 from lossfns.logprobs import linear, plans, tiles
-from lossfns.loss import make_loss
+from lossfns.preset import make_loss
 from lossfns.tokens import MODEL_COLUMNS, TARGETS, Tokens
 from lossfns.weigh import pair_mean, token_mean
 
