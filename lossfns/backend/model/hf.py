@@ -369,7 +369,8 @@ def check_packing(model: CausalLM) -> None:
         raise
     except Exception as error:
         raise packing_error(model, f"{type(error).__name__}: {error}") from error
-    alone, eps = torch.cat((first_alone, second_alone[len(prefix) :])).float(), torch.finfo(model.head.dtype).eps
+    alone = torch.cat((first_alone, second_alone[len(prefix) :])).float()
+    eps = max(torch.finfo(dtype).eps for dtype in (model.head.dtype, torch.float32))  # norms are in float32 at the most
     difference = relative_difference(packed, alone)
     if not difference < eps**0.5:
         raise packing_error(model, f"logits that differ by {difference:.1%}")
