@@ -128,7 +128,7 @@ def test_a_missing_file_and_a_foreign_checkpoint_are_refused(
 @pytest.mark.parametrize(
     "arguments",
     [
-        *([], ["train"], ["train", "ppo2"], ["train", "sft", "--steps", "0"], ["train", "sft", "--lr", "nan"]),
+        *(["train"], ["train", "ppo2"], ["train", "sft", "--steps", "0"], ["train", "sft", "--lr", "nan"]),
         *(["train", "sft", "--group", "4"], ["train", "dpo", "--max-tokens", "3"], ["train", "sft", "--seed", "-1"]),
         *(["train", "--resume", "x", "--steps", "2"], ["train", "sft", "--resume", "x"], ["train", "--resume"]),
         *(
@@ -139,12 +139,68 @@ def test_a_missing_file_and_a_foreign_checkpoint_are_refused(
         ["train", "sft", "--save-every", "0"],
     ],
 )
-def test_a_command_that_makes_no_sense_shows_its_usage(
+def test_a_command_that_makes_no_sense_is_refused_in_two_lines(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as exit_:
         main(arguments)
-    assert exit_.value.code == 2 and "usage" in capsys.readouterr().err
+    error, see = capsys.readouterr().err.splitlines()
+    assert exit_.value.code == 2 and error.startswith("lossfns train: ") and see == "See lossfns train --help."
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["trian"], "lossfns: argument COMMAND: invalid choice: 'trian'"),
+        (["trian"], ". Did you mean train?\n"),
+        (["train", "sft", "--stepps=3"], "lossfns train: unrecognized arguments: --stepps=3. Did you mean --steps?\n"),
+        (["list", "x"], "lossfns list: unrecognized arguments: x\nSee lossfns list --help.\n"),
+        (["vectors", "run"], "lossfns vectors run: the following arguments are required: --cmd\n"),
+        (["train", "sft", "--zzz", "\x1b"], "unrecognized arguments: --zzz \\x1b\n"),
+    ],
+)
+def test_a_usage_error_of_every_command_is_short_and_names_the_nearest_word(
+    arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    shown = capsys.readouterr().err
+    assert exit_.value.code == 2 and says in shown and len(shown.splitlines()) == 2
+
+
+def test_without_a_command_all_commands_are_shown_in_a_line_each(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main([]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    commands = lines[lines.index("commands:") + 1 : lines.index("first commands:") - 1]
+    known = "list describe check explain vectors conformance data train plot compare sample export serve"
+    assert [line.split()[0] for line in commands] == known.split()
+    assert all(len(line) <= 80 for line in lines)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize("arguments", [[], ["list"], ["describe", "grpo"], ["explain", "poison"], ["data", "rows"]])
+def test_output_that_cannot_be_written_is_one_line(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = jsonl(tmp_path / "rows.jsonl", variants("sft", 3))
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert main([rows if each == "rows" else each for each in arguments]) == 1
+    assert capsys.readouterr().err == "lossfns: standard output cannot be written: No space left on device\n"
+
+
+def test_a_closed_pipe_ends_the_output_quietly(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        assert main(["list"]) == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_other_line_separators_and_a_byte_order_mark_are_no_trouble(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 import torch
 
 from lossfns.errors import LossInputError
-from lossfns.terminal import while_read
+from lossfns.terminal import print_refusal, while_read
 from lossfns.train import models
 from lossfns.train.batch import write_look
 from lossfns.train.checkpoints import checkpoints, load_newest, save_checkpoint
@@ -26,7 +26,7 @@ from lossfns.train.config import check_same, config_of, write_config_toml
 from lossfns.train.defaults import complete_options, loss_of
 from lossfns.train.losses import parse_setting
 from lossfns.train.options import CHOICES, NAMES, Options, check_option, flag, naming, read_toml
-from lossfns.train.outcome import print_refusal, report_outcome
+from lossfns.train.outcome import report_outcome
 from lossfns.train.recipes import Job, run_job
 from lossfns.train.remote import Client
 from lossfns.train.rewards import SPECS

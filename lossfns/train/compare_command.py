@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from lossfns.errors import LossInputError
-from lossfns.terminal import console_on, printable, say, while_read
+from lossfns.terminal import console_on, print_refusal, printable, say, while_read
 from lossfns.train.charts import COLOURS, Line, Points, block_line, smooth
 from lossfns.train.options import check_option
-from lossfns.train.outcome import print_refusal
 from lossfns.train.page import figure, key, page, table, text
 from lossfns.train.record import Record, best, changing, read_record, rises, values_of
 from lossfns.train.report import duration, spoken

@@ -5,20 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 
-from lossfns.terminal import console_on, printable, say, while_read
+from lossfns.terminal import console_on, say, while_read
 from lossfns.train.checkpoints import checkpoints
 from lossfns.train.measures import TEMPERATURE, TITLES, one_line
 from lossfns.train.recipes import Outcome
 from lossfns.train.record import read_record
 from lossfns.train.report import write_report
 from lossfns.train.run import METRICS, RESULT, Run, write_json
-
-
-def print_refusal(error: Exception) -> int:
-    """Print an error in one line, and return the exit status for it."""
-    with while_read(sys.stderr):
-        print(f"lossfns: {printable(str(error), sys.maxsize)}", file=sys.stderr)
-    return 2
 
 
 def report_outcome(run: Run, outcome: Outcome) -> None:

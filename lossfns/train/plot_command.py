@@ -8,10 +8,9 @@ import sys
 from pathlib import Path
 
 from lossfns.errors import LossInputError
-from lossfns.terminal import console_on, printable, say, while_read
+from lossfns.terminal import console_on, print_refusal, printable, say, while_read
 from lossfns.train.charts import block_line
 from lossfns.train.options import check_option, is_path
-from lossfns.train.outcome import print_refusal
 from lossfns.train.record import Record, changing, read_record, values_of
 from lossfns.train.report import write_report
 

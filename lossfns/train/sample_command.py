@@ -16,13 +16,12 @@ import torch
 from lossfns.backend.types import SamplingParams
 from lossfns.datum import ModelInput
 from lossfns.errors import LossInputError
-from lossfns.terminal import console_on, say, while_read
+from lossfns.terminal import console_on, print_refusal, say, while_read
 from lossfns.train import models, remote
 from lossfns.train.checkpoints import checkpoints
 from lossfns.train.defaults import complete_options
 from lossfns.train.measures import TEMPERATURE, one_line
 from lossfns.train.options import check_option, naming
-from lossfns.train.outcome import print_refusal
 from lossfns.train.render import Message, Renderer, typed_prompt
 from lossfns.train.run import load_config
 
