@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 import textwrap
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -26,6 +27,32 @@ def printable(text: str, limit: int = 2000) -> str:
     if len(text) > limit:
         text = f"{text[:limit]} … ({len(text)} characters)"
     return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
+
+def one_line(text: str, width: int, *, end: bool = False) -> str:
+    """Return text on one line of at most ``width`` columns: newlines and what cannot be printed are escaped.
+
+    Of a longer text, the start is kept; with ``end`` the end.
+
+    >>> print(one_line("a" + chr(10) + "b" + chr(27), 20), one_line("abcdef", 4), one_line("abcdef", 4, end=True))
+    a\\nb\\x1b abc… …def
+    """
+    shown = [c if c.isprintable() else c.encode("unicode_escape").decode() for c in text]
+    if sum(map(columns, shown)) <= width:
+        return "".join(shown)
+    kept: list[str] = []
+    room = width - 1
+    for character in reversed(shown) if end else shown:
+        room -= columns(character)
+        if room < 0:
+            break
+        kept.append(character)
+    return "".join(["…", *reversed(kept)] if end else [*kept, "…"])
+
+
+def columns(character: str) -> int:
+    """Return the columns that a character, or its escape, takes on a terminal: most of Chinese take two."""
+    return 2 if len(character) == 1 and unicodedata.east_asian_width(character) in "WF" else len(character)
 
 
 def console_on(stream: TextIO | None) -> Console | None:
@@ -70,10 +97,11 @@ def while_read(stream: TextIO | None) -> Iterator[None]:
         raise OutputError(f"{name} cannot be written: {error.strerror}") from error
 
 
-def say(text: str) -> None:
-    """Print text on standard output. Characters that its encoding does not have are escaped."""
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    print(text.encode(encoding, "backslashreplace").decode(encoding))
+def say(text: str, stream: TextIO | None = None) -> None:
+    """Print text, by default on standard output. Characters that the stream's encoding does not have are escaped."""
+    stream = stream or sys.stdout
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream)
 
 
 def width_of(stream: TextIO | None) -> int | None:

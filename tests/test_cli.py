@@ -12,6 +12,11 @@ from typing import Any
 
 import pytest
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
 from lossfns.backend.storage import checkpoint
 from lossfns.cli import main, parser
 from lossfns.errors import LossInputError
@@ -301,6 +306,25 @@ def test_a_run_killed_before_its_result_only_measures(tmp_path: Path, capsys: py
     (folder / "result.json").unlink()
     assert main(["train", "--resume", str(folder)]) == 0
     assert "resumed after 3 steps" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(resource is None, reason="needs limits of a process")
+def test_a_run_that_finds_no_room_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No file may be larger than 100 kB: the checkpoint does not fit. The run goes on where there is room."""
+    monkeypatch.setattr("lossfns.train.measures.SAMPLE_TOKENS", 1)
+    data, folder = jsonl(tmp_path / "rows.jsonl", variants("sft", 4)), tmp_path / "run"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        assert main(["train", "sft", "--data", data, "--steps", "1", "--batch", "2", "--out", str(folder)]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "File too large" in error and error.endswith(f"continue with lossfns train --resume {folder}.")
+    assert main(["train", "--resume", str(folder)]) == 0
+    assert (folder / "checkpoint.safetensors").exists()
 
 
 def test_a_finished_run_is_left_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

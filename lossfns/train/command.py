@@ -165,15 +165,17 @@ def one_interrupt() -> Iterator[None]:
 
 def leave_at_once(folder: Path) -> NoReturn:
     """End the process after an interrupt, without waiting for the thread of the current request."""
-    begun = (folder / CONFIG).exists() and not is_finished(folder)
+    go_on = f"; continue with lossfns train --resume {folder}" if can_resume(folder) else ""
     with while_read(sys.stderr):
-        print(
-            f"lossfns: interrupted{f'; continue with lossfns train --resume {folder}' if begun else ''}",
-            file=sys.stderr,
-        )
+        print(f"lossfns: interrupted{go_on}", file=sys.stderr)
     with while_read(sys.stdout):
         pass
     os._exit(130)
+
+
+def can_resume(folder: Path) -> bool:
+    """Whether a folder holds a run that has begun and has not come to its end."""
+    return (folder / CONFIG).exists() and not is_finished(folder)
 
 
 @contextmanager
@@ -211,12 +213,20 @@ def train(options: Options, folder: Path, check_config: Callable[[dict[str, Any]
 
     The first Ctrl-C ends the recipe early, but the run is saved, measured and reported all the same. The second one
     ends the process at once, with exit status 130.
+
+    Raises:
+        LossInputError: also if a file of the run cannot be written: then it says how to go on.
     """
     with one_interrupt():
         try:
             return train_and_report(options, folder, check_config)
         except KeyboardInterrupt:
             leave_at_once(folder)
+        except OSError as error:
+            if not can_resume(folder):
+                raise
+            fix = f"Make room for it, and continue with lossfns train --resume {folder}."
+            raise LossInputError("--out", "a folder to write in", f"{folder} ({error})", fix) from error
 
 
 def train_and_report(options: Options, folder: Path, check_config: Callable[[dict[str, Any]], None]) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TextIO
 
-from lossfns.terminal import console_on
+from lossfns.terminal import console_on, width_of, wrap
 from lossfns.train.charts import block_line
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class PlainDisplay:
     def say(self, text: str) -> None:
         """Write a line."""
         if self.stream is not None:
-            print(text, file=self.stream, flush=True)
+            print(wrap(text, width_of(self.stream)), file=self.stream, flush=True)
 
     def close(self) -> None:
         """Leave the terminal as it was."""
@@ -146,7 +146,7 @@ class LiveDisplay(PlainDisplay):
         return Group(self.progress, *(Text(line, no_wrap=True, overflow="ellipsis") for line in lines))
 
     def say(self, text: str) -> None:
-        self.progress.console.print(text, soft_wrap=False)
+        self.progress.console.print(wrap(text, self.progress.console.width), soft_wrap=False)
 
     def close(self) -> None:
         self.live.stop()

@@ -123,10 +123,17 @@ def sample_texts(client: Client, renderer: Renderer, examples: Sequence[Example]
     """Return pairs of a prompt and a sample for a few examples. The same weights give the same samples."""
     prompts = [shown_prompt(renderer, example) for example in examples[:SAMPLES]]
     sampler = client.save_weights_and_get_sampling_client()
-    params = SamplingParams(max_tokens=SAMPLE_TOKENS, seed=11, temperature=TEMPERATURE, stop=renderer.end)
+    room = context_length(sampler) - max(map(len, prompts))
+    most = int(min(SAMPLE_TOKENS, max(1, room)))
+    params = SamplingParams(max_tokens=most, seed=11, temperature=TEMPERATURE, stop=renderer.end)
     responses = sampler.sample_batch([ModelInput.from_ints(prompt) for prompt in prompts], 1, params).result()
     tokens = [response.sequences[0].tokens for response in responses]
     return [[renderer.decode(prompt), renderer.decode(ids)] for prompt, ids in zip(prompts, tokens)]
+
+
+def context_length(sampler: Any) -> float:
+    """Return the most tokens of a prompt and its sample together: infinity for a model without a limit."""
+    return float(getattr(getattr(sampler, "model", None), "context_length", math.inf))
 
 
 def shown_prompt(renderer: Renderer, example: Example) -> list[int]:
@@ -136,13 +143,3 @@ def shown_prompt(renderer: Renderer, example: Example) -> list[int]:
         return prompt
     text = sequences(example)[0].tokens[len(prompt) :]
     return [*prompt, *text[: min(24, len(text) // 2)]]
-
-
-def one_line(text: str, width: int) -> str:
-    """Return text on one line of at most ``width`` characters: newlines and what cannot be printed are escaped.
-
-    >>> print(one_line("a" + chr(10) + "b" + chr(27), 20), one_line("abcdef", 4))
-    a\\nb\\x1b abc…
-    """
-    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    return text if len(text) <= width else text[: width - 1] + "…"

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from lossfns.errors import LossInputError
-from lossfns.terminal import console_on, print_refusal, printable, say, while_read
+from lossfns.terminal import print_refusal, printable, say, while_read, width_of
 from lossfns.train.charts import block_line
 from lossfns.train.options import check_option, is_path
 from lossfns.train.record import Record, changing, read_record, values_of
@@ -78,8 +78,7 @@ def plot_run(name: str) -> int:
 
 def print_curves(record: Record) -> None:
     """Print a line for each metric that has changed, the last phase first: first value, curve and last value."""
-    console = console_on(sys.stdout)
-    width = min(60, (console.width if console else 80) - 46)
+    width = min(60, (width_of(sys.stdout) or 80) - 46)
     rows = [(f"{phase:>10} {name:<10}", values_of(record.history, phase, name)) for phase, name in changing(record)]
     if len(held_out := record.held_out()) > 1:
         rows.insert(0, (f"{'held out':>10} {record.measure:<10}", held_out))

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from lossfns.errors import LossInputError
 from lossfns.losses.supervised import cross_entropy
+from lossfns.terminal import one_line
 from lossfns.tokens import TARGETS
 from lossfns.train import batches, measures, methods, tasks
 from lossfns.train.batch import write_look
@@ -140,7 +141,7 @@ def warn_if_constant(run: Run, steps: int, sample: str) -> None:
     if rewards == {0.0}:
         run.say(
             f"warning: all rewards of the {first} are 0, so nothing is learned. One of the samples was "
-            f"{measures.one_line(sample, 30)!r}. Is --reward right? Or try more --warmup-steps, or easier problems."
+            f'"{one_line(sample, 30)}". Is --reward right? Or try more --warmup-steps, or easier problems.'
         )
     elif rewards == {1.0}:
         run.say(f"warning: all rewards of the {first} are 1: there is nothing left to learn.")

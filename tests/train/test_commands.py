@@ -25,6 +25,7 @@ import pytest
 from lossfns.cli import main
 from lossfns.train import sample_command
 from lossfns.train.display import PlainDisplay
+from lossfns.train.outcome import print_samples
 from lossfns.train.run import METRICS, RESULT, Run
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm-256color"}
@@ -408,6 +409,15 @@ def test_samples_before_and_after_are_shown_and_kept(tmp_path: Path, capsys: pyt
     assert "  after   4\n" in shown and "  before  " in shown
 
 
+def test_the_end_of_a_long_prompt_and_whole_escapes_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    """The question is the end of a chat. An escape is not cut in two, and a Chinese character takes two columns."""
+    prompt = f"system\nYou are {'very ' * 30}helpful.\nuser\nWhich is larger?"
+    print_samples([{"prompt": prompt, "before": f"{'a' * 65}\x1b\x1b", "after": "日" * 40}])
+    _, first, before, after, _ = capsys.readouterr().out.split("\n", 4)
+    assert first.startswith("  prompt  …") and first.endswith(r"helpful.\nuser\nWhich is larger?") and len(first) == 78
+    assert before == f"  before  {'a' * 65}…" and after == f"  after   {'日' * 33}…"
+
+
 def test_a_run_generates_from_its_weights(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The prompt is written as a message of the user: the model has learned to answer yes."""
     assert main(["sample", str(run), "5?", "--temperature", "0"]) == 0
@@ -480,9 +490,12 @@ def test_what_cannot_be_sampled_is_named(run: Path, tmp_path: Path, capsys: pyte
     assert "RUN: expected a run with a checkpoint" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("rich", [True, False])
 def test_escape_sequences_of_a_sample_do_not_reach_the_terminal(
-    run: Path, terminal: io.StringIO, monkeypatch: pytest.MonkeyPatch
+    rich: bool, run: Path, terminal: io.StringIO, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if not rich:
+        monkeypatch.setitem(sys.modules, "rich.console", None)
     monkeypatch.setattr("lossfns.train.sample_command.sample_texts", lambda *_: ["a\x1b[2J\nb"])
     monkeypatch.setattr(sys, "stdout", terminal)
     assert main(["sample", str(run), "x"]) == 0

@@ -1,7 +1,10 @@
 """``lossfns train --model`` end to end, on a Llama of a few thousand parameters with adapters."""
 
+import contextlib
+import io
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,12 @@ import torch
 import transformers
 from small_tokenizers import CHATML, byte_pairs
 
+from lossfns.backend import ByteTokenizer, LocalTrainingClient
+from lossfns.backend.model import hf
 from lossfns.cli import main
+from lossfns.train import measures, sample_command
+from lossfns.train.examples import demonstration
+from lossfns.train.render import Renderer
 
 CHAT = [{"role": "user", "content": "2+2"}, {"role": "assistant", "content": "4"}]
 ROWS: dict[str, dict[str, Any]] = {
@@ -79,3 +87,25 @@ def test_a_model_with_adapters_is_trained_measured_and_sampled(
             assert main(sample) == 0, loss
             shown.append(capsys.readouterr().out)
         assert shown[0] == shown[1] != "", loss
+
+
+def test_a_sample_ends_with_the_context_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A Llama with room for 30 tokens: "user: 5?" and "assistant: " take 20 of them, and the chat then fills it."""
+    size = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = transformers.LlamaConfig(vocab_size=257, max_position_embeddings=30, eos_token_id=256, **size)
+    client = LocalTrainingClient(hf.CausalLM(transformers.LlamaForCausalLM(config)), tokenizer=ByteTokenizer())
+    sampler, renderer = client.save_weights_and_get_sampling_client(), Renderer(ByteTokenizer())
+    model = sample_command.Model(sampler, renderer, "chat")
+    monkeypatch.setattr(sample_command, "opened", lambda *_: contextlib.nullcontext(model))
+    assert main(["sample", "run", "5?", "--temperature", "0"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out and shown.err == "a sample ends where the context of 30 tokens is full\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO("5?\n6?\n/new\n7?\n"))
+    assert main(["sample", "run", "--max-tokens", "8", "--temperature", "0"]) == 0
+    assert "the chat has filled the context" in capsys.readouterr().err
+    assert main(["sample", "run", "5" * 20]) == 2
+    assert "PROMPT: expected less than 30 tokens, the context, got 38" in capsys.readouterr().err
+    prompts = [demonstration([5] * 25, [6, 256])]
+    assert len(measures.sample_texts(client, renderer, prompts)) == 1  # those that a run shows end there, too
