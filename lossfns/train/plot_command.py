@@ -7,6 +7,7 @@ import os
 import sys
 from pathlib import Path
 
+from lossfns.describe import presets
 from lossfns.errors import LossInputError
 from lossfns.terminal import print_refusal, printable, say, while_read, width_of
 from lossfns.train.charts import block_line
@@ -35,12 +36,31 @@ def plot_command(args: argparse.Namespace) -> int:
     """Run ``lossfns plot``.
 
     Returns:
-        0, or 2 if a name is neither a run with metrics nor a loss.
+        0, or 2 if a name is neither a run with metrics nor a loss, or if names and options do not go together.
     """
     if not args.names and args.parts is None:
         args.parser.error("name a run or a loss, or pass --parts FAMILY")
-    is_run = len(args.names) == 1 and names_run(args.names[0])
-    return plot_run(args.names[0]) if is_run else plot_losses(args)
+    runs = [name for name in args.names if names_run(name)]
+    if len(args.names) > 1:  # a folder may have the name of a loss
+        runs = [name for name in runs if name not in presets()]
+    try:
+        refuse_together(args, runs)
+    except LossInputError as error:
+        return print_refusal(error)
+    return plot_run(runs[0]) if runs else plot_losses(args)
+
+
+def refuse_together(args: argparse.Namespace, runs: list[str]) -> None:
+    """Refuse a run together with other names, or with options for pictures of losses."""
+    if not runs:
+        return
+    if len(args.names) > 1:
+        fix = f"lossfns compare {' '.join(runs)} shows several runs." if len(runs) > 1 else "Leave out one of them."
+        raise LossInputError("NAME", "one run alone, or losses", " and ".join(args.names), fix)
+    for name, value in (("--out", args.out), ("--parts", args.parts)):
+        if value is not None:
+            got, fix = f"{value} and the run {runs[0]}", "Leave it out: a run has its report.html in its folder."
+            raise LossInputError(name, "losses to draw with it", got, fix)
 
 
 def names_run(name: str) -> bool:

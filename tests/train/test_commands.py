@@ -346,6 +346,28 @@ def test_metrics_that_cannot_be_plotted_are_named(
     assert says in capsys.readouterr().err
 
 
+def test_what_does_not_go_into_one_picture_is_refused_with_the_way(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for arguments, says in [
+        (
+            ["kl", "weighings"],
+            "expected one of kl, weighings, advantages alone, got kl and weighings. Draw them",
+        ),
+        (["kl", "grpo"], "got kl and grpo"),
+        ([str(run), str(run.parent)], f"got {run} and {run.parent}. lossfns compare {run} {run.parent} shows several"),
+        ([str(run), "grpo"], "NAME: expected one run alone, or losses"),
+        (
+            [str(run), "--out", "a.svg"],
+            f"--out: expected losses to draw with it, got a.svg and the run {run}. Leave",
+        ),
+        ([str(run), "--parts", "policy"], "--parts: expected losses to draw with it"),
+        (["grpo", "--parts", "policy"], "--parts: expected no NAME with it, got grpo"),
+    ]:
+        assert main(["plot", *arguments]) == 2
+        assert says in capsys.readouterr().err, arguments
+
+
 @pytest.mark.parametrize(
     ("name", "part", "value"),
     [
