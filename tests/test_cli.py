@@ -95,7 +95,10 @@ def test_a_run_is_repeatable_and_starts_from_a_checkpoint(tmp_path: Path) -> Non
     first = losses("a")
     assert losses("b") == first
     assert losses("c", "--seed", "1") != first
-    assert losses("d", "--init", str(tmp_path / "a" / "checkpoint.safetensors"))[0] < first[-1]
+    init = ["--init", str(tmp_path / "a" / "checkpoint.safetensors")]
+    started = losses("d", *init)
+    assert started[0] < first[-1]
+    assert losses("e", *init, "--lora", "2")[0] == pytest.approx(started[0], rel=1e-5)  # new adapters on its weights
 
 
 @pytest.mark.parametrize(

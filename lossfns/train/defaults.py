@@ -116,11 +116,8 @@ def check_together(options: Options) -> None:
             expected, fix = "no --base-url with it", "The server has the model: it starts from its own weights."
             raise LossInputError(flag(name), expected, reprlib.repr(value), fix)
     if options.lora and options.model is None and options.init is None and options.base_url is None:
-        expected, fix = (
-            "a pretrained model with it: --model or --init",
-            "lossfns export makes a folder for --model of a run.",
-        )
-        raise LossInputError("--lora", expected, "neither", fix)
+        fix = "--init RUN/checkpoint.safetensors starts adapters on the weights of a run."
+        raise LossInputError("--lora", "a pretrained model with it: --model or --init", "neither", fix)
     for name in ("max_length", "drop_longer"):
         if getattr(options, name) and not options.data:
             raise LossInputError(flag(name), "--data with it", "none", "The built-in data has its own length.")
