@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from lossfns.errors import LossInputError
 from lossfns.train import methods, models
 from lossfns.train.command import given_options
 from lossfns.train.defaults import complete_options, loss_of, recorded_options
-from lossfns.train.options import Options
+from lossfns.train.options import Options, to_toml, with_effect
 
 SMALL = ["--steps", "2", "--batch", "4"]
 ROWS = {
@@ -393,8 +394,26 @@ def test_a_config_that_does_not_name_an_option_takes_its_default() -> None:
     """A run of an earlier version, which had fewer options, and ``null`` for those that its method did not have."""
     options = complete_options({"loss": "dpo", "batch": 3, "group": None, "out": None})
     assert (options.batch, options.steps, options.warmup_steps, options.save_every) == (3, 400, 300, 20)
-    recorded = recorded_options(options, "preference")
+    recorded = recorded_options(options, loss_of("dpo", {}))
     assert complete_options(recorded) == options and recorded["group"] is None
+
+
+def test_only_options_with_an_effect_are_written() -> None:
+    """What is left out has its default: reading the file gives the same options. Other losses lack other options."""
+    for given, left_out in [
+        ({"loss": "sft"}, {"group", "updates", "lora", "lora_parts", "eval_every", "candidates", "advantage_scale"}),
+        ({"loss": "grpo", "lora": 4, "model": "smollm2"}, {"eval_every", "candidates", "drop_longer", "teacher"}),
+        ({"loss": "sppo", "eval_every": 3}, {"advantage_scale", "lora", "gradient_checkpointing"}),
+    ]:
+        options = complete_options(given)
+        written = tomllib.loads(to_toml(with_effect(recorded_options(options, loss_of(options.loss, {})))))
+        assert complete_options(written) == options
+        assert written.keys() >= {"loss", "steps", "batch", "lr", "seed"} and not written.keys() & left_out
+    assert {"lora_parts", "group", "warmup_steps", "advantage_scale"} <= with_effect(
+        recorded_options(complete_options({"loss": "grpo", "lora": 4, "model": "smollm2"}), loss_of("grpo", {}))
+    ).keys()
+    with pytest.raises(LossInputError, match=r"--advantage-scale: expected a loss that reads advantages, got sppo"):
+        complete_options({"loss": "sppo", "advantage_scale": "none"})
 
 
 def test_a_run_goes_on_only_with_the_data_it_began_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

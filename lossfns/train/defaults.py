@@ -97,6 +97,9 @@ def complete_options(given: Mapping[str, Any]) -> Options:
             expected = f"a loss that has it ({' and '.join(OPTION_METHODS[name])} losses)"
             raise LossInputError(flag(name), expected, f"{loss.name}, a {method} loss", "Leave it out.")
     options = Options(**defaults_of(given, method) | given)
+    if options.advantage_scale != Options.advantage_scale and "advantages" not in loss.reads:
+        expected, got = "a loss that reads advantages", f"{loss.name}, which reads {', '.join(loss.reads)}"
+        raise LossInputError("--advantage-scale", expected, got, "Leave it out.")
     check_together(options)
     return options
 
@@ -131,7 +134,9 @@ def has_option(method: str, name: str) -> bool:
     return method in OPTION_METHODS.get(name, (method,))
 
 
-def recorded_options(options: Options, method: str) -> dict[str, Any]:
-    """Return the options as ``config.json`` holds them: ``None`` for those that the method does not have."""
-    values = asdict(options)
+def recorded_options(options: Options, loss: AnyLoss) -> dict[str, Any]:
+    """Return the options as ``config.json`` holds them: ``None`` for those that the method or the loss does not use."""
+    values, method = asdict(options), method_of(loss)
+    if "advantages" not in loss.reads:
+        values["advantage_scale"] = None
     return {name: values[name] if has_option(method, name) else None for name in NAMES}

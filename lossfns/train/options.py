@@ -200,6 +200,21 @@ def check_known(name: str, where: str) -> None:
         raise LossInputError(where, "the name of an option", repr(name), did_you_mean(name, NAMES))
 
 
+SWITCHED_OFF = {"lora": 0, "gradient_checkpointing": False, "drop_longer": False, "eval_every": 0}
+"""The values of options that have no effect."""
+
+
+def with_effect(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that have an effect on what a run does: without its folder, and what is switched off.
+
+    >>> with_effect({"loss": "sft", "data": None, "out": "runs/a", "lora": 0, "lora_parts": "attn", "seed": 0})
+    {'loss': 'sft', 'seed': 0}
+    """
+    off = {name for name, x in SWITCHED_OFF.items() if options.get(name) == x}
+    unused = {"out", "device" if options.get("base_url") else "", "" if options.get("lora") else "lora_parts"}
+    return {name: x for name, x in options.items() if x is not None and name not in off | unused}
+
+
 def to_toml(options: Mapping[str, Any]) -> str:
     """Return options as TOML; those that are None are left out.
 
