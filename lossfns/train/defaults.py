@@ -38,6 +38,9 @@ MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
 }
 """The defaults of each method with ``--model``, which is pretrained."""
 
+EVAL_EXAMPLES = 50
+"""The default of ``--eval-examples`` with ``--model``: a pretrained model takes a second or so for each, on a CPU."""
+
 LEARNING_RATE, LEARNING_RATE_OF_ADAPTERS = 1e-5, 1e-4
 """The default learning rates with ``--model``: of all parameters, and of adapters."""
 
@@ -108,7 +111,7 @@ def defaults_of(given: Mapping[str, Any], method: str) -> dict[str, Any]:
     """Return the defaults of a loss and its method."""
     if "model" in given:
         rate = LEARNING_RATE_OF_ADAPTERS if given.get("lora") else LEARNING_RATE
-        return MODEL_DEFAULTS[method] | {"lr": rate}
+        return MODEL_DEFAULTS[method] | {"lr": rate, "eval_examples": EVAL_EXAMPLES}
     return DEFAULTS_OF_LOSSES.get(spelled(given["loss"]), DEFAULTS[method])
 
 

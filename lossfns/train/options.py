@@ -50,6 +50,7 @@ class Options:
         max_length: most tokens of a row of ``data``; ``None`` for 2048. Longer ones are refused.
         drop_longer: whether longer rows are left out and counted, instead.
         eval_every: steps from one held-out evaluation to the next; 0 for only before and after.
+        eval_examples: most held-out examples to measure on. No more than 400 are held out.
         save_every: steps from one checkpoint to the next.
         track: names of trackers that get the metrics, too, with commas between them.
     """
@@ -82,6 +83,7 @@ class Options:
     max_length: int | None = None
     drop_longer: bool = False
     eval_every: int = 0
+    eval_examples: int = 400
     save_every: int = 20
     track: str | None = None
 
@@ -142,6 +144,7 @@ LARGEST = {
     "max_tokens": 2**16,
     "max_length": 2**20,
     "eval_every": 10**9,
+    "eval_examples": 10**9,
     "save_every": 10**9,
 }
 """The largest value of each whole number. More threads than this can end the process."""

@@ -76,8 +76,8 @@ def test_rewards_are_for_exactly_the_answer(tmp_path: Path) -> None:
         methods.train(run, client, cross_entropy(), batch, phase="warm-up", steps=60, learning_rate=rate, seed=0)
     (answer,) = sample_answers(client, BYTES, [problem], 1, 4, seed=0, temperature=0)
     assert (answer.tokens, answer.text) == ([120, 256], "x")
-    assert measures.mean_reward(client, BYTES, [problem], exact, 4)["reward"] > 0.9
-    assert measures.mean_reward(client, BYTES, [Problem([50, 61], "xx", {})], exact, 4)["reward"] < 0.1
+    assert measures.mean_reward(client, BYTES, [[problem]], exact, 4)["reward"] > 0.9
+    assert measures.mean_reward(client, BYTES, [[Problem([50, 61], "xx", {})]], exact, 4)["reward"] < 0.1
 
 
 def test_accuracy_counts_a_tie_half() -> None:
