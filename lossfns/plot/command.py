@@ -29,7 +29,9 @@ def figure_of(names: Sequence[str], parts: str | None = None) -> Figure:
     """
     if parts is not None:
         if names:
-            raise LossInputError("--parts", "no NAME with it", " ".join(names), "It draws a whole family.")
+            raise LossInputError(
+                "--parts", "no NAME with it", " ".join(names), "It draws a whole family: leave it out."
+            )
         return family.plot_family(parts)
     if len(names) == 1 and names[0] in TOPICS:
         return TOPICS[names[0]]()

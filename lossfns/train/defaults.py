@@ -101,8 +101,8 @@ def complete_options(given: Mapping[str, Any]) -> Options:
             raise LossInputError(flag(name), expected, f"{loss.name}, a {method} loss", "Leave it out.")
     options = Options(**defaults_of(given, method) | given)
     if options.advantage_scale != Options.advantage_scale and "advantages" not in loss.reads:
-        expected, got = "a loss that reads advantages", f"{loss.name}, which reads {', '.join(loss.reads)}"
-        raise LossInputError("--advantage-scale", expected, got, "Leave it out.")
+        got = f"{loss.name}, which reads {', '.join(loss.reads)}"
+        raise LossInputError("--advantage-scale", "a loss that reads advantages", got, "Leave it out.")
     check_together(options)
     return options
 
@@ -122,8 +122,8 @@ def check_together(options: Options) -> None:
             expected, fix = "no --base-url with it", "The server has the model: it starts from its own weights."
             raise LossInputError(flag(name), expected, reprlib.repr(value), fix)
     if options.lora and options.model is None and options.init is None and options.base_url is None:
-        fix = "--init RUN/checkpoint.safetensors starts adapters on the weights of a run."
-        raise LossInputError("--lora", "a pretrained model with it: --model or --init", "neither", fix)
+        way = "--init RUN/checkpoint.safetensors starts adapters on the weights of a run."
+        raise LossInputError("--lora", "a pretrained model with it: --model or --init", "neither", way)
     for name in ("max_length", "drop_longer"):
         if getattr(options, name) and not options.data:
             raise LossInputError(flag(name), "--data with it", "none", "The built-in data has its own length.")

@@ -101,8 +101,8 @@ def family_loss(text: str, settings: Mapping[str, Any]) -> Loss:
         raise no_loss(text)
     known = defaults_and_required(make)
     if called.args and not any(p.kind is p.POSITIONAL_OR_KEYWORD for p in signature(make).parameters.values()):
-        fix = "Such as sum_losses(rl=grpo(), ce=sft(), weights={'ce': 'weights'})."
-        raise LossInputError("--loss", "a name for each part of the sum", show(text), fix)
+        example = "Such as sum_losses(rl=grpo(), ce=sft(), weights={'ce': 'weights'})."
+        raise LossInputError("--loss", "a name for each part of the sum", show(text), example)
     check_settings(text, known, settings)
     try:
         arguments = [evaluated(node) for node in called.args]

@@ -55,8 +55,8 @@ def refuse_together(args: argparse.Namespace, runs: list[str]) -> None:
     if not runs:
         return
     if len(args.names) > 1:
-        fix = f"lossfns compare {' '.join(runs)} shows several runs." if len(runs) > 1 else "Leave out one of them."
-        raise LossInputError("NAME", "one run alone, or losses", " and ".join(args.names), fix)
+        way = f"lossfns compare {' '.join(runs)} shows several runs." if len(runs) > 1 else "Leave out one of them."
+        raise LossInputError("NAME", "one run alone, or losses", " and ".join(args.names), way)
     for name, value in (("--out", args.out), ("--parts", args.parts)):
         if value is not None:
             got, fix = f"{value} and the run {runs[0]}", "Leave it out: a run has its report.html in its folder."

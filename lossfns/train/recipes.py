@@ -174,7 +174,7 @@ def warn_if_zero(run: Run, job: Job, before: Measured, texts: Sequence[Sequence[
     hint = " ".join(filter(None, hints))
     run.say(
         f"warning: all samples of {values.counted(len(job.held_out), 'held-out problem')} have reward 0: nothing is "
-        f'learned until one is right. One of the model is "{one_line(texts[0][1], 30)}". {hint}'
+        f'learned until one is right. A sample of the model is "{one_line(texts[0][1], 30)}". {hint}'
     )
 
 

@@ -23,8 +23,9 @@ from typing import Any
 import pytest
 
 from lossfns.cli import main
+from lossfns.terminal import console_on
 from lossfns.train import sample_command
-from lossfns.train.display import PlainDisplay
+from lossfns.train.display import LiveDisplay, PlainDisplay
 from lossfns.train.outcome import print_samples
 from lossfns.train.run import METRICS, RESULT, Run
 
@@ -265,6 +266,25 @@ def test_a_slow_phase_gets_a_line_before_its_first_tenth(monkeypatch: pytest.Mon
     assert [line.split()[1] for line in stream.getvalue().splitlines()] == [f"{n}/1000" for n in range(3, 40, 3)]
 
 
+def test_an_evaluation_shows_how_far_it_is(monkeypatch: pytest.MonkeyPatch, terminal: io.StringIO) -> None:
+    """Plain text gets a line every ten seconds, also before the first phase. A terminal shows the newest number."""
+    stream, now = io.StringIO(), [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    display = PlainDisplay(stream)
+    for done in range(0, 60, 10):
+        display.show_measured(done, 50)
+        now[0] += 6.0
+    shown = stream.getvalue().splitlines()
+    assert shown == ["measured 20 of 50 held-out examples", "measured 40 of 50 held-out examples"]
+    live = LiveDisplay(console_on(terminal))  # type: ignore[arg-type]
+    live.plan({"warm-up": 3, "sft": 5}, {"warm-up": 3})
+    live.show_measured(30, 50)
+    live.live.refresh()
+    live.close()
+    text = terminal.getvalue()
+    assert "held out: 30 of 50 measured" in text and "3/3" in text and "0/5" in text
+
+
 # Warnings
 
 
@@ -279,6 +299,9 @@ def test_a_reward_that_cannot_rise_is_warned_about(tmp_path: Path, capsys: pytes
     assert main(["train", "grpo", "--data", data, "--reward", "exact", *options]) == 0
     said = capsys.readouterr().err
     assert said.count("warning: all rewards of the first 5 steps are 0, so nothing is learned") == 1
+    before, _, _ = said.partition("grpo 1/6")  # it is said before the first step, too
+    assert "warning: all samples of 1 held-out problem have reward 0: nothing is learned" in before
+    assert "With --reward exact a sample must be the bare answer. --reward number reads the last number" in before
 
 
 def test_answers_that_no_sample_can_be_are_refused_or_warned_about(

@@ -32,7 +32,7 @@ ROWS: dict[str, dict[str, Any]] = {
 def test_an_exported_model_starts_where_its_run_ended(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Bits per byte count the bytes of the text alone, whatever the tokens are."""
     data = tmp_path / "rows.jsonl"
-    data.write_text("".join(json.dumps({"prompt": f"{i}+2=", "completion": f"{i + 2} é"}) + "\n" for i in range(8)))
+    data.write_text("".join(json.dumps({"prompt": f"{i}+2=", "completion": f"{i + 2} é"}) + "\n" for i in range(20)))
     given = ["--data", str(data), "--steps", "1", "--batch", "2", "--out"]
     assert main(["train", "sft", *given, str(tmp_path / "run")]) == 0
     capsys.readouterr()
@@ -44,7 +44,8 @@ def test_an_exported_model_starts_where_its_run_ended(tmp_path: Path, capsys: py
     ended, began = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("run", "next"))
     assert began["bits_per_byte"]["before"] == pytest.approx(ended["bits_per_byte"]["after"], rel=1e-5)
     adapted = ["--model", str(tmp_path / "model"), "--lora", "2", *given, str(tmp_path / "adapted")]
-    assert main(["train", "sft", *adapted]) == 0
+    assert main(["train", "sft", *adapted, "--eval-examples", "1"]) == 0
+    assert "measuring on held-out examples: 1 of 2, as --eval-examples says" in capsys.readouterr().err
     capsys.readouterr()
     assert main(["export", str(tmp_path / "adapted"), str(tmp_path / "adapters")]) == 0
     assert f"base model  {tmp_path}/model, only on this machine; --merge writes" in capsys.readouterr().out
