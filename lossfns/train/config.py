@@ -18,8 +18,8 @@ from lossfns.terminal import while_read
 from lossfns.train import files
 from lossfns.train.checkpoints import checkpoints
 from lossfns.train.defaults import recorded_options
-from lossfns.train.losses import AnyLoss, method_of
-from lossfns.train.options import Options, to_toml
+from lossfns.train.losses import AnyLoss
+from lossfns.train.options import Options, to_toml, with_effect
 from lossfns.train.remote import Client, RemoteTrainingClient
 from lossfns.train.run import replaced
 from lossfns.version import __version__
@@ -29,7 +29,7 @@ CONFIG_TOML = "config.toml"
 
 def config_of(options: Options, loss: AnyLoss, client: Client) -> dict[str, Any]:
     """Return the content of ``config.json``: everything that is needed to repeat the run."""
-    recorded = with_absolute_paths(recorded_options(options, method_of(loss)))
+    recorded = with_absolute_paths(recorded_options(options, loss))
     sources = {name: recorded[name] for name in ("data", "init") if recorded[name]}
     return {
         "id": uuid4().hex,
@@ -60,10 +60,10 @@ def absolute_path(text: str) -> str:
 
 
 def write_config_toml(folder: Path, options: Mapping[str, Any]) -> None:
-    """Write ``config.toml``, with which ``lossfns train --config`` repeats the run in another folder."""
+    """Write the options with an effect to ``config.toml``. ``lossfns train --config`` repeats the run with it."""
     if not (folder / CONFIG_TOML).exists():
         with replaced(folder, CONFIG_TOML) as path:
-            path.write_text(to_toml({name: x for name, x in options.items() if name != "out"}), encoding="utf-8")
+            path.write_text(to_toml(with_effect(options)), encoding="utf-8")
 
 
 def description_of(client: Client) -> dict[str, Any]:

@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from lossfns.backend.model import hf
 from lossfns.backend.model.tokenizer import ByteTokenizer
 from lossfns.errors import LossInputError
-from lossfns.terminal import console_on, printable, say, status, while_read
+from lossfns.terminal import console_on, print_refusal, printable, say, status, while_read
 from lossfns.train import files, formats
 from lossfns.train.examples import Demonstration, Example, Labelled, Preference, Problem, demonstration, sequences
 from lossfns.train.formats import Format
 from lossfns.train.options import check_option, naming
-from lossfns.train.outcome import print_refusal
 from lossfns.train.render import Renderer
 from lossfns.train.rewards import WITHOUT_ANSWERS
 from lossfns.train.tasks import MAX_LENGTH, length
