@@ -6,8 +6,10 @@ import inspect
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -107,6 +109,10 @@ def finite_reward(spec: str, reward: Callable[[Problem, str], Any], problem: Pro
     sample = f" for the sample {show(text)} to a problem with the answer {show(problem.answer)}"
     try:
         value = reward(problem, text)
+    except OutOfTime:
+        got = f"more for a text of {len(text)} characters, {show(text)}"
+        fix = "A repetition within a repetition, such as (a+)+, takes exponential time: write it without one."
+        raise LossInputError(f"--reward {spec}", f"at most {TIME_LIMIT} s for each sample", got, fix) from None
     except (Exception, SystemExit) as error:
         fix = "Correct it there." if place_of(error) else "Give each row such an answer, or name another reward."
         got = f"{described(error)}{sample}"
@@ -169,6 +175,36 @@ def last_number(text: str) -> Fraction | None:
 
 # Rewards by the form
 
+TIME_LIMIT = 5
+"""The seconds of CPU time that a regular expression or a schema may take for a sample."""
+
+
+class OutOfTime(Exception):
+    """Raised when a sample takes longer than ``TIME_LIMIT``."""
+
+
+@contextmanager
+def time_limit() -> Iterator[None]:
+    """Raise ``OutOfTime`` if the block takes more CPU time than ``TIME_LIMIT``; the matching of ``re`` is interrupted.
+
+    A signal can do this in the main thread alone, where ``lossfns train`` runs, and not on Windows: elsewhere there is
+    no limit.
+    """
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def stop(number: int, frame: object) -> None:
+        raise OutOfTime
+
+    before = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, TIME_LIMIT)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
+
 
 def pattern_reward(pattern: str) -> Reward:
     """Return a reward that is 1 if the regular expression is found in the sample, else 0."""
@@ -176,7 +212,12 @@ def pattern_reward(pattern: str) -> Reward:
         compiled = re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as error:
         raise LossInputError("--reward", "a regular expression", f"{pattern!r} ({error})", "Correct it.") from None
-    return lambda problem, text: float(compiled.search(text) is not None)
+
+    def reward(problem: Problem, text: str) -> float:
+        with time_limit():
+            return float(compiled.search(text) is not None)
+
+    return reward
 
 
 def schema_reward(file: str) -> Reward:
@@ -202,7 +243,8 @@ def schema_reward(file: str) -> Reward:
 
     def reward(problem: Problem, text: str) -> float:
         try:
-            return float(validator.is_valid(json.loads(text, parse_constant=refuse_constant)))
+            with time_limit():
+                return float(validator.is_valid(json.loads(text, parse_constant=refuse_constant)))
         except (ValueError, OverflowError, RecursionError):  # no JSON, a number like 1e400, or nested too deeply
             return 0.0
 

@@ -1,6 +1,8 @@
 """Rewards of ``--reward``: what counts as right, and what is refused with the sample that did it."""
 
 import json
+import re
+import signal
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,7 @@ from typing import Any
 import pytest
 
 from lossfns import LossInputError
+from lossfns.train import rewards
 from lossfns.train.examples import Problem
 from lossfns.train.rewards import check_reward, default_reward, last_number, reward_of
 
@@ -108,6 +111,21 @@ def test_a_schema_loads_nothing_from_elsewhere(tmp_path: Path) -> None:
     (tmp_path / "schema.json").write_text('{"$ref": "http://127.0.0.1:9/schema.json"}')
     with pytest.raises(LossInputError, match=r"Unresolvable.* for the sample '1' to a problem"):
         reward_of(f"json-schema:{tmp_path / 'schema.json'}")(problem(None), "1")
+
+
+def test_a_pattern_that_takes_too_long_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one in a schema. Each would take hours."""
+    monkeypatch.setattr(rewards, "TIME_LIMIT", 0.05)
+    (tmp_path / "schema.json").write_text('{"pattern": "^(a+)+$"}')
+    text = "a" * 40 + "!"
+    for spec, sample in {"regex:^(a+)+$": text, f"json-schema:{tmp_path}/schema.json": f'"{text}"'}.items():
+        says = (
+            f"--reward {spec}: expected at most 0.05 s for each sample, got more for a text of {len(sample)} characters"
+        )
+        with pytest.raises(LossInputError, match=re.escape(says)):
+            reward_of(spec)(problem(None), sample)
+        assert reward_of(spec)(problem(None), sample.replace("!", "")) == 1
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0)
 
 
 FUNCTIONS = """
