@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 import math
@@ -57,13 +58,20 @@ def reward_of(spec: str) -> Reward:
         if not callable(reward):
             raise LossInputError("--reward", "a function (problem, text)", f"{spec}, {show(reward)}", "Name another.")
         check_arguments(spec, reward)
+        reward = partial(reward_of_copy, reward)
     else:
         raise LossInputError("--reward", SPECS, repr(spec), "See docs/train.md.")
     return partial(finite_reward, spec, reward)
 
 
 def check_arguments(spec: str, reward: Callable[..., Any]) -> None:
-    """Refuse a function that cannot be called with a problem and a text. Not every callable has a known signature."""
+    """Refuse a function that cannot be called with a problem and a text, or that has to be awaited.
+
+    Not every callable has a known signature.
+    """
+    if any(map(inspect.iscoroutinefunction, (reward, type(reward).__call__))):
+        fix = "It is not awaited: use def, and asyncio.run(...) in it."
+        raise LossInputError("--reward", "a function (problem, text)", f"{spec}, an async function", fix)
     try:
         signature = inspect.signature(reward)
     except ValueError:
@@ -73,6 +81,11 @@ def check_arguments(spec: str, reward: Callable[..., Any]) -> None:
     except TypeError:
         fix = "It must take (problem, text) and return a number."
         raise LossInputError("--reward", "a function (problem, text)", f"{spec}{signature}", fix) from None
+
+
+def reward_of_copy(reward: Callable[[Problem, str], Any], problem: Problem, text: str) -> Any:
+    """Call a function of the user with a copy of the problem: what it changes there cannot reach the training."""
+    return reward(problem._replace(prompt=[*problem.prompt], fields=copy.deepcopy(problem.fields)), text)
 
 
 def default_reward(problem: Problem) -> str:
@@ -120,6 +133,8 @@ def finite_reward(spec: str, reward: Callable[[Problem, str], Any], problem: Pro
     with suppress(TypeError, ValueError, OverflowError, RuntimeError):  # RuntimeError: a tensor of several numbers
         if not isinstance(value, (str, bytes)) and math.isfinite(number := float(value)):
             return number
+    if inspect.iscoroutine(value):
+        value.close()  # or Python warns that nobody awaited it
     got = f"{show(value)}{sample}"
     raise LossInputError(f"--reward {spec}", "a finite number for each sample", got, "Return 0.0 for a bad sample.")
 

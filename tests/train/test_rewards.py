@@ -141,6 +141,16 @@ def words(problem, text): return "1.0"
 def fails(problem, text): return 1 / 0
 def leaves(problem, text): raise SystemExit(3)
 def one(text): return 1.0
+async def later(problem, text): return 1.0
+class Later:
+    async def __call__(self, problem, text): return 1.0
+object_of_later = Later()
+def returns_later(problem, text): return later(problem, text)
+def changes(problem, text):
+    problem.prompt.append(2)
+    problem.fields["a"].append(3)
+    problem.fields["b"] = 4
+    return 1.0
 four = 4
 """
 
@@ -158,10 +168,16 @@ def test_a_reward_may_be_any_function(tmp_path: Path) -> None:
         "large": "got 1000",
         "words": "got '1.0'",
         "fails": rf"got ZeroDivisionError: division by zero \({file}:11\) for",
+        "returns_later": "got <coroutine object later",
         "leaves": rf"got SystemExit: 3 \({file}:12\)",
     }
     with pytest.raises(LossInputError, match=r"one\(text\)\. It must take \(problem, text\)"):
         reward_of(f"{file}:one")
+    for name in ("later", "object_of_later"):
+        with pytest.raises(LossInputError, match=f"{name}, an async function. It is not awaited"):
+            reward_of(f"{file}:{name}")
+    whole = Problem([1], None, {"a": [1]})
+    assert reward_of(f"{file}:changes")(whole, "") == 1.0 and whole == Problem([1], None, {"a": [1]})
     for name, text in says.items():
         reward = reward_of(f"{file}:{name}")
         with pytest.raises(LossInputError, match=f"{name}: expected a finite number for each sample, {text}") as error:
