@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from fractions import Fraction
 from functools import partial
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -238,12 +239,13 @@ def pattern_reward(pattern: str) -> Reward:
 def schema_reward(file: str) -> Reward:
     """Return a reward that is 1 if the whole sample is JSON that fits the schema in a file, else 0.
 
-    A reference to another file is not followed. Extra ``rewards``.
+    Nothing is loaded from elsewhere: ``check_references`` refuses such a schema. Extra ``rewards``.
     """
     try:
         from jsonschema.exceptions import SchemaError
         from jsonschema.validators import validator_for
         from referencing import Registry
+        from referencing.exceptions import Unresolvable
     except ImportError:
         fix = "pip install 'lossfns[rewards]'"
         raise LossInputError("--reward", "the package jsonschema", "none", fix) from None
@@ -251,6 +253,12 @@ def schema_reward(file: str) -> Reward:
         schema = json.loads(Path(file).read_text(encoding="utf-8"))
         form = validator_for(schema)
         form.check_schema(schema)
+        check_references(file, schema, form.ID_OF(form.META_SCHEMA))
+    except LossInputError:
+        raise
+    except Unresolvable as error:
+        got, fix = f"{file} with a reference to {show(error.ref)}", "Nothing else is loaded: write it under '$defs'."
+        raise LossInputError("--reward", "a schema with references within itself", got, fix) from None
     except (AttributeError, OSError, TypeError, ValueError, RecursionError, SchemaError) as error:
         got = f"{file} ({str(error).splitlines()[0]})"
         raise LossInputError("--reward", "a file with a JSON schema", got, "Correct it, or name another.") from None
@@ -264,6 +272,47 @@ def schema_reward(file: str) -> Reward:
             return 0.0
 
     return reward
+
+
+REFERENCES = ("$ref", "$dynamicRef", "$recursiveRef")
+"""The keywords of references in a schema."""
+
+
+def check_references(file: str, schema: Any, dialect: str) -> None:
+    """Refuse references that lead in a circle without a step into the value: the check of a value would not end.
+
+    Raises:
+        Unresolvable: for a reference that leads out of the schema, or to nothing.
+    """
+    from jsonschema_specifications import REGISTRY  # the published drafts, in the package
+    from referencing.jsonschema import specification_with
+
+    specification = specification_with(dialect)
+    root = specification.create_resource(schema)
+    pending = [(root.contents, REGISTRY.resolver_with_root(root))]
+    known: dict[int, Any] = {}
+    after: dict[int, list[int]] = {}  # the schemas that judge the same value, by the identity of each schema
+    while pending:
+        each, resolver = pending.pop()
+        if not isinstance(each, dict) or id(each) in known:
+            continue
+        known[id(each)] = each
+        targets = [resolver.lookup(each[name]) for name in REFERENCES if name in each]
+        same_value = [target.contents for target in targets]
+        same_value += [part for name in ("allOf", "anyOf", "oneOf") for part in each.get(name, ())]
+        same_value += [each[name] for name in ("not", "if", "then", "else") if name in each]
+        same_value += each.get("dependentSchemas", {}).values()
+        after[id(each)] = [id(part) for part in same_value if isinstance(part, dict)]
+        pending += [(target.contents, target.resolver) for target in targets]
+        resource = specification.create_resource(each)
+        pending += [(part.contents, resolver.in_subresource(part)) for part in resource.subresources()]
+    try:
+        TopologicalSorter(after).prepare()
+    except CycleError as error:
+        circle = [known[i] for i in error.args[1]]
+        references = dict.fromkeys(show(each[name]) for each in circle for name in REFERENCES if name in each)
+        got, fix = f"{file} with a circle of references to {', '.join(references)}", "Mend the schema."
+        raise LossInputError("--reward", "a schema whose check of a value ends", got, fix) from None
 
 
 def refuse_constant(name: str) -> None:

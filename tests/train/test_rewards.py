@@ -107,10 +107,31 @@ def test_a_sample_with_a_number_that_is_too_large_does_not_fit(tmp_path: Path) -
     assert [reward(problem(None), text) for text in ("1.5", "1.3", "1e400")] == [1, 0, 0]
 
 
-def test_a_schema_loads_nothing_from_elsewhere(tmp_path: Path) -> None:
-    (tmp_path / "schema.json").write_text('{"$ref": "http://127.0.0.1:9/schema.json"}')
-    with pytest.raises(LossInputError, match=r"Unresolvable.* for the sample '1' to a problem"):
-        reward_of(f"json-schema:{tmp_path / 'schema.json'}")(problem(None), "1")
+ELSEWHERE = "a schema with references within itself, got .* with a reference to "
+CIRCLE = "a schema whose check of a value ends, got .* with a circle of references to "
+REFERENCES = {
+    '{"$ref": "http://127.0.0.1:9/schema.json"}': f"{ELSEWHERE}'http://127.0.0.1:9/schema.json'",
+    '{"properties": {"a": {"items": {"$ref": "other.json"}}}}': f"{ELSEWHERE}'other.json'",
+    '{"$ref": "#/$defs/none"}': f"{ELSEWHERE}'/\\$defs/none'",
+    '{"$ref": "#"}': f"{CIRCLE}'#'",
+    '{"$schema": "http://json-schema.org/draft-07/schema#", "not": {"$ref": "#"}}': f"{CIRCLE}'#'",
+    '{"$ref": "#/$defs/a", "$defs": {"a": {"anyOf": [true, {"$ref": "#/$defs/b"}]}, "b": {"$ref": "#/$defs/a"}}}':
+        f"{CIRCLE}'#/\\$defs/.', '#/\\$defs/.'",
+}  # fmt: skip
+TREE = '{"type": "object", "properties": {"a": {"$ref": "#"}, "$ref": {"const": {"$ref": "none"}}}}'
+
+
+def test_references_of_a_schema_stay_in_it_and_end(tmp_path: Path) -> None:
+    file = tmp_path / "schema.json"
+    for schema, says in REFERENCES.items():
+        file.write_text(schema)
+        with pytest.raises(LossInputError, match=says):
+            reward_of(f"json-schema:{file}")
+    file.write_text(TREE)
+    samples = ('{"a": {"a": {}}}', '{"a": {"a": 1}}')
+    assert [reward_of(f"json-schema:{file}")(problem(None), text) for text in samples] == [1, 0]
+    file.write_text('{"$ref": "https://json-schema.org/draft/2020-12/schema"}')  # a draft, which the package has
+    assert [reward_of(f"json-schema:{file}")(problem(None), text) for text in ("{}", '{"type": 3}')] == [1, 0]
 
 
 def test_a_pattern_that_takes_too_long_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
