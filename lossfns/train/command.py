@@ -27,6 +27,7 @@ from lossfns.train.defaults import complete_options, loss_of
 from lossfns.train.losses import parse_setting
 from lossfns.train.options import CHOICES, NAMES, Options, check_option, flag, naming, read_toml
 from lossfns.train.outcome import report_outcome
+from lossfns.train.paths import names_code
 from lossfns.train.recipes import Job, run_job
 from lossfns.train.remote import Client
 from lossfns.train.rewards import SPECS
@@ -114,6 +115,7 @@ def train_command(args: argparse.Namespace) -> int:
     Returns:
         0, also if the run was stopped early and saved, or 2 if the input was refused.
     """
+    here = os.getcwd()
     try:
         given = given_options(args)
         if args.resume is not None:
@@ -129,7 +131,7 @@ def train_command(args: argparse.Namespace) -> int:
         args.parser.error(str(error))
     try:
         with silence() if int(os.environ.get("RANK", 0)) else nullcontext():
-            return resume_run(Path(args.resume)) if options is None else start_run(options)
+            return resume_run(Path(args.resume)) if options is None else start_run(options, here)
     except (LossInputError, ImportError, OSError) as error:
         return print_refusal(error)
 
@@ -188,10 +190,11 @@ def silence() -> Iterator[None]:
         yield
 
 
-def start_run(options: Options) -> int:
-    """Start a new run."""
+def start_run(options: Options, here: str) -> int:
+    """Start a new run from a folder, which a function of the user may have changed since."""
     name = re.sub(r"[^\w.-]+", "-", Path(options.loss).name)[:40].strip("-.") or "run"
-    folder = Path(options.out or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    start = here if names_code(vars(options)) else ""
+    folder = Path(start, options.out or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
     check_new(folder)
     return train(options, folder, lambda config: create_run(folder, config))
 
@@ -207,6 +210,8 @@ def resume_run(folder: Path) -> int:
         with while_read(sys.stdout):
             print(f"{folder} is finished: there is nothing to resume; {TRAIN_LONGER.format(folder)}")
         return 0
+    if names_code(config["options"]):
+        folder = folder.absolute()
     options = complete_options(config["options"])
     return train(options, folder, lambda now: check_same(config, now, folder))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from lossfns.train.checkpoints import checkpoints
 from lossfns.train.defaults import recorded_options
 from lossfns.train.losses import AnyLoss
 from lossfns.train.options import Options, to_toml, with_effect
+from lossfns.train.paths import with_absolute_paths
 from lossfns.train.remote import Client, RemoteTrainingClient
 from lossfns.train.run import replaced
 from lossfns.version import __version__
@@ -40,23 +41,6 @@ def config_of(options: Options, loss: AnyLoss, client: Client) -> dict[str, Any]
         "versions": {"lossfns": __version__, "torch": torch.__version__, "python": platform.python_version()},
         "machine": {"platform": platform.platform(), "processors": os.cpu_count()},
     }
-
-
-def with_absolute_paths(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options with absolute paths, so that they mean the same in another folder."""
-    resolve: dict[str, Callable[[str], str]] = {"data": files.located, "init": os.path.abspath}
-    resolve |= dict.fromkeys(("model", "teacher", "loss", "reward"), absolute_path)
-    return {name: resolve[name](x) if name in resolve and x else x for name, x in options.items()}
-
-
-def absolute_path(text: str) -> str:
-    """Return the absolute path of a file that exists, also in ``FILE.py:FUNCTION`` and ``json-schema:FILE``."""
-    before, _, after = text.rpartition(":")
-    if os.path.exists(text):
-        return os.path.abspath(text)
-    if before.endswith(".py") and os.path.exists(before):
-        return f"{os.path.abspath(before)}:{after}"
-    return f"{before}:{os.path.abspath(after)}" if before == "json-schema" and os.path.exists(after) else text
 
 
 def write_config_toml(folder: Path, options: Mapping[str, Any]) -> None:

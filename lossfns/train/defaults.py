@@ -11,6 +11,7 @@ from lossfns.errors import LossInputError
 from lossfns.train.columns import check_columns
 from lossfns.train.losses import AnyLoss, family_loss, method_of, spelled
 from lossfns.train.options import LARGEST, NAMES, Options, check_known, check_option, flag
+from lossfns.train.paths import with_lasting_paths
 
 POLICY = {"steps": 100, "batch": 16, "lr": 5e-4, "warmup_steps": 200, "group": 16, "updates": 2}
 PREFERENCE = {"steps": 400, "batch": 32, "lr": 3e-4, "warmup_steps": 300}
@@ -92,6 +93,7 @@ def complete_options(given: Mapping[str, Any]) -> Options:
     for name, value in given.items():
         check_known(name, "options")
         check_option(name, value)
+    given = with_lasting_paths(given)
     loss = loss_of(given["loss"], given.get("set", {}))
     method = method_of(loss)
     check_columns(loss, teacher="teacher" in given, outputs="base_url" not in given)
@@ -99,7 +101,7 @@ def complete_options(given: Mapping[str, Any]) -> Options:
         if not has_option(method, name):
             expected = f"a loss that has it ({' and '.join(OPTION_METHODS[name])} losses)"
             raise LossInputError(flag(name), expected, f"{loss.name}, a {method} loss", "Leave it out.")
-    options = Options(**defaults_of(given, method) | given)
+    options = Options(**{**defaults_of(given, method), **given})
     if options.advantage_scale != Options.advantage_scale and "advantages" not in loss.reads:
         got = f"{loss.name}, which reads {', '.join(loss.reads)}"
         raise LossInputError("--advantage-scale", "a loss that reads advantages", got, "Leave it out.")

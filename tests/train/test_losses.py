@@ -215,6 +215,22 @@ def test_ones_own_loss_of_any_form_trains_by_what_it_reads(tmp_path: Path) -> No
         loss_of(f"{tmp_path}/mine.py:pg", {"scal": 2.0})
 
 
+def test_a_file_runs_once_and_may_change_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Paths mean what they meant before. A changed file runs again."""
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    source = f"import os\nopen('{tmp_path}/log', 'a').write('x')\nos.chdir('{tmp_path}/elsewhere')\n" + OWN
+    Path("moving.py").write_text(source)
+    Path("rows.jsonl").write_text("")
+    options = complete_options({"loss": "moving.py:nll", "data": "rows.jsonl", "out": "run"})
+    assert Path.cwd() == tmp_path / "elsewhere"
+    assert (options.data, options.out) == (f"{tmp_path}/rows.jsonl", f"{tmp_path}/run")
+    first = loss_of(options.loss, {}).function
+    assert loss_of(options.loss, {}).function is first and (tmp_path / "log").read_text() == "x"
+    (tmp_path / "moving.py").write_text(source + "\n")
+    assert loss_of(options.loss, {}).function is not first and (tmp_path / "log").read_text() == "xx"
+
+
 def test_metrics_of_ones_own_loss_are_numbers_and_leave_the_place_of_a_row(tmp_path: Path) -> None:
     source = "def {}(data, logprobs_list):\n    return -sum(map(sum, logprobs_list)), {{{}}}\n"
     named = "'phase': 3, 'step': 9, 'seconds': 1e9, 'x': logprobs_list[0].new_tensor(2.0)"
