@@ -1,6 +1,9 @@
 """Pages that are written from the code, and the pictures of losses."""
 
+import functools
+import itertools
 import re
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -28,6 +31,42 @@ def test_links_and_pictures_of_the_documents_exist() -> None:
         for target in re.findall(r"\]\(([^)#\s]+)(?:#[\w-]*)?\)", file.read_text(encoding="utf-8")):
             if not target.startswith(("http", "mailto")):
                 assert (file.parent / target).exists(), f"{file.name}: {target}"
+
+
+def slugs(file: Path) -> set[str]:
+    """Return the anchors that the site gives to the headings of a page, as the Markdown package makes them."""
+    text = re.sub(r"^```.*?^```", "", file.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    found: set[str] = set()
+    for heading in re.findall(r"^#+ (.+)", text, re.MULTILINE):
+        plain = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading)
+        ascii_only = unicodedata.normalize("NFKD", plain).encode("ascii", "ignore").decode()
+        slug = base = re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", ascii_only).strip().lower())
+        repeats = itertools.count(1)
+        while slug in found:
+            slug = f"{base}_{next(repeats)}"
+        found.add(slug)
+    return found
+
+
+def test_the_headings_that_links_name_exist() -> None:
+    headings, checked = functools.cache(slugs), 0
+    for file in [*DOCS.rglob("*.md"), DOCS.parent / "README.md"]:
+        text = re.sub(r"^```.*?^```", "", file.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+        for target, anchor in re.findall(r"\]\((?!http)([^)#\s]*)#([^)\s]+)\)", text):
+            page = (file.parent / target).resolve() if target else file
+            if "reference" not in page.parts:  # the headings of those pages are written by mkdocstrings
+                assert anchor in headings(page), f"{file.name}: {target}#{anchor}"
+                checked += 1
+    assert checked > 50
+
+
+def test_each_of_the_ten_questions_has_an_answer_a_heading_and_a_public_source() -> None:
+    questions = (DOCS / "questions.md").read_text(encoding="utf-8").split("\n## ")[1:]
+    assert len(questions) == 10
+    for question in questions:
+        worked_out, asked = re.split(r"(?:Asked|Reported)\sin", question.partition("Worked out in")[2], maxsplit=1)
+        assert re.search(r"\]\([\w/]+\.md#[\w-]+\)", worked_out), question
+        assert re.search(r"\]\(https://github\.com/[\w-]+/[\w-]+/(issues|pull)/\d+\)", asked), question
 
 
 def test_the_readme_links_every_loss_once() -> None:
