@@ -201,14 +201,17 @@ def test_output_that_cannot_be_written_is_one_line(
     assert capsys.readouterr().err == "lossfns: standard output cannot be written: No space left on device\n"
 
 
+@pytest.mark.parametrize("arguments", [[], ["list"], ["describe", "grpo"], ["explain", "poison"], ["data", "rows"]])
 def test_a_closed_pipe_ends_the_output_quietly(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """The first line fails already: each one is written at once."""
+    rows = jsonl(tmp_path / "rows.jsonl", variants("sft", 3))
     reader, writer = os.pipe()
     os.close(reader)
-    with os.fdopen(writer, "w") as closed:
+    with os.fdopen(writer, "w", buffering=1) as closed:
         monkeypatch.setattr(sys, "stdout", closed)
-        assert main(["list"]) == 0
+        assert main([rows if each == "rows" else each for each in arguments]) == 0
     assert capsys.readouterr().err == ""
 
 

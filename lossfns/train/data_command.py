@@ -106,13 +106,13 @@ def data_command(args: argparse.Namespace) -> int:
         os._exit(130)
     longer = [(row, n) for row, _, n in findings.rows if n > args.max_length]
     different = len({repr(examples) for _, examples, n in findings.rows if n <= args.max_length})
+    usable = not findings.errors and (not longer or args.drop_longer) and different >= 2
     with while_read(sys.stdout):
         print_format(args.source, findings, args.model, renderer)
         for row, examples, _ in findings.rows[:SHOWN]:
             print_row(row, examples, renderer)
         print_lengths(findings)
         print_refused(findings, longer, args.max_length, args.drop_longer)
-        usable = not findings.errors and (not longer or args.drop_longer) and different >= 2
         say(f"lossfns train {'takes' if usable else 'refuses'} it{reason_of(findings, len(longer), different)}")
     return 0 if usable else 1
 
