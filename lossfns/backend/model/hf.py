@@ -61,7 +61,7 @@ def load(
     try:
         found = located(source)
         model, info = transformers().AutoModelForCausalLM.from_pretrained(
-            found, dtype=dtype, attn_implementation="eager", output_loading_info=True
+            found, dtype=dtype, attn_implementation="eager", output_loading_info=True, trust_remote_code=False
         )
         tokenizer = tokenizer_of(found, model.name_or_path if lora.wrapped_layers(model) else found)
     except LossInputError:
@@ -99,11 +99,11 @@ def tokenizer_of(source: str | Path, base: str | Path) -> Any:
     """Load the tokenizer of ``source``; that of ``base`` if there is none."""
     hf = transformers()
     try:
-        return hf.AutoTokenizer.from_pretrained(source)
+        return hf.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError):
         if base == source:
             raise
-        return hf.AutoTokenizer.from_pretrained(base)
+        return hf.AutoTokenizer.from_pretrained(base, trust_remote_code=False)
 
 
 class CausalLM(nn.Module):
