@@ -99,8 +99,9 @@ def data_command(args: argparse.Namespace) -> int:
         check_option("max_length", args.max_length)
         with naming({"source": "--model", "--data": "FILE"}), status() as tell:
             renderer = Renderer(ByteTokenizer() if args.model is None else hf.load_tokenizer(args.model))
+            vocabulary = None if args.model is None else hf.vocabulary_size(args.model)
             tell(f"reading {args.source}")
-            findings = examine(args.source, renderer, args.kind)
+            findings = examine(args.source, renderer, args.kind, vocabulary)
     except (LossInputError, OSError, ImportError) as error:
         return print_refusal(error)
     except KeyboardInterrupt:
@@ -127,8 +128,10 @@ def reason_of(findings: Findings, longer: int, different: int) -> str:
     return "" if different >= 2 else f": it needs 2 different rows, and all {used} are equal"
 
 
-def examine(source: str, renderer: Renderer, name: str | None) -> Findings:
+def examine(source: str, renderer: Renderer, name: str | None, vocabulary: int | None = None) -> Findings:
     """Make the examples of all rows, and collect the errors of those that cannot be used.
+
+    A row with a token that is none of the ``vocabulary`` ids of the model cannot be used.
 
     Raises:
         LossInputError: if no row can be read, or their format is not known.
@@ -145,6 +148,7 @@ def examine(source: str, renderer: Renderer, name: str | None) -> Findings:
     for row in rows:
         try:
             examples = formats.examples_of(row, row_format, renderer)
+            check_vocabulary(row, examples, renderer, vocabulary)
         except LossInputError as error:
             errors.append(error)
         else:
@@ -152,6 +156,18 @@ def examine(source: str, renderer: Renderer, name: str | None) -> Findings:
     errors.sort(key=line_of)
     fields = list(dict.fromkeys(field for row in rows for field in row.fields))
     return Findings(kind, row_format, used, fields, errors, [each for each in names if each != kind])
+
+
+def check_vocabulary(row: Row, examples: Sequence[Example], renderer: Renderer, vocabulary: int | None) -> None:
+    """Refuse a row with a token that the model does not have, as the first step of training does."""
+    if vocabulary is None:
+        return
+    largest = max(max(each.tokens) for example in examples for _, each in titled(example, renderer))
+    if largest >= vocabulary:
+        fix = "The tokenizer has tokens that the model lacks: take the model's own tokenizer, or a larger model."
+        row.refuse(
+            f"token ids in [0, {vocabulary}), those of the model", f"{largest} ({renderer.shown([largest])!r})", fix
+        )
 
 
 def is_of(name: str, row: Row, renderer: Renderer) -> bool:
