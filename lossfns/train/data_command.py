@@ -243,22 +243,38 @@ def titled(example: Example, renderer: Renderer) -> Iterator[tuple[str, Demonstr
 
 
 def print_sequence(sequence: Demonstration, renderer: Renderer) -> None:
-    """Print a sequence in lines, the middle of a long one left out."""
-    runs = groupby(zip(sequence.tokens, sequence.weights), key=lambda pair: pair[1])
-    parts = [(printable(renderer.shown(token for token, _ in run), sys.maxsize), weight) for weight, run in runs]
-    console = console_on(sys.stdout)
-    if console is None:
-        marked = "".join(mark(text, weight) for text, weight in parts)
-        lines: Sequence[Any] = [line for text in marked.split("\n") for line in wrap(text)]
+    """Print a sequence in lines, the middle of a long one left out. Of a very long one only the ends are decoded."""
+    console, half, n = console_on(sys.stdout), LINES // 2, len(sequence.tokens)
+    if n > 2 * END:
+        ends = (slice(END), slice(-END, None))
+        first, last = (Demonstration(sequence.tokens[end], sequence.weights[end]) for end in ends)
+        lines = [*lines_of(first, renderer, console)[:half], *lines_of(last, renderer, console)[-half:]]
+        left_out = f"the middle of {n} tokens"
     else:
-        lines = list(coloured(parts).wrap(console, WIDTH))
-    half = LINES // 2
-    for line in lines if len(lines) <= LINES else lines[:half]:
+        lines = lines_of(sequence, renderer, console)
+        left_out = f"{len(lines) - 2 * half} lines"
+        if len(lines) <= LINES:
+            half = len(lines)
+    for line in lines[:half]:
         print_line(console, line)
-    if len(lines) > LINES:
-        say(f"    ... {len(lines) - 2 * half} lines ...")
+    if lines[half:]:
+        say(f"    ... {left_out} ...")
         for line in lines[-half:]:
             print_line(console, line)
+
+
+END = 4 * WIDTH * LINES // 2
+"""The tokens at each end of a very long sequence that are decoded: a character has at most four."""
+
+
+def lines_of(sequence: Demonstration, renderer: Renderer, console: Any) -> list[Any]:
+    """Return the lines of a sequence, its trained tokens marked or coloured."""
+    runs = groupby(zip(sequence.tokens, sequence.weights), key=lambda pair: pair[1])
+    parts = [(printable(renderer.shown(token for token, _ in run), sys.maxsize), weight) for weight, run in runs]
+    if console is not None:
+        return list(coloured(parts).wrap(console, WIDTH))
+    marked = "".join(mark(text, weight) for text, weight in parts)
+    return [line for text in marked.split("\n") for line in wrap(text)]
 
 
 def print_line(console: Any, line: Any) -> None:

@@ -111,6 +111,8 @@ def test_long_rows_are_shown_by_their_ends_and_a_terminal_has_colours(
     rows = [{"prompt": f"{i} " + "word " * 400, "completion": "the end"} for i in range(2)]
     _, text = shown(path, rows, capsys)
     assert "    ... 11 lines ..." in text and text.count("[[the end<|eos|>]]") == 2
+    _, text = shown(path, [row | {"prompt": row["prompt"] * 9} for row in rows], capsys)
+    assert text.count("    ... the middle of 18026 tokens ...") == 2 and text.count("[[the end<|eos|>]]") == 2
     pair = [{"prompt": f"{i}", "chosen": "yes", "rejected": "no"} for i in range(2)]
     path.write_text("".join(json.dumps(row) + "\n" for row in pair))
     monkeypatch.setattr(sys, "stdout", terminal)
