@@ -19,7 +19,7 @@ from lossfns.train import files, formats
 from lossfns.train.examples import Demonstration, Example, Labelled, Preference, Problem, demonstration, sequences
 from lossfns.train.formats import Format
 from lossfns.train.options import check_option, naming
-from lossfns.train.render import Renderer
+from lossfns.train.render import DATED, Renderer
 from lossfns.train.rewards import WITHOUT_ANSWERS
 from lossfns.train.tasks import MAX_LENGTH, length
 from lossfns.train.values import Row, counted, shown
@@ -202,6 +202,8 @@ def print_format(source: str, findings: Findings, model: str | None, renderer: R
         print_indented(f"The rows have no answer. {WITHOUT_ANSWERS}", "  ")
     written = "as plain lines" if renderer.template is None else "by its chat template"
     print_indented(f"tokens of {model or 'the embedded model'}; messages are written {written}", "  ")
+    if renderer.dated:
+        print_indented(DATED, "  ")
     unread = [field for field in findings.fields if field not in findings.format.keys + findings.format.also]
     if unread:
         print_indented(f"not read: {', '.join(map(shown, unread))}", "  ")

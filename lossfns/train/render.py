@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any
@@ -22,6 +23,25 @@ Message = Mapping[str, Any]
 
 CACHED_PIECES, LONG_PIECE = 512, 10_000
 """The pieces of text that are cached with their tokens, and the length in characters from which none is cached."""
+
+DATE = datetime(2024, 7, 26)
+"""The present for a chat template that asks for it, so that the tokens are the same on every day.
+
+The templates of Llama 3 have this date, too, where nobody tells them another.
+"""
+
+DATED = f"the chat template asks for the date: it gets {DATE:%d %b %Y} on every day"
+
+DATE_CODES = {"%F": "%Y-%m-%d", "%D": "%m/%d/%y", "%T": "%H:%M:%S", "%R": "%H:%M", "%h": "%b", "%e": "%d"}
+DATE_CODES |= {f"%{code}": DATE.strftime(f"%{code}") for code in "aAbBcdfGHIjmMpSuUVwWxXyYzZ"}
+DATE_CODES |= {f"%-{code}": DATE_CODES[f"%{code}"].lstrip("0") or "0" for code in "dHIjmMSy"}
+"""What to write in turn for each code of ``strftime``."""
+DATE_MACRO = (
+    "{% macro strftime_now(form) %}{{ form"
+    + "".join(f".replace({json.dumps(code)}, {json.dumps(text)})" for code, text in DATE_CODES.items())
+    + " }}{% endmacro +%}"
+)
+"""A function for chat templates that hides the one of the clock. transformers takes no function as an argument."""
 
 MARK = "qvzx"
 """A word that no template has, to find out what a template writes."""
@@ -59,6 +79,7 @@ class Renderer:
         template: its chat template; None if messages become plain lines.
         end: the ids that end an answer: first the one that is trained, then others that the tokenizer declares.
         start: the ids before a text that has no prompt.
+        dated: whether the chat template asks for the date, which is then always ``DATE``.
 
     Raises:
         LossInputError: the tokenizer has no end token.
@@ -73,6 +94,7 @@ class Renderer:
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self.template = getattr(tokenizer, "chat_template", None)
+        self.dated = "strftime_now" in str(self.template)
         special = special_texts(tokenizer)
         self._special = re.compile("|".join(map(re.escape, special)) or "(?!)")
         self._encode_cached = lru_cache(CACHED_PIECES)(self._encode)
@@ -261,8 +283,9 @@ class Renderer:
         """
         plain = [{key: value for key, value in each.items() if key != "weight"} for each in messages]
         try:
+            dated = DATE_MACRO + self.tokenizer.get_chat_template(tools=tools or None) if self.dated else None
             text = self.tokenizer.apply_chat_template(
-                plain, tools=tools or None, tokenize=False, add_generation_prompt=header
+                plain, tools=tools or None, chat_template=dated, tokenize=False, add_generation_prompt=header
             )
         except Exception as error:  # a template is a program
             got = f"{type(error).__name__}: {shorten(str(error))}"

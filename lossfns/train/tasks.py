@@ -15,7 +15,7 @@ from lossfns.errors import LossInputError
 from lossfns.terminal import status
 from lossfns.train import files, formats, values
 from lossfns.train.examples import Demonstration, Labelled, Preference, Problem, demonstration, sequences
-from lossfns.train.render import Renderer
+from lossfns.train.render import DATED, Renderer
 from lossfns.train.values import Row
 
 MAX_HELD_OUT = 400
@@ -236,6 +236,7 @@ def load(
         else "",
         f"{values.counted(equal, 'row')} equal to others left out" if equal else "",
         f"not read: {', '.join(map(values.shown, unread[:8]))}{', ...' if unread[8:] else ''}" if unread else "",
+        DATED if renderer.dated else "",
     ]
     note, style = "; ".join(filter(None, notes)), formats.prompt_style(rows[0], row_format)
     name = rows[0].place.rpartition(":")[0]  # with the split that was taken

@@ -155,6 +155,19 @@ def test_a_template_is_refused_for_messages_that_it_does_not_write() -> None:
         Renderer(byte_pairs(eos_token=""))
 
 
+def test_a_template_that_asks_for_the_date_gets_the_same_on_every_day() -> None:
+    """The rest of the template is written as before."""
+    asks = "{%- if strftime_now is defined %}{{ strftime_now('%A, %-d %B %Y, %F %H:%M|') }}{% endif %}\n"
+    for template in (asks + CHATML, {"default": CHATML, "tool_use": asks + TOOLS}):
+        renderer = Renderer(byte_pairs(template))
+        tools = None if isinstance(template, str) else [TOOL]
+        text = renderer.shown(renderer.prompt([user("a")], tools))
+        assert renderer.dated and text.startswith("Friday, 26 July 2024, 2024-07-26 00:00|"), template
+        assert text.endswith("<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"), template
+    asked = Renderer(byte_pairs("{# strftime_now #}\n " + CHATML)).prompt([user("a")])
+    assert asked == Renderer(byte_pairs("\n " + CHATML)).prompt([user("a")])
+
+
 def test_texts_stay_as_they_are_between_the_tokens_that_begin_and_end_them() -> None:
     """(tokenizer, prompt, completion) → the prompt and the trained text, with special tokens."""
     pairs, words = Renderer(byte_pairs()), Renderer(word_pieces())
