@@ -165,10 +165,11 @@ def check_coefficients(name: str, value: Any) -> None:
 
 
 def make_function_check(*known: str) -> Callable[[str, Any], None]:
-    """Make a check that refuses anything but a function; its hint names the ``known`` functions."""
+    """Make a check that refuses anything but a function, and losses; its hint names the ``known`` functions."""
 
     def check(name: str, value: Any) -> None:
-        if not callable(value):
+        makes_loss = getattr(value, "__annotations__", {}).get("return") == "Loss"
+        if not callable(value) or hasattr(value, "bind") or makes_loss:
             hint = f"{did_you_mean(str(value), known)} Pass the function, or its name."
             raise LossInputError(name, f"a function such as {known[-1]}", show(value), hint)
 

@@ -8,6 +8,7 @@ import os
 import sys
 import sysconfig
 import traceback
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -70,11 +71,18 @@ def from_file(path: str) -> Any:
     """Import a Python file as Python imports a script, but under the name of the file.
 
     Its folder comes first on ``sys.path``, and the module is in ``sys.modules``, so that it can import its neighbours,
-    define dataclasses and be pickled.
+    define dataclasses and be pickled. A file runs once, unless it has changed since.
     """
     file = Path(path).resolve()
-    folder, name = str(file.parent), file.stem
+    folder, state = str(file.parent), file.stat()
     sys.path[:] = [folder, *(entry for entry in sys.path if entry != folder)]
+    return module_of(file, state.st_mtime_ns, state.st_size)
+
+
+@cache
+def module_of(file: Path, mtime: int, size: int) -> Any:
+    """Import a file of this time of change and size."""
+    name = file.stem
     loaded = sys.modules.get(name)
     if loaded is not None and getattr(loaded, "__file__", None) != str(file):
         name = f"{name}_under_test"

@@ -12,7 +12,7 @@ from lossfns import spellings
 from lossfns.checks import check_knobs
 from lossfns.errors import LossInputError
 from lossfns.kl import ESTIMATORS
-from lossfns.loss import Loss, Terms
+from lossfns.loss import Loss, Terms, name_or_repr
 from lossfns.margins import LINKS, REWARDS
 from lossfns.regions import one_side, ratio_weight, two_side, unit_weight
 from lossfns.segments import geometric_level, maximum_level, sequence_level, token_level
@@ -59,6 +59,14 @@ def resolve_name(knob: str, value: Any) -> Any:
     return FUNCTIONS_BY_NAME.get(knob, {}).get(value, value) if isinstance(value, str) else value
 
 
+def refuse_function_of_another_knob(knob: str, value: Any) -> None:
+    """Refuse a function that only other knobs accept. A function that none of them names is the caller's own."""
+    others = [name for name, known in FUNCTIONS_BY_NAME.items() if any(value is each for each in known.values())]
+    if knob in FUNCTIONS_BY_NAME and others and knob not in others:
+        fix = f"Use one of: {', '.join(FUNCTIONS_BY_NAME[knob])}."
+        raise LossInputError(knob, f"a function for {knob}", f"{name_or_repr(value)}, one for {others[0]}", fix)
+
+
 def preset(build: Callable[P, Loss]) -> Callable[P, Loss]:
     """Decorate a function that builds a loss.
 
@@ -79,7 +87,10 @@ def preset(build: Callable[P, Loss]) -> Callable[P, Loss]:
             knobs.arguments[name] = resolve_name(name, value)
         try:
             check_knobs(knobs.arguments, build.__name__)
-            return replace(build(*knobs.args, **knobs.kwargs), name=build.__name__, knobs=dict(knobs.arguments))
+            loss = build(*knobs.args, **knobs.kwargs)
+            for name, value in knobs.arguments.items():
+                refuse_function_of_another_knob(name, value)
+            return replace(loss, name=build.__name__, knobs=dict(knobs.arguments))
         except LossInputError as error:
             error.loss = build.__name__
             raise

@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import sys
 import textwrap
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -27,6 +29,32 @@ def printable(text: str, limit: int = 2000) -> str:
     return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
 
 
+def one_line(text: str, width: int, *, end: bool = False) -> str:
+    """Return text on one line of at most ``width`` columns: newlines and what cannot be printed are escaped.
+
+    Of a longer text, the start is kept; with ``end`` the end.
+
+    >>> print(one_line("a" + chr(10) + "b" + chr(27), 20), one_line("abcdef", 4), one_line("abcdef", 4, end=True))
+    a\\nb\\x1b abc… …def
+    """
+    shown = [c if c.isprintable() else c.encode("unicode_escape").decode() for c in text]
+    if sum(map(columns, shown)) <= width:
+        return "".join(shown)
+    kept: list[str] = []
+    room = width - 1
+    for character in reversed(shown) if end else shown:
+        room -= columns(character)
+        if room < 0:
+            break
+        kept.append(character)
+    return "".join(["…", *reversed(kept)] if end else [*kept, "…"])
+
+
+def columns(character: str) -> int:
+    """Return the columns that a character, or its escape, takes on a terminal: most of Chinese take two."""
+    return 2 if len(character) == 1 and unicodedata.east_asian_width(character) in "WF" else len(character)
+
+
 def console_on(stream: TextIO | None) -> Console | None:
     """Return a rich console on a terminal; None where the stream is no terminal, or rich is not installed.
 
@@ -42,11 +70,18 @@ def console_on(stream: TextIO | None) -> Console | None:
     return console if console.is_terminal and not console.is_dumb_terminal else None
 
 
+class OutputError(Exception):
+    """The error for a stream that cannot be written to, such as one to a file on a full disk."""
+
+
 @contextmanager
 def while_read(stream: TextIO | None) -> Iterator[None]:
     """Print to a stream for as long as somebody reads it. If its pipe is closed, the rest of the block is left out.
 
     A character that the stream's encoding does not have is escaped.
+
+    Raises:
+        OutputError: if the stream cannot be written to for another reason.
     """
     if isinstance(stream, io.TextIOWrapper):
         stream.reconfigure(errors="backslashreplace")
@@ -54,14 +89,52 @@ def while_read(stream: TextIO | None) -> Iterator[None]:
         yield
         if stream is not None:
             stream.flush()
-    except (BrokenPipeError, ConnectionError):
+    except ConnectionError:  # also a BrokenPipeError
         discard(stream)
+    except OSError as error:
+        discard(stream)
+        name = "standard error" if stream is sys.stderr else "standard output"
+        raise OutputError(f"{name} cannot be written: {error.strerror}") from error
 
 
-def say(text: str) -> None:
-    """Print text on standard output. Characters that its encoding does not have are escaped."""
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    print(text.encode(encoding, "backslashreplace").decode(encoding))
+def say(text: str, stream: TextIO | None = None) -> None:
+    """Print text, by default on standard output. Characters that the stream's encoding does not have are escaped."""
+    stream = stream or sys.stdout
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream)
+
+
+def width_of(stream: TextIO | None) -> int | None:
+    """Return the columns of a terminal; None for any other stream, in which lines stay as long as they are."""
+    return shutil.get_terminal_size().columns if stream is not None and stream.isatty() else None
+
+
+def wrap(text: str, width: int | None) -> str:
+    """Break lines that are longer than a width at their spaces. They continue with a deeper indentation.
+
+    A word that is longer, such as a path, stays whole.
+
+    >>> print(wrap("  one two three", 9))
+      one two
+        three
+    """
+    lines = []
+    for line in text.split("\n"):
+        deeper = " " * (len(line) - len(line.lstrip()) + 2)
+        fits = width is None or len(line) <= width
+        lines += [line] if fits else textwrap.wrap(line, width or 0, subsequent_indent=deeper, **WHOLE_WORDS)
+    return "\n".join(lines)
+
+
+WHOLE_WORDS: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
+"""The settings of ``textwrap`` with which what is copied from the terminal can be used."""
+
+
+def print_refusal(error: Exception) -> int:
+    """Print an error in one line, and return the exit status for it."""
+    with while_read(sys.stderr):
+        print(f"lossfns: {printable(str(error), sys.maxsize)}", file=sys.stderr)
+    return 2
 
 
 def discard(stream: TextIO | None) -> None:
@@ -114,11 +187,9 @@ def print_rows(console: Console, rows: Sequence[Sequence[str]], styles: Sequence
 
 
 def print_wrapped(console: Console, lines: Iterable[str]) -> None:
-    """Print lines of text. Long lines wrap, and continue with a deeper indentation."""
+    """Print lines of text on a console, broken by ``wrap``."""
     for line in lines:
-        deeper = " " * (len(line) - len(line.lstrip()) + 2)
-        parts = textwrap.wrap(line, console.width, subsequent_indent=deeper, break_on_hyphens=False)
-        console.print("\n".join(parts))
+        console.print(wrap(line, console.width))
 
 
 @contextmanager

@@ -5,6 +5,7 @@ draw many examples, outside CI new ones in every run. So they do with ``-m ""``,
 ``repeated``. Processes that run tests side by side use one thread each.
 """
 
+import gc
 import io
 import os
 from collections.abc import Iterator
@@ -53,6 +54,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         left_out = {item for item in items if item.get_closest_marker("repeated")}
         config.hook.pytest_deselected(items=list(left_out))
         items[:] = long_first([item for item in items if item not in left_out])
+
+
+def pytest_collection_finish() -> None:
+    """Keep what the collection has made, thousands of tests, out of the garbage collector's way."""
+    gc.collect()
+    gc.freeze()
 
 
 def long_first(items: list[pytest.Item]) -> list[pytest.Item]:

@@ -7,10 +7,16 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 from lossfns.backend.storage import checkpoint
 from lossfns.cli import main, parser
@@ -18,7 +24,7 @@ from lossfns.errors import LossInputError
 from lossfns.train import methods, models
 from lossfns.train.command import given_options
 from lossfns.train.defaults import complete_options, loss_of, recorded_options
-from lossfns.train.options import Options
+from lossfns.train.options import Options, to_toml, with_effect
 
 SMALL = ["--steps", "2", "--batch", "4"]
 ROWS = {
@@ -90,7 +96,10 @@ def test_a_run_is_repeatable_and_starts_from_a_checkpoint(tmp_path: Path) -> Non
     first = losses("a")
     assert losses("b") == first
     assert losses("c", "--seed", "1") != first
-    assert losses("d", "--init", str(tmp_path / "a" / "checkpoint.safetensors"))[0] < first[-1]
+    init = ["--init", str(tmp_path / "a" / "checkpoint.safetensors")]
+    started = losses("d", *init)
+    assert started[0] < first[-1]
+    assert losses("e", *init, "--lora", "2")[0] == pytest.approx(started[0], rel=1e-5)  # new adapters on its weights
 
 
 @pytest.mark.parametrize(
@@ -128,7 +137,7 @@ def test_a_missing_file_and_a_foreign_checkpoint_are_refused(
 @pytest.mark.parametrize(
     "arguments",
     [
-        *([], ["train"], ["train", "ppo2"], ["train", "sft", "--steps", "0"], ["train", "sft", "--lr", "nan"]),
+        *(["train"], ["train", "ppo2"], ["train", "sft", "--steps", "0"], ["train", "sft", "--lr", "nan"]),
         *(["train", "sft", "--group", "4"], ["train", "dpo", "--max-tokens", "3"], ["train", "sft", "--seed", "-1"]),
         *(["train", "--resume", "x", "--steps", "2"], ["train", "sft", "--resume", "x"], ["train", "--resume"]),
         *(
@@ -139,12 +148,71 @@ def test_a_missing_file_and_a_foreign_checkpoint_are_refused(
         ["train", "sft", "--save-every", "0"],
     ],
 )
-def test_a_command_that_makes_no_sense_shows_its_usage(
+def test_a_command_that_makes_no_sense_is_refused_in_two_lines(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as exit_:
         main(arguments)
-    assert exit_.value.code == 2 and "usage" in capsys.readouterr().err
+    error, see = capsys.readouterr().err.splitlines()
+    assert exit_.value.code == 2 and error.startswith("lossfns train: ") and see == "See lossfns train --help."
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["trian"], "lossfns: argument COMMAND: invalid choice: 'trian'"),
+        (["trian"], ". Did you mean train?\n"),
+        (["train", "sft", "--stepps=3"], "lossfns train: unrecognized arguments: --stepps=3. Did you mean --steps?\n"),
+        (["list", "x"], "lossfns list: unrecognized arguments: x\nSee lossfns list --help.\n"),
+        (["vectors", "run"], "lossfns vectors run: the following arguments are required: --cmd\n"),
+        (["train", "sft", "--zzz", "\x1b"], "unrecognized arguments: --zzz \\x1b\n"),
+    ],
+)
+def test_a_usage_error_of_every_command_is_short_and_names_the_nearest_word(
+    arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    shown = capsys.readouterr().err
+    assert exit_.value.code == 2 and says in shown and len(shown.splitlines()) == 2
+
+
+def test_without_a_command_all_commands_are_shown_in_a_line_each(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main([]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    commands = lines[lines.index("commands:") + 1 : lines.index("first commands:") - 1]
+    known = "list describe check explain vectors conformance data train plot compare sample export serve"
+    assert [line.split()[0] for line in commands] == known.split()
+    assert all(len(line) <= 80 for line in lines)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize("arguments", [[], ["list"], ["describe", "grpo"], ["explain", "poison"], ["data", "rows"]])
+def test_output_that_cannot_be_written_is_one_line(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = jsonl(tmp_path / "rows.jsonl", variants("sft", 3))
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert main([rows if each == "rows" else each for each in arguments]) == 1
+    assert capsys.readouterr().err == "lossfns: standard output cannot be written: No space left on device\n"
+
+
+@pytest.mark.parametrize("arguments", [[], ["list"], ["describe", "grpo"], ["explain", "poison"], ["data", "rows"]])
+def test_a_closed_pipe_ends_the_output_quietly(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first line fails already: each one is written at once."""
+    rows = jsonl(tmp_path / "rows.jsonl", variants("sft", 3))
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w", buffering=1) as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        assert main([rows if each == "rows" else each for each in arguments]) == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_other_line_separators_and_a_byte_order_mark_are_no_trouble(tmp_path: Path) -> None:
@@ -247,6 +315,25 @@ def test_a_run_killed_before_its_result_only_measures(tmp_path: Path, capsys: py
     assert "resumed after 3 steps" in capsys.readouterr().err
 
 
+@pytest.mark.skipif(resource is None, reason="needs limits of a process")
+def test_a_run_that_finds_no_room_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No file may be larger than 100 kB: the checkpoint does not fit. The run goes on where there is room."""
+    monkeypatch.setattr("lossfns.train.measures.SAMPLE_TOKENS", 1)
+    data, folder = jsonl(tmp_path / "rows.jsonl", variants("sft", 4)), tmp_path / "run"
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        assert main(["train", "sft", "--data", data, "--steps", "1", "--batch", "2", "--out", str(folder)]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "File too large" in error and error.endswith(f"continue with lossfns train --resume {folder}.")
+    assert main(["train", "--resume", str(folder)]) == 0
+    assert (folder / "checkpoint.safetensors").exists()
+
+
 def test_a_finished_run_is_left_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = unfinished(tmp_path)
     assert main(["train", "--resume", str(folder)]) == 0
@@ -310,8 +397,26 @@ def test_a_config_that_does_not_name_an_option_takes_its_default() -> None:
     """A run of an earlier version, which had fewer options, and ``null`` for those that its method did not have."""
     options = complete_options({"loss": "dpo", "batch": 3, "group": None, "out": None})
     assert (options.batch, options.steps, options.warmup_steps, options.save_every) == (3, 400, 300, 20)
-    recorded = recorded_options(options, "preference")
+    recorded = recorded_options(options, loss_of("dpo", {}))
     assert complete_options(recorded) == options and recorded["group"] is None
+
+
+def test_only_options_with_an_effect_are_written() -> None:
+    """What is left out has its default: reading the file gives the same options. Other losses lack other options."""
+    for given, left_out in [
+        ({"loss": "sft"}, {"group", "updates", "lora", "lora_parts", "eval_every", "candidates", "advantage_scale"}),
+        ({"loss": "grpo", "lora": 4, "model": "smollm2"}, {"eval_every", "candidates", "drop_longer", "teacher"}),
+        ({"loss": "sppo", "eval_every": 3}, {"advantage_scale", "lora", "gradient_checkpointing"}),
+    ]:
+        options = complete_options(given)
+        written = tomllib.loads(to_toml(with_effect(recorded_options(options, loss_of(options.loss, {})))))
+        assert complete_options(written) == options
+        assert written.keys() >= {"loss", "steps", "batch", "lr", "seed"} and not written.keys() & left_out
+    assert {"lora_parts", "group", "warmup_steps", "advantage_scale"} <= with_effect(
+        recorded_options(complete_options({"loss": "grpo", "lora": 4, "model": "smollm2"}), loss_of("grpo", {}))
+    ).keys()
+    with pytest.raises(LossInputError, match=r"--advantage-scale: expected a loss that reads advantages, got sppo"):
+        complete_options({"loss": "sppo", "advantage_scale": "none"})
 
 
 def test_a_run_goes_on_only_with_the_data_it_began_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

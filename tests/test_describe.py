@@ -52,4 +52,4 @@ def test_functions_of_other_losses_are_described_by_their_signature() -> None:
 
 def test_the_command_describes_and_refuses(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["describe", "dpo"]) == 0 and "log σ" in capsys.readouterr().out
-    assert main(["describe", "dpoo"]) == 2 and "dpo" in capsys.readouterr().out
+    assert main(["describe", "dpoo"]) == 2 and "Did you mean 'dpo'" in capsys.readouterr().err

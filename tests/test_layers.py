@@ -19,6 +19,7 @@ LAYERS = [
     {"tensors", "deferred"},
     {"compiled"},
     {"loss"},
+    {"preset"},
     {"combine", "sums"},
     {"entropy"},
     {"losses", "advantages", "datum", "labels", "logprobs", "sampler"},

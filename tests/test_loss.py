@@ -561,6 +561,12 @@ def test_a_weighing_an_estimator_and_a_level_may_be_given_by_name(by_name: Any, 
         (lambda: lossfns.ppo(weigh="pair_mean"), "ppo: weigh: expected a weighing of tokens, got pair_mean"),
         (lambda: lossfns.ppo(weigh="fixed_length"), r"ppo: weigh: .* pass weigh=fixed_length\(1024\)"),
         (lambda: lossfns.grpo(kl="k5"), "grpo: kl: .* got 'k5'. Known: k1, k2, k3"),
+        (lambda: lossfns.grpo(kl=lossfns.grpo), "grpo: kl: expected a function such as k3, got .*. Known: k1, k2, k3"),
+        (lambda: lossfns.grpo(kl=lossfns.ppo().bind()), "grpo: kl: expected a function such as k3"),
+        (
+            lambda: lossfns.with_tis(lossfns.ppo(), level=lossfns.k3),
+            "level: .* a function for level, got k3, one",
+        ),
         (lambda: lossfns.with_kl(lossfns.ppo(), kl_to="ref"), "with_kl: kl_to: .* Use one of: old_logprobs, ref"),
         (lambda: lossfns.with_kl(lossfns.ppo(), kl_weight=lambda t: 1), "with_kl: kl_weight: expected a TokenWeight"),
         (

@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 import pytest
 
-from lossfns.terminal import console_on, print_wrapped, status
+from lossfns.cli import main
+from lossfns.terminal import console_on, print_wrapped, status, width_of, wrap
 from lossfns.testing import command as check_command
 from lossfns.testing.report import Report, Verdict
 from lossfns.testing.vectors import command as vectors_command
@@ -119,3 +120,23 @@ def test_a_wrapped_line_continues_deeper(terminal: io.StringIO) -> None:
     lines = [line.rstrip() for line in terminal.getvalue().splitlines()]
     assert [len(line) - len(line.lstrip()) for line in lines] == [0, 0, 4, 6, 2]
     assert lines[-1] == "  [b] stays"
+
+
+def test_words_stay_whole_and_lines_of_other_streams_as_they_are(
+    terminal: io.StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A path is longer than the line: what is copied from the terminal must be a path."""
+    path = f"/{'long/' * 20}"
+    assert wrap(f"report {path}", width_of(terminal)).splitlines() == ["report", f"  {path}"]
+    assert width_of(terminal) == 80
+    for stream in (None, io.StringIO()):
+        assert wrap("word " * 40, width_of(stream)) == "word " * 40
+
+
+def test_list_and_describe_fit_a_terminal_without_rich(terminal: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    monkeypatch.setattr(sys, "stdout", terminal)
+    assert main(["list"]) == main(["describe", "with_kl"]) == main(["explain", "poison"]) == 0
+    lines = terminal.getvalue().splitlines()
+    assert all(len(line) <= 80 for line in lines)
+    assert "  ``score_function`` of ``lossfns.rollout``. ``None``: 1." in "\n".join(lines)  # flows on, and breaks here

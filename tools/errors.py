@@ -53,16 +53,17 @@ def messages(source: str) -> Iterator[Message]:
     for function in ast.walk(ast.parse(source)):
         if not isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef)):
             continue
-        names = dict(assignments(function))
+        assigned = sorted(assignments(function), key=lambda pair: pair[1].lineno)
         for call in ast.walk(function):
             is_call = isinstance(call, ast.Call) and isinstance(call.func, ast.Name)
             if is_call and call.func.id == "LossInputError" and len(call.args) >= 4:
+                names = {name: x for name, x in assigned if x.lineno <= call.lineno}  # the last one above the call
                 field, expected, _, fix = (text_of(x, names) for x in call.args[:4])
                 found[Message(field, expected, fix)] = None
     yield from found
 
 
-def assignments(function: ast.AST) -> Iterator[tuple[str, ast.AST]]:
+def assignments(function: ast.AST) -> Iterator[tuple[str, ast.expr]]:
     """Yield the names and the values that a function assigns, also as ``a, b = x, y``."""
     for node in ast.walk(function):
         if not isinstance(node, ast.Assign) or len(node.targets) != 1:

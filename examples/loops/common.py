@@ -6,6 +6,7 @@ shifted. A label of -100 says that the token is not trained.
 
 import argparse
 import os
+import sys
 from string import ascii_lowercase, digits
 
 import torch
@@ -36,12 +37,15 @@ def start():
 
 
 def stop():
-    """Wait for the other ranks, and end their group.
+    """Wait for the other ranks, and end their group. A process of ``torchrun`` then ends at once.
 
-    A process that ends just after a collective can abort, because a thread of gloo still holds the tensors.
+    The modules of FSDP keep the threads of gloo, and a thread that frees a tensor while Python shuts down can abort.
     """
     dist.barrier()
     dist.destroy_process_group()
+    if "RANK" in os.environ:
+        sys.stdout.flush()
+        os._exit(0)
 
 
 def load(name, seed, dtype="float32", **settings):

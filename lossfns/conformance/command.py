@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lossfns.errors import LossInputError, did_you_mean
-from lossfns.terminal import print_report, print_rows, status
+from lossfns.terminal import print_refusal, print_report, print_rows, say, status, while_read
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -82,10 +82,12 @@ def conformance_command(args: argparse.Namespace) -> int:
         if args.formulas:
             from lossfns.conformance.formulas import as_data
 
-            print(json.dumps(as_data(), indent=1))
+            with while_read(sys.stdout):
+                say(json.dumps(as_data(), indent=1))
             return 0
         if args.list:
-            print("\n".join(f"{check.level:4}  {check.name:26}  {check.says}" for check in CHECKS))
+            with while_read(sys.stdout):
+                say("\n".join(f"{check.level:4}  {check.name:26}  {check.says}" for check in CHECKS))
             return 0
         report = run_checks(args)
         text = type(report).quiet if args.quiet else type(report).table
@@ -97,8 +99,7 @@ def conformance_command(args: argparse.Namespace) -> int:
 
             Path(args.html).write_text(page(report), encoding="utf-8")
     except (LossInputError, OSError) as error:
-        print(f"lossfns: {error}", file=sys.stderr)
-        return 2
+        return print_refusal(error)
     except KeyboardInterrupt:
         return 130
     return 0 if report.ok else 1

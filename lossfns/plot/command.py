@@ -28,9 +28,16 @@ def figure_of(names: Sequence[str], parts: str | None = None) -> Figure:
         LossInputError: for a name of no loss and no topic, and for losses that do not go together.
     """
     if parts is not None:
+        if names:
+            raise LossInputError(
+                "--parts", "no NAME with it", " ".join(names), "It draws a whole family: leave it out."
+            )
         return family.plot_family(parts)
     if len(names) == 1 and names[0] in TOPICS:
         return TOPICS[names[0]]()
+    if any(name in TOPICS for name in names):
+        fix = "Draw them one by one; several losses of one kind share a picture."
+        raise LossInputError("NAME", f"one of {', '.join(TOPICS)} alone", " and ".join(names), fix)
     for name in names:
         if name not in presets():
             expected = f"a run, a loss, or one of {', '.join(TOPICS)}"

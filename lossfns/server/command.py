@@ -8,12 +8,12 @@ import logging
 import os
 import signal
 import socket
-import sys
 import threading
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from lossfns.errors import LossInputError
+from lossfns.terminal import print_refusal
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -90,11 +90,9 @@ def serve_command(args: argparse.Namespace) -> int:
         )
         serve(create_app(service, api_key=key), host=args.host, port=args.port, log=args.log)
     except ModuleNotFoundError as error:
-        print(f"lossfns: the server needs {error.name}: pip install 'lossfns[server]'", file=sys.stderr)
-        return 2
+        return print_refusal(ImportError(f"the server needs {error.name}: pip install 'lossfns[server]'"))
     except (LossInputError, ImportError, OSError) as error:
-        print(f"lossfns: {error}", file=sys.stderr)
-        return 2
+        return print_refusal(error)
     return 0
 
 

@@ -6,7 +6,6 @@ import argparse
 import math
 import os
 import sys
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -14,7 +13,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lossfns.errors import LossInputError
-from lossfns.terminal import console_on, print_report, print_rows, print_wrapped, printable, status, while_read
+from lossfns.terminal import (
+    console_on,
+    print_refusal,
+    print_report,
+    print_rows,
+    printable,
+    say,
+    status,
+    while_read,
+    width_of,
+    wrap,
+)
 from lossfns.testing.report import MARKS, Report, Verdict
 
 if TYPE_CHECKING:
@@ -119,8 +129,7 @@ def check_command(args: argparse.Namespace) -> int:
         if args.junit:
             Path(args.junit).write_text(report.junit() + "\n", encoding="utf-8")
     except (LossInputError, CannotTest, OSError) as error:
-        print(f"lossfns: {error}", file=sys.stderr)
-        return 2
+        return print_refusal(error)
     except KeyboardInterrupt:
         return 130
     return report.exit_status(strict=args.strict)
@@ -301,12 +310,7 @@ def explain_command(args: argparse.Namespace) -> int:
     try:
         lines = explain(args.name)
     except LossInputError as error:
-        print(f"lossfns: {error}", file=sys.stderr)
-        return 2
+        return print_refusal(error)
     with while_read(sys.stdout):
-        console = console_on(sys.stdout)
-        if console is None:
-            print("\n".join(textwrap.fill(line, 100, break_on_hyphens=False) for line in lines))
-        else:
-            print_wrapped(console, lines)
+        say(wrap("\n".join(lines), width_of(sys.stdout) or 100))
     return 0

@@ -36,8 +36,7 @@ def parse_method(text: str) -> Loss:
     try:
         tree = ast.parse(text, mode="eval").body
         named = tree if isinstance(tree, ast.Call) else ast.Call(tree, [], [])
-        preset = public(ast.unparse(named.func))
-        built = preset(*map(parse_value, named.args), **{k.arg or "": parse_value(k.value) for k in named.keywords})
+        built = parse_value(named)
     except (SyntaxError, AttributeError, TypeError, ValueError) as error:
         fix = "Write a preset, such as ppo or grpo(kl_beta=0.04, weigh=sequence_mean)."
         raise LossInputError("like", "a loss of ours", repr(text), f"{fix} ({error})") from error
@@ -47,12 +46,24 @@ def parse_method(text: str) -> Loss:
 
 
 def parse_value(node: ast.expr) -> Any:
-    """Return the value of a literal, of a public name, or of a call of one. Nothing else is evaluated."""
+    """Return the value of a literal, of a public name, or of a call of one. Nothing else is evaluated.
+
+    >>> parse_value(ast.parse("with_tis(dapo(clip=(0.9, 1.1)), cap=3)", mode="eval").body).knobs["cap"]
+    3
+
+    Raises:
+        AttributeError: for a name that is not public.
+        ValueError: for any other expression.
+    """
     if isinstance(node, ast.Name):
         return public(node.id)
     if isinstance(node, ast.Call):
-        return public(ast.unparse(node.func))(*map(parse_value, node.args))
-    return ast.literal_eval(node)
+        settings = {k.arg or "**": parse_value(k.value) for k in node.keywords}
+        return public(ast.unparse(node.func))(*map(parse_value, node.args), **settings)
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        raise ValueError(f"{ast.unparse(node)} is no number, text, name or call") from None
 
 
 # The form of a subject

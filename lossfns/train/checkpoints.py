@@ -78,9 +78,16 @@ def frozen_copy(run: Run, client: Client) -> Client:
 
 
 def save_to(client: Client, folder: Path, name: str, metadata: Mapping[str, str] | None = None) -> None:
-    """Save the client's state under a name in the run folder. One process writes a file, several write a folder."""
-    if isinstance(client, LocalTrainingClient) and client.ranks.size > 1:
-        client.save_state(folder / name, overwrite=True, user_metadata=metadata).result()
-        return
-    with replaced(folder, name) as path:
-        client.save_state(path, user_metadata=metadata).result()
+    """Save the client's state under a name in the run folder. One process writes a file, several write a folder.
+
+    Raises:
+        OSError: if it cannot be written. The client's fix, another name, is none for a run.
+    """
+    try:
+        if isinstance(client, LocalTrainingClient) and client.ranks.size > 1:
+            client.save_state(folder / name, overwrite=True, user_metadata=metadata).result()
+            return
+        with replaced(folder, name) as path:
+            client.save_state(path, user_metadata=metadata).result()
+    except LossInputError as error:
+        raise error.__cause__ if isinstance(error.__cause__, OSError) else OSError(error.got) from error

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 import torch
 
 from lossfns.errors import LossInputError
-from lossfns.terminal import while_read
+from lossfns.terminal import print_refusal, while_read
 from lossfns.train import models
 from lossfns.train.batch import write_look
 from lossfns.train.checkpoints import checkpoints, load_newest, save_checkpoint
@@ -26,7 +26,8 @@ from lossfns.train.config import check_same, config_of, write_config_toml
 from lossfns.train.defaults import complete_options, loss_of
 from lossfns.train.losses import parse_setting
 from lossfns.train.options import CHOICES, NAMES, Options, check_option, flag, naming, read_toml
-from lossfns.train.outcome import print_refusal, report_outcome
+from lossfns.train.outcome import report_outcome
+from lossfns.train.paths import names_code
 from lossfns.train.recipes import Job, run_job
 from lossfns.train.remote import Client
 from lossfns.train.rewards import SPECS
@@ -79,7 +80,8 @@ def add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     steps("--steps", type=int, metavar="N", help="steps of the method (default: by method)")
     steps("--warmup-steps", type=int, metavar="N", help="supervised steps before the method (default: by method)")
     steps("--batch", type=int, metavar="N", help="examples, pairs or problems in a step (default: by method)")
-    steps("--lr", type=float, metavar="X", help="learning rate (default: by method)")
+    steps("--lr", type=float, metavar="X", help="largest learning rate (default: by method). It is reached after 5 "
+        "steps of a policy method, 10 on pairs or labels, 20 of others, and falls to a tenth by the end")  # fmt: skip
     samples = p.add_argument_group("samples, for losses that need them").add_argument
     samples("--group", type=int, metavar="N", help="samples of each problem")
     samples("--updates", type=int, metavar="N", help="optimizer steps for each round of samples")
@@ -95,6 +97,8 @@ def add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     run("--out", metavar="DIR", help="the run folder (default: runs/LOSS-TIME)")
     run("--eval-every", type=int, metavar="N", help="steps from one held-out evaluation to the next (default: only "
         "before and after)")  # fmt: skip
+    run("--eval-examples", type=int, metavar="N", help="most held-out examples to measure on (default: 50 with "
+        "--model, else all)")  # fmt: skip
     run("--track", action="append", metavar="NAMES", help=f"send the metrics to {', '.join(TRACKERS)}, or "
         "several with commas between them, too")  # fmt: skip
     run("--tensorboard", dest="track", action="append_const", const="tensorboard", help="the same as "
@@ -111,6 +115,7 @@ def train_command(args: argparse.Namespace) -> int:
     Returns:
         0, also if the run was stopped early and saved, or 2 if the input was refused.
     """
+    here = os.getcwd()
     try:
         given = given_options(args)
         if args.resume is not None:
@@ -126,7 +131,7 @@ def train_command(args: argparse.Namespace) -> int:
         args.parser.error(str(error))
     try:
         with silence() if int(os.environ.get("RANK", 0)) else nullcontext():
-            return resume_run(Path(args.resume)) if options is None else start_run(options)
+            return resume_run(Path(args.resume)) if options is None else start_run(options, here)
     except (LossInputError, ImportError, OSError) as error:
         return print_refusal(error)
 
@@ -165,15 +170,17 @@ def one_interrupt() -> Iterator[None]:
 
 def leave_at_once(folder: Path) -> NoReturn:
     """End the process after an interrupt, without waiting for the thread of the current request."""
-    begun = (folder / CONFIG).exists() and not is_finished(folder)
+    go_on = f"; continue with lossfns train --resume {folder}" if can_resume(folder) else ""
     with while_read(sys.stderr):
-        print(
-            f"lossfns: interrupted{f'; continue with lossfns train --resume {folder}' if begun else ''}",
-            file=sys.stderr,
-        )
+        print(f"lossfns: interrupted{go_on}", file=sys.stderr)
     with while_read(sys.stdout):
         pass
     os._exit(130)
+
+
+def can_resume(folder: Path) -> bool:
+    """Whether a folder holds a run that has begun and has not come to its end."""
+    return (folder / CONFIG).exists() and not is_finished(folder)
 
 
 @contextmanager
@@ -183,10 +190,11 @@ def silence() -> Iterator[None]:
         yield
 
 
-def start_run(options: Options) -> int:
-    """Start a new run."""
+def start_run(options: Options, here: str) -> int:
+    """Start a new run from a folder, which a function of the user may have changed since."""
     name = re.sub(r"[^\w.-]+", "-", Path(options.loss).name)[:40].strip("-.") or "run"
-    folder = Path(options.out or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    start = here if names_code(vars(options)) else ""
+    folder = Path(start, options.out or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
     check_new(folder)
     return train(options, folder, lambda config: create_run(folder, config))
 
@@ -202,6 +210,8 @@ def resume_run(folder: Path) -> int:
         with while_read(sys.stdout):
             print(f"{folder} is finished: there is nothing to resume; {TRAIN_LONGER.format(folder)}")
         return 0
+    if names_code(config["options"]):
+        folder = folder.absolute()
     options = complete_options(config["options"])
     return train(options, folder, lambda now: check_same(config, now, folder))
 
@@ -211,12 +221,20 @@ def train(options: Options, folder: Path, check_config: Callable[[dict[str, Any]
 
     The first Ctrl-C ends the recipe early, but the run is saved, measured and reported all the same. The second one
     ends the process at once, with exit status 130.
+
+    Raises:
+        LossInputError: also if a file of the run cannot be written: then it says how to go on.
     """
     with one_interrupt():
         try:
             return train_and_report(options, folder, check_config)
         except KeyboardInterrupt:
             leave_at_once(folder)
+        except OSError as error:
+            if not can_resume(folder):
+                raise
+            fix = f"Make room for it, and continue with lossfns train --resume {folder}."
+            raise LossInputError("--out", "a folder to write in", f"{folder} ({error})", fix) from error
 
 
 def train_and_report(options: Options, folder: Path, check_config: Callable[[dict[str, Any]], None]) -> int:

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from lossfns.errors import LossInputError
-from lossfns.terminal import console_on, printable, say, while_read
+from lossfns.terminal import print_refusal, printable, say, while_read, width_of
 from lossfns.train.charts import COLOURS, Line, Points, block_line, smooth
 from lossfns.train.options import check_option
-from lossfns.train.outcome import print_refusal
 from lossfns.train.page import figure, key, page, table, text
 from lossfns.train.record import Record, best, changing, read_record, rises, values_of
 from lossfns.train.report import duration, spoken
@@ -48,9 +47,8 @@ def compare_command(args: argparse.Namespace) -> int:
             write_page(Path(args.html), comparison(records))
     except (LossInputError, OSError) as error:
         return print_refusal(error)
-    console = console_on(sys.stdout)
     with while_read(sys.stdout):
-        say(printable("\n".join(lines_of(records, console.width if console else 80)), sys.maxsize))
+        say(printable("\n".join(lines_of(records, width_of(sys.stdout) or 80)), sys.maxsize))
         if args.html is not None:
             say(f"\npage  {args.html}")
     return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,9 @@ from lossfns.terminal import while_read
 from lossfns.train import files
 from lossfns.train.checkpoints import checkpoints
 from lossfns.train.defaults import recorded_options
-from lossfns.train.losses import AnyLoss, method_of
-from lossfns.train.options import Options, to_toml
+from lossfns.train.losses import AnyLoss
+from lossfns.train.options import Options, to_toml, with_effect
+from lossfns.train.paths import with_absolute_paths
 from lossfns.train.remote import Client, RemoteTrainingClient
 from lossfns.train.run import replaced
 from lossfns.version import __version__
@@ -29,7 +30,7 @@ CONFIG_TOML = "config.toml"
 
 def config_of(options: Options, loss: AnyLoss, client: Client) -> dict[str, Any]:
     """Return the content of ``config.json``: everything that is needed to repeat the run."""
-    recorded = with_absolute_paths(recorded_options(options, method_of(loss)))
+    recorded = with_absolute_paths(recorded_options(options, loss))
     sources = {name: recorded[name] for name in ("data", "init") if recorded[name]}
     return {
         "id": uuid4().hex,
@@ -42,28 +43,11 @@ def config_of(options: Options, loss: AnyLoss, client: Client) -> dict[str, Any]
     }
 
 
-def with_absolute_paths(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options with absolute paths, so that they mean the same in another folder."""
-    resolve: dict[str, Callable[[str], str]] = {"data": files.located, "init": os.path.abspath}
-    resolve |= dict.fromkeys(("model", "teacher", "loss", "reward"), absolute_path)
-    return {name: resolve[name](x) if name in resolve and x else x for name, x in options.items()}
-
-
-def absolute_path(text: str) -> str:
-    """Return the absolute path of a file that exists, also in ``FILE.py:FUNCTION`` and ``json-schema:FILE``."""
-    before, _, after = text.rpartition(":")
-    if os.path.exists(text):
-        return os.path.abspath(text)
-    if before.endswith(".py") and os.path.exists(before):
-        return f"{os.path.abspath(before)}:{after}"
-    return f"{before}:{os.path.abspath(after)}" if before == "json-schema" and os.path.exists(after) else text
-
-
 def write_config_toml(folder: Path, options: Mapping[str, Any]) -> None:
-    """Write ``config.toml``, with which ``lossfns train --config`` repeats the run in another folder."""
+    """Write the options with an effect to ``config.toml``. ``lossfns train --config`` repeats the run with it."""
     if not (folder / CONFIG_TOML).exists():
         with replaced(folder, CONFIG_TOML) as path:
-            path.write_text(to_toml({name: x for name, x in options.items() if name != "out"}), encoding="utf-8")
+            path.write_text(to_toml(with_effect(options)), encoding="utf-8")
 
 
 def description_of(client: Client) -> dict[str, Any]:

@@ -44,6 +44,14 @@ def good_ones(row: Row) -> str:
     return command(path, f"{is_good} | {{prompt, completion}}", kept)
 
 
+def different(row: Row) -> str:
+    """Say how to write the rows whose chosen and rejected sides differ to another file."""
+    path = path_of(row)
+    if is_csv(path):
+        return "write the others to another file."
+    return command(path, "select(.chosen != .rejected)", '.filter(lambda row: row["chosen"] != row["rejected"])')
+
+
 def command(path: str, program: str, methods: str) -> str:
     """Return a command that writes changed rows: a program of jq for JSON, methods of a ``Dataset`` for a table."""
     if (loading := loaded(path)) is None:

@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from lossfns.backend.model import hf
 from lossfns.backend.model.tokenizer import ByteTokenizer
 from lossfns.errors import LossInputError
-from lossfns.terminal import console_on, printable, say, status, while_read
+from lossfns.terminal import console_on, print_refusal, printable, say, status, while_read
 from lossfns.train import files, formats
 from lossfns.train.examples import Demonstration, Example, Labelled, Preference, Problem, demonstration, sequences
 from lossfns.train.formats import Format
 from lossfns.train.options import check_option, naming
-from lossfns.train.outcome import print_refusal
 from lossfns.train.render import Renderer
 from lossfns.train.rewards import WITHOUT_ANSWERS
 from lossfns.train.tasks import MAX_LENGTH, length
@@ -99,21 +98,22 @@ def data_command(args: argparse.Namespace) -> int:
         check_option("max_length", args.max_length)
         with naming({"source": "--model", "--data": "FILE"}), status() as tell:
             renderer = Renderer(ByteTokenizer() if args.model is None else hf.load_tokenizer(args.model))
+            vocabulary = None if args.model is None else hf.vocabulary_size(args.model)
             tell(f"reading {args.source}")
-            findings = examine(args.source, renderer, args.kind)
+            findings = examine(args.source, renderer, args.kind, vocabulary)
     except (LossInputError, OSError, ImportError) as error:
         return print_refusal(error)
     except KeyboardInterrupt:
         os._exit(130)
     longer = [(row, n) for row, _, n in findings.rows if n > args.max_length]
     different = len({repr(examples) for _, examples, n in findings.rows if n <= args.max_length})
+    usable = not findings.errors and (not longer or args.drop_longer) and different >= 2
     with while_read(sys.stdout):
         print_format(args.source, findings, args.model, renderer)
         for row, examples, _ in findings.rows[:SHOWN]:
             print_row(row, examples, renderer)
         print_lengths(findings)
         print_refused(findings, longer, args.max_length, args.drop_longer)
-        usable = not findings.errors and (not longer or args.drop_longer) and different >= 2
         say(f"lossfns train {'takes' if usable else 'refuses'} it{reason_of(findings, len(longer), different)}")
     return 0 if usable else 1
 
@@ -127,8 +127,10 @@ def reason_of(findings: Findings, longer: int, different: int) -> str:
     return "" if different >= 2 else f": it needs 2 different rows, and all {used} are equal"
 
 
-def examine(source: str, renderer: Renderer, name: str | None) -> Findings:
+def examine(source: str, renderer: Renderer, name: str | None, vocabulary: int | None = None) -> Findings:
     """Make the examples of all rows, and collect the errors of those that cannot be used.
+
+    A row with a token that is none of the ``vocabulary`` ids of the model cannot be used.
 
     Raises:
         LossInputError: if no row can be read, or their format is not known.
@@ -145,6 +147,7 @@ def examine(source: str, renderer: Renderer, name: str | None) -> Findings:
     for row in rows:
         try:
             examples = formats.examples_of(row, row_format, renderer)
+            check_vocabulary(row, examples, renderer, vocabulary)
         except LossInputError as error:
             errors.append(error)
         else:
@@ -152,6 +155,18 @@ def examine(source: str, renderer: Renderer, name: str | None) -> Findings:
     errors.sort(key=line_of)
     fields = list(dict.fromkeys(field for row in rows for field in row.fields))
     return Findings(kind, row_format, used, fields, errors, [each for each in names if each != kind])
+
+
+def check_vocabulary(row: Row, examples: Sequence[Example], renderer: Renderer, vocabulary: int | None) -> None:
+    """Refuse a row with a token that the model does not have, as the first step of training does."""
+    if vocabulary is None:
+        return
+    largest = max(max(each.tokens) for example in examples for _, each in titled(example, renderer))
+    if largest >= vocabulary:
+        fix = "The tokenizer has tokens that the model lacks: take the model's own tokenizer, or a larger model."
+        row.refuse(
+            f"token ids in [0, {vocabulary}), those of the model", f"{largest} ({renderer.shown([largest])!r})", fix
+        )
 
 
 def is_of(name: str, row: Row, renderer: Renderer) -> bool:
@@ -227,22 +242,38 @@ def titled(example: Example, renderer: Renderer) -> Iterator[tuple[str, Demonstr
 
 
 def print_sequence(sequence: Demonstration, renderer: Renderer) -> None:
-    """Print a sequence in lines, the middle of a long one left out."""
-    runs = groupby(zip(sequence.tokens, sequence.weights), key=lambda pair: pair[1])
-    parts = [(printable(renderer.shown(token for token, _ in run), sys.maxsize), weight) for weight, run in runs]
-    console = console_on(sys.stdout)
-    if console is None:
-        marked = "".join(mark(text, weight) for text, weight in parts)
-        lines: Sequence[Any] = [line for text in marked.split("\n") for line in wrap(text)]
+    """Print a sequence in lines, the middle of a long one left out. Of a very long one only the ends are decoded."""
+    console, half, n = console_on(sys.stdout), LINES // 2, len(sequence.tokens)
+    if n > 2 * END:
+        ends = (slice(END), slice(-END, None))
+        first, last = (Demonstration(sequence.tokens[end], sequence.weights[end]) for end in ends)
+        lines = [*lines_of(first, renderer, console)[:half], *lines_of(last, renderer, console)[-half:]]
+        left_out = f"the middle of {n} tokens"
     else:
-        lines = list(coloured(parts).wrap(console, WIDTH))
-    half = LINES // 2
-    for line in lines if len(lines) <= LINES else lines[:half]:
+        lines = lines_of(sequence, renderer, console)
+        left_out = f"{len(lines) - 2 * half} lines"
+        if len(lines) <= LINES:
+            half = len(lines)
+    for line in lines[:half]:
         print_line(console, line)
-    if len(lines) > LINES:
-        say(f"    ... {len(lines) - 2 * half} lines ...")
+    if lines[half:]:
+        say(f"    ... {left_out} ...")
         for line in lines[-half:]:
             print_line(console, line)
+
+
+END = 4 * WIDTH * LINES // 2
+"""The tokens at each end of a very long sequence that are decoded: a character has at most four."""
+
+
+def lines_of(sequence: Demonstration, renderer: Renderer, console: Any) -> list[Any]:
+    """Return the lines of a sequence, its trained tokens marked or coloured."""
+    runs = groupby(zip(sequence.tokens, sequence.weights), key=lambda pair: pair[1])
+    parts = [(printable(renderer.shown(token for token, _ in run), sys.maxsize), weight) for weight, run in runs]
+    if console is not None:
+        return list(coloured(parts).wrap(console, WIDTH))
+    marked = "".join(mark(text, weight) for text, weight in parts)
+    return [line for text in marked.split("\n") for line in wrap(text)]
 
 
 def print_line(console: Any, line: Any) -> None:

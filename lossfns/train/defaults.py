@@ -11,6 +11,7 @@ from lossfns.errors import LossInputError
 from lossfns.train.columns import check_columns
 from lossfns.train.losses import AnyLoss, family_loss, method_of, spelled
 from lossfns.train.options import LARGEST, NAMES, Options, check_known, check_option, flag
+from lossfns.train.paths import with_lasting_paths
 
 POLICY = {"steps": 100, "batch": 16, "lr": 5e-4, "warmup_steps": 200, "group": 16, "updates": 2}
 PREFERENCE = {"steps": 400, "batch": 32, "lr": 3e-4, "warmup_steps": 300}
@@ -37,6 +38,9 @@ MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
     "distillation": {"steps": 100, "batch": 8},
 }
 """The defaults of each method with ``--model``, which is pretrained."""
+
+EVAL_EXAMPLES = 50
+"""The default of ``--eval-examples`` with ``--model``: a pretrained model takes a second or so for each, on a CPU."""
 
 LEARNING_RATE, LEARNING_RATE_OF_ADAPTERS = 1e-5, 1e-4
 """The default learning rates with ``--model``: of all parameters, and of adapters."""
@@ -89,6 +93,7 @@ def complete_options(given: Mapping[str, Any]) -> Options:
     for name, value in given.items():
         check_known(name, "options")
         check_option(name, value)
+    given = with_lasting_paths(given)
     loss = loss_of(given["loss"], given.get("set", {}))
     method = method_of(loss)
     check_columns(loss, teacher="teacher" in given, outputs="base_url" not in given)
@@ -96,7 +101,10 @@ def complete_options(given: Mapping[str, Any]) -> Options:
         if not has_option(method, name):
             expected = f"a loss that has it ({' and '.join(OPTION_METHODS[name])} losses)"
             raise LossInputError(flag(name), expected, f"{loss.name}, a {method} loss", "Leave it out.")
-    options = Options(**defaults_of(given, method) | given)
+    options = Options(**{**defaults_of(given, method), **given})
+    if options.advantage_scale != Options.advantage_scale and "advantages" not in loss.reads:
+        got = f"{loss.name}, which reads {', '.join(loss.reads)}"
+        raise LossInputError("--advantage-scale", "a loss that reads advantages", got, "Leave it out.")
     check_together(options)
     return options
 
@@ -105,7 +113,7 @@ def defaults_of(given: Mapping[str, Any], method: str) -> dict[str, Any]:
     """Return the defaults of a loss and its method."""
     if "model" in given:
         rate = LEARNING_RATE_OF_ADAPTERS if given.get("lora") else LEARNING_RATE
-        return MODEL_DEFAULTS[method] | {"lr": rate}
+        return MODEL_DEFAULTS[method] | {"lr": rate, "eval_examples": EVAL_EXAMPLES}
     return DEFAULTS_OF_LOSSES.get(spelled(given["loss"]), DEFAULTS[method])
 
 
@@ -116,11 +124,8 @@ def check_together(options: Options) -> None:
             expected, fix = "no --base-url with it", "The server has the model: it starts from its own weights."
             raise LossInputError(flag(name), expected, reprlib.repr(value), fix)
     if options.lora and options.model is None and options.init is None and options.base_url is None:
-        expected, fix = (
-            "a pretrained model with it: --model or --init",
-            "lossfns export makes a folder for --model of a run.",
-        )
-        raise LossInputError("--lora", expected, "neither", fix)
+        way = "--init RUN/checkpoint.safetensors starts adapters on the weights of a run."
+        raise LossInputError("--lora", "a pretrained model with it: --model or --init", "neither", way)
     for name in ("max_length", "drop_longer"):
         if getattr(options, name) and not options.data:
             raise LossInputError(flag(name), "--data with it", "none", "The built-in data has its own length.")
@@ -134,7 +139,9 @@ def has_option(method: str, name: str) -> bool:
     return method in OPTION_METHODS.get(name, (method,))
 
 
-def recorded_options(options: Options, method: str) -> dict[str, Any]:
-    """Return the options as ``config.json`` holds them: ``None`` for those that the method does not have."""
-    values = asdict(options)
+def recorded_options(options: Options, loss: AnyLoss) -> dict[str, Any]:
+    """Return the options as ``config.json`` holds them: ``None`` for those that the method or the loss does not use."""
+    values, method = asdict(options), method_of(loss)
+    if "advantages" not in loss.reads:
+        values["advantage_scale"] = None
     return {name: values[name] if has_option(method, name) else None for name in NAMES}

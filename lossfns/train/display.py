@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TextIO
 
-from lossfns.terminal import console_on
+from lossfns.terminal import console_on, width_of, wrap
 from lossfns.train.charts import block_line
 
 if TYPE_CHECKING:
@@ -39,9 +39,10 @@ class PlainDisplay:
     def __init__(self, stream: TextIO | None) -> None:
         self.stream = stream
         self.phases: dict[str, int] = {}
+        self.shown = time.monotonic()
 
-    def plan(self, phases: Mapping[str, int]) -> None:
-        """Set the phases of the whole run, with their numbers of steps."""
+    def plan(self, phases: Mapping[str, int], done: Mapping[str, int]) -> None:
+        """Set the phases of the whole run, with their numbers of steps, and the numbers that are done already."""
         self.phases = {phase: count for phase, count in phases.items() if count}
 
     def begin_phase(self, phase: str, first: int, count: int) -> None:
@@ -56,6 +57,12 @@ class PlainDisplay:
             self.shown = time.monotonic()
             self.say(f"{self.phase:>8} {done}/{self.count}  {metrics_text(metrics)}  {self.time_left(done)}")
 
+    def show_measured(self, done: int, count: int) -> None:
+        """Show that ``done`` of the held-out examples of an evaluation are measured."""
+        if 0 < done < count and time.monotonic() > self.shown + SILENCE:
+            self.shown = time.monotonic()
+            self.say(f"measured {done} of {count} held-out examples")
+
     def show_evaluations(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Show the last one of the evaluations."""
         self.say(f"held out: {held_out_text(rows)}")
@@ -63,7 +70,7 @@ class PlainDisplay:
     def say(self, text: str) -> None:
         """Write a line."""
         if self.stream is not None:
-            print(text, file=self.stream, flush=True)
+            print(wrap(text, width_of(self.stream)), file=self.stream, flush=True)
 
     def close(self) -> None:
         """Leave the terminal as it was."""
@@ -109,13 +116,14 @@ class LiveDisplay(PlainDisplay):
         )
         self.tasks: dict[str, Any] = {}
         self.values: dict[str, deque[float]] = {}
-        self.held_out = ""
+        self.held_out = self.measuring = ""
         self.live = Live(console=console, refresh_per_second=4, get_renderable=self.render)
 
-    def plan(self, phases: Mapping[str, int]) -> None:
-        super().plan(phases)
+    def plan(self, phases: Mapping[str, int], done: Mapping[str, int]) -> None:
+        super().plan(phases, done)
         for phase, count in self.phases.items():
-            self.tasks[phase] = self.progress.add_task(phase, start=False, total=count, left="")
+            ended = done.get(phase, 0)
+            self.tasks[phase] = self.progress.add_task(phase, start=ended > 0, total=count, completed=ended, left="")
 
     def begin_phase(self, phase: str, first: int, count: int) -> None:
         super().begin_phase(phase, first, count)
@@ -131,6 +139,10 @@ class LiveDisplay(PlainDisplay):
         for name in [name for name in CURVES if name in metrics][:4]:
             self.values.setdefault(name, deque(maxlen=1000)).append(metrics[name])
 
+    def show_measured(self, done: int, count: int) -> None:
+        self.measuring = f"{done} of {count} measured" if done < count else ""
+        self.live.start()
+
     def show_evaluations(self, rows: Sequence[Mapping[str, Any]]) -> None:
         self.held_out = held_out_text(rows)
 
@@ -142,11 +154,12 @@ class LiveDisplay(PlainDisplay):
         half = (self.progress.console.width - 4) // 2
         cells = [curve_text(name, list(x), half - 2) for name, x in self.values.items()]
         lines = [f"  {''.join(cell.ljust(half) for cell in cells[i : i + 2])}" for i in range(0, len(cells), 2)]
-        lines += [f"  held out: {self.held_out}"] if self.held_out else []
+        below = "; ".join(filter(None, [self.held_out, self.measuring]))
+        lines += [f"  held out: {below}"] if below else []
         return Group(self.progress, *(Text(line, no_wrap=True, overflow="ellipsis") for line in lines))
 
     def say(self, text: str) -> None:
-        self.progress.console.print(text, soft_wrap=False)
+        self.progress.console.print(wrap(text, self.progress.console.width), soft_wrap=False)
 
     def close(self) -> None:
         self.live.stop()

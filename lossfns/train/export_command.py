@@ -17,10 +17,9 @@ from lossfns.backend.model.decoder import Decoder
 from lossfns.backend.model.tokenizer import ByteTokenizer
 from lossfns.backend.storage import checkpoint
 from lossfns.errors import LossInputError
-from lossfns.terminal import say, while_read
+from lossfns.terminal import print_refusal, say, while_read
 from lossfns.train.checkpoints import checkpoints
 from lossfns.train.options import check_option, naming
-from lossfns.train.outcome import print_refusal
 from lossfns.train.run import CONFIG, check_new, load_config
 
 

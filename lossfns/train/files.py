@@ -229,6 +229,9 @@ def elements(path: str, text: str) -> Iterator[Row]:
             got = shown(text[at : at + 20]) if at < len(text) else "the end of the file"
             raise LossInputError(f"{path}:{number}", "',' or ']' after the row", got, "Is the array whole?")
         at = at if end else skip_space(text, at + 1)
+        if not end and text.startswith("]", at):
+            number += text.count("\n", counted, at)
+            raise LossInputError(f"{path}:{number}", "a row after ','", "']'", "Delete the comma after the last row.")
     if skip_space(text, at + 1) < len(text):
         got, fix = shown(text[at + 1 : at + 40].strip()), "One array, or one object a line."
         raise LossInputError(f"{path}:{number}", "the end of the file after the array", got, fix)
@@ -252,6 +255,8 @@ def decode(path: str, number: int, text: str, line: str, start: int) -> tuple[An
         raise LossInputError(place, f"a row of at most {MAX_DEPTH} levels", got, "Flatten it.") from None
     except json.JSONDecodeError as error:
         got = f"{shown(line[max(0, error.pos - 10) : error.pos + 10])} at column {error.colno} ({reason_of(error)})"
+        if ends_after_comma(line, error.pos):
+            fix = "Delete the comma after the last entry."
         if line[start : start + 1] == "\ufeff":
             got = "a byte order mark: two files were joined"
         elif number == 1 and line[start : start + 1] not in ("{", "["):
@@ -260,6 +265,16 @@ def decode(path: str, number: int, text: str, line: str, start: int) -> tuple[An
         if number == 1 and (key := list_of_rows(text)):
             got, fix = "one object over many lines", write_list(path, key)
         raise LossInputError(place, "a JSON object", got, fix) from None
+
+
+def ends_after_comma(line: str, at: int) -> bool:
+    """Whether an object or a list ends right after the comma before, or at, a position.
+
+    >>> ends_after_comma('{"a": 1, }', 9), ends_after_comma('{"a": 1, }', 7), ends_after_comma('{"a": 1, 2}', 9)
+    (True, True, False)
+    """
+    at += line.startswith(",", at)
+    return line[:at].rstrip().endswith(",") and line.startswith(("}", "]"), skip_space(line, at))
 
 
 def reason_of(error: json.JSONDecodeError) -> str:

@@ -154,7 +154,7 @@ def pair(row: Row, renderer: Renderer) -> list[Preference]:
             return [preference(row, renderer, before, *([assistant(text)] for text in texts))]
         refuse_tools(row)
         before_text = text_of(row, "prompt", empty=True)
-        return [Preference(*(renderer.completion(before_text, text) for text in texts))]
+        return [different(row, *(renderer.completion(before_text, text) for text in texts))]
     return [split_pair(row, renderer, *(read_messages(row, key) for key in ("chosen", "rejected")))]
 
 
@@ -181,7 +181,15 @@ def preference(row: Row, renderer: Renderer, before: Messages, chosen: Messages,
             row.refuse(f"an answer under {key!r} after the messages that both sides have", got, fix)
         check_answers(row, key, side)
     tools = read_tools(row)
-    return Preference(*(renderer.chat(untrained(before) + side, tools) for side in (chosen, rejected)))
+    return different(row, *(renderer.chat(untrained(before) + side, tools) for side in (chosen, rejected)))
+
+
+def different(row: Row, chosen: Demonstration, rejected: Demonstration) -> Preference:
+    """Make a preference of two sides; refuse two sides with the same tokens."""
+    if chosen == rejected:
+        fix = f"There is nothing to prefer. Leave such rows out: {conversions.different(row)}"
+        row.refuse("two different answers under 'chosen' and 'rejected'", "equal ones", fix)
+    return Preference(chosen, rejected)
 
 
 def common_length(a: Sequence[Any], b: Sequence[Any]) -> int:

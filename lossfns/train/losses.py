@@ -100,6 +100,9 @@ def family_loss(text: str, settings: Mapping[str, Any]) -> Loss:
     if make is None:
         raise no_loss(text)
     known = defaults_and_required(make)
+    if called.args and not any(p.kind is p.POSITIONAL_OR_KEYWORD for p in signature(make).parameters.values()):
+        example = "Such as sum_losses(rl=grpo(), ce=sft(), weights={'ce': 'weights'})."
+        raise LossInputError("--loss", "a name for each part of the sum", show(text), example)
     check_settings(text, known, settings)
     try:
         arguments = [evaluated(node) for node in called.args]
@@ -110,7 +113,10 @@ def family_loss(text: str, settings: Mapping[str, Any]) -> Loss:
         loss = make(*arguments, **given)
     except LossInputError:
         raise
-    except (AttributeError, TypeError, ValueError) as error:
+    except AttributeError as error:
+        expected, name = "the name of a loss, or of a value that one takes", error.name or ""
+        raise LossInputError("--loss", expected, f"{name!r} in {text}", hint_of(name)) from None
+    except (TypeError, ValueError) as error:
         fix = "Write a name, or a call such as with_tis(dapo(), cap=2)."
         raise LossInputError("--loss", "a loss with its settings", show(text), f"{fix} ({error})") from None
     if not isinstance(loss, Loss):
@@ -130,9 +136,13 @@ def canonical(text: str) -> str:
 
 def no_loss(text: str) -> LossInputError:
     """Return the error for a text that names no loss."""
+    return LossInputError("--loss", "the name of a loss, or module:function", show(text), hint_of(text))
+
+
+def hint_of(text: str) -> str:
+    """Return the loss that a text may mean, or where all of them are."""
     hint = did_you_mean(text.partition("(")[0], [*makers(), *ALIASES]) if len(text) < 40 else ""
-    hint = hint if hint.startswith("Did you mean") else "lossfns list has them all; one's own is FILE.py:FUNCTION."
-    return LossInputError("--loss", "the name of a loss, or module:function", show(text), hint)
+    return hint if hint.startswith("Did you mean") else "lossfns list has them all; one's own is FILE.py:FUNCTION."
 
 
 def defaults_and_required(make: Callable[..., Any]) -> dict[str, Any]:
@@ -159,6 +169,9 @@ def evaluated(node: ast.expr) -> Any:
     """Return a literal, or what a public name or a call of one stands for. A preset without a call is a loss, too."""
     from lossfns.testing.subject import parse_value  # which takes half a second to import
 
+    for each in ast.walk(node):
+        if isinstance(each, ast.Name):
+            each.id = ALIASES.get(each.id, each.id)
     value = parse_value(node)
     return value() if value in presets().values() else value
 

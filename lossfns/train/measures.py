@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeVar
 
 from lossfns.backend.model.tokenizer import ByteTokenizer
 from lossfns.backend.types import SamplingParams
@@ -18,6 +18,10 @@ from lossfns.train.rewards import Reward
 
 Measured = dict[str, float]
 """Measurements by name. The first one is that of the method."""
+
+E = TypeVar("E")
+Parts = Iterable[Sequence[E]]
+"""The examples to measure on, in parts that are measured one after another."""
 
 TITLES = {
     "bits_per_byte": "held-out bits per byte",
@@ -38,34 +42,37 @@ def completion_logprobs(client: Client, data: Sequence[Datum]) -> list[float]:
 # Demonstrations
 
 
-def likelihood(client: Client, renderer: Renderer, examples: Sequence[Demonstration]) -> Measured:
+def likelihood(client: Client, renderer: Renderer, parts: Parts[Demonstration]) -> Measured:
     """Return the held-out cross-entropy of the trained tokens: bits per byte of their text, and nats per token.
 
     For a model whose tokens are bytes, only bits per byte are returned. An end token adds bits and no byte.
     """
-    data = [datum_of(example) for example in examples]
-    total = -sum(completion_logprobs(client, data))
-    bits = {"bits_per_byte": total / byte_count(renderer, examples) / math.log(2)}
-    if isinstance(renderer.tokenizer, ByteTokenizer):
-        return bits
-    return {"nll": total / sum(float(weights_of(datum).sum()) for datum in data), **bits}
-
-
-def byte_count(renderer: Renderer, examples: Sequence[Demonstration]) -> int:
-    """Return the bytes of the text of the trained tokens, at least 1."""
-    trained = [[t for t, w in zip(each.tokens[1:], each.weights[1:]) if w] for each in examples]
-    return max(1, sum(len(renderer.decode(ids).encode()) for ids in trained))
-
-
-def divergence(client: Client, teacher: Any, examples: Sequence[Demonstration], k: int) -> Measured:
-    """Return the mean of Σ q·(log q − log p) by token, over the teacher's k most probable candidates, in nats."""
-    data = [candidate_datum(example, teacher, k) for example in examples]
     total = tokens = 0.0
-    for datum, row in zip(data, target_logprobs(client, data)):
-        log_q = datum.loss_fn_inputs["teacher_logprobs"].to_torch()
-        weights = datum.loss_fn_inputs["weights"].to_torch()
-        total += float((weights * log_q.exp() * (log_q - row.to_torch())).sum())
-        tokens += float(weights[:, 0].sum())
+    text_bytes = 0
+    for examples in parts:
+        data = [datum_of(example) for example in examples]
+        total -= sum(completion_logprobs(client, data))
+        tokens += sum(float(weights_of(datum).sum()) for datum in data)
+        text_bytes += sum(len(renderer.decode(trained_tokens(example)).encode()) for example in examples)
+    bits = {"bits_per_byte": total / max(1, text_bytes) / math.log(2)}
+    return bits if isinstance(renderer.tokenizer, ByteTokenizer) else {"nll": total / tokens, **bits}
+
+
+def trained_tokens(example: Demonstration) -> list[int]:
+    """Return the tokens of a demonstration that are trained."""
+    return [token for token, weight in zip(example.tokens[1:], example.weights[1:]) if weight]
+
+
+def divergence(client: Client, teacher: Any, parts: Parts[Demonstration], k: int) -> Measured:
+    """Return the mean of Σ q·(log q − log p) by token, over the teacher's k most probable candidates, in nats."""
+    total = tokens = 0.0
+    for examples in parts:
+        data = [candidate_datum(example, teacher, k) for example in examples]
+        for datum, row in zip(data, target_logprobs(client, data)):
+            log_q = datum.loss_fn_inputs["teacher_logprobs"].to_torch()
+            weights = datum.loss_fn_inputs["weights"].to_torch()
+            total += float((weights * log_q.exp() * (log_q - row.to_torch())).sum())
+            tokens += float(weights[:, 0].sum())
     return {"kl_teacher": total / tokens}
 
 
@@ -85,20 +92,23 @@ def scores(client: Client, reference: Client | None, data: Sequence[Datum]) -> l
     return [lp - ref for lp, ref in zip(logprobs, completion_logprobs(reference, data))]
 
 
-def pair_accuracy(client: Client, reference: Client | None, examples: Sequence[Preference]) -> Measured:
+def pair_accuracy(client: Client, reference: Client | None, parts: Parts[Preference]) -> Measured:
     """Return the share of pairs whose chosen side has the higher score; see ``scores``."""
-    by_side = scores(client, reference, pair_datums(examples))
+    by_side = [score for examples in parts for score in scores(client, reference, pair_datums(examples))]
     return {"accuracy": share_positive([chosen - rejected for chosen, rejected in zip(by_side[0::2], by_side[1::2])])}
 
 
-def ranking(client: Client, reference: Client | None, examples: Sequence[Labelled]) -> Measured:
+def ranking(client: Client, reference: Client | None, parts: Parts[Labelled]) -> Measured:
     """Return how often a desirable answer has a higher score than an undesirable one, over all such pairs.
 
     Held-out answers of one kind alone cannot be compared: the result is then ½.
     """
-    by_answer = scores(client, reference, [datum_of(each.example) for each in examples])
-    good = [score for score, each in zip(by_answer, examples) if each.desirable]
-    bad = [score for score, each in zip(by_answer, examples) if not each.desirable]
+    good: list[float] = []
+    bad: list[float] = []
+    for examples in parts:
+        by_answer = scores(client, reference, [datum_of(each.example) for each in examples])
+        for score, each in zip(by_answer, examples):
+            (good if each.desirable else bad).append(score)
     return {"ranked": share_positive([a - b for a in good for b in bad] or [0.0])}
 
 
@@ -106,11 +116,14 @@ def ranking(client: Client, reference: Client | None, examples: Sequence[Labelle
 
 
 def mean_reward(
-    client: Client, renderer: Renderer, problems: Sequence[Problem], reward: Reward, max_tokens: int, samples: int = 4
+    client: Client, renderer: Renderer, parts: Parts[Problem], reward: Reward, max_tokens: int, samples: int = 4
 ) -> Measured:
     """Return the mean reward of samples of held-out problems, at temperature 1."""
-    answers = sample_answers(client, renderer, problems, samples, max_tokens, seed=7)
-    return {"reward": sum(reward(answer.problem, answer.text) for answer in answers) / len(answers)}
+    rewards: list[float] = []
+    for number, problems in enumerate(parts):
+        answers = sample_answers(client, renderer, problems, samples, max_tokens, seed=7 + number)
+        rewards += [reward(answer.problem, answer.text) for answer in answers]
+    return {"reward": sum(rewards) / len(rewards)}
 
 
 # Samples to look at
@@ -123,10 +136,17 @@ def sample_texts(client: Client, renderer: Renderer, examples: Sequence[Example]
     """Return pairs of a prompt and a sample for a few examples. The same weights give the same samples."""
     prompts = [shown_prompt(renderer, example) for example in examples[:SAMPLES]]
     sampler = client.save_weights_and_get_sampling_client()
-    params = SamplingParams(max_tokens=SAMPLE_TOKENS, seed=11, temperature=TEMPERATURE, stop=renderer.end)
+    room = context_length(sampler) - max(map(len, prompts))
+    most = int(min(SAMPLE_TOKENS, max(1, room)))
+    params = SamplingParams(max_tokens=most, seed=11, temperature=TEMPERATURE, stop=renderer.end)
     responses = sampler.sample_batch([ModelInput.from_ints(prompt) for prompt in prompts], 1, params).result()
     tokens = [response.sequences[0].tokens for response in responses]
     return [[renderer.decode(prompt), renderer.decode(ids)] for prompt, ids in zip(prompts, tokens)]
+
+
+def context_length(sampler: Any) -> float:
+    """Return the most tokens of a prompt and its sample together: infinity for a model without a limit."""
+    return float(getattr(getattr(sampler, "model", None), "context_length", math.inf))
 
 
 def shown_prompt(renderer: Renderer, example: Example) -> list[int]:
@@ -136,13 +156,3 @@ def shown_prompt(renderer: Renderer, example: Example) -> list[int]:
         return prompt
     text = sequences(example)[0].tokens[len(prompt) :]
     return [*prompt, *text[: min(24, len(text) // 2)]]
-
-
-def one_line(text: str, width: int) -> str:
-    """Return text on one line of at most ``width`` characters: newlines and what cannot be printed are escaped.
-
-    >>> print(one_line("a" + chr(10) + "b" + chr(27), 20), one_line("abcdef", 4))
-    a\\nb\\x1b abc…
-    """
-    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    return text if len(text) <= width else text[: width - 1] + "…"

@@ -50,6 +50,7 @@ class Options:
         max_length: most tokens of a row of ``data``; ``None`` for 2048. Longer ones are refused.
         drop_longer: whether longer rows are left out and counted, instead.
         eval_every: steps from one held-out evaluation to the next; 0 for only before and after.
+        eval_examples: most held-out examples to measure on. No more than 400 are held out.
         save_every: steps from one checkpoint to the next.
         track: names of trackers that get the metrics, too, with commas between them.
     """
@@ -82,6 +83,7 @@ class Options:
     max_length: int | None = None
     drop_longer: bool = False
     eval_every: int = 0
+    eval_examples: int = 400
     save_every: int = 20
     track: str | None = None
 
@@ -142,6 +144,7 @@ LARGEST = {
     "max_tokens": 2**16,
     "max_length": 2**20,
     "eval_every": 10**9,
+    "eval_examples": 10**9,
     "save_every": 10**9,
 }
 """The largest value of each whole number. More threads than this can end the process."""
@@ -198,6 +201,21 @@ def check_known(name: str, where: str) -> None:
     """Refuse a name that is no option."""
     if name not in NAMES:
         raise LossInputError(where, "the name of an option", repr(name), did_you_mean(name, NAMES))
+
+
+SWITCHED_OFF = {"lora": 0, "gradient_checkpointing": False, "drop_longer": False, "eval_every": 0}
+"""The values of options that have no effect."""
+
+
+def with_effect(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that have an effect on what a run does: without its folder, and what is switched off.
+
+    >>> with_effect({"loss": "sft", "data": None, "out": "runs/a", "lora": 0, "lora_parts": "attn", "seed": 0})
+    {'loss': 'sft', 'seed': 0}
+    """
+    off = {name for name, x in SWITCHED_OFF.items() if options.get(name) == x}
+    unused = {"out", "device" if options.get("base_url") else "", "" if options.get("lora") else "lora_parts"}
+    return {name: x for name, x in options.items() if x is not None and name not in off | unused}
 
 
 def to_toml(options: Mapping[str, Any]) -> str:

@@ -5,20 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 
-from lossfns.terminal import console_on, printable, say, while_read
+from lossfns.terminal import console_on, one_line, say, while_read, width_of
 from lossfns.train.checkpoints import checkpoints
-from lossfns.train.measures import TEMPERATURE, TITLES, one_line
+from lossfns.train.measures import TEMPERATURE, TITLES
 from lossfns.train.recipes import Outcome
 from lossfns.train.record import read_record
 from lossfns.train.report import write_report
 from lossfns.train.run import METRICS, RESULT, Run, write_json
-
-
-def print_refusal(error: Exception) -> int:
-    """Print an error in one line, and return the exit status for it."""
-    with while_read(sys.stderr):
-        print(f"lossfns: {printable(str(error), sys.maxsize)}", file=sys.stderr)
-    return 2
 
 
 def report_outcome(run: Run, outcome: Outcome) -> None:
@@ -65,11 +58,12 @@ def print_outcome(outcome: Outcome) -> None:
 
 
 def print_samples(samples: Sequence[Mapping[str, str]]) -> None:
-    """Print a few prompts with samples before and after training, each on a line of 80 columns."""
+    """Print the ends of a few prompts, and the starts of samples before and after training, each on one line."""
     if not samples:
         return
+    width = (width_of(sys.stdout) or 80) - 12
     say(f"samples at temperature {TEMPERATURE}, before and after training (whole in {RESULT})")
     for sample in samples:
         for name, text in sample.items():
-            say(f"  {name:<8}{one_line(text, 68)}")
+            say(f"  {name:<8}{one_line(text, width, end=name == 'prompt')}")
         say("")

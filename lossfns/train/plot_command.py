@@ -7,11 +7,11 @@ import os
 import sys
 from pathlib import Path
 
+from lossfns.describe import presets
 from lossfns.errors import LossInputError
-from lossfns.terminal import console_on, printable, say, while_read
+from lossfns.terminal import print_refusal, printable, say, while_read, width_of
 from lossfns.train.charts import block_line
 from lossfns.train.options import check_option, is_path
-from lossfns.train.outcome import print_refusal
 from lossfns.train.record import Record, changing, read_record, values_of
 from lossfns.train.report import write_report
 
@@ -36,12 +36,31 @@ def plot_command(args: argparse.Namespace) -> int:
     """Run ``lossfns plot``.
 
     Returns:
-        0, or 2 if a name is neither a run with metrics nor a loss.
+        0, or 2 if a name is neither a run with metrics nor a loss, or if names and options do not go together.
     """
     if not args.names and args.parts is None:
         args.parser.error("name a run or a loss, or pass --parts FAMILY")
-    is_run = len(args.names) == 1 and names_run(args.names[0])
-    return plot_run(args.names[0]) if is_run else plot_losses(args)
+    runs = [name for name in args.names if names_run(name)]
+    if len(args.names) > 1:  # a folder may have the name of a loss
+        runs = [name for name in runs if name not in presets()]
+    try:
+        refuse_together(args, runs)
+    except LossInputError as error:
+        return print_refusal(error)
+    return plot_run(runs[0]) if runs else plot_losses(args)
+
+
+def refuse_together(args: argparse.Namespace, runs: list[str]) -> None:
+    """Refuse a run together with other names, or with options for pictures of losses."""
+    if not runs:
+        return
+    if len(args.names) > 1:
+        way = f"lossfns compare {' '.join(runs)} shows several runs." if len(runs) > 1 else "Leave out one of them."
+        raise LossInputError("NAME", "one run alone, or losses", " and ".join(args.names), way)
+    for name, value in (("--out", args.out), ("--parts", args.parts)):
+        if value is not None:
+            got, fix = f"{value} and the run {runs[0]}", "Leave it out: a run has its report.html in its folder."
+            raise LossInputError(name, "losses to draw with it", got, fix)
 
 
 def names_run(name: str) -> bool:
@@ -79,8 +98,7 @@ def plot_run(name: str) -> int:
 
 def print_curves(record: Record) -> None:
     """Print a line for each metric that has changed, the last phase first: first value, curve and last value."""
-    console = console_on(sys.stdout)
-    width = min(60, (console.width if console else 80) - 46)
+    width = min(60, (width_of(sys.stdout) or 80) - 46)
     rows = [(f"{phase:>10} {name:<10}", values_of(record.history, phase, name)) for phase, name in changing(record)]
     if len(held_out := record.held_out()) > 1:
         rows.insert(0, (f"{'held out':>10} {record.measure:<10}", held_out))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from random import Random
@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 from lossfns.errors import LossInputError
 from lossfns.losses.supervised import cross_entropy
+from lossfns.terminal import one_line
 from lossfns.tokens import TARGETS
-from lossfns.train import batches, measures, methods, tasks
+from lossfns.train import batches, measures, methods, tasks, values
 from lossfns.train.batch import write_look
 from lossfns.train.checkpoints import reference_policy
 from lossfns.train.columns import Batch
@@ -21,7 +22,7 @@ from lossfns.train.measures import Measured
 from lossfns.train.methods import Schedule
 from lossfns.train.options import Options
 from lossfns.train.remote import Client
-from lossfns.train.rewards import Reward, default_reward
+from lossfns.train.rewards import Reward, default_reward, last_number
 from lossfns.train.run import Run
 from lossfns.train.tasks import Task
 
@@ -45,6 +46,11 @@ class Job:
     task: Task[Any]
     teacher: Client | None = None
     reward: Reward | None = None
+
+    @property
+    def held_out(self) -> list[Any]:
+        """The examples to measure on: the first ``--eval-examples`` of those that are held out."""
+        return self.task.held_out[: self.options.eval_examples]
 
     @property
     def phase(self) -> str:
@@ -88,8 +94,9 @@ def run_job(run: Run, job: Job) -> Outcome:
     reads_reference = "ref_logprobs" in job.loss.reads
     reference = reference_policy(run, job.client, options) if reads_reference else None
     recipe = RECIPES[method_of(job.loss)](run, job, reference)
-    run.say(f"measuring on held-out examples: {len(task.held_out)}")
-    draw = partial(measures.sample_texts, job.client, task.renderer, task.held_out)
+    some = f" of {len(task.held_out)}, as --eval-examples says" if len(job.held_out) < len(task.held_out) else ""
+    run.say(f"measuring on held-out examples: {len(job.held_out)}{some}")
+    draw = partial(measures.sample_texts, job.client, task.renderer, job.held_out)
 
     def measure() -> Measured:
         values = recipe.measure()
@@ -97,6 +104,8 @@ def run_job(run: Run, job: Job) -> Outcome:
         return values
 
     before, texts = run.once("before", measure), run.once("samples", draw)
+    if not run.done.get(job.phase):
+        warn_if_zero(run, job, before, texts)
     methods.train(
         run,
         job.client,
@@ -140,7 +149,7 @@ def warn_if_constant(run: Run, steps: int, sample: str) -> None:
     if rewards == {0.0}:
         run.say(
             f"warning: all rewards of the {first} are 0, so nothing is learned. One of the samples was "
-            f"{measures.one_line(sample, 30)!r}. Is --reward right? Or try more --warmup-steps, or easier problems."
+            f'"{one_line(sample, 30)}". Is --reward right? Or try more --warmup-steps, or easier problems.'
         )
     elif rewards == {1.0}:
         run.say(f"warning: all rewards of the {first} are 1: there is nothing left to learn.")
@@ -149,6 +158,24 @@ def warn_if_constant(run: Run, steps: int, sample: str) -> None:
             f"warning: in the {first} all samples of a problem had the same reward, so nothing is learned. "
             "Try a larger --group, or another --reward."
         )
+
+
+def warn_if_zero(run: Run, job: Job, before: Measured, texts: Sequence[Sequence[str]]) -> None:
+    """Warn if no sample of held-out problems has a reward before training. ``texts`` are prompts with samples."""
+    if before.get("reward") != 0:
+        return
+    exact = reward_name(job.task, job.options) == "exact"
+    number = exact and all(last_number(each.answer or "") is not None for each in job.held_out)
+    hints = [
+        "With --reward exact a sample must be the bare answer." if exact else "",
+        "--reward number reads the last number of a longer one." if number else "",
+        "Or try more --warmup-steps, or easier problems.",
+    ]
+    hint = " ".join(filter(None, hints))
+    run.say(
+        f"warning: all samples of {values.counted(len(job.held_out), 'held-out problem')} have reward 0: nothing is "
+        f'learned until one is right. A sample of the model is "{one_line(texts[0][1], 30)}". {hint}'
+    )
 
 
 def warm_up(run: Run, job: Job) -> None:
@@ -179,6 +206,16 @@ def warm_up(run: Run, job: Job) -> None:
 # Recipes
 
 
+MEASURED_AT_ONCE = 10
+"""The held-out examples that a pretrained model measures in one request, which takes seconds. Others measure all."""
+
+
+def parts_of(run: Run, job: Job, most: int | None = None) -> Iterator[Sequence[Any]]:
+    """Yield the examples to measure on, at most ``most``, in the parts of a request, and show the progress."""
+    held_out = job.held_out[:most]
+    return run.in_parts(held_out, MEASURED_AT_ONCE if job.options.model else len(held_out))
+
+
 def supervised(run: Run, job: Job, reference: Client | None) -> Recipe:
     """Fine-tune on demonstrations."""
     client, task, options = job.client, job.task, job.options
@@ -186,7 +223,9 @@ def supervised(run: Run, job: Job, reference: Client | None) -> Recipe:
     def make_batch(rng: Random) -> Batch:
         return batches.demonstration_batch(client, task.draw(rng, options.batch), reference=reference)
 
-    measure = partial(measures.likelihood, client, task.renderer, task.held_out)
+    def measure() -> Measured:
+        return measures.likelihood(client, task.renderer, parts_of(run, job))
+
     return Recipe(make_batch, measure, methods.cosine(options.lr, options.steps))
 
 
@@ -203,8 +242,9 @@ def distillation(run: Run, job: Job, reference: Client | None) -> Recipe:
             return batches.demonstration_batch(client, examples, reference=teacher, teacher=teacher)
         return batches.candidate_batch(client, examples, sampler, k, soft, reference=reference, teacher=teacher)
 
-    held_out = task.held_out[:TEACHER_EXAMPLES]
-    measure = partial(measures.divergence, client, sampler, held_out, k)
+    def measure() -> Measured:
+        return measures.divergence(client, sampler, parts_of(run, job, TEACHER_EXAMPLES), k)
+
     return Recipe(make_batch, measure, methods.cosine(options.lr, options.steps))
 
 
@@ -220,7 +260,7 @@ def judged(make: Callable[..., Batch], measure: Callable[..., Any], run: Run, jo
         return make(client, task.draw(rng, options.batch), reference=ref, history=history_of(run, job))
 
     schedule = methods.cosine(options.lr, options.steps, warmup_steps=10)
-    return Recipe(make_batch, partial(measure, client, ref, task.held_out), schedule)
+    return Recipe(make_batch, lambda: measure(client, ref, parts_of(run, job)), schedule)
 
 
 def policy(run: Run, job: Job, reference: Client | None) -> Recipe:
@@ -244,7 +284,9 @@ def policy(run: Run, job: Job, reference: Client | None) -> Recipe:
             teacher=job.teacher,
         )
 
-    measure = partial(measures.mean_reward, client, task.renderer, task.held_out, reward, max_tokens)
+    def measure() -> Measured:
+        return measures.mean_reward(client, task.renderer, parts_of(run, job), reward, max_tokens)
+
     return Recipe(make_batch, measure, methods.linear_decay(options.lr, options.steps))
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from lossfns.train.charts import Line, smooth
 from lossfns.train.config import CONFIG_TOML
-from lossfns.train.options import to_toml
+from lossfns.train.options import to_toml, with_effect
 from lossfns.train.page import facts, figure, key, page, table, text
 from lossfns.train.record import Record, best, changing, rises, values_of
 from lossfns.train.run import REPORT, replaced
@@ -35,7 +35,7 @@ def report(record: Record) -> str:
         section("Curves", curves(record)),
         section("Samples on held-out prompts", samples(record.result.get("samples", []))),
         section("What the loss does to a batch", whole_batch(record.batch)),
-        section("Options", f"<pre>{text(to_toml({name: x for name, x in options.items() if name != 'out'}))}</pre>"),
+        section("Options", f"<pre>{text(to_toml(with_effect(options)))}</pre>"),
         section("Environment", table(environment(record.config), numbers=False)),
         section("Repeat it", f"<pre>{text(command)}</pre>"),
     ]

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from fractions import Fraction
 from functools import partial
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,13 +59,20 @@ def reward_of(spec: str) -> Reward:
         if not callable(reward):
             raise LossInputError("--reward", "a function (problem, text)", f"{spec}, {show(reward)}", "Name another.")
         check_arguments(spec, reward)
+        reward = partial(reward_of_copy, reward)
     else:
         raise LossInputError("--reward", SPECS, repr(spec), "See docs/train.md.")
     return partial(finite_reward, spec, reward)
 
 
 def check_arguments(spec: str, reward: Callable[..., Any]) -> None:
-    """Refuse a function that cannot be called with a problem and a text. Not every callable has a known signature."""
+    """Refuse a function that cannot be called with a problem and a text, or that has to be awaited.
+
+    Not every callable has a known signature.
+    """
+    if any(map(inspect.iscoroutinefunction, (reward, type(reward).__call__))):
+        fix = "It is not awaited: use def, and asyncio.run(...) in it."
+        raise LossInputError("--reward", "a function (problem, text)", f"{spec}, an async function", fix)
     try:
         signature = inspect.signature(reward)
     except ValueError:
@@ -71,6 +82,11 @@ def check_arguments(spec: str, reward: Callable[..., Any]) -> None:
     except TypeError:
         fix = "It must take (problem, text) and return a number."
         raise LossInputError("--reward", "a function (problem, text)", f"{spec}{signature}", fix) from None
+
+
+def reward_of_copy(reward: Callable[[Problem, str], Any], problem: Problem, text: str) -> Any:
+    """Call a function of the user with a copy of the problem: what it changes there cannot reach the training."""
+    return reward(problem._replace(prompt=[*problem.prompt], fields=copy.deepcopy(problem.fields)), text)
 
 
 def default_reward(problem: Problem) -> str:
@@ -107,6 +123,10 @@ def finite_reward(spec: str, reward: Callable[[Problem, str], Any], problem: Pro
     sample = f" for the sample {show(text)} to a problem with the answer {show(problem.answer)}"
     try:
         value = reward(problem, text)
+    except OutOfTime:
+        got = f"more for a text of {len(text)} characters, {show(text)}"
+        fix = "A repetition within a repetition, such as (a+)+, takes exponential time: write it without one."
+        raise LossInputError(f"--reward {spec}", f"at most {TIME_LIMIT} s for each sample", got, fix) from None
     except (Exception, SystemExit) as error:
         fix = "Correct it there." if place_of(error) else "Give each row such an answer, or name another reward."
         got = f"{described(error)}{sample}"
@@ -114,6 +134,8 @@ def finite_reward(spec: str, reward: Callable[[Problem, str], Any], problem: Pro
     with suppress(TypeError, ValueError, OverflowError, RuntimeError):  # RuntimeError: a tensor of several numbers
         if not isinstance(value, (str, bytes)) and math.isfinite(number := float(value)):
             return number
+    if inspect.iscoroutine(value):
+        value.close()  # or Python warns that nobody awaited it
     got = f"{show(value)}{sample}"
     raise LossInputError(f"--reward {spec}", "a finite number for each sample", got, "Return 0.0 for a bad sample.")
 
@@ -169,6 +191,36 @@ def last_number(text: str) -> Fraction | None:
 
 # Rewards by the form
 
+TIME_LIMIT = 5
+"""The seconds of CPU time that a regular expression or a schema may take for a sample."""
+
+
+class OutOfTime(Exception):
+    """Raised when a sample takes longer than ``TIME_LIMIT``."""
+
+
+@contextmanager
+def time_limit() -> Iterator[None]:
+    """Raise ``OutOfTime`` if the block takes more CPU time than ``TIME_LIMIT``; the matching of ``re`` is interrupted.
+
+    A signal can do this in the main thread alone, where ``lossfns train`` runs, and not on Windows: elsewhere there is
+    no limit.
+    """
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def stop(number: int, frame: object) -> None:
+        raise OutOfTime
+
+    before = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, TIME_LIMIT)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
+
 
 def pattern_reward(pattern: str) -> Reward:
     """Return a reward that is 1 if the regular expression is found in the sample, else 0."""
@@ -176,18 +228,24 @@ def pattern_reward(pattern: str) -> Reward:
         compiled = re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as error:
         raise LossInputError("--reward", "a regular expression", f"{pattern!r} ({error})", "Correct it.") from None
-    return lambda problem, text: float(compiled.search(text) is not None)
+
+    def reward(problem: Problem, text: str) -> float:
+        with time_limit():
+            return float(compiled.search(text) is not None)
+
+    return reward
 
 
 def schema_reward(file: str) -> Reward:
     """Return a reward that is 1 if the whole sample is JSON that fits the schema in a file, else 0.
 
-    A reference to another file is not followed. Extra ``rewards``.
+    Nothing is loaded from elsewhere: ``check_references`` refuses such a schema. Extra ``rewards``.
     """
     try:
         from jsonschema.exceptions import SchemaError
         from jsonschema.validators import validator_for
         from referencing import Registry
+        from referencing.exceptions import Unresolvable
     except ImportError:
         fix = "pip install 'lossfns[rewards]'"
         raise LossInputError("--reward", "the package jsonschema", "none", fix) from None
@@ -195,6 +253,12 @@ def schema_reward(file: str) -> Reward:
         schema = json.loads(Path(file).read_text(encoding="utf-8"))
         form = validator_for(schema)
         form.check_schema(schema)
+        check_references(file, schema, form.ID_OF(form.META_SCHEMA))
+    except LossInputError:
+        raise
+    except Unresolvable as error:
+        got, fix = f"{file} with a reference to {show(error.ref)}", "Nothing else is loaded: write it under '$defs'."
+        raise LossInputError("--reward", "a schema with references within itself", got, fix) from None
     except (AttributeError, OSError, TypeError, ValueError, RecursionError, SchemaError) as error:
         got = f"{file} ({str(error).splitlines()[0]})"
         raise LossInputError("--reward", "a file with a JSON schema", got, "Correct it, or name another.") from None
@@ -202,11 +266,53 @@ def schema_reward(file: str) -> Reward:
 
     def reward(problem: Problem, text: str) -> float:
         try:
-            return float(validator.is_valid(json.loads(text, parse_constant=refuse_constant)))
+            with time_limit():
+                return float(validator.is_valid(json.loads(text, parse_constant=refuse_constant)))
         except (ValueError, OverflowError, RecursionError):  # no JSON, a number like 1e400, or nested too deeply
             return 0.0
 
     return reward
+
+
+REFERENCES = ("$ref", "$dynamicRef", "$recursiveRef")
+"""The keywords of references in a schema."""
+
+
+def check_references(file: str, schema: Any, dialect: str) -> None:
+    """Refuse references that lead in a circle without a step into the value: the check of a value would not end.
+
+    Raises:
+        Unresolvable: for a reference that leads out of the schema, or to nothing.
+    """
+    from jsonschema_specifications import REGISTRY  # the published drafts, in the package
+    from referencing.jsonschema import specification_with
+
+    specification = specification_with(dialect)
+    root = specification.create_resource(schema)
+    pending = [(root.contents, REGISTRY.resolver_with_root(root))]
+    known: dict[int, Any] = {}
+    after: dict[int, list[int]] = {}  # the schemas that judge the same value, by the identity of each schema
+    while pending:
+        each, resolver = pending.pop()
+        if not isinstance(each, dict) or id(each) in known:
+            continue
+        known[id(each)] = each
+        targets = [resolver.lookup(each[name]) for name in REFERENCES if name in each]
+        same_value = [target.contents for target in targets]
+        same_value += [part for name in ("allOf", "anyOf", "oneOf") for part in each.get(name, ())]
+        same_value += [each[name] for name in ("not", "if", "then", "else") if name in each]
+        same_value += each.get("dependentSchemas", {}).values()
+        after[id(each)] = [id(part) for part in same_value if isinstance(part, dict)]
+        pending += [(target.contents, target.resolver) for target in targets]
+        resource = specification.create_resource(each)
+        pending += [(part.contents, resolver.in_subresource(part)) for part in resource.subresources()]
+    try:
+        TopologicalSorter(after).prepare()
+    except CycleError as error:
+        circle = [known[i] for i in error.args[1]]
+        references = dict.fromkeys(show(each[name]) for each in circle for name in REFERENCES if name in each)
+        got, fix = f"{file} with a circle of references to {', '.join(references)}", "Mend the schema."
+        raise LossInputError("--reward", "a schema whose check of a value ends", got, fix) from None
 
 
 def refuse_constant(name: str) -> None:

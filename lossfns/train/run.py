@@ -14,7 +14,7 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from random import Random
 from types import FrameType
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple, TextIO, TypeVar
 from uuid import uuid4
 
 from lossfns.backend.engine.ranks import Ranks, SingleProcess
@@ -33,6 +33,7 @@ CHECKPOINTS, REFERENCES = (CHECKPOINT, "checkpoint"), (REFERENCE, "reference")
 OLD_CHECKPOINT = "checkpoint.npz"
 """The file that one process wrote until 2026-11. It is read, and replaced at the next save."""
 ONE_PROCESS = SingleProcess()
+T = TypeVar("T")
 
 
 class State(NamedTuple):
@@ -132,7 +133,7 @@ class Run:
 
     def plan(self, phases: Mapping[str, int]) -> None:
         """Name the phases of the whole run with their numbers of steps, so that the progress shows all of them."""
-        self._show(self.display.plan, phases)
+        self._show(self.display.plan, phases, self.done)
 
     def steps(self, phase: str, count: int, rng: Random) -> Iterator[int]:
         """Yield the steps of a phase that are not done yet, of 0 to ``count`` − 1, until a stop is requested.
@@ -185,6 +186,13 @@ class Run:
         """Append a row to ``evaluations.jsonl``: held-out measurements by name, after ``step`` steps of a phase."""
         self._append(1, self._row(phase, step, values), "held out/")
         self._show(self.display.show_evaluations, self.evaluations)
+
+    def in_parts(self, examples: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+        """Yield examples to measure on, ``size`` at a time, and show how many have been measured."""
+        for i in range(0, len(examples), size):
+            self._show(self.display.show_measured, i, len(examples))
+            yield examples[i : i + size]
+        self._show(self.display.show_measured, len(examples), len(examples))
 
     def _append(self, file: int, row: dict[str, Any], prefix: str) -> None:
         """Append a row to a file, and pass its values on to the trackers, with the number of steps of the run."""

@@ -16,13 +16,12 @@ import torch
 from lossfns.backend.types import SamplingParams
 from lossfns.datum import ModelInput
 from lossfns.errors import LossInputError
-from lossfns.terminal import console_on, say, while_read
+from lossfns.terminal import one_line, print_refusal, say, while_read, width_of
 from lossfns.train import models, remote
 from lossfns.train.checkpoints import checkpoints
 from lossfns.train.defaults import complete_options
-from lossfns.train.measures import TEMPERATURE, one_line
+from lossfns.train.measures import TEMPERATURE, context_length
 from lossfns.train.options import check_option, naming
-from lossfns.train.outcome import print_refusal
 from lossfns.train.render import Message, Renderer, typed_prompt
 from lossfns.train.run import load_config
 
@@ -39,7 +38,8 @@ def add_sample(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add = p.add_argument
     add("folder", metavar="RUN", help="the run folder")
     add("prompt", metavar="PROMPT", nargs="?", help="the text to continue or to answer; '' begins a text")
-    add("--max-tokens", type=int, default=128, metavar="N", help="longest sample in tokens (default: 128)")
+    add("--max-tokens", type=int, default=128, metavar="N", help="longest sample in tokens (default: 128, or up "
+        "to the end of the model's context)")  # fmt: skip
     add("--temperature", type=float, default=TEMPERATURE, metavar="X", help=f"0 is greedy (default: {TEMPERATURE})")
     add("--samples", type=int, default=1, metavar="N", help="how many samples (default: 1)")
     add("--seed", type=int, default=0, metavar="N", help="seed of the samples (default: 0)")
@@ -112,17 +112,32 @@ def prompt_of(model: Model, text: str) -> list[int]:
 
 
 def sample_texts(model: Model, prompt: list[int], args: argparse.Namespace, turn: int = 0) -> list[str]:
-    """Return the texts of samples. ``turn`` is added to the seed of the command line."""
+    """Return the texts of samples. ``turn`` is added to the seed of the command line.
+
+    A sample ends where the model's context does, and standard error says so.
+
+    Raises:
+        LossInputError: for a prompt that fills the context.
+    """
+    context = context_length(model.sampler)
+    room = context - len(prompt)
+    if room < 1:
+        fix = "Shorten it; in a chat, /new begins another one."
+        raise LossInputError("PROMPT", f"less than {context:g} tokens, the context", f"{len(prompt)}", fix)
+    most = int(min(args.max_tokens, room))
     params = SamplingParams(
-        max_tokens=args.max_tokens, temperature=args.temperature, seed=args.seed + turn, stop=model.renderer.end
+        max_tokens=most, temperature=args.temperature, seed=args.seed + turn, stop=model.renderer.end
     )
     (response,) = model.sampler.sample_batch([ModelInput.from_ints(prompt)], args.samples, params).result()
+    if most < args.max_tokens and any(sequence.stop_reason == "length" for sequence in response.sequences):
+        with while_read(sys.stderr):
+            say(f"a sample ends where the context of {context:g} tokens is full", sys.stderr)
     return [model.renderer.decode(sequence.tokens) for sequence in response.sequences]
 
 
 def show(texts: list[str]) -> None:
     """Print samples. A terminal would obey the escape sequences in them, so they are escaped there."""
-    live = console_on(sys.stdout) is not None
+    live = width_of(sys.stdout) is not None
     with while_read(sys.stdout):
         for number, text in enumerate(texts, 1):
             if len(texts) > 1:
@@ -141,6 +156,10 @@ def converse(model: Model, args: argparse.Namespace) -> None:
             continue
         asked: list[Message] = [*messages, {"role": "user", "content": line}]
         prompt = model.renderer.prompt(asked) if model.style == "chat" else prompt_of(model, line)
+        if len(prompt) >= context_length(model.sampler):
+            with while_read(sys.stderr):
+                say(f"the chat has filled the context, {len(prompt)} tokens: /new begins another one", sys.stderr)
+            continue
         texts = sample_texts(model, prompt, args, turn)
         show(texts)
         messages = [*asked, {"role": "assistant", "content": texts[0]}]

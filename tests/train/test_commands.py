@@ -23,8 +23,10 @@ from typing import Any
 import pytest
 
 from lossfns.cli import main
+from lossfns.terminal import console_on
 from lossfns.train import sample_command
-from lossfns.train.display import PlainDisplay
+from lossfns.train.display import LiveDisplay, PlainDisplay
+from lossfns.train.outcome import print_samples
 from lossfns.train.run import METRICS, RESULT, Run
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm-256color"}
@@ -264,6 +266,25 @@ def test_a_slow_phase_gets_a_line_before_its_first_tenth(monkeypatch: pytest.Mon
     assert [line.split()[1] for line in stream.getvalue().splitlines()] == [f"{n}/1000" for n in range(3, 40, 3)]
 
 
+def test_an_evaluation_shows_how_far_it_is(monkeypatch: pytest.MonkeyPatch, terminal: io.StringIO) -> None:
+    """Plain text gets a line every ten seconds, also before the first phase. A terminal shows the newest number."""
+    stream, now = io.StringIO(), [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    display = PlainDisplay(stream)
+    for done in range(0, 60, 10):
+        display.show_measured(done, 50)
+        now[0] += 6.0
+    shown = stream.getvalue().splitlines()
+    assert shown == ["measured 20 of 50 held-out examples", "measured 40 of 50 held-out examples"]
+    live = LiveDisplay(console_on(terminal))  # type: ignore[arg-type]
+    live.plan({"warm-up": 3, "sft": 5}, {"warm-up": 3})
+    live.show_measured(30, 50)
+    live.live.refresh()
+    live.close()
+    text = terminal.getvalue()
+    assert "held out: 30 of 50 measured" in text and "3/3" in text and "0/5" in text
+
+
 # Warnings
 
 
@@ -278,6 +299,9 @@ def test_a_reward_that_cannot_rise_is_warned_about(tmp_path: Path, capsys: pytes
     assert main(["train", "grpo", "--data", data, "--reward", "exact", *options]) == 0
     said = capsys.readouterr().err
     assert said.count("warning: all rewards of the first 5 steps are 0, so nothing is learned") == 1
+    before, _, _ = said.partition("grpo 1/6")  # it is said before the first step, too
+    assert "warning: all samples of 1 held-out problem have reward 0: nothing is learned" in before
+    assert "With --reward exact a sample must be the bare answer. --reward number reads the last number" in before
 
 
 def test_answers_that_no_sample_can_be_are_refused_or_warned_about(
@@ -345,6 +369,28 @@ def test_metrics_that_cannot_be_plotted_are_named(
     assert says in capsys.readouterr().err
 
 
+def test_what_does_not_go_into_one_picture_is_refused_with_the_way(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for arguments, says in [
+        (
+            ["kl", "weighings"],
+            "expected one of kl, weighings, advantages alone, got kl and weighings. Draw them",
+        ),
+        (["kl", "grpo"], "got kl and grpo"),
+        ([str(run), str(run.parent)], f"got {run} and {run.parent}. lossfns compare {run} {run.parent} shows several"),
+        ([str(run), "grpo"], "NAME: expected one run alone, or losses"),
+        (
+            [str(run), "--out", "a.svg"],
+            f"--out: expected losses to draw with it, got a.svg and the run {run}. Leave",
+        ),
+        ([str(run), "--parts", "policy"], "--parts: expected losses to draw with it"),
+        (["grpo", "--parts", "policy"], "--parts: expected no NAME with it, got grpo"),
+    ]:
+        assert main(["plot", *arguments]) == 2
+        assert says in capsys.readouterr().err, arguments
+
+
 @pytest.mark.parametrize(
     ("name", "part", "value"),
     [
@@ -406,6 +452,15 @@ def test_samples_before_and_after_are_shown_and_kept(tmp_path: Path, capsys: pyt
     (sample,) = json.loads((tmp_path / "run" / RESULT).read_text())["samples"]
     assert re.fullmatch(r"\d+: 2\+2=", sample["prompt"]) and sample["before"] != sample["after"] == "4"
     assert "  after   4\n" in shown and "  before  " in shown
+
+
+def test_the_end_of_a_long_prompt_and_whole_escapes_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    """The question is the end of a chat. An escape is not cut in two, and a Chinese character takes two columns."""
+    prompt = f"system\nYou are {'very ' * 30}helpful.\nuser\nWhich is larger?"
+    print_samples([{"prompt": prompt, "before": f"{'a' * 65}\x1b\x1b", "after": "日" * 40}])
+    _, first, before, after, _ = capsys.readouterr().out.split("\n", 4)
+    assert first.startswith("  prompt  …") and first.endswith(r"helpful.\nuser\nWhich is larger?") and len(first) == 78
+    assert before == f"  before  {'a' * 65}…" and after == f"  after   {'日' * 33}…"
 
 
 def test_a_run_generates_from_its_weights(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -480,9 +535,12 @@ def test_what_cannot_be_sampled_is_named(run: Path, tmp_path: Path, capsys: pyte
     assert "RUN: expected a run with a checkpoint" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("rich", [True, False])
 def test_escape_sequences_of_a_sample_do_not_reach_the_terminal(
-    run: Path, terminal: io.StringIO, monkeypatch: pytest.MonkeyPatch
+    rich: bool, run: Path, terminal: io.StringIO, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if not rich:
+        monkeypatch.setitem(sys.modules, "rich.console", None)
     monkeypatch.setattr("lossfns.train.sample_command.sample_texts", lambda *_: ["a\x1b[2J\nb"])
     monkeypatch.setattr(sys, "stdout", terminal)
     assert main(["sample", str(run), "x"]) == 0

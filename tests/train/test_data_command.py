@@ -12,7 +12,10 @@ from typing import Any
 
 import pytest
 
+from lossfns.backend import ByteTokenizer
 from lossfns.cli import main
+from lossfns.train.data_command import examine
+from lossfns.train.render import Renderer
 
 CHAT = [{"role": "user", "content": "2+2"}, {"role": "assistant", "content": "4"}]
 LATER = [*CHAT, {"role": "user", "content": "3+3\x1b[2J"}, {"role": "assistant", "content": "6", "weight": 0.5}]
@@ -108,6 +111,8 @@ def test_long_rows_are_shown_by_their_ends_and_a_terminal_has_colours(
     rows = [{"prompt": f"{i} " + "word " * 400, "completion": "the end"} for i in range(2)]
     _, text = shown(path, rows, capsys)
     assert "    ... 11 lines ..." in text and text.count("[[the end<|eos|>]]") == 2
+    _, text = shown(path, [row | {"prompt": row["prompt"] * 9} for row in rows], capsys)
+    assert text.count("    ... the middle of 18026 tokens ...") == 2 and text.count("[[the end<|eos|>]]") == 2
     pair = [{"prompt": f"{i}", "chosen": "yes", "rejected": "no"} for i in range(2)]
     path.write_text("".join(json.dumps(row) + "\n" for row in pair))
     monkeypatch.setattr(sys, "stdout", terminal)
@@ -116,3 +121,13 @@ def test_long_rows_are_shown_by_their_ends_and_a_terminal_has_colours(
     first = r"chosen: 5 tokens, 4 trained\n    \x1b\[2m0\x1b\[0m\x1b\[[\d;]*32myes<\|eos\|>\x1b\[0m"
     assert re.search(first, text), text
     assert "rejected: 4 tokens, 3 trained" in text and "[[" not in text
+
+
+def test_tokens_that_the_model_lacks_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    rows: list[dict[str, Any]] = [{"prompt": "a", "answer": "b"}, {"prompt": "é", "answer": "c"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    renderer = Renderer(ByteTokenizer())
+    assert not examine(str(path), renderer, None, 257).errors
+    (error,) = examine(str(path), renderer, None, 128).errors
+    assert str(error).startswith(f"{path}:2: expected token ids in [0, 128), those of the model, got 195")

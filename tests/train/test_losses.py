@@ -114,6 +114,10 @@ def test_settings_are_those_of_the_loss() -> None:
         ("with_tis(dapo(), cap=2)", {"cap": 3}, "with_tis(loss=dapo(clip=(0.8, 1.28)"),
         ("with_kl", {"loss": "dapo", "kl_to": "sampler_logprobs"}, "kl_to='sampler_logprobs')"),
         ("sft", {}, "cross_entropy(weigh=token_mean)"),
+        ("with_tis(sft)", {}, "with_tis(loss=cross_entropy(weigh=token_mean), cap=2.0"),
+        ("with_kl(with_tis(dapo(clip=(0.9, 1.1))), kl_beta=0.1)", {}, "loss=dapo(clip=(0.9, 1.1), weigh=token_mean"),
+        ("with_kl(with_tis(dapo(), cap=3), kl_beta=0.1)", {}, "log_ratio_cap=20.0, dual_clip=None), cap=3, level"),
+        ("sum_losses(rl=grpo(), ce=sft(), weights={'ce': 'weights'})", {}, "weights={'ce': 'weights'})"),
     ]:  # fmt: skip
         assert shown in repr(loss_of(text, settings)), (text, settings)
 
@@ -122,11 +126,18 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("grop", {}, "got 'grop'. Did you mean 'grpo'?"),
     ("grpo(", {}, "got 'grpo('. Did you mean 'grpo'?"),
     ("__import__('os')", {}, "the name of a loss, or module:function"),
-    ("grpo(clip=__import__('os'))", {}, "a loss with its settings"),
+    ("grpo(clip=__import__('os'))", {}, "got '__import__' in grpo(clip=__import__('os'))"),
+    ("grpo(clp=3)", {}, "a loss with its settings"),
     ("grpo", {"clp": 1}, "--set: expected a setting of grpo, got 'clp'. Did you mean 'clip'?"),
     ("grpo", {"clip": [0.2, 0.28]}, "pass clip=(0.8, 1.28)"),
     ("grpo", {"weigh": "sequence_mea"}, "Did you mean 'sequence_mean'?"),
     ("with_tis", {}, "with_tis with loss, got no loss. Add --set loss=..."),
+    ("grpo", {"kl": "grpo"}, "grpo: kl: expected a function such as k3, got grpo("),
+    ("grpo", {"kl": "dapo()"}, "Known: k1, k2, k3."),
+    ("grpo", {"kl": "token_level"}, "kl: expected a function for kl, got token_level, one for level. Use one of: k1"),
+    ("with_tis(dapoo())", {}, "got 'dapoo' in with_tis(dapoo()). Did you mean 'dapo'?"),
+    ("with_tis(gspo-token)", {}, "(gspo - token is no number, text, name or call)"),
+    ("sum_losses([grpo(), sft()])", {}, "a name for each part of the sum, got 'sum_losses([grpo(), sft()])'. Such as"),
     ("no_such_module_of_mine:loss", {}, "--loss: expected that no_such_module_of_mine can be imported"),
     ("lossfns:grop", {}, "--loss: expected a name in lossfns, got 'grop'. Did you mean 'grpo'?"),
 ]
@@ -202,6 +213,22 @@ def test_ones_own_loss_of_any_form_trains_by_what_it_reads(tmp_path: Path) -> No
         assert repr(loss) == f"{name}({', '.join(f'{n}={x}' for n, x in settings.items())})"
     with pytest.raises(LossInputError, match=r"a setting of .*mine.py:pg, got 'scal'. Did you mean 'scale'\?"):
         loss_of(f"{tmp_path}/mine.py:pg", {"scal": 2.0})
+
+
+def test_a_file_runs_once_and_may_change_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Paths mean what they meant before. A changed file runs again."""
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    source = f"import os\nopen('{tmp_path}/log', 'a').write('x')\nos.chdir('{tmp_path}/elsewhere')\n" + OWN
+    Path("moving.py").write_text(source)
+    Path("rows.jsonl").write_text("")
+    options = complete_options({"loss": "moving.py:nll", "data": "rows.jsonl", "out": "run"})
+    assert Path.cwd() == tmp_path / "elsewhere"
+    assert (options.data, options.out) == (f"{tmp_path}/rows.jsonl", f"{tmp_path}/run")
+    first = loss_of(options.loss, {}).function
+    assert loss_of(options.loss, {}).function is first and (tmp_path / "log").read_text() == "x"
+    (tmp_path / "moving.py").write_text(source + "\n")
+    assert loss_of(options.loss, {}).function is not first and (tmp_path / "log").read_text() == "xx"
 
 
 def test_metrics_of_ones_own_loss_are_numbers_and_leave_the_place_of_a_row(tmp_path: Path) -> None:

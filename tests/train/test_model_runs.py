@@ -1,7 +1,10 @@
 """``lossfns train --model`` end to end, on a Llama of a few thousand parameters with adapters."""
 
+import contextlib
+import io
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,12 @@ import torch
 import transformers
 from small_tokenizers import CHATML, byte_pairs
 
+from lossfns.backend import ByteTokenizer, LocalTrainingClient
+from lossfns.backend.model import hf
 from lossfns.cli import main
+from lossfns.train import measures, sample_command
+from lossfns.train.examples import demonstration
+from lossfns.train.render import Renderer
 
 CHAT = [{"role": "user", "content": "2+2"}, {"role": "assistant", "content": "4"}]
 ROWS: dict[str, dict[str, Any]] = {
@@ -24,7 +32,7 @@ ROWS: dict[str, dict[str, Any]] = {
 def test_an_exported_model_starts_where_its_run_ended(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Bits per byte count the bytes of the text alone, whatever the tokens are."""
     data = tmp_path / "rows.jsonl"
-    data.write_text("".join(json.dumps({"prompt": f"{i}+2=", "completion": f"{i + 2} é"}) + "\n" for i in range(8)))
+    data.write_text("".join(json.dumps({"prompt": f"{i}+2=", "completion": f"{i + 2} é"}) + "\n" for i in range(20)))
     given = ["--data", str(data), "--steps", "1", "--batch", "2", "--out"]
     assert main(["train", "sft", *given, str(tmp_path / "run")]) == 0
     capsys.readouterr()
@@ -36,7 +44,8 @@ def test_an_exported_model_starts_where_its_run_ended(tmp_path: Path, capsys: py
     ended, began = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("run", "next"))
     assert began["bits_per_byte"]["before"] == pytest.approx(ended["bits_per_byte"]["after"], rel=1e-5)
     adapted = ["--model", str(tmp_path / "model"), "--lora", "2", *given, str(tmp_path / "adapted")]
-    assert main(["train", "sft", *adapted]) == 0
+    assert main(["train", "sft", *adapted, "--eval-examples", "1"]) == 0
+    assert "measuring on held-out examples: 1 of 2, as --eval-examples says" in capsys.readouterr().err
     capsys.readouterr()
     assert main(["export", str(tmp_path / "adapted"), str(tmp_path / "adapters")]) == 0
     assert f"base model  {tmp_path}/model, only on this machine; --merge writes" in capsys.readouterr().out
@@ -79,3 +88,25 @@ def test_a_model_with_adapters_is_trained_measured_and_sampled(
             assert main(sample) == 0, loss
             shown.append(capsys.readouterr().out)
         assert shown[0] == shown[1] != "", loss
+
+
+def test_a_sample_ends_with_the_context_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A Llama with room for 30 tokens: "user: 5?" and "assistant: " take 20 of them, and the chat then fills it."""
+    size = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = transformers.LlamaConfig(vocab_size=257, max_position_embeddings=30, eos_token_id=256, **size)
+    client = LocalTrainingClient(hf.CausalLM(transformers.LlamaForCausalLM(config)), tokenizer=ByteTokenizer())
+    sampler, renderer = client.save_weights_and_get_sampling_client(), Renderer(ByteTokenizer())
+    model = sample_command.Model(sampler, renderer, "chat")
+    monkeypatch.setattr(sample_command, "opened", lambda *_: contextlib.nullcontext(model))
+    assert main(["sample", "run", "5?", "--temperature", "0"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out and shown.err == "a sample ends where the context of 30 tokens is full\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO("5?\n6?\n/new\n7?\n"))
+    assert main(["sample", "run", "--max-tokens", "8", "--temperature", "0"]) == 0
+    assert "the chat has filled the context" in capsys.readouterr().err
+    assert main(["sample", "run", "5" * 20]) == 2
+    assert "PROMPT: expected less than 30 tokens, the context, got 38" in capsys.readouterr().err
+    prompts = [demonstration([5] * 25, [6, 256])]
+    assert len(measures.sample_texts(client, renderer, prompts)) == 1  # those that a run shows end there, too

@@ -1,6 +1,7 @@
 """The model of a run: where it comes from, its adapters, its dtype, and what is refused."""
 
 import importlib.util
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from lossfns import LossInputError, cross_entropy, datum_from_tokens
 from lossfns.backend import AdamParams, LocalTrainingClient
-from lossfns.backend.model import sources
+from lossfns.backend.model import hf, sources
 from lossfns.train.models import load_client
 from lossfns.train.options import Options
 
@@ -112,6 +113,27 @@ def test_a_repository_in_the_local_cache_needs_no_connection(
         with pytest.raises(LossInputError, match=says) as refused:
             client(name)
         assert "\n" not in str(refused.value), name
+
+
+def test_code_of_a_model_is_refused_without_a_question(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model of an architecture that the library has is loaded without its code."""
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    (tmp_path / "mine.py").write_text("raise SystemExit('it ran')")
+    code = {"AutoConfig": "mine.C", "AutoModelForCausalLM": "mine.M", "AutoTokenizer": ["mine.T", None]}
+    for file in ("config.json", "tokenizer_config.json"):
+        own = {"model_type": "mine", "tokenizer_class": "T", "auto_map": code}
+        (tmp_path / file).write_text(json.dumps(own))
+    for load in (hf.load, hf.load_tokenizer):
+        with pytest.raises(
+            LossInputError, match=r"a model without code of its own, .* with 'auto_map'. Code of a model"
+        ):
+            load(tmp_path)
+    known = json.loads((folder / "config.json").read_text()) | {"auto_map": code}
+    shutil.copytree(folder, tmp_path / "known")
+    (tmp_path / "known" / "config.json").write_text(json.dumps(known))
+    assert logprobs(client(tmp_path / "known")) == logprobs(client(folder))
 
 
 def test_what_is_no_model_is_refused(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

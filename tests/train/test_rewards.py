@@ -1,6 +1,8 @@
 """Rewards of ``--reward``: what counts as right, and what is refused with the sample that did it."""
 
 import json
+import re
+import signal
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,7 @@ from typing import Any
 import pytest
 
 from lossfns import LossInputError
+from lossfns.train import rewards
 from lossfns.train.examples import Problem
 from lossfns.train.rewards import check_reward, default_reward, last_number, reward_of
 
@@ -104,10 +107,46 @@ def test_a_sample_with_a_number_that_is_too_large_does_not_fit(tmp_path: Path) -
     assert [reward(problem(None), text) for text in ("1.5", "1.3", "1e400")] == [1, 0, 0]
 
 
-def test_a_schema_loads_nothing_from_elsewhere(tmp_path: Path) -> None:
-    (tmp_path / "schema.json").write_text('{"$ref": "http://127.0.0.1:9/schema.json"}')
-    with pytest.raises(LossInputError, match=r"Unresolvable.* for the sample '1' to a problem"):
-        reward_of(f"json-schema:{tmp_path / 'schema.json'}")(problem(None), "1")
+ELSEWHERE = "a schema with references within itself, got .* with a reference to "
+CIRCLE = "a schema whose check of a value ends, got .* with a circle of references to "
+REFERENCES = {
+    '{"$ref": "http://127.0.0.1:9/schema.json"}': f"{ELSEWHERE}'http://127.0.0.1:9/schema.json'",
+    '{"properties": {"a": {"items": {"$ref": "other.json"}}}}': f"{ELSEWHERE}'other.json'",
+    '{"$ref": "#/$defs/none"}': f"{ELSEWHERE}'/\\$defs/none'",
+    '{"$ref": "#"}': f"{CIRCLE}'#'",
+    '{"$schema": "http://json-schema.org/draft-07/schema#", "not": {"$ref": "#"}}': f"{CIRCLE}'#'",
+    '{"$ref": "#/$defs/a", "$defs": {"a": {"anyOf": [true, {"$ref": "#/$defs/b"}]}, "b": {"$ref": "#/$defs/a"}}}':
+        f"{CIRCLE}'#/\\$defs/.', '#/\\$defs/.'",
+}  # fmt: skip
+TREE = '{"type": "object", "properties": {"a": {"$ref": "#"}, "$ref": {"const": {"$ref": "none"}}}}'
+
+
+def test_references_of_a_schema_stay_in_it_and_end(tmp_path: Path) -> None:
+    file = tmp_path / "schema.json"
+    for schema, says in REFERENCES.items():
+        file.write_text(schema)
+        with pytest.raises(LossInputError, match=says):
+            reward_of(f"json-schema:{file}")
+    file.write_text(TREE)
+    samples = ('{"a": {"a": {}}}', '{"a": {"a": 1}}')
+    assert [reward_of(f"json-schema:{file}")(problem(None), text) for text in samples] == [1, 0]
+    file.write_text('{"$ref": "https://json-schema.org/draft/2020-12/schema"}')  # a draft, which the package has
+    assert [reward_of(f"json-schema:{file}")(problem(None), text) for text in ("{}", '{"type": 3}')] == [1, 0]
+
+
+def test_a_pattern_that_takes_too_long_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one in a schema. Each would take hours."""
+    monkeypatch.setattr(rewards, "TIME_LIMIT", 0.05)
+    (tmp_path / "schema.json").write_text('{"pattern": "^(a+)+$"}')
+    text = "a" * 40 + "!"
+    for spec, sample in {"regex:^(a+)+$": text, f"json-schema:{tmp_path}/schema.json": f'"{text}"'}.items():
+        says = (
+            f"--reward {spec}: expected at most 0.05 s for each sample, got more for a text of {len(sample)} characters"
+        )
+        with pytest.raises(LossInputError, match=re.escape(says)):
+            reward_of(spec)(problem(None), sample)
+        assert reward_of(spec)(problem(None), sample.replace("!", "")) == 1
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0)
 
 
 FUNCTIONS = """
@@ -123,6 +162,16 @@ def words(problem, text): return "1.0"
 def fails(problem, text): return 1 / 0
 def leaves(problem, text): raise SystemExit(3)
 def one(text): return 1.0
+async def later(problem, text): return 1.0
+class Later:
+    async def __call__(self, problem, text): return 1.0
+object_of_later = Later()
+def returns_later(problem, text): return later(problem, text)
+def changes(problem, text):
+    problem.prompt.append(2)
+    problem.fields["a"].append(3)
+    problem.fields["b"] = 4
+    return 1.0
 four = 4
 """
 
@@ -140,10 +189,16 @@ def test_a_reward_may_be_any_function(tmp_path: Path) -> None:
         "large": "got 1000",
         "words": "got '1.0'",
         "fails": rf"got ZeroDivisionError: division by zero \({file}:11\) for",
+        "returns_later": "got <coroutine object later",
         "leaves": rf"got SystemExit: 3 \({file}:12\)",
     }
     with pytest.raises(LossInputError, match=r"one\(text\)\. It must take \(problem, text\)"):
         reward_of(f"{file}:one")
+    for name in ("later", "object_of_later"):
+        with pytest.raises(LossInputError, match=f"{name}, an async function. It is not awaited"):
+            reward_of(f"{file}:{name}")
+    whole = Problem([1], None, {"a": [1]})
+    assert reward_of(f"{file}:changes")(whole, "") == 1.0 and whole == Problem([1], None, {"a": [1]})
     for name, text in says.items():
         reward = reward_of(f"{file}:{name}")
         with pytest.raises(LossInputError, match=f"{name}: expected a finite number for each sample, {text}") as error:

@@ -16,7 +16,7 @@ from lossfns.backend import ByteTokenizer, Decoder, LocalTrainingClient
 from lossfns.train import measures, methods, tasks
 from lossfns.train.batches import demonstration_batch, sample_answers
 from lossfns.train.charts import running_mean
-from lossfns.train.examples import Problem, demonstration, prompt_of
+from lossfns.train.examples import Labelled, Preference, Problem, demonstration, prompt_of
 from lossfns.train.outcome import print_outcome
 from lossfns.train.recipes import Outcome
 from lossfns.train.render import Renderer
@@ -76,8 +76,26 @@ def test_rewards_are_for_exactly_the_answer(tmp_path: Path) -> None:
         methods.train(run, client, cross_entropy(), batch, phase="warm-up", steps=60, learning_rate=rate, seed=0)
     (answer,) = sample_answers(client, BYTES, [problem], 1, 4, seed=0, temperature=0)
     assert (answer.tokens, answer.text) == ([120, 256], "x")
-    assert measures.mean_reward(client, BYTES, [problem], exact, 4)["reward"] > 0.9
-    assert measures.mean_reward(client, BYTES, [Problem([50, 61], "xx", {})], exact, 4)["reward"] < 0.1
+    assert measures.mean_reward(client, BYTES, [[problem]], exact, 4)["reward"] > 0.9
+    assert measures.mean_reward(client, BYTES, [[Problem([50, 61], "xx", {})]], exact, 4)["reward"] < 0.1
+
+
+def test_measurements_do_not_depend_on_the_parts_in_which_they_are_made(tmp_path: Path) -> None:
+    shape: dict[str, Any] = {"vocab_size": 257, "dim": 16, "layers": 1, "heads": 1, "kv_heads": 1, "hidden": 16}
+    client = LocalTrainingClient(Decoder(**shape), tokenizer=TEXT, device="cpu")
+    answers = [BYTES.completion(f"{i}+1=", "é" * (i + 1)) for i in range(5)]
+    pairs = [Preference(each, BYTES.completion(f"{i}+1=", "no")) for i, each in enumerate(answers)]
+    labelled = [Labelled(each, i % 2 == 0) for i, each in enumerate(answers)]
+    with Run(tmp_path, terminal=io.StringIO()) as run:
+        parts = [[*run.in_parts(answers, size)] for size in (2, 5)]
+        assert [len(each) for each in parts[0]] == [2, 2, 1] and parts[1] == [answers]
+        by_size = [
+            measures.likelihood(client, BYTES, run.in_parts(answers, size))
+            | measures.pair_accuracy(client, None, run.in_parts(pairs, size))
+            | measures.ranking(client, None, run.in_parts(labelled, size))
+            for size in (2, 5)
+        ]
+    assert by_size[0] == pytest.approx(by_size[1], rel=1e-6) and len(by_size[0]) == 3
 
 
 def test_accuracy_counts_a_tie_half() -> None:

@@ -173,7 +173,8 @@ class LocalTrainingClient(LocalReferenceClient):
     def load_state(self, path: str | Path, weights_access_token: str | None = None) -> APIFuture[LoadWeightsResponse]:
         """Load the weights of a checkpoint, and start the optimizer afresh.
 
-        An accumulated gradient is dropped, with a warning in the log.
+        An accumulated gradient is dropped, with a warning in the log. Adapters that have made no step start on the
+        weights of a checkpoint without adapters.
 
         Args:
             path: a path that ``save_state`` or ``save_weights_for_sampler`` has written.

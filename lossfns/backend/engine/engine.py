@@ -182,11 +182,13 @@ class Engine:
     def load_weights(self, tensors: Mapping[str, Tensor], path: str) -> None:
         """Load weights, or refuse them and change nothing. The optimizer starts afresh.
 
+        New adapters stay as they are if ``tensors`` has none: they start on these weights.
+
         Args:
             tensors: named as ``state`` names them.
             path: the checkpoint, which errors name.
         """
-        tensors = self.ranks.distribute(tensors)
+        tensors = state.with_new_adapters(self.model, self.ranks.distribute(tensors))
         state.check_weights(self.model, tensors, path)
         self.replace_weights(tensors)
 

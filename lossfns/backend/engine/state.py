@@ -68,6 +68,17 @@ def replace_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     model.load_state_dict({name: tensors[public[tied.get(name, name)]] for name in public})
 
 
+def with_new_adapters(model: nn.Module, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Return the weights of a checkpoint that has no adapters with those of the model, if these change nothing yet.
+
+    The adapters of the model then start on the weights of the checkpoint.
+    """
+    own = {name: x for name, x in weights(model).items() if ".lora_" in name}
+    if own.keys() & tensors.keys() or not adapters_change_nothing(model):
+        return tensors
+    return {**tensors, **own}
+
+
 def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], path: str) -> None:
     """Load the weights, or refuse them and change nothing."""
     check_weights(model, tensors, path)

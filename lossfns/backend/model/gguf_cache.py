@@ -110,8 +110,10 @@ def convert(file: Path, folder: Path) -> None:
     """
     import transformers
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype="auto")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, dtype="auto", trust_remote_code=False
+    )
+    tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
     ends = end_tokens(file)
     if model.generation_config is not None and ends:
         model.generation_config.eos_token_id = ends

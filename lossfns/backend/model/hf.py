@@ -61,7 +61,7 @@ def load(
     try:
         found = located(source)
         model, info = transformers().AutoModelForCausalLM.from_pretrained(
-            found, dtype=dtype, attn_implementation="eager", output_loading_info=True
+            found, dtype=dtype, attn_implementation="eager", output_loading_info=True, trust_remote_code=False
         )
         tokenizer = tokenizer_of(found, model.name_or_path if lora.wrapped_layers(model) else found)
     except LossInputError:
@@ -86,24 +86,44 @@ def load_tokenizer(source: str | Path) -> Any:
     transformers()
     try:
         found = located(source)
-        adapters = Path(found) / "adapter_config.json"
-        base = json.loads(adapters.read_text())["base_model_name_or_path"] if adapters.exists() else found
-        return tokenizer_of(found, base)
+        return tokenizer_of(found, base_of(found))
     except LossInputError:
         raise
     except (OSError, ValueError, KeyError) as error:
         raise source_error(source, error) from error
 
 
+def vocabulary_size(source: str | Path) -> int | None:
+    """Return the number of token ids of the model at ``source``; None without a configuration, as beside a tokenizer.
+
+    Raises:
+        LossInputError: nothing is found at ``source``.
+    """
+    try:
+        config = transformers().AutoConfig.from_pretrained(base_of(located(source)), trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        if isinstance(error, LossInputError):
+            raise
+        return None
+    size: int | None = getattr(config.get_text_config(), "vocab_size", None)
+    return size
+
+
+def base_of(found: str | Path) -> str | Path:
+    """Return the base model that an adapter folder names; any other source as it is."""
+    adapters = Path(found) / "adapter_config.json"
+    return json.loads(adapters.read_text())["base_model_name_or_path"] if adapters.exists() else found
+
+
 def tokenizer_of(source: str | Path, base: str | Path) -> Any:
     """Load the tokenizer of ``source``; that of ``base`` if there is none."""
     hf = transformers()
     try:
-        return hf.AutoTokenizer.from_pretrained(source)
+        return hf.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError):
         if base == source:
             raise
-        return hf.AutoTokenizer.from_pretrained(base)
+        return hf.AutoTokenizer.from_pretrained(base, trust_remote_code=False)
 
 
 class CausalLM(nn.Module):
@@ -369,7 +389,8 @@ def check_packing(model: CausalLM) -> None:
         raise
     except Exception as error:
         raise packing_error(model, f"{type(error).__name__}: {error}") from error
-    alone, eps = torch.cat((first_alone, second_alone[len(prefix) :])).float(), torch.finfo(model.head.dtype).eps
+    alone = torch.cat((first_alone, second_alone[len(prefix) :])).float()
+    eps = max(torch.finfo(dtype).eps for dtype in (model.head.dtype, torch.float32))  # norms are in float32 at the most
     difference = relative_difference(packed, alone)
     if not difference < eps**0.5:
         raise packing_error(model, f"logits that differ by {difference:.1%}")

@@ -223,7 +223,8 @@ def base_model(model: Any) -> Any:
 def has_weights_of(model: Any, source: str) -> bool:
     """Return whether a model's weights are those that transformers loads from ``source``."""
     try:
-        loaded = hf.transformers().AutoModelForCausalLM.from_pretrained(source, dtype="auto") if source else None
+        auto = hf.transformers().AutoModelForCausalLM
+        loaded = auto.from_pretrained(source, dtype="auto", trust_remote_code=False) if source else None
     except (OSError, ValueError):
         return False
     if loaded is None or lora.wrapped_layers(loaded):

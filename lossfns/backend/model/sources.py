@@ -60,4 +60,7 @@ def first_line(error: Exception) -> str:
 
 def source_error(source: str | Path, error: Exception) -> LossInputError:
     """Return the error for a model that cannot be loaded, with the first line of the reason."""
+    if "trust_remote_code" in str(error):
+        fix = "Code of a model is never run here. Export the model to an architecture that transformers has."
+        return LossInputError("source", "a model without code of its own", f"{str(source)!r}, with 'auto_map'", fix)
     return LossInputError("source", EXPECTED, f"{str(source)!r} ({first_line(error)})", FIX)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lossfns.errors import LossInputError
-from lossfns.terminal import print_report, print_wrapped, status
+from lossfns.terminal import print_refusal, print_report, print_wrapped, say, status, while_read
 from lossfns.testing.vectors.vector import FOLDER, LEDGER, METHODS
 
 if TYPE_CHECKING:
@@ -25,10 +25,10 @@ def add_vectors(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     """Add the ``vectors`` command to a command line."""
     p = commands.add_parser(
         "vectors",
-        help="golden vectors: right answers as JSON, for a loss in any language",
+        help="right answers as JSON, to test a loss in any language",
         description="Golden vectors: right answers as JSON, for a loss in any language.",
     )
-    actions = p.add_subparsers(dest="action", required=True)
+    actions = p.add_subparsers(dest="action", metavar="run|export", required=True)
     p = actions.add_parser(
         "run",
         help="run the vectors on a program",
@@ -79,8 +79,7 @@ def run_command(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         return 130
     except (LossInputError, OSError) as error:
-        print(f"lossfns: {error}", file=sys.stderr)
-        return 2
+        return print_refusal(error)
     return 0 if report.ok else 1
 
 
@@ -114,9 +113,17 @@ def read_patterns(path: str | None) -> list[str]:
 
 
 def export_command(args: argparse.Namespace) -> int:
-    """Run ``lossfns vectors export``."""
-    args.folder.mkdir(parents=True, exist_ok=True)
-    for name in FILES:
-        shutil.copyfile(FOLDER / name, args.folder / name)
-    print(f"{len(FILES)} files in {args.folder}")
+    """Run ``lossfns vectors export``.
+
+    Returns:
+        0, or 2 if the folder cannot be written.
+    """
+    try:
+        args.folder.mkdir(parents=True, exist_ok=True)
+        for name in FILES:
+            shutil.copyfile(FOLDER / name, args.folder / name)
+    except OSError as error:
+        return print_refusal(error)
+    with while_read(sys.stdout):
+        say(f"{len(FILES)} files in {args.folder}")
     return 0

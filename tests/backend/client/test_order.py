@@ -249,7 +249,7 @@ def comparable(outcome: Any, folder: Path) -> Any:
 
 
 @pytest.mark.parametrize(
-    "count", [pytest.param(50, marks=pytest.mark.repeated), pytest.param(150, marks=pytest.mark.exhaustive)]
+    "count", [pytest.param(50, marks=pytest.mark.repeated), pytest.param(70, marks=pytest.mark.exhaustive)]
 )
 def test_many_threads_act_in_the_order_of_submission_and_as_one_thread_would(tmp_path: Path, count: int) -> None:
     folders = [tmp_path / "many", tmp_path / "one"]

@@ -413,8 +413,9 @@ def test_load_reads_a_folder(tmp_path: Path) -> None:
     transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w2").save_pretrained(tmp_path)
     model, tokenizer = hf.load(tmp_path)
     assert model.head.dtype == torch.bfloat16 and tokenizer.eos_token_id == 2
-    model, _ = hf.load(str(tmp_path), dtype=torch.float32)
-    assert model.head.dtype == torch.float32
+    for dtype in (torch.float32, torch.float64):
+        model, _ = hf.load(str(tmp_path), dtype=dtype)
+        assert model.head.dtype == dtype
     for got, lp in zip(logprobs(LocalTrainingClient(model, device="cpu")), alone(reference)):
         torch.testing.assert_close(got, lp.detach(), rtol=0, atol=1e-5)
 

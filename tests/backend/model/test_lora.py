@@ -341,12 +341,28 @@ def test_a_checkpoint_of_other_adapters_is_refused(tmp_path: Path, other: dict[s
     assert same(before, tensors(c))
 
 
-def test_a_checkpoint_of_all_parameters_is_none_of_adapters_and_the_reverse(tmp_path: Path) -> None:
+def test_new_adapters_start_on_the_weights_of_a_checkpoint_without_adapters(tmp_path: Path) -> None:
+    full, adapted = service(seed=3).create_training_client("tiny"), client()
+    path = full.save_state(tmp_path / "full").result().path
+    adapted.load_state(path).result()
+    expected = torch.cat(logprobs(full))
+    torch.testing.assert_close(torch.cat(logprobs(adapted)), expected)
+    own = {name: x for name, x in tensors(client()).items() if "lora_" in name}
+    assert own and all(torch.equal(x, tensors(adapted)[name]) for name, x in own.items())
+    train(adapted)
+    assert not torch.allclose(torch.cat(logprobs(adapted)), expected, atol=1e-4)
+    torch.testing.assert_close(torch.cat(logprobs(adapted.reference())), expected)
+
+
+def test_a_checkpoint_of_all_parameters_is_none_of_trained_adapters_and_the_reverse(tmp_path: Path) -> None:
     full, adapted = service().create_training_client("tiny"), client()
+    train(adapted)
     for a, b in ((full, adapted), (adapted, full)):
         path = a.save_state(tmp_path / a.get_info().model_id).result().path
         with pytest.raises(LossInputError, match="a checkpoint of this model"):
             b.load_state(path).result()
+        with pytest.raises(LossInputError, match="a checkpoint of this model"):
+            b.load_state_with_optimizer(path).result()
 
 
 def test_adapters_of_a_bfloat16_model_are_float32(tmp_path: Path) -> None:
