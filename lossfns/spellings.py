@@ -1,6 +1,7 @@
 """Other frameworks' names of settings, and our names of these. The errors for unknown names quote them.
 
-Sources of the names: TRL, verl, OpenRLHF, SkyRL, slime, AReaL, NeMo-RL; docs/rosetta.md has their values with numbers.
+Sources of the names: TRL, verl, OpenRLHF, Tinker, Fireworks, SkyRL, slime, AReaL, NeMo-RL; docs/rosetta.md has their
+values with numbers.
 """
 
 from __future__ import annotations
@@ -44,6 +45,24 @@ def lower_bound(value: Any) -> str:
 def upper_bound(value: Any) -> str:
     x = number(value)
     return f"clip has both bounds of the ratio itself: clip=(low, {'1 + ε' if x is None else f'{1 + x:g}'})."
+
+
+def both_epsilons(value: Any) -> str:
+    pair = [number(x) for x in value] if isinstance(value, (list, tuple)) else []
+    if len(pair) != 2 or None in pair:
+        return both_bounds(None)
+    low, high = value
+    return f"clip has the bounds of the ratio itself: clip=({1 - low:g}, {1 + high:g})."
+
+
+def lower_ratio(value: Any) -> str:
+    x = number(value)
+    return f"clip has both bounds of the ratio: clip=({'low' if x is None else f'{x:g}'}, high)."
+
+
+def upper_ratio(value: Any) -> str:
+    x = number(value)
+    return f"clip has both bounds of the ratio: clip=(low, {'high' if x is None else f'{x:g}'})."
 
 
 WEIGHINGS_ELSEWHERE = {
@@ -123,6 +142,11 @@ SETTINGS = (
             "clip", lower_bound),
     Setting(("epsilon_high", "clip_ratio_high", "eps_clip_high", "cliprange_high", "ratio_clip_max", "clip_high"),
             "clip", upper_bound),
+    Setting(("eps_clip_low_high",), "clip", both_epsilons),
+    Setting(("clip_low_threshold",), "clip", lower_ratio),
+    Setting(("clip_high_threshold",), "clip", upper_ratio),
+    Setting(("ratio_log_cap",), "log_ratio_cap", same_value("log_ratio_cap")),
+    Setting(("dpo_beta", "dro_beta"), "beta", same_value("beta")),
     Setting(("clip_ratio_c", "eps_clip_c", "ratio_clip_c", "dual_clip_coef", "clip_c", "delta"),
             "dual_clip", same_value("dual_clip")),
     Setting(("beta", "kl_coef", "kl_loss_coef", "init_kl_coef", "kl_penalty_coef", "kl_ctl", "kl_coeff",
@@ -133,14 +157,17 @@ SETTINGS = (
             "weigh", weighing),
     Setting(("simpo_gamma", "gamma_beta_ratio"), "gamma", same_value("gamma")),
     Setting(("cpo_alpha",), "nll_weight", same_value("nll_weight")),
-    Setting(("lambda", "lambda_", "orpo_beta"), "lam", same_value("lam")),
+    Setting(("lambda", "lambda_", "orpo_beta", "orpo_lambda"), "lam", same_value("lam")),
     Setting(("desirable_weight_d", "lambda_d"), "desirable_weight", same_value("desirable_weight")),
     Setting(("lambda_u",), "undesirable_weight", same_value("undesirable_weight")),
-    Setting(("loss_type", "policy_loss_type", "loss_mode", "loss_fn", "importance_sampling_level"), "", another_loss),
+    Setting(("loss_type", "policy_loss", "policy_loss_type", "loss_mode", "loss_fn", "importance_sampling_level"), "",
+            another_loss),
     Setting(("tis_imp_ratio_cap", "use_tis", "tis_cap", "vllm_importance_sampling_cap", "imp_ratio_cap",
-             "vllm_importance_sampling_correction"), "", lambda value: "Wrap the loss: with_tis(loss, cap=2.0)."),
+             "vllm_importance_sampling_correction", "vllm_importance_sampling_mode",
+             "vllm_importance_sampling_clip_max", "rollout_is", "is_correction_level"), "",
+            lambda value: "Wrap the loss: with_tis(loss, cap=2.0)."),
     Setting(("temperature",), "", lambda value: "Pass it to target_logprobs(logits, targets, temperature=...)."),
-    Setting(("scale_rewards", "norm_adv_by_std_in_grpo", "num_generations"), "",
+    Setting(("scale_rewards", "norm_adv_by_std_in_grpo", "no_std_norm", "num_generations"), "",
             lambda value: 'Advantages are made before: group_advantages(rewards, groups, scale="std" or "none").'),
     Setting(("entropy_coeff", "entropy_coef", "ent_coef", "entropy_loss_coef"), "",
             lambda value: "Wrap the loss: with_entropy(loss, ...)."),
