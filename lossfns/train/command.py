@@ -129,6 +129,8 @@ def train_command(args: argparse.Namespace) -> int:
         options = None if args.resume is not None else complete_options(given)
     except LossInputError as error:
         args.parser.error(str(error))
+    except KeyboardInterrupt:  # while a file of the user's is imported
+        return 130
     try:
         with silence() if int(os.environ.get("RANK", 0)) else nullcontext():
             return resume_run(Path(args.resume)) if options is None else start_run(options, here)

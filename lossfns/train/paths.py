@@ -12,15 +12,21 @@ from lossfns.train import files
 def with_absolute_paths(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options with absolute paths, so that they mean the same in another folder."""
     resolve: dict[str, Callable[[str], str]] = {"data": files.located, "init": os.path.abspath}
-    resolve |= dict.fromkeys(("model", "teacher", "loss", "reward"), absolute_path)
+    resolve |= dict.fromkeys(("model", "teacher"), absolute_if_there) | dict.fromkeys(("loss", "reward"), absolute_file)
     return {name: resolve[name](x) if name in resolve and x else x for name, x in options.items()}
 
 
-def absolute_path(text: str) -> str:
-    """Return the absolute path of a file that exists, also in ``FILE.py:FUNCTION`` and ``json-schema:FILE``."""
+def absolute_if_there(text: str) -> str:
+    """Return the absolute path of a file or folder that exists, and the name of anything else."""
+    return os.path.abspath(text) if os.path.exists(text) else text
+
+
+def absolute_file(text: str) -> str:
+    """Return ``FILE.py:FUNCTION`` and ``json-schema:FILE`` with an absolute path if the file exists.
+
+    A name stays a name, also where a folder has it.
+    """
     before, _, after = text.rpartition(":")
-    if os.path.exists(text):
-        return os.path.abspath(text)
     if before.endswith(".py") and os.path.exists(before):
         return f"{os.path.abspath(before)}:{after}"
     return f"{before}:{os.path.abspath(after)}" if before == "json-schema" and os.path.exists(after) else text
