@@ -81,7 +81,7 @@ def save_to(client: Client, folder: Path, name: str, metadata: Mapping[str, str]
     """Save the client's state under a name in the run folder. One process writes a file, several write a folder.
 
     Raises:
-        OSError: if it cannot be written. The client's fix, another name, is none for a run.
+        OSError: if it cannot be written. The client's error advises another name, which a run cannot choose.
     """
     try:
         if isinstance(client, LocalTrainingClient) and client.ranks.size > 1:

@@ -193,7 +193,7 @@ def silence() -> Iterator[None]:
 
 
 def start_run(options: Options, here: str) -> int:
-    """Start a new run from a folder, which a function of the user may have changed since."""
+    """Start a new run. Paths are relative to ``here``: a function of the user may have changed the folder since."""
     name = re.sub(r"[^\w.-]+", "-", Path(options.loss).name)[:40].strip("-.") or "run"
     start = here if names_code(vars(options)) else ""
     folder = Path(start, options.out or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")

@@ -69,9 +69,9 @@ def replace_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 def with_new_adapters(model: nn.Module, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """Return the weights of a checkpoint that has no adapters with those of the model, if these change nothing yet.
+    """Add the adapters of the model to the weights of a checkpoint without adapters.
 
-    The adapters of the model then start on the weights of the checkpoint.
+    Only adapters that change nothing yet are added: they then start on the weights of the checkpoint.
     """
     own = {name: x for name, x in weights(model).items() if ".lora_" in name}
     if own.keys() & tensors.keys() or not adapters_change_nothing(model):
