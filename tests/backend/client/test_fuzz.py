@@ -727,7 +727,7 @@ def fill(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "count", [pytest.param(500, marks=pytest.mark.repeated), pytest.param(8_000, marks=pytest.mark.exhaustive)]
+    "count", [pytest.param(500, marks=pytest.mark.repeated), pytest.param(4_000, marks=pytest.mark.exhaustive)]
 )
 def test_malformed_calls_are_refused_by_name_and_change_nothing(folder: Path, count: int) -> None:
     subjects = Subjects(folder)

@@ -277,7 +277,7 @@ LOADS: dict[str, Callable[[LocalTrainingClient, Path], Any]] = {
 
 @pytest.mark.filterwarnings("ignore:Casting complex values")
 @pytest.mark.parametrize(
-    "count", [pytest.param(100, marks=pytest.mark.repeated), pytest.param(400, marks=pytest.mark.exhaustive)]
+    "count", [pytest.param(100, marks=pytest.mark.repeated), pytest.param(250, marks=pytest.mark.exhaustive)]
 )
 def test_mutated_checkpoints_are_refused_by_name_and_change_nothing(count: int, tmp_path: Path) -> None:
     """A mutation that is accepted is a state of this model: it can be trained on, or a step is refused by name."""

@@ -61,7 +61,7 @@ def whole(count: int) -> dict[str, Tensor]:
     ("size", "seed"), [(1, None), (1, 2), (30, 3), (1000, 1)], ids=["1", "1 shuffled", "30 shuffled", "all shuffled"]
 )
 @pytest.mark.parametrize(
-    "count", [pytest.param(100, marks=pytest.mark.repeated), pytest.param(400, marks=pytest.mark.exhaustive)]
+    "count", [pytest.param(100, marks=pytest.mark.repeated), pytest.param(250, marks=pytest.mark.exhaustive)]
 )
 def test_datums_have_one_gradient(count: int, size: int, seed: int | None) -> None:
     """Compare one call with all datums with calls of ``size`` datums."""
