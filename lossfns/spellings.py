@@ -37,14 +37,21 @@ def both_bounds(value: Any) -> str:
     return f"clip has the bounds of the ratio itself: clip={bounds}."
 
 
-def lower_bound(value: Any) -> str:
-    x = number(value)
-    return f"clip has both bounds of the ratio itself: clip=({'1 - ε' if x is None else f'{1 - x:g}'}, high)."
+def one_bound(clip: str, unknown: str, bound: Callable[[float], float]) -> Callable[[Any], str]:
+    """Return the translation of a setting that has one bound: ``clip`` shows its place, ``unknown`` its formula."""
+
+    def translate(value: Any) -> str:
+        x = number(value)
+        shown = unknown if x is None else f"{bound(x):g}"
+        return f"clip has both bounds of the ratio itself: clip={clip.format(shown)}."
+
+    return translate
 
 
-def upper_bound(value: Any) -> str:
-    x = number(value)
-    return f"clip has both bounds of the ratio itself: clip=(low, {'1 + ε' if x is None else f'{1 + x:g}'})."
+lower_bound = one_bound("({}, high)", "1 - ε", lambda x: 1 - x)
+upper_bound = one_bound("(low, {})", "1 + ε", lambda x: 1 + x)
+lower_ratio = one_bound("({}, high)", "low", lambda x: x)
+upper_ratio = one_bound("(low, {})", "high", lambda x: x)
 
 
 def both_epsilons(value: Any) -> str:
@@ -53,16 +60,6 @@ def both_epsilons(value: Any) -> str:
         return both_bounds(None)
     low, high = value
     return f"clip has the bounds of the ratio itself: clip=({1 - low:g}, {1 + high:g})."
-
-
-def lower_ratio(value: Any) -> str:
-    x = number(value)
-    return f"clip has both bounds of the ratio: clip=({'low' if x is None else f'{x:g}'}, high)."
-
-
-def upper_ratio(value: Any) -> str:
-    x = number(value)
-    return f"clip has both bounds of the ratio: clip=(low, {'high' if x is None else f'{x:g}'})."
 
 
 WEIGHINGS_ELSEWHERE = {

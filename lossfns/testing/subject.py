@@ -25,7 +25,7 @@ from lossfns.testing.forms import (
 )
 from lossfns.testing.laws.base import LossFn, NotApplicable
 from lossfns.testing.names import COLUMN_BY_NAME, PARAMETER_NAMES, column_of
-from lossfns.testing.public import public
+from lossfns.testing.public import presets, public
 from lossfns.testing.settings import Target, fills, parameters, signature
 
 __all__ = ["PARAMETER_NAMES", "FactoryLoss", "PaddedLoss", "adapt", "adapt_advantages", "padded"]
@@ -58,12 +58,22 @@ def parse_value(node: ast.expr) -> Any:
     if isinstance(node, ast.Name):
         return public(node.id)
     if isinstance(node, ast.Call):
-        settings = {k.arg or "**": parse_value(k.value) for k in node.keywords}
-        return public(ast.unparse(node.func))(*map(parse_value, node.args), **settings)
+        settings = {k.arg or "**": parse_argument(k.value) for k in node.keywords}
+        return public(ast.unparse(node.func))(*map(parse_argument, node.args), **settings)
     try:
         return ast.literal_eval(node)
     except ValueError:
         raise ValueError(f"{ast.unparse(node)} is no number, text, name or call") from None
+
+
+def parse_argument(node: ast.expr) -> Any:
+    """Return the value of an argument. A preset without a call is a loss there, with its defaults.
+
+    >>> parse_argument(ast.parse("with_kl(with_tis(dapo), 0.1)", mode="eval").body).name
+    'with_kl'
+    """
+    value = parse_value(node)
+    return value() if value in presets().values() else value
 
 
 # The form of a subject

@@ -90,4 +90,6 @@ def save_to(client: Client, folder: Path, name: str, metadata: Mapping[str, str]
         with replaced(folder, name) as path:
             client.save_state(path, user_metadata=metadata).result()
     except LossInputError as error:
-        raise error.__cause__ if isinstance(error.__cause__, OSError) else OSError(error.got) from error
+        if isinstance(error.__cause__, OSError):
+            raise error.__cause__ from None
+        raise

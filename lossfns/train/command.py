@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 import torch
 
 from lossfns.errors import LossInputError
-from lossfns.terminal import print_refusal, while_read
+from lossfns.terminal import OutputError, print_refusal, while_read
 from lossfns.train import models
 from lossfns.train.batch import write_look
 from lossfns.train.checkpoints import checkpoints, load_newest, save_checkpoint
@@ -80,8 +80,8 @@ def add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     steps("--steps", type=int, metavar="N", help="steps of the method (default: by method)")
     steps("--warmup-steps", type=int, metavar="N", help="supervised steps before the method (default: by method)")
     steps("--batch", type=int, metavar="N", help="examples, pairs or problems in a step (default: by method)")
-    steps("--lr", type=float, metavar="X", help="largest learning rate (default: by method). It is reached after 5 "
-        "steps of a policy method, 10 on pairs or labels, 20 of others, and falls to a tenth by the end")  # fmt: skip
+    steps("--lr", type=float, metavar="X", help="largest learning rate (default: by method). It falls to a tenth by "
+        "the end, after a rise over 5 steps of a policy method, 10 on pairs or labels, 20 of others")  # fmt: skip
     samples = p.add_argument_group("samples, for losses that need them").add_argument
     samples("--group", type=int, metavar="N", help="samples of each problem")
     samples("--updates", type=int, metavar="N", help="optimizer steps for each round of samples")
@@ -173,9 +173,9 @@ def one_interrupt() -> Iterator[None]:
 def leave_at_once(folder: Path) -> NoReturn:
     """End the process after an interrupt, without waiting for the thread of the current request."""
     go_on = f"; continue with lossfns train --resume {folder}" if can_resume(folder) else ""
-    with while_read(sys.stderr):
+    with suppress(OutputError), while_read(sys.stderr):
         print(f"lossfns: interrupted{go_on}", file=sys.stderr)
-    with while_read(sys.stdout):
+    with suppress(OutputError), while_read(sys.stdout):
         pass
     os._exit(130)
 

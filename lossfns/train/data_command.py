@@ -46,6 +46,8 @@ TRAIN = {"preference": "dpo", "labelled": "kto", "demonstration": "sft", "proble
 """A method that reads each kind."""
 
 SHOWN, LINES, WIDTH, MESSAGES = 3, 16, 76, 8
+END_TOKENS = 4 * WIDTH * (LINES // 2)
+"""The tokens at each end of a very long sequence that are decoded: a character has at most four."""
 """The rows that are shown, the most lines of each, their width, and the refusals that are listed."""
 
 
@@ -246,26 +248,21 @@ def titled(example: Example, renderer: Renderer) -> Iterator[tuple[str, Demonstr
 def print_sequence(sequence: Demonstration, renderer: Renderer) -> None:
     """Print a sequence in lines, the middle of a long one left out. Of a very long one only the ends are decoded."""
     console, half, n = console_on(sys.stdout), LINES // 2, len(sequence.tokens)
-    if n > 2 * END:
-        ends = (slice(END), slice(-END, None))
-        first, last = (Demonstration(sequence.tokens[end], sequence.weights[end]) for end in ends)
-        lines = [*lines_of(first, renderer, console)[:half], *lines_of(last, renderer, console)[-half:]]
+    if n > 2 * END_TOKENS:
+        ends = (slice(END_TOKENS), slice(-END_TOKENS, None))
+        parts = [Demonstration(sequence.tokens[end], sequence.weights[end]) for end in ends]
+        first, last = (lines_of(part, renderer, console) for part in parts)
         left_out = f"the middle of {n} tokens"
     else:
         lines = lines_of(sequence, renderer, console)
-        left_out = f"{len(lines) - 2 * half} lines"
-        if len(lines) <= LINES:
-            half = len(lines)
-    for line in lines[:half]:
+        first, last = lines[:half], lines[half:]
+        left_out = f"{len(lines) - LINES} lines" if len(lines) > LINES else ""
+    for line in first[:half]:
         print_line(console, line)
-    if lines[half:]:
+    if left_out:
         say(f"    ... {left_out} ...")
-        for line in lines[-half:]:
-            print_line(console, line)
-
-
-END = 4 * WIDTH * LINES // 2
-"""The tokens at each end of a very long sequence that are decoded: a character has at most four."""
+    for line in last[-half:]:
+        print_line(console, line)
 
 
 def lines_of(sequence: Demonstration, renderer: Renderer, console: Any) -> list[Any]:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from lossfns.datum import Datum, tensor_data
-from lossfns.describe import makers, presets, signature
+from lossfns.describe import makers, signature
 from lossfns.errors import LossInputError, did_you_mean, show
 from lossfns.loading import described
 from lossfns.loss import Loss, LossFn
@@ -166,14 +166,13 @@ def refuse_incomplete(text: str, missing: list[str]) -> None:
 
 
 def evaluated(node: ast.expr) -> Any:
-    """Return a literal, or what a public name or a call of one stands for. A preset without a call is a loss, too."""
-    from lossfns.testing.subject import parse_value  # which takes half a second to import
+    """Return a literal, or what a public name, an alias of a loss, or a call of one stands for."""
+    from lossfns.testing.subject import parse_argument  # which takes half a second to import
 
     for each in ast.walk(node):
         if isinstance(each, ast.Name):
             each.id = ALIASES.get(each.id, each.id)
-    value = parse_value(node)
-    return value() if value in presets().values() else value
+    return parse_argument(node)
 
 
 def value_of(value: Any, default: Any = None) -> Any:

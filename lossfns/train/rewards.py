@@ -301,11 +301,11 @@ def check_references(file: str, schema: Any, dialect: str) -> None:
         same_value = [target.contents for target in targets]
         same_value += [part for name in ("allOf", "anyOf", "oneOf") for part in each.get(name, ())]
         same_value += [each[name] for name in ("not", "if", "then", "else") if name in each]
-        same_value += each.get("dependentSchemas", {}).values()
+        same_value += [part for name in ("dependentSchemas", "dependencies") for part in each.get(name, {}).values()]
         after[id(each)] = [id(part) for part in same_value if isinstance(part, dict)]
         pending += [(target.contents, target.resolver) for target in targets]
-        resource = specification.create_resource(each)
-        pending += [(part.contents, resolver.in_subresource(part)) for part in resource.subresources()]
+        parts = specification.create_resource(each).subresources()  # with the lists of names in ``dependencies``
+        pending += [(part.contents, resolver.in_subresource(part)) for part in parts if isinstance(part.contents, dict)]
     try:
         TopologicalSorter(after).prepare()
     except CycleError as error:

@@ -115,6 +115,8 @@ REFERENCES = {
     '{"$ref": "#/$defs/none"}': f"{ELSEWHERE}'/\\$defs/none'",
     '{"$ref": "#"}': f"{CIRCLE}'#'",
     '{"$schema": "http://json-schema.org/draft-07/schema#", "not": {"$ref": "#"}}': f"{CIRCLE}'#'",
+    '{"$schema": "http://json-schema.org/draft-07/schema#", "dependencies": {"a": {"$ref": "#"}, "b": ["a"]}}':
+        f"{CIRCLE}'#'",
     '{"$ref": "#/$defs/a", "$defs": {"a": {"anyOf": [true, {"$ref": "#/$defs/b"}]}, "b": {"$ref": "#/$defs/a"}}}':
         f"{CIRCLE}'#/\\$defs/.', '#/\\$defs/.'",
 }  # fmt: skip
@@ -130,6 +132,8 @@ def test_references_of_a_schema_stay_in_it_and_end(tmp_path: Path) -> None:
     file.write_text(TREE)
     samples = ('{"a": {"a": {}}}', '{"a": {"a": 1}}')
     assert [reward_of(f"json-schema:{file}")(problem(None), text) for text in samples] == [1, 0]
+    file.write_text('{"$schema": "http://json-schema.org/draft-07/schema#", "dependencies": {"a": ["b"], "b": true}}')
+    assert [reward_of(f"json-schema:{file}")(problem(None), text) for text in ('{"a": 1}', '{"b": 1}')] == [0, 1]
     file.write_text('{"$ref": "https://json-schema.org/draft/2020-12/schema"}')  # a draft, which the package has
     assert [reward_of(f"json-schema:{file}")(problem(None), text) for text in ("{}", '{"type": 3}')] == [1, 0]
 
