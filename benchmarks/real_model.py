@@ -5,9 +5,9 @@
   ``F.cross_entropy`` or a GRPO loss on gathered log-softmax of the completions' logits, and ``torch.optim.AdamW``
 
 Both adapt the same layers, with or without the unembedding, and start from the same adapters. The script checks that
-the gradients agree (to 1e-4 in relative norm) before it times whole steps, interleaved. First steps run in processes of
-their own, as does the measurement of peak memory. Needs the extras ``hf``, ``lora`` and, for the default model,
-``smollm2``.
+the gradients agree (to 1e-4 in relative norm). It times whole steps in processes of their own, which alternate: in one
+process, the OpenMP threads of each side would slow the other. Peak memory is measured in other processes. Needs the
+extras ``hf``, ``lora`` and, for the default model, ``smollm2``.
 
     python benchmarks/real_model.py [--model smollm2] [--rounds 5] [--case "4 of 26"] [--rank 16]
 """
@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from memory import elsewhere, peak
-from side_by_side import device_name, keep_freed_memory, load, race, ratio, save, seconds, table
+from side_by_side import device_name, keep_freed_memory, load, save, seconds, table
 from torch import Tensor
 
 from lossfns import ON_POLICY, cross_entropy, datum_from_tokens, grpo
@@ -167,9 +167,10 @@ def flat(parameters: dict[str, Tensor]) -> Tensor:
 SIDES = {"ours": ours, "plain": plain}
 
 
-def first_step(side: str, *given: Any) -> float:
-    """Return the seconds of the first step of a process."""
-    return seconds(SIDES[side](*given).step)[0]
+def steps(side: str, rounds: int, *given: Any) -> list[float]:
+    """Return the seconds of the first step of a process, and of as many others as ``rounds``."""
+    step = SIDES[side](*given).step
+    return [seconds(step)[0] for _ in range(rounds + 1)]
 
 
 def warm(side: str, *given: Any) -> Callable[[], Any]:
@@ -179,20 +180,23 @@ def warm(side: str, *given: Any) -> Callable[[], Any]:
     return step
 
 
-def measure(given: Any, rounds: int) -> dict[str, Any]:
-    both = {name: make(*given) for name, make in SIDES.items()}
-    difference = apart(*both.values())
-    assert difference < 1e-4, difference
-    times = race({name: side.step for name, side in both.items()}, rounds)
-    medians = {name: round(1e3 * statistics.median(t), 1) for name, t in times.items()}
-    return {"milliseconds": medians, "ratio": round(ratio(times, "ours", "plain"), 3), "gradients_apart": difference}
+def difference(given: Any) -> float:
+    found = apart(*(make(*given) for make in SIDES.values()))
+    assert found < 1e-4, found
+    return found
+
+
+def compared(times: list[dict[str, float]]) -> tuple[dict[str, float], float]:
+    """Return the median milliseconds of each side, and the median ratio, ours to plain, of pairs of processes."""
+    medians = {side: round(1e3 * statistics.median(each[side] for each in times), 1) for side in SIDES}
+    return medians, round(statistics.median(each["ours"] / each["plain"] for each in times), 3)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2", help="as lossfns.backend.model.hf.load takes it")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--firsts", type=int, default=3, help="first steps, each in a process of its own")
+    parser.add_argument("--rounds", type=int, default=5, help="steps after the first one, in each process")
+    parser.add_argument("--processes", type=int, default=3, help="processes of each side")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--case", nargs="+", default=[case.name for case in CASES])
     parser.add_argument("--head", nargs="+", default=["frozen", "adapted"], help="with an adapter or without")
@@ -204,17 +208,23 @@ def main() -> None:
         for unembed in (head == "adapted" for head in options.head):
             given = (options.model, case, unembed, options.rank)
             memory = {side: peak(partial(warm, side, *given)) for side in SIDES}
-            firsts = [
-                {side: elsewhere(partial(first_step, side, *given)) for side in SIDES} for _ in range(options.firsts)
+            pairs = [
+                {side: elsewhere(partial(steps, side, options.rounds, *given)) for side in SIDES}
+                for _ in range(options.processes)
             ]
+            later = [{side: statistics.median(t[1:]) for side, t in pair.items()} for pair in pairs]
             row = {"case": case.name, "unembedding": unembed, "rank": options.rank, "model": options.model}
-            row |= elsewhere(partial(measure, given, options.rounds))
-            row["first_step_milliseconds"] = {
-                side: round(1e3 * statistics.median(first[side] for first in firsts), 1) for side in SIDES
-            }
-            row["first_step_ratio"] = round(statistics.median(first["ours"] / first["plain"] for first in firsts), 3)
+            row["gradients_apart"] = elsewhere(partial(difference, given))
+            row["milliseconds"], row["ratio"] = compared(later)
+            firsts = [{side: t[0] for side, t in pair.items()} for pair in pairs]
+            row["first_step_milliseconds"], row["first_step_ratio"] = compared(firsts)
             row |= {"peak_bytes": memory, "peak_ratio": round(memory["ours"] / memory["plain"], 3)}
-            row |= {"limit": case.limit, "rounds": options.rounds, "load": round(os.getloadavg()[0], 1)}
+            row |= {
+                "limit": case.limit,
+                "rounds": options.rounds,
+                "processes": options.processes,
+                "load": round(os.getloadavg()[0], 1),
+            }
             row["versions"] = {name: metadata.version(name) for name in ("transformers", "peft", "torch")}
             results.append(row)
             print(report([row]) if len(results) == 1 else report([row]).splitlines()[-1], flush=True)

@@ -17,6 +17,7 @@ from threading import TIMEOUT_MAX, Lock, Thread, get_ident
 from types import TracebackType
 from typing import Any, Generic, ParamSpec, Self, TypeVar
 
+from lossfns.backend.openmp import end_team
 from lossfns.checks import is_real
 from lossfns.errors import LossInputError
 
@@ -288,6 +289,11 @@ class RequestThread(ThreadPoolExecutor):
     def __init__(self, initializer: Callable[[], None] | None = None) -> None:
         super().__init__(max_workers=1, thread_name_prefix="lossfns", initializer=initializer)
         self.ident = self.submit(get_ident).result()
+
+    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
+        """Queue a call. The OpenMP threads of the caller end, so that those of this thread have the cores alone."""
+        end_team()
+        return super().submit(fn, *args, **kwargs)
 
 
 class Worker:
