@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import re
 import signal
@@ -218,6 +219,10 @@ def resume_run(folder: Path) -> int:
     return train(options, folder, lambda now: check_same(config, now, folder))
 
 
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+"""The errors of a full disk, a full quota and a limit of a file's size."""
+
+
 def train(options: Options, folder: Path, check_config: Callable[[dict[str, Any]], None]) -> int:
     """Build the model, run the recipe, save and report.
 
@@ -235,8 +240,12 @@ def train(options: Options, folder: Path, check_config: Callable[[dict[str, Any]
         except OSError as error:
             if not can_resume(folder):
                 raise
-            fix = f"Make room for it, and continue with lossfns train --resume {folder}."
-            raise LossInputError("--out", "a folder to write in", f"{folder} ({error})", fix) from error
+            go_on = f"and continue with lossfns train --resume {folder}."
+            if error.errno in NO_ROOM:
+                fix = f"Make room for it, {go_on}"
+                raise LossInputError("--out", "a folder to write in", f"{folder} ({error})", fix) from error
+            got = f"{type(error).__name__}: {error}"
+            raise LossInputError(f"run {folder}", "no error of the system", got, f"Mend its cause, {go_on}") from error
 
 
 def train_and_report(options: Options, folder: Path, check_config: Callable[[dict[str, Any]], None]) -> int:

@@ -8,16 +8,16 @@ import sys
 import textwrap
 from collections.abc import Iterator, Sequence
 from itertools import groupby
+from operator import itemgetter
 from statistics import median
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lossfns.backend.model import hf
-from lossfns.backend.model.tokenizer import ByteTokenizer
 from lossfns.errors import LossInputError
 from lossfns.terminal import console_on, print_refusal, printable, say, status, while_read
 from lossfns.train import files, formats
 from lossfns.train.examples import Demonstration, Example, Labelled, Preference, Problem, demonstration, sequences
 from lossfns.train.formats import Format
+from lossfns.train.models import renderer_of
 from lossfns.train.options import check_option, naming
 from lossfns.train.render import DATED, Renderer
 from lossfns.train.rewards import WITHOUT_ANSWERS
@@ -99,10 +99,9 @@ def data_command(args: argparse.Namespace) -> int:
         check_option("FILE", args.source)
         check_option("max_length", args.max_length)
         with naming({"source": "--model", "--data": "FILE"}), status() as tell:
-            renderer = Renderer(ByteTokenizer() if args.model is None else hf.load_tokenizer(args.model))
-            vocabulary = None if args.model is None else hf.vocabulary_size(args.model)
+            renderer = renderer_of(args.model)
             tell(f"reading {args.source}")
-            findings = examine(args.source, renderer, args.kind, vocabulary)
+            findings = examine(args.source, renderer, args.kind)
     except (LossInputError, OSError, ImportError) as error:
         return print_refusal(error)
     except KeyboardInterrupt:
@@ -129,10 +128,8 @@ def reason_of(findings: Findings, longer: int, different: int) -> str:
     return "" if different >= 2 else f": it needs 2 different rows, and all {used} are equal"
 
 
-def examine(source: str, renderer: Renderer, name: str | None, vocabulary: int | None = None) -> Findings:
+def examine(source: str, renderer: Renderer, name: str | None) -> Findings:
     """Make the examples of all rows, and collect the errors of those that cannot be used.
-
-    A row with a token that is none of the ``vocabulary`` ids of the model cannot be used.
 
     Raises:
         LossInputError: if no row can be read, or their format is not known.
@@ -149,7 +146,6 @@ def examine(source: str, renderer: Renderer, name: str | None, vocabulary: int |
     for row in rows:
         try:
             examples = formats.examples_of(row, row_format, renderer)
-            check_vocabulary(row, examples, renderer, vocabulary)
         except LossInputError as error:
             errors.append(error)
         else:
@@ -157,18 +153,6 @@ def examine(source: str, renderer: Renderer, name: str | None, vocabulary: int |
     errors.sort(key=line_of)
     fields = list(dict.fromkeys(field for row in rows for field in row.fields))
     return Findings(kind, row_format, used, fields, errors, [each for each in names if each != kind])
-
-
-def check_vocabulary(row: Row, examples: Sequence[Example], renderer: Renderer, vocabulary: int | None) -> None:
-    """Refuse a row with a token that the model does not have, as the first step of training does."""
-    if vocabulary is None:
-        return
-    largest = max(max(each.tokens) for example in examples for _, each in titled(example, renderer))
-    if largest >= vocabulary:
-        fix = "The tokenizer has tokens that the model lacks: take the model's own tokenizer, or a larger model."
-        row.refuse(
-            f"token ids in [0, {vocabulary}), those of the model", f"{largest} ({renderer.shown([largest])!r})", fix
-        )
 
 
 def is_of(name: str, row: Row, renderer: Renderer) -> bool:
@@ -318,8 +302,8 @@ def print_lengths(findings: Findings) -> None:
         say(f"in all: {counted(total, 'token')} in {counted(len(all_tokens), 'sequence')}, {trained} of them trained")
     bins = [(low, low * 2 - 1, sum(low <= n < low * 2 for n in lengths)) for low in powers(lengths[0], lengths[-1])]
     most = max(count for *_, count in bins)
-    for low, high, count in bins:
-        bar = "#" * round(40 * count / most) or ("." if count else "")
+    for low, high, count in filter(itemgetter(2), bins):
+        bar = "#" * round(40 * count / most) or "."
         say(f"  {low:>7} to {high:<7} {count:>7}  {bar}".rstrip())
 
 

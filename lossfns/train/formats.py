@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from lossfns.errors import LossInputError
 from lossfns.train import conversions
-from lossfns.train.examples import Demonstration, Example, Labelled, Preference, Problem
+from lossfns.train.examples import Demonstration, Example, Labelled, Preference, Problem, sequences
 from lossfns.train.files import key_of_rows, write_list
 from lossfns.train.messages import read_dialogue, read_messages, read_tools, shown_field, text_of
 from lossfns.train.render import Renderer, weight_of
@@ -359,7 +359,7 @@ def recognise(row: Row, kind: type[Example]) -> Format:
 
 
 def examples_of(row: Row, row_format: Format, renderer: Renderer) -> Sequence[Any]:
-    """Make the examples of a row of a format; refuse images and sounds.
+    """Make the examples of a row of a format; refuse images and sounds, and tokens that the model does not have.
 
     Raises:
         LossInputError: with the place of the row.
@@ -369,11 +369,29 @@ def examples_of(row: Row, row_format: Format, renderer: Renderer) -> Sequence[An
             fix = f"If the texts do not need them: {conversions.without(row, key)}"
             row.refuse("text only", f"{key!r}, which are not read", fix)
     try:
-        return row_format.read(row, renderer)
+        examples = row_format.read(row, renderer)
     except LossInputError as error:
         if error.field == row.place:
             raise
         row.refuse(f"{error.expected} ({error.field})", error.got, error.fix)
+    check_vocabulary(row, examples, renderer)
+    return examples
+
+
+def check_vocabulary(row: Row, examples: Sequence[Example], renderer: Renderer) -> None:
+    """Refuse a row with a token that the model does not have."""
+    limit = renderer.vocabulary
+    if limit is None:
+        return
+    largest = max((token for example in examples for tokens in tokens_of(example) for token in tokens), default=0)
+    if largest >= limit:
+        fix = "The tokenizer has tokens that the model lacks: take the model's own tokenizer, or a larger model."
+        row.refuse(f"token ids in [0, {limit}), those of the model", f"{largest} ({renderer.shown([largest])!r})", fix)
+
+
+def tokens_of(example: Example) -> list[list[int]]:
+    """Return the tokens of each sequence of an example; for a problem, of its prompt."""
+    return [example.prompt] if isinstance(example, Problem) else [each.tokens for each in sequences(example)]
 
 
 def prompt_style(row: Row, row_format: Format) -> str:

@@ -14,6 +14,7 @@ from lossfns.backend.model import hf, lora
 from lossfns.backend.model.tokenizer import ByteTokenizer
 from lossfns.errors import LossInputError
 from lossfns.train.options import Options, naming
+from lossfns.train.render import Renderer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 """The dtypes of weights by the names that ``--dtype`` takes."""
@@ -47,10 +48,12 @@ def load_client(options: Options) -> LocalTrainingClient:
     return LocalTrainingClient(model, tokenizer=tokenizer, device=options.device, mesh=mesh, name=options.model)
 
 
-def load_tokenizer(options: Options) -> Any:
-    """Load the tokenizer of the model that the options name."""
+def renderer_of(model: str | None) -> Renderer:
+    """Return the renderer of a model, or of the embedded one. Only the tokenizer and the configuration are loaded."""
     with naming(MODEL):
-        return ByteTokenizer() if options.model is None else hf.load_tokenizer(options.model)
+        if model is None:
+            return Renderer(ByteTokenizer())
+        return Renderer(hf.load_tokenizer(model), hf.vocabulary_size(model))
 
 
 def load_model(options: Options, dtype: torch.dtype | None) -> tuple[nn.Module, Any]:

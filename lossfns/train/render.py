@@ -73,9 +73,10 @@ class Renderer:
 
     Args:
         tokenizer: a ``ByteTokenizer`` or a tokenizer of ``transformers``.
+        vocabulary: the number of token ids of the model, which rows may not exceed; None if it is not known.
 
     Attributes:
-        tokenizer: the argument.
+        tokenizer, vocabulary: the arguments.
         template: its chat template; None if messages become plain lines.
         end: the ids that end an answer: first the one that is trained, then others that the tokenizer declares.
         start: the ids before a text that has no prompt.
@@ -91,8 +92,8 @@ class Renderer:
     ('user: 2+2\\nassistant: 4<|eos|>', 2.0)
     """
 
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, vocabulary: int | None = None) -> None:
+        self.tokenizer, self.vocabulary = tokenizer, vocabulary
         self.template = getattr(tokenizer, "chat_template", None)
         self.dated = "strftime_now" in str(self.template)
         special = special_texts(tokenizer)

@@ -43,7 +43,7 @@ def job_of(options: Options, loss: AnyLoss, client: Client, task: Task[Any], rew
 
 def examples_of(options: Options, loss: AnyLoss) -> tuple[Task[Any], Reward | None]:
     """Load the examples, and the reward of a method that samples. This needs the model's tokenizer alone."""
-    task = task_of(loss, options, Renderer(models.load_tokenizer(options)))
+    task = task_of(loss, options, models.renderer_of(options.model))
     if isinstance(loss, OwnLoss):
         try_loss(loss, task)
     if method_of(loss) != "policy":

@@ -123,6 +123,28 @@ def test_what_ones_own_loss_raises_is_one_line_with_its_place(
         assert last.startswith("lossfns: ") and says in last and (tmp_path / "run").exists() == folder, (name, last)
 
 
+IN_THE_WAY = """
+from pathlib import Path
+
+def in_the_way(data, logprobs_list):
+    if RUN.exists():
+        (RUN / "checkpoint.safetensors" / "full").mkdir(parents=True, exist_ok=True)
+    return -sum(lp.sum() for lp in logprobs_list), {}
+"""
+
+
+def test_an_error_of_the_system_that_is_not_a_lack_of_room_is_told_as_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The loss makes a folder where the checkpoint is to be written."""
+    mine, run = tmp_path / "losses.py", tmp_path / "run"
+    mine.write_text(IN_THE_WAY.replace("RUN", f"Path({str(run)!r})"))
+    assert main(small(tmp_path, f"{mine}:in_the_way", "--steps", "1")) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"lossfns: run {run}: expected no error of the system, got ") and "room" not in last
+    assert last.endswith(f"Mend its cause, and continue with lossfns train --resume {run}.")
+
+
 def test_groups_that_cannot_be_sampled_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["train", "grpo", "--batch", "65536", "--group", "4096"])

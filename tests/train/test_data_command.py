@@ -12,9 +12,12 @@ from typing import Any
 
 import pytest
 
+from lossfns import LossInputError
 from lossfns.backend import ByteTokenizer
 from lossfns.cli import main
+from lossfns.train import tasks
 from lossfns.train.data_command import examine
+from lossfns.train.examples import Problem
 from lossfns.train.render import Renderer
 
 CHAT = [{"role": "user", "content": "2+2"}, {"role": "assistant", "content": "4"}]
@@ -127,7 +130,9 @@ def test_tokens_that_the_model_lacks_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     rows: list[dict[str, Any]] = [{"prompt": "a", "answer": "b"}, {"prompt": "é", "answer": "c"}]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    renderer = Renderer(ByteTokenizer())
-    assert not examine(str(path), renderer, None, 257).errors
-    (error,) = examine(str(path), renderer, None, 128).errors
+    assert not examine(str(path), Renderer(ByteTokenizer(), 257), None).errors
+    (error,) = examine(str(path), Renderer(ByteTokenizer(), 128), None).errors
     assert str(error).startswith(f"{path}:2: expected token ids in [0, 128), those of the model, got 195")
+    with pytest.raises(LossInputError) as raised:
+        tasks.load(str(path), Renderer(ByteTokenizer(), 128), Problem)
+    assert str(raised.value) == str(error)
