@@ -24,7 +24,7 @@ if any(find_spec(name) is None for name in ("starlette", "tinker", "zstandard"))
     collect_ignore_glob = ["conformance/[!t]*.py"]
 
 settings.register_profile("default", derandomize=True, deadline=None, max_examples=25)
-settings.register_profile("exhaustive", derandomize=bool(os.environ.get("CI")), deadline=None, max_examples=200)
+settings.register_profile("exhaustive", derandomize=bool(os.environ.get("CI")), deadline=None, max_examples=100)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -77,9 +77,11 @@ def long_first(items: list[pytest.Item]) -> list[pytest.Item]:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def freed_memory() -> Iterator[None]:
-    """Give the memory that a file of tests has freed back to the system: two processes run side by side."""
+def shared_machine() -> Iterator[None]:
+    """Give back what a file of tests leaves, since two processes run side by side: freed memory, and more threads."""
+    threads = torch.get_num_threads()
     yield
+    torch.set_num_threads(threads)
     trim_heap(torch.device("cpu"))
 
 

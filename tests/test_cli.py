@@ -284,7 +284,7 @@ def refused(folder: Path, message: str, capsys: pytest.CaptureFixture[str]) -> N
     assert before == ({path.name: path.read_bytes() for path in folder.iterdir()} if folder.is_dir() else {})
 
 
-@pytest.mark.parametrize("more", [[], ["--lr", "0.00123", "--seed", "3", "--save-every", "1", "--threads", "2"]])
+@pytest.mark.parametrize("more", [[], ["--lr", "0.00123", "--seed", "3", "--save-every", "1"]])
 def test_a_run_without_a_checkpoint_begins_again_with_the_same_options(
     tmp_path: Path, more: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -72,10 +72,10 @@ KINDS = {
 
 @pytest.mark.exhaustive
 def test_compile_equals_eager() -> None:
-    """Without inductor, whose compilations would take minutes. Ten losses make one graph."""
+    """The graphs that torch.compile finds, run as they are: kernels would take minutes. Ten losses make one graph."""
     some = list(DISTINCT.values())
     for i in range(0, len(some), 10):
-        check_compiled(some[i : i + 10], "aot_eager")
+        check_compiled(some[i : i + 10], "eager")
 
 
 @pytest.mark.exhaustive

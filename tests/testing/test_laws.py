@@ -24,7 +24,7 @@ seeds = given(st.integers(0, 2**32 - 1))
 STOP_GRADIENT = {vector.loss for vector in load() if "missing-stop-gradient" in vector.flags}
 """The losses whose gradient is not the slope of their value, by design."""
 few = settings(max_examples=max(8, settings().max_examples // 8))
-"""Two hundred losses draw batches: 8 of them each, or 25 in the exhaustive run."""
+"""Two hundred losses draw batches: 8 of them each, or 12 in the exhaustive run."""
 FIRST = list({case.loss.name: case for case in reversed(LAW_CASES)}.values())
 OTHERS = [case for case in LAW_CASES if case not in FIRST]
 """One case of each loss and combinator, and those that differ from it by settings alone, which draw 8 batches each."""

@@ -156,7 +156,7 @@ def test_the_loss_in_a_report_is_that_of_the_batch_in_it(name: str) -> None:
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("name", sorted(MUTANTS.keys() - set(FIRST_OF_A_BUG.values()))[::2])
+@pytest.mark.parametrize("name", sorted(MUTANTS.keys() - set(FIRST_OF_A_BUG.values()))[::4])
 def test_the_law_that_breaks_first_is_the_one_on_the_page_for_every_exemplar(name: str) -> None:
     check_first_law(name)
 
@@ -260,13 +260,13 @@ def test_the_oracle_obeys_every_law(loss: str) -> None:
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("loss", [loss.name for loss in DEFAULTS])
 def test_our_losses_obey_every_law_with_all_settings_of_the_golden_vectors(loss: str) -> None:
-    """Each value of each setting once, beside the others of some vector, in at most three combinations."""
+    """Each value of each setting once, beside the others of some vector, in at most two combinations."""
     configs = [v.config for v in load(loss) if v.error is None and v.denominator is None]
     seen: set[str] = set()
     tried = 0
     for config in sorted(configs, key=lambda c: -len({*map(repr, c.items())} - {*map(repr, configs[0].items())})):
         values = {f"{name}={value!r}" for name, value in config.items()}
-        if values <= seen or tried == 3:
+        if values <= seen or tried == 2:
             continue
         seen |= values
         tried += 1

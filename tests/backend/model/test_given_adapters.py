@@ -140,24 +140,15 @@ def starts_at_log_2(c: LocalTrainingClient, reference: LocalReferenceClient) -> 
     return math.isclose(start, math.log(2), abs_tol=1e-5)
 
 
-@pytest.mark.repeated
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", ["low rank", "low rank on a tied head", "layers trained as a whole"])
 def test_a_given_adapter_is_part_of_the_start_and_of_the_reference(name: str, way: str, tmp_path: Path) -> None:
     check_start(name, way, tmp_path)
 
 
-@pytest.mark.repeated
 @pytest.mark.parametrize("name", GIVEN)
 def test_every_kind_of_given_adapter_is_part_of_the_start(name: str, tmp_path: Path) -> None:
     check_start(name, "create_lora_training_client", tmp_path)
-
-
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("name", GIVEN)
-def test_every_kind_of_given_adapter_by_every_way_in(name: str, way: str, tmp_path: Path) -> None:
-    check_start(name, way, tmp_path)
 
 
 def check_start(name: str, way: str, folder: Path) -> None:
