@@ -13,8 +13,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs" / "errors.md"
+import lossfns
+
+PACKAGE = Path(lossfns.__file__).parent
+PAGE = Path(__file__).parents[1] / "docs" / "errors.md"
 HEAD = """# Errors
 
 <!-- Written by `python -m tools.errors write`. Do not edit. -->
@@ -79,11 +81,11 @@ def assignments(function: ast.AST) -> Iterator[tuple[str, ast.expr]]:
 
 def render() -> str:
     sections = [HEAD]
-    for path in sorted((ROOT / "lossfns").rglob("*.py")):
+    for path in sorted(PACKAGE.rglob("*.py")):
         rows = list(messages(path.read_text(encoding="utf-8")))
         if rows:
             lines = [
-                f"## `{path.relative_to(ROOT).as_posix()}`",
+                f"## `{path.relative_to(PACKAGE.parent).as_posix()}`",
                 "",
                 "| place | expected | fix |",
                 "| --- | --- | --- |",

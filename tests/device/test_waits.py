@@ -15,7 +15,7 @@ from lossfns import ModelInput, target_logprobs, targets_from_labels, weights_fr
 from lossfns.backend import AdamParams, SamplingParams
 from lossfns.logprobs import linear_logprobs
 
-PAGE = Path(lossfns.__file__).parent.parent / "docs/client.md"
+PAGE = Path(__file__).parents[2] / "docs/client.md"
 
 
 def count(call: Callable[[], Any]) -> int:

@@ -39,7 +39,7 @@ from tools.vectors.write import (
     write,
 )
 
-ROOT = Path(lossfns.__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 NODE, DOCS = ROOT / "examples" / "vectors.mjs", ROOT / "docs" / "vectors.md"
 VECTORS = load()
 BY_TOKEN = {"reinforce_plus_plus_advantages", "optimal_token_advantages"}
