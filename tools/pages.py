@@ -261,9 +261,9 @@ def step_zero(loss: Loss | None) -> str:
     shown = {"loss": total.item()} | {k: v for k, v in metrics.items() if k not in COUNTS}
     rows = [(f"`{k}`", f"{v:.4g}") for k, v in shown.items()]
     return (
-        "## At step zero\n\nThese are the numbers of the batch of the call, with all policies equal to the current one. "
-        "The loss depends on the batch. Ratios, log-ratios and KLs do not: if they have other values in your first step, "
-        "two policies differ, in temperature, template, mask or frame.\n\n"
+        "## At step zero\n\nThese are the numbers of the batch of the call, with all policies equal to the current "
+        "one. The loss depends on the batch. Ratios, log-ratios and KLs do not: if they have other values in your "
+        "first step, two policies differ, in temperature, template, mask or frame.\n\n"
         + table(("metric", "value"), rows)
     )
 
