@@ -101,7 +101,7 @@ def with_sampled_entropy(loss: Loss, entropy_coef: float = 0.01, log_ratio_cap: 
 
 @preset
 def with_top_entropy(loss: Loss, top_quantile: float = 0.2) -> Loss:
-    """l·1[H >= τ]: only the tokens of highest entropy in their group learn. Wang et al. 2025, arXiv:2506.01939.
+    """l·1[H >= τ]: only the tokens of highest entropy in their group are trained. Wang et al. 2025, arXiv:2506.01939.
 
     Of the n active tokens of a group, 1 + ⌊ρ·(n − 1)⌋ are kept, and all that tie with the last of these. So τ is the (1
     − ρ)-quantile of H, as in TRL's ``top_entropy_quantile``. The other tokens have the term 0 and stay in the
@@ -155,7 +155,7 @@ def in_top_quantile(t: Tokens, x: Tensor, share: float) -> Tensor:
 
 @preset
 def with_clip_b(loss: Loss, mu: float = 2.5) -> Loss:
-    """l·1[A >= 0 or S − E[S] >= −μ·σ(S)], S = p·(H + lp): tokens with A < 0 that lower the entropy most do not learn.
+    """l·1[A >= 0 or S − E[S] >= −μ·σ(S)], S = p·(H + lp): masks the tokens with A < 0 that lower the entropy most.
 
     Clip_B of Wang et al. 2026, arXiv:2602.03392, and of Trinity-RFT (``clipb_advantage.py``). To first order, lowering
     the logit of a token by ε changes H by ε·S. Mean E and standard deviation σ (divisor n) are over the active tokens

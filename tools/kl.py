@@ -86,10 +86,11 @@ TEXT = """# KL penalties: which divergence, and which gradient
 
 A penalty computed from one sampled token has a value, which is logged, and a gradient, which trains. The two need not
 belong to the same divergence. If the tokens come from an older policy, they often belong to none.
-The table is exact: `lossfns.testing.enumeration` sums over every outcome of a vocabulary of four tokens, for one step
-and for a tree of two, and compares values and gradients to 1e-12. A gradient of `2·KL` is twice that of the KL.
 
-π is the current policy, `old` the policy that sampled, r = π / old the ratio. On-policy, old is π.
+The table is exact: `lossfns.testing.enumeration` sums over every outcome of a vocabulary of four tokens, for one token
+and for two in a row, and compares values and gradients to 1e-12. A gradient of `2·KL` is twice that of the KL.
+
+π is the current policy, `old` is the policy that sampled, and r = π / old is the ratio. On-policy, old is π.
 `KL(π‖ref)` is the reverse KL, the intended penalty of RLHF; `KL(ref‖π)` is the forward KL.
 
 ## Towards the reference
@@ -101,14 +102,15 @@ and for a tree of two, and compares values and gradients to 1e-12. A gradient of
 - **k3 alone** has the value of the reverse KL and the gradient of the forward KL.
 - **k2, and the straight-through `k1_plus` and `k3_plus`** (value of one, gradient of k2) have the gradient of the
   reverse KL on-policy. Off-policy they need the ratio as a constant.
-- **The ratio with its gradient** makes k1 and k3 exact, on- and off-policy: r·k is then an identity in π, and so is its
-  gradient. With k2, `k1_plus` and `k3_plus`, the ratio's gradient is one too many: multiply these by the ratio as a
-  constant.
+- **The ratio with its gradient** makes k1 and k3 exact, on- and off-policy: for every π, the mean of r·k over samples
+  of `old` is the KL, so its gradient is that of the KL. With k2, `k1_plus` and `k3_plus`, the gradient of the ratio
+  adds a wrong term: multiply these by the ratio as a constant.
 - **The score function** exp(lp − sg(lp)) has the value 1. On-policy it is the ratio. Off-policy it corrects nothing.
 
 ## Towards the sampler
 
-Here the tokens come from the policy that π is to stay near. The table is off-policy; on-policy all is 0.
+The tokens come from the sampler, near which π is to stay. The table is off-policy; on-policy every value and gradient
+is 0.
 
 {sampler}
 
@@ -121,7 +123,7 @@ and the gradient of KL(sampler‖π).
   prefix, averaged over the sampled prefixes. It is not that of KL(π‖ref) between whole sequences, in which earlier
   tokens also change the KL of later tokens. For the KL between sequences, put the KL into the reward.
 - A bounded ratio or estimator (`log_ratio_cap`, `kl_cap`, k3's ±20) is exact where no bound is reached.
-- An estimator that is exact in expectation may have a large variance: that of k1 is the largest.
+- An estimator that is exact in expectation may have a large variance. Near the reference, that of k1 is the largest.
 
 ## An estimator of your own
 

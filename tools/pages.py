@@ -38,7 +38,7 @@ MARK = "<!-- Written by `python -m tools.pages write`. Do not edit. -->"
 COLUMNS = {
     "weights": ("[B, T]", "your mask: 1 where a token is trained, 0 elsewhere"),
     "advantages": ("[B] or [B, T]", "rewards: [`group_advantages`](../advantages.md), `gae`, or your own"),
-    "old_logprobs": ("[B, T]", "the policy that sampled, before this update"),
+    "old_logprobs": ("[B, T]", "the trainer's policy before this update"),
     "ref_logprobs": ("[B, T]", "the frozen reference model"),
     "sampler_logprobs": ("[B, T]", "the inference engine that sampled"),
     "teacher_logprobs": ("[B, T] or [B, T, K]", "the teacher, at the same tokens"),
@@ -195,7 +195,7 @@ def call(name: str, doc: Doc, loss: Loss | None) -> str:
     lines += [">>> loss.backward()", ">>> round(loss.item(), 4)", repr(round(total.item(), 4)), ">>> logprobs.grad"]
     lines += repr(logprobs.grad).splitlines()
     pairs = " Row 0 is the chosen side, row 1 the rejected one." if loss.rows == "pairs" else ""
-    forms = "The same object takes datums and packed tensors, and compiles to one kernel: [client](../client.md)."
+    forms = "The same object takes datums and packed tensors, and compiles to one kernel: [loop](../loop.md)."
     return "## A call\n\n```python\n" + "\n".join(lines) + f"\n\n```\n\n{forms}{pairs}"
 
 
@@ -231,11 +231,11 @@ def picture(name: str, loss: Loss | None) -> str:
     lines = [f"## Pictures\n\n![Value and slope of {name}](pictures/{name}.svg)"]
     if kind_of(loss) in (curves.is_policy, curves.is_supervised):
         lines.append(
-            "What a token counts, over the length of its sequence, by weighing "
+            "The coefficient of a token against the length of its sequence, for each weighing "
             f"(the default here is `{name_of(loss.knobs.get('weigh')) or weigh}`):\n\n"
             "![Coefficient of a token by weighing](pictures/weighings.svg)"
         )
-    return "\n\n".join([*lines, f"`lossfns plot {name}` draws it beside others: `lossfns plot {name} NAME ...`."])
+    return "\n\n".join([*lines, f"`lossfns plot {name} NAME ...` draws it beside other losses."])
 
 
 def name_of(x: Any) -> str:
@@ -261,8 +261,9 @@ def step_zero(loss: Loss | None) -> str:
     shown = {"loss": total.item()} | {k: v for k, v in metrics.items() if k not in COUNTS}
     rows = [(f"`{k}`", f"{v:.4g}") for k, v in shown.items()]
     return (
-        "## At step zero\n\nOn the batch of the call, with all policies equal to the current one. Other numbers in "
-        "your first step mean that two policies differ: another temperature, template, mask or frame.\n\n"
+        "## At step zero\n\nThese are the numbers of the batch of the call, with all policies equal to the current "
+        "one. The loss depends on the batch. Ratios, log-ratios and KLs do not: if they have other values in your "
+        "first step, two policies differ, in temperature, template, mask or frame.\n\n"
         + table(("metric", "value"), rows)
     )
 
@@ -330,11 +331,13 @@ def index() -> str:
     lines = [
         "# Losses",
         MARK,
-        "One page for each. `lossfns list` prints the same list, `lossfns describe NAME` a page.",
+        "Each loss has a page. `lossfns list` prints this list, and `lossfns describe NAME` prints a page.",
     ]
     for family, members in families().items():
         rows = [(f"[`{name}`]({name}.md)", linked(read_doc(makers()[name]).summary)) for name in members]
-        lines += [f"## {family.replace('_', ' ').capitalize()}", table(("loss", "equation"), rows)]
+        about = (sys.modules[makers()[members[0]].__module__].__doc__ or "").partition("\n\n")[0]
+        heading = f"## {family.replace('_', ' ').capitalize()}"
+        lines += [heading, linked(about), table(("loss", "equation"), rows)]
         if any(parts_of(makers()[name]) for name in members):
             lines.append(f"![Parts of these losses](pictures/family_{family}.svg)")
     return "\n\n".join(lines) + "\n"

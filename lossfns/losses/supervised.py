@@ -56,7 +56,7 @@ def cross_entropy(weigh: Weighing = token_mean) -> Loss:
 
 @preset
 def eaft(power: float = 1.0, entropy_scale: float = LOG_20, weigh: Weighing = token_mean) -> Loss:
-    """−sg(H/s)^α·lp: a token learns less where the model is surer, so that data in conflict overwrite it less.
+    """−sg(H/s)^α·lp: a token counts less where the model is sure, so that conflicting data overwrite the model less.
 
     Entropy-adaptive fine-tuning: Diao et al. 2026, arXiv:2601.02151. The paper approximates H by the entropy of the 20
     most likely tokens among themselves, and divides by log 20, its largest value; here H is the exact entropy over the
