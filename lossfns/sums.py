@@ -79,7 +79,7 @@ def sum_losses(
         raise LossInputError("losses", "losses of logprobs of one shape", got, fix)
     outputs = {loss.output for loss in losses.values()}
     if len(outputs) > 1:
-        fix = "Add up losses of one head, and the sums of several heads yourself."
+        fix = "Sum the losses of each head by itself, and add the totals of the heads in your own code."
         raise LossInputError("losses", "losses of one output of the model", " and ".join(sorted(outputs)), fix)
     count = partial(counts, parts) if any(loss.count is not None for loss in losses.values()) else None
     knobs = {**losses, **{knob: x for knob, x in (("coefficients", coefficients), ("weights", weights)) if x}}

@@ -21,12 +21,12 @@ HEAD = """# Errors
 
 <!-- Written by `python -m tools.errors write`. Do not edit. -->
 
-An input that cannot be used is a `LossInputError`, a `ValueError` with four parts:
+An input that cannot be used raises a `LossInputError`, which is a `ValueError`. Its message has four parts:
 
     datum[2].weights: expected 12 values (the length of logprobs), got 11. Shift once.
 
-the place, what was expected, what came, and the fix. Its attributes `field`, `expected`, `got`, `fix`, `datum` and
-`loss` have them for programs. The tables have every error of each module, with `…` for what depends on the input.
+the place, what was expected, what was given, and the fix. Programs read them from the attributes `field`, `expected`,
+`got`, `fix`, `datum` and `loss`. The tables have every error of each module, with `…` for what depends on the input.
 """
 
 

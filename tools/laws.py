@@ -167,22 +167,22 @@ Written by `python -m tools.laws write`; do not edit. `docs/testing.md` explains
 and what to do about a broken one.
 
 A law is a property of every correct loss of its kind. A mutant is a loss that is correct except for one planted bug
-(`lossfns.testing.mutants`). Each law runs on each mutant of its kind. A law that fails kills the mutant and names a
+(`lossfns.testing.mutants`). Each law runs on each mutant of its kind. A law that is broken kills the mutant and names a
 bug. The laws run in the order of diagnosis, and `lossfns check` reports the bug that the first broken law names. Every
 mutant also claims to be a certain loss, which your own loss need not do. The tables therefore also count the mutants
 that are killed without the laws of the claim.
 
 ## The exemplars
 
-There is one mutant for each bug and kind of loss, with a reference and without. The laws were developed on these
+For each bug and kind of loss there is one mutant with a reference and one without. The laws were developed on these
 mutants, so these shares do not measure how well the laws name the bug of a new loss."""
 
 HELD_OUT = """\
 ## Held out
 
 These mutants were kept apart from the laws, so they measure how often `lossfns check` names the bug of a new loss.
-They are every loss of this library with every bug of the catalogue that it can have, without the exemplars. The
-settings are the last ones among the loss's golden vectors that show the bug. The laws were first
+They are the losses in this table, each with every bug of the catalogue that it can have, without the exemplars. The
+settings of a mutant are the last ones among the golden vectors of its loss that show the bug. The laws were first
 developed on bugs planted in torch code. Since then they were changed for the losses of [strangers.md](strangers.md) and
 for more kinds of losses. If a law is changed because of one of these mutants, another held-out population must be
 published.

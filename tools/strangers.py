@@ -171,7 +171,8 @@ def measure_all(folder: Path) -> list[Measurement]:
 INTRODUCTION = """\
 # Losses by strangers
 
-Written by `python -m tools.strangers write`; do not edit. `tests/strangers/README.md` says who wrote the losses.
+Written by `python -m tools.strangers write`; do not edit. The losses were written by readers of the contract alone, who
+had seen neither the laws nor any other part of this project (`tests/strangers/README.md`).
 
 Each loss is checked as a user would check it: `lossfns check FILE.py:NAME`. Where the report says that the kind was
 guessed, the loss is checked once more with the kind that its writer named, and the second verdict counts. A correct
@@ -179,8 +180,8 @@ loss must not be called wrong. A wrong one must be called wrong or fragile, and 
 bug.
 
 Only the first section measures how the laws judge losses that they have not seen. It was measured once, before anybody
-looked at these losses, and `write` keeps it. The other two sections show the current laws on the losses on which the
-laws were developed."""
+looked at these losses, and `write` keeps it. The other two sections show the current laws on losses that were used to
+develop them."""
 
 TITLES = {
     "held_out": "The half that was set aside, measured once",

@@ -181,7 +181,7 @@ def identify(
         fix = "lambda lp, ref, sampler: (lp - ref) ** 2 / 2 is one."
         raise LossInputError("estimator", "a function of three rows of logprobs", show(estimator), fix)
     if int(vocabulary) ** min(int(steps), 64) > MOST_OUTCOMES:
-        got, fix = f"{vocabulary}^{steps}", "Two steps over four tokens show it."
+        got, fix = f"{vocabulary}^{steps}", "Take fewer: two steps over four tokens tell estimators apart."
         raise LossInputError("vocabulary", f"at most {MOST_OUTCOMES} outcomes", got, fix)
     steps, vocabulary = int(steps), int(vocabulary)
     policy, ref = (example_policy(which, steps, vocabulary) for which in (0, 1))

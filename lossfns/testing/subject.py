@@ -129,7 +129,8 @@ def adapt_maker(subject: Any) -> LossFn:
         made = target.fn
     except Exception as error:
         got = f"{type(error).__name__}: {error}"
-        raise LossInputError("subject", "a factory that needs no arguments", got, "Give it required ones.") from error
+        fix = "Make the arguments that it needs parameters without a default."
+        raise LossInputError("subject", "a factory that runs without arguments", got, fix) from error
     if isinstance(made, (Loss, BoundLoss)):
         return made
     if not callable(made):

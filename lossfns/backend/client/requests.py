@@ -106,7 +106,7 @@ def refuse_existing(path: str | Path) -> None:
 def check_flag(name: str, value: Any) -> None:
     """Refuse anything but True or False: a string is neither, and counts as True."""
     if not isinstance(value, bool):
-        raise LossInputError(name, "True or False", repr(value), "A string is neither.")
+        raise LossInputError(name, "True or False", repr(value), "Pass a bool, not a string or a number.")
 
 
 def check_integer(name: str, value: Any, low: int, high: int, fix: str) -> None:

@@ -160,9 +160,9 @@ def constant_exact(fn: AdvantageFn, rewards: Sequence[float], groups: Sequence[H
 
 @wrong("a sample has the advantage of its own prompt and reward, in any order")
 def groupwise(fn: AdvantageFn, rewards: Sequence[float], groups: Sequence[Hashable]) -> None:
-    """Groups are identified by their ids, in any order. Another group acts on one at most by a common factor.
+    """Groups are identified by their ids, in any order. A group scales the advantages of another at most by one factor.
 
-    It does so where advantages are centred in each group and scaled by the deviation of the batch.
+    It scales them where advantages are centred in each group and scaled by the deviation of the batch.
     """
     try:
         result = advantages_of(fn, rewards, groups)
@@ -231,7 +231,7 @@ def baseline(fn: AdvantageFn, rewards: Sequence[float], groups: Sequence[Hashabl
 
 @wrong("a mean over a few rewards needs more than half precision")
 def exact(fn: AdvantageFn, rewards: Sequence[float], groups: Sequence[Hashable]) -> None:
-    """Advantages that are centred are so to single precision, for rewards that half precision does not hold."""
+    """Centred advantages sum to 0 to single precision, also for rewards that half precision cannot hold."""
     result = advantages_of(fn, THIRDS, ["a"] * len(THIRDS))
     size, rest = max(map(abs, result)), abs(math.fsum(result))
     assume(rest < 2e-2 * size, "its advantages are not centred")

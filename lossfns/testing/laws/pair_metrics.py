@@ -34,7 +34,7 @@ def margin_metrics(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tens
 
 @wrong("the metric is not what its name says")
 def pair_metrics(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
-    """Accuracies, rewards, margins and logprobs of the sides, known by the field's names, are those of their side.
+    """Accuracies, rewards, margins and logprobs with the usual names are those of the side that they name.
 
     In the pair that is measured, policy and reward rank the sides in opposite order.
     """

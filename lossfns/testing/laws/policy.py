@@ -246,7 +246,7 @@ NOT_CLIPPED = ((1.0, -1.0), (-1.0, 1.0))
 
 @wrong("the reference must hold the tokens that have moved farthest, which are the clipped ones")
 def kl_everywhere(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
-    """A KL term of its own pulls on clipped tokens as on all others."""
+    """A separate KL term pulls on clipped tokens as on all others."""
     _, base, inside, clipped = kl_off_policy_pulls(loss_fn, data, logprobs)
     assume(similar(inside, [base] * 2), "off-policy the ratio scales the KL term: it is part of the advantage")
     seen = f"At lp − ref = 0.5 the KL term's gradient is {base:g} on-policy and {clipped} at the ratios e and 1/e"

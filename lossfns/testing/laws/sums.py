@@ -201,7 +201,7 @@ def adds_up_by_part(probe: Probe, batch: Batch) -> bool:
 
 
 MANY = 301
-"""A number of tokens that bfloat16 cannot hold: it counts no further than 256 one by one, and rounds 301 to 302."""
+"""A number of tokens that bfloat16 cannot hold: it counts no further than 256 one by one, and rounds 301 to 300."""
 
 
 @wrong("a batch holds more tokens than bfloat16 can count")

@@ -93,7 +93,7 @@ def saturation(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor])
 
 @wrong("the reference point estimates a KL, which is never negative")
 def reference_point_clamped(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
-    """Of answers below the reference, none acts on another through the reference point of KTO, which is at least 0."""
+    """Answers below the reference do not affect one another: the reference point of KTO is at least 0."""
     probe = Probe.of(loss_fn, data, logprobs)
     far = [probe(answers(probe, (1.0, gap), (0.0, 0.0))).value for gap in (-2000.0, -4000.0)]
     assume(probe.close(*far), "its value has no bound, so that it is not KTO")
@@ -110,7 +110,7 @@ UNDESIRABLE = ("undesirable_weight", "lambda_u", "lambda_undesirable", "weight_u
 
 @wrong("a weight acts on the answers that it is named for")
 def class_weights(loss_fn: LossFn, data: Sequence[Any], logprobs: Sequence[Tensor]) -> None:
-    """A weight of desirable answers scales their gradient, and one of undesirable answers theirs."""
+    """The weight of desirable answers scales their gradient, and that of undesirable answers scales theirs."""
     probe = Probe.of(loss_fn, data, logprobs)
     batch = answers(probe, (1.0, 0.0), (0.0, 0.0))
     before = [row[0] for row in probe(batch).gradients]
