@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
 from lossfns.errors import LossInputError, did_you_mean, show
+from lossfns.spellings import ESTIMATORS
 
 
 def is_real(value: Any) -> bool:
@@ -164,13 +166,17 @@ def check_coefficients(name: str, value: Any) -> None:
         raise LossInputError(name, "numbers of at least 0", show(value), "Pass 0 to switch a part off.")
 
 
-def make_function_check(*known: str) -> Callable[[str, Any], None]:
-    """Make a check that refuses anything but a function, and losses; its hint names the ``known`` functions."""
+def make_function_check(*known: str, elsewhere: Mapping[str, str] = MappingProxyType({})) -> Callable[[str, Any], None]:
+    """Make a check that refuses anything but a function, and losses.
+
+    Its hint is what a name means in other frameworks, as ``elsewhere`` has it, or else names the ``known`` functions.
+    """
 
     def check(name: str, value: Any) -> None:
         makes_loss = getattr(value, "__annotations__", {}).get("return") == "Loss"
         if not callable(value) or hasattr(value, "bind") or makes_loss:
-            hint = f"{did_you_mean(str(value), known)} Pass the function, or its name."
+            unknown = f"{did_you_mean(str(value), known)} Pass the function, or its name."
+            hint = f"Pass {elsewhere[value]}." if isinstance(value, str) and value in elsewhere else unknown
             raise LossInputError(name, f"a function such as {known[-1]}", show(value), hint)
 
     return check
@@ -249,7 +255,7 @@ KNOBS: dict[str, Callable[[str, Any], None]] = {
     "nll_weight": check_non_negative,
     "center_weight": check_non_negative,
     "link": make_function_check("hinge_link", "savage_link", "exponential_link", "squared_link", "logistic_link"),
-    "kl": make_function_check("k1", "k2", "k3"),
+    "kl": make_function_check("k1", "k2", "k3", elsewhere=ESTIMATORS),
     "kl_cap": check_log_ratio_cap,
     "kl_weight": check_kl_weight,
     "weight": make_function_check("ratio", "truncated"),
