@@ -12,7 +12,8 @@ import lossfns
 ROOT = Path(lossfns.__file__).parent
 LAYERS = [
     {"errors", "version"},
-    {"tokens", "terms", "checks", "statistics", "regions", "devices", "spellings"},
+    {"spellings"},
+    {"tokens", "terms", "checks", "statistics", "regions", "devices"},
     {"segments", "kl"},
     {"weigh", "pack", "values", "metrics", "margins", "rollout"},
     {"parts"},
