@@ -13,7 +13,10 @@ import torch
 from memory import on_cpu, on_gpu
 from side_by_side import seconds
 
+import lossfns
+
 ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = Path(lossfns.__file__).resolve().parent
 
 Figures = dict[str, Any]
 """The result of a check: ``found`` (an error or a count) and its ``limit``, ``milliseconds``, ``gibibytes`` at the
@@ -76,6 +79,11 @@ def error_of(found: Any, expected: Any) -> float:
 
 
 def place(frames: Iterable[traceback.FrameSummary]) -> str:
-    """Return file and line of the innermost frame in the checkout."""
-    inner = [f for f in frames if f.filename.startswith(f"{ROOT}/") and "/site-packages/" not in f.filename]
-    return f"{Path(inner[-1].filename).relative_to(ROOT)}:{inner[-1].lineno}" if inner else "?"
+    """Return file and line of the innermost frame in the checkout or in the package, which may be installed."""
+    for frame in reversed([*frames]):
+        path = Path(frame.filename)
+        if path.is_relative_to(PACKAGE):
+            return f"{path.relative_to(PACKAGE.parent)}:{frame.lineno}"
+        if path.is_relative_to(ROOT) and "site-packages" not in path.parts:
+            return f"{path.relative_to(ROOT)}:{frame.lineno}"
+    return "?"
