@@ -2,6 +2,7 @@
 
     python.jsonl    {messages}                  what the functions of Python's standard library do, by their docstrings
     concise.jsonl   {prompt, chosen, rejected}  the same answers, preferred to those with phrases around them
+    sums.jsonl      {prompt, answer}            the sum of two numbers below 21
     larger.jsonl    {prompt, answer}            the larger one of two numbers below 51
 
 The files depend only on the version of Python. docs/train.md shows what a model of 135 million parameters learns from
@@ -77,14 +78,18 @@ def main(folder: Path) -> None:
         {"prompt": prompt, "chosen": [assistant(answer)], "rejected": [assistant(wordy(answer, rng))]}
         for prompt, answer in rng.sample(chats, 600)
     ])  # fmt: skip
-    numbers = [(a, b) for a in range(1, 51) for b in range(1, 51) if a != b]
+    pairs = [(a, b) for a in range(1, 51) for b in range(1, 51) if a != b]
     write(folder / "larger.jsonl", [
-        {"prompt": asked(a, b), "answer": str(max(a, b))} for a, b in rng.sample(numbers, 400)
+        {"prompt": asked(f"Which is larger, {a} or {b}?"), "answer": str(max(a, b))} for a, b in rng.sample(pairs, 400)
+    ])  # fmt: skip
+    pairs = [(a, b) for a in range(1, 21) for b in range(1, 21)]
+    write(folder / "sums.jsonl", [
+        {"prompt": asked(f"What is {a} + {b}?"), "answer": str(a + b)} for a, b in rng.sample(pairs, 400)
     ])  # fmt: skip
 
 
-def asked(a: int, b: int) -> list[dict[str, str]]:
-    return [{"role": "system", "content": "Answer with one number."}, *user(f"Which is larger, {a} or {b}?")]
+def asked(question: str) -> list[dict[str, str]]:
+    return [{"role": "system", "content": "Answer with one number."}, *user(question)]
 
 
 def first_number(problem: Any, text: str) -> float:

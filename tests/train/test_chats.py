@@ -18,7 +18,7 @@ def test_the_files_are_read_and_repeat(tmp_path: Path, capsys: pytest.CaptureFix
     renderer = Renderer(ByteTokenizer())
     for folder in ("a", "b"):
         chats.main(tmp_path / folder)
-    for name, kind in {"python": Demonstration, "concise": Preference, "larger": Problem}.items():
+    for name, kind in {"python": Demonstration, "concise": Preference, "larger": Problem, "sums": Problem}.items():
         path = tmp_path / "a" / f"{name}.jsonl"
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), name
         task = tasks.load(str(path), renderer, kind)
