@@ -21,7 +21,7 @@ from lossfns.train.models import renderer_of
 from lossfns.train.options import check_option, naming
 from lossfns.train.render import DATED, Renderer
 from lossfns.train.rewards import WITHOUT_ANSWERS
-from lossfns.train.tasks import MAX_LENGTH, length
+from lossfns.train.tasks import MAX_LENGTH, length, longest_of
 from lossfns.train.values import Row, counted, shown
 
 if TYPE_CHECKING:
@@ -106,15 +106,16 @@ def data_command(args: argparse.Namespace) -> int:
         return print_refusal(error)
     except KeyboardInterrupt:
         os._exit(130)
-    longer = [(row, n) for row, _, n in findings.rows if n > args.max_length]
-    different = len({repr(examples) for _, examples, n in findings.rows if n <= args.max_length})
+    limit = longest_of(renderer, args.max_length)
+    longer = [(row, n) for row, _, n in findings.rows if n > limit]
+    different = len({repr(examples) for _, examples, n in findings.rows if n <= limit})
     usable = not findings.errors and (not longer or args.drop_longer) and different >= 2
     with while_read(sys.stdout):
         print_format(args.source, findings, args.model, renderer)
         for row, examples, _ in findings.rows[:SHOWN]:
             print_row(row, examples, renderer)
         print_lengths(findings)
-        print_refused(findings, longer, args.max_length, args.drop_longer)
+        print_refused(findings, longer, limit, args)
         say(f"lossfns train {'takes' if usable else 'refuses'} it{reason_of(findings, len(longer), different)}")
     return 0 if usable else 1
 
@@ -321,16 +322,18 @@ def powers(low: int, high: int) -> list[int]:
     return [2**i for i in range(low.bit_length() - 1, high.bit_length())]
 
 
-def print_refused(findings: Findings, longer: Sequence[tuple[Row, int]], limit: int, drop: bool) -> None:
-    """Print which rows are refused or left out, and why."""
+def print_refused(findings: Findings, longer: Sequence[tuple[Row, int]], limit: int, args: argparse.Namespace) -> None:
+    """Print which rows are refused or left out, and why. A limit below ``--max-length`` is the context of the model."""
     equal = len(findings.rows) - len({repr(examples) for _, examples, _ in findings.rows})
     say("")
     if equal:
         say(f"equal to other rows, and counted once: {equal}")
     if longer:
-        fix = f"refused: pass --drop-longer, or --max-length {max(n for _, n in longer)}"
-        are = "is" if len(longer) == 1 else "are"
-        what = f"{are} longer than {counted(limit, 'token')} and {are} {'left out' if drop else fix}"
+        by_model = limit < args.max_length
+        other = "take a model with a longer context" if by_model else f"--max-length {max(n for _, n in longer)}"
+        fix = "left out" if args.drop_longer else f"refused: pass --drop-longer, or {other}"
+        are, why = "is" if len(longer) == 1 else "are", ", the context of the model," if by_model else ""
+        what = f"{are} longer than {counted(limit, 'token')}{why} and {are} {fix}"
         print_indented(f"{counted(len(longer), 'row')} {what}", "")
         for row, n in longer[:SHOWN]:
             say(printable(f"  {row.place}: {counted(n, 'token')}"))

@@ -53,7 +53,7 @@ def renderer_of(model: str | None) -> Renderer:
     with naming(MODEL):
         if model is None:
             return Renderer(ByteTokenizer())
-        return Renderer(hf.load_tokenizer(model), hf.vocabulary_size(model))
+        return Renderer(hf.load_tokenizer(model), *hf.sizes(model))
 
 
 def load_model(options: Options, dtype: torch.dtype | None) -> tuple[nn.Module, Any]:
