@@ -58,7 +58,7 @@ class Findings(NamedTuple):
         name: the kind.
         format: the format of the rows.
         rows: the usable rows, each with its examples and the length of the longest example in tokens.
-        fields: the names of the fields of all rows.
+        unread: the names of the fields that are not read.
         errors: the errors of the other rows, in the order of the file.
         others: the names of other kinds of examples that the rows give, too.
     """
@@ -66,7 +66,7 @@ class Findings(NamedTuple):
     name: str
     format: Format
     rows: list[tuple[Row, Sequence[Example], int]]
-    fields: list[str]
+    unread: list[str]
     errors: list[LossInputError]
     others: list[str]
 
@@ -152,8 +152,8 @@ def examine(source: str, renderer: Renderer, name: str | None) -> Findings:
         else:
             used.append((row, examples, max(length(each, renderer) for each in examples)))
     errors.sort(key=line_of)
-    fields = list(dict.fromkeys(field for row in rows for field in row.fields))
-    return Findings(kind, row_format, used, fields, errors, [each for each in names if each != kind])
+    unread = formats.unread(rows, row_format)
+    return Findings(kind, row_format, used, unread, errors, [each for each in names if each != kind])
 
 
 def is_of(name: str, row: Row, renderer: Renderer) -> bool:
@@ -191,9 +191,8 @@ def print_format(source: str, findings: Findings, model: str | None, renderer: R
     print_indented(f"tokens of {model or 'the embedded model'}; messages are written {written}", "  ")
     if renderer.dated:
         print_indented(DATED, "  ")
-    unread = [field for field in findings.fields if field not in findings.format.keys + findings.format.also]
-    if unread:
-        print_indented(f"not read: {', '.join(map(shown, unread))}", "  ")
+    if findings.unread:
+        print_indented(f"not read: {', '.join(map(shown, findings.unread))}", "  ")
 
 
 def print_indented(text: str, indent: str, deeper: str = "  ") -> None:

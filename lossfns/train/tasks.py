@@ -228,8 +228,7 @@ def load(
     def draw(rng: Random, n: int) -> list[T]:
         return rng.sample(train, n) if n <= len(train) else rng.choices(train, k=n)
 
-    fields = dict.fromkeys(name for row in rows for name in row.fields)
-    unread = [name for name in fields if name not in row_format.keys + row_format.also]
+    unread = formats.unread(rows, row_format)
     longest = max(n for n in lengths if n <= limit)
     notes = [
         f"{len(rows)} rows of {row_format.name}, up to {values.counted(longest, 'token')}; {len(held_out)} held out",
