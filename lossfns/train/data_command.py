@@ -20,7 +20,7 @@ from lossfns.train.formats import Format
 from lossfns.train.models import renderer_of
 from lossfns.train.options import check_option, naming
 from lossfns.train.render import DATED, Renderer
-from lossfns.train.rewards import WITHOUT_ANSWERS
+from lossfns.train.rewards import WITHOUT_ANSWERS, default_reward, last_number
 from lossfns.train.tasks import MAX_LENGTH, length, longest_of
 from lossfns.train.values import Row, counted, shown
 
@@ -50,6 +50,9 @@ END_TOKENS = 4 * WIDTH * (LINES // 2)
 """The tokens at each end of a very long sequence that are decoded: a character has at most four."""
 """The rows that are shown, the most lines of each, their width, and the refusals that are listed."""
 
+Usable = tuple[Row, Sequence[Example], int]
+"""A usable row, its examples, and the length of the longest of them in tokens."""
+
 
 class Findings(NamedTuple):
     """A file as one kind of example.
@@ -57,7 +60,7 @@ class Findings(NamedTuple):
     Attributes:
         name: the kind.
         format: the format of the rows.
-        rows: the usable rows, each with its examples and the length of the longest example in tokens.
+        rows: the usable rows.
         unread: the names of the fields that are not read.
         errors: the errors of the other rows, in the order of the file.
         others: the names of other kinds of examples that the rows give, too.
@@ -65,7 +68,7 @@ class Findings(NamedTuple):
 
     name: str
     format: Format
-    rows: list[tuple[Row, Sequence[Example], int]]
+    rows: list[Usable]
     unread: list[str]
     errors: list[LossInputError]
     others: list[str]
@@ -143,7 +146,7 @@ def examine(source: str, renderer: Renderer, name: str | None) -> Findings:
     by_fields = (each for each in KINDS if formats.matching(rows[0], formats.FORMATS[KINDS[each]]))
     kind = name or (names[0] if names else next(by_fields, "demonstration"))  # without examples, by the fields alone
     row_format = formats.recognise(rows[0], KINDS[kind])
-    used: list[tuple[Row, Sequence[Example], int]] = []
+    used: list[Usable] = []
     for row in rows:
         try:
             examples = formats.examples_of(row, row_format, renderer)
@@ -151,9 +154,29 @@ def examine(source: str, renderer: Renderer, name: str | None) -> Findings:
             errors.append(error)
         else:
             used.append((row, examples, max(length(each, renderer) for each in examples)))
+    if kind == "problem":
+        problems = [example for _, examples, _ in used for example in examples if isinstance(example, Problem)]
+        if default_reward(problems) == "number":
+            used, without = with_numbers(used)
+            errors += without
     errors.sort(key=line_of)
     unread = formats.unread(rows, row_format)
     return Findings(kind, row_format, used, unread, errors, [each for each in names if each != kind])
+
+
+def with_numbers(used: list[Usable]) -> tuple[list[Usable], list[LossInputError]]:
+    """Return the rows whose answers have a number, which the reward ``number`` needs, and the errors of the others."""
+    kept: list[Usable] = []
+    errors: list[LossInputError] = []
+    for row, examples, n in used:
+        answers = [example.answer or "" for example in examples if isinstance(example, Problem)]
+        wrong = [answer for answer in answers if last_number(answer) is None]
+        if wrong:
+            expected, fix = "a number in the answer (--reward number)", "Mend the row, or pass another --reward."
+            errors.append(LossInputError(row.place, expected, shown(wrong[0]), fix))
+        else:
+            kept.append((row, examples, n))
+    return kept, errors
 
 
 def is_of(name: str, row: Row, renderer: Renderer) -> bool:

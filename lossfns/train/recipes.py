@@ -302,7 +302,7 @@ def answer_lengths(task: Task[Problem]) -> list[int]:
 
 def reward_name(task: Task[Problem], options: Options) -> str:
     """Return ``--reward``, or the default reward of the data."""
-    return options.reward or default_reward((task.held_out + task.train)[0])
+    return options.reward or default_reward(task.held_out + task.train)
 
 
 RECIPES: dict[str, Callable[[Run, Job, Client | None], Recipe]] = {

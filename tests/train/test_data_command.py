@@ -159,3 +159,13 @@ def test_rows_longer_than_the_context_of_the_model_are_refused(
             assert main(["data", str(path), *options]) == status
         out = " ".join(capsys.readouterr().out.split())
         assert f"2 rows are longer than 12 tokens, the context of the model, and are {says}" in out
+
+
+def test_answers_without_a_number_are_refused_where_the_default_reward_needs_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"question": f"{i}", "answer": answer} for i, answer in enumerate(["#### 4", "#### 5", "four"])]
+    status, text = shown(tmp_path / "rows.jsonl", rows, capsys, "--kind", "problem")
+    assert status == 1 and "F:3: expected a number in the answer (--reward number), got 'four'" in text
+    assert shown(tmp_path / "rows.jsonl", rows[:2], capsys, "--kind", "problem")[0] == 0
+    assert shown(tmp_path / "rows.jsonl", rows, capsys, "--kind", "demonstration")[0] == 0
