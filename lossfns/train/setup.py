@@ -29,9 +29,9 @@ from lossfns.train.tasks import Task
 def client_of(options: Options) -> Iterator[Client]:
     """Yield the client of a new model, in this process or on a server."""
     if options.base_url is None:
-        client = models.load_client(options)
-        models.check_trained(client)
-        yield client
+        local = models.load_client(options)
+        models.check_trained(local)
+        yield local
         return
     with remote.connected(options.base_url) as client:
         yield client
