@@ -34,6 +34,9 @@ READ = {"role", "content", "from", "value", "tool_calls", "function_call", "tool
 READ |= {"weight", "train"}
 """The fields of a message that are read."""
 
+SMALLEST_WEIGHT = 1e-37
+"""The smallest weight of a message that is trained: float32, in which weights are counted, has no much smaller one."""
+
 TEXT_PARTS = ("text", "input_text", "output_text")
 """The types of parts of a message that are its text."""
 
@@ -119,6 +122,9 @@ def read_weight(row: Row, name: str, value: dict[str, Any]) -> float | None:
         return None if train is None else float(train)
     if not isinstance(weight, Number) or not 0 <= float(weight) <= 1:
         row.refuse(f"a number from 0 to 1 under '{name}.weight'", shown(weight), "0 leaves the message untrained.")
+    if 0 < float(weight) < SMALLEST_WEIGHT:
+        expected = f"0, or at least {SMALLEST_WEIGHT:g}, under '{name}.weight'"
+        row.refuse(expected, shown(weight), "It would be 0 in float32: write 0 to leave the message untrained.")
     if train is not None and train != (float(weight) > 0):
         row.refuse(f"one answer under '{name}.weight' and '{name}.train'", "two", "Leave one of them out.")
     return float(weight)

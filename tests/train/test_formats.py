@@ -170,6 +170,7 @@ WRONG: list[tuple[Kind, dict[str, Any], str]] = [
     (Demonstration, {"messages": [USER]}, "an answer of the assistant under 'messages' that is trained, got none"),
     (Demonstration, {"messages": [USER, FOUR | {"weight": 0}]}, "under 'messages' that is trained, got none"),
     (Demonstration, {"messages": [USER, FOUR | {"weight": 2}]}, "from 0 to 1 under 'messages[1].weight', got 2"),
+    (Demonstration, {"messages": [USER, FOUR | {"weight": 1e-50}]}, "0, or at least 1e-37, under 'messages[1].weight'"),
     (Demonstration, {"messages": [USER, FOUR | {"train": "no"}]}, "true or false under 'messages[1].train', got 'no'"),
     (Demonstration, {"messages": [USER, FOUR | TWICE]}, "one answer under 'messages[1].weight' and"),
     (Demonstration, {"messages": [USER | {"weight": 1}, FOUR]}, "weight 0 for the user under 'messages[0]', got 1"),
