@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lossfns.errors import LossInputError
+from lossfns.loading import described
 from lossfns.testing.batch import Batch, Rows
 from lossfns.testing.laws.base import NotApplicable
 from lossfns.testing.names import column_of, names_teacher
@@ -440,7 +441,7 @@ class PaddedLoss(Adapted):
             except NotApplicable:
                 raise
             except Exception as error:
-                errors[f"{type(error).__name__}: {error}"] = error
+                errors[described(error)] = error
                 continue
             if likeness > best:
                 running, best = form, likeness

@@ -149,7 +149,11 @@ def given_options(args: argparse.Namespace) -> dict[str, Any]:
     file = {} if args.config is None else read_toml(args.config)
     named = {name: values[name] for name in NAMES if name != "set" and values[name] is not None}
     check_option("set", file.get("set", {}))
-    settings = {**file.get("set", {}), **dict(map(parse_setting, args.set))}
+    given = list(map(parse_setting, args.set))
+    names = [name for name, _ in given]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise LossInputError("--set", "each setting once", f"{twice} twice", "Leave one of them out.")
+    settings = {**file.get("set", {}), **dict(given)}
     return {**file, **named, **({"set": settings} if settings else {})}
 
 

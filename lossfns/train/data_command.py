@@ -20,8 +20,8 @@ from lossfns.train.formats import Format
 from lossfns.train.models import renderer_of
 from lossfns.train.options import check_option, naming
 from lossfns.train.render import DATED, Renderer
-from lossfns.train.rewards import WITHOUT_ANSWERS
-from lossfns.train.tasks import MAX_LENGTH, length
+from lossfns.train.rewards import WITHOUT_ANSWERS, default_reward, last_number
+from lossfns.train.tasks import MAX_LENGTH, length, longest_of
 from lossfns.train.values import Row, counted, shown
 
 if TYPE_CHECKING:
@@ -50,6 +50,9 @@ END_TOKENS = 4 * WIDTH * (LINES // 2)
 """The tokens at each end of a very long sequence that are decoded: a character has at most four."""
 """The rows that are shown, the most lines of each, their width, and the refusals that are listed."""
 
+Usable = tuple[Row, Sequence[Example], int]
+"""A usable row, its examples, and the length of the longest of them in tokens."""
+
 
 class Findings(NamedTuple):
     """A file as one kind of example.
@@ -57,16 +60,16 @@ class Findings(NamedTuple):
     Attributes:
         name: the kind.
         format: the format of the rows.
-        rows: the usable rows, each with its examples and the length of the longest example in tokens.
-        fields: the names of the fields of all rows.
+        rows: the usable rows.
+        unread: the names of the fields that are not read.
         errors: the errors of the other rows, in the order of the file.
         others: the names of other kinds of examples that the rows give, too.
     """
 
     name: str
     format: Format
-    rows: list[tuple[Row, Sequence[Example], int]]
-    fields: list[str]
+    rows: list[Usable]
+    unread: list[str]
     errors: list[LossInputError]
     others: list[str]
 
@@ -106,15 +109,16 @@ def data_command(args: argparse.Namespace) -> int:
         return print_refusal(error)
     except KeyboardInterrupt:
         os._exit(130)
-    longer = [(row, n) for row, _, n in findings.rows if n > args.max_length]
-    different = len({repr(examples) for _, examples, n in findings.rows if n <= args.max_length})
+    limit = longest_of(renderer, args.max_length)
+    longer = [(row, n) for row, _, n in findings.rows if n > limit]
+    different = len({repr(examples) for _, examples, n in findings.rows if n <= limit})
     usable = not findings.errors and (not longer or args.drop_longer) and different >= 2
     with while_read(sys.stdout):
         print_format(args.source, findings, args.model, renderer)
         for row, examples, _ in findings.rows[:SHOWN]:
             print_row(row, examples, renderer)
         print_lengths(findings)
-        print_refused(findings, longer, args.max_length, args.drop_longer)
+        print_refused(findings, longer, limit, args)
         say(f"lossfns train {'takes' if usable else 'refuses'} it{reason_of(findings, len(longer), different)}")
     return 0 if usable else 1
 
@@ -142,7 +146,7 @@ def examine(source: str, renderer: Renderer, name: str | None) -> Findings:
     by_fields = (each for each in KINDS if formats.matching(rows[0], formats.FORMATS[KINDS[each]]))
     kind = name or (names[0] if names else next(by_fields, "demonstration"))  # without examples, by the fields alone
     row_format = formats.recognise(rows[0], KINDS[kind])
-    used: list[tuple[Row, Sequence[Example], int]] = []
+    used: list[Usable] = []
     for row in rows:
         try:
             examples = formats.examples_of(row, row_format, renderer)
@@ -150,9 +154,29 @@ def examine(source: str, renderer: Renderer, name: str | None) -> Findings:
             errors.append(error)
         else:
             used.append((row, examples, max(length(each, renderer) for each in examples)))
+    if kind == "problem":
+        problems = [example for _, examples, _ in used for example in examples if isinstance(example, Problem)]
+        if default_reward(problems) == "number":
+            used, without = with_numbers(used)
+            errors += without
     errors.sort(key=line_of)
-    fields = list(dict.fromkeys(field for row in rows for field in row.fields))
-    return Findings(kind, row_format, used, fields, errors, [each for each in names if each != kind])
+    unread = formats.unread(rows, row_format)
+    return Findings(kind, row_format, used, unread, errors, [each for each in names if each != kind])
+
+
+def with_numbers(used: list[Usable]) -> tuple[list[Usable], list[LossInputError]]:
+    """Return the rows whose answers have a number, which the reward ``number`` needs, and the errors of the others."""
+    kept: list[Usable] = []
+    errors: list[LossInputError] = []
+    for row, examples, n in used:
+        answers = [example.answer or "" for example in examples if isinstance(example, Problem)]
+        wrong = [answer for answer in answers if last_number(answer) is None]
+        if wrong:
+            expected, fix = "a number in the answer (--reward number)", "Mend the row, or pass another --reward."
+            errors.append(LossInputError(row.place, expected, shown(wrong[0]), fix))
+        else:
+            kept.append((row, examples, n))
+    return kept, errors
 
 
 def is_of(name: str, row: Row, renderer: Renderer) -> bool:
@@ -190,9 +214,8 @@ def print_format(source: str, findings: Findings, model: str | None, renderer: R
     print_indented(f"tokens of {model or 'the embedded model'}; messages are written {written}", "  ")
     if renderer.dated:
         print_indented(DATED, "  ")
-    unread = [field for field in findings.fields if field not in findings.format.keys + findings.format.also]
-    if unread:
-        print_indented(f"not read: {', '.join(map(shown, unread))}", "  ")
+    if findings.unread:
+        print_indented(f"not read: {', '.join(map(shown, findings.unread))}", "  ")
 
 
 def print_indented(text: str, indent: str, deeper: str = "  ") -> None:
@@ -321,16 +344,18 @@ def powers(low: int, high: int) -> list[int]:
     return [2**i for i in range(low.bit_length() - 1, high.bit_length())]
 
 
-def print_refused(findings: Findings, longer: Sequence[tuple[Row, int]], limit: int, drop: bool) -> None:
-    """Print which rows are refused or left out, and why."""
+def print_refused(findings: Findings, longer: Sequence[tuple[Row, int]], limit: int, args: argparse.Namespace) -> None:
+    """Print which rows are refused or left out, and why. A limit below ``--max-length`` is the context of the model."""
     equal = len(findings.rows) - len({repr(examples) for _, examples, _ in findings.rows})
     say("")
     if equal:
         say(f"equal to other rows, and counted once: {equal}")
     if longer:
-        fix = f"refused: pass --drop-longer, or --max-length {max(n for _, n in longer)}"
-        are = "is" if len(longer) == 1 else "are"
-        what = f"{are} longer than {counted(limit, 'token')} and {are} {'left out' if drop else fix}"
+        by_model = limit < args.max_length
+        other = "take a model with a longer context" if by_model else f"--max-length {max(n for _, n in longer)}"
+        fix = "left out" if args.drop_longer else f"refused: pass --drop-longer, or {other}"
+        are, why = "is" if len(longer) == 1 else "are", ", the context of the model," if by_model else ""
+        what = f"{are} longer than {counted(limit, 'token')}{why} and {are} {fix}"
         print_indented(f"{counted(len(longer), 'row')} {what}", "")
         for row, n in longer[:SHOWN]:
             say(printable(f"  {row.place}: {counted(n, 'token')}"))

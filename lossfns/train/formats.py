@@ -9,7 +9,7 @@ from lossfns.errors import LossInputError
 from lossfns.train import conversions
 from lossfns.train.examples import Demonstration, Example, Labelled, Preference, Problem, sequences
 from lossfns.train.files import key_of_rows, write_list
-from lossfns.train.messages import read_dialogue, read_messages, read_tools, shown_field, text_of
+from lossfns.train.messages import UNREAD, read_dialogue, read_messages, read_tools, shown_field, text_of, unread_of
 from lossfns.train.render import Renderer, weight_of
 from lossfns.train.values import Row, plain, quoted, shown
 
@@ -209,7 +209,7 @@ def with_prompt(row: Row, common: Messages) -> Messages:
         return common
     if common[: len(before)] == before:
         return common
-    if any(each["role"] == "user" for each in common) and before:
+    if common and before:
         fix = "Leave out one of the two."
         row.refuse("the messages of the prompt at the start of 'chosen' and 'rejected'", "others", fix)
     return before + common
@@ -298,7 +298,8 @@ FORMATS: dict[type[Example], tuple[Format, ...]] = {
     ),
     Preference: (
         Format("prompt, chosen and rejected", ("prompt", "chosen", "rejected"), pair),
-        Format("chosen and rejected with a common start", ("chosen", "rejected"), implicit_pair),
+        Format("chosen and rejected with a common start", ("chosen", "rejected"), implicit_pair,
+               ("prompt", "tools", "functions")),
     ),
     Labelled: (Format("prompt, completion and label", ("prompt", "completion", "label"), labelled),),
     Problem: (
@@ -321,9 +322,6 @@ KINDS: dict[type[Example], str] = {
     Problem: "policy methods (grpo, dapo, gspo-token)",
 }
 """The methods that train on each kind of example."""
-
-UNREAD = ("images", "image", "videos", "video", "audio", "audios")
-"""Fields that are not read, although a text may depend on them."""
 
 
 def matching(row: Row, formats: Sequence[Format]) -> Format | None:
@@ -376,6 +374,13 @@ def examples_of(row: Row, row_format: Format, renderer: Renderer) -> Sequence[An
         row.refuse(f"{error.expected} ({error.field})", error.got, error.fix)
     check_vocabulary(row, examples, renderer)
     return examples
+
+
+def unread(rows: Sequence[Row], row_format: Format) -> list[str]:
+    """Return the names of the fields of rows, and of those of their messages, that a format does not read."""
+    fields = [name for row in rows for name in row.fields if name not in row_format.keys + row_format.also]
+    inside = [name for row in rows for key in row_format.keys for name in unread_of(key, row.fields.get(key))]
+    return [*dict.fromkeys(fields + inside)]
 
 
 def check_vocabulary(row: Row, examples: Sequence[Example], renderer: Renderer) -> None:

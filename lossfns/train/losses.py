@@ -79,7 +79,7 @@ def call_with_columns(loss: OwnLoss, columns: Mapping[str, Any], data: list[Any]
         result = loss.function(filled, logprobs_list)
     except (LossInputError, torch.OutOfMemoryError):
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         fix = "Correct it there."
         raise LossInputError(f"--loss {loss.name}", "a loss for each batch", described(error), fix) from error
     if isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict):

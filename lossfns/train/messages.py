@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import re
 from typing import Any, NoReturn
 
+from lossfns.train.files import DECODER, RepeatedKey, check_row
 from lossfns.train.values import Number, Row, plain, quoted, shown
 
 ROLES = {
@@ -27,6 +27,19 @@ ROLES = {
 }
 """Roles by their names. A ``function_call`` is a message whose text is the call."""
 
+UNREAD = ("images", "image", "videos", "video", "audio", "audios")
+"""Fields of a row or of a message that are not read, although a text may depend on them."""
+
+READ = {"role", "content", "from", "value", "tool_calls", "function_call", "tool_call_id", "name", "reasoning_content"}
+READ |= {"weight", "train"}
+"""The fields of a message that are read."""
+
+SMALLEST_WEIGHT = 1e-37
+"""The smallest weight of a message that is trained: float32, in which weights are counted, has no much smaller one."""
+
+TEXT_PARTS = ("text", "input_text", "output_text")
+"""The types of parts of a message that are its text."""
+
 
 def read_messages(row: Row, key: str) -> list[dict[str, Any]]:
     """Read a list of messages: ``role`` and ``content`` as OpenAI has them, or ShareGPT's ``from`` and ``value``."""
@@ -40,6 +53,10 @@ def read_message(row: Row, name: str, value: Any) -> dict[str, Any]:
     """Read one message: its text, its calls of tools, its reasoning, and the weight of its tokens."""
     if not isinstance(value, dict):
         row.refuse(f"a message under {quoted(name)}", shown(value), "Each message has a role and a content.")
+    for key in UNREAD:
+        if value.get(key):
+            fix = "Leave it out if the text does not need it, or else the row."
+            row.refuse(f"text only under {quoted(name)}", f"{key!r}, which is not read", fix)
     role_key, text_key = ("from", "value") if "from" in value else ("role", "content")
     written = value.get(role_key)
     if not isinstance(written, str) or written.lower() not in ROLES:
@@ -75,14 +92,25 @@ def read_content(row: Row, name: str, value: dict[str, Any], key: str, empty: bo
     if text is None and empty:
         return ""
     if isinstance(text, list):
-        parts = [part.get("text") if isinstance(part, dict) else None for part in text]
+        parts = [part.get("text") if is_text(part) else None for part in text]
         if not all(isinstance(part, str) for part in parts) or not parts:
-            fix = "Images and sounds are not read: leave such rows out."
+            fix = "Only parts of the type 'text' are read, no images or sounds: leave such rows out."
             row.refuse(f"text under '{name}'", f"parts that are no text ({shown(text)})", fix)
         text = "".join(str(part) for part in parts)
     if not isinstance(text, str):
         row.refuse(f"text under '{name}'", shown(text) if key in value else "nothing", "A message has one text.")
     return str(text)
+
+
+def is_text(part: Any) -> bool:
+    """Whether a part of a message is text."""
+    return isinstance(part, dict) and (part.get("type") or "text") in TEXT_PARTS
+
+
+def unread_of(key: str, chat: Any) -> list[str]:
+    """Return the names of the fields of messages that have a value and are not read."""
+    messages = [each for each in chat if isinstance(each, dict)] if isinstance(chat, list) else []
+    return [f"{key}[].{name}" for each in messages for name, value in each.items() if value and name not in READ]
 
 
 def read_weight(row: Row, name: str, value: dict[str, Any]) -> float | None:
@@ -94,6 +122,9 @@ def read_weight(row: Row, name: str, value: dict[str, Any]) -> float | None:
         return None if train is None else float(train)
     if not isinstance(weight, Number) or not 0 <= float(weight) <= 1:
         row.refuse(f"a number from 0 to 1 under '{name}.weight'", shown(weight), "0 leaves the message untrained.")
+    if 0 < float(weight) < SMALLEST_WEIGHT:
+        expected = f"0, or at least {SMALLEST_WEIGHT:g}, under '{name}.weight'"
+        row.refuse(expected, shown(weight), "It would be 0 in float32: write 0 to leave the message untrained.")
     if train is not None and train != (float(weight) > 0):
         row.refuse(f"one answer under '{name}.weight' and '{name}.train'", "two", "Leave one of them out.")
     return float(weight)
@@ -119,6 +150,9 @@ def read_call(row: Row, name: str, value: Any) -> dict[str, Any]:
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         row.refuse(f"a call with the name of a function under {quoted(name)}", shown(value), "OpenAI has its form.")
+    if "arguments" not in function and "parameters" in function:
+        fix = "Rename 'parameters', which the description of a tool has."
+        row.refuse(f"the arguments of the call under '{name}.arguments'", "nothing", fix)
     arguments = function.get("arguments", {})
     if isinstance(arguments, str):
         arguments = read_json(row, f"{name}.arguments", arguments)
@@ -133,10 +167,13 @@ def read_call(row: Row, name: str, value: Any) -> dict[str, Any]:
 
 def read_tools(row: Row) -> list[Any] | None:
     """Read the descriptions of the tools under ``tools`` or ``functions``: a list, or one as JSON text."""
-    key = "tools" if row.fields.get("tools") else "functions"
-    tools = row.fields.get(key)
-    if not tools or tools in ("[]", "null"):
+    keys = [key for key in ("tools", "functions") if row.fields.get(key) and row.fields[key] not in ("[]", "null")]
+    if not keys:
         return None
+    if len(keys) > 1:
+        row.refuse("descriptions under 'tools' or 'functions'", "both", "Write all of them under 'tools'.")
+    key = keys[0]
+    tools = row.fields[key]
     if isinstance(tools, str):
         tools = read_json(row, key, tools)
     if not isinstance(tools, list):
@@ -151,11 +188,15 @@ def read_tools(row: Row) -> list[Any] | None:
 
 
 def read_json(row: Row, name: str, text: str) -> Any:
-    """Read JSON text inside a row."""
+    """Read JSON text inside a row, by the rules for the row itself."""
     try:
-        return json.loads(text)
+        value = DECODER.decode(text)
+    except RepeatedKey as error:
+        row.refuse(f"the key {shown(str(error))} once under {quoted(name)}", "it twice", "Keep one of them.")
     except (ValueError, RecursionError):
         row.refuse(f"JSON under {quoted(name)}", shown(text), "OpenAI has calls and tools as JSON.")
+    check_row(Row(row.place, {name: value}))
+    return value
 
 
 # Dialogues as one text

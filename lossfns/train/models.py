@@ -42,10 +42,18 @@ def load_client(options: Options) -> LocalTrainingClient:
     with naming(MODEL):
         model, tokenizer = load_model(options, dtype)
     if options.lora:
-        lora.adapt(model, rank=options.lora, parts=parts, seed=options.seed)
+        with naming({"base_model": "--lora"}):
+            lora.adapt(model, rank=options.lora, parts=parts, seed=options.seed)
     if options.gradient_checkpointing:
         model.checkpointing = True  # type: ignore[assignment]
     return LocalTrainingClient(model, tokenizer=tokenizer, device=options.device, mesh=mesh, name=options.model)
+
+
+def check_trained(client: LocalTrainingClient) -> None:
+    """Refuse to train weights of float16: the eps of AdamW is 0 there, and steps of usual size are lost to rounding."""
+    if any(p.dtype == torch.float16 and p.requires_grad for p in client.model.parameters()):
+        fix = "Pass --dtype float32, or train adapters, which are float32: --lora 8."
+        raise LossInputError("--dtype", "trained weights of float32, bfloat16 or float64", "float16", fix)
 
 
 def renderer_of(model: str | None) -> Renderer:
@@ -53,7 +61,7 @@ def renderer_of(model: str | None) -> Renderer:
     with naming(MODEL):
         if model is None:
             return Renderer(ByteTokenizer())
-        return Renderer(hf.load_tokenizer(model), hf.vocabulary_size(model))
+        return Renderer(hf.load_tokenizer(model), *hf.sizes(model))
 
 
 def load_model(options: Options, dtype: torch.dtype | None) -> tuple[nn.Module, Any]:

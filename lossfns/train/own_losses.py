@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lossfns.errors import LossInputError
-from lossfns.loading import load
+from lossfns.loading import described, load
 from lossfns.loss import BoundLoss, Loss
 from lossfns.testing.factories import FactoryLoss
 from lossfns.testing.forms import PaddedLoss
@@ -36,6 +36,8 @@ def own_loss(text: str, settings: Mapping[str, Any]) -> AnyLoss:
         kind, _ = detect_kind(function)
     except LossInputError as error:
         raise LossInputError("--loss", error.expected, error.got, error.fix) from None
+    except SystemExit as error:
+        raise LossInputError("--loss", "a loss of its columns", described(error), "Correct it there.") from error
     columns = function.columns if isinstance(function, (FactoryLoss, PaddedLoss)) else detect_fields_read(function)
     names = {column.rpartition(" ")[2] for column in columns} - {ALL_FIELDS, *DATUM_FIELDS}
     by_columns = "policy" if SAMPLED & names else "supervised"

@@ -267,7 +267,7 @@ def policy(run: Run, job: Job, reference: Client | None) -> Recipe:
     """Learn by reinforcement from samples."""
     client, task, options, reward = job.client, job.task, job.options, job.reward
     assert reward is not None
-    max_tokens = options.max_tokens or default_max_tokens(task, options)
+    max_tokens = max_tokens_of(task, options)
 
     def make_batch(rng: Random) -> Batch:
         problems = task.draw(rng, options.batch)
@@ -290,9 +290,9 @@ def policy(run: Run, job: Job, reference: Client | None) -> Recipe:
     return Recipe(make_batch, measure, methods.linear_decay(options.lr, options.steps))
 
 
-def default_max_tokens(task: Task[Problem], options: Options) -> int:
-    """Return the most tokens of a sample: the length of the longest answer if samples must be exact, or else 256."""
-    return max(answer_lengths(task)) if reward_name(task, options) == "exact" else 256
+def max_tokens_of(task: Task[Problem], options: Options) -> int:
+    """Return the most tokens of a sample: by default the longest answer if samples must be exact, or else 256."""
+    return options.max_tokens or (max(answer_lengths(task)) if reward_name(task, options) == "exact" else 256)
 
 
 def answer_lengths(task: Task[Problem]) -> list[int]:
@@ -302,7 +302,7 @@ def answer_lengths(task: Task[Problem]) -> list[int]:
 
 def reward_name(task: Task[Problem], options: Options) -> str:
     """Return ``--reward``, or the default reward of the data."""
-    return options.reward or default_reward((task.held_out + task.train)[0])
+    return options.reward or default_reward(task.held_out + task.train)
 
 
 RECIPES: dict[str, Callable[[Run, Job, Client | None], Recipe]] = {

@@ -7,6 +7,7 @@ these tokens, and up to the token that ends it. Whatever a chat template does no
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
@@ -74,9 +75,10 @@ class Renderer:
     Args:
         tokenizer: a ``ByteTokenizer`` or a tokenizer of ``transformers``.
         vocabulary: the number of token ids of the model, which rows may not exceed; None if it is not known.
+        context: the most tokens that the model reads; infinity if there is no limit, or none is known.
 
     Attributes:
-        tokenizer, vocabulary: the arguments.
+        tokenizer, vocabulary, context: the arguments.
         template: its chat template; None if messages become plain lines.
         end: the ids that end an answer: first the one that is trained, then others that the tokenizer declares.
         start: the ids before a text that has no prompt.
@@ -92,8 +94,8 @@ class Renderer:
     ('user: 2+2\\nassistant: 4<|eos|>', 2.0)
     """
 
-    def __init__(self, tokenizer: Any, vocabulary: int | None = None) -> None:
-        self.tokenizer, self.vocabulary = tokenizer, vocabulary
+    def __init__(self, tokenizer: Any, vocabulary: int | None = None, context: float = math.inf) -> None:
+        self.tokenizer, self.vocabulary, self.context = tokenizer, vocabulary, context
         self.template = getattr(tokenizer, "chat_template", None)
         self.dated = "strftime_now" in str(self.template)
         special = special_texts(tokenizer)

@@ -9,7 +9,7 @@ import math
 import re
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from fractions import Fraction
 from functools import partial
@@ -89,9 +89,9 @@ def reward_of_copy(reward: Callable[[Problem, str], Any], problem: Problem, text
     return reward(problem._replace(prompt=[*problem.prompt], fields=copy.deepcopy(problem.fields)), text)
 
 
-def default_reward(problem: Problem) -> str:
-    """Return the reward for data like this problem: ``number`` for GSM8K, whose answers end in ``#### 72``."""
-    return "number" if "####" in str(problem.fields.get("answer", "")) else "exact"
+def default_reward(problems: Iterable[Problem]) -> str:
+    """Return the reward for these problems: ``number`` for GSM8K, whose answers end in ``#### 72``; else ``exact``."""
+    return "number" if any("####" in str(each.fields.get("answer", "")) for each in problems) else "exact"
 
 
 def check_reward(spec: str, problems: Sequence[Problem]) -> Reward:
@@ -186,7 +186,7 @@ def last_number(text: str) -> Fraction | None:
     if len(exponent) > MAX_EXPONENT:
         return None
     value = Fraction(f"{minus and '-'}{digits.replace(',', '')}e{exponent or 0}")
-    return None if set(divisor) == {"0"} else value / int(divisor or 1)
+    return None if int(divisor or 1) == 0 else value / int(divisor or 1)
 
 
 # Rewards by the form

@@ -18,7 +18,7 @@ from lossfns.train.examples import Demonstration, Example, Labelled, Preference,
 from lossfns.train.losses import AnyLoss, OwnLoss, method_of
 from lossfns.train.methods import number
 from lossfns.train.options import Options, naming
-from lossfns.train.recipes import Job, answer_lengths, reward_name
+from lossfns.train.recipes import Job, answer_lengths, max_tokens_of, reward_name
 from lossfns.train.remote import Client
 from lossfns.train.render import Renderer
 from lossfns.train.rewards import Reward, check_reward
@@ -29,7 +29,9 @@ from lossfns.train.tasks import Task
 def client_of(options: Options) -> Iterator[Client]:
     """Yield the client of a new model, in this process or on a server."""
     if options.base_url is None:
-        yield models.load_client(options)
+        local = models.load_client(options)
+        models.check_trained(local)
+        yield local
         return
     with remote.connected(options.base_url) as client:
         yield client
@@ -49,6 +51,7 @@ def examples_of(options: Options, loss: AnyLoss) -> tuple[Task[Any], Reward | No
     if method_of(loss) != "policy":
         return task, None
     reward = check_reward(reward_name(task, options), task.held_out + task.train)
+    check_room(task, options)
     return with_warning_of_long_answers(task, options), reward
 
 
@@ -151,6 +154,16 @@ def labelled(pairs: Task[Preference]) -> Task[Labelled]:
 
     held_out = sides(pairs.held_out[: len(pairs.held_out) // 2])
     return Task(pairs.name, pairs.renderer, draw, held_out, style=pairs.style)
+
+
+def check_room(task: Task[Problem], options: Options) -> None:
+    """Refuse samples that would not fit into the context of the model behind the longest prompt."""
+    longest = max(len(problem.prompt) for problem in task.held_out + task.train)
+    most, room = max_tokens_of(task, options), task.renderer.context - longest
+    if most > room:
+        expected = f"at most {room:g}, what the longest prompt ({longest} tokens) leaves of the model's context"
+        fix = f"Pass --max-tokens {room:g}, or leave out long rows."
+        raise LossInputError("--max-tokens", expected, f"{most}", fix)
 
 
 def with_warning_of_long_answers(task: Task[Problem], options: Options) -> Task[Problem]:

@@ -42,6 +42,9 @@ def table_rows(path: str, content: bytes) -> Iterator[Row]:
             table = parquet.read_table(source)
         else:
             table = (ipc.open_file if content.startswith(ARROW) else ipc.open_stream)(source).read_all()
+        names = table.column_names
+        if len(set(names)) < len(names):
+            raise ValueError("a column comes twice")
         rows = table.to_pylist()
     except (arrow.ArrowException, OSError, ValueError) as error:
         kind = "Parquet" if content.startswith(PARQUET) else "Arrow"

@@ -80,7 +80,8 @@ def normalized(paragraph: str) -> str:
 
 
 def documentation(renderer: Renderer, length: int = 128) -> Task[Demonstration]:
-    """Predict passages of CPython's documentation, token by token."""
+    """Predict passages of CPython's documentation, token by token. They fit the context of the model."""
+    length = longest_of(renderer, length + len(renderer.start)) - len(renderer.start)
     train, held_out = (
         {name: ids for name, text in part.items() if len(ids := renderer.encode(text)) > length} for part in corpus()
     )
@@ -190,7 +191,7 @@ def load(
         source: see ``files.read_rows``.
         renderer: makes the tokens.
         kind: the kind of example; the first row decides which of its formats the file has.
-        max_length: the longest example in tokens.
+        max_length: the longest example in tokens; see ``longest_of``.
         drop_longer: leave out rows that are longer, and count them, instead of refusing them.
         seed: shuffles the rows.
 
@@ -208,14 +209,15 @@ def load(
     if len(rows) < 2:
         raise LossInputError("--data", "at least 2 rows", f"{len(rows)} in {source}", "One in ten is held out.")
     lengths = [max(length(each, renderer) for each in group) for group in groups]
+    limit = longest_of(renderer, max_length)
     if drop_longer:
-        groups = [group for group, n in zip(groups, lengths) if n <= max_length]
+        groups = [group for group, n in zip(groups, lengths) if n <= limit]
     else:
-        check_lengths(rows, lengths, max_length)
+        check_lengths(rows, lengths, limit, max_length)
     used = len(groups)
     groups = list({repr(group): group for group in groups}.values())
     if len(groups) < 2:
-        got = f"{len(groups)} of at most {max_length} tokens in {source}"
+        got = f"{len(groups)} of at most {limit} tokens in {source}"
         raise LossInputError("--data", "at least 2 different rows", got, "One in ten is held out.")
     equal = used - len(groups)
     Random(seed).shuffle(groups)
@@ -226,14 +228,11 @@ def load(
     def draw(rng: Random, n: int) -> list[T]:
         return rng.sample(train, n) if n <= len(train) else rng.choices(train, k=n)
 
-    fields = dict.fromkeys(name for row in rows for name in row.fields)
-    unread = [name for name in fields if name not in row_format.keys + row_format.also]
-    longest = max(n for n in lengths if n <= max_length)
+    unread = formats.unread(rows, row_format)
+    longest = max(n for n in lengths if n <= limit)
     notes = [
         f"{len(rows)} rows of {row_format.name}, up to {values.counted(longest, 'token')}; {len(held_out)} held out",
-        f"{values.counted(len(rows) - used, 'row')} longer than {max_length} tokens left out"
-        if used < len(rows)
-        else "",
+        f"{values.counted(len(rows) - used, 'row')} longer than {limit} tokens left out" if used < len(rows) else "",
         f"{values.counted(equal, 'row')} equal to others left out" if equal else "",
         f"not read: {', '.join(map(values.shown, unread[:8]))}{', ...' if unread[8:] else ''}" if unread else "",
         DATED if renderer.dated else "",
@@ -264,11 +263,23 @@ def length(example: Demonstration | Preference | Labelled | Problem, renderer: R
     return max(len(each.tokens) for each in sequences(example))
 
 
-def check_lengths(rows: Sequence[Row], lengths: Sequence[int], limit: int) -> None:
-    """Refuse rows that are longer than the limit, before a step of the run takes minutes."""
+def longest_of(renderer: Renderer, max_length: int) -> int:
+    """Return the length of the longest row that can be used: the context of the model is a limit, too."""
+    return int(min(max_length, renderer.context))
+
+
+def check_lengths(rows: Sequence[Row], lengths: Sequence[int], limit: int, max_length: int) -> None:
+    """Refuse rows that are longer than the limit, before a step of the run takes minutes.
+
+    A limit below ``max_length`` is the context of the model.
+    """
     longer = [(row, n) for row, n in zip(rows, lengths) if n > limit]
     if longer:
         (row, n), most = longer[0], max(lengths)
         others = f", and {values.counted(len(longer) - 1, 'longer row')} after it" if len(longer) > 1 else ""
         fix = f"Nothing is cut. Pass --drop-longer to leave them out, or --max-length {most}; a step then takes longer."
-        raise LossInputError(row.place, f"at most {limit} tokens with its prompt", f"{n}{others}", fix)
+        why = ""
+        if limit < max_length:
+            why = ", the context of the model"
+            fix = "Nothing is cut. Pass --drop-longer to leave them out, or take a model with a longer context."
+        raise LossInputError(row.place, f"at most {limit} tokens with its prompt{why}", f"{n}{others}", fix)

@@ -9,6 +9,7 @@ import re
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -136,3 +137,35 @@ def test_tokens_that_the_model_lacks_are_refused(tmp_path: Path) -> None:
     with pytest.raises(LossInputError) as raised:
         tasks.load(str(path), Renderer(ByteTokenizer(), 128), Problem)
     assert str(raised.value) == str(error)
+
+
+def test_rows_longer_than_the_context_of_the_model_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both commands refuse them or leave them out before a model is built, whatever --max-length says."""
+    path = tmp_path / "rows.jsonl"
+    rows = [{"prompt": "a" * n, "answer": "bc"} for n in (3, 4, 10, 11)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    renderer = Renderer(ByteTokenizer(), None, 12)
+    with pytest.raises(LossInputError) as raised:
+        tasks.load(str(path), renderer, Problem)
+    assert str(raised.value).startswith(
+        f"{path}:3: expected at most 12 tokens with its prompt, the context of the model, got 13, and 1 longer"
+    )
+    task = tasks.load(str(path), renderer, Problem, drop_longer=True)
+    assert len(task.train + task.held_out) == 2 and "2 rows longer than 12 tokens left out" in task.note
+    for options, status, says in (([], 1, "refused: pass --drop-longer"), (["--drop-longer"], 0, "left out")):
+        with mock.patch("lossfns.train.data_command.renderer_of", return_value=renderer):
+            assert main(["data", str(path), *options]) == status
+        out = " ".join(capsys.readouterr().out.split())
+        assert f"2 rows are longer than 12 tokens, the context of the model, and are {says}" in out
+
+
+def test_answers_without_a_number_are_refused_where_the_default_reward_needs_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"question": f"{i}", "answer": answer} for i, answer in enumerate(["#### 4", "#### 5", "four"])]
+    status, text = shown(tmp_path / "rows.jsonl", rows, capsys, "--kind", "problem")
+    assert status == 1 and "F:3: expected a number in the answer (--reward number), got 'four'" in text
+    assert shown(tmp_path / "rows.jsonl", rows[:2], capsys, "--kind", "problem")[0] == 0
+    assert shown(tmp_path / "rows.jsonl", rows, capsys, "--kind", "demonstration")[0] == 0

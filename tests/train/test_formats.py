@@ -127,7 +127,15 @@ def test_the_usual_formats_are_read(tmp_path: Path) -> None:
 
 
 TWICE = {"weight": 1, "train": False}
-CALLED = {"messages": [USER, answer(None, tool_calls=[{"function": {"name": "add", "arguments": "{"}}])]}
+TOOL = {"name": "add"}
+
+
+def called(arguments: str | None = None, **more: Any) -> dict[str, Any]:
+    """A row with the call of a tool."""
+    given = {} if arguments is None else {"arguments": arguments}
+    return {"messages": [USER, answer(None, tool_calls=[{"function": {"name": "add", **given, **more}}])]}
+
+
 WRONG: list[tuple[Kind, dict[str, Any], str]] = [
     (Demonstration, {"prompt": "a", "chosen": "b", "rejected": "c"},
      "prompt, chosen and rejected, which preference methods (dpo, orpo) read"),
@@ -145,13 +153,24 @@ WRONG: list[tuple[Kind, dict[str, Any], str]] = [
     (Demonstration, {"messages": [USER, FOUR], "tools": "[{"}, "JSON under 'tools', got '[{'"),
     (Demonstration, {"messages": [USER, FOUR], "tools": [3]}, "a function under 'tools[0]', got 3"),
     (Demonstration, {"messages": [USER, answer(None, tool_calls=[1])]}, "under 'messages[1].tool_calls[0]', got 1"),
-    (Demonstration, CALLED, "JSON under 'messages[1].tool_calls[0].arguments', got '{'"),
+    (Demonstration, called("{"), "JSON under 'messages[1].tool_calls[0].arguments', got '{'"),
+    (Demonstration, called('{"a": "\\ud800"}'), "under 'messages[1].tool_calls[0].arguments.a', got half a surrogate"),
+    (Demonstration, called('{"a": "\\u0000"}'), "under 'messages[1].tool_calls[0].arguments.a', got a NUL"),
+    (Demonstration, called('{"a": 1, "a": 2}'), "the key 'a' once under 'messages[1].tool_calls[0].arguments', got it"),
+    (Demonstration, called('{"a": NaN}'), "JSON under 'messages[1].tool_calls[0].arguments.a', got NaN"),
+    (Demonstration, called('{"a":' * 60 + "1" + "}" * 60), "at most 50 levels under 'messages[1]', got more"),
+    (Demonstration, called(parameters={"a": 1}), "under 'messages[1].tool_calls[0].arguments', got nothing"),
+    (Demonstration, {"messages": [USER, FOUR], "tools": [TOOL], "functions": [TOOL]}, "or 'functions', got both"),
+    (Demonstration, {"messages": [USER, FOUR], "tools": "[]", "functions": [TOOL]}, "got tools: the model has no chat"),
     (Demonstration, {"messages": [USER | {"tool_calls": [{"name": "add"}]}, FOUR]}, "by the assistant under 'mess"),
     (Demonstration, {"messages": [USER, {"role": "tool", "content": "4"}, FOUR]}, "a result of a tool: the model has"),
     (Demonstration, {"messages": [user(None) | {"content": [{"type": "image_url"}]}, FOUR]}, "parts that are no text"),
+    (Demonstration, {"messages": [USER, answer("") | {"content": [{"type": "thinking", "text": "x"}]}]}, "are no text"),
+    (Demonstration, {"messages": [USER | {"images": ["x"]}, FOUR]}, "text only under 'messages[0]', got 'images'"),
     (Demonstration, {"messages": [USER]}, "an answer of the assistant under 'messages' that is trained, got none"),
     (Demonstration, {"messages": [USER, FOUR | {"weight": 0}]}, "under 'messages' that is trained, got none"),
     (Demonstration, {"messages": [USER, FOUR | {"weight": 2}]}, "from 0 to 1 under 'messages[1].weight', got 2"),
+    (Demonstration, {"messages": [USER, FOUR | {"weight": 1e-50}]}, "0, or at least 1e-37, under 'messages[1].weight'"),
     (Demonstration, {"messages": [USER, FOUR | {"train": "no"}]}, "true or false under 'messages[1].train', got 'no'"),
     (Demonstration, {"messages": [USER, FOUR | TWICE]}, "one answer under 'messages[1].weight' and"),
     (Demonstration, {"messages": [USER | {"weight": 1}, FOUR]}, "weight 0 for the user under 'messages[0]', got 1"),
@@ -177,6 +196,7 @@ WRONG: list[tuple[Kind, dict[str, Any], str]] = [
     (Preference, {"chosen": HH + " 4", "rejected": HH[:-16] + "3+3\n\nAssistant: 5"}, "got a message of the user"),
     (Preference, {"chosen": HH, "rejected": HH + " 5"}, "text in each answer under 'chosen'"),
     (Preference, {"prompt": "a", "chosen": [USER, FOUR], "rejected": [USER, FIVE]}, "got others. Leave out one"),
+    (Preference, {"prompt": "a", "chosen": [SYSTEM, FOUR], "rejected": [SYSTEM, FIVE]}, "got others. Leave out one"),
     (Preference, {"chosen": [USER, FOUR], "rejected": [FIVE]}, "an answer under 'chosen' after the messages"),
     (Preference, {"prompt": "a", "chosen": "b", "rejected": "b"}, "under 'chosen' and 'rejected', got equal ones"),
     (Preference, {"chosen": [USER, FOUR], "rejected": [USER, FOUR]}, "jq -c 'select(.chosen != .rejected)'"),
@@ -190,6 +210,15 @@ WRONG: list[tuple[Kind, dict[str, Any], str]] = [
     (Problem, {"messages": [USER]}, "an answer of the assistant under 'messages', got none"),
     (Problem, {"text": "a"}, "of the format text, which supervised methods (sft) read"),
 ]  # fmt: skip
+
+
+def test_fields_of_messages_that_are_not_read_are_named(tmp_path: Path) -> None:
+    rows = [{"messages": [user(str(i)), FOUR | {"thinking": "hm", "refusal": None}], "id": i} for i in range(2)]
+    assert load(Demonstration, written(tmp_path / "rows.jsonl", rows)).note.endswith(
+        "; not read: 'id', 'messages[].thinking'"
+    )
+    later = [{"chosen": [USER, FOUR], "rejected": [USER, FIVE]}, {"prompt": "a", "chosen": [FOUR], "rejected": [FIVE]}]
+    assert "not read" not in load(Preference, written(tmp_path / "rows.jsonl", later)).note
 
 
 def test_a_row_that_a_format_cannot_use_is_named(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from lossfns import LossInputError
 from lossfns.backend import ByteTokenizer, Decoder, LocalTrainingClient
+from lossfns.cli import main
 from lossfns.describe import makers, required
 from lossfns.train.batches import labelled_batch
 from lossfns.train.columns import MAKERS, Batch, check_columns, columns_of
@@ -213,6 +214,35 @@ def test_ones_own_loss_of_any_form_trains_by_what_it_reads(tmp_path: Path) -> No
         assert repr(loss) == f"{name}({', '.join(f'{n}={x}' for n, x in settings.items())})"
     with pytest.raises(LossInputError, match=r"a setting of .*mine.py:pg, got 'scal'. Did you mean 'scale'\?"):
         loss_of(f"{tmp_path}/mine.py:pg", {"scal": 2.0})
+
+
+RAISING = """
+def raises(logprobs, mask):
+    raise RuntimeError("first\\nsecond")
+
+def exits(logprobs, mask):
+    raise SystemExit(0)
+
+def leaves(data, logprobs_list):
+    raise SystemExit(0)
+"""
+
+
+def test_what_ones_own_loss_raises_is_one_line_with_its_place_also_an_exit(tmp_path: Path) -> None:
+    (tmp_path / "raising.py").write_text(RAISING)
+    for name, says in [
+        ("raises", rf"got RuntimeError: first second \({tmp_path}/raising.py:3\)"),
+        ("exits", rf"got SystemExit: 0 \({tmp_path}/raising.py:6\). Correct it there."),
+        ("leaves", rf"got SystemExit: 0 \({tmp_path}/raising.py:9\). Correct it there."),
+    ]:
+        with pytest.raises(LossInputError, match=says):
+            one_step(loss_of(f"{tmp_path}/raising.py:{name}", {}), tmp_path / name, tiny(), tiny())
+
+
+def test_a_setting_is_given_once(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "grpo", "--set", "kl_beta=1", "--set", "clip=0.8,1.2", "--set", "kl_beta=2"])
+    assert "--set: expected each setting once, got kl_beta twice" in capsys.readouterr().err
 
 
 def test_a_file_runs_once_and_may_change_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -110,3 +110,28 @@ def test_a_sample_ends_with_the_context_and_says_so(
     assert "PROMPT: expected less than 30 tokens, the context, got 38" in capsys.readouterr().err
     prompts = [demonstration([5] * 25, [6, 256])]
     assert len(measures.sample_texts(client, renderer, prompts)) == 1  # those that a run shows end there, too
+
+
+def test_what_the_context_of_the_model_has_no_room_for_is_refused_before_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Room for 30 tokens: a long row, or a prompt of 20 tokens with samples of 11. Built-in texts are shorter there."""
+    tokenizer, size = byte_pairs(CHATML), {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer), max_position_embeddings=30, num_attention_heads=1, **size
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    assert hf.sizes(tmp_path / "model") == (len(tokenizer), 30)
+    data, run = tmp_path / "rows.jsonl", tmp_path / "run"
+    given = ["--model", str(tmp_path / "model"), "--steps", "1", "--batch", "2", "--eval-examples", "2"]
+    given += ["--out", str(run)]
+    data.write_text("".join(json.dumps({"prompt": "a" * n, "completion": "b"}) + "\n" for n in (3, 28, 29)))
+    assert main(["train", "sft", "--data", str(data), *given]) == 2 and not run.exists()
+    assert "rows.jsonl:3: expected at most 30 tokens with its prompt, the context" in capsys.readouterr().err
+    data.write_text("".join(json.dumps({"prompt": "a" * n, "answer": "b"}) + "\n" for n in (19, 20)))
+    samples = ["--data", str(data), "--max-tokens", "11", "--reward", "regex:b"]
+    assert main(["train", "grpo", *samples, *given]) == 2 and not run.exists()
+    says = "--max-tokens: expected at most 10, what the longest prompt (20 tokens) leaves of the model's context"
+    assert says in capsys.readouterr().err
+    assert main(["train", "sft", *given]) == 0

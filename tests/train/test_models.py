@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from lossfns import LossInputError, cross_entropy, datum_from_tokens
 from lossfns.backend import AdamParams, LocalTrainingClient
 from lossfns.backend.model import hf, sources
-from lossfns.train.models import load_client
+from lossfns.train.models import check_trained, load_client
 from lossfns.train.options import Options
 
 DATA = [datum_from_tokens([1, 7, 3, 9, 12], prompt_length=2), datum_from_tokens([4, 4, 2], prompt_length=1)]
@@ -95,6 +95,23 @@ def test_dtype_and_gradient_checkpointing(folder: Path) -> None:
         assert not plain.model.checkpointing and saving.model.checkpointing
         step(plain), step(saving)
         assert logprobs(saving) == pytest.approx(logprobs(plain), abs=1e-9), model
+
+
+def test_weights_of_float16_are_not_trained(folder: Path) -> None:
+    for model in (folder, None):
+        with pytest.raises(LossInputError, match=r"--dtype: expected trained weights of .* got float16. Pass --"):
+            check_trained(client(model, dtype="float16"))
+        check_trained(client(model, dtype="bfloat16"))
+    check_trained(client(folder, dtype="float16", lora=2))
+
+
+def test_a_part_without_linear_layers_is_refused_by_the_words_of_the_command_line(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "moe")
+    config = transformers.MixtralConfig(**SIZE, num_local_experts=2)
+    transformers.MixtralForCausalLM(config).save_pretrained(tmp_path / "moe")
+    with pytest.raises(LossInputError, match=r"--lora: expected linear layers of part 'mlp'.* out .*--lora-parts"):
+        client(tmp_path / "moe", lora=2)
+    assert client(tmp_path / "moe", lora=2, lora_parts="attn").model
 
 
 def test_a_repository_in_the_local_cache_needs_no_connection(

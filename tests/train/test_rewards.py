@@ -59,6 +59,7 @@ NUMBERS: dict[str, Fraction | int | None] = {
     "1e9999": 10**9999,
     "1e10000": None,
     "1/2/2024": 2024,
+    "5 or 1/\u0660": None,
 }
 """Text → its last number; none if it is longer than 400 characters or its exponent than 4."""
 
@@ -237,5 +238,8 @@ def test_answers_that_a_reward_cannot_use_are_found_before_training() -> None:
 
 
 def test_the_data_tell_the_default_reward() -> None:
-    assert default_reward(problem("4")) == default_reward(Problem([1], "4", {"answer": "4"})) == "exact"
-    assert default_reward(Problem([1], "72", {"question": "?", "answer": "6*12=72\n#### 72"})) == "number"
+    """One row with ``####`` is enough, in any place: the rows without a number are then refused."""
+    plain = Problem([1], "4", {"answer": "4"})
+    gsm8k = Problem([1], "72", {"question": "?", "answer": "6*12=72\n#### 72"})
+    assert default_reward([problem("4")]) == default_reward([plain]) == "exact"
+    assert default_reward([gsm8k]) == default_reward([plain, gsm8k]) == default_reward([gsm8k, plain]) == "number"

@@ -87,6 +87,10 @@ def test_a_table_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytes
     assert f"{paths['parquet']}:1: expected JSON under 'answer', got nan" in refusal(paths["parquet"])
     arrow.parquet.write_table(arrow.Table.from_pylist([{"prompt": b"a", "answer": "b"}] * 2), paths["parquet"])
     assert f"{paths['parquet']}:1: expected text under 'prompt', got b'a'" in refusal(paths["parquet"])
+    twice = arrow.Table.from_arrays([arrow.array(["a", "b"])] * 3, names=["prompt", "answer", "answer"])
+    with arrow.ipc.new_file(paths["arrow"], twice.schema) as file:
+        file.write_table(twice)
+    assert f"a whole Arrow file, got {paths['arrow']} (a column comes twice)" in refusal(paths["arrow"])
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     assert "pip install 'lossfns[data]'" in refusal(paths["parquet"])
 

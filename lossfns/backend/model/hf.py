@@ -7,6 +7,7 @@ prefixes. Everything else is the library's own code.
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -93,8 +94,10 @@ def load_tokenizer(source: str | Path) -> Any:
         raise source_error(source, error) from error
 
 
-def vocabulary_size(source: str | Path) -> int | None:
-    """Return the number of token ids of the model at ``source``; None without a configuration, as beside a tokenizer.
+def sizes(source: str | Path) -> tuple[int | None, float]:
+    """Return the number of token ids and the context of the model at ``source``.
+
+    None and infinity stand for what is not known: a tokenizer may have no configuration of a model beside it.
 
     Raises:
         LossInputError: nothing is found at ``source``.
@@ -104,9 +107,9 @@ def vocabulary_size(source: str | Path) -> int | None:
     except (OSError, ValueError, KeyError) as error:
         if isinstance(error, LossInputError):
             raise
-        return None
-    size: int | None = getattr(config.get_text_config(), "vocab_size", None)
-    return size
+        return None, math.inf
+    text = config.get_text_config()
+    return getattr(text, "vocab_size", None), context_length(text)
 
 
 def base_of(found: str | Path) -> str | Path:

@@ -111,7 +111,7 @@ def merge(model: nn.Module) -> None:
     in_effect = [layer for layer in layers if not layer.disable_adapters]
     narrow = next((p.dtype for layer in in_effect for p in layer.parameters() if p.itemsize < 4), None)
     if narrow is not None:
-        fix = "Load it with dtype=torch.float32, or merge the adapters yourself if the rounding does not matter."
+        fix = "Load it in float32 (--dtype float32), or merge the adapters yourself if the rounding does not matter."
         raise LossInputError("model", "adapters on float32 weights, to be merged", f"weights of {narrow}", fix)
     names = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     for parent in reversed(list(model.modules())):  # layers within layers first
@@ -275,7 +275,7 @@ def check_settings(model: nn.Module, rank: Any, parts: Collection[str], alpha: A
         unknown = sorted(set(layers_by_part(model).get(part, ())) - known)
         if unknown or not layers_by_part(model).get(part):
             got = f"no linear layer {unknown[0]!r}" if unknown else "none in lora_targets"
-            fix = f"Correct the model's lora_targets, or pass train_{part}=False."
+            fix = f"Correct the model's lora_targets, or leave this part out (train_{part}=False, --lora-parts)."
             raise LossInputError("base_model", f"linear layers of part {part!r}", got, fix)
 
 
