@@ -18,6 +18,8 @@ from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 from side_by_side import device_name, load, ratio, table
 
+from lossfns.plot.figures import COLOURS, GREY, style
+
 PICTURE = Path(__file__).parents[1] / "docs" / "linear_logprobs.png"
 
 Row = dict[str, Any]
@@ -154,21 +156,22 @@ def yes_or_no(bar: Bar) -> str:
 
 # The picture
 
-OURS, OTHERS, NAIVE = "C3", "C0", "0.35"
+OURS, OTHERS, NAIVE = COLOURS[3], COLOURS[0], GREY
 
 
 def picture(rows: list[Row], path: Path) -> Path:
     """Draw the time and memory of training at each shape, as shares of naive."""
     rows = [row for row in rows if row["section"] == "training"]
-    figure = Figure(figsize=(6.2 * len(rows), 5.6), dpi=110, layout="constrained")
-    figure.suptitle(f"Logprobs and their gradients, as shares of naive\n{device_name()}")
-    panels = [panel(axes, row) for axes, row in zip(figure.subplots(1, len(rows), squeeze=False)[0], rows)]
-    renderer = FigureCanvasAgg(figure).get_renderer()
-    figure.draw(renderer)  # the layout is made here, and labels are placed on it
-    figure.set_layout_engine("none")
-    for axes, points in panels:
-        name_points(axes, points, renderer)
-    figure.savefig(path, dpi=110)
+    with style():
+        figure = Figure(figsize=(7.2, 3.4 * len(rows)), dpi=110, layout="constrained")
+        figure.suptitle(f"Logprobs and their gradients, as shares of naive\n{device_name()}", fontsize=10)
+        panels = [panel(axes, row) for axes, row in zip(figure.subplots(len(rows), 1, squeeze=False)[:, 0], rows)]
+        renderer = FigureCanvasAgg(figure).get_renderer()
+        figure.draw(renderer)  # the layout is made here, and labels are placed on it
+        figure.set_layout_engine("none")
+        for axes, points in panels:
+            name_points(axes, points, renderer)
+        figure.savefig(path, dpi=150)
     return path
 
 
@@ -183,8 +186,9 @@ def panel(axes: Any, row: Row) -> tuple[Any, dict[str, tuple[float, float]]]:
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter("{x:g}")
         axis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in "25" else "")
-    axes.axvline(1, color="0.85", zorder=0)
-    axes.axhline(1, color="0.85", zorder=0)
+    axes.grid(False)
+    axes.axvline(1, color=GREY, alpha=0.3, zorder=0)
+    axes.axhline(1, color=GREY, alpha=0.3, zorder=0)
     return axes, points
 
 

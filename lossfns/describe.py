@@ -11,8 +11,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from lossfns.errors import LossInputError, did_you_mean, show
+from lossfns.errors import LossInputError, show
 from lossfns.loss import BoundLoss, Loss, name_or_repr
+from lossfns.spellings import unknown_loss
 
 ROSETTA = Path(__file__).with_name("rosetta.json")
 """The table of other frameworks' settings, each measured against ours. ``python -m tools.rosetta write`` writes it."""
@@ -98,7 +99,7 @@ def name_and_loss(loss: Any) -> tuple[str, Loss | None]:
     name = loss if isinstance(loss, str) else loss.name if isinstance(loss, Loss) else getattr(loss, "__name__", "")
     if name not in makers():
         public = isinstance(name, str) and callable(getattr(import_module("lossfns"), name, None))
-        hint = f"See help(lossfns.{name})." if public else did_you_mean(name, makers())
+        hint = f"See help(lossfns.{name})." if public else unknown_loss(name, makers())
         got = show(loss) if isinstance(loss, str) else show(name_or_repr(loss))
         raise LossInputError("loss", "a loss of this library, or its name", got, hint)
     return name, loss if isinstance(loss, Loss) else None

@@ -124,6 +124,12 @@ def another_loss(value: Any) -> str:
     return f"Each loss is a function of its own: {name or 'lossfns list names them'}."
 
 
+def unknown_loss(name: Any, known: Iterable[str]) -> str:
+    """Return a hint for a name that no loss has here: what it is here, or the most similar known name."""
+    here = name_here(LOSSES, name, None)
+    return f"Here it is {here}." if here else did_you_mean(name, known)
+
+
 def same_value(knob: str) -> Callable[[Any], str]:
     def translate(value: Any) -> str:
         x = number(value)

@@ -29,8 +29,12 @@ def test_what_is_no_loss_is_refused(unknown: object) -> None:
 
 
 def test_the_hint_for_a_name() -> None:
-    """A public function that makes no loss is no misspelling of another one."""
-    for name, hint in (("simpoo", "Did you mean 'simpo'?"), ("evaluate", "See help(lossfns.evaluate).")):
+    """A public function that makes no loss, and a name that is usual elsewhere, are no misspellings of another one."""
+    for name, hint in (
+        ("simpoo", "Did you mean 'simpo'?"),
+        ("evaluate", "See help(lossfns.evaluate)."),
+        ("sft", "Here it is cross_entropy."),
+    ):
         with pytest.raises(LossInputError) as caught:
             describe(name)
         assert (caught.value.got, caught.value.fix) == (repr(name), hint)

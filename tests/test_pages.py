@@ -33,6 +33,17 @@ def test_links_and_pictures_of_the_documents_exist() -> None:
                 assert (file.parent / target).exists(), f"{file.name}: {target}"
 
 
+def test_no_sentence_is_cut_by_the_mark_of_a_list() -> None:
+    """Markdown takes a line that starts with "0. " for an item of a list, also within the sentence of another item."""
+    for file in [*DOCS.rglob("*.md"), *DOCS.parent.glob("*.md")]:
+        text = re.sub(r"^ *```.*?^ *```", "", file.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+        for block in re.split(r"\n\s*\n", text):
+            marks = [int(n) for n in re.findall(r"^ *(\d+)[.)] ", block, re.MULTILINE)]
+            first = re.match(r"\s*(\d+)[.)] ", block)
+            expected = range(int(first[1]), int(first[1]) + len(marks)) if first else ()
+            assert marks == list(expected), f"{file.name}: {block}"
+
+
 def slugs(file: Path) -> set[str]:
     """Return the anchors that the site gives to the headings of a page, as the Markdown package makes them."""
     text = re.sub(r"^```.*?^```", "", file.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import lossfns as ours
 from lossfns import LossWarning, with_kl
 from lossfns.loss import Loss
+from lossfns.plot.figures import COLOURS, style
 from lossfns.testing import worlds
 from lossfns.testing.public import presets
 from lossfns.testing.worlds import World, learn, lessons
@@ -24,7 +25,7 @@ from lossfns.testing.worlds.others import point_of_rest
 from lossfns.testing.worlds.points import balanced, proportional, tilted, towards_reference, two_token_tree
 
 PICTURE = Path("docs/worlds.png")
-COLUMNS = 4
+COLUMNS = 2
 
 
 def table() -> Iterator[str]:
@@ -142,18 +143,16 @@ def draw(panel: Panel, axes: Any) -> None:
     ends = []
     for i, line in enumerate(panel.lines):
         path = [policy[0][panel.token] for policy in learn(line.loss, panel.world, panel.steps, rate=panel.rate)]
-        axes.plot(path, color=f"C{i}", linewidth=1.6)
+        axes.plot(path, color=COLOURS[i])
         if line.end is not None:
-            axes.axhline(line.end, color=f"C{i}", linestyle=":", linewidth=1)
+            axes.axhline(line.end, color=COLOURS[i], linestyle=":", linewidth=1)
         ends.append(path[-1])
     for i, (line, y) in enumerate(zip(panel.lines, spaced(ends))):
         place = {"xytext": (4, 0), "textcoords": "offset points", "annotation_clip": False, "va": "center"}
-        axes.annotate(line.label, (panel.steps, y), color=f"C{i}", fontsize=8, **place)
+        axes.annotate(line.label, (panel.steps, y), color=COLOURS[i], fontsize=8, **place)
     axes.set(xlabel="exact steps", ylim=(-0.03, 1.03), xlim=(0, panel.steps))
     axes.set_title(panel.title, fontsize=9, loc="left")
     axes.xaxis.get_major_locator().set_params(integer=True, nbins=5)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.2)
 
 
 def spaced(heights: list[float], gap: float = 0.085) -> list[float]:
@@ -172,10 +171,11 @@ def picture() -> None:
 
     makers = (with_penalties, on_fixed_samples, imitating, with_lengths, of_pairs, of_labels, of_data, of_teacher)
     rows = -(-len(makers) // COLUMNS)
-    figure = Figure(figsize=(3.6 * COLUMNS, 2.7 * rows), layout="constrained")
-    for i, make in enumerate(makers):
-        draw(make(), figure.add_subplot(rows, COLUMNS, i + 1))
-    figure.savefig(PICTURE, dpi=100)
+    with style():
+        figure = Figure(figsize=(3.6 * COLUMNS, 2.4 * rows), layout="constrained")
+        for i, make in enumerate(makers):
+            draw(make(), figure.add_subplot(rows, COLUMNS, i + 1))
+        figure.savefig(PICTURE, dpi=150)
 
 
 def main() -> None:

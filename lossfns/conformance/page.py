@@ -17,7 +17,8 @@ table { border-collapse: collapse; width: 100% }
 td, th { text-align: left; vertical-align: top; padding: 0.25rem 0.6rem }
 tr { border-top: 1px solid var(--line) } th { font-weight: 600 }
 .n { white-space: nowrap; font-variant-numeric: tabular-nums }
-code { font: 0.92em ui-monospace, monospace; overflow-wrap: anywhere } .dim { color: var(--dim) }
+h1, p, td:last-child, code { overflow-wrap: anywhere }
+code { font: 0.92em ui-monospace, monospace } .dim { color: var(--dim) }
 .pass { color: var(--ok) } .fail, .error { color: var(--bad); font-weight: 600 }
 .inconclusive, .xfail, .xpass { color: var(--unsure) } .unsupported { color: var(--dim) }
 .sum { display: flex; flex-wrap: wrap; gap: 0.4rem 1.6rem; margin: 1rem 0; padding: 0 } .sum li { list-style: none }

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lossfns.describe import presets
-from lossfns.errors import LossInputError, did_you_mean
+from lossfns.errors import LossInputError
 from lossfns.plot import family, figures
+from lossfns.spellings import unknown_loss
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -41,7 +42,7 @@ def figure_of(names: Sequence[str], parts: str | None = None) -> Figure:
     for name in names:
         if name not in presets():
             expected = f"a run, a loss, or one of {', '.join(TOPICS)}"
-            raise LossInputError("NAME", expected, repr(name), did_you_mean(name, [*presets(), *TOPICS]))
+            raise LossInputError("NAME", expected, repr(name), unknown_loss(name, [*presets(), *TOPICS]))
     return figures.plot_losses([presets()[name]() for name in names])
 
 

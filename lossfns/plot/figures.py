@@ -79,11 +79,11 @@ def draw(axes: Axes, by_name: dict[str, Curve], attribute: str, *, bounds: Seque
     axes.axhline(0, color=GREY, linewidth=0.7)
 
 
-def finish(figure: Figure, axes: Axes, count: int) -> Figure:
+def finish(figure: Figure, axes: Axes, count: int, columns: int = 4) -> Figure:
     """Put the names of the curves above the panels if there are several."""
     if count > 1:
         handles, labels = axes.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=min(count, 4))
+        figure.legend(handles, labels, loc="outside upper center", ncols=min(count, columns))
     return figure
 
 
@@ -208,7 +208,7 @@ def plot_kl() -> Figure:
         for panel, title, x_label in zip(axes[0], titles, ("log π/ref", "θ", "θ"), strict=True):
             panel.set_title(title)
             panel.set_xlabel(x_label)
-        return finish(figure, axes[0][1], 5)
+        return finish(figure, axes[0][1], 5, columns=5)
 
 
 def expectations(estimate: Callable[..., Any], theta: float) -> tuple[float, float]:

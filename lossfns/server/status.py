@@ -71,7 +71,8 @@ def page(service: Service) -> str:
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>lossfns serve</title>'
         f'<meta http-equiv="refresh" content="{REFRESH_SECONDS}">'
-        f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head><body>'
+        f'<meta name="viewport" content="width=device-width"><link rel="icon" href="data:,">'
+        f"<style>{STYLE}</style></head><body>"
         f"<h1>lossfns serve {escape(now['version'])}</h1><dl>{facts_html}</dl>"
         f"<h2>Base models</h2><p>{names}</p><h2>Models</h2>{table(now['models'])}"
         f'<p class="none">The same as JSON: <a href="/status.json">status.json</a></p></body></html>'

@@ -2,6 +2,9 @@
 
 import json
 import math
+import shutil
+import subprocess
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +28,7 @@ from lossfns.conformance.rows import BATCH, policy_rows
 from lossfns.conformance.wrong import variants
 
 ROOT = Path(__file__).parents[2]
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 def report() -> Report:
@@ -98,6 +102,19 @@ def test_the_page_loads_nothing_and_shows_no_markup_of_the_server() -> None:
     assert not any({"src", "href", "onclick"} & set(attrs) for _, attrs in tags)
     assert "<b>½</b>" not in text and "&lt;b&gt;½&lt;/b&gt; &amp; more" in text
     assert all(f"<code>{r.check}</code>" in text for r in report().results)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs a browser: chromium or google-chrome")
+def test_the_page_is_no_wider_than_a_phone(tmp_path: Path) -> None:
+    """A server may answer with a long word, such as a path."""
+    long = [Result("path", "It saves.", "fail", seen="tinker://" + 90 * "x"), Result("y" * 90, 90 * "z", "unsupported")]
+    text = page(Report("http://" + 90 * "s", "0", "full", results=long))
+    frame = f'<iframe width="390" srcdoc="{escape(text)}"></iframe>'
+    script = "const d = frames[0].document.documentElement; document.title = d.scrollWidth - d.clientWidth"
+    (tmp_path / "phone.html").write_text(f'<body onload="{script}">{frame}</body>', encoding="utf-8")
+    command = [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", f"{tmp_path}/phone.html"]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    assert "<title>0</title>" in shown
 
 
 def test_names_of_checks_differ_and_each_names_a_bug_and_checks_that_come_before_it() -> None:

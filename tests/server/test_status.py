@@ -31,6 +31,7 @@ def test_the_status_tells_of_models_and_their_metrics() -> None:
             html = httpx.get(url).text
             assert client.model_id in html and f"loss:sum {loss:.5g}" in html
             assert "http://" not in html and "https://" not in html and "<script" not in html
+            assert '<link rel="icon" href="data:,">' in html  # else a browser asks for /favicon.ico, and logs a 404
         assert httpx.get(f"{url}/status.json").json()["models"] == []
 
 
