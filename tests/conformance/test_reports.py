@@ -98,6 +98,7 @@ def test_the_page_loads_nothing_and_shows_no_markup_of_the_server() -> None:
     assert not any({"src", "href", "onclick"} & set(attrs) for _, attrs in tags)
     assert "<b>½</b>" not in text and "&lt;b&gt;½&lt;/b&gt; &amp; more" in text
     assert all(f"<code>{r.check}</code>" in text for r in report().results)
+    assert "<th>deviation</th>" in text  # "error" is a verdict
 
 
 def test_names_of_checks_differ_and_each_names_a_bug_and_checks_that_come_before_it() -> None:
